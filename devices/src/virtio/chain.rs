@@ -1,0 +1,204 @@
+//! Descriptor chains, walked once and checked (virtio 1.3, section 2.7).
+//!
+//! The walk reads every descriptor exactly once, so a guest that changes one afterwards changes
+//! nothing. It is our own because virtio-queue's iterator ends a malformed chain silently: a loop,
+//! a bad `next` or a bad indirect table would look like a shorter, valid chain.
+use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::Memory;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const DESCRIPTOR: u64 = 16;
+
+/// One guest buffer, known to lie within one region of guest RAM and not to be empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it starts.
+    pub addr: GuestAddress,
+    /// Bytes, at least 1.
+    pub len: u32,
+}
+
+/// What is wrong with a queue or a chain. The driver's fault, so never a reason to stop the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// The ring itself cannot be followed any further: the device needs a reset.
+    #[error("available ring is broken")]
+    Ring,
+    /// More descriptors than the queue has: a loop.
+    #[error("descriptor chain has a loop")]
+    Loop,
+    /// `next` or the head is not a descriptor of the table.
+    #[error("descriptor index out of range")]
+    Index,
+    /// A buffer or table outside guest RAM.
+    #[error("descriptor points outside guest memory")]
+    Address,
+    /// Readable after writable, or an indirect descriptor where none may be.
+    #[error("descriptors in an order that is not allowed")]
+    Order,
+    /// An indirect table that is empty, too long, or not a multiple of 16 bytes.
+    #[error("malformed indirect table")]
+    Indirect,
+    /// A buffer of no bytes.
+    #[error("empty descriptor")]
+    Empty,
+}
+
+/// A reusable walk over chains: popping one allocates nothing once the longest has been seen.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    readable: usize,
+    segments: Vec<Segment>,
+}
+
+impl Chain {
+    /// Room for chains of up to `capacity` descriptors.
+    pub fn with_capacity(capacity: usize) -> Self {
+        Self { segments: Vec::with_capacity(capacity), ..Self::default() }
+    }
+
+    /// Take the next available chain of `queue`; false when there is none.
+    ///
+    /// # Errors
+    /// [`ChainError::Ring`] when the queue is beyond help. With any other error the head is known:
+    /// give it back with [`Queue::add_used`] and go on.
+    pub fn pop(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        indirect: bool,
+    ) -> Result<bool, ChainError> {
+        self.segments.clear();
+        self.readable = 0;
+        let Some(chain) = queue.pop_descriptor_chain(memory) else {
+            return match pending(queue, memory) {
+                Some(0) => Ok(false),
+                _ => Err(ChainError::Ring),
+            };
+        };
+        self.head = chain.head_index();
+        if self.head >= queue.size() {
+            return Err(ChainError::Ring);
+        }
+        self.walk(GuestAddress(queue.desc_table()), queue.size(), self.head, indirect, memory)
+    }
+
+    /// The chain's head, for the used ring.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Buffers that the device reads.
+    pub fn readable(&self) -> &[Segment] {
+        self.segments.get(..self.readable).unwrap_or_default()
+    }
+
+    /// Buffers that the device writes.
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+
+    fn walk(
+        &mut self,
+        mut table: GuestAddress,
+        mut size: u16,
+        mut index: u16,
+        mut indirect: bool,
+        memory: &Memory,
+    ) -> Result<bool, ChainError> {
+        let mut left = size;
+        loop {
+            if index >= size {
+                return Err(ChainError::Index);
+            }
+            left = left.checked_sub(1).ok_or(ChainError::Loop)?;
+            let at = table.checked_add(u64::from(index) * DESCRIPTOR).ok_or(ChainError::Address)?;
+            let d: Descriptor = memory.read_obj(at).map_err(|_| ChainError::Address)?;
+            if d.flags() & INDIRECT != 0 {
+                // Section 2.7.5.3.1: negotiated, not nested, alone, and a whole table.
+                if !indirect || d.flags() & (NEXT | WRITE) != 0 || !self.segments.is_empty() {
+                    return Err(ChainError::Order);
+                }
+                let entries = u64::from(d.len()) / DESCRIPTOR;
+                let whole = u64::from(d.len()) % DESCRIPTOR == 0;
+                size = u16::try_from(entries).map_err(|_| ChainError::Indirect)?;
+                if !whole || size == 0 || size > 1024 {
+                    return Err(ChainError::Indirect);
+                }
+                (table, index, left, indirect) = (d.addr(), 0, size, false);
+                continue;
+            }
+            if d.len() == 0 {
+                return Err(ChainError::Empty);
+            }
+            if memory.get_slice(d.addr(), d.len() as usize).is_err() {
+                return Err(ChainError::Address);
+            }
+            if d.flags() & WRITE == 0 {
+                if self.readable != self.segments.len() {
+                    return Err(ChainError::Order);
+                }
+                self.readable += 1;
+            }
+            self.segments.push(Segment { addr: d.addr(), len: d.len() });
+            if d.flags() & NEXT == 0 {
+                return Ok(true);
+            }
+            index = d.next();
+        }
+    }
+}
+
+/// Total bytes of `segments`.
+pub fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|s| u64::from(s.len)).sum()
+}
+
+/// Copy out of `segments`, from byte `offset` of them on; how many bytes were there.
+pub fn read(memory: &Memory, segments: &[Segment], offset: u64, out: &mut [u8]) -> usize {
+    each_piece(segments, offset, out.len(), |at, range| {
+        out.get_mut(range).is_some_and(|piece| memory.read_slice(piece, at).is_ok())
+    })
+}
+
+/// Copy into `segments`, from byte `offset` of them on; how many bytes fitted.
+pub fn write(memory: &Memory, segments: &[Segment], offset: u64, data: &[u8]) -> usize {
+    each_piece(segments, offset, data.len(), |at, range| {
+        data.get(range).is_some_and(|piece| memory.write_slice(piece, at).is_ok())
+    })
+}
+
+fn each_piece(
+    segments: &[Segment],
+    mut skip: u64,
+    want: usize,
+    mut copy: impl FnMut(GuestAddress, std::ops::Range<usize>) -> bool,
+) -> usize {
+    let mut done = 0;
+    for s in segments {
+        let len = u64::from(s.len);
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let n = usize::try_from(len - skip).unwrap_or(usize::MAX).min(want - done);
+        if n == 0 || !copy(s.addr.unchecked_add(skip), done..done + n) {
+            break;
+        }
+        done += n;
+        skip = 0;
+    }
+    done
+}
+
+/// How many chains the driver has made available; `None` when the ring says nonsense.
+pub fn pending(queue: &Queue, memory: &Memory) -> Option<u16> {
+    let avail = queue.avail_idx(memory, std::sync::atomic::Ordering::Acquire).ok()?;
+    let n = avail.0.wrapping_sub(queue.next_avail());
+    (n <= queue.size()).then_some(n)
+}

@@ -1,0 +1,89 @@
+//! Virtio devices: the seam between a device and the transport that carries it.
+//!
+//! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
+//! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
+pub mod chain;
+pub mod mmio;
+pub mod registers;
+
+use std::{any::Any, sync::Arc};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{Device, Memory, worker::IoThread};
+pub use registers::Interrupt;
+
+/// `VIRTIO_F_VERSION_1`: every device offers it and refuses drivers that do not take it.
+pub const F_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_RING_F_INDIRECT_DESC`.
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_RING_F_EVENT_IDX`.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+
+/// One configured queue and the eventfd that the driver's notifications arrive on.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// Position among the device's queues.
+    pub index: u16,
+    /// The ring, addresses checked, EVENT_IDX set as negotiated.
+    pub queue: Queue,
+    /// Signalled by the driver's write to QueueNotify.
+    pub notify: EventFd,
+}
+
+/// Everything a device receives when its driver says DRIVER_OK.
+pub struct Activation {
+    /// The queues that the driver made ready; the device owns them until it is reset.
+    pub queues: Vec<ActiveQueue>,
+    /// Feature bits both sides agreed on.
+    pub features: u64,
+    /// Guest memory.
+    pub memory: Memory,
+    /// The way back to the guest.
+    pub interrupt: Interrupt,
+    /// Where the worker runs.
+    pub thread: Arc<dyn IoThread>,
+}
+
+/// A virtio device, independent of its transport.
+///
+/// The transport calls `pause`, `resume` and `reset` of [`Device`]; `reset` stops the worker and
+/// forgets the activation. `save` and `restore` carry what the device itself knows (never the
+/// ring state of an inactive device); for an active one the section includes each queue's
+/// `QueueState`, and the transport activates the device before it restores it.
+pub trait VirtioDevice: Device + Any {
+    /// Device type number (virtio 1.3, section 5).
+    fn device_type(&self) -> u32;
+    /// Feature bits offered, without the transport's own.
+    fn features(&self) -> u64;
+    /// Maximum size of each queue; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+    /// The device-specific configuration space as it is now. The transport copies it into the
+    /// register page, at build and after each change.
+    fn config(&self) -> Vec<u8>;
+    /// The driver writes the device-specific configuration space. Out-of-range and read-only
+    /// writes are ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// DRIVER_OK: take the queues and begin.
+    ///
+    /// # Errors
+    /// When the device cannot begin; the transport sets DEVICE_NEEDS_RESET.
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError>;
+}
+
+/// Why a device could not be activated.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver left a queue out that the device cannot do without.
+    #[error("queue {0} is not ready")]
+    MissingQueue(u16),
+    /// The host refused something.
+    #[error("cannot {what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}

@@ -1,0 +1,115 @@
+//! The register page: a device's virtio-mmio registers as guest-readable memory.
+//!
+//! Every register of virtio-mmio (virtio 1.3, section 4.2.2) reads as a plain value, so the page
+//! holds those values and the guest may read them without leaving guest mode: the machine maps
+//! the pages of all slots as one read-only memory slot, and only writes exit. Interrupts are
+//! edge-triggered and not shared, so InterruptStatus bit 0 (used buffer) stays set while the
+//! device lives; an acknowledgement of that bit alone changes nothing and can be swallowed in the
+//! kernel. That leaves no exit to user space in the whole of interrupt handling.
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
+
+use vm_memory::{MmapRegion, VolatileMemory};
+
+use crate::irq::Line;
+
+/// Bytes of one device's register page.
+pub const PAGE: usize = 4096;
+/// InterruptStatus: the device used a buffer.
+pub const INT_USED: u32 = 1;
+/// InterruptStatus: the configuration changed.
+pub const INT_CONFIG: u32 = 2;
+/// Offset of InterruptStatus.
+pub const INTERRUPT_STATUS: usize = 0x60;
+/// Offset of Status.
+pub const STATUS: usize = 0x70;
+/// Offset of ConfigGeneration.
+pub const CONFIG_GENERATION: usize = 0xfc;
+/// Offset of the device-specific configuration space.
+pub const CONFIG: usize = 0x100;
+/// Status bit: the device has met something that it cannot recover from.
+pub const DEVICE_NEEDS_RESET: u32 = 0x40;
+
+/// One device's page in a window that several devices share.
+#[derive(Clone, Debug)]
+pub struct Registers {
+    window: Arc<MmapRegion>,
+    base: usize,
+}
+
+impl Registers {
+    /// Page `slot` of `window`; `None` when the window is too small.
+    pub fn new(window: Arc<MmapRegion>, slot: usize) -> Option<Self> {
+        let base = slot.checked_mul(PAGE)?;
+        let end = base.checked_add(PAGE)?;
+        (end <= window.size()).then_some(Self { window, base })
+    }
+
+    /// The register at `offset`, a multiple of 4 below [`PAGE`]; anything else reads as zero.
+    pub fn load(&self, offset: usize) -> u32 {
+        self.with(offset, |r| r.load(Ordering::Acquire)).unwrap_or(0)
+    }
+
+    /// Let the guest see `value` at `offset`, a multiple of 4 below [`PAGE`].
+    pub fn store(&self, offset: usize, value: u32) {
+        self.with(offset, |r| r.store(value, Ordering::Release));
+    }
+
+    /// Set bits, as seen by the guest and by other threads at once.
+    pub fn set(&self, offset: usize, bits: u32) {
+        self.with(offset, |r| r.fetch_or(bits, Ordering::AcqRel));
+    }
+
+    /// Clear bits.
+    pub fn clear(&self, offset: usize, bits: u32) {
+        self.with(offset, |r| r.fetch_and(!bits, Ordering::AcqRel));
+    }
+
+    /// Add one, wrapping.
+    pub fn bump(&self, offset: usize) {
+        self.with(offset, |r| r.fetch_add(1, Ordering::AcqRel));
+    }
+
+    fn with<T>(&self, offset: usize, f: impl FnOnce(&AtomicU32) -> T) -> Option<T> {
+        if offset >= PAGE {
+            return None;
+        }
+        let at = self.base.checked_add(offset)?;
+        self.window.get_atomic_ref::<AtomicU32>(at).ok().map(f)
+    }
+}
+
+/// How a device interrupts its driver.
+#[derive(Clone, Debug)]
+pub struct Interrupt {
+    line: Line,
+    registers: Registers,
+}
+
+impl Interrupt {
+    /// An interrupt shown in `registers` and signalled on `line`.
+    pub fn new(line: Line, registers: Registers) -> Self {
+        Self { line, registers }
+    }
+
+    /// A queue has used buffers and the driver wants to know.
+    pub fn used(&self) {
+        // Bit 0 stands since DRIVER_OK: see the top of this module.
+        self.line.trigger();
+    }
+
+    /// The configuration space has changed. Call after the page shows the new contents.
+    pub fn config(&self) {
+        self.registers.set(INTERRUPT_STATUS, INT_CONFIG);
+        self.line.trigger();
+    }
+
+    /// The driver did something that the device cannot go on after (virtio 1.3, section 2.1.2).
+    /// Nothing happens to the host; the driver has to reset the device.
+    pub fn needs_reset(&self) {
+        self.registers.set(STATUS, DEVICE_NEEDS_RESET);
+        self.config();
+    }
+}

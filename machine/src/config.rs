@@ -1,0 +1,181 @@
+//! `MachineConfig`: everything that decides what a machine is made of. Made by the command line and
+//! the JSON file, consumed by the builder, and the first section of a saved state.
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
+/// could hurt it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Name shown by `query-name`.
+    pub name: String,
+    /// UUID shown by `query-uuid`, in the usual 36 characters; all zero when not given.
+    pub uuid: String,
+    /// Number of vCPUs, 1 to 254.
+    pub cpus: u8,
+    /// How the vCPUs are shown.
+    pub topology: Topology,
+    /// Guest RAM.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub boot: BootConfig,
+    /// I/O thread ids, in addition to the default one.
+    pub iothreads: Vec<String>,
+    /// Where the first serial port leads; `None`: nowhere.
+    pub serial: Option<CharBackend>,
+    /// Disks present at start.
+    pub disks: Vec<DiskConfig>,
+    /// NICs present at start.
+    pub nics: Vec<NicConfig>,
+    /// virtio-console.
+    pub console: Option<ConsoleConfig>,
+    /// virtio-rng.
+    pub rng: Option<RngConfig>,
+}
+
+/// `-smp`: sockets x dies x clusters x cores x threads. The product equals the vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the field's own words")]
+pub struct Topology {
+    pub sockets: u8,
+    pub dies: u8,
+    pub clusters: u8,
+    pub cores: u8,
+    pub threads: u8,
+}
+
+/// Guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryConfig {
+    /// Bytes, a multiple of 1 MiB (16 MiB and up).
+    pub size: u64,
+    /// Shareable with other processes (memfd) rather than anonymous.
+    pub shared: bool,
+    /// File, or directory of a hugetlbfs, behind guest memory.
+    pub path: Option<PathBuf>,
+    /// Touch all of it before the guest runs.
+    pub prealloc: bool,
+    /// Part of the monitor's core dumps.
+    pub dump: bool,
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootConfig {
+    /// ELF vmlinux, bzImage or flat vmlinux.bin.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Command line, untouched.
+    pub cmdline: String,
+}
+
+/// A raw disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Unique id.
+    pub id: String,
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Refuse writes.
+    pub readonly: bool,
+    /// O_DIRECT.
+    pub direct: bool,
+    /// Up to 20 bytes, shown by the guest's `/sys/block/*/serial`.
+    pub serial: Option<String>,
+    /// How requests are carried out.
+    pub aio: Aio,
+    /// Pass discards on.
+    pub discard: bool,
+    /// Requests per second; `None`: unlimited.
+    pub iops: Option<u64>,
+    /// Bytes per second; `None`: unlimited.
+    pub bps: Option<u64>,
+    /// Queues, 1 to 32.
+    pub queues: u16,
+    /// Descriptors a queue, a power of two, 2 to 1024.
+    pub queue_size: u16,
+    /// Which I/O thread; `None`: the default one.
+    pub iothread: Option<String>,
+}
+
+/// How a disk's requests are carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Aio {
+    /// io_uring where the host has it, else plain system calls.
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// Plain system calls on the I/O thread.
+    Off,
+}
+
+/// A NIC on a tap device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicConfig {
+    /// Unique id.
+    pub id: String,
+    /// Where its frames go.
+    pub tap: Tap,
+    /// Six bytes; `None`: made up from the id, locally administered.
+    pub mac: Option<[u8; 6]>,
+    /// Queue pairs, 1 to 16.
+    pub queue_pairs: u16,
+    /// Descriptors a queue, a power of two, 256 to 4096.
+    pub queue_size: u16,
+    /// Packets per second in each direction; `None`: unlimited.
+    pub pps: Option<u64>,
+    /// Bytes per second in each direction; `None`: unlimited.
+    pub bps: Option<u64>,
+    /// Which I/O thread; `None`: the default one.
+    pub iothread: Option<String>,
+}
+
+/// A tap device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tap {
+    /// An existing one, by name.
+    Name(String),
+    /// Inherited or received descriptors, one for each queue pair.
+    Fds(Vec<i32>),
+}
+
+/// virtio-console with one port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleConfig {
+    /// Unique id.
+    pub id: String,
+    /// Where it leads.
+    pub backend: CharBackend,
+    /// Which I/O thread; `None`: the default one.
+    pub iothread: Option<String>,
+}
+
+/// Where characters go to and come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CharBackend {
+    /// This process's standard input and output.
+    Stdio,
+    /// A new pseudo-terminal, named in the log and by `query-chardev`.
+    Pty,
+    /// A file, created if missing, appended to. Output only.
+    File(PathBuf),
+    /// A Unix socket that this process listens on; one connection at a time.
+    Socket(PathBuf),
+}
+
+/// virtio-rng.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngConfig {
+    /// Unique id.
+    pub id: String,
+    /// Source of randomness.
+    pub path: PathBuf,
+    /// Bytes per second, 64 to 1,000,000,000; `None`: unlimited.
+    pub bps: Option<u64>,
+}

@@ -1,0 +1,80 @@
+//! The guest's address map (x86_64): the one place where an address, port or interrupt number is
+//! decided.
+//!
+//! ```text
+//! 0x0000_0000 .. 0x000a_0000   RAM: zero page, boot GDT, page tables, command line, MP table
+//! 0x000a_0000 .. 0x0010_0000   RAM for the guest's eyes reserved: ACPI tables
+//! 0x0010_0000 .. 0xc000_0000   RAM: kernel, initrd
+//! 0xc000_0000 .. 0x1_0000_0000 hole: virtio-mmio, IOAPIC, LAPIC, TSS, identity map
+//! 0x1_0000_0000 ..             RAM above the hole
+//! ```
+
+/// First byte of the hole below 4 GiB.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// First byte above the hole.
+pub const HOLE_END: u64 = 0x1_0000_0000;
+
+/// Boot GDT (64-bit entry).
+pub const BOOT_GDT: u64 = 0x500;
+/// Boot IDT (64-bit entry).
+pub const BOOT_IDT: u64 = 0x520;
+/// `struct hvm_start_info` of the PVH boot protocol.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// Linux's zero page (`struct boot_params`).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Initial stack pointer.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Boot page tables: one PML4, one PDPT, four page directories of 2 MiB pages.
+pub const BOOT_PML4: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x20000;
+/// Bytes for the command line, terminator included.
+pub const CMDLINE_MAX: usize = 0x10000;
+/// Extended BIOS data area: the MP table.
+pub const EBDA: u64 = 0x9fc00;
+/// Read-only area where an operating system looks for the RSDP.
+pub const BIOS_AREA: u64 = 0xe0000;
+/// End of the first megabyte.
+pub const HIGH_RAM: u64 = 0x10_0000;
+/// Load address of a flat `vmlinux.bin`.
+pub const FLAT_KERNEL: u64 = 0x100_0000;
+
+/// First virtio-mmio register page; one page a slot.
+pub const VIRTIO_MMIO: u64 = 0xf010_0000;
+/// Bytes of a slot.
+pub const VIRTIO_MMIO_STEP: u64 = 0x1000;
+/// IOAPIC registers.
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// Local APIC registers.
+pub const LAPIC: u64 = 0xfee0_0000;
+/// Three pages for KVM's task state segment.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+/// One page for KVM's identity map.
+pub const KVM_IDENTITY: u64 = 0xfffb_c000;
+
+/// Interrupts of the virtio-mmio slots, in order of slots. 0 to 4, 8 and 9 have other uses.
+pub const VIRTIO_IRQS: [u32; 18] =
+    [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 13, 3];
+/// Interrupt of the ACPI generic event device (power button).
+pub const GED_IRQ: u32 = 9;
+/// Interrupt of the keyboard.
+pub const KEYBOARD_IRQ: u32 = 1;
+/// Interrupt of the first serial port.
+pub const SERIAL_IRQ: u32 = 4;
+/// Pins of the IOAPIC.
+pub const IOAPIC_PINS: u32 = 24;
+
+/// First serial port, eight ports.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// i8042 data port; command port is +4.
+pub const I8042_PORT: u16 = 0x60;
+/// CMOS index port; data port is +1.
+pub const CMOS_PORT: u16 = 0x70;
+/// pvpanic, one port (the port QEMU uses).
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI power block: sleep control, sleep status, reset, event status; one byte each.
+pub const ACPI_POWER_PORT: u16 = 0x600;
+/// ACPI sleep type that means S5 in the sleep control register.
+pub const ACPI_S5: u8 = 5;
+/// Value for the ACPI reset register.
+pub const ACPI_RESET_VALUE: u8 = 1;

@@ -1,0 +1,3 @@
+//! The hardware: KVM, memory, vCPU and I/O threads, interrupts, boot; configuration to machine.
+pub mod config;
+pub mod layout;

@@ -1,0 +1,2 @@
+//! QMP on the wire and as types. Knows nothing of virtual machines.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The `stratovirt` monitor.
+fn main() {}
