@@ -96,6 +96,23 @@ pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
 }
 
+/// Make all of `memory` zero again and give its pages back to the host.
+///
+/// # Errors
+/// When the kernel refuses; memory may be partly cleared then.
+pub fn clear(memory: &Memory, shared: bool) -> io::Result<()> {
+    // Pages of a shared mapping live in its file: they go only when a hole is punched there.
+    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    for region in memory.iter() {
+        // SAFETY: the range is the region's own mapping; the guest is paused, and what it loses is
+        // what the caller asked for.
+        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of RAM in `memory`.
 pub fn size(memory: &Memory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()

@@ -4,7 +4,9 @@
 //! vCPUs. A slot that is set later costs milliseconds.
 // UNSAFETY: guest memory is handed to KVM by address, and some ioctls have no safe wrapper.
 #![expect(unsafe_code, reason = "KVM ioctls")]
+pub mod chips;
 pub mod cpuid;
+pub mod entry;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -189,4 +191,10 @@ impl Vm {
     pub(crate) fn fd(&self) -> &VmFd {
         &self.fd
     }
+}
+
+/// The host's time stamp counter.
+pub fn host_tsc() -> u64 {
+    // SAFETY: every CPU that has KVM has the instruction, and it touches no memory.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
