@@ -1,4 +1,5 @@
 //! The hardware: KVM, memory, vCPU and I/O threads, interrupts, boot; configuration to machine.
+pub mod boot;
 pub mod config;
 pub mod io_thread;
 pub mod kvm;
