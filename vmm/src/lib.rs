@@ -1,0 +1,2 @@
+//! The life of one virtual machine.
+pub mod cli;
