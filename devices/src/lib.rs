@@ -7,6 +7,8 @@ pub mod bus;
 pub mod irq;
 pub mod rate_limit;
 pub mod state;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;
 pub mod worker;
 

@@ -55,7 +55,8 @@ pub struct Activation {
 pub trait VirtioDevice: Device + Any {
     /// Device type number (virtio 1.3, section 5).
     fn device_type(&self) -> u32;
-    /// Feature bits offered, without the transport's own.
+    /// Feature bits offered: the device's own and the ring features that its worker can do
+    /// ([`F_INDIRECT_DESC`], [`F_EVENT_IDX`]). The transport adds [`F_VERSION_1`].
     fn features(&self) -> u64;
     /// Maximum size of each queue; its length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
