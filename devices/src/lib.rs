@@ -5,6 +5,7 @@
 //! driven through [`worker::IoThread`]) or any protocol.
 pub mod bus;
 pub mod irq;
+pub mod rate_limit;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
