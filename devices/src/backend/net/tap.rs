@@ -68,7 +68,9 @@ pub enum TapError {
     )]
     Permission { name: String },
     /// The tun driver is not there or not accessible.
-    #[error("cannot open {CLONE_DEVICE} ({source}). As root: modprobe tun; chmod 666 {CLONE_DEVICE}")]
+    #[error(
+        "cannot open {CLONE_DEVICE} ({source}). As root: modprobe tun; chmod 666 {CLONE_DEVICE}"
+    )]
     Driver { source: io::Error },
     /// No descriptor at all, or of something else.
     #[error("descriptor {fd} is not an open tap device: {source}")]
@@ -86,9 +88,7 @@ pub enum TapError {
 
 fn recipe(name: &str, queues: usize) -> String {
     let multi_queue = if queues > 1 { " multi_queue" } else { "" };
-    format!(
-        "\n  ip tuntap add dev {name} mode tap{multi_queue} vnet_hdr\n  ip link set {name} up"
-    )
+    format!("\n  ip tuntap add dev {name} mode tap{multi_queue} vnet_hdr\n  ip link set {name} up")
 }
 
 impl Tap {
@@ -179,8 +179,10 @@ impl Tap {
             for queue in &tap.queues {
                 let size = HEADER as libc::c_int;
                 // SAFETY: TUNSETVNETHDRSZ reads an int.
-                unsafe { ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, (&raw const size).cast()) }
-                    .map_err(failed("set the size of the virtio header"))?;
+                unsafe {
+                    ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, (&raw const size).cast())
+                }
+                .map_err(failed("set the size of the virtio header"))?;
             }
             let uso = libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6;
             let uso = tap.set_tun_offloads(uso).is_ok();
@@ -274,9 +276,8 @@ impl NetBackend for Tap {
             let flag = if n < queues { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
             let request = interface_request("", flag);
             // SAFETY: TUNSETQUEUE reads an ifreq.
-            let set = unsafe {
-                ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, (&raw const request).cast())
-            };
+            let set =
+                unsafe { ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, (&raw const request).cast()) };
             match set {
                 // It is what it should be already.
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
@@ -317,9 +318,10 @@ fn attach(name: &str, flags: i32) -> Result<std::fs::File, AttachError> {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(CLONE_DEVICE)
         .map_err(AttachError::Driver)?;
-    let request = interface_request(name, flags);
-    // SAFETY: TUNSETIFF reads and writes an ifreq; the kernel only writes the name back.
-    match unsafe { ioctl(file.as_raw_fd(), libc::TUNSETIFF, (&raw const request).cast()) } {
+    let mut request = interface_request(name, flags);
+    let request = (&raw mut request).cast_const().cast();
+    // SAFETY: TUNSETIFF reads and writes an ifreq.
+    match unsafe { ioctl(file.as_raw_fd(), libc::TUNSETIFF, request) } {
         Ok(()) => Ok(file),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Err(AttachError::WrongKind),
         Err(e) => Err(AttachError::Other(e)),
