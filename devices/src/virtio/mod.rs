@@ -4,6 +4,7 @@
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
 pub mod chain;
 pub mod mmio;
+pub mod net;
 pub mod registers;
 
 use std::{any::Any, sync::Arc};
