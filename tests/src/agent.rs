@@ -20,6 +20,8 @@ use crate::progress::Step;
 
 /// The argument that makes a story program serve.
 pub const SERVE: &str = "--serve-stories";
+/// The example configurations: their place in the workspace and in the cache.
+pub const EXAMPLES: &str = "config-examples";
 /// How long a host may take to come up, the slowest one included.
 const HOST_LIMIT: Duration = Duration::from_secs(120);
 /// How long one story may take.
@@ -156,7 +158,15 @@ impl Agent {
             Host::Native => "Starting",
             Host::Emulated(_) => "Booting the emulated host",
         });
-        let running = host.start(paths, debian, &Job::this_program(&[SERVE])?)?;
+        let mut job = Job::this_program(&[SERVE])?;
+        for entry in fs::read_dir(workspace().join(EXAMPLES)).into_iter().flatten() {
+            let entry = entry?;
+            job.files.push((
+                entry.path(),
+                format!("{EXAMPLES}/{}", entry.file_name().to_string_lossy()),
+            ));
+        }
+        let running = host.start(paths, debian, &job)?;
         let mut printed = Vec::new();
         match self.wait(&running, Instant::now() + HOST_LIMIT, &mut printed) {
             Ok(Answer::Ready(true)) => {}

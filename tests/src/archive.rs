@@ -179,7 +179,7 @@ mod tests {
         let text = String::from_utf8_lossy(&archive);
         assert!(text.starts_with("07070100000001000041ed"), "{text}");
         assert!(text.contains("etc/motd\0"));
-        assert!(text.contains("hello\0\0\0070701"), "{text}");
+        assert!(text.contains("hello\x00\x00\x00070701"), "{text}");
         assert!(text.trim_end_matches('\0').ends_with("TRAILER!!!"));
     }
 }

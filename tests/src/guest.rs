@@ -11,8 +11,16 @@ use crate::paths::{Paths, atomically};
 use crate::progress::Step;
 
 /// What a guest's kernel needs beyond itself.
-const MODULES: [&str; 7] =
-    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "button", "evdev"];
+const MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "button",
+    "evdev",
+    "pvpanic_mmio",
+];
 /// Init of every guest.
 const INIT: &str = include_str!("init/guest.sh");
 
@@ -69,7 +77,7 @@ pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
         fs::write(dir.join("vmlinux.bin"), kernel::flat(&vmlinux)?)?;
         fs::write(dir.join("vmlinux"), vmlinux)?;
         fs::write(dir.join("bzImage"), packed)?;
-        fs::write(dir.join("initrd.cpio"), system(debian, INIT, &MODULES, &[])?)?;
+        fs::write(dir.join("initrd.cpio"), system(debian, INIT, MODULES, &[])?)?;
         fs::write(dir.join("mark"), mark)?;
         Ok(())
     })?;

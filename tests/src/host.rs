@@ -30,8 +30,8 @@ const OVERRIDE: &str = "STRATOVIRT_HOST";
 /// Begins a line that is meant for this program rather than for people.
 pub const CONTROL: u8 = 0x1e;
 /// What the emulated host needs to have a KVM, disks, taps and a console.
-const MODULES: [&str; 7] =
-    ["virtio_pci", "virtio_blk", "virtio_console", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
+const MODULES: &[&str] =
+    &["virtio_pci", "virtio_blk", "virtio_console", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
 /// Init of the emulated host.
 const INIT: &str = include_str!("init/host.sh");
 /// Programs of Debian's packages that stories use.
@@ -351,7 +351,7 @@ fn host_initramfs(paths: &Paths, debian: &Debian) -> Result<PathBuf> {
     if !fs::read_to_string(&mark).is_ok_and(|have| have == now) {
         fs::create_dir_all(paths.cache.join("host"))?;
         atomically(&path, |part| {
-            Ok(fs::write(part, guest::system(debian, INIT, &MODULES, &["host"])?)?)
+            Ok(fs::write(part, guest::system(debian, INIT, MODULES, &["host"])?)?)
         })?;
         fs::write(&mark, now)?;
     }

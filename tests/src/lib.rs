@@ -2,9 +2,12 @@
 //! it, looks inside the guest.
 pub mod agent;
 pub mod archive;
+pub mod client;
 pub mod debian;
 pub mod guest;
 pub mod host;
 pub mod kernel;
+pub mod monitor;
+pub mod net;
 pub mod paths;
 pub mod progress;
