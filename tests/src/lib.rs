@@ -1,1 +1,13 @@
-//! The harness: starts the monitor, speaks QMP to it, looks inside the guest.
+//! The harness: gets guests, finds or emulates a host they run on, starts the monitor, speaks QMP to
+//! it, looks inside the guest.
+pub mod agent;
+pub mod archive;
+pub mod client;
+pub mod debian;
+pub mod guest;
+pub mod host;
+pub mod kernel;
+pub mod monitor;
+pub mod net;
+pub mod paths;
+pub mod progress;

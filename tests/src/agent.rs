@@ -1,0 +1,243 @@
+//! Stories run one after another in one process on the host ([`serve`]); the test program asks that
+//! process for one story at a time ([`Agent`]). A story that hangs costs the process, or the whole
+//! emulated host: the next story gets a new one.
+use std::fs;
+use std::io::{BufRead, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{env, io};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::debian::Debian;
+use crate::guest;
+use crate::host::{CONTROL, Host, Job, Running, Said};
+use crate::paths::{BINARY, Paths, workspace};
+use crate::progress::Step;
+
+/// The argument that makes a story program serve.
+pub const SERVE: &str = "--serve-stories";
+/// The example configurations: their place in the workspace and in the cache.
+pub const EXAMPLES: &str = "config-examples";
+/// How long a host may take to come up, the slowest one included.
+const HOST_LIMIT: Duration = Duration::from_secs(120);
+/// How long one story may take.
+const STORY_LIMIT: Duration = Duration::from_secs(180);
+
+/// What a story gets.
+pub struct Story {
+    /// Its name.
+    pub name: &'static str,
+    /// Where things lie.
+    pub paths: Paths,
+    /// An empty directory of its own.
+    pub dir: PathBuf,
+    /// Tools.
+    pub debian: Debian,
+}
+
+/// A story: its name and what it does.
+pub type Told = (&'static str, fn(&Story) -> Result<()>);
+
+#[derive(Serialize, Deserialize)]
+struct Request {
+    run: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Answer {
+    Ready(bool),
+    Done(Option<String>),
+    Exit(i32),
+}
+
+/// Runs stories as they are asked for on standard input, until it closes.
+///
+/// # Errors
+/// The paths are not told, or the one who asks has gone.
+pub fn serve(stories: &[Told]) -> Result<()> {
+    let paths = Paths::from_env()?;
+    answer(&Answer::Ready(true))?;
+    for line in io::stdin().lock().lines() {
+        let request: Request = serde_json::from_str(&line?).context("cannot read what to run")?;
+        let error = match stories.iter().find(|(name, _)| *name == request.run) {
+            Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:?}")),
+            None => Some("no such story".to_owned()),
+        };
+        answer(&Answer::Done(error))?;
+    }
+    Ok(())
+}
+
+fn run(paths: &Paths, name: &'static str, tell: fn(&Story) -> Result<()>) -> Result<()> {
+    let dir = paths.fresh_scratch(name)?;
+    let story =
+        Story { name, paths: paths.clone(), dir: dir.clone(), debian: Debian::unpacked(paths) };
+    match catch_unwind(AssertUnwindSafe(|| tell(&story))) {
+        Ok(result) => result?,
+        Err(_) => bail!("the story panicked"),
+    }
+    fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+fn answer(answer: &Answer) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(&[CONTROL])?;
+    serde_json::to_writer(&mut out, answer)?;
+    out.write_all(b"\n")?;
+    out.flush().context("nobody listens any more")
+}
+
+/// The process that runs stories, seen from outside. Started when the first story is asked for.
+pub struct Agent {
+    show: bool,
+    ready: Option<(Host, Paths, Debian)>,
+    running: Option<Running>,
+}
+
+impl Agent {
+    /// An agent that shows what stories print at once (`show`) or only when they fail.
+    #[must_use]
+    pub const fn new(show: bool) -> Self {
+        Self { show, ready: None, running: None }
+    }
+
+    /// Runs one story.
+    ///
+    /// # Errors
+    /// It failed, or there is no host for it; with everything that was printed meanwhile.
+    pub fn run(&mut self, name: &str) -> Result<()> {
+        let mut running = match self.running.take() {
+            Some(running) => running,
+            None => self.start()?,
+        };
+        let mut request = serde_json::to_vec(&Request { run: name.to_owned() })?;
+        request.push(b'\n');
+        running.tell(&request)?;
+        let mut printed = Vec::new();
+        match self.wait(&running, Instant::now() + STORY_LIMIT, &mut printed) {
+            Ok(Answer::Done(error)) => {
+                self.running = Some(running);
+                let Some(error) = error else { return Ok(()) };
+                bail!("{}\n{error}", String::from_utf8_lossy(&printed).trim_end())
+            }
+            Ok(Answer::Ready(_) | Answer::Exit(_)) => {
+                bail!("the host ended\n{}", running.console())
+            }
+            Err(error) => {
+                bail!(
+                    "{}\n{error}\n{}",
+                    String::from_utf8_lossy(&printed).trim_end(),
+                    running.console()
+                )
+            }
+        }
+    }
+
+    /// Lets the host go.
+    ///
+    /// # Errors
+    /// What it kept cannot be copied.
+    pub fn finish(&mut self) -> Result<()> {
+        match self.running.take() {
+            Some(running) => running.finish(Instant::now() + Duration::from_secs(20)),
+            None => Ok(()),
+        }
+    }
+
+    fn start(&mut self) -> Result<Running> {
+        if self.ready.is_none() {
+            self.ready = Some(prepare()?);
+        }
+        let (host, paths, debian) = self.ready.as_ref().context("nothing is prepared")?;
+        let step = Step::spinner(match host {
+            Host::Native => "Starting",
+            Host::Emulated(_) => "Booting the emulated host",
+        });
+        let mut job = Job::this_program(&[SERVE])?;
+        for entry in fs::read_dir(workspace().join(EXAMPLES)).into_iter().flatten() {
+            let entry = entry?;
+            job.files.push((
+                entry.path(),
+                format!("{EXAMPLES}/{}", entry.file_name().to_string_lossy()),
+            ));
+        }
+        let running = host.start(paths, debian, &job)?;
+        let mut printed = Vec::new();
+        match self.wait(&running, Instant::now() + HOST_LIMIT, &mut printed) {
+            Ok(Answer::Ready(true)) => {}
+            Ok(_) => bail!("the host did not come up\n{}", running.console()),
+            Err(error) => {
+                bail!("{error}\n{}{}", String::from_utf8_lossy(&printed), running.console())
+            }
+        }
+        step.done();
+        Ok(running)
+    }
+
+    fn wait(&self, running: &Running, deadline: Instant, printed: &mut Vec<u8>) -> Result<Answer> {
+        loop {
+            match running.next(deadline) {
+                Some(Said::Control(value)) => return Ok(serde_json::from_value(value)?),
+                Some(Said::Text(text)) => {
+                    if self.show {
+                        io::stderr().write_all(&text)?;
+                    }
+                    printed.extend(text);
+                }
+                Some(Said::End) => bail!("the process that runs the stories has ended"),
+                None => bail!("nothing more came in time"),
+            }
+        }
+    }
+}
+
+/// Everything that has to be there before a host starts: packages, guests, the monitor.
+///
+/// # Errors
+/// Something of it cannot be had.
+pub fn prepare() -> Result<(Host, Paths, Debian)> {
+    let host = Host::detect()?;
+    if let Some(reason) = host.reason() {
+        eprintln!("{reason}.");
+    }
+    let mut paths = Paths::on_this_machine()?;
+    let lock = paths.lock()?;
+    let debian = Debian::get(&paths)?;
+    guest::make(&paths, &debian)?;
+    drop(lock);
+    paths.stratovirt = monitor()?;
+    Ok((host, paths, debian))
+}
+
+/// The monitor's binary: the one that `STRATOVIRT_BIN` names, or built now in the profile that this
+/// program was built in.
+fn monitor() -> Result<PathBuf> {
+    if let Some(named) = env::var_os(BINARY) {
+        return fs::canonicalize(&named)
+            .with_context(|| format!("{BINARY}={} does not exist", named.display()));
+    }
+    let exe = env::current_exe()?;
+    let profile = exe.ancestors().find(|dir| dir.ends_with("debug") || dir.ends_with("release"));
+    let profile = profile.context("built in a profile that is neither debug nor release")?;
+    let target = profile.parent().context("a profile without a target directory")?;
+    let step = Step::spinner("Building the monitor");
+    let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
+    build.args(["build", "--quiet", "-p", "vmm", "--bin", "stratovirt"]);
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    let out = build.stdin(Stdio::null()).output().context("cannot run cargo")?;
+    ensure!(
+        out.status.success(),
+        "the monitor does not build:\n{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    step.done();
+    Ok(profile.join("stratovirt"))
+}

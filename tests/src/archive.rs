@@ -1,0 +1,185 @@
+//! What guests read: a cpio archive for an initramfs, ext4 images, and files out of such images again.
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::debian::{Debian, output};
+
+/// Type bits and permissions of a directory, a program, a file, a symbolic link.
+const DIRECTORY: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+const PLAIN: u32 = 0o100_644;
+const LINK: u32 = 0o120_777;
+
+/// Writes a cpio archive of the "newc" form (Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+pub struct Cpio<W> {
+    out: W,
+    inode: u32,
+}
+
+impl<W: Write> Cpio<W> {
+    /// An archive without entries.
+    pub const fn new(out: W) -> Self {
+        Self { out, inode: 0 }
+    }
+
+    /// A directory; the ones above it must be there already.
+    ///
+    /// # Errors
+    /// Those of the writer; so do the others.
+    pub fn directory(&mut self, name: &str) -> io::Result<()> {
+        self.entry(name, DIRECTORY, &[])
+    }
+
+    /// A file that may be executed.
+    ///
+    /// # Errors
+    /// See [`Self::directory`].
+    pub fn program(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
+        self.entry(name, PROGRAM, content)
+    }
+
+    /// A file.
+    ///
+    /// # Errors
+    /// See [`Self::directory`].
+    pub fn file(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
+        self.entry(name, PLAIN, content)
+    }
+
+    /// A symbolic link.
+    ///
+    /// # Errors
+    /// See [`Self::directory`].
+    pub fn link(&mut self, name: &str, target: &str) -> io::Result<()> {
+        self.entry(name, LINK, target.as_bytes())
+    }
+
+    /// Ends the archive.
+    ///
+    /// # Errors
+    /// See [`Self::directory`].
+    pub fn finish(mut self) -> io::Result<W> {
+        self.inode = 0;
+        self.entry("TRAILER!!!", 0, &[])?;
+        Ok(self.out)
+    }
+
+    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        self.inode += 1;
+        let size = u32::try_from(content.len())
+            .map_err(|_| io::Error::other("a file of more than 4 GiB"))?;
+        // inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, checksum
+        let name_size = name.len() as u32 + 1;
+        let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
+        write!(self.out, "070701")?;
+        for field in fields {
+            write!(self.out, "{field:08x}")?;
+        }
+        self.out.write_all(name.as_bytes())?;
+        self.out.write_all(&[0])?;
+        self.pad(110 + name.len() + 1)?;
+        self.out.write_all(content)?;
+        self.pad(content.len())
+    }
+
+    fn pad(&mut self, written: usize) -> io::Result<()> {
+        let zeroes = [0; 3];
+        self.out.write_all(zeroes.get(..written.wrapping_neg() % 4).unwrap_or_default())
+    }
+}
+
+/// Makes an ext4 image of `bytes` at `image`, sparse, with what lies in `content`, if given.
+///
+/// # Errors
+/// The image cannot be written or `mke2fs` fails (too small, for instance).
+pub fn make_ext4(debian: &Debian, image: &Path, bytes: u64, content: Option<&Path>) -> Result<()> {
+    let file = File::create(image).with_context(|| format!("cannot make {}", image.display()))?;
+    file.set_len(bytes)
+        .with_context(|| format!("cannot make {} {bytes} bytes long", image.display()))?;
+    let mut mke2fs = debian.program("sbin/mke2fs")?;
+    // Its own configuration file is not where it looks: say what matters.
+    mke2fs
+        .env("MKE2FS_CONFIG", "/dev/null")
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0"]);
+    mke2fs.args([
+        "-O",
+        "extent,dir_index,filetype,sparse_super,large_file,has_journal,metadata_csum,64bit,flex_bg",
+    ]);
+    mke2fs.args(["-E", "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard"]);
+    if let Some(content) = content {
+        mke2fs.arg("-d").arg(content);
+    }
+    output(mke2fs.arg(image)).map(drop)
+}
+
+/// The content of the file `name` in an ext4 image that nobody has mounted.
+///
+/// # Errors
+/// No such file, or no such image.
+pub fn read_ext4(debian: &Debian, image: &Path, name: &str) -> Result<String> {
+    let mut debugfs = debian.program("sbin/debugfs")?;
+    let content = output(debugfs.arg("-R").arg(format!("cat {name}")).arg(image))?;
+    // debugfs ends with status 0 whatever happens; without the file it prints nothing.
+    ensure!(!content.is_empty(), "no {name} in {}", image.display());
+    Ok(content)
+}
+
+/// Copies what lies in directory `name` of an ext4 image into `target`.
+///
+/// # Errors
+/// The image cannot be read.
+pub fn copy_out_of_ext4(debian: &Debian, image: &Path, name: &str, target: &Path) -> Result<()> {
+    let mut debugfs = debian.program("sbin/debugfs")?;
+    output(debugfs.arg("-R").arg(format!("rdump {name} {}", target.display())).arg(image)).map(drop)
+}
+
+/// Puts `from` at `to` with the directories above it: linked where that is possible, else copied.
+///
+/// # Errors
+/// `from` cannot be read or `to` not be written.
+pub fn place(from: &Path, to: &Path) -> Result<()> {
+    if to.exists() {
+        return Ok(());
+    }
+    if let Some(dir) = to.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let from = fs::canonicalize(from).with_context(|| format!("cannot find {}", from.display()))?;
+    if fs::hard_link(&from, to).is_err() {
+        fs::copy(&from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// The names under which a busybox can be called.
+///
+/// # Errors
+/// It cannot be run.
+pub fn applets(busybox: &Path) -> Result<Vec<String>> {
+    let list = output(std::process::Command::new(busybox).arg(OsStr::new("--list")))?;
+    Ok(list.lines().map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_archive_is_made_of_headers_names_and_contents_each_padded_to_four_bytes() {
+        let mut cpio = Cpio::new(Vec::new());
+        cpio.directory("etc").unwrap();
+        cpio.file("etc/motd", b"hello").unwrap();
+        let archive = cpio.finish().unwrap();
+        assert_eq!(archive.len() % 4, 0);
+        let text = String::from_utf8_lossy(&archive);
+        assert!(text.starts_with("07070100000001000041ed"), "{text}");
+        assert!(text.contains("etc/motd\0"));
+        assert!(text.contains("hello\x00\x00\x00070701"), "{text}");
+        assert!(text.trim_end_matches('\0').ends_with("TRAILER!!!"));
+    }
+}

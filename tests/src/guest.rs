@@ -1,0 +1,134 @@
+//! The guests: Debian's kernel in three forms, an initramfs, and disks with an ext4 on them.
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::archive::{Cpio, applets, make_ext4, place};
+use crate::debian::Debian;
+use crate::kernel;
+use crate::paths::{Paths, atomically};
+use crate::progress::Step;
+
+/// What a guest's kernel needs beyond itself.
+const MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "button",
+    "evdev",
+    "pvpanic_mmio",
+];
+/// Init of every guest.
+const INIT: &str = include_str!("init/guest.sh");
+
+/// A form that a kernel comes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// ELF `vmlinux`.
+    Elf,
+    /// bzImage, as packaged.
+    BzImage,
+    /// Flat `vmlinux.bin`.
+    Flat,
+    /// The one that `STRATOVIRT_GUEST_KERNEL` names.
+    Given,
+}
+
+impl Kernel {
+    /// Where it lies.
+    #[must_use]
+    pub fn path(self, paths: &Paths) -> PathBuf {
+        paths.guest(match self {
+            Self::Elf => "vmlinux",
+            Self::BzImage => "bzImage",
+            Self::Flat => "vmlinux.bin",
+            Self::Given => "given",
+        })
+    }
+}
+
+/// The initramfs.
+#[must_use]
+pub fn initramfs(paths: &Paths) -> PathBuf {
+    paths.guest("initrd.cpio")
+}
+
+/// Makes kernels and initramfs from Debian's packages, unless they are there and as new.
+///
+/// # Errors
+/// A package is not as expected, or the cache cannot be written.
+pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
+    let dir = paths.cache.join("guest");
+    let bzimage = debian.bzimage()?;
+    let mark = format!("{}\n{INIT}\n{MODULES:?}\n", bzimage.display());
+    if fs::read_to_string(dir.join("mark")).is_ok_and(|have| have == mark) {
+        return Ok(());
+    }
+    let step = Step::spinner("Making guest kernels and initramfs");
+    atomically(&dir, |dir| {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let packed =
+            fs::read(&bzimage).with_context(|| format!("cannot read {}", bzimage.display()))?;
+        let vmlinux = kernel::vmlinux(&packed)
+            .with_context(|| format!("cannot unpack {}", bzimage.display()))?;
+        fs::write(dir.join("vmlinux.bin"), kernel::flat(&vmlinux)?)?;
+        fs::write(dir.join("vmlinux"), vmlinux)?;
+        fs::write(dir.join("bzImage"), packed)?;
+        fs::write(dir.join("initrd.cpio"), system(debian, INIT, MODULES, &[])?)?;
+        fs::write(dir.join("mark"), mark)?;
+        Ok(())
+    })?;
+    step.done();
+    Ok(())
+}
+
+/// An initramfs: busybox under all its names, modules with the order to load them in, an init, and
+/// empty directories.
+///
+/// # Errors
+/// The packages lack something.
+pub fn system(debian: &Debian, init: &str, modules: &[&str], dirs: &[&str]) -> Result<Vec<u8>> {
+    let busybox = debian.file("bin/busybox")?;
+    let mut cpio = Cpio::new(Vec::new());
+    for dir in ["bin", "dev", "proc", "sys", "tmp", "mnt", "modules"].iter().chain(dirs) {
+        cpio.directory(dir)?;
+    }
+    cpio.program("bin/busybox", &fs::read(&busybox)?)?;
+    for name in applets(&busybox)?.iter().filter(|name| *name != "busybox") {
+        cpio.link(&format!("bin/{name}"), "busybox")?;
+    }
+    let mut order = String::new();
+    for module in kernel::modules(&debian.modules()?, modules)? {
+        cpio.file(&format!("modules/{}", module.file), &module.content)?;
+        order.push_str(&module.file);
+        order.push('\n');
+    }
+    cpio.file("modules/order", order.as_bytes())?;
+    cpio.program("init", init.as_bytes())?;
+    Ok(cpio.finish()?)
+}
+
+/// An ext4 image with a whole small system on it, to be a root disk.
+///
+/// # Errors
+/// The image cannot be made.
+pub fn root_disk(debian: &Debian, image: &Path) -> Result<()> {
+    let tree = image.with_extension("tree");
+    for dir in ["bin", "dev", "proc", "sys", "tmp", "mnt"] {
+        fs::create_dir_all(tree.join(dir))?;
+    }
+    let busybox = debian.file("bin/busybox")?;
+    place(&busybox, &tree.join("bin/busybox"))?;
+    for name in applets(&busybox)?.iter().filter(|name| *name != "busybox") {
+        std::os::unix::fs::symlink("busybox", tree.join("bin").join(name))?;
+    }
+    let init = tree.join("init");
+    fs::write(&init, INIT)?;
+    fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    make_ext4(debian, image, 64 << 20, Some(&tree))?;
+    fs::remove_dir_all(&tree).with_context(|| format!("cannot remove {}", tree.display()))?;
+    Ok(())
+}

@@ -1,0 +1,38 @@
+#!/bin/sh
+# Init of the guests, in the initramfs and on a root disk: brings up what there is, tells how long
+# the kernel took, and then takes commands from the console.
+export PATH=/bin HOME=/ PS1='guest:\w# '
+mount -t proc proc /proc
+read -r booted _ < /proc/uptime
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev 2>/dev/null
+echo "guest: init after $booted s"
+
+if [ -e /modules ]; then
+    while read -r module; do insmod "/modules/$module"; done < /modules/order
+fi
+if [ "$story" = disk ]; then
+    # The root file system lies on the disk: go there, and begin again.
+    mkdir /disk
+    mount "$disk" /disk || echo "guest: cannot mount $disk"
+    umount /proc /sys
+    export story=
+    exec switch_root -c /dev/console /disk /init
+fi
+ip link set lo up 2>/dev/null
+
+# The power button ends the guest, as it does on any machine.
+for event in /sys/class/input/event*; do
+    if grep -q 'Power Button' "$event/device/name" 2>/dev/null; then
+        (head -c 24 "/dev/input/${event##*/}" > /dev/null && echo "guest: power button" && poweroff -f) &
+    fi
+done
+
+if [ "$story" = shell ]; then
+    echo "guest: ready"
+    setsid cttyhack sh
+    poweroff -f
+fi
+stty -echo -onlcr
+echo "guest: ready"
+exec sh

@@ -1,0 +1,183 @@
+//! A distribution's kernel in the three forms a monitor is asked to boot, and its modules in the
+//! order they load in.
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
+use object::{Endianness, Object, ObjectSection, elf};
+
+/// Magic of the LZ4 "legacy" frame that Linux uses for its own payload.
+const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
+/// Largest block of an LZ4 legacy frame.
+const LZ4_BLOCK: usize = 8 << 20;
+/// Nothing that runs as a kernel here is larger.
+const KERNEL_MAX: usize = 256 << 20;
+
+/// The ELF `vmlinux` inside a bzImage (Linux, Documentation/arch/x86/boot.rst, `payload_offset`).
+///
+/// # Errors
+/// Not a bzImage, or its payload is not LZ4.
+pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>> {
+    ensure!(
+        bzimage.get(0x202..0x206) == Some(b"HdrS".as_slice()),
+        "not a bzImage: no HdrS at 0x202"
+    );
+    let word = |at: usize| -> Result<usize> {
+        let bytes = bzimage.get(at..at + 4).context("a bzImage that ends in its header")?;
+        Ok(u32::from_le_bytes(bytes.try_into()?) as usize)
+    };
+    // Zero setup sectors mean four, for reasons of age.
+    let sectors = match bzimage.get(0x1f1) {
+        Some(0) | None => 4,
+        Some(&sectors) => usize::from(sectors),
+    };
+    let start = (sectors + 1) * 512 + word(0x248)?;
+    let payload = bzimage.get(start..).and_then(|rest| rest.get(..word(0x24c).ok()?));
+    let payload = payload.context("a bzImage whose payload lies outside of it")?;
+    let Some(mut rest) = payload.strip_prefix(LZ4_LEGACY) else {
+        bail!("a bzImage whose payload is not LZ4: it starts with {:02x?}", payload.get(..4));
+    };
+    let mut image = Vec::new();
+    // Blocks of a four-byte length each; the kernel's build adds the unpacked size at the very end.
+    while rest.len() > 4 {
+        let (length, tail) = rest.split_at(4);
+        let length = u32::from_le_bytes(length.try_into()?) as usize;
+        let block = tail.get(..length).context("an LZ4 block that ends early")?;
+        image.extend(lz4_flex::block::decompress(block, LZ4_BLOCK).context("a broken LZ4 block")?);
+        ensure!(image.len() <= KERNEL_MAX, "a kernel of more than {KERNEL_MAX} bytes");
+        rest = tail.get(length..).unwrap_or_default();
+    }
+    ensure!(image.starts_with(&elf::ELFMAG), "the bzImage's payload is not an ELF file");
+    Ok(image)
+}
+
+/// The flat image of an ELF kernel, as `objcopy -O binary` makes it: what its loadable segments put
+/// into memory, from the lowest physical address on.
+///
+/// # Errors
+/// Not a 64-bit ELF file, or one without anything to load.
+pub fn flat(vmlinux: &[u8]) -> Result<Vec<u8>> {
+    let header = elf::FileHeader64::<Endianness>::parse(vmlinux)?;
+    let endian = header.endian()?;
+    let segments: Vec<_> = header
+        .program_headers(endian, vmlinux)?
+        .iter()
+        .filter(|segment| segment.p_type(endian) == elf::PT_LOAD && segment.p_filesz(endian) > 0)
+        .collect();
+    let base = segments
+        .iter()
+        .map(|segment| segment.p_paddr(endian))
+        .min()
+        .context("an ELF file with nothing to load")?;
+    let mut image = Vec::new();
+    for segment in segments {
+        let Ok(data) = segment.data(endian, vmlinux) else {
+            bail!("a segment that lies outside of its file")
+        };
+        let start = usize::try_from(segment.p_paddr(endian) - base)?;
+        let end = start.checked_add(data.len()).filter(|end| *end <= KERNEL_MAX);
+        let end = end.context("segments too far apart for a flat image")?;
+        if image.len() < end {
+            image.resize(end, 0);
+        }
+        image
+            .get_mut(start..end)
+            .context("segments too far apart for a flat image")?
+            .copy_from_slice(data);
+    }
+    Ok(image)
+}
+
+/// One kernel module, unpacked.
+pub struct Module {
+    /// Its name with `.ko`.
+    pub file: String,
+    /// What the kernel loads.
+    pub content: Vec<u8>,
+}
+
+/// The modules of `names` and of what they depend on, in an order they can be loaded in.
+///
+/// # Errors
+/// A module is missing or is not an ELF file.
+pub fn modules(dir: &Path, names: &[&str]) -> Result<Vec<Module>> {
+    let mut files = BTreeMap::new();
+    find(dir, &mut files)?;
+    let mut order = Vec::new();
+    for name in names {
+        load(name, &files, &mut order)?;
+    }
+    Ok(order)
+}
+
+/// Module names mean the same with `-` as with `_`.
+fn plain(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+fn find(dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
+        let path = entry?.path();
+        if path.is_dir() {
+            find(&path, files)?;
+        } else if let Some((name, _)) =
+            path.file_name().and_then(|name| name.to_str()?.split_once(".ko"))
+        {
+            files.insert(plain(name), path);
+        }
+    }
+    Ok(())
+}
+
+fn load(name: &str, files: &BTreeMap<String, PathBuf>, order: &mut Vec<Module>) -> Result<()> {
+    let name = plain(name);
+    let file = format!("{name}.ko");
+    if order.iter().any(|module| module.file == file) {
+        return Ok(());
+    }
+    let path = files.get(&name).with_context(|| format!("the kernel has no module {name}"))?;
+    let mut content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    if path.extension().is_some_and(|ext| ext == "xz") {
+        let mut plain = Vec::new();
+        lzma_rs::xz_decompress(&mut content.as_slice(), &mut plain)
+            .map_err(|error| anyhow::anyhow!("cannot unpack {}: {error}", path.display()))?;
+        content = plain;
+    }
+    for needed in depends(&content).with_context(|| format!("{} is no module", path.display()))? {
+        load(&needed, files, order)?;
+    }
+    order.push(Module { file, content });
+    Ok(())
+}
+
+/// `depends=` in a module's `.modinfo`, a list of strings that end in NUL.
+fn depends(module: &[u8]) -> Result<Vec<String>> {
+    let file = ElfFile64::<Endianness>::parse(module)?;
+    let section = file.section_by_name(".modinfo").context("no .modinfo")?;
+    let info = String::from_utf8_lossy(section.data()?).into_owned();
+    let depends = info.split('\0').find_map(|entry| entry.strip_prefix("depends="));
+    let names = depends.unwrap_or_default().split(',').filter(|name| !name.is_empty());
+    Ok(names.map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_kernel_is_told_so() {
+        assert!(vmlinux(b"").is_err());
+        assert!(vmlinux(&[0; 4096]).is_err());
+        assert!(flat(b"\x7fELF").is_err());
+    }
+
+    #[test]
+    fn a_payload_outside_of_its_bzimage_is_refused() {
+        let mut image = vec![0; 4096];
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x248..0x250].fill(0xff);
+        assert!(vmlinux(&image).is_err());
+    }
+}

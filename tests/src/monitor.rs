@@ -1,0 +1,352 @@
+//! A monitor under test: its configuration, its process, the guest's console and the control socket.
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use std::{fs, io, thread};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::guest::{Kernel, initramfs};
+use crate::paths::Paths;
+
+/// How long a Linux guest may take to its init, in the slowest host.
+pub const BOOT: Duration = Duration::from_secs(60);
+/// How long anything else may take.
+pub const SOON: Duration = Duration::from_secs(20);
+/// What every guest is told: where its console is, and to end rather than hang.
+const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
+
+/// A virtual machine to be started: the configuration file in the making.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    config: Value,
+    cmdline: String,
+    args: Vec<String>,
+}
+
+impl Vm {
+    /// One vCPU, 256 MiB, the initramfs, and the console on standard input and output.
+    #[must_use]
+    pub fn linux(paths: &Paths, kernel: Kernel) -> Self {
+        Self {
+            config: json!({
+                "boot-source": { "kernel_image_path": kernel.path(paths), "initrd_fs_path": initramfs(paths) },
+                "machine-config": { "vcpu_count": 1, "mem_size": 256 << 20 },
+                "serial": { "stdio": true },
+            }),
+            cmdline: CMDLINE.to_owned(),
+            args: Vec::new(),
+        }
+    }
+
+    /// A machine as a configuration file describes it.
+    #[must_use]
+    pub fn described(config: Value) -> Self {
+        let cmdline =
+            config.pointer("/boot-source/boot_args").and_then(Value::as_str).unwrap_or_default();
+        Self { cmdline: cmdline.to_owned(), config, args: Vec::new() }
+    }
+
+    /// Sets a member of `machine-config`.
+    #[must_use]
+    pub fn machine(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.set("machine-config", key, value.into());
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    #[must_use]
+    pub fn append(mut self, words: &str) -> Self {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// Adds a disk.
+    #[must_use]
+    pub fn disk(self, id: &str, image: &Path, read_only: bool) -> Self {
+        self.add("drive", json!({ "drive_id": id, "path_on_host": image, "read_only": read_only, "direct": true, "serial_num": id }))
+    }
+
+    /// Adds a NIC on a tap.
+    #[must_use]
+    pub fn nic(self, id: &str, tap: &str, mac: &str) -> Self {
+        self.add("net", json!({ "iface_id": id, "host_dev_name": tap, "mac": mac }))
+    }
+
+    /// Adds an item to one of the configuration's lists.
+    #[must_use]
+    pub fn add(mut self, list: &str, item: Value) -> Self {
+        if let Value::Object(config) = &mut self.config {
+            let list = config.entry(list).or_insert_with(|| json!([]));
+            if let Value::Array(items) = list {
+                items.push(item);
+            }
+        }
+        self
+    }
+
+    /// Adds words to the monitor's command line.
+    #[must_use]
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+
+    /// The kernel's command line as it will be.
+    #[must_use]
+    pub fn cmdline(&self) -> &str {
+        &self.cmdline
+    }
+
+    /// Writes `vm.json` into `dir` and starts the monitor with it.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(mut self, paths: &Paths, dir: &Path) -> Result<Monitor> {
+        let cmdline = self.cmdline.clone();
+        self.set("boot-source", "boot_args", cmdline.into());
+        let file = dir.join("vm.json");
+        fs::write(&file, serde_json::to_string_pretty(&self.config)?)?;
+        Monitor::start(paths, &file, &dir.join("qmp.sock"), &self.args)
+    }
+
+    fn set(&mut self, table: &str, key: &str, value: Value) {
+        if let Value::Object(config) = &mut self.config
+            && let Value::Object(table) = config.entry(table).or_insert_with(|| json!({}))
+        {
+            table.insert(key.to_owned(), value);
+        }
+    }
+}
+
+/// A running monitor. Killed when dropped.
+pub struct Monitor {
+    child: Child,
+    input: ChildStdin,
+    console: Arc<Console>,
+    seen: usize,
+    commands: usize,
+    socket: PathBuf,
+    started: Instant,
+}
+
+impl Monitor {
+    /// Starts `stratovirt -config FILE -api-channel unix:SOCKET` and `args`.
+    ///
+    /// # Errors
+    /// The binary cannot be started.
+    pub fn start(paths: &Paths, config: &Path, socket: &Path, args: &[String]) -> Result<Self> {
+        let started = Instant::now();
+        let mut child = Command::new(&paths.stratovirt)
+            .arg("-config")
+            .arg(config)
+            .arg("-api-channel")
+            .arg(format!("unix:{}", socket.display()))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", paths.stratovirt.display()))?;
+        let console = Arc::new(Console::default());
+        let input = child.stdin.take().context("no standard input")?;
+        console.follow(child.stdout.take().context("no standard output")?, true);
+        console.follow(child.stderr.take().context("no standard error")?, false);
+        Ok(Self { child, input, console, seen: 0, commands: 0, socket: socket.to_owned(), started })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// When it was started.
+    #[must_use]
+    pub const fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Connects to the control socket, as soon as it is there.
+    ///
+    /// # Errors
+    /// It does not appear in time, or the monitor ends.
+    pub fn qmp(&mut self) -> Result<Client> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            match Client::connect(&self.socket) {
+                Ok(client) => return Ok(client),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => {}
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the monitor ended ({status}):\n{}", self.console.text());
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Waits until the console shows `text`, after what was waited for before. Returns what came
+    /// up to its end.
+    ///
+    /// # Errors
+    /// It does not come in time, or the monitor ends.
+    pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<String> {
+        let (shown, seen) = self.console.wait_for(text, self.seen, limit)?;
+        self.seen = seen;
+        Ok(shown)
+    }
+
+    /// Waits until the guest takes commands.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        self.wait_for("guest: ready", BOOT).map(drop)
+    }
+
+    /// Runs a command in the guest; gives what it printed.
+    ///
+    /// # Errors
+    /// It does not end in time, or ends with a status other than 0.
+    pub fn sh(&mut self, command: &str) -> Result<String> {
+        self.sh_within(command, BOOT)
+    }
+
+    /// Runs a command in the guest that may take `limit`.
+    ///
+    /// # Errors
+    /// See [`Self::sh`].
+    pub fn sh_within(&mut self, command: &str, limit: Duration) -> Result<String> {
+        self.commands += 1;
+        let mark = format!("<{}:", self.commands);
+        self.seen = self.console.length();
+        self.type_in(&format!(
+            "{{ {command}; }} < /dev/null 2>&1; echo \"<{}:$?>\"\n",
+            self.commands
+        ))?;
+        let shown =
+            self.wait_for(&mark, limit).with_context(|| format!("in the guest: {command}"))?;
+        let status = self.wait_for(">", SOON)?;
+        let shown = shown.strip_suffix(&mark).unwrap_or_default().trim_end();
+        ensure!(
+            status == "0>",
+            "in the guest: {command}: status {}\n{shown}",
+            status.trim_end_matches('>')
+        );
+        Ok(shown.to_owned())
+    }
+
+    /// Types into the console.
+    ///
+    /// # Errors
+    /// The monitor has ended.
+    pub fn type_in(&mut self, text: &str) -> Result<()> {
+        self.input
+            .write_all(text.as_bytes())
+            .and_then(|()| self.input.flush())
+            .context("cannot type into the console")
+    }
+
+    /// Everything on the console since the last thing waited for.
+    #[must_use]
+    pub fn unseen(&self) -> String {
+        self.console.text().get(self.seen..).unwrap_or_default().to_owned()
+    }
+
+    /// Forgets what is on the console so far.
+    pub fn forget(&mut self) {
+        self.seen = self.console.length();
+    }
+
+    /// Waits for the monitor's end.
+    ///
+    /// # Errors
+    /// It goes on.
+    pub fn wait_exit(&mut self) -> Result<ExitStatus> {
+        let deadline = Instant::now() + SOON;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        bail!("the monitor goes on")
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        // An error here means that it has gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a process prints, as it comes.
+#[derive(Default)]
+struct Console {
+    text: Mutex<Text>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Text {
+    shown: String,
+    ended: bool,
+}
+
+impl Console {
+    fn lock(&self) -> MutexGuard<'_, Text> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Collects from `source` and shows at once. The console ends with the `main` one.
+    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static, main: bool) {
+        let console = Arc::clone(self);
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = source.read(&mut buffer) {
+                let bytes = buffer.get(..length).unwrap_or_default();
+                // Nobody may be looking.
+                let _ = io::stdout().write_all(bytes).and_then(|()| io::stdout().flush());
+                console.lock().shown.push_str(&String::from_utf8_lossy(bytes));
+                console.changed.notify_all();
+            }
+            if main {
+                console.lock().ended = true;
+                console.changed.notify_all();
+            }
+        });
+    }
+
+    fn text(&self) -> String {
+        self.lock().shown.clone()
+    }
+
+    fn length(&self) -> usize {
+        self.lock().shown.len()
+    }
+
+    /// Waits for `text` after `from`; gives what comes up to its end, and where that is.
+    fn wait_for(&self, text: &str, from: usize, limit: Duration) -> Result<(String, usize)> {
+        let deadline = Instant::now() + limit;
+        let mut console = self.lock();
+        loop {
+            let new = console.shown.get(from..).unwrap_or_default();
+            if let Some(at) = new.find(text) {
+                let end = at + text.len();
+                return Ok((new.get(..end).unwrap_or_default().to_owned(), from + end));
+            }
+            ensure!(!console.ended, "the monitor ended before the console showed '{text}'");
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(!left.is_zero(), "the console did not show '{text}' within {limit:?}");
+            console =
+                self.changed.wait_timeout(console, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Tap devices for stories. Stories run in a network namespace of their own (or in an emulated host),
+//! so the names and addresses are free.
+use anyhow::Result;
+
+use crate::debian::{Debian, output};
+
+/// A tap device with an address; goes when dropped.
+pub struct Tap {
+    name: String,
+    debian: Debian,
+}
+
+impl Tap {
+    /// Makes tap device `name` with `address` (`10.0.0.1/24`) on the host's side.
+    ///
+    /// # Errors
+    /// No right to make one, or the name is taken.
+    pub fn create(debian: &Debian, name: &str, address: &str) -> Result<Self> {
+        let tap = Self { name: name.to_owned(), debian: debian.clone() };
+        tap.ip(&["tuntap", "add", "mode", "tap", "name", name])?;
+        tap.ip(&["addr", "add", address, "dev", name])?;
+        tap.ip(&["link", "set", name, "up"])?;
+        Ok(tap)
+    }
+
+    fn ip(&self, args: &[&str]) -> Result<()> {
+        output(self.debian.program("bin/ip")?.args(args)).map(drop)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        // Without it there is nothing to remove.
+        let _ = self.ip(&["link", "del", &self.name]);
+    }
+}

@@ -1,0 +1,128 @@
+//! Where things lie. On the person's machine under `target/stories`; inside the emulated host where
+//! [`crate::host`] has put them, told by three environment variables.
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// Names the cache inside a host that a story runs on.
+pub const CACHE: &str = "STORIES_CACHE";
+/// Names the scratch directory inside a host that a story runs on.
+pub const SCRATCH: &str = "STORIES_SCRATCH";
+/// Names the monitor's binary; wins over building one.
+pub const BINARY: &str = "STRATOVIRT_BIN";
+/// Names one more guest kernel for the stories that Debian's kernel cannot tell.
+pub const GUEST_KERNEL: &str = "STRATOVIRT_GUEST_KERNEL";
+
+/// The three places a story needs.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    /// Artefacts: Debian's files and the guests made of them. Only read by stories.
+    pub cache: PathBuf,
+    /// What stories write: sockets, disk images, logs. Supports `O_DIRECT`.
+    pub scratch: PathBuf,
+    /// The monitor.
+    pub stratovirt: PathBuf,
+}
+
+impl Paths {
+    /// The places as the environment tells them: how a story finds out.
+    ///
+    /// # Errors
+    /// One of the three variables is missing.
+    pub fn from_env() -> Result<Self> {
+        let path = |name| {
+            env::var_os(name).map(PathBuf::from).with_context(|| format!("{name} is not set"))
+        };
+        Ok(Self { cache: path(CACHE)?, scratch: path(SCRATCH)?, stratovirt: path(BINARY)? })
+    }
+
+    /// The places on the person's machine, made if missing. The monitor is not looked for here.
+    ///
+    /// # Errors
+    /// The directories cannot be made.
+    pub fn on_this_machine() -> Result<Self> {
+        let home = target_dir()?.join("stories");
+        let paths = Self {
+            cache: home.join("cache"),
+            scratch: home.join("scratch"),
+            stratovirt: PathBuf::new(),
+        };
+        for dir in [&paths.cache, &paths.scratch] {
+            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        Ok(paths)
+    }
+
+    /// The unpacked Debian packages.
+    #[must_use]
+    pub fn debian(&self) -> PathBuf {
+        self.cache.join("debian/root")
+    }
+
+    /// Kernels and initramfs of the guests.
+    #[must_use]
+    pub fn guest(&self, name: &str) -> PathBuf {
+        self.cache.join("guest").join(name)
+    }
+
+    /// An empty directory for one story.
+    ///
+    /// # Errors
+    /// It cannot be emptied or made.
+    pub fn fresh_scratch(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.scratch.join(name);
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot empty {}", dir.display()))?;
+        }
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// Keeps other processes from changing the cache until the file is dropped.
+    ///
+    /// # Errors
+    /// The lock file cannot be made or locked.
+    pub fn lock(&self) -> Result<File> {
+        let path = self.cache.join("lock");
+        let file =
+            File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+        Ok(file)
+    }
+}
+
+/// Cargo's target directory: the one above this executable with cargo's tag in it.
+fn target_dir() -> Result<PathBuf> {
+    let exe = env::current_exe().context("cannot tell where this executable lies")?;
+    match exe.ancestors().find(|dir| dir.join("CACHEDIR.TAG").exists()) {
+        Some(dir) => Ok(dir.to_owned()),
+        None => bail!("{} does not lie in a cargo target directory", exe.display()),
+    }
+}
+
+/// Root of the workspace this was built from.
+#[must_use]
+pub fn workspace() -> &'static Path {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package)
+}
+
+/// Puts `make`'s result at `path`, whole or not at all.
+///
+/// # Errors
+/// `make` fails, or the file system does.
+pub fn atomically(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let name = path.file_name().context("a path without a name")?.to_string_lossy();
+    let unfinished = path.with_file_name(format!("{name}.part"));
+    if unfinished.is_dir() {
+        fs::remove_dir_all(&unfinished)
+            .with_context(|| format!("cannot remove {}", unfinished.display()))?;
+    }
+    make(&unfinished)?;
+    if path.is_dir() {
+        fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    fs::rename(&unfinished, path).with_context(|| format!("cannot rename to {}", path.display()))
+}

@@ -1,0 +1,68 @@
+//! Stories of real Linux guests: an unmodified Debian kernel boots, its devices work, and QMP steers
+//! it. Each story starts a monitor of its own.
+#[path = "linux/boot.rs"]
+mod boot;
+#[path = "linux/devices.rs"]
+mod devices;
+#[path = "linux/examples.rs"]
+mod examples;
+#[path = "linux/life.rs"]
+mod life;
+
+use std::env;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Result;
+use libtest_mimic::{Arguments, Failed, Trial};
+use stories::agent::{Agent, SERVE, Told, serve};
+use stories::paths::GUEST_KERNEL;
+
+const STORIES: &[Told] = &[
+    ("an_elf_kernel_boots", boot::elf),
+    ("a_bzimage_boots", boot::bzimage),
+    ("a_flat_kernel_boots", boot::flat),
+    ("the_root_file_system_lies_on_a_disk", boot::root_on_a_disk),
+    ("four_vcpus_come_up", boot::four_vcpus),
+    ("memory_reaches_above_4_gib", boot::memory_above_4_gib),
+    ("without_acpi_the_serial_port_and_reset_work", boot::without_acpi),
+    ("a_file_written_in_the_guest_is_in_the_image", devices::file_in_the_image),
+    ("a_read_only_disk_stays_as_it_is", devices::read_only_disk),
+    ("ping_and_tcp_cross_the_tap", devices::ping_and_tcp),
+    ("the_guests_clock_stands_still_while_stopped", life::stop_and_cont),
+    ("reset_boots_the_kernel_anew", life::reset),
+    ("the_power_button_ends_the_guest", life::powerdown),
+    ("quit_ends_the_monitor", life::quit),
+    ("poweroff_in_the_guest_ends_the_monitor", life::poweroff),
+    ("a_panic_in_the_guest_is_told", life::panic),
+    ("every_example_boots", examples::every_example_boots),
+];
+
+/// Debian's kernel cannot tell this one: it takes no virtio-mmio devices from its command line.
+const WITH_A_GIVEN_KERNEL: &[Told] = &[("without_acpi_virtio_works", boot::virtio_without_acpi)];
+
+fn main() -> Result<()> {
+    let mut all = STORIES.to_vec();
+    if env::var_os(GUEST_KERNEL).is_some() {
+        all.extend(WITH_A_GIVEN_KERNEL);
+    } else if env::args().nth(1).as_deref() != Some(SERVE) {
+        eprintln!(
+            "Debian's kernel has no virtio_mmio.device= parameter: {GUEST_KERNEL}=VMLINUX adds the story of virtio without ACPI."
+        );
+    }
+    if env::args().nth(1).as_deref() == Some(SERVE) {
+        return serve(&all);
+    }
+    let mut args = Arguments::from_args();
+    args.test_threads = Some(1);
+    let agent = Arc::new(Mutex::new(Agent::new(args.nocapture)));
+    let trial = |&(name, _): &Told| {
+        let agent = Arc::clone(&agent);
+        Trial::test(name, move || {
+            let mut agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
+            agent.run(name).map_err(|error| Failed::from(format!("{error:#}")))
+        })
+    };
+    let conclusion = libtest_mimic::run(&args, all.iter().map(trial).collect());
+    agent.lock().unwrap_or_else(PoisonError::into_inner).finish()?;
+    conclusion.exit()
+}

@@ -1,0 +1,120 @@
+//! QMP and the guest decide when a machine runs and how it ends; both are told the truth about it.
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stories::agent::Story;
+use stories::guest::Kernel;
+use stories::monitor::{Monitor, SOON, Vm};
+
+fn started(story: &Story) -> Result<Monitor> {
+    let mut guest = Vm::linux(&story.paths, Kernel::Elf).start(&story.paths, &story.dir)?;
+    guest.wait_ready()?;
+    Ok(guest)
+}
+
+fn uptime(guest: &mut Monitor) -> Result<Duration> {
+    let shown = guest.sh("cut -d ' ' -f 1 /proc/uptime")?;
+    Ok(Duration::from_secs_f64(shown.trim().parse().with_context(|| format!("uptime {shown}"))?))
+}
+
+pub fn stop_and_cont(story: &Story) -> Result<()> {
+    let mut guest = started(story)?;
+    let mut qmp = guest.qmp()?;
+    ensure!(qmp.execute("query-status", Value::Null)?.get("running") == Some(&json!(true)));
+    guest.sh("while :; do echo tick; usleep 100000; done > /dev/console &")?;
+    guest.wait_for("tick", SOON)?;
+
+    let before = uptime(&mut guest)?;
+    let began = Instant::now();
+    ensure!(qmp.execute("stop", Value::Null)? == json!({}));
+    qmp.wait_event("STOP", SOON)?;
+    let status = qmp.execute("query-status", Value::Null)?;
+    ensure!(
+        status.get("running") == Some(&json!(false))
+            && status.get("status") == Some(&json!("paused")),
+        "{status}"
+    );
+    // What had left the guest before it stopped may still be on its way to us.
+    thread::sleep(Duration::from_millis(500));
+    guest.forget();
+    let pause = Duration::from_secs(3);
+    thread::sleep(pause);
+    ensure!(guest.unseen().is_empty(), "a stopped guest printed '{}'", guest.unseen());
+
+    ensure!(qmp.execute("cont", Value::Null)? == json!({}));
+    qmp.wait_event("RESUME", SOON)?;
+    guest.wait_for("tick", SOON)?;
+    let after = uptime(&mut guest)?;
+    let passed = began.elapsed();
+    ensure!(after > before, "the guest's clock went from {before:?} back to {after:?}");
+    let lived = after - before;
+    ensure!(
+        lived + pause <= passed,
+        "of {passed:?} with a pause of {pause:?} the guest lived {lived:?}"
+    );
+    let log = guest.sh("dmesg")?;
+    for bad in
+        ["soft lockup", "Call Trace", "rcu_sched self-detected stall", "clocksource: Marking"]
+    {
+        ensure!(!log.contains(bad), "the kernel reports '{bad}'");
+    }
+    Ok(())
+}
+
+pub fn reset(story: &Story) -> Result<()> {
+    let mut guest = started(story)?;
+    let mut qmp = guest.qmp()?;
+    guest.sh("touch /tmp/was-here")?;
+    ensure!(qmp.execute("system_reset", Value::Null)? == json!({}));
+    ensure!(qmp.wait_event("RESET", SOON)?.get("guest") == Some(&json!(false)));
+    guest.wait_for("guest: init", SOON * 3)?;
+    guest.wait_ready()?;
+    guest.sh("test ! -e /tmp/was-here")?;
+    ensure!(qmp.execute("query-status", Value::Null)?.get("status") == Some(&json!("running")));
+    Ok(())
+}
+
+pub fn powerdown(story: &Story) -> Result<()> {
+    let mut guest = started(story)?;
+    let mut qmp = guest.qmp()?;
+    ensure!(qmp.execute("system_powerdown", Value::Null)? == json!({}));
+    qmp.wait_event("POWERDOWN", SOON)?;
+    guest.wait_for("guest: power button", SOON)?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    ensure!(data == json!({ "guest": true, "reason": "guest-shutdown" }), "{data}");
+    ensure!(guest.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+pub fn quit(story: &Story) -> Result<()> {
+    let mut guest = started(story)?;
+    let mut qmp = guest.qmp()?;
+    ensure!(qmp.execute("quit", Value::Null)? == json!({}));
+    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    ensure!(data == json!({ "guest": false, "reason": "host-qmp-quit" }), "{data}");
+    ensure!(qmp.line(Instant::now() + SOON)?.is_none(), "something came after SHUTDOWN");
+    ensure!(guest.wait_exit()?.code() == Some(0));
+    ensure!(!story.dir.join("qmp.sock").exists(), "the socket's file is left behind");
+    Ok(())
+}
+
+pub fn poweroff(story: &Story) -> Result<()> {
+    let mut guest = started(story)?;
+    let mut qmp = guest.qmp()?;
+    guest.type_in("poweroff -f\n")?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    ensure!(data == json!({ "guest": true, "reason": "guest-shutdown" }), "{data}");
+    ensure!(guest.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+pub fn panic(story: &Story) -> Result<()> {
+    let mut guest = started(story)?;
+    let mut qmp = guest.qmp()?;
+    guest.type_in("echo c > /proc/sysrq-trigger\n")?;
+    guest.wait_for("Kernel panic", SOON)?;
+    qmp.wait_event("GUEST_PANICKED", SOON)?;
+    Ok(())
+}
