@@ -7,6 +7,9 @@ pub const CPUS: RangeInclusive<u8> = 1..=254;
 pub const DEFAULT_MEMORY: u64 = 256 << 20;
 /// Least guest RAM in bytes.
 pub const MIN_MEMORY: u64 = 16 << 20;
+/// Most guest RAM in bytes: physical addresses have 52 bits (Intel SDM 3A, 4.1.4), and 1 GiB of
+/// them is the hole. What the host has is far less and seen when it is asked for.
+pub const MAX_MEMORY: u64 = (1 << 52) - (1 << 30);
 /// Guest RAM is a multiple of this many bytes.
 pub const MEMORY_UNIT: u64 = 1 << 20;
 /// Disks, those added later included: one pre-made slot each.

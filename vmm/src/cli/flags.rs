@@ -50,19 +50,19 @@ pub(super) static TABLE: &[Flag] = &[
     flag(&["initrd"], Plain("FILE"), Boot, system::initrd,
          "initial RAM disk"),
     flag(&["drive"],
-         Properties("id=ID,file=PATH[,readonly=on|off][,direct=on|off][,discard=unmap|ignore]\
-                     [,aio=io_uring|native|off][,throttling.iops-total=N]\
-                     [,throttling.bps-total=N]", None),
+         Properties("id=ID,file=PATH[,readonly=on|off][,direct=on|off]", None),
          Storage, disk::drive,
-         "raw image; a disk by itself unless a -device uses it, and then also \
-          [,serial=TEXT][,iothread=ID][,iops=N]").repeatable(),
+         "raw image: readonly (off), direct (on) for O_DIRECT; a disk by itself unless a -device \
+          uses it; also [,serial=TEXT] [,iothread=ID] [,discard=unmap|ignore] \
+          [,aio=io_uring|native|off] [,throttling.iops-total=N] [,throttling.bps-total=N]").repeatable(),
     flag(&["netdev"],
          Properties("tap,id=ID,ifname=TAP|fd=N|fds=N:N[,queues=N]", Some("type")),
          Network, net::netdev,
          "tap device, by name or inherited descriptor; older form \
-          id=ID,netdev=TAP[,fds=N][,mac=MAC][,iothread=ID], a NIC by itself").repeatable(),
+          id=ID,netdev=TAP[,fds=N][,mac=MAC][,iothread=ID], a NIC by itself; both \
+          [,throttling.pps-total=N][,throttling.bps-total=N]").repeatable(),
     flag(&["device"], Properties("MODEL,id=ID[,...]", Some("driver")), Other, device::device,
-         "virtual device; MODEL and its keys:").repeatable(),
+         "virtual device: one of the models below").repeatable(),
     flag(&["chardev"],
          Properties("stdio|pty|file|socket,id=ID[,path=PATH][,server,nowait]", Some("backend")),
          Characters, chars::chardev,
@@ -86,7 +86,7 @@ pub(super) static TABLE: &[Flag] = &[
     flag(&["S", "freeze"], Switch, Process, process::freeze,
          "do not start the vCPUs before QMP's cont"),
     flag(&["D"], Optional("FILE"), Process, process::log,
-         "log to a file, or to standard error"),
+         "log to a file, or to standard error; STRATOVIRT_LOG_LEVEL=error|warn|info|debug|trace"),
     flag(&["disable-seccomp"], Switch, Process, process::disable_seccomp,
          "install no system call filter"),
     Flag { help: "print the version", ..row(&["V", "version"], Shape::Any, Information, Effect::Action) },

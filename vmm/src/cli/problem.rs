@@ -120,7 +120,7 @@ pub(super) fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a s
     known
         .into_iter()
         .map(|name| (strsim::osa_distance(&word, &name.to_lowercase().replace('-', "_")), name))
-        .filter(|(distance, name)| *distance <= 2 && *distance < name.len())
+        .filter(|(distance, name)| *distance <= 2 && *distance * 3 <= name.len())
         .min()
         .map(|(_, name)| format!("; did you mean '{name}'?"))
         .unwrap_or_default()

@@ -119,6 +119,12 @@ pub(super) fn memory_size(word: &str) -> Result<u64, Rule> {
     if bytes < limits::MIN_MEMORY {
         return Err(format!("{bytes} bytes, at least {}M are needed", limits::MIN_MEMORY >> 20));
     }
+    if bytes > limits::MAX_MEMORY {
+        return Err(format!(
+            "{bytes} bytes, at most {}G can be addressed",
+            limits::MAX_MEMORY >> 30
+        ));
+    }
     if bytes % limits::MEMORY_UNIT != 0 {
         return Err(format!("unaligned with {} for memory", limits::MEMORY_UNIT));
     }
