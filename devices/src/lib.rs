@@ -3,6 +3,7 @@
 //! This crate knows guest memory, file descriptors and the virtio specification. It does not know
 //! KVM (interrupts are [`irq::Line`]s that somebody else binds), an event library (workers are
 //! driven through [`worker::IoThread`]) or any protocol.
+pub mod backend;
 pub mod bus;
 pub mod irq;
 pub mod rate_limit;

@@ -1,0 +1,2 @@
+//! What stands behind a device on the host's side.
+pub mod disk;
