@@ -1,3 +1,4 @@
 //! What stands behind a device on the host's side.
 pub mod char;
 pub mod net;
+pub mod disk;

@@ -2,6 +2,7 @@
 //!
 //! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
+pub mod blk;
 pub mod chain;
 pub mod mmio;
 pub mod net;
