@@ -185,17 +185,3 @@ fn a_host_that_is_always_busy_is_not_hammered() {
     assert!(calls < 10, "{calls}");
     assert_eq!((lan.tx_done(), lan.drops().1), (1, 1));
 }
-
-#[test]
-fn resets_under_load_lose_no_descriptor() {
-    let mut lan = Lan::started(MERGEABLE);
-    let before = crate::testing::open_descriptors();
-    for n in 0..500 {
-        lan.guest.start(MERGEABLE);
-        lan.guest.queues[1].set_available_index(n % 7);
-        lan.guest.queues[0].set_available_index(n % 5);
-        lan.guest.kick(TX);
-        lan.guest.kick(RX);
-    }
-    assert_eq!(crate::testing::open_descriptors(), before);
-}
