@@ -134,8 +134,11 @@ impl Tap {
     /// Use tap devices that somebody else has opened: one descriptor for each queue, all of one
     /// interface. They become non-blocking and close-on-exec.
     ///
+    /// They must have been opened with `IFF_NO_PI`. That cannot be checked: `TUNGETIFF` reports
+    /// the same bit for a socket without filter.
+    ///
     /// # Errors
-    /// When a descriptor is not one of a tap device without packet information.
+    /// When a descriptor is not one of a tap device, or not of the same as the others.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
         let mut name: Option<String> = None;
         let mut header = true;
@@ -147,9 +150,6 @@ impl Tap {
             let mode = |what| TapError::Mode { fd, name: this.clone(), what };
             if flags & libc::IFF_TAP == 0 {
                 return Err(mode("is a tun device: a tap device is needed (IFF_TAP)"));
-            }
-            if flags & libc::IFF_NO_PI == 0 {
-                return Err(mode("carries packet information: open it with IFF_NO_PI"));
             }
             if fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE == 0 {
                 return Err(mode("has one queue: open it with IFF_MULTI_QUEUE"));

@@ -14,6 +14,8 @@ pub(super) struct Tx {
     pub(super) ring: Ring,
     chain: Chain,
     frame: Frame,
+    /// The back-end has refused a frame and will say when it takes more.
+    waiting: bool,
 }
 
 /// Why a batch has ended.
@@ -35,7 +37,24 @@ impl Tx {
     pub(super) fn new(ring: Ring) -> Self {
         let chain = Chain::with_capacity(ring.size().into());
         let frame = Frame::new(ring.memory().clone());
-        Self { ring, chain, frame }
+        Self { ring, chain, frame, waiting: false }
+    }
+
+    /// The back-end is another one.
+    pub(super) fn forget(&mut self) {
+        self.waiting = false;
+    }
+
+    /// The back-end takes frames again: as [`Tx::run`].
+    pub(super) fn run_writable<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+    ) -> Result<bool, Broken> {
+        match self.waiting {
+            true => self.work(pair, shared),
+            false => Ok(false),
+        }
     }
 
     /// Send what the driver has made available, at most a queue's worth. True when there is more.
@@ -44,6 +63,13 @@ impl Tx {
         pair: usize,
         shared: &mut Shared<B>,
     ) -> Result<bool, Broken> {
+        match self.waiting {
+            true => Ok(false),
+            false => self.work(pair, shared),
+        }
+    }
+
+    fn work<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>) -> Result<bool, Broken> {
         self.ring.ignore()?;
         let mut budget = self.ring.size();
         loop {
@@ -102,10 +128,14 @@ impl Tx {
             return Sent::Refused;
         }
         let Some(backend) = &shared.backend else { return Sent::Done };
+        // Refused again although it said that it takes more: give the frame up, for that could go
+        // on for ever.
+        let again = std::mem::take(&mut self.waiting);
         match backend.write(pair, &mut self.frame) {
             Ok(_) => shared.stats.tx.passed(bytes),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return if shared.wait_writable(pair) { Sent::Refused } else { Sent::Done };
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !again => {
+                self.waiting = shared.wait_writable(pair);
+                return if self.waiting { Sent::Refused } else { Sent::Done };
             }
             Err(e) => shared.drop_tx(pair, &e),
         }

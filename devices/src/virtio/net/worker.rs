@@ -162,6 +162,7 @@ impl<B: NetBackend> NetWorker<B> {
     pub(super) fn set_backend(&mut self, backend: Option<Arc<B>>) {
         for pair in &mut self.pairs {
             pair.rx.forget();
+            pair.tx.forget();
         }
         self.shared.backend = backend;
         self.apply();
@@ -242,15 +243,17 @@ impl<B: NetBackend> NetWorker<B> {
         let Some(pair) = self.pairs.get_mut(n).filter(|_| n < self.active_pairs.into()) else {
             return Ok(());
         };
-        pair.rx_more = pair.rx.run(n, &mut self.shared)?;
-        self.go_on(self.pairs.get(n).is_some_and(|p| p.rx_more));
+        let more = pair.rx.run(n, &mut self.shared)?;
+        pair.rx_more = more;
+        self.go_on(more);
         Ok(())
     }
 
     fn run_tx(&mut self, n: usize) -> Result<(), Broken> {
         let Some(pair) = self.pairs.get_mut(n) else { return Ok(()) };
-        pair.tx_more = pair.tx.run(n, &mut self.shared)?;
-        self.go_on(self.pairs.get(n).is_some_and(|p| p.tx_more));
+        let more = pair.tx.run(n, &mut self.shared)?;
+        pair.tx_more = more;
+        self.go_on(more);
         Ok(())
     }
 
@@ -310,7 +313,11 @@ impl<B: NetBackend> NetWorker<B> {
         let mut events = [EpollEvent::default(); 16];
         let n = self.shared.writable.wait(0, &mut events).unwrap_or(0);
         for event in events.iter().take(n) {
-            self.run_tx(usize::try_from(event.data()).unwrap_or(usize::MAX))?;
+            let n = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            let Some(pair) = self.pairs.get_mut(n) else { continue };
+            let more = pair.tx.run_writable(n, &mut self.shared)?;
+            pair.tx_more = more;
+            self.go_on(more);
         }
         Ok(())
     }
