@@ -332,3 +332,6 @@ fn pvh_entry(desc: &[u8]) -> Result<u64, ElfError> {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;
