@@ -161,7 +161,8 @@ fn virtio(number: usize, slot: VirtioSlot, out: &mut Vec<u8>) {
     let registers = Memory32Fixed::new(true, slot.address, low32(layout::VIRTIO_MMIO_STEP));
     let interrupt = edge(slot.irq);
     Device::new(
-        Path::new(&format!("V{number:03X}")),
+        // Names have four characters; far fewer devices than 4096 fit.
+        Path::new(&format!("V{:03X}", number & 0xfff)),
         vec![
             &Name::new(Path::new("_HID"), &"LNRO0005"),
             &Name::new(Path::new("_UID"), &low32(number as u64)),

@@ -70,6 +70,20 @@ fn a_bzimage_may_have_odd_but_true_fields() {
 }
 
 #[test]
+fn any_byte_of_the_header_may_be_wrong() {
+    let memory = memory(32 * MIB);
+    for offset in 0x1f1..0x268 {
+        for value in [0, 1, 0x7f, 0x80, 0xff] {
+            let kernel = file(&changed(offset, &[value]));
+            // It loads or it is refused; it never does harm.
+            if let Ok(entry) = boot::load(&memory, &config(&kernel), &PLATFORM) {
+                assert!((MIB..32 * MIB).contains(&entry.registers.rip), "{offset:#x} {value:#x}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_bzimage_that_lies_is_refused_with_the_lie() {
     let says = |kernel: &[u8], what: &str| {
         let text = refusal(kernel);
@@ -103,6 +117,6 @@ fn a_bzimage_that_lies_is_refused_with_the_lie() {
     says(&changed(0x258, &[0xff; 8]), "its init_size at pref_address wants 0xffffffffffffffff");
     says(
         &changed(0x260, &[0xff; 4]),
-        "wants 0x1000000 to 0x100ffffff, but the RAM a kernel can use is 0x100000 to 0x4000000",
+        "wants 0x1000000 to 0x100ffffff, and the RAM for kernels is 0x100000 to 0x4000000",
     );
 }

@@ -275,7 +275,7 @@ fn an_elf_that_lies_is_refused_with_the_lie() {
     says(header(|h| h.offset = u64::MAX), "its segment 0 ends at byte 18446744073709551615");
     says(
         header(|h| h.phys = 0x8000),
-        "wants 0x8000 to 0xa000, but the RAM a kernel can use is 0x100000 to 0x4000000: link it at 1 MiB or above",
+        "wants 0x8000 to 0xa000, and the RAM for kernels is 0x100000 to 0x4000000: link it at 1 MiB or above",
     );
     says(header(|h| h.phys = u64::MAX - 4), "wants 0xfffffffffffffffb to 0xffffffffffffffff");
     says(header(|h| h.phys = 64 * MIB - 0x1000), "give the machine more memory (-m)");
@@ -314,4 +314,24 @@ fn notes_that_lie_are_refused_and_never_loop() {
     let note = Header { file_size: u64::MAX, ..note };
     let text = refusal(&elf_of(true, LOAD_AT, &[code_header(), note], &[], &[0; 0x1000]));
     assert!(text.contains("its notes have 18446744073709551615 bytes"), "{text}");
+}
+
+#[test]
+fn any_byte_of_the_headers_and_notes_may_be_wrong() {
+    let notes = [linux_note(), pvh_note(LOAD_AT)].concat();
+    let memory = memory(16 * MIB);
+    for wide in [true, false] {
+        let honest = elf(wide, LOAD_AT, &notes);
+        for offset in (0..64 + 2 * 56).chain(0x800..0x800 + notes.len()) {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut kernel = honest.clone();
+                kernel[offset] = value;
+                // It loads or it is refused; it never does harm.
+                if let Ok(entry) = boot::load(&memory, &config(&file(&kernel)), &PLATFORM) {
+                    let rip = entry.registers.rip;
+                    assert!((MIB..32 * MIB).contains(&rip), "{offset:#x} {value:#x}");
+                }
+            }
+        }
+    }
 }

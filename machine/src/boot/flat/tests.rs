@@ -63,12 +63,16 @@ fn a_flat_image_that_is_bigger_than_ram_is_refused() {
     let kernel = file(&[0x90; 4096]);
     let text = chain(&boot::load(&memory(16 * MIB), &config(&kernel), &PLATFORM).unwrap_err());
     assert!(text.contains("the flat image wants 0x1000000 to 0x1001000"), "{text}");
-    assert!(text.contains("0x100000 to 0x1000000"), "{text}");
+    assert!(text.contains("is 0x100000 to 0x1000000: give the machine more memory (-m)"), "{text}");
 }
 
 #[test]
 fn only_regular_files_are_read() {
+    let directory = vmm_sys_util::tempdir::TempDir::new().unwrap();
+    let fifo = directory.as_path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let cases = [
+        (fifo.to_str().unwrap(), "it is a FIFO, not a regular file"),
         ("/nonexistent", "it cannot be opened: No such file or directory"),
         ("/", "it is a directory, not a regular file"),
         ("/dev/zero", "it is a character device or socket"),
