@@ -58,14 +58,19 @@ pub struct VirtioSlot {
 /// The hardware to tell the guest of.
 #[derive(Debug, Clone, Copy)]
 pub struct Platform<'a> {
-    /// vCPUs; their APIC ids are 0 to `cpus` - 1. 1 to 254.
-    pub cpus: u8,
+    /// APIC ids of the vCPUs, the boot vCPU's first. At most 254, none above 254.
+    pub apic_ids: &'a [u8],
     /// virtio-mmio slots, filled or not.
     pub slots: &'a [VirtioSlot],
     /// Whether there is a first serial port.
     pub serial: bool,
     /// Where the 16 bytes of the generation id lie, if there are any.
     pub vmgenid: Option<GuestAddress>,
+}
+
+/// An APIC id for the IOAPIC: one that no processor has.
+fn ioapic_id(apic_ids: &[u8]) -> u8 {
+    apic_ids.iter().max().map_or(0, |id| id.saturating_add(1))
 }
 
 /// How the kernel is entered.
@@ -209,7 +214,7 @@ pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<E
                 .map_err(|source| BootError::Initrd { path: path.clone(), source })?,
         ),
     };
-    mptable::write(memory, platform.cpus)?;
+    mptable::write(memory, platform.apic_ids)?;
     let rsdp = match told.acpi {
         None => None,
         Some(slots) => Some(acpi::write(memory, &Platform { slots: &slots, ..*platform })?),
