@@ -26,7 +26,7 @@ const EXT_INT: u8 = 3;
 /// All local APICs.
 const ALL: u8 = 0xff;
 
-/// Writes the table for `cpus` processors with the APIC ids 0 to `cpus` - 1.
+/// Writes the table for the processors with these APIC ids, the boot processor first.
 pub(super) fn write(memory: &Memory, apic_ids: &[u8]) -> Result<(), BootError> {
     let mut bytes = pointer();
     bytes.extend(table(apic_ids));
