@@ -59,7 +59,7 @@ pub(super) fn write(memory: &Memory, platform: &Platform) -> Result<GuestAddress
     let mut blob = Blob { bytes: vec![0; Rsdp::len()] };
     let dsdt = blob.push(&dsdt(platform));
     let fadt = blob.push(&fadt(dsdt));
-    let madt = blob.push(&madt(platform.cpus));
+    let madt = blob.push(&madt(platform.apic_ids));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -121,15 +121,15 @@ fn fadt(dsdt: u64) -> impl Aml {
 
 /// MADT (ACPI 6.5, 5.2.12). ISA interrupts are where KVM has them, on the pin of the same number, so
 /// there are no overrides.
-fn madt(cpus: u8) -> impl Aml {
+fn madt(apic_ids: &[u8]) -> impl Aml {
     /// There is a dual 8259.
     const PCAT_COMPAT: u32 = 1;
     let mut body = low32(layout::LAPIC).to_le_bytes().to_vec();
     body.extend(PCAT_COMPAT.to_le_bytes());
-    for id in 0..cpus {
-        ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
+    for (uid, id) in (0u8..).zip(apic_ids) {
+        ProcessorLocalApic::new(uid, *id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
     }
-    IoApic::new(cpus, low32(layout::IOAPIC), 0).to_aml_bytes(&mut body);
+    IoApic::new(super::ioapic_id(apic_ids), low32(layout::IOAPIC), 0).to_aml_bytes(&mut body);
     // Local APIC NMI: type 4, length 6, all processors, flags as the bus has them, LINT1.
     body.extend([4, 6, 0xff, 0, 0, 1]);
     let mut madt = Sdt::new(*b"APIC", HEADER_SIZE, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -161,7 +161,8 @@ fn virtio(number: usize, slot: VirtioSlot, out: &mut Vec<u8>) {
     let registers = Memory32Fixed::new(true, slot.address, low32(layout::VIRTIO_MMIO_STEP));
     let interrupt = edge(slot.irq);
     Device::new(
-        Path::new(&format!("V{number:03X}")),
+        // Names have four characters; far fewer devices than 4096 fit.
+        Path::new(&format!("V{:03X}", number & 0xfff)),
         vec![
             &Name::new(Path::new("_HID"), &"LNRO0005"),
             &Name::new(Path::new("_UID"), &low32(number as u64)),

@@ -143,3 +143,6 @@ fn code_size(file: &Source, header: &setup_header, setup: u64) -> Result<u64, Bz
     }
     Ok(size)
 }
+
+#[cfg(test)]
+pub(super) mod tests;

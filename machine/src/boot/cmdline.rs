@@ -111,14 +111,13 @@ pub(super) struct Composed<'a> {
 pub(super) fn tell<'a>(
     user: &'a str,
     slots: &[VirtioSlot],
-    kernel: Option<KernelWords>,
+    kernel: impl FnOnce() -> Option<KernelWords>,
 ) -> Told<'a> {
     let words = || user.split_ascii_whitespace().take_while(|word| *word != END);
     let wish = words().filter(|word| matches!(*word, "acpi=off" | "acpi=force")).last();
-    let acpi = match (wish, kernel) {
-        (Some(wish), _) => wish == "acpi=force",
-        (None, Some(KernelWords { acpi: false, virtio_mmio: true })) => false,
-        (None, _) => true,
+    let acpi = match wish {
+        Some(wish) => wish == "acpi=force",
+        None => kernel() != Some(KernelWords { acpi: false, virtio_mmio: true }),
     };
     let given: Vec<u64> = words()
         .filter_map(|word| word.strip_prefix(PARAMETER))

@@ -151,20 +151,16 @@ fn check_identity(file: &Source, head: &[u8]) -> Result<bool, ElfError> {
     };
     let kind = bytes::u16(head, 16).ok_or_else(truncated)?;
     let machine = bytes::u16(head, 18).ok_or_else(truncated)?;
-    let machine = match machine {
+    let other = match machine {
         3 | 62 => None,
-        40 => Some("a 32-bit ARM".to_owned()),
-        183 => Some("an aarch64".to_owned()),
-        243 => Some("a RISC-V".to_owned()),
-        258 => Some("a LoongArch".to_owned()),
-        other => Some(format!("an ELF file for machine type {other}, not an x86-64")),
+        40 => Some("a 32-bit ARM ELF file".into()),
+        183 => Some("an aarch64 ELF file".into()),
+        243 => Some("a RISC-V ELF file".into()),
+        258 => Some("a LoongArch ELF file".into()),
+        other => Some(format!("an ELF file for machine type {other}")),
     };
-    if let Some(machine) = machine {
-        return Err(ElfError::Other(if machine.contains("machine type") {
-            machine
-        } else {
-            format!("{machine} ELF file")
-        }));
+    if let Some(other) = other {
+        return Err(ElfError::Other(other));
     }
     match kind {
         2 | 3 => Ok(wide),
@@ -332,3 +328,6 @@ fn pvh_entry(desc: &[u8]) -> Result<u64, ElfError> {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

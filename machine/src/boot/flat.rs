@@ -114,3 +114,6 @@ fn is_text(head: &[u8]) -> bool {
     let allowed = |c: char| !c.is_control() || matches!(c, '\t' | '\n' | '\r');
     text.is_some_and(|text| text.chars().all(allowed))
 }
+
+#[cfg(test)]
+mod tests;

@@ -58,14 +58,19 @@ pub struct VirtioSlot {
 /// The hardware to tell the guest of.
 #[derive(Debug, Clone, Copy)]
 pub struct Platform<'a> {
-    /// vCPUs; their APIC ids are 0 to `cpus` - 1. 1 to 254.
-    pub cpus: u8,
+    /// APIC ids of the vCPUs, the boot vCPU's first. At most 254, none above 254.
+    pub apic_ids: &'a [u8],
     /// virtio-mmio slots, filled or not.
     pub slots: &'a [VirtioSlot],
     /// Whether there is a first serial port.
     pub serial: bool,
     /// Where the 16 bytes of the generation id lie, if there are any.
     pub vmgenid: Option<GuestAddress>,
+}
+
+/// An APIC id for the IOAPIC: one that no processor has.
+fn ioapic_id(apic_ids: &[u8]) -> u8 {
+    apic_ids.iter().max().map_or(0, |id| id.saturating_add(1))
 }
 
 /// How the kernel is entered.
@@ -149,10 +154,11 @@ pub enum KernelError {
     /// A bzImage that lies or is too old.
     #[error(transparent)]
     BzImage(#[from] BzImageError),
-    /// A part of the kernel lies where there is no free RAM.
+    /// A part of the kernel lies where there is no RAM for it.
     #[error(
-        "{part} wants {start:#x} to {end:#x}, but the RAM a kernel can use is {ram}: {}",
-        if *start < crate::layout::HIGH_RAM { "link it at 1 MiB or above" } else { "give the machine more memory (-m)" }
+        "{part} wants {start:#x} to {end:#x}, and the RAM for kernels is {:#x} to {:#x}: {hint}",
+        ram.start,
+        ram.end
     )]
     DoesNotFit {
         /// Which part.
@@ -162,7 +168,9 @@ pub enum KernelError {
         /// The byte after it.
         end: u64,
         /// What there is.
-        ram: String,
+        ram: std::ops::Range<u64>,
+        /// What to do about it.
+        hint: &'static str,
     },
 }
 
@@ -185,8 +193,8 @@ struct Loaded {
 
 /// Loads kernel, initrd, command line, ACPI or MP tables and boot parameters into `memory`.
 ///
-/// `memory` must be zero (new, or dropped before a reset): what a kernel expects to be zero is not
-/// written.
+/// `memory` must be zero, as it is when it is new; before a reset, drop its pages (`madvise`,
+/// `fallocate`). What a kernel expects to be zero is not written: that would only touch pages.
 ///
 /// # Errors
 /// When a file cannot be read, is not what it should be or does not fit. Memory may be partly
@@ -195,8 +203,9 @@ pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<E
     let ram = Ram::of(memory);
     let loaded = load_kernel(memory, &ram, &boot.kernel)
         .map_err(|source| BootError::Kernel { path: boot.kernel.clone(), source })?;
-    let kernel_words = cmdline::kernel_words(memory, &loaded.image);
-    let told = cmdline::tell(&boot.cmdline, platform.slots, kernel_words);
+    let told = cmdline::tell(&boot.cmdline, platform.slots, || {
+        cmdline::kernel_words(memory, &loaded.image)
+    });
     let cmdline = cmdline::check(told.cmdline, loaded.cmdline_max)?;
     let initrd = match &boot.initrd {
         None => None,
@@ -205,7 +214,7 @@ pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<E
                 .map_err(|source| BootError::Initrd { path: path.clone(), source })?,
         ),
     };
-    mptable::write(memory, platform.cpus)?;
+    mptable::write(memory, platform.apic_ids)?;
     let rsdp = match told.acpi {
         None => None,
         Some(slots) => Some(acpi::write(memory, &Platform { slots: &slots, ..*platform })?),

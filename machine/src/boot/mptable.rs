@@ -26,10 +26,10 @@ const EXT_INT: u8 = 3;
 /// All local APICs.
 const ALL: u8 = 0xff;
 
-/// Writes the table for `cpus` processors with the APIC ids 0 to `cpus` - 1.
-pub(super) fn write(memory: &Memory, cpus: u8) -> Result<(), BootError> {
+/// Writes the table for the processors with these APIC ids, the boot processor first.
+pub(super) fn write(memory: &Memory, apic_ids: &[u8]) -> Result<(), BootError> {
     let mut bytes = pointer();
-    bytes.extend(table(cpus));
+    bytes.extend(table(apic_ids));
     memory
         .write_slice(&bytes, GuestAddress(layout::MP_TABLE))
         .map_err(|source| BootError::Tables { address: layout::MP_TABLE, source })
@@ -46,24 +46,23 @@ fn pointer() -> Vec<u8> {
     bytes
 }
 
-fn table(cpus: u8) -> Vec<u8> {
+fn table(apic_ids: &[u8]) -> Vec<u8> {
     let mut entries: Vec<u8> = Vec::new();
     let mut count: u16 = 0;
     let mut add = |entry: &[u8]| {
         entries.extend(entry);
         count += 1;
     };
-    for id in 0..cpus {
-        let flags = if id == 0 { ENABLED | BOOT } else { ENABLED };
-        let mut entry = vec![0, id, LAPIC_VERSION, flags];
+    for (index, id) in apic_ids.iter().enumerate() {
+        let flags = if index == 0 { ENABLED | BOOT } else { ENABLED };
+        let mut entry = vec![0, *id, LAPIC_VERSION, flags];
         entry.extend(SIGNATURE.to_le_bytes());
         entry.extend(FEATURES.to_le_bytes());
         entry.extend([0; 8]);
         add(&entry);
     }
     add(&[1, BUS, b'I', b'S', b'A', b' ', b' ', b' ']);
-    // The id after the last processor's.
-    let ioapic = cpus;
+    let ioapic = super::ioapic_id(apic_ids);
     let mut entry = vec![2, ioapic, IOAPIC_VERSION, ENABLED];
     entry.extend(low32(layout::IOAPIC).to_le_bytes());
     add(&entry);

@@ -1,5 +1,4 @@
 //! Where RAM is, which of it a kernel may use, and the memory map that says so.
-use std::fmt;
 use std::ops::Range;
 
 use devices::Memory;
@@ -39,35 +38,30 @@ impl Ram {
         Ram(ranges)
     }
 
-    /// The parts that a kernel may use: those above the first megabyte.
-    fn usable(&self) -> impl Iterator<Item = Range<u64>> {
-        self.0
-            .iter()
-            .map(|range| range.start.max(layout::HIGH_RAM)..range.end)
-            .filter(|range| !range.is_empty())
-    }
-
-    /// The part from the first megabyte to the hole, where kernels and initrds are put.
+    /// From the first megabyte to the hole: where kernels and initrds are put. The boot page tables
+    /// and 32-bit addresses reach all of it.
     pub(super) fn low(&self) -> Range<u64> {
-        self.usable()
-            .find(|range| range.start == layout::HIGH_RAM)
-            .unwrap_or(layout::HIGH_RAM..layout::HIGH_RAM)
+        let start = layout::HIGH_RAM;
+        let end =
+            self.0.iter().find(|range| range.contains(&start)).map_or(start, |range| range.end);
+        start..end.min(layout::HOLE_START)
     }
 
-    /// Says no where `len` bytes at `start` are not all RAM that a kernel may use.
+    /// The end of `len` bytes at `start`, if a kernel may have them.
     pub(super) fn check(&self, part: &str, start: u64, len: u64) -> Result<u64, KernelError> {
-        let end = start.checked_add(len);
-        match end {
-            Some(end) if self.usable().any(|range| range.start <= start && end <= range.end) => {
-                Ok(end)
-            }
-            _ => Err(KernelError::DoesNotFit {
-                part: part.to_owned(),
-                start,
-                end: end.unwrap_or(u64::MAX),
-                ram: self.to_string(),
-            }),
+        let low = self.low();
+        let end = start.saturating_add(len);
+        if low.start <= start && end <= low.end {
+            return Ok(end);
         }
+        let hint = if start < low.start {
+            "link it at 1 MiB or above"
+        } else if end > layout::HOLE_START {
+            "link it below 3 GiB"
+        } else {
+            "give the machine more memory (-m)"
+        };
+        Err(KernelError::DoesNotFit { part: part.to_owned(), start, end, ram: low, hint })
     }
 
     /// The memory map for e820 and PVH.
@@ -88,16 +82,5 @@ impl Ram {
         map.push(Area { range: kvm, kind: Kind::Reserved });
         map.sort_by_key(|area| area.range.start);
         map
-    }
-}
-
-impl fmt::Display for Ram {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut none = true;
-        for range in self.usable() {
-            write!(f, "{}{:#x} to {:#x}", if none { "" } else { " and " }, range.start, range.end)?;
-            none = false;
-        }
-        if none { f.write_str("none") } else { Ok(()) }
     }
 }

@@ -10,7 +10,7 @@ const BOTH: &str = " virtio_mmio.device=4K@0xf0100000:5 virtio_mmio.device=4K@0x
 
 /// What is added to the command line, and how many devices the ACPI tables have.
 fn told(user: &str, kernel: Option<KernelWords>) -> (String, Option<usize>) {
-    let told = tell(user, &SLOTS, kernel);
+    let told = tell(user, &SLOTS, || kernel);
     (told.cmdline.added, told.acpi.map(|slots| slots.len()))
 }
 
@@ -56,7 +56,7 @@ fn a_device_that_the_user_declares_is_left_to_him() {
 
 #[test]
 fn the_users_words_stay_as_they_are() {
-    let composed = |user: &str, kernel| check(tell(user, &SLOTS, kernel).cmdline, 2047).unwrap();
+    let composed = |user: &str, kernel| check(tell(user, &SLOTS, || kernel).cmdline, 2047).unwrap();
     for user in ["", " ", "a  b=\"c d\"\tx", "root=UUID=1-2 rootflags=data=ordered -- s"] {
         assert_eq!(composed(user, LINUX), user);
         assert!(composed(user, LINUX_WITHOUT_ACPI).contains(BOTH.trim()));
@@ -69,7 +69,7 @@ fn the_users_words_stay_as_they_are() {
 
 #[test]
 fn bytes_that_a_kernel_would_not_read_are_refused() {
-    let error = |user: &str| check(tell(user, &[], None).cmdline, 2047).unwrap_err().to_string();
+    let error = |user: &str| check(tell(user, &[], || None).cmdline, 2047).unwrap_err().to_string();
     assert!(error("a\0b").starts_with("it has a zero byte at byte 1; only printable ASCII"));
     assert!(error("a\n").contains("a line break at byte 1"));
     assert!(error("\u{1b}[0m").contains("a control character (0x1b) at byte 0"));
@@ -78,7 +78,7 @@ fn bytes_that_a_kernel_would_not_read_are_refused() {
 
 #[test]
 fn what_is_added_counts() {
-    let told = tell("acpi=off", &SLOTS, None);
+    let told = tell("acpi=off", &SLOTS, || None);
     let len = "acpi=off".len() + BOTH.len();
     assert_eq!(
         check(told.cmdline, len - 1),
