@@ -1,15 +1,11 @@
 //! Disks' and NICs' back-ends: opened, waiting for a slot, or in one.
-use std::{
-    collections::BTreeMap,
-    io,
-    os::fd::{FromRawFd, OwnedFd},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd, sync::Arc};
 
 use devices::{
     backend::{
         disk::{Disk, DiskError, OpenOptions},
-        net::{Tap, TapError},
+        inherited,
+        net::tap::{Tap, TapError},
     },
     virtio::{
         blk::{self, Block, BlockStats, Drive},
@@ -112,7 +108,12 @@ pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
 pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
     match &config.tap {
         TapConfig::Name(name) => Tap::open(name, usize::from(config.queue_pairs)),
-        TapConfig::Fds(fds) => Tap::from_fds(fds.iter().copied().map(inherited).collect()),
+        TapConfig::Fds(numbers) => {
+            let take = |fd: &i32| {
+                inherited::take(*fd).map_err(|source| TapError::NotTapFd { fd: *fd, source })
+            };
+            Tap::from_fds(numbers.iter().map(take).collect::<Result<_, _>>()?)
+        }
     }
 }
 
@@ -156,11 +157,7 @@ impl Machine {
         if b.waiting_disks.remove(id).is_some() || b.waiting_nics.remove(id).is_some() {
             return Ok(());
         }
-        Err(if b.knows(id) {
-            PlugError::InUse(id.into())
-        } else {
-            PlugError::NoBackend(id.into())
-        })
+        Err(if b.knows(id) { PlugError::InUse(id.into()) } else { PlugError::NoBackend(id.into()) })
     }
 
     /// Put the disk `id` into slot `slot`. The guest sees its size at once.
@@ -282,7 +279,7 @@ impl Machine {
             let config = config.clone()?;
             let mut transport = self.slots.transport(slot)?.lock();
             let block = transport.device::<Block>()?;
-            Some(PluggedDisk { config, size: block.size(), stats: block.stats() })
+            Some(PluggedDisk { config, size: block.capacity(), stats: block.stats() })
         };
         self.backends.disks.iter().enumerate().filter_map(of).collect()
     }

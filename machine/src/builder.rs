@@ -2,7 +2,7 @@
 use std::{io, sync::Arc};
 
 use devices::{
-    backend::{char::CharError, disk::DiskError, net::TapError},
+    backend::{char::CharError, disk::DiskError, net::tap::TapError},
     bus::BusBuilder,
     virtio::{VirtioDevice, blk, net},
     worker::IoThread,
@@ -224,11 +224,8 @@ fn block(
         let error = io::Error::new(error.kind(), error.to_string());
         report(Event::DiskError { id: id.into(), write, error });
     });
-    let mut settings = blk::Settings {
-        queues: 1,
-        queue_size: EMPTY_QUEUE_SIZE,
-        on_error: Some(on_error),
-    };
+    let mut settings =
+        blk::Settings { queues: 1, queue_size: EMPTY_QUEUE_SIZE, on_error: Some(on_error) };
     let Some(config) = disk else {
         return blk::Block::new(&format!("disk{slot}"), settings, None)
             .map_err(|source| BuildError::DiskSettings { id: format!("disk{slot}"), source });
@@ -241,23 +238,16 @@ fn block(
         .map_err(|source| BuildError::DiskSettings { id: config.id.clone(), source })
 }
 
-fn interface(
-    slot: usize,
-    nic: Option<&crate::config::NicConfig>,
-) -> Result<net::Net, BuildError> {
+fn interface(slot: usize, nic: Option<&crate::config::NicConfig>) -> Result<net::Net, BuildError> {
     let Some(config) = nic else {
         let id = format!("nic{slot}");
-        let settings = net::NetSettings {
-            queue_pairs: 1,
-            queue_size: EMPTY_QUEUE_SIZE,
-            ..Default::default()
-        };
+        let settings =
+            net::NetSettings { queue_pairs: 1, queue_size: EMPTY_QUEUE_SIZE, ..Default::default() };
         return net::Net::new(id.clone(), settings, None)
             .map_err(|source| BuildError::NicSettings { id, source });
     };
     let id = config.id.clone();
-    let tap = backends::tap(config)
-        .map_err(|source| BuildError::Tap { id: id.clone(), source })?;
+    let tap = backends::tap(config).map_err(|source| BuildError::Tap { id: id.clone(), source })?;
     let settings = net::NetSettings {
         mac: config.mac,
         queue_pairs: config.queue_pairs,

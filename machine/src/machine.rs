@@ -5,11 +5,13 @@ use devices::{Device, Memory};
 use parking_lot::Mutex;
 
 use crate::{
-    boot::{self, BootError},
+    backends::Backends,
+    boot::{self, BootError, Platform},
     config::MachineConfig,
     io_thread,
     kvm::{KvmError, Vm, state::VcpuState, vcpu::KvmCpu},
     legacy::Legacy,
+    memory,
     slots::Slots,
     vcpu::{Gone, Handle},
 };
@@ -30,6 +32,10 @@ pub struct Machine {
     pub(crate) power_on: PowerOn,
     /// When the vCPUs were parked; `None` while they run or before they have ever run.
     pub(crate) parked: Option<Parked>,
+    pub(crate) apic_ids: Vec<u8>,
+    /// Labels and names of the character back-ends.
+    pub(crate) chardevs: Vec<(String, String)>,
+    pub(crate) backends: Backends,
 }
 
 /// The state before the first instruction.
@@ -79,14 +85,19 @@ impl Machine {
         self.io_threads.iter().skip(1).map(|(id, thread)| (id.as_str(), thread.thread()))
     }
 
-    /// The devices that are not virtio.
-    pub fn legacy(&mut self) -> &mut Legacy {
-        &mut self.legacy
+    /// Labels of the character devices and where they lead, such as `pty:/dev/pts/3`.
+    pub fn chardevs(&self) -> &[(String, String)] {
+        &self.chardevs
     }
 
-    /// The virtio devices.
-    pub fn slots(&self) -> &Slots {
-        &self.slots
+    /// Press the ACPI power button.
+    pub fn press_power_button(&self) {
+        self.legacy.press_power_button();
+    }
+
+    /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
+    pub fn send_ctrl_alt_del(&self) -> bool {
+        self.legacy.send_ctrl_alt_del()
     }
 
     /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood.
@@ -129,7 +140,8 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
-        boot::load(&self.memory, &self.config, &self.slots.boot_list())?;
+        memory::clear(&self.memory, self.config.memory.shared)?;
+        self.load()?;
         self.power_on.chips.restore(&self.vm)?;
         let states = self.power_on.vcpus.iter().cloned();
         let answers: Vec<_> =
@@ -140,6 +152,16 @@ impl Machine {
         // A machine that has not run yet has no pause to make up for.
         self.parked = None;
         Ok(())
+    }
+
+    fn load(&self) -> Result<boot::Entry, BootError> {
+        let platform = Platform {
+            apic_ids: &self.apic_ids,
+            slots: &self.slots.boot_list(),
+            serial: self.config.serial.is_some(),
+            vmgenid: None,
+        };
+        boot::load(&self.memory, &self.config.boot, &platform)
     }
 
     fn each_device(&mut self, mut act: impl FnMut(&mut dyn Device)) {

@@ -129,11 +129,9 @@ impl Vmm {
                 log::error!("vCPU {index} has stopped for good");
                 self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
             }
-            M::Escape => self.end(Ending {
-                guest: false,
-                reason: ShutdownCause::HostSignal,
-                status: 0,
-            }),
+            M::Escape => {
+                self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
+            }
             M::DiskError { id, write, error } => self.tell(&disk_error(id, write, &error)),
         }
     }

@@ -1,4 +1,5 @@
 //! What stands behind a device on the host's side.
 pub mod char;
-pub mod net;
 pub mod disk;
+pub mod inherited;
+pub mod net;

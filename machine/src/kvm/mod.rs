@@ -187,10 +187,6 @@ impl Vm {
         let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
         self.fd.set_clock(&clock).map_err(refused("set the guest's clock"))
     }
-
-    pub(crate) fn fd(&self) -> &VmFd {
-        &self.fd
-    }
 }
 
 /// The host's time stamp counter.

@@ -41,6 +41,7 @@ pub(super) struct Draft {
     pub(super) pidfile: Option<PathBuf>,
     pub(super) daemonize: bool,
     pub(super) paused: bool,
+    pub(super) reboot: bool,
     pub(super) log: Option<Log>,
     pub(super) disable_seccomp: bool,
 }

@@ -85,6 +85,8 @@ pub(super) static TABLE: &[Flag] = &[
          "go into the background"),
     flag(&["S", "freeze"], Switch, Process, process::freeze,
          "do not start the vCPUs before QMP's cont"),
+    flag(&["action"], Properties("reboot=reset|shutdown", None), Process, process::action,
+         "what a guest's reboot does: boot anew, or end the VM (shutdown)"),
     flag(&["D"], Optional("FILE"), Process, process::log,
          "log to a file, or to standard error; STRATOVIRT_LOG_LEVEL=error|warn|info|debug|trace"),
     flag(&["disable-seccomp"], Switch, Process, process::disable_seccomp,

@@ -37,6 +37,7 @@ mod value;
 mod tests;
 
 pub use problem::Problems;
+pub(crate) use value::mac;
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +63,8 @@ pub struct Invocation {
     pub daemonize: bool,
     /// Leave the vCPUs stopped until `cont`.
     pub paused: bool,
+    /// A guest's reboot boots anew; else it ends the VM, as StratoVirt's microVM does.
+    pub reboot: bool,
     /// Where the log goes.
     pub log: Log,
     /// Install no system call filter.

@@ -67,6 +67,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         pidfile: draft.pidfile,
         daemonize: draft.daemonize,
         paused: draft.paused,
+        reboot: draft.reboot,
         log: draft.log.unwrap_or(Log::Off),
         disable_seccomp: draft.disable_seccomp,
         warnings: r.warnings,

@@ -132,7 +132,7 @@ pub(super) fn memory_size(word: &str) -> Result<u64, Rule> {
 }
 
 /// An Ethernet address of one station, `xx:xx:xx:xx:xx:xx`.
-pub(super) fn mac(word: &str) -> Result<[u8; 6], Rule> {
+pub(crate) fn mac(word: &str) -> Result<[u8; 6], Rule> {
     let rule = || "Mac address is illegal: must be like 52:54:00:12:34:56".to_owned();
     let mut mac = [0; 6];
     let mut parts = word.split(':');

@@ -1,7 +1,8 @@
 //! Commands that tell what the machine is made of.
+use machine::config::limits;
 use qmp::{Error, schema::*};
 
-use crate::{cli, vmm::Vmm};
+use crate::vmm::Vmm;
 
 fn qom_path(index: usize) -> String {
     format!("/machine/unattached/device[{index}]")
@@ -70,10 +71,12 @@ pub fn query_hotpluggable_cpus(
 }
 
 pub fn query_chardev(vmm: &mut Vmm, _: QueryChardev) -> Result<Vec<ChardevInfo>, Error> {
-    let all = vmm.machine.chardevs().into_iter();
-    Ok(all
-        .map(|(label, filename)| ChardevInfo { label, filename, frontend_open: true })
-        .collect())
+    let info = |(label, filename): &(String, String)| ChardevInfo {
+        label: label.clone(),
+        filename: filename.clone(),
+        frontend_open: true,
+    };
+    Ok(vmm.machine.chardevs().iter().map(info).collect())
 }
 
 pub fn query_iothreads(vmm: &mut Vmm, _: QueryIothreads) -> Result<Vec<IoThreadInfo>, Error> {
@@ -99,7 +102,7 @@ pub fn query_machines(_: &mut Vmm, _: QueryMachines) -> Result<Vec<MachineInfo>,
     Ok(vec![MachineInfo {
         name: "microvm".into(),
         is_default: Some(true),
-        cpu_max: u32::from(cli::MAX_CPUS),
+        cpu_max: u32::from(*limits::CPUS.end()),
         hotpluggable_cpus: false,
         numa_mem_supported: false,
         deprecated: false,

@@ -5,7 +5,8 @@ mod introspect;
 mod net;
 mod run_state;
 
-use qmp::table::Table;
+use machine::PlugError;
+use qmp::{Error, ErrorClass, table::Table};
 
 use crate::{lifecycle::States, vmm::Vmm};
 
@@ -42,6 +43,14 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_name)
         .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
+}
+
+/// QEMU's class for a device that is not there; the whole chain of causes.
+fn plug_error(error: &PlugError) -> Error {
+    match error {
+        PlugError::NoDevice(_) => Error::new(ErrorClass::DeviceNotFound, error.to_string()),
+        _ => Error::generic(error),
+    }
 }
 
 #[cfg(test)]

@@ -197,6 +197,11 @@ impl Block {
         self.inserted.as_ref().map(|i| &*i.disk)
     }
 
+    /// Bytes that the guest sees; 0 for an empty slot.
+    pub fn capacity(&self) -> u64 {
+        self.inserted.as_ref().map_or(0, |i| i.disk.size())
+    }
+
     /// What the device has done so far.
     pub fn stats(&self) -> Arc<BlockStats> {
         self.stats.clone()
