@@ -1,2 +1,3 @@
 //! What stands behind a device on the host's side.
+pub mod char;
 pub mod net;
