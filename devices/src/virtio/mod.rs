@@ -3,9 +3,11 @@
 //! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
 pub mod chain;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod registers;
+mod ring;
 
 use std::{any::Any, sync::Arc};
 
