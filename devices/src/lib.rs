@@ -7,6 +7,7 @@ pub mod backend;
 pub mod bus;
 pub mod irq;
 pub mod legacy;
+pub mod rate_limit;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
