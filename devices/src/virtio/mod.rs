@@ -5,6 +5,7 @@
 pub mod chain;
 pub mod mmio;
 pub mod registers;
+pub mod rng;
 
 use std::{any::Any, sync::Arc};
 
