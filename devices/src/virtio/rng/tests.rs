@@ -3,6 +3,7 @@ use std::io::Write;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
+use crate::conformance;
 use crate::testing::{Guest, INDIRECT, NEXT, RAM, WRITE};
 
 fn rng(bps: Option<u64>) -> Box<Rng> {
@@ -13,6 +14,11 @@ fn guest(bps: Option<u64>) -> Guest {
     let mut guest = Guest::new(rng(bps));
     guest.start(F_INDIRECT_DESC);
     guest
+}
+
+#[test]
+fn conforms() {
+    conformance::run(|| rng(None));
 }
 
 #[test]
