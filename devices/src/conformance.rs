@@ -77,7 +77,7 @@ fn says_what_it_is(make: &impl Make) {
     assert!(!device.id().is_empty());
     let sizes = device.queue_sizes().to_vec();
     for size in &sizes {
-        virtio_queue::Queue::new(*size).expect("a power of two up to 32768");
+        assert!(virtio_queue::Queue::new(*size).is_ok(), "{size} is a power of two to 32768");
     }
     assert!(device.config().len() <= 4096 - CONFIG, "the configuration space fits its page");
     let mut g = guest(make);
