@@ -8,6 +8,7 @@ pub mod mmio;
 pub mod net;
 pub mod registers;
 mod ring;
+pub mod rng;
 
 use std::{any::Any, sync::Arc};
 
