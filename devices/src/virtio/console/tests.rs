@@ -8,6 +8,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::{
+    conformance,
     testing::{Buffer, Guest, NEXT, RAM, WRITE},
     virtio::registers::CONFIG,
 };
@@ -62,6 +63,11 @@ fn read(stream: &mut UnixStream) -> Vec<u8> {
     // WouldBlock at the end.
     let _ = stream.read_to_end(&mut all);
     all
+}
+
+#[test]
+fn every_rule_of_virtio_is_kept() {
+    conformance::run(|| Box::new(Console::new("console0", Char::null().unwrap())));
 }
 
 #[test]
