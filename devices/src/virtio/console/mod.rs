@@ -1,11 +1,9 @@
 //! virtio-console with one port (virtio 1.3, section 5.3).
 //!
 //! Output is passed on as fast as the other side takes it and held back in the queue beyond that,
-//! so that a slow reader loses nothing. A reader that takes nothing at all for [`PATIENCE`] does:
-//! Linux waits for its console with interrupts off, and a guest must not hang on a terminal that
-//! somebody has stopped.
-//!
-//! [`PATIENCE`]: worker::PATIENCE
+//! so that a slow reader loses nothing. A reader that takes nothing at all for a second does: Linux
+//! waits for its console with interrupts off, and a guest must not hang on a terminal that somebody
+//! has stopped.
 mod state;
 #[cfg(test)]
 mod tests;
