@@ -4,9 +4,12 @@
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod registers;
+mod ring;
+pub mod rng;
 
 use std::{any::Any, sync::Arc};
 

@@ -1,13 +1,13 @@
 //! Transmission: frames from the guest to the back-end.
 use std::io;
 
-use super::{
-    ring::{Broken, Popped, Ring},
-    worker::Shared,
-};
+use super::worker::Shared;
 use crate::{
     backend::net::{HEADER, NetBackend, frame::Frame},
-    virtio::chain::{Chain, total},
+    virtio::{
+        chain::{Chain, total},
+        ring::{Broken, Popped, Ring},
+    },
 };
 
 pub(super) struct Tx {
