@@ -287,19 +287,17 @@ impl<T> Engine<T> {
     }
 
     fn transfer_now(&mut self, t: &mut Transfer) -> Option<io::Result<()>> {
-        let ring = self.ring.is_some();
+        let ring = self.ring.is_some() && !self.disk.in_memory;
         while t.left > 0 {
             let (file, direct) = self.disk.file_for(t);
             if ring && direct {
                 return None;
             }
             let (result, nowait) = match t.op {
+                // Durability waits for the medium.
+                Op::Write { durable: true } if ring => return None,
                 Op::Write { durable } => {
-                    // Durability waits for the medium, so it is for the ring.
-                    let nowait = ring && (self.write_nowait || durable);
-                    if nowait && durable {
-                        return None;
-                    }
+                    let nowait = ring && self.write_nowait;
                     let flags = if nowait { libc::RWF_NOWAIT } else { write_flags(durable) };
                     // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped.
                     (unsafe { sys::write(file, t.buffers(), t.offset, flags) }, nowait)
@@ -315,7 +313,7 @@ impl<T> Engine<T> {
                 Ok(0) => return Some(Err(cut_short(t.op))),
                 Ok(n) => t.advance(n),
                 Err(e) => match e.raw_os_error() {
-                    Some(libc::EAGAIN) if ring && nowait => return None,
+                    Some(libc::EAGAIN) if nowait => return None,
                     Some(libc::EOPNOTSUPP) if nowait && t.op == Op::Read => {
                         self.read_nowait = false;
                     }

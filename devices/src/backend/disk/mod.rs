@@ -15,6 +15,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use self::sys::FileSystem;
 pub use engine::{Engine, Op, Outcome};
 
 /// Bytes of a sector, the unit of every address on a virtio disk.
@@ -92,6 +93,8 @@ pub struct Disk {
     file: File,
     direct: Option<Direct>,
     device: bool,
+    /// Reads and writes never wait for a medium (but cannot be asked to promise it).
+    in_memory: bool,
     readonly: bool,
     discard: bool,
     io_uring: bool,
@@ -115,7 +118,8 @@ impl Disk {
         let failed = |source| open_error(path, readonly, source);
         let found = file.metadata().map_err(failed)?;
         check_kind(path, &found)?;
-        if sys::is_procfs(&file) {
+        let file_system = sys::file_system(&file);
+        if file_system == FileSystem::Proc {
             return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
         }
         lock(path, &file, readonly)?;
@@ -141,6 +145,7 @@ impl Disk {
             file,
             direct,
             device,
+            in_memory: !device && file_system == FileSystem::Memory,
             readonly,
             discard: discard && !readonly,
             io_uring,

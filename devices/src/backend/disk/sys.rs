@@ -31,13 +31,27 @@ pub fn clear_nonblock(file: &File) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
 }
 
-/// Whether the file is one that the kernel makes up.
-pub fn is_procfs(file: &File) -> bool {
+/// What kind of file system a file is on, as far as it matters to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileSystem {
+    /// procfs: the kernel makes its files up.
+    Proc,
+    /// tmpfs: nothing ever waits for a medium.
+    Memory,
+    /// Any other.
+    Other,
+}
+
+/// The kind of file system that `file` is on.
+pub fn file_system(file: &File) -> FileSystem {
     // SAFETY: all-zero bytes are a valid statfs.
     let mut found: libc::statfs = unsafe { mem::zeroed() };
     // SAFETY: `found` outlives the call, which writes nothing else.
-    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut found) };
-    result == 0 && found.f_type == libc::PROC_SUPER_MAGIC
+    match unsafe { libc::fstatfs(file.as_raw_fd(), &mut found) } {
+        0 if found.f_type == libc::PROC_SUPER_MAGIC => FileSystem::Proc,
+        0 if found.f_type == libc::TMPFS_MAGIC => FileSystem::Memory,
+        _ => FileSystem::Other,
+    }
 }
 
 /// Lock the whole file for writing, or for reading, without waiting.

@@ -385,7 +385,7 @@ fn the_guest_sees_a_resized_image() {
 
 #[test]
 fn host_errors_reach_the_hook_and_the_guest() {
-    // A full disk, made of a limit on the size of files: no root, no mount.
+    // The image shrinks under the device: the one host error that needs no special mount.
     let dir = TempDir::new().unwrap();
     let path = image(&dir, MIB);
     let heard = Arc::new(Mutex::new(Vec::new()));
