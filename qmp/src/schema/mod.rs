@@ -65,15 +65,15 @@ commands! {
     "query-block"              QueryBlock             -> Vec<BlockInfo>;
     "query-blockstats"         QueryBlockstats        -> Vec<BlockStats>;
     "query-chardev"            QueryChardev           -> Vec<ChardevInfo>;
-    "query-commands"           QueryCommands          -> Vec<NameInfo>;
+    "query-commands"           QueryCommands          -> Vec<CommandInfo>;
     "query-cpus"               QueryCpus              -> Vec<CpuInfo>;
     "query-cpus-fast"          QueryCpusFast          -> Vec<CpuInfoFast>;
-    "query-events"             QueryEvents            -> Vec<NameInfo>;
+    "query-events"             QueryEvents            -> Vec<EventInfo>;
     "query-hotpluggable-cpus"  QueryHotpluggableCpus  -> Vec<HotpluggableCpu>;
     "query-iothreads"          QueryIothreads         -> Vec<IoThreadInfo>;
     "query-kvm"                QueryKvm               -> KvmInfo;
     "query-machines"           QueryMachines          -> Vec<MachineInfo>;
-    "query-name"               QueryName              -> VmName;
+    "query-name"               QueryName              -> NameInfo;
     "query-named-block-nodes"  QueryNamedBlockNodes   -> Vec<BlockDeviceInfo>;
     "query-qmp-schema"         QueryQmpSchema         -> Vec<SchemaInfo>;
     "query-status"             QueryStatus            -> StatusInfo;
