@@ -4,7 +4,12 @@ use std::{io, sync::Arc};
 use devices::{
     backend::{char::CharError, disk::DiskError, net::tap::TapError},
     bus::BusBuilder,
-    virtio::{VirtioDevice, blk, net},
+    virtio::{
+        VirtioDevice, blk,
+        console::Console,
+        net,
+        rng::{Rng, RngError},
+    },
     worker::IoThread,
 };
 
@@ -22,7 +27,7 @@ use crate::{
         state::{self, VcpuState},
         vcpu::{Buses, KvmCpu},
     },
-    legacy::{Legacy, LegacyError},
+    legacy::{self, Legacy, LegacyError},
     machine::PowerOn,
     memory::{self, MemoryError},
     slots::{DISKS, NICS, SlotError, Slots},
@@ -56,8 +61,8 @@ pub enum BuildError {
     NicSettings { id: String, source: net::PlugError },
     #[error("console {id}")]
     Console { id: String, source: CharError },
-    #[error("rng {id}: cannot open {path}")]
-    Rng { id: String, path: String, source: io::Error },
+    #[error("rng {id}")]
+    Rng { id: String, source: RngError },
     #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
     NoIoThread { what: &'static str, id: String, iothread: String },
     #[error("{count} disks; a machine has at most {DISKS}")]
@@ -120,6 +125,18 @@ impl Machine {
             let nic = config.nics.get(slot);
             let thread = threads.find_for("NIC", nic.map(|n| (&n.id, &n.iothread)))?;
             add(Box::new(interface(slot, nic)?), thread)?;
+        }
+        if let Some(console) = &config.console {
+            let char = legacy::open(&console.backend, &report)
+                .map_err(|source| BuildError::Console { id: console.id.clone(), source })?;
+            chardevs.push((console.id.clone(), char.name.clone()));
+            let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
+            add(Box::new(Console::new(console.id.clone(), char)), thread)?;
+        }
+        if let Some(rng) = &config.rng {
+            let device = Rng::new(rng.id.clone(), &rng.path, rng.bps)
+                .map_err(|source| BuildError::Rng { id: rng.id.clone(), source })?;
+            add(Box::new(device), default.clone())?;
         }
 
         let platform = Platform {
