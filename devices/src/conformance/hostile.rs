@@ -4,14 +4,13 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use super::{LIVE, Make, STATUS, live, queue_count, recovers};
+use super::{BUFFER, LIVE, Make, STATUS, live, queue_count, recovers};
 use crate::{
     Device,
     testing::{DriverQueue, Guest, HIGH, HIGH_LEN, INDIRECT, NEXT, RAM, WRITE},
 };
 
-/// Where a hostile driver keeps what is not a ring.
-const BUFFER: u64 = 8 << 20;
+/// Where a hostile driver keeps a table.
 const TABLE: u64 = 9 << 20;
 
 type Lay = fn(&DriverQueue);
@@ -154,6 +153,9 @@ pub(super) fn rings(make: &impl Make) {
     let offered = g.offered();
     for features in [offered, 0] {
         for index in 0..queue_count(&mut g) {
+            recovers(&mut g, "the last queue");
+            g.start(features);
+            let looks = looks_at(&mut g, index);
             for (case, broken, lay) in CASES {
                 recovers(&mut g, "the last case");
                 g.start(features);
@@ -165,10 +167,22 @@ pub(super) fn rings(make: &impl Make) {
                 let what = format!("queue {index}: {case}");
                 returned_no_more_than_given(&g, place, *broken, &what);
                 assert_eq!(g.load(STATUS) & !0x40, LIVE, "{what}");
+                assert!(g.needs_reset() || !(looks && *broken), "{what} needs a reset");
             }
         }
     }
     recovers(&mut g, "all cases");
+}
+
+/// Whether a notification makes the device look at this queue at once (and not, as a receive queue,
+/// when something arrives).
+fn looks_at(g: &mut Guest, index: u16) -> bool {
+    let queue = &g.queues[usize::from(index)];
+    queue.descriptor(0, BUFFER, 16, NEXT, 1);
+    queue.descriptor(1, BUFFER + 512, 16, WRITE, 0);
+    queue.publish(0);
+    g.kick(index);
+    g.queues[usize::from(index)].used_index() > 0
 }
 
 fn returned_no_more_than_given(g: &Guest, index: usize, broken: bool, what: &str) {

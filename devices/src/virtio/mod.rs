@@ -56,7 +56,8 @@ pub struct Activation {
 /// The transport calls `pause`, `resume` and `reset` of [`Device`]; `reset` stops the worker and
 /// forgets the activation. `save` and `restore` carry what the device itself knows (never the
 /// ring state of an inactive device); for an active one the section includes each queue's
-/// `QueueState`, and the transport activates the device before it restores it.
+/// `QueueState`, and the transport activates the device, pauses it and only then restores it. The
+/// worker does not run in between: it never sees its queues before it knows its place in them.
 pub trait VirtioDevice: Device + Any {
     /// Device type number (virtio 1.3, section 5).
     fn device_type(&self) -> u32;
