@@ -54,11 +54,27 @@ pub fn file_system(file: &File) -> FileSystem {
     }
 }
 
-/// Lock the whole file for writing, or for reading, without waiting.
-pub fn lock(file: &File, exclusive: bool) -> io::Result<()> {
+/// What to do with the lock on a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lock {
+    /// Keep everybody else out.
+    Exclusive,
+    /// Keep writers out.
+    Shared,
+    /// Let go.
+    Release,
+}
+
+/// Lock the whole file without waiting, or let go of it.
+pub fn lock(file: &File, how: Lock) -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid flock: the whole file, process id 0 as OFD locks ask.
     let mut whole: libc::flock = unsafe { mem::zeroed() };
-    whole.l_type = (if exclusive { libc::F_WRLCK } else { libc::F_RDLCK }) as libc::c_short;
+    let kind = match how {
+        Lock::Exclusive => libc::F_WRLCK,
+        Lock::Shared => libc::F_RDLCK,
+        Lock::Release => libc::F_UNLCK,
+    };
+    whole.l_type = kind as libc::c_short;
     whole.l_whence = libc::SEEK_SET as libc::c_short;
     // SAFETY: `whole` outlives the call, which only reads it.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &whole) }).map(drop)
