@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mio::{Events, Poll, Token};
@@ -90,7 +90,7 @@ fn commands() -> Table<Machine> {
 pub struct Host {
     pub path: PathBuf,
     /// Rounds of the event loop so far.
-    pub rounds: Arc<AtomicU64>,
+    rounds: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
     _directory: TempDir,
 }
@@ -105,6 +105,19 @@ impl Host {
         let server = Server::bind(&at, poll.registry(), Token(10)).unwrap();
         let thread = thread::spawn(move || serve(poll, server, &count));
         Self { path, rounds, thread: Some(thread), _directory: directory }
+    }
+
+    /// Waits until the event loop stands still; one that spins never does.
+    pub fn settle(&self) {
+        let deadline = Instant::now() + LONG;
+        let (mut quiet, mut before) = (0, 0);
+        while quiet < 10 {
+            assert!(Instant::now() < deadline, "the event loop spins");
+            thread::sleep(Duration::from_millis(1));
+            let now = self.rounds.load(Ordering::Relaxed);
+            quiet = if now == before { quiet + 1 } else { 0 };
+            before = now;
+        }
     }
 
     pub fn client(&self) -> Client {
