@@ -1,0 +1,6 @@
+//! Stories of bare-metal guests: a few instructions each, on this host's own `/dev/kvm`, even where it
+//! cannot run Linux. Without `/dev/kvm` they fail, and the monitor's message says what to do.
+#[path = "bare_metal/ends.rs"]
+mod ends;
+#[path = "bare_metal/stage.rs"]
+mod stage;
