@@ -2,5 +2,7 @@
 //! cannot run Linux. Without `/dev/kvm` they fail, and the monitor's message says what to do.
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/run_state.rs"]
+mod run_state;
 #[path = "bare_metal/stage.rs"]
 mod stage;
