@@ -32,7 +32,7 @@ impl Reporter {
     pub fn invalid(&mut self, stats: &BlockStats, what: &dyn Display) {
         count(&stats.invalid_operations, 1);
         if let Some(more) = self.may_speak() {
-            log::warn!("{}: the guest's driver sent a {what}{more}", self.id);
+            log::warn!("{}: the guest's driver made a mistake: {what}{more}", self.id);
         }
     }
 
