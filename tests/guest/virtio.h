@@ -106,5 +106,7 @@ enum outcome await(u32 slot, struct queue *queue, u64 limit);
 void route(u32 pin, u8 vector);
 bool pending(u8 vector);
 
-/* Some seconds, in ticks, whatever the processor. */
-#define LONG 20000000000ull
+/* Half a minute, in ticks, more or less: a busy host's disk can stand still for long. */
+#define LONG 100000000000ull
+/* Some milliseconds. */
+#define BRIEF 20000000ull

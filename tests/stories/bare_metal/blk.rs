@@ -10,7 +10,7 @@ use stories::client::Client;
 use stories::monitor::{Monitor, SOON, Vm};
 
 use crate::counters::{all_is_well, counting, storm};
-use crate::stage::{Stage, quits, simple, status};
+use crate::stage::{Stage, descriptors, quits, simple, status};
 
 /// Of the image, in sectors of 512 bytes.
 const SECTORS: u64 = 2048;
@@ -56,10 +56,6 @@ fn done(stage: &Stage, monitor: &mut Monitor) -> Result<String> {
         asker.join().map_err(|_| anyhow!("the client panicked"))??;
         shown
     })
-}
-
-fn descriptors(monitor: &Monitor) -> Result<usize> {
-    Ok(fs::read_dir(format!("/proc/{}/fd", monitor.pid()))?.count())
 }
 
 #[test]
