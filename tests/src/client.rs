@@ -30,6 +30,7 @@ impl Client {
             Self { stream: BufReader::new(stream), events: VecDeque::new(), greeting: Value::Null };
         client.greeting = client.receive(Instant::now() + LIMIT)?;
         client.greeting.get("QMP").context("the first message is no greeting")?;
+        client.execute("qmp_capabilities", Value::Null)?;
         Ok(client)
     }
 
