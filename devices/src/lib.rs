@@ -3,9 +3,16 @@
 //! This crate knows guest memory, file descriptors and the virtio specification. It does not know
 //! KVM (interrupts are [`irq::Line`]s that somebody else binds), an event library (workers are
 //! driven through [`worker::IoThread`]) or any protocol.
+pub mod backend;
 pub mod bus;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
 pub mod irq;
+pub mod legacy;
+pub mod rate_limit;
 pub mod state;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;
 pub mod worker;
 

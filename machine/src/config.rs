@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub mod limits;
+
 /// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
 /// could hurt it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,7 +77,7 @@ pub struct BootConfig {
 /// A raw disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
-    /// Unique id.
+    /// Id for `device_del`, unique among all devices.
     pub id: String,
     /// Image file or block device.
     pub path: PathBuf,
@@ -116,11 +118,11 @@ pub enum Aio {
 /// A NIC on a tap device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicConfig {
-    /// Unique id.
+    /// Id for `device_del`, unique among all devices.
     pub id: String,
     /// Where its frames go.
     pub tap: Tap,
-    /// Six bytes; `None`: made up from the id, locally administered.
+    /// Six bytes; `None`: a random one, locally administered.
     pub mac: Option<[u8; 6]>,
     /// Queue pairs, 1 to 16.
     pub queue_pairs: u16,
@@ -147,7 +149,7 @@ pub enum Tap {
 /// virtio-console with one port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleConfig {
-    /// Unique id.
+    /// Its character device's id, the label in `query-chardev`.
     pub id: String,
     /// Where it leads.
     pub backend: CharBackend,
@@ -172,7 +174,7 @@ pub enum CharBackend {
 /// virtio-rng.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RngConfig {
-    /// Unique id.
+    /// Id, unique among all devices.
     pub id: String,
     /// Source of randomness.
     pub path: PathBuf,

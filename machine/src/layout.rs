@@ -2,8 +2,8 @@
 //! decided.
 //!
 //! ```text
-//! 0x0000_0000 .. 0x000a_0000   RAM: zero page, boot GDT, page tables, command line, MP table
-//! 0x000a_0000 .. 0x0010_0000   RAM for the guest's eyes reserved: ACPI tables
+//! 0x0000_0000 .. 0x0009_fc00   RAM: zero page, boot GDT, page tables, command line
+//! 0x0009_fc00 .. 0x0010_0000   RAM for the guest's eyes reserved: ACPI tables, MP table
 //! 0x0010_0000 .. 0xc000_0000   RAM: kernel, initrd
 //! 0xc000_0000 .. 0x1_0000_0000 hole: virtio-mmio, IOAPIC, LAPIC, TSS, identity map
 //! 0x1_0000_0000 ..             RAM above the hole
@@ -14,26 +14,31 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// First byte above the hole.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
-/// Boot GDT (64-bit entry).
+/// Boot GDT.
 pub const BOOT_GDT: u64 = 0x500;
-/// Boot IDT (64-bit entry).
-pub const BOOT_IDT: u64 = 0x520;
 /// `struct hvm_start_info` of the PVH boot protocol.
 pub const PVH_START_INFO: u64 = 0x6000;
+/// `struct hvm_modlist_entry` of the initrd.
+pub const PVH_MODULES: u64 = 0x6040;
+/// `struct hvm_memmap_table_entry`s, up to the zero page.
+pub const PVH_MEMORY_MAP: u64 = 0x6080;
 /// Linux's zero page (`struct boot_params`).
 pub const ZERO_PAGE: u64 = 0x7000;
-/// Initial stack pointer.
+/// Initial stack pointer; the stack has the page below it.
 pub const BOOT_STACK: u64 = 0x8ff0;
-/// Boot page tables: one PML4, one PDPT, four page directories of 2 MiB pages.
+/// Boot page tables: one PML4, one PDPT, four page directories of 2 MiB pages; six pages.
 pub const BOOT_PML4: u64 = 0x9000;
 /// Kernel command line.
 pub const CMDLINE: u64 = 0x20000;
 /// Bytes for the command line, terminator included.
 pub const CMDLINE_MAX: usize = 0x10000;
-/// Extended BIOS data area: the MP table.
+/// Extended BIOS data area, empty: from here to the end of the first megabyte nothing is free RAM.
 pub const EBDA: u64 = 0x9fc00;
-/// Read-only area where an operating system looks for the RSDP.
+/// ACPI tables, the RSDP first; an operating system looks for it from here on (ACPI 6.5, 5.2.5.1).
 pub const BIOS_AREA: u64 = 0xe0000;
+/// MP floating pointer and table. Not in the EBDA: its 1 KiB holds 40 processors. An operating
+/// system looks here too (MultiProcessor Specification 1.4, 4.1).
+pub const MP_TABLE: u64 = 0xf0000;
 /// End of the first megabyte.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// Load address of a flat `vmlinux.bin`.
@@ -61,7 +66,8 @@ pub const GED_IRQ: u32 = 9;
 pub const KEYBOARD_IRQ: u32 = 1;
 /// Interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
-/// Pins of the IOAPIC.
+/// Pins of the IOAPIC. KVM's default routing connects interrupt n to pin n, the timer's 0 too, so
+/// neither table needs an exception.
 pub const IOAPIC_PINS: u32 = 24;
 
 /// First serial port, eight ports.

@@ -1,3 +1,22 @@
 //! The hardware: KVM, memory, vCPU and I/O threads, interrupts, boot; configuration to machine.
+mod backends;
+pub mod boot;
+mod builder;
 pub mod config;
+mod event;
+pub mod io_thread;
+pub mod kvm;
 pub mod layout;
+mod legacy;
+mod machine;
+pub mod memory;
+mod slots;
+pub mod vcpu;
+
+pub use backends::{PlugError, PluggedDisk};
+pub use builder::BuildError;
+pub use devices::PowerEvent;
+pub use event::{Event, Report};
+pub use machine::{Machine, RunError};
+pub use slots::{DISKS, NICS};
+pub use vcpu::Stopped;

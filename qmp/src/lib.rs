@@ -1,2 +1,26 @@
-//! QMP on the wire and as types. Knows nothing of virtual machines.
+//! The QEMU Machine Protocol, on the wire and as types. Knows nothing of virtual machines beyond
+//! the names and arguments of commands and events.
+//!
+//! ```text
+//!  bytes -> stream (one message) -> request (execute, arguments, id) -> table -> handler
+//!                                                                                   |
+//!  bytes <----------------------- server (one output queue a client) <-- reply, events
+//! ```
+//!
+//! The server is pulled by the caller's event loop: [`server::Server::ready`] takes an mio event,
+//! [`server::Server::next_request`] hands out one request, [`table::Table::dispatch`] runs it, and
+//! [`server::Server::reply`] answers. What the caller broadcasts before the reply reaches clients
+//! before it.
 #![forbid(unsafe_code)]
+
+pub mod client;
+mod decode;
+mod error;
+mod request;
+pub mod schema;
+pub mod server;
+mod stream;
+pub mod table;
+
+pub use error::{Error, ErrorClass};
+pub use request::Request;

@@ -1,2 +1,82 @@
-//! The `stratovirt` monitor.
-fn main() {}
+//! `stratovirt`: one process, one lightweight virtual machine, steered over QMP.
+#![forbid(unsafe_code)]
+use std::{env, io::Write, process::ExitCode};
+
+use anyhow::Context;
+use machine::{Machine, config::CharBackend};
+use qmp::server::Server;
+use vmm::{
+    cli::{self, Action, Invocation, Log},
+    daemon::{self, Side},
+    event_loop::EventLoop,
+    lifecycle, logging,
+    pidfile::PidFile,
+    terminal::Raw,
+    vmm::Vmm,
+};
+
+fn main() -> ExitCode {
+    let invocation = match cli::parse(env::args_os().skip(1)) {
+        Ok(Action::Run(invocation)) => invocation,
+        Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
+            // A reader that has gone has read enough.
+            let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+            return ExitCode::SUCCESS;
+        }
+        Err(problems) => {
+            eprintln!("{problems}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(&invocation) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("stratovirt: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
+    let mut ready = None;
+    if invocation.daemonize {
+        match daemon::split().context("cannot go into the background")? {
+            Side::Starter(code) => return Ok(code),
+            Side::Daemon(side) => ready = Some(side),
+        }
+    }
+    let file = match &invocation.log {
+        Log::File(path) => Some(path.as_path()),
+        Log::Off | Log::Stderr => None,
+    };
+    logging::start(file).context("cannot open the log file given by -D")?;
+    invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
+    let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
+
+    let mut events = EventLoop::new().context("cannot set up the main loop")?;
+    let machine = Machine::new(&invocation.machine, events.report())?;
+    let _raw = uses_stdio(invocation).then(Raw::enter).flatten();
+    // Only now: whoever can connect gets an answer.
+    let servers = invocation
+        .control
+        .iter()
+        .enumerate()
+        .map(|(i, path)| Server::bind(path, events.registry(), EventLoop::server_token(i)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut vmm = Vmm::new(machine, servers, invocation.reboot);
+    if !invocation.paused {
+        vmm.apply(lifecycle::Event::Resume)?;
+    }
+    if let Some(ready) = ready {
+        ready.tell().context("cannot let go of the terminal")?;
+    }
+    let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
+    vmm.shut_down(ending);
+    Ok(ExitCode::from(ending.status))
+}
+
+fn uses_stdio(invocation: &Invocation) -> bool {
+    let machine = &invocation.machine;
+    let console = machine.console.as_ref().map(|c| &c.backend);
+    machine.serial.iter().chain(console).any(|b| *b == CharBackend::Stdio)
+}

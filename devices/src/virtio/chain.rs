@@ -3,6 +3,11 @@
 //! The walk reads every descriptor exactly once, so a guest that changes one afterwards changes
 //! nothing. It is our own because virtio-queue's iterator ends a malformed chain silently: a loop,
 //! a bad `next` or a bad indirect table would look like a shorter, valid chain.
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -12,6 +17,12 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 const DESCRIPTOR: u64 = 16;
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
+const NO_INTERRUPT: u16 = 1;
+/// Bytes before the entries of an available ring.
+const RING_HEADER: u64 = 4;
+/// Entries of the longest indirect table accepted; no driver makes one as long.
+const INDIRECT_MAX: u16 = 1024;
 
 /// One guest buffer, known to lie within one region of guest RAM and not to be empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,27 +76,37 @@ impl Chain {
     /// Take the next available chain of `queue`; false when there is none.
     ///
     /// # Errors
-    /// [`ChainError::Ring`] when the queue is beyond help. With any other error the head is known:
-    /// give it back with [`Queue::add_used`] and go on.
+    /// [`ChainError::Ring`] when the queue is beyond help. With any other error the head is known
+    /// and there are no buffers: give it back with [`Queue::add_used`] and go on.
     pub fn pop(
         &mut self,
         queue: &mut Queue,
         memory: &Memory,
         indirect: bool,
     ) -> Result<bool, ChainError> {
-        self.segments.clear();
-        self.readable = 0;
-        let Some(chain) = queue.pop_descriptor_chain(memory) else {
-            return match pending(queue, memory) {
-                Some(0) => Ok(false),
-                _ => Err(ChainError::Ring),
-            };
-        };
-        self.head = chain.head_index();
+        self.clear();
+        match pending(queue, memory) {
+            None => return Err(ChainError::Ring),
+            Some(0) => return Ok(false),
+            Some(_) => {}
+        }
+        let next = queue.next_avail();
+        let slot = next.checked_rem(queue.size()).ok_or(ChainError::Ring)?;
+        let head: Result<u16, _> = GuestAddress(queue.avail_ring())
+            .checked_add(RING_HEADER + 2 * u64::from(slot))
+            .ok_or(ChainError::Ring)
+            .and_then(|at| memory.read_obj(at).map_err(|_| ChainError::Ring));
+        self.head = u16::from_le(head?);
         if self.head >= queue.size() {
             return Err(ChainError::Ring);
         }
-        self.walk(GuestAddress(queue.desc_table()), queue.size(), self.head, indirect, memory)
+        queue.set_next_avail(next.wrapping_add(1));
+        let table = GuestAddress(queue.desc_table());
+        let result = self.walk(table, queue.size(), self.head, indirect, memory);
+        if result.is_err() {
+            self.clear();
+        }
+        result.map(|()| true)
     }
 
     /// The chain's head, for the used ring.
@@ -103,6 +124,11 @@ impl Chain {
         self.segments.get(self.readable..).unwrap_or_default()
     }
 
+    fn clear(&mut self) {
+        self.segments.clear();
+        self.readable = 0;
+    }
+
     fn walk(
         &mut self,
         mut table: GuestAddress,
@@ -110,7 +136,7 @@ impl Chain {
         mut index: u16,
         mut indirect: bool,
         memory: &Memory,
-    ) -> Result<bool, ChainError> {
+    ) -> Result<(), ChainError> {
         let mut left = size;
         loop {
             if index >= size {
@@ -120,14 +146,15 @@ impl Chain {
             let at = table.checked_add(u64::from(index) * DESCRIPTOR).ok_or(ChainError::Address)?;
             let d: Descriptor = memory.read_obj(at).map_err(|_| ChainError::Address)?;
             if d.flags() & INDIRECT != 0 {
-                // Section 2.7.5.3.1: negotiated, not nested, alone, and a whole table.
-                if !indirect || d.flags() & (NEXT | WRITE) != 0 || !self.segments.is_empty() {
+                // Section 2.7.5.3: negotiated, not nested, last of its chain, and a whole table.
+                // Direct descriptors may come before it, and its WRITE flag means nothing.
+                if !indirect || d.flags() & NEXT != 0 {
                     return Err(ChainError::Order);
                 }
                 let entries = u64::from(d.len()) / DESCRIPTOR;
                 let whole = u64::from(d.len()) % DESCRIPTOR == 0;
                 size = u16::try_from(entries).map_err(|_| ChainError::Indirect)?;
-                if !whole || size == 0 || size > 1024 {
+                if !whole || size == 0 || size > INDIRECT_MAX {
                     return Err(ChainError::Indirect);
                 }
                 (table, index, left, indirect) = (d.addr(), 0, size, false);
@@ -147,7 +174,7 @@ impl Chain {
             }
             self.segments.push(Segment { addr: d.addr(), len: d.len() });
             if d.flags() & NEXT == 0 {
-                return Ok(true);
+                return Ok(());
             }
             index = d.next();
         }
@@ -196,9 +223,19 @@ fn each_piece(
     done
 }
 
+/// Whether the driver wants an interrupt for the buffers used since this was last asked.
+pub fn needs_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
+    // An unreadable ring is the driver's fault: rather one interrupt too many.
+    let wanted = queue.needs_notification(memory).unwrap_or(true);
+    // virtio-queue knows used_event only, not the flag of drivers without EVENT_IDX.
+    let flags = memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
+    let suppressed = flags.is_ok_and(|flags: u16| u16::from_le(flags) & NO_INTERRUPT != 0);
+    wanted && (queue.event_idx_enabled() || !suppressed)
+}
+
 /// How many chains the driver has made available; `None` when the ring says nonsense.
 pub fn pending(queue: &Queue, memory: &Memory) -> Option<u16> {
-    let avail = queue.avail_idx(memory, std::sync::atomic::Ordering::Acquire).ok()?;
+    let avail = queue.avail_idx(memory, Ordering::Acquire).ok()?;
     let n = avail.0.wrapping_sub(queue.next_avail());
     (n <= queue.size()).then_some(n)
 }

@@ -2,9 +2,14 @@
 //!
 //! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
+pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod mmio;
+pub mod net;
 pub mod registers;
+mod ring;
+pub mod rng;
 
 use std::{any::Any, sync::Arc};
 
@@ -51,11 +56,13 @@ pub struct Activation {
 /// The transport calls `pause`, `resume` and `reset` of [`Device`]; `reset` stops the worker and
 /// forgets the activation. `save` and `restore` carry what the device itself knows (never the
 /// ring state of an inactive device); for an active one the section includes each queue's
-/// `QueueState`, and the transport activates the device before it restores it.
+/// `QueueState`, and the transport activates the device, pauses it and only then restores it. The
+/// worker does not run in between: it never sees its queues before it knows its place in them.
 pub trait VirtioDevice: Device + Any {
     /// Device type number (virtio 1.3, section 5).
     fn device_type(&self) -> u32;
-    /// Feature bits offered, without the transport's own.
+    /// Feature bits offered: the device's own and the ring features that its worker can do
+    /// ([`F_INDIRECT_DESC`], [`F_EVENT_IDX`]). The transport adds [`F_VERSION_1`].
     fn features(&self) -> u64;
     /// Maximum size of each queue; its length is the number of queues.
     fn queue_sizes(&self) -> &[u16];

@@ -52,6 +52,12 @@ impl Registers {
         self.with(offset, |r| r.load(Ordering::Acquire)).unwrap_or(0)
     }
 
+    /// The byte at `offset`; zero from [`PAGE`] on.
+    pub fn byte(&self, offset: usize) -> u8 {
+        let word = self.load(offset & !3).to_le_bytes();
+        word.get(offset & 3).copied().unwrap_or(0)
+    }
+
     /// Let the guest see `value` at `offset`, a multiple of 4 below [`PAGE`].
     pub fn store(&self, offset: usize, value: u32) {
         self.with(offset, |r| r.store(value, Ordering::Release));

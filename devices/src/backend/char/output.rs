@@ -1,0 +1,218 @@
+//! Output that never waits.
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, epoll, poll},
+    fs::{FileType, OFlags},
+    io::Errno,
+    net::SendFlags,
+};
+
+/// Bytes that wait for a slow reader; more than that is dropped.
+pub(super) const BACKLOG: usize = 256 << 10;
+/// Bytes written at once where all that is known is that some can be written.
+const CAREFUL: usize = 256;
+
+/// The output end of a character back-end; clones lead to the same place.
+///
+/// The lock is there because a vCPU writes while the worker on the I/O thread flushes and
+/// connects; nobody waits for anything while holding it.
+#[derive(Clone)]
+pub struct CharSink {
+    epoll: Arc<OwnedFd>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    output: Option<Output>,
+    backlog: VecDeque<u8>,
+    dropped: u64,
+    /// The output is in the epoll: a worker will call when it can take more.
+    watched: bool,
+}
+
+/// Where bytes go to, and how to write there without waiting.
+pub(super) struct Output {
+    fd: OwnedFd,
+    how: How,
+}
+
+#[derive(Clone, Copy)]
+enum How {
+    /// The descriptor is ours and non-blocking, or a regular file, which does not block.
+    Plain,
+    /// A socket shared with others: non-blocking for each call.
+    Socket,
+    /// Anything else shared with others: ask first.
+    Ask,
+}
+
+impl Output {
+    /// A descriptor that is non-blocking already.
+    pub fn non_blocking(fd: OwnedFd) -> Self {
+        Self { fd, how: How::Plain }
+    }
+
+    /// A descriptor that other processes share.
+    pub fn inherited(fd: BorrowedFd) -> io::Result<Self> {
+        let stat = rustix::fs::fstat(fd)?;
+        let shared = FileType::from_raw_mode(stat.st_mode);
+        let fd = super::own(fd, OFlags::WRONLY)?;
+        let own = rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK);
+        let how = match shared {
+            FileType::Socket => How::Socket,
+            FileType::RegularFile => How::Plain,
+            _ if own => How::Plain,
+            _ => How::Ask,
+        };
+        Ok(Self { fd, how })
+    }
+
+    fn write(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
+        match self.how {
+            How::Plain => rustix::io::write(&self.fd, bytes),
+            How::Socket => {
+                rustix::net::send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+            }
+            How::Ask => {
+                let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
+                match poll(&mut fds, Some(&Timespec::default()))? {
+                    0 => Err(Errno::AGAIN),
+                    _ => rustix::io::write(&self.fd, bytes.get(..CAREFUL).unwrap_or(bytes)),
+                }
+            }
+        }
+    }
+}
+
+impl CharSink {
+    pub(super) fn new(epoll: Arc<OwnedFd>, output: Option<Output>) -> Self {
+        let state = State { output, ..State::default() };
+        Self { epoll, state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// Send `bytes` on; returns at once.
+    pub fn send(&self, bytes: &[u8]) {
+        let mut state = self.state.lock();
+        if state.output.is_none() {
+            return;
+        }
+        // Straight through while nothing waits; in order behind the backlog otherwise.
+        let mut rest = bytes;
+        if state.backlog.is_empty() {
+            let taken = state.write(rest);
+            rest = rest.get(taken..).unwrap_or_default();
+        }
+        if state.output.is_some() && !rest.is_empty() {
+            let room = BACKLOG.saturating_sub(state.backlog.len()).min(rest.len());
+            state.backlog.extend(rest.iter().take(room));
+            state.drop_bytes(rest.len() - room);
+            state.flush();
+        }
+        state.watch(&self.epoll);
+    }
+
+    /// How many bytes [`CharSink::send`] would pass on or keep; what goes nowhere always has room.
+    /// More room is announced by the source's descriptor.
+    pub fn room(&self) -> usize {
+        let state = self.state.lock();
+        match &state.output {
+            Some(_) => BACKLOG.saturating_sub(state.backlog.len()),
+            None => usize::MAX,
+        }
+    }
+
+    /// Bytes dropped because nobody took them.
+    pub fn dropped(&self) -> u64 {
+        self.state.lock().dropped
+    }
+
+    pub(super) fn flush(&self) {
+        let mut state = self.state.lock();
+        state.flush();
+        state.watch(&self.epoll);
+    }
+
+    pub(super) fn connect(&self, output: Output) {
+        self.disconnect();
+        self.state.lock().output = Some(output);
+    }
+
+    pub(super) fn disconnect(&self) {
+        let mut state = self.state.lock();
+        state.backlog.clear();
+        state.watch(&self.epoll);
+        state.output = None;
+    }
+}
+
+impl State {
+    fn flush(&mut self) {
+        while !self.backlog.is_empty() {
+            let (front, _) = self.backlog.as_slices();
+            // Cannot be a borrow of `self` while writing; a backlog is rare.
+            let front = front.get(..4096).unwrap_or(front).to_vec();
+            match self.write(&front) {
+                0 => break,
+                n => drop(self.backlog.drain(..n.min(self.backlog.len()))),
+            }
+        }
+    }
+
+    /// How many of `bytes` are dealt with: written, or lost for good because of an error.
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        loop {
+            let Some(output) = &self.output else { return bytes.len() };
+            match output.write(bytes) {
+                Ok(n) => return n,
+                Err(Errno::AGAIN) => return 0,
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    if self.dropped == 0 {
+                        log::warn!("console output: {error}");
+                    }
+                    self.drop_bytes(bytes.len());
+                    return bytes.len();
+                }
+            }
+        }
+    }
+
+    fn drop_bytes(&mut self, bytes: usize) {
+        if self.dropped == 0 && bytes > 0 {
+            log::warn!("console output is dropped: its reader does not keep up");
+        }
+        self.dropped = self.dropped.saturating_add(bytes as u64);
+    }
+
+    /// Wait for writability exactly while there is a backlog.
+    fn watch(&mut self, epoll: &OwnedFd) {
+        let wanted = !self.backlog.is_empty();
+        let Some(output) = &self.output else { return };
+        let fd = output.fd.as_fd();
+        if wanted && !self.watched {
+            let data = epoll::EventData::new_u64(1);
+            self.watched = epoll::add(epoll, fd, data, epoll::EventFlags::OUT).is_ok();
+        } else if !wanted && self.watched {
+            self.watched = epoll::delete(epoll, fd).is_err();
+        }
+    }
+}
+
+impl io::Write for CharSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.send(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+use std::{
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use vmm_sys_util::tempdir::TempDir;
+
+use super::{output::BACKLOG, *};
+
+fn read_all(source: &mut CharSource) -> Vec<u8> {
+    let (mut all, mut piece) = (Vec::new(), [0; 7]);
+    loop {
+        match source.read(&mut piece) {
+            0 => return all,
+            n => all.extend_from_slice(&piece[..n]),
+        }
+    }
+}
+
+/// Whether the descriptor that the worker waits on has something to say.
+fn fires(source: &CharSource) -> bool {
+    readable(source.epoll.as_fd())
+}
+
+fn pipe_as(read_by_us: bool) -> (Char, std::fs::File) {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    if read_by_us {
+        let own = own(reader.as_fd(), OFlags::RDONLY).unwrap();
+        (Char::assemble("test", Some(own), None, None).unwrap(), writer.into())
+    } else {
+        let output = Output::inherited(writer.as_fd()).unwrap();
+        (Char::assemble("test", None, Some(output), None).unwrap(), reader.into())
+    }
+}
+
+#[test]
+fn a_dead_reader_blocks_nobody_and_costs_a_bounded_backlog() {
+    let (char, mut reader) = pipe_as(false);
+    let chunk = [b'z'; 1024];
+    for _ in 0..10 << 10 {
+        char.sink.send(&chunk);
+    }
+    let dropped = char.sink.dropped();
+    assert!(dropped > (9 << 20) && dropped < (10 << 20), "{dropped} bytes dropped");
+    // The reader wakes up: the source is told, and what was kept flows in order.
+    let mut source = char.source;
+    let mut got = 0;
+    let mut buffer = vec![0; 1 << 16];
+    while got < (10 << 20) - usize::try_from(dropped).unwrap() {
+        got += reader.read(&mut buffer).unwrap();
+        assert!(fires(&source) || got >= BACKLOG);
+        assert_eq!(source.read(&mut []), 0);
+    }
+    char.sink.send(b"!");
+    assert_eq!(reader.read(&mut buffer).unwrap(), 1);
+    assert_eq!(buffer[0], b'!');
+    assert!(!fires(&source), "nothing waits, nothing is watched");
+}
+
+#[test]
+fn output_without_a_reader_at_all_is_dropped() {
+    let (char, reader) = pipe_as(false);
+    drop(reader);
+    char.sink.send(b"into the void");
+    assert_eq!(char.sink.dropped(), 13);
+}
+
+#[test]
+fn the_flags_of_inherited_descriptors_stay_as_they_are() {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let _output = Output::inherited(writer.as_fd()).unwrap();
+    let _input = own(reader.as_fd(), OFlags::RDONLY).unwrap();
+    for fd in [&reader, &writer] {
+        assert!(!rustix::fs::fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK));
+    }
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let output = Output::inherited(ours.as_fd()).unwrap();
+    let char = Char::assemble("test", None, Some(output), None).unwrap();
+    for _ in 0..1 << 10 {
+        char.sink.send(&[0; 1024]);
+    }
+    assert!(char.sink.dropped() > 0);
+    assert!(!rustix::fs::fcntl_getfl(&ours).unwrap().contains(OFlags::NONBLOCK));
+    drop(theirs);
+}
+
+#[test]
+fn end_of_input_is_quiet() {
+    let (mut char, mut writer) = pipe_as(true);
+    assert!(!fires(&char.source));
+    writer.write_all(b"last words").unwrap();
+    drop(writer);
+    assert!(fires(&char.source));
+    assert_eq!(read_all(&mut char.source), b"last words");
+    assert!(!fires(&char.source), "no spinning on the hang-up");
+    assert_eq!(char.source.read(&mut [0; 9]), 0);
+}
+
+#[test]
+fn input_that_cannot_be_waited_on_is_read_all_the_same() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("script");
+    std::fs::write(&path, "some commands").unwrap();
+    for (path, content) in [(path.as_path(), "some commands"), (Path::new("/dev/null"), "")] {
+        let file = std::fs::File::open(path).unwrap();
+        let own = own(file.as_fd(), OFlags::RDONLY).unwrap();
+        let mut char = Char::assemble("test", Some(own), None, None).unwrap();
+        assert_eq!(read_all(&mut char.source), content.as_bytes());
+        assert!(!fires(&char.source));
+    }
+}
+
+#[test]
+fn ctrl_a_x_leaves_and_ctrl_a_twice_is_one() {
+    let quits = Arc::new(AtomicU32::new(0));
+    let (mut char, mut writer) = pipe_as(true);
+    let counter = quits.clone();
+    char.source.escape = Some(Escape::new(Box::new(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+    })));
+    for (typed, passed, leaves) in [
+        (&b"plain x"[..], &b"plain x"[..], 0),
+        (b"\x01\x01\x01ab", b"\x01\x01b", 0),
+        (b"\x01", b"", 0),
+        (b"x after a pause", b" after a pause", 1),
+        (b"\x01qz", b"z", 0),
+        (b"\x01x\x01x", b"", 2),
+    ] {
+        writer.write_all(typed).unwrap();
+        assert_eq!(read_all(&mut char.source), passed);
+        assert_eq!(quits.swap(0, Ordering::Relaxed), leaves, "{typed:?}");
+    }
+}
+
+#[test]
+fn a_file_is_appended_to() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("log");
+    for text in ["one", " two"] {
+        Char::file(&path).unwrap().sink.send(text.as_bytes());
+    }
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
+    assert!(matches!(Char::file(dir.as_path()), Err(CharError::Open { .. })));
+}
+
+#[test]
+fn a_full_disk_costs_output_only() {
+    let char = Char::file(Path::new("/dev/full")).unwrap();
+    char.sink.send(b"lost");
+    assert_eq!(char.sink.dropped(), 4);
+}
+
+#[test]
+fn a_pty_carries_bytes_both_ways_and_survives_its_terminal() {
+    let mut char = Char::pty().unwrap();
+    let path = char.name.strip_prefix("pty:").unwrap().to_owned();
+    for _ in 0..2 {
+        let mut terminal = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        terminal.write_all(b"\x03ls\r").unwrap();
+        // The kernel passes a terminal's bytes on in its own time.
+        let mut typed = Vec::new();
+        while typed.len() < 4 {
+            let mut fds = [PollFd::from_borrowed_fd(char.source.epoll.as_fd(), PollFlags::IN)];
+            let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+            assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "input is announced");
+            typed.extend(read_all(&mut char.source));
+        }
+        assert_eq!(typed, b"\x03ls\r", "raw, no echo");
+        char.sink.send(b"a\nb");
+        let mut seen = [0; 3];
+        terminal.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"a\nb");
+    }
+    assert!(!fires(&char.source));
+}
+
+#[test]
+fn a_socket_serves_one_connection_after_the_other() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("console");
+    let mut char = Char::socket(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions_mode() & 0o777, 0o600);
+    char.sink.send(b"nobody listens");
+    let mut first = UnixStream::connect(&path).unwrap();
+    let mut second = UnixStream::connect(&path).unwrap();
+    first.write_all(b"1").unwrap();
+    second.write_all(b"2").unwrap();
+    assert!(fires(&char.source));
+    assert_eq!(read_all(&mut char.source), b"1");
+    char.sink.send(b"hello");
+    let mut seen = [0; 5];
+    first.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"hello");
+    drop(first);
+    assert!(fires(&char.source));
+    assert_eq!(read_all(&mut char.source), b"2", "the next in line");
+    char.sink.send(b"again");
+    second.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"again");
+    drop(char);
+    assert!(!path.exists());
+}
+
+trait PermissionsMode {
+    fn permissions_mode(&self) -> u32;
+}
+impl PermissionsMode for std::fs::Metadata {
+    fn permissions_mode(&self) -> u32 {
+        std::os::unix::fs::PermissionsExt::mode(&self.permissions())
+    }
+}
+
+#[test]
+fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("s");
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    drop(Char::socket(&path).unwrap());
+    let live = UnixListener::bind(&path).unwrap();
+    assert!(matches!(Char::socket(&path), Err(CharError::InUse { .. })));
+    drop(live);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "precious").unwrap();
+    assert!(matches!(Char::socket(&path), Err(CharError::NotASocket { .. })));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    let long = dir.as_path().join("x".repeat(200));
+    assert!(matches!(Char::socket(&long), Err(CharError::Open { .. })));
+}

@@ -1,0 +1,505 @@
+//! Carries requests out on a disk, straight between guest memory and the host.
+//!
+//! ```text
+//!   start ---> data is in the page cache, or takes none: done before `start` returns
+//!        \---> has to wait for the medium: io_uring ---> `finished`
+//!         \--> has to wait, but there is no io_uring: waits in `start`
+//! ```
+//!
+//! Most requests of a disk in the page cache end in `start`: one system call, no thread hop, and
+//! no slot. A buffered write also counts as done there, as writing to the page cache is all it
+//! has to do, and file systems without `RWF_NOWAIT` for writes (ext4) would send each through a
+//! kernel worker.
+// UNSAFETY: the kernel reads and writes guest memory here by address, and after the call that asks
+// for it has returned. The engine owns what that needs: the memory (kept mapped until nothing is
+// in flight, see `Drop`), the buffer lists and the descriptors.
+#![expect(unsafe_code)]
+use std::{
+    io, mem,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::fs::FileExt,
+    },
+    sync::Arc,
+};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
+
+use super::{Disk, sys};
+use crate::{Memory, virtio::chain::Segment};
+
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+/// Largest submission ring. Deeper queues are worked off in turns.
+const RING: usize = 256;
+/// How often a submission that the kernel has no memory for is tried again at once.
+const PATIENCE: usize = 1000;
+
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// What to do at an offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Op {
+    /// Fill the segments.
+    Read,
+    /// Store the segments; on the medium before it ends, if durable.
+    #[expect(missing_docs, reason = "said above")]
+    Write { durable: bool },
+    /// Everything written so far is on the medium before it ends.
+    #[default]
+    Flush,
+    /// `len` bytes are not needed any more.
+    #[expect(missing_docs, reason = "said above")]
+    Discard { len: u64 },
+    /// `len` bytes shall read as zeroes, and may be given back to the host if `unmap`.
+    #[expect(missing_docs, reason = "said above")]
+    WriteZeroes { len: u64, unmap: bool, durable: bool },
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It has ended.
+    Done(io::Result<()>),
+    /// [`Engine::finished`] will return it.
+    Pending,
+}
+
+/// One request's progress. The lists are kept for the next request.
+#[derive(Default)]
+struct Transfer {
+    op: Op,
+    offset: u64,
+    segments: Vec<Segment>,
+    buffers: Vec<libc::iovec>,
+    /// The first buffer that is not finished.
+    first: usize,
+    /// Bytes not transferred yet.
+    left: u64,
+}
+
+// SAFETY: the pointers are addresses of guest memory. They are dereferenced by the kernel only,
+// which does not care for the thread that asks.
+unsafe impl Send for Transfer {}
+
+impl Transfer {
+    fn prepare(
+        &mut self,
+        op: Op,
+        offset: u64,
+        segments: &[Segment],
+        memory: &Memory,
+    ) -> io::Result<()> {
+        (self.op, self.offset, self.first, self.left) = (op, offset, 0, 0);
+        self.segments.clear();
+        self.buffers.clear();
+        for s in segments {
+            let slice = memory
+                .get_slice(s.addr, s.len as usize)
+                .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
+            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+            self.buffers.push(libc::iovec { iov_base, iov_len: slice.len() });
+            self.left += u64::from(s.len);
+        }
+        if op == Op::Read {
+            self.segments.extend_from_slice(segments);
+        }
+        Ok(())
+    }
+
+    fn buffers(&self) -> &[libc::iovec] {
+        self.buffers.get(self.first..).unwrap_or_default()
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.offset = self.offset.saturating_add(bytes as u64);
+        self.left = self.left.saturating_sub(bytes as u64);
+        let mut bytes = bytes;
+        while let Some(b) = self.buffers.get_mut(self.first) {
+            if bytes < b.iov_len {
+                b.iov_base = b.iov_base.cast::<u8>().wrapping_add(bytes).cast();
+                b.iov_len -= bytes;
+                return;
+            }
+            bytes -= b.iov_len;
+            self.first += 1;
+        }
+    }
+
+    /// Whether `O_DIRECT` can do it.
+    fn aligned(&self, memory: u64, offset: u64) -> bool {
+        let unaligned = self.buffers().iter().fold(0, |bits, b| {
+            bits | (b.iov_base as u64 & (memory - 1)) | (b.iov_len as u64 & (offset - 1))
+        });
+        (unaligned | (self.offset & (offset - 1))) == 0
+    }
+}
+
+struct Slot<T> {
+    transfer: Transfer,
+    tag: Option<T>,
+}
+
+/// Requests on one disk and one guest memory. `T` is what the caller knows a request by.
+pub struct Engine<T> {
+    disk: Arc<Disk>,
+    memory: Memory,
+    ring: Option<IoUring>,
+    slots: Vec<Slot<T>>,
+    free: Vec<usize>,
+    limit: usize,
+    in_flight: usize,
+    /// Submissions that the kernel has not taken yet.
+    queued: bool,
+    scratch: Transfer,
+    read_nowait: bool,
+    write_nowait: bool,
+}
+
+impl<T> Engine<T> {
+    /// An engine for about `depth` requests at a time.
+    pub fn new(disk: Arc<Disk>, memory: Memory, depth: usize) -> Self {
+        let entries = depth.clamp(1, RING).next_power_of_two() as u32;
+        let ring = disk.io_uring.then(|| IoUring::new(entries)).and_then(|ring| {
+            ring.inspect_err(|e| log::warn!("{}: no io_uring: {e}", disk.path.display())).ok()
+        });
+        // One completion at most for each slot, so the completion ring never overflows.
+        let limit = ring.as_ref().map_or(0, |r| r.params().cq_entries() as usize);
+        Self {
+            disk,
+            memory,
+            ring,
+            slots: Vec::new(),
+            free: Vec::new(),
+            limit,
+            in_flight: 0,
+            queued: false,
+            scratch: Transfer::default(),
+            read_nowait: true,
+            write_nowait: true,
+        }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// Readable when [`Engine::finished`] has something to return; `None` when nothing is ever
+    /// pending.
+    pub fn source(&self) -> Option<RawFd> {
+        self.ring.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Whether another request may be started now.
+    pub fn has_room(&self) -> bool {
+        self.ring.is_none() || self.in_flight < self.limit
+    }
+
+    /// Requests that are pending.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Carry out a request, at `offset` bytes. Only if [`Engine::has_room`]. The caller has
+    /// checked the range against the disk's size. Pending requests are on their way after
+    /// [`Engine::submit`].
+    pub fn start(&mut self, op: Op, offset: u64, segments: &[Segment], tag: T) -> Outcome {
+        let mut transfer = mem::take(&mut self.scratch);
+        let now = match transfer.prepare(op, offset, segments, &self.memory) {
+            Ok(()) => self.try_now(&mut transfer),
+            Err(e) => Some(Err(e)),
+        };
+        match now {
+            Some(result) => {
+                self.landed(&transfer);
+                self.scratch = transfer;
+                Outcome::Done(result)
+            }
+            None => {
+                self.launch(transfer, tag);
+                Outcome::Pending
+            }
+        }
+    }
+
+    /// Hand pending requests to the kernel.
+    pub fn submit(&mut self) {
+        self.enter(0);
+    }
+
+    /// The next pending request that has ended.
+    pub fn finished(&mut self) -> Option<(T, io::Result<()>)> {
+        loop {
+            let next = self.ring.as_mut()?.completion().next();
+            let Some(entry) = next else {
+                self.submit();
+                return None;
+            };
+            let Ok(index) = usize::try_from(entry.user_data()) else { continue };
+            let Some(slot) = self.slots.get_mut(index) else { continue };
+            let mut transfer = mem::take(&mut slot.transfer);
+            let result = self.progress(&mut transfer, entry.result());
+            let Some(result) = result else {
+                self.push(index, transfer);
+                continue;
+            };
+            self.landed(&transfer);
+            let slot = self.slots.get_mut(index);
+            let tag = slot.and_then(|slot| {
+                slot.transfer = transfer;
+                slot.tag.take()
+            });
+            self.free.push(index);
+            self.in_flight = self.in_flight.saturating_sub(1);
+            if let Some(tag) = tag {
+                return Some((tag, result));
+            }
+        }
+    }
+
+    /// Wait until [`Engine::finished`] has something to return; false when that cannot be.
+    pub fn wait(&mut self) -> bool {
+        self.in_flight > 0 && self.enter(1)
+    }
+
+    /// As much as can be done without waiting for the medium, or everything when there is nobody
+    /// else to do it. `None` when the rest has to go through the ring.
+    fn try_now(&mut self, t: &mut Transfer) -> Option<io::Result<()>> {
+        let ring = self.ring.is_some();
+        let (op, offset) = (t.op, t.offset);
+        match op {
+            Op::Read | Op::Write { .. } => self.transfer_now(t),
+            Op::Discard { len } if self.disk.device => {
+                Some(sys::discard_device(&self.disk.file, offset, len))
+            }
+            Op::WriteZeroes { len, unmap, durable } if durable || !ring => {
+                let done = sys::fallocate(&self.disk.file, self.zero_mode(unmap), offset, len);
+                Some(self.or_write_zeroes(done, offset, len, durable))
+            }
+            Op::Discard { len } if !ring => {
+                Some(sys::fallocate(&self.disk.file, PUNCH, offset, len))
+            }
+            Op::Flush if !ring => Some(sys::fdatasync(&self.disk.file)),
+            Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } => None,
+        }
+    }
+
+    fn transfer_now(&mut self, t: &mut Transfer) -> Option<io::Result<()>> {
+        let ring = self.ring.is_some() && !self.disk.in_memory;
+        while t.left > 0 {
+            let (file, direct) = self.disk.file_for(t);
+            if ring && direct {
+                return None;
+            }
+            let (result, nowait) = match t.op {
+                // Durability waits for the medium.
+                Op::Write { durable: true } if ring => return None,
+                Op::Write { durable } => {
+                    let nowait = ring && self.write_nowait;
+                    let flags = if nowait { libc::RWF_NOWAIT } else { write_flags(durable) };
+                    // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped.
+                    (unsafe { sys::write(file, t.buffers(), t.offset, flags) }, nowait)
+                }
+                _ if ring && !self.read_nowait => return None,
+                _ => {
+                    let flags = if ring { libc::RWF_NOWAIT } else { 0 };
+                    // SAFETY: as above; no Rust reference to guest memory exists.
+                    (unsafe { sys::read(file, t.buffers(), t.offset, flags) }, ring)
+                }
+            };
+            match result {
+                Ok(0) => return Some(Err(cut_short(t.op))),
+                Ok(n) => t.advance(n),
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EAGAIN) if nowait => return None,
+                    Some(libc::EOPNOTSUPP) if nowait && t.op == Op::Read => {
+                        self.read_nowait = false;
+                    }
+                    Some(libc::EOPNOTSUPP) if nowait => self.write_nowait = false,
+                    _ => return Some(Err(e)),
+                },
+            }
+        }
+        Some(Ok(()))
+    }
+
+    fn launch(&mut self, transfer: Transfer, tag: T) {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { transfer: Transfer::default(), tag: None });
+            self.slots.len() - 1
+        });
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.tag = Some(tag);
+            // The slot's own lists go the other way, so neither has to grow twice.
+            self.scratch = mem::take(&mut slot.transfer);
+        }
+        self.in_flight += 1;
+        self.push(index, transfer);
+    }
+
+    /// Queue the rest of a request. Its lists stay where they are until the kernel has ended it.
+    fn push(&mut self, index: usize, transfer: Transfer) {
+        let entry = self.entry(&transfer).user_data(index as u64);
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.transfer = transfer;
+        }
+        while let Some(ring) = &mut self.ring {
+            // SAFETY: the buffer list is in the slot (moving the slot does not move the list's
+            // elements), the buffers in guest memory and the descriptor in the disk. All three
+            // live until the request has ended: `Drop` waits for it.
+            if unsafe { ring.submission().push(&entry) }.is_ok() {
+                self.queued = true;
+                return;
+            }
+            if !self.enter(0) {
+                log::error!("{}: io_uring takes no requests", self.disk.path.display());
+                return;
+            }
+        }
+    }
+
+    fn entry(&self, t: &Transfer) -> squeue::Entry {
+        let buffered = types::Fd(self.disk.file.as_raw_fd());
+        let fallocate =
+            |len, mode| opcode::Fallocate::new(buffered, len).offset(t.offset).mode(mode).build();
+        let fd = || types::Fd(self.disk.file_for(t).0.as_raw_fd());
+        let buffers = t.buffers();
+        let count = buffers.len().min(1024) as u32;
+        match t.op {
+            Op::Read => opcode::Readv::new(fd(), buffers.as_ptr(), count).offset(t.offset).build(),
+            Op::Write { durable } => opcode::Writev::new(fd(), buffers.as_ptr(), count)
+                .offset(t.offset)
+                .rw_flags(write_flags(durable))
+                .build(),
+            Op::Flush => opcode::Fsync::new(buffered).flags(types::FsyncFlags::DATASYNC).build(),
+            Op::Discard { len } => fallocate(len, PUNCH),
+            Op::WriteZeroes { len, unmap, .. } => fallocate(len, self.zero_mode(unmap)),
+        }
+    }
+
+    /// Take in what the kernel says of a request; `None` when the rest must be submitted.
+    fn progress(&mut self, t: &mut Transfer, said: i32) -> Option<io::Result<()>> {
+        let result = match usize::try_from(said) {
+            Ok(n) => Ok(n),
+            Err(_) if said == -libc::EINTR => return None,
+            Err(_) => Err(io::Error::from_raw_os_error(said.wrapping_neg())),
+        };
+        match (t.op, result) {
+            (Op::Read | Op::Write { .. }, Ok(0)) => Some(Err(cut_short(t.op))),
+            (Op::Read | Op::Write { .. }, Ok(n)) => {
+                t.advance(n);
+                (t.left == 0).then_some(Ok(()))
+            }
+            (Op::WriteZeroes { len, durable, .. }, result) => {
+                Some(self.or_write_zeroes(result.map(drop), t.offset, len, durable))
+            }
+            (_, result) => Some(result.map(drop)),
+        }
+    }
+
+    fn zero_mode(&self, unmap: bool) -> i32 {
+        if unmap && self.disk.discard { PUNCH } else { ZERO }
+    }
+
+    /// Write the zeroes after all, if the host has no better way.
+    fn or_write_zeroes(
+        &self,
+        done: io::Result<()>,
+        offset: u64,
+        len: u64,
+        durable: bool,
+    ) -> io::Result<()> {
+        match done {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                let mut at = 0;
+                while at < len {
+                    let n = (len - at).min(ZEROES.len() as u64);
+                    let piece = ZEROES.get(..n as usize).unwrap_or_default();
+                    self.disk.file.write_all_at(piece, offset.saturating_add(at))?;
+                    at += n;
+                }
+            }
+            other => other?,
+        }
+        if durable { sys::fdatasync(&self.disk.file) } else { Ok(()) }
+    }
+
+    /// Guest memory was written behind vm-memory's back. Also after an error, as a part of the
+    /// data may have arrived.
+    fn landed(&self, t: &Transfer) {
+        if t.op == Op::Read {
+            for s in &t.segments {
+                if let Ok(slice) = self.memory.get_slice(s.addr, s.len as usize) {
+                    slice.bitmap().mark_dirty(0, slice.len());
+                }
+            }
+        }
+    }
+
+    /// Hand over what is queued, and wait for `want` completions; false when the kernel does not
+    /// want to.
+    fn enter(&mut self, want: usize) -> bool {
+        let Some(ring) = self.ring.as_ref().filter(|_| self.queued || want > 0) else {
+            return true;
+        };
+        for _ in 0..PATIENCE {
+            match ring.submit_and_wait(want) {
+                Ok(_) => {
+                    self.queued = false;
+                    return true;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // No memory for requests just now.
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+        false
+    }
+}
+
+impl<T> Drop for Engine<T> {
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            while self.finished().is_some() {}
+            if self.in_flight > 0 && !self.wait() {
+                // Rather lose the memory than let the kernel write to what is somebody else's.
+                log::error!("{}: requests never ended", self.disk.path.display());
+                mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
+                return;
+            }
+        }
+    }
+}
+
+impl Disk {
+    /// The descriptor for a transfer, and whether it bypasses the page cache.
+    fn file_for(&self, t: &Transfer) -> (&std::fs::File, bool) {
+        match &self.direct {
+            Some(d) if t.aligned(d.memory_align, d.offset_align) => (&d.file, true),
+            _ => (&self.file, false),
+        }
+    }
+}
+
+fn write_flags(durable: bool) -> i32 {
+    if durable { libc::RWF_DSYNC } else { 0 }
+}
+
+/// A transfer of no bytes: the file has become shorter than the guest was told.
+fn cut_short(op: Op) -> io::Error {
+    match op {
+        Op::Read => io::ErrorKind::UnexpectedEof.into(),
+        _ => io::ErrorKind::WriteZero.into(),
+    }
+}
+
+/// Whether the host lets this process use io_uring.
+pub fn probe() -> io::Result<()> {
+    let mut ring = IoUring::new(2)?;
+    // SAFETY: a request that touches nothing.
+    let pushed = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
+    pushed.map_err(io::Error::other)?;
+    ring.submit_and_wait(1).map(drop)
+}

@@ -1,0 +1,280 @@
+//! Disks: raw image files and block devices of the host.
+//!
+//! The format is never guessed. A guest owns every byte of its disk, so a monitor that looks for
+//! an image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6).
+mod engine;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::{File, Metadata},
+    io::{self, Seek, SeekFrom},
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use self::sys::{FileSystem, Lock};
+pub use engine::{Engine, Op, Outcome};
+
+/// Bytes of a sector, the unit of every address on a virtio disk.
+pub const SECTOR: u64 = 512;
+
+/// How requests that have to wait for the medium are carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Aio {
+    /// By io_uring where the host allows it, else as with [`Aio::Off`].
+    #[default]
+    Auto,
+    /// By io_uring; opening fails where the host refuses it.
+    IoUring,
+    /// One after the other, by system calls that wait.
+    Off,
+}
+
+/// How to open a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpenOptions {
+    /// Never write. Several machines may then share the image.
+    pub readonly: bool,
+    /// Bypass the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Give space that the guest discards back to the host.
+    pub discard: bool,
+    /// How to wait for the medium.
+    pub aio: Aio,
+}
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "shown by the messages")]
+pub enum DiskError {
+    #[error("{path} does not exist; make an empty image with: truncate -s 1G {path}", path = path.display())]
+    Missing { path: PathBuf, source: io::Error },
+    #[error("cannot open {path} for {purpose}", path = path.display())]
+    Open { path: PathBuf, purpose: &'static str, source: io::Error },
+    #[error("{path} is {kind}; a disk is a regular file or a block device", path = path.display())]
+    NotADisk { path: PathBuf, kind: &'static str },
+    #[error(
+        "{path} is in use by another machine (lslocks shows which); stop that one, \
+         or open the image with readonly=on in both",
+        path = path.display()
+    )]
+    InUse { path: PathBuf },
+    #[error("the file system of {path} has no O_DIRECT; use direct=off", path = path.display())]
+    NoDirect { path: PathBuf, source: io::Error },
+    #[error(
+        "the host refuses io_uring (sysctl kernel.io_uring_disabled, or a seccomp filter); \
+         use aio=off for {path}",
+        path = path.display()
+    )]
+    NoIoUring { path: PathBuf, source: io::Error },
+    #[error("cannot find out the size of {path}", path = path.display())]
+    Size { path: PathBuf, source: io::Error },
+}
+
+/// The part of a disk that bypasses the page cache.
+#[derive(Debug)]
+struct Direct {
+    file: File,
+    /// What the addresses of buffers must be multiples of; a power of two.
+    memory_align: u64,
+    /// What offsets and lengths must be multiples of; a power of two.
+    offset_align: u64,
+}
+
+/// An open disk, locked against other machines for as long as it lives.
+#[derive(Debug)]
+pub struct Disk {
+    path: PathBuf,
+    /// Through the page cache. Of a direct disk, only for what `O_DIRECT` cannot do: the host
+    /// keeps the two coherent, so nothing has to be copied through aligned buffers here.
+    file: File,
+    direct: Option<Direct>,
+    device: bool,
+    /// Reads and writes never wait for a medium (but cannot be asked to promise it).
+    in_memory: bool,
+    readonly: bool,
+    discard: bool,
+    io_uring: bool,
+    logical: u32,
+    physical: u32,
+    bytes: AtomicU64,
+}
+
+impl Disk {
+    /// Open and lock the image or block device at `path`.
+    ///
+    /// # Errors
+    /// See [`DiskError`]: each says what to do about it.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
+        let OpenOptions { readonly, direct, discard, aio } = *options;
+        // Looked at before it is opened, because opening alone can wait for ever (a FIFO) or have
+        // an effect (a watchdog); and again afterwards, because it may have been replaced.
+        let seen = path.metadata().map_err(|source| open_error(path, readonly, source))?;
+        check_kind(path, &seen)?;
+        let file = open(path, readonly, 0).map_err(|e| open_error(path, readonly, e))?;
+        let failed = |source| open_error(path, readonly, source);
+        let found = file.metadata().map_err(failed)?;
+        check_kind(path, &found)?;
+        let file_system = sys::file_system(&file);
+        if file_system == FileSystem::Proc {
+            return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
+        }
+        lock(path, &file, readonly)?;
+        let device = found.file_type().is_block_device();
+        let direct = if direct { Some(open_direct(path, readonly, &file)?) } else { None };
+        let io_uring = match (aio, engine::probe()) {
+            (Aio::Off, _) => false,
+            (_, Ok(())) => true,
+            (Aio::IoUring, Err(source)) => {
+                return Err(DiskError::NoIoUring { path: path.into(), source });
+            }
+            (Aio::Auto, Err(why)) => {
+                log::info!("{}: no io_uring ({why}), requests wait in turn", path.display());
+                false
+            }
+        };
+        // An image keeps sectors of 512 bytes whatever lies below it, or a partition table made
+        // elsewhere could not be found in it; a device of the host keeps its own.
+        let (logical, physical) =
+            if device { sys::sector_sizes(&file).map_err(failed)? } else { (SECTOR as u32, 4096) };
+        let disk = Self {
+            path: path.into(),
+            file,
+            direct,
+            device,
+            in_memory: !device && file_system == FileSystem::Memory,
+            readonly,
+            discard: discard && !readonly,
+            io_uring,
+            logical,
+            physical: physical.max(logical),
+            bytes: AtomicU64::new(0),
+        };
+        disk.resize()?;
+        Ok(disk)
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes that a guest can address: the size when last looked at, in whole logical blocks.
+    pub fn size(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Look at the size again; the new one.
+    ///
+    /// # Errors
+    /// [`DiskError::Size`]; the size is then what it was.
+    pub fn resize(&self) -> Result<u64, DiskError> {
+        // A block device has no length in its metadata, but an end that can be sought. Nothing
+        // else uses the position.
+        let end = (&self.file).seek(SeekFrom::End(0));
+        let end = end.map_err(|source| DiskError::Size { path: self.path.clone(), source })?;
+        let size = end - end % u64::from(self.logical);
+        if size == 0 {
+            log::warn!("{} is too small for a single block", self.path.display());
+        } else if size != end {
+            log::warn!(
+                "{}: the last {} bytes are not a whole block; the guest does not see them",
+                self.path.display(),
+                end - size
+            );
+        }
+        self.bytes.store(size, Ordering::Release);
+        Ok(size)
+    }
+
+    /// Whether writes are refused.
+    pub fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Whether discarded space is given back to the host.
+    pub fn discard(&self) -> bool {
+        self.discard
+    }
+
+    /// Bytes of a block, the smallest unit that the medium reads or writes: 512 to 4096.
+    pub fn logical_block(&self) -> u32 {
+        self.logical
+    }
+
+    /// Bytes of a block that the medium writes without reading it first.
+    pub fn physical_block(&self) -> u32 {
+        self.physical
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Closing is not enough while a child that is just being started has the descriptor too.
+        let _ = sys::lock(&self.file, Lock::Release);
+    }
+}
+
+fn open(path: &Path, readonly: bool, flags: i32) -> io::Result<File> {
+    // O_NONBLOCK in case it has become a FIFO since it was looked at.
+    let file = File::options()
+        .read(true)
+        .write(!readonly)
+        .custom_flags(libc::O_NONBLOCK | flags)
+        .open(path)?;
+    // io_uring would take it for a wish never to wait.
+    sys::clear_nonblock(&file)?;
+    Ok(file)
+}
+
+fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, DiskError> {
+    let file =
+        open(path, readonly, libc::O_DIRECT).map_err(|source| match source.raw_os_error() {
+            Some(libc::EINVAL) => DiskError::NoDirect { path: path.into(), source },
+            _ => open_error(path, readonly, source),
+        })?;
+    let (memory_align, offset_align) = sys::direct_alignment(buffered);
+    Ok(Direct { file, memory_align, offset_align })
+}
+
+fn open_error(path: &Path, readonly: bool, source: io::Error) -> DiskError {
+    let path = path.into();
+    match source.kind() {
+        io::ErrorKind::NotFound => DiskError::Missing { path, source },
+        _ => {
+            let purpose = if readonly { "reading" } else { "writing (readonly=on only reads)" };
+            DiskError::Open { path, purpose, source }
+        }
+    }
+}
+
+fn check_kind(path: &Path, found: &Metadata) -> Result<(), DiskError> {
+    let found = found.file_type();
+    let kind = match () {
+        () if found.is_file() || found.is_block_device() => return Ok(()),
+        () if found.is_dir() => "a directory",
+        () if found.is_fifo() => "a FIFO",
+        () if found.is_socket() => "a socket",
+        () if found.is_char_device() => "a character device",
+        () => "something unknown",
+    };
+    Err(DiskError::NotADisk { path: path.into(), kind })
+}
+
+/// One writer, or any number of readers. The lock belongs to the open file, so it goes with it,
+/// however the process ends.
+fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
+    match sys::lock(file, if readonly { Lock::Shared } else { Lock::Exclusive }) {
+        Ok(()) => Ok(()),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            Err(DiskError::InUse { path: path.into() })
+        }
+        Err(e) => {
+            log::warn!("{}: no locks there ({e}); do not share it", path.display());
+            Ok(())
+        }
+    }
+}

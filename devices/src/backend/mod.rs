@@ -1,0 +1,5 @@
+//! What stands behind a device on the host's side.
+pub mod char;
+pub mod disk;
+pub mod inherited;
+pub mod net;

@@ -1,0 +1,84 @@
+//! Where the frames of a network device go to and come from.
+pub mod frame;
+pub mod tap;
+
+use std::{io, os::fd::RawFd};
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+};
+
+use self::frame::Frame;
+
+/// Bytes of the header in front of each frame (virtio 1.3, section 5.1.6, with `num_buffers`).
+pub const HEADER: usize = 12;
+/// The longest frame, with its header: what a driver that takes segmentation offloads must have
+/// room for (virtio 1.3, section 5.1.6.3.1).
+pub const FRAME_MAX: usize = 65_562;
+
+/// What the guest takes from the back-end beyond plain, complete frames: the feature bits
+/// `VIRTIO_NET_F_GUEST_*`, which are also the words of the control queue's offload command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads(pub u64);
+
+impl Offloads {
+    /// Every offload that there is.
+    pub const ALL: Self = Self(
+        1 << VIRTIO_NET_F_GUEST_CSUM
+            | 1 << VIRTIO_NET_F_GUEST_TSO4
+            | 1 << VIRTIO_NET_F_GUEST_TSO6
+            | 1 << VIRTIO_NET_F_GUEST_ECN
+            | 1 << VIRTIO_NET_F_GUEST_UFO
+            | Self::USO.0,
+    );
+    /// UDP segmentation, which needs Linux 6.2 on the host.
+    pub const USO: Self = Self(1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6);
+
+    /// The bit `VIRTIO_NET_F_*` is among them.
+    pub fn has(self, feature: u32) -> bool {
+        self.0 & 1 << feature != 0
+    }
+}
+
+/// A host's end of a network interface: frames in and out, several queues.
+///
+/// Frames begin with the [`HEADER`]. Nothing blocks: [`io::ErrorKind::WouldBlock`] says that
+/// there is no frame, or no room for one.
+pub trait NetBackend: Send + Sync + 'static {
+    /// Queues, one for each queue pair of the device.
+    fn queues(&self) -> usize;
+    /// Readable when queue `queue` has a frame, writable when it takes one.
+    fn fd(&self, queue: usize) -> RawFd;
+    /// The header comes from and goes to the other side. Without it a header is made up, and
+    /// offloads are out of the question.
+    fn has_header(&self) -> bool;
+    /// UDP segmentation offload is among what it can do.
+    fn has_uso(&self) -> bool;
+    /// Receive one frame into guest memory.
+    ///
+    /// # Errors
+    /// `WouldBlock`, or what became of the interface.
+    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize>;
+    /// Receive one frame into a buffer of ours.
+    ///
+    /// # Errors
+    /// As [`NetBackend::read`].
+    fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize>;
+    /// Send one frame. `frame` is used up.
+    ///
+    /// # Errors
+    /// `WouldBlock`, what became of the interface, or `InvalidInput` for a frame that is none.
+    fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize>;
+    /// From now on deliver frames that need these offloads.
+    ///
+    /// # Errors
+    /// When the host refuses; nothing has changed then.
+    fn set_offloads(&self, offloads: Offloads) -> io::Result<()>;
+    /// Spread received frames over the first `queues` queues.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn set_active_queues(&self, queues: usize) -> io::Result<()>;
+}

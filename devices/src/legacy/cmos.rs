@@ -1,0 +1,284 @@
+//! The CMOS clock (MC146818) and its RAM: ports 0x70 (index) and 0x71 (data).
+//!
+//! The time is the host's, in UTC, BCD and 24-hour form; the guest cannot set it. There are no
+//! alarms and no periodic interrupts.
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Device,
+    bus::BusDevice,
+    state::{Section, Snapshot, StateError},
+};
+
+const INDEX: u64 = 0;
+const DATA: u64 = 1;
+const SIZE: usize = 128;
+
+const SECONDS: u8 = 0x00;
+const MINUTES: u8 = 0x02;
+const HOURS: u8 = 0x04;
+const WEEKDAY: u8 = 0x06;
+const DAY: u8 = 0x07;
+const MONTH: u8 = 0x08;
+const YEAR: u8 = 0x09;
+const STATUS_A: u8 = 0x0a;
+const STATUS_B: u8 = 0x0b;
+const STATUS_C: u8 = 0x0c;
+const STATUS_D: u8 = 0x0d;
+const CENTURY: u8 = 0x32;
+
+/// 32,768 Hz divider, no update in progress.
+const A_DIVIDER: u8 = 0x26;
+/// 24-hour form.
+const B_24_HOURS: u8 = 0x02;
+/// The battery is good.
+const D_VALID: u8 = 0x80;
+
+/// Clock and RAM.
+pub struct Cmos {
+    id: String,
+    index: u8,
+    ram: [u8; SIZE],
+    /// What `ram` is after reset: how much memory there is.
+    initial: [u8; SIZE],
+    /// Seconds since 1970, UTC.
+    now: fn() -> u64,
+}
+
+impl Cmos {
+    /// A clock whose RAM names `below_4g` bytes of memory from 0 and `above_4g` from 4 GiB.
+    pub fn new(id: impl Into<String>, below_4g: u64, above_4g: u64) -> Self {
+        let mut ram = [0; SIZE];
+        let mut put = |at: usize, value: u64, bytes: usize| {
+            let most = (1 << (8 * bytes)) - 1;
+            let value = value.min(most).to_le_bytes();
+            for (to, from) in ram.iter_mut().skip(at).zip(value).take(bytes) {
+                *to = from;
+            }
+        };
+        let from_1m = below_4g.saturating_sub(1 << 20) >> 10;
+        put(0x15, 640, 2);
+        put(0x17, from_1m, 2);
+        put(0x30, from_1m, 2);
+        put(0x34, below_4g.saturating_sub(16 << 20) >> 16, 2);
+        put(0x5b, above_4g >> 16, 3);
+        Self { id: id.into(), index: 0, ram, initial: ram, now: host_clock }
+    }
+
+    fn value(&self) -> u8 {
+        let time = Calendar::of((self.now)());
+        match self.index {
+            SECONDS => bcd(time.second),
+            MINUTES => bcd(time.minute),
+            HOURS => bcd(time.hour),
+            WEEKDAY => bcd(time.weekday),
+            DAY => bcd(time.day),
+            MONTH => bcd(time.month),
+            YEAR => bcd(time.year % 100),
+            CENTURY => bcd(time.year / 100),
+            STATUS_A => A_DIVIDER,
+            STATUS_B => B_24_HOURS,
+            STATUS_C => 0,
+            STATUS_D => D_VALID,
+            index => self.ram.get(usize::from(index)).copied().unwrap_or(0),
+        }
+    }
+}
+
+fn host_clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn bcd(value: u64) -> u8 {
+    // Two digits: the sum is at most 0x99.
+    (value / 10 % 10 * 16 + value % 10) as u8
+}
+
+/// A moment of the Gregorian calendar.
+#[derive(Debug, PartialEq, Eq)]
+struct Calendar {
+    year: u64,
+    month: u64,
+    day: u64,
+    /// 1 is Sunday.
+    weekday: u64,
+    hour: u64,
+    minute: u64,
+    second: u64,
+}
+
+impl Calendar {
+    fn of(seconds: u64) -> Self {
+        let days = seconds / 86_400;
+        // Years begin in March here, so that the leap day is the last of one: eras of 400 years
+        // have 146,097 days, and 719,468 of them lie between 0000-03-01 and 1970-01-01.
+        let shifted = days + 719_468;
+        let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+        let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+        let of_year = of_era - (365 * year + year / 4 - year / 100);
+        let month = (5 * of_year + 2) / 153;
+        let (month_from_1, next_year) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+        Self {
+            year: era * 400 + year + next_year,
+            month: month_from_1,
+            day: of_year - (153 * month + 2) / 5 + 1,
+            weekday: (days + 4) % 7 + 1,
+            hour: seconds / 3600 % 24,
+            minute: seconds / 60 % 60,
+            second: seconds % 60,
+        }
+    }
+}
+
+impl BusDevice for Cmos {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for (port, byte) in (offset..=u64::MAX).zip(data) {
+            *byte = if port == DATA { self.value() } else { 0xff };
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        for (port, byte) in (offset..=u64::MAX).zip(data) {
+            match port {
+                // The top bit masks NMIs.
+                INDEX => self.index = byte & 0x7f,
+                DATA => {
+                    if let Some(place) = self.ram.get_mut(usize::from(self.index)) {
+                        *place = *byte;
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Device for Cmos {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        // The time is the host's: there is nothing that runs.
+    }
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {
+        self.index = 0;
+        self.ram = self.initial;
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+/// Saved RAM. The time is not part of it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "as in the runtime type")]
+pub struct State {
+    pub index: u8,
+    pub ram: Vec<u8>,
+}
+
+impl Snapshot for Cmos {
+    const KIND: &'static str = "cmos";
+    const VERSION: u32 = 1;
+    type State = State;
+
+    fn save(&self) -> State {
+        State { index: self.index, ram: self.ram.to_vec() }
+    }
+
+    fn restore(&mut self, state: State) -> Result<(), StateError> {
+        let ram = state.ram.try_into();
+        self.ram = ram.map_err(|_| StateError::Invalid("CMOS RAM of another size"))?;
+        self.index = state.index & 0x7f;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn get(cmos: &mut Cmos, index: u8) -> u8 {
+        cmos.write(INDEX, &[index]);
+        let mut byte = [0];
+        cmos.read(DATA, &mut byte);
+        byte[0]
+    }
+
+    fn at(seconds: fn() -> u64) -> Cmos {
+        Cmos { now: seconds, ..Cmos::new("rtc", 0, 0) }
+    }
+
+    #[test]
+    fn tells_the_time_in_bcd() {
+        // Thursday 2024-02-29 23:59:58 UTC
+        let mut leap = at(|| 1_709_251_198);
+        let read: Vec<u8> = [CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS, WEEKDAY]
+            .map(|index| get(&mut leap, index | 0x80))
+            .into();
+        assert_eq!(read, [0x20, 0x24, 0x02, 0x29, 0x23, 0x59, 0x58, 0x05]);
+        assert_eq!(get(&mut leap, STATUS_A) & 0x80, 0, "no update in progress, ever");
+        assert_eq!([STATUS_B, STATUS_C, STATUS_D].map(|i| get(&mut leap, i)), [2, 0, 0x80]);
+    }
+
+    #[test]
+    fn knows_the_calendar() {
+        for (seconds, date) in [
+            (0, (1970, 1, 1, 5)),
+            (951_782_400, (2000, 2, 29, 3)),
+            (951_868_800, (2000, 3, 1, 4)),
+            (1_735_603_200, (2024, 12, 31, 3)),
+            (1_735_689_600, (2025, 1, 1, 4)),
+            (4_107_542_400, (2100, 3, 1, 2)),
+        ] {
+            let c = Calendar::of(seconds);
+            assert_eq!((c.year, c.month, c.day, c.weekday), date);
+        }
+        Calendar::of(u64::MAX);
+    }
+
+    #[test]
+    fn names_the_memory() {
+        let mut cmos = Cmos::new("rtc", 3 << 30, 5 << 30);
+        let two = |cmos: &mut Cmos, i| u16::from_le_bytes([get(cmos, i), get(cmos, i + 1)]);
+        assert_eq!(two(&mut cmos, 0x15), 640);
+        assert_eq!(two(&mut cmos, 0x30), 0xffff);
+        assert_eq!(u64::from(two(&mut cmos, 0x34)) << 16, (3 << 30) - (16 << 20));
+        assert_eq!(u64::from(two(&mut cmos, 0x5c)) << 24, 5 << 30);
+        let mut small = Cmos::new("rtc", 16 << 20, 0);
+        assert_eq!([0x30, 0x34, 0x5b].map(|i| two(&mut small, i)), [15 << 10, 0, 0]);
+        Cmos::new("rtc", u64::MAX, u64::MAX);
+    }
+
+    #[test]
+    fn ram_holds_what_is_written_and_moves() {
+        let mut cmos = Cmos::new("rtc", 1 << 30, 0);
+        let fresh = Device::save(&cmos).unwrap();
+        cmos.write(INDEX, &[0x0f]);
+        cmos.write(DATA, &[0x0a]);
+        assert_eq!(get(&mut cmos, 0x0f), 0x0a);
+        let section = Device::save(&cmos).unwrap();
+        let mut to = Cmos::new("rtc", 0, 0);
+        Device::restore(&mut to, &section).unwrap();
+        assert_eq!(Device::save(&to).unwrap(), section);
+        cmos.reset();
+        assert_eq!(Device::save(&cmos).unwrap(), fresh);
+        let short = State { index: 0, ram: vec![0; 127] };
+        assert!(Snapshot::restore(&mut to, short).is_err());
+        let wild = State { index: 0xff, ram: vec![0xff; 128] };
+        Snapshot::restore(&mut to, wild).unwrap();
+        to.read(DATA, &mut [0; 8]);
+    }
+}

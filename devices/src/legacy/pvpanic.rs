@@ -1,0 +1,115 @@
+//! pvpanic: one port on which a guest kernel says that it has crashed.
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Device, PowerEvent, PowerSink,
+    bus::BusDevice,
+    state::{Section, Snapshot, StateError},
+};
+
+const PANICKED: u8 = 1;
+/// The guest handles its crash itself (kdump): nothing for us to do.
+const CRASH_LOADED: u8 = 2;
+
+/// The port.
+pub struct Pvpanic {
+    id: String,
+    sink: PowerSink,
+}
+
+impl Pvpanic {
+    /// A port that tells `sink` about a panic.
+    pub fn new(id: impl Into<String>, sink: PowerSink) -> Self {
+        Self { id: id.into(), sink }
+    }
+}
+
+impl BusDevice for Pvpanic {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        for (port, byte) in (offset..=u64::MAX).zip(data) {
+            *byte = if port == 0 { PANICKED | CRASH_LOADED } else { 0xff };
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == 0 && data.first().is_some_and(|events| events & PANICKED != 0) {
+            (self.sink)(PowerEvent::Panicked);
+        }
+    }
+}
+
+impl Device for Pvpanic {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        // There is nothing that runs, and nothing to reset: the port has no state.
+    }
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {}
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+/// A port without state.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {}
+
+impl Snapshot for Pvpanic {
+    const KIND: &'static str = "pvpanic";
+    const VERSION: u32 = 1;
+    type State = State;
+
+    fn save(&self) -> State {
+        State {}
+    }
+
+    fn restore(&mut self, _: State) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    };
+
+    use super::*;
+
+    #[test]
+    fn tells_of_a_panic_and_nothing_else() {
+        let panics = Arc::new(AtomicU32::new(0));
+        let counter = panics.clone();
+        let mut port = Pvpanic::new(
+            "pvpanic",
+            Arc::new(move |event| {
+                assert_eq!(event, PowerEvent::Panicked);
+                counter.fetch_add(1, Ordering::Relaxed);
+            }),
+        );
+        let mut bytes = [0; 2];
+        port.read(0, &mut bytes);
+        assert_eq!(bytes, [3, 0xff]);
+        for (offset, data) in [(0, &[][..]), (0, &[2]), (0, &[0, 1]), (1, &[1])] {
+            port.write(offset, data);
+        }
+        assert_eq!(panics.load(Ordering::Relaxed), 0);
+        port.write(0, &[1]);
+        port.write(0, &[0xff, 0, 0, 0]);
+        assert_eq!(panics.load(Ordering::Relaxed), 2);
+        let section = Device::save(&port).unwrap();
+        Device::restore(&mut port, &section).unwrap();
+    }
+}

@@ -1,0 +1,224 @@
+//! A 16550A serial port, eight ports wide (`vm-superio`'s model).
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::{
+    Device,
+    backend::char::{Char, CharSink, CharSource},
+    bus::BusDevice,
+    irq::Line,
+    state::{Section, Snapshot, StateError},
+    worker::{Home, IoThread, Worker},
+};
+
+type Uart = vm_superio::Serial<Line, Room, CharSink>;
+
+/// Modem control register: where the loop-back bit is.
+const MCR: u64 = 4;
+const MCR_LOOP: u8 = 0x10;
+
+/// The port.
+///
+/// The lock around the UART is there because two threads change it: a vCPU through the registers,
+/// the I/O thread by input. Nobody waits for anything while holding it.
+pub struct Serial {
+    id: String,
+    uart: Arc<Mutex<Uart>>,
+    line: Line,
+    room: Room,
+    sink: CharSink,
+    input: Home<SerialInput>,
+}
+
+/// Tells the input worker that the guest has taken all input.
+#[derive(Clone)]
+struct Room(Arc<EventFd>);
+
+impl SerialEvents for Room {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // A saturated counter has told it already.
+        let _ = self.0.write(1);
+    }
+}
+
+impl Serial {
+    /// A port that leads to `char`; input flows on `thread` from now on.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left or the thread cannot take the worker.
+    pub fn new(
+        id: impl Into<String>,
+        line: Line,
+        char: Char,
+        thread: Arc<dyn IoThread>,
+    ) -> io::Result<Self> {
+        let room = Room(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
+        let Char { source, sink, .. } = char;
+        let uart = Uart::with_events(line.clone(), room.clone(), sink.clone());
+        let uart = Arc::new(Mutex::new(uart));
+        let mut input = Home::default();
+        input.start(SerialInput { source, uart: uart.clone(), room: room.clone() }, thread)?;
+        Ok(Self { id: id.into(), uart, line, room, sink, input })
+    }
+
+    fn replace(&mut self, state: &SerialState) -> Result<(), StateError> {
+        let uart = Uart::from_state(state, self.line.clone(), self.room.clone(), self.sink.clone())
+            .map_err(|_| StateError::Invalid("serial input of more bytes than the FIFO has"))?;
+        *self.uart.lock() = uart;
+        // There may be room again.
+        self.room.in_buffer_empty();
+        Ok(())
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let mut uart = self.uart.lock();
+        for (port, byte) in (offset..=u64::MAX).zip(data) {
+            *byte = u8::try_from(port).map_or(0xff, |port| uart.read(port));
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let mut uart = self.uart.lock();
+        for (port, byte) in (offset..=u64::MAX).zip(data) {
+            if let Ok(register) = u8::try_from(port) {
+                // Neither the line nor the sink can fail, and loop-back drops what does not fit.
+                let _ = uart.write(register, *byte);
+            }
+            if port == MCR {
+                // Input is held back while the port talks to itself.
+                self.room.in_buffer_empty();
+            }
+        }
+    }
+}
+
+impl Device for Serial {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        self.input.park();
+    }
+
+    fn resume(&mut self) {
+        if let Err(error) = self.input.unpark() {
+            log::error!("{}: input stops: {error}", self.id);
+        }
+    }
+
+    fn reset(&mut self) {
+        // The default state is one that the port can be in.
+        let _ = self.replace(&SerialState::default());
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+/// Saved registers and the input not read yet.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the registers' own names")]
+pub struct State {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub input: Vec<u8>,
+}
+
+impl Snapshot for Serial {
+    const KIND: &'static str = "serial-16550";
+    const VERSION: u32 = 1;
+    type State = State;
+
+    fn save(&self) -> State {
+        let s = self.uart.lock().state();
+        State {
+            baud_divisor_low: s.baud_divisor_low,
+            baud_divisor_high: s.baud_divisor_high,
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            input: s.in_buffer,
+        }
+    }
+
+    fn restore(&mut self, s: State) -> Result<(), StateError> {
+        self.replace(&SerialState {
+            baud_divisor_low: s.baud_divisor_low,
+            baud_divisor_high: s.baud_divisor_high,
+            interrupt_enable: s.interrupt_enable,
+            interrupt_identification: s.interrupt_identification,
+            line_control: s.line_control,
+            line_status: s.line_status,
+            modem_control: s.modem_control,
+            modem_status: s.modem_status,
+            scratch: s.scratch,
+            in_buffer: s.input,
+        })
+    }
+}
+
+/// Carries input from the back-end to the UART.
+struct SerialInput {
+    source: CharSource,
+    uart: Arc<Mutex<Uart>>,
+    room: Room,
+}
+
+impl Worker for SerialInput {
+    fn sources(&self) -> Vec<RawFd> {
+        vec![self.source.as_raw_fd(), self.room.0.as_raw_fd()]
+    }
+
+    fn ready(&mut self, _: usize) {
+        // Empty when the other source fired.
+        let _ = self.room.0.read();
+        let mut bytes = [0; 64];
+        loop {
+            let mut uart = self.uart.lock();
+            let looped = uart.state().modem_control & MCR_LOOP != 0;
+            let room = if looped { 0 } else { uart.fifo_capacity().min(bytes.len()) };
+            let n = self.source.read(bytes.get_mut(..room).unwrap_or_default());
+            // There is room, and raising the line cannot fail.
+            let _ = uart.enqueue_raw_bytes(bytes.get(..n).unwrap_or_default());
+            if n == 0 {
+                break;
+            }
+        }
+    }
+
+    fn quiesce(&mut self) {}
+}

@@ -1,0 +1,358 @@
+//! The block device (virtio 1.3, section 5.2).
+//!
+//! A device may be an empty slot: it is there from boot on with a capacity of 0, and a disk is put
+//! into it and taken out of it later. What the driver negotiates it negotiates once, so an empty
+//! slot offers what most disks can do, and requests that the disk cannot do are answered so.
+mod report;
+mod request;
+mod state;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+pub use self::{report::OnError, stats::BlockStats};
+use self::{
+    report::Reporter,
+    worker::{BlockWorker, Medium, Parts, SERIAL},
+};
+use super::{ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
+use crate::{
+    Device,
+    backend::disk::{Disk, DiskError, SECTOR},
+    rate_limit::RateLimiter,
+    state::{Section, StateError},
+    worker::Home,
+};
+
+const DEVICE_TYPE: u32 = 2;
+/// Most queues of a device.
+pub const MAX_QUEUES: u16 = 32;
+/// Fewest and most descriptors of a queue; the size is a power of two.
+pub const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 2..=1024;
+
+/// Offset of `writeback`, the only field of the configuration space that the driver may write.
+const WRITEBACK: u64 = 32;
+
+/// How the guest sees a device. Fixed while the machine lives.
+#[derive(Clone)]
+pub struct Settings {
+    /// 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// One of [`QUEUE_SIZES`], a power of two.
+    pub queue_size: u16,
+    /// Told of every request that the host could not carry out.
+    pub on_error: Option<OnError>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { queues: 1, queue_size: 256, on_error: None }
+    }
+}
+
+/// A disk in a slot, and what belongs to it.
+#[derive(Debug)]
+pub struct Drive {
+    /// The image or device of the host.
+    pub disk: Disk,
+    /// Serial number; the guest sees its first 20 bytes.
+    pub serial: String,
+    /// Requests per second; `None` or 0 for no limit.
+    pub ops_per_second: Option<u64>,
+    /// Bytes read and written per second; `None` or 0 for no limit.
+    pub bytes_per_second: Option<u64>,
+}
+
+impl From<Disk> for Drive {
+    fn from(disk: Disk) -> Self {
+        Self { disk, serial: String::new(), ops_per_second: None, bytes_per_second: None }
+    }
+}
+
+/// Why a disk cannot be put in.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// A disk is there already.
+    #[error("{0} has a disk already; take it out first")]
+    Occupied(String),
+    /// The host refused something.
+    #[error("cannot put a disk into {id}")]
+    Host {
+        /// The device.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Settings that no device can have.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SettingsError {
+    /// See [`Settings::queues`].
+    #[error("{0} queues; a disk has 1 to {MAX_QUEUES}")]
+    Queues(u16),
+    /// See [`Settings::queue_size`].
+    #[error("queue size {0}; it must be a power of two from 2 to 1024")]
+    QueueSize(u16),
+}
+
+/// The disk in a slot, shared with the worker.
+struct Inserted {
+    disk: Arc<Disk>,
+    serial: [u8; SERIAL],
+    ops: Option<u64>,
+    bytes: Option<u64>,
+}
+
+/// A virtio block device.
+pub struct Block {
+    id: String,
+    settings: Settings,
+    sizes: Vec<u16>,
+    inserted: Option<Inserted>,
+    features: u64,
+    writeback: Arc<AtomicBool>,
+    stats: Arc<BlockStats>,
+    home: Home<BlockWorker>,
+}
+
+impl Block {
+    /// A device with a disk, or an empty slot.
+    ///
+    /// # Errors
+    /// When `settings` are out of their ranges.
+    pub fn new(id: &str, settings: Settings, drive: Option<Drive>) -> Result<Self, SettingsError> {
+        if settings.queues == 0 || settings.queues > MAX_QUEUES {
+            return Err(SettingsError::Queues(settings.queues));
+        }
+        let size = settings.queue_size;
+        if !QUEUE_SIZES.contains(&size) || !size.is_power_of_two() {
+            return Err(SettingsError::QueueSize(size));
+        }
+        let inserted = drive.map(Inserted::from);
+        Ok(Self {
+            id: id.into(),
+            sizes: vec![size; settings.queues.into()],
+            features: offered(&settings, inserted.as_ref().map(|i| &*i.disk)),
+            settings,
+            inserted,
+            writeback: Arc::new(AtomicBool::new(true)),
+            stats: Arc::default(),
+            home: Home::Idle,
+        })
+    }
+
+    /// Put a disk into an empty slot. The transport then shows the new configuration.
+    ///
+    /// # Errors
+    /// When the slot is not empty, or the host refuses to watch the disk.
+    pub fn plug(&mut self, drive: Drive) -> Result<(), PlugError> {
+        if self.inserted.is_some() {
+            return Err(PlugError::Occupied(self.id.clone()));
+        }
+        self.inserted = Some(drive.into());
+        let result = self.show_worker();
+        if result.is_err() {
+            self.inserted = None;
+        }
+        result.map_err(|source| PlugError::Host { id: self.id.clone(), source })
+    }
+
+    /// Take the disk out, after what is in flight; later requests fail. The transport then shows
+    /// the new configuration. `None` when the slot is empty.
+    pub fn unplug(&mut self) -> Option<Disk> {
+        let Inserted { disk, .. } = self.inserted.take()?;
+        if let Err(e) = self.show_worker() {
+            log::error!("{}: {e}", self.id);
+        }
+        Arc::into_inner(disk)
+    }
+
+    /// Look at the size of the image again; the bytes that the guest sees once the transport shows
+    /// the new configuration. 0 for an empty slot.
+    ///
+    /// # Errors
+    /// When the host does not tell; the size is then what it was.
+    pub fn resize(&mut self) -> Result<u64, DiskError> {
+        self.inserted.as_ref().map_or(Ok(0), |i| i.disk.resize())
+    }
+
+    /// The disk, unless the slot is empty.
+    pub fn disk(&self) -> Option<&Disk> {
+        self.inserted.as_ref().map(|i| &*i.disk)
+    }
+
+    /// Bytes that the guest sees; 0 for an empty slot.
+    pub fn capacity(&self) -> u64 {
+        self.inserted.as_ref().map_or(0, |i| i.disk.size())
+    }
+
+    /// What the device has done so far.
+    pub fn stats(&self) -> Arc<BlockStats> {
+        self.stats.clone()
+    }
+
+    fn medium(&self) -> io::Result<Medium> {
+        let Some(Inserted { disk, serial, ops, bytes }) = &self.inserted else {
+            return Ok(Medium { disk: None, serial: [0; SERIAL], limiter: None });
+        };
+        let limited = [ops, bytes].into_iter().any(|n| n.is_some_and(|n| n > 0));
+        let limiter = limited.then(|| RateLimiter::new(*ops, *bytes)).transpose()?;
+        Ok(Medium { disk: Some(disk.clone()), serial: *serial, limiter })
+    }
+
+    /// Give the worker, if there is one, what is in the slot now.
+    fn show_worker(&mut self) -> io::Result<()> {
+        let medium = self.medium()?;
+        self.home.with(|worker| worker.insert(medium)).map(drop)
+    }
+}
+
+impl From<Drive> for Inserted {
+    fn from(drive: Drive) -> Self {
+        let Drive { disk, serial: text, ops_per_second: ops, bytes_per_second: bytes } = drive;
+        let mut serial = [0; SERIAL];
+        serial.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+        Self { disk: Arc::new(disk), serial, ops, bytes }
+    }
+}
+
+fn offered(settings: &Settings, disk: Option<&Disk>) -> u64 {
+    let readonly = disk.is_some_and(Disk::readonly);
+    let discard = disk.is_none_or(Disk::discard);
+    let mut features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+    for (bit, offer) in [
+        (VIRTIO_BLK_F_SEG_MAX, true),
+        (VIRTIO_BLK_F_BLK_SIZE, true),
+        (VIRTIO_BLK_F_TOPOLOGY, true),
+        (VIRTIO_BLK_F_FLUSH, true),
+        (VIRTIO_BLK_F_CONFIG_WCE, true),
+        (VIRTIO_BLK_F_RO, readonly),
+        (VIRTIO_BLK_F_MQ, settings.queues > 1),
+        (VIRTIO_BLK_F_DISCARD, discard && !readonly),
+        (VIRTIO_BLK_F_WRITE_ZEROES, !readonly),
+    ] {
+        features |= u64::from(offer) << bit;
+    }
+    features
+}
+
+impl Device for Block {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        self.home.park();
+    }
+
+    fn resume(&mut self) {
+        let interrupt = self.home.parked().map(|w| w.interrupt.clone());
+        if let (Err(e), Some(interrupt)) = (self.home.unpark(), interrupt) {
+            log::error!("{}: {e}", self.id);
+            interrupt.needs_reset();
+        }
+    }
+
+    fn reset(&mut self) {
+        // The worker finishes what is in flight before it comes home.
+        self.home.stop();
+        self.writeback.store(true, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let disk = self.disk();
+        let logical = disk.map_or(SECTOR as u32, Disk::logical_block);
+        let physical = disk.map_or(4096, Disk::physical_block);
+        let exponent = physical.ilog2().saturating_sub(logical.ilog2()) as u8;
+        let in_blocks = |bytes: u32| u16::try_from(bytes / logical).unwrap_or(u16::MAX);
+        let ranges = request::MAX_RANGE;
+        let alignment = logical / SECTOR as u32;
+        let unmap = disk.is_none_or(Disk::discard);
+        // Section 5.2.4, field by field; size_max and geometry are not offered.
+        [
+            &(disk.map_or(0, Disk::size) / SECTOR).to_le_bytes()[..],
+            &0u32.to_le_bytes(),
+            // A chain has two more descriptors: header and status.
+            &u32::from(self.settings.queue_size.saturating_sub(2).max(1)).to_le_bytes(),
+            &0u32.to_le_bytes(),
+            &logical.to_le_bytes(),
+            &[exponent, 0],
+            &in_blocks(physical).to_le_bytes(),
+            &0u32.to_le_bytes(),
+            &[self.writeback.load(Ordering::Relaxed).into(), 0],
+            &self.settings.queues.to_le_bytes(),
+            &ranges.to_le_bytes(),
+            &1u32.to_le_bytes(),
+            &alignment.to_le_bytes(),
+            &ranges.to_le_bytes(),
+            &1u32.to_le_bytes(),
+            &[unmap.into(), 0, 0, 0],
+        ]
+        .concat()
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let at = WRITEBACK.checked_sub(offset).and_then(|at| usize::try_from(at).ok());
+        if let Some(value) = at.and_then(|at| data.get(at)) {
+            self.writeback.store(value & 1 != 0, Ordering::Relaxed);
+        }
+    }
+
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+        if with.queues.is_empty() {
+            return Err(ActivateError::MissingQueue(0));
+        }
+        let host = |what| move |source| ActivateError::Host { what, source };
+        let medium = self.medium().map_err(host("make a timer for the disk's limits"))?;
+        let parts = Parts {
+            queues: with.queues,
+            memory: with.memory,
+            interrupt: with.interrupt,
+            indirect: with.features & F_INDIRECT_DESC != 0,
+            flush: with.features & 1 << VIRTIO_BLK_F_FLUSH != 0,
+            writeback: self.writeback.clone(),
+            stats: self.stats.clone(),
+            reporter: Reporter::new(&self.id, self.settings.on_error.clone()),
+        };
+        let worker = BlockWorker::new(parts, medium);
+        self.home.start(worker, with.thread).map_err(host("start the disk's worker"))
+    }
+}

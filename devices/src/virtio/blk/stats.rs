@@ -1,0 +1,25 @@
+//! What a disk has done, for `query-blockstats`.
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters since the device was made. They wrap at 2^64 and need no order among each other.
+#[derive(Debug, Default)]
+#[expect(missing_docs, reason = "the names are QMP's")]
+pub struct BlockStats {
+    pub rd_bytes: AtomicU64,
+    pub wr_bytes: AtomicU64,
+    pub rd_operations: AtomicU64,
+    pub wr_operations: AtomicU64,
+    pub flush_operations: AtomicU64,
+    pub unmap_operations: AtomicU64,
+    pub failed_rd_operations: AtomicU64,
+    pub failed_wr_operations: AtomicU64,
+    pub failed_flush_operations: AtomicU64,
+    pub failed_unmap_operations: AtomicU64,
+    /// Chains and requests that a correct driver does not send.
+    pub invalid_operations: AtomicU64,
+}
+
+/// Add to a counter that only one thread adds to.
+pub(super) fn count(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+}

@@ -1,0 +1,508 @@
+//! The half of the disk that owns its queues.
+//!
+//! What decides its speed is not the copying but the exits of the guest and the wake-ups of this
+//! thread for each request. So: chains are taken until none is left, with the driver's
+//! notifications off; interrupts are decided once for a batch; and when the driver has lately been
+//! quick with its next request, the thread waits for it a moment before it sleeps (see [`Spin`]),
+//! which spares the guest its exit and the thread its wake-up.
+use std::{
+    hint,
+    os::fd::{AsRawFd, RawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{
+    report::Reporter,
+    request::{self, Range, Request},
+    stats::{BlockStats, count},
+};
+use crate::{
+    Memory,
+    backend::disk::{Disk, Engine, Op, Outcome, SECTOR},
+    rate_limit::RateLimiter,
+    virtio::{
+        ActiveQueue, Interrupt,
+        chain::{self, Chain, ChainError, Segment},
+    },
+    worker::Worker,
+};
+
+/// Data moved by this thread itself after which the driver gets its interrupt, so that it works on
+/// what it has while the rest is copied.
+const BATCH_BYTES: u64 = 256 << 10;
+/// Time after which other workers of the thread get their turn.
+const TURN: Duration = Duration::from_micros(500);
+/// Bytes of a serial number (section 5.2.6).
+pub(super) const SERIAL: usize = 20;
+
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
+const NO_INTERRUPT: u16 = 1;
+
+/// One queue.
+pub(super) struct Lane {
+    pub index: u16,
+    pub queue: Queue,
+    notify: vmm_sys_util::eventfd::EventFd,
+    /// The ring says nonsense. Left alone until the driver resets the device.
+    broken: bool,
+    /// Buffers were used since the last decision on an interrupt.
+    unsignalled: bool,
+}
+
+impl From<ActiveQueue> for Lane {
+    fn from(q: ActiveQueue) -> Self {
+        let ActiveQueue { index, queue, notify } = q;
+        Self { index, queue, notify, broken: false, unsignalled: false }
+    }
+}
+
+/// What a request is counted as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Flush,
+    Discard,
+}
+
+/// What is left to know of a request once it is under way.
+#[derive(Debug, Clone, Copy)]
+struct Ticket {
+    lane: usize,
+    head: u16,
+    status: GuestAddress,
+    kind: Kind,
+    bytes: u64,
+}
+
+/// Why a round over the available ring ended.
+enum Round {
+    /// Nothing is left.
+    Drained,
+    /// Enough for one batch.
+    More,
+    /// A limit, a full engine or a broken ring. Something else will continue.
+    Blocked,
+}
+
+/// Where a disk comes from and what the driver may ask of it.
+pub(super) struct Medium {
+    pub disk: Option<Arc<Disk>>,
+    pub serial: [u8; SERIAL],
+    pub limiter: Option<RateLimiter>,
+}
+
+/// The worker of a disk.
+pub(super) struct BlockWorker {
+    pub lanes: Vec<Lane>,
+    pub memory: Memory,
+    pub interrupt: Interrupt,
+    pub indirect: bool,
+    /// `VIRTIO_BLK_F_FLUSH` was negotiated. Without it the driver relies on every write.
+    pub flush: bool,
+    pub writeback: Arc<AtomicBool>,
+    pub stats: Arc<BlockStats>,
+    pub reporter: Reporter,
+    engine: Option<Engine<Ticket>>,
+    serial: [u8; SERIAL],
+    limiter: Option<RateLimiter>,
+    throttled: bool,
+    full: bool,
+    chain: Chain,
+    data: Vec<Segment>,
+    spin: Spin,
+}
+
+/// What a [`BlockWorker`] is made of.
+pub(super) struct Parts {
+    pub queues: Vec<ActiveQueue>,
+    pub memory: Memory,
+    pub interrupt: Interrupt,
+    pub indirect: bool,
+    pub flush: bool,
+    pub writeback: Arc<AtomicBool>,
+    pub stats: Arc<BlockStats>,
+    pub reporter: Reporter,
+}
+
+impl BlockWorker {
+    pub fn new(parts: Parts, medium: Medium) -> Self {
+        let Parts { queues, memory, interrupt, indirect, flush, writeback, stats, reporter } =
+            parts;
+        let mut worker = Self {
+            lanes: queues.into_iter().map(Lane::from).collect(),
+            memory,
+            interrupt,
+            indirect,
+            flush,
+            writeback,
+            stats,
+            reporter,
+            engine: None,
+            serial: [0; SERIAL],
+            limiter: None,
+            throttled: false,
+            full: false,
+            chain: Chain::default(),
+            data: Vec::new(),
+            spin: Spin::default(),
+        };
+        worker.insert(medium);
+        worker
+    }
+
+    /// Change the medium. Only while parked.
+    pub fn insert(&mut self, medium: Medium) {
+        let Medium { disk, serial, limiter } = medium;
+        let depth = self.lanes.iter().map(|l| usize::from(l.queue.size())).sum();
+        self.engine = disk.map(|disk| Engine::new(disk, self.memory.clone(), depth));
+        (self.serial, self.limiter, self.throttled) = (serial, limiter, false);
+    }
+
+    /// Work on queue `index` until it is empty, or the turn is over.
+    fn work(&mut self, index: usize) {
+        let begin = Instant::now();
+        loop {
+            let round = self.round(index);
+            if let Some(engine) = &mut self.engine {
+                engine.submit();
+            }
+            self.signal();
+            let Some(lane) = self.lanes.get_mut(index) else { return };
+            match round {
+                Round::Blocked => return,
+                Round::Drained => {
+                    let idle = self.engine.as_ref().is_none_or(|e| e.in_flight() == 0);
+                    let more = idle && self.spin.wait(&lane.queue, &self.memory)
+                        || lane.queue.enable_notification(&self.memory).unwrap_or(false);
+                    if !more {
+                        return;
+                    }
+                }
+                Round::More => {}
+            }
+            if begin.elapsed() > TURN {
+                // Come back after the others.
+                let _ = lane.notify.write(1);
+                return;
+            }
+        }
+    }
+
+    /// Take chains of queue `index` for one batch.
+    fn round(&mut self, index: usize) -> Round {
+        let Some(lane) = self.lanes.get_mut(index) else { return Round::Blocked };
+        if lane.broken || self.throttled {
+            return Round::Blocked;
+        }
+        let _ = lane.queue.disable_notification(&self.memory);
+        let mut moved = 0;
+        for _ in 0..lane.queue.size() {
+            if self.engine.as_ref().is_some_and(|e| !e.has_room()) {
+                self.full = true;
+                return Round::Blocked;
+            }
+            let Some(lane) = self.lanes.get_mut(index) else { return Round::Blocked };
+            match self.chain.pop(&mut lane.queue, &self.memory, self.indirect) {
+                Ok(false) => return Round::Drained,
+                Ok(true) => {
+                    let Some(bytes) = self.handle(index) else {
+                        // Over the limit: it stays in the ring until the limiter's timer fires.
+                        if let Some(lane) = self.lanes.get_mut(index) {
+                            lane.queue.go_to_previous_position();
+                        }
+                        self.throttled = true;
+                        return Round::Blocked;
+                    };
+                    moved += bytes;
+                }
+                Err(ChainError::Ring) => {
+                    self.give_up(index);
+                    return Round::Blocked;
+                }
+                Err(why) => {
+                    self.reporter.invalid(&self.stats, &why);
+                    self.used(index, self.chain.head(), 0);
+                }
+            }
+            if moved >= BATCH_BYTES {
+                break;
+            }
+        }
+        Round::More
+    }
+
+    /// Start the request in `self.chain`; how many bytes this thread has moved for it. `None` when
+    /// it is over the limit.
+    fn handle(&mut self, lane: usize) -> Option<u64> {
+        let head = self.chain.head();
+        let Some(status) = request::status(&self.chain) else {
+            self.reporter.invalid(&self.stats, &"request without room for a status");
+            self.used(lane, head, 0);
+            return Some(0);
+        };
+        let (request, len) = request::parse(&self.chain, &self.memory, &mut self.data);
+        if let Some(limiter) = &mut self.limiter
+            && !limiter.take(1, len)
+        {
+            return None;
+        }
+        let answer = |kind, bytes| Ticket { lane, head, status, kind, bytes };
+        let durable = !self.flush || !self.writeback.load(Ordering::Relaxed);
+        let range = |r: Range| (r.sector, u64::from(r.count) * SECTOR);
+        let (op, kind, (sector, bytes)) = match request {
+            Request::Read { sector } => (Op::Read, Kind::Read, (sector, len)),
+            Request::Write { sector } => (Op::Write { durable }, Kind::Write, (sector, len)),
+            Request::Flush => (Op::Flush, Kind::Flush, (0, 0)),
+            Request::Discard(r) => {
+                let (sector, len) = range(r);
+                (Op::Discard { len }, Kind::Discard, (sector, len))
+            }
+            Request::WriteZeroes(r, unmap) => {
+                let (sector, len) = range(r);
+                (Op::WriteZeroes { len, unmap, durable }, Kind::Write, (sector, len))
+            }
+            Request::GetId => {
+                let n = chain::write(&self.memory, &self.data, 0, &self.serial);
+                self.answer(&answer(Kind::Read, n as u64), OK);
+                return Some(0);
+            }
+            Request::Unsupported => {
+                self.answer(&answer(Kind::Read, 0), UNSUPP);
+                return Some(0);
+            }
+            Request::Malformed => {
+                self.reporter.invalid(&self.stats, &"malformed request");
+                self.answer(&answer(Kind::Read, 0), IOERR);
+                return Some(0);
+            }
+        };
+        let ticket = answer(kind, bytes);
+        let Some(engine) = &mut self.engine else {
+            self.answer(&ticket, IOERR);
+            return Some(0);
+        };
+        let disk = engine.disk();
+        let end = sector.checked_mul(SECTOR).and_then(|at| at.checked_add(bytes));
+        let refused = match op {
+            Op::Read | Op::Flush => false,
+            // Whether or not the driver has heard of VIRTIO_BLK_F_RO.
+            _ => disk.readonly(),
+        };
+        if refused || end.is_none_or(|end| end > disk.size()) {
+            self.reporter
+                .invalid(&self.stats, &"request beyond the disk, or a write to a readonly one");
+            self.answer(&ticket, IOERR);
+        } else if kind == Kind::Discard && !disk.discard() {
+            self.answer(&ticket, UNSUPP);
+        } else if bytes == 0 && kind != Kind::Flush {
+            self.answer(&ticket, OK);
+        } else if let Outcome::Done(result) =
+            engine.start(op, sector.wrapping_mul(SECTOR), &self.data, ticket)
+        {
+            self.finish(&ticket, result);
+            return Some(len);
+        }
+        Some(0)
+    }
+
+    fn finish(&mut self, ticket: &Ticket, result: std::io::Result<()>) {
+        let s = &self.stats;
+        let (done, bytes, failed) = match ticket.kind {
+            Kind::Read => (&s.rd_operations, Some(&s.rd_bytes), &s.failed_rd_operations),
+            Kind::Write => (&s.wr_operations, Some(&s.wr_bytes), &s.failed_wr_operations),
+            Kind::Flush => (&s.flush_operations, None, &s.failed_flush_operations),
+            Kind::Discard => (&s.unmap_operations, None, &s.failed_unmap_operations),
+        };
+        let status = match result {
+            Ok(()) => {
+                count(done, 1);
+                if let Some(bytes) = bytes {
+                    count(bytes, ticket.bytes);
+                }
+                OK
+            }
+            // The host's file system cannot: no fault of the medium.
+            Err(e) if ticket.kind == Kind::Discard && unsupported(&e) => UNSUPP,
+            Err(e) => {
+                count(failed, 1);
+                self.reporter.failed(&e, ticket.kind != Kind::Read);
+                IOERR
+            }
+        };
+        self.answer(ticket, status);
+    }
+
+    /// Write the status and return the chain.
+    fn answer(&mut self, ticket: &Ticket, status: u8) {
+        // The chain was walked, so the byte is in guest memory.
+        let _ = self.memory.write_obj(status, ticket.status);
+        let data = if status == OK && ticket.kind == Kind::Read { ticket.bytes } else { 0 };
+        self.used(ticket.lane, ticket.head, u32::try_from(data).map_or(u32::MAX, |n| n + 1));
+    }
+
+    fn used(&mut self, index: usize, head: u16, len: u32) {
+        let Some(lane) = self.lanes.get_mut(index) else { return };
+        lane.unsignalled = true;
+        if lane.queue.add_used(&self.memory, head, len).is_err() {
+            self.give_up(index);
+        }
+    }
+
+    fn give_up(&mut self, index: usize) {
+        if let Some(lane) = self.lanes.get_mut(index)
+            && !std::mem::replace(&mut lane.broken, true)
+        {
+            self.reporter
+                .invalid(&self.stats, &"queue that cannot be followed; device needs a reset");
+            self.interrupt.needs_reset();
+        }
+    }
+
+    /// One decision for everything used since the last one.
+    fn signal(&mut self) {
+        let mut wanted = false;
+        for lane in &mut self.lanes {
+            if std::mem::take(&mut lane.unsignalled) {
+                wanted |= wants_interrupt(&mut lane.queue, &self.memory);
+            }
+        }
+        if wanted {
+            self.interrupt.used();
+        }
+    }
+
+    /// Return what the engine has finished.
+    fn complete(&mut self) {
+        while let Some((ticket, result)) = self.engine.as_mut().and_then(Engine::finished) {
+            self.finish(&ticket, result);
+        }
+        self.signal();
+    }
+
+    fn work_on_all(&mut self) {
+        for index in 0..self.lanes.len() {
+            self.work(index);
+        }
+    }
+}
+
+impl Worker for BlockWorker {
+    fn sources(&self) -> Vec<RawFd> {
+        let notify = self.lanes.iter().map(|l| l.notify.as_raw_fd());
+        let limiter = self.limiter.as_ref().map(RateLimiter::fd);
+        let ring = self.engine.as_ref().and_then(Engine::source);
+        notify.chain(limiter).chain(ring).collect()
+    }
+
+    fn ready(&mut self, index: usize) {
+        if let Some(lane) = self.lanes.get(index) {
+            if lane.notify.read().is_ok() {
+                self.spin.woken();
+            }
+            return self.work(index);
+        }
+        match &mut self.limiter {
+            Some(limiter) if index == self.lanes.len() => {
+                limiter.replenish();
+                self.throttled = false;
+                self.work_on_all();
+            }
+            _ => {
+                self.complete();
+                if std::mem::take(&mut self.full) {
+                    self.work_on_all();
+                }
+            }
+        }
+    }
+
+    fn quiesce(&mut self) {
+        loop {
+            self.complete();
+            let Some(engine) = self.engine.as_mut().filter(|e| e.in_flight() > 0) else { break };
+            if !engine.wait() {
+                log::error!("{}: requests never ended", engine.disk().path().display());
+                break;
+            }
+        }
+    }
+}
+
+/// How long to wait for the next request before sleeping. It grows while requests come soon after
+/// the last one was served, and drops to nothing when they do not (as KVM does for a halted vCPU),
+/// or when somebody else needs the CPU, perhaps the very guest that is waited for.
+#[derive(Default)]
+struct Spin {
+    window: Duration,
+    idle_since: Option<Instant>,
+    rest_until: Option<Instant>,
+}
+
+impl Spin {
+    const FIRST: Duration = Duration::from_micros(8);
+    const MAX: Duration = Duration::from_micros(64);
+    /// A notification this soon says that a longer window would have caught the request. It is
+    /// more than the window's maximum by what the notification itself and the wake-up take.
+    const SOON: Duration = Duration::from_micros(100);
+    /// A turn of the loop that took this long was interrupted by another thread.
+    const STOLEN: Duration = Duration::from_micros(20);
+    /// No waiting for so long after that.
+    const REST: Duration = Duration::from_millis(10);
+
+    /// The driver had to notify.
+    fn woken(&mut self) {
+        let Some(since) = self.idle_since.take() else { return };
+        let now = Instant::now();
+        let resting = self.rest_until.is_some_and(|until| now < until);
+        self.window = if !resting && now.duration_since(since) <= Self::SOON {
+            (self.window * 2).clamp(Self::FIRST, Self::MAX)
+        } else {
+            Duration::ZERO
+        };
+    }
+
+    /// Wait for a request; whether one has come.
+    fn wait(&mut self, queue: &Queue, memory: &Memory) -> bool {
+        let begin = Instant::now();
+        self.idle_since = Some(begin);
+        let mut last = begin;
+        while last.duration_since(begin) < self.window {
+            if chain::pending(queue, memory) != Some(0) {
+                self.idle_since = None;
+                return true;
+            }
+            hint::spin_loop();
+            let now = Instant::now();
+            if now.duration_since(last) > Self::STOLEN {
+                self.window = Duration::ZERO;
+                self.rest_until = Some(now + Self::REST);
+            }
+            last = now;
+        }
+        false
+    }
+}
+
+fn wants_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
+    let wanted = queue.needs_notification(memory).unwrap_or(true);
+    // virtio-queue knows used_event only, not the flag that drivers without EVENT_IDX set.
+    let avail = GuestAddress(queue.avail_ring());
+    let flags = || memory.load(avail, Ordering::Relaxed).map_or(0, u16::from_le);
+    wanted && (queue.event_idx_enabled() || flags() & NO_INTERRUPT == 0)
+}
+
+fn unsupported(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY))
+}

@@ -1,0 +1,46 @@
+//! A queue's registers as the driver wrote them, and the one check that makes a queue of them.
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+
+use crate::Memory;
+
+/// Raw values: nothing is rounded, cut or refused before [`QueueRegisters::check`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct QueueRegisters {
+    pub size: u32,
+    pub ready: bool,
+    pub descriptors: u64,
+    pub driver: u64,
+    pub device: u64,
+}
+
+/// What the driver got wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum QueueFault {
+    #[error("size {size} is not a power of two from 1 to {max}")]
+    Size { size: u32, max: u16 },
+    #[error("ring address is zero, unaligned, or outside guest memory")]
+    Address,
+}
+
+impl QueueRegisters {
+    /// A queue, if the rings are aligned (virtio 1.3, section 2.7), lie within guest memory and
+    /// have a size that the device offers. Zero is no ring's address: it is a driver that forgot.
+    pub fn check(&self, max: u16, event_idx: bool, memory: &Memory) -> Result<Queue, QueueFault> {
+        let bad_size = QueueFault::Size { size: self.size, max };
+        let size = u16::try_from(self.size).map_err(|_| bad_size)?;
+        let mut queue = Queue::new(max).map_err(|_| bad_size)?;
+        queue.try_set_size(size).map_err(|_| bad_size)?;
+        if [self.descriptors, self.driver, self.device].contains(&0) {
+            return Err(QueueFault::Address);
+        }
+        queue
+            .try_set_desc_table_address(GuestAddress(self.descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(self.driver)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(self.device)))
+            .map_err(|_| QueueFault::Address)?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        if queue.is_valid(memory) { Ok(queue) } else { Err(QueueFault::Address) }
+    }
+}

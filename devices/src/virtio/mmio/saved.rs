@@ -1,0 +1,192 @@
+//! The transport's saved form: what the driver has written, and the device's own section.
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, Driver, FAILED, FEATURES_OK, INT_CONFIG,
+    INT_USED, INTERRUPT_STATUS, STATUS, Transport, queue::QueueRegisters,
+};
+use crate::{
+    Device,
+    state::{Section, StateError},
+    virtio::registers::CONFIG_GENERATION,
+    worker::{IoThread, Worker},
+};
+
+const KIND: &str = "virtio-mmio";
+const FORMAT: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    device_type: u32,
+    status: u32,
+    interrupt_status: u32,
+    config_generation: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    features: u64,
+    unknown_features: bool,
+    queue_sel: u32,
+    queues: Vec<QueueState>,
+    active: bool,
+    device: Section,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueState {
+    size: u32,
+    ready: bool,
+    descriptors: u64,
+    driver: u64,
+    device: u64,
+}
+
+pub(super) fn save(t: &Transport) -> Result<Section, StateError> {
+    let queues = t.driver.queues.iter().map(|q| QueueState {
+        size: q.size,
+        ready: q.ready,
+        descriptors: q.descriptors,
+        driver: q.driver,
+        device: q.device,
+    });
+    let state = State {
+        device_type: t.device.device_type(),
+        status: t.status(),
+        interrupt_status: t.registers.load(INTERRUPT_STATUS),
+        config_generation: t.registers.load(CONFIG_GENERATION),
+        device_features_sel: t.driver.device_features_sel,
+        driver_features_sel: t.driver.driver_features_sel,
+        features: t.driver.features,
+        unknown_features: t.driver.unknown_features,
+        queue_sel: t.driver.queue_sel,
+        queues: queues.collect(),
+        active: t.active,
+        device: t.device.save()?,
+    };
+    Ok(Section { kind: KIND.into(), version: FORMAT, body: serde_json::to_vec(&state)? })
+}
+
+/// The caller resets the transport when this fails half-way.
+pub(super) fn restore(t: &mut Transport, section: &Section) -> Result<(), StateError> {
+    if section.kind != KIND || section.version != FORMAT {
+        let Section { kind, version, .. } = section.clone();
+        return Err(StateError::Unexpected { kind, version });
+    }
+    let state: State = serde_json::from_slice(&section.body)?;
+    check(t, &state)?;
+    t.reset();
+    t.driver = Driver {
+        device_features_sel: state.device_features_sel,
+        driver_features_sel: state.driver_features_sel,
+        features: state.features,
+        unknown_features: state.unknown_features,
+        queue_sel: state.queue_sel,
+        queues: state.queues.into_iter().map(runtime).collect(),
+    };
+    if state.active {
+        t.registers.store(STATUS, state.status);
+        t.registers.store(INTERRUPT_STATUS, state.interrupt_status);
+        let held = Arc::new(Held::new(t.thread.clone()));
+        let activated = t.activate(held.clone());
+        t.device.pause();
+        held.open();
+        activated.map_err(|refused| {
+            log::error!("{}: {refused}", t.device.id());
+            StateError::Invalid("virtio queues that the device cannot be activated with")
+        })?;
+        t.interrupt_owed = true;
+    }
+    t.device.restore(&state.device)?;
+    t.show_config();
+    t.show_selected();
+    // After the device, which may have touched any of them while it was activated.
+    t.registers.store(CONFIG_GENERATION, state.config_generation);
+    t.registers.store(INTERRUPT_STATUS, state.interrupt_status);
+    t.registers.store(STATUS, state.status);
+    Ok(())
+}
+
+fn check(t: &Transport, state: &State) -> Result<(), StateError> {
+    let driver_part = state.status & !DEVICE_NEEDS_RESET & !FAILED;
+    let steps = [0, ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+    let mut upto = 0;
+    let in_order = steps.iter().any(|step| {
+        upto |= step;
+        driver_part == upto
+    });
+    let driver_ok = state.status & DRIVER_OK != 0;
+    let negotiated = state.status & FEATURES_OK != 0;
+    if state.device_type != t.device.device_type() {
+        return Err(StateError::Invalid("another type of virtio device"));
+    }
+    if state.queues.len() != t.driver.queues.len() {
+        return Err(StateError::Invalid("another number of virtio queues"));
+    }
+    if !in_order || (state.active && !driver_ok) {
+        return Err(StateError::Invalid("virtio device status that no driver can reach"));
+    }
+    if driver_ok && !state.active && state.status & DEVICE_NEEDS_RESET == 0 {
+        return Err(StateError::Invalid("virtio device ready but not active"));
+    }
+    if state.interrupt_status & !(INT_USED | INT_CONFIG) != 0
+        || (driver_ok && state.interrupt_status & INT_USED == 0)
+    {
+        return Err(StateError::Invalid("virtio interrupt status"));
+    }
+    let offered = t.offered();
+    let acceptable = !state.unknown_features
+        && state.features & !offered == 0
+        && state.features & super::F_VERSION_1 != 0;
+    if negotiated && !acceptable {
+        return Err(StateError::Invalid("virtio features that this device does not offer"));
+    }
+    Ok(())
+}
+
+fn runtime(q: QueueState) -> QueueRegisters {
+    let QueueState { size, ready, descriptors, driver, device } = q;
+    QueueRegisters { size, ready, descriptors, driver, device }
+}
+
+/// Holds the workers of a device that is being restored, so that none looks at its queues before
+/// it knows where it stood in them. Once open, it is the thread itself.
+struct Held {
+    thread: Arc<dyn IoThread>,
+    open: AtomicBool,
+    workers: Mutex<Vec<Option<Box<dyn Worker>>>>,
+}
+
+impl Held {
+    fn new(thread: Arc<dyn IoThread>) -> Self {
+        Self { thread, open: AtomicBool::new(false), workers: Mutex::default() }
+    }
+
+    fn open(&self) {
+        self.open.store(true, Ordering::Release);
+    }
+}
+
+impl IoThread for Held {
+    fn adopt(&self, worker: Box<dyn Worker>) -> std::io::Result<usize> {
+        if self.open.load(Ordering::Acquire) {
+            return self.thread.adopt(worker);
+        }
+        let mut workers = self.workers.lock();
+        workers.push(Some(worker));
+        Ok(workers.len() - 1)
+    }
+
+    fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
+        if self.open.load(Ordering::Acquire) {
+            return self.thread.release(key);
+        }
+        self.workers.lock().get_mut(key)?.take()
+    }
+}

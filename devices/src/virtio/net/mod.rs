@@ -1,0 +1,324 @@
+//! virtio-net (virtio 1.3, section 5.1).
+//!
+//! One copy each way: frames go by writev from guest buffers to the back-end and by readv from it
+//! into guest buffers, segments of up to 64 KiB at a time where the driver takes offloads.
+//!
+//! A device without a back-end is an empty slot: its link is down until [`Net::plug`].
+mod ctrl;
+mod rx;
+mod state;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod tx;
+mod worker;
+
+use std::{
+    hash::{BuildHasher, Hasher, RandomState},
+    io,
+    sync::Arc,
+};
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+
+use self::worker::{NetWorker, Parts};
+pub use self::{
+    state::NetState,
+    stats::{Counters, NetStats},
+};
+use super::{
+    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, ring::Ring,
+};
+use crate::{
+    Device,
+    backend::net::{NetBackend, Offloads, tap::Tap},
+    state::{Section, StateError},
+    worker::Home,
+};
+
+const DEVICE_TYPE: u32 = 1;
+const CONTROL_QUEUE_SIZE: u16 = 64;
+/// What the device can do whatever its back-end.
+const ALWAYS: u64 = F_INDIRECT_DESC
+    | F_EVENT_IDX
+    | 1 << VIRTIO_NET_F_MAC
+    | 1 << VIRTIO_NET_F_STATUS
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_CTRL_VQ;
+/// What needs a back-end with virtio headers.
+const WITH_HEADER: u64 = Offloads::ALL.0 & !Offloads::USO.0
+    | 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_ECN
+    | 1 << VIRTIO_NET_F_HOST_UFO
+    | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
+
+/// How an interface is to be.
+#[derive(Debug, Clone, Default)]
+pub struct NetSettings {
+    /// Hardware address; `None`: one made up, locally administered.
+    pub mac: Option<[u8; 6]>,
+    /// Queue pairs, 1 to 16.
+    pub queue_pairs: u16,
+    /// Descriptors a queue, a power of two, 256 to 4096.
+    pub queue_size: u16,
+    /// Packets per second in each direction; `None`: unlimited.
+    pub pps: Option<u64>,
+    /// Bytes per second in each direction; `None`: unlimited.
+    pub bps: Option<u64>,
+}
+
+/// Why a back-end cannot be plugged into a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PlugError {
+    /// There is one already.
+    #[error("the slot is occupied")]
+    Occupied,
+    /// The driver sees as many queue pairs as the slot was made with.
+    #[error("the tap device has {has} queues, the slot needs {needs}")]
+    #[expect(missing_docs, reason = "shown by the message")]
+    Queues { has: usize, needs: u16 },
+    /// The driver relies on offloads.
+    #[error("the tap device has no virtio header: open it with IFF_VNET_HDR")]
+    NoHeader,
+    /// The I/O thread is gone.
+    #[error("the device's I/O thread does not take it")]
+    Thread,
+}
+
+/// A network interface.
+pub struct Net<B: NetBackend = Tap> {
+    id: String,
+    settings: NetSettings,
+    mac: [u8; 6],
+    link: bool,
+    backend: Option<Arc<B>>,
+    features: u64,
+    queue_sizes: Vec<u16>,
+    stats: Arc<NetStats>,
+    home: Home<NetWorker<B>>,
+}
+
+impl<B: NetBackend> Net<B> {
+    /// An interface on `backend`; on `None`, an empty slot.
+    ///
+    /// # Errors
+    /// When the back-end has another number of queues than `settings` has pairs.
+    pub fn new(
+        id: impl Into<String>,
+        settings: NetSettings,
+        backend: Option<B>,
+    ) -> Result<Self, PlugError> {
+        let pairs = settings.queue_pairs;
+        let mut features = ALWAYS;
+        if pairs > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ;
+        }
+        // What a tap that is plugged later can do is not known yet; they all have the header.
+        if backend.as_ref().is_none_or(NetBackend::has_header) {
+            features |= WITH_HEADER;
+        }
+        if backend.as_ref().is_some_and(NetBackend::has_uso) {
+            features |= Offloads::USO.0 | 1 << VIRTIO_NET_F_HOST_USO;
+        }
+        let mut queue_sizes = vec![settings.queue_size; usize::from(pairs) * 2];
+        queue_sizes.push(CONTROL_QUEUE_SIZE);
+        let mut net = Self {
+            id: id.into(),
+            mac: settings.mac.unwrap_or_else(made_up_mac),
+            settings,
+            link: true,
+            backend: None,
+            features,
+            queue_sizes,
+            stats: Arc::default(),
+            home: Home::Idle,
+        };
+        if let Some(backend) = backend {
+            net.plug(backend, None)?;
+        }
+        Ok(net)
+    }
+
+    /// Put a back-end into an empty slot; `mac` replaces the address that the driver sees.
+    ///
+    /// # Errors
+    /// When the slot is occupied or the back-end does not fit.
+    pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
+        if self.backend.is_some() {
+            return Err(PlugError::Occupied);
+        }
+        let needs = self.settings.queue_pairs;
+        if backend.queues() != usize::from(needs) {
+            return Err(PlugError::Queues { has: backend.queues(), needs });
+        }
+        if self.features & WITH_HEADER != 0 && !backend.has_header() {
+            return Err(PlugError::NoHeader);
+        }
+        self.mac = mac.unwrap_or(self.mac);
+        self.set_backend(Some(backend)).map_err(|_| PlugError::Thread)
+    }
+
+    /// Take the back-end away: the slot is empty, and the host's interface is free again.
+    ///
+    /// # Errors
+    /// When the I/O thread is gone.
+    pub fn unplug(&mut self) -> io::Result<()> {
+        self.set_backend(None)
+    }
+
+    /// Pull the cable out, or put it back.
+    ///
+    /// # Errors
+    /// When the I/O thread is gone.
+    pub fn set_link(&mut self, up: bool) -> io::Result<()> {
+        self.link = up;
+        self.home.with(|worker| worker.set_link(up)).map(drop)
+    }
+
+    /// The driver sees a link: there is a back-end, and the cable is in.
+    pub fn link_up(&self) -> bool {
+        self.link && self.backend.is_some()
+    }
+
+    /// The hardware address that the driver sees.
+    pub fn mac(&self) -> [u8; 6] {
+        self.mac
+    }
+
+    /// The back-end, if there is one.
+    pub fn backend(&self) -> Option<&B> {
+        self.backend.as_deref()
+    }
+
+    /// Counters, which go on counting.
+    pub fn stats(&self) -> Arc<NetStats> {
+        self.stats.clone()
+    }
+
+    fn set_backend(&mut self, backend: Option<B>) -> io::Result<()> {
+        self.backend = backend.map(Arc::new);
+        let backend = self.backend.clone();
+        match self.home.with(|worker| worker.set_backend(backend))? {
+            Some(()) => {}
+            None => self.rest(),
+        }
+        Ok(())
+    }
+
+    /// No driver: the host needs to do all of its own work again.
+    fn rest(&self) {
+        let Some(backend) = &self.backend else { return };
+        let offloads = backend.set_offloads(Offloads::default());
+        if let Err(e) = offloads.and(backend.set_active_queues(1)) {
+            log::warn!("{}: cannot reset the tap device: {e}", self.id);
+        }
+    }
+}
+
+/// An address that no vendor has, unlike any other's.
+fn made_up_mac() -> [u8; 6] {
+    let [_, _, mut mac @ ..] = RandomState::new().build_hasher().finish().to_be_bytes();
+    mac[0] = mac[0] & !0x01 | 0x02;
+    mac
+}
+
+impl<B: NetBackend> Device for Net<B> {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        self.home.park();
+    }
+
+    fn resume(&mut self) {
+        if let Err(e) = self.home.unpark() {
+            log::error!("{}: the I/O thread does not take the device back: {e}", self.id);
+        }
+    }
+
+    fn reset(&mut self) {
+        drop(self.home.stop());
+        self.rest();
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+impl<B: NetBackend> VirtioDevice for Net<B> {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    /// Section 5.1.4: mac, status, max_virtqueue_pairs.
+    fn config(&self) -> Vec<u8> {
+        let status = if self.link_up() { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
+        let mut config = self.mac.to_vec();
+        config.extend(status.to_le_bytes());
+        config.extend(self.settings.queue_pairs.to_le_bytes());
+        config
+    }
+
+    fn write_config(&mut self, _: u64, _: &[u8]) {
+        // Nothing is writable (section 5.1.4.1).
+    }
+
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+        let has = |feature: u32| with.features & 1 << feature != 0;
+        let indirect = with.features & F_INDIRECT_DESC != 0;
+        // Section 5.1.2: without MQ there is one pair, and the control queue comes right after.
+        let pairs = if has(VIRTIO_NET_F_MQ) { self.settings.queue_pairs } else { 1 };
+        let mut queues = with.queues;
+        let mut ring = |index: u16| {
+            let at = queues.iter().position(|q: &ActiveQueue| q.index == index);
+            at.map(|at| Ring::new(queues.swap_remove(at), with.memory.clone(), indirect))
+        };
+        let mut rings = Vec::new();
+        for n in 0..pairs {
+            match (ring(2 * n), ring(2 * n + 1)) {
+                (Some(rx), Some(tx)) => rings.push((rx, tx)),
+                // A driver may leave pairs out that it has no use for.
+                _ if n > 0 => break,
+                (None, _) => return Err(ActivateError::MissingQueue(0)),
+                (_, None) => return Err(ActivateError::MissingQueue(1)),
+            }
+        }
+        let control = if has(VIRTIO_NET_F_CTRL_VQ) { ring(2 * pairs) } else { None };
+        let worker = NetWorker::new(Parts {
+            id: self.id.clone(),
+            backend: self.backend.clone(),
+            link: self.link,
+            limits: (self.settings.pps, self.settings.bps),
+            interrupt: with.interrupt,
+            stats: self.stats.clone(),
+            pairs: rings,
+            control,
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            negotiated: Offloads(with.features & Offloads::ALL.0),
+        });
+        let host = |what| move |source| ActivateError::Host { what, source };
+        let worker = worker.map_err(host("make the descriptors of a network device"))?;
+        self.home.start(worker, with.thread).map_err(host("start a network device's worker"))
+    }
+}

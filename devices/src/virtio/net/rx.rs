@@ -1,0 +1,263 @@
+//! Reception: frames from the back-end to the guest.
+//!
+//! Chains are taken ahead of need into a *window* with room for the longest frame, and a frame is
+//! read straight into it. Those that it does not fill stay in the window for the next one, and go
+//! back to the ring when the worker leaves its thread.
+//!
+//! Where the window is shorter than the longest frame (the driver is slow to refill, or has not
+//! negotiated mergeable buffers), a frame goes through a buffer of ours first, so that none is
+//! cut off; it waits there, and others behind it on the host, until the driver has refilled.
+use std::io;
+
+use super::worker::Shared;
+use crate::{
+    backend::net::{FRAME_MAX, HEADER, NetBackend, frame::Frame},
+    virtio::{
+        chain::{self, Chain},
+        ring::{Broken, Popped, Ring},
+    },
+};
+
+/// Frames after which a driver that sleeps is woken, while there are more: it works on them at
+/// the same time.
+const WAKE: u16 = 8;
+/// Offset of `num_buffers` in the header.
+const NUM_BUFFERS: u64 = 10;
+
+/// A chain in the window.
+struct Posted {
+    head: u16,
+    pieces: usize,
+    bytes: usize,
+}
+
+pub(super) struct Rx {
+    pub(super) ring: Ring,
+    chain: Chain,
+    window: Frame,
+    posted: Vec<Posted>,
+    /// The window cannot grow, whatever the driver adds, until something in it is used.
+    full: bool,
+    mergeable: bool,
+    bounce: Box<[u8]>,
+    /// Bytes of a frame that waits in `bounce`; 0: none.
+    held: usize,
+    /// Frames and malformed chains that this run may still handle.
+    budget: u16,
+}
+
+enum Stop {
+    Drained,
+    Turn,
+    /// Until the driver makes buffers available.
+    NoBuffers,
+    Wait,
+}
+
+enum Delivery {
+    Done,
+    NoRoom,
+}
+
+impl Rx {
+    pub(super) fn new(ring: Ring, mergeable: bool) -> Self {
+        Self {
+            chain: Chain::with_capacity(ring.size().into()),
+            window: Frame::new(ring.memory().clone()),
+            posted: Vec::with_capacity(ring.size().into()),
+            full: false,
+            mergeable,
+            bounce: vec![0; FRAME_MAX].into_boxed_slice(),
+            held: 0,
+            budget: 0,
+            ring,
+        }
+    }
+
+    /// Put chains that no frame has reached back into the ring.
+    pub(super) fn give_back(&mut self) {
+        self.ring.unpop(self.posted.len() as u16);
+        self.posted.clear();
+        self.window.clear();
+        self.full = false;
+    }
+
+    /// Forget a frame that waits.
+    pub(super) fn forget(&mut self) {
+        self.held = 0;
+    }
+
+    /// Receive what there is, at most a queue's worth of frames. True when there may be more.
+    pub(super) fn run<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+    ) -> Result<bool, Broken> {
+        let Some(backend) = shared.backend.clone() else { return Ok(false) };
+        self.ring.ignore()?;
+        self.budget = self.ring.size();
+        loop {
+            let stop = self.batch(pair, &*backend, shared)?;
+            if self.ring.wants_interrupt()? {
+                shared.interrupt.used();
+            }
+            match stop {
+                Stop::Turn => return Ok(true),
+                Stop::Drained | Stop::Wait => return Ok(false),
+                Stop::NoBuffers if self.budget == 0 => return Ok(true),
+                Stop::NoBuffers if self.ring.listen()? => self.ring.ignore()?,
+                Stop::NoBuffers => return Ok(false),
+            }
+        }
+    }
+
+    fn batch<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        backend: &B,
+        shared: &mut Shared<B>,
+    ) -> Result<Stop, Broken> {
+        while self.budget > 0 {
+            if self.held == 0
+                && let Some(stop) = self.receive(pair, backend, shared)?
+            {
+                return Ok(stop);
+            }
+            if self.held > 0
+                && let Delivery::NoRoom = self.deliver(pair, shared)?
+            {
+                return Ok(Stop::NoBuffers);
+            }
+            self.budget -= 1;
+            if self.budget.is_multiple_of(WAKE) && self.ring.wants_interrupt()? {
+                shared.interrupt.used();
+            }
+        }
+        Ok(Stop::Turn)
+    }
+
+    /// Read one frame, into the window or, if it might not fit, into `bounce`.
+    fn receive<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        backend: &B,
+        shared: &mut Shared<B>,
+    ) -> Result<Option<Stop>, Broken> {
+        if shared.link {
+            // A refusal depends on what has passed already, not on what comes.
+            if shared.rx_limit.as_mut().is_some_and(|limit| !limit.take(0, 0)) {
+                return Ok(Some(Stop::Wait));
+            }
+            self.gather(FRAME_MAX)?;
+            if self.posted.is_empty() {
+                return Ok(Some(Stop::NoBuffers));
+            }
+        }
+        let direct = shared.link && backend.has_header() && self.window.bytes() >= FRAME_MAX;
+        let result = match direct {
+            true => backend.read(pair, &self.window),
+            false => backend.read_buffer(pair, &mut self.bounce),
+        };
+        match result {
+            Ok(n) if !shared.link || n <= HEADER => {
+                shared.stats.rx.dropped();
+            }
+            Ok(n) if direct => self.complete(n, shared)?,
+            Ok(n) => self.held = n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Some(Stop::Drained)),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Some(Stop::Turn)),
+            Err(e) => {
+                // Deleted or down: there will be an event when that changes.
+                shared.drop_rx(pair, &e);
+                return Ok(Some(Stop::Drained));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Copy the frame that waits into the window, if there is room by now.
+    fn deliver<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+    ) -> Result<Delivery, Broken> {
+        self.gather(self.held)?;
+        if self.window.bytes() < self.held {
+            let all = self.posted.len() >= usize::from(self.ring.size());
+            if !self.posted.is_empty() && (all || self.full || !self.mergeable) {
+                shared.drop_rx(pair, &"the driver's buffers are too small for a frame");
+                self.held = 0;
+                return Ok(Delivery::Done);
+            }
+            return Ok(Delivery::NoRoom);
+        }
+        let frame = self.bounce.get(..self.held).unwrap_or_default();
+        chain::write(self.ring.memory(), self.window.segments(), 0, frame);
+        let n = std::mem::take(&mut self.held);
+        self.complete(n, shared)?;
+        Ok(Delivery::Done)
+    }
+
+    /// Take chains into the window until it has `want` bytes or the driver has no more.
+    fn gather(&mut self, want: usize) -> Result<(), Broken> {
+        while self.window.bytes() < want && !self.full {
+            if !self.mergeable && !self.posted.is_empty() {
+                return Ok(());
+            }
+            let before = self.window.bytes();
+            let usable = match self.ring.pop(&mut self.chain)? {
+                Popped::Nothing => return Ok(()),
+                Popped::Malformed => false,
+                Popped::Chain => {
+                    !self.chain.writable().is_empty() && self.window.push(self.chain.writable())
+                }
+            };
+            if usable {
+                self.posted.push(Posted {
+                    head: self.chain.head(),
+                    pieces: self.chain.writable().len(),
+                    bytes: self.window.bytes() - before,
+                });
+            } else if self.posted.is_empty() {
+                self.ring.put_used(0, self.chain.head(), 0)?;
+                self.ring.publish(1)?;
+                self.budget = self.budget.saturating_sub(1);
+                if self.budget == 0 {
+                    return Ok(());
+                }
+            } else {
+                // Chains are used in order, so this one waits for those before it.
+                self.ring.unpop(1);
+                self.full = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first `n` bytes of the window are a frame: hand its chains to the driver.
+    fn complete<B: NetBackend>(&mut self, n: usize, shared: &mut Shared<B>) -> Result<(), Broken> {
+        let (mut left, mut chains, mut pieces) = (n, 0u16, 0);
+        for posted in &self.posted {
+            let len = left.min(posted.bytes);
+            self.ring.put_used(chains, posted.head, len as u32)?;
+            (left, chains, pieces) = (left - len, chains + 1, pieces + posted.pieces);
+            if left == 0 {
+                break;
+            }
+        }
+        // Section 5.1.6.4.1: 1 if buffers are not merged.
+        let segments = self.window.segments();
+        chain::write(self.ring.memory(), segments, NUM_BUFFERS, &chains.to_le_bytes());
+        self.window.mark_written(n);
+        self.ring.publish(chains)?;
+        self.window.drop_front(pieces);
+        self.posted.drain(..usize::from(chains).min(self.posted.len()));
+        self.full = false;
+        let bytes = n - HEADER;
+        shared.stats.rx.passed(bytes);
+        if let Some(limit) = &mut shared.rx_limit {
+            limit.take(1, bytes as u64);
+        }
+        Ok(())
+    }
+}

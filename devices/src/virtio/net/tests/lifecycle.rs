@@ -1,0 +1,234 @@
+//! Queue pairs, link, hot-plug, saved state.
+use super::*;
+use crate::{conformance, virtio::registers::CONFIG};
+
+const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
+const CSUM: u64 = 1 << 1;
+const TSO4: u64 = 1 << 7;
+
+fn status(guest: &mut Guest) -> u32 {
+    guest.load(CONFIG + 4) >> 16
+}
+
+fn offloads_command(bits: u64) -> Vec<u8> {
+    [&[5, 0][..], &bits.to_le_bytes()].concat()
+}
+
+#[test]
+fn every_rule_of_virtio_is_kept() {
+    // The other ends are gone, so each transfer fails; an empty slot has none to begin with.
+    let net = |pairs, wire| {
+        let settings = NetSettings { mac: Some([2, 0, 0, 0, 0, 1]), ..settings(pairs) };
+        Box::new(Net::new("net0", settings, wire).unwrap())
+    };
+    conformance::run(|| net(1, Some(Wire::new(1, true).0)));
+    conformance::run(|| net(2, Some(Wire::new(2, true).0)));
+    conformance::run(|| net(1, None::<Wire>));
+}
+
+#[test]
+fn the_configuration_shows_address_link_and_pairs() {
+    let mac = Some([2, 4, 6, 8, 10, 12]);
+    let mut lan = Lan::new(NetSettings { mac, ..settings(4) }, true);
+    let words = [0, 4, 8].map(|at| lan.guest.load(CONFIG + at).to_le_bytes());
+    assert_eq!(words.concat(), [2, 4, 6, 8, 10, 12, 1, 0, 4, 0, 0, 0]);
+    assert_ne!(lan.guest.offered() & MQ, 0);
+}
+
+#[test]
+fn made_up_addresses_are_local_and_differ() {
+    let macs = [0; 8].map(|_| Net::<Wire>::new("n", settings(1), None).unwrap().mac());
+    for (n, mac) in macs.iter().enumerate() {
+        assert_eq!(mac[0] & 3, 2, "unicast, locally administered");
+        assert!(!macs[..n].contains(mac));
+    }
+}
+
+#[test]
+fn the_driver_chooses_its_queue_pairs() {
+    let mut lan = Lan::new(settings(3), true);
+    lan.guest.start(MQ | CONTROL);
+    assert_eq!(lan.switches.active.load(SeqCst), 1, "one until it says more");
+    assert_eq!(lan.command(6, &[4, 0, 3, 0]), (0, 1));
+    assert_eq!(lan.switches.active.load(SeqCst), 3);
+    for pairs in [0u16, 4, 0x8000, 0xffff] {
+        let [low, high] = pairs.to_le_bytes();
+        assert_eq!(lan.command(6, &[4, 0, low, high]), (1, 1), "{pairs} pairs");
+    }
+    assert_eq!(lan.switches.active.load(SeqCst), 3);
+    // Frames come and go on the last pair.
+    let at = lan.guest.room(1526);
+    lan.guest.request(4, &[(at, 1526, true)]);
+    lan.peers[2].send(&Lan::frame(33, 0)).unwrap();
+    assert_eq!(lan.guest.completion(4).1, 45);
+    let frame = lan.guest.bytes(&Lan::frame(50, 6));
+    lan.guest.request(5, &[(frame, 62, false)]);
+    let mut seen = [0; 100];
+    assert_eq!(lan.peers[2].recv(&mut seen).unwrap(), 62);
+    lan.guest.transport.reset();
+    assert_eq!(lan.switches.active.load(SeqCst), 1);
+}
+
+#[test]
+fn without_multi_queue_the_control_queue_is_the_third() {
+    let mut lan = Lan::new(settings(2), true);
+    lan.guest.start(CONTROL | CSUM | TSO4);
+    assert_eq!(lan.command(2, &offloads_command(CSUM)), (0, 1));
+    assert_eq!(lan.switches.offloads.load(SeqCst), CSUM);
+}
+
+#[test]
+fn offloads_follow_the_driver() {
+    let mut lan = Lan::new(settings(1), true);
+    lan.guest.start(CONTROL | CSUM | TSO4 | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS);
+    assert_eq!(lan.switches.offloads.load(SeqCst), CSUM | TSO4);
+    assert_eq!(lan.command(2, &offloads_command(CSUM)), (0, 1));
+    assert_eq!(lan.switches.offloads.load(SeqCst), CSUM);
+    for bad in [CSUM | 1 << 8, u64::MAX, 1 << 63] {
+        assert_eq!(lan.command(2, &offloads_command(bad)), (1, 1), "not negotiated: {bad:#x}");
+    }
+    assert_eq!(lan.switches.offloads.load(SeqCst), CSUM);
+    lan.guest.transport.reset();
+    assert_eq!(lan.switches.offloads.load(SeqCst), 0, "the host segments for the next driver");
+}
+
+#[test]
+fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
+    let mut lan = Lan::started(MERGEABLE);
+    lan.refill(64, 1526);
+    let link = |lan: &mut Lan, up| {
+        let result = lan.guest.transport.update(|net: &mut Net<Wire>| net.set_link(up));
+        result.unwrap().unwrap();
+    };
+    link(&mut lan, false);
+    assert_eq!(status(&mut lan.guest), 0);
+    assert!(lan.guest.interrupted(), "the driver hears of it");
+    lan.host_sends(&Lan::frame(60, 1));
+    lan.send(&Lan::frame(60, 1));
+    assert_eq!((lan.used(), lan.tx_done(), lan.at_host()), (vec![], 1, None));
+    assert_eq!(lan.drops(), (1, 1));
+    link(&mut lan, true);
+    assert_eq!(status(&mut lan.guest), 1);
+    lan.host_sends(&Lan::frame(70, 1));
+    assert_eq!(lan.used(), [82], "and not the frame from before");
+}
+
+#[test]
+fn an_empty_slot_comes_to_life_when_a_tap_is_plugged() {
+    let net = Net::<Wire>::new("net1", settings(1), None).unwrap();
+    let mut guest = Guest::new(Box::new(net));
+    assert_eq!(status(&mut guest), 0);
+    guest.start(MERGEABLE | CSUM | TSO4);
+    let stats = guest.transport.device::<Net<Wire>>().unwrap().stats();
+    for round in 0..3u8 {
+        let (wire, peers, switches) = Wire::new(1, true);
+        let mac = [2, 0, 0, 0, 0, round];
+        guest.interrupted();
+        let plug = |net: &mut Net<Wire>| net.plug(wire, Some(mac));
+        assert_eq!(guest.transport.update(plug), Some(Ok(())));
+        assert!(guest.interrupted());
+        assert_eq!(status(&mut guest), 1);
+        assert_eq!(guest.load(CONFIG + 4).to_le_bytes()[1], round);
+        assert_eq!(switches.offloads.load(SeqCst), CSUM | TSO4, "as negotiated long ago");
+        let mut lan = Lan { guest, peers, switches, stats: stats.clone() };
+        lan.refill(50, 1526);
+        lan.host_sends(&Lan::frame(60, round));
+        assert_eq!(lan.used(), [72]);
+        lan.send(&Lan::frame(60, round));
+        assert_eq!(lan.at_host(), Some(Lan::frame(60, round)));
+        let peer = lan.peers.swap_remove(0);
+        guest = lan.guest;
+        let (second, ..) = Wire::new(1, true);
+        let plug = |net: &mut Net<Wire>| net.plug(second, None);
+        assert_eq!(guest.transport.update(plug), Some(Err(PlugError::Occupied)));
+        guest.transport.update(|net: &mut Net<Wire>| net.unplug()).unwrap().unwrap();
+        assert_eq!(status(&mut guest), 0);
+        assert!(peer.send(b"hello?").is_err(), "the other end is closed");
+    }
+}
+
+#[test]
+fn a_slot_takes_no_tap_that_does_not_fit() {
+    let mut net = Net::new("net1", settings(2), None).unwrap();
+    let refused = net.plug(Wire::new(1, true).0, None);
+    assert_eq!(refused, Err(PlugError::Queues { has: 1, needs: 2 }));
+    assert_eq!(net.plug(Wire::new(2, false).0, None), Err(PlugError::NoHeader));
+    assert_eq!(net.plug(Wire::new(2, true).0, None), Ok(()));
+}
+
+#[test]
+fn a_saved_interface_goes_on_elsewhere() {
+    let mut lan = Lan::new(settings(1), true);
+    lan.guest.start(MERGEABLE | CONTROL | CSUM | TSO4 | F_EVENT_IDX);
+    let first = lan.refill(100, 1526);
+    lan.host_sends(&Lan::frame(4000, 1));
+    assert_eq!(lan.used().len(), 3);
+    lan.send(&Lan::frame(60, 1));
+    lan.command(2, &offloads_command(CSUM));
+    let mac = lan.guest.transport.device::<Net<Wire>>().unwrap().mac();
+
+    let (wire, peers, switches) = Wire::new(1, true);
+    let net = Net::new("net0", settings(1), Some(wire)).unwrap();
+    let stats = net.stats();
+    let guest = lan.guest.migrate(Box::new(net));
+    let mut lan = Lan { guest, peers, switches, stats };
+    assert_eq!(lan.guest.transport.device::<Net<Wire>>().unwrap().mac(), mac);
+    assert_eq!(lan.switches.offloads.load(SeqCst), CSUM);
+    lan.host_sends(&Lan::frame(50, 2));
+    assert_eq!(lan.used(), [62]);
+    assert_eq!(lan.guest.peek(first[3] + 12, 50), Lan::frame(50, 2)[12..], "the fourth buffer");
+    lan.send(&Lan::frame(61, 3));
+    assert_eq!(lan.at_host(), Some(Lan::frame(61, 3)), "once, and not the old one again");
+    assert_eq!(lan.at_host(), None);
+}
+
+#[test]
+fn a_pause_keeps_a_frame_that_waits_for_buffers() {
+    let mut lan = Lan::started(MERGEABLE);
+    lan.refill(2, 1526);
+    lan.host_sends(&Lan::frame(9000, 1));
+    for _ in 0..3 {
+        lan.guest.transport.pause();
+        lan.guest.transport.resume();
+    }
+    lan.refill(10, 1526);
+    assert_eq!(lan.used().iter().sum::<u32>(), 9012);
+}
+
+#[test]
+fn states_that_no_interface_can_be_in_are_refused() {
+    let mut lan = Lan::new(settings(2), true);
+    lan.guest.start(MQ | CONTROL | CSUM);
+    lan.guest.transport.pause();
+    let net = lan.guest.transport.device::<Net<Wire>>().unwrap();
+    let good = Device::save(net).unwrap();
+    let text = String::from_utf8(good.body.clone()).unwrap();
+    for (from, to) in [
+        ("\"pairs\":1", "\"pairs\":0"),
+        ("\"pairs\":1", "\"pairs\":3"),
+        ("\"pairs\":1", "\"pairs\":65536"),
+        ("\"offloads\":2", "\"offloads\":3"),
+        ("\"offloads\":2", "\"offloads\":18446744073709551615"),
+        ("\"index\":1", "\"index\":0"),
+        (
+            "{\"index\":4,\"position\":0}",
+            "{\"index\":4,\"position\":0},{\"index\":5,\"position\":0}",
+        ),
+        ("\"broken\":false", "\"broken\":false,\"more\":1"),
+        ("\"queues\":[", "\"queues\":0,\"q\":["),
+    ] {
+        assert!(text.contains(from), "{text}");
+        let bad = Section { body: text.replacen(from, to, 1).into_bytes(), ..good.clone() };
+        assert!(net.restore(&bad).is_err(), "{to}");
+    }
+    for len in 0..text.len() {
+        let cut = Section { body: good.body[..len].to_vec(), ..good.clone() };
+        assert!(net.restore(&cut).is_err());
+    }
+    assert!(net.restore(&Section { version: 2, ..good.clone() }).is_err());
+    let mut idle = Net::new("x", settings(2), Some(Wire::new(2, true).0)).unwrap();
+    assert!(idle.restore(&good).is_err(), "no driver there");
+    net.restore(&good).unwrap();
+    let net_state = Device::save(net).unwrap();
+    assert_eq!(net_state, good, "refusals have changed nothing");
+}

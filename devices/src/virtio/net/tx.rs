@@ -1,0 +1,144 @@
+//! Transmission: frames from the guest to the back-end.
+use std::io;
+
+use super::worker::Shared;
+use crate::{
+    backend::net::{HEADER, NetBackend, frame::Frame},
+    virtio::{
+        chain::{Chain, total},
+        ring::{Broken, Popped, Ring},
+    },
+};
+
+pub(super) struct Tx {
+    pub(super) ring: Ring,
+    chain: Chain,
+    frame: Frame,
+    /// The back-end has refused a frame and will say when it takes more.
+    waiting: bool,
+}
+
+/// Why a batch has ended.
+pub(super) enum Stop {
+    /// Nothing left to do.
+    Drained,
+    /// There is more, but others have their turn first.
+    Turn,
+    /// Until a timer or the back-end says so.
+    Wait,
+}
+
+enum Sent {
+    Done,
+    Refused,
+}
+
+impl Tx {
+    pub(super) fn new(ring: Ring) -> Self {
+        let chain = Chain::with_capacity(ring.size().into());
+        let frame = Frame::new(ring.memory().clone());
+        Self { ring, chain, frame, waiting: false }
+    }
+
+    /// The back-end is another one.
+    pub(super) fn forget(&mut self) {
+        self.waiting = false;
+    }
+
+    /// The back-end takes frames again: as [`Tx::run`].
+    pub(super) fn run_writable<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+    ) -> Result<bool, Broken> {
+        match self.waiting {
+            true => self.work(pair, shared),
+            false => Ok(false),
+        }
+    }
+
+    /// Send what the driver has made available, at most a queue's worth. True when there is more.
+    pub(super) fn run<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+    ) -> Result<bool, Broken> {
+        match self.waiting {
+            true => Ok(false),
+            false => self.work(pair, shared),
+        }
+    }
+
+    fn work<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>) -> Result<bool, Broken> {
+        self.ring.ignore()?;
+        let mut budget = self.ring.size();
+        loop {
+            let stop = self.batch(pair, shared, &mut budget)?;
+            if self.ring.wants_interrupt()? {
+                shared.interrupt.used();
+            }
+            match stop {
+                Stop::Turn => return Ok(true),
+                Stop::Wait => return Ok(false),
+                Stop::Drained if self.ring.listen()? => self.ring.ignore()?,
+                Stop::Drained => return Ok(false),
+            }
+        }
+    }
+
+    fn batch<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+        budget: &mut u16,
+    ) -> Result<Stop, Broken> {
+        while *budget > 0 {
+            match self.ring.pop(&mut self.chain)? {
+                Popped::Nothing => return Ok(Stop::Drained),
+                Popped::Malformed => shared.drop_tx(pair, &"malformed descriptor chain"),
+                Popped::Chain => {
+                    if let Sent::Refused = self.send(pair, shared) {
+                        self.ring.unpop(1);
+                        return Ok(Stop::Wait);
+                    }
+                }
+            }
+            *budget -= 1;
+            self.ring.put_used(0, self.chain.head(), 0)?;
+            self.ring.publish(1)?;
+        }
+        Ok(Stop::Turn)
+    }
+
+    fn send<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>) -> Sent {
+        if !shared.link || shared.backend.is_none() {
+            shared.stats.tx.dropped();
+            return Sent::Done;
+        }
+        self.frame.clear();
+        let bytes = total(self.chain.readable());
+        if bytes <= HEADER as u64 || !self.frame.push(self.chain.readable()) {
+            shared.drop_tx(pair, &"no frame, or one in too many pieces");
+            return Sent::Done;
+        }
+        let bytes = self.frame.bytes() - HEADER;
+        if let Some(limit) = &mut shared.tx_limit
+            && !limit.take(1, bytes as u64)
+        {
+            return Sent::Refused;
+        }
+        let Some(backend) = &shared.backend else { return Sent::Done };
+        // Refused again although it said that it takes more: give the frame up, for that could go
+        // on for ever.
+        let again = std::mem::take(&mut self.waiting);
+        match backend.write(pair, &mut self.frame) {
+            Ok(_) => shared.stats.tx.passed(bytes),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !again => {
+                self.waiting = shared.wait_writable(pair);
+                return if self.waiting { Sent::Refused } else { Sent::Done };
+            }
+            Err(e) => shared.drop_tx(pair, &e),
+        }
+        Sent::Done
+    }
+}

@@ -1,0 +1,390 @@
+//! The half of a network device that owns the queues and runs on an I/O thread.
+use std::{
+    fmt::Display,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+};
+
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
+};
+
+use super::{
+    NetStats,
+    ctrl::{Command, Control},
+    rx::Rx,
+    tx::Tx,
+};
+use crate::{
+    backend::net::{NetBackend, Offloads},
+    rate_limit::RateLimiter,
+    virtio::{
+        Interrupt,
+        ring::{Broken, Ring},
+    },
+    worker::Worker,
+};
+
+/// What every queue of a device needs.
+pub(super) struct Shared<B> {
+    pub(super) id: String,
+    pub(super) backend: Option<Arc<B>>,
+    /// The cable is plugged in.
+    pub(super) link: bool,
+    pub(super) rx_limit: Option<RateLimiter>,
+    pub(super) tx_limit: Option<RateLimiter>,
+    pub(super) interrupt: Interrupt,
+    pub(super) stats: Arc<NetStats>,
+    /// Back-end queues that took no more, waited on for writing.
+    writable: Epoll,
+}
+
+impl<B: NetBackend> Shared<B> {
+    pub(super) fn drop_tx(&self, pair: usize, why: &dyn Display) {
+        if self.stats.tx.dropped() {
+            log::warn!("{}: transmit queue {pair}: frame dropped: {why}", self.id);
+        }
+    }
+
+    pub(super) fn drop_rx(&self, pair: usize, why: &dyn Display) {
+        if self.stats.rx.dropped() {
+            log::warn!("{}: receive queue {pair}: frame dropped: {why}", self.id);
+        }
+    }
+
+    /// Have the transmit queue of `pair` run again when the back-end takes frames. False, and the
+    /// frame is lost, when that cannot be.
+    pub(super) fn wait_writable(&self, pair: usize) -> bool {
+        let Some(backend) = &self.backend else { return false };
+        let (fd, once) = (backend.fd(pair), EventSet::OUT | EventSet::ONE_SHOT);
+        let event = EpollEvent::new(once, pair as u64);
+        let waits = self
+            .writable
+            .ctl(ControlOperation::Modify, fd, event)
+            .or_else(|_| self.writable.ctl(ControlOperation::Add, fd, event));
+        if let Err(e) = &waits {
+            self.drop_tx(pair, e);
+        }
+        waits.is_ok()
+    }
+}
+
+struct Pair {
+    rx: Rx,
+    tx: Tx,
+    /// A batch has ended before its work did.
+    rx_more: bool,
+    tx_more: bool,
+}
+
+/// What a descriptor that the worker waits on stands for.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    RxNotify(usize),
+    TxNotify(usize),
+    Backend(usize),
+    Writable,
+    RxTimer,
+    TxTimer,
+    Control,
+    Again,
+}
+
+pub(super) struct NetWorker<B> {
+    shared: Shared<B>,
+    pairs: Vec<Pair>,
+    control: Option<Control>,
+    /// Queue pairs that receive.
+    active_pairs: u16,
+    /// Offloads that the driver has agreed to, and those in force.
+    negotiated: Offloads,
+    offloads: Offloads,
+    /// Signalled by the worker to itself, to go on after others had their turn.
+    again: EventFd,
+    sources: Vec<Source>,
+    /// The driver has broken a ring and has to reset the device.
+    broken: bool,
+}
+
+/// What a device knows when its driver is ready.
+pub(super) struct Parts<B> {
+    pub(super) id: String,
+    pub(super) backend: Option<Arc<B>>,
+    pub(super) link: bool,
+    pub(super) limits: (Option<u64>, Option<u64>),
+    pub(super) interrupt: Interrupt,
+    pub(super) stats: Arc<NetStats>,
+    /// Receive and transmit ring of each pair.
+    pub(super) pairs: Vec<(Ring, Ring)>,
+    pub(super) control: Option<Ring>,
+    pub(super) mergeable: bool,
+    pub(super) negotiated: Offloads,
+}
+
+impl<B: NetBackend> NetWorker<B> {
+    pub(super) fn new(parts: Parts<B>) -> io::Result<Self> {
+        let limiter = || {
+            let (pps, bps) = parts.limits;
+            (pps.is_some() || bps.is_some()).then(|| RateLimiter::new(pps, bps)).transpose()
+        };
+        let shared = Shared {
+            id: parts.id,
+            backend: None,
+            link: parts.link,
+            rx_limit: limiter()?,
+            tx_limit: limiter()?,
+            interrupt: parts.interrupt,
+            stats: parts.stats,
+            writable: Epoll::new()?,
+        };
+        let pair = |(rx, tx)| Pair {
+            rx: Rx::new(rx, parts.mergeable),
+            tx: Tx::new(tx),
+            rx_more: false,
+            tx_more: false,
+        };
+        let mut worker = Self {
+            shared,
+            pairs: parts.pairs.into_iter().map(pair).collect(),
+            control: parts.control.map(Control::new),
+            active_pairs: 1,
+            negotiated: parts.negotiated,
+            offloads: parts.negotiated,
+            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            sources: Vec::new(),
+            broken: false,
+        };
+        worker.set_backend(parts.backend);
+        Ok(worker)
+    }
+
+    /// Change, or take away, what the frames go to. Only while the worker is off its thread.
+    pub(super) fn set_backend(&mut self, backend: Option<Arc<B>>) {
+        for pair in &mut self.pairs {
+            pair.rx.forget();
+            pair.tx.forget();
+        }
+        self.shared.backend = backend;
+        self.apply();
+        let mut sources = vec![Source::Again, Source::Writable];
+        for n in 0..self.pairs.len() {
+            sources.extend([Source::RxNotify(n), Source::TxNotify(n)]);
+            if self.shared.backend.as_ref().is_some_and(|b| n < b.queues()) {
+                sources.push(Source::Backend(n));
+            }
+        }
+        if self.shared.rx_limit.is_some() {
+            sources.push(Source::RxTimer);
+        }
+        if self.shared.tx_limit.is_some() {
+            sources.push(Source::TxTimer);
+        }
+        if self.control.is_some() {
+            sources.push(Source::Control);
+        }
+        self.sources = sources;
+    }
+
+    pub(super) fn set_link(&mut self, up: bool) {
+        self.shared.link = up;
+    }
+
+    pub(super) fn active_pairs(&self) -> u16 {
+        self.active_pairs
+    }
+
+    pub(super) fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    pub(super) fn broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Every ring, in the order of their indexes.
+    pub(super) fn rings(&self) -> impl Iterator<Item = &Ring> {
+        let pairs = self.pairs.iter().flat_map(|p| [&p.rx.ring, &p.tx.ring]);
+        pairs.chain(self.control.as_ref().map(|c| &c.ring))
+    }
+
+    /// As [`NetWorker::rings`].
+    pub(super) fn rings_mut(&mut self) -> impl Iterator<Item = &mut Ring> {
+        let pairs = self.pairs.iter_mut().flat_map(|p| [&mut p.rx.ring, &mut p.tx.ring]);
+        pairs.chain(self.control.as_mut().map(|c| &mut c.ring))
+    }
+
+    /// Whether a saved state may be taken over by [`NetWorker::restore`].
+    pub(super) fn accepts(&self, pairs: u16, offloads: u64) -> bool {
+        (1..=self.pairs.len()).contains(&usize::from(pairs)) && offloads & !self.negotiated.0 == 0
+    }
+
+    pub(super) fn restore(&mut self, pairs: u16, offloads: u64, broken: bool) {
+        self.active_pairs = pairs;
+        self.offloads = Offloads(offloads);
+        self.broken = broken;
+        for pair in &mut self.pairs {
+            pair.rx.forget();
+        }
+        self.apply();
+    }
+
+    /// Make the back-end do what the driver wants.
+    fn apply(&self) {
+        let Some(backend) = &self.shared.backend else { return };
+        let offloads = backend.set_offloads(self.offloads);
+        let pairs = backend.set_active_queues(self.active_pairs.into());
+        if let Err(e) = offloads.and(pairs) {
+            log::error!("{}: cannot set offloads and queues of the back-end: {e}", self.shared.id);
+        }
+    }
+
+    fn run_rx(&mut self, n: usize) -> Result<(), Broken> {
+        // A queue that is not active has nothing to read, and says so by an error.
+        let Some(pair) = self.pairs.get_mut(n).filter(|_| n < self.active_pairs.into()) else {
+            return Ok(());
+        };
+        let more = pair.rx.run(n, &mut self.shared)?;
+        pair.rx_more = more;
+        self.go_on(more);
+        Ok(())
+    }
+
+    fn run_tx(&mut self, n: usize) -> Result<(), Broken> {
+        let Some(pair) = self.pairs.get_mut(n) else { return Ok(()) };
+        let more = pair.tx.run(n, &mut self.shared)?;
+        pair.tx_more = more;
+        self.go_on(more);
+        Ok(())
+    }
+
+    fn go_on(&self, more: bool) {
+        if more {
+            // Saturated: it is set already.
+            let _ = self.again.write(1);
+        }
+    }
+
+    fn run_again(&mut self) -> Result<(), Broken> {
+        let _ = self.again.read();
+        for n in 0..self.pairs.len() {
+            if self.pairs.get(n).is_some_and(|p| p.rx_more) {
+                self.run_rx(n)?;
+            }
+            if self.pairs.get(n).is_some_and(|p| p.tx_more) {
+                self.run_tx(n)?;
+            }
+        }
+        self.run_control()
+    }
+
+    fn run_control(&mut self) -> Result<(), Broken> {
+        let Some(control) = &mut self.control else { return Ok(()) };
+        let pairs = self.active_pairs;
+        let more = control.run(|command| match (command, &self.shared.backend) {
+            (Command::Pairs(n), backend) if (1..=self.pairs.len()).contains(&n.into()) => {
+                let set = backend.as_ref().map_or(Ok(()), |b| b.set_active_queues(n.into()));
+                if set.is_ok() {
+                    self.active_pairs = n;
+                }
+                set.is_ok()
+            }
+            (Command::Offloads(bits), backend) if bits & !self.negotiated.0 == 0 => {
+                let set = backend.as_ref().map_or(Ok(()), |b| b.set_offloads(Offloads(bits)));
+                if set.is_ok() {
+                    self.offloads = Offloads(bits);
+                }
+                set.is_ok()
+            }
+            _ => false,
+        })?;
+        let interrupt = control.ring.wants_interrupt()?;
+        if interrupt {
+            self.shared.interrupt.used();
+        }
+        self.go_on(more);
+        // Frames may have come to a queue before it was among the active ones.
+        for n in pairs..self.active_pairs {
+            self.run_rx(n.into())?;
+        }
+        Ok(())
+    }
+
+    fn run_writable(&mut self) -> Result<(), Broken> {
+        let mut events = [EpollEvent::default(); 16];
+        let n = self.shared.writable.wait(0, &mut events).unwrap_or(0);
+        for event in events.iter().take(n) {
+            let n = usize::try_from(event.data()).unwrap_or(usize::MAX);
+            let Some(pair) = self.pairs.get_mut(n) else { continue };
+            let more = pair.tx.run_writable(n, &mut self.shared)?;
+            pair.tx_more = more;
+            self.go_on(more);
+        }
+        Ok(())
+    }
+
+    fn each(&mut self, run: impl Fn(&mut Self, usize) -> Result<(), Broken>) -> Result<(), Broken> {
+        (0..self.pairs.len()).try_for_each(|n| run(self, n))
+    }
+
+    /// Take the readiness of `source` back, whether or not there is anybody to work on it.
+    fn drain(&mut self, source: Source) {
+        match source {
+            Source::RxNotify(n) => self.pairs.get(n).into_iter().for_each(|p| p.rx.ring.drain()),
+            Source::TxNotify(n) => self.pairs.get(n).into_iter().for_each(|p| p.tx.ring.drain()),
+            Source::Control => self.control.iter().for_each(|c| c.ring.drain()),
+            Source::RxTimer => self.shared.rx_limit.iter_mut().for_each(RateLimiter::replenish),
+            Source::TxTimer => self.shared.tx_limit.iter_mut().for_each(RateLimiter::replenish),
+            Source::Backend(_) | Source::Writable | Source::Again => {}
+        }
+    }
+
+    fn run(&mut self, source: Source) -> Result<(), Broken> {
+        match source {
+            Source::RxNotify(n) | Source::Backend(n) => self.run_rx(n),
+            Source::TxNotify(n) => self.run_tx(n),
+            Source::Writable => self.run_writable(),
+            Source::RxTimer => self.each(Self::run_rx),
+            Source::TxTimer => self.each(Self::run_tx),
+            Source::Control => self.run_control(),
+            Source::Again => self.run_again(),
+        }
+    }
+
+    fn fd(&self, source: Source) -> RawFd {
+        let limiter = |l: &Option<RateLimiter>| l.as_ref().map_or(-1, RateLimiter::fd);
+        match source {
+            Source::RxNotify(n) => self.pairs.get(n).map_or(-1, |p| p.rx.ring.fd()),
+            Source::TxNotify(n) => self.pairs.get(n).map_or(-1, |p| p.tx.ring.fd()),
+            Source::Backend(n) => self.shared.backend.as_ref().map_or(-1, |b| b.fd(n)),
+            Source::Writable => self.shared.writable.as_raw_fd(),
+            Source::RxTimer => limiter(&self.shared.rx_limit),
+            Source::TxTimer => limiter(&self.shared.tx_limit),
+            Source::Control => self.control.as_ref().map_or(-1, |c| c.ring.fd()),
+            Source::Again => self.again.as_raw_fd(),
+        }
+    }
+}
+
+impl<B: NetBackend> Worker for NetWorker<B> {
+    fn sources(&self) -> Vec<RawFd> {
+        self.sources.iter().map(|s| self.fd(*s)).collect()
+    }
+
+    fn ready(&mut self, index: usize) {
+        let Some(source) = self.sources.get(index).copied() else { return };
+        self.drain(source);
+        if !self.broken && self.run(source).is_err() {
+            self.broken = true;
+            log::error!("{}: the driver has broken a virtqueue", self.shared.id);
+            self.shared.interrupt.needs_reset();
+        }
+    }
+
+    fn quiesce(&mut self) {
+        for pair in &mut self.pairs {
+            pair.rx.give_back();
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Disks' and NICs' back-ends: opened, waiting for a slot, or in one.
+use std::{collections::BTreeMap, io, os::fd::OwnedFd, sync::Arc};
+
+use devices::{
+    backend::{
+        disk::{Disk, DiskError, OpenOptions},
+        inherited,
+        net::tap::{Tap, TapError},
+    },
+    virtio::{
+        blk::{self, Block, BlockStats, Drive},
+        net::{self, Net},
+    },
+};
+
+use crate::{
+    Machine,
+    config::{DiskConfig, MachineConfig, NicConfig, Tap as TapConfig},
+    slots::{DISKS, NICS},
+};
+
+/// Why a back-end or device could not be added or removed.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum PlugError {
+    #[error("{0} is already registered.")]
+    Duplicate(String),
+    #[error("Failed to find device configuration: no back-end '{0}' waits for a device")]
+    NoBackend(String),
+    #[error("Device {0} not found")]
+    NoDevice(String),
+    #[error("'{0}' is in use; take its device out first, with device_del")]
+    InUse(String),
+    #[error("The slot {0} is occupied already.")]
+    Occupied(usize),
+    #[error("A maximum of {max} {what} replaceable devices are supported: addr is 0 to {}", max - 1)]
+    NoSlot { what: &'static str, max: usize },
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error(transparent)]
+    Block(#[from] blk::PlugError),
+    #[error(transparent)]
+    Net(#[from] net::PlugError),
+    #[error("cannot change the size of {id}")]
+    Resize { id: String, source: io::Error },
+    #[error("cannot take {id} out")]
+    Unplug { id: String, source: io::Error },
+}
+
+/// A disk in a slot.
+pub struct PluggedDisk {
+    /// What it was made from.
+    pub config: DiskConfig,
+    /// Bytes that the guest sees.
+    pub size: u64,
+    /// What it has done.
+    pub stats: Arc<BlockStats>,
+}
+
+/// What is where.
+pub(crate) struct Backends {
+    waiting_disks: BTreeMap<String, (DiskConfig, Drive)>,
+    waiting_nics: BTreeMap<String, (NicConfig, Tap)>,
+    disks: [Option<DiskConfig>; DISKS],
+    nics: [Option<NicConfig>; NICS],
+}
+
+impl Backends {
+    pub fn new(config: &MachineConfig) -> Self {
+        let mut this = Self {
+            waiting_disks: BTreeMap::new(),
+            waiting_nics: BTreeMap::new(),
+            disks: Default::default(),
+            nics: Default::default(),
+        };
+        this.disks.iter_mut().zip(&config.disks).for_each(|(to, c)| *to = Some(c.clone()));
+        this.nics.iter_mut().zip(&config.nics).for_each(|(to, c)| *to = Some(c.clone()));
+        this
+    }
+
+    fn knows(&self, id: &str) -> bool {
+        self.waiting_disks.contains_key(id)
+            || self.waiting_nics.contains_key(id)
+            || self.disks.iter().flatten().any(|c| c.id == id)
+            || self.nics.iter().flatten().any(|c| c.id == id)
+    }
+}
+
+/// Open a disk's image.
+pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
+    let options = OpenOptions {
+        readonly: config.readonly,
+        direct: config.direct,
+        discard: config.discard,
+        aio: config.aio.into(),
+    };
+    Ok(Drive {
+        disk: Disk::open(&config.path, &options)?,
+        serial: config.serial.clone().unwrap_or_default(),
+        ops_per_second: config.iops,
+        bytes_per_second: config.bps,
+    })
+}
+
+/// Open a NIC's tap device.
+pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
+    match &config.tap {
+        TapConfig::Name(name) => Tap::open(name, usize::from(config.queue_pairs)),
+        TapConfig::Fds(numbers) => {
+            let take = |fd: &i32| {
+                inherited::take(*fd).map_err(|source| TapError::NotTapFd { fd: *fd, source })
+            };
+            Tap::from_fds(numbers.iter().map(take).collect::<Result<_, _>>()?)
+        }
+    }
+}
+
+impl Machine {
+    /// Open a disk's back-end, for [`Machine::plug_disk`].
+    ///
+    /// # Errors
+    /// When the id is taken or the image cannot be opened.
+    pub fn add_disk_backend(&mut self, config: DiskConfig) -> Result<(), PlugError> {
+        if self.backends.knows(&config.id) {
+            return Err(PlugError::Duplicate(config.id));
+        }
+        let drive = drive(&config)?;
+        self.backends.waiting_disks.insert(config.id.clone(), (config, drive));
+        Ok(())
+    }
+
+    /// Open a NIC's back-end, for [`Machine::plug_nic`].
+    ///
+    /// # Errors
+    /// When the id is taken or the tap device cannot be had.
+    pub fn add_nic_backend(
+        &mut self,
+        config: NicConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), PlugError> {
+        if self.backends.knows(&config.id) {
+            return Err(PlugError::Duplicate(config.id));
+        }
+        let tap = if fds.is_empty() { tap(&config)? } else { Tap::from_fds(fds)? };
+        self.backends.waiting_nics.insert(config.id.clone(), (config, tap));
+        Ok(())
+    }
+
+    /// Close a disk's or NIC's back-end that no device uses.
+    ///
+    /// # Errors
+    /// When there is none, or a device uses it.
+    pub fn remove_backend(&mut self, id: &str) -> Result<(), PlugError> {
+        let b = &mut self.backends;
+        if b.waiting_disks.remove(id).is_some() || b.waiting_nics.remove(id).is_some() {
+            return Ok(());
+        }
+        Err(if b.knows(id) { PlugError::InUse(id.into()) } else { PlugError::NoBackend(id.into()) })
+    }
+
+    /// Put the disk `id` into slot `slot`. The guest sees its size at once.
+    ///
+    /// # Errors
+    /// When there is no such back-end or slot, or the slot is occupied; the back-end then waits on.
+    pub fn plug_disk(
+        &mut self,
+        id: &str,
+        slot: usize,
+        serial: Option<String>,
+    ) -> Result<(), PlugError> {
+        let no_slot = PlugError::NoSlot { what: "block", max: DISKS };
+        let b = &mut self.backends;
+        let place = b.disks.get_mut(slot).ok_or(no_slot)?;
+        if !b.waiting_disks.contains_key(id) {
+            return Err(PlugError::NoBackend(id.into()));
+        }
+        if place.is_some() {
+            return Err(PlugError::Occupied(slot));
+        }
+        let Some((mut config, mut drive)) = b.waiting_disks.remove(id) else {
+            return Err(PlugError::NoBackend(id.into()));
+        };
+        if let Some(serial) = serial {
+            drive.serial.clone_from(&serial);
+            config.serial = Some(serial);
+        }
+        if let Some(transport) = self.slots.transport(slot) {
+            transport.lock().update(|block: &mut Block| block.plug(drive)).transpose()?;
+        }
+        *place = Some(config);
+        Ok(())
+    }
+
+    /// Put the NIC `id` into slot `slot`. The guest sees link and address at once.
+    ///
+    /// # Errors
+    /// As [`Machine::plug_disk`].
+    pub fn plug_nic(
+        &mut self,
+        id: &str,
+        slot: usize,
+        mac: Option<[u8; 6]>,
+    ) -> Result<(), PlugError> {
+        let no_slot = PlugError::NoSlot { what: "net", max: NICS };
+        let b = &mut self.backends;
+        let place = b.nics.get_mut(slot).ok_or(no_slot)?;
+        if !b.waiting_nics.contains_key(id) {
+            return Err(PlugError::NoBackend(id.into()));
+        }
+        if place.is_some() {
+            return Err(PlugError::Occupied(slot));
+        }
+        let Some((mut config, tap)) = b.waiting_nics.remove(id) else {
+            return Err(PlugError::NoBackend(id.into()));
+        };
+        config.mac = mac.or(config.mac);
+        let mac = config.mac;
+        if let Some(transport) = self.slots.transport(DISKS + slot) {
+            transport.lock().update(|net: &mut Net| net.plug(tap, mac)).transpose()?;
+        }
+        *place = Some(config);
+        Ok(())
+    }
+
+    /// Take the device `id` out of its slot and close its back-end. What is in flight is finished
+    /// first.
+    ///
+    /// # Errors
+    /// When no slot holds it.
+    pub fn unplug(&mut self, id: &str) -> Result<(), PlugError> {
+        let is = |config: &Option<DiskConfig>| config.as_ref().is_some_and(|c| c.id == id);
+        if let Some(slot) = self.backends.disks.iter().position(is) {
+            if let Some(transport) = self.slots.transport(slot) {
+                transport.lock().update(|block: &mut Block| drop(block.unplug()));
+            }
+            self.backends.disks.get_mut(slot).map(Option::take);
+            return Ok(());
+        }
+        let is = |config: &Option<NicConfig>| config.as_ref().is_some_and(|c| c.id == id);
+        let Some(slot) = self.backends.nics.iter().position(is) else {
+            return Err(PlugError::NoDevice(id.into()));
+        };
+        if let Some(transport) = self.slots.transport(DISKS + slot) {
+            let unplugged = transport.lock().update(|net: &mut Net| net.unplug()).transpose();
+            unplugged.map_err(|source| PlugError::Unplug { id: id.into(), source })?;
+        }
+        self.backends.nics.get_mut(slot).map(Option::take);
+        Ok(())
+    }
+
+    /// Give the image of disk `id` a new size, in bytes; the guest sees it at once. A block device
+    /// is only looked at again.
+    ///
+    /// # Errors
+    /// When no slot holds it, or its file cannot be resized.
+    pub fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), PlugError> {
+        let is = |config: &Option<DiskConfig>| config.as_ref().is_some_and(|c| c.id == id);
+        let slot = self.backends.disks.iter().position(is);
+        let config = slot.and_then(|slot| self.backends.disks.get(slot)).and_then(Option::as_ref);
+        let (Some(slot), Some(config)) = (slot, config) else {
+            return Err(PlugError::NoDevice(id.into()));
+        };
+        let failed = |source| PlugError::Resize { id: id.into(), source };
+        let file = std::fs::OpenOptions::new().write(true).open(&config.path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.is_file() {
+            file.set_len(size).map_err(failed)?;
+        }
+        if let Some(transport) = self.slots.transport(slot) {
+            transport.lock().update(|block: &mut Block| block.resize()).transpose()?;
+        }
+        Ok(())
+    }
+
+    /// The disks that are in slots, in order.
+    pub fn disks(&self) -> Vec<PluggedDisk> {
+        let of = |(slot, config): (usize, &Option<DiskConfig>)| {
+            let config = config.clone()?;
+            let mut transport = self.slots.transport(slot)?.lock();
+            let block = transport.device::<Block>()?;
+            Some(PluggedDisk { config, size: block.capacity(), stats: block.stats() })
+        };
+        self.backends.disks.iter().enumerate().filter_map(of).collect()
+    }
+}

@@ -1,0 +1,199 @@
+//! The kernel command line, and by which way the guest is told of its virtio-mmio devices.
+//!
+//! A device is told of in the ACPI tables or on the command line, never both: the second driver
+//! instance would find the registers taken. The rule, in [`tell`]:
+//!
+//! 1. `acpi=off` on the command line: no ACPI tables, every device on the command line.
+//! 2. A kernel that can be searched (ELF, flat) has no code that looks for ACPI tables but knows
+//!    `virtio_mmio.device=`, and the command line does not say `acpi=force`: the same.
+//! 3. Otherwise: ACPI tables with every device.
+//!
+//! A device for which the command line has `virtio_mmio.device=` already is left to that.
+//!
+//! The MP table is always there: Linux looks at it only when there is no ACPI.
+use std::ops::Range;
+
+use devices::Memory;
+use memchr::memmem::Finder;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{BootError, VirtioSlot};
+use crate::layout;
+
+const PARAMETER: &str = "virtio_mmio.device=";
+/// Separates the kernel's parameters from those of init.
+const END: &str = "--";
+
+/// Why a command line cannot be used.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum CmdlineError {
+    /// Longer than the kernel would read.
+    #[error(
+        "it has {len} bytes, {added} of them virtio_mmio.device= words for the devices; this kernel takes {max}"
+    )]
+    TooLong {
+        /// Its length.
+        len: usize,
+        /// Bytes that are not the user's.
+        added: usize,
+        /// Longest one.
+        max: usize,
+    },
+    /// A byte that would end it early, or that the kernel has no meaning for.
+    #[error(
+        "it has {what} at byte {at}; only printable ASCII is passed on, because a kernel reads bytes, up to the first zero"
+    )]
+    Byte {
+        /// Which byte.
+        what: String,
+        /// Where, from 0.
+        at: usize,
+    },
+}
+
+/// What a kernel image in memory shows of the kernel's abilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KernelWords {
+    /// It looks for ACPI tables.
+    acpi: bool,
+    /// It takes virtio-mmio devices from the command line.
+    virtio_mmio: bool,
+}
+
+/// Searches an uncompressed kernel. `None` when there is nothing to search.
+pub(super) fn kernel_words(memory: &Memory, image: &[Range<u64>]) -> Option<KernelWords> {
+    if image.is_empty() {
+        return None;
+    }
+    // The signature that ACPI code compares with, and the parameter's name.
+    let acpi = contains(memory, image, b"RSD PTR ");
+    Some(KernelWords { acpi, virtio_mmio: !acpi && contains(memory, image, b"virtio_mmio.device") })
+}
+
+fn contains(memory: &Memory, image: &[Range<u64>], word: &[u8]) -> bool {
+    let finder = Finder::new(word);
+    let mut buffer = vec![0; 64 << 10];
+    image.iter().any(|range| {
+        let mut at = range.start;
+        while at < range.end {
+            let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(buffer.len());
+            let Some(part) = buffer.get_mut(..len) else { return false };
+            if memory.read_slice(part, GuestAddress(at)).is_err() {
+                return false;
+            }
+            if finder.find(part).is_some() {
+                return true;
+            }
+            // A word may lie across two parts.
+            at += if at + len as u64 == range.end { len } else { len + 1 - word.len() } as u64;
+        }
+        false
+    })
+}
+
+/// How the guest is told of its devices.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Told<'a> {
+    pub(super) cmdline: Composed<'a>,
+    /// The slots for the ACPI tables; `None`: no tables.
+    pub(super) acpi: Option<Vec<VirtioSlot>>,
+}
+
+/// The user's command line and what is added to it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Composed<'a> {
+    user: &'a str,
+    added: String,
+}
+
+/// Decides how the guest is told of its devices; the rule is at the top of this module.
+pub(super) fn tell<'a>(
+    user: &'a str,
+    slots: &[VirtioSlot],
+    kernel: impl FnOnce() -> Option<KernelWords>,
+) -> Told<'a> {
+    let words = || user.split_ascii_whitespace().take_while(|word| *word != END);
+    let wish = words().filter(|word| matches!(*word, "acpi=off" | "acpi=force")).last();
+    let acpi = match wish {
+        Some(wish) => wish == "acpi=force",
+        None => kernel() != Some(KernelWords { acpi: false, virtio_mmio: true }),
+    };
+    let given: Vec<u64> = words()
+        .filter_map(|word| word.strip_prefix(PARAMETER))
+        .filter_map(|value| value.split(['@', ':']).nth(1))
+        .filter_map(number)
+        .collect();
+    let slots: Vec<VirtioSlot> =
+        slots.iter().filter(|slot| !given.contains(&u64::from(slot.address))).copied().collect();
+    let added = if acpi { String::new() } else { cmdline_devices(&slots) };
+    Told { cmdline: Composed { user, added }, acpi: acpi.then_some(slots) }
+}
+
+/// A number as Linux reads one: decimal, 0x for hexadecimal, 0 for octal.
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None if text.starts_with('0') => u64::from_str_radix(text, 8).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+/// ` virtio_mmio.device=4K@0xf0100000:5` for each slot (Linux `drivers/virtio/virtio_mmio.c`).
+fn cmdline_devices(slots: &[VirtioSlot]) -> String {
+    let size = layout::VIRTIO_MMIO_STEP >> 10;
+    slots
+        .iter()
+        .map(|slot| format!(" {PARAMETER}{size}K@0x{:08x}:{}", slot.address, slot.irq))
+        .collect()
+}
+
+/// The command line for a kernel that takes `max` bytes of it. What is added goes before the
+/// parameters of init.
+pub(super) fn check(line: Composed, max: usize) -> Result<String, CmdlineError> {
+    let Composed { user, added } = line;
+    let bad = user.bytes().position(|byte| !(matches!(byte, b' '..=b'~' | b'\t')));
+    if let Some(at) = bad {
+        let what = match user.as_bytes().get(at) {
+            Some(0) => "a zero byte".to_owned(),
+            Some(b'\n') => "a line break".to_owned(),
+            Some(byte) if byte.is_ascii() => format!("a control character (0x{byte:02x})"),
+            _ => format!("\"{}\"", user.get(at..).and_then(|s| s.chars().next()).unwrap_or('?')),
+        };
+        return Err(CmdlineError::Byte { what, at });
+    }
+    let len = user.len().saturating_add(added.len());
+    if len > max {
+        return Err(CmdlineError::TooLong { len, added: added.len(), max });
+    }
+    let (kernel, init) = user.split_at(init_parameters(user));
+    Ok(match (added.trim_start(), init) {
+        ("", _) => user.to_owned(),
+        (_, "") => format!("{user}{added}"),
+        (added, init) => format!("{kernel}{added} {init}"),
+    })
+}
+
+/// Where the parameters of init begin: at the word `--`, or at the end.
+fn init_parameters(line: &str) -> usize {
+    let mut at = 0;
+    for word in line.split([' ', '\t']) {
+        if word == END {
+            return at;
+        }
+        at += word.len() + 1;
+    }
+    line.len()
+}
+
+/// Puts the command line and its terminator into guest memory.
+pub(super) fn write(memory: &Memory, line: &str) -> Result<(), BootError> {
+    let mut bytes = line.as_bytes().to_vec();
+    bytes.push(0);
+    memory
+        .write_slice(&bytes, GuestAddress(layout::CMDLINE))
+        .map_err(|source| BootError::Tables { address: layout::CMDLINE, source })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,87 @@
+//! By which way a guest is told of its devices.
+use super::super::tests::SLOTS;
+use super::*;
+
+const LINUX: Option<KernelWords> = Some(KernelWords { acpi: true, virtio_mmio: false });
+const LINUX_WITHOUT_ACPI: Option<KernelWords> =
+    Some(KernelWords { acpi: false, virtio_mmio: true });
+const PAYLOAD: Option<KernelWords> = Some(KernelWords { acpi: false, virtio_mmio: false });
+const BOTH: &str = " virtio_mmio.device=4K@0xf0100000:5 virtio_mmio.device=4K@0xf0101000:6";
+
+/// What is added to the command line, and how many devices the ACPI tables have.
+fn told(user: &str, kernel: Option<KernelWords>) -> (String, Option<usize>) {
+    let told = tell(user, &SLOTS, || kernel);
+    (told.cmdline.added, told.acpi.map(|slots| slots.len()))
+}
+
+#[test]
+fn every_device_is_told_of_by_exactly_one_way() {
+    let acpi = (String::new(), Some(2));
+    let line = (BOTH.to_owned(), None);
+    let cases = [
+        ("console=ttyS0", None, &acpi),
+        ("console=ttyS0", LINUX, &acpi),
+        ("console=ttyS0", PAYLOAD, &acpi),
+        ("console=ttyS0", LINUX_WITHOUT_ACPI, &line),
+        ("acpi=force", LINUX_WITHOUT_ACPI, &acpi),
+        ("acpi=off", LINUX, &line),
+        ("quiet acpi=off panic=1", None, &line),
+        // The last one counts.
+        ("acpi=off acpi=force", None, &acpi),
+        ("acpi=force acpi=off", None, &line),
+        // Not the word, or not the kernel's.
+        ("xacpi=off acpi=offline acpi=of", None, &acpi),
+        ("quiet -- acpi=off", None, &acpi),
+    ];
+    for (user, kernel, expected) in cases {
+        assert_eq!(&told(user, kernel), expected, "{user} {kernel:?}");
+    }
+}
+
+#[test]
+fn a_device_that_the_user_declares_is_left_to_him() {
+    let second = " virtio_mmio.device=4K@0xf0101000:6".to_owned();
+    for first in [
+        "virtio_mmio.device=4K@0xf0100000:5",
+        "virtio_mmio.device=0x1000@0XF0100000:5:7",
+        "virtio_mmio.device=512@4027580416:5",
+    ] {
+        assert_eq!(told(&format!("acpi=off {first}"), None), (second.clone(), None), "{first}");
+        assert_eq!(told(first, None), (String::new(), Some(1)), "{first}");
+    }
+    for nothing in ["virtio_mmio.device=", "virtio_mmio.device=4K@:5", "virtio_mmio.device=4K@0x"] {
+        assert_eq!(told(nothing, None), (String::new(), Some(2)), "{nothing}");
+    }
+}
+
+#[test]
+fn the_users_words_stay_as_they_are() {
+    let composed = |user: &str, kernel| check(tell(user, &SLOTS, || kernel).cmdline, 2047).unwrap();
+    for user in ["", " ", "a  b=\"c d\"\tx", "root=UUID=1-2 rootflags=data=ordered -- s"] {
+        assert_eq!(composed(user, LINUX), user);
+        assert!(composed(user, LINUX_WITHOUT_ACPI).contains(BOTH.trim()));
+    }
+    assert_eq!(composed("a  b", LINUX_WITHOUT_ACPI), format!("a  b{BOTH}"));
+    assert_eq!(composed("a -- b", LINUX_WITHOUT_ACPI), format!("a{BOTH} -- b"));
+    assert_eq!(composed("-- b", LINUX_WITHOUT_ACPI), format!("{} -- b", BOTH.trim()));
+    assert_eq!(composed("a --b", LINUX_WITHOUT_ACPI), format!("a --b{BOTH}"));
+}
+
+#[test]
+fn bytes_that_a_kernel_would_not_read_are_refused() {
+    let error = |user: &str| check(tell(user, &[], || None).cmdline, 2047).unwrap_err().to_string();
+    assert!(error("a\0b").starts_with("it has a zero byte at byte 1; only printable ASCII"));
+    assert!(error("a\n").contains("a line break at byte 1"));
+    assert!(error("\u{1b}[0m").contains("a control character (0x1b) at byte 0"));
+    assert!(error("name=J\u{f6}rg").contains("\"\u{f6}\" at byte 6"));
+}
+
+#[test]
+fn what_is_added_counts() {
+    let told = tell("acpi=off", &SLOTS, || None);
+    let len = "acpi=off".len() + BOTH.len();
+    assert_eq!(
+        check(told.cmdline, len - 1),
+        Err(CmdlineError::TooLong { len, added: BOTH.len(), max: len - 1 })
+    );
+}

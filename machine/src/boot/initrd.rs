@@ -1,0 +1,67 @@
+//! The initial RAM disk: as high as the kernel can reach it.
+use std::path::Path;
+
+use devices::Memory;
+use thiserror::Error;
+
+use super::Loaded;
+use super::ram::Ram;
+use super::source::{Source, SourceError};
+use crate::layout;
+
+const PAGE: u64 = 4096;
+
+/// Why an initrd cannot be loaded.
+#[derive(Debug, Error)]
+pub enum InitrdError {
+    /// The file cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Nothing in it.
+    #[error("it is empty; leave -initrd out, or make one with `cpio -o -H newc`")]
+    Empty,
+    /// More than there is room for.
+    #[error(
+        "it has {size} bytes, but between the kernel's end ({start:#x}) and the highest address it may reach ({end:#x}) there are {}: give the machine more memory (-m), or make the initrd smaller",
+        end.saturating_sub(*start)
+    )]
+    TooBig {
+        /// Its size.
+        size: u64,
+        /// First address after the kernel.
+        start: u64,
+        /// First address it may not have.
+        end: u64,
+    },
+}
+
+/// An initrd in guest memory.
+pub(super) struct Initrd {
+    pub(super) address: u64,
+    pub(super) size: u64,
+}
+
+pub(super) fn load(
+    memory: &Memory,
+    ram: &Ram,
+    path: &Path,
+    kernel: &Loaded,
+) -> Result<Initrd, InitrdError> {
+    let file = Source::open(path)?;
+    let size = file.len;
+    if size == 0 {
+        return Err(InitrdError::Empty);
+    }
+    let low = ram.low();
+    let end = low.end.min(layout::HOLE_START).min(kernel.initrd_max.saturating_add(1));
+    // A kernel that lies above (it may be linked there) leaves all of it.
+    let start = if kernel.start < end { kernel.end } else { low.start };
+    let start = start.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+    match end.checked_sub(size).map(|address| address & !(PAGE - 1)) {
+        Some(address) if address >= start => {
+            file.load(memory, 0, size, address)?;
+            Ok(Initrd { address, size })
+        }
+        _ => Err(InitrdError::TooBig { size, start: start.min(end), end }),
+    }
+}

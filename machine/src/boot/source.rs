@@ -1,0 +1,115 @@
+//! A kernel or initrd file: opened without blocking, read straight into guest memory.
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use devices::Memory;
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+/// Bytes that are enough to tell what a file is.
+const HEAD: u64 = 4096;
+
+/// Why a file cannot be read.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// Missing, or not ours to read.
+    #[error("it cannot be opened")]
+    Open(#[source] io::Error),
+    /// A directory, FIFO, device or socket.
+    #[error("it is {0}, not a regular file")]
+    NotRegular(&'static str),
+    /// It failed while being read, or became shorter.
+    #[error("{len} bytes at offset {offset:#x} cannot be read")]
+    Read {
+        /// First byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It failed while being read into guest memory, or became shorter.
+    #[error("{len} bytes at offset {offset:#x} cannot be read into guest memory at {address:#x}")]
+    Load {
+        /// First byte.
+        offset: u64,
+        /// How many.
+        len: u64,
+        /// Where to.
+        address: u64,
+        /// What guest memory said.
+        source: GuestMemoryError,
+    },
+}
+
+pub(super) struct Source {
+    file: File,
+    pub(super) len: u64,
+}
+
+impl Source {
+    pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
+        use std::os::unix::fs::FileTypeExt;
+        // Opening a FIFO would otherwise wait for a writer.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(SourceError::Open)?;
+        let metadata = file.metadata().map_err(SourceError::Open)?;
+        let kind = metadata.file_type();
+        if kind.is_file() {
+            return Ok(Source { file, len: metadata.len() });
+        }
+        Err(SourceError::NotRegular(if kind.is_dir() {
+            "a directory"
+        } else if kind.is_fifo() {
+            "a FIFO"
+        } else if kind.is_block_device() {
+            "a block device"
+        } else {
+            "a character device or socket"
+        }))
+    }
+
+    /// The first bytes: 4096, or all there are.
+    pub(super) fn head(&self) -> Result<Vec<u8>, SourceError> {
+        self.read(0, self.len.min(HEAD))
+    }
+
+    /// A part that is small enough to be kept. The caller has bounded `len`.
+    pub(super) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SourceError> {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+        self.file.read_exact_at(&mut bytes, offset).map_err(|source| SourceError::Read {
+            offset,
+            len,
+            source,
+        })?;
+        Ok(bytes)
+    }
+
+    /// Reads a part straight into guest memory.
+    pub(super) fn load(
+        &self,
+        memory: &Memory,
+        offset: u64,
+        len: u64,
+        address: u64,
+    ) -> Result<(), SourceError> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(offset)).map_err(|source| SourceError::Read {
+            offset,
+            len,
+            source,
+        })?;
+        memory
+            .read_exact_volatile_from(
+                GuestAddress(address),
+                &mut file,
+                usize::try_from(len).unwrap_or(usize::MAX),
+            )
+            .map_err(|source| SourceError::Load { offset, len, address, source })
+    }
+}

@@ -1,0 +1,42 @@
+//! The state of the interrupt controllers and the timer that KVM emulates.
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+};
+
+use super::{KvmError, Vm, refused};
+
+/// Both PICs, the IOAPIC and the PIT.
+pub struct ChipState {
+    irqchips: Vec<kvm_irqchip>,
+    pit: kvm_pit_state2,
+}
+
+impl ChipState {
+    /// Read them from a machine that is not running.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn save(vm: &Vm) -> Result<Self, KvmError> {
+        let irqchips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
+            .into_iter()
+            .map(|chip_id| {
+                let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+                vm.fd.get_irqchip(&mut chip).map_err(refused("read an interrupt controller"))?;
+                Ok(chip)
+            })
+            .collect::<Result<_, KvmError>>()?;
+        let pit = vm.fd.get_pit2().map_err(refused("read the timer (PIT)"))?;
+        Ok(Self { irqchips, pit })
+    }
+
+    /// Give them to a machine that is not running.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn restore(&self, vm: &Vm) -> Result<(), KvmError> {
+        for chip in &self.irqchips {
+            vm.fd.set_irqchip(chip).map_err(refused("set an interrupt controller"))?;
+        }
+        vm.fd.set_pit2(&self.pit).map_err(refused("set the timer (PIT)"))
+    }
+}

@@ -1,0 +1,134 @@
+//! What the guest's CPUs announce: what KVM supports on this host, with this machine's topology.
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+use super::{KvmError, refused};
+use crate::config::Topology;
+
+/// Leaf 1 EDX: several logical processors a package.
+const HTT: u32 = 1 << 28;
+/// Leaf 1 ECX: TSC deadline timer.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1 ECX: running under a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+
+/// The CPUID leaves that all vCPUs share.
+///
+/// # Errors
+/// When KVM does not say what it supports.
+pub fn supported(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("list its CPUID leaves"))
+}
+
+/// `base` as vCPU `id` of a machine with `topology` shows it.
+pub fn for_vcpu(kvm: &Kvm, base: &CpuId, id: u8, topology: &Topology) -> CpuId {
+    let mut cpuid = base.clone();
+    let shape = Shape::new(topology);
+    let mut leaf_b = kvm_cpuid_entry2::default();
+    for e in cpuid.as_mut_slice() {
+        match e.function {
+            1 => {
+                // Initial APIC id, logical processors a package, CLFLUSH line of 64 bytes.
+                let per_package = u32::from(shape.per_package).next_power_of_two().min(255);
+                e.ebx = u32::from(id) << 24 | per_package << 16 | e.ebx & 0xffff;
+                e.ecx |= HYPERVISOR;
+                if kvm.check_extension(Cap::TscDeadlineTimer) {
+                    e.ecx |= TSC_DEADLINE;
+                }
+                e.edx = if shape.per_package > 1 { e.edx | HTT } else { e.edx & !HTT };
+            }
+            // Deterministic cache parameters: who shares which cache.
+            4 | 0x8000_001d if e.eax & 0x1f != 0 => {
+                let level = e.eax >> 5 & 7;
+                let shared = if level >= 3 { shape.package_bits } else { shape.thread_bits };
+                e.eax = e.eax & 0x3fff | ((1 << shared) - 1) << 14;
+                if e.function == 4 {
+                    let cores = shape.package_bits - shape.thread_bits;
+                    e.eax = e.eax & 0x03ff_ffff | ((1u32 << cores).min(64) - 1) << 26;
+                }
+            }
+            0xb | 0x1f => {
+                leaf_b = *e;
+                shape.topology_leaf(e, id);
+            }
+            // AMD: processors a package, and bits of the APIC id.
+            0x8000_0008 if shape.per_package > 1 => {
+                let count = u32::from(shape.per_package) - 1;
+                e.ecx = e.ecx & !0xf0ff | shape.package_bits << 12 | count.min(255);
+            }
+            // AMD: extended APIC id, threads a core, node.
+            0x8000_001e => {
+                e.eax = u32::from(id);
+                e.ebx = (u32::from(id) >> shape.thread_bits) & 0xff
+                    | (u32::from(topology.threads).max(1) - 1) << 8;
+                e.ecx = u32::from(id) >> shape.package_bits;
+            }
+            _ => {}
+        }
+    }
+    // KVM lists subleaf 0 of leaf 0xb alone on some hosts: the core level and the end follow it.
+    if leaf_b.function == 0xb {
+        for index in 1..=2 {
+            let has = cpuid.as_slice().iter().any(|e| e.function == 0xb && e.index == index);
+            if !has {
+                let mut e = kvm_cpuid_entry2 { index, ..leaf_b };
+                shape.topology_leaf(&mut e, id);
+                // A full table keeps what it has: the guest then sees one level less.
+                let _ = cpuid.push(e);
+            }
+        }
+    }
+    cpuid
+}
+
+/// APIC id of vCPU `index`: socket, core and thread in bit fields of their own, as the guest takes
+/// them apart again.
+pub fn apic_id(topology: &Topology, index: u8) -> u32 {
+    let shape = Shape::new(topology);
+    let (index, per_package) = (u16::from(index), shape.per_package.max(1));
+    let (package, within) = (index / per_package, index % per_package);
+    let (core, thread) = (within / shape.threads, within % shape.threads);
+    u32::from(package) << shape.package_bits
+        | u32::from(core) << shape.thread_bits
+        | u32::from(thread)
+}
+
+/// Widths of the parts of an APIC id.
+struct Shape {
+    per_package: u16,
+    threads: u16,
+    thread_bits: u32,
+    package_bits: u32,
+}
+
+impl Shape {
+    fn new(t: &Topology) -> Self {
+        let bits = |n: u16| n.max(1).next_power_of_two().trailing_zeros();
+        let threads = u16::from(t.threads.max(1));
+        let cores = [t.dies, t.clusters, t.cores]
+            .iter()
+            .fold(1u16, |cores, n| cores.saturating_mul(u16::from((*n).max(1))));
+        let thread_bits = bits(threads);
+        Self {
+            per_package: cores.saturating_mul(threads),
+            threads,
+            thread_bits,
+            package_bits: thread_bits + bits(cores),
+        }
+    }
+
+    /// Extended topology enumeration: level 1 threads, level 2 cores, then nothing.
+    fn topology_leaf(&self, e: &mut kvm_cpuid_entry2, id: u8) {
+        let (shift, count, kind) = match e.index {
+            0 => (self.thread_bits, self.threads, 1),
+            1 => (self.package_bits, self.per_package, 2),
+            _ => (0, 0, 0),
+        };
+        e.eax = shift;
+        e.ebx = u32::from(count);
+        e.ecx = kind << 8 | e.index & 0xff;
+        e.edx = u32::from(id);
+        // KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+        e.flags |= 1;
+    }
+}

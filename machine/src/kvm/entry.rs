@@ -1,0 +1,51 @@
+//! The boot vCPU's first registers.
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
+
+use super::{KvmError, refused};
+use crate::boot::{Registers, Segment};
+
+/// Make `fd` enter the guest where `registers` say.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn set(fd: &VcpuFd, registers: &Registers) -> Result<(), KvmError> {
+    let regs = kvm_regs {
+        rip: registers.rip,
+        rsp: registers.rsp,
+        rbx: registers.rbx,
+        rsi: registers.rsi,
+        rflags: registers.rflags,
+        ..Default::default()
+    };
+    fd.set_regs(&regs).map_err(refused("set the boot vCPU's registers"))?;
+    let mut sregs = fd.get_sregs().map_err(refused("read a vCPU's system registers"))?;
+    let data = segment(&registers.data);
+    sregs.cs = segment(&registers.cs);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = segment(&registers.tr);
+    sregs.gdt =
+        kvm_dtable { base: registers.gdt_base, limit: registers.gdt_limit, ..Default::default() };
+    sregs.idt = kvm_dtable::default();
+    sregs.cr0 = registers.cr0;
+    sregs.cr3 = registers.cr3;
+    sregs.cr4 = registers.cr4;
+    sregs.efer = registers.efer;
+    fd.set_sregs(&sregs).map_err(refused("set the boot vCPU's system registers"))
+}
+
+fn segment(s: &Segment) -> kvm_segment {
+    kvm_segment {
+        base: s.base,
+        limit: s.limit,
+        selector: s.selector,
+        type_: s.type_,
+        present: s.present,
+        dpl: s.dpl,
+        db: s.db,
+        s: s.s,
+        l: s.l,
+        g: s.g,
+        ..Default::default()
+    }
+}

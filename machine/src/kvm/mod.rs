@@ -1,0 +1,196 @@
+//! KVM: opening it, and the virtual machine's own descriptor.
+//!
+//! The order of set-up is the cheap one: memory slots first, then the interrupt controllers, then
+//! vCPUs. A slot that is set later costs milliseconds.
+// UNSAFETY: guest memory is handed to KVM by address, and some ioctls have no safe wrapper.
+#![expect(unsafe_code, reason = "KVM ioctls")]
+pub mod chips;
+pub mod cpuid;
+pub mod entry;
+pub mod state;
+#[cfg(test)]
+mod tests;
+pub mod vcpu;
+
+use std::{io, sync::Arc};
+
+use devices::{Memory, irq::Line};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::layout;
+
+/// What this monitor cannot do without, and what for.
+const REQUIRED: [(Cap, &str, &str); 8] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "in-kernel interrupt controllers"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "real mode on Intel CPUs"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "choosing what the guest's CPUs announce"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD", "virtio notifications"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD", "interrupts"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM", "virtio registers that are read without an exit"),
+];
+
+/// Why KVM cannot be used, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum KvmError {
+    #[error(
+        "/dev/kvm does not exist: load the module (modprobe kvm_amd or modprobe kvm_intel); if that \
+         fails, enable virtualization in the firmware, or nested virtualization where this is itself \
+         a virtual machine"
+    )]
+    Missing,
+    #[error("no permission to open /dev/kvm: usermod -aG kvm $USER, then log in again")]
+    Permission,
+    #[error("cannot open /dev/kvm")]
+    Open(#[source] io::Error),
+    #[error("/dev/kvm speaks API version {0}; version 12 is needed (Linux 2.6.22 or newer)")]
+    ApiVersion(i32),
+    #[error("this host's KVM lacks {name}, needed for {what}: update the host's kernel")]
+    MissingCapability { name: &'static str, what: &'static str },
+    #[error("{cpus} vCPUs asked for; this host's KVM allows at most {max}")]
+    TooManyCpus { cpus: u8, max: usize },
+    #[error("KVM refuses to {what}")]
+    Ioctl {
+        what: &'static str,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// Names what an ioctl was for.
+pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Ioctl { what, source }
+}
+
+/// Open /dev/kvm and check that it can do what is needed.
+///
+/// # Errors
+/// When it is not there, not permitted, or lacks something; the message names the fix.
+pub fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|e| match e.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
+        libc::EACCES | libc::EPERM => KvmError::Permission,
+        errno => KvmError::Open(io::Error::from_raw_os_error(errno)),
+    })?;
+    match kvm.get_api_version() {
+        v if u32::try_from(v) == Ok(KVM_API_VERSION) => {}
+        v => return Err(KvmError::ApiVersion(v)),
+    }
+    for (cap, name, what) in REQUIRED {
+        if !kvm.check_extension(cap) {
+            return Err(KvmError::MissingCapability { name, what });
+        }
+    }
+    Ok(kvm)
+}
+
+/// The virtual machine as KVM sees it.
+pub struct Vm {
+    fd: VmFd,
+    /// Kept because KVM uses its pages for as long as `fd` lives.
+    _memory: Memory,
+    /// As `_memory`: the register pages of the virtio-mmio slots.
+    _window: Arc<MmapRegion>,
+}
+
+impl Vm {
+    /// A virtual machine with its memory, interrupt controllers and timer.
+    ///
+    /// # Errors
+    /// When KVM refuses a step.
+    pub fn new(kvm: &Kvm, memory: &Memory, window: &Arc<MmapRegion>) -> Result<Self, KvmError> {
+        let fd = loop {
+            // Interrupted by a signal: nothing was made, so try again.
+            match kvm.create_vm() {
+                Err(e) if e.errno() == libc::EINTR => {}
+                other => break other.map_err(refused("create a virtual machine"))?,
+            }
+        };
+        let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
+        fd.set_identity_map_address(layout::KVM_IDENTITY)
+            .map_err(refused("set the identity map address"))?;
+        fd.set_tss_address(tss).map_err(refused("set the TSS address"))?;
+        let vm = Self { fd, _memory: memory.clone(), _window: window.clone() };
+        let mut slot = 0;
+        for region in memory.iter() {
+            vm.map(slot, region.start_addr().raw_value(), region.as_ptr(), region.len(), 0)?;
+            slot += 1;
+        }
+        let size = window.size() as u64;
+        vm.map(slot, layout::VIRTIO_MMIO, window.as_ptr(), size, KVM_MEM_READONLY)?;
+        vm.fd.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
+        Ok(vm)
+    }
+
+    fn map(&self, slot: u32, at: u64, host: *mut u8, len: u64, flags: u32) -> Result<(), KvmError> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: at,
+            memory_size: len,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: host..host+len is a mapping that `self` keeps alive as long as the descriptor.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(refused("map guest memory (is enough memory free?)"))
+    }
+
+    /// Let an edge on `line` raise `gsi` in the guest.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn bind_line(&self, line: &Line, gsi: u32) -> Result<(), KvmError> {
+        self.fd.register_irqfd(line.eventfd(), gsi).map_err(refused("bind an interrupt line"))
+    }
+
+    /// Let a 32-bit guest write of `value` to `address` signal `eventfd` without an exit.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn bind_write(&self, address: u64, value: u32, eventfd: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(eventfd, &IoEventAddress::Mmio(address), value)
+            .map_err(refused("bind a notification register"))
+    }
+
+    /// A new vCPU with this id, which is also its APIC id.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(crate) fn create_vcpu(&self, id: u8) -> Result<kvm_ioctls::VcpuFd, KvmError> {
+        self.fd.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))
+    }
+
+    /// The guest's paravirtual clock now.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
+        self.fd.get_clock().map_err(refused("read the guest's clock"))
+    }
+
+    /// Set the guest's paravirtual clock to `nanoseconds`.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), KvmError> {
+        let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
+        self.fd.set_clock(&clock).map_err(refused("set the guest's clock"))
+    }
+}
+
+/// The host's time stamp counter.
+pub fn host_tsc() -> u64 {
+    // SAFETY: every CPU that has KVM has the instruction, and it touches no memory.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}

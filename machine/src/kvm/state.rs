@@ -1,0 +1,124 @@
+//! The whole state of one vCPU, as KVM gives it and takes it.
+use kvm_bindings::{
+    KVM_MAX_MSR_ENTRIES, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd};
+use serde::{Deserialize, Serialize};
+
+use super::{KvmError, refused};
+
+/// MSR of the time stamp counter.
+pub const MSR_IA32_TSC: u32 = 0x10;
+/// MSR of the TSC deadline timer: armed only in deadline mode, so restored after the LAPIC.
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// Everything that makes a vCPU what it is. Plain data: what it holds is checked by KVM on restore.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VcpuState {
+    pub(crate) regs: kvm_regs,
+    sregs: kvm_sregs,
+    /// The XSAVE area in words of 32 bits.
+    xsave: Vec<u32>,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    mp: kvm_mp_state,
+    events: kvm_vcpu_events,
+    /// Pairs of index and value.
+    msrs: Vec<(u32, u64)>,
+}
+
+/// The MSRs that this host's KVM says belong to a vCPU's state. What is not on the list is not
+/// touched: some KVMs announce an MSR in CPUID that they do not let anybody set.
+///
+/// # Errors
+/// When KVM does not say.
+pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
+    Ok(kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec())
+}
+
+impl VcpuState {
+    /// Read a vCPU that is not running and has no access half done.
+    ///
+    /// # Errors
+    /// When KVM refuses a part.
+    pub fn save(fd: &VcpuFd, msr_list: &[u32]) -> Result<Self, KvmError> {
+        Ok(Self {
+            // First, because reading it makes KVM settle pending INIT and SIPI.
+            mp: fd.get_mp_state().map_err(refused("read a vCPU's run state"))?,
+            regs: fd.get_regs().map_err(refused("read a vCPU's registers"))?,
+            sregs: fd.get_sregs().map_err(refused("read a vCPU's system registers"))?,
+            xsave: fd.get_xsave().map_err(refused("read a vCPU's extended state"))?.region.to_vec(),
+            xcrs: fd.get_xcrs().map_err(refused("read a vCPU's XCRs"))?,
+            debug: fd.get_debug_regs().map_err(refused("read a vCPU's debug registers"))?,
+            lapic: fd.get_lapic().map_err(refused("read a vCPU's local APIC"))?,
+            msrs: get_msrs(fd, msr_list)?,
+            // Last, after everything that may still raise one.
+            events: fd.get_vcpu_events().map_err(refused("read a vCPU's pending events"))?,
+        })
+    }
+
+    /// Give this state to a vCPU that is not running.
+    ///
+    /// # Errors
+    /// When KVM refuses a part; the vCPU is then good for nothing but another restore.
+    pub fn restore(&self, fd: &VcpuFd) -> Result<(), KvmError> {
+        fd.set_mp_state(self.mp).map_err(refused("set a vCPU's run state"))?;
+        fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
+        fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
+        fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
+        let mut xsave = kvm_xsave::default();
+        xsave.region.iter_mut().zip(&self.xsave).for_each(|(to, from)| *to = *from);
+        // SAFETY: no dynamically enabled XSAVE feature is in use, so the state is 4 KiB long.
+        unsafe { fd.set_xsave(&xsave) }.map_err(refused("set a vCPU's extended state"))?;
+        fd.set_debug_regs(&self.debug).map_err(refused("set a vCPU's debug registers"))?;
+        fd.set_lapic(&self.lapic).map_err(refused("set a vCPU's local APIC"))?;
+        let (deadline, others): (Vec<_>, Vec<_>) =
+            self.msrs.iter().partition(|(index, _)| *index == MSR_IA32_TSC_DEADLINE);
+        set_msrs(fd, &others)?;
+        set_msrs(fd, &deadline)?;
+        fd.set_vcpu_events(&self.events).map_err(refused("set a vCPU's pending events"))
+    }
+}
+
+/// Read MSRs, however many there are; those that KVM cannot read here are left out.
+fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+    let mut values = Vec::with_capacity(list.len());
+    let mut rest = list;
+    while !rest.is_empty() {
+        let batch = rest.get(..rest.len().min(KVM_MAX_MSR_ENTRIES)).unwrap_or_default();
+        let mut msrs = entries(batch.iter().map(|index| (*index, 0)))?;
+        let n = fd.get_msrs(&mut msrs).map_err(refused("read a vCPU's MSRs"))?;
+        values.extend(msrs.as_slice().iter().take(n).map(|e| (e.index, e.data)));
+        // KVM stops at the first one that it does not know: step over it.
+        let stopped = usize::from(n < batch.len());
+        rest = rest.get(n + stopped..).unwrap_or_default();
+    }
+    Ok(values)
+}
+
+/// Write MSRs; those that KVM does not take are reported and left as they are.
+pub(crate) fn set_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmError> {
+    let mut rest = values;
+    while !rest.is_empty() {
+        let batch = rest.get(..rest.len().min(KVM_MAX_MSR_ENTRIES)).unwrap_or_default();
+        let msrs = entries(batch.iter().copied())?;
+        let n = fd.set_msrs(&msrs).map_err(refused("set a vCPU's MSRs"))?;
+        if let Some((index, value)) = batch.get(n) {
+            log::warn!("KVM does not take {value:#x} for MSR {index:#x}");
+        }
+        let stopped = usize::from(n < batch.len());
+        rest = rest.get(n + stopped..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+fn entries(values: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {
+    let list: Vec<_> =
+        values.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+    Msrs::from_entries(&list).map_err(|_| KvmError::Ioctl {
+        what: "take so many MSRs",
+        source: kvm_ioctls::Error::new(libc::E2BIG),
+    })
+}

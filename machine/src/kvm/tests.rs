@@ -1,0 +1,108 @@
+//! A guest of a few real-mode instructions on this host's own /dev/kvm.
+use std::sync::{Arc, mpsc::channel};
+
+use devices::bus::{BusBuilder, BusDevice};
+use parking_lot::Mutex;
+use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{
+    Vm, cpuid, open, state,
+    vcpu::{Buses, KvmCpu},
+};
+use crate::{
+    config::{MemoryConfig, Topology},
+    layout, memory,
+    vcpu::{Cpu, Handle, Stopped},
+};
+
+/// Collects the bytes that the guest writes to a port.
+struct Port(std::sync::mpsc::Sender<Vec<u8>>);
+impl BusDevice for Port {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(b'?');
+    }
+    fn write(&mut self, _: u64, data: &[u8]) {
+        let _ = self.0.send(data.to_vec());
+    }
+}
+
+/// Remembers what was written to the register window.
+#[derive(Default)]
+struct Trap(Arc<Mutex<Vec<(u64, Vec<u8>)>>>);
+impl BusDevice for Trap {
+    fn read(&mut self, offset: u64, _: &mut [u8]) {
+        panic!("a read at {offset:#x} left the guest");
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.0.lock().push((offset, data.to_vec()));
+    }
+}
+
+#[test]
+fn register_reads_never_exit_and_a_bound_write_does_not_either() {
+    let code = [
+        0x67, 0x66, 0xa1, 0x60, 0x00, 0x10, 0xf0, // mov eax, [0xf0100060]
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0x66, 0xef, // out dx, eax
+        0x66, 0xb8, 1, 0, 0, 0, // mov eax, 1
+        0x67, 0x66, 0xa3, 0x64, 0x00, 0x10, 0xf0, // mov [0xf0100064], eax: bound
+        0x66, 0xb8, 3, 0, 0, 0, // mov eax, 3
+        0x67, 0x66, 0xa3, 0x64, 0x00, 0x10, 0xf0, // mov [0xf0100064], eax: another value
+        0xb0, b'.', // mov al, '.'
+        0xee, // out dx, al
+        0xeb, 0xfd, // jmp to the out
+    ];
+    let kvm = open().unwrap();
+    let config =
+        MemoryConfig { size: 1 << 20, shared: false, path: None, prealloc: false, dump: true };
+    let memory = memory::allocate(&config).unwrap();
+    memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
+    let window = Arc::new(MmapRegion::new(4096).unwrap());
+    window.as_volatile_slice().write_obj(0x1234_5678u32, 0x60).unwrap();
+    let vm = Vm::new(&kvm, &memory, &window).unwrap();
+    let bound = EventFd::new(EFD_NONBLOCK).unwrap();
+    vm.bind_write(layout::VIRTIO_MMIO + 0x64, 1, &bound).unwrap();
+
+    let (said, hear) = channel();
+    let trap = Trap::default();
+    let written = trap.0.clone();
+    let mut pio = BusBuilder::default();
+    pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
+    let mut mmio = BusBuilder::default();
+    mmio.attach(layout::VIRTIO_MMIO, 4096, Arc::new(Mutex::new(trap))).unwrap();
+    let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
+    let leaves = cpuid::supported(&kvm).unwrap();
+    let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
+    let leaves = cpuid::for_vcpu(&kvm, &leaves, 0, &one);
+    let msrs = Arc::new(state::msr_list(&kvm).unwrap());
+    let fd = vm.create_vcpu(0).unwrap();
+    let mut sregs = fd.get_sregs().unwrap();
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    sregs.ds.limit = u32::MAX; // "unreal" mode: the registers lie above 64 KiB
+    sregs.ds.g = 1;
+    fd.set_sregs(&sregs).unwrap();
+    let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
+    fd.set_regs(&regs).unwrap();
+    let mut cpu = KvmCpu::new(fd, &leaves, buses, msrs).unwrap();
+    let begin = cpu.save().unwrap();
+    cpu.restore(begin.clone()).unwrap();
+
+    let vcpu = Handle::spawn(0, cpu, |_, why: Stopped| panic!("{why:?}")).unwrap();
+    let wait = std::time::Duration::from_secs(10);
+    for round in 0..20 {
+        vcpu.resume(0);
+        let word = hear.recv_timeout(wait).unwrap();
+        assert_eq!(word, 0x1234_5678u32.to_le_bytes(), "round {round}");
+        assert_eq!(hear.recv_timeout(wait).unwrap(), b".");
+        vcpu.park().wait().unwrap();
+        while hear.try_recv().is_ok() {}
+        std::thread::yield_now();
+        assert!(hear.try_recv().is_err(), "a parked vCPU is silent");
+        assert_eq!(bound.read().unwrap(), 1, "the bound write was counted in the kernel");
+        assert_eq!(written.lock().drain(..).collect::<Vec<_>>(), [(0x64, vec![3, 0, 0, 0])]);
+        // Running on from where it was saved is the same as starting anew.
+        vcpu.restore(begin.clone()).wait().unwrap().unwrap();
+    }
+}

@@ -1,0 +1,166 @@
+//! A KVM vCPU: enters the guest and carries its port and memory-mapped accesses to the buses.
+use std::{io, sync::Arc};
+
+use devices::bus::Bus;
+use kvm_bindings::{CpuId, kvm_device_attr};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{KvmError, refused, state::VcpuState};
+use crate::vcpu::{
+    Cpu, Exit, Stopped,
+    kick::{self, Kicked, Kicker},
+};
+
+/// Where accesses go; shared by all vCPUs.
+#[derive(Clone)]
+pub struct Buses {
+    /// Ports.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped registers.
+    pub mmio: Arc<Bus>,
+}
+
+/// One vCPU.
+pub struct KvmCpu {
+    fd: VcpuFd,
+    buses: Buses,
+    msr_list: Arc<Vec<u32>>,
+    kicked: Option<Kicked>,
+}
+
+impl KvmCpu {
+    /// A vCPU in its power-on state, showing `cpuid`.
+    ///
+    /// # Errors
+    /// When KVM refuses the CPUID leaves.
+    pub fn new(
+        fd: VcpuFd,
+        cpuid: &CpuId,
+        buses: Buses,
+        msr_list: Arc<Vec<u32>>,
+    ) -> Result<Self, KvmError> {
+        fd.set_cpuid2(cpuid).map_err(refused("set a vCPU's CPUID"))?;
+        Ok(Self { fd, buses, msr_list, kicked: None })
+    }
+
+    /// The descriptor, for setting the first registers.
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    fn failed(&mut self, what: &str) -> Exit {
+        let rip = self.fd.get_regs().map_or(0, |r| r.rip);
+        log::error!("the guest cannot go on: {what} at rip {rip:#x}");
+        Exit::Stopped(Stopped::Failed)
+    }
+}
+
+/// An unclaimed read floats high, as on an empty bus.
+fn or_ones(claimed: bool, data: &mut [u8]) {
+    if !claimed {
+        data.fill(0xff);
+    }
+}
+
+impl Cpu for KvmCpu {
+    type State = VcpuState;
+    type Error = KvmError;
+    type Kicker = Kicker;
+
+    fn kicker(&mut self) -> io::Result<Kicker> {
+        let (kicker, kicked) = kick::pair(&self.fd)?;
+        self.kicked = Some(kicked);
+        Ok(kicker)
+    }
+
+    fn run(&mut self) -> Exit {
+        let Self { fd, buses, kicked, .. } = self;
+        let size = || kicked.as_ref().map_or(1, Kicked::io_size).max(1);
+        match fd.run() {
+            Ok(VcpuExit::MmioRead(at, data)) => or_ones(buses.mmio.read(at, data), data),
+            Ok(VcpuExit::MmioWrite(at, data)) => drop(buses.mmio.write(at, data)),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                for item in data.chunks_mut(size()) {
+                    or_ones(buses.pio.read(u64::from(port), item), item);
+                }
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                for item in data.chunks(size()) {
+                    buses.pio.write(u64::from(port), item);
+                }
+            }
+            Ok(VcpuExit::Shutdown) => return Exit::Stopped(Stopped::TripleFault),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return self.failed(&format!("KVM cannot enter it (hardware reason {reason:#x})"));
+            }
+            Ok(VcpuExit::InternalError) => {
+                return self.failed("KVM internal error (an instruction it cannot emulate)");
+            }
+            Ok(other) => {
+                let what = format!("KVM exit {other:?}");
+                return self.failed(&what);
+            }
+            Err(e) if e.errno() == libc::EINTR => {
+                if let Some(kicked) = kicked {
+                    kicked.clear();
+                }
+                return Exit::Kicked;
+            }
+            Err(e) if e.errno() == libc::EAGAIN => {}
+            Err(e) => return self.failed(&format!("KVM_RUN: {e}")),
+        }
+        Exit::Handled
+    }
+
+    fn resumed(&mut self, ticks: u64) {
+        if ticks > 0
+            && let Err(e) = tsc::hold_back(&self.fd, ticks)
+        {
+            log::debug!("the guest's TSC went on during the pause: {e}");
+        }
+        // Tells a guest that uses kvm-clock that it was paused, so that its watchdog does not
+        // report a soft lock-up. A guest that does not use it: EINVAL, nothing to tell.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    fn save(&self) -> Result<VcpuState, KvmError> {
+        VcpuState::save(&self.fd, &self.msr_list)
+    }
+
+    fn restore(&mut self, state: VcpuState) -> Result<(), KvmError> {
+        state.restore(&self.fd)
+    }
+}
+
+/// The guest's TSC runs on while its vCPUs are parked; its offset takes the pause back.
+mod tsc {
+    use vmm_sys_util::ioctl::ioctl_with_ref;
+
+    use super::{VcpuFd, io, kvm_device_attr};
+
+    /// `KVM_VCPU_TSC_CTRL` and its `KVM_VCPU_TSC_OFFSET` (Linux, Documentation/virt/kvm).
+    const TSC_CTRL: u32 = 0;
+    const TSC_OFFSET: u64 = 0;
+    vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xae, 0xe1, kvm_device_attr);
+    vmm_sys_util::ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, 0xae, 0xe2, kvm_device_attr);
+
+    /// Let the vCPU's TSC show `ticks` less. All vCPUs take the same, so they stay in step.
+    pub fn hold_back(fd: &VcpuFd, ticks: u64) -> io::Result<()> {
+        let mut offset = 0u64;
+        let attr = |addr: *mut u64| kvm_device_attr {
+            group: TSC_CTRL,
+            attr: TSC_OFFSET,
+            addr: addr as u64,
+            flags: 0,
+        };
+        // SAFETY: KVM writes the eight bytes of `offset`.
+        check(unsafe { ioctl_with_ref(fd, KVM_GET_DEVICE_ATTR(), &attr(&raw mut offset)) })?;
+        offset = offset.wrapping_sub(ticks);
+        // SAFETY: KVM reads the eight bytes of `offset`.
+        check(unsafe { ioctl_with_ref(fd, KVM_SET_DEVICE_ATTR(), &attr(&raw mut offset)) })
+    }
+
+    fn check(status: libc::c_int) -> io::Result<()> {
+        if status == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}

@@ -1,0 +1,137 @@
+//! The devices that are not virtio: serial port, keyboard controller, clock, power, panic.
+use std::{io, sync::Arc};
+
+use devices::{
+    PowerSink,
+    backend::char::{Char, CharError},
+    bus::{BusBuilder, BusDevice, BusError},
+    irq::Line,
+    legacy::{
+        cmos::Cmos,
+        i8042::I8042,
+        power::{self, Power},
+        pvpanic::Pvpanic,
+        serial::Serial,
+    },
+    worker::IoThread,
+};
+use parking_lot::Mutex;
+
+use crate::{
+    config::{CharBackend, MachineConfig},
+    event::{Event, Report},
+    kvm::{KvmError, Vm},
+    layout::{
+        ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
+        SERIAL_IRQ, SERIAL_PORT,
+    },
+    machine::Shared,
+};
+
+/// Why they could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum LegacyError {
+    /// Two of them at one port.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// KVM refused an interrupt line.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The serial port's back-end.
+    #[error("cannot connect the serial port")]
+    Char(#[from] CharError),
+    /// The process has no descriptors or threads left.
+    #[error("cannot make a device")]
+    Io(#[from] io::Error),
+}
+
+/// All of them. Those that the monitor itself acts on keep their own type.
+pub struct Legacy {
+    all: Vec<Shared>,
+    keyboard: Arc<Mutex<I8042>>,
+    power: Arc<Mutex<Power>>,
+}
+
+impl Legacy {
+    /// Make them and put them on the port bus. The second part is what `query-chardev` calls the
+    /// serial port's back-end.
+    pub(crate) fn new(
+        config: &MachineConfig,
+        vm: &Vm,
+        pio: &mut BusBuilder,
+        thread: &Arc<dyn IoThread>,
+        report: &Report,
+    ) -> Result<(Self, Option<String>), LegacyError> {
+        let sink: PowerSink = {
+            let report = report.clone();
+            Arc::new(move |event| report(Event::Power(event)))
+        };
+        let mut all: Vec<Shared> = Vec::new();
+        let mut attach = |port: u16, ports: u64, device: Arc<Mutex<dyn BusDevice>>| {
+            pio.attach(u64::from(port), ports, device)
+        };
+        let line = |gsi| -> Result<Line, LegacyError> {
+            let line = Line::new()?;
+            vm.bind_line(&line, gsi)?;
+            Ok(line)
+        };
+
+        let mut chardev = None;
+        if let Some(backend) = &config.serial {
+            let char = open(backend, report)?;
+            chardev = Some(char.name.clone());
+            let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread.clone())?;
+            let serial = Arc::new(Mutex::new(serial));
+            attach(SERIAL_PORT, 8, serial.clone())?;
+            all.push(serial);
+        }
+
+        let keyboard = I8042::new("i8042", line(KEYBOARD_IRQ)?, sink.clone());
+        let keyboard = Arc::new(Mutex::new(keyboard));
+        // Data and command; the ports between them belong to nobody here.
+        attach(I8042_PORT, 5, keyboard.clone())?;
+        all.push(keyboard.clone());
+
+        let low = config.memory.size.min(HOLE_START);
+        let cmos = Cmos::new("cmos", low, config.memory.size.saturating_sub(low));
+        let cmos = Arc::new(Mutex::new(cmos));
+        attach(CMOS_PORT, 2, cmos.clone())?;
+        all.push(cmos);
+
+        let power = Arc::new(Mutex::new(Power::new("power", line(GED_IRQ)?, sink.clone())));
+        attach(ACPI_POWER_PORT, power::PORTS, power.clone())?;
+        all.push(power.clone());
+
+        let pvpanic = Arc::new(Mutex::new(Pvpanic::new("pvpanic", sink)));
+        attach(PVPANIC_PORT, 1, pvpanic.clone())?;
+        all.push(pvpanic);
+        Ok((Self { all, keyboard, power }, chardev))
+    }
+
+    pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
+        self.all.iter().cloned()
+    }
+
+    /// Press the ACPI power button.
+    pub fn press_power_button(&self) {
+        self.power.lock().press_power_button();
+    }
+
+    /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
+    pub fn send_ctrl_alt_del(&self) -> bool {
+        self.keyboard.lock().send_ctrl_alt_del()
+    }
+}
+
+/// Open a character back-end.
+pub(crate) fn open(backend: &CharBackend, report: &Report) -> Result<Char, CharError> {
+    match backend {
+        CharBackend::Stdio => {
+            let report = report.clone();
+            Char::stdio(move || report(Event::Escape))
+        }
+        CharBackend::Pty => Char::pty(),
+        CharBackend::File(path) => Char::file(path),
+        CharBackend::Socket(path) => Char::socket(path),
+    }
+}

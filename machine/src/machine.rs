@@ -1,0 +1,175 @@
+//! The machine: what it is made of, and how all of it stops, goes on and starts anew.
+use std::{io, sync::Arc};
+
+use devices::{Device, Memory};
+use parking_lot::Mutex;
+
+use crate::{
+    backends::Backends,
+    boot::{self, BootError, Platform},
+    config::MachineConfig,
+    io_thread,
+    kvm::{KvmError, Vm, state::VcpuState, vcpu::KvmCpu},
+    legacy::Legacy,
+    memory,
+    slots::Slots,
+    vcpu::{Gone, Handle},
+};
+
+/// A built machine. All its vCPUs are parked until [`Machine::resume`].
+///
+/// The order of the fields is the order of their end: vCPUs before devices, devices before the
+/// I/O threads that carry their workers, and KVM last.
+pub struct Machine {
+    pub(crate) vcpus: Vec<Handle<KvmCpu>>,
+    pub(crate) legacy: Legacy,
+    pub(crate) slots: Slots,
+    pub(crate) io_threads: Vec<(String, Arc<io_thread::Handle>)>,
+    pub(crate) vm: Vm,
+    pub(crate) memory: Memory,
+    pub(crate) config: MachineConfig,
+    /// What reset goes back to.
+    pub(crate) power_on: PowerOn,
+    /// When the vCPUs were parked; `None` while they run or before they have ever run.
+    pub(crate) parked: Option<Parked>,
+    pub(crate) apic_ids: Vec<u8>,
+    /// Labels and names of the character back-ends.
+    pub(crate) chardevs: Vec<(String, String)>,
+    pub(crate) backends: Backends,
+}
+
+/// The state before the first instruction.
+pub(crate) struct PowerOn {
+    pub vcpus: Vec<VcpuState>,
+    pub chips: crate::kvm::chips::ChipState,
+}
+
+/// The moment at which the guest's clocks stood still.
+pub(crate) struct Parked {
+    /// Host TSC, in ticks.
+    tsc: u64,
+    /// kvm-clock, in nanoseconds.
+    clock: u64,
+}
+
+/// Why the machine could not be stopped, continued or reset.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A vCPU thread ended; the VM cannot go on.
+    #[error(transparent)]
+    Gone(#[from] Gone),
+    /// KVM refused a step.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The kernel could not be loaded again.
+    #[error("cannot load the kernel again")]
+    Boot(#[from] BootError),
+    /// The host refused something.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl Machine {
+    /// What it was made from.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// The kernel's numbers of the vCPU threads, in order of vCPUs.
+    pub fn vcpu_threads(&self) -> Vec<u32> {
+        self.vcpus.iter().map(Handle::thread).collect()
+    }
+
+    /// Ids and thread numbers of the I/O threads that the configuration names.
+    pub fn io_threads(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.io_threads.iter().skip(1).map(|(id, thread)| (id.as_str(), thread.thread()))
+    }
+
+    /// Labels of the character devices and where they lead, such as `pty:/dev/pts/3`.
+    pub fn chardevs(&self) -> &[(String, String)] {
+        &self.chardevs
+    }
+
+    /// Press the ACPI power button.
+    pub fn press_power_button(&self) {
+        self.legacy.press_power_button();
+    }
+
+    /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
+    pub fn send_ctrl_alt_del(&self) -> bool {
+        self.legacy.send_ctrl_alt_del()
+    }
+
+    /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood.
+    ///
+    /// # Errors
+    /// When KVM refuses the clock.
+    pub fn resume(&mut self) -> Result<(), RunError> {
+        let mut ticks = 0;
+        if let Some(parked) = self.parked.take() {
+            self.vm.set_clock(parked.clock)?;
+            ticks = crate::kvm::host_tsc().saturating_sub(parked.tsc);
+        }
+        self.each_device(|d| d.resume());
+        self.vcpus.iter().for_each(|v| v.resume(ticks));
+        Ok(())
+    }
+
+    /// Stop it: every vCPU has left KVM, then every device worker is quiet and has nothing in
+    /// flight. Doing it twice changes nothing.
+    ///
+    /// # Errors
+    /// When a vCPU thread has ended, or KVM does not tell the clock.
+    pub fn pause(&mut self) -> Result<(), RunError> {
+        // All are asked before the first is waited for.
+        let answers: Vec<_> = self.vcpus.iter().map(Handle::park).collect();
+        answers.into_iter().try_for_each(crate::vcpu::Answer::wait)?;
+        if self.parked.is_none() {
+            let clock = self.vm.clock()?.clock;
+            self.parked = Some(Parked { tsc: crate::kvm::host_tsc(), clock });
+        }
+        self.each_device(|d| d.pause());
+        Ok(())
+    }
+
+    /// Go back to the state before the first instruction, with the kernel loaded anew. The machine
+    /// is paused before and after.
+    ///
+    /// # Errors
+    /// When the kernel cannot be loaded again (its file has gone) or KVM refuses.
+    pub fn reset(&mut self) -> Result<(), RunError> {
+        self.pause()?;
+        self.each_device(|d| d.reset());
+        memory::clear(&self.memory, self.config.memory.shared)?;
+        self.load()?;
+        self.power_on.chips.restore(&self.vm)?;
+        let states = self.power_on.vcpus.iter().cloned();
+        let answers: Vec<_> =
+            self.vcpus.iter().zip(states).map(|(vcpu, state)| vcpu.restore(state)).collect();
+        for answer in answers {
+            answer.wait()??;
+        }
+        // A machine that has not run yet has no pause to make up for.
+        self.parked = None;
+        Ok(())
+    }
+
+    fn load(&self) -> Result<boot::Entry, BootError> {
+        let platform = Platform {
+            apic_ids: &self.apic_ids,
+            slots: &self.slots.boot_list(),
+            serial: self.config.serial.is_some(),
+            vmgenid: None,
+        };
+        boot::load(&self.memory, &self.config.boot, &platform)
+    }
+
+    fn each_device(&mut self, mut act: impl FnMut(&mut dyn Device)) {
+        for device in self.legacy.devices().chain(self.slots.devices()) {
+            act(&mut *device.lock());
+        }
+    }
+}
+
+/// A device as the machine keeps it: the bus that carries guest accesses holds it too.
+pub(crate) type Shared = Arc<Mutex<dyn Device>>;

@@ -1,0 +1,224 @@
+//! Guest memory: where it comes from and how it is laid out.
+// UNSAFETY: advice about the mappings goes to the kernel by address.
+#![expect(unsafe_code, reason = "madvise, and mappings with flags of our own")]
+use std::{
+    ffi::CString,
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::FromRawFd,
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use devices::Memory;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
+};
+
+use crate::{config::MemoryConfig, layout};
+
+const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(4095);
+
+/// Why guest memory could not be had.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum MemoryError {
+    #[error(
+        "{asked} MiB of guest memory asked for; this host has {available} MiB available: give less \
+         with -m"
+    )]
+    TooMuch { asked: u64, available: u64 },
+    #[error("cannot open {path} for guest memory")]
+    Open { path: PathBuf, source: io::Error },
+    #[error(
+        "cannot make {path} as large as the guest's memory ({mib} MiB); for hugetlbfs, reserve \
+         pages: sysctl vm.nr_hugepages={pages}"
+    )]
+    Grow { path: PathBuf, mib: u64, pages: u64, source: io::Error },
+    #[error("cannot map {mib} MiB of guest memory")]
+    Map { mib: u64, source: io::Error },
+    #[error("guest memory does not fit together")]
+    Layout,
+}
+
+/// The guest physical ranges that hold `size` bytes of RAM: up to the hole, the rest above it.
+pub fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+    let low = size.min(layout::HOLE_START);
+    let mut ranges = vec![(GuestAddress(0), low)];
+    if size > low {
+        ranges.push((GuestAddress(layout::HOLE_END), size - low));
+    }
+    ranges
+}
+
+/// Get guest memory as `config` asks.
+///
+/// # Errors
+/// When the host has not got it. More than is available is refused here, loudly, rather than by
+/// the kernel's out-of-memory killer later.
+pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
+    let mib = config.size >> 20;
+    if config.path.is_none()
+        && let Some(available) = available()
+        && config.size > available
+    {
+        return Err(MemoryError::TooMuch { asked: mib, available: available >> 20 });
+    }
+    let file = match &config.path {
+        Some(path) => Some(backing_file(path, config.size)?),
+        None if config.shared => Some(memfd(config.size)?),
+        None => None,
+    };
+    // A file given by path is private to this VM unless sharing is asked for, as with QEMU.
+    let shared = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in ranges(config.size) {
+        let map_error = |e: io::Error| MemoryError::Map { mib, source: e };
+        let size = usize::try_from(len).map_err(|_| MemoryError::Layout)?;
+        let mut builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, PAGE))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        builder = match &file {
+            Some(file) => builder
+                .with_mmap_flags(shared | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::new(file.try_clone().map_err(map_error)?, offset)),
+            None => builder
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+        };
+        let region = builder.build().map_err(|e| map_error(io::Error::other(e)))?;
+        advise(&region, config, mib)?;
+        regions.push(GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout)?);
+        offset += len;
+    }
+    Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
+}
+
+/// Make all of `memory` zero again and give its pages back to the host.
+///
+/// # Errors
+/// When the kernel refuses; memory may be partly cleared then.
+pub fn clear(memory: &Memory, shared: bool) -> io::Result<()> {
+    // Pages of a shared mapping live in its file: they go only when a hole is punched there.
+    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    for region in memory.iter() {
+        // SAFETY: the range is the region's own mapping; the guest is paused, and what it loses is
+        // what the caller asked for.
+        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of RAM in `memory`.
+pub fn size(memory: &Memory) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+fn advise(
+    region: &MmapRegion<AtomicBitmap>,
+    config: &MemoryConfig,
+    mib: u64,
+) -> Result<(), MemoryError> {
+    let give = |advice| {
+        // SAFETY: the range is this region's own mapping, and none of these advices changes its
+        // contents.
+        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) }
+    };
+    if config.path.is_none() {
+        // Fewer, larger page faults; a host without transparent huge pages says EINVAL.
+        give(libc::MADV_HUGEPAGE);
+    }
+    if !config.dump {
+        give(libc::MADV_DONTDUMP);
+    }
+    if config.prealloc && give(libc::MADV_POPULATE_WRITE) != 0 {
+        return Err(MemoryError::Map { mib, source: io::Error::last_os_error() });
+    }
+    Ok(())
+}
+
+/// What the host could still give, by its own estimate.
+fn available() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn memfd(size: u64) -> Result<File, MemoryError> {
+    let name = c"guest-memory";
+    // SAFETY: the name is a C string; the descriptor is checked before it is owned.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    let file = if fd < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        // SAFETY: just made, and owned by nobody else.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    };
+    file.and_then(|f| f.set_len(size).map(|()| f))
+        .map_err(|source| MemoryError::Map { mib: size >> 20, source })
+}
+
+/// `path` itself, or an unnamed file in the directory `path`; as large as the guest's memory.
+fn backing_file(path: &Path, size: u64) -> Result<File, MemoryError> {
+    let open_error = |source| MemoryError::Open { path: path.into(), source };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    let file = if path.is_dir() {
+        unnamed_file(path).map_err(open_error)?
+    } else {
+        options.create(true).truncate(false).mode(0o600).open(path).map_err(open_error)?
+    };
+    let grow = |source| MemoryError::Grow {
+        path: path.into(),
+        mib: size >> 20,
+        pages: size.div_ceil(2 << 20),
+        source,
+    };
+    if file.metadata().map_err(grow)?.len() < size {
+        file.set_len(size).map_err(grow)?;
+    }
+    Ok(file)
+}
+
+/// hugetlbfs has no O_TMPFILE: a name for a moment, then none.
+fn unnamed_file(directory: &Path) -> io::Result<File> {
+    let template = directory.join("stratovirt.XXXXXX");
+    let mut name = CString::new(template.as_os_str().as_bytes())?.into_bytes_with_nul();
+    // SAFETY: `name` ends in XXXXXX and a terminator; the descriptor is checked, then owned.
+    let file = unsafe {
+        let fd = libc::mkostemp(name.as_mut_ptr().cast(), libc::O_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        libc::unlink(name.as_ptr().cast());
+        File::from_raw_fd(fd)
+    };
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_steps_over_the_hole() {
+        assert_eq!(ranges(16 << 20), [(GuestAddress(0), 16 << 20)]);
+        assert_eq!(ranges(3 << 30), [(GuestAddress(0), 3 << 30)]);
+        assert_eq!(
+            ranges((3 << 30) + (1 << 20)),
+            [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 20)]
+        );
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused_before_anything_is_mapped() {
+        let config =
+            MemoryConfig { size: 1 << 52, shared: false, path: None, prealloc: false, dump: true };
+        let error = allocate(&config).unwrap_err();
+        assert!(error.to_string().contains("give less with -m"), "{error}");
+    }
+}

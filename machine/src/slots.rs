@@ -1,0 +1,116 @@
+//! The virtio-mmio slots. All of them exist from the start and never move: a hot-plugged disk or
+//! NIC fills one that is empty, as StratoVirt's microVM does it.
+use std::{io, sync::Arc};
+
+use devices::{
+    Memory,
+    bus::{BusBuilder, BusError},
+    irq::Line,
+    virtio::{
+        VirtioDevice,
+        mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, Transport},
+        registers::{INT_USED, PAGE, Registers},
+    },
+    worker::IoThread,
+};
+use parking_lot::Mutex;
+use vm_memory::MmapRegion;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::{
+    boot::VirtioSlot,
+    kvm::{KvmError, Vm},
+    layout::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP},
+    machine::Shared,
+};
+
+/// Slots for disks, the first ones: `addr` 0 is vda.
+pub const DISKS: usize = 8;
+/// Slots for NICs, after the disks': `addr` 0 is eth0.
+pub const NICS: usize = 2;
+
+/// Why a slot could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// There are no more interrupts for virtio-mmio.
+    #[error("too many virtio devices: at most {}", VIRTIO_IRQS.len())]
+    TooMany,
+    /// Two slots at one address.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The process has no descriptors left.
+    #[error("cannot make an eventfd")]
+    EventFd(#[from] io::Error),
+}
+
+/// All virtio devices, by slot.
+pub struct Slots {
+    slots: Vec<Slot>,
+    window: Arc<MmapRegion>,
+    memory: Memory,
+    /// Takes the acknowledgements of used-buffer interrupts, which mean nothing: see
+    /// [`devices::virtio::registers`]. Nobody ever reads it.
+    acknowledged: EventFd,
+}
+
+struct Slot {
+    transport: Arc<Mutex<Transport>>,
+    at: VirtioSlot,
+}
+
+impl Slots {
+    /// No slots yet, over register pages in `window`.
+    pub(crate) fn new(window: Arc<MmapRegion>, memory: Memory) -> io::Result<Self> {
+        let acknowledged = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { slots: Vec::new(), window, memory, acknowledged })
+    }
+
+    /// A window with a register page for each of `count` slots.
+    pub(crate) fn window(count: usize) -> io::Result<Arc<MmapRegion>> {
+        MmapRegion::new(count * PAGE).map(Arc::new).map_err(io::Error::other)
+    }
+
+    /// Put `device` into the next slot.
+    pub(crate) fn add(
+        &mut self,
+        vm: &Vm,
+        mmio: &mut BusBuilder,
+        device: Box<dyn VirtioDevice>,
+        thread: Arc<dyn IoThread>,
+    ) -> Result<(), SlotError> {
+        let index = self.slots.len();
+        let irq = *VIRTIO_IRQS.get(index).ok_or(SlotError::TooMany)?;
+        let base = VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_STEP;
+        let at = VirtioSlot { address: u32::try_from(base).map_err(|_| SlotError::TooMany)?, irq };
+        let registers = Registers::new(self.window.clone(), index).ok_or(SlotError::TooMany)?;
+        let line = Line::new()?;
+        vm.bind_line(&line, irq)?;
+        vm.bind_write(base + INTERRUPT_ACK as u64, INT_USED, &self.acknowledged)?;
+        let transport = Transport::new(device, self.memory.clone(), registers, line, thread)?;
+        for (queue, notifier) in (0u32..).zip(transport.notifiers()) {
+            vm.bind_write(base + QUEUE_NOTIFY as u64, queue, notifier)?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        mmio.attach(base, VIRTIO_MMIO_STEP, transport.clone())?;
+        self.slots.push(Slot { transport, at });
+        Ok(())
+    }
+
+    /// What the guest is told of them.
+    pub(crate) fn boot_list(&self) -> Vec<VirtioSlot> {
+        self.slots.iter().map(|s| s.at).collect()
+    }
+
+    /// All of them, as devices.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
+        self.slots.iter().map(|s| s.transport.clone() as Shared)
+    }
+
+    /// The transport in slot `index`.
+    pub(crate) fn transport(&self, index: usize) -> Option<&Arc<Mutex<Transport>>> {
+        self.slots.get(index).map(|s| &s.transport)
+    }
+}

@@ -1,0 +1,313 @@
+//! A vCPU thread and the handle that steers it.
+//!
+//! ```text
+//!            resume            kick, then EINTR
+//!   Parked ----------> Running ----------------> Parked
+//!     | save, restore     |  guest event            |
+//!     |                   +-----------------------> |
+//!     +------------------- exit --------------------+
+//! ```
+//! Requests are served only while parked, and the thread parks only on `EINTR` out of KVM_RUN:
+//! by then KVM has completed any half-done PIO or MMIO, so the registers are consistent. (An
+//! access across a page takes two entries; each returns to the run loop as an exit of its own.)
+//! A kick says "look at your requests", never "stop": a late one finds none, and is forgotten.
+pub mod kick;
+
+use std::{
+    io,
+    sync::mpsc::{Receiver, Sender, TryRecvError, channel},
+    thread::{Builder, JoinHandle},
+};
+
+/// What one entry into the guest came to. `Cpu::run` handles plain PIO and MMIO by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Handled; enter again.
+    Handled,
+    /// Kicked: EINTR from KVM_RUN, all pending work complete.
+    Kicked,
+    /// The vCPU cannot go on by itself.
+    Stopped(Stopped),
+}
+
+/// Why a vCPU stopped by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    /// Triple fault: on real hardware, a reset.
+    TripleFault,
+    /// KVM or the monitor cannot run it any further; the log says why.
+    Failed,
+}
+
+/// The architecture's vCPU; the only implementor outside tests wraps KVM.
+pub trait Cpu: Send + 'static {
+    /// Saved registers.
+    type State: Send + 'static;
+    /// Why they could not be read or written.
+    type Error: Send + 'static;
+    /// Interrupts a running `run` from any thread.
+    type Kicker: Kick;
+    /// A kicker for this CPU, made on its own thread.
+    ///
+    /// # Errors
+    /// When the host refuses what it takes.
+    fn kicker(&mut self) -> io::Result<Self::Kicker>;
+    /// Enter the guest once.
+    fn run(&mut self) -> Exit;
+    /// Called before the first `run` after a pause, which took `ticks` of the host's TSC.
+    fn resumed(&mut self, ticks: u64);
+    /// Registers of a parked CPU.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn save(&self) -> Result<Self::State, Self::Error>;
+    /// Replace the registers of a parked CPU.
+    ///
+    /// # Errors
+    /// When they are not accepted.
+    fn restore(&mut self, state: Self::State) -> Result<(), Self::Error>;
+}
+
+/// Interrupts a vCPU.
+pub trait Kick: Send + 'static {
+    /// Make `run` return [`Exit::Kicked`], now or at its next call.
+    fn kick(&self);
+    /// The kernel's number of the vCPU's thread.
+    fn thread(&self) -> u32;
+}
+
+impl Kick for kick::Kicker {
+    fn kick(&self) {
+        Self::kick(self);
+    }
+    fn thread(&self) -> u32 {
+        Self::thread(self)
+    }
+}
+
+/// The answer to a request, when it comes.
+#[must_use = "a request is done when its answer arrives"]
+pub struct Answer<T>(Receiver<T>);
+
+impl<T> Answer<T> {
+    /// Wait for it.
+    ///
+    /// # Errors
+    /// When the thread is not there any more.
+    pub fn wait(self) -> Result<T, Gone> {
+        self.0.recv().map_err(|_| Gone)
+    }
+}
+
+/// The vCPU thread is not there any more.
+#[derive(Debug, thiserror::Error)]
+#[error("vCPU thread has exited")]
+pub struct Gone;
+
+enum Request<C: Cpu> {
+    Park(Sender<()>),
+    Resume(u64),
+    Save(Sender<Result<C::State, C::Error>>),
+    Restore(Box<C::State>, Sender<Result<(), C::Error>>),
+    Exit,
+}
+
+/// Steers one vCPU thread.
+pub struct Handle<C: Cpu> {
+    requests: Sender<Request<C>>,
+    kicker: C::Kicker,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<C: Cpu> Handle<C> {
+    /// Start the thread of a parked vCPU. What stops the vCPU by itself goes to `report`; it is
+    /// parked then.
+    ///
+    /// # Errors
+    /// When the host refuses the thread or what kicking it takes.
+    pub fn spawn(
+        index: usize,
+        mut cpu: C,
+        report: impl Fn(usize, Stopped) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (requests, inbox) = channel();
+        let (send_kicker, kicker) = channel();
+        let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
+            let kicker = cpu.kicker();
+            let failed = kicker.is_err();
+            if send_kicker.send(kicker).is_err() || failed {
+                return;
+            }
+            while parked(&mut cpu, &inbox) {
+                match running(&mut cpu, &inbox) {
+                    Left::Parked(reply) => drop(reply.send(())),
+                    // Parked until the VM has decided what to do about it.
+                    Left::Stopped(why) => report(index, why),
+                    Left::Exit => break,
+                }
+            }
+        })?;
+        let kicker = kicker.recv().map_err(|_| io::Error::other("vCPU thread has exited"))??;
+        Ok(Self { requests, kicker, thread: Some(thread) })
+    }
+
+    /// Ask for a stop at the next consistent point. Ask all vCPUs first, then wait for each.
+    pub fn park(&self) -> Answer<()> {
+        let answer = self.ask(Request::Park);
+        self.kicker.kick();
+        answer
+    }
+    /// Let a parked vCPU run, after a pause of `ticks` of the host's TSC.
+    pub fn resume(&self, ticks: u64) {
+        let _ = self.requests.send(Request::Resume(ticks));
+    }
+    /// Ask a parked vCPU for its registers.
+    pub fn save(&self) -> Answer<Result<C::State, C::Error>> {
+        self.ask(Request::Save)
+    }
+    /// Give a parked vCPU new registers.
+    pub fn restore(&self, state: C::State) -> Answer<Result<(), C::Error>> {
+        self.ask(|reply| Request::Restore(Box::new(state), reply))
+    }
+    /// The kernel's number of the thread.
+    pub fn thread(&self) -> u32 {
+        self.kicker.thread()
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(Sender<T>) -> Request<C>) -> Answer<T> {
+        let (reply, answer) = channel();
+        // A vanished thread shows as a closed answer.
+        let _ = self.requests.send(request(reply));
+        Answer(answer)
+    }
+}
+
+impl<C: Cpu> Drop for Handle<C> {
+    fn drop(&mut self) {
+        let _ = self.requests.send(Request::Exit);
+        self.kicker.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Serve requests until told to run (true) or to exit (false).
+fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
+    while let Ok(request) = inbox.recv() {
+        match request {
+            Request::Park(reply) => drop(reply.send(())),
+            Request::Save(reply) => drop(reply.send(cpu.save())),
+            Request::Restore(state, reply) => drop(reply.send(cpu.restore(*state))),
+            Request::Resume(ticks) => {
+                cpu.resumed(ticks);
+                return true;
+            }
+            Request::Exit => return false,
+        }
+    }
+    false
+}
+
+/// Why the run loop was left.
+enum Left {
+    Parked(Sender<()>),
+    Stopped(Stopped),
+    Exit,
+}
+
+/// Enter the guest until it stops or a request stops it.
+fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
+    loop {
+        match cpu.run() {
+            Exit::Handled => {}
+            Exit::Stopped(why) => return Left::Stopped(why),
+            Exit::Kicked => match inbox.try_recv() {
+                Ok(Request::Park(reply)) => return Left::Parked(reply),
+                Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Left::Exit,
+                Ok(Request::Resume(_)) | Err(TryRecvError::Empty) => {}
+                // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
+                Ok(Request::Save(_) | Request::Restore(..)) => {}
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_late_kick_does_not_stop_a_running_vcpu() {
+        let mut cpu = Counter(0, Arc::default());
+        let stray = cpu.kicker().unwrap();
+        let vcpu = Handle::spawn(0, cpu, |_, _| {}).unwrap();
+        stray.kick();
+        vcpu.resume(0);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        vcpu.park().wait().unwrap();
+        assert!(vcpu.save().wait().unwrap().unwrap() > 1000);
+    }
+
+    #[test]
+    fn parks_saves_and_runs_on() {
+        let vcpu = Handle::spawn(0, Counter(0, Arc::default()), |_, _| {}).unwrap();
+        vcpu.resume(0);
+        vcpu.park().wait().unwrap();
+        let save = || vcpu.save().wait().unwrap().unwrap();
+        assert_eq!(save(), save(), "a parked vCPU stands still");
+        vcpu.restore(1_000_000_000).wait().unwrap().unwrap();
+        vcpu.resume(0);
+        vcpu.park().wait().unwrap();
+        assert!(save() >= 1_000_000_000);
+    }
+
+    #[test]
+    fn state_asked_of_a_running_vcpu_is_refused_and_it_runs_on() {
+        let vcpu = Handle::spawn(0, Counter(0, Arc::default()), |_, _| {}).unwrap();
+        vcpu.resume(0);
+        let early = vcpu.save();
+        vcpu.kicker.kick();
+        assert!(early.wait().is_err());
+        vcpu.park().wait().unwrap();
+    }
+
+    struct Counter(u64, Arc<AtomicBool>);
+    struct Flag(Arc<AtomicBool>);
+    impl Kick for Flag {
+        fn kick(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+        fn thread(&self) -> u32 {
+            0
+        }
+    }
+    impl Cpu for Counter {
+        type State = u64;
+        type Error = ();
+        type Kicker = Flag;
+        fn kicker(&mut self) -> io::Result<Flag> {
+            Ok(Flag(self.1.clone()))
+        }
+        fn run(&mut self) -> Exit {
+            self.0 += 1;
+            match self.1.swap(false, Ordering::SeqCst) {
+                true => Exit::Kicked,
+                false => Exit::Handled,
+            }
+        }
+        fn resumed(&mut self, _: u64) {}
+        fn save(&self) -> Result<u64, ()> {
+            Ok(self.0)
+        }
+        fn restore(&mut self, state: u64) -> Result<(), ()> {
+            self.0 = state;
+            Ok(())
+        }
+    }
+}

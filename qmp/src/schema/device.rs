@@ -1,0 +1,68 @@
+//! Devices in front of a back-end.
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Plug a device in. Which members mean something depends on the driver.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DeviceAdd {
+    /// Unique id.
+    pub id: String,
+    /// Model.
+    pub driver: String,
+    /// Slot: hexadecimal with `0x`, else decimal.
+    pub addr: Option<String>,
+    /// Slot less one, in place of `addr`.
+    pub lun: Option<u32>,
+    /// Bus it sits on.
+    pub bus: Option<String>,
+    /// Whether it shares its slot.
+    pub multifunction: Option<bool>,
+    /// Expansion ROM.
+    pub romfile: Option<String>,
+    /// Node name of a disk's back-end.
+    pub drive: Option<String>,
+    /// Whether others may write to the back-end.
+    pub share_rw: Option<bool>,
+    /// Serial number of a disk, up to 20 bytes.
+    pub serial: Option<String>,
+    /// Sector size shown to the guest, bytes.
+    #[serde(rename = "logical_block_size")]
+    pub logical_block_size: Option<u32>,
+    /// Sector size of the medium shown to the guest, bytes.
+    #[serde(rename = "physical_block_size")]
+    pub physical_block_size: Option<u32>,
+    /// Place in the boot order.
+    #[serde(rename = "boot_index")]
+    pub boot_index: Option<u8>,
+    /// Id of a NIC's back-end.
+    pub netdev: Option<String>,
+    /// MAC address of a NIC.
+    pub mac: Option<String>,
+    /// Whether a NIC has several queue pairs.
+    pub mq: Option<bool>,
+    /// Interrupt vectors.
+    pub vectors: Option<u32>,
+    /// Character device of a vhost-user device.
+    pub chardev: Option<String>,
+    /// Whether to hide the modern interface.
+    pub disable_modern: Option<bool>,
+    /// I/O thread.
+    pub iothread: Option<String>,
+    /// Queues.
+    pub num_queues: Option<u16>,
+    /// Descriptors a queue.
+    pub queue_size: Option<u16>,
+    /// Host device to pass through.
+    pub host: Option<String>,
+    /// The same by its path in sysfs.
+    pub sysfsdev: Option<String>,
+}
+
+/// Unplug a device; `DEVICE_DELETED` tells when it is gone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceDel {
+    /// Its id.
+    pub id: String,
+}

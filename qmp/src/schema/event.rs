@@ -1,0 +1,120 @@
+//! Events: what the monitor tells every client unasked.
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// An event and its data. The data is always there, `{}` if empty, as StratoVirt has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Event {
+    /// The guest has been paused.
+    Stop {},
+    /// The guest runs again.
+    Resume {},
+    /// The machine is off; the process ends next.
+    Shutdown {
+        /// Whether the guest asked for it.
+        guest: bool,
+        /// Why.
+        reason: ShutdownCause,
+    },
+    /// The machine has been reset.
+    Reset {
+        /// Whether the guest asked for it.
+        guest: bool,
+        /// Why.
+        reason: ShutdownCause,
+    },
+    /// The power button has been pressed.
+    Powerdown {},
+    /// A device is gone for good.
+    DeviceDeleted {
+        /// Its id.
+        device: String,
+        /// Its path in the object tree.
+        path: String,
+    },
+    /// The guest said that it has crashed.
+    GuestPanicked {
+        /// What the monitor did about it.
+        action: GuestPanicAction,
+    },
+    /// A disk failed a request.
+    BlockIoError {
+        /// Id of the disk.
+        device: String,
+        /// Node name of its back-end.
+        #[serde(rename = "node-name", default, skip_serializing_if = "Option::is_none")]
+        node_name: Option<String>,
+        /// What the guest wanted.
+        operation: IoOperationType,
+        /// What the guest got.
+        action: BlockErrorAction,
+        /// Whether the host's storage is full.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nospace: Option<bool>,
+        /// The host's error, for people.
+        reason: String,
+    },
+}
+
+/// Why a machine went off or was reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum ShutdownCause {
+    HostError,
+    HostQmpQuit,
+    HostQmpSystemReset,
+    HostSignal,
+    GuestShutdown,
+    GuestReset,
+    GuestPanic,
+}
+
+/// What was done about a guest's crash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum GuestPanicAction {
+    Pause,
+    Poweroff,
+    Run,
+}
+
+/// Direction of a disk request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum IoOperationType {
+    Read,
+    Write,
+}
+
+/// What was done about a disk error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum BlockErrorAction {
+    Ignore,
+    Report,
+    Stop,
+}
+
+/// When an event happened, by the host's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Timestamp {
+    /// Seconds since 1970.
+    pub seconds: u64,
+    /// Microseconds of the current second.
+    pub microseconds: u32,
+}
+
+impl Timestamp {
+    /// This moment; zero if the host's clock is before 1970.
+    pub fn now() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { seconds: now.as_secs(), microseconds: now.subsec_micros() }
+    }
+}

@@ -1,0 +1,106 @@
+//! Commands, their replies and the events, one struct each: the arguments *are* the command.
+//!
+//! The types are the single home of every name on the wire: serde reads and writes by them, and
+//! `query-qmp-schema` is derived from them (see [`describe`]).
+mod block;
+mod cpu;
+pub mod describe;
+mod device;
+mod event;
+mod introspect;
+mod net;
+mod run_state;
+
+pub use block::*;
+pub use cpu::*;
+pub use device::*;
+pub use event::*;
+pub use introspect::*;
+pub use net::*;
+pub use run_state::*;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// A command of the protocol.
+pub trait Command: Serialize + DeserializeOwned + JsonSchema {
+    /// Name on the wire.
+    const NAME: &'static str;
+    /// Type of a successful reply.
+    type Return: Serialize + DeserializeOwned + JsonSchema;
+}
+
+macro_rules! commands {
+    ($($name:literal $args:ident -> $ret:ty;)*) => {
+        $(impl Command for $args {
+            const NAME: &'static str = $name;
+            type Return = $ret;
+        })*
+        /// Every command of the schema, in alphabetical order.
+        pub const NAMES: &[&str] = &[$($name),*];
+
+        /// Something done to every command.
+        #[cfg(test)]
+        trait EachCommand {
+            fn command<C: Command>(&mut self);
+            fn all(mut self) -> Self where Self: Sized {
+                $(self.command::<$args>();)*
+                self
+            }
+        }
+    };
+}
+
+commands! {
+    "block_resize"             BlockResize            -> Empty;
+    "blockdev-add"             BlockdevAdd            -> Empty;
+    "blockdev-del"             BlockdevDel            -> Empty;
+    "cont"                     Cont                   -> Empty;
+    "device_add"               DeviceAdd              -> Empty;
+    "device_del"               DeviceDel              -> Empty;
+    "getfd"                    Getfd                  -> Empty;
+    "netdev_add"               NetdevAdd              -> Empty;
+    "netdev_del"               NetdevDel              -> Empty;
+    "qmp_capabilities"         QmpCapabilities        -> Empty;
+    "query-block"              QueryBlock             -> Vec<BlockInfo>;
+    "query-blockstats"         QueryBlockstats        -> Vec<BlockStats>;
+    "query-chardev"            QueryChardev           -> Vec<ChardevInfo>;
+    "query-commands"           QueryCommands          -> Vec<CommandInfo>;
+    "query-cpus"               QueryCpus              -> Vec<CpuInfo>;
+    "query-cpus-fast"          QueryCpusFast          -> Vec<CpuInfoFast>;
+    "query-events"             QueryEvents            -> Vec<EventInfo>;
+    "query-hotpluggable-cpus"  QueryHotpluggableCpus  -> Vec<HotpluggableCpu>;
+    "query-iothreads"          QueryIothreads         -> Vec<IoThreadInfo>;
+    "query-kvm"                QueryKvm               -> KvmInfo;
+    "query-machines"           QueryMachines          -> Vec<MachineInfo>;
+    "query-name"               QueryName              -> NameInfo;
+    "query-named-block-nodes"  QueryNamedBlockNodes   -> Vec<BlockDeviceInfo>;
+    "query-qmp-schema"         QueryQmpSchema         -> Vec<SchemaInfo>;
+    "query-status"             QueryStatus            -> StatusInfo;
+    "query-target"             QueryTarget            -> TargetInfo;
+    "query-uuid"               QueryUuid              -> UuidInfo;
+    "query-version"            QueryVersion           -> VersionInfo;
+    "quit"                     Quit                   -> Empty;
+    "stop"                     Stop                   -> Empty;
+    "system_powerdown"         SystemPowerdown        -> Empty;
+    "system_reset"             SystemReset            -> Empty;
+}
+
+/// `{}`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Empty {}
+
+/// A command without arguments.
+macro_rules! plain {
+    ($($(#[$doc:meta])* $name:ident)*) => {
+        $($(#[$doc])*
+        #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+        #[serde(deny_unknown_fields)]
+        pub struct $name {})*
+    };
+}
+use plain;
+
+#[cfg(test)]
+mod tests;

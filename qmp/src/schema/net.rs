@@ -1,0 +1,53 @@
+//! Network back-ends and descriptors handed over.
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Create a network back-end.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetdevAdd {
+    /// Unique id.
+    pub id: String,
+    /// Kind of back-end: `tap`, which is also meant if absent.
+    pub r#type: Option<String>,
+    /// Name of an existing tap device.
+    pub ifname: Option<String>,
+    /// A descriptor of a tap device: its number, or its name by [`Getfd`].
+    pub fd: Option<String>,
+    /// Several descriptors, joined by `:`.
+    pub fds: Option<String>,
+    /// Queue pairs.
+    pub queues: Option<u16>,
+    /// Whether to use vhost-net.
+    pub vhost: Option<bool>,
+    /// Descriptor of vhost-net, as `fd`.
+    pub vhostfd: Option<String>,
+    /// Several, joined by `:`.
+    pub vhostfds: Option<String>,
+    /// Character device of a vhost-user back-end.
+    pub chardev: Option<String>,
+    /// Script that brings the tap device up.
+    pub script: Option<String>,
+    /// Script that takes it down.
+    pub downscript: Option<String>,
+    /// Search domains for the user-mode back-end.
+    pub dnssearch: Option<String>,
+    /// Whether to translate MAC addresses.
+    pub macnat: Option<bool>,
+}
+
+/// Remove a network back-end.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetdevDel {
+    /// Its id.
+    pub id: String,
+}
+
+/// Give a name to the descriptor that came with this command (SCM_RIGHTS).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Getfd {
+    /// The name; one given before is replaced.
+    pub fdname: String,
+}

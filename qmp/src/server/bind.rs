@@ -1,0 +1,172 @@
+//! Claiming the path of the control socket.
+use std::{
+    fs::{self, File, FileType, TryLockError},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt},
+        },
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{Mode, fchmod},
+    io::Errno,
+    net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    },
+};
+
+/// Longest path of a unix socket: `sun_path` less its NUL.
+const MAX_PATH: usize = 107;
+
+/// Connections the kernel keeps waiting for us.
+const BACKLOG: i32 = 128;
+
+/// Why there is no control socket.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The path cannot be one of a socket.
+    #[error("control socket path '{}' is {wrong}", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        wrong: &'static str,
+    },
+    /// Something else has the name.
+    #[error("control socket '{}' cannot be made: a {kind} is there; remove it or choose another path", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        kind: &'static str,
+    },
+    /// Another program listens there.
+    #[error("control socket '{}' is in use: another program listens there", path.display())]
+    Live {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The operating system refuses.
+    #[error("cannot {action} control socket '{}'", path.display())]
+    Os {
+        /// What was tried.
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A name in the file system that is a socket of ours; taken away on drop.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode, to leave alone what somebody else may have put in its place.
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = |m: &fs::Metadata| (m.dev(), m.ino()) == self.identity;
+        if fs::symlink_metadata(&self.path).is_ok_and(|m| ours(&m)) {
+            // Nothing more can be done about a directory that has become read-only.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens at `path` with mode 0600. A socket there that nobody listens on is replaced; anything
+/// else is left alone and refused.
+pub fn claim(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
+    check(path)?;
+    let os = |action| move |e: Errno| BindError::Os { action, path: path.into(), source: e.into() };
+    let address = SocketAddrUnix::new(path).map_err(os("name"))?;
+    // Two monitors that start at once must not each take the other's fresh socket for a stale one.
+    let _lock = lock_directory(path);
+    make_room(path, &address)?;
+
+    let socket = socket().map_err(os("create"))?;
+    // Before bind, so that the file never has another mode.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(os("set the mode of"))?;
+    bind(&socket, &address).map_err(os("bind"))?;
+    let metadata = fs::symlink_metadata(path).map_err(|source| BindError::Os {
+        action: "look at",
+        path: path.into(),
+        source,
+    })?;
+    let file = SocketFile { path: path.into(), identity: (metadata.dev(), metadata.ino()) };
+    listen(&socket, BACKLOG).map_err(os("listen on"))?;
+    Ok((socket, file))
+}
+
+fn check(path: &Path) -> Result<(), BindError> {
+    let bytes = path.as_os_str().as_bytes();
+    let wrong = match bytes {
+        [] => "empty",
+        _ if bytes.contains(&0) => "not a path: it has a NUL byte",
+        _ if bytes.len() > MAX_PATH => "longer than 107 bytes, the most a unix socket can have",
+        _ => return Ok(()),
+    };
+    Err(BindError::Path { path: path.into(), wrong })
+}
+
+/// Sees to it that nothing is at `path`.
+fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+    let os = |action, source| BindError::Os { action, path: path.into(), source };
+    let kind = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(os("look at", e)),
+    };
+    if !kind.is_socket() {
+        return Err(BindError::NotASocket { path: path.into(), kind: name(kind) });
+    }
+    let probe = socket().map_err(|e| os("create", e.into()))?;
+    match connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(|e| os("remove the stale", e)),
+        Err(Errno::NOENT) => Ok(()),
+        // AGAIN: its queue of waiting clients is full. PROTOTYPE: it is of another kind than ours.
+        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::Live { path: path.into() }),
+        Err(e) => Err(os("ask who listens on", e.into())),
+    }
+}
+
+fn socket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+fn name(kind: FileType) -> &'static str {
+    match () {
+        () if kind.is_file() => "file",
+        () if kind.is_dir() => "directory",
+        () if kind.is_symlink() => "symbolic link",
+        () if kind.is_fifo() => "named pipe",
+        () => "device",
+    }
+}
+
+/// Held while the path is looked at and bound. Only monitors that start at the same moment meet
+/// here; one that cannot have it (unreadable directory, a stranger's lock) goes on without.
+fn lock_directory(path: &Path) -> Option<File> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Some(directory),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            Err(_) => return None,
+        }
+    }
+}

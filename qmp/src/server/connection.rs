@@ -1,0 +1,232 @@
+//! One client: its bytes in, its bytes out, the descriptors it sent.
+use std::{
+    collections::VecDeque,
+    io::IoSliceMut,
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+};
+
+use rustix::{
+    io::Errno,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, Shutdown, recv, recvmsg,
+        send, shutdown,
+    },
+};
+
+use super::ClientId;
+use crate::{
+    Error, Request,
+    request::{Id, answer},
+    stream::{Item, Splitter},
+};
+
+/// Bytes taken from the kernel at a time; also the bound on the work of one [`Connection::step`].
+const CHUNK: usize = 4096;
+
+/// Unread output, in bytes, at which no more commands are taken: answers wait for the client.
+const HIGH_WATER: usize = 64 << 10;
+
+/// Unread output, in bytes, beyond which the client is dropped: events wait for nobody.
+const MAX_OUTPUT: usize = 1 << 20;
+
+/// Most descriptors kept for a client.
+const MAX_FDS: usize = 8;
+
+/// The client is of no more use: it hung up, or does not read.
+#[derive(Debug, thiserror::Error)]
+pub enum Gone {
+    #[error("it has hung up")]
+    HungUp,
+    #[error("it leaves more than {MAX_OUTPUT} bytes unread")]
+    Overflow,
+    #[error(transparent)]
+    Io(#[from] Errno),
+}
+
+pub struct Connection {
+    pub id: ClientId,
+    /// In the server's queue of those with work to do.
+    pub queued: bool,
+    fd: OwnedFd,
+    splitter: Splitter,
+    /// Bytes received and how many of them are used.
+    chunk: Vec<u8>,
+    used: usize,
+    /// Bytes received in all.
+    received: u64,
+    /// The kernel may have more.
+    readable: bool,
+    /// The client will send no more.
+    ended: bool,
+    /// A request is out and not answered.
+    busy: bool,
+    output: VecDeque<u8>,
+    /// What each receive brought, with the stream offset of the end of the bytes it came with.
+    fds: VecDeque<(u64, Vec<OwnedFd>)>,
+}
+
+impl Connection {
+    pub fn new(id: ClientId, fd: OwnedFd) -> Self {
+        Self {
+            id,
+            queued: false,
+            fd,
+            splitter: Splitter::new(),
+            chunk: Vec::new(),
+            used: 0,
+            received: 0,
+            readable: true,
+            ended: false,
+            busy: false,
+            output: VecDeque::new(),
+            fds: VecDeque::new(),
+        }
+    }
+
+    pub fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// The kernel has something to read.
+    pub fn readable(&mut self) {
+        self.readable = true;
+    }
+
+    /// Whether [`Connection::step`] would do something.
+    pub fn has_work(&self) -> bool {
+        let input = self.used < self.chunk.len() || (self.readable && !self.ended);
+        input && !self.busy && self.output.len() < HIGH_WATER
+    }
+
+    /// Whether it has had everything it asked for and asks for no more.
+    pub fn finished(&self) -> bool {
+        self.ended && !self.busy && self.output.is_empty() && self.used == self.chunk.len()
+    }
+
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// A bounded piece of work: at most one receive and one request, which then waits for
+    /// [`Connection::answer`].
+    pub fn step(&mut self) -> Result<Option<(Request, Id)>, Gone> {
+        if !self.has_work() || (self.used == self.chunk.len() && !self.receive()?) {
+            return Ok(None);
+        }
+        let (used, item) = self.splitter.read(self.chunk.get(self.used..).unwrap_or_default());
+        self.used += used;
+        let (request, id) = match item {
+            None => return Ok(None),
+            Some(Item::Malformed(wrong)) => (Err(Error::text(wrong)), None),
+            Some(Item::Object(text, begin)) => {
+                // What came before this request began was for an earlier one that did not want it.
+                self.fds.retain(|(end, _)| *end > begin);
+                Request::parse(&text)
+            }
+        };
+        match request {
+            Ok(request) => {
+                self.busy = true;
+                Ok(Some((request, id)))
+            }
+            Err(error) => {
+                self.queue(&answer(Err(error), &id))?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether bytes came.
+    fn receive(&mut self) -> Result<bool, Gone> {
+        self.chunk.resize(CHUNK, 0);
+        self.used = CHUNK;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let slices = &mut [IoSliceMut::new(&mut self.chunk)];
+        let length = match recvmsg(&self.fd, slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Ok(message) => message.bytes,
+            Err(Errno::INTR) => return Ok(false),
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                return Ok(false);
+            }
+            Err(Errno::CONNRESET) => return Err(Gone::HungUp),
+            Err(e) => return Err(e.into()),
+        };
+        self.ended |= length == 0;
+        self.chunk.truncate(length);
+        self.used = 0;
+        self.received = self.received.saturating_add(length as u64);
+        let fds: Vec<OwnedFd> = control
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        if !fds.is_empty() {
+            self.fds.push_back((self.received, fds));
+        }
+        while self.fds.iter().map(|(_, fds)| fds.len()).sum::<usize>() > MAX_FDS {
+            self.fds.pop_front();
+        }
+        Ok(length > 0)
+    }
+
+    /// The descriptor that came with the request that is out: the last, if there were several. The
+    /// others are closed.
+    pub fn take_fd(&mut self) -> Option<OwnedFd> {
+        self.fds.pop_front()?.1.pop()
+    }
+
+    /// Answers the request that is out.
+    pub fn answer(&mut self, line: &[u8]) -> Result<(), Gone> {
+        self.busy = false;
+        self.queue(line)
+    }
+
+    /// Sends `line`, as far as possible at once.
+    pub fn queue(&mut self, line: &[u8]) -> Result<(), Gone> {
+        if self.output.len() > MAX_OUTPUT {
+            return Err(Gone::Overflow);
+        }
+        self.output.extend(line);
+        self.flush()
+    }
+
+    /// Sends what the kernel takes.
+    pub fn flush(&mut self) -> Result<(), Gone> {
+        while !self.output.is_empty() {
+            let (front, _) = self.output.as_slices();
+            match send(&self.fd, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(sent) => drop(self.output.drain(..sent)),
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(Gone::HungUp),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if self.output.capacity() > HIGH_WATER {
+            self.output = VecDeque::new();
+        }
+        Ok(())
+    }
+
+    /// Says goodbye. Input nobody will read would turn the end of the stream into a reset.
+    pub fn hang_up(self) {
+        let mut scrap = [0; CHUNK];
+        for _ in 0..HIGH_WATER / CHUNK {
+            if !recv(&self.fd, &mut scrap[..], RecvFlags::DONTWAIT).is_ok_and(|(_, n)| n > 0) {
+                break;
+            }
+        }
+        // An error here means that the peer was faster.
+        let _ = shutdown(&self.fd, Shutdown::Both);
+    }
+}

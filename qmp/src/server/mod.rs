@@ -1,0 +1,322 @@
+//! Many clients on one unix socket, driven by the caller's mio loop.
+//!
+//! ```text
+//!   poll --> ready(event) --> next_request() --> [handler] --> reply(ticket, result)
+//!     ^                          |    ^                            |
+//!     +------- None -------------+    +----------------------------+
+//! ```
+//!
+//! Clients take turns, one request each; a client's next request waits for the answer to its last.
+//! One round of [`Server::next_request`] is bounded: when it ends with [`Server::has_work`] true, the
+//! caller polls with a zero timeout, so that the rest of its sources get their turn.
+//!
+//! Nothing a client does costs another more than its turn: input is bounded by the length of a
+//! message, answers wait while 64 KiB are unread, events drop who leaves 1 MiB unread.
+mod bind;
+mod connection;
+
+pub use bind::BindError;
+
+use std::{
+    collections::VecDeque,
+    fmt::Display,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use mio::{Interest, Registry, Token, unix::SourceFd};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{SocketFlags, accept_with},
+    process::{Resource, getrlimit},
+};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    Error, Request,
+    request::{Id, answer, line},
+    schema::{Event, Timestamp, VersionInfo},
+};
+use bind::SocketFile;
+use connection::{Connection, Gone};
+
+/// Pieces of work in one round of [`Server::next_request`].
+const ROUND: usize = 64;
+
+/// One client, for as long as it is connected; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientId {
+    slot: usize,
+    serial: u64,
+}
+
+/// The right to answer one request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ticket {
+    client: ClientId,
+    id: Id,
+}
+
+impl Ticket {
+    /// Who asks.
+    pub fn client(&self) -> ClientId {
+        self.client
+    }
+
+    /// One that belongs to nobody.
+    #[cfg(test)]
+    pub(crate) fn for_test() -> Self {
+        Self { client: ClientId { slot: 0, serial: 0 }, id: None }
+    }
+}
+
+/// The server. Dropping it disconnects everybody and removes the socket; [`Server::shutdown`] first
+/// delivers what is queued.
+pub struct Server {
+    listener: OwnedFd,
+    file: SocketFile,
+    registry: Registry,
+    /// Token of the listener; connection `n` has `base + 1 + n`.
+    base: usize,
+    /// A client may be waiting to be accepted.
+    acceptable: bool,
+    /// One had to wait for want of descriptors or memory.
+    starved: bool,
+    connections: Vec<Option<Connection>>,
+    /// Most connections at once.
+    most: usize,
+    last_serial: u64,
+    /// Connections with work to do, in turn.
+    queue: VecDeque<usize>,
+    /// What is left of this round.
+    round: usize,
+}
+
+impl Server {
+    /// Listens at `path` and registers with `registry` under `base` and all tokens above it.
+    ///
+    /// The socket has mode 0600. A stale one (nobody listens) is replaced, a live one and anything
+    /// that is not a socket refused.
+    pub fn bind(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
+        let (listener, file) = bind::claim(path)?;
+        let os = |source| BindError::Os { action: "watch", path: path.into(), source };
+        let registry = registry.try_clone().map_err(os)?;
+        registry
+            .register(&mut SourceFd(&listener.as_raw_fd()), base, Interest::READABLE)
+            .map_err(os)?;
+        // Clients get at most half of the descriptors: disks and NICs need some, too.
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
+        Ok(Self {
+            listener,
+            file,
+            registry,
+            base: base.0,
+            acceptable: true,
+            starved: false,
+            connections: Vec::new(),
+            most: usize::try_from(limit).unwrap_or(usize::MAX),
+            last_serial: 0,
+            queue: VecDeque::new(),
+            round: ROUND,
+        })
+    }
+
+    /// Takes note of an event of the poll; whether it was this server's.
+    pub fn ready(&mut self, event: &mio::event::Event) -> bool {
+        let Some(index) = event.token().0.checked_sub(self.base) else { return false };
+        let Some(slot) = index.checked_sub(1) else {
+            self.acceptable = true;
+            return true;
+        };
+        // Descriptors may have become free for one that waits.
+        self.acceptable |= self.starved;
+        self.with(slot, |connection| {
+            if event.is_readable() || event.is_read_closed() || event.is_error() {
+                connection.readable();
+            }
+            connection.flush()
+        });
+        true
+    }
+
+    /// Whether [`Server::next_request`] has something to do without another event.
+    pub fn has_work(&self) -> bool {
+        self.acceptable || !self.queue.is_empty()
+    }
+
+    /// The next request. It must be answered by [`Server::reply`], now or later. `None` ends a round.
+    pub fn next_request(&mut self) -> Option<(Request, Ticket)> {
+        while self.round > 0 && self.has_work() {
+            self.round -= 1;
+            if self.acceptable {
+                self.acceptable = self.accept();
+            }
+            let Some(slot) = self.queue.pop_front() else { continue };
+            let mut request = None;
+            self.with(slot, |connection| {
+                connection.queued = false;
+                let client = connection.id;
+                request = connection.step()?.map(|(r, id)| (r, Ticket { client, id }));
+                Ok(())
+            });
+            if request.is_some() {
+                return request;
+            }
+        }
+        self.round = ROUND;
+        None
+    }
+
+    /// Answers a request; nothing happens if the client is gone.
+    pub fn reply(&mut self, ticket: &Ticket, result: Result<Value, Error>) {
+        let line = answer(result, &ticket.id);
+        if self.connection(ticket.client).is_some() {
+            self.with(ticket.client.slot, |connection| connection.answer(&line));
+        }
+    }
+
+    /// Tells every client of `event`, after what they have been told so far.
+    pub fn broadcast(&mut self, event: &Event) {
+        #[derive(Serialize)]
+        struct Message<'a> {
+            #[serde(flatten)]
+            event: &'a Event,
+            timestamp: Timestamp,
+        }
+        let line = line(&Message { event, timestamp: Timestamp::now() });
+        for slot in 0..self.connections.len() {
+            self.with(slot, |connection| connection.queue(&line));
+        }
+    }
+
+    /// The descriptor that came with the request that `client` waits for (SCM_RIGHTS).
+    pub fn take_fd(&mut self, client: ClientId) -> Option<OwnedFd> {
+        self.connection(client)?.take_fd()
+    }
+
+    /// Ends the server: no new clients, everything queued is delivered to those who take it within
+    /// `patience`, then everybody is disconnected and the socket removed.
+    pub fn shutdown(mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        drop(self.file);
+        let mut waiting: Vec<Connection> = self.connections.drain(..).flatten().collect();
+        loop {
+            let mut at_work = Vec::new();
+            for mut connection in waiting {
+                match connection.flush() {
+                    Ok(()) if connection.has_output() => at_work.push(connection),
+                    Ok(()) | Err(_) => connection.hang_up(),
+                }
+            }
+            waiting = at_work;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if waiting.is_empty() || left.is_zero() {
+                return;
+            }
+            let mut fds: Vec<_> =
+                waiting.iter().map(|c| PollFd::from_borrowed_fd(c.fd(), PollFlags::OUT)).collect();
+            let left = Timespec::try_from(left).ok();
+            match poll(&mut fds, left.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn connection(&mut self, client: ClientId) -> Option<&mut Connection> {
+        self.connections.get_mut(client.slot)?.as_mut().filter(|c| c.id == client)
+    }
+
+    /// Does `act` to the connection in `slot`, then puts it where it belongs: in the queue, to wait,
+    /// or out.
+    fn with(&mut self, slot: usize, act: impl FnOnce(&mut Connection) -> Result<(), Gone>) {
+        let Some(place) = self.connections.get_mut(slot) else { return };
+        let Some(connection) = place else { return };
+        let gone = match act(connection) {
+            Ok(()) if connection.finished() => Gone::HungUp,
+            Ok(()) => {
+                if connection.has_work() && !connection.queued {
+                    connection.queued = true;
+                    self.queue.push_back(slot);
+                }
+                return;
+            }
+            Err(gone) => gone,
+        };
+        match gone {
+            Gone::HungUp => log::debug!("QMP client {} has hung up", connection.id.serial),
+            gone => log::warn!("QMP client {} is disconnected: {gone}", connection.id.serial),
+        }
+        if connection.queued {
+            self.queue.retain(|queued| *queued != slot);
+        }
+        // Closing it would do as well, unless somebody had a duplicate.
+        let _ = self.registry.deregister(&mut SourceFd(&connection.raw_fd()));
+        *place = None;
+        self.acceptable |= self.starved;
+    }
+
+    /// Lets whoever waits to be accepted wait on.
+    fn starve(&mut self, why: &dyn Display) -> bool {
+        if !self.starved {
+            log::warn!("QMP clients have to wait: {why}");
+        }
+        self.starved = true;
+        false
+    }
+
+    /// Takes one client in; whether another may be waiting.
+    fn accept(&mut self) -> bool {
+        let free = self.connections.iter().position(Option::is_none);
+        let slot = free.unwrap_or(self.connections.len());
+        if slot >= self.most {
+            return self.starve(&"there are too many of them");
+        }
+        let fd = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(fd) => fd,
+            Err(Errno::INTR | Errno::CONNABORTED) => return true,
+            Err(Errno::AGAIN) => {
+                self.starved = false;
+                return false;
+            }
+            // Trying again at once would spin: see `ready`.
+            Err(e) => return self.starve(&e),
+        };
+        self.last_serial += 1;
+        let connection = Connection::new(ClientId { slot, serial: self.last_serial }, fd);
+        let token = Token(self.base.saturating_add(1).saturating_add(slot));
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let fd = connection.raw_fd();
+        if let Err(e) = self.registry.register(&mut SourceFd(&fd), token, interest) {
+            log::warn!("a QMP client is turned away: {e}");
+            return true;
+        }
+        match self.connections.get_mut(slot) {
+            Some(place) => *place = Some(connection),
+            None => self.connections.push(Some(connection)),
+        }
+        let greeting = greeting();
+        self.with(slot, |connection| connection.queue(&greeting));
+        true
+    }
+}
+
+fn greeting() -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Greeting {
+        #[serde(rename = "QMP")]
+        qmp: Hello,
+    }
+    #[derive(Serialize)]
+    struct Hello {
+        version: VersionInfo,
+        capabilities: [&'static str; 0],
+    }
+    line(&Greeting { qmp: Hello { version: VersionInfo::own(), capabilities: [] } })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,262 @@
+//! Keys with values: what follows a flag (`key=value,key=value`) and an object of the JSON file.
+//!
+//! A reader asks for each key it knows. What it never asked for is unknown, and what it asked for
+//! is the list of allowed keys: there is no second list to keep.
+use std::collections::HashSet;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use super::problem::{Place, Problems, did_you_mean};
+use super::value::{self, Rule};
+
+/// A value as it stands there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Raw {
+    /// Words of the command line, strings of JSON.
+    Text(String),
+    /// Number or truth value of JSON.
+    Scalar(&'static str, String),
+    /// A key without a value, such as `server` in `-qmp unix:PATH,server,nowait`.
+    Bare,
+    /// null, list or object of JSON.
+    Other(&'static str),
+}
+
+/// Keys with values, and what turned out wrong with them.
+#[derive(Debug)]
+pub(super) struct Fields {
+    place: Place,
+    items: Vec<(String, Raw)>,
+    /// Keys asked for, in order.
+    known: Vec<&'static str>,
+    /// Keys that exist elsewhere and are refused by name.
+    refused: Vec<&'static str>,
+    /// Unknown keys do not matter any more.
+    abandoned: bool,
+    problems: Problems,
+}
+
+impl Fields {
+    /// Of the given items; a repeated key is a problem, the first one counts.
+    pub(super) fn new(place: Place, given: Vec<(String, Raw)>) -> Self {
+        let mut problems = Problems::default();
+        let mut items: Vec<(String, Raw)> = Vec::with_capacity(given.len());
+        let mut seen = HashSet::new();
+        for (key, raw) in given {
+            if seen.insert(key.clone()) {
+                items.push((key, raw));
+            } else {
+                problems.add(&place.key(&key), "given more than once");
+            }
+        }
+        Self { place, items, known: vec![], refused: vec![], abandoned: false, problems }
+    }
+
+    /// Of a flag with one plain value; its key is empty.
+    pub(super) fn plain(place: Place, word: Option<&str>) -> Self {
+        let items = word.map(|w| (String::new(), Raw::Text(w.to_owned())));
+        Self::new(place, items.into_iter().collect())
+    }
+
+    /// Of `[value,]key=value,...`: a first word without `=` is the value of `lead`, if there is one.
+    pub(super) fn properties(place: Place, text: &str, lead: Option<&str>) -> Self {
+        let mut items = vec![];
+        let mut problems = Problems::default();
+        for (index, word) in text.split(',').enumerate() {
+            match (word.split_once('='), lead) {
+                _ if word.is_empty() => {
+                    problems.add(&place, "a comma with nothing before or behind it");
+                }
+                (Some(("", _)), _) => problems.add_value(&place, word, "must be key=value"),
+                (Some((key, word)), _) => items.push((key.into(), Raw::Text(word.into()))),
+                (None, Some(lead)) if index == 0 => {
+                    items.push((lead.to_owned(), Raw::Text(word.into())));
+                }
+                (None, _) => items.push((word.into(), Raw::Bare)),
+            }
+        }
+        let mut fields = Self::new(place, items);
+        fields.problems.extend(problems);
+        fields
+    }
+
+    /// Where these stand.
+    pub(super) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The key is there, whatever its value.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.items.iter().any(|(k, _)| k == key)
+    }
+
+    /// A value made by `parse`; `None` when not given or wrong.
+    pub(super) fn text<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, Rule>,
+    ) -> Option<T> {
+        self.get(key, "a string", &[], parse)
+    }
+
+    /// An id or name.
+    pub(super) fn id(&mut self, key: &'static str) -> Option<String> {
+        self.text(key, value::id)
+    }
+
+    /// A path.
+    pub(super) fn path(&mut self, key: &'static str) -> Option<PathBuf> {
+        self.text(key, value::path)
+    }
+
+    /// A number in `range`.
+    pub(super) fn number<N>(&mut self, key: &'static str, range: RangeInclusive<N>) -> Option<N>
+    where
+        N: std::str::FromStr + PartialOrd + std::fmt::Display,
+    {
+        self.get(key, "a number", &["a number"], |word| value::number(word, range))
+    }
+
+    /// A limit per second, for which 0 means none.
+    pub(super) fn rate(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
+        self.number(key, range).filter(|rate| *rate != 0)
+    }
+
+    /// A queue size in `range`.
+    pub(super) fn queue_size(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<u16>,
+    ) -> Option<u16> {
+        self.get(key, "a number", &["a number"], |word| value::queue_size(word, range))
+    }
+
+    /// Guest RAM in bytes.
+    pub(super) fn memory_size(&mut self, key: &'static str) -> Option<u64> {
+        self.get(key, "a number or a string", &["a number"], value::memory_size)
+    }
+
+    /// A truth value.
+    pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
+        self.get(key, "true or false", &["a truth value"], value::boolean)
+    }
+
+    /// A key that stands alone or has a truth value.
+    pub(super) fn switch(&mut self, key: &'static str) -> Option<bool> {
+        if self.items.iter().any(|(k, raw)| k == key && *raw == Raw::Bare) {
+            self.know(key);
+            return Some(true);
+        }
+        self.boolean(key)
+    }
+
+    /// One of `choices`; another is a problem.
+    pub(super) fn choice<T: Copy>(
+        &mut self,
+        key: &'static str,
+        choices: &[(&str, Result<T, &str>)],
+    ) -> Option<T> {
+        self.text(key, |word| choose(word, choices))
+    }
+
+    /// `key` exists in StratoVirt and not here: say so if it is given.
+    pub(super) fn refuse(&mut self, key: &'static str, what: &str) {
+        self.refused.push(key);
+        if self.has(key) {
+            self.problem(key, format!("{what} is not built yet: leave it out"));
+        }
+    }
+
+    /// Each of `keys` must be there.
+    pub(super) fn require(&mut self, keys: &[&'static str]) {
+        for key in keys {
+            if !self.has(key) {
+                self.problem(key, "missing");
+            }
+        }
+    }
+
+    /// A problem with `key`, or with the whole for an empty one.
+    pub(super) fn problem(&mut self, key: &str, rule: impl std::fmt::Display) {
+        let place = self.place.key(key);
+        self.problems.add(&place, rule);
+    }
+
+    /// Nothing more is to be said about the other keys.
+    pub(super) fn abandon(&mut self) {
+        self.abandoned = true;
+    }
+
+    /// What was wrong, unknown keys included.
+    pub(super) fn done(mut self) -> Problems {
+        if self.abandoned {
+            return self.problems;
+        }
+        let allowed: Vec<_> = self.known.iter().copied().filter(|key| !key.is_empty()).collect();
+        let allowed = allowed.join(", ");
+        for (key, raw) in &self.items {
+            if self.known.contains(&key.as_str()) || self.refused.contains(&key.as_str()) {
+                continue;
+            }
+            let hint = did_you_mean(key, self.known.iter().copied());
+            let rule = match (raw, allowed.as_str()) {
+                (_, "") => "unknown: no key is allowed here".to_owned(),
+                _ => format!(
+                    "unknown{hint}{} allowed: {allowed}",
+                    if hint.is_empty() { ";" } else { "" }
+                ),
+            };
+            self.problems.add(&self.place.key(key), rule);
+        }
+        self.problems
+    }
+
+    fn know(&mut self, key: &'static str) {
+        if !self.known.contains(&key) {
+            self.known.push(key);
+        }
+    }
+
+    fn get<T>(
+        &mut self,
+        key: &'static str,
+        wanted: &str,
+        scalars: &[&str],
+        parse: impl FnOnce(&str) -> Result<T, Rule>,
+    ) -> Option<T> {
+        self.know(key);
+        let (_, raw) = self.items.iter().find(|(k, _)| k == key)?;
+        let place = self.place.key(key);
+        match raw {
+            Raw::Text(word) => match parse(word) {
+                Ok(value) => return Some(value),
+                Err(rule) => self.problems.add_value(&place, word, rule),
+            },
+            Raw::Scalar(kind, word) if scalars.contains(kind) => match parse(word) {
+                Ok(value) => return Some(value),
+                Err(rule) => self.problems.add_value(&place, word, rule),
+            },
+            Raw::Scalar(kind, word) => {
+                self.problems.add_value(&place, word, format!("{kind}; must be {wanted}"));
+            }
+            Raw::Bare => self.problems.add(&place, format!("needs a value, {key}=...")),
+            Raw::Other(kind) => self.problems.add(&place, format!("{kind}; must be {wanted}")),
+        }
+        None
+    }
+}
+
+/// The choice that `word` names; `Err` in a choice: why it cannot be had.
+pub(super) fn choose<T: Copy>(word: &str, choices: &[(&str, Result<T, &str>)]) -> Result<T, Rule> {
+    let known = choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(word));
+    let allowed: Vec<_> =
+        choices.iter().filter(|(_, c)| c.is_ok()).map(|(name, _)| *name).collect();
+    match known {
+        Some((_, Ok(choice))) => Ok(*choice),
+        Some((_, Err(what))) => Err(format!("{what} is not built yet; use {}", allowed.join("|"))),
+        None => {
+            let hint = did_you_mean(word, allowed.iter().copied());
+            Err(format!("must be {}{hint}", allowed.join("|")))
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The command line and the JSON file: both generations of StratoVirt's flags and its file, into
+//! one [`MachineConfig`] and what the process itself is asked to do.
+//!
+//! ```text
+//! arguments --tokens--> flags with values --table--> Draft <--json-- file
+//!                                                      |
+//!                                           resolve: names to things
+//!                                                      v
+//!                                          Invocation, or all Problems
+//! ```
+//!
+//! Only syntax and agreement are checked here; whether files exist is for the builder to see.
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use machine::config::MachineConfig;
+
+mod chars;
+mod device;
+mod disk;
+mod draft;
+mod fields;
+mod flags;
+mod help;
+mod json;
+mod net;
+mod objects;
+mod problem;
+mod process;
+mod resolve;
+mod system;
+mod table;
+mod tokens;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
+pub use problem::Problems;
+pub(crate) use value::mac;
+
+/// What the command line asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Run a machine.
+    Run(Box<Invocation>),
+    /// Print this and exit with 0.
+    PrintHelp(String),
+    /// Print this and exit with 0.
+    PrintVersion(String),
+}
+
+/// A machine to run and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invocation {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// Sockets to serve QMP on, at least one.
+    pub control: Vec<PathBuf>,
+    /// Where to write the process id.
+    pub pidfile: Option<PathBuf>,
+    /// Go into the background.
+    pub daemonize: bool,
+    /// Leave the vCPUs stopped until `cont`.
+    pub paused: bool,
+    /// A guest's reboot boots anew; else it ends the VM, as StratoVirt's microVM does.
+    pub reboot: bool,
+    /// Where the log goes.
+    pub log: Log,
+    /// Install no system call filter.
+    pub disable_seccomp: bool,
+    /// What was accepted and has no effect, to be logged.
+    pub warnings: Vec<String>,
+}
+
+/// Where the log goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Log {
+    /// Nowhere: no `-D`.
+    Off,
+    /// `-D` alone.
+    Stderr,
+    /// `-D FILE`, appended to.
+    File(PathBuf),
+}
+
+/// Reads a command line without the program's name, and the file it may name.
+///
+/// # Errors
+/// All that is wrong in both at once.
+pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Action, Problems> {
+    let (given, problems) = tokens::scan(args);
+    if given.iter().any(|g| g.flag.is("help")) {
+        return Ok(Action::PrintHelp(help::text()));
+    }
+    if given.iter().any(|g| g.flag.is("version")) {
+        return Ok(Action::PrintVersion(help::version()));
+    }
+    let mut draft = draft::Draft { problems, ..Default::default() };
+    // The file first: the command line replaces its single values and adds to its lists.
+    let (files, flags): (Vec<_>, Vec<_>) = given.iter().partition(|g| g.flag.is("config"));
+    for given in files.into_iter().chain(flags) {
+        given.apply(&mut draft);
+    }
+    table::check(&given, &mut draft);
+    resolve::resolve(draft).map(|invocation| Action::Run(Box::new(invocation)))
+}

@@ -1,0 +1,168 @@
+//! The draft to the machine: names are looked up, agreement between parts is checked.
+//!
+//! A `-drive` or `-netdev` that no `-device` names is a device by itself, as in the first
+//! StratoVirt; one that is named is the back-end of that device, as in the second.
+use std::collections::HashSet;
+
+use machine::config::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topology, limits};
+
+use super::draft::{DeviceKind, Draft};
+use super::problem::{Place, Problems};
+use super::{Invocation, Log};
+
+mod chars;
+mod virtio;
+
+/// The invocation, or everything that was wrong up to here and now.
+pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
+    let mut r = Resolver { problems: draft.problems.clone(), ..Default::default() };
+    r.check_ids(&draft);
+    let disks = r.disks(&draft);
+    let nics = r.nics(&draft);
+    let console = r.console(&draft);
+    let serial = r.serial(&draft);
+    let rng = r.rng(&draft);
+    let control = r.control(&draft);
+    r.check_daemon(&draft, serial.as_ref(), console.as_ref());
+    for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
+        r.warnings.push(format!("{}: used by nothing", chardev.place));
+    }
+    if draft.kernel.is_none() {
+        r.problems.add_line(
+            "kernel file is required for microvm machine type, which is not provided: give -kernel \
+             FILE, or boot-source.kernel_image_path in the file of -config",
+        );
+    }
+    if !r.problems.is_empty() {
+        return Err(r.problems);
+    }
+    let (cpus, topology) = draft.smp.unwrap_or((1, ONE_CPU));
+    let machine = MachineConfig {
+        name: draft.name.unwrap_or_else(|| limits::DEFAULT_NAME.to_owned()),
+        uuid: draft.uuid.unwrap_or_else(|| limits::NIL_UUID.to_owned()),
+        cpus,
+        topology,
+        memory: MemoryConfig {
+            size: draft.memory.unwrap_or(limits::DEFAULT_MEMORY),
+            shared: draft.mem_share.unwrap_or(false),
+            path: draft.mem_path,
+            prealloc: draft.mem_prealloc,
+            dump: draft.dump_guest_core.unwrap_or(true) && !draft.omit_vm_memory,
+        },
+        boot: BootConfig {
+            kernel: draft.kernel.unwrap_or_default(),
+            initrd: draft.initrd,
+            cmdline: draft.cmdline.unwrap_or_default(),
+        },
+        iothreads: draft.iothreads.into_iter().map(|(_, id)| id).collect(),
+        serial,
+        disks,
+        nics,
+        console,
+        rng,
+    };
+    Ok(Invocation {
+        machine,
+        control,
+        pidfile: draft.pidfile,
+        daemonize: draft.daemonize,
+        paused: draft.paused,
+        reboot: draft.reboot,
+        log: draft.log.unwrap_or(Log::Off),
+        disable_seccomp: draft.disable_seccomp,
+        warnings: r.warnings,
+    })
+}
+
+const ONE_CPU: Topology = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
+
+#[derive(Default)]
+struct Resolver {
+    problems: Problems,
+    warnings: Vec<String>,
+    /// Chardevs that something leads to.
+    used: HashSet<String>,
+    /// Ids of the devices.
+    devices: HashSet<String>,
+}
+
+impl Resolver {
+    /// Each kind of thing has names of its own; I/O threads and sources of randomness share theirs.
+    fn check_ids(&mut self, d: &Draft) {
+        self.unique("drive", d.drives.iter().map(|x| (&x.place, &x.id)));
+        self.unique("netdev", d.nets.iter().map(|x| (&x.place, &x.id)));
+        self.unique("chardev", d.chardevs.iter().map(|x| (&x.place, &x.id)));
+        let objects = d.rng_sources.iter().map(|x| (&x.place, &x.id));
+        let objects = d.iothreads.iter().map(|(place, id)| (place, id)).chain(objects);
+        self.unique("object", objects);
+        let named = d.devices.iter().filter(|x| !x.id.is_empty()).map(|x| (&x.place, &x.id));
+        self.unique("device", named.clone());
+        self.devices = named.map(|(_, id)| id.clone()).collect();
+        if let Some((place, _)) = d.iothreads.get(limits::MAX_IOTHREADS) {
+            let (n, most) = (d.iothreads.len(), limits::MAX_IOTHREADS);
+            self.problems.add(place, format!("{n} I/O threads, at most {most} are allowed"));
+        }
+    }
+
+    fn unique<'a>(&mut self, kind: &str, ids: impl Iterator<Item = (&'a Place, &'a String)>) {
+        let mut seen = HashSet::new();
+        for (place, id) in ids {
+            if !seen.insert(id) {
+                self.problems
+                    .add(place, format!("Input id '{id}' for {kind} repeat: each has its own"));
+            }
+        }
+    }
+
+    /// A device without a `-device` has its back-end's id, which must be no other device's.
+    fn claim_id(&mut self, place: &Place, id: &str) {
+        if !self.devices.insert(id.to_owned()) {
+            let rule = format!("Input id '{id}' for device repeat: another device has it");
+            self.problems.add(place, rule);
+        }
+    }
+
+    fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
+        if !id.is_empty() {
+            self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
+        }
+    }
+
+    fn check_iothread(&mut self, d: &Draft, place: &Place, id: Option<&str>) {
+        if let Some(id) = id.filter(|id| !d.iothreads.iter().any(|(_, known)| known == id)) {
+            let known: Vec<_> = d.iothreads.iter().map(|(_, id)| id.as_str()).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            let rule = format!("no I/O thread has this id; there are: {known}");
+            self.problems.add_value(&place.key("iothread"), id, rule);
+        }
+    }
+
+    fn rng(&mut self, d: &Draft) -> Option<RngConfig> {
+        let mut rngs = vec![];
+        for device in &d.devices {
+            let DeviceKind::Rng { source, bps } = &device.kind else { continue };
+            match d.rng_sources.iter().find(|known| known.id == *source) {
+                Some(found) => {
+                    let (id, path) = (device.id.clone(), found.path.clone());
+                    rngs.push((Some(&device.place), RngConfig { id, path, bps: *bps }));
+                }
+                None => self.missing(&device.place, "rng", "object rng-random", source),
+            }
+        }
+        if let Some((path, bps)) = &d.rng {
+            let mut id = "rng0".to_owned();
+            while self.devices.contains(&id) {
+                id.push('0');
+            }
+            rngs.push((None, RngConfig { id, path: path.clone(), bps: *bps }));
+        }
+        if let [_, _, ..] = rngs.as_slice() {
+            let rule = "there can be one virtio-rng (-device virtio-rng-device, -rng, rng)";
+            match rngs.iter().find_map(|(place, _)| *place) {
+                Some(place) => self.problems.add(place, rule),
+                None => self.problems.add_line(rule),
+            }
+        }
+        rngs.into_iter().next().map(|(_, rng)| rng)
+    }
+}

@@ -1,0 +1,186 @@
+//! What the table of flags is made of, and the checks that need no more than the table.
+use super::draft::Draft;
+use super::fields::Fields;
+use super::flags::TABLE;
+use super::tokens::Given;
+
+/// One row.
+#[derive(Debug)]
+pub(super) struct Flag {
+    /// Names without the dash, the usual one first.
+    pub(super) names: &'static [&'static str],
+    pub(super) shape: Shape,
+    /// May be given more than once.
+    pub(super) repeat: bool,
+    pub(super) group: Group,
+    pub(super) era: Era,
+    /// At least one of the flags with the same need must be given.
+    pub(super) need: Option<Need>,
+    /// Flags that cannot be given together with this one.
+    pub(super) conflicts: &'static [&'static str],
+    /// For a refused or ignored flag nothing.
+    pub(super) help: &'static str,
+    pub(super) effect: Effect,
+}
+
+/// What follows a flag.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Shape {
+    /// Nothing.
+    Switch,
+    /// One value.
+    Plain(&'static str),
+    /// One value or none.
+    Optional(&'static str),
+    /// Any number of words, joined by a space.
+    Words(&'static str),
+    /// `key=value,...`, and which key a first word without `=` stands for.
+    Properties(&'static str, Option<&'static str>),
+    /// Anything: it is not looked at.
+    Any,
+}
+
+/// Headings of the help text, in its order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    Control,
+    Machine,
+    Boot,
+    Storage,
+    Network,
+    Characters,
+    Other,
+    Process,
+    Information,
+    /// Accepted without effect.
+    Ignored,
+    /// Refused by name.
+    Refused,
+}
+
+/// Which StratoVirt knows the flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Era {
+    Both,
+    /// 0.x only.
+    Old,
+    /// 2.x only.
+    New,
+}
+
+/// Something without which nothing runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Need {
+    ControlSocket,
+}
+
+/// What a flag does.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Effect {
+    /// Its values go into the draft.
+    Apply(fn(&mut Draft, &mut Fields)),
+    /// Looked for by the caller.
+    Action,
+    /// Nothing.
+    Ignore,
+    /// It names something that is not built yet.
+    Refuse(&'static str),
+}
+
+pub(super) const fn row(
+    names: &'static [&'static str],
+    shape: Shape,
+    group: Group,
+    effect: Effect,
+) -> Flag {
+    Flag {
+        names,
+        shape,
+        repeat: false,
+        group,
+        era: Era::Both,
+        need: None,
+        conflicts: &[],
+        help: "",
+        effect,
+    }
+}
+
+pub(super) const fn flag(
+    names: &'static [&'static str],
+    shape: Shape,
+    group: Group,
+    apply: fn(&mut Draft, &mut Fields),
+    help: &'static str,
+) -> Flag {
+    Flag { help, ..row(names, shape, group, Effect::Apply(apply)) }
+}
+
+/// May be repeated and has no effect: other programs give it out of habit.
+pub(super) const fn ignored(names: &'static [&'static str], era: Era) -> Flag {
+    Flag { repeat: true, era, ..row(names, Shape::Any, Group::Ignored, Effect::Ignore) }
+}
+
+pub(super) const fn refused(names: &'static [&'static str], what: &'static str) -> Flag {
+    Flag { repeat: true, ..row(names, Shape::Any, Group::Refused, Effect::Refuse(what)) }
+}
+
+impl Flag {
+    pub(super) const fn repeatable(self) -> Self {
+        Self { repeat: true, ..self }
+    }
+
+    pub(super) const fn only(self, era: Era) -> Self {
+        Self { era, ..self }
+    }
+
+    pub(super) const fn needed(self, need: Need) -> Self {
+        Self { need: Some(need), ..self }
+    }
+
+    pub(super) const fn against(self, conflicts: &'static [&'static str]) -> Self {
+        Self { conflicts, ..self }
+    }
+
+    /// The flag has this name.
+    pub(super) fn is(&self, name: &str) -> bool {
+        self.names.contains(&name)
+    }
+}
+
+/// The row of a name and the table's own copy of the name.
+pub(super) fn find(name: &str) -> Option<(&'static Flag, &'static str)> {
+    TABLE.iter().find_map(|flag| {
+        flag.names.iter().find(|known| **known == name).map(|known| (flag, *known))
+    })
+}
+
+/// Required flags and conflicts.
+pub(super) fn check(given: &[Given], draft: &mut Draft) {
+    let has = |name: &str| given.iter().any(|g| g.flag.is(name));
+    for flag in given.iter().map(|g| g.flag) {
+        for other in flag.conflicts.iter().filter(|other| has(other)) {
+            let name = flag.names.first().copied().unwrap_or_default();
+            draft.problems.add_line(format!(
+                "The argument '{name}' cannot be used with '{other}': give -{name} or -{other}"
+            ));
+        }
+    }
+    if !given.iter().any(|g| g.flag.need == Some(Need::ControlSocket)) {
+        let forms: Vec<_> = TABLE
+            .iter()
+            .filter(|flag| flag.need == Some(Need::ControlSocket))
+            .filter_map(|flag| match (flag.names, flag.shape) {
+                ([name, ..], Shape::Plain(form) | Shape::Properties(form, _)) => {
+                    Some(format!("-{name} {form}"))
+                }
+                _ => None,
+            })
+            .collect();
+        draft.problems.add_line(format!(
+            "Argument 'api-channel' or 'qmp' required, but not found: a control socket is needed, \
+             one of {}",
+            forms.join(" | ")
+        ));
+    }
+}

@@ -1,0 +1,145 @@
+//! Disks' back-ends.
+use std::{path::PathBuf, sync::atomic::Ordering};
+
+use machine::{
+    PluggedDisk,
+    config::{Aio, DiskConfig, limits},
+};
+use qmp::{Error, schema::*};
+
+use super::plug_error;
+use crate::vmm::Vmm;
+
+pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error> {
+    let refuse = |key: &str, value: &str, allowed: &str| {
+        Err(Error::text(format!("Invalid parameter '{key}': '{value}': {allowed}")))
+    };
+    if let Some(driver) = command.driver.as_deref().filter(|d| *d != "raw") {
+        return refuse("driver", driver, "only 'raw' images are built yet");
+    }
+    let kinds = ["file", "host_device"];
+    if let Some(driver) = command.file.driver.as_deref().filter(|d| !kinds.contains(d)) {
+        return refuse("file.driver", driver, "must be 'file' or 'host_device'");
+    }
+    if command.backing.is_some() {
+        return refuse("backing", "...", "raw images have no backing file");
+    }
+    let cache = command.cache.unwrap_or_default();
+    if cache.no_flush == Some(true) {
+        return refuse("cache.no-flush", "true", "a guest's flush always reaches the disk");
+    }
+    let unlimited = |n: Option<u64>| n.filter(|n| *n > 0);
+    let config = DiskConfig {
+        id: command.node_name,
+        path: PathBuf::from(command.file.filename),
+        readonly: command.read_only.unwrap_or(false),
+        direct: cache.direct.unwrap_or(true),
+        serial: None,
+        aio: match command.file.aio {
+            Some(BlockdevAio::IoUring) => Aio::IoUring,
+            Some(BlockdevAio::Off | BlockdevAio::Threads) => Aio::Off,
+            // Linux AIO gives nothing that io_uring does not.
+            Some(BlockdevAio::Native) | None => Aio::Auto,
+        },
+        discard: command.discard == Some(BlockdevDiscard::Unmap),
+        iops: unlimited(command.throttling_iops_total),
+        bps: unlimited(command.throttling_bps_total),
+        queues: 1,
+        queue_size: limits::DEFAULT_QUEUE_SIZE,
+        iothread: None,
+    };
+    vmm.machine.add_disk_backend(config).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
+pub fn blockdev_del(vmm: &mut Vmm, command: BlockdevDel) -> Result<Empty, Error> {
+    vmm.machine.remove_backend(&command.node_name).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
+pub fn block_resize(vmm: &mut Vmm, command: BlockResize) -> Result<Empty, Error> {
+    let Some(id) = command.device.or(command.node_name) else {
+        return Err(Error::text("Parameter 'device' or 'node-name' is needed"));
+    };
+    vmm.machine.resize_disk(&id, command.size).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
+pub fn query_block(vmm: &mut Vmm, _: QueryBlock) -> Result<Vec<BlockInfo>, Error> {
+    let info = |disk: PluggedDisk| BlockInfo {
+        device: disk.config.id.clone(),
+        qdev: Some(disk.config.id.clone()),
+        r#type: "unknown".into(),
+        removable: false,
+        locked: false,
+        io_status: Some(BlockDeviceIoStatus::Ok),
+        inserted: Some(device_info(disk)),
+    };
+    Ok(vmm.machine.disks().into_iter().map(info).collect())
+}
+
+pub fn query_named_block_nodes(
+    vmm: &mut Vmm,
+    _: QueryNamedBlockNodes,
+) -> Result<Vec<BlockDeviceInfo>, Error> {
+    Ok(vmm.machine.disks().into_iter().map(device_info).collect())
+}
+
+fn device_info(disk: PluggedDisk) -> BlockDeviceInfo {
+    let file = disk.config.path.to_string_lossy().into_owned();
+    let actual_size = std::fs::metadata(&disk.config.path).ok().map(|m| {
+        use std::os::unix::fs::MetadataExt;
+        m.blocks().saturating_mul(512)
+    });
+    BlockDeviceInfo {
+        file: file.clone(),
+        node_name: Some(disk.config.id),
+        ro: disk.config.readonly,
+        drv: "raw".into(),
+        backing_file_depth: 0,
+        encrypted: false,
+        detect_zeroes: BlockdevDetectZeroes::Off,
+        bps: disk.config.bps.unwrap_or(0),
+        bps_rd: 0,
+        bps_wr: 0,
+        iops: disk.config.iops.unwrap_or(0),
+        iops_rd: 0,
+        iops_wr: 0,
+        cache: BlockdevCacheInfo { writeback: true, direct: disk.config.direct, no_flush: false },
+        write_threshold: 0,
+        image: ImageInfo {
+            filename: file,
+            format: "raw".into(),
+            virtual_size: disk.size,
+            actual_size,
+        },
+    }
+}
+
+pub fn query_blockstats(vmm: &mut Vmm, _: QueryBlockstats) -> Result<Vec<BlockStats>, Error> {
+    let stats = |disk: PluggedDisk| {
+        let count = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        let s = &disk.stats;
+        BlockStats {
+            device: Some(disk.config.id.clone()),
+            qdev: Some(disk.config.id.clone()),
+            node_name: Some(disk.config.id),
+            stats: BlockDeviceStats {
+                rd_bytes: count(&s.rd_bytes),
+                wr_bytes: count(&s.wr_bytes),
+                rd_operations: count(&s.rd_operations),
+                wr_operations: count(&s.wr_operations),
+                flush_operations: count(&s.flush_operations),
+                unmap_operations: count(&s.unmap_operations),
+                failed_rd_operations: count(&s.failed_rd_operations),
+                failed_wr_operations: count(&s.failed_wr_operations),
+                failed_flush_operations: count(&s.failed_flush_operations),
+                failed_unmap_operations: count(&s.failed_unmap_operations),
+                account_invalid: true,
+                account_failed: true,
+                ..BlockDeviceStats::default()
+            },
+        }
+    };
+    Ok(vmm.machine.disks().into_iter().map(stats).collect())
+}

@@ -1,0 +1,62 @@
+//! Every QMP command, when it may run, and the function that runs it.
+mod block;
+mod device;
+mod introspect;
+mod net;
+mod run_state;
+
+use machine::PlugError;
+use qmp::{Error, ErrorClass, table::Table};
+
+use crate::{lifecycle::States, vmm::Vmm};
+
+const ANY: States = States::ANY;
+const ALIVE: States = States::ALIVE;
+
+/// The command table.
+pub fn table() -> Table<Vmm> {
+    Table::new(ANY)
+        .on(ALIVE, run_state::cont)
+        .on(ALIVE, run_state::stop)
+        .on(ALIVE, run_state::quit)
+        .on(ALIVE, run_state::system_reset)
+        .on(ALIVE, run_state::system_powerdown)
+        .on(ANY, run_state::query_status)
+        .on(ALIVE, block::blockdev_add)
+        .on(ALIVE, block::blockdev_del)
+        .on(ALIVE, block::block_resize)
+        .on(ANY, block::query_block)
+        .on(ANY, block::query_blockstats)
+        .on(ANY, block::query_named_block_nodes)
+        .on_ticket(ALIVE, net::getfd)
+        .on(ALIVE, net::netdev_add)
+        .on(ALIVE, net::netdev_del)
+        .on(ALIVE, device::device_add)
+        .on(ALIVE, device::device_del)
+        .on(ANY, introspect::query_chardev)
+        .on(ANY, introspect::query_cpus)
+        .on(ANY, introspect::query_cpus_fast)
+        .on(ANY, introspect::query_hotpluggable_cpus)
+        .on(ANY, introspect::query_iothreads)
+        .on(ANY, introspect::query_kvm)
+        .on(ANY, introspect::query_machines)
+        .on(ANY, introspect::query_name)
+        .on(ANY, introspect::query_target)
+        .on(ANY, introspect::query_uuid)
+}
+
+/// QEMU's class for a device that is not there; the whole chain of causes.
+fn plug_error(error: &PlugError) -> Error {
+    match error {
+        PlugError::NoDevice(_) => Error::new(ErrorClass::DeviceNotFound, error.to_string()),
+        _ => Error::generic(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_command_of_the_schema_has_a_handler() {
+        assert!(super::table().names().eq(qmp::schema::NAMES.iter().copied()));
+    }
+}

@@ -1,0 +1,95 @@
+//! Network back-ends, and descriptors handed over for them.
+use std::os::fd::OwnedFd;
+
+use machine::config::{NicConfig, Tap, limits};
+use qmp::{Error, schema::*, server::Ticket};
+
+use super::plug_error;
+use crate::vmm::Vmm;
+
+pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
+    let server = vmm.servers.get_mut(vmm.asked_by);
+    let Some(fd) = server.and_then(|s| s.take_fd(ticket.client())) else {
+        return Err(Error::text("Invalid SCM message: no descriptor came with this command"));
+    };
+    vmm.named_fds.insert(command.fdname, fd);
+    Ok(Some(Empty {}))
+}
+
+pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
+    if let Some(other) = command.r#type.as_deref().filter(|t| *t != "tap") {
+        return Err(Error::text(format!(
+            "Invalid parameter 'type': '{other}' is not built yet; only 'tap'"
+        )));
+    }
+    let vhost = command.vhost == Some(true)
+        || command.vhostfd.is_some()
+        || command.vhostfds.is_some()
+        || command.chardev.is_some();
+    if vhost {
+        return Err(Error::text("vhost-net and vhost-user are not built yet: leave vhost out"));
+    }
+    let names: Vec<&str> = match (&command.fd, &command.fds) {
+        (Some(_), Some(_)) => {
+            return Err(Error::text("Parameters 'fd' and 'fds' exclude each other"));
+        }
+        (Some(fd), None) => vec![fd.as_str()],
+        (None, Some(fds)) => fds.split(':').collect(),
+        (None, None) => Vec::new(),
+    };
+    let (tap, fds) = match (&command.ifname, names.is_empty()) {
+        (Some(name), true) => (Tap::Name(name.clone()), Vec::new()),
+        (None, false) => take_fds(vmm, &names)?,
+        (Some(_), false) => {
+            return Err(Error::text("Parameters 'ifname' and 'fd' exclude each other"));
+        }
+        (None, true) => {
+            return Err(Error::text(
+                "Tap device is missing, use 'ifname' or 'fd' to configure a tap device",
+            ));
+        }
+    };
+    let pairs = match &tap {
+        Tap::Fds(_) => u16::try_from(names.len()).unwrap_or(u16::MAX),
+        Tap::Name(_) => command.queues.unwrap_or(1).max(1),
+    };
+    let config = NicConfig {
+        id: command.id,
+        tap,
+        mac: None,
+        queue_pairs: pairs,
+        queue_size: limits::DEFAULT_QUEUE_SIZE,
+        pps: None,
+        bps: None,
+        iothread: None,
+    };
+    vmm.machine.add_nic_backend(config, fds).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
+/// Descriptors by the names that `getfd` gave them, else by the numbers this process was started
+/// with. The named ones are used up; with one name wrong, none is.
+fn take_fds(vmm: &mut Vmm, names: &[&str]) -> Result<(Tap, Vec<OwnedFd>), Error> {
+    if names.iter().all(|name| vmm.named_fds.contains_key(*name)) {
+        let mut unique = names.to_vec();
+        unique.sort_unstable();
+        unique.dedup();
+        if unique.len() != names.len() {
+            return Err(Error::text("Parameter 'fds' names a descriptor twice"));
+        }
+        let fds = names.iter().filter_map(|name| vmm.named_fds.remove(*name)).collect();
+        return Ok((Tap::Fds(Vec::new()), fds));
+    }
+    let numbers = names.iter().map(|name| name.parse::<i32>()).collect::<Result<Vec<_>, _>>();
+    numbers.map(|numbers| (Tap::Fds(numbers), Vec::new())).map_err(|_| {
+        Error::text(format!(
+            "no descriptor is called '{}': hand it over with getfd first",
+            names.join(":")
+        ))
+    })
+}
+
+pub fn netdev_del(vmm: &mut Vmm, command: NetdevDel) -> Result<Empty, Error> {
+    vmm.machine.remove_backend(&command.id).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}

@@ -1,0 +1,44 @@
+//! Commands about whether the VM runs.
+use qmp::{Error, schema::*};
+
+use crate::{
+    lifecycle::{self, State},
+    vmm::{Ending, Vmm},
+};
+
+pub fn cont(vmm: &mut Vmm, _: Cont) -> Result<Empty, Error> {
+    vmm.apply(lifecycle::Event::Resume)?;
+    Ok(Empty {})
+}
+
+pub fn stop(vmm: &mut Vmm, _: Stop) -> Result<Empty, Error> {
+    vmm.apply(lifecycle::Event::Pause)?;
+    Ok(Empty {})
+}
+
+/// The reply goes out before SHUTDOWN: the event loop ends after it has answered.
+pub fn quit(vmm: &mut Vmm, _: Quit) -> Result<Empty, Error> {
+    vmm.end(Ending { guest: false, reason: ShutdownCause::HostQmpQuit, status: 0 });
+    Ok(Empty {})
+}
+
+pub fn system_reset(vmm: &mut Vmm, _: SystemReset) -> Result<Empty, Error> {
+    vmm.apply(lifecycle::Event::Reset)?;
+    vmm.tell(&Event::Reset { guest: false, reason: ShutdownCause::HostQmpSystemReset });
+    Ok(Empty {})
+}
+
+pub fn system_powerdown(vmm: &mut Vmm, _: SystemPowerdown) -> Result<Empty, Error> {
+    vmm.machine.press_power_button();
+    vmm.tell(&Event::Powerdown {});
+    Ok(Empty {})
+}
+
+pub fn query_status(vmm: &mut Vmm, _: QueryStatus) -> Result<StatusInfo, Error> {
+    Ok(StatusInfo::new(match vmm.state() {
+        State::Running => RunState::Running,
+        // StratoVirt knows no "prelaunch": its clients take -S for a pause.
+        State::Prelaunch | State::Paused => RunState::Paused,
+        State::Shutdown => RunState::Shutdown,
+    }))
+}

@@ -1,0 +1,11 @@
+//! The life of one virtual machine: what may happen when, and who answers for it.
+#![forbid(unsafe_code)]
+pub mod cli;
+mod commands;
+pub mod daemon;
+pub mod event_loop;
+pub mod lifecycle;
+pub mod logging;
+pub mod pidfile;
+pub mod terminal;
+pub mod vmm;

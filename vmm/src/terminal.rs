@@ -1,0 +1,47 @@
+//! The terminal that the guest's console is connected to: raw while the guest runs, and always put
+//! back, whatever ends the process short of SIGKILL.
+use std::{io::IsTerminal, sync::OnceLock};
+
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+
+/// The settings to go back to. Process-wide because the terminal is.
+static BEFORE: OnceLock<Termios> = OnceLock::new();
+
+/// Puts the terminal back when dropped.
+pub struct Raw(());
+
+impl Raw {
+    /// Make the terminal on standard input raw; `None` when there is no terminal there.
+    pub fn enter() -> Option<Self> {
+        let stdin = std::io::stdin();
+        if !stdin.is_terminal() {
+            return None;
+        }
+        let before = tcgetattr(&stdin).ok()?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        // Output goes on being cooked: our own log lines share the terminal with the guest.
+        raw.output_modes = before.output_modes;
+        tcsetattr(&stdin, OptionalActions::Now, &raw).ok()?;
+        if BEFORE.set(before).is_ok() {
+            let next = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |info| {
+                put_back();
+                next(info);
+            }));
+        }
+        Some(Self(()))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        put_back();
+    }
+}
+
+fn put_back() {
+    if let Some(before) = BEFORE.get() {
+        let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
+    }
+}

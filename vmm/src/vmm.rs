@@ -1,0 +1,194 @@
+//! The one object that owns the machine and decides what becomes of it.
+use std::{collections::BTreeMap, os::fd::OwnedFd};
+
+use machine::{Machine, RunError};
+use qmp::{
+    Error, ErrorClass,
+    schema::{Event, ShutdownCause},
+    server::Server,
+    table::Host,
+};
+
+use crate::lifecycle::{self, Denied, State, States};
+
+/// The monitor's main object; lives on the main thread, and nobody else has it.
+pub struct Vmm {
+    /// Changed by [`Vmm::apply`] alone.
+    state: State,
+    pub(crate) machine: Machine,
+    pub(crate) servers: Vec<Server>,
+    /// Which server the request being answered came from.
+    pub(crate) asked_by: usize,
+    /// Descriptors named by `getfd`.
+    pub(crate) named_fds: BTreeMap<String, OwnedFd>,
+    /// Why and how to end, once the request being answered has been answered.
+    ending: Option<Ending>,
+    /// Guest resets boot anew rather than end the VM.
+    reboot: bool,
+}
+
+/// How the VM ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ending {
+    /// The guest's own doing.
+    pub guest: bool,
+    /// For the SHUTDOWN event.
+    pub reason: ShutdownCause,
+    /// The process's exit status.
+    pub status: u8,
+}
+
+/// Why the VM could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// Not in this state.
+    #[error(transparent)]
+    State(#[from] Denied),
+    /// The machine could not.
+    #[error(transparent)]
+    Machine(#[from] RunError),
+}
+
+impl Vmm {
+    /// A monitor for a machine that has not started.
+    pub fn new(machine: Machine, servers: Vec<Server>, reboot: bool) -> Self {
+        Self {
+            state: State::Prelaunch,
+            machine,
+            servers,
+            asked_by: 0,
+            named_fds: BTreeMap::new(),
+            ending: None,
+            reboot,
+        }
+    }
+
+    /// Where the VM is in its life.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// The one door through which the state changes: check, act, store, tell.
+    ///
+    /// # Errors
+    /// When the event makes no sense now, or the machine cannot follow; the state is as before.
+    pub fn apply(&mut self, event: lifecycle::Event) -> Result<(), Refused> {
+        let before = self.state;
+        let after = before.on(event)?;
+        match (before, after) {
+            // Reset is the one event that does something without changing the state.
+            _ if event == lifecycle::Event::Reset => {
+                self.machine.reset()?;
+                if before == State::Running {
+                    self.machine.resume()?;
+                }
+            }
+            (State::Prelaunch | State::Paused, State::Running) => self.machine.resume()?,
+            (State::Running, State::Paused) => self.machine.pause()?,
+            // Still vCPUs are what lets the last events be true.
+            (State::Running, State::Shutdown) => self.machine.pause()?,
+            _ => {}
+        }
+        self.state = after;
+        match (before, after) {
+            (State::Prelaunch | State::Paused, State::Running) => self.tell(&Event::Resume {}),
+            (State::Running, State::Paused) => self.tell(&Event::Stop {}),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Tell every client.
+    pub fn tell(&mut self, event: &Event) {
+        self.servers.iter_mut().for_each(|server| server.broadcast(event));
+    }
+
+    /// End after the request being answered. The first reason counts.
+    pub fn end(&mut self, ending: Ending) {
+        self.ending.get_or_insert(ending);
+    }
+
+    /// Whether to end, and how.
+    pub fn ending(&self) -> Option<Ending> {
+        self.ending
+    }
+
+    /// Something that the machine could not decide by itself.
+    pub fn machine_event(&mut self, event: machine::Event) {
+        use machine::{Event as M, PowerEvent as P, Stopped as S};
+        let guest = |reason, status| Ending { guest: true, reason, status };
+        match event {
+            M::Power(P::Reset) | M::Vcpu(_, S::TripleFault) => self.guest_reset(),
+            M::Power(P::Shutdown) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
+            M::Power(P::Panicked) => {
+                let action = qmp::schema::GuestPanicAction::Poweroff;
+                self.tell(&Event::GuestPanicked { action });
+                self.end(guest(ShutdownCause::GuestPanic, 1));
+            }
+            M::Vcpu(index, S::Failed) => {
+                log::error!("vCPU {index} has stopped for good");
+                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+            }
+            M::Escape => {
+                self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
+            }
+            M::DiskError { id, write, error } => self.tell(&disk_error(id, write, &error)),
+        }
+    }
+
+    fn guest_reset(&mut self) {
+        let reason = ShutdownCause::GuestReset;
+        if !self.reboot {
+            return self.end(Ending { guest: true, reason, status: 0 });
+        }
+        match self.apply(lifecycle::Event::Reset) {
+            Ok(()) => self.tell(&Event::Reset { guest: true, reason }),
+            Err(e) => {
+                log::error!("cannot reset the machine: {}", Error::generic(&e));
+                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+            }
+        }
+    }
+
+    /// The last words: SHUTDOWN to every client, delivered before the sockets close.
+    pub fn shut_down(mut self, ending: Ending) {
+        if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
+            log::warn!("{e}");
+        }
+        self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
+        for server in self.servers.drain(..) {
+            server.shutdown(std::time::Duration::from_secs(1));
+        }
+    }
+}
+
+fn disk_error(id: String, write: bool, error: &std::io::Error) -> Event {
+    use qmp::schema::{BlockErrorAction, IoOperationType};
+    let full = error.kind() == std::io::ErrorKind::StorageFull;
+    Event::BlockIoError {
+        node_name: Some(id.clone()),
+        device: id,
+        operation: if write { IoOperationType::Write } else { IoOperationType::Read },
+        action: BlockErrorAction::Report,
+        nospace: Some(full),
+        reason: error.to_string(),
+    }
+}
+
+impl Host for Vmm {
+    type When = States;
+
+    fn admit(&self, name: &str, when: States) -> Result<(), Error> {
+        if when.contains(self.state) {
+            return Ok(());
+        }
+        let desc = format!("{name} is not possible while the VM is {:?}", self.state);
+        Err(Error::new(ErrorClass::GenericError, desc))
+    }
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        Self::generic(&refused)
+    }
+}
