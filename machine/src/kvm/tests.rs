@@ -27,9 +27,12 @@ impl BusDevice for Port {
     }
 }
 
+/// Offset and bytes of each write.
+type Writes = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
+
 /// Remembers what was written to the register window.
 #[derive(Default)]
-struct Trap(Arc<Mutex<Vec<(u64, Vec<u8>)>>>);
+struct Trap(Writes);
 impl BusDevice for Trap {
     fn read(&mut self, offset: u64, _: &mut [u8]) {
         panic!("a read at {offset:#x} left the guest");
