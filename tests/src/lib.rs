@@ -2,7 +2,6 @@
 //! it, looks inside the guest.
 pub mod agent;
 pub mod archive;
-pub mod client;
 pub mod debian;
 pub mod guest;
 pub mod host;
