@@ -65,7 +65,7 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     for line in io::stdin().lock().lines() {
         let request: Request = serde_json::from_str(&line?).context("cannot read what to run")?;
         let error = match stories.iter().find(|(name, _)| *name == request.run) {
-            Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:?}")),
+            Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:#}")),
             None => Some("no such story".to_owned()),
         };
         answer(&Answer::Done(error))?;

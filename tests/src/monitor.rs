@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
 use anyhow::{Context, Result, bail, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
 
-use crate::client::Client;
 use crate::guest::{Kernel, initramfs};
 use crate::paths::Paths;
 
@@ -177,17 +177,14 @@ impl Monitor {
     /// It does not appear in time, or the monitor ends.
     pub fn qmp(&mut self) -> Result<Client> {
         let deadline = Instant::now() + SOON;
-        loop {
-            match Client::connect(&self.socket) {
-                Ok(client) => return Ok(client),
-                Err(error) if Instant::now() > deadline => return Err(error),
-                Err(_) => {}
-            }
+        while !self.socket.exists() {
             if let Some(status) = self.child.try_wait()? {
-                bail!("the monitor ended ({status}):\n{}", self.console.text());
+                bail!("the monitor ended ({status})");
             }
+            ensure!(Instant::now() < deadline, "the control socket does not appear");
             thread::sleep(Duration::from_micros(200));
         }
+        Ok(Client::connect(&self.socket, SOON)?)
     }
 
     /// Waits until the console shows `text`, after what was waited for before. Returns what came
