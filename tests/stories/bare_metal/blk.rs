@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
 use stories::monitor::{Monitor, SOON, Vm};
 
 use crate::counters::{all_is_well, counting, storm};
@@ -43,7 +43,7 @@ fn marked(mut contents: Vec<u8>, mark: u64) -> Result<Vec<u8>> {
 /// gets its answer. Gives what the guest printed.
 fn done(stage: &Stage, monitor: &mut Monitor) -> Result<String> {
     let over = AtomicBool::new(false);
-    let mut asking = Client::connect(&stage.socket())?;
+    let mut asking = Client::connect(&stage.socket(), SOON)?;
     thread::scope(|scope| {
         let asker = scope.spawn(|| -> Result<()> {
             while !over.load(Ordering::Relaxed) {
@@ -68,7 +68,7 @@ fn reads_writes_flushes_and_interrupts() -> Result<()> {
     ensure!(shown.contains("the serial number is vda\n"), "{shown}");
     ensure!(fs::read(&image)? == marked(contents, 0xfeed_0000_0000_0000)?, "the image differs");
 
-    let stats = qmp.execute("query-blockstats", Value::Null)?;
+    let stats = qmp.execute_raw("query-blockstats", json!({}))?;
     let stat = |name: &str| stats.pointer(&format!("/0/stats/{name}")).and_then(Value::as_u64);
     ensure!(stat("wr_bytes") == Some(512) && stat("wr_operations") == Some(1), "{stats}");
     ensure!(stat("flush_operations") == Some(1), "{stats}");
@@ -129,7 +129,7 @@ fn reset_with_requests_in_flight() -> Result<()> {
     let before = descriptors(&monitor)?;
     for _ in 0..30 {
         simple(&mut qmp, "system_reset")?;
-        ensure!(qmp.wait_event("RESET", SOON)?.get("guest") == Some(&json!(false)));
+        ensure!(qmp.wait_event("RESET", SOON)?.data.get("guest") == Some(&json!(false)));
         monitor.wait_for("capacity 800\n", SOON)?;
         rounds.wait_past(&[0])?;
     }

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use stories::client::Client;
+use qmp::client::Client;
 use stories::monitor::{Monitor, SOON, Vm};
 
 use crate::stage::{Stage, cont, quits, status, stop};

@@ -5,8 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
 use stories::monitor::{Monitor, SOON};
 
 use crate::stage::{Stage, descriptors, quits, simple};
@@ -51,22 +51,22 @@ fn expect(monitor: &mut Monitor, text: &str) -> Result<()> {
 
 fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
     let backend = json!({ "node-name": id, "file": { "driver": "file", "filename": image }, "cache": { "direct": true }, "read-only": false });
-    ensure!(qmp.execute("blockdev-add", backend)? == json!({}));
+    ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
     let device = json!({ "id": id, "driver": "virtio-blk-mmio", "addr": addr });
-    ensure!(qmp.execute("device_add", device)? == json!({}));
+    ensure!(qmp.execute_raw("device_add", device)? == json!({}));
     Ok(())
 }
 
 fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
-    ensure!(qmp.execute("device_del", json!({ "id": id }))? == json!({}));
-    let data = qmp.wait_event("DEVICE_DELETED", SOON)?;
+    ensure!(qmp.execute_raw("device_del", json!({ "id": id }))? == json!({}));
+    let data = qmp.wait_event("DEVICE_DELETED", SOON)?.data;
     ensure!(data == json!({ "device": id, "path": id }), "{data}");
     Ok(())
 }
 
 /// The command fails and says that.
 fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) -> Result<()> {
-    let error = match qmp.execute(command, arguments) {
+    let error = match qmp.execute_raw(command, arguments) {
         Ok(returned) => anyhow::bail!("{command} returned {returned}"),
         Err(error) => error.to_string(),
     };
@@ -157,7 +157,7 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
         let number = u64::try_from(slot)?;
         expect(&mut monitor, &found(slot, 0x10 + number, 64 + number))?;
     }
-    let disks = qmp.execute("query-block", Value::Null)?;
+    let disks = qmp.execute_raw("query-block", json!({}))?;
     ensure!(disks.as_array().is_some_and(|disks| disks.len() == 8), "{disks}");
 
     // What makes no sense is refused, and nothing changes.
@@ -177,7 +177,7 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
     let spare = marked(&stage, "spare", 0x99, 64)?;
     let backend =
         json!({ "node-name": "drive-x", "file": { "driver": "file", "filename": spare } });
-    ensure!(qmp.execute("blockdev-add", backend)? == json!({}));
+    ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
     for (driver, addr, says) in [
         ("virtio-blk-mmio", "0", "The slot 0 is occupied already"),
         ("virtio-blk-mmio", "8", "A maximum of 8 block"),
@@ -187,7 +187,7 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
         refused(&mut qmp, "device_add", add("drive-x", driver, addr), says)?;
     }
     refused(&mut qmp, "device_del", json!({ "id": "drive-x" }), "Device drive-x not found")?;
-    ensure!(qmp.execute("blockdev-del", json!({ "node-name": "drive-x" }))? == json!({}));
+    ensure!(qmp.execute_raw("blockdev-del", json!({ "node-name": "drive-x" }))? == json!({}));
     refused(&mut qmp, "blockdev-del", json!({ "node-name": "drive-0" }), "drive-0")?;
     ensure!(monitor.unseen().is_empty(), "the guest noticed '{}'", monitor.unseen());
 
@@ -248,7 +248,7 @@ fn a_disk_that_grows() -> Result<()> {
     plug(&mut qmp, "drive", &image, "0")?;
     expect(&mut monitor, &found(0, 7, 64))?;
     let size = json!({ "device": "drive", "size": 128 * 512 });
-    ensure!(qmp.execute("block_resize", size)? == json!({}));
+    ensure!(qmp.execute_raw("block_resize", size)? == json!({}));
     let grown = "disk 0 has 80 sectors sector 3 begins with 700000003 sector 7f begins with 0\n";
     expect(&mut monitor, grown)?;
     ensure!(fs::metadata(&image)?.len() == 128 * 512);
@@ -283,10 +283,10 @@ fn nics_come_up_with_their_address_and_go_down() -> Result<()> {
     for (slot, mac) in macs.iter().enumerate() {
         let id = format!("net-{slot}");
         let backend = json!({ "id": id, "ifname": format!("tap{slot}") });
-        ensure!(qmp.execute("netdev_add", backend.clone())? == json!({}));
+        ensure!(qmp.execute_raw("netdev_add", backend.clone())? == json!({}));
         refused(&mut qmp, "netdev_add", backend, &id)?;
         let device = json!({ "id": id, "driver": "virtio-net-mmio", "addr": format!("{slot:#x}"), "mac": mac });
-        ensure!(qmp.execute("device_add", device)? == json!({}));
+        ensure!(qmp.execute_raw("device_add", device)? == json!({}));
         expect(&mut monitor, &format!("nic {slot} is up {}\n", mac.replace(':', "")))?;
     }
     let missing = json!({ "id": "net-2", "ifname": "tap2" });
@@ -297,7 +297,9 @@ fn nics_come_up_with_their_address_and_go_down() -> Result<()> {
         ensure!(shown.starts_with(&format!("nic {slot} is down")), "{shown}");
     }
     // The tap is free again.
-    ensure!(qmp.execute("netdev_add", json!({ "id": "other", "ifname": "tap0" }))? == json!({}));
-    ensure!(qmp.execute("netdev_del", json!({ "id": "other" }))? == json!({}));
+    ensure!(
+        qmp.execute_raw("netdev_add", json!({ "id": "other", "ifname": "tap0" }))? == json!({})
+    );
+    ensure!(qmp.execute_raw("netdev_del", json!({ "id": "other" }))? == json!({}));
     quits(&stage, &mut monitor, &mut qmp)
 }

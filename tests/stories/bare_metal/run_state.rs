@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
 use stories::monitor::SOON;
 
 use crate::counters::{all_is_well, counting, storm};
@@ -57,36 +57,38 @@ fn two_clients_see_the_same_life() -> Result<()> {
     let stage = Stage::new("two")?;
     let (mut monitor, mut first, counters) =
         counting(&stage, stage.vm("count", "registers 1")?, 1)?;
-    let mut second = Client::connect(&stage.socket())?;
+    let mut second = Client::connect(&stage.socket(), SOON)?;
     for _ in 0..20 {
         stop(&mut first)?;
-        ensure!(second.wait_event("STOP", SOON)? == json!({}));
+        ensure!(second.wait_event("STOP", SOON)?.data == json!({}));
         ensure!(status(&mut second)? == "paused");
         // Doing it again is no event.
-        ensure!(second.execute("stop", Value::Null)? == json!({}));
+        ensure!(second.execute_raw("stop", json!({}))? == json!({}));
         cont(&mut second)?;
-        ensure!(first.wait_event("RESUME", SOON)? == json!({}));
-        ensure!(first.execute("cont", Value::Null)? == json!({}));
+        ensure!(first.wait_event("RESUME", SOON)?.data == json!({}));
+        ensure!(first.execute_raw("cont", json!({}))? == json!({}));
     }
     counters.wait_past(&counters.read()?)?;
     // Each at its own pace, at the same time.
     let racer = thread::spawn(move || -> Result<Client> {
         for _ in 0..100 {
-            ensure!(second.execute("stop", Value::Null)? == json!({}));
-            ensure!(second.execute("cont", Value::Null)? == json!({}));
+            ensure!(second.execute_raw("stop", json!({}))? == json!({}));
+            ensure!(second.execute_raw("cont", json!({}))? == json!({}));
         }
         Ok(second)
     });
     for _ in 0..100 {
-        ensure!(first.execute("cont", Value::Null)? == json!({}));
-        ensure!(first.execute("stop", Value::Null)? == json!({}));
+        ensure!(first.execute_raw("cont", json!({}))? == json!({}));
+        ensure!(first.execute_raw("stop", json!({}))? == json!({}));
     }
     let mut second = racer.join().map_err(|_| anyhow::anyhow!("the second client panicked"))??;
-    ensure!(first.execute("cont", Value::Null)? == json!({}));
+    ensure!(first.execute_raw("cont", json!({}))? == json!({}));
     ensure!(status(&mut second)? == "running");
     counters.wait_past(&counters.read()?)?;
     quits(&stage, &mut monitor, &mut first)?;
-    ensure!(second.wait_event("SHUTDOWN", SOON)?.get("reason") == Some(&json!("host-qmp-quit")));
+    ensure!(
+        second.wait_event("SHUTDOWN", SOON)?.data.get("reason") == Some(&json!("host-qmp-quit"))
+    );
     Ok(())
 }
 
@@ -94,8 +96,8 @@ fn two_clients_see_the_same_life() -> Result<()> {
 fn query_cpus_names_the_threads_that_run_the_guest() -> Result<()> {
     let stage = Stage::new("threads")?;
     let (monitor, mut qmp, counters) = counting(&stage, stage.vm("count", "plain 4")?, 4)?;
-    let cpus = qmp.execute("query-cpus", Value::Null)?;
-    let fast = qmp.execute("query-cpus-fast", Value::Null)?;
+    let cpus = qmp.execute_raw("query-cpus", json!({}))?;
+    let fast = qmp.execute_raw("query-cpus-fast", json!({}))?;
     let cpus = cpus.as_array().context("no list")?;
     ensure!(cpus.len() == 4);
     let mut threads = HashSet::new();

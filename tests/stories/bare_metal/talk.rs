@@ -2,12 +2,12 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
 use stories::monitor::{Monitor, SOON};
 
 use crate::stage::{Stage, ends, exists, quits, simple, status};
@@ -151,17 +151,18 @@ fn the_guests_end_tells_every_client() -> Result<()> {
     let mut monitor = vm.start(&stage.paths, &stage.dir)?;
     let mut clients = vec![monitor.qmp()?];
     for _ in 0..20 {
-        clients.push(Client::connect(&stage.socket())?);
+        clients.push(Client::connect(&stage.socket(), SOON)?);
     }
     // One that says nothing and reads nothing, and one that has gone.
     let silent = UnixStream::connect(stage.socket())?;
     drop(UnixStream::connect(stage.socket())?);
-    clients.first_mut().context("no client")?.execute("cont", Value::Null)?;
+    clients.first_mut().context("no client")?.execute_raw("cont", json!({}))?;
     for mut client in clients {
         ensure!(
-            client.wait_event("SHUTDOWN", SOON)?.get("reason") == Some(&json!("guest-shutdown"))
+            client.wait_event("SHUTDOWN", SOON)?.data.get("reason")
+                == Some(&json!("guest-shutdown"))
         );
-        ensure!(client.line(Instant::now() + SOON)?.is_none());
+        client.wait_closed(SOON)?;
     }
     ensure!(monitor.wait_exit()?.code() == Some(0));
     drop(silent);
@@ -181,7 +182,7 @@ fn killed_it_leaves_nothing_that_keeps_the_next_one_from_starting() -> Result<()
     ensure!(fs::symlink_metadata(stage.socket())?.file_type().is_socket(), "no stale socket");
     let mut monitor = vm.start(&stage.paths, &stage.dir)?;
     monitor.wait_for("halts\n", SOON)?;
-    let mut qmp = Client::connect(&stage.socket())?;
+    let mut qmp = Client::connect(&stage.socket(), SOON)?;
     quits(&stage, &mut monitor, &mut qmp)
 }
 
