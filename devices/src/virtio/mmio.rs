@@ -34,6 +34,7 @@ use crate::{
     Device, Memory,
     bus::BusDevice,
     irq::Line,
+    log_limit::log_seldom,
     state::{Section, StateError},
     worker::IoThread,
 };
@@ -88,7 +89,6 @@ pub struct Transport {
     active: bool,
     /// The activation came from a saved state: an interrupt may have been lost on the way.
     interrupt_owed: bool,
-    complained: bool,
 }
 
 /// What the driver has written since the last reset.
@@ -157,7 +157,6 @@ impl Transport {
             config_len: 0,
             active: false,
             interrupt_owed: false,
-            complained: false,
         };
         transport.show_config();
         transport.show_selected();
@@ -324,10 +323,7 @@ impl Transport {
         self.registers.set(INTERRUPT_STATUS, INT_USED);
         self.registers.set(STATUS, DRIVER_OK);
         if let Err(refused) = self.activate(self.thread.clone()) {
-            if !self.complained {
-                log::warn!("{}: driver's set-up refused: {refused}", self.device.id());
-                self.complained = true;
-            }
+            log_seldom!(warn, "{}: driver's set-up refused: {refused}", self.device.id());
             self.interrupt().needs_reset();
         }
     }

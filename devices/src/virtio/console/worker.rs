@@ -12,6 +12,7 @@ use vmm_sys_util::{
 
 use crate::{
     backend::char::{CharSink, CharSource},
+    log_limit::log_seldom,
     virtio::{
         Interrupt,
         chain::{self, Chain, total},
@@ -284,7 +285,7 @@ impl Worker for ConsoleWorker {
     fn ready(&mut self, index: usize) {
         if !self.broken && self.run(index).is_err() {
             self.broken = true;
-            log::error!("{}: the driver has broken a virtqueue", self.id);
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
             self.interrupt.needs_reset();
         }
     }

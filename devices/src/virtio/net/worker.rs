@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     backend::net::{NetBackend, Offloads},
+    log_limit::log_seldom,
     rate_limit::RateLimiter,
     virtio::{
         Interrupt,
@@ -236,7 +237,11 @@ impl<B: NetBackend> NetWorker<B> {
         let offloads = backend.set_offloads(self.offloads);
         let pairs = backend.set_active_queues(self.active_pairs.into());
         if let Err(e) = offloads.and(pairs) {
-            log::error!("{}: cannot set offloads and queues of the back-end: {e}", self.shared.id);
+            log_seldom!(
+                error,
+                "{}: cannot set offloads and queues of the back-end: {e}",
+                self.shared.id
+            );
         }
     }
 
@@ -377,7 +382,7 @@ impl<B: NetBackend> Worker for NetWorker<B> {
         self.drain(source);
         if !self.broken && self.run(source).is_err() {
             self.broken = true;
-            log::error!("{}: the driver has broken a virtqueue", self.shared.id);
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.shared.id);
             self.shared.interrupt.needs_reset();
         }
     }
