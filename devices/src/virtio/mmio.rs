@@ -369,7 +369,9 @@ impl Transport {
     }
 
     /// Show the device's configuration space. A driver that reads it meanwhile finds that the
-    /// generation has changed (section 4.2.2.1), whichever of the two steps it fell between.
+    /// generation has changed (section 4.2.2.1), unless it begins and ends between the two steps:
+    /// it reads memory, so nothing can hold it up. If it is ready it is interrupted afterwards, and
+    /// reads again.
     fn show_config(&mut self) {
         let config = self.device.config();
         let len = config.len().min(PAGE - CONFIG);
