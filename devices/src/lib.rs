@@ -5,6 +5,8 @@
 //! driven through [`worker::IoThread`]) or any protocol.
 pub mod backend;
 pub mod bus;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
 pub mod irq;
 pub mod legacy;
 pub mod rate_limit;

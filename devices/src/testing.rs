@@ -156,7 +156,10 @@ impl DriverQueue {
         let available = descriptors + 16 * u64::from(size);
         let used = (available + 6 + 2 * u64::from(size)).next_multiple_of(4);
         let memory = memory.clone();
-        memory.write_slice(&vec![0; RING_STEP as usize], GuestAddress(descriptors)).unwrap();
+        let end = used + 6 + 8 * u64::from(size);
+        memory
+            .write_slice(&vec![0; (end - descriptors) as usize], GuestAddress(descriptors))
+            .unwrap();
         Self { size, descriptors, available, used, next_descriptor: 0, next_used: 0, memory }
     }
 
@@ -223,6 +226,11 @@ impl DriverQueue {
     /// The used ring's index.
     pub fn used_index(&self) -> u16 {
         u16::from_le(self.memory.read_obj(GuestAddress(self.used + 2)).unwrap())
+    }
+
+    /// Overwrite the used ring's index.
+    pub fn set_used_index(&self, index: u16) {
+        self.memory.write_obj(index.to_le(), GuestAddress(self.used + 2)).unwrap();
     }
 
     /// The next used element not seen yet: head and bytes written.

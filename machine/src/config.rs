@@ -122,7 +122,7 @@ pub struct NicConfig {
     pub id: String,
     /// Where its frames go.
     pub tap: Tap,
-    /// Six bytes; `None`: made up from the id, locally administered.
+    /// Six bytes; `None`: a random one, locally administered.
     pub mac: Option<[u8; 6]>,
     /// Queue pairs, 1 to 16.
     pub queue_pairs: u16,

@@ -107,6 +107,7 @@ impl Client {
                 Err(_) => thread::sleep(RETRY),
             }
         };
+        stream.set_write_timeout(Some(PATIENCE))?;
         #[derive(Deserialize)]
         struct Greeting {
             #[serde(rename = "QMP")]
@@ -318,6 +319,3 @@ fn without_null(value: &mut Value) {
         members.values_mut().for_each(without_null);
     }
 }
-
-#[cfg(test)]
-mod tests;

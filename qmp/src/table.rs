@@ -7,7 +7,7 @@ use crate::{
     Error, ErrorClass, Request,
     decode::decode,
     schema::{
-        Command, Empty, NameInfo, QmpCapabilities, QueryCommands, QueryEvents, QueryQmpSchema,
+        Command, CommandInfo, Empty, QmpCapabilities, QueryCommands, QueryEvents, QueryQmpSchema,
         QueryVersion, VersionInfo,
         describe::{Describer, event_names},
     },
@@ -53,7 +53,7 @@ impl<H: Host + 'static> Table<H> {
                 }
             })
             .row::<QueryCommands>(always, |table, _, _, _| {
-                Ok(Some(table.names().map(|name| NameInfo { name: name.into() }).collect()))
+                Ok(Some(table.names().map(|name| CommandInfo { name: name.into() }).collect()))
             })
             .row::<QueryEvents>(always, |_, _, _, _| Ok(Some(event_names())))
             .row::<QueryVersion>(always, |_, _, _, _| Ok(Some(VersionInfo::own())))

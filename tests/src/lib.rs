@@ -3,7 +3,6 @@
 pub mod agent;
 pub mod archive;
 pub mod bench;
-pub mod client;
 pub mod debian;
 pub mod guest;
 pub mod host;

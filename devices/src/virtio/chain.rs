@@ -6,6 +6,8 @@
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -15,6 +17,8 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 const DESCRIPTOR: u64 = 16;
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
+const NO_INTERRUPT: u16 = 1;
 /// Bytes before the entries of an available ring.
 const RING_HEADER: u64 = 4;
 /// Entries of the longest indirect table accepted; no driver makes one as long.
@@ -219,9 +223,19 @@ fn each_piece(
     done
 }
 
+/// Whether the driver wants an interrupt for the buffers used since this was last asked.
+pub fn needs_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
+    // An unreadable ring is the driver's fault: rather one interrupt too many.
+    let wanted = queue.needs_notification(memory).unwrap_or(true);
+    // virtio-queue knows used_event only, not the flag of drivers without EVENT_IDX.
+    let flags = memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
+    let suppressed = flags.is_ok_and(|flags: u16| u16::from_le(flags) & NO_INTERRUPT != 0);
+    wanted && (queue.event_idx_enabled() || !suppressed)
+}
+
 /// How many chains the driver has made available; `None` when the ring says nonsense.
 pub fn pending(queue: &Queue, memory: &Memory) -> Option<u16> {
-    let avail = queue.avail_idx(memory, std::sync::atomic::Ordering::Acquire).ok()?;
+    let avail = queue.avail_idx(memory, Ordering::Acquire).ok()?;
     let n = avail.0.wrapping_sub(queue.next_avail());
     (n <= queue.size()).then_some(n)
 }

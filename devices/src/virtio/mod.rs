@@ -4,9 +4,12 @@
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod registers;
+mod ring;
+pub mod rng;
 
 use std::{any::Any, sync::Arc};
 
@@ -53,7 +56,8 @@ pub struct Activation {
 /// The transport calls `pause`, `resume` and `reset` of [`Device`]; `reset` stops the worker and
 /// forgets the activation. `save` and `restore` carry what the device itself knows (never the
 /// ring state of an inactive device); for an active one the section includes each queue's
-/// `QueueState`, and the transport activates the device before it restores it.
+/// `QueueState`, and the transport activates the device, pauses it and only then restores it. The
+/// worker does not run in between: it never sees its queues before it knows its place in them.
 pub trait VirtioDevice: Device + Any {
     /// Device type number (virtio 1.3, section 5).
     fn device_type(&self) -> u32;

@@ -238,31 +238,41 @@ pub struct BlockStats {
 
 /// What a disk has done since it was plugged in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[expect(missing_docs, reason = "named by the protocol; times are nanoseconds")]
+#[expect(
+    missing_docs,
+    reason = "named by the protocol; times are nanoseconds; zoned and timed ones stay empty"
+)]
 pub struct BlockDeviceStats {
     pub rd_bytes: u64,
     pub wr_bytes: u64,
+    pub zone_append_bytes: u64,
     pub unmap_bytes: u64,
     pub rd_operations: u64,
     pub wr_operations: u64,
+    pub zone_append_operations: u64,
     pub flush_operations: u64,
     pub unmap_operations: u64,
     pub rd_total_time_ns: u64,
     pub wr_total_time_ns: u64,
+    pub zone_append_total_time_ns: u64,
     pub flush_total_time_ns: u64,
     pub unmap_total_time_ns: u64,
     pub wr_highest_offset: u64,
     pub rd_merged: u64,
     pub wr_merged: u64,
+    pub zone_append_merged: u64,
     pub unmap_merged: u64,
     pub failed_rd_operations: u64,
     pub failed_wr_operations: u64,
+    pub failed_zone_append_operations: u64,
     pub failed_flush_operations: u64,
     pub failed_unmap_operations: u64,
     pub invalid_rd_operations: u64,
     pub invalid_wr_operations: u64,
+    pub invalid_zone_append_operations: u64,
     pub invalid_flush_operations: u64,
     pub invalid_unmap_operations: u64,
     pub account_invalid: bool,
     pub account_failed: bool,
+    pub timed_stats: Vec<Value>,
 }

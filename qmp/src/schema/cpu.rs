@@ -78,7 +78,6 @@ pub struct CpuInfoFast {
 
 /// Architectures of the protocol that this monitor can emulate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "named by the protocol")]
 pub enum SysEmuTarget {
     #[serde(rename = "x86_64")]

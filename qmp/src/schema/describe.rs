@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value};
 
-use super::{Command, Event, NameInfo, SchemaInfo, SchemaMember, SchemaMetaType};
+use super::{Command, Event, EventInfo, SchemaInfo, SchemaMember, SchemaMetaType};
 
 /// Collects entries, each type once.
 pub struct Describer {
@@ -147,9 +147,9 @@ impl Describer {
 }
 
 /// Reply to [`super::QueryEvents`].
-pub fn event_names() -> Vec<NameInfo> {
+pub fn event_names() -> Vec<EventInfo> {
     let schema = SchemaSettings::draft2020_12().into_generator().into_root_schema_for::<Event>();
-    variants(schema.as_value()).map(|(name, _)| NameInfo { name: name.into() }).collect()
+    variants(schema.as_value()).map(|(name, _)| EventInfo { name: name.into() }).collect()
 }
 
 fn info(name: &str, meta_type: SchemaMetaType) -> SchemaInfo {

@@ -64,9 +64,16 @@ pub struct VersionTriple {
     pub major: u32,
 }
 
-/// One item of the reply to [`QueryCommands`] and [`QueryEvents`].
+/// One item of the reply to [`QueryCommands`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct NameInfo {
+pub struct CommandInfo {
+    /// Its name.
+    pub name: String,
+}
+
+/// One item of the reply to [`QueryEvents`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EventInfo {
     /// Its name.
     pub name: String,
 }
@@ -134,7 +141,7 @@ fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<V
 
 /// Reply to [`QueryName`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct VmName {
+pub struct NameInfo {
     /// The name; absent if there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -181,6 +188,8 @@ pub struct MachineInfo {
     pub numa_mem_supported: bool,
     /// Whether it will go away.
     pub deprecated: bool,
+    /// Whether the guest finds ACPI tables.
+    pub acpi: bool,
 }
 
 /// One item of the reply to [`QueryIothreads`].

@@ -33,16 +33,6 @@ const MAX_OUTPUT: usize = 1 << 20;
 /// Most descriptors kept for a client.
 const MAX_FDS: usize = 8;
 
-/// What came of a step.
-pub enum Step {
-    /// A request; the connection waits for [`Connection::answer`].
-    Request(Request, Id),
-    /// Some bytes were used up.
-    Progress,
-    /// Nothing to do until the kernel reports something.
-    Idle,
-}
-
 /// The client is of no more use: it hung up, or does not read.
 #[derive(Debug, thiserror::Error)]
 pub enum Gone {
@@ -122,18 +112,16 @@ impl Connection {
         !self.output.is_empty()
     }
 
-    /// A bounded piece of work: at most one receive and one request.
-    pub fn step(&mut self) -> Result<Step, Gone> {
-        if !self.has_work() {
-            return Ok(Step::Idle);
-        }
-        if self.used == self.chunk.len() && !self.receive()? {
-            return Ok(Step::Idle);
+    /// A bounded piece of work: at most one receive and one request, which then waits for
+    /// [`Connection::answer`].
+    pub fn step(&mut self) -> Result<Option<(Request, Id)>, Gone> {
+        if !self.has_work() || (self.used == self.chunk.len() && !self.receive()?) {
+            return Ok(None);
         }
         let (used, item) = self.splitter.read(self.chunk.get(self.used..).unwrap_or_default());
         self.used += used;
         let (request, id) = match item {
-            None => return Ok(Step::Progress),
+            None => return Ok(None),
             Some(Item::Malformed(wrong)) => (Err(Error::text(wrong)), None),
             Some(Item::Object(text, begin)) => {
                 // What came before this request began was for an earlier one that did not want it.
@@ -144,11 +132,11 @@ impl Connection {
         match request {
             Ok(request) => {
                 self.busy = true;
-                Ok(Step::Request(request, id))
+                Ok(Some((request, id)))
             }
             Err(error) => {
                 self.queue(&answer(Err(error), &id))?;
-                Ok(Step::Progress)
+                Ok(None)
             }
         }
     }
@@ -156,18 +144,21 @@ impl Connection {
     /// Whether bytes came.
     fn receive(&mut self) -> Result<bool, Gone> {
         self.chunk.resize(CHUNK, 0);
+        self.used = CHUNK;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let slices = &mut [IoSliceMut::new(&mut self.chunk)];
         let length = match recvmsg(&self.fd, slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
             Ok(message) => message.bytes,
-            Err(Errno::AGAIN | Errno::INTR) => {
+            Err(Errno::INTR) => return Ok(false),
+            Err(Errno::AGAIN) => {
                 self.readable = false;
-                0
+                return Ok(false);
             }
+            Err(Errno::CONNRESET) => return Err(Gone::HungUp),
             Err(e) => return Err(e.into()),
         };
-        self.ended |= length == 0 && self.readable;
+        self.ended |= length == 0;
         self.chunk.truncate(length);
         self.used = 0;
         self.received = self.received.saturating_add(length as u64);

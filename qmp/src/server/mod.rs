@@ -19,6 +19,7 @@ pub use bind::BindError;
 
 use std::{
     collections::VecDeque,
+    fmt::Display,
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     time::{Duration, Instant},
@@ -40,7 +41,7 @@ use crate::{
     schema::{Event, Timestamp, VersionInfo},
 };
 use bind::SocketFile;
-use connection::{Connection, Gone, Step};
+use connection::{Connection, Gone};
 
 /// Pieces of work in one round of [`Server::next_request`].
 const ROUND: usize = 64;
@@ -63,6 +64,12 @@ impl Ticket {
     /// Who asks.
     pub fn client(&self) -> ClientId {
         self.client
+    }
+
+    /// One that belongs to nobody.
+    #[cfg(test)]
+    pub(crate) fn for_test() -> Self {
+        Self { client: ClientId { slot: 0, serial: 0 }, id: None }
     }
 }
 
@@ -151,9 +158,8 @@ impl Server {
             let mut request = None;
             self.with(slot, |connection| {
                 connection.queued = false;
-                if let Step::Request(r, id) = connection.step()? {
-                    request = Some((r, Ticket { client: connection.id, id }));
-                }
+                let client = connection.id;
+                request = connection.step()?.map(|(r, id)| (r, Ticket { client, id }));
                 Ok(())
             });
             if request.is_some() {
@@ -253,24 +259,31 @@ impl Server {
         self.acceptable |= self.starved;
     }
 
+    /// Lets whoever waits to be accepted wait on.
+    fn starve(&mut self, why: &dyn Display) -> bool {
+        if !self.starved {
+            log::warn!("QMP clients have to wait: {why}");
+        }
+        self.starved = true;
+        false
+    }
+
     /// Takes one client in; whether another may be waiting.
     fn accept(&mut self) -> bool {
         let free = self.connections.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.connections.len());
-        self.starved = slot >= self.most;
-        if self.starved {
-            return false;
+        if slot >= self.most {
+            return self.starve(&"there are too many of them");
         }
         let fd = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(fd) => fd,
             Err(Errno::INTR | Errno::CONNABORTED) => return true,
-            Err(Errno::AGAIN) => return false,
-            // Descriptors or memory are short. Trying again at once would spin: see `ready`.
-            Err(e) => {
-                log::warn!("a QMP client has to wait: {e}");
-                self.starved = true;
+            Err(Errno::AGAIN) => {
+                self.starved = false;
                 return false;
             }
+            // Trying again at once would spin: see `ready`.
+            Err(e) => return self.starve(&e),
         };
         self.last_serial += 1;
         let connection = Connection::new(ClientId { slot, serial: self.last_serial }, fd);

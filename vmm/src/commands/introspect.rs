@@ -106,11 +106,12 @@ pub fn query_machines(_: &mut Vmm, _: QueryMachines) -> Result<Vec<MachineInfo>,
         hotpluggable_cpus: false,
         numa_mem_supported: false,
         deprecated: false,
+        acpi: true,
     }])
 }
 
-pub fn query_name(vmm: &mut Vmm, _: QueryName) -> Result<VmName, Error> {
-    Ok(VmName { name: Some(vmm.machine.config().name.clone()) })
+pub fn query_name(vmm: &mut Vmm, _: QueryName) -> Result<NameInfo, Error> {
+    Ok(NameInfo { name: Some(vmm.machine.config().name.clone()) })
 }
 
 pub fn query_target(_: &mut Vmm, _: QueryTarget) -> Result<TargetInfo, Error> {

@@ -119,6 +119,16 @@ impl CharSink {
         state.watch(&self.epoll);
     }
 
+    /// How many bytes [`CharSink::send`] would pass on or keep; what goes nowhere always has room.
+    /// More room is announced by the source's descriptor.
+    pub fn room(&self) -> usize {
+        let state = self.state.lock();
+        match &state.output {
+            Some(_) => BACKLOG.saturating_sub(state.backlog.len()),
+            None => usize::MAX,
+        }
+    }
+
     /// Bytes dropped because nobody took them.
     pub fn dropped(&self) -> u64 {
         self.state.lock().dropped

@@ -15,6 +15,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use self::sys::{FileSystem, Lock};
 pub use engine::{Engine, Op, Outcome};
 
 /// Bytes of a sector, the unit of every address on a virtio disk.
@@ -92,6 +93,8 @@ pub struct Disk {
     file: File,
     direct: Option<Direct>,
     device: bool,
+    /// Reads and writes never wait for a medium (but cannot be asked to promise it).
+    in_memory: bool,
     readonly: bool,
     discard: bool,
     io_uring: bool,
@@ -115,7 +118,8 @@ impl Disk {
         let failed = |source| open_error(path, readonly, source);
         let found = file.metadata().map_err(failed)?;
         check_kind(path, &found)?;
-        if sys::is_procfs(&file) {
+        let file_system = sys::file_system(&file);
+        if file_system == FileSystem::Proc {
             return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
         }
         lock(path, &file, readonly)?;
@@ -141,6 +145,7 @@ impl Disk {
             file,
             direct,
             device,
+            in_memory: !device && file_system == FileSystem::Memory,
             readonly,
             discard: discard && !readonly,
             io_uring,
@@ -206,6 +211,13 @@ impl Disk {
     }
 }
 
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Closing is not enough while a child that is just being started has the descriptor too.
+        let _ = sys::lock(&self.file, Lock::Release);
+    }
+}
+
 fn open(path: &Path, readonly: bool, flags: i32) -> io::Result<File> {
     // O_NONBLOCK in case it has become a FIFO since it was looked at.
     let file = File::options()
@@ -255,7 +267,7 @@ fn check_kind(path: &Path, found: &Metadata) -> Result<(), DiskError> {
 /// One writer, or any number of readers. The lock belongs to the open file, so it goes with it,
 /// however the process ends.
 fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
-    match sys::lock(file, !readonly) {
+    match sys::lock(file, if readonly { Lock::Shared } else { Lock::Exclusive }) {
         Ok(()) => Ok(()),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
             Err(DiskError::InUse { path: path.into() })

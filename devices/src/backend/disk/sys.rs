@@ -31,20 +31,50 @@ pub fn clear_nonblock(file: &File) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
 }
 
-/// Whether the file is one that the kernel makes up.
-pub fn is_procfs(file: &File) -> bool {
+/// What kind of file system a file is on, as far as it matters to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileSystem {
+    /// procfs: the kernel makes its files up.
+    Proc,
+    /// tmpfs: nothing ever waits for a medium.
+    Memory,
+    /// Any other.
+    Other,
+}
+
+/// The kind of file system that `file` is on.
+pub fn file_system(file: &File) -> FileSystem {
     // SAFETY: all-zero bytes are a valid statfs.
     let mut found: libc::statfs = unsafe { mem::zeroed() };
     // SAFETY: `found` outlives the call, which writes nothing else.
-    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut found) };
-    result == 0 && found.f_type == libc::PROC_SUPER_MAGIC
+    match unsafe { libc::fstatfs(file.as_raw_fd(), &mut found) } {
+        0 if found.f_type == libc::PROC_SUPER_MAGIC => FileSystem::Proc,
+        0 if found.f_type == libc::TMPFS_MAGIC => FileSystem::Memory,
+        _ => FileSystem::Other,
+    }
 }
 
-/// Lock the whole file for writing, or for reading, without waiting.
-pub fn lock(file: &File, exclusive: bool) -> io::Result<()> {
+/// What to do with the lock on a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lock {
+    /// Keep everybody else out.
+    Exclusive,
+    /// Keep writers out.
+    Shared,
+    /// Let go.
+    Release,
+}
+
+/// Lock the whole file without waiting, or let go of it.
+pub fn lock(file: &File, how: Lock) -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid flock: the whole file, process id 0 as OFD locks ask.
     let mut whole: libc::flock = unsafe { mem::zeroed() };
-    whole.l_type = (if exclusive { libc::F_WRLCK } else { libc::F_RDLCK }) as libc::c_short;
+    let kind = match how {
+        Lock::Exclusive => libc::F_WRLCK,
+        Lock::Shared => libc::F_RDLCK,
+        Lock::Release => libc::F_UNLCK,
+    };
+    whole.l_type = kind as libc::c_short;
     whole.l_whence = libc::SEEK_SET as libc::c_short;
     // SAFETY: `whole` outlives the call, which only reads it.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &whole) }).map(drop)

@@ -2,15 +2,19 @@
 #![expect(unsafe_code)]
 //! Tap devices.
 use std::{
-    ffi::CString,
     fs::OpenOptions,
     io::{self, Read},
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
     },
 };
 
+use rustix::{
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    io::{FdFlags, fcntl_setfd},
+    net::{AddressFamily, SocketFlags, SocketType, netdevice::name_to_index, socket_with},
+};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
@@ -100,11 +104,12 @@ impl Tap {
     pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
         let valid = (1..=15).contains(&name.len())
             && !name.bytes().any(|b| b == 0 || b == b'/' || b.is_ascii_whitespace());
-        let c_name = CString::new(name).ok().filter(|_| valid);
-        let c_name = c_name.ok_or_else(|| TapError::Name(name.into()))?;
+        if !valid {
+            return Err(TapError::Name(name.into()));
+        }
         let missing = || TapError::Missing { name: name.into(), queues };
         // TUNSETIFF would make a tap that does not exist, so look first and compare afterwards.
-        let index = interface_index(&c_name).ok_or_else(missing)?;
+        let index = interface_index(name).ok_or_else(missing)?;
 
         let mut flags = if queues > 1 { TAP | libc::IFF_MULTI_QUEUE } else { TAP };
         let first = match attach(name, flags) {
@@ -122,7 +127,7 @@ impl Tap {
         };
         let mut files = Vec::with_capacity(queues);
         files.push(first.map_err(|e| e.explain(name, queues))?);
-        if interface_index(&c_name) != Some(index) {
+        if interface_index(name) != Some(index) {
             return Err(missing());
         }
         while files.len() < queues {
@@ -143,7 +148,8 @@ impl Tap {
         let mut name: Option<String> = None;
         let mut header = true;
         for fd in &fds {
-            let fd = fd.as_raw_fd();
+            let handle = fd;
+            let fd = handle.as_raw_fd();
             let request = get_interface(fd).map_err(|source| TapError::NotTapFd { fd, source })?;
             let this = interface_name(&request);
             let flags = request_flags(&request);
@@ -158,7 +164,7 @@ impl Tap {
                 return Err(mode("belongs to another interface than the first descriptor"));
             }
             header &= flags & libc::IFF_VNET_HDR != 0;
-            make_non_blocking(fd).map_err(|source| TapError::NotTapFd { fd, source })?;
+            make_non_blocking(handle).map_err(|source| TapError::NotTapFd { fd, source })?;
         }
         let name = name.ok_or(TapError::NoDescriptor)?;
         Self::set_up(name, fds.into_iter().map(std::fs::File::from).collect(), header)
@@ -365,19 +371,14 @@ fn request_flags(request: &libc::ifreq) -> i32 {
     i32::from(unsafe { request.ifr_ifru.ifru_flags } as u16)
 }
 
-fn interface_index(name: &CString) -> Option<u32> {
-    // SAFETY: a string that ends in NUL.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-    (index != 0).then_some(index)
+/// The number that tells an interface from a later one of the same name.
+fn interface_index(name: &str) -> Option<u32> {
+    let flags = SocketFlags::CLOEXEC;
+    let any = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None).ok()?;
+    name_to_index(any, name).ok()
 }
 
-fn make_non_blocking(fd: RawFd) -> io::Result<()> {
-    // SAFETY: these commands of fcntl touch no memory.
-    let set = unsafe {
-        let flags = libc::fcntl(fd, libc::F_GETFL);
-        flags != -1
-            && libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) != -1
-            && libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) != -1
-    };
-    if set { Ok(()) } else { Err(io::Error::last_os_error()) }
+fn make_non_blocking(fd: impl AsFd) -> io::Result<()> {
+    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    Ok(fcntl_setfd(&fd, FdFlags::CLOEXEC)?)
 }

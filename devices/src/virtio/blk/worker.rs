@@ -46,8 +46,6 @@ pub(super) const SERIAL: usize = 20;
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
-const NO_INTERRUPT: u16 = 1;
 
 /// One queue.
 pub(super) struct Lane {
@@ -375,7 +373,7 @@ impl BlockWorker {
         let mut wanted = false;
         for lane in &mut self.lanes {
             if std::mem::take(&mut lane.unsignalled) {
-                wanted |= wants_interrupt(&mut lane.queue, &self.memory);
+                wanted |= chain::needs_interrupt(&mut lane.queue, &self.memory);
             }
         }
         if wanted {
@@ -441,11 +439,13 @@ impl Worker for BlockWorker {
 }
 
 /// How long to wait for the next request before sleeping. It grows while requests come soon after
-/// the last one was served, and drops to nothing when they do not (as KVM does for a halted vCPU).
+/// the last one was served, and drops to nothing when they do not (as KVM does for a halted vCPU),
+/// or when somebody else needs the CPU, perhaps the very guest that is waited for.
 #[derive(Default)]
 struct Spin {
     window: Duration,
     idle_since: Option<Instant>,
+    rest_until: Option<Instant>,
 }
 
 impl Spin {
@@ -454,39 +454,43 @@ impl Spin {
     /// A notification this soon says that a longer window would have caught the request. It is
     /// more than the window's maximum by what the notification itself and the wake-up take.
     const SOON: Duration = Duration::from_micros(100);
+    /// A turn of the loop that took this long was interrupted by another thread.
+    const STOLEN: Duration = Duration::from_micros(20);
+    /// No waiting for so long after that.
+    const REST: Duration = Duration::from_millis(10);
 
     /// The driver had to notify.
     fn woken(&mut self) {
-        if let Some(since) = self.idle_since.take() {
-            self.window = if since.elapsed() <= Self::SOON {
-                (self.window * 2).clamp(Self::FIRST, Self::MAX)
-            } else {
-                Duration::ZERO
-            };
-        }
+        let Some(since) = self.idle_since.take() else { return };
+        let now = Instant::now();
+        let resting = self.rest_until.is_some_and(|until| now < until);
+        self.window = if !resting && now.duration_since(since) <= Self::SOON {
+            (self.window * 2).clamp(Self::FIRST, Self::MAX)
+        } else {
+            Duration::ZERO
+        };
     }
 
     /// Wait for a request; whether one has come.
     fn wait(&mut self, queue: &Queue, memory: &Memory) -> bool {
         let begin = Instant::now();
         self.idle_since = Some(begin);
-        while begin.elapsed() < self.window {
+        let mut last = begin;
+        while last.duration_since(begin) < self.window {
             if chain::pending(queue, memory) != Some(0) {
                 self.idle_since = None;
                 return true;
             }
             hint::spin_loop();
+            let now = Instant::now();
+            if now.duration_since(last) > Self::STOLEN {
+                self.window = Duration::ZERO;
+                self.rest_until = Some(now + Self::REST);
+            }
+            last = now;
         }
         false
     }
-}
-
-fn wants_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
-    let wanted = queue.needs_notification(memory).unwrap_or(true);
-    // virtio-queue knows used_event only, not the flag that drivers without EVENT_IDX set.
-    let avail = GuestAddress(queue.avail_ring());
-    let flags = || memory.load(avail, Ordering::Relaxed).map_or(0, u16::from_le);
-    wanted && (queue.event_idx_enabled() || flags() & NO_INTERRUPT == 0)
 }
 
 fn unsupported(e: &std::io::Error) -> bool {

@@ -294,3 +294,17 @@ fn a_driver_that_publishes_while_we_look_breaks_nothing() {
     }
     publisher.join().unwrap();
 }
+
+#[test]
+fn interrupts_follow_the_drivers_wish() {
+    let mut b = bench();
+    assert!(needs_interrupt(&mut b.queue, &b.memory));
+    b.memory.write_obj(NO_INTERRUPT, GuestAddress(b.driver.available)).unwrap();
+    assert!(!needs_interrupt(&mut b.queue, &b.memory));
+    b.queue.set_event_idx(true);
+    b.driver.set_used_event(2);
+    for expected in [false, false, true, false] {
+        b.queue.add_used(&b.memory, 0, 0).unwrap();
+        assert_eq!(needs_interrupt(&mut b.queue, &b.memory), expected);
+    }
+}

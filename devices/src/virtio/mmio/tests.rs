@@ -345,8 +345,8 @@ fn queue_registers_are_closed_while_the_device_runs() {
     assert_eq!(g.load(QUEUE_READY), 0, "not before FEATURES_OK");
     g.start(0);
     let before = g.transport.driver.clone();
-    for offset in (QUEUE_SIZE..0xfc).step_by(4).filter(|at| ![0x50, 0x64, 0x70].contains(at)) {
-        for value in [0, 1, 3, u32::MAX] {
+    for value in [0, 1, 3, u32::MAX] {
+        for offset in (QUEUE_SIZE..0xfc).step_by(4).filter(|at| ![0x50, 0x64, 0x70].contains(at)) {
             g.store(QUEUE_SEL, 0);
             g.store(offset, value);
         }

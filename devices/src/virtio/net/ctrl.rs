@@ -4,8 +4,10 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 
-use super::ring::{Broken, Popped, Ring};
-use crate::virtio::chain::{self, Chain};
+use crate::virtio::{
+    chain::{self, Chain},
+    ring::{Broken, Popped, Ring},
+};
 
 /// What the driver wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,7 +5,6 @@
 //!
 //! A device without a back-end is an empty slot: its link is down until [`Net::plug`].
 mod ctrl;
-mod ring;
 mod rx;
 mod state;
 mod stats;
@@ -27,15 +26,14 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
-use self::{
-    ring::Ring,
-    worker::{NetWorker, Parts},
-};
+use self::worker::{NetWorker, Parts};
 pub use self::{
     state::NetState,
     stats::{Counters, NetStats},
 };
-use super::{ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use super::{
+    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, ring::Ring,
+};
 use crate::{
     Device,
     backend::net::{NetBackend, Offloads, tap::Tap},

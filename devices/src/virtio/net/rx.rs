@@ -9,13 +9,13 @@
 //! cut off; it waits there, and others behind it on the host, until the driver has refilled.
 use std::io;
 
-use super::{
-    ring::{Broken, Popped, Ring},
-    worker::Shared,
-};
+use super::worker::Shared;
 use crate::{
     backend::net::{FRAME_MAX, HEADER, NetBackend, frame::Frame},
-    virtio::chain::{self, Chain},
+    virtio::{
+        chain::{self, Chain},
+        ring::{Broken, Popped, Ring},
+    },
 };
 
 /// Frames after which a driver that sleeps is woken, while there are more: it works on them at
@@ -129,7 +129,7 @@ impl Rx {
                 return Ok(Stop::NoBuffers);
             }
             self.budget -= 1;
-            if self.budget % WAKE == 0 && self.ring.wants_interrupt()? {
+            if self.budget.is_multiple_of(WAKE) && self.ring.wants_interrupt()? {
                 shared.interrupt.used();
             }
         }

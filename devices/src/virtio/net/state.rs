@@ -2,10 +2,11 @@
 //! frames.
 use serde::{Deserialize, Serialize};
 
-use super::{Net, ring::Ring};
+use super::Net;
 use crate::{
     backend::net::NetBackend,
     state::{Snapshot, StateError},
+    virtio::ring::Ring,
 };
 
 /// What the device knows and its configuration does not.

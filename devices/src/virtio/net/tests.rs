@@ -54,7 +54,7 @@ impl Lan {
     }
 
     /// The host sends a frame, and the device looks.
-    fn from_host(&mut self, frame: &[u8]) {
+    fn host_sends(&mut self, frame: &[u8]) {
         self.peers[0].send(frame).unwrap();
         self.guest.thread.settle();
     }
@@ -123,7 +123,7 @@ fn a_frame_from_the_host_lands_in_the_drivers_buffer() {
         let mut lan = Lan::started(features);
         let at = lan.refill(64, 1526)[0];
         let frame = Lan::frame(100, 7);
-        lan.from_host(&frame);
+        lan.host_sends(&frame);
         assert_eq!(lan.used(), [112]);
         let mut expected = frame;
         expected[10] = 1;
@@ -139,8 +139,8 @@ fn a_long_frame_spreads_over_as_many_mergeable_buffers_as_it_needs() {
     let mut lan = Lan::started(MERGEABLE);
     let addresses = lan.refill(100, 1526);
     let frame = Lan::frame(60_000, 3);
-    lan.from_host(&frame);
-    lan.from_host(&Lan::frame(20, 4));
+    lan.host_sends(&frame);
+    lan.host_sends(&Lan::frame(20, 4));
     let used = lan.used();
     assert_eq!(used.len(), 40 + 1);
     assert!(used[..39].iter().all(|&n| n == 1526), "all but the last are full");
@@ -159,7 +159,7 @@ fn frames_wait_on_the_host_while_the_driver_has_no_buffers() {
     for features in [MERGEABLE, MERGEABLE | F_EVENT_IDX] {
         let mut lan = Lan::started(features);
         for n in 0..4 {
-            lan.from_host(&Lan::frame(1000, n));
+            lan.host_sends(&Lan::frame(1000, n));
         }
         assert_eq!(lan.used().len(), 0);
         assert_eq!(lan.switches.calls.load(SeqCst), 0, "nothing is read that has no place");
@@ -178,8 +178,8 @@ fn frames_wait_on_the_host_while_the_driver_has_no_buffers() {
 fn a_long_frame_waits_for_enough_buffers_and_is_not_cut_off() {
     let mut lan = Lan::started(MERGEABLE);
     let mut addresses = lan.refill(5, 1526);
-    lan.from_host(&Lan::frame(9000, 1));
-    lan.from_host(&Lan::frame(10, 2));
+    lan.host_sends(&Lan::frame(9000, 1));
+    lan.host_sends(&Lan::frame(10, 2));
     assert_eq!(lan.used().len(), 0, "6 buffers are needed, 5 are there");
     addresses.extend(lan.refill(2, 1526));
     let used = lan.used();
@@ -284,7 +284,7 @@ fn frames_without_virtio_header_get_one() {
     assert_eq!(offered & WITH_HEADER, 0, "no offloads");
     lan.guest.start(MERGEABLE);
     let at = lan.refill(64, 1526)[0];
-    lan.from_host(&[0xaa; 60]);
+    lan.host_sends(&[0xaa; 60]);
     assert_eq!(lan.used(), [72]);
     assert_eq!(lan.guest.peek(at, 72), [&[0; 10][..], &[1, 0], &[0xaa; 60]].concat());
     lan.send(&Lan::frame(60, 1));
@@ -322,6 +322,26 @@ fn rates_are_limited_in_each_direction() {
 }
 
 #[test]
+fn a_frame_that_waits_for_the_host_is_charged_once_and_goes_on() {
+    let mut lan = Lan::new(NetSettings { pps: Some(20), ..settings(1) }, true);
+    lan.guest.start(0);
+    lan.send(&Lan::frame(60, 0));
+    lan.send(&Lan::frame(60, 1));
+    // The last one that the limit lets through at once is refused by the host, which then says
+    // that it takes more while the limit would not.
+    lan.switches.fault.store(libc::EAGAIN, SeqCst);
+    lan.send(&Lan::frame(60, 2));
+    lan.switches.fault.store(0, SeqCst);
+    lan.send(&Lan::frame(60, 3));
+    let mut done = 0;
+    let thread = lan.guest.thread.clone();
+    thread.until("all frames are dealt with", || {
+        done += lan.tx_done();
+        done == 4
+    });
+}
+
+#[test]
 fn what_was_received_is_marked_dirty() {
     use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
     for buffers in [100, 10] {
@@ -330,7 +350,7 @@ fn what_was_received_is_marked_dirty() {
         let region = lan.guest.memory.find_region(GuestAddress(0)).unwrap();
         let mapping: &vm_memory::MmapRegion<_> = region;
         mapping.bitmap().reset();
-        lan.from_host(&Lan::frame(10_000, 1));
+        lan.host_sends(&Lan::frame(10_000, 1));
         let region = lan.guest.memory.find_region(GuestAddress(0)).unwrap();
         let dirty = |at: u64| region.bitmap().dirty_at(at as usize);
         assert!(addresses[..3].iter().all(|at| dirty(*at)), "three pages were written");

@@ -14,14 +14,16 @@ use vmm_sys_util::{
 use super::{
     NetStats,
     ctrl::{Command, Control},
-    ring::{Broken, Ring},
     rx::Rx,
     tx::Tx,
 };
 use crate::{
     backend::net::{NetBackend, Offloads},
     rate_limit::RateLimiter,
-    virtio::Interrupt,
+    virtio::{
+        Interrupt,
+        ring::{Broken, Ring},
+    },
     worker::Worker,
 };
 

@@ -79,13 +79,13 @@ fn a_malformed_chain_waits_its_turn_behind_good_ones() {
     lan.guest.queues[0].publish(200);
     lan.post(50, 1526);
     lan.guest.kick(RX);
-    lan.from_host(&Lan::frame(1000, 0));
+    lan.host_sends(&Lan::frame(1000, 0));
     assert_eq!(lan.used(), [1012]);
-    lan.from_host(&Lan::frame(5000, 0));
+    lan.host_sends(&Lan::frame(5000, 0));
     assert_eq!((lan.used(), lan.drops().0), (vec![], 1), "it does not fit before the bad one");
-    lan.from_host(&Lan::frame(2000, 0));
+    lan.host_sends(&Lan::frame(2000, 0));
     assert_eq!(lan.used(), [1526, 486, 0], "and now the bad one is through");
-    lan.from_host(&Lan::frame(3000, 0));
+    lan.host_sends(&Lan::frame(3000, 0));
     assert_eq!(lan.used(), [1526, 1486]);
 }
 
@@ -93,9 +93,9 @@ fn a_malformed_chain_waits_its_turn_behind_good_ones() {
 fn buffers_of_one_byte_take_what_they_can() {
     let mut lan = Lan::started(MERGEABLE);
     let addresses = lan.refill(256, 1);
-    lan.from_host(&Lan::frame(300, 0));
+    lan.host_sends(&Lan::frame(300, 0));
     assert_eq!((lan.used(), lan.drops().0), (vec![], 1), "more than a whole ring of them");
-    lan.from_host(&Lan::frame(100, 8));
+    lan.host_sends(&Lan::frame(100, 8));
     let used = lan.used();
     assert_eq!(used, [1; 112]);
     let seen: Vec<u8> = addresses[..112].iter().flat_map(|at| lan.guest.peek(*at, 1)).collect();
@@ -107,9 +107,9 @@ fn buffers_of_one_byte_take_what_they_can() {
 fn a_buffer_too_small_stays_for_a_smaller_frame() {
     let mut lan = Lan::started(0);
     let at = lan.refill(1, 1526)[0];
-    lan.from_host(&Lan::frame(3000, 0));
+    lan.host_sends(&Lan::frame(3000, 0));
     assert_eq!((lan.used(), lan.drops().0), (vec![], 1));
-    lan.from_host(&Lan::frame(1514, 4));
+    lan.host_sends(&Lan::frame(1514, 4));
     assert_eq!(lan.used(), [1526]);
     assert_eq!(lan.guest.peek(at + 12, 1514), Lan::frame(1514, 4)[12..]);
 }
@@ -121,12 +121,12 @@ fn a_broken_ring_costs_the_driver_its_device_until_it_resets() {
         lan.guest.queues[usize::from(queue)].set_available_index(jump);
         lan.guest.kick(queue);
         // The receive ring is followed when a frame comes.
-        lan.from_host(&Lan::frame(60, 0));
+        lan.host_sends(&Lan::frame(60, 0));
         assert!(lan.guest.needs_reset(), "queue {queue}, index {jump}");
         let calls = lan.switches.calls.load(SeqCst);
         for _ in 0..10 {
             lan.guest.kick(queue);
-            lan.from_host(&Lan::frame(60, 0));
+            lan.host_sends(&Lan::frame(60, 0));
         }
         assert_eq!(lan.switches.calls.load(SeqCst), calls, "it is left alone");
         lan.guest.start(CONTROL);
@@ -164,11 +164,11 @@ fn faults_of_the_host_lose_frames_and_nothing_else() {
         let (rx, tx) = lan.drops();
         let calls = lan.switches.calls.load(SeqCst);
         lan.send(&Lan::frame(60, 1));
-        lan.from_host(&Lan::frame(60, 1));
+        lan.host_sends(&Lan::frame(60, 1));
         assert_eq!((lan.tx_done(), lan.drops()), (1, (rx + 1, tx + 1)));
         assert_eq!(lan.switches.calls.load(SeqCst), calls + 2, "no spinning on {fault}");
         lan.switches.fault.store(0, SeqCst);
-        lan.from_host(&Lan::frame(61, 1));
+        lan.host_sends(&Lan::frame(61, 1));
         assert_eq!(lan.used(), [72, 73], "what had waited comes through afterwards");
     }
     assert!(!lan.guest.needs_reset());

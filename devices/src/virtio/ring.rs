@@ -1,4 +1,5 @@
-//! One virtqueue of a network device.
+//! One virtqueue as a worker uses it that has nothing in flight: chains are used in the order in
+//! which they were taken, or put back.
 //!
 //! virtio-queue publishes each used buffer on its own and ignores NO_INTERRUPT. A frame in
 //! mergeable buffers has to appear in the used ring as a whole (a driver that polls would take
@@ -12,29 +13,30 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{
-    Memory,
-    virtio::{
-        ActiveQueue,
-        chain::{Chain, ChainError},
-    },
+use super::{
+    ActiveQueue,
+    chain::{Chain, ChainError},
 };
+use crate::Memory;
 
 const NO_INTERRUPT: u16 = 1;
 
 /// The ring itself cannot be followed any further: the device needs a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Broken;
+pub(crate) struct Broken;
 
 /// What the driver had for us.
-pub(super) enum Popped {
+pub(crate) enum Popped {
+    /// No chain.
     Nothing,
+    /// A chain.
     Chain,
     /// A head whose chain cannot be used.
     Malformed,
 }
 
-pub(super) struct Ring {
+/// A virtqueue of a device whose driver is ready.
+pub(crate) struct Ring {
     index: u16,
     queue: Queue,
     notify: EventFd,
@@ -45,37 +47,47 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(active: ActiveQueue, memory: Memory, indirect: bool) -> Self {
+    /// Go on where the queue stands.
+    pub(crate) fn new(active: ActiveQueue, memory: Memory, indirect: bool) -> Self {
         let ActiveQueue { index, queue, notify } = active;
         let signalled = queue.next_used();
         Self { index, queue, notify, memory, indirect, signalled }
     }
 
     /// Position among the device's queues.
-    pub(super) fn index(&self) -> u16 {
+    pub(crate) fn index(&self) -> u16 {
         self.index
     }
 
-    pub(super) fn size(&self) -> u16 {
+    /// Descriptors.
+    pub(crate) fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    pub(super) fn memory(&self) -> &Memory {
+    /// The memory that it lies in.
+    pub(crate) fn memory(&self) -> &Memory {
         &self.memory
     }
 
     /// The driver's notifications.
-    pub(super) fn fd(&self) -> RawFd {
+    pub(crate) fn fd(&self) -> RawFd {
         self.notify.as_raw_fd()
     }
 
     /// Take the driver's notifications so far.
-    pub(super) fn drain(&self) {
+    pub(crate) fn drain(&self) {
         // WouldBlock: nothing was there, as on adoption.
         let _ = self.notify.read();
     }
 
-    pub(super) fn pop(&mut self, chain: &mut Chain) -> Result<Popped, Broken> {
+    /// Notify ourselves: there is more to do, but others have their turn first.
+    pub(crate) fn come_back(&self) {
+        // Saturated: it is set already.
+        let _ = self.notify.write(1);
+    }
+
+    /// Take the next chain.
+    pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<Popped, Broken> {
         match chain.pop(&mut self.queue, &self.memory, self.indirect) {
             Ok(true) => Ok(Popped::Chain),
             Ok(false) => Ok(Popped::Nothing),
@@ -85,12 +97,12 @@ impl Ring {
     }
 
     /// Put back the last `n` chains taken: they are available again.
-    pub(super) fn unpop(&mut self, n: u16) {
+    pub(crate) fn unpop(&mut self, n: u16) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(n));
     }
 
     /// Write the used entry that is `nth` places ahead of those published.
-    pub(super) fn put_used(&self, nth: u16, head: u16, len: u32) -> Result<(), Broken> {
+    pub(crate) fn put_used(&self, nth: u16, head: u16, len: u32) -> Result<(), Broken> {
         let place = self.queue.next_used().wrapping_add(nth) % self.queue.size().max(1);
         let entry = u64::from(head) | u64::from(len) << 32;
         let at = self.used(4 + 8 * u64::from(place))?;
@@ -98,7 +110,7 @@ impl Ring {
     }
 
     /// Let the driver see the next `n` used entries, all at once.
-    pub(super) fn publish(&mut self, n: u16) -> Result<(), Broken> {
+    pub(crate) fn publish(&mut self, n: u16) -> Result<(), Broken> {
         let next = self.queue.next_used().wrapping_add(n);
         self.queue.set_next_used(next);
         self.memory.store(next.to_le(), self.used(2)?, Ordering::Release).map_err(|_| Broken)
@@ -106,7 +118,7 @@ impl Ring {
 
     /// Whether the driver wants to be interrupted for what was published since it was asked last
     /// (virtio 1.3, section 2.7.7.2).
-    pub(super) fn wants_interrupt(&mut self) -> Result<bool, Broken> {
+    pub(crate) fn wants_interrupt(&mut self) -> Result<bool, Broken> {
         let new = self.queue.next_used();
         let old = std::mem::replace(&mut self.signalled, new);
         if new == old {
@@ -128,22 +140,22 @@ impl Ring {
     }
 
     /// Ask for a notification of the next chain; true if there is one already.
-    pub(super) fn listen(&mut self) -> Result<bool, Broken> {
+    pub(crate) fn listen(&mut self) -> Result<bool, Broken> {
         self.queue.enable_notification(&self.memory).map_err(|_| Broken)
     }
 
     /// No notifications needed for now.
-    pub(super) fn ignore(&mut self) -> Result<(), Broken> {
+    pub(crate) fn ignore(&mut self) -> Result<(), Broken> {
         self.queue.disable_notification(&self.memory).map_err(|_| Broken)
     }
 
     /// Chains taken and used so far, modulo 2^16. Equal, for nothing stays in flight.
-    pub(super) fn position(&self) -> u16 {
+    pub(crate) fn position(&self) -> u16 {
         self.queue.next_avail()
     }
 
     /// Go on at `position`.
-    pub(super) fn set_position(&mut self, position: u16) {
+    pub(crate) fn set_position(&mut self, position: u16) {
         self.queue.set_next_avail(position);
         self.queue.set_next_used(position);
         self.signalled = position;

@@ -1,0 +1,140 @@
+//! virtio-console with one port (virtio 1.3, section 5.3).
+//!
+//! Output is passed on as fast as the other side takes it and held back in the queue beyond that,
+//! so that a slow reader loses nothing. A reader that takes nothing at all for a second does: Linux
+//! waits for its console with interrupts off, and a guest must not hang on a terminal that somebody
+//! has stopped.
+mod state;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::io;
+
+pub use self::state::ConsoleState;
+use self::worker::{ConsoleWorker, Parts};
+use super::{
+    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, ring::Ring,
+};
+use crate::{
+    Device,
+    backend::char::{Char, CharSink, CharSource},
+    state::{Section, StateError},
+    worker::Home,
+};
+
+const DEVICE_TYPE: u32 = 3;
+/// `VIRTIO_CONSOLE_F_EMERG_WRITE`.
+const F_EMERGENCY_WRITE: u64 = 1 << 2;
+const QUEUE_SIZE: u16 = 256;
+const RX: u16 = 0;
+const TX: u16 = 1;
+/// Offset of `emerg_wr` in the configuration space.
+const EMERGENCY_WRITE: u64 = 8;
+
+/// A console.
+pub struct Console {
+    id: String,
+    name: String,
+    sink: CharSink,
+    /// With the worker while there is one.
+    source: Option<CharSource>,
+    home: Home<ConsoleWorker>,
+}
+
+impl Console {
+    /// A console that leads to `char`.
+    pub fn new(id: impl Into<String>, char: Char) -> Self {
+        let Char { source, sink, name } = char;
+        Self { id: id.into(), name, sink, source: Some(source), home: Home::Idle }
+    }
+
+    /// What `query-chardev` calls its other end.
+    pub fn chardev(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Device for Console {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        self.home.park();
+    }
+
+    fn resume(&mut self) {
+        if let Err(e) = self.home.unpark() {
+            log::error!("{}: the I/O thread does not take the device back: {e}", self.id);
+        }
+    }
+
+    fn reset(&mut self) {
+        if let Some(worker) = self.home.stop() {
+            self.source = Some(worker.into_source());
+        }
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        F_INDIRECT_DESC | F_EVENT_IDX | F_EMERGENCY_WRITE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 2]
+    }
+
+    /// Section 5.3.4: cols, rows, max_nr_ports (none of them offered), emerg_wr.
+    fn config(&self) -> Vec<u8> {
+        vec![0; 12]
+    }
+
+    /// Section 5.3.4: a byte written to emerg_wr is output, whatever state the driver is in.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (EMERGENCY_WRITE, [byte, ..]) = (offset, data) {
+            self.sink.send(&[*byte]);
+        }
+    }
+
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+        let indirect = with.features & F_INDIRECT_DESC != 0;
+        let mut queues = with.queues;
+        let mut ring = |index: u16| {
+            let at = queues.iter().position(|q: &ActiveQueue| q.index == index);
+            let at = at.ok_or(ActivateError::MissingQueue(index))?;
+            Ok(Ring::new(queues.swap_remove(at), with.memory.clone(), indirect))
+        };
+        let (rx, tx) = (ring(RX)?, ring(TX)?);
+        let host = |what| move |source| ActivateError::Host { what, source };
+        // Missing only after the I/O thread was gone once.
+        let gone = || host("find the console's input")(io::ErrorKind::NotFound.into());
+        let source = self.source.take().ok_or_else(gone)?;
+        let parts = Parts {
+            id: self.id.clone(),
+            rx,
+            tx,
+            source,
+            sink: self.sink.clone(),
+            interrupt: with.interrupt,
+        };
+        let worker = ConsoleWorker::new(parts).map_err(|(e, source)| {
+            self.source = Some(source);
+            host("make the descriptors of a console")(e)
+        })?;
+        self.home.start(worker, with.thread).map_err(host("start a console's worker"))
+    }
+}

@@ -1,0 +1,295 @@
+//! The half of a console that owns the queues and runs on an I/O thread.
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    time::{Duration, Instant},
+};
+
+use vmm_sys_util::{
+    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
+    timerfd::TimerFd,
+};
+
+use crate::{
+    backend::char::{CharSink, CharSource},
+    virtio::{
+        Interrupt,
+        chain::{self, Chain, total},
+        ring::{Broken, Popped, Ring},
+    },
+    worker::Worker,
+};
+
+/// How long output waits for a reader that takes nothing.
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes moved at once.
+const CHUNK: usize = 4096;
+/// Chunks moved before others have their turn.
+const TURN: usize = 64;
+
+pub(super) struct ConsoleWorker {
+    id: String,
+    rx: Ring,
+    tx: Ring,
+    source: CharSource,
+    sink: CharSink,
+    interrupt: Interrupt,
+    chain: Chain,
+    chunk: Box<[u8]>,
+    /// Bytes of the next transmit chain that are out already.
+    sent: u64,
+    /// Runs while output is held back.
+    patience: TimerFd,
+    held_since: Option<Instant>,
+    /// Patience has run out: output is dropped until the reader takes some again.
+    stalled: bool,
+    /// Signalled by the worker to itself, to go on after others had their turn.
+    again: EventFd,
+    /// The driver has broken a ring and has to reset the device.
+    broken: bool,
+}
+
+/// What a worker is made of.
+pub(super) struct Parts {
+    pub(super) id: String,
+    pub(super) rx: Ring,
+    pub(super) tx: Ring,
+    pub(super) source: CharSource,
+    pub(super) sink: CharSink,
+    pub(super) interrupt: Interrupt,
+}
+
+/// What the worker waits on, in the order of [`Worker::sources`].
+const RX_NOTIFY: usize = 0;
+const TX_NOTIFY: usize = 1;
+const SOURCE: usize = 2;
+const TIMER: usize = 3;
+const AGAIN: usize = 4;
+
+impl ConsoleWorker {
+    /// # Errors
+    /// When the process has no descriptor left; the source comes back.
+    pub(super) fn new(parts: Parts) -> Result<Self, (io::Error, CharSource)> {
+        let fds = || {
+            let patience = TimerFd::new().map_err(io::Error::from)?;
+            Ok((patience, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?))
+        };
+        let (patience, again) = match fds() {
+            Ok(fds) => fds,
+            Err(e) => return Err((e, parts.source)),
+        };
+        Ok(Self {
+            id: parts.id,
+            chain: Chain::with_capacity(parts.rx.size().max(parts.tx.size()).into()),
+            rx: parts.rx,
+            tx: parts.tx,
+            source: parts.source,
+            sink: parts.sink,
+            interrupt: parts.interrupt,
+            chunk: vec![0; CHUNK].into_boxed_slice(),
+            sent: 0,
+            patience,
+            held_since: None,
+            stalled: false,
+            again,
+            broken: false,
+        })
+    }
+
+    pub(super) fn into_source(self: Box<Self>) -> CharSource {
+        self.source
+    }
+
+    /// Receive ring, transmit ring, bytes sent of the next chain, and whether a ring is broken.
+    pub(super) fn position(&self) -> (&Ring, &Ring, u64, bool) {
+        (&self.rx, &self.tx, self.sent, self.broken)
+    }
+
+    pub(super) fn set_position(&mut self, rx: u16, tx: u16, sent: u64, broken: bool) {
+        self.rx.set_position(rx);
+        self.tx.set_position(tx);
+        self.sent = sent;
+        self.broken = broken;
+    }
+
+    /// Pass input on as long as the driver has buffers.
+    fn receive(&mut self) -> Result<(), Broken> {
+        self.rx.ignore()?;
+        for _ in 0..TURN {
+            let used = match self.rx.pop(&mut self.chain)? {
+                Popped::Nothing => {
+                    // Without a buffer the source still accepts connections and moves output on.
+                    self.source.read(&mut []);
+                    if self.rx.listen()? {
+                        self.rx.ignore()?;
+                        continue;
+                    }
+                    return self.interrupt(|worker| &mut worker.rx);
+                }
+                Popped::Malformed => 0,
+                Popped::Chain => {
+                    let room = usize::try_from(total(self.chain.writable())).unwrap_or(CHUNK);
+                    let (room, memory) = (room.min(CHUNK), self.rx.memory());
+                    let buffer = self.chunk.get_mut(..room).unwrap_or_default();
+                    let n = self.source.read(buffer);
+                    if n == 0 && room > 0 {
+                        self.rx.unpop(1);
+                        return self.interrupt(|worker| &mut worker.rx);
+                    }
+                    let input = buffer.get(..n).unwrap_or_default();
+                    chain::write(memory, self.chain.writable(), 0, input) as u32
+                }
+            };
+            self.rx.put_used(0, self.chain.head(), used)?;
+            self.rx.publish(1)?;
+        }
+        self.go_on();
+        self.interrupt(|worker| &mut worker.rx)
+    }
+
+    /// Pass output on as long as the other side takes it.
+    fn transmit(&mut self) -> Result<(), Broken> {
+        // Somebody may have connected just before the driver printed.
+        self.source.read(&mut []);
+        self.tx.ignore()?;
+        for _ in 0..TURN {
+            match self.tx.pop(&mut self.chain)? {
+                Popped::Nothing => {
+                    self.hold(false);
+                    if self.tx.listen()? {
+                        self.tx.ignore()?;
+                        continue;
+                    }
+                    return self.interrupt(|worker| &mut worker.tx);
+                }
+                Popped::Malformed => {}
+                Popped::Chain => match self.send() {
+                    Sent::Whole => {}
+                    Sent::Part => {
+                        self.tx.unpop(1);
+                        continue;
+                    }
+                    Sent::Nothing => {
+                        self.tx.unpop(1);
+                        self.hold(true);
+                        return self.interrupt(|worker| &mut worker.tx);
+                    }
+                },
+            }
+            self.sent = 0;
+            self.tx.put_used(0, self.chain.head(), 0)?;
+            self.tx.publish(1)?;
+        }
+        self.go_on();
+        self.interrupt(|worker| &mut worker.tx)
+    }
+
+    /// Send one piece of the chain.
+    fn send(&mut self) -> Sent {
+        let left = total(self.chain.readable()).saturating_sub(self.sent);
+        if left == 0 {
+            return Sent::Whole;
+        }
+        let room = self.sink.room();
+        if room == 0 {
+            return if self.stalled { Sent::Whole } else { Sent::Nothing };
+        }
+        self.stalled = false;
+        self.hold(false);
+        let want = room.min(CHUNK).min(usize::try_from(left).unwrap_or(CHUNK));
+        let piece = self.chunk.get_mut(..want).unwrap_or_default();
+        let n = chain::read(self.tx.memory(), self.chain.readable(), self.sent, piece);
+        self.sink.send(piece.get(..n).unwrap_or_default());
+        self.sent = self.sent.saturating_add(n as u64);
+        // Nothing can be read where a region of memory has gone.
+        if n == 0 || n as u64 == left { Sent::Whole } else { Sent::Part }
+    }
+
+    /// Output waits from now on, or does not any more.
+    fn hold(&mut self, holding: bool) {
+        if holding != self.held_since.is_some() {
+            self.held_since = holding.then(Instant::now);
+            // Clearing takes its readiness back, so it is never read.
+            let _ = match holding {
+                true => self.patience.reset(PATIENCE, None),
+                false => self.patience.clear(),
+            };
+        }
+    }
+
+    /// The timer has fired, or the worker is new on its thread.
+    fn look_at_clock(&mut self) -> Result<(), Broken> {
+        if self.held_since.is_none_or(|since| since.elapsed() < PATIENCE) {
+            return Ok(());
+        }
+        log::warn!("{}: output is dropped until its reader goes on", self.id);
+        self.hold(false);
+        self.stalled = true;
+        self.transmit()
+    }
+
+    fn interrupt(&mut self, ring: impl Fn(&mut Self) -> &mut Ring) -> Result<(), Broken> {
+        if ring(self).wants_interrupt()? {
+            self.interrupt.used();
+        }
+        Ok(())
+    }
+
+    fn go_on(&self) {
+        // Saturated: it is set already.
+        let _ = self.again.write(1);
+    }
+
+    fn run(&mut self, index: usize) -> Result<(), Broken> {
+        match index {
+            RX_NOTIFY => {
+                self.rx.drain();
+                self.receive()
+            }
+            TX_NOTIFY => {
+                self.tx.drain();
+                self.transmit()
+            }
+            TIMER => self.look_at_clock(),
+            SOURCE | AGAIN => {
+                let _ = self.again.read();
+                self.receive()?;
+                self.transmit()
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+enum Sent {
+    /// The chain is done with.
+    Whole,
+    /// There is more of it.
+    Part,
+    /// The other side takes nothing now.
+    Nothing,
+}
+
+impl Worker for ConsoleWorker {
+    fn sources(&self) -> Vec<RawFd> {
+        vec![
+            self.rx.fd(),
+            self.tx.fd(),
+            self.source.as_raw_fd(),
+            self.patience.as_raw_fd(),
+            self.again.as_raw_fd(),
+        ]
+    }
+
+    fn ready(&mut self, index: usize) {
+        if !self.broken && self.run(index).is_err() {
+            self.broken = true;
+            log::error!("{}: the driver has broken a virtqueue", self.id);
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn quiesce(&mut self) {
+        // Nothing is in flight between two calls of `ready`.
+    }
+}

@@ -1,0 +1,297 @@
+//! The entropy device (virtio 1.3, section 5.4).
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::event::epoll;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice,
+    chain::{self, Chain, total},
+    ring::{Broken, Popped, Ring},
+};
+use crate::{
+    Device,
+    rate_limit::RateLimiter,
+    state::{Section, Snapshot, StateError},
+    worker::{Home, Worker},
+};
+
+const DEVICE_TYPE: u32 = 4;
+const QUEUE_SIZE: u16 = 256;
+/// Most bytes for one request, whatever its buffers hold: descriptors may overlap and add up to
+/// more than there is memory.
+const MOST: usize = 64 << 10;
+
+/// Why an entropy device could not be made.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "shown by the message")]
+pub enum RngError {
+    #[error("cannot open {path}, the source of randomness; /dev/urandom is there on every host")]
+    Open { path: PathBuf, source: io::Error },
+    #[error("{path} is not a character device or FIFO; use /dev/urandom")]
+    NotASource { path: PathBuf },
+}
+
+/// An entropy device.
+pub struct Rng {
+    id: String,
+    source: File,
+    bps: Option<u64>,
+    home: Home<RngWorker>,
+}
+
+impl Rng {
+    /// A device fed from `path`, at most `bps` bytes per second. A source that has nothing to give
+    /// makes the guest wait, nobody else.
+    ///
+    /// # Errors
+    /// When `path` cannot be opened, or has an end, as regular files do.
+    pub fn new(id: impl Into<String>, path: &Path, bps: Option<u64>) -> Result<Self, RngError> {
+        let failed = |source| RngError::Open { path: path.into(), source };
+        let source = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(failed)?;
+        let kind = source.metadata().map_err(failed)?.file_type();
+        if !kind.is_char_device() && !kind.is_fifo() {
+            return Err(RngError::NotASource { path: path.into() });
+        }
+        Ok(Self { id: id.into(), source, bps, home: Home::Idle })
+    }
+}
+
+impl Device for Rng {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn pause(&mut self) {
+        self.home.park();
+    }
+
+    fn resume(&mut self) {
+        if let Err(error) = self.home.unpark() {
+            log::error!("{}: {error}", self.id);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.home.stop();
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        Section::of(self)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        section.pour(self)
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        F_INDIRECT_DESC | F_EVENT_IDX
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn write_config(&mut self, _: u64, _: &[u8]) {
+        // Section 5.4.4: there is none.
+    }
+
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+        let queue = with.queues.into_iter().next().ok_or(ActivateError::MissingQueue(0))?;
+        let host = |what| move |source| ActivateError::Host { what, source };
+        let worker = RngWorker::new(
+            self.id.clone(),
+            self.source.try_clone().map_err(host("duplicate the source of randomness"))?,
+            self.bps,
+            Ring::new(queue, with.memory, with.features & F_INDIRECT_DESC != 0),
+            with.interrupt,
+        )
+        .map_err(host("wait for the source of randomness"))?;
+        self.home.start(worker, with.thread).map_err(host("start the entropy device's worker"))
+    }
+}
+
+/// The saved form: how far the queue has been worked off, once there is one. Nothing is in flight
+/// in a quiet device, so one number says it all.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    position: Option<u16>,
+    broken: bool,
+}
+
+impl Snapshot for Rng {
+    const KIND: &'static str = "virtio-rng";
+    const VERSION: u32 = 1;
+    type State = State;
+
+    fn save(&self) -> State {
+        let worker = self.home.parked();
+        State {
+            position: worker.map(|w| w.ring.position()),
+            broken: worker.is_some_and(|w| w.broken),
+        }
+    }
+
+    fn restore(&mut self, state: State) -> Result<(), StateError> {
+        match (self.home.parked_mut(), state.position) {
+            (None, None) if !state.broken => {}
+            (Some(worker), Some(position)) => {
+                worker.ring.set_position(position);
+                worker.broken = state.broken;
+            }
+            _ => return Err(StateError::Invalid("entropy device with and without driver")),
+        }
+        Ok(())
+    }
+}
+
+struct RngWorker {
+    id: String,
+    source: File,
+    /// Holds the source if it can be waited on.
+    epoll: OwnedFd,
+    limiter: RateLimiter,
+    ring: Ring,
+    interrupt: Interrupt,
+    /// The driver has broken the ring and has to reset the device.
+    broken: bool,
+    chain: Chain,
+    scratch: Box<[u8]>,
+}
+
+impl RngWorker {
+    fn new(
+        id: String,
+        source: File,
+        bps: Option<u64>,
+        ring: Ring,
+        interrupt: Interrupt,
+    ) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let data = epoll::EventData::new_u64(0);
+        match epoll::add(&epoll, &source, data, epoll::EventFlags::IN) {
+            // EPERM: cannot be waited on because it never has nothing.
+            Ok(()) | Err(rustix::io::Errno::PERM) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Self {
+            id,
+            source,
+            epoll,
+            limiter: RateLimiter::new(None, bps)?,
+            chain: Chain::with_capacity(ring.size().into()),
+            ring,
+            interrupt,
+            broken: false,
+            scratch: vec![0; MOST].into_boxed_slice(),
+        })
+    }
+
+    /// Serve requests, at most a queue's worth before others have their turn.
+    fn work(&mut self) -> Result<(), Broken> {
+        self.ring.ignore()?;
+        let more = self.serve()?;
+        if self.ring.wants_interrupt()? {
+            self.interrupt.used();
+        }
+        if more {
+            self.ring.come_back();
+        }
+        Ok(())
+    }
+
+    /// True when there may be more to do.
+    fn serve(&mut self) -> Result<bool, Broken> {
+        for _ in 0..self.ring.size() {
+            let len = match self.ring.pop(&mut self.chain)? {
+                Popped::Nothing if self.ring.listen()? => {
+                    self.ring.ignore()?;
+                    continue;
+                }
+                Popped::Nothing => return Ok(false),
+                Popped::Malformed => 0,
+                Popped::Chain => match self.fill() {
+                    Some(len) => len,
+                    None => {
+                        self.ring.unpop(1);
+                        return Ok(false);
+                    }
+                },
+            };
+            self.ring.put_used(0, self.chain.head(), len)?;
+            self.ring.publish(1)?;
+        }
+        Ok(true)
+    }
+
+    /// Fill the chain's buffers; how many bytes of them. `None` when there is nothing to give yet.
+    fn fill(&mut self) -> Option<u32> {
+        let buffers = self.chain.writable();
+        let want = usize::try_from(total(buffers)).unwrap_or(MOST).min(MOST);
+        if want == 0 {
+            return Some(0);
+        }
+        // A refusal depends on what was given before, and only what is given is charged.
+        if !self.limiter.take(0, 0) {
+            return None;
+        }
+        let scratch = self.scratch.get_mut(..want)?;
+        let got = loop {
+            match self.source.read(scratch) {
+                Ok(n) if n > 0 => break n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Nothing yet, or a FIFO whose writer has left, or a device that was pulled out.
+                Ok(_) | Err(_) => return None,
+            }
+        };
+        self.limiter.take(0, got as u64);
+        let written = chain::write(self.ring.memory(), buffers, 0, scratch.get(..got)?);
+        u32::try_from(written).ok()
+    }
+}
+
+impl Worker for RngWorker {
+    fn sources(&self) -> Vec<RawFd> {
+        vec![self.ring.fd(), self.limiter.fd(), self.epoll.as_raw_fd()]
+    }
+
+    fn ready(&mut self, _: usize) {
+        self.ring.drain();
+        self.limiter.replenish();
+        if !self.broken && self.work().is_err() {
+            self.broken = true;
+            log::error!("{}: the driver has broken a virtqueue", self.id);
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn quiesce(&mut self) {
+        // Requests are carried out on the spot: nothing is in flight.
+    }
+}
