@@ -7,5 +7,6 @@ pub mod event_loop;
 pub mod lifecycle;
 pub mod logging;
 pub mod pidfile;
+pub mod seccomp;
 pub mod terminal;
 pub mod vmm;

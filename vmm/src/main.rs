@@ -11,6 +11,7 @@ use vmm::{
     event_loop::EventLoop,
     lifecycle, logging,
     pidfile::PidFile,
+    seccomp,
     terminal::Raw,
     vmm::Vmm,
 };
@@ -64,6 +65,9 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .map(|(i, path)| Server::bind(path, events.registry(), EventLoop::server_token(i)))
         .collect::<Result<Vec<_>, _>>()?;
     let mut vmm = Vmm::new(machine, servers, invocation.reboot);
+    if !invocation.disable_seccomp {
+        seccomp::confine(file)?;
+    }
     if !invocation.paused {
         vmm.apply(lifecycle::Event::Resume)?;
     }

@@ -40,7 +40,7 @@ impl Drop for Raw {
     }
 }
 
-fn put_back() {
+pub(crate) fn put_back() {
     if let Some(before) = BEFORE.get() {
         let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
     }

@@ -1,0 +1,130 @@
+//! The system-call filter: from the guest's first instruction on, the host does for this process
+//! only what a monitor needs. On unless `-disable-seccomp` is given.
+//!
+//! One list for all threads; see `calls.rs` for it. A call that is not on it is not carried out: a
+//! line with its number goes to standard error and to the log file, and the process ends by SIGSYS.
+//! The handler that does so cannot be put out of action, because SIGSYS is the one signal that
+//! `rt_sigaction` may not touch, and blocking it makes the kernel kill at once.
+//!
+//! What a filter cannot see: the path that `openat` is given, and what an io_uring is asked for. A
+//! ring can open files and sockets, but neither start programs nor trace processes.
+mod calls;
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::OnceLock,
+};
+
+use libc::{c_int, c_void, siginfo_t};
+use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter};
+
+use crate::terminal;
+
+/// Why there is no filter.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// It cannot be made for this architecture.
+    #[error("cannot make the system-call filter")]
+    Compile(#[from] BackendError),
+    /// The log file cannot be opened a second time.
+    #[error("cannot open the log file for the system-call filter")]
+    Log(#[source] io::Error),
+    /// The handler of SIGSYS cannot be set.
+    #[error("cannot watch for forbidden system calls")]
+    Handler(#[source] io::Error),
+    /// The kernel refuses it.
+    #[error("the host refuses the system-call filter; to run without one, use -disable-seccomp")]
+    Refused(#[source] seccompiler::Error),
+}
+
+/// What the handler needs, opened before it can be called.
+struct Resources {
+    /// This process's memory, to look at what came with the signal.
+    memory: Option<File>,
+    log: Option<File>,
+}
+
+static RESOURCES: OnceLock<Resources> = OnceLock::new();
+
+/// Confine all threads, those that run and those to come, for good. A forbidden call is reported
+/// on standard error and in the file `log`.
+///
+/// # Errors
+/// When the host has no filters, or the log file cannot be opened.
+pub fn confine(log: Option<&Path>) -> Result<(), SeccompError> {
+    let program = compile()?;
+    let log = log.map(|path| OpenOptions::new().append(true).open(path)).transpose();
+    let resources = Resources {
+        // Without /proc, as in a bare chroot, the report has no number.
+        memory: File::open("/proc/self/mem").ok(),
+        log: log.map_err(SeccompError::Log)?,
+    };
+    RESOURCES.get_or_init(|| resources);
+    vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
+        .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))?;
+    seccompiler::apply_filter_all_threads(&program).map_err(SeccompError::Refused)
+}
+
+fn compile() -> Result<BpfProgram, BackendError> {
+    let arch = std::env::consts::ARCH.try_into()?;
+    SeccompFilter::new(calls::allowed()?, SeccompAction::Trap, SeccompAction::Allow, arch)?
+        .try_into()
+}
+
+/// The handler of SIGSYS. It takes no lock and no memory: the thread that it interrupts may be in
+/// the allocator or in the middle of a log line.
+extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
+    let resources = RESOURCES.get();
+    let memory = resources.and_then(|r| r.memory.as_ref());
+    let mut line = [0; 128];
+    let mut rest = line.as_mut_slice();
+    let _ = match memory.and_then(|memory| trapped(memory, info.addr())) {
+        Some(number) => writeln!(
+            rest,
+            "stratovirt: Received a bad system call, number: {number}. If it is needed, use \
+             -disable-seccomp"
+        ),
+        None => writeln!(rest, "stratovirt: Received a bad system call"),
+    };
+    let left = rest.len();
+    let line = line.get(..line.len().saturating_sub(left)).unwrap_or_default();
+    // Not through `Stderr`, which has a lock.
+    let _ = rustix::io::write(rustix::stdio::stderr(), line);
+    if let Some(log) = resources.and_then(|r| r.log.as_ref()) {
+        let _ = { log }.write_all(line);
+    }
+    terminal::put_back();
+    // Begins with a call that is forbidden itself. All signals are blocked here, and a forbidden
+    // call under a blocked SIGSYS ends the process by it.
+    let _ = signal_hook::low_level::emulate_default_handler(libc::SIGSYS);
+}
+
+/// The number of the system call that the filter caught, from the `siginfo_t` at `address`.
+fn trapped(memory: &File, address: usize) -> Option<i32> {
+    /// `si_code` of a signal from a filter (asm-generic/siginfo.h).
+    const SYS_SECCOMP: i32 = 1;
+    const SI_CODE: u64 = 8;
+    /// Behind the address of the calling instruction, where 64-bit Linux has it.
+    const SI_SYSCALL: u64 = 24;
+    let word = |offset: u64| {
+        let mut word = [0; 4];
+        let at = u64::try_from(address).ok()?.checked_add(offset)?;
+        memory.read_exact_at(&mut word, at).ok()?;
+        Some(i32::from_ne_bytes(word))
+    };
+    if word(SI_CODE)? == SYS_SECCOMP { word(SI_SYSCALL) } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_can_be_made_for_this_architecture() {
+        // The kernel's limit: BPF_MAXINSNS.
+        assert!((1..4096).contains(&compile().unwrap().len()));
+    }
+}

@@ -1,0 +1,177 @@
+//! What the monitor may ask of the host while the guest runs.
+//!
+//! Found by tracing it through everything it can be asked to do, and completed with what the C
+//! library and the kernel put in place of a call or do the first time only (`clock_gettime` where
+//! there is no vDSO, `sched_getaffinity` before a second heap).
+//!
+//! Whoever adds a back-end, an ioctl or a thread that starts late looks here.
+use std::collections::BTreeMap;
+
+use libc::*;
+use seccompiler::{
+    BackendError, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
+    SeccompRule as Rule,
+};
+
+/// Whatever the arguments.
+const CALLS: &[c_long] = &[
+    // Files: disks, the kernel on reset, logs, consoles. `open`, `stat` and `lstat` are musl's.
+    SYS_openat,
+    SYS_open,
+    SYS_close,
+    SYS_statx,
+    SYS_newfstatat,
+    SYS_fstat,
+    SYS_stat,
+    SYS_lstat,
+    SYS_fstatfs,
+    SYS_lseek,
+    SYS_read,
+    SYS_readv,
+    SYS_pread64,
+    SYS_preadv,
+    SYS_preadv2,
+    SYS_write,
+    SYS_writev,
+    SYS_pwrite64,
+    SYS_pwritev,
+    SYS_pwritev2,
+    SYS_fdatasync,
+    SYS_fsync,
+    SYS_fallocate,
+    SYS_ftruncate,
+    // The socket's and the pid file's names at the end; standard output when in the background.
+    SYS_unlink,
+    SYS_unlinkat,
+    SYS_dup,
+    SYS_dup2,
+    SYS_dup3,
+    SYS_io_uring_setup,
+    SYS_io_uring_enter,
+    SYS_io_uring_register,
+    // Waiting.
+    SYS_poll,
+    SYS_ppoll,
+    SYS_epoll_create1,
+    SYS_epoll_ctl,
+    SYS_epoll_wait,
+    SYS_epoll_pwait,
+    SYS_epoll_pwait2,
+    SYS_eventfd2,
+    SYS_timerfd_create,
+    SYS_timerfd_settime,
+    SYS_timerfd_gettime,
+    SYS_nanosleep,
+    SYS_clock_nanosleep,
+    SYS_clock_gettime,
+    SYS_clock_getres,
+    SYS_gettimeofday,
+    SYS_restart_syscall,
+    // QMP and console clients. Sockets that listen were made before.
+    SYS_accept4,
+    SYS_recvfrom,
+    SYS_recvmsg,
+    SYS_sendto,
+    SYS_sendmsg,
+    SYS_getsockopt,
+    SYS_shutdown,
+    // Memory; the rest of it is below.
+    SYS_munmap,
+    SYS_mremap,
+    SYS_madvise,
+    SYS_brk,
+    // Threads: locks, signals, the end.
+    SYS_futex,
+    SYS_sched_yield,
+    SYS_sched_getaffinity,
+    SYS_getpid,
+    SYS_gettid,
+    SYS_rseq,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sigaltstack,
+    SYS_exit,
+    SYS_exit_group,
+    SYS_getrandom,
+];
+
+/// What `ioctl` may be asked for, the hottest first.
+const IOCTLS: &[Ioctl] = &[
+    // Descriptors, as the standard library sets them up.
+    FIONBIO,
+    FIOCLEX,
+    // Disks that are block devices.
+    BLKSSZGET,
+    BLKPBSZGET,
+    BLKGETSIZE64,
+    BLKDISCARD,
+    // Taps.
+    TUNSETIFF,
+    TUNGETIFF,
+    TUNSETVNETHDRSZ,
+    TUNSETOFFLOAD,
+    TUNSETQUEUE,
+    SIOCGIFINDEX,
+    // The terminal, put back at the end.
+    TCGETS,
+    TCSETS,
+    TCSETSW,
+    TCSETSF,
+    TCGETS2,
+    TCSETS2,
+];
+
+// linux/fs.h; the libc crate lacks them.
+const BLKDISCARD: Ioctl = 0x1277;
+const BLKGETSIZE64: Ioctl = 0x8008_1272;
+
+/// KVM's type of ioctl, and its numbers (linux/kvm.h) that run, stop, reset and save a machine that
+/// has been built.
+const KVM: u8 = 0xae;
+const KVM_NUMBERS: &[u8] = &[
+    0x80, // RUN
+    0xad, // KVMCLOCK_CTRL
+    0x7b, 0x7c, // SET_CLOCK, GET_CLOCK
+    0xe1, 0xe2, // SET_DEVICE_ATTR, GET_DEVICE_ATTR
+    0x62, 0x63, // GET_IRQCHIP, SET_IRQCHIP
+    0x81, 0x82, // GET_REGS, SET_REGS
+    0x83, 0x84, // GET_SREGS, SET_SREGS
+    0x88, 0x89, // GET_MSRS, SET_MSRS
+    0x8e, 0x8f, // GET_LAPIC, SET_LAPIC
+    0x98, 0x99, // GET_MP_STATE, SET_MP_STATE
+    0x9f, 0xa0, // GET_PIT2, SET_PIT2; GET_VCPU_EVENTS, SET_VCPU_EVENTS
+    0xa1, 0xa2, // GET_DEBUGREGS, SET_DEBUGREGS
+    0xa4, 0xa5, // GET_XSAVE, SET_XSAVE
+    0xa6, 0xa7, // GET_XCRS, SET_XCRS
+];
+
+/// What `fcntl` may be asked for.
+const FCNTLS: &[c_int] =
+    &[F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD, F_DUPFD_CLOEXEC, F_OFD_SETLK];
+
+/// System calls, and what their arguments must be: any one of the rules, or anything without rules.
+pub fn allowed() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
+    let kvm =
+        KVM_NUMBERS.iter().map(|n| rule(1, Op::MaskedEq(0xffff), u16::from_be_bytes([KVM, *n])));
+    let ioctls = IOCTLS.iter().map(|request| rule(1, Op::Eq, *request as u32));
+    let fcntls = FCNTLS.iter().map(|command| rule(1, Op::Eq, command.cast_unsigned()));
+    let not_code = Op::MaskedEq(PROT_EXEC.cast_unsigned().into());
+    let limited = [
+        (SYS_ioctl, kvm.chain(ioctls).collect::<Result<_, _>>()?),
+        (SYS_fcntl, fcntls.collect::<Result<_, _>>()?),
+        // Data never becomes code.
+        (SYS_mmap, vec![rule(2, not_code.clone(), 0u32)?]),
+        (SYS_mprotect, vec![rule(2, not_code, 0u32)?]),
+        // To ask for the number of an interface; connecting it is not possible.
+        (SYS_socket, vec![rule(0, Op::Eq, AF_UNIX.cast_unsigned())?]),
+        // The own vCPU threads, and itself to abort.
+        (SYS_tgkill, vec![rule(0, Op::Eq, std::process::id())?]),
+        (SYS_rt_sigaction, vec![rule(0, Op::Ne, SIGSYS.cast_unsigned())?]),
+    ];
+    Ok(CALLS.iter().map(|call| (*call, Vec::new())).chain(limited).collect())
+}
+
+/// That `argument`, of which the kernel takes 32 bits here, relates to `value` so.
+fn rule(argument: u8, how: Op, value: impl Into<u64>) -> Result<Rule, BackendError> {
+    Rule::new(vec![Condition::new(argument, Len::Dword, how, value.into())?])
+}
