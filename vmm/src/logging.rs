@@ -1,7 +1,7 @@
 //! The log: one line an event, to standard error or a file.
 //!
-//! A guest decides how often some of the lines come: by resetting a device it gets round the limits
-//! that live in the device, and libraries have none. So each source has a limit here.
+//! A guest decides how often some of the lines come, and libraries that it can make complain know no
+//! limit. So each source has one here.
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
@@ -13,6 +13,7 @@ use std::{
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Names the level: trace, debug, info, warn or error.
 const LEVEL: &str = "STRATOVIRT_LOG_LEVEL";
@@ -65,6 +66,13 @@ pub fn start(file: Option<&Path>) -> io::Result<()> {
         .map_err(io::Error::other)
 }
 
+/// Whether a line can be written to standard error without waiting.
+fn writable() -> bool {
+    let stderr = io::stderr();
+    let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
+}
+
 impl Log for Logger {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
@@ -102,6 +110,8 @@ impl Logger {
         // There is nowhere to report that logging has failed.
         let _ = match &self.file {
             Some(file) => { file }.write_all(line.as_bytes()),
+            // A reader that has stopped reading must not stop a vCPU.
+            None if !writable() => return,
             None => io::stderr().write_all(line.as_bytes()),
         };
     }
