@@ -436,6 +436,7 @@ static void race(void)
         offer(0, 0, &queue, 0);
         outcomes[await(0, &queue, BRIEF)]++;
     }
+    set(0, STATUS, 0);
     say("used", outcomes[USED]);
     say("needed a reset", outcomes[GAVE_UP]);
 }
