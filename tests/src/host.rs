@@ -326,7 +326,7 @@ fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
         )
     };
     // x2APIC is left out: QEMU 7.2 does not emulate it.
-    let machine = "-M pc -accel tcg,thread=multi,tb-size=512 -cpu max,-x2apic -smp 2 -m 6144 -nographic -nodefaults -no-reboot";
+    let machine = "-M pc -accel tcg,thread=multi,tb-size=512 -cpu max,-x2apic,-xsave -smp 2 -m 6144 -nographic -nodefaults -no-reboot";
     qemu.args(machine.split(' '));
     qemu.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initramfs);
     qemu.args(["-append", "console=ttyS0 reboot=t panic=-1 quiet mitigations=off"]);
