@@ -138,7 +138,10 @@ impl Run {
                 Ok(())
             }
             Err(RecvTimeoutError::Timeout) => Err(self.explained("nothing more came in time")),
-            Err(RecvTimeoutError::Disconnected) => Err(self.explained("the monitor has ended")),
+            Err(RecvTimeoutError::Disconnected) => {
+                let status = self.child.wait()?;
+                Err(self.explained(&format!("the monitor has ended ({status})")))
+            }
         }
     }
 
