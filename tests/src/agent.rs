@@ -11,6 +11,7 @@ use std::{env, io};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::debian::Debian;
 use crate::guest;
@@ -82,6 +83,26 @@ fn run(paths: &Paths, name: &'static str, tell: fn(&Story) -> Result<()>) -> Res
         Err(_) => bail!("the story panicked"),
     }
     fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+/// Tells the program outside how the job inside ended; see [`outcome`].
+///
+/// # Errors
+/// Nobody listens any more.
+pub fn tell_outcome(result: &Result<()>) -> Result<()> {
+    answer(&Answer::Done(result.as_ref().err().map(|error| format!("{error:#}"))))
+}
+
+/// What a control message says about how the job inside ended, if it is about that.
+#[must_use]
+pub fn outcome(message: &Value) -> Option<Result<(), String>> {
+    match serde_json::from_value(message.clone()) {
+        Ok(Answer::Done(error)) => Some(error.map_or(Ok(()), Err)),
+        Ok(Answer::Exit(code)) => {
+            Some(Err(format!("the program inside ended early, with status {code}")))
+        }
+        Ok(Answer::Ready(_)) | Err(_) => None,
+    }
 }
 
 fn answer(answer: &Answer) -> Result<()> {
