@@ -21,7 +21,7 @@ use crate::{
     backends::{self, Backends},
     boot::{self, BootError, Platform},
     config::{Aio, MachineConfig},
-    event::{Event, Report},
+    event::{Event, Report, Told},
     io_thread,
     kvm::{
         self, KvmError, Vm,
@@ -261,9 +261,11 @@ fn block(
     report: &Report,
 ) -> Result<blk::Block, BuildError> {
     let report = report.clone();
+    let told = Told::default();
     let on_error: blk::OnError = Arc::new(move |id, error, write| {
+        let Some(told) = told.begin() else { return };
         let error = io::Error::new(error.kind(), error.to_string());
-        report(Event::DiskError { id: id.into(), write, error });
+        report(Event::DiskError { id: id.into(), write, error, told });
     });
     let mut settings =
         blk::Settings { queues: 1, queue_size: EMPTY_QUEUE_SIZE, on_error: Some(on_error) };

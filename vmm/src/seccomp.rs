@@ -4,7 +4,8 @@
 //! One list for all threads; see `calls.rs` for it. A call that is not on it is not carried out: a
 //! line with its number goes to standard error and to the log file, and the process ends by SIGSYS.
 //! The handler that does so cannot be put out of action, because SIGSYS is the one signal that
-//! `rt_sigaction` may not touch, and blocking it makes the kernel kill at once.
+//! `rt_sigaction` may not touch. Under a blocked SIGSYS the kernel ends the process by itself and
+//! without the line; that is how it goes with glibc's ways to start threads and programs.
 //!
 //! What a filter cannot see: the path that `openat` is given, and what an io_uring is asked for. A
 //! ring can open files and sockets, but neither start programs nor trace processes.

@@ -150,3 +150,8 @@ pub fn quits(stage: &Stage, monitor: &mut Monitor, qmp: &mut Client) -> Result<(
 pub fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
+
+/// How many descriptors the monitor has open.
+pub fn descriptors(monitor: &Monitor) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{}/fd", monitor.pid()))?.count())
+}

@@ -13,20 +13,20 @@ use stories::monitor::{Monitor, SOON};
 use crate::stage::{Stage, ends, exists, quits, simple, status};
 
 /// What a person sees in `ncat -U`.
-struct Ncat(BufReader<UnixStream>);
+pub struct Ncat(BufReader<UnixStream>);
 
 impl Ncat {
-    fn connect(stage: &Stage) -> Result<Self> {
+    pub fn connect(stage: &Stage) -> Result<Self> {
         let stream = UnixStream::connect(stage.socket())?;
         stream.set_read_timeout(Some(SOON))?;
         Ok(Self(BufReader::new(stream)))
     }
 
-    fn types(&mut self, text: &str) -> Result<()> {
+    pub fn types(&mut self, text: &str) -> Result<()> {
         Ok(self.0.get_mut().write_all(text.as_bytes())?)
     }
 
-    fn sees(&mut self) -> Result<String> {
+    pub fn sees(&mut self) -> Result<String> {
         let mut line = String::new();
         self.0.read_line(&mut line)?;
         let text = line.strip_suffix("\r\n").context("a line does not end with CR LF")?;
@@ -34,7 +34,7 @@ impl Ncat {
     }
 
     /// The next line is that event, word for word but for the time, which is the present one.
-    fn sees_event(&mut self, name: &str, data: &str) -> Result<()> {
+    pub fn sees_event(&mut self, name: &str, data: &str) -> Result<()> {
         let line = self.sees()?;
         let start = format!(r#"{{"event":"{name}","data":{data},"timestamp":{{"#);
         ensure!(line.starts_with(&start), "{line}");

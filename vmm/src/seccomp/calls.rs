@@ -15,7 +15,7 @@ use seccompiler::{
 
 /// Whatever the arguments.
 const CALLS: &[c_long] = &[
-    // Files: disks, the kernel on reset, logs, consoles. `open`, `stat` and `lstat` are musl's.
+    // Files: disks, the kernel on reset, logs, consoles. `open`, `stat`, `lstat` are musl's.
     SYS_openat,
     SYS_open,
     SYS_close,
@@ -37,18 +37,13 @@ const CALLS: &[c_long] = &[
     SYS_pwritev,
     SYS_pwritev2,
     SYS_fdatasync,
-    SYS_fsync,
     SYS_fallocate,
     SYS_ftruncate,
     // The socket's and the pid file's names at the end; standard output when in the background.
     SYS_unlink,
-    SYS_unlinkat,
-    SYS_dup,
     SYS_dup2,
-    SYS_dup3,
     SYS_io_uring_setup,
     SYS_io_uring_enter,
-    SYS_io_uring_register,
     // Waiting.
     SYS_poll,
     SYS_ppoll,
@@ -56,15 +51,12 @@ const CALLS: &[c_long] = &[
     SYS_epoll_ctl,
     SYS_epoll_wait,
     SYS_epoll_pwait,
-    SYS_epoll_pwait2,
     SYS_eventfd2,
     SYS_timerfd_create,
     SYS_timerfd_settime,
-    SYS_timerfd_gettime,
     SYS_nanosleep,
     SYS_clock_nanosleep,
     SYS_clock_gettime,
-    SYS_clock_getres,
     SYS_gettimeofday,
     SYS_restart_syscall,
     // QMP and console clients. Sockets that listen were made before.
@@ -72,8 +64,6 @@ const CALLS: &[c_long] = &[
     SYS_recvfrom,
     SYS_recvmsg,
     SYS_sendto,
-    SYS_sendmsg,
-    SYS_getsockopt,
     SYS_shutdown,
     // Memory; the rest of it is below.
     SYS_munmap,
@@ -86,7 +76,6 @@ const CALLS: &[c_long] = &[
     SYS_sched_getaffinity,
     SYS_getpid,
     SYS_gettid,
-    SYS_rseq,
     SYS_rt_sigprocmask,
     SYS_rt_sigreturn,
     SYS_sigaltstack,
@@ -103,7 +92,6 @@ const IOCTLS: &[Ioctl] = &[
     // Disks that are block devices.
     BLKSSZGET,
     BLKPBSZGET,
-    BLKGETSIZE64,
     BLKDISCARD,
     // Taps.
     TUNSETIFF,
@@ -121,9 +109,8 @@ const IOCTLS: &[Ioctl] = &[
     TCSETS2,
 ];
 
-// linux/fs.h; the libc crate lacks them.
+// linux/fs.h; the libc crate lacks it.
 const BLKDISCARD: Ioctl = 0x1277;
-const BLKGETSIZE64: Ioctl = 0x8008_1272;
 
 /// KVM's type of ioctl, and its numbers (linux/kvm.h) that run, stop, reset and save a machine that
 /// has been built.
