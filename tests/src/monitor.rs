@@ -256,8 +256,9 @@ impl Monitor {
         self.commands += 1;
         let mark = format!("<{}:", self.commands);
         self.seen = self.console.length();
+        let end = if command.ends_with('&') { "" } else { ";" };
         self.type_in(&format!(
-            "{{ {command}; }} < /dev/null 2>&1; echo \"<{}:$?>\"\n",
+            "{{ {command}{end} }} < /dev/null 2>&1; echo \"<{}:$?>\"\n",
             self.commands
         ))?;
         let shown =
