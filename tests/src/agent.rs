@@ -56,7 +56,7 @@ enum Answer {
     Exit(i32),
 }
 
-/// Runs stories as they are asked for on standard input, until it closes.
+/// Runs stories as they are asked for on standard input, until it closes or an empty line comes.
 ///
 /// # Errors
 /// The paths are not told, or the one who asks has gone.
@@ -64,7 +64,11 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     let paths = Paths::from_env()?;
     answer(&Answer::Ready(true))?;
     for line in io::stdin().lock().lines() {
-        let request: Request = serde_json::from_str(&line?).context("cannot read what to run")?;
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        let request: Request = serde_json::from_str(&line).context("cannot read what to run")?;
         let error = match stories.iter().find(|(name, _)| *name == request.run) {
             Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:#}")),
             None => Some("no such story".to_owned()),
@@ -162,10 +166,13 @@ impl Agent {
     /// Lets the host go.
     ///
     /// # Errors
-    /// What it kept cannot be copied.
+    /// It does not listen any more, or its files cannot be removed.
     pub fn finish(&mut self) -> Result<()> {
         match self.running.take() {
-            Some(running) => running.finish(Instant::now() + Duration::from_secs(20)),
+            Some(mut running) => {
+                running.tell(b"\n")?;
+                running.finish(Instant::now() + Duration::from_secs(20))
+            }
             None => Ok(()),
         }
     }
