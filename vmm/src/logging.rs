@@ -1,7 +1,7 @@
 //! The log: one line an event, to standard error or a file.
 //!
-//! A guest decides how often some of the lines come: by resetting a device it gets round the limits
-//! that live in the device, and libraries have none. So each source has a limit here.
+//! A guest decides how often some of the lines come, and libraries that it can make complain know no
+//! limit. So each source has one here.
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
@@ -11,11 +11,9 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-use log::{LevelFilter, Log, Metadata, Record};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Names the level: trace, debug, info, warn or error.
 const LEVEL: &str = "STRATOVIRT_LOG_LEVEL";
@@ -81,23 +79,6 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        // One write a line, so that lines of several threads do not mix.
-        let line = format!(
-            "{}.{:06}:{}: {}: {}\n",
-            now.as_secs(),
-            now.subsec_micros(),
-            record.level(),
-            record.target(),
-            record.args()
-        );
-        // There is nowhere to report that logging has failed.
-        let _ = match &self.0 {
-            Some(file) => { file }.write_all(line.as_bytes()),
-            // A reader that has stopped reading must not stop a vCPU.
-            None if !writable() => return,
-            None => io::stderr().write_all(line.as_bytes()),
-        };
         // Who asks for more than warnings wants all of it.
         if record.level() <= Level::Warn {
             let now = Instant::now();
@@ -129,6 +110,8 @@ impl Logger {
         // There is nowhere to report that logging has failed.
         let _ = match &self.file {
             Some(file) => { file }.write_all(line.as_bytes()),
+            // A reader that has stopped reading must not stop a vCPU.
+            None if !writable() => return,
             None => io::stderr().write_all(line.as_bytes()),
         };
     }
