@@ -264,7 +264,8 @@ impl Monitor {
         let shown =
             self.wait_for(&mark, limit).with_context(|| format!("in the guest: {command}"))?;
         let status = self.wait_for(">", SOON)?;
-        let shown = shown.strip_suffix(&mark).unwrap_or_default().trim_end();
+        // The end of a line that was waited for before may come first.
+        let shown = shown.strip_suffix(&mark).unwrap_or_default().trim();
         ensure!(
             status == "0>",
             "in the guest: {command}: status {}\n{shown}",
