@@ -167,7 +167,7 @@ impl Drop for Run {
 
 /// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: those at least as
 /// large as it (`ram_kib`). No monitor maps anything else of that size.
-fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
+pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
     let kib = |line: &str| -> Option<u64> {
         line.split_once(':')?.1.trim().strip_suffix(" kB")?.trim().parse().ok()
     };
