@@ -45,8 +45,8 @@ pub enum PlugError {
     Net(#[from] net::PlugError),
     #[error("cannot change the size of {id}")]
     Resize { id: String, source: io::Error },
-    #[error("cannot take {id} out")]
-    Unplug { id: String, source: io::Error },
+    #[error("{id}: its I/O thread does not answer")]
+    Thread { id: String, source: io::Error },
 }
 
 /// A disk in a slot.
@@ -244,10 +244,23 @@ impl Machine {
         };
         if let Some(transport) = self.slots.transport(DISKS + slot) {
             let unplugged = transport.lock().update(|net: &mut Net| net.unplug()).transpose();
-            unplugged.map_err(|source| PlugError::Unplug { id: id.into(), source })?;
+            unplugged.map_err(|source| PlugError::Thread { id: id.into(), source })?;
         }
         self.backends.nics.get_mut(slot).map(Option::take);
         Ok(())
+    }
+
+    /// Plug the cable of NIC `id` in or out; the guest sees it at once.
+    ///
+    /// # Errors
+    /// When no slot holds it.
+    pub fn set_link(&mut self, id: &str, up: bool) -> Result<(), PlugError> {
+        let is = |config: &Option<NicConfig>| config.as_ref().is_some_and(|c| c.id == id);
+        let slot = self.backends.nics.iter().position(is);
+        let transport = slot.and_then(|slot| self.slots.transport(DISKS + slot));
+        let Some(transport) = transport else { return Err(PlugError::NoDevice(id.into())) };
+        let set = transport.lock().update(|net: &mut Net| net.set_link(up)).transpose();
+        set.map(drop).map_err(|source| PlugError::Thread { id: id.into(), source })
     }
 
     /// Give the image of disk `id` a new size, in bytes; the guest sees it at once. A block device

@@ -1,7 +1,8 @@
 //! From configuration to machine.
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, thread};
 
 use devices::{
+    Memory,
     backend::{char::CharError, disk::DiskError, net::tap::TapError},
     bus::BusBuilder,
     virtio::{
@@ -13,12 +14,14 @@ use devices::{
     worker::IoThread,
 };
 
+use vm_memory::MmapRegion;
+
 use crate::{
     Machine,
     backends::{self, Backends},
     boot::{self, BootError, Platform},
     config::{Aio, MachineConfig},
-    event::{Event, Report},
+    event::{Event, Report, Told},
     io_thread,
     kvm::{
         self, KvmError, Vm,
@@ -104,70 +107,24 @@ impl Machine {
         let window = Slots::window(DISKS + NICS + extra).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
-        let threads = Threads(&io_threads);
-
-        let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let mut chardevs = Vec::new();
-        let default = threads.find("", "", None)?;
-        let (legacy, serial) = Legacy::new(config, &vm, &mut pio, &default, &report)?;
-        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
-        let mut slots =
-            Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
-        let mut add = |device: Box<dyn VirtioDevice>, thread| {
-            slots.add(&vm, &mut mmio, device, thread).map_err(BuildError::Slot)
-        };
-        for slot in 0..DISKS {
-            let disk = config.disks.get(slot);
-            let thread = threads.find_for("disk", disk.map(|d| (&d.id, &d.iothread)))?;
-            add(Box::new(block(slot, disk, &report)?), thread)?;
+        // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
+        let (fds, parts) = thread::scope(|scope| {
+            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, &config.topology));
+            let parts = Parts::new(config, &vm, &memory, window, &io_threads, &apic_ids, &report);
+            (fds.join(), parts)
+        });
+        let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
+        let Parts { legacy, slots, buses, chardevs, boot } = parts?;
+        if let Some(first) = fds.first() {
+            entry::set(first, &boot.registers)?;
         }
-        for slot in 0..NICS {
-            let nic = config.nics.get(slot);
-            let thread = threads.find_for("NIC", nic.map(|n| (&n.id, &n.iothread)))?;
-            add(Box::new(interface(slot, nic)?), thread)?;
-        }
-        if let Some(console) = &config.console {
-            let char = legacy::open(&console.backend, &report)
-                .map_err(|source| BuildError::Console { id: console.id.clone(), source })?;
-            chardevs.push((console.id.clone(), char.name.clone()));
-            let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
-            add(Box::new(Console::new(console.id.clone(), char)), thread)?;
-        }
-        if let Some(rng) = &config.rng {
-            let device = Rng::new(rng.id.clone(), &rng.path, rng.bps)
-                .map_err(|source| BuildError::Rng { id: rng.id.clone(), source })?;
-            add(Box::new(device), default.clone())?;
-        }
-
-        let platform = Platform {
-            apic_ids: &apic_ids,
-            slots: &slots.boot_list(),
-            serial: config.serial.is_some(),
-            vmgenid: None,
-        };
-        let boot = boot::load(&memory, &config.boot, &platform)?;
-        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
-        let leaves = cpuid::supported(&kvm)?;
         let msr_list = Arc::new(state::msr_list(&kvm)?);
-        let mut cpus = Vec::with_capacity(apic_ids.len());
-        for (index, id) in apic_ids.iter().enumerate() {
-            let fd = vm.create_vcpu(*id)?;
-            let cpuid = cpuid::for_vcpu(&kvm, &leaves, *id, &config.topology);
-            let cpu = KvmCpu::new(fd, &cpuid, buses.clone(), msr_list.clone())?;
-            if index == 0 {
-                entry::set(cpu.fd(), &boot.registers)?;
-            }
-            cpus.push(cpu);
-        }
         let power_on = PowerOn {
-            vcpus: cpus
-                .iter()
-                .map(|cpu| VcpuState::save(cpu.fd(), &msr_list))
-                .collect::<Result<_, _>>()?,
+            vcpus: fds.iter().map(|fd| VcpuState::save(fd, &msr_list)).collect::<Result<_, _>>()?,
             chips: ChipState::save(&vm)?,
         };
+        let cpus = fds.into_iter().map(|fd| KvmCpu::new(fd, buses.clone(), msr_list.clone()));
         let vcpus = cpus
-            .into_iter()
             .enumerate()
             .map(|(index, cpu)| {
                 let report = report.clone();
@@ -189,6 +146,73 @@ impl Machine {
             chardevs,
             backends: Backends::new(config),
         })
+    }
+}
+
+/// What is made beside the vCPUs.
+struct Parts {
+    legacy: Legacy,
+    slots: Slots,
+    buses: Buses,
+    chardevs: Vec<(String, String)>,
+    boot: boot::Entry,
+}
+
+impl Parts {
+    /// The devices, on their buses, and the kernel in guest memory.
+    fn new(
+        config: &MachineConfig,
+        vm: &Vm,
+        memory: &Memory,
+        window: Arc<MmapRegion>,
+        io_threads: &[(String, Arc<io_thread::Handle>)],
+        apic_ids: &[u8],
+        report: &Report,
+    ) -> Result<Self, BuildError> {
+        let threads = Threads(io_threads);
+
+        let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
+        let mut chardevs = Vec::new();
+        let default = threads.find("", "", None)?;
+        let (legacy, serial) = Legacy::new(config, vm, &mut pio, &default, report)?;
+        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
+        let mut slots =
+            Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
+        let mut add = |device: Box<dyn VirtioDevice>, thread| {
+            slots.add(vm, &mut mmio, device, thread).map_err(BuildError::Slot)
+        };
+        for slot in 0..DISKS {
+            let disk = config.disks.get(slot);
+            let thread = threads.find_for("disk", disk.map(|d| (&d.id, &d.iothread)))?;
+            add(Box::new(block(slot, disk, report)?), thread)?;
+        }
+        for slot in 0..NICS {
+            let nic = config.nics.get(slot);
+            let thread = threads.find_for("NIC", nic.map(|n| (&n.id, &n.iothread)))?;
+            add(Box::new(interface(slot, nic)?), thread)?;
+        }
+        if let Some(console) = &config.console {
+            let char = legacy::open(&console.backend, report)
+                .map_err(|source| BuildError::Console { id: console.id.clone(), source })?;
+            chardevs.push((console.id.clone(), char.name.clone()));
+            let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
+            add(Box::new(Console::new(console.id.clone(), char)), thread)?;
+        }
+        if let Some(rng) = &config.rng {
+            let device = Rng::new(rng.id.clone(), &rng.path, rng.bps)
+                .map_err(|source| BuildError::Rng { id: rng.id.clone(), source })?;
+            add(Box::new(device), default.clone())?;
+        }
+
+        let platform = Platform {
+            apic_ids,
+            slots: &slots.boot_list(),
+            serial: config.serial.is_some(),
+            vmgenid: None,
+        };
+        let boot = boot::load(memory, &config.boot, &platform)?;
+        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
+        Ok(Self { legacy, slots, buses, chardevs, boot })
     }
 }
 
@@ -237,9 +261,11 @@ fn block(
     report: &Report,
 ) -> Result<blk::Block, BuildError> {
     let report = report.clone();
+    let told = Told::default();
     let on_error: blk::OnError = Arc::new(move |id, error, write| {
+        let Some(told) = told.begin() else { return };
         let error = io::Error::new(error.kind(), error.to_string());
-        report(Event::DiskError { id: id.into(), write, error });
+        report(Event::DiskError { id: id.into(), write, error, told });
     });
     let mut settings =
         blk::Settings { queues: 1, queue_size: EMPTY_QUEUE_SIZE, on_error: Some(on_error) };

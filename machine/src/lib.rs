@@ -16,7 +16,7 @@ pub mod vcpu;
 pub use backends::{PlugError, PluggedDisk};
 pub use builder::BuildError;
 pub use devices::PowerEvent;
-pub use event::{Event, Report};
+pub use event::{Event, Report, Told};
 pub use machine::{Machine, RunError};
 pub use slots::{DISKS, NICS};
 pub use vcpu::Stopped;

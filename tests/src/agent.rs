@@ -65,7 +65,7 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     for line in io::stdin().lock().lines() {
         let request: Request = serde_json::from_str(&line?).context("cannot read what to run")?;
         let error = match stories.iter().find(|(name, _)| *name == request.run) {
-            Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:?}")),
+            Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:#}")),
             None => Some("no such story".to_owned()),
         };
         answer(&Answer::Done(error))?;
@@ -216,7 +216,10 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
 
 /// The monitor's binary: the one that `STRATOVIRT_BIN` names, or built now in the profile that this
 /// program was built in.
-fn monitor() -> Result<PathBuf> {
+///
+/// # Errors
+/// There is none of that name, or it does not build.
+pub fn monitor() -> Result<PathBuf> {
     if let Some(named) = env::var_os(BINARY) {
         return fs::canonicalize(&named)
             .with_context(|| format!("{BINARY}={} does not exist", named.display()));

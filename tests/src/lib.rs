@@ -2,7 +2,7 @@
 //! it, looks inside the guest.
 pub mod agent;
 pub mod archive;
-pub mod client;
+pub mod bench;
 pub mod debian;
 pub mod guest;
 pub mod host;

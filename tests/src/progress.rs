@@ -47,6 +47,11 @@ impl Step {
         self.bar.inc(1);
     }
 
+    /// What it is at now.
+    pub fn say(&self, what: &str) {
+        self.bar.set_message(what.to_owned());
+    }
+
     /// Done: leaves one line behind.
     pub fn done(self) {
         self.bar.finish_and_clear();

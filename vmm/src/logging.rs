@@ -7,6 +7,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use log::{LevelFilter, Log, Metadata, Record};
 
 /// Names the level: trace, debug, info, warn or error.
@@ -28,6 +30,13 @@ pub fn start(file: Option<&Path>) -> io::Result<()> {
     log::set_boxed_logger(Box::new(Logger(file))).map_err(io::Error::other)
 }
 
+/// Whether a line can be written to standard error without waiting.
+fn writable() -> bool {
+    let stderr = io::stderr();
+    let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)
+}
+
 impl Log for Logger {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
@@ -47,6 +56,8 @@ impl Log for Logger {
         // There is nowhere to report that logging has failed.
         let _ = match &self.0 {
             Some(file) => { file }.write_all(line.as_bytes()),
+            // A reader that has stopped reading must not stop a vCPU.
+            None if !writable() => return,
             None => io::stderr().write_all(line.as_bytes()),
         };
     }

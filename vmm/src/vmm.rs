@@ -132,7 +132,7 @@ impl Vmm {
             M::Escape => {
                 self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
             }
-            M::DiskError { id, write, error } => self.tell(&disk_error(id, write, &error)),
+            M::DiskError { id, write, error, told: _ } => self.tell(&disk_error(id, write, &error)),
         }
     }
 

@@ -80,6 +80,12 @@ impl Ring {
         let _ = self.notify.read();
     }
 
+    /// Notify ourselves: there is more to do, but others have their turn first.
+    pub(crate) fn come_back(&self) {
+        // Saturated: it is set already.
+        let _ = self.notify.write(1);
+    }
+
     /// Take the next chain.
     pub(crate) fn pop(&mut self, chain: &mut Chain) -> Result<Popped, Broken> {
         match chain.pop(&mut self.queue, &self.memory, self.indirect) {

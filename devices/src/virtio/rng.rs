@@ -14,14 +14,15 @@ use std::{
 
 use rustix::event::epoll;
 use serde::{Deserialize, Serialize};
-use virtio_queue::{QueueOwnedT, QueueT};
 
 use super::{
-    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice,
-    chain::{self, Chain, ChainError},
+    ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice,
+    chain::{self, Chain, total},
+    ring::{Broken, Popped, Ring},
 };
 use crate::{
-    Device, Memory,
+    Device,
+    log_limit::log_seldom,
     rate_limit::RateLimiter,
     state::{Section, Snapshot, StateError},
     worker::{Home, Worker},
@@ -125,12 +126,11 @@ impl VirtioDevice for Rng {
         let queue = with.queues.into_iter().next().ok_or(ActivateError::MissingQueue(0))?;
         let host = |what| move |source| ActivateError::Host { what, source };
         let worker = RngWorker::new(
+            self.id.clone(),
             self.source.try_clone().map_err(host("duplicate the source of randomness"))?,
             self.bps,
-            queue,
-            with.memory,
+            Ring::new(queue, with.memory, with.features & F_INDIRECT_DESC != 0),
             with.interrupt,
-            with.features & F_INDIRECT_DESC != 0,
         )
         .map_err(host("wait for the source of randomness"))?;
         self.home.start(worker, with.thread).map_err(host("start the entropy device's worker"))
@@ -154,7 +154,7 @@ impl Snapshot for Rng {
     fn save(&self) -> State {
         let worker = self.home.parked();
         State {
-            position: worker.map(|w| w.active.queue.next_used()),
+            position: worker.map(|w| w.ring.position()),
             broken: worker.is_some_and(|w| w.broken),
         }
     }
@@ -163,8 +163,7 @@ impl Snapshot for Rng {
         match (self.home.parked_mut(), state.position) {
             (None, None) if !state.broken => {}
             (Some(worker), Some(position)) => {
-                worker.active.queue.set_next_avail(position);
-                worker.active.queue.set_next_used(position);
+                worker.ring.set_position(position);
                 worker.broken = state.broken;
             }
             _ => return Err(StateError::Invalid("entropy device with and without driver")),
@@ -174,39 +173,26 @@ impl Snapshot for Rng {
 }
 
 struct RngWorker {
+    id: String,
     source: File,
     /// Holds the source if it can be waited on.
     epoll: OwnedFd,
     limiter: RateLimiter,
-    active: ActiveQueue,
-    memory: Memory,
+    ring: Ring,
     interrupt: Interrupt,
-    indirect: bool,
-    /// The ring says nonsense: left alone until the driver resets the device.
+    /// The driver has broken the ring and has to reset the device.
     broken: bool,
     chain: Chain,
-    scratch: Vec<u8>,
-}
-
-/// Why a round ended.
-#[derive(PartialEq, Eq)]
-enum Round {
-    /// The ring is empty.
-    Drained,
-    /// As many requests as the queue has room for: others first.
-    Full,
-    /// Nothing to give at the moment, or a broken ring. Something else will continue.
-    Blocked,
+    scratch: Box<[u8]>,
 }
 
 impl RngWorker {
     fn new(
+        id: String,
         source: File,
         bps: Option<u64>,
-        active: ActiveQueue,
-        memory: Memory,
+        ring: Ring,
         interrupt: Interrupt,
-        indirect: bool,
     ) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let data = epoll::EventData::new_u64(0);
@@ -216,82 +202,64 @@ impl RngWorker {
             Err(error) => return Err(error.into()),
         }
         Ok(Self {
+            id,
             source,
             epoll,
             limiter: RateLimiter::new(None, bps)?,
-            active,
-            memory,
+            chain: Chain::with_capacity(ring.size().into()),
+            ring,
             interrupt,
-            indirect,
             broken: false,
-            chain: Chain::default(),
-            scratch: vec![0; MOST],
+            scratch: vec![0; MOST].into_boxed_slice(),
         })
     }
 
-    fn work(&mut self) {
-        let mut used = false;
-        loop {
-            // An unreadable ring shows itself in the next round.
-            let _ = self.active.queue.disable_notification(&self.memory);
-            let round = self.round(&mut used);
-            let again = match round {
-                Round::Drained => {
-                    self.active.queue.enable_notification(&self.memory).unwrap_or(false)
-                }
-                Round::Full => {
-                    // A saturated counter will bring us back all the same.
-                    let _ = self.active.notify.write(1);
-                    false
-                }
-                Round::Blocked => false,
-            };
-            if !again {
-                break;
-            }
-        }
-        if used && chain::needs_interrupt(&mut self.active.queue, &self.memory) {
+    /// Serve requests, at most a queue's worth before others have their turn.
+    fn work(&mut self) -> Result<(), Broken> {
+        self.ring.ignore()?;
+        let more = self.serve()?;
+        if self.ring.wants_interrupt()? {
             self.interrupt.used();
         }
+        if more {
+            self.ring.come_back();
+        }
+        Ok(())
     }
 
-    fn round(&mut self, used: &mut bool) -> Round {
-        for _ in 0..self.active.queue.size() {
-            if self.broken {
-                return Round::Blocked;
-            }
-            let len = match self.chain.pop(&mut self.active.queue, &self.memory, self.indirect) {
-                Ok(false) => return Round::Drained,
-                Ok(true) => match self.fill() {
+    /// True when there may be more to do.
+    fn serve(&mut self) -> Result<bool, Broken> {
+        for _ in 0..self.ring.size() {
+            let len = match self.ring.pop(&mut self.chain)? {
+                Popped::Nothing if self.ring.listen()? => {
+                    self.ring.ignore()?;
+                    continue;
+                }
+                Popped::Nothing => return Ok(false),
+                Popped::Malformed => 0,
+                Popped::Chain => match self.fill() {
                     Some(len) => len,
                     None => {
-                        self.active.queue.go_to_previous_position();
-                        return Round::Blocked;
+                        self.ring.unpop(1);
+                        return Ok(false);
                     }
                 },
-                Err(ChainError::Ring) => {
-                    self.give_up();
-                    return Round::Blocked;
-                }
-                Err(_) => 0,
             };
-            if self.active.queue.add_used(&self.memory, self.chain.head(), len).is_err() {
-                self.give_up();
-                return Round::Blocked;
-            }
-            *used = true;
+            self.ring.put_used(0, self.chain.head(), len)?;
+            self.ring.publish(1)?;
         }
-        Round::Full
+        Ok(true)
     }
 
     /// Fill the chain's buffers; how many bytes of them. `None` when there is nothing to give yet.
     fn fill(&mut self) -> Option<u32> {
         let buffers = self.chain.writable();
-        let want = usize::try_from(chain::total(buffers)).unwrap_or(MOST).min(MOST);
+        let want = usize::try_from(total(buffers)).unwrap_or(MOST).min(MOST);
         if want == 0 {
             return Some(0);
         }
-        if !self.limiter.take(0, want as u64) {
+        // A refusal depends on what was given before, and only what is given is charged.
+        if !self.limiter.take(0, 0) {
             return None;
         }
         let scratch = self.scratch.get_mut(..want)?;
@@ -303,26 +271,25 @@ impl RngWorker {
                 Ok(_) | Err(_) => return None,
             }
         };
-        let written = chain::write(&self.memory, buffers, 0, scratch.get(..got)?);
+        self.limiter.take(0, got as u64);
+        let written = chain::write(self.ring.memory(), buffers, 0, scratch.get(..got)?);
         u32::try_from(written).ok()
-    }
-
-    fn give_up(&mut self) {
-        self.broken = true;
-        self.interrupt.needs_reset();
     }
 }
 
 impl Worker for RngWorker {
     fn sources(&self) -> Vec<RawFd> {
-        vec![self.active.notify.as_raw_fd(), self.limiter.fd(), self.epoll.as_raw_fd()]
+        vec![self.ring.fd(), self.limiter.fd(), self.epoll.as_raw_fd()]
     }
 
     fn ready(&mut self, _: usize) {
-        // Empty when another source fired.
-        let _ = self.active.notify.read();
+        self.ring.drain();
         self.limiter.replenish();
-        self.work();
+        if !self.broken && self.work().is_err() {
+            self.broken = true;
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
+            self.interrupt.needs_reset();
+        }
     }
 
     fn quiesce(&mut self) {

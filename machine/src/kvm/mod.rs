@@ -19,11 +19,11 @@ use kvm_bindings::{
     KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::layout;
+use crate::{config::Topology, layout};
 
 /// What this monitor cannot do without, and what for.
 const REQUIRED: [(Cap, &str, &str); 8] = [
@@ -102,7 +102,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A virtual machine with its memory, interrupt controllers and timer.
+    /// A virtual machine with its memory and interrupt controllers.
     ///
     /// # Errors
     /// When KVM refuses a step.
@@ -127,9 +127,30 @@ impl Vm {
         let size = window.size() as u64;
         vm.map(slot, layout::VIRTIO_MMIO, window.as_ptr(), size, KVM_MEM_READONLY)?;
         vm.fd.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
         Ok(vm)
+    }
+
+    /// The timer, and the vCPUs with these APIC ids, showing `leaves`. KVM starts a kernel thread
+    /// for the timer and waits for it, so this is best done beside other work.
+    ///
+    /// # Errors
+    /// When KVM refuses a step.
+    pub fn create_vcpus(
+        &self,
+        kvm: &Kvm,
+        apic_ids: &[u8],
+        topology: &Topology,
+    ) -> Result<Vec<VcpuFd>, KvmError> {
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        self.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
+        let leaves = cpuid::supported(kvm)?;
+        let create = |id: &u8| {
+            let fd = self.fd.create_vcpu(u64::from(*id)).map_err(refused("create a vCPU"))?;
+            let cpuid = cpuid::for_vcpu(kvm, &leaves, *id, topology);
+            fd.set_cpuid2(&cpuid).map_err(refused("set a vCPU's CPUID"))?;
+            Ok(fd)
+        };
+        apic_ids.iter().map(create).collect()
     }
 
     fn map(&self, slot: u32, at: u64, host: *mut u8, len: u64, flags: u32) -> Result<(), KvmError> {
@@ -161,14 +182,6 @@ impl Vm {
         self.fd
             .register_ioevent(eventfd, &IoEventAddress::Mmio(address), value)
             .map_err(refused("bind a notification register"))
-    }
-
-    /// A new vCPU with this id, which is also its APIC id.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub(crate) fn create_vcpu(&self, id: u8) -> Result<kvm_ioctls::VcpuFd, KvmError> {
-        self.fd.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))
     }
 
     /// The guest's paravirtual clock now.

@@ -2,10 +2,10 @@
 use std::{io, sync::Arc};
 
 use devices::bus::Bus;
-use kvm_bindings::{CpuId, kvm_device_attr};
+use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, refused, state::VcpuState};
+use super::{KvmError, state::VcpuState};
 use crate::vcpu::{
     Cpu, Exit, Stopped,
     kick::{self, Kicked, Kicker},
@@ -29,23 +29,9 @@ pub struct KvmCpu {
 }
 
 impl KvmCpu {
-    /// A vCPU in its power-on state, showing `cpuid`.
-    ///
-    /// # Errors
-    /// When KVM refuses the CPUID leaves.
-    pub fn new(
-        fd: VcpuFd,
-        cpuid: &CpuId,
-        buses: Buses,
-        msr_list: Arc<Vec<u32>>,
-    ) -> Result<Self, KvmError> {
-        fd.set_cpuid2(cpuid).map_err(refused("set a vCPU's CPUID"))?;
-        Ok(Self { fd, buses, msr_list, kicked: None })
-    }
-
-    /// The descriptor, for setting the first registers.
-    pub(crate) fn fd(&self) -> &VcpuFd {
-        &self.fd
+    /// A vCPU whose accesses go to `buses`.
+    pub fn new(fd: VcpuFd, buses: Buses, msr_list: Arc<Vec<u32>>) -> Self {
+        Self { fd, buses, msr_list, kicked: None }
     }
 
     fn failed(&mut self, what: &str) -> Exit {

@@ -14,6 +14,7 @@
 pub mod kick;
 
 use std::{
+    cell::OnceCell,
     io,
     sync::mpsc::{Receiver, Sender, TryRecvError, channel},
     thread::{Builder, JoinHandle},
@@ -115,7 +116,9 @@ enum Request<C: Cpu> {
 /// Steers one vCPU thread.
 pub struct Handle<C: Cpu> {
     requests: Sender<Request<C>>,
-    kicker: C::Kicker,
+    /// Sent by the thread once it runs; only who wants to kick it has to wait for that.
+    kicker: Receiver<io::Result<C::Kicker>>,
+    known_kicker: OnceCell<Option<C::Kicker>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -147,14 +150,32 @@ impl<C: Cpu> Handle<C> {
                 }
             }
         })?;
-        let kicker = kicker.recv().map_err(|_| io::Error::other("vCPU thread has exited"))??;
-        Ok(Self { requests, kicker, thread: Some(thread) })
+        Ok(Self { requests, kicker, known_kicker: OnceCell::new(), thread: Some(thread) })
+    }
+
+    /// `None` if the thread could not set up what kicking takes; it has ended then.
+    fn kicker(&self) -> Option<&C::Kicker> {
+        let receive = || match self.kicker.recv() {
+            Ok(Ok(kicker)) => Some(kicker),
+            Ok(Err(e)) => {
+                log::error!("a vCPU thread cannot start: {e}");
+                None
+            }
+            Err(_) => None,
+        };
+        self.known_kicker.get_or_init(receive).as_ref()
+    }
+
+    fn kick(&self) {
+        if let Some(kicker) = self.kicker() {
+            kicker.kick();
+        }
     }
 
     /// Ask for a stop at the next consistent point. Ask all vCPUs first, then wait for each.
     pub fn park(&self) -> Answer<()> {
         let answer = self.ask(Request::Park);
-        self.kicker.kick();
+        self.kick();
         answer
     }
     /// Let a parked vCPU run, after a pause of `ticks` of the host's TSC.
@@ -169,9 +190,9 @@ impl<C: Cpu> Handle<C> {
     pub fn restore(&self, state: C::State) -> Answer<Result<(), C::Error>> {
         self.ask(|reply| Request::Restore(Box::new(state), reply))
     }
-    /// The kernel's number of the thread.
+    /// The kernel's number of the thread; 0 if it has ended.
     pub fn thread(&self) -> u32 {
-        self.kicker.thread()
+        self.kicker().map_or(0, Kick::thread)
     }
 
     fn ask<T>(&self, request: impl FnOnce(Sender<T>) -> Request<C>) -> Answer<T> {
@@ -185,7 +206,7 @@ impl<C: Cpu> Handle<C> {
 impl<C: Cpu> Drop for Handle<C> {
     fn drop(&mut self) {
         let _ = self.requests.send(Request::Exit);
-        self.kicker.kick();
+        self.kick();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -272,7 +293,7 @@ mod tests {
         let vcpu = Handle::spawn(0, Counter(0, Arc::default()), |_, _| {}).unwrap();
         vcpu.resume(0);
         let early = vcpu.save();
-        vcpu.kicker.kick();
+        vcpu.kick();
         assert!(early.wait().is_err());
         vcpu.park().wait().unwrap();
     }

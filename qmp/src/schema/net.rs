@@ -44,6 +44,16 @@ pub struct NetdevDel {
     pub id: String,
 }
 
+/// Plug a NIC's cable in or out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetLink {
+    /// Id of the NIC.
+    pub name: String,
+    /// In.
+    pub up: bool,
+}
+
 /// Give a name to the descriptor that came with this command (SCM_RIGHTS).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -12,7 +12,8 @@ mkdir -p /dev/net
 [ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200
 mount -t tmpfs tmpfs /host/tmp
 ip link set lo up
-# Bytes pass as they are in both directions.
+# Bytes pass as they are in both directions, for as long as somebody holds the terminal open.
+exec 3<> /dev/hvc0
 stty raw -echo < /dev/hvc0
 setsid chroot /host /bin/sh -c 'exec /bin/sh /run-me < /dev/hvc0 > /dev/hvc0 2>&1'
 code=$?

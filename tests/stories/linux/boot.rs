@@ -1,5 +1,6 @@
 //! Kernels in every form come up with the processors and the memory they were given.
 use anyhow::{Result, ensure};
+use serde_json::json;
 use stories::agent::Story;
 use stories::guest::{Kernel, root_disk};
 use stories::monitor::{Monitor, Vm};
@@ -92,7 +93,7 @@ pub fn without_acpi(story: &Story) -> Result<()> {
     let log = guest.sh("dmesg")?;
     ensure!(!log.contains("ACPI: RSDP"), "the kernel found ACPI tables though told not to");
     let mut qmp = guest.qmp()?;
-    qmp.execute("system_reset", serde_json::Value::Null)?;
+    qmp.execute_raw("system_reset", json!({}))?;
     guest.wait_ready()
 }
 

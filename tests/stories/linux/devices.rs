@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener};
 use std::thread;
 
 use anyhow::{Result, bail, ensure};
-use serde_json::Value;
+use serde_json::json;
 use stories::agent::Story;
 use stories::archive::{make_ext4, read_ext4};
 use stories::guest::Kernel;
@@ -27,7 +27,7 @@ pub fn file_in_the_image(story: &Story) -> Result<()> {
     let sum = guest.sh("sync; echo 3 > /proc/sys/vm/drop_caches; md5sum < /mnt/numbers")?;
     ensure!(sum == guest.sh("seq 1 100000 | md5sum")?, "the disk does not keep what is written");
     guest.sh("umount /mnt")?;
-    guest.qmp()?.execute("quit", Value::Null)?;
+    guest.qmp()?.execute_raw("quit", json!({}))?;
     guest.wait_exit()?;
     ensure!(read_ext4(&story.debian, &image, "/letter")? == "from the guest\n");
     let numbers: String = (1..=100_000).map(|number| format!("{number}\n")).collect();

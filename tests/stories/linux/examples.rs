@@ -50,9 +50,9 @@ fn boots(story: &Story, text: &str) -> Result<()> {
         guest.wait_ready()?;
     }
     let mut qmp = guest.qmp()?;
-    let status = qmp.execute("query-status", Value::Null)?;
+    let status = qmp.execute_raw("query-status", json!({}))?;
     ensure!(status.get("running") == Some(&json!(true)), "{status}");
-    qmp.execute("quit", Value::Null)?;
+    qmp.execute_raw("quit", json!({}))?;
     guest.wait_exit()?;
     Ok(())
 }

@@ -3,7 +3,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 use stories::agent::Story;
 use stories::guest::Kernel;
 use stories::monitor::{Monitor, SOON, Vm};
@@ -22,15 +22,15 @@ fn uptime(guest: &mut Monitor) -> Result<Duration> {
 pub fn stop_and_cont(story: &Story) -> Result<()> {
     let mut guest = started(story)?;
     let mut qmp = guest.qmp()?;
-    ensure!(qmp.execute("query-status", Value::Null)?.get("running") == Some(&json!(true)));
+    ensure!(qmp.execute_raw("query-status", json!({}))?.get("running") == Some(&json!(true)));
     guest.sh("while :; do echo tick; usleep 100000; done > /dev/console &")?;
     guest.wait_for("tick", SOON)?;
 
     let before = uptime(&mut guest)?;
     let began = Instant::now();
-    ensure!(qmp.execute("stop", Value::Null)? == json!({}));
+    ensure!(qmp.execute_raw("stop", json!({}))? == json!({}));
     qmp.wait_event("STOP", SOON)?;
-    let status = qmp.execute("query-status", Value::Null)?;
+    let status = qmp.execute_raw("query-status", json!({}))?;
     ensure!(
         status.get("running") == Some(&json!(false))
             && status.get("status") == Some(&json!("paused")),
@@ -43,7 +43,7 @@ pub fn stop_and_cont(story: &Story) -> Result<()> {
     thread::sleep(pause);
     ensure!(guest.unseen().is_empty(), "a stopped guest printed '{}'", guest.unseen());
 
-    ensure!(qmp.execute("cont", Value::Null)? == json!({}));
+    ensure!(qmp.execute_raw("cont", json!({}))? == json!({}));
     qmp.wait_event("RESUME", SOON)?;
     guest.wait_for("tick", SOON)?;
     let after = uptime(&mut guest)?;
@@ -67,22 +67,22 @@ pub fn reset(story: &Story) -> Result<()> {
     let mut guest = started(story)?;
     let mut qmp = guest.qmp()?;
     guest.sh("touch /tmp/was-here")?;
-    ensure!(qmp.execute("system_reset", Value::Null)? == json!({}));
-    ensure!(qmp.wait_event("RESET", SOON)?.get("guest") == Some(&json!(false)));
+    ensure!(qmp.execute_raw("system_reset", json!({}))? == json!({}));
+    ensure!(qmp.wait_event("RESET", SOON)?.data.get("guest") == Some(&json!(false)));
     guest.wait_for("guest: init", SOON * 3)?;
     guest.wait_ready()?;
     guest.sh("test ! -e /tmp/was-here")?;
-    ensure!(qmp.execute("query-status", Value::Null)?.get("status") == Some(&json!("running")));
+    ensure!(qmp.execute_raw("query-status", json!({}))?.get("status") == Some(&json!("running")));
     Ok(())
 }
 
 pub fn powerdown(story: &Story) -> Result<()> {
     let mut guest = started(story)?;
     let mut qmp = guest.qmp()?;
-    ensure!(qmp.execute("system_powerdown", Value::Null)? == json!({}));
+    ensure!(qmp.execute_raw("system_powerdown", json!({}))? == json!({}));
     qmp.wait_event("POWERDOWN", SOON)?;
     guest.wait_for("guest: power button", SOON)?;
-    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
     ensure!(data == json!({ "guest": true, "reason": "guest-shutdown" }), "{data}");
     ensure!(guest.wait_exit()?.code() == Some(0));
     Ok(())
@@ -91,10 +91,10 @@ pub fn powerdown(story: &Story) -> Result<()> {
 pub fn quit(story: &Story) -> Result<()> {
     let mut guest = started(story)?;
     let mut qmp = guest.qmp()?;
-    ensure!(qmp.execute("quit", Value::Null)? == json!({}));
-    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    ensure!(qmp.execute_raw("quit", json!({}))? == json!({}));
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
     ensure!(data == json!({ "guest": false, "reason": "host-qmp-quit" }), "{data}");
-    ensure!(qmp.line(Instant::now() + SOON)?.is_none(), "something came after SHUTDOWN");
+    qmp.wait_closed(SOON)?;
     ensure!(guest.wait_exit()?.code() == Some(0));
     ensure!(!story.dir.join("qmp.sock").exists(), "the socket's file is left behind");
     Ok(())
@@ -104,7 +104,7 @@ pub fn poweroff(story: &Story) -> Result<()> {
     let mut guest = started(story)?;
     let mut qmp = guest.qmp()?;
     guest.type_in("poweroff -f\n")?;
-    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
     ensure!(data == json!({ "guest": true, "reason": "guest-shutdown" }), "{data}");
     ensure!(guest.wait_exit()?.code() == Some(0));
     Ok(())

@@ -31,6 +31,8 @@ pub fn table() -> Table<Vmm> {
         .on_ticket(ALIVE, net::getfd)
         .on(ALIVE, net::netdev_add)
         .on(ALIVE, net::netdev_del)
+        .on(ALIVE, net::set_link)
+        .on(ALIVE, run_state::send_key)
         .on(ALIVE, device::device_add)
         .on(ALIVE, device::device_del)
         .on(ANY, introspect::query_chardev)

@@ -89,6 +89,11 @@ fn take_fds(vmm: &mut Vmm, names: &[&str]) -> Result<(Tap, Vec<OwnedFd>), Error>
     })
 }
 
+pub fn set_link(vmm: &mut Vmm, command: SetLink) -> Result<Empty, Error> {
+    vmm.machine.set_link(&command.name, command.up).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
 pub fn netdev_del(vmm: &mut Vmm, command: NetdevDel) -> Result<Empty, Error> {
     vmm.machine.remove_backend(&command.id).map_err(|e| plug_error(&e))?;
     Ok(Empty {})

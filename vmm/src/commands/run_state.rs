@@ -34,6 +34,18 @@ pub fn system_powerdown(vmm: &mut Vmm, _: SystemPowerdown) -> Result<Empty, Erro
     Ok(Empty {})
 }
 
+pub fn send_key(vmm: &mut Vmm, command: SendKey) -> Result<Empty, Error> {
+    let mut keys: Vec<_> = command.keys.iter().map(|key| key.data).collect();
+    keys.sort_unstable();
+    if keys != [QKeyCode::Alt, QKeyCode::Ctrl, QKeyCode::Delete] {
+        return Err(Error::text("Invalid parameter 'keys': must be ctrl, alt and delete"));
+    }
+    if !vmm.machine.send_ctrl_alt_del() {
+        return Err(Error::text("the guest does not listen to its keyboard"));
+    }
+    Ok(Empty {})
+}
+
 pub fn query_status(vmm: &mut Vmm, _: QueryStatus) -> Result<StatusInfo, Error> {
     Ok(StatusInfo::new(match vmm.state() {
         State::Running => RunState::Running,

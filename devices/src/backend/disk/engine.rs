@@ -14,6 +14,9 @@
 // for it has returned. The engine owns what that needs: the memory (kept mapped until nothing is
 // in flight, see `Drop`), the buffer lists and the descriptors.
 #![expect(unsafe_code)]
+#[cfg(test)]
+mod tests;
+
 use std::{
     io, mem,
     os::{
@@ -27,13 +30,16 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
 
 use super::{Disk, sys};
-use crate::{Memory, virtio::chain::Segment};
+use crate::{Memory, log_limit::log_seldom, virtio::chain::Segment};
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 /// Largest submission ring. Deeper queues are worked off in turns.
 const RING: usize = 256;
-/// How often a submission that the kernel has no memory for is tried again at once.
+/// Bytes in flight from which on nothing more is started. Whoever pauses or resets the device
+/// waits for them, and a guest could have hundreds of requests of the largest size.
+const BYTES: u64 = 64 << 20;
+/// How often what the kernel has no memory for, or is too busy for, is tried again at once.
 const PATIENCE: usize = 1000;
 
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -77,6 +83,8 @@ struct Transfer {
     first: usize,
     /// Bytes not transferred yet.
     left: u64,
+    /// How often the kernel has said that it could not do it just now.
+    tries: usize,
 }
 
 // SAFETY: the pointers are addresses of guest memory. They are dereferenced by the kernel only,
@@ -91,7 +99,7 @@ impl Transfer {
         segments: &[Segment],
         memory: &Memory,
     ) -> io::Result<()> {
-        (self.op, self.offset, self.first, self.left) = (op, offset, 0, 0);
+        (self.op, self.offset, self.first, self.left, self.tries) = (op, offset, 0, 0, 0);
         self.segments.clear();
         self.buffers.clear();
         for s in segments {
@@ -139,6 +147,8 @@ impl Transfer {
 struct Slot<T> {
     transfer: Transfer,
     tag: Option<T>,
+    /// Bytes that it was started with.
+    bytes: u64,
 }
 
 /// Requests on one disk and one guest memory. `T` is what the caller knows a request by.
@@ -150,6 +160,7 @@ pub struct Engine<T> {
     free: Vec<usize>,
     limit: usize,
     in_flight: usize,
+    bytes_in_flight: u64,
     /// Submissions that the kernel has not taken yet.
     queued: bool,
     scratch: Transfer,
@@ -162,7 +173,8 @@ impl<T> Engine<T> {
     pub fn new(disk: Arc<Disk>, memory: Memory, depth: usize) -> Self {
         let entries = depth.clamp(1, RING).next_power_of_two() as u32;
         let ring = disk.io_uring.then(|| IoUring::new(entries)).and_then(|ring| {
-            ring.inspect_err(|e| log::warn!("{}: no io_uring: {e}", disk.path.display())).ok()
+            ring.inspect_err(|e| log_seldom!(warn, "{}: no io_uring: {e}", disk.path.display()))
+                .ok()
         });
         // One completion at most for each slot, so the completion ring never overflows.
         let limit = ring.as_ref().map_or(0, |r| r.params().cq_entries() as usize);
@@ -174,6 +186,7 @@ impl<T> Engine<T> {
             free: Vec::new(),
             limit,
             in_flight: 0,
+            bytes_in_flight: 0,
             queued: false,
             scratch: Transfer::default(),
             read_nowait: true,
@@ -194,7 +207,7 @@ impl<T> Engine<T> {
 
     /// Whether another request may be started now.
     pub fn has_room(&self) -> bool {
-        self.ring.is_none() || self.in_flight < self.limit
+        self.ring.is_none() || self.in_flight < self.limit && self.bytes_in_flight < BYTES
     }
 
     /// Requests that are pending.
@@ -249,6 +262,7 @@ impl<T> Engine<T> {
             let slot = self.slots.get_mut(index);
             let tag = slot.and_then(|slot| {
                 slot.transfer = transfer;
+                self.bytes_in_flight = self.bytes_in_flight.saturating_sub(slot.bytes);
                 slot.tag.take()
             });
             self.free.push(index);
@@ -327,11 +341,17 @@ impl<T> Engine<T> {
 
     fn launch(&mut self, transfer: Transfer, tag: T) {
         let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { transfer: Transfer::default(), tag: None });
+            self.slots.push(Slot { transfer: Transfer::default(), tag: None, bytes: 0 });
             self.slots.len() - 1
         });
         if let Some(slot) = self.slots.get_mut(index) {
             slot.tag = Some(tag);
+            slot.bytes = match transfer.op {
+                // The worst case: they are written one by one.
+                Op::WriteZeroes { len, .. } => len,
+                _ => transfer.left,
+            };
+            self.bytes_in_flight = self.bytes_in_flight.saturating_add(slot.bytes);
             // The slot's own lists go the other way, so neither has to grow twice.
             self.scratch = mem::take(&mut slot.transfer);
         }
@@ -354,7 +374,7 @@ impl<T> Engine<T> {
                 return;
             }
             if !self.enter(0) {
-                log::error!("{}: io_uring takes no requests", self.disk.path.display());
+                log_seldom!(error, "{}: io_uring takes no requests", self.disk.path.display());
                 return;
             }
         }
@@ -384,6 +404,11 @@ impl<T> Engine<T> {
         let result = match usize::try_from(said) {
             Ok(n) => Ok(n),
             Err(_) if said == -libc::EINTR => return None,
+            // Not for a request that may wait, but some drivers of the host say so all the same.
+            Err(_) if said == -libc::EAGAIN && t.tries < PATIENCE => {
+                t.tries += 1;
+                return None;
+            }
             Err(_) => Err(io::Error::from_raw_os_error(said.wrapping_neg())),
         };
         match (t.op, result) {
@@ -441,11 +466,13 @@ impl<T> Engine<T> {
     /// Hand over what is queued, and wait for `want` completions; false when the kernel does not
     /// want to.
     fn enter(&mut self, want: usize) -> bool {
-        let Some(ring) = self.ring.as_ref().filter(|_| self.queued || want > 0) else {
+        let Some(ring) = self.ring.as_mut().filter(|_| self.queued || want > 0) else {
             return true;
         };
         for _ in 0..PATIENCE {
             match ring.submit_and_wait(want) {
+                // It stops at a request that it refuses, without waiting.
+                Ok(_) if !ring.submission().is_empty() => {}
                 Ok(_) => {
                     self.queued = false;
                     return true;
@@ -465,7 +492,7 @@ impl<T> Drop for Engine<T> {
             while self.finished().is_some() {}
             if self.in_flight > 0 && !self.wait() {
                 // Rather lose the memory than let the kernel write to what is somebody else's.
-                log::error!("{}: requests never ended", self.disk.path.display());
+                log_seldom!(error, "{}: requests never ended", self.disk.path.display());
                 mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
                 return;
             }

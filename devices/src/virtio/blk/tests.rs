@@ -16,6 +16,7 @@ use super::*;
 use crate::{
     backend::disk::{Aio, OpenOptions},
     bus::BusDevice,
+    conformance,
     testing::{Buffer, Guest, INDIRECT, RAM, WRITE},
 };
 
@@ -146,6 +147,25 @@ fn every_way() -> Vec<OpenOptions> {
         }
     }
     ways
+}
+
+#[test]
+fn every_rule_of_virtio_is_kept() {
+    let dir = TempDir::new().unwrap();
+    let made = AtomicU64::new(0);
+    // Each device has an image of its own, as an image has one writer.
+    let drive = |aio| {
+        let path = dir.as_path().join(made.fetch_add(1, Ordering::Relaxed).to_string());
+        fs::File::create(&path).unwrap().set_len(MIB).unwrap();
+        Some(Drive::from(Disk::open(&path, &OpenOptions { aio, ..rw() }).unwrap()))
+    };
+    let block = |queues, drive| -> Box<dyn VirtioDevice> {
+        let settings = Settings { queues, ..Settings::default() };
+        Box::new(Block::new("disk", settings, drive).unwrap())
+    };
+    conformance::run(|| block(1, drive(Aio::IoUring)));
+    conformance::run(|| block(2, drive(Aio::Off)));
+    conformance::run(|| block(1, None));
 }
 
 #[test]

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     Memory,
     backend::disk::{Disk, Engine, Op, Outcome, SECTOR},
+    log_limit::log_seldom,
     rate_limit::RateLimiter,
     virtio::{
         ActiveQueue, Interrupt,
@@ -46,8 +47,6 @@ pub(super) const SERIAL: usize = 20;
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
-const NO_INTERRUPT: u16 = 1;
 
 /// One queue.
 pub(super) struct Lane {
@@ -375,7 +374,7 @@ impl BlockWorker {
         let mut wanted = false;
         for lane in &mut self.lanes {
             if std::mem::take(&mut lane.unsignalled) {
-                wanted |= wants_interrupt(&mut lane.queue, &self.memory);
+                wanted |= chain::needs_interrupt(&mut lane.queue, &self.memory);
             }
         }
         if wanted {
@@ -433,7 +432,7 @@ impl Worker for BlockWorker {
             self.complete();
             let Some(engine) = self.engine.as_mut().filter(|e| e.in_flight() > 0) else { break };
             if !engine.wait() {
-                log::error!("{}: requests never ended", engine.disk().path().display());
+                log_seldom!(error, "{}: requests never ended", engine.disk().path().display());
                 break;
             }
         }
@@ -493,14 +492,6 @@ impl Spin {
         }
         false
     }
-}
-
-fn wants_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
-    let wanted = queue.needs_notification(memory).unwrap_or(true);
-    // virtio-queue knows used_event only, not the flag that drivers without EVENT_IDX set.
-    let avail = GuestAddress(queue.avail_ring());
-    let flags = || memory.load(avail, Ordering::Relaxed).map_or(0, u16::from_le);
-    wanted && (queue.event_idx_enabled() || flags() & NO_INTERRUPT == 0)
 }
 
 fn unsupported(e: &std::io::Error) -> bool {

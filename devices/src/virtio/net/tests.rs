@@ -322,6 +322,26 @@ fn rates_are_limited_in_each_direction() {
 }
 
 #[test]
+fn a_frame_that_waits_for_the_host_is_charged_once_and_goes_on() {
+    let mut lan = Lan::new(NetSettings { pps: Some(20), ..settings(1) }, true);
+    lan.guest.start(0);
+    lan.send(&Lan::frame(60, 0));
+    lan.send(&Lan::frame(60, 1));
+    // The last one that the limit lets through at once is refused by the host, which then says
+    // that it takes more while the limit would not.
+    lan.switches.fault.store(libc::EAGAIN, SeqCst);
+    lan.send(&Lan::frame(60, 2));
+    lan.switches.fault.store(0, SeqCst);
+    lan.send(&Lan::frame(60, 3));
+    let mut done = 0;
+    let thread = lan.guest.thread.clone();
+    thread.until("all frames are dealt with", || {
+        done += lan.tx_done();
+        done == 4
+    });
+}
+
+#[test]
 fn what_was_received_is_marked_dirty() {
     use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
     for buffers in [100, 10] {

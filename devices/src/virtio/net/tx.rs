@@ -51,8 +51,8 @@ impl Tx {
         pair: usize,
         shared: &mut Shared<B>,
     ) -> Result<bool, Broken> {
-        match self.waiting {
-            true => self.work(pair, shared),
+        match std::mem::take(&mut self.waiting) {
+            true => self.work(pair, shared, true),
             false => Ok(false),
         }
     }
@@ -65,15 +65,21 @@ impl Tx {
     ) -> Result<bool, Broken> {
         match self.waiting {
             true => Ok(false),
-            false => self.work(pair, shared),
+            false => self.work(pair, shared, false),
         }
     }
 
-    fn work<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>) -> Result<bool, Broken> {
+    /// `again`: the first frame has been refused before.
+    fn work<B: NetBackend>(
+        &mut self,
+        pair: usize,
+        shared: &mut Shared<B>,
+        mut again: bool,
+    ) -> Result<bool, Broken> {
         self.ring.ignore()?;
         let mut budget = self.ring.size();
         loop {
-            let stop = self.batch(pair, shared, &mut budget)?;
+            let stop = self.batch(pair, shared, &mut budget, std::mem::take(&mut again))?;
             if self.ring.wants_interrupt()? {
                 shared.interrupt.used();
             }
@@ -91,18 +97,20 @@ impl Tx {
         pair: usize,
         shared: &mut Shared<B>,
         budget: &mut u16,
+        mut again: bool,
     ) -> Result<Stop, Broken> {
         while *budget > 0 {
             match self.ring.pop(&mut self.chain)? {
                 Popped::Nothing => return Ok(Stop::Drained),
                 Popped::Malformed => shared.drop_tx(pair, &"malformed descriptor chain"),
                 Popped::Chain => {
-                    if let Sent::Refused = self.send(pair, shared) {
+                    if let Sent::Refused = self.send(pair, shared, again) {
                         self.ring.unpop(1);
                         return Ok(Stop::Wait);
                     }
                 }
             }
+            again = false;
             *budget -= 1;
             self.ring.put_used(0, self.chain.head(), 0)?;
             self.ring.publish(1)?;
@@ -110,7 +118,7 @@ impl Tx {
         Ok(Stop::Turn)
     }
 
-    fn send<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>) -> Sent {
+    fn send<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>, again: bool) -> Sent {
         if !shared.link || shared.backend.is_none() {
             shared.stats.tx.dropped();
             return Sent::Done;
@@ -122,7 +130,9 @@ impl Tx {
             return Sent::Done;
         }
         let bytes = self.frame.bytes() - HEADER;
-        if let Some(limit) = &mut shared.tx_limit
+        // What is sent again has been charged already.
+        if !again
+            && let Some(limit) = &mut shared.tx_limit
             && !limit.take(1, bytes as u64)
         {
             return Sent::Refused;
@@ -130,7 +140,6 @@ impl Tx {
         let Some(backend) = &shared.backend else { return Sent::Done };
         // Refused again although it said that it takes more: give the frame up, for that could go
         // on for ever.
-        let again = std::mem::take(&mut self.waiting);
         match backend.write(pair, &mut self.frame) {
             Ok(_) => shared.stats.tx.passed(bytes),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && !again => {

@@ -119,6 +119,20 @@ fn a_limit_delays_requests_and_loses_none() {
 }
 
 #[test]
+fn a_wait_for_the_source_is_not_charged() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+    // What is asked for would take hours at this rate; what is given does not.
+    let mut g = Guest::new(Box::new(Rng::new("rng0", &path, Some(4)).unwrap()));
+    g.start(0);
+    let room = g.room(MOST);
+    g.request(0, &[(room, MOST as u32, true)]);
+    File::options().write(true).open(&path).unwrap().write_all(b"more").unwrap();
+    assert_eq!(g.completion(0).1, 4);
+}
+
+#[test]
 fn sources_that_end_or_are_missing_are_refused() {
     let dir = TempDir::new().unwrap();
     let file = dir.as_path().join("file");

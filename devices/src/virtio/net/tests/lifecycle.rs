@@ -114,6 +114,23 @@ fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
 }
 
 #[test]
+fn a_cable_pulled_while_frames_wait_for_the_host_works_again_later() {
+    let mut lan = Lan::started(0);
+    let at = lan.guest.bytes(&Lan::frame(1500, 5));
+    while lan.guest.queues[1].used_index() == lan.guest.queues[1].available_index() {
+        lan.guest.request(TX, &[(at, 1512, false)]);
+    }
+    let net = |on| move |net: &mut Net<Wire>| net.set_link(on).unwrap();
+    lan.guest.transport.update(net(false)).unwrap();
+    while lan.at_host().is_some() {}
+    lan.guest.thread.settle();
+    lan.guest.transport.update(net(true)).unwrap();
+    lan.guest.thread.settle();
+    lan.send(&Lan::frame(61, 1));
+    assert_eq!(lan.at_host().unwrap(), Lan::frame(61, 1));
+}
+
+#[test]
 fn an_empty_slot_comes_to_life_when_a_tap_is_plugged() {
     let net = Net::<Wire>::new("net1", settings(1), None).unwrap();
     let mut guest = Guest::new(Box::new(net));

@@ -1,0 +1,66 @@
+use std::{fs, path::PathBuf};
+
+use vmm_sys_util::tempdir::TempDir;
+
+use super::*;
+use crate::{
+    backend::disk::{Aio, OpenOptions},
+    testing::memory,
+};
+
+/// Always goes through the ring, and costs the host nothing.
+const PUNCH_64_MIB: Op = Op::WriteZeroes { len: 64 << 20, unmap: true, durable: false };
+
+fn engine(dir: &TempDir) -> Engine<u32> {
+    let path: PathBuf = dir.as_path().join("image");
+    fs::write(&path, [7; 4096]).unwrap();
+    let options = OpenOptions { discard: true, aio: Aio::IoUring, ..OpenOptions::default() };
+    let disk = Disk::open(&path, &options).unwrap();
+    Engine::new(Arc::new(disk), memory(), 8)
+}
+
+fn one(engine: &mut Engine<u32>) -> u32 {
+    loop {
+        if let Some((tag, result)) = engine.finished() {
+            result.unwrap();
+            return tag;
+        }
+        assert!(engine.wait());
+    }
+}
+
+#[test]
+fn a_few_large_requests_fill_an_engine_as_many_small_ones_do() {
+    let dir = TempDir::new().unwrap();
+    let mut engine = engine(&dir);
+    assert!(matches!(engine.start(PUNCH_64_MIB, 0, &[], 1), Outcome::Pending));
+    assert!(!engine.has_room(), "whoever pauses or resets waits for what is in flight");
+    assert_eq!(one(&mut engine), 1);
+    assert!(engine.has_room());
+}
+
+#[test]
+fn a_request_that_the_kernel_refuses_does_not_hold_up_those_behind_it() {
+    let dir = TempDir::new().unwrap();
+    let mut engine = engine(&dir);
+    let bad = opcode::Fsync::new(types::Fd(0)).flags(types::FsyncFlags::from_bits_retain(1 << 7));
+    let bad = bad.build().user_data(u64::MAX);
+    // SAFETY: refused for its flags, and refers to no memory.
+    unsafe { engine.ring.as_mut().unwrap().submission().push(&bad) }.unwrap();
+    assert!(matches!(engine.start(PUNCH_64_MIB, 0, &[], 2), Outcome::Pending));
+    engine.submit();
+    assert!(engine.ring.as_mut().unwrap().submission().is_empty(), "the kernel has them all");
+    assert_eq!(one(&mut engine), 2);
+}
+
+#[test]
+fn what_the_host_could_not_do_just_now_is_tried_again() {
+    let dir = TempDir::new().unwrap();
+    let mut engine = engine(&dir);
+    let mut transfer = Transfer { op: Op::Read, left: 512, ..Transfer::default() };
+    for busy in [libc::EINTR, libc::EAGAIN] {
+        assert!(engine.progress(&mut transfer, -busy).is_none(), "{busy}");
+    }
+    let failed = engine.progress(&mut transfer, -libc::EIO).unwrap().unwrap_err();
+    assert_eq!(failed.raw_os_error(), Some(libc::EIO));
+}

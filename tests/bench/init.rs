@@ -1,0 +1,355 @@
+//! Init of the guests that `cargo compare` measures: one static program, no crates. It tells that it
+//! runs, measures what its environment (the kernel's command line) asks for, and says each figure as
+//! a line `bench NAME VALUE` through /dev/kmsg, which reaches the serial port whatever the console is.
+//!
+//! `bench=` is `init` (nothing more), `busy` (every processor spins) or `all` (disk, network, then
+//! `busy`); `seconds=` is how long each figure is measured.
+#![no_main]
+use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::time::{Duration, Instant};
+use std::{env, thread};
+
+unsafe extern "C" {
+    fn mount(
+        source: *const c_char,
+        target: *const c_char,
+        kind: *const c_char,
+        flags: c_ulong,
+        data: *const c_void,
+    ) -> c_int;
+    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
+}
+
+const DISK: &str = "/dev/vda";
+/// What listens on the host's side of the tap, and this side's address.
+const PEER: &str = "10.0.0.1:5001";
+const ADDRESS: [u8; 4] = [10, 0, 0, 2];
+const NETMASK: [u8; 4] = [255, 255, 255, 0];
+
+const O_DIRECT: c_int = 0o40_000;
+const SYS_IO_SETUP: c_long = 206;
+const SYS_IO_GETEVENTS: c_long = 208;
+const SYS_IO_SUBMIT: c_long = 209;
+const SYS_FINIT_MODULE: c_long = 313;
+const IOCB_CMD_PREAD: u16 = 0;
+const SIOCSIFADDR: c_ulong = 0x8916;
+const SIOCSIFNETMASK: c_ulong = 0x891c;
+const SIOCSIFFLAGS: c_ulong = 0x8914;
+const IFF_UP: u8 = 1;
+
+const SMALL: usize = 4096;
+const LARGE: usize = 1 << 20;
+const DEPTH: usize = 32;
+
+/// Memory that O_DIRECT takes.
+#[repr(align(4096))]
+struct Aligned([u8; LARGE]);
+
+/// `main` rather than Rust's own start, which wants standard input and output to be there.
+#[unsafe(no_mangle)]
+extern "C" fn main() -> c_int {
+    // Nothing but a report can come of an error here; the kernel panics when init ends.
+    let _ = fs::create_dir("/dev");
+    attach(c"devtmpfs", c"/dev");
+    let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") else { return 1 };
+    say(&mut log, "init", 1.0);
+    if let Err(error) = measure(&mut log) {
+        let _ = writeln!(log, "<0>bench failed {error}");
+    }
+    loop {
+        thread::park();
+    }
+}
+
+fn measure(log: &mut File) -> io::Result<()> {
+    let wanted = env::var("bench").unwrap_or_default();
+    let seconds = env::var("seconds").ok().and_then(|text| text.parse().ok()).unwrap_or(1.0);
+    let time = Duration::from_secs_f64(seconds);
+    if wanted == "init" {
+        return Ok(());
+    }
+    if wanted == "all" {
+        load_modules()?;
+        let mut buffer = Box::new(Aligned([0x5a; LARGE]));
+        disk(log, time, &mut buffer.0).map_err(|error| in_step("disk", &error))?;
+        network(log, time, &mut buffer.0).map_err(|error| in_step("network", &error))?;
+    }
+    let processors = thread::available_parallelism()?.get();
+    for _ in 1..processors {
+        thread::spawn(spin);
+    }
+    say(log, "busy", processors as f64);
+    spin()
+}
+
+fn spin() -> ! {
+    loop {
+        std::hint::spin_loop();
+    }
+}
+
+fn say(log: &mut File, name: &str, value: f64) {
+    // One write is one record.
+    let _ = log.write_all(format!("<0>bench {name} {value:.3}\n").as_bytes());
+}
+
+fn in_step(step: &str, error: &io::Error) -> io::Error {
+    io::Error::other(format!("{step}: {error}"))
+}
+
+fn attach(kind: &CStr, target: &CStr) {
+    // SAFETY: all are C strings; devtmpfs takes no data.
+    unsafe { mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+}
+
+/// A distribution's kernel has its drivers in modules, which lie beside this program then.
+fn load_modules() -> io::Result<()> {
+    let Ok(order) = fs::read_to_string("/modules/order") else { return Ok(()) };
+    for name in order.lines() {
+        let module = File::open(format!("/modules/{name}"))?;
+        // SAFETY: an open file, an empty string of parameters and no flags.
+        if unsafe { syscall(SYS_FINIT_MODULE, module.as_raw_fd(), c"".as_ptr(), 0) } != 0 {
+            return Err(in_step(name, &io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}
+
+fn until<T>(mut ready: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let started = Instant::now();
+    loop {
+        match ready() {
+            Err(_) if started.elapsed() < Duration::from_secs(10) => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<()> {
+    let disk = until(|| {
+        OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(DISK)
+    })?;
+    let size = io::Seek::seek(&mut &disk, io::SeekFrom::End(0))?;
+    let large = size / LARGE as u64;
+    // Everything is in the host's page cache, and the first requests have been made.
+    for block in 0..large.min(32) {
+        disk.read_exact_at(buffer, block * LARGE as u64)?;
+    }
+    let rate = repeat(time, |count| {
+        disk.read_exact_at(buffer, count % large * LARGE as u64).map(|()| LARGE)
+    })?;
+    say(log, "seq_read", rate / 1e6);
+
+    let mut random = Random(88_172_645_463_325_252);
+    let rate = repeat(time, |_| {
+        let at = random.below(size / SMALL as u64) * SMALL as u64;
+        disk.read_exact_at(&mut buffer[..SMALL], at).map(|()| 1)
+    })?;
+    say(log, "rand_read_1", rate);
+    say(log, "rand_read_32", deep(&disk, size, time, buffer, &mut random)?);
+
+    // The first block stays as it is: some monitors protect it in images of a format not declared.
+    let rate = repeat(time, |count| {
+        disk.write_all_at(buffer, (1 + count % (large - 1)) * LARGE as u64).map(|()| LARGE)
+    })?;
+    say(log, "seq_write", rate / 1e6);
+    Ok(())
+}
+
+/// Repeats `step` for `time`; the sum of what it returns, per second.
+fn repeat(time: Duration, mut step: impl FnMut(u64) -> io::Result<usize>) -> io::Result<f64> {
+    let started = Instant::now();
+    let mut sum = 0;
+    for count in 0.. {
+        sum += step(count)?;
+        let elapsed = started.elapsed();
+        if elapsed >= time {
+            return Ok(sum as f64 / elapsed.as_secs_f64());
+        }
+    }
+    unreachable!("u64 does not run out")
+}
+
+/// Xorshift: cheap, and the same in every guest.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// `struct iocb` of linux/aio_abi.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Control {
+    data: u64,
+    key: u32,
+    rw_flags: u32,
+    opcode: u16,
+    priority: i16,
+    fd: u32,
+    buffer: u64,
+    bytes: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    event_fd: u32,
+}
+
+/// `struct io_event` of linux/aio_abi.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Event {
+    data: u64,
+    object: u64,
+    result: i64,
+    result2: i64,
+}
+
+/// Random reads, [`DEPTH`] of them under way at any time; reads per second.
+fn deep(
+    disk: &File,
+    size: u64,
+    time: Duration,
+    buffer: &mut [u8; LARGE],
+    random: &mut Random,
+) -> io::Result<f64> {
+    let checked = |result: c_long| match result {
+        0.. => Ok(result as usize),
+        _ => Err(io::Error::last_os_error()),
+    };
+    let mut context: c_ulong = 0;
+    // SAFETY: `context` is what the kernel fills in.
+    checked(unsafe { syscall(SYS_IO_SETUP, DEPTH, &raw mut context) })?;
+    let mut controls: [Control; DEPTH] = std::array::from_fn(|slot| Control {
+        data: slot as u64,
+        opcode: IOCB_CMD_PREAD,
+        fd: disk.as_raw_fd() as u32,
+        buffer: buffer[slot * SMALL..].as_mut_ptr() as u64,
+        bytes: SMALL as u64,
+        ..Control::default()
+    });
+    let mut idle: Vec<usize> = (0..DEPTH).collect();
+    let mut events = [Event::default(); DEPTH];
+    let mut done = 0;
+    let started = Instant::now();
+    loop {
+        let elapsed = started.elapsed();
+        if elapsed >= time {
+            // What is still under way reads into `buffer`, which outlives it: wait.
+            while idle.len() < DEPTH {
+                let got = wait(context, &mut events)?;
+                idle.extend(std::iter::repeat_n(0, got));
+            }
+            return Ok(done as f64 / elapsed.as_secs_f64());
+        }
+        let mut list = Vec::with_capacity(DEPTH);
+        for slot in idle.drain(..) {
+            controls[slot].offset = (random.below(size / SMALL as u64) * SMALL as u64) as i64;
+            list.push(&raw mut controls[slot]);
+        }
+        let mut from = 0;
+        while from < list.len() {
+            let rest = &list[from..];
+            // SAFETY: every pointer leads to a control block whose buffer is 4 KiB of `buffer` of
+            // its own.
+            from += checked(unsafe {
+                syscall(SYS_IO_SUBMIT, context, rest.len(), rest.as_ptr())
+            })?;
+        }
+        let got = wait(context, &mut events)?;
+        for event in &events[..got] {
+            if event.result != SMALL as i64 {
+                return Err(io::Error::other(format!("a read gave {}", event.result)));
+            }
+            idle.push(event.data as usize);
+        }
+        done += got;
+    }
+}
+
+fn wait(context: c_ulong, events: &mut [Event; DEPTH]) -> io::Result<usize> {
+    let none = std::ptr::null::<c_void>();
+    // SAFETY: room for as many events as are asked for at most.
+    let got = unsafe {
+        syscall(SYS_IO_GETEVENTS, context, 1_usize, DEPTH, events.as_mut_ptr(), none)
+    };
+    if got < 0 { Err(io::Error::last_os_error()) } else { Ok(got as usize) }
+}
+
+/// `struct ifreq` of linux/if.h.
+#[repr(C)]
+struct Interface {
+    name: [u8; 16],
+    value: [u8; 24],
+}
+
+fn network(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<()> {
+    until(|| {
+        configure(SIOCSIFADDR, &[2, 0, 0, 0, ADDRESS[0], ADDRESS[1], ADDRESS[2], ADDRESS[3]])
+    })?;
+    configure(SIOCSIFNETMASK, &[2, 0, 0, 0, NETMASK[0], NETMASK[1], NETMASK[2], NETMASK[3]])?;
+    configure(SIOCSIFFLAGS, &[IFF_UP, 0])?;
+
+    // Until the peer has read everything.
+    let mut peer = connect(b'S')?;
+    let started = Instant::now();
+    let mut bytes = 0_u64;
+    while started.elapsed() < time {
+        peer.write_all(&buffer[..64 << 10])?;
+        bytes += 64 << 10;
+    }
+    peer.shutdown(Shutdown::Write)?;
+    peer.read_exact(&mut buffer[..1])?;
+    say(log, "tcp_out", bytes as f64 * 8.0 / 1e9 / started.elapsed().as_secs_f64());
+
+    let mut peer = connect(b'R')?;
+    let rate = repeat(time, |_| match peer.read(&mut buffer[..])? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        bytes => Ok(bytes),
+    })?;
+    drop(peer);
+    say(log, "tcp_in", rate * 8.0 / 1e9);
+
+    let mut peer = connect(b'P')?;
+    let rate = repeat(time, |_| {
+        peer.write_all(&buffer[..64])?;
+        peer.read_exact(&mut buffer[..64]).map(|()| 1)
+    })?;
+    say(log, "tcp_round_trips", rate);
+    Ok(())
+}
+
+fn configure(request: c_ulong, value: &[u8]) -> io::Result<()> {
+    let mut interface = Interface { name: [0; 16], value: [0; 24] };
+    interface.name[..4].copy_from_slice(b"eth0");
+    interface.value[..value.len()].copy_from_slice(value);
+    // SAFETY: AF_INET, SOCK_DGRAM; then `interface` is a whole `struct ifreq`. The socket stays open
+    // for good: there are three of them.
+    let result = unsafe {
+        let fd = socket(2, 2, 0);
+        if fd < 0 { fd } else { ioctl(fd, request, (&raw mut interface).cast()) }
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn connect(task: u8) -> io::Result<TcpStream> {
+    let address: SocketAddr = PEER.parse().map_err(io::Error::other)?;
+    let mut peer = until(|| TcpStream::connect_timeout(&address, Duration::from_secs(2)))?;
+    peer.set_nodelay(true)?;
+    peer.write_all(&[task])?;
+    Ok(peer)
+}

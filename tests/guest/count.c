@@ -1,0 +1,92 @@
+/* Every processor counts, and floods the monitor with port and register accesses whose results it
+   checks. Counters lie where the test can see them from outside: see `counter`.
+   Words: "registers" floods, "plain" only counts. The second word is how many processors. */
+#include "guest.h"
+
+/* One page a processor, from 4 MiB on. */
+#define COUNTERS 0x400000ull
+
+static volatile bool flooding;
+
+static inline u64 counter(u32 number)
+{
+    return COUNTERS + number * 4096;
+}
+
+static void expect(const char *what, u64 got, u64 wanted)
+{
+    if (got == wanted)
+        return;
+    print("WRONG ");
+    print(what);
+    say(" is", got);
+    halt();
+}
+
+/* Each processor has a virtio slot and a serial port's scratch register or an empty port to itself:
+   what it reads is what it wrote. */
+static void flood(u32 number, u64 round)
+{
+    u64 slot = VIRTIO + number * 4096;
+    switch (round & 7) {
+    case 0: /* QueueSel, which selects a queue whose largest size shows. */
+        write32(slot + 0x30, 0);
+        expect("queue 0's size", read32(slot + 0x34) != 0, true);
+        break;
+    case 1:
+        write32(slot + 0x30, 0xffff);
+        expect("no queue's size", read32(slot + 0x34), 0);
+        break;
+    case 2: /* DeviceFeaturesSel: VERSION_1 is in the upper half. */
+        write32(slot + 0x14, 1);
+        expect("VERSION_1", read32(slot + 0x10) & 1, 1);
+        break;
+    case 3:
+        expect("memory that nobody has", read64(NOWHERE + number * 4096), ~0ull);
+        break;
+    case 4: /* An access of two exits: the pages belong to nobody. */
+        expect("two pages that nobody has", read64(NOWHERE + number * 4096 + 0xffc), ~0ull);
+        break;
+    case 5:
+        if (number == 0) {
+            out8(SERIAL + 7, (u8)(round >> 3));
+            expect("the scratch register", in8(SERIAL + 7), (u8)(round >> 3));
+        } else {
+            expect("a port that nobody has", in32(0x300), ~0u);
+        }
+        break;
+    case 6: /* Ignored: the magic value, and an access of two exits that ends in it. */
+        write32(slot, (u32)round);
+        write64(VIRTIO - 4, round << 32 | round);
+        expect("the magic value", read32(slot), 0x74726976);
+        break;
+    case 7: { /* Several accesses at once, into memory. */
+        volatile u64 words = 0;
+        u64 to = (u64)&words;
+        u64 count = 4;
+        __asm__ volatile("rep insw" : "+D"(to), "+c"(count) : "d"(0x300) : "memory");
+        expect("four words of a port that nobody has", words, ~0ull);
+        break;
+    }
+    }
+}
+
+void processor(u32 number)
+{
+    for (u64 round = 0;; round++) {
+        write64(counter(number), round);
+        if (flooding)
+            flood(number, round);
+    }
+}
+
+void guest(const char *word)
+{
+    flooding = same(word, "registers");
+    while (*word != ' ')
+        word++;
+    u32 count = (u32)(word[1] - '0');
+    start_others(count);
+    say("processors", count);
+    processor(0);
+}

@@ -1,0 +1,125 @@
+//! Compares this monitor with others: the same guests under each of them, in turns, and how long
+//! things take.
+//!
+//! The program that a person runs ([`crate::host`] says where) starts itself where the guests run
+//! ([`measure`]); what comes out of it are [`Message`]s.
+pub mod chart;
+pub mod control;
+pub mod figures;
+pub mod guests;
+pub mod measure;
+pub mod monitors;
+pub mod run;
+
+use serde::{Deserialize, Serialize};
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// From exec until the control socket answers.
+    Api,
+    /// From exec until the guest's first byte on the serial port.
+    FirstByte,
+    /// From exec until Linux's init runs, without disk and NIC.
+    Init,
+    /// From exec until Linux's init runs, with disk and NIC.
+    InitDevices,
+    /// Private memory beyond the guest's RAM.
+    Private,
+    /// Asking for the run state and getting it.
+    Status,
+    /// From `stop` to its answer.
+    Stop,
+    /// From `cont` to its answer.
+    Cont,
+    /// Sequential reads of 1 MiB.
+    SeqRead,
+    /// Sequential writes of 1 MiB.
+    SeqWrite,
+    /// Random reads of 4 KiB, one at a time.
+    #[serde(rename = "rand_read_1")]
+    RandRead1,
+    /// Random reads of 4 KiB, 32 at a time.
+    #[serde(rename = "rand_read_32")]
+    RandRead32,
+    /// TCP from the guest to the host.
+    TcpOut,
+    /// TCP from the host to the guest.
+    TcpIn,
+    /// 64 bytes there and back over TCP.
+    TcpRoundTrips,
+}
+
+impl Metric {
+    /// For people: what it is, and its unit.
+    #[must_use]
+    pub const fn label(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Api => ("exec to API ready", "ms"),
+            Self::FirstByte => ("exec to first byte", "ms"),
+            Self::Init => ("exec to init", "ms"),
+            Self::InitDevices => ("exec to init, disk and NIC", "ms"),
+            Self::Private => ("private memory beyond RAM", "KiB"),
+            Self::Status => ("query-status round trip", "us"),
+            Self::Stop => ("stop round trip", "us"),
+            Self::Cont => ("cont round trip", "us"),
+            Self::SeqRead => ("sequential read, 1 MiB", "MB/s"),
+            Self::SeqWrite => ("sequential write, 1 MiB", "MB/s"),
+            Self::RandRead1 => ("random read 4 KiB, depth 1", "IOPS"),
+            Self::RandRead32 => ("random read 4 KiB, depth 32", "IOPS"),
+            Self::TcpOut => ("TCP guest to host", "Gbit/s"),
+            Self::TcpIn => ("TCP host to guest", "Gbit/s"),
+            Self::TcpRoundTrips => ("TCP round trips of 64 bytes", "1/s"),
+        }
+    }
+
+    /// Whether more is better.
+    #[must_use]
+    pub const fn more_is_better(self) -> bool {
+        self as u8 >= Self::SeqRead as u8
+    }
+}
+
+/// What a monitor is measured with, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scenario {
+    /// A few instructions, on this machine's own KVM.
+    Payload,
+    /// Linux on this machine's own KVM.
+    Linux,
+    /// Linux in the emulated host.
+    Emulated,
+}
+
+impl Scenario {
+    /// For people.
+    #[must_use]
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Payload => "A payload of a few instructions",
+            Self::Linux => "Linux",
+            Self::Emulated => "Linux in the emulated host",
+        }
+    }
+}
+
+/// One thing that the measuring process says.
+#[expect(missing_docs, reason = "the fields' names say it")]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Message {
+    /// How many steps there will be.
+    Plan(usize),
+    /// A monitor that takes part, and what it says it is.
+    Monitor { name: String, version: String },
+    /// What is being done now.
+    Step(String),
+    /// A figure.
+    Sample { scenario: Scenario, metric: Metric, monitor: String, value: f64 },
+    /// A monitor could not do something; it is left out of the rest of that scenario.
+    Failed { scenario: Scenario, monitor: String, error: String },
+    /// The measuring is over; why, if too early.
+    Done(Option<String>),
+}

@@ -1,0 +1,236 @@
+//! How a monitor is steered: QMP, or HTTP over a Unix socket.
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use qmp::client::Client;
+
+/// How long an answer may take.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The protocol a monitor speaks.
+#[derive(Debug, Clone, Copy)]
+pub enum Protocol {
+    /// QEMU's.
+    Qmp,
+    /// Requests of HTTP.
+    Http {
+        /// Answers as soon as anything does.
+        ready: Request,
+        /// The nearest to `query-status`.
+        status: Request,
+        /// Stops the vCPUs.
+        stop: Request,
+        /// Lets them run again.
+        cont: Request,
+    },
+}
+
+/// Method, path and body.
+pub type Request = (&'static str, &'static str, &'static str);
+
+/// A connection that answers.
+pub enum Connection {
+    /// QMP, capabilities negotiated.
+    Qmp(Client),
+    /// HTTP.
+    Http {
+        /// The connection; requests follow one another on it.
+        stream: BufReader<UnixStream>,
+        /// The requests for status, stop and cont.
+        requests: [Request; 3],
+    },
+}
+
+/// What can be asked of a monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// The run state.
+    Status,
+    /// Stop all vCPUs.
+    Stop,
+    /// Let them run again.
+    Cont,
+}
+
+impl Connection {
+    /// Connects, and waits for the first sign that requests are answered. Gives that moment too.
+    ///
+    /// # Errors
+    /// Nobody listens (yet), or what answers is something else.
+    pub fn open(protocol: Protocol, socket: &Path) -> Result<(Self, Instant)> {
+        match protocol {
+            Protocol::Qmp => {
+                let mut client = Client::connect(socket, Duration::ZERO)?;
+                let ready = Instant::now();
+                client.execute_raw("qmp_capabilities", json!({}))?;
+                Ok((Self::Qmp(client), ready))
+            }
+            Protocol::Http { ready, status, stop, cont } => {
+                let stream = UnixStream::connect(socket)
+                    .with_context(|| format!("cannot connect to {}", socket.display()))?;
+                stream.set_read_timeout(Some(LIMIT))?;
+                let mut stream = BufReader::new(stream);
+                exchange(&mut stream, ready)?;
+                Ok((Self::Http { stream, requests: [status, stop, cont] }, Instant::now()))
+            }
+        }
+    }
+
+    /// Asks for something; how long it took to get the answer.
+    ///
+    /// # Errors
+    /// The monitor refuses, or does not answer.
+    pub fn ask(&mut self, verb: Verb) -> Result<Duration> {
+        match self {
+            Self::Qmp(client) => {
+                let name = match verb {
+                    Verb::Status => "query-status",
+                    Verb::Stop => "stop",
+                    Verb::Cont => "cont",
+                };
+                let started = Instant::now();
+                client.execute_raw(name, json!({}))?;
+                Ok(started.elapsed())
+            }
+            Self::Http { stream, requests: [status, stop, cont] } => {
+                let request = match verb {
+                    Verb::Status => *status,
+                    Verb::Stop => *stop,
+                    Verb::Cont => *cont,
+                };
+                let started = Instant::now();
+                exchange(stream, request)?;
+                Ok(started.elapsed())
+            }
+        }
+    }
+}
+
+/// Sends a request and reads the whole answer.
+fn exchange(stream: &mut BufReader<UnixStream>, request: Request) -> Result<()> {
+    let (method, path, body) = request;
+    let about = || format!("{method} {path}");
+    let length = body.len();
+    let text = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    stream.get_mut().write_all(text.as_bytes()).with_context(about)?;
+    let mut status = String::new();
+    stream.read_line(&mut status).with_context(about)?;
+    let mut bytes = 0;
+    loop {
+        let mut line = String::new();
+        ensure!(stream.read_line(&mut line)? > 0, "{}: the answer breaks off", about());
+        let line = line.trim_end();
+        if line.is_empty() {
+            break;
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            bytes = value.trim().parse().with_context(about)?;
+        }
+    }
+    let mut body = Vec::new();
+    stream.take(bytes).read_to_end(&mut body).with_context(about)?;
+    let code = status.split(' ').nth(1).unwrap_or_default();
+    ensure!(
+        code.starts_with('2'),
+        "{}: {} {}",
+        about(),
+        status.trim_end(),
+        String::from_utf8_lossy(&body)
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    const HTTP: Protocol = Protocol::Http {
+        ready: ("GET", "/", ""),
+        status: ("GET", "/vm", ""),
+        stop: ("PATCH", "/vm", r#"{"state":"Paused"}"#),
+        cont: ("PATCH", "/vm", r#"{"state":"Resumed"}"#),
+    };
+
+    /// Answers one request after another with what `answers` has, and gives what was asked.
+    fn server(answers: &'static [&'static str]) -> (tempdir::Dir, thread::JoinHandle<String>) {
+        let dir = tempdir::Dir::new();
+        let listener = UnixListener::bind(dir.socket()).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = String::new();
+            for answer in answers {
+                let mut buffer = [0; 4096];
+                let bytes = stream.read(&mut buffer).unwrap();
+                asked.push_str(&String::from_utf8_lossy(&buffer[..bytes]));
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+            asked
+        });
+        (dir, server)
+    }
+
+    mod tempdir {
+        use std::path::PathBuf;
+        use std::sync::atomic::{AtomicU32, Ordering};
+
+        pub struct Dir(PathBuf);
+
+        impl Dir {
+            pub fn new() -> Self {
+                static COUNT: AtomicU32 = AtomicU32::new(0);
+                let count = COUNT.fetch_add(1, Ordering::Relaxed);
+                let dir =
+                    std::env::temp_dir().join(format!("control.{}.{count}", std::process::id()));
+                std::fs::create_dir_all(&dir).unwrap();
+                Self(dir)
+            }
+
+            pub fn socket(&self) -> PathBuf {
+                self.0.join("socket")
+            }
+        }
+
+        impl Drop for Dir {
+            fn drop(&mut self) {
+                let _ = std::fs::remove_dir_all(&self.0);
+            }
+        }
+    }
+
+    #[test]
+    fn requests_follow_one_another_on_one_connection() {
+        let (dir, server) = server(&[
+            "HTTP/1.1 200 \r\nContent-length: 4\r\n\r\n{  }",
+            "HTTP/1.1 204 \r\n\r\n",
+            "HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n",
+        ]);
+        let (mut connection, _) = Connection::open(HTTP, &dir.socket()).unwrap();
+        connection.ask(Verb::Stop).unwrap();
+        connection.ask(Verb::Cont).unwrap();
+        let asked = server.join().unwrap();
+        let paused = asked.find(r#"Content-Length: 18"#).unwrap();
+        assert!(asked[paused..].contains("\r\n\r\n{\"state\":\"Paused\"}PATCH /vm HTTP/1.1"));
+    }
+
+    #[test]
+    fn a_refusal_is_told_with_its_reason() {
+        let (dir, server) =
+            server(&["HTTP/1.1 200 \r\n\r\n", "HTTP/1.1 400 \r\nContent-Length: 7\r\n\r\nbecause"]);
+        let (mut connection, _) = Connection::open(HTTP, &dir.socket()).unwrap();
+        let error = connection.ask(Verb::Stop).unwrap_err().to_string();
+        assert!(error.contains("PATCH /vm") && error.ends_with("because"), "{error}");
+        server.join().unwrap();
+    }
+}

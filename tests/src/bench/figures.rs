@@ -1,0 +1,224 @@
+//! What was measured: samples by scenario, metric and monitor; what they come to; as a table and as
+//! JSON.
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::{Metric, Scenario};
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+pub struct Figures {
+    /// Name and version, in the order they take turns; the first is the one to compare with.
+    pub monitors: Vec<(String, String)>,
+    /// What was looked for and not found.
+    pub missing: Vec<String>,
+    /// What went wrong: scenario, monitor and why.
+    pub failed: Vec<(Scenario, String, String)>,
+    samples: BTreeMap<(Scenario, Metric), BTreeMap<String, Vec<f64>>>,
+}
+
+/// What some samples come to.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Summary {
+    /// How many they are.
+    pub samples: usize,
+    /// The least.
+    pub min: f64,
+    /// The middle one, or between the two middle ones.
+    pub median: f64,
+    /// The greatest.
+    pub max: f64,
+    /// The median divided by this monitor's; none without one.
+    pub ratio: Option<f64>,
+}
+
+/// A line of the table: one metric under all monitors.
+#[derive(Debug)]
+pub struct Row {
+    /// Where.
+    pub scenario: Scenario,
+    /// What.
+    pub metric: Metric,
+    /// By monitor, in their order; none for one that has no figure.
+    pub cells: Vec<Option<Summary>>,
+}
+
+impl Figures {
+    /// Takes note of a monitor, once.
+    pub fn monitor(&mut self, name: String, version: String) {
+        if !self.monitors.iter().any(|(known, _)| *known == name) {
+            self.monitors.push((name, version));
+        }
+    }
+
+    /// Adds a figure.
+    pub fn sample(&mut self, scenario: Scenario, metric: Metric, monitor: String, value: f64) {
+        self.samples.entry((scenario, metric)).or_default().entry(monitor).or_default().push(value);
+    }
+
+    /// All of it, in order.
+    #[must_use]
+    pub fn rows(&self) -> Vec<Row> {
+        let row = |(&(scenario, metric), by_monitor): (_, &BTreeMap<String, Vec<f64>>)| {
+            let summary = |name: &String| by_monitor.get(name).and_then(|all| summarise(all));
+            let mut cells: Vec<_> = self.monitors.iter().map(|(name, _)| summary(name)).collect();
+            let ours = cells.first().copied().flatten();
+            for cell in cells.iter_mut().flatten() {
+                cell.ratio = ours.map(|ours| cell.median / ours.median);
+            }
+            Row { scenario, metric, cells }
+        };
+        self.samples.iter().map(row).collect()
+    }
+
+    /// The table that people read.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let mut last = None;
+        for row in self.rows() {
+            if last.replace(row.scenario) != Some(row.scenario) {
+                // Writing to a string does not fail.
+                let _ = write!(text, "\n{:<38}", row.scenario.title());
+                for (name, _) in &self.monitors {
+                    let _ = write!(text, "{name:>34}");
+                }
+                text.push('\n');
+            }
+            let (label, unit) = row.metric.label();
+            let better = if row.metric.more_is_better() { '+' } else { '-' };
+            let _ = write!(text, "{:<38}", format!("{label}, {unit} ({better})"));
+            for (column, cell) in row.cells.iter().enumerate() {
+                let cell = cell.map_or_else(
+                    || "none".to_owned(),
+                    |cell| {
+                        let range = format!("({}-{})", short(cell.min), short(cell.max));
+                        let ratio = match cell.ratio {
+                            Some(ratio) if column > 0 => format!(" x{ratio:.2}"),
+                            _ => String::new(),
+                        };
+                        format!("{} {range}{ratio}", short(cell.median))
+                    },
+                );
+                let _ = write!(text, "{cell:>34}");
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// Everything, for programs.
+    #[must_use]
+    pub fn json(&self) -> serde_json::Value {
+        let named = |row: &Row| {
+            let cells = self.monitors.iter().zip(&row.cells);
+            let cells: serde_json::Map<_, _> =
+                cells.map(|((name, _), cell)| (name.clone(), serde_json::json!(cell))).collect();
+            let samples = self.samples.get(&(row.scenario, row.metric));
+            let (label, unit) = row.metric.label();
+            serde_json::json!({
+                "scenario": row.scenario,
+                "metric": row.metric,
+                "label": label,
+                "unit": unit,
+                "more_is_better": row.metric.more_is_better(),
+                "monitors": cells,
+                "samples": samples,
+            })
+        };
+        let monitors: Vec<_> = self
+            .monitors
+            .iter()
+            .map(|(name, version)| serde_json::json!({ "name": name, "version": version }))
+            .collect();
+        let failed: Vec<_> = self
+            .failed
+            .iter()
+            .map(|(scenario, monitor, error)| {
+                serde_json::json!({ "scenario": scenario, "monitor": monitor, "error": error })
+            })
+            .collect();
+        serde_json::json!({
+            "monitors": monitors,
+            "not_found": self.missing,
+            "failed": failed,
+            "figures": self.rows().iter().map(named).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn summarise(samples: &[f64]) -> Option<Summary> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = |index: usize| sorted.get(index).copied();
+    let (min, max) = (*sorted.first()?, *sorted.last()?);
+    let upper = middle(sorted.len() / 2)?;
+    let lower = middle((sorted.len() - 1) / 2)?;
+    let median = f64::midpoint(lower, upper);
+    Some(Summary { samples: sorted.len(), min, median, max, ratio: None })
+}
+
+/// Three digits or all before the point.
+#[must_use]
+pub fn short(value: f64) -> String {
+    match value.abs() {
+        100.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figures() -> Figures {
+        let mut figures = Figures::default();
+        figures.monitor("ours".to_owned(), "1".to_owned());
+        figures.monitor("other".to_owned(), "2".to_owned());
+        for value in [3.0, 1.0, 2.0] {
+            figures.sample(Scenario::Payload, Metric::Api, "ours".to_owned(), value);
+        }
+        for value in [6.0, 2.0] {
+            figures.sample(Scenario::Payload, Metric::Api, "other".to_owned(), value);
+        }
+        figures.sample(Scenario::Linux, Metric::TcpIn, "other".to_owned(), 120.0);
+        figures
+    }
+
+    #[test]
+    fn a_summary_has_the_median_the_range_and_the_ratio_to_this_monitor() {
+        let rows = figures().rows();
+        let [ours, other] = rows[0].cells[..] else { panic!("two monitors") };
+        assert_eq!(
+            ours,
+            Some(Summary { samples: 3, min: 1.0, median: 2.0, max: 3.0, ratio: Some(1.0) })
+        );
+        assert_eq!(
+            other,
+            Some(Summary { samples: 2, min: 2.0, median: 4.0, max: 6.0, ratio: Some(2.0) })
+        );
+    }
+
+    #[test]
+    fn the_table_shows_what_is_missing_as_such() {
+        let table = figures().table();
+        let line = table.lines().find(|line| line.starts_with("exec to API ready")).unwrap();
+        assert!(
+            line.contains("2.00 (1.00-3.00)") && line.ends_with("4.00 (2.00-6.00) x2.00"),
+            "{line}"
+        );
+        let line = table.lines().find(|line| line.starts_with("TCP host to guest")).unwrap();
+        assert!(line.contains("none") && line.ends_with("120 (120-120)"), "{line}");
+    }
+
+    #[test]
+    fn the_json_has_every_sample() {
+        let json = figures().json();
+        assert_eq!(json["figures"][0]["samples"]["ours"], serde_json::json!([3.0, 1.0, 2.0]));
+        assert_eq!(json["figures"][0]["monitors"]["other"]["ratio"], 2.0);
+        assert_eq!(json["figures"][1]["monitors"]["ours"], serde_json::Value::Null);
+    }
+}

@@ -1,0 +1,188 @@
+//! What the monitors boot: a program of a few instructions, and Linux with an init that measures.
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use anyhow::{Context, Result};
+
+use crate::archive::Cpio;
+use crate::debian::{Debian, output};
+use crate::kernel;
+use crate::paths::workspace;
+
+/// The byte that the payload writes: no monitor's own output has it.
+pub const FIRST_BYTE: u8 = 0xa5;
+/// The host's side of the tap.
+pub const HOST_ADDRESS: &str = "10.0.0.1/24";
+/// Where the guest finds its peer.
+const PEER_PORT: u16 = 5001;
+/// What a distribution's kernel needs for disks and NICs on either bus.
+const MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net"];
+/// Source of the init.
+const INIT: &str = "tests/bench/init.rs";
+
+/// Where the payload is loaded and entered.
+const PAYLOAD_ADDRESS: u32 = 0x100_0000;
+/// `mov dx, 0x3f8; mov al, FIRST_BYTE; out dx, al; hlt; jmp` back to the `hlt`: the same in 32-bit
+/// and 64-bit mode, so that it does not matter how a monitor enters it.
+const PAYLOAD: [u8; 10] = [0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// The payload as an ELF file with a 64-bit entry and Xen's note for PVH's 32-bit one.
+#[must_use]
+pub fn payload_elf() -> Vec<u8> {
+    const HEADER: u64 = 64;
+    const PROGRAM_HEADER: u64 = 56;
+    const NOTE: u64 = HEADER + 2 * PROGRAM_HEADER;
+    const NOTE_SIZE: u64 = 20;
+    const CODE: u64 = 0x1000;
+    let address = u64::from(PAYLOAD_ADDRESS);
+    let size = PAYLOAD.len() as u64;
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_EXEC for x86-64, version 1.
+    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for field in [address, HEADER, 0] {
+        file.extend(field.to_le_bytes());
+    }
+    for field in [0_u16, 0, HEADER as u16, PROGRAM_HEADER as u16, 2, 64, 0, 0] {
+        file.extend(field.to_le_bytes());
+    }
+    // Type and flags; offset, virtual and physical address, size in file and memory, alignment.
+    let mut program_header = |kind: u32, flags: u32, fields: [u64; 6]| {
+        file.extend(kind.to_le_bytes());
+        file.extend(flags.to_le_bytes());
+        fields.iter().for_each(|field| file.extend(field.to_le_bytes()));
+    };
+    program_header(1, 5, [CODE, address, address, size, size, 0x1000]);
+    program_header(4, 4, [NOTE, 0, 0, NOTE_SIZE, NOTE_SIZE, 4]);
+    for field in [4_u32, 4, 18] {
+        file.extend(field.to_le_bytes());
+    }
+    file.extend(b"Xen\0");
+    file.extend(PAYLOAD_ADDRESS.to_le_bytes());
+    file.resize(CODE as usize, 0);
+    file.extend(PAYLOAD);
+    file
+}
+
+/// Builds the init and an initramfs with it into `dir`: bare, and with the modules of Debian's
+/// kernel. Gives the paths in this order.
+///
+/// # Errors
+/// rustc fails, or Debian's kernel lacks a module.
+pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
+    let init = dir.join("init");
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let words = "--edition 2024 -O -C target-feature=+crt-static -C relocation-model=static -C panic=abort -C strip=symbols";
+    output(Command::new(rustc).current_dir(workspace()).args(words.split(' ')).args([
+        OsStr::new("-o"),
+        init.as_os_str(),
+        OsStr::new(INIT),
+    ]))
+    .context("the guests' init does not build")?;
+    let init = fs::read(&init)?;
+    let paths = ["bare.cpio", "modules.cpio"].map(|name| dir.join(name));
+    let [bare, with_modules] = &paths;
+    for path in &paths {
+        let mut cpio = Cpio::new(Vec::new());
+        cpio.program("init", &init)?;
+        if path == with_modules {
+            cpio.directory("modules")?;
+            let mut order = String::new();
+            for module in kernel::modules(&debian.modules()?, MODULES)? {
+                cpio.file(&format!("modules/{}", module.file), &module.content)?;
+                order.push_str(&module.file);
+                order.push('\n');
+            }
+            cpio.file("modules/order", order.as_bytes())?;
+        }
+        fs::write(path, cpio.finish()?)
+            .with_context(|| format!("cannot write {}", bare.display()))?;
+    }
+    Ok(paths)
+}
+
+/// Serves the guests' network measurements for as long as this process lives: reads all, writes for
+/// ever, or echoes, as the first byte asks.
+///
+/// # Errors
+/// The port is taken.
+pub fn serve_peer() -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PEER_PORT))
+        .with_context(|| format!("cannot listen on TCP port {PEER_PORT}"))?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // The guest notices errors at its own end.
+            thread::spawn(move || drop(serve(stream)));
+        }
+    });
+    Ok(())
+}
+
+fn serve(mut stream: TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let mut buffer = vec![0; 256 << 10];
+    let mut task = [0];
+    stream.read_exact(&mut task)?;
+    match task {
+        [b'S'] => {
+            while stream.read(&mut buffer)? > 0 {}
+            stream.write_all(&task)?;
+        }
+        [b'R'] => loop {
+            stream.write_all(&buffer)?;
+        },
+        _ => loop {
+            let bytes = stream.read(&mut buffer)?;
+            let Some(message @ [_, ..]) = buffer.get(..bytes) else { break };
+            stream.write_all(message)?;
+        },
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_payload_has_one_entry_for_either_protocol() {
+        let elf = payload_elf();
+        assert_eq!(elf[24..32], u64::from(PAYLOAD_ADDRESS).to_le_bytes());
+        let flat = kernel::flat(&elf).unwrap();
+        assert_eq!(flat, PAYLOAD);
+        let note = [4_u32.to_le_bytes(), 4_u32.to_le_bytes(), 18_u32.to_le_bytes(), *b"Xen\0"];
+        let note = [note.concat(), PAYLOAD_ADDRESS.to_le_bytes().to_vec()].concat();
+        assert_eq!(elf[64 + 2 * 56..][..20], note);
+    }
+
+    #[test]
+    fn the_peer_reads_to_the_end_and_echoes() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                thread::spawn(move || drop(serve(stream)));
+            }
+        });
+        let mut sink = TcpStream::connect(address).unwrap();
+        sink.write_all(b"Ssome bytes").unwrap();
+        sink.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        sink.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, b"S");
+
+        let mut echo = TcpStream::connect(address).unwrap();
+        echo.write_all(b"P").unwrap();
+        for message in [[1; 64], [2; 64]] {
+            echo.write_all(&message).unwrap();
+            let mut back = [0; 64];
+            echo.read_exact(&mut back).unwrap();
+            assert_eq!(back, message);
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! The monitors that are compared: what each is called, and how it is told to run a guest.
+use std::ffi::OsStr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::control::Protocol;
+use crate::debian::{Debian, libraries, output};
+use crate::paths::Paths;
+
+/// Where the peers lie under [`Paths::cache`] inside an emulated host.
+const PEERS: &str = "compare/peers";
+/// The NIC's address in every guest.
+const MAC: &str = "52:54:00:12:34:56";
+/// QEMU's firmware: what `-M microvm` reads.
+const FIRMWARE: [&str; 6] = [
+    "usr/share/seabios/bios-microvm.bin",
+    "usr/share/qemu/qboot.rom",
+    "usr/share/qemu/pvh.bin",
+    "usr/share/qemu/linuxboot.bin",
+    "usr/share/qemu/linuxboot_dma.bin",
+    "usr/share/qemu/kvmvapic.bin",
+];
+/// Where Debian's packages have QEMU.
+const QEMU: &str = "usr/bin/qemu-system-x86_64";
+
+/// A guest to run.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// The kernel as an ELF file.
+    pub elf: PathBuf,
+    /// The same kernel as a flat image for 16 MiB.
+    pub flat: PathBuf,
+    /// Its initramfs.
+    pub initramfs: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: String,
+    /// Processors.
+    pub vcpus: u32,
+    /// RAM in MiB.
+    pub mib: u64,
+    /// A raw image to write to, and a tap.
+    pub devices: Option<(PathBuf, String)>,
+}
+
+/// What there is to know about a monitor.
+#[derive(Debug)]
+pub struct Monitor {
+    /// Its name in tables.
+    pub name: &'static str,
+    /// What it is called on PATH.
+    program: &'static str,
+    /// The argument that makes it say its version.
+    version: &'static str,
+    /// How it is steered.
+    pub protocol: Protocol,
+    /// Adds the arguments that make it run a guest with its serial port on standard output and its
+    /// control socket at the path. May write files into the directory.
+    configure: fn(&mut Command, &Guest, socket: &Path, dir: &Path) -> Result<()>,
+}
+
+/// This monitor.
+pub const OURS: Monitor = Monitor {
+    name: "this monitor",
+    program: "stratovirt",
+    version: "-V",
+    protocol: Protocol::Qmp,
+    configure: ours,
+};
+
+/// The others.
+pub const PEERS_KNOWN: [Monitor; 4] = [
+    Monitor {
+        name: "QEMU microvm",
+        program: "qemu-system-x86_64",
+        version: "--version",
+        protocol: Protocol::Qmp,
+        configure: qemu,
+    },
+    Monitor {
+        name: "Firecracker",
+        program: "firecracker",
+        version: "--version",
+        protocol: Protocol::Http {
+            ready: ("GET", "/", ""),
+            status: ("GET", "/", ""),
+            stop: ("PATCH", "/vm", r#"{"state":"Paused"}"#),
+            cont: ("PATCH", "/vm", r#"{"state":"Resumed"}"#),
+        },
+        configure: firecracker,
+    },
+    Monitor {
+        name: "Cloud Hypervisor",
+        program: "cloud-hypervisor",
+        version: "--version",
+        protocol: Protocol::Http {
+            ready: ("GET", "/api/v1/vmm.ping", ""),
+            status: ("GET", "/api/v1/vm.info", ""),
+            stop: ("PUT", "/api/v1/vm.pause", ""),
+            cont: ("PUT", "/api/v1/vm.resume", ""),
+        },
+        configure: cloud_hypervisor,
+    },
+    Monitor {
+        name: "StratoVirt",
+        program: "stratovirt",
+        version: "-version",
+        protocol: Protocol::Qmp,
+        configure: stratovirt,
+    },
+];
+
+/// How a monitor is started here.
+#[derive(Debug)]
+enum Program {
+    /// A file.
+    File(PathBuf),
+    /// A file with the dynamic linker and libraries beside it.
+    Carried { file: PathBuf, libraries: PathBuf },
+    /// QEMU out of Debian's packages.
+    DebianQemu(Debian),
+}
+
+/// A monitor that is there.
+#[derive(Debug)]
+pub struct Found {
+    /// What it is.
+    pub monitor: Monitor,
+    program: Program,
+}
+
+impl Found {
+    /// The command that runs `guest`.
+    ///
+    /// # Errors
+    /// A configuration file cannot be written.
+    pub fn command(&self, guest: &Guest, socket: &Path, dir: &Path) -> Result<Command> {
+        let mut command = self.program()?;
+        (self.monitor.configure)(&mut command, guest, socket, dir)?;
+        Ok(command)
+    }
+
+    /// What it says it is.
+    ///
+    /// # Errors
+    /// It cannot be run.
+    pub fn version(&self) -> Result<String> {
+        let said = output(self.program()?.arg(self.monitor.version))?;
+        Ok(said.lines().next().unwrap_or_default().trim().to_owned())
+    }
+
+    fn program(&self) -> Result<Command> {
+        match &self.program {
+            Program::File(file) => Ok(Command::new(file)),
+            Program::Carried { file, libraries } => {
+                let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+                command.arg("--library-path").arg(libraries).arg(file);
+                Ok(command)
+            }
+            Program::DebianQemu(debian) => debian.qemu(),
+        }
+    }
+}
+
+/// This monitor and every other that is on PATH or was carried here; QEMU out of Debian's packages if
+/// PATH has none. Gives the names of those not found too.
+#[must_use]
+pub fn find(paths: &Paths, debian: &Debian) -> (Vec<Found>, Vec<&'static str>) {
+    let mut found = vec![Found { monitor: OURS, program: Program::File(paths.stratovirt.clone()) }];
+    let mut missing = Vec::new();
+    for monitor in PEERS_KNOWN {
+        let carried = paths.cache.join(PEERS).join(monitor.program);
+        let libraries = carried.with_extension("lib");
+        let program = if libraries.exists() {
+            Some(Program::Carried { file: carried, libraries })
+        } else if carried.exists() {
+            Some(Program::File(carried))
+        } else {
+            on_path(&monitor, paths).map(Program::File).or_else(|| {
+                let qemu = monitor.program == "qemu-system-x86_64" && debian.file(QEMU).is_ok();
+                qemu.then(|| Program::DebianQemu(debian.clone()))
+            })
+        };
+        match program {
+            Some(program) => found.push(Found { monitor, program }),
+            None => missing.push(monitor.program),
+        }
+    }
+    (found, missing)
+}
+
+/// The files that take the peers of this machine into an emulated host, each with its name under
+/// [`Paths::cache`]. QEMU is always Debian's there: another one's firmware may lie anywhere.
+///
+/// # Errors
+/// Debian's packages lack a part of QEMU.
+pub fn files(paths: &Paths, debian: &Debian) -> Result<Vec<(PathBuf, String)>> {
+    let mut files = Vec::new();
+    for found in find(paths, debian).0 {
+        let name = found.monitor.program;
+        match found.program {
+            Program::File(file) if file != paths.stratovirt && name != "qemu-system-x86_64" => {
+                // A static program has no libraries: ldd says so by failing.
+                let needed = output(Command::new("ldd").arg(&file)).unwrap_or_default();
+                for library in libraries(&needed) {
+                    let base = library.file_name().unwrap_or_default().to_string_lossy();
+                    let name = Path::new(PEERS).join(name).with_extension("lib").join(&*base);
+                    files.push((library.clone(), name.to_string_lossy().into_owned()));
+                }
+                files.push((file, format!("{PEERS}/{name}")));
+            }
+            _ => {}
+        }
+    }
+    let qemu = debian.program_files(QEMU)?;
+    let firmware = FIRMWARE.iter().filter_map(|name| debian.file(name).ok());
+    for file in qemu.into_iter().chain(firmware) {
+        let name = file.strip_prefix(&paths.cache).context("a package outside of the cache")?;
+        let name = name.to_string_lossy().into_owned();
+        files.push((file, name));
+    }
+    Ok(files)
+}
+
+/// Another program that PATH has under the monitor's name; this monitor has the same as one of them.
+fn on_path(monitor: &Monitor, paths: &Paths) -> Option<PathBuf> {
+    let ours = fs::canonicalize(&paths.stratovirt).ok();
+    let version = |program: &Path, argument: &str| {
+        output(Command::new(program).arg(argument)).unwrap_or_default()
+    };
+    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(monitor.program)).find(|path| {
+        let runs = |meta: fs::Metadata| meta.is_file() && meta.permissions().mode() & 0o111 != 0;
+        fs::metadata(path).is_ok_and(runs)
+            && fs::canonicalize(path).ok() != ours
+            && (monitor.program != OURS.program
+                || version(path, monitor.version) != version(&paths.stratovirt, OURS.version))
+    })
+}
+
+/// `key=value,key=value` with a path that may have commas in it, as QEMU reads it.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+fn ours(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
+    let mut config = json!({
+        "boot-source": { "kernel_image_path": guest.elf, "boot_args": guest.cmdline },
+        "machine-config": { "vcpu_count": guest.vcpus, "mem_size": guest.mib << 20 },
+        "serial": { "stdio": true },
+    });
+    if let Some(initramfs) = &guest.initramfs
+        && let Some(source) = config.get_mut("boot-source").and_then(|v| v.as_object_mut())
+    {
+        source.insert("initrd_fs_path".to_owned(), json!(initramfs));
+    }
+    if let (Some((disk, tap)), Some(config)) = (&guest.devices, config.as_object_mut()) {
+        let drive = json!({ "drive_id": "disk", "path_on_host": disk, "read_only": false, "direct": false });
+        let nic = json!({ "iface_id": "nic", "host_dev_name": tap, "mac": MAC });
+        config.insert("drive".to_owned(), json!([drive]));
+        config.insert("net".to_owned(), json!([nic]));
+    }
+    let file = dir.join("vm.json");
+    fs::write(&file, config.to_string())?;
+    command.arg("-config").arg(file);
+    command.arg("-api-channel").arg(format!("unix:{}", socket.display()));
+    Ok(())
+}
+
+fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Result<()> {
+    // KVM without hardware virtualisation announces a register that it does not let be set.
+    let machine = "-M microvm,accel=kvm -cpu host,-arch-capabilities -nodefaults -no-user-config -nographic -no-reboot -serial stdio";
+    command.args(machine.split(' '));
+    command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
+    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escaped(socket)));
+    command.arg("-kernel").arg(&guest.elf);
+    if let Some(initramfs) = &guest.initramfs {
+        command.arg("-initrd").arg(initramfs).args(["-append", &guest.cmdline]);
+    }
+    if let Some((disk, tap)) = &guest.devices {
+        let disk = escaped(disk);
+        command.args([
+            "-drive".to_owned(),
+            format!("id=disk,file={disk},format=raw,if=none,cache=writeback"),
+            "-device".to_owned(),
+            "virtio-blk-device,drive=disk".to_owned(),
+            "-netdev".to_owned(),
+            format!("tap,id=nic,ifname={tap},script=no,downscript=no"),
+            "-device".to_owned(),
+            format!("virtio-net-device,netdev=nic,mac={MAC}"),
+        ]);
+    }
+    Ok(())
+}
+
+fn firecracker(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
+    let mut config = json!({
+        "boot-source": { "kernel_image_path": guest.elf, "boot_args": guest.cmdline },
+        "machine-config": { "vcpu_count": guest.vcpus, "mem_size_mib": guest.mib },
+        "drives": [],
+    });
+    if let Some(initramfs) = &guest.initramfs
+        && let Some(source) = config.get_mut("boot-source").and_then(|v| v.as_object_mut())
+    {
+        source.insert("initrd_path".to_owned(), json!(initramfs));
+    }
+    if let (Some((disk, tap)), Some(config)) = (&guest.devices, config.as_object_mut()) {
+        let drive = json!({ "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "is_read_only": false });
+        let nic = json!({ "iface_id": "nic", "host_dev_name": tap, "guest_mac": MAC });
+        config.insert("drives".to_owned(), json!([drive]));
+        config.insert("network-interfaces".to_owned(), json!([nic]));
+    }
+    let file = dir.join("firecracker.json");
+    fs::write(&file, config.to_string())?;
+    command.arg("--api-sock").arg(socket).arg("--config-file").arg(file);
+    Ok(())
+}
+
+fn cloud_hypervisor(command: &mut Command, guest: &Guest, socket: &Path, _: &Path) -> Result<()> {
+    command.arg("--api-socket").arg(socket).arg("--kernel").arg(&guest.elf);
+    command.arg("--cpus").arg(format!("boot={}", guest.vcpus));
+    command.arg("--memory").arg(format!("size={}M", guest.mib));
+    command.args(["--serial", "tty", "--console", "off"]);
+    if let Some(initramfs) = &guest.initramfs {
+        command.arg("--initramfs").arg(initramfs).args(["--cmdline", &guest.cmdline]);
+    }
+    if let Some((disk, tap)) = &guest.devices {
+        command.arg("--disk").arg(format!("path={}", disk.display()));
+        command.arg("--net").arg(format!("tap={tap},mac={MAC}"));
+    }
+    Ok(())
+}
+
+fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, _: &Path) -> Result<()> {
+    command.args(["-machine", "microvm", "-serial", "stdio"]);
+    command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
+    command.arg("-qmp").arg(format!("unix:{},server,nowait", socket.display()));
+    command.arg("-kernel").arg(&guest.flat);
+    if let Some(initramfs) = &guest.initramfs {
+        command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
+        command.args(["-append", &guest.cmdline]);
+    }
+    if let Some((disk, tap)) = &guest.devices {
+        command.args([
+            "-drive".to_owned(),
+            format!("id=disk,file={},direct=off", disk.display()),
+            "-device".to_owned(),
+            "virtio-blk-device,drive=disk,id=blk".to_owned(),
+            "-netdev".to_owned(),
+            format!("tap,id=nic,ifname={tap}"),
+            "-device".to_owned(),
+            format!("virtio-net-device,netdev=nic,id=net,mac={MAC}"),
+        ]);
+    }
+    Ok(())
+}

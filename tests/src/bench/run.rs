@@ -1,0 +1,215 @@
+//! One monitor that runs one guest, watched with a clock.
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::control::{Connection, Protocol};
+use super::monitors::{Found, Guest};
+
+/// How long the control socket may take to answer.
+const API_LIMIT: Duration = Duration::from_secs(20);
+/// Between two looks whether the control socket is there.
+const LOOK: Duration = Duration::from_micros(100);
+
+/// A running monitor. Killed when dropped.
+pub struct Run {
+    child: Child,
+    started: Instant,
+    output: Receiver<(Instant, Vec<u8>)>,
+    seen: Vec<u8>,
+    at: Instant,
+    protocol: Protocol,
+    socket: PathBuf,
+    errors: PathBuf,
+}
+
+impl Run {
+    /// Starts `found` with `guest`; `dir` is for its files.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(found: &Found, guest: &Guest, dir: &Path) -> Result<Self> {
+        let socket = dir.join("api.sock");
+        match fs::remove_file(&socket) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        let mut command = found.command(guest, &socket, dir)?;
+        let errors = dir.join("stderr");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
+        let started = Instant::now();
+        let mut child =
+            command.spawn().with_context(|| format!("cannot start {}", found.monitor.name))?;
+        let mut out = child.stdout.take().context("a child without output")?;
+        let (sender, output) = channel();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = out.read(&mut buffer) {
+                let bytes = buffer.get(..length).unwrap_or_default().to_vec();
+                if sender.send((Instant::now(), bytes)).is_err() {
+                    return;
+                }
+            }
+        });
+        let protocol = found.monitor.protocol;
+        let (seen, at) = (Vec::new(), started);
+        Ok(Self { child, started, output, seen, at, protocol, socket, errors })
+    }
+
+    /// Waits until the control socket answers; how long after exec that is.
+    ///
+    /// # Errors
+    /// It does not, or the monitor ends.
+    pub fn connect(&mut self) -> Result<(Connection, Duration)> {
+        let deadline = Instant::now() + API_LIMIT;
+        loop {
+            let error = match Connection::open(self.protocol, &self.socket) {
+                Ok((connection, at)) => return Ok((connection, at - self.started)),
+                Err(error) => error,
+            };
+            if self.child.try_wait()?.is_some() || Instant::now() > deadline {
+                return Err(self.explained("the control socket does not answer").context(error));
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits for a byte of the guest's; how long after exec it came.
+    ///
+    /// # Errors
+    /// It does not come within `limit`.
+    pub fn wait_byte(&mut self, byte: u8, limit: Duration) -> Result<Duration> {
+        let deadline = Instant::now() + limit;
+        while !self.seen.contains(&byte) {
+            self.more(deadline).context("the guest's first byte did not come")?;
+        }
+        Ok(self.at - self.started)
+    }
+
+    /// Waits for the guest's next `bench NAME VALUE`; name, value and how long after exec it came.
+    ///
+    /// # Errors
+    /// It does not come within `limit`, or it tells of a failure.
+    pub fn wait_figure(&mut self, limit: Duration) -> Result<(String, f64, Duration)> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let Some(end) = self.seen.iter().position(|&byte| byte == b'\n') else {
+                self.more(deadline).context("the guest says nothing")?;
+                continue;
+            };
+            let line: Vec<u8> = self.seen.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line);
+            let Some((_, said)) = line.trim_end().split_once("bench ") else { continue };
+            match said.split_once(' ') {
+                Some(("failed", why)) => bail!("in the guest: {why}"),
+                // The kernel's own lines may have the word too: its echo of the command line.
+                Some((name, value)) => {
+                    if let Ok(value) = value.parse() {
+                        return Ok((name.to_owned(), value, self.at - self.started));
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// KiB of private memory beyond the guest's RAM of `mib`.
+    ///
+    /// # Errors
+    /// The process has gone, or none of its mappings is the guest's RAM.
+    pub fn private_kib(&self, mib: u64) -> Result<u64> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
+        private_kib(&smaps, mib << 10)
+    }
+
+    /// More output.
+    fn more(&mut self, deadline: Instant) -> Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match self.output.recv_timeout(left) {
+            Ok((at, bytes)) => {
+                self.at = at;
+                self.seen.extend(bytes);
+                Ok(())
+            }
+            Err(RecvTimeoutError::Timeout) => Err(self.explained("nothing more came in time")),
+            Err(RecvTimeoutError::Disconnected) => Err(self.explained("the monitor has ended")),
+        }
+    }
+
+    /// An error with the last of what the monitor said.
+    fn explained(&self, what: &str) -> anyhow::Error {
+        let errors = fs::read(&self.errors).unwrap_or_default();
+        let tail = |bytes: &[u8]| {
+            let text = String::from_utf8_lossy(bytes).trim().to_owned();
+            let lines: Vec<_> = text.lines().collect();
+            lines.get(lines.len().saturating_sub(4)..).unwrap_or_default().join(" | ")
+        };
+        anyhow::anyhow!("{what}: {} {}", tail(&errors), tail(&self.seen))
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // An error here means that it has gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: those at least as
+/// large as it (`ram_kib`). No monitor maps anything else of that size.
+fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
+    let kib = |line: &str| -> Option<u64> {
+        line.split_once(':')?.1.trim().strip_suffix(" kB")?.trim().parse().ok()
+    };
+    let (mut sum, mut ram, mut found) = (0, false, false);
+    for line in smaps.lines() {
+        if line.starts_with("Size:") {
+            ram = kib(line).is_some_and(|size| size >= ram_kib);
+            found |= ram;
+        } else if line.starts_with("Private_") && !ram && !line.starts_with("Private_Hugetlb") {
+            sum += kib(line).context("a line of smaps that cannot be read")?;
+        }
+    }
+    if !found {
+        bail!("no mapping of {ram_kib} KiB: cannot tell the guest's RAM from the monitor's own");
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+55d0a000-55d0b000 r-xp 00000000 fe:00 1 /bin/monitor
+Size:                  8 kB
+Private_Clean:         4 kB
+Private_Dirty:         3 kB
+Private_Hugetlb:       0 kB
+7f0000000000-7f0010000000 rw-p 00000000 00:00 0
+Size:             262144 kB
+Private_Clean:         0 kB
+Private_Dirty:      9000 kB
+7fff0000-7fff1000 rw-p 00000000 00:00 0 [stack]
+Size:                132 kB
+Private_Clean:         0 kB
+Private_Dirty:        12 kB
+";
+
+    #[test]
+    fn the_guests_ram_does_not_count() {
+        assert_eq!(private_kib(SMAPS, 262_144).unwrap(), 19);
+    }
+
+    #[test]
+    fn without_a_mapping_for_ram_there_is_no_figure() {
+        assert!(private_kib(SMAPS, 262_145).is_err());
+    }
+}

@@ -1,0 +1,202 @@
+//! The process: what it says when it cannot start, and how it goes into the background.
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stories::client::Client;
+use stories::monitor::SOON;
+
+use crate::stage::{Stage, exists, simple, status};
+
+/// Runs the monitor to its end.
+fn run(stage: &Stage, args: &[&str]) -> Result<Output> {
+    let mut command = Command::new(&stage.paths.stratovirt);
+    command.args(args).stdin(Stdio::null()).current_dir(&stage.dir);
+    command.output().context("cannot run the monitor")
+}
+
+/// Started with `args` it ends with 1 and says all of `says`, on standard error alone.
+fn refuses(stage: &Stage, args: &[&str], says: &[&str]) -> Result<()> {
+    let out = run(stage, args)?;
+    let text = String::from_utf8(out.stderr)?;
+    ensure!(out.status.code() == Some(1), "{args:?} ended with {}: {text}", out.status);
+    ensure!(!text.contains("panicked") && out.stdout.is_empty(), "{args:?}: {text}");
+    for words in says {
+        ensure!(text.contains(words), "{args:?} does not say '{words}': {text}");
+    }
+    ensure!(!exists(&stage.socket()), "{args:?} leaves a socket behind");
+    Ok(())
+}
+
+/// A configuration with one table replaced or added.
+fn written(stage: &Stage, key: &str, value: Value) -> Result<()> {
+    let mut config = stage.config("hello", "halt")?;
+    config.as_object_mut().context("no object")?.insert(key.to_owned(), value);
+    Ok(fs::write(stage.file("vm.json"), config.to_string())?)
+}
+
+const START: [&str; 4] = ["-config", "vm.json", "-api-channel", "unix:qmp.sock"];
+
+#[test]
+fn help_and_version() -> Result<()> {
+    let stage = Stage::new("help")?;
+    for word in ["-h", "-help"] {
+        let out = run(&stage, &[word])?;
+        let text = String::from_utf8(out.stdout)?;
+        ensure!(out.status.success() && out.stderr.is_empty());
+        for flag in ["-config", "-api-channel", "-qmp", "-kernel", "-daemonize", "-pidfile"] {
+            ensure!(text.contains(flag), "the help does not tell of {flag}");
+        }
+    }
+    for word in ["-V", "-version"] {
+        let out = run(&stage, &[word])?;
+        ensure!(out.status.success() && String::from_utf8(out.stdout)?.starts_with("StratoVirt "));
+    }
+    Ok(())
+}
+
+#[test]
+fn kernels_that_are_none() -> Result<()> {
+    let stage = Stage::new("kernels")?;
+    let elf = fs::read(stage.kernel("hello")?)?;
+    let cut = elf.get(..elf.len() / 2).context("a short guest")?.to_owned();
+    let mut foreign = elf.clone();
+    *foreign.get_mut(18).context("a short guest")? = 183;
+    let script = b"#!/bin/sh\nexit 0\n".to_vec();
+    let files: [(&str, Vec<u8>, &[&str]); 5] = [
+        ("empty", vec![], &["it is"]),
+        ("byte", vec![0x7f], &["it is"]),
+        ("script", script, &["it is"]),
+        ("cut", cut, &["truncated ELF"]),
+        ("foreign", foreign, &["aarch64"]),
+    ];
+    for (name, contents, says) in files {
+        fs::write(stage.file(name), contents)?;
+        written(&stage, "boot-source", json!({ "kernel_image_path": name }))?;
+        let mut says = says.to_vec();
+        says.push(name);
+        refuses(&stage, &START, &says)?;
+    }
+    for name in ["missing", ".", "/dev/zero"] {
+        written(&stage, "boot-source", json!({ "kernel_image_path": name }))?;
+        refuses(&stage, &START, &[name])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn all_errors_of_a_file_come_at_once() -> Result<()> {
+    let stage = Stage::new("errors")?;
+    let config = json!({
+        "boot-source": { "kernel_image_path": "k", "kernel": "k" },
+        "machine-config": { "vcpu_count": 255, "mem_size": 1 },
+        "drive": [{ "drive_id": "a", "path_on_host": "b", "read_only": "maybe", "direct": true }],
+        "serials": {},
+    });
+    fs::write(stage.file("vm.json"), config.to_string())?;
+    refuses(
+        &stage,
+        &START,
+        &[
+            "vm.json",
+            "boot-source",
+            "kernel",
+            "vcpu_count",
+            "255",
+            "254",
+            "mem_size",
+            "read_only",
+            "maybe",
+            "serials",
+        ],
+    )?;
+    for (text, says) in [("", "vm.json"), ("{", "vm.json"), ("[]", "vm.json"), ("\u{0}", "vm.json")]
+    {
+        fs::write(stage.file("vm.json"), text)?;
+        refuses(&stage, &START, &[says])?;
+    }
+    fs::remove_file(stage.file("vm.json"))?;
+    refuses(&stage, &START, &["vm.json", "No such file"])?;
+    refuses(&stage, &["--config", "vm.json"], &["--config"])?;
+    refuses(&stage, &["-smp", "1", "-smp", "2"], &["smp"])?;
+    refuses(&stage, &["-kernel", "k"], &["api-channel", "qmp"])
+}
+
+#[test]
+fn what_cannot_be_had_is_named() -> Result<()> {
+    let stage = Stage::new("wants")?;
+    let disk = |path: &str| json!([{ "drive_id": "vda", "path_on_host": path, "read_only": false, "direct": false }]);
+    written(&stage, "drive", disk("no-such-image"))?;
+    refuses(&stage, &START, &["vda", "no-such-image"])?;
+    written(&stage, "drive", disk("/dev/null"))?;
+    refuses(&stage, &START, &["vda", "/dev/null"])?;
+    written(&stage, "net", json!([{ "iface_id": "net0", "host_dev_name": "no-such-tap" }]))?;
+    refuses(&stage, &START, &["net0", "ip tuntap add", "no-such-tap"])?;
+    written(&stage, "machine-config", json!({ "mem_size": 512_u64 << 30 }))?;
+    refuses(&stage, &START, &["-m"])
+}
+
+#[test]
+fn in_the_background() -> Result<()> {
+    let stage = Stage::new("daemon")?;
+    let mut config = stage.config("count", "registers 1")?;
+    config.as_object_mut().context("no object")?.remove("serial");
+    fs::write(stage.file("vm.json"), config.to_string())?;
+    let background = [&START[..], &["-daemonize", "-pidfile", "pid"]].concat();
+    let began = Instant::now();
+    let out = run(&stage, &background)?;
+    ensure!(out.status.code() == Some(0), "{}", String::from_utf8_lossy(&out.stderr));
+    // At once, not by trying until it works: the first process ends when the second one answers.
+    let mut qmp = Client::connect(&stage.socket())?;
+    ensure!(status(&mut qmp)? == "running");
+
+    let text = fs::read_to_string(stage.file("pid"))?;
+    let process: u32 = text.parse().with_context(|| format!("the pid file holds '{text}'"))?;
+    let mode = fs::metadata(stage.file("pid"))?.permissions().mode() & 0o777;
+    ensure!(mode == 0o600, "the pid file's mode is {mode:o}");
+    let cmdline = fs::read_to_string(format!("/proc/{process}/cmdline"))?;
+    ensure!(cmdline.contains("stratovirt"), "process {process} is {cmdline}");
+    let cpus = qmp.execute("query-cpus", Value::Null)?;
+    let vcpu = cpus.pointer("/0/thread_id").context("no thread")?;
+    ensure!(exists(Path::new(&format!("/proc/{process}/task/{vcpu}"))));
+    for descriptor in 0..3 {
+        let to = fs::read_link(format!("/proc/{process}/fd/{descriptor}"))?;
+        ensure!(to == Path::new("/dev/null"), "descriptor {descriptor} is still {}", to.display());
+    }
+    // A second one with the same pid file is refused and does not disturb the first.
+    let mut second = background.clone();
+    if let Some(socket) = second.get_mut(3) {
+        *socket = "unix:other.sock";
+    }
+    let refused = run(&stage, &second)?;
+    ensure!(refused.status.code() == Some(1));
+    ensure!(String::from_utf8_lossy(&refused.stderr).contains("pid"));
+    ensure!(fs::read_to_string(stage.file("pid"))? == text);
+
+    simple(&mut qmp, "quit")?;
+    ensure!(qmp.wait_event("SHUTDOWN", SOON)?.get("reason") == Some(&json!("host-qmp-quit")));
+    while exists(Path::new(&format!("/proc/{process}/exe"))) && began.elapsed() < SOON * 2 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    ensure!(!exists(&stage.file("pid")) && !exists(&stage.socket()), "files are left behind");
+    Ok(())
+}
+
+#[test]
+fn what_fails_in_the_background_is_told_in_the_foreground() -> Result<()> {
+    let stage = Stage::new("no_daemon")?;
+    let mut config = stage.config("hello", "halt")?;
+    config.as_object_mut().context("no object")?.remove("serial");
+    fs::write(stage.file("vm.json"), config.to_string())?;
+    fs::remove_file(stage.file("hello"))?;
+    let background = [&START[..], &["-daemonize", "-pidfile", "pid"]].concat();
+    refuses(&stage, &background, &["cannot boot the kernel", "No such file"])?;
+    ensure!(!exists(&stage.file("pid")), "the pid file is left behind");
+
+    fs::write(stage.file("vm.json"), stage.config("hello", "halt")?.to_string())?;
+    refuses(&stage, &background, &["daemonize", "stdio"])
+}
