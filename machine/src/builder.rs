@@ -174,7 +174,8 @@ impl Parts {
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
         let mut chardevs = Vec::new();
         let default = threads.find("", "", None)?;
-        let (legacy, serial) = Legacy::new(config, vm, &mut pio, &default, report)?;
+        let power = Arc::default();
+        let (legacy, serial) = Legacy::new(config, vm, &mut pio, &default, &power, report)?;
         chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
@@ -211,7 +212,7 @@ impl Parts {
             vmgenid: None,
         };
         let boot = boot::load(memory, &config.boot, &platform)?;
-        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
+        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         Ok(Self { legacy, slots, buses, chardevs, boot })
     }
 }

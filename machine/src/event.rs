@@ -4,15 +4,11 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use devices::PowerEvent;
-
 use crate::vcpu::Stopped;
 
 /// Something that the machine cannot decide by itself.
 #[derive(Debug)]
 pub enum Event {
-    /// The guest asks for a reset, a power-off, or says that it has crashed.
-    Power(PowerEvent),
     /// A vCPU stopped by itself; the others still run.
     Vcpu(usize, Stopped),
     /// The person at the console typed `Ctrl-a x`.

@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use crate::{
     config::{CharBackend, MachineConfig},
     event::{Event, Report},
-    kvm::{KvmError, Vm},
+    kvm::{KvmError, Vm, vcpu::PowerLatch},
     layout::{
         ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
         SERIAL_IRQ, SERIAL_PORT,
@@ -60,11 +60,12 @@ impl Legacy {
         vm: &Vm,
         pio: &mut BusBuilder,
         thread: &Arc<dyn IoThread>,
+        latch: &Arc<PowerLatch>,
         report: &Report,
     ) -> Result<(Self, Option<String>), LegacyError> {
         let sink: PowerSink = {
-            let report = report.clone();
-            Arc::new(move |event| report(Event::Power(event)))
+            let latch = latch.clone();
+            Arc::new(move |event| latch.set(event))
         };
         let mut all: Vec<Shared> = Vec::new();
         let mut attach = |port: u16, ports: u64, device: Arc<Mutex<dyn BusDevice>>| {

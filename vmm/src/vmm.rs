@@ -118,9 +118,9 @@ impl Vmm {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
         let guest = |reason, status| Ending { guest: true, reason, status };
         match event {
-            M::Power(P::Reset) | M::Vcpu(_, S::TripleFault) => self.guest_reset(),
-            M::Power(P::Shutdown) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
-            M::Power(P::Panicked) => {
+            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => self.guest_reset(),
+            M::Vcpu(_, S::Power(P::Shutdown)) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
+            M::Vcpu(_, S::Power(P::Panicked)) => {
                 let action = qmp::schema::GuestPanicAction::Poweroff;
                 self.tell(&Event::GuestPanicked { action });
                 self.end(guest(ShutdownCause::GuestPanic, 1));

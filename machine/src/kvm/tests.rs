@@ -74,7 +74,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
     let mut mmio = BusBuilder::default();
     mmio.attach(layout::VIRTIO_MMIO, 4096, Arc::new(Mutex::new(trap))).unwrap();
-    let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
+    let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power: Arc::default() };
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
     let msrs = Arc::new(state::msr_list(&kvm).unwrap());
     let fd = vm.create_vcpus(&kvm, &[0], &one).unwrap().pop().unwrap();

@@ -20,6 +20,8 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
+use devices::PowerEvent;
+
 /// What one entry into the guest came to. `Cpu::run` handles plain PIO and MMIO by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
@@ -34,6 +36,9 @@ pub enum Exit {
 /// Why a vCPU stopped by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stopped {
+    /// It wrote to a register that asks for a reset or a power-off, or says that the guest has
+    /// crashed: on real hardware, nothing is executed after that.
+    Power(PowerEvent),
     /// Triple fault: on real hardware, a reset.
     TripleFault,
     /// KVM or the monitor cannot run it any further; the log says why.

@@ -17,7 +17,9 @@ fn hello(stage: &Stage, way: &str, args: &[&str]) -> Result<(Monitor, Client)> {
 fn power_off() -> Result<()> {
     let stage = Stage::new("power_off")?;
     let (mut monitor, mut qmp) = hello(&stage, "poweroff", &[])?;
-    ends(&mut monitor, &mut qmp, true, "guest-shutdown", 0)
+    ends(&mut monitor, &mut qmp, true, "guest-shutdown", 0)?;
+    ensure!(monitor.unseen().is_empty(), "it went on after the power was off");
+    Ok(())
 }
 
 #[test]
@@ -26,6 +28,7 @@ fn reset_by_keyboard_controller_acpi_or_triple_fault() -> Result<()> {
     for way in ["keyboard-reset", "acpi-reset", "triple-fault"] {
         let (mut monitor, mut qmp) = hello(&stage, way, &[])?;
         ends(&mut monitor, &mut qmp, true, "guest-reset", 0)?;
+        ensure!(monitor.unseen().is_empty(), "it went on after the reset");
     }
     Ok(())
 }
