@@ -11,6 +11,7 @@ use std::{env, io};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::debian::Debian;
 use crate::guest;
@@ -55,7 +56,7 @@ enum Answer {
     Exit(i32),
 }
 
-/// Runs stories as they are asked for on standard input, until it closes.
+/// Runs stories as they are asked for on standard input, until it closes or an empty line comes.
 ///
 /// # Errors
 /// The paths are not told, or the one who asks has gone.
@@ -63,7 +64,11 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     let paths = Paths::from_env()?;
     answer(&Answer::Ready(true))?;
     for line in io::stdin().lock().lines() {
-        let request: Request = serde_json::from_str(&line?).context("cannot read what to run")?;
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        let request: Request = serde_json::from_str(&line).context("cannot read what to run")?;
         let error = match stories.iter().find(|(name, _)| *name == request.run) {
             Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:#}")),
             None => Some("no such story".to_owned()),
@@ -82,6 +87,26 @@ fn run(paths: &Paths, name: &'static str, tell: fn(&Story) -> Result<()>) -> Res
         Err(_) => bail!("the story panicked"),
     }
     fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+/// Tells the program outside how the job inside ended; see [`outcome`].
+///
+/// # Errors
+/// Nobody listens any more.
+pub fn tell_outcome(result: &Result<()>) -> Result<()> {
+    answer(&Answer::Done(result.as_ref().err().map(|error| format!("{error:#}"))))
+}
+
+/// What a control message says about how the job inside ended, if it is about that.
+#[must_use]
+pub fn outcome(message: &Value) -> Option<Result<(), String>> {
+    match serde_json::from_value(message.clone()) {
+        Ok(Answer::Done(error)) => Some(error.map_or(Ok(()), Err)),
+        Ok(Answer::Exit(code)) => {
+            Some(Err(format!("the program inside ended early, with status {code}")))
+        }
+        Ok(Answer::Ready(_)) | Err(_) => None,
+    }
 }
 
 fn answer(answer: &Answer) -> Result<()> {
@@ -141,10 +166,13 @@ impl Agent {
     /// Lets the host go.
     ///
     /// # Errors
-    /// What it kept cannot be copied.
+    /// It does not listen any more, or its files cannot be removed.
     pub fn finish(&mut self) -> Result<()> {
         match self.running.take() {
-            Some(running) => running.finish(Instant::now() + Duration::from_secs(20)),
+            Some(mut running) => {
+                running.tell(b"\n")?;
+                running.finish(Instant::now() + Duration::from_secs(20))
+            }
             None => Ok(()),
         }
     }

@@ -6,6 +6,7 @@ pub mod bench;
 pub mod debian;
 pub mod guest;
 pub mod host;
+pub mod house;
 pub mod kernel;
 pub mod monitor;
 pub mod net;

@@ -64,10 +64,11 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .enumerate()
         .map(|(i, path)| Server::bind(path, events.registry(), EventLoop::server_token(i)))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut vmm = Vmm::new(machine, servers, invocation.reboot);
     if !invocation.disable_seccomp {
+        machine.wait_started()?;
         seccomp::confine(file)?;
     }
+    let mut vmm = Vmm::new(machine, servers, invocation.reboot);
     if !invocation.paused {
         vmm.apply(lifecycle::Event::Resume)?;
     }

@@ -67,7 +67,10 @@ impl VcpuState {
         fd.set_mp_state(self.mp).map_err(refused("set a vCPU's run state"))?;
         fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
-        fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
+        // None on a host without XSAVE; KVM then refuses to set none.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
+        }
         let mut xsave = kvm_xsave::default();
         xsave.region.iter_mut().zip(&self.xsave).for_each(|(to, from)| *to = *from);
         // SAFETY: no dynamically enabled XSAVE feature is in use, so the state is 4 KiB long.

@@ -172,6 +172,14 @@ impl<C: Cpu> Handle<C> {
         }
     }
 
+    /// Wait until the thread has done what every thread does once.
+    ///
+    /// # Errors
+    /// When it has ended instead; the log says why.
+    pub fn wait_started(&self) -> Result<(), Gone> {
+        self.kicker().map(drop).ok_or(Gone)
+    }
+
     /// Ask for a stop at the next consistent point. Ask all vCPUs first, then wait for each.
     pub fn park(&self) -> Answer<()> {
         let answer = self.ask(Request::Park);

@@ -1,7 +1,7 @@
 //! Every way in which a guest ends is told by the right event and exit status.
 use anyhow::{Result, ensure};
+use qmp::client::Client;
 use serde_json::json;
-use stories::client::Client;
 use stories::monitor::{Monitor, SOON};
 
 use crate::stage::{Stage, cont, ends, quits, simple, status, stop};
@@ -36,7 +36,7 @@ fn reset_boots_anew_where_that_is_asked_for() -> Result<()> {
     for way in ["keyboard-reset", "acpi-reset", "triple-fault"] {
         let (mut monitor, mut qmp) = hello(&stage, way, &["-action", "reboot=reset"])?;
         for _ in 0..5 {
-            let data = qmp.wait_event("RESET", SOON)?;
+            let data = qmp.wait_event("RESET", SOON)?.data;
             ensure!(data.get("guest") == Some(&json!(true)), "{data}");
             monitor.wait_for("hello\n", SOON)?;
         }
@@ -51,7 +51,7 @@ fn system_reset_keeps_a_stopped_machine_stopped() -> Result<()> {
     let stage = Stage::new("system_reset")?;
     let (mut monitor, mut qmp) = hello(&stage, "halt", &[])?;
     simple(&mut qmp, "system_reset")?;
-    ensure!(qmp.wait_event("RESET", SOON)?.get("guest") == Some(&json!(false)));
+    ensure!(qmp.wait_event("RESET", SOON)?.data.get("guest") == Some(&json!(false)));
     monitor.wait_for("hello\n", SOON)?;
     monitor.wait_for("halts\n", SOON)?;
     stop(&mut qmp)?;
@@ -68,7 +68,7 @@ fn system_reset_keeps_a_stopped_machine_stopped() -> Result<()> {
 fn panic() -> Result<()> {
     let stage = Stage::new("panic")?;
     let (mut monitor, mut qmp) = hello(&stage, "panic", &[])?;
-    let data = qmp.wait_event("GUEST_PANICKED", SOON)?;
+    let data = qmp.wait_event("GUEST_PANICKED", SOON)?.data;
     ensure!(data.get("action") == Some(&json!("poweroff")), "{data}");
     ends(&mut monitor, &mut qmp, true, "guest-panic", 1)
 }

@@ -22,7 +22,7 @@ impl Reporter {
     /// The driver made a mistake.
     pub fn invalid(&self, stats: &BlockStats, what: &dyn Display) {
         count(&stats.invalid_operations, 1);
-        log_seldom!(warn, "{}: the guest's driver sent a {what}", self.id);
+        log_seldom!(warn, "{}: the guest's driver made a mistake: {what}", self.id);
     }
 
     /// The host could not do its part.
