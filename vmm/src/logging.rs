@@ -67,7 +67,7 @@ pub fn start(file: Option<&Path>) -> io::Result<()> {
 }
 
 /// Whether a line can be written to standard error without waiting.
-fn writable() -> bool {
+pub(crate) fn writable() -> bool {
     let stderr = io::stderr();
     let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
     poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|n| n > 0)

@@ -22,7 +22,7 @@ use std::{
 use libc::{c_int, c_void, siginfo_t};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter};
 
-use crate::terminal;
+use crate::{logging, terminal};
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
@@ -88,16 +88,18 @@ extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
             "stratovirt: Received a bad system call, number: {number}. If it is needed, use \
              -disable-seccomp"
         ),
-        None => writeln!(rest, "stratovirt: Received a bad system call"),
+        None => writeln!(rest, "stratovirt: Received a bad system call, number unknown"),
     };
     let left = rest.len();
     let line = line.get(..line.len().saturating_sub(left)).unwrap_or_default();
-    // Not through `Stderr`, which has a lock.
-    let _ = rustix::io::write(rustix::stdio::stderr(), line);
     if let Some(log) = resources.and_then(|r| r.log.as_ref()) {
         let _ = { log }.write_all(line);
     }
     terminal::put_back();
+    // Not through `Stderr`, which has a lock; and a reader that has stopped must not keep us alive.
+    if logging::writable() {
+        let _ = rustix::io::write(rustix::stdio::stderr(), line);
+    }
     // Begins with a call that is forbidden itself. All signals are blocked here, and a forbidden
     // call under a blocked SIGSYS ends the process by it.
     let _ = signal_hook::low_level::emulate_default_handler(libc::SIGSYS);

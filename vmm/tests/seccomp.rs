@@ -5,7 +5,7 @@ use std::{
     net::UdpSocket,
     os::unix::{net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, atomic::AtomicBool},
     thread,
     time::{Duration, Instant},
@@ -227,6 +227,31 @@ fn commit(crime: &str) {
     }
 }
 
+/// Runs the test called `test` once more, in a process of its own that finds `crime`.
+fn again(test: &str, crime: &str, log: &Path) -> Output {
+    Command::new(env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", test])
+        .env(CRIME, crime)
+        .env(LOG, log)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn threads_that_are_just_starting_go_on() {
+    if env::var_os(CRIME).is_some() {
+        let threads: Vec<_> = (0..64).map(|n| thread::spawn(move || n)).collect();
+        vmm::seccomp::confine(None).unwrap();
+        assert!(threads.into_iter().map(|t| t.join().unwrap()).eq(0..64));
+        return;
+    }
+    for _ in 0..5 {
+        let output = again("threads_that_are_just_starting_go_on", "none", Path::new(""));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {said}", output.status);
+    }
+}
+
 #[test]
 fn a_forbidden_call_ends_the_process_and_is_named() {
     if let Some(crime) = env::var_os(CRIME) {
@@ -245,12 +270,7 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
         let dir = TempDir::new().unwrap();
         let log = dir.path().join("log");
         fs::write(&log, "before\n").unwrap();
-        let output = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "--nocapture", "a_forbidden_call_ends_the_process_and_is_named"])
-            .env(CRIME, crime)
-            .env(LOG, &log)
-            .output()
-            .unwrap();
+        let output = again("a_forbidden_call_ends_the_process_and_is_named", crime, &log);
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{crime}: {said}");
         let Some(number) = number else { continue };
