@@ -75,18 +75,6 @@ impl Machine {
         &self.config
     }
 
-    /// Wait until all threads have done what a thread does once, at its start: the C library's set-up
-    /// and the like. A system-call filter that does not know of that has to come later.
-    ///
-    /// # Errors
-    /// When a vCPU thread has ended instead.
-    pub fn wait_started(&self) -> Result<(), RunError> {
-        for (_, thread) in &self.io_threads {
-            thread.thread();
-        }
-        Ok(self.vcpus.iter().try_for_each(Handle::wait_started)?)
-    }
-
     /// The kernel's numbers of the vCPU threads, in order of vCPUs.
     pub fn vcpu_threads(&self) -> Vec<u32> {
         self.vcpus.iter().map(Handle::thread).collect()

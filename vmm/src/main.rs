@@ -65,7 +65,6 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .map(|(i, path)| Server::bind(path, events.registry(), EventLoop::server_token(i)))
         .collect::<Result<Vec<_>, _>>()?;
     if !invocation.disable_seccomp {
-        machine.wait_started()?;
         seccomp::confine(file)?;
     }
     let mut vmm = Vmm::new(machine, servers, invocation.reboot);

@@ -143,8 +143,11 @@ impl<C: Cpu> Handle<C> {
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let kicker = cpu.kicker();
             let failed = kicker.is_err();
-            if send_kicker.send(kicker).is_err() || failed {
+            if send_kicker.send(kicker).is_err() {
                 return;
+            }
+            if failed {
+                return report(index, Stopped::Failed);
             }
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
@@ -175,14 +178,6 @@ impl<C: Cpu> Handle<C> {
         if let Some(kicker) = self.kicker() {
             kicker.kick();
         }
-    }
-
-    /// Wait until the thread has done what every thread does once.
-    ///
-    /// # Errors
-    /// When it has ended instead; the log says why.
-    pub fn wait_started(&self) -> Result<(), Gone> {
-        self.kicker().map(drop).ok_or(Gone)
     }
 
     /// Ask for a stop at the next consistent point. Ask all vCPUs first, then wait for each.
