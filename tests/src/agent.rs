@@ -31,7 +31,7 @@ const STORY_LIMIT: Duration = Duration::from_secs(180);
 /// What a story gets.
 pub struct Story {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// Where things lie.
     pub paths: Paths,
     /// An empty directory of its own.
@@ -40,8 +40,10 @@ pub struct Story {
     pub debian: Debian,
 }
 
+/// What a story does.
+pub type Tell = fn(&Story) -> Result<()>;
 /// A story: its name and what it does.
-pub type Told = (&'static str, fn(&Story) -> Result<()>);
+pub type Told = (String, Tell);
 
 #[derive(Serialize, Deserialize)]
 struct Request {
@@ -78,10 +80,14 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     Ok(())
 }
 
-fn run(paths: &Paths, name: &'static str, tell: fn(&Story) -> Result<()>) -> Result<()> {
+fn run(paths: &Paths, name: &str, tell: Tell) -> Result<()> {
     let dir = paths.fresh_scratch(name)?;
-    let story =
-        Story { name, paths: paths.clone(), dir: dir.clone(), debian: Debian::unpacked(paths) };
+    let story = Story {
+        name: name.to_owned(),
+        paths: paths.clone(),
+        dir: dir.clone(),
+        debian: Debian::unpacked(paths),
+    };
     match catch_unwind(AssertUnwindSafe(|| tell(&story))) {
         Ok(result) => result?,
         Err(_) => bail!("the story panicked"),
