@@ -70,7 +70,10 @@ const CALLS: &[c_long] = &[
     SYS_mremap,
     SYS_madvise,
     SYS_brk,
-    // Threads: locks, signals, the end.
+    // Threads: those still on their way into their first function when the filter comes, where
+    // signals are blocked and nothing could be reported; then locks, signals, the end.
+    SYS_set_robust_list,
+    SYS_rseq,
     SYS_futex,
     SYS_sched_yield,
     SYS_sched_getaffinity,
@@ -149,6 +152,8 @@ pub fn allowed() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
         // Data never becomes code.
         (SYS_mmap, vec![rule(2, not_code.clone(), 0u32)?]),
         (SYS_mprotect, vec![rule(2, not_code, 0u32)?]),
+        // Names of threads.
+        (SYS_prctl, vec![rule(0, Op::Eq, PR_SET_NAME.cast_unsigned())?]),
         // To ask for the number of an interface; connecting it is not possible.
         (SYS_socket, vec![rule(0, Op::Eq, AF_UNIX.cast_unsigned())?]),
         // The own vCPU threads, and itself to abort.
