@@ -74,6 +74,10 @@ const CALLS: &[c_long] = &[
     // signals, the end.
     SYS_rseq,
     SYS_set_robust_list,
+    // Threads: those still on their way into their first function when the filter comes, where
+    // signals are blocked and nothing could be reported; then locks, signals, the end.
+    SYS_set_robust_list,
+    SYS_rseq,
     SYS_futex,
     SYS_sched_yield,
     SYS_sched_getaffinity,
@@ -153,6 +157,7 @@ pub fn allowed() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
         (SYS_mmap, vec![rule(2, not_code.clone(), 0u32)?]),
         (SYS_mprotect, vec![rule(2, not_code, 0u32)?]),
         // A thread that has just started.
+        // Names of threads.
         (SYS_prctl, vec![rule(0, Op::Eq, PR_SET_NAME.cast_unsigned())?]),
         // To ask for the number of an interface; connecting it is not possible.
         (SYS_socket, vec![rule(0, Op::Eq, AF_UNIX.cast_unsigned())?]),
