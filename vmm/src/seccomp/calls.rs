@@ -76,8 +76,6 @@ const CALLS: &[c_long] = &[
     SYS_set_robust_list,
     // Threads: those still on their way into their first function when the filter comes, where
     // signals are blocked and nothing could be reported; then locks, signals, the end.
-    SYS_set_robust_list,
-    SYS_rseq,
     SYS_futex,
     SYS_sched_yield,
     SYS_sched_getaffinity,
