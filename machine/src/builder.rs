@@ -24,14 +24,10 @@ use crate::{
     event::{Event, Report, Told},
     io_thread,
     kvm::{
-        self, KvmError, Vm,
-        chips::ChipState,
-        cpuid, entry,
-        state::{self, VcpuState},
+        self, KvmError, Vm, cpuid, entry, state,
         vcpu::{Buses, KvmCpu},
     },
     legacy::{self, Legacy, LegacyError},
-    machine::PowerOn,
     memory::{self, MemoryError},
     slots::{DISKS, NICS, SlotError, Slots},
     vcpu::Handle,
@@ -119,12 +115,10 @@ impl Machine {
             entry::set(first, &boot.registers)?;
         }
         let msr_list = Arc::new(state::msr_list(&kvm)?);
-        let power_on = PowerOn {
-            vcpus: fds.iter().map(|fd| VcpuState::save(fd, &msr_list)).collect::<Result<_, _>>()?,
-            chips: ChipState::save(&vm)?,
-        };
-        let cpus = fds.into_iter().map(|fd| KvmCpu::new(fd, buses.clone(), msr_list.clone()));
-        let vcpus = cpus
+        let cpu = |fd| KvmCpu::new(fd, buses.clone(), msr_list.clone());
+        let vcpus = fds
+            .into_iter()
+            .map(cpu)
             .enumerate()
             .map(|(index, cpu)| {
                 let report = report.clone();
@@ -138,9 +132,11 @@ impl Machine {
             slots,
             io_threads,
             vm,
+            kvm,
+            buses,
+            msr_list,
             memory,
             config: config.clone(),
-            power_on,
             apic_ids,
             parked: None,
             chardevs,
@@ -175,12 +171,12 @@ impl Parts {
         let mut chardevs = Vec::new();
         let default = threads.find("", "", None)?;
         let power = Arc::default();
-        let (legacy, serial) = Legacy::new(config, vm, &mut pio, &default, &power, report)?;
+        let (legacy, serial) = Legacy::new(config, &mut pio, &default, &power, report)?;
         chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
-            slots.add(vm, &mut mmio, device, thread).map_err(BuildError::Slot)
+            slots.add(&mut mmio, device, thread).map_err(BuildError::Slot)
         };
         for slot in 0..DISKS {
             let disk = config.disks.get(slot);
@@ -213,6 +209,8 @@ impl Parts {
         };
         let boot = boot::load(memory, &config.boot, &platform)?;
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
+        legacy.bind(vm)?;
+        slots.bind(vm)?;
         Ok(Self { legacy, slots, buses, chardevs, boot })
     }
 }

@@ -78,7 +78,11 @@ impl Vmm {
         match (before, after) {
             // Reset is the one event that does something without changing the state.
             _ if event == lifecycle::Event::Reset => {
-                self.machine.reset()?;
+                if let Err(e) = self.machine.reset() {
+                    let reason = ShutdownCause::HostError;
+                    self.end(Ending { guest: false, reason, status: 1 });
+                    return Err(e.into());
+                }
                 if before == State::Running {
                     self.machine.resume()?;
                 }

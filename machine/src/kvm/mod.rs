@@ -174,6 +174,14 @@ impl Vm {
         self.fd.register_irqfd(line.eventfd(), gsi).map_err(refused("bind an interrupt line"))
     }
 
+    /// Take `line` from `gsi` again: an eventfd can belong to one machine at a time.
+    ///
+    /// # Errors
+    /// When it was not bound.
+    pub fn unbind_line(&self, line: &Line, gsi: u32) -> Result<(), KvmError> {
+        self.fd.unregister_irqfd(line.eventfd(), gsi).map_err(refused("unbind an interrupt line"))
+    }
+
     /// Let a 32-bit guest write of `value` to `address` signal `eventfd` without an exit.
     ///
     /// # Errors

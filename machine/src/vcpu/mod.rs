@@ -115,6 +115,7 @@ enum Request<C: Cpu> {
     Resume(u64),
     Save(Sender<Result<C::State, C::Error>>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
+    Replace(Box<C>, Sender<io::Result<C::Kicker>>),
     Exit,
 }
 
@@ -198,6 +199,16 @@ impl<C: Cpu> Handle<C> {
     pub fn restore(&self, state: C::State) -> Answer<Result<(), C::Error>> {
         self.ask(|reply| Request::Restore(Box::new(state), reply))
     }
+    /// Let the thread of a parked vCPU carry `cpu` from now on; the old one is dropped.
+    ///
+    /// # Errors
+    /// When the thread has ended, or the host refuses what kicking takes.
+    pub fn replace(&mut self, cpu: C) -> io::Result<()> {
+        let answer = self.ask(|reply| Request::Replace(Box::new(cpu), reply));
+        let kicker = answer.wait().map_err(io::Error::other)??;
+        self.known_kicker = OnceCell::from(Some(kicker));
+        Ok(())
+    }
     /// The kernel's number of the thread; 0 if it has ended.
     pub fn thread(&self) -> u32 {
         self.kicker().map_or(0, Kick::thread)
@@ -228,6 +239,10 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
             Request::Park(reply) => drop(reply.send(())),
             Request::Save(reply) => drop(reply.send(cpu.save())),
             Request::Restore(state, reply) => drop(reply.send(cpu.restore(*state))),
+            Request::Replace(new, reply) => {
+                *cpu = *new;
+                drop(reply.send(cpu.kicker()));
+            }
             Request::Resume(ticks) => {
                 cpu.resumed(ticks);
                 return true;
@@ -256,7 +271,7 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
                 Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Left::Exit,
                 Ok(Request::Resume(_)) | Err(TryRecvError::Empty) => {}
                 // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
-                Ok(Request::Save(_) | Request::Restore(..)) => {}
+                Ok(Request::Save(_) | Request::Restore(..) | Request::Replace(..)) => {}
             },
         }
     }
@@ -294,6 +309,16 @@ mod tests {
         vcpu.resume(0);
         vcpu.park().wait().unwrap();
         assert!(save() >= 1_000_000_000);
+    }
+
+    #[test]
+    fn a_thread_carries_another_vcpu() {
+        let mut vcpu = Handle::spawn(0, Counter(5, Arc::default()), |_, _| {}).unwrap();
+        vcpu.replace(Counter(1_000_000_000, Arc::default())).unwrap();
+        assert_eq!(vcpu.save().wait().unwrap(), Ok(1_000_000_000));
+        vcpu.resume(0);
+        vcpu.park().wait().unwrap();
+        assert!(vcpu.save().wait().unwrap() > Ok(1_000_000_000), "kicked by its own kicker");
     }
 
     #[test]

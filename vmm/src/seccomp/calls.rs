@@ -70,12 +70,10 @@ const CALLS: &[c_long] = &[
     SYS_mremap,
     SYS_madvise,
     SYS_brk,
-    // Threads: their first steps, for those that started just before the filter came; locks,
-    // signals, the end.
-    SYS_rseq,
-    SYS_set_robust_list,
     // Threads: those still on their way into their first function when the filter comes, where
     // signals are blocked and nothing could be reported; then locks, signals, the end.
+    SYS_rseq,
+    SYS_set_robust_list,
     SYS_futex,
     SYS_sched_yield,
     SYS_sched_getaffinity,
@@ -122,6 +120,10 @@ const BLKDISCARD: Ioctl = 0x1277;
 const KVM: u8 = 0xae;
 const KVM_NUMBERS: &[u8] = &[
     0x80, // RUN
+    // A reset makes a new virtual machine: CREATE_VM, CHECK_EXTENSION, GET_VCPU_MMAP_SIZE,
+    // GET_SUPPORTED_CPUID, CREATE_VCPU, SET_USER_MEMORY_REGION, SET_TSS_ADDR,
+    // SET_IDENTITY_MAP_ADDR, CREATE_IRQCHIP, IRQFD, CREATE_PIT2, IOEVENTFD, SET_CPUID2.
+    0x01, 0x03, 0x04, 0x05, 0x41, 0x46, 0x47, 0x48, 0x60, 0x76, 0x77, 0x79, 0x90,
     0xad, // KVMCLOCK_CTRL
     0x7b, 0x7c, // SET_CLOCK, GET_CLOCK
     0xe1, 0xe2, // SET_DEVICE_ATTR, GET_DEVICE_ATTR
