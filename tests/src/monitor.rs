@@ -227,7 +227,10 @@ impl Monitor {
     /// # Errors
     /// It does not come in time, or the monitor ends.
     pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<String> {
-        let (shown, seen) = self.console.wait_for(text, self.seen, limit)?;
+        let (shown, seen) = self
+            .console
+            .wait_for(text, self.seen, limit)
+            .with_context(|| format!("its threads:\n{}", threads(self.child.id())))?;
         self.seen = seen;
         Ok(shown)
     }
@@ -318,6 +321,28 @@ impl Drop for Monitor {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What each thread of a process is doing, to find out why it does not go on.
+fn threads(pid: u32) -> String {
+    let mut told = String::new();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    for task in tasks {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        // After the name in parentheses: the state, ten numbers, ticks in user and in system mode.
+        let fields: Vec<_> =
+            stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let field = |index: usize| fields.get(index).copied().unwrap_or("?");
+        let (state, user, system) = (field(0), field(11), field(12));
+        let stack: Vec<_> = read("stack").lines().take(4).map(str::to_owned).collect();
+        told.push_str(&format!(
+            "  {} {state}, ticks {user}+{system}, {}\n",
+            read("comm").trim(),
+            stack.join(" < ")
+        ));
+    }
+    told
 }
 
 /// What a process prints, as it comes.
