@@ -265,7 +265,9 @@ pub fn monitor() -> Result<PathBuf> {
     let step = Step::spinner("Building the monitor");
     let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
-    build.args(["build", "--quiet", "-p", "vmm", "--bin", "stratovirt"]);
+    // For the whole workspace, as `cargo test` does it: with other features the dependencies would
+    // be built once more.
+    build.args(["build", "--quiet", "--workspace", "--bin", "stratovirt"]);
     if profile.ends_with("release") {
         build.arg("--release");
     }
