@@ -9,7 +9,7 @@ use crate::{
     boot::{self, BootError, Platform},
     config::MachineConfig,
     io_thread,
-    kvm::{KvmError, Vm, state::VcpuState, vcpu::KvmCpu},
+    kvm::{KvmError, Vm, features::Leaf, state::VcpuState, vcpu::KvmCpu},
     legacy::Legacy,
     memory,
     slots::Slots,
@@ -36,9 +36,11 @@ pub struct Machine {
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) backends: Backends,
+    /// The CPUID leaves that the guest sees on its boot vCPU.
+    pub(crate) leaves: Vec<Leaf>,
 }
 
-/// The state before the first instruction.
+/// The state of new vCPUs and chips, before anything was loaded.
 pub(crate) struct PowerOn {
     pub vcpus: Vec<VcpuState>,
     pub chips: crate::kvm::chips::ChipState,
@@ -47,9 +49,9 @@ pub(crate) struct PowerOn {
 /// The moment at which the guest's clocks stood still.
 pub(crate) struct Parked {
     /// Host TSC, in ticks.
-    tsc: u64,
+    pub tsc: u64,
     /// kvm-clock, in nanoseconds.
-    clock: u64,
+    pub clock: u64,
 }
 
 /// Why the machine could not be stopped, continued or reset.
@@ -140,10 +142,13 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
-        memory::clear(&self.memory, self.config.memory.shared)?;
-        self.load()?;
+        memory::clear(&self.memory, &self.config.memory)?;
+        let entry = self.load()?;
         self.power_on.chips.restore(&self.vm)?;
-        let states = self.power_on.vcpus.iter().cloned();
+        let mut states = self.power_on.vcpus.clone();
+        if let Some(boot) = states.first_mut() {
+            boot.enter(&entry.registers);
+        }
         let answers: Vec<_> =
             self.vcpus.iter().zip(states).map(|(vcpu, state)| vcpu.restore(state)).collect();
         for answer in answers {
@@ -164,8 +169,13 @@ impl Machine {
         boot::load(&self.memory, &self.config.boot, &platform)
     }
 
+    /// The devices in the order in which their states are kept.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
+        self.legacy.devices().chain(self.slots.devices())
+    }
+
     fn each_device(&mut self, mut act: impl FnMut(&mut dyn Device)) {
-        for device in self.legacy.devices().chain(self.slots.devices()) {
+        for device in self.devices() {
             act(&mut *device.lock());
         }
     }

@@ -7,6 +7,7 @@
 pub mod chips;
 pub mod cpuid;
 pub mod entry;
+pub mod features;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -57,6 +58,15 @@ pub enum KvmError {
     MissingCapability { name: &'static str, what: &'static str },
     #[error("{cpus} vCPUs asked for; this host's KVM allows at most {max}")]
     TooManyCpus { cpus: u8, max: usize },
+    #[error(
+        "the guest's TSC ticks at {saved} kHz, this host's at {here} kHz, and its KVM cannot scale it"
+    )]
+    TscFrequency {
+        saved: u32,
+        here: u32,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     #[error("KVM refuses to {what}")]
     Ioctl {
         what: &'static str,

@@ -6,7 +6,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::{KvmError, refused};
+use super::{KvmError, entry, refused};
+use crate::boot::Registers;
 
 /// MSR of the time stamp counter.
 pub const MSR_IA32_TSC: u32 = 0x10;
@@ -27,6 +28,8 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
     /// Pairs of index and value.
     msrs: Vec<(u32, u64)>,
+    /// Ticks a millisecond of the TSC.
+    tsc_khz: u32,
 }
 
 /// The MSRs that this host's KVM says belong to a vCPU's state. What is not on the list is not
@@ -39,6 +42,21 @@ pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
 }
 
 impl VcpuState {
+    /// Make the state of a new vCPU that of a boot vCPU about to enter where `registers` say.
+    pub fn enter(&mut self, registers: &Registers) {
+        self.regs = entry::general(registers);
+        entry::system(&mut self.sregs, registers);
+    }
+
+    /// Take `ticks` back from the time stamp counter.
+    pub fn hold_back(&mut self, ticks: u64) {
+        for (index, value) in &mut self.msrs {
+            if *index == MSR_IA32_TSC {
+                *value = value.wrapping_sub(ticks);
+            }
+        }
+    }
+
     /// Read a vCPU that is not running and has no access half done.
     ///
     /// # Errors
@@ -54,6 +72,7 @@ impl VcpuState {
             debug: fd.get_debug_regs().map_err(refused("read a vCPU's debug registers"))?,
             lapic: fd.get_lapic().map_err(refused("read a vCPU's local APIC"))?,
             msrs: get_msrs(fd, msr_list)?,
+            tsc_khz: fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?,
             // Last, after everything that may still raise one.
             events: fd.get_vcpu_events().map_err(refused("read a vCPU's pending events"))?,
         })
@@ -64,6 +83,14 @@ impl VcpuState {
     /// # Errors
     /// When KVM refuses a part; the vCPU is then good for nothing but another restore.
     pub fn restore(&self, fd: &VcpuFd) -> Result<(), KvmError> {
+        let here = fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?;
+        if here != self.tsc_khz {
+            fd.set_tsc_khz(self.tsc_khz).map_err(|source| KvmError::TscFrequency {
+                saved: self.tsc_khz,
+                here,
+                source,
+            })?;
+        }
         fd.set_mp_state(self.mp).map_err(refused("set a vCPU's run state"))?;
         fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
