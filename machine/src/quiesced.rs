@@ -4,6 +4,7 @@ use std::{io, ops::Range};
 use devices::{
     Memory,
     state::{Section, StateError},
+    virtio::blk::Block,
 };
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,7 @@ use crate::{
     kvm::{self, KvmError, chips::ChipState, features::Leaf, state::VcpuState},
     machine::Parked,
     memory::image,
+    slots::DISKS,
     vcpu::Gone,
 };
 
@@ -89,6 +91,29 @@ impl Machine {
         self.pause()?;
         Ok(Quiesced(self))
     }
+
+    /// Its memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Begin to note which pages are written, or end it.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn log_dirty(&self, on: bool) -> Result<(), KvmError> {
+        self.vm.log_dirty(on)?;
+        image::forget_dirty(&self.memory);
+        Ok(())
+    }
+
+    /// As [`Quiesced::dirty_memory`]; what is written meanwhile may be in it or in the next one.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn dirty_memory(&self) -> Result<Vec<Range<u64>>, KvmError> {
+        Ok(image::dirty(&self.memory, &self.vm.dirty()?))
+    }
 }
 
 impl Quiesced<'_> {
@@ -161,17 +186,29 @@ impl Quiesced<'_> {
         (&self.0.config, self.0.backends.occupancy())
     }
 
-    /// Its memory. It does not change as long as this exists, but for what other processes do to
-    /// memory that is shared with them.
-    pub fn memory(&self) -> &Memory {
-        &self.0.memory
+    /// Bytes of the disks in the slots, 0 for an empty one.
+    pub fn disk_sizes(&self) -> Vec<u64> {
+        let capacity = |slot| {
+            let mut transport = self.0.slots.transport(slot)?.lock();
+            Some(transport.device::<Block>()?.capacity())
+        };
+        (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
     }
 
-    /// See [`image::used`].
+    /// The ranges of the memory's image that may hold something else than zero.
     ///
     /// # Errors
-    /// As [`image::used`].
-    pub fn used(&self) -> io::Result<Vec<Range<u64>>> {
+    /// When the kernel does not tell.
+    pub fn used_memory(&self) -> io::Result<Vec<Range<u64>>> {
         image::used(&self.0.memory)
+    }
+
+    /// The ranges of the memory's image that have been written since [`Machine::log_dirty`] or the
+    /// last call.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn dirty_memory(&self) -> Result<Vec<Range<u64>>, KvmError> {
+        self.0.dirty_memory()
     }
 }

@@ -6,7 +6,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::{KvmError, entry, refused};
+use super::{KvmError, entry, guest_tsc_is_its_own, refused};
 use crate::boot::Registers;
 
 /// MSR of the time stamp counter.
@@ -101,8 +101,12 @@ impl VcpuState {
         unsafe { fd.set_xsave(&xsave) }.map_err(refused("set a vCPU's extended state"))?;
         fd.set_debug_regs(&self.debug).map_err(refused("set a vCPU's debug registers"))?;
         fd.set_lapic(&self.lapic).map_err(refused("set a vCPU's local APIC"))?;
-        let (deadline, others): (Vec<_>, Vec<_>) =
-            self.msrs.iter().partition(|(index, _)| *index == MSR_IA32_TSC_DEADLINE);
+        let settable = |index: u32| index != MSR_IA32_TSC || guest_tsc_is_its_own();
+        let (deadline, others): (Vec<_>, Vec<_>) = self
+            .msrs
+            .iter()
+            .filter(|(index, _)| settable(*index))
+            .partition(|(index, _)| *index == MSR_IA32_TSC_DEADLINE);
         set_msrs(fd, &others)?;
         set_msrs(fd, &deadline)?;
         fd.set_vcpu_events(&self.events).map_err(refused("set a vCPU's pending events"))

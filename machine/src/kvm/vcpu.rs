@@ -5,7 +5,7 @@ use devices::bus::Bus;
 use kvm_bindings::{CpuId, kvm_device_attr};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, refused, state::VcpuState};
+use super::{KvmError, guest_tsc_is_its_own, refused, state::VcpuState};
 use crate::vcpu::{
     Cpu, Exit, Stopped,
     kick::{self, Kicked, Kicker},
@@ -114,6 +114,7 @@ impl Cpu for KvmCpu {
 
     fn resumed(&mut self, ticks: u64) {
         if ticks > 0
+            && guest_tsc_is_its_own()
             && let Err(e) = tsc::hold_back(&self.fd, ticks)
         {
             log::debug!("the guest's TSC went on during the pause: {e}");

@@ -116,6 +116,36 @@ pub fn used(memory: &Memory) -> io::Result<Vec<Range<u64>>> {
     Ok(used)
 }
 
+/// The page ranges of the image that `by_vcpus` names, with a bit a page for each region, and those
+/// that devices have written since the last time. Ascending, none empty.
+pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> Vec<Range<u64>> {
+    let mut dirty = Vec::new();
+    let mut base = 0;
+    for (region, vcpus) in memory.iter().zip(by_vcpus) {
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        let devices = mapping.bitmap().get_and_reset();
+        let devices = devices.iter().copied().chain(std::iter::repeat(0));
+        for (word, (vcpus, devices)) in (0u64..).zip(vcpus.iter().zip(devices)) {
+            let mut bits = vcpus | devices;
+            while bits != 0 {
+                let at = base + (word * 64 + u64::from(bits.trailing_zeros())) * PAGE_SIZE;
+                push(&mut dirty, at..at + PAGE_SIZE);
+                bits &= bits - 1;
+            }
+        }
+        base += region.len();
+    }
+    dirty
+}
+
+/// Forget what devices have written.
+pub fn forget_dirty(memory: &Memory) {
+    for region in memory.iter() {
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        mapping.bitmap().reset();
+    }
+}
+
 /// Add a range that does not begin before the last one.
 fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     match ranges.last_mut() {

@@ -42,6 +42,11 @@ const CALLS: &[c_long] = &[
     SYS_ftruncate,
     // The socket's and the pid file's names at the end; standard output when in the background.
     SYS_unlink,
+    // Saving: the directory, its lock, and the files put in their places.
+    SYS_mkdir,
+    SYS_rmdir,
+    SYS_flock,
+    SYS_rename,
     SYS_unlinkat,
     SYS_dup,
     SYS_dup2,
@@ -134,6 +139,8 @@ const KVM_NUMBERS: &[u8] = &[
     0x7b, 0x7c, // SET_CLOCK, GET_CLOCK
     0xe1, 0xe2, // SET_DEVICE_ATTR, GET_DEVICE_ATTR
     0x62, 0x63, // GET_IRQCHIP, SET_IRQCHIP
+    0x42, 0x46, // GET_DIRTY_LOG, SET_USER_MEMORY_REGION
+    0xa2, 0xa3, // SET_TSC_KHZ, GET_TSC_KHZ
     0x81, 0x82, // GET_REGS, SET_REGS
     0x83, 0x84, // GET_SREGS, SET_SREGS
     0x88, 0x89, // GET_MSRS, SET_MSRS
