@@ -14,6 +14,10 @@ pub const MSR_IA32_TSC: u32 = 0x10;
 /// MSR of the TSC deadline timer: armed only in deadline mode, so restored after the LAPIC.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 
+/// Address of the page through which a guest of PVM masks interrupts. PVM does not list it; other
+/// KVMs do not have it, and reading it there gives nothing to save.
+const MSR_PVM_VIF: u32 = 0x4b56_4d10;
+
 /// Everything that makes a vCPU what it is. Plain data: what it holds is checked by KVM on restore.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -38,7 +42,9 @@ pub struct VcpuState {
 /// # Errors
 /// When KVM does not say.
 pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
-    Ok(kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec())
+    let mut list = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec();
+    list.push(MSR_PVM_VIF);
+    Ok(list)
 }
 
 impl VcpuState {
