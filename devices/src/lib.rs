@@ -9,6 +9,7 @@ pub mod bus;
 pub mod conformance;
 pub mod irq;
 pub mod legacy;
+mod log_limit;
 pub mod rate_limit;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]

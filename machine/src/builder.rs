@@ -1,5 +1,5 @@
 //! From configuration to machine.
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, thread};
 
 use devices::{
     Memory,
@@ -14,23 +14,22 @@ use devices::{
     worker::IoThread,
 };
 
+use kvm_bindings::CpuId;
+use vm_memory::MmapRegion;
+
 use crate::{
     Machine,
     backends::{self, Backends},
     boot::{self, BootError, Platform},
     config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
-    event::{Event, Report},
+    event::{Event, Report, Told},
     io_thread,
     kvm::{
-        self, KvmError, Vm,
-        chips::ChipState,
-        cpuid, entry,
-        features::{self, Leaf},
-        state::{self, VcpuState},
+        self, KvmError, Vm, cpuid, entry, features, state,
         vcpu::{Buses, KvmCpu},
     },
     legacy::{self, Legacy, LegacyError},
-    machine::{PowerOn, RunError},
+    machine::RunError,
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
     slots::{DISKS, NICS, SlotError, Slots},
@@ -101,7 +100,7 @@ pub struct Saved<'a> {
 /// How the guest begins.
 enum Begin {
     Boot,
-    GoOn(Memory, Vec<Leaf>),
+    GoOn(Memory, CpuId),
 }
 
 impl Machine {
@@ -118,7 +117,7 @@ impl Machine {
     /// # Errors
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
     pub fn restored(saved: Saved<'_>, report: Report) -> Result<Self, BuildError> {
-        let begin = Begin::GoOn(saved.memory, saved.state.cpu.leaves.clone());
+        let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
         machine.quiesced()?.restore(&saved.state)?;
         Ok(machine)
@@ -150,92 +149,39 @@ impl Machine {
         }
         let (memory, seen) = match begin {
             Begin::Boot => (memory::allocate(&config.memory)?, None),
-            Begin::GoOn(memory, leaves) => (memory, Some(leaves)),
+            Begin::GoOn(memory, seen) => {
+                let first = apic_ids.first().copied().unwrap_or(0);
+                let supported = cpuid::supported(&kvm)?;
+                let here = cpuid::for_vcpu(&kvm, &supported, first, &config.topology);
+                match features::missing(&features::leaves(&here), &features::leaves(&seen)) {
+                    Some(why) => return Err(BuildError::Cpu(why)),
+                    None => (memory, Some(seen)),
+                }
+            }
         };
         let extra = usize::from(config.console.is_some()) + usize::from(config.rng.is_some());
         let window = Slots::window(DISKS + NICS + extra).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
-        let threads = Threads(&io_threads);
-
-        let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let mut chardevs = Vec::new();
-        let default = threads.find("", "", None)?;
-        let (legacy, serial) = Legacy::new(config, &vm, &mut pio, &default, &report)?;
-        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
-        let mut slots =
-            Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
-        let mut add = |device: Box<dyn VirtioDevice>, thread| {
-            slots.add(&vm, &mut mmio, device, thread).map_err(BuildError::Slot)
-        };
-        for slot in 0..DISKS {
-            let shape = config.disks.get(slot);
-            let disk = occupied.disks.get(slot).and_then(Option::as_ref);
-            let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            add(Box::new(block(slot, shape, disk, &report)?), thread)?;
+        // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
+        let seen_leaves = seen.as_ref();
+        let made_of = MadeOf { config, occupied, boot: seen.is_none() };
+        let (fds, parts) = thread::scope(|scope| {
+            let topology = &config.topology;
+            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
+            let parts = Parts::new(&made_of, &vm, &memory, window, &io_threads, &apic_ids, &report);
+            (fds.join(), parts)
+        });
+        let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
+        let Parts { legacy, slots, buses, chardevs, boot } = parts?;
+        if let (Some(first), Some(boot)) = (fds.first(), boot) {
+            entry::set(first, &boot.registers)?;
         }
-        for slot in 0..NICS {
-            let shape = config.nics.get(slot);
-            let nic = occupied.nics.get(slot).and_then(Option::as_ref);
-            let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
-            add(Box::new(interface(slot, shape, nic)?), thread)?;
-        }
-        if let Some(console) = &config.console {
-            let char = legacy::open(&console.backend, &report)
-                .map_err(|source| BuildError::Console { id: console.id.clone(), source })?;
-            chardevs.push((console.id.clone(), char.name.clone()));
-            let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
-            add(Box::new(Console::new(console.id.clone(), char)), thread)?;
-        }
-        if let Some(rng) = &config.rng {
-            let device = Rng::new(rng.id.clone(), &rng.path, rng.bps)
-                .map_err(|source| BuildError::Rng { id: rng.id.clone(), source })?;
-            add(Box::new(device), default.clone())?;
-        }
-
-        let entry = match seen {
-            Some(_) => None,
-            None => {
-                let platform = Platform {
-                    apic_ids: &apic_ids,
-                    slots: &slots.boot_list(),
-                    serial: config.serial.is_some(),
-                    vmgenid: None,
-                };
-                Some(boot::load(&memory, &config.boot, &platform)?)
-            }
-        };
-        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
-        let first = apic_ids.first().copied().unwrap_or(0);
-        let here = cpuid::for_vcpu(&kvm, &cpuid::supported(&kvm)?, first, &config.topology);
-        let leaves = match seen {
-            None => here,
-            Some(seen) => {
-                if let Some(why) = features::missing(&features::leaves(&here), &seen) {
-                    return Err(BuildError::Cpu(why));
-                }
-                features::cpuid(&seen)?
-            }
-        };
         let msr_list = Arc::new(state::msr_list(&kvm)?);
-        let mut cpus = Vec::with_capacity(apic_ids.len());
-        for id in &apic_ids {
-            let fd = vm.create_vcpu(*id)?;
-            let cpuid = cpuid::for_vcpu(&kvm, &leaves, *id, &config.topology);
-            cpus.push(KvmCpu::new(fd, &cpuid, buses.clone(), msr_list.clone())?);
-        }
-        let power_on = PowerOn {
-            vcpus: cpus
-                .iter()
-                .map(|cpu| VcpuState::save(cpu.fd(), &msr_list))
-                .collect::<Result<_, _>>()?,
-            chips: ChipState::save(&vm)?,
-        };
-        if let (Some(entry), Some(cpu)) = (entry, cpus.first()) {
-            entry::set(cpu.fd(), &entry.registers)?;
-        }
-        let vcpus = cpus
+        let cpu = |fd| KvmCpu::new(fd, buses.clone(), msr_list.clone());
+        let vcpus = fds
             .into_iter()
+            .map(cpu)
             .enumerate()
             .map(|(index, cpu)| {
                 let report = report.clone();
@@ -249,15 +195,98 @@ impl Machine {
             slots,
             io_threads,
             vm,
+            kvm,
+            buses,
+            msr_list,
             memory,
             config: config.clone(),
-            power_on,
             apic_ids,
             parked: None,
             chardevs,
             backends: Backends::new(occupied),
-            leaves: features::leaves(&leaves),
+            seen,
         })
+    }
+}
+
+/// What is made beside the vCPUs.
+struct Parts {
+    legacy: Legacy,
+    slots: Slots,
+    buses: Buses,
+    chardevs: Vec<(String, String)>,
+    boot: Option<boot::Entry>,
+}
+
+/// What they are made from.
+struct MadeOf<'a> {
+    config: &'a MachineConfig,
+    occupied: &'a Occupancy,
+    /// Guest memory is empty: it gets a kernel.
+    boot: bool,
+}
+
+impl Parts {
+    /// The devices, on their buses, and the kernel in guest memory.
+    fn new(
+        made_of: &MadeOf<'_>,
+        vm: &Vm,
+        memory: &Memory,
+        window: Arc<MmapRegion>,
+        io_threads: &[(String, Arc<io_thread::Handle>)],
+        apic_ids: &[u8],
+        report: &Report,
+    ) -> Result<Self, BuildError> {
+        let MadeOf { config, occupied, boot } = *made_of;
+        let threads = Threads(io_threads);
+
+        let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
+        let mut chardevs = Vec::new();
+        let default = threads.find("", "", None)?;
+        let power = Arc::default();
+        let (legacy, serial) = Legacy::new(config, &mut pio, &default, &power, report)?;
+        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
+        let mut slots =
+            Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
+        let mut add = |device: Box<dyn VirtioDevice>, thread| {
+            slots.add(&mut mmio, device, thread).map_err(BuildError::Slot)
+        };
+        for slot in 0..DISKS {
+            let shape = config.disks.get(slot);
+            let disk = occupied.disks.get(slot).and_then(Option::as_ref);
+            let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
+            add(Box::new(block(slot, shape, disk, report)?), thread)?;
+        }
+        for slot in 0..NICS {
+            let shape = config.nics.get(slot);
+            let nic = occupied.nics.get(slot).and_then(Option::as_ref);
+            let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
+            add(Box::new(interface(slot, shape, nic)?), thread)?;
+        }
+        if let Some(console) = &config.console {
+            let char = legacy::open(&console.backend, report)
+                .map_err(|source| BuildError::Console { id: console.id.clone(), source })?;
+            chardevs.push((console.id.clone(), char.name.clone()));
+            let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
+            add(Box::new(Console::new(console.id.clone(), char)), thread)?;
+        }
+        if let Some(rng) = &config.rng {
+            let device = Rng::new(rng.id.clone(), &rng.path, rng.bps)
+                .map_err(|source| BuildError::Rng { id: rng.id.clone(), source })?;
+            add(Box::new(device), default.clone())?;
+        }
+
+        let platform = Platform {
+            apic_ids,
+            slots: &slots.boot_list(),
+            serial: config.serial.is_some(),
+            vmgenid: None,
+        };
+        let boot = boot.then(|| boot::load(memory, &config.boot, &platform)).transpose()?;
+        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
+        legacy.bind(vm)?;
+        slots.bind(vm)?;
+        Ok(Self { legacy, slots, buses, chardevs, boot })
     }
 }
 
@@ -309,9 +338,11 @@ fn block(
     report: &Report,
 ) -> Result<blk::Block, BuildError> {
     let report = report.clone();
+    let told = Told::default();
     let on_error: blk::OnError = Arc::new(move |id, error, write| {
+        let Some(told) = told.begin() else { return };
         let error = io::Error::new(error.kind(), error.to_string());
-        report(Event::DiskError { id: id.into(), write, error });
+        report(Event::DiskError { id: id.into(), write, error, told });
     });
     let settings = blk::Settings {
         queues: shape.map_or(1, |s| s.queues),

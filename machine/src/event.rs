@@ -1,15 +1,14 @@
 //! What a machine reports to whoever runs it.
-use std::sync::Arc;
-
-use devices::PowerEvent;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use crate::vcpu::Stopped;
 
 /// Something that the machine cannot decide by itself.
 #[derive(Debug)]
 pub enum Event {
-    /// The guest asks for a reset, a power-off, or says that it has crashed.
-    Power(PowerEvent),
     /// A vCPU stopped by itself; the others still run.
     Vcpu(usize, Stopped),
     /// The person at the console typed `Ctrl-a x`.
@@ -22,7 +21,27 @@ pub enum Event {
         write: bool,
         /// Why.
         error: std::io::Error,
+        /// To be dropped when the event has been dealt with: the disk reports no other until then,
+        /// so a guest on a failing disk cannot fill the queue of events.
+        told: Told,
     },
+}
+
+/// Whether an event of one source is under way; one at a time is.
+#[derive(Debug, Default)]
+pub struct Told(Arc<AtomicBool>);
+
+impl Told {
+    /// The right to report one, if none is under way.
+    pub(crate) fn begin(&self) -> Option<Self> {
+        (!self.0.swap(true, Ordering::AcqRel)).then(|| Self(self.0.clone()))
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// Where events go. Called on vCPU and I/O threads: must not block.

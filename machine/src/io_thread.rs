@@ -4,7 +4,8 @@ use std::{
     io,
     os::fd::RawFd,
     sync::{
-        Arc,
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
     thread,
@@ -12,6 +13,7 @@ use std::{
 
 use devices::worker::{IoThread, Worker};
 use mio::{Events, Interest, Poll, Registry, Token, Waker, unix::SourceFd};
+use parking_lot::Mutex;
 
 /// Token of the waker; workers start above it.
 const WAKE: Token = Token(0);
@@ -19,7 +21,7 @@ const WAKE: Token = Token(0);
 const SOURCE_BITS: u32 = 8;
 
 enum Order {
-    Adopt(Box<dyn Worker>, Sender<io::Result<usize>>),
+    Adopt(usize, Resident),
     Release(usize, Sender<Option<Box<dyn Worker>>>),
     Exit,
 }
@@ -27,8 +29,13 @@ enum Order {
 /// The handle other threads hold.
 pub struct Handle {
     orders: Sender<Order>,
-    waker: Arc<Waker>,
-    tid: u32,
+    waker: Waker,
+    registry: Registry,
+    /// Key of the next worker.
+    next: AtomicUsize,
+    /// Told by the thread once it runs; nobody has to wait for that before it has work.
+    tid: Mutex<Receiver<u32>>,
+    known_tid: OnceLock<u32>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -39,21 +46,29 @@ impl Handle {
     /// When the host refuses the thread or its descriptors.
     pub fn spawn(name: &str) -> io::Result<Self> {
         let poll = Poll::new()?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+        let registry = poll.registry().try_clone()?;
+        let waker = Waker::new(&registry, WAKE)?;
         let (orders, inbox) = channel();
         let (started, tid) = channel();
-        let body = Loop { poll, inbox, workers: BTreeMap::new(), next: 1 };
+        let body = Loop { poll, inbox, workers: BTreeMap::new() };
         let thread = thread::Builder::new().name(name.into()).spawn(move || {
             let _ = started.send(crate::vcpu::kick::thread_number());
             body.run();
         })?;
-        let tid = tid.recv().map_err(|_| io::Error::other("I/O thread has exited"))?;
-        Ok(Self { orders, waker, tid, thread: Some(thread) })
+        Ok(Self {
+            orders,
+            waker,
+            registry,
+            next: AtomicUsize::new(1),
+            tid: Mutex::new(tid),
+            known_tid: OnceLock::new(),
+            thread: Some(thread),
+        })
     }
 
-    /// The kernel's number of the thread.
+    /// The kernel's number of the thread; waits for it to have started. 0 if it ended at once.
     pub fn thread(&self) -> u32 {
-        self.tid
+        *self.known_tid.get_or_init(|| self.tid.lock().recv().unwrap_or(0))
     }
 
     fn ask<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Option<T> {
@@ -72,10 +87,27 @@ impl Handle {
 }
 
 impl IoThread for Handle {
+    /// Does not wait for the thread: what can fail is done here, and events for a worker that the
+    /// thread has not seen yet are made up for when it takes the worker in.
     fn adopt(&self, worker: Box<dyn Worker>) -> io::Result<usize> {
-        self.ask(|reply| Order::Adopt(worker, reply))
-            .unwrap_or_else(|| Err(io::Error::other("I/O thread has exited")))
+        let key = self.next.fetch_add(1, Ordering::Relaxed);
+        let sources = worker.sources();
+        for (i, fd) in sources.iter().enumerate() {
+            let token = Token(key << SOURCE_BITS | i);
+            match self.registry.register(&mut SourceFd(fd), token, Interest::READABLE) {
+                Ok(()) => {}
+                // A regular file cannot be waited on, and need not be: it is always ready.
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
+                Err(e) => {
+                    deregister(&self.registry, sources.get(..i).unwrap_or_default());
+                    return Err(e);
+                }
+            }
+        }
+        self.tell(Order::Adopt(key, Resident { worker, sources }));
+        Ok(key)
     }
+
     fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
         self.ask(|reply| Order::Release(key, reply)).flatten()
     }
@@ -100,7 +132,6 @@ struct Loop {
     poll: Poll,
     inbox: Receiver<Order>,
     workers: BTreeMap<usize, Resident>,
-    next: usize,
 }
 
 impl Loop {
@@ -123,7 +154,7 @@ impl Loop {
             // After the events, so that none is left for a worker that has been released.
             while ordered && let Ok(order) = self.inbox.try_recv() {
                 match order {
-                    Order::Adopt(worker, reply) => drop(reply.send(self.adopt(worker))),
+                    Order::Adopt(key, resident) => self.adopt(key, resident),
                     Order::Release(key, reply) => drop(reply.send(self.release(key))),
                     Order::Exit => return,
                 }
@@ -131,28 +162,10 @@ impl Loop {
         }
     }
 
-    fn adopt(&mut self, worker: Box<dyn Worker>) -> io::Result<usize> {
-        let key = self.next;
-        let mut resident = Resident { sources: worker.sources(), worker };
-        for (i, fd) in resident.sources.iter().enumerate() {
-            let token = Token(key << SOURCE_BITS | i);
-            let added = self.poll.registry().register(&mut SourceFd(fd), token, Interest::READABLE);
-            match added {
-                Ok(()) => {}
-                // A regular file cannot be waited on, and need not be: it is always ready.
-                Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
-                Err(e) => {
-                    let before = resident.sources.get(..i).unwrap_or_default();
-                    deregister(self.poll.registry(), before);
-                    return Err(e);
-                }
-            }
-        }
-        self.next = self.next.wrapping_add(1);
-        // Work may have arrived while the worker was away.
+    fn adopt(&mut self, key: usize, mut resident: Resident) {
+        // Work may have arrived while the worker was away, or before it was here.
         (0..resident.sources.len()).for_each(|i| resident.worker.ready(i));
         self.workers.insert(key, resident);
-        Ok(key)
     }
 
     fn release(&mut self, key: usize) -> Option<Box<dyn Worker>> {
@@ -175,6 +188,7 @@ mod tests {
     use std::{
         io::{Read, Write},
         os::{fd::AsRawFd, unix::net::UnixStream},
+        sync::Arc,
         time::Duration,
     };
 

@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use crate::{
     config::{CharBackend, MachineConfig},
     event::{Event, Report},
-    kvm::{KvmError, Vm},
+    kvm::{KvmError, Vm, vcpu::PowerLatch},
     layout::{
         ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
         SERIAL_IRQ, SERIAL_PORT,
@@ -34,9 +34,6 @@ pub enum LegacyError {
     /// Two of them at one port.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// KVM refused an interrupt line.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
     /// The serial port's back-end.
     #[error("cannot connect the serial port")]
     Char(#[from] CharError),
@@ -48,6 +45,8 @@ pub enum LegacyError {
 /// All of them. Those that the monitor itself acts on keep their own type.
 pub struct Legacy {
     all: Vec<Shared>,
+    /// With the interrupts that they raise.
+    lines: Vec<(Line, u32)>,
     keyboard: Arc<Mutex<I8042>>,
     power: Arc<Mutex<Power>>,
 }
@@ -57,22 +56,23 @@ impl Legacy {
     /// serial port's back-end.
     pub(crate) fn new(
         config: &MachineConfig,
-        vm: &Vm,
         pio: &mut BusBuilder,
         thread: &Arc<dyn IoThread>,
+        latch: &Arc<PowerLatch>,
         report: &Report,
     ) -> Result<(Self, Option<String>), LegacyError> {
         let sink: PowerSink = {
-            let report = report.clone();
-            Arc::new(move |event| report(Event::Power(event)))
+            let latch = latch.clone();
+            Arc::new(move |event| latch.set(event))
         };
         let mut all: Vec<Shared> = Vec::new();
         let mut attach = |port: u16, ports: u64, device: Arc<Mutex<dyn BusDevice>>| {
             pio.attach(u64::from(port), ports, device)
         };
-        let line = |gsi| -> Result<Line, LegacyError> {
+        let mut lines = Vec::new();
+        let mut line = |gsi| -> io::Result<Line> {
             let line = Line::new()?;
-            vm.bind_line(&line, gsi)?;
+            lines.push((line.clone(), gsi));
             Ok(line)
         };
 
@@ -105,7 +105,17 @@ impl Legacy {
         let pvpanic = Arc::new(Mutex::new(Pvpanic::new("pvpanic", sink)));
         attach(PVPANIC_PORT, 1, pvpanic.clone())?;
         all.push(pvpanic);
-        Ok((Self { all, keyboard, power }, chardev))
+        Ok((Self { all, lines, keyboard, power }, chardev))
+    }
+
+    /// Let `vm` carry their interrupts.
+    pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
+        self.lines.iter().try_for_each(|(line, gsi)| vm.bind_line(line, *gsi))
+    }
+
+    /// The end of [`Legacy::bind`].
+    pub(crate) fn unbind(&self, vm: &Vm) -> Result<(), KvmError> {
+        self.lines.iter().try_for_each(|(line, gsi)| vm.unbind_line(line, *gsi))
     }
 
     pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {

@@ -17,7 +17,7 @@ pub mod vcpu;
 pub use backends::{PlugError, PluggedDisk};
 pub use builder::{BuildError, Saved};
 pub use devices::{Memory, PowerEvent};
-pub use event::{Event, Report};
+pub use event::{Event, Report, Told};
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
 pub use slots::{DISKS, NICS};

@@ -2,6 +2,8 @@
 use std::{io, sync::Arc};
 
 use devices::{Device, Memory};
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
 
 use crate::{
@@ -9,7 +11,10 @@ use crate::{
     boot::{self, BootError, Platform},
     config::MachineConfig,
     io_thread,
-    kvm::{KvmError, Vm, features::Leaf, state::VcpuState, vcpu::KvmCpu},
+    kvm::{
+        self, KvmError, Vm,
+        vcpu::{Buses, KvmCpu},
+    },
     legacy::Legacy,
     memory,
     slots::Slots,
@@ -26,24 +31,19 @@ pub struct Machine {
     pub(crate) slots: Slots,
     pub(crate) io_threads: Vec<(String, Arc<io_thread::Handle>)>,
     pub(crate) vm: Vm,
+    pub(crate) kvm: Kvm,
+    pub(crate) buses: Buses,
+    pub(crate) msr_list: Arc<Vec<u32>>,
     pub(crate) memory: Memory,
     pub(crate) config: MachineConfig,
-    /// What reset goes back to.
-    pub(crate) power_on: PowerOn,
     /// When the vCPUs were parked; `None` while they run or before they have ever run.
     pub(crate) parked: Option<Parked>,
     pub(crate) apic_ids: Vec<u8>,
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) backends: Backends,
-    /// The CPUID leaves that the guest sees on its boot vCPU.
-    pub(crate) leaves: Vec<Leaf>,
-}
-
-/// The state of new vCPUs and chips, before anything was loaded.
-pub(crate) struct PowerOn {
-    pub vcpus: Vec<VcpuState>,
-    pub chips: crate::kvm::chips::ChipState,
+    /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
+    pub(crate) seen: Option<CpuId>,
 }
 
 /// The moment at which the guest's clocks stood still.
@@ -110,7 +110,7 @@ impl Machine {
         let mut ticks = 0;
         if let Some(parked) = self.parked.take() {
             self.vm.set_clock(parked.clock)?;
-            ticks = crate::kvm::host_tsc().saturating_sub(parked.tsc);
+            ticks = kvm::host_tsc().saturating_sub(parked.tsc);
         }
         self.each_device(|d| d.resume());
         self.vcpus.iter().for_each(|v| v.resume(ticks));
@@ -128,7 +128,7 @@ impl Machine {
         answers.into_iter().try_for_each(crate::vcpu::Answer::wait)?;
         if self.parked.is_none() {
             let clock = self.vm.clock()?.clock;
-            self.parked = Some(Parked { tsc: crate::kvm::host_tsc(), clock });
+            self.parked = Some(Parked { tsc: kvm::host_tsc(), clock });
         }
         self.each_device(|d| d.pause());
         Ok(())
@@ -137,23 +137,31 @@ impl Machine {
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine
     /// is paused before and after.
     ///
+    /// KVM gets a new virtual machine for it, behind the same devices, memory and threads: it has no
+    /// reset, and does not tell all that a guest may have changed in a vCPU.
+    ///
     /// # Errors
-    /// When the kernel cannot be loaded again (its file has gone) or KVM refuses.
+    /// When the kernel cannot be loaded again (its file has gone) or KVM refuses. The machine is good
+    /// for nothing then.
     pub fn reset(&mut self) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
         memory::clear(&self.memory, &self.config.memory)?;
         let entry = self.load()?;
-        self.power_on.chips.restore(&self.vm)?;
-        let mut states = self.power_on.vcpus.clone();
-        if let Some(boot) = states.first_mut() {
-            boot.enter(&entry.registers);
+        self.legacy.unbind(&self.vm)?;
+        self.slots.unbind(&self.vm)?;
+        let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
+        self.legacy.bind(&vm)?;
+        self.slots.bind(&vm)?;
+        let seen = self.seen.as_ref();
+        let fds = vm.create_vcpus(&self.kvm, &self.apic_ids, &self.config.topology, seen)?;
+        if let Some(first) = fds.first() {
+            kvm::entry::set(first, &entry.registers)?;
         }
-        let answers: Vec<_> =
-            self.vcpus.iter().zip(states).map(|(vcpu, state)| vcpu.restore(state)).collect();
-        for answer in answers {
-            answer.wait()??;
+        for (vcpu, fd) in self.vcpus.iter_mut().zip(fds) {
+            vcpu.replace(KvmCpu::new(fd, self.buses.clone(), self.msr_list.clone()))?;
         }
+        self.vm = vm;
         // A machine that has not run yet has no pause to make up for.
         self.parked = None;
         Ok(())

@@ -11,7 +11,12 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Machine, RunError,
     config::{MachineConfig, Occupancy},
-    kvm::{self, KvmError, chips::ChipState, features::Leaf, state::VcpuState},
+    kvm::{
+        self, KvmError,
+        chips::ChipState,
+        features::{self, Leaf},
+        state::VcpuState,
+    },
     machine::Parked,
     memory::image,
     slots::DISKS,
@@ -149,7 +154,16 @@ impl Quiesced<'_> {
             Some(parked) => parked.clock,
             None => machine.vm.clock()?.clock,
         };
-        let cpu = CpuModel { leaves: machine.leaves.clone() };
+        let leaves = match &machine.seen {
+            Some(seen) => features::leaves(seen),
+            None => {
+                let first = machine.apic_ids.first().copied().unwrap_or(0);
+                let here = kvm::cpuid::supported(&machine.kvm)?;
+                let topology = &machine.config.topology;
+                features::leaves(&kvm::cpuid::for_vcpu(&machine.kvm, &here, first, topology))
+            }
+        };
+        let cpu = CpuModel { leaves };
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
 

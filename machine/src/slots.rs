@@ -76,7 +76,6 @@ impl Slots {
     /// Put `device` into the next slot.
     pub(crate) fn add(
         &mut self,
-        vm: &Vm,
         mmio: &mut BusBuilder,
         device: Box<dyn VirtioDevice>,
         thread: Arc<dyn IoThread>,
@@ -86,17 +85,37 @@ impl Slots {
         let base = VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_STEP;
         let at = VirtioSlot { address: u32::try_from(base).map_err(|_| SlotError::TooMany)?, irq };
         let registers = Registers::new(self.window.clone(), index).ok_or(SlotError::TooMany)?;
-        let line = Line::new()?;
-        vm.bind_line(&line, irq)?;
-        vm.bind_write(base + INTERRUPT_ACK as u64, INT_USED, &self.acknowledged)?;
-        let transport = Transport::new(device, self.memory.clone(), registers, line, thread)?;
-        for (queue, notifier) in (0u32..).zip(transport.notifiers()) {
-            vm.bind_write(base + QUEUE_NOTIFY as u64, queue, notifier)?;
-        }
+        let transport =
+            Transport::new(device, self.memory.clone(), registers, Line::new()?, thread)?;
         let transport = Arc::new(Mutex::new(transport));
         mmio.attach(base, VIRTIO_MMIO_STEP, transport.clone())?;
         self.slots.push(Slot { transport, at });
         Ok(())
+    }
+
+    /// Let `vm` carry notifications and interrupts of all slots.
+    pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
+        for slot in &self.slots {
+            let transport = slot.transport.lock();
+            let base = u64::from(slot.at.address);
+            vm.bind_line(transport.line(), slot.at.irq)?;
+            vm.bind_write(base + INTERRUPT_ACK as u64, INT_USED, &self.acknowledged)?;
+            for (queue, notifier) in (0u32..).zip(transport.notifiers()) {
+                vm.bind_write(base + QUEUE_NOTIFY as u64, queue, notifier)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The end of [`Slots::bind`], as far as another machine could not be bound otherwise.
+    pub(crate) fn unbind(&self, vm: &Vm) -> Result<(), KvmError> {
+        let unbind = |s: &Slot| vm.unbind_line(s.transport.lock().line(), s.at.irq);
+        self.slots.iter().try_for_each(unbind)
+    }
+
+    /// The register pages.
+    pub(crate) fn register_window(&self) -> &Arc<MmapRegion> {
+        &self.window
     }
 
     /// What the guest is told of them.

@@ -135,9 +135,8 @@ fn until<T>(mut ready: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 }
 
 fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<()> {
-    let disk = until(|| {
-        OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(DISK)
-    })?;
+    let disk =
+        until(|| OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(DISK))?;
     let size = io::Seek::seek(&mut &disk, io::SeekFrom::End(0))?;
     let large = size / LARGE as u64;
     // Everything is in the host's page cache, and the first requests have been made.
@@ -266,9 +265,7 @@ fn deep(
             let rest = &list[from..];
             // SAFETY: every pointer leads to a control block whose buffer is 4 KiB of `buffer` of
             // its own.
-            from += checked(unsafe {
-                syscall(SYS_IO_SUBMIT, context, rest.len(), rest.as_ptr())
-            })?;
+            from += checked(unsafe { syscall(SYS_IO_SUBMIT, context, rest.len(), rest.as_ptr()) })?;
         }
         let got = wait(context, &mut events)?;
         for event in &events[..got] {
@@ -284,9 +281,8 @@ fn deep(
 fn wait(context: c_ulong, events: &mut [Event; DEPTH]) -> io::Result<usize> {
     let none = std::ptr::null::<c_void>();
     // SAFETY: room for as many events as are asked for at most.
-    let got = unsafe {
-        syscall(SYS_IO_GETEVENTS, context, 1_usize, DEPTH, events.as_mut_ptr(), none)
-    };
+    let got =
+        unsafe { syscall(SYS_IO_GETEVENTS, context, 1_usize, DEPTH, events.as_mut_ptr(), none) };
     if got < 0 { Err(io::Error::last_os_error()) } else { Ok(got as usize) }
 }
 

@@ -11,6 +11,7 @@ use std::{env, io};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::debian::Debian;
 use crate::guest;
@@ -30,7 +31,7 @@ const STORY_LIMIT: Duration = Duration::from_secs(180);
 /// What a story gets.
 pub struct Story {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// Where things lie.
     pub paths: Paths,
     /// An empty directory of its own.
@@ -39,8 +40,10 @@ pub struct Story {
     pub debian: Debian,
 }
 
+/// What a story does.
+pub type Tell = fn(&Story) -> Result<()>;
 /// A story: its name and what it does.
-pub type Told = (&'static str, fn(&Story) -> Result<()>);
+pub type Told = (String, Tell);
 
 #[derive(Serialize, Deserialize)]
 struct Request {
@@ -55,7 +58,7 @@ enum Answer {
     Exit(i32),
 }
 
-/// Runs stories as they are asked for on standard input, until it closes.
+/// Runs stories as they are asked for on standard input, until it closes or an empty line comes.
 ///
 /// # Errors
 /// The paths are not told, or the one who asks has gone.
@@ -63,7 +66,11 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     let paths = Paths::from_env()?;
     answer(&Answer::Ready(true))?;
     for line in io::stdin().lock().lines() {
-        let request: Request = serde_json::from_str(&line?).context("cannot read what to run")?;
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        let request: Request = serde_json::from_str(&line).context("cannot read what to run")?;
         let error = match stories.iter().find(|(name, _)| *name == request.run) {
             Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:#}")),
             None => Some("no such story".to_owned()),
@@ -73,15 +80,39 @@ pub fn serve(stories: &[Told]) -> Result<()> {
     Ok(())
 }
 
-fn run(paths: &Paths, name: &'static str, tell: fn(&Story) -> Result<()>) -> Result<()> {
+fn run(paths: &Paths, name: &str, tell: Tell) -> Result<()> {
     let dir = paths.fresh_scratch(name)?;
-    let story =
-        Story { name, paths: paths.clone(), dir: dir.clone(), debian: Debian::unpacked(paths) };
+    let story = Story {
+        name: name.to_owned(),
+        paths: paths.clone(),
+        dir: dir.clone(),
+        debian: Debian::unpacked(paths),
+    };
     match catch_unwind(AssertUnwindSafe(|| tell(&story))) {
         Ok(result) => result?,
         Err(_) => bail!("the story panicked"),
     }
     fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
+}
+
+/// Tells the program outside how the job inside ended; see [`outcome`].
+///
+/// # Errors
+/// Nobody listens any more.
+pub fn tell_outcome(result: &Result<()>) -> Result<()> {
+    answer(&Answer::Done(result.as_ref().err().map(|error| format!("{error:#}"))))
+}
+
+/// What a control message says about how the job inside ended, if it is about that.
+#[must_use]
+pub fn outcome(message: &Value) -> Option<Result<(), String>> {
+    match serde_json::from_value(message.clone()) {
+        Ok(Answer::Done(error)) => Some(error.map_or(Ok(()), Err)),
+        Ok(Answer::Exit(code)) => {
+            Some(Err(format!("the program inside ended early, with status {code}")))
+        }
+        Ok(Answer::Ready(_)) | Err(_) => None,
+    }
 }
 
 fn answer(answer: &Answer) -> Result<()> {
@@ -141,10 +172,13 @@ impl Agent {
     /// Lets the host go.
     ///
     /// # Errors
-    /// What it kept cannot be copied.
+    /// It does not listen any more, or its files cannot be removed.
     pub fn finish(&mut self) -> Result<()> {
         match self.running.take() {
-            Some(running) => running.finish(Instant::now() + Duration::from_secs(20)),
+            Some(mut running) => {
+                running.tell(b"\n")?;
+                running.finish(Instant::now() + Duration::from_secs(20))
+            }
             None => Ok(()),
         }
     }

@@ -129,15 +129,6 @@ pub fn read_ext4(debian: &Debian, image: &Path, name: &str) -> Result<String> {
     Ok(content)
 }
 
-/// Copies what lies in directory `name` of an ext4 image into `target`.
-///
-/// # Errors
-/// The image cannot be read.
-pub fn copy_out_of_ext4(debian: &Debian, image: &Path, name: &str, target: &Path) -> Result<()> {
-    let mut debugfs = debian.program("sbin/debugfs")?;
-    output(debugfs.arg("-R").arg(format!("rdump {name} {}", target.display())).arg(image)).map(drop)
-}
-
 /// Puts `from` at `to` with the directories above it: linked where that is possible, else copied.
 ///
 /// # Errors

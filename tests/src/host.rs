@@ -20,7 +20,7 @@ use std::{env, thread};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::archive::{applets, copy_out_of_ext4, make_ext4, place};
+use crate::archive::{applets, make_ext4, place};
 use crate::debian::{Debian, libraries, output};
 use crate::guest;
 use crate::paths::{BINARY, CACHE, GUEST_KERNEL, Paths, SCRATCH, atomically};
@@ -36,8 +36,10 @@ const MODULES: &[&str] =
 const INIT: &str = include_str!("init/host.sh");
 /// Programs of Debian's packages that stories use.
 const PROGRAMS: [&str; 3] = ["sbin/mke2fs", "sbin/debugfs", "bin/ip"];
-/// Directory inside the emulated host that is copied out when it ends.
-const KEEP: &str = "keep";
+/// What its kernel says, a file in its directory.
+const CONSOLE: &str = "console.log";
+/// Begins the name of its directory; the process it belongs to ends it.
+const DIRECTORY: &str = "emulated-host.";
 /// Bytes of the emulated host's scratch disk; the image is sparse.
 const SCRATCH_DISK: u64 = 8 << 30;
 
@@ -213,24 +215,27 @@ impl Running {
     #[must_use]
     pub fn console(&self) -> String {
         let Some(emulated) = &self.emulated else { return String::new() };
-        let text = fs::read(&emulated.console).unwrap_or_default();
+        let text = fs::read(emulated.dir.join(CONSOLE)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<_> = text.lines().collect();
         lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
     }
 
-    /// Waits for its end until `deadline`; then ends it. Copies out what the job has kept.
+    /// Waits for its end until `deadline`; then ends it.
     ///
     /// # Errors
-    /// What it kept cannot be copied.
+    /// The host's files cannot be removed.
     pub fn finish(mut self, deadline: Instant) -> Result<()> {
         self.input = None;
         while Instant::now() < deadline && self.child.try_wait()?.is_none() {
             thread::sleep(Duration::from_millis(10));
         }
         self.stop();
-        let Some(emulated) = &self.emulated else { return Ok(()) };
-        copy_out_of_ext4(&emulated.debian, &emulated.scratch, KEEP, &emulated.keep_under)
+        match &self.emulated {
+            Some(emulated) => fs::remove_dir_all(&emulated.dir)
+                .with_context(|| format!("cannot remove {}", emulated.dir.display())),
+            None => Ok(()),
+        }
     }
 
     fn stop(&mut self) {
@@ -246,12 +251,9 @@ impl Drop for Running {
     }
 }
 
-/// Files of an emulated host.
+/// Files of an emulated host. They stay if it has to be looked at: until the next one starts.
 struct Emulated {
-    debian: Debian,
-    console: PathBuf,
-    scratch: PathBuf,
-    keep_under: PathBuf,
+    dir: PathBuf,
 }
 
 /// Sorts bytes into text and control lines.
@@ -307,16 +309,15 @@ fn native(paths: &Paths, job: &Job) -> Result<Running> {
 }
 
 fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
-    let dir = paths.fresh_scratch(&format!("emulated-host.{}", std::process::id()))?;
+    remove_dead(paths)?;
+    let dir = paths.fresh_scratch(&format!("{DIRECTORY}{}", std::process::id()))?;
     let kernel = guest::Kernel::Elf.path(paths);
     let initramfs = host_initramfs(paths, debian)?;
     let payload = dir.join("payload.img");
     let scratch = dir.join("scratch.img");
-    let console = dir.join("console.log");
+    let console = dir.join(CONSOLE);
     make_payload(paths, debian, job, &payload)?;
-    let empty = dir.join("empty");
-    fs::create_dir_all(empty.join(KEEP))?;
-    make_ext4(debian, &scratch, SCRATCH_DISK, Some(&empty))?;
+    make_ext4(debian, &scratch, SCRATCH_DISK, None)?;
 
     let mut qemu = debian.qemu()?;
     let drive = |path: &Path, more: &str| {
@@ -326,7 +327,7 @@ fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
         )
     };
     // x2APIC is left out: QEMU 7.2 does not emulate it.
-    let machine = "-M pc -accel tcg,thread=multi,tb-size=512 -cpu max,-x2apic -smp 2 -m 6144 -nographic -nodefaults -no-reboot";
+    let machine = "-M pc -accel tcg,thread=multi,tb-size=512 -cpu max,-x2apic,-xsave -smp 2 -m 6144 -nographic -nodefaults -no-reboot";
     qemu.args(machine.split(' '));
     qemu.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initramfs);
     qemu.args(["-append", "console=ttyS0 reboot=t panic=-1 quiet mitigations=off"]);
@@ -339,8 +340,20 @@ fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
     qemu.args(["-device", "virtconsole,chardev=outside"]);
     // QEMU's warnings are about processor features that TCG lacks; its errors are short.
     qemu.stderr(File::create(dir.join("qemu.log"))?);
-    let keep_under = paths.scratch.clone();
-    Running::new(qemu, Some(Emulated { debian: debian.clone(), console, scratch, keep_under }))
+    Running::new(qemu, Some(Emulated { dir }))
+}
+
+/// Removes what hosts left behind whose processes are gone.
+fn remove_dead(paths: &Paths) -> Result<()> {
+    for entry in fs::read_dir(&paths.scratch)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix(DIRECTORY));
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// The emulated host's initramfs, made anew when a part of it changes.

@@ -3,10 +3,10 @@
 pub mod agent;
 pub mod archive;
 pub mod bench;
-pub mod client;
 pub mod debian;
 pub mod guest;
 pub mod host;
+pub mod house;
 pub mod kernel;
 pub mod monitor;
 pub mod net;

@@ -26,6 +26,7 @@ pub struct Vm {
     config: Value,
     cmdline: String,
     args: Vec<String>,
+    show: Show,
 }
 
 impl Vm {
@@ -40,6 +41,7 @@ impl Vm {
             }),
             cmdline: CMDLINE.to_owned(),
             args: Vec::new(),
+            show: Show::AsItIs,
         }
     }
 
@@ -48,13 +50,13 @@ impl Vm {
     pub fn described(config: Value) -> Self {
         let cmdline =
             config.pointer("/boot-source/boot_args").and_then(Value::as_str).unwrap_or_default();
-        Self { cmdline: cmdline.to_owned(), config, args: Vec::new() }
+        Self { cmdline: cmdline.to_owned(), config, args: Vec::new(), show: Show::AsItIs }
     }
 
     /// Sets a member of `machine-config`.
     #[must_use]
     pub fn machine(mut self, key: &str, value: impl Into<Value>) -> Self {
-        self.set("machine-config", key, value.into());
+        set(&mut self.config, "machine-config", key, value.into());
         self
     }
 
@@ -96,6 +98,13 @@ impl Vm {
         self
     }
 
+    /// Shows what the console prints line by line.
+    #[must_use]
+    pub const fn shown_by(mut self, show: fn(&str)) -> Self {
+        self.show = Show::Lines(show);
+        self
+    }
+
     /// The kernel's command line as it will be.
     #[must_use]
     pub fn cmdline(&self) -> &str {
@@ -106,21 +115,40 @@ impl Vm {
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn start(mut self, paths: &Paths, dir: &Path) -> Result<Monitor> {
-        let cmdline = self.cmdline.clone();
-        self.set("boot-source", "boot_args", cmdline.into());
-        let file = dir.join("vm.json");
-        fs::write(&file, serde_json::to_string_pretty(&self.config)?)?;
-        Monitor::start(paths, &file, &dir.join("qmp.sock"), &self.args)
+    pub fn start(self, paths: &Paths, dir: &Path) -> Result<Monitor> {
+        let file = self.write(dir)?;
+        Monitor::start(paths, &file, &dir.join("qmp.sock"), &self.args, self.show)
     }
 
-    fn set(&mut self, table: &str, key: &str, value: Value) {
-        if let Value::Object(config) = &mut self.config
-            && let Value::Object(table) = config.entry(table).or_insert_with(|| json!({}))
-        {
-            table.insert(key.to_owned(), value);
-        }
+    /// Writes `vm.json` into `dir`.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<PathBuf> {
+        let mut config = self.config.clone();
+        set(&mut config, "boot-source", "boot_args", self.cmdline.clone().into());
+        let file = dir.join("vm.json");
+        fs::write(&file, serde_json::to_string_pretty(&config)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        Ok(file)
     }
+}
+
+fn set(config: &mut Value, table: &str, key: &str, value: Value) {
+    if let Value::Object(config) = config
+        && let Value::Object(table) = config.entry(table).or_insert_with(|| json!({}))
+    {
+        table.insert(key.to_owned(), value);
+    }
+}
+
+/// How the console is shown while it is collected.
+#[derive(Debug, Clone, Copy)]
+pub enum Show {
+    /// On standard output, as it comes.
+    AsItIs,
+    /// Line by line, without the ends of the lines.
+    Lines(fn(&str)),
 }
 
 /// A running monitor. Killed when dropped.
@@ -139,7 +167,13 @@ impl Monitor {
     ///
     /// # Errors
     /// The binary cannot be started.
-    pub fn start(paths: &Paths, config: &Path, socket: &Path, args: &[String]) -> Result<Self> {
+    pub fn start(
+        paths: &Paths,
+        config: &Path,
+        socket: &Path,
+        args: &[String],
+        show: Show,
+    ) -> Result<Self> {
         let started = Instant::now();
         let mut child = Command::new(&paths.stratovirt)
             .arg("-config")
@@ -154,8 +188,8 @@ impl Monitor {
             .with_context(|| format!("cannot start {}", paths.stratovirt.display()))?;
         let console = Arc::new(Console::default());
         let input = child.stdin.take().context("no standard input")?;
-        console.follow(child.stdout.take().context("no standard output")?);
-        console.follow(child.stderr.take().context("no standard error")?);
+        console.follow(child.stdout.take().context("no standard output")?, show);
+        console.follow(child.stderr.take().context("no standard error")?, show);
         Ok(Self { child, input, console, seen: 0, commands: 0, socket: socket.to_owned(), started })
     }
 
@@ -222,14 +256,16 @@ impl Monitor {
         self.commands += 1;
         let mark = format!("<{}:", self.commands);
         self.seen = self.console.length();
+        let end = if command.ends_with('&') { "" } else { ";" };
         self.type_in(&format!(
-            "{{ {command}; }} < /dev/null 2>&1; echo \"<{}:$?>\"\n",
+            "{{ {command}{end} }} < /dev/null 2>&1; echo \"<{}:$?>\"\n",
             self.commands
         ))?;
         let shown =
             self.wait_for(&mark, limit).with_context(|| format!("in the guest: {command}"))?;
         let status = self.wait_for(">", SOON)?;
-        let shown = shown.strip_suffix(&mark).unwrap_or_default().trim_end();
+        // The end of a line that was waited for before may come first.
+        let shown = shown.strip_suffix(&mark).unwrap_or_default().trim();
         ensure!(
             status == "0>",
             "in the guest: {command}: status {}\n{shown}",
@@ -303,19 +339,31 @@ impl Console {
         self.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Collects from `source` and shows at once.
-    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
+    /// Collects from `source` and shows at once; whoever waits for it finds it shown already.
+    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static, show: Show) {
         let console = Arc::clone(self);
         console.lock().open += 1;
         thread::spawn(move || {
             let mut buffer = [0; 4096];
+            let mut line = String::new();
             while let Ok(length @ 1..) = source.read(&mut buffer) {
                 let bytes = buffer.get(..length).unwrap_or_default();
                 let text = String::from_utf8_lossy(bytes);
+                match show {
+                    // By print!, so that a test harness can keep it back. Nobody may be looking.
+                    Show::AsItIs => {
+                        print!("{text}");
+                        let _ = io::stdout().flush();
+                    }
+                    Show::Lines(show) => {
+                        line.push_str(&text);
+                        while let Some((whole, rest)) = line.split_once('\n') {
+                            show(whole.trim_end_matches('\r'));
+                            line = rest.to_owned();
+                        }
+                    }
+                }
                 console.lock().shown.push_str(&text);
-                // By print!, so that a test harness can keep it back. Nobody may be looking.
-                print!("{text}");
-                let _ = io::stdout().flush();
                 console.changed.notify_all();
             }
             console.lock().open -= 1;

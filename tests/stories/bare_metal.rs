@@ -1,11 +1,19 @@
 //! Stories of bare-metal guests: a few instructions each, on this host's own `/dev/kvm`, even where it
 //! cannot run Linux. Without `/dev/kvm` they fail, and the monitor's message says what to do.
+#[path = "bare_metal/blk.rs"]
+mod blk;
+#[path = "bare_metal/counters.rs"]
+mod counters;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/plug.rs"]
+mod plug;
 #[path = "bare_metal/process.rs"]
 mod process;
 #[path = "bare_metal/run_state.rs"]
 mod run_state;
+#[path = "bare_metal/snapshot.rs"]
+mod snapshot;
 #[path = "bare_metal/stage.rs"]
 mod stage;
 #[path = "bare_metal/talk.rs"]

@@ -14,10 +14,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
-use stories::agent::{Agent, SERVE, Told, serve};
-use stories::paths::GUEST_KERNEL;
+use stories::agent::{Agent, EXAMPLES, SERVE, Tell, Told, serve};
+use stories::paths::{GUEST_KERNEL, Paths, workspace};
 
-const STORIES: &[Told] = &[
+const STORIES: &[(&str, Tell)] = &[
     ("an_elf_kernel_boots", boot::elf),
     ("a_bzimage_boots", boot::bzimage),
     ("a_flat_kernel_boots", boot::flat),
@@ -34,35 +34,39 @@ const STORIES: &[Told] = &[
     ("quit_ends_the_monitor", life::quit),
     ("poweroff_in_the_guest_ends_the_monitor", life::poweroff),
     ("a_panic_in_the_guest_is_told", life::panic),
-    ("every_example_boots", examples::every_example_boots),
 ];
 
 /// Debian's kernel cannot tell this one: it takes no virtio-mmio devices from its command line.
-const WITH_A_GIVEN_KERNEL: &[Told] = &[("without_acpi_virtio_works", boot::virtio_without_acpi)];
+const WITH_A_GIVEN_KERNEL: (&str, Tell) = ("without_acpi_virtio_works", boot::virtio_without_acpi);
 
 fn main() -> Result<()> {
+    let serving = env::args().nth(1).as_deref() == Some(SERVE);
     let mut all = STORIES.to_vec();
     if env::var_os(GUEST_KERNEL).is_some() {
-        all.extend(WITH_A_GIVEN_KERNEL);
-    } else if env::args().nth(1).as_deref() != Some(SERVE) {
+        all.push(WITH_A_GIVEN_KERNEL);
+    } else if !serving {
         eprintln!(
-            "Debian's kernel has no virtio_mmio.device= parameter: {GUEST_KERNEL}=VMLINUX adds the story of virtio without ACPI."
+            "Debian's kernel has no virtio_mmio.device= parameter: \
+             {GUEST_KERNEL}=VMLINUX adds the story of virtio without ACPI."
         );
     }
-    if env::args().nth(1).as_deref() == Some(SERVE) {
+    let mut all: Vec<Told> = all.into_iter().map(|(name, tell)| (name.to_owned(), tell)).collect();
+    let home = if serving { Paths::from_env()?.cache } else { workspace().to_owned() };
+    all.extend(examples::stories(&home.join(EXAMPLES))?);
+    if serving {
         return serve(&all);
     }
     let mut args = Arguments::from_args();
     args.test_threads = Some(1);
     let agent = Arc::new(Mutex::new(Agent::new(args.nocapture)));
-    let trial = |&(name, _): &Told| {
+    let trial = |(name, _): Told| {
         let agent = Arc::clone(&agent);
-        Trial::test(name, move || {
+        Trial::test(name.clone(), move || {
             let mut agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
-            agent.run(name).map_err(|error| Failed::from(format!("{error:#}")))
+            agent.run(&name).map_err(|error| Failed::from(format!("{error:#}")))
         })
     };
-    let conclusion = libtest_mimic::run(&args, all.iter().map(trial).collect());
+    let conclusion = libtest_mimic::run(&args, all.into_iter().map(trial).collect());
     agent.lock().unwrap_or_else(PoisonError::into_inner).finish()?;
     conclusion.exit()
 }

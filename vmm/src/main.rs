@@ -73,10 +73,10 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .collect::<Result<Vec<_>, _>>()?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
-    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
     if !invocation.disable_seccomp {
         seccomp::confine(file)?;
     }
+    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
     if !invocation.paused {
         vmm.apply(lifecycle::Event::Resume)?;
     }

@@ -4,7 +4,8 @@
 //! One list for all threads; see `calls.rs` for it. A call that is not on it is not carried out: a
 //! line with its number goes to standard error and to the log file, and the process ends by SIGSYS.
 //! The handler that does so cannot be put out of action, because SIGSYS is the one signal that
-//! `rt_sigaction` may not touch, and blocking it makes the kernel kill at once.
+//! `rt_sigaction` may not touch. Under a blocked SIGSYS the kernel ends the process by itself and
+//! without the line; that is how it goes with glibc's ways to start threads and programs.
 //!
 //! What a filter cannot see: the path that `openat` is given, and what an io_uring is asked for. A
 //! ring can open files and sockets, but neither start programs nor trace processes.
@@ -21,7 +22,7 @@ use std::{
 use libc::{c_int, c_void, siginfo_t};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter};
 
-use crate::terminal;
+use crate::{logging, terminal};
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
@@ -87,16 +88,18 @@ extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
             "stratovirt: Received a bad system call, number: {number}. If it is needed, use \
              -disable-seccomp"
         ),
-        None => writeln!(rest, "stratovirt: Received a bad system call"),
+        None => writeln!(rest, "stratovirt: Received a bad system call, number unknown"),
     };
     let left = rest.len();
     let line = line.get(..line.len().saturating_sub(left)).unwrap_or_default();
-    // Not through `Stderr`, which has a lock.
-    let _ = rustix::io::write(rustix::stdio::stderr(), line);
     if let Some(log) = resources.and_then(|r| r.log.as_ref()) {
         let _ = { log }.write_all(line);
     }
     terminal::put_back();
+    // Not through `Stderr`, which has a lock; and a reader that has stopped must not keep us alive.
+    if logging::writable() {
+        let _ = rustix::io::write(rustix::stdio::stderr(), line);
+    }
     // Begins with a call that is forbidden itself. All signals are blocked here, and a forbidden
     // call under a blocked SIGSYS ends the process by it.
     let _ = signal_hook::low_level::emulate_default_handler(libc::SIGSYS);

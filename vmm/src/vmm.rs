@@ -92,7 +92,11 @@ impl Vmm {
         match (before, after) {
             // Reset is the one event that does something without changing the state.
             _ if event == lifecycle::Event::Reset => {
-                self.machine.reset()?;
+                if let Err(e) = self.machine.reset() {
+                    let reason = ShutdownCause::HostError;
+                    self.end(Ending { guest: false, reason, status: 1 });
+                    return Err(e.into());
+                }
                 if before == State::Running {
                     self.machine.resume()?;
                 }
@@ -135,9 +139,9 @@ impl Vmm {
         }
         let guest = |reason, status| Ending { guest: true, reason, status };
         match event {
-            M::Power(P::Reset) | M::Vcpu(_, S::TripleFault) => self.guest_reset(),
-            M::Power(P::Shutdown) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
-            M::Power(P::Panicked) => {
+            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => self.guest_reset(),
+            M::Vcpu(_, S::Power(P::Shutdown)) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
+            M::Vcpu(_, S::Power(P::Panicked)) => {
                 let action = qmp::schema::GuestPanicAction::Poweroff;
                 self.tell(&Event::GuestPanicked { action });
                 self.end(guest(ShutdownCause::GuestPanic, 1));
@@ -149,7 +153,7 @@ impl Vmm {
             M::Escape => {
                 self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
             }
-            M::DiskError { id, write, error } => self.tell(&disk_error(id, write, &error)),
+            M::DiskError { id, write, error, told: _ } => self.tell(&disk_error(id, write, &error)),
         }
     }
 

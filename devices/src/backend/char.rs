@@ -30,6 +30,7 @@ use rustix::{
 
 pub use self::output::CharSink;
 use self::{escape::Escape, output::Output, socket::Listener};
+use crate::log_limit::log_seldom;
 
 /// A character back-end.
 pub struct Char {
@@ -215,7 +216,7 @@ impl CharSource {
         };
         match connected() {
             Ok(input) => self.input = Some(input),
-            Err(error) => log::warn!("console connection refused: {error}"),
+            Err(error) => log_seldom!(warn, "console connection refused: {error}"),
         }
     }
 

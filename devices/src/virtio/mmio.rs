@@ -34,6 +34,7 @@ use crate::{
     Device, Memory,
     bus::BusDevice,
     irq::Line,
+    log_limit::log_seldom,
     state::{Section, StateError},
     worker::IoThread,
 };
@@ -88,7 +89,6 @@ pub struct Transport {
     active: bool,
     /// The activation came from a saved state: an interrupt may have been lost on the way.
     interrupt_owed: bool,
-    complained: bool,
 }
 
 /// What the driver has written since the last reset.
@@ -157,7 +157,6 @@ impl Transport {
             config_len: 0,
             active: false,
             interrupt_owed: false,
-            complained: false,
         };
         transport.show_config();
         transport.show_selected();
@@ -324,10 +323,7 @@ impl Transport {
         self.registers.set(INTERRUPT_STATUS, INT_USED);
         self.registers.set(STATUS, DRIVER_OK);
         if let Err(refused) = self.activate(self.thread.clone()) {
-            if !self.complained {
-                log::warn!("{}: driver's set-up refused: {refused}", self.device.id());
-                self.complained = true;
-            }
+            log_seldom!(warn, "{}: driver's set-up refused: {refused}", self.device.id());
             self.interrupt().needs_reset();
         }
     }
@@ -373,7 +369,9 @@ impl Transport {
     }
 
     /// Show the device's configuration space. A driver that reads it meanwhile finds that the
-    /// generation has changed (section 4.2.2.1), whichever of the two steps it fell between.
+    /// generation has changed (section 4.2.2.1), unless it begins and ends between the two steps:
+    /// it reads memory, so nothing can hold it up. If it is ready it is interrupted afterwards, and
+    /// reads again.
     fn show_config(&mut self) {
         let config = self.device.config();
         let len = config.len().min(PAGE - CONFIG);

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     Device,
+    log_limit::log_seldom,
     rate_limit::RateLimiter,
     state::{Section, Snapshot, StateError},
     worker::{Home, Worker},
@@ -286,7 +287,7 @@ impl Worker for RngWorker {
         self.limiter.replenish();
         if !self.broken && self.work().is_err() {
             self.broken = true;
-            log::error!("{}: the driver has broken a virtqueue", self.id);
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
             self.interrupt.needs_reset();
         }
     }

@@ -17,14 +17,14 @@ use std::{io, sync::Arc};
 
 use devices::{Memory, irq::Line};
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    CpuId, KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
     kvm_clock_data, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::layout;
+use crate::{config::Topology, layout};
 
 /// What this monitor cannot do without, and what for.
 const REQUIRED: [(Cap, &str, &str); 8] = [
@@ -112,7 +112,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A virtual machine with its memory, interrupt controllers and timer.
+    /// A virtual machine with its memory and interrupt controllers.
     ///
     /// # Errors
     /// When KVM refuses a step.
@@ -137,9 +137,35 @@ impl Vm {
         let size = window.size() as u64;
         vm.map(slot, layout::VIRTIO_MMIO, window.as_ptr(), size, KVM_MEM_READONLY)?;
         vm.fd.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
         Ok(vm)
+    }
+
+    /// The timer, and the vCPUs with these APIC ids. They show the CPUID leaves `seen`, else what
+    /// this host has. KVM starts a kernel thread
+    /// for the timer and waits for it, so this is best done beside other work.
+    ///
+    /// # Errors
+    /// When KVM refuses a step.
+    pub fn create_vcpus(
+        &self,
+        kvm: &Kvm,
+        apic_ids: &[u8],
+        topology: &Topology,
+        seen: Option<&CpuId>,
+    ) -> Result<Vec<VcpuFd>, KvmError> {
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        self.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
+        let leaves = match seen {
+            Some(leaves) => leaves.clone(),
+            None => cpuid::supported(kvm)?,
+        };
+        let create = |id: &u8| {
+            let fd = self.fd.create_vcpu(u64::from(*id)).map_err(refused("create a vCPU"))?;
+            let cpuid = cpuid::for_vcpu(kvm, &leaves, *id, topology);
+            fd.set_cpuid2(&cpuid).map_err(refused("set a vCPU's CPUID"))?;
+            Ok(fd)
+        };
+        apic_ids.iter().map(create).collect()
     }
 
     /// Begin or end to note which pages of guest memory the vCPUs write.
@@ -189,6 +215,14 @@ impl Vm {
         self.fd.register_irqfd(line.eventfd(), gsi).map_err(refused("bind an interrupt line"))
     }
 
+    /// Take `line` from `gsi` again: an eventfd can belong to one machine at a time.
+    ///
+    /// # Errors
+    /// When it was not bound.
+    pub fn unbind_line(&self, line: &Line, gsi: u32) -> Result<(), KvmError> {
+        self.fd.unregister_irqfd(line.eventfd(), gsi).map_err(refused("unbind an interrupt line"))
+    }
+
     /// Let a 32-bit guest write of `value` to `address` signal `eventfd` without an exit.
     ///
     /// # Errors
@@ -197,14 +231,6 @@ impl Vm {
         self.fd
             .register_ioevent(eventfd, &IoEventAddress::Mmio(address), value)
             .map_err(refused("bind a notification register"))
-    }
-
-    /// A new vCPU with this id, which is also its APIC id.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub(crate) fn create_vcpu(&self, id: u8) -> Result<kvm_ioctls::VcpuFd, KvmError> {
-        self.fd.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))
     }
 
     /// The guest's paravirtual clock now.

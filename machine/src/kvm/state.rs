@@ -6,8 +6,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::{KvmError, entry, guest_tsc_is_its_own, refused};
-use crate::boot::Registers;
+use super::{KvmError, guest_tsc_is_its_own, refused};
 
 /// MSR of the time stamp counter.
 pub const MSR_IA32_TSC: u32 = 0x10;
@@ -48,12 +47,6 @@ pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
 }
 
 impl VcpuState {
-    /// Make the state of a new vCPU that of a boot vCPU about to enter where `registers` say.
-    pub fn enter(&mut self, registers: &Registers) {
-        self.regs = entry::general(registers);
-        entry::system(&mut self.sregs, registers);
-    }
-
     /// Take `ticks` back from the time stamp counter.
     pub fn hold_back(&mut self, ticks: u64) {
         for (index, value) in &mut self.msrs {
@@ -100,7 +93,10 @@ impl VcpuState {
         fd.set_mp_state(self.mp).map_err(refused("set a vCPU's run state"))?;
         fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
-        fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
+        // None on a host without XSAVE; KVM then refuses to set none.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
+        }
         let mut xsave = kvm_xsave::default();
         xsave.region.iter_mut().zip(&self.xsave).for_each(|(to, from)| *to = *from);
         // SAFETY: no dynamically enabled XSAVE feature is in use, so the state is 4 KiB long.

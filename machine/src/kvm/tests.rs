@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    Vm, cpuid, open, state,
+    Vm, open, state,
     vcpu::{Buses, KvmCpu},
 };
 use crate::{
@@ -74,12 +74,10 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
     let mut mmio = BusBuilder::default();
     mmio.attach(layout::VIRTIO_MMIO, 4096, Arc::new(Mutex::new(trap))).unwrap();
-    let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze() };
-    let leaves = cpuid::supported(&kvm).unwrap();
+    let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power: Arc::default() };
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
-    let leaves = cpuid::for_vcpu(&kvm, &leaves, 0, &one);
     let msrs = Arc::new(state::msr_list(&kvm).unwrap());
-    let fd = vm.create_vcpu(0).unwrap();
+    let fd = vm.create_vcpus(&kvm, &[0], &one, None).unwrap().pop().unwrap();
     let mut sregs = fd.get_sregs().unwrap();
     sregs.cs.base = 0;
     sregs.cs.selector = 0;
@@ -88,7 +86,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     fd.set_sregs(&sregs).unwrap();
     let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
     fd.set_regs(&regs).unwrap();
-    let mut cpu = KvmCpu::new(fd, &leaves, buses, msrs).unwrap();
+    let mut cpu = KvmCpu::new(fd, buses, msrs);
     let begin = cpu.save().unwrap();
     cpu.restore(begin.clone()).unwrap();
 

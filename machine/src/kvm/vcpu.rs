@@ -1,11 +1,17 @@
 //! A KVM vCPU: enters the guest and carries its port and memory-mapped accesses to the buses.
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
 
-use devices::bus::Bus;
-use kvm_bindings::{CpuId, kvm_device_attr};
+use devices::{PowerEvent, bus::Bus};
+use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, guest_tsc_is_its_own, refused, state::VcpuState};
+use super::{KvmError, guest_tsc_is_its_own, state::VcpuState};
 use crate::vcpu::{
     Cpu, Exit, Stopped,
     kick::{self, Kicked, Kicker},
@@ -18,6 +24,37 @@ pub struct Buses {
     pub pio: Arc<Bus>,
     /// Memory-mapped registers.
     pub mmio: Arc<Bus>,
+    /// Set by the devices behind the ports, looked at after each write to one.
+    pub power: Arc<PowerLatch>,
+}
+
+/// What a write to a port asked of the machine as a whole.
+#[derive(Debug, Default)]
+pub struct PowerLatch(AtomicU8);
+
+impl PowerLatch {
+    /// Remember `event` for the vCPU that is writing.
+    pub fn set(&self, event: PowerEvent) {
+        let code = match event {
+            PowerEvent::Reset => 1,
+            PowerEvent::Shutdown => 2,
+            PowerEvent::Panicked => 3,
+        };
+        self.0.store(code, Ordering::Relaxed);
+    }
+
+    fn take(&self) -> Option<PowerEvent> {
+        if self.0.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        match self.0.swap(0, Ordering::Relaxed) {
+            1 => Some(PowerEvent::Reset),
+            2 => Some(PowerEvent::Shutdown),
+            3 => Some(PowerEvent::Panicked),
+            // Another vCPU was quicker.
+            _ => None,
+        }
+    }
 }
 
 /// One vCPU.
@@ -29,23 +66,9 @@ pub struct KvmCpu {
 }
 
 impl KvmCpu {
-    /// A vCPU in its power-on state, showing `cpuid`.
-    ///
-    /// # Errors
-    /// When KVM refuses the CPUID leaves.
-    pub fn new(
-        fd: VcpuFd,
-        cpuid: &CpuId,
-        buses: Buses,
-        msr_list: Arc<Vec<u32>>,
-    ) -> Result<Self, KvmError> {
-        fd.set_cpuid2(cpuid).map_err(refused("set a vCPU's CPUID"))?;
-        Ok(Self { fd, buses, msr_list, kicked: None })
-    }
-
-    /// The descriptor, for setting the first registers.
-    pub(crate) fn fd(&self) -> &VcpuFd {
-        &self.fd
+    /// A vCPU whose accesses go to `buses`.
+    pub fn new(fd: VcpuFd, buses: Buses, msr_list: Arc<Vec<u32>>) -> Self {
+        Self { fd, buses, msr_list, kicked: None }
     }
 
     fn failed(&mut self, what: &str) -> Exit {
@@ -87,6 +110,9 @@ impl Cpu for KvmCpu {
             Ok(VcpuExit::IoOut(port, data)) => {
                 for item in data.chunks(size()) {
                     buses.pio.write(u64::from(port), item);
+                }
+                if let Some(event) = buses.power.take() {
+                    return Exit::Stopped(Stopped::Power(event));
                 }
             }
             Ok(VcpuExit::Shutdown) => return Exit::Stopped(Stopped::TripleFault),

@@ -14,10 +14,13 @@
 pub mod kick;
 
 use std::{
+    cell::OnceCell,
     io,
     sync::mpsc::{Receiver, Sender, TryRecvError, channel},
     thread::{Builder, JoinHandle},
 };
+
+use devices::PowerEvent;
 
 /// What one entry into the guest came to. `Cpu::run` handles plain PIO and MMIO by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +36,9 @@ pub enum Exit {
 /// Why a vCPU stopped by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stopped {
+    /// It wrote to a register that asks for a reset or a power-off, or says that the guest has
+    /// crashed: on real hardware, nothing is executed after that.
+    Power(PowerEvent),
     /// Triple fault: on real hardware, a reset.
     TripleFault,
     /// KVM or the monitor cannot run it any further; the log says why.
@@ -109,13 +115,16 @@ enum Request<C: Cpu> {
     Resume(u64),
     Save(Sender<Result<C::State, C::Error>>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
+    Replace(Box<C>, Sender<io::Result<C::Kicker>>),
     Exit,
 }
 
 /// Steers one vCPU thread.
 pub struct Handle<C: Cpu> {
     requests: Sender<Request<C>>,
-    kicker: C::Kicker,
+    /// Sent by the thread once it runs; only who wants to kick it has to wait for that.
+    kicker: Receiver<io::Result<C::Kicker>>,
+    known_kicker: OnceCell<Option<C::Kicker>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -135,8 +144,11 @@ impl<C: Cpu> Handle<C> {
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let kicker = cpu.kicker();
             let failed = kicker.is_err();
-            if send_kicker.send(kicker).is_err() || failed {
+            if send_kicker.send(kicker).is_err() {
                 return;
+            }
+            if failed {
+                return report(index, Stopped::Failed);
             }
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
@@ -147,14 +159,32 @@ impl<C: Cpu> Handle<C> {
                 }
             }
         })?;
-        let kicker = kicker.recv().map_err(|_| io::Error::other("vCPU thread has exited"))??;
-        Ok(Self { requests, kicker, thread: Some(thread) })
+        Ok(Self { requests, kicker, known_kicker: OnceCell::new(), thread: Some(thread) })
+    }
+
+    /// `None` if the thread could not set up what kicking takes; it has ended then.
+    fn kicker(&self) -> Option<&C::Kicker> {
+        let receive = || match self.kicker.recv() {
+            Ok(Ok(kicker)) => Some(kicker),
+            Ok(Err(e)) => {
+                log::error!("a vCPU thread cannot start: {e}");
+                None
+            }
+            Err(_) => None,
+        };
+        self.known_kicker.get_or_init(receive).as_ref()
+    }
+
+    fn kick(&self) {
+        if let Some(kicker) = self.kicker() {
+            kicker.kick();
+        }
     }
 
     /// Ask for a stop at the next consistent point. Ask all vCPUs first, then wait for each.
     pub fn park(&self) -> Answer<()> {
         let answer = self.ask(Request::Park);
-        self.kicker.kick();
+        self.kick();
         answer
     }
     /// Let a parked vCPU run, after a pause of `ticks` of the host's TSC.
@@ -169,9 +199,19 @@ impl<C: Cpu> Handle<C> {
     pub fn restore(&self, state: C::State) -> Answer<Result<(), C::Error>> {
         self.ask(|reply| Request::Restore(Box::new(state), reply))
     }
-    /// The kernel's number of the thread.
+    /// Let the thread of a parked vCPU carry `cpu` from now on; the old one is dropped.
+    ///
+    /// # Errors
+    /// When the thread has ended, or the host refuses what kicking takes.
+    pub fn replace(&mut self, cpu: C) -> io::Result<()> {
+        let answer = self.ask(|reply| Request::Replace(Box::new(cpu), reply));
+        let kicker = answer.wait().map_err(io::Error::other)??;
+        self.known_kicker = OnceCell::from(Some(kicker));
+        Ok(())
+    }
+    /// The kernel's number of the thread; 0 if it has ended.
     pub fn thread(&self) -> u32 {
-        self.kicker.thread()
+        self.kicker().map_or(0, Kick::thread)
     }
 
     fn ask<T>(&self, request: impl FnOnce(Sender<T>) -> Request<C>) -> Answer<T> {
@@ -185,7 +225,7 @@ impl<C: Cpu> Handle<C> {
 impl<C: Cpu> Drop for Handle<C> {
     fn drop(&mut self) {
         let _ = self.requests.send(Request::Exit);
-        self.kicker.kick();
+        self.kick();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -199,6 +239,10 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
             Request::Park(reply) => drop(reply.send(())),
             Request::Save(reply) => drop(reply.send(cpu.save())),
             Request::Restore(state, reply) => drop(reply.send(cpu.restore(*state))),
+            Request::Replace(new, reply) => {
+                *cpu = *new;
+                drop(reply.send(cpu.kicker()));
+            }
             Request::Resume(ticks) => {
                 cpu.resumed(ticks);
                 return true;
@@ -227,7 +271,7 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
                 Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Left::Exit,
                 Ok(Request::Resume(_)) | Err(TryRecvError::Empty) => {}
                 // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
-                Ok(Request::Save(_) | Request::Restore(..)) => {}
+                Ok(Request::Save(_) | Request::Restore(..) | Request::Replace(..)) => {}
             },
         }
     }
@@ -268,11 +312,21 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_carries_another_vcpu() {
+        let mut vcpu = Handle::spawn(0, Counter(5, Arc::default()), |_, _| {}).unwrap();
+        vcpu.replace(Counter(1_000_000_000, Arc::default())).unwrap();
+        assert_eq!(vcpu.save().wait().unwrap(), Ok(1_000_000_000));
+        vcpu.resume(0);
+        vcpu.park().wait().unwrap();
+        assert!(vcpu.save().wait().unwrap() > Ok(1_000_000_000), "kicked by its own kicker");
+    }
+
+    #[test]
     fn state_asked_of_a_running_vcpu_is_refused_and_it_runs_on() {
         let vcpu = Handle::spawn(0, Counter(0, Arc::default()), |_, _| {}).unwrap();
         vcpu.resume(0);
         let early = vcpu.save();
-        vcpu.kicker.kick();
+        vcpu.kick();
         assert!(early.wait().is_err());
         vcpu.park().wait().unwrap();
     }

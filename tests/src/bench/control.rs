@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::json;
 
-use crate::client::Client;
+use qmp::client::Client;
 
 /// How long an answer may take.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -65,9 +65,9 @@ impl Connection {
     pub fn open(protocol: Protocol, socket: &Path) -> Result<(Self, Instant)> {
         match protocol {
             Protocol::Qmp => {
-                let mut client = Client::connect(socket)?;
+                let mut client = Client::connect(socket, Duration::ZERO)?;
                 let ready = Instant::now();
-                client.execute("qmp_capabilities", Value::Null)?;
+                client.execute_raw("qmp_capabilities", json!({}))?;
                 Ok((Self::Qmp(client), ready))
             }
             Protocol::Http { ready, status, stop, cont } => {
@@ -94,7 +94,7 @@ impl Connection {
                     Verb::Cont => "cont",
                 };
                 let started = Instant::now();
-                client.execute(name, Value::Null)?;
+                client.execute_raw(name, json!({}))?;
                 Ok(started.elapsed())
             }
             Self::Http { stream, requests: [status, stop, cont] } => {

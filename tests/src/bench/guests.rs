@@ -76,14 +76,7 @@ pub fn payload_elf() -> Vec<u8> {
 /// rustc fails, or Debian's kernel lacks a module.
 pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
     let init = dir.join("init");
-    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let words = "--edition 2024 -O -C target-feature=+crt-static -C relocation-model=static -C panic=abort -C strip=symbols";
-    output(Command::new(rustc).current_dir(workspace()).args(words.split(' ')).args([
-        OsStr::new("-o"),
-        init.as_os_str(),
-        OsStr::new(INIT),
-    ]))
-    .context("the guests' init does not build")?;
+    build_init(&init)?;
     let init = fs::read(&init)?;
     let paths = ["bare.cpio", "modules.cpio"].map(|name| dir.join(name));
     let [bare, with_modules] = &paths;
@@ -104,6 +97,18 @@ pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
             .with_context(|| format!("cannot write {}", bare.display()))?;
     }
     Ok(paths)
+}
+
+fn build_init(init: &Path) -> Result<()> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let words = "--edition 2024 -O -C target-feature=+crt-static -C relocation-model=static -C panic=abort -C strip=symbols";
+    output(Command::new(rustc).current_dir(workspace()).args(words.split(' ')).args([
+        OsStr::new("-o"),
+        init.as_os_str(),
+        OsStr::new(INIT),
+    ]))
+    .context("the guests' init does not build")
+    .map(drop)
 }
 
 /// Serves the guests' network measurements for as long as this process lives: reads all, writes for
@@ -158,6 +163,17 @@ mod tests {
         let note = [4_u32.to_le_bytes(), 4_u32.to_le_bytes(), 18_u32.to_le_bytes(), *b"Xen\0"];
         let note = [note.concat(), PAYLOAD_ADDRESS.to_le_bytes().to_vec()].concat();
         assert_eq!(elf[64 + 2 * 56..][..20], note);
+    }
+
+    #[test]
+    fn the_init_is_one_static_program() {
+        let init = env::temp_dir().join(format!("init.{}", std::process::id()));
+        build_init(&init).unwrap();
+        let elf = fs::read(&init).unwrap();
+        fs::remove_file(&init).unwrap();
+        // An executable (not one to be relocated), and nowhere in it the name of a dynamic linker.
+        assert_eq!(elf[16..18], 2_u16.to_le_bytes());
+        assert!(!elf.windows(9).any(|bytes| bytes == b"/lib64/ld"));
     }
 
     #[test]

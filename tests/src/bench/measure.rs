@@ -1,7 +1,7 @@
 //! The measuring itself, in the process that runs where the guests do.
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, thread};
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::control::{Connection, Verb};
 use super::guests::{FIRST_BYTE, HOST_ADDRESS, payload_elf, serve_peer};
-use super::monitors::{Found, Guest, find};
+use super::monitors::{Form, Found, Guest, find};
 use super::run::Run;
 use super::{Message, Metric, Scenario};
 use crate::debian::Debian;
@@ -121,6 +121,7 @@ impl Bench {
         for _ in 0..DISK >> 20 {
             file.write_all(&block).context("no room for the disk")?;
         }
+        file.sync_all()?;
         let tap = Tap::create(&debian, TAP, HOST_ADDRESS)?;
         serve_peer()?;
         let (monitors, _) = find(&paths, &debian);
@@ -165,8 +166,7 @@ impl Bench {
             fs::write(&elf, payload_elf())?;
         }
         let guest = Guest {
-            flat: self.flat(&elf)?,
-            elf,
+            kernel: self.kernel(found, elf)?,
             initramfs: None,
             cmdline: String::new(),
             vcpus: 1,
@@ -188,13 +188,13 @@ impl Bench {
     fn linux(&self, found: &Found, sink: &Sink<'_>) -> Result<()> {
         let distribution =
             sink.scenario == Scenario::Emulated || env::var_os(GUEST_KERNEL).is_none();
-        let bare = self.linux_guest(distribution, "init")?;
+        let bare = self.linux_guest(found, distribution, "init")?;
         let mut run = Run::start(found, &bare, &self.dir)?;
         let (_, _, init) = run.wait_figure(LIMIT)?;
         sink.time(Metric::Init, init)?;
         drop(run);
 
-        let mut guest = self.linux_guest(distribution, "all")?;
+        let mut guest = self.linux_guest(found, distribution, "all")?;
         guest.devices = Some(self.devices());
         let mut run = Run::start(found, &guest, &self.dir)?;
         let (_, ready) = run.connect()?;
@@ -216,7 +216,7 @@ impl Bench {
         }
         drop(run);
 
-        let mut busy = self.linux_guest(distribution, "busy")?;
+        let mut busy = self.linux_guest(found, distribution, "busy")?;
         busy.vcpus = if distribution { BUSY_VCPUS } else { 1 };
         let mut run = Run::start(found, &busy, &self.dir)?;
         let (mut connection, _) = run.connect()?;
@@ -231,7 +231,7 @@ impl Bench {
 
     /// Linux with one processor and without devices, that does `what`: Debian's (`distribution`), or
     /// the one that was given.
-    fn linux_guest(&self, distribution: bool, what: &str) -> Result<Guest> {
+    fn linux_guest(&self, found: &Found, distribution: bool, what: &str) -> Result<Guest> {
         let [bare, modules] = INITRAMFS.map(|name| self.paths.cache.join(name));
         let common = format!("{CMDLINE} printk.devkmsg=on bench={what} seconds={}", self.seconds);
         let (kernel, initramfs, cmdline) = if distribution {
@@ -242,10 +242,10 @@ impl Bench {
             let told = format!("{common} tsc_early_khz={khz} tsc=reliable idle=halt nopti");
             (guest::Kernel::Given, bare, told)
         };
-        let elf = kernel.path(&self.paths);
+        // What comes from a disk for the first time is not measured.
+        fs::read(&initramfs)?;
         Ok(Guest {
-            flat: self.flat(&elf)?,
-            elf,
+            kernel: self.kernel(found, kernel.path(&self.paths))?,
             initramfs: Some(initramfs),
             cmdline,
             vcpus: 1,
@@ -258,12 +258,15 @@ impl Bench {
         (self.disk.clone(), TAP.to_owned())
     }
 
-    /// The flat image of a kernel, made when it is first asked for.
-    fn flat(&self, elf: &Path) -> Result<PathBuf> {
+    /// A kernel in the form that a monitor takes, made when it is first asked for; in the page cache.
+    fn kernel(&self, found: &Found, elf: PathBuf) -> Result<PathBuf> {
+        let image = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
+        if found.monitor.form == Form::Elf {
+            return Ok(elf);
+        }
         let name = elf.file_name().context("a kernel without a name")?;
         let flat = self.dir.join(name).with_extension("flat");
         if !flat.exists() {
-            let image = fs::read(elf).with_context(|| format!("cannot read {}", elf.display()))?;
             fs::write(&flat, kernel::flat(&image)?)?;
         }
         Ok(flat)

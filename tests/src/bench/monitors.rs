@@ -31,10 +31,8 @@ const QEMU: &str = "usr/bin/qemu-system-x86_64";
 /// A guest to run.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    /// The kernel as an ELF file.
-    pub elf: PathBuf,
-    /// The same kernel as a flat image for 16 MiB.
-    pub flat: PathBuf,
+    /// The kernel, in the form that the monitor takes.
+    pub kernel: PathBuf,
     /// Its initramfs.
     pub initramfs: Option<PathBuf>,
     /// Its command line.
@@ -45,6 +43,15 @@ pub struct Guest {
     pub mib: u64,
     /// A raw image to write to, and a tap.
     pub devices: Option<(PathBuf, String)>,
+}
+
+/// The forms of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// An ELF file.
+    Elf,
+    /// A flat image for 16 MiB.
+    Flat,
 }
 
 /// What there is to know about a monitor.
@@ -58,6 +65,8 @@ pub struct Monitor {
     version: &'static str,
     /// How it is steered.
     pub protocol: Protocol,
+    /// What it boots.
+    pub form: Form,
     /// Adds the arguments that make it run a guest with its serial port on standard output and its
     /// control socket at the path. May write files into the directory.
     configure: fn(&mut Command, &Guest, socket: &Path, dir: &Path) -> Result<()>,
@@ -69,6 +78,7 @@ pub const OURS: Monitor = Monitor {
     program: "stratovirt",
     version: "-V",
     protocol: Protocol::Qmp,
+    form: Form::Elf,
     configure: ours,
 };
 
@@ -79,6 +89,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         program: "qemu-system-x86_64",
         version: "--version",
         protocol: Protocol::Qmp,
+        form: Form::Elf,
         configure: qemu,
     },
     Monitor {
@@ -91,6 +102,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
             stop: ("PATCH", "/vm", r#"{"state":"Paused"}"#),
             cont: ("PATCH", "/vm", r#"{"state":"Resumed"}"#),
         },
+        form: Form::Elf,
         configure: firecracker,
     },
     Monitor {
@@ -103,6 +115,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
             stop: ("PUT", "/api/v1/vm.pause", ""),
             cont: ("PUT", "/api/v1/vm.resume", ""),
         },
+        form: Form::Elf,
         configure: cloud_hypervisor,
     },
     Monitor {
@@ -110,6 +123,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         program: "stratovirt",
         version: "-version",
         protocol: Protocol::Qmp,
+        form: Form::Flat,
         configure: stratovirt,
     },
 ];
@@ -248,7 +262,7 @@ fn escaped(path: &Path) -> String {
 
 fn ours(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
     let mut config = json!({
-        "boot-source": { "kernel_image_path": guest.elf, "boot_args": guest.cmdline },
+        "boot-source": { "kernel_image_path": guest.kernel, "boot_args": guest.cmdline },
         "machine-config": { "vcpu_count": guest.vcpus, "mem_size": guest.mib << 20 },
         "serial": { "stdio": true },
     });
@@ -276,7 +290,7 @@ fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Res
     command.args(machine.split(' '));
     command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escaped(socket)));
-    command.arg("-kernel").arg(&guest.elf);
+    command.arg("-kernel").arg(&guest.kernel);
     if let Some(initramfs) = &guest.initramfs {
         command.arg("-initrd").arg(initramfs).args(["-append", &guest.cmdline]);
     }
@@ -298,7 +312,7 @@ fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Res
 
 fn firecracker(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
     let mut config = json!({
-        "boot-source": { "kernel_image_path": guest.elf, "boot_args": guest.cmdline },
+        "boot-source": { "kernel_image_path": guest.kernel, "boot_args": guest.cmdline },
         "machine-config": { "vcpu_count": guest.vcpus, "mem_size_mib": guest.mib },
         "drives": [],
     });
@@ -320,7 +334,7 @@ fn firecracker(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) 
 }
 
 fn cloud_hypervisor(command: &mut Command, guest: &Guest, socket: &Path, _: &Path) -> Result<()> {
-    command.arg("--api-socket").arg(socket).arg("--kernel").arg(&guest.elf);
+    command.arg("--api-socket").arg(socket).arg("--kernel").arg(&guest.kernel);
     command.arg("--cpus").arg(format!("boot={}", guest.vcpus));
     command.arg("--memory").arg(format!("size={}M", guest.mib));
     command.args(["--serial", "tty", "--console", "off"]);
@@ -338,7 +352,7 @@ fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, _: &Path) -> 
     command.args(["-machine", "microvm", "-serial", "stdio"]);
     command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
     command.arg("-qmp").arg(format!("unix:{},server,nowait", socket.display()));
-    command.arg("-kernel").arg(&guest.flat);
+    command.arg("-kernel").arg(&guest.kernel);
     if let Some(initramfs) = &guest.initramfs {
         command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
         command.args(["-append", &guest.cmdline]);

@@ -138,7 +138,10 @@ impl Run {
                 Ok(())
             }
             Err(RecvTimeoutError::Timeout) => Err(self.explained("nothing more came in time")),
-            Err(RecvTimeoutError::Disconnected) => Err(self.explained("the monitor has ended")),
+            Err(RecvTimeoutError::Disconnected) => {
+                let status = self.child.wait()?;
+                Err(self.explained(&format!("the monitor has ended ({status})")))
+            }
         }
     }
 
@@ -164,7 +167,7 @@ impl Drop for Run {
 
 /// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: those at least as
 /// large as it (`ram_kib`). No monitor maps anything else of that size.
-fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
+pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
     let kib = |line: &str| -> Option<u64> {
         line.split_once(':')?.1.trim().strip_suffix(" kB")?.trim().parse().ok()
     };

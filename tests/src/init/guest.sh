@@ -24,7 +24,10 @@ ip link set lo up 2>/dev/null
 # The power button ends the guest, as it does on any machine.
 for event in /sys/class/input/event*; do
     if grep -q 'Power Button' "$event/device/name" 2>/dev/null; then
-        (head -c 24 "/dev/input/${event##*/}" > /dev/null && echo "guest: power button" && poweroff -f) &
+        # Not a child of this shell: what it is told may wait for its children.
+        (
+            (head -c 24 "/dev/input/${event##*/}" > /dev/null && echo "guest: power button" && poweroff -f) &
+        )
     fi
 done
 

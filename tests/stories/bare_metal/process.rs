@@ -6,8 +6,8 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
 use stories::monitor::SOON;
 
 use crate::stage::{Stage, exists, simple, status};
@@ -151,7 +151,7 @@ fn in_the_background() -> Result<()> {
     let out = run(&stage, &background)?;
     ensure!(out.status.code() == Some(0), "{}", String::from_utf8_lossy(&out.stderr));
     // At once, not by trying until it works: the first process ends when the second one answers.
-    let mut qmp = Client::connect(&stage.socket())?;
+    let mut qmp = Client::connect(&stage.socket(), SOON)?;
     ensure!(status(&mut qmp)? == "running");
 
     let text = fs::read_to_string(stage.file("pid"))?;
@@ -160,7 +160,7 @@ fn in_the_background() -> Result<()> {
     ensure!(mode == 0o600, "the pid file's mode is {mode:o}");
     let cmdline = fs::read_to_string(format!("/proc/{process}/cmdline"))?;
     ensure!(cmdline.contains("stratovirt"), "process {process} is {cmdline}");
-    let cpus = qmp.execute("query-cpus", Value::Null)?;
+    let cpus = qmp.execute_raw("query-cpus", json!({}))?;
     let vcpu = cpus.pointer("/0/thread_id").context("no thread")?;
     ensure!(exists(Path::new(&format!("/proc/{process}/task/{vcpu}"))));
     for descriptor in 0..3 {
@@ -178,7 +178,7 @@ fn in_the_background() -> Result<()> {
     ensure!(fs::read_to_string(stage.file("pid"))? == text);
 
     simple(&mut qmp, "quit")?;
-    ensure!(qmp.wait_event("SHUTDOWN", SOON)?.get("reason") == Some(&json!("host-qmp-quit")));
+    ensure!(qmp.wait_event("SHUTDOWN", SOON)?.data.get("reason") == Some(&json!("host-qmp-quit")));
     while exists(Path::new(&format!("/proc/{process}/exe"))) && began.elapsed() < SOON * 2 {
         std::thread::sleep(Duration::from_millis(2));
     }

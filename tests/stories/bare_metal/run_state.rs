@@ -1,97 +1,22 @@
 //! `stop` means stopped, whatever the processors are in the middle of, and `cont` loses nothing.
 use std::collections::HashSet;
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
-use stories::monitor::{Monitor, SOON};
+use stories::monitor::SOON;
 
+use crate::counters::{all_is_well, counting, storm};
 use crate::stage::{Stage, cont, quits, status, stop};
-
-/// Guest memory as a file, in which counters can be read from outside.
-struct Counters {
-    memory: File,
-    count: u64,
-}
-
-impl Counters {
-    /// The guests' `COUNTERS`.
-    const AT: u64 = 4 << 20;
-
-    fn read(&self) -> Result<Vec<u64>> {
-        (0..self.count)
-            .map(|number| {
-                let mut bytes = [0; 8];
-                self.memory.read_exact_at(&mut bytes, Self::AT + number * 4096)?;
-                Ok(u64::from_le_bytes(bytes))
-            })
-            .collect()
-    }
-
-    /// Waits until every one has gone on.
-    fn wait_past(&self, before: &[u64]) -> Result<()> {
-        let deadline = Instant::now() + SOON;
-        while Instant::now() < deadline {
-            if self.read()?.iter().zip(before).all(|(now, before)| now > before) {
-                return Ok(());
-            }
-            thread::sleep(Duration::from_micros(100));
-        }
-        anyhow::bail!("counters stay at {:?} after {before:?}", self.read()?)
-    }
-}
-
-/// Starts a guest whose counters can be seen.
-fn counting(
-    stage: &Stage,
-    guest: &str,
-    cmdline: &str,
-    cpus: u64,
-) -> Result<(Monitor, Client, Counters)> {
-    let memory = stage.file("memory");
-    let vm = stage
-        .vm(guest, cmdline)?
-        .machine("vcpu_count", cpus)
-        .machine("mem_path", memory.to_string_lossy())
-        .machine("mem_share", true);
-    let (monitor, qmp) = stage.start(vm)?;
-    let counters = Counters { memory: File::open(memory)?, count: cpus };
-    counters.wait_past(&vec![0; usize::try_from(cpus)?])?;
-    Ok((monitor, qmp, counters))
-}
-
-/// Between `stop` and `cont` no counter moves; afterwards all do.
-fn storm(qmp: &mut Client, counters: &Counters, times: usize) -> Result<()> {
-    for time in 0..times {
-        stop(qmp)?;
-        let stopped = counters.read()?;
-        // Asking gives a processor that goes on the time to show it.
-        ensure!(status(qmp)? == "paused");
-        ensure!(counters.read()? == stopped, "stop {time} did not stop all");
-        cont(qmp)?;
-        // Sometimes at once, so that `stop` meets processors that have hardly begun.
-        if time % 4 != 0 {
-            counters.wait_past(&stopped)?;
-        }
-    }
-    Ok(())
-}
-
-fn all_is_well(stage: &Stage, mut monitor: Monitor, mut qmp: Client) -> Result<()> {
-    let shown = monitor.unseen();
-    ensure!(!shown.contains("WRONG"), "{shown}");
-    quits(stage, &mut monitor, &mut qmp)
-}
 
 #[test]
 fn stop_and_cont_under_a_flood_of_accesses() -> Result<()> {
     let stage = Stage::new("storm1")?;
-    let (monitor, mut qmp, counters) = counting(&stage, "count", "registers 1", 1)?;
+    let (monitor, mut qmp, counters) = counting(&stage, stage.vm("count", "registers 1")?, 1)?;
     storm(&mut qmp, &counters, 300)?;
     all_is_well(&stage, monitor, qmp)
 }
@@ -99,7 +24,7 @@ fn stop_and_cont_under_a_flood_of_accesses() -> Result<()> {
 #[test]
 fn stop_and_cont_of_four_processors_under_a_flood_of_accesses() -> Result<()> {
     let stage = Stage::new("storm4")?;
-    let (monitor, mut qmp, counters) = counting(&stage, "count", "registers 4", 4)?;
+    let (monitor, mut qmp, counters) = counting(&stage, stage.vm("count", "registers 4")?, 4)?;
     storm(&mut qmp, &counters, 200)?;
     all_is_well(&stage, monitor, qmp)
 }
@@ -107,7 +32,7 @@ fn stop_and_cont_of_four_processors_under_a_flood_of_accesses() -> Result<()> {
 #[test]
 fn stop_and_cont_of_four_processors_that_never_leave_the_guest() -> Result<()> {
     let stage = Stage::new("plain4")?;
-    let (monitor, mut qmp, counters) = counting(&stage, "count", "plain 4", 4)?;
+    let (monitor, mut qmp, counters) = counting(&stage, stage.vm("count", "plain 4")?, 4)?;
     storm(&mut qmp, &counters, 100)?;
     all_is_well(&stage, monitor, qmp)
 }
@@ -115,7 +40,7 @@ fn stop_and_cont_of_four_processors_that_never_leave_the_guest() -> Result<()> {
 #[test]
 fn accesses_across_edges_come_out_right_however_often_they_are_interrupted() -> Result<()> {
     let stage = Stage::new("split")?;
-    let (mut monitor, mut qmp, rounds) = counting(&stage, "split", "", 1)?;
+    let (mut monitor, mut qmp, rounds) = counting(&stage, stage.vm("split", "")?, 1)?;
     monitor.wait_for("the first page begins with 74726976\n", SOON)?;
     for time in 0..300_u32 {
         stop(&mut qmp)?;
@@ -130,46 +55,49 @@ fn accesses_across_edges_come_out_right_however_often_they_are_interrupted() -> 
 #[test]
 fn two_clients_see_the_same_life() -> Result<()> {
     let stage = Stage::new("two")?;
-    let (mut monitor, mut first, counters) = counting(&stage, "count", "registers 1", 1)?;
-    let mut second = Client::connect(&stage.socket())?;
+    let (mut monitor, mut first, counters) =
+        counting(&stage, stage.vm("count", "registers 1")?, 1)?;
+    let mut second = Client::connect(&stage.socket(), SOON)?;
     for _ in 0..20 {
         stop(&mut first)?;
-        ensure!(second.wait_event("STOP", SOON)? == json!({}));
+        ensure!(second.wait_event("STOP", SOON)?.data == json!({}));
         ensure!(status(&mut second)? == "paused");
         // Doing it again is no event.
-        ensure!(second.execute("stop", Value::Null)? == json!({}));
+        ensure!(second.execute_raw("stop", json!({}))? == json!({}));
         cont(&mut second)?;
-        ensure!(first.wait_event("RESUME", SOON)? == json!({}));
-        ensure!(first.execute("cont", Value::Null)? == json!({}));
+        ensure!(first.wait_event("RESUME", SOON)?.data == json!({}));
+        ensure!(first.execute_raw("cont", json!({}))? == json!({}));
     }
     counters.wait_past(&counters.read()?)?;
     // Each at its own pace, at the same time.
     let racer = thread::spawn(move || -> Result<Client> {
         for _ in 0..100 {
-            ensure!(second.execute("stop", Value::Null)? == json!({}));
-            ensure!(second.execute("cont", Value::Null)? == json!({}));
+            ensure!(second.execute_raw("stop", json!({}))? == json!({}));
+            ensure!(second.execute_raw("cont", json!({}))? == json!({}));
         }
         Ok(second)
     });
     for _ in 0..100 {
-        ensure!(first.execute("cont", Value::Null)? == json!({}));
-        ensure!(first.execute("stop", Value::Null)? == json!({}));
+        ensure!(first.execute_raw("cont", json!({}))? == json!({}));
+        ensure!(first.execute_raw("stop", json!({}))? == json!({}));
     }
     let mut second = racer.join().map_err(|_| anyhow::anyhow!("the second client panicked"))??;
-    ensure!(first.execute("cont", Value::Null)? == json!({}));
+    ensure!(first.execute_raw("cont", json!({}))? == json!({}));
     ensure!(status(&mut second)? == "running");
     counters.wait_past(&counters.read()?)?;
     quits(&stage, &mut monitor, &mut first)?;
-    ensure!(second.wait_event("SHUTDOWN", SOON)?.get("reason") == Some(&json!("host-qmp-quit")));
+    ensure!(
+        second.wait_event("SHUTDOWN", SOON)?.data.get("reason") == Some(&json!("host-qmp-quit"))
+    );
     Ok(())
 }
 
 #[test]
 fn query_cpus_names_the_threads_that_run_the_guest() -> Result<()> {
     let stage = Stage::new("threads")?;
-    let (monitor, mut qmp, counters) = counting(&stage, "count", "plain 4", 4)?;
-    let cpus = qmp.execute("query-cpus", Value::Null)?;
-    let fast = qmp.execute("query-cpus-fast", Value::Null)?;
+    let (monitor, mut qmp, counters) = counting(&stage, stage.vm("count", "plain 4")?, 4)?;
+    let cpus = qmp.execute_raw("query-cpus", json!({}))?;
+    let fast = qmp.execute_raw("query-cpus-fast", json!({}))?;
     let cpus = cpus.as_array().context("no list")?;
     ensure!(cpus.len() == 4);
     let mut threads = HashSet::new();

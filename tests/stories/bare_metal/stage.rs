@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::agent;
-use stories::client::Client;
 use stories::monitor::{Monitor, SOON, Vm};
 use stories::paths::{Paths, SCRATCH};
 
@@ -95,7 +95,7 @@ fn monitor() -> Result<PathBuf> {
 
 /// Runs a command that takes no arguments and returns nothing.
 pub fn simple(qmp: &mut Client, command: &str) -> Result<()> {
-    let returned = qmp.execute(command, Value::Null)?;
+    let returned = qmp.execute_raw(command, json!({}))?;
     ensure!(returned == json!({}), "{command} returned {returned}");
     Ok(())
 }
@@ -103,20 +103,20 @@ pub fn simple(qmp: &mut Client, command: &str) -> Result<()> {
 /// `stop`, and the event that comes with it.
 pub fn stop(qmp: &mut Client) -> Result<()> {
     simple(qmp, "stop")?;
-    ensure!(qmp.wait_event("STOP", SOON)? == json!({}));
+    ensure!(qmp.wait_event("STOP", SOON)?.data == json!({}));
     Ok(())
 }
 
 /// `cont`, and the event that comes with it.
 pub fn cont(qmp: &mut Client) -> Result<()> {
     simple(qmp, "cont")?;
-    ensure!(qmp.wait_event("RESUME", SOON)? == json!({}));
+    ensure!(qmp.wait_event("RESUME", SOON)?.data == json!({}));
     Ok(())
 }
 
 /// `query-status`'s `status`.
 pub fn status(qmp: &mut Client) -> Result<String> {
-    let info = qmp.execute("query-status", Value::Null)?;
+    let info = qmp.execute_raw("query-status", json!({}))?;
     let status = info.get("status").and_then(Value::as_str).context("no status")?.to_owned();
     ensure!(info.get("running") == Some(&json!(status == "running")), "{info}");
     Ok(status)
@@ -130,10 +130,12 @@ pub fn ends(
     reason: &str,
     code: i32,
 ) -> Result<()> {
-    let data = qmp.wait_event("SHUTDOWN", SOON)?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
     ensure!(data == json!({ "guest": guest, "reason": reason }), "{data}");
-    let after = qmp.line(std::time::Instant::now() + SOON)?;
-    ensure!(after.is_none(), "after SHUTDOWN came {after:?}");
+    qmp.take_events();
+    qmp.wait_closed(SOON)?;
+    let after = qmp.take_events();
+    ensure!(after.is_empty(), "after SHUTDOWN came {after:?}");
     let status = monitor.wait_exit()?;
     ensure!(status.code() == Some(code), "the monitor ended with {status}");
     Ok(())
@@ -149,4 +151,9 @@ pub fn quits(stage: &Stage, monitor: &mut Monitor, qmp: &mut Client) -> Result<(
 
 pub fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
+}
+
+/// How many descriptors the monitor has open.
+pub fn descriptors(monitor: &Monitor) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{}/fd", monitor.pid()))?.count())
 }

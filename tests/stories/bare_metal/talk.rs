@@ -2,31 +2,31 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::client::Client;
 use stories::monitor::{Monitor, SOON};
 
 use crate::stage::{Stage, ends, exists, quits, simple, status};
 
 /// What a person sees in `ncat -U`.
-struct Ncat(BufReader<UnixStream>);
+pub struct Ncat(BufReader<UnixStream>);
 
 impl Ncat {
-    fn connect(stage: &Stage) -> Result<Self> {
+    pub fn connect(stage: &Stage) -> Result<Self> {
         let stream = UnixStream::connect(stage.socket())?;
         stream.set_read_timeout(Some(SOON))?;
         Ok(Self(BufReader::new(stream)))
     }
 
-    fn types(&mut self, text: &str) -> Result<()> {
+    pub fn types(&mut self, text: &str) -> Result<()> {
         Ok(self.0.get_mut().write_all(text.as_bytes())?)
     }
 
-    fn sees(&mut self) -> Result<String> {
+    pub fn sees(&mut self) -> Result<String> {
         let mut line = String::new();
         self.0.read_line(&mut line)?;
         let text = line.strip_suffix("\r\n").context("a line does not end with CR LF")?;
@@ -34,7 +34,7 @@ impl Ncat {
     }
 
     /// The next line is that event, word for word but for the time, which is the present one.
-    fn sees_event(&mut self, name: &str, data: &str) -> Result<()> {
+    pub fn sees_event(&mut self, name: &str, data: &str) -> Result<()> {
         let line = self.sees()?;
         let start = format!(r#"{{"event":"{name}","data":{data},"timestamp":{{"#);
         ensure!(line.starts_with(&start), "{line}");
@@ -151,17 +151,18 @@ fn the_guests_end_tells_every_client() -> Result<()> {
     let mut monitor = vm.start(&stage.paths, &stage.dir)?;
     let mut clients = vec![monitor.qmp()?];
     for _ in 0..20 {
-        clients.push(Client::connect(&stage.socket())?);
+        clients.push(Client::connect(&stage.socket(), SOON)?);
     }
     // One that says nothing and reads nothing, and one that has gone.
     let silent = UnixStream::connect(stage.socket())?;
     drop(UnixStream::connect(stage.socket())?);
-    clients.first_mut().context("no client")?.execute("cont", Value::Null)?;
+    clients.first_mut().context("no client")?.execute_raw("cont", json!({}))?;
     for mut client in clients {
         ensure!(
-            client.wait_event("SHUTDOWN", SOON)?.get("reason") == Some(&json!("guest-shutdown"))
+            client.wait_event("SHUTDOWN", SOON)?.data.get("reason")
+                == Some(&json!("guest-shutdown"))
         );
-        ensure!(client.line(Instant::now() + SOON)?.is_none());
+        client.wait_closed(SOON)?;
     }
     ensure!(monitor.wait_exit()?.code() == Some(0));
     drop(silent);
@@ -181,7 +182,7 @@ fn killed_it_leaves_nothing_that_keeps_the_next_one_from_starting() -> Result<()
     ensure!(fs::symlink_metadata(stage.socket())?.file_type().is_socket(), "no stale socket");
     let mut monitor = vm.start(&stage.paths, &stage.dir)?;
     monitor.wait_for("halts\n", SOON)?;
-    let mut qmp = Client::connect(&stage.socket())?;
+    let mut qmp = Client::connect(&stage.socket(), SOON)?;
     quits(&stage, &mut monitor, &mut qmp)
 }
 

@@ -57,7 +57,7 @@ pub fn four_vcpus(story: &Story) -> Result<()> {
     guest.wait_ready()?;
     ensure!(guest.sh("nproc")? == "4");
     let ids = guest.sh("grep ^apicid /proc/cpuinfo | cut -d: -f2 | tr -d '\\n'")?;
-    ensure!(ids == " 0 1 2 3", "the APIC ids are{ids}");
+    ensure!(ids == "0 1 2 3", "the APIC ids are {ids}");
     let cores = guest
         .sh("cat /sys/devices/system/cpu/cpu*/topology/thread_siblings_list | sort -u | wc -l")?;
     ensure!(cores.trim() == "4", "{cores} cores instead of 4");

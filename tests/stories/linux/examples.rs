@@ -1,23 +1,31 @@
 //! Every file of `config-examples/` boots, with this host's paths and taps in place of its own.
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use stories::agent::{EXAMPLES, Story};
+use stories::agent::{EXAMPLES, Story, Told};
 use stories::guest::{Kernel, initramfs, root_disk};
 use stories::monitor::{BOOT, Vm};
 use stories::net::Tap;
 
-pub fn every_example_boots(story: &Story) -> Result<()> {
-    let dir = story.paths.cache.join(EXAMPLES);
-    let mut count = 0;
-    for entry in fs::read_dir(&dir).context("no config-examples")? {
-        let path = entry?.path();
-        boots(story, &fs::read_to_string(&path)?).with_context(|| path.display().to_string())?;
-        count += 1;
+/// Begins the names of these stories; the name of the file ends them.
+const NAME: &str = "the_example_boots_";
+
+/// One story for each file in `dir`.
+pub fn stories(dir: &Path) -> Result<Vec<Told>> {
+    let mut stories: Vec<Told> = Vec::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("no {}", dir.display()))? {
+        stories.push((format!("{NAME}{}", entry?.file_name().display()), example));
     }
-    ensure!(count > 0, "config-examples/ is empty");
-    Ok(())
+    ensure!(!stories.is_empty(), "{} is empty", dir.display());
+    stories.sort_by(|one, other| one.0.cmp(&other.0));
+    Ok(stories)
+}
+
+fn example(story: &Story) -> Result<()> {
+    let file = story.name.strip_prefix(NAME).context("not an example")?;
+    boots(story, &fs::read_to_string(story.paths.cache.join(EXAMPLES).join(file))?)
 }
 
 fn boots(story: &Story, text: &str) -> Result<()> {

@@ -79,7 +79,7 @@ fn save(directory: &Path, mark: u8, cancelled: bool) -> Result<(), SaveError> {
     let used = ram::used(&memory).unwrap();
     file.copy(&mut writer, &used, &progress)?;
     progress.cancelled.store(cancelled, Ordering::Relaxed);
-    file.copy(&mut writer, &[0..4096], &progress)?;
+    file.copy(&mut writer, std::slice::from_ref(&(0..4096)), &progress)?;
     save::finish(target, &file, writer, config(mark.into()), state(mark.into()))
 }
 

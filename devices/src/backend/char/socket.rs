@@ -18,6 +18,7 @@ use rustix::{
 };
 
 use super::CharError;
+use crate::log_limit::log_seldom;
 
 /// The listening socket; dropping it removes its path.
 pub(super) struct Listener {
@@ -46,7 +47,7 @@ impl Listener {
             Ok((stream, _)) => stream.set_nonblocking(true).is_ok().then_some(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => {
-                log::warn!("{}: cannot accept: {error}", self.path.display());
+                log_seldom!(warn, "{}: cannot accept: {error}", self.path.display());
                 None
             }
         }

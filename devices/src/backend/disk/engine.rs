@@ -30,7 +30,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
 
 use super::{Disk, sys};
-use crate::{Memory, virtio::chain::Segment};
+use crate::{Memory, log_limit::log_seldom, virtio::chain::Segment};
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
@@ -173,7 +173,8 @@ impl<T> Engine<T> {
     pub fn new(disk: Arc<Disk>, memory: Memory, depth: usize) -> Self {
         let entries = depth.clamp(1, RING).next_power_of_two() as u32;
         let ring = disk.io_uring.then(|| IoUring::new(entries)).and_then(|ring| {
-            ring.inspect_err(|e| log::warn!("{}: no io_uring: {e}", disk.path.display())).ok()
+            ring.inspect_err(|e| log_seldom!(warn, "{}: no io_uring: {e}", disk.path.display()))
+                .ok()
         });
         // One completion at most for each slot, so the completion ring never overflows.
         let limit = ring.as_ref().map_or(0, |r| r.params().cq_entries() as usize);
@@ -373,7 +374,7 @@ impl<T> Engine<T> {
                 return;
             }
             if !self.enter(0) {
-                log::error!("{}: io_uring takes no requests", self.disk.path.display());
+                log_seldom!(error, "{}: io_uring takes no requests", self.disk.path.display());
                 return;
             }
         }
@@ -491,7 +492,7 @@ impl<T> Drop for Engine<T> {
             while self.finished().is_some() {}
             if self.in_flight > 0 && !self.wait() {
                 // Rather lose the memory than let the kernel write to what is somebody else's.
-                log::error!("{}: requests never ended", self.disk.path.display());
+                log_seldom!(error, "{}: requests never ended", self.disk.path.display());
                 mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
                 return;
             }

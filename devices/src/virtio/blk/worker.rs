@@ -27,6 +27,7 @@ use super::{
 use crate::{
     Memory,
     backend::disk::{Disk, Engine, Op, Outcome, SECTOR},
+    log_limit::log_seldom,
     rate_limit::RateLimiter,
     virtio::{
         ActiveQueue, Interrupt,
@@ -431,7 +432,7 @@ impl Worker for BlockWorker {
             self.complete();
             let Some(engine) = self.engine.as_mut().filter(|e| e.in_flight() > 0) else { break };
             if !engine.wait() {
-                log::error!("{}: requests never ended", engine.disk().path().display());
+                log_seldom!(error, "{}: requests never ended", engine.disk().path().display());
                 break;
             }
         }

@@ -5,13 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmm_sys_util::{
-    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
-    timerfd::TimerFd,
-};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::{
     backend::char::{CharSink, CharSource},
+    log_limit::log_seldom,
     virtio::{
         Interrupt,
         chain::{self, Chain, total},
@@ -43,8 +41,6 @@ pub(super) struct ConsoleWorker {
     held_since: Option<Instant>,
     /// Patience has run out: output is dropped until the reader takes some again.
     stalled: bool,
-    /// Signalled by the worker to itself, to go on after others had their turn.
-    again: EventFd,
     /// The driver has broken a ring and has to reset the device.
     broken: bool,
 }
@@ -64,19 +60,14 @@ const RX_NOTIFY: usize = 0;
 const TX_NOTIFY: usize = 1;
 const SOURCE: usize = 2;
 const TIMER: usize = 3;
-const AGAIN: usize = 4;
 
 impl ConsoleWorker {
     /// # Errors
     /// When the process has no descriptor left; the source comes back.
     pub(super) fn new(parts: Parts) -> Result<Self, (io::Error, CharSource)> {
-        let fds = || {
-            let patience = TimerFd::new().map_err(io::Error::from)?;
-            Ok((patience, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?))
-        };
-        let (patience, again) = match fds() {
-            Ok(fds) => fds,
-            Err(e) => return Err((e, parts.source)),
+        let patience = match TimerFd::new() {
+            Ok(timer) => timer,
+            Err(e) => return Err((e.into(), parts.source)),
         };
         Ok(Self {
             id: parts.id,
@@ -91,7 +82,6 @@ impl ConsoleWorker {
             patience,
             held_since: None,
             stalled: false,
-            again,
             broken: false,
         })
     }
@@ -143,7 +133,7 @@ impl ConsoleWorker {
             self.rx.put_used(0, self.chain.head(), used)?;
             self.rx.publish(1)?;
         }
-        self.go_on();
+        self.rx.come_back();
         self.interrupt(|worker| &mut worker.rx)
     }
 
@@ -180,7 +170,7 @@ impl ConsoleWorker {
             self.tx.put_used(0, self.chain.head(), 0)?;
             self.tx.publish(1)?;
         }
-        self.go_on();
+        self.tx.come_back();
         self.interrupt(|worker| &mut worker.tx)
     }
 
@@ -235,11 +225,6 @@ impl ConsoleWorker {
         Ok(())
     }
 
-    fn go_on(&self) {
-        // Saturated: it is set already.
-        let _ = self.again.write(1);
-    }
-
     fn run(&mut self, index: usize) -> Result<(), Broken> {
         match index {
             RX_NOTIFY => {
@@ -251,8 +236,7 @@ impl ConsoleWorker {
                 self.transmit()
             }
             TIMER => self.look_at_clock(),
-            SOURCE | AGAIN => {
-                let _ = self.again.read();
+            SOURCE => {
                 self.receive()?;
                 self.transmit()
             }
@@ -272,19 +256,13 @@ enum Sent {
 
 impl Worker for ConsoleWorker {
     fn sources(&self) -> Vec<RawFd> {
-        vec![
-            self.rx.fd(),
-            self.tx.fd(),
-            self.source.as_raw_fd(),
-            self.patience.as_raw_fd(),
-            self.again.as_raw_fd(),
-        ]
+        vec![self.rx.fd(), self.tx.fd(), self.source.as_raw_fd(), self.patience.as_raw_fd()]
     }
 
     fn ready(&mut self, index: usize) {
         if !self.broken && self.run(index).is_err() {
             self.broken = true;
-            log::error!("{}: the driver has broken a virtqueue", self.id);
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
             self.interrupt.needs_reset();
         }
     }

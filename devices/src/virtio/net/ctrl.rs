@@ -31,26 +31,22 @@ impl Control {
         Self { ring, chain }
     }
 
-    /// Have `obey` carry the commands out, at most a queue's worth; its answer says whether it
-    /// did. True when there are more.
-    pub(super) fn run(&mut self, mut obey: impl FnMut(Command) -> bool) -> Result<bool, Broken> {
+    /// Have `obey` carry one command out; its answer says whether it did. One, because the host
+    /// can take milliseconds for it, under a lock that all its interfaces share. True when there
+    /// may be more.
+    pub(super) fn run(&mut self, obey: impl FnOnce(Command) -> bool) -> Result<bool, Broken> {
         self.ring.ignore()?;
-        let mut budget = self.ring.size();
-        while budget > 0 {
-            let used = match self.ring.pop(&mut self.chain)? {
-                Popped::Nothing if self.ring.listen()? => continue,
-                Popped::Nothing => return Ok(false),
-                Popped::Malformed => 0,
-                Popped::Chain => self.answer(&mut obey),
-            };
-            budget -= 1;
-            self.ring.put_used(0, self.chain.head(), used)?;
-            self.ring.publish(1)?;
-        }
+        let used = match self.ring.pop(&mut self.chain)? {
+            Popped::Nothing => return self.ring.listen(),
+            Popped::Malformed => 0,
+            Popped::Chain => self.answer(obey),
+        };
+        self.ring.put_used(0, self.chain.head(), used)?;
+        self.ring.publish(1)?;
         Ok(true)
     }
 
-    fn answer(&self, obey: &mut impl FnMut(Command) -> bool) -> u32 {
+    fn answer(&self, obey: impl FnOnce(Command) -> bool) -> u32 {
         if self.chain.writable().is_empty() {
             // No place for an answer, so nothing that the driver could rely on.
             return 0;

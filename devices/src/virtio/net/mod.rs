@@ -37,6 +37,7 @@ use super::{
 use crate::{
     Device,
     backend::net::{NetBackend, Offloads, tap::Tap},
+    log_limit::log_seldom,
     state::{Section, StateError},
     worker::Home,
 };
@@ -217,7 +218,7 @@ impl<B: NetBackend> Net<B> {
         let Some(backend) = &self.backend else { return };
         let offloads = backend.set_offloads(Offloads::default());
         if let Err(e) = offloads.and(backend.set_active_queues(1)) {
-            log::warn!("{}: cannot reset the tap device: {e}", self.id);
+            log_seldom!(warn, "{}: cannot reset the tap device: {e}", self.id);
         }
     }
 }

@@ -6,10 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
-};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
     NetStats,
@@ -19,6 +16,7 @@ use super::{
 };
 use crate::{
     backend::net::{NetBackend, Offloads},
+    log_limit::log_seldom,
     rate_limit::RateLimiter,
     virtio::{
         Interrupt,
@@ -74,9 +72,6 @@ impl<B: NetBackend> Shared<B> {
 struct Pair {
     rx: Rx,
     tx: Tx,
-    /// A batch has ended before its work did.
-    rx_more: bool,
-    tx_more: bool,
 }
 
 /// What a descriptor that the worker waits on stands for.
@@ -89,7 +84,6 @@ enum Source {
     RxTimer,
     TxTimer,
     Control,
-    Again,
 }
 
 pub(super) struct NetWorker<B> {
@@ -101,8 +95,6 @@ pub(super) struct NetWorker<B> {
     /// Offloads that the driver has agreed to, and those in force.
     negotiated: Offloads,
     offloads: Offloads,
-    /// Signalled by the worker to itself, to go on after others had their turn.
-    again: EventFd,
     sources: Vec<Source>,
     /// The driver has broken a ring and has to reset the device.
     broken: bool,
@@ -139,12 +131,7 @@ impl<B: NetBackend> NetWorker<B> {
             stats: parts.stats,
             writable: Epoll::new()?,
         };
-        let pair = |(rx, tx)| Pair {
-            rx: Rx::new(rx, parts.mergeable),
-            tx: Tx::new(tx),
-            rx_more: false,
-            tx_more: false,
-        };
+        let pair = |(rx, tx)| Pair { rx: Rx::new(rx, parts.mergeable), tx: Tx::new(tx) };
         let mut worker = Self {
             shared,
             pairs: parts.pairs.into_iter().map(pair).collect(),
@@ -152,7 +139,6 @@ impl<B: NetBackend> NetWorker<B> {
             active_pairs: 1,
             negotiated: parts.negotiated,
             offloads: parts.negotiated,
-            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             sources: Vec::new(),
             broken: false,
         };
@@ -168,7 +154,7 @@ impl<B: NetBackend> NetWorker<B> {
         }
         self.shared.backend = backend;
         self.apply();
-        let mut sources = vec![Source::Again, Source::Writable];
+        let mut sources = vec![Source::Writable];
         for n in 0..self.pairs.len() {
             sources.extend([Source::RxNotify(n), Source::TxNotify(n)]);
             if self.shared.backend.as_ref().is_some_and(|b| n < b.queues()) {
@@ -236,7 +222,11 @@ impl<B: NetBackend> NetWorker<B> {
         let offloads = backend.set_offloads(self.offloads);
         let pairs = backend.set_active_queues(self.active_pairs.into());
         if let Err(e) = offloads.and(pairs) {
-            log::error!("{}: cannot set offloads and queues of the back-end: {e}", self.shared.id);
+            log_seldom!(
+                error,
+                "{}: cannot set offloads and queues of the back-end: {e}",
+                self.shared.id
+            );
         }
     }
 
@@ -245,38 +235,18 @@ impl<B: NetBackend> NetWorker<B> {
         let Some(pair) = self.pairs.get_mut(n).filter(|_| n < self.active_pairs.into()) else {
             return Ok(());
         };
-        let more = pair.rx.run(n, &mut self.shared)?;
-        pair.rx_more = more;
-        self.go_on(more);
+        if pair.rx.run(n, &mut self.shared)? {
+            pair.rx.ring.come_back();
+        }
         Ok(())
     }
 
     fn run_tx(&mut self, n: usize) -> Result<(), Broken> {
         let Some(pair) = self.pairs.get_mut(n) else { return Ok(()) };
-        let more = pair.tx.run(n, &mut self.shared)?;
-        pair.tx_more = more;
-        self.go_on(more);
+        if pair.tx.run(n, &mut self.shared)? {
+            pair.tx.ring.come_back();
+        }
         Ok(())
-    }
-
-    fn go_on(&self, more: bool) {
-        if more {
-            // Saturated: it is set already.
-            let _ = self.again.write(1);
-        }
-    }
-
-    fn run_again(&mut self) -> Result<(), Broken> {
-        let _ = self.again.read();
-        for n in 0..self.pairs.len() {
-            if self.pairs.get(n).is_some_and(|p| p.rx_more) {
-                self.run_rx(n)?;
-            }
-            if self.pairs.get(n).is_some_and(|p| p.tx_more) {
-                self.run_tx(n)?;
-            }
-        }
-        self.run_control()
     }
 
     fn run_control(&mut self) -> Result<(), Broken> {
@@ -299,11 +269,12 @@ impl<B: NetBackend> NetWorker<B> {
             }
             _ => false,
         })?;
-        let interrupt = control.ring.wants_interrupt()?;
-        if interrupt {
+        if control.ring.wants_interrupt()? {
             self.shared.interrupt.used();
         }
-        self.go_on(more);
+        if more {
+            control.ring.come_back();
+        }
         // Frames may have come to a queue before it was among the active ones.
         for n in pairs..self.active_pairs {
             self.run_rx(n.into())?;
@@ -317,9 +288,9 @@ impl<B: NetBackend> NetWorker<B> {
         for event in events.iter().take(n) {
             let n = usize::try_from(event.data()).unwrap_or(usize::MAX);
             let Some(pair) = self.pairs.get_mut(n) else { continue };
-            let more = pair.tx.run_writable(n, &mut self.shared)?;
-            pair.tx_more = more;
-            self.go_on(more);
+            if pair.tx.run_writable(n, &mut self.shared)? {
+                pair.tx.ring.come_back();
+            }
         }
         Ok(())
     }
@@ -336,7 +307,7 @@ impl<B: NetBackend> NetWorker<B> {
             Source::Control => self.control.iter().for_each(|c| c.ring.drain()),
             Source::RxTimer => self.shared.rx_limit.iter_mut().for_each(RateLimiter::replenish),
             Source::TxTimer => self.shared.tx_limit.iter_mut().for_each(RateLimiter::replenish),
-            Source::Backend(_) | Source::Writable | Source::Again => {}
+            Source::Backend(_) | Source::Writable => {}
         }
     }
 
@@ -348,7 +319,6 @@ impl<B: NetBackend> NetWorker<B> {
             Source::RxTimer => self.each(Self::run_rx),
             Source::TxTimer => self.each(Self::run_tx),
             Source::Control => self.run_control(),
-            Source::Again => self.run_again(),
         }
     }
 
@@ -362,7 +332,6 @@ impl<B: NetBackend> NetWorker<B> {
             Source::RxTimer => limiter(&self.shared.rx_limit),
             Source::TxTimer => limiter(&self.shared.tx_limit),
             Source::Control => self.control.as_ref().map_or(-1, |c| c.ring.fd()),
-            Source::Again => self.again.as_raw_fd(),
         }
     }
 }
@@ -377,7 +346,7 @@ impl<B: NetBackend> Worker for NetWorker<B> {
         self.drain(source);
         if !self.broken && self.run(source).is_err() {
             self.broken = true;
-            log::error!("{}: the driver has broken a virtqueue", self.shared.id);
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.shared.id);
             self.shared.interrupt.needs_reset();
         }
     }

@@ -156,6 +156,24 @@ fn commands_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn a_flood_of_commands_leaves_others_their_turn() {
+    let mut lan = Lan::new(settings(2), true);
+    lan.guest.start(CONTROL | 1 << VIRTIO_NET_F_MQ);
+    let at = lan.guest.bytes(&[4, 0, 2, 0, 0xee]);
+    let queue = &mut lan.guest.queues[4];
+    for _ in 0..20 {
+        let head = queue.chain(&[(at, 4, false), (at + 4, 1, true)]);
+        queue.publish(head);
+    }
+    lan.guest.transport.notifiers()[4].write(1).unwrap();
+    lan.guest.thread.turn(std::time::Duration::ZERO);
+    assert_eq!(lan.guest.queues[4].used_index(), 1, "the host may take milliseconds for each");
+    lan.guest.thread.settle();
+    assert_eq!(lan.guest.queues[4].used_index(), 20);
+    assert!(lan.guest.interrupted());
+}
+
+#[test]
 fn faults_of_the_host_lose_frames_and_nothing_else() {
     let mut lan = Lan::started(MERGEABLE);
     lan.refill(64, 1526);

@@ -1,0 +1,139 @@
+//! A disk, driven by a guest that knows how, and by one that does everything wrong.
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use qmp::client::Client;
+use serde_json::{Value, json};
+use stories::monitor::{Monitor, SOON, Vm};
+
+use crate::counters::{all_is_well, counting, storm};
+use crate::stage::{Stage, descriptors, quits, simple, status};
+
+/// Of the image, in sectors of 512 bytes.
+const SECTORS: u64 = 2048;
+
+/// An image of which every sector begins with its own number.
+fn numbered(stage: &Stage) -> Result<(PathBuf, Vec<u8>)> {
+    let sector = |number: u64| number.to_le_bytes().into_iter().chain([0x5a; 504]);
+    let contents: Vec<u8> = (0..SECTORS).flat_map(sector).collect();
+    let path = stage.file("disk");
+    fs::write(&path, &contents)?;
+    Ok((path, contents))
+}
+
+/// A machine whose guest drives that image.
+fn driving(stage: &Stage, how: &str, read_only: bool) -> Result<(Vm, PathBuf, Vec<u8>)> {
+    let (path, contents) = numbered(stage)?;
+    Ok((stage.vm("blk", how)?.disk("vda", &path, read_only), path, contents))
+}
+
+/// What sector 7 holds once the guest has written it.
+fn marked(mut contents: Vec<u8>, mark: u64) -> Result<Vec<u8>> {
+    let sector = contents.get_mut(7 * 512..8 * 512).context("a short image")?;
+    for (number, word) in (0..).zip(sector.chunks_mut(8)) {
+        word.copy_from_slice(&(mark + number).to_le_bytes());
+    }
+    Ok(contents)
+}
+
+/// Waits until the guest has done what it wanted, with a client that asks all the time and always
+/// gets its answer. Gives what the guest printed.
+fn done(stage: &Stage, monitor: &mut Monitor) -> Result<String> {
+    let over = AtomicBool::new(false);
+    let mut asking = Client::connect(&stage.socket(), SOON)?;
+    thread::scope(|scope| {
+        let asker = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                ensure!(status(&mut asking)? == "running");
+            }
+            Ok(())
+        });
+        let shown = monitor.wait_for("done\n", SOON * 3);
+        over.store(true, Ordering::Relaxed);
+        asker.join().map_err(|_| anyhow!("the client panicked"))??;
+        shown
+    })
+}
+
+#[test]
+fn reads_writes_flushes_and_interrupts() -> Result<()> {
+    let stage = Stage::new("blk_works")?;
+    let (vm, image, contents) = driving(&stage, "works", false)?;
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    let shown = done(&stage, &mut monitor)?;
+    ensure!(shown.contains("capacity 800\n"), "{shown}");
+    ensure!(shown.contains("the serial number is vda\n"), "{shown}");
+    ensure!(fs::read(&image)? == marked(contents, 0xfeed_0000_0000_0000)?, "the image differs");
+
+    let stats = qmp.execute_raw("query-blockstats", json!({}))?;
+    let stat = |name: &str| stats.pointer(&format!("/0/stats/{name}")).and_then(Value::as_u64);
+    ensure!(stat("wr_bytes") == Some(512) && stat("wr_operations") == Some(1), "{stats}");
+    ensure!(stat("flush_operations") == Some(1), "{stats}");
+    ensure!(stat("rd_operations") == Some(3 + 8 + 200), "{stats}");
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn what_is_read_only_stays_as_it_is() -> Result<()> {
+    let stage = Stage::new("blk_ro")?;
+    let (vm, image, contents) = driving(&stage, "read-only", true)?;
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    done(&stage, &mut monitor)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    ensure!(fs::read(&image)? == contents, "the image differs");
+    Ok(())
+}
+
+#[test]
+fn a_hostile_driver_harms_nobody_and_the_disk_works_afterwards() -> Result<()> {
+    let stage = Stage::new("blk_hostile")?;
+    let (vm, image, contents) = driving(&stage, "hostile", false)?;
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("capacity 800\n", SOON)?;
+    let before = descriptors(&monitor)?;
+    done(&stage, &mut monitor)?;
+    let after = descriptors(&monitor)?;
+    ensure!(after < before + 40, "{before} descriptors became {after}");
+    ensure!(fs::read(&image)? == marked(contents, 0xface_0000_0000_0000)?, "the image differs");
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn rings_that_change_while_they_are_read_harm_nobody() -> Result<()> {
+    let stage = Stage::new("blk_race")?;
+    let (vm, image, contents) = driving(&stage, "race", true)?;
+    let (mut monitor, mut qmp) = stage.start(vm.machine("vcpu_count", 2))?;
+    done(&stage, &mut monitor)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    ensure!(fs::read(&image)? == contents, "the image differs");
+    Ok(())
+}
+
+#[test]
+fn stop_and_cont_with_requests_in_flight() -> Result<()> {
+    let stage = Stage::new("blk_storm")?;
+    let (vm, ..) = driving(&stage, "busy", false)?;
+    let (monitor, mut qmp, rounds) = counting(&stage, vm, 1)?;
+    storm(&mut qmp, &rounds, 200)?;
+    all_is_well(&stage, monitor, qmp)
+}
+
+#[test]
+fn reset_with_requests_in_flight() -> Result<()> {
+    let stage = Stage::new("blk_reset")?;
+    let (vm, ..) = driving(&stage, "busy", false)?;
+    let (mut monitor, mut qmp, rounds) = counting(&stage, vm, 1)?;
+    let before = descriptors(&monitor)?;
+    for _ in 0..30 {
+        simple(&mut qmp, "system_reset")?;
+        ensure!(qmp.wait_event("RESET", SOON)?.data.get("guest") == Some(&json!(false)));
+        monitor.wait_for("capacity 800\n", SOON)?;
+        rounds.wait_past(&[0])?;
+    }
+    let after = descriptors(&monitor)?;
+    ensure!(after < before + 20, "{before} descriptors became {after}");
+    all_is_well(&stage, monitor, qmp)
+}

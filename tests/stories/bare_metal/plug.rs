@@ -1,0 +1,305 @@
+//! Slots are filled and emptied while the guest runs; it learns of that by the interrupt for a changed
+//! configuration, and what it then reads is there.
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
+use serde_json::{Value, json};
+use stories::monitor::{Monitor, SOON};
+
+use crate::stage::{Stage, descriptors, quits, simple};
+use crate::talk::Ncat;
+
+/// An image of so many sectors, each beginning with `mark` and its own number.
+fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf> {
+    let sector = |number: u64| (mark << 32 | number).to_le_bytes().into_iter().chain([0; 504]);
+    let contents: Vec<u8> = (0..sectors).flat_map(sector).collect();
+    let path = stage.file(name);
+    fs::write(&path, contents)?;
+    Ok(path)
+}
+
+/// What the guest prints when it finds that image in that slot.
+fn found(slot: usize, mark: u64, sectors: u64) -> String {
+    let word = |number: u64| mark << 32 | number;
+    let last = sectors - 1;
+    format!(
+        "disk {slot} has {sectors:x} sectors sector 3 begins with {:x} sector {last:x} begins with {:x}\n",
+        word(3),
+        word(last)
+    )
+}
+
+/// What it prints when the slot is empty: there is no sector 3 any more.
+fn empty(slot: usize) -> String {
+    format!("disk {slot} has 0 sectors sector 3 has status 1\n")
+}
+
+fn watching(stage: &Stage, how: &str) -> Result<(Monitor, Client)> {
+    let (mut monitor, qmp) = stage.start(stage.vm("plug", how)?)?;
+    ensure!(monitor.wait_for("ready\n", SOON)? == "ready\n");
+    Ok((monitor, qmp))
+}
+
+fn expect(monitor: &mut Monitor, text: &str) -> Result<()> {
+    let shown = monitor.wait_for("\n", SOON)?;
+    ensure!(shown == text, "the guest says '{shown}', not '{text}'");
+    Ok(())
+}
+
+fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
+    let backend = json!({ "node-name": id, "file": { "driver": "file", "filename": image }, "cache": { "direct": true }, "read-only": false });
+    ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
+    let device = json!({ "id": id, "driver": "virtio-blk-mmio", "addr": addr });
+    ensure!(qmp.execute_raw("device_add", device)? == json!({}));
+    Ok(())
+}
+
+fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
+    ensure!(qmp.execute_raw("device_del", json!({ "id": id }))? == json!({}));
+    let data = qmp.wait_event("DEVICE_DELETED", SOON)?.data;
+    ensure!(data == json!({ "device": id, "path": id }), "{data}");
+    Ok(())
+}
+
+/// The command fails and says that.
+fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) -> Result<()> {
+    let error = match qmp.execute_raw(command, arguments) {
+        Ok(returned) => anyhow::bail!("{command} returned {returned}"),
+        Err(error) => error.to_string(),
+    };
+    ensure!(error.contains(says), "{command}: {error}");
+    Ok(())
+}
+
+/// Kata Containers' own lines, in its order: see how `stratovirt.go` of its Go runtime plugs a volume.
+#[test]
+fn the_way_kata_plugs_a_volume() -> Result<()> {
+    let stage = Stage::new("kata")?;
+    let first = marked(&stage, "volume1", 0xa1, 128)?;
+    let second = marked(&stage, "volume2", 0xb2, 4096)?;
+    let vm = stage.vm("plug", "watch")?;
+    // Twice: a pod that is killed leaves nothing behind that disturbs the next one.
+    for _ in 0..2 {
+        let mut monitor = vm.clone().start(&stage.paths, &stage.dir)?;
+        drop(monitor.qmp()?);
+        monitor.wait_for("ready\n", SOON)?;
+
+        // One connection to see that it is there, another for the rest of its life.
+        let mut ncat = Ncat::connect(&stage)?;
+        let greeting: Value = serde_json::from_str(&ncat.sees()?)?;
+        let version = greeting.pointer("/QMP/version/qemu").context("no version")?;
+        for part in ["major", "minor", "micro"] {
+            ensure!(version.get(part).is_some_and(Value::is_u64), "{greeting}");
+        }
+        ensure!(version.get("major").and_then(Value::as_u64) >= Some(5), "{greeting}");
+        ncat.types("{\"execute\":\"qmp_capabilities\"}\n")?;
+        ensure!(ncat.sees()? == r#"{"return":{}}"#);
+        drop(ncat);
+        let mut ncat = Ncat::connect(&stage)?;
+        ncat.sees()?;
+        ncat.types("{\"execute\":\"qmp_capabilities\"}\n")?;
+        ensure!(ncat.sees()? == r#"{"return":{}}"#);
+
+        ncat.types("{\"execute\":\"query-cpus\"}\n")?;
+        let cpus: Value = serde_json::from_str(&ncat.sees()?)?;
+        ensure!(cpus.pointer("/return/0/CPU") == Some(&json!(0)), "{cpus}");
+        let thread = cpus.pointer("/return/0/thread_id").and_then(Value::as_u64);
+        let task = format!("/proc/{}/task/{}", monitor.pid(), thread.context("no thread")?);
+        ensure!(Path::new(&task).exists(), "{task} does not exist");
+
+        for (image, mark, sectors) in [(&first, 0xa1, 128), (&second, 0xb2, 4096)] {
+            let image = image.display();
+            ncat.types(&format!(
+                r#"{{"arguments":{{"driver":"raw","file":{{"aio":"native","driver":"file","filename":"{image}"}},"node-name":"drive-1f2e","read-only":false}},"execute":"blockdev-add"}}"#
+            ))?;
+            ncat.types("\n")?;
+            ensure!(ncat.sees()? == r#"{"return":{}}"#);
+            ncat.types(
+                r#"{"arguments":{"addr":"1","drive":"drive-1f2e","driver":"virtio-blk-mmio","id":"drive-1f2e","romfile":""},"execute":"device_add"}"#,
+            )?;
+            ncat.types("\n")?;
+            ensure!(ncat.sees()? == r#"{"return":{}}"#);
+            expect(&mut monitor, &found(1, mark, sectors))?;
+            ncat.types("{\"arguments\":{\"id\":\"drive-1f2e\"},\"execute\":\"device_del\"}\n")?;
+            ncat.sees_event("DEVICE_DELETED", r#"{"device":"drive-1f2e","path":"drive-1f2e"}"#)?;
+            ensure!(ncat.sees()? == r#"{"return":{}}"#);
+            expect(&mut monitor, &empty(1))?;
+        }
+
+        // What cannot be opened, and the clean-up after it.
+        ncat.types("{\"arguments\":{\"driver\":\"raw\",\"file\":{\"aio\":\"native\",\"driver\":\"host_device\",\"filename\":\"/no/such/device\"},\"node-name\":\"drive-3c4d\",\"read-only\":false},\"execute\":\"blockdev-add\"}\n")?;
+        let refused: Value = serde_json::from_str(&ncat.sees()?)?;
+        ensure!(refused.pointer("/error/class") == Some(&json!("GenericError")), "{refused}");
+        ncat.types(
+            "{\"arguments\":{\"node-name\":\"drive-3c4d\"},\"execute\":\"blockdev-del\"}\n",
+        )?;
+        ncat.sees()?;
+        ncat.types("{\"execute\":\"query-status\"}\n")?;
+        ensure!(ncat.sees()?.contains(r#""status":"running""#));
+        // Its way to end a pod: the harness sends SIGKILL.
+        drop(monitor);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_documented_commands_fill_every_slot() -> Result<()> {
+    let stage = Stage::new("slots")?;
+    let images = (0..8)
+        .map(|slot| marked(&stage, &format!("image{slot}"), 0x10 + slot, 64 + slot))
+        .collect::<Result<Vec<_>>>()?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    for (slot, image) in images.iter().enumerate() {
+        plug(&mut qmp, &format!("drive-{slot}"), image, &format!("{slot:#x}"))?;
+        let number = u64::try_from(slot)?;
+        expect(&mut monitor, &found(slot, 0x10 + number, 64 + number))?;
+    }
+    let disks = qmp.execute_raw("query-block", json!({}))?;
+    ensure!(disks.as_array().is_some_and(|disks| disks.len() == 8), "{disks}");
+
+    // What makes no sense is refused, and nothing changes.
+    let file = json!({ "driver": "file", "filename": images.first() });
+    let backend = |name: &str| json!({ "node-name": name, "file": file, "read-only": true });
+    refused(&mut qmp, "blockdev-add", backend("drive-0"), "drive-0 is already registered")?;
+    let add =
+        |id: &str, driver: &str, addr: &str| json!({ "id": id, "driver": driver, "addr": addr });
+    refused(
+        &mut qmp,
+        "device_add",
+        add("drive-x", "virtio-blk-mmio", "0"),
+        "Failed to find device configuration",
+    )?;
+    // Read-only and shared with drive-0, it still meets drive-0's lock.
+    refused(&mut qmp, "blockdev-add", backend("drive-x"), "image0")?;
+    let spare = marked(&stage, "spare", 0x99, 64)?;
+    let backend =
+        json!({ "node-name": "drive-x", "file": { "driver": "file", "filename": spare } });
+    ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
+    for (driver, addr, says) in [
+        ("virtio-blk-mmio", "0", "The slot 0 is occupied already"),
+        ("virtio-blk-mmio", "8", "A maximum of 8 block"),
+        ("virtio-blk-mmio", "-1", "Invalid addr for device drive-x"),
+        ("virtio-foo-mmio", "0", "Unsupported replaceable device type"),
+    ] {
+        refused(&mut qmp, "device_add", add("drive-x", driver, addr), says)?;
+    }
+    refused(&mut qmp, "device_del", json!({ "id": "drive-x" }), "Device drive-x not found")?;
+    ensure!(qmp.execute_raw("blockdev-del", json!({ "node-name": "drive-x" }))? == json!({}));
+    refused(&mut qmp, "blockdev-del", json!({ "node-name": "drive-0" }), "drive-0")?;
+    ensure!(monitor.unseen().is_empty(), "the guest noticed '{}'", monitor.unseen());
+
+    for slot in (0..8).rev() {
+        unplug(&mut qmp, &format!("drive-{slot}"))?;
+        expect(&mut monitor, &empty(slot))?;
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_slot_filled_and_emptied_again_and_again() -> Result<()> {
+    let stage = Stage::new("again")?;
+    let images = [marked(&stage, "one", 1, 64)?, marked(&stage, "two", 2, 72)?];
+    let (mut monitor, mut qmp) = watching(&stage, "polled")?;
+    let before = descriptors(&monitor)?;
+    for time in 0..40 {
+        let (image, mark, sectors) = match images.get(time % 2) {
+            Some(image) if time % 2 == 0 => (image, 1, 64),
+            image => (image.context("no image")?, 2, 72),
+        };
+        plug(&mut qmp, "drive", image, "2")?;
+        expect(&mut monitor, &found(2, mark, sectors))?;
+        unplug(&mut qmp, "drive")?;
+        expect(&mut monitor, &empty(2))?;
+    }
+    let after = descriptors(&monitor)?;
+    ensure!(after <= before, "{before} descriptors became {after}");
+    // Nobody holds the images any more.
+    for image in &images {
+        fs::File::open(image)?.try_lock().context("an image is still locked")?;
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_slot_filled_while_the_guest_stands_still() -> Result<()> {
+    let stage = Stage::new("still")?;
+    let image = marked(&stage, "image", 7, 64)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    simple(&mut qmp, "stop")?;
+    plug(&mut qmp, "drive", &image, "0")?;
+    ensure!(monitor.unseen().is_empty());
+    simple(&mut qmp, "cont")?;
+    expect(&mut monitor, &found(0, 7, 64))?;
+    simple(&mut qmp, "stop")?;
+    unplug(&mut qmp, "drive")?;
+    simple(&mut qmp, "cont")?;
+    expect(&mut monitor, &empty(0))?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_disk_that_grows() -> Result<()> {
+    let stage = Stage::new("grows")?;
+    let image = marked(&stage, "image", 7, 64)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    plug(&mut qmp, "drive", &image, "0")?;
+    expect(&mut monitor, &found(0, 7, 64))?;
+    let size = json!({ "device": "drive", "size": 128 * 512 });
+    ensure!(qmp.execute_raw("block_resize", size)? == json!({}));
+    let grown = "disk 0 has 80 sectors sector 3 begins with 700000003 sector 7f begins with 0\n";
+    expect(&mut monitor, grown)?;
+    ensure!(fs::metadata(&image)?.len() == 128 * 512);
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// The monitor in a network namespace of its own, with two taps.
+fn with_taps(stage: &mut Stage) -> Result<()> {
+    let script = stage.file("with-taps");
+    let monitor = stage.paths.stratovirt.display();
+    fs::write(
+        &script,
+        format!(
+            "#!/bin/sh\nexec unshare -n sh -ec '\n\
+             for tap in tap0 tap1; do\n\
+             ip tuntap add mode tap name $tap && ip link set $tap up\n\
+             done\n\
+             exec \"$0\" \"$@\"' '{monitor}' \"$@\"\n"
+        ),
+    )?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    stage.paths.stratovirt = script;
+    Ok(())
+}
+
+#[test]
+fn nics_come_up_with_their_address_and_go_down() -> Result<()> {
+    let mut stage = Stage::new("nics")?;
+    with_taps(&mut stage)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let macs = ["52:54:00:00:00:01", "0e:90:df:9f:a8:88"];
+    for (slot, mac) in macs.iter().enumerate() {
+        let id = format!("net-{slot}");
+        let backend = json!({ "id": id, "ifname": format!("tap{slot}") });
+        ensure!(qmp.execute_raw("netdev_add", backend.clone())? == json!({}));
+        refused(&mut qmp, "netdev_add", backend, &id)?;
+        let device = json!({ "id": id, "driver": "virtio-net-mmio", "addr": format!("{slot:#x}"), "mac": mac });
+        ensure!(qmp.execute_raw("device_add", device)? == json!({}));
+        expect(&mut monitor, &format!("nic {slot} is up {}\n", mac.replace(':', "")))?;
+    }
+    let missing = json!({ "id": "net-2", "ifname": "tap2" });
+    refused(&mut qmp, "netdev_add", missing, "ip tuntap add")?;
+    for slot in [1, 0] {
+        unplug(&mut qmp, &format!("net-{slot}"))?;
+        let shown = monitor.wait_for("\n", SOON)?;
+        ensure!(shown.starts_with(&format!("nic {slot} is down")), "{shown}");
+    }
+    // The tap is free again.
+    ensure!(
+        qmp.execute_raw("netdev_add", json!({ "id": "other", "ifname": "tap0" }))? == json!({})
+    );
+    ensure!(qmp.execute_raw("netdev_del", json!({ "id": "other" }))? == json!({}));
+    quits(&stage, &mut monitor, &mut qmp)
+}
