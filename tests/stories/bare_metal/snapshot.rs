@@ -30,9 +30,9 @@ fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
 
 fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     let uri = format!("file:{}", directory.display());
-    let returned = qmp.execute("migrate", json!({ "uri": uri, "resume": resume }))?;
+    let returned = qmp.execute_raw("migrate", json!({ "uri": uri, "resume": resume }))?;
     ensure!(returned == json!({}), "{returned}");
-    let info = qmp.execute("query-migrate", Value::Null)?;
+    let info = qmp.execute_raw("query-migrate", json!({}))?;
     ensure!(info.get("status") == Some(&json!("completed")), "{info}");
     Ok(info)
 }
@@ -158,9 +158,9 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     let image = stage.file("image");
     File::create(&image)?.set_len(1 << 20)?;
     let file = json!({ "driver": "file", "filename": image });
-    qmp.execute("blockdev-add", json!({ "node-name": "extra", "file": file }))?;
+    qmp.execute_raw("blockdev-add", json!({ "node-name": "extra", "file": file }))?;
     let device = json!({ "id": "extra", "driver": "virtio-blk-mmio", "addr": "3" });
-    qmp.execute("device_add", device)?;
+    qmp.execute_raw("device_add", device)?;
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
@@ -171,7 +171,7 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     ensure!(said.contains("disk 'extra'") && said.contains("-drive id=extra,file="), "{said}");
     let drive = format!("id=extra,file={}", moved.display());
     let (mut monitor, mut qmp) = restore(&stage, &saved, &["-drive", &drive])?;
-    let disks = qmp.execute("query-named-block-nodes", Value::Null)?;
+    let disks = qmp.execute_raw("query-named-block-nodes", json!({}))?;
     let path = disks.pointer("/0/file").and_then(Value::as_str).context("no disk")?;
     ensure!(Path::new(path) == moved, "{disks}");
     simple(&mut qmp, "cont")?;
@@ -193,7 +193,7 @@ fn a_save_that_cannot_be_leaves_the_guest_running() -> Result<()> {
     let (stage, mut monitor, mut qmp) = counting("snap-fail", 1)?;
     let uri = format!("file:{}", stage.file("no/such/place").display());
     for uri in [uri.as_str(), "file:", "nonsense", "tcp:127.0.0.1:1"] {
-        ensure!(qmp.execute("migrate", json!({ "uri": uri })).is_err(), "{uri} was accepted");
+        ensure!(qmp.execute_raw("migrate", json!({ "uri": uri })).is_err(), "{uri} was accepted");
         ensure!(status(&mut qmp)? == "running");
     }
     quits(&stage, &mut monitor, &mut qmp)
