@@ -230,7 +230,7 @@ impl Vmm {
     }
 
     fn save_over(&mut self, result: Result<(), SaveError>) {
-        let (live, ran) = (self.saving.live, self.saving.ran);
+        let live = self.saving.live;
         self.end_log(live);
         let mut failure = match (self.saving.error.take(), result) {
             (Some(why), _) => Some((MigrationStatus::Failed, why)),
@@ -252,11 +252,11 @@ impl Vmm {
             log::error!("cannot go on after a save: {why}");
             failure.get_or_insert((MigrationStatus::Failed, why));
         }
-        log::info!(
-            "saved in {:?}{}",
-            self.saving.job().map(Job::time).unwrap_or_default(),
-            if ran { "" } else { ", of a paused machine" }
-        );
+        let took = self.saving.job().map(Job::time).unwrap_or_default();
+        match &failure {
+            None => log::info!("saved in {took:?}"),
+            Some((_, why)) => log::warn!("not saved: {why}"),
+        }
         let status = failure.as_ref().map_or(MigrationStatus::Completed, |f| f.0);
         self.saving.status = status;
         self.saving.error = failure.map(|f| f.1);

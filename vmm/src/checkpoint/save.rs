@@ -33,7 +33,7 @@ pub enum SaveError {
     Busy { path: PathBuf },
     #[error("cannot {what} {}", path.display())]
     File { what: &'static str, path: PathBuf, source: io::Error },
-    #[error("cannot write {}: {needed} MiB are needed at most, {source}", path.display())]
+    #[error("cannot write {}: up to {needed} MiB must be free there", path.display())]
     Full { path: PathBuf, needed: u64, source: io::Error },
     #[error("cannot find out which memory the guest uses (/proc/self/pagemap)")]
     Memory(#[source] io::Error),
