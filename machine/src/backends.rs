@@ -15,7 +15,7 @@ use devices::{
 
 use crate::{
     Machine,
-    config::{DiskConfig, MachineConfig, NicConfig, Tap as TapConfig},
+    config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig},
     slots::{DISKS, NICS},
 };
 
@@ -68,16 +68,20 @@ pub(crate) struct Backends {
 }
 
 impl Backends {
-    pub fn new(config: &MachineConfig) -> Self {
+    pub fn new(occupied: &Occupancy) -> Self {
         let mut this = Self {
             waiting_disks: BTreeMap::new(),
             waiting_nics: BTreeMap::new(),
             disks: Default::default(),
             nics: Default::default(),
         };
-        this.disks.iter_mut().zip(&config.disks).for_each(|(to, c)| *to = Some(c.clone()));
-        this.nics.iter_mut().zip(&config.nics).for_each(|(to, c)| *to = Some(c.clone()));
+        this.disks.iter_mut().zip(&occupied.disks).for_each(|(to, c)| to.clone_from(c));
+        this.nics.iter_mut().zip(&occupied.nics).for_each(|(to, c)| to.clone_from(c));
         this
+    }
+
+    pub fn occupancy(&self) -> Occupancy {
+        Occupancy { disks: self.disks.to_vec(), nics: self.nics.to_vec() }
     }
 
     fn knows(&self, id: &str) -> bool {

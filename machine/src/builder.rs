@@ -14,21 +14,24 @@ use devices::{
     worker::IoThread,
 };
 
+use kvm_bindings::CpuId;
 use vm_memory::MmapRegion;
 
 use crate::{
     Machine,
     backends::{self, Backends},
     boot::{self, BootError, Platform},
-    config::{Aio, MachineConfig},
+    config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
     event::{Event, Report, Told},
     io_thread,
     kvm::{
-        self, KvmError, Vm, cpuid, entry, state,
+        self, KvmError, Vm, cpuid, entry, features, state,
         vcpu::{Buses, KvmCpu},
     },
     legacy::{self, Legacy, LegacyError},
+    machine::RunError,
     memory::{self, MemoryError},
+    quiesced::{MachineState, RestoreError},
     slots::{DISKS, NICS, SlotError, Slots},
     vcpu::Handle,
 };
@@ -72,8 +75,32 @@ pub enum BuildError {
     ApicIds,
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    #[error("{0}")]
+    Cpu(String),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    Run(#[from] RunError),
     #[error("cannot make the register window")]
     Window(#[source] io::Error),
+}
+
+/// What a saved machine is built from.
+pub struct Saved<'a> {
+    /// What it was made from at its start.
+    pub config: &'a MachineConfig,
+    /// What is in its slots now.
+    pub occupied: &'a Occupancy,
+    /// Its memory, contents and all.
+    pub memory: Memory,
+    /// Everything else.
+    pub state: MachineState,
+}
+
+/// How the guest begins.
+enum Begin {
+    Boot,
+    GoOn(Memory, CpuId),
 }
 
 impl Machine {
@@ -82,11 +109,33 @@ impl Machine {
     /// # Errors
     /// When the host or a file does not give what the configuration asks for.
     pub fn new(config: &MachineConfig, report: Report) -> Result<Self, BuildError> {
-        if config.disks.len() > DISKS {
-            return Err(BuildError::TooManyDisks { count: config.disks.len() });
+        Self::build(config, &Occupancy::at_start(config), Begin::Boot, report)
+    }
+
+    /// Build a machine that goes on where a saved one stood, once [`Machine::resume`] is called.
+    ///
+    /// # Errors
+    /// As [`Machine::new`]; when the state does not fit the configuration or this host.
+    pub fn restored(saved: Saved<'_>, report: Report) -> Result<Self, BuildError> {
+        let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
+        let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
+        machine.quiesced()?.restore(&saved.state)?;
+        Ok(machine)
+    }
+
+    fn build(
+        config: &MachineConfig,
+        occupied: &Occupancy,
+        begin: Begin,
+        report: Report,
+    ) -> Result<Self, BuildError> {
+        let disks = config.disks.len().max(occupied.disks.len());
+        if disks > DISKS {
+            return Err(BuildError::TooManyDisks { count: disks });
         }
-        if config.nics.len() > NICS {
-            return Err(BuildError::TooManyNics { count: config.nics.len() });
+        let nics = config.nics.len().max(occupied.nics.len());
+        if nics > NICS {
+            return Err(BuildError::TooManyNics { count: nics });
         }
         let apic_ids = (0..config.cpus)
             .map(|i| u8::try_from(cpuid::apic_id(&config.topology, i)).ok().filter(|id| *id < 255))
@@ -98,20 +147,34 @@ impl Machine {
         if usize::from(config.cpus) > max {
             return Err(KvmError::TooManyCpus { cpus: config.cpus, max }.into());
         }
-        let memory = memory::allocate(&config.memory)?;
+        let (memory, seen) = match begin {
+            Begin::Boot => (memory::allocate(&config.memory)?, None),
+            Begin::GoOn(memory, seen) => {
+                let first = apic_ids.first().copied().unwrap_or(0);
+                let supported = cpuid::supported(&kvm)?;
+                let here = cpuid::for_vcpu(&kvm, &supported, first, &config.topology);
+                match features::missing(&features::leaves(&here), &features::leaves(&seen)) {
+                    Some(why) => return Err(BuildError::Cpu(why)),
+                    None => (memory, Some(seen)),
+                }
+            }
+        };
         let extra = usize::from(config.console.is_some()) + usize::from(config.rng.is_some());
         let window = Slots::window(DISKS + NICS + extra).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
+        let seen_leaves = seen.as_ref();
+        let made_of = MadeOf { config, occupied, boot: seen.is_none() };
         let (fds, parts) = thread::scope(|scope| {
-            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, &config.topology));
-            let parts = Parts::new(config, &vm, &memory, window, &io_threads, &apic_ids, &report);
+            let topology = &config.topology;
+            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
+            let parts = Parts::new(&made_of, &vm, &memory, window, &io_threads, &apic_ids, &report);
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
         let Parts { legacy, slots, buses, chardevs, boot } = parts?;
-        if let Some(first) = fds.first() {
+        if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
         let msr_list = Arc::new(state::msr_list(&kvm)?);
@@ -140,7 +203,8 @@ impl Machine {
             apic_ids,
             parked: None,
             chardevs,
-            backends: Backends::new(config),
+            backends: Backends::new(occupied),
+            seen,
         })
     }
 }
@@ -151,13 +215,21 @@ struct Parts {
     slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
-    boot: boot::Entry,
+    boot: Option<boot::Entry>,
+}
+
+/// What they are made from.
+struct MadeOf<'a> {
+    config: &'a MachineConfig,
+    occupied: &'a Occupancy,
+    /// Guest memory is empty: it gets a kernel.
+    boot: bool,
 }
 
 impl Parts {
     /// The devices, on their buses, and the kernel in guest memory.
     fn new(
-        config: &MachineConfig,
+        made_of: &MadeOf<'_>,
         vm: &Vm,
         memory: &Memory,
         window: Arc<MmapRegion>,
@@ -165,6 +237,7 @@ impl Parts {
         apic_ids: &[u8],
         report: &Report,
     ) -> Result<Self, BuildError> {
+        let MadeOf { config, occupied, boot } = *made_of;
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
@@ -179,14 +252,16 @@ impl Parts {
             slots.add(&mut mmio, device, thread).map_err(BuildError::Slot)
         };
         for slot in 0..DISKS {
-            let disk = config.disks.get(slot);
-            let thread = threads.find_for("disk", disk.map(|d| (&d.id, &d.iothread)))?;
-            add(Box::new(block(slot, disk, report)?), thread)?;
+            let shape = config.disks.get(slot);
+            let disk = occupied.disks.get(slot).and_then(Option::as_ref);
+            let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
+            add(Box::new(block(slot, shape, disk, report)?), thread)?;
         }
         for slot in 0..NICS {
-            let nic = config.nics.get(slot);
-            let thread = threads.find_for("NIC", nic.map(|n| (&n.id, &n.iothread)))?;
-            add(Box::new(interface(slot, nic)?), thread)?;
+            let shape = config.nics.get(slot);
+            let nic = occupied.nics.get(slot).and_then(Option::as_ref);
+            let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
+            add(Box::new(interface(slot, shape, nic)?), thread)?;
         }
         if let Some(console) = &config.console {
             let char = legacy::open(&console.backend, report)
@@ -207,7 +282,7 @@ impl Parts {
             serial: config.serial.is_some(),
             vmgenid: None,
         };
-        let boot = boot::load(memory, &config.boot, &platform)?;
+        let boot = boot.then(|| boot::load(memory, &config.boot, &platform)).transpose()?;
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;
@@ -254,9 +329,12 @@ impl Threads<'_> {
     }
 }
 
+/// A slot for disks: its queues are those of the disk that it had at the start, `shape`, whatever
+/// `disk` is in it now.
 fn block(
     slot: usize,
-    disk: Option<&crate::config::DiskConfig>,
+    shape: Option<&DiskConfig>,
+    disk: Option<&DiskConfig>,
     report: &Report,
 ) -> Result<blk::Block, BuildError> {
     let report = report.clone();
@@ -266,38 +344,38 @@ fn block(
         let error = io::Error::new(error.kind(), error.to_string());
         report(Event::DiskError { id: id.into(), write, error, told });
     });
-    let mut settings =
-        blk::Settings { queues: 1, queue_size: EMPTY_QUEUE_SIZE, on_error: Some(on_error) };
-    let Some(config) = disk else {
-        return blk::Block::new(&format!("disk{slot}"), settings, None)
-            .map_err(|source| BuildError::DiskSettings { id: format!("disk{slot}"), source });
+    let settings = blk::Settings {
+        queues: shape.map_or(1, |s| s.queues),
+        queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
+        on_error: Some(on_error),
     };
-    settings.queues = config.queues;
-    settings.queue_size = config.queue_size;
-    let drive = backends::drive(config)
-        .map_err(|source| BuildError::Disk { id: config.id.clone(), source })?;
-    blk::Block::new(&config.id, settings, Some(drive))
-        .map_err(|source| BuildError::DiskSettings { id: config.id.clone(), source })
+    let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.clone());
+    let drive = disk
+        .map(backends::drive)
+        .transpose()
+        .map_err(|source| BuildError::Disk { id: id.clone(), source })?;
+    blk::Block::new(&id, settings, drive).map_err(|source| BuildError::DiskSettings { id, source })
 }
 
-fn interface(slot: usize, nic: Option<&crate::config::NicConfig>) -> Result<net::Net, BuildError> {
-    let Some(config) = nic else {
-        let id = format!("nic{slot}");
-        let settings =
-            net::NetSettings { queue_pairs: 1, queue_size: EMPTY_QUEUE_SIZE, ..Default::default() };
-        return net::Net::new(id.clone(), settings, None)
-            .map_err(|source| BuildError::NicSettings { id, source });
-    };
-    let id = config.id.clone();
-    let tap = backends::tap(config).map_err(|source| BuildError::Tap { id: id.clone(), source })?;
+/// A slot for NICs, as [`block`].
+fn interface(
+    slot: usize,
+    shape: Option<&NicConfig>,
+    nic: Option<&NicConfig>,
+) -> Result<net::Net, BuildError> {
+    let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.clone());
+    let tap = nic
+        .map(backends::tap)
+        .transpose()
+        .map_err(|source| BuildError::Tap { id: id.clone(), source })?;
     let settings = net::NetSettings {
-        mac: config.mac,
-        queue_pairs: config.queue_pairs,
-        queue_size: config.queue_size,
-        pps: config.pps,
-        bps: config.bps,
+        mac: nic.or(shape).and_then(|n| n.mac),
+        queue_pairs: shape.map_or(1, |s| s.queue_pairs),
+        queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
+        pps: nic.and_then(|n| n.pps),
+        bps: nic.and_then(|n| n.bps),
     };
-    net::Net::new(id.clone(), settings, Some(tap))
+    net::Net::new(id.clone(), settings, tap)
         .map_err(|source| BuildError::NicSettings { id, source })
 }
 

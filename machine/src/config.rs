@@ -37,6 +37,27 @@ pub struct MachineConfig {
     pub rng: Option<RngConfig>,
 }
 
+/// What is in the slots for disks and NICs, by slot. At the start what the configuration lists;
+/// later what hot-plug has made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Occupancy {
+    /// Disks; slots from the end of the list on are empty.
+    pub disks: Vec<Option<DiskConfig>>,
+    /// NICs, likewise.
+    pub nics: Vec<Option<NicConfig>>,
+}
+
+impl Occupancy {
+    /// That of a machine that starts.
+    pub fn at_start(config: &MachineConfig) -> Self {
+        Self {
+            disks: config.disks.iter().cloned().map(Some).collect(),
+            nics: config.nics.iter().cloned().map(Some).collect(),
+        }
+    }
+}
+
 /// `-smp`: sockets x dies x clusters x cores x threads. The product equals the vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the field's own words")]

@@ -10,13 +10,15 @@ pub mod layout;
 mod legacy;
 mod machine;
 pub mod memory;
+mod quiesced;
 mod slots;
 pub mod vcpu;
 
 pub use backends::{PlugError, PluggedDisk};
-pub use builder::BuildError;
-pub use devices::PowerEvent;
+pub use builder::{BuildError, Saved};
+pub use devices::{Memory, PowerEvent};
 pub use event::{Event, Report, Told};
 pub use machine::{Machine, RunError};
+pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
 pub use slots::{DISKS, NICS};
 pub use vcpu::Stopped;

@@ -2,6 +2,7 @@
 use std::{io, sync::Arc};
 
 use devices::{Device, Memory};
+use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
 
@@ -41,14 +42,16 @@ pub struct Machine {
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) backends: Backends,
+    /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
+    pub(crate) seen: Option<CpuId>,
 }
 
 /// The moment at which the guest's clocks stood still.
 pub(crate) struct Parked {
     /// Host TSC, in ticks.
-    tsc: u64,
+    pub tsc: u64,
     /// kvm-clock, in nanoseconds.
-    clock: u64,
+    pub clock: u64,
 }
 
 /// Why the machine could not be stopped, continued or reset.
@@ -143,14 +146,15 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
-        memory::clear(&self.memory, self.config.memory.shared)?;
+        memory::clear(&self.memory, &self.config.memory)?;
         let entry = self.load()?;
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
         let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
         self.legacy.bind(&vm)?;
         self.slots.bind(&vm)?;
-        let fds = vm.create_vcpus(&self.kvm, &self.apic_ids, &self.config.topology)?;
+        let seen = self.seen.as_ref();
+        let fds = vm.create_vcpus(&self.kvm, &self.apic_ids, &self.config.topology, seen)?;
         if let Some(first) = fds.first() {
             kvm::entry::set(first, &entry.registers)?;
         }
@@ -173,8 +177,13 @@ impl Machine {
         boot::load(&self.memory, &self.config.boot, &platform)
     }
 
+    /// The devices in the order in which their states are kept.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
+        self.legacy.devices().chain(self.slots.devices())
+    }
+
     fn each_device(&mut self, mut act: impl FnMut(&mut dyn Device)) {
-        for device in self.legacy.devices().chain(self.slots.devices()) {
+        for device in self.devices() {
             act(&mut *device.lock());
         }
     }

@@ -20,6 +20,8 @@ use vm_memory::{
 
 use crate::{config::MemoryConfig, layout};
 
+pub mod image;
+
 const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(4095);
 
 /// Why guest memory could not be had.
@@ -96,17 +98,33 @@ pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
 }
 
-/// Make all of `memory` zero again and give its pages back to the host.
+/// Make all of `memory`, which was made from `config`, zero again and give its pages back to the
+/// host.
 ///
 /// # Errors
 /// When the kernel refuses; memory may be partly cleared then.
-pub fn clear(memory: &Memory, shared: bool) -> io::Result<()> {
+pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     // Pages of a shared mapping live in its file: they go only when a hole is punched there.
-    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    let advice = if config.shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     for region in memory.iter() {
+        let (address, size) = (region.as_ptr().cast(), region.size());
+        if region.file_offset().is_some() && !config.shared && config.path.is_none() {
+            // The image of a saved state: given back, its pages would show the file again.
+            let flags =
+                libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: it takes the place of the region's own mapping, as large and as accessible,
+            // and lives as long; the guest is paused, and what it loses is what the caller asked
+            // for.
+            let to = unsafe { libc::mmap(address, size, protection, flags, -1, 0) };
+            if to == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            let mib = config.size >> 20;
+            advise(region, config, mib).map_err(io::Error::other)?;
         // SAFETY: the range is the region's own mapping; the guest is paused, and what it loses is
         // what the caller asked for.
-        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
+        } else if unsafe { libc::madvise(address, size, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
     }

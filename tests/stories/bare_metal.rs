@@ -12,6 +12,8 @@ mod plug;
 mod process;
 #[path = "bare_metal/run_state.rs"]
 mod run_state;
+#[path = "bare_metal/snapshot.rs"]
+mod snapshot;
 #[path = "bare_metal/stage.rs"]
 mod stage;
 #[path = "bare_metal/talk.rs"]

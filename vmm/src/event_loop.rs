@@ -56,6 +56,15 @@ impl EventLoop {
         })
     }
 
+    /// What makes the loop look around, from any thread.
+    pub fn notify(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let waker = self.waker.clone();
+        Arc::new(move || {
+            // As above.
+            let _ = waker.wake();
+        })
+    }
+
     /// What a QMP server registers with.
     pub fn registry(&self) -> &mio::Registry {
         self.poll.registry()
@@ -94,6 +103,7 @@ impl EventLoop {
             while let Ok(event) = self.reports.try_recv() {
                 vmm.machine_event(event);
             }
+            vmm.follow_save();
             for index in 0..vmm.servers.len() {
                 vmm.asked_by = index;
                 while vmm.ending().is_none()

@@ -1,5 +1,6 @@
 //! The life of one virtual machine: what may happen when, and who answers for it.
 #![forbid(unsafe_code)]
+pub mod checkpoint;
 pub mod cli;
 mod commands;
 pub mod daemon;
@@ -7,6 +8,7 @@ pub mod event_loop;
 pub mod lifecycle;
 pub mod logging;
 pub mod pidfile;
+mod saving;
 pub mod seccomp;
 pub mod terminal;
 pub mod vmm;

@@ -6,7 +6,8 @@
 //!       |                  |                     |
 //!       +------------------+------Shutdown-------+--> Shutdown
 //! ```
-//! A reset leads back to where it came from: a paused machine that is reset stays paused.
+//! From each of the three, Save leads to Saving, and Saved from there to Paused: nobody may run the
+//! guest while its memory is copied. A reset leads back to where it came from: a paused machine that is reset stays paused.
 
 /// Where a VM can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,13 +19,16 @@ pub enum State {
     Running,
     /// The vCPUs are parked and the devices quiet.
     Paused,
+    /// Paused, and must stay so until the state has been saved.
+    Saving,
     /// Over; the process is about to end.
     Shutdown,
 }
 
 impl State {
     /// All of them, for tests and tables.
-    pub const ALL: [Self; 4] = [Self::Prelaunch, Self::Running, Self::Paused, Self::Shutdown];
+    pub const ALL: [Self; 5] =
+        [Self::Prelaunch, Self::Running, Self::Paused, Self::Saving, Self::Shutdown];
 
     /// Where `event` leads from here.
     ///
@@ -37,8 +41,13 @@ impl State {
             (S::Running | S::Paused, E::Pause) => S::Paused,
             (S::Prelaunch, E::Pause) => S::Prelaunch,
             (S::Prelaunch | S::Running | S::Paused, E::Reset) => self,
-            (S::Prelaunch | S::Running | S::Paused, E::Shutdown) => S::Shutdown,
-            (S::Shutdown, _) => return Err(Denied { state: self, event }),
+            (S::Prelaunch | S::Running | S::Paused, E::Save) => S::Saving,
+            (S::Saving, E::Saved) => S::Paused,
+            (S::Saving, E::Pause) => S::Saving,
+            (S::Prelaunch | S::Running | S::Paused | S::Saving, E::Shutdown) => S::Shutdown,
+            (S::Saving | S::Shutdown, _) | (_, E::Saved) => {
+                return Err(Denied { state: self, event });
+            }
         })
     }
 }
@@ -52,6 +61,10 @@ pub enum Event {
     Pause,
     /// Boot anew.
     Reset,
+    /// Stand still while the state is saved.
+    Save,
+    /// The save is over.
+    Saved,
     /// End.
     Shutdown,
 }
@@ -74,6 +87,10 @@ impl States {
     /// While there is a VM to act on.
     pub const ALIVE: Self = Self::of(&[State::Prelaunch, State::Running, State::Paused]);
 
+    /// [`States::ALIVE`], and while its state is being saved.
+    pub const OR_SAVING: Self =
+        Self::of(&[State::Prelaunch, State::Running, State::Paused, State::Saving]);
+
     /// The set of `states`.
     pub const fn of(states: &[State]) -> Self {
         let mut bits = 0;
@@ -95,16 +112,20 @@ impl States {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 4] = [Event::Resume, Event::Pause, Event::Reset, Event::Shutdown];
+    const EVENTS: [Event; 6] =
+        [Event::Resume, Event::Pause, Event::Reset, Event::Save, Event::Saved, Event::Shutdown];
 
     #[test]
     fn every_state_answers_every_event() {
-        use State::{Paused, Prelaunch, Running, Shutdown};
+        use State::{Paused, Prelaunch, Running, Saving, Shutdown};
+        let (run, pause, pre) = (Some(Running), Some(Paused), Some(Prelaunch));
+        let (save, off) = (Some(Saving), Some(Shutdown));
         let expected = [
-            (Prelaunch, [Some(Running), Some(Prelaunch), Some(Prelaunch), Some(Shutdown)]),
-            (Running, [Some(Running), Some(Paused), Some(Running), Some(Shutdown)]),
-            (Paused, [Some(Running), Some(Paused), Some(Paused), Some(Shutdown)]),
-            (Shutdown, [None, None, None, None]),
+            (Prelaunch, [run, pre, pre, save, None, off]),
+            (Running, [run, pause, run, save, None, off]),
+            (Paused, [run, pause, pause, save, None, off]),
+            (Saving, [None, save, None, None, pause, off]),
+            (Shutdown, [None, None, None, None, None, None]),
         ];
         for (state, leads_to) in expected {
             for (event, next) in EVENTS.into_iter().zip(leads_to) {
@@ -117,7 +138,9 @@ mod tests {
     fn sets_hold_what_they_were_made_of() {
         for state in State::ALL {
             assert!(States::ANY.contains(state));
-            assert_eq!(States::ALIVE.contains(state), state != State::Shutdown);
+            let over = state == State::Shutdown;
+            assert_eq!(States::ALIVE.contains(state), !over && state != State::Saving);
+            assert_eq!(States::OR_SAVING.contains(state), !over);
         }
     }
 }

@@ -3,9 +3,13 @@
 use std::{env, io::Write, process::ExitCode};
 
 use anyhow::Context;
-use machine::{Machine, config::CharBackend};
+use machine::{
+    Machine,
+    config::{CharBackend, MachineConfig},
+};
 use qmp::server::Server;
 use vmm::{
+    checkpoint::{self, job::Checkpointer},
     cli::{self, Action, Invocation, Log},
     daemon::{self, Side},
     event_loop::EventLoop,
@@ -55,8 +59,11 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
-    let machine = Machine::new(&invocation.machine, events.report())?;
-    let _raw = uses_stdio(invocation).then(Raw::enter).flatten();
+    let machine = match &invocation.incoming {
+        None => Machine::new(&invocation.machine, events.report())?,
+        Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
+    };
+    let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     // Only now: whoever can connect gets an answer.
     let servers = invocation
         .control
@@ -64,10 +71,12 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .enumerate()
         .map(|(i, path)| Server::bind(path, events.registry(), EventLoop::server_token(i)))
         .collect::<Result<Vec<_>, _>>()?;
+    let checkpointer =
+        Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     if !invocation.disable_seccomp {
         seccomp::confine(file)?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.reboot);
+    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
     if !invocation.paused {
         vmm.apply(lifecycle::Event::Resume)?;
     }
@@ -79,8 +88,7 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(ending.status))
 }
 
-fn uses_stdio(invocation: &Invocation) -> bool {
-    let machine = &invocation.machine;
+fn uses_stdio(machine: &MachineConfig) -> bool {
     let console = machine.console.as_ref().map(|c| &c.backend);
     machine.serial.iter().chain(console).any(|b| *b == CharBackend::Stdio)
 }

@@ -9,7 +9,11 @@ use qmp::{
     table::Host,
 };
 
-use crate::lifecycle::{self, Denied, State, States};
+use crate::{
+    checkpoint::job::Checkpointer,
+    lifecycle::{self, Denied, State, States},
+    saving::Saving,
+};
 
 /// The monitor's main object; lives on the main thread, and nobody else has it.
 pub struct Vmm {
@@ -25,6 +29,9 @@ pub struct Vmm {
     ending: Option<Ending>,
     /// Guest resets boot anew rather than end the VM.
     reboot: bool,
+    pub(crate) saving: Saving,
+    /// What the machine reported while its state was being saved.
+    late: Vec<machine::Event>,
 }
 
 /// How the VM ends.
@@ -51,7 +58,12 @@ pub enum Refused {
 
 impl Vmm {
     /// A monitor for a machine that has not started.
-    pub fn new(machine: Machine, servers: Vec<Server>, reboot: bool) -> Self {
+    pub fn new(
+        machine: Machine,
+        servers: Vec<Server>,
+        reboot: bool,
+        checkpointer: Checkpointer,
+    ) -> Self {
         Self {
             state: State::Prelaunch,
             machine,
@@ -60,6 +72,8 @@ impl Vmm {
             named_fds: BTreeMap::new(),
             ending: None,
             reboot,
+            saving: Saving::new(checkpointer),
+            late: Vec::new(),
         }
     }
 
@@ -88,7 +102,7 @@ impl Vmm {
                 }
             }
             (State::Prelaunch | State::Paused, State::Running) => self.machine.resume()?,
-            (State::Running, State::Paused) => self.machine.pause()?,
+            (State::Running, State::Paused | State::Saving) => self.machine.pause()?,
             // Still vCPUs are what lets the last events be true.
             (State::Running, State::Shutdown) => self.machine.pause()?,
             _ => {}
@@ -96,7 +110,7 @@ impl Vmm {
         self.state = after;
         match (before, after) {
             (State::Prelaunch | State::Paused, State::Running) => self.tell(&Event::Resume {}),
-            (State::Running, State::Paused) => self.tell(&Event::Stop {}),
+            (State::Running, State::Paused | State::Saving) => self.tell(&Event::Stop {}),
             _ => {}
         }
         Ok(())
@@ -120,6 +134,9 @@ impl Vmm {
     /// Something that the machine could not decide by itself.
     pub fn machine_event(&mut self, event: machine::Event) {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
+        if self.state == State::Saving {
+            return self.late.push(event);
+        }
         let guest = |reason, status| Ending { guest: true, reason, status };
         match event {
             M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => self.guest_reset(),
@@ -140,6 +157,13 @@ impl Vmm {
         }
     }
 
+    /// What had to wait for the end of a save.
+    pub(crate) fn late_events(&mut self) {
+        for event in std::mem::take(&mut self.late) {
+            self.machine_event(event);
+        }
+    }
+
     fn guest_reset(&mut self) {
         let reason = ShutdownCause::GuestReset;
         if !self.reboot {
@@ -156,6 +180,7 @@ impl Vmm {
 
     /// The last words: SHUTDOWN to every client, delivered before the sockets close.
     pub fn shut_down(mut self, ending: Ending) {
+        self.abandon_save();
         if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
             log::warn!("{e}");
         }

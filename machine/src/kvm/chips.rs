@@ -3,9 +3,12 @@ use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{KvmError, Vm, refused};
 
-/// Both PICs, the IOAPIC and the PIT.
+/// Both PICs, the IOAPIC and the PIT. Plain data: what it holds is checked by KVM on restore.
+#[derive(Clone, Serialize, Deserialize)]
 pub struct ChipState {
     irqchips: Vec<kvm_irqchip>,
     pit: kvm_pit_state2,

@@ -1,25 +1,24 @@
 //! The boot vCPU's first registers.
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::{KvmError, refused};
 use crate::boot::{Registers, Segment};
 
-/// Make `fd` enter the guest where `registers` say.
-///
-/// # Errors
-/// When KVM refuses.
-pub fn set(fd: &VcpuFd, registers: &Registers) -> Result<(), KvmError> {
-    let regs = kvm_regs {
+/// General registers that enter the guest where `registers` say.
+pub fn general(registers: &Registers) -> kvm_regs {
+    kvm_regs {
         rip: registers.rip,
         rsp: registers.rsp,
         rbx: registers.rbx,
         rsi: registers.rsi,
         rflags: registers.rflags,
         ..Default::default()
-    };
-    fd.set_regs(&regs).map_err(refused("set the boot vCPU's registers"))?;
-    let mut sregs = fd.get_sregs().map_err(refused("read a vCPU's system registers"))?;
+    }
+}
+
+/// Make the system registers of a new vCPU those that `registers` ask for.
+pub fn system(sregs: &mut kvm_sregs, registers: &Registers) {
     let data = segment(&registers.data);
     sregs.cs = segment(&registers.cs);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -31,6 +30,16 @@ pub fn set(fd: &VcpuFd, registers: &Registers) -> Result<(), KvmError> {
     sregs.cr3 = registers.cr3;
     sregs.cr4 = registers.cr4;
     sregs.efer = registers.efer;
+}
+
+/// Make `fd`, a new vCPU, enter the guest where `registers` say.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn set(fd: &VcpuFd, registers: &Registers) -> Result<(), KvmError> {
+    fd.set_regs(&general(registers)).map_err(refused("set the boot vCPU's registers"))?;
+    let mut sregs = fd.get_sregs().map_err(refused("read a vCPU's system registers"))?;
+    system(&mut sregs, registers);
     fd.set_sregs(&sregs).map_err(refused("set the boot vCPU's system registers"))
 }
 

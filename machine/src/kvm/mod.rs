@@ -7,6 +7,7 @@
 pub mod chips;
 pub mod cpuid;
 pub mod entry;
+pub mod features;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -16,8 +17,8 @@ use std::{io, sync::Arc};
 
 use devices::{Memory, irq::Line};
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_clock_data, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
@@ -57,6 +58,15 @@ pub enum KvmError {
     MissingCapability { name: &'static str, what: &'static str },
     #[error("{cpus} vCPUs asked for; this host's KVM allows at most {max}")]
     TooManyCpus { cpus: u8, max: usize },
+    #[error(
+        "the guest's TSC ticks at {saved} kHz, this host's at {here} kHz, and its KVM cannot scale it"
+    )]
+    TscFrequency {
+        saved: u32,
+        here: u32,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     #[error("KVM refuses to {what}")]
     Ioctl {
         what: &'static str,
@@ -96,8 +106,8 @@ pub fn open() -> Result<Kvm, KvmError> {
 pub struct Vm {
     fd: VmFd,
     /// Kept because KVM uses its pages for as long as `fd` lives.
-    _memory: Memory,
-    /// As `_memory`: the register pages of the virtio-mmio slots.
+    memory: Memory,
+    /// As `memory`: the register pages of the virtio-mmio slots.
     _window: Arc<MmapRegion>,
 }
 
@@ -118,7 +128,7 @@ impl Vm {
         fd.set_identity_map_address(layout::KVM_IDENTITY)
             .map_err(refused("set the identity map address"))?;
         fd.set_tss_address(tss).map_err(refused("set the TSS address"))?;
-        let vm = Self { fd, _memory: memory.clone(), _window: window.clone() };
+        let vm = Self { fd, memory: memory.clone(), _window: window.clone() };
         let mut slot = 0;
         for region in memory.iter() {
             vm.map(slot, region.start_addr().raw_value(), region.as_ptr(), region.len(), 0)?;
@@ -130,7 +140,8 @@ impl Vm {
         Ok(vm)
     }
 
-    /// The timer, and the vCPUs with these APIC ids, showing `leaves`. KVM starts a kernel thread
+    /// The timer, and the vCPUs with these APIC ids. They show the CPUID leaves `seen`, else what
+    /// this host has. KVM starts a kernel thread
     /// for the timer and waits for it, so this is best done beside other work.
     ///
     /// # Errors
@@ -140,10 +151,14 @@ impl Vm {
         kvm: &Kvm,
         apic_ids: &[u8],
         topology: &Topology,
+        seen: Option<&CpuId>,
     ) -> Result<Vec<VcpuFd>, KvmError> {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         self.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
-        let leaves = cpuid::supported(kvm)?;
+        let leaves = match seen {
+            Some(leaves) => leaves.clone(),
+            None => cpuid::supported(kvm)?,
+        };
         let create = |id: &u8| {
             let fd = self.fd.create_vcpu(u64::from(*id)).map_err(refused("create a vCPU"))?;
             let cpuid = cpuid::for_vcpu(kvm, &leaves, *id, topology);
@@ -151,6 +166,32 @@ impl Vm {
             Ok(fd)
         };
         apic_ids.iter().map(create).collect()
+    }
+
+    /// Begin or end to note which pages of guest memory the vCPUs write.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn log_dirty(&self, on: bool) -> Result<(), KvmError> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        for (slot, region) in (0..).zip(self.memory.iter()) {
+            let at = region.start_addr().raw_value();
+            self.map(slot, at, region.as_ptr(), region.len(), flags)?;
+        }
+        Ok(())
+    }
+
+    /// The pages that the vCPUs have written since the last time, for each region of memory a bit
+    /// a page; then forget them.
+    ///
+    /// # Errors
+    /// When KVM refuses, as it does when it does not note them.
+    pub fn dirty(&self) -> Result<Vec<Vec<u64>>, KvmError> {
+        (0..)
+            .zip(self.memory.iter())
+            .map(|(slot, region)| self.fd.get_dirty_log(slot, region.size()))
+            .collect::<Result<_, _>>()
+            .map_err(refused("tell which pages the guest has written"))
     }
 
     fn map(&self, slot: u32, at: u64, host: *mut u8, len: u64, flags: u32) -> Result<(), KvmError> {
@@ -214,4 +255,17 @@ impl Vm {
 pub fn host_tsc() -> u64 {
     // SAFETY: every CPU that has KVM has the instruction, and it touches no memory.
     unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Whether a guest sees its own TSC. On a host CPU without hardware virtualization (KVM then runs
+/// guests as user processes do, as PVM does) the guest's RDTSC reads the host's counter itself, and
+/// an offset would only shift the guest's timers away from the clock that it sees.
+pub fn guest_tsc_is_its_own() -> bool {
+    use core::arch::x86_64::__cpuid;
+    static ANSWER: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        const VMX: u32 = 1 << 5;
+        const SVM: u32 = 1 << 2;
+        __cpuid(1).ecx & VMX != 0 || __cpuid(0x8000_0001).ecx & SVM != 0
+    });
+    *ANSWER
 }

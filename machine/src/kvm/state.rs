@@ -6,12 +6,16 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::{KvmError, refused};
+use super::{KvmError, guest_tsc_is_its_own, refused};
 
 /// MSR of the time stamp counter.
 pub const MSR_IA32_TSC: u32 = 0x10;
 /// MSR of the TSC deadline timer: armed only in deadline mode, so restored after the LAPIC.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// Address of the page through which a guest of PVM masks interrupts. PVM does not list it; other
+/// KVMs do not have it, and reading it there gives nothing to save.
+const MSR_PVM_VIF: u32 = 0x4b56_4d10;
 
 /// Everything that makes a vCPU what it is. Plain data: what it holds is checked by KVM on restore.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -27,6 +31,8 @@ pub struct VcpuState {
     events: kvm_vcpu_events,
     /// Pairs of index and value.
     msrs: Vec<(u32, u64)>,
+    /// Ticks a millisecond of the TSC.
+    tsc_khz: u32,
 }
 
 /// The MSRs that this host's KVM says belong to a vCPU's state. What is not on the list is not
@@ -35,10 +41,21 @@ pub struct VcpuState {
 /// # Errors
 /// When KVM does not say.
 pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
-    Ok(kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec())
+    let mut list = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec();
+    list.push(MSR_PVM_VIF);
+    Ok(list)
 }
 
 impl VcpuState {
+    /// Take `ticks` back from the time stamp counter.
+    pub fn hold_back(&mut self, ticks: u64) {
+        for (index, value) in &mut self.msrs {
+            if *index == MSR_IA32_TSC {
+                *value = value.wrapping_sub(ticks);
+            }
+        }
+    }
+
     /// Read a vCPU that is not running and has no access half done.
     ///
     /// # Errors
@@ -54,6 +71,7 @@ impl VcpuState {
             debug: fd.get_debug_regs().map_err(refused("read a vCPU's debug registers"))?,
             lapic: fd.get_lapic().map_err(refused("read a vCPU's local APIC"))?,
             msrs: get_msrs(fd, msr_list)?,
+            tsc_khz: fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?,
             // Last, after everything that may still raise one.
             events: fd.get_vcpu_events().map_err(refused("read a vCPU's pending events"))?,
         })
@@ -64,6 +82,14 @@ impl VcpuState {
     /// # Errors
     /// When KVM refuses a part; the vCPU is then good for nothing but another restore.
     pub fn restore(&self, fd: &VcpuFd) -> Result<(), KvmError> {
+        let here = fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?;
+        if here != self.tsc_khz {
+            fd.set_tsc_khz(self.tsc_khz).map_err(|source| KvmError::TscFrequency {
+                saved: self.tsc_khz,
+                here,
+                source,
+            })?;
+        }
         fd.set_mp_state(self.mp).map_err(refused("set a vCPU's run state"))?;
         fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
@@ -77,8 +103,12 @@ impl VcpuState {
         unsafe { fd.set_xsave(&xsave) }.map_err(refused("set a vCPU's extended state"))?;
         fd.set_debug_regs(&self.debug).map_err(refused("set a vCPU's debug registers"))?;
         fd.set_lapic(&self.lapic).map_err(refused("set a vCPU's local APIC"))?;
-        let (deadline, others): (Vec<_>, Vec<_>) =
-            self.msrs.iter().partition(|(index, _)| *index == MSR_IA32_TSC_DEADLINE);
+        let settable = |index: u32| index != MSR_IA32_TSC || guest_tsc_is_its_own();
+        let (deadline, others): (Vec<_>, Vec<_>) = self
+            .msrs
+            .iter()
+            .filter(|(index, _)| settable(*index))
+            .partition(|(index, _)| *index == MSR_IA32_TSC_DEADLINE);
         set_msrs(fd, &others)?;
         set_msrs(fd, &deadline)?;
         fd.set_vcpu_events(&self.events).map_err(refused("set a vCPU's pending events"))

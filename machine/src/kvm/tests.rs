@@ -77,7 +77,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power: Arc::default() };
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
     let msrs = Arc::new(state::msr_list(&kvm).unwrap());
-    let fd = vm.create_vcpus(&kvm, &[0], &one).unwrap().pop().unwrap();
+    let fd = vm.create_vcpus(&kvm, &[0], &one, None).unwrap().pop().unwrap();
     let mut sregs = fd.get_sregs().unwrap();
     sregs.cs.base = 0;
     sregs.cs.selector = 0;

@@ -11,7 +11,7 @@ use devices::{PowerEvent, bus::Bus};
 use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, state::VcpuState};
+use super::{KvmError, guest_tsc_is_its_own, state::VcpuState};
 use crate::vcpu::{
     Cpu, Exit, Stopped,
     kick::{self, Kicked, Kicker},
@@ -140,6 +140,7 @@ impl Cpu for KvmCpu {
 
     fn resumed(&mut self, ticks: u64) {
         if ticks > 0
+            && guest_tsc_is_its_own()
             && let Err(e) = tsc::hold_back(&self.fd, ticks)
         {
             log::debug!("the guest's TSC went on during the pause: {e}");

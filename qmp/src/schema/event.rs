@@ -4,6 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::MigrationStatus;
+
 /// An event and its data. The data is always there, `{}` if empty, as StratoVirt has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
@@ -39,6 +41,11 @@ pub enum Event {
     GuestPanicked {
         /// What the monitor did about it.
         action: GuestPanicAction,
+    },
+    /// A save has begun, or has come to its end.
+    Migration {
+        /// Where it is in its life.
+        status: MigrationStatus,
     },
     /// A disk failed a request.
     BlockIoError {

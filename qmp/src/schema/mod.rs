@@ -9,6 +9,7 @@ mod device;
 mod event;
 mod input;
 mod introspect;
+mod migrate;
 mod net;
 mod run_state;
 
@@ -18,6 +19,7 @@ pub use device::*;
 pub use event::*;
 pub use input::*;
 pub use introspect::*;
+pub use migrate::*;
 pub use net::*;
 pub use run_state::*;
 
@@ -61,6 +63,8 @@ commands! {
     "device_add"               DeviceAdd              -> Empty;
     "device_del"               DeviceDel              -> Empty;
     "getfd"                    Getfd                  -> Empty;
+    "migrate"                  Migrate                -> Empty;
+    "migrate_cancel"           MigrateCancel          -> Empty;
     "netdev_add"               NetdevAdd              -> Empty;
     "netdev_del"               NetdevDel              -> Empty;
     "qmp_capabilities"         QmpCapabilities        -> Empty;
@@ -75,6 +79,7 @@ commands! {
     "query-iothreads"          QueryIothreads         -> Vec<IoThreadInfo>;
     "query-kvm"                QueryKvm               -> KvmInfo;
     "query-machines"           QueryMachines          -> Vec<MachineInfo>;
+    "query-migrate"            QueryMigrate           -> MigrationInfo;
     "query-name"               QueryName              -> NameInfo;
     "query-named-block-nodes"  QueryNamedBlockNodes   -> Vec<BlockDeviceInfo>;
     "query-qmp-schema"         QueryQmpSchema         -> Vec<SchemaInfo>;

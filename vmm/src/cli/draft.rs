@@ -44,6 +44,8 @@ pub(super) struct Draft {
     pub(super) reboot: bool,
     pub(super) log: Option<Log>,
     pub(super) disable_seccomp: bool,
+    /// `-incoming`: directory, and whether its memory is mapped.
+    pub(super) incoming: Option<(PathBuf, bool)>,
 }
 
 /// `-drive`: an image, and in the older form the whole disk.

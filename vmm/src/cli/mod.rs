@@ -13,7 +13,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use machine::config::MachineConfig;
+use machine::config::{MachineConfig, Topology};
 
 mod chars;
 mod device;
@@ -69,8 +69,36 @@ pub struct Invocation {
     pub log: Log,
     /// Install no system call filter.
     pub disable_seccomp: bool,
+    /// The saved state to go on from.
+    pub incoming: Option<Incoming>,
     /// What was accepted and has no effect, to be logged.
     pub warnings: Vec<String>,
+}
+
+/// `-incoming`: a machine that goes on where a saved one stood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incoming {
+    /// Directory of the saved state.
+    pub directory: PathBuf,
+    /// Map its memory rather than copy and check it.
+    pub mapped: bool,
+    /// What else was said about the machine.
+    pub asked: Asked,
+}
+
+/// Single values as they were given: what is not given is as it was saved.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "named as in the machine's configuration")]
+pub struct Asked {
+    pub name: Option<String>,
+    pub uuid: Option<String>,
+    pub smp: Option<(u8, Topology)>,
+    pub memory: Option<u64>,
+    pub memory_shared: Option<bool>,
+    pub memory_dump: Option<bool>,
+    pub kernel: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
+    pub cmdline: Option<String>,
 }
 
 /// Where the log goes.

@@ -8,7 +8,7 @@ use machine::config::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topolo
 
 use super::draft::{DeviceKind, Draft};
 use super::problem::{Place, Problems};
-use super::{Invocation, Log};
+use super::{Asked, Incoming, Invocation, Log};
 
 mod chars;
 mod virtio;
@@ -27,7 +27,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
         r.warnings.push(format!("{}: used by nothing", chardev.place));
     }
-    if draft.kernel.is_none() {
+    if draft.kernel.is_none() && draft.incoming.is_none() {
         r.problems.add_line(
             "kernel file is required for microvm machine type, which is not provided: give -kernel \
              FILE, or boot-source.kernel_image_path in the file of -config",
@@ -36,6 +36,25 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     if !r.problems.is_empty() {
         return Err(r.problems);
     }
+    let dump = match draft.omit_vm_memory {
+        true => Some(false),
+        false => draft.dump_guest_core,
+    };
+    let incoming = draft.incoming.map(|(directory, mapped)| Incoming {
+        directory,
+        mapped,
+        asked: Asked {
+            name: draft.name.clone(),
+            uuid: draft.uuid.clone(),
+            smp: draft.smp,
+            memory: draft.memory,
+            memory_shared: draft.mem_share,
+            memory_dump: dump,
+            kernel: draft.kernel.clone(),
+            initrd: draft.initrd.clone(),
+            cmdline: draft.cmdline.clone(),
+        },
+    });
     let (cpus, topology) = draft.smp.unwrap_or((1, ONE_CPU));
     let machine = MachineConfig {
         name: draft.name.unwrap_or_else(|| limits::DEFAULT_NAME.to_owned()),
@@ -47,7 +66,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
             shared: draft.mem_share.unwrap_or(false),
             path: draft.mem_path,
             prealloc: draft.mem_prealloc,
-            dump: draft.dump_guest_core.unwrap_or(true) && !draft.omit_vm_memory,
+            dump: dump.unwrap_or(true),
         },
         boot: BootConfig {
             kernel: draft.kernel.unwrap_or_default(),
@@ -70,6 +89,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         reboot: draft.reboot,
         log: draft.log.unwrap_or(Log::Off),
         disable_seccomp: draft.disable_seccomp,
+        incoming,
         warnings: r.warnings,
     })
 }

@@ -2,6 +2,7 @@
 mod block;
 mod device;
 mod introspect;
+mod migrate;
 mod net;
 mod run_state;
 
@@ -18,7 +19,10 @@ pub fn table() -> Table<Vmm> {
     Table::new(ANY)
         .on(ALIVE, run_state::cont)
         .on(ALIVE, run_state::stop)
-        .on(ALIVE, run_state::quit)
+        .on(States::OR_SAVING, run_state::quit)
+        .on_ticket(ALIVE, migrate::migrate)
+        .on(ANY, migrate::migrate_cancel)
+        .on(ANY, migrate::query_migrate)
         .on(ALIVE, run_state::system_reset)
         .on(ALIVE, run_state::system_powerdown)
         .on(ANY, run_state::query_status)

@@ -50,7 +50,7 @@ pub fn query_status(vmm: &mut Vmm, _: QueryStatus) -> Result<StatusInfo, Error> 
     Ok(StatusInfo::new(match vmm.state() {
         State::Running => RunState::Running,
         // StratoVirt knows no "prelaunch": its clients take -S for a pause.
-        State::Prelaunch | State::Paused => RunState::Paused,
+        State::Prelaunch | State::Paused | State::Saving => RunState::Paused,
         State::Shutdown => RunState::Shutdown,
     }))
 }

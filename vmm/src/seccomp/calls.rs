@@ -41,6 +41,12 @@ const CALLS: &[c_long] = &[
     SYS_ftruncate,
     // The socket's and the pid file's names at the end; standard output when in the background.
     SYS_unlink,
+    // Saving: the directory, its lock, and the files put in their places.
+    SYS_mkdir,
+    SYS_rmdir,
+    SYS_flock,
+    SYS_fsync,
+    SYS_rename,
     SYS_dup2,
     SYS_io_uring_setup,
     SYS_io_uring_enter,
@@ -128,6 +134,8 @@ const KVM_NUMBERS: &[u8] = &[
     0x7b, 0x7c, // SET_CLOCK, GET_CLOCK
     0xe1, 0xe2, // SET_DEVICE_ATTR, GET_DEVICE_ATTR
     0x62, 0x63, // GET_IRQCHIP, SET_IRQCHIP
+    0x42, // GET_DIRTY_LOG
+    0xa3, // GET_TSC_KHZ
     0x81, 0x82, // GET_REGS, SET_REGS
     0x83, 0x84, // GET_SREGS, SET_SREGS
     0x88, 0x89, // GET_MSRS, SET_MSRS

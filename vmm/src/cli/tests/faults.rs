@@ -70,7 +70,6 @@ fn not_built_yet_is_said_by_name() {
         ("-balloon deflate-on-oom=true", "virtio-balloon"),
         ("-balloon", "virtio-balloon"),
         ("-numa node,nodeid=0", "NUMA"),
-        ("-incoming file:/x", "incoming migration"),
         ("-vnc 0.0.0.0:0", "VNC"),
         ("-machine type=none", "machine type 'none'"),
         ("-machine Q35", "machine type 'q35'"),

@@ -1,0 +1,255 @@
+//! Guest memory as one flat image: the guest's ranges of RAM one after the other, holes in the
+//! address space left out. Saved states keep it in a file.
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+
+use devices::Memory;
+use rustix::fs::{SeekFrom, seek};
+use vm_memory::{
+    Bytes, FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    MmapRegion, bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
+};
+
+use super::{MemoryError, PAGE, advise, ranges};
+use crate::config::MemoryConfig;
+
+/// Bytes of a page.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Guest memory that begins as the image in `file` and is private to this process: pages are read
+/// when the guest first touches them, so this takes as long for a large guest as for a small one.
+/// The file must stay as it is for as long as the machine lives.
+///
+/// # Errors
+/// When the host cannot map it.
+pub fn map(config: &MemoryConfig, file: &File) -> Result<Memory, MemoryError> {
+    let mib = config.size >> 20;
+    let failed = |source: io::Error| MemoryError::Map { mib, source };
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in ranges(config.size) {
+        let size = usize::try_from(len).map_err(|_| MemoryError::Layout)?;
+        let file = FileOffset::new(file.try_clone().map_err(failed)?, offset);
+        let region = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, PAGE))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_file_offset(file)
+            .build()
+            .map_err(|e| failed(io::Error::other(e)))?;
+        advise(&region, config, mib)?;
+        regions.push(GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout)?);
+        offset += len;
+    }
+    Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
+}
+
+/// Copy `buf.len()` bytes out of the image, from `offset` on.
+///
+/// # Errors
+/// When that is not all inside.
+pub fn read(memory: &Memory, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+    let mut rest = buf;
+    each_piece(memory, offset, rest.len(), |region, at, len| {
+        let (piece, after) = std::mem::take(&mut rest).split_at_mut(len);
+        rest = after;
+        region.read_slice(piece, at).map_err(io::Error::other)
+    })
+}
+
+/// Copy `buf` into the image, from `offset` on.
+///
+/// # Errors
+/// When that is not all inside.
+pub fn write(memory: &Memory, offset: u64, buf: &[u8]) -> io::Result<()> {
+    let mut rest = buf;
+    each_piece(memory, offset, rest.len(), |region, at, len| {
+        let (piece, after) = rest.split_at(len);
+        rest = after;
+        region.write_slice(piece, at).map_err(io::Error::other)
+    })
+}
+
+type Region = GuestRegionMmap<AtomicBitmap>;
+
+/// The parts of `offset..offset + len` by region.
+fn each_piece(
+    memory: &Memory,
+    offset: u64,
+    len: usize,
+    mut act: impl FnMut(&Region, MemoryRegionAddress, usize) -> io::Result<()>,
+) -> io::Result<()> {
+    let (mut base, mut from, mut left) = (0u64, offset, len as u64);
+    for region in memory.iter() {
+        let end = base + region.len();
+        if left > 0 && from >= base && from < end {
+            let piece = left.min(end - from);
+            let size = usize::try_from(piece).map_err(io::Error::other)?;
+            act(region, MemoryRegionAddress(from - base), size)?;
+            from += piece;
+            left -= piece;
+        }
+        base = end;
+    }
+    if left > 0 { Err(io::Error::from(io::ErrorKind::UnexpectedEof)) } else { Ok(()) }
+}
+
+/// The page ranges of the image that may hold something: those that this process has touched, and
+/// those with data in the file behind them. All others read as zero. Ascending, none empty.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn used(memory: &Memory) -> io::Result<Vec<Range<u64>>> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut used = Vec::new();
+    let mut base = 0;
+    for region in memory.iter() {
+        let mut found = touched(&pagemap, region)?;
+        if let Some(behind) = region.file_offset() {
+            found.extend(data(behind.file(), behind.start(), region.len())?);
+            found.sort_unstable_by_key(|r| r.start);
+        }
+        for range in found {
+            let end = range.end.next_multiple_of(PAGE_SIZE).min(region.len());
+            push(&mut used, base + range.start / PAGE_SIZE * PAGE_SIZE..base + end);
+        }
+        base += region.len();
+    }
+    Ok(used)
+}
+
+/// The page ranges of the image that `by_vcpus` names, with a bit a page for each region, and those
+/// that devices have written since the last time. Ascending, none empty.
+pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> Vec<Range<u64>> {
+    let mut dirty = Vec::new();
+    let mut base = 0;
+    for (region, vcpus) in memory.iter().zip(by_vcpus) {
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        let devices = mapping.bitmap().get_and_reset();
+        let devices = devices.iter().copied().chain(std::iter::repeat(0));
+        for (word, (vcpus, devices)) in (0u64..).zip(vcpus.iter().zip(devices)) {
+            let mut bits = vcpus | devices;
+            while bits != 0 {
+                let at = base + (word * 64 + u64::from(bits.trailing_zeros())) * PAGE_SIZE;
+                push(&mut dirty, at..at + PAGE_SIZE);
+                bits &= bits - 1;
+            }
+        }
+        base += region.len();
+    }
+    dirty
+}
+
+/// Forget what devices have written.
+pub fn forget_dirty(memory: &Memory) {
+    for region in memory.iter() {
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        mapping.bitmap().reset();
+    }
+}
+
+/// Add a range that does not begin before the last one.
+fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+        _ => ranges.push(range),
+    }
+}
+
+/// Pages of `region` that are in memory or in swap (Linux, Documentation/admin-guide/mm/pagemap).
+fn touched(pagemap: &File, region: &Region) -> io::Result<Vec<Range<u64>>> {
+    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    let first = mapping.as_ptr() as u64 / PAGE_SIZE;
+    let pages = region.len() / PAGE_SIZE;
+    let mut touched = Vec::new();
+    let mut buf = vec![0u8; 128 << 10];
+    let mut page = 0;
+    while page < pages {
+        let entries = (pages - page).min(buf.len() as u64 / 8);
+        let len = usize::try_from(entries * 8).map_err(io::Error::other)?;
+        let buf = buf.get_mut(..len).unwrap_or_default();
+        pagemap.read_exact_at(buf, (first + page) * 8)?;
+        for entry in buf.as_chunks::<8>().0 {
+            if u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0 {
+                push(&mut touched, page * PAGE_SIZE..(page + 1) * PAGE_SIZE);
+            }
+            page += 1;
+        }
+    }
+    Ok(touched)
+}
+
+/// Where `file` has data between `start` and `start + len`, relative to `start`.
+///
+/// # Errors
+/// When the file cannot be searched.
+pub fn data(file: &File, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
+    let end = start.saturating_add(len);
+    let mut found = Vec::new();
+    let mut at = start;
+    while at < end {
+        let from = match seek(file, SeekFrom::Data(at)) {
+            Ok(from) if from < end => from,
+            // No data up to the end of the file.
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let to = seek(file, SeekFrom::Hole(from))?.min(end);
+        found.push(from - start..to - start);
+        at = to.max(from + 1);
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn config(size: u64) -> MemoryConfig {
+        MemoryConfig { size, shared: false, path: None, prealloc: false, dump: true }
+    }
+
+    #[test]
+    fn the_image_leaves_the_hole_in_the_address_space_out() {
+        let high = 3 * 1024 * MIB;
+        let memory = super::super::allocate(&config(high + 4 * MIB)).unwrap();
+        memory.write_slice(b"below", GuestAddress(high - 5)).unwrap();
+        memory.write_slice(b"above", GuestAddress(4 << 30)).unwrap();
+        let mut buf = [0; 10];
+        read(&memory, high - 5, &mut buf).unwrap();
+        assert_eq!(&buf, b"belowabove");
+        write(&memory, high - 2, b"WABO").unwrap();
+        memory.read_slice(&mut buf[..5], GuestAddress(4 << 30)).unwrap();
+        assert_eq!(&buf[..5], b"BOove");
+        assert!(read(&memory, high + 4 * MIB - 1, &mut [0; 2]).is_err());
+        let used = used(&memory).unwrap();
+        let inside = |at: u64| used.iter().any(|r| r.contains(&at));
+        assert!(inside(high - 1) && inside(high) && !inside(high / 2));
+    }
+
+    #[test]
+    fn what_lies_in_the_file_is_used_although_nobody_has_touched_it() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_len(32 * MIB).unwrap();
+        file.write_all_at(b"x", 5 * MIB).unwrap();
+        file.flush().unwrap();
+        let memory = map(&config(32 * MIB), &file).unwrap();
+        memory.write_obj(1u8, GuestAddress(20 * MIB)).unwrap();
+        let used = used(&memory).unwrap();
+        let inside = |at: u64| used.iter().any(|r| r.contains(&at));
+        assert!(inside(5 * MIB) && inside(20 * MIB) && !inside(12 * MIB), "{used:?}");
+        let mut byte = [0];
+        read(&memory, 5 * MIB, &mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+        file.read_exact_at(&mut byte, 20 * MIB).unwrap();
+        assert_eq!(byte, [0], "the guest's writes stay out of the file");
+        super::super::clear(&memory, &config(32 * MIB)).unwrap();
+        read(&memory, 5 * MIB, &mut byte).unwrap();
+        assert_eq!(byte, [0], "a cleared memory is zero, whatever the file holds");
+    }
+}

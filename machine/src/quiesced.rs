@@ -1,0 +1,228 @@
+//! A machine that stands still as a whole: the only one whose state can be read and replaced.
+use std::{io, ops::Range};
+
+use devices::{
+    Memory,
+    state::{Section, StateError},
+    virtio::blk::Block,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Machine, RunError,
+    config::{MachineConfig, Occupancy},
+    kvm::{
+        self, KvmError,
+        chips::ChipState,
+        features::{self, Leaf},
+        state::VcpuState,
+    },
+    machine::Parked,
+    memory::image,
+    slots::DISKS,
+    vcpu::Gone,
+};
+
+/// Everything of a machine but its configuration and its memory. Plain data.
+#[derive(Clone)]
+pub struct MachineState {
+    /// What its CPUs promise.
+    pub cpu: CpuModel,
+    /// vCPUs, in order.
+    pub vcpus: Vec<VcpuState>,
+    /// Interrupt controllers and timer.
+    pub chips: ChipState,
+    /// The guest's paravirtual clock when it was stopped, in nanoseconds.
+    pub clock: u64,
+    /// All devices, in the machine's order.
+    pub devices: Vec<DeviceState>,
+}
+
+/// What the guest's CPUs promise to it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuModel {
+    /// CPUID leaves as the boot vCPU shows them.
+    pub leaves: Vec<Leaf>,
+}
+
+/// One device's state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceState {
+    /// For people: which device it was. The place in the list says which one it is.
+    pub id: String,
+    /// Its state.
+    pub section: Section,
+}
+
+/// Why the state could not be read.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum SaveError {
+    #[error("cannot save device {id}")]
+    Device { id: String, source: StateError },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Gone(#[from] Gone),
+}
+
+/// Why a state could not be taken over.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum RestoreError {
+    #[error("the saved state has {saved} {what}, its configuration {configured}")]
+    Count { what: &'static str, saved: usize, configured: usize },
+    #[error("cannot restore vCPU {index}")]
+    Vcpu { index: usize, source: KvmError },
+    #[error("cannot restore device {index} ({id})")]
+    Device { index: usize, id: String, source: StateError },
+    #[error("cannot restore the interrupt controllers and the timer")]
+    Chips(#[source] KvmError),
+    #[error(transparent)]
+    Gone(#[from] Gone),
+}
+
+/// Proof that all vCPUs are parked and all devices are quiet, with nothing in flight.
+pub struct Quiesced<'m>(&'m mut Machine);
+
+impl Machine {
+    /// Stop everything, as [`Machine::pause`] does, and give access to the state.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`].
+    pub fn quiesced(&mut self) -> Result<Quiesced<'_>, RunError> {
+        self.pause()?;
+        Ok(Quiesced(self))
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Begin to note which pages are written, or end it.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn log_dirty(&self, on: bool) -> Result<(), KvmError> {
+        self.vm.log_dirty(on)?;
+        image::forget_dirty(&self.memory);
+        Ok(())
+    }
+
+    /// As [`Quiesced::dirty_memory`]; what is written meanwhile may be in it or in the next one.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn dirty_memory(&self) -> Result<Vec<Range<u64>>, KvmError> {
+        Ok(image::dirty(&self.memory, &self.vm.dirty()?))
+    }
+}
+
+impl Quiesced<'_> {
+    /// Read the whole state but memory.
+    ///
+    /// # Errors
+    /// When a device or KVM does not tell it.
+    pub fn save(&self) -> Result<MachineState, SaveError> {
+        let machine = &*self.0;
+        // Devices before chips and vCPUs: what they raised while they became quiet is in those.
+        let devices = machine
+            .devices()
+            .map(|device| {
+                let device = device.lock();
+                let id = device.id().to_owned();
+                match device.save() {
+                    Ok(section) => Ok(DeviceState { id, section }),
+                    Err(source) => Err(SaveError::Device { id, source }),
+                }
+            })
+            .collect::<Result<_, _>>()?;
+        let chips = ChipState::save(&machine.vm)?;
+        // The guest's TSC has run on since it was stopped.
+        let ticks = machine.parked.as_ref().map_or(0, |p| kvm::host_tsc().saturating_sub(p.tsc));
+        let answers: Vec<_> = machine.vcpus.iter().map(|vcpu| vcpu.save()).collect();
+        let mut vcpus = Vec::with_capacity(answers.len());
+        for answer in answers {
+            let mut state = answer.wait()??;
+            state.hold_back(ticks);
+            vcpus.push(state);
+        }
+        let clock = match &machine.parked {
+            Some(parked) => parked.clock,
+            None => machine.vm.clock()?.clock,
+        };
+        let leaves = match &machine.seen {
+            Some(seen) => features::leaves(seen),
+            None => {
+                let first = machine.apic_ids.first().copied().unwrap_or(0);
+                let here = kvm::cpuid::supported(&machine.kvm)?;
+                let topology = &machine.config.topology;
+                features::leaves(&kvm::cpuid::for_vcpu(&machine.kvm, &here, first, topology))
+            }
+        };
+        let cpu = CpuModel { leaves };
+        Ok(MachineState { cpu, vcpus, chips, clock, devices })
+    }
+
+    /// Replace the whole state but memory, which holds what belongs to `state` already.
+    ///
+    /// # Errors
+    /// When it does not fit this machine; the machine is then good for nothing.
+    pub fn restore(&mut self, state: &MachineState) -> Result<(), RestoreError> {
+        let machine = &mut *self.0;
+        let count = |what, saved, configured| match saved == configured {
+            true => Ok(()),
+            false => Err(RestoreError::Count { what, saved, configured }),
+        };
+        count("vCPUs", state.vcpus.len(), machine.vcpus.len())?;
+        count("devices", state.devices.len(), machine.devices().count())?;
+        state.chips.restore(&machine.vm).map_err(RestoreError::Chips)?;
+        let each = machine.vcpus.iter().zip(state.vcpus.iter().cloned());
+        let answers: Vec<_> = each.map(|(vcpu, state)| vcpu.restore(state)).collect();
+        for (index, answer) in answers.into_iter().enumerate() {
+            answer.wait()?.map_err(|source| RestoreError::Vcpu { index, source })?;
+        }
+        // Its clocks stand from now on, at what they showed when it was saved.
+        machine.parked = Some(Parked { tsc: kvm::host_tsc(), clock: state.clock });
+        for (index, (device, saved)) in machine.devices().zip(&state.devices).enumerate() {
+            let id = || saved.id.clone();
+            let restored = device.lock().restore(&saved.section);
+            restored.map_err(|source| RestoreError::Device { index, id: id(), source })?;
+        }
+        Ok(())
+    }
+
+    /// What the machine was made from, and what is in its slots now.
+    pub fn made_of(&self) -> (&MachineConfig, Occupancy) {
+        (&self.0.config, self.0.backends.occupancy())
+    }
+
+    /// Bytes of the disks in the slots, 0 for an empty one.
+    pub fn disk_sizes(&self) -> Vec<u64> {
+        let capacity = |slot| {
+            let mut transport = self.0.slots.transport(slot)?.lock();
+            Some(transport.device::<Block>()?.capacity())
+        };
+        (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
+    }
+
+    /// The ranges of the memory's image that may hold something else than zero.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn used_memory(&self) -> io::Result<Vec<Range<u64>>> {
+        image::used(&self.0.memory)
+    }
+
+    /// The ranges of the memory's image that have been written since [`Machine::log_dirty`] or the
+    /// last call.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn dirty_memory(&self) -> Result<Vec<Range<u64>>, KvmError> {
+        self.0.dirty_memory()
+    }
+}

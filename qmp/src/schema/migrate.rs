@@ -1,0 +1,71 @@
+//! Saving the machine's state.
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+super::plain! {
+    /// Ask how far the save is.
+    QueryMigrate
+    /// Give up the save that is under way.
+    MigrateCancel
+}
+
+/// Save the machine's state. The answer comes when it has been saved; the guest stays paused.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Migrate {
+    /// Where to: `file:DIRECTORY`.
+    pub uri: String,
+    /// Let a running guest run on: it stops only for what it changes while its memory is copied.
+    pub resume: Option<bool>,
+}
+
+/// Where a save is in its life. `setup` is told before the first one, too, as StratoVirt does it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum MigrationStatus {
+    #[default]
+    Setup,
+    Active,
+    Completed,
+    Failed,
+    Canceled,
+}
+
+/// Reply to [`QueryMigrate`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationInfo {
+    /// Where the last save is in its life.
+    pub status: MigrationStatus,
+    /// What has become of guest memory; absent before the first save.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ram: Option<MigrationStats>,
+    /// Milliseconds since the save began, or that it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_time: Option<u64>,
+    /// Milliseconds for which the guest stood still, when it runs on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<u64>,
+    /// Why the last save failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_desc: Option<String>,
+}
+
+/// Guest memory during a save.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationStats {
+    /// Bytes written.
+    pub transferred: u64,
+    /// Bytes still to be looked at.
+    pub remaining: u64,
+    /// Bytes to look at in all; grows with what the guest changes meanwhile.
+    pub total: u64,
+    /// Pages that are zero and not written.
+    pub duplicate: u64,
+    /// Pages written.
+    pub normal: u64,
+    /// Bytes of a page.
+    pub page_size: u64,
+}

@@ -1,0 +1,200 @@
+//! A machine is saved, and goes on in other processes: as often as one likes, with what was plugged
+//! in, and not at all when what it needs is not there.
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
+use serde_json::{Value, json};
+use stories::monitor::{Monitor, SOON, Vm};
+
+use crate::stage::{Stage, quits, simple, status};
+
+/// The guests' `COUNTERS`.
+const COUNTERS: u64 = 4 << 20;
+
+/// The counters in a saved memory: RAM below 3 GiB is in its place there.
+fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
+    let memory = File::open(saved.join("memory"))?;
+    (0..count)
+        .map(|number| {
+            let mut bytes = [0; 8];
+            memory.read_exact_at(&mut bytes, COUNTERS + number * 4096)?;
+            Ok(u64::from_le_bytes(bytes))
+        })
+        .collect()
+}
+
+fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
+    let uri = format!("file:{}", directory.display());
+    let returned = qmp.execute_raw("migrate", json!({ "uri": uri, "resume": resume }))?;
+    ensure!(returned == json!({}), "{returned}");
+    let info = qmp.execute_raw("query-migrate", json!({}))?;
+    ensure!(info.get("status") == Some(&json!("completed")), "{info}");
+    Ok(info)
+}
+
+/// A process that goes on from `saved`, paused at first.
+fn restore(stage: &Stage, saved: &Path, args: &[&str]) -> Result<(Monitor, Client)> {
+    let incoming = format!("file:{}", saved.display());
+    let args = [&["-S", "-incoming", &incoming], args].concat();
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let qmp = monitor.qmp()?;
+    Ok((monitor, qmp))
+}
+
+/// What a process says that does not get as far as a control socket.
+fn refusal(stage: &Stage, saved: &Path, args: &[&str]) -> Result<String> {
+    let incoming = format!("file:{}", saved.display());
+    let args = [&["-S", "-incoming", &incoming], args].concat();
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let status = monitor.wait_exit()?;
+    ensure!(status.code() == Some(1), "it ended with {status}");
+    monitor.wait_for("\n", SOON)
+}
+
+fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
+    let stage = Stage::new(story)?;
+    let vm = stage.vm("count", &format!("registers {cpus}"))?.machine("vcpu_count", cpus);
+    let (mut monitor, qmp) = stage.start(vm)?;
+    monitor.wait_for(&format!("processors {cpus}"), SOON)?;
+    Ok((stage, monitor, qmp))
+}
+
+/// Saved while all its processors are in the middle of accesses, again and again; each time it goes
+/// on, no counter has gone back and nothing that a processor read was wrong.
+fn goes_on(story: &str, cpus: u64, mapped: &str) -> Result<()> {
+    let (stage, mut monitor, mut qmp) = counting(story, cpus)?;
+    let mut before = vec![0; usize::try_from(cpus)?];
+    for round in 0..10u64 {
+        // At another moment each time.
+        thread::sleep(Duration::from_micros(1 << round));
+        let saved = stage.file(&format!("saved{round}"));
+        save(&mut qmp, &saved, false)?;
+        ensure!(status(&mut qmp)? == "paused");
+        let counted = counters(&saved, cpus)?;
+        ensure!(counted.iter().zip(&before).all(|(now, before)| now >= before), "{counted:?}");
+        before = counted;
+        ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+        quits(&stage, &mut monitor, &mut qmp)?;
+        let incoming = format!("file:{},mapped={mapped}", saved.display());
+        let args = ["-S", "-incoming", &incoming];
+        monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+        qmp = monitor.qmp()?;
+        simple(&mut qmp, "cont")?;
+    }
+    // They all do go on.
+    let deadline = Instant::now() + SOON;
+    let last = stage.file("last");
+    loop {
+        save(&mut qmp, &last, false)?;
+        if counters(&last, cpus)?.iter().zip(&before).all(|(now, before)| now > before) {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "counters stay at {before:?}");
+        simple(&mut qmp, "cont")?;
+    }
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn one_processor_goes_on_in_ten_processes() -> Result<()> {
+    goes_on("snap-one", 1, "on")
+}
+
+#[test]
+fn two_processors_go_on_in_ten_processes_from_memory_that_was_checked() -> Result<()> {
+    goes_on("snap-two", 2, "off")
+}
+
+#[test]
+fn one_state_is_restored_ten_times_and_stays_as_it_is() -> Result<()> {
+    let (stage, mut monitor, mut qmp) = counting("snap-many", 1)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let read = |name| fs::read(saved.join(name));
+    let (state, memory) = (read("state")?, read("memory")?);
+    for _ in 0..10 {
+        let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+        simple(&mut qmp, "cont")?;
+        let again = stage.file("again");
+        save(&mut qmp, &again, false)?;
+        ensure!(counters(&again, 1)? >= counters(&saved, 1)?);
+        ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    ensure!(read("state")? == state && read("memory")? == memory, "a guest wrote to its template");
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_runs_on_during_its_save_stops_for_the_rest_only() -> Result<()> {
+    let (stage, mut monitor, mut qmp) = counting("snap-live", 2)?;
+    let saved = stage.file("saved");
+    for _ in 0..5 {
+        let info = save(&mut qmp, &saved, true)?;
+        ensure!(info.get("downtime").is_some(), "{info}");
+        ensure!(status(&mut qmp)? == "running");
+    }
+    quits(&stage, &mut monitor, &mut qmp)?;
+    // Checked: what was copied while the guest ran and what was copied afterwards fit together.
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+    simple(&mut qmp, "cont")?;
+    let again = stage.file("again");
+    save(&mut qmp, &again, true)?;
+    ensure!(counters(&again, 2)? >= counters(&saved, 2)?);
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
+    let (stage, mut monitor, mut qmp) = counting("snap-disk", 1)?;
+    let image = stage.file("image");
+    File::create(&image)?.set_len(1 << 20)?;
+    let file = json!({ "driver": "file", "filename": image });
+    qmp.execute_raw("blockdev-add", json!({ "node-name": "extra", "file": file }))?;
+    let device = json!({ "id": "extra", "driver": "virtio-blk-mmio", "addr": "3" });
+    qmp.execute_raw("device_add", device)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    let moved = stage.file("moved");
+    fs::rename(&image, &moved)?;
+    let said = refusal(&stage, &saved, &[])?;
+    ensure!(said.contains("disk 'extra'") && said.contains("-drive id=extra,file="), "{said}");
+    let drive = format!("id=extra,file={}", moved.display());
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &["-drive", &drive])?;
+    let disks = qmp.execute_raw("query-named-block-nodes", json!({}))?;
+    let path = disks.pointer("/0/file").and_then(Value::as_str).context("no disk")?;
+    ensure!(Path::new(path) == moved, "{disks}");
+    simple(&mut qmp, "cont")?;
+    simple(&mut qmp, "stop")?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    File::options().write(true).open(&moved)?.set_len(2 << 20)?;
+    let said = refusal(&stage, &saved, &["-drive", &drive])?;
+    ensure!(said.contains("1048576") && said.contains("2097152"), "both sizes are told: {said}");
+    let said = refusal(&stage, &saved, &["-m", "64M"])?;
+    ensure!(said.contains("leave -m out"), "{said}");
+    let said = refusal(&stage, &saved, &["-drive", &format!("id=other,file={}", moved.display())])?;
+    ensure!(said.contains("no disk 'other'") && said.contains("extra"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_save_that_cannot_be_leaves_the_guest_running() -> Result<()> {
+    let (stage, mut monitor, mut qmp) = counting("snap-fail", 1)?;
+    let uri = format!("file:{}", stage.file("no/such/place").display());
+    for uri in [uri.as_str(), "file:", "nonsense", "tcp:127.0.0.1:1"] {
+        ensure!(qmp.execute_raw("migrate", json!({ "uri": uri })).is_err(), "{uri} was accepted");
+        ensure!(status(&mut qmp)? == "running");
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}

@@ -1,0 +1,197 @@
+//! What a restored machine may have in other places than the saved one: images, taps, sockets, the
+//! kernel for its next reset. What its guest sees stays as it was; flags that ask for something
+//! else are refused.
+use std::{
+    collections::BTreeSet,
+    fmt::Display,
+    fs::OpenOptions,
+    io::{self, Seek, SeekFrom},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use machine::config::{MachineConfig, Tap};
+use rustix::fs::OFlags;
+
+use super::content::Config;
+use crate::cli::Asked;
+
+/// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum AdaptError {
+    #[error("the saved machine has {saved} {what}, and {flag} asks for {asked}: leave {flag} out")]
+    Differs { what: &'static str, flag: &'static str, saved: String, asked: String },
+    #[error(
+        "the saved machine has no {what} '{id}'; it has {known}: give -{flag} with one of these"
+    )]
+    Unknown { what: &'static str, flag: &'static str, id: String, known: String },
+    #[error("the saved machine has no {what}: leave {flag} out")]
+    None { what: &'static str, flag: &'static str },
+    #[error(
+        "NIC '{id}' used inherited descriptors: give it a tap with -netdev tap,id={id},ifname=TAP"
+    )]
+    NoTap { id: String },
+    #[error("NIC '{id}' has {saved} queue pairs, and {asked} descriptors are given for it")]
+    Descriptors { id: String, saved: u16, asked: usize },
+    #[error("disk '{id}': cannot open {}; give its place with -drive id={id},file=PATH", path.display())]
+    Disk { id: String, path: PathBuf, source: io::Error },
+    #[error("disk '{id}' had {saved} bytes when it was saved; {} has {found}", path.display())]
+    DiskSize { id: String, path: PathBuf, saved: u64, found: u64 },
+}
+
+/// Change `config` to what the command line asks for: `asked`, and the disks, NICs and character
+/// devices of `flags`.
+///
+/// # Errors
+/// When it asks for what the guest would notice, or for what was not there.
+pub fn adapt(config: &mut Config, asked: &Asked, flags: &MachineConfig) -> Result<(), AdaptError> {
+    let saved = &mut config.machine;
+    if let Some((cpus, topology)) = asked.smp
+        && (cpus, topology) != (saved.cpus, saved.topology)
+    {
+        return Err(differs("vCPUs, in this topology,", "-smp", saved.cpus, cpus));
+    }
+    if let Some(size) = asked.memory.filter(|size| *size != saved.memory.size) {
+        return Err(differs("bytes of memory", "-m", saved.memory.size, size));
+    }
+    let threads: BTreeSet<_> = flags.iothreads.iter().collect();
+    if !threads.is_empty() && threads != saved.iothreads.iter().collect() {
+        let list = |ids: &[String]| format!("'{}'", ids.join("', '"));
+        let (had, wanted) = (list(&saved.iothreads), list(&flags.iothreads));
+        return Err(differs("the I/O threads", "-object iothread", had, wanted));
+    }
+    replace(&mut saved.name, &asked.name);
+    replace(&mut saved.uuid, &asked.uuid);
+    replace(&mut saved.boot.kernel, &asked.kernel);
+    replace(&mut saved.boot.cmdline, &asked.cmdline);
+    if asked.initrd.is_some() {
+        saved.boot.initrd.clone_from(&asked.initrd);
+    }
+    replace(&mut saved.memory.shared, &asked.memory_shared);
+    replace(&mut saved.memory.dump, &asked.memory_dump);
+    saved.memory.prealloc = flags.memory.prealloc;
+    if flags.memory.path.is_some() {
+        saved.memory.path.clone_from(&flags.memory.path);
+    }
+    match (&mut saved.serial, &flags.serial) {
+        (Some(serial), Some(wanted)) => serial.clone_from(wanted),
+        (None, Some(_)) => return Err(AdaptError::None { what: "serial port", flag: "-serial" }),
+        (_, None) => {}
+    }
+    match (&mut saved.console, &flags.console) {
+        (Some(console), Some(wanted)) => {
+            console.id.clone_from(&wanted.id);
+            console.backend.clone_from(&wanted.backend);
+        }
+        (None, Some(_)) => return Err(AdaptError::None { what: "console", flag: "-chardev" }),
+        (_, None) => {}
+    }
+    match (&mut saved.rng, &flags.rng) {
+        (Some(rng), Some(wanted)) => rng.path.clone_from(&wanted.path),
+        (None, Some(_)) => return Err(AdaptError::None { what: "rng", flag: "-rng" }),
+        (_, None) => {}
+    }
+    disks(config, flags)?;
+    nics(config, flags)
+}
+
+fn disks(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
+    for wanted in &flags.disks {
+        let mut there = config.occupied.disks.iter_mut().flatten();
+        let Some(disk) = there.find(|disk| disk.id == wanted.id) else {
+            let ids = config.occupied.disks.iter().flatten().map(|disk| disk.id.as_str());
+            return Err(unknown("disk", "drive", &wanted.id, ids));
+        };
+        if disk.readonly != wanted.readonly {
+            let (saved, asked) = (disk.readonly.to_string(), wanted.readonly.to_string());
+            return Err(differs("a disk with readonly", "-drive", saved, asked));
+        }
+        disk.path.clone_from(&wanted.path);
+        (disk.direct, disk.aio, disk.discard) = (wanted.direct, wanted.aio, wanted.discard);
+        (disk.iops, disk.bps) = (wanted.iops, wanted.bps);
+    }
+    Ok(())
+}
+
+fn nics(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
+    let mut given = Vec::new();
+    for wanted in &flags.nics {
+        let shapes = config.machine.nics.iter().map(|shape| shape.queue_pairs);
+        let shapes = shapes.chain(std::iter::repeat(1));
+        let mut there = config.occupied.nics.iter_mut().zip(shapes);
+        let found = there.find_map(|(nic, pairs)| {
+            nic.as_mut().filter(|nic| nic.id == wanted.id).map(|nic| (nic, pairs))
+        });
+        let Some((nic, pairs)) = found else {
+            let ids = config.occupied.nics.iter().flatten().map(|nic| nic.id.as_str());
+            return Err(unknown("NIC", "netdev", &wanted.id, ids));
+        };
+        if let Tap::Fds(fds) = &wanted.tap
+            && fds.len() != usize::from(pairs)
+        {
+            let (id, asked) = (wanted.id.clone(), fds.len());
+            return Err(AdaptError::Descriptors { id, saved: pairs, asked });
+        }
+        nic.tap.clone_from(&wanted.tap);
+        (nic.pps, nic.bps) = (wanted.pps, wanted.bps);
+        given.push(wanted.id.clone());
+    }
+    let mut numbers = config.occupied.nics.iter().flatten();
+    match numbers.find(|nic| matches!(nic.tap, Tap::Fds(_)) && !given.contains(&nic.id)) {
+        Some(nic) => Err(AdaptError::NoTap { id: nic.id.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Whether the disks are there, and as large as they were.
+///
+/// # Errors
+/// The first one that is not.
+pub fn check_disks(config: &Config) -> Result<(), AdaptError> {
+    for (disk, saved) in config.occupied.disks.iter().zip(&config.disk_sizes) {
+        let Some(disk) = disk else { continue };
+        let (id, path) = (disk.id.clone(), disk.path.clone());
+        match size(&disk.path) {
+            Err(source) => return Err(AdaptError::Disk { id, path, source }),
+            // Whole sectors, as the disk shows them.
+            Ok(found) if found / 512 * 512 != *saved => {
+                return Err(AdaptError::DiskSize { id, path, saved: *saved, found });
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn size(path: &Path) -> io::Result<u64> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let mut file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    file.seek(SeekFrom::End(0))
+}
+
+fn replace<T: Clone>(saved: &mut T, asked: &Option<T>) {
+    if let Some(asked) = asked {
+        saved.clone_from(asked);
+    }
+}
+
+fn differs(
+    what: &'static str,
+    flag: &'static str,
+    saved: impl Display,
+    asked: impl Display,
+) -> AdaptError {
+    AdaptError::Differs { what, flag, saved: saved.to_string(), asked: asked.to_string() }
+}
+
+fn unknown<'a>(
+    what: &'static str,
+    flag: &'static str,
+    id: &str,
+    known: impl Iterator<Item = &'a str>,
+) -> AdaptError {
+    let known: Vec<_> = known.collect();
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    AdaptError::Unknown { what, flag, id: id.into(), known }
+}
