@@ -76,7 +76,12 @@ impl<'a> Writer<'a> {
     pub fn new(memory: &'a Memory, size: u64, file: &'a File) -> io::Result<Self> {
         file.set_len(size.saturating_add(PAGE_SIZE))?;
         let buffer = vec![0; 2 << 20];
-        let sums = blocks(size).map(|block| zero_sum(&buffer, &block)).collect();
+        let zero = crc32fast::hash(&buffer);
+        let sum = |block: Range<u64>| match block.end - block.start {
+            BLOCK => zero,
+            _ => zero_sum(&buffer, &block),
+        };
+        let sums = blocks(size).map(sum).collect();
         Ok(Self { memory, file, size, sums, buffer, again: false })
     }
 
