@@ -123,6 +123,14 @@ fn answer(answer: &Answer) -> Result<()> {
     out.flush().context("nobody listens any more")
 }
 
+/// How telling a story went.
+enum Outcome {
+    /// To its end, good or bad.
+    Told(Result<()>),
+    /// It was cut short.
+    HostLost(anyhow::Error),
+}
+
 /// The process that runs stories, seen from outside. Started when the first story is asked for.
 pub struct Agent {
     show: bool,
@@ -137,11 +145,29 @@ impl Agent {
         Self { show, ready: None, running: None }
     }
 
-    /// Runs one story.
+    /// Runs one story. If an emulated host breaks down meanwhile, which is no fault of the story,
+    /// says so and tells the story once more in a new one.
     ///
     /// # Errors
     /// It failed, or there is no host for it; with everything that was printed meanwhile.
     pub fn run(&mut self, name: &str) -> Result<()> {
+        for last in [false, true] {
+            match self.tell(name)? {
+                Outcome::Told(result) => return result,
+                Outcome::HostLost(_) if !last && self.emulates() => {
+                    eprintln!("  The emulated host broke down: telling {name} in a new one");
+                }
+                Outcome::HostLost(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn emulates(&self) -> bool {
+        matches!(self.ready, Some((Host::Emulated(_), ..)))
+    }
+
+    fn tell(&mut self, name: &str) -> Result<Outcome> {
         let mut running = match self.running.take() {
             Some(running) => running,
             None => self.start()?,
@@ -150,23 +176,23 @@ impl Agent {
         request.push(b'\n');
         running.tell(&request)?;
         let mut printed = Vec::new();
-        match self.wait(&running, Instant::now() + STORY_LIMIT, &mut printed) {
-            Ok(Answer::Done(error)) => {
+        let answer = self.wait(&running, Instant::now() + STORY_LIMIT, &mut printed);
+        let error = match answer {
+            Ok(Answer::Done(None)) => {
                 self.running = Some(running);
-                let Some(error) = error else { return Ok(()) };
-                bail!("{}\n{error}", String::from_utf8_lossy(&printed).trim_end())
+                return Ok(Outcome::Told(Ok(())));
             }
-            Ok(Answer::Ready(_) | Answer::Exit(_)) => {
-                bail!("the host ended\n{}", running.console())
-            }
-            Err(error) => {
-                bail!(
-                    "{}\n{error}\n{}",
-                    String::from_utf8_lossy(&printed).trim_end(),
-                    running.console()
-                )
-            }
+            Ok(Answer::Done(Some(ref error))) => error.clone(),
+            Ok(Answer::Ready(_) | Answer::Exit(_)) => "the host ended".to_owned(),
+            Err(ref error) => format!("{error:#}"),
+        };
+        let printed = String::from_utf8_lossy(&printed);
+        if matches!(answer, Ok(Answer::Done(_))) && !running.is_broken() {
+            self.running = Some(running);
+            return Ok(Outcome::Told(Err(anyhow::anyhow!("{}\n{error}", printed.trim_end()))));
         }
+        let console = running.console();
+        Ok(Outcome::HostLost(anyhow::anyhow!("{}\n{error}\n{console}", printed.trim_end())))
     }
 
     /// Lets the host go.

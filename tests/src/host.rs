@@ -214,11 +214,23 @@ impl Running {
     /// The last lines of the emulated host's own console, to explain why it ended.
     #[must_use]
     pub fn console(&self) -> String {
-        let Some(emulated) = &self.emulated else { return String::new() };
-        let text = fs::read(emulated.dir.join(CONSOLE)).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        let text = self.whole_console();
         let lines: Vec<_> = text.lines().collect();
         lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+    }
+
+    /// Whether the kernel of the emulated host has reported a fault of its own: emulation is not
+    /// perfect, and nothing that runs there can be trusted any more.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        let text = self.whole_console();
+        ["BUG: ", "Oops: ", "Kernel panic"].iter().any(|word| text.contains(word))
+    }
+
+    fn whole_console(&self) -> String {
+        let Some(emulated) = &self.emulated else { return String::new() };
+        let text = fs::read(emulated.dir.join(CONSOLE)).unwrap_or_default();
+        String::from_utf8_lossy(&text).into_owned()
     }
 
     /// Waits for its end until `deadline`; then ends it.
