@@ -1,11 +1,12 @@
 //! Stories run one after another in one process on the host ([`serve`]); the test program asks that
-//! process for one story at a time ([`Agent`]). A story that hangs costs the process, or the whole
+//! process for one story at a time ([`Agents`]). A story that hangs costs the process, or the whole
 //! emulated host: the next story gets a new one.
 use std::fs;
 use std::io::{BufRead, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{env, io};
 
@@ -15,7 +16,7 @@ use serde_json::Value;
 
 use crate::debian::Debian;
 use crate::guest;
-use crate::host::{CONTROL, Host, Job, Running, Said};
+use crate::host::{CONTROL, Host, Job, Running, Said, make_initramfs};
 use crate::paths::{BINARY, Paths, workspace};
 use crate::progress::Step;
 
@@ -26,7 +27,7 @@ pub const EXAMPLES: &str = "config-examples";
 /// How long a host may take to come up, the slowest one included.
 const HOST_LIMIT: Duration = Duration::from_secs(120);
 /// How long one story may take.
-const STORY_LIMIT: Duration = Duration::from_secs(180);
+const STORY_LIMIT: Duration = Duration::from_secs(300);
 
 /// What a story gets.
 pub struct Story {
@@ -131,18 +132,20 @@ enum Outcome {
     HostLost(anyhow::Error),
 }
 
-/// The process that runs stories, seen from outside. Started when the first story is asked for.
-pub struct Agent {
+/// The processes that run stories, seen from outside: as many as stories are asked for at once.
+/// Each is started when it is first needed.
+pub struct Agents {
     show: bool,
-    ready: Option<(Host, Paths, Debian)>,
-    running: Option<Running>,
+    /// Locked while it is being made: whoever comes second waits and finds it.
+    ready: Mutex<Option<(Host, Paths, Debian)>>,
+    idle: Mutex<Vec<Running>>,
 }
 
-impl Agent {
-    /// An agent that shows what stories print at once (`show`) or only when they fail.
+impl Agents {
+    /// Agents that show what stories print at once (`show`) or only when they fail.
     #[must_use]
     pub const fn new(show: bool) -> Self {
-        Self { show, ready: None, running: None }
+        Self { show, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
     }
 
     /// Runs one story. If an emulated host breaks down meanwhile, which is no fault of the story,
@@ -150,7 +153,7 @@ impl Agent {
     ///
     /// # Errors
     /// It failed, or there is no host for it; with everything that was printed meanwhile.
-    pub fn run(&mut self, name: &str) -> Result<()> {
+    pub fn run(&self, name: &str) -> Result<()> {
         for last in [false, true] {
             match self.tell(name)? {
                 Outcome::Told(result) => return result,
@@ -164,11 +167,12 @@ impl Agent {
     }
 
     fn emulates(&self) -> bool {
-        matches!(self.ready, Some((Host::Emulated(_), ..)))
+        matches!(*lock(&self.ready), Some((Host::Emulated(_), ..)))
     }
 
-    fn tell(&mut self, name: &str) -> Result<Outcome> {
-        let mut running = match self.running.take() {
+    fn tell(&self, name: &str) -> Result<Outcome> {
+        let idle = lock(&self.idle).pop();
+        let mut running = match idle {
             Some(running) => running,
             None => self.start()?,
         };
@@ -179,7 +183,7 @@ impl Agent {
         let answer = self.wait(&running, Instant::now() + STORY_LIMIT, &mut printed);
         let error = match answer {
             Ok(Answer::Done(None)) => {
-                self.running = Some(running);
+                lock(&self.idle).push(running);
                 return Ok(Outcome::Told(Ok(())));
             }
             Ok(Answer::Done(Some(ref error))) => error.clone(),
@@ -188,33 +192,33 @@ impl Agent {
         };
         let printed = String::from_utf8_lossy(&printed);
         if matches!(answer, Ok(Answer::Done(_))) && !running.is_broken() {
-            self.running = Some(running);
+            lock(&self.idle).push(running);
             return Ok(Outcome::Told(Err(anyhow::anyhow!("{}\n{error}", printed.trim_end()))));
         }
         let console = running.console();
         Ok(Outcome::HostLost(anyhow::anyhow!("{}\n{error}\n{console}", printed.trim_end())))
     }
 
-    /// Lets the host go.
+    /// Lets the hosts go.
     ///
     /// # Errors
-    /// It does not listen any more, or its files cannot be removed.
-    pub fn finish(&mut self) -> Result<()> {
-        match self.running.take() {
-            Some(mut running) => {
-                running.tell(b"\n")?;
-                running.finish(Instant::now() + Duration::from_secs(20))
-            }
-            None => Ok(()),
+    /// One does not listen any more, or its files cannot be removed.
+    pub fn finish(&self) -> Result<()> {
+        for mut running in lock(&self.idle).drain(..) {
+            running.tell(b"\n")?;
+            running.finish(Instant::now() + Duration::from_secs(20))?;
         }
+        Ok(())
     }
 
-    fn start(&mut self) -> Result<Running> {
-        if self.ready.is_none() {
-            self.ready = Some(prepare()?);
-        }
-        let (host, paths, debian) = self.ready.as_ref().context("nothing is prepared")?;
-        let step = Step::spinner(match host {
+    fn start(&self) -> Result<Running> {
+        let mut ready = lock(&self.ready);
+        let (host, paths, debian) = match &*ready {
+            Some(ready) => ready.clone(),
+            None => ready.insert(prepare()?).clone(),
+        };
+        drop(ready);
+        let step = Step::spinner(match &host {
             Host::Native => "Starting",
             Host::Emulated(_) => "Booting the emulated host",
         });
@@ -226,7 +230,7 @@ impl Agent {
                 format!("{EXAMPLES}/{}", entry.file_name().to_string_lossy()),
             ));
         }
-        let running = host.start(paths, debian, &job)?;
+        let running = host.start(&paths, &debian, &job)?;
         let mut printed = Vec::new();
         match self.wait(&running, Instant::now() + HOST_LIMIT, &mut printed) {
             Ok(Answer::Ready(true)) => {}
@@ -256,6 +260,10 @@ impl Agent {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Everything that has to be there before a host starts: packages, guests, the monitor.
 ///
 /// # Errors
@@ -269,6 +277,7 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
     let lock = paths.lock()?;
     let debian = Debian::get(&paths)?;
     guest::make(&paths, &debian)?;
+    make_initramfs(&paths, &debian)?;
     drop(lock);
     paths.stratovirt = monitor()?;
     Ok((host, paths, debian))

@@ -10,7 +10,7 @@
 //! ```
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -38,7 +38,7 @@ const INIT: &str = include_str!("init/host.sh");
 const PROGRAMS: [&str; 3] = ["sbin/mke2fs", "sbin/debugfs", "bin/ip"];
 /// What its kernel says, a file in its directory.
 const CONSOLE: &str = "console.log";
-/// Begins the name of its directory; the process it belongs to ends it.
+/// Begins the name of its directory; the process it belongs to and a number follow.
 const DIRECTORY: &str = "emulated-host.";
 /// Bytes of the emulated host's scratch disk; the image is sparse.
 const SCRATCH_DISK: u64 = 8 << 30;
@@ -322,9 +322,8 @@ fn native(paths: &Paths, job: &Job) -> Result<Running> {
 
 fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
     remove_dead(paths)?;
-    let dir = paths.fresh_scratch(&format!("{DIRECTORY}{}", std::process::id()))?;
+    let dir = own_directory(paths)?;
     let kernel = guest::Kernel::Elf.path(paths);
-    let initramfs = host_initramfs(paths, debian)?;
     let payload = dir.join("payload.img");
     let scratch = dir.join("scratch.img");
     let console = dir.join(CONSOLE);
@@ -346,7 +345,7 @@ fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
     let machine = "-M pc -accel tcg,tb-size=512 -cpu max,-x2apic,-xsave,-vgif,-v-vmsave-vmload \
                    -smp 1 -m 6144 -nographic -nodefaults -no-reboot";
     qemu.args(machine.split_whitespace());
-    qemu.arg("-kernel").arg(&kernel).arg("-initrd").arg(&initramfs);
+    qemu.arg("-kernel").arg(&kernel).arg("-initrd").arg(initramfs(paths));
     qemu.args(["-append", "console=ttyS0 reboot=t panic=-1 quiet mitigations=off"]);
     qemu.arg("-drive")
         .arg(drive(&payload, "readonly=on"))
@@ -360,12 +359,29 @@ fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
     Running::new(qemu, Some(Emulated { dir }))
 }
 
+/// A directory that this process has not used yet: it may run several hosts.
+fn own_directory(paths: &Paths) -> Result<PathBuf> {
+    for number in 0_u32.. {
+        let name = format!("{DIRECTORY}{}.{number}", std::process::id());
+        let dir = paths.scratch.join(name);
+        match fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot make {}", dir.display()));
+            }
+        }
+    }
+    bail!("no directory is left for an emulated host")
+}
+
 /// Removes what hosts left behind whose processes are gone.
 fn remove_dead(paths: &Paths) -> Result<()> {
     for entry in fs::read_dir(&paths.scratch)? {
         let entry = entry?;
         let name = entry.file_name();
-        let process = name.to_str().and_then(|name| name.strip_prefix(DIRECTORY));
+        let name = name.to_str().and_then(|name| name.strip_prefix(DIRECTORY));
+        let process = name.and_then(|name| name.split('.').next());
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
             fs::remove_dir_all(entry.path())?;
         }
@@ -373,19 +389,26 @@ fn remove_dead(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// The emulated host's initramfs, made anew when a part of it changes.
-fn host_initramfs(paths: &Paths, debian: &Debian) -> Result<PathBuf> {
-    let path = paths.cache.join("host/initrd.cpio");
+/// The emulated host's initramfs.
+fn initramfs(paths: &Paths) -> PathBuf {
+    paths.cache.join("host/initrd.cpio")
+}
+
+/// Makes the emulated host's initramfs, unless it is there and as new.
+///
+/// # Errors
+/// The packages lack something, or the cache cannot be written.
+pub fn make_initramfs(paths: &Paths, debian: &Debian) -> Result<()> {
     let mark = paths.cache.join("host/mark");
     let now = format!("{}\n{INIT}\n{MODULES:?}\n", debian.modules()?.display());
-    if !fs::read_to_string(&mark).is_ok_and(|have| have == now) {
-        fs::create_dir_all(paths.cache.join("host"))?;
-        atomically(&path, |part| {
-            Ok(fs::write(part, guest::system(debian, INIT, MODULES, &["host"])?)?)
-        })?;
-        fs::write(&mark, now)?;
+    if fs::read_to_string(&mark).is_ok_and(|have| have == now) {
+        return Ok(());
     }
-    Ok(path)
+    fs::create_dir_all(paths.cache.join("host"))?;
+    atomically(&initramfs(paths), |part| {
+        Ok(fs::write(part, guest::system(debian, INIT, MODULES, &["host"])?)?)
+    })?;
+    fs::write(&mark, now).context("cannot note what was made")
 }
 
 /// The disk with everything that the job reads.

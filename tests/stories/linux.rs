@@ -10,11 +10,11 @@ mod examples;
 mod life;
 
 use std::env;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
-use stories::agent::{Agent, EXAMPLES, SERVE, Tell, Told, serve};
+use stories::agent::{Agents, EXAMPLES, SERVE, Tell, Told, serve};
 use stories::paths::{GUEST_KERNEL, Paths, workspace};
 
 const STORIES: &[(&str, Tell)] = &[
@@ -57,16 +57,16 @@ fn main() -> Result<()> {
         return serve(&all);
     }
     let mut args = Arguments::from_args();
-    args.test_threads = Some(1);
-    let agent = Arc::new(Mutex::new(Agent::new(args.nocapture)));
+    // An emulated host keeps one processor busy.
+    args.test_threads = Some(args.test_threads.unwrap_or(2).min(2));
+    let agents = Arc::new(Agents::new(args.nocapture));
     let trial = |(name, _): Told| {
-        let agent = Arc::clone(&agent);
+        let agents = Arc::clone(&agents);
         Trial::test(name.clone(), move || {
-            let mut agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
-            agent.run(&name).map_err(|error| Failed::from(format!("{error:#}")))
+            agents.run(&name).map_err(|error| Failed::from(format!("{error:#}")))
         })
     };
     let conclusion = libtest_mimic::run(&args, all.into_iter().map(trial).collect());
-    agent.lock().unwrap_or_else(PoisonError::into_inner).finish()?;
+    agents.finish()?;
     conclusion.exit()
 }
