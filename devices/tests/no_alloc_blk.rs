@@ -97,12 +97,14 @@ fn requests_allocate_nothing() {
             }
             ALLOCATIONS.load(Ordering::Relaxed) - before
         };
-        // The lists of requests in flight go round, and each grows once.
+        // The lists of requests in flight go round, and each grows once, at a time that the host's
+        // disk decides. A request that allocates would show in every round.
         run(2000);
-        assert_eq!(run(REQUESTS), 0, "direct {direct}, {aio:?}");
+        let rounds: Vec<usize> = (0..5).map(|_| run(REQUESTS)).collect();
+        assert_eq!(rounds.iter().min(), Some(&0), "direct {direct}, {aio:?}: {rounds:?}");
         assert_eq!(
             stats.rd_operations.load(Ordering::Relaxed),
-            2 * ((2000 + REQUESTS) / 5) as u64,
+            2 * ((2000 + 5 * REQUESTS) / 5) as u64,
             "they were real requests"
         );
     }

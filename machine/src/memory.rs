@@ -36,7 +36,7 @@ pub enum MemoryError {
     #[error("cannot open {path} for guest memory")]
     Open { path: PathBuf, source: io::Error },
     #[error(
-        "cannot make {path} as large as the guest's memory ({mib} MiB); for hugetlbfs, reserve \
+        "cannot have all of the guest's memory in {path} ({mib} MiB); for hugetlbfs, reserve \
          pages: sysctl vm.nr_hugepages={pages}"
     )]
     Grow { path: PathBuf, mib: u64, pages: u64, source: io::Error },
@@ -83,14 +83,19 @@ pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
         let size = usize::try_from(len).map_err(|_| MemoryError::Layout)?;
         let mut builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, PAGE))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        // What a path promises is reserved now: huge pages that are missing later would end the VM.
+        let reserve = if config.path.is_some() { 0 } else { libc::MAP_NORESERVE };
         builder = match &file {
             Some(file) => builder
-                .with_mmap_flags(shared | libc::MAP_NORESERVE)
+                .with_mmap_flags(shared | reserve)
                 .with_file_offset(FileOffset::new(file.try_clone().map_err(map_error)?, offset)),
             None => builder
                 .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
         };
-        let region = builder.build().map_err(|e| map_error(io::Error::other(e)))?;
+        let region = builder.build().map_err(|e| match &config.path {
+            Some(path) => grow_error(path, config.size)(io::Error::other(e)),
+            None => map_error(io::Error::other(e)),
+        })?;
         advise(&region, config, mib)?;
         regions.push(GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout)?);
         offset += len;
@@ -190,16 +195,16 @@ fn backing_file(path: &Path, size: u64) -> Result<File, MemoryError> {
     } else {
         options.create(true).truncate(false).mode(0o600).open(path).map_err(open_error)?
     };
-    let grow = |source| MemoryError::Grow {
-        path: path.into(),
-        mib: size >> 20,
-        pages: size.div_ceil(2 << 20),
-        source,
-    };
-    if file.metadata().map_err(grow)?.len() < size {
+    let grow = grow_error(path, size);
+    if file.metadata().map_err(&grow)?.len() < size {
         file.set_len(size).map_err(grow)?;
     }
     Ok(file)
+}
+
+fn grow_error(path: &Path, size: u64) -> impl Fn(io::Error) -> MemoryError {
+    let (path, mib, pages) = (path.to_owned(), size >> 20, size.div_ceil(2 << 20));
+    move |source| MemoryError::Grow { path: path.clone(), mib, pages, source }
 }
 
 /// hugetlbfs has no O_TMPFILE: a name for a moment, then none.

@@ -16,7 +16,7 @@ use crate::paths::Paths;
 /// How long a Linux guest may take to its init, in the slowest host.
 pub const BOOT: Duration = Duration::from_secs(120);
 /// How long anything else may take.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(60);
 /// What every guest is told: where its console is, and to end rather than hang.
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 
