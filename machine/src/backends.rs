@@ -84,11 +84,21 @@ impl Backends {
         Occupancy { disks: self.disks.to_vec(), nics: self.nics.to_vec() }
     }
 
+    /// Which slot holds the disk `id`.
+    fn disk_slot(&self, id: &str) -> Option<usize> {
+        self.disks.iter().position(|c| c.as_ref().is_some_and(|c| c.id == id))
+    }
+
+    /// Which slot holds the NIC `id`, counted from the first NIC slot.
+    fn nic_slot(&self, id: &str) -> Option<usize> {
+        self.nics.iter().position(|c| c.as_ref().is_some_and(|c| c.id == id))
+    }
+
     fn knows(&self, id: &str) -> bool {
         self.waiting_disks.contains_key(id)
             || self.waiting_nics.contains_key(id)
-            || self.disks.iter().flatten().any(|c| c.id == id)
-            || self.nics.iter().flatten().any(|c| c.id == id)
+            || self.disk_slot(id).is_some()
+            || self.nic_slot(id).is_some()
     }
 }
 
@@ -167,7 +177,8 @@ impl Machine {
     /// Put the disk `id` into slot `slot`. The guest sees its size at once.
     ///
     /// # Errors
-    /// When there is no such back-end or slot, or the slot is occupied; the back-end then waits on.
+    /// When there is no such back-end or slot, or the slot is occupied: the back-end then waits on.
+    /// When the device refuses the back-end, which is closed then.
     pub fn plug_disk(
         &mut self,
         id: &str,
@@ -234,16 +245,14 @@ impl Machine {
     /// # Errors
     /// When no slot holds it.
     pub fn unplug(&mut self, id: &str) -> Result<(), PlugError> {
-        let is = |config: &Option<DiskConfig>| config.as_ref().is_some_and(|c| c.id == id);
-        if let Some(slot) = self.backends.disks.iter().position(is) {
+        if let Some(slot) = self.backends.disk_slot(id) {
             if let Some(transport) = self.slots.transport(slot) {
                 transport.lock().update(|block: &mut Block| drop(block.unplug()));
             }
             self.backends.disks.get_mut(slot).map(Option::take);
             return Ok(());
         }
-        let is = |config: &Option<NicConfig>| config.as_ref().is_some_and(|c| c.id == id);
-        let Some(slot) = self.backends.nics.iter().position(is) else {
+        let Some(slot) = self.backends.nic_slot(id) else {
             return Err(PlugError::NoDevice(id.into()));
         };
         if let Some(transport) = self.slots.transport(DISKS + slot) {
@@ -259,8 +268,7 @@ impl Machine {
     /// # Errors
     /// When no slot holds it.
     pub fn set_link(&mut self, id: &str, up: bool) -> Result<(), PlugError> {
-        let is = |config: &Option<NicConfig>| config.as_ref().is_some_and(|c| c.id == id);
-        let slot = self.backends.nics.iter().position(is);
+        let slot = self.backends.nic_slot(id);
         let transport = slot.and_then(|slot| self.slots.transport(DISKS + slot));
         let Some(transport) = transport else { return Err(PlugError::NoDevice(id.into())) };
         let set = transport.lock().update(|net: &mut Net| net.set_link(up)).transpose();
@@ -273,8 +281,7 @@ impl Machine {
     /// # Errors
     /// When no slot holds it, or its file cannot be resized.
     pub fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), PlugError> {
-        let is = |config: &Option<DiskConfig>| config.as_ref().is_some_and(|c| c.id == id);
-        let slot = self.backends.disks.iter().position(is);
+        let slot = self.backends.disk_slot(id);
         let config = slot.and_then(|slot| self.backends.disks.get(slot)).and_then(Option::as_ref);
         let (Some(slot), Some(config)) = (slot, config) else {
             return Err(PlugError::NoDevice(id.into()));

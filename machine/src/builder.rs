@@ -20,7 +20,7 @@ use vm_memory::MmapRegion;
 use crate::{
     Machine,
     backends::{self, Backends},
-    boot::{self, BootError, Platform},
+    boot::{self, BootError},
     config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
     event::{Event, Report, Told},
     io_thread,
@@ -29,7 +29,7 @@ use crate::{
         vcpu::{Buses, KvmCpu},
     },
     legacy::{self, Legacy, LegacyError},
-    machine::RunError,
+    machine::{RunError, load_kernel},
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
     slots::{DISKS, NICS, SlotError, Slots},
@@ -276,13 +276,7 @@ impl Parts {
             add(Box::new(device), default.clone())?;
         }
 
-        let platform = Platform {
-            apic_ids,
-            slots: &slots.boot_list(),
-            serial: config.serial.is_some(),
-            vmgenid: None,
-        };
-        let boot = boot.then(|| boot::load(memory, &config.boot, &platform)).transpose()?;
+        let boot = boot.then(|| load_kernel(memory, config, &slots, apic_ids)).transpose()?;
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;

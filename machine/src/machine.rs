@@ -147,7 +147,7 @@ impl Machine {
         self.pause()?;
         self.each_device(|d| d.reset());
         memory::clear(&self.memory, &self.config.memory)?;
-        let entry = self.load()?;
+        let entry = load_kernel(&self.memory, &self.config, &self.slots, &self.apic_ids)?;
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
         let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
@@ -167,16 +167,6 @@ impl Machine {
         Ok(())
     }
 
-    fn load(&self) -> Result<boot::Entry, BootError> {
-        let platform = Platform {
-            apic_ids: &self.apic_ids,
-            slots: &self.slots.boot_list(),
-            serial: self.config.serial.is_some(),
-            vmgenid: None,
-        };
-        boot::load(&self.memory, &self.config.boot, &platform)
-    }
-
     /// The devices in the order in which their states are kept.
     pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
         self.legacy.devices().chain(self.slots.devices())
@@ -191,3 +181,19 @@ impl Machine {
 
 /// A device as the machine keeps it: the bus that carries guest accesses holds it too.
 pub(crate) type Shared = Arc<Mutex<dyn Device>>;
+
+/// Put the kernel into guest memory, and what tells it of this machine.
+pub(crate) fn load_kernel(
+    memory: &Memory,
+    config: &MachineConfig,
+    slots: &Slots,
+    apic_ids: &[u8],
+) -> Result<boot::Entry, BootError> {
+    let platform = Platform {
+        apic_ids,
+        slots: &slots.boot_list(),
+        serial: config.serial.is_some(),
+        vmgenid: None,
+    };
+    boot::load(memory, &config.boot, &platform)
+}

@@ -7,17 +7,17 @@ use crate::vmm::Vmm;
 /// StratoVirt's and Kata's members are taken; those that ask for what cannot be are refused.
 pub fn device_add(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
     let slot = slot(&command)?;
-    let ready = |backend: &Option<String>| backend.clone().unwrap_or(command.id.clone());
+    let backend_of = |backend: &Option<String>| backend.clone().unwrap_or(command.id.clone());
     // The driver's name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.
     if command.driver.contains("blk") {
-        same_id(&command.id, &ready(&command.drive), "drive")?;
+        same_id(&command.id, &backend_of(&command.drive), "drive")?;
         let serial = command.serial.clone();
         if serial.as_ref().is_some_and(|s| s.len() > 20) {
             return Err(Error::text("Invalid parameter 'serial': at most 20 bytes"));
         }
         vmm.machine.plug_disk(&command.id, slot, serial).map_err(|e| plug_error(&e))?;
     } else if command.driver.contains("net") {
-        same_id(&command.id, &ready(&command.netdev), "netdev")?;
+        same_id(&command.id, &backend_of(&command.netdev), "netdev")?;
         let mac = command.mac.as_deref().map(crate::cli::mac).transpose();
         let mac = mac.map_err(|e| Error::text(format!("Invalid parameter 'mac': {e}")))?;
         vmm.machine.plug_nic(&command.id, slot, mac).map_err(|e| plug_error(&e))?;
