@@ -1,5 +1,5 @@
 //! From configuration to machine.
-use std::{io, sync::Arc, thread};
+use std::{io, ops::Range, sync::Arc, thread};
 
 use devices::{
     Memory,
@@ -93,6 +93,8 @@ pub struct Saved<'a> {
     pub occupied: &'a Occupancy,
     /// Its memory, contents and all.
     pub memory: Memory,
+    /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
+    pub filled: Vec<Range<u64>>,
     /// Everything else.
     pub state: MachineState,
 }
@@ -119,6 +121,7 @@ impl Machine {
     pub fn restored(saved: Saved<'_>, report: Report) -> Result<Self, BuildError> {
         let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
+        machine.filled = saved.filled.into();
         machine.quiesced()?.restore(&saved.state)?;
         Ok(machine)
     }
@@ -205,6 +208,10 @@ impl Machine {
             chardevs,
             backends: Backends::new(occupied),
             seen,
+            filled: Arc::default(),
+            logging: false,
+            cleared: Vec::new(),
+            disks_released: false,
         })
     }
 }

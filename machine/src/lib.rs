@@ -16,7 +16,7 @@ pub mod vcpu;
 
 pub use backends::{PlugError, PluggedDisk};
 pub use builder::{BuildError, Saved};
-pub use devices::{Memory, PowerEvent};
+pub use devices::{Memory, PowerEvent, backend::inherited};
 pub use event::{Event, Report, Told};
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};

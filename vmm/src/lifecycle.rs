@@ -7,7 +7,8 @@
 //!       +------------------+------Shutdown-------+--> Shutdown
 //! ```
 //! From each of the three, Save leads to Saving, and Saved from there to Paused: nobody may run the
-//! guest while its memory is copied. A reset leads back to where it came from: a paused machine that is reset stays paused.
+//! guest while its memory is copied. Migrated leads from Saving to PostMigrate, where the machine
+//! stands still as in Paused: another process goes on with it. A reset leads back to where it came from: a paused machine that is reset stays paused.
 
 /// Where a VM can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,14 +22,22 @@ pub enum State {
     Paused,
     /// Paused, and must stay so until the state has been saved.
     Saving,
+    /// Paused, and handed over to another process; may go on here if that one does not.
+    PostMigrate,
     /// Over; the process is about to end.
     Shutdown,
 }
 
 impl State {
     /// All of them, for tests and tables.
-    pub const ALL: [Self; 5] =
-        [Self::Prelaunch, Self::Running, Self::Paused, Self::Saving, Self::Shutdown];
+    pub const ALL: [Self; 6] = [
+        Self::Prelaunch,
+        Self::Running,
+        Self::Paused,
+        Self::Saving,
+        Self::PostMigrate,
+        Self::Shutdown,
+    ];
 
     /// Where `event` leads from here.
     ///
@@ -37,15 +46,17 @@ impl State {
     pub const fn on(self, event: Event) -> Result<Self, Denied> {
         use {Event as E, State as S};
         Ok(match (self, event) {
-            (S::Prelaunch | S::Running | S::Paused, E::Resume) => S::Running,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Resume) => S::Running,
             (S::Running | S::Paused, E::Pause) => S::Paused,
-            (S::Prelaunch, E::Pause) => S::Prelaunch,
-            (S::Prelaunch | S::Running | S::Paused, E::Reset) => self,
-            (S::Prelaunch | S::Running | S::Paused, E::Save) => S::Saving,
+            (S::Prelaunch | S::Saving | S::PostMigrate, E::Pause) => self,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Reset) => self,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Save) => S::Saving,
             (S::Saving, E::Saved) => S::Paused,
-            (S::Saving, E::Pause) => S::Saving,
-            (S::Prelaunch | S::Running | S::Paused | S::Saving, E::Shutdown) => S::Shutdown,
-            (S::Saving | S::Shutdown, _) | (_, E::Saved) => {
+            (S::Saving, E::Migrated) => S::PostMigrate,
+            (S::Prelaunch | S::Running | S::Paused | S::Saving | S::PostMigrate, E::Shutdown) => {
+                S::Shutdown
+            }
+            (S::Saving | S::Shutdown, _) | (_, E::Saved | E::Migrated) => {
                 return Err(Denied { state: self, event });
             }
         })
@@ -65,6 +76,8 @@ pub enum Event {
     Save,
     /// The save is over.
     Saved,
+    /// The save is over, and somebody else goes on from it.
+    Migrated,
     /// End.
     Shutdown,
 }
@@ -87,9 +100,12 @@ impl States {
     /// While there is a VM to act on.
     pub const ALIVE: Self = Self::of(&[State::Prelaunch, State::Running, State::Paused]);
 
-    /// [`States::ALIVE`], and while its state is being saved.
-    pub const OR_SAVING: Self =
-        Self::of(&[State::Prelaunch, State::Running, State::Paused, State::Saving]);
+    /// [`States::ALIVE`], and after it was handed over.
+    pub const OR_MIGRATED: Self =
+        Self::of(&[State::Prelaunch, State::Running, State::Paused, State::PostMigrate]);
+
+    /// [`States::OR_MIGRATED`], and while its state is being saved.
+    pub const OR_SAVING: Self = Self(Self::OR_MIGRATED.0 | Self::of(&[State::Saving]).0);
 
     /// The set of `states`.
     pub const fn of(states: &[State]) -> Self {
@@ -112,20 +128,28 @@ impl States {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 6] =
-        [Event::Resume, Event::Pause, Event::Reset, Event::Save, Event::Saved, Event::Shutdown];
+    const EVENTS: [Event; 7] = [
+        Event::Resume,
+        Event::Pause,
+        Event::Reset,
+        Event::Save,
+        Event::Saved,
+        Event::Migrated,
+        Event::Shutdown,
+    ];
 
     #[test]
     fn every_state_answers_every_event() {
-        use State::{Paused, Prelaunch, Running, Saving, Shutdown};
+        use State::{Paused, PostMigrate, Prelaunch, Running, Saving, Shutdown};
         let (run, pause, pre) = (Some(Running), Some(Paused), Some(Prelaunch));
-        let (save, off) = (Some(Saving), Some(Shutdown));
+        let (save, away, off) = (Some(Saving), Some(PostMigrate), Some(Shutdown));
         let expected = [
-            (Prelaunch, [run, pre, pre, save, None, off]),
-            (Running, [run, pause, run, save, None, off]),
-            (Paused, [run, pause, pause, save, None, off]),
-            (Saving, [None, save, None, None, pause, off]),
-            (Shutdown, [None, None, None, None, None, None]),
+            (Prelaunch, [run, pre, pre, save, None, None, off]),
+            (Running, [run, pause, run, save, None, None, off]),
+            (Paused, [run, pause, pause, save, None, None, off]),
+            (Saving, [None, save, None, None, pause, away, off]),
+            (PostMigrate, [run, away, away, save, None, None, off]),
+            (Shutdown, [None; 7]),
         ];
         for (state, leads_to) in expected {
             for (event, next) in EVENTS.into_iter().zip(leads_to) {
@@ -139,7 +163,9 @@ mod tests {
         for state in State::ALL {
             assert!(States::ANY.contains(state));
             let over = state == State::Shutdown;
-            assert_eq!(States::ALIVE.contains(state), !over && state != State::Saving);
+            let still = [State::Saving, State::PostMigrate].contains(&state);
+            assert_eq!(States::ALIVE.contains(state), !over && !still);
+            assert_eq!(States::OR_MIGRATED.contains(state), !over && state != State::Saving);
             assert_eq!(States::OR_SAVING.contains(state), !over);
         }
     }

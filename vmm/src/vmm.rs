@@ -101,7 +101,9 @@ impl Vmm {
                     self.machine.resume()?;
                 }
             }
-            (State::Prelaunch | State::Paused, State::Running) => self.machine.resume()?,
+            (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
+                self.machine.resume()?;
+            }
             (State::Running, State::Paused | State::Saving) => self.machine.pause()?,
             // Still vCPUs are what lets the last events be true.
             (State::Running, State::Shutdown) => self.machine.pause()?,
@@ -109,7 +111,9 @@ impl Vmm {
         }
         self.state = after;
         match (before, after) {
-            (State::Prelaunch | State::Paused, State::Running) => self.tell(&Event::Resume {}),
+            (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
+                self.tell(&Event::Resume {});
+            }
             (State::Running, State::Paused | State::Saving) => self.tell(&Event::Stop {}),
             _ => {}
         }
