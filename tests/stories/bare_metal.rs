@@ -16,5 +16,7 @@ mod run_state;
 mod snapshot;
 #[path = "bare_metal/stage.rs"]
 mod stage;
+#[path = "bare_metal/stream.rs"]
+mod stream;
 #[path = "bare_metal/talk.rs"]
 mod talk;

@@ -16,11 +16,15 @@ use vmm::{
     lifecycle, logging,
     pidfile::PidFile,
     seccomp,
+    spawner::{self, Spawner},
     terminal::Raw,
     vmm::Vmm,
 };
 
 fn main() -> ExitCode {
+    if spawner::is_this() {
+        return if spawner::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let invocation = match cli::parse(env::args_os().skip(1)) {
         Ok(Action::Run(invocation)) => invocation,
         Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
@@ -73,10 +77,15 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .collect::<Result<Vec<_>, _>>()?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
+    let spawner = match (invocation.disable_seccomp, invocation.spawn) {
+        (true, _) => Spawner::AtNeed,
+        (false, true) => Spawner::start().context("cannot start the process for exec:")?,
+        (false, false) => Spawner::Forbidden,
+    };
     if !invocation.disable_seccomp {
-        seccomp::confine(file)?;
+        seccomp::confine(file, invocation.spawn)?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
+    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer, spawner);
     if !invocation.paused {
         vmm.apply(lifecycle::Event::Resume)?;
     }

@@ -51,12 +51,13 @@ struct Resources {
 static RESOURCES: OnceLock<Resources> = OnceLock::new();
 
 /// Confine all threads, those that run and those to come, for good. A forbidden call is reported
-/// on standard error and in the file `log`.
+/// on standard error and in the file `log`. With `spawn`, another process may be handed what it is
+/// to start.
 ///
 /// # Errors
 /// When the host has no filters, or the log file cannot be opened.
-pub fn confine(log: Option<&Path>) -> Result<(), SeccompError> {
-    let program = compile()?;
+pub fn confine(log: Option<&Path>, spawn: bool) -> Result<(), SeccompError> {
+    let program = compile(spawn)?;
     let log = log.map(|path| OpenOptions::new().append(true).open(path)).transpose();
     let resources = Resources {
         // Without /proc, as in a bare chroot, the report has no number.
@@ -69,9 +70,9 @@ pub fn confine(log: Option<&Path>) -> Result<(), SeccompError> {
     seccompiler::apply_filter_all_threads(&program).map_err(SeccompError::Refused)
 }
 
-fn compile() -> Result<BpfProgram, BackendError> {
+fn compile(spawn: bool) -> Result<BpfProgram, BackendError> {
     let arch = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(calls::allowed()?, SeccompAction::Trap, SeccompAction::Allow, arch)?
+    SeccompFilter::new(calls::allowed(spawn)?, SeccompAction::Trap, SeccompAction::Allow, arch)?
         .try_into()
 }
 
@@ -128,6 +129,6 @@ mod tests {
     #[test]
     fn the_filter_can_be_made_for_this_architecture() {
         // The kernel's limit: BPF_MAXINSNS.
-        assert!((1..4096).contains(&compile().unwrap().len()));
+        assert!((1..4096).contains(&compile(true).unwrap().len()));
     }
 }

@@ -13,6 +13,7 @@ use crate::{
     checkpoint::job::Checkpointer,
     lifecycle::{self, Denied, State, States},
     saving::Saving,
+    spawner::Spawner,
 };
 
 /// The monitor's main object; lives on the main thread, and nobody else has it.
@@ -30,6 +31,7 @@ pub struct Vmm {
     /// Guest resets boot anew rather than end the VM.
     reboot: bool,
     pub(crate) saving: Saving,
+    pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
 }
@@ -63,6 +65,7 @@ impl Vmm {
         servers: Vec<Server>,
         reboot: bool,
         checkpointer: Checkpointer,
+        spawner: Spawner,
     ) -> Self {
         Self {
             state: State::Prelaunch,
@@ -73,6 +76,7 @@ impl Vmm {
             ending: None,
             reboot,
             saving: Saving::new(checkpointer),
+            spawner,
             late: Vec::new(),
         }
     }

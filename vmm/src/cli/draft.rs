@@ -44,6 +44,7 @@ pub(super) struct Draft {
     pub(super) reboot: bool,
     pub(super) log: Option<Log>,
     pub(super) disable_seccomp: bool,
+    pub(super) spawn: bool,
     /// `-incoming`.
     pub(super) incoming: Option<Source>,
 }
