@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, os::fd::OwnedFd};
 use machine::{Machine, RunError};
 use qmp::{
     Error, ErrorClass,
-    schema::{Event, ShutdownCause},
+    schema::{
+        Event, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient, ShutdownCause,
+    },
     server::Server,
     table::Host,
 };
@@ -34,6 +36,8 @@ pub struct Vmm {
     pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
+    /// Threads of the machine may wait for ever.
+    stuck: bool,
 }
 
 /// How the VM ends.
@@ -78,6 +82,7 @@ impl Vmm {
             saving: Saving::new(checkpointer),
             spawner,
             late: Vec::new(),
+            stuck: false,
         }
     }
 
@@ -142,7 +147,7 @@ impl Vmm {
     /// Something that the machine could not decide by itself.
     pub fn machine_event(&mut self, event: machine::Event) {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
-        if self.state == State::Saving {
+        if self.state == State::Saving && !matches!(event, M::MemoryLost(_)) {
             return self.late.push(event);
         }
         let guest = |reason, status| Ending { guest: true, reason, status };
@@ -156,6 +161,17 @@ impl Vmm {
             }
             M::Vcpu(index, S::Failed) => {
                 log::error!("vCPU {index} has stopped for good");
+                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+            }
+            M::MemoryLost(reason) => {
+                let event = Event::MemoryFailure {
+                    recipient: MemoryFailureRecipient::Hypervisor,
+                    action: MemoryFailureAction::Fatal,
+                    flags: MemoryFailureFlags::default(),
+                    reason,
+                };
+                self.tell(&event);
+                self.stuck = true;
                 self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
             }
             M::Escape => {
@@ -188,10 +204,24 @@ impl Vmm {
 
     /// The last words: SHUTDOWN to every client, delivered before the sockets close.
     pub fn shut_down(mut self, ending: Ending) {
+        if self.stuck {
+            return self.leave(ending);
+        }
         self.abandon_save();
         if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
             log::warn!("{e}");
         }
+        self.last_words(ending);
+    }
+
+    /// The same, without waiting for threads that may wait for memory for ever: the process's end
+    /// takes them along.
+    fn leave(mut self, ending: Ending) {
+        self.last_words(ending);
+        std::mem::forget(self.machine);
+    }
+
+    fn last_words(&mut self, ending: Ending) {
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         for server in self.servers.drain(..) {
             server.shutdown(std::time::Duration::from_secs(1));
