@@ -21,6 +21,7 @@ const ROOMS: [&str; 4] = [
     "machine/src/kvm/",
     "machine/src/vcpu/kick.rs",
     "machine/src/memory.rs",
+    "machine/src/memory/",
     "devices/src/backend/",
 ];
 /// What the line above an opt-in begins with.
