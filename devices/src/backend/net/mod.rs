@@ -56,11 +56,11 @@ pub trait NetBackend: Send + Sync + 'static {
     fn has_header(&self) -> bool;
     /// UDP segmentation offload is among what it can do.
     fn has_uso(&self) -> bool;
-    /// Receive one frame into guest memory.
+    /// Receive one frame into guest memory, and what does not fit there into `spill`.
     ///
     /// # Errors
     /// `WouldBlock`, or what became of the interface.
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize>;
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize>;
     /// Receive one frame into a buffer of ours.
     ///
     /// # Errors

@@ -227,8 +227,8 @@ impl NetBackend for Tap {
         self.uso
     }
 
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize> {
-        into.read_from(self.fd(queue))
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
+        into.read_from(self.fd(queue), spill)
     }
 
     fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize> {

@@ -202,14 +202,22 @@ fn a_saved_interface_goes_on_elsewhere() {
 #[test]
 fn a_pause_keeps_a_frame_that_waits_for_buffers() {
     let mut lan = Lan::started(MERGEABLE);
-    lan.refill(2, 1526);
-    lan.host_sends(&Lan::frame(9000, 1));
+    let mut buffers = lan.refill(2, 1526);
+    let frame = Lan::frame(9000, 1);
+    lan.host_sends(&frame);
     for _ in 0..3 {
         lan.guest.transport.pause();
+        let zeros = [0; 1526];
+        for at in &buffers {
+            lan.guest.memory.write_slice(&zeros, GuestAddress(*at)).unwrap();
+        }
         lan.guest.transport.resume();
     }
-    lan.refill(10, 1526);
-    assert_eq!(lan.used().iter().sum::<u32>(), 9012);
+    buffers.extend(lan.refill(10, 1526));
+    let used = lan.used();
+    assert_eq!(used.iter().sum::<u32>(), 9012);
+    let pieces = buffers.iter().zip(used).map(|(at, len)| lan.guest.peek(*at, len as usize));
+    assert_eq!(pieces.collect::<Vec<_>>().concat()[12..], frame[12..]);
 }
 
 #[test]

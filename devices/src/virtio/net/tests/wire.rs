@@ -67,9 +67,9 @@ impl NetBackend for Wire {
     fn has_uso(&self) -> bool {
         false
     }
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize> {
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
         self.call()?;
-        into.read_from(self.fd(queue))
+        into.read_from(self.fd(queue), spill)
     }
     fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize> {
         self.call()?;
