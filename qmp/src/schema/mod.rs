@@ -87,6 +87,7 @@ commands! {
     "query-target"             QueryTarget            -> TargetInfo;
     "query-uuid"               QueryUuid              -> UuidInfo;
     "query-version"            QueryVersion           -> VersionInfo;
+    "query-vm-generation-id"   QueryVmGenerationId    -> GuidInfo;
     "quit"                     Quit                   -> Empty;
     "send-key"                 SendKey                -> Empty;
     "set_link"                 SetLink                -> Empty;

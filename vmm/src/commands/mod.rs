@@ -49,6 +49,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_name)
         .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
+        .on(ANY, introspect::query_vm_generation_id)
 }
 
 /// QEMU's class for a device that is not there; the whole chain of causes.
