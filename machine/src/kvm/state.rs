@@ -55,9 +55,11 @@ pub struct VcpuState {
 /// When KVM does not say.
 pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
     let mut list = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec();
-    list.extend(UNLISTED.into_iter().flatten().chain([MSR_PVM_VIF]));
-    list.sort_unstable();
-    list.dedup();
+    for index in UNLISTED.into_iter().flatten().chain([MSR_PVM_VIF]) {
+        if !list.contains(&index) {
+            list.push(index);
+        }
+    }
     Ok(list)
 }
 

@@ -56,6 +56,7 @@ macro_rules! commands {
 }
 
 commands! {
+    "announce-self"            AnnounceSelf           -> Empty;
     "block_resize"             BlockResize            -> Empty;
     "blockdev-add"             BlockdevAdd            -> Empty;
     "blockdev-del"             BlockdevDel            -> Empty;

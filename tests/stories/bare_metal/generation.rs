@@ -1,0 +1,84 @@
+//! A machine that goes on from a saved state is another one: its generation id says so, and its
+//! network hears where it is.
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
+use serde_json::{Value, json};
+use stories::monitor::{Monitor, SOON};
+
+use crate::snapshot::{restore, save};
+use crate::stage::{Stage, quits, simple};
+
+/// What the guest reads, in the words of `query-vm-generation-id`.
+fn told(monitor: &mut Monitor) -> Result<String> {
+    let line = monitor.wait_for("\n", SOON)?;
+    let words = line.strip_prefix("generation ").with_context(|| line.clone())?;
+    let bytes = words.split_whitespace().map(|word| u8::from_str_radix(word, 16));
+    let bytes: [u8; 16] = bytes.collect::<Result<Vec<_>, _>>()?.try_into().ok().context("16")?;
+    // A GUID in memory: the first three fields are little-endian.
+    let order = [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15];
+    let mut text = String::new();
+    for (at, from) in order.into_iter().enumerate() {
+        let dash = if matches!(at, 4 | 6 | 8 | 10) { "-" } else { "" };
+        text.push_str(&format!("{dash}{:02x}", bytes[from]));
+    }
+    Ok(text)
+}
+
+fn asked(qmp: &mut Client) -> Result<String> {
+    let info = qmp.execute_raw("query-vm-generation-id", json!({}))?;
+    Ok(info.get("guid").and_then(Value::as_str).context("no guid")?.to_owned())
+}
+
+#[test]
+fn each_machine_that_goes_on_from_a_state_is_another_one_and_is_told() -> Result<()> {
+    let stage = Stage::new("generation")?;
+    let vm = stage.vm("generation", "")?.args(&["-action", "reboot=reset"]);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    let first = told(&mut monitor)?;
+    ensure!(first == asked(&mut qmp)?, "{first}");
+    simple(&mut qmp, "system_reset")?;
+    ensure!(told(&mut monitor)? == first, "a reset is no other generation");
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    simple(&mut qmp, "cont")?;
+    ensure!(asked(&mut qmp)? == first, "it has gone on here");
+    quits(&stage, &mut monitor, &mut qmp)?;
+    ensure!(monitor.unseen().is_empty(), "told without need: {}", monitor.unseen());
+
+    let mut seen = BTreeSet::from([first]);
+    for _ in 0..3 {
+        let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+        simple(&mut qmp, "cont")?;
+        monitor.wait_for("events 2\n", SOON)?;
+        let now = told(&mut monitor)?;
+        ensure!(now == asked(&mut qmp)?, "{now}");
+        ensure!(seen.insert(now), "the same as before");
+        // And from its own state, before it is told of it.
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn news_that_were_saved_unread_arrive() -> Result<()> {
+    let stage = Stage::new("generation-twice")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("generation", "")?)?;
+    let first = told(&mut monitor)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    // Restored, but not run.
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+    let second = asked(&mut qmp)?;
+    let again = stage.file("again");
+    save(&mut qmp, &again, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let (mut monitor, mut qmp) = restore(&stage, &again, &[])?;
+    simple(&mut qmp, "cont")?;
+    monitor.wait_for("events 2\n", SOON)?;
+    let third = told(&mut monitor)?;
+    ensure!(BTreeSet::from([&first, &second, &third]).len() == 3, "{first} {second} {third}");
+    quits(&stage, &mut monitor, &mut qmp)
+}
