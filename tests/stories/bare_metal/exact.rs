@@ -168,9 +168,12 @@ fn same(before: &Path, after: &Path) -> Result<()> {
         Ok(bytes)
     };
     let (one, other) = (memory(before)?, memory(after)?);
-    let bytes = one.iter().zip(&other).enumerate().filter(|(_, (a, b))| a != b);
-    let differ = bytes.map(|(at, _)| at).filter(|at| !BYTES.iter().any(|range| range.contains(at)));
-    let differ: Vec<_> = differ.take(10).collect();
+    let pages = (0..).step_by(4096).zip(one.chunks(4096).zip(other.chunks(4096)));
+    let bytes = pages.filter(|(_, (a, b))| a != b).flat_map(|(page, (a, b))| {
+        a.iter().zip(b).enumerate().filter(|(_, (a, b))| a != b).map(move |(at, _)| page + at)
+    });
+    let differ = bytes.filter(|at| !BYTES.iter().any(|range| range.contains(at)));
+    let differ: Vec<usize> = differ.take(10).collect();
     ensure!(differ.is_empty(), "memory differs at {differ:#x?}");
     Ok(())
 }

@@ -1,12 +1,19 @@
 //! A machine that goes on from a saved state is another one: its generation id says so, and its
 //! network hears where it is.
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, socket};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 use stories::monitor::{Monitor, SOON};
 
+use crate::plug::with_taps;
 use crate::snapshot::{restore, save};
 use crate::stage::{Stage, quits, simple};
 
@@ -80,5 +87,78 @@ fn news_that_were_saved_unread_arrive() -> Result<()> {
     monitor.wait_for("events 2\n", SOON)?;
     let third = told(&mut monitor)?;
     ensure!(BTreeSet::from([&first, &second, &third]).len() == 3, "{first} {second} {third}");
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// Hears all frames in the monitor's network namespace.
+fn listen(monitor: &Monitor) -> Result<OwnedFd> {
+    /// ETH_P_ALL of linux/if_ether.h, in network order.
+    const ALL: u32 = (3_u16.to_be()) as u32;
+    let namespace = File::open(format!("/proc/{}/ns/net", monitor.pid()))?;
+    // A thread's own affair, and this one ends.
+    let there = thread::spawn(move || -> Result<OwnedFd> {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        let all = Protocol::from_raw(ALL.try_into()?);
+        Ok(socket(AddressFamily::PACKET, SocketType::RAW, Some(all))?)
+    });
+    let socket = there.join().ok().context("it has panicked")??;
+    set_socket_timeout(&socket, Timeout::Recv, Some(SOON))?;
+    Ok(socket)
+}
+
+/// Waits for a RARP broadcast, and gives its sender.
+fn announcement(socket: &OwnedFd) -> Result<[u8; 6]> {
+    let mut frame = [0; 2048];
+    loop {
+        let (length, _) =
+            recv(socket, &mut frame, RecvFlags::empty()).context("no announcement")?;
+        if let [to @ .., 0x80, 0x35] = &frame[..14]
+            && length >= 42
+        {
+            ensure!(to[..6] == [0xff; 6], "sent to {to:x?}");
+            ensure!(frame[22..28] == to[6..12] && frame[32..38] == to[6..12], "{frame:x?}");
+            return Ok(to[6..12].try_into()?);
+        }
+    }
+}
+
+#[test]
+fn its_network_hears_where_it_is_now() -> Result<()> {
+    let mut stage = Stage::new("announce")?;
+    with_taps(&mut stage)?;
+    let mac = "52:54:00:00:00:01";
+    let (mut monitor, mut qmp) =
+        stage.start(stage.vm("generation", "")?.nic("net0", "tap0", mac))?;
+    told(&mut monitor)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    // On another tap.
+    let tap = ["-netdev", "tap,id=net0,ifname=tap1"];
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &tap)?;
+    let socket = listen(&monitor)?;
+    let twice = json!({ "initial": 10, "max": 20, "rounds": 2, "step": 5 });
+    let with = |key: &str, value: Value| {
+        let mut arguments = twice.clone();
+        arguments[key] = value;
+        arguments
+    };
+    ensure!(qmp.execute_raw("announce-self", twice.clone()).is_err(), "it stands still");
+    simple(&mut qmp, "cont")?;
+    for _ in 0..5 {
+        ensure!(announcement(&socket)? == [0x52, 0x54, 0, 0, 0, 1]);
+    }
+    for wrong in
+        [with("rounds", json!(0)), with("step", json!(10_001)), with("interfaces", json!(["net1"]))]
+    {
+        ensure!(qmp.execute_raw("announce-self", wrong.clone()).is_err(), "{wrong} was accepted");
+    }
+    for arguments in [twice.clone(), with("interfaces", json!(["net0"]))] {
+        ensure!(qmp.execute_raw("announce-self", arguments)? == json!({}));
+        for _ in 0..2 {
+            ensure!(announcement(&socket)? == [0x52, 0x54, 0, 0, 0, 1]);
+        }
+    }
     quits(&stage, &mut monitor, &mut qmp)
 }
