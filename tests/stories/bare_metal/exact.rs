@@ -94,9 +94,9 @@ fn readable(section: &mut Value) -> Result<()> {
     }
     for chip in section.get_mut("irqchips").and_then(Value::as_array_mut).into_iter().flatten() {
         // Its number, 4 bytes more, the lines as they were last, then the requests: of a PIC.
-        if let Some(registers) = chip.as_array_mut().filter(|all| all[0] != 2) {
-            let irr = registers[9].take();
-            *chip = json!({ "irr": irr, "others": registers });
+        if chip.get(0) != Some(&json!(2)) {
+            let irr = chip.get_mut(9).context("a PIC that is too short")?.take();
+            *chip = json!({ "irr": irr, "others": chip });
         }
     }
     if let Some(Value::Array(channels)) = section.get_mut("pit") {

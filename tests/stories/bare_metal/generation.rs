@@ -24,13 +24,12 @@ fn told(monitor: &mut Monitor) -> Result<String> {
     let bytes = words.split_whitespace().map(|word| u8::from_str_radix(word, 16));
     let bytes: [u8; 16] = bytes.collect::<Result<Vec<_>, _>>()?.try_into().ok().context("16")?;
     // A GUID in memory: the first three fields are little-endian.
-    let order = [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15];
-    let mut text = String::new();
-    for (at, from) in order.into_iter().enumerate() {
-        let dash = if matches!(at, 4 | 6 | 8 | 10) { "-" } else { "" };
-        text.push_str(&format!("{dash}{:02x}", bytes[from]));
-    }
-    Ok(text)
+    let [a, b, c, d, e, f, g, h, rest @ ..] = bytes;
+    let fields = [vec![d, c, b, a], vec![f, e], vec![h, g]];
+    let (fourth, fifth) = rest.split_at(2);
+    let fields = fields.iter().map(Vec::as_slice).chain([fourth, fifth]);
+    let text = |field: &[u8]| field.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    Ok(fields.map(text).collect::<Vec<_>>().join("-"))
 }
 
 fn asked(qmp: &mut Client) -> Result<String> {
@@ -112,13 +111,14 @@ fn announcement(socket: &OwnedFd) -> Result<[u8; 6]> {
     loop {
         let (length, _) =
             recv(socket, &mut frame, RecvFlags::empty()).context("no announcement")?;
-        if let [to @ .., 0x80, 0x35] = &frame[..14]
-            && length >= 42
-        {
-            ensure!(to[..6] == [0xff; 6], "sent to {to:x?}");
-            ensure!(frame[22..28] == to[6..12] && frame[32..38] == to[6..12], "{frame:x?}");
-            return Ok(to[6..12].try_into()?);
+        let frame = frame.get(..length).unwrap_or_default();
+        if frame.get(12..14) != Some(&[0x80, 0x35]) {
+            continue;
         }
+        let part = |from: usize| frame.get(from..from + 6).context("a frame that is cut off");
+        let sender = part(6)?;
+        ensure!(part(0)? == [0xff; 6] && part(22)? == sender && part(32)? == sender, "{frame:x?}");
+        return Ok(sender.try_into()?);
     }
 }
 
