@@ -79,6 +79,9 @@ impl NetBackend for Wire {
     fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize> {
         frame.write_to(self.fd(queue))
     }
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        self.0.send(frame)
+    }
     fn set_offloads(&self, _: Offloads) -> io::Result<()> {
         Ok(())
     }

@@ -23,6 +23,7 @@ use crate::{
     boot::{self, BootError},
     config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
     event::{Event, Report, Told},
+    generation::GenerationId,
     io_thread,
     kvm::{
         self, KvmError, Vm, cpuid, entry, features, state,
@@ -83,6 +84,8 @@ pub enum BuildError {
     Run(#[from] RunError),
     #[error("cannot make the register window")]
     Window(#[source] io::Error),
+    #[error("the host has no random numbers for the generation id")]
+    Random(#[source] io::Error),
 }
 
 /// What a saved machine is built from.
@@ -120,6 +123,8 @@ impl Machine {
         let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
         machine.quiesced()?.restore(&saved.state)?;
+        // Before the guest runs, and after the interrupt controllers have their state.
+        machine.legacy.generation_changed();
         Ok(machine)
     }
 
@@ -177,6 +182,8 @@ impl Machine {
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
+        let generation = GenerationId::random().map_err(BuildError::Random)?;
+        generation.write(&memory)?;
         let msr_list = Arc::new(state::msr_list(&kvm)?);
         let cpu = |fd| KvmCpu::new(fd, buses.clone(), msr_list.clone());
         let vcpus = fds
@@ -204,6 +211,7 @@ impl Machine {
             parked: None,
             chardevs,
             backends: Backends::new(occupied),
+            generation,
             seen,
         })
     }

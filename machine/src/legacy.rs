@@ -127,6 +127,11 @@ impl Legacy {
         self.power.lock().press_power_button();
     }
 
+    /// Tell the guest that its generation id is another one.
+    pub(crate) fn generation_changed(&self) {
+        self.power.lock().generation_changed();
+    }
+
     /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
     pub fn send_ctrl_alt_del(&self) -> bool {
         self.keyboard.lock().send_ctrl_alt_del()

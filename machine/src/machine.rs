@@ -5,16 +5,19 @@ use devices::{Device, Memory};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
+use vm_memory::GuestAddress;
 
 use crate::{
     backends::Backends,
     boot::{self, BootError, Platform},
     config::MachineConfig,
+    generation::GenerationId,
     io_thread,
     kvm::{
         self, KvmError, Vm,
         vcpu::{Buses, KvmCpu},
     },
+    layout,
     legacy::Legacy,
     memory,
     slots::Slots,
@@ -42,6 +45,7 @@ pub struct Machine {
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) backends: Backends,
+    pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,
 }
@@ -90,6 +94,11 @@ impl Machine {
     /// Labels of the character devices and where they lead, such as `pty:/dev/pts/3`.
     pub fn chardevs(&self) -> &[(String, String)] {
         &self.chardevs
+    }
+
+    /// What tells it from other machines that go on from the same state.
+    pub fn generation_id(&self) -> GenerationId {
+        self.generation
     }
 
     /// Press the ACPI power button.
@@ -148,6 +157,7 @@ impl Machine {
         self.each_device(|d| d.reset());
         memory::clear(&self.memory, &self.config.memory)?;
         let entry = load_kernel(&self.memory, &self.config, &self.slots, &self.apic_ids)?;
+        self.generation.write(&self.memory)?;
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
         let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
@@ -193,7 +203,7 @@ pub(crate) fn load_kernel(
         apic_ids,
         slots: &slots.boot_list(),
         serial: config.serial.is_some(),
-        vmgenid: None,
+        vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
     };
     boot::load(memory, &config.boot, &platform)
 }

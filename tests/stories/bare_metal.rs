@@ -6,6 +6,10 @@ mod blk;
 mod counters;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/exact.rs"]
+mod exact;
+#[path = "bare_metal/generation.rs"]
+mod generation;
 #[path = "bare_metal/plug.rs"]
 mod plug;
 #[path = "bare_metal/process.rs"]

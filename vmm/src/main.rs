@@ -9,6 +9,7 @@ use machine::{
 };
 use qmp::server::Server;
 use vmm::{
+    announce::Schedule,
     checkpoint::{self, job::Checkpointer},
     cli::{self, Action, Invocation, Log},
     daemon::{self, Side},
@@ -77,6 +78,9 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         seccomp::confine(file)?;
     }
     let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
+    if invocation.incoming.is_some() {
+        vmm.announce(Schedule::default(), None)?;
+    }
     if !invocation.paused {
         vmm.apply(lifecycle::Event::Resume)?;
     }

@@ -10,6 +10,7 @@ use qmp::{
 };
 
 use crate::{
+    announce::Announcing,
     checkpoint::job::Checkpointer,
     lifecycle::{self, Denied, State, States},
     saving::Saving,
@@ -30,6 +31,7 @@ pub struct Vmm {
     /// Guest resets boot anew rather than end the VM.
     reboot: bool,
     pub(crate) saving: Saving,
+    pub(crate) announcing: Option<Announcing>,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
 }
@@ -73,6 +75,7 @@ impl Vmm {
             ending: None,
             reboot,
             saving: Saving::new(checkpointer),
+            announcing: None,
             late: Vec::new(),
         }
     }

@@ -9,7 +9,10 @@ mod run_state;
 use machine::PlugError;
 use qmp::{Error, ErrorClass, table::Table};
 
-use crate::{lifecycle::States, vmm::Vmm};
+use crate::{
+    lifecycle::{State, States},
+    vmm::Vmm,
+};
 
 const ANY: States = States::ANY;
 const ALIVE: States = States::ALIVE;
@@ -36,6 +39,7 @@ pub fn table() -> Table<Vmm> {
         .on(ALIVE, net::netdev_add)
         .on(ALIVE, net::netdev_del)
         .on(ALIVE, net::set_link)
+        .on(States::of(&[State::Running]), net::announce_self)
         .on(ALIVE, run_state::send_key)
         .on(ALIVE, device::device_add)
         .on(ALIVE, device::device_del)
@@ -49,6 +53,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_name)
         .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
+        .on(ANY, introspect::query_vm_generation_id)
 }
 
 /// QEMU's class for a device that is not there; the whole chain of causes.

@@ -71,6 +71,11 @@ pub trait NetBackend: Send + Sync + 'static {
     /// # Errors
     /// `WouldBlock`, what became of the interface, or `InvalidInput` for a frame that is none.
     fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize>;
+    /// Send one frame of ours, header and all, by the first queue.
+    ///
+    /// # Errors
+    /// As [`NetBackend::write`].
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize>;
     /// From now on deliver frames that need these offloads.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! Tap devices.
 use std::{
     fs::OpenOptions,
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
@@ -246,6 +246,11 @@ impl NetBackend for Tap {
             frame.skip(HEADER);
         }
         frame.write_to(self.fd(queue))
+    }
+
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        let frame = if self.header { frame } else { frame.get(HEADER..).unwrap_or_default() };
+        self.queue(0)?.write(frame)
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -86,6 +86,10 @@ impl NetBackend for Wire {
         }
         frame.write_to(self.fd(queue))
     }
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        self.call()?;
+        self.queues[0].send(if self.header { frame } else { &frame[HEADER..] })
+    }
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         self.switches.offloads.store(offloads.0, SeqCst);
         Ok(())
