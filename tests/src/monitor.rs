@@ -45,6 +45,25 @@ impl Vm {
         }
     }
 
+    /// The given kernel, as it runs on this machine whatever its KVM can do: the kernel is told the
+    /// TSC's frequency, and the console is virtio's. One vCPU; 256 MiB and the initramfs.
+    ///
+    /// # Errors
+    /// No KVM.
+    pub fn native(paths: &Paths) -> Result<Self> {
+        let kvm = kvm_ioctls::Kvm::new().context("cannot use /dev/kvm")?;
+        let khz = kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz()?;
+        let mut vm = Self::linux(paths, Kernel::Given);
+        if let Value::Object(config) = &mut vm.config {
+            config.remove("serial");
+        }
+        vm.cmdline = vm.cmdline.replace("console=ttyS0", "console=hvc0");
+        let console = "-chardev stdio,id=outside -device virtio-serial-device,id=bus \
+                       -device virtconsole,id=console,chardev=outside";
+        let words = format!("tsc_early_khz={khz} tsc=reliable idle=halt nopti nogbpages");
+        Ok(vm.append(&words).args(&console.split_whitespace().collect::<Vec<_>>()))
+    }
+
     /// A machine as a configuration file describes it.
     #[must_use]
     pub fn described(config: Value) -> Self {
@@ -292,6 +311,12 @@ impl Monitor {
     #[must_use]
     pub fn unseen(&self) -> String {
         self.console.text().get(self.seen..).unwrap_or_default().to_owned()
+    }
+
+    /// Everything that the console has shown.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        self.console.text()
     }
 
     /// Forgets what is on the console so far.
