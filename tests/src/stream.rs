@@ -8,10 +8,11 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-/// Bytes sent at a time, with a pause of [`PAUSE`] in between: load, but not all that there is.
-const PIECE: usize = 8192;
+/// Bytes sent at a time, with a pause of [`PAUSE`] in between: enough that something is always on its
+/// way, and little enough that an emulated host has time for other things.
+const PIECE: usize = 4096;
 /// See [`PIECE`].
-const PAUSE: Duration = Duration::from_millis(2);
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What has gone through one end of a connection.
 #[derive(Debug, Default)]

@@ -75,7 +75,7 @@ fn count(tally: &Tally) {
             say(&format!("connection: {why}"));
         }
         if now - began >= told {
-            told = now - began + Duration::from_millis(50);
+            told = now - began + Duration::from_millis(100);
             // The machine's own clock, not this program's.
             let clock = fs::read_to_string("/proc/uptime").unwrap_or_default();
             let clock = clock.split_whitespace().next().unwrap_or("?").replace('.', "");
@@ -103,7 +103,7 @@ fn write(file: &str, written: &AtomicU64) -> io::Result<()> {
         file.sync_all()?;
         say(&format!("record {number}"));
         written.store(number, Ordering::Release);
-        thread::sleep(Duration::from_millis(2));
+        thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
@@ -123,7 +123,7 @@ fn read(file: &str, written: &AtomicU64) -> io::Result<()> {
         if found.0 != record(number) {
             return Err(io::Error::other(format!("record {number} is not there")));
         }
-        thread::sleep(Duration::from_millis(1));
+        thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }

@@ -96,9 +96,11 @@ fn until(guest: &mut Monitor, what: &str, enough: impl Fn(Done) -> bool) -> Resu
 
 /// Runs a command in a guest that talks all the time.
 fn ask(guest: &mut Monitor, command: &str) -> Result<String> {
-    let shown = guest.sh(command)?;
-    let lines = shown.lines().filter(|line| !line.starts_with("load: "));
-    Ok(lines.collect::<Vec<_>>().join("\n").trim().to_owned())
+    let shown = guest.sh(&format!(
+        "({command}) > /tmp/said 2>&1; status=$?; sed 's/^/said: /' /tmp/said; (exit $status)"
+    ))?;
+    let lines = shown.lines().filter_map(|line| line.trim_end().strip_prefix("said: "));
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// A guest that counts, writes, reads and talks, on a tap of its own.
@@ -136,7 +138,7 @@ impl Busy {
 
     /// The connection carries more than is in any buffer, in both directions.
     fn talks(&mut self, when: &str) -> Result<()> {
-        let enough = 256 << 10;
+        let enough = 64 << 10;
         let ours = self.tally.received.load(Ordering::Relaxed) + enough;
         let theirs = done(&self.guest.shown())?.received + enough;
         until(&mut self.guest, when, |d| {
