@@ -319,6 +319,15 @@ impl Monitor {
         self.console.text()
     }
 
+    /// Everything that the console has shown, once the monitor has ended.
+    ///
+    /// # Errors
+    /// Somebody else holds its output open.
+    pub fn shown_to_its_end(&self) -> Result<String> {
+        self.console.wait_end(SOON)?;
+        Ok(self.shown())
+    }
+
     /// Forgets what is on the console so far.
     pub fn forget(&mut self) {
         self.seen = self.console.length();
@@ -427,6 +436,14 @@ impl Console {
 
     fn length(&self) -> usize {
         self.lock().shown.len()
+    }
+
+    /// Waits until nothing more can come.
+    fn wait_end(&self, limit: Duration) -> Result<()> {
+        let wait = self.changed.wait_timeout_while(self.lock(), limit, |text| text.open > 0);
+        let waited = wait.unwrap_or_else(PoisonError::into_inner).1;
+        ensure!(!waited.timed_out(), "its output is still open");
+        Ok(())
     }
 
     /// Waits for `text` after `from`; gives what comes up to its end, and where that is.

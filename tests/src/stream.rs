@@ -8,11 +8,10 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-/// Bytes sent at a time, with a pause of [`PAUSE`] in between: enough that something is always on its
-/// way, and little enough that an emulated host has time for other things.
+/// Bytes sent at a time.
 const PIECE: usize = 4096;
-/// See [`PIECE`].
-const PAUSE: Duration = Duration::from_millis(20);
+/// How many times longer than a step of `load` the pause after a piece is.
+pub const PACE: u32 = 20;
 
 /// What has gone through one end of a connection.
 #[derive(Debug, Default)]
@@ -25,16 +24,18 @@ pub struct Tally {
     pub ended: OnceLock<String>,
 }
 
-/// Sends and receives on `stream`, in two threads, until it ends.
+/// Sends and receives on `stream`, in two threads, until it ends; sends a piece each `pause`, so that
+/// something is on its way and yet there is time for other things.
 ///
 /// # Errors
 /// The connection cannot be used twice.
-pub fn exchange(stream: &TcpStream, tally: &Arc<Tally>) -> io::Result<()> {
-    let ends = [send as fn(TcpStream, &Tally) -> io::Result<()>, receive];
+pub fn exchange(stream: &TcpStream, tally: &Arc<Tally>, pause: Duration) -> io::Result<()> {
+    let ends = [send as fn(TcpStream, &Tally, Duration) -> io::Result<()>, receive];
     for end in ends {
         let (stream, tally) = (stream.try_clone()?, Arc::clone(tally));
         thread::spawn(move || {
-            let why = end(stream, &tally).err().map_or("closed".to_owned(), |e| e.to_string());
+            let why =
+                end(stream, &tally, pause).err().map_or("closed".to_owned(), |e| e.to_string());
             // The first reason counts.
             let _ = tally.ended.set(why);
         });
@@ -42,17 +43,17 @@ pub fn exchange(stream: &TcpStream, tally: &Arc<Tally>) -> io::Result<()> {
     Ok(())
 }
 
-fn send(mut stream: TcpStream, tally: &Tally) -> io::Result<()> {
+fn send(mut stream: TcpStream, tally: &Tally, pause: Duration) -> io::Result<()> {
     let mut piece = [0; PIECE];
     loop {
         fill(tally.sent.load(Ordering::Relaxed), &mut piece);
         let sent = stream.write(&piece)?;
         tally.sent.fetch_add(sent as u64, Ordering::Relaxed);
-        thread::sleep(PAUSE);
+        thread::sleep(pause);
     }
 }
 
-fn receive(mut stream: TcpStream, tally: &Tally) -> io::Result<()> {
+fn receive(mut stream: TcpStream, tally: &Tally, _: Duration) -> io::Result<()> {
     let (mut piece, mut wanted) = ([0; PIECE], [0; PIECE]);
     loop {
         let length = stream.read(&mut piece)?;

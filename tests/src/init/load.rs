@@ -1,6 +1,7 @@
-//! What keeps a guest busy while it is saved: `load FILE [PEER]`. It counts, writes records to FILE
-//! and says each once it is on the disk, reads them back past the page cache, and exchanges a stream
-//! with PEER (`10.9.0.1:7000`). It checks all it can: what is not as it must be is told as WRONG.
+//! What keeps a guest busy while it is saved: `load FILE PEER PACE`. It counts, each PACE milliseconds;
+//! writes records to FILE and says each once it is on the disk, reads them back past the page cache,
+//! and exchanges a stream with PEER (`10.9.0.1:7000`). It checks all it can: what is not as it must be
+//! is told as WRONG.
 //!
 //! ```text
 //! load: count 120 clock 3500 sent 81920 received 73728    now and then; milliseconds, bytes
@@ -28,28 +29,31 @@ const RECORD: usize = 512;
 const O_DIRECT: i32 = 0o40_000;
 
 fn main() {
-    let mut args = env::args().skip(1);
-    let Some(file) = args.next() else {
-        eprintln!("usage: load FILE [PEER]");
+    let args: Vec<_> = env::args().skip(1).collect();
+    let [file, peer, pace] = args.as_slice() else {
+        eprintln!("usage: load FILE PEER PACE");
+        exit(2);
+    };
+    let Ok(pace) = pace.parse().map(Duration::from_millis) else {
+        eprintln!("load: {pace} is no number of milliseconds");
         exit(2);
     };
     let tally = Arc::new(Tally::default());
-    if let Some(peer) = args.next() {
-        let connected = TcpStream::connect(peer).and_then(|peer| stream::exchange(&peer, &tally));
-        if let Err(error) = connected {
-            say(&format!("connection: {error}"));
-        }
+    let connected = TcpStream::connect(peer)
+        .and_then(|peer| stream::exchange(&peer, &tally, pace * stream::PACE));
+    if let Err(error) = connected {
+        say(&format!("connection: {error}"));
     }
     let written = Arc::new(AtomicU64::new(0));
-    for work in [write as fn(&str, &AtomicU64) -> io::Result<()>, read] {
+    for work in [write as fn(&str, &AtomicU64, Duration) -> io::Result<()>, read] {
         let (file, written) = (file.clone(), Arc::clone(&written));
         thread::spawn(move || {
-            if let Err(error) = work(&file, &written) {
+            if let Err(error) = work(&file, &written, pace * 5) {
                 say(&format!("WRONG {file}: {error}"));
             }
         });
     }
-    count(&tally);
+    count(&tally, pace);
 }
 
 /// One line at once, whoever else is writing.
@@ -58,13 +62,13 @@ fn say(what: &str) {
     let _ = io::stdout().write_all(format!("load: {what}\n").as_bytes());
 }
 
-/// A step each millisecond; neither the clock nor anything else ever goes back.
-fn count(tally: &Tally) {
+/// Step by step; neither the clock nor anything else ever goes back.
+fn count(tally: &Tally, pace: Duration) {
     let began = Instant::now();
     let (mut last, mut told) = (began, Duration::ZERO);
     let mut ended = false;
     for step in 1_u64.. {
-        thread::sleep(Duration::from_millis(1));
+        thread::sleep(pace);
         let now = Instant::now();
         if now < last {
             say(&format!("WRONG the clock went {:?} back at step {step}", last - now));
@@ -75,7 +79,7 @@ fn count(tally: &Tally) {
             say(&format!("connection: {why}"));
         }
         if now - began >= told {
-            told = now - began + Duration::from_millis(100);
+            told = now - began + pace * 25;
             // The machine's own clock, not this program's.
             let clock = fs::read_to_string("/proc/uptime").unwrap_or_default();
             let clock = clock.split_whitespace().next().unwrap_or("?").replace('.', "");
@@ -96,20 +100,20 @@ fn record(number: u64) -> [u8; RECORD] {
     record
 }
 
-fn write(file: &str, written: &AtomicU64) -> io::Result<()> {
+fn write(file: &str, written: &AtomicU64, pause: Duration) -> io::Result<()> {
     let mut file = OpenOptions::new().append(true).create_new(true).open(file)?;
     for number in 1.. {
         file.write_all(&record(number))?;
         file.sync_all()?;
         say(&format!("record {number}"));
         written.store(number, Ordering::Release);
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(pause);
     }
     Ok(())
 }
 
 /// Any record at all must be there, whatever is in the page cache.
-fn read(file: &str, written: &AtomicU64) -> io::Result<()> {
+fn read(file: &str, written: &AtomicU64, pause: Duration) -> io::Result<()> {
     #[repr(align(4096))]
     struct Aligned([u8; RECORD]);
     let mut found = Aligned([0; RECORD]);
@@ -123,7 +127,7 @@ fn read(file: &str, written: &AtomicU64) -> io::Result<()> {
         if found.0 != record(number) {
             return Err(io::Error::other(format!("record {number} is not there")));
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(pause);
     }
     Ok(())
 }

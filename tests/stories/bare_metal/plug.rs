@@ -256,7 +256,7 @@ fn a_disk_that_grows() -> Result<()> {
 }
 
 /// The monitor in a network namespace of its own, with two taps.
-fn with_taps(stage: &mut Stage) -> Result<()> {
+pub fn with_taps(stage: &mut Stage) -> Result<()> {
     let script = stage.file("with-taps");
     let monitor = stage.paths.stratovirt.display();
     fs::write(

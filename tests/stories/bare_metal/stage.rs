@@ -12,12 +12,13 @@ use stories::monitor::{Monitor, SOON, Vm};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 5] = [
+const GUESTS: [(&str, &[u8]); 6] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
     ("blk", include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"))),
     ("plug", include_bytes!(concat!(env!("OUT_DIR"), "/plug.elf"))),
+    ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
 ];
 
 /// A directory of the story's own, gone afterwards.

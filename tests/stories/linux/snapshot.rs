@@ -18,7 +18,7 @@ use stories::guest::Kernel;
 use stories::monitor::{BOOT, Monitor, SOON, Vm};
 use stories::net::Tap;
 use stories::paths::SEED;
-use stories::stream::{Tally, exchange};
+use stories::stream::{PACE, Tally, exchange};
 
 /// The guest's and its machine's.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +29,13 @@ pub struct Shape {
     pub cpus: u64,
     /// MiB of RAM.
     pub mib: u64,
+}
+
+impl Shape {
+    /// Milliseconds that a step of `load` takes: an emulated host is a hundred times slower.
+    fn pace(self) -> u64 {
+        if self.native { 1 } else { 10 }
+    }
 }
 
 /// How often each save is restored.
@@ -118,8 +125,10 @@ impl Busy {
         let tap = Tap::create(&story.debian, "saved0", HOST)?;
         let tally = Arc::new(Tally::default());
         let (listener, ours) = (TcpListener::bind(PEER)?, Arc::clone(&tally));
+        let pause = Duration::from_millis(shape.pace()) * PACE;
         thread::spawn(move || {
-            let connected = listener.accept().and_then(|(stream, _)| exchange(&stream, &ours));
+            let connected =
+                listener.accept().and_then(|(stream, _)| exchange(&stream, &ours, pause));
             if let Err(error) = connected {
                 let _ = ours.ended.set(error.to_string());
             }
@@ -129,7 +138,7 @@ impl Busy {
         guest.wait_ready()?;
         guest
             .sh("mount /dev/vda /mnt && ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up")?;
-        guest.sh(&format!("load /mnt/records {PEER} &"))?;
+        guest.sh(&format!("load /mnt/records {PEER} {} &", shape.pace()))?;
         let mut this = Self { guest, image, tap, tally };
         until(&mut this.guest, "work begins", |d| d.record > 20)?;
         this.talks("before the save")?;
@@ -138,7 +147,7 @@ impl Busy {
 
     /// The connection carries more than is in any buffer, in both directions.
     fn talks(&mut self, when: &str) -> Result<()> {
-        let enough = 64 << 10;
+        let enough = 16 << 10;
         let ours = self.tally.received.load(Ordering::Relaxed) + enough;
         let theirs = done(&self.guest.shown())?.received + enough;
         until(&mut self.guest, when, |d| {
