@@ -73,6 +73,6 @@ fn receive(mut stream: TcpStream, tally: &Tally, _: Duration) -> io::Result<()> 
 fn fill(at: u64, piece: &mut [u8]) {
     for (place, byte) in (at..).zip(piece) {
         // A word's number, in its eight bytes.
-        *byte = (place / 8 >> (place % 8 * 8)) as u8;
+        *byte = ((place / 8) >> (place % 8 * 8)) as u8;
     }
 }

@@ -20,6 +20,11 @@ use snapshot::Shape;
 use stories::agent::{Agents, EXAMPLES, SERVE, Tell, Told, serve};
 use stories::paths::{GUEST_KERNEL, Paths, workspace};
 
+/// What an emulated host saves and restores in seconds.
+const SMALL: Shape = Shape { native: false, cpus: 1, mib: 256, restores: 1 };
+/// The given kernel has one vCPU on PVM.
+const NATIVE: Shape = Shape { native: true, cpus: 1, mib: 256, restores: 10 };
+
 const STORIES: &[(&str, Tell)] = &[
     ("an_elf_kernel_boots", boot::elf),
     ("a_bzimage_boots", boot::bzimage),
@@ -38,26 +43,23 @@ const STORIES: &[(&str, Tell)] = &[
     ("poweroff_in_the_guest_ends_the_monitor", life::poweroff),
     ("a_panic_in_the_guest_is_told", life::panic),
     ("a_busy_guest_is_saved_and_goes_on_ten_times", |story| {
-        snapshot::stopped(story, Shape { native: false, cpus: 4, mib: 4608 })
+        snapshot::stopped(story, Shape { restores: 10, ..SMALL })
     }),
-    ("a_busy_guest_is_saved_while_it_runs_on", |story| {
-        snapshot::live(story, Shape { native: false, cpus: 1, mib: 256 })
+    ("a_busy_guest_of_four_vcpus_and_more_than_4_gib_is_saved_and_goes_on", |story| {
+        snapshot::stopped(story, Shape { cpus: 4, mib: 4608, ..SMALL })
     }),
-    ("a_guest_is_saved_at_any_moment_of_its_boot", |story| {
-        snapshot::any_moment(story, Shape { native: false, cpus: 1, mib: 256 }, 4)
-    }),
+    ("a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, SMALL)),
+    ("a_guest_is_saved_at_any_moment_of_its_boot", |story| snapshot::any_moment(story, SMALL, 4)),
 ];
 
 /// Told by a given kernel on this machine's own KVM, which does not run Debian's.
 const NATIVELY: &[(&str, Tell)] = &[
     ("natively_a_busy_guest_is_saved_and_goes_on_ten_times", |story| {
-        snapshot::stopped(story, Shape { native: true, cpus: 1, mib: 5120 })
+        snapshot::stopped(story, Shape { mib: 5120, ..NATIVE })
     }),
-    ("natively_a_busy_guest_is_saved_while_it_runs_on", |story| {
-        snapshot::live(story, Shape { native: true, cpus: 1, mib: 256 })
-    }),
+    ("natively_a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, NATIVE)),
     ("natively_a_guest_is_saved_at_any_moment_of_its_boot", |story| {
-        snapshot::any_moment(story, Shape { native: true, cpus: 1, mib: 256 }, 50)
+        snapshot::any_moment(story, NATIVE, 50)
     }),
 ];
 

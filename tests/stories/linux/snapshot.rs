@@ -29,6 +29,8 @@ pub struct Shape {
     pub cpus: u64,
     /// MiB of RAM.
     pub mib: u64,
+    /// How often each save is restored.
+    pub restores: usize,
 }
 
 impl Shape {
@@ -38,8 +40,6 @@ impl Shape {
     }
 }
 
-/// How often each save is restored.
-const RESTORES: usize = 10;
 const MAC: &str = "52:54:00:12:34:56";
 const HOST: &str = "10.9.0.1/24";
 const PEER: &str = "10.9.0.1:7000";
@@ -212,17 +212,18 @@ fn is_well(guest: &mut Monitor, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Goes on from `saved` ten times; each time with a copy of `image` and on another tap. `busy` is how
-/// far it was before; with a peer, the first one finds it still there.
-fn ten_times(
+/// Goes on from `saved` as often as `shape` says; each time with a copy of `image` and on another tap.
+/// With a peer, the first one finds it still there; each does `prepare` first.
+fn again_and_again(
     story: &Story,
+    shape: Shape,
     saved: &Path,
     image: &Path,
     before: Done,
     mut peer: Option<Arc<Tally>>,
     prepare: &str,
 ) -> Result<()> {
-    for number in 0..RESTORES {
+    for number in 0..shape.restores {
         let name = format!("restored {number}");
         let own = story.dir.join("own.img");
         fs::copy(image, &own)?;
@@ -277,7 +278,7 @@ pub fn stopped(story: &Story, shape: Shape) -> Result<()> {
     fs::copy(&image, &look)?;
     is_whole(story, &look, false)?;
     has_records(story, &look, before.record)?;
-    ten_times(story, &saved, &image, before, Some(tally), "")
+    again_and_again(story, shape, &saved, &image, before, Some(tally), "")
 }
 
 /// Saved while it runs on. Its file system is frozen as whoever copies a disk in use has to do it;
@@ -301,7 +302,7 @@ pub fn live(story: &Story, shape: Shape) -> Result<()> {
     drop((guest, tap));
     is_whole(story, &own, false)?;
     has_records(story, &own, after.record)?;
-    ten_times(story, &saved, &image, before, None, "fsfreeze --unfreeze /mnt")
+    again_and_again(story, shape, &saved, &image, before, None, "fsfreeze --unfreeze /mnt")
 }
 
 /// Saved at any moment of its boot, `times` times; whatever it was at, it comes up in another process.
