@@ -14,6 +14,8 @@ mod plug;
 mod process;
 #[path = "bare_metal/run_state.rs"]
 mod run_state;
+#[path = "bare_metal/save_faults.rs"]
+mod save_faults;
 #[path = "bare_metal/snapshot.rs"]
 mod snapshot;
 #[path = "bare_metal/stage.rs"]

@@ -137,6 +137,8 @@ fn serve(mut stream: TcpStream) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::env;
+
     use super::*;
 
     #[test]
