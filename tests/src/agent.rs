@@ -136,6 +136,8 @@ enum Outcome {
 /// Each is started when it is first needed.
 pub struct Agents {
     show: bool,
+    /// Where they run, if not where Debian's kernel does.
+    host: Option<Host>,
     /// Locked while it is being made: whoever comes second waits and finds it.
     ready: Mutex<Option<(Host, Paths, Debian)>>,
     idle: Mutex<Vec<Running>>,
@@ -145,7 +147,14 @@ impl Agents {
     /// Agents that show what stories print at once (`show`) or only when they fail.
     #[must_use]
     pub const fn new(show: bool) -> Self {
-        Self { show, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
+        Self { show, host: None, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
+    }
+
+    /// Agents on this machine, whatever its KVM can do: for guests that know how to run there.
+    #[must_use]
+    pub const fn native(show: bool) -> Self {
+        let host = Some(Host::Native);
+        Self { show, host, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
     }
 
     /// Runs one story. If an emulated host breaks down meanwhile, which is no fault of the story,
@@ -215,7 +224,10 @@ impl Agents {
         let mut ready = lock(&self.ready);
         let (host, paths, debian) = match &*ready {
             Some(ready) => ready.clone(),
-            None => ready.insert(prepare()?).clone(),
+            None => {
+                let made = self.host.clone().map_or_else(prepare, prepare_on)?;
+                ready.insert(made).clone()
+            }
         };
         drop(ready);
         let step = Step::spinner(match &host {
@@ -273,6 +285,10 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
     if let Some(reason) = host.reason() {
         eprintln!("{reason}.");
     }
+    prepare_on(host)
+}
+
+fn prepare_on(host: Host) -> Result<(Host, Paths, Debian)> {
     let mut paths = Paths::on_this_machine()?;
     let lock = paths.lock()?;
     let debian = Debian::get(&paths)?;

@@ -15,6 +15,9 @@ pub const BINARY: &str = "STRATOVIRT_BIN";
 /// Names one more guest kernel for the stories that Debian's kernel cannot tell.
 pub const GUEST_KERNEL: &str = "STRATOVIRT_GUEST_KERNEL";
 
+/// Repeats what stories do by chance: the number that one has told.
+pub const SEED: &str = "STORIES_SEED";
+
 /// The three places a story needs.
 #[derive(Debug, Clone)]
 pub struct Paths {

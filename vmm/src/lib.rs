@@ -6,6 +6,8 @@ pub mod cli;
 mod commands;
 pub mod daemon;
 pub mod event_loop;
+pub mod file_signals;
+pub mod last_words;
 pub mod lifecycle;
 pub mod logging;
 pub mod pidfile;

@@ -14,7 +14,7 @@ use vmm::{
     cli::{self, Action, Invocation, Log},
     daemon::{self, Side},
     event_loop::EventLoop,
-    lifecycle, logging,
+    file_signals, last_words, lifecycle, logging,
     pidfile::PidFile,
     seccomp,
     terminal::Raw,
@@ -56,6 +56,7 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Log::Off | Log::Stderr => None,
     };
     logging::start(file).context("cannot open the log file given by -D")?;
+    last_words::prepare(file).context("cannot open the log file a second time")?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
@@ -64,6 +65,9 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         None => Machine::new(&invocation.machine, events.report())?,
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
+    let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
+    let mapped = machine.config().memory.path.clone().or(mapped);
+    file_signals::handle(mapped.as_deref()).context("cannot handle the signals of files")?;
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     // Only now: whoever can connect gets an answer.
     let servers = invocation
@@ -75,7 +79,7 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     if !invocation.disable_seccomp {
-        seccomp::confine(file)?;
+        seccomp::confine()?;
     }
     let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
     if invocation.incoming.is_some() {

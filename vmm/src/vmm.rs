@@ -141,6 +141,13 @@ impl Vmm {
             return self.late.push(event);
         }
         let guest = |reason, status| Ending { guest: true, reason, status };
+        // What looks like the guest's own end may come of memory that it cannot read any more.
+        if let M::Vcpu(index, S::TripleFault | S::Failed) = event
+            && let Err(e) = machine::memory::image::check_files(self.machine.memory())
+        {
+            log::error!("vCPU {index} has stopped for good: {e}");
+            return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+        }
         match event {
             M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => self.guest_reset(),
             M::Vcpu(_, S::Power(P::Shutdown)) => self.end(guest(ShutdownCause::GuestShutdown, 0)),

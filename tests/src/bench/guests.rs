@@ -1,19 +1,16 @@
 //! What the monitors boot: a program of a few instructions, and Linux with an init that measures.
-use std::env;
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result};
 
 use crate::archive::Cpio;
-use crate::debian::{Debian, output};
+use crate::debian::Debian;
+use crate::guest::static_program;
 use crate::kernel;
-use crate::paths::workspace;
 
 /// The byte that the payload writes: no monitor's own output has it.
 pub const FIRST_BYTE: u8 = 0xa5;
@@ -102,7 +99,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
 /// rustc fails, or Debian's kernel lacks a module.
 pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
     let init = dir.join("init");
-    build_init(&init)?;
+    static_program(INIT, &init)?;
     let init = fs::read(&init)?;
     let paths = ["bare.cpio", "modules.cpio"].map(|name| dir.join(name));
     let [bare, with_modules] = &paths;
@@ -123,18 +120,6 @@ pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
             .with_context(|| format!("cannot write {}", bare.display()))?;
     }
     Ok(paths)
-}
-
-fn build_init(init: &Path) -> Result<()> {
-    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let words = "--edition 2024 -O -C target-feature=+crt-static -C relocation-model=static -C panic=abort -C strip=symbols";
-    output(Command::new(rustc).current_dir(workspace()).args(words.split(' ')).args([
-        OsStr::new("-o"),
-        init.as_os_str(),
-        OsStr::new(INIT),
-    ]))
-    .context("the guests' init does not build")
-    .map(drop)
 }
 
 /// Serves the guests' network measurements for as long as this process lives: reads all, writes for
@@ -178,6 +163,8 @@ fn serve(mut stream: TcpStream) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::env;
+
     use super::*;
 
     #[test]
@@ -194,7 +181,7 @@ mod tests {
     #[test]
     fn the_init_is_one_static_program() {
         let init = env::temp_dir().join(format!("init.{}", std::process::id()));
-        build_init(&init).unwrap();
+        static_program(INIT, &init).unwrap();
         let elf = fs::read(&init).unwrap();
         fs::remove_file(&init).unwrap();
         // An executable (not one to be relocated), and nowhere in it the name of a dynamic linker.

@@ -41,6 +41,8 @@ pub enum ContentError {
     Order { what: String, expected: &'static str },
     #[error("{what} says something that no machine can be like")]
     Malformed { what: String, source: serde_json::Error },
+    #[error("{what} has something missing, or more in it than belongs there")]
+    Incomplete { what: String },
     #[error("the checksums of memory are {bytes} bytes long: no multiple of 4")]
     Sums { bytes: usize },
     #[error("there is more after its end")]
@@ -129,7 +131,10 @@ impl<R: Read> Frames<R> {
     }
 
     /// The section that must come next.
-    fn section<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<T, ContentError> {
+    fn section<T: DeserializeOwned + Serialize>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<T, ContentError> {
         let (kind, body) = self.take()?;
         match stream::split_section(&body) {
             Some((found, rest)) if kind == Kind::Section && found == name => {
@@ -140,7 +145,10 @@ impl<R: Read> Frames<R> {
     }
 
     /// The sections that come next and whose names begin with `word`.
-    fn sections<T: DeserializeOwned>(&mut self, word: &str) -> Result<Vec<T>, ContentError> {
+    fn sections<T: DeserializeOwned + Serialize>(
+        &mut self,
+        word: &str,
+    ) -> Result<Vec<T>, ContentError> {
         let mut all = Vec::new();
         loop {
             let (kind, body) = self.take()?;
@@ -159,9 +167,15 @@ impl<R: Read> Frames<R> {
     }
 }
 
-fn parse<T: DeserializeOwned>(what: &str, body: &[u8]) -> Result<T, ContentError> {
-    serde_json::from_slice(body)
-        .map_err(|source| ContentError::Malformed { what: what.into(), source })
+/// What was written here is written again in the same way. Anything else, such as a list of registers
+/// that is too short, would be filled up with zeros without a word.
+fn parse<T: DeserializeOwned + Serialize>(what: &str, body: &[u8]) -> Result<T, ContentError> {
+    let malformed = |source| ContentError::Malformed { what: what.into(), source };
+    let value = serde_json::from_slice(body).map_err(malformed)?;
+    match serde_json::to_vec(&value).map_err(malformed)? == body {
+        true => Ok(value),
+        false => Err(ContentError::Incomplete { what: what.into() }),
+    }
 }
 
 fn order(kind: Kind, body: &[u8], expected: &'static str) -> ContentError {

@@ -25,6 +25,8 @@ pub use load::{LoadError, check, load};
 pub use save::SaveError;
 pub use stream::StreamError;
 
+use std::path::PathBuf;
+
 use machine::{BuildError, Machine, Report, Saved, config::MachineConfig};
 
 use crate::cli::Incoming;
@@ -58,6 +60,11 @@ pub fn restore(
     let (config, occupied) = (&loaded.config.machine, &loaded.config.occupied);
     let saved = Saved { config, occupied, memory, state: loaded.state };
     Ok(Machine::restored(saved, report)?)
+}
+
+/// The file that the memory of a machine restored in this way is mapped from, if it is.
+pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
+    incoming.mapped.then(|| incoming.directory.join(MEMORY))
 }
 
 /// The file of everything but memory.

@@ -42,7 +42,7 @@ fn state(clock: u64) -> MachineState {
     MachineState {
         cpu: serde_json::from_value(json!({"leaves": []})).unwrap(),
         vcpus: vec![],
-        chips: serde_json::from_value(json!({"irqchips": [], "pit": []})).unwrap(),
+        chips: serde_json::from_value(json!({"irqchips": [[], [], []], "pit": []})).unwrap(),
         clock,
         devices: vec![
             serde_json::from_value(json!({
