@@ -15,7 +15,7 @@ use qmp::{
 
 use crate::{
     matrix::State,
-    process::{Found, Process, find},
+    process::{Found, Process, find, search},
     registry::{Place, Registry},
 };
 
@@ -95,7 +95,7 @@ pub fn look(registry: &Registry, place: &Place) -> Seen {
     client.set_patience(Duration::from_secs(30));
     let process = match find(&place.run) {
         Found::Alive(process) => Some(process),
-        Found::Nobody | Found::Gone => None,
+        Found::Nobody | Found::Gone => search(&place.run),
     };
     Seen { state, process, client: Some(client) }
 }
@@ -122,7 +122,13 @@ fn look_without(place: &Place) -> Seen {
         (true, false) => State::Registered,
         (false, _) => State::Absent,
     };
-    match find(&place.run) {
+    let found = match find(&place.run) {
+        Found::Nobody if place.has_begun() => {
+            search(&place.run).map_or(Found::Nobody, Found::Alive)
+        }
+        found => found,
+    };
+    match found {
         Found::Nobody => Seen::without_monitor(idle()),
         // What is in the store is whole, and its guest has not run since.
         Found::Gone if place.managed && place.is_saved() => Seen::without_monitor(State::Suspended),

@@ -1,5 +1,8 @@
 //! Which verb may do what in which state: the one table. Every verb asks it, under the domain's
 //! lock, before it does anything.
+#[cfg(test)]
+mod tests;
+
 use crate::{failure::Failure, registry::Name};
 
 /// What a domain can be found to be.
@@ -57,11 +60,6 @@ impl State {
             Self::Hung => "hung",
         }
     }
-
-    /// Whether there is a monitor that answers.
-    pub const fn is_live(self) -> bool {
-        matches!(self, Self::Running | Self::Paused | Self::Saving | Self::Off | Self::Crashed)
-    }
 }
 
 /// The verbs that act on a domain.
@@ -89,15 +87,8 @@ pub enum Verb {
     Qmp,
 }
 
-impl Verb {
-    /// As it is typed.
-    pub fn word(self) -> String {
-        format!("{self:?}").to_lowercase()
-    }
-}
-
 /// What becomes of a verb in a state.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cell {
     /// It is done.
     Yes,

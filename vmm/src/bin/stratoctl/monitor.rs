@@ -6,10 +6,11 @@ use std::{
 };
 
 use anyhow::Context;
+use serde_json::{Value, json};
 
 use crate::{
     failure::Failure,
-    policy::{Policy, Then},
+    policy::Policy,
     registry::{CONFIG, Description, Place, Registry},
 };
 
@@ -40,7 +41,8 @@ pub fn start(
     paused: bool,
     more: &[String],
 ) -> anyhow::Result<u32> {
-    let id = registry.prepare(place, description)?;
+    let incoming = more.iter().any(|word| word == "-incoming");
+    let id = registry.prepare(place, description, &config(description, incoming))?;
     let mut command = Command::new(program);
     // Every path is relative, and so as short as can be, and right after a rename.
     command.current_dir(&place.run);
@@ -48,14 +50,15 @@ pub fn start(
     command.args(["unix:qmp.sock,server,nowait", "-serial"]);
     command.arg("socket,path=console.sock,server,nowait");
     command.args(["-name", place.name.as_str(), "-uuid", &description.uuid]);
-    command.args(policy_args(description.policy));
+    command.args(["-config", CONFIG]);
     if paused {
         command.arg("-S");
     }
-    command.args(more);
-    if !more.iter().any(|word| word == "-incoming") {
-        command.args(["-config", CONFIG]);
+    // Said in both ways by no one: the file's object has all three, the flag this one.
+    if description.policy == Policy::default() {
+        command.args(["-action", "reboot=reset"]);
     }
+    command.args(more);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let done = command.output().map_err(|e| {
         let what = format!("cannot run the monitor, {}: {e}", program.display());
@@ -74,10 +77,13 @@ pub fn start(
     Err(said)
 }
 
-fn policy_args(policy: Policy) -> Vec<String> {
-    let reboot = match policy.on_reboot {
-        Then::Restart => "reset",
-        Then::Destroy | Then::Preserve | Then::RenameRestart => "shutdown",
-    };
-    vec!["-action".into(), format!("reboot={reboot}")]
+/// The monitor's file. A machine that goes on brings its own description with it.
+fn config(description: &Description, incoming: bool) -> Value {
+    let mut config = if incoming { json!({}) } else { description.config.clone() };
+    if description.policy != Policy::default()
+        && let Some(members) = config.as_object_mut()
+    {
+        members.insert("domain".into(), json!(description.policy));
+    }
+    config
 }

@@ -42,7 +42,21 @@ pub fn find(run: &Path) -> Found {
     }
 }
 
+/// Looks for a monitor whose working directory is `run` and that has no pid file, as one that was
+/// started by a `stratoctl` which was killed has none at first. Reads all of `/proc`.
+pub fn search(run: &Path) -> Option<Process> {
+    let entries = fs::read_dir("/proc").ok()?;
+    let mut pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.find_map(|pid| Process::open(pid, run).filter(Process::is_monitor))
+}
+
 impl Process {
+    /// Whether its program is a monitor, and not somebody's shell.
+    fn is_monitor(&self) -> bool {
+        let text = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        text.split(|byte| *byte == 0).any(|word| word == b"-pidfile")
+    }
+
     /// Process `pid`, if it is a monitor started in `run`: the number may have become another's.
     fn open(pid: u32, run: &Path) -> Option<Self> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw)?;

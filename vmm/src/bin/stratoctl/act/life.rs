@@ -132,7 +132,7 @@ pub fn destroy(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     end(ctx, &mut held)?;
     if held.place.managed && held.place.is_saved() {
         ctx.registry.spend(&held.place)?;
-        ctx.registry.discard_spent(&held.place)?;
+        ctx.registry.clear_store(&held.place)?;
     }
     let state = if held.place.managed { State::Registered } else { State::Absent };
     Ok(Answer::state(name, state))

@@ -29,8 +29,6 @@ pub struct Context {
     pub registry: Registry,
     /// The monitor's program.
     pub program: PathBuf,
-    /// Whether the answer will be JSON.
-    pub json: bool,
 }
 
 /// What a verb has to say.
@@ -61,7 +59,6 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
     let ctx = Context {
         registry: Registry::open(line.global.root.as_deref())?,
         program: monitor::program(line.global.monitor.as_deref()),
-        json: line.global.json,
     };
     match line.verb {
         Command::Create(args) => life::create(&ctx, &args),
@@ -145,7 +142,7 @@ impl Context {
         let near = names
             .iter()
             .map(|known| (strsim::damerau_levenshtein(known.as_str(), name.as_str()), known))
-            .filter(|(distance, _)| *distance <= 2)
+            .filter(|(distance, known)| *distance <= 2 && distance * 3 <= known.as_str().len())
             .min();
         match near {
             Some((_, near)) => {
@@ -195,7 +192,7 @@ pub fn end(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
 /// When the disk cannot be written.
 pub fn ended(ctx: &Context, place: &Place) -> anyhow::Result<()> {
     match place.managed {
-        true => ctx.registry.clear(place),
+        true => ctx.registry.clear(place).and_then(|()| ctx.registry.clear_store(place)),
         false => ctx.registry.forget(place),
     }
 }

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qmp::{
     client::{Client, ClientError},
-    schema::{Cont, Migrate, MigrateCancel, MigrationInfo, QueryMigrate},
+    schema::{Migrate, MigrateCancel, MigrationInfo, QueryMigrate, QueryStatus},
 };
 use serde_json::json;
 
@@ -69,6 +69,7 @@ fn write_out(
     also: impl FnOnce(&Context) -> anyhow::Result<()>,
 ) -> anyhow::Result<Answer> {
     let name = held.place.name.clone();
+    let uuid = life::described(&held.place)?.uuid;
     let ran = held.seen.state == State::Running;
     let Some(saving) = ctx.registry.lock_save(&name)? else {
         crate::matrix::admit(Verb::Save, State::Saving, &name)?;
@@ -86,13 +87,14 @@ fn write_out(
         Ok(info) => info,
         Err(e) => {
             // A save that succeeded and could not be made use of has left it paused.
-            if ran && let Ok(mut client) = domain::qmp(&held.place) {
-                let _ = client.execute(&Cont {});
+            if ran && let Ok(client) = domain::qmp(&held.place) {
+                held.seen.client = Some(client);
+                let _ = life::let_run(ctx, &mut held);
             }
             return Err(e);
         }
     };
-    let state = finish(ctx, held, saving, after, ran)?;
+    let state = finish(ctx, name.clone(), &uuid, saving, after, ran)?;
     let stats = info.ram.unwrap_or_default();
     Ok(Answer::new(
         "",
@@ -110,24 +112,40 @@ fn write_out(
 /// What becomes of a domain that has been saved.
 fn finish(
     ctx: &Context,
-    held: Held,
+    name: Name,
+    uuid: &str,
     saving: Lock,
     after: After,
     ran: bool,
 ) -> anyhow::Result<State> {
-    let name = held.place.name.clone();
     match after {
         After::GoesOn => return Ok(if ran { State::Running } else { State::Paused }),
         After::Paused => return Ok(State::Paused),
         After::Ends => {}
     }
-    let lock = ctx.registry.lock(&name)?;
-    let seen = domain::look(&ctx.registry, &held.place);
+    let lock = Some(ctx.registry.lock(&name)?);
+    // Somebody may have ended it meanwhile, and even begun another one of the same name.
+    let place = ctx.registry.find(&name);
+    let Some(place) = place.filter(|place| place.description().is_ok_and(|d| d.uuid == uuid))
+    else {
+        return Ok(State::Absent);
+    };
+    let mut seen = domain::look(&ctx.registry, &place);
+    if let Some(client) = &mut seen.client
+        && client.execute(&QueryStatus {})?.running
+    {
+        if place.is_saved() {
+            ctx.registry.spend(&place)?;
+            ctx.registry.clear_store(&place)?;
+        }
+        let what =
+            format!("'{name}' was saved, but somebody has let it run on, so it is not ended");
+        return Err(Failure::new(what).into());
+    }
     drop(saving);
-    let mut held = Held { place: held.place, seen, lock: Some(lock) };
+    let mut held = Held { place, seen, lock };
     end(ctx, &mut held)?;
-    let suspended = held.place.managed && held.place.is_saved();
-    Ok(match (held.place.managed, suspended) {
+    Ok(match (held.place.managed, held.place.is_saved()) {
         (true, true) => State::Suspended,
         (true, false) => State::Registered,
         (false, _) => State::Absent,

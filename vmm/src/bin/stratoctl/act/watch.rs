@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use super::{Answer, Context};
+use super::{Answer, Context, ended};
 use crate::{
     domain::Seen,
     failure::Failure,
@@ -98,9 +98,16 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
         let (place, seen) = ctx.look(name);
         let place = place.filter(|_| seen.state != State::Absent);
         match place {
-            Some(place) => Some(Row::new(place, &seen)),
+            Some(place) => {
+                if seen.state == State::Registered && place.has_begun() {
+                    tidy(ctx, name);
+                }
+                Some(Row::new(place, &seen))
+            }
             None => {
-                tidy(ctx, name);
+                if ctx.registry.find(name).is_some() {
+                    tidy(ctx, name);
+                }
                 None
             }
         }
@@ -122,14 +129,14 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
     Ok(found.into_iter().flatten().collect())
 }
 
-/// What an unmanaged domain that has ended has left, unless somebody is about to make a new one.
+/// Take away what a domain that has ended by itself has left, unless somebody acts on it.
 fn tidy(ctx: &Context, name: &Name) {
     if let Some(_lock) = ctx.registry.try_lock(name)
         && let (Some(place), seen) = ctx.look(name)
-        && seen.state == State::Absent
+        && matches!(seen.state, State::Absent | State::Registered)
     {
         // It can wait for another time.
-        let _ = ctx.registry.forget(&place);
+        let _ = ended(ctx, &place);
     }
 }
 

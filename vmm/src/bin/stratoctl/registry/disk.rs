@@ -3,7 +3,7 @@
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink},
     path::Path,
 };
 
@@ -17,6 +17,8 @@ pub trait Disk {
     fn sync(&self, path: &Path) -> io::Result<()>;
     /// Give a file or directory another name, in place of what has that name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Make a symbolic link to `target` at `path`.
+    fn link(&self, target: &Path, path: &Path) -> io::Result<()>;
     /// Take a file away; that it is gone already is no error.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Take a directory away with all that is in it; that it is gone already is no error.
@@ -44,6 +46,10 @@ impl Disk for Real {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
+    }
+
+    fn link(&self, target: &Path, path: &Path) -> io::Result<()> {
+        symlink(target, path)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

@@ -27,11 +27,11 @@ mod tests;
 use std::{
     collections::BTreeSet,
     fs, io,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
 use anyhow::Context;
+use serde_json::Value;
 
 pub use disk::{Disk, Real};
 pub use lock::Lock;
@@ -74,6 +74,11 @@ impl Place {
     /// When its record is damaged.
     pub fn description(&self) -> Result<Description, RecordError> {
         read(&self.record())
+    }
+
+    /// Whether a start was prepared that nobody has tidied up after.
+    pub fn has_begun(&self) -> bool {
+        self.run.join(START).exists()
     }
 
     /// Its number, if it has been started.
@@ -248,7 +253,12 @@ impl Registry {
     ///
     /// # Errors
     /// When the disk is full or cannot be written.
-    pub fn prepare(&self, place: &Place, description: &Description) -> anyhow::Result<u32> {
+    pub fn prepare(
+        &self,
+        place: &Place,
+        description: &Description,
+        config: &Value,
+    ) -> anyhow::Result<u32> {
         let cannot = || format!("cannot prepare {}", place.run.display());
         if place.managed {
             let target = self.run.join(".managed").join(&description.uuid);
@@ -256,12 +266,12 @@ impl Registry {
             if fs::read_link(&place.run).ok().as_ref() != Some(&target) {
                 self.disk
                     .remove(&place.run)
-                    .and_then(|()| symlink(&target, &place.run))
+                    .and_then(|()| self.disk.link(&target, &place.run))
                     .with_context(cannot)?;
             }
         }
         self.clear(place)?;
-        let config = serde_json::to_vec_pretty(&description.config)?;
+        let config = serde_json::to_vec_pretty(config)?;
         self.disk.write(&place.run.join(CONFIG), &config).with_context(cannot)?;
         // One at a time, so that no two get the same number.
         let path = self.lock_path(&place.name, "id")?.with_file_name(".id");
@@ -282,6 +292,24 @@ impl Registry {
             self.disk.remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         Ok(())
+    }
+
+    /// Take away what a save that did not come to its end has left in the domain's store, and a
+    /// state that no longer counts.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn clear_store(&self, place: &Place) -> anyhow::Result<()> {
+        if !place.managed {
+            return Ok(());
+        }
+        if !place.is_saved() {
+            let saved = place.saved();
+            self.disk
+                .remove_tree(&saved)
+                .with_context(|| format!("cannot remove {}", saved.display()))?;
+        }
+        self.discard_spent(place)
     }
 
     /// From here on the suspended state no longer counts. It is still there: see
