@@ -223,6 +223,14 @@ impl Client {
         }
     }
 
+    /// The oldest event that has come and was not waited for, or the next one.
+    pub fn next_event(&mut self, timeout: Duration) -> Result<ReceivedEvent, ClientError> {
+        match self.events.pop_front() {
+            Some(event) => Ok(event),
+            None => parse(&self.line_by("event", Instant::now() + timeout, timeout)?),
+        }
+    }
+
     /// The events that have come and were not waited for.
     pub fn take_events(&mut self) -> Vec<ReceivedEvent> {
         self.events.drain(..).collect()

@@ -22,7 +22,7 @@ pub struct Actions {
     pub panic: Action,
     /// The process's exit status where a panic ends it.
     pub panic_status: u8,
-    /// A triple fault is a crash, not a reboot.
+    /// A triple fault is a crash, not a reboot. Kernels use it for both.
     pub triple_fault_panics: bool,
 }
 

@@ -176,6 +176,8 @@ fn as_the_file_says_for_domains() -> Result<()> {
         let (guest, reason, status) = match (key, state) {
             ("on_poweroff", _) => (true, "guest-shutdown", 0),
             ("on_reboot", _) => (true, "guest-reset", 0),
+            // A reboot, where nobody wants to look into crashes.
+            _ if way == "triple-fault" => (true, "guest-reset", 0),
             (_, "guest-panicked") => (true, "guest-panic", 1),
             _ => (false, "host-error", 1),
         };

@@ -10,7 +10,7 @@ pub(super) struct Wanted {
     shutdown: Option<Action>,
     reboot: Option<Follow>,
     panic: Option<Panic>,
-    /// The file says what a crash does.
+    /// The file wants to keep the machine after a crash.
     crash: bool,
 }
 
@@ -90,7 +90,7 @@ pub(super) fn domain(draft: &mut Draft, f: &mut Fields) {
     a.shutdown = f.choice("on_poweroff", &choices);
     a.reboot = f.choice("on_reboot", &choices).map(Follow::Do);
     let crash = f.choice("on_crash", &choices);
-    a.crash = crash.is_some();
+    a.crash = crash.is_some_and(|action| action != Action::End);
     a.panic = crash.map(|action| match action {
         Action::End => Panic::Failure,
         other => Panic::Follow(Follow::Do(other)),

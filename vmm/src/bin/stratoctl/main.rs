@@ -8,11 +8,16 @@
 //! ```
 #![forbid(unsafe_code)]
 mod act;
+mod agent;
 mod config;
+mod console;
+mod dial;
 mod domain;
 mod failure;
+mod log;
 mod matrix;
 mod monitor;
+mod pages;
 mod policy;
 mod process;
 mod registry;
@@ -32,7 +37,11 @@ fn main() -> ExitCode {
     let as_json = line.global.json;
     match act::run(line) {
         Ok(answer) => {
-            let mut text = if as_json { format!("{:#}", answer.json) } else { answer.text };
+            let mut text = if as_json && !answer.json.is_null() {
+                format!("{:#}", answer.json)
+            } else {
+                answer.text
+            };
             if !text.is_empty() && !text.ends_with('\n') {
                 text.push('\n');
             }

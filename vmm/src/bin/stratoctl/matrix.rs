@@ -129,7 +129,7 @@ const CRASHED: Cell = No(
 );
 const KILLED: Cell = No(
     "the monitor of '{}' is gone",
-    "`stratoctl info {}` shows its last words, `stratoctl destroy {}` clears it away",
+    "`stratoctl dmesg {}` shows its last words, `stratoctl destroy {}` clears it away",
 );
 const HUNG: Cell = No(
     "the monitor of '{}' does not answer",
@@ -163,7 +163,7 @@ pub const TABLE: [Row; 20] = [
     (Verb::Rename,   [ABSENT, Yes,           Yes,          Yes,           SAVING, Yes,              Yes,     Yes,     Yes,    Yes]),
     (Verb::Wait,     [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
     (Verb::Console,  [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
-    (Verb::Dmesg,    [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
+    (Verb::Dmesg,    [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
     (Verb::Events,   [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
     (Verb::Qmp,      [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
 ];

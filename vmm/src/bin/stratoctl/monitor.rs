@@ -48,7 +48,7 @@ pub fn start(
     command.current_dir(&place.run);
     command.args(["-daemonize", "-pidfile", "pid", "-D", "log", "-qmp"]);
     command.args(["unix:qmp.sock,server,nowait", "-serial"]);
-    command.arg("socket,path=console.sock,server,nowait");
+    command.arg("socket,path=console.sock,server,nowait,replay=64K");
     command.args(["-name", place.name.as_str(), "-uuid", &description.uuid]);
     command.args(["-config", CONFIG]);
     if paused {

@@ -12,7 +12,7 @@ pub enum Then {
     Restart,
     /// It stays as it is, paused, to be looked at.
     Preserve,
-    /// As preserve; `start` gives it another name and boots a new one.
+    /// It gets another name, NAME-1 or so, and stays; a new one is started under its name.
     RenameRestart,
 }
 

@@ -65,6 +65,25 @@ pub enum Command {
     Wait(Wait),
     /// Compare a directory made by save with its checksums
     Check(Check),
+    /// Ask the guest to power off, by the guest agent if it answers, else by the power button
+    Shutdown(Shutdown),
+    /// Ask the guest to reboot, by the guest agent if it answers, else by Ctrl-Alt-Del
+    Reboot(Reboot),
+    /// Attach to a domain's serial console; Ctrl-] leaves
+    Console(Domain),
+    /// Show the log of a domain's monitor
+    Dmesg(Dmesg),
+    /// Show what monitors tell as it happens
+    Events(Events),
+    /// Talk to a domain's monitor
+    Qmp(Qmp),
+    /// Print completions for a shell
+    Completions(Completions),
+    /// Print the manual page, or write a page for each verb into a directory
+    Man(Man),
+    /// Restart a domain under its name when its guest ends; started by the verbs that need it
+    #[command(hide = true)]
+    Watch(Domain),
 }
 
 /// A verb that takes only a name.
@@ -213,6 +232,76 @@ pub struct Check {
     /// Directory made by save
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Shutdown {
+    /// Name of the domain
+    pub domain: Name,
+    /// Wait until the guest has done it
+    #[arg(short, long)]
+    pub wait: bool,
+    /// Destroy the domain if it has not done it in time
+    #[arg(short = 'F', long)]
+    pub force: bool,
+    /// Longest wait, seconds; with -F 60 if not given
+    #[arg(short, long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+pub struct Reboot {
+    /// Name of the domain
+    pub domain: Name,
+    /// Wait until the guest has done it, and reset the machine if it has not in time
+    #[arg(short = 'F', long)]
+    pub force: bool,
+    /// Longest wait, seconds; 60 if not given
+    #[arg(short, long, value_name = "SECONDS", requires = "force")]
+    pub timeout: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+pub struct Dmesg {
+    /// Name of the domain
+    pub domain: Name,
+    /// Only the last lines
+    #[arg(short = 'n', long, value_name = "LINES")]
+    pub lines: Option<usize>,
+    /// Go on until the domain ends
+    #[arg(short, long)]
+    pub follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Events {
+    /// Name of the domain, until it ends; all domains if not given, also those to come
+    pub domain: Option<Name>,
+}
+
+#[derive(Debug, Args)]
+pub struct Qmp {
+    /// Name of the domain
+    pub domain: Name,
+    /// Command of the protocol; lines from standard input if not given
+    pub command: Option<String>,
+    /// Its arguments, a JSON object
+    #[arg(value_name = "JSON")]
+    pub arguments: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// Shell to complete in
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct Man {
+    /// Directory to write the pages into
+    #[arg(value_name = "DIR")]
+    pub directory: Option<PathBuf>,
 }
 
 fn pair(word: &str) -> Result<(String, String), String> {

@@ -3,13 +3,13 @@ use anyhow::Context as _;
 use qmp::schema::{Cont, Stop};
 use serde_json::json;
 
-use super::{Answer, Context, Held, end, ended};
+use super::{Answer, Context, Held, end, ended, keep, talk};
 use crate::{
-    config,
+    config, domain,
     failure::Failure,
     matrix::{State, Verb},
     monitor,
-    registry::{Description, Name, Place},
+    registry::{Description, Lock, Name, Place},
     verbs::{Begin, Create, Delete, New, Rename, Start},
 };
 
@@ -20,9 +20,9 @@ pub fn create(ctx: &Context, args: &Create) -> anyhow::Result<Answer> {
         let text = format!("'{name}' could be started");
         return Ok(Answer::new(text, json!({ "name": name, "valid": true })));
     }
-    let _lock = ctx.take(Verb::Create, &name)?;
+    let lock = ctx.take(Verb::Create, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
-    begin(ctx, &place, &description, &args.begin, &[])
+    begin(ctx, &place, &description, &args.begin, &[], Some(lock))
 }
 
 pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
@@ -35,7 +35,7 @@ pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
 pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
     let description = described(&held.place)?;
-    begin(ctx, &held.place, &description, &args.begin, &[])
+    begin(ctx, &held.place, &description, &args.begin, &[], held.lock)
 }
 
 /// What the domain is.
@@ -58,7 +58,7 @@ pub fn described(place: &Place) -> anyhow::Result<Description> {
     })
 }
 
-/// Start a monitor for the domain at `place`; the caller has its lock.
+/// Start a monitor for the domain at `place`, whose lock this is.
 ///
 /// # Errors
 /// What the monitor says; an unmanaged domain is forgotten then.
@@ -68,8 +68,12 @@ pub fn begin(
     description: &Description,
     how: &Begin,
     more: &[String],
+    lock: Option<Lock>,
 ) -> anyhow::Result<Answer> {
-    let started = monitor::start(&ctx.registry, &ctx.program, place, description, how.paused, more);
+    // Nothing may happen before there is somebody to see it.
+    let watched = keep::needed(&description.policy);
+    let paused = how.paused || watched;
+    let started = monitor::start(&ctx.registry, &ctx.program, place, description, paused, more);
     let id = match started {
         Ok(id) => id,
         Err(e) => {
@@ -79,18 +83,39 @@ pub fn begin(
             return Err(e);
         }
     };
-    let state = if how.paused { State::Paused } else { State::Running };
-    attach(how, &place.name)?;
-    Ok(Answer::new("", json!({ "name": place.name, "id": id, "state": state.word() })))
+    if watched {
+        let let_run = || match how.paused {
+            true => Ok(()),
+            false => domain::qmp(place)?.execute(&Cont {}).map(drop).map_err(Into::into),
+        };
+        if let Err(e) = keep::spawn(ctx, place).and_then(|()| let_run()) {
+            let seen = domain::look(&ctx.registry, place);
+            end(ctx, &mut Held { place: place.clone(), seen, lock: None })?;
+            return Err(e);
+        }
+    }
+    begun(ctx, place, how, id, lock)
 }
 
-/// `-c`: the console of a domain that has just begun.
-pub fn attach(how: &Begin, name: &Name) -> anyhow::Result<()> {
+/// What there is to say of a domain that has just begun; with `-c` after its console was left.
+///
+/// # Errors
+/// When its console cannot be attached to.
+pub fn begun(
+    ctx: &Context,
+    place: &Place,
+    how: &Begin,
+    id: u32,
+    lock: Option<Lock>,
+) -> anyhow::Result<Answer> {
+    // Whoever is attached keeps nobody from acting on it.
+    drop(lock);
+    let state = if how.paused { State::Paused } else { State::Running };
     match how.console {
-        false => Ok(()),
-        true => {
-            Err(Failure::new(format!("'{name}' runs; attaching to its console is not built yet"))
-                .into())
+        true => talk::attach(ctx, place, state),
+        false => {
+            let json = json!({ "name": place.name, "id": id, "state": state.word() });
+            Ok(Answer::new("", json))
         }
     }
 }

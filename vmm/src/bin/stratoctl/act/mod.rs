@@ -1,7 +1,10 @@
 //! What each verb does: lock the name, see how the domain is, ask the matrix, act.
+mod ask;
+mod keep;
 mod life;
 mod save;
 mod store;
+mod talk;
 mod watch;
 
 use std::{path::PathBuf, time::Duration};
@@ -16,7 +19,7 @@ use crate::{
     domain::{self, Seen},
     failure::Failure,
     matrix::{self, State, Verb},
-    monitor,
+    monitor, pages,
     registry::{Lock, Name, Place, Registry},
     verbs::{Command, Line},
 };
@@ -29,6 +32,8 @@ pub struct Context {
     pub registry: Registry,
     /// The monitor's program.
     pub program: PathBuf,
+    /// `--root`.
+    pub root: Option<PathBuf>,
 }
 
 /// What a verb has to say.
@@ -45,6 +50,11 @@ impl Answer {
         Self { text: text.into(), json, status: 0 }
     }
 
+    /// A verb that has said all while it ran.
+    pub fn silent() -> Self {
+        Self::new("", Value::Null)
+    }
+
     /// The domain is in `state` now.
     pub fn state(name: &Name, state: State) -> Self {
         Self::new("", json!({ "name": name, "state": state.word() }))
@@ -59,7 +69,9 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
     let ctx = Context {
         registry: Registry::open(line.global.root.as_deref())?,
         program: monitor::program(line.global.monitor.as_deref()),
+        root: line.global.root.clone(),
     };
+    let as_json = line.global.json;
     match line.verb {
         Command::Create(args) => life::create(&ctx, &args),
         Command::New(args) => life::new(&ctx, &args),
@@ -77,6 +89,15 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Rename(args) => life::rename(&ctx, &args),
         Command::Wait(args) => watch::wait(&ctx, &args),
         Command::Check(args) => store::check(&args.file),
+        Command::Shutdown(args) => ask::shutdown(&ctx, &args),
+        Command::Reboot(args) => ask::reboot(&ctx, &args),
+        Command::Console(args) => talk::console(&ctx, &args.domain),
+        Command::Dmesg(args) => talk::dmesg(&ctx, &args),
+        Command::Events(args) => talk::events(&ctx, &args, as_json),
+        Command::Qmp(args) => talk::qmp(&ctx, &args),
+        Command::Completions(args) => Ok(pages::completions(args.shell)),
+        Command::Man(args) => pages::man(args.directory.as_deref()),
+        Command::Watch(args) => keep::watch(&ctx, &args.domain),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use serde_json::json;
 
-use super::{Answer, Context, Held, end, life};
+use super::{Answer, Context, Held, end, keep, life};
 use crate::{
     domain,
     failure::Failure,
@@ -31,7 +31,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     let mut description = saved.domain;
     // Two that go on from one state are two domains.
     description.uuid = crate::config::uuid()?;
-    let _lock = ctx.take(Verb::Restore, &name)?;
+    let lock = ctx.take(Verb::Restore, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
     let mut more = incoming(&directory, args.verify)?;
     for (id, path) in &args.disk {
@@ -41,7 +41,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     for (id, tap) in &args.tap {
         more.extend(["-netdev".into(), format!("tap,id={id},ifname={tap}")]);
     }
-    life::begin(ctx, &place, &description, &args.begin, &more)
+    life::begin(ctx, &place, &description, &args.begin, &more, Some(lock))
 }
 
 pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
@@ -51,17 +51,20 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     // Paused at first: the state counts until the guest runs, and from then on no more.
     let place = held.place.clone();
     let id = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more)?;
-    if !args.begin.paused {
-        let seen = domain::look(&ctx.registry, &place);
-        let mut held = Held { seen, ..held };
-        if let Err(e) = life::let_run(ctx, &mut held) {
-            end(ctx, &mut held)?;
-            return Err(e);
-        }
+    let mut held = Held { seen: domain::look(&ctx.registry, &place), ..held };
+    let watched = match keep::needed(&description.policy) {
+        true => keep::spawn(ctx, &place),
+        false => Ok(()),
+    };
+    let begun = watched.and_then(|()| match args.begin.paused {
+        true => Ok(()),
+        false => life::let_run(ctx, &mut held),
+    });
+    if let Err(e) = begun {
+        end(ctx, &mut held)?;
+        return Err(e);
     }
-    life::attach(&args.begin, &args.domain)?;
-    let state = if args.begin.paused { "paused" } else { "running" };
-    Ok(Answer::new("", json!({ "name": args.domain, "id": id, "state": state })))
+    life::begun(ctx, &place, &args.begin, id, held.lock)
 }
 
 fn incoming(directory: &Path, verify: bool) -> anyhow::Result<Vec<String>> {

@@ -140,6 +140,17 @@ fn tidy(ctx: &Context, name: &Name) {
     }
 }
 
+/// How a domain is once what it may have left has been tidied up.
+pub fn settle(ctx: &Context, name: &Name) -> State {
+    let (place, seen) = ctx.look(name);
+    if place.is_some_and(|place| seen.state == State::Absent || place.has_begun())
+        && matches!(seen.state, State::Absent | State::Registered)
+    {
+        tidy(ctx, name);
+    }
+    seen.state
+}
+
 pub fn list(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
     let rows = rows(ctx, &args.domains)?;
     let mut table = Table::new(["NAME", "ID", "STATE", "VCPUS", "MEMORY", "UPTIME", "RSS"]);
