@@ -62,9 +62,8 @@ impl Rig {
     /// `stratoctl` with `args`, in this registry.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.stratoctl);
-        command.env_remove("STRATOCTL_ROOT").arg("--root").arg(self.file("r"));
-        command.arg("--monitor").arg(&self.monitor).args(args);
-        command.stdin(Stdio::null()).current_dir(&self.dir);
+        command.env("STRATOCTL_ROOT", self.file("r")).env("STRATOVIRT_BIN", &self.monitor);
+        command.args(args).stdin(Stdio::null()).current_dir(&self.dir);
         command
     }
 

@@ -46,7 +46,7 @@ pub fn bytes(count: u64) -> String {
     const UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     let unit = UNITS.iter().find(|(_, shift)| count >> shift > 0);
     let Some((unit, shift)) = unit else { return format!("{count} B") };
-    let tenths = u128::from(count) * 10 >> shift;
+    let tenths = (u128::from(count) * 10) >> shift;
     match tenths % 10 {
         0 => format!("{} {unit}", tenths / 10),
         part => format!("{}.{part} {unit}", tenths / 10),
