@@ -4,12 +4,12 @@ use std::{
     io,
     os::{fd::AsRawFd, unix::net::UnixStream},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
 use qmp::{
-    client::Client,
+    client::{Client, ClientError},
     schema::{MigrationStatus, QueryMigrate, QueryStatus, RunState},
 };
 
@@ -21,6 +21,9 @@ use crate::{
 
 /// How long a monitor may take to say how it is.
 pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Time between two looks at a monitor that nobody can connect to.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A domain as it was found.
 pub struct Seen {
@@ -73,15 +76,32 @@ pub fn qmp(place: &Place) -> anyhow::Result<Client> {
 
 /// See how the domain at `place` is.
 pub fn look(registry: &Registry, place: &Place) -> Seen {
-    let Some(status) = ask(place) else { return look_without(place) };
-    let Ok((mut client, status, migration)) = status else {
-        let process = match find(&place.run) {
-            Found::Alive(process) => Some(process),
-            // Somebody else's socket, or it ended while it was asked.
-            Found::Nobody | Found::Gone => return look_without(place),
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let asked = ask(place);
+        if let Some(Ok(answer)) = asked {
+            return answered(registry, place, answer);
+        }
+        let process = match found(place) {
+            Found::Alive(process) => process,
+            Found::Nobody => return Seen::without_monitor(idle(place)),
+            // What is in the store is whole, and its guest has not run since.
+            Found::Gone if idle(place) == State::Suspended => {
+                return Seen::without_monitor(State::Suspended);
+            }
+            Found::Gone => return Seen::without_monitor(State::Killed),
         };
-        return Seen { state: State::Hung, process, client: None };
-    };
+        // One that nobody listens for, or that hangs up, may be on its way in, or out.
+        let late = matches!(asked, Some(Err(ClientError::Timeout { .. })));
+        if late || Instant::now() >= deadline {
+            return Seen { state: State::Hung, process: Some(process), client: None };
+        }
+        process.ends_within(LOOK);
+    }
+}
+
+fn answered(registry: &Registry, place: &Place, answer: Answer) -> Seen {
+    let (mut client, status, migration) = answer;
     let saving = migration == MigrationStatus::Active || registry.is_being_saved(&place.name);
     let state = match status {
         _ if saving => State::Saving,
@@ -100,10 +120,28 @@ pub fn look(registry: &Registry, place: &Place) -> Seen {
     Seen { state, process, client: Some(client) }
 }
 
+/// What a domain without a monitor is.
+fn idle(place: &Place) -> State {
+    match (place.managed, place.is_saved()) {
+        (true, true) => State::Suspended,
+        (true, false) => State::Registered,
+        (false, _) => State::Absent,
+    }
+}
+
+fn found(place: &Place) -> Found {
+    match find(&place.run) {
+        Found::Nobody if place.has_begun() => {
+            search(&place.run).map_or(Found::Nobody, Found::Alive)
+        }
+        found => found,
+    }
+}
+
 type Answer = (Client, RunState, MigrationStatus);
 
 /// What the monitor says, if there is one; an error if it does not say it in time.
-fn ask(place: &Place) -> Option<Result<Answer, qmp::client::ClientError>> {
+fn ask(place: &Place) -> Option<Result<Answer, ClientError>> {
     let stream = connect(&place.run, "qmp.sock").ok()?;
     let ask = || {
         let mut client = Client::on(stream, PATIENCE)?;
@@ -113,28 +151,4 @@ fn ask(place: &Place) -> Option<Result<Answer, qmp::client::ClientError>> {
         Ok((client, status, migration))
     };
     Some(ask())
-}
-
-/// Nobody listens.
-fn look_without(place: &Place) -> Seen {
-    let idle = || match (place.managed, place.is_saved()) {
-        (true, true) => State::Suspended,
-        (true, false) => State::Registered,
-        (false, _) => State::Absent,
-    };
-    let found = match find(&place.run) {
-        Found::Nobody if place.has_begun() => {
-            search(&place.run).map_or(Found::Nobody, Found::Alive)
-        }
-        found => found,
-    };
-    match found {
-        Found::Nobody => Seen::without_monitor(idle()),
-        // What is in the store is whole, and its guest has not run since.
-        Found::Gone if place.managed && place.is_saved() => Seen::without_monitor(State::Suspended),
-        Found::Gone => Seen::without_monitor(State::Killed),
-        // On its way out, or in.
-        Found::Alive(process) if process.ends_within(PATIENCE) => look_without(place),
-        Found::Alive(process) => Seen { state: State::Hung, process: Some(process), client: None },
-    }
 }

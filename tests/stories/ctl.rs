@@ -1,0 +1,14 @@
+//! Stories of domains: `stratoctl` and bare-metal guests on this host's own `/dev/kvm`, each story with
+//! a registry of its own.
+#[path = "ctl/at_once.rs"]
+mod at_once;
+#[path = "ctl/damage.rs"]
+mod damage;
+#[path = "ctl/life.rs"]
+mod life;
+#[path = "ctl/matrix.rs"]
+mod matrix;
+#[path = "ctl/rig.rs"]
+mod rig;
+#[path = "ctl/saved.rs"]
+mod saved;
