@@ -129,7 +129,7 @@ const CRASHED: Cell = No(
 );
 const KILLED: Cell = No(
     "the monitor of '{}' is gone",
-    "`stratoctl dmesg {}` shows its last words, `stratoctl destroy {}` clears it away",
+    "`stratoctl info {}` shows its last words, `stratoctl destroy {}` clears it away",
 );
 const HUNG: Cell = No(
     "the monitor of '{}' does not answer",

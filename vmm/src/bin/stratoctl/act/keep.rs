@@ -234,7 +234,7 @@ fn note(place: &Place, text: &str) {
 
 /// A line in the domain's log, where `dmesg` shows it.
 fn note_at(run: &Path, text: &str) {
-    let line = format!("stratoctl: {}\n", text.escape_debug());
+    let line = format!("stratoctl: {}\n", text.replace('\n', " "));
     let log = OpenOptions::new().append(true).open(run.join("log"));
     // A log that cannot be written cannot tell so either.
     let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
