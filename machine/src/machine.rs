@@ -143,6 +143,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Let the serial port's other end be served although the machine stands still: whoever connects
+    /// there is told what the guest has said. What is typed goes no further than the port's FIFO.
+    pub fn serve_serial(&self) {
+        if let Some(serial) = self.legacy.serial() {
+            serial.lock().resume();
+        }
+    }
+
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine
     /// is paused before and after.
     ///

@@ -10,6 +10,8 @@ mod ends;
 mod exact;
 #[path = "bare_metal/generation.rs"]
 mod generation;
+#[path = "bare_metal/halts.rs"]
+mod halts;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
 #[path = "bare_metal/plug.rs"]

@@ -1,5 +1,6 @@
 //! The life of one virtual machine: what may happen when, and who answers for it.
 #![forbid(unsafe_code)]
+pub mod actions;
 pub mod announce;
 pub mod checkpoint;
 pub mod cli;

@@ -61,8 +61,8 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
-    let machine = match &invocation.incoming {
-        None => Machine::new(&invocation.machine, events.report())?,
+    let (machine, halted) = match &invocation.incoming {
+        None => (Machine::new(&invocation.machine, events.report())?, None),
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
     let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
@@ -81,12 +81,14 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     if !invocation.disable_seccomp {
         seccomp::confine()?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
+    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }
-    if !invocation.paused {
-        vmm.apply(lifecycle::Event::Resume)?;
+    match halted {
+        Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
+        None if invocation.paused => {}
+        None => vmm.apply(lifecycle::Event::Resume)?,
     }
     if let Some(ready) = ready {
         ready.tell().context("cannot let go of the terminal")?;

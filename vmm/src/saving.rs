@@ -39,8 +39,8 @@ pub(crate) struct Saving {
     status: MigrationStatus,
     error: Option<String>,
     live: bool,
-    /// The VM ran when it began.
-    ran: bool,
+    /// Where the VM was when it was stopped for it.
+    before: State,
     /// When the guest was stopped.
     stopped: Option<Instant>,
     downtime: Option<Duration>,
@@ -56,7 +56,7 @@ impl Saving {
             status: MigrationStatus::default(),
             error: None,
             live: false,
-            ran: false,
+            before: State::Prelaunch,
             stopped: None,
             downtime: None,
             asked: None,
@@ -126,7 +126,7 @@ impl Vmm {
         self.saving.job = Some(job);
         self.saving.status = MigrationStatus::Active;
         (self.saving.error, self.saving.downtime, self.saving.stopped) = (None, None, None);
-        (self.saving.live, self.saving.ran) = (live, ran);
+        (self.saving.live, self.saving.before) = (live, self.state());
         self.saving.asked = Some((self.asked_by, ticket.clone()));
         self.tell(&Event::Migration { status: MigrationStatus::Active });
         if !live && let Err(e) = self.hand_over() {
@@ -196,7 +196,7 @@ impl Vmm {
     fn hand_over(&mut self) -> Result<(), Failed> {
         self.saving.stopped = Some(Instant::now());
         // A client may have stopped it since the save began.
-        self.saving.ran = self.state() == State::Running;
+        self.saving.before = self.state();
         self.apply(lifecycle::Event::Save)?;
         let still = self.machine.quiesced()?;
         let ranges = match self.saving.live {
@@ -204,7 +204,11 @@ impl Vmm {
             false => still.used_memory().map_err(Failed::Memory)?,
         };
         if let Some(job) = &self.saving.job {
-            job.last(&still, ranges)?;
+            let halted = match self.saving.before {
+                State::Halted(why) => Some(why),
+                _ => None,
+            };
+            job.last(&still, ranges, halted)?;
         }
         Ok(())
     }
@@ -212,10 +216,21 @@ impl Vmm {
     /// Back to what the VM was before the save.
     fn go_on(&mut self) -> Result<(), Refused> {
         if self.state() == State::Saving {
-            self.apply(lifecycle::Event::Saved)?;
-            if self.saving.ran {
+            self.stand_still()?;
+            if self.saving.before == State::Running {
                 self.apply(lifecycle::Event::Resume)?;
                 self.saving.downtime = self.saving.stopped.map(|at| at.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// The machine stays where the save has put it; nobody needs its memory any more.
+    fn stand_still(&mut self) -> Result<(), Refused> {
+        if self.state() == State::Saving {
+            self.apply(lifecycle::Event::Saved)?;
+            if let State::Halted(why) = self.saving.before {
+                self.apply(lifecycle::Event::Halt(why))?;
             }
         }
         Ok(())
@@ -240,13 +255,7 @@ impl Vmm {
             }
             (None, Err(e)) => Some((MigrationStatus::Failed, Error::generic(&e).to_string())),
         };
-        let after = if failure.is_some() || live {
-            self.go_on()
-        } else if self.state() == State::Saving {
-            self.apply(lifecycle::Event::Saved)
-        } else {
-            Ok(())
-        };
+        let after = if failure.is_some() || live { self.go_on() } else { self.stand_still() };
         if let Err(e) = after {
             let why = Error::generic(&e).to_string();
             log::error!("cannot go on after a save: {why}");

@@ -7,6 +7,8 @@ use machine::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::lifecycle::Halt;
+
 use super::stream::{self, Kind, Reader, StreamError};
 
 /// First frame: what a machine has to be like before the rest can be poured into it.
@@ -21,6 +23,9 @@ pub struct Config {
     pub occupied: Occupancy,
     /// Bytes of the disks in the slots; 0 for an empty slot.
     pub disk_sizes: Vec<u64>,
+    /// Why its guest cannot go on, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub halted: Option<Halt>,
 }
 
 /// All of it.

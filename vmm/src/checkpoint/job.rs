@@ -25,6 +25,8 @@ use std::{
 use machine::{MachineState, Memory, Quiesced, memory::image};
 
 pub use super::image::Progress;
+use crate::lifecycle::Halt;
+
 use super::{
     content::Config,
     save::{self, MemoryFile, SaveError, Target},
@@ -186,7 +188,7 @@ impl Job {
     }
 
     /// Hand over what only a machine that stands still can give: `ranges` of memory to copy, and
-    /// its state.
+    /// its state. `halted` says why its guest cannot go on.
     ///
     /// # Errors
     /// When the state cannot be read.
@@ -194,11 +196,12 @@ impl Job {
         &self,
         machine: &Quiesced<'_>,
         ranges: Vec<Range<u64>>,
+        halted: Option<Halt>,
     ) -> Result<(), machine::SaveError> {
         let state = machine.save()?;
         let (config, occupied) = machine.made_of();
         let disk_sizes = machine.disk_sizes();
-        let config = Config { id: new_id(), machine: config.clone(), occupied, disk_sizes };
+        let config = Config { id: new_id(), machine: config.clone(), occupied, disk_sizes, halted };
         // A thread that has given up says why in its last step.
         if let Some(last) = &self.last {
             let _ = last.send(Last { ranges, config, state });

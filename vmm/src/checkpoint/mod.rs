@@ -29,7 +29,7 @@ use std::path::PathBuf;
 
 use machine::{BuildError, Machine, Report, Saved, config::MachineConfig};
 
-use crate::cli::Incoming;
+use crate::{cli::Incoming, lifecycle::Halt};
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ pub enum RestoreError {
 }
 
 /// The machine saved in a directory, with the disks, NICs and character devices of `flags` in place
-/// of its own. It stands still.
+/// of its own. It stands still; the second part says why its guest cannot go on, if it cannot.
 ///
 /// # Errors
 /// The first thing that is wrong, before a device of the host is touched.
@@ -52,14 +52,14 @@ pub fn restore(
     incoming: &Incoming,
     flags: &MachineConfig,
     report: Report,
-) -> Result<Machine, RestoreError> {
+) -> Result<(Machine, Option<Halt>), RestoreError> {
     let mut loaded = load(&incoming.directory)?;
     adapt::adapt(&mut loaded.config, &incoming.asked, flags)?;
     adapt::check_disks(&loaded.config)?;
     let memory = loaded.memory(incoming.mapped)?;
     let (config, occupied) = (&loaded.config.machine, &loaded.config.occupied);
     let saved = Saved { config, occupied, memory, state: loaded.state };
-    Ok(Machine::restored(saved, report)?)
+    Ok((Machine::restored(saved, report)?, loaded.config.halted))
 }
 
 /// The file that the memory of a machine restored in this way is mapped from, if it is.

@@ -35,7 +35,7 @@ fn config(id: u128) -> Config {
     }))
     .unwrap();
     let occupied = Occupancy::at_start(&machine);
-    Config { id, machine, occupied, disk_sizes: vec![] }
+    Config { id, machine, occupied, disk_sizes: vec![], halted: None }
 }
 
 fn state(clock: u64) -> MachineState {

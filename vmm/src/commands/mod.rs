@@ -15,19 +15,20 @@ use crate::{
 };
 
 const ANY: States = States::ANY;
+const GUEST: States = States::GUEST;
 const ALIVE: States = States::ALIVE;
 
 /// The command table.
 pub fn table() -> Table<Vmm> {
     Table::new(ANY)
-        .on(ALIVE, run_state::cont)
+        .on(GUEST, run_state::cont)
         .on(ALIVE, run_state::stop)
         .on(States::OR_SAVING, run_state::quit)
         .on_ticket(ALIVE, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
         .on(ANY, migrate::query_migrate)
         .on(ALIVE, run_state::system_reset)
-        .on(ALIVE, run_state::system_powerdown)
+        .on(GUEST, run_state::system_powerdown)
         .on(ANY, run_state::query_status)
         .on(ALIVE, block::blockdev_add)
         .on(ALIVE, block::blockdev_del)
@@ -40,7 +41,7 @@ pub fn table() -> Table<Vmm> {
         .on(ALIVE, net::netdev_del)
         .on(ALIVE, net::set_link)
         .on(States::of(&[State::Running]), net::announce_self)
-        .on(ALIVE, run_state::send_key)
+        .on(GUEST, run_state::send_key)
         .on(ALIVE, device::device_add)
         .on(ALIVE, device::device_del)
         .on(ANY, introspect::query_chardev)
