@@ -1,5 +1,5 @@
 //! From configuration to machine.
-use std::{io, sync::Arc, thread};
+use std::{io, ops::Range, sync::Arc, thread};
 
 use devices::{
     Memory,
@@ -96,6 +96,8 @@ pub struct Saved<'a> {
     pub occupied: &'a Occupancy,
     /// Its memory, contents and all.
     pub memory: Memory,
+    /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
+    pub filled: Vec<Range<u64>>,
     /// Everything else.
     pub state: MachineState,
 }
@@ -122,6 +124,7 @@ impl Machine {
     pub fn restored(saved: Saved<'_>, report: Report) -> Result<Self, BuildError> {
         let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
+        machine.filled = saved.filled.into();
         machine.quiesced()?.restore(&saved.state)?;
         // Before the guest runs, and after the interrupt controllers have their state.
         machine.legacy.generation_changed();
@@ -213,6 +216,10 @@ impl Machine {
             backends: Backends::new(occupied),
             generation,
             seen,
+            filled: Arc::default(),
+            logging: false,
+            cleared: Vec::new(),
+            disks_released: false,
         })
     }
 }

@@ -17,7 +17,7 @@ pub mod vcpu;
 
 pub use backends::{PlugError, PluggedDisk};
 pub use builder::{BuildError, Saved};
-pub use devices::{Memory, PowerEvent};
+pub use devices::{Memory, PowerEvent, backend::inherited};
 pub use event::{Event, Report, Told};
 pub use generation::GenerationId;
 pub use machine::{Machine, RunError};

@@ -1,7 +1,11 @@
 //! The machine: what it is made of, and how all of it stops, goes on and starts anew.
-use std::{io, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
-use devices::{Device, Memory};
+use devices::{
+    Device, Memory,
+    backend::disk::{Disk, DiskError},
+    virtio::blk::Block,
+};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
@@ -19,8 +23,8 @@ use crate::{
     },
     layout,
     legacy::Legacy,
-    memory,
-    slots::Slots,
+    memory::{self, image},
+    slots::{DISKS, Slots},
     vcpu::{Gone, Handle},
 };
 
@@ -48,6 +52,14 @@ pub struct Machine {
     pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,
+    /// Ranges of the memory's image that are not zero although nobody may have touched them.
+    pub(crate) filled: Arc<[Range<u64>]>,
+    /// It is noted which pages are written.
+    pub(crate) logging: bool,
+    /// What a reset has cleared since they were last asked for.
+    pub(crate) cleared: Vec<Range<u64>>,
+    /// Other machines may have the disks.
+    pub(crate) disks_released: bool,
 }
 
 /// The moment at which the guest's clocks stood still.
@@ -70,6 +82,9 @@ pub enum RunError {
     /// The kernel could not be loaded again.
     #[error("cannot load the kernel again")]
     Boot(#[from] BootError),
+    /// A disk was handed over, and whoever has it now keeps it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The host refused something.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -114,8 +129,9 @@ impl Machine {
     /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood.
     ///
     /// # Errors
-    /// When KVM refuses the clock.
+    /// When KVM refuses the clock, or another machine has a disk that was given away.
     pub fn resume(&mut self) -> Result<(), RunError> {
+        self.hold_disks()?;
         let mut ticks = 0;
         if let Some(parked) = self.parked.take() {
             self.vm.set_clock(parked.clock)?;
@@ -163,6 +179,9 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
+        if self.logging {
+            self.cleared = image::union(&self.cleared, &image::used(&self.memory, &self.filled)?);
+        }
         memory::clear(&self.memory, &self.config.memory)?;
         let entry = load_kernel(&self.memory, &self.config, &self.slots, &self.apic_ids)?;
         self.generation.write(&self.memory)?;
@@ -180,8 +199,43 @@ impl Machine {
             vcpu.replace(KvmCpu::new(fd, self.buses.clone(), self.msr_list.clone()))?;
         }
         self.vm = vm;
+        if self.logging {
+            self.vm.log_dirty(true)?;
+        }
         // A machine that has not run yet has no pause to make up for.
         self.parked = None;
+        Ok(())
+    }
+
+    /// Let other machines have the disks, until this one runs again.
+    pub fn release_disks(&mut self) {
+        self.disks_released = true;
+        self.each_disk(|disk| {
+            disk.release();
+            Ok(())
+        })
+        .ok();
+    }
+
+    /// Have the disks again that were released.
+    ///
+    /// # Errors
+    /// When another machine has one.
+    pub fn hold_disks(&mut self) -> Result<(), DiskError> {
+        if self.disks_released {
+            self.each_disk(Disk::hold)?;
+            self.disks_released = false;
+        }
+        Ok(())
+    }
+
+    fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
+        let transports = (0..DISKS).filter_map(|slot| self.slots.transport(slot));
+        for transport in transports {
+            if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
+                act(disk)?;
+            }
+        }
         Ok(())
     }
 

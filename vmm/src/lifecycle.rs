@@ -8,8 +8,10 @@
 //!     +-----------------------Reset--------------------/
 //! ```
 //! From each of them, Save leads to Saving, and Saved from there to Paused: nobody may run the
-//! guest while its memory is copied. A reset leads back to where it came from: a paused machine that is
-//! reset stays paused, and a halted one is as if it had never run. Shutdown ends it from anywhere.
+//! guest while its memory is copied. Migrated leads from Saving to PostMigrate, where the machine
+//! stands still as in Paused: another process goes on with it. A reset leads back to where it came
+//! from: a paused machine that is reset stays paused, and a halted one is as if it had never run.
+//! Shutdown ends it from anywhere.
 use serde::{Deserialize, Serialize};
 
 /// Where a VM can be.
@@ -23,6 +25,8 @@ pub enum State {
     Paused,
     /// Paused, and must stay so until the state has been saved.
     Saving,
+    /// Paused, and handed over to another process; may go on here if that one does not.
+    PostMigrate,
     /// The guest cannot go on, and its machine is kept to be looked at, saved or reset.
     Halted(Halt),
     /// Over; the process is about to end.
@@ -46,11 +50,12 @@ pub enum Halt {
 
 impl State {
     /// All of them, for tests and tables.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Prelaunch,
         Self::Running,
         Self::Paused,
         Self::Saving,
+        Self::PostMigrate,
         Self::Halted(Halt::Shutdown),
         Self::Halted(Halt::GuestPanicked),
         Self::Halted(Halt::InternalError),
@@ -64,25 +69,31 @@ impl State {
     pub const fn on(self, event: Event) -> Result<Self, Denied> {
         use {Event as E, State as S};
         Ok(match (self, event) {
-            (S::Prelaunch | S::Running | S::Paused, E::Resume) => S::Running,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Resume) => S::Running,
             (S::Running | S::Paused, E::Pause) => S::Paused,
-            (S::Prelaunch | S::Saving | S::Halted(_), E::Pause) => self,
-            (S::Prelaunch | S::Running | S::Paused, E::Reset) => self,
+            (S::Prelaunch | S::Saving | S::PostMigrate | S::Halted(_), E::Pause) => self,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Reset) => self,
             (S::Halted(_), E::Reset) => S::Prelaunch,
             (S::Prelaunch | S::Running | S::Paused, E::Halt(why)) => S::Halted(why),
-            (S::Prelaunch | S::Running | S::Paused | S::Halted(_), E::Save) => S::Saving,
-            (S::Saving, E::Saved) => S::Paused,
-            (S::Prelaunch | S::Running | S::Paused | S::Saving | S::Halted(_), E::Shutdown) => {
-                S::Shutdown
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate | S::Halted(_), E::Save) => {
+                S::Saving
             }
-            (S::Saving | S::Shutdown | S::Halted(_), _) | (_, E::Saved) => {
+            (S::Saving, E::Saved) => S::Paused,
+            (S::Saving, E::Migrated) => S::PostMigrate,
+            (
+                S::Prelaunch | S::Running | S::Paused | S::Saving | S::PostMigrate | S::Halted(_),
+                E::Shutdown,
+            ) => S::Shutdown,
+            (S::Saving | S::Shutdown | S::Halted(_), _)
+            | (S::PostMigrate, E::Halt(_))
+            | (_, E::Saved | E::Migrated) => {
                 return Err(Denied { state: self, event });
             }
         })
     }
 
     /// Place in a set of states.
-    const fn bit(self) -> u8 {
+    const fn bit(self) -> u16 {
         1 << match self {
             Self::Prelaunch => 0,
             Self::Running => 1,
@@ -92,6 +103,7 @@ impl State {
             Self::Halted(Halt::GuestPanicked) => 5,
             Self::Halted(Halt::InternalError) => 6,
             Self::Shutdown => 7,
+            Self::PostMigrate => 8,
         }
     }
 
@@ -121,6 +133,8 @@ pub enum Event {
     Save,
     /// The save is over.
     Saved,
+    /// The save is over, and somebody else goes on from it.
+    Migrated,
     /// End.
     Shutdown,
 }
@@ -135,17 +149,21 @@ pub struct Denied {
 
 /// A set of states.
 #[derive(Debug, Clone, Copy)]
-pub struct States(u8);
+pub struct States(u16);
 
 impl States {
     /// Whatever the state.
-    pub const ANY: Self = Self(u8::MAX);
+    pub const ANY: Self = Self(u16::MAX);
     /// While there is a guest that can go on.
     pub const GUEST: Self = Self::of(&[State::Prelaunch, State::Running, State::Paused]);
     /// While there is a machine to act on: [`States::GUEST`], and a halted one.
     pub const ALIVE: Self = Self(Self::GUEST.0 | Self::HALTED.0);
-    /// [`States::ALIVE`], and while its state is being saved.
-    pub const OR_SAVING: Self = Self(Self::ALIVE.0 | State::Saving.bit());
+    /// [`States::GUEST`], and after it was handed over.
+    pub const GUEST_OR_MIGRATED: Self = Self(Self::GUEST.0 | State::PostMigrate.bit());
+    /// [`States::ALIVE`], and after it was handed over.
+    pub const OR_MIGRATED: Self = Self(Self::ALIVE.0 | State::PostMigrate.bit());
+    /// [`States::OR_MIGRATED`], and while its state is being saved.
+    pub const OR_SAVING: Self = Self(Self::OR_MIGRATED.0 | State::Saving.bit());
 
     const HALTED: Self = Self::of(&[
         State::Halted(Halt::Shutdown),
@@ -177,12 +195,13 @@ mod tests {
     const OFF: Halt = Halt::Shutdown;
     const PANIC: Halt = Halt::GuestPanicked;
     const KVM: Halt = Halt::InternalError;
-    const EVENTS: [Event; 9] = [
+    const EVENTS: [Event; 10] = [
         Event::Resume,
         Event::Pause,
         Event::Reset,
         Event::Save,
         Event::Saved,
+        Event::Migrated,
         Event::Shutdown,
         Event::Halt(OFF),
         Event::Halt(PANIC),
@@ -191,20 +210,21 @@ mod tests {
 
     #[test]
     fn every_state_answers_every_event() {
-        use State::{Halted, Paused, Prelaunch, Running, Saving, Shutdown};
+        use State::{Halted, Paused, PostMigrate, Prelaunch, Running, Saving, Shutdown};
         let (run, pause, pre) = (Some(Running), Some(Paused), Some(Prelaunch));
-        let (save, over) = (Some(Saving), Some(Shutdown));
+        let (save, away, over) = (Some(Saving), Some(PostMigrate), Some(Shutdown));
         let (off, panic, kvm) = (Some(Halted(OFF)), Some(Halted(PANIC)), Some(Halted(KVM)));
-        // resume, pause, reset, save, saved, shutdown, and the three ways to halt
+        // resume, pause, reset, save, saved, migrated, shutdown, and the three ways to halt
         let expected = [
-            (Prelaunch, [run, pre, pre, save, None, over, off, panic, kvm]),
-            (Running, [run, pause, run, save, None, over, off, panic, kvm]),
-            (Paused, [run, pause, pause, save, None, over, off, panic, kvm]),
-            (Saving, [None, save, None, None, pause, over, None, None, None]),
-            (Halted(OFF), [None, off, pre, save, None, over, None, None, None]),
-            (Halted(PANIC), [None, panic, pre, save, None, over, None, None, None]),
-            (Halted(KVM), [None, kvm, pre, save, None, over, None, None, None]),
-            (Shutdown, [None; 9]),
+            (Prelaunch, [run, pre, pre, save, None, None, over, off, panic, kvm]),
+            (Running, [run, pause, run, save, None, None, over, off, panic, kvm]),
+            (Paused, [run, pause, pause, save, None, None, over, off, panic, kvm]),
+            (Saving, [None, save, None, None, pause, away, over, None, None, None]),
+            (PostMigrate, [run, away, away, save, None, None, over, None, None, None]),
+            (Halted(OFF), [None, off, pre, save, None, None, over, None, None, None]),
+            (Halted(PANIC), [None, panic, pre, save, None, None, over, None, None, None]),
+            (Halted(KVM), [None, kvm, pre, save, None, None, over, None, None, None]),
+            (Shutdown, [None; 10]),
         ];
         assert_eq!(expected.map(|(state, _)| state), State::ALL);
         for (state, leads_to) in expected {
@@ -226,9 +246,10 @@ mod tests {
             assert!(States::ANY.contains(state));
             assert!(States::of(&[state]).contains(state));
             let (over, saving) = (state == State::Shutdown, state == State::Saving);
-            let halted = matches!(state, State::Halted(_));
-            assert_eq!(States::GUEST.contains(state), !over && !saving && !halted);
-            assert_eq!(States::ALIVE.contains(state), !over && !saving);
+            let (halted, away) = (matches!(state, State::Halted(_)), state == State::PostMigrate);
+            assert_eq!(States::GUEST.contains(state), !over && !saving && !halted && !away);
+            assert_eq!(States::ALIVE.contains(state), !over && !saving && !away);
+            assert_eq!(States::OR_MIGRATED.contains(state), !over && !saving);
             assert_eq!(States::OR_SAVING.contains(state), !over);
         }
     }

@@ -104,7 +104,9 @@ impl Vmm {
                     self.machine.resume()?;
                 }
             }
-            (State::Prelaunch | State::Paused, State::Running) => self.machine.resume()?,
+            (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
+                self.machine.resume()?;
+            }
             // Still vCPUs are what lets the last events be true.
             (
                 State::Running,
@@ -120,7 +122,9 @@ impl Vmm {
         }
         self.state = after;
         match (before, after) {
-            (State::Prelaunch | State::Paused, State::Running) => self.tell(&Event::Resume {}),
+            (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
+                self.tell(&Event::Resume {});
+            }
             (State::Running, State::Paused | State::Saving | State::Halted(_)) => {
                 self.tell(&Event::Stop {});
             }

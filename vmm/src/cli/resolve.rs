@@ -40,9 +40,8 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         true => Some(false),
         false => draft.dump_guest_core,
     };
-    let incoming = draft.incoming.map(|(directory, mapped)| Incoming {
-        directory,
-        mapped,
+    let incoming = draft.incoming.map(|source| Incoming {
+        source,
         asked: Asked {
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),

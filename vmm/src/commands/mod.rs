@@ -21,10 +21,10 @@ const ALIVE: States = States::ALIVE;
 /// The command table.
 pub fn table() -> Table<Vmm> {
     Table::new(ANY)
-        .on(GUEST, run_state::cont)
-        .on(ALIVE, run_state::stop)
+        .on(States::GUEST_OR_MIGRATED, run_state::cont)
+        .on(States::OR_MIGRATED, run_state::stop)
         .on(States::OR_SAVING, run_state::quit)
-        .on_ticket(ALIVE, migrate::migrate)
+        .on_ticket(States::OR_MIGRATED, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
         .on(ANY, migrate::query_migrate)
         .on(ALIVE, run_state::system_reset)

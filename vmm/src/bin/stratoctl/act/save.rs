@@ -166,7 +166,7 @@ fn migrate(
     }
     let mut watcher = domain::qmp(&held.place)?;
     let uri = format!("file:{}", store::text(directory)?);
-    let command = Migrate { uri, resume: Some(resume) };
+    let command = Migrate { uri, resume: Some(resume), incremental: None, track: None };
     client.set_patience(LONGEST);
     let bar = bar(&format!("Saving {}", held.place.name));
     let done = thread::scope(|scope| {
