@@ -203,7 +203,7 @@ impl Quiesced<'_> {
     /// Bytes of the disks in the slots, 0 for an empty one.
     pub fn disk_sizes(&self) -> Vec<u64> {
         let capacity = |slot| {
-            let mut transport = self.0.slots.transport(slot)?.lock();
+            let mut transport = self.0.slots.get(slot)?.0.lock();
             Some(transport.device::<Block>()?.capacity())
         };
         (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
