@@ -6,6 +6,9 @@
 //!      ^                                                 | workers come and go without a message
 //!      +------------------- go: those that are here -----+
 //! ```
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeMap,
     io,
@@ -302,56 +305,5 @@ fn deregister(registry: &Registry, sources: &[RawFd]) {
     for fd in sources {
         // Fails for a descriptor that could not be waited on, or that the kernel has taken away.
         let _ = registry.deregister(&mut SourceFd(fd));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{
-        io::{Read, Write},
-        os::{fd::AsRawFd, unix::net::UnixStream},
-        sync::Arc,
-    };
-
-    use devices::worker::Home;
-
-    use super::*;
-
-    struct Count {
-        from: UnixStream,
-        bytes: usize,
-        seen: Sender<usize>,
-    }
-    impl Worker for Count {
-        fn sources(&self) -> Vec<RawFd> {
-            vec![self.from.as_raw_fd()]
-        }
-        fn ready(&mut self, _: usize) {
-            let mut buf = [0; 16];
-            while let Ok(n @ 1..) = self.from.read(&mut buf) {
-                self.bytes += n;
-                let _ = self.seen.send(self.bytes);
-            }
-        }
-        fn quiesce(&mut self, _: Option<Duration>) -> bool {
-            true
-        }
-    }
-
-    #[test]
-    fn a_worker_leaves_and_comes_home() {
-        let thread: Arc<dyn IoThread> = Arc::new(Handle::spawn("io0").unwrap());
-        let (mut to, from) = UnixStream::pair().unwrap();
-        from.set_nonblocking(true).unwrap();
-        let (seen, answer) = channel();
-        let mut home = Home::Idle;
-        home.start(Count { from, bytes: 0, seen }, thread).unwrap();
-        to.write_all(b"abc").unwrap();
-        assert_eq!(answer.recv_timeout(Duration::from_secs(5)), Ok(3));
-        home.park();
-        assert_eq!(home.parked().unwrap().bytes, 3);
-        to.write_all(b"de").unwrap(); // arrives while parked
-        home.unpark().unwrap();
-        assert_eq!(answer.recv_timeout(Duration::from_secs(5)), Ok(5));
     }
 }

@@ -6,6 +6,8 @@ mod blk;
 mod counters;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/hung.rs"]
+mod hung;
 #[path = "bare_metal/plug.rs"]
 mod plug;
 #[path = "bare_metal/process.rs"]
