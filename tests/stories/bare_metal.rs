@@ -8,6 +8,8 @@ mod counters;
 mod ends;
 #[path = "bare_metal/hung.rs"]
 mod hung;
+#[path = "bare_metal/nic.rs"]
+mod nic;
 #[path = "bare_metal/plug.rs"]
 mod plug;
 #[path = "bare_metal/process.rs"]

@@ -1,7 +1,6 @@
 //! Slots are filled and emptied while the guest runs; it learns of that by the interrupt for a changed
 //! configuration, and what it then reads is there.
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -263,21 +262,8 @@ fn a_disk_that_grows() -> Result<()> {
 
 /// The monitor in a network namespace of its own, with two taps of that kind.
 fn with_taps(stage: &mut Stage, kind: &str) -> Result<()> {
-    let script = stage.file("with-taps");
-    let monitor = stage.paths.stratovirt.display();
-    fs::write(
-        &script,
-        format!(
-            "#!/bin/sh\nexec unshare -n sh -ec '\n\
-             for tap in tap0 tap1; do\n\
-             ip tuntap add mode tap {kind} name $tap && ip link set $tap up\n\
-             done\n\
-             exec \"$0\" \"$@\"' '{monitor}' \"$@\"\n"
-        ),
-    )?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    stage.paths.stratovirt = script;
-    Ok(())
+    let make = format!("ip tuntap add mode tap {kind} name $tap && ip link set $tap up");
+    stage.prepare("-n", &format!("for tap in tap0 tap1; do {make}; done"))
 }
 
 #[test]
