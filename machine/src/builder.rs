@@ -11,7 +11,6 @@ use devices::{
         net,
         rng::{Rng, RngError},
     },
-    worker::IoThread,
 };
 
 use kvm_bindings::CpuId;
@@ -181,7 +180,7 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let Parts { legacy, slots, buses, chardevs, boot } = parts?;
+        let Parts { legacy, slots, buses, chardevs, disk_stats, boot } = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -212,8 +211,9 @@ impl Machine {
             config: config.clone(),
             apic_ids,
             parked: None,
+            running: false,
             chardevs,
-            backends: Backends::new(occupied),
+            backends: Backends::new(occupied, disk_stats),
             generation,
             seen,
             filled: Arc::default(),
@@ -230,6 +230,7 @@ struct Parts {
     slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
+    disk_stats: Vec<Arc<blk::BlockStats>>,
     boot: Option<boot::Entry>,
 }
 
@@ -256,10 +257,10 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let mut chardevs = Vec::new();
+        let (mut chardevs, mut disk_stats) = (Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
-        let (legacy, serial) = Legacy::new(config, &mut pio, &default, &power, report)?;
+        let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, report)?;
         chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
@@ -270,7 +271,9 @@ impl Parts {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            add(Box::new(block(slot, shape, disk, report)?), thread)?;
+            let block = block(slot, shape, disk, report)?;
+            disk_stats.push(block.stats());
+            add(Box::new(block), thread)?;
         }
         for slot in 0..NICS {
             let shape = config.nics.get(slot);
@@ -295,7 +298,7 @@ impl Parts {
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;
-        Ok(Self { legacy, slots, buses, chardevs, boot })
+        Ok(Self { legacy, slots, buses, chardevs, disk_stats, boot })
     }
 }
 
@@ -314,7 +317,7 @@ impl Threads<'_> {
         &self,
         what: &'static str,
         owner: Option<(&String, &Option<String>)>,
-    ) -> Result<Arc<dyn IoThread>, BuildError> {
+    ) -> Result<Arc<io_thread::Handle>, BuildError> {
         match owner {
             Some((id, Some(iothread))) => self.find(what, id, Some(iothread)),
             _ => self.find(what, "", None),
@@ -326,12 +329,12 @@ impl Threads<'_> {
         what: &'static str,
         id: &str,
         iothread: Option<&str>,
-    ) -> Result<Arc<dyn IoThread>, BuildError> {
+    ) -> Result<Arc<io_thread::Handle>, BuildError> {
         let found = match iothread {
             None => self.0.first(),
             Some(name) => self.0.iter().skip(1).find(|(id, _)| id == name),
         };
-        found.map(|(_, thread)| thread.clone() as Arc<dyn IoThread>).ok_or_else(|| {
+        found.map(|(_, thread)| thread.clone()).ok_or_else(|| {
             let iothread = iothread.unwrap_or_default().to_owned();
             BuildError::NoIoThread { what, id: id.into(), iothread }
         })

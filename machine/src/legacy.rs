@@ -58,7 +58,7 @@ impl Legacy {
     pub(crate) fn new(
         config: &MachineConfig,
         pio: &mut BusBuilder,
-        thread: &Arc<dyn IoThread>,
+        thread: Arc<dyn IoThread>,
         latch: &Arc<PowerLatch>,
         report: &Report,
     ) -> Result<(Self, Option<String>), LegacyError> {
@@ -81,7 +81,7 @@ impl Legacy {
         if let Some(backend) = &config.serial {
             let char = open(backend, report)?;
             chardev = Some(char.name.clone());
-            let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread.clone())?;
+            let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread)?;
             let serial = Arc::new(Mutex::new(serial));
             attach(SERIAL_PORT, 8, serial.clone())?;
             port = Some(serial.clone() as Shared);

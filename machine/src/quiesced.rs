@@ -107,7 +107,7 @@ impl Machine {
     /// Bytes of the disks in the slots, 0 for an empty one.
     pub fn disk_sizes(&self) -> Vec<u64> {
         let capacity = |slot| {
-            let mut transport = self.slots.transport(slot)?.lock();
+            let mut transport = self.slots.get(slot)?.0.lock();
             Some(transport.device::<Block>()?.capacity())
         };
         (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()

@@ -14,6 +14,10 @@ mod generation;
 mod halts;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
+#[path = "bare_metal/hung.rs"]
+mod hung;
+#[path = "bare_metal/nic.rs"]
+mod nic;
 #[path = "bare_metal/plug.rs"]
 mod plug;
 #[path = "bare_metal/process.rs"]

@@ -38,6 +38,7 @@ const STORIES: &[(&str, Tell)] = &[
     ("ping_and_tcp_cross_the_tap", devices::ping_and_tcp),
     ("the_guests_clock_stands_still_while_stopped", life::stop_and_cont),
     ("reset_boots_the_kernel_anew", life::reset),
+    ("the_guest_reboots_and_ctrl_alt_del_makes_it", life::reboot),
     ("the_power_button_ends_the_guest", life::powerdown),
     ("quit_ends_the_monitor", life::quit),
     ("poweroff_in_the_guest_ends_the_monitor", life::poweroff),

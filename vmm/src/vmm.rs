@@ -95,6 +95,7 @@ impl Vmm {
         match (before, after) {
             // Reset is the one event that does something without changing the state.
             _ if event == lifecycle::Event::Reset => {
+                self.machine.pause()?;
                 if let Err(e) = self.machine.reset() {
                     let reason = ShutdownCause::HostError;
                     self.end(Ending { guest: false, reason, status: 1 });
@@ -234,12 +235,15 @@ impl Vmm {
     /// The last words: SHUTDOWN to every client, delivered before the sockets close.
     pub fn shut_down(mut self, ending: Ending) {
         self.abandon_save();
-        if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
-            log::warn!("{e}");
-        }
+        let stopped = self.apply(lifecycle::Event::Shutdown);
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         for server in self.servers.drain(..) {
             server.shutdown(std::time::Duration::from_secs(1));
+        }
+        if let Err(e) = stopped {
+            log::error!("ended with the guest running: {e}");
+            // Its threads may never come to an end; they end with the process.
+            std::mem::forget(self);
         }
     }
 }

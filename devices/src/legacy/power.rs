@@ -8,11 +8,12 @@
 //! | +3 events, for the generic event device; cleared | bit 0: power button pressed, bit 1: generation id changed | ignored |
 use serde::{Deserialize, Serialize};
 
+use super::Passive;
 use crate::{
-    Device, PowerEvent, PowerSink,
+    PowerEvent, PowerSink,
     bus::BusDevice,
     irq::Line,
-    state::{Section, Snapshot, StateError},
+    state::{Snapshot, StateError},
 };
 
 /// Ports that the block takes.
@@ -84,27 +85,13 @@ impl BusDevice for Power {
     }
 }
 
-impl Device for Power {
+impl Passive for Power {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        // Nothing happens here without the guest or the monitor.
-    }
-
-    fn resume(&mut self) {}
-
     fn reset(&mut self) {
         self.events = 0;
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
     }
 }
 
@@ -144,6 +131,7 @@ mod tests {
     use parking_lot::Mutex;
 
     use super::*;
+    use crate::Device;
 
     fn block() -> (Power, Arc<Mutex<Vec<PowerEvent>>>) {
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -187,7 +175,7 @@ mod tests {
         assert!(to.line.eventfd().read().is_ok());
         assert_eq!(Device::save(&to).unwrap(), section);
         assert!(Snapshot::restore(&mut to, State { events: 4 }).is_err());
-        to.reset();
+        Device::reset(&mut to);
         to.read(3, &mut all);
         assert_eq!(all, [0, 0xff, 0xff, 0xff]);
     }

@@ -125,7 +125,7 @@ fn announcement(socket: &OwnedFd) -> Result<[u8; 6]> {
 #[test]
 fn its_network_hears_where_it_is_now() -> Result<()> {
     let mut stage = Stage::new("announce")?;
-    with_taps(&mut stage)?;
+    with_taps(&mut stage, "")?;
     let mac = "52:54:00:00:00:01";
     let (mut monitor, mut qmp) =
         stage.start(stage.vm("generation", "")?.nic("net0", "tap0", mac))?;

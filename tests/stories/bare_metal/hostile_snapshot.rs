@@ -478,7 +478,7 @@ fn a_memory_file_overwritten_under_a_machine_harms_the_guest_alone() -> Result<(
 #[test]
 fn a_tap_that_is_not_there_is_named_and_another_may_take_its_place() -> Result<()> {
     let mut stage = Stage::new("hostile-tap")?;
-    with_taps(&mut stage)?;
+    with_taps(&mut stage, "")?;
     let vm = stage.vm("count", "registers 1")?.nic("net0", "tap0", "52:54:00:00:00:01");
     let (mut monitor, mut qmp) = stage.start(vm)?;
     monitor.wait_for("processors 1", SOON)?;

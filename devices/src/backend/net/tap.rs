@@ -72,12 +72,10 @@ pub enum TapError {
     )]
     Permission { name: String },
     /// The tun driver is not there or not accessible.
-    #[error(
-        "cannot open {CLONE_DEVICE} ({source}). As root: modprobe tun; chmod 666 {CLONE_DEVICE}"
-    )]
+    #[error("cannot open {CLONE_DEVICE}; as root: modprobe tun; chmod 666 {CLONE_DEVICE}")]
     Driver { source: io::Error },
     /// No descriptor at all, or of something else.
-    #[error("descriptor {fd} is not an open tap device: {source}")]
+    #[error("descriptor {fd} is not an open tap device")]
     NotTapFd { fd: RawFd, source: io::Error },
     /// A descriptor of a tap device in a mode that no virtio device can use.
     #[error("descriptor {fd} of '{name}' {what}")]
@@ -86,7 +84,7 @@ pub enum TapError {
     #[error("no descriptor of a tap device")]
     NoDescriptor,
     /// The host refused one step.
-    #[error("tap device '{name}': cannot {what}: {source}")]
+    #[error("tap device '{name}': cannot {what}")]
     Host { name: String, what: &'static str, source: io::Error },
 }
 

@@ -148,11 +148,11 @@ impl<B: NetBackend> Net<B> {
         Ok(net)
     }
 
-    /// Put a back-end into an empty slot; `mac` replaces the address that the driver sees.
+    /// Whether this back-end can be plugged.
     ///
     /// # Errors
     /// When the slot is occupied or the back-end does not fit.
-    pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
+    pub fn accepts(&self, backend: &B) -> Result<(), PlugError> {
         if self.backend.is_some() {
             return Err(PlugError::Occupied);
         }
@@ -163,6 +163,15 @@ impl<B: NetBackend> Net<B> {
         if self.features & WITH_HEADER != 0 && !backend.has_header() {
             return Err(PlugError::NoHeader);
         }
+        Ok(())
+    }
+
+    /// Put a back-end into an empty slot; `mac` replaces the address that the driver sees.
+    ///
+    /// # Errors
+    /// When it is not acceptable, or the I/O thread is gone.
+    pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
+        self.accepts(&backend)?;
         self.mac = mac.unwrap_or(self.mac);
         self.set_backend(Some(backend)).map_err(|_| PlugError::Thread)
     }
