@@ -48,15 +48,11 @@ pub fn start(
     command.current_dir(&place.run);
     command.args(["-daemonize", "-pidfile", "pid", "-D", "log", "-qmp"]);
     command.args(["unix:qmp.sock,server,nowait", "-serial"]);
-    command.arg("socket,path=console.sock,server,nowait");
+    command.arg("socket,path=console.sock,server,nowait,replay=64K");
     command.args(["-name", place.name.as_str(), "-uuid", &description.uuid]);
     command.args(["-config", CONFIG]);
     if paused {
         command.arg("-S");
-    }
-    // Said in both ways by no one: the file's object has all three, the flag this one.
-    if description.policy == Policy::default() {
-        command.args(["-action", "reboot=reset"]);
     }
     command.args(more);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -80,10 +76,15 @@ pub fn start(
 /// The monitor's file. A machine that goes on brings its own description with it.
 fn config(description: &Description, incoming: bool) -> Value {
     let mut config = if incoming { json!({}) } else { description.config.clone() };
-    if description.policy != Policy::default()
-        && let Some(members) = config.as_object_mut()
-    {
-        members.insert("domain".into(), json!(description.policy));
+    if let Some(members) = config.as_object_mut() {
+        let mut policy = json!(description.policy);
+        // Where a file says what a crash does, a triple fault is one. Many a guest reboots by it.
+        if description.policy.on_crash == Policy::default().on_crash
+            && let Some(policy) = policy.as_object_mut()
+        {
+            policy.shift_remove("on_crash");
+        }
+        members.insert("domain".into(), policy);
     }
     config
 }

@@ -9,7 +9,7 @@ use crate::{
     failure::Failure,
     matrix::{State, Verb},
     monitor,
-    registry::{Description, Name, Place},
+    registry::{Description, Lock, Name, Place},
     verbs::{Begin, Create, Delete, New, Rename, Start},
 };
 
@@ -35,7 +35,43 @@ pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
 pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
     let description = described(&held.place)?;
-    begin(ctx, &held.place, &description, &args.begin, &[])
+    if held.seen.client.is_none() {
+        return begin(ctx, &held.place, &description, &args.begin, &[]);
+    }
+    // `rename-restart`: its monitor is kept, under another name.
+    let (kept, _lock) = spare_name(ctx, &args.domain)?;
+    let place = match held.place.managed {
+        true => ctx.registry.set_aside(&held.place, &kept).map(|()| held.place.clone())?,
+        false => {
+            ctx.registry.rename(&held.place, &kept)?;
+            let fresh = Description { uuid: config::uuid()?, ..description.clone() };
+            ctx.registry.add(&args.domain, false, &fresh)?
+        }
+    };
+    let description = described(&place)?;
+    let mut answer = begin(ctx, &place, &description, &args.begin, &[])?;
+    answer.text = format!("what was '{}' is kept as '{kept}'", args.domain);
+    if let Some(members) = answer.json.as_object_mut() {
+        members.insert("kept".into(), json!(kept));
+    }
+    Ok(answer)
+}
+
+/// A name that nobody has: `name-1`, or the next one.
+fn spare_name(ctx: &Context, name: &Name) -> anyhow::Result<(Name, Lock)> {
+    for number in 1..1000 {
+        let tail = format!("-{number}");
+        // A long name gives way.
+        let head: String = name.as_str().chars().take(Name::LONGEST - tail.len()).collect();
+        let spare: Name = format!("{head}{tail}").parse()?;
+        if let Some(lock) = ctx.registry.try_lock(&spare)
+            && ctx.look(&spare).1.state == State::Absent
+        {
+            return Ok((spare, lock));
+        }
+    }
+    let what = format!("there is no other name left for what is kept of '{name}'");
+    Err(Failure::hint(what, "`stratoctl destroy NAME-1` and so on end what is kept").into())
 }
 
 /// What the domain is.
@@ -169,9 +205,9 @@ pub fn rename(ctx: &Context, args: &Rename) -> anyhow::Result<Answer> {
     }
     let _locks = ctx.registry.lock_both(old, new)?;
     let (place, seen) = ctx.look(old);
-    crate::matrix::admit(Verb::Rename, seen.state, old)?;
+    crate::matrix::admit(Verb::Rename, seen.state, old, false)?;
     if old != new {
-        crate::matrix::admit(Verb::New, ctx.look(new).1.state, new)?;
+        crate::matrix::admit(Verb::New, ctx.look(new).1.state, new, false)?;
         ctx.registry.rename(&place.context("there is no such domain")?, new)?;
     }
     Ok(Answer::new("", json!({ "name": new, "was": old, "state": seen.state.word() })))
