@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// One program each, with the parts that all share.
-const GUESTS: [&str; 5] = ["hello", "count", "split", "blk", "plug"];
+const GUESTS: [&str; 6] = ["hello", "count", "split", "blk", "plug", "fill"];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];
 
 /// General registers only: there are hosts whose KVM interprets every instruction.
