@@ -60,7 +60,7 @@ pub struct InlineThread {
 }
 
 /// A worker and the descriptors that are watched for it.
-type Adopted = (Box<dyn Worker>, Vec<RawFd>);
+type Adopted = (Option<Box<dyn Worker>>, Vec<RawFd>);
 
 impl InlineThread {
     /// A thread with nothing to do.
@@ -76,7 +76,7 @@ impl InlineThread {
         let mut workers = self.workers.lock();
         for event in events.iter().take(fired) {
             let (key, index) = (event.data() >> 32, event.data() & 0xffff_ffff);
-            if let Some(Some((worker, _))) = workers.get_mut(key as usize) {
+            if let Some(Some((Some(worker), _))) = workers.get_mut(key as usize) {
                 worker.ready(index as usize);
             }
         }
@@ -99,7 +99,7 @@ impl InlineThread {
 
     /// How many workers live here.
     pub fn workers(&self) -> usize {
-        self.workers.lock().iter().flatten().count()
+        self.workers.lock().iter().flatten().filter(|(worker, _)| worker.is_some()).count()
     }
 }
 
@@ -116,16 +116,34 @@ impl IoThread for InlineThread {
         for index in 0..sources.len() {
             worker.ready(index);
         }
-        workers.push(Some((worker, sources)));
+        workers.push(Some((Some(worker), sources)));
         Ok(key)
     }
 
+    fn lend(&self, key: usize) -> Option<Box<dyn Worker>> {
+        let mut worker = self.workers.lock().get_mut(key)?.as_mut()?.0.take()?;
+        worker.quiesce(None);
+        Some(worker)
+    }
+
+    fn take_back(&self, key: usize, mut worker: Box<dyn Worker>) -> io::Result<()> {
+        let mut workers = self.workers.lock();
+        let (place, sources) = workers[key].as_mut().unwrap();
+        assert_eq!(*sources, worker.sources(), "a lent worker waits on something else");
+        for index in 0..sources.len() {
+            worker.ready(index);
+        }
+        *place = Some(worker);
+        Ok(())
+    }
+
     fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
-        let (mut worker, sources) = self.workers.lock().get_mut(key)?.take()?;
+        let (worker, sources) = self.workers.lock().get_mut(key)?.take()?;
         for fd in sources {
             self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()).unwrap();
         }
-        worker.quiesce();
+        let mut worker = worker?;
+        worker.quiesce(None);
         Some(worker)
     }
 }
@@ -365,6 +383,11 @@ impl Guest {
         let at = self.room(bytes.len());
         self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
         at
+    }
+
+    /// Change guest memory.
+    pub fn poke(&self, addr: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
     /// What guest memory holds.

@@ -1,5 +1,10 @@
 //! Disks' and NICs' back-ends: opened, waiting for a slot, or in one.
-use std::{collections::BTreeMap, io, os::fd::OwnedFd, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, atomic::Ordering},
+};
 
 use devices::{
     backend::{
@@ -14,7 +19,7 @@ use devices::{
 };
 
 use crate::{
-    Machine,
+    Machine, RunError,
     config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig},
     slots::{DISKS, NICS},
 };
@@ -47,6 +52,8 @@ pub enum PlugError {
     Resize { id: String, source: io::Error },
     #[error("{id}: its I/O thread does not answer")]
     Thread { id: String, source: io::Error },
+    #[error(transparent)]
+    Run(#[from] RunError),
 }
 
 /// A disk in a slot.
@@ -65,15 +72,18 @@ pub(crate) struct Backends {
     waiting_nics: BTreeMap<String, (NicConfig, Tap)>,
     disks: [Option<DiskConfig>; DISKS],
     nics: [Option<NicConfig>; NICS],
+    /// What the disks in the slots have done, whatever their devices are busy with.
+    stats: Vec<Arc<BlockStats>>,
 }
 
 impl Backends {
-    pub fn new(occupied: &Occupancy) -> Self {
+    pub fn new(occupied: &Occupancy, stats: Vec<Arc<BlockStats>>) -> Self {
         let mut this = Self {
             waiting_disks: BTreeMap::new(),
             waiting_nics: BTreeMap::new(),
             disks: Default::default(),
             nics: Default::default(),
+            stats,
         };
         this.disks.iter_mut().zip(&occupied.disks).for_each(|(to, c)| to.clone_from(c));
         this.nics.iter_mut().zip(&occupied.nics).for_each(|(to, c)| to.clone_from(c));
@@ -82,6 +92,13 @@ impl Backends {
 
     pub fn occupancy(&self) -> Occupancy {
         Occupancy { disks: self.disks.to_vec(), nics: self.nics.to_vec() }
+    }
+
+    /// Disks with requests in flight, and how many each has finished so far.
+    pub fn busy_disks(&self) -> impl Iterator<Item = (&str, u64)> {
+        let each = self.disks.iter().zip(&self.stats);
+        let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
+        busy.filter_map(|(disk, stats)| Some((disk.as_ref()?.id.as_str(), stats.ended())))
     }
 
     /// Which slot holds the disk `id`.
@@ -100,6 +117,25 @@ impl Backends {
             || self.disk_slot(id).is_some()
             || self.nic_slot(id).is_some()
     }
+}
+
+/// The back-end `id`, if there is a free place for it.
+fn take<B, C>(
+    id: &str,
+    waiting: &mut BTreeMap<String, B>,
+    slot: usize,
+    what: &'static str,
+    places: &[Option<C>],
+) -> Result<Option<B>, PlugError> {
+    let max = places.len();
+    let place = places.get(slot).ok_or(PlugError::NoSlot { what, max })?;
+    if !waiting.contains_key(id) {
+        return Err(PlugError::NoBackend(id.into()));
+    }
+    if place.is_some() {
+        return Err(PlugError::Occupied(slot));
+    }
+    Ok(waiting.remove(id))
 }
 
 /// Open a disk's image.
@@ -177,34 +213,30 @@ impl Machine {
     /// Put the disk `id` into slot `slot`. The guest sees its size at once.
     ///
     /// # Errors
-    /// When there is no such back-end or slot, or the slot is occupied: the back-end then waits on.
-    /// When the device refuses the back-end, which is closed then.
+    /// When there is no such back-end or slot, or the device cannot take the back-end: it then waits
+    /// on. When the host does not give what the disk needs: the back-end is closed then.
     pub fn plug_disk(
         &mut self,
         id: &str,
         slot: usize,
         serial: Option<String>,
     ) -> Result<(), PlugError> {
-        let no_slot = PlugError::NoSlot { what: "block", max: DISKS };
         let b = &mut self.backends;
-        let place = b.disks.get_mut(slot).ok_or(no_slot)?;
-        if !b.waiting_disks.contains_key(id) {
-            return Err(PlugError::NoBackend(id.into()));
+        let mut waiting = take(id, &mut b.waiting_disks, slot, "block", &b.disks)?;
+        let plugged = self.change(slot, |block: &mut Block| {
+            let Some((mut config, mut drive)) = waiting.take() else { return Ok(None) };
+            if let Some(serial) = serial {
+                drive.serial.clone_from(&serial);
+                config.serial = Some(serial);
+            }
+            block.plug(drive).map(|()| Some(config))
+        });
+        let b = &mut self.backends;
+        b.waiting_disks.extend(waiting.map(|back| (id.to_owned(), back)));
+        let config = plugged?.transpose()?.flatten();
+        if let Some(place) = b.disks.get_mut(slot) {
+            *place = config;
         }
-        if place.is_some() {
-            return Err(PlugError::Occupied(slot));
-        }
-        let Some((mut config, mut drive)) = b.waiting_disks.remove(id) else {
-            return Err(PlugError::NoBackend(id.into()));
-        };
-        if let Some(serial) = serial {
-            drive.serial.clone_from(&serial);
-            config.serial = Some(serial);
-        }
-        if let Some(transport) = self.slots.transport(slot) {
-            transport.lock().update(|block: &mut Block| block.plug(drive)).transpose()?;
-        }
-        *place = Some(config);
         Ok(())
     }
 
@@ -218,24 +250,22 @@ impl Machine {
         slot: usize,
         mac: Option<[u8; 6]>,
     ) -> Result<(), PlugError> {
-        let no_slot = PlugError::NoSlot { what: "net", max: NICS };
         let b = &mut self.backends;
-        let place = b.nics.get_mut(slot).ok_or(no_slot)?;
-        if !b.waiting_nics.contains_key(id) {
-            return Err(PlugError::NoBackend(id.into()));
+        let mut waiting = take(id, &mut b.waiting_nics, slot, "net", &b.nics)?;
+        let plugged = self.change(DISKS + slot, |net: &mut Net| {
+            if let Some((_, tap)) = &waiting {
+                net.accepts(tap)?;
+            }
+            let Some((mut config, tap)) = waiting.take() else { return Ok(None) };
+            config.mac = mac.or(config.mac);
+            net.plug(tap, config.mac).map(|()| Some(config))
+        });
+        let b = &mut self.backends;
+        b.waiting_nics.extend(waiting.map(|back| (id.to_owned(), back)));
+        let config = plugged?.transpose()?.flatten();
+        if let Some(place) = b.nics.get_mut(slot) {
+            *place = config;
         }
-        if place.is_some() {
-            return Err(PlugError::Occupied(slot));
-        }
-        let Some((mut config, tap)) = b.waiting_nics.remove(id) else {
-            return Err(PlugError::NoBackend(id.into()));
-        };
-        config.mac = mac.or(config.mac);
-        let mac = config.mac;
-        if let Some(transport) = self.slots.transport(DISKS + slot) {
-            transport.lock().update(|net: &mut Net| net.plug(tap, mac)).transpose()?;
-        }
-        *place = Some(config);
         Ok(())
     }
 
@@ -243,22 +273,18 @@ impl Machine {
     /// first.
     ///
     /// # Errors
-    /// When no slot holds it.
+    /// When no slot holds it, or its storage hangs.
     pub fn unplug(&mut self, id: &str) -> Result<(), PlugError> {
         if let Some(slot) = self.backends.disk_slot(id) {
-            if let Some(transport) = self.slots.transport(slot) {
-                transport.lock().update(|block: &mut Block| drop(block.unplug()));
-            }
+            self.change(slot, |block: &mut Block| drop(block.unplug()))?;
             self.backends.disks.get_mut(slot).map(Option::take);
             return Ok(());
         }
         let Some(slot) = self.backends.nic_slot(id) else {
             return Err(PlugError::NoDevice(id.into()));
         };
-        if let Some(transport) = self.slots.transport(DISKS + slot) {
-            let unplugged = transport.lock().update(|net: &mut Net| net.unplug()).transpose();
-            unplugged.map_err(|source| PlugError::Thread { id: id.into(), source })?;
-        }
+        let unplugged = self.change(DISKS + slot, |net: &mut Net| net.unplug())?.transpose();
+        unplugged.map_err(|source| PlugError::Thread { id: id.into(), source })?;
         self.backends.nics.get_mut(slot).map(Option::take);
         Ok(())
     }
@@ -268,11 +294,33 @@ impl Machine {
     /// # Errors
     /// When no slot holds it.
     pub fn set_link(&mut self, id: &str, up: bool) -> Result<(), PlugError> {
-        let slot = self.backends.nic_slot(id);
-        let transport = slot.and_then(|slot| self.slots.transport(DISKS + slot));
-        let Some(transport) = transport else { return Err(PlugError::NoDevice(id.into())) };
-        let set = transport.lock().update(|net: &mut Net| net.set_link(up)).transpose();
+        let Some(slot) = self.backends.nic_slot(id) else {
+            return Err(PlugError::NoDevice(id.into()));
+        };
+        let set = self.change(DISKS + slot, |net: &mut Net| net.set_link(up))?.transpose();
         set.map(drop).map_err(|source| PlugError::Thread { id: id.into(), source })
+    }
+
+    /// Whether a slot holds the NIC `id`.
+    pub fn has_nic(&self, id: &str) -> bool {
+        self.backends.nic_slot(id).is_some()
+    }
+
+    /// Tell the networks of the NICs `ids`, or of all, where they are now. A tap that does not take
+    /// it shows in the log: the machine can do without.
+    pub fn announce(&self, ids: Option<&[String]>) {
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            let Some(NicConfig { id, .. }) = config else { continue };
+            if ids.is_some_and(|ids| !ids.contains(id)) {
+                continue;
+            }
+            let Some((transport, _)) = self.slots.get(DISKS + slot) else { continue };
+            let announced =
+                transport.lock().device().map_or(Ok(()), |net: &mut Net| net.announce());
+            if let Err(e) = announced {
+                log::warn!("{id}: cannot announce its address: {e}");
+            }
+        }
     }
 
     /// Give the image of disk `id` a new size, in bytes; the guest sees it at once. A block device
@@ -291,20 +339,24 @@ impl Machine {
         if file.metadata().map_err(failed)?.is_file() {
             file.set_len(size).map_err(failed)?;
         }
-        if let Some(transport) = self.slots.transport(slot) {
-            transport.lock().update(|block: &mut Block| block.resize()).transpose()?;
-        }
+        self.change(slot, |block: &mut Block| block.resize())?.transpose()?;
         Ok(())
     }
 
     /// The disks that are in slots, in order.
-    pub fn disks(&self) -> Vec<PluggedDisk> {
-        let of = |(slot, config): (usize, &Option<DiskConfig>)| {
-            let config = config.clone()?;
-            let mut transport = self.slots.transport(slot)?.lock();
-            let block = transport.device::<Block>()?;
-            Some(PluggedDisk { config, size: block.capacity(), stats: block.stats() })
-        };
-        self.backends.disks.iter().enumerate().filter_map(of).collect()
+    ///
+    /// # Errors
+    /// When the guest resets one whose storage hangs.
+    pub fn disks(&self) -> Result<Vec<PluggedDisk>, RunError> {
+        let mut disks = Vec::new();
+        for (slot, config) in self.backends.disks.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) = (config, self.slots.get(slot))
+                && let Some(block) = self.locked(transport)?.device::<Block>()
+            {
+                let (config, size, stats) = (config.clone(), block.capacity(), block.stats());
+                disks.push(PluggedDisk { config, size, stats });
+            }
+        }
+        Ok(disks)
     }
 }

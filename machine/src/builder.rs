@@ -11,7 +11,6 @@ use devices::{
         net,
         rng::{Rng, RngError},
     },
-    worker::IoThread,
 };
 
 use kvm_bindings::CpuId;
@@ -23,6 +22,7 @@ use crate::{
     boot::{self, BootError},
     config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
     event::{Event, Report, Told},
+    generation::GenerationId,
     io_thread,
     kvm::{
         self, KvmError, Vm, cpuid, entry, features, state,
@@ -83,6 +83,8 @@ pub enum BuildError {
     Run(#[from] RunError),
     #[error("cannot make the register window")]
     Window(#[source] io::Error),
+    #[error("the host has no random numbers for the generation id")]
+    Random(#[source] io::Error),
 }
 
 /// What a saved machine is built from.
@@ -123,6 +125,8 @@ impl Machine {
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
         machine.filled = saved.filled.into();
         machine.quiesced()?.restore(&saved.state)?;
+        // Before the guest runs, and after the interrupt controllers have their state.
+        machine.legacy.generation_changed();
         Ok(machine)
     }
 
@@ -176,10 +180,12 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let Parts { legacy, slots, buses, chardevs, boot } = parts?;
+        let Parts { legacy, slots, buses, chardevs, disk_stats, boot } = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
+        let generation = GenerationId::random().map_err(BuildError::Random)?;
+        generation.write(&memory)?;
         let msr_list = Arc::new(state::msr_list(&kvm)?);
         let cpu = |fd| KvmCpu::new(fd, buses.clone(), msr_list.clone());
         let vcpus = fds
@@ -205,8 +211,10 @@ impl Machine {
             config: config.clone(),
             apic_ids,
             parked: None,
+            running: false,
             chardevs,
-            backends: Backends::new(occupied),
+            backends: Backends::new(occupied, disk_stats),
+            generation,
             seen,
             filled: Arc::default(),
             logging: false,
@@ -222,6 +230,7 @@ struct Parts {
     slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
+    disk_stats: Vec<Arc<blk::BlockStats>>,
     boot: Option<boot::Entry>,
 }
 
@@ -248,10 +257,10 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let mut chardevs = Vec::new();
+        let (mut chardevs, mut disk_stats) = (Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
-        let (legacy, serial) = Legacy::new(config, &mut pio, &default, &power, report)?;
+        let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, report)?;
         chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
@@ -262,7 +271,9 @@ impl Parts {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            add(Box::new(block(slot, shape, disk, report)?), thread)?;
+            let block = block(slot, shape, disk, report)?;
+            disk_stats.push(block.stats());
+            add(Box::new(block), thread)?;
         }
         for slot in 0..NICS {
             let shape = config.nics.get(slot);
@@ -287,7 +298,7 @@ impl Parts {
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;
-        Ok(Self { legacy, slots, buses, chardevs, boot })
+        Ok(Self { legacy, slots, buses, chardevs, disk_stats, boot })
     }
 }
 
@@ -306,7 +317,7 @@ impl Threads<'_> {
         &self,
         what: &'static str,
         owner: Option<(&String, &Option<String>)>,
-    ) -> Result<Arc<dyn IoThread>, BuildError> {
+    ) -> Result<Arc<io_thread::Handle>, BuildError> {
         match owner {
             Some((id, Some(iothread))) => self.find(what, id, Some(iothread)),
             _ => self.find(what, "", None),
@@ -318,12 +329,12 @@ impl Threads<'_> {
         what: &'static str,
         id: &str,
         iothread: Option<&str>,
-    ) -> Result<Arc<dyn IoThread>, BuildError> {
+    ) -> Result<Arc<io_thread::Handle>, BuildError> {
         let found = match iothread {
             None => self.0.first(),
             Some(name) => self.0.iter().skip(1).find(|(id, _)| id == name),
         };
-        found.map(|(_, thread)| thread.clone() as Arc<dyn IoThread>).ok_or_else(|| {
+        found.map(|(_, thread)| thread.clone()).ok_or_else(|| {
             let iothread = iothread.unwrap_or_default().to_owned();
             BuildError::NoIoThread { what, id: id.into(), iothread }
         })

@@ -1,4 +1,14 @@
 //! An I/O thread: one mio poll, many workers.
+//!
+//! ```text
+//!            hold: all workers, quiet, in one message
+//!   running ------------------------------------------> held
+//!      ^                                                 | workers come and go without a message
+//!      +------------------- go: those that are here -----+
+//! ```
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeMap,
     io,
@@ -6,23 +16,29 @@ use std::{
     sync::{
         OnceLock,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel},
     },
     thread,
+    time::Duration,
 };
 
 use devices::worker::{IoThread, Worker};
 use mio::{Events, Interest, Poll, Registry, Token, Waker, unix::SourceFd};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 /// Token of the waker; workers start above it.
 const WAKE: Token = Token(0);
 /// A token is a worker's key and the index of one of its sources.
 const SOURCE_BITS: u32 = 8;
 
+type Residents = BTreeMap<usize, Resident>;
+
 enum Order {
-    Adopt(usize, Resident),
-    Release(usize, Sender<Option<Box<dyn Worker>>>),
+    Adopt(Residents),
+    Release(usize, Sender<Option<Resident>>),
+    /// With the patience for what is in flight. The answer has no room to wait in, so that workers
+    /// are either handed over or still the thread's, never lost on the way.
+    Hold(Duration, SyncSender<Residents>),
     Exit,
 }
 
@@ -33,6 +49,9 @@ pub struct Handle {
     registry: Registry,
     /// Key of the next worker.
     next: AtomicUsize,
+    /// A lock and not a message: the main thread and the vCPU threads take workers of a held thread
+    /// and bring them without waking it.
+    desk: Mutex<Desk>,
     /// Told by the thread once it runs; nobody has to wait for that before it has work.
     tid: Mutex<Receiver<u32>>,
     known_tid: OnceLock<u32>,
@@ -60,6 +79,7 @@ impl Handle {
             waker,
             registry,
             next: AtomicUsize::new(1),
+            desk: Mutex::default(),
             tid: Mutex::new(tid),
             known_tid: OnceLock::new(),
             thread: Some(thread),
@@ -71,10 +91,46 @@ impl Handle {
         *self.known_tid.get_or_init(|| self.tid.lock().recv().unwrap_or(0))
     }
 
-    fn ask<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Option<T> {
-        let (reply, answer) = channel();
-        self.tell(order(reply));
-        answer.recv().ok()
+    /// Ask for all workers at once; nothing runs on the thread then until [`Handle::go`]. Ask all
+    /// threads first, then wait for each. The thread refuses when what is in flight does not get
+    /// on for as long as `patience`.
+    pub fn hold(&self, patience: Duration) -> Holding<'_> {
+        let desk = self.desk.lock();
+        let answer = desk.held.is_none().then(|| {
+            let (reply, answer) = sync_channel(0);
+            self.tell(Order::Hold(patience, reply));
+            answer
+        });
+        Holding { desk, answer }
+    }
+
+    /// Let the workers that are here run again.
+    pub fn go(&self) {
+        // The lock covers the sending: whoever looks for a worker finds it here or on the thread.
+        let mut desk = self.desk.lock();
+        if let Some(residents) = desk.held.take().filter(|r| !r.is_empty()) {
+            self.tell(Order::Adopt(residents));
+        }
+    }
+
+    fn put(&self, desk: &mut Desk, key: usize, resident: Resident) {
+        match &mut desk.held {
+            Some(residents) => drop(residents.insert(key, resident)),
+            None => self.tell(Order::Adopt(BTreeMap::from([(key, resident)]))),
+        }
+    }
+
+    fn fetch(&self, key: usize) -> Option<Resident> {
+        let answer = {
+            let mut desk = self.desk.lock();
+            if let Some(residents) = &mut desk.held {
+                return residents.remove(&key);
+            }
+            let (reply, answer) = channel();
+            self.tell(Order::Release(key, reply));
+            answer
+        };
+        answer.recv().ok().flatten()
     }
 
     fn tell(&self, order: Order) {
@@ -104,13 +160,42 @@ impl IoThread for Handle {
                 }
             }
         }
-        self.tell(Order::Adopt(key, Resident { worker, sources }));
+        self.put(&mut self.desk.lock(), key, Resident { worker, sources });
         Ok(key)
     }
 
-    fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
-        self.ask(|reply| Order::Release(key, reply)).flatten()
+    fn lend(&self, key: usize) -> Option<Box<dyn Worker>> {
+        let Resident { worker, sources } = self.fetch(key)?;
+        self.desk.lock().lent.insert(key, sources);
+        Some(worker)
     }
+
+    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> io::Result<()> {
+        let mut desk = self.desk.lock();
+        let sources = desk.lent.remove(&key).ok_or(io::ErrorKind::NotFound)?;
+        self.put(&mut desk, key, Resident { worker, sources });
+        Ok(())
+    }
+
+    fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
+        let lent = self.desk.lock().lent.remove(&key);
+        if let Some(sources) = lent {
+            deregister(&self.registry, &sources);
+            return None;
+        }
+        let Resident { worker, sources } = self.fetch(key)?;
+        deregister(&self.registry, &sources);
+        Some(worker)
+    }
+}
+
+/// What the thread knows of workers that it does not drive just now.
+#[derive(Default)]
+struct Desk {
+    /// While the thread is held: those that nobody has taken away.
+    held: Option<Residents>,
+    /// The descriptors of those that are lent out.
+    lent: BTreeMap<usize, Vec<RawFd>>,
 }
 
 impl Drop for Handle {
@@ -119,6 +204,29 @@ impl Drop for Handle {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// A thread that has been asked for its workers. Dropped, it keeps them.
+#[must_use = "the thread is held when it has answered"]
+pub struct Holding<'a> {
+    desk: MutexGuard<'a, Desk>,
+    /// `None`: it was held before.
+    answer: Option<Receiver<Residents>>,
+}
+
+impl Holding<'_> {
+    /// Wait for the thread to hand its workers over.
+    ///
+    /// # Errors
+    /// `Timeout` when it has not done so within `patience`: wait again, or drop this.
+    /// `Disconnected` when it will not.
+    pub fn wait(&mut self, patience: Duration) -> Result<(), RecvTimeoutError> {
+        if let Some(answer) = &self.answer {
+            self.desk.held = Some(answer.recv_timeout(patience)?);
+            self.answer = None;
+        }
+        Ok(())
     }
 }
 
@@ -131,7 +239,7 @@ struct Resident {
 struct Loop {
     poll: Poll,
     inbox: Receiver<Order>,
-    workers: BTreeMap<usize, Resident>,
+    workers: Residents,
 }
 
 impl Loop {
@@ -154,7 +262,8 @@ impl Loop {
             // After the events, so that none is left for a worker that has been released.
             while ordered && let Ok(order) = self.inbox.try_recv() {
                 match order {
-                    Order::Adopt(key, resident) => self.adopt(key, resident),
+                    Order::Adopt(residents) => self.adopt(residents),
+                    Order::Hold(patience, reply) => self.hold(patience, &reply),
                     Order::Release(key, reply) => drop(reply.send(self.release(key))),
                     Order::Exit => return,
                 }
@@ -162,17 +271,33 @@ impl Loop {
         }
     }
 
-    fn adopt(&mut self, key: usize, mut resident: Resident) {
+    fn adopt(&mut self, mut residents: Residents) {
         // Work may have arrived while the worker was away, or before it was here.
-        (0..resident.sources.len()).for_each(|i| resident.worker.ready(i));
-        self.workers.insert(key, resident);
+        residents.values_mut().for_each(Resident::catch_up);
+        self.workers.append(&mut residents);
     }
 
-    fn release(&mut self, key: usize) -> Option<Box<dyn Worker>> {
+    fn hold(&mut self, patience: Duration, reply: &SyncSender<Residents>) {
+        if self.workers.values_mut().all(|r| r.worker.quiesce(Some(patience))) {
+            match reply.send(std::mem::take(&mut self.workers)) {
+                Ok(()) => return,
+                // Nobody waits for them any more.
+                Err(SendError(workers)) => self.workers = workers,
+            }
+        }
+        self.workers.values_mut().for_each(Resident::catch_up);
+    }
+
+    fn release(&mut self, key: usize) -> Option<Resident> {
         let mut resident = self.workers.remove(&key)?;
-        deregister(self.poll.registry(), &resident.sources);
-        resident.worker.quiesce();
-        Some(resident.worker)
+        resident.worker.quiesce(None);
+        Some(resident)
+    }
+}
+
+impl Resident {
+    fn catch_up(&mut self) {
+        (0..self.sources.len()).for_each(|i| self.worker.ready(i));
     }
 }
 
@@ -180,55 +305,5 @@ fn deregister(registry: &Registry, sources: &[RawFd]) {
     for fd in sources {
         // Fails for a descriptor that could not be waited on, or that the kernel has taken away.
         let _ = registry.deregister(&mut SourceFd(fd));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{
-        io::{Read, Write},
-        os::{fd::AsRawFd, unix::net::UnixStream},
-        sync::Arc,
-        time::Duration,
-    };
-
-    use devices::worker::Home;
-
-    use super::*;
-
-    struct Count {
-        from: UnixStream,
-        bytes: usize,
-        seen: Sender<usize>,
-    }
-    impl Worker for Count {
-        fn sources(&self) -> Vec<RawFd> {
-            vec![self.from.as_raw_fd()]
-        }
-        fn ready(&mut self, _: usize) {
-            let mut buf = [0; 16];
-            while let Ok(n @ 1..) = self.from.read(&mut buf) {
-                self.bytes += n;
-                let _ = self.seen.send(self.bytes);
-            }
-        }
-        fn quiesce(&mut self) {}
-    }
-
-    #[test]
-    fn a_worker_leaves_and_comes_home() {
-        let thread: Arc<dyn IoThread> = Arc::new(Handle::spawn("io0").unwrap());
-        let (mut to, from) = UnixStream::pair().unwrap();
-        from.set_nonblocking(true).unwrap();
-        let (seen, answer) = channel();
-        let mut home = Home::Idle;
-        home.start(Count { from, bytes: 0, seen }, thread).unwrap();
-        to.write_all(b"abc").unwrap();
-        assert_eq!(answer.recv_timeout(Duration::from_secs(5)), Ok(3));
-        home.park();
-        assert_eq!(home.parked().unwrap().bytes, 3);
-        to.write_all(b"de").unwrap(); // arrives while parked
-        home.unpark().unwrap();
-        assert_eq!(answer.recv_timeout(Duration::from_secs(5)), Ok(5));
     }
 }

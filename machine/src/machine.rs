@@ -1,29 +1,40 @@
 //! The machine: what it is made of, and how all of it stops, goes on and starts anew.
-use std::{io, ops::Range, sync::Arc};
+use std::{
+    io,
+    ops::Range,
+    sync::{Arc, mpsc::RecvTimeoutError},
+    time::Duration,
+};
 
 use devices::{
     Device, Memory,
     backend::disk::{Disk, DiskError},
-    virtio::blk::Block,
+    virtio::{VirtioDevice, blk::Block, mmio::Transport},
 };
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
+use vm_memory::GuestAddress;
 
 use crate::{
     backends::Backends,
     boot::{self, BootError, Platform},
     config::MachineConfig,
-    io_thread,
+    generation::GenerationId,
+    io_thread::{self, Holding},
     kvm::{
         self, KvmError, Vm,
         vcpu::{Buses, KvmCpu},
     },
+    layout,
     legacy::Legacy,
     memory::{self, image},
     slots::{DISKS, Slots},
     vcpu::{Gone, Handle},
 };
+
+/// How long a disk may make no progress while somebody waits for it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A built machine. All its vCPUs are parked until [`Machine::resume`].
 ///
@@ -42,10 +53,12 @@ pub struct Machine {
     pub(crate) config: MachineConfig,
     /// When the vCPUs were parked; `None` while they run or before they have ever run.
     pub(crate) parked: Option<Parked>,
+    pub(crate) running: bool,
     pub(crate) apic_ids: Vec<u8>,
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) backends: Backends,
+    pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,
     /// Ranges of the memory's image that are not zero although nobody may have touched them.
@@ -84,6 +97,15 @@ pub enum RunError {
     /// The host refused something.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// A disk's storage does not answer, and what was asked for has to wait for it.
+    #[error(
+        "disk {0} has requests that the host has not finished for a second: its storage hangs. The \
+         machine is as it was; try again when the storage answers"
+    )]
+    Hung(String),
+    /// An I/O thread ended.
+    #[error("an I/O thread has exited")]
+    NoThread,
 }
 
 impl Machine {
@@ -105,6 +127,11 @@ impl Machine {
     /// Labels of the character devices and where they lead, such as `pty:/dev/pts/3`.
     pub fn chardevs(&self) -> &[(String, String)] {
         &self.chardevs
+    }
+
+    /// What tells it from other machines that go on from the same state.
+    pub fn generation_id(&self) -> GenerationId {
+        self.generation
     }
 
     /// Press the ACPI power button.
@@ -129,7 +156,9 @@ impl Machine {
             ticks = kvm::host_tsc().saturating_sub(parked.tsc);
         }
         self.each_device(|d| d.resume());
+        self.io_threads.iter().for_each(|(_, thread)| thread.go());
         self.vcpus.iter().for_each(|v| v.resume(ticks));
+        self.running = true;
         Ok(())
     }
 
@@ -137,17 +166,107 @@ impl Machine {
     /// flight. Doing it twice changes nothing.
     ///
     /// # Errors
-    /// When a vCPU thread has ended, or KVM does not tell the clock.
+    /// When a disk's storage hangs, a vCPU thread has ended, or KVM does not tell the clock. A machine
+    /// that was running runs on.
     pub fn pause(&mut self) -> Result<(), RunError> {
+        let stopped = self.stand_still();
+        if stopped.is_err() && self.running {
+            self.resume()?;
+        }
+        stopped
+    }
+
+    fn stand_still(&mut self) -> Result<(), RunError> {
         // All are asked before the first is waited for.
         let answers: Vec<_> = self.vcpus.iter().map(Handle::park).collect();
-        answers.into_iter().try_for_each(crate::vcpu::Answer::wait)?;
+        for answer in answers {
+            // It may be resetting a device whose disk hangs.
+            self.patiently(|time| answer.wait_for(time))?.ok_or(Gone)?;
+        }
         if self.parked.is_none() {
             let clock = self.vm.clock()?.clock;
             self.parked = Some(Parked { tsc: kvm::host_tsc(), clock });
         }
+        let threads: Vec<_> = self.io_threads.iter().map(|(_, thread)| &**thread).collect();
+        let holds: Vec<_> = threads.iter().map(|thread| thread.hold(PATIENCE)).collect();
+        if let Err(e) = holds.into_iter().try_for_each(|hold| self.held(hold)) {
+            threads.into_iter().for_each(io_thread::Handle::go);
+            return Err(e);
+        }
         self.each_device(|d| d.pause());
+        self.running = false;
         Ok(())
+    }
+
+    /// Let the serial port's other end be served although the machine stands still: whoever connects
+    /// there is told what the guest has said. What is typed goes no further than the port's FIFO.
+    pub fn serve_serial(&self) {
+        if let Some(serial) = self.legacy.serial() {
+            serial.lock().resume();
+            // All other workers are with their devices.
+            self.io_threads.iter().for_each(|(_, thread)| thread.go());
+        }
+    }
+
+    fn held(&self, mut hold: Holding<'_>) -> Result<(), RunError> {
+        let refused = || match self.backends.busy_disks().map(|(id, _)| id).collect::<Vec<_>>() {
+            disks if disks.is_empty() => RunError::NoThread,
+            disks => RunError::Hung(disks.join(", ")),
+        };
+        self.patiently(|time| hold.wait(time))?.ok_or_else(refused)
+    }
+
+    /// Wait for `answer`, for as long as it takes, unless a disk is what it hangs on: then for about
+    /// [`PATIENCE`]. `None` when it will never come.
+    pub(crate) fn patiently<T>(
+        &self,
+        mut answer: impl FnMut(Duration) -> Result<T, RecvTimeoutError>,
+    ) -> Result<Option<T>, RunError> {
+        let mut before: Vec<(&str, u64)> = Vec::new();
+        loop {
+            match answer(PATIENCE / 2) {
+                Ok(answer) => return Ok(Some(answer)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now: Vec<_> = self.backends.busy_disks().collect();
+            let hang = now.iter().filter(|disk| before.contains(disk)).map(|(id, _)| *id);
+            let hang: Vec<&str> = hang.collect();
+            if !hang.is_empty() {
+                return Err(RunError::Hung(hang.join(", ")));
+            }
+            before = now;
+        }
+    }
+
+    /// Change the device in slot `index`, whose I/O thread stands still meanwhile; its driver learns
+    /// of it. `None` when the slot holds something else than a `T`.
+    ///
+    /// # Errors
+    /// When the thread cannot be had: nothing has changed then.
+    pub(crate) fn change<T: VirtioDevice, R>(
+        &self,
+        index: usize,
+        change: impl FnOnce(&mut T) -> R,
+    ) -> Result<Option<R>, RunError> {
+        let Some((transport, thread)) = self.slots.get(index) else { return Ok(None) };
+        let mut transport = self.locked(transport)?;
+        if !self.running {
+            return Ok(transport.update(change));
+        }
+        self.held(thread.hold(PATIENCE))?;
+        let changed = transport.update(change);
+        thread.go();
+        Ok(changed)
+    }
+
+    /// A vCPU that resets a device keeps it locked until its disk has finished.
+    pub(crate) fn locked<'a>(
+        &self,
+        transport: &'a Mutex<Transport>,
+    ) -> Result<MutexGuard<'a, Transport>, RunError> {
+        let lock = |time| transport.try_lock_for(time).ok_or(RecvTimeoutError::Timeout);
+        self.patiently(lock)?.ok_or(RunError::NoThread)
     }
 
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine
@@ -167,6 +286,7 @@ impl Machine {
         }
         memory::clear(&self.memory, &self.config.memory)?;
         let entry = load_kernel(&self.memory, &self.config, &self.slots, &self.apic_ids)?;
+        self.generation.write(&self.memory)?;
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
         let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
@@ -212,8 +332,8 @@ impl Machine {
     }
 
     fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
-        let transports = (0..DISKS).filter_map(|slot| self.slots.transport(slot));
-        for transport in transports {
+        let transports = (0..DISKS).filter_map(|slot| self.slots.get(slot));
+        for (transport, _) in transports {
             if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
                 act(disk)?;
             }
@@ -247,7 +367,7 @@ pub(crate) fn load_kernel(
         apic_ids,
         slots: &slots.boot_list(),
         serial: config.serial.is_some(),
-        vmgenid: None,
+        vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
     };
     boot::load(memory, &config.boot, &platform)
 }

@@ -80,6 +80,8 @@ pub enum RestoreError {
     Device { index: usize, id: String, source: StateError },
     #[error("cannot restore the interrupt controllers and the timer")]
     Chips(#[source] KvmError),
+    #[error("cannot restore the guest's clock")]
+    Clock(#[source] KvmError),
     #[error(transparent)]
     Gone(#[from] Gone),
 }
@@ -105,7 +107,7 @@ impl Machine {
     /// Bytes of the disks in the slots, 0 for an empty one.
     pub fn disk_sizes(&self) -> Vec<u64> {
         let capacity = |slot| {
-            let mut transport = self.slots.transport(slot)?.lock();
+            let mut transport = self.slots.get(slot)?.0.lock();
             Some(transport.device::<Block>()?.capacity())
         };
         (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
@@ -204,6 +206,9 @@ impl Quiesced<'_> {
         count("vCPUs", state.vcpus.len(), machine.vcpus.len())?;
         count("devices", state.devices.len(), machine.devices().count())?;
         state.chips.restore(&machine.vm).map_err(RestoreError::Chips)?;
+        // Before the vCPUs, whose MSRs have KVM write the wall clock into guest memory: the time at
+        // which this clock showed 0.
+        machine.vm.set_clock(state.clock).map_err(RestoreError::Clock)?;
         let each = machine.vcpus.iter().zip(state.vcpus.iter().cloned());
         let answers: Vec<_> = each.map(|(vcpu, state)| vcpu.restore(state)).collect();
         for (index, answer) in answers.into_iter().enumerate() {

@@ -11,7 +11,6 @@ use devices::{
         mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, Transport},
         registers::{INT_USED, PAGE, Registers},
     },
-    worker::IoThread,
 };
 use parking_lot::Mutex;
 use vm_memory::MmapRegion;
@@ -19,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
     boot::VirtioSlot,
+    io_thread,
     kvm::{KvmError, Vm},
     layout::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP},
     machine::Shared,
@@ -58,6 +58,7 @@ pub struct Slots {
 
 struct Slot {
     transport: Arc<Mutex<Transport>>,
+    thread: Arc<io_thread::Handle>,
     at: VirtioSlot,
 }
 
@@ -78,18 +79,18 @@ impl Slots {
         &mut self,
         mmio: &mut BusBuilder,
         device: Box<dyn VirtioDevice>,
-        thread: Arc<dyn IoThread>,
+        thread: Arc<io_thread::Handle>,
     ) -> Result<(), SlotError> {
         let index = self.slots.len();
         let irq = *VIRTIO_IRQS.get(index).ok_or(SlotError::TooMany)?;
         let base = VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_STEP;
         let at = VirtioSlot { address: u32::try_from(base).map_err(|_| SlotError::TooMany)?, irq };
         let registers = Registers::new(self.window.clone(), index).ok_or(SlotError::TooMany)?;
-        let transport =
-            Transport::new(device, self.memory.clone(), registers, Line::new()?, thread)?;
+        let (memory, line) = (self.memory.clone(), Line::new()?);
+        let transport = Transport::new(device, memory, registers, line, thread.clone())?;
         let transport = Arc::new(Mutex::new(transport));
         mmio.attach(base, VIRTIO_MMIO_STEP, transport.clone())?;
-        self.slots.push(Slot { transport, at });
+        self.slots.push(Slot { transport, thread, at });
         Ok(())
     }
 
@@ -128,8 +129,8 @@ impl Slots {
         self.slots.iter().map(|s| s.transport.clone() as Shared)
     }
 
-    /// The transport in slot `index`.
-    pub(crate) fn transport(&self, index: usize) -> Option<&Arc<Mutex<Transport>>> {
-        self.slots.get(index).map(|s| &s.transport)
+    /// The transport in slot `index`, and the thread that carries its worker.
+    pub(crate) fn get(&self, index: usize) -> Option<(&Mutex<Transport>, &io_thread::Handle)> {
+        self.slots.get(index).map(|s| (&*s.transport, &*s.thread))
     }
 }

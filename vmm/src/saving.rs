@@ -71,8 +71,8 @@ pub(crate) struct Saving {
     stream: bool,
     /// Memory is copied while the guest runs.
     live: bool,
-    /// The VM ran when it began.
-    ran: bool,
+    /// Where the VM was when it was stopped for it.
+    before: State,
     /// Dirty pages are logged.
     logging: bool,
     base: Option<Base>,
@@ -94,7 +94,7 @@ impl Saving {
             how: How::default(),
             stream: false,
             live: false,
-            ran: false,
+            before: State::Prelaunch,
             logging: false,
             base: None,
             stopped: None,
@@ -146,11 +146,18 @@ impl Vmm {
     /// Begin to save; `ticket` is answered when it is over.
     ///
     /// # Errors
-    /// When it cannot begin; nothing has changed then.
+    /// When it cannot begin; nothing has changed then but what is known of the last save.
     pub(crate) fn save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
         if self.saving.status == MigrationStatus::Active {
             return Err(Error::text("There's a migration process in progress"));
         }
+        self.begin_save(to, how, ticket).inspect_err(|e| {
+            (self.saving.status, self.saving.job) = (MigrationStatus::Failed, None);
+            self.saving.error = Some(e.to_string());
+        })
+    }
+
+    fn begin_save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
         let base = match (&self.saving.base, how.incremental) {
             (Some(base), true) => Some(base.saved.clone()),
             (None, true) => {
@@ -174,7 +181,7 @@ impl Vmm {
             }
             To::Stream(peer) => {
                 cancel = Some(peer.cancel());
-                let (memory, config) = (memory.clone(), Config::of(&self.machine, id));
+                let (memory, config) = (memory.clone(), Config::of(&self.machine, id, None));
                 Box::new(move |progress| {
                     Ok(Box::new(Stream::begin(peer, memory, &config, progress)?))
                 })
@@ -196,7 +203,7 @@ impl Vmm {
         self.saving.status = MigrationStatus::Active;
         (self.saving.error, self.saving.downtime, self.saving.stopped) = (None, None, None);
         (self.saving.id, self.saving.how, self.saving.stream) = (id, how, stream);
-        (self.saving.live, self.saving.ran) = (live, self.state() == State::Running);
+        (self.saving.live, self.saving.before) = (live, self.state());
         self.saving.asked = Some((self.asked_by, ticket.clone()));
         self.tell(&Event::Migration { status: MigrationStatus::Active });
         if !live && let Err(e) = self.hand_over() {
@@ -268,7 +275,7 @@ impl Vmm {
     fn hand_over(&mut self) -> Result<(), Failed> {
         self.saving.stopped = Some(Instant::now());
         // A client may have stopped it since the save began.
-        self.saving.ran = self.state() == State::Running;
+        self.saving.before = self.state();
         self.apply(lifecycle::Event::Save)?;
         let mut ranges = match (self.saving.logging, self.saving.how.track) {
             (true, _) => self.collect()?,
@@ -278,7 +285,11 @@ impl Vmm {
             }
             (false, false) => Vec::new(),
         };
-        let config = Config::of(&self.machine, self.saving.id);
+        let halted = match self.saving.before {
+            State::Halted(why) => Some(why),
+            _ => None,
+        };
+        let config = Config::of(&self.machine, self.saving.id, halted);
         let still = self.machine.quiesced()?;
         if !self.saving.live {
             ranges = match &self.saving.base {
@@ -330,11 +341,23 @@ impl Vmm {
     /// Back to what the VM was before the save.
     fn go_on(&mut self) -> Result<(), Refused> {
         if self.state() == State::Saving {
-            self.machine.hold_disks().map_err(RunError::from)?;
-            self.apply(lifecycle::Event::Saved)?;
-            if self.saving.ran {
+            let held = self.machine.hold_disks();
+            self.stand_still()?;
+            held.map_err(RunError::from)?;
+            if self.saving.before == State::Running {
                 self.apply(lifecycle::Event::Resume)?;
                 self.saving.downtime = self.saving.stopped.map(|at| at.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// The machine stays where the save has put it; nobody needs its memory any more.
+    fn stand_still(&mut self) -> Result<(), Refused> {
+        if self.state() == State::Saving {
+            self.apply(lifecycle::Event::Saved)?;
+            if let State::Halted(why) = self.saving.before {
+                self.apply(lifecycle::Event::Halt(why))?;
             }
         }
         Ok(())
@@ -370,7 +393,7 @@ impl Vmm {
             State::Saving if self.saving.stream && !resume => {
                 self.apply(lifecycle::Event::Migrated)
             }
-            State::Saving => self.apply(lifecycle::Event::Saved),
+            State::Saving => self.stand_still(),
             _ => Ok(()),
         };
         if let Err(e) = after {

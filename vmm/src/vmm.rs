@@ -5,15 +5,18 @@ use machine::{Machine, RunError};
 use qmp::{
     Error, ErrorClass,
     schema::{
-        Event, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient, ShutdownCause,
+        Event, GuestPanicAction, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient,
+        ShutdownCause,
     },
     server::Server,
     table::Host,
 };
 
 use crate::{
+    actions::{Action, Actions},
+    announce::Announcing,
     checkpoint::job::Checkpointer,
-    lifecycle::{self, Denied, State, States},
+    lifecycle::{self, Denied, Halt, State, States},
     saving::Saving,
     spawner::Spawner,
 };
@@ -30,9 +33,9 @@ pub struct Vmm {
     pub(crate) named_fds: BTreeMap<String, OwnedFd>,
     /// Why and how to end, once the request being answered has been answered.
     ending: Option<Ending>,
-    /// Guest resets boot anew rather than end the VM.
-    reboot: bool,
+    actions: Actions,
     pub(crate) saving: Saving,
+    pub(crate) announcing: Option<Announcing>,
     pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
@@ -67,7 +70,7 @@ impl Vmm {
     pub fn new(
         machine: Machine,
         servers: Vec<Server>,
-        reboot: bool,
+        actions: Actions,
         checkpointer: Checkpointer,
         spawner: Spawner,
     ) -> Self {
@@ -78,8 +81,9 @@ impl Vmm {
             asked_by: 0,
             named_fds: BTreeMap::new(),
             ending: None,
-            reboot,
+            actions,
             saving: Saving::new(checkpointer),
+            announcing: None,
             spawner,
             late: Vec::new(),
             stuck: false,
@@ -101,6 +105,7 @@ impl Vmm {
         match (before, after) {
             // Reset is the one event that does something without changing the state.
             _ if event == lifecycle::Event::Reset => {
+                self.machine.pause()?;
                 if let Err(e) = self.machine.reset() {
                     let reason = ShutdownCause::HostError;
                     self.end(Ending { guest: false, reason, status: 1 });
@@ -113,17 +118,28 @@ impl Vmm {
             (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
                 self.machine.resume()?;
             }
-            (State::Running, State::Paused | State::Saving) => self.machine.pause()?,
-            // Still vCPUs are what lets the last events be true.
-            (State::Running, State::Shutdown) => self.machine.pause()?,
+            // Still vCPUs are what lets the last events be true. Of a halted machine the serial port
+            // is still served.
+            (
+                State::Running | State::Halted(_),
+                State::Paused | State::Saving | State::Halted(_) | State::Shutdown,
+            ) => {
+                self.machine.pause()?;
+            }
             _ => {}
+        }
+        if let State::Halted(_) = after {
+            // What the guest has said last can still be read.
+            self.machine.serve_serial();
         }
         self.state = after;
         match (before, after) {
             (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
                 self.tell(&Event::Resume {});
             }
-            (State::Running, State::Paused | State::Saving) => self.tell(&Event::Stop {}),
+            (State::Running, State::Paused | State::Saving | State::Halted(_)) => {
+                self.tell(&Event::Stop {});
+            }
             _ => {}
         }
         Ok(())
@@ -150,18 +166,30 @@ impl Vmm {
         if self.state == State::Saving && !matches!(event, M::MemoryLost(_)) {
             return self.late.push(event);
         }
-        let guest = |reason, status| Ending { guest: true, reason, status };
+        // What looks like the guest's own end may come of memory that it cannot read any more.
+        if let M::Vcpu(index, S::TripleFault | S::Failed) = event
+            && let Err(e) = machine::memory::image::check_files(self.machine.memory())
+        {
+            log::error!("vCPU {index} has stopped for good: {e}");
+            return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+        }
         match event {
-            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => self.guest_reset(),
-            M::Vcpu(_, S::Power(P::Shutdown)) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
-            M::Vcpu(_, S::Power(P::Panicked)) => {
-                let action = qmp::schema::GuestPanicAction::Poweroff;
-                self.tell(&Event::GuestPanicked { action });
-                self.end(guest(ShutdownCause::GuestPanic, 1));
+            // Another vCPU than the one that brought the machine to its end, at the same moment.
+            M::Vcpu(..) if matches!(self.state, State::Halted(_)) => {}
+            M::Vcpu(_, S::Power(_) | S::TripleFault) if self.state == State::Prelaunch => {}
+            M::Vcpu(_, S::TripleFault) if self.actions.triple_fault_panics => self.guest_panicked(),
+            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => {
+                self.halt(Halt::Shutdown, true, ShutdownCause::GuestReset, self.actions.reboot, 0);
             }
+            M::Vcpu(_, S::Power(P::Shutdown)) => {
+                let (cause, action) = (ShutdownCause::GuestShutdown, self.actions.shutdown);
+                self.halt(Halt::Shutdown, true, cause, action, 0);
+            }
+            M::Vcpu(_, S::Power(P::Panicked)) => self.guest_panicked(),
             M::Vcpu(index, S::Failed) => {
                 log::error!("vCPU {index} has stopped for good");
-                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+                let (cause, action) = (ShutdownCause::HostError, self.actions.panic);
+                self.halt(Halt::InternalError, false, cause, action, 1);
             }
             M::MemoryLost(reason) => {
                 let event = Event::MemoryFailure {
@@ -188,43 +216,58 @@ impl Vmm {
         }
     }
 
-    fn guest_reset(&mut self) {
-        let reason = ShutdownCause::GuestReset;
-        if !self.reboot {
-            return self.end(Ending { guest: true, reason, status: 0 });
-        }
-        match self.apply(lifecycle::Event::Reset) {
-            Ok(()) => self.tell(&Event::Reset { guest: true, reason }),
-            Err(e) => {
-                log::error!("cannot reset the machine: {}", Error::generic(&e));
-                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+    fn guest_panicked(&mut self) {
+        let action = self.actions.panic;
+        let told = match action {
+            Action::End => GuestPanicAction::Poweroff,
+            Action::Reset => GuestPanicAction::Run,
+            Action::Stay => GuestPanicAction::Pause,
+        };
+        self.tell(&Event::GuestPanicked { action: told });
+        let status = self.actions.panic_status;
+        self.halt(Halt::GuestPanicked, true, ShutdownCause::GuestPanic, action, status);
+    }
+
+    /// The guest cannot go on: do what is to be done then. `status` is the process's if it ends.
+    fn halt(&mut self, why: Halt, guest: bool, reason: ShutdownCause, action: Action, status: u8) {
+        let done = match action {
+            Action::End => return self.end(Ending { guest, reason, status }),
+            Action::Reset => {
+                let done = self.apply(lifecycle::Event::Reset);
+                if done.is_ok() {
+                    self.tell(&Event::Reset { guest, reason });
+                }
+                done
             }
+            Action::Stay => {
+                // QEMU's order with `-action shutdown=pause`; the other two are told by their own
+                // event, or by none.
+                if why == Halt::Shutdown {
+                    self.tell(&Event::Shutdown { guest, reason });
+                }
+                self.apply(lifecycle::Event::Halt(why))
+            }
+        };
+        if let Err(e) = done {
+            log::error!("the machine cannot be kept: {}", Error::generic(&e));
+            self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
         }
     }
 
     /// The last words: SHUTDOWN to every client, delivered before the sockets close.
     pub fn shut_down(mut self, ending: Ending) {
-        if self.stuck {
-            return self.leave(ending);
-        }
-        self.abandon_save();
-        if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
-            log::warn!("{e}");
-        }
-        self.last_words(ending);
-    }
-
-    /// The same, without waiting for threads that may wait for memory for ever: the process's end
-    /// takes them along.
-    fn leave(mut self, ending: Ending) {
-        self.last_words(ending);
-        std::mem::forget(self.machine);
-    }
-
-    fn last_words(&mut self, ending: Ending) {
+        let stopped = !self.stuck && {
+            self.abandon_save();
+            let done = self.apply(lifecycle::Event::Shutdown);
+            done.inspect_err(|e| log::error!("ended with the guest running: {e}")).is_ok()
+        };
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         for server in self.servers.drain(..) {
             server.shutdown(std::time::Duration::from_secs(1));
+        }
+        if !stopped {
+            // Its threads may never come to an end; they end with the process.
+            std::mem::forget(self);
         }
     }
 }
@@ -249,7 +292,7 @@ impl Host for Vmm {
         if when.contains(self.state) {
             return Ok(());
         }
-        let desc = format!("{name} is not possible while the VM is {:?}", self.state);
+        let desc = format!("{name} is not possible now: {}", self.state.hint());
         Err(Error::new(ErrorClass::GenericError, desc))
     }
 }

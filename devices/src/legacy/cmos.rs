@@ -6,10 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::Passive;
 use crate::{
-    Device,
     bus::BusDevice,
-    state::{Section, Snapshot, StateError},
+    state::{Snapshot, StateError},
 };
 
 const INDEX: u64 = 0;
@@ -155,28 +155,14 @@ impl BusDevice for Cmos {
     }
 }
 
-impl Device for Cmos {
+impl Passive for Cmos {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        // The time is the host's: there is nothing that runs.
-    }
-
-    fn resume(&mut self) {}
-
     fn reset(&mut self) {
         self.index = 0;
         self.ram = self.initial;
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
     }
 }
 
@@ -209,6 +195,7 @@ impl Snapshot for Cmos {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Device;
 
     fn get(cmos: &mut Cmos, index: u8) -> u8 {
         cmos.write(INDEX, &[index]);
@@ -273,7 +260,7 @@ mod tests {
         let mut to = Cmos::new("rtc", 0, 0);
         Device::restore(&mut to, &section).unwrap();
         assert_eq!(Device::save(&to).unwrap(), section);
-        cmos.reset();
+        Device::reset(&mut cmos);
         assert_eq!(Device::save(&cmos).unwrap(), fresh);
         let short = State { index: 0, ram: vec![0; 127] };
         assert!(Snapshot::restore(&mut to, short).is_err());

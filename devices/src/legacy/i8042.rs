@@ -10,11 +10,12 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use super::Passive;
 use crate::{
-    Device, PowerEvent, PowerSink,
+    PowerEvent, PowerSink,
     bus::BusDevice,
     irq::Line,
-    state::{Section, Snapshot, StateError},
+    state::{Snapshot, StateError},
 };
 
 const DATA: u64 = 0;
@@ -245,27 +246,13 @@ impl BusDevice for I8042 {
     }
 }
 
-impl Device for I8042 {
+impl Passive for I8042 {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        // Nothing happens here without the guest or the monitor.
-    }
-
-    fn resume(&mut self) {}
-
     fn reset(&mut self) {
         self.registers = Registers::default();
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
     }
 }
 

@@ -1,10 +1,11 @@
 //! pvpanic: one port on which a guest kernel says that it has crashed.
 use serde::{Deserialize, Serialize};
 
+use super::Passive;
 use crate::{
-    Device, PowerEvent, PowerSink,
+    PowerEvent, PowerSink,
     bus::BusDevice,
-    state::{Section, Snapshot, StateError},
+    state::{Snapshot, StateError},
 };
 
 const PANICKED: u8 = 1;
@@ -38,26 +39,12 @@ impl BusDevice for Pvpanic {
     }
 }
 
-impl Device for Pvpanic {
+impl Passive for Pvpanic {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        // There is nothing that runs, and nothing to reset: the port has no state.
-    }
-
-    fn resume(&mut self) {}
-
     fn reset(&mut self) {}
-
-    fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
-    }
 }
 
 /// A port without state.
@@ -87,6 +74,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::Device;
 
     #[test]
     fn tells_of_a_panic_and_nothing_else() {

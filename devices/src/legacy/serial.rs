@@ -6,6 +6,7 @@ use std::{
     io,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -220,5 +221,7 @@ impl Worker for SerialInput {
         }
     }
 
-    fn quiesce(&mut self) {}
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
+        true
+    }
 }

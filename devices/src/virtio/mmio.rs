@@ -179,14 +179,14 @@ impl Transport {
         (self.device.as_mut() as &mut dyn Any).downcast_mut()
     }
 
-    /// Change the device's configuration (hot-plug, resize, link) and tell its driver. `None` when
-    /// the device is not a `T`.
+    /// Change the device's configuration (hot-plug, resize, link) and tell its driver if there is
+    /// something to see. `None` when the device is not a `T`.
     pub fn update<T: VirtioDevice, R>(&mut self, change: impl FnOnce(&mut T) -> R) -> Option<R> {
         let result = change(self.device::<T>()?);
-        self.show_config();
+        let changed = self.show_config();
         self.show_selected();
         // Section 2.1.2: no notification before DRIVER_OK; the driver reads everything afresh.
-        if self.status() & DRIVER_OK != 0 {
+        if changed && self.status() & DRIVER_OK != 0 {
             self.interrupt().config();
         }
         Some(result)
@@ -371,13 +371,13 @@ impl Transport {
     /// Show the device's configuration space. A driver that reads it meanwhile finds that the
     /// generation has changed (section 4.2.2.1), unless it begins and ends between the two steps:
     /// it reads memory, so nothing can hold it up. If it is ready it is interrupted afterwards, and
-    /// reads again.
-    fn show_config(&mut self) {
+    /// reads again. False when there is nothing new to show.
+    fn show_config(&mut self) -> bool {
         let config = self.device.config();
         let len = config.len().min(PAGE - CONFIG);
         let shown = |(n, byte): (usize, &u8)| self.registers.byte(CONFIG + n) == *byte;
         if len == self.config_len && config.iter().take(len).enumerate().all(shown) {
-            return;
+            return false;
         }
         let mut words = config.chunks(4).map(|bytes| {
             let mut word = [0; 4];
@@ -390,6 +390,7 @@ impl Transport {
         }
         self.registers.bump(CONFIG_GENERATION);
         self.config_len = len;
+        true
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

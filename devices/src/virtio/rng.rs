@@ -10,6 +10,7 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::event::epoll;
@@ -292,7 +293,8 @@ impl Worker for RngWorker {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
         // Requests are carried out on the spot: nothing is in flight.
+        true
     }
 }

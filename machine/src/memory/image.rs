@@ -141,6 +141,7 @@ fn each_piece(
 /// # Errors
 /// When the kernel does not tell.
 pub fn used(memory: &Memory, filled: &[Range<u64>]) -> io::Result<Vec<Range<u64>>> {
+    check_files(memory)?;
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut used = Vec::new();
     let mut base = 0;
@@ -166,6 +167,23 @@ pub fn union(a: &[Range<u64>], b: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut joined = Vec::with_capacity(all.len());
     all.into_iter().for_each(|range| push(&mut joined, range.clone()));
     joined
+}
+
+/// Whether the files that memory is mapped from are as long as they have to be: what is cut off them
+/// is gone for the guest too, and does not read as zero.
+///
+/// # Errors
+/// When one is not.
+pub fn check_files(memory: &Memory) -> io::Result<()> {
+    for behind in memory.iter().filter_map(|region| Some((region.file_offset()?, region.len()))) {
+        let (there, end) = (behind.0.file().metadata()?.len(), behind.0.start() + behind.1);
+        if there < end {
+            return Err(io::Error::other(format!(
+                "the file that guest memory is mapped from was cut off: {there} of {end} bytes are left"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The page ranges of the image that `by_vcpus` names, with a bit a page for each region, and those

@@ -16,8 +16,9 @@ pub mod kick;
 use std::{
     cell::OnceCell,
     io,
-    sync::mpsc::{Receiver, Sender, TryRecvError, channel},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     thread::{Builder, JoinHandle},
+    time::Duration,
 };
 
 use devices::PowerEvent;
@@ -102,6 +103,14 @@ impl<T> Answer<T> {
     /// When the thread is not there any more.
     pub fn wait(self) -> Result<T, Gone> {
         self.0.recv().map_err(|_| Gone)
+    }
+
+    /// Wait for it for a while.
+    ///
+    /// # Errors
+    /// `Timeout` when it has not come within `patience`, `Disconnected` when it never will.
+    pub fn wait_for(&self, patience: Duration) -> Result<T, RecvTimeoutError> {
+        self.0.recv_timeout(patience)
     }
 }
 

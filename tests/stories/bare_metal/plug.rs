@@ -1,7 +1,6 @@
 //! Slots are filled and emptied while the guest runs; it learns of that by the interrupt for a changed
 //! configuration, and what it then reads is there.
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -49,6 +48,12 @@ fn expect(monitor: &mut Monitor, text: &str) -> Result<()> {
     Ok(())
 }
 
+fn expect_down(monitor: &mut Monitor, nic: u32) -> Result<()> {
+    let shown = monitor.wait_for("\n", SOON)?;
+    ensure!(shown.starts_with(&format!("nic {nic} is down")), "{shown}");
+    Ok(())
+}
+
 fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
     let backend = json!({ "node-name": id, "file": { "driver": "file", "filename": image }, "cache": { "direct": true }, "read-only": false });
     ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
@@ -65,7 +70,7 @@ fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
 }
 
 /// The command fails and says that.
-fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) -> Result<()> {
+pub fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) -> Result<()> {
     let error = match qmp.execute_raw(command, arguments) {
         Ok(returned) => anyhow::bail!("{command} returned {returned}"),
         Err(error) => error.to_string(),
@@ -255,29 +260,16 @@ fn a_disk_that_grows() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The monitor in a network namespace of its own, with two taps.
-fn with_taps(stage: &mut Stage) -> Result<()> {
-    let script = stage.file("with-taps");
-    let monitor = stage.paths.stratovirt.display();
-    fs::write(
-        &script,
-        format!(
-            "#!/bin/sh\nexec unshare -n sh -ec '\n\
-             for tap in tap0 tap1; do\n\
-             ip tuntap add mode tap name $tap && ip link set $tap up\n\
-             done\n\
-             exec \"$0\" \"$@\"' '{monitor}' \"$@\"\n"
-        ),
-    )?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    stage.paths.stratovirt = script;
-    Ok(())
+/// The monitor in a network namespace of its own, with two taps of that kind.
+pub fn with_taps(stage: &mut Stage, kind: &str) -> Result<()> {
+    let make = format!("ip tuntap add mode tap {kind} name $tap && ip link set $tap up");
+    stage.prepare("-n", &format!("for tap in tap0 tap1; do {make}; done"))
 }
 
 #[test]
 fn nics_come_up_with_their_address_and_go_down() -> Result<()> {
     let mut stage = Stage::new("nics")?;
-    with_taps(&mut stage)?;
+    with_taps(&mut stage, "")?;
     let (mut monitor, mut qmp) = watching(&stage, "watch")?;
     let macs = ["52:54:00:00:00:01", "0e:90:df:9f:a8:88"];
     for (slot, mac) in macs.iter().enumerate() {
@@ -293,13 +285,37 @@ fn nics_come_up_with_their_address_and_go_down() -> Result<()> {
     refused(&mut qmp, "netdev_add", missing, "ip tuntap add")?;
     for slot in [1, 0] {
         unplug(&mut qmp, &format!("net-{slot}"))?;
-        let shown = monitor.wait_for("\n", SOON)?;
-        ensure!(shown.starts_with(&format!("nic {slot} is down")), "{shown}");
+        expect_down(&mut monitor, slot)?;
     }
     // The tap is free again.
     ensure!(
         qmp.execute_raw("netdev_add", json!({ "id": "other", "ifname": "tap0" }))? == json!({})
     );
     ensure!(qmp.execute_raw("netdev_del", json!({ "id": "other" }))? == json!({}));
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_tap_that_does_not_fit_one_slot_waits_for_another() -> Result<()> {
+    let mut stage = Stage::new("fits")?;
+    with_taps(&mut stage, "multi_queue")?;
+    // A slot keeps the queues that it had at the start.
+    let nic = json!({ "iface_id": "net-0", "host_dev_name": "tap0", "queues": 2 });
+    let (mut monitor, mut qmp) = stage.start(stage.vm("plug", "watch")?.add("net", nic))?;
+    monitor.wait_for("ready\n", SOON)?;
+    unplug(&mut qmp, "net-0")?;
+    expect_down(&mut monitor, 0)?;
+
+    let backend = json!({ "id": "both", "ifname": "tap1", "queues": 2 });
+    ensure!(qmp.execute_raw("netdev_add", backend)? == json!({}));
+    let mac = "52:54:00:00:00:02";
+    let into =
+        |addr| json!({ "id": "both", "driver": "virtio-net-mmio", "addr": addr, "mac": mac });
+    for _ in 0..2 {
+        let says = "the tap device has 2 queues, the slot needs 1";
+        refused(&mut qmp, "device_add", into("1"), says)?;
+    }
+    ensure!(qmp.execute_raw("device_add", into("0"))? == json!({}));
+    expect(&mut monitor, "nic 0 is up 525400000002\n")?;
     quits(&stage, &mut monitor, &mut qmp)
 }

@@ -56,7 +56,7 @@ fn refusal(stage: &Stage, saved: &Path, args: &[&str]) -> Result<String> {
     monitor.wait_for("\n", SOON)
 }
 
-fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
+pub fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
     let stage = Stage::new(story)?;
     let vm = stage.vm("count", &format!("registers {cpus}"))?.machine("vcpu_count", cpus);
     let (mut monitor, qmp) = stage.start(vm)?;

@@ -1,6 +1,7 @@
 //! What each story begins with: a directory, the monitor's binary, a guest.
 use std::env;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -12,12 +13,16 @@ use stories::monitor::{Monitor, SOON, Vm};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 5] = [
+const GUESTS: [(&str, &[u8]); 9] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
     ("blk", include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"))),
     ("plug", include_bytes!(concat!(env!("OUT_DIR"), "/plug.elf"))),
+    ("generation", include_bytes!(concat!(env!("OUT_DIR"), "/generation.elf"))),
+    ("exits", include_bytes!(concat!(env!("OUT_DIR"), "/exits.elf"))),
+    ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
+    ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 
 /// A directory of the story's own, gone afterwards.
@@ -72,6 +77,17 @@ impl Stage {
         ensure!(status(&mut qmp)? == "paused", "-S has no effect");
         cont(&mut qmp)?;
         Ok((monitor, qmp))
+    }
+
+    /// Runs `commands` before the monitor, in a namespace of their own (`-n` network, `-m` mounts):
+    /// what they make goes when the monitor goes.
+    pub fn prepare(&mut self, namespace: &str, commands: &str) -> Result<()> {
+        let (script, monitor) = (self.file("prepared"), self.paths.stratovirt.display());
+        let run = format!("unshare {namespace} sh -ec '\n{commands}\nexec \"$0\" \"$@\"'");
+        fs::write(&script, format!("#!/bin/sh\nexec {run} '{monitor}' \"$@\"\n"))?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        self.paths.stratovirt = script;
+        Ok(())
     }
 
     /// The control socket of a machine that has been started here.

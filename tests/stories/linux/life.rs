@@ -3,6 +3,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use serde_json::json;
 use stories::agent::Story;
 use stories::guest::Kernel;
@@ -72,6 +73,28 @@ pub fn reset(story: &Story) -> Result<()> {
     guest.wait_for("guest: init", SOON * 3)?;
     guest.wait_ready()?;
     guest.sh("test ! -e /tmp/was-here")?;
+    ensure!(qmp.execute_raw("query-status", json!({}))?.get("status") == Some(&json!("running")));
+    Ok(())
+}
+
+pub fn reboot(story: &Story) -> Result<()> {
+    let vm = Vm::linux(&story.paths, Kernel::Elf).args(&["-action", "reboot=reset"]);
+    let mut guest = vm.start(&story.paths, &story.dir)?;
+    guest.wait_ready()?;
+    let mut qmp = guest.qmp()?;
+    let boots_anew = |guest: &mut Monitor, qmp: &mut Client| -> Result<()> {
+        let data = qmp.wait_event("RESET", SOON)?.data;
+        ensure!(data == json!({ "guest": true, "reason": "guest-reset" }), "{data}");
+        guest.wait_for("guest: init", SOON * 3)?;
+        guest.wait_ready()
+    };
+    guest.type_in("reboot -f\n")?;
+    boots_anew(&mut guest, &mut qmp)?;
+    // With no program asking to be told, the kernel itself acts on these keys.
+    let key = |name: &str| json!({ "type": "qcode", "data": name });
+    let keys = json!({ "keys": [key("ctrl"), key("alt"), key("delete")] });
+    ensure!(qmp.execute_raw("send-key", keys)? == json!({}));
+    boots_anew(&mut guest, &mut qmp)?;
     ensure!(qmp.execute_raw("query-status", json!({}))?.get("status") == Some(&json!("running")));
     Ok(())
 }

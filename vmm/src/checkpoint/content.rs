@@ -13,6 +13,7 @@ use machine::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::stream::{self, Kind, Reader, StreamError, Writer};
+use crate::lifecycle::Halt;
 
 /// Most ranges of memory in one incremental save; they are joined rather than exceed it.
 pub const RANGES: usize = 1 << 16;
@@ -29,16 +30,19 @@ pub struct Config {
     pub occupied: Occupancy,
     /// Bytes of the disks in the slots; 0 for an empty slot.
     pub disk_sizes: Vec<u64>,
+    /// Why its guest cannot go on, if it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub halted: Option<Halt>,
     /// The save that has the rest of its memory, when this one holds changes only.
     pub base: Option<Base>,
 }
 
 impl Config {
-    /// That of `machine` now.
-    pub fn of(machine: &Machine, id: u128) -> Self {
+    /// That of `machine` now. `halted` says why its guest cannot go on.
+    pub fn of(machine: &Machine, id: u128, halted: Option<Halt>) -> Self {
         let (config, occupied) = machine.made_of();
         let disk_sizes = machine.disk_sizes();
-        Self { id, machine: config.clone(), occupied, disk_sizes, base: None }
+        Self { id, machine: config.clone(), occupied, disk_sizes, halted, base: None }
     }
 }
 
@@ -76,6 +80,8 @@ pub enum ContentError {
     Order { what: String, expected: &'static str },
     #[error("{what} says something that no machine can be like")]
     Malformed { what: String, source: serde_json::Error },
+    #[error("{what} has something missing, or more in it than belongs there")]
+    Incomplete { what: String },
     #[error("the checksums of memory are {bytes} bytes long: no multiple of 4")]
     Sums { bytes: usize },
     #[error("range {index} of the list of changes is none of {pages} pages in ascending order")]
@@ -266,7 +272,10 @@ impl<R: Read> Frames<R> {
     }
 
     /// The section that must come next.
-    fn section<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<T, ContentError> {
+    fn section<T: DeserializeOwned + Serialize>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<T, ContentError> {
         let mut body = Vec::new();
         let kind = self.take(&mut body)?;
         match stream::split_section(&body) {
@@ -278,7 +287,10 @@ impl<R: Read> Frames<R> {
     }
 
     /// The sections that come next and whose names begin with `word`.
-    fn sections<T: DeserializeOwned>(&mut self, word: &str) -> Result<Vec<T>, ContentError> {
+    fn sections<T: DeserializeOwned + Serialize>(
+        &mut self,
+        word: &str,
+    ) -> Result<Vec<T>, ContentError> {
         let mut all = Vec::new();
         loop {
             let mut body = Vec::new();
@@ -298,9 +310,15 @@ impl<R: Read> Frames<R> {
     }
 }
 
-fn parse<T: DeserializeOwned>(what: &str, body: &[u8]) -> Result<T, ContentError> {
-    serde_json::from_slice(body)
-        .map_err(|source| ContentError::Malformed { what: what.into(), source })
+/// What was written here is written again in the same way. Anything else, such as a list of registers
+/// that is too short, would be filled up with zeros without a word.
+fn parse<T: DeserializeOwned + Serialize>(what: &str, body: &[u8]) -> Result<T, ContentError> {
+    let malformed = |source| ContentError::Malformed { what: what.into(), source };
+    let value = serde_json::from_slice(body).map_err(malformed)?;
+    match serde_json::to_vec(&value).map_err(malformed)? == body {
+        true => Ok(value),
+        false => Err(ContentError::Incomplete { what: what.into() }),
+    }
 }
 
 fn order(kind: Kind, body: &[u8], expected: &'static str) -> ContentError {

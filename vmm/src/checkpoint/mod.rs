@@ -39,9 +39,14 @@ pub use save::{Directory, SaveError, Saved, Sink};
 pub use send::{Peer, Stream};
 pub use stream::StreamError;
 
+use std::path::PathBuf;
+
 use machine::{BuildError, Machine, Report, config::MachineConfig};
 
-use crate::cli::{Incoming, Source};
+use crate::{
+    cli::{Incoming, Mapped, Source},
+    lifecycle::Halt,
+};
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +65,8 @@ pub enum RestoreError {
 }
 
 /// The machine saved in a directory or sent in a stream, with the disks, NICs and character devices
-/// of `flags` in place of its own. It stands still.
+/// of `flags` in place of its own. It stands still; the second part says why its guest cannot go on,
+/// if it cannot.
 ///
 /// # Errors
 /// The first thing that is wrong, before a device of the host is touched.
@@ -68,7 +74,7 @@ pub fn restore(
     incoming: &Incoming,
     flags: &MachineConfig,
     report: Report,
-) -> Result<Machine, RestoreError> {
+) -> Result<(Machine, Option<Halt>), RestoreError> {
     let adapt = |config: &mut Config| adapt::adapt(config, &incoming.asked, flags);
     let (config, state, memory, filled) = match &incoming.source {
         Source::Directory { path, mapped } => {
@@ -86,9 +92,17 @@ pub fn restore(
             (config, state, memory, Vec::new())
         }
     };
-    let (config, occupied) = (&config.machine, &config.occupied);
-    let saved = machine::Saved { config, occupied, memory, filled, state };
-    Ok(Machine::restored(saved, report)?)
+    let (made_of, occupied) = (&config.machine, &config.occupied);
+    let saved = machine::Saved { config: made_of, occupied, memory, filled, state };
+    Ok((Machine::restored(saved, report)?, config.halted))
+}
+
+/// The file that the memory of a machine restored in this way is mapped from, if it is.
+pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
+    match &incoming.source {
+        Source::Directory { path, mapped: Mapped::On } => Some(path.join(MEMORY)),
+        _ => None,
+    }
 }
 
 /// The file of everything but memory.

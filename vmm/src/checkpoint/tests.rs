@@ -38,14 +38,14 @@ pub fn config(id: u128) -> Config {
     }))
     .unwrap();
     let occupied = Occupancy::at_start(&machine);
-    Config { id, machine, occupied, disk_sizes: vec![], base: None }
+    Config { id, machine, occupied, disk_sizes: vec![], halted: None, base: None }
 }
 
 pub fn state(clock: u64) -> MachineState {
     MachineState {
         cpu: serde_json::from_value(json!({"leaves": []})).unwrap(),
         vcpus: vec![],
-        chips: serde_json::from_value(json!({"irqchips": [], "pit": []})).unwrap(),
+        chips: serde_json::from_value(json!({"irqchips": [[], [], []], "pit": []})).unwrap(),
         clock,
         devices: vec![
             serde_json::from_value(json!({

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 
 use machine::config::{Aio, CharBackend, Tap, Topology};
 
+use super::action::Wanted;
 use super::problem::{Place, Problems};
 use super::{Log, Source};
 
@@ -41,7 +42,7 @@ pub(super) struct Draft {
     pub(super) pidfile: Option<PathBuf>,
     pub(super) daemonize: bool,
     pub(super) paused: bool,
-    pub(super) reboot: bool,
+    pub(super) actions: Wanted,
     pub(super) log: Option<Log>,
     pub(super) disable_seccomp: bool,
     pub(super) spawn: bool,

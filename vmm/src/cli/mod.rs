@@ -15,6 +15,9 @@ use std::path::PathBuf;
 
 use machine::config::{MachineConfig, Topology};
 
+use crate::actions::Actions;
+
+mod action;
 mod chars;
 mod device;
 mod disk;
@@ -63,8 +66,8 @@ pub struct Invocation {
     pub daemonize: bool,
     /// Leave the vCPUs stopped until `cont`.
     pub paused: bool,
-    /// A guest's reboot boots anew; else it ends the VM, as StratoVirt's microVM does.
-    pub reboot: bool,
+    /// What to do when the guest powers off, reboots or crashes.
+    pub actions: Actions,
     /// Where the log goes.
     pub log: Log,
     /// Install no system call filter.

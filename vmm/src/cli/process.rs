@@ -16,11 +16,6 @@ pub(super) fn freeze(draft: &mut Draft, _: &mut Fields) {
     draft.paused = true;
 }
 
-pub(super) fn action(draft: &mut Draft, f: &mut Fields) {
-    draft.reboot =
-        f.choice("reboot", &[("reset", Ok(true)), ("shutdown", Ok(false))]).unwrap_or(false);
-}
-
 pub(super) fn log(draft: &mut Draft, f: &mut Fields) {
     draft.log = Some(f.path("").map_or(Log::Stderr, Log::File));
 }

@@ -85,7 +85,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         pidfile: draft.pidfile,
         daemonize: draft.daemonize,
         paused: draft.paused,
-        reboot: draft.reboot,
+        actions: draft.actions.resolve(),
         log: draft.log.unwrap_or(Log::Off),
         disable_seccomp: draft.disable_seccomp,
         spawn: draft.spawn,

@@ -75,14 +75,18 @@ pub fn query_block(vmm: &mut Vmm, _: QueryBlock) -> Result<Vec<BlockInfo>, Error
         io_status: Some(BlockDeviceIoStatus::Ok),
         inserted: Some(device_info(disk)),
     };
-    Ok(vmm.machine.disks().into_iter().map(info).collect())
+    Ok(disks(vmm)?.into_iter().map(info).collect())
 }
 
 pub fn query_named_block_nodes(
     vmm: &mut Vmm,
     _: QueryNamedBlockNodes,
 ) -> Result<Vec<BlockDeviceInfo>, Error> {
-    Ok(vmm.machine.disks().into_iter().map(device_info).collect())
+    Ok(disks(vmm)?.into_iter().map(device_info).collect())
+}
+
+fn disks(vmm: &Vmm) -> Result<Vec<PluggedDisk>, Error> {
+    vmm.machine.disks().map_err(|e| Error::generic(&e))
 }
 
 fn device_info(disk: PluggedDisk) -> BlockDeviceInfo {
@@ -141,5 +145,5 @@ pub fn query_blockstats(vmm: &mut Vmm, _: QueryBlockstats) -> Result<Vec<BlockSt
             },
         }
     };
-    Ok(vmm.machine.disks().into_iter().map(stats).collect())
+    Ok(disks(vmm)?.into_iter().map(stats).collect())
 }

@@ -2,7 +2,7 @@
 use qmp::{Error, schema::*};
 
 use crate::{
-    lifecycle::{self, State},
+    lifecycle::{self, Halt, State},
     vmm::{Ending, Vmm},
 };
 
@@ -52,6 +52,8 @@ pub fn query_status(vmm: &mut Vmm, _: QueryStatus) -> Result<StatusInfo, Error> 
         // StratoVirt knows no "prelaunch": its clients take -S for a pause.
         State::Prelaunch | State::Paused | State::Saving => RunState::Paused,
         State::PostMigrate => RunState::Postmigrate,
-        State::Shutdown => RunState::Shutdown,
+        State::Halted(Halt::Shutdown) | State::Shutdown => RunState::Shutdown,
+        State::Halted(Halt::GuestPanicked) => RunState::GuestPanicked,
+        State::Halted(Halt::InternalError) => RunState::InternalError,
     }))
 }

@@ -24,6 +24,7 @@ use std::{
         unix::fs::FileExt,
     },
     sync::Arc,
+    time::Duration,
 };
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -239,7 +240,7 @@ impl<T> Engine<T> {
 
     /// Hand pending requests to the kernel.
     pub fn submit(&mut self) {
-        self.enter(0);
+        self.enter(0, None);
     }
 
     /// The next pending request that has ended.
@@ -273,9 +274,10 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Wait until [`Engine::finished`] has something to return; false when that cannot be.
-    pub fn wait(&mut self) -> bool {
-        self.in_flight > 0 && self.enter(1)
+    /// Wait until [`Engine::finished`] has something to return, for `patience` at most; false when
+    /// that does not happen.
+    pub fn wait(&mut self, patience: Option<Duration>) -> bool {
+        self.in_flight > 0 && self.enter(1, patience)
     }
 
     /// As much as can be done without waiting for the medium, or everything when there is nobody
@@ -373,7 +375,7 @@ impl<T> Engine<T> {
                 self.queued = true;
                 return;
             }
-            if !self.enter(0) {
+            if !self.enter(0, None) {
                 log_seldom!(error, "{}: io_uring takes no requests", self.disk.path.display());
                 return;
             }
@@ -464,13 +466,23 @@ impl<T> Engine<T> {
     }
 
     /// Hand over what is queued, and wait for `want` completions; false when the kernel does not
-    /// want to.
-    fn enter(&mut self, want: usize) -> bool {
+    /// want to, or they do not come within `patience`.
+    fn enter(&mut self, want: usize, patience: Option<Duration>) -> bool {
         let Some(ring) = self.ring.as_mut().filter(|_| self.queued || want > 0) else {
             return true;
         };
+        // Linux before 5.11 cannot wait for a while.
+        let patience = patience.filter(|_| ring.params().is_feature_ext_arg());
+        let time = patience.map(types::Timespec::from);
         for _ in 0..PATIENCE {
-            match ring.submit_and_wait(want) {
+            let entered = match &time {
+                None => ring.submit_and_wait(want),
+                Some(time) => {
+                    let args = types::SubmitArgs::new().timespec(time);
+                    ring.submitter().submit_with_args(want, &args)
+                }
+            };
+            match entered {
                 // It stops at a request that it refuses, without waiting.
                 Ok(_) if !ring.submission().is_empty() => {}
                 Ok(_) => {
@@ -478,6 +490,7 @@ impl<T> Engine<T> {
                     return true;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.raw_os_error() == Some(libc::ETIME) => return false,
                 // No memory for requests just now.
                 Err(_) => std::thread::yield_now(),
             }
@@ -490,7 +503,7 @@ impl<T> Drop for Engine<T> {
     fn drop(&mut self) {
         while self.in_flight > 0 {
             while self.finished().is_some() {}
-            if self.in_flight > 0 && !self.wait() {
+            if self.in_flight > 0 && !self.wait(None) {
                 // Rather lose the memory than let the kernel write to what is somebody else's.
                 log_seldom!(error, "{}: requests never ended", self.disk.path.display());
                 mem::forget((self.memory.clone(), mem::take(&mut self.slots)));

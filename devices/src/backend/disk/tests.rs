@@ -123,7 +123,7 @@ fn run(engine: &mut Engine<u32>, op: Op, at: u64, parts: &[(u64, u32)]) -> io::R
                     assert_eq!(tag, 7);
                     return result;
                 }
-                assert!(engine.wait());
+                assert!(engine.wait(None));
             }
         }
     }
@@ -230,7 +230,7 @@ fn more_requests_than_the_ring_holds_are_all_carried_out() {
             ended += 1;
         }
         if ended < started {
-            assert!(engine.wait());
+            assert!(engine.wait(None));
         }
     }
     assert_eq!(engine.in_flight(), 0);

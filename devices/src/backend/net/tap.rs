@@ -3,7 +3,7 @@
 //! Tap devices.
 use std::{
     fs::OpenOptions,
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
@@ -72,12 +72,10 @@ pub enum TapError {
     )]
     Permission { name: String },
     /// The tun driver is not there or not accessible.
-    #[error(
-        "cannot open {CLONE_DEVICE} ({source}). As root: modprobe tun; chmod 666 {CLONE_DEVICE}"
-    )]
+    #[error("cannot open {CLONE_DEVICE}; as root: modprobe tun; chmod 666 {CLONE_DEVICE}")]
     Driver { source: io::Error },
     /// No descriptor at all, or of something else.
-    #[error("descriptor {fd} is not an open tap device: {source}")]
+    #[error("descriptor {fd} is not an open tap device")]
     NotTapFd { fd: RawFd, source: io::Error },
     /// A descriptor of a tap device in a mode that no virtio device can use.
     #[error("descriptor {fd} of '{name}' {what}")]
@@ -86,7 +84,7 @@ pub enum TapError {
     #[error("no descriptor of a tap device")]
     NoDescriptor,
     /// The host refused one step.
-    #[error("tap device '{name}': cannot {what}: {source}")]
+    #[error("tap device '{name}': cannot {what}")]
     Host { name: String, what: &'static str, source: io::Error },
 }
 
@@ -227,8 +225,8 @@ impl NetBackend for Tap {
         self.uso
     }
 
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize> {
-        into.read_from(self.fd(queue))
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
+        into.read_from(self.fd(queue), spill)
     }
 
     fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize> {
@@ -246,6 +244,11 @@ impl NetBackend for Tap {
             frame.skip(HEADER);
         }
         frame.write_to(self.fd(queue))
+    }
+
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        let frame = if self.header { frame } else { frame.get(HEADER..).unwrap_or_default() };
+        self.queue(0)?.write(frame)
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -4,6 +4,7 @@ use std::sync::{
 };
 
 use super::*;
+use crate::Device;
 
 fn controller() -> (I8042, Arc<AtomicU32>) {
     let resets = Arc::new(AtomicU32::new(0));
@@ -162,7 +163,7 @@ fn moves_in_the_middle_of_a_command() {
     to.send(0x41);
     assert_eq!(to.registers.control, 0x41);
     assert_eq!(to.receive(), [ACK, 0xab, 0x41]);
-    to.reset();
+    Device::reset(&mut to);
     let (fresh, _) = controller();
     assert_eq!(Device::save(&to).unwrap(), Device::save(&fresh).unwrap());
     let mut state = Snapshot::save(&k);

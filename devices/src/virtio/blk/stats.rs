@@ -17,6 +17,27 @@ pub struct BlockStats {
     pub failed_unmap_operations: AtomicU64,
     /// Chains and requests that a correct driver does not send.
     pub invalid_operations: AtomicU64,
+    /// Requests that the host has not finished.
+    pub in_flight: AtomicU64,
+}
+
+impl BlockStats {
+    /// Requests that have ended, well or not. While it stays the same and some are in flight, the
+    /// disk does not get on.
+    pub fn ended(&self) -> u64 {
+        [
+            &self.rd_operations,
+            &self.wr_operations,
+            &self.flush_operations,
+            &self.unmap_operations,
+            &self.failed_rd_operations,
+            &self.failed_wr_operations,
+            &self.failed_flush_operations,
+            &self.failed_unmap_operations,
+        ]
+        .into_iter()
+        .fold(0, |sum, n| sum.wrapping_add(n.load(Ordering::Relaxed)))
+    }
 }
 
 /// Add to a counter that only one thread adds to.

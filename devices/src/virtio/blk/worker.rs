@@ -307,17 +307,20 @@ impl BlockWorker {
             self.answer(&ticket, UNSUPP);
         } else if bytes == 0 && kind != Kind::Flush {
             self.answer(&ticket, OK);
-        } else if let Outcome::Done(result) =
-            engine.start(op, sector.wrapping_mul(SECTOR), &self.data, ticket)
-        {
-            self.finish(&ticket, result);
-            return Some(len);
+        } else {
+            count(&self.stats.in_flight, 1);
+            let at = sector.wrapping_mul(SECTOR);
+            if let Outcome::Done(result) = engine.start(op, at, &self.data, ticket) {
+                self.finish(&ticket, result);
+                return Some(len);
+            }
         }
         Some(0)
     }
 
     fn finish(&mut self, ticket: &Ticket, result: std::io::Result<()>) {
         let s = &self.stats;
+        count(&s.in_flight, u64::MAX);
         let (done, bytes, failed) = match ticket.kind {
             Kind::Read => (&s.rd_operations, Some(&s.rd_bytes), &s.failed_rd_operations),
             Kind::Write => (&s.wr_operations, Some(&s.wr_bytes), &s.failed_wr_operations),
@@ -427,13 +430,16 @@ impl Worker for BlockWorker {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn quiesce(&mut self, patience: Option<Duration>) -> bool {
         loop {
             self.complete();
-            let Some(engine) = self.engine.as_mut().filter(|e| e.in_flight() > 0) else { break };
-            if !engine.wait() {
-                log_seldom!(error, "{}: requests never ended", engine.disk().path().display());
-                break;
+            let Some(engine) = self.engine.as_mut().filter(|e| e.in_flight() > 0) else {
+                return true;
+            };
+            if !engine.wait(patience) {
+                let path = engine.disk().path().display();
+                log_seldom!(error, "{path}: the host does not finish requests");
+                return patience.is_none();
             }
         }
     }

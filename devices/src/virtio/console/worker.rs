@@ -267,7 +267,8 @@ impl Worker for ConsoleWorker {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
         // Nothing is in flight between two calls of `ready`.
+        true
     }
 }

@@ -160,7 +160,15 @@ fn runtime(q: QueueState) -> QueueRegisters {
 struct Held {
     thread: Arc<dyn IoThread>,
     open: AtomicBool,
-    workers: Mutex<Vec<Option<Box<dyn Worker>>>>,
+    workers: Mutex<Vec<Place>>,
+}
+
+/// Where a worker is that was adopted while this was not open.
+enum Place {
+    Here(Box<dyn Worker>),
+    LentOut,
+    /// On the thread, under this key.
+    There(usize),
 }
 
 impl Held {
@@ -175,18 +183,44 @@ impl Held {
 
 impl IoThread for Held {
     fn adopt(&self, worker: Box<dyn Worker>) -> std::io::Result<usize> {
-        if self.open.load(Ordering::Acquire) {
-            return self.thread.adopt(worker);
-        }
+        let place = match self.open.load(Ordering::Acquire) {
+            true => Place::There(self.thread.adopt(worker)?),
+            false => Place::Here(worker),
+        };
         let mut workers = self.workers.lock();
-        workers.push(Some(worker));
+        workers.push(place);
         Ok(workers.len() - 1)
     }
 
-    fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
-        if self.open.load(Ordering::Acquire) {
-            return self.thread.release(key);
+    fn lend(&self, key: usize) -> Option<Box<dyn Worker>> {
+        let mut workers = self.workers.lock();
+        let place = workers.get_mut(key)?;
+        if let Place::There(key) = place {
+            return self.thread.lend(*key);
         }
-        self.workers.lock().get_mut(key)?.take()
+        match std::mem::replace(place, Place::LentOut) {
+            Place::Here(worker) => Some(worker),
+            Place::LentOut | Place::There(_) => None,
+        }
+    }
+
+    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> std::io::Result<()> {
+        let mut workers = self.workers.lock();
+        let Some(place) = workers.get_mut(key) else { return Ok(()) };
+        *place = match place {
+            Place::There(key) => return self.thread.take_back(*key, worker),
+            _ if self.open.load(Ordering::Acquire) => Place::There(self.thread.adopt(worker)?),
+            _ => Place::Here(worker),
+        };
+        Ok(())
+    }
+
+    fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
+        let mut workers = self.workers.lock();
+        match std::mem::replace(workers.get_mut(key)?, Place::LentOut) {
+            Place::There(key) => self.thread.release(key),
+            Place::Here(worker) => Some(worker),
+            Place::LentOut => None,
+        }
     }
 }

@@ -1,4 +1,7 @@
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use virtio_queue::QueueT;
 
@@ -36,7 +39,9 @@ impl Worker for Counter {
             self.kicks.fetch_add(1, Ordering::Relaxed);
         }
     }
-    fn quiesce(&mut self) {}
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
+        true
+    }
 }
 
 impl Device for Probe {

@@ -4,6 +4,7 @@
 //! into guest buffers, segments of up to 64 KiB at a time where the driver takes offloads.
 //!
 //! A device without a back-end is an empty slot: its link is down until [`Net::plug`].
+mod announce;
 mod ctrl;
 mod rx;
 mod state;
@@ -147,11 +148,11 @@ impl<B: NetBackend> Net<B> {
         Ok(net)
     }
 
-    /// Put a back-end into an empty slot; `mac` replaces the address that the driver sees.
+    /// Whether this back-end can be plugged.
     ///
     /// # Errors
     /// When the slot is occupied or the back-end does not fit.
-    pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
+    pub fn accepts(&self, backend: &B) -> Result<(), PlugError> {
         if self.backend.is_some() {
             return Err(PlugError::Occupied);
         }
@@ -162,6 +163,15 @@ impl<B: NetBackend> Net<B> {
         if self.features & WITH_HEADER != 0 && !backend.has_header() {
             return Err(PlugError::NoHeader);
         }
+        Ok(())
+    }
+
+    /// Put a back-end into an empty slot; `mac` replaces the address that the driver sees.
+    ///
+    /// # Errors
+    /// When it is not acceptable, or the I/O thread is gone.
+    pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
+        self.accepts(&backend)?;
         self.mac = mac.unwrap_or(self.mac);
         self.set_backend(Some(backend)).map_err(|_| PlugError::Thread)
     }
@@ -186,6 +196,19 @@ impl<B: NetBackend> Net<B> {
     /// The driver sees a link: there is a back-end, and the cable is in.
     pub fn link_up(&self) -> bool {
         self.link && self.backend.is_some()
+    }
+
+    /// Tell the host's network that this address is here now; nothing while the link is down.
+    ///
+    /// # Errors
+    /// When the host does not take the frame.
+    pub fn announce(&self) -> io::Result<()> {
+        match &self.backend {
+            Some(backend) if self.link => {
+                backend.write_buffer(&announce::frame(self.mac)).map(drop)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The hardware address that the driver sees.

@@ -4,6 +4,7 @@ use std::{
     io,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
+    time::Duration,
 };
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -351,9 +352,10 @@ impl<B: NetBackend> Worker for NetWorker<B> {
         }
     }
 
-    fn quiesce(&mut self) {
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
         for pair in &mut self.pairs {
             pair.rx.give_back();
         }
+        true
     }
 }

@@ -25,7 +25,7 @@ fn one(engine: &mut Engine<u32>) -> u32 {
             result.unwrap();
             return tag;
         }
-        assert!(engine.wait());
+        assert!(engine.wait(None));
     }
 }
 

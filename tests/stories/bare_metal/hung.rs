@@ -1,0 +1,154 @@
+//! A disk whose storage hangs, as a dead NFS server's does: here a file system that somebody has frozen.
+//! It may cost the guest its disk, but nobody else anything.
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use qmp::client::Client;
+use serde_json::json;
+use stories::archive::make_ext4;
+use stories::debian::{Debian, output};
+use stories::monitor::SOON;
+
+use crate::counters::{all_is_well, counting};
+use crate::plug::refused;
+use crate::stage::{Stage, cont, status, stop};
+
+const SAYS: &str = "disk vda has requests that the host has not finished";
+
+/// A file system that only the monitor's own mount namespace has, so that it goes when the monitor does.
+fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
+    let (image, place) = (stage.file("slow.img"), stage.file("slow"));
+    let lock = stage.paths.lock()?;
+    let debian = Debian::get(&stage.paths)?;
+    drop(lock);
+    make_ext4(&debian, &image, 8 << 20, None)?;
+    fs::create_dir(&place)?;
+    let disk = place.join("disk");
+    let (image, place, file) = (image.display(), place.display(), disk.display());
+    stage.prepare("-m", &format!("mount -o loop {image} {place}\ntruncate -s 1M {file}"))?;
+    Ok(disk)
+}
+
+/// A frozen file system; thawed in any case, for nobody could unmount it otherwise. Reached by a
+/// descriptor: the monitor's mount namespace goes when the monitor ends, even if it cannot yet.
+struct Frozen(fs::File);
+
+impl Frozen {
+    /// Freezes the one that process `pid` sees at `place`.
+    fn new(pid: u32, place: &str) -> Result<Self> {
+        let frozen = Self(fs::File::open(format!("/proc/{pid}/root{place}"))?);
+        output(&mut frozen.fsfreeze("-f"))?;
+        Ok(frozen)
+    }
+
+    fn thaw(self) -> Result<()> {
+        output(&mut self.fsfreeze("-u")).map(drop)
+    }
+
+    fn fsfreeze(&self, how: &str) -> Command {
+        let mut command = Command::new("fsfreeze");
+        let place = format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd());
+        command.args([how, &place]);
+        command
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // An error says that it is thawed already.
+        let _ = self.fsfreeze("-u").output();
+    }
+}
+
+/// Waits until the guest's next request hangs, and `stop` says so.
+fn until_it_hangs(qmp: &mut Client) -> Result<()> {
+    for _ in 0..1000 {
+        match qmp.execute_raw("stop", json!({})) {
+            Ok(_) => cont(qmp)?,
+            Err(error) => {
+                ensure!(error.to_string().contains(SAYS), "{error}");
+                return Ok(());
+            }
+        }
+    }
+    bail!("no request hangs")
+}
+
+/// Whether writes wait in io_uring (`direct`) or hold the I/O thread itself.
+fn hangs_and_comes_back(direct: bool) -> Result<()> {
+    let mut stage = Stage::new(if direct { "hung_direct" } else { "hung" })?;
+    let disk = with_a_file_system(&mut stage)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let vm = stage.vm("blk", "busy")?.add(
+        "drive",
+        json!({ "drive_id": "vda", "path_on_host": disk, "read_only": false, "direct": direct }),
+    );
+    let (mut monitor, mut qmp, rounds) = counting(&stage, vm, 1)?;
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    until_it_hangs(&mut qmp)?;
+    for (command, arguments) in [
+        ("device_del", json!({ "id": "vda" })),
+        ("system_reset", json!({})),
+        ("migrate", json!({ "uri": format!("file:{}", stage.file("saved").display()) })),
+    ] {
+        refused(&mut qmp, command, arguments, SAYS)?;
+        ensure!(status(&mut qmp)? == "running", "after {command}");
+    }
+    // Whoever asks is answered.
+    let mut other = Client::connect(&stage.socket(), SOON)?;
+    let disks = other.execute_raw("query-block", json!({}))?;
+    ensure!(disks.pointer("/0/device") == Some(&json!("vda")), "{disks}");
+    let held = rounds.read()?;
+    frozen.thaw()?;
+
+    // Nothing is lost: it goes on, stops and goes on again.
+    rounds.wait_past(&held)?;
+    qmp.take_events();
+    stop(&mut qmp)?;
+    cont(&mut qmp)?;
+    rounds.wait_past(&rounds.read()?)?;
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    until_it_hangs(&mut qmp)?;
+    ensure!(qmp.execute_raw("quit", json!({}))? == json!({}));
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-qmp-quit" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    // The kernel keeps a process until its writes have ended.
+    frozen.thaw()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+#[test]
+fn storage_that_hangs_holds_neither_clients_nor_the_end() -> Result<()> {
+    hangs_and_comes_back(true)
+}
+
+#[test]
+fn storage_that_hangs_the_io_thread_holds_neither_clients_nor_the_end() -> Result<()> {
+    hangs_and_comes_back(false)
+}
+
+#[test]
+fn storage_that_is_slow_is_waited_for() -> Result<()> {
+    let mut stage = Stage::new("slow")?;
+    let disk = with_a_file_system(&mut stage)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let vm = stage.vm("blk", "busy")?.disk("vda", &disk, false);
+    let (monitor, mut qmp, _) = counting(&stage, vm, 1)?;
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    let thaw = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        frozen.thaw()
+    });
+    stop(&mut qmp)?;
+    thaw.join().map_err(|_| anyhow::anyhow!("the thread has panicked"))??;
+    cont(&mut qmp)?;
+    all_is_well(&stage, monitor, qmp)
+}
