@@ -1,7 +1,7 @@
 //! What state a domain is in: found out each time, by asking its monitor.
 use std::{
     fs::File,
-    io,
+    io::{self, Write},
     os::{fd::AsRawFd, unix::net::UnixStream},
     path::Path,
     time::{Duration, Instant},
@@ -10,8 +10,9 @@ use std::{
 use anyhow::Context;
 use qmp::{
     client::{Client, ClientError},
-    schema::{MigrationStatus, QueryMigrate, QueryStatus, RunState},
+    schema::{Command, MigrationStatus, QueryMigrate, QueryStatus, RunState},
 };
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::{
     matrix::State,
@@ -54,14 +55,21 @@ impl Seen {
     }
 }
 
-/// Connect to a socket in the directory `run`, however long its path is.
+/// Connect to a socket in the directory `run`, however long its path is. Does not wait: one that has
+/// more callers than it takes is an error, `WouldBlock`.
 ///
 /// # Errors
 /// When nobody listens there.
 pub fn connect(run: &Path, socket: &str) -> io::Result<UnixStream> {
     // A socket's path has at most 107 bytes; a directory's may have more.
     let directory = File::open(run)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd()))
+    let path = format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd());
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// Another connection to a monitor.
@@ -76,27 +84,45 @@ pub fn qmp(place: &Place) -> anyhow::Result<Client> {
 
 /// See how the domain at `place` is.
 pub fn look(registry: &Registry, place: &Place) -> Seen {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let asked = ask(place);
-        if let Some(Ok(answer)) = asked {
-            return answered(registry, place, answer);
-        }
-        let process = match found(place) {
-            Found::Alive(process) => process,
-            Found::Nobody => return Seen::without_monitor(idle(place)),
-            // What is in the store is whole, and its guest has not run since.
-            Found::Gone if idle(place) == State::Suspended => {
-                return Seen::without_monitor(State::Suspended);
+    Asked::new(place).answer(registry, place)
+}
+
+/// A domain whose monitor has been asked how it is. Many are asked before the first answer is read.
+pub struct Asked {
+    call: io::Result<UnixStream>,
+    deadline: Instant,
+}
+
+impl Asked {
+    /// Ask the monitor of the domain at `place`, if there is one.
+    pub fn new(place: &Place) -> Self {
+        Self { call: call(place), deadline: Instant::now() + PATIENCE }
+    }
+
+    /// How the domain at `place` is, which was asked.
+    pub fn answer(mut self, registry: &Registry, place: &Place) -> Seen {
+        loop {
+            let answer = self.call.ok().map(|stream| listen(stream, self.deadline));
+            let late = matches!(answer, Some(Err(ClientError::Timeout { .. })));
+            if let Some(Ok(answer)) = answer {
+                return answered(registry, place, answer);
             }
-            Found::Gone => return Seen::without_monitor(State::Killed),
-        };
-        // One that nobody listens for, or that hangs up, may be on its way in, or out.
-        let late = matches!(asked, Some(Err(ClientError::Timeout { .. })));
-        if late || Instant::now() >= deadline {
-            return Seen { state: State::Hung, process: Some(process), client: None };
+            let process = match found(place) {
+                Found::Alive(process) => process,
+                Found::Nobody => return Seen::without_monitor(idle(place)),
+                // What is in the store is whole, and its guest has not run since.
+                Found::Gone if idle(place) == State::Suspended => {
+                    return Seen::without_monitor(State::Suspended);
+                }
+                Found::Gone => return Seen::without_monitor(State::Killed),
+            };
+            // One that nobody listens for, or that hangs up, may be on its way in, or out.
+            if late || Instant::now() >= self.deadline {
+                return Seen { state: State::Hung, process: Some(process), client: None };
+            }
+            process.ends_within(LOOK);
+            self.call = call(place);
         }
-        process.ends_within(LOOK);
     }
 }
 
@@ -140,15 +166,23 @@ fn found(place: &Place) -> Found {
 
 type Answer = (Client, RunState, MigrationStatus);
 
-/// What the monitor says, if there is one; an error if it does not say it in time.
-fn ask(place: &Place) -> Option<Result<Answer, ClientError>> {
-    let stream = connect(&place.run, "qmp.sock").ok()?;
-    let ask = || {
-        let mut client = Client::on(stream, PATIENCE)?;
-        client.set_patience(PATIENCE);
-        let status = client.execute(&QueryStatus {})?.status;
-        let migration = client.execute(&QueryMigrate {})?.status;
-        Ok((client, status, migration))
-    };
-    Some(ask())
+/// Connect to the monitor and ask all there is to ask, in one go.
+fn call(place: &Place) -> io::Result<UnixStream> {
+    let mut stream = connect(&place.run, "qmp.sock")?;
+    let commands = [QueryStatus::NAME, QueryMigrate::NAME];
+    stream.write_all(
+        commands.map(|name| format!("{{\"execute\":\"{name}\"}}\n")).concat().as_bytes(),
+    )?;
+    Ok(stream)
+}
+
+/// What a monitor that was asked says; an error if it does not say it in time.
+fn listen(stream: UnixStream, deadline: Instant) -> Result<Answer, ClientError> {
+    // What has come by now counts, however long it took to ask all the others.
+    let left = || deadline.saturating_duration_since(Instant::now()).max(LOOK);
+    let mut client = Client::on(stream, left())?;
+    client.set_patience(left());
+    let status = client.receive::<QueryStatus>()?.status;
+    let migration = client.receive::<QueryMigrate>()?.status;
+    Ok((client, status, migration))
 }
