@@ -26,6 +26,9 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Time between two looks at a monitor that nobody can connect to.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// A start that takes longer is shown as one, and not waited for.
+const START: Duration = Duration::from_millis(100);
+
 /// A domain as it was found.
 pub struct Seen {
     /// Its state.
@@ -90,19 +93,22 @@ pub fn look(registry: &Registry, place: &Place) -> Seen {
 /// A domain whose monitor has been asked how it is. Many are asked before the first answer is read.
 pub struct Asked {
     call: io::Result<UnixStream>,
-    deadline: Instant,
+    since: Instant,
 }
 
 impl Asked {
     /// Ask the monitor of the domain at `place`, if there is one.
     pub fn new(place: &Place) -> Self {
-        Self { call: call(place), deadline: Instant::now() + PATIENCE }
+        Self { call: call(place), since: Instant::now() }
     }
 
     /// How the domain at `place` is, which was asked.
     pub fn answer(mut self, registry: &Registry, place: &Place) -> Seen {
+        let deadline = self.since + PATIENCE;
         loop {
-            let answer = self.call.ok().map(|stream| listen(stream, self.deadline));
+            // The socket is the last that a monitor makes when it starts.
+            let absent = matches!(&self.call, Err(e) if e.kind() == io::ErrorKind::NotFound);
+            let answer = self.call.ok().map(|stream| listen(stream, deadline));
             let late = matches!(answer, Some(Err(ClientError::Timeout { .. })));
             if let Some(Ok(answer)) = answer {
                 return answered(registry, place, answer);
@@ -117,8 +123,10 @@ impl Asked {
                 Found::Gone => return Seen::without_monitor(State::Killed),
             };
             // One that nobody listens for, or that hangs up, may be on its way in, or out.
-            if late || Instant::now() >= self.deadline {
-                return Seen { state: State::Hung, process: Some(process), client: None };
+            let starting = absent && self.since.elapsed() >= START;
+            if starting || late || Instant::now() >= deadline {
+                let state = if starting { State::Starting } else { State::Hung };
+                return Seen { state, process: Some(process), client: None };
             }
             process.ends_within(LOOK);
             self.call = call(place);

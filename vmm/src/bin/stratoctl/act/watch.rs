@@ -203,7 +203,8 @@ impl WaitFor {
     const fn is_there(self, state: State) -> bool {
         match self {
             Self::Ended => {
-                !matches!(state, State::Running | State::Paused | State::Saving | State::Hung)
+                use State::{Hung, Paused, Running, Saving, Starting};
+                !matches!(state, Starting | Running | Paused | Saving | Hung)
             }
             Self::Running => matches!(state, State::Running),
             Self::Paused => matches!(state, State::Paused),
