@@ -1,8 +1,7 @@
 //! What state a domain is in: found out each time, by asking its monitor.
 use std::{
-    fs::File,
     io::{self, Write},
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    os::unix::net::UnixStream,
     path::Path,
     time::{Duration, Instant},
 };
@@ -12,9 +11,9 @@ use qmp::{
     client::{Client, ClientError},
     schema::{Command, MigrationStatus, QueryMigrate, QueryStatus, RunState},
 };
-use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::{
+    dial::dial,
     matrix::State,
     process::{Found, Process, find, search},
     registry::{Place, Registry},
@@ -28,6 +27,9 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// A start that takes longer is shown as one, and not waited for.
 const START: Duration = Duration::from_millis(100);
+
+/// The monitor's control socket, in its directory. The last thing that a monitor makes when it starts.
+const SOCKET: &str = "qmp.sock";
 
 /// A domain as it was found.
 pub struct Seen {
@@ -58,30 +60,13 @@ impl Seen {
     }
 }
 
-/// Connect to a socket in the directory `run`, however long its path is. Does not wait: one that has
-/// more callers than it takes is an error, `WouldBlock`.
-///
-/// # Errors
-/// When nobody listens there.
-pub fn connect(run: &Path, socket: &str) -> io::Result<UnixStream> {
-    // A socket's path has at most 107 bytes; a directory's may have more.
-    let directory = File::open(run)?;
-    let path = format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd());
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
-}
-
 /// Another connection to a monitor.
 ///
 /// # Errors
 /// When it does not answer.
 pub fn qmp(place: &Place) -> anyhow::Result<Client> {
     let cannot = || format!("cannot talk to the monitor of '{}'", place.name);
-    let stream = connect(&place.run, "qmp.sock").with_context(cannot)?;
+    let stream = dial(&place.run, Path::new(SOCKET)).with_context(cannot)?;
     Client::on(stream, PATIENCE).with_context(cannot)
 }
 
@@ -106,7 +91,6 @@ impl Asked {
     pub fn answer(mut self, registry: &Registry, place: &Place) -> Seen {
         let deadline = self.since + PATIENCE;
         loop {
-            // The socket is the last that a monitor makes when it starts.
             let absent = matches!(&self.call, Err(e) if e.kind() == io::ErrorKind::NotFound);
             let answer = self.call.ok().map(|stream| listen(stream, deadline));
             let late = matches!(answer, Some(Err(ClientError::Timeout { .. })));
@@ -176,7 +160,7 @@ type Answer = (Client, RunState, MigrationStatus);
 
 /// Connect to the monitor and ask all there is to ask, in one go.
 fn call(place: &Place) -> io::Result<UnixStream> {
-    let mut stream = connect(&place.run, "qmp.sock")?;
+    let mut stream = dial(&place.run, Path::new(SOCKET))?;
     let commands = [QueryStatus::NAME, QueryMigrate::NAME];
     stream.write_all(
         commands.map(|name| format!("{{\"execute\":\"{name}\"}}\n")).concat().as_bytes(),
