@@ -203,6 +203,8 @@ impl Machine {
     pub fn serve_serial(&self) {
         if let Some(serial) = self.legacy.serial() {
             serial.lock().resume();
+            // All other workers are with their devices.
+            self.io_threads.iter().for_each(|(_, thread)| thread.go());
         }
     }
 
