@@ -385,6 +385,11 @@ impl Guest {
         at
     }
 
+    /// Change guest memory.
+    pub fn poke(&self, addr: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
+    }
+
     /// What guest memory holds.
     pub fn peek(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];

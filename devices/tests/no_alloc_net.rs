@@ -70,14 +70,17 @@ impl NetBackend for Wire {
     fn has_uso(&self) -> bool {
         false
     }
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize> {
-        into.read_from(self.fd(queue))
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
+        into.read_from(self.fd(queue), spill)
     }
     fn read_buffer(&self, _: usize, into: &mut [u8]) -> io::Result<usize> {
         self.0.recv(into)
     }
     fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize> {
         frame.write_to(self.fd(queue))
+    }
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        self.0.send(frame)
     }
     fn set_offloads(&self, _: Offloads) -> io::Result<()> {
         Ok(())

@@ -301,6 +301,28 @@ impl Machine {
         set.map(drop).map_err(|source| PlugError::Thread { id: id.into(), source })
     }
 
+    /// Whether a slot holds the NIC `id`.
+    pub fn has_nic(&self, id: &str) -> bool {
+        self.backends.nic_slot(id).is_some()
+    }
+
+    /// Tell the networks of the NICs `ids`, or of all, where they are now. A tap that does not take
+    /// it shows in the log: the machine can do without.
+    pub fn announce(&self, ids: Option<&[String]>) {
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            let Some(NicConfig { id, .. }) = config else { continue };
+            if ids.is_some_and(|ids| !ids.contains(id)) {
+                continue;
+            }
+            let Some((transport, _)) = self.slots.get(DISKS + slot) else { continue };
+            let announced =
+                transport.lock().device().map_or(Ok(()), |net: &mut Net| net.announce());
+            if let Err(e) = announced {
+                log::warn!("{id}: cannot announce its address: {e}");
+            }
+        }
+    }
+
     /// Give the image of disk `id` a new size, in bytes; the guest sees it at once. A block device
     /// is only looked at again.
     ///

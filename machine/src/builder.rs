@@ -1,5 +1,5 @@
 //! From configuration to machine.
-use std::{io, sync::Arc, thread};
+use std::{io, ops::Range, sync::Arc, thread};
 
 use devices::{
     Memory,
@@ -22,6 +22,7 @@ use crate::{
     boot::{self, BootError},
     config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
     event::{Event, Report, Told},
+    generation::GenerationId,
     io_thread,
     kvm::{
         self, KvmError, Vm, cpuid, entry, features, state,
@@ -82,6 +83,8 @@ pub enum BuildError {
     Run(#[from] RunError),
     #[error("cannot make the register window")]
     Window(#[source] io::Error),
+    #[error("the host has no random numbers for the generation id")]
+    Random(#[source] io::Error),
 }
 
 /// What a saved machine is built from.
@@ -92,6 +95,8 @@ pub struct Saved<'a> {
     pub occupied: &'a Occupancy,
     /// Its memory, contents and all.
     pub memory: Memory,
+    /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
+    pub filled: Vec<Range<u64>>,
     /// Everything else.
     pub state: MachineState,
 }
@@ -118,7 +123,10 @@ impl Machine {
     pub fn restored(saved: Saved<'_>, report: Report) -> Result<Self, BuildError> {
         let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
+        machine.filled = saved.filled.into();
         machine.quiesced()?.restore(&saved.state)?;
+        // Before the guest runs, and after the interrupt controllers have their state.
+        machine.legacy.generation_changed();
         Ok(machine)
     }
 
@@ -176,6 +184,8 @@ impl Machine {
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
+        let generation = GenerationId::random().map_err(BuildError::Random)?;
+        generation.write(&memory)?;
         let msr_list = Arc::new(state::msr_list(&kvm)?);
         let cpu = |fd| KvmCpu::new(fd, buses.clone(), msr_list.clone());
         let vcpus = fds
@@ -204,7 +214,12 @@ impl Machine {
             running: false,
             chardevs,
             backends: Backends::new(occupied, disk_stats),
+            generation,
             seen,
+            filled: Arc::default(),
+            logging: false,
+            cleared: Vec::new(),
+            disks_released: false,
         })
     }
 }

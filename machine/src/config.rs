@@ -189,7 +189,13 @@ pub enum CharBackend {
     /// A file, created if missing, appended to. Output only.
     File(PathBuf),
     /// A Unix socket that this process listens on; one connection at a time.
-    Socket(PathBuf),
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Each connection gets the last this many bytes of output first, up to 1 MiB.
+        #[serde(default)]
+        replay: u32,
+    },
 }
 
 /// virtio-rng.

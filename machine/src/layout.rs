@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! 0x0000_0000 .. 0x0009_fc00   RAM: zero page, boot GDT, page tables, command line
-//! 0x0009_fc00 .. 0x0010_0000   RAM for the guest's eyes reserved: ACPI tables, MP table
+//! 0x0009_fc00 .. 0x0010_0000   RAM for the guest's eyes reserved: generation id, ACPI and MP tables
 //! 0x0010_0000 .. 0xc000_0000   RAM: kernel, initrd
 //! 0xc000_0000 .. 0x1_0000_0000 hole: virtio-mmio, IOAPIC, LAPIC, TSS, identity map
 //! 0x1_0000_0000 ..             RAM above the hole
@@ -34,6 +34,9 @@ pub const CMDLINE: u64 = 0x20000;
 pub const CMDLINE_MAX: usize = 0x10000;
 /// Extended BIOS data area, empty: from here to the end of the first megabyte nothing is free RAM.
 pub const EBDA: u64 = 0x9fc00;
+/// The generation id's 16 bytes, in a page of its own that is reserved. Not at the page's beginning,
+/// where Linux looks for ROMs.
+pub const GENERATION_ID: u64 = 0xdf010;
 /// ACPI tables, the RSDP first; an operating system looks for it from here on (ACPI 6.5, 5.2.5.1).
 pub const BIOS_AREA: u64 = 0xe0000;
 /// MP floating pointer and table. Not in the EBDA: its 1 KiB holds 40 processors. An operating

@@ -47,6 +47,7 @@ pub struct Legacy {
     all: Vec<Shared>,
     /// With the interrupts that they raise.
     lines: Vec<(Line, u32)>,
+    serial: Option<Shared>,
     keyboard: Arc<Mutex<I8042>>,
     power: Arc<Mutex<Power>>,
 }
@@ -76,13 +77,14 @@ impl Legacy {
             Ok(line)
         };
 
-        let mut chardev = None;
+        let (mut chardev, mut port) = (None, None);
         if let Some(backend) = &config.serial {
             let char = open(backend, report)?;
             chardev = Some(char.name.clone());
             let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread)?;
             let serial = Arc::new(Mutex::new(serial));
             attach(SERIAL_PORT, 8, serial.clone())?;
+            port = Some(serial.clone() as Shared);
             all.push(serial);
         }
 
@@ -105,7 +107,7 @@ impl Legacy {
         let pvpanic = Arc::new(Mutex::new(Pvpanic::new("pvpanic", sink)));
         attach(PVPANIC_PORT, 1, pvpanic.clone())?;
         all.push(pvpanic);
-        Ok((Self { all, lines, keyboard, power }, chardev))
+        Ok((Self { all, lines, serial: port, keyboard, power }, chardev))
     }
 
     /// Let `vm` carry their interrupts.
@@ -122,9 +124,19 @@ impl Legacy {
         self.all.iter().cloned()
     }
 
+    /// The serial port, if there is one.
+    pub(crate) fn serial(&self) -> Option<&Shared> {
+        self.serial.as_ref()
+    }
+
     /// Press the ACPI power button.
     pub fn press_power_button(&self) {
         self.power.lock().press_power_button();
+    }
+
+    /// Tell the guest that its generation id is another one.
+    pub(crate) fn generation_changed(&self) {
+        self.power.lock().generation_changed();
     }
 
     /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
@@ -142,6 +154,6 @@ pub(crate) fn open(backend: &CharBackend, report: &Report) -> Result<Char, CharE
         }
         CharBackend::Pty => Char::pty(),
         CharBackend::File(path) => Char::file(path),
-        CharBackend::Socket(path) => Char::socket(path),
+        CharBackend::Socket { path, replay } => Char::socket(path, *replay as usize),
     }
 }

@@ -4,6 +4,7 @@ pub mod boot;
 mod builder;
 pub mod config;
 mod event;
+mod generation;
 pub mod io_thread;
 pub mod kvm;
 pub mod layout;
@@ -16,8 +17,9 @@ pub mod vcpu;
 
 pub use backends::{PlugError, PluggedDisk};
 pub use builder::{BuildError, Saved};
-pub use devices::{Memory, PowerEvent};
+pub use devices::{Memory, PowerEvent, backend::inherited};
 pub use event::{Event, Report, Told};
+pub use generation::GenerationId;
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
 pub use slots::{DISKS, NICS};

@@ -1,30 +1,35 @@
 //! The machine: what it is made of, and how all of it stops, goes on and starts anew.
 use std::{
     io,
+    ops::Range,
     sync::{Arc, mpsc::RecvTimeoutError},
     time::Duration,
 };
 
 use devices::{
     Device, Memory,
-    virtio::{VirtioDevice, mmio::Transport},
+    backend::disk::{Disk, DiskError},
+    virtio::{VirtioDevice, blk::Block, mmio::Transport},
 };
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use parking_lot::{Mutex, MutexGuard};
+use vm_memory::GuestAddress;
 
 use crate::{
     backends::Backends,
     boot::{self, BootError, Platform},
     config::MachineConfig,
+    generation::GenerationId,
     io_thread::{self, Holding},
     kvm::{
         self, KvmError, Vm,
         vcpu::{Buses, KvmCpu},
     },
+    layout,
     legacy::Legacy,
-    memory,
-    slots::Slots,
+    memory::{self, image},
+    slots::{DISKS, Slots},
     vcpu::{Gone, Handle},
 };
 
@@ -53,8 +58,17 @@ pub struct Machine {
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) backends: Backends,
+    pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,
+    /// Ranges of the memory's image that are not zero although nobody may have touched them.
+    pub(crate) filled: Arc<[Range<u64>]>,
+    /// It is noted which pages are written.
+    pub(crate) logging: bool,
+    /// What a reset has cleared since they were last asked for.
+    pub(crate) cleared: Vec<Range<u64>>,
+    /// Other machines may have the disks.
+    pub(crate) disks_released: bool,
 }
 
 /// The moment at which the guest's clocks stood still.
@@ -77,6 +91,9 @@ pub enum RunError {
     /// The kernel could not be loaded again.
     #[error("cannot load the kernel again")]
     Boot(#[from] BootError),
+    /// A disk was handed over, and whoever has it now keeps it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The host refused something.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -112,6 +129,11 @@ impl Machine {
         &self.chardevs
     }
 
+    /// What tells it from other machines that go on from the same state.
+    pub fn generation_id(&self) -> GenerationId {
+        self.generation
+    }
+
     /// Press the ACPI power button.
     pub fn press_power_button(&self) {
         self.legacy.press_power_button();
@@ -125,8 +147,9 @@ impl Machine {
     /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood.
     ///
     /// # Errors
-    /// When KVM refuses the clock.
+    /// When KVM refuses the clock, or another machine has a disk that was given away.
     pub fn resume(&mut self) -> Result<(), RunError> {
+        self.hold_disks()?;
         let mut ticks = 0;
         if let Some(parked) = self.parked.take() {
             self.vm.set_clock(parked.clock)?;
@@ -236,6 +259,16 @@ impl Machine {
         self.patiently(lock)?.ok_or(RunError::NoThread)
     }
 
+    /// Let the serial port's other end be served although the machine stands still: whoever connects
+    /// there is told what the guest has said. What is typed goes no further than the port's FIFO.
+    pub fn serve_serial(&self) {
+        if let Some(serial) = self.legacy.serial() {
+            serial.lock().resume();
+            // All that this thread has got: the other workers are parked.
+            self.io_threads.first().iter().for_each(|(_, thread)| thread.go());
+        }
+    }
+
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine
     /// is paused before and after.
     ///
@@ -248,8 +281,12 @@ impl Machine {
     pub fn reset(&mut self) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
+        if self.logging {
+            self.cleared = image::union(&self.cleared, &image::used(&self.memory, &self.filled)?);
+        }
         memory::clear(&self.memory, &self.config.memory)?;
         let entry = load_kernel(&self.memory, &self.config, &self.slots, &self.apic_ids)?;
+        self.generation.write(&self.memory)?;
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
         let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
@@ -264,8 +301,43 @@ impl Machine {
             vcpu.replace(KvmCpu::new(fd, self.buses.clone(), self.msr_list.clone()))?;
         }
         self.vm = vm;
+        if self.logging {
+            self.vm.log_dirty(true)?;
+        }
         // A machine that has not run yet has no pause to make up for.
         self.parked = None;
+        Ok(())
+    }
+
+    /// Let other machines have the disks, until this one runs again.
+    pub fn release_disks(&mut self) {
+        self.disks_released = true;
+        self.each_disk(|disk| {
+            disk.release();
+            Ok(())
+        })
+        .ok();
+    }
+
+    /// Have the disks again that were released.
+    ///
+    /// # Errors
+    /// When another machine has one.
+    pub fn hold_disks(&mut self) -> Result<(), DiskError> {
+        if self.disks_released {
+            self.each_disk(Disk::hold)?;
+            self.disks_released = false;
+        }
+        Ok(())
+    }
+
+    fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
+        let transports = (0..DISKS).filter_map(|slot| self.slots.get(slot));
+        for (transport, _) in transports {
+            if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
+                act(disk)?;
+            }
+        }
         Ok(())
     }
 
@@ -295,7 +367,7 @@ pub(crate) fn load_kernel(
         apic_ids,
         slots: &slots.boot_list(),
         serial: config.serial.is_some(),
-        vmgenid: None,
+        vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
     };
     boot::load(memory, &config.boot, &platform)
 }

@@ -113,8 +113,8 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     let advice = if config.shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     for region in memory.iter() {
         let (address, size) = (region.as_ptr().cast(), region.size());
-        if region.file_offset().is_some() && !config.shared && config.path.is_none() {
-            // The image of a saved state: given back, its pages would show the file again.
+        if !config.shared && config.path.is_none() {
+            // Not given back, because pages that are filled from a saved state would be so again.
             let flags =
                 libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             let protection = libc::PROT_READ | libc::PROT_WRITE;

@@ -1,5 +1,5 @@
 //! A machine that stands still as a whole: the only one whose state can be read and replaced.
-use std::{io, ops::Range};
+use std::{io, ops::Range, sync::Arc};
 
 use devices::{
     Memory,
@@ -80,6 +80,8 @@ pub enum RestoreError {
     Device { index: usize, id: String, source: StateError },
     #[error("cannot restore the interrupt controllers and the timer")]
     Chips(#[source] KvmError),
+    #[error("cannot restore the guest's clock")]
+    Clock(#[source] KvmError),
     #[error(transparent)]
     Gone(#[from] Gone),
 }
@@ -97,27 +99,51 @@ impl Machine {
         Ok(Quiesced(self))
     }
 
+    /// What the machine was made from, and what is in its slots now.
+    pub fn made_of(&self) -> (&MachineConfig, Occupancy) {
+        (&self.config, self.backends.occupancy())
+    }
+
+    /// Bytes of the disks in the slots, 0 for an empty one.
+    pub fn disk_sizes(&self) -> Vec<u64> {
+        let capacity = |slot| {
+            let mut transport = self.slots.get(slot)?.0.lock();
+            Some(transport.device::<Block>()?.capacity())
+        };
+        (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
+    }
+
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// Ranges of the memory's image that are not zero although nobody may have touched them: see
+    /// [`image::used`].
+    pub fn filled(&self) -> Arc<[Range<u64>]> {
+        self.filled.clone()
     }
 
     /// Begin to note which pages are written, or end it.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn log_dirty(&self, on: bool) -> Result<(), KvmError> {
+    pub fn log_dirty(&mut self, on: bool) -> Result<(), KvmError> {
         self.vm.log_dirty(on)?;
+        self.logging = on;
+        self.cleared.clear();
         image::forget_dirty(&self.memory);
         Ok(())
     }
 
-    /// As [`Quiesced::dirty_memory`]; what is written meanwhile may be in it or in the next one.
+    /// The ranges of the memory's image that have been written since [`Machine::log_dirty`] or the
+    /// last call. What is written meanwhile may be in it or in the next one.
     ///
     /// # Errors
     /// When KVM does not tell.
-    pub fn dirty_memory(&self) -> Result<Vec<Range<u64>>, KvmError> {
-        Ok(image::dirty(&self.memory, &self.vm.dirty()?))
+    pub fn dirty_memory(&mut self) -> Result<Vec<Range<u64>>, KvmError> {
+        let dirty = image::dirty(&self.memory, &self.vm.dirty()?);
+        Ok(image::union(&std::mem::take(&mut self.cleared), &dirty))
     }
 }
 
@@ -180,6 +206,9 @@ impl Quiesced<'_> {
         count("vCPUs", state.vcpus.len(), machine.vcpus.len())?;
         count("devices", state.devices.len(), machine.devices().count())?;
         state.chips.restore(&machine.vm).map_err(RestoreError::Chips)?;
+        // Before the vCPUs, whose MSRs have KVM write the wall clock into guest memory: the time at
+        // which this clock showed 0.
+        machine.vm.set_clock(state.clock).map_err(RestoreError::Clock)?;
         let each = machine.vcpus.iter().zip(state.vcpus.iter().cloned());
         let answers: Vec<_> = each.map(|(vcpu, state)| vcpu.restore(state)).collect();
         for (index, answer) in answers.into_iter().enumerate() {
@@ -195,34 +224,27 @@ impl Quiesced<'_> {
         Ok(())
     }
 
-    /// What the machine was made from, and what is in its slots now.
-    pub fn made_of(&self) -> (&MachineConfig, Occupancy) {
-        (&self.0.config, self.0.backends.occupancy())
-    }
-
-    /// Bytes of the disks in the slots, 0 for an empty one.
-    pub fn disk_sizes(&self) -> Vec<u64> {
-        let capacity = |slot| {
-            let mut transport = self.0.slots.get(slot)?.0.lock();
-            Some(transport.device::<Block>()?.capacity())
-        };
-        (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
-    }
-
     /// The ranges of the memory's image that may hold something else than zero.
     ///
     /// # Errors
     /// When the kernel does not tell.
     pub fn used_memory(&self) -> io::Result<Vec<Range<u64>>> {
-        image::used(&self.0.memory)
+        image::used(&self.0.memory, &self.0.filled)
     }
 
-    /// The ranges of the memory's image that have been written since [`Machine::log_dirty`] or the
-    /// last call.
+    /// As [`Machine::dirty_memory`], with nothing written meanwhile.
     ///
     /// # Errors
     /// When KVM does not tell.
-    pub fn dirty_memory(&self) -> Result<Vec<Range<u64>>, KvmError> {
+    pub fn dirty_memory(&mut self) -> Result<Vec<Range<u64>>, KvmError> {
         self.0.dirty_memory()
+    }
+
+    /// As [`Machine::log_dirty`].
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn log_dirty(&mut self, on: bool) -> Result<(), KvmError> {
+        self.0.log_dirty(on)
     }
 }

@@ -107,6 +107,19 @@ impl Client {
                 Err(_) => thread::sleep(RETRY),
             }
         };
+        Self::greeted(stream, deadline.max(Instant::now() + RETRY), timeout)
+    }
+
+    /// Goes on from a connected socket: reads the greeting, which may take up to `timeout`.
+    pub fn on(stream: UnixStream, timeout: Duration) -> Result<Self, ClientError> {
+        Self::greeted(stream, Instant::now() + timeout, timeout)
+    }
+
+    fn greeted(
+        stream: UnixStream,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> Result<Self, ClientError> {
         stream.set_write_timeout(Some(PATIENCE))?;
         #[derive(Deserialize)]
         struct Greeting {
@@ -126,7 +139,7 @@ impl Client {
             version: nothing,
             patience: PATIENCE,
         };
-        let line = client.line_by("greeting", deadline.max(Instant::now() + RETRY), timeout)?;
+        let line = client.line_by("greeting", deadline, timeout)?;
         let greeting: Greeting = parse(&line)?;
         client.version = greeting.qmp.version;
         Ok(client)
@@ -207,6 +220,14 @@ impl Client {
             seen = self.events.len();
             let line = self.line_by(&what, deadline, timeout)?;
             self.events.push_back(parse(&line)?);
+        }
+    }
+
+    /// The oldest event that has come and was not waited for, or the next one.
+    pub fn next_event(&mut self, timeout: Duration) -> Result<ReceivedEvent, ClientError> {
+        match self.events.pop_front() {
+            Some(event) => Ok(event),
+            None => parse(&self.line_by("event", Instant::now() + timeout, timeout)?),
         }
     }
 

@@ -98,6 +98,21 @@ __attribute__((noreturn)) static inline void halt(void)
         __asm__ volatile("cli; hlt");
 }
 
+static inline u64 read_msr(u32 index)
+{
+    u32 low, high;
+    __asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(index));
+    return (u64)high << 32 | low;
+}
+static inline void write_msr(u32 index, u64 value)
+{
+    __asm__ volatile("wrmsr" : : "a"((u32)value), "d"((u32)(value >> 32)), "c"(index) : "memory");
+}
+
+/* Has `handler`, an __attribute__((interrupt)) function, called for `vector`. */
+struct frame;
+void on_interrupt(u8 vector, void (*handler)(struct frame *));
+
 /* The serial port. `say` prints a line: words and a number in hexadecimal. */
 void print(const char *text);
 void print_number(u64 number);

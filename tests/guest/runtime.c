@@ -41,6 +41,23 @@ void say(const char *words, u64 number)
     print("\n");
 }
 
+static struct {
+    u64 low, high;
+} gates[256] __attribute__((aligned(16)));
+
+void on_interrupt(u8 vector, void (*handler)(struct frame *))
+{
+    struct {
+        u16 limit;
+        u64 base;
+    } __attribute__((packed)) table = {sizeof gates - 1, (u64)gates};
+    u64 at = (u64)handler;
+    /* Present interrupt gate to the code segment, 0x10 (Intel SDM volume 3, 6.14.1). */
+    gates[vector].low = (at & 0xffff) | 0x10 << 16 | 0x8e00ull << 32 | (at >> 16 & 0xffff) << 48;
+    gates[vector].high = at >> 32;
+    __asm__ volatile("lidt %0" : : "m"(table));
+}
+
 char take(void)
 {
     while (!(in8(SERIAL + 5) & 1))

@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::debian::Debian;
 use crate::guest;
 use crate::host::{CONTROL, Host, Job, Running, Said, make_initramfs};
-use crate::paths::{BINARY, Paths, workspace};
+use crate::paths::{BINARY, Paths, STRATOCTL, workspace};
 use crate::progress::Step;
 
 /// The argument that makes a story program serve.
@@ -136,6 +136,8 @@ enum Outcome {
 /// Each is started when it is first needed.
 pub struct Agents {
     show: bool,
+    /// Where they run, if not where Debian's kernel does.
+    host: Option<Host>,
     /// Locked while it is being made: whoever comes second waits and finds it.
     ready: Mutex<Option<(Host, Paths, Debian)>>,
     idle: Mutex<Vec<Running>>,
@@ -145,7 +147,14 @@ impl Agents {
     /// Agents that show what stories print at once (`show`) or only when they fail.
     #[must_use]
     pub const fn new(show: bool) -> Self {
-        Self { show, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
+        Self { show, host: None, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
+    }
+
+    /// Agents on this machine, whatever its KVM can do: for guests that know how to run there.
+    #[must_use]
+    pub const fn native(show: bool) -> Self {
+        let host = Some(Host::Native);
+        Self { show, host, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
     }
 
     /// Runs one story. If an emulated host breaks down meanwhile, which is no fault of the story,
@@ -215,7 +224,10 @@ impl Agents {
         let mut ready = lock(&self.ready);
         let (host, paths, debian) = match &*ready {
             Some(ready) => ready.clone(),
-            None => ready.insert(prepare()?).clone(),
+            None => {
+                let made = self.host.clone().map_or_else(prepare, prepare_on)?;
+                ready.insert(made).clone()
+            }
         };
         drop(ready);
         let step = Step::spinner(match &host {
@@ -273,6 +285,10 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
     if let Some(reason) = host.reason() {
         eprintln!("{reason}.");
     }
+    prepare_on(host)
+}
+
+fn prepare_on(host: Host) -> Result<(Host, Paths, Debian)> {
     let mut paths = Paths::on_this_machine()?;
     let lock = paths.lock()?;
     let debian = Debian::get(&paths)?;
@@ -289,29 +305,41 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
 /// # Errors
 /// There is none of that name, or it does not build.
 pub fn monitor() -> Result<PathBuf> {
-    if let Some(named) = env::var_os(BINARY) {
+    binary("stratovirt", BINARY)
+}
+
+/// `stratoctl`: the one that `STRATOCTL_BIN` names, or built now like [`monitor`].
+///
+/// # Errors
+/// There is none of that name, or it does not build.
+pub fn stratoctl() -> Result<PathBuf> {
+    binary("stratoctl", STRATOCTL)
+}
+
+fn binary(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(named) = env::var_os(variable) {
         return fs::canonicalize(&named)
-            .with_context(|| format!("{BINARY}={} does not exist", named.display()));
+            .with_context(|| format!("{variable}={} does not exist", named.display()));
     }
     let exe = env::current_exe()?;
     let profile = exe.ancestors().find(|dir| dir.ends_with("debug") || dir.ends_with("release"));
     let profile = profile.context("built in a profile that is neither debug nor release")?;
     let target = profile.parent().context("a profile without a target directory")?;
-    let step = Step::spinner("Building the monitor");
+    let step = Step::spinner(&format!("Building {name}"));
     let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
     // For the whole workspace, as `cargo test` does it: with other features the dependencies would
     // be built once more.
-    build.args(["build", "--quiet", "--workspace", "--bin", "stratovirt"]);
+    build.args(["build", "--quiet", "--workspace", "--bin", name]);
     if profile.ends_with("release") {
         build.arg("--release");
     }
     let out = build.stdin(Stdio::null()).output().context("cannot run cargo")?;
     ensure!(
         out.status.success(),
-        "the monitor does not build:\n{}",
+        "{name} does not build:\n{}",
         String::from_utf8_lossy(&out.stderr)
     );
     step.done();
-    Ok(profile.join("stratovirt"))
+    Ok(profile.join(name))
 }

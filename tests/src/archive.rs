@@ -129,6 +129,23 @@ pub fn read_ext4(debian: &Debian, image: &Path, name: &str) -> Result<String> {
     Ok(content)
 }
 
+/// What `e2fsck` finds in an ext4 image that nobody has mounted: after `mend`, which replays the
+/// journal as the next mount would, or as it is.
+///
+/// # Errors
+/// The file system is damaged, or it is none.
+pub fn check_ext4(debian: &Debian, image: &Path, mend: bool) -> Result<String> {
+    let mut e2fsck = debian.program("sbin/e2fsck")?;
+    e2fsck.arg("-f").arg(if mend { "-p" } else { "-n" }).arg(image);
+    let out = e2fsck.output().context("cannot run e2fsck")?;
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    let said = said + &String::from_utf8_lossy(&out.stderr);
+    // 1: mended.
+    let good = out.status.code().is_some_and(|code| code == 0 || (mend && code == 1));
+    ensure!(good, "{} is damaged ({}):\n{said}", image.display(), out.status);
+    Ok(said)
+}
+
 /// Puts `from` at `to` with the directories above it: linked where that is possible, else copied.
 ///
 /// # Errors

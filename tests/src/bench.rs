@@ -10,6 +10,7 @@ pub mod guests;
 pub mod measure;
 pub mod monitors;
 pub mod run;
+pub mod snapshots;
 
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,16 @@ pub enum Metric {
     Stop,
     /// From `cont` to its answer.
     Cont,
+    /// How long a guest of 256 MiB stands still for a save, [`guests::FILL`] of it not zero.
+    SavePause,
+    /// The same as a multiple of the time that `dd` takes to write as many bytes and sync them.
+    SaveRatio,
+    /// How long it stands still for a save while it runs on.
+    LivePause,
+    /// From exec until the first byte of a restored guest of 256 MiB.
+    Restore,
+    /// The same with 4 GiB.
+    RestoreLarge,
     /// Sequential reads of 1 MiB.
     SeqRead,
     /// Sequential writes of 1 MiB.
@@ -64,6 +75,11 @@ impl Metric {
             Self::Status => ("query-status round trip", "us"),
             Self::Stop => ("stop round trip", "us"),
             Self::Cont => ("cont round trip", "us"),
+            Self::SavePause => ("save of 64 MiB, pause", "ms"),
+            Self::SaveRatio => ("save, pause / dd", "x"),
+            Self::LivePause => ("save while it runs, pause", "ms"),
+            Self::Restore => ("restore 256 MiB, exec to byte", "ms"),
+            Self::RestoreLarge => ("restore 4 GiB, exec to byte", "ms"),
             Self::SeqRead => ("sequential read, 1 MiB", "MB/s"),
             Self::SeqWrite => ("sequential write, 1 MiB", "MB/s"),
             Self::RandRead1 => ("random read 4 KiB, depth 1", "IOPS"),
@@ -87,6 +103,8 @@ impl Metric {
 pub enum Scenario {
     /// A few instructions, on this machine's own KVM.
     Payload,
+    /// Saving and restoring a guest that does nothing but tell that it runs.
+    Snapshots,
     /// Linux on this machine's own KVM.
     Linux,
     /// Linux in the emulated host.
@@ -99,6 +117,7 @@ impl Scenario {
     pub const fn title(self) -> &'static str {
         match self {
             Self::Payload => "A payload of a few instructions",
+            Self::Snapshots => "Save and restore",
             Self::Linux => "Linux",
             Self::Emulated => "Linux in the emulated host",
         }

@@ -1,13 +1,16 @@
 //! The guests: Debian's kernel in three forms, an initramfs, and disks with an ext4 on them.
+use std::env;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::archive::{Cpio, applets, make_ext4, place};
-use crate::debian::Debian;
+use crate::debian::{Debian, output};
 use crate::kernel;
-use crate::paths::{Paths, atomically};
+use crate::paths::{Paths, atomically, workspace};
 use crate::progress::Step;
 
 /// What a guest's kernel needs beyond itself.
@@ -23,6 +26,9 @@ const MODULES: &[&str] = &[
 ];
 /// Init of every guest.
 const INIT: &str = include_str!("init/guest.sh");
+/// Source of `load`, which keeps a guest busy, and what it is made of.
+const LOAD: &str = "tests/src/init/load.rs";
+const LOAD_SOURCE: [&str; 2] = [include_str!("init/load.rs"), include_str!("stream.rs")];
 
 /// A form that a kernel comes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +69,7 @@ pub fn initramfs(paths: &Paths) -> PathBuf {
 pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
     let dir = paths.cache.join("guest");
     let bzimage = debian.bzimage()?;
-    let mark = format!("{}\n{INIT}\n{MODULES:?}\n", bzimage.display());
+    let mark = format!("{}\n{INIT}\n{MODULES:?}\n{}", bzimage.display(), LOAD_SOURCE.concat());
     if fs::read_to_string(dir.join("mark")).is_ok_and(|have| have == mark) {
         return Ok(());
     }
@@ -77,7 +83,10 @@ pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
         fs::write(dir.join("vmlinux.bin"), kernel::flat(&vmlinux)?)?;
         fs::write(dir.join("vmlinux"), vmlinux)?;
         fs::write(dir.join("bzImage"), packed)?;
-        fs::write(dir.join("initrd.cpio"), system(debian, INIT, MODULES, &[])?)?;
+        let load = dir.join("load");
+        static_program(LOAD, &load)?;
+        let programs = [("bin/load", load.as_path())];
+        fs::write(dir.join("initrd.cpio"), system(debian, INIT, MODULES, &[], &programs)?)?;
         fs::write(dir.join("mark"), mark)?;
         Ok(())
     })?;
@@ -85,12 +94,35 @@ pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
     Ok(())
 }
 
-/// An initramfs: busybox under all its names, modules with the order to load them in, an init, and
-/// empty directories.
+/// Builds the Rust program in `source`, a path in the workspace, so that it needs nothing but a
+/// kernel.
+///
+/// # Errors
+/// It does not build.
+pub fn static_program(source: &str, program: &Path) -> Result<()> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let words = "--edition 2024 -O -C target-feature=+crt-static -C relocation-model=static -C panic=abort -C strip=symbols";
+    output(Command::new(rustc).current_dir(workspace()).args(words.split(' ')).args([
+        OsStr::new("-o"),
+        program.as_os_str(),
+        OsStr::new(source),
+    ]))
+    .with_context(|| format!("{source} does not build"))
+    .map(drop)
+}
+
+/// An initramfs: busybox under all its names, modules with the order to load them in, an init, empty
+/// directories, and more programs.
 ///
 /// # Errors
 /// The packages lack something.
-pub fn system(debian: &Debian, init: &str, modules: &[&str], dirs: &[&str]) -> Result<Vec<u8>> {
+pub fn system(
+    debian: &Debian,
+    init: &str,
+    modules: &[&str],
+    dirs: &[&str],
+    programs: &[(&str, &Path)],
+) -> Result<Vec<u8>> {
     let busybox = debian.file("bin/busybox")?;
     let mut cpio = Cpio::new(Vec::new());
     for dir in ["bin", "dev", "proc", "sys", "tmp", "mnt", "modules"].iter().chain(dirs) {
@@ -99,6 +131,9 @@ pub fn system(debian: &Debian, init: &str, modules: &[&str], dirs: &[&str]) -> R
     cpio.program("bin/busybox", &fs::read(&busybox)?)?;
     for name in applets(&busybox)?.iter().filter(|name| *name != "busybox") {
         cpio.link(&format!("bin/{name}"), "busybox")?;
+    }
+    for (name, program) in programs {
+        cpio.program(name, &fs::read(program)?)?;
     }
     let mut order = String::new();
     for module in kernel::modules(&debian.modules()?, modules)? {

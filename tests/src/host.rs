@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::archive::{applets, make_ext4, place};
 use crate::debian::{Debian, libraries, output};
 use crate::guest;
-use crate::paths::{BINARY, CACHE, GUEST_KERNEL, Paths, SCRATCH, atomically};
+use crate::paths::{BINARY, CACHE, GUEST_KERNEL, Paths, SCRATCH, SEED, atomically};
 
 /// Overrides what [`Host::detect`] finds: `native` or `emulated`.
 const OVERRIDE: &str = "STRATOVIRT_HOST";
@@ -35,7 +35,7 @@ const MODULES: &[&str] =
 /// Init of the emulated host.
 const INIT: &str = include_str!("init/host.sh");
 /// Programs of Debian's packages that stories use.
-const PROGRAMS: [&str; 3] = ["sbin/mke2fs", "sbin/debugfs", "bin/ip"];
+const PROGRAMS: [&str; 4] = ["sbin/mke2fs", "sbin/e2fsck", "sbin/debugfs", "bin/ip"];
 /// What its kernel says, a file in its directory.
 const CONSOLE: &str = "console.log";
 /// Begins the name of its directory; the process it belongs to and a number follow.
@@ -138,6 +138,7 @@ impl Job {
             job.files.push((kernel.into(), "guest/given".to_owned()));
             job.env.push((GUEST_KERNEL.to_owned(), "given".to_owned()));
         }
+        job.env.extend(env::var(SEED).map(|seed| (SEED.to_owned(), seed)));
         Ok(job)
     }
 }
@@ -406,7 +407,7 @@ pub fn make_initramfs(paths: &Paths, debian: &Debian) -> Result<()> {
     }
     fs::create_dir_all(paths.cache.join("host"))?;
     atomically(&initramfs(paths), |part| {
-        Ok(fs::write(part, guest::system(debian, INIT, MODULES, &["host"])?)?)
+        Ok(fs::write(part, guest::system(debian, INIT, MODULES, &["host"], &[])?)?)
     })?;
     fs::write(&mark, now).context("cannot note what was made")
 }

@@ -12,3 +12,4 @@ pub mod monitor;
 pub mod net;
 pub mod paths;
 pub mod progress;
+pub mod stream;

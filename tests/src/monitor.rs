@@ -45,6 +45,25 @@ impl Vm {
         }
     }
 
+    /// The given kernel, as it runs on this machine whatever its KVM can do: the kernel is told the
+    /// TSC's frequency, and the console is virtio's. One vCPU; 256 MiB and the initramfs.
+    ///
+    /// # Errors
+    /// No KVM.
+    pub fn native(paths: &Paths) -> Result<Self> {
+        let kvm = kvm_ioctls::Kvm::new().context("cannot use /dev/kvm")?;
+        let khz = kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz()?;
+        let mut vm = Self::linux(paths, Kernel::Given);
+        if let Value::Object(config) = &mut vm.config {
+            config.remove("serial");
+        }
+        vm.cmdline = vm.cmdline.replace("console=ttyS0", "console=hvc0");
+        let console = "-chardev stdio,id=outside -device virtio-serial-device,id=bus \
+                       -device virtconsole,id=console,chardev=outside";
+        let words = format!("tsc_early_khz={khz} tsc=reliable idle=halt nopti nogbpages");
+        Ok(vm.append(&words).args(&console.split_whitespace().collect::<Vec<_>>()))
+    }
+
     /// A machine as a configuration file describes it.
     #[must_use]
     pub fn described(config: Value) -> Self {
@@ -294,6 +313,21 @@ impl Monitor {
         self.console.text().get(self.seen..).unwrap_or_default().to_owned()
     }
 
+    /// Everything that the console has shown.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        self.console.text()
+    }
+
+    /// Everything that the console has shown, once the monitor has ended.
+    ///
+    /// # Errors
+    /// Somebody else holds its output open.
+    pub fn shown_to_its_end(&self) -> Result<String> {
+        self.console.wait_end(SOON)?;
+        Ok(self.shown())
+    }
+
     /// Forgets what is on the console so far.
     pub fn forget(&mut self) {
         self.seen = self.console.length();
@@ -402,6 +436,14 @@ impl Console {
 
     fn length(&self) -> usize {
         self.lock().shown.len()
+    }
+
+    /// Waits until nothing more can come.
+    fn wait_end(&self, limit: Duration) -> Result<()> {
+        let wait = self.changed.wait_timeout_while(self.lock(), limit, |text| text.open > 0);
+        let waited = wait.unwrap_or_else(PoisonError::into_inner).1;
+        ensure!(!waited.timed_out(), "its output is still open");
+        Ok(())
     }
 
     /// Waits for `text` after `from`; gives what comes up to its end, and where that is.

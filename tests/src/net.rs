@@ -18,6 +18,8 @@ impl Tap {
     pub fn create(debian: &Debian, name: &str, address: &str) -> Result<Self> {
         let tap = Self { name: name.to_owned(), debian: debian.clone() };
         tap.ip(&["tuntap", "add", "mode", "tap", "name", name])?;
+        // As behind a bridge: a guest that is restored on another tap finds the neighbour it knows.
+        tap.ip(&["link", "set", name, "address", "02:00:00:00:00:01"])?;
         tap.ip(&["addr", "add", address, "dev", name])?;
         tap.ip(&["link", "set", name, "up"])?;
         Ok(tap)

@@ -12,8 +12,13 @@ pub const CACHE: &str = "STORIES_CACHE";
 pub const SCRATCH: &str = "STORIES_SCRATCH";
 /// Names the monitor's binary; wins over building one.
 pub const BINARY: &str = "STRATOVIRT_BIN";
+/// Names `stratoctl`'s binary; wins over building one.
+pub const STRATOCTL: &str = "STRATOCTL_BIN";
 /// Names one more guest kernel for the stories that Debian's kernel cannot tell.
 pub const GUEST_KERNEL: &str = "STRATOVIRT_GUEST_KERNEL";
+
+/// Repeats what stories do by chance: the number that one has told.
+pub const SEED: &str = "STORIES_SEED";
 
 /// The three places a story needs.
 #[derive(Debug, Clone)]

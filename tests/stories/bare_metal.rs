@@ -6,6 +6,14 @@ mod blk;
 mod counters;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/exact.rs"]
+mod exact;
+#[path = "bare_metal/generation.rs"]
+mod generation;
+#[path = "bare_metal/halts.rs"]
+mod halts;
+#[path = "bare_metal/hostile_snapshot.rs"]
+mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
 mod hung;
 #[path = "bare_metal/nic.rs"]
@@ -16,6 +24,8 @@ mod plug;
 mod process;
 #[path = "bare_metal/run_state.rs"]
 mod run_state;
+#[path = "bare_metal/save_faults.rs"]
+mod save_faults;
 #[path = "bare_metal/snapshot.rs"]
 mod snapshot;
 #[path = "bare_metal/stage.rs"]

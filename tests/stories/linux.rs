@@ -8,14 +8,22 @@ mod devices;
 mod examples;
 #[path = "linux/life.rs"]
 mod life;
+#[path = "linux/snapshot.rs"]
+mod snapshot;
 
 use std::env;
 use std::sync::Arc;
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
+use snapshot::Shape;
 use stories::agent::{Agents, EXAMPLES, SERVE, Tell, Told, serve};
 use stories::paths::{GUEST_KERNEL, Paths, workspace};
+
+/// What an emulated host saves and restores in seconds.
+const SMALL: Shape = Shape { native: false, cpus: 1, mib: 256, restores: 1 };
+/// The given kernel has one vCPU on PVM.
+const NATIVE: Shape = Shape { native: true, cpus: 1, mib: 256, restores: 10 };
 
 const STORIES: &[(&str, Tell)] = &[
     ("an_elf_kernel_boots", boot::elf),
@@ -35,6 +43,25 @@ const STORIES: &[(&str, Tell)] = &[
     ("quit_ends_the_monitor", life::quit),
     ("poweroff_in_the_guest_ends_the_monitor", life::poweroff),
     ("a_panic_in_the_guest_is_told", life::panic),
+    ("a_busy_guest_is_saved_and_goes_on_ten_times", |story| {
+        snapshot::stopped(story, Shape { restores: 10, ..SMALL })
+    }),
+    ("a_busy_guest_of_four_vcpus_and_more_than_4_gib_is_saved_and_goes_on", |story| {
+        snapshot::stopped(story, Shape { cpus: 4, mib: 4608, ..SMALL })
+    }),
+    ("a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, SMALL)),
+    ("a_guest_is_saved_at_any_moment_of_its_boot", |story| snapshot::any_moment(story, SMALL, 4)),
+];
+
+/// Told by a given kernel on this machine's own KVM, which does not run Debian's.
+const NATIVELY: &[(&str, Tell)] = &[
+    ("natively_a_busy_guest_is_saved_and_goes_on_ten_times", |story| {
+        snapshot::stopped(story, Shape { mib: 5120, ..NATIVE })
+    }),
+    ("natively_a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, NATIVE)),
+    ("natively_a_guest_is_saved_at_any_moment_of_its_boot", |story| {
+        snapshot::any_moment(story, NATIVE, 50)
+    }),
 ];
 
 /// Debian's kernel cannot tell this one: it takes no virtio-mmio devices from its command line.
@@ -45,10 +72,12 @@ fn main() -> Result<()> {
     let mut all = STORIES.to_vec();
     if env::var_os(GUEST_KERNEL).is_some() {
         all.push(WITH_A_GIVEN_KERNEL);
+        all.extend(NATIVELY);
     } else if !serving {
         eprintln!(
             "Debian's kernel has no virtio_mmio.device= parameter: \
-             {GUEST_KERNEL}=VMLINUX adds the story of virtio without ACPI."
+             {GUEST_KERNEL}=VMLINUX adds the story of virtio without ACPI, and saves and restores \
+             that kernel on this machine's own KVM."
         );
     }
     let mut all: Vec<Told> = all.into_iter().map(|(name, tell)| (name.to_owned(), tell)).collect();
@@ -61,13 +90,16 @@ fn main() -> Result<()> {
     // An emulated host keeps one processor busy.
     args.test_threads = Some(args.test_threads.unwrap_or(2).min(2));
     let agents = Arc::new(Agents::new(args.nocapture));
+    let natively = Arc::new(Agents::native(args.nocapture));
     let trial = |(name, _): Told| {
-        let agents = Arc::clone(&agents);
+        let native = NATIVELY.iter().any(|(known, _)| *known == name);
+        let agents = Arc::clone(if native { &natively } else { &agents });
         Trial::test(name.clone(), move || {
             agents.run(&name).map_err(|error| Failed::from(format!("{error:#}")))
         })
     };
     let conclusion = libtest_mimic::run(&args, all.into_iter().map(trial).collect());
     agents.finish()?;
+    natively.finish()?;
     conclusion.exit()
 }

@@ -84,7 +84,8 @@ impl EventLoop {
         let mut events = Events::with_capacity(64);
         loop {
             let more = vmm.servers.iter().any(|s| s.has_work());
-            match self.poll.poll(&mut events, more.then_some(Duration::ZERO)) {
+            let at_most = if more { Some(Duration::ZERO) } else { vmm.until_announcement() };
+            match self.poll.poll(&mut events, at_most) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
@@ -104,6 +105,7 @@ impl EventLoop {
                 vmm.machine_event(event);
             }
             vmm.follow_save();
+            vmm.follow_announcements();
             for index in 0..vmm.servers.len() {
                 vmm.asked_by = index;
                 while vmm.ending().is_none()

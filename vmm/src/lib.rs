@@ -1,10 +1,14 @@
 //! The life of one virtual machine: what may happen when, and who answers for it.
 #![forbid(unsafe_code)]
+pub mod actions;
+pub mod announce;
 pub mod checkpoint;
 pub mod cli;
 mod commands;
 pub mod daemon;
 pub mod event_loop;
+pub mod file_signals;
+pub mod last_words;
 pub mod lifecycle;
 pub mod logging;
 pub mod pidfile;

@@ -2,16 +2,20 @@
 //!
 //! ```text
 //!   Prelaunch --Resume--> Running <--Resume-- Paused
-//!       |                  |   \----Pause-----^  |
-//!       |                  |                     |
-//!       +------------------+------Shutdown-------+--> Shutdown
+//!     ^  |                 |   \----Pause-----^  |
+//!     |  |                 |                     |
+//!     |  +-----------------+-------Halt----------+--> Halted
+//!     +-----------------------Reset--------------------/
 //! ```
-//! From each of the three, Save leads to Saving, and Saved from there to Paused: nobody may run the
-//! guest while its memory is copied. A reset leads back to where it came from: a paused machine that is reset stays paused.
+//! From each of them, Save leads to Saving, and Saved from there to Paused: nobody may run the
+//! guest while its memory is copied. Migrated leads from Saving to PostMigrate, where the machine
+//! stands still as in Paused: another process goes on with it. A reset leads back to where it came
+//! from: a paused machine that is reset stays paused, and a halted one is as if it had never run.
+//! Shutdown ends it from anywhere.
+use serde::{Deserialize, Serialize};
 
 /// Where a VM can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
 pub enum State {
     /// Built, never started (`-S`).
     Prelaunch,
@@ -21,14 +25,42 @@ pub enum State {
     Paused,
     /// Paused, and must stay so until the state has been saved.
     Saving,
+    /// Paused, and handed over to another process; may go on here if that one does not.
+    PostMigrate,
+    /// The guest cannot go on, and its machine is kept to be looked at, saved or reset.
+    Halted(Halt),
     /// Over; the process is about to end.
     Shutdown,
 }
 
+/// Why a guest cannot go on. The names are those of the protocol's run states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
+pub enum Halt {
+    /// It powered off or rebooted.
+    #[error("the guest has shut down")]
+    Shutdown,
+    /// It said that it has crashed.
+    #[error("the guest has crashed")]
+    GuestPanicked,
+    /// KVM could not run it.
+    #[error("KVM cannot run the guest any further")]
+    InternalError,
+}
+
 impl State {
     /// All of them, for tests and tables.
-    pub const ALL: [Self; 5] =
-        [Self::Prelaunch, Self::Running, Self::Paused, Self::Saving, Self::Shutdown];
+    pub const ALL: [Self; 9] = [
+        Self::Prelaunch,
+        Self::Running,
+        Self::Paused,
+        Self::Saving,
+        Self::PostMigrate,
+        Self::Halted(Halt::Shutdown),
+        Self::Halted(Halt::GuestPanicked),
+        Self::Halted(Halt::InternalError),
+        Self::Shutdown,
+    ];
 
     /// Where `event` leads from here.
     ///
@@ -37,18 +69,52 @@ impl State {
     pub const fn on(self, event: Event) -> Result<Self, Denied> {
         use {Event as E, State as S};
         Ok(match (self, event) {
-            (S::Prelaunch | S::Running | S::Paused, E::Resume) => S::Running,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Resume) => S::Running,
             (S::Running | S::Paused, E::Pause) => S::Paused,
-            (S::Prelaunch, E::Pause) => S::Prelaunch,
-            (S::Prelaunch | S::Running | S::Paused, E::Reset) => self,
-            (S::Prelaunch | S::Running | S::Paused, E::Save) => S::Saving,
+            (S::Prelaunch | S::Saving | S::PostMigrate | S::Halted(_), E::Pause) => self,
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate, E::Reset) => self,
+            (S::Halted(_), E::Reset) => S::Prelaunch,
+            (S::Prelaunch | S::Running | S::Paused, E::Halt(why)) => S::Halted(why),
+            (S::Prelaunch | S::Running | S::Paused | S::PostMigrate | S::Halted(_), E::Save) => {
+                S::Saving
+            }
             (S::Saving, E::Saved) => S::Paused,
-            (S::Saving, E::Pause) => S::Saving,
-            (S::Prelaunch | S::Running | S::Paused | S::Saving, E::Shutdown) => S::Shutdown,
-            (S::Saving | S::Shutdown, _) | (_, E::Saved) => {
+            (S::Saving, E::Migrated) => S::PostMigrate,
+            (
+                S::Prelaunch | S::Running | S::Paused | S::Saving | S::PostMigrate | S::Halted(_),
+                E::Shutdown,
+            ) => S::Shutdown,
+            (S::Saving | S::Shutdown | S::Halted(_), _)
+            | (S::PostMigrate, E::Halt(_))
+            | (_, E::Saved | E::Migrated) => {
                 return Err(Denied { state: self, event });
             }
         })
+    }
+
+    /// Place in a set of states.
+    const fn bit(self) -> u16 {
+        1 << match self {
+            Self::Prelaunch => 0,
+            Self::Running => 1,
+            Self::Paused => 2,
+            Self::Saving => 3,
+            Self::Halted(Halt::Shutdown) => 4,
+            Self::Halted(Halt::GuestPanicked) => 5,
+            Self::Halted(Halt::InternalError) => 6,
+            Self::Shutdown => 7,
+            Self::PostMigrate => 8,
+        }
+    }
+
+    /// Why nothing can be done to the guest now, and what can be done instead.
+    pub fn hint(self) -> String {
+        match self {
+            Self::Halted(why) => {
+                format!("{why}; system_reset makes the machine boot anew, quit ends it")
+            }
+            _ => format!("the VM is {self:?}"),
+        }
     }
 }
 
@@ -61,17 +127,21 @@ pub enum Event {
     Pause,
     /// Boot anew.
     Reset,
+    /// Stand still for good: the guest cannot go on.
+    Halt(Halt),
     /// Stand still while the state is saved.
     Save,
     /// The save is over.
     Saved,
+    /// The save is over, and somebody else goes on from it.
+    Migrated,
     /// End.
     Shutdown,
 }
 
 /// The event makes no sense in that state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("cannot {event:?} while the VM is {state:?}")]
+#[error("cannot {event:?}: {}", state.hint())]
 pub struct Denied {
     state: State,
     event: Event,
@@ -79,24 +149,34 @@ pub struct Denied {
 
 /// A set of states.
 #[derive(Debug, Clone, Copy)]
-pub struct States(u8);
+pub struct States(u16);
 
 impl States {
     /// Whatever the state.
-    pub const ANY: Self = Self(u8::MAX);
-    /// While there is a VM to act on.
-    pub const ALIVE: Self = Self::of(&[State::Prelaunch, State::Running, State::Paused]);
+    pub const ANY: Self = Self(u16::MAX);
+    /// While there is a guest that can go on.
+    pub const GUEST: Self = Self::of(&[State::Prelaunch, State::Running, State::Paused]);
+    /// While there is a machine to act on: [`States::GUEST`], and a halted one.
+    pub const ALIVE: Self = Self(Self::GUEST.0 | Self::HALTED.0);
+    /// [`States::GUEST`], and after it was handed over.
+    pub const GUEST_OR_MIGRATED: Self = Self(Self::GUEST.0 | State::PostMigrate.bit());
+    /// [`States::ALIVE`], and after it was handed over.
+    pub const OR_MIGRATED: Self = Self(Self::ALIVE.0 | State::PostMigrate.bit());
+    /// [`States::OR_MIGRATED`], and while its state is being saved.
+    pub const OR_SAVING: Self = Self(Self::OR_MIGRATED.0 | State::Saving.bit());
 
-    /// [`States::ALIVE`], and while its state is being saved.
-    pub const OR_SAVING: Self =
-        Self::of(&[State::Prelaunch, State::Running, State::Paused, State::Saving]);
+    const HALTED: Self = Self::of(&[
+        State::Halted(Halt::Shutdown),
+        State::Halted(Halt::GuestPanicked),
+        State::Halted(Halt::InternalError),
+    ]);
 
     /// The set of `states`.
     pub const fn of(states: &[State]) -> Self {
         let mut bits = 0;
         let mut rest = states;
         while let [first, others @ ..] = rest {
-            bits |= 1 << *first as u8;
+            bits |= first.bit();
             rest = others;
         }
         Self(bits)
@@ -104,7 +184,7 @@ impl States {
 
     /// Membership.
     pub const fn contains(self, state: State) -> bool {
-        self.0 & (1 << state as u8) != 0
+        self.0 & state.bit() != 0
     }
 }
 
@@ -112,21 +192,41 @@ impl States {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 6] =
-        [Event::Resume, Event::Pause, Event::Reset, Event::Save, Event::Saved, Event::Shutdown];
+    const OFF: Halt = Halt::Shutdown;
+    const PANIC: Halt = Halt::GuestPanicked;
+    const KVM: Halt = Halt::InternalError;
+    const EVENTS: [Event; 10] = [
+        Event::Resume,
+        Event::Pause,
+        Event::Reset,
+        Event::Save,
+        Event::Saved,
+        Event::Migrated,
+        Event::Shutdown,
+        Event::Halt(OFF),
+        Event::Halt(PANIC),
+        Event::Halt(KVM),
+    ];
 
     #[test]
     fn every_state_answers_every_event() {
-        use State::{Paused, Prelaunch, Running, Saving, Shutdown};
+        use State::{Halted, Paused, PostMigrate, Prelaunch, Running, Saving, Shutdown};
         let (run, pause, pre) = (Some(Running), Some(Paused), Some(Prelaunch));
-        let (save, off) = (Some(Saving), Some(Shutdown));
+        let (save, away, over) = (Some(Saving), Some(PostMigrate), Some(Shutdown));
+        let (off, panic, kvm) = (Some(Halted(OFF)), Some(Halted(PANIC)), Some(Halted(KVM)));
+        // resume, pause, reset, save, saved, migrated, shutdown, and the three ways to halt
         let expected = [
-            (Prelaunch, [run, pre, pre, save, None, off]),
-            (Running, [run, pause, run, save, None, off]),
-            (Paused, [run, pause, pause, save, None, off]),
-            (Saving, [None, save, None, None, pause, off]),
-            (Shutdown, [None, None, None, None, None, None]),
+            (Prelaunch, [run, pre, pre, save, None, None, over, off, panic, kvm]),
+            (Running, [run, pause, run, save, None, None, over, off, panic, kvm]),
+            (Paused, [run, pause, pause, save, None, None, over, off, panic, kvm]),
+            (Saving, [None, save, None, None, pause, away, over, None, None, None]),
+            (PostMigrate, [run, away, away, save, None, None, over, None, None, None]),
+            (Halted(OFF), [None, off, pre, save, None, None, over, None, None, None]),
+            (Halted(PANIC), [None, panic, pre, save, None, None, over, None, None, None]),
+            (Halted(KVM), [None, kvm, pre, save, None, None, over, None, None, None]),
+            (Shutdown, [None; 10]),
         ];
+        assert_eq!(expected.map(|(state, _)| state), State::ALL);
         for (state, leads_to) in expected {
             for (event, next) in EVENTS.into_iter().zip(leads_to) {
                 assert_eq!(state.on(event).ok(), next, "{state:?} on {event:?}");
@@ -135,11 +235,21 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_says_what_is_possible() {
+        let denied = State::Halted(PANIC).on(Event::Resume).unwrap_err().to_string();
+        assert!(denied.contains("crashed") && denied.contains("system_reset"), "{denied}");
+    }
+
+    #[test]
     fn sets_hold_what_they_were_made_of() {
         for state in State::ALL {
             assert!(States::ANY.contains(state));
-            let over = state == State::Shutdown;
-            assert_eq!(States::ALIVE.contains(state), !over && state != State::Saving);
+            assert!(States::of(&[state]).contains(state));
+            let (over, saving) = (state == State::Shutdown, state == State::Saving);
+            let (halted, away) = (matches!(state, State::Halted(_)), state == State::PostMigrate);
+            assert_eq!(States::GUEST.contains(state), !over && !saving && !halted && !away);
+            assert_eq!(States::ALIVE.contains(state), !over && !saving && !away);
+            assert_eq!(States::OR_MIGRATED.contains(state), !over && !saving);
             assert_eq!(States::OR_SAVING.contains(state), !over);
         }
     }

@@ -9,11 +9,12 @@ use machine::{
 };
 use qmp::server::Server;
 use vmm::{
+    announce::Schedule,
     checkpoint::{self, job::Checkpointer},
     cli::{self, Action, Invocation, Log},
     daemon::{self, Side},
     event_loop::EventLoop,
-    lifecycle, logging,
+    file_signals, last_words, lifecycle, logging,
     pidfile::PidFile,
     seccomp,
     terminal::Raw,
@@ -55,14 +56,18 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Log::Off | Log::Stderr => None,
     };
     logging::start(file).context("cannot open the log file given by -D")?;
+    last_words::prepare(file).context("cannot open the log file a second time")?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
-    let machine = match &invocation.incoming {
-        None => Machine::new(&invocation.machine, events.report())?,
+    let (machine, halted) = match &invocation.incoming {
+        None => (Machine::new(&invocation.machine, events.report())?, None),
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
+    let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
+    let mapped = machine.config().memory.path.clone().or(mapped);
+    file_signals::handle(mapped.as_deref()).context("cannot handle the signals of files")?;
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     // Only now: whoever can connect gets an answer.
     let servers = invocation
@@ -74,11 +79,16 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     if !invocation.disable_seccomp {
-        seccomp::confine(file)?;
+        seccomp::confine()?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.reboot, checkpointer);
-    if !invocation.paused {
-        vmm.apply(lifecycle::Event::Resume)?;
+    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer);
+    if invocation.incoming.is_some() {
+        vmm.announce(Schedule::default(), None)?;
+    }
+    match halted {
+        Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
+        None if invocation.paused => {}
+        None => vmm.apply(lifecycle::Event::Resume)?,
     }
     if let Some(ready) = ready {
         ready.tell().context("cannot let go of the terminal")?;

@@ -12,17 +12,16 @@
 mod calls;
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Write},
     os::unix::fs::FileExt,
-    path::Path,
     sync::OnceLock,
 };
 
 use libc::{c_int, c_void, siginfo_t};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter};
 
-use crate::{logging, terminal};
+use crate::last_words;
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
@@ -30,9 +29,6 @@ pub enum SeccompError {
     /// It cannot be made for this architecture.
     #[error("cannot make the system-call filter")]
     Compile(#[from] BackendError),
-    /// The log file cannot be opened a second time.
-    #[error("cannot open the log file for the system-call filter")]
-    Log(#[source] io::Error),
     /// The handler of SIGSYS cannot be set.
     #[error("cannot watch for forbidden system calls")]
     Handler(#[source] io::Error),
@@ -41,29 +37,18 @@ pub enum SeccompError {
     Refused(#[source] seccompiler::Error),
 }
 
-/// What the handler needs, opened before it can be called.
-struct Resources {
-    /// This process's memory, to look at what came with the signal.
-    memory: Option<File>,
-    log: Option<File>,
-}
-
-static RESOURCES: OnceLock<Resources> = OnceLock::new();
+/// This process's memory, to look at what came with the signal; opened before it can be needed.
+/// Without /proc, as in a bare chroot, the report has no number.
+static MEMORY: OnceLock<Option<File>> = OnceLock::new();
 
 /// Confine all threads, those that run and those to come, for good. A forbidden call is reported
-/// on standard error and in the file `log`.
+/// by [`last_words`].
 ///
 /// # Errors
-/// When the host has no filters, or the log file cannot be opened.
-pub fn confine(log: Option<&Path>) -> Result<(), SeccompError> {
+/// When the host has no filters.
+pub fn confine() -> Result<(), SeccompError> {
     let program = compile()?;
-    let log = log.map(|path| OpenOptions::new().append(true).open(path)).transpose();
-    let resources = Resources {
-        // Without /proc, as in a bare chroot, the report has no number.
-        memory: File::open("/proc/self/mem").ok(),
-        log: log.map_err(SeccompError::Log)?,
-    };
-    RESOURCES.get_or_init(|| resources);
+    MEMORY.get_or_init(|| File::open("/proc/self/mem").ok());
     vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
         .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))?;
     seccompiler::apply_filter_all_threads(&program).map_err(SeccompError::Refused)
@@ -75,11 +60,9 @@ fn compile() -> Result<BpfProgram, BackendError> {
         .try_into()
 }
 
-/// The handler of SIGSYS. It takes no lock and no memory: the thread that it interrupts may be in
-/// the allocator or in the middle of a log line.
+/// The handler of SIGSYS. Takes no lock and no memory, as [`last_words`].
 extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    let resources = RESOURCES.get();
-    let memory = resources.and_then(|r| r.memory.as_ref());
+    let memory = MEMORY.get().and_then(Option::as_ref);
     let mut line = [0; 128];
     let mut rest = line.as_mut_slice();
     let _ = match memory.and_then(|memory| trapped(memory, info.addr())) {
@@ -91,15 +74,7 @@ extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         None => writeln!(rest, "stratovirt: Received a bad system call, number unknown"),
     };
     let left = rest.len();
-    let line = line.get(..line.len().saturating_sub(left)).unwrap_or_default();
-    if let Some(log) = resources.and_then(|r| r.log.as_ref()) {
-        let _ = { log }.write_all(line);
-    }
-    terminal::put_back();
-    // Not through `Stderr`, which has a lock; and a reader that has stopped must not keep us alive.
-    if logging::writable() {
-        let _ = rustix::io::write(rustix::stdio::stderr(), line);
-    }
+    last_words::say(line.get(..line.len().saturating_sub(left)).unwrap_or_default());
     // Begins with a call that is forbidden itself. All signals are blocked here, and a forbidden
     // call under a blocked SIGSYS ends the process by it.
     let _ = signal_hook::low_level::emulate_default_handler(libc::SIGSYS);

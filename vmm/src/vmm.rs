@@ -4,14 +4,16 @@ use std::{collections::BTreeMap, os::fd::OwnedFd};
 use machine::{Machine, RunError};
 use qmp::{
     Error, ErrorClass,
-    schema::{Event, ShutdownCause},
+    schema::{Event, GuestPanicAction, ShutdownCause},
     server::Server,
     table::Host,
 };
 
 use crate::{
+    actions::{Action, Actions},
+    announce::Announcing,
     checkpoint::job::Checkpointer,
-    lifecycle::{self, Denied, State, States},
+    lifecycle::{self, Denied, Halt, State, States},
     saving::Saving,
 };
 
@@ -27,9 +29,9 @@ pub struct Vmm {
     pub(crate) named_fds: BTreeMap<String, OwnedFd>,
     /// Why and how to end, once the request being answered has been answered.
     ending: Option<Ending>,
-    /// Guest resets boot anew rather than end the VM.
-    reboot: bool,
+    actions: Actions,
     pub(crate) saving: Saving,
+    pub(crate) announcing: Option<Announcing>,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
 }
@@ -61,7 +63,7 @@ impl Vmm {
     pub fn new(
         machine: Machine,
         servers: Vec<Server>,
-        reboot: bool,
+        actions: Actions,
         checkpointer: Checkpointer,
     ) -> Self {
         Self {
@@ -71,8 +73,9 @@ impl Vmm {
             asked_by: 0,
             named_fds: BTreeMap::new(),
             ending: None,
-            reboot,
+            actions,
             saving: Saving::new(checkpointer),
+            announcing: None,
             late: Vec::new(),
         }
     }
@@ -102,16 +105,30 @@ impl Vmm {
                     self.machine.resume()?;
                 }
             }
-            (State::Prelaunch | State::Paused, State::Running) => self.machine.resume()?,
-            (State::Running, State::Paused | State::Saving) => self.machine.pause()?,
+            (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
+                self.machine.resume()?;
+            }
             // Still vCPUs are what lets the last events be true.
-            (State::Running, State::Shutdown) => self.machine.pause()?,
+            (
+                State::Running,
+                State::Paused | State::Saving | State::Halted(_) | State::Shutdown,
+            ) => {
+                self.machine.pause()?;
+            }
             _ => {}
+        }
+        if let State::Halted(_) = after {
+            // What the guest has said last can still be read.
+            self.machine.serve_serial();
         }
         self.state = after;
         match (before, after) {
-            (State::Prelaunch | State::Paused, State::Running) => self.tell(&Event::Resume {}),
-            (State::Running, State::Paused | State::Saving) => self.tell(&Event::Stop {}),
+            (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
+                self.tell(&Event::Resume {});
+            }
+            (State::Running, State::Paused | State::Saving | State::Halted(_)) => {
+                self.tell(&Event::Stop {});
+            }
             _ => {}
         }
         Ok(())
@@ -138,18 +155,30 @@ impl Vmm {
         if self.state == State::Saving {
             return self.late.push(event);
         }
-        let guest = |reason, status| Ending { guest: true, reason, status };
+        // What looks like the guest's own end may come of memory that it cannot read any more.
+        if let M::Vcpu(index, S::TripleFault | S::Failed) = event
+            && let Err(e) = machine::memory::image::check_files(self.machine.memory())
+        {
+            log::error!("vCPU {index} has stopped for good: {e}");
+            return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+        }
         match event {
-            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => self.guest_reset(),
-            M::Vcpu(_, S::Power(P::Shutdown)) => self.end(guest(ShutdownCause::GuestShutdown, 0)),
-            M::Vcpu(_, S::Power(P::Panicked)) => {
-                let action = qmp::schema::GuestPanicAction::Poweroff;
-                self.tell(&Event::GuestPanicked { action });
-                self.end(guest(ShutdownCause::GuestPanic, 1));
+            // Another vCPU than the one that brought the machine to its end, at the same moment.
+            M::Vcpu(..) if matches!(self.state, State::Halted(_)) => {}
+            M::Vcpu(_, S::Power(_) | S::TripleFault) if self.state == State::Prelaunch => {}
+            M::Vcpu(_, S::TripleFault) if self.actions.triple_fault_panics => self.guest_panicked(),
+            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => {
+                self.halt(Halt::Shutdown, true, ShutdownCause::GuestReset, self.actions.reboot, 0);
             }
+            M::Vcpu(_, S::Power(P::Shutdown)) => {
+                let (cause, action) = (ShutdownCause::GuestShutdown, self.actions.shutdown);
+                self.halt(Halt::Shutdown, true, cause, action, 0);
+            }
+            M::Vcpu(_, S::Power(P::Panicked)) => self.guest_panicked(),
             M::Vcpu(index, S::Failed) => {
                 log::error!("vCPU {index} has stopped for good");
-                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+                let (cause, action) = (ShutdownCause::HostError, self.actions.panic);
+                self.halt(Halt::InternalError, false, cause, action, 1);
             }
             M::Escape => {
                 self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
@@ -165,17 +194,41 @@ impl Vmm {
         }
     }
 
-    fn guest_reset(&mut self) {
-        let reason = ShutdownCause::GuestReset;
-        if !self.reboot {
-            return self.end(Ending { guest: true, reason, status: 0 });
-        }
-        match self.apply(lifecycle::Event::Reset) {
-            Ok(()) => self.tell(&Event::Reset { guest: true, reason }),
-            Err(e) => {
-                log::error!("cannot reset the machine: {}", Error::generic(&e));
-                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+    fn guest_panicked(&mut self) {
+        let action = self.actions.panic;
+        let told = match action {
+            Action::End => GuestPanicAction::Poweroff,
+            Action::Reset => GuestPanicAction::Run,
+            Action::Stay => GuestPanicAction::Pause,
+        };
+        self.tell(&Event::GuestPanicked { action: told });
+        let status = self.actions.panic_status;
+        self.halt(Halt::GuestPanicked, true, ShutdownCause::GuestPanic, action, status);
+    }
+
+    /// The guest cannot go on: do what is to be done then. `status` is the process's if it ends.
+    fn halt(&mut self, why: Halt, guest: bool, reason: ShutdownCause, action: Action, status: u8) {
+        let done = match action {
+            Action::End => return self.end(Ending { guest, reason, status }),
+            Action::Reset => {
+                let done = self.apply(lifecycle::Event::Reset);
+                if done.is_ok() {
+                    self.tell(&Event::Reset { guest, reason });
+                }
+                done
             }
+            Action::Stay => {
+                // QEMU's order with `-action shutdown=pause`; the other two are told by their own
+                // event, or by none.
+                if why == Halt::Shutdown {
+                    self.tell(&Event::Shutdown { guest, reason });
+                }
+                self.apply(lifecycle::Event::Halt(why))
+            }
+        };
+        if let Err(e) = done {
+            log::error!("the machine cannot be kept: {}", Error::generic(&e));
+            self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
         }
     }
 
@@ -215,7 +268,7 @@ impl Host for Vmm {
         if when.contains(self.state) {
             return Ok(());
         }
-        let desc = format!("{name} is not possible while the VM is {:?}", self.state);
+        let desc = format!("{name} is not possible now: {}", self.state.hint());
         Err(Error::new(ErrorClass::GenericError, desc))
     }
 }

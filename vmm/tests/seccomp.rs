@@ -209,7 +209,9 @@ const CRIME: &str = "STRATOVIRT_TEST_CRIME";
 const LOG: &str = "STRATOVIRT_TEST_LOG";
 
 fn commit(crime: &str) {
-    vmm::seccomp::confine(Some(&PathBuf::from(env::var_os(LOG).unwrap()))).unwrap();
+    let log = PathBuf::from(env::var_os(LOG).unwrap());
+    vmm::last_words::prepare(Some(&log)).unwrap();
+    vmm::seccomp::confine().unwrap();
     match crime {
         "internet" => drop(UdpSocket::bind("127.0.0.1:0")),
         "connect" => drop(UnixStream::connect("/nonexistent")),
@@ -241,7 +243,7 @@ fn again(test: &str, crime: &str, log: &Path) -> Output {
 fn threads_that_are_just_starting_go_on() {
     if env::var_os(CRIME).is_some() {
         let threads: Vec<_> = (0..64).map(|n| thread::spawn(move || n)).collect();
-        vmm::seccomp::confine(None).unwrap();
+        vmm::seccomp::confine().unwrap();
         assert!(threads.into_iter().map(|t| t.join().unwrap()).eq(0..64));
         return;
     }

@@ -132,15 +132,18 @@ impl Char {
     }
 
     /// A Unix socket to listen on, mode 0600. One connection at a time; the next one waits. Output
-    /// while nobody is connected vanishes. The path is removed when the back-end is dropped.
+    /// while nobody is connected vanishes but for its last `replay` bytes: each connection is sent
+    /// the last `replay` bytes of all output first. The path is removed when the back-end is dropped.
     ///
     /// # Errors
     /// When the path is taken (a dead socket is replaced) or cannot be bound.
-    pub fn socket(path: &Path) -> Result<Self, CharError> {
+    pub fn socket(path: &Path, replay: usize) -> Result<Self, CharError> {
         let listener = Listener::bind(path)?;
         let name = format!("unix:{},server=on", path.display());
-        Self::assemble(&name, None, None, Some(listener))
-            .map_err(CharError::open(path.display().to_string()))
+        let this = Self::assemble(&name, None, None, Some(listener))
+            .map_err(CharError::open(path.display().to_string()))?;
+        this.sink.replay(replay);
+        Ok(this)
     }
 
     fn assemble(

@@ -5,7 +5,7 @@
 //! | +0 sleep control (ACPI 6.5, 4.8.3.7) | 0 | SLP_EN with type S5: power off |
 //! | +1 sleep status | 0 | ignored |
 //! | +2 reset register | 0 | 1: reset |
-//! | +3 events, for the generic event device | bit 0: power button pressed; cleared | ignored |
+//! | +3 events, for the generic event device; cleared | bit 0: power button pressed, bit 1: generation id changed | ignored |
 use serde::{Deserialize, Serialize};
 
 use super::Passive;
@@ -29,6 +29,7 @@ const SLEEP_S5: u8 = 1 << 5 | 5 << 2;
 const SLEEP_MASK: u8 = 1 << 5 | 7 << 2;
 const RESET_VALUE: u8 = 1;
 const POWER_BUTTON: u8 = 1;
+const GENERATION: u8 = 1 << 1;
 
 /// The power block.
 pub struct Power {
@@ -46,7 +47,16 @@ impl Power {
 
     /// Press the power button. What comes of it is up to the guest.
     pub fn press_power_button(&mut self) {
-        self.events |= POWER_BUTTON;
+        self.happened(POWER_BUTTON);
+    }
+
+    /// Say that the machine's generation id is another one.
+    pub fn generation_changed(&mut self) {
+        self.happened(GENERATION);
+    }
+
+    fn happened(&mut self, event: u8) {
+        self.events |= event;
         self.line.trigger();
     }
 }
@@ -103,7 +113,7 @@ impl Snapshot for Power {
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
-        if state.events & !POWER_BUTTON != 0 {
+        if state.events & !(POWER_BUTTON | GENERATION) != 0 {
             return Err(StateError::Invalid("power event that does not exist"));
         }
         self.events = state.events;
@@ -147,14 +157,16 @@ mod tests {
     }
 
     #[test]
-    fn the_button_is_seen_once_and_moves() {
+    fn events_are_seen_once_and_move() {
         let (mut power, _) = block();
         let mut all = [0xff; 4];
         power.press_power_button();
         assert!(power.line.eventfd().read().is_ok());
+        power.generation_changed();
+        assert!(power.line.eventfd().read().is_ok());
         let section = Device::save(&power).unwrap();
         power.read(0, &mut all);
-        assert_eq!(all, [0, 0, 0, 1]);
+        assert_eq!(all, [0, 0, 0, 3]);
         power.read(0, &mut all);
         assert_eq!(all, [0; 4]);
 
@@ -162,7 +174,7 @@ mod tests {
         Device::restore(&mut to, &section).unwrap();
         assert!(to.line.eventfd().read().is_ok());
         assert_eq!(Device::save(&to).unwrap(), section);
-        assert!(Snapshot::restore(&mut to, State { events: 2 }).is_err());
+        assert!(Snapshot::restore(&mut to, State { events: 4 }).is_err());
         Device::reset(&mut to);
         to.read(3, &mut all);
         assert_eq!(all, [0, 0xff, 0xff, 0xff]);

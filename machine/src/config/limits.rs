@@ -24,6 +24,8 @@ pub const MAX_ID: usize = 255;
 pub const MAX_PATH: usize = 4096;
 /// Bytes of a Unix socket's path: `sockaddr_un` less the terminator.
 pub const MAX_SOCKET_PATH: usize = 107;
+/// Bytes of output that a socket replays.
+pub const REPLAY: RangeInclusive<u32> = 0..=1 << 20;
 /// Bytes of a tap's name: `IFNAMSIZ` less the terminator.
 pub const MAX_TAP_NAME: usize = 15;
 /// Bytes of a disk's serial number (virtio 1.2, 5.2.6: `VIRTIO_BLK_ID_BYTES`).

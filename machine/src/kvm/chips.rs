@@ -10,7 +10,7 @@ use super::{KvmError, Vm, refused};
 /// Both PICs, the IOAPIC and the PIT. Plain data: what it holds is checked by KVM on restore.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct ChipState {
-    irqchips: Vec<kvm_irqchip>,
+    irqchips: [kvm_irqchip; 3],
     pit: kvm_pit_state2,
 }
 
@@ -20,14 +20,11 @@ impl ChipState {
     /// # Errors
     /// When KVM refuses.
     pub fn save(vm: &Vm) -> Result<Self, KvmError> {
-        let irqchips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
-            .into_iter()
-            .map(|chip_id| {
-                let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-                vm.fd.get_irqchip(&mut chip).map_err(refused("read an interrupt controller"))?;
-                Ok(chip)
-            })
-            .collect::<Result<_, KvmError>>()?;
+        let mut irqchips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
+            .map(|chip_id| kvm_irqchip { chip_id, ..Default::default() });
+        for chip in &mut irqchips {
+            vm.fd.get_irqchip(chip).map_err(refused("read an interrupt controller"))?;
+        }
         let pit = vm.fd.get_pit2().map_err(refused("read the timer (PIT)"))?;
         Ok(Self { irqchips, pit })
     }

@@ -13,6 +13,19 @@ pub const MSR_IA32_TSC: u32 = 0x10;
 /// MSR of the TSC deadline timer: armed only in deadline mode, so restored after the LAPIC.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 
+/// What a guest can set, KVM gives and takes, and its list leaves out: memory types (MTRRs; eight
+/// variable ones), TSC_AUX (on the list only of some KVMs).
+const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+    0xc000_0103..=0xc000_0103,
+    // Four registers each of the 32 machine check banks that KVM has at most.
+    0x400..=0x47f,
+];
+
 /// Address of the page through which a guest of PVM masks interrupts. PVM does not list it; other
 /// KVMs do not have it, and reading it there gives nothing to save.
 const MSR_PVM_VIF: u32 = 0x4b56_4d10;
@@ -35,14 +48,18 @@ pub struct VcpuState {
     tsc_khz: u32,
 }
 
-/// The MSRs that this host's KVM says belong to a vCPU's state. What is not on the list is not
-/// touched: some KVMs announce an MSR in CPUID that they do not let anybody set.
+/// The MSRs that belong to a vCPU's state: those that this host's KVM lists, and a few more. Others
+/// are not touched: some KVMs announce an MSR in CPUID that they do not let anybody set.
 ///
 /// # Errors
 /// When KVM does not say.
 pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
     let mut list = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec();
-    list.push(MSR_PVM_VIF);
+    for index in UNLISTED.into_iter().flatten().chain([MSR_PVM_VIF]) {
+        if !list.contains(&index) {
+            list.push(index);
+        }
+    }
     Ok(list)
 }
 

@@ -133,6 +133,12 @@ impl Cpu for KvmCpu {
                 return Exit::Kicked;
             }
             Err(e) if e.errno() == libc::EAGAIN => {}
+            Err(e) if e.errno() == libc::EFAULT => {
+                return self.failed(
+                    "the host cannot give a page of guest memory: the file that it is mapped from \
+                     was cut off, or its disk is full or fails (KVM_RUN: EFAULT)",
+                );
+            }
             Err(e) => return self.failed(&format!("KVM_RUN: {e}")),
         }
         Exit::Handled

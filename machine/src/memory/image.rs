@@ -1,6 +1,11 @@
 //! Guest memory as one flat image: the guest's ranges of RAM one after the other, holes in the
 //! address space left out. Saved states keep it in a file.
-use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+};
 
 use devices::Memory;
 use rustix::fs::{SeekFrom, seek};
@@ -19,9 +24,16 @@ pub const PAGE_SIZE: u64 = 4096;
 /// when the guest first touches them, so this takes as long for a large guest as for a small one.
 /// The file must stay as it is for as long as the machine lives.
 ///
+/// Each range of `overlays` begins as the same range of its own file instead; they consist of whole
+/// pages, and a later one counts more.
+///
 /// # Errors
 /// When the host cannot map it.
-pub fn map(config: &MemoryConfig, file: &File) -> Result<Memory, MemoryError> {
+pub fn map(
+    config: &MemoryConfig,
+    file: &File,
+    overlays: &[(Range<u64>, &File)],
+) -> Result<Memory, MemoryError> {
     let mib = config.size >> 20;
     let failed = |source: io::Error| MemoryError::Map { mib, source };
     let mut offset = 0;
@@ -35,11 +47,41 @@ pub fn map(config: &MemoryConfig, file: &File) -> Result<Memory, MemoryError> {
             .with_file_offset(file)
             .build()
             .map_err(|e| failed(io::Error::other(e)))?;
+        for (range, file) in overlays {
+            let inside = range.start.max(offset)..range.end.min(offset + len);
+            if !inside.is_empty() {
+                overlay(&region, inside.start - offset, inside, file).map_err(failed)?;
+            }
+        }
         advise(&region, config, mib)?;
         regions.push(GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout)?);
         offset += len;
     }
     Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
+}
+
+/// Let the bytes of `region` from `at` on begin as `range` of `file`.
+fn overlay(
+    region: &MmapRegion<AtomicBitmap>,
+    at: u64,
+    range: Range<u64>,
+    file: &File,
+) -> io::Result<()> {
+    let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+    let at = usize::try_from(at).map_err(io::Error::other)?;
+    let offset = libc::off_t::try_from(range.start).map_err(io::Error::other)?;
+    if at.checked_add(len).is_none_or(|end| end > region.size()) {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: at..at + len is inside of the region's own mapping, of which nobody has a part yet;
+    // what takes its place is as accessible and goes when the region does.
+    let to = unsafe {
+        let address = region.as_ptr().add(at);
+        libc::mmap(address.cast(), len, protection, flags, file.as_raw_fd(), offset)
+    };
+    if to == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Copy `buf.len()` bytes out of the image, from `offset` on.
@@ -92,12 +134,14 @@ fn each_piece(
     if left > 0 { Err(io::Error::from(io::ErrorKind::UnexpectedEof)) } else { Ok(()) }
 }
 
-/// The page ranges of the image that may hold something: those that this process has touched, and
-/// those with data in the file behind them. All others read as zero. Ascending, none empty.
+/// The page ranges of the image that may hold something: those that this process has touched, those
+/// with data in the file behind them, and `filled`, which are not zero although nobody may have
+/// touched them. All others read as zero. Ascending, none empty.
 ///
 /// # Errors
 /// When the kernel does not tell.
-pub fn used(memory: &Memory) -> io::Result<Vec<Range<u64>>> {
+pub fn used(memory: &Memory, filled: &[Range<u64>]) -> io::Result<Vec<Range<u64>>> {
+    check_files(memory)?;
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut used = Vec::new();
     let mut base = 0;
@@ -113,7 +157,33 @@ pub fn used(memory: &Memory) -> io::Result<Vec<Range<u64>>> {
         }
         base += region.len();
     }
-    Ok(used)
+    Ok(union(&used, filled))
+}
+
+/// What is in `a` or in `b`, both ascending.
+pub fn union(a: &[Range<u64>], b: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut all: Vec<_> = a.iter().chain(b).collect();
+    all.sort_unstable_by_key(|r| r.start);
+    let mut joined = Vec::with_capacity(all.len());
+    all.into_iter().for_each(|range| push(&mut joined, range.clone()));
+    joined
+}
+
+/// Whether the files that memory is mapped from are as long as they have to be: what is cut off them
+/// is gone for the guest too, and does not read as zero.
+///
+/// # Errors
+/// When one is not.
+pub fn check_files(memory: &Memory) -> io::Result<()> {
+    for behind in memory.iter().filter_map(|region| Some((region.file_offset()?, region.len()))) {
+        let (there, end) = (behind.0.file().metadata()?.len(), behind.0.start() + behind.1);
+        if there < end {
+            return Err(io::Error::other(format!(
+                "the file that guest memory is mapped from was cut off: {there} of {end} bytes are left"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The page ranges of the image that `by_vcpus` names, with a bit a page for each region, and those
@@ -227,7 +297,7 @@ mod tests {
         memory.read_slice(&mut buf[..5], GuestAddress(4 << 30)).unwrap();
         assert_eq!(&buf[..5], b"BOove");
         assert!(read(&memory, high + 4 * MIB - 1, &mut [0; 2]).is_err());
-        let used = used(&memory).unwrap();
+        let used = used(&memory, &[]).unwrap();
         let inside = |at: u64| used.iter().any(|r| r.contains(&at));
         assert!(inside(high - 1) && inside(high) && !inside(high / 2));
     }
@@ -238,9 +308,10 @@ mod tests {
         file.set_len(32 * MIB).unwrap();
         file.write_all_at(b"x", 5 * MIB).unwrap();
         file.flush().unwrap();
-        let memory = map(&config(32 * MIB), &file).unwrap();
+        let memory = map(&config(32 * MIB), &file, &[]).unwrap();
         memory.write_obj(1u8, GuestAddress(20 * MIB)).unwrap();
-        let used = used(&memory).unwrap();
+        let used = used(&memory, std::slice::from_ref(&(24 * MIB..25 * MIB))).unwrap();
+        assert!(used.iter().any(|r| *r == (24 * MIB..25 * MIB)), "{used:?}");
         let inside = |at: u64| used.iter().any(|r| r.contains(&at));
         assert!(inside(5 * MIB) && inside(20 * MIB) && !inside(12 * MIB), "{used:?}");
         let mut byte = [0];
@@ -251,5 +322,32 @@ mod tests {
         super::super::clear(&memory, &config(32 * MIB)).unwrap();
         read(&memory, 5 * MIB, &mut byte).unwrap();
         assert_eq!(byte, [0], "a cleared memory is zero, whatever the file holds");
+    }
+
+    #[test]
+    fn overlays_count_in_their_ranges_on_both_sides_of_the_hole() {
+        let high = 3 * 1024 * MIB;
+        let size = high + 4 * MIB;
+        let file = |mark: &[u8]| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(size).unwrap();
+            for at in [0, MIB, high - 1, high, high + MIB] {
+                file.write_all_at(mark, at).unwrap();
+            }
+            file
+        };
+        let (base, over, last) = (file(b"b"), file(b"o"), file(b"l"));
+        let overlays = [
+            (MIB..MIB + PAGE_SIZE, &over),
+            (high - MIB..high + MIB, &over),
+            (high..high + PAGE_SIZE, &last),
+        ];
+        let memory = map(&config(size), &base, &overlays).unwrap();
+        let marks = [0, MIB, high - 1, high, high + MIB].map(|at| {
+            let mut byte = [0];
+            read(&memory, at, &mut byte).unwrap();
+            byte[0]
+        });
+        assert_eq!(&marks, b"boolb");
     }
 }

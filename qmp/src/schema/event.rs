@@ -14,7 +14,7 @@ pub enum Event {
     Stop {},
     /// The guest runs again.
     Resume {},
-    /// The machine is off; the process ends next.
+    /// The machine is off; the process ends next, or the machine stays as it is.
     Shutdown {
         /// Whether the guest asked for it.
         guest: bool,

@@ -16,6 +16,9 @@ super::plain! {
     QueryName
     /// Ask for the VM's UUID.
     QueryUuid
+    /// Ask for the generation id, which is another one each time the machine goes on from a saved
+    /// state.
+    QueryVmGenerationId
     /// Ask for the architecture.
     QueryTarget
     /// Ask for the machine types.
@@ -153,6 +156,13 @@ pub struct UuidInfo {
     /// The usual 36 characters; all zero if there is none.
     #[serde(rename = "UUID")]
     pub uuid: String,
+}
+
+/// Reply to [`QueryVmGenerationId`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct GuidInfo {
+    /// The usual 36 characters.
+    pub guid: String,
 }
 
 /// Reply to [`QueryTarget`].

@@ -9,14 +9,20 @@ super::plain! {
     MigrateCancel
 }
 
-/// Save the machine's state. The answer comes when it has been saved; the guest stays paused.
+/// Save the machine's state. The answer comes when it has been saved. After a save into a directory
+/// the guest stays paused; after one into a stream, somebody else goes on with it (`postmigrate`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Migrate {
-    /// Where to: `file:DIRECTORY`.
+    /// Where to: `file:DIRECTORY`, `unix:SOCKET`, `fd:NAME` (of getfd) or `fd:NUMBER`,
+    /// `exec:COMMAND`.
     pub uri: String,
     /// Let a running guest run on: it stops only for what it changes while its memory is copied.
     pub resume: Option<bool>,
+    /// Save only what has changed since the save before, which had `track`.
+    pub incremental: Option<bool>,
+    /// Note what the guest changes from now on, so that the next save can be incremental.
+    pub track: Option<bool>,
 }
 
 /// Where a save is in its life. `setup` is told before the first one, too, as StratoVirt does it.
@@ -47,6 +53,9 @@ pub struct MigrationInfo {
     /// Milliseconds for which the guest stood still, when it runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
+    /// Directory of the save that an incremental one would build on; absent when none is possible.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Why the last save failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,

@@ -56,6 +56,7 @@ macro_rules! commands {
 }
 
 commands! {
+    "announce-self"            AnnounceSelf           -> Empty;
     "block_resize"             BlockResize            -> Empty;
     "blockdev-add"             BlockdevAdd            -> Empty;
     "blockdev-del"             BlockdevDel            -> Empty;
@@ -87,6 +88,7 @@ commands! {
     "query-target"             QueryTarget            -> TargetInfo;
     "query-uuid"               QueryUuid              -> UuidInfo;
     "query-version"            QueryVersion           -> VersionInfo;
+    "query-vm-generation-id"   QueryVmGenerationId    -> GuidInfo;
     "quit"                     Quit                   -> Empty;
     "send-key"                 SendKey                -> Empty;
     "set_link"                 SetLink                -> Empty;

@@ -61,3 +61,20 @@ pub struct Getfd {
     /// The name; one given before is replaced.
     pub fdname: String,
 }
+
+/// Have the NICs announce where they are, so that switches learn it: `rounds` times, the first time
+/// at once. Takes the place of announcements that are under way.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AnnounceSelf {
+    /// Milliseconds between the first two.
+    pub initial: u32,
+    /// Milliseconds between any two, at most.
+    pub max: u32,
+    /// How many times.
+    pub rounds: u32,
+    /// Milliseconds by which the time between two grows.
+    pub step: u32,
+    /// Ids of NICs; all if absent.
+    pub interfaces: Option<Vec<String>>,
+}

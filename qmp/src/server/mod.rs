@@ -15,7 +15,7 @@
 mod bind;
 mod connection;
 
-pub use bind::BindError;
+pub use bind::{BindError, SocketFile, claim};
 
 use std::{
     collections::VecDeque,
@@ -40,7 +40,6 @@ use crate::{
     request::{Id, answer, line},
     schema::{Event, Timestamp, VersionInfo},
 };
-use bind::SocketFile;
 use connection::{Connection, Gone};
 
 /// Pieces of work in one round of [`Server::next_request`].

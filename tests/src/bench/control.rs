@@ -4,8 +4,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 
 use qmp::client::Client;
 
@@ -81,6 +81,28 @@ impl Connection {
         }
     }
 
+    /// Sends a command of QMP.
+    ///
+    /// # Errors
+    /// The monitor refuses, or speaks HTTP.
+    pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
+        match self {
+            Self::Qmp(client) => Ok(client.execute_raw(name, arguments)?),
+            Self::Http { .. } => bail!("{name} is no request of HTTP"),
+        }
+    }
+
+    /// Sends a request of HTTP.
+    ///
+    /// # Errors
+    /// The monitor refuses, or speaks QMP.
+    pub fn request(&mut self, method: &str, path: &str, body: &Value) -> Result<()> {
+        match self {
+            Self::Http { stream, .. } => exchange(stream, (method, path, &body.to_string())),
+            Self::Qmp(_) => bail!("{method} {path} is no command of QMP"),
+        }
+    }
+
     /// Asks for something; how long it took to get the answer.
     ///
     /// # Errors
@@ -112,7 +134,7 @@ impl Connection {
 }
 
 /// Sends a request and reads the whole answer.
-fn exchange(stream: &mut BufReader<UnixStream>, request: Request) -> Result<()> {
+fn exchange(stream: &mut BufReader<UnixStream>, request: (&str, &str, &str)) -> Result<()> {
     let (method, path, body) = request;
     let about = || format!("{method} {path}");
     let length = body.len();

@@ -1,19 +1,16 @@
 //! What the monitors boot: a program of a few instructions, and Linux with an init that measures.
-use std::env;
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result};
 
 use crate::archive::Cpio;
-use crate::debian::{Debian, output};
+use crate::debian::Debian;
+use crate::guest::static_program;
 use crate::kernel;
-use crate::paths::workspace;
 
 /// The byte that the payload writes: no monitor's own output has it.
 pub const FIRST_BYTE: u8 = 0xa5;
@@ -32,16 +29,42 @@ const PAYLOAD_ADDRESS: u32 = 0x100_0000;
 /// and 64-bit mode, so that it does not matter how a monitor enters it.
 const PAYLOAD: [u8; 10] = [0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xf4, 0xeb, 0xfd];
 
+/// Bytes that the [`TALKER`] fills.
+pub const FILL: u32 = 64 << 20;
+/// Where it fills them.
+const FILLED: u32 = 0x200_0000;
+/// Fills memory, and then writes [`FIRST_BYTE`] again and again, some 20 us apart: `mov edi,
+/// FILLED; mov ecx, FILL / 4; mov eax, 0x5a5a5a5a; cld; rep stosd; mov dx, 0x3f8; mov al,
+/// FIRST_BYTE`, and over and over `out dx, al; mov ecx, 10000; loop $`. In either mode as well.
+const TALKER: [u8; 35] = {
+    let ([a, b, c, d], [e, f, g, h]) = (FILLED.to_le_bytes(), (FILL / 4).to_le_bytes());
+    [
+        0xbf, a, b, c, d, 0xb9, e, f, g, h, 0xb8, 0x5a, 0x5a, 0x5a, 0x5a, 0xfc, 0xf3, 0xab, 0x66,
+        0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xb9, 0x10, 0x27, 0, 0, 0xe2, 0xfe, 0xeb, 0xf6,
+        0x90,
+    ]
+};
+
+/// The guest that [`super::snapshots`] saves and restores, as [`payload_elf`].
+#[must_use]
+pub fn talker_elf() -> Vec<u8> {
+    elf(&TALKER)
+}
+
 /// The payload as an ELF file with a 64-bit entry and Xen's note for PVH's 32-bit one.
 #[must_use]
 pub fn payload_elf() -> Vec<u8> {
+    elf(&PAYLOAD)
+}
+
+fn elf(code: &[u8]) -> Vec<u8> {
     const HEADER: u64 = 64;
     const PROGRAM_HEADER: u64 = 56;
     const NOTE: u64 = HEADER + 2 * PROGRAM_HEADER;
     const NOTE_SIZE: u64 = 20;
     const CODE: u64 = 0x1000;
     let address = u64::from(PAYLOAD_ADDRESS);
-    let size = PAYLOAD.len() as u64;
+    let size = code.len() as u64;
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     // ET_EXEC for x86-64, version 1.
     file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
@@ -65,7 +88,7 @@ pub fn payload_elf() -> Vec<u8> {
     file.extend(b"Xen\0");
     file.extend(PAYLOAD_ADDRESS.to_le_bytes());
     file.resize(CODE as usize, 0);
-    file.extend(PAYLOAD);
+    file.extend(code);
     file
 }
 
@@ -76,7 +99,7 @@ pub fn payload_elf() -> Vec<u8> {
 /// rustc fails, or Debian's kernel lacks a module.
 pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
     let init = dir.join("init");
-    build_init(&init)?;
+    static_program(INIT, &init)?;
     let init = fs::read(&init)?;
     let paths = ["bare.cpio", "modules.cpio"].map(|name| dir.join(name));
     let [bare, with_modules] = &paths;
@@ -97,18 +120,6 @@ pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
             .with_context(|| format!("cannot write {}", bare.display()))?;
     }
     Ok(paths)
-}
-
-fn build_init(init: &Path) -> Result<()> {
-    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let words = "--edition 2024 -O -C target-feature=+crt-static -C relocation-model=static -C panic=abort -C strip=symbols";
-    output(Command::new(rustc).current_dir(workspace()).args(words.split(' ')).args([
-        OsStr::new("-o"),
-        init.as_os_str(),
-        OsStr::new(INIT),
-    ]))
-    .context("the guests' init does not build")
-    .map(drop)
 }
 
 /// Serves the guests' network measurements for as long as this process lives: reads all, writes for
@@ -152,6 +163,8 @@ fn serve(mut stream: TcpStream) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::env;
+
     use super::*;
 
     #[test]
@@ -168,7 +181,7 @@ mod tests {
     #[test]
     fn the_init_is_one_static_program() {
         let init = env::temp_dir().join(format!("init.{}", std::process::id()));
-        build_init(&init).unwrap();
+        static_program(INIT, &init).unwrap();
         let elf = fs::read(&init).unwrap();
         fs::remove_file(&init).unwrap();
         // An executable (not one to be relocated), and nowhere in it the name of a dynamic linker.

@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::control::{Connection, Verb};
-use super::guests::{FIRST_BYTE, HOST_ADDRESS, payload_elf, serve_peer};
+use super::guests::{FIRST_BYTE, HOST_ADDRESS, payload_elf, serve_peer, talker_elf};
 use super::monitors::{Form, Found, Guest, find};
 use super::run::Run;
-use super::{Message, Metric, Scenario};
+use super::{Message, Metric, Scenario, snapshots};
 use crate::debian::Debian;
 use crate::host::CONTROL;
 use crate::net::Tap;
@@ -30,6 +30,10 @@ const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 const BUSY_VCPUS: u32 = 4;
 /// RAM of every guest.
 const MIB: u64 = 256;
+/// RAM of a large guest.
+const LARGE_MIB: u64 = 4096;
+/// Times that each save is restored.
+const RESTORES: usize = 3;
 /// Bytes of the disk; all of it fits into the host's page cache.
 const DISK: u64 = 256 << 20;
 /// The tap.
@@ -147,6 +151,7 @@ impl Bench {
                     let sink = Sink { scenario, monitor };
                     let result = match scenario {
                         Scenario::Payload => self.payload(found, &sink),
+                        Scenario::Snapshots => self.snapshots(found, &sink),
                         Scenario::Linux | Scenario::Emulated => self.linux(found, &sink),
                     };
                     if let Err(error) = result {
@@ -181,6 +186,46 @@ impl Bench {
         thread::sleep(SETTLE);
         sink.sample(Metric::Private, run.private_kib(MIB)? as f64)?;
         sink.round_trips(&mut connection, &[(Verb::Status, Metric::Status)])
+    }
+
+    fn snapshots(&self, found: &Found, sink: &Sink<'_>) -> Result<()> {
+        let elf = self.dir.join("talker.elf");
+        if !elf.exists() {
+            fs::write(&elf, talker_elf())?;
+        }
+        let saved = self.dir.join("saved");
+        for (mib, restore) in [(MIB, Metric::Restore), (LARGE_MIB, Metric::RestoreLarge)] {
+            let guest = Guest {
+                kernel: self.kernel(found, elf.clone())?,
+                initramfs: None,
+                cmdline: String::new(),
+                vcpus: 1,
+                mib,
+                devices: None,
+            };
+            let mut run = Run::start(found, &guest, &self.dir)?;
+            let (mut connection, _) = run.connect()?;
+            run.wait_byte(FIRST_BYTE, LIMIT)?;
+            thread::sleep(SETTLE);
+            if restore == Metric::Restore {
+                if let Some(pause) = snapshots::save_live(found, &mut connection, &saved)? {
+                    sink.time(Metric::LivePause, pause)?;
+                }
+                let pause = snapshots::save(found, &mut connection, &saved)?;
+                sink.time(Metric::SavePause, pause)?;
+                let dd = snapshots::dd(&saved, &self.dir.join("dd"))?;
+                sink.sample(Metric::SaveRatio, pause.as_secs_f64() / dd.as_secs_f64())?;
+            } else {
+                snapshots::save(found, &mut connection, &saved)?;
+            }
+            drop(run);
+            for _ in 0..RESTORES {
+                let mut run = Run::restore(found, &guest, &saved, &self.dir)?;
+                snapshots::go_on(found, &mut run, &saved)?;
+                sink.time(restore, run.wait_byte(FIRST_BYTE, LIMIT)?)?;
+            }
+        }
+        Ok(())
     }
 
     /// Boots once for the time alone, once with disk and NIC for most figures, and once more with as

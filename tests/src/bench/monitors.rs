@@ -167,7 +167,11 @@ impl Found {
         Ok(said.lines().next().unwrap_or_default().trim().to_owned())
     }
 
-    fn program(&self) -> Result<Command> {
+    /// The program without arguments.
+    ///
+    /// # Errors
+    /// QEMU out of Debian's packages is not whole.
+    pub fn program(&self) -> Result<Command> {
         match &self.program {
             Program::File(file) => Ok(Command::new(file)),
             Program::Carried { file, libraries } => {

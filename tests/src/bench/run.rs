@@ -2,7 +2,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::control::{Connection, Protocol};
 use super::monitors::{Found, Guest};
+use super::snapshots;
 
 /// How long the control socket may take to answer.
 const API_LIMIT: Duration = Duration::from_secs(20);
@@ -35,12 +36,28 @@ impl Run {
     /// # Errors
     /// It cannot be started.
     pub fn start(found: &Found, guest: &Guest, dir: &Path) -> Result<Self> {
+        Self::launch(found, dir, |socket| found.command(guest, socket, dir))
+    }
+
+    /// Starts `found` so that it goes on with `guest`, which was saved in `saved`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn restore(found: &Found, guest: &Guest, saved: &Path, dir: &Path) -> Result<Self> {
+        Self::launch(found, dir, |socket| snapshots::command(found, guest, saved, socket, dir))
+    }
+
+    fn launch(
+        found: &Found,
+        dir: &Path,
+        command: impl FnOnce(&Path) -> Result<Command>,
+    ) -> Result<Self> {
         let socket = dir.join("api.sock");
         match fs::remove_file(&socket) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
-        let mut command = found.command(guest, &socket, dir)?;
+        let mut command = command(&socket)?;
         let errors = dir.join("stderr");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
         let started = Instant::now();

@@ -95,7 +95,7 @@ fn main() -> Result<()> {
     let with_linux = host == Host::Native || env::var_os(GUEST_KERNEL).is_some();
     let run = Run { paths: &paths, debian: &debian, initramfs: &initramfs };
     let mut task = Task {
-        scenarios: vec![Scenario::Payload],
+        scenarios: vec![Scenario::Payload, Scenario::Snapshots],
         runs: options.runs,
         seconds: if options.quick { 0.5 } else { 1.0 },
     };

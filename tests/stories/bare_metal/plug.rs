@@ -261,7 +261,7 @@ fn a_disk_that_grows() -> Result<()> {
 }
 
 /// The monitor in a network namespace of its own, with two taps of that kind.
-fn with_taps(stage: &mut Stage, kind: &str) -> Result<()> {
+pub fn with_taps(stage: &mut Stage, kind: &str) -> Result<()> {
     let make = format!("ip tuntap add mode tap {kind} name $tap && ip link set $tap up");
     stage.prepare("-n", &format!("for tap in tap0 tap1; do {make}; done"))
 }

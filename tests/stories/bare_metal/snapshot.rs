@@ -17,7 +17,7 @@ use crate::stage::{Stage, quits, simple, status};
 const COUNTERS: u64 = 4 << 20;
 
 /// The counters in a saved memory: RAM below 3 GiB is in its place there.
-fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
+pub fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
     let memory = File::open(saved.join("memory"))?;
     (0..count)
         .map(|number| {
@@ -28,7 +28,7 @@ fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
         .collect()
 }
 
-fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
+pub fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     let uri = format!("file:{}", directory.display());
     let returned = qmp.execute_raw("migrate", json!({ "uri": uri, "resume": resume }))?;
     ensure!(returned == json!({}), "{returned}");
@@ -38,7 +38,7 @@ fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
 }
 
 /// A process that goes on from `saved`, paused at first.
-fn restore(stage: &Stage, saved: &Path, args: &[&str]) -> Result<(Monitor, Client)> {
+pub fn restore(stage: &Stage, saved: &Path, args: &[&str]) -> Result<(Monitor, Client)> {
     let incoming = format!("file:{}", saved.display());
     let args = [&["-S", "-incoming", &incoming], args].concat();
     let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
@@ -56,7 +56,7 @@ fn refusal(stage: &Stage, saved: &Path, args: &[&str]) -> Result<String> {
     monitor.wait_for("\n", SOON)
 }
 
-fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
+pub fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
     let stage = Stage::new(story)?;
     let vm = stage.vm("count", &format!("registers {cpus}"))?.machine("vcpu_count", cpus);
     let (mut monitor, qmp) = stage.start(vm)?;

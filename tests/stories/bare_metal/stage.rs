@@ -13,13 +13,16 @@ use stories::monitor::{Monitor, SOON, Vm};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 6] = [
+const GUESTS: [(&str, &[u8]); 9] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
     ("blk", include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"))),
     ("plug", include_bytes!(concat!(env!("OUT_DIR"), "/plug.elf"))),
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
+    ("generation", include_bytes!(concat!(env!("OUT_DIR"), "/generation.elf"))),
+    ("exits", include_bytes!(concat!(env!("OUT_DIR"), "/exits.elf"))),
+    ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
 ];
 
 /// A directory of the story's own, gone afterwards.

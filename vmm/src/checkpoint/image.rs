@@ -32,13 +32,26 @@ pub struct Progress {
     pub cancelled: AtomicBool,
 }
 
+impl Progress {
+    /// An error of the kind `Interrupted` once it is to stop.
+    ///
+    /// # Errors
+    /// That one.
+    pub fn check(&self) -> io::Result<()> {
+        match self.cancelled.load(Ordering::Relaxed) {
+            true => Err(io::Error::from(io::ErrorKind::Interrupted)),
+            false => Ok(()),
+        }
+    }
+}
+
 /// Blocks of an image of `size` bytes.
 pub fn blocks(size: u64) -> impl Iterator<Item = Range<u64>> {
     (0..size).step_by(2 << 20).map(move |at| at..size.min(at + BLOCK))
 }
 
 /// The parts of `ranges`, ascending, that lie in each block that they touch.
-fn by_block(
+pub fn by_block(
     ranges: &[Range<u64>],
     size: u64,
 ) -> impl Iterator<Item = (Range<u64>, Vec<Range<u64>>)> {
@@ -58,53 +71,52 @@ fn by_block(
 }
 
 /// Copies memory into a file and keeps the checksums.
-pub struct Writer<'a> {
-    memory: &'a Memory,
-    file: &'a File,
+pub struct Writer {
+    memory: Memory,
+    file: File,
     size: u64,
     sums: Vec<u32>,
     buffer: Vec<u8>,
+    /// Memory outside of what is to be written may hold something.
+    whole: bool,
     /// Something has been written before.
     again: bool,
 }
 
-impl<'a> Writer<'a> {
-    /// A writer of `memory`, `size` bytes in all, into the empty `file`.
+impl Writer {
+    /// A writer of `memory`, `size` bytes in all, into the empty `file`. With `base`, the checksums
+    /// of what memory was like before, it writes what has changed since.
     ///
     /// # Errors
     /// When the file cannot be made as long.
-    pub fn new(memory: &'a Memory, size: u64, file: &'a File) -> io::Result<Self> {
+    pub fn new(memory: Memory, size: u64, file: File, base: Option<Vec<u32>>) -> io::Result<Self> {
         file.set_len(size.saturating_add(PAGE_SIZE))?;
-        let buffer = vec![0; 2 << 20];
-        let zero = crc32fast::hash(&buffer);
-        let sum = |block: Range<u64>| match block.end - block.start {
-            BLOCK => zero,
-            _ => zero_sum(&buffer, &block),
-        };
-        let sums = blocks(size).map(sum).collect();
-        Ok(Self { memory, file, size, sums, buffer, again: false })
+        let whole = base.is_some();
+        let sums = base.unwrap_or_else(|| {
+            let zero = ZeroSums::default();
+            blocks(size).map(|block| zero.of(&block)).collect()
+        });
+        Ok(Self { memory, file, size, sums, buffer: vec![0; 2 << 20], whole, again: false })
     }
 
-    /// Write what is in `ranges`, ascending. The first time, all outside of them must be zero;
-    /// later, it must be as it was.
+    /// Write what is in `ranges`, ascending. The first time, all outside of them must be zero, or
+    /// what the base has; later, it must be as it was.
     ///
     /// # Errors
     /// When the file does not take it, or the save is cancelled.
     pub fn write(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
         for (block, inside) in by_block(ranges, self.size) {
-            if progress.cancelled.load(Ordering::Relaxed) {
-                return Err(io::Error::from(io::ErrorKind::Interrupted));
-            }
+            progress.check()?;
             let length = usize::try_from(block.end - block.start).map_err(io::Error::other)?;
             let buffer = self.buffer.get_mut(..length).unwrap_or_default();
-            if self.again {
-                image::read(self.memory, block.start, buffer)?;
+            if self.whole || self.again {
+                image::read(&self.memory, block.start, buffer)?;
             } else {
                 // Reading a page that nobody has touched would cost a page fault.
                 buffer.fill(0);
                 for range in &inside {
                     let part = part(buffer, &block, range);
-                    image::read(self.memory, range.start, part)?;
+                    image::read(&self.memory, range.start, part)?;
                 }
             }
             let index = usize::try_from(block.start / BLOCK).map_err(io::Error::other)?;
@@ -117,7 +129,7 @@ impl<'a> Writer<'a> {
                     self.file.write_all_at(part, range.start)?;
                     progress.written.fetch_add(part.len() as u64, Ordering::Relaxed);
                 } else {
-                    write_sparse(self.file, range.start, part, progress)?;
+                    write_sparse(&self.file, range.start, part, progress)?;
                 }
                 progress.done.fetch_add(range.end - range.start, Ordering::Relaxed);
             }
@@ -126,12 +138,13 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Write the last page, and give the checksums.
+    /// Write the last page, sync, and give the checksums.
     ///
     /// # Errors
     /// When the file does not take it.
     pub fn finish(self, id: u128) -> io::Result<Vec<u32>> {
         self.file.write_all_at(&trailer(id, self.size), self.size)?;
+        self.file.sync_all()?;
         Ok(self.sums)
     }
 }
@@ -144,22 +157,29 @@ fn part<'b>(buffer: &'b mut [u8], block: &Range<u64>, range: &Range<u64>) -> &'b
 
 /// Write the pages of `part` that are not zero; the others are holes in the file.
 fn write_sparse(file: &File, at: u64, part: &[u8], progress: &Progress) -> io::Result<()> {
-    let page = usize::try_from(PAGE_SIZE).map_err(io::Error::other)?;
-    let mut offset = at;
-    // Runs of pages of one kind.
-    for run in part.chunks(page).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-        let length: usize = run.iter().map(|page| page.len()).sum();
-        let start = usize::try_from(offset - at).map_err(io::Error::other)?;
-        let bytes = part.get(start..start + length).unwrap_or_default();
-        if is_zero(bytes) {
-            progress.zero_pages.fetch_add(run.len() as u64, Ordering::Relaxed);
+    for (start, bytes, zero) in runs(part) {
+        if zero {
+            progress.zero_pages.fetch_add(bytes.len() as u64 / PAGE_SIZE, Ordering::Relaxed);
         } else {
-            file.write_all_at(bytes, offset)?;
-            progress.written.fetch_add(length as u64, Ordering::Relaxed);
+            file.write_all_at(bytes, at + start)?;
+            progress.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
-        offset += length as u64;
     }
     Ok(())
+}
+
+/// The runs of pages of one kind in `bytes`: where they begin, and whether they are zero.
+pub fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8], bool)> {
+    const PAGE: usize = PAGE_SIZE as usize;
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let zero = is_zero(rest.chunks(PAGE).next()?);
+        let pages = rest.chunks(PAGE).take_while(|page| is_zero(page) == zero).count();
+        let start = (bytes.len() - rest.len()) as u64;
+        let run;
+        (run, rest) = rest.split_at((pages * PAGE).min(rest.len()));
+        Some((start, run, zero))
+    })
 }
 
 /// Whether all of it is zero; quick to say no.
@@ -168,9 +188,31 @@ fn is_zero(bytes: &[u8]) -> bool {
     words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|b| *b == 0)
 }
 
-fn zero_sum(zeros: &[u8], block: &Range<u64>) -> u32 {
-    let length = usize::try_from(block.end - block.start).unwrap_or(usize::MAX);
-    crc32fast::hash(zeros.get(..length).unwrap_or(zeros))
+/// Checksums of blocks of zeros.
+pub struct ZeroSums {
+    zeros: Vec<u8>,
+    whole: u32,
+}
+
+impl Default for ZeroSums {
+    fn default() -> Self {
+        let zeros = vec![0; 2 << 20];
+        let whole = crc32fast::hash(&zeros);
+        Self { zeros, whole }
+    }
+}
+
+impl ZeroSums {
+    /// That of `block`.
+    pub fn of(&self, block: &Range<u64>) -> u32 {
+        match block.end - block.start {
+            BLOCK => self.whole,
+            length => {
+                let length = usize::try_from(length).unwrap_or(usize::MAX);
+                crc32fast::hash(self.zeros.get(..length).unwrap_or(&self.zeros))
+            }
+        }
+    }
 }
 
 /// The last page: magic, id, bytes of memory, CRC-32 of these; zeros.
@@ -201,47 +243,9 @@ pub fn belongs(file: &File, id: u128, size: u64) -> Result<(), ImageError> {
     Ok(())
 }
 
-/// Compare the image in `file` with its checksums, and show each block with data to `each`, with
-/// its offset.
-///
-/// # Errors
-/// When a block is damaged or cannot be read.
-pub fn verify(
-    file: &File,
-    size: u64,
-    sums: &[u32],
-    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
-) -> Result<(), ImageError> {
-    let mut buffer = vec![0; 2 << 20];
-    let zero = crc32fast::hash(&buffer);
-    let data = image::data(file, 0, size).map_err(ImageError::Io)?;
-    let mut full = by_block(&data, size).map(|(block, _)| block.start).peekable();
-    for (block, sum) in blocks(size).zip(sums) {
-        let damaged = || ImageError::Damaged { from: block.start, to: block.end };
-        if full.next_if_eq(&block.start).is_none() {
-            let expected = if block.end - block.start == BLOCK {
-                zero
-            } else {
-                zero_sum(&vec![0; 2 << 20], &block)
-            };
-            if *sum != expected {
-                return Err(damaged());
-            }
-            continue;
-        }
-        let length = usize::try_from(block.end - block.start).unwrap_or(0);
-        let buffer = buffer.get_mut(..length).unwrap_or_default();
-        file.read_exact_at(buffer, block.start).map_err(ImageError::Io)?;
-        if crc32fast::hash(buffer) != *sum {
-            return Err(damaged());
-        }
-        each(block.start, buffer).map_err(ImageError::Io)?;
-    }
-    Ok(())
-}
-
 /// What is the matter with a memory file.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum ImageError {
     #[error("it has {length} bytes; {expected} belong to this state")]
     Length { length: u64, expected: u64 },

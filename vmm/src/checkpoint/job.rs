@@ -3,16 +3,17 @@
 //! ```text
 //!   main thread                              checkpoint thread
 //!   (live: log dirty pages)  ---start--->    (live: copy all memory once)
+//!                            <--Round----
+//!   what has changed         --Changed-->    (live: copy that; again and again, until little is left)
 //!                            <--Ready----
 //!   stop, save state         ---Last---->    copy what has changed, or all
 //!   (live: go on)            <--Copied---
-//!                                            sync, put in place
+//!                                            make it count
 //!                            <--Done-----
 //! ```
 use std::{
     io,
     ops::Range,
-    path::Path,
     sync::{
         Arc,
         atomic::Ordering,
@@ -22,23 +23,38 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machine::{MachineState, Memory, Quiesced, memory::image};
+use machine::{MachineState, Memory, memory::image};
 
 pub use super::image::Progress;
 use super::{
     content::Config,
-    save::{self, MemoryFile, SaveError, Target},
+    save::{SaveError, Saved, Sink},
+    send::Cancel,
 };
+
+/// How long a guest that runs on may be stopped, as QEMU's `downtime-limit`: once what is left can
+/// be copied in that time, it is stopped.
+const DOWNTIME: Duration = Duration::from_millis(300);
+/// Rounds after which it is stopped all the same.
+const ROUNDS: usize = 30;
 
 /// What the thread reports.
 #[derive(Debug)]
 pub enum Step {
-    /// All memory has been copied once; the rest needs a machine that stands still.
+    /// All memory has been copied once; it wants to know what has changed meanwhile.
+    Round,
+    /// Little is left; the rest needs a machine that stands still.
     Ready,
     /// Memory is not needed any more.
     Copied,
-    /// It is over.
-    Done(Result<(), SaveError>),
+    /// It is over. What a later save may build on.
+    Done(Result<Option<Saved>, SaveError>),
+}
+
+/// What the thread is told.
+enum Told {
+    Changed(Vec<Range<u64>>),
+    Last(Box<Last>),
 }
 
 /// What the thread needs of a machine that stands still.
@@ -48,7 +64,19 @@ struct Last {
     state: MachineState,
 }
 
+/// What is copied while the guest runs.
+pub enum Live {
+    /// Nothing: it stands still.
+    No,
+    /// All that is not zero. With ranges that are not, although nobody may have touched them.
+    All(Memory, Arc<[Range<u64>]>),
+    /// These ranges.
+    These(Vec<Range<u64>>),
+}
+
 type Task = Box<dyn FnOnce() + Send>;
+/// Opens what is saved into.
+pub type Open = Box<dyn FnOnce(&Progress) -> Result<Box<dyn Sink>, SaveError> + Send>;
 
 /// The thread. It is there from the start, because none can be started behind the system-call
 /// filter.
@@ -72,22 +100,13 @@ impl Checkpointer {
         Ok(Self { tasks, notify })
     }
 
-    /// Begin a save of `memory`, `size` bytes, into `directory`. When `live`, all of memory is
-    /// copied once before [`Step::Ready`], while the guest runs on.
+    /// Begin a save into what `open` opens. It may wait for ever if `cancel` ends that.
     ///
     /// # Errors
-    /// When the files cannot be made.
-    pub fn save(
-        &self,
-        directory: &Path,
-        memory: Memory,
-        size: u64,
-        live: bool,
-    ) -> Result<Job, SaveError> {
-        let target = Target::open(directory)?;
-        let file = MemoryFile::create(&target, size)?;
+    /// When the thread has gone.
+    pub fn save(&self, open: Open, live: Live, cancel: Option<Cancel>) -> Result<Job, SaveError> {
         let progress = Arc::new(Progress::default());
-        let (last, inbox) = channel::<Last>();
+        let (told, inbox) = channel::<Told>();
         let (report, steps) = channel();
         let (notify, shared) = (self.notify.clone(), progress.clone());
         let tell = move |step| {
@@ -95,51 +114,71 @@ impl Checkpointer {
             let _ = report.send(step);
             notify();
         };
-        let task = move || {
-            let result = run(target, &file, &memory, live, &shared, &inbox, &tell);
-            // Before it is told: whoever hears of it may look at the directory.
-            drop(memory);
-            tell(Step::Done(result));
-        };
-        let gone = || SaveError::Cancelled;
-        self.tasks.send(Box::new(task)).map_err(|_| gone())?;
-        Ok(Job { progress, steps, last: Some(last), started: Instant::now(), took: None })
+        // All that it holds is gone before it is told: whoever hears of it may look there.
+        let task = move || tell(Step::Done(run(open, live, &shared, &inbox, &tell)));
+        self.tasks.send(Box::new(task)).map_err(|_| SaveError::Cancelled)?;
+        let started = Instant::now();
+        Ok(Job { progress, steps, told: Some(told), cancel, started, took: None })
     }
 }
 
 fn run(
-    target: Target,
-    file: &MemoryFile,
-    memory: &Memory,
-    live: bool,
+    open: Open,
+    live: Live,
     progress: &Progress,
-    inbox: &Receiver<Last>,
+    inbox: &Receiver<Told>,
     tell: &impl Fn(Step),
-) -> Result<(), SaveError> {
-    let mut writer = file.writer(memory)?;
-    if live {
-        let used = image::used(memory).map_err(SaveError::Memory)?;
-        add_total(progress, &used);
-        file.copy(&mut writer, &used, progress)?;
+) -> Result<Option<Saved>, SaveError> {
+    let mut sink = open(progress)?;
+    let mut left = Vec::new();
+    let first = match live {
+        Live::No => None,
+        Live::All(memory, filled) => {
+            Some(image::used(&memory, &filled).map_err(SaveError::Memory)?)
+        }
+        Live::These(ranges) => Some(ranges),
+    };
+    if let Some(mut ranges) = first {
+        for _ in 0..ROUNDS {
+            let began = Instant::now();
+            let copied = copy(&mut *sink, &ranges, progress)?;
+            let took = began.elapsed();
+            tell(Step::Round);
+            ranges = match inbox.recv() {
+                Ok(Told::Changed(ranges)) => ranges,
+                _ => return Err(SaveError::Cancelled),
+            };
+            let (left, copied) = (u128::from(bytes(&ranges)), u128::from(copied));
+            if left * took.as_nanos() <= copied * DOWNTIME.as_nanos() {
+                break;
+            }
+        }
+        left = ranges;
         tell(Step::Ready);
     }
-    let Last { ranges, config, state } = inbox.recv().map_err(|_| SaveError::Cancelled)?;
-    add_total(progress, &ranges);
-    file.copy(&mut writer, &ranges, progress)?;
+    let Ok(Told::Last(last)) = inbox.recv() else { return Err(SaveError::Cancelled) };
+    copy(&mut *sink, &image::union(&left, &last.ranges), progress)?;
     tell(Step::Copied);
-    save::finish(target, file, writer, config, state)
+    sink.finish(last.config, last.state, progress)
 }
 
-fn add_total(progress: &Progress, ranges: &[Range<u64>]) {
-    let bytes = ranges.iter().map(|r| r.end - r.start).sum();
+fn copy(sink: &mut dyn Sink, ranges: &[Range<u64>], progress: &Progress) -> Result<u64, SaveError> {
+    let bytes = bytes(ranges);
     progress.total.fetch_add(bytes, Ordering::Relaxed);
+    sink.copy(ranges, progress)?;
+    Ok(bytes)
+}
+
+fn bytes(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|r| r.end - r.start).sum()
 }
 
 /// A save under way, or over.
 pub struct Job {
     progress: Arc<Progress>,
     steps: Receiver<Step>,
-    last: Option<Sender<Last>>,
+    told: Option<Sender<Told>>,
+    cancel: Option<Cancel>,
     started: Instant,
     took: Option<Duration>,
 }
@@ -158,12 +197,15 @@ impl Job {
     /// Make it stop as soon as it can; [`Step::Done`] comes all the same.
     pub fn cancel(&self) {
         self.progress.cancelled.store(true, Ordering::Relaxed);
+        if let Some(cancel) = &self.cancel {
+            cancel.cancel();
+        }
     }
 
     /// The main thread has nothing to hand over: make the save end.
     pub fn give_up(&mut self) {
         self.cancel();
-        self.last = None;
+        self.told = None;
     }
 
     /// The next step, if it has been made.
@@ -185,30 +227,27 @@ impl Job {
         step
     }
 
+    /// Answer [`Step::Round`]: what has changed since the last time.
+    pub fn changed(&self, ranges: Vec<Range<u64>>) {
+        self.tell(Told::Changed(ranges));
+    }
+
     /// Hand over what only a machine that stands still can give: `ranges` of memory to copy, and
     /// its state.
-    ///
-    /// # Errors
-    /// When the state cannot be read.
-    pub fn last(
-        &self,
-        machine: &Quiesced<'_>,
-        ranges: Vec<Range<u64>>,
-    ) -> Result<(), machine::SaveError> {
-        let state = machine.save()?;
-        let (config, occupied) = machine.made_of();
-        let disk_sizes = machine.disk_sizes();
-        let config = Config { id: new_id(), machine: config.clone(), occupied, disk_sizes };
+    pub fn last(&self, ranges: Vec<Range<u64>>, config: Config, state: MachineState) {
+        self.tell(Told::Last(Box::new(Last { ranges, config, state })));
+    }
+
+    fn tell(&self, told: Told) {
         // A thread that has given up says why in its last step.
-        if let Some(last) = &self.last {
-            let _ = last.send(Last { ranges, config, state });
+        if let Some(to) = &self.told {
+            let _ = to.send(told);
         }
-        Ok(())
     }
 }
 
 /// A number that no other state has.
-fn new_id() -> u128 {
+pub fn new_id() -> u128 {
     use std::hash::{BuildHasher, RandomState};
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let now = now.unwrap_or_default().as_nanos();

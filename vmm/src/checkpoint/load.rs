@@ -1,21 +1,25 @@
 //! Loading from a directory. Everything that can be checked is checked before anything is made.
 use std::{
     fs::File,
-    io::{self, BufReader},
+    io::{self, BufReader, Read},
     path::{Path, PathBuf},
 };
 
 use machine::{
-    MachineState, Memory,
+    MachineState,
     config::{MachineConfig, limits},
-    memory::{self, MemoryError},
+    memory::MemoryError,
 };
 
 use super::{
     MEMORY, NEW_MEMORY, STATE,
     content::{self, Config, Content, ContentError},
     image::{self, BLOCK, ImageError},
+    layers::{Layer, Layers},
 };
+
+/// Most saves that build on each other, the whole one at the end included.
+pub const DEEPEST: usize = 64;
 
 /// Why a saved state cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +33,16 @@ pub enum LoadError {
     Limits { path: PathBuf, what: String },
     #[error("{} cannot be used", path.display())]
     Image { path: PathBuf, source: ImageError },
+    #[error("{} holds changes only, and what it builds on cannot be used", path.display())]
+    Base { path: PathBuf, source: Box<LoadError> },
+    #[error("{} has been saved anew since", path.display())]
+    BaseChanged { path: PathBuf },
+    #[error("{} has another amount of memory", path.display())]
+    BaseSize { path: PathBuf },
+    #[error("{} builds on itself", path.display())]
+    Loop { path: PathBuf },
+    #[error("more than {DEEPEST} saves build on each other, down to {}", path.display())]
+    TooDeep { path: PathBuf },
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
@@ -37,9 +51,7 @@ pub enum LoadError {
 pub struct Loaded {
     pub config: Config,
     pub state: MachineState,
-    path: PathBuf,
-    file: File,
-    sums: Vec<u32>,
+    pub layers: Layers,
 }
 
 /// Read the state in `directory` and find the memory that belongs to it.
@@ -48,7 +60,7 @@ pub struct Loaded {
 /// The first thing that is wrong.
 pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let path = directory.join(STATE);
-    let Content { config, state, sums } = read(&path)?;
+    let (Content { config, state, changed, sums }, _) = read(&path)?;
     check_limits(&config.machine)
         .and_then(|()| {
             let size = config.machine.memory.size;
@@ -59,44 +71,81 @@ pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
             }
         })
         .map_err(|what| LoadError::Limits { path, what })?;
-    let (path, file) = find_memory(directory, &config)?;
-    Ok(Loaded { config, state, path, file, sums })
+    let layers = chain(directory, &config, changed)?;
+    Ok(Loaded { layers: Layers { size: config.machine.memory.size, layers, sums }, config, state })
 }
 
-/// Compare all that is in `directory` with its checksums.
+/// The memory files of `config`, saved in `directory`, and of all that it builds on; the lowest
+/// first.
+fn chain(
+    directory: &Path,
+    config: &Config,
+    changed: Vec<std::ops::Range<u64>>,
+) -> Result<Vec<Layer>, LoadError> {
+    let size = config.machine.memory.size;
+    let mut directory = directory.to_owned();
+    let (mut config, mut changed) = (config.clone(), changed);
+    let mut seen = vec![config.id];
+    let mut layers = Vec::new();
+    loop {
+        let (path, file) = find_memory(&directory, &config)?;
+        let Some(base) = config.base.take() else {
+            layers.push(Layer { path, file, ranges: vec![0..size] });
+            layers.reverse();
+            return Ok(layers);
+        };
+        layers.push(Layer { path, file, ranges: std::mem::take(&mut changed) });
+        let below = directory.join(&base.path);
+        let under = |source| LoadError::Base { path: directory.clone(), source: Box::new(source) };
+        if seen.contains(&base.id) {
+            return Err(under(LoadError::Loop { path: below }));
+        }
+        if seen.len() >= DEEPEST {
+            return Err(under(LoadError::TooDeep { path: below }));
+        }
+        seen.push(base.id);
+        let (content, sum) = read(&below.join(STATE)).map_err(under)?;
+        if content.config.id != base.id || sum != base.state {
+            return Err(under(LoadError::BaseChanged { path: below }));
+        }
+        if content.config.machine.memory.size != size {
+            return Err(under(LoadError::BaseSize { path: below }));
+        }
+        (config, changed, directory) = (content.config, content.changed, below);
+    }
+}
+
+/// Compare all that is in `directory`, and in those that it builds on, with its checksums.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn check(directory: &Path) -> Result<(), LoadError> {
-    let loaded = load(directory)?;
-    let Loaded { config, path, file, sums, .. } = loaded;
-    image::verify(&file, config.machine.memory.size, &sums, |_, _| Ok(()))
-        .map_err(|source| LoadError::Image { path, source })
+    let image = |(path, source)| LoadError::Image { path, source };
+    load(directory)?.layers.open().map_err(image)?.verify(|_, _| Ok(())).map_err(image)
 }
 
-impl Loaded {
-    /// The guest's memory as it was: mapped, which takes no time and trusts the file, or copied and
-    /// compared with its checksums. Memory that is shared or has a file of its own is copied.
-    ///
-    /// # Errors
-    /// When there is not enough of it, or the file is damaged.
-    pub fn memory(&self, mapped: bool) -> Result<Memory, LoadError> {
-        let config = &self.config.machine.memory;
-        if mapped && !config.shared && config.path.is_none() {
-            return Ok(memory::image::map(config, &self.file)?);
-        }
-        let memory = memory::allocate(config)?;
-        let copy = |at, bytes: &[u8]| memory::image::write(&memory, at, bytes);
-        image::verify(&self.file, config.size, &self.sums, copy)
-            .map_err(|source| LoadError::Image { path: self.path.clone(), source })?;
-        Ok(memory)
-    }
-}
-
-fn read(path: &Path) -> Result<Content, LoadError> {
+/// The state in the file `path`, and its CRC-32.
+///
+/// # Errors
+/// When it is none.
+pub fn read(path: &Path) -> Result<(Content, u32), LoadError> {
     let file = File::open(path).map_err(|source| LoadError::Open { path: path.into(), source })?;
-    content::read(BufReader::new(file))
-        .map_err(|source| LoadError::State { path: path.into(), source })
+    let mut summed = Summed(file, crc32fast::Hasher::new());
+    let content = content::read(BufReader::new(&mut summed))
+        .map_err(|source| LoadError::State { path: path.into(), source })?;
+    // The reader has seen its end.
+    Ok((content, summed.1.finalize()))
+}
+
+/// Adds up what is read.
+struct Summed(File, crc32fast::Hasher);
+
+impl Read for Summed {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let length = self.0.read(buf)?;
+        self.1.update(buf.get(..length).unwrap_or_default());
+        Ok(length)
+    }
 }
 
 /// `memory`, or `memory.new` if the one who saved it was killed before it could rename it.
@@ -115,12 +164,15 @@ fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), Loa
 
 /// The memory file that belongs to the state in `directory`, if there is a whole one.
 pub fn memory_of(directory: &Path) -> Option<PathBuf> {
-    let content = read(&directory.join(STATE)).ok()?;
+    let (content, _) = read(&directory.join(STATE)).ok()?;
     find_memory(directory, &content.config).ok().map(|(path, _)| path)
 }
 
-/// What the command line would have refused.
-fn check_limits(config: &MachineConfig) -> Result<(), String> {
+/// Find what the command line would have refused.
+///
+/// # Errors
+/// The first such thing.
+pub fn check_limits(config: &MachineConfig) -> Result<(), String> {
     fn within<T: PartialOrd + std::fmt::Display>(
         what: &str,
         value: T,

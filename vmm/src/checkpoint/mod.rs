@@ -1,33 +1,50 @@
 //! Checkpoints: a machine's whole state outside of its process.
 //!
 //! ```text
-//! stream   frames, each with its length and checksum: Config | Section.. | Sums | End
-//! content  what is in those frames
-//! image    guest memory in a file, with a checksum for each block of 2 MiB
-//! save     both into a directory: all of it or nothing
-//! load     both out of a directory, checked before anything is touched
-//! adapt    what a restored machine may have in other places: images, taps, sockets
-//! job      the thread that writes, and the steps that the machine must stand still for
+//! stream    frames, each with its length and checksum: Config | Pages.. | Section.. | End
+//! content   what is in those frames
+//! job       the thread that writes, and the steps that the machine must stand still for
+//! image     guest memory in a file, with a checksum for each block of 2 MiB
+//! save      both into a directory: all of it or nothing
+//! send      all of it into a socket, a pipe or a file
+//! load      out of a directory, checked before anything is touched
+//! layers    memory in several files: one that is whole, and what has changed since
+//! incoming  where a stream comes from
+//! receive   out of a stream
+//! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
 mod content;
 mod image;
+mod incoming;
 pub mod job;
+mod layers;
 mod load;
+mod receive;
 mod save;
+mod send;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 pub use adapt::AdaptError;
-pub use content::ContentError;
+pub use content::{Base, Config, Content, ContentError, read as read_state};
+pub use image::ImageError;
+pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
-pub use save::SaveError;
+pub use receive::{ReceiveError, Received, receive};
+pub use save::{Directory, SaveError, Saved, Sink};
+pub use send::{Peer, Stream};
 pub use stream::StreamError;
 
-use machine::{BuildError, Machine, Report, Saved, config::MachineConfig};
+use std::path::PathBuf;
 
-use crate::cli::Incoming;
+use machine::{BuildError, Machine, Report, config::MachineConfig};
+
+use crate::{
+    cli::{Incoming, Source},
+    lifecycle::Halt,
+};
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -36,13 +53,18 @@ pub enum RestoreError {
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
+    Incoming(#[from] IncomingError),
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+    #[error(transparent)]
     Adapt(#[from] AdaptError),
     #[error("the saved machine cannot go on here")]
     Build(#[from] BuildError),
 }
 
-/// The machine saved in a directory, with the disks, NICs and character devices of `flags` in place
-/// of its own. It stands still.
+/// The machine saved in a directory or sent in a stream, with the disks, NICs and character devices
+/// of `flags` in place of its own. It stands still; the second part says why its guest cannot go on,
+/// if it cannot.
 ///
 /// # Errors
 /// The first thing that is wrong, before a device of the host is touched.
@@ -50,14 +72,34 @@ pub fn restore(
     incoming: &Incoming,
     flags: &MachineConfig,
     report: Report,
-) -> Result<Machine, RestoreError> {
-    let mut loaded = load(&incoming.directory)?;
-    adapt::adapt(&mut loaded.config, &incoming.asked, flags)?;
-    adapt::check_disks(&loaded.config)?;
-    let memory = loaded.memory(incoming.mapped)?;
-    let (config, occupied) = (&loaded.config.machine, &loaded.config.occupied);
-    let saved = Saved { config, occupied, memory, state: loaded.state };
-    Ok(Machine::restored(saved, report)?)
+) -> Result<(Machine, Option<Halt>), RestoreError> {
+    let adapt = |config: &mut Config| adapt::adapt(config, &incoming.asked, flags);
+    let (config, state, memory, filled) = match &incoming.source {
+        Source::Directory { path, mapped } => {
+            let mut loaded = load(path)?;
+            adapt(&mut loaded.config)?;
+            adapt::check_disks(&loaded.config)?;
+            let (memory, filled) = loaded.layers.memory(&loaded.config.machine.memory, *mapped)?;
+            (loaded.config, loaded.state, memory, filled)
+        }
+        Source::Stream(stream) => {
+            let from = incoming::Incoming::open(stream)?;
+            let Received { config, state, memory } = receive(from, adapt)?;
+            adapt::check_disks(&config)?;
+            (config, state, memory, Vec::new())
+        }
+    };
+    let (made_of, occupied) = (&config.machine, &config.occupied);
+    let saved = machine::Saved { config: made_of, occupied, memory, filled, state };
+    Ok((Machine::restored(saved, report)?, config.halted))
+}
+
+/// The file that the memory of a machine restored in this way is mapped from, if it is.
+pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
+    match &incoming.source {
+        Source::Directory { path, mapped: true } => Some(path.join(MEMORY)),
+        _ => None,
+    }
 }
 
 /// The file of everything but memory.

@@ -10,17 +10,17 @@ use std::{
     io::{self, BufWriter, Write},
     ops::Range,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
-use machine::{MachineState, Memory};
+use machine::{MachineState, Memory, memory::image as ram};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, STATE,
-    content::{self, Config, Content},
+    content::{self, Base, Config, Content, RANGES},
     image::{Progress, Writer},
-    load,
+    load::{self, DEEPEST, LoadError},
 };
 
 /// Why a state could not be saved. What was there before is as it was.
@@ -37,8 +37,67 @@ pub enum SaveError {
     Full { path: PathBuf, needed: u64, source: io::Error },
     #[error("cannot find out which memory the guest uses (/proc/self/pagemap)")]
     Memory(#[source] io::Error),
+    #[error("the save to build on cannot be used; leave incremental out")]
+    Base(#[source] LoadError),
+    #[error("the save to build on, {}, has been changed; leave incremental out", path.display())]
+    BaseChanged { path: PathBuf },
+    #[error("{} is needed by the save to build on: give another directory", path.display())]
+    Needed { path: PathBuf },
+    #[error("{DEEPEST} saves build on each other, and that is the most: leave incremental out")]
+    TooDeep,
+    #[error("the other side of the stream has gone")]
+    Closed(#[source] io::Error),
+    #[error("cannot write to the stream")]
+    Stream(#[source] io::Error),
     #[error("cancelled")]
     Cancelled,
+}
+
+/// Where a save goes.
+pub trait Sink: Send {
+    /// Copy `ranges` of memory, ascending. The first time, what is outside of them is zero, or is
+    /// in the base; later, it is as it was.
+    ///
+    /// # Errors
+    /// When it is not taken, or the save is cancelled.
+    fn copy(&mut self, ranges: &[Range<u64>], progress: &Progress) -> Result<(), SaveError>;
+
+    /// Add the rest and make it count; what a later save may build on.
+    ///
+    /// # Errors
+    /// When it is not taken; what was there before is as it was.
+    fn finish(
+        self: Box<Self>,
+        config: Config,
+        state: MachineState,
+        progress: &Progress,
+    ) -> Result<Option<Saved>, SaveError>;
+}
+
+/// A save that is complete: what another one needs to build on it.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    /// Its directory and those that it builds on itself.
+    chain: Vec<PathBuf>,
+    id: u128,
+    state: u32,
+    sums: Vec<u32>,
+}
+
+impl Saved {
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        self.chain.first().map_or(Path::new(""), PathBuf::as_path)
+    }
+
+    /// Whether it lies there as it was saved.
+    fn check(&self) -> Result<(), SaveError> {
+        let (content, state) = load::read(&self.path().join(STATE)).map_err(SaveError::Base)?;
+        match content.config.id == self.id && state == self.state {
+            true => Ok(()),
+            false => Err(SaveError::BaseChanged { path: self.path().into() }),
+        }
+    }
 }
 
 /// A directory to save into, locked against other saves.
@@ -120,82 +179,153 @@ impl Drop for Target {
     }
 }
 
-/// The memory file while it is being written.
-pub struct MemoryFile {
-    path: PathBuf,
-    file: File,
+/// A save into a directory.
+pub struct Directory {
+    target: Target,
+    memory: PathBuf,
+    writer: Writer,
     size: u64,
+    base: Option<Saved>,
+    /// What has been written, with a base.
+    changed: Vec<Range<u64>>,
 }
 
-impl MemoryFile {
-    /// A new one for `size` bytes of guest memory.
+impl Directory {
+    /// Begin to save `memory`, `size` bytes, into `path`; with `base`, what has changed since that
+    /// one.
     ///
     /// # Errors
-    /// When it cannot be created.
-    pub fn create(target: &Target, size: u64) -> Result<Self, SaveError> {
-        let (path, file) = target.create(NEW_MEMORY)?;
-        Ok(Self { path, file, size })
-    }
-
-    /// What copies `memory` into it.
-    ///
-    /// # Errors
-    /// When the file cannot be made as long.
-    pub fn writer<'a>(&'a self, memory: &'a Memory) -> Result<Writer<'a>, SaveError> {
-        Writer::new(memory, self.size, &self.file).map_err(|e| self.failed(e))
-    }
-
-    /// Copy `ranges`.
-    ///
-    /// # Errors
-    /// When the file does not take them.
-    pub fn copy(
-        &self,
-        writer: &mut Writer<'_>,
-        ranges: &[Range<u64>],
-        progress: &Progress,
-    ) -> Result<(), SaveError> {
-        writer.write(ranges, progress).map_err(|e| self.failed(e))
-    }
-
-    fn failed(&self, source: io::Error) -> SaveError {
-        match source.kind() {
-            io::ErrorKind::Interrupted => SaveError::Cancelled,
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                SaveError::Full { path: self.path.clone(), needed: self.size >> 20, source }
+    /// When the files cannot be made, or one cannot build on `base`.
+    pub fn create(
+        path: &Path,
+        memory: Memory,
+        size: u64,
+        base: Option<Saved>,
+    ) -> Result<Self, SaveError> {
+        if let Some(base) = &base {
+            base.check()?;
+            if base.chain.len() >= DEEPEST {
+                return Err(SaveError::TooDeep);
             }
-            _ => failed("write", &self.path, source),
+            if path.canonicalize().is_ok_and(|path| base.chain.contains(&path)) {
+                return Err(SaveError::Needed { path: path.into() });
+            }
         }
+        let target = Target::open(path)?;
+        let (path, file) = target.create(NEW_MEMORY)?;
+        let sums = base.as_ref().map(|base| base.sums.clone());
+        let writer =
+            Writer::new(memory, size, file, sums).map_err(|e| write_failed(&path, size, e))?;
+        Ok(Self { target, memory: path, writer, size, base, changed: Vec::new() })
     }
 }
 
-/// Write the rest, sync both files and put them in their places.
-///
-/// # Errors
-/// When the host does not take them; what was there before is as it was.
-pub fn finish(
-    mut target: Target,
-    memory: &MemoryFile,
-    writer: Writer<'_>,
-    config: Config,
-    state: MachineState,
-) -> Result<(), SaveError> {
-    let sums = writer.finish(config.id).map_err(|e| memory.failed(e))?;
-    let (path, file) = target.create(NEW_STATE)?;
-    let mut to = BufWriter::new(&file);
-    content::write(&mut to, &Content { config, state, sums })
-        .and_then(|()| to.flush())
-        .map_err(|source| failed("write", &path, source))?;
-    drop(to);
-    for (file, path) in [(&memory.file, &memory.path), (&file, &path)] {
-        file.sync_all().map_err(|source| failed("sync", path, source))?;
+impl Sink for Directory {
+    fn copy(&mut self, ranges: &[Range<u64>], progress: &Progress) -> Result<(), SaveError> {
+        let joined;
+        let mut ranges = ranges;
+        if self.base.is_some() {
+            let all = ram::union(&self.changed, ranges);
+            let many = all.len() > RANGES;
+            self.changed = join(all);
+            if many {
+                // What joining has added must be there, too.
+                joined = self.changed.clone();
+                ranges = &joined;
+            }
+        }
+        let written = self.writer.write(ranges, progress);
+        written.map_err(|e| write_failed(&self.memory, self.size, e))
     }
-    // The names of the new files before the one that replaces the old state.
-    target.sync()?;
-    target.rename(NEW_STATE, STATE)?;
-    target.done = true;
-    target.rename(NEW_MEMORY, MEMORY)?;
-    target.sync()
+
+    fn finish(
+        self: Box<Self>,
+        mut config: Config,
+        state: MachineState,
+        _: &Progress,
+    ) -> Result<Option<Saved>, SaveError> {
+        let Self { mut target, memory, writer, size, base, changed } = *self;
+        let directory = target.path.canonicalize();
+        let directory = directory.map_err(|source| failed("find", &target.path, source))?;
+        config.base = base.as_ref().map(|base| Base {
+            path: seen_from(&directory, base.path()),
+            id: base.id,
+            state: base.state,
+        });
+        let id = config.id;
+        let sums = writer.finish(id).map_err(|e| write_failed(&memory, size, e))?;
+        let (path, file) = target.create(NEW_STATE)?;
+        let mut to = BufWriter::new(Summed { to: &file, sum: crc32fast::Hasher::new() });
+        let content = Content { config, state, changed, sums };
+        content::write(&mut to, &content)
+            .and_then(|()| to.flush())
+            .map_err(|source| failed("write", &path, source))?;
+        let sum = to.get_ref().sum.clone().finalize();
+        drop(to);
+        file.sync_all().map_err(|source| failed("sync", &path, source))?;
+        // The names of the new files before the one that replaces the old state.
+        target.sync()?;
+        target.rename(NEW_STATE, STATE)?;
+        target.done = true;
+        target.rename(NEW_MEMORY, MEMORY)?;
+        target.sync()?;
+        let mut chain = vec![directory];
+        chain.extend(base.map(|base| base.chain).unwrap_or_default());
+        Ok(Some(Saved { chain, id, state: sum, sums: content.sums }))
+    }
+}
+
+/// At most [`RANGES`] ranges that contain all of `ranges`.
+fn join(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut gap = ram::PAGE_SIZE;
+    while ranges.len() > RANGES {
+        ranges.dedup_by(|next, before| {
+            let close = next.start - before.end <= gap;
+            if close {
+                before.end = next.end;
+            }
+            close
+        });
+        gap *= 2;
+    }
+    ranges
+}
+
+/// The path to `to` from the directory `from`; both absolute.
+fn seen_from(from: &Path, to: &Path) -> PathBuf {
+    let (mut from, mut to) = (from.components().peekable(), to.components().peekable());
+    while from.peek().is_some() && from.peek() == to.peek() {
+        (from.next(), to.next());
+    }
+    from.map(|_| Component::ParentDir).chain(to).collect()
+}
+
+/// Adds up what is written.
+struct Summed<W> {
+    to: W,
+    sum: crc32fast::Hasher,
+}
+
+impl<W: Write> Write for Summed<W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let length = self.to.write(buf)?;
+        self.sum.update(buf.get(..length).unwrap_or_default());
+        Ok(length)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+fn write_failed(path: &Path, size: u64, source: io::Error) -> SaveError {
+    match source.kind() {
+        io::ErrorKind::Interrupted => SaveError::Cancelled,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            SaveError::Full { path: path.into(), needed: size >> 20, source }
+        }
+        _ => failed("write", path, source),
+    }
 }
 
 fn failed(what: &'static str, path: &Path, source: io::Error) -> SaveError {

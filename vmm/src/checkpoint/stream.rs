@@ -5,15 +5,20 @@
 //! kind u32  length u32  body  crc u32       any number of times; the last one is End
 //! ```
 //! All numbers are little-endian; each crc is a CRC-32 (ISO-HDLC) of all that is before it in the
-//! header or the frame. The reader believes nothing: a length is a bound for reading, never a size
-//! to allocate.
+//! header or the frame. The body of End is a number and the CRC-32 of all frames' crcs before it,
+//! so that none can be missing, come twice or in another order. The reader believes nothing: a
+//! length is a bound for reading, never a size to allocate.
 use std::io::{self, Read, Write};
+
+use crc32fast::Hasher;
 
 const MAGIC: &[u8; 8] = b"STRATOCP";
 /// Raised with every change that an older reader would misunderstand.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest body. The largest is the list of checksums of 512 GiB of memory, 1 MiB.
 const LONGEST: u32 = 16 << 20;
+/// Most bytes of all bodies but those with memory in them. 254 vCPUs take about 10 MiB.
+const MOST: u64 = 128 << 20;
 
 /// What a frame holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,12 +29,26 @@ pub enum Kind {
     Section,
     /// Checksums of its memory.
     Sums,
-    /// Nothing: all before it is complete.
+    /// The number of the epoch that is complete now.
     End,
+    /// A piece of memory.
+    Pages,
+    /// A piece of memory that has become zero.
+    Zeros,
+    /// Which ranges of memory are here; the others are where the base says.
+    Changed,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Config, Self::Section, Self::Sums, Self::End];
+    const ALL: [Self; 7] = [
+        Self::Config,
+        Self::Section,
+        Self::Sums,
+        Self::End,
+        Self::Pages,
+        Self::Zeros,
+        Self::Changed,
+    ];
 
     fn number(self) -> u32 {
         match self {
@@ -37,6 +56,21 @@ impl Kind {
             Self::Section => 2,
             Self::Sums => 3,
             Self::End => 4,
+            Self::Pages => 5,
+            Self::Zeros => 6,
+            Self::Changed => 7,
+        }
+    }
+
+    /// For messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Config => "the configuration",
+            Self::Section => "a section",
+            Self::Sums => "the checksums of memory",
+            Self::End => "the end",
+            Self::Pages | Self::Zeros => "a piece of memory",
+            Self::Changed => "the list of changes",
         }
     }
 }
@@ -55,38 +89,66 @@ pub enum StreamError {
     Truncated { at: u64, what: String },
     #[error("{what} is damaged: it claims {length} bytes, and {LONGEST} is the most")]
     TooLong { what: String, length: u32 },
+    #[error("{what} would make its state longer than {MOST} bytes")]
+    TooMuch { what: String },
     #[error("{what} is damaged (checksum)")]
     Checksum { what: String },
+    #[error("parts are missing, come twice or in another order (checksum over all)")]
+    Whole,
     #[error("{what} is of an unknown kind, {kind}")]
     Kind { what: String, kind: u32 },
     #[error("cannot read it")]
     Io(#[source] io::Error),
 }
 
-/// Begin a stream.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn begin(to: &mut impl Write) -> io::Result<()> {
-    let mut header = MAGIC.to_vec();
-    header.extend(VERSION.to_le_bytes());
-    header.extend(crc32fast::hash(&header).to_le_bytes());
-    to.write_all(&header)
+/// Writes frames.
+pub struct Writer<W> {
+    to: W,
+    /// Of the crcs of all frames.
+    all: Hasher,
 }
 
-/// Write one frame.
-///
-/// # Errors
-/// When it cannot be written, or is too long.
-pub fn frame(to: &mut impl Write, kind: Kind, body: &[u8]) -> io::Result<()> {
-    let length = u32::try_from(body.len()).ok().filter(|n| *n <= LONGEST);
-    let length = length.ok_or_else(|| io::Error::other("a part of the state is too long"))?;
-    let mut crc = crc32fast::Hasher::new();
-    for piece in [&kind.number().to_le_bytes()[..], &length.to_le_bytes()[..], body] {
-        crc.update(piece);
-        to.write_all(piece)?;
+impl<W: Write> Writer<W> {
+    /// Begin a stream.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn begin(mut to: W) -> io::Result<Self> {
+        let mut header = MAGIC.to_vec();
+        header.extend(VERSION.to_le_bytes());
+        header.extend(crc32fast::hash(&header).to_le_bytes());
+        to.write_all(&header)?;
+        Ok(Self { to, all: Hasher::new() })
     }
-    to.write_all(&crc.finalize().to_le_bytes())
+
+    /// Write one frame, whose body is `pieces` one after the other.
+    ///
+    /// # Errors
+    /// When it cannot be written, or is too long.
+    pub fn frame(&mut self, kind: Kind, pieces: &[&[u8]]) -> io::Result<()> {
+        let length: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let length = u32::try_from(length).ok().filter(|n| *n <= LONGEST);
+        let length = length.ok_or_else(|| io::Error::other("a part of the state is too long"))?;
+        let mut crc = Hasher::new();
+        let (kind, length) = (kind.number().to_le_bytes(), length.to_le_bytes());
+        for piece in [&kind[..], &length[..]].iter().chain(pieces) {
+            crc.update(piece);
+            self.to.write_all(piece)?;
+        }
+        let crc = crc.finalize().to_le_bytes();
+        self.all.update(&crc);
+        self.to.write_all(&crc)
+    }
+
+    /// Say that `epoch` is complete, and let all of it go out.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn end(&mut self, epoch: u64) -> io::Result<()> {
+        let all = self.all.clone().finalize();
+        self.frame(Kind::End, &[&epoch.to_le_bytes(), &all.to_le_bytes()])?;
+        self.to.flush()
+    }
 }
 
 /// Reads frames.
@@ -96,6 +158,10 @@ pub struct Reader<R> {
     at: u64,
     /// What was read last, for messages.
     last: String,
+    /// Of the crcs of all frames.
+    all: Hasher,
+    /// Bytes of bodies without memory.
+    state: u64,
 }
 
 impl<R: Read> Reader<R> {
@@ -104,7 +170,8 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// When it is not that of a stream, or of another version.
     pub fn begin(from: R) -> Result<Self, StreamError> {
-        let mut this = Self { from, at: 0, last: "its header".into() };
+        let last = "its header".into();
+        let mut this = Self { from, at: 0, last, all: Hasher::new(), state: 0 };
         let magic: [u8; 8] = this.array("its header")?;
         if magic != *MAGIC {
             return Err(StreamError::NotAState);
@@ -121,44 +188,48 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    /// The next frame.
+    /// Read the next frame; its body replaces what is in `body`.
     ///
     /// # Errors
     /// When it is cut off, damaged or unknown.
-    pub fn next(&mut self) -> Result<(Kind, Vec<u8>), StreamError> {
+    pub fn next(&mut self, body: &mut Vec<u8>) -> Result<Kind, StreamError> {
         let what = format!("the part after {}", self.last);
-        let (kind, length): ([u8; 4], [u8; 4]) = (self.array(&what)?, self.array(&what)?);
+        let (number, length): ([u8; 4], [u8; 4]) = (self.array(&what)?, self.array(&what)?);
         let claimed = u32::from_le_bytes(length);
         if claimed > LONGEST {
             return Err(StreamError::TooLong { what, length: claimed });
         }
-        let mut body = Vec::new();
-        let read = self.from.by_ref().take(claimed.into()).read_to_end(&mut body);
+        let kind = Kind::ALL.into_iter().find(|k| k.number().to_le_bytes() == number);
+        if kind != Some(Kind::Pages) {
+            self.state = self.state.saturating_add(claimed.into());
+            if self.state > MOST {
+                return Err(StreamError::TooMuch { what });
+            }
+        }
+        body.clear();
+        let read = self.from.by_ref().take(claimed.into()).read_to_end(body);
         let read = read.map_err(StreamError::Io)? as u64;
         self.at += read;
-        let named = match (kind, name(&body)) {
-            ([2, 0, 0, 0], Some(name)) => format!("section {name:?}"),
+        let named = match (kind, name(body)) {
+            (Some(Kind::Section), Some(name)) => format!("section {name:?}"),
             _ => what.clone(),
         };
         if read < claimed.into() {
             return Err(StreamError::Truncated { at: self.at, what: named });
         }
         let crc: [u8; 4] = self.array(&named)?;
-        let expected = crc32fast::hash(&[&kind[..], &length[..], &body].concat());
-        if u32::from_le_bytes(crc) != expected {
+        let mut expected = Hasher::new();
+        [&number[..], &length[..], body].iter().for_each(|piece| expected.update(piece));
+        if u32::from_le_bytes(crc) != expected.finalize() {
             return Err(StreamError::Checksum { what: named });
         }
-        let number = u32::from_le_bytes(kind);
-        let Some(kind) = Kind::ALL.into_iter().find(|k| k.number() == number) else {
-            return Err(StreamError::Kind { what, kind: number });
-        };
-        self.last = match kind {
-            Kind::Section => named,
-            Kind::Config => "the configuration".into(),
-            Kind::Sums => "the checksums of memory".into(),
-            Kind::End => "the end".into(),
-        };
-        Ok((kind, body))
+        let kind = kind.ok_or(StreamError::Kind { what, kind: u32::from_le_bytes(number) })?;
+        if kind == Kind::End && body.get(8..) != Some(&self.all.clone().finalize().to_le_bytes()) {
+            return Err(StreamError::Whole);
+        }
+        self.all.update(&crc);
+        self.last = if kind == Kind::Section { named } else { kind.name().into() };
+        Ok(kind)
     }
 
     /// Whether there is nothing more.
@@ -171,17 +242,10 @@ impl<R: Read> Reader<R> {
     }
 
     fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], StreamError> {
-        let mut bytes = [0; N];
-        match self.from.read_exact(&mut bytes) {
-            Ok(()) => {
-                self.at += N as u64;
-                Ok(bytes)
-            }
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                Err(StreamError::Truncated { at: self.at, what: what.into() })
-            }
-            Err(e) => Err(StreamError::Io(e)),
-        }
+        let mut bytes = Vec::with_capacity(N);
+        self.from.by_ref().take(N as u64).read_to_end(&mut bytes).map_err(StreamError::Io)?;
+        self.at += bytes.len() as u64;
+        bytes.try_into().map_err(|_| StreamError::Truncated { at: self.at, what: what.into() })
     }
 }
 

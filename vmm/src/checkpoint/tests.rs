@@ -1,6 +1,7 @@
 //! A saved state without a machine: what its files survive and what they refuse.
 use std::{
     fs,
+    os::unix::fs::FileExt,
     path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -17,15 +18,16 @@ use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, STATE, check,
     content::{self, Config, Content},
     image::Progress,
-    load,
-    save::{self, MemoryFile, SaveError, Target},
+    job::{Checkpointer, Live, Step},
+    load::{self, LoadError, load},
+    save::{Directory, SaveError, Saved, Sink, Target},
 };
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 /// Not a multiple of a block.
-const SIZE: u64 = 17 * MIB;
+pub const SIZE: u64 = 17 * MIB;
 
-fn config(id: u128) -> Config {
+pub fn config(id: u128) -> Config {
     let machine: MachineConfig = serde_json::from_value(json!({
         "name": "m", "uuid": "u", "cpus": 1,
         "topology": {"sockets": 1, "dies": 1, "clusters": 1, "cores": 1, "threads": 1},
@@ -35,14 +37,14 @@ fn config(id: u128) -> Config {
     }))
     .unwrap();
     let occupied = Occupancy::at_start(&machine);
-    Config { id, machine, occupied, disk_sizes: vec![] }
+    Config { id, machine, occupied, disk_sizes: vec![], halted: None, base: None }
 }
 
-fn state(clock: u64) -> MachineState {
+pub fn state(clock: u64) -> MachineState {
     MachineState {
         cpu: serde_json::from_value(json!({"leaves": []})).unwrap(),
         vcpus: vec![],
-        chips: serde_json::from_value(json!({"irqchips": [], "pit": []})).unwrap(),
+        chips: serde_json::from_value(json!({"irqchips": [[], [], []], "pit": []})).unwrap(),
         clock,
         devices: vec![
             serde_json::from_value(json!({
@@ -54,7 +56,7 @@ fn state(clock: u64) -> MachineState {
 }
 
 /// Memory with something at the first, a middle and the last byte.
-fn memory(mark: u8) -> Memory {
+pub fn memory(mark: u8) -> Memory {
     let memory = allocate(&config(0).machine.memory).unwrap();
     for at in [0, 5 * MIB + 3, SIZE - 1] {
         ram::write(&memory, at, &[mark]).unwrap();
@@ -62,7 +64,7 @@ fn memory(mark: u8) -> Memory {
     memory
 }
 
-fn marks(memory: &Memory) -> [u8; 3] {
+pub fn marks(memory: &Memory) -> [u8; 3] {
     [0, 5 * MIB + 3, SIZE - 1].map(|at| {
         let mut byte = [0];
         ram::read(memory, at, &mut byte).unwrap();
@@ -71,16 +73,32 @@ fn marks(memory: &Memory) -> [u8; 3] {
 }
 
 fn save(directory: &Path, mark: u8, cancelled: bool) -> Result<(), SaveError> {
+    save_on(directory, mark, cancelled, None).map(drop)
+}
+
+/// Everything; or, on a base, the first page.
+pub fn save_on(
+    directory: &Path,
+    mark: u8,
+    cancelled: bool,
+    base: Option<Saved>,
+) -> Result<Saved, SaveError> {
     let memory = memory(mark);
-    let target = Target::open(directory)?;
-    let file = MemoryFile::create(&target, SIZE)?;
-    let mut writer = file.writer(&memory)?;
+    let first = std::slice::from_ref(&(0..4096));
+    let used = ram::used(&memory, &[]).unwrap();
+    let ranges = if base.is_some() { first } else { &used };
+    let mut sink = Box::new(Directory::create(directory, memory, SIZE, base)?);
     let progress = Progress::default();
-    let used = ram::used(&memory).unwrap();
-    file.copy(&mut writer, &used, &progress)?;
+    sink.copy(ranges, &progress)?;
     progress.cancelled.store(cancelled, Ordering::Relaxed);
-    file.copy(&mut writer, std::slice::from_ref(&(0..4096)), &progress)?;
-    save::finish(target, &file, writer, config(mark.into()), state(mark.into()))
+    sink.copy(first, &progress)?;
+    Ok(sink.finish(config(mark.into()), state(mark.into()), &progress)?.unwrap())
+}
+
+/// What is restored from `directory`.
+pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
+    let loaded = load(directory)?;
+    Ok(loaded.layers.memory(&loaded.config.machine.memory, mapped)?.0)
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -93,7 +111,7 @@ fn names(directory: &Path) -> Vec<String> {
 }
 
 /// The message with all its causes.
-fn why(error: &dyn std::error::Error) -> String {
+pub fn why(error: &dyn std::error::Error) -> String {
     qmp::Error::generic(error).to_string()
 }
 
@@ -109,7 +127,7 @@ fn what_was_saved_is_what_is_restored() {
     assert_eq!(loaded.state.clock, 7);
     assert_eq!(loaded.state.devices, state(7).devices);
     for mapped in [true, false] {
-        assert_eq!(marks(&loaded.memory(mapped).unwrap()), [7; 3]);
+        assert_eq!(marks(&restored(&directory, mapped).unwrap()), [7; 3]);
     }
     use std::os::unix::fs::MetadataExt;
     let on_disk = fs::metadata(directory.join(MEMORY)).unwrap().blocks() * 512;
@@ -126,9 +144,9 @@ fn a_save_that_fails_leaves_the_old_one() {
     assert!(matches!(save(&directory, 2, true), Err(SaveError::Cancelled)));
     assert_eq!(names(&directory), [MEMORY, STATE]);
     check(&directory).unwrap();
-    assert_eq!(marks(&load(&directory).unwrap().memory(true).unwrap()), [1; 3]);
+    assert_eq!(marks(&restored(&directory, true).unwrap()), [1; 3]);
     save(&directory, 3, false).unwrap();
-    assert_eq!(marks(&load(&directory).unwrap().memory(true).unwrap()), [3; 3]);
+    assert_eq!(marks(&restored(&directory, true).unwrap()), [3; 3]);
 }
 
 #[test]
@@ -140,15 +158,15 @@ fn a_save_that_was_killed_at_any_step_leaves_one_that_is_whole() {
     // Before the first rename: the new files lie beside the old ones.
     fs::copy(new.join(MEMORY), old.join(NEW_MEMORY)).unwrap();
     fs::copy(new.join(STATE), old.join(NEW_STATE)).unwrap();
-    assert_eq!(marks(&load(&old).unwrap().memory(true).unwrap()), [1; 3]);
+    assert_eq!(marks(&restored(&old, true).unwrap()), [1; 3]);
     // Between the renames.
     fs::rename(old.join(NEW_STATE), old.join(STATE)).unwrap();
     check(&old).unwrap();
-    assert_eq!(marks(&load(&old).unwrap().memory(true).unwrap()), [2; 3]);
+    assert_eq!(marks(&restored(&old, true).unwrap()), [2; 3]);
     // The next save, itself given up, puts that right and leaves it whole.
     assert!(matches!(save(&old, 3, true), Err(SaveError::Cancelled)));
     assert_eq!(names(&old), [MEMORY, STATE]);
-    assert_eq!(marks(&load(&old).unwrap().memory(true).unwrap()), [2; 3]);
+    assert_eq!(marks(&restored(&old, true).unwrap()), [2; 3]);
 }
 
 #[test]
@@ -174,7 +192,7 @@ fn memory_that_is_damaged_short_or_anothers_is_refused_by_name() {
         fs::write(&path, &bad).unwrap();
         let error = why(&check(&one).unwrap_err());
         assert!(error.contains(block) && error.contains("memory"), "{error}");
-        let error = why(&load(&one).unwrap().memory(false).unwrap_err());
+        let error = why(&restored(&one, false).unwrap_err());
         assert!(error.contains(block), "{error}");
     }
     fs::write(&path, &good[..good.len() - 1]).unwrap();
@@ -191,7 +209,8 @@ fn memory_that_is_damaged_short_or_anothers_is_refused_by_name() {
 fn bytes() -> Vec<u8> {
     let mut bytes = Vec::new();
     let sums = vec![1, 2, 3];
-    content::write(&mut bytes, &Content { config: config(9), state: state(9), sums }).unwrap();
+    let content = Content { config: config(9), state: state(9), changed: vec![], sums };
+    content::write(&mut bytes, &content).unwrap();
     bytes
 }
 
@@ -244,11 +263,11 @@ fn a_length_that_lies_costs_nothing() {
 #[test]
 fn another_version_and_another_kind_of_file_are_told_apart() {
     let mut bytes = bytes();
-    bytes[8] = 2;
+    bytes[8] = 3;
     let crc = crc32fast::hash(&bytes[..12]);
     bytes[12..16].copy_from_slice(&crc.to_le_bytes());
     let error = read(&bytes).unwrap_err();
-    assert!(error.contains("version 2") && error.contains("version 1"), "{error}");
+    assert!(error.contains("version 3") && error.contains("version 2"), "{error}");
     let error = read(b"#!/bin/sh\nexit 1\n").unwrap_err();
     assert!(error.contains("it is no saved state"), "{error}");
 }
@@ -257,12 +276,152 @@ fn another_version_and_another_kind_of_file_are_told_apart() {
 fn the_thread_ends_a_save_that_is_given_up() {
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().join("saved");
-    let thread = super::job::Checkpointer::spawn(Arc::new(|| {})).unwrap();
-    let mut job = thread.save(&directory, memory(1), SIZE, true).unwrap();
+    let thread = Checkpointer::spawn(Arc::new(|| {})).unwrap();
+    let memory = memory(1);
+    let sink = Directory::create(&directory, memory.clone(), SIZE, None).unwrap();
+    let live = Live::All(memory, Arc::default());
+    let mut job = thread.save(Box::new(|_| Ok(Box::new(sink))), live, None).unwrap();
     let wait = Duration::from_secs(20);
-    assert!(matches!(job.wait(wait), Some(super::job::Step::Ready)));
+    assert!(matches!(job.wait(wait), Some(Step::Round)));
+    job.changed(vec![0..4096]);
+    assert!(matches!(job.wait(wait), Some(Step::Ready)));
     job.give_up();
-    let Some(super::job::Step::Done(result)) = job.wait(wait) else { panic!("it goes on") };
+    let Some(Step::Done(result)) = job.wait(wait) else { panic!("it goes on") };
     assert!(matches!(result, Err(SaveError::Cancelled)));
     assert!(!directory.exists());
+}
+
+#[test]
+fn an_incremental_save_holds_what_has_changed_and_is_restored_with_its_base() {
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |n: u32| scratch.path().join(format!("saved{n}"));
+    let mut base = save_on(&at(0), 1, false, None).unwrap();
+    for n in 1..4 {
+        let mark = u8::try_from(n).unwrap() + 1;
+        base = save_on(&at(n), mark, false, Some(base)).unwrap();
+        // The first page is of this save, the others of the first one.
+        for mapped in [true, false] {
+            assert_eq!(marks(&restored(&at(n), mapped).unwrap()), [mark, 1, 1]);
+        }
+        check(&at(n)).unwrap();
+    }
+    // All of them may be elsewhere, as long as they are beside each other.
+    let moved = scratch.path().join("moved");
+    fs::create_dir(&moved).unwrap();
+    for n in 0..4 {
+        fs::rename(at(n), moved.join(format!("saved{n}"))).unwrap();
+    }
+    check(&moved.join("saved3")).unwrap();
+
+    let damage = |n: u32, offset: u64| {
+        let file = fs::File::options().write(true).open(moved.join(format!("saved{n}/memory")));
+        file.unwrap().write_all_at(b"damage", offset).unwrap();
+    };
+    damage(2, 0);
+    check(&moved.join("saved3")).unwrap_or_else(|e| panic!("a page that does not count: {e}"));
+    damage(0, 5 * MIB);
+    let error = why(&check(&moved.join("saved3")).unwrap_err());
+    assert!(error.contains("0x400000 to 0x600000") && error.contains("saved0/memory"), "{error}");
+}
+
+#[test]
+fn a_base_that_has_changed_or_gone_or_is_none_is_refused_by_name() {
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| scratch.path().join(name);
+    let base = save_on(&at("base"), 1, false, None).unwrap();
+    let middle = save_on(&at("middle"), 2, false, Some(base.clone())).unwrap();
+    save_on(&at("top"), 3, false, Some(middle.clone())).unwrap();
+    // What is needed is not overwritten.
+    for needed in ["base", "middle"] {
+        let error = save_on(&at(needed), 4, false, Some(middle.clone())).unwrap_err();
+        assert!(matches!(error, SaveError::Needed { .. }), "{}", why(&error));
+    }
+    save_on(&at("base"), 9, false, None).unwrap();
+    for name in ["middle", "top"] {
+        let error = why(&check(&at(name)).unwrap_err());
+        assert!(error.contains("base has been saved anew"), "{error}");
+        assert!(error.contains("middle"), "what builds on it is named: {error}");
+    }
+    let error = save_on(&at("other"), 4, false, Some(base)).unwrap_err();
+    assert!(matches!(error, SaveError::BaseChanged { .. }), "{}", why(&error));
+    assert!(!at("other").exists());
+    fs::remove_dir_all(at("middle")).unwrap();
+    let error = why(&check(&at("top")).unwrap_err());
+    assert!(error.contains("cannot open") && error.contains("middle/state"), "{error}");
+}
+
+#[test]
+fn a_chain_that_is_too_long_or_leads_to_itself_is_refused() {
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |n: u8| scratch.path().join(format!("{n}"));
+    let mut base = save_on(&at(0), 0, false, None).unwrap();
+    for n in 1..64 {
+        base = save_on(&at(n), n, false, Some(base)).unwrap();
+    }
+    check(&at(63)).unwrap();
+    let error = save_on(&at(64), 64, false, Some(base)).unwrap_err();
+    assert!(matches!(error, SaveError::TooDeep), "{}", why(&error));
+    assert!(!at(64).exists());
+    // A saved state that somebody has made up: it builds on itself.
+    let (mut content, sum) = load::read(&at(1).join(STATE)).unwrap();
+    content.config.base =
+        Some(content::Base { path: "../1".into(), id: content.config.id, state: sum });
+    let mut bytes = Vec::new();
+    content::write(&mut bytes, &content).unwrap();
+    fs::write(at(1).join(STATE), bytes).unwrap();
+    let error = why(&check(&at(1)).unwrap_err());
+    assert!(error.contains("builds on itself"), "{error}");
+}
+
+#[test]
+fn a_list_of_changes_that_lies_is_refused() {
+    let page = 4096;
+    for (changed, refused) in [
+        (vec![0..page, page..2 * page, SIZE - page..SIZE], false),
+        (vec![0..page, SIZE - page..SIZE + page], true),
+        (vec![0..page, 0..page], true),
+        (vec![page..page], true),
+        (vec![1..page], true),
+        (vec![0..page + 1], true),
+        (vec![2 * page..3 * page, 0..page], true),
+        (vec![u64::MAX - page + 1..u64::MAX], true),
+        ((0..content::RANGES as u64 + 1).map(|n| n * 2 * page..(n * 2 + 1) * page).collect(), true),
+    ] {
+        let mut config = config(1);
+        config.base = Some(content::Base { path: "b".into(), id: 1, state: 1 });
+        let content = Content { config, state: state(1), changed: changed.clone(), sums: vec![] };
+        let mut bytes = Vec::new();
+        content::write(&mut bytes, &content).unwrap();
+        assert_eq!(read(&bytes).is_err(), refused, "{:?}", &changed[..1]);
+    }
+}
+
+#[test]
+fn more_ranges_than_are_kept_are_joined_and_all_there() {
+    let scratch = tempfile::tempdir().unwrap();
+    let base = save_on(&scratch.path().join("base"), 1, false, None).unwrap();
+    let size = 3 * content::RANGES as u64 * 4096;
+    let mut large = config(2);
+    large.machine.memory.size = size;
+    let memory = allocate(&large.machine.memory).unwrap();
+    // Every second page, and of them every third one later.
+    let pages = |step| (0..size).step_by(step).map(|at| at..at + 4096).collect::<Vec<_>>();
+    let (first, later) = (pages(8192), pages(8192 * 3));
+    let path = scratch.path().join("many");
+    let mut sink = Box::new(Directory::create(&path, memory.clone(), size, Some(base)).unwrap());
+    let progress = Progress::default();
+    sink.copy(&first, &progress).unwrap();
+    for at in 0..size / 4096 {
+        ram::write(&memory, at * 4096, &[2]).unwrap();
+    }
+    sink.copy(&later, &progress).unwrap();
+    sink.finish(large, state(2), &progress).unwrap();
+    let (content, _) = load::read(&path.join(STATE)).unwrap();
+    assert!(content.changed.len() <= content::RANGES, "{}", content.changed.len());
+    let file = fs::File::open(path.join(MEMORY)).unwrap();
+    for range in later.iter().chain(&content.changed) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, range.start).unwrap();
+        assert_eq!(byte, [2], "{range:?}");
+    }
 }

@@ -1,7 +1,7 @@
 //! Character devices and what hangs on them: serial port, console, control sockets.
 use std::path::PathBuf;
 
-use machine::config::CharBackend;
+use machine::config::{CharBackend, limits};
 
 use super::draft::{Chardev, Draft, Serial};
 use super::fields::Fields;
@@ -52,7 +52,7 @@ pub(super) fn chardev(draft: &mut Draft, f: &mut Fields) {
     let console = !f.has("backend");
     let backend = if console {
         f.require(&["path"]);
-        f.text("path", value::socket_path).map(CharBackend::Socket)
+        socket(f)
     } else {
         backend(f)
     };
@@ -83,7 +83,7 @@ pub(super) fn json_console(draft: &mut Draft, f: &mut Fields) {
     f.require(&["console_id", "socket_path"]);
     let (id, path) = (f.id("console_id"), f.text("socket_path", value::socket_path));
     if let (Some(id), Some(path)) = (id, path) {
-        let backend = CharBackend::Socket(path);
+        let backend = CharBackend::Socket { path, replay: 0 };
         draft.chardevs.push(Chardev { place: f.place().clone(), id, backend, console: true });
     }
 }
@@ -111,7 +111,7 @@ fn backend(f: &mut Fields) -> Option<CharBackend> {
                 f.require(&["path"]);
             }
             listening(f);
-            f.text("path", value::socket_path).map(CharBackend::Socket)
+            socket(f)
         }
         None => {
             f.require(&["backend"]);
@@ -119,6 +119,11 @@ fn backend(f: &mut Fields) -> Option<CharBackend> {
             None
         }
     }
+}
+
+fn socket(f: &mut Fields) -> Option<CharBackend> {
+    let replay = f.text("replay", |word| value::size(word, limits::REPLAY)).unwrap_or(0);
+    f.text("path", value::socket_path).map(|path| CharBackend::Socket { path, replay })
 }
 
 /// `server` and `nowait`, also in the longer spelling `server=on,wait=off`.

@@ -3,8 +3,9 @@ use std::path::PathBuf;
 
 use machine::config::{Aio, CharBackend, Tap, Topology};
 
-use super::Log;
+use super::action::Wanted;
 use super::problem::{Place, Problems};
+use super::{Log, Source};
 
 /// Everything said so far.
 #[derive(Debug, Default)]
@@ -41,11 +42,11 @@ pub(super) struct Draft {
     pub(super) pidfile: Option<PathBuf>,
     pub(super) daemonize: bool,
     pub(super) paused: bool,
-    pub(super) reboot: bool,
+    pub(super) actions: Wanted,
     pub(super) log: Option<Log>,
     pub(super) disable_seccomp: bool,
-    /// `-incoming`: directory, and whether its memory is mapped.
-    pub(super) incoming: Option<(PathBuf, bool)>,
+    /// `-incoming`.
+    pub(super) incoming: Option<Source>,
 }
 
 /// `-drive`: an image, and in the older form the whole disk.

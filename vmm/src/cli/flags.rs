@@ -4,7 +4,7 @@ use super::table::Group::{
 };
 use super::table::Shape::{self, Optional, Plain, Properties, Switch, Words};
 use super::table::{Effect, Era, Flag, Need, flag, ignored, refused, row};
-use super::{chars, device, disk, json, net, objects, process, system};
+use super::{action, chars, device, disk, json, net, objects, process, system};
 
 /// All flags.
 #[rustfmt::skip]
@@ -64,11 +64,12 @@ pub(super) static TABLE: &[Flag] = &[
     flag(&["device"], Properties("MODEL,id=ID[,...]", Some("driver")), Other, device::device,
          "virtual device: one of the models below").repeatable(),
     flag(&["chardev"],
-         Properties("stdio|pty|file|socket,id=ID[,path=PATH][,server,nowait]", Some("backend")),
+         Properties("stdio|pty|file|socket,id=ID[,path=PATH][,server,nowait][,replay=SIZE]", Some("backend")),
          Characters, chars::chardev,
-         "character device; older form id=ID,path=SOCKET, a console by itself").repeatable(),
+         "character device; older form id=ID,path=SOCKET, a console by itself; replay=N[K|M], at \
+          most 1M: who connects gets the last output first").repeatable(),
     flag(&["serial"],
-         Properties("stdio|pty|chardev:ID|file,path=PATH|socket,path=PATH,server,nowait", Some("backend")),
+         Properties("stdio|pty|chardev:ID|file,path=PATH|socket,path=PATH,server,nowait[,replay=SIZE]", Some("backend")),
          Characters, chars::serial,
          "where the first serial port leads"),
     flag(&["object"],
@@ -85,11 +86,20 @@ pub(super) static TABLE: &[Flag] = &[
          "go into the background"),
     flag(&["S", "freeze"], Switch, Process, process::freeze,
          "do not start the vCPUs before QMP's cont"),
-    flag(&["incoming"], Properties("file:DIR[,mapped=on|off]", Some("uri")), Process, process::incoming,
-         "go on from the state saved in this directory; mapped (on): use its memory in place, \
-          unchecked, rather than a copy; other flags may give new paths and taps").only(Era::New),
-    flag(&["action"], Properties("reboot=reset|shutdown", None), Process, process::action,
-         "what a guest's reboot does: boot anew, or end the VM (shutdown)"),
+    flag(&["incoming"], Plain("file:DIR[,mapped=on|off] | unix:SOCKET | fd:NUMBER | exec:COMMAND"),
+         Process, process::incoming,
+         "go on from the state saved in this directory, or sent in this stream; mapped (on): use its \
+          memory in place, unchecked, rather than a copy; other flags may give new paths and \
+          taps").only(Era::New),
+    flag(&["action"],
+         Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|pause|reset]\
+                     [,panic=shutdown|exit-failure|pause|reset]", None),
+         Process, action::action,
+         "what follows a guest's power-off (poweroff), reboot (the end) and panic (exit-failure): the \
+          end, a halted machine (pause), or boot anew (reset); reboot=shutdown and panic=shutdown: \
+          what shutdown says").repeatable(),
+    flag(&["no-shutdown"], Switch, Process, action::no_shutdown,
+         "the same as -action shutdown=pause"),
     flag(&["D"], Optional("FILE"), Process, process::log,
          "log to a file, or to standard error; STRATOVIRT_LOG_LEVEL=error|warn|info|debug|trace"),
     flag(&["disable-seccomp"], Switch, Process, process::disable_seccomp,
@@ -112,7 +122,6 @@ pub(super) static TABLE: &[Flag] = &[
     ignored(&["vga"], Era::Old),
     refused(&["balloon"], "virtio-balloon"),
     refused(&["numa"], "NUMA for the guest"),
-    refused(&["no-shutdown"], "pausing at the guest's shutdown"),
     refused(&["smbios"], "SMBIOS"),
     refused(&["hardware-signature"], "the ACPI hardware signature"),
     refused(&["battery"], "a battery"),

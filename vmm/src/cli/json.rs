@@ -11,7 +11,7 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use super::draft::Draft;
 use super::fields::{Fields, Raw};
 use super::problem::{Place, did_you_mean};
-use super::{chars, disk, net, objects, system};
+use super::{action, chars, disk, net, objects, system};
 
 /// Most bytes of a file; a full description has two thousand.
 const MAX_FILE: u64 = 256 << 10;
@@ -37,6 +37,7 @@ enum Section {
 const SECTIONS: &[(&str, Section)] = &[
     ("boot-source", Section::Object(system::boot_source)),
     ("machine-config", Section::Object(system::machine_config)),
+    ("domain", Section::Object(action::domain)),
     ("drive", Section::List(disk::json_drive)),
     ("net", Section::List(net::json_net)),
     ("console", Section::List(chars::json_console)),

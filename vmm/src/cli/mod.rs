@@ -15,6 +15,9 @@ use std::path::PathBuf;
 
 use machine::config::{MachineConfig, Topology};
 
+use crate::actions::Actions;
+
+mod action;
 mod chars;
 mod device;
 mod disk;
@@ -63,8 +66,8 @@ pub struct Invocation {
     pub daemonize: bool,
     /// Leave the vCPUs stopped until `cont`.
     pub paused: bool,
-    /// A guest's reboot boots anew; else it ends the VM, as StratoVirt's microVM does.
-    pub reboot: bool,
+    /// What to do when the guest powers off, reboots or crashes.
+    pub actions: Actions,
     /// Where the log goes.
     pub log: Log,
     /// Install no system call filter.
@@ -78,12 +81,35 @@ pub struct Invocation {
 /// `-incoming`: a machine that goes on where a saved one stood.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incoming {
-    /// Directory of the saved state.
-    pub directory: PathBuf,
-    /// Map its memory rather than copy and check it.
-    pub mapped: bool,
+    /// Where its state is.
+    pub source: Source,
     /// What else was said about the machine.
     pub asked: Asked,
+}
+
+/// Where a saved state is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// In a directory.
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Map its memory rather than copy and check it.
+        mapped: bool,
+    },
+    /// It is sent.
+    Stream(Stream),
+}
+
+/// Where a stream comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stream {
+    /// From the first one to connect to this socket, which is made for it.
+    Unix(PathBuf),
+    /// From an inherited descriptor.
+    Fd(i32),
+    /// From the standard output of this shell command.
+    Exec(String),
 }
 
 /// Single values as they were given: what is not given is as it was saved.

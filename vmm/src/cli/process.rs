@@ -1,8 +1,8 @@
 //! Flags about the process itself.
-use super::Log;
 use super::draft::Draft;
 use super::fields::Fields;
-use super::value;
+use super::value::{self, Rule};
+use super::{Log, Source, Stream};
 
 pub(super) fn pidfile(draft: &mut Draft, f: &mut Fields) {
     draft.pidfile = f.path("");
@@ -16,11 +16,6 @@ pub(super) fn freeze(draft: &mut Draft, _: &mut Fields) {
     draft.paused = true;
 }
 
-pub(super) fn action(draft: &mut Draft, f: &mut Fields) {
-    draft.reboot =
-        f.choice("reboot", &[("reset", Ok(true)), ("shutdown", Ok(false))]).unwrap_or(false);
-}
-
 pub(super) fn log(draft: &mut Draft, f: &mut Fields) {
     draft.log = Some(f.path("").map_or(Log::Stderr, Log::File));
 }
@@ -29,15 +24,30 @@ pub(super) fn disable_seccomp(draft: &mut Draft, _: &mut Fields) {
     draft.disable_seccomp = true;
 }
 
-/// `-incoming file:DIR[,mapped=on|off]`.
+/// `-incoming file:DIR[,mapped=on|off]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`.
 pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
-    let directory = f.text("uri", |word| match word.split_once(':') {
-        Some(("file", path)) => value::path(path),
-        Some(("tcp" | "unix" | "exec" | "fd", _)) => {
-            Err("incoming streams are not built yet; use file:DIRECTORY".into())
+    let source = f.text("", |word| match word.split_once(':') {
+        Some(("file", rest)) => directory(rest),
+        Some(("unix", path)) => value::socket_path(path).map(Stream::Unix).map(Source::Stream),
+        Some(("fd", number)) => {
+            value::number(number, 3..=i32::MAX).map(Stream::Fd).map(Source::Stream)
         }
-        _ => Err("must be file:DIRECTORY".into()),
+        // All of the rest: commands have commas.
+        Some(("exec", command)) if !command.is_empty() => {
+            value::text(command).map(Stream::Exec).map(Source::Stream)
+        }
+        Some(("tcp", _)) => Err("streams over TCP are not built; use unix:, fd: or exec:".into()),
+        _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
     });
-    let mapped = f.boolean("mapped").unwrap_or(true);
-    draft.incoming = Some((directory.unwrap_or_default(), mapped));
+    // Kept even when it is wrong, so that nobody asks for a kernel.
+    draft.incoming = source.or(Some(Source::Stream(Stream::Fd(0))));
+}
+
+fn directory(text: &str) -> Result<Source, Rule> {
+    let (path, option) = text.split_once(',').unwrap_or((text, "mapped=on"));
+    let mapped = match option.split_once('=') {
+        Some(("mapped", word)) => value::boolean(word).map_err(|rule| format!("mapped {rule}"))?,
+        _ => return Err("behind the directory, only ,mapped=on|off is allowed".into()),
+    };
+    Ok(Source::Directory { path: value::path(path)?, mapped })
 }

@@ -40,9 +40,8 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         true => Some(false),
         false => draft.dump_guest_core,
     };
-    let incoming = draft.incoming.map(|(directory, mapped)| Incoming {
-        directory,
-        mapped,
+    let incoming = draft.incoming.map(|source| Incoming {
+        source,
         asked: Asked {
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),
@@ -86,7 +85,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         pidfile: draft.pidfile,
         daemonize: draft.daemonize,
         paused: draft.paused,
-        reboot: draft.reboot,
+        actions: draft.actions.resolve(),
         log: draft.log.unwrap_or(Log::Off),
         disable_seccomp: draft.disable_seccomp,
         incoming,

@@ -5,6 +5,7 @@ use machine::config::{CharBackend, MachineConfig, Tap};
 
 use super::{Action, Invocation, Log, Problems, parse};
 
+mod action;
 mod documented;
 mod faults;
 mod file;

@@ -94,6 +94,18 @@ pub(super) fn queue_size(word: &str, range: RangeInclusive<u16>) -> Result<u16, 
     Err(format!("not a power of two: {}", allowed.join(", ")))
 }
 
+/// Bytes in `range`: `N[K|M]`.
+pub(super) fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
+    let (digits, unit) = match word.strip_suffix(['K', 'k']) {
+        Some(digits) => (digits, 1u32 << 10),
+        None => word.strip_suffix(['M', 'm']).map_or((word, 1), |digits| (digits, 1 << 20)),
+    };
+    let size = number(digits, 0..=u32::MAX).ok().and_then(|count| count.checked_mul(unit));
+    size.filter(|size| range.contains(size)).ok_or_else(|| {
+        format!("must be bytes, with K or M behind them or not, at most {}K", range.end() >> 10)
+    })
+}
+
 /// Guest RAM in bytes: `N[K|M|G|T]`. A bare number counts bytes from 1048576 on, as the first
 /// StratoVirt had it, and MiB below, as the second has it: less than 1 MiB is no machine.
 pub(super) fn memory_size(word: &str) -> Result<u64, Rule> {

@@ -118,6 +118,10 @@ pub fn query_target(_: &mut Vmm, _: QueryTarget) -> Result<TargetInfo, Error> {
     Ok(TargetInfo { arch: SysEmuTarget::X86_64 })
 }
 
+pub fn query_vm_generation_id(vmm: &mut Vmm, _: QueryVmGenerationId) -> Result<GuidInfo, Error> {
+    Ok(GuidInfo { guid: vmm.machine.generation_id().to_string() })
+}
+
 pub fn query_uuid(vmm: &mut Vmm, _: QueryUuid) -> Result<UuidInfo, Error> {
     Ok(UuidInfo { uuid: vmm.machine.config().uuid.clone() })
 }

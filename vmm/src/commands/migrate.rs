@@ -1,29 +1,70 @@
 //! Saving the machine's state.
-use std::{path::PathBuf, sync::atomic::Ordering};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
 
+use machine::inherited;
 use qmp::{Error, schema::*, server::Ticket};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use crate::vmm::Vmm;
+use crate::{
+    checkpoint::Peer,
+    saving::{How, To},
+    vmm::Vmm,
+};
 
 /// The answer comes when the state has been saved, as with StratoVirt; other clients are served
 /// meanwhile.
 pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Option<Empty>, Error> {
-    let directory = match command.uri.split_once(':') {
-        Some(("file", path)) if !path.is_empty() && !path.contains('\0') => PathBuf::from(path),
-        Some(("tcp", _)) => return Err(Error::text("MicroVM does not support migration")),
-        Some(("unix" | "exec" | "fd", _)) => {
-            return Err(Error::text(format!(
-                "Invalid uri: {}: streams are not built yet; use file:DIRECTORY",
-                command.uri
-            )));
-        }
-        _ => {
-            let desc = format!("Invalid uri: {}: must be file:DIRECTORY", command.uri);
-            return Err(Error::text(desc));
-        }
+    let how = How {
+        resume: command.resume == Some(true),
+        incremental: command.incremental == Some(true),
+        track: command.track == Some(true),
     };
-    vmm.save(&directory, command.resume == Some(true), ticket)?;
+    let (kind, place) = command.uri.split_once(':').unwrap_or_default();
+    if kind != "file" && (how.incremental || how.track) {
+        let desc = "Parameters 'incremental' and 'track' are for file:DIRECTORY";
+        return Err(Error::text(desc));
+    }
+    let failed = |e: io::Error| Error::text(format!("cannot save to {}: {e}", command.uri));
+    let stream = |fd: OwnedFd| Peer::new(fd).map(To::Stream).map_err(failed);
+    let to = match (kind, place) {
+        ("tcp", _) => return Err(Error::text("MicroVM does not support migration")),
+        (_, place) if place.is_empty() || place.contains('\0') => {
+            return Err(invalid(&command.uri));
+        }
+        ("file", path) => To::Directory(PathBuf::from(path)),
+        ("unix", path) => stream(connected(Path::new(path)).map_err(failed)?)?,
+        ("fd", name) => match (vmm.named_fds.remove(name), name.parse()) {
+            (Some(fd), _) => stream(fd)?,
+            (None, Ok(number)) => stream(inherited::take(number).map_err(failed)?)?,
+            (None, Err(_)) => {
+                let desc =
+                    format!("no descriptor is called '{name}': hand it over with getfd first");
+                return Err(Error::text(desc));
+            }
+        },
+        _ => return Err(invalid(&command.uri)),
+    };
+    vmm.save(to, how, ticket)?;
     Ok(None)
+}
+
+fn invalid(uri: &str) -> Error {
+    let desc =
+        format!("Invalid uri: {uri}: must be file:DIRECTORY, unix:SOCKET, fd:NAME or exec:COMMAND");
+    Error::text(desc)
+}
+
+/// A connection to the socket at `path`. Does not wait for a listener with many others in line.
+fn connected(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
 }
 
 pub fn migrate_cancel(vmm: &mut Vmm, _: MigrateCancel) -> Result<Empty, Error> {
@@ -34,6 +75,7 @@ pub fn migrate_cancel(vmm: &mut Vmm, _: MigrateCancel) -> Result<Empty, Error> {
 pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Error> {
     let saving = vmm.saving();
     let Some(job) = saving.job() else { return Ok(MigrationInfo::default()) };
+    let base = saving.base().map(|path| path.to_string_lossy().into_owned());
     let progress = job.progress();
     let load = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
     let (total, done, transferred) =
@@ -51,6 +93,7 @@ pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Er
         }),
         total_time: Some(milliseconds(job.time())),
         downtime: saving.downtime().map(milliseconds),
+        base,
         error_desc: saving.error().map(str::to_owned),
     })
 }

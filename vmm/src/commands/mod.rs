@@ -9,22 +9,26 @@ mod run_state;
 use machine::PlugError;
 use qmp::{Error, ErrorClass, table::Table};
 
-use crate::{lifecycle::States, vmm::Vmm};
+use crate::{
+    lifecycle::{State, States},
+    vmm::Vmm,
+};
 
 const ANY: States = States::ANY;
+const GUEST: States = States::GUEST;
 const ALIVE: States = States::ALIVE;
 
 /// The command table.
 pub fn table() -> Table<Vmm> {
     Table::new(ANY)
-        .on(ALIVE, run_state::cont)
-        .on(ALIVE, run_state::stop)
+        .on(States::GUEST_OR_MIGRATED, run_state::cont)
+        .on(States::OR_MIGRATED, run_state::stop)
         .on(States::OR_SAVING, run_state::quit)
-        .on_ticket(ALIVE, migrate::migrate)
+        .on_ticket(States::OR_MIGRATED, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
         .on(ANY, migrate::query_migrate)
         .on(ALIVE, run_state::system_reset)
-        .on(ALIVE, run_state::system_powerdown)
+        .on(GUEST, run_state::system_powerdown)
         .on(ANY, run_state::query_status)
         .on(ALIVE, block::blockdev_add)
         .on(ALIVE, block::blockdev_del)
@@ -36,7 +40,8 @@ pub fn table() -> Table<Vmm> {
         .on(ALIVE, net::netdev_add)
         .on(ALIVE, net::netdev_del)
         .on(ALIVE, net::set_link)
-        .on(ALIVE, run_state::send_key)
+        .on(States::of(&[State::Running]), net::announce_self)
+        .on(GUEST, run_state::send_key)
         .on(ALIVE, device::device_add)
         .on(ALIVE, device::device_del)
         .on(ANY, introspect::query_chardev)
@@ -49,6 +54,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_name)
         .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
+        .on(ANY, introspect::query_vm_generation_id)
 }
 
 /// QEMU's class for a device that is not there; the whole chain of causes.

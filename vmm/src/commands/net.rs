@@ -1,11 +1,11 @@
 //! Network back-ends, and descriptors handed over for them.
-use std::os::fd::OwnedFd;
+use std::{ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
 
 use machine::config::{NicConfig, Tap, limits};
 use qmp::{Error, schema::*, server::Ticket};
 
 use super::plug_error;
-use crate::vmm::Vmm;
+use crate::{announce::Schedule, vmm::Vmm};
 
 pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
     let server = vmm.servers.get_mut(vmm.asked_by);
@@ -91,6 +91,33 @@ fn take_fds(vmm: &mut Vmm, names: &[&str]) -> Result<(Tap, Vec<OwnedFd>), Error>
 
 pub fn set_link(vmm: &mut Vmm, command: SetLink) -> Result<Empty, Error> {
     vmm.machine.set_link(&command.name, command.up).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
+pub fn announce_self(vmm: &mut Vmm, command: AnnounceSelf) -> Result<Empty, Error> {
+    // QEMU's limits.
+    let limits: [(&str, u32, RangeInclusive<u32>); 4] = [
+        ("initial", command.initial, 0..=100_000),
+        ("max", command.max, 0..=100_000),
+        ("rounds", command.rounds, 1..=1000),
+        ("step", command.step, 0..=10_000),
+    ];
+    for (name, value, allowed) in limits {
+        if !allowed.contains(&value) {
+            let (least, most) = allowed.into_inner();
+            return Err(Error::text(format!(
+                "Invalid parameter '{name}': {value}; must be {least} to {most}"
+            )));
+        }
+    }
+    let of = |milliseconds: u32| Duration::from_millis(milliseconds.into());
+    let schedule = Schedule {
+        rounds: command.rounds,
+        initial: of(command.initial),
+        max: of(command.max),
+        step: of(command.step),
+    };
+    vmm.announce(schedule, command.interfaces).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
 }
 

@@ -2,7 +2,7 @@
 use qmp::{Error, schema::*};
 
 use crate::{
-    lifecycle::{self, State},
+    lifecycle::{self, Halt, State},
     vmm::{Ending, Vmm},
 };
 
@@ -51,6 +51,9 @@ pub fn query_status(vmm: &mut Vmm, _: QueryStatus) -> Result<StatusInfo, Error> 
         State::Running => RunState::Running,
         // StratoVirt knows no "prelaunch": its clients take -S for a pause.
         State::Prelaunch | State::Paused | State::Saving => RunState::Paused,
-        State::Shutdown => RunState::Shutdown,
+        State::PostMigrate => RunState::Postmigrate,
+        State::Halted(Halt::Shutdown) | State::Shutdown => RunState::Shutdown,
+        State::Halted(Halt::GuestPanicked) => RunState::GuestPanicked,
+        State::Halted(Halt::InternalError) => RunState::InternalError,
     }))
 }

@@ -67,6 +67,8 @@ const CALLS: &[c_long] = &[
     SYS_restart_syscall,
     // QMP and console clients. Sockets that listen were made before.
     SYS_accept4,
+    // Saving into a socket; only Unix sockets can be made, see below.
+    SYS_connect,
     SYS_recvfrom,
     SYS_recvmsg,
     SYS_sendto,
@@ -167,7 +169,7 @@ pub fn allowed() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
         // A thread that has just started.
         // Names of threads.
         (SYS_prctl, vec![rule(0, Op::Eq, PR_SET_NAME.cast_unsigned())?]),
-        // To ask for the number of an interface; connecting it is not possible.
+        // To ask for the number of an interface, and to save into.
         (SYS_socket, vec![rule(0, Op::Eq, AF_UNIX.cast_unsigned())?]),
         // The own vCPU threads, and itself to abort.
         (SYS_tgkill, vec![rule(0, Op::Eq, std::process::id())?]),

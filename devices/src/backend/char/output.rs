@@ -33,9 +33,16 @@ pub struct CharSink {
 struct State {
     output: Option<Output>,
     backlog: VecDeque<u8>,
+    replay: Option<Replay>,
     dropped: u64,
     /// The output is in the epoll: a worker will call when it can take more.
     watched: bool,
+}
+
+/// The last bytes of output, for whoever connects next.
+struct Replay {
+    last: VecDeque<u8>,
+    size: usize,
 }
 
 /// Where bytes go to, and how to write there without waiting.
@@ -98,9 +105,18 @@ impl CharSink {
         Self { epoll, state: Arc::new(Mutex::new(state)) }
     }
 
+    /// Keep the last `size` bytes of output from now on, and send them first to whoever connects.
+    pub(super) fn replay(&self, size: usize) {
+        let last = VecDeque::new();
+        self.state.lock().replay = (size > 0).then_some(Replay { last, size });
+    }
+
     /// Send `bytes` on; returns at once.
     pub fn send(&self, bytes: &[u8]) {
         let mut state = self.state.lock();
+        if let Some(replay) = &mut state.replay {
+            replay.keep(bytes);
+        }
         if state.output.is_none() {
             return;
         }
@@ -111,7 +127,7 @@ impl CharSink {
             rest = rest.get(taken..).unwrap_or_default();
         }
         if state.output.is_some() && !rest.is_empty() {
-            let room = BACKLOG.saturating_sub(state.backlog.len()).min(rest.len());
+            let room = state.room().min(rest.len());
             state.backlog.extend(rest.iter().take(room));
             state.drop_bytes(rest.len() - room);
             state.flush();
@@ -124,7 +140,7 @@ impl CharSink {
     pub fn room(&self) -> usize {
         let state = self.state.lock();
         match &state.output {
-            Some(_) => BACKLOG.saturating_sub(state.backlog.len()),
+            Some(_) => state.room(),
             None => usize::MAX,
         }
     }
@@ -142,18 +158,41 @@ impl CharSink {
 
     pub(super) fn connect(&self, output: Output) {
         self.disconnect();
-        self.state.lock().output = Some(output);
+        let mut state = self.state.lock();
+        state.output = Some(output);
+        if let Some(replay) = state.replay.take() {
+            state.backlog.extend(&replay.last);
+            state.replay = Some(replay);
+            state.flush();
+            state.watch(&self.epoll);
+        }
     }
 
     pub(super) fn disconnect(&self) {
         let mut state = self.state.lock();
         state.backlog.clear();
+        state.backlog.shrink_to(BACKLOG);
         state.watch(&self.epoll);
         state.output = None;
     }
 }
 
+impl Replay {
+    fn keep(&mut self, bytes: &[u8]) {
+        let bytes = bytes.get(bytes.len().saturating_sub(self.size)..).unwrap_or_default();
+        let much = (self.last.len() + bytes.len()).saturating_sub(self.size);
+        self.last.drain(..much.min(self.last.len()));
+        self.last.extend(bytes);
+    }
+}
+
 impl State {
+    /// How many more bytes may wait. What is replayed comes on top of what may wait anyway.
+    fn room(&self) -> usize {
+        let replay = self.replay.as_ref().map_or(0, |replay| replay.size);
+        (BACKLOG + replay).saturating_sub(self.backlog.len())
+    }
+
     fn flush(&mut self) {
         while !self.backlog.is_empty() {
             let (front, _) = self.backlog.as_slices();

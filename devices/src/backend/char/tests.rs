@@ -179,7 +179,7 @@ fn a_pty_carries_bytes_both_ways_and_survives_its_terminal() {
 fn a_socket_serves_one_connection_after_the_other() {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("console");
-    let mut char = Char::socket(&path).unwrap();
+    let mut char = Char::socket(&path, 0).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions_mode() & 0o777, 0o600);
     char.sink.send(b"nobody listens");
     let mut first = UnixStream::connect(&path).unwrap();
@@ -217,14 +217,69 @@ fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
     let path = dir.as_path().join("s");
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists());
-    drop(Char::socket(&path).unwrap());
+    drop(Char::socket(&path, 0).unwrap());
     let live = UnixListener::bind(&path).unwrap();
-    assert!(matches!(Char::socket(&path), Err(CharError::InUse { .. })));
+    assert!(matches!(Char::socket(&path, 0), Err(CharError::InUse { .. })));
     drop(live);
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "precious").unwrap();
-    assert!(matches!(Char::socket(&path), Err(CharError::NotASocket { .. })));
+    assert!(matches!(Char::socket(&path, 0), Err(CharError::NotASocket { .. })));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     let long = dir.as_path().join("x".repeat(200));
-    assert!(matches!(Char::socket(&long), Err(CharError::Open { .. })));
+    assert!(matches!(Char::socket(&long, 0), Err(CharError::Open { .. })));
+}
+
+fn take(stream: &mut UnixStream, source: &mut CharSource, len: usize) -> Vec<u8> {
+    let mut got = vec![0; len];
+    let mut at = 0;
+    while at < len {
+        // What waits flows as the reader makes room.
+        source.read(&mut []);
+        at += stream.read(&mut got[at..]).unwrap();
+    }
+    got
+}
+
+#[test]
+fn each_connection_is_told_what_it_has_missed() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("console");
+    let mut char = Char::socket(&path, 8).unwrap();
+    char.sink.send(b"in the beginning");
+    for (said, replayed) in [("", "eginning"), ("!\n", "inning!\n"), ("0123456789", "23456789")] {
+        char.sink.send(said.as_bytes());
+        let mut client = UnixStream::connect(&path).unwrap();
+        assert_eq!(char.source.read(&mut [0; 9]), 0);
+        assert_eq!(take(&mut client, &mut char.source, 8), replayed.as_bytes());
+        char.sink.send(b"live");
+        assert_eq!(take(&mut client, &mut char.source, 4), b"live", "behind it, and once");
+        char.sink.send(replayed.as_bytes());
+        assert_eq!(take(&mut client, &mut char.source, 8), replayed.as_bytes());
+        drop(client);
+        assert_eq!(char.source.read(&mut [0; 9]), 0);
+    }
+}
+
+#[test]
+fn a_long_replay_is_whole_however_slowly_it_is_read() {
+    const SIZE: usize = 1 << 20;
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("console");
+    let mut char = Char::socket(&path, SIZE).unwrap();
+    let text: Vec<u8> = (0..3 * SIZE).map(|i| (i / 7) as u8).collect();
+    text.chunks(1000).for_each(|piece| char.sink.send(piece));
+    let mut client = UnixStream::connect(&path).unwrap();
+    char.source.read(&mut []);
+    char.sink.send(b"and then");
+    let got = take(&mut client, &mut char.source, SIZE + 8);
+    assert!(got[..SIZE] == text[2 * SIZE..] && got[SIZE..] == *b"and then");
+    assert_eq!(char.sink.dropped(), 0);
+    // A reader that takes nothing costs no more than the replay and the backlog.
+    let dead = UnixStream::connect(&path).unwrap();
+    drop(client);
+    char.source.read(&mut []);
+    text.chunks(1000).for_each(|piece| char.sink.send(piece));
+    assert!(char.sink.dropped() > 0);
+    assert!(char.sink.room() <= BACKLOG + SIZE);
+    drop(dead);
 }

@@ -205,6 +205,20 @@ impl Disk {
         self.logical
     }
 
+    /// Let other machines have it. It must not be used until [`Disk::hold`].
+    pub fn release(&self) {
+        // One that cannot be given up is kept.
+        let _ = sys::lock(&self.file, Lock::Release);
+    }
+
+    /// Keep other machines out, as [`Disk::open`] does.
+    ///
+    /// # Errors
+    /// When another one has it.
+    pub fn hold(&self) -> Result<(), DiskError> {
+        lock(&self.path, &self.file, self.readonly)
+    }
+
     /// Bytes of a block that the medium writes without reading it first.
     pub fn physical_block(&self) -> u32 {
         self.physical
@@ -214,7 +228,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         // Closing is not enough while a child that is just being started has the descriptor too.
-        let _ = sys::lock(&self.file, Lock::Release);
+        self.release();
     }
 }
 

@@ -8,8 +8,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 
 use crate::{Memory, virtio::chain::Segment};
 
-/// The most pieces that one system call takes (`UIO_MAXIOV` of Linux).
-const PIECES: usize = 1024;
+/// The most guest buffers in one frame: one less than a system call takes (`UIO_MAXIOV` of Linux),
+/// for [`Frame::read_from`] adds a piece of ours.
+const PIECES: usize = 1023;
 
 /// A piece of guest memory. Only [`Frame::push`] makes one.
 #[repr(transparent)]
@@ -31,7 +32,7 @@ pub struct Frame {
 impl Frame {
     /// An empty list of buffers in `memory`.
     pub fn new(memory: Memory) -> Self {
-        let (segments, pieces) = (Vec::with_capacity(PIECES), Vec::with_capacity(PIECES));
+        let (segments, pieces) = (Vec::with_capacity(PIECES), Vec::with_capacity(PIECES + 1));
         Self { memory, segments, pieces, bytes: 0 }
     }
 
@@ -95,16 +96,19 @@ impl Frame {
         self.pieces.drain(..gone);
     }
 
-    /// Fill the buffers from `fd` by one readv. Whoever finishes the frame has to call
-    /// [`Frame::mark_written`].
+    /// Fill the buffers, and then `spill`, from `fd` by one readv. Whoever finishes the frame has
+    /// to call [`Frame::mark_written`].
     ///
     /// # Errors
     /// As readv.
-    pub fn read_from(&self, fd: RawFd) -> io::Result<usize> {
-        // SAFETY: each piece lies within a region of `self.memory`, mapped as long as `self`
-        // lives; the guest has made it available for writing, and nothing in this process holds
-        // a reference into guest memory.
+    pub fn read_from(&mut self, fd: RawFd, spill: &mut [u8]) -> io::Result<usize> {
+        let (iov_base, iov_len) = (spill.as_mut_ptr().cast(), spill.len());
+        self.pieces.push(Piece(libc::iovec { iov_base, iov_len }));
+        // SAFETY: the last piece is `spill`, which is borrowed for writing. Each other one lies
+        // within a region of `self.memory`, mapped as long as `self` lives; the guest has made it
+        // available for writing, and nothing in this process holds a reference into guest memory.
         let n = unsafe { libc::readv(fd, self.pieces.as_ptr().cast(), self.pieces.len() as i32) };
+        self.pieces.pop();
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
@@ -113,7 +117,7 @@ impl Frame {
     /// # Errors
     /// As writev.
     pub fn write_to(&self, fd: RawFd) -> io::Result<usize> {
-        // SAFETY: as in `read_from`, and the kernel only reads.
+        // SAFETY: as in `read_from`, without a piece of ours, and the kernel only reads.
         let n = unsafe { libc::writev(fd, self.pieces.as_ptr().cast(), self.pieces.len() as i32) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }

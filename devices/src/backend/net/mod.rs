@@ -56,11 +56,11 @@ pub trait NetBackend: Send + Sync + 'static {
     fn has_header(&self) -> bool;
     /// UDP segmentation offload is among what it can do.
     fn has_uso(&self) -> bool;
-    /// Receive one frame into guest memory.
+    /// Receive one frame into guest memory, and what does not fit there into `spill`.
     ///
     /// # Errors
     /// `WouldBlock`, or what became of the interface.
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize>;
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize>;
     /// Receive one frame into a buffer of ours.
     ///
     /// # Errors
@@ -71,6 +71,11 @@ pub trait NetBackend: Send + Sync + 'static {
     /// # Errors
     /// `WouldBlock`, what became of the interface, or `InvalidInput` for a frame that is none.
     fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize>;
+    /// Send one frame of ours, header and all, by the first queue.
+    ///
+    /// # Errors
+    /// As [`NetBackend::write`].
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize>;
     /// From now on deliver frames that need these offloads.
     ///
     /// # Errors

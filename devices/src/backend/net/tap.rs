@@ -3,7 +3,7 @@
 //! Tap devices.
 use std::{
     fs::OpenOptions,
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
@@ -225,8 +225,8 @@ impl NetBackend for Tap {
         self.uso
     }
 
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize> {
-        into.read_from(self.fd(queue))
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
+        into.read_from(self.fd(queue), spill)
     }
 
     fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize> {
@@ -244,6 +244,11 @@ impl NetBackend for Tap {
             frame.skip(HEADER);
         }
         frame.write_to(self.fd(queue))
+    }
+
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        let frame = if self.header { frame } else { frame.get(HEADER..).unwrap_or_default() };
+        self.queue(0)?.write(frame)
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -23,7 +23,7 @@ struct Bench {
 fn bench() -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("tty");
-    let char = Char::socket(&path).unwrap();
+    let char = Char::socket(&path, 0).unwrap();
     let thread = InlineThread::new();
     let serial = Serial::new("serial0", Line::new().unwrap(), char, thread.clone()).unwrap();
     let terminal = UnixStream::connect(&path).unwrap();

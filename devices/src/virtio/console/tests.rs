@@ -24,7 +24,7 @@ impl Terminal {
     fn new() -> Self {
         let dir = TempDir::new().unwrap();
         let path = dir.as_path().join("console");
-        let console = Console::new("console0", Char::socket(&path).unwrap());
+        let console = Console::new("console0", Char::socket(&path, 0).unwrap());
         Self { guest: Guest::new(Box::new(console)), path, _dir: dir }
     }
 
@@ -204,7 +204,7 @@ fn a_saved_console_goes_on_in_the_middle_of_a_text() {
     terminal.guest.request(TX, &[(at, text.len() as u32, false)]);
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("elsewhere");
-    let console = Console::new("console0", Char::socket(&path).unwrap());
+    let console = Console::new("console0", Char::socket(&path, 0).unwrap());
     let mut second = UnixStream::connect(&path).unwrap();
     second.set_nonblocking(true).unwrap();
     let mut there = terminal.guest.migrate(Box::new(console));

@@ -4,6 +4,7 @@
 //! into guest buffers, segments of up to 64 KiB at a time where the driver takes offloads.
 //!
 //! A device without a back-end is an empty slot: its link is down until [`Net::plug`].
+mod announce;
 mod ctrl;
 mod rx;
 mod state;
@@ -195,6 +196,19 @@ impl<B: NetBackend> Net<B> {
     /// The driver sees a link: there is a back-end, and the cable is in.
     pub fn link_up(&self) -> bool {
         self.link && self.backend.is_some()
+    }
+
+    /// Tell the host's network that this address is here now; nothing while the link is down.
+    ///
+    /// # Errors
+    /// When the host does not take the frame.
+    pub fn announce(&self) -> io::Result<()> {
+        match &self.backend {
+            Some(backend) if self.link => {
+                backend.write_buffer(&announce::frame(self.mac)).map(drop)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The hardware address that the driver sees.

@@ -4,9 +4,9 @@
 //! read straight into it. Those that it does not fill stay in the window for the next one, and go
 //! back to the ring when the worker leaves its thread.
 //!
-//! Where the window is shorter than the longest frame (the driver is slow to refill, or has not
-//! negotiated mergeable buffers), a frame goes through a buffer of ours first, so that none is
-//! cut off; it waits there, and others behind it on the host, until the driver has refilled.
+//! Where the window is shorter than a frame (the driver is slow to refill, or has not negotiated
+//! mergeable buffers), the rest of the frame goes into a buffer of ours, so that none is cut off;
+//! it waits there, and others behind it on the host, until the driver has refilled.
 use std::io;
 
 use super::worker::Shared;
@@ -39,9 +39,12 @@ pub(super) struct Rx {
     /// The window cannot grow, whatever the driver adds, until something in it is used.
     full: bool,
     mergeable: bool,
+    /// Room for a whole frame; each byte of one that waits is at its own place.
     bounce: Box<[u8]>,
-    /// Bytes of a frame that waits in `bounce`; 0: none.
+    /// Bytes of a frame that waits; 0: none.
     held: usize,
+    /// How many of these are in the window already; the rest is in `bounce`.
+    placed: usize,
     /// Frames and malformed chains that this run may still handle.
     budget: u16,
 }
@@ -69,13 +72,16 @@ impl Rx {
             mergeable,
             bounce: vec![0; FRAME_MAX].into_boxed_slice(),
             held: 0,
+            placed: 0,
             budget: 0,
             ring,
         }
     }
 
-    /// Put chains that no frame has reached back into the ring.
+    /// Put chains that no whole frame has reached back into the ring.
     pub(super) fn give_back(&mut self) {
+        let placed = self.bounce.get_mut(..std::mem::take(&mut self.placed)).unwrap_or_default();
+        chain::read(self.ring.memory(), self.window.segments(), 0, placed);
         self.ring.unpop(self.posted.len() as u16);
         self.posted.clear();
         self.window.clear();
@@ -84,7 +90,7 @@ impl Rx {
 
     /// Forget a frame that waits.
     pub(super) fn forget(&mut self) {
-        self.held = 0;
+        (self.held, self.placed) = (0, 0);
     }
 
     /// Receive what there is, at most a queue's worth of frames. True when there may be more.
@@ -136,7 +142,7 @@ impl Rx {
         Ok(Stop::Turn)
     }
 
-    /// Read one frame, into the window or, if it might not fit, into `bounce`.
+    /// Read one frame into the window, and what does not fit there into `bounce`.
     fn receive<B: NetBackend>(
         &mut self,
         pair: usize,
@@ -153,17 +159,21 @@ impl Rx {
                 return Ok(Some(Stop::NoBuffers));
             }
         }
-        let direct = shared.link && backend.has_header() && self.window.bytes() >= FRAME_MAX;
+        let direct = shared.link && backend.has_header();
+        let room = if direct { self.window.bytes().min(FRAME_MAX) } else { 0 };
         let result = match direct {
-            true => backend.read(pair, &self.window),
+            true => {
+                let spill = self.bounce.get_mut(room..).unwrap_or_default();
+                backend.read(pair, &mut self.window, spill)
+            }
             false => backend.read_buffer(pair, &mut self.bounce),
         };
         match result {
             Ok(n) if !shared.link || n <= HEADER => {
                 shared.stats.rx.dropped();
             }
-            Ok(n) if direct => self.complete(n, shared)?,
-            Ok(n) => self.held = n,
+            Ok(n) if n <= room => self.complete(n, shared)?,
+            Ok(n) => (self.held, self.placed) = (n, room),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Some(Stop::Drained)),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Some(Stop::Turn)),
             Err(e) => {
@@ -186,14 +196,14 @@ impl Rx {
             let all = self.posted.len() >= usize::from(self.ring.size());
             if !self.posted.is_empty() && (all || self.full || !self.mergeable) {
                 shared.drop_rx(pair, &"the driver's buffers are too small for a frame");
-                self.held = 0;
+                self.forget();
                 return Ok(Delivery::Done);
             }
             return Ok(Delivery::NoRoom);
         }
-        let frame = self.bounce.get(..self.held).unwrap_or_default();
-        chain::write(self.ring.memory(), self.window.segments(), 0, frame);
-        let n = std::mem::take(&mut self.held);
+        let (n, placed) = (std::mem::take(&mut self.held), std::mem::take(&mut self.placed));
+        let rest = self.bounce.get(placed..n).unwrap_or_default();
+        chain::write(self.ring.memory(), self.window.segments(), placed as u64, rest);
         self.complete(n, shared)?;
         Ok(Delivery::Done)
     }

@@ -90,7 +90,10 @@ impl Resolver {
         control.extend(d.control.iter().map(|(place, path)| (place, path.clone())));
         for (place, id) in &d.monitors {
             match self.chardev(d, place, id) {
-                Some(CharBackend::Socket(path)) => control.push((place, path)),
+                Some(CharBackend::Socket { path, replay: 0 }) => control.push((place, path)),
+                Some(CharBackend::Socket { .. }) => {
+                    self.problems.add_value(&place.key("chardev"), id, "QMP has no replay");
+                }
                 Some(_) => {
                     let rule = "must be a -chardev socket";
                     self.problems.add_value(&place.key("chardev"), id, rule);
@@ -105,7 +108,7 @@ impl Resolver {
             _ => None,
         });
         let others = chardevs.chain(serial).filter_map(|(place, backend)| match backend {
-            CharBackend::Socket(path) => Some((place, path)),
+            CharBackend::Socket { path, .. } => Some((place, path)),
             _ => None,
         });
         for (place, path) in d.control.iter().map(|(place, path)| (place, path)).chain(others) {

@@ -83,7 +83,10 @@ fn kata_for_debugging_has_a_console() {
     ));
     let console = i.machine.console.unwrap();
     assert_eq!(console.id, "charconsole0");
-    assert_eq!(console.backend, CharBackend::Socket("/run/vc/vm/0123/console.socket".into()));
+    assert_eq!(
+        console.backend,
+        CharBackend::Socket { path: "/run/vc/vm/0123/console.socket".into(), replay: 0 }
+    );
 }
 
 #[test]
@@ -167,7 +170,10 @@ fn older_netdev_drive_chardev_and_rng_are_devices_by_themselves() {
     assert_eq!(m.nics[0].tap, Tap::Name("tap0".into()));
     assert_eq!((m.nics[0].id.as_str(), m.nics[0].iothread.as_deref()), ("net0", Some("io1")));
     assert_eq!((m.disks[0].serial.as_deref(), m.disks[0].iops), (Some("abc"), Some(100)));
-    assert_eq!(m.console.unwrap().backend, CharBackend::Socket("/tmp/c".into()));
+    assert_eq!(
+        m.console.unwrap().backend,
+        CharBackend::Socket { path: "/tmp/c".into(), replay: 0 }
+    );
     assert_eq!(m.rng.unwrap().bps, Some(64));
     assert_eq!(m.iothreads, ["io1"]);
 }

@@ -142,7 +142,7 @@ fn problems_of_file_and_flags_come_together_with_their_places() {
             "net: an object; must be a list of objects",
             "vsock: virtio-vsock is not built yet: leave it out",
             "balloon: virtio-balloon is not built yet: leave it out",
-            "drives: unknown; did you mean 'drive'? allowed: boot-source, machine-config, drive, \
+            "drives: unknown; did you mean 'drive'? allowed: boot-source, machine-config, domain, drive, \
              net, console, serial, iothread, rng",
             "-smp 0: cpus: '0': not in 1..=254",
         ]

@@ -155,7 +155,7 @@ fn the_serial_port_leads_anywhere() {
     assert_eq!(serial(""), None);
     assert_eq!(serial("-serial pty"), Some(CharBackend::Pty));
     assert_eq!(serial("-serial file,path=/tmp/l"), Some(CharBackend::File("/tmp/l".into())));
-    let socket = Some(CharBackend::Socket("/tmp/x".into()));
+    let socket = Some(CharBackend::Socket { path: "/tmp/x".into(), replay: 0 });
     assert_eq!(serial("-serial socket,path=/tmp/x,server,nowait"), socket);
     assert_eq!(serial("-serial socket,path=/tmp/x,server=on,wait=off"), socket);
     assert_eq!(serial("-chardev id=c,path=/tmp/x -serial chardev:c"), socket);
@@ -203,4 +203,41 @@ fn process_flags() {
     assert!(i.paused && i.daemonize && !i.machine.memory.dump);
     assert_eq!(i.machine.memory.path.unwrap().to_str(), Some("/dev/hugepages"));
     assert!(run("-kernel k -api-channel unix:s -S").paused);
+}
+
+#[test]
+fn a_socket_replays_as_much_as_it_is_asked_to() {
+    let replay = |line: &str| match machine(line).serial {
+        Some(CharBackend::Socket { replay, .. }) => replay,
+        other => panic!("{other:?}"),
+    };
+    let socket = "-serial socket,path=/tmp/x,server,nowait";
+    for (said, bytes) in [("64K", 64 << 10), ("1M", 1 << 20), ("100", 100), ("0", 0)] {
+        assert_eq!(replay(&format!("{socket},replay={said}")), bytes);
+    }
+    let chardev = "-chardev socket,id=c,path=/tmp/x,server,nowait,replay=2k";
+    assert_eq!(replay(&format!("{chardev} -serial chardev:c")), 2048);
+    assert_eq!(replay("-chardev id=c,path=/tmp/x,replay=1k -serial chardev:c"), 1024);
+    for wrong in ["1025K", "2M", "1G", "-1", "", "K", "4194304K"] {
+        let said = problem(&format!("{socket},replay={wrong}"));
+        assert!(said.contains("at most 1024K"), "{said}");
+    }
+    assert!(problem("-serial stdio,replay=1K").contains("replay: unknown"));
+    assert!(problem(&format!("{chardev} -mon chardev=c,mode=control")).contains("no replay"));
+}
+
+#[test]
+fn the_guest_agent_s_console_stands_beside_the_serial_port() {
+    let m = machine(
+        "-serial socket,path=/tmp/console,server,nowait,replay=64K \
+         -chardev socket,id=org.qemu.guest_agent.0,path=/tmp/agent,server,nowait \
+         -device virtio-serial-device,id=s -device virtconsole,chardev=org.qemu.guest_agent.0,id=a",
+    );
+    assert!(m.serial.is_some());
+    assert_eq!(m.console.unwrap().id, "org.qemu.guest_agent.0");
+    let text = r#"{"boot-source":{"kernel_image_path":"k"},"serial":{"stdio":true},
+        "console":[{"console_id":"org.qemu.guest_agent.0","socket_path":"/tmp/agent"}]}"#;
+    let m = super::file(text, "-api-channel unix:s").unwrap().machine;
+    assert_eq!(m.console.unwrap().id, "org.qemu.guest_agent.0");
+    assert!(m.serial.is_some());
 }

@@ -114,6 +114,26 @@ fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
 }
 
 #[test]
+fn an_address_is_announced_while_there_is_a_link() {
+    for header in [true, false] {
+        let mut lan = Lan::new(settings(1), header);
+        let mac = lan.guest.transport.device::<Net<Wire>>().unwrap().mac();
+        let announce = |lan: &mut Lan| {
+            let net = lan.guest.transport.device::<Net<Wire>>().unwrap();
+            net.announce().map_err(|e| e.raw_os_error())
+        };
+        assert_eq!(announce(&mut lan), Ok(()), "no driver is needed");
+        let frame = lan.at_host().unwrap();
+        let frame = if header { &frame[HEADER..] } else { &frame[..] };
+        assert_eq!((frame.len(), &frame[..6], &frame[6..12]), (60, &[0xff; 6][..], &mac[..]));
+        lan.switches.fault.store(libc::EIO, SeqCst);
+        assert_eq!(announce(&mut lan), Err(Some(libc::EIO)));
+        lan.guest.transport.update(|net: &mut Net<Wire>| net.set_link(false).unwrap()).unwrap();
+        assert_eq!((announce(&mut lan), lan.at_host()), (Ok(()), None));
+    }
+}
+
+#[test]
 fn a_cable_pulled_while_frames_wait_for_the_host_works_again_later() {
     let mut lan = Lan::started(0);
     let at = lan.guest.bytes(&Lan::frame(1500, 5));
@@ -202,14 +222,22 @@ fn a_saved_interface_goes_on_elsewhere() {
 #[test]
 fn a_pause_keeps_a_frame_that_waits_for_buffers() {
     let mut lan = Lan::started(MERGEABLE);
-    lan.refill(2, 1526);
-    lan.host_sends(&Lan::frame(9000, 1));
+    let mut buffers = lan.refill(2, 1526);
+    let frame = Lan::frame(9000, 1);
+    lan.host_sends(&frame);
     for _ in 0..3 {
         lan.guest.transport.pause();
+        let zeros = [0; 1526];
+        for at in &buffers {
+            lan.guest.poke(*at, &zeros);
+        }
         lan.guest.transport.resume();
     }
-    lan.refill(10, 1526);
-    assert_eq!(lan.used().iter().sum::<u32>(), 9012);
+    buffers.extend(lan.refill(10, 1526));
+    let used = lan.used();
+    assert_eq!(used.iter().sum::<u32>(), 9012);
+    let pieces = buffers.iter().zip(used).map(|(at, len)| lan.guest.peek(*at, len as usize));
+    assert_eq!(pieces.collect::<Vec<_>>().concat()[12..], frame[12..]);
 }
 
 #[test]

@@ -67,9 +67,9 @@ impl NetBackend for Wire {
     fn has_uso(&self) -> bool {
         false
     }
-    fn read(&self, queue: usize, into: &Frame) -> io::Result<usize> {
+    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
         self.call()?;
-        into.read_from(self.fd(queue))
+        into.read_from(self.fd(queue), spill)
     }
     fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize> {
         self.call()?;
@@ -85,6 +85,10 @@ impl NetBackend for Wire {
             frame.skip(HEADER);
         }
         frame.write_to(self.fd(queue))
+    }
+    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
+        self.call()?;
+        self.queues[0].send(if self.header { frame } else { &frame[HEADER..] })
     }
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         self.switches.offloads.store(offloads.0, SeqCst);

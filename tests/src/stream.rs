@@ -1,0 +1,78 @@
+//! A connection on which both ends send without end, and each byte tells its place in the stream: a
+//! byte that is lost, doubled or moved shows at once. The host's end of it and, as a module of
+//! `init/load.rs`, the guest's.
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+/// Bytes sent at a time.
+const PIECE: usize = 4096;
+/// How many times longer than a step of `load` the pause after a piece is.
+pub const PACE: u32 = 20;
+
+/// What has gone through one end of a connection.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Bytes that were sent.
+    pub sent: AtomicU64,
+    /// Bytes that came and were right.
+    pub received: AtomicU64,
+    /// Why nothing more goes through it.
+    pub ended: OnceLock<String>,
+}
+
+/// Sends and receives on `stream`, in two threads, until it ends; sends a piece each `pause`, so that
+/// something is on its way and yet there is time for other things.
+///
+/// # Errors
+/// The connection cannot be used twice.
+pub fn exchange(stream: &TcpStream, tally: &Arc<Tally>, pause: Duration) -> io::Result<()> {
+    let ends = [send as fn(TcpStream, &Tally, Duration) -> io::Result<()>, receive];
+    for end in ends {
+        let (stream, tally) = (stream.try_clone()?, Arc::clone(tally));
+        thread::spawn(move || {
+            let why =
+                end(stream, &tally, pause).err().map_or("closed".to_owned(), |e| e.to_string());
+            // The first reason counts.
+            let _ = tally.ended.set(why);
+        });
+    }
+    Ok(())
+}
+
+fn send(mut stream: TcpStream, tally: &Tally, pause: Duration) -> io::Result<()> {
+    let mut piece = [0; PIECE];
+    loop {
+        fill(tally.sent.load(Ordering::Relaxed), &mut piece);
+        let sent = stream.write(&piece)?;
+        tally.sent.fetch_add(sent as u64, Ordering::Relaxed);
+        thread::sleep(pause);
+    }
+}
+
+fn receive(mut stream: TcpStream, tally: &Tally, _: Duration) -> io::Result<()> {
+    let (mut piece, mut wanted) = ([0; PIECE], [0; PIECE]);
+    loop {
+        let length = stream.read(&mut piece)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let at = tally.received.load(Ordering::Relaxed);
+        fill(at, &mut wanted);
+        if piece.get(..length) != wanted.get(..length) {
+            return Err(io::Error::other(format!("WRONG bytes after byte {at}")));
+        }
+        tally.received.fetch_add(length as u64, Ordering::Relaxed);
+    }
+}
+
+/// What the stream has from byte `at` on.
+fn fill(at: u64, piece: &mut [u8]) {
+    for (place, byte) in (at..).zip(piece) {
+        // A word's number, in its eight bytes.
+        *byte = ((place / 8) >> (place % 8 * 8)) as u8;
+    }
+}

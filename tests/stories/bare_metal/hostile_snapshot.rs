@@ -1,0 +1,616 @@
+//! Saved states that were damaged, moved to another host or made up, and files that change while a
+//! machine lives on them: each is told by name. Machines that are saved in the middle of what they do.
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use kvm_ioctls::{Cap, Kvm};
+use qmp::client::Client;
+use serde::de::IgnoredAny;
+use serde_json::json;
+use stories::monitor::{Monitor, SOON, Vm};
+
+use crate::plug::with_taps;
+use crate::snapshot::{counters, counting, restore, save};
+use crate::stage::{Stage, quits, simple, status};
+
+/// The `state` file, as its parts: the kind of each frame and its body.
+struct State {
+    version: u32,
+    frames: Vec<(u32, Vec<u8>)>,
+}
+
+const CONFIG: u32 = 1;
+const SECTION: u32 = 2;
+const SUMS: u32 = 3;
+
+impl State {
+    fn read(saved: &Path) -> Result<Self> {
+        let bytes = fs::read(saved.join("state"))?;
+        let word = |at: usize| -> Result<u32> {
+            let bytes = bytes.get(at..at + 4).context("a short state")?;
+            Ok(u32::from_le_bytes(bytes.try_into()?))
+        };
+        let (version, mut at, mut frames) = (word(8)?, 16, Vec::new());
+        while at < bytes.len() {
+            let (kind, length) = (word(at)?, usize::try_from(word(at + 4)?)?);
+            let body = bytes.get(at + 8..at + 8 + length).context("a short state")?;
+            frames.push((kind, body.to_vec()));
+            at += 12 + length;
+        }
+        Ok(Self { version, frames })
+    }
+
+    /// With all its checksums right, whatever it says.
+    fn write(&self, saved: &Path) -> Result<()> {
+        let mut bytes = b"STRATOCP".to_vec();
+        bytes.extend(self.version.to_le_bytes());
+        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        for (kind, body) in &self.frames {
+            let mut frame = kind.to_le_bytes().to_vec();
+            frame.extend(u32::try_from(body.len())?.to_le_bytes());
+            frame.extend(body);
+            frame.extend(crc32fast::hash(&frame).to_le_bytes());
+            bytes.extend(frame);
+        }
+        Ok(fs::write(saved.join("state"), bytes)?)
+    }
+
+    /// Where each frame begins, and the end.
+    fn borders(&self) -> Vec<usize> {
+        let mut borders = vec![16];
+        for (_, body) in &self.frames {
+            borders.push(borders.last().copied().unwrap_or(0) + body.len() + 12);
+        }
+        borders
+    }
+
+    /// Changes one value in the section whose name begins with `name`; the configuration is "". The
+    /// value is the one that follows `path`: each word in it is looked for behind the one before.
+    fn edit(&mut self, name: &str, path: &[&str], change: impl Fn(&str) -> String) -> Result<()> {
+        for (kind, body) in &mut self.frames {
+            let mut at = match *kind {
+                CONFIG if name.is_empty() => 0,
+                SECTION if !name.is_empty() => {
+                    let length = usize::from(*body.first().context("a section without a name")?);
+                    if !body.get(1..=length).is_some_and(|b| b.starts_with(name.as_bytes())) {
+                        continue;
+                    }
+                    1 + length
+                }
+                _ => continue,
+            };
+            let mut rest = str::from_utf8(body.get(at..).unwrap_or_default())?;
+            for word in path {
+                let found = rest.find(word).with_context(|| format!("no {word} in {name}"))?;
+                at += found + word.len();
+                rest = rest.get(found + word.len()..).unwrap_or_default();
+            }
+            let mut values = serde_json::Deserializer::from_str(rest).into_iter::<IgnoredAny>();
+            values.next().context("no value")??;
+            let length = values.byte_offset();
+            let new = change(rest.get(..length).unwrap_or_default());
+            body.splice(at..at + length, new.into_bytes());
+            return Ok(());
+        }
+        bail!("no section {name}")
+    }
+}
+
+/// A state of a guest that counts, and where it lies.
+fn saved(story: &str) -> Result<(Stage, PathBuf)> {
+    let (stage, mut monitor, mut qmp) = counting(story, 1)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    Ok((stage, saved))
+}
+
+/// Everything in `saved`, as it is now.
+pub fn contents(saved: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    fs::read_dir(saved)?
+        .map(|entry| {
+            let entry = entry?;
+            Ok((entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path())?))
+        })
+        .collect()
+}
+
+/// It goes on from `saved`, and nothing is lost since `before`.
+pub fn goes_on(stage: &Stage, saved: &Path, before: &[u64]) -> Result<()> {
+    let (mut monitor, mut qmp) = restore(stage, saved, &[])?;
+    simple(&mut qmp, "cont")?;
+    let again = stage.file("again");
+    save(&mut qmp, &again, false)?;
+    ensure!(counters(&again, 1)?.as_slice() >= before);
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(stage, &mut monitor, &mut qmp)
+}
+
+/// Refused, in words that hold all of `says`.
+fn refused(stage: &Stage, saved: &Path, args: &[&str], says: &[&str]) -> Result<()> {
+    let incoming = format!("file:{}", saved.display());
+    let args = [&["-S", "-incoming", &incoming], args].concat();
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let status = monitor.wait_exit()?;
+    let said = monitor.shown_to_its_end()?;
+    ensure!(status.code() == Some(1), "it ended with {status}: {said}");
+    for words in says {
+        ensure!(said.contains(words), "it does not say '{words}': {said}");
+    }
+    ensure!(!said.contains("panicked"), "{said}");
+    Ok(())
+}
+
+/// The same state, with its memory copied and checked rather than mapped.
+fn checked(saved: &Path) -> PathBuf {
+    let mut saved = saved.as_os_str().to_owned();
+    saved.push(",mapped=off");
+    saved.into()
+}
+
+/// Numbers by chance.
+struct Chance(u64);
+
+impl Chance {
+    fn new() -> Self {
+        let seed = RandomState::new().hash_one(0);
+        println!("seed {seed:#x}");
+        Self(seed)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (self.0 >> 33) as usize % end
+    }
+}
+
+#[test]
+fn what_another_host_or_version_has_saved_is_refused_by_name() -> Result<()> {
+    let (stage, saved) = saved("hostile-host")?;
+    let whole = fs::read(saved.join("state"))?;
+    let version = State::read(&saved)?.version;
+    let refuses = |change: &dyn Fn(&mut State) -> Result<()>, says: &[&str]| -> Result<()> {
+        let mut state = State::read(&saved)?;
+        change(&mut state)?;
+        state.write(&saved)?;
+        refused(&stage, &saved, &[], says)?;
+        Ok(fs::write(saved.join("state"), &whole)?)
+    };
+    for other in [version + 1, version - 1, u32::MAX] {
+        let set = |state: &mut State| {
+            state.version = other;
+            Ok(())
+        };
+        let (found, known) = (format!("version {other};"), format!("reads version {version}"));
+        refuses(&set, &["state", &found, &known])?;
+    }
+    let leaf = |state: &mut State, function: &str, word: &str, value: u32| {
+        state.edit("cpu", &[function, word], |_| value.to_string())
+    };
+    // "GenuineTMx86", which this host is not.
+    let vendor = |state: &mut State| {
+        leaf(state, "\"function\":0,", "\"ebx\":", 0x756e_6547)?;
+        leaf(state, "\"function\":0,", "\"edx\":", 0x5465_6e69)?;
+        leaf(state, "\"function\":0,", "\"ecx\":", 0x3638_784d)
+    };
+    refuses(&vendor, &["CPU by", "GenuineTMx86"])?;
+    // No CPU has all of them: bit 16 is reserved.
+    let features = |state: &mut State| leaf(state, "\"function\":1,", "\"ecx\":", u32::MAX);
+    refuses(&features, &["CPU feature", "CPUID 0x1.0 ECX bit", "this host"])?;
+    // Another architecture's vCPU has other registers.
+    let foreign =
+        |state: &mut State| state.edit("vcpu 0", &[], |_| r#"{"x0":0,"pc":0,"pstate":0}"#.into());
+    refuses(&foreign, &["section \"vcpu 0\"", "missing field `regs`"])?;
+    // KVM takes a faster clock than the host's anywhere; a slower one, where it can scale.
+    let slower = |state: &mut State| {
+        let half = |khz: &str| (khz.parse().unwrap_or(0) / 2).to_string();
+        state.edit("vcpu 0", &["\"tsc_khz\":"], half)
+    };
+    if Kvm::new()?.check_extension(Cap::TscControl) {
+        let mut state = State::read(&saved)?;
+        slower(&mut state)?;
+        state.write(&saved)?;
+        goes_on(&stage, &saved, &counters(&saved, 1)?)?;
+    } else {
+        refuses(&slower, &["TSC ticks at", "kHz", "cannot scale"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_state_cut_off_at_any_border_or_with_a_bit_flipped_is_refused_by_name() -> Result<()> {
+    let (stage, saved) = saved("hostile-cut")?;
+    let path = saved.join("state");
+    let whole = fs::read(&path)?;
+    for border in State::read(&saved)?.borders() {
+        for length in [border.saturating_sub(1), border, border + 1] {
+            if length < whole.len() {
+                fs::write(&path, whole.get(..length).unwrap_or_default())?;
+                refused(&stage, &saved, &[], &["state cannot be restored", "it ends at byte"])?;
+            }
+        }
+    }
+    let mut chance = Chance::new();
+    for _ in 0..50 {
+        let (at, bit) = (chance.below(whole.len()), chance.below(8));
+        let mut flipped = whole.clone();
+        *flipped.get_mut(at).context("beyond its end")? ^= 1 << bit;
+        fs::write(&path, flipped)?;
+        refused(&stage, &saved, &[], &["state cannot be restored"])
+            .with_context(|| format!("byte {at}, bit {bit}"))?;
+    }
+    fs::write(&path, whole)?;
+    // In memory, where it is copied and compared.
+    let memory = File::options().read(true).write(true).open(saved.join("memory"))?;
+    for _ in 0..10 {
+        let at = chance.below(32 << 20) as u64;
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at)?;
+        memory.write_all_at(&[byte[0] ^ 0x20], at)?;
+        refused(&stage, &checked(&saved), &[], &["memory cannot be used", "damaged"])?;
+        memory.write_all_at(&byte, at)?;
+    }
+    goes_on(&stage, &saved, &counters(&saved, 1)?)
+}
+
+#[test]
+fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
+    let (stage, saved) = saved("hostile-lies")?;
+    let whole = State::read(&saved)?;
+    let many = |item: &str| format!("[{}]", vec![item; 100_000].join(","));
+    let leaves = many(r#"{"function":1,"index":0,"flags":0,"eax":0,"ebx":0,"ecx":0,"edx":0}"#);
+    let bytes = many("7");
+    let vcpu = "section \"vcpu 0\"";
+    let lies: [(&str, &[&str], &str, &str); 22] = [
+        ("", &["\"size\":"], "4611686018427387904", "bytes of memory"),
+        ("", &["\"size\":"], "33554433", "bytes of memory"),
+        ("", &["\"size\":"], "67108864", "checksums for 32 blocks"),
+        ("", &["\"cpus\":"], "0", "vCPUs"),
+        ("", &["\"cpus\":"], "2", "topology"),
+        ("", &["\"threads\":"], "1048576", "the configuration"),
+        ("", &["\"machine\":"], r#"{"unknown":1}"#, "unknown field"),
+        ("cpu", &["\"leaves\":"], &leaves, "CPUID leaves"),
+        ("cpu", &["\"leaves\":"], "[]", "CPU by"),
+        ("vcpu 0", &["\"msrs\":"], "[[1]]", vcpu),
+        ("vcpu 0", &["\"lapic\":"], r#"{"regs":[0,1,2]}"#, vcpu),
+        ("vcpu 0", &["\"lapic\":"], "[1,2]", "has something missing"),
+        ("vcpu 0", &["\"xcrs\":"], "\"x\"", "has something missing"),
+        ("vcpu 0", &["\"xsave\":"], &bytes, "extended state"),
+        ("vcpu 0", &["\"tsc_khz\":"], "-1", vcpu),
+        ("interrupt controllers", &["\"irqchips\":"], "[]", "interrupt controllers"),
+        ("interrupt controllers", &["\"pit\":"], "[]", "has something missing"),
+        ("clock", &[], "\"never\"", "section \"clock\""),
+        ("device 0", &["\"version\":"], "77", "v77"),
+        ("device 0", &["\"kind\":"], "\"toaster\"", "toaster"),
+        ("device 0", &["\"body\":"], "[]", "device 0"),
+        ("device 3", &["\"body\":"], &bytes, "device 3"),
+    ];
+    for (section, path, lie, says) in lies {
+        let mut state = State { version: whole.version, frames: whole.frames.clone() };
+        state.edit(section, path, |_| lie.to_owned())?;
+        state.write(&saved)?;
+        refused(&stage, &saved, &[], &[says]).with_context(|| format!("{section} {path:?}"))?;
+    }
+    // One part more, one less, and in another order.
+    for (change, says) in
+        [(0, "2 vCPUs"), (1, "devices"), (2, "comes where"), (3, "comes where"), (4, "checksums")]
+    {
+        let mut state = State { version: whole.version, frames: whole.frames.clone() };
+        let sums = state.frames.iter().position(|f| f.0 == SUMS).context("no checksums")?;
+        let frames = &mut state.frames;
+        match change {
+            0 => frames.insert(2, frames.get(2).context("no vCPU")?.clone()),
+            1 => drop(frames.remove(sums - 1)),
+            2 => frames.swap(1, 3),
+            3 => drop(frames.remove(1)),
+            _ => frames.get_mut(sums).context("no checksums")?.1.truncate(5),
+        }
+        state.write(&saved)?;
+        refused(&stage, &saved, &[], &[says]).with_context(|| format!("change {change}"))?;
+    }
+    Ok(())
+}
+
+/// Whatever numbers a state holds, it is refused, or there is a machine that answers and ends as it is
+/// told to: the guest may be good for nothing then.
+#[test]
+fn numbers_made_up_harm_nobody() -> Result<()> {
+    let (stage, saved) = saved("hostile-numbers")?;
+    let whole = State::read(&saved)?;
+    let mut chance = Chance::new();
+    let (mut taken, mut refused) = (0, 0);
+    for round in 0..150 {
+        let mut state = State { version: whole.version, frames: whole.frames.clone() };
+        for _ in 0..=chance.below(3) {
+            let index = chance.below(state.frames.len() - 2);
+            let Some((kind, body)) = state.frames.get_mut(index) else { continue };
+            let start = match *kind {
+                SECTION => 1 + usize::from(*body.first().unwrap_or(&0)),
+                _ => 0,
+            };
+            // A number in the JSON becomes another one.
+            let digits: Vec<_> = (start + 1..body.len())
+                .filter(|at| {
+                    body.get(*at).is_some_and(u8::is_ascii_digit)
+                        && body.get(at - 1).is_some_and(|b| b":,[".contains(b))
+                })
+                .collect();
+            let Some(at) = digits.get(chance.below(digits.len().max(1))) else { continue };
+            let rest = body.get(*at..).unwrap_or_default();
+            let length = rest.iter().take_while(|b| b.is_ascii_digit()).count();
+            let numbers = ["0", "1", "255", "65535", "4294967295", "18446744073709551615", "4096"];
+            let other = numbers.get(chance.below(numbers.len())).unwrap_or(&"0");
+            body.splice(*at..at + length, other.bytes());
+        }
+        state.write(&saved)?;
+        let incoming = format!("file:{}", saved.display());
+        let vm = Vm::described(json!({})).args(&["-incoming", &incoming]);
+        let mut monitor = vm.start(&stage.paths, &stage.dir)?;
+        if let Ok(mut qmp) = monitor.qmp() {
+            taken += 1;
+            // The guest may have ended it already.
+            let _ = qmp.execute_raw("query-status", json!({}));
+            let _ = qmp.execute_raw("quit", json!({}));
+        } else {
+            refused += 1;
+        }
+        let status = monitor.wait_exit()?;
+        let said = monitor.shown();
+        ensure!(
+            matches!(status.code(), Some(0 | 1)) && !said.contains("panicked"),
+            "round {round}: {status}: {said}"
+        );
+    }
+    println!("{taken} were taken, {refused} refused");
+    ensure!(taken > 0 && refused > 0, "{taken} were taken, {refused} refused");
+    Ok(())
+}
+
+#[test]
+fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
+    let (stage, saved) = saved("hostile-memory")?;
+    let before = counters(&saved, 1)?;
+    let (memory, aside) = (saved.join("memory"), saved.join("aside"));
+    fs::rename(&memory, &aside)?;
+    refused(&stage, &saved, &[], &["cannot open", "memory"])?;
+    fs::create_dir(&memory)?;
+    refused(&stage, &saved, &[], &["memory cannot be used"])?;
+    fs::remove_dir(&memory)?;
+    // Without its holes, or with more of them, it is the same.
+    fs::write(&memory, fs::read(&aside)?)?;
+    goes_on(&stage, &saved, &before)?;
+    let length = fs::metadata(&memory)?.len();
+    for other in [0, 1, length - 4096, length - 1, length + 1, 1 << 40] {
+        File::options().write(true).open(&memory)?.set_len(other)?;
+        let said = [format!("it has {other} bytes"), format!("{length} belong")];
+        refused(&stage, &saved, &[], &["memory cannot be used", &said[0], &said[1]])?;
+    }
+    // As long, and empty.
+    File::create(&memory)?.set_len(length)?;
+    refused(&stage, &saved, &[], &["memory cannot be used", "another state"])?;
+    fs::rename(&aside, &memory)?;
+    goes_on(&stage, &saved, &before)
+}
+
+/// A machine that lives on the memory of a state, and that memory's file cut off after `left` bytes.
+fn on_a_file_cut_off(stage: &Stage, left: u64) -> Result<(Monitor, Client, PathBuf)> {
+    let image = stage.file("image");
+    File::create(&image)?.set_len(1 << 20)?;
+    let vm = stage.vm("blk", "race")?.machine("vcpu_count", 2).disk("vda", &image, true);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("capacity 800\n", SOON)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(stage, &mut monitor, &mut qmp)?;
+    let (monitor, qmp) = restore(stage, &saved, &[])?;
+    let memory = saved.join("memory");
+    File::options().write(true).open(&memory)?.set_len(left)?;
+    Ok((monitor, qmp, memory))
+}
+
+#[test]
+fn a_memory_file_cut_off_under_a_vcpu_ends_the_machine_with_a_word() -> Result<()> {
+    let stage = Stage::new("hostile-cut-vcpu")?;
+    let (mut monitor, mut qmp, _) = on_a_file_cut_off(&stage, 0)?;
+    // The connection may end before the answer.
+    let _ = qmp.execute_raw("cont", json!({}));
+    let status = monitor.wait_exit()?;
+    let said = monitor.shown_to_its_end()?;
+    ensure!(status.code() == Some(1), "it ended with {status}: {said}");
+    ensure!(
+        said.contains("guest memory is mapped from was cut off: 0 of 33554432 bytes"),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_memory_file_cut_off_under_a_device_ends_the_machine_with_a_word() -> Result<()> {
+    let stage = Stage::new("hostile-cut-device")?;
+    // The guest's SPARE_HEADER is where only the disk looks.
+    let (mut monitor, mut qmp, memory) = on_a_file_cut_off(&stage, 8 << 20)?;
+    let _ = qmp.execute_raw("cont", json!({}));
+    let status = monitor.wait_exit()?;
+    let said = monitor.shown_to_its_end()?;
+    ensure!(status.code() == Some(1), "it ended with {status}: {said}");
+    let from = format!("page of guest memory cannot be had from {}", memory.display());
+    ensure!(said.contains(&from), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_memory_file_cut_off_is_not_taken_for_memory_of_zeros() -> Result<()> {
+    let stage = Stage::new("hostile-cut-save")?;
+    let (mut monitor, mut qmp, _) = on_a_file_cut_off(&stage, 8 << 20)?;
+    let other = stage.file("other");
+    for resume in [false, true] {
+        let uri = format!("file:{}", other.display());
+        let error = match qmp.execute_raw("migrate", json!({ "uri": uri, "resume": resume })) {
+            Ok(_) => bail!("memory that has gone was saved"),
+            Err(error) => error.to_string(),
+        };
+        ensure!(error.contains("cut off: 8388608 of 33554432 bytes are left"), "{error}");
+        ensure!(!other.exists() && status(&mut qmp)? == "paused");
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_memory_file_overwritten_under_a_machine_harms_the_guest_alone() -> Result<()> {
+    let (stage, saved) = saved("hostile-overwritten")?;
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+    let memory = File::options().write(true).open(saved.join("memory"))?;
+    memory.write_all_at(&vec![0xff; 32 << 20], 0)?;
+    let _ = qmp.execute_raw("cont", json!({}));
+    // It runs into nonsense: a triple fault or an instruction that nobody knows.
+    let status = monitor.wait_exit()?;
+    ensure!(matches!(status.code(), Some(0 | 1)), "it ended with {status}: {}", monitor.shown());
+    // And the next one is told, where memory is looked at.
+    refused(&stage, &checked(&saved), &[], &["memory cannot be used", "damaged"])
+}
+
+#[test]
+fn a_tap_that_is_not_there_is_named_and_another_may_take_its_place() -> Result<()> {
+    let mut stage = Stage::new("hostile-tap")?;
+    with_taps(&mut stage, "")?;
+    let vm = stage.vm("count", "registers 1")?.nic("net0", "tap0", "52:54:00:00:00:01");
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let missing = "tap,id=net0,ifname=tap7";
+    let says = ["net0", "tap7", "ip tuntap add"];
+    refused(&stage, &saved, &["-netdev", missing], &says)?;
+    let stranger = "tap,id=net5,ifname=tap1";
+    refused(&stage, &saved, &["-netdev", stranger], &["no NIC 'net5'", "net0"])?;
+    for args in [&[][..], &["-netdev", "tap,id=net0,ifname=tap1"]] {
+        let (mut monitor, mut qmp) = restore(&stage, &saved, args)?;
+        simple(&mut qmp, "cont")?;
+        simple(&mut qmp, "stop")?;
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn one_file_carries_several_machines_at_once() -> Result<()> {
+    let (stage, saved) = saved("hostile-several")?;
+    let before = (contents(&saved)?, counters(&saved, 1)?);
+    let stages = ["hostile-first", "hostile-second", "hostile-third"];
+    let stages = stages.into_iter().map(Stage::new).collect::<Result<Vec<_>>>()?;
+    let mut machines =
+        stages.iter().map(|own| restore(own, &saved, &[])).collect::<Result<Vec<_>>>()?;
+    for (_, qmp) in &mut machines {
+        simple(qmp, "cont")?;
+    }
+    for ((monitor, qmp), own) in machines.iter_mut().zip(&stages) {
+        let again = own.file("again");
+        save(qmp, &again, false)?;
+        ensure!(counters(&again, 1)? >= before.1);
+        ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+        quits(own, monitor, qmp)?;
+    }
+    ensure!(contents(&saved)? == before.0, "somebody wrote to the template");
+    goes_on(&stage, &saved, &before.1)
+}
+
+#[test]
+fn a_disk_in_use_is_saved_again_and_again() -> Result<()> {
+    let stage = Stage::new("hostile-disk")?;
+    let image = stage.file("image");
+    File::create(&image)?.set_len(1 << 20)?;
+    let vm = stage.vm("blk", "busy")?.disk("vda", &image, false);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    let mut before = 0;
+    for round in 0..20 {
+        // The guest checks that it reads what it has written, over and over.
+        thread::sleep(Duration::from_micros(300 * round));
+        let saved = stage.file(&format!("saved{}", round % 2));
+        save(&mut qmp, &saved, false)?;
+        ensure!(!monitor.shown().contains("WRONG"), "{}", monitor.shown());
+        quits(&stage, &mut monitor, &mut qmp)?;
+        let rounds = counters(&saved, 1)?;
+        ensure!(rounds[0] >= before, "round {} became {rounds:?}", before);
+        before = rounds[0];
+        (monitor, qmp) = restore(&stage, &saved, &[])?;
+        simple(&mut qmp, "cont")?;
+    }
+    quits(&stage, &mut monitor, &mut qmp)?;
+    ensure!(before > 0, "the guest has done nothing");
+    Ok(())
+}
+
+/// In the middle of a byte, between a byte and the interrupt that follows it: no byte is lost and
+/// none comes twice.
+#[test]
+fn a_guest_that_prints_is_saved_in_the_middle_of_its_lines() -> Result<()> {
+    let stage = Stage::new("hostile-print")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("type", "")?)?;
+    let mut printed = String::new();
+    for round in 0..25_u64 {
+        thread::sleep(Duration::from_micros(500 + 700 * round));
+        let saved = stage.file(&format!("saved{}", round % 2));
+        save(&mut qmp, &saved, false)?;
+        quits(&stage, &mut monitor, &mut qmp)?;
+        printed.push_str(&monitor.shown_to_its_end()?);
+        (monitor, qmp) = restore(&stage, &saved, &[])?;
+        simple(&mut qmp, "cont")?;
+    }
+    // And goes on: to the end of a line, whichever it is.
+    monitor.wait_for("xyz\n", SOON)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    printed.push_str(&monitor.shown_to_its_end()?);
+    let lines: Vec<_> = printed.split_inclusive('\n').collect();
+    ensure!(lines.len() > 25, "the guest printed {} lines", lines.len());
+    for (number, line) in (1..).zip(&lines) {
+        let whole = format!("line {number:08x}abcdefghijklmnopqrstuvwxyz\n");
+        let last = number == lines.len();
+        ensure!(
+            *line == whole || (last && whole.starts_with(line)),
+            "line {number} of {} is '{line}'",
+            lines.len()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn memory_above_4_gib_and_a_guest_that_has_not_begun_are_saved_as_well() -> Result<()> {
+    let stage = Stage::new("hostile-high")?;
+    let vm = stage.vm("hello", "high")?.machine("mem_size", 4608_u64 << 20);
+    let mut monitor = vm.args(&["-S"]).start(&stage.paths, &stage.dir)?;
+    let mut qmp = monitor.qmp()?;
+    // Before its first instruction.
+    let early = stage.file("early");
+    save(&mut qmp, &early, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let (mut monitor, mut qmp) = restore(&stage, &early, &[])?;
+    simple(&mut qmp, "cont")?;
+    monitor.wait_for("high memory holds 600df00d12345678\nhalts\n", SOON)?;
+    let late = stage.file("late");
+    save(&mut qmp, &late, true)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    // What lies at 4 GiB in the guest lies at 3 GiB in the file.
+    let word = |saved: &Path| -> Result<u64> {
+        let mut word = [0; 8];
+        let at = (3 << 30) + (5 << 21) + 0x1238;
+        File::open(saved.join("memory"))?.read_exact_at(&mut word, at)?;
+        Ok(u64::from_le_bytes(word))
+    };
+    ensure!(word(&early)? == 0 && word(&late)? == 0x600d_f00d_1234_5678);
+    for late in [&late, &checked(&late)] {
+        let (mut monitor, mut qmp) = restore(&stage, late, &[])?;
+        let again = stage.file("again");
+        save(&mut qmp, &again, false)?;
+        ensure!(word(&again)? == 0x600d_f00d_1234_5678);
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! Hosts that fail in the middle of a save, at every step of it: the answer says where, the guest runs
+//! on, and the older save is as it was.
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use qmp::client::Client;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use serde_json::{Value, json};
+use stories::monitor::SOON;
+
+use crate::hostile_snapshot::{contents, goes_on};
+use crate::snapshot::{counters, counting, save};
+use crate::stage::{Stage, quits, status};
+
+/// A save that fails: the answer says where, the guest runs on, the older save is as it was.
+fn fails(qmp: &mut Client, saved: &Path, live: bool, says: &str) -> Result<()> {
+    let before = contents(saved)?;
+    let uri = format!("file:{}", saved.display());
+    let error = match qmp.execute_raw("migrate", json!({ "uri": uri, "resume": live })) {
+        Ok(_) => bail!("it was saved"),
+        Err(error) => error.to_string(),
+    };
+    ensure!(error.contains("saved") && error.contains(says), "{error}");
+    ensure!(status(qmp)? == "running", "the guest stands still");
+    let info = qmp.execute_raw("query-migrate", json!({}))?;
+    ensure!(info.get("status") == Some(&json!("failed")), "{info}");
+    let told = info.get("error-desc").and_then(Value::as_str).context("no reason")?;
+    ensure!(told.contains(says), "{info}");
+    ensure!(contents(saved)? == before, "the older save has changed");
+    Ok(())
+}
+
+#[test]
+fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> {
+    let mut stage = Stage::new("hostile-fail")?;
+    let (plan, library, script) = (stage.file("plan"), stage.file("fail.so"), stage.file("run"));
+    fs::write(&library, include_bytes!(concat!(env!("OUT_DIR"), "/fail.so")))?;
+    fs::write(&plan, "")?;
+    let monitor = stage.paths.stratovirt.display();
+    let (with, from) = (library.display(), plan.display());
+    let lines = format!("#!/bin/sh\nFAIL='{from}' LD_PRELOAD='{with}' exec '{monitor}' \"$@\"\n");
+    fs::write(&script, lines)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    stage.paths.stratovirt = script;
+    // What the library does to find out what to do is not what the filter expects of a monitor.
+    let vm = stage.vm("count", "registers 1")?.args(&["-disable-seccomp"]);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, true)?;
+    let before = counters(&saved, 1)?;
+    let errors = [(5, "Input/output error"), (28, "No space left"), (122, "quota exceeded")];
+    let steps =
+        ["ftruncate", "pwrite", "pwrite 3", "write", "fsync", "fsync 1", "fsync 2", "rename"];
+    for (number, step) in steps.into_iter().enumerate() {
+        for (errno, says) in errors {
+            let (call, skip) = step.split_once(' ').unwrap_or((step, "0"));
+            fs::write(&plan, format!("{call} {errno} {skip}"))?;
+            fails(&mut qmp, &saved, number % 2 == 0, says)
+                .with_context(|| format!("{step}: {says}"))?;
+            fs::write(&plan, "")?;
+        }
+    }
+    // The new state is in its place already: whatever fails now, it is the one that counts.
+    for step in ["rename 5 1", "fsync 5 3"] {
+        fs::write(&plan, step)?;
+        let uri = format!("file:{}", saved.display());
+        let result = qmp.execute_raw("migrate", json!({ "uri": uri }));
+        ensure!(result.is_err(), "{step}: the failure is not told");
+        ensure!(status(&mut qmp)? == "running");
+        fs::write(&plan, "")?;
+    }
+    let own = Stage::new("hostile-fail-on")?;
+    goes_on(&own, &saved, &before)?;
+    save(&mut qmp, &saved, true)?;
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)?;
+    goes_on(&own, &saved, &before)
+}
+
+/// The same behind the system-call filter, on a file system that really is too small.
+#[test]
+fn a_full_file_system_leaves_the_guest_running_and_the_older_save_whole() -> Result<()> {
+    let mut stage = Stage::new("hostile-full")?;
+    let (small, script) = (stage.file("small"), stage.file("run"));
+    fs::create_dir(&small)?;
+    let (monitor, at) = (stage.paths.stratovirt.display(), small.display());
+    // In a mount namespace of the monitor's own.
+    let lines = format!(
+        "#!/bin/sh\nexec unshare -m sh -ec '\n\
+         mount -t tmpfs -o size=12m small '\"'{at}'\"'\nexec \"$0\" \"$@\"' '{monitor}' \"$@\"\n"
+    );
+    fs::write(&script, lines)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    stage.paths.stratovirt = script;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let uri = format!("file:{}", small.join("saved").display());
+    let saves = |qmp: &mut Client| {
+        qmp.execute_raw("migrate", json!({ "uri": uri, "resume": true })).map_err(|e| e.to_string())
+    };
+    // Seen from here, through the monitor's own view of its files.
+    let inside = PathBuf::from(format!("/proc/{}/root", monitor.pid()));
+    let inside = inside.join(small.strip_prefix("/")?);
+    saves(&mut qmp).map_err(anyhow::Error::msg)?;
+    let saved = inside.join("saved");
+    let before = contents(&saved)?;
+    // No room is left for a second one.
+    let mut filler = File::create(inside.join("filler"))?;
+    let filled = std::io::copy(&mut std::io::repeat(1), &mut filler);
+    ensure!(filled.is_err(), "a small file system took everything");
+    for _ in 0..3 {
+        let error = match saves(&mut qmp) {
+            Ok(_) => bail!("it was saved"),
+            Err(error) => error,
+        };
+        ensure!(error.contains("must be free there") && error.contains("No space left"), "{error}");
+        ensure!(status(&mut qmp)? == "running");
+        ensure!(contents(&saved)? == before, "the older save has changed");
+    }
+    drop(filler);
+    fs::remove_file(inside.join("filler"))?;
+    saves(&mut qmp).map_err(anyhow::Error::msg)?;
+    ensure!(contents(&saved)? != before);
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// A limit on the size of files comes as a signal, which ends a process that does not expect it.
+#[test]
+fn a_limit_on_files_leaves_the_guest_running_and_the_older_save_whole() -> Result<()> {
+    let (stage, mut monitor, mut qmp) = counting("hostile-limit", 1)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, true)?;
+    let before = counters(&saved, 1)?;
+    let pid = Pid::from_raw(i32::try_from(monitor.pid())?);
+    let none = getrlimit(Resource::Fsize);
+    for bytes in [0, 1 << 20, 32 << 20] {
+        prlimit(pid, Resource::Fsize, Rlimit { current: Some(bytes), ..none })?;
+        for live in [true, false] {
+            fails(&mut qmp, &saved, live, "File too large")?;
+        }
+        prlimit(pid, Resource::Fsize, none)?;
+    }
+    save(&mut qmp, &saved, true)?;
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)?;
+    goes_on(&stage, &saved, &before)
+}

@@ -1,0 +1,224 @@
+//! Every verb in every state, as the documentation's table has it: done, or refused in the words that
+//! it gives, with nothing changed.
+use std::fs::{File, OpenOptions};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::Signal;
+
+use crate::rig::Rig;
+
+const DOCUMENT: &str = include_str!("../../../docs/stratoctl.md");
+const NAME: &str = "dom";
+
+/// A verb, and for each state whether it is done or the reason why not.
+type Row = (String, Vec<Option<String>>);
+
+fn table() -> Result<(Vec<String>, Vec<Row>)> {
+    let (_, rest) = DOCUMENT.split_once("<!-- the matrix").context("no matrix")?;
+    let (text, _) = rest.split_once("<!-- end").context("no end")?;
+    let reasons: Vec<&str> = text
+        .lines()
+        .filter_map(|line| {
+            line.split_once(". ").filter(|(number, _)| number.parse::<u32>().is_ok())
+        })
+        .map(|(_, reason)| reason)
+        .collect();
+    let mut lines = text.lines().filter(|line| line.starts_with('|')).map(|line| {
+        line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+    });
+    let states = lines.next().context("no heading")?.split_off(1);
+    let mut rows = Vec::new();
+    for mut cells in lines.skip(1) {
+        let verb = cells.remove(0);
+        let cells = cells.iter().map(|cell| match cell.as_str() {
+            "yes" => Ok(None),
+            number => {
+                let at = number.parse::<usize>()? - 1;
+                let reason = reasons.get(at).context("no such reason")?;
+                Ok(Some(reason.replace("NAME", NAME)))
+            }
+        });
+        rows.push((verb, cells.collect::<Result<Vec<_>>>()?));
+    }
+    Ok((states, rows))
+}
+
+/// What a story needs to bring a domain into any state.
+struct Stage {
+    rig: Rig,
+    config: String,
+    saved: PathBuf,
+    /// As another `stratoctl` holds it while it saves.
+    saving: Option<File>,
+}
+
+impl Stage {
+    fn new(story: &str) -> Result<Self> {
+        let rig = Rig::new(story)?;
+        let config = rig.config("vm.json", "hello", "halt")?.to_string_lossy().into_owned();
+        rig.ok(&["create", &config, "--name", "first"])?;
+        let saved = rig.file("first.saved");
+        rig.ok(&["save", "first", &saved.to_string_lossy()])?;
+        Ok(Self { rig, config, saved, saving: None })
+    }
+
+    fn enter(&mut self, state: &str) -> Result<()> {
+        self.saving = None;
+        let rig = &self.rig;
+        rig.clean(NAME)?;
+        let new = |config: &str, more: &[&str]| {
+            rig.ok(&[&["new", config, "--name", NAME], more].concat()).map(drop)
+        };
+        let start = || rig.ok(&["start", NAME]).map(drop);
+        if !["absent", "off", "crashed"].contains(&state) {
+            new(&self.config, &[])?;
+            if !["registered"].contains(&state) {
+                start()?;
+            }
+        }
+        match state {
+            "absent" | "registered" | "running" => {}
+            "paused" => drop(rig.ok(&["pause", NAME])?),
+            "suspended" => drop(rig.ok(&["suspend", NAME])?),
+            "killed" => rig.kill(NAME)?,
+            "hung" => rig.signal(rig.pid(NAME)?, Signal::STOP)?,
+            "saving" => {
+                let path = rig.file("r/run/.lock").join(format!("{NAME}.save"));
+                let file = OpenOptions::new().create(true).append(true).open(path)?;
+                flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+                self.saving = Some(file);
+            }
+            "off" | "crashed" => {
+                let (word, flag) = match state {
+                    "off" => ("poweroff", "--on-poweroff"),
+                    _ => ("panic", "--on-crash"),
+                };
+                let config = rig.config("ends.json", "hello", word)?;
+                new(&config.to_string_lossy(), &[flag, "preserve"])?;
+                start()?;
+                rig.wait_state(NAME, state)?;
+            }
+            other => bail!("no such state: {other}"),
+        }
+        let now = rig.state(NAME)?;
+        ensure!(now == state, "it is {now}, not {state}");
+        Ok(())
+    }
+
+    /// The verb's command line, and the state that it leads to from `state`.
+    fn invocation<'a>(&'a self, verb: &'a str, state: &'a str) -> Result<(Vec<&'a str>, &'a str)> {
+        let saved = self.saved.to_str().context("a path")?;
+        Ok(match verb {
+            "create" => (vec![verb, &self.config, "--name", NAME], "running"),
+            "new" => (vec![verb, &self.config, "--name", NAME], "registered"),
+            "restore" => (vec![verb, saved, "--name", NAME], "running"),
+            "start" | "resume" | "unpause" => (vec![verb, NAME], "running"),
+            "pause" => (vec![verb, NAME], "paused"),
+            "save" => (vec![verb, NAME, "dom.saved"], "registered"),
+            "suspend" => (vec![verb, NAME], "suspended"),
+            "destroy" => (vec![verb, NAME], "registered"),
+            "delete" => (vec![verb, NAME], "absent"),
+            "rename" => (vec![verb, NAME, NAME], state),
+            "info" => (vec![verb, NAME], state),
+            "wait" => {
+                let to = match state {
+                    "running" | "paused" => state,
+                    "hung" => "saved",
+                    _ => "ended",
+                };
+                (vec![verb, NAME, to, "-t", "0"], state)
+            }
+            other => bail!("how to try {other} is not known"),
+        })
+    }
+}
+
+/// What is told in another story: they need a guest that answers, or a terminal.
+const ELSEWHERE: [&str; 6] = ["reboot", "shutdown", "console", "dmesg", "events", "qmp"];
+
+fn column(state: &str) -> Result<()> {
+    let (states, rows) = table()?;
+    let at = states.iter().position(|known| known == state).context("no such column")?;
+    ensure!(states.len() == 10 && rows.len() == 20);
+    let mut stage = Stage::new(&format!("m-{state}"))?;
+    stage.enter(state)?;
+    for (verb, cells) in &rows {
+        if ELSEWHERE.contains(&verb.as_str()) {
+            continue;
+        }
+        let (args, leads_to) = stage.invocation(verb, state)?;
+        match cells.get(at).context("a short row")? {
+            None if verb == "wait" && state == "saving" => {
+                let (what, _) = stage.rig.refused(&args)?;
+                ensure!(what.contains("is still saving"), "{what}");
+            }
+            None => {
+                stage.rig.ok(&args)?;
+                let now = stage.rig.state(NAME)?;
+                ensure!(now == leads_to, "{verb} of a domain that is {state} makes it {now}");
+                if now != state {
+                    stage.enter(state)?;
+                }
+            }
+            Some(reason) => {
+                let (what, hint) = stage.rig.refused(&args)?;
+                ensure!(format!("{what}: {hint}") == *reason, "{verb}: {what}: {hint}");
+            }
+        }
+    }
+    // Nothing that was refused has changed anything.
+    ensure!(stage.rig.state(NAME)? == state);
+    Ok(())
+}
+
+#[test]
+fn absent() -> Result<()> {
+    column("absent")
+}
+
+#[test]
+fn registered() -> Result<()> {
+    column("registered")
+}
+
+#[test]
+fn running() -> Result<()> {
+    column("running")
+}
+
+#[test]
+fn paused() -> Result<()> {
+    column("paused")
+}
+
+#[test]
+fn saving() -> Result<()> {
+    column("saving")
+}
+
+#[test]
+fn suspended() -> Result<()> {
+    column("suspended")
+}
+
+#[test]
+fn off() -> Result<()> {
+    column("off")
+}
+
+#[test]
+fn crashed() -> Result<()> {
+    column("crashed")
+}
+
+#[test]
+fn killed() -> Result<()> {
+    column("killed")
+}
+
+#[test]
+fn hung() -> Result<()> {
+    column("hung")
+}

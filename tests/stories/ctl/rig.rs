@@ -1,0 +1,189 @@
+//! What each story begins with: a registry, `stratoctl`, guests.
+use std::env;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use stories::agent;
+use stories::monitor::SOON;
+use stories::paths::{Paths, SCRATCH};
+
+const GUESTS: [(&str, &[u8]); 2] = [
+    ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
+    ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
+];
+/// Where `count` counts.
+const COUNTER: u64 = 4 << 20;
+
+/// A registry of the story's own; its domains are ended and its files gone afterwards.
+pub struct Rig {
+    pub dir: PathBuf,
+    monitor: PathBuf,
+    stratoctl: PathBuf,
+}
+
+impl Rig {
+    pub fn new(story: &str) -> Result<Self> {
+        let paths = match env::var_os(SCRATCH) {
+            Some(_) => Paths::from_env()?,
+            None => Paths::on_this_machine()?,
+        };
+        let (monitor, stratoctl) = binaries()?;
+        Ok(Self { dir: paths.fresh_scratch(&format!("ctl-{story}"))?, monitor, stratoctl })
+    }
+
+    /// A file in the directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// A configuration file for a guest, with the guest beside it by a relative path: 16 MiB, one
+    /// vCPU.
+    pub fn config(&self, file: &str, guest: &str, words: &str) -> Result<PathBuf> {
+        let (_, image) = GUESTS.iter().find(|(name, _)| *name == guest).context("no such guest")?;
+        fs::write(self.file(guest), image)?;
+        let path = self.file(file);
+        let config = json!({
+            "boot-source": { "kernel_image_path": guest, "boot_args": words },
+            "machine-config": { "vcpu_count": 1, "mem_size": "16M" },
+            "serial": { "stdio": true },
+        });
+        fs::write(&path, config.to_string())?;
+        Ok(path)
+    }
+
+    /// `stratoctl` with `args`, in this registry.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.stratoctl);
+        command.env("STRATOCTL_ROOT", self.file("r")).env("STRATOVIRT_BIN", &self.monitor);
+        command.args(args).stdin(Stdio::null()).current_dir(&self.dir);
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Result<Output> {
+        let out = self.command(args).output().context("cannot run stratoctl")?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(!said.contains("panicked"), "{args:?}: {said}");
+        Ok(out)
+    }
+
+    /// It does it; gives its JSON.
+    pub fn ok(&self, args: &[&str]) -> Result<Value> {
+        let out = self.run(&[&["--json"], args].concat())?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.code() == Some(0), "{args:?} ended with {}: {said}", out.status);
+        serde_json::from_slice(&out.stdout).with_context(|| format!("{args:?}"))
+    }
+
+    /// It does not; gives its reason and its hint.
+    pub fn refused(&self, args: &[&str]) -> Result<(String, String)> {
+        let out = self.run(&[&["--json"], args].concat())?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.code() == Some(1), "{args:?} ended with {}: {said}", out.status);
+        ensure!(out.stdout.is_empty());
+        let said: Value =
+            serde_json::from_str(&said).with_context(|| format!("{args:?}: {said}"))?;
+        let text = |key| said.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        Ok((text("error"), text("hint")))
+    }
+
+    /// What `list` shows of a domain, if it shows it.
+    pub fn listed(&self, name: &str) -> Result<Option<Value>> {
+        let Value::Array(rows) = self.ok(&["list"])? else { anyhow::bail!("no list") };
+        Ok(rows.into_iter().find(|row| row.get("name") == Some(&json!(name))))
+    }
+
+    pub fn state(&self, name: &str) -> Result<String> {
+        let row = self.listed(name)?;
+        let state = row.as_ref().and_then(|row| row.get("state")).and_then(Value::as_str);
+        Ok(state.unwrap_or("absent").to_owned())
+    }
+
+    pub fn wait_state(&self, name: &str, state: &str) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let now = self.state(name)?;
+            if now == state {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "'{name}' is {now}, not {state}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn pid(&self, name: &str) -> Result<i32> {
+        let row = self.listed(name)?.context("not listed")?;
+        let pid = row.get("pid").and_then(Value::as_i64).context("no process")?;
+        Ok(i32::try_from(pid)?)
+    }
+
+    pub fn signal(&self, pid: i32, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(pid).context("no process")?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// Kill the domain's monitor.
+    pub fn kill(&self, name: &str) -> Result<()> {
+        let pid = self.pid(name)?;
+        self.signal(pid, Signal::KILL)?;
+        self.gone(pid)
+    }
+
+    /// Wait until a process has ended.
+    pub fn gone(&self, pid: i32) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        while Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok() {
+            ensure!(Instant::now() < deadline, "process {pid} goes on");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// End whatever is called `name`.
+    pub fn clean(&self, name: &str) -> Result<()> {
+        if let Ok(pid) = self.pid(name) {
+            self.signal(pid, Signal::CONT)?;
+        }
+        self.run(&["destroy", name])?;
+        self.run(&["delete", "-f", name])?;
+        let state = self.state(name)?;
+        ensure!(state == "absent", "'{name}' is {state} after all");
+        Ok(())
+    }
+
+    /// What the guest had counted to in a saved memory.
+    pub fn counted(&self, saved: &Path) -> Result<u64> {
+        let mut bytes = [0; 8];
+        File::open(saved.join("memory"))?.read_exact_at(&mut bytes, COUNTER)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let Ok(Value::Array(rows)) = self.ok(&["list"]) else { return };
+        for name in rows.iter().filter_map(|row| row.get("name")?.as_str()) {
+            if let Err(error) = self.clean(name) {
+                eprintln!("{error:#}");
+            }
+        }
+        // Left behind it would be found and emptied by the next run.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn binaries() -> Result<(PathBuf, PathBuf)> {
+    static BUILT: OnceLock<Result<(PathBuf, PathBuf), String>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let both = agent::monitor().and_then(|one| Ok((one, agent::stratoctl()?)));
+        both.map_err(|error| format!("{error:#}"))
+    });
+    built.clone().map_err(|error| anyhow!(error))
+}

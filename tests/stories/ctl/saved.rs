@@ -1,0 +1,169 @@
+//! Domains go on from where they were saved.
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::rig::Rig;
+
+#[test]
+fn saved_domains_are_gone_go_on_or_stay_paused() -> Result<()> {
+    let rig = Rig::new("save")?;
+    rig.config("vm.json", "count", "registers 1")?;
+    rig.ok(&["create", "vm.json"])?;
+    let mut before = 0;
+    for (flag, after) in [("-c", "running"), ("-p", "paused"), ("-c", "paused")] {
+        let said = rig.ok(&["save", "vm", "kept", flag])?;
+        ensure!(said.get("state") == Some(&json!(after)), "{said}");
+        ensure!(rig.state("vm")? == after, "after {flag}");
+        let now = rig.counted(&rig.file("kept"))?;
+        ensure!(now >= before, "{now} after {before}");
+        before = now;
+    }
+    let (what, _) = rig.refused(&["restore", "kept"])?;
+    ensure!(what.contains("a domain 'vm' already"), "{what}");
+    rig.ok(&["restore", "kept", "--name", "twin"])?;
+    let uuid = |name: &str| -> Result<Value> {
+        let info = rig.ok(&["info", name])?;
+        info.pointer("/0/uuid").cloned().context("no uuid")
+    };
+    ensure!(uuid("vm")? != uuid("twin")?);
+    rig.ok(&["unpause", "vm"])?;
+    rig.ok(&["save", "vm", "kept"])?;
+    ensure!(rig.state("vm")? == "absent" && rig.state("twin")? == "running");
+    ensure!(rig.ok(&["check", "kept"])?.get("whole") == Some(&json!(true)));
+
+    for verify in [&["restore", "kept", "-p"][..], &["restore", "kept", "--verify", "-p"]] {
+        rig.ok(verify)?;
+        ensure!(rig.state("vm")? == "paused");
+        rig.ok(&["save", "vm", "again"])?;
+        ensure!(rig.counted(&rig.file("again"))? == rig.counted(&rig.file("kept"))?, "it ran");
+    }
+    rig.ok(&["restore", "kept"])?;
+    ensure!(rig.state("vm")? == "running");
+    Ok(())
+}
+
+#[test]
+fn a_save_that_cannot_be_leaves_the_domain_running() -> Result<()> {
+    let rig = Rig::new("no-save")?;
+    rig.config("vm.json", "count", "plain 1")?;
+    rig.ok(&["create", "vm.json"])?;
+    let (what, _) = rig.refused(&["save", "vm", "no/such/place"])?;
+    ensure!(what.contains("'vm' is not saved and goes on") && what.contains("above it"), "{what}");
+    fs::write(rig.file("file"), "precious")?;
+    rig.refused(&["save", "vm", "file"])?;
+    rig.refused(&["save", "vm", "a,b"])?;
+    ensure!(fs::read(rig.file("file"))? == b"precious");
+    ensure!(rig.state("vm")? == "running");
+    Ok(())
+}
+
+#[test]
+fn what_is_damaged_is_not_restored() -> Result<()> {
+    let rig = Rig::new("bad-save")?;
+    rig.config("vm.json", "count", "plain 1")?;
+    rig.ok(&["create", "vm.json"])?;
+    rig.ok(&["save", "vm", "kept"])?;
+    let state = fs::read(rig.file("kept/state"))?;
+    let mut bad = state.clone();
+    *bad.get_mut(state.len() / 2).context("a short state")? ^= 1;
+    fs::write(rig.file("kept/state"), &bad)?;
+    for verb in ["check", "restore"] {
+        let (what, _) = rig.refused(&[verb, "kept"])?;
+        ensure!(what.contains("kept/state"), "{verb}: {what}");
+    }
+    ensure!(rig.state("vm")? == "absent");
+    fs::write(rig.file("kept/state"), &state)?;
+    let record = fs::read(rig.file("kept/domain.json"))?;
+    fs::write(rig.file("kept/domain.json"), record.get(..20).context("a short record")?)?;
+    for verb in ["check", "restore"] {
+        let (what, _) = rig.refused(&[verb, "kept"])?;
+        ensure!(what.contains("domain.json is damaged"), "{verb}: {what}");
+    }
+    fs::remove_file(rig.file("kept/domain.json"))?;
+    rig.ok(&["check", "kept"])?;
+    let (_, hint) = rig.refused(&["restore", "kept"])?;
+    ensure!(hint.contains("stratoctl save"), "{hint}");
+    rig.refused(&["restore", "nowhere"])?;
+    Ok(())
+}
+
+#[test]
+fn a_suspended_domain_stays_listed_and_goes_on() -> Result<()> {
+    let rig = Rig::new("suspend")?;
+    rig.config("vm.json", "count", "registers 1")?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    let store = rig.file("r/state/vm/saved");
+    let mut before = 0;
+    for round in 0..5 {
+        rig.ok(&["suspend", "vm"])?;
+        ensure!(rig.state("vm")? == "suspended");
+        let now = rig.counted(&store)?;
+        ensure!(now >= before, "{now} after {before}");
+        before = now;
+        let (_, hint) = rig.refused(&["start", "vm"])?;
+        ensure!(hint.contains("resume vm"), "{hint}");
+        if round == 2 {
+            // The state counts until the guest runs: a monitor that dies before costs nothing.
+            rig.ok(&["resume", "vm", "-p"])?;
+            ensure!(rig.state("vm")? == "paused" && store.exists());
+            rig.kill("vm")?;
+            ensure!(rig.state("vm")? == "suspended");
+            rig.ok(&["resume", "vm", "-p"])?;
+            rig.ok(&["suspend", "vm"])?;
+            ensure!(rig.counted(&store)? == now, "it ran while it was paused");
+            rig.ok(&["resume", "vm", "-p"])?;
+            rig.ok(&["unpause", "vm"])?;
+        } else {
+            rig.ok(&["resume", "vm"])?;
+        }
+        ensure!(rig.state("vm")? == "running" && !store.exists(), "the state still counts");
+        // From here on it would not fit the disks.
+        if round == 3 {
+            rig.kill("vm")?;
+            ensure!(rig.state("vm")? == "killed");
+            rig.ok(&["start", "vm"])?;
+            before = 0;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_resume_that_fails_keeps_the_state() -> Result<()> {
+    let rig = Rig::new("no-resume")?;
+    rig.config("vm.json", "count", "plain 1")?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    rig.ok(&["suspend", "vm"])?;
+    let memory = rig.file("r/state/vm/saved/memory");
+    fs::rename(&memory, rig.file("memory"))?;
+    rig.refused(&["resume", "vm"])?;
+    ensure!(rig.state("vm")? == "suspended");
+    fs::rename(rig.file("memory"), &memory)?;
+    let (what, hint) = rig.refused(&["delete", "vm"])?;
+    ensure!(what.contains("suspended") && hint.contains("delete -f vm"), "{what}");
+    rig.ok(&["rename", "vm", "other"])?;
+    rig.ok(&["resume", "other"])?;
+    rig.ok(&["suspend", "other"])?;
+    rig.ok(&["delete", "-f", "other"])?;
+    ensure!(rig.state("other")? == "absent");
+    Ok(())
+}
+
+#[test]
+fn the_plug_of_a_suspended_domain_can_be_pulled() -> Result<()> {
+    let rig = Rig::new("unplug")?;
+    rig.config("vm.json", "count", "plain 1")?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    rig.ok(&["suspend", "vm"])?;
+    rig.ok(&["destroy", "vm"])?;
+    ensure!(rig.state("vm")? == "registered");
+    rig.ok(&["start", "vm"])?;
+    let (what, hint) = rig.refused(&["resume", "vm"])?;
+    ensure!(what.contains("running already") && hint.contains("info vm"), "{what}");
+    Ok(())
+}

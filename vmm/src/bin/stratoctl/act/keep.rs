@@ -1,0 +1,241 @@
+//! `rename-restart`: a process for each domain whose policy asks for it, and for no other. It listens to
+//! the monitor; when the guest ends, it gives the domain another name and starts a new one under the
+//! old name. It ends with the domain. Without it (somebody killed it), the domain is preserved.
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use qmp::{
+    client::{Client, ClientError},
+    schema::{Cont, DeviceDel, QueryStatus, RunState},
+};
+use serde_json::Value;
+
+use super::{Answer, Context};
+use crate::{
+    config, domain,
+    failure::Failure,
+    matrix::State,
+    monitor,
+    policy::{Policy, Then},
+    registry::{Description, Name, Place},
+};
+
+/// A guest that ends so soon after it was restarted is not restarted again: each that is preserved
+/// costs its memory.
+const TOO_SOON: Duration = Duration::from_secs(10);
+/// Most domains preserved from one name.
+const MOST: u32 = 1000;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Whether a domain of this policy needs the process.
+pub fn needed(policy: &Policy) -> bool {
+    [policy.on_poweroff, policy.on_reboot, policy.on_crash].contains(&Then::RenameRestart)
+}
+
+/// Start the process for the domain at `place`, whose monitor stands still; it listens when this
+/// returns.
+///
+/// # Errors
+/// When it does not start.
+pub fn spawn(ctx: &Context, place: &Place) -> anyhow::Result<()> {
+    let cannot = || format!("cannot start what restarts '{}'", place.name);
+    let mut command = Command::new(std::env::current_exe().with_context(cannot)?);
+    command.arg("watch").arg(place.name.as_str()).arg("--monitor").arg(&ctx.program);
+    if let Some(root) = &ctx.root {
+        command.arg("--root").arg(std::path::absolute(root).with_context(cannot)?);
+    }
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().with_context(cannot)?;
+    let mut word = [0; 1];
+    let said = child.stdout.take().map(|mut out| out.read(&mut word));
+    match said {
+        Some(Ok(1)) => Ok(()),
+        _ => {
+            // It has ended, or does now that nobody listens to it.
+            let _ = child.kill();
+            let status = child.wait().with_context(cannot)?;
+            Err(anyhow::anyhow!(status)).with_context(cannot)
+        }
+    }
+}
+
+/// The process: listens to the monitor of `name` until it hangs up.
+///
+/// # Errors
+/// When the domain is not there, or cannot be restarted.
+pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
+    // Not a part of anybody's terminal. Fails in a session of its own, which is as good.
+    let _ = rustix::process::setsid();
+    let place = ctx.registry.find(name).context("there is no such domain")?;
+    let mut kept = Kept::listen(&place)?;
+    let mut out = io::stdout();
+    out.write_all(b"\n").and_then(|()| out.flush())?;
+    let mut restarted = false;
+    while kept.has_halted()? {
+        let Some(place) = ctx.placed(&kept.description.uuid)? else { break };
+        let note = |text: &str| note(&place, text);
+        if restarted && kept.since.elapsed() < TOO_SOON {
+            note("it has ended again too soon: it is preserved and not restarted");
+            continue;
+        }
+        match ctx.rename_restart(&place, &mut kept) {
+            Ok((as_what, new)) => {
+                note_at(&as_what.run, &format!("restarted; this one is '{}' now", as_what.name));
+                (kept, restarted) = (new, true);
+            }
+            Err(e) => {
+                note(&format!("cannot be restarted: {e:#}"));
+                return Err(e);
+            }
+        }
+    }
+    Ok(Answer::silent())
+}
+
+/// A domain that is listened to.
+struct Kept {
+    client: Client,
+    description: Description,
+    /// When it began to run.
+    since: Instant,
+    /// Why the machine went off, by the last event that said so.
+    reason: String,
+}
+
+impl Kept {
+    fn listen(place: &Place) -> anyhow::Result<Self> {
+        let description = place.description()?;
+        let client = domain::qmp(place)?;
+        Ok(Self { client, description, since: Instant::now(), reason: String::new() })
+    }
+
+    /// Wait until the guest has ended in a way that asks for a restart; false when the monitor has.
+    fn has_halted(&mut self) -> anyhow::Result<bool> {
+        loop {
+            let event = match self.client.next_event(PATIENCE) {
+                Ok(event) => event,
+                Err(ClientError::Timeout { .. }) => continue,
+                Err(ClientError::Closed { .. } | ClientError::Io(_)) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            };
+            match event.event.as_str() {
+                "SHUTDOWN" => {
+                    let reason = event.data.get("reason").and_then(Value::as_str);
+                    reason.unwrap_or_default().clone_into(&mut self.reason);
+                }
+                "RESUME" => self.reason.clear(),
+                "STOP" => {
+                    let status = match self.client.execute(&QueryStatus {}) {
+                        Ok(info) => info.status,
+                        Err(ClientError::Timeout { .. }) => continue,
+                        Err(_) => return Ok(false),
+                    };
+                    let policy = &self.description.policy;
+                    let then = match (status, self.reason.as_str()) {
+                        (RunState::GuestPanicked | RunState::InternalError, _) => policy.on_crash,
+                        (RunState::Shutdown, "guest-shutdown") => policy.on_poweroff,
+                        (RunState::Shutdown, "guest-reset") => policy.on_reboot,
+                        _ => continue,
+                    };
+                    if then == Then::RenameRestart {
+                        return Ok(true);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Context {
+    /// Where the domain with that UUID is now: it may have been renamed.
+    fn placed(&self, uuid: &str) -> anyhow::Result<Option<Place>> {
+        let places = self.registry.names()?;
+        let mut places = places.iter().filter_map(|name| self.registry.find(name));
+        Ok(places.find(|place| place.description().is_ok_and(|known| known.uuid == uuid)))
+    }
+
+    /// The first of NAME-1, NAME-2 ... that nobody has.
+    fn free_name(&self, name: &Name) -> anyhow::Result<Name> {
+        for number in 1..=MOST {
+            let word: Name = format!("{name}-{number}").parse().map_err(|_| {
+                Failure::new(format!("'{name}-{number}' would be too long for a name"))
+            })?;
+            if self.registry.find(&word).is_none() {
+                return Ok(word);
+            }
+        }
+        anyhow::bail!("there are {MOST} domains preserved from '{name}' already")
+    }
+
+    /// Give the halted domain another name, and start one like it under its old name.
+    fn rename_restart(&self, old: &Place, kept: &mut Kept) -> anyhow::Result<(Place, Kept)> {
+        let name = &old.name;
+        let new_name = self.free_name(name)?;
+        let _locks = self.registry.lock_both(name, &new_name)?;
+        let (there, seen) = self.look(name);
+        let same = |place: &Place| place.home == old.home;
+        if !there.as_ref().is_some_and(same) || !matches!(seen.state, State::Off | State::Crashed) {
+            anyhow::bail!("somebody else has acted on it: it is {} now", seen.state.word());
+        }
+        if self.registry.find(&new_name).is_some() {
+            anyhow::bail!("somebody has taken the name '{new_name}' meanwhile");
+        }
+        let description = Description { uuid: config::uuid()?, ..kept.description.clone() };
+        release(kept);
+        self.registry.rename(old, &new_name)?;
+        let renamed = self.registry.find(&new_name).context("it is gone")?;
+        let place = self.registry.add(name, old.managed, &description)?;
+        let begun = monitor::start(&self.registry, &self.program, &place, &description, true, &[])
+            .and_then(|_| {
+                let mut kept = Kept::listen(&place)?;
+                kept.client.execute(&Cont {})?;
+                Ok(kept)
+            });
+        match begun {
+            Ok(kept) => Ok((renamed, kept)),
+            Err(e) => {
+                note_at(&renamed.run, &format!("cannot be restarted as '{name}': {e:#}"));
+                if !place.managed {
+                    self.registry.forget(&place)?;
+                }
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Take from a halted machine what only one can have: disks, taps, the sockets of its consoles. Its
+/// memory, registers and serial console stay to be looked at.
+fn release(kept: &mut Kept) {
+    let config = &kept.description.config;
+    let each = |section: &str, key: &str| -> Vec<String> {
+        let items = config.get(section).and_then(Value::as_array).into_iter().flatten();
+        items.filter_map(|item| item.get(key)?.as_str().map(str::to_owned)).collect()
+    };
+    for id in each("drive", "drive_id").into_iter().chain(each("net", "iface_id")) {
+        // Gone already, perhaps; what is not free shows at the start of the new one.
+        let _ = kept.client.execute(&DeviceDel { id });
+    }
+    for socket in each("console", "socket_path") {
+        let _ = fs::remove_file(PathBuf::from(socket));
+    }
+}
+
+fn note(place: &Place, text: &str) {
+    note_at(&place.run, text);
+}
+
+/// A line in the domain's log, where `dmesg` shows it.
+fn note_at(run: &Path, text: &str) {
+    let line = format!("stratoctl: {}\n", text.replace('\n', " "));
+    let log = OpenOptions::new().append(true).open(run.join("log"));
+    // A log that cannot be written cannot tell so either.
+    let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
+}

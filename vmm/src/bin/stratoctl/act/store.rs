@@ -1,0 +1,107 @@
+//! Going on from a saved state.
+use std::path::Path;
+
+use anyhow::Context as _;
+use serde_json::json;
+
+use super::{Answer, Context, Held, end, keep, life};
+use crate::{
+    domain,
+    failure::Failure,
+    matrix::Verb,
+    monitor,
+    registry::{self, Saved},
+    verbs::{Restore, Resume},
+};
+
+/// What lies beside the monitor's own files in a saved directory.
+pub const BESIDE: &str = "domain.json";
+
+pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
+    let directory = directory(&args.file)?;
+    let saved: Saved = registry::read(&directory.join(BESIDE)).map_err(|e| {
+        let absent = e.is_absent();
+        let what = format!("{:#}", anyhow::Error::from(e));
+        match absent {
+            true => Failure::hint(what, "`stratoctl save DOMAIN FILE` makes such a directory"),
+            false => Failure::new(what),
+        }
+    })?;
+    let name = args.name.clone().unwrap_or(saved.name);
+    let mut description = saved.domain;
+    // Two that go on from one state are two domains.
+    description.uuid = crate::config::uuid()?;
+    let lock = ctx.take(Verb::Restore, &name)?;
+    let place = ctx.registry.add(&name, false, &description)?;
+    let mut more = incoming(&directory, args.verify)?;
+    for (id, path) in &args.disk {
+        let path = std::path::absolute(path).context("--disk")?;
+        more.extend(["-drive".into(), format!("id={id},file={}", path.display())]);
+    }
+    for (id, tap) in &args.tap {
+        more.extend(["-netdev".into(), format!("tap,id={id},ifname={tap}")]);
+    }
+    life::begin(ctx, &place, &description, &args.begin, &more, Some(lock))
+}
+
+pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
+    let held = ctx.hold(Verb::Resume, &args.domain)?;
+    let description = life::described(&held.place)?;
+    let more = incoming(&held.place.saved(), false)?;
+    // Paused at first: the state counts until the guest runs, and from then on no more.
+    let place = held.place.clone();
+    let id = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more)?;
+    let mut held = Held { seen: domain::look(&ctx.registry, &place), ..held };
+    let watched = match keep::needed(&description.policy) {
+        true => keep::spawn(ctx, &place),
+        false => Ok(()),
+    };
+    let begun = watched.and_then(|()| match args.begin.paused {
+        true => Ok(()),
+        false => life::let_run(ctx, &mut held),
+    });
+    if let Err(e) = begun {
+        end(ctx, &mut held)?;
+        return Err(e);
+    }
+    life::begun(ctx, &place, &args.begin, id, held.lock)
+}
+
+fn incoming(directory: &Path, verify: bool) -> anyhow::Result<Vec<String>> {
+    let mapped = if verify { "off" } else { "on" };
+    Ok(vec!["-incoming".into(), format!("file:{},mapped={mapped}", text(directory)?)])
+}
+
+/// `path` as a monitor's option.
+///
+/// # Errors
+/// When it cannot be one.
+pub fn text(path: &Path) -> anyhow::Result<&str> {
+    let text = path.to_str().filter(|text| !text.contains(','));
+    text.ok_or_else(|| {
+        let what = format!("{} cannot be told to a monitor", path.display());
+        Failure::hint(what, "use a path of UTF-8 without commas").into()
+    })
+}
+
+/// The absolute path of a directory that is to hold a saved state.
+///
+/// # Errors
+/// When it cannot be told to a monitor.
+pub fn directory(file: &Path) -> anyhow::Result<std::path::PathBuf> {
+    let path = std::path::absolute(file).with_context(|| format!("{}", file.display()))?;
+    text(&path)?;
+    Ok(path)
+}
+
+pub fn check(file: &Path) -> anyhow::Result<Answer> {
+    let directory = directory(file)?;
+    vmm::checkpoint::check(&directory)?;
+    // Beside it, and not needed by the monitor: absent in what another tool has saved.
+    match registry::read::<Saved>(&directory.join(BESIDE)) {
+        Err(e) if !e.is_absent() => return Err(e.into()),
+        _ => {}
+    }
+    let text = format!("{} is whole", file.display());
+    Ok(Answer::new(text, json!({ "file": directory, "whole": true })))
+}

@@ -1,0 +1,247 @@
+//! Looking at domains.
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+use super::{Answer, Context, ended};
+use crate::{
+    domain::Seen,
+    failure::Failure,
+    matrix::{State, Verb, admit},
+    process::Process,
+    registry::{Description, Name, Place},
+    show::{self, Table},
+    verbs::{List, Wait},
+};
+
+/// Domains that are asked at the same time.
+const AT_ONCE: usize = 16;
+/// Time between two looks at a domain that is waited for.
+const LOOK: Duration = Duration::from_millis(20);
+/// Lines of a log that are shown.
+const LAST: usize = 10;
+
+/// One domain.
+struct Row {
+    name: Name,
+    state: State,
+    managed: bool,
+    id: Option<u32>,
+    pid: Option<u32>,
+    uptime: Option<f64>,
+    rss: Option<u64>,
+    description: Result<Description, String>,
+    place: Place,
+}
+
+impl Row {
+    fn new(place: Place, seen: &Seen) -> Self {
+        let process = seen.process.as_ref();
+        Self {
+            name: place.name.clone(),
+            state: seen.state,
+            managed: place.managed,
+            id: process.and_then(|_| place.id()),
+            pid: process.map(Process::pid),
+            uptime: process.and_then(Process::uptime),
+            rss: process.and_then(Process::rss),
+            description: place.description().map_err(|e| format!("{:#}", anyhow::Error::from(e))),
+            place,
+        }
+    }
+
+    fn json(&self) -> Value {
+        let description = self.description.as_ref().ok();
+        json!({
+            "name": self.name,
+            "id": self.id,
+            "state": self.state.word(),
+            "managed": self.managed,
+            "vcpus": description.map(|d| d.vcpus),
+            "memory": description.map(|d| d.memory),
+            "uptime": self.uptime,
+            "rss": self.rss,
+            "pid": self.pid,
+            "damaged": self.description.as_ref().err(),
+        })
+    }
+
+    fn cells(&self) -> [String; 7] {
+        let none = || "-".to_owned();
+        let of = |get: fn(&Description) -> String| {
+            self.description.as_ref().map_or_else(|_| "damaged".to_owned(), get)
+        };
+        [
+            self.name.to_string(),
+            self.id.map_or_else(none, |id| id.to_string()),
+            self.state.word().to_owned(),
+            of(|d| d.vcpus.to_string()),
+            of(|d| show::bytes(d.memory)),
+            self.uptime.map_or_else(none, show::duration),
+            self.rss.map_or_else(none, show::bytes),
+        ]
+    }
+}
+
+/// The domains of these names, or all; asked at the same time.
+fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
+    let all: Vec<Name> = match names {
+        [] => ctx.registry.names()?.into_iter().collect(),
+        names => names.to_vec(),
+    };
+    let look = |name: &Name| {
+        let (place, seen) = ctx.look(name);
+        let place = place.filter(|_| seen.state != State::Absent);
+        match place {
+            Some(place) => {
+                if seen.state == State::Registered && place.has_begun() {
+                    tidy(ctx, name);
+                }
+                Some(Row::new(place, &seen))
+            }
+            None => {
+                if ctx.registry.find(name).is_some() {
+                    tidy(ctx, name);
+                }
+                None
+            }
+        }
+    };
+    let part = all.len().div_ceil(AT_ONCE).max(1);
+    let found: Vec<Option<Row>> = thread::scope(|scope| {
+        let look = &look;
+        let threads: Vec<_> = all
+            .chunks(part)
+            .map(|names| scope.spawn(move || names.iter().map(look).collect::<Vec<_>>()))
+            .collect();
+        threads.into_iter().flat_map(|t| t.join().unwrap_or_default()).collect()
+    });
+    if let (false, Some(at)) = (names.is_empty(), found.iter().position(Option::is_none))
+        && let Some(name) = all.get(at)
+    {
+        return Err(ctx.absent(Verb::Info, name));
+    }
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// Take away what a domain that has ended by itself has left, unless somebody acts on it.
+fn tidy(ctx: &Context, name: &Name) {
+    if let Some(_lock) = ctx.registry.try_lock(name)
+        && let (Some(place), seen) = ctx.look(name)
+        && matches!(seen.state, State::Absent | State::Registered)
+    {
+        // It can wait for another time.
+        let _ = ended(ctx, &place);
+    }
+}
+
+/// How a domain is once what it may have left has been tidied up.
+pub fn settle(ctx: &Context, name: &Name) -> State {
+    let (place, seen) = ctx.look(name);
+    if place.is_some_and(|place| seen.state == State::Absent || place.has_begun())
+        && matches!(seen.state, State::Absent | State::Registered)
+    {
+        tidy(ctx, name);
+    }
+    seen.state
+}
+
+pub fn list(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
+    let rows = rows(ctx, &args.domains)?;
+    let mut table = Table::new(["NAME", "ID", "STATE", "VCPUS", "MEMORY", "UPTIME", "RSS"]);
+    rows.iter().for_each(|row| table.row(row.cells()));
+    Ok(Answer::new(table.to_string(), rows.iter().map(Row::json).collect()))
+}
+
+pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
+    let mut text = String::new();
+    let mut objects = Vec::new();
+    for row in rows(ctx, &args.domains)? {
+        let mut object = row.json();
+        let description = row.description.as_ref().ok();
+        let last = match row.state {
+            State::Killed | State::Hung | State::Crashed | State::Off => {
+                show::last_lines(&row.place.run.join("log"), LAST)
+            }
+            _ => Vec::new(),
+        };
+        if let Some(members) = object.as_object_mut() {
+            members.extend([
+                ("uuid".to_owned(), json!(description.map(|d| &d.uuid))),
+                ("policy".to_owned(), json!(description.map(|d| d.policy))),
+                ("home".to_owned(), json!(row.place.home)),
+                ("run".to_owned(), json!(row.place.run)),
+                ("log".to_owned(), json!(last)),
+                ("config".to_owned(), json!(description.map(|d| &d.config))),
+            ]);
+        }
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        text.push_str(&show::members(&object));
+        objects.push(object);
+    }
+    Ok(Answer::new(text, Value::Array(objects)))
+}
+
+/// What can be waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WaitFor {
+    /// Its guest does not run any more, in whatever way it ended
+    Ended,
+    /// It runs
+    Running,
+    /// It is paused
+    Paused,
+    /// It is not being saved
+    Saved,
+}
+
+impl WaitFor {
+    const fn is_there(self, state: State) -> bool {
+        match self {
+            Self::Ended => {
+                !matches!(state, State::Running | State::Paused | State::Saving | State::Hung)
+            }
+            Self::Running => matches!(state, State::Running),
+            Self::Paused => matches!(state, State::Paused),
+            Self::Saved => !matches!(state, State::Saving),
+        }
+    }
+}
+
+pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
+    let name = &args.domain;
+    let timeout = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    let mut first = true;
+    loop {
+        let (_, seen) = ctx.look(name);
+        if first && admit(Verb::Wait, seen.state, name).is_err() {
+            return Err(ctx.absent(Verb::Wait, name));
+        }
+        first = false;
+        if args.state.is_there(seen.state) {
+            return Ok(Answer::state(name, seen.state));
+        }
+        if seen.state == State::Absent {
+            return Err(Failure::new(format!("'{name}' has ended")).into());
+        }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            let what = format!("'{name}' is still {}", seen.state.word());
+            return Err(Failure::new(what).into());
+        }
+        // The end of the process is told at once; other changes are looked for.
+        let pause = left.map_or(LOOK, |left| left.min(LOOK));
+        match seen.process {
+            Some(process) => drop(process.ends_within(pause)),
+            None => thread::sleep(pause),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The QEMU guest agent, on the far side of a console. The guest answers, if anybody does: what comes
+//! is bounded in time and size, and nothing of it is believed but the answer that was asked for.
+//!
+//! `guest-sync-delimited` comes first: the agent puts a byte that is in no JSON text, 0xFF, before
+//! its answer, so that whatever was in the pipe before can be told from it.
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+/// The console whose far side is the agent: the name that the agent's own documentation gives it.
+pub const CONSOLE: &str = "org.qemu.guest_agent.0";
+/// How long it may take to say that it is there.
+pub const PATIENCE: Duration = Duration::from_secs(1);
+/// How long it may take to say that it will not do it. There is no answer when it does.
+const REFUSAL: Duration = Duration::from_millis(300);
+/// Longest answer, bytes.
+const LONGEST: usize = 4096;
+const DELIMITER: u8 = 0xff;
+
+/// What the guest is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Powerdown,
+    Reboot,
+}
+
+/// Why it was not asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("it does not answer")]
+    Silent,
+    #[error("it refuses: {0}")]
+    Refuses(String),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Ask for `mode`. That the guest does it, nobody promises.
+///
+/// # Errors
+/// When nobody answers as an agent would, or the agent refuses.
+pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
+    let id = u64::from(std::process::id());
+    let mut line = Line { stream, held: Vec::new() };
+    line.say(&[DELIMITER])?;
+    line.say_json(&json!({ "execute": "guest-sync-delimited", "arguments": { "id": id } }))?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        line.skip_delimiter(deadline)?;
+        let answer = line.object(deadline)?;
+        if answer.is_some_and(|answer| answer.get("return") == Some(&json!(id))) {
+            break;
+        }
+    }
+    let mode = match mode {
+        Mode::Powerdown => "powerdown",
+        Mode::Reboot => "reboot",
+    };
+    line.say_json(&json!({ "execute": "guest-shutdown", "arguments": { "mode": mode } }))?;
+    let deadline = Instant::now() + REFUSAL;
+    loop {
+        match line.object(deadline) {
+            Err(_) => return Ok(()),
+            Ok(Some(answer)) if answer.get("error").is_some() => {
+                let why = answer.pointer("/error/desc").and_then(Value::as_str).unwrap_or("error");
+                // It is the guest that says so: not to the terminal as it is.
+                let why = why.chars().filter(|c| !c.is_control()).take(200).collect();
+                return Err(AgentError::Refuses(why));
+            }
+            Ok(Some(answer)) if answer.get("return").is_some() => return Ok(()),
+            Ok(_) => {}
+        }
+    }
+}
+
+struct Line {
+    stream: UnixStream,
+    /// What has come and was not looked at.
+    held: Vec<u8>,
+}
+
+impl Line {
+    fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.set_write_timeout(Some(PATIENCE))?;
+        self.stream.write_all(bytes)
+    }
+
+    fn say_json(&mut self, value: &Value) -> io::Result<()> {
+        self.say(format!("{value}\n").as_bytes())
+    }
+
+    /// Drop everything up to the next delimiter, and the delimiter.
+    fn skip_delimiter(&mut self, deadline: Instant) -> Result<(), AgentError> {
+        loop {
+            if let Some(at) = self.held.iter().position(|byte| *byte == DELIMITER) {
+                self.held.drain(..=at);
+                return Ok(());
+            }
+            self.held.clear();
+            self.more(deadline)?;
+        }
+    }
+
+    /// The next line, if it is a JSON object.
+    fn object(&mut self, deadline: Instant) -> Result<Option<Value>, AgentError> {
+        let mut searched = 0;
+        loop {
+            let fresh = self.held.get(searched..).unwrap_or_default();
+            if let Some(at) = fresh.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.held.drain(..=searched + at).collect();
+                // Whoever was interrupted in the middle of a line begins anew behind a delimiter.
+                let last = line.rsplit(|byte| *byte == DELIMITER).next().unwrap_or_default();
+                return Ok(serde_json::from_slice(last).ok().filter(Value::is_object));
+            }
+            if self.held.len() > LONGEST {
+                self.held.clear();
+                return Ok(None);
+            }
+            searched = self.held.len();
+            self.more(deadline)?;
+        }
+    }
+
+    fn more(&mut self, deadline: Instant) -> Result<(), AgentError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(AgentError::Silent);
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        let mut chunk = [0; 1024];
+        match self.stream.read(&mut chunk) {
+            Ok(0) => Err(AgentError::Silent),
+            Ok(n) => {
+                self.held.extend_from_slice(chunk.get(..n).unwrap_or_default());
+                Ok(())
+            }
+            Err(e) => match e.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(AgentError::Silent),
+                io::ErrorKind::Interrupted => Ok(()),
+                _ => Err(e.into()),
+            },
+        }
+    }
+}

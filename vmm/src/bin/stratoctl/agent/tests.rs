@@ -1,0 +1,162 @@
+//! Agents that do what they should, and guests that do what they like.
+use std::{
+    io::{BufRead, BufReader},
+    thread,
+};
+
+use super::*;
+
+/// What becomes of `ask` when `guest` is on the far side. It is handed each line that it is told, and
+/// the stream to answer on; it hangs up when it says so.
+fn with(mut guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static) -> Outcome {
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let far = thread::spawn(move || {
+        let mut writer = theirs.try_clone().expect("a second handle");
+        let mut heard = Vec::new();
+        for line in BufReader::new(theirs).split(b'\n') {
+            let Ok(line) = line else { break };
+            heard.push(line);
+            let last = heard.last().expect("a line").clone();
+            if !guest(&last, &mut writer) {
+                let _ = writer.shutdown(std::net::Shutdown::Both);
+                break;
+            }
+        }
+        heard
+    });
+    let before = Instant::now();
+    let result = ask(ours, Mode::Reboot);
+    assert!(before.elapsed() < PATIENCE * 3, "it costs at most its time-outs");
+    Outcome { result, heard: far.join().expect("the far side") }
+}
+
+struct Outcome {
+    result: Result<(), AgentError>,
+    heard: Vec<Vec<u8>>,
+}
+
+impl Outcome {
+    /// It was not asked to shut down.
+    fn nobody(self) {
+        assert!(matches!(self.result, Err(AgentError::Silent | AgentError::Io(_))));
+        assert!(self.heard.iter().all(|line| !has(line, "guest-shutdown")), "{:?}", self.heard);
+    }
+}
+
+fn has(line: &[u8], word: &str) -> bool {
+    line.windows(word.len()).any(|window| window == word.as_bytes())
+}
+
+fn sync(line: &[u8]) -> Option<Value> {
+    let text = line.strip_prefix(&[DELIMITER])?;
+    serde_json::from_slice::<Value>(text).ok()?.pointer("/arguments/id").cloned()
+}
+
+/// Answers the way an agent does; `before` and `after` go around it.
+fn agent(before: &'static [u8], after: &'static str) -> Outcome {
+    with(move |line, to| {
+        let answer = match sync(line) {
+            Some(id) => [before, b"\xff", format!("{{\"return\": {id}}}\n").as_bytes()].concat(),
+            None => after.into(),
+        };
+        to.write_all(&answer).is_ok()
+    })
+}
+
+#[test]
+fn an_agent_that_answers_is_asked_and_says_nothing_more() {
+    let outcome = agent(b"", "");
+    assert!(outcome.result.is_ok(), "{:?}", outcome.result);
+    let asked: Value = serde_json::from_slice(&outcome.heard[1]).expect("JSON");
+    assert_eq!(asked, json!({"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}));
+}
+
+#[test]
+fn what_was_in_the_pipe_before_is_not_the_answer() {
+    for left in [
+        &b"{\"return\": {}}\n"[..],
+        b"{\"return\": 1}\n\xff{\"return\": 12345678901}\n",
+        b"half a line",
+        b"login: \xff\xff\xff",
+        b"\xff{\"error\": {\"desc\": \"old\"}}\n",
+        &[b'x'; 20_000],
+    ] {
+        assert!(agent(left, "").result.is_ok(), "{:?}", String::from_utf8_lossy(left));
+    }
+}
+
+#[test]
+fn an_agent_that_refuses_is_taken_at_its_word_but_not_at_its_length() {
+    let Err(AgentError::Refuses(why)) =
+        agent(b"", "{\"error\": {\"class\": \"GenericError\", \"desc\": \"not\\u001b[2J now\"}}\n")
+            .result
+    else {
+        panic!("it refused")
+    };
+    assert_eq!(why, "not[2J now");
+    let long = Box::leak(
+        format!("{{\"error\":{{\"desc\":\"{}\"}}}}\n", "z".repeat(3000)).into_boxed_str(),
+    );
+    let Err(AgentError::Refuses(why)) = agent(b"", long).result else { panic!("it refused") };
+    assert_eq!(why.len(), 200);
+}
+
+#[test]
+fn silence_is_no_agent() {
+    with(|_, _| true).nobody();
+    with(|_, _| false).nobody();
+}
+
+#[test]
+fn an_echo_is_no_agent() {
+    // A shell, or a terminal without raw mode.
+    with(|line, to| to.write_all(&[line, b"\n"].concat()).is_ok()).nobody();
+}
+
+#[test]
+fn garbage_is_no_agent() {
+    for said in [
+        &b"\xff{\"return\": 0}\n"[..],
+        b"\xff[1, 2, 3]\n\xff\"text\"\n\xffnull\n",
+        b"\xff{\"return\": \n",
+        b"\xff{\"return\"",
+        b"\xff\xff\xff\n\n\n",
+        b"\0\0\0\0\xfe\xff\xc3\x28\n",
+    ] {
+        with(move |_, to| to.write_all(said).is_ok()).nobody();
+    }
+}
+
+#[test]
+fn a_line_without_an_end_costs_its_time_and_no_memory() {
+    let outcome = with(|_, to| {
+        let junk = [b'{'; 64 << 10];
+        let _ = to.write_all(b"\xff");
+        // Until we hang up.
+        while to.write_all(&junk).is_ok() {}
+        false
+    });
+    outcome.nobody();
+}
+
+#[test]
+fn a_flood_of_lines_costs_its_time() {
+    with(|_, to| {
+        let junk = b"\xff{\"return\": 1}\n".repeat(4096);
+        while to.write_all(&junk).is_ok() {}
+        false
+    })
+    .nobody();
+}
+
+#[test]
+fn a_guest_that_takes_nothing_costs_its_time() {
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    ours.set_nonblocking(true).expect("non-blocking");
+    while (&ours).write(&[0; 4096]).is_ok() {}
+    ours.set_nonblocking(false).expect("blocking");
+    let before = Instant::now();
+    assert!(matches!(ask(ours, Mode::Powerdown), Err(AgentError::Io(_))));
+    assert!(before.elapsed() < PATIENCE * 3);
+    drop(theirs);
+}

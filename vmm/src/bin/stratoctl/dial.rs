@@ -1,0 +1,31 @@
+//! Connections to the sockets of a domain's consoles.
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsRawFd, unix::net::UnixStream},
+    path::Path,
+};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+/// Connect to the socket `path`, which is relative to `run` if it is relative. Never waits: who is
+/// not accepted because too many wait already gets an error.
+///
+/// # Errors
+/// When nobody listens there.
+pub fn dial(run: &Path, path: &Path) -> io::Result<UnixStream> {
+    let whole = run.join(path);
+    let (Some(directory), Some(name)) = (whole.parent(), whole.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // A socket's path has at most 107 bytes; a directory's may have more.
+    let directory = File::open(directory)?;
+    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+    let address = SocketAddrUnix::new(short)?;
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &address)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}

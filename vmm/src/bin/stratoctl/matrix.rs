@@ -1,0 +1,190 @@
+//! Which verb may do what in which state: the one table. Every verb asks it, under the domain's
+//! lock, before it does anything.
+#[cfg(test)]
+mod tests;
+
+use crate::{failure::Failure, registry::Name};
+
+/// What a domain can be found to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// There is none of that name.
+    Absent,
+    /// Registered, and not running.
+    Registered,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs do not run.
+    Paused,
+    /// Its state is being written.
+    Saving,
+    /// Its state is in its own store.
+    Suspended,
+    /// Its guest has powered off or rebooted, and it is kept.
+    Off,
+    /// Its guest has crashed, and it is kept.
+    Crashed,
+    /// Its monitor is gone and has not tidied up.
+    Killed,
+    /// Its monitor is there and does not answer.
+    Hung,
+}
+
+impl State {
+    /// All of them: the columns.
+    pub const ALL: [Self; 10] = [
+        Self::Absent,
+        Self::Registered,
+        Self::Running,
+        Self::Paused,
+        Self::Saving,
+        Self::Suspended,
+        Self::Off,
+        Self::Crashed,
+        Self::Killed,
+        Self::Hung,
+    ];
+
+    /// As people see it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Absent => "absent",
+            Self::Registered => "registered",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Saving => "saving",
+            Self::Suspended => "suspended",
+            Self::Off => "off",
+            Self::Crashed => "crashed",
+            Self::Killed => "killed",
+            Self::Hung => "hung",
+        }
+    }
+}
+
+/// The verbs that act on a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    Create,
+    New,
+    Restore,
+    Start,
+    Info,
+    Pause,
+    Unpause,
+    Save,
+    Suspend,
+    Resume,
+    Reboot,
+    Shutdown,
+    Destroy,
+    Delete,
+    Rename,
+    Wait,
+    Console,
+    Dmesg,
+    Events,
+    Qmp,
+}
+
+/// What becomes of a verb in a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cell {
+    /// It is done.
+    Yes,
+    /// It is refused: what the matter is, and what to do. `{}` is the domain's name.
+    No(&'static str, &'static str),
+}
+
+use Cell::{No, Yes};
+
+const ABSENT: Cell = No("there is no domain '{}'", "`stratoctl list` shows all there are");
+const TAKEN: Cell =
+    No("there is a domain '{}' already", "choose another name, or look at it: `stratoctl info {}`");
+const IDLE: Cell = No("'{}' is not running", "`stratoctl start {}` boots it");
+const RUNS: Cell = No(
+    "'{}' is running",
+    "`stratoctl shutdown -w {}` asks its guest to end, `stratoctl destroy {}` ends it at once",
+);
+const RUNS_ALREADY: Cell = No("'{}' is running already", "`stratoctl info {}` tells more");
+const PAUSED: Cell = No("'{}' is paused", "`stratoctl unpause {}` lets it run");
+const PAUSED_DELETE: Cell =
+    No("'{}' is paused, not ended", "`stratoctl destroy {}` ends it at once");
+const SAVING: Cell = No(
+    "'{}' is being saved",
+    "wait until that is over: `stratoctl wait {} saved`; `stratoctl destroy {}` ends it at once",
+);
+const SUSPENDED: Cell = No("'{}' is suspended", "`stratoctl resume {}` lets it go on");
+const SUSPENDED_DELETE: Cell = No(
+    "'{}' is suspended",
+    "`stratoctl resume {}` lets it go on, `stratoctl delete -f {}` discards its state with it",
+);
+const OFF: Cell = No(
+    "the guest of '{}' has ended, and the domain is kept to be looked at",
+    "`stratoctl destroy {}` ends it",
+);
+const CRASHED: Cell = No(
+    "the guest of '{}' has crashed, and the domain is kept to be looked at",
+    "`stratoctl destroy {}` ends it",
+);
+const KILLED: Cell = No(
+    "the monitor of '{}' is gone",
+    "`stratoctl info {}` shows its last words, `stratoctl destroy {}` clears it away",
+);
+const HUNG: Cell = No(
+    "the monitor of '{}' does not answer",
+    "`stratoctl destroy {}` ends it; `stratoctl info {}` tells which process it is",
+);
+const NOT_SUSPENDED: Cell =
+    No("'{}' is not suspended", "`stratoctl start {}` boots it from the beginning");
+const ENDED_ALREADY: Cell =
+    No("'{}' is not running", "`stratoctl delete {}` forgets a registered domain");
+
+type Row = (Verb, [Cell; 10]);
+
+/// The table. Columns as in [`State::ALL`].
+#[rustfmt::skip]
+pub const TABLE: [Row; 20] = [
+    //               absent  registered     running       paused         saving  suspended         off      crashed  killed  hung
+    (Verb::Create,   [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
+    (Verb::New,      [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
+    (Verb::Restore,  [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
+    (Verb::Start,    [ABSENT, Yes,           RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF,     CRASHED, Yes,    HUNG]),
+    (Verb::Info,     [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
+    (Verb::Pause,    [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Unpause,  [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Save,     [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Suspend,  [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Resume,   [ABSENT, NOT_SUSPENDED, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Reboot,   [ABSENT, IDLE,          Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Shutdown, [ABSENT, IDLE,          Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
+    (Verb::Destroy,  [ABSENT, ENDED_ALREADY, Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
+    (Verb::Delete,   [ABSENT, Yes,           RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,     CRASHED, Yes,    HUNG]),
+    (Verb::Rename,   [ABSENT, Yes,           Yes,          Yes,           SAVING, Yes,              Yes,     Yes,     Yes,    Yes]),
+    (Verb::Wait,     [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
+    (Verb::Console,  [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
+    (Verb::Dmesg,    [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
+    (Verb::Events,   [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
+    (Verb::Qmp,      [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
+];
+
+/// What becomes of `verb` in `state`.
+pub fn cell(verb: Verb, state: State) -> Cell {
+    let row = TABLE.iter().find(|(known, _)| *known == verb);
+    let column = State::ALL.iter().position(|known| *known == state);
+    row.zip(column).and_then(|((_, cells), column)| cells.get(column)).copied().unwrap_or(ABSENT)
+}
+
+/// Whether `verb` may act on the domain called `name`, which is in `state`.
+///
+/// # Errors
+/// What the matter is, and what to do.
+pub fn admit(verb: Verb, state: State, name: &Name) -> Result<(), Failure> {
+    match cell(verb, state) {
+        Yes => Ok(()),
+        No(what, hint) => {
+            let fill = |text: &str| text.replace("{}", name.as_str());
+            Err(Failure::hint(fill(what), fill(hint)))
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Starting a monitor in the background, in the directory that is to be its own.
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use crate::{
+    failure::Failure,
+    policy::Policy,
+    registry::{CONFIG, Description, Place, Registry},
+};
+
+/// The monitor's program: the one that was named, the one beside this program, or the one on PATH.
+pub fn program(named: Option<&Path>) -> PathBuf {
+    let beside = || {
+        let own = env::current_exe().ok()?;
+        Some(own.with_file_name("stratovirt")).filter(|path| path.is_file())
+    };
+    // A relative path would be looked for in the monitor's working directory.
+    let named = named.map(|path| match path.components().count() {
+        1 => path.to_owned(),
+        _ => std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+    });
+    named.or_else(beside).unwrap_or_else(|| "stratovirt".into())
+}
+
+/// Start the domain at `place`; gives its number. The caller has its lock. It stays paused if
+/// `paused`; `more` goes to the command line.
+///
+/// # Errors
+/// All that the monitor says; nothing of it is left then but its log.
+pub fn start(
+    registry: &Registry,
+    program: &Path,
+    place: &Place,
+    description: &Description,
+    paused: bool,
+    more: &[String],
+) -> anyhow::Result<u32> {
+    let incoming = more.iter().any(|word| word == "-incoming");
+    let id = registry.prepare(place, description, &config(description, incoming))?;
+    let mut command = Command::new(program);
+    // Every path is relative, and so as short as can be, and right after a rename.
+    command.current_dir(&place.run);
+    command.args(["-daemonize", "-pidfile", "pid", "-D", "log", "-qmp"]);
+    command.args(["unix:qmp.sock,server,nowait", "-serial"]);
+    command.arg("socket,path=console.sock,server,nowait,replay=64K");
+    command.args(["-name", place.name.as_str(), "-uuid", &description.uuid]);
+    command.args(["-config", CONFIG]);
+    if paused {
+        command.arg("-S");
+    }
+    // Said in both ways by no one: the file's object has all three, the flag this one.
+    if description.policy == Policy::default() {
+        command.args(["-action", "reboot=reset"]);
+    }
+    command.args(more);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let done = command.output().map_err(|e| {
+        let what = format!("cannot run the monitor, {}: {e}", program.display());
+        anyhow::Error::from(Failure::hint(what, "name its program with --monitor FILE"))
+    });
+    let said = match done {
+        Ok(done) if done.status.success() => return Ok(id),
+        Ok(done) => {
+            let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+            let said = if said.is_empty() { done.status.to_string() } else { said };
+            anyhow::Error::from(Failure::new(format!("'{}' does not start: {said}", place.name)))
+        }
+        Err(e) => e,
+    };
+    registry.clear(place).context("after a failed start")?;
+    Err(said)
+}
+
+/// The monitor's file. A machine that goes on brings its own description with it.
+fn config(description: &Description, incoming: bool) -> Value {
+    let mut config = if incoming { json!({}) } else { description.config.clone() };
+    if description.policy != Policy::default()
+        && let Some(members) = config.as_object_mut()
+    {
+        members.insert("domain".into(), json!(description.policy));
+    }
+    config
+}

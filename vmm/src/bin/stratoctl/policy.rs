@@ -1,0 +1,35 @@
+//! What is to become of a domain when its guest powers off, reboots or crashes.
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// What happens then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Then {
+    /// The domain ends.
+    Destroy,
+    /// It boots anew in place.
+    Restart,
+    /// It stays as it is, paused, to be looked at.
+    Preserve,
+    /// It gets another name, NAME-1 or so, and stays; a new one is started under its name.
+    RenameRestart,
+}
+
+/// The three together: the `domain` object of a configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// The guest powers off.
+    pub on_poweroff: Then,
+    /// The guest reboots.
+    pub on_reboot: Then,
+    /// The guest says that it has crashed.
+    pub on_crash: Then,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { on_poweroff: Then::Destroy, on_reboot: Then::Restart, on_crash: Then::Destroy }
+    }
+}

@@ -1,0 +1,116 @@
+//! The monitor's process: found by its pid file, and never mistaken for another one.
+use std::{
+    fs,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+
+/// Ticks a second of the times in `/proc/PID/stat`; the same on every x86_64 (`USER_HZ`).
+const TICKS: f64 = 100.0;
+/// Bytes of a page in `/proc/PID/statm`.
+const PAGE: u64 = 4096;
+
+/// A monitor that lives.
+pub struct Process {
+    pid: u32,
+    fd: OwnedFd,
+}
+
+/// What the pid file in a directory leads to.
+pub enum Found {
+    /// No monitor: there is no pid file.
+    Nobody,
+    /// It is gone and has left its pid file behind.
+    Gone,
+    /// It lives.
+    Alive(Process),
+}
+
+/// Looks for the monitor whose working directory is `run`.
+pub fn find(run: &Path) -> Found {
+    let Ok(text) = fs::read_to_string(run.join("pid")) else { return Found::Nobody };
+    match text.trim().parse().ok().and_then(|pid| Process::open(pid, run)) {
+        Some(process) => Found::Alive(process),
+        None => Found::Gone,
+    }
+}
+
+/// Looks for a monitor whose working directory is `run` and that has no pid file, as one that was
+/// started by a `stratoctl` which was killed has none at first. Reads all of `/proc`.
+pub fn search(run: &Path) -> Option<Process> {
+    let entries = fs::read_dir("/proc").ok()?;
+    let mut pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.find_map(|pid| Process::open(pid, run).filter(Process::is_monitor))
+}
+
+impl Process {
+    /// Whether its program is a monitor, and not somebody's shell.
+    fn is_monitor(&self) -> bool {
+        let text = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        text.split(|byte| *byte == 0).any(|word| word == b"-pidfile")
+    }
+
+    /// Process `pid`, if it is a monitor started in `run`: the number may have become another's.
+    fn open(pid: u32, run: &Path) -> Option<Self> {
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+        let fd = pidfd_open(number, PidfdFlags::empty()).ok()?;
+        let process = Self { pid, fd };
+        let at = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        let cwd = at(Path::new(&format!("/proc/{pid}/cwd")))?;
+        // Alive now, so that what was looked at was this very process.
+        (at(run)? == cwd && !process.ends_within(Duration::ZERO)).then_some(process)
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether it has ended, or does within `patience`.
+    pub fn ends_within(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(timeout) = Timespec::try_from(left) else { return false };
+            match poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) | Err(Errno::INTR) if !left.is_zero() => {}
+                Ok(ready) => return ready > 0,
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// End it, whatever it is doing.
+    ///
+    /// # Errors
+    /// When it belongs to somebody else.
+    pub fn kill(&self) -> std::io::Result<()> {
+        match pidfd_send_signal(&self.fd, Signal::KILL) {
+            Err(Errno::SRCH) => Ok(()),
+            other => other.map_err(Into::into),
+        }
+    }
+
+    /// Bytes of memory that it occupies.
+    pub fn rss(&self) -> Option<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/statm", self.pid)).ok()?;
+        text.split_whitespace().nth(1)?.parse::<u64>().ok().map(|pages| pages * PAGE)
+    }
+
+    /// Seconds since it was started.
+    pub fn uptime(&self) -> Option<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        // Field 22; the second one is in parentheses and may have anything in it.
+        let started: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
+        let now = fs::read_to_string("/proc/uptime").ok()?;
+        let now: f64 = now.split_whitespace().next()?.parse().ok()?;
+        Some((now - started / TICKS).max(0.0))
+    }
+}

@@ -1,0 +1,351 @@
+//! The registry: a directory for each domain, and nothing that runs.
+//!
+//! ```text
+//! state/NAME/            a registered domain
+//!   domain.json            what it is; while this is here, the domain is registered
+//!   saved/                 its suspended state; `saved/state` is whole, or not there
+//!   run -> run/.managed/UUID
+//! run/NAME/              an unmanaged domain, all of it
+//!   domain.json            what it is
+//! run/.managed/UUID/     a registered domain's run-time part; these in both kinds:
+//!   start.json             its number
+//!   config.json            what the monitor was started with
+//!   pid, log, qmp.sock, console.sock   made by the monitor, whose working directory this is
+//! run/.lock/NAME.lock    held by who acts on the name
+//! run/.lock/NAME.save    held by who saves the domain
+//! ```
+//! A rename is one rename of a directory, in both kinds. What state a domain is in is nowhere
+//! written down: see [`crate::domain`].
+mod disk;
+mod lock;
+mod name;
+mod record;
+mod roots;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use serde_json::Value;
+
+pub use disk::{Disk, Real};
+pub use lock::Lock;
+pub use name::{BadName, Name};
+pub use record::{Description, RecordError, Saved, Start};
+pub use record::{read, write};
+
+/// Where a domain's things are.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Its name.
+    pub name: Name,
+    /// Whether it is registered, rather than gone when it ends.
+    pub managed: bool,
+    /// Directory of `domain.json`.
+    pub home: PathBuf,
+    /// Directory of what the monitor makes; may not be there.
+    pub run: PathBuf,
+}
+
+impl Place {
+    /// Its record.
+    pub fn record(&self) -> PathBuf {
+        self.home.join(RECORD)
+    }
+
+    /// Directory of its suspended state.
+    pub fn saved(&self) -> PathBuf {
+        self.home.join("saved")
+    }
+
+    /// Whether it has a suspended state, which is a whole one.
+    pub fn is_saved(&self) -> bool {
+        self.saved().join("state").exists()
+    }
+
+    /// What it is.
+    ///
+    /// # Errors
+    /// When its record is damaged.
+    pub fn description(&self) -> Result<Description, RecordError> {
+        read(&self.record())
+    }
+
+    /// Whether a start was prepared that nobody has tidied up after.
+    pub fn has_begun(&self) -> bool {
+        self.run.join(START).exists()
+    }
+
+    /// Its number, if it has been started.
+    pub fn id(&self) -> Option<u32> {
+        read::<Start>(&self.run.join(START)).ok().map(|start| start.id)
+    }
+}
+
+const RECORD: &str = "domain.json";
+const START: &str = "start.json";
+/// The monitor's configuration, in its working directory.
+pub const CONFIG: &str = "config.json";
+
+/// Both halves of the registry.
+pub struct Registry {
+    run: PathBuf,
+    state: PathBuf,
+    disk: Box<dyn Disk + Sync>,
+}
+
+impl Registry {
+    /// The registry below `root`, or the system's or the user's. It is made when it is needed.
+    ///
+    /// # Errors
+    /// When there is no place for it.
+    pub fn open(root: Option<&Path>) -> anyhow::Result<Self> {
+        let (run, state) = roots::find(root)?;
+        Ok(Self { run, state, disk: Box::new(Real) })
+    }
+
+    /// The disk that it changes.
+    pub fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    /// Nobody else acts on `name` while this lives.
+    ///
+    /// # Errors
+    /// When the directory of locks cannot be written.
+    pub fn lock(&self, name: &Name) -> anyhow::Result<Lock> {
+        let path = self.lock_path(name, "lock")?;
+        Lock::wait(&path).with_context(|| format!("cannot lock {}", path.display()))
+    }
+
+    /// The same for two names, whoever else wants them in the other order.
+    ///
+    /// # Errors
+    /// See [`Self::lock`].
+    pub fn lock_both(&self, one: &Name, other: &Name) -> anyhow::Result<(Lock, Option<Lock>)> {
+        let (first, second) = if one < other { (one, other) } else { (other, one) };
+        let lock = self.lock(first)?;
+        Ok((lock, if first == second { None } else { Some(self.lock(second)?) }))
+    }
+
+    /// The lock on `name`, unless somebody has it.
+    pub fn try_lock(&self, name: &Name) -> Option<Lock> {
+        Lock::attempt_once(&self.lock_path(name, "lock").ok()?).ok().flatten()
+    }
+
+    /// Held for as long as the domain is saved: other verbs see that it is.
+    ///
+    /// # Errors
+    /// See [`Self::lock`].
+    pub fn lock_save(&self, name: &Name) -> anyhow::Result<Option<Lock>> {
+        let path = self.lock_path(name, "save")?;
+        Lock::attempt_once(&path).with_context(|| format!("cannot lock {}", path.display()))
+    }
+
+    /// Whether somebody saves the domain.
+    pub fn is_being_saved(&self, name: &Name) -> bool {
+        Lock::is_held(&self.locks().join(format!("{name}.save")))
+    }
+
+    fn locks(&self) -> PathBuf {
+        self.run.join(".lock")
+    }
+
+    fn lock_path(&self, name: &Name, what: &str) -> anyhow::Result<PathBuf> {
+        let locks = self.locks();
+        self.disk.mkdir(&locks).with_context(|| format!("cannot make {}", locks.display()))?;
+        Ok(locks.join(format!("{name}.{what}")))
+    }
+
+    /// Where `name` is, if there is such a domain. An unmanaged one may have ended.
+    pub fn find(&self, name: &Name) -> Option<Place> {
+        let managed = self.state.join(name.as_str());
+        if fs::symlink_metadata(managed.join(RECORD)).is_ok() {
+            let run = managed.join("run");
+            return Some(Place { name: name.clone(), managed: true, home: managed, run });
+        }
+        let home = self.run.join(name.as_str());
+        fs::symlink_metadata(home.join(RECORD)).ok()?;
+        Some(Place { name: name.clone(), managed: false, run: home.clone(), home })
+    }
+
+    /// All names, in order. Unmanaged domains of these may have ended.
+    ///
+    /// # Errors
+    /// When a directory cannot be read.
+    pub fn names(&self) -> anyhow::Result<BTreeSet<Name>> {
+        let mut names = BTreeSet::new();
+        for dir in [&self.run, &self.state] {
+            let entries = match fs::read_dir(dir) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                other => other.with_context(|| format!("cannot read {}", dir.display()))?,
+            };
+            for entry in entries {
+                let entry = entry.with_context(|| format!("cannot read {}", dir.display()))?;
+                names.extend(entry.file_name().to_str().and_then(|name| name.parse().ok()));
+            }
+        }
+        names.retain(|name: &Name| self.find(name).is_some());
+        Ok(names)
+    }
+
+    /// Register a domain, or put down an unmanaged one. The caller has the lock, and there is none
+    /// of that name.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written; nothing is registered then.
+    pub fn add(
+        &self,
+        name: &Name,
+        managed: bool,
+        description: &Description,
+    ) -> anyhow::Result<Place> {
+        let home = if managed { &self.state } else { &self.run }.join(name.as_str());
+        let cannot = || format!("cannot put domain {name} down in {}", home.display());
+        // What a stratoctl that was killed may have left.
+        self.disk.remove_tree(&home).with_context(cannot)?;
+        self.disk.mkdir(&home).with_context(cannot)?;
+        let added = write(&*self.disk, &home.join(RECORD), description)
+            .and_then(|()| disk::sync_parent(&*self.disk, &home));
+        if added.is_err() {
+            let _ = self.disk.remove_tree(&home);
+        }
+        added.with_context(cannot)?;
+        let run = if managed { home.join("run") } else { home.clone() };
+        Ok(Place { name: name.clone(), managed, home, run })
+    }
+
+    /// Forget a domain that does not run.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn forget(&self, place: &Place) -> anyhow::Result<()> {
+        let target = place.managed.then(|| fs::read_link(&place.run).ok()).flatten();
+        self.disk
+            // From here on it is not registered, whatever is left.
+            .remove(&place.record())
+            .and_then(|()| self.disk.sync(&place.home))
+            .and_then(|()| target.map_or(Ok(()), |run| self.disk.remove_tree(&run)))
+            .and_then(|()| self.disk.remove_tree(&place.home))
+            .with_context(|| format!("cannot remove {}", place.home.display()))
+    }
+
+    /// Give a domain another name. The caller has both locks, and nobody has the new name.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn rename(&self, place: &Place, to: &Name) -> anyhow::Result<()> {
+        let new = place.home.with_file_name(to.as_str());
+        self.disk
+            .remove_tree(&new)
+            .and_then(|()| self.disk.rename(&place.home, &new))
+            .and_then(|()| disk::sync_parent(&*self.disk, &new))
+            .with_context(|| format!("cannot rename {}", place.home.display()))
+    }
+
+    /// Make the directory that a monitor is to be started in, with its configuration, and give the
+    /// domain a number.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written.
+    pub fn prepare(
+        &self,
+        place: &Place,
+        description: &Description,
+        config: &Value,
+    ) -> anyhow::Result<u32> {
+        let cannot = || format!("cannot prepare {}", place.run.display());
+        if place.managed {
+            let target = self.run.join(".managed").join(&description.uuid);
+            self.disk.mkdir(&target).with_context(cannot)?;
+            if fs::read_link(&place.run).ok().as_ref() != Some(&target) {
+                self.disk
+                    .remove(&place.run)
+                    .and_then(|()| self.disk.link(&target, &place.run))
+                    .with_context(cannot)?;
+            }
+        }
+        self.clear(place)?;
+        let config = serde_json::to_vec_pretty(config)?;
+        self.disk.write(&place.run.join(CONFIG), &config).with_context(cannot)?;
+        // One at a time, so that no two get the same number.
+        let path = self.lock_path(&place.name, "id")?.with_file_name(".id");
+        let _numbers = Lock::wait(&path).with_context(cannot)?;
+        let used = self.names()?.iter().filter_map(|name| self.find(name)?.id()).max();
+        let id = used.unwrap_or(0).saturating_add(1);
+        write(&*self.disk, &place.run.join(START), &Start { id }).with_context(cannot)?;
+        Ok(id)
+    }
+
+    /// Take away what a monitor that has ended may have left: all but its log.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn clear(&self, place: &Place) -> anyhow::Result<()> {
+        for name in [START, "qmp.sock", "console.sock", "pid"] {
+            let path = place.run.join(name);
+            self.disk.remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Take away what a save that did not come to its end has left in the domain's store, and a
+    /// state that no longer counts.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn clear_store(&self, place: &Place) -> anyhow::Result<()> {
+        if !place.managed {
+            return Ok(());
+        }
+        if !place.is_saved() {
+            let saved = place.saved();
+            self.disk
+                .remove_tree(&saved)
+                .with_context(|| format!("cannot remove {}", saved.display()))?;
+        }
+        self.discard_spent(place)
+    }
+
+    /// From here on the suspended state no longer counts. It is still there: see
+    /// [`Self::unspend`].
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn spend(&self, place: &Place) -> anyhow::Result<()> {
+        let spent = place.home.join(SPENT);
+        self.disk
+            .remove_tree(&spent)
+            .and_then(|()| self.disk.rename(&place.saved(), &spent))
+            .and_then(|()| self.disk.sync(&place.home))
+            .with_context(|| format!("cannot rename {}", place.saved().display()))
+    }
+
+    /// Let the suspended state count again: its guest has not run.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn unspend(&self, place: &Place) -> anyhow::Result<()> {
+        self.disk
+            .rename(&place.home.join(SPENT), &place.saved())
+            .and_then(|()| self.disk.sync(&place.home))
+            .with_context(|| format!("cannot rename {} back", place.saved().display()))
+    }
+
+    /// Take away a suspended state that no longer counts.
+    ///
+    /// # Errors
+    /// When the disk cannot be written.
+    pub fn discard_spent(&self, place: &Place) -> anyhow::Result<()> {
+        let spent = place.home.join(SPENT);
+        self.disk.remove_tree(&spent).with_context(|| format!("cannot remove {}", spent.display()))
+    }
+}
+
+/// A suspended state that no longer counts.
+const SPENT: &str = "spent";

@@ -1,0 +1,280 @@
+//! Memory as it lies on disk: a whole image, and over it what has changed since, again and again.
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use machine::{
+    Memory,
+    config::MemoryConfig,
+    memory::{self, MemoryError, image as ram},
+};
+
+use super::{
+    LoadError,
+    image::{BLOCK, ImageError, ZeroSums, blocks},
+};
+
+/// Most ranges of changes that are mapped, each of which is a mapping of the process; the smallest
+/// ones beyond are copied. A process may have 65,530 (vm.max_map_count).
+const MAPPINGS: usize = 16 << 10;
+
+/// One memory file, and the ranges of the image that count in it.
+pub struct Layer {
+    pub path: PathBuf,
+    pub file: File,
+    /// Ascending; all of it in the lowest one.
+    pub ranges: Vec<Range<u64>>,
+}
+
+/// A range of the image, and the number of the layer that it is in.
+type Piece = (Range<u64>, usize);
+
+/// All files of an image, the lowest first, with the checksums of what they make up.
+pub struct Layers {
+    pub size: u64,
+    pub layers: Vec<Layer>,
+    pub sums: Vec<u32>,
+}
+
+impl Layers {
+    /// Which layer counts where: the highest one.
+    fn pieces(&self) -> Vec<Piece> {
+        let mut pieces = vec![(0..self.size, 0)];
+        for (index, layer) in self.layers.iter().enumerate().skip(1) {
+            pieces = without(pieces, &layer.ranges);
+            pieces.extend(layer.ranges.iter().map(|range| (range.clone(), index)));
+            pieces.sort_unstable_by_key(|(range, _)| range.start);
+        }
+        pieces
+    }
+
+    fn layer(&self, index: usize) -> io::Result<&Layer> {
+        self.layers.get(index).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+    }
+
+    /// The guest's memory as it was: mapped, which takes no time and trusts the files, or copied and
+    /// compared with its checksums. Memory that is shared or has a file of its own is copied. And
+    /// where it is not zero although it says so nowhere.
+    ///
+    /// # Errors
+    /// When there is not enough of it, or a file is damaged.
+    pub fn memory(
+        self,
+        config: &MemoryConfig,
+        mapped: bool,
+    ) -> Result<(Memory, Vec<Range<u64>>), LoadError> {
+        if mapped && !config.shared && config.path.is_none() {
+            return Ok(self.map(config)?);
+        }
+        let memory = memory::allocate(config)?;
+        let image = |(path, source)| LoadError::Image { path, source };
+        let copy = |at, bytes: &[u8]| ram::write(&memory, at, bytes);
+        self.open().map_err(image)?.verify(copy).map_err(image)?;
+        Ok((memory, Vec::new()))
+    }
+
+    /// Guest memory that is these files; and where it is not zero although it says so nowhere.
+    ///
+    /// # Errors
+    /// When the host cannot map them.
+    fn map(&self, config: &MemoryConfig) -> Result<(Memory, Vec<Range<u64>>), MemoryError> {
+        let failed = |source| MemoryError::Map { mib: config.size >> 20, source };
+        let mut over = self.pieces();
+        over.retain(|(_, layer)| *layer > 0);
+        let filled = over.iter().map(|(range, _)| range.clone()).collect();
+        over.sort_unstable_by_key(|(range, _)| std::cmp::Reverse(range.end - range.start));
+        let copied = over.split_off(over.len().min(MAPPINGS));
+        let overlay = |(range, layer): Piece| Ok((range, &self.layer(layer)?.file));
+        let overlays = over.into_iter().map(overlay).collect::<io::Result<Vec<_>>>();
+        let overlays = overlays.map_err(failed)?;
+        let base = self.layer(0).map_err(failed)?;
+        let memory = ram::map(config, &base.file, &overlays)?;
+        let mut buffer = vec![0; 2 << 20];
+        for (range, layer) in copied {
+            let file = &self.layer(layer).map_err(failed)?.file;
+            for at in range.clone().step_by(buffer.len()) {
+                let length = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+                let length = length.min(buffer.len());
+                let part = buffer.get_mut(..length).unwrap_or_default();
+                file.read_exact_at(part, at)
+                    .and_then(|()| ram::write(&memory, at, part))
+                    .map_err(failed)?;
+            }
+        }
+        Ok((memory, filled))
+    }
+
+    /// Find out where there is something to read.
+    ///
+    /// # Errors
+    /// When a file cannot be searched.
+    pub fn open(self) -> Result<Contents, (PathBuf, ImageError)> {
+        let mut pieces = Vec::new();
+        for (range, index) in self.pieces() {
+            let Some(Layer { path, file, .. }) = self.layers.get(index) else { continue };
+            let data = ram::data(file, range.start, range.end - range.start)
+                .map_err(|e| (path.clone(), ImageError::Io(e)))?;
+            let place = |r: &Range<u64>| range.start + r.start..range.start + r.end;
+            pieces.extend(data.iter().map(|r| (place(r), index)));
+        }
+        Ok(Contents { layers: self, pieces, zero: ZeroSums::default() })
+    }
+}
+
+/// What of `below` is outside of `over`; both ascending.
+fn without(below: Vec<Piece>, over: &[Range<u64>]) -> Vec<Piece> {
+    let mut left = Vec::with_capacity(below.len() + over.len());
+    let mut rest = over;
+    for (range, layer) in below {
+        let mut at = range.start;
+        while let [first, others @ ..] = rest
+            && first.end <= at
+        {
+            rest = others;
+        }
+        for hidden in rest.iter().take_while(|hidden| hidden.start < range.end) {
+            if at < hidden.start {
+                left.push((at..hidden.start, layer));
+            }
+            at = at.max(hidden.end);
+        }
+        if at < range.end {
+            left.push((at..range.end, layer));
+        }
+    }
+    left
+}
+
+/// What the files make up, block by block.
+pub struct Contents {
+    layers: Layers,
+    /// Where there is something else than holes.
+    pieces: Vec<Piece>,
+    zero: ZeroSums,
+}
+
+impl Contents {
+    /// The blocks that hold something, in order; all others are zero.
+    pub fn filled(&self) -> Vec<Range<u64>> {
+        let mut next = 0;
+        let mut filled: Vec<Range<u64>> = Vec::new();
+        for (range, _) in &self.pieces {
+            let end = range.end.next_multiple_of(BLOCK).min(self.layers.size);
+            let start = (range.start / BLOCK * BLOCK).max(next);
+            if start < end {
+                match filled.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => filled.push(start..end),
+                }
+                next = end;
+            }
+        }
+        filled
+    }
+
+    /// Read `block` into `buffer` and compare it with its checksum. False when there is nothing to
+    /// read because all of it is zero.
+    ///
+    /// # Errors
+    /// When it is damaged or cannot be read.
+    pub fn read<'b>(
+        &self,
+        block: &Range<u64>,
+        buffer: &'b mut [u8],
+    ) -> Result<Option<&'b [u8]>, ImageError> {
+        let sum = usize::try_from(block.start / BLOCK).ok().and_then(|i| self.layers.sums.get(i));
+        let damaged = || ImageError::Damaged { from: block.start, to: block.end };
+        let check = |found: u32| if sum == Some(&found) { Ok(()) } else { Err(damaged()) };
+        let first = self.pieces.partition_point(|(range, _)| range.end <= block.start);
+        let pieces = self.pieces.get(first..).unwrap_or_default();
+        let mut pieces = pieces.iter().take_while(|(range, _)| range.start < block.end).peekable();
+        if pieces.peek().is_none() {
+            return check(self.zero.of(block)).map(|()| None);
+        }
+        let length = usize::try_from(block.end - block.start).unwrap_or(0);
+        let buffer = buffer.get_mut(..length).unwrap_or_default();
+        buffer.fill(0);
+        for (range, layer) in pieces {
+            let inside = range.start.max(block.start)..range.end.min(block.end);
+            let at = |offset: u64| usize::try_from(offset - block.start).unwrap_or(usize::MAX);
+            let part = buffer.get_mut(at(inside.start)..at(inside.end)).unwrap_or_default();
+            let layer = self.layers.layer(*layer).map_err(ImageError::Io)?;
+            layer.file.read_exact_at(part, inside.start).map_err(ImageError::Io)?;
+        }
+        check(crc32fast::hash(buffer))?;
+        Ok(Some(buffer))
+    }
+
+    /// The newest file that has a part in `block`, for messages.
+    pub fn path(&self, block: &Range<u64>) -> &Path {
+        let inside = |(range, _): &&Piece| range.start < block.end && block.start < range.end;
+        let newest = self.pieces.iter().filter(inside).map(|(_, layer)| *layer).max();
+        let layer = newest.and_then(|index| self.layers.layers.get(index));
+        layer.or(self.layers.layers.last()).map_or(Path::new(""), |layer| &layer.path)
+    }
+
+    /// Compare all of it with the checksums, and show each block with data to `each`, with its
+    /// offset.
+    ///
+    /// # Errors
+    /// The first block that is damaged or cannot be read, and the file that it is in.
+    pub fn verify(
+        &self,
+        mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> Result<(), (PathBuf, ImageError)> {
+        let mut buffer = vec![0; 2 << 20];
+        for block in blocks(self.layers.size) {
+            let read = self.read(&block, &mut buffer);
+            read.and_then(|data| {
+                data.map_or(Ok(()), |data| each(block.start, data)).map_err(ImageError::Io)
+            })
+            .map_err(|source| (self.path(&block).to_owned(), source))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn layers(ranges: &[&[Range<u64>]]) -> Layers {
+        let layer = |ranges: &&[Range<u64>]| Layer {
+            path: PathBuf::new(),
+            file: tempfile::tempfile().unwrap(),
+            ranges: ranges.to_vec(),
+        };
+        Layers { size: 64 * PAGE, layers: ranges.iter().map(layer).collect(), sums: vec![] }
+    }
+
+    #[test]
+    fn the_highest_layer_counts() {
+        let pages = |a: u64, b: u64| a * PAGE..b * PAGE;
+        let layers = layers(&[
+            &[pages(0, 64)],
+            &[pages(2, 6), pages(8, 9), pages(20, 30)],
+            &[pages(0, 1), pages(5, 8), pages(22, 23), pages(29, 31), pages(63, 64)],
+        ]);
+        let found = layers.pieces();
+        let counts = |page: u64| {
+            let at = page * PAGE;
+            let mut found = found.iter().filter(|(range, _)| range.contains(&at));
+            let (_, layer) = found.next().unwrap();
+            assert!(found.next().is_none(), "page {page} is in one piece");
+            *layer
+        };
+        for page in 0..64 {
+            let expected = layers.layers.iter().enumerate().rev();
+            let mut expected = expected
+                .filter(|(_, layer)| layer.ranges.iter().any(|r| r.contains(&(page * PAGE))));
+            assert_eq!(counts(page), expected.next().unwrap().0, "page {page}");
+        }
+        assert!(found.is_sorted_by(|(a, _), (b, _)| a.end <= b.start), "{found:?}");
+    }
+}

@@ -1,0 +1,123 @@
+//! Restoring from a stream. Whoever sends it is believed nothing: no byte outside of the guest's
+//! memory is written, no more is kept than the machine needs, and nothing starts before the end.
+use std::io::{self, BufReader, Read};
+
+use machine::{
+    MachineState, Memory,
+    memory::{self, MemoryError, image as ram},
+};
+
+use super::{
+    AdaptError,
+    content::{Config, ContentError, Frames},
+    load::check_limits,
+    send::PIECE,
+    stream::{Kind, StreamError},
+};
+
+/// How often all of memory may be sent: more often than any sender has rounds.
+const TIMES: u64 = 64;
+
+/// Why a machine cannot be had from a stream.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum ReceiveError {
+    #[error("the stream cannot be restored")]
+    Content(#[from] ContentError),
+    #[error("the stream cannot be restored: {0}")]
+    Limits(String),
+    #[error(
+        "the stream cannot be restored: it has pages at {at:#x}, {length} bytes, in {size} bytes of memory"
+    )]
+    Pages { at: u64, length: u64, size: u64 },
+    #[error("the stream cannot be restored: it has sent memory {TIMES} times over")]
+    Endless,
+    #[error("the stream cannot be restored: it ends as another machine than it began")]
+    Other,
+    #[error("the stream cannot be restored: it holds changes only")]
+    Incremental,
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("cannot write guest memory")]
+    Write(#[source] io::Error),
+    #[error(transparent)]
+    Adapt(#[from] AdaptError),
+}
+
+impl From<StreamError> for ReceiveError {
+    fn from(error: StreamError) -> Self {
+        Self::Content(error.into())
+    }
+}
+
+/// A machine that came whole.
+pub struct Received {
+    /// What it is made of, as it is wanted here.
+    pub config: Config,
+    /// Its state.
+    pub state: MachineState,
+    /// Its memory, filled.
+    pub memory: Memory,
+}
+
+/// Read a machine to its end. `adapt` changes its configuration to what is wanted here.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn receive(
+    from: impl Read,
+    adapt: impl Fn(&mut Config) -> Result<(), AdaptError>,
+) -> Result<Received, ReceiveError> {
+    let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
+    let first = frames.config()?;
+    check_limits(&first.machine).map_err(ReceiveError::Limits)?;
+    let mut adapted = first.clone();
+    adapt(&mut adapted)?;
+    let memory = memory::allocate(&adapted.machine.memory)?;
+    let size = first.machine.memory.size;
+    let mut left = size.saturating_mul(TIMES);
+    let mut body = Vec::new();
+    let zeros = vec![0; 1 << 20];
+    loop {
+        let kind = frames.take(&mut body)?;
+        let (at, bytes) = match (kind, body.split_first_chunk::<8>()) {
+            (Kind::Pages, Some((at, bytes))) => (at, bytes),
+            (Kind::Zeros, Some((at, length))) => {
+                let length = length.try_into().map_or(u64::MAX, u64::from_le_bytes);
+                let zeros = usize::try_from(length).ok().and_then(|length| zeros.get(..length));
+                let at = u64::from_le_bytes(*at);
+                let zeros = zeros.ok_or(ReceiveError::Pages { at, length, size })?;
+                (&at.to_le_bytes(), zeros)
+            }
+            (Kind::Pages | Kind::Zeros, None) => {
+                return Err(ReceiveError::Pages { at: 0, length: 0, size });
+            }
+            _ => {
+                frames.put_back(kind, body);
+                break;
+            }
+        };
+        let (at, length) = (u64::from_le_bytes(*at), bytes.len() as u64);
+        let pages = at.is_multiple_of(ram::PAGE_SIZE) && length.is_multiple_of(ram::PAGE_SIZE);
+        let inside = at.checked_add(length).is_some_and(|end| end <= size);
+        if !pages || !inside || length == 0 || length > PIECE {
+            return Err(ReceiveError::Pages { at, length, size });
+        }
+        left = left.checked_sub(length).ok_or(ReceiveError::Endless)?;
+        ram::write(&memory, at, bytes).map_err(ReceiveError::Write)?;
+    }
+    let mut config = frames.config()?;
+    if config.id != first.id || config.machine != first.machine {
+        return Err(ReceiveError::Other);
+    }
+    if config.base.is_some() {
+        return Err(ReceiveError::Incremental);
+    }
+    adapt(&mut config)?;
+    let state = frames.state()?;
+    frames.end()?;
+    Ok(Received { config, state, memory })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! Saving into a stream: a socket, a pipe, an open file. Nobody answers, so that a pipe will do.
+//!
+//! ```text
+//! Config  (Pages | Zeros)..  Config Section.. End
+//! ```
+//! The first Config says what the other side has to have; the second one, what the machine is made
+//! of at its end. Pages that have never held anything are not sent.
+use std::{
+    io::{self, BufWriter, Write},
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, atomic::Ordering},
+};
+
+use super::{
+    content::{self, Config},
+    image::{Progress, runs},
+    save::{SaveError, Saved, Sink},
+    stream::{Kind, Writer},
+};
+use machine::{MachineState, Memory, memory::image as ram};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    io::Errno,
+};
+
+/// Most bytes of memory in one frame.
+pub const PIECE: u64 = 1 << 20;
+
+/// The other side. Writing waits for it until the save is cancelled.
+pub struct Peer {
+    fd: OwnedFd,
+    /// As it was handed over: others may have the same open file.
+    flags: OFlags,
+    cancel: Cancel,
+}
+
+/// Makes a [`Peer`] stop waiting, for good.
+#[derive(Debug, Clone)]
+pub struct Cancel(Arc<OwnedFd>);
+
+impl Cancel {
+    /// Do so. Never waits.
+    pub fn cancel(&self) {
+        // It cannot be full: nobody writes to it twice so often.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+impl Peer {
+    /// Write to `fd`.
+    ///
+    /// # Errors
+    /// When it cannot be set up.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let flags = fcntl_getfl(&fd)?;
+        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        let cancel = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self { fd, flags, cancel: Cancel(Arc::new(cancel)) })
+    }
+
+    /// What makes it stop waiting.
+    pub fn cancel(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// Wait until the other side can take more, or has something to say.
+    fn wait(&self, flags: PollFlags) -> io::Result<()> {
+        let mut fds = [PollFd::new(&self.fd, flags), PollFd::new(&self.cancel.0, PollFlags::IN)];
+        loop {
+            match poll(&mut fds, None) {
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+                Ok(_) => break,
+            }
+        }
+        let [_, cancel] = fds;
+        match cancel.revents().is_empty() {
+            true => Ok(()),
+            // Not `Interrupted`: the standard library would try again.
+            false => Err(io::Error::from(io::ErrorKind::TimedOut)),
+        }
+    }
+}
+
+impl Write for Peer {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::write(self.fd.as_fd(), buf) {
+                Err(Errno::AGAIN) => self.wait(PollFlags::OUT)?,
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = fcntl_setfl(&self.fd, self.flags);
+    }
+}
+
+/// A save into a stream.
+pub struct Stream {
+    to: Writer<BufWriter<Peer>>,
+    memory: Memory,
+    buffer: Vec<u8>,
+    /// Something has been sent before.
+    again: bool,
+}
+
+impl Stream {
+    /// Begin to send `memory` of the machine `config`.
+    ///
+    /// # Errors
+    /// When the other side has gone, or the save is cancelled.
+    pub fn begin(
+        peer: Peer,
+        memory: Memory,
+        config: &Config,
+        progress: &Progress,
+    ) -> Result<Self, SaveError> {
+        let begin = || {
+            let mut to = Writer::begin(BufWriter::new(peer))?;
+            content::write_config(&mut to, config)?;
+            Ok(to)
+        };
+        let to = begin().map_err(|e| failed(e, progress))?;
+        Ok(Self { to, memory, buffer: vec![0; 1 << 20], again: false })
+    }
+
+    fn send(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
+        let pieces = ranges.iter().flat_map(|range| {
+            let ends = |at: u64| at..range.end.min(at.saturating_add(PIECE));
+            range.clone().step_by(1 << 20).map(ends)
+        });
+        for piece in pieces {
+            progress.check()?;
+            let length = usize::try_from(piece.end - piece.start).map_err(io::Error::other)?;
+            let buffer = self.buffer.get_mut(..length).unwrap_or_default();
+            ram::read(&self.memory, piece.start, buffer)?;
+            for (start, bytes, zero) in runs(buffer) {
+                let at = (piece.start + start).to_le_bytes();
+                let length = bytes.len() as u64;
+                if !zero {
+                    self.to.frame(Kind::Pages, &[&at, bytes])?;
+                    progress.written.fetch_add(length, Ordering::Relaxed);
+                    continue;
+                }
+                progress.zero_pages.fetch_add(length / ram::PAGE_SIZE, Ordering::Relaxed);
+                if self.again {
+                    self.to.frame(Kind::Zeros, &[&at, &length.to_le_bytes()])?;
+                }
+            }
+            progress.done.fetch_add(piece.end - piece.start, Ordering::Relaxed);
+        }
+        self.again = true;
+        Ok(())
+    }
+}
+
+impl Sink for Stream {
+    fn copy(&mut self, ranges: &[Range<u64>], progress: &Progress) -> Result<(), SaveError> {
+        self.send(ranges, progress).map_err(|e| failed(e, progress))
+    }
+
+    fn finish(
+        self: Box<Self>,
+        config: Config,
+        state: MachineState,
+        progress: &Progress,
+    ) -> Result<Option<Saved>, SaveError> {
+        let mut to = self.to;
+        content::write_machine(&mut to, &config, &state)
+            .and_then(|()| to.end(0))
+            .map_err(|e| failed(e, progress))?;
+        Ok(None)
+    }
+}
+
+fn failed(error: io::Error, progress: &Progress) -> SaveError {
+    match error.kind() {
+        _ if progress.cancelled.load(Ordering::Relaxed) => SaveError::Cancelled,
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => SaveError::Closed(error),
+        _ => SaveError::Stream(error),
+    }
+}

@@ -1,0 +1,98 @@
+//! What to do when the guest powers off, reboots or crashes: `-action`, and the file's `domain`.
+use crate::actions::{Action, Actions};
+
+use super::draft::Draft;
+use super::fields::Fields;
+
+/// What has been said so far.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    shutdown: Option<Action>,
+    reboot: Option<Follow>,
+    panic: Option<Panic>,
+    /// The file wants to keep the machine after a crash.
+    crash: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Follow {
+    Do(Action),
+    /// As if the guest had powered off.
+    Shutdown,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Panic {
+    Follow(Follow),
+    /// The end, and a failure.
+    Failure,
+}
+
+impl Wanted {
+    pub(super) fn resolve(&self) -> Actions {
+        let default = Actions::default();
+        let shutdown = self.shutdown.unwrap_or(default.shutdown);
+        let follow = |how| match how {
+            Follow::Do(action) => action,
+            Follow::Shutdown => shutdown,
+        };
+        let (panic, panic_status) = match self.panic {
+            None | Some(Panic::Failure) => (Action::End, default.panic_status),
+            Some(Panic::Follow(how)) => (follow(how), 0),
+        };
+        Actions {
+            shutdown,
+            reboot: self.reboot.map_or(default.reboot, follow),
+            panic,
+            panic_status,
+            triple_fault_panics: self.crash,
+        }
+    }
+}
+
+/// `-action`.
+pub(super) fn action(draft: &mut Draft, f: &mut Fields) {
+    let a = &mut draft.actions;
+    let keep = |action| Ok(Follow::Do(action));
+    let shutdown =
+        [("poweroff", Ok(Action::End)), ("pause", Ok(Action::Stay)), ("reset", Ok(Action::Reset))];
+    a.shutdown = f.choice("shutdown", &shutdown).or(a.shutdown);
+    let reboot = [
+        ("shutdown", Ok(Follow::Shutdown)),
+        ("pause", keep(Action::Stay)),
+        ("reset", keep(Action::Reset)),
+    ];
+    a.reboot = f.choice("reboot", &reboot).or(a.reboot);
+    let panic = [
+        ("shutdown", Ok(Panic::Follow(Follow::Shutdown))),
+        ("exit-failure", Ok(Panic::Failure)),
+        ("pause", keep(Action::Stay).map(Panic::Follow)),
+        ("reset", keep(Action::Reset).map(Panic::Follow)),
+    ];
+    a.panic = f.choice("panic", &panic).or(a.panic);
+}
+
+/// `-no-shutdown`.
+pub(super) fn no_shutdown(draft: &mut Draft, _: &mut Fields) {
+    draft.actions.shutdown = Some(Action::Stay);
+}
+
+/// `domain`.
+pub(super) fn domain(draft: &mut Draft, f: &mut Fields) {
+    // To have it under another name is the business of whoever keeps the domains.
+    let choices = [
+        ("destroy", Ok(Action::End)),
+        ("restart", Ok(Action::Reset)),
+        ("preserve", Ok(Action::Stay)),
+        ("rename-restart", Ok(Action::Stay)),
+    ];
+    let a = &mut draft.actions;
+    a.shutdown = f.choice("on_poweroff", &choices);
+    a.reboot = f.choice("on_reboot", &choices).map(Follow::Do);
+    let crash = f.choice("on_crash", &choices);
+    a.crash = crash.is_some_and(|action| action != Action::End);
+    a.panic = crash.map(|action| match action {
+        Action::End => Panic::Failure,
+        other => Panic::Follow(Follow::Do(other)),
+    });
+}
