@@ -198,6 +198,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Let the serial port's other end be served although the machine stands still: whoever connects
+    /// there is told what the guest has said. What is typed goes no further than the port's FIFO.
+    pub fn serve_serial(&self) {
+        if let Some(serial) = self.legacy.serial() {
+            serial.lock().resume();
+        }
+    }
+
     fn held(&self, mut hold: Holding<'_>) -> Result<(), RunError> {
         let refused = || match self.backends.busy_disks().map(|(id, _)| id).collect::<Vec<_>>() {
             disks if disks.is_empty() => RunError::NoThread,
@@ -257,16 +265,6 @@ impl Machine {
     ) -> Result<MutexGuard<'a, Transport>, RunError> {
         let lock = |time| transport.try_lock_for(time).ok_or(RecvTimeoutError::Timeout);
         self.patiently(lock)?.ok_or(RunError::NoThread)
-    }
-
-    /// Let the serial port's other end be served although the machine stands still: whoever connects
-    /// there is told what the guest has said. What is typed goes no further than the port's FIFO.
-    pub fn serve_serial(&self) {
-        if let Some(serial) = self.legacy.serial() {
-            serial.lock().resume();
-            // All that this thread has got: the other workers are parked.
-            self.io_threads.first().iter().for_each(|(_, thread)| thread.go());
-        }
     }
 
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine

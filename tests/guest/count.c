@@ -1,12 +1,21 @@
 /* Every processor counts, and floods the monitor with port and register accesses whose results it
    checks. Counters lie where the test can see them from outside: see `counter`.
-   Words: "registers" floods, "plain" only counts. The second word is how many processors. */
+   Words: "registers" floods, "plain" only counts, "rings" also goes through pages of memory and
+   checks what it wrote there before, "far" does so above 4 GiB, too. The second word is how many
+   processors. */
 #include "guest.h"
 
 /* One page a processor, from 4 MiB on. */
 #define COUNTERS 0x400000ull
 
-static volatile bool flooding;
+/* Pages that each processor goes through, a mebibyte for each; and the same above 4 GiB. */
+#define RINGS 0x600000ull
+#define FAR 0x100000000ull
+/* A page directory for what lies there. */
+#define FAR_TABLE 0x500000ull
+#define PAGES 256
+
+static volatile bool flooding, going_round, going_far;
 
 static inline u64 counter(u32 number)
 {
@@ -71,10 +80,30 @@ static void flood(u32 number, u64 round)
     }
 }
 
+/* The next page holds the number of the round in which it had its turn. */
+static void go_round(u64 ring, u32 number, u64 round)
+{
+    u64 page = ring + number * 0x100000ull + round % PAGES * 4096;
+    expect("a page of a ring", read64(page), round < PAGES ? 0 : round - PAGES);
+    write64(page, round);
+}
+
+static void map_far(void)
+{
+    u64 tables = read64(PML4) & ~0xfffull;
+    for (u64 entry = 0; entry < 512; entry++)
+        write64(FAR_TABLE + entry * 8, (FAR + entry * 0x200000) | 0x83);
+    write64(tables + 4 * 8, FAR_TABLE | 3);
+}
+
 void processor(u32 number)
 {
     for (u64 round = 0;; round++) {
         write64(counter(number), round);
+        if (going_round)
+            go_round(RINGS, number, round);
+        if (going_far)
+            go_round(FAR, number, round);
         if (flooding)
             flood(number, round);
     }
@@ -83,6 +112,10 @@ void processor(u32 number)
 void guest(const char *word)
 {
     flooding = same(word, "registers");
+    going_far = same(word, "far");
+    going_round = going_far || same(word, "rings");
+    if (going_far)
+        map_far();
     while (*word != ' ')
         word++;
     u32 count = (u32)(word[1] - '0');

@@ -30,5 +30,7 @@ mod save_faults;
 mod snapshot;
 #[path = "bare_metal/stage.rs"]
 mod stage;
+#[path = "bare_metal/stream.rs"]
+mod stream;
 #[path = "bare_metal/talk.rs"]
 mod talk;

@@ -14,5 +14,6 @@ pub mod logging;
 pub mod pidfile;
 mod saving;
 pub mod seccomp;
+pub mod spawner;
 pub mod terminal;
 pub mod vmm;

@@ -17,11 +17,15 @@ use vmm::{
     file_signals, last_words, lifecycle, logging,
     pidfile::PidFile,
     seccomp,
+    spawner::{self, Spawner},
     terminal::Raw,
     vmm::Vmm,
 };
 
 fn main() -> ExitCode {
+    if spawner::is_this() {
+        return if spawner::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let invocation = match cli::parse(env::args_os().skip(1)) {
         Ok(Action::Run(invocation)) => invocation,
         Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
@@ -78,10 +82,15 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         .collect::<Result<Vec<_>, _>>()?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
+    let spawner = match (invocation.disable_seccomp, invocation.spawn) {
+        (true, _) => Spawner::AtNeed,
+        (false, true) => Spawner::start().context("cannot start the process for exec:")?,
+        (false, false) => Spawner::Forbidden,
+    };
     if !invocation.disable_seccomp {
-        seccomp::confine()?;
+        seccomp::confine(invocation.spawn)?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer);
+    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }

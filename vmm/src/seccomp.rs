@@ -42,21 +42,21 @@ pub enum SeccompError {
 static MEMORY: OnceLock<Option<File>> = OnceLock::new();
 
 /// Confine all threads, those that run and those to come, for good. A forbidden call is reported
-/// by [`last_words`].
+/// by [`last_words`]. With `spawn`, another process may be handed what it is to start.
 ///
 /// # Errors
 /// When the host has no filters.
-pub fn confine() -> Result<(), SeccompError> {
-    let program = compile()?;
+pub fn confine(spawn: bool) -> Result<(), SeccompError> {
+    let program = compile(spawn)?;
     MEMORY.get_or_init(|| File::open("/proc/self/mem").ok());
     vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
         .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))?;
     seccompiler::apply_filter_all_threads(&program).map_err(SeccompError::Refused)
 }
 
-fn compile() -> Result<BpfProgram, BackendError> {
+fn compile(spawn: bool) -> Result<BpfProgram, BackendError> {
     let arch = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(calls::allowed()?, SeccompAction::Trap, SeccompAction::Allow, arch)?
+    SeccompFilter::new(calls::allowed(spawn)?, SeccompAction::Trap, SeccompAction::Allow, arch)?
         .try_into()
 }
 
@@ -103,6 +103,6 @@ mod tests {
     #[test]
     fn the_filter_can_be_made_for_this_architecture() {
         // The kernel's limit: BPF_MAXINSNS.
-        assert!((1..4096).contains(&compile().unwrap().len()));
+        assert!((1..4096).contains(&compile(true).unwrap().len()));
     }
 }

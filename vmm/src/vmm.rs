@@ -15,6 +15,7 @@ use crate::{
     checkpoint::job::Checkpointer,
     lifecycle::{self, Denied, Halt, State, States},
     saving::Saving,
+    spawner::Spawner,
 };
 
 /// The monitor's main object; lives on the main thread, and nobody else has it.
@@ -32,6 +33,7 @@ pub struct Vmm {
     actions: Actions,
     pub(crate) saving: Saving,
     pub(crate) announcing: Option<Announcing>,
+    pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
 }
@@ -65,6 +67,7 @@ impl Vmm {
         servers: Vec<Server>,
         actions: Actions,
         checkpointer: Checkpointer,
+        spawner: Spawner,
     ) -> Self {
         Self {
             state: State::Prelaunch,
@@ -76,6 +79,7 @@ impl Vmm {
             actions,
             saving: Saving::new(checkpointer),
             announcing: None,
+            spawner,
             late: Vec::new(),
         }
     }

@@ -198,3 +198,133 @@ fn a_save_that_cannot_be_leaves_the_guest_running() -> Result<()> {
     }
     quits(&stage, &mut monitor, &mut qmp)
 }
+
+/// Saved in full, then again and again what has changed, live and stopped; each of them goes on by
+/// itself with all that was before it.
+fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
+    let stage = Stage::new(story)?;
+    let vm = stage.vm("count", &format!("{word} 2"))?;
+    let vm = vm.machine("vcpu_count", 2).machine("mem_size", mib << 20);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("processors 2", SOON)?;
+    let at = |n: usize| stage.file(&format!("saved{n}"));
+    let uri = |n: usize| format!("file:{}", at(n).display());
+    let refused = qmp.execute_raw("migrate", json!({ "uri": uri(0), "incremental": true }));
+    let said = refused.err().map(|e| e.to_string()).unwrap_or_default();
+    ensure!(said.contains("no save to build on") && said.contains("track"), "{said}");
+    for n in 0..5 {
+        let arguments = json!({
+            "uri": uri(n), "incremental": n > 0, "track": true, "resume": n % 2 == 0,
+        });
+        qmp.execute_raw("migrate", arguments)?;
+        let info = qmp.execute_raw("query-migrate", json!({}))?;
+        let base = info.get("base").and_then(Value::as_str).context("no base")?;
+        ensure!(Path::new(base).canonicalize()? == at(n).canonicalize()?, "{info}");
+        if status(&mut qmp)? == "paused" {
+            simple(&mut qmp, "cont")?;
+        }
+        // One that does not come about loses nothing of what the next one needs.
+        let lost = format!("file:{}", stage.file("no/such/place").display());
+        let lost = json!({ "uri": lost, "incremental": true, "track": true });
+        ensure!(qmp.execute_raw("migrate", lost).is_err());
+        let mut other = Client::connect(&stage.socket(), SOON)?;
+        let cancelled = json!({
+            "uri": format!("file:{}", stage.file(&format!("given-up{n}")).display()),
+            "incremental": true, "track": true, "resume": true,
+        });
+        let caller = thread::spawn(move || other.execute_raw("migrate", cancelled).is_ok());
+        simple(&mut qmp, "migrate_cancel")?;
+        // It may have been quicker: then the next one builds on it.
+        caller.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    for n in 0..5 {
+        for mapped in ["on", "off"] {
+            let incoming = format!("file:{},mapped={mapped}", at(n).display());
+            let args = ["-S", "-incoming", &incoming];
+            let vm = Vm::described(json!({})).args(&args);
+            let mut monitor = vm.start(&stage.paths, &stage.dir)?;
+            let mut qmp = monitor.qmp()?;
+            simple(&mut qmp, "cont")?;
+            // Saved in full: what nobody has touched yet is in it, too.
+            let (one, whole) = (stage.file("one"), stage.file("whole"));
+            save(&mut qmp, &one, true)?;
+            let deadline = Instant::now() + SOON;
+            loop {
+                save(&mut qmp, &whole, true)?;
+                let (before, now) = (counters(&one, 2)?, counters(&whole, 2)?);
+                ensure!(!monitor.unseen().contains("WRONG"), "{n}: {}", monitor.unseen());
+                if now.iter().zip(&before).all(|(now, before)| *now > before + 300) {
+                    break;
+                }
+                ensure!(Instant::now() < deadline, "counters go from {before:?} to {now:?}");
+            }
+            quits(&stage, &mut monitor, &mut qmp)?;
+            let (mut monitor, mut qmp) = restore(&stage, &whole, &[])?;
+            simple(&mut qmp, "cont")?;
+            save(&mut qmp, &one, true)?;
+            ensure!(!monitor.unseen().contains("WRONG"), "{n}: {}", monitor.unseen());
+            quits(&stage, &mut monitor, &mut qmp)?;
+        }
+    }
+    // What is at the bottom is saved anew: nothing above it is restored any more.
+    let (mut monitor, mut qmp) = restore(&stage, &at(0), &[])?;
+    save(&mut qmp, &at(0), false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = refusal(&stage, &at(1), &[])?;
+    ensure!(said.contains("saved0") && said.contains("has been saved anew"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn saves_build_on_each_other() -> Result<()> {
+    builds_on("builds", "rings", 64)
+}
+
+#[test]
+fn saves_build_on_each_other_above_four_gibibytes() -> Result<()> {
+    builds_on("builds-far", "far", 4608)
+}
+
+#[test]
+fn a_guest_that_boots_anew_is_saved_as_it_is_then() -> Result<()> {
+    let stage = Stage::new("builds-reset")?;
+    let vm = stage.vm("count", "rings 1")?;
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let (first, second) = (stage.file("first"), stage.file("second"));
+    let arguments = json!({ "uri": format!("file:{}", first.display()), "track": true });
+    qmp.execute_raw("migrate", arguments)?;
+    simple(&mut qmp, "cont")?;
+    simple(&mut qmp, "system_reset")?;
+    monitor.wait_for("processors 1", SOON)?;
+    let uri = format!("file:{}", second.display());
+    qmp.execute_raw("migrate", json!({ "uri": uri, "incremental": true, "resume": true }))?;
+    // Without `track` it is the last one.
+    let info = qmp.execute_raw("query-migrate", json!({}))?;
+    ensure!(info.get("base").is_none(), "{info}");
+    quits(&stage, &mut monitor, &mut qmp)?;
+    for mapped in ["on", "off"] {
+        let incoming = format!("file:{},mapped={mapped}", second.display());
+        let args = ["-S", "-incoming", &incoming];
+        let vm = Vm::described(json!({})).args(&args);
+        let mut monitor = vm.start(&stage.paths, &stage.dir)?;
+        let mut qmp = monitor.qmp()?;
+        simple(&mut qmp, "cont")?;
+        let (one, other) = (stage.file("one"), stage.file("other"));
+        save(&mut qmp, &one, true)?;
+        let deadline = Instant::now() + SOON;
+        while counters(&one, 1)? >= {
+            save(&mut qmp, &other, true)?;
+            counters(&other, 1)?
+        } {
+            ensure!(Instant::now() < deadline, "it stands still");
+        }
+        ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    Ok(())
+}

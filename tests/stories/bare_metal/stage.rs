@@ -19,10 +19,10 @@ const GUESTS: [(&str, &[u8]); 9] = [
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
     ("blk", include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"))),
     ("plug", include_bytes!(concat!(env!("OUT_DIR"), "/plug.elf"))),
-    ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
     ("generation", include_bytes!(concat!(env!("OUT_DIR"), "/generation.elf"))),
     ("exits", include_bytes!(concat!(env!("OUT_DIR"), "/exits.elf"))),
     ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
+    ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 
 /// A directory of the story's own, gone afterwards.

@@ -193,3 +193,33 @@ fn a_monitor_that_hangs_is_shown_as_hung_and_can_be_ended() -> Result<()> {
     ensure!(rig.state("vm")? == "absent");
     Ok(())
 }
+
+#[test]
+fn what_is_kept_makes_way_for_a_fresh_start() -> Result<()> {
+    let rig = Rig::new("renames")?;
+    for (file, word, flag, state) in [
+        ("off.json", "poweroff", "--on-poweroff", "off"),
+        ("bad.json", "panic", "--on-crash", "crashed"),
+    ] {
+        rig.config(file, "hello", word)?;
+        let args = [file, "--name", "vm", flag, "rename-restart"];
+        for make in ["new", "create"] {
+            rig.ok(&[&[make], &args[..]].concat())?;
+            if make == "new" {
+                rig.ok(&["start", "vm"])?;
+            }
+            // Restarted by itself, it ends again too soon, and is kept until somebody starts it.
+            rig.wait_state("vm-1", state)?;
+            rig.wait_state("vm", state)?;
+            let pid = rig.pid("vm")?;
+            let said = rig.ok(&["start", "vm", "-p"])?;
+            ensure!(said.get("kept") == Some(&json!("vm-2")), "{said}");
+            ensure!(rig.state("vm-2")? == state && rig.pid("vm-2")? == pid);
+            ensure!(rig.state("vm")? == "paused" && rig.pid("vm")? != pid);
+            for name in ["vm", "vm-1", "vm-2"] {
+                rig.clean(name)?;
+            }
+        }
+    }
+    Ok(())
+}

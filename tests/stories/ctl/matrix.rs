@@ -35,7 +35,7 @@ fn table() -> Result<(Vec<String>, Vec<Row>)> {
         let cells = cells.iter().map(|cell| match cell.as_str() {
             "yes" => Ok(None),
             number => {
-                let at = number.parse::<usize>()? - 1;
+                let at = number.trim_end_matches('*').parse::<usize>()? - 1;
                 let reason = reasons.get(at).context("no such reason")?;
                 Ok(Some(reason.replace("NAME", NAME)))
             }

@@ -1,7 +1,9 @@
 //! What each story begins with: a registry, `stratoctl`, guests.
 use std::env;
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -15,8 +17,9 @@ use stories::agent;
 use stories::monitor::SOON;
 use stories::paths::{Paths, SCRATCH};
 
-const GUESTS: [(&str, &[u8]); 2] = [
+const GUESTS: [(&str, &[u8]); 3] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
+    ("fill", include_bytes!(concat!(env!("OUT_DIR"), "/fill.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
 ];
 /// Where `count` counts.
@@ -57,6 +60,22 @@ impl Rig {
         });
         fs::write(&path, config.to_string())?;
         Ok(path)
+    }
+
+    /// Wait until a guest has said `text`; it may have done so before.
+    pub fn says(&self, name: &str, text: &str) -> Result<()> {
+        let info = self.ok(&["info", name])?;
+        let run = info.pointer("/0/run").and_then(Value::as_str).context("no directory")?;
+        let mut console = UnixStream::connect(Path::new(run).join("console.sock"))?;
+        console.set_read_timeout(Some(SOON))?;
+        let mut said = Vec::new();
+        let mut chunk = [0; 1024];
+        while !String::from_utf8_lossy(&said).contains(text) {
+            let length = console.read(&mut chunk)?;
+            ensure!(length > 0, "it only said {}", String::from_utf8_lossy(&said));
+            said.extend_from_slice(chunk.get(..length).unwrap_or_default());
+        }
+        Ok(())
     }
 
     /// `stratoctl` with `args`, in this registry.

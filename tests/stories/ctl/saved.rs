@@ -1,7 +1,9 @@
 //! Domains go on from where they were saved.
 use std::fs;
+use std::process::{Child, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::rig::Rig;
@@ -165,5 +167,62 @@ fn the_plug_of_a_suspended_domain_can_be_pulled() -> Result<()> {
     rig.ok(&["start", "vm"])?;
     let (what, hint) = rig.refused(&["resume", "vm"])?;
     ensure!(what.contains("running already") && hint.contains("info vm"), "{what}");
+    Ok(())
+}
+
+/// A guest whose save takes a while, and a `stratoctl` in the middle of it.
+fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
+    let rig = Rig::new(story)?;
+    let path = rig.config("vm.json", "fill", "1000")?;
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    *config.pointer_mut("/machine-config/mem_size").context("no memory")? = json!("1G");
+    fs::write(&path, config.to_string())?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    rig.says("vm", "filled")?;
+    let child = rig.command(verb).stderr(Stdio::piped()).spawn()?;
+    rig.wait_state("vm", "saving")?;
+    Ok((rig, child))
+}
+
+#[test]
+fn an_interrupted_save_leaves_the_domain_running() -> Result<()> {
+    for (story, verb) in [("sigint", &["save", "vm", "kept"][..]), ("sigint2", &["suspend", "vm"])]
+    {
+        let (rig, child) = in_the_middle_of_a_save(story, verb)?;
+        let (what, hint) = rig.refused(&["unpause", "vm"])?;
+        ensure!(what.contains("is being saved") && hint.contains("wait vm saved"), "{what}");
+        rig.signal(i32::try_from(child.id())?, Signal::INT)?;
+        let out = child.wait_with_output()?;
+        let said = String::from_utf8(out.stderr)?;
+        ensure!(out.status.code() == Some(1) && said.contains("interrupted: 'vm'"), "{said}");
+        ensure!(rig.state("vm")? == "running");
+        ensure!(!rig.file("kept").exists() && !rig.file("r/state/vm/saved").exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_save_goes_on_without_the_one_who_asked_for_it() -> Result<()> {
+    let (rig, mut child) = in_the_middle_of_a_save("sigkill", &["suspend", "vm"])?;
+    child.kill()?;
+    child.wait()?;
+    rig.ok(&["wait", "vm", "saved"])?;
+    // Saved and not ended: it may go on, and what was saved counts no more then.
+    ensure!(rig.state("vm")? == "paused");
+    rig.ok(&["unpause", "vm"])?;
+    ensure!(!rig.file("r/state/vm/saved").exists());
+    ensure!(rig.state("vm")? == "running");
+    Ok(())
+}
+
+#[test]
+fn the_plug_can_be_pulled_in_the_middle_of_a_save() -> Result<()> {
+    let (rig, child) = in_the_middle_of_a_save("unplug2", &["suspend", "vm"])?;
+    rig.ok(&["destroy", "vm"])?;
+    let out = child.wait_with_output()?;
+    let said = String::from_utf8(out.stderr)?;
+    ensure!(out.status.code() == Some(1) && said.contains("'vm' is not saved"), "{said}");
+    ensure!(rig.state("vm")? == "registered" && !rig.file("r/state/vm/saved").exists());
     Ok(())
 }

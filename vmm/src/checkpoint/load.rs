@@ -90,7 +90,7 @@ fn chain(
     loop {
         let (path, file) = find_memory(&directory, &config)?;
         let Some(base) = config.base.take() else {
-            layers.push(Layer { path, file, ranges: vec![0..size] });
+            layers.push(Layer { path, file, ranges: std::iter::once(0..size).collect() });
             layers.reverse();
             return Ok(layers);
         };

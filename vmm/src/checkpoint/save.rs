@@ -47,6 +47,8 @@ pub enum SaveError {
     TooDeep,
     #[error("the other side of the stream has gone")]
     Closed(#[source] io::Error),
+    #[error("the command ended with status {status}")]
+    Command { status: u8 },
     #[error("cannot write to the stream")]
     Stream(#[source] io::Error),
     #[error("cancelled")]
@@ -188,6 +190,8 @@ pub struct Directory {
     base: Option<Saved>,
     /// What has been written, with a base.
     changed: Vec<Range<u64>>,
+    /// Most ranges of that.
+    pub(super) most: usize,
 }
 
 impl Directory {
@@ -216,7 +220,7 @@ impl Directory {
         let sums = base.as_ref().map(|base| base.sums.clone());
         let writer =
             Writer::new(memory, size, file, sums).map_err(|e| write_failed(&path, size, e))?;
-        Ok(Self { target, memory: path, writer, size, base, changed: Vec::new() })
+        Ok(Self { target, memory: path, writer, size, base, changed: Vec::new(), most: RANGES })
     }
 }
 
@@ -226,8 +230,8 @@ impl Sink for Directory {
         let mut ranges = ranges;
         if self.base.is_some() {
             let all = ram::union(&self.changed, ranges);
-            let many = all.len() > RANGES;
-            self.changed = join(all);
+            let many = all.len() > self.most;
+            self.changed = join(all, self.most);
             if many {
                 // What joining has added must be there, too.
                 joined = self.changed.clone();
@@ -244,7 +248,7 @@ impl Sink for Directory {
         state: MachineState,
         _: &Progress,
     ) -> Result<Option<Saved>, SaveError> {
-        let Self { mut target, memory, writer, size, base, changed } = *self;
+        let Self { mut target, memory, writer, size, base, changed, .. } = *self;
         let directory = target.path.canonicalize();
         let directory = directory.map_err(|source| failed("find", &target.path, source))?;
         config.base = base.as_ref().map(|base| Base {
@@ -275,10 +279,10 @@ impl Sink for Directory {
     }
 }
 
-/// At most [`RANGES`] ranges that contain all of `ranges`.
-fn join(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+/// At most `most` ranges that contain all of `ranges`.
+fn join(mut ranges: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>> {
     let mut gap = ram::PAGE_SIZE;
-    while ranges.len() > RANGES {
+    while ranges.len() > most {
         ranges.dedup_by(|next, before| {
             let close = next.start - before.end <= gap;
             if close {
@@ -295,7 +299,8 @@ fn join(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 fn seen_from(from: &Path, to: &Path) -> PathBuf {
     let (mut from, mut to) = (from.components().peekable(), to.components().peekable());
     while from.peek().is_some() && from.peek() == to.peek() {
-        (from.next(), to.next());
+        from.next();
+        to.next();
     }
     from.map(|_| Component::ParentDir).chain(to).collect()
 }

@@ -23,6 +23,7 @@ use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
+    net::{Shutdown, shutdown},
 };
 
 /// Most bytes of memory in one frame.
@@ -34,6 +35,8 @@ pub struct Peer {
     /// As it was handed over: others may have the same open file.
     flags: OFlags,
     cancel: Cancel,
+    /// It says by a byte how it has ended.
+    command: bool,
 }
 
 /// Makes a [`Peer`] stop waiting, for good.
@@ -54,15 +57,45 @@ impl Peer {
     /// # Errors
     /// When it cannot be set up.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        Self::make(fd, false)
+    }
+
+    /// Write to a command of [`crate::spawner`], and wait for its end.
+    ///
+    /// # Errors
+    /// When it cannot be set up.
+    pub fn command(fd: OwnedFd) -> io::Result<Self> {
+        Self::make(fd, true)
+    }
+
+    fn make(fd: OwnedFd, command: bool) -> io::Result<Self> {
         let flags = fcntl_getfl(&fd)?;
         fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         let cancel = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { fd, flags, cancel: Cancel(Arc::new(cancel)) })
+        Ok(Self { fd, flags, cancel: Cancel(Arc::new(cancel)), command })
     }
 
     /// What makes it stop waiting.
     pub fn cancel(&self) -> Cancel {
         self.cancel.clone()
+    }
+
+    /// There is nothing more to write.
+    fn end(self) -> Result<(), SaveError> {
+        if !self.command {
+            return Ok(());
+        }
+        let mut status = [0];
+        let mut read = || {
+            shutdown(&self.fd, Shutdown::Write)?;
+            self.wait(PollFlags::IN)?;
+            Ok(rustix::io::read(&self.fd, &mut status)?)
+        };
+        match (read().map_err(SaveError::Stream)?, status) {
+            (1, [0]) => Ok(()),
+            (1, [status]) => Err(SaveError::Command { status }),
+            _ => Err(SaveError::Closed(io::Error::from(io::ErrorKind::UnexpectedEof))),
+        }
     }
 
     /// Wait until the other side can take more, or has something to say.
@@ -178,7 +211,13 @@ impl Sink for Stream {
         let mut to = self.to;
         content::write_machine(&mut to, &config, &state)
             .and_then(|()| to.end(0))
-            .map_err(|e| failed(e, progress))?;
+            .and_then(|()| Ok(to.into_inner().into_inner()?))
+            .map_err(|e| failed(e, progress))?
+            .end()
+            .map_err(|e| match progress.check() {
+                Ok(()) => e,
+                Err(_) => SaveError::Cancelled,
+            })?;
         Ok(None)
     }
 }

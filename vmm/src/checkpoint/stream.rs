@@ -149,6 +149,11 @@ impl<W: Write> Writer<W> {
         self.frame(Kind::End, &[&epoch.to_le_bytes(), &all.to_le_bytes()])?;
         self.to.flush()
     }
+
+    /// What it writes to.
+    pub fn into_inner(self) -> W {
+        self.to
+    }
 }
 
 /// Reads frames.

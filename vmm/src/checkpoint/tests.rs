@@ -1,7 +1,7 @@
 //! A saved state without a machine: what its files survive and what they refuse.
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -129,7 +129,6 @@ fn what_was_saved_is_what_is_restored() {
     for mapped in [true, false] {
         assert_eq!(marks(&restored(&directory, mapped).unwrap()), [7; 3]);
     }
-    use std::os::unix::fs::MetadataExt;
     let on_disk = fs::metadata(directory.join(MEMORY)).unwrap().blocks() * 512;
     assert!(on_disk < SIZE / 2, "zero pages are holes, and yet it takes {on_disk} bytes");
 }
@@ -283,7 +282,7 @@ fn the_thread_ends_a_save_that_is_given_up() {
     let mut job = thread.save(Box::new(|_| Ok(Box::new(sink))), live, None).unwrap();
     let wait = Duration::from_secs(20);
     assert!(matches!(job.wait(wait), Some(Step::Round)));
-    job.changed(vec![0..4096]);
+    job.changed(std::iter::once(0..4096).collect());
     assert!(matches!(job.wait(wait), Some(Step::Ready)));
     job.give_up();
     let Some(Step::Done(result)) = job.wait(wait) else { panic!("it goes on") };
@@ -304,6 +303,8 @@ fn an_incremental_save_holds_what_has_changed_and_is_restored_with_its_base() {
             assert_eq!(marks(&restored(&at(n), mapped).unwrap()), [mark, 1, 1]);
         }
         check(&at(n)).unwrap();
+        let on_disk = fs::metadata(at(n).join(MEMORY)).unwrap().blocks() * 512;
+        assert!(on_disk <= 16 << 10, "two pages, and yet it takes {on_disk} bytes");
     }
     // All of them may be elsewhere, as long as they are beside each other.
     let moved = scratch.path().join("moved");
@@ -376,17 +377,21 @@ fn a_chain_that_is_too_long_or_leads_to_itself_is_refused() {
 #[test]
 fn a_list_of_changes_that_lies_is_refused() {
     let page = 4096;
-    for (changed, refused) in [
-        (vec![0..page, page..2 * page, SIZE - page..SIZE], false),
-        (vec![0..page, SIZE - page..SIZE + page], true),
-        (vec![0..page, 0..page], true),
-        (vec![page..page], true),
-        (vec![1..page], true),
-        (vec![0..page + 1], true),
-        (vec![2 * page..3 * page, 0..page], true),
-        (vec![u64::MAX - page + 1..u64::MAX], true),
-        ((0..content::RANGES as u64 + 1).map(|n| n * 2 * page..(n * 2 + 1) * page).collect(), true),
-    ] {
+    let many = (0..content::RANGES as u64 + 1).map(|n| (n * 2 * page, (n * 2 + 1) * page));
+    let many: Vec<_> = many.collect();
+    let cases: [(&[(u64, u64)], bool); 9] = [
+        (&[(0, page), (page, 2 * page), (SIZE - page, SIZE)], false),
+        (&[(0, page), (SIZE - page, SIZE + page)], true),
+        (&[(0, page), (0, page)], true),
+        (&[(page, page)], true),
+        (&[(1, page)], true),
+        (&[(0, page + 1)], true),
+        (&[(2 * page, 3 * page), (0, page)], true),
+        (&[(u64::MAX - page + 1, u64::MAX)], true),
+        (&many, true),
+    ];
+    for (changed, refused) in cases {
+        let changed: Vec<_> = changed.iter().map(|(start, end)| *start..*end).collect();
         let mut config = config(1);
         config.base = Some(content::Base { path: "b".into(), id: 1, state: 1 });
         let content = Content { config, state: state(1), changed: changed.clone(), sums: vec![] };
@@ -400,28 +405,32 @@ fn a_list_of_changes_that_lies_is_refused() {
 fn more_ranges_than_are_kept_are_joined_and_all_there() {
     let scratch = tempfile::tempdir().unwrap();
     let base = save_on(&scratch.path().join("base"), 1, false, None).unwrap();
-    let size = 3 * content::RANGES as u64 * 4096;
-    let mut large = config(2);
-    large.machine.memory.size = size;
-    let memory = allocate(&large.machine.memory).unwrap();
-    // Every second page, and of them every third one later.
-    let pages = |step| (0..size).step_by(step).map(|at| at..at + 4096).collect::<Vec<_>>();
-    let (first, later) = (pages(8192), pages(8192 * 3));
+    let memory = memory(2);
+    // Every second page of a few, and later every third one of them and many more.
+    let pages = |to: u64, step| {
+        (0..to).step_by(step).map(|page| page * 4096..(page + 1) * 4096).collect::<Vec<_>>()
+    };
+    let (first, later) = (pages(64, 2), pages(SIZE / 4096, 6));
     let path = scratch.path().join("many");
-    let mut sink = Box::new(Directory::create(&path, memory.clone(), size, Some(base)).unwrap());
+    let mut sink = Box::new(Directory::create(&path, memory.clone(), SIZE, Some(base)).unwrap());
+    sink.most = 100;
     let progress = Progress::default();
     sink.copy(&first, &progress).unwrap();
-    for at in 0..size / 4096 {
-        ram::write(&memory, at * 4096, &[2]).unwrap();
+    for at in (0..SIZE).step_by(4096) {
+        ram::write(&memory, at, &[2]).unwrap();
     }
     sink.copy(&later, &progress).unwrap();
-    sink.finish(large, state(2), &progress).unwrap();
+    sink.finish(config(2), state(2), &progress).unwrap();
     let (content, _) = load::read(&path.join(STATE)).unwrap();
-    assert!(content.changed.len() <= content::RANGES, "{}", content.changed.len());
+    assert!(content.changed.len() <= 100, "{}", content.changed.len());
     let file = fs::File::open(path.join(MEMORY)).unwrap();
-    for range in later.iter().chain(&content.changed) {
+    for at in content.changed.iter().flat_map(|range| range.clone().step_by(4096)) {
         let mut byte = [0];
-        file.read_exact_at(&mut byte, range.start).unwrap();
-        assert_eq!(byte, [2], "{range:?}");
+        file.read_exact_at(&mut byte, at).unwrap();
+        assert_eq!(byte, [2], "{at:#x}");
     }
+    let there = |page: &std::ops::Range<u64>| {
+        content.changed.iter().any(|range| range.start <= page.start && page.end <= range.end)
+    };
+    assert!(first.iter().chain(&later).all(there));
 }

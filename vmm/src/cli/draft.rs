@@ -45,6 +45,7 @@ pub(super) struct Draft {
     pub(super) actions: Wanted,
     pub(super) log: Option<Log>,
     pub(super) disable_seccomp: bool,
+    pub(super) spawn: bool,
     /// `-incoming`.
     pub(super) incoming: Option<Source>,
 }

@@ -72,6 +72,8 @@ pub struct Invocation {
     pub log: Log,
     /// Install no system call filter.
     pub disable_seccomp: bool,
+    /// Programs may be started while the guest runs.
+    pub spawn: bool,
     /// The saved state to go on from.
     pub incoming: Option<Incoming>,
     /// What was accepted and has no effect, to be logged.

@@ -24,6 +24,16 @@ pub(super) fn disable_seccomp(draft: &mut Draft, _: &mut Fields) {
     draft.disable_seccomp = true;
 }
 
+/// `-sandbox on|off[,spawn=allow|deny]`. What else QEMU has there is denied here in any case.
+pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
+    let on = f.text("enable", value::boolean).unwrap_or(true);
+    draft.disable_seccomp |= !on;
+    draft.spawn = f.choice("spawn", &[("allow", Ok(true)), ("deny", Ok(false))]).unwrap_or(false);
+    for key in ["obsolete", "elevateprivileges", "resourcecontrol"] {
+        let _ = f.text(key, value::text);
+    }
+}
+
 /// `-incoming file:DIR[,mapped=on|off]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`.
 pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let source = f.text("", |word| match word.split_once(':') {

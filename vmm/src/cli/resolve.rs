@@ -88,6 +88,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         actions: draft.actions.resolve(),
         log: draft.log.unwrap_or(Log::Off),
         disable_seccomp: draft.disable_seccomp,
+        spawn: draft.spawn,
         incoming,
         warnings: r.warnings,
     })

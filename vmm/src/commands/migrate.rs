@@ -47,6 +47,10 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
                 return Err(Error::text(desc));
             }
         },
+        ("exec", program) => {
+            let fd = vmm.spawner.run(program).map_err(|e| Error::generic(&e))?;
+            To::Stream(Peer::command(fd).map_err(failed)?)
+        }
         _ => return Err(invalid(&command.uri)),
     };
     vmm.save(to, how, ticket)?;

@@ -47,6 +47,9 @@ const CALLS: &[c_long] = &[
     SYS_flock,
     SYS_fsync,
     SYS_rename,
+    // Where it is, for a save that builds on it.
+    SYS_readlink,
+    SYS_getcwd,
     SYS_dup2,
     SYS_io_uring_setup,
     SYS_io_uring_enter,
@@ -94,6 +97,9 @@ const CALLS: &[c_long] = &[
     SYS_exit_group,
     SYS_getrandom,
 ];
+
+/// With `-sandbox on,spawn=allow`.
+const SPAWN: &[c_long] = &[SYS_socketpair, SYS_sendmsg];
 
 /// What `ioctl` may be asked for, the hottest first.
 const IOCTLS: &[Ioctl] = &[
@@ -154,7 +160,8 @@ const FCNTLS: &[c_int] =
     &[F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD, F_DUPFD_CLOEXEC, F_OFD_SETLK];
 
 /// System calls, and what their arguments must be: any one of the rules, or anything without rules.
-pub fn allowed() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
+/// With `spawn`, also what hands a command to another process, which is not confined.
+pub fn allowed(spawn: bool) -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
     let kvm =
         KVM_NUMBERS.iter().map(|n| rule(1, Op::MaskedEq(0xffff), u16::from_be_bytes([KVM, *n])));
     let ioctls = IOCTLS.iter().map(|request| rule(1, Op::Eq, *request as u32));
@@ -175,7 +182,8 @@ pub fn allowed() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
         (SYS_tgkill, vec![rule(0, Op::Eq, std::process::id())?]),
         (SYS_rt_sigaction, vec![rule(0, Op::Ne, SIGSYS.cast_unsigned())?]),
     ];
-    Ok(CALLS.iter().map(|call| (*call, Vec::new())).chain(limited).collect())
+    let calls = CALLS.iter().chain(if spawn { SPAWN } else { &[] });
+    Ok(calls.map(|call| (*call, Vec::new())).chain(limited).collect())
 }
 
 /// That `argument`, of which the kernel takes 32 bits here, relates to `value` so.

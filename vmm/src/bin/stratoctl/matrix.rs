@@ -94,9 +94,11 @@ pub enum Cell {
     Yes,
     /// It is refused: what the matter is, and what to do. `{}` is the domain's name.
     No(&'static str, &'static str),
+    /// It is refused like this, unless the domain's policy is `rename-restart`.
+    Kept(&'static str, &'static str),
 }
 
-use Cell::{No, Yes};
+use Cell::{Kept, No, Yes};
 
 const ABSENT: Cell = No("there is no domain '{}'", "`stratoctl list` shows all there are");
 const TAKEN: Cell =
@@ -127,6 +129,14 @@ const CRASHED: Cell = No(
     "the guest of '{}' has crashed, and the domain is kept to be looked at",
     "`stratoctl destroy {}` ends it",
 );
+const OFF_START: Cell = Kept(
+    "the guest of '{}' has ended, and the domain is kept to be looked at",
+    "`stratoctl destroy {}` ends it; then it can be started",
+);
+const CRASHED_START: Cell = Kept(
+    "the guest of '{}' has crashed, and the domain is kept to be looked at",
+    "`stratoctl destroy {}` ends it; then it can be started",
+);
 const KILLED: Cell = No(
     "the monitor of '{}' is gone",
     "`stratoctl info {}` shows its last words, `stratoctl destroy {}` clears it away",
@@ -149,7 +159,7 @@ pub const TABLE: [Row; 20] = [
     (Verb::Create,   [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
     (Verb::New,      [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
     (Verb::Restore,  [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
-    (Verb::Start,    [ABSENT, Yes,           RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF,     CRASHED, Yes,    HUNG]),
+    (Verb::Start,    [ABSENT, Yes,           RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,  OFF_START, CRASHED_START, Yes,  HUNG]),
     (Verb::Info,     [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
     (Verb::Pause,    [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
     (Verb::Unpause,  [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
@@ -175,14 +185,16 @@ pub fn cell(verb: Verb, state: State) -> Cell {
     row.zip(column).and_then(|((_, cells), column)| cells.get(column)).copied().unwrap_or(ABSENT)
 }
 
-/// Whether `verb` may act on the domain called `name`, which is in `state`.
+/// Whether `verb` may act on the domain called `name`, which is in `state`. `renames` says whether
+/// its policy is `rename-restart`.
 ///
 /// # Errors
 /// What the matter is, and what to do.
-pub fn admit(verb: Verb, state: State, name: &Name) -> Result<(), Failure> {
+pub fn admit(verb: Verb, state: State, name: &Name, renames: bool) -> Result<(), Failure> {
     match cell(verb, state) {
         Yes => Ok(()),
-        No(what, hint) => {
+        Kept(..) if renames => Ok(()),
+        No(what, hint) | Kept(what, hint) => {
             let fill = |text: &str| text.replace("{}", name.as_str());
             Err(Failure::hint(fill(what), fill(hint)))
         }

@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 use crate::{
     failure::Failure,
-    policy::Policy,
     registry::{CONFIG, Description, Place, Registry},
 };
 
@@ -54,10 +53,6 @@ pub fn start(
     if paused {
         command.arg("-S");
     }
-    // Said in both ways by no one: the file's object has all three, the flag this one.
-    if description.policy == Policy::default() {
-        command.args(["-action", "reboot=reset"]);
-    }
     command.args(more);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let done = command.output().map_err(|e| {
@@ -80,9 +75,7 @@ pub fn start(
 /// The monitor's file. A machine that goes on brings its own description with it.
 fn config(description: &Description, incoming: bool) -> Value {
     let mut config = if incoming { json!({}) } else { description.config.clone() };
-    if description.policy != Policy::default()
-        && let Some(members) = config.as_object_mut()
-    {
+    if let Some(members) = config.as_object_mut() {
         members.insert("domain".into(), json!(description.policy));
     }
     config

@@ -2,6 +2,8 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::matrix::State;
+
 /// What happens then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -31,5 +33,17 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self { on_poweroff: Then::Destroy, on_reboot: Then::Restart, on_crash: Then::Destroy }
+    }
+}
+
+impl Policy {
+    /// Whether what is kept in `state` is to make way for a fresh start.
+    pub fn renames(self, state: State) -> bool {
+        let then: &[Then] = match state {
+            State::Off => &[self.on_poweroff, self.on_reboot],
+            State::Crashed => &[self.on_crash],
+            _ => &[],
+        };
+        then.contains(&Then::RenameRestart)
     }
 }

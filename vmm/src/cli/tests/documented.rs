@@ -226,7 +226,8 @@ fn names_of_flags_are_unique_and_conflicts_name_flags() {
 fn flags_of_habit_have_no_effect_whatever_follows_them() {
     let plain = machine("");
     let habit = machine(
-        "-overcommit mem-lock=off -no-user-config -nodefaults -nographic -sandbox on,obsolete=deny \
+        "-overcommit mem-lock=off -no-user-config -nodefaults -nographic \
+         -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
          -msg timestamp=on -rtc base=utc,driftfix=slew -boot strict=on -display none -usb \
          -global a.b=c -global d.e=f -realtime mlock=off -fsdev local -vga none",
     );

@@ -4,7 +4,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::{self, Read, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -23,7 +23,7 @@ use crate::{
     matrix::State,
     monitor,
     policy::{Policy, Then},
-    registry::{Description, Name, Place},
+    registry::{Description, Lock, Name, Place},
 };
 
 /// A guest that ends so soon after it was restarted is not restarted again: each that is preserved
@@ -78,19 +78,18 @@ pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     out.write_all(b"\n").and_then(|()| out.flush())?;
     let mut restarted = false;
     while kept.has_halted()? {
-        let Some(place) = ctx.placed(&kept.description.uuid)? else { break };
-        let note = |text: &str| note(&place, text);
+        let Some(place) = ctx.placed(kept.id)? else { break };
         if restarted && kept.since.elapsed() < TOO_SOON {
-            note("it has ended again too soon: it is preserved and not restarted");
+            note(&place, "it has ended again too soon: it is preserved and not restarted");
             continue;
         }
         match ctx.rename_restart(&place, &mut kept) {
             Ok((as_what, new)) => {
-                note_at(&as_what.run, &format!("restarted; this one is '{}' now", as_what.name));
+                note(&as_what, &format!("restarted; this one is '{}' now", as_what.name));
                 (kept, restarted) = (new, true);
             }
             Err(e) => {
-                note(&format!("cannot be restarted: {e:#}"));
+                note(&place, &format!("cannot be restarted: {e:#}"));
                 return Err(e);
             }
         }
@@ -100,6 +99,8 @@ pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
 
 /// A domain that is listened to.
 struct Kept {
+    /// Its number.
+    id: u32,
     client: Client,
     description: Description,
     /// When it began to run.
@@ -111,8 +112,9 @@ struct Kept {
 impl Kept {
     fn listen(place: &Place) -> anyhow::Result<Self> {
         let description = place.description()?;
+        let id = place.id().context("it has not been started")?;
         let client = domain::qmp(place)?;
-        Ok(Self { client, description, since: Instant::now(), reason: String::new() })
+        Ok(Self { id, client, description, since: Instant::now(), reason: String::new() })
     }
 
     /// Wait until the guest has ended in a way that asks for a restart; false when the monitor has.
@@ -154,56 +156,36 @@ impl Kept {
 }
 
 impl Context {
-    /// Where the domain with that UUID is now: it may have been renamed.
-    fn placed(&self, uuid: &str) -> anyhow::Result<Option<Place>> {
-        let places = self.registry.names()?;
-        let mut places = places.iter().filter_map(|name| self.registry.find(name));
-        Ok(places.find(|place| place.description().is_ok_and(|known| known.uuid == uuid)))
-    }
-
-    /// The first of NAME-1, NAME-2 ... that nobody has.
-    fn free_name(&self, name: &Name) -> anyhow::Result<Name> {
-        for number in 1..=MOST {
-            let word: Name = format!("{name}-{number}").parse().map_err(|_| {
-                Failure::new(format!("'{name}-{number}' would be too long for a name"))
-            })?;
-            if self.registry.find(&word).is_none() {
-                return Ok(word);
-            }
-        }
-        anyhow::bail!("there are {MOST} domains preserved from '{name}' already")
+    /// Where the domain with that number is now: it may have been renamed.
+    fn placed(&self, id: u32) -> anyhow::Result<Option<Place>> {
+        let names = self.registry.names()?;
+        let mut places = names.iter().filter_map(|name| self.registry.find(name));
+        Ok(places.find(|place| place.id() == Some(id)))
     }
 
     /// Give the halted domain another name, and start one like it under its old name.
     fn rename_restart(&self, old: &Place, kept: &mut Kept) -> anyhow::Result<(Place, Kept)> {
         let name = &old.name;
-        let new_name = self.free_name(name)?;
-        let _locks = self.registry.lock_both(name, &new_name)?;
+        let _lock = self.registry.lock(name)?;
         let (there, seen) = self.look(name);
-        let same = |place: &Place| place.home == old.home;
-        if !there.as_ref().is_some_and(same) || !matches!(seen.state, State::Off | State::Crashed) {
-            anyhow::bail!("somebody else has acted on it: it is {} now", seen.state.word());
+        let same = there.is_some_and(|place| place.id() == Some(kept.id));
+        if !same || !matches!(seen.state, State::Off | State::Crashed) {
+            anyhow::bail!("somebody else has acted on it: '{name}' is {} now", seen.state.word());
         }
-        if self.registry.find(&new_name).is_some() {
-            anyhow::bail!("somebody has taken the name '{new_name}' meanwhile");
-        }
-        let description = Description { uuid: config::uuid()?, ..kept.description.clone() };
-        release(kept);
-        self.registry.rename(old, &new_name)?;
-        let renamed = self.registry.find(&new_name).context("it is gone")?;
-        let place = self.registry.add(name, old.managed, &description)?;
-        let begun = monitor::start(&self.registry, &self.program, &place, &description, true, &[])
+        let fresh = make_way(self, old, &kept.description, &mut kept.client)?;
+        let (place, description) = (&fresh.place, &fresh.description);
+        let begun = monitor::start(&self.registry, &self.program, place, description, true, &[])
             .and_then(|_| {
-                let mut kept = Kept::listen(&place)?;
+                let mut kept = Kept::listen(place)?;
                 kept.client.execute(&Cont {})?;
                 Ok(kept)
             });
         match begun {
-            Ok(kept) => Ok((renamed, kept)),
+            Ok(kept) => Ok((fresh.kept, kept)),
             Err(e) => {
-                note_at(&renamed.run, &format!("cannot be restarted as '{name}': {e:#}"));
+                note(&fresh.kept, &format!("cannot be restarted as '{name}': {e:#}"));
                 if !place.managed {
-                    self.registry.forget(&place)?;
+                    self.registry.forget(place)?;
                 }
                 Err(e)
             }
@@ -211,31 +193,81 @@ impl Context {
     }
 }
 
+/// A domain that has made way.
+pub struct Fresh {
+    /// Where the old one is.
+    pub kept: Place,
+    /// Where the new one is to be started.
+    pub place: Place,
+    /// What the new one is.
+    pub description: Description,
+    /// Nobody else has the name of the old one.
+    _lock: Lock,
+}
+
+/// Give the halted domain at `place` another name, so that one like it can be started in its place.
+/// The caller has its lock.
+///
+/// # Errors
+/// When there is no other name left, or the disk cannot be written.
+pub fn make_way(
+    ctx: &Context,
+    place: &Place,
+    description: &Description,
+    client: &mut Client,
+) -> anyhow::Result<Fresh> {
+    let (name, lock) = spare_name(ctx, &place.name)?;
+    release(client, &description.config);
+    let mut fresh = description.clone();
+    let new = match place.managed {
+        true => ctx.registry.set_aside(place, &name).map(|()| place.clone())?,
+        false => {
+            ctx.registry.rename(place, &name)?;
+            fresh.uuid = config::uuid()?;
+            ctx.registry.add(&place.name, false, &fresh)?
+        }
+    };
+    let kept = ctx.registry.find(&name).context("what is kept has gone")?;
+    Ok(Fresh { kept, place: new, description: fresh, _lock: lock })
+}
+
+/// A name that nobody has: `name-1`, or the next one.
+fn spare_name(ctx: &Context, name: &Name) -> anyhow::Result<(Name, Lock)> {
+    for number in 1..MOST {
+        let tail = format!("-{number}");
+        // A long name gives way.
+        let head: String = name.as_str().chars().take(Name::LONGEST - tail.len()).collect();
+        let spare: Name = format!("{head}{tail}").parse()?;
+        if let Some(lock) = ctx.registry.try_lock(&spare)
+            && ctx.look(&spare).1.state == State::Absent
+        {
+            return Ok((spare, lock));
+        }
+    }
+    let what = format!("there is no other name left for what is kept of '{name}'");
+    Err(Failure::hint(what, "`stratoctl destroy NAME-1` and so on end what is kept").into())
+}
+
 /// Take from a halted machine what only one can have: disks, taps, the sockets of its consoles. Its
 /// memory, registers and serial console stay to be looked at.
-fn release(kept: &mut Kept) {
-    let config = &kept.description.config;
+fn release(client: &mut Client, config: &Value) {
     let each = |section: &str, key: &str| -> Vec<String> {
         let items = config.get(section).and_then(Value::as_array).into_iter().flatten();
         items.filter_map(|item| item.get(key)?.as_str().map(str::to_owned)).collect()
     };
     for id in each("drive", "drive_id").into_iter().chain(each("net", "iface_id")) {
         // Gone already, perhaps; what is not free shows at the start of the new one.
-        let _ = kept.client.execute(&DeviceDel { id });
+        let _ = client.execute(&DeviceDel { id });
     }
     for socket in each("console", "socket_path") {
         let _ = fs::remove_file(PathBuf::from(socket));
     }
 }
 
-fn note(place: &Place, text: &str) {
-    note_at(&place.run, text);
-}
-
 /// A line in the domain's log, where `dmesg` shows it.
-fn note_at(run: &Path, text: &str) {
+fn note(place: &Place, text: &str) {
     let line = format!("stratoctl: {}\n", text.replace('\n', " "));
-    let log = OpenOptions::new().append(true).open(run.join("log"));
+    let log = OpenOptions::new().append(true).open(place.run.join("log"));
     // A log that cannot be written cannot tell so either.
     let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
 }

@@ -35,7 +35,20 @@ pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
 pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
     let description = described(&held.place)?;
-    begin(ctx, &held.place, &description, &args.begin, &[], held.lock)
+    let mut held = held;
+    if held.seen.client.is_none() {
+        return begin(ctx, &held.place, &description, &args.begin, &[], held.lock);
+    }
+    // `rename-restart`: its monitor is kept, under another name.
+    let fresh = keep::make_way(ctx, &held.place, &description, held.seen.client()?)?;
+    let kept = fresh.kept.name.clone();
+    let description = &fresh.description;
+    let mut answer = begin(ctx, &fresh.place, description, &args.begin, &[], held.lock)?;
+    answer.text = format!("what was '{}' is kept as '{kept}'", args.domain);
+    if let Some(members) = answer.json.as_object_mut() {
+        members.insert("kept".into(), json!(kept));
+    }
+    Ok(answer)
 }
 
 /// What the domain is.
@@ -194,9 +207,9 @@ pub fn rename(ctx: &Context, args: &Rename) -> anyhow::Result<Answer> {
     }
     let _locks = ctx.registry.lock_both(old, new)?;
     let (place, seen) = ctx.look(old);
-    crate::matrix::admit(Verb::Rename, seen.state, old)?;
+    crate::matrix::admit(Verb::Rename, seen.state, old, false)?;
     if old != new {
-        crate::matrix::admit(Verb::New, ctx.look(new).1.state, new)?;
+        crate::matrix::admit(Verb::New, ctx.look(new).1.state, new, false)?;
         ctx.registry.rename(&place.context("there is no such domain")?, new)?;
     }
     Ok(Answer::new("", json!({ "name": new, "was": old, "state": seen.state.word() })))

@@ -138,10 +138,12 @@ impl Context {
         let place = place.context("there is no such domain")?;
         let registered_only =
             matches!(verb, Verb::Start | Verb::Suspend | Verb::Resume | Verb::Delete);
-        if registered_only && !place.managed {
+        let renames = || place.description().is_ok_and(|d| d.policy.renames(seen.state));
+        let renames = verb == Verb::Start && renames();
+        if registered_only && !place.managed && !renames {
             return Err(unmanaged(verb, name));
         }
-        matrix::admit(verb, seen.state, name)?;
+        matrix::admit(verb, seen.state, name, renames)?;
         Ok(Held { place, seen, lock })
     }
 
@@ -151,12 +153,12 @@ impl Context {
     /// When somebody has it.
     pub fn take(&self, verb: Verb, name: &Name) -> anyhow::Result<Lock> {
         let lock = self.registry.lock(name)?;
-        matrix::admit(verb, self.look(name).1.state, name)?;
+        matrix::admit(verb, self.look(name).1.state, name, false)?;
         Ok(lock)
     }
 
     fn absent(&self, verb: Verb, name: &Name) -> anyhow::Error {
-        let Err(failure) = matrix::admit(verb, State::Absent, name) else {
+        let Err(failure) = matrix::admit(verb, State::Absent, name, false) else {
             return Failure::new(format!("there is no domain '{name}'")).into();
         };
         let names = self.registry.names().unwrap_or_default();

@@ -72,7 +72,7 @@ fn write_out(
     let uuid = life::described(&held.place)?.uuid;
     let ran = held.seen.state == State::Running;
     let Some(saving) = ctx.registry.lock_save(&name)? else {
-        crate::matrix::admit(Verb::Save, State::Saving, &name)?;
+        crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
         anyhow::bail!("'{name}' is being saved");
     };
     // It takes long. Whoever wants the domain meanwhile sees that it is being saved.

@@ -42,7 +42,7 @@ impl Context {
         let Some(place) = place.filter(|_| seen.state != State::Absent) else {
             return Err(self.absent(verb, name));
         };
-        admit(verb, seen.state, name)?;
+        admit(verb, seen.state, name, false)?;
         Ok((place, seen))
     }
 }

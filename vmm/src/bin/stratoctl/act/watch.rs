@@ -222,7 +222,7 @@ pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
     let mut first = true;
     loop {
         let (_, seen) = ctx.look(name);
-        if first && admit(Verb::Wait, seen.state, name).is_err() {
+        if first && admit(Verb::Wait, seen.state, name, false).is_err() {
             return Err(ctx.absent(Verb::Wait, name));
         }
         first = false;

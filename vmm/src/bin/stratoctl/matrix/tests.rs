@@ -17,13 +17,14 @@ fn markdown() -> String {
         for cell in cells {
             let mark = match cell {
                 Yes => "yes".to_owned(),
-                No(..) => {
+                No(..) | Kept(..) => {
                     let known = reasons.iter().position(|known| *known == cell);
                     let at = known.unwrap_or_else(|| {
                         reasons.push(cell);
                         reasons.len() - 1
                     });
-                    format!("{}", at + 1)
+                    let star = if matches!(cell, Kept(..)) { "*" } else { "" };
+                    format!("{}{star}", at + 1)
                 }
             };
             text += &format!(" {mark} |");
@@ -32,7 +33,7 @@ fn markdown() -> String {
     }
     text.push('\n');
     for (at, reason) in reasons.iter().enumerate() {
-        if let No(what, hint) = reason {
+        if let No(what, hint) | Kept(what, hint) = reason {
             let fill = |text: &str| text.replace("{}", "NAME");
             text += &format!("{}. {}: {}\n", at + 1, fill(what), fill(hint));
         }
@@ -54,7 +55,7 @@ fn every_verb_has_one_row_and_every_refusal_names_a_way_out() {
         assert_eq!(TABLE.iter().filter(|(known, _)| *known == verb).count(), 1, "{verb:?}");
         for (state, cell) in State::ALL.into_iter().zip(cells) {
             let name: Name = "web".parse().expect("a name");
-            match admit(verb, state, &name) {
+            match admit(verb, state, &name, false) {
                 Ok(()) => assert_eq!(cell, Yes),
                 Err(failure) => {
                     let error = anyhow::Error::from(failure);

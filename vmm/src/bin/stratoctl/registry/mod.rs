@@ -248,6 +248,24 @@ impl Registry {
             .with_context(|| format!("cannot rename {}", place.home.display()))
     }
 
+    /// Make the monitor of a registered domain an unmanaged domain of its own, called `to`, so that
+    /// the registered one can be started anew. The caller has both locks, and nobody has the new
+    /// name.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written.
+    pub fn set_aside(&self, place: &Place, to: &Name) -> anyhow::Result<()> {
+        let new = self.run.join(to.as_str());
+        let old = fs::read_link(&place.run)
+            .with_context(|| format!("cannot read {}", place.run.display()))?;
+        let description = place.description()?;
+        write(&*self.disk, &old.join(RECORD), &description)
+            .and_then(|()| self.disk.remove_tree(&new))
+            .and_then(|()| self.disk.rename(&old, &new))
+            .and_then(|()| disk::sync_parent(&*self.disk, &new))
+            .with_context(|| format!("cannot rename {}", old.display()))
+    }
+
     /// Make the directory that a monitor is to be started in, with its configuration, and give the
     /// domain a number.
     ///

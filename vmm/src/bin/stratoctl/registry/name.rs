@@ -3,9 +3,6 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-/// Longest name, bytes.
-const LONGEST: usize = 64;
-
 /// 1 to 64 letters, digits, `_`, `.`, `+` and `-`, the first a letter or digit (ASCII).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -14,12 +11,15 @@ pub struct Name(String);
 /// Not a name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "{0} is no name for a domain: 1 to {LONGEST} letters, digits, '_', '.', '+' and '-', the first \
-     a letter or digit"
+    "{0} is no name for a domain: 1 to 64 letters, digits, '_', '.', '+' and '-', the first a letter \
+     or digit"
 )]
 pub struct BadName(String);
 
 impl Name {
+    /// Longest one, bytes.
+    pub const LONGEST: usize = 64;
+
     /// As text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -32,12 +32,13 @@ impl FromStr for Name {
     fn from_str(word: &str) -> Result<Self, BadName> {
         let first = word.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
         let rest = word.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.+-".contains(&b));
-        if first && rest && word.len() <= LONGEST {
+        if first && rest && word.len() <= Self::LONGEST {
             return Ok(Self(word.to_owned()));
         }
         // Whatever it is, it must not fill or reprogram the terminal.
-        let mut shown: String = word.chars().take(LONGEST).flat_map(char::escape_debug).collect();
-        if word.chars().nth(LONGEST).is_some() {
+        let mut shown: String =
+            word.chars().take(Self::LONGEST).flat_map(char::escape_debug).collect();
+        if word.chars().nth(Self::LONGEST).is_some() {
             shown.push_str("...");
         }
         Err(BadName(format!("'{shown}'")))

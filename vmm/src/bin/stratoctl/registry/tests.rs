@@ -237,6 +237,24 @@ fn a_suspended_state_counts_or_not_whenever_it_is_killed() {
 }
 
 #[test]
+fn what_is_kept_belongs_to_one_domain_whenever_it_is_killed() {
+    at_every_step(
+        |registry| {
+            let place = registry.add(&name("a"), true, &description(1)).expect("added");
+            registry.prepare(&place, &description(1), &json!({})).expect("prepared");
+        },
+        |registry| match registry.find(&name("a-1")) {
+            Some(_) => Ok(()),
+            None => registry.set_aside(&registry.find(&name("a")).expect("a"), &name("a-1")),
+        },
+        |registry| {
+            let id = |word| registry.find(&name(word)).map(|place| place.id());
+            (id("a"), id("a-1"))
+        },
+    );
+}
+
+#[test]
 fn a_start_that_was_not_prepared_to_the_end_can_be_prepared_anew() {
     at_every_step(
         |registry| {
