@@ -203,8 +203,8 @@ impl Machine {
     pub fn serve_serial(&self) {
         if let Some(serial) = self.legacy.serial() {
             serial.lock().resume();
-            // Of its thread's workers this one alone is there: the others are parked.
-            self.io_threads.first().iter().for_each(|(_, thread)| thread.go());
+            // All other workers are with their devices.
+            self.io_threads.iter().for_each(|(_, thread)| thread.go());
         }
     }
 

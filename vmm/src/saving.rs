@@ -146,11 +146,18 @@ impl Vmm {
     /// Begin to save; `ticket` is answered when it is over.
     ///
     /// # Errors
-    /// When it cannot begin; nothing has changed then.
+    /// When it cannot begin; nothing has changed then but what is known of the last save.
     pub(crate) fn save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
         if self.saving.status == MigrationStatus::Active {
             return Err(Error::text("There's a migration process in progress"));
         }
+        self.begin_save(to, how, ticket).inspect_err(|e| {
+            (self.saving.status, self.saving.job) = (MigrationStatus::Failed, None);
+            self.saving.error = Some(e.to_string());
+        })
+    }
+
+    fn begin_save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
         let base = match (&self.saving.base, how.incremental) {
             (Some(base), true) => Some(base.saved.clone()),
             (None, true) => {

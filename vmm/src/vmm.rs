@@ -112,9 +112,10 @@ impl Vmm {
             (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
                 self.machine.resume()?;
             }
-            // Still vCPUs are what lets the last events be true.
+            // Still vCPUs are what lets the last events be true. Of a halted machine the serial port
+            // is still served.
             (
-                State::Running,
+                State::Running | State::Halted(_),
                 State::Paused | State::Saving | State::Halted(_) | State::Shutdown,
             ) => {
                 self.machine.pause()?;

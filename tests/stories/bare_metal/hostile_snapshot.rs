@@ -28,6 +28,7 @@ struct State {
 const CONFIG: u32 = 1;
 const SECTION: u32 = 2;
 const SUMS: u32 = 3;
+const END: u32 = 4;
 
 impl State {
     fn read(saved: &Path) -> Result<Self> {
@@ -51,12 +52,19 @@ impl State {
         let mut bytes = b"STRATOCP".to_vec();
         bytes.extend(self.version.to_le_bytes());
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        let mut all = crc32fast::Hasher::new();
         for (kind, body) in &self.frames {
             let mut frame = kind.to_le_bytes().to_vec();
             frame.extend(u32::try_from(body.len())?.to_le_bytes());
             frame.extend(body);
-            frame.extend(crc32fast::hash(&frame).to_le_bytes());
+            // The end has a checksum over all.
+            if let (END, Some(sum)) = (*kind, frame.last_chunk_mut::<4>()) {
+                *sum = all.clone().finalize().to_le_bytes();
+            }
+            let sum = crc32fast::hash(&frame).to_le_bytes();
+            all.update(&sum);
             bytes.extend(frame);
+            bytes.extend(sum);
         }
         Ok(fs::write(saved.join("state"), bytes)?)
     }

@@ -78,7 +78,11 @@ pub fn migrate_cancel(vmm: &mut Vmm, _: MigrateCancel) -> Result<Empty, Error> {
 
 pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Error> {
     let saving = vmm.saving();
-    let Some(job) = saving.job() else { return Ok(MigrationInfo::default()) };
+    let Some(job) = saving.job() else {
+        // None yet, or one that could not begin.
+        let error_desc = saving.error().map(str::to_owned);
+        return Ok(MigrationInfo { status: saving.status(), error_desc, ..Default::default() });
+    };
     let base = saving.base().map(|path| path.to_string_lossy().into_owned());
     let progress = job.progress();
     let load = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
