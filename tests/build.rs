@@ -4,8 +4,19 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// One program each, with the parts that all share.
-const GUESTS: [&str; 10] =
-    ["hello", "count", "split", "blk", "plug", "generation", "exits", "type", "net", "fill"];
+const GUESTS: [&str; 11] = [
+    "hello",
+    "count",
+    "split",
+    "blk",
+    "plug",
+    "generation",
+    "exits",
+    "type",
+    "net",
+    "fill",
+    "clock",
+];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];
 
 /// General registers only: there are hosts whose KVM interprets every instruction.

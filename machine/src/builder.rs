@@ -99,6 +99,8 @@ pub struct Saved<'a> {
     pub filled: Vec<Range<u64>>,
     /// Everything else.
     pub state: MachineState,
+    /// Its kvm-clock goes on as if it had not stood since it was saved.
+    pub clock_realtime: bool,
 }
 
 /// How the guest begins.
@@ -124,7 +126,7 @@ impl Machine {
         let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
         let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
         machine.filled = saved.filled.into();
-        machine.quiesced()?.restore(&saved.state)?;
+        machine.quiesced()?.restore(&saved.state, saved.clock_realtime)?;
         // Before the guest runs, and after the interrupt controllers have their state.
         machine.legacy.generation_changed();
         Ok(machine)

@@ -20,6 +20,7 @@ pub use builder::{BuildError, Saved};
 pub use devices::{Memory, PowerEvent, backend::inherited};
 pub use event::{Event, Report, Told};
 pub use generation::GenerationId;
+pub use kvm::Clock;
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
 pub use slots::{DISKS, NICS};

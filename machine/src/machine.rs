@@ -75,8 +75,10 @@ pub struct Machine {
 pub(crate) struct Parked {
     /// Host TSC, in ticks.
     pub tsc: u64,
-    /// kvm-clock, in nanoseconds.
-    pub clock: u64,
+    /// kvm-clock.
+    pub clock: kvm::Clock,
+    /// It is to go on as if it had not stood.
+    pub advance: bool,
 }
 
 /// Why the machine could not be stopped, continued or reset.
@@ -144,7 +146,8 @@ impl Machine {
         self.legacy.send_ctrl_alt_del()
     }
 
-    /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood.
+    /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood,
+    /// unless it was restored as [`Saved::clock_realtime`](crate::Saved).
     ///
     /// # Errors
     /// When KVM refuses the clock, or another machine has a disk that was given away.
@@ -152,7 +155,7 @@ impl Machine {
         self.hold_disks()?;
         let mut ticks = 0;
         if let Some(parked) = self.parked.take() {
-            self.vm.set_clock(parked.clock)?;
+            self.vm.set_clock(parked.clock, parked.advance)?;
             ticks = kvm::host_tsc().saturating_sub(parked.tsc);
         }
         self.each_device(|d| d.resume());
@@ -184,8 +187,8 @@ impl Machine {
             self.patiently(|time| answer.wait_for(time))?.ok_or(Gone)?;
         }
         if self.parked.is_none() {
-            let clock = self.vm.clock()?.clock;
-            self.parked = Some(Parked { tsc: kvm::host_tsc(), clock });
+            let clock = self.vm.clock()?;
+            self.parked = Some(Parked { tsc: kvm::host_tsc(), clock, advance: false });
         }
         let threads: Vec<_> = self.io_threads.iter().map(|(_, thread)| &**thread).collect();
         let holds: Vec<_> = threads.iter().map(|thread| thread.hold(PATIENCE)).collect();

@@ -12,7 +12,7 @@ use crate::{
     Machine, RunError,
     config::{MachineConfig, Occupancy},
     kvm::{
-        self, KvmError,
+        self, Clock, KvmError,
         chips::ChipState,
         features::{self, Leaf},
         state::VcpuState,
@@ -32,8 +32,8 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// Interrupt controllers and timer.
     pub chips: ChipState,
-    /// The guest's paravirtual clock when it was stopped, in nanoseconds.
-    pub clock: u64,
+    /// The guest's paravirtual clock when it was stopped.
+    pub clock: Clock,
     /// All devices, in the machine's order.
     pub devices: Vec<DeviceState>,
 }
@@ -82,6 +82,11 @@ pub enum RestoreError {
     Chips(#[source] KvmError),
     #[error("cannot restore the guest's clock")]
     Clock(#[source] KvmError),
+    #[error(
+        "clock=realtime: the saved state, of an older version, does not tell when it was saved; \
+         leave clock=realtime out, and the guest's clock goes on where it stood"
+    )]
+    NoDate,
     #[error(transparent)]
     Gone(#[from] Gone),
 }
@@ -178,7 +183,7 @@ impl Quiesced<'_> {
         }
         let clock = match &machine.parked {
             Some(parked) => parked.clock,
-            None => machine.vm.clock()?.clock,
+            None => machine.vm.clock()?,
         };
         let leaves = match &machine.seen {
             Some(seen) => features::leaves(seen),
@@ -193,11 +198,16 @@ impl Quiesced<'_> {
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
 
-    /// Replace the whole state but memory, which holds what belongs to `state` already.
+    /// Replace the whole state but memory, which holds what belongs to `state` already. With
+    /// `clock_realtime`, kvm-clock goes on as if it had not stood since then.
     ///
     /// # Errors
     /// When it does not fit this machine; the machine is then good for nothing.
-    pub fn restore(&mut self, state: &MachineState) -> Result<(), RestoreError> {
+    pub fn restore(
+        &mut self,
+        state: &MachineState,
+        clock_realtime: bool,
+    ) -> Result<(), RestoreError> {
         let machine = &mut *self.0;
         let count = |what, saved, configured| match saved == configured {
             true => Ok(()),
@@ -205,17 +215,21 @@ impl Quiesced<'_> {
         };
         count("vCPUs", state.vcpus.len(), machine.vcpus.len())?;
         count("devices", state.devices.len(), machine.devices().count())?;
+        if clock_realtime && state.clock.date.is_none() {
+            return Err(RestoreError::NoDate);
+        }
         state.chips.restore(&machine.vm).map_err(RestoreError::Chips)?;
         // Before the vCPUs, whose MSRs have KVM write the wall clock into guest memory: the time at
         // which this clock showed 0.
-        machine.vm.set_clock(state.clock).map_err(RestoreError::Clock)?;
+        machine.vm.set_clock(state.clock, clock_realtime).map_err(RestoreError::Clock)?;
         let each = machine.vcpus.iter().zip(state.vcpus.iter().cloned());
         let answers: Vec<_> = each.map(|(vcpu, state)| vcpu.restore(state)).collect();
         for (index, answer) in answers.into_iter().enumerate() {
             answer.wait()?.map_err(|source| RestoreError::Vcpu { index, source })?;
         }
         // Its clocks stand from now on, at what they showed when it was saved.
-        machine.parked = Some(Parked { tsc: kvm::host_tsc(), clock: state.clock });
+        let (tsc, clock) = (kvm::host_tsc(), state.clock);
+        machine.parked = Some(Parked { tsc, clock, advance: clock_realtime });
         for (index, (device, saved)) in machine.devices().zip(&state.devices).enumerate() {
             let id = || saved.id.clone();
             let restored = device.lock().restore(&saved.section);

@@ -2,6 +2,8 @@
 //! cannot run Linux. Without `/dev/kvm` they fail, and the monitor's message says what to do.
 #[path = "bare_metal/blk.rs"]
 mod blk;
+#[path = "bare_metal/clock.rs"]
+mod clock;
 #[path = "bare_metal/counters.rs"]
 mod counters;
 #[path = "bare_metal/ends.rs"]

@@ -13,12 +13,12 @@ pub mod state;
 mod tests;
 pub mod vcpu;
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::SystemTime};
 
 use devices::{Memory, irq::Line};
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
-    kvm_clock_data, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CLOCK_REALTIME, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
@@ -109,6 +109,8 @@ pub struct Vm {
     memory: Memory,
     /// As `memory`: the register pages of the virtio-mmio slots.
     _window: Arc<MmapRegion>,
+    /// KVM_SET_CLOCK takes the date that a clock belongs to (Linux 5.16).
+    takes_date: bool,
 }
 
 impl Vm {
@@ -128,7 +130,9 @@ impl Vm {
         fd.set_identity_map_address(layout::KVM_IDENTITY)
             .map_err(refused("set the identity map address"))?;
         fd.set_tss_address(tss).map_err(refused("set the TSS address"))?;
-        let vm = Self { fd, memory: memory.clone(), _window: window.clone() };
+        let flags = u32::try_from(kvm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
+        let takes_date = flags & KVM_CLOCK_REALTIME != 0;
+        let vm = Self { fd, memory: memory.clone(), _window: window.clone(), takes_date };
         let mut slot = 0;
         for region in memory.iter() {
             vm.map(slot, region.start_addr().raw_value(), region.as_ptr(), region.len(), 0)?;
@@ -233,22 +237,56 @@ impl Vm {
             .map_err(refused("bind a notification register"))
     }
 
-    /// The guest's paravirtual clock now.
+    /// The guest's paravirtual clock now, and the host's date at that moment.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
-        self.fd.get_clock().map_err(refused("read the guest's clock"))
+    pub fn clock(&self) -> Result<Clock, KvmError> {
+        let now = self.fd.get_clock().map_err(refused("read the guest's clock"))?;
+        // KVM tells the date only where the host's own clock is its TSC.
+        let date = if now.flags & KVM_CLOCK_REALTIME == 0 { date() } else { now.realtime };
+        Ok(Clock { nanoseconds: now.clock, date: Some(date) })
     }
 
-    /// Set the guest's paravirtual clock to `nanoseconds`.
+    /// Set the guest's paravirtual clock to `clock`; with `advance`, and where its date is known, to
+    /// what it would show by now had it gone on since. It never goes back.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), KvmError> {
-        let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
-        self.fd.set_clock(&clock).map_err(refused("set the guest's clock"))
+    pub fn set_clock(&self, clock: Clock, advance: bool) -> Result<(), KvmError> {
+        let mut data = kvm_clock_data { clock: clock.nanoseconds, ..Default::default() };
+        match clock.date.filter(|_| advance) {
+            Some(realtime) if self.takes_date => {
+                data = kvm_clock_data { flags: KVM_CLOCK_REALTIME, realtime, ..data };
+            }
+            Some(_) => data.clock = clock.at(date()),
+            None => {}
+        }
+        self.fd.set_clock(&data).map_err(refused("set the guest's clock"))
     }
+}
+
+/// A guest's paravirtual clock (kvm-clock) that stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Clock {
+    /// What it shows, in nanoseconds.
+    pub nanoseconds: u64,
+    /// The host's date when it showed this, in nanoseconds since 1970 (UTC).
+    pub date: Option<u64>,
+}
+
+impl Clock {
+    /// What it would show at `date` had it not stood. A date before its own is no gap, and neither is
+    /// one where its own is not known.
+    pub fn at(self, date: u64) -> u64 {
+        self.nanoseconds.saturating_add(date.saturating_sub(self.date.unwrap_or(date)))
+    }
+}
+
+/// The host's date, in nanoseconds since 1970 (UTC).
+fn date() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The host's time stamp counter.

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    Vm, open, state,
+    Clock, Vm, open, state,
     vcpu::{Buses, KvmCpu},
 };
 use crate::{
@@ -105,5 +105,42 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         assert_eq!(written.lock().drain(..).collect::<Vec<_>>(), [(0x64, vec![3, 0, 0, 0])]);
         // Running on from where it was saved is the same as starting anew.
         vcpu.restore(begin.clone()).wait().unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_clock_that_stood_is_ahead_by_the_gap_and_never_back() {
+    let clock = |nanoseconds, date| Clock { nanoseconds, date };
+    assert_eq!(clock(7, Some(1000)).at(1500), 507);
+    assert_eq!(clock(7, Some(1000)).at(999), 7, "the host's date went back");
+    assert_eq!(clock(7, Some(1000)).at(0), 7);
+    assert_eq!(clock(7, None).at(1500), 7);
+    assert_eq!(clock(u64::MAX - 1, Some(0)).at(u64::MAX), u64::MAX);
+}
+
+#[test]
+fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
+    const MINUTE: u64 = 60_000_000_000;
+    let kvm = open().unwrap();
+    let config =
+        MemoryConfig { size: 1 << 20, shared: false, path: None, prealloc: false, dump: true };
+    let memory = memory::allocate(&config).unwrap();
+    let window = Arc::new(MmapRegion::new(4096).unwrap());
+    let mut vm = Vm::new(&kvm, &memory, &window).unwrap();
+    // By KVM, if it does that, and by this program.
+    for takes_date in [vm.takes_date, false] {
+        vm.takes_date = takes_date;
+        let now = vm.clock().unwrap().date.unwrap();
+        for (date, advance, gap) in [
+            (Some(now - 10 * MINUTE), false, 0),
+            (Some(now - 10 * MINUTE), true, 10 * MINUTE),
+            (Some(now + 10 * MINUTE), true, 0),
+            (None, true, 0),
+        ] {
+            vm.set_clock(Clock { nanoseconds: MINUTE, date }, advance).unwrap();
+            let shows = vm.clock().unwrap().nanoseconds;
+            let least = MINUTE + gap;
+            assert!((least..least + 5 * MINUTE).contains(&shows), "{date:?} {advance}: {shows}");
+        }
     }
 }

@@ -13,7 +13,7 @@ use stories::monitor::{Monitor, SOON, Vm};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 9] = [
+const GUESTS: [(&str, &[u8]); 10] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
@@ -22,6 +22,7 @@ const GUESTS: [(&str, &[u8]); 9] = [
     ("generation", include_bytes!(concat!(env!("OUT_DIR"), "/generation.elf"))),
     ("exits", include_bytes!(concat!(env!("OUT_DIR"), "/exits.elf"))),
     ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
+    ("clock", include_bytes!(concat!(env!("OUT_DIR"), "/clock.elf"))),
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 

@@ -196,7 +196,7 @@ fn a_machine_that_is_sent_may_go_on_where_it_is_too() -> Result<()> {
 }
 
 /// Hands a descriptor over.
-fn getfd(qmp: &mut Client, name: &str, fd: impl AsFd) -> Result<()> {
+pub fn getfd(qmp: &mut Client, name: &str, fd: impl AsFd) -> Result<()> {
     let arguments = json!({ "fdname": name });
     let returned = qmp.execute_with_fds("getfd", arguments, &[fd.as_fd()])?;
     ensure!(returned == json!({}), "{returned}");
@@ -204,7 +204,7 @@ fn getfd(qmp: &mut Client, name: &str, fd: impl AsFd) -> Result<()> {
 }
 
 /// Lets processes that are started now have it, by its number.
-fn inherited(fd: &(impl AsFd + AsRawFd)) -> Result<String> {
+pub fn inherited(fd: &(impl AsFd + AsRawFd)) -> Result<String> {
     fcntl_setfd(fd, FdFlags::empty())?;
     Ok(format!("fd:{}", fd.as_raw_fd()))
 }

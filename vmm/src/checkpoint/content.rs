@@ -6,7 +6,7 @@ use std::{
 };
 
 use machine::{
-    Machine, MachineState,
+    Clock, Machine, MachineState,
     config::{MachineConfig, Occupancy},
     memory::image::PAGE_SIZE,
 };
@@ -96,6 +96,8 @@ const CPU: &str = "cpu";
 const VCPU: &str = "vcpu";
 const CHIPS: &str = "interrupt controllers";
 const CLOCK: &str = "clock";
+/// Not in states of older versions.
+const DATE: &str = "date";
 const DEVICE: &str = "device";
 
 /// Write all of it.
@@ -138,7 +140,10 @@ pub fn write_machine(
         part(to, &format!("{VCPU} {index}"), vcpu)?;
     }
     part(to, CHIPS, &state.chips)?;
-    part(to, CLOCK, &state.clock)?;
+    part(to, CLOCK, &state.clock.nanoseconds)?;
+    if let Some(date) = &state.clock.date {
+        part(to, DATE, date)?;
+    }
     for (index, device) in state.devices.iter().enumerate() {
         part(to, &format!("{DEVICE} {index} {}", device.id), device)?;
     }
@@ -258,9 +263,17 @@ impl<R: Read> Frames<R> {
             cpu: self.section(CPU)?,
             vcpus: self.sections(VCPU)?,
             chips: self.section(CHIPS)?,
-            clock: self.section(CLOCK)?,
+            clock: Clock { nanoseconds: self.section(CLOCK)?, date: self.date()? },
             devices: self.sections(DEVICE)?,
         })
+    }
+
+    fn date(&mut self) -> Result<Option<u64>, ContentError> {
+        match self.sections(DATE)?.as_slice() {
+            [] => Ok(None),
+            [date] => Ok(Some(*date)),
+            _ => Err(ContentError::Incomplete { what: format!("section {DATE:?}") }),
+        }
     }
 
     /// The end, which must come next.

@@ -93,7 +93,8 @@ pub fn restore(
         }
     };
     let (made_of, occupied) = (&config.machine, &config.occupied);
-    let saved = machine::Saved { config: made_of, occupied, memory, filled, state };
+    let clock_realtime = incoming.clock_realtime;
+    let saved = machine::Saved { config: made_of, occupied, memory, filled, state, clock_realtime };
     Ok((Machine::restored(saved, report)?, config.halted))
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use machine::{
-    MachineState, Memory,
+    Clock, MachineState, Memory,
     config::{MachineConfig, Occupancy},
     memory::{allocate, image as ram},
 };
@@ -46,7 +46,7 @@ pub fn state(clock: u64) -> MachineState {
         cpu: serde_json::from_value(json!({"leaves": []})).unwrap(),
         vcpus: vec![],
         chips: serde_json::from_value(json!({"irqchips": [[], [], []], "pit": []})).unwrap(),
-        clock,
+        clock: Clock { nanoseconds: clock, date: Some(clock + 1) },
         devices: vec![
             serde_json::from_value(json!({
                 "id": "serial0", "section": {"kind": "serial", "version": 1, "body": [1, 2]},
@@ -126,7 +126,7 @@ fn what_was_saved_is_what_is_restored() {
     check(&directory).unwrap();
     let loaded = load(&directory).unwrap();
     assert_eq!(loaded.config, config(7));
-    assert_eq!(loaded.state.clock, 7);
+    assert_eq!(loaded.state.clock, Clock { nanoseconds: 7, date: Some(8) });
     assert_eq!(loaded.state.devices, state(7).devices);
     for mapped in [true, false] {
         assert_eq!(marks(&restored(&directory, mapped).unwrap()), [7; 3]);
@@ -435,4 +435,27 @@ fn more_ranges_than_are_kept_are_joined_and_all_there() {
         content.changed.iter().any(|range| range.start <= page.start && page.end <= range.end)
     };
     assert!(first.iter().chain(&later).all(there));
+}
+
+#[test]
+fn a_state_of_an_older_version_does_not_tell_its_date_and_none_tells_two() {
+    let mut old = state(7);
+    old.clock.date = None;
+    let content = |state| Content { config: config(1), state, changed: vec![], sums: vec![] };
+    let written = |state| {
+        let mut bytes = Vec::new();
+        content::write(&mut bytes, &content(state)).unwrap();
+        bytes
+    };
+    let bytes = written(old);
+    assert!(!bytes.windows(4).any(|w| w == b"date"));
+    assert_eq!(content::read(&*bytes).unwrap().state.clock, Clock { nanoseconds: 7, date: None });
+
+    let bytes = written(state(7));
+    let at = bytes.windows(5).position(|w| w == b"\x04date").unwrap() - 8;
+    // Name and number, between head and checksum.
+    let frame = at..at + 8 + 6 + 4;
+    let twice = [&bytes[..frame.end], &bytes[frame.clone()], &bytes[frame.end..]].concat();
+    let error = content::read(&*twice).err().unwrap().to_string();
+    assert_eq!(error, "section \"date\" has something missing, or more in it than belongs there");
 }

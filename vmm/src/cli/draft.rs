@@ -47,7 +47,7 @@ pub(super) struct Draft {
     pub(super) disable_seccomp: bool,
     pub(super) spawn: bool,
     /// `-incoming`.
-    pub(super) incoming: Option<Source>,
+    pub(super) incoming: Option<(Source, bool)>,
 }
 
 /// `-drive`: an image, and in the older form the whole disk.

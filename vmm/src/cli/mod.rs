@@ -85,6 +85,8 @@ pub struct Invocation {
 pub struct Incoming {
     /// Where its state is.
     pub source: Source,
+    /// The guest's clock goes on as if it had not stood since the save.
+    pub clock_realtime: bool,
     /// What else was said about the machine.
     pub asked: Asked,
 }

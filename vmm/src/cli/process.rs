@@ -34,35 +34,62 @@ pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-/// `-incoming file:DIR[,mapped=on|off|uffd]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`.
+/// `-incoming file:DIR[,mapped=on|off|uffd]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`; all but
+/// the last with `,clock=continue|realtime`.
 pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
-    let source = f.text("", |word| match word.split_once(':') {
+    let incoming = f.text("", |word| match word.split_once(':') {
         Some(("file", rest)) => directory(rest),
-        Some(("unix", path)) => value::socket_path(path).map(Stream::Unix).map(Source::Stream),
-        Some(("fd", number)) => {
-            value::number(number, 3..=i32::MAX).map(Stream::Fd).map(Source::Stream)
+        Some(("unix", rest)) => stream(rest, |path| value::socket_path(path).map(Stream::Unix)),
+        Some(("fd", rest)) => {
+            stream(rest, |number| value::number(number, 3..=i32::MAX).map(Stream::Fd))
         }
         // All of the rest: commands have commas.
         Some(("exec", command)) if !command.is_empty() => {
-            value::text(command).map(Stream::Exec).map(Source::Stream)
+            value::text(command).map(|command| (Source::Stream(Stream::Exec(command)), false))
         }
         Some(("tcp", _)) => Err("streams over TCP are not built; use unix:, fd: or exec:".into()),
         _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
     });
     // Kept even when it is wrong, so that nobody asks for a kernel.
-    draft.incoming = source.or(Some(Source::Stream(Stream::Fd(0))));
+    draft.incoming = incoming.or(Some((Source::Stream(Stream::Fd(0)), false)));
 }
 
-fn directory(text: &str) -> Result<Source, Rule> {
-    let (path, option) = text.split_once(',').unwrap_or((text, "mapped=on"));
-    let mapped = match option.split_once('=') {
-        Some(("mapped", "uffd")) => Mapped::Uffd,
-        Some(("mapped", word)) => match value::boolean(word) {
-            Ok(true) => Mapped::On,
-            Ok(false) => Mapped::Off,
-            Err(_) => return Err("mapped must be on, off or uffd".into()),
-        },
-        _ => return Err("behind the directory, only ,mapped=on|off|uffd is allowed".into()),
-    };
-    Ok(Source::Directory { path: value::path(path)?, mapped })
+/// The source, and whether the clock is to be advanced.
+fn directory(text: &str) -> Result<(Source, bool), Rule> {
+    let mut parts = text.split(',');
+    let path = value::path(parts.next().unwrap_or_default())?;
+    let (mut mapped, mut realtime) = (Mapped::On, false);
+    for option in parts {
+        match option.split_once('=') {
+            Some(("mapped", "uffd")) => mapped = Mapped::Uffd,
+            Some(("mapped", word)) => match value::boolean(word) {
+                Ok(true) => mapped = Mapped::On,
+                Ok(false) => mapped = Mapped::Off,
+                Err(_) => return Err("mapped must be on, off or uffd".into()),
+            },
+            Some(("clock", word)) => realtime = is_realtime(word)?,
+            _ => {
+                return Err("behind the directory, only ,mapped=on|off|uffd and \
+                            ,clock=continue|realtime are allowed"
+                    .into());
+            }
+        }
+    }
+    Ok((Source::Directory { path, mapped }, realtime))
+}
+
+fn stream(
+    text: &str,
+    from: impl FnOnce(&str) -> Result<Stream, Rule>,
+) -> Result<(Source, bool), Rule> {
+    let (text, word) = text.rsplit_once(",clock=").unwrap_or((text, "continue"));
+    Ok((Source::Stream(from(text)?), is_realtime(word)?))
+}
+
+fn is_realtime(word: &str) -> Result<bool, Rule> {
+    match word {
+        "continue" => Ok(false),
+        "realtime" => Ok(true),
+        _ => Err("clock must be continue or realtime".into()),
+    }
 }

@@ -40,8 +40,9 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         true => Some(false),
         false => draft.dump_guest_core,
     };
-    let incoming = draft.incoming.map(|source| Incoming {
+    let incoming = draft.incoming.map(|(source, clock_realtime)| Incoming {
         source,
+        clock_realtime,
         asked: Asked {
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),

@@ -1,0 +1,82 @@
+//! A guest's kvm-clock goes on where it stood, or as if it had not stood: as it was asked for.
+use std::fs::File;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
+use serde_json::json;
+use stories::monitor::{Monitor, SOON, Vm};
+
+use crate::snapshot::save;
+use crate::stage::{Stage, cont, quits, stop};
+use crate::stream::{getfd, inherited};
+
+/// How long the guest lies in a file.
+const GAP: Duration = Duration::from_secs(2);
+
+/// What the guest's clock shows.
+fn told(monitor: &mut Monitor) -> Result<Duration> {
+    let line = monitor.wait_for("\n", SOON)?;
+    let number = line.trim().strip_prefix("clock ").with_context(|| line.clone())?;
+    Ok(Duration::from_nanos(u64::from_str_radix(number, 16)?))
+}
+
+fn restore(stage: &Stage, incoming: &str) -> Result<(Monitor, Client)> {
+    let args = ["-S", "-incoming", incoming];
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let qmp = monitor.qmp()?;
+    Ok((monitor, qmp))
+}
+
+#[test]
+fn a_guests_clock_goes_on_where_it_stood_or_catches_up() -> Result<()> {
+    let stage = Stage::new("clock")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("clock", "")?)?;
+    told(&mut monitor)?;
+    let begin = Instant::now();
+    monitor.type_in("x")?;
+    let before = told(&mut monitor)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    let stream = stage.file("stream");
+    getfd(&mut qmp, "out", File::create(&stream)?)?;
+    qmp.execute_raw("migrate", json!({ "uri": "fd:out" }))?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    thread::sleep(GAP);
+
+    // Restored, and saved again before it runs: it stands since the first save.
+    let (mut monitor, mut qmp) =
+        restore(&stage, &format!("file:{},clock=realtime", saved.display()))?;
+    let again = stage.file("again");
+    save(&mut qmp, &again, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    let file = File::open(&stream)?;
+    let fd = inherited(&file)?;
+    for (incoming, catches_up) in [
+        (format!("file:{}", saved.display()), false),
+        (format!("file:{},clock=continue,mapped=off", again.display()), false),
+        (format!("file:{},mapped=uffd,clock=realtime", saved.display()), true),
+        (format!("file:{},clock=realtime", again.display()), true),
+        (format!("{fd},clock=realtime"), true),
+    ] {
+        let (mut monitor, mut qmp) = restore(&stage, &incoming)?;
+        cont(&mut qmp)?;
+        monitor.type_in("x")?;
+        let ahead = told(&mut monitor)?.checked_sub(before).context("it went back")?;
+        let most = begin.elapsed();
+        println!("{incoming}: {ahead:?} ahead after {most:?}");
+        ensure!(ahead <= if catches_up { most } else { most - GAP }, "{incoming}: {ahead:?}");
+        ensure!(!catches_up || ahead >= GAP, "{incoming}: {ahead:?} after {most:?}");
+        // From then on it stands with the machine.
+        stop(&mut qmp)?;
+        thread::sleep(GAP);
+        cont(&mut qmp)?;
+        monitor.type_in("x")?;
+        let now = told(&mut monitor)? - before;
+        ensure!(now >= ahead && now - ahead <= begin.elapsed() - most - GAP, "{now:?}");
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    Ok(())
+}
