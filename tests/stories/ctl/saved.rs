@@ -47,6 +47,29 @@ fn saved_domains_are_gone_go_on_or_stay_paused() -> Result<()> {
 }
 
 #[test]
+fn a_restored_guest_is_told_the_time_where_it_has_an_agent() -> Result<()> {
+    let rig = Rig::new("told")?;
+    for (id, told) in [("org.qemu.guest_agent.0", Some(&json!(false))), ("console0", None)] {
+        let path = rig.config("vm.json", "count", "registers 1")?;
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        let console = json!([{ "console_id": id, "socket_path": rig.file("agent.sock") }]);
+        config.as_object_mut().context("no object")?.insert("console".into(), console);
+        std::fs::write(&path, config.to_string())?;
+        rig.ok(&["create", "vm.json"])?;
+        rig.ok(&["save", "vm", "kept"])?;
+        // Nobody answers there.
+        let said = rig.ok(&["restore", "kept", "--clock", "realtime"])?;
+        ensure!(said.get("state") == Some(&json!("running")), "{said}");
+        ensure!(said.get("clock_set") == told, "{said}");
+        rig.ok(&["save", "vm", "kept"])?;
+        let said = rig.ok(&["restore", "kept", "-p"])?;
+        ensure!(said.get("clock_set").is_none(), "{said}");
+        rig.ok(&["destroy", "vm"])?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_save_that_cannot_be_leaves_the_domain_running() -> Result<()> {
     let rig = Rig::new("no-save")?;
     rig.config("vm.json", "count", "plain 1")?;

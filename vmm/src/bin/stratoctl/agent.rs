@@ -29,6 +29,25 @@ const DELIMITER: u8 = 0xff;
 pub enum Mode {
     Powerdown,
     Reboot,
+    /// To set its clock to this date, in nanoseconds since 1970 (UTC).
+    SetTime(u64),
+}
+
+impl Mode {
+    /// The command, and how long it may take to answer.
+    fn command(self) -> (Value, Duration) {
+        let shutdown = |mode| {
+            let command = json!({ "execute": "guest-shutdown", "arguments": { "mode": mode } });
+            (command, REFUSAL)
+        };
+        match self {
+            Self::Powerdown => shutdown("powerdown"),
+            Self::Reboot => shutdown("reboot"),
+            Self::SetTime(date) => {
+                (json!({ "execute": "guest-set-time", "arguments": { "time": date } }), PATIENCE)
+            }
+        }
+    }
 }
 
 /// Why it was not asked.
@@ -42,7 +61,7 @@ pub enum AgentError {
     Io(#[from] io::Error),
 }
 
-/// Ask for `mode`. That the guest does it, nobody promises.
+/// Ask for `mode`. That the guest does it, nobody promises; of a clock that was set it says so.
 ///
 /// # Errors
 /// When nobody answers as an agent would, or the agent refuses.
@@ -59,14 +78,12 @@ pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
             break;
         }
     }
-    let mode = match mode {
-        Mode::Powerdown => "powerdown",
-        Mode::Reboot => "reboot",
-    };
-    line.say_json(&json!({ "execute": "guest-shutdown", "arguments": { "mode": mode } }))?;
-    let deadline = Instant::now() + REFUSAL;
+    let (command, patience) = mode.command();
+    line.say_json(&command)?;
+    let deadline = Instant::now() + patience;
     loop {
         match line.object(deadline) {
+            Err(e) if matches!(mode, Mode::SetTime(_)) => return Err(e),
             Err(_) => return Ok(()),
             Ok(Some(answer)) if answer.get("error").is_some() => {
                 let why = answer.pointer("/error/desc").and_then(Value::as_str).unwrap_or("error");

@@ -1,7 +1,7 @@
 //! The verbs: the one table from which the command line, completions and manual pages are made.
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{policy::Then, registry::Name};
 
@@ -186,14 +186,29 @@ pub struct Restore {
     /// Copy the memory and compare it with its checksums, rather than map it unchecked
     #[arg(long)]
     pub verify: bool,
+    /// Where the guest's kvm-clock goes on
+    #[arg(long, value_enum, default_value_t = Clock::Continue)]
+    pub clock: Clock,
     #[command(flatten)]
     pub begin: Begin,
+}
+
+/// Where a restored guest's clock goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Clock {
+    /// Where it stood
+    Continue,
+    /// Ahead by the time since it was saved
+    Realtime,
 }
 
 #[derive(Debug, Args)]
 pub struct Resume {
     /// Name of the domain
     pub domain: Name,
+    /// Where the guest's kvm-clock goes on
+    #[arg(long, value_enum, default_value_t = Clock::Continue)]
+    pub clock: Clock,
     #[command(flatten)]
     pub begin: Begin,
 }

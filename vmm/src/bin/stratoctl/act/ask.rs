@@ -2,7 +2,7 @@
 //! guest does then is its own affair.
 use std::{
     path::Path,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use qmp::{
@@ -143,6 +143,24 @@ impl Asked {
             Some(why) => Answer::new(format!("{text} ({why})"), json),
             None => Answer::new(text, json),
         }
+    }
+}
+
+/// Have the agent of a guest that has just gone on set its clock to the host's date, and add to
+/// `answer` what became of it; nothing where the domain has no agent's console.
+pub fn set_clock(client: &mut Client, place: &Place, answer: &mut Answer) {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let date = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+    let (text, set) = match by_agent(client, place, Mode::SetTime(date)) {
+        Ok(_) => ("the guest's clock was set".to_owned(), true),
+        Err(Some(why)) => {
+            (format!("the guest's clock was not set (the guest agent: {why})"), false)
+        }
+        Err(None) => return,
+    };
+    answer.text = text;
+    if let Some(members) = answer.json.as_object_mut() {
+        members.insert("clock_set".to_owned(), json!(set));
     }
 }
 

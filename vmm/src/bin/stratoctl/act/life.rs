@@ -3,7 +3,7 @@ use anyhow::Context as _;
 use qmp::schema::{Cont, Stop};
 use serde_json::json;
 
-use super::{Answer, Context, Held, end, ended, keep, talk};
+use super::{Answer, Context, Held, ask, end, ended, keep, talk};
 use crate::{
     config, domain,
     failure::Failure,
@@ -112,10 +112,12 @@ pub fn begin(
             return Err(e);
         }
     }
-    begun(ctx, place, how, id, lock)
+    let restored = more.words.iter().any(|word| word == "-incoming");
+    begun(ctx, place, how, id, lock, restored)
 }
 
-/// What there is to say of a domain that has just begun; with `-c` after its console was left.
+/// What there is to say of a domain that has just begun; with `-c` after its console was left. One
+/// that goes on from a saved state is told what time it is.
 ///
 /// # Errors
 /// When its console cannot be attached to.
@@ -125,20 +127,33 @@ pub fn begun(
     how: &Begin,
     id: u32,
     lock: Option<Lock>,
+    restored: bool,
 ) -> anyhow::Result<Answer> {
     // Whoever is attached keeps nobody from acting on it.
     drop(lock);
-    let state = match (domain::look(&ctx.registry, place).state, how.paused) {
+    let mut seen = domain::look(&ctx.registry, place);
+    let state = match (seen.state, how.paused) {
         (ended @ (State::Off | State::Crashed), _) => ended,
         (_, true) => State::Paused,
         (_, false) => State::Running,
     };
+    let json = json!({ "name": place.name, "id": id, "state": state.word() });
+    let mut answer = Answer::new("", json);
+    if restored
+        && state == State::Running
+        && let Ok(client) = seen.client()
+    {
+        ask::set_clock(client, place, &mut answer);
+    }
+    drop(seen);
     match how.console {
-        true => talk::attach(ctx, place, state),
-        false => {
-            let json = json!({ "name": place.name, "id": id, "state": state.word() });
-            Ok(Answer::new("", json))
+        true => {
+            if !answer.text.is_empty() {
+                eprintln!("{}", answer.text);
+            }
+            talk::attach(ctx, place, state)
         }
+        false => Ok(answer),
     }
 }
 

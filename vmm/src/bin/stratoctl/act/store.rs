@@ -12,7 +12,7 @@ use crate::{
     monitor::{self, More},
     policy::Policy,
     registry::{self, BadName, Description, Name, Saved},
-    verbs::{Restore, Resume},
+    verbs::{Clock, Restore, Resume},
 };
 
 /// What lies beside the monitor's own files in a saved directory.
@@ -34,7 +34,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     description.uuid = crate::config::uuid()?;
     let lock = ctx.take(Verb::Restore, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
-    let mut more = incoming(&directory, args.verify)?;
+    let mut more = incoming(&directory, args.verify, args.clock)?;
     for (id, path) in &args.disk {
         let path = std::path::absolute(path).context("--disk")?;
         more.words.extend(["-drive".into(), format!("id={id},file={}", path.display())]);
@@ -48,7 +48,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
 pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Resume, &args.domain)?;
     let description = life::described(&held.place)?;
-    let more = incoming(&held.place.saved(), false)?;
+    let more = incoming(&held.place.saved(), false, args.clock)?;
     // Paused at first: the state counts until the guest runs, and from then on no more.
     let place = held.place.clone();
     let id = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more)?;
@@ -65,7 +65,7 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
         end(ctx, &mut held)?;
         return Err(e);
     }
-    life::begun(ctx, &place, &args.begin, id, held.lock)
+    life::begun(ctx, &place, &args.begin, id, held.lock, true)
 }
 
 /// What `directory` says of itself when it is not a domain that was saved there, but a monitor's
@@ -87,9 +87,13 @@ fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Descri
     Ok((machine.name.parse(), description))
 }
 
-fn incoming(directory: &Path, verify: bool) -> anyhow::Result<More> {
+fn incoming(directory: &Path, verify: bool, clock: Clock) -> anyhow::Result<More> {
     let mapped = if verify { "off" } else { "on" };
-    let words = vec!["-incoming".into(), format!("file:{},mapped={mapped}", text(directory)?)];
+    let mut source = format!("file:{},mapped={mapped}", text(directory)?);
+    if clock == Clock::Realtime {
+        source.push_str(",clock=realtime");
+    }
+    let words = vec!["-incoming".into(), source];
     // Holes are not read. What it builds on counts, too, where there is such a thing.
     let memory = || std::fs::metadata(directory.join("memory")).ok();
     let reads = if verify { memory().map(|memory| memory.blocks() * 512) } else { None };

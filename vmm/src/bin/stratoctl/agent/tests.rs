@@ -8,7 +8,14 @@ use super::*;
 
 /// What becomes of `ask` when `guest` is on the far side. It is handed each line that it is told, and
 /// the stream to answer on; it hangs up when it says so.
-fn with(mut guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static) -> Outcome {
+fn with(guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static) -> Outcome {
+    asked_for(Mode::Reboot, guest)
+}
+
+fn asked_for(
+    mode: Mode,
+    mut guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static,
+) -> Outcome {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     let far = thread::spawn(move || {
         let mut writer = theirs.try_clone().expect("a second handle");
@@ -25,7 +32,7 @@ fn with(mut guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static) 
         heard
     });
     let before = Instant::now();
-    let result = ask(ours, Mode::Reboot);
+    let result = ask(ours, mode);
     assert!(before.elapsed() < PATIENCE * 3, "it costs at most its time-outs");
     Outcome { result, heard: far.join().expect("the far side") }
 }
@@ -54,7 +61,11 @@ fn sync(line: &[u8]) -> Option<Value> {
 
 /// Answers the way an agent does; `before` and `after` go around it.
 fn agent(before: &'static [u8], after: &'static str) -> Outcome {
-    with(move |line, to| {
+    agent_asked_for(Mode::Reboot, before, after)
+}
+
+fn agent_asked_for(mode: Mode, before: &'static [u8], after: &'static str) -> Outcome {
+    asked_for(mode, move |line, to| {
         let answer = match sync(line) {
             Some(id) => [before, b"\xff", format!("{{\"return\": {id}}}\n").as_bytes()].concat(),
             None => after.into(),
@@ -99,6 +110,21 @@ fn an_agent_that_refuses_is_taken_at_its_word_but_not_at_its_length() {
     );
     let Err(AgentError::Refuses(why)) = agent(b"", long).result else { panic!("it refused") };
     assert_eq!(why.len(), 200);
+}
+
+#[test]
+fn a_clock_is_set_when_the_agent_says_so() {
+    let set = |after| agent_asked_for(Mode::SetTime(1_700_000_000_123_456_789), b"", after);
+    let outcome = set("{\"return\": {}}\n");
+    assert!(outcome.result.is_ok(), "{:?}", outcome.result);
+    let asked: Value = serde_json::from_slice(&outcome.heard[1]).expect("JSON");
+    let time = json!({ "time": 1_700_000_000_123_456_789_u64 });
+    assert_eq!(asked, json!({ "execute": "guest-set-time", "arguments": time }));
+    let refused = set("{\"error\": {\"desc\": \"no RTC\"}}\n").result;
+    assert!(matches!(refused, Err(AgentError::Refuses(why)) if why == "no RTC"));
+    for said in ["", "{\"return\": \n", "[]\n"] {
+        assert!(matches!(set(said).result, Err(AgentError::Silent)), "{said}");
+    }
 }
 
 #[test]
