@@ -6,18 +6,14 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
-    io,
-    os::{
-        fd::{AsRawFd, RawFd},
-        unix::net::UnixDatagram,
-    },
+    os::unix::net::UnixDatagram,
     sync::{Mutex, PoisonError},
 };
 
 use devices::{
     Device,
-    backend::net::{HEADER, NetBackend, Offloads, frame::Frame},
-    testing::{Buffer, Guest, open_descriptors},
+    backend::net::HEADER,
+    testing::{Buffer, Guest, Wire, open_descriptors},
     virtio::{
         F_EVENT_IDX, F_INDIRECT_DESC,
         net::{Net, NetSettings},
@@ -53,42 +49,6 @@ static COUNTING: Counting = Counting;
 
 /// The tests count what belongs to the process, so one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
-
-/// Datagrams for frames.
-struct Wire(UnixDatagram);
-
-impl NetBackend for Wire {
-    fn queues(&self) -> usize {
-        1
-    }
-    fn fd(&self, _: usize) -> RawFd {
-        self.0.as_raw_fd()
-    }
-    fn has_header(&self) -> bool {
-        true
-    }
-    fn has_uso(&self) -> bool {
-        false
-    }
-    fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize> {
-        into.read_from(self.fd(queue), spill)
-    }
-    fn read_buffer(&self, _: usize, into: &mut [u8]) -> io::Result<usize> {
-        self.0.recv(into)
-    }
-    fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize> {
-        frame.write_to(self.fd(queue))
-    }
-    fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
-        self.0.send(frame)
-    }
-    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_active_queues(&self, _: usize) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 const MERGEABLE: u64 = 1 << 15;
 const LONG: usize = 60_000;

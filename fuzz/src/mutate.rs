@@ -1,0 +1,94 @@
+//! Inputs for the entry functions without a fuzzer: sound ones with a few changes, by a dice that falls
+//! the same way each time.
+
+/// A dice (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end.max(1) as u64) as usize
+    }
+}
+
+/// Numbers at which arithmetic goes wrong.
+const EDGES: [u64; 10] = [
+    0,
+    1,
+    0x7f,
+    0xff,
+    0x7fff,
+    0xffff,
+    0x7fff_ffff,
+    0xffff_ffff,
+    0x7fff_ffff_ffff_ffff,
+    0xffff_ffff_ffff_ffff,
+];
+
+/// Runs `entry` with each of `seeds` as it is, then `times` times with one that was changed
+/// (`FUZZ_TIMES`: as many times instead). `words` are what the input's language is made of. A panic is
+/// followed by the input that led to it.
+pub fn hammer(seeds: &[Vec<u8>], words: &[&str], times: u64, entry: impl Fn(&[u8])) {
+    for seed in seeds {
+        tell_if_it_panics(seed, &entry);
+    }
+    let asked = std::env::var("FUZZ_TIMES").ok().and_then(|times| times.parse().ok());
+    for time in 0..asked.unwrap_or(times) {
+        let mut dice = Dice(time);
+        let mut input = seeds[dice.below(seeds.len())].clone();
+        for _ in 0..=dice.below(8) {
+            change(&mut dice, &mut input, words);
+        }
+        tell_if_it_panics(&input, &entry);
+    }
+}
+
+fn tell_if_it_panics(input: &[u8], entry: &impl Fn(&[u8])) {
+    struct Tell<'a>(&'a [u8]);
+    impl Drop for Tell<'_> {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                eprintln!("the input was b\"{}\"", self.0.escape_ascii());
+            }
+        }
+    }
+    let _tell = Tell(input);
+    entry(input);
+}
+
+fn change(dice: &mut Dice, input: &mut Vec<u8>, words: &[&str]) {
+    let at = dice.below(input.len() + 1);
+    let end = (at + 1 + dice.below(16)).min(input.len());
+    let random: Vec<u8> = (0..=dice.below(16)).map(|_| dice.next() as u8).collect();
+    match dice.below(10) {
+        0..3 if at < end => input[at] ^= 1 << dice.below(8),
+        3 => write(input, at, &random),
+        4..6 => {
+            let edge = EDGES[dice.below(EDGES.len())];
+            let number = edge.wrapping_add(dice.below(3) as u64).wrapping_sub(1).to_le_bytes();
+            write(input, at, &number[..1 << dice.below(4)]);
+        }
+        6 => drop(input.splice(at..at, random)),
+        7 if at < end => drop(input.drain(at..end)),
+        8 if at < end => {
+            let again = input[at..end].to_vec();
+            let to = dice.below(input.len());
+            input.splice(to..to, again);
+        }
+        _ if words.is_empty() => input.truncate(at.max(1)),
+        _ => drop(input.splice(at..at, words[dice.below(words.len())].bytes())),
+    }
+}
+
+fn write(input: &mut [u8], at: usize, bytes: &[u8]) {
+    for (to, from) in input.iter_mut().skip(at).zip(bytes) {
+        *to = *from;
+    }
+}
