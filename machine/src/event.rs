@@ -11,6 +11,8 @@ use crate::vcpu::Stopped;
 pub enum Event {
     /// A vCPU stopped by itself; the others still run.
     Vcpu(usize, Stopped),
+    /// A part of guest memory cannot be had; whoever touches it waits for ever. Why.
+    MemoryLost(String),
     /// The person at the console typed `Ctrl-a x`.
     Escape,
     /// A disk could not do what the guest asked.

@@ -20,6 +20,7 @@ use vm_memory::{
 
 use crate::{config::MemoryConfig, layout};
 
+pub mod fault;
 pub mod image;
 
 const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(4095);

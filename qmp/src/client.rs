@@ -165,6 +165,12 @@ impl Client {
         serde_json::from_value(reply).map_err(unfit)
     }
 
+    /// Reads the answer to a `C` that was sent already. Answers come in the order of their commands.
+    pub fn receive<C: Command>(&mut self) -> Result<C::Return, ClientError> {
+        let unfit = |e: serde_json::Error| ClientError::NotQmp(format!("{}: {e}", C::NAME));
+        serde_json::from_value(self.receive_raw(C::NAME)?).map_err(unfit)
+    }
+
     /// Runs a command by its name.
     pub fn execute_raw(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
         self.execute_with_fds(command, arguments, &[])
@@ -178,6 +184,10 @@ impl Client {
         fds: &[BorrowedFd<'_>],
     ) -> Result<Value, ClientError> {
         self.send_with_fds(&line(&json!({"execute": command, "arguments": arguments})), fds)?;
+        self.receive_raw(command)
+    }
+
+    fn receive_raw(&mut self, command: &str) -> Result<Value, ClientError> {
         let mut message = self.read_reply(command)?;
         if let Some(value) = message.remove("return") {
             return Ok(value);

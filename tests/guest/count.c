@@ -1,8 +1,8 @@
 /* Every processor counts, and floods the monitor with port and register accesses whose results it
    checks. Counters lie where the test can see them from outside: see `counter`.
    Words: "registers" floods, "plain" only counts, "rings" also goes through pages of memory and
-   checks what it wrote there before, "far" does so above 4 GiB, too. The second word is how many
-   processors. */
+   checks what it wrote there before, "far" does so above 4 GiB, too; "wide" writes to every second
+   mebibyte of 2 GiB first. The second word is how many processors. */
 #include "guest.h"
 
 /* One page a processor, from 4 MiB on. */
@@ -116,6 +116,9 @@ void guest(const char *word)
     going_round = going_far || same(word, "rings");
     if (going_far)
         map_far();
+    if (same(word, "wide"))
+        for (u64 page = 0x1000000; page < 0x80000000; page += 0x200000)
+            write64(page, page);
     while (*word != ' ')
         word++;
     u32 count = (u32)(word[1] - '0');

@@ -341,8 +341,9 @@ impl Vmm {
     /// Back to what the VM was before the save.
     fn go_on(&mut self) -> Result<(), Refused> {
         if self.state() == State::Saving {
-            self.machine.hold_disks().map_err(RunError::from)?;
+            let held = self.machine.hold_disks();
             self.stand_still()?;
+            held.map_err(RunError::from)?;
             if self.saving.before == State::Running {
                 self.apply(lifecycle::Event::Resume)?;
                 self.saving.downtime = self.saving.stopped.map(|at| at.elapsed());

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, os::fd::OwnedFd};
 use machine::{Machine, RunError};
 use qmp::{
     Error, ErrorClass,
-    schema::{Event, GuestPanicAction, ShutdownCause},
+    schema::{
+        Event, GuestPanicAction, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient,
+        ShutdownCause,
+    },
     server::Server,
     table::Host,
 };
@@ -36,6 +39,8 @@ pub struct Vmm {
     pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
+    /// Threads of the machine may wait for ever.
+    stuck: bool,
 }
 
 /// How the VM ends.
@@ -81,6 +86,7 @@ impl Vmm {
             announcing: None,
             spawner,
             late: Vec::new(),
+            stuck: false,
         }
     }
 
@@ -157,7 +163,7 @@ impl Vmm {
     /// Something that the machine could not decide by itself.
     pub fn machine_event(&mut self, event: machine::Event) {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
-        if self.state == State::Saving {
+        if self.state == State::Saving && !matches!(event, M::MemoryLost(_)) {
             return self.late.push(event);
         }
         // What looks like the guest's own end may come of memory that it cannot read any more.
@@ -184,6 +190,17 @@ impl Vmm {
                 log::error!("vCPU {index} has stopped for good");
                 let (cause, action) = (ShutdownCause::HostError, self.actions.panic);
                 self.halt(Halt::InternalError, false, cause, action, 1);
+            }
+            M::MemoryLost(reason) => {
+                let event = Event::MemoryFailure {
+                    recipient: MemoryFailureRecipient::Hypervisor,
+                    action: MemoryFailureAction::Fatal,
+                    flags: MemoryFailureFlags::default(),
+                    reason,
+                };
+                self.tell(&event);
+                self.stuck = true;
+                self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
             }
             M::Escape => {
                 self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
@@ -239,14 +256,16 @@ impl Vmm {
 
     /// The last words: SHUTDOWN to every client, delivered before the sockets close.
     pub fn shut_down(mut self, ending: Ending) {
-        self.abandon_save();
-        let stopped = self.apply(lifecycle::Event::Shutdown);
+        let stopped = !self.stuck && {
+            self.abandon_save();
+            let done = self.apply(lifecycle::Event::Shutdown);
+            done.inspect_err(|e| log::error!("ended with the guest running: {e}")).is_ok()
+        };
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         for server in self.servers.drain(..) {
             server.shutdown(std::time::Duration::from_secs(1));
         }
-        if let Err(e) = stopped {
-            log::error!("ended with the guest running: {e}");
+        if !stopped {
             // Its threads may never come to an end; they end with the process.
             std::mem::forget(self);
         }

@@ -47,6 +47,17 @@ pub enum Event {
         /// Where it is in its life.
         status: MigrationStatus,
     },
+    /// A part of the guest's memory is lost.
+    MemoryFailure {
+        /// Who was told.
+        recipient: MemoryFailureRecipient,
+        /// What was done about it.
+        action: MemoryFailureAction,
+        /// How it came about.
+        flags: MemoryFailureFlags,
+        /// Which part, and why, for people.
+        reason: String,
+    },
     /// A disk failed a request.
     BlockIoError {
         /// Id of the disk.
@@ -88,6 +99,36 @@ pub enum GuestPanicAction {
     Pause,
     Poweroff,
     Run,
+}
+
+/// Who was told that memory is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum MemoryFailureRecipient {
+    Hypervisor,
+    Guest,
+}
+
+/// What was done about lost memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "named by the protocol")]
+pub enum MemoryFailureAction {
+    Ignore,
+    Inject,
+    Fatal,
+    Reset,
+}
+
+/// How memory was lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemoryFailureFlags {
+    /// Whether the guest was just using it.
+    pub action_required: bool,
+    /// Whether it happened while another loss was dealt with.
+    pub recursive: bool,
 }
 
 /// Direction of a disk request.

@@ -242,7 +242,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)?;
 
     for n in 0..5 {
-        for mapped in ["on", "off"] {
+        for mapped in ["on", "off", "uffd"] {
             let incoming = format!("file:{},mapped={mapped}", at(n).display());
             let args = ["-S", "-incoming", &incoming];
             let vm = Vm::described(json!({})).args(&args);
@@ -307,7 +307,7 @@ fn a_guest_that_boots_anew_is_saved_as_it_is_then() -> Result<()> {
     let info = qmp.execute_raw("query-migrate", json!({}))?;
     ensure!(info.get("base").is_none(), "{info}");
     quits(&stage, &mut monitor, &mut qmp)?;
-    for mapped in ["on", "off"] {
+    for mapped in ["on", "off", "uffd"] {
         let incoming = format!("file:{},mapped={mapped}", second.display());
         let args = ["-S", "-incoming", &incoming];
         let vm = Vm::described(json!({})).args(&args);
@@ -327,4 +327,48 @@ fn a_guest_that_boots_anew_is_saved_as_it_is_then() -> Result<()> {
         quits(&stage, &mut monitor, &mut qmp)?;
     }
     Ok(())
+}
+
+#[test]
+fn memory_that_is_damaged_never_reaches_a_guest_that_runs_already() -> Result<()> {
+    let stage = Stage::new("damaged")?;
+    let vm = stage.vm("count", "wide 1")?.machine("mem_size", 2_u64 << 30);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    // The last block: it takes a while to get there.
+    let memory = File::options().write(true).open(saved.join("memory"))?;
+    memory.write_all_at(b"damage", (2 << 30) - 4096)?;
+    let says = "0x7fe00000 to 0x80000000 is damaged";
+    let incoming = format!("file:{},mapped=uffd", saved.display());
+    let args = ["-incoming", &incoming];
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let mut qmp = monitor.qmp()?;
+    ensure!(status(&mut qmp)? == "running");
+    let lost = qmp.wait_event("MEMORY_FAILURE", SOON)?.data;
+    ensure!(lost.get("action") == Some(&json!("fatal")), "{lost}");
+    let reason = lost.get("reason").and_then(Value::as_str).unwrap_or_default();
+    ensure!(reason.contains(says) && reason.contains("memory"), "{lost}");
+    crate::stage::ends(&mut monitor, &mut qmp, false, "host-error", 1)?;
+    ensure!(monitor.unseen().contains(says), "{}", monitor.unseen());
+    // The same at once, when the guest itself runs into it.
+    memory.write_all_at(&[0; 6], (2 << 30) - 4096)?;
+    memory.write_all_at(b"damage", COUNTERS + 8)?;
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let status = monitor.wait_exit()?;
+    ensure!(status.code() == Some(1), "it ended with {status}");
+    let shown = monitor.unseen();
+    ensure!(
+        shown.contains("0x400000 to 0x600000 is damaged") && !shown.contains("WRONG"),
+        "{shown}"
+    );
+    // And a file that is cut off while it is in use.
+    memory.write_all_at(&[0; 6], COUNTERS + 8)?;
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let mut qmp = monitor.qmp()?;
+    memory.set_len(1 << 30)?;
+    qmp.wait_event("MEMORY_FAILURE", SOON)?;
+    crate::stage::ends(&mut monitor, &mut qmp, false, "host-error", 1)
 }

@@ -103,7 +103,10 @@ fn an_unmanaged_domain_whose_creator_was_killed_is_whole_or_gone() -> Result<()>
         child.kill()?;
         child.wait()?;
         let state = rig.state("vm")?;
-        ensure!(["absent", "running", "hung"].contains(&state.as_str()), "it is {state}");
+        ensure!(
+            ["absent", "starting", "running", "hung"].contains(&state.as_str()),
+            "it is {state}"
+        );
         // One that was on its way comes up, and is never forgotten meanwhile.
         let deadline = Instant::now() + SOON;
         while monitors_in(&rig)? > 0 {

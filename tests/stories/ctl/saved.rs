@@ -85,9 +85,98 @@ fn what_is_damaged_is_not_restored() -> Result<()> {
     }
     fs::remove_file(rig.file("kept/domain.json"))?;
     rig.ok(&["check", "kept"])?;
-    let (_, hint) = rig.refused(&["restore", "kept"])?;
-    ensure!(hint.contains("stratoctl save"), "{hint}");
-    rig.refused(&["restore", "nowhere"])?;
+    let (what, hint) = rig.refused(&["restore", "nowhere"])?;
+    ensure!(what.contains("nowhere/state") && hint.contains("stratoctl save"), "{what}; {hint}");
+    Ok(())
+}
+
+#[test]
+fn what_a_monitor_has_saved_by_itself_is_restored() -> Result<()> {
+    let rig = Rig::new("bare-save")?;
+    rig.config("vm.json", "count", "registers 1")?;
+    rig.ok(&["create", "vm.json"])?;
+    let kept = rig.file("kept");
+    let uri = json!({ "uri": format!("file:{}", kept.display()) }).to_string();
+    rig.ok(&["qmp", "vm", "migrate", &uri])?;
+    let (what, _) = rig.refused(&["restore", "kept"])?;
+    ensure!(what.contains("a domain 'vm' already"), "{what}");
+    rig.ok(&["destroy", "vm"])?;
+    rig.ok(&["restore", "kept"])?;
+    rig.ok(&["restore", "kept", "--name", "other", "--verify", "-p"])?;
+    for (name, state) in [("vm", "running"), ("other", "paused")] {
+        let row = rig.listed(name)?.context("not listed")?;
+        let shown = ["state", "vcpus", "memory"].map(|key| row.get(key).cloned());
+        ensure!(shown == [json!(state), json!(1), json!(16 << 20)].map(Some), "{row}");
+    }
+    rig.ok(&["info"])?;
+    // From here on it is as any other.
+    rig.ok(&["save", "vm", "again"])?;
+    ensure!(rig.counted(&rig.file("again"))? >= rig.counted(&kept)?);
+    rig.ok(&["restore", "again"])?;
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_has_ended_is_kept_as_it_is() -> Result<()> {
+    let rig = Rig::new("save-ended")?;
+    for (word, flag, state) in
+        [("poweroff", "--on-poweroff", "off"), ("panic", "--on-crash", "crashed")]
+    {
+        rig.config("vm.json", "hello", word)?;
+        for then in ["preserve", "rename-restart"] {
+            rig.ok(&["create", "vm.json", flag, "preserve"])?;
+            rig.wait_state("vm", state)?;
+            for stays in ["-c", "-p"] {
+                let said = rig.ok(&["save", "vm", "kept", stays])?;
+                ensure!(said.get("state") == Some(&json!(state)) && rig.state("vm")? == state);
+            }
+            rig.ok(&["save", "vm", "kept"])?;
+            ensure!(rig.state("vm")? == "absent");
+            let record = fs::read_to_string(rig.file("kept/domain.json"))?;
+            fs::write(
+                rig.file("kept/domain.json"),
+                record.replace("\"preserve\"", &format!("\"{then}\"")),
+            )?;
+            // Not even whoever restarts what ends takes it for one that ends now.
+            for how in [&["restore", "kept"][..], &["restore", "kept", "-p"]] {
+                let said = rig.ok(how)?;
+                ensure!(said.get("state") == Some(&json!(state)), "{said}");
+                ensure!(rig.state("vm")? == state && rig.state("vm-1")? == "absent");
+                rig.refused(&["unpause", "vm"])?;
+                rig.ok(&["destroy", "vm"])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restore_that_takes_long_is_shown_as_a_start() -> Result<()> {
+    let (rig, child) = in_the_middle_of_a_save("slow", &["save", "vm", "kept"])?;
+    ensure!(child.wait_with_output()?.status.success());
+    let mut child = rig
+        .command(&["restore", "kept", "--verify", "--name", "slow"])
+        .stdout(Stdio::null())
+        .spawn()?;
+    rig.wait_state("slow", "starting")?;
+    // Whoever acts on it waits for it; the plug can be pulled once nobody starts it any more.
+    child.kill()?;
+    child.wait()?;
+    ensure!(rig.state("slow")? == "starting");
+    let (what, hint) = rig.refused(&["pause", "slow"])?;
+    ensure!(
+        what.contains("still starting") && hint.contains("wait slow running"),
+        "{what}; {hint}"
+    );
+    rig.ok(&["destroy", "slow"])?;
+    ensure!(rig.state("slow")? == "absent");
+    let mut child = rig
+        .command(&["restore", "kept", "--verify", "--name", "slow"])
+        .stdout(Stdio::null())
+        .spawn()?;
+    rig.wait_state("slow", "starting")?;
+    rig.ok(&["wait", "slow", "running"])?;
+    ensure!(child.wait()?.success() && rig.state("slow")? == "running");
     Ok(())
 }
 

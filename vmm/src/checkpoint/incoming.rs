@@ -28,7 +28,7 @@ use crate::cli::Stream;
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum IncomingError {
-    #[error(transparent)]
+    #[error("cannot listen for the stream")]
     Bind(#[from] BindError),
     #[error("cannot take the stream")]
     Fd(#[source] io::Error),

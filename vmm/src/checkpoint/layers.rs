@@ -8,7 +8,7 @@ use std::{
 };
 
 use machine::{
-    Memory,
+    Memory, Report,
     config::MemoryConfig,
     memory::{self, MemoryError, image as ram},
 };
@@ -16,7 +16,9 @@ use machine::{
 use super::{
     LoadError,
     image::{BLOCK, ImageError, ZeroSums, blocks},
+    lazy,
 };
+use crate::cli::Mapped;
 
 /// Most ranges of changes that are mapped, each of which is a mapping of the process; the smallest
 /// ones beyond are copied. A process may have 65,530 (vm.max_map_count).
@@ -56,22 +58,30 @@ impl Layers {
         self.layers.get(index).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
     }
 
-    /// The guest's memory as it was: mapped, which takes no time and trusts the files, or copied and
-    /// compared with its checksums. Memory that is shared or has a file of its own is copied. And
-    /// where it is not zero although it says so nowhere.
+    /// The guest's memory as it was: mapped, which takes no time and trusts the files; read when it
+    /// is touched, by threads that tell `report` when it is damaged; or copied, as memory is that is
+    /// shared or has a file of its own. And where it is not zero although it says so nowhere.
     ///
     /// # Errors
     /// When there is not enough of it, or a file is damaged.
     pub fn memory(
         self,
         config: &MemoryConfig,
-        mapped: bool,
+        mapped: Mapped,
+        report: &Report,
     ) -> Result<(Memory, Vec<Range<u64>>), LoadError> {
-        if mapped && !config.shared && config.path.is_none() {
-            return Ok(self.map(config)?);
+        let own = !config.shared && config.path.is_none();
+        let image = |(path, source)| LoadError::Image { path, source };
+        match mapped {
+            Mapped::On if own => return Ok(self.map(config)?),
+            Mapped::Uffd if own => {
+                let contents = self.open().map_err(image)?;
+                contents.check_zeros().map_err(image)?;
+                return Ok(lazy::start(contents, config, report.clone())?);
+            }
+            _ => {}
         }
         let memory = memory::allocate(config)?;
-        let image = |(path, source)| LoadError::Image { path, source };
         let copy = |at, bytes: &[u8]| ram::write(&memory, at, bytes);
         self.open().map_err(image)?.verify(copy).map_err(image)?;
         Ok((memory, Vec::new()))
@@ -174,6 +184,23 @@ impl Contents {
             }
         }
         filled
+    }
+
+    /// Compare what is not there with its checksums.
+    ///
+    /// # Errors
+    /// The first block that should be there.
+    pub fn check_zeros(&self) -> Result<(), (PathBuf, ImageError)> {
+        let filled = self.filled();
+        let mut filled = filled.iter().peekable();
+        for block in blocks(self.layers.size) {
+            while filled.next_if(|range| range.end <= block.start).is_some() {}
+            if filled.peek().is_none_or(|range| range.start >= block.end) {
+                let zeros = self.read(&block, &mut []);
+                zeros.map_err(|source| (self.path(&block).to_owned(), source))?;
+            }
+        }
+        Ok(())
     }
 
     /// Read `block` into `buffer` and compare it with its checksum. False when there is nothing to

@@ -16,6 +16,7 @@ use super::{
     content::{self, Config, Content, ContentError},
     image::{self, BLOCK, ImageError},
     layers::{Layer, Layers},
+    lazy::LazyError,
 };
 
 /// Most saves that build on each other, the whole one at the end included.
@@ -45,6 +46,8 @@ pub enum LoadError {
     TooDeep { path: PathBuf },
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
 }
 
 /// A state that was read and found whole.

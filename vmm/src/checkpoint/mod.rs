@@ -9,6 +9,7 @@
 //! send      all of it into a socket, a pipe or a file
 //! load      out of a directory, checked before anything is touched
 //! layers    memory in several files: one that is whole, and what has changed since
+//! lazy      memory that is read while the guest runs
 //! incoming  where a stream comes from
 //! receive   out of a stream
 //! adapt     what a restored machine may have in other places: images, taps, sockets
@@ -19,6 +20,7 @@ mod image;
 mod incoming;
 pub mod job;
 mod layers;
+mod lazy;
 mod load;
 mod receive;
 mod save;
@@ -42,7 +44,7 @@ use std::path::PathBuf;
 use machine::{BuildError, Machine, Report, config::MachineConfig};
 
 use crate::{
-    cli::{Incoming, Source},
+    cli::{Incoming, Mapped, Source},
     lifecycle::Halt,
 };
 
@@ -79,7 +81,8 @@ pub fn restore(
             let mut loaded = load(path)?;
             adapt(&mut loaded.config)?;
             adapt::check_disks(&loaded.config)?;
-            let (memory, filled) = loaded.layers.memory(&loaded.config.machine.memory, *mapped)?;
+            let memory = &loaded.config.machine.memory;
+            let (memory, filled) = loaded.layers.memory(memory, *mapped, &report)?;
             (loaded.config, loaded.state, memory, filled)
         }
         Source::Stream(stream) => {
@@ -97,7 +100,7 @@ pub fn restore(
 /// The file that the memory of a machine restored in this way is mapped from, if it is.
 pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
     match &incoming.source {
-        Source::Directory { path, mapped: true } => Some(path.join(MEMORY)),
+        Source::Directory { path, mapped: Mapped::On } => Some(path.join(MEMORY)),
         _ => None,
     }
 }

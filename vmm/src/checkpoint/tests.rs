@@ -22,6 +22,7 @@ use super::{
     load::{self, LoadError, load},
     save::{Directory, SaveError, Saved, Sink, Target},
 };
+use crate::cli::Mapped;
 
 pub const MIB: u64 = 1 << 20;
 /// Not a multiple of a block.
@@ -98,7 +99,8 @@ pub fn save_on(
 /// What is restored from `directory`.
 pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
     let loaded = load(directory)?;
-    Ok(loaded.layers.memory(&loaded.config.machine.memory, mapped)?.0)
+    let mapped = if mapped { Mapped::On } else { Mapped::Off };
+    Ok(loaded.layers.memory(&loaded.config.machine.memory, mapped, &(Arc::new(|_| {}) as _))?.0)
 }
 
 fn names(directory: &Path) -> Vec<String> {

@@ -86,11 +86,11 @@ pub(super) static TABLE: &[Flag] = &[
          "go into the background"),
     flag(&["S", "freeze"], Switch, Process, process::freeze,
          "do not start the vCPUs before QMP's cont"),
-    flag(&["incoming"], Plain("file:DIR[,mapped=on|off] | unix:SOCKET | fd:NUMBER | exec:COMMAND"),
+    flag(&["incoming"], Plain("file:DIR[,mapped=on|off|uffd] | unix:SOCKET | fd:NUMBER | exec:COMMAND"),
          Process, process::incoming,
          "go on from the state saved in this directory, or sent in this stream; mapped (on): use its \
-          memory in place, unchecked, rather than a copy; other flags may give new paths and \
-          taps").only(Era::New),
+          memory in place, unchecked; off: a copy; uffd: a copy made while the guest runs; other \
+          flags may give new paths and taps").only(Era::New),
     flag(&["action"],
          Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|pause|reset]\
                      [,panic=shutdown|exit-failure|pause|reset]", None),

@@ -96,11 +96,22 @@ pub enum Source {
     Directory {
         /// The directory.
         path: PathBuf,
-        /// Map its memory rather than copy and check it.
-        mapped: bool,
+        /// How its memory becomes the guest's.
+        mapped: Mapped,
     },
     /// It is sent.
     Stream(Stream),
+}
+
+/// How saved memory becomes the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mapped {
+    /// Copied, and compared with its checksums, before the guest runs.
+    Off,
+    /// Mapped, and trusted.
+    On,
+    /// Copied and compared while the guest runs, what it touches first.
+    Uffd,
 }
 
 /// Where a stream comes from.

@@ -2,7 +2,7 @@
 use super::draft::Draft;
 use super::fields::Fields;
 use super::value::{self, Rule};
-use super::{Log, Source, Stream};
+use super::{Log, Mapped, Source, Stream};
 
 pub(super) fn pidfile(draft: &mut Draft, f: &mut Fields) {
     draft.pidfile = f.path("");
@@ -34,7 +34,7 @@ pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-/// `-incoming file:DIR[,mapped=on|off]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`.
+/// `-incoming file:DIR[,mapped=on|off|uffd]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`.
 pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let source = f.text("", |word| match word.split_once(':') {
         Some(("file", rest)) => directory(rest),
@@ -56,8 +56,13 @@ pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
 fn directory(text: &str) -> Result<Source, Rule> {
     let (path, option) = text.split_once(',').unwrap_or((text, "mapped=on"));
     let mapped = match option.split_once('=') {
-        Some(("mapped", word)) => value::boolean(word).map_err(|rule| format!("mapped {rule}"))?,
-        _ => return Err("behind the directory, only ,mapped=on|off is allowed".into()),
+        Some(("mapped", "uffd")) => Mapped::Uffd,
+        Some(("mapped", word)) => match value::boolean(word) {
+            Ok(true) => Mapped::On,
+            Ok(false) => Mapped::Off,
+            Err(_) => return Err("mapped must be on, off or uffd".into()),
+        },
+        _ => return Err("behind the directory, only ,mapped=on|off|uffd is allowed".into()),
     };
     Ok(Source::Directory { path: value::path(path)?, mapped })
 }

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 
 use libc::*;
+use machine::memory::fault;
 use seccompiler::{
     BackendError, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
     SeccompRule as Rule,
@@ -124,6 +125,10 @@ const IOCTLS: &[Ioctl] = &[
     TCSETSF,
     TCGETS2,
     TCSETS2,
+    // Restored memory that is filled while the guest runs.
+    fault::UFFDIO_COPY,
+    fault::UFFDIO_ZEROPAGE,
+    fault::UFFDIO_WAKE,
 ];
 
 // linux/fs.h; the libc crate lacks it.

@@ -1,8 +1,7 @@
 //! What state a domain is in: found out each time, by asking its monitor.
 use std::{
-    fs::File,
-    io,
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    io::{self, Write},
+    os::unix::net::UnixStream,
     path::Path,
     time::{Duration, Instant},
 };
@@ -10,10 +9,11 @@ use std::{
 use anyhow::Context;
 use qmp::{
     client::{Client, ClientError},
-    schema::{MigrationStatus, QueryMigrate, QueryStatus, RunState},
+    schema::{Command, MigrationStatus, QueryMigrate, QueryStatus, RunState},
 };
 
 use crate::{
+    dial::dial,
     matrix::State,
     process::{Found, Process, find, search},
     registry::{Place, Registry},
@@ -24,6 +24,12 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Time between two looks at a monitor that nobody can connect to.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// A start that takes longer is shown as one, and not waited for.
+const START: Duration = Duration::from_millis(100);
+
+/// The monitor's control socket, in its directory. The last thing that a monitor makes when it starts.
+const SOCKET: &str = "qmp.sock";
 
 /// A domain as it was found.
 pub struct Seen {
@@ -54,49 +60,61 @@ impl Seen {
     }
 }
 
-/// Connect to a socket in the directory `run`, however long its path is.
-///
-/// # Errors
-/// When nobody listens there.
-pub fn connect(run: &Path, socket: &str) -> io::Result<UnixStream> {
-    // A socket's path has at most 107 bytes; a directory's may have more.
-    let directory = File::open(run)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd()))
-}
-
 /// Another connection to a monitor.
 ///
 /// # Errors
 /// When it does not answer.
 pub fn qmp(place: &Place) -> anyhow::Result<Client> {
     let cannot = || format!("cannot talk to the monitor of '{}'", place.name);
-    let stream = connect(&place.run, "qmp.sock").with_context(cannot)?;
+    let stream = dial(&place.run, Path::new(SOCKET)).with_context(cannot)?;
     Client::on(stream, PATIENCE).with_context(cannot)
 }
 
 /// See how the domain at `place` is.
 pub fn look(registry: &Registry, place: &Place) -> Seen {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let asked = ask(place);
-        if let Some(Ok(answer)) = asked {
-            return answered(registry, place, answer);
-        }
-        let process = match found(place) {
-            Found::Alive(process) => process,
-            Found::Nobody => return Seen::without_monitor(idle(place)),
-            // What is in the store is whole, and its guest has not run since.
-            Found::Gone if idle(place) == State::Suspended => {
-                return Seen::without_monitor(State::Suspended);
+    Asked::new(place).answer(registry, place)
+}
+
+/// A domain whose monitor has been asked how it is. Many are asked before the first answer is read.
+pub struct Asked {
+    call: io::Result<UnixStream>,
+    since: Instant,
+}
+
+impl Asked {
+    /// Ask the monitor of the domain at `place`, if there is one.
+    pub fn new(place: &Place) -> Self {
+        Self { call: call(place), since: Instant::now() }
+    }
+
+    /// How the domain at `place` is, which was asked.
+    pub fn answer(mut self, registry: &Registry, place: &Place) -> Seen {
+        let deadline = self.since + PATIENCE;
+        loop {
+            let absent = matches!(&self.call, Err(e) if e.kind() == io::ErrorKind::NotFound);
+            let answer = self.call.ok().map(|stream| listen(stream, deadline));
+            let late = matches!(answer, Some(Err(ClientError::Timeout { .. })));
+            if let Some(Ok(answer)) = answer {
+                return answered(registry, place, answer);
             }
-            Found::Gone => return Seen::without_monitor(State::Killed),
-        };
-        // One that nobody listens for, or that hangs up, may be on its way in, or out.
-        let late = matches!(asked, Some(Err(ClientError::Timeout { .. })));
-        if late || Instant::now() >= deadline {
-            return Seen { state: State::Hung, process: Some(process), client: None };
+            let process = match found(place) {
+                Found::Alive(process) => process,
+                Found::Nobody => return Seen::without_monitor(idle(place)),
+                // What is in the store is whole, and its guest has not run since.
+                Found::Gone if idle(place) == State::Suspended => {
+                    return Seen::without_monitor(State::Suspended);
+                }
+                Found::Gone => return Seen::without_monitor(State::Killed),
+            };
+            // One that nobody listens for, or that hangs up, may be on its way in, or out.
+            let starting = absent && self.since.elapsed() >= START;
+            if starting || late || Instant::now() >= deadline {
+                let state = if starting { State::Starting } else { State::Hung };
+                return Seen { state, process: Some(process), client: None };
+            }
+            process.ends_within(LOOK);
+            self.call = call(place);
         }
-        process.ends_within(LOOK);
     }
 }
 
@@ -140,15 +158,23 @@ fn found(place: &Place) -> Found {
 
 type Answer = (Client, RunState, MigrationStatus);
 
-/// What the monitor says, if there is one; an error if it does not say it in time.
-fn ask(place: &Place) -> Option<Result<Answer, ClientError>> {
-    let stream = connect(&place.run, "qmp.sock").ok()?;
-    let ask = || {
-        let mut client = Client::on(stream, PATIENCE)?;
-        client.set_patience(PATIENCE);
-        let status = client.execute(&QueryStatus {})?.status;
-        let migration = client.execute(&QueryMigrate {})?.status;
-        Ok((client, status, migration))
-    };
-    Some(ask())
+/// Connect to the monitor and ask all there is to ask, in one go.
+fn call(place: &Place) -> io::Result<UnixStream> {
+    let mut stream = dial(&place.run, Path::new(SOCKET))?;
+    let commands = [QueryStatus::NAME, QueryMigrate::NAME];
+    stream.write_all(
+        commands.map(|name| format!("{{\"execute\":\"{name}\"}}\n")).concat().as_bytes(),
+    )?;
+    Ok(stream)
+}
+
+/// What a monitor that was asked says; an error if it does not say it in time.
+fn listen(stream: UnixStream, deadline: Instant) -> Result<Answer, ClientError> {
+    // What has come by now counts, however long it took to ask all the others.
+    let left = || deadline.saturating_duration_since(Instant::now()).max(LOOK);
+    let mut client = Client::on(stream, left())?;
+    client.set_patience(left());
+    let status = client.receive::<QueryStatus>()?.status;
+    let migration = client.receive::<QueryMigrate>()?.status;
+    Ok((client, status, migration))
 }

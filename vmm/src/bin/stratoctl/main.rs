@@ -20,6 +20,7 @@ mod monitor;
 mod pages;
 mod policy;
 mod process;
+mod progress;
 mod registry;
 mod show;
 mod verbs;

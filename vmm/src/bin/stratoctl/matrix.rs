@@ -12,6 +12,8 @@ pub enum State {
     Absent,
     /// Registered, and not running.
     Registered,
+    /// Its monitor is on its way up: nobody can talk to it yet.
+    Starting,
     /// Its vCPUs run.
     Running,
     /// Its vCPUs do not run.
@@ -32,9 +34,10 @@ pub enum State {
 
 impl State {
     /// All of them: the columns.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Absent,
         Self::Registered,
+        Self::Starting,
         Self::Running,
         Self::Paused,
         Self::Saving,
@@ -50,6 +53,7 @@ impl State {
         match self {
             Self::Absent => "absent",
             Self::Registered => "registered",
+            Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Saving => "saving",
@@ -104,6 +108,10 @@ const ABSENT: Cell = No("there is no domain '{}'", "`stratoctl list` shows all t
 const TAKEN: Cell =
     No("there is a domain '{}' already", "choose another name, or look at it: `stratoctl info {}`");
 const IDLE: Cell = No("'{}' is not running", "`stratoctl start {}` boots it");
+const STARTING: Cell = No(
+    "'{}' is still starting",
+    "wait until it runs: `stratoctl wait {} running`; `stratoctl destroy {}` ends it at once",
+);
 const RUNS: Cell = No(
     "'{}' is running",
     "`stratoctl shutdown -w {}` asks its guest to end, `stratoctl destroy {}` ends it at once",
@@ -150,32 +158,32 @@ const NOT_SUSPENDED: Cell =
 const ENDED_ALREADY: Cell =
     No("'{}' is not running", "`stratoctl delete {}` forgets a registered domain");
 
-type Row = (Verb, [Cell; 10]);
+type Row = (Verb, [Cell; 11]);
 
 /// The table. Columns as in [`State::ALL`].
 #[rustfmt::skip]
 pub const TABLE: [Row; 20] = [
-    //               absent  registered     running       paused         saving  suspended         off      crashed  killed  hung
-    (Verb::Create,   [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
-    (Verb::New,      [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
-    (Verb::Restore,  [Yes,    TAKEN,         TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,   TAKEN,   TAKEN,  TAKEN]),
-    (Verb::Start,    [ABSENT, Yes,           RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,  OFF_START, CRASHED_START, Yes,  HUNG]),
-    (Verb::Info,     [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
-    (Verb::Pause,    [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Unpause,  [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Save,     [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Suspend,  [ABSENT, IDLE,          Yes,          Yes,           SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Resume,   [ABSENT, NOT_SUSPENDED, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Reboot,   [ABSENT, IDLE,          Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Shutdown, [ABSENT, IDLE,          Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,     CRASHED, KILLED, HUNG]),
-    (Verb::Destroy,  [ABSENT, ENDED_ALREADY, Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
-    (Verb::Delete,   [ABSENT, Yes,           RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,     CRASHED, Yes,    HUNG]),
-    (Verb::Rename,   [ABSENT, Yes,           Yes,          Yes,           SAVING, Yes,              Yes,     Yes,     Yes,    Yes]),
-    (Verb::Wait,     [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
-    (Verb::Console,  [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
-    (Verb::Dmesg,    [ABSENT, Yes,           Yes,          Yes,           Yes,    Yes,              Yes,     Yes,     Yes,    Yes]),
-    (Verb::Events,   [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
-    (Verb::Qmp,      [ABSENT, IDLE,          Yes,          Yes,           Yes,    SUSPENDED,        Yes,     Yes,     KILLED, HUNG]),
+    //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung
+    (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN]),
+    (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN]),
+    (Verb::Restore,   [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN]),
+    (Verb::Start,     [ABSENT, Yes,           STARTING, RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF_START, CRASHED_START, Yes,    HUNG]),
+    (Verb::Info,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
+    (Verb::Pause,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
+    (Verb::Unpause,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
+    (Verb::Save,      [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
+    (Verb::Suspend,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
+    (Verb::Resume,    [ABSENT, NOT_SUSPENDED, STARTING, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,       CRASHED,       KILLED, HUNG]),
+    (Verb::Reboot,    [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
+    (Verb::Shutdown,  [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
+    (Verb::Destroy,   [ABSENT, ENDED_ALREADY, Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
+    (Verb::Delete,    [ABSENT, Yes,           STARTING, RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,       CRASHED,       Yes,    HUNG]),
+    (Verb::Rename,    [ABSENT, Yes,           Yes,      Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    Yes]),
+    (Verb::Wait,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
+    (Verb::Console,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
+    (Verb::Dmesg,     [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
+    (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
+    (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
 ];
 
 /// What becomes of `verb` in `state`.

@@ -1,8 +1,8 @@
 //! Starting a monitor in the background, in the directory that is to be its own.
 use std::{
-    env,
+    env, io,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
 };
 
 use anyhow::Context;
@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 
 use crate::{
     failure::Failure,
+    process::{self, Found},
+    progress,
     registry::{CONFIG, Description, Place, Registry},
 };
 
@@ -27,8 +29,17 @@ pub fn program(named: Option<&Path>) -> PathBuf {
     named.or_else(beside).unwrap_or_else(|| "stratovirt".into())
 }
 
+/// What a monitor is told beyond what the domain is.
+#[derive(Debug, Default)]
+pub struct More {
+    /// For its command line.
+    pub words: Vec<String>,
+    /// Bytes that it reads before it answers, if they are many.
+    pub reads: Option<u64>,
+}
+
 /// Start the domain at `place`; gives its number. The caller has its lock. It stays paused if
-/// `paused`; `more` goes to the command line.
+/// `paused`.
 ///
 /// # Errors
 /// All that the monitor says; nothing of it is left then but its log.
@@ -38,9 +49,9 @@ pub fn start(
     place: &Place,
     description: &Description,
     paused: bool,
-    more: &[String],
+    more: &More,
 ) -> anyhow::Result<u32> {
-    let incoming = more.iter().any(|word| word == "-incoming");
+    let incoming = more.words.iter().any(|word| word == "-incoming");
     let id = registry.prepare(place, description, &config(description, incoming))?;
     let mut command = Command::new(program);
     // Every path is relative, and so as short as can be, and right after a rename.
@@ -53,9 +64,9 @@ pub fn start(
     if paused {
         command.arg("-S");
     }
-    command.args(more);
+    command.args(&more.words);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let done = command.output().map_err(|e| {
+    let done = watched(command, place, more.reads)?.map_err(|e| {
         let what = format!("cannot run the monitor, {}: {e}", program.display());
         anyhow::Error::from(Failure::hint(what, "name its program with --monitor FILE"))
     });
@@ -70,6 +81,27 @@ pub fn start(
     };
     registry.clear(place).context("after a failed start")?;
     Err(said)
+}
+
+/// Run `command`, which ends when the monitor at `place` answers, and show how far that is.
+fn watched(
+    mut command: Command,
+    place: &Place,
+    reads: Option<u64>,
+) -> anyhow::Result<io::Result<Output>> {
+    let what = format!("Starting {}", place.name);
+    let shown = if reads.is_some() { progress::bar(&what) } else { progress::spinner(&what) };
+    let look = || match (reads, process::find(&place.run)) {
+        (Some(total), Found::Alive(process)) => {
+            shown.set_length(total);
+            shown.set_position(process.read().unwrap_or(0).min(total));
+        }
+        (Some(_), _) => {}
+        (None, _) => progress::turn(&shown),
+    };
+    let done = progress::during(move || command.output(), look);
+    shown.finish_and_clear();
+    done
 }
 
 /// The monitor's file. A machine that goes on brings its own description with it.

@@ -104,6 +104,12 @@ impl Process {
         text.split_whitespace().nth(1)?.parse::<u64>().ok().map(|pages| pages * PAGE)
     }
 
+    /// Bytes that it has read until now.
+    pub fn read(&self) -> Option<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/io", self.pid)).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("rchar: "))?.parse().ok()
+    }
+
     /// Seconds since it was started.
     pub fn uptime(&self) -> Option<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;

@@ -21,7 +21,7 @@ use crate::{
     config, domain,
     failure::Failure,
     matrix::State,
-    monitor,
+    monitor::{self, More},
     policy::{Policy, Then},
     registry::{Description, Lock, Name, Place},
 };
@@ -174,12 +174,19 @@ impl Context {
         }
         let fresh = make_way(self, old, &kept.description, &mut kept.client)?;
         let (place, description) = (&fresh.place, &fresh.description);
-        let begun = monitor::start(&self.registry, &self.program, place, description, true, &[])
-            .and_then(|_| {
-                let mut kept = Kept::listen(place)?;
-                kept.client.execute(&Cont {})?;
-                Ok(kept)
-            });
+        let begun = monitor::start(
+            &self.registry,
+            &self.program,
+            place,
+            description,
+            true,
+            &More::default(),
+        )
+        .and_then(|_| {
+            let mut kept = Kept::listen(place)?;
+            kept.client.execute(&Cont {})?;
+            Ok(kept)
+        });
         match begun {
             Ok(kept) => Ok((fresh.kept, kept)),
             Err(e) => {

@@ -8,7 +8,7 @@ use crate::{
     config, domain,
     failure::Failure,
     matrix::{State, Verb},
-    monitor,
+    monitor::{self, More},
     registry::{Description, Lock, Name, Place},
     verbs::{Begin, Create, Delete, New, Rename, Start},
 };
@@ -22,7 +22,7 @@ pub fn create(ctx: &Context, args: &Create) -> anyhow::Result<Answer> {
     }
     let lock = ctx.take(Verb::Create, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
-    begin(ctx, &place, &description, &args.begin, &[], Some(lock))
+    begin(ctx, &place, &description, &args.begin, &More::default(), Some(lock))
 }
 
 pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
@@ -37,13 +37,14 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let description = described(&held.place)?;
     let mut held = held;
     if held.seen.client.is_none() {
-        return begin(ctx, &held.place, &description, &args.begin, &[], held.lock);
+        return begin(ctx, &held.place, &description, &args.begin, &More::default(), held.lock);
     }
     // `rename-restart`: its monitor is kept, under another name.
     let fresh = keep::make_way(ctx, &held.place, &description, held.seen.client()?)?;
     let kept = fresh.kept.name.clone();
     let description = &fresh.description;
-    let mut answer = begin(ctx, &fresh.place, description, &args.begin, &[], held.lock)?;
+    let mut answer =
+        begin(ctx, &fresh.place, description, &args.begin, &More::default(), held.lock)?;
     answer.text = format!("what was '{}' is kept as '{kept}'", args.domain);
     if let Some(members) = answer.json.as_object_mut() {
         members.insert("kept".into(), json!(kept));
@@ -80,7 +81,7 @@ pub fn begin(
     place: &Place,
     description: &Description,
     how: &Begin,
-    more: &[String],
+    more: &More,
     lock: Option<Lock>,
 ) -> anyhow::Result<Answer> {
     // Nothing may happen before there is somebody to see it.
@@ -97,9 +98,13 @@ pub fn begin(
         }
     };
     if watched {
-        let let_run = || match how.paused {
-            true => Ok(()),
-            false => domain::qmp(place)?.execute(&Cont {}).map(drop).map_err(Into::into),
+        let let_run = || {
+            let mut seen = domain::look(&ctx.registry, place);
+            // What was saved when its guest had ended cannot go on.
+            if !how.paused && seen.state == State::Paused {
+                seen.client()?.execute(&Cont {})?;
+            }
+            Ok(())
         };
         if let Err(e) = keep::spawn(ctx, place).and_then(|()| let_run()) {
             let seen = domain::look(&ctx.registry, place);
@@ -123,7 +128,11 @@ pub fn begun(
 ) -> anyhow::Result<Answer> {
     // Whoever is attached keeps nobody from acting on it.
     drop(lock);
-    let state = if how.paused { State::Paused } else { State::Running };
+    let state = match (domain::look(&ctx.registry, place).state, how.paused) {
+        (ended @ (State::Off | State::Crashed), _) => ended,
+        (_, true) => State::Paused,
+        (_, false) => State::Running,
+    };
     match how.console {
         true => talk::attach(ctx, place, state),
         false => {

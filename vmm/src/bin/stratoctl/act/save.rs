@@ -2,12 +2,10 @@
 use std::{
     path::Path,
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
-    thread,
     time::Duration,
 };
 
 use anyhow::Context as _;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qmp::{
     client::{Client, ClientError},
     schema::{Migrate, MigrateCancel, MigrationInfo, QueryMigrate, QueryStatus},
@@ -19,12 +17,11 @@ use crate::{
     domain,
     failure::Failure,
     matrix::{State, Verb},
+    progress,
     registry::{self, Lock, Name, Saved},
     verbs::Save,
 };
 
-/// Time between two looks at the progress.
-const LOOK: Duration = Duration::from_millis(50);
 /// Longest save.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
@@ -70,7 +67,8 @@ fn write_out(
 ) -> anyhow::Result<Answer> {
     let name = held.place.name.clone();
     let uuid = life::described(&held.place)?.uuid;
-    let ran = held.seen.state == State::Running;
+    let was = held.seen.state;
+    let ran = was == State::Running;
     let Some(saving) = ctx.registry.lock_save(&name)? else {
         crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
         anyhow::bail!("'{name}' is being saved");
@@ -94,7 +92,7 @@ fn write_out(
             return Err(e);
         }
     };
-    let state = finish(ctx, name.clone(), &uuid, saving, after, ran)?;
+    let state = finish(ctx, name.clone(), &uuid, saving, after, was)?;
     let stats = info.ram.unwrap_or_default();
     Ok(Answer::new(
         "",
@@ -116,12 +114,12 @@ fn finish(
     uuid: &str,
     saving: Lock,
     after: After,
-    ran: bool,
+    was: State,
 ) -> anyhow::Result<State> {
-    match after {
-        After::GoesOn => return Ok(if ran { State::Running } else { State::Paused }),
-        After::Paused => return Ok(State::Paused),
-        After::Ends => {}
+    match (after, was) {
+        (After::Paused, State::Running) => return Ok(State::Paused),
+        (After::Paused | After::GoesOn, _) => return Ok(was),
+        (After::Ends, _) => {}
     }
     let lock = Some(ctx.registry.lock(&name)?);
     // Somebody may have ended it meanwhile, and even begun another one of the same name.
@@ -168,50 +166,34 @@ fn migrate(
     let uri = format!("file:{}", store::text(directory)?);
     let command = Migrate { uri, resume: Some(resume), incremental: None, track: None };
     client.set_patience(LONGEST);
-    let bar = bar(&format!("Saving {}", held.place.name));
-    let done = thread::scope(|scope| {
-        let job = scope.spawn(move || client.execute(&command));
-        let mut cancelled = false;
-        while !job.is_finished() {
-            if interrupted.load(Ordering::Relaxed) && !cancelled {
-                cancelled = watcher.execute(&MigrateCancel {}).is_ok();
-            }
-            if let Ok(info) = watcher.execute(&QueryMigrate {}) {
-                let ram = info.ram.unwrap_or_default();
-                bar.set_length(ram.total);
-                bar.set_position(ram.total.saturating_sub(ram.remaining));
-            }
-            thread::park_timeout(LOOK);
+    let bar = progress::bar(&format!("Saving {}", held.place.name));
+    let mut cancelled = false;
+    let look = || {
+        if interrupted.load(Ordering::Relaxed) && !cancelled {
+            cancelled = watcher.execute(&MigrateCancel {}).is_ok();
         }
-        job.join()
-    });
+        if let Ok(info) = watcher.execute(&QueryMigrate {}) {
+            let ram = info.ram.unwrap_or_default();
+            bar.set_length(ram.total);
+            bar.set_position(ram.total.saturating_sub(ram.remaining));
+        }
+    };
+    let done = progress::during(move || client.execute(&command), look);
     bar.finish_and_clear();
     let name = &held.place.name;
-    match done {
-        Ok(Ok(_)) => Ok(watcher.execute(&QueryMigrate {})?),
-        Ok(Err(ClientError::Refused { .. })) if interrupted.load(Ordering::Relaxed) => {
+    match done? {
+        Ok(_) => Ok(watcher.execute(&QueryMigrate {})?),
+        Err(ClientError::Refused { .. }) if interrupted.load(Ordering::Relaxed) => {
             Err(Failure::new(format!("interrupted: '{name}' is not saved and goes on")).into())
         }
-        Ok(Err(ClientError::Refused { error, .. })) => {
+        Err(ClientError::Refused { error, .. }) => {
             Err(Failure::new(format!("'{name}' is not saved and goes on: {error}")).into())
         }
-        Ok(Err(e)) => {
+        Err(e) => {
             let e = anyhow::Error::from(e);
             Err(e.context(format!(
                 "'{name}' is not saved: its monitor has ended or does not answer"
             )))
         }
-        Err(_) => anyhow::bail!("the save's thread has panicked"),
     }
-}
-
-/// A bar of bytes on a terminal's standard error, and nothing elsewhere.
-fn bar(what: &str) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(style.progress_chars("=> "));
-    }
-    bar.set_message(what.to_owned());
-    bar
 }

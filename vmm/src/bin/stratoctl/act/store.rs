@@ -1,16 +1,17 @@
 //! Going on from a saved state.
-use std::path::Path;
+use std::{os::unix::fs::MetadataExt, path::Path};
 
 use anyhow::Context as _;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Answer, Context, Held, end, keep, life};
 use crate::{
     domain,
     failure::Failure,
     matrix::Verb,
-    monitor,
-    registry::{self, Saved},
+    monitor::{self, More},
+    policy::Policy,
+    registry::{self, BadName, Description, Name, Saved},
     verbs::{Restore, Resume},
 };
 
@@ -19,16 +20,16 @@ pub const BESIDE: &str = "domain.json";
 
 pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     let directory = directory(&args.file)?;
-    let saved: Saved = registry::read(&directory.join(BESIDE)).map_err(|e| {
-        let absent = e.is_absent();
-        let what = format!("{:#}", anyhow::Error::from(e));
-        match absent {
-            true => Failure::hint(what, "`stratoctl save DOMAIN FILE` makes such a directory"),
-            false => Failure::new(what),
-        }
-    })?;
-    let name = args.name.clone().unwrap_or(saved.name);
-    let mut description = saved.domain;
+    let (name, mut description) = match registry::read::<Saved>(&directory.join(BESIDE)) {
+        Ok(saved) => (Ok(saved.name), saved.domain),
+        Err(e) if e.is_absent() => by_another(&directory)?,
+        Err(e) => return Err(Failure::new(format!("{:#}", anyhow::Error::from(e))).into()),
+    };
+    let name = args
+        .name
+        .clone()
+        .map_or(name, Ok)
+        .map_err(|e| Failure::hint(e.to_string(), "give the domain a name: --name NAME"))?;
     // Two that go on from one state are two domains.
     description.uuid = crate::config::uuid()?;
     let lock = ctx.take(Verb::Restore, &name)?;
@@ -36,10 +37,10 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     let mut more = incoming(&directory, args.verify)?;
     for (id, path) in &args.disk {
         let path = std::path::absolute(path).context("--disk")?;
-        more.extend(["-drive".into(), format!("id={id},file={}", path.display())]);
+        more.words.extend(["-drive".into(), format!("id={id},file={}", path.display())]);
     }
     for (id, tap) in &args.tap {
-        more.extend(["-netdev".into(), format!("tap,id={id},ifname={tap}")]);
+        more.words.extend(["-netdev".into(), format!("tap,id={id},ifname={tap}")]);
     }
     life::begin(ctx, &place, &description, &args.begin, &more, Some(lock))
 }
@@ -67,9 +68,32 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     life::begun(ctx, &place, &args.begin, id, held.lock)
 }
 
-fn incoming(directory: &Path, verify: bool) -> anyhow::Result<Vec<String>> {
+/// What `directory` says of itself when it is not a domain that was saved there, but a monitor's
+/// own `migrate`.
+fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Description)> {
+    let loaded = vmm::checkpoint::load(directory).map_err(|e| {
+        let what = format!("{:#}", anyhow::Error::from(e));
+        Failure::hint(what, "`stratoctl save DOMAIN FILE` makes such a directory")
+    })?;
+    let machine = loaded.config.machine;
+    let description = Description {
+        uuid: machine.uuid,
+        vcpus: machine.cpus.into(),
+        memory: machine.memory.size,
+        policy: Policy::default(),
+        // What it was started with is not known.
+        config: Value::Null,
+    };
+    Ok((machine.name.parse(), description))
+}
+
+fn incoming(directory: &Path, verify: bool) -> anyhow::Result<More> {
     let mapped = if verify { "off" } else { "on" };
-    Ok(vec!["-incoming".into(), format!("file:{},mapped={mapped}", text(directory)?)])
+    let words = vec!["-incoming".into(), format!("file:{},mapped={mapped}", text(directory)?)];
+    // Holes are not read. What it builds on counts, too, where there is such a thing.
+    let memory = || std::fs::metadata(directory.join("memory")).ok();
+    let reads = if verify { memory().map(|memory| memory.blocks() * 512) } else { None };
+    Ok(More { words, reads })
 }
 
 /// `path` as a monitor's option.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Context, ended};
 use crate::{
-    domain::Seen,
+    domain::{Asked, Seen},
     failure::Failure,
     matrix::{State, Verb, admit},
     process::Process,
@@ -19,8 +19,8 @@ use crate::{
     verbs::{List, Wait},
 };
 
-/// Domains that are asked at the same time.
-const AT_ONCE: usize = 16;
+/// Domains that are asked at the same time: as many connections.
+const AT_ONCE: usize = 256;
 /// Time between two looks at a domain that is waited for.
 const LOOK: Duration = Duration::from_millis(20);
 /// Lines of a log that are shown.
@@ -88,45 +88,42 @@ impl Row {
     }
 }
 
-/// The domains of these names, or all; asked at the same time.
+/// The domains of these names, or all. All of a batch are asked before the first one's answer is
+/// read.
 fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
     let all: Vec<Name> = match names {
         [] => ctx.registry.names()?.into_iter().collect(),
         names => names.to_vec(),
     };
-    let look = |name: &Name| {
-        let (place, seen) = ctx.look(name);
-        let place = place.filter(|_| seen.state != State::Absent);
-        match place {
-            Some(place) => {
-                if seen.state == State::Registered && place.has_begun() {
-                    tidy(ctx, name);
-                }
-                Some(Row::new(place, &seen))
-            }
-            None => {
-                if ctx.registry.find(name).is_some() {
-                    tidy(ctx, name);
-                }
-                None
+    let mut rows = Vec::with_capacity(all.len());
+    for batch in all.chunks(AT_ONCE) {
+        let asked: Vec<_> = batch
+            .iter()
+            .map(|name| {
+                let place = ctx.registry.find(name)?;
+                Some((Asked::new(&place), place))
+            })
+            .collect();
+        for (name, asked) in batch.iter().zip(asked) {
+            match asked.and_then(|(asked, place)| row(ctx, asked, place)) {
+                Some(row) => rows.push(row),
+                // It was there a moment ago.
+                None if names.is_empty() => {}
+                None => return Err(ctx.absent(Verb::Info, name)),
             }
         }
-    };
-    let part = all.len().div_ceil(AT_ONCE).max(1);
-    let found: Vec<Option<Row>> = thread::scope(|scope| {
-        let look = &look;
-        let threads: Vec<_> = all
-            .chunks(part)
-            .map(|names| scope.spawn(move || names.iter().map(look).collect::<Vec<_>>()))
-            .collect();
-        threads.into_iter().flat_map(|t| t.join().unwrap_or_default()).collect()
-    });
-    if let (false, Some(at)) = (names.is_empty(), found.iter().position(Option::is_none))
-        && let Some(name) = all.get(at)
-    {
-        return Err(ctx.absent(Verb::Info, name));
     }
-    Ok(found.into_iter().flatten().collect())
+    Ok(rows)
+}
+
+/// The domain at `place`, which was asked; nothing if it has ended.
+fn row(ctx: &Context, asked: Asked, place: Place) -> Option<Row> {
+    let seen = asked.answer(&ctx.registry, &place);
+    let ended = seen.state == State::Absent;
+    if ended || seen.state == State::Registered && place.has_begun() {
+        tidy(ctx, &place.name);
+    }
+    (!ended).then(|| Row::new(place, &seen))
 }
 
 /// Take away what a domain that has ended by itself has left, unless somebody acts on it.
@@ -206,7 +203,8 @@ impl WaitFor {
     const fn is_there(self, state: State) -> bool {
         match self {
             Self::Ended => {
-                !matches!(state, State::Running | State::Paused | State::Saving | State::Hung)
+                use State::{Hung, Paused, Running, Saving, Starting};
+                !matches!(state, Starting | Running | Paused | Saving | Hung)
             }
             Self::Running => matches!(state, State::Running),
             Self::Paused => matches!(state, State::Paused),

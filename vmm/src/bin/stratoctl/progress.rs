@@ -1,0 +1,62 @@
+//! What takes long shows how far it is: on a terminal's standard error, and nowhere else.
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Time between two looks.
+const LOOK: Duration = Duration::from_millis(50);
+/// What is over sooner is not shown, if there is no more to show than that it goes on.
+const SOON: Duration = Duration::from_millis(500);
+
+/// A bar of bytes.
+pub fn bar(what: &str) -> ProgressBar {
+    shown(what, "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+}
+
+/// Shows that something goes on.
+pub fn spinner(what: &str) -> ProgressBar {
+    shown(what, "{spinner} {msg} ({elapsed})")
+}
+
+/// Turn a spinner that has been there for a while.
+pub fn turn(spinner: &ProgressBar) {
+    if spinner.elapsed() >= SOON {
+        spinner.tick();
+    }
+}
+
+fn shown(what: &str, template: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.with_message(what.to_owned())
+}
+
+/// Do `work` in a thread of its own, and `look` now and then until it is done.
+///
+/// # Errors
+/// When the thread panics.
+pub fn during<T: Send>(
+    work: impl FnOnce() -> T + Send,
+    mut look: impl FnMut(),
+) -> anyhow::Result<T> {
+    thread::scope(|scope| {
+        let (tell, told) = mpsc::channel();
+        let job = scope.spawn(move || tell.send(work()));
+        loop {
+            match told.recv_timeout(LOOK) {
+                Ok(done) => return Ok(done),
+                Err(RecvTimeoutError::Timeout) => look(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        // Here and not at the end of the scope, which would panic with it.
+        let _ = job.join();
+        anyhow::bail!("a thread has panicked")
+    })
+}

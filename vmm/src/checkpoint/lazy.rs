@@ -1,0 +1,194 @@
+//! Memory that is read while the guest runs already (`mapped=uffd`): one thread fills what the guest
+//! waits for, another one all the rest. A block is compared with its checksum before the guest sees
+//! any of it, so nothing that is damaged ever reaches it.
+//!
+//! Whoever touches a page that cannot be had would wait for ever. So that is the end of the machine,
+//! which the threads report; and when nobody listens, because the main thread itself waits for such a
+//! page, they end the process.
+use std::{
+    io,
+    ops::Range,
+    process,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread::{self, Builder},
+    time::Duration,
+};
+
+use machine::{
+    Event, Memory, Report,
+    config::MemoryConfig,
+    memory::fault::{FaultError, Filler, allocate_missing},
+};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    io::Errno,
+};
+
+use super::{
+    image::{blocks, runs},
+    layers::Contents,
+};
+use crate::terminal;
+
+/// How long the main thread has to end the process.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why memory cannot be filled so.
+#[derive(Debug, thiserror::Error)]
+pub enum LazyError {
+    /// The host does not let us.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
+    /// It has no thread to give.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+}
+
+struct Lazy {
+    contents: Contents,
+    filler: Filler,
+    /// The blocks that hold something.
+    blocks: Vec<Range<u64>>,
+    /// Of each of them: somebody sees to it.
+    taken: Vec<AtomicBool>,
+    /// Blocks that are not there yet.
+    left: AtomicUsize,
+    /// Written to when there are none.
+    done: rustix::fd::OwnedFd,
+    report: Report,
+    failed: AtomicBool,
+}
+
+/// Memory that becomes `contents`, and where it is not zero although nobody may have touched it.
+///
+/// # Errors
+/// When the host does not allow it.
+pub fn start(
+    contents: Contents,
+    config: &MemoryConfig,
+    report: Report,
+) -> Result<(Memory, Vec<Range<u64>>), LazyError> {
+    let filled = contents.filled();
+    let (memory, filler) = allocate_missing(config, &filled)?;
+    let of = |range: &Range<u64>| {
+        let (first, end) = (range.start, range.end);
+        blocks(end - first).map(move |block| first + block.start..first + block.end)
+    };
+    let blocks: Vec<_> = filled.iter().flat_map(of).collect();
+    let done = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+    let lazy = Arc::new(Lazy {
+        contents,
+        filler,
+        taken: blocks.iter().map(|_| AtomicBool::new(false)).collect(),
+        left: AtomicUsize::new(blocks.len()),
+        blocks,
+        done: done.map_err(|e| LazyError::Thread(e.into()))?,
+        report,
+        failed: AtomicBool::new(false),
+    });
+    for (name, work) in [("faults", Lazy::serve as fn(&Lazy, &mut [u8])), ("prefetch", Lazy::fetch)]
+    {
+        let lazy = lazy.clone();
+        let run = move || {
+            let _watch = Watch(&lazy);
+            work(&lazy, &mut vec![0; 2 << 20]);
+        };
+        Builder::new()
+            .name(name.into())
+            .stack_size(128 << 10)
+            .spawn(run)
+            .map_err(LazyError::Thread)?;
+    }
+    Ok((memory, filled))
+}
+
+impl Lazy {
+    /// Fill what somebody waits for, until all is there.
+    fn serve(&self, buffer: &mut [u8]) {
+        while self.left.load(Ordering::Acquire) > 0 {
+            let mut fds =
+                [PollFd::new(&self.filler, PollFlags::IN), PollFd::new(&self.done, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return self.fail(format!("cannot wait for page faults: {e}")),
+            }
+            match self.filler.fault() {
+                Ok(Some(at)) => {
+                    let index = self.blocks.partition_point(|block| block.end <= at);
+                    self.fill(index, buffer);
+                }
+                Ok(None) => {}
+                Err(e) => return self.fail(format!("cannot read page faults: {e}")),
+            }
+        }
+    }
+
+    /// Fill all of it.
+    fn fetch(&self, buffer: &mut [u8]) {
+        for index in 0..self.blocks.len() {
+            if self.failed.load(Ordering::Relaxed) {
+                return;
+            }
+            self.fill(index, buffer);
+        }
+    }
+
+    /// See to a block, unless the other thread does: whoever waits for it goes on when that one has
+    /// filled it.
+    fn fill(&self, index: usize, buffer: &mut [u8]) {
+        let (Some(block), Some(taken)) = (self.blocks.get(index), self.taken.get(index)) else {
+            return;
+        };
+        if taken.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let data = match self.contents.read(block, buffer) {
+            Ok(data) => data.unwrap_or_default(),
+            Err(why) => {
+                let path = self.contents.path(block).display();
+                let why = qmp::Error::generic(&why);
+                return self.fail(format!("{path} cannot be used: {why}"));
+            }
+        };
+        let filled = runs(data).try_for_each(|(start, bytes, zero)| {
+            let at = block.start + start;
+            match zero {
+                true => self.filler.fill_zeros(&(at..at + bytes.len() as u64)),
+                false => self.filler.fill(at, bytes),
+            }
+        });
+        if let Err(e) = filled {
+            return self.fail(format!("cannot fill memory at {:#x}: {e}", block.start));
+        }
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let _ = rustix::io::write(&self.done, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// The machine cannot go on.
+    fn fail(&self, why: String) {
+        if self.failed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        log::error!("{why}");
+        (self.report)(Event::MemoryLost(why));
+        thread::sleep(PATIENCE);
+        // The main thread waits for memory itself.
+        terminal::put_back();
+        process::exit(1);
+    }
+}
+
+/// Notices that a thread ends otherwise than it should.
+struct Watch<'a>(&'a Lazy);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail("a thread that fills memory has panicked".into());
+        }
+    }
+}
