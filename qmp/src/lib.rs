@@ -21,6 +21,8 @@ pub mod schema;
 pub mod server;
 mod stream;
 pub mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use error::{Error, ErrorClass};
 pub use request::Request;

@@ -5,6 +5,7 @@
 //! ([`measure`]); what comes out of it are [`Message`]s.
 pub mod chart;
 pub mod control;
+pub mod domains;
 pub mod figures;
 pub mod guests;
 pub mod measure;
@@ -44,6 +45,8 @@ pub enum Metric {
     Restore,
     /// The same with 4 GiB.
     RestoreLarge,
+    /// `stratoctl list` of 100 domains.
+    List,
     /// Sequential reads of 1 MiB.
     SeqRead,
     /// Sequential writes of 1 MiB.
@@ -80,6 +83,7 @@ impl Metric {
             Self::LivePause => ("save while it runs, pause", "ms"),
             Self::Restore => ("restore 256 MiB, exec to byte", "ms"),
             Self::RestoreLarge => ("restore 4 GiB, exec to byte", "ms"),
+            Self::List => ("stratoctl list, 100 domains", "ms"),
             Self::SeqRead => ("sequential read, 1 MiB", "MB/s"),
             Self::SeqWrite => ("sequential write, 1 MiB", "MB/s"),
             Self::RandRead1 => ("random read 4 KiB, depth 1", "IOPS"),
@@ -105,6 +109,8 @@ pub enum Scenario {
     Payload,
     /// Saving and restoring a guest that does nothing but tell that it runs.
     Snapshots,
+    /// Many domains of `stratoctl`: of this monitor alone.
+    Domains,
     /// Linux on this machine's own KVM.
     Linux,
     /// Linux in the emulated host.
@@ -118,6 +124,7 @@ impl Scenario {
         match self {
             Self::Payload => "A payload of a few instructions",
             Self::Snapshots => "Save and restore",
+            Self::Domains => "Many domains",
             Self::Linux => "Linux",
             Self::Emulated => "Linux in the emulated host",
         }

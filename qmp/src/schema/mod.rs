@@ -44,8 +44,8 @@ macro_rules! commands {
         pub const NAMES: &[&str] = &[$($name),*];
 
         /// Something done to every command.
-        #[cfg(test)]
-        trait EachCommand {
+        #[cfg(any(test, feature = "testing"))]
+        pub(crate) trait EachCommand {
             fn command<C: Command>(&mut self);
             fn all(mut self) -> Self where Self: Sized {
                 $(self.command::<$args>();)*

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::control::{Connection, Verb};
 use super::guests::{FIRST_BYTE, HOST_ADDRESS, payload_elf, serve_peer, talker_elf};
-use super::monitors::{Form, Found, Guest, find};
+use super::monitors::{Form, Found, Guest, OURS, find};
 use super::run::Run;
-use super::{Message, Metric, Scenario, snapshots};
+use super::{Message, Metric, Scenario, domains, snapshots};
 use crate::debian::Debian;
 use crate::host::CONTROL;
 use crate::net::Tap;
@@ -23,6 +23,8 @@ use crate::{guest, kernel};
 pub const MEASURE: &str = "--measure";
 /// The initramfs without and with modules, by their names under [`Paths::cache`].
 pub const INITRAMFS: [&str; 2] = ["compare/bare.cpio", "compare/modules.cpio"];
+/// `stratoctl`, likewise.
+pub const STRATOCTL: &str = "compare/stratoctl";
 
 /// What every Linux is told: where its console is, and to end rather than hang.
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
@@ -152,6 +154,8 @@ impl Bench {
                     let result = match scenario {
                         Scenario::Payload => self.payload(found, &sink),
                         Scenario::Snapshots => self.snapshots(found, &sink),
+                        Scenario::Domains if monitor == OURS.name => self.domains(&sink),
+                        Scenario::Domains => Ok(()),
                         Scenario::Linux | Scenario::Emulated => self.linux(found, &sink),
                     };
                     if let Err(error) = result {
@@ -166,10 +170,7 @@ impl Bench {
     }
 
     fn payload(&self, found: &Found, sink: &Sink<'_>) -> Result<()> {
-        let elf = self.dir.join("payload.elf");
-        if !elf.exists() {
-            fs::write(&elf, payload_elf())?;
-        }
+        let elf = self.payload_elf()?;
         let guest = Guest {
             kernel: self.kernel(found, elf)?,
             initramfs: None,
@@ -226,6 +227,13 @@ impl Bench {
             }
         }
         Ok(())
+    }
+
+    fn domains(&self, sink: &Sink<'_>) -> Result<()> {
+        let elf = self.payload_elf()?;
+        let stratoctl = self.paths.cache.join(STRATOCTL);
+        let times = domains::lists(&stratoctl, &self.paths.stratovirt, &elf, &self.dir)?;
+        times.into_iter().try_for_each(|time| sink.time(Metric::List, time))
     }
 
     /// Boots once for the time alone, once with disk and NIC for most figures, and once more with as
@@ -297,6 +305,14 @@ impl Bench {
             mib: MIB,
             devices: None,
         })
+    }
+
+    fn payload_elf(&self) -> Result<PathBuf> {
+        let elf = self.dir.join("payload.elf");
+        if !elf.exists() {
+            fs::write(&elf, payload_elf())?;
+        }
+        Ok(elf)
     }
 
     fn devices(&self) -> (PathBuf, String) {

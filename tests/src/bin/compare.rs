@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use std::{env, io};
 
 use anyhow::{Context, Result, bail};
-use stories::agent::prepare;
+use stories::agent::{self, prepare};
 use stories::bench::figures::Figures;
-use stories::bench::measure::{INITRAMFS, MEASURE, Task, measure};
+use stories::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Task, measure};
 use stories::bench::{Message, Scenario, chart, guests, monitors};
 use stories::debian::Debian;
 use stories::host::{Host, Job, Said};
@@ -24,7 +24,7 @@ Usage: cargo compare [-- OPTIONS]
   --quick      two short runs
   --native     only on this machine's own KVM
   --emulated   only in the emulated host
-  --payload    only the payload of a few instructions
+  --payload    no Linux: only payloads of a few instructions
   -h           this text
 
 STRATOVIRT_GUEST_KERNEL names a kernel that runs natively where an unmodified one does not.
@@ -93,9 +93,10 @@ fn main() -> Result<()> {
     figures.missing = missing.into_iter().map(str::to_owned).collect();
 
     let with_linux = host == Host::Native || env::var_os(GUEST_KERNEL).is_some();
-    let run = Run { paths: &paths, debian: &debian, initramfs: &initramfs };
+    let stratoctl = agent::stratoctl()?;
+    let run = Run { paths: &paths, debian: &debian, initramfs: &initramfs, stratoctl: &stratoctl };
     let mut task = Task {
-        scenarios: vec![Scenario::Payload, Scenario::Snapshots],
+        scenarios: vec![Scenario::Payload, Scenario::Snapshots, Scenario::Domains],
         runs: options.runs,
         seconds: if options.quick { 0.5 } else { 1.0 },
     };
@@ -142,6 +143,7 @@ struct Run<'a> {
     paths: &'a Paths,
     debian: &'a Debian,
     initramfs: &'a [PathBuf; 2],
+    stratoctl: &'a Path,
 }
 
 impl Run<'_> {
@@ -151,8 +153,9 @@ impl Run<'_> {
         for (file, name) in self.initramfs.iter().zip(INITRAMFS) {
             job.files.push((file.clone(), name.to_owned()));
         }
-        if *host != Host::Native {
-            job.files.extend(monitors::files(self.paths, self.debian)?);
+        match host {
+            Host::Native => job.files.push((self.stratoctl.to_owned(), STRATOCTL.to_owned())),
+            _ => job.files.extend(monitors::files(self.paths, self.debian)?),
         }
         let running = host.start(self.paths, self.debian, &job)?;
         let mut step = Step::spinner("Starting");

@@ -1,5 +1,5 @@
 //! Several `stratoctl` at once, and many domains.
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Instant;
 
@@ -107,6 +107,14 @@ fn a_hundred_domains() -> Result<()> {
     ids.sort_unstable();
     ids.dedup();
     ensure!(ids.len() == DOMAINS && ids.last().context("none")? < &1000, "{ids:?}");
+    // However few files it may have open.
+    let list = rig.command(&[]);
+    let mut few = Command::new("sh");
+    few.args(["-c", "ulimit -n 32; exec \"$0\" list"]).arg(list.get_program());
+    few.envs(list.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let table = String::from_utf8(few.output()?.stdout)?;
+    let running = table.lines().filter(|line| line.contains(" running ")).count();
+    ensure!(running == DOMAINS, "{table}");
     each(&words("pause"))?;
     all_are("paused")?;
     each(&words("unpause"))?;

@@ -1,12 +1,12 @@
 //! A registry that was damaged or cannot be written, and verbs that are killed half-way.
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use stories::monitor::SOON;
 
 use crate::rig::Rig;
@@ -148,5 +148,147 @@ fn a_registry_that_cannot_be_written_says_so() -> Result<()> {
     rig.ok(&["new", "vm.json"])?;
     let mode = fs::metadata(rig.file("r/state/vm"))?.permissions().mode() & 0o777;
     ensure!(mode == 0o700, "others may look in: {mode:o}");
+    Ok(())
+}
+
+/// What a script in [`in_a_namespace`] has at hand: `refused WORDS VERB..` is a verb that is refused
+/// in these words.
+const SHELL: &str = r#"
+    refused() {
+        words=$1
+        shift
+        if "$ctl" "$@" 2>said; then exit 1; fi
+        grep -q "$words" said || { cat said; exit 1; }
+        grep -q r/ said || { cat said; exit 1; }
+    }
+"#;
+
+/// Runs `script` by a shell in a mount namespace of its own, with `$ctl` for `stratoctl`.
+fn in_a_namespace(rig: &Rig, script: &str) -> Result<()> {
+    let ctl = rig.command(&[]);
+    let mut command = Command::new("unshare");
+    let root = fs::metadata("/proc/self")?.uid() == 0;
+    command.arg(if root { "-m" } else { "-rm" }).args([
+        "--",
+        "sh",
+        "-exc",
+        &[SHELL, script].concat(),
+    ]);
+    command.envs(ctl.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.env("ctl", ctl.get_program()).current_dir(&rig.dir);
+    let out = command.output().context("cannot run unshare")?;
+    let said = [out.stdout, out.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+    ensure!(out.status.success(), "{}: {}", out.status, said.concat());
+    Ok(())
+}
+
+#[test]
+fn a_full_disk_is_told_and_costs_nothing() -> Result<()> {
+    let rig = Rig::new("full")?;
+    rig.config("vm.json", "hello", "halt")?;
+    in_a_namespace(
+        &rig,
+        r#"
+        mkdir -p r
+        mount -t tmpfs -o size=256k full r
+        $ctl new vm.json --name a
+        if cat /dev/zero >r/ballast; then exit 1; fi
+        refused 'No space left' new vm.json --name b
+        refused 'No space left' create vm.json --name b
+        refused 'No space left' start a
+        test "$($ctl list | grep -c .)" = 2
+        $ctl list | grep -q '^a .*registered'
+        $ctl rename a c
+        rm r/ballast
+        $ctl rename c a
+        $ctl new vm.json --name b
+        $ctl delete b
+        $ctl delete a
+        test "$($ctl list | grep -c .)" = 1
+        "#,
+    )
+}
+
+#[test]
+fn a_registry_that_is_read_only_can_be_looked_at() -> Result<()> {
+    let rig = Rig::new("mounted-ro")?;
+    rig.config("vm.json", "hello", "halt")?;
+    rig.ok(&["new", "vm.json", "--name", "a"])?;
+    rig.ok(&["create", "vm.json", "--name", "b"])?;
+    in_a_namespace(
+        &rig,
+        r#"
+        mount --bind r r
+        mount -o remount,ro,bind r
+        $ctl list | grep -q '^a .*registered'
+        $ctl list | grep -q '^b .*running'
+        $ctl info a b >/dev/null
+        $ctl qmp b query-status | grep -q running
+        for verb in "new vm.json" "start a" "pause b" "destroy b" "rename a c" "delete a"; do
+            refused 'Read-only file system' $verb
+        done
+        "#,
+    )?;
+    ensure!(rig.state("a")? == "registered" && rig.state("b")? == "running");
+    Ok(())
+}
+
+#[test]
+fn a_socket_is_taken_over_from_the_dead_and_not_from_the_living() -> Result<()> {
+    let rig = Rig::new("sockets")?;
+    let path = rig.config("vm.json", "hello", "halt")?;
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let console = json!([{ "console_id": "c", "socket_path": rig.file("c.sock") }]);
+    config.as_object_mut().context("no object")?.insert("console".into(), console);
+    fs::write(&path, config.to_string())?;
+    rig.ok(&["create", "vm.json", "--name", "a"])?;
+    let (what, _) = rig.refused(&["create", "vm.json", "--name", "b"])?;
+    ensure!(what.contains("c.sock"), "{what}");
+    ensure!(rig.state("a")? == "running" && rig.state("b")? == "absent");
+    rig.kill("a")?;
+    ensure!(rig.file("c.sock").exists() && rig.state("a")? == "killed");
+    rig.ok(&["create", "vm.json", "--name", "b"])?;
+    // So it is with the domain's own sockets.
+    rig.ok(&["new", "vm.json", "--name", "c"])?;
+    rig.ok(&["destroy", "b"])?;
+    rig.ok(&["start", "c"])?;
+    rig.kill("c")?;
+    ensure!(rig.file("r/state/c/run/qmp.sock").exists());
+    rig.ok(&["start", "c"])?;
+    ensure!(rig.state("c")? == "running");
+    Ok(())
+}
+
+#[test]
+fn a_clock_that_has_jumped_back_changes_nothing() -> Result<()> {
+    let rig = Rig::new("clock")?;
+    rig.config("vm.json", "count", "plain 1")?;
+    // All that was written before the jump seems to come from the future.
+    let jump = || -> Result<()> {
+        let find = ["r", "kept", "-exec", "touch", "-hd", "2100-01-01", "{}", "+"];
+        ensure!(Command::new("find").args(find).current_dir(&rig.dir).status()?.success());
+        Ok(())
+    };
+    fs::create_dir_all(rig.file("kept"))?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    for _ in 0..2 {
+        jump()?;
+        let row = rig.listed("vm")?.context("not listed")?;
+        let uptime = row.get("uptime").and_then(Value::as_f64).context("no uptime")?;
+        ensure!(row.get("state") == Some(&json!("running")) && uptime < 3600.0, "{row}");
+        rig.ok(&["save", "vm", "kept", "-c"])?;
+        rig.ok(&["suspend", "vm"])?;
+        jump()?;
+        ensure!(rig.state("vm")? == "suspended");
+        rig.ok(&["check", "kept"])?;
+        rig.ok(&["restore", "kept", "--name", "other"])?;
+        rig.ok(&["destroy", "other"])?;
+        rig.ok(&["resume", "vm"])?;
+    }
+    rig.kill("vm")?;
+    jump()?;
+    ensure!(rig.state("vm")? == "killed");
+    rig.ok(&["start", "vm"])?;
     Ok(())
 }

@@ -25,7 +25,7 @@ mod load;
 mod receive;
 mod save;
 mod send;
-mod stream;
+pub mod stream;
 #[cfg(test)]
 mod tests;
 

@@ -80,7 +80,11 @@ pub fn members(object: &Value) -> String {
             }
             (_, other) => other.to_string(),
         };
-        text.push_str(&format!("{:<9}{shown}\n", format!("{name}:")));
+        let line = match shown.starts_with('\n') {
+            true => format!("{name}:{shown}\n"),
+            false => format!("{:<9}{shown}\n", format!("{name}:")),
+        };
+        text.push_str(&line);
     }
     text
 }

@@ -6,6 +6,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
 
 use super::{Answer, Context, ended};
@@ -19,8 +20,8 @@ use crate::{
     verbs::{List, Wait},
 };
 
-/// Domains that are asked at the same time: as many connections.
-const AT_ONCE: usize = 256;
+/// Most domains that are asked at the same time: as many connections.
+const AT_ONCE: u64 = 256;
 /// Time between two looks at a domain that is waited for.
 const LOOK: Duration = Duration::from_millis(20);
 /// Lines of a log that are shown.
@@ -95,8 +96,11 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
         [] => ctx.registry.names()?.into_iter().collect(),
         names => names.to_vec(),
     };
+    // Some descriptors are for other things.
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let at_once = (files / 2).clamp(1, AT_ONCE) as usize;
     let mut rows = Vec::with_capacity(all.len());
-    for batch in all.chunks(AT_ONCE) {
+    for batch in all.chunks(at_once) {
         let asked: Vec<_> = batch
             .iter()
             .map(|name| {

@@ -1,21 +1,28 @@
 //! The registry when its disk fails, and when its process is killed before any one step.
 use std::{
+    any,
     cell::Cell,
-    fs, io,
+    env, fs, io,
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
+    process::Command,
     sync::Mutex,
 };
+
+use rustix::process::{Signal, getpid, kill_process};
 
 use serde_json::json;
 
 use super::*;
 use crate::policy::Policy;
 
-/// A disk that does some steps and then none: the process was killed, or the disk is full.
+/// A disk that does some steps and then none: it is full, or the process is killed.
 struct Failing {
     steps: Mutex<u32>,
     /// The step that is not done leaves half a file behind.
     torn: bool,
+    /// At that step the process is killed.
+    killed: bool,
 }
 
 impl Failing {
@@ -29,6 +36,9 @@ impl Failing {
             None => {
                 if std::mem::take(&mut *steps) == 0 {
                     last();
+                }
+                if self.killed {
+                    kill_process(getpid(), Signal::KILL).expect("a signal");
                 }
                 Err(io::ErrorKind::StorageFull.into())
             }
@@ -83,13 +93,16 @@ impl Bench {
     }
 
     fn registry(&self, disk: impl Disk + Sync + 'static) -> Registry {
-        let root = self.dir.path();
-        Registry { run: root.join("run"), state: root.join("state"), disk: Box::new(disk) }
+        below(self.dir.path(), disk)
     }
 
     fn real(&self) -> Registry {
         self.registry(Real)
     }
+}
+
+fn below(root: &Path, disk: impl Disk + Sync + 'static) -> Registry {
+    Registry { run: root.join("run"), state: root.join("state"), disk: Box::new(disk) }
 }
 
 fn name(word: &str) -> Name {
@@ -106,36 +119,70 @@ fn description(vcpus: u64) -> Description {
     }
 }
 
-/// Do `change` on a disk that fails after 0, 1, 2 ... steps until it succeeds, each time from what
-/// `before` makes; `seen` looks at what is left, which must be as before or as after.
-fn at_every_step<T: PartialEq + std::fmt::Debug>(
-    before: impl Fn(&Registry),
+/// What a process is told that is to be killed: the change, the directory, the steps that it does
+/// before, and whether the next one is torn.
+const KILLED: &str = "STRATOCTL_TEST_KILLED";
+
+/// Do `change` on a disk that fails after 0, 1, 2 ... steps until it succeeds, and in processes that
+/// are killed there, each time from what `before` makes; `seen` looks at what is left, which must be
+/// as before or as after. `what` tells two changes of one test from each other.
+fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
+    what: &str,
+    before: B,
     change: impl Fn(&Registry) -> anyhow::Result<()>,
     seen: impl Fn(&Registry) -> T,
 ) {
+    if let Ok(task) = env::var(KILLED) {
+        let words: Vec<&str> = task.split_whitespace().collect();
+        let [it, dir, steps, torn] = words[..] else { panic!("{task}") };
+        if it == what {
+            let _held = below(Path::new(dir), Real).lock(&name("a")).expect("a lock");
+            let steps = Mutex::new(steps.parse().expect("a number"));
+            let disk = Failing { steps, torn: torn == "true", killed: true };
+            change(&below(Path::new(dir), disk)).expect("it comes to its end");
+        }
+        return;
+    }
+    // This very test, by the name of what is written in it.
+    let test = any::type_name::<B>();
+    let test = test.split("::").skip(1).filter(|part| !part.starts_with('{'));
+    let test = test.collect::<Vec<_>>().join("::");
     let plain = Bench::new();
     before(&plain.real());
     let old = seen(&plain.real());
     change(&plain.real()).expect("it works on a disk that does");
     let new = seen(&plain.real());
     assert_ne!(old, new, "it changes something");
-    for torn in [false, true] {
+    for (torn, killed) in [(false, false), (true, false), (false, true), (true, true)] {
         let news = Cell::new(0);
         for steps in 0.. {
             let bench = Bench::new();
             before(&bench.real());
-            let done = change(&bench.registry(Failing { steps: Mutex::new(steps), torn }));
+            let done = if killed {
+                let mut child = Command::new(env::current_exe().expect("this program"));
+                let task = format!("{what} {} {steps} {torn}", bench.dir.path().display());
+                let child = child.args([test.as_str(), "--exact"]).env(KILLED, task);
+                let out = child.output().expect("a process");
+                assert!(out.status.success() || out.status.signal() == Some(9), "{out:?}");
+                let ran = String::from_utf8_lossy(&out.stdout).contains("running 1 test");
+                assert!(ran, "there is no test {test}");
+                out.status.success()
+            } else {
+                let steps = Mutex::new(steps);
+                change(&bench.registry(Failing { steps, torn, killed })).is_ok()
+            };
             let left = seen(&bench.real());
             assert!(left == old || left == new, "after {steps} steps: {left:?}");
             // Once it is new it stays so.
             assert!(news.get() == 0 || left == new, "after {steps} steps: {left:?}");
             news.set(news.get() + u32::from(left == new));
-            if done.is_ok() {
+            if done {
                 assert_eq!(left, new, "it says that it is done");
                 assert!(steps > 1, "there are steps to fail at");
                 break;
             }
             // Whoever tries again gets there.
+            let _held = bench.real().try_lock(&name("a")).expect("nobody has the lock");
             if left == old {
                 change(&bench.real()).expect("the second time");
                 assert_eq!(seen(&bench.real()), new);
@@ -160,6 +207,7 @@ fn everything(registry: &Registry) -> Vec<(Name, bool, Description)> {
 fn a_domain_is_registered_or_not_whenever_it_is_killed() {
     for managed in [true, false] {
         at_every_step(
+            if managed { "managed" } else { "unmanaged" },
             |_| (),
             |registry| registry.add(&name("a"), managed, &description(1)).map(drop),
             everything,
@@ -171,6 +219,7 @@ fn a_domain_is_registered_or_not_whenever_it_is_killed() {
 fn a_domain_is_forgotten_or_not_whenever_it_is_killed() {
     for managed in [true, false] {
         at_every_step(
+            if managed { "managed" } else { "unmanaged" },
             |registry| {
                 let place = registry.add(&name("a"), managed, &description(1)).expect("added");
                 registry.prepare(&place, &description(1), &json!({})).expect("prepared");
@@ -192,6 +241,7 @@ fn a_domain_has_the_old_name_or_the_new_one_and_its_monitor_with_it() {
     };
     for managed in [true, false] {
         at_every_step(
+            if managed { "managed" } else { "unmanaged" },
             |registry| {
                 let place = registry.add(&name("a"), managed, &description(1)).expect("added");
                 registry.prepare(&place, &description(1), &json!({})).expect("prepared");
@@ -215,6 +265,7 @@ fn a_suspended_state_counts_or_not_whenever_it_is_killed() {
     let seen = |registry: &Registry| registry.find(&name("a")).expect("a place").is_saved();
     let place = |registry: &Registry| registry.find(&name("a")).expect("a place");
     at_every_step(
+        "spend",
         suspended,
         |registry| match seen(registry) {
             true => registry.spend(&place(registry)),
@@ -227,6 +278,7 @@ fn a_suspended_state_counts_or_not_whenever_it_is_killed() {
         registry.spend(&place(registry)).expect("spent");
     };
     at_every_step(
+        "unspend",
         spent,
         |registry| match seen(registry) {
             true => Ok(()),
@@ -239,6 +291,7 @@ fn a_suspended_state_counts_or_not_whenever_it_is_killed() {
 #[test]
 fn what_is_kept_belongs_to_one_domain_whenever_it_is_killed() {
     at_every_step(
+        "set-aside",
         |registry| {
             let place = registry.add(&name("a"), true, &description(1)).expect("added");
             registry.prepare(&place, &description(1), &json!({})).expect("prepared");
@@ -257,6 +310,7 @@ fn what_is_kept_belongs_to_one_domain_whenever_it_is_killed() {
 #[test]
 fn a_start_that_was_not_prepared_to_the_end_can_be_prepared_anew() {
     at_every_step(
+        "prepare",
         |registry| {
             registry.add(&name("a"), true, &description(1)).expect("added");
         },

@@ -1,0 +1,5 @@
+#![no_main]
+#[path = "../src/virtio.rs"]
+mod virtio;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::entry(data));

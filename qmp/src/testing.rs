@@ -1,0 +1,57 @@
+//! What clients send, without a socket: for fuzzers.
+use crate::{
+    Request,
+    decode::decode,
+    request::answer,
+    schema::{Command, EachCommand},
+    stream::{Item, Splitter},
+};
+
+/// Cut `bytes` into messages and take those for commands that are some. How they arrive makes no
+/// difference.
+///
+/// # Panics
+/// When something is wrong with this crate.
+pub fn messages(bytes: &[u8]) {
+    let whole = items(bytes, bytes.len());
+    let piece = usize::from(bytes.first().copied().unwrap_or(0) % 7) + 1;
+    assert!(whole == items(bytes, piece), "pieces of {piece} bytes are read differently");
+    for item in whole {
+        if let Item::Object(text, _) = item {
+            let (request, id) = Request::parse(&text);
+            let result = request.map(|request| Decode(request).all()).map(|_| true.into());
+            let line = answer(result, &id);
+            assert!(
+                line.ends_with(b"\r\n")
+                    && serde_json::from_slice::<serde_json::Value>(&line).is_ok()
+            );
+        }
+    }
+}
+
+fn items(bytes: &[u8], piece: usize) -> Vec<Item> {
+    let mut splitter = Splitter::new();
+    let mut items = Vec::new();
+    for mut piece in bytes.chunks(piece.max(1)) {
+        while !piece.is_empty() {
+            let (used, item) = splitter.read(piece);
+            items.extend(item);
+            piece = piece.get(used..).unwrap_or_default();
+        }
+    }
+    items
+}
+
+/// Takes its arguments for those of each command of that name.
+struct Decode(Request);
+
+impl EachCommand for Decode {
+    fn command<C: Command>(&mut self) {
+        // Names that differ in case and the like are no commands, but have arguments all the same.
+        if self.0.execute.eq_ignore_ascii_case(C::NAME)
+            && let Err(error) = decode::<C>(self.0.arguments.clone())
+        {
+            assert!(!error.to_string().is_empty());
+        }
+    }
+}
