@@ -93,3 +93,27 @@ fn is_realtime(word: &str) -> Result<bool, Rule> {
         _ => Err("clock must be continue or realtime".into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_is_said_behind_a_directory_and_behind_a_stream() {
+        let on = |mapped| Source::Directory { path: "/a".into(), mapped };
+        assert_eq!(directory("/a").ok(), Some((on(Mapped::On), false)));
+        assert_eq!(directory("/a,clock=realtime,mapped=off").ok(), Some((on(Mapped::Off), true)));
+        assert_eq!(
+            directory("/a,mapped=uffd,clock=continue").ok(),
+            Some((on(Mapped::Uffd), false))
+        );
+        for wrong in ["/a,", "/a,clock", "/a,clock=host", "/a,b=c", "/a,mapped=no,clock="] {
+            assert!(directory(wrong).is_err(), "{wrong}");
+        }
+        let unix = |text| stream(text, |path| Ok(Stream::Unix(path.into()))).ok();
+        let at = |path: &str| Source::Stream(Stream::Unix(path.into()));
+        assert_eq!(unix("/a,b"), Some((at("/a,b"), false)));
+        assert_eq!(unix("/a,b,clock=realtime"), Some((at("/a,b"), true)));
+        assert_eq!(unix("/a,clock=host"), None);
+    }
+}
