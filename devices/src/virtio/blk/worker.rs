@@ -351,7 +351,11 @@ impl BlockWorker {
         // The chain was walked, so the byte is in guest memory.
         let _ = self.memory.write_obj(status, ticket.status);
         let data = if status == OK && ticket.kind == Kind::Read { ticket.bytes } else { 0 };
-        self.used(ticket.lane, ticket.head, u32::try_from(data).map_or(u32::MAX, |n| n + 1));
+        self.used(
+            ticket.lane,
+            ticket.head,
+            u32::try_from(data).map_or(u32::MAX, |n| n.saturating_add(1)),
+        );
     }
 
     fn used(&mut self, index: usize, head: u16, len: u32) {

@@ -187,7 +187,8 @@ enum Outcome {
 
 /// Wait until it has done something about it; `None` if it has not in time.
 fn wait(held: &mut Held, limit: Option<Duration>) -> anyhow::Result<Option<Outcome>> {
-    let deadline = limit.map(|limit| Instant::now() + limit);
+    // A limit beyond the end of time is none.
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     let client = held.seen.client()?;
     let mut why = None;
     let reason = |event: &ReceivedEvent| {

@@ -192,7 +192,8 @@ fn plain(name: &Name, line: &str) -> String {
     let Ok(event) = serde_json::from_str::<ReceivedEvent>(line) else {
         return format!("{name} says {line:?}");
     };
-    let when = UNIX_EPOCH + Duration::from_secs(event.timestamp.seconds);
+    let since = Duration::from_secs(event.timestamp.seconds);
+    let when = UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH);
     let mut text =
         format!("{}.{:06} {name} {}", clock(when), event.timestamp.microseconds, event.event);
     for (key, value) in event.data.as_object().into_iter().flatten() {
@@ -369,6 +370,8 @@ mod tests {
         let shown = "1970-01-01T00:00:00.000007 web SHUTDOWN guest=true reason=guest-\\u{1b}";
         assert_eq!(plain(&name, line), shown);
         assert_eq!(plain(&name, "\x1b"), "web says \"\\u{1b}\"");
+        let never = line.replace("\"seconds\":0", "\"seconds\":18446744073709551615");
+        assert!(plain(&name, &never).contains("SHUTDOWN"));
         assert!(with_name(&name, line).contains(r#""domain":"web""#));
     }
 

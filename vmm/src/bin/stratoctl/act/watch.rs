@@ -220,7 +220,8 @@ impl WaitFor {
 pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
     let name = &args.domain;
     let timeout = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
-    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    // One beyond the end of time is none.
+    let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut first = true;
     loop {
         let (_, seen) = ctx.look(name);
