@@ -166,12 +166,13 @@ fn as_the_file_says_for_domains() -> Result<()> {
             is_halted(&mut qmp, state)?;
             quits(&stage, &mut monitor, &mut qmp)?;
         }
-        let (_monitor, mut qmp) = domain(way, key, "restart")?;
+        let (mut monitor, mut qmp) = domain(way, key, "restart")?;
         for _ in 0..2 {
             qmp.wait_event("RESET", SOON)?;
         }
         simple(&mut qmp, "quit")?;
-        drop(qmp);
+        // Else the next one's client may meet this one's socket.
+        monitor.wait_exit()?;
         let (mut monitor, mut qmp) = domain(way, key, "destroy")?;
         let (guest, reason, status) = match (key, state) {
             ("on_poweroff", _) => (true, "guest-shutdown", 0),
