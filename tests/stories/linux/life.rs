@@ -17,7 +17,9 @@ fn started(story: &Story) -> Result<Monitor> {
 
 fn uptime(guest: &mut Monitor) -> Result<Duration> {
     let shown = guest.sh("cut -d ' ' -f 1 /proc/uptime")?;
-    Ok(Duration::from_secs_f64(shown.trim().parse().with_context(|| format!("uptime {shown}"))?))
+    // What runs in the background may have its lines in between.
+    let seconds = shown.split_whitespace().find_map(|word| word.parse().ok());
+    Ok(Duration::from_secs_f64(seconds.with_context(|| format!("uptime {shown}"))?))
 }
 
 pub fn stop_and_cont(story: &Story) -> Result<()> {
