@@ -60,6 +60,8 @@ impl Options {
                 "--emulated" => options.native = false,
                 "--payload" => (options.payload, options.emulated) = (true, false),
                 "-h" | "--help" => return Ok(None),
+                // The alias ends with one already.
+                "--" => {}
                 _ => bail!("{word} is no option\n\n{USAGE}"),
             }
         }
