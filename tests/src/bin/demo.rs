@@ -38,7 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 fn main() -> Result<ExitCode> {
     let args: Vec<String> = env::args().skip(1).collect();
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    // The alias ends with a -- already: one more is what cargo's users are used to.
+    let args: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--").collect();
     match args.as_slice() {
         [] => outside(false),
         ["--shell"] => outside(true),
