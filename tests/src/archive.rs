@@ -3,6 +3,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
@@ -146,22 +147,38 @@ pub fn check_ext4(debian: &Debian, image: &Path, mend: bool) -> Result<String> {
     Ok(said)
 }
 
-/// Puts `from` at `to` with the directories above it: linked where that is possible, else copied.
+/// Puts `from` at `to` with the directories above it, unless there is something: linked where that is
+/// possible, else copied.
 ///
 /// # Errors
 /// `from` cannot be read or `to` not be written.
 pub fn place(from: &Path, to: &Path) -> Result<()> {
-    if to.exists() {
-        return Ok(());
-    }
+    if to.exists() { Ok(()) } else { replace(from, to) }
+}
+
+/// As [`place`], in the place of what is there. Others may do the same at the same time.
+///
+/// # Errors
+/// As [`place`].
+pub fn replace(from: &Path, to: &Path) -> Result<()> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
     if let Some(dir) = to.parent() {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
     let from = fs::canonicalize(from).with_context(|| format!("cannot find {}", from.display()))?;
-    if fs::hard_link(&from, to).is_err() {
-        fs::copy(&from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    // Under a name of its own first: to copy onto a link to the same file would empty it.
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let name = to.file_name().context("a path without a name")?.to_string_lossy();
+    let own = to.with_file_name(format!("{name}.{}.{count}", std::process::id()));
+    if fs::hard_link(&from, &own).is_err() {
+        fs::copy(&from, &own).with_context(|| format!("cannot copy {}", from.display()))?;
     }
-    Ok(())
+    fs::rename(&own, to).with_context(|| format!("cannot make {}", to.display()))?;
+    // Where both are links to one file, a rename does nothing.
+    match fs::remove_file(&own) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// The names under which a busybox can be called.
@@ -176,6 +193,23 @@ pub fn applets(busybox: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_placed_again_and_again_stays_whole() {
+        let dir = std::env::temp_dir().join(format!("place.{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let (from, to) = (dir.join("from"), dir.join("there/to"));
+        fs::write(&from, "whole").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..50).for_each(|_| replace(&from, &to).unwrap()));
+            }
+        });
+        assert_eq!(fs::read_to_string(&from).unwrap(), "whole");
+        assert_eq!(fs::read_to_string(&to).unwrap(), "whole");
+        assert_eq!(fs::read_dir(dir.join("there")).unwrap().count(), 1, "nothing else is left");
+        fs::remove_dir_all(dir).unwrap();
+    }
 
     #[test]
     fn an_archive_is_made_of_headers_names_and_contents_each_padded_to_four_bytes() {

@@ -20,7 +20,7 @@ use std::{env, thread};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::archive::{applets, make_ext4, place};
+use crate::archive::{applets, make_ext4, place, replace};
 use crate::debian::{Debian, libraries, output};
 use crate::guest;
 use crate::paths::{BINARY, CACHE, GUEST_KERNEL, Paths, SCRATCH, SEED, atomically};
@@ -306,11 +306,7 @@ impl Sort {
 /// In a network namespace of its own; without root in a user namespace too, which has the same effect.
 fn native(paths: &Paths, job: &Job) -> Result<Running> {
     for (from, name) in &job.files {
-        let to = paths.cache.join(name);
-        if to.exists() {
-            fs::remove_file(&to)?;
-        }
-        place(from, &to)?;
+        replace(from, &paths.cache.join(name))?;
     }
     let root =
         fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
