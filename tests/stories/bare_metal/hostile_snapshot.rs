@@ -431,10 +431,8 @@ fn a_memory_file_cut_off_under_a_vcpu_ends_the_machine_with_a_word() -> Result<(
     let status = monitor.wait_exit()?;
     let said = monitor.shown_to_its_end()?;
     ensure!(status.code() == Some(1), "it ended with {status}: {said}");
-    ensure!(
-        said.contains("guest memory is mapped from was cut off: 0 of 33554432 bytes"),
-        "{said}"
-    );
+    // Whoever touches it first says so: KVM for the vCPU, or a signal for its devices.
+    ensure!(said.contains("guest memory") && said.contains("was cut off"), "{said}");
     Ok(())
 }
 
