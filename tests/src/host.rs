@@ -380,7 +380,8 @@ fn remove_dead(paths: &Paths) -> Result<()> {
         let name = name.to_str().and_then(|name| name.strip_prefix(DIRECTORY));
         let process = name.and_then(|name| name.split('.').next());
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
-            fs::remove_dir_all(entry.path())?;
+            // Another host that starts may be at it, too. What is left is for the next one.
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
     Ok(())
