@@ -101,7 +101,7 @@ pub fn without_acpi(story: &Story) -> Result<()> {
 pub fn virtio_without_acpi(story: &Story) -> Result<()> {
     let image = story.dir.join("root.img");
     root_disk(&story.debian, &image)?;
-    let vm = Vm::linux(&story.paths, Kernel::Given)
+    let vm = Vm::native(&story.paths)?
         .disk("rootfs", &image, false)
         .append("acpi=off story=disk disk=/dev/vda");
     let mut guest = vm.start(&story.paths, &story.dir)?;
