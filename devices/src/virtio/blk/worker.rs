@@ -465,10 +465,12 @@ impl Spin {
     /// A notification this soon says that a longer window would have caught the request. It is
     /// more than the window's maximum by what the notification itself and the wake-up take.
     const SOON: Duration = Duration::from_micros(100);
-    /// A turn of the loop that took this long was interrupted by another thread.
-    const STOLEN: Duration = Duration::from_micros(20);
-    /// No waiting for so long after that.
-    const REST: Duration = Duration::from_millis(10);
+    /// A turn of the loop that took this long was interrupted by another thread: a timer's
+    /// interrupt takes half of it where the host is a virtual machine itself.
+    const STOLEN: Duration = Duration::from_micros(50);
+    /// No waiting for so long after that: where this thread shares its CPU with the guest, one
+    /// window in each of these is lost.
+    const REST: Duration = Duration::from_millis(1);
 
     /// The driver had to notify.
     fn woken(&mut self) {
