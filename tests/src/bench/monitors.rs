@@ -41,6 +41,9 @@ pub struct Guest {
     pub vcpus: u32,
     /// RAM in MiB.
     pub mib: u64,
+    /// The kernel finds its devices by ACPI, not on its command line. For the monitors that have
+    /// to be told.
+    pub acpi: bool,
     /// A raw image to write to, and a tap.
     pub devices: Option<(PathBuf, String)>,
 }
@@ -290,8 +293,10 @@ fn ours(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Resu
 
 fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Result<()> {
     // KVM without hardware virtualisation announces a register that it does not let be set.
-    let machine = "-M microvm,accel=kvm -cpu host,-arch-capabilities -nodefaults -no-user-config -nographic -no-reboot -serial stdio";
+    let machine = "-cpu host,-arch-capabilities -nodefaults -no-user-config -nographic -no-reboot -serial stdio";
     command.args(machine.split(' '));
+    let acpi = if guest.acpi { "on" } else { "off" };
+    command.arg("-M").arg(format!("microvm,accel=kvm,acpi={acpi}"));
     command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escaped(socket)));
     command.arg("-kernel").arg(&guest.kernel);
