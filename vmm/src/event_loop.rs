@@ -1,5 +1,6 @@
 //! The main thread's loop: QMP clients, signals and what the machine reports.
 use std::{
+    ffi::c_int,
     io,
     sync::{
         Arc,
@@ -17,6 +18,9 @@ use crate::{
     commands,
     vmm::{Ending, Vmm},
 };
+
+/// The signals that end the monitor.
+pub const ENDING: [c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 
 const WAKE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -40,7 +44,7 @@ impl EventLoop {
     pub fn new() -> io::Result<Self> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
-        let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGQUIT])?;
+        let mut signals = Signals::new(ENDING)?;
         poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
         let (sender, reports) = channel();
         Ok(Self { poll, signals, reports, sender, waker })

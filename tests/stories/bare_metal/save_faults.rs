@@ -1,7 +1,6 @@
 //! Hosts that fail in the middle of a save, at every step of it: the answer says where, the guest runs
 //! on, and the older save is as it was.
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -35,15 +34,10 @@ fn fails(qmp: &mut Client, saved: &Path, live: bool, says: &str) -> Result<()> {
 #[test]
 fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> {
     let mut stage = Stage::new("hostile-fail")?;
-    let (plan, library, script) = (stage.file("plan"), stage.file("fail.so"), stage.file("run"));
+    let (plan, library) = (stage.file("plan"), stage.file("fail.so"));
     fs::write(&library, include_bytes!(concat!(env!("OUT_DIR"), "/fail.so")))?;
     fs::write(&plan, "")?;
-    let monitor = stage.paths.stratovirt.display();
-    let (with, from) = (library.display(), plan.display());
-    let lines = format!("#!/bin/sh\nFAIL='{from}' LD_PRELOAD='{with}' exec '{monitor}' \"$@\"\n");
-    fs::write(&script, lines)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    stage.paths.stratovirt = script;
+    stage.run_by(&format!("env FAIL='{}' LD_PRELOAD='{}'", plan.display(), library.display()))?;
     // What the library does to find out what to do is not what the filter expects of a monitor.
     let vm = stage.vm("count", "registers 1")?.args(&["-disable-seccomp"]);
     let (mut monitor, mut qmp) = stage.start(vm)?;
@@ -84,17 +78,10 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
 #[test]
 fn a_full_file_system_leaves_the_guest_running_and_the_older_save_whole() -> Result<()> {
     let mut stage = Stage::new("hostile-full")?;
-    let (small, script) = (stage.file("small"), stage.file("run"));
+    let small = stage.file("small");
     fs::create_dir(&small)?;
-    let (monitor, at) = (stage.paths.stratovirt.display(), small.display());
-    // In a mount namespace of the monitor's own.
-    let lines = format!(
-        "#!/bin/sh\nexec unshare -m sh -ec '\n\
-         mount -t tmpfs -o size=12m small '\"'{at}'\"'\nexec \"$0\" \"$@\"' '{monitor}' \"$@\"\n"
-    );
-    fs::write(&script, lines)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    stage.paths.stratovirt = script;
+    let mount = format!("mount -t tmpfs -o size=12m small \"{}\"", small.display());
+    stage.prepare("-m", &mount)?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
     monitor.wait_for("processors 1", SOON)?;
     let uri = format!("file:{}", small.join("saved").display());

@@ -83,9 +83,13 @@ impl Stage {
     /// Runs `commands` before the monitor, in a namespace of their own (`-n` network, `-m` mounts):
     /// what they make goes when the monitor goes.
     pub fn prepare(&mut self, namespace: &str, commands: &str) -> Result<()> {
-        let (script, monitor) = (self.file("prepared"), self.paths.stratovirt.display());
-        let run = format!("unshare {namespace} sh -ec '\n{commands}\nexec \"$0\" \"$@\"'");
-        fs::write(&script, format!("#!/bin/sh\nexec {run} '{monitor}' \"$@\"\n"))?;
+        self.run_by(&format!("unshare {namespace} sh -ec '\n{commands}\nexec \"$0\" \"$@\"'"))
+    }
+
+    /// Lets `command`, as a shell reads it, start the monitor: that and its arguments are appended.
+    pub fn run_by(&mut self, command: &str) -> Result<()> {
+        let (script, monitor) = (self.file("run"), self.paths.stratovirt.display());
+        fs::write(&script, format!("#!/bin/sh\nexec {command} '{monitor}' \"$@\"\n"))?;
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
         self.paths.stratovirt = script;
         Ok(())

@@ -47,7 +47,7 @@ impl Progress {
 
 /// Blocks of an image of `size` bytes.
 pub fn blocks(size: u64) -> impl Iterator<Item = Range<u64>> {
-    (0..size).step_by(2 << 20).map(move |at| at..size.min(at + BLOCK))
+    (0..size).step_by(BLOCK as usize).map(move |at| at..size.min(at + BLOCK))
 }
 
 /// The parts of `ranges`, ascending, that lie in each block that they touch.
@@ -96,7 +96,7 @@ impl Writer {
             let zero = ZeroSums::default();
             blocks(size).map(|block| zero.of(&block)).collect()
         });
-        Ok(Self { memory, file, size, sums, buffer: vec![0; 2 << 20], whole, again: false })
+        Ok(Self { memory, file, size, sums, buffer: vec![0; BLOCK as usize], whole, again: false })
     }
 
     /// Write what is in `ranges`, ascending. The first time, all outside of them must be zero, or
@@ -196,7 +196,7 @@ pub struct ZeroSums {
 
 impl Default for ZeroSums {
     fn default() -> Self {
-        let zeros = vec![0; 2 << 20];
+        let zeros = vec![0; BLOCK as usize];
         let whole = crc32fast::hash(&zeros);
         Self { zeros, whole }
     }

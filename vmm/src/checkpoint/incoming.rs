@@ -12,17 +12,17 @@ use std::{
 use machine::inherited;
 use qmp::server::{BindError, claim};
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::PollFlags,
     io::Errno,
     net::{SocketFlags, accept_with},
 };
 use signal_hook::{
     SigId,
-    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
     low_level::{pipe, unregister},
 };
 
-use crate::cli::Stream;
+use super::wait;
+use crate::{cli::Stream, event_loop::ENDING};
 
 /// Why there is no stream to read.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +117,7 @@ impl Signals {
     fn watch() -> io::Result<Self> {
         let (came, write) = UnixStream::pair()?;
         let mut this = Self { came, registered: Vec::new() };
-        for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT] {
+        for signal in ENDING {
             this.registered.push(pipe::register(signal, write.try_clone()?)?);
         }
         Ok(this)
@@ -125,16 +125,7 @@ impl Signals {
 
     /// Wait until there is something to read from `fd`.
     fn wait_beside(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.came, PollFlags::IN)];
-        loop {
-            match poll(&mut fds, None) {
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-                Ok(_) => break,
-            }
-        }
-        let [_, came] = fds;
-        match came.revents().is_empty() {
+        match wait::until(fd, PollFlags::IN, &self.came)? {
             true => Ok(()),
             false => Err(io::Error::other("ended by a signal")),
         }

@@ -103,7 +103,7 @@ impl Layers {
         let overlays = overlays.map_err(failed)?;
         let base = self.layer(0).map_err(failed)?;
         let memory = ram::map(config, &base.file, &overlays)?;
-        let mut buffer = vec![0; 2 << 20];
+        let mut buffer = vec![0; BLOCK as usize];
         for (range, layer) in copied {
             let file = &self.layer(layer).map_err(failed)?.file;
             for at in range.clone().step_by(buffer.len()) {
@@ -253,7 +253,7 @@ impl Contents {
         &self,
         mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> Result<(), (PathBuf, ImageError)> {
-        let mut buffer = vec![0; 2 << 20];
+        let mut buffer = vec![0; BLOCK as usize];
         for block in blocks(self.layers.size) {
             let read = self.read(&block, &mut buffer);
             read.and_then(|data| {

@@ -22,14 +22,12 @@ use machine::{
     config::MemoryConfig,
     memory::fault::{FaultError, Filler, allocate_missing},
 };
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
-    io::Errno,
-};
+use rustix::event::{EventfdFlags, PollFlags, eventfd};
 
 use super::{
-    image::{blocks, runs},
+    image::{BLOCK, blocks, runs},
     layers::Contents,
+    wait,
 };
 use crate::terminal;
 
@@ -94,7 +92,7 @@ pub fn start(
         let lazy = lazy.clone();
         let run = move || {
             let _watch = Watch(&lazy);
-            work(&lazy, &mut vec![0; 2 << 20]);
+            work(&lazy, &mut vec![0; BLOCK as usize]);
         };
         Builder::new()
             .name(name.into())
@@ -109,10 +107,9 @@ impl Lazy {
     /// Fill what somebody waits for, until all is there.
     fn serve(&self, buffer: &mut [u8]) {
         while self.left.load(Ordering::Acquire) > 0 {
-            let mut fds =
-                [PollFd::new(&self.filler, PollFlags::IN), PollFd::new(&self.done, PollFlags::IN)];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
+            match wait::until(&self.filler, PollFlags::IN, &self.done) {
+                Ok(true) => {}
+                Ok(false) => return,
                 Err(e) => return self.fail(format!("cannot wait for page faults: {e}")),
             }
             match self.filler.fault() {

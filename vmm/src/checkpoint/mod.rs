@@ -28,6 +28,7 @@ mod send;
 pub mod stream;
 #[cfg(test)]
 mod tests;
+mod wait;
 
 pub use adapt::AdaptError;
 pub use content::{Base, Config, Content, ContentError, read as read_state};

@@ -77,7 +77,7 @@ pub fn receive(
     let size = first.machine.memory.size;
     let mut left = size.saturating_mul(TIMES);
     let mut body = Vec::new();
-    let zeros = vec![0; 1 << 20];
+    let zeros = vec![0; PIECE as usize];
     loop {
         let kind = frames.take(&mut body)?;
         let (at, bytes) = match (kind, body.split_first_chunk::<8>()) {

@@ -17,10 +17,11 @@ use super::{
     image::{Progress, runs},
     save::{SaveError, Saved, Sink},
     stream::{Kind, Writer},
+    wait,
 };
 use machine::{MachineState, Memory, memory::image as ram};
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    event::{EventfdFlags, PollFlags, eventfd},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
     net::{Shutdown, shutdown},
@@ -100,16 +101,7 @@ impl Peer {
 
     /// Wait until the other side can take more, or has something to say.
     fn wait(&self, flags: PollFlags) -> io::Result<()> {
-        let mut fds = [PollFd::new(&self.fd, flags), PollFd::new(&self.cancel.0, PollFlags::IN)];
-        loop {
-            match poll(&mut fds, None) {
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-                Ok(_) => break,
-            }
-        }
-        let [_, cancel] = fds;
-        match cancel.revents().is_empty() {
+        match wait::until(&self.fd, flags, &self.cancel.0)? {
             true => Ok(()),
             // Not `Interrupted`: the standard library would try again.
             false => Err(io::Error::from(io::ErrorKind::TimedOut)),
@@ -164,13 +156,13 @@ impl Stream {
             Ok(to)
         };
         let to = begin().map_err(|e| failed(e, progress))?;
-        Ok(Self { to, memory, buffer: vec![0; 1 << 20], again: false })
+        Ok(Self { to, memory, buffer: vec![0; PIECE as usize], again: false })
     }
 
     fn send(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
         let pieces = ranges.iter().flat_map(|range| {
             let ends = |at: u64| at..range.end.min(at.saturating_add(PIECE));
-            range.clone().step_by(1 << 20).map(ends)
+            range.clone().step_by(PIECE as usize).map(ends)
         });
         for piece in pieces {
             progress.check()?;

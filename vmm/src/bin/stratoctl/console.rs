@@ -15,10 +15,8 @@ use rustix::{
     io::Errno,
     termios::{OptionalActions, Termios, tcgetattr, tcsetattr},
 };
-use signal_hook::{
-    SigId,
-    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
-};
+use signal_hook::SigId;
+use vmm::event_loop::ENDING;
 
 /// `Ctrl-]`.
 const LEAVE: u8 = 0x1d;
@@ -175,7 +173,7 @@ impl Signals {
     fn catch() -> io::Result<Self> {
         let (told, tell) = UnixStream::pair()?;
         let mut this = Self { told, last: Arc::default(), ids: Vec::new() };
-        for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
+        for signal in ENDING {
             let number = usize::try_from(signal).unwrap_or_default();
             // In this order: who is told finds the number.
             let flag = signal_hook::flag::register_usize(signal, this.last.clone(), number)?;
