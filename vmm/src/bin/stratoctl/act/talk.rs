@@ -9,12 +9,13 @@ use std::{
         mpsc::{self, RecvTimeoutError, Sender},
     },
     thread,
-    time::{Duration, UNIX_EPOCH},
+    time::Duration,
 };
 
 use anyhow::Context as _;
 use qmp::client::{Client, ClientError, ReceivedEvent};
 use serde_json::{Value, json};
+use time::UtcDateTime;
 
 use super::{Answer, Context, watch};
 use crate::{
@@ -192,10 +193,8 @@ fn plain(name: &Name, line: &str) -> String {
     let Ok(event) = serde_json::from_str::<ReceivedEvent>(line) else {
         return format!("{name} says {line:?}");
     };
-    let since = Duration::from_secs(event.timestamp.seconds);
-    let when = UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH);
-    let mut text =
-        format!("{}.{:06} {name} {}", clock(when), event.timestamp.microseconds, event.event);
+    let (when, micros) = (clock(event.timestamp.seconds), event.timestamp.microseconds);
+    let mut text = format!("{when}.{micros:06} {name} {}", event.event);
     for (key, value) in event.data.as_object().into_iter().flatten() {
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         text += &format!(" {key}={}", value.escape_debug());
@@ -203,21 +202,12 @@ fn plain(name: &Name, line: &str) -> String {
     text
 }
 
-/// Date and time, UTC (civil-from-days, H. Hinnant).
-fn clock(when: std::time::SystemTime) -> String {
-    let seconds = when.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let (days, rest) = ((seconds / 86_400) as i64, seconds % 86_400);
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
+/// Date and time, UTC, of a moment that many seconds after the beginning of 1970.
+fn clock(seconds: u64) -> String {
+    let seconds = i64::try_from(seconds).unwrap_or_default();
+    let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);
+    let (date, (hour, minute, second)) = (t.date(), t.as_hms());
+    format!("{date}T{hour:02}:{minute:02}:{second:02}")
 }
 
 pub fn qmp(ctx: &Context, args: &Qmp) -> anyhow::Result<Answer> {
@@ -357,8 +347,9 @@ mod tests {
             (951_782_400, "2000-02-29T00:00:00"),
             (1_795_286_130, "2026-11-21T18:35:30"),
             (4_102_444_799, "2099-12-31T23:59:59"),
+            (u64::MAX, "1970-01-01T00:00:00"),
         ] {
-            assert_eq!(clock(UNIX_EPOCH + Duration::from_secs(seconds)), shown);
+            assert_eq!(clock(seconds), shown);
         }
     }
 
