@@ -5,6 +5,7 @@
 //! slot offers what most disks can do, and requests that the disk cannot do are answered so.
 mod report;
 mod request;
+mod spin;
 mod state;
 mod stats;
 #[cfg(test)]

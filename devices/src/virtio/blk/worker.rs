@@ -6,7 +6,6 @@
 //! quick with its next request, the thread waits for it a moment before it sleeps (see [`Spin`]),
 //! which spares the guest its exit and the thread its wake-up.
 use std::{
-    hint,
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc,
@@ -22,6 +21,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{
     report::Reporter,
     request::{self, Range, Request},
+    spin::Spin,
     stats::{BlockStats, count},
 };
 use crate::{
@@ -183,7 +183,8 @@ impl BlockWorker {
                 Round::Blocked => return,
                 Round::Drained => {
                     let idle = self.engine.as_ref().is_none_or(|e| e.in_flight() == 0);
-                    let more = idle && self.spin.wait(&lane.queue, &self.memory)
+                    let more = idle
+                        && self.spin.wait(|| chain::pending(&lane.queue, &self.memory) != Some(0))
                         || lane.queue.enable_notification(&self.memory).unwrap_or(false);
                     if !more {
                         return;
@@ -415,7 +416,7 @@ impl Worker for BlockWorker {
     fn ready(&mut self, index: usize) {
         if let Some(lane) = self.lanes.get(index) {
             if lane.notify.read().is_ok() {
-                self.spin.woken();
+                self.spin.woken(Instant::now());
             }
             return self.work(index);
         }
@@ -446,63 +447,6 @@ impl Worker for BlockWorker {
                 return patience.is_none();
             }
         }
-    }
-}
-
-/// How long to wait for the next request before sleeping. It grows while requests come soon after
-/// the last one was served, and drops to nothing when they do not (as KVM does for a halted vCPU),
-/// or when somebody else needs the CPU, perhaps the very guest that is waited for.
-#[derive(Default)]
-struct Spin {
-    window: Duration,
-    idle_since: Option<Instant>,
-    rest_until: Option<Instant>,
-}
-
-impl Spin {
-    const FIRST: Duration = Duration::from_micros(8);
-    const MAX: Duration = Duration::from_micros(64);
-    /// A notification this soon says that a longer window would have caught the request. It is
-    /// more than the window's maximum by what the notification itself and the wake-up take.
-    const SOON: Duration = Duration::from_micros(100);
-    /// A turn of the loop that took this long was interrupted by another thread: a timer's
-    /// interrupt takes half of it where the host is a virtual machine itself.
-    const STOLEN: Duration = Duration::from_micros(50);
-    /// No waiting for so long after that: where this thread shares its CPU with the guest, one
-    /// window in each of these is lost.
-    const REST: Duration = Duration::from_millis(1);
-
-    /// The driver had to notify.
-    fn woken(&mut self) {
-        let Some(since) = self.idle_since.take() else { return };
-        let now = Instant::now();
-        let resting = self.rest_until.is_some_and(|until| now < until);
-        self.window = if !resting && now.duration_since(since) <= Self::SOON {
-            (self.window * 2).clamp(Self::FIRST, Self::MAX)
-        } else {
-            Duration::ZERO
-        };
-    }
-
-    /// Wait for a request; whether one has come.
-    fn wait(&mut self, queue: &Queue, memory: &Memory) -> bool {
-        let begin = Instant::now();
-        self.idle_since = Some(begin);
-        let mut last = begin;
-        while last.duration_since(begin) < self.window {
-            if chain::pending(queue, memory) != Some(0) {
-                self.idle_since = None;
-                return true;
-            }
-            hint::spin_loop();
-            let now = Instant::now();
-            if now.duration_since(last) > Self::STOLEN {
-                self.window = Duration::ZERO;
-                self.rest_until = Some(now + Self::REST);
-            }
-            last = now;
-        }
-        false
     }
 }
 
