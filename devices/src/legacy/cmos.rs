@@ -194,10 +194,20 @@ mod tests {
     }
 
     #[test]
-    fn a_host_clock_out_of_range_is_the_epoch() {
-        let mut cmos = at(|| u64::MAX);
-        let read = [CENTURY, YEAR, MONTH, DAY, HOURS].map(|index| get(&mut cmos, index));
-        assert_eq!(read, [0x19, 0x70, 1, 1, 0]);
+    fn knows_the_calendar() {
+        for (mut cmos, date) in [
+            (at(|| 0), [0x19, 0x70, 0x01, 0x01, 5]),
+            (at(|| 951_782_400), [0x20, 0x00, 0x02, 0x29, 3]),
+            (at(|| 951_868_800), [0x20, 0x00, 0x03, 0x01, 4]),
+            (at(|| 1_735_603_200), [0x20, 0x24, 0x12, 0x31, 3]),
+            (at(|| 1_735_689_600), [0x20, 0x25, 0x01, 0x01, 4]),
+            (at(|| 4_107_542_400), [0x21, 0x00, 0x03, 0x01, 2]),
+            // Beyond what the calendar has.
+            (at(|| u64::MAX), [0x19, 0x70, 0x01, 0x01, 5]),
+        ] {
+            let read = [CENTURY, YEAR, MONTH, DAY, WEEKDAY].map(|index| get(&mut cmos, index));
+            assert_eq!(read, date);
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! lazy      memory that is read while the guest runs
 //! incoming  where a stream comes from
 //! receive   out of a stream
+//! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
