@@ -1,10 +1,12 @@
 //! Domains go on from where they were saved.
 use std::fs;
 use std::process::{Child, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use stories::monitor::SOON;
 
 use crate::rig::Rig;
 
@@ -296,7 +298,15 @@ fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
     rig.says("vm", "filled")?;
     let child = rig.command(verb).stderr(Stdio::piped()).spawn()?;
     rig.wait_state("vm", "saving")?;
-    Ok((rig, child))
+    // It counts as such from before its monitor has been told.
+    let deadline = Instant::now() + SOON;
+    loop {
+        let save = rig.ok(&["qmp", "vm", "query-migrate"])?;
+        if save.get("status") == Some(&json!("active")) {
+            return Ok((rig, child));
+        }
+        ensure!(Instant::now() < deadline, "it is not seen saving: {save}");
+    }
 }
 
 #[test]
