@@ -10,6 +10,7 @@ pub mod house;
 pub mod kernel;
 pub mod monitor;
 pub mod net;
+mod output;
 pub mod paths;
 pub mod progress;
 pub mod stream;

@@ -1,16 +1,17 @@
 //! A monitor under test: its configuration, its process, the guest's console and the control socket.
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, io, thread};
+use std::{fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
 
 use crate::guest::{Kernel, initramfs};
+use crate::output::{Output, Show};
 use crate::paths::Paths;
 
 /// How long a Linux guest may take to its init, in the slowest host.
@@ -161,20 +162,13 @@ fn set(config: &mut Value, table: &str, key: &str, value: Value) {
     }
 }
 
-/// How the console is shown while it is collected.
-#[derive(Debug, Clone, Copy)]
-pub enum Show {
-    /// On standard output, as it comes.
-    AsItIs,
-    /// Line by line, without the ends of the lines.
-    Lines(fn(&str)),
-}
-
 /// A running monitor. Killed when dropped.
 pub struct Monitor {
     child: Child,
     input: ChildStdin,
-    console: Arc<Console>,
+    console: Arc<Output>,
+    log: Arc<Output>,
+    /// How much of the console was waited for already.
     seen: usize,
     commands: usize,
     socket: PathBuf,
@@ -205,11 +199,11 @@ impl Monitor {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("cannot start {}", paths.stratovirt.display()))?;
-        let console = Arc::new(Console::default());
         let input = child.stdin.take().context("no standard input")?;
-        console.follow(child.stdout.take().context("no standard output")?, show);
-        console.follow(child.stderr.take().context("no standard error")?, show);
-        Ok(Self { child, input, console, seen: 0, commands: 0, socket: socket.to_owned(), started })
+        let console = Output::of(child.stdout.take().context("no standard output")?, show);
+        let log = Output::of(child.stderr.take().context("no standard error")?, show);
+        let socket = socket.to_owned();
+        Ok(Self { child, input, console, log, seen: 0, commands: 0, socket, started })
     }
 
     /// Its process id.
@@ -249,7 +243,9 @@ impl Monitor {
         let (shown, seen) = self
             .console
             .wait_for(text, self.seen, limit)
-            .with_context(|| format!("its threads:\n{}", threads(self.child.id())))?;
+            .with_context(|| format!("it said: {}", self.said()))
+            .with_context(|| format!("its threads:\n{}", threads(self.child.id())))
+            .context("the guest's console")?;
         self.seen = seen;
         Ok(shown)
     }
@@ -324,8 +320,29 @@ impl Monitor {
     /// # Errors
     /// Somebody else holds its output open.
     pub fn shown_to_its_end(&self) -> Result<String> {
-        self.console.wait_end(SOON)?;
-        Ok(self.shown())
+        self.console.to_its_end(SOON)
+    }
+
+    /// What the monitor itself has said so far: its standard error, where no guest's console is.
+    #[must_use]
+    pub fn said(&self) -> String {
+        self.log.text()
+    }
+
+    /// Waits until the monitor itself has said `text`. Returns what it has said up to its end.
+    ///
+    /// # Errors
+    /// It does not come in time, or the monitor ends.
+    pub fn wait_said(&self, text: &str) -> Result<String> {
+        Ok(self.log.wait_for(text, 0, SOON)?.0)
+    }
+
+    /// Everything that the monitor itself has said, once it has ended.
+    ///
+    /// # Errors
+    /// Somebody else holds its output open.
+    pub fn said_to_its_end(&self) -> Result<String> {
+        self.log.to_its_end(SOON)
     }
 
     /// Forgets what is on the console so far.
@@ -377,90 +394,4 @@ fn threads(pid: u32) -> String {
         ));
     }
     told
-}
-
-/// What a process prints, as it comes.
-#[derive(Default)]
-struct Console {
-    text: Mutex<Text>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Text {
-    shown: String,
-    /// How many sources have not ended.
-    open: usize,
-}
-
-impl Console {
-    fn lock(&self) -> MutexGuard<'_, Text> {
-        self.text.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Collects from `source` and shows at once; whoever waits for it finds it shown already.
-    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static, show: Show) {
-        let console = Arc::clone(self);
-        console.lock().open += 1;
-        thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            let mut line = String::new();
-            while let Ok(length @ 1..) = source.read(&mut buffer) {
-                let bytes = buffer.get(..length).unwrap_or_default();
-                let text = String::from_utf8_lossy(bytes);
-                match show {
-                    // By print!, so that a test harness can keep it back. Nobody may be looking.
-                    Show::AsItIs => {
-                        print!("{text}");
-                        let _ = io::stdout().flush();
-                    }
-                    Show::Lines(show) => {
-                        line.push_str(&text);
-                        while let Some((whole, rest)) = line.split_once('\n') {
-                            show(whole.trim_end_matches('\r'));
-                            line = rest.to_owned();
-                        }
-                    }
-                }
-                console.lock().shown.push_str(&text);
-                console.changed.notify_all();
-            }
-            console.lock().open -= 1;
-            console.changed.notify_all();
-        });
-    }
-
-    fn text(&self) -> String {
-        self.lock().shown.clone()
-    }
-
-    fn length(&self) -> usize {
-        self.lock().shown.len()
-    }
-
-    /// Waits until nothing more can come.
-    fn wait_end(&self, limit: Duration) -> Result<()> {
-        let wait = self.changed.wait_timeout_while(self.lock(), limit, |text| text.open > 0);
-        let waited = wait.unwrap_or_else(PoisonError::into_inner).1;
-        ensure!(!waited.timed_out(), "its output is still open");
-        Ok(())
-    }
-
-    /// Waits for `text` after `from`; gives what comes up to its end, and where that is.
-    fn wait_for(&self, text: &str, from: usize, limit: Duration) -> Result<(String, usize)> {
-        let deadline = Instant::now() + limit;
-        let mut console = self.lock();
-        loop {
-            let new = console.shown.get(from..).unwrap_or_default();
-            if let Some(at) = new.find(text) {
-                let end = at + text.len();
-                return Ok((new.get(..end).unwrap_or_default().to_owned(), from + end));
-            }
-            ensure!(console.open > 0, "the monitor ended before the console showed '{text}'");
-            let left = deadline.saturating_duration_since(Instant::now());
-            ensure!(!left.is_zero(), "the console did not show '{text}' within {limit:?}");
-            console =
-                self.changed.wait_timeout(console, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
 }

@@ -79,10 +79,9 @@ fn panic() -> Result<()> {
 #[test]
 fn an_instruction_that_nobody_can_run() -> Result<()> {
     let stage = Stage::new("nowhere")?;
-    // What the monitor says may come in the middle of what the guest says.
     let (mut monitor, mut qmp) = stage.start(stage.vm("hello", "nowhere")?)?;
     ends(&mut monitor, &mut qmp, false, "host-error", 1)?;
-    monitor.wait_for("rip 0xd0000000", SOON).map(drop)
+    monitor.wait_said("rip 0xd0000000").map(drop)
 }
 
 #[test]

@@ -112,7 +112,7 @@ fn after_an_instruction_that_nobody_can_run() -> Result<()> {
     let events = until_stop(&mut qmp)?;
     ensure!(events == [("STOP".into(), json!({}))], "{events:?}");
     is_halted(&mut qmp, "internal-error")?;
-    monitor.wait_for("rip 0xd0000000", SOON)?;
+    monitor.wait_said("rip 0xd0000000")?;
     simple(&mut qmp, "system_reset")?;
     cont(&mut qmp)?;
     ensure!(qmp.wait_event("STOP", SOON)?.data == json!({}));

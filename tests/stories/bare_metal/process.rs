@@ -240,7 +240,7 @@ fn memory_of_huge_pages() -> Result<()> {
     let Some(_pages) = HugePages::reserve(16)? else {
         println!("This host gives no 32 MiB of huge pages: only the refusal is shown.");
         let mut monitor = vm.start(&stage.paths, &stage.dir)?;
-        monitor.wait_for("sysctl vm.nr_hugepages=16", SOON)?;
+        monitor.wait_said("sysctl vm.nr_hugepages=16")?;
         ensure!(monitor.wait_exit()?.code() == Some(1));
         return Ok(());
     };

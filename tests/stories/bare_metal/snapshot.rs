@@ -47,13 +47,15 @@ pub fn restore(stage: &Stage, saved: &Path, args: &[&str]) -> Result<(Monitor, C
 }
 
 /// What a process says that does not get as far as a control socket.
-fn refusal(stage: &Stage, saved: &Path, args: &[&str]) -> Result<String> {
+pub fn refusal(stage: &Stage, saved: &Path, args: &[&str]) -> Result<String> {
     let incoming = format!("file:{}", saved.display());
     let args = [&["-S", "-incoming", &incoming], args].concat();
     let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
     let status = monitor.wait_exit()?;
-    ensure!(status.code() == Some(1), "it ended with {status}");
-    monitor.wait_for("\n", SOON)
+    let said = monitor.said_to_its_end()?;
+    ensure!(status.code() == Some(1), "it ended with {status}: {said}");
+    ensure!(!said.contains("panicked"), "{said}");
+    Ok(said)
 }
 
 pub fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
@@ -352,18 +354,17 @@ fn memory_that_is_damaged_never_reaches_a_guest_that_runs_already() -> Result<()
     let reason = lost.get("reason").and_then(Value::as_str).unwrap_or_default();
     ensure!(reason.contains(says) && reason.contains("memory"), "{lost}");
     crate::stage::ends(&mut monitor, &mut qmp, false, "host-error", 1)?;
-    ensure!(monitor.unseen().contains(says), "{}", monitor.unseen());
+    let said = monitor.said_to_its_end()?;
+    ensure!(said.contains(says), "{said}");
     // The same at once, when the guest itself runs into it.
     memory.write_all_at(&[0; 6], (2 << 30) - 4096)?;
     memory.write_all_at(b"damage", COUNTERS + 8)?;
     let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
     let status = monitor.wait_exit()?;
     ensure!(status.code() == Some(1), "it ended with {status}");
-    let shown = monitor.unseen();
-    ensure!(
-        shown.contains("0x400000 to 0x600000 is damaged") && !shown.contains("WRONG"),
-        "{shown}"
-    );
+    let said = monitor.said_to_its_end()?;
+    ensure!(said.contains("0x400000 to 0x600000 is damaged"), "{said}");
+    ensure!(!monitor.shown().contains("WRONG"), "{}", monitor.shown());
     // And a file that is cut off while it is in use.
     memory.write_all_at(&[0; 6], COUNTERS + 8)?;
     let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;

@@ -126,7 +126,7 @@ impl There {
         let status = self.monitor.wait_exit()?;
         ensure!(status.code() == Some(1), "it ended with {status}");
         ensure!(!exists(&self.stage.socket()) && !exists(&self.stage.file("in")));
-        self.monitor.wait_for("\n", SOON)
+        self.monitor.said_to_its_end()
     }
 }
 

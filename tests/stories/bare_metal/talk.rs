@@ -211,8 +211,9 @@ fn refuses(stage: &Stage, why: &str) -> Result<()> {
     let mut monitor = stage.vm("hello", "halt")?.start(&stage.paths, &stage.dir)?;
     let status = monitor.wait_exit()?;
     ensure!(status.code() == Some(1), "it ended with {status}");
-    let shown = monitor.wait_for(why, SOON)?;
-    ensure!(shown.contains("qmp.sock") && !shown.contains("panicked"), "{shown}");
+    let said = monitor.said_to_its_end()?;
+    ensure!(said.contains(why) && said.contains("qmp.sock"), "{said}");
+    ensure!(!said.contains("panicked"), "{said}");
     Ok(())
 }
 
