@@ -4,7 +4,7 @@
 //! A NIC on a tap: datagrams go in and come back, through both queues.
 use std::collections::HashSet;
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::UdpSocket;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
@@ -90,10 +90,11 @@ impl Echo {
         let mut missing: HashSet<_> = numbers.map(datagram).collect();
         let mut bytes = [0; 2048];
         while !missing.is_empty() {
-            let length = self
-                .0
-                .recv(&mut bytes)
-                .with_context(|| format!("{} datagrams did not come back", missing.len()))?;
+            let length = match self.0.recv(&mut bytes) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                received => received
+                    .with_context(|| format!("{} datagrams did not come back", missing.len()))?,
+            };
             let came = bytes.get(..length).context("a datagram that is too long")?;
             ensure!(missing.remove(came), "{length} bytes came that were not sent");
         }

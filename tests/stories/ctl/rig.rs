@@ -1,7 +1,7 @@
 //! What each story begins with: a registry, `stratoctl`, guests.
 use std::env;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stories::agent;
@@ -66,16 +66,16 @@ impl Rig {
     pub fn says(&self, name: &str, text: &str) -> Result<()> {
         let info = self.ok(&["info", name])?;
         let run = info.pointer("/0/run").and_then(Value::as_str).context("no directory")?;
-        let mut console = UnixStream::connect(Path::new(run).join("console.sock"))?;
+        let console = UnixStream::connect(Path::new(run).join("console.sock"))?;
         console.set_read_timeout(Some(SOON))?;
         let mut said = Vec::new();
-        let mut chunk = [0; 1024];
-        while !String::from_utf8_lossy(&said).contains(text) {
-            let length = console.read(&mut chunk)?;
-            ensure!(length > 0, "it only said {}", String::from_utf8_lossy(&said));
-            said.extend_from_slice(chunk.get(..length).unwrap_or_default());
+        for byte in BufReader::new(console).bytes() {
+            said.push(byte.with_context(|| String::from_utf8_lossy(&said).into_owned())?);
+            if said.ends_with(text.as_bytes()) {
+                return Ok(());
+            }
         }
-        Ok(())
+        bail!("it only said {}", String::from_utf8_lossy(&said))
     }
 
     /// `stratoctl` with `args`, in this registry.

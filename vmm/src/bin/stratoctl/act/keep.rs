@@ -53,9 +53,9 @@ pub fn spawn(ctx: &Context, place: &Place) -> anyhow::Result<()> {
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().with_context(cannot)?;
     let mut word = [0; 1];
-    let said = child.stdout.take().map(|mut out| out.read(&mut word));
+    let said = child.stdout.take().map(|mut out| out.read_exact(&mut word));
     match said {
-        Some(Ok(1)) => Ok(()),
+        Some(Ok(())) => Ok(()),
         _ => {
             // It has ended, or does now that nobody listens to it.
             let _ = child.kill();
