@@ -13,8 +13,8 @@
 //! ```
 //!
 //! Recovery follows QEMU's lexer (line ends and structure are where a sender starts afresh): a newline
-//! always ends it; a broken object also ends where its braces balance, and rubbish between objects
-//! also ends where the next object begins.
+//! always ends it; a broken object also ends where its braces balance or at a byte that JSON never
+//! has, and rubbish between objects also ends where the next object begins.
 
 /// Longest message, in bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -25,8 +25,8 @@ pub const MAX_DEPTH: u32 = 64;
 /// One thing cut out of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Item {
-    /// A balanced object, and the offset in the stream of its first byte.
-    Object(Vec<u8>, u64),
+    /// A balanced object.
+    Object(Vec<u8>),
     /// What is wrong with the input; everything up to a point of recovery is passed over.
     Malformed(String),
 }
@@ -62,15 +62,12 @@ pub struct Splitter {
     stack: u64,
     depth: u32,
     message: Vec<u8>,
-    /// Offset of the next byte in the stream.
-    position: u64,
-    begin: u64,
 }
 
 impl Splitter {
     /// At the beginning of a stream.
     pub fn new() -> Self {
-        Self { want: Want::Message, stack: 0, depth: 0, message: Vec::new(), position: 0, begin: 0 }
+        Self { want: Want::Message, stack: 0, depth: 0, message: Vec::new() }
     }
 
     /// Reads up to the end of the next item: how many bytes were used, and the item if there is one.
@@ -79,7 +76,6 @@ impl Splitter {
         for &byte in input {
             used += 1;
             let item = self.byte(byte);
-            self.position += 1;
             if item.is_some() {
                 return (used, item);
             }
@@ -98,6 +94,10 @@ impl Splitter {
                 }
                 return None;
             }
+            Want::Skip { .. } if starts_afresh(byte) => {
+                self.want = Want::Recovery;
+                return None;
+            }
             Want::Skip { .. } => {
                 self.skip(byte);
                 return None;
@@ -113,7 +113,7 @@ impl Splitter {
         }
         (self.depth == 0).then(|| {
             self.want = Want::Message;
-            Item::Object(std::mem::take(&mut self.message), self.begin)
+            Item::Object(std::mem::take(&mut self.message))
         })
     }
 
@@ -125,7 +125,6 @@ impl Splitter {
                 (self.stack, self.depth) = (1, 1);
                 self.want = Want::Key { first: true };
                 self.message.push(byte);
-                self.begin = self.position;
                 None
             }
             _ => {
@@ -139,13 +138,13 @@ impl Splitter {
     /// A byte inside a message.
     fn grammar(&mut self, byte: u8) -> Result<(), String> {
         match (self.want, byte) {
-            (Want::String { key, escaped: true }, _) => {
+            (Want::String { key, escaped: true }, _) if !starts_afresh(byte) => {
                 self.want = Want::String { key, escaped: false };
             }
             (Want::String { key, .. }, b'\\') => self.want = Want::String { key, escaped: true },
             (Want::String { key: true, .. }, b'"') => self.want = Want::Colon,
             (Want::String { key: false, .. }, b'"') => self.want = Want::More,
-            (Want::String { .. }, 0..0x20) => {
+            (Want::String { .. }, 0..0x20 | 0xfe..) => {
                 return Err(format!("control character {byte:#04x} in a string"));
             }
             (Want::String { .. }, _) => {}
@@ -204,8 +203,12 @@ impl Splitter {
             _ => (false, false),
         };
         self.message = Vec::new();
-        self.want = Want::Skip { open: self.depth.into(), string, escaped };
-        self.skip(byte);
+        if starts_afresh(byte) {
+            self.want = Want::Recovery;
+        } else {
+            self.want = Want::Skip { open: self.depth.into(), string, escaped };
+            self.skip(byte);
+        }
         Some(Item::Malformed(format!("JSON parse error, {wrong}")))
     }
 
@@ -226,6 +229,12 @@ impl Splitter {
             _ => {}
         }
     }
+}
+
+/// Whether `byte` is one that a client sends to have a message forgotten, whatever is open in it: no
+/// JSON has it (QMP specification, "Forcing the JSON parser into known-good state").
+fn starts_afresh(byte: u8) -> bool {
+    matches!(byte, 0..0x20 | 0xfe..) && !matches!(byte, b'\t' | b'\r' | b'\n')
 }
 
 fn show(byte: u8) -> String {

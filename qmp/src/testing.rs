@@ -17,7 +17,7 @@ pub fn messages(bytes: &[u8]) {
     let piece = usize::from(bytes.first().copied().unwrap_or(0) % 7) + 1;
     assert!(whole == items(bytes, piece), "pieces of {piece} bytes are read differently");
     for item in whole {
-        if let Item::Object(text, _) = item {
+        if let Item::Object(text) = item {
             let (request, id) = Request::parse(&text);
             let result = request.map(|request| Decode(request).all()).map(|_| true.into());
             let line = answer(result, &id);

@@ -445,7 +445,21 @@ fn descriptors_come_with_their_command() {
     client.execute_raw("getfd", json!({"fdname": "five"})).unwrap_err();
     closed(unused);
 
+    // As QEMU's own clients do it: ahead of the command, with a byte that says nothing.
+    let (reader, a) = pipe();
+    client.send_with_fds(b" ", &[a.as_fd()]).unwrap();
+    client.execute_raw("getfd", json!({"fdname": "six"})).unwrap();
+    drop(a);
+    assert_eq!(said(reader, 3), "six");
+
     // As many as the kernel lets through.
+    let ((reader, a), (unused, b)) = (pipe(), pipe());
+    let mut many = [b.as_fd(); 253];
+    many[252] = a.as_fd();
+    client.execute_with_fds("getfd", json!({"fdname": "seven"}), &many).unwrap();
+    drop((a, b));
+    assert_eq!(said(reader, 5), "seven");
+    closed(unused);
     let (unused, a) = pipe();
     client.execute_with_fds("query-status", json!({}), &[a.as_fd(); 253]).unwrap();
     client.execute_with_fds("query-status", json!({}), &[a.as_fd(); 253]).unwrap();

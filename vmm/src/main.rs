@@ -12,7 +12,7 @@ use machine::{
     Machine,
     config::{CharBackend, MachineConfig},
 };
-use qmp::server::Server;
+use qmp::server::{BindError, Server};
 use vmm::{
     announce::Schedule,
     checkpoint::{self, job::Checkpointer},
@@ -82,12 +82,15 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     // Only now: whoever can connect gets an answer.
-    let servers = invocation
-        .control
+    let control = &invocation.control;
+    let servers = control
         .iter()
         .enumerate()
-        .map(|(i, path)| Server::bind(path, events.registry(), EventLoop::server_token(i)))
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|(i, path)| {
+            let server = Server::bind(path, events.registry(), EventLoop::server_token(i))?;
+            Ok(server.one_of(control.len()))
+        })
+        .collect::<Result<Vec<_>, BindError>>()?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {

@@ -262,9 +262,8 @@ impl Vmm {
             done.inspect_err(|e| log::error!("ended with the guest running: {e}")).is_ok()
         };
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
-        for server in self.servers.drain(..) {
-            server.shutdown(std::time::Duration::from_secs(1));
-        }
+        let servers = std::mem::take(&mut self.servers);
+        Server::shutdown(servers, std::time::Duration::from_secs(1));
         if !stopped {
             // Its threads may never come to an end; they end with the process.
             std::mem::forget(self);

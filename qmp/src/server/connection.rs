@@ -30,7 +30,10 @@ const HIGH_WATER: usize = 64 << 10;
 /// Unread output, in bytes, beyond which the client is dropped: events wait for nobody.
 const MAX_OUTPUT: usize = 1 << 20;
 
-/// Most descriptors kept for a client.
+/// Most descriptors that the kernel sends with one message (`SCM_MAX_FD`).
+const MAX_SENT: usize = 253;
+
+/// Most descriptors kept for a client, of as many messages.
 const MAX_FDS: usize = 8;
 
 /// The client is of no more use: it hung up, or does not read.
@@ -62,8 +65,11 @@ pub struct Connection {
     /// A request is out and not answered.
     busy: bool,
     output: VecDeque<u8>,
-    /// What each receive brought, with the stream offset of the end of the bytes it came with.
-    fds: VecDeque<(u64, Vec<OwnedFd>)>,
+    /// Where in the stream the last message ended.
+    taken: u64,
+    /// The last descriptor that each receive brought, with the stream offset of the end of the bytes
+    /// it came with.
+    fds: VecDeque<(u64, OwnedFd)>,
 }
 
 impl Connection {
@@ -80,6 +86,7 @@ impl Connection {
             ended: false,
             busy: false,
             output: VecDeque::new(),
+            taken: 0,
             fds: VecDeque::new(),
         }
     }
@@ -120,14 +127,17 @@ impl Connection {
         }
         let (used, item) = self.splitter.read(self.chunk.get(self.used..).unwrap_or_default());
         self.used += used;
+        if item.is_some() {
+            // What came before the end of the last message was for that one, which did not want it.
+            self.fds.retain(|(end, _)| *end > self.taken);
+            // The end of its line is its own.
+            let rest = self.chunk.get(self.used..).unwrap_or_default().trim_ascii_start();
+            self.taken = self.received.saturating_sub(rest.len() as u64);
+        }
         let (request, id) = match item {
             None => return Ok(None),
             Some(Item::Malformed(wrong)) => (Err(Error::text(wrong)), None),
-            Some(Item::Object(text, begin)) => {
-                // What came before this request began was for an earlier one that did not want it.
-                self.fds.retain(|(end, _)| *end > begin);
-                Request::parse(&text)
-            }
+            Some(Item::Object(text)) => Request::parse(&text),
         };
         match request {
             Ok(request) => {
@@ -145,7 +155,7 @@ impl Connection {
     fn receive(&mut self) -> Result<bool, Gone> {
         self.chunk.resize(CHUNK, 0);
         self.used = CHUNK;
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SENT))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let slices = &mut [IoSliceMut::new(&mut self.chunk)];
         let length = match recvmsg(&self.fd, slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
@@ -162,27 +172,22 @@ impl Connection {
         self.chunk.truncate(length);
         self.used = 0;
         self.received = self.received.saturating_add(length as u64);
-        let fds: Vec<OwnedFd> = control
-            .drain()
-            .filter_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-                _ => None,
-            })
-            .flatten()
-            .collect();
-        if !fds.is_empty() {
-            self.fds.push_back((self.received, fds));
-        }
-        while self.fds.iter().map(|(_, fds)| fds.len()).sum::<usize>() > MAX_FDS {
+        let fds = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        // The others are closed.
+        self.fds.extend(fds.flatten().last().map(|fd| (self.received, fd)));
+        if self.fds.len() > MAX_FDS {
             self.fds.pop_front();
         }
         Ok(length > 0)
     }
 
-    /// The descriptor that came with the request that is out: the last, if there were several. The
-    /// others are closed.
+    /// The descriptor that came with the request that is out, or since the one before: the last of
+    /// its message, if there were several.
     pub fn take_fd(&mut self) -> Option<OwnedFd> {
-        self.fds.pop_front()?.1.pop()
+        Some(self.fds.pop_front()?.1)
     }
 
     /// Answers the request that is out.

@@ -76,7 +76,7 @@ impl Ticket {
 /// delivers what is queued.
 pub struct Server {
     listener: OwnedFd,
-    file: SocketFile,
+    _file: SocketFile,
     registry: Registry,
     /// Token of the listener; connection `n` has `base + 1 + n`.
     base: usize,
@@ -110,7 +110,7 @@ impl Server {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
         Ok(Self {
             listener,
-            file,
+            _file: file,
             registry,
             base: base.0,
             acceptable: true,
@@ -121,6 +121,12 @@ impl Server {
             queue: VecDeque::new(),
             round: ROUND,
         })
+    }
+
+    /// One of `servers` that share the descriptors that clients get.
+    #[must_use]
+    pub fn one_of(self, servers: usize) -> Self {
+        Self { most: self.most / servers.max(1), ..self }
     }
 
     /// Takes note of an event of the poll; whether it was this server's.
@@ -196,12 +202,12 @@ impl Server {
         self.connection(client)?.take_fd()
     }
 
-    /// Ends the server: no new clients, everything queued is delivered to those who take it within
-    /// `patience`, then everybody is disconnected and the socket removed.
-    pub fn shutdown(mut self, patience: Duration) {
+    /// Ends servers: no new clients, everything queued is delivered to those who take it within
+    /// `patience`, then everybody is disconnected and the sockets removed.
+    pub fn shutdown(servers: Vec<Self>, patience: Duration) {
         let deadline = Instant::now() + patience;
-        drop(self.file);
-        let mut waiting: Vec<Connection> = self.connections.drain(..).flatten().collect();
+        let mut waiting: Vec<Connection> =
+            servers.into_iter().flat_map(|server| server.connections).flatten().collect();
         loop {
             let mut at_work = Vec::new();
             for mut connection in waiting {

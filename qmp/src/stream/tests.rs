@@ -18,7 +18,7 @@ fn cut<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<Item> {
 
 fn texts(input: &[u8]) -> Vec<String> {
     let text = |item| match item {
-        Item::Object(bytes, _) => String::from_utf8(bytes).unwrap(),
+        Item::Object(bytes) => String::from_utf8(bytes).unwrap(),
         Item::Malformed(wrong) => wrong,
     };
     cut([input]).into_iter().map(text).collect()
@@ -46,15 +46,21 @@ fn a_conversation_is_the_same_wherever_it_is_split() {
 }
 
 #[test]
-fn objects_come_with_where_they_begin() {
-    let begins: Vec<u64> = cut([&b" {} \r\n{}{}"[..]])
-        .into_iter()
-        .map(|item| match item {
-            Item::Object(_, begin) => begin,
-            Item::Malformed(wrong) => panic!("{wrong}"),
-        })
-        .collect();
-    assert_eq!(begins, [1, 6, 8]);
+fn a_byte_that_json_never_has_begins_afresh_whatever_is_open() {
+    for open in [
+        &b"{\"execute\":"[..],
+        b"{\"execute\": {\"a\":[",
+        b"{\"execute\":\"sto",
+        b"{\"a\":\"\\",
+        b"{!{",
+    ] {
+        for byte in [0xff, 0xfe, 1, 0x1f] {
+            let texts = texts(&[open, &[byte], b"{\"execute\":\"query-status\"}\n"].concat());
+            assert_eq!(texts.len(), 2, "{open:?}, {byte:#x}: {texts:?}");
+            assert!(texts[0].starts_with("JSON parse error"), "{texts:?}");
+            assert_eq!(texts[1], "{\"execute\":\"query-status\"}");
+        }
+    }
 }
 
 #[test]
@@ -89,7 +95,7 @@ fn a_mistake_is_told_once_and_the_next_line_is_heard() {
         ("{\"a\":[1}}", "expecting ',' or ']', got '}'"),
         ("{\"a\":1]", "expecting ',' or '}', got ']'"),
         ("{\"a\" \"b\"}", "expecting ':', got '\"'"),
-        ("{\"a\":\"\u{1}{\"}", "control character 0x01 in a string"),
+        ("{\"a\":\"\u{1}\"}", "control character 0x01 in a string"),
         ("{\"a\":\"never ends", "control character 0x0a in a string"),
         ("{\"a\":{{{{", "expecting a key in double quotes, got '{'"),
     ] {
@@ -134,7 +140,7 @@ fn a_line_of_64_mib_stays_bounded() {
         items[0],
         Item::Malformed("JSON parse error, a message is longer than 1048576 bytes".into())
     );
-    assert!(matches!(&items[1], Item::Object(text, _) if text == b"{}"));
+    assert!(matches!(&items[1], Item::Object(text) if text == b"{}"));
     assert_eq!(items.len(), 2);
 }
 

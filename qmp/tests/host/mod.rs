@@ -165,7 +165,7 @@ fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64) {
             if machine.quitting {
                 let reason = ShutdownCause::HostQmpQuit;
                 machine.server.broadcast(&Event::Shutdown { guest: false, reason });
-                return machine.server.shutdown(Duration::from_secs(2));
+                return Server::shutdown(vec![machine.server], Duration::from_secs(2));
             }
         }
     }
