@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::monitor::{Monitor, SOON};
+use stories::monitor::{Monitor, SOON, Vm};
 
+use crate::snapshot::{restore, save};
 use crate::stage::{Stage, descriptors, quits, simple};
 use crate::talk::Ncat;
 
@@ -77,6 +78,16 @@ pub fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) ->
     };
     ensure!(error.contains(says), "{command}: {error}");
     Ok(())
+}
+
+/// Whether the monitor has that file open.
+fn has_open(monitor: &Monitor, file: &Path) -> Result<bool> {
+    for descriptor in fs::read_dir(format!("/proc/{}/fd", monitor.pid()))? {
+        if fs::read_link(descriptor?.path()).is_ok_and(|target| target == file) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Kata Containers' own lines, in its order: see how `stratovirt.go` of its Go runtime plugs a volume.
@@ -221,9 +232,8 @@ fn a_slot_filled_and_emptied_again_and_again() -> Result<()> {
     }
     let after = descriptors(&monitor)?;
     ensure!(after <= before, "{before} descriptors became {after}");
-    // Nobody holds the images any more.
     for image in &images {
-        fs::File::open(image)?.try_lock().context("an image is still locked")?;
+        ensure!(!has_open(&monitor, image)?, "an image is still open");
     }
     quits(&stage, &mut monitor, &mut qmp)
 }
@@ -365,7 +375,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
         unplug(&mut qmp, "virtio-drive-0")?;
         expect(&mut monitor, &empty(0))?;
         // It waits, and is still this machine's.
-        ensure!(fs::File::open(&image)?.try_lock().is_err(), "nobody holds the image");
+        ensure!(has_open(&monitor, &image)?, "the image was closed");
         does(&mut qmp, "device_add", device(0))?;
         expect(&mut monitor, &found(0, 0xc3, 128))?;
 
@@ -376,7 +386,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
             does(&mut qmp, "blockdev-del", name.clone())?;
             refused(&mut qmp, "blockdev-del", name, "waits for a device")?;
         }
-        fs::File::open(&image)?.try_lock().context("the image is still locked")?;
+        ensure!(!has_open(&monitor, &image)?, "the image is still open");
     }
     let after = descriptors(&monitor)?;
     ensure!(after <= before, "{before} descriptors became {after}");
@@ -388,19 +398,17 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
 fn a_saved_machine_keeps_the_names_of_back_ends() -> Result<()> {
     let stage = Stage::new("names")?;
     let image = marked(&stage, "image", 5, 64)?;
-    let vm = stage.vm("plug", "watch")?;
-    let (mut monitor, mut qmp) = stage.start(vm)?;
-    monitor.wait_for("ready\n", SOON)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
     let backend = json!({ "node-name": "back", "file": { "filename": image } });
     qmp.execute_raw("blockdev-add", backend)?;
     let device = json!({ "id": "front", "driver": "virtio-blk-mmio", "addr": "2", "drive": "back", "serial": "first" });
     qmp.execute_raw("device_add", device)?;
     expect(&mut monitor, &found(2, 5, 64))?;
-    let uri = format!("file:{}", stage.file("saved").display());
-    qmp.execute_raw("migrate", json!({ "uri": uri }))?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
 
-    let (mut monitor, mut qmp) = stage.start(Vm::restored(&uri))?;
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
     let disks = qmp.execute_raw("query-block", json!({}))?;
     ensure!(disks.pointer("/0/device") == Some(&json!("front")), "{disks}");
     ensure!(disks.pointer("/0/inserted/node-name") == Some(&json!("back")), "{disks}");
@@ -410,9 +418,11 @@ fn a_saved_machine_keeps_the_names_of_back_ends() -> Result<()> {
     }
     let two = json!({ "device": "front", "node-name": "other", "size": 512 });
     refused(&mut qmp, "block_resize", two, "Device front not found")?;
+    simple(&mut qmp, "cont")?;
     unplug(&mut qmp, "front")?;
     expect(&mut monitor, &empty(2))?;
-    let device = json!({ "id": "again", "driver": "virtio-blk-mmio", "addr": "3", "drive": "back" });
+    let device =
+        json!({ "id": "again", "driver": "virtio-blk-mmio", "addr": "3", "drive": "back" });
     ensure!(qmp.execute_raw("device_add", device)? == json!({}));
     expect(&mut monitor, &found(3, 5, 64))?;
     quits(&stage, &mut monitor, &mut qmp)
@@ -430,11 +440,12 @@ fn with(arguments: &Value, member: &str, value: &Value) -> Value {
 fn what_a_disk_cannot_be_is_refused() -> Result<()> {
     let stage = Stage::new("refusals")?;
     let image = marked(&stage, "image", 6, 64)?;
-    let vm = stage.vm("plug", "watch")?.add("iothread", json!({ "id": "own" }));
     let first = marked(&stage, "first", 7, 64)?;
     let disk = json!({ "drive_id": "first", "path_on_host": first, "read_only": false, "direct": false, "iothread": "own", "num_queues": 2, "queue_size": 128 });
-    let random = json!({ "random_file": "/dev/urandom" });
-    let (mut monitor, mut qmp) = stage.start(vm.add("drive", disk).set("rng", random))?;
+    let config = stage.config("plug", "watch")?;
+    let config = with(&config, "rng", &json!({ "random_file": "/dev/urandom" }));
+    let vm = Vm::described(config).add("iothread", json!({ "id": "own" })).add("drive", disk);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
     monitor.wait_for("ready\n", SOON)?;
 
     let backend = json!({ "node-name": "x", "file": { "driver": "file", "filename": image } });
@@ -586,8 +597,6 @@ fn what_a_nic_cannot_be_is_refused() -> Result<()> {
     unplug(&mut qmp, "front")?;
     expect_down(&mut monitor, 0)?;
     ensure!(qmp.execute_raw("netdev_del", json!({ "id": "back" }))? == json!({}));
-    ensure!(
-        qmp.execute_raw("netdev_add", json!({ "id": "back", "ifname": "tap0" }))? == json!({})
-    );
+    ensure!(qmp.execute_raw("netdev_add", json!({ "id": "back", "ifname": "tap0" }))? == json!({}));
     quits(&stage, &mut monitor, &mut qmp)
 }
