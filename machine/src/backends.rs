@@ -233,13 +233,12 @@ impl Machine {
     /// # Errors
     /// When there is none, or the guest resets a disk in it whose storage hangs.
     pub fn disk_shape(&self, slot: usize) -> Result<Shape, PlugError> {
-        let no_slot = PlugError::NoSlot { what: "block", max: DISKS };
-        let place = self.slots.get(slot).filter(|_| slot < DISKS);
-        let (transport, _) = place.ok_or(no_slot)?;
-        let queue_sizes =
-            self.locked(transport)?.device().map(|b: &mut Block| b.queue_sizes().to_vec());
-        let iothread = self.config.disks.get(slot).and_then(|d| d.iothread.clone());
-        Ok(Shape { queue_sizes: queue_sizes.unwrap_or_default(), iothread })
+        let max = DISKS;
+        if slot >= max {
+            return Err(PlugError::NoSlot { what: "block", max });
+        }
+        let start = self.config.disks.get(slot);
+        self.shape::<Block>(slot, start.and_then(|disk| disk.iothread.clone()))
     }
 
     /// What slot `slot` for NICs is like.
@@ -247,13 +246,26 @@ impl Machine {
     /// # Errors
     /// As [`Machine::disk_shape`].
     pub fn nic_shape(&self, slot: usize) -> Result<Shape, PlugError> {
-        let no_slot = PlugError::NoSlot { what: "net", max: NICS };
-        let place = self.slots.get(DISKS.saturating_add(slot)).filter(|_| slot < NICS);
-        let (transport, _) = place.ok_or(no_slot)?;
-        let queue_sizes =
-            self.locked(transport)?.device().map(|n: &mut Net| n.queue_sizes().to_vec());
-        let iothread = self.config.nics.get(slot).and_then(|n| n.iothread.clone());
-        Ok(Shape { queue_sizes: queue_sizes.unwrap_or_default(), iothread })
+        let max = NICS;
+        if slot >= max {
+            return Err(PlugError::NoSlot { what: "net", max });
+        }
+        let start = self.config.nics.get(slot);
+        self.shape::<Net>(DISKS + slot, start.and_then(|nic| nic.iothread.clone()))
+    }
+
+    fn shape<T: VirtioDevice>(
+        &self,
+        index: usize,
+        iothread: Option<String>,
+    ) -> Result<Shape, PlugError> {
+        let mut queue_sizes = Vec::new();
+        if let Some((transport, _)) = self.slots.get(index)
+            && let Some(device) = self.locked(transport)?.device::<T>()
+        {
+            queue_sizes.extend_from_slice(device.queue_sizes());
+        }
+        Ok(Shape { queue_sizes, iothread })
     }
 
     /// Logical and physical block size in bytes of the disk `backend`, which waits.

@@ -199,6 +199,7 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
         ("virtio-blk-mmio", "8", "A maximum of 8 block"),
         ("virtio-blk-mmio", "-1", "Invalid addr for device drive-x"),
         ("virtio-foo-mmio", "0", "Unsupported replaceable device type"),
+        ("virtio-blk-pci", "0", "All 8 block slots are occupied"),
     ] {
         refused(&mut qmp, "device_add", add("drive-x", driver, addr), says)?;
     }
@@ -366,8 +367,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
 
         // The second one takes the next slot.
         does(&mut qmp, "blockdev-add", backend(1, &other))?;
-        let mut same = device(1);
-        same["id"] = json!("virtio-drive-0");
+        let same = with(&device(1), "id", &json!("virtio-drive-0"));
         refused(&mut qmp, "device_add", same, taken)?;
         does(&mut qmp, "device_add", device(1))?;
         expect(&mut monitor, &found(1, 0xd4, 64))?;
@@ -431,7 +431,9 @@ fn a_saved_machine_keeps_the_names_of_back_ends() -> Result<()> {
 /// Those members with one more, or another value.
 fn with(arguments: &Value, member: &str, value: &Value) -> Value {
     let mut arguments = arguments.clone();
-    arguments[member] = value.clone();
+    if let Value::Object(members) = &mut arguments {
+        members.insert(member.to_owned(), value.clone());
+    }
     arguments
 }
 
