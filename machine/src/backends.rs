@@ -13,6 +13,7 @@ use devices::{
         net::tap::{Tap, TapError},
     },
     virtio::{
+        VirtioDevice,
         blk::{self, Block, BlockStats, Drive},
         net::{self, Net},
     },
@@ -40,6 +41,8 @@ pub enum PlugError {
     Occupied(usize),
     #[error("A maximum of {max} {what} replaceable devices are supported: addr is 0 to {}", max - 1)]
     NoSlot { what: &'static str, max: usize },
+    #[error("All {max} {what} slots are occupied; take a device out first, with device_del")]
+    Full { what: &'static str, max: usize },
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
@@ -64,6 +67,14 @@ pub struct PluggedDisk {
     pub size: u64,
     /// What it has done.
     pub stats: Arc<BlockStats>,
+}
+
+/// What the driver of a slot has seen since it started, whatever is plugged into it.
+pub struct Shape {
+    /// Descriptors of each queue.
+    pub queue_sizes: Vec<u16>,
+    /// The I/O thread by its configured name; `None`: the default one.
+    pub iothread: Option<String>,
 }
 
 /// What is where.
@@ -111,12 +122,26 @@ impl Backends {
         self.nics.iter().position(|c| c.as_ref().is_some_and(|c| c.id == id))
     }
 
-    fn knows(&self, id: &str) -> bool {
-        self.waiting_disks.contains_key(id)
-            || self.waiting_nics.contains_key(id)
-            || self.disk_slot(id).is_some()
-            || self.nic_slot(id).is_some()
+    /// Whether `name` is that of a device in a slot, or of a back-end. They share one space of
+    /// names, so that a name says which of them is meant.
+    fn knows(&self, name: &str) -> bool {
+        let disks = self.disks.iter().flatten().map(|c| (&*c.id, c.backend()));
+        let nics = self.nics.iter().flatten().map(|c| (&*c.id, c.backend()));
+        self.waiting_disks.contains_key(name)
+            || self.waiting_nics.contains_key(name)
+            || disks.chain(nics).any(|(id, backend)| name == id || name == backend)
     }
+}
+
+/// The first of `places` that nothing is in.
+fn first_free<C>(what: &'static str, places: &[Option<C>]) -> Result<usize, PlugError> {
+    let max = places.len();
+    places.iter().position(Option::is_none).ok_or(PlugError::Full { what, max })
+}
+
+/// The back-end's separate name when it is in front of `device`.
+fn separate(backend: &str, device: &str) -> Option<String> {
+    (backend != device).then(|| backend.to_owned())
 }
 
 /// The back-end `id`, if there is a free place for it.
@@ -146,12 +171,16 @@ pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
         discard: config.discard,
         aio: config.aio.into(),
     };
-    Ok(Drive {
-        disk: Disk::open(&config.path, &options)?,
+    Ok(limited(Disk::open(&config.path, &options)?, config))
+}
+
+fn limited(disk: Disk, config: &DiskConfig) -> Drive {
+    Drive {
+        disk,
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops,
         bytes_per_second: config.bps,
-    })
+    }
 }
 
 /// Open a NIC's tap device.
@@ -168,12 +197,93 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
 }
 
 impl Machine {
+    /// Whether a device or back-end has this name.
+    fn knows(&self, name: &str) -> bool {
+        let console = self.config.console.as_ref().map(|c| c.id.as_str());
+        let rng = self.config.rng.as_ref().map(|r| r.id.as_str());
+        self.backends.knows(name) || [console, rng].contains(&Some(name))
+    }
+
+    /// The id of a device to come: its back-end's name, or a new one.
+    fn check_id(&self, id: &str, backend: &str) -> Result<(), PlugError> {
+        match id != backend && self.knows(id) {
+            true => Err(PlugError::Duplicate(id.into())),
+            false => Ok(()),
+        }
+    }
+
+    /// The first slot for disks that is empty.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn free_disk_slot(&self) -> Result<usize, PlugError> {
+        first_free("block", &self.backends.disks)
+    }
+
+    /// The first slot for NICs that is empty.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn free_nic_slot(&self) -> Result<usize, PlugError> {
+        first_free("net", &self.backends.nics)
+    }
+
+    /// What slot `slot` for disks is like.
+    ///
+    /// # Errors
+    /// When there is none, or the guest resets a disk in it whose storage hangs.
+    pub fn disk_shape(&self, slot: usize) -> Result<Shape, PlugError> {
+        let max = DISKS;
+        if slot >= max {
+            return Err(PlugError::NoSlot { what: "block", max });
+        }
+        let start = self.config.disks.get(slot);
+        self.shape::<Block>(slot, start.and_then(|disk| disk.iothread.clone()))
+    }
+
+    /// What slot `slot` for NICs is like.
+    ///
+    /// # Errors
+    /// As [`Machine::disk_shape`].
+    pub fn nic_shape(&self, slot: usize) -> Result<Shape, PlugError> {
+        let max = NICS;
+        if slot >= max {
+            return Err(PlugError::NoSlot { what: "net", max });
+        }
+        let start = self.config.nics.get(slot);
+        self.shape::<Net>(DISKS + slot, start.and_then(|nic| nic.iothread.clone()))
+    }
+
+    fn shape<T: VirtioDevice>(
+        &self,
+        index: usize,
+        iothread: Option<String>,
+    ) -> Result<Shape, PlugError> {
+        let mut queue_sizes = Vec::new();
+        if let Some((transport, _)) = self.slots.get(index)
+            && let Some(device) = self.locked(transport)?.device::<T>()
+        {
+            queue_sizes.extend_from_slice(device.queue_sizes());
+        }
+        Ok(Shape { queue_sizes, iothread })
+    }
+
+    /// Logical and physical block size in bytes of the disk `backend`, which waits.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn waiting_disk_blocks(&self, backend: &str) -> Result<(u32, u32), PlugError> {
+        let waiting = self.backends.waiting_disks.get(backend);
+        let (_, drive) = waiting.ok_or_else(|| PlugError::NoBackend(backend.into()))?;
+        Ok((drive.disk.logical_block(), drive.disk.physical_block()))
+    }
+
     /// Open a disk's back-end, for [`Machine::plug_disk`].
     ///
     /// # Errors
     /// When the id is taken or the image cannot be opened.
     pub fn add_disk_backend(&mut self, config: DiskConfig) -> Result<(), PlugError> {
-        if self.backends.knows(&config.id) {
+        if self.knows(&config.id) {
             return Err(PlugError::Duplicate(config.id));
         }
         let drive = drive(&config)?;
@@ -190,7 +300,7 @@ impl Machine {
         config: NicConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(), PlugError> {
-        if self.backends.knows(&config.id) {
+        if self.knows(&config.id) {
             return Err(PlugError::Duplicate(config.id));
         }
         let tap = if fds.is_empty() { tap(&config)? } else { Tap::from_fds(fds)? };
@@ -210,29 +320,32 @@ impl Machine {
         Err(if b.knows(id) { PlugError::InUse(id.into()) } else { PlugError::NoBackend(id.into()) })
     }
 
-    /// Put the disk `id` into slot `slot`. The guest sees its size at once.
+    /// Put the disk `backend` into slot `slot`, as the device `id`. The guest sees its size at once.
     ///
     /// # Errors
-    /// When there is no such back-end or slot, or the device cannot take the back-end: it then waits
-    /// on. When the host does not give what the disk needs: the back-end is closed then.
+    /// When there is no such back-end or slot, another device has the id, or the device cannot take
+    /// the back-end: it then waits on. When the host does not give what the disk needs: the back-end is closed then.
     pub fn plug_disk(
         &mut self,
         id: &str,
+        backend: &str,
         slot: usize,
         serial: Option<String>,
     ) -> Result<(), PlugError> {
+        self.check_id(id, backend)?;
         let b = &mut self.backends;
-        let mut waiting = take(id, &mut b.waiting_disks, slot, "block", &b.disks)?;
+        let mut waiting = take(backend, &mut b.waiting_disks, slot, "block", &b.disks)?;
         let plugged = self.change(slot, |block: &mut Block| {
             let Some((mut config, mut drive)) = waiting.take() else { return Ok(None) };
             if let Some(serial) = serial {
                 drive.serial.clone_from(&serial);
                 config.serial = Some(serial);
             }
+            (config.id, config.backend) = (id.to_owned(), separate(backend, id));
             block.plug(drive).map(|()| Some(config))
         });
         let b = &mut self.backends;
-        b.waiting_disks.extend(waiting.map(|back| (id.to_owned(), back)));
+        b.waiting_disks.extend(waiting.map(|back| (backend.to_owned(), back)));
         let config = plugged?.transpose()?.flatten();
         if let Some(place) = b.disks.get_mut(slot) {
             *place = config;
@@ -240,28 +353,32 @@ impl Machine {
         Ok(())
     }
 
-    /// Put the NIC `id` into slot `slot`. The guest sees link and address at once.
+    /// Put the NIC `backend` into slot `slot`, as the device `id`. The guest sees link and address
+    /// at once.
     ///
     /// # Errors
     /// As [`Machine::plug_disk`].
     pub fn plug_nic(
         &mut self,
         id: &str,
+        backend: &str,
         slot: usize,
         mac: Option<[u8; 6]>,
     ) -> Result<(), PlugError> {
+        self.check_id(id, backend)?;
         let b = &mut self.backends;
-        let mut waiting = take(id, &mut b.waiting_nics, slot, "net", &b.nics)?;
+        let mut waiting = take(backend, &mut b.waiting_nics, slot, "net", &b.nics)?;
         let plugged = self.change(DISKS + slot, |net: &mut Net| {
             if let Some((_, tap)) = &waiting {
                 net.accepts(tap)?;
             }
             let Some((mut config, tap)) = waiting.take() else { return Ok(None) };
             config.mac = mac.or(config.mac);
+            (config.id, config.backend) = (id.to_owned(), separate(backend, id));
             net.plug(tap, config.mac).map(|()| Some(config))
         });
         let b = &mut self.backends;
-        b.waiting_nics.extend(waiting.map(|back| (id.to_owned(), back)));
+        b.waiting_nics.extend(waiting.map(|back| (backend.to_owned(), back)));
         let config = plugged?.transpose()?.flatten();
         if let Some(place) = b.nics.get_mut(slot) {
             *place = config;
@@ -269,23 +386,36 @@ impl Machine {
         Ok(())
     }
 
-    /// Take the device `id` out of its slot and close its back-end. What is in flight is finished
-    /// first.
+    /// Take the device `id` out of its slot. Its back-end is closed if it has the same name, else it
+    /// waits again. What is in flight is finished first.
     ///
     /// # Errors
     /// When no slot holds it, or its storage hangs.
     pub fn unplug(&mut self, id: &str) -> Result<(), PlugError> {
         if let Some(slot) = self.backends.disk_slot(id) {
-            self.change(slot, |block: &mut Block| drop(block.unplug()))?;
-            self.backends.disks.get_mut(slot).map(Option::take);
+            let disk = self.change(slot, |block: &mut Block| block.unplug())?.flatten();
+            let config = self.backends.disks.get_mut(slot).and_then(Option::take);
+            if let (Some(disk), Some(mut config)) = (disk, config)
+                && let Some(backend) = config.backend.take()
+            {
+                (config.id, config.serial) = (backend.clone(), None);
+                let drive = limited(disk, &config);
+                self.backends.waiting_disks.insert(backend, (config, drive));
+            }
             return Ok(());
         }
         let Some(slot) = self.backends.nic_slot(id) else {
             return Err(PlugError::NoDevice(id.into()));
         };
         let unplugged = self.change(DISKS + slot, |net: &mut Net| net.unplug())?.transpose();
-        unplugged.map_err(|source| PlugError::Thread { id: id.into(), source })?;
-        self.backends.nics.get_mut(slot).map(Option::take);
+        let tap = unplugged.map_err(|source| PlugError::Thread { id: id.into(), source })?;
+        let config = self.backends.nics.get_mut(slot).and_then(Option::take);
+        if let (Some(tap), Some(mut config)) = (tap.flatten(), config)
+            && let Some(backend) = config.backend.take()
+        {
+            (config.id, config.mac) = (backend.clone(), None);
+            self.backends.waiting_nics.insert(backend, (config, tap));
+        }
         Ok(())
     }
 

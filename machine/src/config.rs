@@ -122,6 +122,16 @@ pub struct DiskConfig {
     pub queue_size: u16,
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
+    /// The back-end's name when it is not the device's id: it then outlives the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+}
+
+impl DiskConfig {
+    /// Name of the back-end.
+    pub fn backend(&self) -> &str {
+        self.backend.as_deref().unwrap_or(&self.id)
+    }
 }
 
 /// How a disk's requests are carried out.
@@ -155,6 +165,16 @@ pub struct NicConfig {
     pub bps: Option<u64>,
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
+    /// The back-end's name when it is not the device's id: it then outlives the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+}
+
+impl NicConfig {
+    /// Name of the back-end.
+    pub fn backend(&self) -> &str {
+        self.backend.as_deref().unwrap_or(&self.id)
+    }
 }
 
 /// A tap device.

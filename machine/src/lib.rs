@@ -15,7 +15,7 @@ mod quiesced;
 mod slots;
 pub mod vcpu;
 
-pub use backends::{PlugError, PluggedDisk};
+pub use backends::{PlugError, PluggedDisk, Shape};
 pub use builder::{BuildError, Saved};
 pub use devices::{Memory, PowerEvent, backend::inherited};
 pub use event::{Event, Report, Told};

@@ -16,7 +16,7 @@ super::plain! {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct BlockdevAdd {
-    /// Unique name.
+    /// Unique name, 1 to 255 bytes.
     pub node_name: String,
     /// Where the bytes are.
     pub file: BlockdevFile,
@@ -28,25 +28,25 @@ pub struct BlockdevAdd {
     pub cache: Option<BlockdevCache>,
     /// What becomes of discards.
     pub discard: Option<BlockdevDiscard>,
-    /// What becomes of writes of zeroes.
+    /// What becomes of writes of zeroes: only `off`.
     pub detect_zeroes: Option<BlockdevDetectZeroes>,
-    /// Requests per second; 0 is unlimited.
+    /// Requests per second, up to 1000000; 0 is unlimited.
     #[serde(rename = "throttling.iops-total")]
     pub throttling_iops_total: Option<u64>,
     /// Bytes per second; 0 is unlimited.
     #[serde(rename = "throttling.bps-total")]
     pub throttling_bps_total: Option<u64>,
-    /// `disk` or `cdrom`.
+    /// Only `disk`.
     pub media: Option<String>,
-    /// Another name, as StratoVirt takes it.
+    /// The name again, as StratoVirt takes it.
     pub id: Option<String>,
-    /// Backing file of a format that has one.
+    /// Backing file of a format that has one; refused.
     pub backing: Option<Value>,
-    /// Free for the format.
+    /// Free for the format; refused.
     pub options: Option<Value>,
-    /// Cache of a qcow2 image, bytes.
+    /// Cache of a qcow2 image, bytes; refused.
     pub l2_cache_size: Option<u64>,
-    /// Cache of a qcow2 image, bytes.
+    /// Cache of a qcow2 image, bytes; refused.
     pub refcount_cache_size: Option<u64>,
 }
 

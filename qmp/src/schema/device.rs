@@ -10,7 +10,8 @@ pub struct DeviceAdd {
     pub id: String,
     /// Model.
     pub driver: String,
-    /// Slot: hexadecimal with `0x`, else decimal.
+    /// Slot: hexadecimal with `0x`, else decimal. On a PCI bus, which a microVM has not (a driver that
+    /// ends in `-pci`, a bus that begins with `pcie.`), it says nothing: the first free slot is taken.
     pub addr: Option<String>,
     /// Slot less one, in place of `addr`.
     pub lun: Option<u32>,
@@ -18,24 +19,24 @@ pub struct DeviceAdd {
     pub bus: Option<String>,
     /// Whether it shares its slot.
     pub multifunction: Option<bool>,
-    /// Expansion ROM.
+    /// Expansion ROM: empty.
     pub romfile: Option<String>,
-    /// Node name of a disk's back-end.
+    /// Node name of a disk's back-end; the id if absent.
     pub drive: Option<String>,
     /// Whether others may write to the back-end.
     pub share_rw: Option<bool>,
     /// Serial number of a disk, up to 20 bytes.
     pub serial: Option<String>,
-    /// Sector size shown to the guest, bytes.
+    /// Sector size shown to the guest, bytes: only that of the back-end.
     #[serde(rename = "logical_block_size")]
     pub logical_block_size: Option<u32>,
-    /// Sector size of the medium shown to the guest, bytes.
+    /// Sector size of the medium shown to the guest, bytes: only that of the back-end.
     #[serde(rename = "physical_block_size")]
     pub physical_block_size: Option<u32>,
     /// Place in the boot order.
     #[serde(rename = "boot_index")]
     pub boot_index: Option<u8>,
-    /// Id of a NIC's back-end.
+    /// Id of a NIC's back-end; the device's id if absent.
     pub netdev: Option<String>,
     /// MAC address of a NIC.
     pub mac: Option<String>,
@@ -43,23 +44,24 @@ pub struct DeviceAdd {
     pub mq: Option<bool>,
     /// Interrupt vectors.
     pub vectors: Option<u32>,
-    /// Character device of a vhost-user device.
+    /// Character device of a vhost-user device; refused.
     pub chardev: Option<String>,
-    /// Whether to hide the modern interface.
+    /// Whether to hide the modern interface; only `false`.
     pub disable_modern: Option<bool>,
-    /// I/O thread.
+    /// I/O thread: only the one that the slot has.
     pub iothread: Option<String>,
-    /// Queues.
+    /// Queues: as many as the slot has.
     pub num_queues: Option<u16>,
-    /// Descriptors a queue.
+    /// Descriptors a queue: as many as the slot has.
     pub queue_size: Option<u16>,
-    /// Host device to pass through.
+    /// Host device to pass through; refused.
     pub host: Option<String>,
-    /// The same by its path in sysfs.
+    /// The same by its path in sysfs; refused.
     pub sysfsdev: Option<String>,
 }
 
-/// Unplug a device; `DEVICE_DELETED` tells when it is gone.
+/// Unplug a device; `DEVICE_DELETED` tells when it is gone. Its back-end goes with it if it has the
+/// device's id, else it waits for another device or for its own removal.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceDel {

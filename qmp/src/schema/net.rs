@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetdevAdd {
-    /// Unique id.
+    /// Unique id, 1 to 255 bytes.
     pub id: String,
     /// Kind of back-end: `tap`, which is also meant if absent.
     pub r#type: Option<String>,
@@ -16,23 +16,23 @@ pub struct NetdevAdd {
     pub fd: Option<String>,
     /// Several descriptors, joined by `:`.
     pub fds: Option<String>,
-    /// Queue pairs.
+    /// Queue pairs, 1 to 16.
     pub queues: Option<u16>,
-    /// Whether to use vhost-net.
+    /// Whether to use vhost-net; only `false`.
     pub vhost: Option<bool>,
-    /// Descriptor of vhost-net, as `fd`.
+    /// Descriptor of vhost-net, as `fd`; refused.
     pub vhostfd: Option<String>,
-    /// Several, joined by `:`.
+    /// Several, joined by `:`; refused.
     pub vhostfds: Option<String>,
-    /// Character device of a vhost-user back-end.
+    /// Character device of a vhost-user back-end; refused.
     pub chardev: Option<String>,
-    /// Script that brings the tap device up.
+    /// Script that brings the tap device up; only `no`.
     pub script: Option<String>,
-    /// Script that takes it down.
+    /// Script that takes it down; only `no`.
     pub downscript: Option<String>,
-    /// Search domains for the user-mode back-end.
+    /// Search domains for the user-mode back-end; refused.
     pub dnssearch: Option<String>,
-    /// Whether to translate MAC addresses.
+    /// Whether to translate MAC addresses; only `false`.
     pub macnat: Option<bool>,
 }
 

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
-use stories::monitor::{Monitor, SOON};
+use stories::monitor::{Monitor, SOON, Vm};
 
+use crate::snapshot::{restore, save};
 use crate::stage::{Stage, descriptors, quits, simple};
 use crate::talk::Ncat;
 
@@ -77,6 +78,16 @@ pub fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) ->
     };
     ensure!(error.contains(says), "{command}: {error}");
     Ok(())
+}
+
+/// Whether the monitor has that file open.
+fn has_open(monitor: &Monitor, file: &Path) -> Result<bool> {
+    for descriptor in fs::read_dir(format!("/proc/{}/fd", monitor.pid()))? {
+        if fs::read_link(descriptor?.path()).is_ok_and(|target| target == file) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Kata Containers' own lines, in its order: see how `stratovirt.go` of its Go runtime plugs a volume.
@@ -188,6 +199,7 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
         ("virtio-blk-mmio", "8", "A maximum of 8 block"),
         ("virtio-blk-mmio", "-1", "Invalid addr for device drive-x"),
         ("virtio-foo-mmio", "0", "Unsupported replaceable device type"),
+        ("virtio-blk-pci", "0", "All 8 block slots are occupied"),
     ] {
         refused(&mut qmp, "device_add", add("drive-x", driver, addr), says)?;
     }
@@ -221,9 +233,8 @@ fn a_slot_filled_and_emptied_again_and_again() -> Result<()> {
     }
     let after = descriptors(&monitor)?;
     ensure!(after <= before, "{before} descriptors became {after}");
-    // Nobody holds the images any more.
     for image in &images {
-        fs::File::open(image)?.try_lock().context("an image is still locked")?;
+        ensure!(!has_open(&monitor, image)?, "an image is still open");
     }
     quits(&stage, &mut monitor, &mut qmp)
 }
@@ -317,5 +328,277 @@ fn a_tap_that_does_not_fit_one_slot_waits_for_another() -> Result<()> {
     }
     ensure!(qmp.execute_raw("device_add", into("0"))? == json!({}));
     expect(&mut monitor, "nic 0 is up 525400000002\n")?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// Kuasar's own exchange: the back-end has a name of its own and outlives the device.
+#[test]
+fn the_way_kuasar_plugs_a_volume() -> Result<()> {
+    let stage = Stage::new("kuasar")?;
+    let image = marked(&stage, "volume", 0xc3, 128)?;
+    let other = marked(&stage, "other", 0xd4, 64)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let device = |slot: u32| json!({ "driver": "virtio-blk-pci", "id": format!("virtio-drive-{slot}"), "bus": format!("pcie.{}", slot + 1), "addr": "0x0", "drive": format!("drive-{slot}") });
+    let backend = |slot: u32, image: &Path| json!({ "driver": "raw", "read-only": false, "node-name": format!("drive-{slot}"), "cache": { "direct": true }, "file": { "driver": "file", "filename": image } });
+    let does = |qmp: &mut Client, command: &str, arguments: Value| -> Result<()> {
+        ensure!(qmp.execute_raw(command, arguments)? == json!({}), "{command}");
+        Ok(())
+    };
+    let before = descriptors(&monitor)?;
+    // Twice under the same names.
+    for _ in 0..2 {
+        does(&mut qmp, "blockdev-add", backend(0, &image))?;
+        does(&mut qmp, "device_add", device(0))?;
+        expect(&mut monitor, &found(0, 0xc3, 128))?;
+        let disks = qmp.execute_raw("query-block", json!({}))?;
+        ensure!(disks.pointer("/0/device") == Some(&json!("virtio-drive-0")), "{disks}");
+        ensure!(disks.pointer("/0/inserted/node-name") == Some(&json!("drive-0")), "{disks}");
+        let stats = qmp.execute_raw("query-blockstats", json!({}))?;
+        ensure!(stats.pointer("/0/device") == Some(&json!("virtio-drive-0")), "{stats}");
+        ensure!(stats.pointer("/0/node-name") == Some(&json!("drive-0")), "{stats}");
+
+        // Neither name can be had again, and the back-end stays while its device is there.
+        let taken = "is already registered";
+        refused(&mut qmp, "blockdev-add", backend(0, &other), taken)?;
+        let clash = |name: &str| json!({ "node-name": name, "file": { "filename": other } });
+        refused(&mut qmp, "blockdev-add", clash("virtio-drive-0"), taken)?;
+        refused(&mut qmp, "blockdev-del", json!({ "node-name": "drive-0" }), "is in use")?;
+        refused(&mut qmp, "device_del", json!({ "id": "drive-0" }), "not found")?;
+
+        // The second one takes the next slot.
+        does(&mut qmp, "blockdev-add", backend(1, &other))?;
+        let same = with(&device(1), "id", &json!("virtio-drive-0"));
+        refused(&mut qmp, "device_add", same, taken)?;
+        does(&mut qmp, "device_add", device(1))?;
+        expect(&mut monitor, &found(1, 0xd4, 64))?;
+
+        unplug(&mut qmp, "virtio-drive-0")?;
+        expect(&mut monitor, &empty(0))?;
+        // It waits, and is still this machine's.
+        ensure!(has_open(&monitor, &image)?, "the image was closed");
+        does(&mut qmp, "device_add", device(0))?;
+        expect(&mut monitor, &found(0, 0xc3, 128))?;
+
+        for slot in 0..2u32 {
+            unplug(&mut qmp, &format!("virtio-drive-{slot}"))?;
+            expect(&mut monitor, &empty(usize::try_from(slot)?))?;
+            let name = json!({ "node-name": format!("drive-{slot}") });
+            does(&mut qmp, "blockdev-del", name.clone())?;
+            refused(&mut qmp, "blockdev-del", name, "waits for a device")?;
+        }
+        ensure!(!has_open(&monitor, &image)?, "the image is still open");
+    }
+    let after = descriptors(&monitor)?;
+    ensure!(after <= before, "{before} descriptors became {after}");
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// Both names of a disk go through a save, and so does what they mean.
+#[test]
+fn a_saved_machine_keeps_the_names_of_back_ends() -> Result<()> {
+    let stage = Stage::new("names")?;
+    let image = marked(&stage, "image", 5, 64)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let backend = json!({ "node-name": "back", "file": { "filename": image } });
+    qmp.execute_raw("blockdev-add", backend)?;
+    let device = json!({ "id": "front", "driver": "virtio-blk-mmio", "addr": "2", "drive": "back", "serial": "first" });
+    qmp.execute_raw("device_add", device)?;
+    expect(&mut monitor, &found(2, 5, 64))?;
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+    let disks = qmp.execute_raw("query-block", json!({}))?;
+    ensure!(disks.pointer("/0/device") == Some(&json!("front")), "{disks}");
+    ensure!(disks.pointer("/0/inserted/node-name") == Some(&json!("back")), "{disks}");
+    for (name, of) in [("device", "front"), ("node-name", "back")] {
+        let size = json!({ name: of, "size": 64 * 512 });
+        ensure!(qmp.execute_raw("block_resize", size)? == json!({}));
+    }
+    let two = json!({ "device": "front", "node-name": "other", "size": 512 });
+    refused(&mut qmp, "block_resize", two, "Device front not found")?;
+    simple(&mut qmp, "cont")?;
+    unplug(&mut qmp, "front")?;
+    expect(&mut monitor, &empty(2))?;
+    let device =
+        json!({ "id": "again", "driver": "virtio-blk-mmio", "addr": "3", "drive": "back" });
+    ensure!(qmp.execute_raw("device_add", device)? == json!({}));
+    expect(&mut monitor, &found(3, 5, 64))?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// Those members with one more, or another value.
+fn with(arguments: &Value, member: &str, value: &Value) -> Value {
+    let mut arguments = arguments.clone();
+    if let Value::Object(members) = &mut arguments {
+        members.insert(member.to_owned(), value.clone());
+    }
+    arguments
+}
+
+/// What a command of hot-plug cannot do it refuses by name, and what it was for waits on.
+#[test]
+fn what_a_disk_cannot_be_is_refused() -> Result<()> {
+    let stage = Stage::new("refusals")?;
+    let image = marked(&stage, "image", 6, 64)?;
+    let first = marked(&stage, "first", 7, 64)?;
+    let disk = json!({ "drive_id": "first", "path_on_host": first, "read_only": false, "direct": false, "iothread": "own", "num_queues": 2, "queue_size": 128 });
+    let config = stage.config("plug", "watch")?;
+    let config = with(&config, "rng", &json!({ "random_file": "/dev/urandom" }));
+    let vm = Vm::described(config).add("iothread", json!({ "id": "own" })).add("drive", disk);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("ready\n", SOON)?;
+
+    let backend = json!({ "node-name": "x", "file": { "driver": "file", "filename": image } });
+    let long = "x".repeat(300);
+    for (member, value, says) in [
+        ("node-name", json!(""), "'': must not be empty"),
+        ("node-name", json!(long), "300 bytes long, at most 255"),
+        ("node-name", json!("first"), "first is already registered"),
+        ("node-name", json!("rng0"), "rng0 is already registered"),
+        ("id", json!("y"), "'id': 'y': must be as node-name"),
+        ("detect-zeroes", json!("unmap"), "'detect-zeroes': 'unmap'"),
+        ("detect-zeroes", json!("on"), "use off"),
+        ("media", json!("cdrom"), "'media': 'cdrom'"),
+        ("media", json!("tape"), "must be disk"),
+        ("options", json!({ "a": 1 }), "'options'"),
+        ("l2-cache-size", json!(65536), "'l2-cache-size': '65536'"),
+        ("refcount-cache-size", json!(65536), "'refcount-cache-size': '65536'"),
+        ("throttling.iops-total", json!(1_000_001), "'1000001': not in 0..=1000000"),
+        ("driver", json!("qcow2"), "'driver': 'qcow2'"),
+        ("file", json!({ "filename": "" }), "'file.filename': '': must not be empty"),
+    ] {
+        refused(&mut qmp, "blockdev-add", with(&backend, member, &value), says)?;
+    }
+    let mut all = backend.clone();
+    for (member, value) in [
+        ("id", json!("x")),
+        ("detect-zeroes", json!("off")),
+        ("media", json!("disk")),
+        ("throttling.iops-total", json!(1_000_000)),
+    ] {
+        all = with(&all, member, &value);
+    }
+    ensure!(qmp.execute_raw("blockdev-add", all)? == json!({}));
+
+    // A slot that was empty at the start, and one that was not.
+    let plain = json!({ "id": "x", "driver": "virtio-blk-mmio", "addr": "0x1" });
+    for (member, value, says) in [
+        ("iothread", json!("nonexistent"), "'iothread': 'nonexistent': this slot has been on the"),
+        ("iothread", json!("own"), "'iothread': 'own'"),
+        ("num-queues", json!(99), "'num-queues': '99': must be 1"),
+        ("queue-size", json!(7), "'queue-size': '7': must be 256"),
+        ("logical_block_size", json!(4096), "'logical_block_size': '4096': must be 512"),
+        ("physical_block_size", json!(512), "'physical_block_size': '512': must be 4096"),
+        ("host", json!("0000:00:01.0"), "'host': '0000:00:01.0': passing host devices"),
+        ("sysfsdev", json!("/sys/x"), "'sysfsdev': '/sys/x': passing host devices"),
+        ("chardev", json!("zz"), "'chardev': 'zz': vhost-user"),
+        ("disable-modern", json!(true), "'disable-modern': 'true'"),
+        ("romfile", json!("x.rom"), "'romfile': 'x.rom'"),
+        ("serial", json!(long), "'serial'"),
+        ("mac", json!("52:54:00:00:00:01"), "'mac': '52:54:00:00:00:01': a disk has none"),
+        ("netdev", json!("x"), "'netdev': 'x': a disk has none"),
+        ("mq", json!(true), "'mq': 'true': a disk has none"),
+        ("lun", json!(5), "'lun': '5': addr is 0x1"),
+        ("id", json!(""), "'id': '': must not be empty"),
+        ("driver", json!("vhost-user-blk-pci"), "Unsupported replaceable device type"),
+        ("drive", json!("y"), "no back-end 'y' waits"),
+    ] {
+        refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;
+        // It waits on.
+        let again = json!({ "node-name": "x", "file": { "filename": image } });
+        refused(&mut qmp, "blockdev-add", again, "x is already registered")?;
+    }
+    // The guest has noticed nothing of all that, and the plug without it works.
+    ensure!(monitor.unseen().is_empty(), "the guest noticed '{}'", monitor.unseen());
+    ensure!(qmp.execute_raw("device_add", plain)? == json!({}));
+    expect(&mut monitor, &found(1, 6, 64))?;
+    unplug(&mut qmp, "x")?;
+    expect(&mut monitor, &empty(1))?;
+
+    // What is so anyway may be said.
+    unplug(&mut qmp, "first")?;
+    expect(&mut monitor, &empty(0))?;
+    ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
+    let slot = json!({ "id": "x", "driver": "virtio-blk-mmio", "addr": "0x0", "drive": "x", "iothread": "own", "num-queues": 2, "queue-size": 128, "logical_block_size": 512, "physical_block_size": 4096, "romfile": "", "share-rw": true, "bus": "virtio-mmio-bus.0", "vectors": 0, "boot_index": 1, "multifunction": true, "disable-modern": false, "serial": "abc" });
+    for (member, value, says) in [
+        ("iothread", json!("other"), "'iothread': 'other': must be 'own'"),
+        ("num-queues", json!(1), "'num-queues': '1': must be 2"),
+        ("queue-size", json!(256), "'queue-size': '256': must be 128"),
+    ] {
+        refused(&mut qmp, "device_add", with(&slot, member, &value), says)?;
+    }
+    ensure!(qmp.execute_raw("device_add", slot)? == json!({}));
+    expect(&mut monitor, &found(0, 6, 64))?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn what_a_nic_cannot_be_is_refused() -> Result<()> {
+    let mut stage = Stage::new("nicrefusals")?;
+    with_taps(&mut stage, "")?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let backend = json!({ "id": "back", "ifname": "tap0" });
+    for (member, value, says) in [
+        ("id", json!(""), "'id': '': must not be empty"),
+        ("id", json!("n".repeat(300)), "300 bytes long, at most 255"),
+        ("ifname", json!("a/b"), "'ifname': 'a/b'"),
+        ("queues", json!(0), "'queues': '0': not in 1..=16"),
+        ("queues", json!(17), "'queues': '17': not in 1..=16"),
+        ("script", json!("/etc/ifup"), "'script': '/etc/ifup'"),
+        ("downscript", json!("/etc/ifdown"), "'downscript': '/etc/ifdown'"),
+        ("macnat", json!(true), "'macnat': 'true'"),
+        ("dnssearch", json!("example.org"), "'dnssearch': 'example.org'"),
+        ("vhost", json!(true), "vhost-net"),
+        ("vhostfd", json!("7"), "vhost-net"),
+        ("vhostfds", json!("7:8"), "vhost-net"),
+        ("chardev", json!("c"), "vhost-user"),
+        ("type", json!("user"), "'user' is not built yet"),
+    ] {
+        refused(&mut qmp, "netdev_add", with(&backend, member, &value), says)?;
+    }
+    let mut all = backend;
+    for (member, value) in [
+        ("type", json!("tap")),
+        ("queues", json!(1)),
+        ("script", json!("no")),
+        ("downscript", json!("no")),
+        ("macnat", json!(false)),
+        ("vhost", json!(false)),
+    ] {
+        all = with(&all, member, &value);
+    }
+    ensure!(qmp.execute_raw("netdev_add", all)? == json!({}));
+
+    let mac = "52:54:00:00:00:03";
+    let plain = json!({ "id": "front", "driver": "virtio-net-mmio", "addr": "0x1", "netdev": "back", "mac": mac });
+    for (member, value, says) in [
+        ("iothread", json!("x"), "'iothread': 'x'"),
+        ("num-queues", json!(2), "'num-queues': '2': must be 1"),
+        ("queue-size", json!(512), "'queue-size': '512': must be 256"),
+        ("mac", json!("01:00:00:00:00:00"), "'mac': '01:00:00:00:00:00'"),
+        ("host", json!("0000:00:01.0"), "'host'"),
+        ("chardev", json!("zz"), "'chardev': 'zz'"),
+        ("drive", json!("back"), "'drive': 'back': a NIC has none"),
+        ("serial", json!("s"), "'serial': 's': a NIC has none"),
+        ("logical_block_size", json!(512), "'logical_block_size': '512': a NIC has none"),
+        ("netdev", json!("y"), "no back-end 'y' waits"),
+    ] {
+        refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;
+    }
+    ensure!(monitor.unseen().is_empty(), "the guest noticed '{}'", monitor.unseen());
+    ensure!(qmp.execute_raw("device_add", plain)? == json!({}));
+    expect(&mut monitor, "nic 1 is up 525400000003\n")?;
+    // The tap waits after its device, for the next one.
+    unplug(&mut qmp, "front")?;
+    expect_down(&mut monitor, 1)?;
+    let pci = json!({ "id": "front", "driver": "virtio-net-pci", "bus": "pcie.3", "addr": "0x0", "netdev": "back", "mac": mac, "mq": true, "vectors": 4 });
+    ensure!(qmp.execute_raw("device_add", pci)? == json!({}));
+    expect(&mut monitor, "nic 0 is up 525400000003\n")?;
+    unplug(&mut qmp, "front")?;
+    expect_down(&mut monitor, 0)?;
+    ensure!(qmp.execute_raw("netdev_del", json!({ "id": "back" }))? == json!({}));
+    ensure!(qmp.execute_raw("netdev_add", json!({ "id": "back", "ifname": "tap0" }))? == json!({}));
     quits(&stage, &mut monitor, &mut qmp)
 }

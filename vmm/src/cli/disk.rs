@@ -2,8 +2,8 @@
 use machine::config::{Aio, limits};
 
 use super::draft::{BlkFront, Draft, Drive};
-use super::fields::Fields;
-use super::value;
+use super::fields::{Fields, choose};
+use super::value::{self, Rule};
 
 /// `-drive`, both generations: which one it is decides the `-device` that names it, or does not.
 pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
@@ -44,15 +44,8 @@ pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
         f.problem("iops", "the same as throttling.iops-total; give one of them");
     }
     let _ = f.choice("format", &[("raw", Ok(())), ("qcow2", Err("format 'qcow2'"))]);
-    let _ = f.choice("media", &[("disk", Ok(())), ("cdrom", Err("media 'cdrom'"))]);
-    let _ = f.choice(
-        "detect-zeroes",
-        &[
-            ("off", Ok(())),
-            ("on", Err("looking for zeroes in writes")),
-            ("unmap", Err("looking for zeroes in writes")),
-        ],
-    );
+    let _ = f.text("media", media);
+    let _ = f.text("detect-zeroes", detect_zeroes);
     f.refuse("unit", "a firmware flash (pflash)");
     f.refuse("l2-cache-size", "format 'qcow2'");
     f.refuse("refcount-cache-size", "format 'qcow2'");
@@ -60,6 +53,17 @@ pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
     let path = path.unwrap_or_default();
     let place = f.place().clone();
     draft.drives.push(Drive { place, id, path, readonly, direct, aio, discard, iops, bps, front });
+}
+
+/// What kind of drive it is: a disk.
+pub(crate) fn media(word: &str) -> Result<(), Rule> {
+    choose(word, &[("disk", Ok(())), ("cdrom", Err("media 'cdrom'"))])
+}
+
+/// What becomes of writes of zeroes: nothing else than of others.
+pub(crate) fn detect_zeroes(word: &str) -> Result<(), Rule> {
+    let looking = Err("looking for zeroes in writes");
+    choose(word, &[("off", Ok(())), ("on", looking), ("unmap", looking)])
 }
 
 /// An item of `drive`.

@@ -34,13 +34,13 @@ mod resolve;
 mod system;
 mod table;
 mod tokens;
-mod value;
+pub(crate) mod value;
 
 #[cfg(test)]
 mod tests;
 
+pub(crate) use disk::{detect_zeroes, media};
 pub use problem::Problems;
-pub(crate) use value::mac;
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]

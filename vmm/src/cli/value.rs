@@ -7,7 +7,7 @@ use std::str::FromStr;
 use machine::config::limits;
 
 /// What is allowed instead, as the end of a sentence that names place and value.
-pub(super) type Rule = String;
+pub(crate) type Rule = String;
 
 /// Any text without NUL.
 pub(super) fn text(word: &str) -> Result<String, Rule> {
@@ -18,12 +18,12 @@ pub(super) fn text(word: &str) -> Result<String, Rule> {
 }
 
 /// A name or id: 1 to 255 bytes.
-pub(super) fn id(word: &str) -> Result<String, Rule> {
+pub(crate) fn id(word: &str) -> Result<String, Rule> {
     bounded(word, limits::MAX_ID)
 }
 
 /// A path: 1 to 4096 bytes.
-pub(super) fn path(word: &str) -> Result<PathBuf, Rule> {
+pub(crate) fn path(word: &str) -> Result<PathBuf, Rule> {
     bounded(word, limits::MAX_PATH).map(PathBuf::from)
 }
 
@@ -33,12 +33,12 @@ pub(super) fn socket_path(word: &str) -> Result<PathBuf, Rule> {
 }
 
 /// A disk's serial number: 1 to 20 bytes.
-pub(super) fn disk_serial(word: &str) -> Result<String, Rule> {
+pub(crate) fn disk_serial(word: &str) -> Result<String, Rule> {
     bounded(word, limits::MAX_DISK_SERIAL)
 }
 
 /// A network interface's name as Linux has it (`dev_valid_name`).
-pub(super) fn tap_name(word: &str) -> Result<String, Rule> {
+pub(crate) fn tap_name(word: &str) -> Result<String, Rule> {
     let name = bounded(word, limits::MAX_TAP_NAME)?;
     if name == "."
         || name == ".."
@@ -77,7 +77,7 @@ pub(super) fn discard(word: &str) -> Result<bool, Rule> {
 }
 
 /// A decimal number in `range`.
-pub(super) fn number<N>(word: &str, range: RangeInclusive<N>) -> Result<N, Rule>
+pub(crate) fn number<N>(word: &str, range: RangeInclusive<N>) -> Result<N, Rule>
 where
     N: FromStr + PartialOrd + Display,
 {

@@ -1,19 +1,27 @@
 //! Disks' back-ends.
-use std::{path::PathBuf, sync::atomic::Ordering};
+use std::sync::atomic::Ordering;
 
 use machine::{
-    PluggedDisk,
+    PlugError, PluggedDisk,
     config::{Aio, DiskConfig, limits},
 };
 use qmp::{Error, schema::*};
 
-use super::plug_error;
-use crate::vmm::Vmm;
+use super::{invalid, plug_error};
+use crate::{
+    cli::{self, value},
+    vmm::Vmm,
+};
 
 pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error> {
-    let refuse = |key: &str, value: &str, allowed: &str| {
-        Err(Error::text(format!("Invalid parameter '{key}': '{value}': {allowed}")))
-    };
+    let refuse = |key, value: &str, allowed| Err(invalid(key, value, allowed));
+    let name = &command.node_name;
+    value::id(name).map_err(|rule| invalid("node-name", name, rule))?;
+    if let Some(id) = command.id.as_ref().filter(|id| *id != name) {
+        return refuse("id", id, "must be as node-name: leave it out");
+    }
+    let filename = &command.file.filename;
+    let path = value::path(filename).map_err(|rule| invalid("file.filename", filename, rule))?;
     if let Some(driver) = command.driver.as_deref().filter(|d| *d != "raw") {
         return refuse("driver", driver, "only 'raw' images are built yet");
     }
@@ -24,6 +32,29 @@ pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error>
     if command.backing.is_some() {
         return refuse("backing", "...", "raw images have no backing file");
     }
+    if let Some(options) = &command.options {
+        return refuse("options", &options.to_string(), "raw images have none: leave it out");
+    }
+    let qcow2 = [
+        ("l2-cache-size", command.l2_cache_size),
+        ("refcount-cache-size", command.refcount_cache_size),
+    ];
+    if let Some((key, Some(bytes))) = qcow2.into_iter().find(|(_, bytes)| bytes.is_some()) {
+        return refuse(key, &bytes.to_string(), "format 'qcow2' is not built yet: leave it out");
+    }
+    if let Some(media) = &command.media {
+        cli::media(media).map_err(|rule| invalid("media", media, rule))?;
+    }
+    let zeroes = match command.detect_zeroes {
+        None | Some(BlockdevDetectZeroes::Off) => "off",
+        Some(BlockdevDetectZeroes::On) => "on",
+        Some(BlockdevDetectZeroes::Unmap) => "unmap",
+    };
+    cli::detect_zeroes(zeroes).map_err(|rule| invalid("detect-zeroes", zeroes, rule))?;
+    if let Some(iops) = command.throttling_iops_total {
+        value::number(&iops.to_string(), limits::DISK_IOPS)
+            .map_err(|rule| invalid("throttling.iops-total", iops, rule))?;
+    }
     let cache = command.cache.unwrap_or_default();
     if cache.no_flush == Some(true) {
         return refuse("cache.no-flush", "true", "a guest's flush always reaches the disk");
@@ -31,7 +62,7 @@ pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error>
     let unlimited = |n: Option<u64>| n.filter(|n| *n > 0);
     let config = DiskConfig {
         id: command.node_name,
-        path: PathBuf::from(command.file.filename),
+        path,
         readonly: command.read_only.unwrap_or(false),
         direct: cache.direct.unwrap_or(true),
         serial: None,
@@ -47,6 +78,7 @@ pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error>
         queues: 1,
         queue_size: limits::DEFAULT_QUEUE_SIZE,
         iothread: None,
+        backend: None,
     };
     vmm.machine.add_disk_backend(config).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
@@ -58,10 +90,18 @@ pub fn blockdev_del(vmm: &mut Vmm, command: BlockdevDel) -> Result<Empty, Error>
 }
 
 pub fn block_resize(vmm: &mut Vmm, command: BlockResize) -> Result<Empty, Error> {
-    let Some(id) = command.device.or(command.node_name) else {
+    let BlockResize { device, node_name, size } = command;
+    let Some(name) = device.as_ref().or(node_name.as_ref()) else {
         return Err(Error::text("Parameter 'device' or 'node-name' is needed"));
     };
-    vmm.machine.resize_disk(&id, command.size).map_err(|e| plug_error(&e))?;
+    let meant = |disk: &PluggedDisk| {
+        device.as_ref().is_none_or(|id| *id == disk.config.id)
+            && node_name.as_ref().is_none_or(|name| name == disk.config.backend())
+    };
+    let disk = disks(vmm)?.into_iter().find(meant);
+    let id = disk.map(|disk| disk.config.id).ok_or(PlugError::NoDevice(name.clone()));
+    let resized = id.and_then(|id| vmm.machine.resize_disk(&id, size));
+    resized.map_err(|e| plug_error(&e))?;
     Ok(Empty {})
 }
 
@@ -97,7 +137,7 @@ fn device_info(disk: PluggedDisk) -> BlockDeviceInfo {
     });
     BlockDeviceInfo {
         file: file.clone(),
-        node_name: Some(disk.config.id),
+        node_name: Some(disk.config.backend().to_owned()),
         ro: disk.config.readonly,
         drv: "raw".into(),
         backing_file_depth: 0,
@@ -127,7 +167,7 @@ pub fn query_blockstats(vmm: &mut Vmm, _: QueryBlockstats) -> Result<Vec<BlockSt
         BlockStats {
             device: Some(disk.config.id.clone()),
             qdev: Some(disk.config.id.clone()),
-            node_name: Some(disk.config.id),
+            node_name: Some(disk.config.backend().to_owned()),
             stats: BlockDeviceStats {
                 rd_bytes: count(&s.rd_bytes),
                 wr_bytes: count(&s.wr_bytes),

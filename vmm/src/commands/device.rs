@@ -1,33 +1,115 @@
 //! Hot-plug: a slot gets its back-end, or loses it.
+use std::fmt::Display;
+
+use machine::Shape;
 use qmp::{Error, schema::*};
 
-use super::plug_error;
-use crate::vmm::Vmm;
+use super::{invalid, plug_error};
+use crate::{cli::value, vmm::Vmm};
 
-/// StratoVirt's and Kata's members are taken; those that ask for what cannot be are refused.
+/// Members that have no meaning without firmware or PCI (`bus`, `vectors`, `boot_index`,
+/// `multifunction`) are taken: StratoVirt's clients send them to every machine. All others hold, or
+/// are refused.
 pub fn device_add(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
-    let slot = slot(&command)?;
-    let backend_of = |backend: &Option<String>| backend.clone().unwrap_or(command.id.clone());
+    value::id(&command.id).map_err(|rule| invalid("id", &command.id, rule))?;
+    refuse_everywhere(&command)?;
     // The driver's name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.
-    if command.driver.contains("blk") {
-        same_id(&command.id, &backend_of(&command.drive), "drive")?;
-        let serial = command.serial.clone();
-        if serial.as_ref().is_some_and(|s| s.len() > 20) {
-            return Err(Error::text("Invalid parameter 'serial': at most 20 bytes"));
-        }
-        vmm.machine.plug_disk(&command.id, slot, serial).map_err(|e| plug_error(&e))?;
-    } else if command.driver.contains("net") {
-        same_id(&command.id, &backend_of(&command.netdev), "netdev")?;
-        let mac = command.mac.as_deref().map(crate::cli::mac).transpose();
-        let mac = mac.map_err(|e| Error::text(format!("Invalid parameter 'mac': {e}")))?;
-        vmm.machine.plug_nic(&command.id, slot, mac).map_err(|e| plug_error(&e))?;
-    } else {
+    let driver = &command.driver;
+    if driver.starts_with("vhost") || !(driver.contains("blk") || driver.contains("net")) {
         return Err(Error::text(format!(
-            "Unsupported replaceable device type: '{}'; must be virtio-blk-mmio or virtio-net-mmio",
-            command.driver
+            "Unsupported replaceable device type: '{driver}'; must be virtio-blk-mmio or \
+             virtio-net-mmio"
         )));
     }
+    match driver.contains("blk") {
+        true => add_disk(vmm, command),
+        false => add_nic(vmm, command),
+    }
+}
+
+fn add_disk(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
+    refuse("netdev", command.netdev.as_ref(), "a disk has none: leave it out")?;
+    refuse("mac", command.mac.as_ref(), "a disk has none: leave it out")?;
+    refuse("mq", command.mq, "a disk has none: leave it out; num-queues counts its queues")?;
+    let serial = command.serial.as_deref().filter(|s| !s.is_empty()).map(value::disk_serial);
+    let serial = serial
+        .transpose()
+        .map_err(|rule| invalid("serial", command.serial.as_deref().unwrap_or_default(), rule))?;
+    let slot = match slot(&command)? {
+        Some(slot) => slot,
+        None => vmm.machine.free_disk_slot().map_err(|e| plug_error(&e))?,
+    };
+    let shape = vmm.machine.disk_shape(slot).map_err(|e| plug_error(&e))?;
+    check_shape(&command, &shape, shape.queue_sizes.len())?;
+    let backend = command.drive.as_ref().unwrap_or(&command.id);
+    let blocks = vmm.machine.waiting_disk_blocks(backend).map_err(|e| plug_error(&e))?;
+    for (key, asked, own) in [
+        ("logical_block_size", command.logical_block_size, blocks.0),
+        ("physical_block_size", command.physical_block_size, blocks.1),
+    ] {
+        let other = asked.filter(|asked| *asked != own);
+        refuse(key, other, format!("must be {own}, as the back-end has it"))?;
+    }
+    vmm.machine.plug_disk(&command.id, backend, slot, serial).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
+}
+
+fn add_nic(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
+    const NONE: &str = "a NIC has none: leave it out";
+    refuse("drive", command.drive.as_ref(), NONE)?;
+    refuse("serial", command.serial.as_ref(), NONE)?;
+    refuse("share-rw", command.share_rw, NONE)?;
+    refuse("logical_block_size", command.logical_block_size, NONE)?;
+    refuse("physical_block_size", command.physical_block_size, NONE)?;
+    let mac =
+        command.mac.as_deref().map(|mac| value::mac(mac).map_err(|rule| invalid("mac", mac, rule)));
+    let mac = mac.transpose()?;
+    let slot = match slot(&command)? {
+        Some(slot) => slot,
+        None => vmm.machine.free_nic_slot().map_err(|e| plug_error(&e))?,
+    };
+    let shape = vmm.machine.nic_shape(slot).map_err(|e| plug_error(&e))?;
+    // The control queue is the last one.
+    let pairs = shape.queue_sizes.len() / 2;
+    check_shape(&command, &shape, pairs)?;
+    let single = command.mq.filter(|mq| !mq && pairs > 1);
+    refuse("mq", single, format!("must be true, this slot has {pairs} queue pairs"))?;
+    let backend = command.netdev.as_ref().unwrap_or(&command.id);
+    vmm.machine.plug_nic(&command.id, backend, slot, mac).map_err(|e| plug_error(&e))?;
+    Ok(Empty {})
+}
+
+/// What no device can have.
+fn refuse_everywhere(command: &DeviceAdd) -> Result<(), Error> {
+    let pass_through = "passing host devices through is not built yet: leave it out";
+    refuse("host", command.host.as_ref(), pass_through)?;
+    refuse("sysfsdev", command.sysfsdev.as_ref(), pass_through)?;
+    let vhost = "vhost-user is not built yet: leave it out";
+    refuse("chardev", command.chardev.as_ref(), vhost)?;
+    let legacy = command.disable_modern.filter(|on| *on);
+    refuse("disable-modern", legacy, "devices have the modern interface only; must be false")?;
+    let rom = command.romfile.as_ref().filter(|rom| !rom.is_empty());
+    refuse("romfile", rom, "there is no firmware that could run it; must be ''")
+}
+
+/// The driver goes on with the queues that it found at the start.
+fn check_shape(command: &DeviceAdd, shape: &Shape, queues: usize) -> Result<(), Error> {
+    let fixed = |own| format!("must be {own}, as this slot has had it since the start");
+    let other = command.num_queues.filter(|asked| usize::from(*asked) != queues);
+    refuse("num-queues", other, fixed(queues))?;
+    let size = shape.queue_sizes.first().copied().unwrap_or_default();
+    let other = command.queue_size.filter(|asked| *asked != size);
+    refuse("queue-size", other, fixed(size.into()))?;
+    let allowed = match &shape.iothread {
+        Some(own) => format!("must be '{own}', which this slot has had since the start"),
+        None => "this slot has been on the common I/O thread since the start: leave it out".into(),
+    };
+    let other = command.iothread.as_ref().filter(|asked| shape.iothread.as_ref() != Some(*asked));
+    refuse("iothread", other, allowed)
+}
+
+fn refuse(key: &str, value: Option<impl Display>, why: impl Display) -> Result<(), Error> {
+    value.map_or(Ok(()), |value| Err(invalid(key, value, why)))
 }
 
 /// The event comes first: there is nothing to wait for from the guest.
@@ -37,28 +119,29 @@ pub fn device_del(vmm: &mut Vmm, command: DeviceDel) -> Result<Empty, Error> {
     Ok(Empty {})
 }
 
-fn same_id(id: &str, backend: &str, key: &str) -> Result<(), Error> {
-    if id == backend {
-        return Ok(());
+/// `addr` in decimal or, after 0x, in hexadecimal; or `lun`, one less. `None`: the first that is free,
+/// since an address on a PCI bus says nothing here.
+fn slot(command: &DeviceAdd) -> Result<Option<usize>, Error> {
+    let on_pci = command.driver.ends_with("-pci")
+        || command.bus.as_ref().is_some_and(|bus| bus.starts_with("pcie."));
+    if on_pci {
+        refuse("lun", command.lun, "a device on a PCI bus has none: leave it out")?;
+        return Ok(None);
     }
-    Err(Error::text(format!(
-        "Invalid parameter '{key}': '{backend}': must be the device's own id, '{id}'"
-    )))
-}
-
-/// `addr` in decimal or, after 0x, in hexadecimal; or `lun`, one less.
-fn slot(command: &DeviceAdd) -> Result<usize, Error> {
+    let lun = command.lun.map(|lun| usize::try_from(lun).unwrap_or(usize::MAX).saturating_add(1));
     let Some(addr) = &command.addr else {
-        return match command.lun {
-            Some(lun) => Ok(usize::try_from(lun).unwrap_or(usize::MAX).saturating_add(1)),
-            None => Err(Error::text("Parameter 'addr' is missing: the slot, 0 is vda or eth0")),
-        };
+        let missing = || Error::text("Parameter 'addr' is missing: the slot, 0 is vda or eth0");
+        return lun.map(Some).ok_or_else(missing);
     };
     let parsed = match addr.strip_prefix("0x").or(addr.strip_prefix("0X")) {
         Some(hex) => usize::from_str_radix(hex, 16),
         None => addr.parse(),
     };
-    parsed.map_err(|_| Error::text(format!("Invalid addr for device {}: '{addr}'", command.id)))
+    let wrong = |_| Error::text(format!("Invalid addr for device {}: '{addr}'", command.id));
+    let slot = parsed.map_err(wrong)?;
+    let other = command.lun.filter(|_| lun != Some(slot));
+    refuse("lun", other, format!("addr is {addr}, and lun is one less: leave one of them out"))?;
+    Ok(Some(slot))
 }
 
 #[cfg(test)]
@@ -69,15 +152,32 @@ mod tests {
     fn a_slot_is_decimal_hexadecimal_or_a_lun() {
         let slot_of = |addr: Option<&str>, lun| {
             let addr = addr.map(str::to_owned);
-            slot(&DeviceAdd { addr, lun, ..DeviceAdd::default() }).ok()
+            slot(&DeviceAdd { addr, lun, ..DeviceAdd::default() }).ok().flatten()
         };
         assert_eq!(slot_of(Some("1"), None), Some(1));
         assert_eq!(slot_of(Some("0x1"), None), Some(1));
-        assert_eq!(slot_of(Some("0xa"), Some(3)), Some(10));
+        assert_eq!(slot_of(Some("0xa"), Some(9)), Some(10));
+        assert_eq!(slot_of(Some("0xa"), Some(3)), None);
         assert_eq!(slot_of(None, Some(0)), Some(1));
         for wrong in ["", "x", "-1", "0x", "1.0", "99999999999999999999"] {
             assert_eq!(slot_of(Some(wrong), None), None, "{wrong}");
         }
         assert_eq!(slot_of(None, None), None);
+    }
+
+    #[test]
+    fn an_address_on_a_pci_bus_names_no_slot() {
+        for (driver, bus) in
+            [("virtio-blk-pci", None), ("virtio-blk-pci", Some("pci.0")), ("blk", Some("pcie.1"))]
+        {
+            let command = DeviceAdd {
+                driver: driver.into(),
+                bus: bus.map(str::to_owned),
+                addr: Some("1.0".into()),
+                ..DeviceAdd::default()
+            };
+            assert_eq!(slot(&command).unwrap(), None, "{command:?}");
+            assert!(slot(&DeviceAdd { lun: Some(0), ..command }).is_err());
+        }
     }
 }

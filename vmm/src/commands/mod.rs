@@ -6,6 +6,8 @@ mod migrate;
 mod net;
 mod run_state;
 
+use std::fmt::Display;
+
 use machine::PlugError;
 use qmp::{Error, ErrorClass, table::Table};
 
@@ -55,6 +57,11 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
         .on(ANY, introspect::query_vm_generation_id)
+}
+
+/// A member that is not as it may be; `allowed` tells what may.
+fn invalid(key: &str, value: impl Display, allowed: impl Display) -> Error {
+    Error::text(format!("Invalid parameter '{key}': '{value}': {allowed}"))
 }
 
 /// QEMU's class for a device that is not there; the whole chain of causes.

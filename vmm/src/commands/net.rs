@@ -4,8 +4,8 @@ use std::{ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
 use machine::config::{NicConfig, Tap, limits};
 use qmp::{Error, schema::*, server::Ticket};
 
-use super::plug_error;
-use crate::{announce::Schedule, vmm::Vmm};
+use super::{invalid, plug_error};
+use crate::{announce::Schedule, cli::value, vmm::Vmm};
 
 pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
     let server = vmm.servers.get_mut(vmm.asked_by);
@@ -29,6 +29,27 @@ pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
     if vhost {
         return Err(Error::text("vhost-net and vhost-user are not built yet: leave vhost out"));
     }
+    let id = &command.id;
+    value::id(id).map_err(|rule| invalid("id", id, rule))?;
+    if let Some(name) = &command.ifname {
+        value::tap_name(name).map_err(|rule| invalid("ifname", name, rule))?;
+    }
+    for (key, script) in [("script", &command.script), ("downscript", &command.downscript)] {
+        if let Some(script) = script.as_ref().filter(|script| *script != "no") {
+            return Err(invalid(key, script, "no script is run for a tap device; must be 'no'"));
+        }
+    }
+    if command.macnat == Some(true) {
+        let allowed = "MAC address translation is not built yet; must be false";
+        return Err(invalid("macnat", true, allowed));
+    }
+    if let Some(domains) = &command.dnssearch {
+        return Err(invalid("dnssearch", domains, "a tap device has none: leave it out"));
+    }
+    let pairs = |n: usize| value::number(&n.to_string(), limits::NIC_QUEUE_PAIRS);
+    if let Some(queues) = command.queues {
+        pairs(queues.into()).map_err(|rule| invalid("queues", queues, rule))?;
+    }
     let names: Vec<&str> = match (&command.fd, &command.fds) {
         (Some(_), Some(_)) => {
             return Err(Error::text("Parameters 'fd' and 'fds' exclude each other"));
@@ -37,6 +58,13 @@ pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
         (None, Some(fds)) => fds.split(':').collect(),
         (None, None) => Vec::new(),
     };
+    if !names.is_empty() {
+        let count = names.len();
+        pairs(count).map_err(|rule| invalid("fds", format!("{count} descriptors"), rule))?;
+        if let Some(queues) = command.queues.filter(|queues| usize::from(*queues) != count) {
+            return Err(invalid("queues", queues, format!("there are {count} descriptors")));
+        }
+    }
     let (tap, fds) = match (&command.ifname, names.is_empty()) {
         (Some(name), true) => (Tap::Name(name.clone()), Vec::new()),
         (None, false) => take_fds(vmm, &names)?,
@@ -51,7 +79,7 @@ pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
     };
     let pairs = match &tap {
         Tap::Fds(_) => u16::try_from(names.len()).unwrap_or(u16::MAX),
-        Tap::Name(_) => command.queues.unwrap_or(1).max(1),
+        Tap::Name(_) => command.queues.unwrap_or(1),
     };
     let config = NicConfig {
         id: command.id,
@@ -62,6 +90,7 @@ pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
         pps: None,
         bps: None,
         iothread: None,
+        backend: None,
     };
     vmm.machine.add_nic_backend(config, fds).map_err(|e| plug_error(&e))?;
     Ok(Empty {})

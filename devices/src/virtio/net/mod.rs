@@ -176,12 +176,15 @@ impl<B: NetBackend> Net<B> {
         self.set_backend(Some(backend)).map_err(|_| PlugError::Thread)
     }
 
-    /// Take the back-end away: the slot is empty, and the host's interface is free again.
+    /// Take the back-end away: the slot is empty, and the host's interface is free again once the
+    /// back-end is dropped. `None` when the slot was empty.
     ///
     /// # Errors
     /// When the I/O thread is gone.
-    pub fn unplug(&mut self) -> io::Result<()> {
-        self.set_backend(None)
+    pub fn unplug(&mut self) -> io::Result<Option<B>> {
+        let backend = self.backend.take();
+        self.set_backend(None)?;
+        Ok(backend.and_then(Arc::into_inner))
     }
 
     /// Pull the cable out, or put it back.
