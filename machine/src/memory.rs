@@ -126,13 +126,12 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
             if to == libc::MAP_FAILED {
                 return Err(io::Error::last_os_error());
             }
-            let mib = config.size >> 20;
-            advise(region, config, mib).map_err(io::Error::other)?;
         // SAFETY: the range is the region's own mapping; the guest is paused, and what it loses is
         // what the caller asked for.
         } else if unsafe { libc::madvise(address, size, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
+        advise(region, config, config.size >> 20).map_err(io::Error::other)?;
     }
     Ok(())
 }

@@ -128,7 +128,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         queues: front.queues.or(back.queues).unwrap_or(1),
         queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: None,
+        backend: (drive.id != id).then(|| drive.id.clone()),
     }
 }
 
@@ -151,6 +151,6 @@ fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
         pps: net.pps,
         bps: net.bps,
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: None,
+        backend: (net.id != id).then(|| net.id.clone()),
     }
 }
