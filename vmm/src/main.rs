@@ -1,11 +1,12 @@
 //! `stratovirt`: one process, one lightweight virtual machine, steered over QMP.
 #![forbid(unsafe_code)]
-use std::{env, io::Write, process::ExitCode};
+use std::{env, io::Write, path::Path, process::ExitCode};
 
 use anyhow::Context;
 use machine::{
     Machine,
     config::{CharBackend, MachineConfig},
+    survey,
 };
 use qmp::server::Server;
 use vmm::{
@@ -41,7 +42,10 @@ fn main() -> ExitCode {
     match run(&invocation) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("stratovirt: {error:#}");
+            match error.downcast_ref::<cli::Problems>() {
+                Some(problems) => eprintln!("{problems}"),
+                None => eprintln!("stratovirt: {error:#}"),
+            }
             ExitCode::FAILURE
         }
     }
@@ -59,14 +63,19 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Log::File(path) => Some(path.as_path()),
         Log::Off | Log::Stderr => None,
     };
-    logging::start(file).context("cannot open the log file given by -D")?;
-    last_words::prepare(file).context("cannot open the log file a second time")?;
+    let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
+    logging::start(file).with_context(log)?;
+    last_words::prepare(file).with_context(log)?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     let (machine, halted) = match &invocation.incoming {
-        None => (Machine::new(&invocation.machine, events.report())?, None),
+        None => {
+            let (config, places) = (&invocation.machine, &invocation.places);
+            let built = Machine::new(config, events.report());
+            (built.map_err(|e| places.explain(survey(config, e)))?, None)
+        }
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
     let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
