@@ -73,10 +73,13 @@ pub fn survey(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     for (slot, disk) in config.disks.iter().enumerate() {
         faults.extend(builder::block(slot, Some(disk), Some(disk), &report).err());
     }
-    let untouched = untouched(config, first.part().as_ref());
+    let (part, mut first) = (first.part(), Some(first));
+    let untouched = untouched(config, part.as_ref());
     for (slot, nic) in config.nics.iter().enumerate() {
         if matches!(nic.tap, Tap::Name(_)) || untouched.contains(nic) {
             faults.extend(builder::interface(slot, Some(nic), Some(nic)).err());
+        } else if part == Some(Part::Nic(nic.id.clone())) {
+            faults.extend(first.take());
         }
     }
     if let Some(Err(error)) = config.serial.as_ref().map(|serial| legacy::open(serial, &report)) {
@@ -85,11 +88,12 @@ pub fn survey(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     faults.extend(config.console.as_ref().and_then(|c| builder::open_console(c, &report).err()));
     faults.extend(config.rng.as_ref().and_then(|rng| builder::entropy(rng).err()));
 
-    let part = first.part();
-    let again = faults.iter_mut().find(|fault| part.is_some() && fault.part() == part);
-    match again {
-        Some(fault) => *fault = first,
-        None => faults.insert(0, first),
+    // As it was said first: what has been tried since may have been something else.
+    if let Some(first) = first {
+        match faults.iter_mut().find(|fault| part.is_some() && fault.part() == part) {
+            Some(again) => *again = first,
+            None => faults.insert(0, first),
+        }
     }
     faults
 }
@@ -138,3 +142,6 @@ impl Drop for Made {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

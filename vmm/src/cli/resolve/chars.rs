@@ -75,8 +75,9 @@ impl Resolver {
             self.problems.add(place, "there can be one virtio-console");
         }
         let (_, console) = consoles.into_iter().next()?;
-        let said = d.chardevs.iter().find(|chardev| chardev.id == console.id)?;
-        self.places.note(Part::Console, said.place.key_of("socket_path", ""));
+        if let Some(said) = d.chardevs.iter().find(|chardev| chardev.id == console.id) {
+            self.places.note(Part::Console, said.place.key_of("socket_path", ""));
+        }
         Some(console)
     }
 
