@@ -117,7 +117,8 @@ struct Shape {
 
 impl Shape {
     fn new(t: &Topology) -> Self {
-        let bits = |n: u16| n.max(1).next_power_of_two().trailing_zeros();
+        // The width of 0..n; a shape that is no machine's must not overflow.
+        let bits = |n: u16| u16::BITS - n.saturating_sub(1).leading_zeros();
         let threads = u16::from(t.threads.max(1));
         let cores = [t.dies, t.clusters, t.cores]
             .iter()

@@ -94,8 +94,7 @@ pub(super) fn smp(draft: &mut Draft, f: &mut Fields) {
                  equal cpus {cpus}"
             ),
         );
-    }
-    if let Err(rule) = cpuid::apic_ids(&topology, cpus) {
+    } else if let Err(rule) = cpuid::apic_ids(&topology, cpus) {
         f.problem("", rule);
     }
     note(draft, f, Part::Cpus, "cpus");

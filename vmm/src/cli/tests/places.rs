@@ -1,6 +1,6 @@
 //! Where it was said what the host does not give.
 use machine::config::MemoryConfig;
-use machine::{BuildError, Machine, memory, survey};
+use machine::{BuildError, memory, survey};
 
 use super::*;
 
