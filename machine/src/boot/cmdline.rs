@@ -29,7 +29,7 @@ const END: &str = "--";
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum CmdlineError {
     /// Longer than the kernel would read.
-    #[error("it has {len} bytes{}; this kernel takes at most {max}", devices(*added))]
+    #[error("it has {len} bytes{}; the kernel takes at most {max}", devices(*added))]
     TooLong {
         /// Its length.
         len: usize,

@@ -206,6 +206,17 @@ fn files_that_the_monitor_makes_go_again_when_there_is_no_machine() -> Result<()
 }
 
 #[test]
+fn a_kvm_that_is_none_is_told_beside_what_the_file_names() -> Result<()> {
+    let mut stage = Stage::new("no_kvm")?;
+    stage.prepare("-m", "mount --bind /dev/null /dev/kvm")?;
+    written(&stage, "boot-source", json!({ "kernel_image_path": "no-kernel" }))?;
+    let kvm: &[&str] = &["/dev/kvm", "is not KVM", "mknod /dev/kvm c 10 232"];
+    let kernel: &[&str] = &["no-kernel", "No such file"];
+    let all = [("stratovirt", kvm), ("vm.json: boot-source.kernel_image_path", kernel)];
+    refuses_all(&stage, &START, &all)
+}
+
+#[test]
 fn what_cannot_be_had_is_named() -> Result<()> {
     let stage = Stage::new("wants")?;
     let disk = |path: &str| json!([{ "drive_id": "vda", "path_on_host": path, "read_only": false, "direct": false }]);
