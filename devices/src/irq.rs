@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// An edge-triggered interrupt line.
 #[derive(Clone, Debug)]
@@ -18,7 +18,7 @@ impl Line {
     /// # Errors
     /// When the process has no descriptor left.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(EFD_NONBLOCK).map(|fd| Self(Arc::new(fd)))
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(|fd| Self(Arc::new(fd)))
     }
 
     /// Raise one edge. A saturated counter means that edges are pending already.

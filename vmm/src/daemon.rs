@@ -2,7 +2,8 @@
 //!
 //! The process starts itself again rather than forking, so that no half-initialised state is
 //! shared. The first process waits until the second one can answer, prints what went wrong if it
-//! cannot, and ends with its status.
+//! cannot, and ends with its status. It does so before anything is read: a file that is read from a
+//! pipe can be read once, by the one that needs it.
 use std::{
     env,
     fs::OpenOptions,
@@ -12,7 +13,7 @@ use std::{
 };
 
 /// Set in the environment of the process that goes on.
-const MARK: &str = "STRATOVIRT_DAEMON";
+pub(crate) const MARK: &str = "STRATOVIRT_DAEMON";
 
 /// Which of the two processes this is.
 pub enum Side {
@@ -40,7 +41,6 @@ pub fn split() -> io::Result<Side> {
         .arg0(name)
         .args(args)
         .env(MARK, "1")
-        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;
     let mut word = Vec::new();
@@ -65,6 +65,7 @@ impl Ready {
         let mut out = io::stdout();
         // A starter that has gone is told nothing, and that is no reason to end.
         let _ = out.write_all(b"ready").and_then(|()| out.flush());
+        rustix::stdio::dup2_stdin(&null)?;
         rustix::stdio::dup2_stdout(&null)?;
         rustix::stdio::dup2_stderr(&null)?;
         Ok(())

@@ -13,19 +13,11 @@ use crate::last_words;
 /// What to say, made before it can be needed: the handler of a signal takes no memory.
 static LINE: OnceLock<String> = OnceLock::new();
 
-/// Handle both. `mapped` is the file that guest memory comes from, if there is one.
+/// Handle both.
 ///
 /// # Errors
 /// When the host refuses.
-pub fn handle(mapped: Option<&Path>) -> io::Result<()> {
-    LINE.get_or_init(|| match mapped {
-        Some(path) => format!(
-            "stratovirt: a page of guest memory cannot be had from {} (SIGBUS): it was cut off, or \
-             its disk is full or fails\n",
-            path.display()
-        ),
-        None => "stratovirt: the host cannot give a page of memory (SIGBUS)\n".to_owned(),
-    });
+pub fn handle() -> io::Result<()> {
     for (signal, handler) in [(libc::SIGBUS, lost as _), (libc::SIGXFSZ, too_large as _)] {
         vmm_sys_util::signal::register_signal_handler(signal, handler)
             .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
@@ -33,8 +25,20 @@ pub fn handle(mapped: Option<&Path>) -> io::Result<()> {
     Ok(())
 }
 
+/// Guest memory comes from `path`: to be said when it is lost.
+pub fn memory_is(path: &Path) {
+    LINE.get_or_init(|| {
+        format!(
+            "stratovirt: a page of guest memory cannot be had from {} (SIGBUS): it was cut off, or \
+             its disk is full or fails\n",
+            path.display()
+        )
+    });
+}
+
 extern "C" fn lost(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    last_words::say(LINE.get().map_or(&[], |line| line.as_bytes()));
+    let anywhere = "stratovirt: the host cannot give a page of memory (SIGBUS)\n";
+    last_words::say(LINE.get().map_or(anywhere, String::as_str).as_bytes());
     signal_hook::low_level::exit(1);
 }
 

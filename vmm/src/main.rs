@@ -1,6 +1,12 @@
 //! `stratovirt`: one process, one lightweight virtual machine, steered over QMP.
 #![forbid(unsafe_code)]
-use std::{env, io::Write, path::Path, process::ExitCode};
+use std::{
+    env,
+    fmt::Display,
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use machine::{
@@ -13,7 +19,7 @@ use vmm::{
     announce::Schedule,
     checkpoint::{self, job::Checkpointer},
     cli::{self, Action, Invocation, Log},
-    daemon::{self, Side},
+    daemon::{self, Ready, Side},
     event_loop::EventLoop,
     file_signals, last_words, lifecycle, logging,
     pidfile::PidFile,
@@ -27,38 +33,39 @@ fn main() -> ExitCode {
     if spawner::is_this() {
         return if spawner::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
+    let mut ready = None;
+    if cli::daemonizes(env::args_os().skip(1)) {
+        match daemon::split() {
+            Ok(Side::Starter(code)) => return code,
+            Ok(Side::Daemon(side)) => ready = Some(side),
+            Err(e) => return fails(format_args!("stratovirt: cannot go into the background: {e}")),
+        }
+    }
     let invocation = match cli::parse(env::args_os().skip(1)) {
         Ok(Action::Run(invocation)) => invocation,
         Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
             // A reader that has gone has read enough.
-            let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+            let _ = writeln!(io::stdout(), "{}", text.trim_end());
             return ExitCode::SUCCESS;
         }
-        Err(problems) => {
-            eprintln!("{problems}");
-            return ExitCode::FAILURE;
-        }
+        Err(problems) => return fails(problems),
     };
-    match run(&invocation) {
+    match run(&invocation, ready) {
         Ok(code) => code,
-        Err(error) => {
-            match error.downcast_ref::<cli::Problems>() {
-                Some(problems) => eprintln!("{problems}"),
-                None => eprintln!("stratovirt: {error:#}"),
-            }
-            ExitCode::FAILURE
-        }
+        Err(error) => match error.downcast_ref::<cli::Problems>() {
+            Some(problems) => fails(problems),
+            None => fails(format_args!("stratovirt: {error:#}")),
+        },
     }
 }
 
-fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
-    let mut ready = None;
-    if invocation.daemonize {
-        match daemon::split().context("cannot go into the background")? {
-            Side::Starter(code) => return Ok(code),
-            Side::Daemon(side) => ready = Some(side),
-        }
-    }
+/// Says why, to whoever may be listening.
+fn fails(why: impl Display) -> ExitCode {
+    let _ = writeln!(io::stderr(), "{why}");
+    ExitCode::FAILURE
+}
+
+fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode> {
     let file = match &invocation.log {
         Log::File(path) => Some(path.as_path()),
         Log::Off | Log::Stderr => None,
@@ -69,6 +76,7 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
+    file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     let (machine, halted) = match &invocation.incoming {
         None => {
@@ -79,8 +87,9 @@ fn run(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
     let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
-    let mapped = machine.config().memory.path.clone().or(mapped);
-    file_signals::handle(mapped.as_deref()).context("cannot handle the signals of files")?;
+    if let Some(path) = machine.config().memory.path.as_ref().or(mapped.as_ref()) {
+        file_signals::memory_is(path);
+    }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     // Only now: whoever can connect gets an answer.
     let servers = invocation

@@ -22,6 +22,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
+use crate::daemon;
+
 /// Set in the environment of the second process.
 const MARK: &str = "STRATOVIRT_SPAWNER";
 /// Longest command, in bytes.
@@ -128,6 +130,7 @@ pub fn serve() -> io::Result<()> {
             .arg("-c")
             .arg(command)
             .env_remove(MARK)
+            .env_remove(daemon::MARK)
             .stdin(Stdio::from(OwnedFd::from(answer.try_clone()?)))
             .stdout(Stdio::null())
             .spawn();

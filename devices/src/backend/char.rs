@@ -32,6 +32,9 @@ pub use self::output::CharSink;
 use self::{escape::Escape, output::Output, socket::Listener};
 use crate::log_limit::log_seldom;
 
+/// Most bytes kept of those who typed and left while the guest was not reading.
+const LEFT: usize = 64 << 10;
+
 /// A character back-end.
 pub struct Char {
     /// Input, for the worker.
@@ -161,8 +164,15 @@ impl Char {
             watch(&epoll, listener)?;
         }
         let sink = CharSink::new(epoll.clone(), output);
-        let source =
-            CharSource { epoll, sink: sink.clone(), input, listener, escape: None, peer: None };
+        let source = CharSource {
+            epoll,
+            sink: sink.clone(),
+            input,
+            listener,
+            left: Vec::new(),
+            escape: None,
+            peer: None,
+        };
         Ok(Self { source, sink, name: name.into() })
     }
 }
@@ -173,6 +183,8 @@ pub struct CharSource {
     sink: CharSink,
     input: Option<OwnedFd>,
     listener: Option<Listener>,
+    /// What those typed who have gone since; not yet read.
+    left: Vec<u8>,
     escape: Option<Escape>,
     peer: Option<OwnedFd>,
 }
@@ -186,8 +198,21 @@ impl CharSource {
             if self.input.is_none() {
                 self.accept();
             }
+            if !self.left.is_empty() && !buffer.is_empty() {
+                let n = self.left.len().min(buffer.len());
+                buffer.iter_mut().zip(self.left.drain(..n)).for_each(|(to, from)| *to = from);
+                return n;
+            }
             let Some(input) = &self.input else { return 0 };
-            if buffer.is_empty() || !readable(input.as_fd()) {
+            let there = events(input.as_fd());
+            let gone = there.intersects(PollFlags::HUP | PollFlags::ERR);
+            if buffer.is_empty() && gone && self.listener.is_some() {
+                // A guest that reads nothing must not keep the next one out.
+                self.keep_rest();
+                self.hang_up();
+                continue;
+            }
+            if buffer.is_empty() || there.is_empty() {
                 return 0;
             }
             match rustix::io::read(input, &mut *buffer) {
@@ -223,6 +248,20 @@ impl CharSource {
         }
     }
 
+    /// Keep what somebody who has gone has typed, up to [`LEFT`].
+    fn keep_rest(&mut self) {
+        let Some(input) = &self.input else { return };
+        let mut chunk = [0; 1024];
+        while let Some(room @ 1..) = LEFT.checked_sub(self.left.len()) {
+            let chunk = chunk.get_mut(..room.min(1024)).unwrap_or_default();
+            match rustix::io::read(input, &mut *chunk) {
+                Ok(n @ 1..) => self.left.extend(chunk.iter().take(n)),
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
     /// End of input: a socket waits for the next connection, anything else has no more.
     fn hang_up(&mut self) {
         if let Some(input) = self.input.take() {
@@ -246,9 +285,12 @@ fn watch(epoll: &OwnedFd, fd: impl AsFd) -> rustix::io::Result<()> {
     epoll::add(epoll, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
 }
 
-fn readable(fd: BorrowedFd) -> bool {
+/// What there is to read from `fd`: something, an end, nothing.
+fn events(fd: BorrowedFd) -> PollFlags {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|n| n > 0)
+    // An error: nothing now, and another try the next time.
+    let _ = poll(&mut fds, Some(&Timespec::default()));
+    fds.first().map_or(PollFlags::empty(), PollFd::revents)
 }
 
 /// A descriptor for the same file as `fd` that can be made non-blocking without changing what

@@ -87,6 +87,8 @@ pub struct Transport {
     driver: Driver,
     config_len: usize,
     active: bool,
+    /// The configuration's generation when the driver began to look at it. Unknown after a restore.
+    generation_seen: Option<u32>,
     /// The activation came from a saved state: an interrupt may have been lost on the way.
     interrupt_owed: bool,
 }
@@ -156,6 +158,7 @@ impl Transport {
             driver: Driver::new(queues),
             config_len: 0,
             active: false,
+            generation_seen: None,
             interrupt_owed: false,
         };
         transport.show_config();
@@ -237,6 +240,9 @@ impl Transport {
     }
 
     fn write_queue(&mut self, offset: usize, value: u32) {
+        if self.active && offset == QUEUE_READY && value & 1 == 0 {
+            return self.end_selected();
+        }
         // Section 3.1.1: between FEATURES_OK and DRIVER_OK. Later the worker owns the queues.
         if self.status() & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
             return;
@@ -260,6 +266,18 @@ impl Transport {
             QUEUE_DEVICE_HIGH => set_half(&mut queue.device, Half::High, value),
             _ => {}
         }
+    }
+
+    /// The driver takes a queue back while the device works (section 4.2.2.2): it is its own again
+    /// when QueueReady reads 0. One queue cannot end alone here.
+    fn end_selected(&mut self) {
+        let selected = usize::try_from(self.driver.queue_sel).unwrap_or(usize::MAX);
+        let Some(queue) = self.driver.queues.get_mut(selected).filter(|q| q.ready) else { return };
+        queue.ready = false;
+        self.device.reset();
+        self.active = false;
+        self.show_selected();
+        self.interrupt().needs_reset();
     }
 
     /// A notification that no ioeventfd took.
@@ -305,6 +323,9 @@ impl Transport {
                 return;
             }
             now |= bit;
+            if bit == DRIVER {
+                self.generation_seen = Some(self.registers.load(CONFIG_GENERATION));
+            }
             if bit == DRIVER_OK {
                 return self.driver_ok();
             }
@@ -319,12 +340,19 @@ impl Transport {
     }
 
     fn driver_ok(&mut self) {
+        let changed = self.generation_seen != Some(self.registers.load(CONFIG_GENERATION));
         // Both stand before the worker starts: it may interrupt at once.
         self.registers.set(INTERRUPT_STATUS, INT_USED);
         self.registers.set(STATUS, DRIVER_OK);
         if let Err(refused) = self.activate(self.thread.clone()) {
             log_seldom!(warn, "{}: driver's set-up refused: {refused}", self.device.id());
-            self.interrupt().needs_reset();
+            return self.interrupt().needs_reset();
+        }
+        // What it begins with may depend on the features.
+        self.show_config();
+        if changed {
+            // Nobody could be told while the driver was reading it.
+            self.interrupt().config();
         }
     }
 
@@ -395,7 +423,8 @@ impl Transport {
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let inside = offset.checked_add(data.len()).is_some_and(|end| end <= self.config_len);
-        if inside && self.status() & (DRIVER | FAILED) == DRIVER {
+        let driven = self.status() & (DRIVER | FAILED) == DRIVER;
+        if inside && (driven || self.device.configurable_always()) {
             self.device.write_config(offset as u64, data);
             self.show_config();
         }

@@ -72,6 +72,11 @@ pub trait VirtioDevice: Device + Any {
     /// The driver writes the device-specific configuration space. Out-of-range and read-only
     /// writes are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// Whether a write to the configuration space counts in whatever state the driver is, as a
+    /// console's emerg_wr does (section 5.3.4).
+    fn configurable_always(&self) -> bool {
+        false
+    }
     /// DRIVER_OK: take the queues and begin.
     ///
     /// # Errors

@@ -22,9 +22,13 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, KvmError> {
 
 /// `base` as vCPU `id` of a machine with `topology` shows it.
 pub fn for_vcpu(kvm: &Kvm, base: &CpuId, id: u8, topology: &Topology) -> CpuId {
+    shown(base, id, topology, kvm.check_extension(Cap::TscDeadlineTimer))
+}
+
+fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId {
     let mut cpuid = base.clone();
     let shape = Shape::new(topology);
-    let mut leaf_b = kvm_cpuid_entry2::default();
+    let mut levels = Vec::new();
     for e in cpuid.as_mut_slice() {
         match e.function {
             1 => {
@@ -32,7 +36,7 @@ pub fn for_vcpu(kvm: &Kvm, base: &CpuId, id: u8, topology: &Topology) -> CpuId {
                 let per_package = u32::from(shape.per_package).next_power_of_two().min(255);
                 e.ebx = u32::from(id) << 24 | per_package << 16 | e.ebx & 0xffff;
                 e.ecx |= HYPERVISOR;
-                if kvm.check_extension(Cap::TscDeadlineTimer) {
+                if tsc_deadline {
                     e.ecx |= TSC_DEADLINE;
                 }
                 e.edx = if shape.per_package > 1 { e.edx | HTT } else { e.edx & !HTT };
@@ -48,12 +52,12 @@ pub fn for_vcpu(kvm: &Kvm, base: &CpuId, id: u8, topology: &Topology) -> CpuId {
                 }
             }
             0xb | 0x1f => {
-                leaf_b = *e;
                 shape.topology_leaf(e, id);
+                levels.extend((e.index == 0).then_some(*e));
             }
             // AMD: processors a package, and bits of the APIC id.
-            0x8000_0008 if shape.per_package > 1 => {
-                let count = u32::from(shape.per_package) - 1;
+            0x8000_0008 => {
+                let count = u32::from(shape.per_package).saturating_sub(1);
                 e.ecx = e.ecx & !0xf0ff | shape.package_bits << 12 | count.min(255);
             }
             // AMD: extended APIC id, threads a core, node.
@@ -66,12 +70,12 @@ pub fn for_vcpu(kvm: &Kvm, base: &CpuId, id: u8, topology: &Topology) -> CpuId {
             _ => {}
         }
     }
-    // KVM lists subleaf 0 of leaf 0xb alone on some hosts: the core level and the end follow it.
-    if leaf_b.function == 0xb {
+    // KVM lists subleaf 0 alone on some hosts: the core level and the end follow it.
+    for first in levels {
         for index in 1..=2 {
-            let has = cpuid.as_slice().iter().any(|e| e.function == 0xb && e.index == index);
-            if !has {
-                let mut e = kvm_cpuid_entry2 { index, ..leaf_b };
+            let is_this = |e: &kvm_cpuid_entry2| (e.function, e.index) == (first.function, index);
+            if !cpuid.as_slice().iter().any(is_this) {
+                let mut e = kvm_cpuid_entry2 { index, ..first };
                 shape.topology_leaf(&mut e, id);
                 // A full table keeps what it has: the guest then sees one level less.
                 let _ = cpuid.push(e);
@@ -145,5 +149,38 @@ impl Shape {
         e.edx = u32::from(id);
         // KVM_CPUID_FLAG_SIGNIFCANT_INDEX
         e.flags |= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_leaves_of_the_topology_have_all_levels() {
+        let leaf = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+        let base = CpuId::from_entries(&[leaf(0xb), leaf(0x1f)]).unwrap();
+        let four = Topology { sockets: 1, dies: 1, clusters: 1, cores: 2, threads: 2 };
+        let cpuid = shown(&base, 3, &four, true);
+        for function in [0xb, 0x1f] {
+            let level = |index| {
+                let mut all = cpuid.as_slice().iter();
+                let e = all.find(|e| (e.function, e.index) == (function, index)).unwrap();
+                (e.eax, e.ebx, e.ecx, e.edx)
+            };
+            assert_eq!(level(0), (1, 2, 1 << 8, 3), "{function:#x}: threads");
+            assert_eq!(level(1), (2, 4, 2 << 8 | 1, 3), "{function:#x}: cores");
+            assert_eq!(level(2), (0, 0, 2, 3), "{function:#x}: the end");
+        }
+        // What has all levels already stays as it is.
+        assert_eq!(shown(&cpuid, 3, &four, true).as_slice(), cpuid.as_slice());
+    }
+
+    #[test]
+    fn one_processor_does_not_show_the_hosts_cores() {
+        let e = kvm_cpuid_entry2 { function: 0x8000_0008, ecx: 0x703f, ..Default::default() };
+        let base = CpuId::from_entries(&[e]).unwrap();
+        let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
+        assert_eq!(shown(&base, 0, &one, true).as_slice()[0].ecx, 0);
     }
 }

@@ -2,7 +2,10 @@
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::{KvmError, refused};
+use super::{
+    KvmError, refused,
+    state::{get_msrs, set_msrs},
+};
 use crate::boot::{Registers, Segment};
 
 /// General registers that enter the guest where `registers` say.
@@ -30,6 +33,26 @@ pub fn system(sregs: &mut kvm_sregs, registers: &Registers) {
     sregs.cr3 = registers.cr3;
     sregs.cr4 = registers.cr4;
     sregs.efer = registers.efer;
+}
+
+/// What firmware does on each processor before a kernel runs, where this KVM has it: string
+/// instructions are fast, and memory is cached (Intel SDM 4, IA32_MISC_ENABLE and
+/// IA32_MTRR_DEF_TYPE).
+///
+/// # Errors
+/// When KVM refuses.
+pub fn as_firmware_leaves_it(fd: &VcpuFd) -> Result<(), KvmError> {
+    const MISC_ENABLE: u32 = 0x1a0;
+    const FAST_STRINGS: u64 = 1;
+    const MTRR_DEF_TYPE: u32 = 0x2ff;
+    const ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+    let wanted = [(MISC_ENABLE, FAST_STRINGS), (MTRR_DEF_TYPE, ENABLED_WRITE_BACK)];
+    let there = get_msrs(fd, &wanted.map(|(index, _)| index))?;
+    let with = |(index, value): (u32, u64)| {
+        let wanted = wanted.iter().find(|(wanted, _)| *wanted == index);
+        (index, value | wanted.map_or(0, |(_, bits)| *bits))
+    };
+    set_msrs(fd, &there.into_iter().map(with).collect::<Vec<_>>())
 }
 
 /// Make `fd`, a new vCPU, enter the guest where `registers` say.

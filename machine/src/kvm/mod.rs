@@ -174,6 +174,7 @@ impl Vm {
             let fd = self.fd.create_vcpu(u64::from(*id)).map_err(refused("create a vCPU"))?;
             let cpuid = cpuid::for_vcpu(kvm, &leaves, *id, topology);
             fd.set_cpuid2(&cpuid).map_err(refused("set a vCPU's CPUID"))?;
+            entry::as_firmware_leaves_it(&fd)?;
             Ok(fd)
         };
         apic_ids.iter().map(create).collect()

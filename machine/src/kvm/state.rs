@@ -3,8 +3,9 @@ use kvm_bindings::{
     KVM_MAX_MSR_ENTRIES, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
+use zerocopy::IntoBytes;
 
 use super::{KvmError, guest_tsc_is_its_own, refused};
 
@@ -12,6 +13,8 @@ use super::{KvmError, guest_tsc_is_its_own, refused};
 pub const MSR_IA32_TSC: u32 = 0x10;
 /// MSR of the TSC deadline timer: armed only in deadline mode, so restored after the LAPIC.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// MSR that allows VMX.
+const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
 
 /// What a guest can set, KVM gives and takes, and its list leaves out: memory types (MTRRs; eight
 /// variable ones), TSC_AUX (on the list only of some KVMs).
@@ -46,6 +49,22 @@ pub struct VcpuState {
     msrs: Vec<(u32, u64)>,
     /// Ticks a millisecond of the TSC.
     tsc_khz: u32,
+    /// The host's, when it was saved.
+    #[serde(skip)]
+    host_khz: u32,
+    /// Of a guest that runs guests, as `KVM_GET_NESTED_STATE` gives it; empty where KVM has none.
+    #[serde(default)]
+    nested: Vec<u8>,
+}
+
+/// How many ticks a guest's TSC makes while the host's makes `ticks`, at these ticks a millisecond.
+/// KVM does not scale a difference of less than its tolerance of 250 ppm.
+pub fn guest_ticks(ticks: u64, guest_khz: u32, host_khz: u32) -> u64 {
+    let (guest, host) = (u128::from(guest_khz), u128::from(host_khz));
+    if host == 0 || guest.abs_diff(host) * 1_000_000 <= host * 250 {
+        return ticks;
+    }
+    u64::try_from(u128::from(ticks) * guest / host).unwrap_or(u64::MAX)
 }
 
 /// The MSRs that belong to a vCPU's state: those that this host's KVM lists, and a few more. Others
@@ -64,8 +83,9 @@ pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
 }
 
 impl VcpuState {
-    /// Take `ticks` back from the time stamp counter.
+    /// Take `ticks` of the host's back from the time stamp counter.
     pub fn hold_back(&mut self, ticks: u64) {
+        let ticks = guest_ticks(ticks, self.tsc_khz, self.host_khz);
         for (index, value) in &mut self.msrs {
             if *index == MSR_IA32_TSC {
                 *value = value.wrapping_sub(ticks);
@@ -77,7 +97,7 @@ impl VcpuState {
     ///
     /// # Errors
     /// When KVM refuses a part.
-    pub fn save(fd: &VcpuFd, msr_list: &[u32]) -> Result<Self, KvmError> {
+    pub fn save(fd: &VcpuFd, msr_list: &[u32], host_khz: u32) -> Result<Self, KvmError> {
         Ok(Self {
             // First, because reading it makes KVM settle pending INIT and SIPI.
             mp: fd.get_mp_state().map_err(refused("read a vCPU's run state"))?,
@@ -89,16 +109,19 @@ impl VcpuState {
             lapic: fd.get_lapic().map_err(refused("read a vCPU's local APIC"))?,
             msrs: get_msrs(fd, msr_list)?,
             tsc_khz: fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?,
+            host_khz,
+            nested: get_nested(fd)?,
             // Last, after everything that may still raise one.
             events: fd.get_vcpu_events().map_err(refused("read a vCPU's pending events"))?,
         })
     }
 
-    /// Give this state to a vCPU that is not running.
+    /// Give this state to a vCPU that is not running. Returns the ticks a millisecond of its TSC and
+    /// of the host's.
     ///
     /// # Errors
     /// When KVM refuses a part; the vCPU is then good for nothing but another restore.
-    pub fn restore(&self, fd: &VcpuFd) -> Result<(), KvmError> {
+    pub fn restore(&self, fd: &VcpuFd) -> Result<(u32, u32), KvmError> {
         let here = fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?;
         if here != self.tsc_khz {
             fd.set_tsc_khz(self.tsc_khz).map_err(|source| KvmError::TscFrequency {
@@ -110,6 +133,12 @@ impl VcpuState {
         fd.set_mp_state(self.mp).map_err(refused("set a vCPU's run state"))?;
         fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
+        if !self.nested.is_empty() {
+            // VMX is on only where it is allowed to be, and system registers say that it is.
+            let feature_control = self.msrs.iter().filter(|(i, _)| *i == MSR_IA32_FEATURE_CONTROL);
+            set_msrs(fd, &feature_control.copied().collect::<Vec<_>>())?;
+            set_nested(fd, &self.nested)?;
+        }
         // None on a host without XSAVE; KVM then refuses to set none.
         if self.xcrs.nr_xcrs > 0 {
             fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
@@ -128,12 +157,34 @@ impl VcpuState {
             .partition(|(index, _)| *index == MSR_IA32_TSC_DEADLINE);
         set_msrs(fd, &others)?;
         set_msrs(fd, &deadline)?;
-        fd.set_vcpu_events(&self.events).map_err(refused("set a vCPU's pending events"))
+        fd.set_vcpu_events(&self.events).map_err(refused("set a vCPU's pending events"))?;
+        Ok((self.tsc_khz, here))
     }
 }
 
+/// What a guest that runs guests has there (KVM API, 4.114).
+fn get_nested(fd: &VcpuFd) -> Result<Vec<u8>, KvmError> {
+    let mut state = KvmNestedStateBuffer::empty();
+    match fd.nested_state(&mut state) {
+        Ok(_) => {
+            let length = usize::try_from(state.size).unwrap_or(usize::MAX);
+            Ok(state.as_bytes().iter().take(length).copied().collect())
+        }
+        // This KVM's guests cannot run any.
+        Err(e) if [libc::EINVAL, libc::ENOTTY].contains(&e.errno()) => Ok(Vec::new()),
+        Err(e) => Err(refused("read a vCPU's nested state")(e)),
+    }
+}
+
+/// KVM reads no more than a whole buffer, whatever the state says about its own length.
+fn set_nested(fd: &VcpuFd, bytes: &[u8]) -> Result<(), KvmError> {
+    let mut state = KvmNestedStateBuffer::empty();
+    state.as_mut_bytes().iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    fd.set_nested_state(&state).map_err(refused("set a vCPU's nested state"))
+}
+
 /// Read MSRs, however many there are; those that KVM cannot read here are left out.
-fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+pub(crate) fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut values = Vec::with_capacity(list.len());
     let mut rest = list;
     while !rest.is_empty() {
@@ -171,4 +222,20 @@ fn entries(values: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {
         what: "take so many MSRs",
         source: kvm_ioctls::Error::new(libc::E2BIG),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_of_another_frequency_counts_a_pause_in_its_own_ticks() {
+        assert_eq!(guest_ticks(30_000, 2_000_000, 3_000_000), 20_000);
+        assert_eq!(guest_ticks(20_000, 3_000_000, 2_000_000), 30_000);
+        // Not scaled: never restored, the same, or as good as the same.
+        for (guest, host) in [(0, 0), (2_000_000, 2_000_000), (2_000_400, 2_000_000)] {
+            assert_eq!(guest_ticks(30_000, guest, host), 30_000);
+        }
+        assert_eq!(guest_ticks(u64::MAX, u32::MAX, 1), u64::MAX);
+    }
 }

@@ -11,7 +11,10 @@ use devices::{PowerEvent, bus::Bus};
 use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, guest_tsc_is_its_own, state::VcpuState};
+use super::{
+    KvmError, guest_tsc_is_its_own,
+    state::{VcpuState, guest_ticks},
+};
 use crate::vcpu::{
     Cpu, Exit, Stopped,
     kick::{self, Kicked, Kicker},
@@ -63,12 +66,15 @@ pub struct KvmCpu {
     buses: Buses,
     msr_list: Arc<Vec<u32>>,
     kicked: Option<Kicked>,
+    /// Ticks a millisecond of the TSC: the guest's own, and the host's. Equal but for a guest that
+    /// was restored on another host.
+    khz: (u32, u32),
 }
 
 impl KvmCpu {
     /// A vCPU whose accesses go to `buses`.
     pub fn new(fd: VcpuFd, buses: Buses, msr_list: Arc<Vec<u32>>) -> Self {
-        Self { fd, buses, msr_list, kicked: None }
+        Self { fd, buses, msr_list, kicked: None, khz: (0, 0) }
     }
 
     fn failed(&mut self, what: &str) -> Exit {
@@ -147,7 +153,7 @@ impl Cpu for KvmCpu {
     fn resumed(&mut self, ticks: u64) {
         if ticks > 0
             && guest_tsc_is_its_own()
-            && let Err(e) = tsc::hold_back(&self.fd, ticks)
+            && let Err(e) = tsc::hold_back(&self.fd, guest_ticks(ticks, self.khz.0, self.khz.1))
         {
             log::debug!("the guest's TSC went on during the pause: {e}");
         }
@@ -157,11 +163,12 @@ impl Cpu for KvmCpu {
     }
 
     fn save(&self) -> Result<VcpuState, KvmError> {
-        VcpuState::save(&self.fd, &self.msr_list)
+        VcpuState::save(&self.fd, &self.msr_list, self.khz.1)
     }
 
     fn restore(&mut self, state: VcpuState) -> Result<(), KvmError> {
-        state.restore(&self.fd)
+        self.khz = state.restore(&self.fd)?;
+        Ok(())
     }
 }
 

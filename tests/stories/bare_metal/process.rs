@@ -2,7 +2,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -289,6 +289,39 @@ fn what_fails_in_the_background_is_told_in_the_foreground() -> Result<()> {
 
     fs::write(stage.file("vm.json"), stage.config("hello", "halt")?.to_string())?;
     refuses(&stage, &background, &["daemonize", "stdio"])
+}
+
+#[test]
+fn a_configuration_from_a_pipe_in_the_background() -> Result<()> {
+    let stage = Stage::new("daemon_pipe")?;
+    let mut config = stage.config("count", "registers 1")?;
+    config.as_object_mut().context("no object")?.remove("serial");
+    let mut child = Command::new(&stage.paths.stratovirt)
+        .args(["-config", "/dev/stdin", "-api-channel", "unix:qmp.sock", "-daemonize"])
+        .current_dir(&stage.dir)
+        .stdin(Stdio::piped())
+        .spawn()?;
+    child.stdin.take().context("no input")?.write_all(config.to_string().as_bytes())?;
+    let status_of_starter = child.wait()?;
+    ensure!(status_of_starter.success(), "it ended with {status_of_starter}");
+    let mut qmp = Client::connect(&stage.socket(), SOON)?;
+    ensure!(status(&mut qmp)? == "running");
+    simple(&mut qmp, "quit")
+}
+
+#[test]
+fn nobody_who_listens_to_a_refusal() -> Result<()> {
+    let stage = Stage::new("unheard")?;
+    fs::write(stage.file("vm.json"), stage.config("hello", "halt")?.to_string())?;
+    fs::remove_file(stage.file("hello"))?;
+    for args in [&["-bogus"][..], &START] {
+        let mut command = Command::new(&stage.paths.stratovirt);
+        command.args(args).current_dir(&stage.dir).stdin(Stdio::null());
+        let full = fs::File::options().write(true).open("/dev/full")?;
+        let status = command.stderr(full).status()?;
+        ensure!(status.code() == Some(1), "{args:?} ended with {status}");
+    }
+    Ok(())
 }
 
 /// The kernel's number of huge pages, as many more as a story needs; given back in the end.

@@ -36,12 +36,7 @@ pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
             ],
         )
         .unwrap_or(Aio::Auto);
-    let discard = f
-        .choice(
-            "discard",
-            &[("unmap", Ok(true)), ("ignore", Ok(false)), ("on", Ok(true)), ("off", Ok(false))],
-        )
-        .unwrap_or(false);
+    let discard = f.discard("discard").unwrap_or(false);
     let old_iops = f.rate("iops", limits::DISK_IOPS);
     let iops = f.rate("throttling.iops-total", limits::DISK_IOPS).or(old_iops);
     let bps = f.rate("throttling.bps-total", 0..=u64::MAX);
@@ -82,7 +77,7 @@ pub(super) fn json_drive(draft: &mut Draft, f: &mut Fields) {
     };
     let iops = f.rate("iops", limits::DISK_IOPS);
     let bps = f.rate("bps", 0..=u64::MAX);
-    let discard = f.boolean("discard").unwrap_or(false);
+    let discard = f.discard("discard").unwrap_or(false);
     let Some(id) = id else { return };
     draft.drives.push(Drive {
         place: f.place().clone(),

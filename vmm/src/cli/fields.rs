@@ -58,12 +58,14 @@ impl Fields {
         Self::new(place, items.into_iter().collect())
     }
 
-    /// Of `[value,]key=value,...`: a first word without `=` is the value of `lead`, if there is one.
+    /// Of `[value,]key=value,...`: a first word without `=`, or with one behind a colon only (as in
+    /// `unix:/a=b`), is the value of `lead`, if there is one.
     pub(super) fn properties(place: Place, text: &str, lead: Option<&str>) -> Self {
         let mut items = vec![];
         let mut problems = Problems::default();
         for (index, word) in text.split(',').enumerate() {
-            match (word.split_once('='), lead) {
+            let pair = word.split_once('=').filter(|(key, _)| index > 0 || !key.contains(':'));
+            match (pair, lead) {
                 _ if word.is_empty() => {
                     problems.add(&place, "a comma with nothing before or behind it");
                 }
@@ -139,6 +141,11 @@ impl Fields {
     /// A truth value.
     pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
         self.get(key, "true or false", &["a truth value"], value::boolean)
+    }
+
+    /// Whether space that the guest discards goes back to the host.
+    pub(super) fn discard(&mut self, key: &'static str) -> Option<bool> {
+        self.get(key, "true, false or a string", &["a truth value"], value::discard)
     }
 
     /// A key that stands alone or has a truth value.

@@ -126,6 +126,7 @@ fn sections_of(draft: &mut Draft, root: &Place, sections: Vec<(String, Tree)>) {
                 }
             }
             (Section::Object(_), other) => {
+                unread(draft);
                 draft.problems.add(&place, format!("{}; must be an object", other.kind()));
             }
             (Section::List(_), other) => {

@@ -63,8 +63,6 @@ pub struct Invocation {
     pub control: Vec<PathBuf>,
     /// Where to write the process id.
     pub pidfile: Option<PathBuf>,
-    /// Go into the background.
-    pub daemonize: bool,
     /// Leave the vCPUs stopped until `cont`.
     pub paused: bool,
     /// What to do when the guest powers off, reboots or crashes.
@@ -154,6 +152,13 @@ pub enum Log {
     Stderr,
     /// `-D FILE`, appended to.
     File(PathBuf),
+}
+
+/// Whether a command line asks for the background: `-daemonize`, without `-h` or `-V`.
+pub fn daemonizes(args: impl Iterator<Item = OsString>) -> bool {
+    let (given, _) = tokens::scan(args);
+    let has = |name| given.iter().any(|g| g.flag.is(name));
+    has("daemonize") && !has("help") && !has("version")
 }
 
 /// Reads a command line without the program's name, and the file it may name.

@@ -86,7 +86,6 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         machine,
         control,
         pidfile: draft.pidfile,
-        daemonize: draft.daemonize,
         paused: draft.paused,
         actions: draft.actions.resolve(),
         log: draft.log.unwrap_or(Log::Off),

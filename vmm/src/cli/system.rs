@@ -175,5 +175,10 @@ pub(super) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     }
     draft.mem_share = draft.mem_share.or(documented);
     draft.dump_guest_core = f.boolean("dump_guest_core");
-    draft.omit_vm_memory = f.boolean("omit_vm_memory") == Some(true);
+    if f.boolean("omit_vm_memory") == Some(true) {
+        if draft.dump_guest_core == Some(true) {
+            f.problem("omit_vm_memory", "dump_guest_core says the opposite; give one of them");
+        }
+        draft.dump_guest_core = Some(false);
+    }
 }

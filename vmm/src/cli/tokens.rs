@@ -14,6 +14,8 @@ pub(super) struct Given {
     /// The name that was used, without the dash.
     name: &'static str,
     words: Vec<String>,
+    /// One of its words is no text, which is said.
+    unreadable: bool,
 }
 
 /// Splits arguments: a word with a dash is a flag, all words up to the next one are its value.
@@ -27,7 +29,15 @@ pub(super) fn scan(args: impl Iterator<Item = OsString>) -> (Vec<Given>, Problem
             Ok(word) => word,
             Err(arg) => {
                 let shown = arg.to_string_lossy();
-                problems.add_line(format!("Argument '{}' is not UTF-8", shortened(&shown)));
+                let rule = format!("Argument '{}' is not UTF-8", shortened(&shown));
+                match given.last_mut().filter(|_| !unknown && !shown.starts_with('-')) {
+                    Some(last) => {
+                        problems.add(&Place::Flag(format!("-{}", last.name)), rule);
+                        last.words.push(shown.into_owned());
+                        last.unreadable = true;
+                    }
+                    None => problems.add_line(rule),
+                }
                 continue;
             }
         };
@@ -36,7 +46,9 @@ pub(super) fn scan(args: impl Iterator<Item = OsString>) -> (Vec<Given>, Problem
                 let found = table::find(name);
                 unknown = found.is_none();
                 match found {
-                    Some((flag, name)) => given.push(Given { flag, name, words: vec![] }),
+                    Some((flag, name)) => {
+                        given.push(Given { flag, name, words: vec![], unreadable: false })
+                    }
                     None => problems.add_line(unexpected(&word)),
                 }
             }
@@ -118,6 +130,11 @@ impl Given {
             }
             return;
         };
+        if self.unreadable {
+            // What it would have said is not known: no second complaint that it is missing.
+            draft.kernel.get_or_insert_default();
+            return;
+        }
         let place = Place::Flag(self.shown());
         let first = self.words.first();
         let mut fields = match (self.flag.shape, first) {

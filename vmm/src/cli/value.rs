@@ -73,6 +73,15 @@ pub(super) fn boolean(word: &str) -> Result<bool, Rule> {
     }
 }
 
+/// `unmap` or `ignore`, or a truth value.
+pub(super) fn discard(word: &str) -> Result<bool, Rule> {
+    match word {
+        "unmap" => Ok(true),
+        "ignore" => Ok(false),
+        _ => boolean(word).map_err(|_| "must be unmap|true|on|yes or ignore|false|off|no".into()),
+    }
+}
+
 /// A decimal number in `range`.
 pub(super) fn number<N>(word: &str, range: RangeInclusive<N>) -> Result<N, Rule>
 where

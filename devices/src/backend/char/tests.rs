@@ -20,7 +20,7 @@ fn read_all(source: &mut CharSource) -> Vec<u8> {
 
 /// Whether the descriptor that the worker waits on has something to say.
 fn fires(source: &CharSource) -> bool {
-    readable(source.epoll.as_fd())
+    !events(source.epoll.as_fd()).is_empty()
 }
 
 fn pipe_as(read_by_us: bool) -> (Char, std::fs::File) {
@@ -282,4 +282,32 @@ fn a_long_replay_is_whole_however_slowly_it_is_read() {
     assert!(char.sink.dropped() > 0);
     assert!(char.sink.room() <= BACKLOG + SIZE);
     drop(dead);
+}
+
+#[test]
+fn a_guest_that_reads_nothing_keeps_nobody_out() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("console");
+    let mut char = Char::socket(&path, 16).unwrap();
+    char.sink.send(b"hello");
+    for word in ["one ", "two "] {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        // No room in the guest.
+        assert_eq!(char.source.read(&mut []), 0);
+        stream.write_all(word.as_bytes()).unwrap();
+        let mut said = [0; 5];
+        stream.read_exact(&mut said).unwrap();
+        assert_eq!(&said, b"hello");
+        assert_eq!(char.source.read(&mut []), 0);
+    }
+    // What was typed comes when there is room, and what comes later behind it.
+    let mut third = UnixStream::connect(&path).unwrap();
+    third.write_all(b"three").unwrap();
+    assert_eq!(char.source.read(&mut []), 0);
+    let mut typed = Vec::new();
+    let mut piece = [0; 3];
+    while let n @ 1.. = char.source.read(&mut piece) {
+        typed.extend_from_slice(&piece[..n]);
+    }
+    assert_eq!(String::from_utf8(typed).unwrap(), "one two three");
 }

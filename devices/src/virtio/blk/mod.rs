@@ -166,6 +166,7 @@ impl Block {
         if self.inserted.is_some() {
             return Err(PlugError::Occupied(self.id.clone()));
         }
+        self.stats.forget();
         self.inserted = Some(drive.into());
         let result = self.show_worker();
         if result.is_err() {
@@ -341,6 +342,12 @@ impl VirtioDevice for Block {
         if with.queues.is_empty() {
             return Err(ActivateError::MissingQueue(0));
         }
+        let flush = with.features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        // Section 5.2.5.2: a driver that cannot flush begins without a cache. One that has chosen
+        // already, before a save, has its choice restored after this.
+        if !flush {
+            self.writeback.store(false, Ordering::Relaxed);
+        }
         let host = |what| move |source| ActivateError::Host { what, source };
         let medium = self.medium().map_err(host("make a timer for the disk's limits"))?;
         let parts = Parts {
@@ -348,7 +355,7 @@ impl VirtioDevice for Block {
             memory: with.memory,
             interrupt: with.interrupt,
             indirect: with.features & F_INDIRECT_DESC != 0,
-            flush: with.features & 1 << VIRTIO_BLK_F_FLUSH != 0,
+            flush,
             writeback: self.writeback.clone(),
             stats: self.stats.clone(),
             reporter: Reporter::new(&self.id, self.settings.on_error.clone()),

@@ -1,7 +1,7 @@
 //! What a disk has done, for `query-blockstats`.
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Counters since the device was made. They wrap at 2^64 and need no order among each other.
+/// Counters since the disk was plugged in. They wrap at 2^64 and need no order among each other.
 #[derive(Debug, Default)]
 #[expect(missing_docs, reason = "the names are QMP's")]
 pub struct BlockStats {
@@ -22,6 +22,25 @@ pub struct BlockStats {
 }
 
 impl BlockStats {
+    /// Begin anew, for another disk. Nothing is in flight then.
+    pub(super) fn forget(&self) {
+        for counter in [
+            &self.rd_bytes,
+            &self.wr_bytes,
+            &self.rd_operations,
+            &self.wr_operations,
+            &self.flush_operations,
+            &self.unmap_operations,
+            &self.failed_rd_operations,
+            &self.failed_wr_operations,
+            &self.failed_flush_operations,
+            &self.failed_unmap_operations,
+            &self.invalid_operations,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Requests that have ended, well or not. While it stays the same and some are in flight, the
     /// disk does not get on.
     pub fn ended(&self) -> u64 {

@@ -103,6 +103,10 @@ impl VirtioDevice for Console {
         vec![0; 12]
     }
 
+    fn configurable_always(&self) -> bool {
+        true
+    }
+
     /// Section 5.3.4: a byte written to emerg_wr is output, whatever state the driver is in.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (EMERGENCY_WRITE, [byte, ..]) = (offset, data) {
@@ -131,7 +135,8 @@ impl VirtioDevice for Console {
             sink: self.sink.clone(),
             interrupt: with.interrupt,
         };
-        let worker = ConsoleWorker::new(parts).map_err(|(e, source)| {
+        let worker = ConsoleWorker::new(parts).map_err(|failed| {
+            let (e, source) = *failed;
             self.source = Some(source);
             host("make the descriptors of a console")(e)
         })?;

@@ -64,10 +64,10 @@ const TIMER: usize = 3;
 impl ConsoleWorker {
     /// # Errors
     /// When the process has no descriptor left; the source comes back.
-    pub(super) fn new(parts: Parts) -> Result<Self, (io::Error, CharSource)> {
+    pub(super) fn new(parts: Parts) -> Result<Self, Box<(io::Error, CharSource)>> {
         let patience = match TimerFd::new() {
             Ok(timer) => timer,
-            Err(e) => return Err((e.into(), parts.source)),
+            Err(e) => return Err(Box::new((e.into(), parts.source))),
         };
         Ok(Self {
             id: parts.id,

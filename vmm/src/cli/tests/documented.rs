@@ -19,7 +19,7 @@ fn quick_start_of_the_first_generation() {
     assert_eq!((i.machine.cpus, i.machine.memory.size), (1, 256 << 20));
     assert_eq!(i.machine.name, "StratoVirt");
     assert!(i.machine.memory.dump && !i.machine.memory.shared);
-    assert!(!i.paused && !i.daemonize && !i.disable_seccomp);
+    assert!(!i.paused && !i.disable_seccomp);
     assert_eq!(i.log, Log::Off);
 }
 
@@ -129,7 +129,7 @@ fn kuasar(machine: &str, more: &str) -> String {
 #[test]
 fn kuasar_on_a_microvm() {
     let i = run(&kuasar("microvm", ""));
-    assert!(i.daemonize && i.machine.memory.prealloc && i.machine.memory.shared);
+    assert!(i.machine.memory.prealloc && i.machine.memory.shared);
     assert_eq!(i.pidfile.unwrap().to_str(), Some("/run/k/sandbox-k.pid"));
     assert_eq!(i.log, Log::File("/run/k/sandbox-k.log".into()));
     assert_eq!(i.machine.memory.size, 1 << 30);

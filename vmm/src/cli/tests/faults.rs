@@ -57,6 +57,18 @@ fn values_too_few_and_too_many() {
 }
 
 #[test]
+fn words_that_are_no_text() {
+    use std::os::unix::ffi::OsStringExt;
+    for flag in ["-kernel", "-config", "-initrd"] {
+        let line = words(&format!("-api-channel unix:s {flag}"));
+        let line = line.into_iter().chain([OsString::from_vec(b"\xff".to_vec())]);
+        let kernel = if flag == "-initrd" { "-kernel k" } else { "" };
+        let said = parse(line.chain(words(kernel))).unwrap_err().to_string();
+        assert_eq!(said, format!("{flag}: Argument '\u{fffd}' is not UTF-8"));
+    }
+}
+
+#[test]
 fn flags_that_exclude_each_other() {
     assert_eq!(
         problem("-qmp unix:q,server,nowait"),

@@ -69,6 +69,36 @@ fn the_first_generations_core_dump_key() {
     let text =
         r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"omit_vm_memory":true}}"#;
     assert!(!file(text, "-api-channel unix:s").unwrap().machine.memory.dump);
+    let line = "-api-channel unix:s -machine microvm,dump-guest-core=on";
+    assert!(file(text, line).unwrap().machine.memory.dump);
+    assert_eq!(
+        file_problems(
+            r#"{"boot-source":{"kernel_image_path":"k"},
+                "machine-config":{"omit_vm_memory":true,"dump_guest_core":true}}"#
+        ),
+        ["machine-config.omit_vm_memory: dump_guest_core says the opposite; give one of them"]
+    );
+}
+
+#[test]
+fn discarded_space_in_words_and_truth_values() {
+    let of = |value: &str| {
+        let drive = r#"{"drive_id":"d","path_on_host":"p","read_only":false,"direct":true"#;
+        let text = format!(
+            r#"{{"boot-source":{{"kernel_image_path":"k"}},"drive":[{drive},"discard":{value}}}]}}"#
+        );
+        file(&text, "-api-channel unix:s").map(|i| i.machine.disks[0].discard)
+    };
+    for (value, discards) in [("\"unmap\"", true), ("\"ignore\"", false), ("true", true)] {
+        assert_eq!(of(value), Ok(discards), "{value}");
+    }
+    let said = of("\"trim\"").unwrap_err().to_string();
+    assert!(said.ends_with("'trim': must be unmap|true|on|yes or ignore|false|off|no"), "{said}");
+}
+
+#[test]
+fn a_section_of_the_wrong_kind_is_the_only_complaint() {
+    assert_eq!(file_problems(r#"{"boot-source":null}"#), ["boot-source: null; must be an object"]);
 }
 
 #[test]

@@ -1,5 +1,4 @@
 //! Whatever is typed or written: an answer, never a panic, and nothing that steers a terminal.
-use std::os::unix::ffi::OsStringExt;
 
 use super::*;
 use crate::cli::draft::Draft;
@@ -136,13 +135,6 @@ fn an_example_with_any_piece_changed_never_panics() {
             assert!(problems.iter().all(|line| !line.contains(char::is_control)));
         }
     }
-}
-
-#[test]
-fn words_that_are_not_text() {
-    let args = [OsString::from("-name"), OsString::from_vec(vec![b'a', 0xff])];
-    let problems = parse(args.into_iter()).unwrap_err().to_string();
-    assert!(problems.contains("is not UTF-8"), "{problems}");
 }
 
 #[test]

