@@ -136,6 +136,12 @@ impl Machine {
         self.generation
     }
 
+    /// Leave the file that guest memory is in empty, as it was found. For the end: the machine has to
+    /// be paused, and is good for nothing afterwards.
+    pub fn leave_memory_empty(&self) {
+        memory::leave_empty(&self.memory, &self.config.memory);
+    }
+
     /// Press the ACPI power button.
     pub fn press_power_button(&self) {
         self.legacy.press_power_button();

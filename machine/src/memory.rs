@@ -162,6 +162,17 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     Ok(())
 }
 
+/// Leave the file that a machine's memory was in as it was found, empty: another machine may use it.
+/// The machine does not run any more.
+pub fn leave_empty(memory: &Memory, config: &MemoryConfig) {
+    if config.path.is_none() || !config.shared {
+        return;
+    }
+    if let Err(e) = clear(memory, &MemoryConfig { prealloc: false, ..config.clone() }) {
+        log::warn!("the file of guest memory keeps its contents: {e}");
+    }
+}
+
 /// Bytes of RAM in `memory`.
 pub fn size(memory: &Memory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
@@ -211,24 +222,20 @@ fn memfd(size: u64) -> Result<File, MemoryError> {
         .map_err(|source| MemoryError::Map { mib: size >> 20, source })
 }
 
-/// `path` itself, without a name if it was not there, or an unnamed file in the directory `path`; as
-/// large as the guest's memory, and all zero.
+/// `path` itself, or an unnamed file in the directory `path`; as large as the guest's memory, and
+/// all zero.
 fn backing_file(path: &Path, size: u64) -> Result<File, MemoryError> {
     let open_error = |source| MemoryError::Open { path: path.into(), source };
     // Before it is opened: a device may do something then.
     let file = match std::fs::metadata(path) {
         Ok(found) if found.is_dir() => unnamed_file(path).map_err(open_error)?,
         Ok(found) if !found.is_file() => return Err(MemoryError::Kind { path: path.into() }),
-        Ok(_) => OpenOptions::new().read(true).write(true).open(path).map_err(open_error)?,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(open_error(e)),
+        _ => {
             let mut options = OpenOptions::new();
-            options.read(true).write(true).create_new(true).mode(0o600);
-            let file = options.open(path).map_err(open_error)?;
-            // However the machine ends: its memory is in nobody's way when it starts again.
-            std::fs::remove_file(path).map_err(open_error)?;
-            file
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.open(path).map_err(open_error)?
         }
-        Err(e) => return Err(open_error(e)),
     };
     if !is_zero(&file).map_err(open_error)? {
         return Err(MemoryError::Contents { path: path.into() });
@@ -317,7 +324,8 @@ mod tests {
         for _ in 0..2 {
             let memory = allocate(&at("new")).unwrap();
             vm_memory::Bytes::write_obj(&memory, 7u64, GuestAddress(0)).unwrap();
-            assert!(!path(&at("new")).exists());
+            assert!(allocate(&at("new")).is_err(), "it is in use");
+            leave_empty(&memory, &at("new"));
         }
         rustix::fs::mknodat(
             rustix::fs::CWD,

@@ -121,6 +121,7 @@ impl Made {
             CharBackend::File(path) => Some(path),
             _ => None,
         });
+        let files = files.chain(&config.memory.path);
         Self(files.filter(|path| fs::symlink_metadata(path).is_err()).cloned().collect())
     }
 

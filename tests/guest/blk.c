@@ -296,7 +296,7 @@ static void registers(void)
         u32 values[] = {0, 1, 3, 0x8000, 0xffffffff};
         for (u32 i = 0; i < 9; i++)
             for (u32 v = 0; v < 5; v++)
-                if (offsets[i] != QUEUE_READY || values[v])
+                if (offsets[i] != QUEUE_READY || values[v] & 1)
                     set(0, offsets[i], values[v]);
     }
     must(request(IN, 5, 512), OK, "status of a read after a rewrite of the registers");

@@ -261,6 +261,9 @@ impl Vmm {
             let done = self.apply(lifecycle::Event::Shutdown);
             done.inspect_err(|e| log::error!("ended with the guest running: {e}")).is_ok()
         };
+        if stopped {
+            self.machine.leave_memory_empty();
+        }
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         let servers = std::mem::take(&mut self.servers);
         Server::shutdown(servers, std::time::Duration::from_secs(1));
