@@ -5,6 +5,8 @@
     clippy::indexing_slicing,
     reason = "a test's own mistakes end the test"
 )]
+mod descriptors;
+
 use std::{
     io,
     os::{
@@ -19,6 +21,7 @@ use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, MmapRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+pub use self::descriptors::{open_descriptors, with_own_descriptors};
 use crate::{
     Device, Memory,
     backend::net::{NetBackend, Offloads, frame::Frame},
@@ -485,9 +488,4 @@ impl NetBackend for Wire {
     fn set_active_queues(&self, _: usize) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// How many descriptors this process has open.
-pub fn open_descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
 }

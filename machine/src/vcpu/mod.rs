@@ -288,28 +288,36 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicBool, AtomicU64, Ordering},
+        },
+        time::{Duration, Instant},
     };
 
     use super::*;
 
     #[test]
     fn a_late_kick_does_not_stop_a_running_vcpu() {
-        let mut cpu = Counter(0, Arc::default());
+        let mut cpu = Counter::from(0);
         let stray = cpu.kicker().unwrap();
+        let entries = cpu.entries.clone();
         let vcpu = Handle::spawn(0, cpu, |_, _| {}).unwrap();
         stray.kick();
         vcpu.resume(0);
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while entries.load(Ordering::SeqCst) <= 1000 {
+            assert!(Instant::now() < deadline, "it has stopped");
+            std::thread::yield_now();
+        }
         vcpu.park().wait().unwrap();
         assert!(vcpu.save().wait().unwrap().unwrap() > 1000);
     }
 
     #[test]
     fn parks_saves_and_runs_on() {
-        let vcpu = Handle::spawn(0, Counter(0, Arc::default()), |_, _| {}).unwrap();
+        let vcpu = Handle::spawn(0, Counter::from(0), |_, _| {}).unwrap();
         vcpu.resume(0);
         vcpu.park().wait().unwrap();
         let save = || vcpu.save().wait().unwrap().unwrap();
@@ -322,8 +330,8 @@ mod tests {
 
     #[test]
     fn a_thread_carries_another_vcpu() {
-        let mut vcpu = Handle::spawn(0, Counter(5, Arc::default()), |_, _| {}).unwrap();
-        vcpu.replace(Counter(1_000_000_000, Arc::default())).unwrap();
+        let mut vcpu = Handle::spawn(0, Counter::from(5), |_, _| {}).unwrap();
+        vcpu.replace(Counter::from(1_000_000_000)).unwrap();
         assert_eq!(vcpu.save().wait().unwrap(), Ok(1_000_000_000));
         vcpu.resume(0);
         vcpu.park().wait().unwrap();
@@ -332,7 +340,7 @@ mod tests {
 
     #[test]
     fn state_asked_of_a_running_vcpu_is_refused_and_it_runs_on() {
-        let vcpu = Handle::spawn(0, Counter(0, Arc::default()), |_, _| {}).unwrap();
+        let vcpu = Handle::spawn(0, Counter::from(0), |_, _| {}).unwrap();
         vcpu.resume(0);
         let early = vcpu.save();
         vcpu.kick();
@@ -340,7 +348,16 @@ mod tests {
         vcpu.park().wait().unwrap();
     }
 
-    struct Counter(u64, Arc<AtomicBool>);
+    /// A guest that does nothing but count how often it is entered.
+    struct Counter {
+        entries: Arc<AtomicU64>,
+        kicked: Arc<AtomicBool>,
+    }
+    impl From<u64> for Counter {
+        fn from(entries: u64) -> Self {
+            Self { entries: Arc::new(entries.into()), kicked: Arc::default() }
+        }
+    }
     struct Flag(Arc<AtomicBool>);
     impl Kick for Flag {
         fn kick(&self) {
@@ -355,21 +372,21 @@ mod tests {
         type Error = ();
         type Kicker = Flag;
         fn kicker(&mut self) -> io::Result<Flag> {
-            Ok(Flag(self.1.clone()))
+            Ok(Flag(self.kicked.clone()))
         }
         fn run(&mut self) -> Exit {
-            self.0 += 1;
-            match self.1.swap(false, Ordering::SeqCst) {
+            self.entries.fetch_add(1, Ordering::SeqCst);
+            match self.kicked.swap(false, Ordering::SeqCst) {
                 true => Exit::Kicked,
                 false => Exit::Handled,
             }
         }
         fn resumed(&mut self, _: u64) {}
         fn save(&self) -> Result<u64, ()> {
-            Ok(self.0)
+            Ok(self.entries.load(Ordering::SeqCst))
         }
         fn restore(&mut self, state: u64) -> Result<(), ()> {
-            self.0 = state;
+            self.entries.store(state, Ordering::SeqCst);
             Ok(())
         }
     }

@@ -25,6 +25,9 @@ use rustix::{
 /// Longest path of a unix socket: `sun_path` less its NUL.
 const MAX_PATH: usize = 107;
 
+/// How long to wait for other monitors that look at paths in the same directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Connections the kernel keeps waiting for us.
 const BACKLOG: i32 = 128;
 
@@ -86,11 +89,18 @@ impl Drop for SocketFile {
 /// Listens at `path` with mode 0600. A socket there that nobody listens on is replaced; anything
 /// else is left alone and refused.
 pub fn claim(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
+    claim_within(path, LOCK_PATIENCE)
+}
+
+pub(super) fn claim_within(
+    path: &Path,
+    patience: Duration,
+) -> Result<(OwnedFd, SocketFile), BindError> {
     check(path)?;
     let os = |action| move |e: Errno| BindError::Os { action, path: path.into(), source: e.into() };
     let address = SocketAddrUnix::new(path).map_err(os("name"))?;
     // Two monitors that start at once must not each take the other's fresh socket for a stale one.
-    let _lock = lock_directory(path);
+    let _lock = lock_directory(path, patience);
     make_room(path, &address)?;
 
     let socket = socket().map_err(os("create"))?;
@@ -156,10 +166,10 @@ fn name(kind: FileType) -> &'static str {
 
 /// Held while the path is looked at and bound. Only monitors that start at the same moment meet
 /// here; one that cannot have it (unreadable directory, a stranger's lock) goes on without.
-fn lock_directory(path: &Path) -> Option<File> {
+fn lock_directory(path: &Path, patience: Duration) -> Option<File> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
-    let deadline = Instant::now() + Duration::from_secs(1);
+    let deadline = Instant::now() + patience;
     loop {
         match directory.try_lock() {
             Ok(()) => return Some(directory),

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 use std::{
     collections::BTreeMap,
-    io::Write,
+    io::{ErrorKind, Write},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
@@ -97,13 +97,18 @@ pub struct Host {
 
 impl Host {
     pub fn start() -> Self {
+        Self::with_patience(LONG)
+    }
+
+    /// One that gives its clients `patience` to take what it has to say in the end.
+    pub fn with_patience(patience: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp.sock");
         let rounds = Arc::new(AtomicU64::new(0));
         let (at, count) = (path.clone(), rounds.clone());
         let poll = Poll::new().unwrap();
         let server = Server::bind(&at, poll.registry(), Token(10)).unwrap();
-        let thread = thread::spawn(move || serve(poll, server, &count));
+        let thread = thread::spawn(move || serve(poll, server, &count, patience));
         Self { path, rounds, thread: Some(thread), _directory: directory }
     }
 
@@ -146,14 +151,18 @@ pub fn connect(path: &Path) -> Client {
     Client::connect(path, LONG).unwrap()
 }
 
-fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64) {
+fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, patience: Duration) {
     let table = commands();
     let mut machine =
         Machine { server, running: true, quitting: false, fds: BTreeMap::new(), unanswered: None };
     let mut events = Events::with_capacity(16);
     loop {
         let timeout = machine.server.has_work().then_some(Duration::ZERO);
-        poll.poll(&mut events, timeout).unwrap();
+        match poll.poll(&mut events, timeout) {
+            // As after a freeze of the whole machine.
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            polled => polled.unwrap(),
+        }
         rounds.fetch_add(1, Ordering::Relaxed);
         for event in &events {
             assert!(machine.server.ready(event));
@@ -165,7 +174,7 @@ fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64) {
             if machine.quitting {
                 let reason = ShutdownCause::HostQmpQuit;
                 machine.server.broadcast(&Event::Shutdown { guest: false, reason });
-                return Server::shutdown(vec![machine.server], Duration::from_secs(2));
+                return Server::shutdown(vec![machine.server], patience);
             }
         }
     }

@@ -7,6 +7,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, socket};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -109,8 +110,8 @@ fn listen(monitor: &Monitor) -> Result<OwnedFd> {
 fn announcement(socket: &OwnedFd) -> Result<[u8; 6]> {
     let mut frame = [0; 2048];
     loop {
-        let (length, _) =
-            recv(socket, &mut frame, RecvFlags::empty()).context("no announcement")?;
+        let (length, _) = retry_on_intr(|| recv(socket, &mut frame, RecvFlags::empty()))
+            .context("no announcement")?;
         let frame = frame.get(..length).unwrap_or_default();
         if frame.get(12..14) != Some(&[0x80, 0x35]) {
             continue;

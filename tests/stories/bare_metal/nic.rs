@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
@@ -44,6 +45,20 @@ fn with_a_tap(story: fn() -> Result<()>) -> Result<()> {
     told.join().map_err(|_| anyhow!("the story has panicked"))?
 }
 
+/// Waits until the host sends what it is told to: it notices in the background that somebody has opened
+/// the tap, and drops without a word what it has to send until then.
+fn carries() -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let link = output(Command::new("ip").args(["-o", "link", "show", "tap0"]))?;
+        if link.contains(" state UP ") {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "nobody has opened the tap: {link}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Opens `tap0` as a launcher does.
 fn open_tap() -> Result<File> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
@@ -71,7 +86,9 @@ fn datagram(number: usize) -> Vec<u8> {
 struct Echo(UdpSocket);
 
 impl Echo {
+    /// Once a monitor has opened the tap.
     fn new() -> Result<Self> {
+        carries()?;
         let socket = UdpSocket::bind("10.9.0.1:7000")?;
         socket.set_read_timeout(Some(SOON))?;
         socket.connect("10.9.0.2:7")?;

@@ -163,7 +163,8 @@ fn a_pty_carries_bytes_both_ways_and_survives_its_terminal() {
         while typed.len() < 4 {
             let mut fds = [PollFd::from_borrowed_fd(char.source.epoll.as_fd(), PollFlags::IN)];
             let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
-            assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "input is announced");
+            let fired = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&patience)));
+            assert_eq!(fired, Ok(1), "input is announced");
             typed.extend(read_all(&mut char.source));
         }
         assert_eq!(typed, b"\x03ls\r", "raw, no echo");

@@ -1,5 +1,6 @@
 mod hostile;
 mod lifecycle;
+mod link;
 mod tap;
 mod wire;
 

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 /// The console whose far side is the agent: the name that the agent's own documentation gives it.
 pub const CONSOLE: &str = "org.qemu.guest_agent.0";
 /// How long it may take to say that it is there.
-pub const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may take to say that it will not do it. There is no answer when it does.
 const REFUSAL: Duration = Duration::from_millis(300);
 /// Longest answer, bytes.
@@ -34,18 +34,22 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// The command, and how long it may take to answer.
-    fn command(self) -> (Value, Duration) {
-        let shutdown = |mode| {
-            let command = json!({ "execute": "guest-shutdown", "arguments": { "mode": mode } });
-            (command, REFUSAL)
-        };
+    fn command(self) -> Value {
+        let shutdown = |mode| json!({ "execute": "guest-shutdown", "arguments": { "mode": mode } });
         match self {
             Self::Powerdown => shutdown("powerdown"),
             Self::Reboot => shutdown("reboot"),
             Self::SetTime(date) => {
-                (json!({ "execute": "guest-set-time", "arguments": { "time": date } }), PATIENCE)
+                json!({ "execute": "guest-set-time", "arguments": { "time": date } })
             }
+        }
+    }
+
+    /// How long it may take to answer the command.
+    fn patience(self) -> Duration {
+        match self {
+            Self::Powerdown | Self::Reboot => REFUSAL,
+            Self::SetTime(_) => PATIENCE,
         }
     }
 }
@@ -66,11 +70,22 @@ pub enum AgentError {
 /// # Errors
 /// When nobody answers as an agent would, or the agent refuses.
 pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
+    ask_within(stream, mode, PATIENCE, mode.patience())
+}
+
+/// Ask an agent that may take `hello` to say that it is there, and `answer` to answer the command.
+fn ask_within(
+    stream: UnixStream,
+    mode: Mode,
+    hello: Duration,
+    answer: Duration,
+) -> Result<(), AgentError> {
+    stream.set_write_timeout(Some(hello))?;
     let id = u64::from(std::process::id());
     let mut line = Line { stream, held: Vec::new() };
     line.say(&[DELIMITER])?;
     line.say_json(&json!({ "execute": "guest-sync-delimited", "arguments": { "id": id } }))?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + hello;
     loop {
         line.skip_delimiter(deadline)?;
         let answer = line.object(deadline)?;
@@ -78,9 +93,8 @@ pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
             break;
         }
     }
-    let (command, patience) = mode.command();
-    line.say_json(&command)?;
-    let deadline = Instant::now() + patience;
+    line.say_json(&mode.command())?;
+    let deadline = Instant::now() + answer;
     loop {
         match line.object(deadline) {
             Err(e) if matches!(mode, Mode::SetTime(_)) => return Err(e),
@@ -105,7 +119,6 @@ struct Line {
 
 impl Line {
     fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.set_write_timeout(Some(PATIENCE))?;
         self.stream.write_all(bytes)
     }
 

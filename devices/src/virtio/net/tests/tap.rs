@@ -7,15 +7,14 @@
 //! missing.
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     mem,
-    net::UdpSocket,
+    net::{SocketAddr, UdpSocket},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-    process::Command,
     time::Duration,
 };
 
-use super::*;
+use super::{link, *};
 use crate::backend::net::tap::{Tap, TapError};
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
@@ -32,18 +31,44 @@ fn new_namespace() {
     assert_eq!(moved, 0, "this test needs root: {}", std::io::Error::last_os_error());
 }
 
-fn ip(arguments: &str) {
-    let done = Command::new("ip").args(arguments.split_whitespace()).output();
-    let done = done.expect("this test needs the ip command (iproute2)");
-    assert!(done.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&done.stderr));
+/// A tap that stays when nobody has it open.
+fn add_tap(name: &str, flags: i32) {
+    let fd = launcher_opens(name, flags | libc::IFF_NO_PI);
+    // SAFETY: TUNSETPERSIST takes a number.
+    let set = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
 }
 
-fn make_tap(options: &str) {
+fn make_tap(options: i32) {
     new_namespace();
-    ip(&format!("tuntap add dev t0 mode tap {options}"));
-    ip("addr add 10.0.0.1/24 dev t0");
-    ip("link set t0 up");
-    ip("neigh replace 10.0.0.2 lladdr 02:00:00:00:00:07 dev t0 nud permanent");
+    add_tap("t0", libc::IFF_TAP | options);
+    link::add_address("t0", [10, 0, 0, 1]);
+    link::set("t0", true);
+    link::add_neighbour("t0", [10, 0, 0, 2], GUEST_MAC);
+}
+
+/// The tap as a machine opens it, when the host has noticed.
+fn open_tap(queues: usize) -> Tap {
+    let tap = Tap::open("t0", queues).unwrap();
+    link::await_carrier("t0");
+    tap
+}
+
+/// A socket of the host, on port 5000.
+fn host_socket() -> UdpSocket {
+    let socket = UdpSocket::bind("10.0.0.1:5000").unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket
+}
+
+/// The next datagram. A machine that was frozen meanwhile may interrupt the wait.
+fn hear(socket: &UdpSocket, bytes: &mut [u8]) -> (usize, SocketAddr) {
+    loop {
+        match socket.recv_from(bytes) {
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            heard => return heard.unwrap(),
+        }
+    }
 }
 
 fn nic(pairs: u16, tap: Tap) -> Guest {
@@ -124,14 +149,6 @@ fn udp_frame(header: [u8; 12], to_mac: [u8; 6], port: u16, payload: &[u8]) -> Ve
     [&header[..], &to_mac, &GUEST_MAC, &[8, 0], &ip, &udp, payload].concat()
 }
 
-fn host_mac() -> [u8; 6] {
-    let output = Command::new("ip").args(["-o", "link", "show", "t0"]).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let mac = text.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap();
-    let bytes: Vec<u8> = mac.split(':').map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
-    bytes.try_into().unwrap()
-}
-
 fn send(guest: &mut Guest, queue: u16, frame: &[u8]) {
     let at = guest.bytes(frame);
     guest.request(queue, &[(at, frame.len() as u32, false)]);
@@ -140,40 +157,38 @@ fn send(guest: &mut Guest, queue: u16, frame: &[u8]) {
 
 #[test]
 fn datagrams_travel_both_ways() {
-    make_tap("vnet_hdr");
-    let mut guest = nic(1, Tap::open("t0", 1).unwrap());
+    make_tap(libc::IFF_VNET_HDR);
+    let mut guest = nic(1, open_tap(1));
     guest.start(MERGEABLE | F_EVENT_IDX);
     refill(&mut guest, RX, 128, 1526);
-    let host = UdpSocket::bind("10.0.0.1:5000").unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let host = host_socket();
 
     host.send_to(b"hello guest", "10.0.0.2:7").unwrap();
     let frame = await_frame(&mut guest, RX, |f| f.ends_with(b"hello guest"));
     assert_eq!(frame[12..18], GUEST_MAC);
     assert_eq!(frame[0], 0, "the checksum is done, the driver did not offer to do without");
 
-    send(&mut guest, TX, &udp_frame([0; 12], host_mac(), 5000, b"hello host"));
+    send(&mut guest, TX, &udp_frame([0; 12], link::mac("t0"), 5000, b"hello host"));
     let mut bytes = [0; 100];
-    let (n, from) = host.recv_from(&mut bytes).unwrap();
+    let (n, from) = hear(&host, &mut bytes);
     assert_eq!((&bytes[..n], from), (&b"hello host"[..], "10.0.0.2:4000".parse().unwrap()));
 }
 
 #[test]
 fn checksums_are_left_to_whoever_has_offered() {
-    make_tap("vnet_hdr");
-    let mut guest = nic(1, Tap::open("t0", 1).unwrap());
+    make_tap(libc::IFF_VNET_HDR);
+    let mut guest = nic(1, open_tap(1));
     guest.start(MERGEABLE | CSUM | GUEST_CSUM);
     refill(&mut guest, RX, 128, 1526);
-    let host = UdpSocket::bind("10.0.0.1:5000").unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let host = host_socket();
     host.send_to(b"no checksum yet", "10.0.0.2:7").unwrap();
     let frame = await_frame(&mut guest, RX, |f| f.ends_with(b"no checksum yet"));
     assert_eq!(frame[0] & 1, 1, "NEEDS_CSUM");
     // NEEDS_CSUM, from byte 34 of the frame on, to be put 6 further.
     let header = [1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
-    send(&mut guest, TX, &udp_frame(header, host_mac(), 5000, b"yours"));
+    send(&mut guest, TX, &udp_frame(header, link::mac("t0"), 5000, b"yours"));
     let mut bytes = [0; 100];
-    assert_eq!(host.recv_from(&mut bytes).unwrap().0, 5);
+    assert_eq!(hear(&host, &mut bytes).0, 5);
 }
 
 /// Have the host send one TCP segment of 40,000 bytes to a peer that does not exist: through a
@@ -214,8 +229,8 @@ fn big_segment_to(name: &str) {
 
 #[test]
 fn segments_of_64_kib_arrive_whole_only_if_the_driver_takes_them() {
-    make_tap("vnet_hdr");
-    let mut guest = nic(1, Tap::open("t0", 1).unwrap());
+    make_tap(libc::IFF_VNET_HDR);
+    let mut guest = nic(1, open_tap(1));
     guest.start(MERGEABLE | GUEST_CSUM | GUEST_TSO4);
     refill(&mut guest, RX, 200, 1526);
     big_segment_to("t0");
@@ -233,8 +248,8 @@ fn segments_of_64_kib_arrive_whole_only_if_the_driver_takes_them() {
 
 #[test]
 fn a_segment_of_64_kib_from_the_guest_is_taken_whole() {
-    make_tap("vnet_hdr");
-    let net = Net::new("net0", settings(1), Some(Tap::open("t0", 1).unwrap())).unwrap();
+    make_tap(libc::IFF_VNET_HDR);
+    let net = Net::new("net0", settings(1), Some(open_tap(1))).unwrap();
     let stats = net.stats();
     let mut guest = Guest::new(Box::new(net));
     guest.start(CSUM | HOST_TSO4);
@@ -244,7 +259,7 @@ fn a_segment_of_64_kib_from_the_guest_is_taken_whole() {
     ip.extend([0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
     let tcp = [0x10, 0, 0x20, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0];
     let header = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
-    let ethernet = [&host_mac()[..], &GUEST_MAC, &[8, 0]].concat();
+    let ethernet = [&link::mac("t0")[..], &GUEST_MAC, &[8, 0]].concat();
     let frame = [&header[..], &ethernet, &ip, &tcp, &vec![1; 60_000]].concat();
     send(&mut guest, TX, &frame);
     assert_eq!((stats.tx.packets.load(SeqCst), stats.tx.drops.load(SeqCst)), (1, 0));
@@ -266,8 +281,8 @@ fn a_segment_of_64_kib_from_the_guest_is_taken_whole() {
 
 #[test]
 fn several_queues_share_the_work() {
-    make_tap("multi_queue vnet_hdr");
-    let mut guest = nic(2, Tap::open("t0", 2).unwrap());
+    make_tap(libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR);
+    let mut guest = nic(2, open_tap(2));
     guest.start(MERGEABLE | MQ | CONTROL);
     for queue in [0, 2] {
         refill(&mut guest, queue, 250, 1526);
@@ -297,32 +312,31 @@ fn several_queues_share_the_work() {
     let count = total(&mut guest, 32);
     assert!(count[0] > 0 && count[1] > 0, "flows are spread: {count:?}");
 
-    let host = UdpSocket::bind("10.0.0.1:5000").unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let host = host_socket();
     for queue in [1, 3] {
-        send(&mut guest, queue, &udp_frame([0; 12], host_mac(), 5000, &[queue as u8]));
+        send(&mut guest, queue, &udp_frame([0; 12], link::mac("t0"), 5000, &[queue as u8]));
         let mut byte = [0];
-        host.recv(&mut byte).unwrap();
+        hear(&host, &mut byte);
         assert_eq!(byte[0], queue as u8);
     }
 }
 
 #[test]
 fn a_tap_deleted_while_live_costs_frames_only() {
-    make_tap("vnet_hdr");
-    let net = Net::new("net0", settings(1), Some(Tap::open("t0", 1).unwrap())).unwrap();
+    make_tap(libc::IFF_VNET_HDR);
+    let net = Net::new("net0", settings(1), Some(open_tap(1))).unwrap();
     let stats = net.stats();
     let mut guest = Guest::new(Box::new(net));
     guest.start(MERGEABLE);
     refill(&mut guest, RX, 64, 1526);
-    let frame = udp_frame([0; 12], host_mac(), 5000, b"x");
-    ip("link set t0 down");
+    let frame = udp_frame([0; 12], link::mac("t0"), 5000, b"x");
+    link::set("t0", false);
     send(&mut guest, TX, &frame);
     assert_eq!(stats.tx.drops.load(SeqCst), 1, "down");
-    ip("link set t0 up");
+    link::set("t0", true);
     send(&mut guest, TX, &frame);
     assert_eq!(stats.tx.packets.load(SeqCst), 1, "up again");
-    ip("link del t0");
+    link::delete("t0");
     guest.thread.settle();
     for _ in 0..5 {
         send(&mut guest, TX, &frame);
@@ -330,8 +344,8 @@ fn a_tap_deleted_while_live_costs_frames_only() {
     assert_eq!(stats.tx.drops.load(SeqCst), 6);
     assert!(!guest.needs_reset());
     // Another tap can take its place.
-    ip("tuntap add dev t1 mode tap vnet_hdr");
-    ip("link set t1 up");
+    add_tap("t1", libc::IFF_TAP | libc::IFF_VNET_HDR);
+    link::set("t1", true);
     guest.transport.update(|net: &mut Net| net.unplug()).unwrap().unwrap();
     let tap = Tap::open("t1", 1).unwrap();
     guest.transport.update(|net: &mut Net| net.plug(tap, None)).unwrap().unwrap();
@@ -341,10 +355,10 @@ fn a_tap_deleted_while_live_costs_frames_only() {
 
 #[test]
 fn what_is_wrong_with_a_tap_is_said_with_the_cure() {
-    make_tap("vnet_hdr");
-    ip("tuntap add dev u0 mode tun");
-    ip("tuntap add dev m0 mode tap multi_queue");
-    ip("link add b0 type bridge");
+    make_tap(libc::IFF_VNET_HDR);
+    add_tap("u0", libc::IFF_TUN);
+    add_tap("m0", libc::IFF_TAP | libc::IFF_MULTI_QUEUE);
+    link::add_bridge("b0");
     let said = |name: &str, queues| Tap::open(name, queues).unwrap_err().to_string();
     let missing = said("nope", 1);
     assert!(missing.contains("ip tuntap add dev nope mode tap vnet_hdr && ip link"), "{missing}");
@@ -386,7 +400,7 @@ fn launcher_opens(name: &str, flags: i32) -> OwnedFd {
 
 #[test]
 fn inherited_descriptors_are_used_as_they_are() {
-    make_tap("");
+    make_tap(0);
     let fd = launcher_opens("t0", libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
     let raw: RawFd = fd.as_raw_fd();
     let tap = Tap::from_fds(vec![fd]).unwrap();
@@ -404,18 +418,19 @@ fn inherited_descriptors_are_used_as_they_are() {
     assert_eq!(guest.offered() & WITH_HEADER, 0);
     guest.start(MERGEABLE);
     refill(&mut guest, RX, 64, 1526);
-    let host = UdpSocket::bind("10.0.0.1:5000").unwrap();
+    let host = host_socket();
+    link::await_carrier("t0");
     host.send_to(b"bare", "10.0.0.2:7").unwrap();
     await_frame(&mut guest, RX, |f| f.ends_with(b"bare"));
-    send(&mut guest, TX, &udp_frame([0; 12], host_mac(), 5000, b"bare too"));
+    send(&mut guest, TX, &udp_frame([0; 12], link::mac("t0"), 5000, b"bare too"));
     let mut bytes = [0; 100];
-    assert_eq!(host.recv(&mut bytes).unwrap(), 8);
+    assert_eq!(hear(&host, &mut bytes).0, 8);
 }
 
 #[test]
 fn descriptors_of_anything_else_are_refused() {
-    make_tap("multi_queue");
-    ip("tuntap add dev u0 mode tun");
+    make_tap(libc::IFF_MULTI_QUEUE);
+    add_tap("u0", libc::IFF_TUN);
     let error = |fds| Tap::from_fds(fds).unwrap_err();
     assert!(matches!(error(vec![]), TapError::NoDescriptor));
     let null = || OwnedFd::from(File::open("/dev/null").unwrap());
@@ -425,7 +440,7 @@ fn descriptors_of_anything_else_are_refused() {
     let multi_queue = libc::IFF_TAP | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR;
     let good = || launcher_opens("t0", multi_queue | libc::IFF_NO_PI);
     assert_eq!(Tap::from_fds(vec![good(), good()]).unwrap().queues(), 2);
-    ip("tuntap add dev t1 mode tap multi_queue");
+    add_tap("t1", libc::IFF_TAP | libc::IFF_MULTI_QUEUE);
     let other = launcher_opens("t1", multi_queue | libc::IFF_NO_PI);
     assert!(error(vec![good(), other]).to_string().contains("another interface"));
     let unattached = OwnedFd::from(File::open("/dev/net/tun").unwrap());
