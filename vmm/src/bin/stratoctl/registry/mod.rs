@@ -28,6 +28,8 @@ use std::{
     collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -89,6 +91,8 @@ impl Place {
 
 const RECORD: &str = "domain.json";
 const START: &str = "start.json";
+/// More than it takes to see whether a lock is held.
+const GLANCE: Duration = Duration::from_millis(100);
 /// The monitor's configuration, in its working directory.
 pub const CONFIG: &str = "config.json";
 
@@ -144,7 +148,16 @@ impl Registry {
     /// See [`Self::lock`].
     pub fn lock_save(&self, name: &Name) -> anyhow::Result<Option<Lock>> {
         let path = self.lock_path(name, "save")?;
-        Lock::attempt_once(&path).with_context(|| format!("cannot lock {}", path.display()))
+        let deadline = Instant::now() + GLANCE;
+        loop {
+            // Whoever only looks whether it is held has it for a moment.
+            let lock = Lock::attempt_once(&path)
+                .with_context(|| format!("cannot lock {}", path.display()))?;
+            if lock.is_some() || Instant::now() >= deadline {
+                return Ok(lock);
+            }
+            thread::sleep(GLANCE / 50);
+        }
     }
 
     /// Whether somebody saves the domain.
@@ -226,11 +239,12 @@ impl Registry {
     /// When the disk cannot be written.
     pub fn forget(&self, place: &Place) -> anyhow::Result<()> {
         let target = place.managed.then(|| fs::read_link(&place.run).ok()).flatten();
-        self.disk
+        // First what nobody would find any more without the record.
+        target
+            .map_or(Ok(()), |run| self.disk.remove_tree(&run))
             // From here on it is not registered, whatever is left.
-            .remove(&place.record())
+            .and_then(|()| self.disk.remove(&place.record()))
             .and_then(|()| self.disk.sync(&place.home))
-            .and_then(|()| target.map_or(Ok(()), |run| self.disk.remove_tree(&run)))
             .and_then(|()| self.disk.remove_tree(&place.home))
             .with_context(|| format!("cannot remove {}", place.home.display()))
     }
