@@ -75,7 +75,11 @@ pub fn start(
         anyhow::Error::from(Failure::hint(what, "name its program with --monitor FILE"))
     });
     let said = match done {
-        Ok(done) if done.status.success() => return Ok(id),
+        Ok(done) if done.status.success() => {
+            // Without it, one that takes long to end is shown as one that starts.
+            let _ = registry.is_up(place);
+            return Ok(id);
+        }
         Ok(done) => {
             let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
             let said = if said.is_empty() { done.status.to_string() } else { said };

@@ -27,8 +27,11 @@ use crate::{
 };
 
 /// A guest that ends so soon after it was restarted is not restarted again: each that is preserved
-/// costs its memory.
-const TOO_SOON: Duration = Duration::from_secs(10);
+/// costs its memory. Stories name a longer time than any host takes.
+fn too_soon() -> Duration {
+    domain::seconds("STRATOCTL_TOO_SOON", Duration::from_secs(10))
+}
+
 /// Most domains preserved from one name.
 const MOST: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -81,7 +84,7 @@ pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let mut restarted = false;
     while kept.has_halted(ctx)? {
         let Some(place) = ctx.placed(kept.id)? else { break };
-        if restarted && kept.since.elapsed() < TOO_SOON {
+        if restarted && kept.since.elapsed() < too_soon() {
             note(&place, "it has ended again too soon: it is preserved and not restarted");
             continue;
         }

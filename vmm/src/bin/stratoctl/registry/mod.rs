@@ -9,6 +9,7 @@
 //!   domain.json            what it is
 //! run/.managed/UUID/     a registered domain's run-time part; these in both kinds:
 //!   start.json             its number
+//!   up                     its monitor has answered
 //!   config.json            what the monitor was started with
 //!   pid, log, qmp.sock, console.sock   made by the monitor, whose working directory this is
 //! run/.lock/NAME.lock    held by who acts on the name
@@ -83,6 +84,11 @@ impl Place {
         self.run.join(START).exists()
     }
 
+    /// Whether the monitor that was started has answered.
+    pub fn has_been_up(&self) -> bool {
+        self.run.join(UP).exists()
+    }
+
     /// Its number, if it has been started.
     pub fn id(&self) -> Option<u32> {
         read::<Start>(&self.run.join(START)).ok().map(|start| start.id)
@@ -91,6 +97,7 @@ impl Place {
 
 const RECORD: &str = "domain.json";
 const START: &str = "start.json";
+const UP: &str = "up";
 /// More than it takes to see whether a lock is held.
 const GLANCE: Duration = Duration::from_millis(100);
 /// The monitor's configuration, in its working directory.
@@ -314,12 +321,20 @@ impl Registry {
         Ok(id)
     }
 
+    /// Note that the monitor that was started answers.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written.
+    pub fn is_up(&self, place: &Place) -> io::Result<()> {
+        self.disk.write(&place.run.join(UP), b"")
+    }
+
     /// Take away what a monitor that has ended may have left: all but its log.
     ///
     /// # Errors
     /// When the disk cannot be written.
     pub fn clear(&self, place: &Place) -> anyhow::Result<()> {
-        for name in [START, "qmp.sock", "console.sock", "pid"] {
+        for name in [START, UP, "qmp.sock", "console.sock", "pid"] {
             let path = place.run.join(name);
             self.disk.remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
