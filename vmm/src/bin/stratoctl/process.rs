@@ -61,7 +61,15 @@ pub fn search(run: &Path) -> Option<Process> {
 impl Process {
     /// Whether its program is a monitor, and not somebody's shell.
     fn is_monitor(&self) -> bool {
-        let text = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let read = || fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let mut text = read();
+        // It has none for a moment when it becomes another program.
+        for _ in 0..100 {
+            if !text.is_empty() || self.ends_within(Duration::from_millis(1)) {
+                break;
+            }
+            text = read();
+        }
         text.split(|byte| *byte == 0).any(|word| word == b"-pidfile")
     }
 
