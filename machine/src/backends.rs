@@ -25,6 +25,9 @@ use crate::{
     slots::{DISKS, NICS},
 };
 
+/// Most back-ends of a kind that wait for a device; there are eight slots.
+const MAX_WAITING: usize = 16;
+
 /// Why a back-end or device could not be added or removed.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
@@ -43,6 +46,11 @@ pub enum PlugError {
     NoSlot { what: &'static str, max: usize },
     #[error("All {max} {what} slots are occupied; take a device out first, with device_del")]
     Full { what: &'static str, max: usize },
+    #[error(
+        "{MAX_WAITING} back-ends wait for a device already; take some away with blockdev-del or \
+         netdev_del"
+    )]
+    TooManyWait,
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
@@ -51,8 +59,6 @@ pub enum PlugError {
     Block(#[from] blk::PlugError),
     #[error(transparent)]
     Net(#[from] net::PlugError),
-    #[error("cannot change the size of {id}")]
-    Resize { id: String, source: io::Error },
     #[error("{id}: its I/O thread does not answer")]
     Thread { id: String, source: io::Error },
     #[error(transparent)]
@@ -139,6 +145,11 @@ fn first_free<C>(what: &'static str, places: &[Option<C>]) -> Result<usize, Plug
     places.iter().position(Option::is_none).ok_or(PlugError::Full { what, max })
 }
 
+/// Descriptors are for everybody: nobody takes all of them.
+fn room_for_one(waiting: usize) -> Result<(), PlugError> {
+    if waiting < MAX_WAITING { Ok(()) } else { Err(PlugError::TooManyWait) }
+}
+
 /// The back-end's separate name when it is in front of `device`.
 fn separate(backend: &str, device: &str) -> Option<String> {
     (backend != device).then(|| backend.to_owned())
@@ -176,6 +187,7 @@ pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
 
 fn limited(disk: Disk, config: &DiskConfig) -> Drive {
     Drive {
+        name: Some(config.id.clone()),
         disk,
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops,
@@ -286,6 +298,7 @@ impl Machine {
         if self.knows(&config.id) {
             return Err(PlugError::Duplicate(config.id));
         }
+        room_for_one(self.backends.waiting_disks.len())?;
         let drive = drive(&config)?;
         self.backends.waiting_disks.insert(config.id.clone(), (config, drive));
         Ok(())
@@ -303,21 +316,34 @@ impl Machine {
         if self.knows(&config.id) {
             return Err(PlugError::Duplicate(config.id));
         }
+        room_for_one(self.backends.waiting_nics.len())?;
         let tap = if fds.is_empty() { tap(&config)? } else { Tap::from_fds(fds)? };
         self.backends.waiting_nics.insert(config.id.clone(), (config, tap));
         Ok(())
     }
 
-    /// Close a disk's or NIC's back-end that no device uses.
+    /// Close a disk's back-end that no device uses.
     ///
     /// # Errors
     /// When there is none, or a device uses it.
-    pub fn remove_backend(&mut self, id: &str) -> Result<(), PlugError> {
-        let b = &mut self.backends;
-        if b.waiting_disks.remove(id).is_some() || b.waiting_nics.remove(id).is_some() {
+    pub fn remove_disk_backend(&mut self, name: &str) -> Result<(), PlugError> {
+        if self.backends.waiting_disks.remove(name).is_some() {
             return Ok(());
         }
-        Err(if b.knows(id) { PlugError::InUse(id.into()) } else { PlugError::NoBackend(id.into()) })
+        let used = self.backends.disks.iter().flatten().any(|disk| disk.backend() == name);
+        Err(if used { PlugError::InUse(name.into()) } else { PlugError::NoBackend(name.into()) })
+    }
+
+    /// Close a NIC's back-end that no device uses.
+    ///
+    /// # Errors
+    /// As [`Machine::remove_disk_backend`].
+    pub fn remove_nic_backend(&mut self, name: &str) -> Result<(), PlugError> {
+        if self.backends.waiting_nics.remove(name).is_some() {
+            return Ok(());
+        }
+        let used = self.backends.nics.iter().flatten().any(|nic| nic.backend() == name);
+        Err(if used { PlugError::InUse(name.into()) } else { PlugError::NoDevice(name.into()) })
     }
 
     /// Put the disk `backend` into slot `slot`, as the device `id`. The guest sees its size at once.
@@ -337,6 +363,7 @@ impl Machine {
         let mut waiting = take(backend, &mut b.waiting_disks, slot, "block", &b.disks)?;
         let plugged = self.change(slot, |block: &mut Block| {
             let Some((mut config, mut drive)) = waiting.take() else { return Ok(None) };
+            drive.name = Some(id.to_owned());
             if let Some(serial) = serial {
                 drive.serial.clone_from(&serial);
                 config.serial = Some(serial);
@@ -419,14 +446,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Plug the cable of NIC `id` in or out; the guest sees it at once.
+    /// Plug the cable of NIC `id`, or of the NIC whose back-end is called so, in or out; the guest
+    /// sees it at once.
     ///
     /// # Errors
     /// When no slot holds it.
     pub fn set_link(&mut self, id: &str, up: bool) -> Result<(), PlugError> {
-        let Some(slot) = self.backends.nic_slot(id) else {
-            return Err(PlugError::NoDevice(id.into()));
-        };
+        let behind = |nic: &Option<NicConfig>| nic.as_ref().is_some_and(|nic| nic.backend() == id);
+        let slot = self.backends.nic_slot(id);
+        let slot = slot.or_else(|| self.backends.nics.iter().position(behind));
+        let slot = slot.ok_or_else(|| PlugError::NoDevice(id.into()))?;
         let set = self.change(DISKS + slot, |net: &mut Net| net.set_link(up))?.transpose();
         set.map(drop).map_err(|source| PlugError::Thread { id: id.into(), source })
     }
@@ -445,8 +474,9 @@ impl Machine {
                 continue;
             }
             let Some((transport, _)) = self.slots.get(DISKS + slot) else { continue };
-            let announced =
-                transport.lock().device().map_or(Ok(()), |net: &mut Net| net.announce());
+            let announced = self.locked(transport).map_err(io::Error::other);
+            let announced = announced
+                .and_then(|mut t| t.device().map_or(Ok(()), |net: &mut Net| net.announce()));
             if let Err(e) = announced {
                 log::warn!("{id}: cannot announce its address: {e}");
             }
@@ -457,20 +487,16 @@ impl Machine {
     /// is only looked at again.
     ///
     /// # Errors
-    /// When no slot holds it, or its file cannot be resized.
+    /// When no slot holds it, it is read-only, or its file cannot be resized.
     pub fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), PlugError> {
-        let slot = self.backends.disk_slot(id);
-        let config = slot.and_then(|slot| self.backends.disks.get(slot)).and_then(Option::as_ref);
-        let (Some(slot), Some(config)) = (slot, config) else {
-            return Err(PlugError::NoDevice(id.into()));
-        };
-        let failed = |source| PlugError::Resize { id: id.into(), source };
-        let file = std::fs::OpenOptions::new().write(true).open(&config.path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.is_file() {
-            file.set_len(size).map_err(failed)?;
-        }
-        self.change(slot, |block: &mut Block| block.resize())?.transpose()?;
+        let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
+        self.change(slot, |block: &mut Block| block.resize(size))?.transpose()?;
         Ok(())
+    }
+
+    /// Disks that wait for a slot.
+    pub fn waiting_disks(&self) -> impl Iterator<Item = (&DiskConfig, u64)> {
+        self.backends.waiting_disks.values().map(|(config, drive)| (config, drive.disk.size()))
     }
 
     /// The disks that are in slots, in order.

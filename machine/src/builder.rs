@@ -3,7 +3,11 @@ use std::{io, ops::Range, sync::Arc, thread};
 
 use devices::{
     Memory,
-    backend::{char::CharError, disk::DiskError, net::tap::TapError},
+    backend::{
+        char::{Char, CharError},
+        disk::DiskError,
+        net::tap::TapError,
+    },
     bus::BusBuilder,
     virtio::{
         VirtioDevice, blk,
@@ -20,7 +24,7 @@ use crate::{
     Machine,
     backends::{self, Backends},
     boot::{self, BootError},
-    config::{Aio, DiskConfig, MachineConfig, NicConfig, Occupancy},
+    config::{Aio, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Occupancy, RngConfig},
     event::{Event, Report, Told},
     generation::GenerationId,
     io_thread,
@@ -33,6 +37,7 @@ use crate::{
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
     slots::{DISKS, NICS, SlotError, Slots},
+    survey::Made,
     vcpu::Handle,
 };
 
@@ -71,8 +76,8 @@ pub enum BuildError {
     TooManyDisks { count: usize },
     #[error("{count} NICs; a machine has at most {NICS}")]
     TooManyNics { count: usize },
-    #[error("this topology needs APIC ids above 254: use fewer sockets or powers of two")]
-    ApicIds,
+    #[error(transparent)]
+    ApicIds(#[from] cpuid::ApicIds),
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("{0}")]
@@ -115,7 +120,10 @@ impl Machine {
     /// # Errors
     /// When the host or a file does not give what the configuration asks for.
     pub fn new(config: &MachineConfig, report: Report) -> Result<Self, BuildError> {
-        Self::build(config, &Occupancy::at_start(config), Begin::Boot, report)
+        let made = Made::before(config);
+        let built = Self::build(config, &Occupancy::at_start(config), Begin::Boot, report)?;
+        made.keep();
+        Ok(built)
     }
 
     /// Build a machine that goes on where a saved one stood, once [`Machine::resume`] is called.
@@ -146,10 +154,7 @@ impl Machine {
         if nics > NICS {
             return Err(BuildError::TooManyNics { count: nics });
         }
-        let apic_ids = (0..config.cpus)
-            .map(|i| u8::try_from(cpuid::apic_id(&config.topology, i)).ok().filter(|id| *id < 255))
-            .collect::<Option<Vec<u8>>>()
-            .ok_or(BuildError::ApicIds)?;
+        let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
         let kvm = kvm::open()?;
         let max = kvm.get_max_vcpus();
@@ -284,16 +289,13 @@ impl Parts {
             add(Box::new(interface(slot, shape, nic)?), thread)?;
         }
         if let Some(console) = &config.console {
-            let char = legacy::open(&console.backend, report)
-                .map_err(|source| BuildError::Console { id: console.id.clone(), source })?;
+            let char = open_console(console, report)?;
             chardevs.push((console.id.clone(), char.name.clone()));
             let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
             add(Box::new(Console::new(console.id.clone(), char)), thread)?;
         }
         if let Some(rng) = &config.rng {
-            let device = Rng::new(rng.id.clone(), &rng.path, rng.bps)
-                .map_err(|source| BuildError::Rng { id: rng.id.clone(), source })?;
-            add(Box::new(device), default.clone())?;
+            add(Box::new(entropy(rng)?), default.clone())?;
         }
 
         let boot = boot.then(|| load_kernel(memory, config, &slots, apic_ids)).transpose()?;
@@ -345,7 +347,7 @@ impl Threads<'_> {
 
 /// A slot for disks: its queues are those of the disk that it had at the start, `shape`, whatever
 /// `disk` is in it now.
-fn block(
+pub(crate) fn block(
     slot: usize,
     shape: Option<&DiskConfig>,
     disk: Option<&DiskConfig>,
@@ -372,7 +374,7 @@ fn block(
 }
 
 /// A slot for NICs, as [`block`].
-fn interface(
+pub(crate) fn interface(
     slot: usize,
     shape: Option<&NicConfig>,
     nic: Option<&NicConfig>,
@@ -391,6 +393,16 @@ fn interface(
     };
     net::Net::new(id.clone(), settings, tap)
         .map_err(|source| BuildError::NicSettings { id, source })
+}
+
+pub(crate) fn open_console(config: &ConsoleConfig, report: &Report) -> Result<Char, BuildError> {
+    legacy::open(&config.backend, report)
+        .map_err(|source| BuildError::Console { id: config.id.clone(), source })
+}
+
+pub(crate) fn entropy(config: &RngConfig) -> Result<Rng, BuildError> {
+    Rng::new(config.id.clone(), &config.path, config.bps)
+        .map_err(|source| BuildError::Rng { id: config.id.clone(), source })
 }
 
 impl From<Aio> for devices::backend::disk::Aio {

@@ -13,6 +13,7 @@ mod machine;
 pub mod memory;
 mod quiesced;
 mod slots;
+mod survey;
 pub mod vcpu;
 
 pub use backends::{PlugError, PluggedDisk, Shape};
@@ -24,4 +25,5 @@ pub use kvm::Clock;
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
 pub use slots::{DISKS, NICS};
+pub use survey::{Part, survey};
 pub use vcpu::Stopped;

@@ -7,12 +7,16 @@ use std::{
     io,
     os::{
         fd::FromRawFd,
-        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{MetadataExt, OpenOptionsExt},
+        },
     },
     path::{Path, PathBuf},
 };
 
 use devices::Memory;
+use rustix::io::Errno;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
@@ -41,6 +45,16 @@ pub enum MemoryError {
          pages: sysctl vm.nr_hugepages={pages}"
     )]
     Grow { path: PathBuf, mib: u64, pages: u64, source: io::Error },
+    #[error(
+        "{path} is neither a file nor a directory: guest memory can be in a file that is empty or \
+         not there yet, or in a directory, such as that of a hugetlbfs"
+    )]
+    Kind { path: PathBuf },
+    #[error(
+        "{path} has contents, and guest memory begins empty: name a file that is empty or not there \
+         yet, or a directory; if nobody needs what is in it: rm {path}"
+    )]
+    Contents { path: PathBuf },
     #[error("cannot map {mib} MiB of guest memory")]
     Map { mib: u64, source: io::Error },
     #[error("guest memory does not fit together")]
@@ -63,13 +77,25 @@ pub fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
 /// When the host has not got it. More than is available is refused here, loudly, rather than by
 /// the kernel's out-of-memory killer later.
 pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
-    let mib = config.size >> 20;
     if config.path.is_none()
         && let Some(available) = available()
         && config.size > available
     {
-        return Err(MemoryError::TooMuch { asked: mib, available: available >> 20 });
+        let (asked, available) = (config.size >> 20, available >> 20);
+        return Err(MemoryError::TooMuch { asked, available });
     }
+    map(config)
+}
+
+/// As much memory as a kernel may be loaded into on a machine that has `size` bytes. There may be
+/// less on this host.
+pub(crate) fn scratch(size: u64) -> Result<Memory, MemoryError> {
+    let size = size.min(layout::HOLE_START);
+    map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
+}
+
+fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
+    let mib = config.size >> 20;
     let file = match &config.path {
         Some(path) => Some(backing_file(path, config.size)?),
         None if config.shared => Some(memfd(config.size)?),
@@ -126,13 +152,12 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
             if to == libc::MAP_FAILED {
                 return Err(io::Error::last_os_error());
             }
-            let mib = config.size >> 20;
-            advise(region, config, mib).map_err(io::Error::other)?;
         // SAFETY: the range is the region's own mapping; the guest is paused, and what it loses is
         // what the caller asked for.
         } else if unsafe { libc::madvise(address, size, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
+        advise(region, config, config.size >> 20).map_err(io::Error::other)?;
     }
     Ok(())
 }
@@ -186,21 +211,43 @@ fn memfd(size: u64) -> Result<File, MemoryError> {
         .map_err(|source| MemoryError::Map { mib: size >> 20, source })
 }
 
-/// `path` itself, or an unnamed file in the directory `path`; as large as the guest's memory.
+/// `path` itself, without a name if it was not there, or an unnamed file in the directory `path`; as
+/// large as the guest's memory, and all zero.
 fn backing_file(path: &Path, size: u64) -> Result<File, MemoryError> {
     let open_error = |source| MemoryError::Open { path: path.into(), source };
-    let mut options = OpenOptions::new();
-    options.read(true).write(true);
-    let file = if path.is_dir() {
-        unnamed_file(path).map_err(open_error)?
-    } else {
-        options.create(true).truncate(false).mode(0o600).open(path).map_err(open_error)?
+    // Before it is opened: a device may do something then.
+    let file = match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => unnamed_file(path).map_err(open_error)?,
+        Ok(found) if !found.is_file() => return Err(MemoryError::Kind { path: path.into() }),
+        Ok(_) => OpenOptions::new().read(true).write(true).open(path).map_err(open_error)?,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create_new(true).mode(0o600);
+            let file = options.open(path).map_err(open_error)?;
+            // However the machine ends: its memory is in nobody's way when it starts again.
+            std::fs::remove_file(path).map_err(open_error)?;
+            file
+        }
+        Err(e) => return Err(open_error(e)),
     };
+    if !is_zero(&file).map_err(open_error)? {
+        return Err(MemoryError::Contents { path: path.into() });
+    }
     let grow = grow_error(path, size);
     if file.metadata().map_err(&grow)?.len() < size {
         file.set_len(size).map_err(grow)?;
     }
     Ok(file)
+}
+
+/// Nothing has been written to the file, whatever its length.
+pub(crate) fn is_zero(file: &File) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    // hugetlbfs knows nothing of holes, but counts its pages.
+    let counted = rustix::fs::fstatfs(file)?.f_type == libc::HUGETLBFS_MAGIC;
+    Ok(metadata.len() == 0
+        || (counted && metadata.blocks() == 0)
+        || rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0)) == Err(Errno::NXIO))
 }
 
 fn grow_error(path: &Path, size: u64) -> impl Fn(io::Error) -> MemoryError {
@@ -244,5 +291,46 @@ mod tests {
             MemoryConfig { size: 1 << 52, shared: false, path: None, prealloc: false, dump: true };
         let error = allocate(&config).unwrap_err();
         assert!(error.to_string().contains("give less with -m"), "{error}");
+    }
+
+    #[test]
+    fn a_file_with_contents_is_neither_taken_nor_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| {
+            let path = Some(dir.path().join(name));
+            MemoryConfig { size: 16 << 20, shared: true, path, prealloc: false, dump: true }
+        };
+        let path = |config: &MemoryConfig| config.path.clone().unwrap();
+        for contents in [&b"x"[..], &[0; 8192]] {
+            let full = at("full");
+            std::fs::write(path(&full), contents).unwrap();
+            let error = allocate(&full).unwrap_err().to_string();
+            assert!(error.contains("full") && error.contains("has contents"), "{error}");
+            assert_eq!(std::fs::read(path(&full)).unwrap(), contents);
+        }
+        for length in [0, 5, 64 << 20] {
+            let file = File::create(path(&at("empty"))).unwrap();
+            file.set_len(length).unwrap();
+            drop(allocate(&at("empty")).unwrap());
+            assert!(file.metadata().unwrap().len() >= 16 << 20);
+        }
+        for _ in 0..2 {
+            let memory = allocate(&at("new")).unwrap();
+            vm_memory::Bytes::write_obj(&memory, 7u64, GuestAddress(0)).unwrap();
+            assert!(!path(&at("new")).exists());
+        }
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            path(&at("fifo")),
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        let null = MemoryConfig { path: Some("/dev/null".into()), ..at("fifo") };
+        for other in [at("fifo"), null] {
+            let error = allocate(&other).unwrap_err().to_string();
+            assert!(error.contains("neither a file nor a directory"), "{error}");
+        }
     }
 }

@@ -296,12 +296,19 @@ static void registers(void)
         u32 values[] = {0, 1, 3, 0x8000, 0xffffffff};
         for (u32 i = 0; i < 9; i++)
             for (u32 v = 0; v < 5; v++)
-                set(0, offsets[i], values[v]);
+                if (offsets[i] != QUEUE_READY || values[v])
+                    set(0, offsets[i], values[v]);
     }
     must(request(IN, 5, 512), OK, "status of a read after a rewrite of the registers");
     if (data[0] != 5)
         fail("sector 5 begins with", data[0]);
     print("registers rewritten\n");
+
+    /* But for a queue that is taken back: the device lets go of it, and needs a reset. */
+    set(0, QUEUE_SEL, 0);
+    set(0, QUEUE_READY, 0);
+    if (get(0, QUEUE_READY) || !(get(0, STATUS) & NEEDS_RESET))
+        fail("a queue that was taken back is ready: status", get(0, STATUS));
 
     /* Rings where none can be, and sizes that no ring has: refused when the driver says it is ready. */
     u64 places[] = {0, 1, VIRTIO, 32 << 20, 1ull << 40, ~15ull};

@@ -4,6 +4,7 @@ use std::{
     env,
     fmt::Display,
     io::{self, Write},
+    path::Path,
     process::ExitCode,
 };
 
@@ -11,6 +12,7 @@ use anyhow::Context;
 use machine::{
     Machine,
     config::{CharBackend, MachineConfig},
+    survey,
 };
 use qmp::server::{BindError, Server};
 use vmm::{
@@ -50,7 +52,10 @@ fn main() -> ExitCode {
     };
     match run(&invocation, ready) {
         Ok(code) => code,
-        Err(error) => fails(format_args!("stratovirt: {error:#}")),
+        Err(error) => match error.downcast_ref::<cli::Problems>() {
+            Some(problems) => fails(problems),
+            None => fails(format_args!("stratovirt: {error:#}")),
+        },
     }
 }
 
@@ -65,15 +70,20 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         Log::File(path) => Some(path.as_path()),
         Log::Off | Log::Stderr => None,
     };
-    logging::start(file).context("cannot open the log file given by -D")?;
-    last_words::prepare(file).context("cannot open the log file a second time")?;
+    let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
+    logging::start(file).with_context(log)?;
+    last_words::prepare(file).with_context(log)?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     let (machine, halted) = match &invocation.incoming {
-        None => (Machine::new(&invocation.machine, events.report())?, None),
+        None => {
+            let (config, places) = (&invocation.machine, &invocation.places);
+            let built = Machine::new(config, events.report());
+            (built.map_err(|e| places.explain(survey(config, e)))?, None)
+        }
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
     let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);

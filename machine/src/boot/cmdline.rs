@@ -29,9 +29,7 @@ const END: &str = "--";
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum CmdlineError {
     /// Longer than the kernel would read.
-    #[error(
-        "it has {len} bytes, {added} of them virtio_mmio.device= words for the devices; this kernel takes {max}"
-    )]
+    #[error("it has {len} bytes{}; the kernel takes at most {max}", devices(*added))]
     TooLong {
         /// Its length.
         len: usize,
@@ -50,6 +48,13 @@ pub enum CmdlineError {
         /// Where, from 0.
         at: usize,
     },
+}
+
+fn devices(added: usize) -> String {
+    match added {
+        0 => String::new(),
+        _ => format!(", {added} of them virtio_mmio.device= words for the devices"),
+    }
 }
 
 /// What a kernel image in memory shows of the kernel's abilities.
@@ -146,6 +151,14 @@ fn cmdline_devices(slots: &[VirtioSlot]) -> String {
         .iter()
         .map(|slot| format!(" {PARAMETER}{size}K@0x{:08x}:{}", slot.address, slot.irq))
         .collect()
+}
+
+/// Whether some kernel could take what the user says.
+///
+/// # Errors
+/// When it has a byte that is not passed on, or is longer than there is room for.
+pub fn check_user(user: &str) -> Result<(), CmdlineError> {
+    check(Composed { user, added: String::new() }, layout::CMDLINE_MAX - 1).map(drop)
 }
 
 /// The command line for a kernel that takes `max` bytes of it. What is added goes before the

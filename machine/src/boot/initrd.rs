@@ -41,17 +41,20 @@ pub(super) struct Initrd {
     pub(super) size: u64,
 }
 
+/// The file, which has something in it.
+pub(super) fn open(path: &Path) -> Result<Source, InitrdError> {
+    let file = Source::open(path)?;
+    if file.len == 0 { Err(InitrdError::Empty) } else { Ok(file) }
+}
+
 pub(super) fn load(
     memory: &Memory,
     ram: &Ram,
     path: &Path,
     kernel: &Loaded,
 ) -> Result<Initrd, InitrdError> {
-    let file = Source::open(path)?;
+    let file = open(path)?;
     let size = file.len;
-    if size == 0 {
-        return Err(InitrdError::Empty);
-    }
     let low = ram.low();
     let end = low.end.min(layout::HOLE_START).min(kernel.initrd_max.saturating_add(1));
     // A kernel that lies above (it may be linked there) leaves all of it.

@@ -13,7 +13,7 @@
 //!
 //! References: Linux `Documentation/arch/x86/boot.rst` ("the boot protocol" in this module), Xen
 //! `docs/misc/pvh.pandoc` with `arch-x86/hvm/start_info.h` ("PVH").
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use devices::Memory;
 use thiserror::Error;
@@ -37,7 +37,7 @@ mod source;
 
 pub use acpi::AcpiError;
 pub use bzimage::BzImageError;
-pub use cmdline::CmdlineError;
+pub use cmdline::{CmdlineError, check_user as check_cmdline};
 pub use elf::ElfError;
 pub use initrd::InitrdError;
 pub use registers::{Registers, Segment};
@@ -201,18 +201,14 @@ struct Loaded {
 /// written then.
 pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<Entry, BootError> {
     let ram = Ram::of(memory);
-    let loaded = load_kernel(memory, &ram, &boot.kernel)
-        .map_err(|source| BootError::Kernel { path: boot.kernel.clone(), source })?;
+    let loaded = load_kernel(memory, &ram, &boot.kernel)?;
     let told = cmdline::tell(&boot.cmdline, platform.slots, || {
         cmdline::kernel_words(memory, &loaded.image)
     });
     let cmdline = cmdline::check(told.cmdline, loaded.cmdline_max)?;
     let initrd = match &boot.initrd {
         None => None,
-        Some(path) => Some(
-            initrd::load(memory, &ram, path, &loaded)
-                .map_err(|source| BootError::Initrd { path: path.clone(), source })?,
-        ),
+        Some(path) => Some(initrd::load(memory, &ram, path, &loaded).map_err(initrd_error(path))?),
     };
     mptable::write(memory, platform.apic_ids)?;
     let rsdp = match told.acpi {
@@ -234,16 +230,42 @@ pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<E
     Ok(Entry { protocol: loaded.protocol, registers, cmdline, acpi: rsdp.is_some() })
 }
 
-fn load_kernel(memory: &Memory, ram: &Ram, path: &std::path::Path) -> Result<Loaded, KernelError> {
-    let file = Source::open(path)?;
-    let head = file.head()?;
-    if elf::is(&head) {
-        elf::load(memory, ram, &file, &head)
-    } else if bzimage::is(&head) {
-        bzimage::load(memory, ram, &file, &head)
-    } else {
-        flat::load(memory, ram, &file, &head)
-    }
+/// All that is wrong with the files of `boot` and its command line, by loading them into `memory`,
+/// which no guest will ever see.
+pub(crate) fn survey(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
+    let ram = Ram::of(memory);
+    let kernel = load_kernel(memory, &ram, &boot.kernel);
+    let initrd = boot.initrd.as_deref().and_then(|path| {
+        let read = match &kernel {
+            Ok(loaded) => initrd::load(memory, &ram, path, loaded).map(drop),
+            Err(_) => initrd::open(path).map(drop),
+        };
+        read.map_err(initrd_error(path)).err()
+    });
+    let cmdline = kernel.as_ref().ok().and_then(|loaded| {
+        let told = cmdline::tell(&boot.cmdline, &[], || None);
+        cmdline::check(told.cmdline, loaded.cmdline_max).err()
+    });
+    kernel.err().into_iter().chain(initrd).chain(cmdline.map(BootError::from)).collect()
+}
+
+fn initrd_error(path: &Path) -> impl FnOnce(InitrdError) -> BootError {
+    move |source| BootError::Initrd { path: path.into(), source }
+}
+
+fn load_kernel(memory: &Memory, ram: &Ram, path: &Path) -> Result<Loaded, BootError> {
+    let load = || {
+        let file = Source::open(path)?;
+        let head = file.head()?;
+        if elf::is(&head) {
+            elf::load(memory, ram, &file, &head)
+        } else if bzimage::is(&head) {
+            bzimage::load(memory, ram, &file, &head)
+        } else {
+            flat::load(memory, ram, &file, &head)
+        }
+    };
+    load().map_err(|source| BootError::Kernel { path: path.into(), source })
 }
 
 #[cfg(test)]

@@ -190,8 +190,7 @@ fn a_command_line_is_as_long_as_the_kernel_allows() {
     };
     assert_eq!(line(2047, &bzimage()), Ok(()));
     let text = line(2048, &bzimage()).unwrap_err();
-    assert!(text.contains("it has 2048 bytes, 0 of them"), "{text}");
-    assert!(text.contains("this kernel takes 2047"), "{text}");
+    assert!(text.ends_with("it has 2048 bytes; the kernel takes at most 2047"), "{text}");
     assert_eq!(line(255, &changed(0x238, &[255, 0, 0, 0])), Ok(()));
     assert!(line(256, &changed(0x238, &[255, 0, 0, 0])).is_err());
     // A hostile limit does not get past the area.

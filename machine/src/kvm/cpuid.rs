@@ -85,9 +85,23 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
     cpuid
 }
 
+/// A topology that does not fit into 8-bit APIC ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this topology needs APIC ids above 254: use fewer sockets or powers of two")]
+pub struct ApicIds;
+
+/// The APIC ids of `cpus` vCPUs.
+///
+/// # Errors
+/// When one would be above 254; 255 is for all.
+pub fn apic_ids(topology: &Topology, cpus: u8) -> Result<Vec<u8>, ApicIds> {
+    let id = |index| u8::try_from(apic_id(topology, index)).ok().filter(|id| *id < 255);
+    (0..cpus).map(id).collect::<Option<_>>().ok_or(ApicIds)
+}
+
 /// APIC id of vCPU `index`: socket, core and thread in bit fields of their own, as the guest takes
 /// them apart again.
-pub fn apic_id(topology: &Topology, index: u8) -> u32 {
+fn apic_id(topology: &Topology, index: u8) -> u32 {
     let shape = Shape::new(topology);
     let (index, per_package) = (u16::from(index), shape.per_package.max(1));
     let (package, within) = (index / per_package, index % per_package);
@@ -107,7 +121,8 @@ struct Shape {
 
 impl Shape {
     fn new(t: &Topology) -> Self {
-        let bits = |n: u16| n.max(1).next_power_of_two().trailing_zeros();
+        // The width of 0..n; a shape that is no machine's must not overflow.
+        let bits = |n: u16| u16::BITS - n.saturating_sub(1).leading_zeros();
         let threads = u16::from(t.threads.max(1));
         let cores = [t.dies, t.clusters, t.cores]
             .iter()

@@ -52,6 +52,11 @@ pub enum KvmError {
     Permission,
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
+    #[error(
+        "/dev/kvm is there but is not KVM: make it anew, as root: rm /dev/kvm && mknod /dev/kvm c 10 \
+         232; a container is given the host's (--device /dev/kvm)"
+    )]
+    NotKvm,
     #[error("/dev/kvm speaks API version {0}; version 12 is needed (Linux 2.6.22 or newer)")]
     ApiVersion(i32),
     #[error("this host's KVM lacks {name}, needed for {what}: update the host's kernel")]
@@ -92,6 +97,8 @@ pub fn open() -> Result<Kvm, KvmError> {
     })?;
     match kvm.get_api_version() {
         v if u32::try_from(v) == Ok(KVM_API_VERSION) => {}
+        // The file does not know the question.
+        ..0 => return Err(KvmError::NotKvm),
         v => return Err(KvmError::ApiVersion(v)),
     }
     for (cap, name, what) in REQUIRED {

@@ -60,6 +60,7 @@ commands! {
     "block_resize"             BlockResize            -> Empty;
     "blockdev-add"             BlockdevAdd            -> Empty;
     "blockdev-del"             BlockdevDel            -> Empty;
+    "closefd"                  Closefd                -> Empty;
     "cont"                     Cont                   -> Empty;
     "device_add"               DeviceAdd              -> Empty;
     "device_del"               DeviceDel              -> Empty;

@@ -54,11 +54,20 @@ pub struct SetLink {
     pub up: bool,
 }
 
-/// Give a name to the descriptor that came with this command (SCM_RIGHTS).
+/// Close a descriptor that [`Getfd`] gave a name and nobody has used.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Closefd {
+    /// The name.
+    pub fdname: String,
+}
+
+/// Give a name to the descriptor that came with this command or ahead of it (SCM_RIGHTS). At most 32
+/// wait under a name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Getfd {
-    /// The name; one given before is replaced.
+    /// The name, 1 to 255 bytes, not beginning with a digit; one given before is replaced.
     pub fdname: String,
 }
 

@@ -1,6 +1,7 @@
 //! Slots are filled and emptied while the guest runs; it learns of that by the interrupt for a changed
 //! configuration, and what it then reads is there.
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -268,6 +269,54 @@ fn a_disk_that_grows() -> Result<()> {
     let grown = "disk 0 has 80 sectors sector 3 begins with 700000003 sector 7f begins with 0\n";
     expect(&mut monitor, grown)?;
     ensure!(fs::metadata(&image)?.len() == 128 * 512);
+    let odd = json!({ "device": "drive", "size": 1000 });
+    refused(&mut qmp, "block_resize", odd, "must be a multiple of 512")?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn each_kind_of_back_end_is_taken_away_by_its_own_command() -> Result<()> {
+    let mut stage = Stage::new("kinds")?;
+    with_taps(&mut stage, "")?;
+    let image = marked(&stage, "image", 7, 64)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let disk = json!({ "node-name": "drive-0", "file": { "driver": "file", "filename": image } });
+    ensure!(qmp.execute_raw("blockdev-add", disk)? == json!({}));
+    let nodes = qmp.execute_raw("query-named-block-nodes", json!({}))?;
+    ensure!(nodes.pointer("/0/node-name") == Some(&json!("drive-0")), "{nodes}");
+    ensure!(
+        qmp.execute_raw("netdev_add", json!({ "id": "net-0", "ifname": "tap0" }))? == json!({})
+    );
+    refused(&mut qmp, "netdev_del", json!({ "id": "drive-0" }), "not found")?;
+    refused(&mut qmp, "blockdev-del", json!({ "node-name": "net-0" }), "net-0")?;
+    ensure!(qmp.execute_raw("blockdev-del", json!({ "node-name": "drive-0" }))? == json!({}));
+    ensure!(qmp.execute_raw("netdev_del", json!({ "id": "net-0" }))? == json!({}));
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn nobody_takes_all_descriptors() -> Result<()> {
+    let stage = Stage::new("descriptors")?;
+    let image = marked(&stage, "image", 7, 64)?;
+    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let null = fs::File::open("/dev/null")?;
+    let named = |n: usize| json!({ "fdname": format!("fd{n}") });
+    for n in 0..32 {
+        qmp.execute_with_fds("getfd", named(n), &[null.as_fd()])?;
+    }
+    let more = qmp.execute_with_fds("getfd", named(32), &[null.as_fd()]);
+    ensure!(more.is_err_and(|e| e.to_string().contains("closefd")));
+    ensure!(qmp.execute_raw("closefd", named(7))? == json!({}));
+    refused(&mut qmp, "closefd", named(7), "not found")?;
+    qmp.execute_with_fds("getfd", named(32), &[null.as_fd()])?;
+    for n in 0..16 {
+        let backend = json!({ "node-name": format!("d{n}"), "read-only": true,
+            "file": { "driver": "file", "filename": image } });
+        ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
+    }
+    let backend = json!({ "node-name": "d16", "read-only": true,
+        "file": { "driver": "file", "filename": image } });
+    refused(&mut qmp, "blockdev-add", backend, "16 back-ends wait for a device already")?;
     quits(&stage, &mut monitor, &mut qmp)
 }
 

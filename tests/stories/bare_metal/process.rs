@@ -1,6 +1,8 @@
 //! The process: what it says when it cannot start, and how it goes into the background.
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -125,6 +127,93 @@ fn all_errors_of_a_file_come_at_once() -> Result<()> {
     refuses(&stage, &["--config", "vm.json"], &["--config"])?;
     refuses(&stage, &["-smp", "1", "-smp", "2"], &["smp"])?;
     refuses(&stage, &["-kernel", "k"], &["api-channel", "qmp"])
+}
+
+/// What it says when it is refused, line by line, each of which begins and goes on with words.
+fn refuses_all(stage: &Stage, args: &[&str], expected: &[(&str, &[&str])]) -> Result<()> {
+    let before = names(&stage.dir)?;
+    let out = run(stage, args)?;
+    let text = String::from_utf8(out.stderr)?;
+    ensure!(out.status.code() == Some(1) && out.stdout.is_empty(), "{}: {text}", out.status);
+    let lines: Vec<_> = text.lines().collect();
+    ensure!(lines.len() == expected.len(), "not {} lines: {text}", expected.len());
+    for (line, (place, words)) in lines.iter().zip(expected) {
+        ensure!(line.starts_with(&format!("{place}: ")), "not of {place}: {line}");
+        for word in *words {
+            ensure!(line.contains(word), "'{word}' is missing: {line}");
+        }
+    }
+    let after = names(&stage.dir)?;
+    ensure!(after == before, "left behind: {after:?}, before: {before:?}");
+    Ok(())
+}
+
+fn names(dir: &Path) -> Result<BTreeSet<OsString>> {
+    Ok(fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?)
+}
+
+#[test]
+fn all_that_a_file_names_and_that_cannot_be_had_comes_at_once() -> Result<()> {
+    let stage = Stage::new("nothing_there")?;
+    fs::write(stage.file("notes"), "not to be lost")?;
+    let disk = |id: &str, path: &str| json!({ "drive_id": id, "path_on_host": path, "read_only": false, "direct": false });
+    let config = json!({
+        "boot-source": { "kernel_image_path": "no-kernel", "initrd_fs_path": "no-initrd" },
+        "machine-config": { "mem_path": "notes" },
+        "drive": [disk("root", "no-image"), disk("data", ".")],
+        "net": [{ "iface_id": "net0", "host_dev_name": "no-tap" }],
+        "console": [{ "console_id": "con0", "socket_path": "notes" }],
+        "rng": { "random_file": "no-rng" },
+    });
+    fs::write(stage.file("vm.json"), config.to_string())?;
+    let tap: &[&str] = &["no-tap", "ip tuntap add dev no-tap mode tap vnet_hdr && ip link set"];
+    let devices: [(&str, &[&str]); 5] = [
+        ("vm.json: drive[0].path_on_host", &["root", "no-image", "truncate -s 1G no-image"]),
+        ("vm.json: drive[1].path_on_host", &["data", ". is a directory", "regular file"]),
+        ("vm.json: net[0].host_dev_name", tap),
+        ("vm.json: console[0].socket_path", &["con0", "notes", "rm notes"]),
+        ("vm.json: rng.random_file", &["no-rng", "/dev/urandom"]),
+    ];
+    let boot: [(&str, &[&str]); 3] = [
+        ("vm.json: boot-source.kernel_image_path", &["no-kernel", "No such file"]),
+        ("vm.json: boot-source.initrd_fs_path", &["no-initrd", "No such file"]),
+        ("vm.json: machine-config.mem_path", &["notes has contents", "rm notes"]),
+    ];
+    refuses_all(&stage, &START, &[&boot[..], &devices].concat())?;
+    ensure!(fs::read(stage.file("notes"))? == b"not to be lost");
+
+    // What flags replace is the flags' fault. Memory and the serial port could be had: they go again.
+    let kernel = stage.kernel("hello")?;
+    let flags = ["-kernel", kernel.to_str().context("no text")?, "-initrd", "vm\n.json"];
+    let flags = [&flags[..], &["-mem-path", "ram", "-serial", "socket,path=serial,server,nowait"]];
+    let boot: [(&str, &[&str]); 1] = [("-initrd", &["cannot load the initrd vm\\n.json"])];
+    let all = [&START[..], &flags.concat()].concat();
+    refuses_all(&stage, &all, &[&boot[..], &devices].concat())
+}
+
+#[test]
+fn files_that_the_monitor_makes_go_again_when_there_is_no_machine() -> Result<()> {
+    let stage = Stage::new("made")?;
+    fs::write(stage.file("old"), "")?;
+    for made in ["new", "old"] {
+        let serial = format!("file,path={made}");
+        let socket = ["-chardev", "id=c,path=console", "-qmp", "unix:qmp.sock,server,nowait"];
+        let args = [&["-kernel", "none", "-mem-path", "ram", "-serial", &serial], &socket[..]];
+        refuses_all(&stage, &args.concat(), &[("-kernel", &["none", "No such file"])])?;
+    }
+    let log = ["-D", ".", "-kernel", "k", "-api-channel", "unix:qmp.sock"];
+    refuses_all(&stage, &log, &[("stratovirt", &["-D", "cannot log to .", "directory"])])
+}
+
+#[test]
+fn a_kvm_that_is_none_is_told_beside_what_the_file_names() -> Result<()> {
+    let mut stage = Stage::new("no_kvm")?;
+    stage.prepare("-m", "mount --bind /dev/null /dev/kvm")?;
+    written(&stage, "boot-source", json!({ "kernel_image_path": "no-kernel" }))?;
+    let kvm: &[&str] = &["/dev/kvm", "is not KVM", "mknod /dev/kvm c 10 232"];
+    let kernel: &[&str] = &["no-kernel", "No such file"];
+    let all = [("stratovirt", kvm), ("vm.json: boot-source.kernel_image_path", kernel)];
+    refuses_all(&stage, &START, &all)
 }
 
 #[test]

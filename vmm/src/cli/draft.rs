@@ -4,13 +4,15 @@ use std::path::PathBuf;
 use machine::config::{Aio, CharBackend, Tap, Topology};
 
 use super::action::Wanted;
-use super::problem::{Place, Problems};
+use super::problem::{Place, Places, Problems};
 use super::{Log, Source};
 
 /// Everything said so far.
 #[derive(Debug, Default)]
 pub(super) struct Draft {
     pub(super) problems: Problems,
+    /// Of what is said but once; the devices have their own.
+    pub(super) places: Places,
 
     pub(super) name: Option<String>,
     pub(super) uuid: Option<String>,
@@ -33,7 +35,7 @@ pub(super) struct Draft {
     pub(super) rng_sources: Vec<RngSource>,
     pub(super) devices: Vec<Device>,
     /// `-rng`, or `rng` of the file.
-    pub(super) rng: Option<(PathBuf, Option<u64>)>,
+    pub(super) rng: Option<(Place, PathBuf, Option<u64>)>,
     pub(super) serial: Option<Serial>,
 
     pub(super) control: Option<(Place, PathBuf)>,

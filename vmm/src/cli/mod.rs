@@ -9,7 +9,8 @@
 //!                                          Invocation, or all Problems
 //! ```
 //!
-//! Only syntax and agreement are checked here; whether files exist is for the builder to see.
+//! Only syntax and agreement are checked here; whether files exist is for the builder to see: for its errors, [`Places`] knows who
+//! asked for what.
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -40,7 +41,7 @@ pub(crate) mod value;
 mod tests;
 
 pub(crate) use disk::{detect_zeroes, media};
-pub use problem::Problems;
+pub use problem::{Places, Problems};
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +77,8 @@ pub struct Invocation {
     pub incoming: Option<Incoming>,
     /// What was accepted and has no effect, to be logged.
     pub warnings: Vec<String>,
+    /// Where the machine's parts were said, for what turns out not to be had.
+    pub places: Places,
 }
 
 /// `-incoming`: a machine that goes on where a saved one stood.

@@ -47,5 +47,6 @@ pub(super) fn iothread(draft: &mut Draft, f: &mut Fields) {
 pub(super) fn rng(draft: &mut Draft, f: &mut Fields) {
     f.require(&["random_file"]);
     let bps = f.number("bytes_per_sec", limits::RNG_BPS);
-    draft.rng = f.path("random_file").map(|path| (path, bps));
+    let path = f.path("random_file");
+    draft.rng = path.map(|path| (f.place().key("random_file"), path, bps));
 }

@@ -1,6 +1,8 @@
 //! What is wrong with a command line or a file: where, which value, what is allowed.
 use std::fmt;
 
+use machine::{BuildError, Part};
+
 /// Longest part of a user's text that is shown back, in characters.
 const SHOWN: usize = 160;
 
@@ -27,6 +29,11 @@ impl Place {
         }
     }
 
+    /// The place of what the file calls `json` and flags `flag`.
+    pub(super) fn key_of(&self, json: &str, flag: &str) -> Self {
+        self.key(if matches!(self, Self::Flag(_)) { flag } else { json })
+    }
+
     /// The place of item `index` of this list.
     pub(super) fn item(&self, index: usize) -> Self {
         match self {
@@ -45,6 +52,32 @@ impl fmt::Display for Place {
             Self::Json { file, path } if path.is_empty() => f.write_str(file),
             Self::Json { file, path } => write!(f, "{file}: {path}"),
         }
+    }
+}
+
+/// Where each part of a machine was said.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Places(Vec<(Part, Place)>);
+
+impl Places {
+    /// `part` was said at `place`, whatever was said of it before.
+    pub(super) fn note(&mut self, part: Part, place: Place) {
+        self.0.push((part, place));
+    }
+
+    /// What keeps the machine from being made, each with where it was asked for.
+    pub fn explain(&self, errors: Vec<BuildError>) -> Problems {
+        let mut problems = Problems::default();
+        for error in errors {
+            let part = error.part();
+            let place = self.0.iter().rev().find(|(of, _)| Some(of) == part.as_ref());
+            let error = anyhow::Error::from(error);
+            match place {
+                Some((_, place)) => problems.add(place, format!("{error:#}")),
+                None => problems.add_line(format!("stratovirt: {error:#}")),
+            }
+        }
+        problems
     }
 }
 

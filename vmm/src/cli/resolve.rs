@@ -4,10 +4,11 @@
 //! StratoVirt; one that is named is the back-end of that device, as in the second.
 use std::collections::HashSet;
 
+use machine::Part;
 use machine::config::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topology, limits};
 
 use super::draft::{DeviceKind, Draft};
-use super::problem::{Place, Problems};
+use super::problem::{Place, Places, Problems};
 use super::{Asked, Incoming, Invocation, Log};
 
 mod chars;
@@ -15,7 +16,8 @@ mod virtio;
 
 /// The invocation, or everything that was wrong up to here and now.
 pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
-    let mut r = Resolver { problems: draft.problems.clone(), ..Default::default() };
+    let (problems, places) = (draft.problems.clone(), draft.places.clone());
+    let mut r = Resolver { problems, places, ..Default::default() };
     r.check_ids(&draft);
     let disks = r.disks(&draft);
     let nics = r.nics(&draft);
@@ -91,6 +93,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         spawn: draft.spawn,
         incoming,
         warnings: r.warnings,
+        places: r.places,
     })
 }
 
@@ -99,6 +102,7 @@ const ONE_CPU: Topology = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1,
 #[derive(Default)]
 struct Resolver {
     problems: Problems,
+    places: Places,
     warnings: Vec<String>,
     /// Chardevs that something leads to.
     used: HashSet<String>,
@@ -164,25 +168,25 @@ impl Resolver {
             match d.rng_sources.iter().find(|known| known.id == *source) {
                 Some(found) => {
                     let (id, path) = (device.id.clone(), found.path.clone());
-                    rngs.push((Some(&device.place), RngConfig { id, path, bps: *bps }));
+                    let said = found.place.key("filename");
+                    rngs.push((said, RngConfig { id, path, bps: *bps }));
                 }
                 None => self.missing(&device.place, "rng", "object rng-random", source),
             }
         }
-        if let Some((path, bps)) = &d.rng {
+        if let Some((place, path, bps)) = &d.rng {
             let mut id = "rng0".to_owned();
             while self.devices.contains(&id) {
                 id.push('0');
             }
-            rngs.push((None, RngConfig { id, path: path.clone(), bps: *bps }));
+            rngs.push((place.clone(), RngConfig { id, path: path.clone(), bps: *bps }));
         }
-        if let [_, _, ..] = rngs.as_slice() {
+        if let [_, (place, _), ..] = rngs.as_slice() {
             let rule = "there can be one virtio-rng (-device virtio-rng-device, -rng, rng)";
-            match rngs.iter().find_map(|(place, _)| *place) {
-                Some(place) => self.problems.add(place, rule),
-                None => self.problems.add_line(rule),
-            }
+            self.problems.add(place, rule);
         }
-        rngs.into_iter().next().map(|(_, rng)| rng)
+        let (place, rng) = rngs.into_iter().next()?;
+        self.places.note(Part::Rng, place);
+        Some(rng)
     }
 }

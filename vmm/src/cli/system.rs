@@ -2,6 +2,7 @@
 use std::path::PathBuf;
 
 use machine::config::{Topology, limits};
+use machine::{Part, kvm::cpuid};
 
 use super::draft::Draft;
 use super::fields::Fields;
@@ -15,6 +16,13 @@ const MACHINES: &[(&str, Result<(), &str>)] = &[
 ];
 const ACCELERATORS: &[(&str, Result<(), &str>)] =
     &[("kvm", Ok(())), ("kvm:tcg", Ok(())), ("tcg", Err("accelerator 'tcg'"))];
+
+/// `part` stands at `key`, if it is given.
+fn note(draft: &mut Draft, f: &Fields, part: Part, key: &str) {
+    if f.has(key) {
+        draft.places.note(part, f.place().key(key));
+    }
+}
 
 pub(super) fn name(draft: &mut Draft, f: &mut Fields) {
     draft.name = f.id("");
@@ -86,13 +94,17 @@ pub(super) fn smp(draft: &mut Draft, f: &mut Fields) {
                  equal cpus {cpus}"
             ),
         );
+    } else if let Err(rule) = cpuid::apic_ids(&topology, cpus) {
+        f.problem("", rule);
     }
+    note(draft, f, Part::Cpus, "cpus");
     draft.smp = Some((cpus, topology));
 }
 
 pub(super) fn memory(draft: &mut Draft, f: &mut Fields) {
     f.require(&["size"]);
     draft.memory = f.memory_size("size").or(draft.memory);
+    note(draft, f, Part::MemorySize, "size");
     if let (Some(most), Some(size)) = (f.memory_size("maxmem"), draft.memory)
         && most != size
     {
@@ -102,6 +114,7 @@ pub(super) fn memory(draft: &mut Draft, f: &mut Fields) {
 
 pub(super) fn mem_path(draft: &mut Draft, f: &mut Fields) {
     draft.mem_path = f.path("");
+    note(draft, f, Part::MemoryPath, "");
 }
 
 pub(super) fn mem_prealloc(draft: &mut Draft, _: &mut Fields) {
@@ -115,14 +128,17 @@ pub(super) fn omit_vm_memory(draft: &mut Draft, _: &mut Fields) {
 pub(super) fn kernel(draft: &mut Draft, f: &mut Fields) {
     // Kept even when wrong: it is not missing.
     draft.kernel = Some(f.path("").unwrap_or_default());
+    note(draft, f, Part::Kernel, "");
 }
 
 pub(super) fn append(draft: &mut Draft, f: &mut Fields) {
-    draft.cmdline = f.text("", value::text);
+    draft.cmdline = f.text("", value::cmdline);
+    note(draft, f, Part::Cmdline, "");
 }
 
 pub(super) fn initrd(draft: &mut Draft, f: &mut Fields) {
     draft.initrd = f.path("");
+    note(draft, f, Part::Initrd, "");
 }
 
 /// `boot-source`.
@@ -132,8 +148,11 @@ pub(super) fn boot_source(draft: &mut Draft, f: &mut Fields) {
         draft.kernel = Some(PathBuf::new());
     }
     draft.kernel = f.path("kernel_image_path").or(draft.kernel.take());
-    draft.cmdline = f.text("boot_args", value::text);
+    draft.cmdline = f.text("boot_args", value::cmdline);
     draft.initrd = f.path("initrd_fs_path");
+    note(draft, f, Part::Kernel, "kernel_image_path");
+    note(draft, f, Part::Cmdline, "boot_args");
+    note(draft, f, Part::Initrd, "initrd_fs_path");
 }
 
 /// `machine-config`.
@@ -146,6 +165,9 @@ pub(super) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     }
     draft.memory = f.memory_size("mem_size");
     draft.mem_path = f.path("mem_path");
+    note(draft, f, Part::Cpus, "vcpu_count");
+    note(draft, f, Part::MemorySize, "mem_size");
+    note(draft, f, Part::MemoryPath, "mem_path");
     draft.mem_share = f.boolean("mem_share");
     let documented = f.boolean("mem-share");
     if f.has("mem_share") && f.has("mem-share") {

@@ -11,6 +11,7 @@ mod faults;
 mod file;
 mod hostile;
 mod meaning;
+mod places;
 
 /// A command line as a shell splits it, with double quotes.
 fn words(line: &str) -> Vec<OsString> {

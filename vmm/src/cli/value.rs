@@ -17,6 +17,12 @@ pub(super) fn text(word: &str) -> Result<String, Rule> {
     Ok(word.to_owned())
 }
 
+/// A kernel command line.
+pub(super) fn cmdline(word: &str) -> Result<String, Rule> {
+    machine::boot::check_cmdline(word).map_err(|e| e.to_string())?;
+    Ok(word.to_owned())
+}
+
 /// A name or id: 1 to 255 bytes.
 pub(crate) fn id(word: &str) -> Result<String, Rule> {
     bounded(word, limits::MAX_ID)

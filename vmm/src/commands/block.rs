@@ -85,7 +85,7 @@ pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error>
 }
 
 pub fn blockdev_del(vmm: &mut Vmm, command: BlockdevDel) -> Result<Empty, Error> {
-    vmm.machine.remove_backend(&command.node_name).map_err(|e| plug_error(&e))?;
+    vmm.machine.remove_disk_backend(&command.node_name).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
 }
 
@@ -94,6 +94,9 @@ pub fn block_resize(vmm: &mut Vmm, command: BlockResize) -> Result<Empty, Error>
     let Some(name) = device.as_ref().or(node_name.as_ref()) else {
         return Err(Error::text("Parameter 'device' or 'node-name' is needed"));
     };
+    if size % 512 != 0 {
+        return Err(invalid("size", size, "must be a multiple of 512"));
+    }
     let meant = |disk: &PluggedDisk| {
         device.as_ref().is_none_or(|id| *id == disk.config.id)
             && node_name.as_ref().is_none_or(|name| name == disk.config.backend())
@@ -113,7 +116,7 @@ pub fn query_block(vmm: &mut Vmm, _: QueryBlock) -> Result<Vec<BlockInfo>, Error
         removable: false,
         locked: false,
         io_status: Some(BlockDeviceIoStatus::Ok),
-        inserted: Some(device_info(disk)),
+        inserted: Some(device_info(disk.config, disk.size)),
     };
     Ok(disks(vmm)?.into_iter().map(info).collect())
 }
@@ -122,41 +125,39 @@ pub fn query_named_block_nodes(
     vmm: &mut Vmm,
     _: QueryNamedBlockNodes,
 ) -> Result<Vec<BlockDeviceInfo>, Error> {
-    Ok(disks(vmm)?.into_iter().map(device_info).collect())
+    let plugged = disks(vmm)?.into_iter().map(|disk| device_info(disk.config, disk.size));
+    let waiting =
+        vmm.machine.waiting_disks().map(|(config, size)| device_info(config.clone(), size));
+    Ok(plugged.chain(waiting).collect())
 }
 
 fn disks(vmm: &Vmm) -> Result<Vec<PluggedDisk>, Error> {
     vmm.machine.disks().map_err(|e| Error::generic(&e))
 }
 
-fn device_info(disk: PluggedDisk) -> BlockDeviceInfo {
-    let file = disk.config.path.to_string_lossy().into_owned();
-    let actual_size = std::fs::metadata(&disk.config.path).ok().map(|m| {
+fn device_info(config: DiskConfig, size: u64) -> BlockDeviceInfo {
+    let file = config.path.to_string_lossy().into_owned();
+    let actual_size = std::fs::metadata(&config.path).ok().map(|m| {
         use std::os::unix::fs::MetadataExt;
         m.blocks().saturating_mul(512)
     });
     BlockDeviceInfo {
         file: file.clone(),
-        node_name: Some(disk.config.backend().to_owned()),
-        ro: disk.config.readonly,
+        node_name: Some(config.backend().to_owned()),
+        ro: config.readonly,
         drv: "raw".into(),
         backing_file_depth: 0,
         encrypted: false,
         detect_zeroes: BlockdevDetectZeroes::Off,
-        bps: disk.config.bps.unwrap_or(0),
+        bps: config.bps.unwrap_or(0),
         bps_rd: 0,
         bps_wr: 0,
-        iops: disk.config.iops.unwrap_or(0),
+        iops: config.iops.unwrap_or(0),
         iops_rd: 0,
         iops_wr: 0,
-        cache: BlockdevCacheInfo { writeback: true, direct: disk.config.direct, no_flush: false },
+        cache: BlockdevCacheInfo { writeback: true, direct: config.direct, no_flush: false },
         write_threshold: 0,
-        image: ImageInfo {
-            filename: file,
-            format: "raw".into(),
-            virtual_size: disk.size,
-            actual_size,
-        },
+        image: ImageInfo { filename: file, format: "raw".into(), virtual_size: size, actual_size },
     }
 }
 

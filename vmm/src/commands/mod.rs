@@ -39,6 +39,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, block::query_blockstats)
         .on(ANY, block::query_named_block_nodes)
         .on_ticket(ALIVE, net::getfd)
+        .on(ALIVE, net::closefd)
         .on(ALIVE, net::netdev_add)
         .on(ALIVE, net::netdev_del)
         .on(ALIVE, net::set_link)

@@ -7,13 +7,33 @@ use qmp::{Error, schema::*, server::Ticket};
 use super::{invalid, plug_error};
 use crate::{announce::Schedule, cli::value, vmm::Vmm};
 
+/// Most descriptors that wait under a name: they are for everybody.
+const MAX_NAMED: usize = 32;
+
 pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
     let server = vmm.servers.get_mut(vmm.asked_by);
     let Some(fd) = server.and_then(|s| s.take_fd(ticket.client())) else {
         return Err(Error::text("Invalid SCM message: no descriptor came with this command"));
     };
-    vmm.named_fds.insert(command.fdname, fd);
+    let name = command.fdname;
+    value::id(&name).map_err(|rule| invalid("fdname", &name, rule))?;
+    if name.starts_with(|first: char| first.is_ascii_digit()) || name.contains(':') {
+        return Err(invalid("fdname", &name, "must not begin with a digit nor contain ':'"));
+    }
+    if vmm.named_fds.len() >= MAX_NAMED && !vmm.named_fds.contains_key(&name) {
+        return Err(Error::text(format!(
+            "{MAX_NAMED} descriptors have a name already; close some with closefd"
+        )));
+    }
+    vmm.named_fds.insert(name, fd);
     Ok(Some(Empty {}))
+}
+
+pub fn closefd(vmm: &mut Vmm, command: Closefd) -> Result<Empty, Error> {
+    let closed = vmm.named_fds.remove(&command.fdname);
+    closed
+        .map(|_| Empty {})
+        .ok_or_else(|| Error::text(format!("File descriptor named '{}' not found", command.fdname)))
 }
 
 pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
@@ -151,6 +171,6 @@ pub fn announce_self(vmm: &mut Vmm, command: AnnounceSelf) -> Result<Empty, Erro
 }
 
 pub fn netdev_del(vmm: &mut Vmm, command: NetdevDel) -> Result<Empty, Error> {
-    vmm.machine.remove_backend(&command.id).map_err(|e| plug_error(&e))?;
+    vmm.machine.remove_nic_backend(&command.id).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
 }

@@ -158,6 +158,7 @@ const KVM_NUMBERS: &[u8] = &[
     0xa1, 0xa2, // GET_DEBUGREGS, SET_DEBUGREGS
     0xa4, 0xa5, // GET_XSAVE, SET_XSAVE
     0xa6, 0xa7, // GET_XCRS, SET_XCRS
+    0xbe, 0xbf, // GET_NESTED_STATE, SET_NESTED_STATE
 ];
 
 /// What `fcntl` may be asked for.

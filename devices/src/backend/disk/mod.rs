@@ -72,6 +72,10 @@ pub enum DiskError {
     NoIoUring { path: PathBuf, source: io::Error },
     #[error("cannot find out the size of {path}", path = path.display())]
     Size { path: PathBuf, source: io::Error },
+    #[error("{path} was opened with readonly=on: its size stays as it is", path = path.display())]
+    ReadOnly { path: PathBuf },
+    #[error("cannot make {path} {bytes} bytes long", path = path.display())]
+    Resize { path: PathBuf, bytes: u64, source: io::Error },
 }
 
 /// The part of a disk that bypasses the page cache.
@@ -153,7 +157,7 @@ impl Disk {
             physical: physical.max(logical),
             bytes: AtomicU64::new(0),
         };
-        disk.resize()?;
+        disk.measure()?;
         Ok(disk)
     }
 
@@ -167,11 +171,25 @@ impl Disk {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Look at the size again; the new one.
+    /// Make the image `bytes` long; a block device is only looked at again. It is the image that is
+    /// open, whatever has its name now. Returns the size that the guest is to see.
     ///
     /// # Errors
-    /// [`DiskError::Size`]; the size is then what it was.
-    pub fn resize(&self) -> Result<u64, DiskError> {
+    /// [`DiskError::ReadOnly`], [`DiskError::Resize`], [`DiskError::Size`]; the size is then what it
+    /// was.
+    pub fn resize(&self, bytes: u64) -> Result<u64, DiskError> {
+        if self.readonly {
+            return Err(DiskError::ReadOnly { path: self.path.clone() });
+        }
+        if !self.device {
+            let failed = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
+            self.file.set_len(bytes).map_err(failed)?;
+        }
+        self.measure()
+    }
+
+    /// Look at the size; the new one.
+    fn measure(&self) -> Result<u64, DiskError> {
         // A block device has no length in its metadata, but an end that can be sought. Nothing
         // else uses the position.
         let end = (&self.file).seek(SeekFrom::End(0));

@@ -59,16 +59,16 @@ pub enum TapError {
     NotTap { name: String, queues: usize },
     /// One queue where several were asked for.
     #[error(
-        "tap device '{name}' has one queue, {queues} are asked for. Make it anew:\n  \
-         ip link del {name}{}",
+        "tap device '{name}' has one queue, {queues} are asked for. Make it anew: \
+         ip link del {name} &&{}",
         recipe(.name, *.queues)
     )]
     NotMultiQueue { name: String, queues: usize },
     /// Not ours to use.
     #[error(
         "no permission to use tap device '{name}'. As root, make it over to the user who runs \
-         this:\n  ip link del {name}\n  ip tuntap add dev {name} mode tap user \"$USER\" vnet_hdr\
-         \n  ip link set {name} up"
+         this: ip link del {name} && ip tuntap add dev {name} mode tap user \"$USER\" vnet_hdr && \
+         ip link set {name} up"
     )]
     Permission { name: String },
     /// The tun driver is not there or not accessible.
@@ -90,7 +90,7 @@ pub enum TapError {
 
 fn recipe(name: &str, queues: usize) -> String {
     let multi_queue = if queues > 1 { " multi_queue" } else { "" };
-    format!("\n  ip tuntap add dev {name} mode tap{multi_queue} vnet_hdr\n  ip link set {name} up")
+    format!(" ip tuntap add dev {name} mode tap{multi_queue} vnet_hdr && ip link set {name} up")
 }
 
 impl Tap {

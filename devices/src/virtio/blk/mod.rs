@@ -69,6 +69,8 @@ impl Default for Settings {
 /// A disk in a slot, and what belongs to it.
 #[derive(Debug)]
 pub struct Drive {
+    /// What reports call it; `None`: as the slot.
+    pub name: Option<String>,
     /// The image or device of the host.
     pub disk: Disk,
     /// Serial number; the guest sees its first 20 bytes.
@@ -81,7 +83,13 @@ pub struct Drive {
 
 impl From<Disk> for Drive {
     fn from(disk: Disk) -> Self {
-        Self { disk, serial: String::new(), ops_per_second: None, bytes_per_second: None }
+        Self {
+            name: None,
+            disk,
+            serial: String::new(),
+            ops_per_second: None,
+            bytes_per_second: None,
+        }
     }
 }
 
@@ -114,6 +122,7 @@ pub enum SettingsError {
 
 /// The disk in a slot, shared with the worker.
 struct Inserted {
+    name: Option<String>,
     disk: Arc<Disk>,
     serial: [u8; SERIAL],
     ops: Option<u64>,
@@ -185,13 +194,13 @@ impl Block {
         Arc::into_inner(disk)
     }
 
-    /// Look at the size of the image again; the bytes that the guest sees once the transport shows
-    /// the new configuration. 0 for an empty slot.
+    /// Give the image a new size in bytes; the bytes that the guest sees once the transport shows the
+    /// new configuration. 0 for an empty slot.
     ///
     /// # Errors
-    /// When the host does not tell; the size is then what it was.
-    pub fn resize(&mut self) -> Result<u64, DiskError> {
-        self.inserted.as_ref().map_or(Ok(0), |i| i.disk.resize())
+    /// As [`Disk::resize`].
+    pub fn resize(&mut self, bytes: u64) -> Result<u64, DiskError> {
+        self.inserted.as_ref().map_or(Ok(0), |i| i.disk.resize(bytes))
     }
 
     /// The disk, unless the slot is empty.
@@ -210,12 +219,14 @@ impl Block {
     }
 
     fn medium(&self) -> io::Result<Medium> {
-        let Some(Inserted { disk, serial, ops, bytes }) = &self.inserted else {
-            return Ok(Medium { disk: None, serial: [0; SERIAL], limiter: None });
+        let Some(Inserted { name, disk, serial, ops, bytes }) = &self.inserted else {
+            let name = self.id.clone();
+            return Ok(Medium { name, disk: None, serial: [0; SERIAL], limiter: None });
         };
+        let name = name.as_ref().unwrap_or(&self.id).clone();
         let limited = [ops, bytes].into_iter().any(|n| n.is_some_and(|n| n > 0));
         let limiter = limited.then(|| RateLimiter::new(*ops, *bytes)).transpose()?;
-        Ok(Medium { disk: Some(disk.clone()), serial: *serial, limiter })
+        Ok(Medium { name, disk: Some(disk.clone()), serial: *serial, limiter })
     }
 
     /// Give the worker, if there is one, what is in the slot now.
@@ -227,10 +238,11 @@ impl Block {
 
 impl From<Drive> for Inserted {
     fn from(drive: Drive) -> Self {
-        let Drive { disk, serial: text, ops_per_second: ops, bytes_per_second: bytes } = drive;
+        let Drive { name, disk, serial: text, ops_per_second: ops, bytes_per_second: bytes } =
+            drive;
         let mut serial = [0; SERIAL];
         serial.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
-        Self { disk: Arc::new(disk), serial, ops, bytes }
+        Self { name, disk: Arc::new(disk), serial, ops, bytes }
     }
 }
 
@@ -358,7 +370,7 @@ impl VirtioDevice for Block {
             flush,
             writeback: self.writeback.clone(),
             stats: self.stats.clone(),
-            reporter: Reporter::new(&self.id, self.settings.on_error.clone()),
+            reporter: Reporter::new(self.settings.on_error.clone()),
         };
         let worker = BlockWorker::new(parts, medium);
         self.home.start(worker, with.thread).map_err(host("start the disk's worker"))

@@ -393,14 +393,26 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
 #[test]
 fn the_guest_sees_a_resized_image() {
     let mut r = Rig::new(rw());
-    let file = fs::OpenOptions::new().write(true).open(r.path()).unwrap();
-    file.set_len(6 * MIB).unwrap();
-    assert_eq!(r.read(8192, 512).0, IOERR, "not before it is told");
+    assert_eq!(r.read(8192, 512).0, IOERR, "not before it is there");
     while r.guest.interrupted() {}
-    assert_eq!(r.guest.transport.update(Block::resize).unwrap().unwrap(), 6 * MIB);
+    // The image that is open, whatever has its name now.
+    fs::rename(r.path(), r.path().with_extension("moved")).unwrap();
+    fs::write(r.path(), "somebody else's").unwrap();
+    let resized = r.guest.transport.update(|block: &mut Block| block.resize(6 * MIB));
+    assert_eq!(resized.unwrap().unwrap(), 6 * MIB);
+    assert_eq!(fs::read(r.path()).unwrap(), b"somebody else's");
     assert!(r.guest.interrupted());
     assert_eq!(r.guest.load(0x100), 6 * 2048);
     assert_eq!(r.read(8192, 512), (OK, vec![0; 512]));
+}
+
+#[test]
+fn a_read_only_image_keeps_its_size() {
+    let mut r = Rig::new(OpenOptions { readonly: true, ..rw() });
+    let before = fs::metadata(r.path()).unwrap().len();
+    let resized = r.guest.transport.update(|block: &mut Block| block.resize(512));
+    assert!(matches!(resized, Some(Err(crate::backend::disk::DiskError::ReadOnly { .. }))));
+    assert_eq!(fs::metadata(r.path()).unwrap().len(), before);
 }
 
 #[test]

@@ -97,6 +97,8 @@ enum Round {
 
 /// Where a disk comes from and what the driver may ask of it.
 pub(super) struct Medium {
+    /// What reports call it.
+    pub name: String,
     pub disk: Option<Arc<Disk>>,
     pub serial: [u8; SERIAL],
     pub limiter: Option<RateLimiter>,
@@ -163,7 +165,8 @@ impl BlockWorker {
 
     /// Change the medium. Only while parked.
     pub fn insert(&mut self, medium: Medium) {
-        let Medium { disk, serial, limiter } = medium;
+        let Medium { name, disk, serial, limiter } = medium;
+        self.reporter.rename(name);
         let depth = self.lanes.iter().map(|l| usize::from(l.queue.size())).sum();
         self.engine = disk.map(|disk| Engine::new(disk, self.memory.clone(), depth));
         (self.serial, self.limiter, self.throttled) = (serial, limiter, false);

@@ -2,6 +2,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use machine::Part;
 use machine::config::{CharBackend, ConsoleConfig};
 
 use super::Resolver;
@@ -73,14 +74,25 @@ impl Resolver {
         if let [_, (place, _), ..] = consoles.as_slice() {
             self.problems.add(place, "there can be one virtio-console");
         }
-        consoles.into_iter().next().map(|(_, console)| console)
+        let (_, console) = consoles.into_iter().next()?;
+        if let Some(said) = d.chardevs.iter().find(|chardev| chardev.id == console.id) {
+            self.places.note(Part::Console, said.place.key_of("socket_path", ""));
+        }
+        Some(console)
     }
 
     pub(super) fn serial(&mut self, d: &Draft) -> Option<CharBackend> {
         match d.serial.as_ref()? {
             Serial::Off => None,
-            Serial::Backend(_, backend) => Some(backend.clone()),
-            Serial::Chardev(place, id) => self.chardev(d, place, id),
+            Serial::Backend(place, backend) => {
+                self.places.note(Part::Serial, place.key_of("stdio", ""));
+                Some(backend.clone())
+            }
+            Serial::Chardev(place, id) => {
+                let said = d.chardevs.iter().find(|chardev| chardev.id == *id);
+                self.places.note(Part::Serial, said.map_or(place, |said| &said.place).clone());
+                self.chardev(d, place, id)
+            }
         }
     }
 

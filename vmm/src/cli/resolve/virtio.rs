@@ -1,6 +1,7 @@
 //! Disks and NICs: two halves, the image or tap and the guest's side, or one for both.
 use std::collections::{HashMap, HashSet};
 
+use machine::Part;
 use machine::config::{DiskConfig, NicConfig, Tap, limits};
 
 use super::Resolver;
@@ -19,7 +20,7 @@ impl Resolver {
                             let rule = "another -device has this drive";
                             self.problems.add_value(&device.place.key("drive"), drive, rule);
                         }
-                        behind.push(disk(found, &device.id, front));
+                        behind.push(self.disk(found, &device.id, front));
                         let iothread = behind.last().and_then(|disk| disk.iothread.as_deref());
                         self.check_iothread(d, &device.place, iothread);
                     }
@@ -37,7 +38,7 @@ impl Resolver {
                 self.claim_id(&drive.place, &drive.id);
             }
             self.check_iothread(d, &drive.place, drive.front.iothread.as_deref());
-            disks.push(disk(drive, &drive.id, &BlkFront::default()));
+            disks.push(self.disk(drive, &drive.id, &BlkFront::default()));
         }
         disks.extend(behind);
         if disks.len() > limits::MAX_DISKS {
@@ -65,7 +66,7 @@ impl Resolver {
                             let rule = format!("must be on with {pairs} queues");
                             self.problems.add(&device.place.key("mq"), rule);
                         }
-                        behind.push(nic(found, &device.id, front));
+                        behind.push(self.nic(found, &device.id, front));
                         let iothread = behind.last().and_then(|nic| nic.iothread.as_deref());
                         self.check_iothread(d, &device.place, iothread);
                     }
@@ -82,7 +83,7 @@ impl Resolver {
                 self.claim_id(&net.place, &net.id);
             }
             self.check_iothread(d, &net.place, net.front.iothread.as_deref());
-            nics.push(nic(net, &net.id, &NetFront::default()));
+            nics.push(self.nic(net, &net.id, &NetFront::default()));
         }
         nics.extend(behind);
         if nics.len() > limits::MAX_NICS {
@@ -91,6 +92,18 @@ impl Resolver {
         }
         self.check_taps(d);
         nics
+    }
+
+    fn disk(&mut self, drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
+        self.places.note(Part::Disk(id.to_owned()), drive.place.key_of("path_on_host", "file"));
+        disk(drive, id, front)
+    }
+
+    fn nic(&mut self, net: &Net, id: &str, front: &NetFront) -> NicConfig {
+        let key = if matches!(net.tap, Tap::Name(_)) { "host_dev_name" } else { "tap_fd" };
+        // A flag says the tap in one of four ways, and is short.
+        self.places.note(Part::Nic(id.to_owned()), net.place.key_of(key, ""));
+        nic(net, id, front)
     }
 
     /// A tap, and a descriptor, serves one NIC.
@@ -128,7 +141,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         queues: front.queues.or(back.queues).unwrap_or(1),
         queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: None,
+        backend: (drive.id != id).then(|| drive.id.clone()),
     }
 }
 
@@ -151,6 +164,6 @@ fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
         pps: net.pps,
         bps: net.bps,
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: None,
+        backend: (net.id != id).then(|| net.id.clone()),
     }
 }
