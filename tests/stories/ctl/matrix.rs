@@ -1,6 +1,6 @@
 //! Every verb in every state, as the documentation's table has it: done, or refused in the words that
 //! it gives, with nothing changed.
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};

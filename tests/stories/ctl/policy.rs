@@ -84,6 +84,18 @@ fn listed(rig: &Rig) -> Result<Vec<(String, String)>> {
     rows.iter().map(|row| Ok((text(row, "name")?, text(row, "state")?))).collect()
 }
 
+/// Wait until a domain's log has `text` in it.
+fn logged(rig: &Rig, name: &str, text: &str) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let log = String::from_utf8(rig.run(&["dmesg", name])?.stdout)?;
+        if log.contains(text) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{log}");
+    }
+}
+
 #[test]
 fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Result<()> {
     let rig = Rig::new("rename")?;
@@ -115,15 +127,8 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
         ensure!(rig.pid("web")? != rig.pid("web-1")?);
         said(&rig, "web", "hello\n")?;
         said(&rig, "web-1", "hello\n")?;
-        let deadline = Instant::now() + SOON;
-        loop {
-            // Written once the new one runs.
-            let log = String::from_utf8(rig.run(&["dmesg", "web-1"])?.stdout)?;
-            if log.contains("restarted; this one is 'web-1' now") {
-                break;
-            }
-            ensure!(Instant::now() < deadline, "{log}");
-        }
+        // Written once the new one runs.
+        logged(&rig, "web-1", "restarted; this one is 'web-1' now")?;
         let kept = rig.listed("web-1")?.context("not listed")?;
         ensure!(kept.get("managed") == Some(&json!(false)), "it is registered twice");
         // What listens ends with them.
@@ -162,12 +167,11 @@ fn a_new_one_that_cannot_be_let_run_does_not_go_on_unseen() -> Result<()> {
     rig.config("web.json", "hello", "panic")?;
     rig.ok(&["create", "web.json", "--on-crash", "rename-restart"])?;
     rig.wait_state("web-1", "crashed")?;
+    logged(&rig, "web-1", "cannot be restarted as 'web'")?;
     let deadline = Instant::now() + SOON;
     while monitors_in(&rig)? > 1 || rig.state("web")? != "absent" {
         ensure!(Instant::now() < deadline, "{} monitors", monitors_in(&rig)?);
     }
-    let log = String::from_utf8(rig.run(&["dmesg", "web-1"])?.stdout)?;
-    ensure!(log.contains("cannot be restarted as 'web'"), "{log}");
     Ok(())
 }
 
