@@ -1,6 +1,6 @@
 /* Makes the host fail: a library to be preloaded. The file that FAIL names says which call fails, with
    which error, and how often it may succeed before, as in "fsync 5 1"; empty, all is well. With error 0
-   each call takes a second, or until the file says something else. Only calls on files with "saved" in
+   each call takes half a second, or until the file says something else. Only calls on files with "saved" in
    their names count. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -39,7 +39,7 @@ static int fails(const char *name, const char *path)
         strcmp(call, name))
         return 0;
     if (error == 0) {
-        for (int turn = 0; turn < 100; turn++) {
+        for (int turn = 0; turn < 50; turn++) {
             usleep(10000);
             read_plan(again);
             if (strcmp(again, now))

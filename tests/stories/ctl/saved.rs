@@ -296,9 +296,9 @@ fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
     let prefix = format!("FAIL='{}' LD_PRELOAD='{}'", plan.display(), library.display());
     // What the library does to find out what to do is not what the filter expects of a monitor.
     rig.by_script(&format!("{prefix} exec \"$MONITOR\" \"$@\" -disable-seccomp"))?;
-    let path = rig.config("vm.json", "fill", "136")?;
+    let path = rig.config("vm.json", "fill", "248")?;
     let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
-    *config.pointer_mut("/machine-config/mem_size").context("no memory")? = json!("144M");
+    *config.pointer_mut("/machine-config/mem_size").context("no memory")? = json!("256M");
     fs::write(&path, config.to_string())?;
     rig.ok(&["new", "vm.json"])?;
     rig.ok(&["start", "vm"])?;
