@@ -1,6 +1,7 @@
 /* Makes the host fail: a library to be preloaded. The file that FAIL names says which call fails, with
-   which error, and how often it may succeed before, as in "fsync 5 1"; empty, all is well. Only calls
-   on files with "saved" in their names count. */
+   which error, and how often it may succeed before, as in "fsync 5 1"; empty, all is well. With error 0
+   each call takes half a second, or until the file says something else. Only calls on files with "saved" in
+   their names count. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,22 +16,37 @@
 static char plan[64];
 static long left;
 
-/* Whether this call of `name` on `path` is to fail; sets errno then. */
-static int fails(const char *name, const char *path)
+static void read_plan(char now[sizeof plan])
 {
-    char now[sizeof plan] = "", call[16];
-    int error;
-    long skip;
     const char *from = getenv("FAIL");
     int fd = from ? (int)syscall(SYS_openat, AT_FDCWD, from, O_RDONLY | O_CLOEXEC) : -1;
+    memset(now, 0, sizeof plan);
     if (fd >= 0) {
-        if (syscall(SYS_read, fd, now, sizeof now - 1) < 0)
+        if (syscall(SYS_read, fd, now, sizeof plan - 1) < 0)
             now[0] = 0;
         syscall(SYS_close, fd);
     }
+}
+
+/* Whether this call of `name` on `path` is to fail; sets errno then. */
+static int fails(const char *name, const char *path)
+{
+    char now[sizeof plan], again[sizeof plan], call[16];
+    int error;
+    long skip;
+    read_plan(now);
     if (!strstr(path, "saved") || sscanf(now, "%15s %d %ld", call, &error, &skip) != 3 ||
         strcmp(call, name))
         return 0;
+    if (error == 0) {
+        for (int turn = 0; turn < 50; turn++) {
+            usleep(10000);
+            read_plan(again);
+            if (strcmp(again, now))
+                break;
+        }
+        return 0;
+    }
     if (strcmp(now, plan)) {
         strcpy(plan, now);
         left = skip;

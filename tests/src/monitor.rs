@@ -162,6 +162,17 @@ fn set(config: &mut Value, table: &str, key: &str, value: Value) {
     }
 }
 
+/// Makes a program of a script, by another process: a child that another thread of this one has just
+/// made holds all that is open for writing here, and what anybody may write to cannot be run.
+///
+/// # Errors
+/// It cannot be written.
+pub fn install(script: &Path, program: &Path) -> Result<()> {
+    let done = Command::new("install").args(["-m", "755"]).arg(script).arg(program).output()?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}
+
 /// A running monitor. Killed when dropped.
 pub struct Monitor {
     child: Child,

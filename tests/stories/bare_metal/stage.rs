@@ -1,7 +1,6 @@
 //! What each story begins with: a directory, the monitor's binary, a guest.
 use std::env;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -9,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::agent;
-use stories::monitor::{Monitor, SOON, Vm};
+use stories::monitor::{Monitor, SOON, Vm, install};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
@@ -88,10 +87,11 @@ impl Stage {
 
     /// Lets `command`, as a shell reads it, start the monitor: that and its arguments are appended.
     pub fn run_by(&mut self, command: &str) -> Result<()> {
-        let (script, monitor) = (self.file("run"), self.paths.stratovirt.display());
+        let (script, program) = (self.file("run.sh"), self.file("run"));
+        let monitor = self.paths.stratovirt.display();
         fs::write(&script, format!("#!/bin/sh\nexec {command} '{monitor}' \"$@\"\n"))?;
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-        self.paths.stratovirt = script;
+        install(&script, &program)?;
+        self.paths.stratovirt = program;
         Ok(())
     }
 

@@ -110,7 +110,8 @@ fn an_agent_that_does_not_answer_costs_a_second_and_nothing_is_sent_to_other_con
         let told = thread::scope(|scope| -> Result<Value> {
             let far = scope.spawn(move || {
                 let (mut stream, _) = listener.accept()?;
-                stream.write_all(b"\xff{\"return\": 1}\nlogin: \xff\xff{\"ret")?;
+                // It has hung up if this thread is late.
+                let _ = stream.write_all(b"\xff{\"return\": 1}\nlogin: \xff\xff{\"ret");
                 Ok::<_, std::io::Error>(stream)
             });
             let told = rig.ok(&["shutdown", "-w", "web"]);

@@ -4,10 +4,10 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::fs::OFlags;
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -29,28 +29,38 @@ pub fn said(rig: &Rig, name: &str, text: &str) -> Result<()> {
 }
 
 /// What has been read from somewhere so far.
-struct Heard(Arc<Mutex<Vec<u8>>>);
+pub struct Heard {
+    all: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
 
 impl Heard {
-    fn by(mut from: impl Read + Send + 'static) -> Self {
-        let this = Self(Arc::default());
-        let all = this.0.clone();
-        thread::spawn(move || {
+    pub fn by(mut from: impl Read + Send + 'static) -> Self {
+        let all = Arc::<Mutex<Vec<u8>>>::default();
+        let heard = all.clone();
+        let reader = thread::spawn(move || {
             let mut chunk = [0; 1024];
             while let Ok(length @ 1..) = from.read(&mut chunk) {
-                let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
-                all.extend_from_slice(chunk.get(..length).unwrap_or_default());
+                let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+                heard.extend_from_slice(chunk.get(..length).unwrap_or_default());
             }
         });
-        this
+        Self { all, reader }
     }
 
-    fn text(&self) -> String {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// All of it, once nobody says any more.
+    pub fn whole(self) -> Result<String> {
+        self.reader.join().map_err(|_| anyhow!("the reader has panicked"))?;
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(String::from_utf8_lossy(&all).into_owned())
+    }
+
+    pub fn text(&self) -> String {
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&all).into_owned()
     }
 
-    fn wait_for(&self, text: &str) -> Result<()> {
+    pub fn wait_for(&self, text: &str) -> Result<()> {
         let deadline = Instant::now() + SOON;
         while !self.text().contains(text) {
             ensure!(Instant::now() < deadline, "{text:?} is not in {:?}", self.text());
@@ -168,7 +178,8 @@ fn a_pipe_is_a_console_too() -> Result<()> {
     heard.wait_for(&text)?;
     rig.ok(&["shutdown", "-w", "web"])?;
     let out = child.wait_with_output()?;
-    ensure!(out.status.success() && heard.text().ends_with("button\n"), "{}", heard.text());
+    let heard = heard.whole()?;
+    ensure!(out.status.success() && heard.ends_with("button\n"), "{heard}");
     let told = String::from_utf8(out.stderr)?;
     ensure!(told.contains("'web' has ended: it is absent"), "{told}");
     Ok(())

@@ -126,8 +126,23 @@ fn an_unmanaged_domain_whose_creator_was_killed_is_whole_or_gone() -> Result<()>
     Ok(())
 }
 
+#[test]
+fn a_monitor_whose_starter_fails_does_not_go_on_unseen() -> Result<()> {
+    let mut rig = Rig::new("starter")?;
+    rig.config("vm.json", "hello", "halt")?;
+    // As if somebody had killed the process that waits until it is in the background.
+    rig.by_script("\"$MONITOR\" \"$@\"; exit 1")?;
+    let (what, _) = rig.refused(&["create", "vm.json"])?;
+    ensure!(what.contains("'vm' does not start"), "{what}");
+    ensure!(monitors_in(&rig)? == 0 && rig.state("vm")? == "absent");
+    rig.ok(&["new", "vm.json"])?;
+    rig.refused(&["start", "vm"])?;
+    ensure!(monitors_in(&rig)? == 0 && rig.state("vm")? == "registered");
+    Ok(())
+}
+
 /// Processes that work in the registry.
-fn monitors_in(rig: &Rig) -> Result<usize> {
+pub fn monitors_in(rig: &Rig) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir("/proc")? {
         // Some end meanwhile; others are no processes.

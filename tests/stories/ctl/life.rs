@@ -177,7 +177,8 @@ fn a_domain_that_cannot_start_says_why_and_is_not_there() -> Result<()> {
 
 #[test]
 fn a_monitor_that_hangs_is_shown_as_hung_and_can_be_ended() -> Result<()> {
-    let rig = Rig::new("hung")?;
+    let mut rig = Rig::new("hung")?;
+    rig.patience = "2";
     rig.config("vm.json", "hello", "halt")?;
     rig.ok(&["create", "vm.json"])?;
     let pid = rig.pid("vm")?;
@@ -191,6 +192,10 @@ fn a_monitor_that_hangs_is_shown_as_hung_and_can_be_ended() -> Result<()> {
     rig.ok(&["destroy", "vm"])?;
     rig.gone(pid)?;
     ensure!(rig.state("vm")? == "absent");
+    // One whose socket has gone may take long to end, but does not start any more.
+    rig.ok(&["create", "vm.json"])?;
+    fs::remove_file(rig.file("r/run/vm/qmp.sock"))?;
+    ensure!(rig.state("vm")? == "hung");
     Ok(())
 }
 

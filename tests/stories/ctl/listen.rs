@@ -1,12 +1,14 @@
 //! What monitors tell: logs, events, answers; and what `stratoctl` tells of itself.
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use stories::monitor::SOON;
 
-use crate::attach::said;
+use crate::attach::{Heard, said};
 use crate::rig::Rig;
 
 fn out(rig: &Rig, args: &[&str]) -> Result<String> {
@@ -22,46 +24,40 @@ fn events_are_lines_and_end_with_the_domain() -> Result<()> {
     rig.config("web.json", "hello", "obey")?;
     rig.ok(&["create", "web.json"])?;
     said(&rig, "web", "waits\n")?;
-    let listen = |args: &[&str]| rig.command(args).stdout(Stdio::piped()).spawn();
-    let plain = listen(&["events", "web"])?;
-    let raw = listen(&["events", "--json", "web"])?;
-    let mut all = listen(&["events"])?;
-    let mut all_lines = BufReader::new(all.stdout.take().context("no output")?).lines();
-    let mut next = |word: &str| -> Result<String> {
-        loop {
-            let line = all_lines.next().context("no more events")??;
-            if line.contains(word) {
-                return Ok(line);
-            }
-        }
+    let listen = |args: &[&str]| -> Result<(Child, Heard)> {
+        let mut child = rig.command(args).stdout(Stdio::piped()).spawn()?;
+        let heard = Heard::by(child.stdout.take().context("no output")?);
+        Ok((child, heard))
     };
-    // All three listen: each shows one of these.
-    for at in 0.. {
-        rig.ok(&["pause", "web"])?;
-        rig.ok(&["unpause", "web"])?;
-        if at > 20 {
-            break;
+    let (mut plain, plain_heard) = listen(&["events", "web"])?;
+    let (mut raw, raw_heard) = listen(&["events", "--json", "web"])?;
+    let (mut all, all_heard) = listen(&["events"])?;
+    // Once all of them listen each shows one of these. One that begins later is heard, too.
+    let paused_until = |name: &str, heard: &dyn Fn() -> bool| -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        while !heard() {
+            ensure!(Instant::now() < deadline, "somebody does not hear '{name}'");
+            rig.ok(&["pause", name])?;
+            rig.ok(&["unpause", name])?;
         }
-    }
-    next("web STOP")?;
-    // One that begins later is heard, too.
+        Ok(())
+    };
+    paused_until("web", &|| {
+        let each = [(&plain_heard, "STOP"), (&raw_heard, "STOP"), (&all_heard, "web STOP")];
+        each.iter().all(|(heard, word)| heard.text().contains(word))
+    })?;
     rig.config("new.json", "hello", "obey")?;
     rig.ok(&["create", "new.json"])?;
     said(&rig, "new", "waits\n")?;
-    loop {
-        rig.ok(&["pause", "new"])?;
-        rig.ok(&["unpause", "new"])?;
-        if next("STOP")?.contains("new STOP") {
-            break;
-        }
-    }
+    paused_until("new", &|| all_heard.text().contains("new STOP"))?;
     rig.ok(&["shutdown", "-w", "web"])?;
-    next("web SHUTDOWN guest=true reason=guest-shutdown")?;
-    let plain = String::from_utf8(plain.wait_with_output()?.stdout)?;
+    all_heard.wait_for("web SHUTDOWN guest=true reason=guest-shutdown")?;
+    ensure!(plain.wait()?.success() && raw.wait()?.success());
+    let plain = plain_heard.whole()?;
     ensure!(plain.contains(" web STOP\n"), "{plain}");
     let last = plain.lines().last().unwrap_or_default();
     ensure!(last.ends_with(" web SHUTDOWN guest=true reason=guest-shutdown"), "{last}");
-    let raw = String::from_utf8(raw.wait_with_output()?.stdout)?;
+    let raw = raw_heard.whole()?;
     let last: Value = serde_json::from_str(raw.lines().last().unwrap_or_default())?;
     ensure!(last.pointer("/data/reason") == Some(&json!("guest-shutdown")), "{last}");
     ensure!(last.pointer("/timestamp/seconds").is_some_and(Value::is_u64), "{last}");

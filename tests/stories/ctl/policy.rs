@@ -1,10 +1,13 @@
 //! What becomes of a domain when its guest powers off, reboots or crashes.
 use std::fs;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use stories::monitor::SOON;
 
 use crate::attach::said;
+use crate::damage::monitors_in;
 use crate::rig::Rig;
 
 const WAYS: [(&str, &str, &str); 4] = [
@@ -81,6 +84,18 @@ fn listed(rig: &Rig) -> Result<Vec<(String, String)>> {
     rows.iter().map(|row| Ok((text(row, "name")?, text(row, "state")?))).collect()
 }
 
+/// Wait until a domain's log has `text` in it.
+fn logged(rig: &Rig, name: &str, text: &str) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let log = String::from_utf8(rig.run(&["dmesg", name])?.stdout)?;
+        if log.contains(text) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{log}");
+    }
+}
+
 #[test]
 fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Result<()> {
     let rig = Rig::new("rename")?;
@@ -112,8 +127,8 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
         ensure!(rig.pid("web")? != rig.pid("web-1")?);
         said(&rig, "web", "hello\n")?;
         said(&rig, "web-1", "hello\n")?;
-        let log = String::from_utf8(rig.run(&["dmesg", "web-1"])?.stdout)?;
-        ensure!(log.contains("restarted; this one is 'web-1' now"), "{log}");
+        // Written once the new one runs.
+        logged(&rig, "web-1", "restarted; this one is 'web-1' now")?;
         let kept = rig.listed("web-1")?.context("not listed")?;
         ensure!(kept.get("managed") == Some(&json!(false)), "it is registered twice");
         // What listens ends with them.
@@ -129,11 +144,33 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
         ensure!(listeners()? == 1, "{} listen", listeners()?);
         rig.clean("web")?;
         rig.clean("web-1")?;
-        let deadline = std::time::Instant::now() + stories::monitor::SOON;
+        let deadline = Instant::now() + SOON;
         while listeners()? > 0 {
-            ensure!(std::time::Instant::now() < deadline, "one listens for ever");
+            ensure!(Instant::now() < deadline, "one listens for ever");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_one_that_cannot_be_let_run_does_not_go_on_unseen() -> Result<()> {
+    let mut rig = Rig::new("unheard")?;
+    rig.patience = "2";
+    // From the second one on nobody can talk to it.
+    let first = rig.file("first");
+    let script = format!(
+        "\"$MONITOR\" \"$@\" || exit\nif [ -e '{0}' ]; then rm qmp.sock; fi\n: >'{0}'",
+        first.display()
+    );
+    rig.by_script(&script)?;
+    rig.config("web.json", "hello", "panic")?;
+    rig.ok(&["create", "web.json", "--on-crash", "rename-restart"])?;
+    rig.wait_state("web-1", "crashed")?;
+    logged(&rig, "web-1", "cannot be restarted as 'web'")?;
+    let deadline = Instant::now() + SOON;
+    while monitors_in(&rig)? > 1 || rig.state("web")? != "absent" {
+        ensure!(Instant::now() < deadline, "{} monitors", monitors_in(&rig)?);
     }
     Ok(())
 }

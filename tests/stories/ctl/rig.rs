@@ -11,10 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use stories::agent;
-use stories::monitor::SOON;
+use stories::monitor::{SOON, install};
 use stories::paths::{Paths, SCRATCH};
 
 const GUESTS: [(&str, &[u8]); 3] = [
@@ -30,6 +31,9 @@ pub struct Rig {
     pub dir: PathBuf,
     monitor: PathBuf,
     stratoctl: PathBuf,
+    /// Seconds after which a monitor counts as hung. Many, unless the story is about such: on a busy
+    /// host any process may stand still for a while.
+    pub patience: &'static str,
 }
 
 impl Rig {
@@ -39,7 +43,29 @@ impl Rig {
             None => Paths::on_this_machine()?,
         };
         let (monitor, stratoctl) = binaries()?;
-        Ok(Self { dir: paths.fresh_scratch(&format!("ctl-{story}"))?, monitor, stratoctl })
+        let dir = paths.fresh_scratch(&format!("ctl-{story}"))?;
+        Ok(Self { dir, monitor, stratoctl, patience: "30" })
+    }
+
+    /// Has monitors started by a shell's script from here on, which knows `$MONITOR`.
+    pub fn by_script(&mut self, script: &str) -> Result<()> {
+        let (text, program) = (self.file("monitor.sh"), self.file("monitor"));
+        fs::write(&text, format!("#!/bin/sh\nMONITOR='{}'\n{script}\n", self.monitor.display()))?;
+        install(&text, &program)?;
+        self.monitor = program;
+        Ok(())
+    }
+
+    /// Has monitors wait before they start, for as long as there is a file called `hold`, which is
+    /// there now.
+    pub fn hold(&mut self) -> Result<()> {
+        let hold = self.file("hold");
+        fs::write(&hold, "")?;
+        if self.monitor != self.file("monitor") {
+            let wait = format!("while [ -e '{}' ]; do sleep 0.01; done", hold.display());
+            self.by_script(&format!("{wait}\nexec \"$MONITOR\" \"$@\""))?;
+        }
+        Ok(())
     }
 
     /// A file in the directory.
@@ -82,6 +108,7 @@ impl Rig {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.stratoctl);
         command.env("STRATOCTL_ROOT", self.file("r")).env("STRATOVIRT_BIN", &self.monitor);
+        command.env("STRATOCTL_PATIENCE", self.patience).env("STRATOCTL_TOO_SOON", "3600");
         command.args(args).stdin(Stdio::null()).current_dir(&self.dir);
         command
     }
@@ -145,7 +172,11 @@ impl Rig {
 
     pub fn signal(&self, pid: i32, signal: Signal) -> Result<()> {
         let pid = Pid::from_raw(pid).context("no process")?;
-        Ok(kill_process(pid, signal)?)
+        match kill_process(pid, signal) {
+            // It has ended by itself.
+            Err(Errno::SRCH) => Ok(()),
+            other => Ok(other?),
+        }
     }
 
     /// Kill the domain's monitor.

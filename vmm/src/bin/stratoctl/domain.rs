@@ -1,5 +1,6 @@
 //! What state a domain is in: found out each time, by asking its monitor.
 use std::{
+    env,
     io::{self, Write},
     os::unix::net::UnixStream,
     path::Path,
@@ -19,8 +20,17 @@ use crate::{
     registry::{Place, Registry},
 };
 
-/// How long a monitor may take to say how it is.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a monitor may take to say how it is. Stories that are not about monitors that hang name a
+/// longer one: where many processes share a processor, any of them may stand still for seconds.
+pub fn patience() -> Duration {
+    seconds("STRATOCTL_PATIENCE", Duration::from_secs(2))
+}
+
+/// A time, in seconds, for which the environment may name another.
+pub fn seconds(variable: &str, usual: Duration) -> Duration {
+    let named = env::var(variable).ok().and_then(|text| text.parse::<u16>().ok());
+    named.map_or(usual, |seconds| Duration::from_secs(seconds.into()))
+}
 
 /// Time between two looks at a monitor that nobody can connect to.
 const LOOK: Duration = Duration::from_millis(5);
@@ -67,7 +77,7 @@ impl Seen {
 pub fn qmp(place: &Place) -> anyhow::Result<Client> {
     let cannot = || format!("cannot talk to the monitor of '{}'", place.name);
     let stream = dial(&place.run, Path::new(SOCKET)).with_context(cannot)?;
-    Client::on(stream, PATIENCE).with_context(cannot)
+    Client::on(stream, patience()).with_context(cannot)
 }
 
 /// See how the domain at `place` is.
@@ -89,7 +99,7 @@ impl Asked {
 
     /// How the domain at `place` is, which was asked.
     pub fn answer(mut self, registry: &Registry, place: &Place) -> Seen {
-        let deadline = self.since + PATIENCE;
+        let deadline = self.since + patience();
         loop {
             let absent = matches!(&self.call, Err(e) if e.kind() == io::ErrorKind::NotFound);
             let answer = self.call.ok().map(|stream| listen(stream, deadline));
@@ -107,7 +117,7 @@ impl Asked {
                 Found::Gone => return Seen::without_monitor(State::Killed),
             };
             // One that nobody listens for, or that hangs up, may be on its way in, or out.
-            let starting = absent && self.since.elapsed() >= START;
+            let starting = absent && self.since.elapsed() >= START && !place.has_been_up();
             if starting || late || Instant::now() >= deadline {
                 let state = if starting { State::Starting } else { State::Hung };
                 return Seen { state, process: Some(process), client: None };

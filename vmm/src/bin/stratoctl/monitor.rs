@@ -3,6 +3,7 @@ use std::{
     env, io,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -28,6 +29,9 @@ pub fn program(named: Option<&Path>) -> PathBuf {
     });
     named.or_else(beside).unwrap_or_else(|| "stratovirt".into())
 }
+
+/// How long a monitor that was killed may take to end.
+const END: Duration = Duration::from_secs(10);
 
 /// What a monitor is told beyond what the domain is.
 #[derive(Debug, Default)]
@@ -71,7 +75,11 @@ pub fn start(
         anyhow::Error::from(Failure::hint(what, "name its program with --monitor FILE"))
     });
     let said = match done {
-        Ok(done) if done.status.success() => return Ok(id),
+        Ok(done) if done.status.success() => {
+            // Without it, one that takes long to end is shown as one that starts.
+            let _ = registry.is_up(place);
+            return Ok(id);
+        }
         Ok(done) => {
             let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
             let said = if said.is_empty() { done.status.to_string() } else { said };
@@ -79,8 +87,23 @@ pub fn start(
         }
         Err(e) => e,
     };
-    registry.clear(place).context("after a failed start")?;
+    end_left(place).and_then(|()| registry.clear(place)).context("after a failed start")?;
     Err(said)
+}
+
+/// End the monitor that goes on in the directory of `place` after the process that was started has
+/// failed: somebody has killed that one alone.
+fn end_left(place: &Place) -> anyhow::Result<()> {
+    let left = || match process::find(&place.run) {
+        Found::Alive(process) => Some(process),
+        Found::Gone | Found::Nobody => process::search(&place.run),
+    };
+    while let Some(process) = left() {
+        let pid = process.pid();
+        process.kill().with_context(|| format!("cannot kill process {pid}"))?;
+        anyhow::ensure!(process.ends_within(END), "process {pid} was killed and has not ended");
+    }
+    Ok(())
 }
 
 /// Run `command`, which ends when the monitor at `place` answers, and show how far that is.

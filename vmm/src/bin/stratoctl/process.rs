@@ -25,7 +25,7 @@ pub struct Process {
 
 /// What the pid file in a directory leads to.
 pub enum Found {
-    /// No monitor: there is no pid file.
+    /// No monitor: there is no pid file, or an empty one.
     Nobody,
     /// It is gone and has left its pid file behind.
     Gone,
@@ -35,11 +35,19 @@ pub enum Found {
 
 /// Looks for the monitor whose working directory is `run`.
 pub fn find(run: &Path) -> Found {
-    let Ok(text) = fs::read_to_string(run.join("pid")) else { return Found::Nobody };
-    match text.trim().parse().ok().and_then(|pid| Process::open(pid, run)) {
-        Some(process) => Found::Alive(process),
-        None => Found::Gone,
+    let read = || fs::read_to_string(run.join("pid")).ok().filter(|text| !text.trim().is_empty());
+    let mut now = read();
+    while let Some(text) = now {
+        if let Some(process) = text.trim().parse().ok().and_then(|pid| Process::open(pid, run)) {
+            return Found::Alive(process);
+        }
+        // It may have ended in good order since the file was read, and another one begun.
+        now = read();
+        if now.as_ref() == Some(&text) {
+            return Found::Gone;
+        }
     }
+    Found::Nobody
 }
 
 /// Looks for a monitor whose working directory is `run` and that has no pid file, as one that was
@@ -53,7 +61,15 @@ pub fn search(run: &Path) -> Option<Process> {
 impl Process {
     /// Whether its program is a monitor, and not somebody's shell.
     fn is_monitor(&self) -> bool {
-        let text = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let read = || fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let mut text = read();
+        // It has none for a moment when it becomes another program.
+        for _ in 0..100 {
+            if !text.is_empty() || self.ends_within(Duration::from_millis(1)) {
+                break;
+            }
+            text = read();
+        }
         text.split(|byte| *byte == 0).any(|word| word == b"-pidfile")
     }
 

@@ -16,7 +16,7 @@ use qmp::{
 };
 use serde_json::Value;
 
-use super::{Answer, Context};
+use super::{Answer, Context, Held, end};
 use crate::{
     config, domain,
     failure::Failure,
@@ -27,11 +27,16 @@ use crate::{
 };
 
 /// A guest that ends so soon after it was restarted is not restarted again: each that is preserved
-/// costs its memory.
-const TOO_SOON: Duration = Duration::from_secs(10);
+/// costs its memory. Stories name a longer time than any host takes.
+fn too_soon() -> Duration {
+    domain::seconds("STRATOCTL_TOO_SOON", Duration::from_secs(10))
+}
+
 /// Most domains preserved from one name.
 const MOST: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Time between two looks at a monitor that does not answer.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Whether a domain of this policy needs the process.
 pub fn needed(policy: &Policy) -> bool {
@@ -77,9 +82,9 @@ pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let mut out = io::stdout();
     out.write_all(b"\n").and_then(|()| out.flush())?;
     let mut restarted = false;
-    while kept.has_halted()? {
+    while kept.has_halted(ctx)? {
         let Some(place) = ctx.placed(kept.id)? else { break };
-        if restarted && kept.since.elapsed() < TOO_SOON {
+        if restarted && kept.since.elapsed() < too_soon() {
             note(&place, "it has ended again too soon: it is preserved and not restarted");
             continue;
         }
@@ -118,7 +123,7 @@ impl Kept {
     }
 
     /// Wait until the guest has ended in a way that asks for a restart; false when the monitor has.
-    fn has_halted(&mut self) -> anyhow::Result<bool> {
+    fn has_halted(&mut self, ctx: &Context) -> anyhow::Result<bool> {
         loop {
             let event = match self.client.next_event(PATIENCE) {
                 Ok(event) => event,
@@ -133,11 +138,7 @@ impl Kept {
                 }
                 "RESUME" => self.reason.clear(),
                 "STOP" => {
-                    let status = match self.client.execute(&QueryStatus {}) {
-                        Ok(info) => info.status,
-                        Err(ClientError::Timeout { .. }) => continue,
-                        Err(_) => return Ok(false),
-                    };
+                    let Some(status) = self.status(ctx)? else { return Ok(false) };
                     let policy = &self.description.policy;
                     let then = match (status, self.reason.as_str()) {
                         (RunState::GuestPanicked | RunState::InternalError, _) => policy.on_crash,
@@ -151,6 +152,27 @@ impl Kept {
                 }
                 _ => {}
             }
+        }
+    }
+
+    /// What the monitor says how it is; nothing if it has ended. One that is late is asked again by
+    /// another connection: on this one its answer would be taken for an event.
+    fn status(&mut self, ctx: &Context) -> anyhow::Result<Option<RunState>> {
+        loop {
+            match self.client.execute(&QueryStatus {}) {
+                Ok(info) => return Ok(Some(info.status)),
+                Err(ClientError::Timeout { .. }) => {}
+                Err(_) => return Ok(None),
+            }
+            self.client = loop {
+                let Some(place) = ctx.placed(self.id)? else { return Ok(None) };
+                let seen = domain::look(&ctx.registry, &place);
+                match (seen.client, seen.process) {
+                    (Some(client), _) => break client,
+                    (None, Some(process)) => drop(process.ends_within(LOOK)),
+                    (None, None) => return Ok(None),
+                }
+            };
         }
     }
 }
@@ -191,9 +213,9 @@ impl Context {
             Ok(kept) => Ok((fresh.kept, kept)),
             Err(e) => {
                 note(&fresh.kept, &format!("cannot be restarted as '{name}': {e:#}"));
-                if !place.managed {
-                    self.registry.forget(place)?;
-                }
+                // It may have started, and would keep the disks of one that nobody knows.
+                let seen = domain::look(&self.registry, place);
+                end(self, &mut Held { place: place.clone(), seen, lock: None })?;
                 Err(e)
             }
         }

@@ -101,7 +101,8 @@ pub fn begin(
         let let_run = || {
             let mut seen = domain::look(&ctx.registry, place);
             // What was saved when its guest had ended cannot go on.
-            if !how.paused && seen.state == State::Paused {
+            let ended = matches!(seen.state, State::Off | State::Crashed);
+            if !how.paused && !ended {
                 seen.client()?.execute(&Cont {})?;
             }
             Ok(())

@@ -191,7 +191,7 @@ fn unmanaged(verb: Verb, name: &Name) -> anyhow::Error {
 /// When it cannot be ended.
 pub fn end(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
     let asked = held.seen.client.as_mut().is_some_and(|client| {
-        client.set_patience(domain::PATIENCE);
+        client.set_patience(domain::patience());
         client.execute(&Quit {}).is_ok()
     });
     if let Some(process) = &held.seen.process

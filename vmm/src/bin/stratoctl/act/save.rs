@@ -14,9 +14,10 @@ use serde_json::json;
 
 use super::{Answer, Context, Held, end, life, store};
 use crate::{
-    domain,
+    domain::{self, Seen},
     failure::Failure,
     matrix::{State, Verb},
+    process::Process,
     progress,
     registry::{self, Lock, Name, Saved},
     verbs::Save,
@@ -67,8 +68,7 @@ fn write_out(
 ) -> anyhow::Result<Answer> {
     let name = held.place.name.clone();
     let uuid = life::described(&held.place)?.uuid;
-    let was = held.seen.state;
-    let ran = was == State::Running;
+    let ran = held.seen.state == State::Running;
     let Some(saving) = ctx.registry.lock_save(&name)? else {
         crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
         anyhow::bail!("'{name}' is being saved");
@@ -85,14 +85,16 @@ fn write_out(
         Ok(info) => info,
         Err(e) => {
             // A save that succeeded and could not be made use of has left it paused.
-            if ran && let Ok(client) = domain::qmp(&held.place) {
-                held.seen.client = Some(client);
-                let _ = life::let_run(ctx, &mut held);
+            if ran
+                && let Ok(Ok(mut now)) = again(ctx, &held, &uuid, saving)
+                && now.seen.client.is_some()
+            {
+                let _ = life::let_run(ctx, &mut now);
             }
             return Err(e);
         }
     };
-    let state = finish(ctx, name.clone(), &uuid, saving, after, was)?;
+    let state = finish(ctx, &held, &uuid, saving, after)?;
     let stats = info.ram.unwrap_or_default();
     Ok(Answer::new(
         "",
@@ -110,43 +112,65 @@ fn write_out(
 /// What becomes of a domain that has been saved.
 fn finish(
     ctx: &Context,
-    name: Name,
+    held: &Held,
     uuid: &str,
     saving: Lock,
     after: After,
-    was: State,
 ) -> anyhow::Result<State> {
-    match (after, was) {
+    match (after, held.seen.state) {
         (After::Paused, State::Running) => return Ok(State::Paused),
-        (After::Paused | After::GoesOn, _) => return Ok(was),
+        (After::Paused | After::GoesOn, was) => return Ok(was),
         (After::Ends, _) => {}
     }
-    let lock = Some(ctx.registry.lock(&name)?);
-    // Somebody may have ended it meanwhile, and even begun another one of the same name.
-    let place = ctx.registry.find(&name);
-    let Some(place) = place.filter(|place| place.description().is_ok_and(|d| d.uuid == uuid))
-    else {
-        return Ok(State::Absent);
+    let mut now = match again(ctx, held, uuid, saving)? {
+        Ok(now) => now,
+        Err(state) => return Ok(state),
     };
-    let mut seen = domain::look(&ctx.registry, &place);
-    if let Some(client) = &mut seen.client
+    if let Some(client) = &mut now.seen.client
         && client.execute(&QueryStatus {})?.running
     {
+        let place = &now.place;
         if place.is_saved() {
-            ctx.registry.spend(&place)?;
-            ctx.registry.clear_store(&place)?;
+            ctx.registry.spend(place)?;
+            ctx.registry.clear_store(place)?;
         }
-        let what =
-            format!("'{name}' was saved, but somebody has let it run on, so it is not ended");
+        let what = format!(
+            "'{}' was saved, but somebody has let it run on, so it is not ended",
+            place.name
+        );
         return Err(Failure::new(what).into());
     }
-    drop(saving);
-    let mut held = Held { place, seen, lock };
-    end(ctx, &mut held)?;
-    Ok(match (held.place.managed, held.place.is_saved()) {
+    end(ctx, &mut now)?;
+    Ok(match (now.place.managed, now.place.is_saved()) {
         (true, true) => State::Suspended,
         (true, false) => State::Registered,
         (false, _) => State::Absent,
+    })
+}
+
+/// Take the domain that was saved again. Somebody may have ended it meanwhile, and even begun another
+/// one of the same name, which is left alone: gives its state.
+fn again(
+    ctx: &Context,
+    held: &Held,
+    uuid: &str,
+    saving: Lock,
+) -> anyhow::Result<Result<Held, State>> {
+    let name = &held.place.name;
+    let lock = Some(ctx.registry.lock(name)?);
+    // Now nobody else can begin.
+    drop(saving);
+    let place = ctx.registry.find(name);
+    let Some(place) = place.filter(|place| place.description().is_ok_and(|d| d.uuid == uuid))
+    else {
+        return Ok(Err(State::Absent));
+    };
+    let seen = domain::look(&ctx.registry, &place);
+    let pid = |seen: &Seen| seen.process.as_ref().map(Process::pid);
+    let ended = held.seen.process.as_ref().is_some_and(|old| old.ends_within(Duration::ZERO));
+    Ok(match pid(&seen) {
+        Some(_) if ended || pid(&seen) != pid(&held.seen) => Err(seen.state),
+        _ => Ok(Held { place, seen, lock }),
     })
 }
 

@@ -31,6 +31,8 @@ use crate::{
 
 /// Time between two looks at what nobody tells about.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long a monitor that has hung up may take to end.
+const END: Duration = Duration::from_secs(60);
 /// How long a reply may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Longest line that is sent to a monitor, bytes.
@@ -72,7 +74,12 @@ pub fn attach(ctx: &Context, place: &Place, state: State) -> anyhow::Result<Answ
     match end {
         End::Left => eprintln!("\nLeft '{name}'."),
         End::HungUp => {
-            // The process ends a moment after it has hung up.
+            // It may take its time to give its memory back.
+            let (_, seen) = ctx.look(name);
+            if let (None, Some(process)) = (&seen.client, &seen.process) {
+                process.ends_within(END);
+            }
+            drop(seen);
             let state = watch::settle(ctx, name);
             eprintln!("\n'{name}' has ended: it is {}.", state.word());
         }

@@ -9,6 +9,7 @@
 //!   domain.json            what it is
 //! run/.managed/UUID/     a registered domain's run-time part; these in both kinds:
 //!   start.json             its number
+//!   up                     its monitor has answered
 //!   config.json            what the monitor was started with
 //!   pid, log, qmp.sock, console.sock   made by the monitor, whose working directory this is
 //! run/.lock/NAME.lock    held by who acts on the name
@@ -28,6 +29,8 @@ use std::{
     collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -81,6 +84,11 @@ impl Place {
         self.run.join(START).exists()
     }
 
+    /// Whether the monitor that was started has answered.
+    pub fn has_been_up(&self) -> bool {
+        self.run.join(UP).exists()
+    }
+
     /// Its number, if it has been started.
     pub fn id(&self) -> Option<u32> {
         read::<Start>(&self.run.join(START)).ok().map(|start| start.id)
@@ -89,6 +97,9 @@ impl Place {
 
 const RECORD: &str = "domain.json";
 const START: &str = "start.json";
+const UP: &str = "up";
+/// More than it takes to see whether a lock is held.
+const GLANCE: Duration = Duration::from_millis(100);
 /// The monitor's configuration, in its working directory.
 pub const CONFIG: &str = "config.json";
 
@@ -144,7 +155,16 @@ impl Registry {
     /// See [`Self::lock`].
     pub fn lock_save(&self, name: &Name) -> anyhow::Result<Option<Lock>> {
         let path = self.lock_path(name, "save")?;
-        Lock::attempt_once(&path).with_context(|| format!("cannot lock {}", path.display()))
+        let deadline = Instant::now() + GLANCE;
+        loop {
+            // Whoever only looks whether it is held has it for a moment.
+            let lock = Lock::attempt_once(&path)
+                .with_context(|| format!("cannot lock {}", path.display()))?;
+            if lock.is_some() || Instant::now() >= deadline {
+                return Ok(lock);
+            }
+            thread::sleep(GLANCE / 50);
+        }
     }
 
     /// Whether somebody saves the domain.
@@ -226,11 +246,12 @@ impl Registry {
     /// When the disk cannot be written.
     pub fn forget(&self, place: &Place) -> anyhow::Result<()> {
         let target = place.managed.then(|| fs::read_link(&place.run).ok()).flatten();
-        self.disk
+        // First what nobody would find any more without the record.
+        target
+            .map_or(Ok(()), |run| self.disk.remove_tree(&run))
             // From here on it is not registered, whatever is left.
-            .remove(&place.record())
+            .and_then(|()| self.disk.remove(&place.record()))
             .and_then(|()| self.disk.sync(&place.home))
-            .and_then(|()| target.map_or(Ok(()), |run| self.disk.remove_tree(&run)))
             .and_then(|()| self.disk.remove_tree(&place.home))
             .with_context(|| format!("cannot remove {}", place.home.display()))
     }
@@ -300,12 +321,20 @@ impl Registry {
         Ok(id)
     }
 
+    /// Note that the monitor that was started answers.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written.
+    pub fn is_up(&self, place: &Place) -> io::Result<()> {
+        self.disk.write(&place.run.join(UP), b"")
+    }
+
     /// Take away what a monitor that has ended may have left: all but its log.
     ///
     /// # Errors
     /// When the disk cannot be written.
     pub fn clear(&self, place: &Place) -> anyhow::Result<()> {
-        for name in [START, "qmp.sock", "console.sock", "pid"] {
+        for name in [START, UP, "qmp.sock", "console.sock", "pid"] {
             let path = place.run.join(name);
             self.disk.remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }

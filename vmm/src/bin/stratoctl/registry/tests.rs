@@ -225,7 +225,12 @@ fn a_domain_is_forgotten_or_not_whenever_it_is_killed() {
                 registry.prepare(&place, &description(1), &json!({})).expect("prepared");
             },
             |registry| registry.find(&name("a")).map_or(Ok(()), |place| registry.forget(&place)),
-            everything,
+            |registry| {
+                let left = fs::read_dir(registry.run.join(".managed")).into_iter().flatten();
+                let listed = everything(registry);
+                assert!(!listed.is_empty() || left.count() == 0, "nobody finds it any more");
+                listed
+            },
         );
     }
 }
