@@ -17,9 +17,10 @@ const ARROWS: [(&str, &[&str]); 5] = [
 /// Longest file, in lines without tests.
 const LONGEST: usize = 800;
 /// Where unsafe code may live: files, and directories with everything in them.
-const ROOMS: [&str; 5] = [
+const ROOMS: [&str; 6] = [
     "machine/src/kvm/",
     "machine/src/vcpu/kick.rs",
+    "devices/src/testing/descriptors.rs",
     "machine/src/memory.rs",
     "machine/src/memory/",
     "devices/src/backend/",
