@@ -306,6 +306,8 @@ impl Client {
         deadline: Instant,
         patience: Duration,
     ) -> Result<Vec<u8>, ClientError> {
+        let late = || ClientError::Timeout { what: what.into(), patience };
+        let mut looked = false;
         loop {
             let fresh = self.input.get(self.searched..).unwrap_or_default();
             if let Some(end) = fresh.iter().position(|byte| *byte == b'\n') {
@@ -320,11 +322,11 @@ impl Client {
                 return Err(ClientError::NotQmp(format!("a line is longer than {MAX_LINE} bytes")));
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let late = || ClientError::Timeout { what: what.into(), patience };
-            if left.is_zero() {
+            // One more look after the end: this process may have stood still until then.
+            if left.is_zero() && std::mem::replace(&mut looked, true) {
                 return Err(late());
             }
-            self.stream.set_read_timeout(Some(left))?;
+            self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
             let mut chunk = [0; 16 << 10];
             match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(ClientError::Closed { what: what.into() }),

@@ -3,7 +3,8 @@ use std::{
     ffi::c_int,
     io,
     sync::{
-        Arc,
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
     time::Duration,
@@ -21,6 +22,9 @@ use crate::{
 
 /// The signals that end the monitor.
 pub const ENDING: [c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
+
+/// One of them has come.
+static CAME: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 const WAKE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -44,10 +48,19 @@ impl EventLoop {
     pub fn new() -> io::Result<Self> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+        for signal in ENDING {
+            signal_hook::flag::register(signal, CAME.clone())?;
+        }
         let mut signals = Signals::new(ENDING)?;
         poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
         let (sender, reports) = channel();
         Ok(Self { poll, signals, reports, sender, waker })
+    }
+
+    /// Whether a signal that ends the monitor has come already, for those who have just begun to
+    /// listen to signals themselves.
+    pub fn has_been_told_to_end() -> bool {
+        CAME.load(Ordering::Relaxed)
     }
 
     /// Where the machine reports to.

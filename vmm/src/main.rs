@@ -105,7 +105,9 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
-        (false, true) => Spawner::start().context("cannot start the process for exec:")?,
+        (false, true) => {
+            Spawner::start(ready.is_some()).context("cannot start the process for exec:")?
+        }
         (false, false) => Spawner::Forbidden,
     };
     if !invocation.disable_seccomp {

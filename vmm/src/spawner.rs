@@ -57,17 +57,20 @@ pub enum Spawner {
 }
 
 impl Spawner {
-    /// Start the process that starts programs. Not possible behind the system-call filter.
+    /// Start the process that starts programs. Not possible behind the system-call filter. What they
+    /// complain about goes where this process's own complaints go; with `quiet`, nowhere: a terminal
+    /// that is let go of must not be held by them.
     ///
     /// # Errors
     /// When the host refuses it.
-    pub fn start() -> io::Result<Self> {
+    pub fn start(quiet: bool) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         Command::new("/proc/self/exe")
             .env(MARK, "1")
             .stdin(Stdio::from(far))
             .stdout(Stdio::null())
+            .stderr(if quiet { Stdio::null() } else { Stdio::inherit() })
             .spawn()?;
         Ok(Self::Ready(near))
     }
@@ -79,7 +82,7 @@ impl Spawner {
     /// When programs are forbidden, or this one cannot be started.
     pub fn run(&mut self, command: &str) -> Result<OwnedFd, SpawnError> {
         if let Self::AtNeed = self {
-            *self = Self::start().map_err(SpawnError::Gone)?;
+            *self = Self::start(false).map_err(SpawnError::Gone)?;
         }
         let Self::Ready(to) = self else { return Err(SpawnError::Forbidden) };
         if command.len() > LONGEST {

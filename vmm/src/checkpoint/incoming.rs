@@ -1,6 +1,6 @@
 //! Where a stream comes from: `-incoming unix:`, `fd:` and `exec:`.
 use std::{
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
@@ -22,7 +22,10 @@ use signal_hook::{
 };
 
 use super::wait;
-use crate::{cli::Stream, event_loop::ENDING};
+use crate::{
+    cli::Stream,
+    event_loop::{ENDING, EventLoop},
+};
 
 /// Why there is no stream to read.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +122,9 @@ impl Signals {
         let mut this = Self { came, registered: Vec::new() };
         for signal in ENDING {
             this.registered.push(pipe::register(signal, write.try_clone()?)?);
+        }
+        if EventLoop::has_been_told_to_end() {
+            (&write).write_all(&[0])?;
         }
         Ok(this)
     }

@@ -246,7 +246,7 @@ impl Sink for Directory {
         self: Box<Self>,
         mut config: Config,
         state: MachineState,
-        _: &Progress,
+        progress: &Progress,
     ) -> Result<Option<Saved>, SaveError> {
         let Self { mut target, memory, writer, size, base, changed, .. } = *self;
         let directory = target.path.canonicalize();
@@ -269,6 +269,8 @@ impl Sink for Directory {
         file.sync_all().map_err(|source| failed("sync", &path, source))?;
         // The names of the new files before the one that replaces the old state.
         target.sync()?;
+        // From here on it counts, and cannot be called off.
+        progress.check().map_err(|_| SaveError::Cancelled)?;
         target.rename(NEW_STATE, STATE)?;
         target.done = true;
         target.rename(NEW_MEMORY, MEMORY)?;
