@@ -242,7 +242,10 @@ impl Monitor {
             ensure!(Instant::now() < deadline, "the control socket does not appear");
             thread::sleep(Duration::from_micros(200));
         }
-        Ok(Client::connect(&self.socket, SOON)?)
+        let mut client = Client::connect(&self.socket, SOON)?;
+        // A save waits for the host's disk, which others are busy with.
+        client.set_patience(SOON * 3);
+        Ok(client)
     }
 
     /// Waits until the console shows `text`, after what was waited for before. Returns what came

@@ -11,7 +11,7 @@ use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::monitor::{Monitor, SOON, Vm};
 
-use crate::stage::{Stage, quits, simple, status};
+use crate::stage::{Stage, patiently, quits, simple, status};
 
 /// The guests' `COUNTERS`.
 const COUNTERS: u64 = 4 << 20;
@@ -30,7 +30,7 @@ pub fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
 
 pub fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     let uri = format!("file:{}", directory.display());
-    let returned = qmp.execute_raw("migrate", json!({ "uri": uri, "resume": resume }))?;
+    let returned = patiently(qmp, "migrate", &json!({ "uri": uri, "resume": resume }))?;
     ensure!(returned == json!({}), "{returned}");
     let info = qmp.execute_raw("query-migrate", json!({}))?;
     ensure!(info.get("status") == Some(&json!("completed")), "{info}");

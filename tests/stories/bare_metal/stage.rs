@@ -3,6 +3,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use qmp::client::Client;
@@ -116,9 +117,22 @@ fn monitor() -> Result<PathBuf> {
 
 /// Runs a command that takes no arguments and returns nothing.
 pub fn simple(qmp: &mut Client, command: &str) -> Result<()> {
-    let returned = qmp.execute_raw(command, json!({}))?;
+    let returned = patiently(qmp, command, &json!({}))?;
     ensure!(returned == json!({}), "{command} returned {returned}");
     Ok(())
+}
+
+/// A command that waits for the disks: this host's may be busy for longer than the monitor waits.
+pub fn patiently(qmp: &mut Client, command: &str, arguments: &Value) -> Result<Value> {
+    let deadline = Instant::now() + SOON * 3;
+    loop {
+        match qmp.execute_raw(command, arguments.clone()) {
+            Err(e)
+                if e.to_string().contains("try again when the storage answers")
+                    && Instant::now() < deadline => {}
+            other => return Ok(other?),
+        }
+    }
 }
 
 /// `stop`, and the event that comes with it.

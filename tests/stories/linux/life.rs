@@ -29,8 +29,8 @@ pub fn stop_and_cont(story: &Story) -> Result<()> {
     guest.sh("while :; do echo tick; usleep 100000; done > /dev/console &")?;
     guest.wait_for("tick", SOON)?;
 
-    let before = uptime(&mut guest)?;
     let began = Instant::now();
+    let before = uptime(&mut guest)?;
     ensure!(qmp.execute_raw("stop", json!({}))? == json!({}));
     qmp.wait_event("STOP", SOON)?;
     let status = qmp.execute_raw("query-status", json!({}))?;
@@ -40,8 +40,13 @@ pub fn stop_and_cont(story: &Story) -> Result<()> {
         "{status}"
     );
     // What had left the guest before it stopped may still be on its way to us.
-    thread::sleep(Duration::from_millis(500));
-    guest.forget();
+    for _ in 0..30 {
+        guest.forget();
+        thread::sleep(Duration::from_secs(1));
+        if guest.unseen().is_empty() {
+            break;
+        }
+    }
     let pause = Duration::from_secs(3);
     thread::sleep(pause);
     ensure!(guest.unseen().is_empty(), "a stopped guest printed '{}'", guest.unseen());
