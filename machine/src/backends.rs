@@ -21,7 +21,7 @@ use devices::{
 
 use crate::{
     Machine, RunError,
-    config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig},
+    config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate},
     slots::{DISKS, NICS},
 };
 
@@ -148,11 +148,6 @@ fn first_free<C>(what: &'static str, places: &[Option<C>]) -> Result<usize, Plug
 /// Descriptors are for everybody: nobody takes all of them.
 fn room_for_one(waiting: usize) -> Result<(), PlugError> {
     if waiting < MAX_WAITING { Ok(()) } else { Err(PlugError::TooManyWait) }
-}
-
-/// The back-end's separate name when it is in front of `device`.
-fn separate(backend: &str, device: &str) -> Option<String> {
-    (backend != device).then(|| backend.to_owned())
 }
 
 /// The back-end `id`, if there is a free place for it.
@@ -350,7 +345,8 @@ impl Machine {
     ///
     /// # Errors
     /// When there is no such back-end or slot, another device has the id, or the device cannot take
-    /// the back-end: it then waits on. When the host does not give what the disk needs: the back-end is closed then.
+    /// the back-end: it then waits on. When the host does not give what the disk needs: the back-end
+    /// is closed then.
     pub fn plug_disk(
         &mut self,
         id: &str,

@@ -134,6 +134,11 @@ impl DiskConfig {
     }
 }
 
+/// The name of a back-end where it is not that of its device, for `backend` of a disk or NIC.
+pub fn separate(backend: &str, device: &str) -> Option<String> {
+    (backend != device).then(|| backend.to_owned())
+}
+
 /// How a disk's requests are carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

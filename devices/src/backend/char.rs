@@ -204,9 +204,12 @@ impl CharSource {
                 return n;
             }
             let Some(input) = &self.input else { return 0 };
+            if buffer.is_empty() && self.listener.is_none() {
+                return 0;
+            }
             let there = events(input.as_fd());
             let gone = there.intersects(PollFlags::HUP | PollFlags::ERR);
-            if buffer.is_empty() && gone && self.listener.is_some() {
+            if buffer.is_empty() && gone {
                 // A guest that reads nothing must not keep the next one out.
                 self.keep_rest();
                 self.hang_up();

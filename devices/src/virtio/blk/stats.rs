@@ -24,19 +24,8 @@ pub struct BlockStats {
 impl BlockStats {
     /// Begin anew, for another disk. Nothing is in flight then.
     pub(super) fn forget(&self) {
-        for counter in [
-            &self.rd_bytes,
-            &self.wr_bytes,
-            &self.rd_operations,
-            &self.wr_operations,
-            &self.flush_operations,
-            &self.unmap_operations,
-            &self.failed_rd_operations,
-            &self.failed_wr_operations,
-            &self.failed_flush_operations,
-            &self.failed_unmap_operations,
-            &self.invalid_operations,
-        ] {
+        let others = [&self.rd_bytes, &self.wr_bytes, &self.invalid_operations];
+        for counter in self.operations().into_iter().chain(others) {
             counter.store(0, Ordering::Relaxed);
         }
     }
@@ -44,6 +33,11 @@ impl BlockStats {
     /// Requests that have ended, well or not. While it stays the same and some are in flight, the
     /// disk does not get on.
     pub fn ended(&self) -> u64 {
+        let each = self.operations().into_iter();
+        each.fold(0, |sum, n| sum.wrapping_add(n.load(Ordering::Relaxed)))
+    }
+
+    fn operations(&self) -> [&AtomicU64; 8] {
         [
             &self.rd_operations,
             &self.wr_operations,
@@ -54,8 +48,6 @@ impl BlockStats {
             &self.failed_flush_operations,
             &self.failed_unmap_operations,
         ]
-        .into_iter()
-        .fold(0, |sum, n| sum.wrapping_add(n.load(Ordering::Relaxed)))
     }
 }
 

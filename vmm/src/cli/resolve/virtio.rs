@@ -2,7 +2,7 @@
 use std::collections::{HashMap, HashSet};
 
 use machine::Part;
-use machine::config::{DiskConfig, NicConfig, Tap, limits};
+use machine::config::{DiskConfig, NicConfig, Tap, limits, separate};
 
 use super::Resolver;
 use crate::cli::draft::{BlkFront, DeviceKind, Draft, Drive, Net, NetFront};
@@ -141,7 +141,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         queues: front.queues.or(back.queues).unwrap_or(1),
         queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: (drive.id != id).then(|| drive.id.clone()),
+        backend: separate(&drive.id, id),
     }
 }
 
@@ -164,6 +164,6 @@ fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
         pps: net.pps,
         bps: net.bps,
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: (net.id != id).then(|| net.id.clone()),
+        backend: separate(&net.id, id),
     }
 }
