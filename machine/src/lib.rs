@@ -24,6 +24,5 @@ pub use generation::GenerationId;
 pub use kvm::Clock;
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
-pub use slots::{DISKS, NICS};
 pub use survey::{Part, survey};
 pub use vcpu::Stopped;

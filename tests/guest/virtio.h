@@ -80,6 +80,17 @@ static inline void set(u32 slot, u32 offset, u32 value)
     write32(at(slot, offset), value);
 }
 
+/* The devices of kind `id` in a row from slot `from` on; there is nothing behind the last slot. */
+#define SLOTS_MAX 18
+static inline u32 in_a_row(u32 from, u32 id)
+{
+    u32 count = 0;
+    while (from + count < SLOTS_MAX && get(from + count, DEVICE_ID) == id)
+        count++;
+    return count;
+}
+enum { NIC = 1, DISK = 2 };
+
 u64 offered(u32 slot);
 
 /* Resets the device, agrees on `features` as far as they are offered, up to FEATURES_OK. */
