@@ -1,4 +1,5 @@
 mod hostile;
+mod observed;
 
 use std::{
     fs,
