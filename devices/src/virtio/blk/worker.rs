@@ -318,7 +318,10 @@ impl BlockWorker {
                 .invalid(&self.stats, &"request beyond the disk, or a write to a readonly one");
             self.answer(&ticket, IOERR);
         } else if kind == Kind::Discard && !disk.discard() {
-            self.answer(&ticket, UNSUPP);
+            // A hint that need not be followed. The slot may have offered it before it had this
+            // disk, and the guest's kernel would log an error as a fault of the medium.
+            count(&self.stats.unmap_operations, 1);
+            self.answer(&ticket, OK);
         } else if bytes == 0 && kind != Kind::Flush {
             self.answer(&ticket, OK);
         } else {
@@ -355,6 +358,12 @@ impl BlockWorker {
             Kind::Discard => (&s.unmap_operations, None, &s.failed_unmap_operations),
         };
         let status = match result {
+            // The host's file system cannot: no fault of the medium, and nothing that the driver
+            // relies on.
+            Err(e) if ticket.kind == Kind::Discard && unsupported(&e) => {
+                count(done, 1);
+                OK
+            }
             Ok(()) => {
                 count(done, 1);
                 if let Some(bytes) = bytes {
@@ -362,8 +371,6 @@ impl BlockWorker {
                 }
                 OK
             }
-            // The host's file system cannot: no fault of the medium.
-            Err(e) if ticket.kind == Kind::Discard && unsupported(&e) => UNSUPP,
             Err(e) => {
                 count(failed, 1);
                 self.reporter.failed(&e, ticket.kind != Kind::Read);
