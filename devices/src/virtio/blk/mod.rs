@@ -2,7 +2,8 @@
 //!
 //! A device may be an empty slot: it is there from boot on with a capacity of 0, and a disk is put
 //! into it and taken out of it later. What the driver negotiates it negotiates once, so an empty
-//! slot offers what most disks can do, and requests that the disk cannot do are answered so.
+//! slot offers what most disks can do. A disk that does not discard ignores requests to, which
+//! changes nothing that a driver may rely on; one that is read-only answers changes with an error.
 mod report;
 mod request;
 mod spin;
