@@ -78,11 +78,19 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
 
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
+    log::info!(target: "VmConfig", "{}", what(invocation));
     let (machine, halted) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
             let built = Machine::new(config, events.report());
-            (built.map_err(|e| places.explain(survey(config, e)))?, None)
+            let machine = built.map_err(|e| places.explain(survey(config, e), config))?;
+            if !machine::kvm::has_hardware_virtualization() {
+                log::warn!(
+                    "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \
+                     a distribution's kernel may hang before its first word"
+                );
+            }
+            (machine, None)
         }
         Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
     };
@@ -120,7 +128,10 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     match halted {
         Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
         None if invocation.paused => {}
-        None => vmm.apply(lifecycle::Event::Resume)?,
+        None => {
+            vmm.apply(lifecycle::Event::Resume)?;
+            vmm.log_vcpus();
+        }
     }
     if let Some(ready) = ready {
         ready.tell().context("cannot let go of the terminal")?;
@@ -128,6 +139,17 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
     vmm.shut_down(ending);
     Ok(ExitCode::from(ending.status))
+}
+
+/// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
+fn what(invocation: &Invocation) -> String {
+    match &invocation.incoming {
+        Some(incoming) => format!("from {:?}", incoming.source),
+        None => {
+            let config = &invocation.machine;
+            format!("{} vCPUs, {} bytes of memory", config.cpus, config.memory.size)
+        }
+    }
 }
 
 fn uses_stdio(machine: &MachineConfig) -> bool {

@@ -95,12 +95,12 @@ pub(super) static TABLE: &[Flag] = &[
           clock=realtime: kvm-clock advances by the time since the save, else it goes on where it \
           stood; other flags may give new paths and taps").only(Era::New),
     flag(&["action"],
-         Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|pause|reset]\
+         Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|exit-failure|pause|reset]\
                      [,panic=shutdown|exit-failure|pause|reset]", None),
          Process, action::action,
          "what follows a guest's power-off (poweroff), reboot (the end) and panic (exit-failure): the \
           end, a halted machine (pause), or boot anew (reset); reboot=shutdown and panic=shutdown: \
-          what shutdown says").repeatable(),
+          what shutdown says; exit-failure: the end, with exit status 1").repeatable(),
     flag(&["no-shutdown"], Switch, Process, action::no_shutdown,
          "the same as -action shutdown=pause"),
     flag(&["D"], Optional("FILE"), Process, process::log,

@@ -30,6 +30,13 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
         r.warnings.push(format!("{}: used by nothing", chardev.place));
     }
+    if serial.is_none() && console.is_none() && draft.incoming.is_none() {
+        r.warnings.push(
+            "no serial port and no console: nothing shows what the guest says; -serial stdio (serial.stdio \
+             in the file) does"
+                .into(),
+        );
+    }
     if draft.kernel.is_none() && draft.incoming.is_none() {
         r.problems.add_line(
             "kernel file is required for microvm machine type, which is not provided: give -kernel \

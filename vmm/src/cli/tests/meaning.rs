@@ -176,7 +176,7 @@ fn the_serial_port_leads_anywhere() {
 
 #[test]
 fn a_second_control_socket() {
-    let i = run("-kernel k -qmp unix:/a,server,nowait \
+    let i = run("-kernel k -serial pty -qmp unix:/a,server,nowait \
                  -chardev socket,path=/b,id=m,server,nowait -mon chardev=m,id=monitor,mode=control");
     assert_eq!(i.control.iter().map(|p| p.to_str().unwrap()).collect::<Vec<_>>(), ["/a", "/b"]);
     assert!(i.warnings.is_empty());
@@ -200,7 +200,7 @@ fn rates_of_randomness() {
 
 #[test]
 fn a_character_device_for_nothing_is_a_warning() {
-    let i = run("-kernel k -api-channel unix:s -chardev pty,id=x");
+    let i = run("-kernel k -api-channel unix:s -serial pty -chardev pty,id=x");
     assert_eq!(i.warnings, ["-chardev pty,id=x: used by nothing"]);
 }
 
