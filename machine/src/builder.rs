@@ -223,6 +223,7 @@ impl Machine {
             backends: Backends::new(occupied, disk_stats),
             generation,
             seen,
+            leaves: None,
             filled: Arc::default(),
             logging: false,
             cleared: Vec::new(),
