@@ -178,9 +178,11 @@ impl Machine {
     /// # Errors
     /// As [`Machine::resume`].
     pub fn resume_after_own_pause(&mut self) -> Result<(), RunError> {
-        self.hold_disks()?;
-        self.parked = None;
-        self.run(0);
+        if !self.running {
+            self.hold_disks()?;
+            self.parked = None;
+            self.run(0);
+        }
         Ok(())
     }
 

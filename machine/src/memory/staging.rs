@@ -71,6 +71,11 @@ impl Staging {
         })
     }
 
+    /// The ranges that were copied, ascending.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        self.ranges.iter().map(|(range, _)| range.clone()).collect()
+    }
+
     /// Bytes of memory in it.
     pub fn bytes(&self) -> u64 {
         self.ranges.iter().map(|(range, _)| range.end - range.start).sum()
