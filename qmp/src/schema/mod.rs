@@ -66,6 +66,7 @@ commands! {
     "device_del"               DeviceDel              -> Empty;
     "getfd"                    Getfd                  -> Empty;
     "migrate"                  Migrate                -> Empty;
+    "migrate-set-parameters"   MigrateSetParameters   -> Empty;
     "migrate_cancel"           MigrateCancel          -> Empty;
     "netdev_add"               NetdevAdd              -> Empty;
     "netdev_del"               NetdevDel              -> Empty;
@@ -82,6 +83,7 @@ commands! {
     "query-kvm"                QueryKvm               -> KvmInfo;
     "query-machines"           QueryMachines          -> Vec<MachineInfo>;
     "query-migrate"            QueryMigrate           -> MigrationInfo;
+    "query-migrate-parameters" QueryMigrateParameters -> MigrationParameters;
     "query-name"               QueryName              -> NameInfo;
     "query-named-block-nodes"  QueryNamedBlockNodes   -> Vec<BlockDeviceInfo>;
     "query-qmp-schema"         QueryQmpSchema         -> Vec<SchemaInfo>;
