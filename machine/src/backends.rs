@@ -1,8 +1,9 @@
 //! Disks' and NICs' back-ends: opened, waiting for a slot, or in one.
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::OwnedFd,
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -60,6 +61,12 @@ pub enum PlugError {
          netdev_del"
     )]
     TooManyWait,
+    #[error(
+        "{} is the image of '{id}' in this machine already; take that away first, with device_del or \
+         blockdev-del, or have both read-only",
+        path.display()
+    )]
+    OwnImage { path: PathBuf, id: String },
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
@@ -128,6 +135,17 @@ impl Backends {
         busy.filter_map(|(disk, stats)| Some((disk.as_ref()?.id.as_str(), stats.ended())))
     }
 
+    /// Why the image at `path` cannot be opened: this machine may have it open itself.
+    fn explain(&self, error: DiskError, path: &Path) -> PlugError {
+        let waiting = self.waiting_disks.values().map(|(config, _)| config);
+        match self.disks.iter().flatten().chain(waiting).find(|own| same_file(&own.path, path)) {
+            Some(own) if matches!(error, DiskError::InUse { .. }) => {
+                PlugError::OwnImage { path: path.into(), id: own.id.clone() }
+            }
+            _ => error.into(),
+        }
+    }
+
     /// Which slot holds the disk `id`.
     fn disk_slot(&self, id: &str) -> Option<usize> {
         self.disks.iter().position(|c| c.as_ref().is_some_and(|c| c.id == id))
@@ -190,6 +208,12 @@ fn take<B, C>(
         return Err(PlugError::Occupied(slot));
     }
     Ok(waiting.remove(id))
+}
+
+/// Whether both paths lead to the same file.
+pub(crate) fn same_file(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    one == other || file(one).is_some_and(|found| Some(found) == file(other))
 }
 
 /// Open a disk's image.
@@ -322,7 +346,7 @@ impl Machine {
             return Err(PlugError::Duplicate(config.id));
         }
         room_for_one(self.backends.waiting_disks.len())?;
-        let drive = drive(&config)?;
+        let drive = drive(&config).map_err(|e| self.backends.explain(e, &config.path))?;
         self.backends.waiting_disks.insert(config.id.clone(), (config, drive));
         Ok(())
     }
@@ -517,6 +541,23 @@ impl Machine {
         let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
         self.change(slot, |block: &mut Block| block.resize(size))?.transpose()?;
         Ok(())
+    }
+
+    /// The NICs that are in slots, in order, each with the address that the guest sees.
+    ///
+    /// # Errors
+    /// When the guest resets one that does not answer.
+    pub fn nics(&self) -> Result<Vec<(NicConfig, [u8; 6])>, RunError> {
+        let mut nics = Vec::new();
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) =
+                (config, self.slots.get(self.nic_index(slot)))
+                && let Some(net) = self.locked(transport)?.device::<Net>()
+            {
+                nics.push((config.clone(), net.mac()));
+            }
+        }
+        Ok(nics)
     }
 
     /// Disks that wait for a slot.

@@ -1,5 +1,5 @@
 //! From configuration to machine.
-use std::{io, ops::Range, sync::Arc, thread};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
 
 use devices::{
     Memory,
@@ -63,6 +63,8 @@ pub enum BuildError {
     Slot(#[from] SlotError),
     #[error("disk {id}")]
     Disk { id: String, source: DiskError },
+    #[error("disk {id}: {} is the image of disk {other}, too; have both read-only, or each its own", path.display())]
+    SameImage { id: String, other: String, path: PathBuf },
     #[error("disk {id}")]
     DiskSettings { id: String, source: blk::SettingsError },
     #[error("NIC {id}")]
@@ -273,7 +275,8 @@ impl Parts {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            let block = block(slot, shape, disk, report)?;
+            let block = block(slot, shape, disk, report)
+                .map_err(|e| shared_image(e, occupied.disks.iter().take(slot).flatten()))?;
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
         }
@@ -337,6 +340,22 @@ impl Threads<'_> {
             let iothread = iothread.unwrap_or_default().to_owned();
             BuildError::NoIoThread { what, id: id.into(), iothread }
         })
+    }
+}
+
+/// Why a disk cannot be had: the image may be that of a disk `before` it.
+fn shared_image<'a>(
+    error: BuildError,
+    mut before: impl Iterator<Item = &'a DiskConfig>,
+) -> BuildError {
+    match error {
+        BuildError::Disk { id, source: DiskError::InUse { path } } => {
+            match before.find(|disk| backends::same_file(&disk.path, &path)) {
+                Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
+                None => BuildError::Disk { id, source: DiskError::InUse { path } },
+            }
+        }
+        other => other,
     }
 }
 

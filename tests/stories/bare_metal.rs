@@ -38,3 +38,5 @@ mod stage;
 mod stream;
 #[path = "bare_metal/talk.rs"]
 mod talk;
+#[path = "bare_metal/words.rs"]
+mod words;

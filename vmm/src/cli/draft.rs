@@ -129,7 +129,7 @@ pub(super) enum Serial {
 #[derive(Debug)]
 pub(super) struct Device {
     pub(super) place: Place,
-    /// Empty when missing, which is a problem of its own.
+    /// Empty when missing: a problem of its own, or one is made up.
     pub(super) id: String,
     pub(super) kind: DeviceKind,
 }
