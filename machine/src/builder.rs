@@ -225,6 +225,7 @@ impl Machine {
             backends: Backends::new(counts, occupied, disk_stats),
             generation,
             seen,
+            leaves: None,
             filled: Arc::default(),
             logging: false,
             cleared: Vec::new(),

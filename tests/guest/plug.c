@@ -1,6 +1,7 @@
 /* Tells what becomes of the slots that are filled and emptied from outside: each time the interrupt for
    a changed configuration comes it prints the slot and what is in it, for a disk the first word of
-   sector 3 and the last sector's, read by requests. "polled" looks at the registers alone. */
+   sector 3 and the last sector's, read by requests. "polled" looks at the registers alone. The same when
+   a digit (a disk's slot) or a letter (a NIC's) is typed. */
 #include "virtio.h"
 
 enum { CONFIG_CHANGED = 2 };
@@ -46,7 +47,7 @@ static u64 capacity(u32 slot)
 
 static void begin(u32 slot)
 {
-    if (!negotiate(slot, F_VERSION_1 | 1 << 5 | 1 << 16))
+    if (!negotiate(slot, EVERY))
         say("WRONG no features in slot", slot);
     place(slot, 0, &queues[slot]);
     if (slot >= disks)
@@ -121,6 +122,13 @@ void guest(const char *word)
     }
     print("ready\n");
     for (;;) {
+        if (in8(SERIAL + 5) & 1) {
+            u32 key = (u32)take();
+            if (key - '0' < disks)
+                show(key - '0');
+            if (key - 'a' < slots - disks)
+                show(disks + key - 'a');
+        }
         for (u32 slot = 0; slot < slots; slot++) {
             if (polled) {
                 u64 now = capacity(slot);

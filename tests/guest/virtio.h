@@ -3,7 +3,10 @@
 #pragma once
 #include "guest.h"
 
+/* Of a queue, in descriptors; the build may say otherwise for a guest. */
+#ifndef SIZE
 #define SIZE 16
+#endif
 #define NEXT 1
 #define WRITE 2
 #define INDIRECT 4
@@ -17,6 +20,8 @@
 #define F_INDIRECT (1ull << 28)
 #define F_EVENT_IDX (1ull << 29)
 #define F_VERSION_1 (1ull << 32)
+/* All that the device offers, as a full driver takes them. */
+#define EVERY (~0ull)
 
 enum {
     DEVICE_ID = 0x08,
@@ -105,8 +110,12 @@ bool drive(u32 slot, u64 features, struct queue *queue);
 void describe(struct queue *queue, u16 number, const volatile void *address, u32 length, u16 flags,
               u16 next);
 
-/* Makes the chain that begins with descriptor `head` available and tells the device. */
+/* Makes the chain that begins with descriptor `head` available, asks for an interrupt when it is used,
+   and tells the device. */
 void offer(u32 slot, u32 index, struct queue *queue, u16 head);
+
+/* The same, but asks for no interrupt: `used_event` stays as it is. */
+void submit(u32 slot, u32 index, struct queue *queue, u16 head);
 
 enum outcome { USED, GAVE_UP, SILENT };
 

@@ -14,7 +14,7 @@ use crate::stage::{Stage, descriptors, quits, simple};
 use crate::talk::Ncat;
 
 /// An image of so many sectors, each beginning with `mark` and its own number.
-fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf> {
+pub fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf> {
     let sector = |number: u64| (mark << 32 | number).to_le_bytes().into_iter().chain([0; 504]);
     let contents: Vec<u8> = (0..sectors).flat_map(sector).collect();
     let path = stage.file(name);
@@ -23,7 +23,7 @@ fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf>
 }
 
 /// What the guest prints when it finds that image in that slot.
-fn found(slot: usize, mark: u64, sectors: u64) -> String {
+pub fn found(slot: usize, mark: u64, sectors: u64) -> String {
     let word = |number: u64| mark << 32 | number;
     let last = sectors - 1;
     format!(
@@ -34,7 +34,7 @@ fn found(slot: usize, mark: u64, sectors: u64) -> String {
 }
 
 /// What it prints when the slot is empty: there is no sector 3 any more.
-fn empty(slot: usize) -> String {
+pub fn empty(slot: usize) -> String {
     format!("disk {slot:x} has 0 sectors sector 3 has status 1\n")
 }
 
@@ -64,7 +64,7 @@ fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
     Ok(())
 }
 
-fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
+pub fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
     ensure!(qmp.execute_raw("device_del", json!({ "id": id }))? == json!({}));
     let data = qmp.wait_event("DEVICE_DELETED", SOON)?.data;
     ensure!(data == json!({ "device": id, "path": id }), "{data}");
