@@ -14,9 +14,9 @@ use machine::{
     config::{CharBackend, MachineConfig},
     survey,
 };
-use qmp::server::{BindError, Server};
 use vmm::{
     announce::Schedule,
+    bare,
     checkpoint::{self, job::Checkpointer},
     cli::{self, Action, Invocation, Log},
     daemon::{self, Ready, Side},
@@ -76,6 +76,10 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
+    if invocation.no_machine {
+        bare::run(&invocation.control, ready)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     log::info!(target: "VmConfig", "{}", what(invocation));
@@ -100,15 +104,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     // Only now: whoever can connect gets an answer.
-    let control = &invocation.control;
-    let servers = control
-        .iter()
-        .enumerate()
-        .map(|(i, path)| {
-            let server = Server::bind(path, events.registry(), EventLoop::server_token(i))?;
-            Ok(server.one_of(control.len()))
-        })
-        .collect::<Result<Vec<_>, BindError>>()?;
+    let servers = bare::servers(&invocation.control, events.registry(), EventLoop::server_token)?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
