@@ -3,7 +3,10 @@
 #pragma once
 #include "guest.h"
 
+/* Descriptors of a queue. */
+#ifndef SIZE
 #define SIZE 16
+#endif
 #define NEXT 1
 #define WRITE 2
 #define INDIRECT 4
