@@ -15,8 +15,8 @@ const GUESTS: [&str; 12] = [
     "type",
     "net",
     "fill",
-    "clock",
     "flood",
+    "clock",
 ];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];
 
@@ -53,7 +53,7 @@ fn main() -> Result<(), String> {
         let mut command = Command::new(&compiler);
         command.current_dir("guest").args(FLAGS).args(["-T", "link.ld"]).args(SHARED);
         if guest == "flood" {
-            // What a disk takes by default, and Linux uses.
+            // As many requests as a disk takes by default.
             command.arg("-DSIZE=256");
         }
         command.arg(format!("{guest}.c")).arg("-o").arg(out.join(format!("{guest}.elf")));

@@ -176,7 +176,7 @@ fn flooded(name: &str, aio: &str) -> Result<()> {
         vm = vm.args(&["-drive", &drive, "-device", &device]);
     }
     let (mut monitor, mut qmp) = stage.start(vm)?;
-    monitor.wait_for("flooding\n", SOON)?;
+    monitor.wait_for("floods!\n", SOON)?;
     let mut other = Client::connect(&stage.socket(), SOON)?;
     let mut seen = 0;
     for time in 0..10 {

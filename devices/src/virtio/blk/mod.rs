@@ -32,7 +32,10 @@ use self::{
     report::Reporter,
     worker::{BlockWorker, Medium, Parts, SERIAL},
 };
-use super::{ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
+use super::{
+    ActivateError, Activation, CANNOT_OFFER, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1,
+    VirtioDevice,
+};
 use crate::{
     Device,
     backend::disk::{Disk, DiskError, SECTOR},
@@ -267,6 +270,11 @@ fn offered(settings: &Settings, disk: Option<&Disk>) -> u64 {
     features
 }
 
+/// What a slot of these settings may offer, whatever disk it has when the guest starts.
+fn known(settings: &Settings) -> u64 {
+    offered(settings, None) | 1 << VIRTIO_BLK_F_RO
+}
+
 impl Device for Block {
     fn id(&self) -> &str {
         &self.id
@@ -306,6 +314,14 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn offer(&mut self, features: u64) -> Result<(), StateError> {
+        if features & !known(&self.settings) != 0 {
+            return Err(StateError::Invalid(CANNOT_OFFER));
+        }
+        self.features = features;
+        Ok(())
     }
 
     fn queue_sizes(&self) -> &[u16] {
