@@ -79,6 +79,7 @@ pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error>
         queue_size: limits::DEFAULT_QUEUE_SIZE,
         iothread: None,
         backend: None,
+        probe: command.driver.is_none(),
     };
     vmm.machine.add_disk_backend(config).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
