@@ -226,13 +226,14 @@ impl Vmm {
         }
     }
 
-    /// Give the save up and wait until its files are gone.
-    pub(crate) fn abandon_save(&mut self) {
+    /// Give the save up and wait until its files are gone, for at most `patience`.
+    pub(crate) fn abandon_save(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         if self.saving.status == MigrationStatus::Active
             && let Some(job) = &mut self.saving.job
         {
             job.give_up();
-            while let Some(step) = job.wait(Duration::from_secs(5)) {
+            while let Some(step) = job.wait(deadline.saturating_duration_since(Instant::now())) {
                 if matches!(step, Step::Done(_)) {
                     break;
                 }

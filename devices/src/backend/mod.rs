@@ -3,3 +3,5 @@ pub mod char;
 pub mod disk;
 pub mod inherited;
 pub mod net;
+pub mod release;
+pub mod writer;

@@ -171,6 +171,20 @@ impl Disk {
         self.bytes.load(Ordering::Acquire)
     }
 
+    /// Refuse requests beyond `bytes` from here on, before [`Disk::resize`] cuts the image off there.
+    ///
+    /// # Errors
+    /// [`DiskError::ReadOnly`].
+    pub fn begin_resize(&self, bytes: u64) -> Result<(), DiskError> {
+        if self.readonly {
+            return Err(DiskError::ReadOnly { path: self.path.clone() });
+        }
+        if !self.device {
+            self.bytes.fetch_min(bytes - bytes % u64::from(self.logical), Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
     /// Make the image `bytes` long; a block device is only looked at again. It is the image that is
     /// open, whatever has its name now. Returns the size that the guest is to see.
     ///
@@ -183,7 +197,10 @@ impl Disk {
         }
         if !self.device {
             let failed = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
-            self.file.set_len(bytes).map_err(failed)?;
+            if let Err(e) = self.file.set_len(bytes).map_err(failed) {
+                self.measure()?;
+                return Err(e);
+            }
         }
         self.measure()
     }

@@ -1,0 +1,100 @@
+//! Something is held until the story is over: a file system whose server does not answer. Everybody but
+//! who asked for it gets answers meanwhile.
+use anyhow::{Result, ensure};
+use qmp::client::Client;
+use serde_json::{Value, json};
+use stories::held::{Held, Op};
+use stories::monitor::SOON;
+
+use crate::plug::refused;
+use crate::stage::{Stage, cont, quits, simple, status, stop};
+
+const MIB: usize = 1 << 20;
+
+fn add(node: &str, path: &std::path::Path) -> Value {
+    json!({ "node-name": node, "file": { "driver": "file", "filename": path }, "cache": { "direct": false } })
+}
+
+/// Sends a command and does not wait for its answer.
+fn send(qmp: &mut Client, command: &str, arguments: &Value) -> Result<()> {
+    Ok(qmp.send_line(&json!({ "execute": command, "arguments": arguments }).to_string())?)
+}
+
+/// The next line that is no event.
+fn answer(qmp: &mut Client) -> Result<Value> {
+    loop {
+        let line: Value = serde_json::from_str(&qmp.read_line(SOON)?)?;
+        if line.get("event").is_none() {
+            return Ok(line);
+        }
+    }
+}
+
+#[test]
+fn an_image_whose_opening_hangs_holds_nobody_but_who_asked_for_it() -> Result<()> {
+    let stage = Stage::new("held_open")?;
+    let held = Held::mount(&stage.file("held"), &[("disk", &[7; MIB])])?;
+    let sound = stage.file("sound");
+    std::fs::write(&sound, vec![0; MIB])?;
+    let (mut monitor, mut other) = stage.start(stage.vm("hello", "")?)?;
+    let mut client = Client::connect(&stage.socket(), SOON)?;
+
+    for op in [Op::LOOKUP, Op::GETATTR, Op::OPEN, Op::STATFS] {
+        held.hold(op);
+        send(&mut client, "blockdev-add", &add("late", &held.file("disk")))?;
+        send(&mut client, "query-named-block-nodes", &json!({}))?;
+        held.wait_held(op)?;
+        stop(&mut other)?;
+        ensure!(status(&mut other)? == "paused");
+        cont(&mut other)?;
+        let disks = other.execute_raw("query-block", json!({}))?;
+        ensure!(disks == json!([]), "{disks}");
+        let hangs = format!("opening {} has not finished", held.file("disk").display());
+        refused(&mut other, "blockdev-add", add("sound", &sound), &hangs)?;
+        refused(&mut other, "blockdev-add", add("late", &sound), "'late' is busy: opening")?;
+        held.release()?;
+        // In order: the one that was sent second finds what the first one has done.
+        ensure!(answer(&mut client)? == json!({ "return": {} }), "{op:?}");
+        let nodes = answer(&mut client)?;
+        ensure!(nodes.pointer("/return/0/node-name") == Some(&json!("late")), "{nodes}");
+        other.execute_raw("blockdev-del", json!({ "node-name": "late" }))?;
+    }
+    other.execute_raw("blockdev-add", add("sound", &sound))?;
+    quits(&stage, &mut monitor, &mut other)
+}
+
+#[test]
+fn an_image_whose_resizing_and_closing_hang_holds_nobody() -> Result<()> {
+    let stage = Stage::new("held_resize")?;
+    let held = Held::mount(&stage.file("held"), &[("disk", &[7; MIB])])?;
+    let (mut monitor, mut other) = stage.start(stage.vm("hello", "")?)?;
+    let mut client = Client::connect(&stage.socket(), SOON)?;
+    let disk = json!({ "id": "disk", "driver": "virtio-blk-mmio", "addr": "0x1" });
+    other.execute_raw("blockdev-add", add("disk", &held.file("disk")))?;
+    other.execute_raw("device_add", disk)?;
+
+    held.hold(Op::SETATTR);
+    let resize = json!({ "device": "disk", "size": 2 * MIB });
+    send(&mut client, "block_resize", &resize)?;
+    held.wait_held(Op::SETATTR)?;
+    let disks = other.execute_raw("query-block", json!({}))?;
+    ensure!(disks.pointer("/0/inserted/image/virtual-size") == Some(&json!(MIB)), "{disks}");
+    refused(&mut other, "device_del", json!({ "id": "disk" }), "'disk' is busy: resizing")?;
+    let save = json!({ "uri": format!("file:{}", stage.file("saved").display()) });
+    refused(&mut other, "migrate", save, "is under way")?;
+    simple(&mut other, "system_reset")?;
+    held.release()?;
+    ensure!(answer(&mut client)? == json!({ "return": {} }));
+    ensure!(held.contents("disk").len() == 2 * MIB);
+    let disks = other.execute_raw("query-block", json!({}))?;
+    ensure!(disks.pointer("/0/inserted/image/virtual-size") == Some(&json!(2 * MIB)), "{disks}");
+
+    // For the guest it is gone at once, whatever its file does.
+    held.hold(Op::FLUSH);
+    other.execute_raw("device_del", json!({ "id": "disk" }))?;
+    ensure!(other.wait_event("DEVICE_DELETED", SOON)?.data["device"] == json!("disk"));
+    held.wait_held(Op::FLUSH)?;
+    ensure!(other.execute_raw("query-block", json!({}))? == json!([]));
+    held.release()?;
+    quits(&stage, &mut monitor, &mut other)
+}
