@@ -123,12 +123,28 @@ impl Held {
         Ok(())
     }
 
+    /// Releases all when dropped: before the monitor is waited for, which may wait for what is held.
+    #[must_use]
+    pub fn until_dropped(&self) -> Guard<'_> {
+        Guard(self)
+    }
+
     /// What is in file `name`.
     #[must_use]
     pub fn contents(&self, name: &str) -> Vec<u8> {
         let state = self.shared.state();
         let file = state.files.values().find(|(known, _)| known == name);
         file.map(|(_, data)| data.clone()).unwrap_or_default()
+    }
+}
+
+/// See [`Held::until_dropped`].
+pub struct Guard<'a>(&'a Held);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        // An error: nothing is held.
+        let _ = self.0.release();
     }
 }
 

@@ -2,19 +2,21 @@
 //! It may cost the guest its disk, but nobody else anything.
 use std::fs;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
+use rustix::fs::{FlockOperation, fcntl_lock};
 use serde_json::json;
 use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
+use stories::held::until;
 use stories::monitor::SOON;
 
 use crate::counters::{all_is_well, counting};
 use crate::plug::refused;
-use crate::stage::{Stage, cont, status, stop};
+use crate::stage::{Stage, cont, exists, status, stop};
 
 const SAYS: &str = "disk vda has requests that the host has not finished";
 
@@ -151,4 +153,53 @@ fn storage_that_is_slow_is_waited_for() -> Result<()> {
     thaw.join().map_err(|_| anyhow::anyhow!("the thread has panicked"))??;
     cont(&mut qmp)?;
     all_is_well(&stage, monitor, qmp)
+}
+
+/// A lock as other monitors would want it; `false` while another process has it.
+fn can_be_locked(disk: &Path) -> bool {
+    let file = fs::File::options().write(true).open(disk);
+    file.is_ok_and(|file| fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_ok())
+}
+
+#[test]
+fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() -> Result<()> {
+    let mut stage = Stage::new("unended")?;
+    let disk = with_a_file_system(&mut stage)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let sound = stage.file("sound.img");
+    fs::write(&sound, vec![0; 1 << 20])?;
+    stage.prepare("-n", "ip tuntap add mode tap name tap0 vnet_hdr\nip link set tap0 up")?;
+    let pidfile = stage.file("pid").display().to_string();
+    let vm = stage.vm("blk", "busy")?.add(
+        "drive",
+        json!({ "drive_id": "vda", "path_on_host": disk, "read_only": false, "direct": false }),
+    );
+    let vm = vm.disk("vdb", &sound, false).nic("eth0", "tap0", "52:54:00:00:00:01");
+    let (mut monitor, mut qmp, _) = counting(&stage, vm.args(&["-pidfile", &pidfile]), 1)?;
+    let network = fs::File::open(format!("/proc/{}/ns/net", monitor.pid()))?;
+    let network = format!("--net=/proc/{}/fd/{}", std::process::id(), network.as_raw_fd());
+    let tap =
+        || output(Command::new("nsenter").args([&network, "ip", "-o", "link", "show", "tap0"]));
+    let attached = || tap().is_ok_and(|link| !link.contains("NO-CARRIER"));
+    until("the tap is attached", attached)?;
+    ensure!(!can_be_locked(&sound), "nobody holds the other disk");
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    until_it_hangs(&mut qmp)?;
+    output(Command::new("kill").arg(monitor.pid().to_string()))?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-signal" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    until("all but what hangs is let go of", || {
+        can_be_locked(&sound)
+            && !attached()
+            && !exists(&stage.socket())
+            && !exists(&stage.file("pid"))
+    })?;
+    // What is left of it is the thread that waits.
+    let tasks = || fs::read_dir(format!("/proc/{}/task", monitor.pid())).map_or(0, Iterator::count);
+    until("the other threads end", || tasks() == 2)?;
+    frozen.thaw()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
 }
