@@ -22,6 +22,11 @@ const SAYS: &str = "disk vda has requests that the host has not finished";
 
 /// A file system that only the monitor's own mount namespace has, so that it goes when the monitor does.
 fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
+    with_a_file_system_and(stage, "-m", "")
+}
+
+/// The same, with what `commands` make in further namespaces.
+fn with_a_file_system_and(stage: &mut Stage, namespaces: &str, more: &str) -> Result<PathBuf> {
     let (image, place) = (stage.file("slow.img"), stage.file("slow"));
     let lock = stage.paths.lock()?;
     let debian = Debian::get(&stage.paths)?;
@@ -30,7 +35,8 @@ fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
     fs::create_dir(&place)?;
     let disk = place.join("disk");
     let (image, place, file) = (image.display(), place.display(), disk.display());
-    stage.prepare("-m", &format!("mount -o loop {image} {place}\ntruncate -s 1M {file}"))?;
+    let commands = format!("mount -o loop {image} {place}\ntruncate -s 1M {file}\n{more}");
+    stage.prepare(namespaces, &commands)?;
     Ok(disk)
 }
 
@@ -164,11 +170,11 @@ fn can_be_locked(disk: &Path) -> bool {
 #[test]
 fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() -> Result<()> {
     let mut stage = Stage::new("unended")?;
-    let disk = with_a_file_system(&mut stage)?;
+    let tap = "ip tuntap add mode tap name tap0 vnet_hdr\nip link set tap0 up";
+    let disk = with_a_file_system_and(&mut stage, "-m -n", tap)?;
     let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
     let sound = stage.file("sound.img");
     fs::write(&sound, vec![0; 1 << 20])?;
-    stage.prepare("-n", "ip tuntap add mode tap name tap0 vnet_hdr\nip link set tap0 up")?;
     let pidfile = stage.file("pid").display().to_string();
     let vm = stage.vm("blk", "busy")?.add(
         "drive",
