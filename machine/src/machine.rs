@@ -28,12 +28,13 @@ use crate::{
     io_thread::{self, Holding},
     kvm::{
         self, KvmError, Vm,
+        features::Leaf,
         vcpu::{Buses, KvmCpu},
     },
     layout,
     legacy::Legacy,
     memory::{self, image},
-    slots::{DISKS, Slots},
+    slots::Slots,
     vcpu::{Gone, Handle},
 };
 
@@ -68,6 +69,8 @@ pub struct Machine {
     pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,
+    /// CPUID as it is saved, once it is known.
+    pub(crate) leaves: Option<Vec<Leaf>>,
     /// Ranges of the memory's image that are not zero although nobody may have touched them.
     pub(crate) filled: Arc<[Range<u64>]>,
     /// It is noted which pages are written.
@@ -208,11 +211,30 @@ impl Machine {
             self.vm.set_clock(parked.clock, parked.advance)?;
             ticks = kvm::host_tsc().saturating_sub(parked.tsc);
         }
+        self.run(ticks);
+        Ok(())
+    }
+
+    /// Let it run again after a pause that only the monitor wanted, of some milliseconds. The guest's
+    /// clocks have gone on meanwhile, as they do when the host takes a CPU away: held back again and
+    /// again, they would fall behind the world's.
+    ///
+    /// # Errors
+    /// As [`Machine::resume`].
+    pub fn resume_after_own_pause(&mut self) -> Result<(), RunError> {
+        if !self.running {
+            self.hold_disks()?;
+            self.parked = None;
+            self.run(0);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, ticks: u64) {
         self.each_device(|d| d.resume());
         self.io_threads.iter().for_each(|(_, thread)| thread.go());
         self.vcpus.iter().for_each(|v| v.resume(ticks));
         self.running = true;
-        Ok(())
     }
 
     /// Stop it: every vCPU has left KVM, then every device worker is quiet and has nothing in
@@ -385,7 +407,7 @@ impl Machine {
     }
 
     fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
-        let transports = (0..DISKS).filter_map(|slot| self.slots.get(slot));
+        let transports = (0..self.config.slots.disks()).filter_map(|slot| self.slots.get(slot));
         for (transport, _) in transports {
             if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
                 act(disk)?;

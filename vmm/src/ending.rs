@@ -75,7 +75,7 @@ impl Vmm {
     pub fn shut_down(mut self, ending: Ending, end: &End, pidfile: Option<PidFile>) {
         let deadline = Instant::now() + bounds::SIGNAL - SPARE;
         if !self.is_stuck() {
-            self.abandon_save(bounds::COMMAND);
+            self.abandon_save();
             if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
                 log::error!("ended with the guest running: {e}");
             }

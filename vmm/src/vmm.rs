@@ -170,7 +170,10 @@ impl Vmm {
 
     /// How long until something is due that nothing else reports.
     pub(crate) fn until_due(&self) -> Option<std::time::Duration> {
-        [self.until_announcement(), self.files.until_overdue()].into_iter().flatten().min()
+        [self.until_announcement(), self.until_save(), self.files.until_overdue()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Something that the machine could not decide by itself.

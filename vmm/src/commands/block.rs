@@ -103,7 +103,9 @@ pub fn blockdev_add(
             why
         })
     };
-    vmm.with_files(Job::new(what, || OpenDisk::open(config), add).about(&id), ticket);
+    let own = vmm.machine.own_images();
+    let open = move || OpenDisk::open(config, &own);
+    vmm.with_files(Job::new(what, open, add).about(&id), ticket);
     Ok(None)
 }
 
@@ -162,7 +164,14 @@ pub fn query_block(
     _: QueryBlock,
     ticket: &Ticket,
 ) -> Result<Option<Vec<BlockInfo>>, Error> {
-    let info = |disk: PluggedDisk, used: &Used| BlockInfo {
+    let paths = disks(vmm)?.into_iter().map(|disk| disk.config.path);
+    with_used_space(vmm, paths.collect(), |vmm, used| block_info(vmm, &used), ticket);
+    Ok(None)
+}
+
+/// `used`: what is known of the space that the images take up.
+pub(super) fn block_info(vmm: &Vmm, used: &Used) -> Result<Vec<BlockInfo>, Error> {
+    let info = |disk: PluggedDisk| BlockInfo {
         device: disk.config.id.clone(),
         qdev: Some(disk.config.id.clone()),
         r#type: "unknown".into(),
@@ -171,12 +180,7 @@ pub fn query_block(
         io_status: Some(BlockDeviceIoStatus::Ok),
         inserted: Some(device_info(disk.config, disk.size, used)),
     };
-    let tell = move |vmm: &mut Vmm, used: Used| {
-        Ok(disks(vmm)?.into_iter().map(|disk| info(disk, &used)).collect::<Vec<_>>())
-    };
-    let paths = disks(vmm)?.into_iter().map(|disk| disk.config.path);
-    with_used_space(vmm, paths.collect(), tell, ticket);
-    Ok(None)
+    Ok(disks(vmm)?.into_iter().map(info).collect())
 }
 
 pub fn query_named_block_nodes(
@@ -202,7 +206,7 @@ fn disks(vmm: &Vmm) -> Result<Vec<PluggedDisk>, Error> {
 }
 
 /// Bytes that the images of these paths take up on the host.
-type Used = BTreeMap<PathBuf, u64>;
+pub(super) type Used = BTreeMap<PathBuf, u64>;
 
 /// Have `tell` answer `ticket`, with what the file system says of `paths`: without, where it does not
 /// answer soon.
