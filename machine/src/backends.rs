@@ -128,11 +128,11 @@ impl Backends {
         Occupancy { disks: self.disks.clone(), nics: self.nics.clone() }
     }
 
-    /// Disks with requests in flight, and how many each has finished so far.
-    pub fn busy_disks(&self) -> impl Iterator<Item = (&str, u64)> {
+    /// Disks with requests in flight.
+    pub fn busy_disks(&self) -> impl Iterator<Item = &str> {
         let each = self.disks.iter().zip(&self.stats);
         let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
-        busy.filter_map(|(disk, stats)| Some((disk.as_ref()?.id.as_str(), stats.ended())))
+        busy.filter_map(|(disk, _)| Some(disk.as_ref()?.id.as_str()))
     }
 
     /// Images of disks with requests in flight.

@@ -476,9 +476,10 @@ fn host_errors_reach_the_hook_and_the_guest() {
     r.guest.start(USUAL);
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
     assert_eq!(r.read(0, 512).0, IOERR);
-    assert_eq!(r.read(0, 512).0, IOERR);
     let eof = (String::from("disk"), io::ErrorKind::UnexpectedEof, false);
-    assert_eq!(*heard.lock(), [eof.clone(), eof]);
+    assert_eq!(*heard.lock(), [eof]);
+    assert_eq!(r.read(0, 512).0, IOERR);
+    assert_eq!(r.stat(|s| &s.failed_rd_operations), 2, "all are counted");
 }
 
 #[test]
@@ -501,6 +502,33 @@ fn a_limit_holds_requests_back_and_lets_them_all_through_in_the_end() {
         for head in sent {
             assert_eq!(r.guest.completion(0), (head, 513));
         }
+    }
+}
+
+#[test]
+fn a_limit_on_bytes_counts_ranges() {
+    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+    for (kind, discards, limited) in [
+        (zeroes, true, true),
+        (zeroes, false, true),
+        (discard, true, true),
+        (discard, false, false),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let options = OpenOptions { discard: discards, ..rw() };
+        let disk = Disk::open(&image(&dir, MIB), &options).unwrap();
+        // The first range takes an hour's worth of bytes.
+        let drive = Drive { bytes_per_second: Some(MIB / 3600), ..disk.into() };
+        let block = Block::new("disk", Settings::default(), Some(drive)).unwrap();
+        let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
+        r.guest.start(USUAL);
+        assert_eq!(r.range(kind, 0, 2048, 0), OK);
+        let header = r.guest.bytes(&header(VIRTIO_BLK_T_IN, 0));
+        let (data, status) = (r.guest.room(512), r.guest.bytes(&[0xff]));
+        r.guest.request(0, &[(header, 16, false), (data, 512, true), (status, 1, true)]);
+        r.guest.thread.settle();
+        let held_back = r.guest.peek(status, 1) == [0xff];
+        assert_eq!(held_back, limited, "{kind}, discard {discards}");
     }
 }
 
