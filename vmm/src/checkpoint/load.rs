@@ -1,7 +1,8 @@
 //! Loading from a directory. Everything that can be checked is checked before anything is made.
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, BufReader, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -10,6 +11,7 @@ use machine::{
     config::{MachineConfig, limits},
     memory::MemoryError,
 };
+use rustix::fs::OFlags;
 
 use super::{
     MEMORY, NEW_MEMORY, STATE,
@@ -132,12 +134,24 @@ pub fn check(directory: &Path) -> Result<(), LoadError> {
 /// # Errors
 /// When it is none.
 pub fn read(path: &Path) -> Result<(Content, u32), LoadError> {
-    let file = File::open(path).map_err(|source| LoadError::Open { path: path.into(), source })?;
+    let file = open(path)?;
     let mut summed = Summed(file, crc32fast::Hasher::new());
     let content = content::read(BufReader::new(&mut summed))
         .map_err(|source| LoadError::State { path: path.into(), source })?;
     // The reader has seen its end.
     Ok((content, summed.1.finalize()))
+}
+
+/// The regular file `path`. Anything else that has got there, such as a FIFO, would make its reader
+/// wait.
+fn open(path: &Path) -> Result<File, LoadError> {
+    let failed = |source| LoadError::Open { path: path.into(), source };
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    match file.metadata().map_err(failed)?.is_file() {
+        true => Ok(file),
+        false => Err(failed(io::Error::other("it is no regular file"))),
+    }
 }
 
 /// Adds up what is read.
@@ -155,8 +169,7 @@ impl Read for Summed {
 fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), LoadError> {
     let try_one = |name: &str| {
         let path = directory.join(name);
-        let file =
-            File::open(&path).map_err(|source| LoadError::Open { path: path.clone(), source })?;
+        let file = open(&path)?;
         match image::belongs(&file, config.id, config.machine.memory.size) {
             Ok(()) => Ok((path, file)),
             Err(source) => Err(LoadError::Image { path, source }),
