@@ -24,7 +24,10 @@ use crate::{
     Machine,
     backends::{self, Backends},
     boot::{self, BootError},
-    config::{Aio, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Occupancy, RngConfig},
+    config::{
+        Aio, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Occupancy, RngConfig,
+        slots::{SlotCounts, SlotsError, Wanted},
+    },
     event::{Event, Report, Told},
     generation::GenerationId,
     io_thread,
@@ -36,7 +39,7 @@ use crate::{
     machine::{RunError, load_kernel},
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
-    slots::{DISKS, NICS, SlotError, Slots},
+    slots::{SlotError, Slots},
     survey::Made,
     vcpu::Handle,
 };
@@ -72,10 +75,8 @@ pub enum BuildError {
     Rng { id: String, source: RngError },
     #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
     NoIoThread { what: &'static str, id: String, iothread: String },
-    #[error("{count} disks; a machine has at most {DISKS}")]
-    TooManyDisks { count: usize },
-    #[error("{count} NICs; a machine has at most {NICS}")]
-    TooManyNics { count: usize },
+    #[error(transparent)]
+    Slots(#[from] SlotsError),
     #[error(transparent)]
     ApicIds(#[from] cpuid::ApicIds),
     #[error("cannot start a thread")]
@@ -146,14 +147,8 @@ impl Machine {
         begin: Begin,
         report: Report,
     ) -> Result<Self, BuildError> {
-        let disks = config.disks.len().max(occupied.disks.len());
-        if disks > DISKS {
-            return Err(BuildError::TooManyDisks { count: disks });
-        }
-        let nics = config.nics.len().max(occupied.nics.len());
-        if nics > NICS {
-            return Err(BuildError::TooManyNics { count: nics });
-        }
+        let wanted = Wanted::of(config, occupied);
+        let counts = SlotCounts::try_from(wanted)?;
         let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
         let kvm = kvm::open()?;
@@ -173,8 +168,7 @@ impl Machine {
                 }
             }
         };
-        let extra = usize::from(config.console.is_some()) + usize::from(config.rng.is_some());
-        let window = Slots::window(DISKS + NICS + extra).map_err(BuildError::Window)?;
+        let window = Slots::window(counts.total() + wanted.others()).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
@@ -220,7 +214,7 @@ impl Machine {
             parked: None,
             running: false,
             chardevs,
-            backends: Backends::new(occupied, disk_stats),
+            backends: Backends::new(counts, occupied, disk_stats),
             generation,
             seen,
             leaves: None,
@@ -275,7 +269,7 @@ impl Parts {
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
             slots.add(&mut mmio, device, thread).map_err(BuildError::Slot)
         };
-        for slot in 0..DISKS {
+        for slot in 0..config.slots.disks() {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
@@ -283,7 +277,7 @@ impl Parts {
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
         }
-        for slot in 0..NICS {
+        for slot in 0..config.slots.nics() {
             let shape = config.nics.get(slot);
             let nic = occupied.nics.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;

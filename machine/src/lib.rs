@@ -26,6 +26,5 @@ pub use machine::{Machine, RunError};
 pub use quiesced::{
     CpuModel, DeviceState, Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError,
 };
-pub use slots::{DISKS, NICS};
 pub use survey::{Part, survey};
 pub use vcpu::Stopped;

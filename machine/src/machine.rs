@@ -30,7 +30,7 @@ use crate::{
     layout,
     legacy::Legacy,
     memory::{self, image},
-    slots::{DISKS, Slots},
+    slots::Slots,
     vcpu::{Gone, Handle},
 };
 
@@ -363,7 +363,7 @@ impl Machine {
     }
 
     fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
-        let transports = (0..DISKS).filter_map(|slot| self.slots.get(slot));
+        let transports = (0..self.config.slots.disks()).filter_map(|slot| self.slots.get(slot));
         for (transport, _) in transports {
             if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
                 act(disk)?;

@@ -19,7 +19,6 @@ use crate::{
     },
     machine::Parked,
     memory::{image, staging::Staging},
-    slots::DISKS,
     vcpu::Gone,
 };
 
@@ -155,7 +154,7 @@ impl Machine {
             let mut transport = self.slots.get(slot)?.0.lock();
             Some(transport.device::<Block>()?.capacity())
         };
-        (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
+        (0..self.config.slots.disks()).map(|slot| capacity(slot).unwrap_or(0)).collect()
     }
 
     /// Its memory.

@@ -23,6 +23,8 @@ pub(super) struct Draft {
     pub(super) mem_share: Option<bool>,
     pub(super) dump_guest_core: Option<bool>,
     pub(super) omit_vm_memory: bool,
+    pub(super) disk_slots: Option<(Place, usize)>,
+    pub(super) nic_slots: Option<(Place, usize)>,
 
     pub(super) kernel: Option<PathBuf>,
     pub(super) initrd: Option<PathBuf>,

@@ -32,8 +32,16 @@ pub(super) fn uuid(draft: &mut Draft, f: &mut Fields) {
     draft.uuid = f.text("", value::uuid);
 }
 
+/// `disk-slots` and `nic-slots`, which the flag and the file call the same.
+fn slots(draft: &mut Draft, f: &mut Fields) {
+    let mut number = |key| f.number(key, 0..=limits::VIRTIO_SLOTS).map(|n| (f.place().key(key), n));
+    draft.disk_slots = number("disk-slots").or(draft.disk_slots.take());
+    draft.nic_slots = number("nic-slots").or(draft.nic_slots.take());
+}
+
 pub(super) fn machine(draft: &mut Draft, f: &mut Fields) {
     let _ = f.choice("type", MACHINES);
+    slots(draft, f);
     let _ = f.choice("accel", ACCELERATORS);
     draft.dump_guest_core = f.boolean("dump-guest-core").or(draft.dump_guest_core);
     draft.mem_share = f.boolean("mem-share").or(draft.mem_share);
@@ -175,6 +183,7 @@ pub(super) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     }
     draft.mem_share = draft.mem_share.or(documented);
     draft.dump_guest_core = f.boolean("dump_guest_core");
+    slots(draft, f);
     if f.boolean("omit_vm_memory") == Some(true) {
         if draft.dump_guest_core == Some(true) {
             f.problem("omit_vm_memory", "dump_guest_core says the opposite; give one of them");

@@ -31,7 +31,11 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
 
 use super::{Disk, sys};
-use crate::{Memory, log_limit::log_seldom, virtio::chain::Segment};
+use crate::{
+    Memory,
+    log_limit::log_seldom,
+    virtio::chain::{self, Segment},
+};
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
@@ -64,13 +68,15 @@ pub enum Op {
     WriteZeroes { len: u64, unmap: bool, durable: bool },
 }
 
-/// What became of a request.
-#[derive(Debug)]
-pub enum Outcome {
-    /// It has ended.
-    Done(io::Result<()>),
-    /// [`Engine::finished`] will return it.
-    Pending,
+impl Op {
+    /// How many bytes it is about.
+    pub fn bytes(self, segments: &[Segment]) -> u64 {
+        match self {
+            Self::Read | Self::Write { .. } => chain::total(segments),
+            Self::Flush => 0,
+            Self::Discard { len } | Self::WriteZeroes { len, .. } => len,
+        }
+    }
 }
 
 /// One request's progress. The lists are kept for the next request.
@@ -218,8 +224,14 @@ impl<T> Engine<T> {
 
     /// Carry out a request, at `offset` bytes. Only if [`Engine::has_room`]. The caller has
     /// checked the range against the disk's size. Pending requests are on their way after
-    /// [`Engine::submit`].
-    pub fn start(&mut self, op: Op, offset: u64, segments: &[Segment], tag: T) -> Outcome {
+    /// [`Engine::submit`]. `None`: [`Engine::finished`] will return it.
+    pub fn start(
+        &mut self,
+        op: Op,
+        offset: u64,
+        segments: &[Segment],
+        tag: T,
+    ) -> Option<(T, io::Result<()>)> {
         let mut transfer = mem::take(&mut self.scratch);
         let now = match transfer.prepare(op, offset, segments, &self.memory) {
             Ok(()) => self.try_now(&mut transfer),
@@ -229,11 +241,11 @@ impl<T> Engine<T> {
             Some(result) => {
                 self.landed(&transfer);
                 self.scratch = transfer;
-                Outcome::Done(result)
+                Some((tag, result))
             }
             None => {
                 self.launch(transfer, tag);
-                Outcome::Pending
+                None
             }
         }
     }
@@ -501,14 +513,11 @@ impl<T> Engine<T> {
 
 impl<T> Drop for Engine<T> {
     fn drop(&mut self) {
-        while self.in_flight > 0 {
-            while self.finished().is_some() {}
-            if self.in_flight > 0 && !self.wait(None) {
-                // Rather lose the memory than let the kernel write to what is somebody else's.
-                log_seldom!(error, "{}: requests never ended", self.disk.path.display());
-                mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
-                return;
-            }
+        // Its owner has waited.
+        if self.in_flight > 0 {
+            // Rather lose the memory than let the kernel write to what is somebody else's.
+            log_seldom!(error, "{}: requests never ended", self.disk.path.display());
+            mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
         }
     }
 }

@@ -1,4 +1,5 @@
 mod hostile;
+mod observed;
 
 use std::{
     fs,
@@ -266,6 +267,44 @@ fn discards_and_zeroes() {
         assert!(image[32 * 512..40 * 512].iter().all(|b| *b == 0));
         assert!(image[16 * 512..32 * 512].iter().any(|b| *b != 0));
         assert_eq!(r.stat(|s| &s.unmap_operations), 1);
+    }
+}
+
+#[test]
+fn what_a_slot_offered_when_it_was_empty_does_not_harm_any_disk() {
+    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+    for way in every_way() {
+        for (readonly, discards) in [(false, true), (false, false), (true, false)] {
+            let dir = TempDir::new().unwrap();
+            let path = image(&dir, 4 * MIB);
+            let block = Block::new("slot", Settings::default(), None).unwrap();
+            let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
+            let offered = r.guest.offered();
+            for feature in [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES] {
+                assert_ne!(offered & 1 << feature, 0);
+            }
+            r.guest.start(offered);
+            let disk = Disk::open(&path, &OpenOptions { readonly, discard: discards, ..way });
+            let disk = disk.unwrap();
+            r.guest.transport.update(|b: &mut Block| b.plug(disk.into())).unwrap().unwrap();
+            let (before, full) = (r.image(), allocated(&path));
+
+            let expected = if readonly { IOERR } else { OK };
+            assert_eq!(r.range(discard, 2048, 2048, 0), expected, "{way:?}");
+            if !discards {
+                assert!(r.image() == before && allocated(&path) == full, "{way:?}: ignored");
+            }
+            assert_eq!(r.stat(|s| &s.unmap_operations), u64::from(!readonly));
+            assert_eq!(r.stat(|s| &s.failed_unmap_operations), 0);
+            for flags in [0, 1] {
+                assert_eq!(r.range(zeroes, 4096, 2048, flags), expected);
+            }
+            let zeroed = r.image()[2 << 20..3 << 20].iter().all(|b| *b == 0);
+            assert_eq!(zeroed, !readonly);
+            if !discards {
+                assert_eq!(allocated(&path), full, "{way:?}: space is kept");
+            }
+        }
     }
 }
 

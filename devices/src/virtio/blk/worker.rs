@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     Memory,
-    backend::disk::{Disk, Engine, Op, Outcome, SECTOR},
+    backend::disk::{Disk, Op, Outcome, SECTOR, Storage},
     log_limit::log_seldom,
     rate_limit::RateLimiter,
     virtio::{
@@ -55,6 +55,8 @@ pub(super) struct Lane {
     notify: vmm_sys_util::eventfd::EventFd,
     /// The ring says nonsense. Left alone until the driver resets the device.
     broken: bool,
+    /// Its next request has to wait until the disk's observers allow it.
+    held: bool,
     /// Buffers were used since the last decision on an interrupt.
     unsignalled: bool,
 }
@@ -62,7 +64,7 @@ pub(super) struct Lane {
 impl From<ActiveQueue> for Lane {
     fn from(q: ActiveQueue) -> Self {
         let ActiveQueue { index, queue, notify } = q;
-        Self { index, queue, notify, broken: false, unsignalled: false }
+        Self { index, queue, notify, broken: false, held: false, unsignalled: false }
     }
 }
 
@@ -95,6 +97,14 @@ enum Round {
     Blocked,
 }
 
+/// What may wake the worker besides the driver.
+enum Source {
+    Limiter,
+    Completion,
+    /// An observer of the disk lets go of what it has held.
+    Wake,
+}
+
 /// Where a disk comes from and what the driver may ask of it.
 pub(super) struct Medium {
     /// What reports call it.
@@ -115,7 +125,7 @@ pub(super) struct BlockWorker {
     pub writeback: Arc<AtomicBool>,
     pub stats: Arc<BlockStats>,
     pub reporter: Reporter,
-    engine: Option<Engine<Ticket>>,
+    storage: Option<Storage<Ticket>>,
     serial: [u8; SERIAL],
     limiter: Option<RateLimiter>,
     throttled: bool,
@@ -150,7 +160,7 @@ impl BlockWorker {
             writeback,
             stats,
             reporter,
-            engine: None,
+            storage: None,
             serial: [0; SERIAL],
             limiter: None,
             throttled: false,
@@ -168,8 +178,9 @@ impl BlockWorker {
         let Medium { name, disk, serial, limiter } = medium;
         self.reporter.rename(name);
         let depth = self.lanes.iter().map(|l| usize::from(l.queue.size())).sum();
-        self.engine = disk.map(|disk| Engine::new(disk, self.memory.clone(), depth));
+        self.storage = disk.map(|disk| Storage::new(disk, self.memory.clone(), depth));
         (self.serial, self.limiter, self.throttled) = (serial, limiter, false);
+        self.lanes.iter_mut().for_each(|lane| lane.held = false);
     }
 
     /// Work on queue `index` until it is empty, or the turn is over.
@@ -177,15 +188,15 @@ impl BlockWorker {
         let begin = Instant::now();
         loop {
             let round = self.round(index);
-            if let Some(engine) = &mut self.engine {
-                engine.submit();
+            if let Some(storage) = &mut self.storage {
+                storage.submit();
             }
             self.signal();
             let Some(lane) = self.lanes.get_mut(index) else { return };
             match round {
                 Round::Blocked => return,
                 Round::Drained => {
-                    let idle = self.engine.as_ref().is_none_or(|e| e.in_flight() == 0);
+                    let idle = self.storage.as_ref().is_none_or(|s| s.in_flight() == 0);
                     let more = idle
                         && self.spin.wait(|| chain::pending(&lane.queue, &self.memory) != Some(0))
                         || lane.queue.enable_notification(&self.memory).unwrap_or(false);
@@ -206,13 +217,13 @@ impl BlockWorker {
     /// Take chains of queue `index` for one batch.
     fn round(&mut self, index: usize) -> Round {
         let Some(lane) = self.lanes.get_mut(index) else { return Round::Blocked };
-        if lane.broken || self.throttled {
+        if lane.broken || lane.held || self.throttled {
             return Round::Blocked;
         }
         let _ = lane.queue.disable_notification(&self.memory);
         let mut moved = 0;
         for _ in 0..lane.queue.size() {
-            if self.engine.as_ref().is_some_and(|e| !e.has_room()) {
+            if self.storage.as_ref().is_some_and(|s| !s.has_room()) {
                 self.full = true;
                 return Round::Blocked;
             }
@@ -221,11 +232,9 @@ impl BlockWorker {
                 Ok(false) => return Round::Drained,
                 Ok(true) => {
                     let Some(bytes) = self.handle(index) else {
-                        // Over the limit: it stays in the ring until the limiter's timer fires.
                         if let Some(lane) = self.lanes.get_mut(index) {
                             lane.queue.go_to_previous_position();
                         }
-                        self.throttled = true;
                         return Round::Blocked;
                     };
                     moved += bytes;
@@ -247,7 +256,7 @@ impl BlockWorker {
     }
 
     /// Start the request in `self.chain`; how many bytes this thread has moved for it. `None` when
-    /// it is over the limit.
+    /// it has to stay in the ring for now: something will continue with it.
     fn handle(&mut self, lane: usize) -> Option<u64> {
         let head = self.chain.head();
         let Some(status) = request::status(&self.chain) else {
@@ -259,6 +268,7 @@ impl BlockWorker {
         if let Some(limiter) = &mut self.limiter
             && !limiter.take(1, len)
         {
+            self.throttled = true;
             return None;
         }
         let answer = |kind, bytes| Ticket { lane, head, status, kind, bytes };
@@ -292,11 +302,11 @@ impl BlockWorker {
             }
         };
         let ticket = answer(kind, bytes);
-        let Some(engine) = &mut self.engine else {
+        let Some(storage) = &mut self.storage else {
             self.answer(&ticket, IOERR);
             return Some(0);
         };
-        let disk = engine.disk();
+        let disk = storage.disk();
         let end = sector.checked_mul(SECTOR).and_then(|at| at.checked_add(bytes));
         let refused = match op {
             Op::Read | Op::Flush => false,
@@ -308,15 +318,31 @@ impl BlockWorker {
                 .invalid(&self.stats, &"request beyond the disk, or a write to a readonly one");
             self.answer(&ticket, IOERR);
         } else if kind == Kind::Discard && !disk.discard() {
-            self.answer(&ticket, UNSUPP);
+            // A hint that need not be followed. The slot may have offered it before it had this
+            // disk, and the guest's kernel would log an error as a fault of the medium.
+            count(&self.stats.unmap_operations, 1);
+            self.answer(&ticket, OK);
         } else if bytes == 0 && kind != Kind::Flush {
             self.answer(&ticket, OK);
         } else {
             count(&self.stats.in_flight, 1);
             let at = sector.wrapping_mul(SECTOR);
-            if let Outcome::Done(result) = engine.start(op, at, &self.data, ticket) {
-                self.finish(&ticket, result);
-                return Some(len);
+            match storage.start(op, at, &self.data, ticket) {
+                Outcome::Done(result) => {
+                    self.finish(&ticket, result);
+                    return Some(len);
+                }
+                Outcome::Pending => {}
+                Outcome::Held => {
+                    count(&self.stats.in_flight, u64::MAX);
+                    if let Some(limiter) = &mut self.limiter {
+                        limiter.give_back(1, len);
+                    }
+                    if let Some(lane) = self.lanes.get_mut(lane) {
+                        lane.held = true;
+                    }
+                    return None;
+                }
             }
         }
         Some(0)
@@ -332,6 +358,12 @@ impl BlockWorker {
             Kind::Discard => (&s.unmap_operations, None, &s.failed_unmap_operations),
         };
         let status = match result {
+            // The host's file system cannot: no fault of the medium, and nothing that the driver
+            // relies on.
+            Err(e) if ticket.kind == Kind::Discard && unsupported(&e) => {
+                count(done, 1);
+                OK
+            }
             Ok(()) => {
                 count(done, 1);
                 if let Some(bytes) = bytes {
@@ -339,8 +371,6 @@ impl BlockWorker {
                 }
                 OK
             }
-            // The host's file system cannot: no fault of the medium.
-            Err(e) if ticket.kind == Kind::Discard && unsupported(&e) => UNSUPP,
             Err(e) => {
                 count(failed, 1);
                 self.reporter.failed(&e, ticket.kind != Kind::Read);
@@ -393,12 +423,22 @@ impl BlockWorker {
         }
     }
 
-    /// Return what the engine has finished.
+    /// Return what the disk has finished.
     fn complete(&mut self) {
-        while let Some((ticket, result)) = self.engine.as_mut().and_then(Engine::finished) {
+        while let Some((ticket, result)) = self.storage.as_mut().and_then(Storage::finished) {
             self.finish(&ticket, result);
         }
         self.signal();
+    }
+
+    /// What it waits for besides notifications.
+    fn other_sources(&self) -> impl Iterator<Item = (Source, RawFd)> {
+        let limiter = self.limiter.as_ref().map(|l| (Source::Limiter, l.fd()));
+        let storage = self.storage.as_ref();
+        let completion = storage.and_then(Storage::completion_source);
+        let completion = completion.map(|fd| (Source::Completion, fd));
+        let wake = storage.map(|s| (Source::Wake, s.wake_source()));
+        limiter.into_iter().chain(completion).chain(wake)
     }
 
     fn work_on_all(&mut self) {
@@ -411,9 +451,7 @@ impl BlockWorker {
 impl Worker for BlockWorker {
     fn sources(&self) -> Vec<RawFd> {
         let notify = self.lanes.iter().map(|l| l.notify.as_raw_fd());
-        let limiter = self.limiter.as_ref().map(RateLimiter::fd);
-        let ring = self.engine.as_ref().and_then(Engine::source);
-        notify.chain(limiter).chain(ring).collect()
+        notify.chain(self.other_sources().map(|(_, fd)| fd)).collect()
     }
 
     fn ready(&mut self, index: usize) {
@@ -423,29 +461,43 @@ impl Worker for BlockWorker {
             }
             return self.work(index);
         }
-        match &mut self.limiter {
-            Some(limiter) if index == self.lanes.len() => {
-                limiter.replenish();
+        let source = self.other_sources().nth(index - self.lanes.len()).map(|(source, _)| source);
+        match source {
+            Some(Source::Limiter) => {
+                if let Some(limiter) = &mut self.limiter {
+                    limiter.replenish();
+                }
                 self.throttled = false;
                 self.work_on_all();
             }
-            _ => {
+            Some(Source::Completion) => {
                 self.complete();
                 if std::mem::take(&mut self.full) {
                     self.work_on_all();
                 }
             }
+            Some(Source::Wake) => {
+                if let Some(storage) = &self.storage {
+                    storage.woken();
+                }
+                for index in 0..self.lanes.len() {
+                    if self.lanes.get_mut(index).is_some_and(|l| std::mem::take(&mut l.held)) {
+                        self.work(index);
+                    }
+                }
+            }
+            None => {}
         }
     }
 
     fn quiesce(&mut self, patience: Option<Duration>) -> bool {
         loop {
             self.complete();
-            let Some(engine) = self.engine.as_mut().filter(|e| e.in_flight() > 0) else {
+            let Some(storage) = self.storage.as_mut().filter(|s| s.in_flight() > 0) else {
                 return true;
             };
-            if !engine.wait(patience) {
-                let path = engine.disk().path().display();
+            if !storage.wait(patience) {
+                let path = storage.disk().path().display();
                 log_seldom!(error, "{path}: the host does not finish requests");
                 return patience.is_none();
             }

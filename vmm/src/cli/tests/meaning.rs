@@ -249,3 +249,34 @@ fn the_guest_agent_s_console_stands_beside_the_serial_port() {
     assert_eq!(m.console.unwrap().id, "org.qemu.guest_agent.0");
     assert!(m.serial.is_some());
 }
+
+#[test]
+fn slots_are_as_many_as_devices_or_as_are_asked_for() {
+    let slots = |line: &str| {
+        let slots = machine(line).slots;
+        (slots.disks(), slots.nics())
+    };
+    assert_eq!(slots(""), (4, 2), "as many as StratoVirt has");
+    let five = "-drive id=a,file=a -drive id=b,file=b -drive id=c,file=c -drive id=d,file=d \
+                -drive id=e,file=e";
+    assert_eq!(slots(five), (5, 2));
+    assert_eq!(slots(&format!("{five} -machine microvm,disk-slots=8,nic-slots=0")), (8, 0));
+    assert_eq!(slots("-machine disk-slots=0,nic-slots=0"), (0, 0));
+    let text = r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"disk-slots":8,"nic-slots":1}}"#;
+    let told = file(text, "-api-channel unix:s -machine disk-slots=9").unwrap().machine.slots;
+    assert_eq!((told.disks(), told.nics()), (9, 1), "the command line replaces the file's value");
+
+    assert_eq!(
+        problem(&format!("{five} -machine disk-slots=4")),
+        "-machine disk-slots=4: disk-slots: 4 slots for disks are fewer than the disks that are configured \
+         (5)"
+    );
+    let rng = "-rng random_file=/dev/urandom -chardev id=c,path=/c";
+    assert_eq!(
+        problem(&format!("{rng} -machine disk-slots=17,nic-slots=0")),
+        "-machine disk-slots=17,nic-slots=0: disk-slots: 19 virtio devices and slots, at most 18 are allowed: 17 for disks (0 \
+         configured), 0 for NICs (0 configured), 1 for the console, 1 for the rng; -machine \
+         disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"
+    );
+    assert!(problem("-machine nic-slots=19").contains("nic-slots: '19'"));
+}
