@@ -20,7 +20,7 @@ pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use builder::{BuildError, Saved};
 pub use devices::{
     Memory, PowerEvent,
-    backend::{inherited, release, writer},
+    backend::{file::open_regular, inherited, release, writer},
 };
 pub use event::{Event, Report, Told};
 pub use generation::GenerationId;

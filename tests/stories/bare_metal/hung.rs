@@ -4,6 +4,8 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
@@ -16,7 +18,8 @@ use stories::monitor::SOON;
 
 use crate::counters::{all_is_well, counting};
 use crate::plug::refused;
-use crate::stage::{Stage, cont, exists, status, stop};
+use crate::snapshot::refusal;
+use crate::stage::{Stage, cont, exists, quits, simple, status, stop};
 
 const SAYS: &str = "disk vda has requests that the host has not finished";
 
@@ -207,5 +210,109 @@ fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() ->
     until("the other threads end", || tasks() == 2)?;
     frozen.thaw()?;
     ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+/// A save whose target hangs: others are answered, the guest stops and runs, the next save is told what
+/// it would wait for, and the monitor ends.
+#[test]
+fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_end() -> Result<()> {
+    let mut stage = Stage::new("hung_save")?;
+    let disk = with_a_file_system(&mut stage)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let hanging = format!("{place}/saved");
+    let save = |uri: String, resume: bool| -> Result<_> {
+        let mut client = Client::connect(&stage.socket(), SOON)?;
+        let arguments = json!({ "uri": uri, "resume": resume });
+        Ok(thread::spawn(move || {
+            client.execute_raw("migrate", arguments).err().map(|e| e.to_string())
+        }))
+    };
+    let told = |caller: JoinHandle<Option<String>>| {
+        caller.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))
+    };
+    let is = |qmp: &mut Client, status: &str| -> Result<bool> {
+        let info = qmp.execute_raw("query-migrate", json!({}))?;
+        Ok(info.get("status") == Some(&json!(status)))
+    };
+
+    for resume in [true, false] {
+        let frozen = Frozen::new(monitor.pid(), &place)?;
+        let caller = save(format!("file:{hanging}"), resume)?;
+        let deadline = Instant::now() + SOON;
+        while !is(&mut qmp, "active")? {
+            ensure!(Instant::now() < deadline, "it does not begin");
+        }
+        // All this while it hangs.
+        ensure!(status(&mut qmp)? == "running");
+        stop(&mut qmp)?;
+        ensure!(status(&mut qmp)? == "paused");
+        cont(&mut qmp)?;
+        simple(&mut qmp, "migrate_cancel")?;
+        ensure!(is(&mut qmp, "cancelling")?);
+        ensure!(status(&mut qmp)? == "running");
+        let other = format!("file:{}", stage.file("other").display());
+        let said = told(save(other.clone(), resume)?)?.context("a second save got through")?;
+        ensure!(said.contains(&hanging) && said.contains("cancelled and hangs"), "{said}");
+        ensure!(is(&mut qmp, "cancelling")? && !caller.is_finished());
+        // One that has the patience is made when the storage answers.
+        let waiting = save(other, true)?;
+        frozen.thaw()?;
+        let said = told(caller)?.context("it was saved although it was cancelled")?;
+        ensure!(said.contains("cancelled"), "{said}");
+        if let Some(said) = told(waiting)? {
+            ensure!(said.contains("cancelled and hangs"), "{said}");
+        }
+    }
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    let _caller = save(format!("file:{hanging}"), true)?;
+    let deadline = Instant::now() + SOON;
+    while !is(&mut qmp, "active")? {
+        ensure!(Instant::now() < deadline, "it does not begin");
+    }
+    qmp.take_events();
+    ensure!(qmp.execute_raw("quit", json!({}))? == json!({}));
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-qmp-quit" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    // The kernel keeps a process until its calls have ended.
+    frozen.thaw()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+/// What is no directory, and what has got into the place of a saved state, is looked at and not waited
+/// for.
+#[test]
+fn a_fifo_in_the_place_of_a_save_is_refused_by_name() -> Result<()> {
+    let stage = Stage::new("fifo_save")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let fifo = |path: &Path| output(Command::new("mkfifo").arg(path)).map(drop);
+    let pipe = stage.file("pipe");
+    fifo(&pipe)?;
+    let uri = |path: &Path| format!("file:{}", path.display());
+    for resume in [true, false] {
+        let arguments = json!({ "uri": uri(&pipe), "resume": resume });
+        refused(&mut qmp, "migrate", arguments, "cannot save into")?;
+        ensure!(status(&mut qmp)? == "running");
+    }
+    // A base whose files have become FIFOs since, and an older save of the same kind.
+    let base = stage.file("base");
+    qmp.execute_raw("migrate", json!({ "uri": uri(&base), "resume": true, "track": true }))?;
+    for name in ["state", "memory"] {
+        fs::remove_file(base.join(name))?;
+        fifo(&base.join(name))?;
+    }
+    let more = json!({ "uri": uri(&stage.file("more")), "resume": true, "incremental": true });
+    refused(&mut qmp, "migrate", more, "not a regular file")?;
+    ensure!(status(&mut qmp)? == "running");
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = refusal(&stage, &base, &[])?;
+    ensure!(said.contains("base/state") && said.contains("not a regular file"), "{said}");
     Ok(())
 }
