@@ -213,6 +213,20 @@ impl Disk {
         self.bytes.load(Ordering::Acquire)
     }
 
+    /// Refuse requests beyond `bytes` from here on, before [`Disk::resize`] cuts the image off there.
+    ///
+    /// # Errors
+    /// [`DiskError::ReadOnly`].
+    pub fn begin_resize(&self, bytes: u64) -> Result<(), DiskError> {
+        if self.readonly {
+            return Err(DiskError::ReadOnly { path: self.path.clone() });
+        }
+        if !self.device {
+            self.bytes.fetch_min(bytes - bytes % u64::from(self.logical), Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
     /// From now on, `observer` is asked before each change and told after it. It learns nothing of
     /// those that are under way, so this is best done while the guest is stopped.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
@@ -245,7 +259,10 @@ impl Disk {
             let permit = self.resize_permit(bytes)?;
             let result = self.file.set_len(bytes);
             permit.after(&result);
-            result.map_err(failed)?;
+            if let Err(e) = result.map_err(failed) {
+                self.measure()?;
+                return Err(e);
+            }
         }
         self.measure()
     }
