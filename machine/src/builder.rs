@@ -4,7 +4,7 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
 use devices::{
     Memory,
     backend::{
-        char::{Char, CharError},
+        char::{Char, CharError, CharSink},
         disk::DiskError,
         net::tap::TapError,
     },
@@ -35,7 +35,7 @@ use crate::{
         self, KvmError, Vm, cpuid, entry, features, state,
         vcpu::{Buses, KvmCpu},
     },
-    legacy::{self, Legacy, LegacyError},
+    legacy::{self, Legacy, LegacyError, Outside},
     machine::{RunError, load_kernel},
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
@@ -189,7 +189,7 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let Parts { legacy, slots, buses, chardevs, disk_stats, boot } = parts?;
+        let Parts { legacy, slots, buses, chardevs, outputs, disk_stats, boot } = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -222,6 +222,7 @@ impl Machine {
             parked: None,
             running: false,
             chardevs,
+            outputs,
             backends: Backends::new(counts, occupied, disk_stats),
             generation,
             seen,
@@ -240,6 +241,7 @@ struct Parts {
     slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
+    outputs: Vec<CharSink>,
     disk_stats: Vec<Arc<blk::BlockStats>>,
     boot: Option<boot::Entry>,
 }
@@ -267,11 +269,14 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let (mut chardevs, mut disk_stats) = (Vec::new(), Vec::new());
+        let (mut chardevs, mut outputs, mut disk_stats) = (Vec::new(), Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
         let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, report)?;
-        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
+        if let Some(Outside { name, sink }) = serial {
+            chardevs.push(("serial0".to_owned(), name));
+            outputs.push(sink);
+        }
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
@@ -295,6 +300,7 @@ impl Parts {
         if let Some(console) = &config.console {
             let char = open_console(console, report)?;
             chardevs.push((console.id.clone(), char.name.clone()));
+            outputs.push(char.sink.clone());
             let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
             add(Box::new(Console::new(console.id.clone(), char)), thread)?;
         }
@@ -306,7 +312,7 @@ impl Parts {
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;
-        Ok(Self { legacy, slots, buses, chardevs, disk_stats, boot })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, disk_stats, boot })
     }
 }
 

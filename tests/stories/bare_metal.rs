@@ -14,6 +14,8 @@ mod exact;
 mod generation;
 #[path = "bare_metal/halts.rs"]
 mod halts;
+#[path = "bare_metal/held.rs"]
+mod held;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]

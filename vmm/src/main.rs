@@ -16,12 +16,15 @@ use machine::{
 };
 use vmm::{
     announce::Schedule,
-    bare,
+    bare, bounds,
     checkpoint::{self, job::Checkpointer},
     cli::{self, Action, Invocation, Log},
     daemon::{self, Ready, Side},
+    ending::End,
     event_loop::EventLoop,
-    file_signals, last_words, lifecycle, logging,
+    file_signals,
+    files::Files,
+    lifecycle, logging,
     pidfile::PidFile,
     seccomp,
     spawner::{self, Spawner},
@@ -50,7 +53,9 @@ fn main() -> ExitCode {
         }
         Err(problems) => return fails(problems),
     };
-    match run(&invocation, ready) {
+    let ended = run(&invocation, ready);
+    logging::finish(bounds::COMMAND);
+    match ended {
         Ok(code) => code,
         Err(error) => match error.downcast_ref::<cli::Problems>() {
             Some(problems) => fails(problems),
@@ -72,9 +77,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     };
     let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
     logging::start(file).with_context(log)?;
-    last_words::prepare(file).with_context(log)?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
+    let pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     if invocation.no_machine {
         bare::run(&invocation.control, ready)?;
@@ -107,6 +111,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let servers = bare::servers(&invocation.control, events.registry(), EventLoop::server_token)?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
+    let end = End::spawn().context("cannot start a thread for the end")?;
+    let files = Files::spawn(events.notify()).context("cannot start a thread for files")?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
@@ -117,7 +123,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     if !invocation.disable_seccomp {
         seccomp::confine(invocation.spawn)?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, spawner);
+    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }
@@ -133,7 +139,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         ready.tell().context("cannot let go of the terminal")?;
     }
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
-    vmm.shut_down(ending);
+    vmm.shut_down(ending, &end, pidfile);
     Ok(ExitCode::from(ending.status))
 }
 

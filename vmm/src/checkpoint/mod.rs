@@ -38,7 +38,7 @@ pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
 pub use receive::{ReceiveError, Received, receive};
 pub use save::{Directory, SaveError, Saved, Sink};
-pub use send::{Peer, Stream};
+pub use send::{Cancel, Peer, Stream, To};
 pub use stream::StreamError;
 
 use std::path::PathBuf;

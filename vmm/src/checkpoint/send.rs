@@ -9,6 +9,7 @@ use std::{
     io::{self, BufWriter, Write},
     ops::Range,
     os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -24,7 +25,10 @@ use rustix::{
     event::{EventfdFlags, PollFlags, eventfd},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
-    net::{Shutdown, shutdown},
+    net::{
+        AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+        socket_with,
+    },
 };
 
 /// Most bytes of memory in one frame.
@@ -45,6 +49,15 @@ pub struct Peer {
 pub struct Cancel(Arc<OwnedFd>);
 
 impl Cancel {
+    /// One that has not been used.
+    ///
+    /// # Errors
+    /// When the host has no descriptor to give.
+    pub fn new() -> io::Result<Self> {
+        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self(Arc::new(fd)))
+    }
+
     /// Do so. Never waits.
     pub fn cancel(&self) {
         // It cannot be full: nobody writes to it twice so often.
@@ -52,33 +65,36 @@ impl Cancel {
     }
 }
 
+/// Which process a stream goes to, and how it is reached.
+pub enum To {
+    /// One that listens at this socket.
+    Socket(PathBuf),
+    /// The one at the other end of this.
+    Fd(OwnedFd),
+    /// A command of [`crate::spawner`], which says how it has ended.
+    Command(OwnedFd),
+}
+
 impl Peer {
-    /// Write to `fd`.
+    /// Reach the other side. Looking a socket up may take as long as its file system likes.
     ///
     /// # Errors
-    /// When it cannot be set up.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Self::make(fd, false)
-    }
-
-    /// Write to a command of [`crate::spawner`], and wait for its end.
-    ///
-    /// # Errors
-    /// When it cannot be set up.
-    pub fn command(fd: OwnedFd) -> io::Result<Self> {
-        Self::make(fd, true)
-    }
-
-    fn make(fd: OwnedFd, command: bool) -> io::Result<Self> {
-        let flags = fcntl_getfl(&fd)?;
-        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-        let cancel = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { fd, flags, cancel: Cancel(Arc::new(cancel)), command })
-    }
-
-    /// What makes it stop waiting.
-    pub fn cancel(&self) -> Cancel {
-        self.cancel.clone()
+    /// When there is none.
+    pub fn reach(to: To, cancel: Cancel) -> Result<Self, SaveError> {
+        let command = matches!(to, To::Command(_));
+        let fd = match to {
+            To::Fd(fd) | To::Command(fd) => fd,
+            To::Socket(path) => {
+                connected(&path).map_err(|source| SaveError::Connect { path, source })?
+            }
+        };
+        let set_up = || {
+            let flags = fcntl_getfl(&fd)?;
+            fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+            Ok(flags)
+        };
+        let flags = set_up().map_err(SaveError::Stream)?;
+        Ok(Self { fd, flags, cancel, command })
     }
 
     /// There is nothing more to write.
@@ -128,6 +144,14 @@ impl Drop for Peer {
     fn drop(&mut self) {
         let _ = fcntl_setfl(&self.fd, self.flags);
     }
+}
+
+/// A connection to the socket at `path`. Does not wait for a listener with many others in line.
+fn connected(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
 }
 
 /// A save into a stream.

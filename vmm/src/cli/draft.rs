@@ -66,6 +66,8 @@ pub(super) struct Drive {
     pub(super) direct: bool,
     pub(super) aio: Aio,
     pub(super) discard: bool,
+    /// Its format is not said.
+    pub(super) probe: bool,
     pub(super) iops: Option<u64>,
     pub(super) bps: Option<u64>,
     pub(super) front: BlkFront,

@@ -1,13 +1,11 @@
 //! A stream and its reader: what goes in comes out, and nothing else does.
-use std::{
-    io::Read, os::fd::OwnedFd, os::unix::net::UnixStream, sync::Arc, thread, time::Duration,
-};
+use std::{io::Read, os::unix::net::UnixStream, sync::Arc, thread, time::Duration};
 
 use machine::memory::image as ram;
 
 use super::{super::tests::*, *};
 use crate::checkpoint::{
-    Peer, SaveError, Sink, Stream,
+    Cancel, Peer, SaveError, Sink, Stream, To,
     content::{self, Config},
     image::Progress,
     job::{Checkpointer, First, Job, Order, Step},
@@ -36,7 +34,7 @@ fn sent() -> Vec<u8> {
     });
     let memory = memory(1);
     let progress = Progress::default();
-    let peer = Peer::new(OwnedFd::from(near)).unwrap();
+    let peer = Peer::reach(To::Fd(near.into()), Cancel::new().unwrap()).unwrap();
     let mut to = Box::new(Stream::begin(peer, memory.clone(), &config(5), &progress).unwrap());
     to.copy(&Source::Guest(&ram::used(&memory, &[]).unwrap()), &progress).unwrap();
     ram::write(&memory, 5 * MIB, &[0; 4096]).unwrap();
@@ -294,8 +292,9 @@ fn save_to(near: UnixStream) -> Job {
     let (memory, config) = (memory(1), config(5));
     // More than a socket takes.
     ram::write(&memory, 2 * MIB, &vec![9; 8 << 20]).unwrap();
-    let peer = Peer::new(OwnedFd::from(near)).unwrap();
-    let cancel = Some(peer.cancel());
+    let cancel = Cancel::new().unwrap();
+    let peer = Peer::reach(To::Fd(near.into()), cancel.clone()).unwrap();
+    let cancel = Some(cancel);
     let sent = memory.clone();
     let open = move |progress: &Progress| {
         let stream = Stream::begin(peer, sent, &config, progress)?;
