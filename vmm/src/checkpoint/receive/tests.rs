@@ -1,7 +1,7 @@
 //! A stream and its reader: what goes in comes out, and nothing else does.
 use std::{io::Read, os::unix::net::UnixStream, sync::Arc, thread, time::Duration};
 
-use machine::memory::image as ram;
+use machine::memory::{allocate, image as ram};
 
 use super::{super::tests::*, *};
 use crate::checkpoint::{
@@ -16,7 +16,8 @@ use crate::checkpoint::{
 const WAIT: Duration = Duration::from_secs(60);
 
 fn read(bytes: &[u8]) -> Result<Received, String> {
-    receive(bytes, |_| Ok(())).map_err(|e| why(&e))
+    let allocate = |config: &Config| Ok(allocate(&config.machine.memory).unwrap());
+    receive(bytes, |_| Ok(()), allocate, &Progress::default()).map_err(|e| why(&e))
 }
 
 fn refusal(bytes: &[u8]) -> String {
