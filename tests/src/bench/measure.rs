@@ -274,10 +274,13 @@ impl<'a> Turn<'a> {
     }
 
     fn save_live(&self) -> Result<()> {
+        if !self.found.monitor.way.is_live() {
+            return Ok(());
+        }
         let (_run, mut connection, _) = self.talking(MIB)?;
         let saved = self.rig.dir.join("saved");
         let pause = snapshots::save_live(self.found, &mut connection, Target::Directory(&saved))?;
-        pause.map_or(Ok(()), |pause| self.time(Metric::LivePause, pause))
+        self.time(Metric::LivePause, pause)
     }
 
     fn save(&self) -> Result<()> {
