@@ -38,9 +38,16 @@ impl Bucket {
     }
 
     fn charge(&mut self, now: Nanos, amount: u64) {
+        self.paid_at = self.paid_at.max(now).saturating_add(self.cost(amount));
+    }
+
+    fn give_back(&mut self, amount: u64) {
+        self.paid_at = self.paid_at.saturating_sub(self.cost(amount));
+    }
+
+    fn cost(&self, amount: u64) -> Nanos {
         let cost = u128::from(amount) * SECOND / u128::from(self.per_second);
-        let cost = u64::try_from(cost).unwrap_or(u64::MAX);
-        self.paid_at = self.paid_at.max(now).saturating_add(cost);
+        u64::try_from(cost).unwrap_or(u64::MAX)
     }
 }
 
@@ -69,6 +76,15 @@ impl RateLimiter {
     /// [`RateLimiter::fd`] becomes readable at the time to ask again.
     pub fn take(&mut self, ops: u64, bytes: u64) -> bool {
         self.take_at(self.now(), ops, bytes)
+    }
+
+    /// What was just taken has not been used after all.
+    pub fn give_back(&mut self, ops: u64, bytes: u64) {
+        for (bucket, amount) in [(&mut self.ops, ops), (&mut self.bytes, bytes)] {
+            if let Some(bucket) = bucket {
+                bucket.give_back(amount);
+            }
+        }
     }
 
     /// Readable when a refused request may be tried again.
@@ -185,6 +201,18 @@ mod tests {
         assert!(l.take_at(0, 1, 10_000));
         assert!(!l.take_at(9000 * MS, 1, 1));
         assert!(l.take_at(10_000 * MS, 1, 1));
+    }
+
+    #[test]
+    fn what_is_given_back_is_as_if_it_had_not_been_taken() {
+        let mut l = limiter(Some(1000), Some(1 << 20));
+        let n = (0..10_000).filter(|_| l.take_at(0, 1, 4096)).count();
+        assert!(n < 200, "{n}");
+        let mut l = limiter(Some(1000), Some(1 << 20));
+        for i in 0..10_000 {
+            assert!(l.take_at(0, 1, 4096), "{i}");
+            l.give_back(1, 4096);
+        }
     }
 
     #[test]

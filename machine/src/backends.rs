@@ -1,8 +1,9 @@
 //! Disks' and NICs' back-ends: opened, waiting for a slot, or in one.
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::OwnedFd,
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -21,12 +22,15 @@ use devices::{
 
 use crate::{
     Machine, RunError,
-    config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate},
-    slots::{DISKS, NICS},
+    config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate, slots::SlotCounts},
 };
 
-/// Most back-ends of a kind that wait for a device; there are eight slots.
+/// Most back-ends of a kind that wait for a device.
 const MAX_WAITING: usize = 16;
+
+/// The kinds of slots, in StratoVirt's words.
+const BLOCK: &str = "block";
+const NET: &str = "net";
 
 /// Why a back-end or device could not be added or removed.
 #[derive(Debug, thiserror::Error)]
@@ -44,13 +48,25 @@ pub enum PlugError {
     Occupied(usize),
     #[error("A maximum of {max} {what} replaceable devices are supported: addr is 0 to {}", max - 1)]
     NoSlot { what: &'static str, max: usize },
-    #[error("All {max} {what} slots are occupied; take a device out first, with device_del")]
+    #[error(
+        "All {max} {what} slots are occupied; take a device out first, with device_del, or start the \
+         machine with more: -machine {}=N",
+        key(what)
+    )]
     Full { what: &'static str, max: usize },
+    #[error("This machine has no {what} slots; start it with some: -machine {}=N", key(what))]
+    NoSlots { what: &'static str },
     #[error(
         "{MAX_WAITING} back-ends wait for a device already; take some away with blockdev-del or \
          netdev_del"
     )]
     TooManyWait,
+    #[error(
+        "{} is the image of '{id}' in this machine already; take that away first, with device_del or \
+         blockdev-del, or have both read-only",
+        path.display()
+    )]
+    OwnImage { path: PathBuf, id: String },
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
@@ -87,19 +103,20 @@ pub struct Shape {
 pub(crate) struct Backends {
     waiting_disks: BTreeMap<String, (DiskConfig, Drive)>,
     waiting_nics: BTreeMap<String, (NicConfig, Tap)>,
-    disks: [Option<DiskConfig>; DISKS],
-    nics: [Option<NicConfig>; NICS],
+    /// One item a slot.
+    disks: Vec<Option<DiskConfig>>,
+    nics: Vec<Option<NicConfig>>,
     /// What the disks in the slots have done, whatever their devices are busy with.
     stats: Vec<Arc<BlockStats>>,
 }
 
 impl Backends {
-    pub fn new(occupied: &Occupancy, stats: Vec<Arc<BlockStats>>) -> Self {
+    pub fn new(slots: SlotCounts, occupied: &Occupancy, stats: Vec<Arc<BlockStats>>) -> Self {
         let mut this = Self {
             waiting_disks: BTreeMap::new(),
             waiting_nics: BTreeMap::new(),
-            disks: Default::default(),
-            nics: Default::default(),
+            disks: vec![None; slots.disks()],
+            nics: vec![None; slots.nics()],
             stats,
         };
         this.disks.iter_mut().zip(&occupied.disks).for_each(|(to, c)| to.clone_from(c));
@@ -108,14 +125,25 @@ impl Backends {
     }
 
     pub fn occupancy(&self) -> Occupancy {
-        Occupancy { disks: self.disks.to_vec(), nics: self.nics.to_vec() }
+        Occupancy { disks: self.disks.clone(), nics: self.nics.clone() }
     }
 
-    /// Disks with requests in flight, and how many each has finished so far.
-    pub fn busy_disks(&self) -> impl Iterator<Item = (&str, u64)> {
+    /// Disks with requests in flight.
+    pub fn busy_disks(&self) -> impl Iterator<Item = &str> {
         let each = self.disks.iter().zip(&self.stats);
         let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
-        busy.filter_map(|(disk, stats)| Some((disk.as_ref()?.id.as_str(), stats.ended())))
+        busy.filter_map(|(disk, _)| Some(disk.as_ref()?.id.as_str()))
+    }
+
+    /// Why the image at `path` cannot be opened: this machine may have it open itself.
+    fn explain(&self, error: DiskError, path: &Path) -> PlugError {
+        let waiting = self.waiting_disks.values().map(|(config, _)| config);
+        match self.disks.iter().flatten().chain(waiting).find(|own| same_file(&own.path, path)) {
+            Some(own) if matches!(error, DiskError::InUse { .. }) => {
+                PlugError::OwnImage { path: path.into(), id: own.id.clone() }
+            }
+            _ => error.into(),
+        }
     }
 
     /// Which slot holds the disk `id`.
@@ -139,9 +167,22 @@ impl Backends {
     }
 }
 
+/// The key that says how many slots for `what` there are.
+fn key(what: &str) -> &'static str {
+    if what == BLOCK { "disk-slots" } else { "nic-slots" }
+}
+
+/// How many `places` there are, if any.
+fn number_of<C>(what: &'static str, places: &[Option<C>]) -> Result<usize, PlugError> {
+    match places.len() {
+        0 => Err(PlugError::NoSlots { what }),
+        max => Ok(max),
+    }
+}
+
 /// The first of `places` that nothing is in.
 fn first_free<C>(what: &'static str, places: &[Option<C>]) -> Result<usize, PlugError> {
-    let max = places.len();
+    let max = number_of(what, places)?;
     places.iter().position(Option::is_none).ok_or(PlugError::Full { what, max })
 }
 
@@ -158,7 +199,7 @@ fn take<B, C>(
     what: &'static str,
     places: &[Option<C>],
 ) -> Result<Option<B>, PlugError> {
-    let max = places.len();
+    let max = number_of(what, places)?;
     let place = places.get(slot).ok_or(PlugError::NoSlot { what, max })?;
     if !waiting.contains_key(id) {
         return Err(PlugError::NoBackend(id.into()));
@@ -167,6 +208,12 @@ fn take<B, C>(
         return Err(PlugError::Occupied(slot));
     }
     Ok(waiting.remove(id))
+}
+
+/// Whether both paths lead to the same file.
+pub(crate) fn same_file(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    one == other || file(one).is_some_and(|found| Some(found) == file(other))
 }
 
 /// Open a disk's image.
@@ -204,6 +251,11 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
 }
 
 impl Machine {
+    /// Where slot `slot` for NICs is among all slots.
+    fn nic_index(&self, slot: usize) -> usize {
+        self.config.slots.disks() + slot
+    }
+
     /// Whether a device or back-end has this name.
     fn knows(&self, name: &str) -> bool {
         let console = self.config.console.as_ref().map(|c| c.id.as_str());
@@ -224,7 +276,7 @@ impl Machine {
     /// # Errors
     /// When there is none.
     pub fn free_disk_slot(&self) -> Result<usize, PlugError> {
-        first_free("block", &self.backends.disks)
+        first_free(BLOCK, &self.backends.disks)
     }
 
     /// The first slot for NICs that is empty.
@@ -232,7 +284,7 @@ impl Machine {
     /// # Errors
     /// When there is none.
     pub fn free_nic_slot(&self) -> Result<usize, PlugError> {
-        first_free("net", &self.backends.nics)
+        first_free(NET, &self.backends.nics)
     }
 
     /// What slot `slot` for disks is like.
@@ -240,9 +292,9 @@ impl Machine {
     /// # Errors
     /// When there is none, or the guest resets a disk in it whose storage hangs.
     pub fn disk_shape(&self, slot: usize) -> Result<Shape, PlugError> {
-        let max = DISKS;
+        let max = number_of(BLOCK, &self.backends.disks)?;
         if slot >= max {
-            return Err(PlugError::NoSlot { what: "block", max });
+            return Err(PlugError::NoSlot { what: BLOCK, max });
         }
         let start = self.config.disks.get(slot);
         self.shape::<Block>(slot, start.and_then(|disk| disk.iothread.clone()))
@@ -253,12 +305,12 @@ impl Machine {
     /// # Errors
     /// As [`Machine::disk_shape`].
     pub fn nic_shape(&self, slot: usize) -> Result<Shape, PlugError> {
-        let max = NICS;
+        let max = number_of(NET, &self.backends.nics)?;
         if slot >= max {
-            return Err(PlugError::NoSlot { what: "net", max });
+            return Err(PlugError::NoSlot { what: NET, max });
         }
         let start = self.config.nics.get(slot);
-        self.shape::<Net>(DISKS + slot, start.and_then(|nic| nic.iothread.clone()))
+        self.shape::<Net>(self.nic_index(slot), start.and_then(|nic| nic.iothread.clone()))
     }
 
     fn shape<T: VirtioDevice>(
@@ -294,7 +346,7 @@ impl Machine {
             return Err(PlugError::Duplicate(config.id));
         }
         room_for_one(self.backends.waiting_disks.len())?;
-        let drive = drive(&config)?;
+        let drive = drive(&config).map_err(|e| self.backends.explain(e, &config.path))?;
         self.backends.waiting_disks.insert(config.id.clone(), (config, drive));
         Ok(())
     }
@@ -356,7 +408,7 @@ impl Machine {
     ) -> Result<(), PlugError> {
         self.check_id(id, backend)?;
         let b = &mut self.backends;
-        let mut waiting = take(backend, &mut b.waiting_disks, slot, "block", &b.disks)?;
+        let mut waiting = take(backend, &mut b.waiting_disks, slot, BLOCK, &b.disks)?;
         let plugged = self.change(slot, |block: &mut Block| {
             let Some((mut config, mut drive)) = waiting.take() else { return Ok(None) };
             drive.name = Some(id.to_owned());
@@ -390,8 +442,8 @@ impl Machine {
     ) -> Result<(), PlugError> {
         self.check_id(id, backend)?;
         let b = &mut self.backends;
-        let mut waiting = take(backend, &mut b.waiting_nics, slot, "net", &b.nics)?;
-        let plugged = self.change(DISKS + slot, |net: &mut Net| {
+        let mut waiting = take(backend, &mut b.waiting_nics, slot, NET, &b.nics)?;
+        let plugged = self.change(self.nic_index(slot), |net: &mut Net| {
             if let Some((_, tap)) = &waiting {
                 net.accepts(tap)?;
             }
@@ -430,7 +482,8 @@ impl Machine {
         let Some(slot) = self.backends.nic_slot(id) else {
             return Err(PlugError::NoDevice(id.into()));
         };
-        let unplugged = self.change(DISKS + slot, |net: &mut Net| net.unplug())?.transpose();
+        let unplugged =
+            self.change(self.nic_index(slot), |net: &mut Net| net.unplug())?.transpose();
         let tap = unplugged.map_err(|source| PlugError::Thread { id: id.into(), source })?;
         let config = self.backends.nics.get_mut(slot).and_then(Option::take);
         if let (Some(tap), Some(mut config)) = (tap.flatten(), config)
@@ -452,7 +505,7 @@ impl Machine {
         let slot = self.backends.nic_slot(id);
         let slot = slot.or_else(|| self.backends.nics.iter().position(behind));
         let slot = slot.ok_or_else(|| PlugError::NoDevice(id.into()))?;
-        let set = self.change(DISKS + slot, |net: &mut Net| net.set_link(up))?.transpose();
+        let set = self.change(self.nic_index(slot), |net: &mut Net| net.set_link(up))?.transpose();
         set.map(drop).map_err(|source| PlugError::Thread { id: id.into(), source })
     }
 
@@ -469,7 +522,7 @@ impl Machine {
             if ids.is_some_and(|ids| !ids.contains(id)) {
                 continue;
             }
-            let Some((transport, _)) = self.slots.get(DISKS + slot) else { continue };
+            let Some((transport, _)) = self.slots.get(self.nic_index(slot)) else { continue };
             let announced = self.locked(transport).map_err(io::Error::other);
             let announced = announced
                 .and_then(|mut t| t.device().map_or(Ok(()), |net: &mut Net| net.announce()));
@@ -488,6 +541,23 @@ impl Machine {
         let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
         self.change(slot, |block: &mut Block| block.resize(size))?.transpose()?;
         Ok(())
+    }
+
+    /// The NICs that are in slots, in order, each with the address that the guest sees.
+    ///
+    /// # Errors
+    /// When the guest resets one that does not answer.
+    pub fn nics(&self) -> Result<Vec<(NicConfig, [u8; 6])>, RunError> {
+        let mut nics = Vec::new();
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) =
+                (config, self.slots.get(self.nic_index(slot)))
+                && let Some(net) = self.locked(transport)?.device::<Net>()
+            {
+                nics.push((config.clone(), net.mac()));
+            }
+        }
+        Ok(nics)
     }
 
     /// Disks that wait for a slot.

@@ -1,5 +1,5 @@
 //! From configuration to machine.
-use std::{io, ops::Range, sync::Arc, thread};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
 
 use devices::{
     Memory,
@@ -24,7 +24,10 @@ use crate::{
     Machine,
     backends::{self, Backends},
     boot::{self, BootError},
-    config::{Aio, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Occupancy, RngConfig},
+    config::{
+        Aio, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Occupancy, RngConfig,
+        slots::{SlotCounts, SlotsError, Wanted},
+    },
     event::{Event, Report, Told},
     generation::GenerationId,
     io_thread,
@@ -36,7 +39,7 @@ use crate::{
     machine::{RunError, load_kernel},
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
-    slots::{DISKS, NICS, SlotError, Slots},
+    slots::{SlotError, Slots},
     survey::Made,
     vcpu::Handle,
 };
@@ -60,6 +63,8 @@ pub enum BuildError {
     Slot(#[from] SlotError),
     #[error("disk {id}")]
     Disk { id: String, source: DiskError },
+    #[error("disk {id}: {} is the image of disk {other}, too; have both read-only, or each its own", path.display())]
+    SameImage { id: String, other: String, path: PathBuf },
     #[error("disk {id}")]
     DiskSettings { id: String, source: blk::SettingsError },
     #[error("NIC {id}")]
@@ -72,10 +77,8 @@ pub enum BuildError {
     Rng { id: String, source: RngError },
     #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
     NoIoThread { what: &'static str, id: String, iothread: String },
-    #[error("{count} disks; a machine has at most {DISKS}")]
-    TooManyDisks { count: usize },
-    #[error("{count} NICs; a machine has at most {NICS}")]
-    TooManyNics { count: usize },
+    #[error(transparent)]
+    Slots(#[from] SlotsError),
     #[error(transparent)]
     ApicIds(#[from] cpuid::ApicIds),
     #[error("cannot start a thread")]
@@ -146,14 +149,8 @@ impl Machine {
         begin: Begin,
         report: Report,
     ) -> Result<Self, BuildError> {
-        let disks = config.disks.len().max(occupied.disks.len());
-        if disks > DISKS {
-            return Err(BuildError::TooManyDisks { count: disks });
-        }
-        let nics = config.nics.len().max(occupied.nics.len());
-        if nics > NICS {
-            return Err(BuildError::TooManyNics { count: nics });
-        }
+        let wanted = Wanted::of(config, occupied);
+        let counts = SlotCounts::try_from(wanted)?;
         let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
         let kvm = kvm::open()?;
@@ -173,8 +170,7 @@ impl Machine {
                 }
             }
         };
-        let extra = usize::from(config.console.is_some()) + usize::from(config.rng.is_some());
-        let window = Slots::window(DISKS + NICS + extra).map_err(BuildError::Window)?;
+        let window = Slots::window(counts.total() + wanted.others()).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
@@ -220,9 +216,10 @@ impl Machine {
             parked: None,
             running: false,
             chardevs,
-            backends: Backends::new(occupied, disk_stats),
+            backends: Backends::new(counts, occupied, disk_stats),
             generation,
             seen,
+            leaves: None,
             filled: Arc::default(),
             logging: false,
             cleared: Vec::new(),
@@ -274,15 +271,16 @@ impl Parts {
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
             slots.add(&mut mmio, device, thread).map_err(BuildError::Slot)
         };
-        for slot in 0..DISKS {
+        for slot in 0..config.slots.disks() {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            let block = block(slot, shape, disk, report)?;
+            let block = block(slot, shape, disk, report)
+                .map_err(|e| shared_image(e, occupied.disks.iter().take(slot).flatten()))?;
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
         }
-        for slot in 0..NICS {
+        for slot in 0..config.slots.nics() {
             let shape = config.nics.get(slot);
             let nic = occupied.nics.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
@@ -342,6 +340,22 @@ impl Threads<'_> {
             let iothread = iothread.unwrap_or_default().to_owned();
             BuildError::NoIoThread { what, id: id.into(), iothread }
         })
+    }
+}
+
+/// Why a disk cannot be had: the image may be that of a disk `before` it.
+fn shared_image<'a>(
+    error: BuildError,
+    mut before: impl Iterator<Item = &'a DiskConfig>,
+) -> BuildError {
+    match error {
+        BuildError::Disk { id, source: DiskError::InUse { path } } => {
+            match before.find(|disk| backends::same_file(&disk.path, &path)) {
+                Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
+                None => BuildError::Disk { id, source: DiskError::InUse { path } },
+            }
+        }
+        other => other,
     }
 }
 

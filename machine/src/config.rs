@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub mod limits;
+pub mod slots;
+
+use slots::SlotCounts;
 
 /// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
 /// could hurt it.
@@ -23,6 +26,8 @@ pub struct MachineConfig {
     pub memory: MemoryConfig,
     /// What to boot.
     pub boot: BootConfig,
+    /// Slots for disks and NICs, those for hot-plug included.
+    pub slots: SlotCounts,
     /// I/O thread ids, in addition to the default one.
     pub iothreads: Vec<String>,
     /// Where the first serial port leads; `None`: nowhere.

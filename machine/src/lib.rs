@@ -23,7 +23,8 @@ pub use event::{Event, Report, Told};
 pub use generation::GenerationId;
 pub use kvm::Clock;
 pub use machine::{Machine, RunError};
-pub use quiesced::{CpuModel, DeviceState, MachineState, Quiesced, RestoreError, SaveError};
-pub use slots::{DISKS, NICS};
+pub use quiesced::{
+    CpuModel, DeviceState, Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError,
+};
 pub use survey::{Part, survey};
 pub use vcpu::Stopped;

@@ -3,12 +3,12 @@ use std::{
     io,
     ops::Range,
     sync::{Arc, mpsc::RecvTimeoutError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use devices::{
     Device, Memory,
-    backend::disk::{Disk, DiskError},
+    backend::disk::{DISK_STALL_LIMIT, Disk, DiskError},
     virtio::{VirtioDevice, blk::Block, mmio::Transport},
 };
 use kvm_bindings::CpuId;
@@ -24,17 +24,19 @@ use crate::{
     io_thread::{self, Holding},
     kvm::{
         self, KvmError, Vm,
+        features::Leaf,
         vcpu::{Buses, KvmCpu},
     },
     layout,
     legacy::Legacy,
     memory::{self, image},
-    slots::{DISKS, Slots},
+    slots::Slots,
     vcpu::{Gone, Handle},
 };
 
-/// How long a disk may make no progress while somebody waits for it.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a vCPU or an I/O thread may take to come to rest while no disk has requests that the
+/// host has not finished; with such, it is [`DISK_STALL_LIMIT`].
+const THREAD_STALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// A built machine. All its vCPUs are parked until [`Machine::resume`].
 ///
@@ -61,6 +63,8 @@ pub struct Machine {
     pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,
+    /// CPUID as it is saved, once it is known.
+    pub(crate) leaves: Option<Vec<Leaf>>,
     /// Ranges of the memory's image that are not zero although nobody may have touched them.
     pub(crate) filled: Arc<[Range<u64>]>,
     /// It is noted which pages are written.
@@ -101,10 +105,16 @@ pub enum RunError {
     Io(#[from] io::Error),
     /// A disk's storage does not answer, and what was asked for has to wait for it.
     #[error(
-        "disk {0} has requests that the host has not finished for a second: its storage hangs. The \
-         machine is as it was; try again when the storage answers"
+        "disk {0} has requests that the host has not finished within a second: its storage is slow \
+         or hangs. The machine is as it was; try again when the storage answers"
     )]
     Hung(String),
+    /// A vCPU or I/O thread does not come to rest.
+    #[error(
+        "the machine's threads have not come to rest within 5 seconds: the host is overloaded. The \
+         machine is as it was; try again"
+    )]
+    Restless,
     /// An I/O thread ended.
     #[error("an I/O thread has exited")]
     NoThread,
@@ -164,11 +174,30 @@ impl Machine {
             self.vm.set_clock(parked.clock, parked.advance)?;
             ticks = kvm::host_tsc().saturating_sub(parked.tsc);
         }
+        self.run(ticks);
+        Ok(())
+    }
+
+    /// Let it run again after a pause that only the monitor wanted, of some milliseconds. The guest's
+    /// clocks have gone on meanwhile, as they do when the host takes a CPU away: held back again and
+    /// again, they would fall behind the world's.
+    ///
+    /// # Errors
+    /// As [`Machine::resume`].
+    pub fn resume_after_own_pause(&mut self) -> Result<(), RunError> {
+        if !self.running {
+            self.hold_disks()?;
+            self.parked = None;
+            self.run(0);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, ticks: u64) {
         self.each_device(|d| d.resume());
         self.io_threads.iter().for_each(|(_, thread)| thread.go());
         self.vcpus.iter().for_each(|v| v.resume(ticks));
         self.running = true;
-        Ok(())
     }
 
     /// Stop it: every vCPU has left KVM, then every device worker is quiet and has nothing in
@@ -186,19 +215,20 @@ impl Machine {
     }
 
     fn stand_still(&mut self) -> Result<(), RunError> {
+        let begin = Instant::now();
         // All are asked before the first is waited for.
         let answers: Vec<_> = self.vcpus.iter().map(Handle::park).collect();
         for answer in answers {
             // It may be resetting a device whose disk hangs.
-            self.patiently(|time| answer.wait_for(time))?.ok_or(Gone)?;
+            self.patiently(begin, |time| answer.wait_for(time))?.ok_or(Gone)?;
         }
         if self.parked.is_none() {
             let clock = self.vm.clock()?;
             self.parked = Some(Parked { tsc: kvm::host_tsc(), clock, advance: false });
         }
         let threads: Vec<_> = self.io_threads.iter().map(|(_, thread)| &**thread).collect();
-        let holds: Vec<_> = threads.iter().map(|thread| thread.hold(PATIENCE)).collect();
-        if let Err(e) = holds.into_iter().try_for_each(|hold| self.held(hold)) {
+        let holds: Vec<_> = threads.iter().map(|thread| thread.hold(DISK_STALL_LIMIT)).collect();
+        if let Err(e) = holds.into_iter().try_for_each(|hold| self.held(begin, hold)) {
             threads.into_iter().for_each(io_thread::Handle::go);
             return Err(e);
         }
@@ -217,35 +247,33 @@ impl Machine {
         }
     }
 
-    fn held(&self, mut hold: Holding<'_>) -> Result<(), RunError> {
-        let refused = || match self.backends.busy_disks().map(|(id, _)| id).collect::<Vec<_>>() {
-            disks if disks.is_empty() => RunError::NoThread,
-            disks => RunError::Hung(disks.join(", ")),
-        };
-        self.patiently(|time| hold.wait(time))?.ok_or_else(refused)
+    fn held(&self, begin: Instant, mut hold: Holding<'_>) -> Result<(), RunError> {
+        let refused = || self.hung().unwrap_or(RunError::NoThread);
+        self.patiently(begin, |time| hold.wait(time))?.ok_or_else(refused)
     }
 
-    /// Wait for `answer`, for as long as it takes, unless a disk is what it hangs on: then for about
-    /// [`PATIENCE`]. `None` when it will never come.
+    /// The disks that something has to wait for, if there are any.
+    fn hung(&self) -> Option<RunError> {
+        let busy: Vec<&str> = self.backends.busy_disks().collect();
+        (!busy.is_empty()).then(|| RunError::Hung(busy.join(", ")))
+    }
+
+    /// Wait for `answer`, but no longer than until [`DISK_STALL_LIMIT`] after `begin` when a disk may
+    /// be what it waits for, and [`THREAD_STALL_LIMIT`] else. That something makes progress does not
+    /// count: a guest could give a disk work without end. `None` when the answer will never come.
     pub(crate) fn patiently<T>(
         &self,
+        begin: Instant,
         mut answer: impl FnMut(Duration) -> Result<T, RecvTimeoutError>,
     ) -> Result<Option<T>, RunError> {
-        let mut before: Vec<(&str, u64)> = Vec::new();
-        loop {
-            match answer(PATIENCE / 2) {
+        for limit in [DISK_STALL_LIMIT, THREAD_STALL_LIMIT] {
+            match answer(limit.saturating_sub(begin.elapsed())) {
                 Ok(answer) => return Ok(Some(answer)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => self.hung().map_or(Ok(()), Err)?,
             }
-            let now: Vec<_> = self.backends.busy_disks().collect();
-            let hang = now.iter().filter(|disk| before.contains(disk)).map(|(id, _)| *id);
-            let hang: Vec<&str> = hang.collect();
-            if !hang.is_empty() {
-                return Err(RunError::Hung(hang.join(", ")));
-            }
-            before = now;
         }
+        Err(RunError::Restless)
     }
 
     /// Change the device in slot `index`, whose I/O thread stands still meanwhile; its driver learns
@@ -263,7 +291,7 @@ impl Machine {
         if !self.running {
             return Ok(transport.update(change));
         }
-        self.held(thread.hold(PATIENCE))?;
+        self.held(Instant::now(), thread.hold(DISK_STALL_LIMIT))?;
         let changed = transport.update(change);
         thread.go();
         Ok(changed)
@@ -275,7 +303,7 @@ impl Machine {
         transport: &'a Mutex<Transport>,
     ) -> Result<MutexGuard<'a, Transport>, RunError> {
         let lock = |time| transport.try_lock_for(time).ok_or(RecvTimeoutError::Timeout);
-        self.patiently(lock)?.ok_or(RunError::NoThread)
+        self.patiently(Instant::now(), lock)?.ok_or(RunError::NoThread)
     }
 
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine
@@ -341,7 +369,7 @@ impl Machine {
     }
 
     fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
-        let transports = (0..DISKS).filter_map(|slot| self.slots.get(slot));
+        let transports = (0..self.config.slots.disks()).filter_map(|slot| self.slots.get(slot));
         for (transport, _) in transports {
             if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
                 act(disk)?;

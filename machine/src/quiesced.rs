@@ -18,8 +18,7 @@ use crate::{
         state::VcpuState,
     },
     machine::Parked,
-    memory::image,
-    slots::DISKS,
+    memory::{image, staging::Staging},
     vcpu::Gone,
 };
 
@@ -46,6 +45,22 @@ pub struct CpuModel {
     pub leaves: Vec<Leaf>,
 }
 
+/// A machine at one moment: its state, and what has become of the memory that belongs to it.
+pub struct Epoch {
+    /// All but memory.
+    pub state: MachineState,
+    /// The memory.
+    pub pages: Pages,
+}
+
+/// Memory of an [`Epoch`].
+pub enum Pages {
+    /// Copied aside: the machine may run again.
+    Staged(Staging),
+    /// Still in its place, in these ranges: the machine must not run until they have been copied.
+    InPlace(Vec<Range<u64>>),
+}
+
 /// One device's state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -66,6 +81,8 @@ pub enum SaveError {
     Kvm(#[from] KvmError),
     #[error(transparent)]
     Gone(#[from] Gone),
+    #[error("cannot copy guest memory aside")]
+    Staging(#[source] io::Error),
 }
 
 /// Why a state could not be taken over.
@@ -104,6 +121,28 @@ impl Machine {
         Ok(Quiesced(self))
     }
 
+    /// Find out what takes long and does not change, before the machine is stopped to be saved.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn prepare_to_save(&mut self) -> Result<(), KvmError> {
+        if self.leaves.is_none() {
+            self.leaves = Some(self.cpu_leaves()?);
+        }
+        Ok(())
+    }
+
+    /// CPUID as the boot vCPU shows it. Asking KVM for it takes milliseconds on some hosts.
+    fn cpu_leaves(&self) -> Result<Vec<Leaf>, KvmError> {
+        if let Some(seen) = &self.seen {
+            return Ok(features::leaves(seen));
+        }
+        let first = self.apic_ids.first().copied().unwrap_or(0);
+        let here = kvm::cpuid::supported(&self.kvm)?;
+        let topology = &self.config.topology;
+        Ok(features::leaves(&kvm::cpuid::for_vcpu(&self.kvm, &here, first, topology)))
+    }
+
     /// What the machine was made from, and what is in its slots now.
     pub fn made_of(&self) -> (&MachineConfig, Occupancy) {
         (&self.config, self.backends.occupancy())
@@ -115,7 +154,7 @@ impl Machine {
             let mut transport = self.slots.get(slot)?.0.lock();
             Some(transport.device::<Block>()?.capacity())
         };
-        (0..DISKS).map(|slot| capacity(slot).unwrap_or(0)).collect()
+        (0..self.config.slots.disks()).map(|slot| capacity(slot).unwrap_or(0)).collect()
     }
 
     /// Its memory.
@@ -185,17 +224,34 @@ impl Quiesced<'_> {
             Some(parked) => parked.clock,
             None => machine.vm.clock()?,
         };
-        let leaves = match &machine.seen {
-            Some(seen) => features::leaves(seen),
-            None => {
-                let first = machine.apic_ids.first().copied().unwrap_or(0);
-                let here = kvm::cpuid::supported(&machine.kvm)?;
-                let topology = &machine.config.topology;
-                features::leaves(&kvm::cpuid::for_vcpu(&machine.kvm, &here, first, topology))
-            }
+        let leaves = match &machine.leaves {
+            Some(leaves) => leaves.clone(),
+            None => machine.cpu_leaves()?,
         };
         let cpu = CpuModel { leaves };
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
+    }
+
+    /// The machine as it is now: its state, and `dirty`, ascending ranges of its memory. They are
+    /// copied into `staging` if there is one and it takes them; else they stay in their place, and
+    /// the machine has to wait until somebody has copied them. The only step of a save for which the
+    /// guest has to be stopped.
+    ///
+    /// # Errors
+    /// As [`Quiesced::save`]; when memory cannot be copied.
+    pub fn capture(
+        &self,
+        dirty: Vec<Range<u64>>,
+        staging: Option<Staging>,
+    ) -> Result<Epoch, SaveError> {
+        let pages = match staging {
+            Some(mut staging) if Staging::takes(&dirty) => {
+                staging.fill(&self.0.memory, &dirty).map_err(SaveError::Staging)?;
+                Pages::Staged(staging)
+            }
+            _ => Pages::InPlace(dirty),
+        };
+        Ok(Epoch { state: self.save()?, pages })
     }
 
     /// Replace the whole state but memory, which holds what belongs to `state` already. With

@@ -18,22 +18,18 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
     boot::VirtioSlot,
+    config::limits::VIRTIO_SLOTS,
     io_thread,
     kvm::{KvmError, Vm},
     layout::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP},
     machine::Shared,
 };
 
-/// Slots for disks, the first ones: `addr` 0 is vda.
-pub const DISKS: usize = 8;
-/// Slots for NICs, after the disks': `addr` 0 is eth0.
-pub const NICS: usize = 2;
-
 /// Why a slot could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
     /// There are no more interrupts for virtio-mmio.
-    #[error("too many virtio devices: at most {}", VIRTIO_IRQS.len())]
+    #[error("too many virtio devices: at most {VIRTIO_SLOTS}")]
     TooMany,
     /// Two slots at one address.
     #[error(transparent)]
@@ -69,9 +65,10 @@ impl Slots {
         Ok(Self { slots: Vec::new(), window, memory, acknowledged })
     }
 
-    /// A window with a register page for each of `count` slots.
+    /// A window with a register page for each of `count` slots, and one page at least: KVM maps no
+    /// empty range.
     pub(crate) fn window(count: usize) -> io::Result<Arc<MmapRegion>> {
-        MmapRegion::new(count * PAGE).map(Arc::new).map_err(io::Error::other)
+        MmapRegion::new(count.max(1) * PAGE).map(Arc::new).map_err(io::Error::other)
     }
 
     /// Put `device` into the next slot.

@@ -1,8 +1,9 @@
 /* Every processor counts, and floods the monitor with port and register accesses whose results it
    checks. Counters lie where the test can see them from outside: see `counter`.
    Words: "registers" floods, "plain" only counts, "rings" also goes through pages of memory and
-   checks what it wrote there before, "far" does so above 4 GiB, too; "wide" writes to every second
-   mebibyte of 2 GiB first. The second word is how many processors. */
+   checks what it wrote there before, "far" does so above 4 GiB, too; "scattered" does it with pages 512
+   KiB apart, 448 of them, and "strewn" with 2,000, all of them every 100 ms; "wide" writes to every
+   second mebibyte of 2 GiB first. The second word is how many processors. */
 #include "guest.h"
 
 /* One page a processor, from 4 MiB on. */
@@ -15,7 +16,11 @@
 #define FAR_TABLE 0x500000ull
 #define PAGES 256
 
+/* From one scattered page to the next. */
+#define APART 0x80000ull
+
 static volatile bool flooding, going_round, going_far;
+static volatile u64 scattered, period;
 
 static inline u64 counter(u32 number)
 {
@@ -88,6 +93,19 @@ static void go_round(u64 ring, u32 number, u64 round)
     write64(page, round);
 }
 
+/* Each page holds the number of the round. */
+static void scatter(u64 round)
+{
+    u64 begin = ticks();
+    for (u64 page = 0; page < scattered; page++) {
+        u64 at = RINGS + page * APART;
+        expect("a scattered page", read64(at), round);
+        write64(at, round + 1);
+    }
+    while (ticks() - begin < period)
+        relax();
+}
+
 static void map_far(void)
 {
     u64 tables = read64(PML4) & ~0xfffull;
@@ -104,6 +122,8 @@ void processor(u32 number)
             go_round(RINGS, number, round);
         if (going_far)
             go_round(FAR, number, round);
+        if (scattered && number == 0)
+            scatter(round);
         if (flooding)
             flood(number, round);
     }
@@ -116,6 +136,9 @@ void guest(const char *word)
     going_round = going_far || same(word, "rings");
     if (going_far)
         map_far();
+    scattered = same(word, "scattered") ? 448 : same(word, "strewn") ? 2000 : 0;
+    /* 100 ms of a TSC of 2 to 3 GHz. */
+    period = scattered == 2000 ? 250000000 : 0;
     if (same(word, "wide"))
         for (u64 page = 0x1000000; page < 0x80000000; page += 0x200000)
             write64(page, page);

@@ -5,6 +5,7 @@
 #define F_WRITE_ZEROES (1ull << 14)
 #define WRITE_ZEROES 13
 #define BLOCK 2
+#define DISKS 8
 #define MAX_WRITE_ZEROES_SECTORS 48
 
 static struct queue queues[DISKS];

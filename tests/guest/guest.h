@@ -21,7 +21,6 @@ typedef uint64_t u64;
 #define KEYBOARD 0x64
 #define PVPANIC 0x505
 #define POWER 0x600
-#define DISKS 8
 
 /* Each guest's own: begins with the first word of the command line and what follows it. */
 void guest(const char *word);

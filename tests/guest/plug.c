@@ -1,15 +1,17 @@
 /* Tells what becomes of the slots that are filled and emptied from outside: each time the interrupt for
    a changed configuration comes it prints the slot and what is in it, for a disk the first word of
-   sector 3 and the last sector's, read by requests. "polled" looks at the registers alone. */
+   sector 3 and the last sector's, read by requests. "polled" looks at the registers alone. The same when
+   a digit (a disk's slot) or a letter (a NIC's) is typed. */
 #include "virtio.h"
-
-#define NICS 2
-#define SLOTS (DISKS + NICS)
 
 enum { CONFIG_CHANGED = 2 };
 
-static struct queue queues[SLOTS];
-static struct queue transmit[NICS];
+static struct queue queues[SLOTS_MAX];
+static struct queue transmit[SLOTS_MAX];
+
+/* Slots for disks, the first ones, and all of them. */
+static u32 disks, slots;
+
 static volatile struct {
     u32 type;
     u32 reserved;
@@ -19,10 +21,11 @@ static volatile u64 data[64];
 static volatile u8 status;
 
 /* VIRTIO_IRQS of machine/src/layout.rs. */
-static const u32 pins[SLOTS] = {5, 6, 7, 10, 11, 12, 14, 15, 16, 17};
+static const u32 pins[SLOTS_MAX] = {5,  6,  7,  10, 11, 12, 14, 15, 16,
+                                    17, 18, 19, 20, 21, 22, 23, 13, 3};
 
 /* A vector for each slot's next interrupt: one that is pending stays so, for nobody takes it. */
-static u8 vectors[SLOTS];
+static u8 vectors[SLOTS_MAX];
 
 static void rearm(u32 slot)
 {
@@ -44,11 +47,11 @@ static u64 capacity(u32 slot)
 
 static void begin(u32 slot)
 {
-    if (!negotiate(slot, F_VERSION_1 | 1 << 5 | 1 << 16))
+    if (!negotiate(slot, EVERY))
         say("WRONG no features in slot", slot);
     place(slot, 0, &queues[slot]);
-    if (slot >= DISKS)
-        place(slot, 1, &transmit[slot - DISKS]);
+    if (slot >= disks)
+        place(slot, 1, &transmit[slot]);
     set(slot, STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     if (get(slot, STATUS) & NEEDS_RESET)
         say("WRONG a reset is needed in slot", slot);
@@ -80,7 +83,7 @@ static void show_sector(u32 slot, u64 sector)
 
 static void show(u32 slot)
 {
-    if (slot < DISKS) {
+    if (slot < disks) {
         print("disk ");
         print_number(slot);
         print(" has ");
@@ -93,7 +96,7 @@ static void show(u32 slot)
         print("\n");
     } else {
         print("nic ");
-        print_number(slot - DISKS);
+        print_number(slot - disks);
         print(get(slot, CONFIG + 4) >> 16 & 1 ? " is up " : " is down ");
         for (u32 i = 0; i < 6; i++) {
             u8 byte = read8(at(slot, CONFIG + i));
@@ -108,8 +111,10 @@ static void show(u32 slot)
 void guest(const char *word)
 {
     bool polled = same(word, "polled");
-    u64 before[SLOTS];
-    for (u32 slot = 0; slot < SLOTS; slot++) {
+    u64 before[SLOTS_MAX];
+    disks = in_a_row(0, DISK);
+    slots = disks + in_a_row(disks, NIC);
+    for (u32 slot = 0; slot < slots; slot++) {
         if (!polled)
             rearm(slot);
         begin(slot);
@@ -117,7 +122,14 @@ void guest(const char *word)
     }
     print("ready\n");
     for (;;) {
-        for (u32 slot = 0; slot < SLOTS; slot++) {
+        if (in8(SERIAL + 5) & 1) {
+            u32 key = (u32)take();
+            if (key - '0' < disks)
+                show(key - '0');
+            if (key - 'a' < slots - disks)
+                show(disks + key - 'a');
+        }
+        for (u32 slot = 0; slot < slots; slot++) {
             if (polled) {
                 u64 now = capacity(slot);
                 if (now == before[slot])

@@ -2,7 +2,7 @@
    all ones, what lies inside reads as its page shows it, whichever way an access is cut. */
 #include "guest.h"
 
-#define SLOTS 10
+#define SLOTS 6
 #define END (VIRTIO + SLOTS * 4096)
 /* Where the rounds are counted, for the test to see. */
 #define ROUNDS 0x400000ull

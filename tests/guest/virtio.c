@@ -63,6 +63,13 @@ void describe(struct queue *queue, u16 number, const volatile void *address, u32
 
 void offer(u32 slot, u32 index, struct queue *queue, u16 head)
 {
+    /* Without EVENT_IDX the device does not look at it. */
+    queue->available.used_event = queue->used.index;
+    submit(slot, index, queue, head);
+}
+
+void submit(u32 slot, u32 index, struct queue *queue, u16 head)
+{
     u16 next = queue->available.index;
     queue->available.ring[next % SIZE] = head;
     barrier();

@@ -20,6 +20,8 @@
 #define F_INDIRECT (1ull << 28)
 #define F_EVENT_IDX (1ull << 29)
 #define F_VERSION_1 (1ull << 32)
+/* All that the device offers, as a full driver takes them. */
+#define EVERY (~0ull)
 
 enum {
     DEVICE_ID = 0x08,
@@ -83,6 +85,17 @@ static inline void set(u32 slot, u32 offset, u32 value)
     write32(at(slot, offset), value);
 }
 
+/* The devices of kind `id` in a row from slot `from` on; there is nothing behind the last slot. */
+#define SLOTS_MAX 18
+static inline u32 in_a_row(u32 from, u32 id)
+{
+    u32 count = 0;
+    while (from + count < SLOTS_MAX && get(from + count, DEVICE_ID) == id)
+        count++;
+    return count;
+}
+enum { NIC = 1, DISK = 2 };
+
 u64 offered(u32 slot);
 
 /* Resets the device, agrees on `features` as far as they are offered, up to FEATURES_OK. */
@@ -97,8 +110,12 @@ bool drive(u32 slot, u64 features, struct queue *queue);
 void describe(struct queue *queue, u16 number, const volatile void *address, u32 length, u16 flags,
               u16 next);
 
-/* Makes the chain that begins with descriptor `head` available and tells the device. */
+/* Makes the chain that begins with descriptor `head` available, asks for an interrupt when it is used,
+   and tells the device. */
 void offer(u32 slot, u32 index, struct queue *queue, u16 head);
+
+/* The same, but asks for no interrupt: `used_event` stays as it is. */
+void submit(u32 slot, u32 index, struct queue *queue, u16 head);
 
 enum outcome { USED, GAVE_UP, SILENT };
 

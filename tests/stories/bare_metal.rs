@@ -22,6 +22,8 @@ mod hung;
 mod nic;
 #[path = "bare_metal/plug.rs"]
 mod plug;
+#[path = "bare_metal/plugged.rs"]
+mod plugged;
 #[path = "bare_metal/process.rs"]
 mod process;
 #[path = "bare_metal/run_state.rs"]
@@ -36,3 +38,5 @@ mod stage;
 mod stream;
 #[path = "bare_metal/talk.rs"]
 mod talk;
+#[path = "bare_metal/words.rs"]
+mod words;

@@ -101,7 +101,8 @@ impl EventLoop {
         let mut events = Events::with_capacity(64);
         loop {
             let more = vmm.servers.iter().any(|s| s.has_work());
-            let at_most = if more { Some(Duration::ZERO) } else { vmm.until_announcement() };
+            let due = [vmm.until_announcement(), vmm.until_save()].into_iter().flatten().min();
+            let at_most = if more { Some(Duration::ZERO) } else { due };
             match self.poll.poll(&mut events, at_most) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,

@@ -1,45 +1,48 @@
-//! What the main thread does for a save.
+//! What the main thread does for a save: [`phase`] says what comes after what, and here it is done.
 //!
-//! ```text
-//!              stopped                                live
-//!   stop, hand over the state           log dirty pages, let all memory be copied
-//!   all memory is copied                tell what has changed, again and again
-//!   stay stopped                        stop, hand over state and what has changed
-//!                                       (`resume`: wait until that is copied; go on)
-//! ```
-//! A save into a directory is live with `resume`, one into a stream whenever the guest runs. When it
-//! fails, the VM is what it was before.
+//! A save into a directory is live with `resume`, one into a stream whenever the guest runs: memory
+//! is copied while the guest runs, and it is stopped for the rest. With `resume` the rest is copied
+//! aside in memory and the guest runs again before any of it is written; this pause is one step of the
+//! main thread, so nobody sees it: no STOP and RESUME, and no time taken from the guest's clocks. When
+//! a save fails, the VM is what it was before.
 //!
 //! With `track`, the log of dirty pages stays on afterwards, so that the next save can be
 //! incremental: on that save builds.
+mod phase;
+
 use std::{
     ops::Range,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use machine::{RunError, kvm::KvmError, memory::image::union};
+use machine::{Epoch, Pages, RunError, kvm::KvmError, memory::image::union};
 use qmp::{
     Error,
     schema::{Empty, Event, MigrationStatus},
     server::Ticket,
 };
 
+use self::phase::{Effect, Input, Outcome, Phase, Terms};
 use crate::{
     checkpoint::{
         Config, Directory, Peer, SaveError, Saved, Stream,
-        job::{Checkpointer, Job, Live, Open, Step, new_id},
+        job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
     },
     lifecycle::{self, State},
     vmm::{Refused, Vmm},
 };
 
+/// How long a save waits for one that was cancelled and hangs; and how long the end of the monitor
+/// waits for a save to remove its files.
+const HANG_LIMIT: Duration = Duration::from_secs(1);
+
 /// Where a save goes.
 pub(crate) enum To {
     /// Into a directory.
     Directory(PathBuf),
-    /// To somebody who goes on with the machine, or keeps it.
-    Stream(Peer),
+    /// To a process that goes on with the machine, or keeps it; and what it is called.
+    Stream(Peer, String),
 }
 
 /// How it is made.
@@ -53,6 +56,13 @@ pub(crate) struct How {
     pub track: bool,
 }
 
+/// What was asked for, and by which client of which server.
+struct Asked {
+    to: To,
+    how: How,
+    by: (usize, Ticket),
+}
+
 /// A save that the next one can build on.
 struct Base {
     saved: Saved,
@@ -60,46 +70,46 @@ struct Base {
     since: Vec<Range<u64>>,
 }
 
-/// The last save: what is known of it.
-pub(crate) struct Saving {
-    thread: Checkpointer,
-    job: Option<Job>,
+/// The save under way, or the last one.
+struct Current {
+    job: Job,
     id: u128,
-    status: MigrationStatus,
-    error: Option<String>,
     how: How,
     stream: bool,
-    /// Memory is copied while the guest runs.
-    live: bool,
-    /// Where the VM was when it was stopped for it.
-    before: State,
-    /// Dirty pages are logged.
-    logging: bool,
-    base: Option<Base>,
+    /// The client that waits for the answer.
+    by: Option<(usize, Ticket)>,
+    /// What the main thread could not do.
+    failed: Option<String>,
     /// When the guest was stopped.
     stopped: Option<Instant>,
     downtime: Option<Duration>,
-    /// Who waits for the answer, on which server.
-    asked: Option<(usize, Ticket)>,
+}
+
+/// What is known of saves.
+pub(crate) struct Saving {
+    thread: Checkpointer,
+    phase: Phase,
+    current: Option<Current>,
+    status: MigrationStatus,
+    error: Option<String>,
+    /// Dirty pages are logged.
+    logging: bool,
+    base: Option<Base>,
+    /// A save that begins when the one that was cancelled is over, and until when it waits.
+    next: Option<(Asked, Instant)>,
 }
 
 impl Saving {
     pub(crate) fn new(thread: Checkpointer) -> Self {
         Self {
             thread,
-            job: None,
-            id: 0,
+            phase: Phase::Idle,
+            current: None,
             status: MigrationStatus::default(),
             error: None,
-            how: How::default(),
-            stream: false,
-            live: false,
-            before: State::Prelaunch,
             logging: false,
             base: None,
-            stopped: None,
-            downtime: None,
-            asked: None,
+            next: None,
         }
     }
 
@@ -109,7 +119,7 @@ impl Saving {
     }
 
     pub(crate) fn job(&self) -> Option<&Job> {
-        self.job.as_ref()
+        self.current.as_ref().map(|current| &current.job)
     }
 
     pub(crate) fn status(&self) -> MigrationStatus {
@@ -120,16 +130,26 @@ impl Saving {
         self.error.as_deref()
     }
 
+    /// How long the guest was stopped, if it runs on.
     pub(crate) fn downtime(&self) -> Option<Duration> {
-        self.downtime
+        self.current.as_ref()?.downtime
+    }
+
+    /// The thread, and what it is limited to.
+    pub(crate) fn thread(&self) -> &Checkpointer {
+        &self.thread
+    }
+
+    fn terms(&self) -> Terms {
+        let current = self.current.as_ref();
+        let (resume, stream) = current.map_or((false, false), |c| (c.how.resume, c.stream));
+        Terms { resume, stream }
     }
 }
 
 /// Why a save did not succeed.
 #[derive(Debug, thiserror::Error)]
 enum Failed {
-    #[error(transparent)]
-    Save(#[from] SaveError),
     #[error(transparent)]
     State(#[from] machine::SaveError),
     #[error(transparent)]
@@ -138,26 +158,40 @@ enum Failed {
     Run(#[from] RunError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    #[error("there is no save to stop the machine for")]
+    NoSave,
     #[error("cannot find out which memory the guest uses (/proc/self/pagemap)")]
     Memory(#[source] std::io::Error),
 }
 
 impl Vmm {
-    /// Begin to save; `ticket` is answered when it is over.
+    /// Begin to save; `ticket` is answered when it is over. Nothing is opened here: a file system
+    /// that hangs holds the checkpoint thread alone.
     ///
     /// # Errors
     /// When it cannot begin; nothing has changed then but what is known of the last save.
     pub(crate) fn save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
-        if self.saving.status == MigrationStatus::Active {
-            return Err(Error::text("There's a migration process in progress"));
+        let asked = Asked { to, how, by: (self.asked_by, ticket.clone()) };
+        match self.saving.phase {
+            Phase::Idle => self.begin_save(asked),
+            _ if self.saving.status == MigrationStatus::Cancelling
+                && self.saving.next.is_none() =>
+            {
+                self.saving.next = Some((asked, Instant::now() + HANG_LIMIT));
+                Ok(())
+            }
+            _ => Err(Error::text("There's a migration process in progress")),
         }
-        self.begin_save(to, how, ticket).inspect_err(|e| {
-            (self.saving.status, self.saving.job) = (MigrationStatus::Failed, None);
+    }
+
+    fn begin_save(&mut self, asked: Asked) -> Result<(), Error> {
+        self.start_save(asked).inspect_err(|e| {
+            (self.saving.status, self.saving.current) = (MigrationStatus::Failed, None);
             self.saving.error = Some(e.to_string());
         })
     }
 
-    fn begin_save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
+    fn start_save(&mut self, Asked { to, how, by }: Asked) -> Result<(), Error> {
         let base = match (&self.saving.base, how.incremental) {
             (Some(base), true) => Some(base.saved.clone()),
             (None, true) => {
@@ -167,49 +201,43 @@ impl Vmm {
             }
             (_, false) => None,
         };
-        let stream = matches!(to, To::Stream(_));
+        self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
         let (memory, size) = (self.machine.memory().clone(), self.machine.config().memory.size);
-        // A guest that stands still already has nothing to gain.
-        let live = (how.resume || stream) && self.state() == State::Running;
         let id = new_id();
-        let mut cancel = None;
-        let open: Open = match to {
+        let stream = matches!(to, To::Stream(..));
+        let (cancel, place, open): (_, _, Open) = match to {
             To::Directory(path) => {
-                let directory = Directory::create(&path, memory.clone(), size, base);
-                let directory = directory.map_err(|e| Error::generic(&e))?;
-                Box::new(|_| Ok(Box::new(directory)))
+                let (place, memory) = (path.display().to_string(), memory.clone());
+                let open = move |_: &_| {
+                    Ok(Box::new(Directory::create(&path, memory, size, base)?) as Box<_>)
+                };
+                (None, place, Box::new(open))
             }
-            To::Stream(peer) => {
-                cancel = Some(peer.cancel());
+            To::Stream(peer, place) => {
+                let cancel = peer.cancel();
                 let (memory, config) = (memory.clone(), Config::of(&self.machine, id, None));
-                Box::new(move |progress| {
-                    Ok(Box::new(Stream::begin(peer, memory, &config, progress)?))
-                })
+                let open = move |progress: &_| {
+                    Ok(Box::new(Stream::begin(peer, memory, &config, progress)?) as Box<_>)
+                };
+                (Some(cancel), place, Box::new(open))
             }
         };
-        let mut first = Live::No;
-        if live {
-            self.log_changes().map_err(|e| Error::generic(&e))?;
-            first = match &self.saving.base {
-                Some(base) if how.incremental => Live::These(base.since.clone()),
-                _ => Live::All(memory, self.machine.filled()),
-            };
-        }
-        let job = self.saving.thread.save(open, first, cancel).map_err(|e| {
-            self.end_log();
-            Error::generic(&e)
-        })?;
-        self.saving.job = Some(job);
-        self.saving.status = MigrationStatus::Active;
-        (self.saving.error, self.saving.downtime, self.saving.stopped) = (None, None, None);
-        (self.saving.id, self.saving.how, self.saving.stream) = (id, how, stream);
-        (self.saving.live, self.saving.before) = (live, self.state());
-        self.saving.asked = Some((self.asked_by, ticket.clone()));
+        let How { resume, .. } = how;
+        let order = Order { open, memory, cancel, place, resume, patient: stream };
+        let job = self.saving.thread.save(order).map_err(|e| Error::generic(&e))?;
+        (self.saving.status, self.saving.error) = (MigrationStatus::Active, None);
+        self.saving.current = Some(Current {
+            job,
+            id,
+            how,
+            stream,
+            by: Some(by),
+            failed: None,
+            stopped: None,
+            downtime: None,
+        });
         self.tell(&Event::Migration { status: MigrationStatus::Active });
-        if !live && let Err(e) = self.hand_over() {
-            // The thread gives up without it, and says so.
-            self.fail(&e);
-        }
+        self.save_input(Input::Begin);
         Ok(())
     }
 
@@ -217,67 +245,199 @@ impl Vmm {
         &self.saving
     }
 
-    /// Give the save up, if one is under way.
+    /// Give the save up, if one is under way and does not count yet.
     pub(crate) fn cancel_save(&mut self) {
         if self.saving.status == MigrationStatus::Active
-            && let Some(job) = &self.saving.job
+            && self.saving.job().is_some_and(Job::cancel)
         {
-            job.cancel();
+            self.saving.status = MigrationStatus::Cancelling;
+            self.save_input(Input::Cancelled);
         }
     }
 
-    /// Give the save up and wait until its files are gone.
+    /// Give the save up and wait until its files are gone, unless it hangs.
     pub(crate) fn abandon_save(&mut self) {
-        if self.saving.status == MigrationStatus::Active
-            && let Some(job) = &mut self.saving.job
+        if self.saving.phase == Phase::Idle {
+            return;
+        }
+        let deadline = Instant::now() + HANG_LIMIT;
+        let Some(current) = &mut self.saving.current else { return };
+        current.job.give_up();
+        while let Some(step) = current.job.wait(deadline.saturating_duration_since(Instant::now()))
         {
-            job.give_up();
-            while let Some(step) = job.wait(Duration::from_secs(5)) {
-                if matches!(step, Step::Done(_)) {
-                    break;
-                }
+            if matches!(step, Step::Done(_)) {
+                return;
             }
         }
+        log::warn!("the save to {} hangs and is left behind", current.job.place());
     }
 
-    /// See what the checkpoint thread has to say.
+    /// See what the checkpoint thread has to say, and what waits for it.
     pub(crate) fn follow_save(&mut self) {
-        while let Some(step) = self.saving.job.as_mut().and_then(Job::step) {
+        while let Some(step) = self.saving.current.as_mut().and_then(|current| current.job.step()) {
             self.save_step(step);
         }
+        if self.state() != State::Saving {
+            self.late_events();
+        }
+        if self.saving.phase == Phase::Idle {
+            if let Some((next, _)) = self.saving.next.take() {
+                let by = next.by.clone();
+                if let Err(e) = self.begin_save(next) {
+                    self.reply_to(by, Err(e));
+                }
+            }
+        } else if let Some((next, _)) =
+            self.saving.next.take_if(|(_, until)| *until <= Instant::now())
+        {
+            let place = self.saving.job().map(Job::place).unwrap_or_default();
+            let desc = format!(
+                "the save to {place} was cancelled and hangs: its storage does not answer. Another one \
+                 can begin when it does; query-migrate says 'cancelling' until then"
+            );
+            self.reply_to(next.by, Err(Error::text(desc)));
+        }
+    }
+
+    /// How long until a save that waits for another one has waited for long enough.
+    pub(crate) fn until_save(&self) -> Option<Duration> {
+        let (_, until) = self.saving.next.as_ref()?;
+        Some(until.saturating_duration_since(Instant::now()))
     }
 
     fn save_step(&mut self, step: Step) {
         match step {
-            Step::Round => match (self.collect(), &self.saving.job) {
-                (Ok(ranges), Some(job)) => job.changed(ranges),
-                (Ok(_), None) => {}
-                (Err(e), _) => self.fail(&e.into()),
-            },
-            Step::Ready => {
-                if let Err(e) = self.hand_over() {
-                    self.fail(&e);
-                }
+            Step::Opened => {
+                let wanted = self.saving.terms();
+                // A guest that is stopped already has nothing to gain.
+                let live = (wanted.resume || wanted.stream) && self.state() == State::Running;
+                self.save_input(Input::Opened { live });
             }
-            Step::Copied => {
-                if self.saving.live
-                    && self.saving.how.resume
-                    && let Err(e) = self.go_on()
-                {
-                    self.fail(&e.into());
-                }
-            }
-            Step::Done(result) => self.save_over(result),
+            Step::Round => self.save_input(Input::Round),
+            Step::Ready(left) => self.save_effects(Input::Ready, Some(left)),
+            Step::Copied => self.save_input(Input::Copied),
+            Step::Done(result) => self.save_done(result),
         }
     }
 
-    /// Stop the guest and give the thread the state and the list of what is to be copied.
-    fn hand_over(&mut self) -> Result<(), Failed> {
-        self.saving.stopped = Some(Instant::now());
+    fn save_done(&mut self, result: Result<Option<Saved>, SaveError>) {
+        let failed = self.saving.current.as_ref().is_none_or(|current| current.failed.is_some());
+        let mut result = result;
+        let outcome = match &mut result {
+            Ok(saved) if !failed => {
+                if let Some(Current { how, stream: false, .. }) = self.saving.current {
+                    let saved = saved.take().filter(|_| how.track);
+                    self.saving.base = saved.map(|saved| Base { saved, since: Vec::new() });
+                }
+                Outcome::Saved
+            }
+            _ => Outcome::Failed,
+        };
+        self.save_input(Input::Done(outcome));
+        self.finish_save(result);
+    }
+
+    fn save_input(&mut self, input: Input) {
+        self.save_effects(input, None);
+    }
+
+    /// Go where `input` leads and do what has to be done. `left` is for the capture.
+    fn save_effects(&mut self, input: Input, mut left: Option<Left>) {
+        let (phase, effects) = self.saving.phase.on(self.saving.terms(), input);
+        self.saving.phase = phase;
+        for effect in effects {
+            let done = match effect {
+                Effect::LogAndCopy => self.log_and_copy(),
+                Effect::Harvest => self.harvest(),
+                Effect::Capture => {
+                    self.capture(left.take()).map(|captured| self.save_input(captured))
+                }
+                Effect::GoBack(before) => self.go_back(before).map_err(Failed::from),
+                Effect::Rest(before) => self.rest(before).map_err(Failed::from),
+                Effect::Leave => self.apply(lifecycle::Event::Migrated).map_err(Failed::from),
+                // By `finish_save`, which knows what.
+                Effect::Answer => Ok(()),
+            };
+            if let Err(e) = done {
+                self.fail_save(&e);
+            }
+        }
+    }
+
+    /// The main thread cannot do its part: the thread gives up without it, and says so.
+    fn fail_save(&mut self, why: &Failed) {
+        let why = Error::generic(why).to_string();
+        log::error!("cannot go on with a save: {why}");
+        if let Some(current) = &mut self.saving.current {
+            current.job.give_up();
+            current.failed.get_or_insert(why);
+        }
+    }
+
+    fn log_and_copy(&mut self) -> Result<(), Failed> {
+        self.log_changes()?;
+        let Some(current) = &self.saving.current else { return Ok(()) };
+        current.job.copy(match &self.saving.base {
+            Some(base) if current.how.incremental => First::These(base.since.clone()),
+            _ => First::All(self.machine.filled()),
+        });
+        Ok(())
+    }
+
+    fn harvest(&mut self) -> Result<(), Failed> {
+        let changed = self.collect()?;
+        if let Some(job) = self.saving.job() {
+            job.changed(changed);
+        }
+        Ok(())
+    }
+
+    /// Stop the guest and give the thread the machine as it is then. The guest runs again when this
+    /// returns, if it is to and its memory could be copied aside. `left` is what a live save has left.
+    fn capture(&mut self, left: Option<Left>) -> Result<Input, Failed> {
+        let (before, stopped) = (self.state(), Instant::now());
         // A client may have stopped it since the save began.
-        self.saving.before = self.state();
-        self.apply(lifecycle::Event::Save)?;
-        let mut ranges = match (self.saving.logging, self.saving.how.track) {
+        let own_pause =
+            before == State::Running && left.as_ref().is_some_and(|left| left.staging.is_some());
+        if !own_pause {
+            self.apply(lifecycle::Event::Save)?;
+        }
+        let captured = self.epoch(before, left);
+        let runs_again = match &captured {
+            Ok((_, epoch)) => matches!(epoch.pages, Pages::Staged(_)),
+            Err(_) => true,
+        };
+        match (own_pause, runs_again) {
+            (true, true) => self.machine.resume_after_own_pause()?,
+            // Too much for that: a pause that clients see after all.
+            (true, false) => self.apply(lifecycle::Event::Save)?,
+            (false, _) if captured.is_err() => self.go_back(before)?,
+            (false, _) => {}
+        }
+        let took = stopped.elapsed();
+        let (config, epoch) = captured?;
+        let moves = self.saving.terms() == Terms { resume: false, stream: true };
+        if moves && !own_pause {
+            // Before the other side can know all that it needs to go on.
+            self.machine.release_disks();
+        }
+        let current = self.saving.current.as_mut().ok_or(Failed::NoSave)?;
+        current.stopped = Some(stopped);
+        current.job.epoch(config, epoch);
+        if own_pause && runs_again {
+            current.downtime = Some(took);
+            return Ok(Input::Captured);
+        }
+        Ok(Input::Held(before))
+    }
+
+    /// The machine, which stays stopped.
+    fn epoch(&mut self, before: State, left: Option<Left>) -> Result<(Config, Epoch), Failed> {
+        let current = self.saving.current.as_ref().ok_or(Failed::NoSave)?;
+        let (id, how) = (current.id, current.how);
+        // What was written up to this moment, so not before it is stopped.
+        self.machine.pause()?;
+        let changed = match (self.saving.logging, how.track) {
             (true, _) => self.collect()?,
             (false, true) => {
                 self.log_changes()?;
@@ -285,27 +445,18 @@ impl Vmm {
             }
             (false, false) => Vec::new(),
         };
-        let halted = match self.saving.before {
+        let halted = match before {
             State::Halted(why) => Some(why),
             _ => None,
         };
-        let config = Config::of(&self.machine, self.saving.id, halted);
+        let config = Config::of(&self.machine, id, halted);
         let still = self.machine.quiesced()?;
-        if !self.saving.live {
-            ranges = match &self.saving.base {
-                Some(base) if self.saving.how.incremental => base.since.clone(),
-                _ => still.used_memory().map_err(Failed::Memory)?,
-            };
-        }
-        let state = still.save()?;
-        if self.saving.stream && !self.saving.how.resume {
-            // Before the other side can know all that it needs to go on.
-            self.machine.release_disks();
-        }
-        if let Some(job) = &self.saving.job {
-            job.last(ranges, config, state);
-        }
-        Ok(())
+        let (dirty, staging) = match (left, &self.saving.base) {
+            (Some(left), _) => (union(&left.ranges, &changed), left.staging),
+            (None, Some(base)) if how.incremental => (base.since.clone(), None),
+            (None, _) => (still.used_memory().map_err(Failed::Memory)?, None),
+        };
+        Ok((config, still.capture(dirty, staging)?))
     }
 
     /// Begin to note what changes.
@@ -338,87 +489,67 @@ impl Vmm {
         }
     }
 
-    /// Back to what the VM was before the save.
-    fn go_on(&mut self) -> Result<(), Refused> {
-        if self.state() == State::Saving {
-            let held = self.machine.hold_disks();
-            self.stand_still()?;
-            held.map_err(RunError::from)?;
-            if self.saving.before == State::Running {
-                self.apply(lifecycle::Event::Resume)?;
-                self.saving.downtime = self.saving.stopped.map(|at| at.elapsed());
+    /// Back to what the VM was before it was stopped for the save.
+    fn go_back(&mut self, before: State) -> Result<(), Refused> {
+        let held = self.machine.hold_disks();
+        self.rest(before)?;
+        held.map_err(RunError::from)?;
+        if before == State::Running {
+            self.apply(lifecycle::Event::Resume)?;
+            if let Some(current) = &mut self.saving.current {
+                current.downtime = current.stopped.map(|at| at.elapsed());
             }
         }
         Ok(())
     }
 
-    /// The machine stays where the save has put it; nobody needs its memory any more.
-    fn stand_still(&mut self) -> Result<(), Refused> {
-        if self.state() == State::Saving {
-            self.apply(lifecycle::Event::Saved)?;
-            if let State::Halted(why) = self.saving.before {
-                self.apply(lifecycle::Event::Halt(why))?;
-            }
+    /// The machine stays where the save has put it; its memory is not needed any more.
+    fn rest(&mut self, before: State) -> Result<(), Refused> {
+        self.apply(lifecycle::Event::Saved)?;
+        match before {
+            State::Halted(why) => self.apply(lifecycle::Event::Halt(why)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    /// The main thread cannot do its part.
-    fn fail(&mut self, why: &Failed) {
-        if let Some(job) = &mut self.saving.job {
-            job.give_up();
-        }
-        self.saving.error = Some(Error::generic(why).to_string());
-    }
-
-    fn save_over(&mut self, result: Result<Option<Saved>, SaveError>) {
-        let How { resume, track, .. } = self.saving.how;
-        let mut failure = match (self.saving.error.take(), result) {
+    /// The save is over, and the machine where it leads: tell all who want to know.
+    fn finish_save(&mut self, result: Result<Option<Saved>, SaveError>) {
+        self.end_log();
+        let Some(current) = &mut self.saving.current else { return };
+        let (by, took) = (current.by.take(), current.job.time());
+        let failure = match (current.failed.take(), result) {
             (Some(why), _) => Some((MigrationStatus::Failed, why)),
-            (None, Ok(saved)) => {
-                if !self.saving.stream {
-                    let saved = saved.filter(|_| track);
-                    self.saving.base = saved.map(|saved| Base { saved, since: Vec::new() });
-                }
-                None
-            }
+            (None, Ok(_)) => None,
             (None, Err(SaveError::Cancelled)) => {
                 Some((MigrationStatus::Canceled, "the save was cancelled".to_owned()))
             }
             (None, Err(e)) => Some((MigrationStatus::Failed, Error::generic(&e).to_string())),
         };
-        self.end_log();
-        let after = match self.state() {
-            _ if failure.is_some() => self.go_on(),
-            State::Saving if self.saving.stream && !resume => {
-                self.apply(lifecycle::Event::Migrated)
+        match (&failure, current.downtime) {
+            (None, Some(pause)) => {
+                log::info!("saved in {took:?}; the guest was stopped for {pause:?}")
             }
-            State::Saving => self.stand_still(),
-            _ => Ok(()),
-        };
-        if let Err(e) = after {
-            let why = Error::generic(&e).to_string();
-            log::error!("cannot go on after a save: {why}");
-            failure.get_or_insert((MigrationStatus::Failed, why));
-        }
-        let took = self.saving.job().map(Job::time).unwrap_or_default();
-        match &failure {
-            None => log::info!("saved in {took:?}"),
-            Some((_, why)) => log::warn!("not saved: {why}"),
+            (None, None) => log::info!("saved in {took:?}"),
+            (Some((_, why)), _) => log::warn!("not saved: {why}"),
         }
         let status = failure.as_ref().map_or(MigrationStatus::Completed, |f| f.0);
         self.saving.status = status;
         self.saving.error = failure.map(|f| f.1);
         self.tell(&Event::Migration { status });
         let reply = match &self.saving.error {
-            None => serde_json::to_value(Empty {}).map_err(|e| Error::generic(&e)),
+            None => Ok(Empty {}),
             Some(why) => Err(Error::text(why.clone())),
         };
-        if let Some((server, ticket)) = self.saving.asked.take()
-            && let Some(server) = self.servers.get_mut(server)
-        {
+        if let Some(by) = by {
+            self.reply_to(by, reply);
+        }
+    }
+
+    fn reply_to(&mut self, (server, ticket): (usize, Ticket), reply: Result<Empty, Error>) {
+        let reply =
+            reply.and_then(|empty| serde_json::to_value(empty).map_err(|e| Error::generic(&e)));
+        if let Some(server) = self.servers.get_mut(server) {
             server.reply(&ticket, reply);
         }
-        self.late_events();
     }
 }

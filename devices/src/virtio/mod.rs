@@ -16,7 +16,7 @@ use std::{any::Any, sync::Arc};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Device, Memory, worker::IoThread};
+use crate::{Device, Memory, state::StateError, worker::IoThread};
 pub use registers::Interrupt;
 
 /// `VIRTIO_F_VERSION_1`: every device offers it and refuses drivers that do not take it.
@@ -25,6 +25,9 @@ pub const F_VERSION_1: u64 = 1 << 32;
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// `VIRTIO_RING_F_EVENT_IDX`.
 pub const F_EVENT_IDX: u64 = 1 << 29;
+
+/// Why [`VirtioDevice::offer`] fails.
+const CANNOT_OFFER: &str = "virtio features that this device cannot offer";
 
 /// One configured queue and the eventfd that the driver's notifications arrive on.
 #[derive(Debug)]
@@ -64,6 +67,18 @@ pub trait VirtioDevice: Device + Any {
     /// Feature bits offered: the device's own and the ring features that its worker can do
     /// ([`F_INDIRECT_DESC`], [`F_EVENT_IDX`]). The transport adds [`F_VERSION_1`].
     fn features(&self) -> u64;
+    /// Offer `features`, without [`F_VERSION_1`], from now on: those that a restored slot offered when
+    /// its guest started. They belong to the slot, whatever has been plugged into it since.
+    ///
+    /// # Errors
+    /// When the device, with the back-end that it has, cannot do one of them. It then offers what it
+    /// did before.
+    fn offer(&mut self, features: u64) -> Result<(), StateError> {
+        match features == self.features() & !F_VERSION_1 {
+            true => Ok(()),
+            false => Err(StateError::Invalid(CANNOT_OFFER)),
+        }
+    }
     /// Maximum size of each queue; its length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
     /// The device-specific configuration space as it is now. The transport copies it into the

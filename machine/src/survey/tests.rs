@@ -1,7 +1,7 @@
 //! What is told, and what is left behind.
 use std::{error::Error, path::Path};
 
-use crate::config::{Aio, BootConfig, ConsoleConfig, DiskConfig, Topology};
+use crate::config::{Aio, BootConfig, ConsoleConfig, DiskConfig, Topology, slots::Wanted};
 
 use super::*;
 
@@ -52,6 +52,7 @@ fn config(dir: &Path) -> MachineConfig {
             initrd: Some(dir.join("initrd")),
             cmdline: String::new(),
         },
+        slots: Wanted::default().try_into().unwrap(),
         iothreads: Vec::new(),
         serial: Some(file("serial")),
         disks: vec![disk("a"), disk("b")],

@@ -6,10 +6,22 @@ use serde_json::Value;
 super::plain! {
     /// Ask for the disks.
     QueryBlock
-    /// Ask what they have done.
-    QueryBlockstats
-    /// Ask for the back-ends.
-    QueryNamedBlockNodes
+}
+
+/// Ask what the disks have done.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct QueryBlockstats {
+    /// By back-ends rather than devices. A disk is one of each, and the answer the same.
+    pub query_nodes: Option<bool>,
+}
+
+/// Ask for the back-ends.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QueryNamedBlockNodes {
+    /// Without those behind them, of which there are none.
+    pub flat: Option<bool>,
 }
 
 /// Create a disk's back-end.

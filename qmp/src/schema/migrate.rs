@@ -7,6 +7,25 @@ super::plain! {
     QueryMigrate
     /// Give up the save that is under way.
     MigrateCancel
+    /// Ask for what `migrate-set-parameters` sets.
+    QueryMigrateParameters
+}
+
+/// Set how saves are made, those under way included. What is left out stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct MigrateSetParameters {
+    /// Milliseconds for which a guest that runs on, or moves, may be stopped: a stream goes on to copy
+    /// what the guest changes until the rest takes no longer. 30 at first.
+    pub downtime_limit: Option<u64>,
+}
+
+/// Reply to [`QueryMigrateParameters`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationParameters {
+    /// See [`MigrateSetParameters`].
+    pub downtime_limit: u64,
 }
 
 /// Save the machine's state. The answer comes when it has been saved. After a save into a directory
@@ -33,6 +52,7 @@ pub enum MigrationStatus {
     #[default]
     Setup,
     Active,
+    Cancelling,
     Completed,
     Failed,
     Canceled,
@@ -53,6 +73,13 @@ pub struct MigrationInfo {
     /// Milliseconds for which the guest stood still, when it runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
+    /// The same in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_us: Option<u64>,
+    /// False while the guest changes memory as quickly as it is copied, and the save waits for that to
+    /// end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub converging: Option<bool>,
     /// Directory of the save that an incremental one would build on; absent when none is possible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,

@@ -14,7 +14,7 @@ use crate::stage::{Stage, descriptors, quits, simple};
 use crate::talk::Ncat;
 
 /// An image of so many sectors, each beginning with `mark` and its own number.
-fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf> {
+pub fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf> {
     let sector = |number: u64| (mark << 32 | number).to_le_bytes().into_iter().chain([0; 504]);
     let contents: Vec<u8> = (0..sectors).flat_map(sector).collect();
     let path = stage.file(name);
@@ -23,19 +23,19 @@ fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf>
 }
 
 /// What the guest prints when it finds that image in that slot.
-fn found(slot: usize, mark: u64, sectors: u64) -> String {
+pub fn found(slot: usize, mark: u64, sectors: u64) -> String {
     let word = |number: u64| mark << 32 | number;
     let last = sectors - 1;
     format!(
-        "disk {slot} has {sectors:x} sectors sector 3 begins with {:x} sector {last:x} begins with {:x}\n",
+        "disk {slot:x} has {sectors:x} sectors sector 3 begins with {:x} sector {last:x} begins with {:x}\n",
         word(3),
         word(last)
     )
 }
 
 /// What it prints when the slot is empty: there is no sector 3 any more.
-fn empty(slot: usize) -> String {
-    format!("disk {slot} has 0 sectors sector 3 has status 1\n")
+pub fn empty(slot: usize) -> String {
+    format!("disk {slot:x} has 0 sectors sector 3 has status 1\n")
 }
 
 fn watching(stage: &Stage, how: &str) -> Result<(Monitor, Client)> {
@@ -64,7 +64,7 @@ fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
     Ok(())
 }
 
-fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
+pub fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
     ensure!(qmp.execute_raw("device_del", json!({ "id": id }))? == json!({}));
     let data = qmp.wait_event("DEVICE_DELETED", SOON)?.data;
     ensure!(data == json!({ "device": id, "path": id }), "{data}");
@@ -162,20 +162,70 @@ fn the_way_kata_plugs_a_volume() -> Result<()> {
     Ok(())
 }
 
+/// As many as StratoVirt's microVM has.
 #[test]
 fn the_documented_commands_fill_every_slot() -> Result<()> {
     let stage = Stage::new("slots")?;
-    let images = (0..8)
-        .map(|slot| marked(&stage, &format!("image{slot}"), 0x10 + slot, 64 + slot))
+    fill_every_slot(&stage, stage.vm("plug", "watch")?, 4)
+}
+
+/// All interrupts that there are for virtio: 17 slots for disks, one for NICs.
+#[test]
+fn the_documented_commands_fill_as_many_slots_as_are_asked_for() -> Result<()> {
+    let stage = Stage::new("many")?;
+    let vm = stage.vm("plug", "watch")?.machine("disk-slots", 17).machine("nic-slots", 1);
+    fill_every_slot(&stage, vm, 17)
+}
+
+#[test]
+fn a_machine_without_slots_has_no_place_for_a_device() -> Result<()> {
+    let stage = Stage::new("none")?;
+    let vm = stage.vm("plug", "watch")?.machine("disk-slots", 0).machine("nic-slots", 0);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("ready\n", SOON)?;
+    for (driver, says) in [
+        ("virtio-blk-mmio", "no block slots; start it with some: -machine disk-slots=N"),
+        ("virtio-blk-pci", "no block slots"),
+        ("virtio-net-mmio", "no net slots; start it with some: -machine nic-slots=N"),
+    ] {
+        let device = json!({ "id": "x", "driver": driver, "addr": "0" });
+        refused(&mut qmp, "device_add", device, says)?;
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// A saved machine has the slots it was started with, whatever is usual where it is restored.
+#[test]
+fn slots_are_saved_with_the_machine() -> Result<()> {
+    let stage = Stage::new("kept")?;
+    let image = marked(&stage, "image", 7, 64)?;
+    let vm = stage.vm("plug", "watch")?.machine("disk-slots", 6).machine("nic-slots", 1);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("ready\n", SOON)?;
+    save(&mut qmp, &stage.file("saved"), false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let (mut monitor, mut qmp) = restore(&stage, &stage.file("saved"), &[])?;
+    simple(&mut qmp, "cont")?;
+    plug(&mut qmp, "drive", &image, "5")?;
+    expect(&mut monitor, &found(5, 7, 64))?;
+    let device = json!({ "id": "x", "driver": "virtio-net-mmio", "addr": "1" });
+    refused(&mut qmp, "device_add", device, "A maximum of 1 net replaceable devices")?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+fn fill_every_slot(stage: &Stage, vm: Vm, count: usize) -> Result<()> {
+    let images = (0..u64::try_from(count)?)
+        .map(|slot| marked(stage, &format!("image{slot}"), 0x10 + slot, 64 + slot))
         .collect::<Result<Vec<_>>>()?;
-    let (mut monitor, mut qmp) = watching(&stage, "watch")?;
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("ready\n", SOON)?;
     for (slot, image) in images.iter().enumerate() {
         plug(&mut qmp, &format!("drive-{slot}"), image, &format!("{slot:#x}"))?;
         let number = u64::try_from(slot)?;
         expect(&mut monitor, &found(slot, 0x10 + number, 64 + number))?;
     }
     let disks = qmp.execute_raw("query-block", json!({}))?;
-    ensure!(disks.as_array().is_some_and(|disks| disks.len() == 8), "{disks}");
+    ensure!(disks.as_array().is_some_and(|disks| disks.len() == count), "{disks}");
 
     // What makes no sense is refused, and nothing changes.
     let file = json!({ "driver": "file", "filename": images.first() });
@@ -191,16 +241,16 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
     )?;
     // Read-only and shared with drive-0, it still meets drive-0's lock.
     refused(&mut qmp, "blockdev-add", backend("drive-x"), "image0")?;
-    let spare = marked(&stage, "spare", 0x99, 64)?;
+    let spare = marked(stage, "spare", 0x99, 64)?;
     let backend =
         json!({ "node-name": "drive-x", "file": { "driver": "file", "filename": spare } });
     ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
     for (driver, addr, says) in [
         ("virtio-blk-mmio", "0", "The slot 0 is occupied already"),
-        ("virtio-blk-mmio", "8", "A maximum of 8 block"),
+        ("virtio-blk-mmio", &count.to_string(), &format!("A maximum of {count} block")),
         ("virtio-blk-mmio", "-1", "Invalid addr for device drive-x"),
         ("virtio-foo-mmio", "0", "Unsupported replaceable device type"),
-        ("virtio-blk-pci", "0", "All 8 block slots are occupied"),
+        ("virtio-blk-pci", "0", &format!("All {count} block slots are occupied")),
     ] {
         refused(&mut qmp, "device_add", add("drive-x", driver, addr), says)?;
     }
@@ -209,11 +259,11 @@ fn the_documented_commands_fill_every_slot() -> Result<()> {
     refused(&mut qmp, "blockdev-del", json!({ "node-name": "drive-0" }), "drive-0")?;
     ensure!(monitor.unseen().is_empty(), "the guest noticed '{}'", monitor.unseen());
 
-    for slot in (0..8).rev() {
+    for slot in (0..count).rev() {
         unplug(&mut qmp, &format!("drive-{slot}"))?;
         expect(&mut monitor, &empty(slot))?;
     }
-    quits(&stage, &mut monitor, &mut qmp)
+    quits(stage, &mut monitor, &mut qmp)
 }
 
 #[test]
@@ -543,7 +593,6 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
         ("host", json!("0000:00:01.0"), "'host': '0000:00:01.0': passing host devices"),
         ("sysfsdev", json!("/sys/x"), "'sysfsdev': '/sys/x': passing host devices"),
         ("chardev", json!("zz"), "'chardev': 'zz': vhost-user"),
-        ("disable-modern", json!(true), "'disable-modern': 'true'"),
         ("romfile", json!("x.rom"), "'romfile': 'x.rom'"),
         ("serial", json!(long), "'serial'"),
         ("mac", json!("52:54:00:00:00:01"), "'mac': '52:54:00:00:00:01': a disk has none"),
@@ -570,7 +619,7 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
     unplug(&mut qmp, "first")?;
     expect(&mut monitor, &empty(0))?;
     ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
-    let slot = json!({ "id": "x", "driver": "virtio-blk-mmio", "addr": "0x0", "drive": "x", "iothread": "own", "num-queues": 2, "queue-size": 128, "logical_block_size": 512, "physical_block_size": 4096, "romfile": "", "share-rw": true, "bus": "virtio-mmio-bus.0", "vectors": 0, "boot_index": 1, "multifunction": true, "disable-modern": false, "serial": "abc" });
+    let slot = json!({ "id": "x", "driver": "virtio-blk-mmio", "addr": "0x0", "drive": "x", "iothread": "own", "num-queues": 2, "queue-size": 128, "logical_block_size": 512, "physical_block_size": 4096, "romfile": "", "share-rw": true, "bus": "virtio-mmio-bus.0", "vectors": 0, "boot_index": 1, "multifunction": true, "disable-modern": true, "serial": "abc" });
     for (member, value, says) in [
         ("iothread", json!("other"), "'iothread': 'other': must be 'own'"),
         ("num-queues", json!(1), "'num-queues': '1': must be 2"),

@@ -154,6 +154,74 @@ fn a_guest_that_runs_on_during_its_save_stops_for_the_rest_only() -> Result<()> 
     quits(&stage, &mut monitor, &mut qmp)
 }
 
+/// The guest writes to pages all over its memory, each in another block of the saved file; what it
+/// wrote while they were copied aside and written must not show.
+#[test]
+fn a_guest_that_dirties_scattered_pages_is_saved_as_it_was_at_one_moment() -> Result<()> {
+    let stage = Stage::new("snap-scattered")?;
+    let vm = stage.vm("count", "scattered 2")?;
+    let vm = vm.machine("vcpu_count", 2).machine("mem_size", 256_u64 << 20);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("processors 2", SOON)?;
+    let at = |n: usize| stage.file(&format!("saved{n}"));
+    let scattered = |saved: &Path| -> Result<Vec<u64>> {
+        let memory = File::open(saved.join("memory"))?;
+        let page = |number: u64| {
+            let mut bytes = [0; 8];
+            memory.read_exact_at(&mut bytes, (6 << 20) + number * (512 << 10))?;
+            Ok(u64::from_le_bytes(bytes))
+        };
+        (0..448).map(page).collect()
+    };
+    qmp.take_events();
+    for n in 0..4 {
+        let uri = format!("file:{}", at(n).display());
+        let arguments =
+            json!({ "uri": uri, "resume": true, "track": true, "incremental": n % 2 == 1 });
+        qmp.execute_raw("migrate", arguments)?;
+        let info = qmp.execute_raw("query-migrate", json!({}))?;
+        ensure!(info.get("downtime-us").and_then(Value::as_u64).is_some_and(|us| us > 0), "{info}");
+        ensure!(info.get("converging") == Some(&json!(true)), "{info}");
+        ensure!(status(&mut qmp)? == "running");
+        if n % 2 == 0 {
+            // At one moment the guest is in the middle of one round over all pages at most.
+            let pages = scattered(&at(n))?;
+            let border = pages.iter().position(|page| *page != pages[0]).unwrap_or(pages.len());
+            let (done, rest) = pages.split_at(border);
+            ensure!(rest.iter().all(|page| page + 1 == done[0]), "{pages:?}");
+        }
+    }
+    let told: Vec<_> = qmp.take_events().into_iter().map(|event| event.event).collect();
+    ensure!(
+        told.iter().all(|name| name == "MIGRATION"),
+        "a pause of the monitor's own is told: {told:?}"
+    );
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    for (n, mapped) in [(0, "on"), (1, "on"), (1, "uffd"), (2, "off"), (3, "off")] {
+        let incoming = format!("file:{},mapped={mapped}", at(n).display());
+        let vm = Vm::described(json!({})).args(&["-S", "-incoming", &incoming]);
+        let mut monitor = vm.start(&stage.paths, &stage.dir)?;
+        let mut qmp = monitor.qmp()?;
+        simple(&mut qmp, "cont")?;
+        let (one, whole) = (stage.file("one"), stage.file("whole"));
+        save(&mut qmp, &one, true)?;
+        let deadline = Instant::now() + SOON;
+        // It goes through all of its pages, and finds in each what it wrote.
+        while counters(&whole, 1)
+            .map_or(true, |now| counters(&one, 1).is_ok_and(|one| now[0] < one[0] + 3))
+        {
+            ensure!(Instant::now() < deadline, "it does not go on");
+            save(&mut qmp, &whole, true)?;
+        }
+        ensure!(!monitor.unseen().contains("WRONG"), "{n}: {}", monitor.unseen());
+        fs::remove_dir_all(&whole)?;
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     let (stage, mut monitor, mut qmp) = counting("snap-disk", 1)?;
@@ -185,6 +253,8 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     ensure!(said.contains("1048576") && said.contains("2097152"), "both sizes are told: {said}");
     let said = refusal(&stage, &saved, &["-m", "64M"])?;
     ensure!(said.contains("leave -m out"), "{said}");
+    let said = refusal(&stage, &saved, &["-machine", "disk-slots=8"])?;
+    ensure!(said.contains("has 4 slots for disks") && said.contains("asks for 8"), "{said}");
     let said = refusal(&stage, &saved, &["-drive", &format!("id=other,file={}", moved.display())])?;
     ensure!(said.contains("no disk 'other'") && said.contains("extra"), "{said}");
     Ok(())

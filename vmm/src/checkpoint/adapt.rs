@@ -61,6 +61,14 @@ pub fn adapt(config: &mut Config, asked: &Asked, flags: &MachineConfig) -> Resul
         let (had, wanted) = (list(&saved.iothreads), list(&flags.iothreads));
         return Err(differs("the I/O threads", "-object iothread", had, wanted));
     }
+    for (what, flag, had, wanted) in [
+        ("slots for disks", "-machine disk-slots", saved.slots.disks(), asked.disk_slots),
+        ("slots for NICs", "-machine nic-slots", saved.slots.nics(), asked.nic_slots),
+    ] {
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != had) {
+            return Err(differs(what, flag, had, wanted));
+        }
+    }
     replace(&mut saved.name, &asked.name);
     replace(&mut saved.uuid, &asked.uuid);
     replace(&mut saved.boot.kernel, &asked.kernel);

@@ -5,13 +5,10 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::FileExt,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
 };
 
-use machine::{
-    Memory,
-    memory::image::{self, PAGE_SIZE},
-};
+use machine::memory::image::PAGE_SIZE;
 
 /// Bytes of a block: what has a checksum of its own.
 pub const BLOCK: u64 = 2 << 20;
@@ -28,20 +25,54 @@ pub struct Progress {
     pub written: AtomicU64,
     /// Pages that were zero.
     pub zero_pages: AtomicU64,
-    /// Set to make it stop.
-    pub cancelled: AtomicBool,
+    /// Of the loop that copies what the guest changes: a round left about as much as the one before.
+    pub diverges: AtomicBool,
+    /// One of [`RUNS`], [`CANCELLED`], [`COMMITTED`].
+    fate: AtomicU8,
 }
 
+/// It may be cancelled.
+const RUNS: u8 = 0;
+/// It is to stop as soon as it can.
+const CANCELLED: u8 = 1;
+/// It counts from now on, whatever is asked for.
+const COMMITTED: u8 = 2;
+
 impl Progress {
+    /// Make it stop as soon as it can; whether that is still possible.
+    pub fn cancel(&self) -> bool {
+        self.settle(CANCELLED)
+    }
+
+    /// Make it count: from now on it cannot be cancelled.
+    ///
+    /// # Errors
+    /// An error of the kind `Interrupted` when it was cancelled before.
+    pub fn commit(&self) -> io::Result<()> {
+        if self.settle(COMMITTED) { Ok(()) } else { self.check() }
+    }
+
     /// An error of the kind `Interrupted` once it is to stop.
     ///
     /// # Errors
     /// That one.
     pub fn check(&self) -> io::Result<()> {
-        match self.cancelled.load(Ordering::Relaxed) {
+        match self.is_cancelled() {
             true => Err(io::Error::from(io::ErrorKind::Interrupted)),
             false => Ok(()),
         }
+    }
+
+    /// Whether it is to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.fate.load(Ordering::Acquire) == CANCELLED
+    }
+
+    /// Whether it is `fate` that it has now.
+    fn settle(&self, fate: u8) -> bool {
+        let (is, failed) = (Ordering::AcqRel, Ordering::Acquire);
+        self.fate.compare_exchange(RUNS, fate, is, failed).is_ok()
+            || self.fate.load(Ordering::Acquire) == fate
     }
 }
 
@@ -50,109 +81,98 @@ pub fn blocks(size: u64) -> impl Iterator<Item = Range<u64>> {
     (0..size).step_by(BLOCK as usize).map(move |at| at..size.min(at + BLOCK))
 }
 
-/// The parts of `ranges`, ascending, that lie in each block that they touch.
-pub fn by_block(
-    ranges: &[Range<u64>],
-    size: u64,
-) -> impl Iterator<Item = (Range<u64>, Vec<Range<u64>>)> {
-    let mut first = 0;
-    blocks(size).filter_map(move |block| {
-        while ranges.get(first).is_some_and(|r| r.end <= block.start) {
-            first += 1;
-        }
-        let inside: Vec<_> = ranges
-            .get(first..)?
-            .iter()
-            .take_while(|r| r.start < block.end)
-            .map(|r| r.start.max(block.start)..r.end.min(block.end))
-            .collect();
-        (!inside.is_empty()).then_some((block, inside))
-    })
-}
-
 /// Copies memory into a file and keeps the checksums.
+///
+/// They are kept by the page, so that a page that is written again costs no more than itself: the
+/// guest may have written to the rest of its block since, and the block's own checksum follows from
+/// those of its pages. That is one thousandth of the guest's memory while it is saved.
 pub struct Writer {
-    memory: Memory,
     file: File,
     size: u64,
-    sums: Vec<u32>,
-    buffer: Vec<u8>,
-    /// Memory outside of what is to be written may hold something.
-    whole: bool,
-    /// Something has been written before.
+    pages: Vec<u32>,
+    /// Something has been written before: pages that are zero now may not be so in the file.
     again: bool,
 }
 
 impl Writer {
-    /// A writer of `memory`, `size` bytes in all, into the empty `file`. With `base`, the checksums
-    /// of what memory was like before, it writes what has changed since.
+    /// A writer of `size` bytes of memory into the empty `file`. With `base`, the checksums of the
+    /// pages of what memory was like before, it writes what has changed since.
     ///
     /// # Errors
     /// When the file cannot be made as long.
-    pub fn new(memory: Memory, size: u64, file: File, base: Option<Vec<u32>>) -> io::Result<Self> {
+    pub fn new(size: u64, file: File, base: Option<Vec<u32>>) -> io::Result<Self> {
         file.set_len(size.saturating_add(PAGE_SIZE))?;
-        let whole = base.is_some();
-        let sums = base.unwrap_or_else(|| {
-            let zero = ZeroSums::default();
-            blocks(size).map(|block| zero.of(&block)).collect()
-        });
-        Ok(Self { memory, file, size, sums, buffer: vec![0; BLOCK as usize], whole, again: false })
+        let zero = crc32fast::hash(&[0; PAGE_SIZE as usize]);
+        let pages = usize::try_from(size / PAGE_SIZE).map_err(io::Error::other)?;
+        Ok(Self { file, size, pages: base.unwrap_or_else(|| vec![zero; pages]), again: false })
     }
 
-    /// Write what is in `ranges`, ascending. The first time, all outside of them must be zero, or
-    /// what the base has; later, it must be as it was.
+    /// Write `bytes`, whole pages of memory, to `at`. All that is never written must be zero, or as
+    /// the base has it.
     ///
     /// # Errors
-    /// When the file does not take it, or the save is cancelled.
-    pub fn write(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
-        for (block, inside) in by_block(ranges, self.size) {
-            progress.check()?;
-            let length = usize::try_from(block.end - block.start).map_err(io::Error::other)?;
-            let buffer = self.buffer.get_mut(..length).unwrap_or_default();
-            if self.whole || self.again {
-                image::read(&self.memory, block.start, buffer)?;
-            } else {
-                // Reading a page that nobody has touched would cost a page fault.
-                buffer.fill(0);
-                for range in &inside {
-                    let part = part(buffer, &block, range);
-                    image::read(&self.memory, range.start, part)?;
-                }
-            }
-            let index = usize::try_from(block.start / BLOCK).map_err(io::Error::other)?;
-            if let Some(sum) = self.sums.get_mut(index) {
-                *sum = crc32fast::hash(buffer);
-            }
-            for range in inside {
-                let part = part(buffer, &block, &range);
-                if self.again {
-                    self.file.write_all_at(part, range.start)?;
-                    progress.written.fetch_add(part.len() as u64, Ordering::Relaxed);
-                } else {
-                    write_sparse(&self.file, range.start, part, progress)?;
-                }
-                progress.done.fetch_add(range.end - range.start, Ordering::Relaxed);
-            }
+    /// When the file does not take it, or it is not inside of memory.
+    pub fn write(&mut self, at: u64, bytes: &[u8], progress: &Progress) -> io::Result<()> {
+        let outside = || io::Error::other("memory to be saved is no whole pages of the guest's");
+        let first = usize::try_from(at / PAGE_SIZE).map_err(io::Error::other)?;
+        let (pages, rest) = bytes.as_chunks::<{ PAGE_SIZE as usize }>();
+        let sums = first.checked_add(pages.len()).and_then(|end| self.pages.get_mut(first..end));
+        let sums = sums.filter(|_| at.is_multiple_of(PAGE_SIZE) && rest.is_empty());
+        for (sum, page) in sums.ok_or_else(outside)?.iter_mut().zip(pages) {
+            *sum = crc32fast::hash(page);
         }
-        self.again = true;
+        if self.again {
+            self.file.write_all_at(bytes, at)?;
+            progress.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        } else {
+            write_sparse(&self.file, at, bytes, progress)?;
+        }
         Ok(())
+    }
+
+    /// From here on, what is written may have been written before.
+    pub fn again(&mut self) {
+        self.again = true;
     }
 
     /// Write the last page, sync, and give the checksums.
     ///
     /// # Errors
     /// When the file does not take it.
-    pub fn finish(self, id: u128) -> io::Result<Vec<u32>> {
+    pub fn finish(self, id: u128) -> io::Result<Sums> {
         self.file.write_all_at(&trailer(id, self.size), self.size)?;
         self.file.sync_all()?;
-        Ok(self.sums)
+        Ok(Sums { blocks: block_sums(&self.pages), pages: self.pages })
     }
 }
 
-/// The part of `buffer`, which holds `block`, that holds `range`.
-fn part<'b>(buffer: &'b mut [u8], block: &Range<u64>, range: &Range<u64>) -> &'b mut [u8] {
-    let at = |offset: u64| usize::try_from(offset - block.start).unwrap_or(usize::MAX);
-    buffer.get_mut(at(range.start)..at(range.end)).unwrap_or_default()
+/// CRC-32 of all memory.
+pub struct Sums {
+    /// Of each block.
+    pub blocks: Vec<u32>,
+    /// Of each page.
+    pub pages: Vec<u32>,
+}
+
+/// The CRC-32 of each block whose pages have these.
+fn block_sums(pages: &[u32]) -> Vec<u32> {
+    // What becomes of a CRC when as many zeros follow as a page has bytes: linear in each bit of it,
+    // so a table for each of its bytes tells. crc32fast would count through the zeros each time.
+    let followed = |crc: u32| {
+        let mut hasher = crc32fast::Hasher::new_with_initial_len(crc, 0);
+        hasher.combine(&crc32fast::Hasher::new_with_initial_len(0, PAGE_SIZE));
+        hasher.finalize()
+    };
+    let table = |shift: u32| -> [u32; 256] {
+        std::array::from_fn(|byte| followed(u32::try_from(byte).unwrap_or(0) << shift))
+    };
+    let tables = [table(0), table(8), table(16), table(24)];
+    let follow = |crc: u32| {
+        let each = tables.iter().zip(crc.to_le_bytes());
+        each.fold(0, |sum, (table, byte)| sum ^ table.get(usize::from(byte)).unwrap_or(&0))
+    };
+    let block = |pages: &[u32]| pages.iter().fold(0, |sum, page| follow(sum) ^ page);
+    pages.chunks((BLOCK / PAGE_SIZE) as usize).map(block).collect()
 }
 
 /// Write the pages of `part` that are not zero; the others are holes in the file.
@@ -255,4 +275,28 @@ pub enum ImageError {
     Damaged { from: u64, to: u64 },
     #[error("cannot read it")]
     Io(#[source] io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_of_blocks_follow_from_those_of_their_pages() {
+        let size = 2 * BLOCK + 5 * PAGE_SIZE;
+        let bytes: Vec<u8> = (0..size).map(|at| (at * at / 4099 >> 3) as u8).collect();
+        let pages: Vec<_> = bytes.chunks(4096).map(crc32fast::hash).collect();
+        let expected: Vec<_> = bytes.chunks(BLOCK as usize).map(crc32fast::hash).collect();
+        assert_eq!(block_sums(&pages), expected);
+    }
+
+    #[test]
+    fn what_counts_cannot_be_cancelled_and_what_was_cancelled_never_counts() {
+        let progress = Progress::default();
+        assert!(progress.commit().is_ok() && progress.commit().is_ok());
+        assert!(!progress.cancel() && progress.check().is_ok());
+        let progress = Progress::default();
+        assert!(progress.cancel() && progress.cancel());
+        assert!(progress.commit().is_err() && progress.check().is_err());
+    }
 }

@@ -11,9 +11,16 @@ use std::{
     ops::Range,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Component, Path, PathBuf},
+    sync::atomic::Ordering,
 };
 
-use machine::{MachineState, Memory, memory::image as ram};
+use machine::{
+    MachineState, Memory,
+    memory::{
+        image as ram,
+        staging::{MAX_RANGES, Staging},
+    },
+};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
@@ -21,6 +28,7 @@ use super::{
     content::{self, Base, Config, Content, RANGES},
     image::{Progress, Writer},
     load::{self, DEEPEST, LoadError},
+    send::PIECE,
 };
 
 /// Why a state could not be saved. What was there before is as it was.
@@ -55,14 +63,22 @@ pub enum SaveError {
     Cancelled,
 }
 
+/// Where memory is copied from.
+pub enum Source<'a> {
+    /// The guest's own, in these ranges, ascending.
+    Guest(&'a [Range<u64>]),
+    /// A copy of it, which does not change.
+    Staged(&'a Staging),
+}
+
 /// Where a save goes.
 pub trait Sink: Send {
-    /// Copy `ranges` of memory, ascending. The first time, what is outside of them is zero, or is
-    /// in the base; later, it is as it was.
+    /// Copy memory. The first time, what is outside of it is zero, or is in the base; later, it is as
+    /// it was.
     ///
     /// # Errors
     /// When it is not taken, or the save is cancelled.
-    fn copy(&mut self, ranges: &[Range<u64>], progress: &Progress) -> Result<(), SaveError>;
+    fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError>;
 
     /// Add the rest and make it count; what a later save may build on.
     ///
@@ -83,7 +99,8 @@ pub struct Saved {
     chain: Vec<PathBuf>,
     id: u128,
     state: u32,
-    sums: Vec<u32>,
+    /// Of each page of memory.
+    pages: Vec<u32>,
 }
 
 impl Saved {
@@ -184,13 +201,15 @@ impl Drop for Target {
 /// A save into a directory.
 pub struct Directory {
     target: Target,
-    memory: PathBuf,
+    memory: Memory,
+    path: PathBuf,
     writer: Writer,
+    buffer: Vec<u8>,
     size: u64,
     base: Option<Saved>,
     /// What has been written, with a base.
     changed: Vec<Range<u64>>,
-    /// Most ranges of that.
+    /// Most ranges of that while the guest's own memory is copied: a copy of it may add as many again.
     pub(super) most: usize,
 }
 
@@ -217,29 +236,64 @@ impl Directory {
         }
         let target = Target::open(path)?;
         let (path, file) = target.create(NEW_MEMORY)?;
-        let sums = base.as_ref().map(|base| base.sums.clone());
-        let writer =
-            Writer::new(memory, size, file, sums).map_err(|e| write_failed(&path, size, e))?;
-        Ok(Self { target, memory: path, writer, size, base, changed: Vec::new(), most: RANGES })
+        let pages = base.as_ref().map(|base| base.pages.clone());
+        let writer = Writer::new(size, file, pages).map_err(|e| write_failed(&path, size, e))?;
+        let (buffer, changed) = (vec![0; PIECE as usize], Vec::new());
+        Ok(Self {
+            target,
+            memory,
+            path,
+            writer,
+            buffer,
+            size,
+            base,
+            changed,
+            most: RANGES - MAX_RANGES,
+        })
+    }
+
+    /// Copy `ranges` of the guest's own memory.
+    fn copy_guest(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
+        for piece in pieces(ranges) {
+            progress.check()?;
+            let length = usize::try_from(piece.end - piece.start).map_err(io::Error::other)?;
+            let buffer = self.buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidInput)?;
+            ram::read(&self.memory, piece.start, buffer)?;
+            self.writer.write(piece.start, buffer, progress)?;
+            progress.done.fetch_add(piece.end - piece.start, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
 impl Sink for Directory {
-    fn copy(&mut self, ranges: &[Range<u64>], progress: &Progress) -> Result<(), SaveError> {
-        let joined;
-        let mut ranges = ranges;
-        if self.base.is_some() {
-            let all = ram::union(&self.changed, ranges);
-            let many = all.len() > self.most;
-            self.changed = join(all, self.most);
-            if many {
+    fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError> {
+        let written = match source {
+            Source::Guest(ranges) if self.base.is_some() => {
+                let all = ram::union(&self.changed, ranges);
+                let many = all.len() > self.most;
+                self.changed = join(all, self.most);
                 // What joining has added must be there, too.
-                joined = self.changed.clone();
-                ranges = &joined;
+                let joined = many.then(|| self.changed.clone());
+                self.copy_guest(joined.as_deref().unwrap_or(ranges), progress)
             }
-        }
-        let written = self.writer.write(ranges, progress);
-        written.map_err(|e| write_failed(&self.memory, self.size, e))
+            Source::Guest(ranges) => self.copy_guest(ranges, progress),
+            Source::Staged(staging) => {
+                if self.base.is_some() {
+                    // Not joined: the memory in between is not in the copy any more.
+                    self.changed = ram::union(&self.changed, &staging.ranges());
+                }
+                staging.pieces().try_for_each(|piece| {
+                    progress.check()?;
+                    let (at, bytes) = piece?;
+                    self.writer.write(at, bytes, progress)?;
+                    progress.done.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    Ok(())
+                })
+            }
+        };
+        self.writer.again();
+        written.map_err(|e| write_failed(&self.path, self.size, e))
     }
 
     fn finish(
@@ -248,7 +302,7 @@ impl Sink for Directory {
         state: MachineState,
         progress: &Progress,
     ) -> Result<Option<Saved>, SaveError> {
-        let Self { mut target, memory, writer, size, base, changed, .. } = *self;
+        let Self { mut target, path: memory, writer, size, base, changed, .. } = *self;
         let directory = target.path.canonicalize();
         let directory = directory.map_err(|source| failed("find", &target.path, source))?;
         config.base = base.as_ref().map(|base| Base {
@@ -260,7 +314,7 @@ impl Sink for Directory {
         let sums = writer.finish(id).map_err(|e| write_failed(&memory, size, e))?;
         let (path, file) = target.create(NEW_STATE)?;
         let mut to = BufWriter::new(Summed { to: &file, sum: crc32fast::Hasher::new() });
-        let content = Content { config, state, changed, sums };
+        let content = Content { config, state, changed, sums: sums.blocks };
         content::write(&mut to, &content)
             .and_then(|()| to.flush())
             .map_err(|source| failed("write", &path, source))?;
@@ -270,15 +324,23 @@ impl Sink for Directory {
         // The names of the new files before the one that replaces the old state.
         target.sync()?;
         // From here on it counts, and cannot be called off.
-        progress.check().map_err(|_| SaveError::Cancelled)?;
+        progress.commit().map_err(|_| SaveError::Cancelled)?;
         target.rename(NEW_STATE, STATE)?;
         target.done = true;
         target.rename(NEW_MEMORY, MEMORY)?;
         target.sync()?;
         let mut chain = vec![directory];
         chain.extend(base.map(|base| base.chain).unwrap_or_default());
-        Ok(Some(Saved { chain, id, state: sum, sums: content.sums }))
+        Ok(Some(Saved { chain, id, state: sum, pages: sums.pages }))
     }
+}
+
+/// `ranges`, in parts of at most [`PIECE`] bytes.
+pub fn pieces(ranges: &[Range<u64>]) -> impl Iterator<Item = Range<u64>> {
+    ranges.iter().flat_map(|range| {
+        let ends = |at: u64| at..range.end.min(at.saturating_add(PIECE));
+        range.clone().step_by(PIECE as usize).map(ends)
+    })
 }
 
 /// At most `most` ranges that contain all of `ranges`.

@@ -15,7 +15,7 @@ use std::{
 use super::{
     content::{self, Config},
     image::{Progress, runs},
-    save::{SaveError, Saved, Sink},
+    save::{SaveError, Saved, Sink, Source, pieces},
     stream::{Kind, Writer},
     wait,
 };
@@ -159,39 +159,54 @@ impl Stream {
         Ok(Self { to, memory, buffer: vec![0; PIECE as usize], again: false })
     }
 
-    fn send(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
-        let pieces = ranges.iter().flat_map(|range| {
-            let ends = |at: u64| at..range.end.min(at.saturating_add(PIECE));
-            range.clone().step_by(PIECE as usize).map(ends)
-        });
-        for piece in pieces {
+    fn send(&mut self, at: u64, bytes: &[u8], progress: &Progress) -> io::Result<()> {
+        for (start, bytes, zero) in runs(bytes) {
+            let at = (at + start).to_le_bytes();
+            let length = bytes.len() as u64;
+            if !zero {
+                self.to.frame(Kind::Pages, &[&at, bytes])?;
+                progress.written.fetch_add(length, Ordering::Relaxed);
+                continue;
+            }
+            progress.zero_pages.fetch_add(length / ram::PAGE_SIZE, Ordering::Relaxed);
+            if self.again {
+                self.to.frame(Kind::Zeros, &[&at, &length.to_le_bytes()])?;
+            }
+        }
+        progress.done.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn send_guest(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        for piece in pieces(ranges) {
             progress.check()?;
             let length = usize::try_from(piece.end - piece.start).map_err(io::Error::other)?;
-            let buffer = self.buffer.get_mut(..length).unwrap_or_default();
+            let buffer = buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidInput)?;
             ram::read(&self.memory, piece.start, buffer)?;
-            for (start, bytes, zero) in runs(buffer) {
-                let at = (piece.start + start).to_le_bytes();
-                let length = bytes.len() as u64;
-                if !zero {
-                    self.to.frame(Kind::Pages, &[&at, bytes])?;
-                    progress.written.fetch_add(length, Ordering::Relaxed);
-                    continue;
-                }
-                progress.zero_pages.fetch_add(length / ram::PAGE_SIZE, Ordering::Relaxed);
-                if self.again {
-                    self.to.frame(Kind::Zeros, &[&at, &length.to_le_bytes()])?;
-                }
-            }
-            progress.done.fetch_add(piece.end - piece.start, Ordering::Relaxed);
+            self.send(piece.start, buffer, progress)?;
         }
-        self.again = true;
+        self.buffer = buffer;
         Ok(())
     }
 }
 
 impl Sink for Stream {
-    fn copy(&mut self, ranges: &[Range<u64>], progress: &Progress) -> Result<(), SaveError> {
-        self.send(ranges, progress).map_err(|e| failed(e, progress))
+    fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError> {
+        let sent = match source {
+            Source::Guest(ranges) => self.send_guest(ranges, progress),
+            Source::Staged(staging) => staging.pieces().try_for_each(|piece| {
+                progress.check()?;
+                let (at, bytes) = piece?;
+                bytes.chunks(PIECE as usize).try_fold(at, |at, part| {
+                    self.send(at, part, progress)?;
+                    Ok::<_, io::Error>(at + part.len() as u64)
+                })?;
+                Ok(())
+            }),
+        };
+        self.again = true;
+        sent.map_err(|e| failed(e, progress))
     }
 
     fn finish(
@@ -216,7 +231,7 @@ impl Sink for Stream {
 
 fn failed(error: io::Error, progress: &Progress) -> SaveError {
     match error.kind() {
-        _ if progress.cancelled.load(Ordering::Relaxed) => SaveError::Cancelled,
+        _ if progress.is_cancelled() => SaveError::Cancelled,
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => SaveError::Closed(error),
         _ => SaveError::Stream(error),
     }

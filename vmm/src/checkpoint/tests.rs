@@ -3,14 +3,14 @@ use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::Duration,
 };
 
 use machine::{
     Clock, MachineState, Memory,
     config::{MachineConfig, Occupancy},
-    memory::{allocate, image as ram},
+    memory::{allocate, image as ram, staging::Staging},
 };
 use serde_json::json;
 
@@ -18,9 +18,9 @@ use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, STATE, check,
     content::{self, Config, Content},
     image::Progress,
-    job::{Checkpointer, Live, Step},
+    job::{Checkpointer, First, Order, Step},
     load::{self, LoadError, load},
-    save::{Directory, SaveError, Saved, Sink, Target},
+    save::{Directory, SaveError, Saved, Sink, Source, Target},
 };
 use crate::cli::Mapped;
 
@@ -90,9 +90,11 @@ pub fn save_on(
     let ranges = if base.is_some() { first } else { &used };
     let mut sink = Box::new(Directory::create(directory, memory, SIZE, base)?);
     let progress = Progress::default();
-    sink.copy(ranges, &progress)?;
-    progress.cancelled.store(cancelled, Ordering::Relaxed);
-    sink.copy(first, &progress)?;
+    sink.copy(&Source::Guest(ranges), &progress)?;
+    if cancelled {
+        progress.cancel();
+    }
+    sink.copy(&Source::Guest(first), &progress)?;
     Ok(sink.finish(config(mark.into()), state(mark.into()), &progress)?.unwrap())
 }
 
@@ -279,13 +281,20 @@ fn the_thread_ends_a_save_that_is_given_up() {
     let directory = scratch.path().join("saved");
     let thread = Checkpointer::spawn(Arc::new(|| {})).unwrap();
     let memory = memory(1);
-    let sink = Directory::create(&directory, memory.clone(), SIZE, None).unwrap();
-    let live = Live::All(memory, Arc::default());
-    let mut job = thread.save(Box::new(|_| Ok(Box::new(sink))), live, None).unwrap();
+    let (path, copied) = (directory.clone(), memory.clone());
+    let open = move |_: &Progress| {
+        Ok(Box::new(Directory::create(&path, copied, SIZE, None)?) as Box<dyn Sink>)
+    };
+    let (open, place) = (Box::new(open), String::new());
+    let order = Order { open, memory, cancel: None, place, resume: true, patient: false };
+    let mut job = thread.save(order).unwrap();
     let wait = Duration::from_secs(20);
+    assert!(matches!(job.wait(wait), Some(Step::Opened)));
+    job.copy(First::All(Arc::default()));
     assert!(matches!(job.wait(wait), Some(Step::Round)));
     job.changed(std::iter::once(0..4096).collect());
-    assert!(matches!(job.wait(wait), Some(Step::Ready)));
+    let Some(Step::Ready(left)) = job.wait(wait) else { panic!("it is not ready") };
+    assert!(left.staging.is_some() && left.ranges.len() == 1);
     job.give_up();
     let Some(Step::Done(result)) = job.wait(wait) else { panic!("it goes on") };
     assert!(matches!(result, Err(SaveError::Cancelled)));
@@ -404,6 +413,52 @@ fn a_list_of_changes_that_lies_is_refused() {
 }
 
 #[test]
+fn what_was_copied_aside_is_saved_whatever_the_guest_writes_afterwards() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (mut base, mut number) = (None, 0);
+    for based in [false, true] {
+        let path = scratch.path().join(based.to_string());
+        let memory = memory(1);
+        let pages = |marked: &[u64]| {
+            marked.iter().map(|page| page * 4096..(page + 1) * 4096).collect::<Vec<_>>()
+        };
+        let mark = |pages: &[std::ops::Range<u64>], mark: u8| {
+            for page in pages {
+                ram::write(&memory, page.start, &[mark; 4096]).unwrap();
+            }
+        };
+        // Scattered, over several blocks: some are written once, some twice, some become zero.
+        let (first, later) = (pages(&[0, 3, 600, 601, 1200]), pages(&[3, 7, 600, 2000]));
+        mark(&first, 2);
+        let mut sink =
+            Box::new(Directory::create(&path, memory.clone(), SIZE, base.take()).unwrap());
+        let progress = Progress::default();
+        let all = ram::used(&memory, &[]).unwrap();
+        let copied = if based { &first } else { &all };
+        sink.copy(&Source::Guest(copied), &progress).unwrap();
+        mark(&later, 3);
+        ram::write(&memory, 600 * 4096, &[0; 4096]).unwrap();
+        let mut staging = Staging::touched(4096).unwrap();
+        staging.fill(&memory, &later).unwrap();
+        // The guest runs again.
+        mark(&first, 9);
+        mark(&later, 9);
+        sink.copy(&Source::Staged(&staging), &progress).unwrap();
+        number += 1;
+        base = sink.finish(config(number), state(1), &progress).unwrap();
+        check(&path).unwrap();
+        let memory = restored(&path, false).unwrap();
+        let byte = |page: u64| {
+            let mut byte = [0];
+            ram::read(&memory, page * 4096 + 9, &mut byte).unwrap();
+            byte[0]
+        };
+        let seen = [0, 3, 7, 600, 601, 1200, 2000].map(byte);
+        assert_eq!(seen, [2, 3, 3, 0, 2, 2, 3], "with a base: {based}");
+    }
+}
+
+#[test]
 fn more_ranges_than_are_kept_are_joined_and_all_there() {
     let scratch = tempfile::tempdir().unwrap();
     let base = save_on(&scratch.path().join("base"), 1, false, None).unwrap();
@@ -417,11 +472,11 @@ fn more_ranges_than_are_kept_are_joined_and_all_there() {
     let mut sink = Box::new(Directory::create(&path, memory.clone(), SIZE, Some(base)).unwrap());
     sink.most = 100;
     let progress = Progress::default();
-    sink.copy(&first, &progress).unwrap();
+    sink.copy(&Source::Guest(&first), &progress).unwrap();
     for at in (0..SIZE).step_by(4096) {
         ram::write(&memory, at, &[2]).unwrap();
     }
-    sink.copy(&later, &progress).unwrap();
+    sink.copy(&Source::Guest(&later), &progress).unwrap();
     sink.finish(config(2), state(2), &progress).unwrap();
     let (content, _) = load::read(&path.join(STATE)).unwrap();
     assert!(content.changed.len() <= 100, "{}", content.changed.len());

@@ -23,6 +23,8 @@ pub(super) struct Draft {
     pub(super) mem_share: Option<bool>,
     pub(super) dump_guest_core: Option<bool>,
     pub(super) omit_vm_memory: bool,
+    pub(super) disk_slots: Option<(Place, usize)>,
+    pub(super) nic_slots: Option<(Place, usize)>,
 
     pub(super) kernel: Option<PathBuf>,
     pub(super) initrd: Option<PathBuf>,
@@ -127,7 +129,7 @@ pub(super) enum Serial {
 #[derive(Debug)]
 pub(super) struct Device {
     pub(super) place: Place,
-    /// Empty when missing, which is a problem of its own.
+    /// Empty when missing: a problem of its own, or one is made up.
     pub(super) id: String,
     pub(super) kind: DeviceKind,
 }

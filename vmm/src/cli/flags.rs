@@ -24,9 +24,10 @@ pub(super) static TABLE: &[Flag] = &[
     flag(&["uuid"], Plain("UUID"), Machine, system::uuid,
          "shown by query-uuid"),
     flag(&["machine"],
-         Properties("[type=]microvm[,dump-guest-core=on|off][,mem-share=on|off]", Some("type")),
+         Properties("[type=]microvm[,dump-guest-core=on|off][,mem-share=on|off][,disk-slots=N][,nic-slots=N]", Some("type")),
          Machine, system::machine,
-         "machine type; guest memory in core dumps (on), shareable with other processes (off)"),
+         "machine type; guest memory in core dumps (on), shareable with other processes (off); slots for \
+          disks (4, or as many as there are) and NICs (2, likewise), those for hot-plug included"),
     flag(&["accel"], Plain("kvm"), Machine, system::accel,
          "accelerator").only(Era::New),
     flag(&["cpu"], Properties("host", Some("model")), Machine, system::cpu,

@@ -141,6 +141,8 @@ pub struct Asked {
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
     pub cmdline: Option<String>,
+    pub disk_slots: Option<usize>,
+    pub nic_slots: Option<usize>,
 }
 
 /// Where the log goes.

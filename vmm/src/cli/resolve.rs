@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 
 use machine::Part;
+use machine::config::slots::{SlotCounts, SlotsError, Wanted};
 use machine::config::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topology, limits};
 
 use super::draft::{DeviceKind, Draft};
@@ -35,9 +36,16 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
              FILE, or boot-source.kernel_image_path in the file of -config",
         );
     }
-    if !r.problems.is_empty() {
-        return Err(r.problems);
-    }
+    let wanted = Wanted {
+        disk_slots: draft.disk_slots.as_ref().map(|(_, count)| *count),
+        nic_slots: draft.nic_slots.as_ref().map(|(_, count)| *count),
+        disks: disks.len(),
+        nics: nics.len(),
+        console: console.is_some(),
+        rng: rng.is_some(),
+    };
+    let slots = r.slots(&draft, wanted);
+    let Some(slots) = slots.filter(|_| r.problems.is_empty()) else { return Err(r.problems) };
     let dump = match draft.omit_vm_memory {
         true => Some(false),
         false => draft.dump_guest_core,
@@ -55,6 +63,8 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
             kernel: draft.kernel.clone(),
             initrd: draft.initrd.clone(),
             cmdline: draft.cmdline.clone(),
+            disk_slots: wanted.disk_slots,
+            nic_slots: wanted.nic_slots,
         },
     });
     let (cpus, topology) = draft.smp.unwrap_or((1, ONE_CPU));
@@ -75,6 +85,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
             initrd: draft.initrd,
             cmdline: draft.cmdline.unwrap_or_default(),
         },
+        slots,
         iothreads: draft.iothreads.into_iter().map(|(_, id)| id).collect(),
         serial,
         disks,
@@ -146,6 +157,15 @@ impl Resolver {
         }
     }
 
+    /// An id that no device has: `word`, if need be with zeros behind it.
+    fn fresh_id(&self, word: &str) -> String {
+        let mut id = word.to_owned();
+        while self.devices.contains(&id) {
+            id.push('0');
+        }
+        id
+    }
+
     fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
         if !id.is_empty() {
             self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
@@ -161,13 +181,35 @@ impl Resolver {
         }
     }
 
+    /// Slots for what is there and for what is to come; a restored machine has those it was saved with.
+    fn slots(&mut self, d: &Draft, wanted: Wanted) -> Option<SlotCounts> {
+        let error = match SlotCounts::try_from(wanted) {
+            Ok(slots) => return Some(slots),
+            Err(error) => error,
+        };
+        let place = match error {
+            SlotsError::Disks { .. } => d.disk_slots.as_ref(),
+            SlotsError::Nics { .. } => d.nic_slots.as_ref(),
+            SlotsError::NoRoom(_) => d.disk_slots.as_ref().or(d.nic_slots.as_ref()),
+        };
+        match place {
+            Some((place, _)) => self.problems.add(place, error),
+            None => self.problems.add_line(error),
+        }
+        None
+    }
+
     fn rng(&mut self, d: &Draft) -> Option<RngConfig> {
         let mut rngs = vec![];
         for device in &d.devices {
             let DeviceKind::Rng { source, bps } = &device.kind else { continue };
             match d.rng_sources.iter().find(|known| known.id == *source) {
                 Some(found) => {
-                    let (id, path) = (device.id.clone(), found.path.clone());
+                    let id = match device.id.as_str() {
+                        "" => self.fresh_id("rng0"),
+                        id => id.to_owned(),
+                    };
+                    let path = found.path.clone();
                     let said = found.place.key("filename");
                     rngs.push((said, RngConfig { id, path, bps: *bps }));
                 }
@@ -175,10 +217,7 @@ impl Resolver {
             }
         }
         if let Some((place, path, bps)) = &d.rng {
-            let mut id = "rng0".to_owned();
-            while self.devices.contains(&id) {
-                id.push('0');
-            }
+            let id = self.fresh_id("rng0");
             rngs.push((place.clone(), RngConfig { id, path: path.clone(), bps: *bps }));
         }
         if let [_, (place, _), ..] = rngs.as_slice() {

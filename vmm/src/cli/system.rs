@@ -32,14 +32,20 @@ pub(super) fn uuid(draft: &mut Draft, f: &mut Fields) {
     draft.uuid = f.text("", value::uuid);
 }
 
+/// `disk-slots` and `nic-slots`, which the flag and the file call the same.
+fn slots(draft: &mut Draft, f: &mut Fields) {
+    let mut number = |key| f.number(key, 0..=limits::VIRTIO_SLOTS).map(|n| (f.place().key(key), n));
+    draft.disk_slots = number("disk-slots").or(draft.disk_slots.take());
+    draft.nic_slots = number("nic-slots").or(draft.nic_slots.take());
+}
+
 pub(super) fn machine(draft: &mut Draft, f: &mut Fields) {
     let _ = f.choice("type", MACHINES);
+    slots(draft, f);
     let _ = f.choice("accel", ACCELERATORS);
     draft.dump_guest_core = f.boolean("dump-guest-core").or(draft.dump_guest_core);
     draft.mem_share = f.boolean("mem-share").or(draft.mem_share);
-    if f.boolean("usb") == Some(true) {
-        f.problem("usb", "USB is not built yet; use off");
-    }
+    f.only_off("usb", "USB");
     f.refuse("gic-version", "aarch64");
 }
 
@@ -49,9 +55,9 @@ pub(super) fn accel(_: &mut Draft, f: &mut Fields) {
 
 pub(super) fn cpu(_: &mut Draft, f: &mut Fields) {
     let _ = f.choice("model", &[("host", Ok(()))]);
-    for key in ["pmu", "sve", "kvm-steal-time"] {
-        f.refuse(key, "choosing this CPU feature");
-    }
+    f.only_off("pmu", "switching on performance counters");
+    f.only_off("sve", "aarch64");
+    f.refuse("kvm-steal-time", "choosing this CPU feature");
 }
 
 pub(super) fn smp(draft: &mut Draft, f: &mut Fields) {
@@ -175,6 +181,7 @@ pub(super) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     }
     draft.mem_share = draft.mem_share.or(documented);
     draft.dump_guest_core = f.boolean("dump_guest_core");
+    slots(draft, f);
     if f.boolean("omit_vm_memory") == Some(true) {
         if draft.dump_guest_core == Some(true) {
             f.problem("omit_vm_memory", "dump_guest_core says the opposite; give one of them");

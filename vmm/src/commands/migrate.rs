@@ -4,6 +4,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::atomic::Ordering,
+    time::Duration,
 };
 
 use machine::inherited;
@@ -15,6 +16,9 @@ use crate::{
     saving::{How, To},
     vmm::Vmm,
 };
+
+/// Longest `downtime-limit`, in milliseconds, as with QEMU.
+const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
 
 /// The answer comes when the state has been saved, as with StratoVirt; other clients are served
 /// meanwhile.
@@ -30,7 +34,10 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         return Err(Error::text(desc));
     }
     let failed = |e: io::Error| Error::text(format!("cannot save to {}: {e}", command.uri));
-    let stream = |fd: OwnedFd| Peer::new(fd).map(To::Stream).map_err(failed);
+    let to_peer = |peer: io::Result<Peer>| {
+        peer.map(|peer| To::Stream(peer, command.uri.clone())).map_err(failed)
+    };
+    let stream = |fd: OwnedFd| to_peer(Peer::new(fd));
     let to = match (kind, place) {
         ("tcp", _) => return Err(Error::text("MicroVM does not support migration")),
         (_, place) if place.is_empty() || place.contains('\0') => {
@@ -49,7 +56,7 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         },
         ("exec", program) => {
             let fd = vmm.spawner.run(program).map_err(|e| Error::generic(&e))?;
-            To::Stream(Peer::command(fd).map_err(failed)?)
+            to_peer(Peer::command(fd))?
         }
         _ => return Err(invalid(&command.uri)),
     };
@@ -76,6 +83,27 @@ pub fn migrate_cancel(vmm: &mut Vmm, _: MigrateCancel) -> Result<Empty, Error> {
     Ok(Empty {})
 }
 
+pub fn migrate_set_parameters(
+    vmm: &mut Vmm,
+    command: MigrateSetParameters,
+) -> Result<Empty, Error> {
+    if let Some(limit) = command.downtime_limit {
+        if limit > MAX_DOWNTIME_LIMIT {
+            let allowed = format!("must be 0 to {MAX_DOWNTIME_LIMIT} milliseconds");
+            return Err(super::invalid("downtime-limit", limit, allowed));
+        }
+        vmm.saving().thread().limit_downtime(Duration::from_millis(limit));
+    }
+    Ok(Empty {})
+}
+
+pub fn query_migrate_parameters(
+    vmm: &mut Vmm,
+    _: QueryMigrateParameters,
+) -> Result<MigrationParameters, Error> {
+    Ok(MigrationParameters { downtime_limit: milliseconds(vmm.saving().thread().downtime_limit()) })
+}
+
 pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Error> {
     let saving = vmm.saving();
     let Some(job) = saving.job() else {
@@ -88,7 +116,6 @@ pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Er
     let load = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
     let (total, done, transferred) =
         (load(&progress.total), load(&progress.done), load(&progress.written));
-    let milliseconds = |t: std::time::Duration| u64::try_from(t.as_millis()).unwrap_or(u64::MAX);
     Ok(MigrationInfo {
         status: saving.status(),
         ram: Some(MigrationStats {
@@ -101,7 +128,17 @@ pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Er
         }),
         total_time: Some(milliseconds(job.time())),
         downtime: saving.downtime().map(milliseconds),
+        downtime_us: saving.downtime().map(microseconds),
+        converging: Some(!progress.diverges.load(Ordering::Relaxed)),
         base,
         error_desc: saving.error().map(str::to_owned),
     })
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

@@ -1,6 +1,7 @@
 //! Every QMP command, when it may run, and the function that runs it.
 mod block;
 mod device;
+mod human;
 mod introspect;
 mod migrate;
 mod net;
@@ -28,7 +29,9 @@ pub fn table() -> Table<Vmm> {
         .on(States::OR_SAVING, run_state::quit)
         .on_ticket(States::OR_MIGRATED, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
+        .on(ANY, migrate::migrate_set_parameters)
         .on(ANY, migrate::query_migrate)
+        .on(ANY, migrate::query_migrate_parameters)
         .on(ALIVE, run_state::system_reset)
         .on(GUEST, run_state::system_powerdown)
         .on(ANY, run_state::query_status)
@@ -45,8 +48,10 @@ pub fn table() -> Table<Vmm> {
         .on(ALIVE, net::set_link)
         .on(States::of(&[State::Running]), net::announce_self)
         .on(GUEST, run_state::send_key)
-        .on(ALIVE, device::device_add)
+        .on_after(ALIVE, device::known_driver, device::device_add)
         .on(ALIVE, device::device_del)
+        .on(ANY, human::human_monitor_command)
+        .on(ANY, introspect::query_balloon)
         .on(ANY, introspect::query_chardev)
         .on(ANY, introspect::query_cpus)
         .on(ANY, introspect::query_cpus_fast)

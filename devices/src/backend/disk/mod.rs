@@ -3,6 +3,8 @@
 //! The format is never guessed. A guest owns every byte of its disk, so a monitor that looks for
 //! an image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6).
 mod engine;
+mod observer;
+mod storage;
 mod sys;
 #[cfg(test)]
 mod tests;
@@ -12,14 +14,28 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-use self::sys::{FileSystem, Lock};
-pub use engine::{Engine, Op, Outcome};
+pub use self::{
+    engine::Op,
+    observer::{Change, ChangeKind, Observer, Verdict, Waker},
+    storage::{Outcome, Storage},
+};
+use self::{
+    observer::{Observers, Permit},
+    sys::{FileSystem, Lock},
+};
 
 /// Bytes of a sector, the unit of every address on a virtio disk.
 pub const SECTOR: u64 = 512;
+
+/// How long a disk's storage may take for what somebody waits for. Longer, and it counts as hung.
+pub const DISK_STALL_LIMIT: Duration = Duration::from_secs(1);
 
 /// How requests that have to wait for the medium are carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,6 +92,14 @@ pub enum DiskError {
     ReadOnly { path: PathBuf },
     #[error("cannot make {path} {bytes} bytes long", path = path.display())]
     Resize { path: PathBuf, bytes: u64, source: io::Error },
+    #[error(
+        "{path} cannot be resized now: its storage has not answered for a second; try again when \
+         it does",
+        path = path.display()
+    )]
+    Stalled { path: PathBuf },
+    #[error("no descriptor is left for {path}", path = path.display())]
+    NoDescriptor { path: PathBuf, source: io::Error },
 }
 
 /// The part of a disk that bypasses the page cache.
@@ -105,6 +129,7 @@ pub struct Disk {
     logical: u32,
     physical: u32,
     bytes: AtomicU64,
+    observers: Observers,
 }
 
 impl Disk {
@@ -156,6 +181,8 @@ impl Disk {
             logical,
             physical: physical.max(logical),
             bytes: AtomicU64::new(0),
+            observers: Observers::new()
+                .map_err(|source| DiskError::NoDescriptor { path: path.into(), source })?,
         };
         disk.measure()?;
         Ok(disk)
@@ -171,21 +198,60 @@ impl Disk {
         self.bytes.load(Ordering::Acquire)
     }
 
+    /// From now on, `observer` is asked before each change and told after it. It learns nothing of
+    /// those that are under way, so this is best done while the guest is stopped.
+    pub fn observe(&self, observer: Arc<dyn Observer>) {
+        self.observers.add(observer);
+    }
+
+    /// Ask `observer` no more. It is still told of the end of changes that it has allowed.
+    pub fn unobserve(&self, observer: &dyn Observer) {
+        self.observers.remove(observer);
+    }
+
+    /// For an observer that lets changes wait.
+    pub fn waker(&self) -> Waker {
+        self.observers.waker()
+    }
+
     /// Make the image `bytes` long; a block device is only looked at again. It is the image that is
-    /// open, whatever has its name now. Returns the size that the guest is to see.
+    /// open, whatever has its name now. Returns the size that the guest is to see. No request may be
+    /// carried out meanwhile.
     ///
     /// # Errors
-    /// [`DiskError::ReadOnly`], [`DiskError::Resize`], [`DiskError::Size`]; the size is then what it
-    /// was.
+    /// [`DiskError::ReadOnly`], [`DiskError::Resize`], [`DiskError::Size`], [`DiskError::Stalled`];
+    /// the size is then what it was.
     pub fn resize(&self, bytes: u64) -> Result<u64, DiskError> {
         if self.readonly {
             return Err(DiskError::ReadOnly { path: self.path.clone() });
         }
         if !self.device {
             let failed = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
-            self.file.set_len(bytes).map_err(failed)?;
+            let permit = self.resize_permit(bytes)?;
+            let result = self.file.set_len(bytes);
+            permit.after(&result);
+            result.map_err(failed)?;
         }
         self.measure()
+    }
+
+    /// Ask the observers until none wants the resizing to wait, but not without a limit.
+    fn resize_permit(&self, bytes: u64) -> Result<Permit, DiskError> {
+        let refused = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
+        let deadline = Instant::now() + DISK_STALL_LIMIT;
+        loop {
+            let change = || {
+                let before = self.size();
+                Change { kind: ChangeKind::Resize, range: before.min(bytes)..before.max(bytes) }
+            };
+            if let Some(permit) = self.observers.before(change).map_err(refused)? {
+                return Ok(permit);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !self.observers.wait(left).map_err(refused)? {
+                return Err(DiskError::Stalled { path: self.path.clone() });
+            }
+        }
     }
 
     /// Look at the size; the new one.

@@ -99,32 +99,39 @@ fn a_header_in_the_first_sector_changes_nothing() {
     fs::write(&path, &header).unwrap();
     let disk = Arc::new(Disk::open(&path, &RO).unwrap());
     assert_eq!(disk.size(), 1 << 20);
-    let (memory, mut engine) = engine(&disk);
-    run(&mut engine, Op::Read, 0, &[(0x1000, 512)]).unwrap();
+    let (memory, mut storage) = storage(&disk);
+    run(&mut storage, Op::Read, 0, &[(0x1000, 512)]).unwrap();
     let mut first = [0; 4];
     memory.read_slice(&mut first, GuestAddress(0x1000)).unwrap();
     assert_eq!(&first, b"QFI\xfb");
 }
 
-fn engine(disk: &Arc<Disk>) -> (crate::Memory, Engine<u32>) {
+fn storage(disk: &Arc<Disk>) -> (crate::Memory, Storage<u32>) {
     let memory = memory();
-    let engine = Engine::new(disk.clone(), memory.clone(), 8);
-    (memory, engine)
+    let storage = Storage::new(disk.clone(), memory.clone(), 8);
+    (memory, storage)
 }
 
-fn run(engine: &mut Engine<u32>, op: Op, at: u64, parts: &[(u64, u32)]) -> io::Result<()> {
+/// Carry a request out; `WouldBlock` when an observer holds it.
+pub(super) fn run(
+    storage: &mut Storage<u32>,
+    op: Op,
+    at: u64,
+    parts: &[(u64, u32)],
+) -> io::Result<()> {
     let parts: Vec<_> =
         parts.iter().map(|(addr, len)| Segment { addr: GuestAddress(*addr), len: *len }).collect();
-    match engine.start(op, at, &parts, 7) {
+    match storage.start(op, at, &parts, 7) {
         Outcome::Done(result) => result,
+        Outcome::Held => Err(io::ErrorKind::WouldBlock.into()),
         Outcome::Pending => {
-            engine.submit();
+            storage.submit();
             loop {
-                if let Some((tag, result)) = engine.finished() {
+                if let Some((tag, result)) = storage.finished() {
                     assert_eq!(tag, 7);
                     return result;
                 }
-                assert!(engine.wait(None));
+                assert!(storage.wait(None));
             }
         }
     }
@@ -136,7 +143,7 @@ fn direct_disks_take_buffers_and_sectors_of_any_alignment() {
     for aio in [Aio::Auto, Aio::Off] {
         let path = file(&dir, 1 << 20);
         let disk = Arc::new(Disk::open(&path, &OpenOptions { direct: true, aio, ..RW }).unwrap());
-        let (memory, mut engine) = engine(&disk);
+        let (memory, mut storage) = storage(&disk);
         let mut expected = vec![7; 1 << 20];
         // Aligned, address off by one, sector in the middle of a page, odd pieces.
         let cases: [(u64, &[(u64, u32)]); 4] = [
@@ -152,18 +159,18 @@ fn direct_disks_take_buffers_and_sectors_of_any_alignment() {
                 expected[offset..offset + *len as usize].fill(n as u8);
                 offset += *len as usize;
             }
-            run(&mut engine, Op::Write { durable: n % 2 == 0 }, at, parts).unwrap();
+            run(&mut storage, Op::Write { durable: n % 2 == 0 }, at, parts).unwrap();
             for (addr, len) in parts {
                 memory.write_slice(&vec![0xee; *len as usize], GuestAddress(*addr)).unwrap();
             }
-            run(&mut engine, Op::Read, at, parts).unwrap();
+            run(&mut storage, Op::Read, at, parts).unwrap();
             for (addr, len) in parts {
                 let mut back = vec![0; *len as usize];
                 memory.read_slice(&mut back, GuestAddress(*addr)).unwrap();
                 assert!(back.iter().all(|b| *b == n as u8), "{aio:?} {n}");
             }
         }
-        run(&mut engine, Op::Flush, 0, &[]).unwrap();
+        run(&mut storage, Op::Flush, 0, &[]).unwrap();
         assert!(fs::read(&path).unwrap() == expected);
     }
 }
@@ -189,8 +196,8 @@ fn pages_that_are_not_cached_are_read_all_the_same() {
                 )
             };
         }
-        let (memory, mut engine) = engine(&disk);
-        run(&mut engine, Op::Read, 0, &[(0x10_0000, 1 << 20)]).unwrap();
+        let (memory, mut storage) = storage(&disk);
+        run(&mut storage, Op::Read, 0, &[(0x10_0000, 1 << 20)]).unwrap();
         let mut back = vec![0; 1 << 20];
         memory.read_slice(&mut back, GuestAddress(0x10_0000)).unwrap();
         assert!(back.iter().all(|b| *b == 7));
@@ -204,8 +211,8 @@ fn a_read_beyond_the_file_is_an_error_not_an_endless_loop() {
         for aio in [Aio::Auto, Aio::Off] {
             let path = file(&dir, 4096);
             let disk = Arc::new(Disk::open(&path, &OpenOptions { direct, aio, ..RW }).unwrap());
-            let (_memory, mut engine) = engine(&disk);
-            let result = run(&mut engine, Op::Read, 0, &[(0x4000, 8192)]);
+            let (_memory, mut storage) = storage(&disk);
+            let result = run(&mut storage, Op::Read, 0, &[(0x4000, 8192)]);
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         }
     }
@@ -216,36 +223,36 @@ fn more_requests_than_the_ring_holds_are_all_carried_out() {
     let dir = TempDir::new().unwrap();
     let path = file(&dir, 1 << 20);
     let disk = Arc::new(Disk::open(&path, &OpenOptions { direct: true, ..RW }).unwrap());
-    let (_memory, mut engine) = engine(&disk);
+    let (_memory, mut storage) = storage(&disk);
     let segment = [Segment { addr: GuestAddress(0x4000), len: 4096 }];
     let (mut started, mut ended) = (0, 0);
     while ended < 200 {
-        while started < 200 && engine.has_room() {
-            let outcome = engine.start(Op::Read, 4096 * (started % 256), &segment, 0);
+        while started < 200 && storage.has_room() {
+            let outcome = storage.start(Op::Read, 4096 * (started % 256), &segment, 0);
             ended += u64::from(matches!(outcome, Outcome::Done(Ok(()))));
             started += 1;
         }
-        engine.submit();
-        while let Some((_, result)) = engine.finished() {
+        storage.submit();
+        while let Some((_, result)) = storage.finished() {
             result.unwrap();
             ended += 1;
         }
         if ended < started {
-            assert!(engine.wait(None));
+            assert!(storage.wait(None));
         }
     }
-    assert_eq!(engine.in_flight(), 0);
+    assert_eq!(storage.in_flight(), 0);
 }
 
 #[test]
-fn dropping_an_engine_waits_for_what_is_in_flight() {
+fn dropping_it_waits_for_what_is_in_flight() {
     let dir = TempDir::new().unwrap();
     let path = file(&dir, 1 << 20);
     let disk = Arc::new(Disk::open(&path, &OpenOptions { direct: true, ..RW }).unwrap());
-    let (memory, mut engine) = engine(&disk);
+    let (memory, mut storage) = storage(&disk);
     memory.write_slice(&[9; 4096], GuestAddress(0x4000)).unwrap();
     let segment = [Segment { addr: GuestAddress(0x4000), len: 4096 }];
-    let _ = engine.start(Op::Write { durable: true }, 0, &segment, 0);
-    drop(engine);
+    let _ = storage.start(Op::Write { durable: true }, 0, &segment, 0);
+    drop(storage);
     assert_eq!(fs::read(&path).unwrap()[..4096], [9; 4096]);
 }

@@ -2,7 +2,8 @@
 //!
 //! A device may be an empty slot: it is there from boot on with a capacity of 0, and a disk is put
 //! into it and taken out of it later. What the driver negotiates it negotiates once, so an empty
-//! slot offers what most disks can do, and requests that the disk cannot do are answered so.
+//! slot offers what most disks can do. A disk that does not discard ignores requests to, which
+//! changes nothing that a driver may rely on; one that is read-only answers changes with an error.
 mod report;
 mod request;
 mod spin;
@@ -31,7 +32,10 @@ use self::{
     report::Reporter,
     worker::{BlockWorker, Medium, Parts, SERIAL},
 };
-use super::{ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice};
+use super::{
+    ActivateError, Activation, CANNOT_OFFER, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1,
+    VirtioDevice,
+};
 use crate::{
     Device,
     backend::disk::{Disk, DiskError, SECTOR},
@@ -266,6 +270,11 @@ fn offered(settings: &Settings, disk: Option<&Disk>) -> u64 {
     features
 }
 
+/// What a slot of these settings may offer, whatever disk it has when the guest starts.
+fn known(settings: &Settings) -> u64 {
+    offered(settings, None) | 1 << VIRTIO_BLK_F_RO
+}
+
 impl Device for Block {
     fn id(&self) -> &str {
         &self.id
@@ -305,6 +314,14 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn offer(&mut self, features: u64) -> Result<(), StateError> {
+        if features & !known(&self.settings) != 0 {
+            return Err(StateError::Invalid(CANNOT_OFFER));
+        }
+        self.features = features;
+        Ok(())
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -1,4 +1,5 @@
 mod hostile;
+mod observed;
 
 use std::{
     fs,
@@ -270,6 +271,44 @@ fn discards_and_zeroes() {
 }
 
 #[test]
+fn what_a_slot_offered_when_it_was_empty_does_not_harm_any_disk() {
+    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+    for way in every_way() {
+        for (readonly, discards) in [(false, true), (false, false), (true, false)] {
+            let dir = TempDir::new().unwrap();
+            let path = image(&dir, 4 * MIB);
+            let block = Block::new("slot", Settings::default(), None).unwrap();
+            let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
+            let offered = r.guest.offered();
+            for feature in [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES] {
+                assert_ne!(offered & 1 << feature, 0);
+            }
+            r.guest.start(offered);
+            let disk = Disk::open(&path, &OpenOptions { readonly, discard: discards, ..way });
+            let disk = disk.unwrap();
+            r.guest.transport.update(|b: &mut Block| b.plug(disk.into())).unwrap().unwrap();
+            let (before, full) = (r.image(), allocated(&path));
+
+            let expected = if readonly { IOERR } else { OK };
+            assert_eq!(r.range(discard, 2048, 2048, 0), expected, "{way:?}");
+            if !discards {
+                assert!(r.image() == before && allocated(&path) == full, "{way:?}: ignored");
+            }
+            assert_eq!(r.stat(|s| &s.unmap_operations), u64::from(!readonly));
+            assert_eq!(r.stat(|s| &s.failed_unmap_operations), 0);
+            for flags in [0, 1] {
+                assert_eq!(r.range(zeroes, 4096, 2048, flags), expected);
+            }
+            let zeroed = r.image()[2 << 20..3 << 20].iter().all(|b| *b == 0);
+            assert_eq!(zeroed, !readonly);
+            if !discards {
+                assert_eq!(allocated(&path), full, "{way:?}: space is kept");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_parts_of_a_request_may_lie_in_descriptors_as_the_driver_likes() {
     let mut r = Rig::new(rw());
     let image = r.image();
@@ -432,9 +471,10 @@ fn host_errors_reach_the_hook_and_the_guest() {
     r.guest.start(USUAL);
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
     assert_eq!(r.read(0, 512).0, IOERR);
-    assert_eq!(r.read(0, 512).0, IOERR);
     let eof = (String::from("disk"), io::ErrorKind::UnexpectedEof, false);
-    assert_eq!(*heard.lock(), [eof.clone(), eof]);
+    assert_eq!(*heard.lock(), [eof]);
+    assert_eq!(r.read(0, 512).0, IOERR);
+    assert_eq!(r.stat(|s| &s.failed_rd_operations), 2, "all are counted");
 }
 
 #[test]
@@ -457,6 +497,33 @@ fn a_limit_holds_requests_back_and_lets_them_all_through_in_the_end() {
         for head in sent {
             assert_eq!(r.guest.completion(0), (head, 513));
         }
+    }
+}
+
+#[test]
+fn a_limit_on_bytes_counts_ranges() {
+    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+    for (kind, discards, limited) in [
+        (zeroes, true, true),
+        (zeroes, false, true),
+        (discard, true, true),
+        (discard, false, false),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let options = OpenOptions { discard: discards, ..rw() };
+        let disk = Disk::open(&image(&dir, MIB), &options).unwrap();
+        // The first range takes an hour's worth of bytes.
+        let drive = Drive { bytes_per_second: Some(MIB / 3600), ..disk.into() };
+        let block = Block::new("disk", Settings::default(), Some(drive)).unwrap();
+        let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
+        r.guest.start(USUAL);
+        assert_eq!(r.range(kind, 0, 2048, 0), OK);
+        let header = r.guest.bytes(&header(VIRTIO_BLK_T_IN, 0));
+        let (data, status) = (r.guest.room(512), r.guest.bytes(&[0xff]));
+        r.guest.request(0, &[(header, 16, false), (data, 512, true), (status, 1, true)]);
+        r.guest.thread.settle();
+        let held_back = r.guest.peek(status, 1) == [0xff];
+        assert_eq!(held_back, limited, "{kind}, discard {discards}");
     }
 }
 

@@ -8,8 +8,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, Driver, FAILED, FEATURES_OK, INT_CONFIG,
-    INT_USED, INTERRUPT_STATUS, STATUS, Transport, queue::QueueRegisters,
+    ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, Driver, F_VERSION_1, FAILED, FEATURES_OK,
+    INT_CONFIG, INT_USED, INTERRUPT_STATUS, STATUS, Transport, queue::QueueRegisters,
 };
 use crate::{
     Device,
@@ -19,7 +19,7 @@ use crate::{
 };
 
 const KIND: &str = "virtio-mmio";
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +30,8 @@ struct State {
     config_generation: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
+    /// What the slot has offered since the guest started.
+    offered: u64,
     features: u64,
     unknown_features: bool,
     queue_sel: u32,
@@ -63,6 +65,7 @@ pub(super) fn save(t: &Transport) -> Result<Section, StateError> {
         config_generation: t.registers.load(CONFIG_GENERATION),
         device_features_sel: t.driver.device_features_sel,
         driver_features_sel: t.driver.driver_features_sel,
+        offered: t.offered(),
         features: t.driver.features,
         unknown_features: t.driver.unknown_features,
         queue_sel: t.driver.queue_sel,
@@ -81,6 +84,7 @@ pub(super) fn restore(t: &mut Transport, section: &Section) -> Result<(), StateE
     }
     let state: State = serde_json::from_slice(&section.body)?;
     check(t, &state)?;
+    t.device.offer(state.offered & !F_VERSION_1)?;
     t.reset();
     t.driver = Driver {
         device_features_sel: state.device_features_sel,
@@ -140,12 +144,15 @@ fn check(t: &Transport, state: &State) -> Result<(), StateError> {
     {
         return Err(StateError::Invalid("virtio interrupt status"));
     }
-    let offered = t.offered();
+    let offered = state.offered;
+    if offered & F_VERSION_1 == 0 {
+        return Err(StateError::Invalid("virtio features without VERSION_1"));
+    }
     let acceptable = !state.unknown_features
         && state.features & !offered == 0
-        && state.features & super::F_VERSION_1 != 0;
+        && state.features & F_VERSION_1 != 0;
     if negotiated && !acceptable {
-        return Err(StateError::Invalid("virtio features that this device does not offer"));
+        return Err(StateError::Invalid("virtio features that were not offered"));
     }
     Ok(())
 }

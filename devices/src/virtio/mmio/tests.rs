@@ -520,6 +520,8 @@ fn hostile_saved_states_are_refused_and_leave_a_fresh_device() {
         ("/active", false.into()),
         ("/interrupt_status", 4.into()),
         ("/interrupt_status", 0.into()),
+        ("/offered", 0.into()),
+        ("/offered", u64::MAX.into()),
         ("/features", u64::MAX.into()),
         ("/features", 1.into()),
         ("/unknown_features", true.into()),
@@ -547,7 +549,7 @@ fn hostile_saved_states_are_refused_and_leave_a_fresh_device() {
         let cut = Section { body: section.body[..len].to_vec(), ..section.clone() };
         assert!(guest().transport.restore(&cut).is_err());
     }
-    for (kind, version) in [("virtio-mmio", 2), ("probe", 1)] {
+    for (kind, version) in [("virtio-mmio", 3), ("probe", 2)] {
         let other = Section { kind: kind.into(), version, body: section.body.clone() };
         assert!(guest().transport.restore(&other).is_err());
     }

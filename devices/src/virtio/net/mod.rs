@@ -33,7 +33,8 @@ pub use self::{
     stats::{Counters, NetStats},
 };
 use super::{
-    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, ring::Ring,
+    ActivateError, Activation, ActiveQueue, CANNOT_OFFER, F_EVENT_IDX, F_INDIRECT_DESC,
+    VirtioDevice, ring::Ring,
 };
 use crate::{
     Device,
@@ -60,6 +61,8 @@ const WITH_HEADER: u64 = Offloads::ALL.0 & !Offloads::USO.0
     | 1 << VIRTIO_NET_F_HOST_ECN
     | 1 << VIRTIO_NET_F_HOST_UFO
     | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
+/// What needs a back-end that takes UDP segments.
+const USO: u64 = Offloads::USO.0 | 1 << VIRTIO_NET_F_HOST_USO;
 
 /// How an interface is to be.
 #[derive(Debug, Clone, Default)]
@@ -127,7 +130,7 @@ impl<B: NetBackend> Net<B> {
             features |= WITH_HEADER;
         }
         if backend.as_ref().is_some_and(NetBackend::has_uso) {
-            features |= Offloads::USO.0 | 1 << VIRTIO_NET_F_HOST_USO;
+            features |= USO;
         }
         let mut queue_sizes = vec![settings.queue_size; usize::from(pairs) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -292,6 +295,22 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn offer(&mut self, features: u64) -> Result<(), StateError> {
+        let mut known = ALWAYS;
+        known |= u64::from(self.settings.queue_pairs > 1) << VIRTIO_NET_F_MQ;
+        if self.backend().is_none_or(NetBackend::has_header) {
+            known |= WITH_HEADER;
+        }
+        if self.backend().is_none_or(NetBackend::has_uso) {
+            known |= USO;
+        }
+        if features & !known != 0 {
+            return Err(StateError::Invalid(CANNOT_OFFER));
+        }
+        self.features = features;
+        Ok(())
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -10,7 +10,8 @@ use crate::checkpoint::{
     Peer, SaveError, Sink, Stream,
     content::{self, Config},
     image::Progress,
-    job::{Checkpointer, Job, Live, Step},
+    job::{Checkpointer, First, Job, Order, Step},
+    save::Source,
     stream::{Kind, Writer, section},
 };
 
@@ -37,10 +38,11 @@ fn sent() -> Vec<u8> {
     let progress = Progress::default();
     let peer = Peer::new(OwnedFd::from(near)).unwrap();
     let mut to = Box::new(Stream::begin(peer, memory.clone(), &config(5), &progress).unwrap());
-    to.copy(&ram::used(&memory, &[]).unwrap(), &progress).unwrap();
+    to.copy(&Source::Guest(&ram::used(&memory, &[]).unwrap()), &progress).unwrap();
     ram::write(&memory, 5 * MIB, &[0; 4096]).unwrap();
     ram::write(&memory, SIZE - 5, b"later").unwrap();
-    to.copy(&[5 * MIB..5 * MIB + 4096, SIZE - 4096..SIZE], &progress).unwrap();
+    let changed = [5 * MIB..5 * MIB + 4096, SIZE - 4096..SIZE];
+    to.copy(&Source::Guest(&changed), &progress).unwrap();
     to.finish(config(5), state(5), &progress).unwrap();
     reader.join().unwrap()
 }
@@ -293,12 +295,18 @@ fn save_to(near: UnixStream) -> Job {
     // More than a socket takes.
     ram::write(&memory, 2 * MIB, &vec![9; 8 << 20]).unwrap();
     let peer = Peer::new(OwnedFd::from(near)).unwrap();
-    let (cancel, live) = (peer.cancel(), Live::All(memory.clone(), Arc::default()));
+    let cancel = Some(peer.cancel());
+    let sent = memory.clone();
     let open = move |progress: &Progress| {
-        let stream = Stream::begin(peer, memory, &config, progress)?;
+        let stream = Stream::begin(peer, sent, &config, progress)?;
         Ok(Box::new(stream) as Box<dyn Sink>)
     };
-    thread.save(Box::new(open), live, Some(cancel)).unwrap()
+    let (open, place) = (Box::new(open), String::new());
+    let order = Order { open, memory, cancel, place, resume: false, patient: true };
+    let mut job = thread.save(order).unwrap();
+    assert!(matches!(job.wait(WAIT), Some(Step::Opened)));
+    job.copy(First::All(Arc::default()));
+    job
 }
 
 #[test]

@@ -41,11 +41,6 @@ impl Resolver {
             disks.push(self.disk(drive, &drive.id, &BlkFront::default()));
         }
         disks.extend(behind);
-        if disks.len() > limits::MAX_DISKS {
-            let (n, most) = (disks.len(), limits::MAX_DISKS);
-            self.problems
-                .add_line(format!("{n} disks (-drive, drive), at most {most} are allowed"));
-        }
         disks
     }
 
@@ -86,10 +81,6 @@ impl Resolver {
             nics.push(self.nic(net, &net.id, &NetFront::default()));
         }
         nics.extend(behind);
-        if nics.len() > limits::MAX_NICS {
-            let (n, most) = (nics.len(), limits::MAX_NICS);
-            self.problems.add_line(format!("{n} NICs (-netdev, net), at most {most} are allowed"));
-        }
         self.check_taps(d);
         nics
     }

@@ -249,3 +249,56 @@ fn the_guest_agent_s_console_stands_beside_the_serial_port() {
     assert_eq!(m.console.unwrap().id, "org.qemu.guest_agent.0");
     assert!(m.serial.is_some());
 }
+
+#[test]
+fn slots_are_as_many_as_devices_or_as_are_asked_for() {
+    let slots = |line: &str| {
+        let slots = machine(line).slots;
+        (slots.disks(), slots.nics())
+    };
+    assert_eq!(slots(""), (4, 2), "as many as StratoVirt has");
+    let five = "-drive id=a,file=a -drive id=b,file=b -drive id=c,file=c -drive id=d,file=d \
+                -drive id=e,file=e";
+    assert_eq!(slots(five), (5, 2));
+    assert_eq!(slots(&format!("{five} -machine microvm,disk-slots=8,nic-slots=0")), (8, 0));
+    assert_eq!(slots("-machine disk-slots=0,nic-slots=0"), (0, 0));
+    let text = r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"disk-slots":8,"nic-slots":1}}"#;
+    let told = file(text, "-api-channel unix:s -machine disk-slots=9").unwrap().machine.slots;
+    assert_eq!((told.disks(), told.nics()), (9, 1), "the command line replaces the file's value");
+
+    assert_eq!(
+        problem(&format!("{five} -machine disk-slots=4")),
+        "-machine disk-slots=4: disk-slots: 4 slots for disks are fewer than the disks that are configured \
+         (5)"
+    );
+    let rng = "-rng random_file=/dev/urandom -chardev id=c,path=/c";
+    assert_eq!(
+        problem(&format!("{rng} -machine disk-slots=17,nic-slots=0")),
+        "-machine disk-slots=17,nic-slots=0: disk-slots: 19 virtio devices and slots, at most 18 are allowed: 17 for disks (0 \
+         configured), 0 for NICs (0 configured), 1 for the console, 1 for the rng; -machine \
+         disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"
+    );
+    assert!(problem("-machine nic-slots=19").contains("nic-slots: '19'"));
+}
+
+#[test]
+fn a_device_that_nothing_names_needs_no_id() {
+    let line = "-object rng-random,id=o,filename=/dev/urandom -device virtio-rng-device,rng=o \
+                -device virtio-serial-device -chardev pty,id=c -device virtconsole,id=v,chardev=c";
+    let made = machine(line);
+    assert_eq!(made.rng.unwrap().id, "rng0");
+    assert_eq!(made.console.unwrap().id, "c");
+    // Whatever comes later has its own id in any case.
+    let line = format!("{line} -drive id=rng0,file=f");
+    assert_eq!(machine(&line).rng.unwrap().id, "rng00");
+    assert!(
+        problem("-drive id=d,file=f -device virtio-blk-device,drive=d").contains("id: missing")
+    );
+}
+
+#[test]
+fn what_is_off_anyway_may_be_said() {
+    machine("-cpu host,pmu=off,sve=off -netdev tap,id=n,ifname=t,macnat=off,vhost=off");
+    assert!(problem("-cpu host,pmu=on").contains("pmu"));
+    assert!(problem("-netdev tap,id=n,ifname=t,macnat=on").ends_with("not built yet; use off"));
+}

@@ -1,5 +1,5 @@
 //! Where it was said what the host does not give.
-use machine::config::MemoryConfig;
+use machine::config::{MemoryConfig, slots::SlotsError};
 use machine::{BuildError, memory, survey};
 
 use super::*;
@@ -8,7 +8,7 @@ use super::*;
 fn explained(invocation: &Invocation) -> Vec<String> {
     let config = &invocation.machine;
     // Any error that is about the whole machine; what KVM says does not matter here.
-    let first = BuildError::TooManyDisks { count: 9 };
+    let first = BuildError::Slots(SlotsError::Disks { slots: 1, disks: 2 });
     let problems = invocation.places.explain(survey(config, first));
     let short = |line: &str| match line.split_once(".json: ") {
         Some((_, rest)) => format!("FILE: {rest}"),
@@ -20,7 +20,10 @@ fn explained(invocation: &Invocation) -> Vec<String> {
 /// Each line begins with a place and goes on with words, in this order, and there are no more.
 fn tells(invocation: &Invocation, expected: &[(&str, &str)]) {
     let said = explained(invocation);
-    assert_eq!(said[0], "stratovirt: 9 disks; a machine has at most 8");
+    assert_eq!(
+        said[0],
+        "stratovirt: 1 slots for disks are fewer than the disks that are configured (2)"
+    );
     assert_eq!(said.len(), expected.len() + 1, "{said:#?}");
     for (line, (place, words)) in said[1..].iter().zip(expected) {
         let rest = line.strip_prefix(&format!("{place}: ")).unwrap_or_else(|| panic!("{said:#?}"));

@@ -1,0 +1,133 @@
+//! The requests on a disk. All of them pass here, so this is where its observers are asked and
+//! told, whichever way the engine carries a request out.
+#[cfg(test)]
+mod tests;
+
+use std::{io, os::fd::RawFd, sync::Arc, time::Duration};
+
+use super::{Change, ChangeKind, Disk, Op, engine::Engine, observer::Permit};
+use crate::{Memory, virtio::chain::Segment};
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is complete.
+    Done(io::Result<()>),
+    /// [`Storage::finished`] will return it.
+    Pending,
+    /// An observer of the disk wants it to wait: nothing has been started. Start it again when
+    /// [`Storage::wake_source`] is readable.
+    Held,
+}
+
+/// The requests of one guest on a disk. `T` is what the caller knows a request by.
+pub struct Storage<T> {
+    engine: Engine<(T, Permit)>,
+}
+
+impl<T> Storage<T> {
+    /// For about `depth` requests at a time.
+    pub fn new(disk: Arc<Disk>, memory: Memory, depth: usize) -> Self {
+        Self { engine: Engine::new(disk, memory, depth) }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Disk {
+        self.engine.disk()
+    }
+
+    /// Readable when [`Storage::finished`] has something to return; `None` when nothing is ever
+    /// pending.
+    pub fn completion_source(&self) -> Option<RawFd> {
+        self.engine.source()
+    }
+
+    /// Readable when requests that were held may be started; [`Storage::woken`] takes note.
+    pub fn wake_source(&self) -> RawFd {
+        self.disk().observers.source()
+    }
+
+    /// Call before held requests are started again.
+    pub fn woken(&self) {
+        self.disk().observers.heard();
+    }
+
+    /// Whether another request may be started now.
+    pub fn has_room(&self) -> bool {
+        self.engine.has_room()
+    }
+
+    /// Requests that are pending.
+    pub fn in_flight(&self) -> usize {
+        self.engine.in_flight()
+    }
+
+    /// Carry out a request, at `offset` bytes. Only if [`Storage::has_room`]. The caller has
+    /// checked the range against the disk's size. Pending requests are on their way after
+    /// [`Storage::submit`].
+    pub fn start(&mut self, op: Op, offset: u64, segments: &[Segment], tag: T) -> Outcome {
+        let permit = match kind(op) {
+            Some(kind) => self.disk().observers.before(|| {
+                let end = offset.saturating_add(op.bytes(segments));
+                Change { kind, range: offset..end }
+            }),
+            None => Ok(Some(Permit::UNOBSERVED)),
+        };
+        let permit = match permit {
+            Ok(Some(permit)) => permit,
+            Ok(None) => return Outcome::Held,
+            Err(refused) => return Outcome::Done(Err(refused)),
+        };
+        match self.engine.start(op, offset, segments, (tag, permit)) {
+            Some(((_, permit), result)) => {
+                permit.after(&result);
+                Outcome::Done(result)
+            }
+            None => Outcome::Pending,
+        }
+    }
+
+    /// Whether this thread may have waited for the medium to carry `op` out at once.
+    pub fn may_wait(&self, op: Op) -> bool {
+        self.engine.may_wait(op)
+    }
+
+    /// Hand pending requests to the kernel.
+    pub fn submit(&mut self) {
+        self.engine.submit();
+    }
+
+    /// The next pending request that is complete.
+    pub fn finished(&mut self) -> Option<(T, io::Result<()>)> {
+        let ((tag, permit), result) = self.engine.finished()?;
+        permit.after(&result);
+        Some((tag, result))
+    }
+
+    /// Wait until [`Storage::finished`] has something to return, for `patience` at most; false when
+    /// that does not happen.
+    pub fn wait(&mut self, patience: Option<Duration>) -> bool {
+        self.engine.wait(patience)
+    }
+}
+
+impl<T> Drop for Storage<T> {
+    fn drop(&mut self) {
+        // Observers hear of every change, even if the guest does not any more.
+        loop {
+            while self.finished().is_some() {}
+            if self.in_flight() == 0 || !self.wait(None) {
+                return;
+            }
+        }
+    }
+}
+
+fn kind(op: Op) -> Option<ChangeKind> {
+    match op {
+        Op::Read | Op::Flush => None,
+        Op::Write { .. } => Some(ChangeKind::Write),
+        Op::Discard { .. } => Some(ChangeKind::Discard),
+        Op::WriteZeroes { .. } => Some(ChangeKind::WriteZeroes),
+    }
+}

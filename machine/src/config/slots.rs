@@ -1,0 +1,226 @@
+//! How many slots for disks and NICs a machine has. A slot takes one of the interrupts for virtio, as
+//! does every other virtio device, so all of them share one budget.
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    MachineConfig, Occupancy,
+    limits::{DISK_SLOTS, NIC_SLOTS, VIRTIO_SLOTS},
+};
+
+/// Slots for disks and for NICs, made from [`Wanted`]: at least as many as there are devices for them,
+/// and no more than there are interrupts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Saved")]
+pub struct SlotCounts {
+    disks: usize,
+    nics: usize,
+}
+
+/// As a saved state says it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    disks: usize,
+    nics: usize,
+}
+
+/// What takes slots.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Slots for disks; `None`: as many as usual, or as there are disks.
+    pub disk_slots: Option<usize>,
+    /// Slots for NICs, likewise.
+    pub nic_slots: Option<usize>,
+    /// Disks.
+    pub disks: usize,
+    /// NICs.
+    pub nics: usize,
+    /// Whether there is a console.
+    pub console: bool,
+    /// Whether there is a source of randomness.
+    pub rng: bool,
+}
+
+/// Why a machine cannot have its slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SlotsError {
+    /// More disks than slots for them.
+    #[error("{slots} slots for disks are fewer than the disks that are configured ({disks})")]
+    Disks {
+        /// Slots.
+        slots: usize,
+        /// Disks.
+        disks: usize,
+    },
+    /// More NICs than slots for them.
+    #[error("{slots} slots for NICs are fewer than the NICs that are configured ({nics})")]
+    Nics {
+        /// Slots.
+        slots: usize,
+        /// NICs.
+        nics: usize,
+    },
+    /// More than there are interrupts.
+    #[error("{0}")]
+    NoRoom(NoRoom),
+}
+
+/// All that takes interrupts, which are too few.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoRoom {
+    wanted: Wanted,
+    slots: SlotCounts,
+}
+
+impl SlotCounts {
+    /// Slots for disks, the first ones: `addr` 0 is vda.
+    pub fn disks(self) -> usize {
+        self.disks
+    }
+
+    /// Slots for NICs, after those for disks: `addr` 0 is eth0.
+    pub fn nics(self) -> usize {
+        self.nics
+    }
+
+    /// Both.
+    pub fn total(self) -> usize {
+        self.disks + self.nics
+    }
+}
+
+impl Wanted {
+    /// What `config` says, and what is in its slots now.
+    pub fn of(config: &MachineConfig, occupied: &Occupancy) -> Self {
+        Self {
+            disk_slots: Some(config.slots.disks),
+            nic_slots: Some(config.slots.nics),
+            disks: config.disks.len().max(occupied.disks.len()),
+            nics: config.nics.len().max(occupied.nics.len()),
+            console: config.console.is_some(),
+            rng: config.rng.is_some(),
+        }
+    }
+
+    /// Devices that have a slot of their own which nothing else can take.
+    pub fn others(&self) -> usize {
+        usize::from(self.console) + usize::from(self.rng)
+    }
+}
+
+impl TryFrom<Wanted> for SlotCounts {
+    type Error = SlotsError;
+
+    fn try_from(wanted: Wanted) -> Result<Self, SlotsError> {
+        let Wanted { disks, nics, .. } = wanted;
+        let slots = Self {
+            disks: wanted.disk_slots.unwrap_or(disks.max(DISK_SLOTS)),
+            nics: wanted.nic_slots.unwrap_or(nics.max(NIC_SLOTS)),
+        };
+        if slots.disks < disks {
+            return Err(SlotsError::Disks { slots: slots.disks, disks });
+        }
+        if slots.nics < nics {
+            return Err(SlotsError::Nics { slots: slots.nics, nics });
+        }
+        let all = slots.disks.saturating_add(slots.nics).saturating_add(wanted.others());
+        match all <= VIRTIO_SLOTS {
+            true => Ok(slots),
+            false => Err(SlotsError::NoRoom(NoRoom { wanted, slots })),
+        }
+    }
+}
+
+impl TryFrom<Saved> for SlotCounts {
+    type Error = SlotsError;
+
+    fn try_from(Saved { disks, nics }: Saved) -> Result<Self, SlotsError> {
+        let (disk_slots, nic_slots) = (Some(disks), Some(nics));
+        Wanted { disk_slots, nic_slots, ..Wanted::default() }.try_into()
+    }
+}
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { wanted, slots } = self;
+        let all = slots.disks.saturating_add(slots.nics).saturating_add(wanted.others());
+        write!(f, "{all} virtio devices and slots, at most {VIRTIO_SLOTS} are allowed: ")?;
+        write!(f, "{} for disks ({} configured), ", slots.disks, wanted.disks)?;
+        write!(f, "{} for NICs ({} configured)", slots.nics, wanted.nics)?;
+        for (there, name) in [(wanted.console, "console"), (wanted.rng, "rng")] {
+            if there {
+                write!(f, ", 1 for the {name}")?;
+            }
+        }
+        let configured = wanted.disks.saturating_add(wanted.nics) + wanted.others();
+        match configured <= VIRTIO_SLOTS {
+            true => f.write_str("; -machine disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"),
+            false => f.write_str("; leave some devices out"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(wanted: Wanted) -> Result<(usize, usize), String> {
+        let made = SlotCounts::try_from(wanted);
+        made.map(|slots| (slots.disks(), slots.nics())).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn four_for_disks_and_two_for_nics_unless_there_are_more() {
+        assert_eq!(counts(Wanted::default()), Ok((4, 2)));
+        assert_eq!(counts(Wanted { disks: 4, nics: 2, ..Wanted::default() }), Ok((4, 2)));
+        assert_eq!(counts(Wanted { disks: 7, nics: 3, ..Wanted::default() }), Ok((7, 3)));
+    }
+
+    #[test]
+    fn as_many_as_are_asked_for() {
+        let asked = |disks, nics| Wanted {
+            disk_slots: Some(disks),
+            nic_slots: Some(nics),
+            console: true,
+            rng: true,
+            ..Wanted::default()
+        };
+        assert_eq!(counts(asked(0, 0)), Ok((0, 0)));
+        assert_eq!(counts(asked(16, 0)), Ok((16, 0)));
+        assert_eq!(counts(asked(0, 16)), Ok((0, 16)));
+        assert!(counts(asked(16, 1)).is_err());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told_with_all_that_takes_the_room() {
+        let many = Wanted { disks: 16, console: true, rng: true, ..Wanted::default() };
+        assert_eq!(
+            counts(many).unwrap_err(),
+            "20 virtio devices and slots, at most 18 are allowed: 16 for disks (16 configured), 2 for \
+             NICs (0 configured), 1 for the console, 1 for the rng; -machine \
+             disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"
+        );
+        assert_eq!(counts(Wanted { nic_slots: Some(0), ..many }), Ok((16, 0)));
+        assert!(
+            counts(Wanted { disks: 19, ..many }).unwrap_err().ends_with("leave some devices out")
+        );
+        let few = Wanted { disk_slots: Some(1), disks: 2, ..Wanted::default() };
+        assert_eq!(
+            counts(few).unwrap_err(),
+            "1 slots for disks are fewer than the disks that are configured (2)"
+        );
+        let few = Wanted { nic_slots: Some(0), nics: 1, ..Wanted::default() };
+        assert!(counts(few).unwrap_err().starts_with("0 slots for NICs"));
+    }
+
+    #[test]
+    fn a_saved_state_cannot_say_more_either() {
+        let read = |text| serde_json::from_str::<SlotCounts>(text).map_err(|e| e.to_string());
+        assert_eq!(read(r#"{"disks":8,"nics":2}"#).map(SlotCounts::total), Ok(10));
+        assert!(read(r#"{"disks":17,"nics":2}"#).unwrap_err().contains("at most 18"));
+        let huge = format!(r#"{{"disks":{},"nics":{0}}}"#, usize::MAX);
+        assert!(read(&huge).unwrap_err().contains("at most 18"));
+    }
+}

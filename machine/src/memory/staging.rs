@@ -1,0 +1,155 @@
+//! Pages of guest memory copied aside, so that the guest can run again before they are written
+//! anywhere.
+use std::{io, ops::Range};
+
+use devices::Memory;
+
+use super::image::{self, PAGE_SIZE};
+
+/// Most bytes that are copied aside.
+pub const MAX_BYTES: u64 = 256 << 20;
+/// Most ranges of them.
+pub const MAX_RANGES: usize = 32 << 10;
+
+/// Copies of ranges of the memory's image. The room for them is touched before the guest is stopped:
+/// its first page faults would be part of the pause.
+#[derive(Debug, Default)]
+pub struct Staging {
+    room: Vec<u8>,
+    /// Ascending, and how far into `room` each begins.
+    ranges: Vec<(Range<u64>, usize)>,
+}
+
+impl Staging {
+    /// Room for `bytes` of memory, at most [`MAX_BYTES`], that costs no page fault when it is filled.
+    ///
+    /// # Errors
+    /// When the host does not have it.
+    pub fn touched(bytes: u64) -> io::Result<Self> {
+        let mut staging = Self::default();
+        staging.grow(usize::try_from(bytes.min(MAX_BYTES)).map_err(io::Error::other)?)?;
+        Ok(staging)
+    }
+
+    /// Whether `ranges` are few enough to be copied aside.
+    pub fn takes(ranges: &[Range<u64>]) -> bool {
+        ranges.len() <= MAX_RANGES && bytes(ranges) <= MAX_BYTES
+    }
+
+    /// Copy `ranges` of `memory`, ascending, in place of what it holds. What is more than was touched
+    /// before costs page faults, and nothing else.
+    ///
+    /// # Errors
+    /// When [`Staging::takes`] says no, the host has no room, or a range is not inside of `memory`.
+    pub fn fill(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
+        if !Self::takes(ranges) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        self.ranges.clear();
+        self.grow(usize::try_from(bytes(ranges)).map_err(io::Error::other)?)?;
+        let mut rest = self.room.as_mut_slice();
+        let mut at = 0;
+        for range in ranges {
+            let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+            let (part, after) = rest.split_at_mut_checked(len).ok_or_else(short)?;
+            image::read(memory, range.start, part)?;
+            self.ranges.push((range.clone(), at));
+            (rest, at) = (after, at + len);
+        }
+        Ok(())
+    }
+
+    /// The ranges that were copied, with their contents.
+    ///
+    /// # Errors
+    /// When the copies do not have the size of their ranges, which would be a mistake of ours.
+    pub fn pieces(&self) -> impl Iterator<Item = io::Result<(u64, &[u8])>> {
+        self.ranges.iter().map(|(range, at)| {
+            let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+            let end = at.checked_add(len).ok_or_else(short)?;
+            Ok((range.start, self.room.get(*at..end).ok_or_else(short)?))
+        })
+    }
+
+    /// The ranges that were copied, ascending.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        self.ranges.iter().map(|(range, _)| range.clone()).collect()
+    }
+
+    /// Bytes of memory in it.
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|(range, _)| range.end - range.start).sum()
+    }
+
+    fn grow(&mut self, len: usize) -> io::Result<()> {
+        let more = len.saturating_sub(self.room.len());
+        self.room.try_reserve_exact(more).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        self.room.resize(self.room.len() + more, 0);
+        Ok(())
+    }
+}
+
+/// Bytes in `ranges`.
+pub fn bytes(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+/// How many bytes to touch when `left` bytes are left to be copied: the guest writes to others until
+/// it is stopped.
+pub fn room_for(left: u64) -> u64 {
+    left.saturating_mul(2).max(1024 * PAGE_SIZE)
+}
+
+fn short() -> io::Error {
+    io::Error::other("a copy of guest memory has another size than its ranges")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::MemoryConfig, memory::allocate};
+
+    #[test]
+    fn what_was_copied_stays_whatever_becomes_of_the_memory() {
+        let config =
+            MemoryConfig { size: 16 << 20, shared: false, path: None, prealloc: false, dump: true };
+        let memory = allocate(&config).unwrap();
+        let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
+        let ranges = [page(1), page(7).start..page(8).end, page(4095)];
+        let mark = |with: u8| {
+            for n in [1, 7, 8, 4095] {
+                let contents = [with + u8::try_from(n % 100).unwrap(); 4096];
+                image::write(&memory, page(n).start, &contents).unwrap();
+            }
+        };
+        mark(1);
+        // Both when there was room enough and when there was not.
+        for mut staging in [Staging::touched(16 << 20).unwrap(), Staging::default()] {
+            mark(1);
+            staging.fill(&memory, &ranges).unwrap();
+            mark(100);
+            let copied: Vec<_> = staging.pieces().map(Result::unwrap).collect();
+            assert_eq!(staging.bytes(), 4 * PAGE_SIZE);
+            let seen: Vec<_> = copied
+                .iter()
+                .map(|(at, bytes)| (at / PAGE_SIZE, bytes.len(), bytes[0], bytes[bytes.len() - 1]))
+                .collect();
+            assert_eq!(seen, [(1, 4096, 2, 2), (7, 8192, 8, 9), (4095, 4096, 96, 96)]);
+            staging.fill(&memory, &ranges[..1]).unwrap();
+            assert_eq!(staging.pieces().count(), 1, "what it held before is gone");
+        }
+    }
+
+    #[test]
+    fn too_much_is_refused_and_not_cut_off() {
+        let config =
+            MemoryConfig { size: 16 << 20, shared: false, path: None, prealloc: false, dump: true };
+        let memory = allocate(&config).unwrap();
+        let all = std::slice::from_ref(&(0..MAX_BYTES + PAGE_SIZE));
+        assert!(!Staging::takes(all) && Staging::default().fill(&memory, all).is_err());
+        let many: Vec<_> = (0..=MAX_RANGES as u64).map(|n| n * 8192..n * 8192 + 4096).collect();
+        assert!(Staging::takes(&many[1..]) && !Staging::takes(&many));
+        let outside = std::slice::from_ref(&(15 << 20..17 << 20));
+        assert!(Staging::default().fill(&memory, outside).is_err());
+    }
+}

@@ -1,0 +1,206 @@
+//! Where a save is, as the main thread sees it: what happens leads to another phase, and to what has
+//! to be done. No side effects here.
+//!
+//! ```text
+//!           Begin           Opened, Round, Ready
+//!   Idle ----------> Copying ----------------+----> Finishing    the guest was captured and runs on
+//!     ^                 |                    |          |
+//!     |                 |                    +----> Stopped      it has to wait until it is copied
+//!     |                 | Done                      |    |
+//!     +-----------------+---------------------------+----+
+//! ```
+use crate::lifecycle::State;
+
+/// Where a save is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// There is none, or the last one is over.
+    #[default]
+    Idle,
+    /// The thread opens, or copies while the guest runs; the guest is what clients make of it.
+    Copying,
+    /// The machine is stopped for it. Where it was before.
+    Stopped(State),
+    /// All that the machine has to give was given: it is what clients make of it.
+    Finishing,
+}
+
+/// What kind of save it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terms {
+    /// The guest runs on here, if it ran.
+    pub resume: bool,
+    /// Another process may run it from now on.
+    pub stream: bool,
+}
+
+/// What happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// A save begins.
+    Begin,
+    /// There is something to save into, and the guest runs (or does not).
+    Opened { live: bool },
+    /// A round has been made.
+    Round,
+    /// The rest needs a machine that is stopped.
+    Ready,
+    /// It was captured, and runs again already.
+    Captured,
+    /// It was captured, and has to stay stopped. Where it was before.
+    Held(State),
+    /// Memory is not needed any more.
+    Copied,
+    /// It was cancelled before it counted; the thread may hang.
+    Cancelled,
+    /// The thread is done.
+    Done(Outcome),
+}
+
+/// How a save ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It counts.
+    Saved,
+    /// It does not.
+    Failed,
+}
+
+/// What has to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Log dirty pages, and have all memory copied.
+    LogAndCopy,
+    /// Tell the thread what has changed.
+    Harvest,
+    /// Stop the machine and give the thread what it needs of it.
+    Capture,
+    /// Let the machine be what it was before it was stopped.
+    GoBack(State),
+    /// Leave it stopped. What it was before.
+    Rest(State),
+    /// Leave it to the process that it was sent to.
+    Leave,
+    /// Tell all who want to know.
+    Answer,
+}
+
+impl Phase {
+    /// What `input` leads to. What makes no sense in a phase comes too late, and leads to nothing.
+    pub fn on(self, terms: Terms, input: Input) -> (Self, Vec<Effect>) {
+        use {Effect as E, Input as I, Outcome as O};
+        match (self, input) {
+            (Self::Idle, I::Begin) => (Self::Copying, vec![]),
+            (Self::Copying, I::Opened { live: true }) => (self, vec![E::LogAndCopy]),
+            (Self::Copying, I::Opened { live: false } | I::Ready) => (self, vec![E::Capture]),
+            (Self::Copying, I::Round) => (self, vec![E::Harvest]),
+            (Self::Copying, I::Captured) => (Self::Finishing, vec![]),
+            (Self::Copying, I::Held(before)) => (Self::Stopped(before), vec![]),
+            (Self::Stopped(before), I::Copied) if terms.resume => {
+                (Self::Finishing, vec![E::GoBack(before)])
+            }
+            // The other side of a stream may have all of it: only the thread can tell.
+            (Self::Stopped(before), I::Cancelled) if !terms.stream => {
+                (Self::Finishing, vec![E::GoBack(before)])
+            }
+            (Self::Stopped(before), I::Done(outcome)) => {
+                let then = match outcome {
+                    O::Failed => E::GoBack(before),
+                    O::Saved if terms.stream => E::Leave,
+                    O::Saved => E::Rest(before),
+                };
+                (Self::Idle, vec![then, E::Answer])
+            }
+            (Self::Copying | Self::Finishing, I::Done(_)) => (Self::Idle, vec![E::Answer]),
+            _ => (self, vec![]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Effect as E, Input as I, *};
+
+    const RESUME: Terms = Terms { resume: true, stream: false };
+    const SUSPEND: Terms = Terms { resume: false, stream: false };
+    const MOVE: Terms = Terms { resume: false, stream: true };
+    const SAVED: I = I::Done(Outcome::Saved);
+    const FAILED: I = I::Done(Outcome::Failed);
+
+    /// All that is done, and where it ends.
+    fn follow(terms: Terms, inputs: &[Input]) -> (Phase, Vec<Effect>) {
+        inputs.iter().fold((Phase::Idle, Vec::new()), |(phase, mut done), input| {
+            let (phase, effects) = phase.on(terms, *input);
+            done.extend(effects);
+            (phase, done)
+        })
+    }
+
+    #[test]
+    fn a_guest_that_runs_on_is_captured_once_and_never_waits_for_the_thread() {
+        let inputs =
+            [I::Begin, I::Opened { live: true }, I::Round, I::Round, I::Ready, I::Captured];
+        let (phase, done) = follow(RESUME, &inputs);
+        assert_eq!(done, [E::LogAndCopy, E::Harvest, E::Harvest, E::Capture]);
+        assert_eq!(phase, Phase::Finishing);
+        for end in [SAVED, FAILED] {
+            assert_eq!(phase.on(RESUME, end), (Phase::Idle, vec![E::Answer]));
+        }
+    }
+
+    #[test]
+    fn a_guest_that_was_stopped_goes_where_the_save_leads() {
+        let ran = State::Running;
+        for (terms, end, then) in [
+            (SUSPEND, SAVED, E::Rest(ran)),
+            (SUSPEND, FAILED, E::GoBack(ran)),
+            (MOVE, SAVED, E::Leave),
+            (MOVE, FAILED, E::GoBack(ran)),
+        ] {
+            let inputs = [I::Begin, I::Opened { live: false }, I::Held(ran), I::Copied, end];
+            assert_eq!(follow(terms, &inputs), (Phase::Idle, vec![E::Capture, then, E::Answer]));
+        }
+        let inputs = [I::Begin, I::Opened { live: false }, I::Held(ran), I::Copied, SAVED];
+        assert_eq!(follow(RESUME, &inputs).1, [E::Capture, E::GoBack(ran), E::Answer]);
+    }
+
+    #[test]
+    fn a_cancelled_save_lets_go_of_the_guest_unless_another_process_may_have_it() {
+        let held = [I::Begin, I::Opened { live: false }, I::Held(State::Running), I::Cancelled];
+        let (phase, done) = follow(SUSPEND, &held);
+        assert_eq!((phase, done[1]), (Phase::Finishing, E::GoBack(State::Running)));
+        assert_eq!(phase.on(SUSPEND, FAILED), (Phase::Idle, vec![E::Answer]));
+        assert_eq!(follow(MOVE, &held), (Phase::Stopped(State::Running), vec![E::Capture]));
+    }
+
+    #[test]
+    fn a_machine_that_was_stopped_is_let_go_once_and_one_answer_is_given() {
+        let (ran, off) = (State::Running, State::Paused);
+        let phases = [
+            Phase::Idle,
+            Phase::Copying,
+            Phase::Stopped(ran),
+            Phase::Stopped(off),
+            Phase::Finishing,
+        ];
+        let (live, still) = (I::Opened { live: true }, I::Opened { live: false });
+        let inputs = [
+            [I::Begin, live, still, I::Round, I::Ready, I::Captured],
+            [I::Held(ran), I::Held(off), I::Copied, I::Cancelled, SAVED, FAILED],
+        ];
+        for terms in [RESUME, SUSPEND, MOVE] {
+            for (phase, input) in
+                phases.iter().flat_map(|p| inputs.as_flattened().iter().map(move |i| (*p, *i)))
+            {
+                let (next, effects) = phase.on(terms, input);
+                let lets_go = |e: &&E| matches!(e, E::GoBack(_) | E::Rest(_) | E::Leave);
+                let stopped = |phase| matches!(phase, Phase::Stopped(_));
+                let freed = usize::from(stopped(phase) && !stopped(next));
+                assert_eq!(effects.iter().filter(lets_go).count(), freed, "{phase:?} on {input:?}");
+                let over = phase != Phase::Idle && next == Phase::Idle;
+                assert_eq!(effects.contains(&E::Answer), over, "{phase:?} on {input:?}");
+                assert_eq!(over, phase != Phase::Idle && matches!(input, I::Done(_)));
+            }
+        }
+    }
+}
