@@ -10,7 +10,7 @@ use std::{env, io};
 use anyhow::{Context, Result, bail, ensure};
 use stories::agent;
 use stories::bench::figures::{Failure, Figures};
-use stories::bench::held::Answers;
+use stories::bench::held::answers::Answers;
 use stories::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
 use stories::bench::{Message, Scenario, builds, chart, guests, held, monitors, scattered};
 use stories::debian::Debian;
