@@ -25,7 +25,7 @@ use crate::{
 const AT_ONCE: u64 = 256;
 /// Time between two looks at a domain whose monitor does not answer.
 const LOOK: Duration = Duration::from_millis(20);
-/// Time between two looks at one that is being saved, of whose end no event tells.
+/// Time between two looks at one that is being saved, of whose end not all is told by events.
 const SAVING: Duration = Duration::from_millis(200);
 /// Time between two looks at one that tells by events what becomes of it: another monitor may take its
 /// name.
@@ -197,7 +197,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
 }
 
 /// Events that tell of another state.
-const CHANGES: [&str; 5] = ["STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
+const CHANGES: [&str; 6] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
 
 /// What can be waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
