@@ -26,6 +26,7 @@ use rustix::{
     fs::OFlags,
     io::Errno,
 };
+
 use time::UtcDateTime;
 
 use crate::{daemon, last_words};
@@ -173,6 +174,16 @@ pub fn start(file: Option<&Path>) -> io::Result<()> {
     Ok(())
 }
 
+/// The end: let what has been logged arrive in the file, for at most `patience`. Nothing is logged
+/// afterwards.
+pub fn finish(patience: Duration) {
+    if let Some(log) = LOG.get()
+        && let To::File(writer) = std::mem::replace(&mut log.lock().to, To::Nothing)
+    {
+        writer.finish(patience);
+    }
+}
+
 /// The level that `word` names, and `word` if it names none.
 fn level(word: Option<String>) -> (LevelFilter, Option<String>) {
     match word.as_deref().map(str::parse) {
@@ -188,16 +199,6 @@ pub fn date_time(seconds: u64) -> String {
     let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);
     let (date, (hour, minute, second)) = (t.date(), t.as_hms());
     format!("{date}T{hour:02}:{minute:02}:{second:02}")
-}
-
-/// The end: let what has been logged arrive in the file, for at most `patience`. Nothing is logged
-/// afterwards.
-pub fn finish(patience: Duration) {
-    if let Some(log) = LOG.get()
-        && let To::File(writer) = std::mem::replace(&mut log.lock().to, To::Nothing)
-    {
-        writer.finish(patience);
-    }
 }
 
 /// Whether a line can be written to standard error without waiting.
@@ -256,6 +257,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_log_does_not_take_is_counted_and_told_later() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let writer = File::from(OwnedFd::from(writer));
+        rustix::fs::fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+        let mut out = Out { to: To::Other(writer), left_out: 0, cut: false };
+        let line = "x".repeat(4095) + "\n";
+        while out.left_out < 3 {
+            out.write(&line);
+        }
+        let mut taken = vec![0; 1 << 20];
+        let length = io::Read::read(&mut reader, &mut taken).unwrap();
+        assert!(taken[..length].iter().all(|byte| b"x\n".contains(byte)));
+        out.write("more\n");
+        out.write("and more\n");
+        drop(out);
+        let mut rest = String::new();
+        io::Read::read_to_string(&mut reader, &mut rest).unwrap();
+        assert_eq!(rest, "3 lines left out: the log did not take them\nmore\nand more\n");
+    }
+
+    #[test]
     fn a_level_that_there_is_not_is_told_of() {
         let named = |word: &str| level(Some(word.to_owned()));
         assert_eq!(level(None), (LevelFilter::Warn, None));
@@ -277,27 +299,6 @@ mod tests {
         ] {
             assert_eq!(date_time(seconds), shown);
         }
-    }
-
-    #[test]
-    fn what_a_log_does_not_take_is_counted_and_told_later() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let writer = File::from(OwnedFd::from(writer));
-        rustix::fs::fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
-        let mut out = Out { to: To::Other(writer), left_out: 0, cut: false };
-        let line = "x".repeat(4095) + "\n";
-        while out.left_out < 3 {
-            out.write(&line);
-        }
-        let mut taken = vec![0; 1 << 20];
-        let length = io::Read::read(&mut reader, &mut taken).unwrap();
-        assert!(taken[..length].iter().all(|byte| b"x\n".contains(byte)));
-        out.write("more\n");
-        out.write("and more\n");
-        drop(out);
-        let mut rest = String::new();
-        io::Read::read_to_string(&mut reader, &mut rest).unwrap();
-        assert_eq!(rest, "3 lines left out: the log did not take them\nmore\nand more\n");
     }
 
     #[test]

@@ -102,7 +102,12 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let (config, places) = (&invocation.machine, &invocation.places);
             let built = Machine::new(config, events.report());
             let machine = built.map_err(|e| places.explain(survey(config, e), config))?;
-            warn_of_host();
+            if !machine::kvm::has_hardware_virtualization() {
+                log::warn!(
+                    "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \
+                     a distribution's kernel may hang before its first word"
+                );
+            }
             (machine, None, bind(&events)?, Vec::new(), invocation.paused)
         }
         Some(incoming) => {
@@ -175,6 +180,13 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     Ok(ExitCode::from(ending.status))
 }
 
+/// Say to all clients that the monitor ends without ever having had a machine.
+fn last_event(mut servers: Vec<Server>, ending: Ending) {
+    let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
+    servers.iter_mut().for_each(|server| server.broadcast(&event));
+    Server::shutdown(servers, Duration::from_secs(1));
+}
+
 /// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
 fn what(invocation: &Invocation) -> String {
     match &invocation.incoming {
@@ -184,23 +196,6 @@ fn what(invocation: &Invocation) -> String {
             format!("{} vCPUs, {} bytes of memory", config.cpus, config.memory.size)
         }
     }
-}
-
-/// A kernel that this host cannot run says nothing: the log does.
-fn warn_of_host() {
-    if !machine::kvm::has_hardware_virtualization() {
-        log::warn!(
-            "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: a \
-             distribution's kernel may hang before its first word"
-        );
-    }
-}
-
-/// Say to all clients that the monitor ends without ever having had a machine.
-fn last_event(mut servers: Vec<Server>, ending: Ending) {
-    let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
-    servers.iter_mut().for_each(|server| server.broadcast(&event));
-    Server::shutdown(servers, Duration::from_secs(1));
 }
 
 fn uses_stdio(machine: &MachineConfig) -> bool {

@@ -174,8 +174,7 @@ fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, patience: Duration)
             if machine.quitting {
                 let reason = ShutdownCause::HostQmpQuit;
                 machine.server.broadcast(&Event::Shutdown { guest: false, reason });
-                drop(Server::shutdown(vec![machine.server], patience));
-                return;
+                return drop(Server::shutdown(vec![machine.server], patience));
             }
         }
     }
