@@ -355,10 +355,10 @@ fn shared_image<'a>(
     mut before: impl Iterator<Item = &'a DiskConfig>,
 ) -> BuildError {
     match error {
-        BuildError::Disk { id, source: DiskError::InUse { path } } => {
+        BuildError::Disk { id, source: DiskError::InUse { path, holder } } => {
             match before.find(|disk| backends::same_file(&disk.path, &path)) {
                 Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
-                None => BuildError::Disk { id, source: DiskError::InUse { path } },
+                None => BuildError::Disk { id, source: DiskError::InUse { path, holder } },
             }
         }
         other => other,
