@@ -172,7 +172,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
         let mut object = row.json();
         let description = row.description.as_ref().ok();
         let last = match row.state {
-            State::Killed | State::Hung | State::Crashed | State::Off => {
+            State::Killed | State::Hung | State::Ending | State::Crashed | State::Off => {
                 show::last_lines(&row.place.run.join("log"), LAST)
             }
             _ => Vec::new(),
@@ -216,8 +216,8 @@ impl WaitFor {
     const fn is_there(self, state: State) -> bool {
         match self {
             Self::Ended => {
-                use State::{Hung, Paused, Running, Saving, Starting};
-                !matches!(state, Starting | Running | Paused | Saving | Hung)
+                use State::{Ending, Hung, Paused, Running, Saving, Starting};
+                !matches!(state, Starting | Running | Paused | Saving | Hung | Ending)
             }
             Self::Running => matches!(state, State::Running),
             Self::Paused => matches!(state, State::Paused),
