@@ -4,7 +4,7 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
 use devices::{
     Memory,
     backend::{
-        char::{Char, CharError},
+        char::{Char, CharError, CharSink},
         disk::DiskError,
         net::tap::TapError,
     },
@@ -35,7 +35,7 @@ use crate::{
         self, KvmError, Vm, cpuid, entry, features, state,
         vcpu::{Buses, KvmCpu},
     },
-    legacy::{self, Legacy, LegacyError},
+    legacy::{self, Legacy, LegacyError, Outside},
     machine::{RunError, load_kernel},
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
@@ -65,6 +65,12 @@ pub enum BuildError {
     Disk { id: String, source: DiskError },
     #[error("disk {id}: {} is the image of disk {other}, too; have both read-only, or each its own", path.display())]
     SameImage { id: String, other: String, path: PathBuf },
+    #[error(
+        "disk {id}: {} does not exist; it is the guest's root disk, for there is no initrd: give the path \
+         of an image with a system in it",
+        path.display()
+    )]
+    RootDisk { id: String, path: PathBuf },
     #[error("disk {id}")]
     DiskSettings { id: String, source: blk::SettingsError },
     #[error("NIC {id}")]
@@ -183,7 +189,7 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let Parts { legacy, slots, buses, chardevs, disk_stats, boot } = parts?;
+        let Parts { legacy, slots, buses, chardevs, outputs, disk_stats, boot } = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -216,6 +222,7 @@ impl Machine {
             parked: None,
             running: false,
             chardevs,
+            outputs,
             backends: Backends::new(counts, occupied, disk_stats),
             generation,
             seen,
@@ -234,6 +241,7 @@ struct Parts {
     slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
+    outputs: Vec<CharSink>,
     disk_stats: Vec<Arc<blk::BlockStats>>,
     boot: Option<boot::Entry>,
 }
@@ -261,11 +269,14 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let (mut chardevs, mut disk_stats) = (Vec::new(), Vec::new());
+        let (mut chardevs, mut outputs, mut disk_stats) = (Vec::new(), Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
         let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, report)?;
-        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
+        if let Some(Outside { name, sink }) = serial {
+            chardevs.push(("serial0".to_owned(), name));
+            outputs.push(sink);
+        }
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
@@ -276,7 +287,7 @@ impl Parts {
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
             let block = block(slot, shape, disk, report)
-                .map_err(|e| shared_image(e, occupied.disks.iter().take(slot).flatten()))?;
+                .map_err(|e| explained(e, slot, config, occupied))?;
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
         }
@@ -289,6 +300,7 @@ impl Parts {
         if let Some(console) = &config.console {
             let char = open_console(console, report)?;
             chardevs.push((console.id.clone(), char.name.clone()));
+            outputs.push(char.sink.clone());
             let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
             add(Box::new(Console::new(console.id.clone(), char)), thread)?;
         }
@@ -300,7 +312,7 @@ impl Parts {
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;
-        Ok(Self { legacy, slots, buses, chardevs, disk_stats, boot })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, disk_stats, boot })
     }
 }
 
@@ -343,17 +355,26 @@ impl Threads<'_> {
     }
 }
 
-/// Why a disk cannot be had: the image may be that of a disk `before` it.
-fn shared_image<'a>(
+/// Why the disk in slot `slot` cannot be had, by what the machine is: the image may be that of a disk
+/// before it, and an empty image is no root disk.
+pub(crate) fn explained(
     error: BuildError,
-    mut before: impl Iterator<Item = &'a DiskConfig>,
+    slot: usize,
+    config: &MachineConfig,
+    occupied: &Occupancy,
 ) -> BuildError {
     match error {
         BuildError::Disk { id, source: DiskError::InUse { path } } => {
+            let mut before = occupied.disks.iter().take(slot).flatten();
             match before.find(|disk| backends::same_file(&disk.path, &path)) {
                 Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
                 None => BuildError::Disk { id, source: DiskError::InUse { path } },
             }
+        }
+        BuildError::Disk { id, source: DiskError::Missing { path, .. } }
+            if slot == 0 && config.boot.initrd.is_none() =>
+        {
+            BuildError::RootDisk { id, path }
         }
         other => other,
     }

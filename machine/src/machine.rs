@@ -2,13 +2,17 @@
 use std::{
     io,
     ops::Range,
+    path::PathBuf,
     sync::{Arc, mpsc::RecvTimeoutError},
     time::{Duration, Instant},
 };
 
 use devices::{
     Device, Memory,
-    backend::disk::{DISK_STALL_LIMIT, Disk, DiskError},
+    backend::{
+        char::CharSink,
+        disk::{DISK_STALL_LIMIT, Disk, DiskError},
+    },
     virtio::{VirtioDevice, blk::Block, mmio::Transport},
 };
 use kvm_bindings::CpuId;
@@ -37,6 +41,8 @@ use crate::{
 /// How long a vCPU or an I/O thread may take to come to rest while no disk has requests that the
 /// host has not finished; with such, it is [`DISK_STALL_LIMIT`].
 const THREAD_STALL_LIMIT: Duration = Duration::from_secs(5);
+/// How long the last output may take to arrive in its file.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A built machine. All its vCPUs are parked until [`Machine::resume`].
 ///
@@ -59,6 +65,7 @@ pub struct Machine {
     pub(crate) apic_ids: Vec<u8>,
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
+    pub(crate) outputs: Vec<CharSink>,
     pub(crate) backends: Backends,
     pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
@@ -146,10 +153,47 @@ impl Machine {
         self.generation
     }
 
-    /// Leave the file that guest memory is in empty, as it was found. For the end: the machine has to
-    /// be paused, and is good for nothing afterwards.
-    pub fn leave_memory_empty(&self) {
-        memory::leave_empty(&self.memory, &self.config.memory);
+    /// Stop it for good: whatever its disks do, the guest does not run any more. False when some of its
+    /// threads still wait for storage after about twice `patience`; nothing can be done to the machine
+    /// then but [`Machine::leave`].
+    pub fn stop_for_good(&mut self, patience: Duration) -> bool {
+        let (deadline, answers) = (Instant::now() + patience, self.vcpus.iter().map(Handle::park));
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        let answers: Vec<_> = answers.collect();
+        // One that does not answer waits for a device, and not in the guest.
+        let parked =
+            answers.iter().filter(|answer| answer.wait_for(left(deadline)).is_ok()).count();
+        let mut quiet = parked == answers.len();
+        let deadline = Instant::now() + patience;
+        let holds: Vec<_> =
+            self.io_threads.iter().map(|(_, thread)| thread.hold(patience)).collect();
+        for mut hold in holds {
+            quiet &= hold.wait(left(deadline)).is_ok();
+        }
+        if quiet {
+            self.each_device(|device| device.pause());
+        }
+        self.running = false;
+        quiet
+    }
+
+    /// What is left to be done for a machine that was stopped for good, on a thread that may wait for
+    /// storage: its output arrives, its sockets' names and what is in the file of its memory go. The
+    /// machine itself is to be forgotten: its threads may still use it.
+    pub fn leave(&self, quiet: bool) -> impl FnOnce() + Send + use<> {
+        let outputs = self.outputs.clone();
+        let memory = quiet.then(|| (self.memory.clone(), self.config.memory.clone()));
+        move || {
+            outputs.iter().for_each(|output| output.finish(OUTPUT_PATIENCE));
+            if let Some((memory, config)) = memory {
+                memory::leave_empty(&memory, &config);
+            }
+        }
+    }
+
+    /// Images that requests are in flight to.
+    pub fn busy_images(&self) -> Vec<PathBuf> {
+        self.backends.busy_images().filter_map(|path| std::path::absolute(path).ok()).collect()
     }
 
     /// Press the ACPI power button.

@@ -14,10 +14,14 @@ mod exact;
 mod generation;
 #[path = "bare_metal/halts.rs"]
 mod halts;
+#[path = "bare_metal/held.rs"]
+mod held;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
 mod hung;
+#[path = "bare_metal/mistakes.rs"]
+mod mistakes;
 #[path = "bare_metal/nic.rs"]
 mod nic;
 #[path = "bare_metal/plug.rs"]

@@ -25,8 +25,9 @@ use qmp::{
 
 use self::phase::{Effect, Input, Outcome, Phase, Terms};
 use crate::{
+    bounds,
     checkpoint::{
-        Config, Directory, Peer, SaveError, Saved, Stream,
+        self, Cancel, Config, Directory, Peer, SaveError, Saved, Stream,
         job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
     },
     lifecycle::{self, State},
@@ -35,14 +36,14 @@ use crate::{
 
 /// How long a save waits for one that was cancelled and hangs; and how long the end of the monitor
 /// waits for a save to remove its files.
-const HANG_LIMIT: Duration = Duration::from_secs(1);
+const HANG_LIMIT: Duration = bounds::FILE;
 
 /// Where a save goes.
 pub(crate) enum To {
     /// Into a directory.
     Directory(PathBuf),
     /// To a process that goes on with the machine, or keeps it; and what it is called.
-    Stream(Peer, String),
+    Stream(checkpoint::To, String),
 }
 
 /// How it is made.
@@ -213,10 +214,12 @@ impl Vmm {
                 };
                 (None, place, Box::new(open))
             }
-            To::Stream(peer, place) => {
-                let cancel = peer.cancel();
+            To::Stream(to, place) => {
+                let cancel = Cancel::new().map_err(|e| Error::generic(&e))?;
+                let given = cancel.clone();
                 let (memory, config) = (memory.clone(), Config::of(&self.machine, id, None));
                 let open = move |progress: &_| {
+                    let peer = Peer::reach(to, given)?;
                     Ok(Box::new(Stream::begin(peer, memory, &config, progress)?) as Box<_>)
                 };
                 (Some(cancel), place, Box::new(open))

@@ -2,24 +2,34 @@
 //! It may cost the guest its disk, but nobody else anything.
 use std::fs;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
-use serde_json::json;
+use rustix::fs::{FlockOperation, fcntl_lock};
+use serde_json::{Value, json};
 use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
+use stories::held::until;
 use stories::monitor::SOON;
 
 use crate::counters::{all_is_well, counting};
 use crate::plug::refused;
-use crate::stage::{Stage, cont, status, stop};
+use crate::snapshot::refusal;
+use crate::stage::{Stage, cont, exists, patiently, quits, simple, status, stop};
 
 const SAYS: &str = "disk vda has requests that the host has not finished";
 
 /// A file system that only the monitor's own mount namespace has, so that it goes when the monitor does.
 fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
+    with_a_file_system_and(stage, "-m", "")
+}
+
+/// The same, with what `commands` make in further namespaces.
+fn with_a_file_system_and(stage: &mut Stage, namespaces: &str, more: &str) -> Result<PathBuf> {
     let (image, place) = (stage.file("slow.img"), stage.file("slow"));
     let lock = stage.paths.lock()?;
     let debian = Debian::get(&stage.paths)?;
@@ -28,7 +38,8 @@ fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
     fs::create_dir(&place)?;
     let disk = place.join("disk");
     let (image, place, file) = (image.display(), place.display(), disk.display());
-    stage.prepare("-m", &format!("mount -o loop {image} {place}\ntruncate -s 1M {file}"))?;
+    let commands = format!("mount -o loop {image} {place}\ntruncate -s 1M {file}\n{more}");
+    stage.prepare(namespaces, &commands)?;
     Ok(disk)
 }
 
@@ -151,4 +162,214 @@ fn storage_that_is_slow_is_waited_for() -> Result<()> {
     thaw.join().map_err(|_| anyhow::anyhow!("the thread has panicked"))??;
     cont(&mut qmp)?;
     all_is_well(&stage, monitor, qmp)
+}
+
+/// Requests that the guest's disks have finished.
+fn finished(qmp: &mut Client) -> Result<u64> {
+    let stats = qmp.execute_raw("query-blockstats", json!({}))?;
+    let each = stats.as_array().context("no list")?.iter();
+    let each = each.map(|disk| disk.pointer("/stats/wr_operations").and_then(Value::as_u64));
+    each.sum::<Option<u64>>().context("no counters")
+}
+
+/// A guest that keeps its queues full of ranges to zero, each of which has to be on the medium.
+fn flooded(name: &str, aio: &str) -> Result<()> {
+    const DISKS: usize = 8;
+    /// Of each disk: what has to be done before an order is looked at is less, for all disks together.
+    const QUEUE: u64 = 256;
+    let stage = Stage::new(name)?;
+    let mut vm = stage.vm("flood", "")?;
+    for disk in 0..DISKS {
+        let image = stage.file(&format!("disk{disk}"));
+        fs::File::create(&image)?.set_len(64 << 20)?;
+        let drive = format!("id=vd{disk},file={},aio={aio}", image.display());
+        let device = format!("virtio-blk-device,id=vd{disk},drive=vd{disk}");
+        vm = vm.args(&["-drive", &drive, "-device", &device]);
+    }
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("floods!\n", SOON)?;
+    let mut other = Client::connect(&stage.socket(), SOON)?;
+    let mut seen = 0;
+    for time in 0..10 {
+        // The flood has got past what was in the queues when it last ran on.
+        while finished(&mut other)? < seen + QUEUE {}
+        ensure!(status(&mut qmp)? == "running");
+        let before = finished(&mut other)?;
+        stop(&mut qmp)?;
+        seen = finished(&mut other)?;
+        ensure!(seen - before < QUEUE, "stop {time} waited for {} requests", seen - before);
+        ensure!(status(&mut qmp)? == "paused");
+        cont(&mut qmp)?;
+    }
+    while finished(&mut other)? < seen + QUEUE {}
+    let before = finished(&mut other)?;
+    let saved = json!({ "uri": format!("file:{}", stage.file("saved").display()) });
+    patiently(&mut qmp, "migrate", &saved)?;
+    qmp.wait_event("STOP", SOON)?;
+    let after = finished(&mut other)?;
+    ensure!(after - before < QUEUE, "a save waited for {} requests", after - before);
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_flood_of_ranges_holds_neither_clients_nor_stop_nor_saves_nor_the_end() -> Result<()> {
+    flooded("flood", "io_uring")
+}
+
+#[test]
+fn a_flood_that_the_io_thread_carries_out_itself_holds_them_no_more() -> Result<()> {
+    flooded("flood_off", "off")
+}
+
+/// A lock as other monitors would want it; `false` while another process has it.
+fn can_be_locked(disk: &Path) -> bool {
+    let file = fs::File::options().write(true).open(disk);
+    file.is_ok_and(|file| fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_ok())
+}
+
+#[test]
+fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() -> Result<()> {
+    let mut stage = Stage::new("unended")?;
+    let tap = "ip tuntap add mode tap name tap0 vnet_hdr\nip link set tap0 up";
+    let disk = with_a_file_system_and(&mut stage, "-m -n", tap)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let sound = stage.file("sound.img");
+    fs::write(&sound, vec![0; 1 << 20])?;
+    let pidfile = stage.file("pid").display().to_string();
+    let vm = stage.vm("blk", "busy")?.add(
+        "drive",
+        json!({ "drive_id": "vda", "path_on_host": disk, "read_only": false, "direct": false }),
+    );
+    let vm = vm.disk("vdb", &sound, false).nic("eth0", "tap0", "52:54:00:00:00:01");
+    let (mut monitor, mut qmp, _) = counting(&stage, vm.args(&["-pidfile", &pidfile]), 1)?;
+    let network = fs::File::open(format!("/proc/{}/ns/net", monitor.pid()))?;
+    let network = format!("--net=/proc/{}/fd/{}", std::process::id(), network.as_raw_fd());
+    let tap =
+        || output(Command::new("nsenter").args([&network, "ip", "-o", "link", "show", "tap0"]));
+    let attached = || tap().is_ok_and(|link| !link.contains("NO-CARRIER"));
+    until("the tap is attached", attached)?;
+    ensure!(!can_be_locked(&sound), "nobody holds the other disk");
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    until_it_hangs(&mut qmp)?;
+    output(Command::new("kill").arg(monitor.pid().to_string()))?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-signal" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    until("all but what hangs is let go of", || {
+        can_be_locked(&sound)
+            && !attached()
+            && !exists(&stage.socket())
+            && !exists(&stage.file("pid"))
+    })?;
+    // What is left of it is the thread that waits.
+    let tasks = || fs::read_dir(format!("/proc/{}/task", monitor.pid())).map_or(0, Iterator::count);
+    until("the other threads end", || tasks() == 2)?;
+    frozen.thaw()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+/// A save whose target hangs: others are answered, the guest stops and runs, the next save is told what
+/// it would wait for, and the monitor ends.
+#[test]
+fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_end() -> Result<()> {
+    let mut stage = Stage::new("hung_save")?;
+    let disk = with_a_file_system(&mut stage)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let hanging = format!("{place}/saved");
+    let save = |uri: String, resume: bool| -> Result<_> {
+        let mut client = Client::connect(&stage.socket(), SOON)?;
+        let arguments = json!({ "uri": uri, "resume": resume });
+        Ok(thread::spawn(move || {
+            client.execute_raw("migrate", arguments).err().map(|e| e.to_string())
+        }))
+    };
+    let told = |caller: JoinHandle<Option<String>>| {
+        caller.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))
+    };
+    let is = |qmp: &mut Client, status: &str| -> Result<bool> {
+        let info = qmp.execute_raw("query-migrate", json!({}))?;
+        Ok(info.get("status") == Some(&json!(status)))
+    };
+
+    for resume in [true, false] {
+        let frozen = Frozen::new(monitor.pid(), &place)?;
+        let caller = save(format!("file:{hanging}"), resume)?;
+        let deadline = Instant::now() + SOON;
+        while !is(&mut qmp, "active")? {
+            ensure!(Instant::now() < deadline, "it does not begin");
+        }
+        // All this while it hangs.
+        ensure!(status(&mut qmp)? == "running");
+        stop(&mut qmp)?;
+        ensure!(status(&mut qmp)? == "paused");
+        cont(&mut qmp)?;
+        simple(&mut qmp, "migrate_cancel")?;
+        ensure!(is(&mut qmp, "cancelling")?);
+        ensure!(status(&mut qmp)? == "running");
+        let other = format!("file:{}", stage.file("other").display());
+        let said = told(save(other.clone(), resume)?)?.context("a second save got through")?;
+        ensure!(said.contains(&hanging) && said.contains("cancelled and hangs"), "{said}");
+        ensure!(is(&mut qmp, "cancelling")? && !caller.is_finished());
+        // One that has the patience is made when the storage answers.
+        let waiting = save(other, true)?;
+        frozen.thaw()?;
+        let said = told(caller)?.context("it was saved although it was cancelled")?;
+        ensure!(said.contains("cancelled"), "{said}");
+        if let Some(said) = told(waiting)? {
+            ensure!(said.contains("cancelled and hangs"), "{said}");
+        }
+    }
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    let _caller = save(format!("file:{hanging}"), true)?;
+    let deadline = Instant::now() + SOON;
+    while !is(&mut qmp, "active")? {
+        ensure!(Instant::now() < deadline, "it does not begin");
+    }
+    qmp.take_events();
+    ensure!(qmp.execute_raw("quit", json!({}))? == json!({}));
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-qmp-quit" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
+    // The kernel keeps a process until its calls have ended.
+    frozen.thaw()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+/// What is no directory, and what has got into the place of a saved state, is looked at and not waited
+/// for.
+#[test]
+fn a_fifo_in_the_place_of_a_save_is_refused_by_name() -> Result<()> {
+    let stage = Stage::new("fifo_save")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let fifo = |path: &Path| output(Command::new("mkfifo").arg(path)).map(drop);
+    let pipe = stage.file("pipe");
+    fifo(&pipe)?;
+    let uri = |path: &Path| format!("file:{}", path.display());
+    for resume in [true, false] {
+        let arguments = json!({ "uri": uri(&pipe), "resume": resume });
+        refused(&mut qmp, "migrate", arguments, "cannot save into")?;
+        ensure!(status(&mut qmp)? == "running");
+    }
+    // A base whose files have become FIFOs since, and an older save of the same kind.
+    let base = stage.file("base");
+    qmp.execute_raw("migrate", json!({ "uri": uri(&base), "resume": true, "track": true }))?;
+    for name in ["state", "memory"] {
+        fs::remove_file(base.join(name))?;
+        fifo(&base.join(name))?;
+    }
+    let more = json!({ "uri": uri(&stage.file("more")), "resume": true, "incremental": true });
+    refused(&mut qmp, "migrate", more, "not a regular file")?;
+    ensure!(status(&mut qmp)? == "running");
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = refusal(&stage, &base, &[])?;
+    ensure!(said.contains("base/state") && said.contains("not a regular file"), "{said}");
+    Ok(())
 }

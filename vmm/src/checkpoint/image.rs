@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn checksums_of_blocks_follow_from_those_of_their_pages() {
         let size = 2 * BLOCK + 5 * PAGE_SIZE;
-        let bytes: Vec<u8> = (0..size).map(|at| (at * at / 4099 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..size).map(|at| ((at * at / 4099) >> 3) as u8).collect();
         let pages: Vec<_> = bytes.chunks(4096).map(crc32fast::hash).collect();
         let expected: Vec<_> = bytes.chunks(BLOCK as usize).map(crc32fast::hash).collect();
         assert_eq!(block_sums(&pages), expected);

@@ -9,6 +9,7 @@ use machine::{
     MachineState,
     config::{MachineConfig, limits},
     memory::MemoryError,
+    open_regular,
 };
 
 use super::{
@@ -132,12 +133,19 @@ pub fn check(directory: &Path) -> Result<(), LoadError> {
 /// # Errors
 /// When it is none.
 pub fn read(path: &Path) -> Result<(Content, u32), LoadError> {
-    let file = File::open(path).map_err(|source| LoadError::Open { path: path.into(), source })?;
+    let file = open(path)?;
     let mut summed = Summed(file, crc32fast::Hasher::new());
     let content = content::read(BufReader::new(&mut summed))
         .map_err(|source| LoadError::State { path: path.into(), source })?;
     // The reader has seen its end.
     Ok((content, summed.1.finalize()))
+}
+
+/// The regular file `path`. Anything else that has got there, such as a FIFO, would make its reader
+/// wait.
+fn open(path: &Path) -> Result<File, LoadError> {
+    open_regular(path, File::options().read(true))
+        .map_err(|source| LoadError::Open { path: path.into(), source })
 }
 
 /// Adds up what is read.
@@ -155,8 +163,7 @@ impl Read for Summed {
 fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), LoadError> {
     let try_one = |name: &str| {
         let path = directory.join(name);
-        let file =
-            File::open(&path).map_err(|source| LoadError::Open { path: path.clone(), source })?;
+        let file = open(&path)?;
         match image::belongs(&file, config.id, config.machine.memory.size) {
             Ok(()) => Ok((path, file)),
             Err(source) => Err(LoadError::Image { path, source }),

@@ -21,7 +21,7 @@ use machine::{
         staging::{MAX_RANGES, Staging},
     },
 };
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 
 use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, STATE,
@@ -53,6 +53,8 @@ pub enum SaveError {
     Needed { path: PathBuf },
     #[error("{DEEPEST} saves build on each other, and that is the most: leave incremental out")]
     TooDeep,
+    #[error("cannot connect to {}", path.display())]
+    Connect { path: PathBuf, source: io::Error },
     #[error("the other side of the stream has gone")]
     Closed(#[source] io::Error),
     #[error("the command ended with status {status}")]
@@ -138,12 +140,10 @@ impl Target {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
             Err(source) => return Err(SaveError::Directory { path: path.into(), source }),
         };
-        let directory =
-            File::open(path).map_err(|source| failed("open the directory", path, source))?;
-        if !directory.metadata().is_ok_and(|m| m.is_dir()) {
-            let source = io::Error::from(io::ErrorKind::NotADirectory);
-            return Err(failed("save into", path, source));
-        }
+        // A FIFO would make its opener wait.
+        let flags = (OFlags::DIRECTORY | OFlags::NONBLOCK).bits().cast_signed();
+        let directory = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let directory = directory.map_err(|source| failed("save into", path, source))?;
         flock(&directory, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| SaveError::Busy { path: path.into() })?;
         let this = Self { path: path.into(), directory, made, done: false };

@@ -9,6 +9,7 @@ use std::{
     io::{self, BufWriter, Write},
     ops::Range,
     os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -24,7 +25,10 @@ use rustix::{
     event::{EventfdFlags, PollFlags, eventfd},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
-    net::{Shutdown, shutdown},
+    net::{
+        AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+        socket_with,
+    },
 };
 
 /// Most bytes of memory in one frame.
@@ -45,6 +49,27 @@ pub struct Peer {
 pub struct Cancel(Arc<OwnedFd>);
 
 impl Cancel {
+    /// One that has not been used.
+    ///
+    /// # Errors
+    /// When the host has no descriptor to give.
+    pub fn new() -> io::Result<Self> {
+        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self(Arc::new(fd)))
+    }
+
+    /// Wait until `fd` is ready for `flags`.
+    ///
+    /// # Errors
+    /// When it was cancelled, or the host cannot wait.
+    pub fn wait_beside(&self, fd: impl AsFd, flags: PollFlags) -> io::Result<()> {
+        match wait::until(fd, flags, &self.0)? {
+            true => Ok(()),
+            // Not `Interrupted`: the standard library would try again.
+            false => Err(io::Error::new(io::ErrorKind::TimedOut, "cancelled")),
+        }
+    }
+
     /// Do so. Never waits.
     pub fn cancel(&self) {
         // It cannot be full: nobody writes to it twice so often.
@@ -52,33 +77,36 @@ impl Cancel {
     }
 }
 
+/// Which process a stream goes to, and how it is reached.
+pub enum To {
+    /// One that listens at this socket.
+    Socket(PathBuf),
+    /// The one at the other end of this.
+    Fd(OwnedFd),
+    /// A command of [`crate::spawner`], which says how it has ended.
+    Command(OwnedFd),
+}
+
 impl Peer {
-    /// Write to `fd`.
+    /// Reach the other side. Looking a socket up may take as long as its file system likes.
     ///
     /// # Errors
-    /// When it cannot be set up.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        Self::make(fd, false)
-    }
-
-    /// Write to a command of [`crate::spawner`], and wait for its end.
-    ///
-    /// # Errors
-    /// When it cannot be set up.
-    pub fn command(fd: OwnedFd) -> io::Result<Self> {
-        Self::make(fd, true)
-    }
-
-    fn make(fd: OwnedFd, command: bool) -> io::Result<Self> {
-        let flags = fcntl_getfl(&fd)?;
-        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-        let cancel = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { fd, flags, cancel: Cancel(Arc::new(cancel)), command })
-    }
-
-    /// What makes it stop waiting.
-    pub fn cancel(&self) -> Cancel {
-        self.cancel.clone()
+    /// When there is none.
+    pub fn reach(to: To, cancel: Cancel) -> Result<Self, SaveError> {
+        let command = matches!(to, To::Command(_));
+        let fd = match to {
+            To::Fd(fd) | To::Command(fd) => fd,
+            To::Socket(path) => {
+                connected(&path).map_err(|source| SaveError::Connect { path, source })?
+            }
+        };
+        let set_up = || {
+            let flags = fcntl_getfl(&fd)?;
+            fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+            Ok(flags)
+        };
+        let flags = set_up().map_err(SaveError::Stream)?;
+        Ok(Self { fd, flags, cancel, command })
     }
 
     /// There is nothing more to write.
@@ -89,7 +117,7 @@ impl Peer {
         let mut status = [0];
         let mut read = || {
             shutdown(&self.fd, Shutdown::Write)?;
-            self.wait(PollFlags::IN)?;
+            self.cancel.wait_beside(&self.fd, PollFlags::IN)?;
             Ok(rustix::io::read(&self.fd, &mut status)?)
         };
         match (read().map_err(SaveError::Stream)?, status) {
@@ -98,22 +126,13 @@ impl Peer {
             _ => Err(SaveError::Closed(io::Error::from(io::ErrorKind::UnexpectedEof))),
         }
     }
-
-    /// Wait until the other side can take more, or has something to say.
-    fn wait(&self, flags: PollFlags) -> io::Result<()> {
-        match wait::until(&self.fd, flags, &self.cancel.0)? {
-            true => Ok(()),
-            // Not `Interrupted`: the standard library would try again.
-            false => Err(io::Error::from(io::ErrorKind::TimedOut)),
-        }
-    }
 }
 
 impl Write for Peer {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         loop {
             match rustix::io::write(self.fd.as_fd(), buf) {
-                Err(Errno::AGAIN) => self.wait(PollFlags::OUT)?,
+                Err(Errno::AGAIN) => self.cancel.wait_beside(&self.fd, PollFlags::OUT)?,
                 other => return Ok(other?),
             }
         }
@@ -128,6 +147,14 @@ impl Drop for Peer {
     fn drop(&mut self) {
         let _ = fcntl_setfl(&self.fd, self.flags);
     }
+}
+
+/// A connection to the socket at `path`. Does not wait for a listener with many others in line.
+fn connected(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
 }
 
 /// A save into a stream.

@@ -2,11 +2,11 @@
 use std::fmt::Display;
 
 use machine::Shape;
-use qmp::{Error, schema::*};
+use qmp::{Error, schema::*, server::Ticket};
 use serde_json::{Map, Value};
 
 use super::{invalid, plug_error};
-use crate::{cli::value, vmm::Vmm};
+use crate::{cli::value, files::Job, vmm::Vmm};
 
 /// The driver decides what the other members mean, so one that there is not is told of before them. Its
 /// name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.
@@ -121,10 +121,23 @@ fn refuse(key: &str, value: Option<impl Display>, why: impl Display) -> Result<(
 }
 
 /// The event comes first: there is nothing to wait for from the guest.
-pub fn device_del(vmm: &mut Vmm, command: DeviceDel) -> Result<Empty, Error> {
-    vmm.machine.unplug(&command.id).map_err(|e| plug_error(&e))?;
-    vmm.tell(&Event::DeviceDeleted { device: command.id.clone(), path: command.id });
-    Ok(Empty {})
+pub fn device_del(
+    vmm: &mut Vmm,
+    command: DeviceDel,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let id = command.id;
+    vmm.files.check_idle(&id)?;
+    let disk = vmm.machine.unplug(&id).map_err(|e| plug_error(&e))?;
+    let what = format!("closing '{id}'");
+    let done = move |vmm: &mut Vmm| {
+        vmm.tell(&Event::DeviceDeleted { device: id.clone(), path: id });
+        Empty {}
+    };
+    let Some(disk) = disk else { return Ok(Some(done(vmm))) };
+    // Once it is answered another machine can have the image.
+    vmm.with_files(Job::close(what, disk, done), ticket);
+    Ok(None)
 }
 
 /// `addr` in decimal or, after 0x, in hexadecimal; or `lun`, one less. `None`: the first that is free, as

@@ -68,7 +68,7 @@ fn cpus(vmm: &mut Vmm) -> Result<String, Error> {
 
 fn disks(vmm: &mut Vmm) -> Result<String, Error> {
     let mut text = String::new();
-    for disk in block::query_block(vmm, QueryBlock {})? {
+    for disk in block::block_info(vmm, &block::Used::new())? {
         let Some(inserted) = disk.inserted else { continue };
         let node = inserted.node_name.unwrap_or_default();
         let readonly = if inserted.ro { ", read-only" } else { "" };

@@ -1,18 +1,11 @@
 //! Saving the machine's state.
-use std::{
-    io,
-    os::fd::OwnedFd,
-    path::{Path, PathBuf},
-    sync::atomic::Ordering,
-    time::Duration,
-};
+use std::{io, path::PathBuf, sync::atomic::Ordering, time::Duration};
 
 use machine::inherited;
 use qmp::{Error, schema::*, server::Ticket};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::{
-    checkpoint::Peer,
+    checkpoint,
     saving::{How, To},
     vmm::Vmm,
 };
@@ -28,26 +21,26 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         incremental: command.incremental == Some(true),
         track: command.track == Some(true),
     };
+    vmm.files.check_sizes()?;
     let (kind, place) = command.uri.split_once(':').unwrap_or_default();
     if kind != "file" && (how.incremental || how.track) {
         let desc = "Parameters 'incremental' and 'track' are for file:DIRECTORY";
         return Err(Error::text(desc));
     }
     let failed = |e: io::Error| Error::text(format!("cannot save to {}: {e}", command.uri));
-    let to_peer = |peer: io::Result<Peer>| {
-        peer.map(|peer| To::Stream(peer, command.uri.clone())).map_err(failed)
-    };
-    let stream = |fd: OwnedFd| to_peer(Peer::new(fd));
+    let stream = |to| To::Stream(to, command.uri.clone());
     let to = match (kind, place) {
         ("tcp", _) => return Err(Error::text("MicroVM does not support migration")),
         (_, place) if place.is_empty() || place.contains('\0') => {
             return Err(invalid(&command.uri));
         }
         ("file", path) => To::Directory(PathBuf::from(path)),
-        ("unix", path) => stream(connected(Path::new(path)).map_err(failed)?)?,
+        ("unix", path) => stream(checkpoint::To::Socket(PathBuf::from(path))),
         ("fd", name) => match (vmm.named_fds.remove(name), name.parse()) {
-            (Some(fd), _) => stream(fd)?,
-            (None, Ok(number)) => stream(inherited::take(number).map_err(failed)?)?,
+            (Some(fd), _) => stream(checkpoint::To::Fd(fd)),
+            (None, Ok(number)) => {
+                stream(checkpoint::To::Fd(inherited::take(number).map_err(failed)?))
+            }
             (None, Err(_)) => {
                 let desc =
                     format!("no descriptor is called '{name}': hand it over with getfd first");
@@ -56,7 +49,7 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         },
         ("exec", program) => {
             let fd = vmm.spawner.run(program).map_err(|e| Error::generic(&e))?;
-            to_peer(Peer::command(fd))?
+            stream(checkpoint::To::Command(fd))
         }
         _ => return Err(invalid(&command.uri)),
     };
@@ -68,14 +61,6 @@ fn invalid(uri: &str) -> Error {
     let desc =
         format!("Invalid uri: {uri}: must be file:DIRECTORY, unix:SOCKET, fd:NAME or exec:COMMAND");
     Error::text(desc)
-}
-
-/// A connection to the socket at `path`. Does not wait for a listener with many others in line.
-fn connected(path: &Path) -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
 }
 
 pub fn migrate_cancel(vmm: &mut Vmm, _: MigrateCancel) -> Result<Empty, Error> {

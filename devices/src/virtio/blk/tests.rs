@@ -429,6 +429,13 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
     assert!(r.block().unplug().is_none());
 }
 
+fn resized(r: &mut Rig, bytes: u64) -> Result<u64, DiskError> {
+    let image = r.guest.transport.update(|block: &mut Block| block.begin_resize(bytes));
+    let size = image.unwrap()?.unwrap().resize(bytes)?;
+    r.guest.transport.update(|_: &mut Block| ());
+    Ok(size)
+}
+
 #[test]
 fn the_guest_sees_a_resized_image() {
     let mut r = Rig::new(rw());
@@ -437,8 +444,7 @@ fn the_guest_sees_a_resized_image() {
     // The image that is open, whatever has its name now.
     fs::rename(r.path(), r.path().with_extension("moved")).unwrap();
     fs::write(r.path(), "somebody else's").unwrap();
-    let resized = r.guest.transport.update(|block: &mut Block| block.resize(6 * MIB));
-    assert_eq!(resized.unwrap().unwrap(), 6 * MIB);
+    assert_eq!(resized(&mut r, 6 * MIB).unwrap(), 6 * MIB);
     assert_eq!(fs::read(r.path()).unwrap(), b"somebody else's");
     assert!(r.guest.interrupted());
     assert_eq!(r.guest.load(0x100), 6 * 2048);
@@ -449,8 +455,7 @@ fn the_guest_sees_a_resized_image() {
 fn a_read_only_image_keeps_its_size() {
     let mut r = Rig::new(OpenOptions { readonly: true, ..rw() });
     let before = fs::metadata(r.path()).unwrap().len();
-    let resized = r.guest.transport.update(|block: &mut Block| block.resize(512));
-    assert!(matches!(resized, Some(Err(crate::backend::disk::DiskError::ReadOnly { .. }))));
+    assert!(matches!(resized(&mut r, 512), Err(DiskError::ReadOnly { .. })));
     assert_eq!(fs::metadata(r.path()).unwrap().len(), before);
 }
 
