@@ -20,9 +20,9 @@ pub trait Worker: Any + Send {
     /// Source `index` fired. Must drain it: readiness is edge-triggered. Also called once for
     /// every source right after adoption, whether it has fired or not.
     fn ready(&mut self, index: usize);
-    /// Last call before the worker leaves its thread: finish what is in flight. False when nothing
-    /// of it has ended for as long as `patience`: the worker then stays where it is, and goes on.
-    fn quiesce(&mut self, patience: Option<Duration>) -> bool;
+    /// Last call before the worker leaves its thread: finish what is in flight. False when that has
+    /// not ended within `limit`: the worker then stays where it is, and continues.
+    fn quiesce(&mut self, limit: Option<Duration>) -> bool;
 }
 
 /// An I/O thread, as devices see it.

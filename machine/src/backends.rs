@@ -1,8 +1,9 @@
 //! Disks' and NICs' back-ends: opened, waiting for a slot, or in one.
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::OwnedFd,
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -60,6 +61,12 @@ pub enum PlugError {
          netdev_del"
     )]
     TooManyWait,
+    #[error(
+        "{} is the image of '{id}' in this machine already; take that away first, with device_del or \
+         blockdev-del, or have both read-only",
+        path.display()
+    )]
+    OwnImage { path: PathBuf, id: String },
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
@@ -94,7 +101,7 @@ pub struct Shape {
 
 /// What is where.
 pub(crate) struct Backends {
-    waiting_disks: BTreeMap<String, (DiskConfig, Drive)>,
+    waiting_disks: BTreeMap<String, OpenDisk>,
     waiting_nics: BTreeMap<String, (NicConfig, Tap)>,
     /// One item a slot.
     disks: Vec<Option<DiskConfig>>,
@@ -121,11 +128,25 @@ impl Backends {
         Occupancy { disks: self.disks.clone(), nics: self.nics.clone() }
     }
 
-    /// Disks with requests in flight, and how many each has finished so far.
-    pub fn busy_disks(&self) -> impl Iterator<Item = (&str, u64)> {
+    /// Disks with requests in flight.
+    pub fn busy_disks(&self) -> impl Iterator<Item = &str> {
         let each = self.disks.iter().zip(&self.stats);
         let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
-        busy.filter_map(|(disk, stats)| Some((disk.as_ref()?.id.as_str(), stats.ended())))
+        busy.filter_map(|(disk, _)| Some(disk.as_ref()?.id.as_str()))
+    }
+
+    /// Images of disks with requests in flight.
+    pub fn busy_images(&self) -> impl Iterator<Item = &Path> {
+        let each = self.disks.iter().zip(&self.stats);
+        let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
+        busy.filter_map(|(disk, _)| Some(disk.as_ref()?.path.as_path()))
+    }
+
+    /// The images that this machine has open itself, with the names of their devices.
+    fn own_images(&self) -> Vec<(PathBuf, String)> {
+        let waiting = self.waiting_disks.values().map(|disk| &disk.config);
+        let all = self.disks.iter().flatten().chain(waiting);
+        all.map(|config| (config.path.clone(), config.id.clone())).collect()
     }
 
     /// Which slot holds the disk `id`.
@@ -192,6 +213,41 @@ fn take<B, C>(
     Ok(waiting.remove(id))
 }
 
+/// A disk whose image is open, and what it was made from. Dropping it closes the image, which can wait
+/// for the storage.
+#[derive(Debug)]
+pub struct OpenDisk {
+    config: DiskConfig,
+    drive: Drive,
+}
+
+impl OpenDisk {
+    /// Open the image that `config` names; the machine has `own` ones open, see
+    /// [`Machine::own_images`]. Waits for its storage.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or another machine or this one has it.
+    pub fn open(config: DiskConfig, own: &[(PathBuf, String)]) -> Result<Self, PlugError> {
+        match drive(&config) {
+            Ok(drive) => Ok(Self { config, drive }),
+            Err(error @ DiskError::InUse { .. }) => {
+                let own = own.iter().find(|(path, _)| same_file(path, &config.path));
+                Err(match own {
+                    Some((_, id)) => PlugError::OwnImage { path: config.path, id: id.clone() },
+                    None => error.into(),
+                })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Whether both paths lead to the same file.
+pub(crate) fn same_file(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    one == other || file(one).is_some_and(|found| Some(found) == file(other))
+}
+
 /// Open a disk's image.
 pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
     let options = OpenOptions {
@@ -199,6 +255,7 @@ pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
         direct: config.direct,
         discard: config.discard,
         aio: config.aio.into(),
+        probe: config.probe,
     };
     Ok(limited(Disk::open(&config.path, &options)?, config))
 }
@@ -309,21 +366,35 @@ impl Machine {
     /// When it does not.
     pub fn waiting_disk_blocks(&self, backend: &str) -> Result<(u32, u32), PlugError> {
         let waiting = self.backends.waiting_disks.get(backend);
-        let (_, drive) = waiting.ok_or_else(|| PlugError::NoBackend(backend.into()))?;
+        let OpenDisk { drive, .. } = waiting.ok_or_else(|| PlugError::NoBackend(backend.into()))?;
         Ok((drive.disk.logical_block(), drive.disk.physical_block()))
     }
 
-    /// Open a disk's back-end, for [`Machine::plug_disk`].
+    /// Whether a disk's back-end of this name can be added.
     ///
     /// # Errors
-    /// When the id is taken or the image cannot be opened.
-    pub fn add_disk_backend(&mut self, config: DiskConfig) -> Result<(), PlugError> {
-        if self.knows(&config.id) {
-            return Err(PlugError::Duplicate(config.id));
+    /// When the name is taken, or as many wait as may.
+    pub fn admits_disk_backend(&self, name: &str) -> Result<(), PlugError> {
+        if self.knows(name) {
+            return Err(PlugError::Duplicate(name.into()));
         }
-        room_for_one(self.backends.waiting_disks.len())?;
-        let drive = drive(&config)?;
-        self.backends.waiting_disks.insert(config.id.clone(), (config, drive));
+        room_for_one(self.backends.waiting_disks.len())
+    }
+
+    /// The images that this machine has open itself, for [`OpenDisk::open`].
+    pub fn own_images(&self) -> Vec<(PathBuf, String)> {
+        self.backends.own_images()
+    }
+
+    /// Add a disk's back-end, for [`Machine::plug_disk`].
+    ///
+    /// # Errors
+    /// As [`Machine::admits_disk_backend`]; the disk comes back, to be closed where that may wait.
+    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), (PlugError, OpenDisk)> {
+        if let Err(why) = self.admits_disk_backend(&disk.config.id) {
+            return Err((why, disk));
+        }
+        self.backends.waiting_disks.insert(disk.config.id.clone(), disk);
         Ok(())
     }
 
@@ -345,13 +416,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Close a disk's back-end that no device uses.
+    /// Take away a disk's back-end that no device uses: it is to be dropped.
     ///
     /// # Errors
     /// When there is none, or a device uses it.
-    pub fn remove_disk_backend(&mut self, name: &str) -> Result<(), PlugError> {
-        if self.backends.waiting_disks.remove(name).is_some() {
-            return Ok(());
+    pub fn remove_disk_backend(&mut self, name: &str) -> Result<OpenDisk, PlugError> {
+        if let Some(disk) = self.backends.waiting_disks.remove(name) {
+            return Ok(disk);
         }
         let used = self.backends.disks.iter().flatten().any(|disk| disk.backend() == name);
         Err(if used { PlugError::InUse(name.into()) } else { PlugError::NoBackend(name.into()) })
@@ -386,7 +457,7 @@ impl Machine {
         let b = &mut self.backends;
         let mut waiting = take(backend, &mut b.waiting_disks, slot, BLOCK, &b.disks)?;
         let plugged = self.change(slot, |block: &mut Block| {
-            let Some((mut config, mut drive)) = waiting.take() else { return Ok(None) };
+            let Some(OpenDisk { mut config, mut drive }) = waiting.take() else { return Ok(None) };
             drive.name = Some(id.to_owned());
             if let Some(serial) = serial {
                 drive.serial.clone_from(&serial);
@@ -437,23 +508,24 @@ impl Machine {
         Ok(())
     }
 
-    /// Take the device `id` out of its slot. Its back-end is closed if it has the same name, else it
-    /// waits again. What is in flight is finished first.
+    /// Take the device `id` out of its slot. Its back-end goes with it if it has the same name, else it
+    /// waits again. What is in flight is finished first. A disk that goes is to be dropped.
     ///
     /// # Errors
     /// When no slot holds it, or its storage hangs.
-    pub fn unplug(&mut self, id: &str) -> Result<(), PlugError> {
+    pub fn unplug(&mut self, id: &str) -> Result<Option<OpenDisk>, PlugError> {
         if let Some(slot) = self.backends.disk_slot(id) {
             let disk = self.change(slot, |block: &mut Block| block.unplug())?.flatten();
             let config = self.backends.disks.get_mut(slot).and_then(Option::take);
-            if let (Some(disk), Some(mut config)) = (disk, config)
-                && let Some(backend) = config.backend.take()
-            {
+            let (Some(disk), Some(mut config)) = (disk, config) else { return Ok(None) };
+            let backend = config.backend.take();
+            if let Some(backend) = &backend {
                 (config.id, config.serial) = (backend.clone(), None);
-                let drive = limited(disk, &config);
-                self.backends.waiting_disks.insert(backend, (config, drive));
             }
-            return Ok(());
+            let open = OpenDisk { drive: limited(disk, &config), config };
+            let Some(backend) = backend else { return Ok(Some(open)) };
+            self.backends.waiting_disks.insert(backend, open);
+            return Ok(None);
         }
         let Some(slot) = self.backends.nic_slot(id) else {
             return Err(PlugError::NoDevice(id.into()));
@@ -468,7 +540,7 @@ impl Machine {
             (config.id, config.mac) = (backend.clone(), None);
             self.backends.waiting_nics.insert(backend, (config, tap));
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Plug the cable of NIC `id`, or of the NIC whose back-end is called so, in or out; the guest
@@ -508,20 +580,50 @@ impl Machine {
         }
     }
 
-    /// Give the image of disk `id` a new size, in bytes; the guest sees it at once. A block device
-    /// is only looked at again.
+    /// The image of disk `id`, which is about to be made `size` bytes long. From here on the guest
+    /// cannot reach what lies beyond. Until the image is dropped the disk cannot be closed.
     ///
     /// # Errors
-    /// When no slot holds it, it is read-only, or its file cannot be resized.
-    pub fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), PlugError> {
+    /// When no slot holds it, it is read-only, or its storage hangs.
+    pub fn begin_resize(&mut self, id: &str, size: u64) -> Result<Arc<Disk>, PlugError> {
         let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
-        self.change(slot, |block: &mut Block| block.resize(size))?.transpose()?;
+        let begun = self.change(slot, |block: &mut Block| block.begin_resize(size))?.transpose()?;
+        begun.flatten().ok_or_else(|| PlugError::NoDevice(id.into()))
+    }
+
+    /// Show the guest the size that disk `id` has now.
+    ///
+    /// # Errors
+    /// When no slot holds it, or the guest resets it while its storage hangs.
+    pub fn end_resize(&mut self, id: &str) -> Result<(), PlugError> {
+        let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
+        if let Some((transport, _)) = self.slots.get(slot) {
+            self.locked(transport)?.update(|_: &mut Block| ());
+        }
         Ok(())
+    }
+
+    /// The NICs that are in slots, in order, each with the address that the guest sees.
+    ///
+    /// # Errors
+    /// When the guest resets one that does not answer.
+    pub fn nics(&self) -> Result<Vec<(NicConfig, [u8; 6])>, RunError> {
+        let mut nics = Vec::new();
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) =
+                (config, self.slots.get(self.nic_index(slot)))
+                && let Some(net) = self.locked(transport)?.device::<Net>()
+            {
+                nics.push((config.clone(), net.mac()));
+            }
+        }
+        Ok(nics)
     }
 
     /// Disks that wait for a slot.
     pub fn waiting_disks(&self) -> impl Iterator<Item = (&DiskConfig, u64)> {
-        self.backends.waiting_disks.values().map(|(config, drive)| (config, drive.disk.size()))
+        let waiting = self.backends.waiting_disks.values();
+        waiting.map(|OpenDisk { config, drive }| (config, drive.disk.size()))
     }
 
     /// The disks that are in slots, in order.

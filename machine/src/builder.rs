@@ -1,10 +1,10 @@
 //! From configuration to machine.
-use std::{io, ops::Range, sync::Arc, thread};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
 
 use devices::{
     Memory,
     backend::{
-        char::{Char, CharError},
+        char::{Char, CharError, CharSink},
         disk::DiskError,
         net::tap::TapError,
     },
@@ -35,7 +35,7 @@ use crate::{
         self, KvmError, Vm, cpuid, entry, features, state,
         vcpu::{Buses, KvmCpu},
     },
-    legacy::{self, Legacy, LegacyError},
+    legacy::{self, Legacy, LegacyError, Outside},
     machine::{RunError, load_kernel},
     memory::{self, MemoryError},
     quiesced::{MachineState, RestoreError},
@@ -63,6 +63,8 @@ pub enum BuildError {
     Slot(#[from] SlotError),
     #[error("disk {id}")]
     Disk { id: String, source: DiskError },
+    #[error("disk {id}: {} is the image of disk {other}, too; have both read-only, or each its own", path.display())]
+    SameImage { id: String, other: String, path: PathBuf },
     #[error("disk {id}")]
     DiskSettings { id: String, source: blk::SettingsError },
     #[error("NIC {id}")]
@@ -181,7 +183,7 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let Parts { legacy, slots, buses, chardevs, disk_stats, boot } = parts?;
+        let Parts { legacy, slots, buses, chardevs, outputs, disk_stats, boot } = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -214,6 +216,7 @@ impl Machine {
             parked: None,
             running: false,
             chardevs,
+            outputs,
             backends: Backends::new(counts, occupied, disk_stats),
             generation,
             seen,
@@ -232,6 +235,7 @@ struct Parts {
     slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
+    outputs: Vec<CharSink>,
     disk_stats: Vec<Arc<blk::BlockStats>>,
     boot: Option<boot::Entry>,
 }
@@ -259,11 +263,14 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let (mut chardevs, mut disk_stats) = (Vec::new(), Vec::new());
+        let (mut chardevs, mut outputs, mut disk_stats) = (Vec::new(), Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
         let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, report)?;
-        chardevs.extend(serial.map(|name| ("serial0".to_owned(), name)));
+        if let Some(Outside { name, sink }) = serial {
+            chardevs.push(("serial0".to_owned(), name));
+            outputs.push(sink);
+        }
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
@@ -273,7 +280,8 @@ impl Parts {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            let block = block(slot, shape, disk, report)?;
+            let block = block(slot, shape, disk, report)
+                .map_err(|e| shared_image(e, occupied.disks.iter().take(slot).flatten()))?;
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
         }
@@ -286,6 +294,7 @@ impl Parts {
         if let Some(console) = &config.console {
             let char = open_console(console, report)?;
             chardevs.push((console.id.clone(), char.name.clone()));
+            outputs.push(char.sink.clone());
             let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
             add(Box::new(Console::new(console.id.clone(), char)), thread)?;
         }
@@ -297,7 +306,7 @@ impl Parts {
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
         legacy.bind(vm)?;
         slots.bind(vm)?;
-        Ok(Self { legacy, slots, buses, chardevs, disk_stats, boot })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, disk_stats, boot })
     }
 }
 
@@ -337,6 +346,22 @@ impl Threads<'_> {
             let iothread = iothread.unwrap_or_default().to_owned();
             BuildError::NoIoThread { what, id: id.into(), iothread }
         })
+    }
+}
+
+/// Why a disk cannot be had: the image may be that of a disk `before` it.
+fn shared_image<'a>(
+    error: BuildError,
+    mut before: impl Iterator<Item = &'a DiskConfig>,
+) -> BuildError {
+    match error {
+        BuildError::Disk { id, source: DiskError::InUse { path } } => {
+            match before.find(|disk| backends::same_file(&disk.path, &path)) {
+                Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
+                None => BuildError::Disk { id, source: DiskError::InUse { path } },
+            }
+        }
+        other => other,
     }
 }
 

@@ -10,7 +10,7 @@
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     io,
     os::fd::RawFd,
     sync::{
@@ -19,7 +19,7 @@ use std::{
         mpsc::{Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use devices::worker::{IoThread, Worker};
@@ -36,8 +36,8 @@ type Residents = BTreeMap<usize, Resident>;
 enum Order {
     Adopt(Residents),
     Release(usize, Sender<Option<Resident>>),
-    /// With the patience for what is in flight. The answer has no room to wait in, so that workers
-    /// are either handed over or still the thread's, never lost on the way.
+    /// With the time that all workers together have to come to rest. The answer has no room to wait
+    /// in, so that workers are either handed over or still the thread's, never lost on the way.
     Hold(Duration, SyncSender<Residents>),
     Exit,
 }
@@ -69,7 +69,7 @@ impl Handle {
         let waker = Waker::new(&registry, WAKE)?;
         let (orders, inbox) = channel();
         let (started, tid) = channel();
-        let body = Loop { poll, inbox, workers: BTreeMap::new() };
+        let body = Loop { poll, inbox, workers: BTreeMap::new(), due: VecDeque::new() };
         let thread = thread::Builder::new().name(name.into()).spawn(move || {
             let _ = started.send(crate::vcpu::kick::thread_number());
             body.run();
@@ -92,13 +92,13 @@ impl Handle {
     }
 
     /// Ask for all workers at once; nothing runs on the thread then until [`Handle::go`]. Ask all
-    /// threads first, then wait for each. The thread refuses when what is in flight does not get
-    /// on for as long as `patience`.
-    pub fn hold(&self, patience: Duration) -> Holding<'_> {
+    /// threads first, then wait for each. The thread refuses when what is in flight has not ended
+    /// within `limit`.
+    pub fn hold(&self, limit: Duration) -> Holding<'_> {
         let desk = self.desk.lock();
         let answer = desk.held.is_none().then(|| {
             let (reply, answer) = sync_channel(0);
-            self.tell(Order::Hold(patience, reply));
+            self.tell(Order::Hold(limit, reply));
             answer
         });
         Holding { desk, answer }
@@ -240,6 +240,8 @@ struct Loop {
     poll: Poll,
     inbox: Receiver<Order>,
     workers: Residents,
+    /// Sources that have fired, or may have, and whose workers have not been told.
+    due: VecDeque<Token>,
 }
 
 impl Loop {
@@ -251,21 +253,20 @@ impl Loop {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return log::error!("an I/O thread cannot wait for work: {e}"),
             }
-            let mut ordered = false;
-            for token in events.iter().map(|e| e.token()) {
-                if token == WAKE {
-                    ordered = true;
-                } else if let Some(r) = self.workers.get_mut(&(token.0 >> SOURCE_BITS)) {
+            self.due.extend(events.iter().map(|e| e.token()));
+            // An order waits for one worker's turn at most. What is due for a worker that leaves
+            // meanwhile is made up for when it comes back.
+            while let Some(token) = self.due.pop_front() {
+                if let Some(r) = self.workers.get_mut(&(token.0 >> SOURCE_BITS)) {
                     r.worker.ready(token.0 & ((1 << SOURCE_BITS) - 1));
                 }
-            }
-            // After the events, so that none is left for a worker that has been released.
-            while ordered && let Ok(order) = self.inbox.try_recv() {
-                match order {
-                    Order::Adopt(residents) => self.adopt(residents),
-                    Order::Hold(patience, reply) => self.hold(patience, &reply),
-                    Order::Release(key, reply) => drop(reply.send(self.release(key))),
-                    Order::Exit => return,
+                while let Ok(order) = self.inbox.try_recv() {
+                    match order {
+                        Order::Adopt(residents) => self.adopt(residents),
+                        Order::Hold(limit, reply) => self.hold(limit, &reply),
+                        Order::Release(key, reply) => drop(reply.send(self.release(key))),
+                        Order::Exit => return,
+                    }
                 }
             }
         }
@@ -273,19 +274,22 @@ impl Loop {
 
     fn adopt(&mut self, mut residents: Residents) {
         // Work may have arrived while the worker was away, or before it was here.
-        residents.values_mut().for_each(Resident::catch_up);
+        self.due.extend(residents.iter().flat_map(|(key, resident)| resident.tokens(*key)));
         self.workers.append(&mut residents);
     }
 
-    fn hold(&mut self, patience: Duration, reply: &SyncSender<Residents>) {
-        if self.workers.values_mut().all(|r| r.worker.quiesce(Some(patience))) {
+    fn hold(&mut self, limit: Duration, reply: &SyncSender<Residents>) {
+        let deadline = Instant::now() + limit;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        if self.workers.values_mut().all(|r| r.worker.quiesce(Some(left()))) {
             match reply.send(std::mem::take(&mut self.workers)) {
                 Ok(()) => return,
-                // Nobody waits for them any more.
+                // The one that asked has given up.
                 Err(SendError(workers)) => self.workers = workers,
             }
         }
-        self.workers.values_mut().for_each(Resident::catch_up);
+        let workers = std::mem::take(&mut self.workers);
+        self.adopt(workers);
     }
 
     fn release(&mut self, key: usize) -> Option<Resident> {
@@ -296,8 +300,9 @@ impl Loop {
 }
 
 impl Resident {
-    fn catch_up(&mut self) {
-        (0..self.sources.len()).for_each(|i| self.worker.ready(i));
+    /// Its sources, for an I/O thread that knows it by `key`.
+    fn tokens(&self, key: usize) -> impl Iterator<Item = Token> + use<> {
+        (0..self.sources.len()).map(move |index| Token(key << SOURCE_BITS | index))
     }
 }
 

@@ -3,7 +3,7 @@ use std::{io, sync::Arc};
 
 use devices::{
     PowerSink,
-    backend::char::{Char, CharError},
+    backend::char::{Char, CharError, CharSink},
     bus::{BusBuilder, BusDevice, BusError},
     irq::Line,
     legacy::{
@@ -61,7 +61,7 @@ impl Legacy {
         thread: Arc<dyn IoThread>,
         latch: &Arc<PowerLatch>,
         report: &Report,
-    ) -> Result<(Self, Option<String>), LegacyError> {
+    ) -> Result<(Self, Option<Outside>), LegacyError> {
         let sink: PowerSink = {
             let latch = latch.clone();
             Arc::new(move |event| latch.set(event))
@@ -80,7 +80,7 @@ impl Legacy {
         let (mut chardev, mut port) = (None, None);
         if let Some(backend) = &config.serial {
             let char = open(backend, report)?;
-            chardev = Some(char.name.clone());
+            chardev = Some(Outside::of(&char));
             let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread)?;
             let serial = Arc::new(Mutex::new(serial));
             attach(SERIAL_PORT, 8, serial.clone())?;
@@ -142,6 +142,19 @@ impl Legacy {
     /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
     pub fn send_ctrl_alt_del(&self) -> bool {
         self.keyboard.lock().send_ctrl_alt_del()
+    }
+}
+
+/// The outer end of a serial port or console.
+pub(crate) struct Outside {
+    /// Where it leads, such as `pty:/dev/pts/3`.
+    pub name: String,
+    pub sink: CharSink,
+}
+
+impl Outside {
+    pub(crate) fn of(char: &Char) -> Self {
+        Self { name: char.name.clone(), sink: char.sink.clone() }
     }
 }
 

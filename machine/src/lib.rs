@@ -16,9 +16,12 @@ mod slots;
 mod survey;
 pub mod vcpu;
 
-pub use backends::{PlugError, PluggedDisk, Shape};
+pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use builder::{BuildError, Saved};
-pub use devices::{Memory, PowerEvent, backend::inherited};
+pub use devices::{
+    Memory, PowerEvent,
+    backend::{file::open_regular, inherited, release, writer},
+};
 pub use event::{Event, Report, Told};
 pub use generation::GenerationId;
 pub use kvm::Clock;

@@ -2,13 +2,17 @@
 use std::{
     io,
     ops::Range,
+    path::PathBuf,
     sync::{Arc, mpsc::RecvTimeoutError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use devices::{
     Device, Memory,
-    backend::disk::{Disk, DiskError},
+    backend::{
+        char::CharSink,
+        disk::{DISK_STALL_LIMIT, Disk, DiskError},
+    },
     virtio::{VirtioDevice, blk::Block, mmio::Transport},
 };
 use kvm_bindings::CpuId;
@@ -34,8 +38,11 @@ use crate::{
     vcpu::{Gone, Handle},
 };
 
-/// How long a disk may make no progress while somebody waits for it.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a vCPU or an I/O thread may take to come to rest while no disk has requests that the
+/// host has not finished; with such, it is [`DISK_STALL_LIMIT`].
+const THREAD_STALL_LIMIT: Duration = Duration::from_secs(5);
+/// How long the last output may take to arrive in its file.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A built machine. All its vCPUs are parked until [`Machine::resume`].
 ///
@@ -58,6 +65,7 @@ pub struct Machine {
     pub(crate) apic_ids: Vec<u8>,
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
+    pub(crate) outputs: Vec<CharSink>,
     pub(crate) backends: Backends,
     pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
@@ -104,10 +112,16 @@ pub enum RunError {
     Io(#[from] io::Error),
     /// A disk's storage does not answer, and what was asked for has to wait for it.
     #[error(
-        "disk {0} has requests that the host has not finished for a second: its storage hangs. The \
-         machine is as it was; try again when the storage answers"
+        "disk {0} has requests that the host has not finished within a second: its storage is slow \
+         or hangs. The machine is as it was; try again when the storage answers"
     )]
     Hung(String),
+    /// A vCPU or I/O thread does not come to rest.
+    #[error(
+        "the machine's threads have not come to rest within 5 seconds: the host is overloaded. The \
+         machine is as it was; try again"
+    )]
+    Restless,
     /// An I/O thread ended.
     #[error("an I/O thread has exited")]
     NoThread,
@@ -139,10 +153,47 @@ impl Machine {
         self.generation
     }
 
-    /// Leave the file that guest memory is in empty, as it was found. For the end: the machine has to
-    /// be paused, and is good for nothing afterwards.
-    pub fn leave_memory_empty(&self) {
-        memory::leave_empty(&self.memory, &self.config.memory);
+    /// Stop it for good: whatever its disks do, the guest does not run any more. False when some of its
+    /// threads still wait for storage after about twice `patience`; nothing can be done to the machine
+    /// then but [`Machine::leave`].
+    pub fn stop_for_good(&mut self, patience: Duration) -> bool {
+        let (deadline, answers) = (Instant::now() + patience, self.vcpus.iter().map(Handle::park));
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        let answers: Vec<_> = answers.collect();
+        // One that does not answer waits for a device, and not in the guest.
+        let parked =
+            answers.iter().filter(|answer| answer.wait_for(left(deadline)).is_ok()).count();
+        let mut quiet = parked == answers.len();
+        let deadline = Instant::now() + patience;
+        let holds: Vec<_> =
+            self.io_threads.iter().map(|(_, thread)| thread.hold(patience)).collect();
+        for mut hold in holds {
+            quiet &= hold.wait(left(deadline)).is_ok();
+        }
+        if quiet {
+            self.each_device(|device| device.pause());
+        }
+        self.running = false;
+        quiet
+    }
+
+    /// What is left to be done for a machine that was stopped for good, on a thread that may wait for
+    /// storage: its output arrives, its sockets' names and what is in the file of its memory go. The
+    /// machine itself is to be forgotten: its threads may still use it.
+    pub fn leave(&self, quiet: bool) -> impl FnOnce() + Send + use<> {
+        let outputs = self.outputs.clone();
+        let memory = quiet.then(|| (self.memory.clone(), self.config.memory.clone()));
+        move || {
+            outputs.iter().for_each(|output| output.finish(OUTPUT_PATIENCE));
+            if let Some((memory, config)) = memory {
+                memory::leave_empty(&memory, &config);
+            }
+        }
+    }
+
+    /// Images that requests are in flight to.
+    pub fn busy_images(&self) -> Vec<PathBuf> {
+        self.backends.busy_images().filter_map(|path| std::path::absolute(path).ok()).collect()
     }
 
     /// Press the ACPI power button.
@@ -208,19 +259,20 @@ impl Machine {
     }
 
     fn stand_still(&mut self) -> Result<(), RunError> {
+        let begin = Instant::now();
         // All are asked before the first is waited for.
         let answers: Vec<_> = self.vcpus.iter().map(Handle::park).collect();
         for answer in answers {
             // It may be resetting a device whose disk hangs.
-            self.patiently(|time| answer.wait_for(time))?.ok_or(Gone)?;
+            self.patiently(begin, |time| answer.wait_for(time))?.ok_or(Gone)?;
         }
         if self.parked.is_none() {
             let clock = self.vm.clock()?;
             self.parked = Some(Parked { tsc: kvm::host_tsc(), clock, advance: false });
         }
         let threads: Vec<_> = self.io_threads.iter().map(|(_, thread)| &**thread).collect();
-        let holds: Vec<_> = threads.iter().map(|thread| thread.hold(PATIENCE)).collect();
-        if let Err(e) = holds.into_iter().try_for_each(|hold| self.held(hold)) {
+        let holds: Vec<_> = threads.iter().map(|thread| thread.hold(DISK_STALL_LIMIT)).collect();
+        if let Err(e) = holds.into_iter().try_for_each(|hold| self.held(begin, hold)) {
             threads.into_iter().for_each(io_thread::Handle::go);
             return Err(e);
         }
@@ -239,35 +291,33 @@ impl Machine {
         }
     }
 
-    fn held(&self, mut hold: Holding<'_>) -> Result<(), RunError> {
-        let refused = || match self.backends.busy_disks().map(|(id, _)| id).collect::<Vec<_>>() {
-            disks if disks.is_empty() => RunError::NoThread,
-            disks => RunError::Hung(disks.join(", ")),
-        };
-        self.patiently(|time| hold.wait(time))?.ok_or_else(refused)
+    fn held(&self, begin: Instant, mut hold: Holding<'_>) -> Result<(), RunError> {
+        let refused = || self.hung().unwrap_or(RunError::NoThread);
+        self.patiently(begin, |time| hold.wait(time))?.ok_or_else(refused)
     }
 
-    /// Wait for `answer`, for as long as it takes, unless a disk is what it hangs on: then for about
-    /// [`PATIENCE`]. `None` when it will never come.
+    /// The disks that something has to wait for, if there are any.
+    fn hung(&self) -> Option<RunError> {
+        let busy: Vec<&str> = self.backends.busy_disks().collect();
+        (!busy.is_empty()).then(|| RunError::Hung(busy.join(", ")))
+    }
+
+    /// Wait for `answer`, but no longer than until [`DISK_STALL_LIMIT`] after `begin` when a disk may
+    /// be what it waits for, and [`THREAD_STALL_LIMIT`] else. That something makes progress does not
+    /// count: a guest could give a disk work without end. `None` when the answer will never come.
     pub(crate) fn patiently<T>(
         &self,
+        begin: Instant,
         mut answer: impl FnMut(Duration) -> Result<T, RecvTimeoutError>,
     ) -> Result<Option<T>, RunError> {
-        let mut before: Vec<(&str, u64)> = Vec::new();
-        loop {
-            match answer(PATIENCE / 2) {
+        for limit in [DISK_STALL_LIMIT, THREAD_STALL_LIMIT] {
+            match answer(limit.saturating_sub(begin.elapsed())) {
                 Ok(answer) => return Ok(Some(answer)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => self.hung().map_or(Ok(()), Err)?,
             }
-            let now: Vec<_> = self.backends.busy_disks().collect();
-            let hang = now.iter().filter(|disk| before.contains(disk)).map(|(id, _)| *id);
-            let hang: Vec<&str> = hang.collect();
-            if !hang.is_empty() {
-                return Err(RunError::Hung(hang.join(", ")));
-            }
-            before = now;
         }
+        Err(RunError::Restless)
     }
 
     /// Change the device in slot `index`, whose I/O thread stands still meanwhile; its driver learns
@@ -285,7 +335,7 @@ impl Machine {
         if !self.running {
             return Ok(transport.update(change));
         }
-        self.held(thread.hold(PATIENCE))?;
+        self.held(Instant::now(), thread.hold(DISK_STALL_LIMIT))?;
         let changed = transport.update(change);
         thread.go();
         Ok(changed)
@@ -297,7 +347,7 @@ impl Machine {
         transport: &'a Mutex<Transport>,
     ) -> Result<MutexGuard<'a, Transport>, RunError> {
         let lock = |time| transport.try_lock_for(time).ok_or(RecvTimeoutError::Timeout);
-        self.patiently(lock)?.ok_or(RunError::NoThread)
+        self.patiently(Instant::now(), lock)?.ok_or(RunError::NoThread)
     }
 
     /// Go back to the state before the first instruction, with the kernel loaded anew. The machine

@@ -1,7 +1,7 @@
 //! Command name to handler.
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     Error, ErrorClass, Request,
@@ -30,6 +30,9 @@ pub type TicketHandler<H, C> =
     fn(&mut H, C, &Ticket) -> Result<Option<<C as Command>::Return>, Error>;
 
 type Run<H> = Box<dyn Fn(&Table<H>, &mut H, Request, &Ticket) -> Answer>;
+
+/// A first look at arguments as they were sent.
+pub type Look = fn(&Map<String, Value>) -> Result<(), Error>;
 
 struct Row<H: Host> {
     when: H::When,
@@ -74,6 +77,18 @@ impl<H: Host + 'static> Table<H> {
         self.row::<C>(when, move |_, host, command, _| f(host, command).map(Some))
     }
 
+    /// As [`Table::on`], with a look at the arguments before each of them is read: what they are for
+    /// may be the one thing that is to be said about them.
+    #[must_use]
+    pub fn on_after<C: Command + 'static>(
+        self,
+        when: H::When,
+        look: Look,
+        f: fn(&mut H, C) -> Result<C::Return, Error>,
+    ) -> Self {
+        self.looked_row::<C>(when, look, move |_, host, command, _| f(host, command).map(Some))
+    }
+
     /// As [`Table::on`], for a handler that needs to know who asks (to take the descriptors that came
     /// with the command) or that answers later: it returns `None` and keeps a clone of the ticket for
     /// [`crate::server::Server::reply`]. Until then that client's next command waits.
@@ -103,11 +118,21 @@ impl<H: Host + 'static> Table<H> {
     }
 
     fn row<C: Command + 'static>(
-        mut self,
+        self,
         when: H::When,
         f: impl Fn(&Self, &mut H, C, &Ticket) -> Result<Option<C::Return>, Error> + 'static,
     ) -> Self {
+        self.looked_row(when, |_| Ok(()), f)
+    }
+
+    fn looked_row<C: Command + 'static>(
+        mut self,
+        when: H::When,
+        look: Look,
+        f: impl Fn(&Self, &mut H, C, &Ticket) -> Result<Option<C::Return>, Error> + 'static,
+    ) -> Self {
         let run: Run<H> = Box::new(move |table, host, request, ticket| {
+            look(&request.arguments)?;
             let Some(reply) = f(table, host, decode(request.arguments)?, ticket)? else {
                 return Ok(None);
             };

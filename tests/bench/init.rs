@@ -2,8 +2,9 @@
 //! runs, measures what its environment (the kernel's command line) asks for, and says each figure as
 //! a line `bench NAME VALUE` through /dev/kmsg, which reaches the serial port whatever the console is.
 //!
-//! `bench=` is `init` (nothing more), `busy` (every processor spins) or `all` (disk, network, then
-//! `busy`); `seconds=` is how long each figure is measured.
+//! `bench=` is `init` (nothing more), `busy` (every processor spins), `all` (disk, network, then `busy`)
+//! or `scatter` (touches memory, then writes to pages all over it, without an end); `seconds=` is how
+//! long each figure is measured.
 #![no_main]
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::{self, File, OpenOptions};
@@ -24,6 +25,15 @@ unsafe extern "C" {
     ) -> c_int;
     fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
     fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int;
+    fn mmap(
+        address: *mut c_void,
+        length: usize,
+        protection: c_int,
+        flags: c_int,
+        fd: c_int,
+        offset: i64,
+    ) -> *mut c_void;
+    fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
 }
 
@@ -43,6 +53,18 @@ const SIOCSIFADDR: c_ulong = 0x8916;
 const SIOCSIFNETMASK: c_ulong = 0x891c;
 const SIOCSIFFLAGS: c_ulong = 0x8914;
 const IFF_UP: u8 = 1;
+
+const PROT_READ_WRITE: c_int = 3;
+/// Without a reservation: the kernel would refuse to promise nearly all of its memory.
+const MAP_PRIVATE_ANONYMOUS_NORESERVE: c_int = 0x4022;
+const MADV_NOHUGEPAGE: c_int = 15;
+
+/// Pages that `scatter` writes again and again, how far they are apart, how much of what lies between
+/// them it touches once, and how often it writes.
+const SCATTERED: usize = 2000;
+const DISTANCE: usize = 512 << 10;
+const TOUCHED: usize = (700 << 20) / SCATTERED;
+const PERIOD: Duration = Duration::from_millis(100);
 
 const SMALL: usize = 4096;
 const LARGE: usize = 1 << 20;
@@ -75,6 +97,9 @@ fn measure(log: &mut File) -> io::Result<()> {
     if wanted == "init" {
         return Ok(());
     }
+    if wanted == "scatter" {
+        return scatter(log);
+    }
     if wanted == "all" {
         load_modules()?;
         let mut buffer = Box::new(Aligned([0x5a; LARGE]));
@@ -93,6 +118,39 @@ fn spin() -> ! {
     loop {
         std::hint::spin_loop();
     }
+}
+
+/// Says `scattered` when all is touched and every page has been written once more.
+fn scatter(log: &mut File) -> io::Result<()> {
+    let length = SCATTERED * DISTANCE;
+    // SAFETY: new, private memory; huge pages would touch what lies between the pages, too.
+    let area = unsafe {
+        let none = std::ptr::null_mut();
+        let area = mmap(none, length, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0);
+        if area.addr() == usize::MAX {
+            return Err(io::Error::last_os_error());
+        }
+        // A kernel without huge pages refuses, and has none.
+        madvise(area, length, MADV_NOHUGEPAGE);
+        std::slice::from_raw_parts_mut(area.cast::<u8>(), length)
+    };
+    for part in area.chunks_exact_mut(DISTANCE) {
+        for page in part[..TOUCHED].chunks_mut(SMALL) {
+            page[0] = 1;
+        }
+    }
+    for round in 0_u64.. {
+        for page in area.chunks_exact_mut(DISTANCE) {
+            page[..8].copy_from_slice(&round.to_le_bytes());
+        }
+        if round == 1 {
+            say(log, "scattered", SCATTERED as f64);
+        }
+        // Keeps the compiler from leaving out what is never read.
+        std::hint::black_box(&mut *area);
+        thread::sleep(PERIOD);
+    }
+    Ok(())
 }
 
 fn say(log: &mut File, name: &str, value: f64) {

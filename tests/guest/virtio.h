@@ -3,7 +3,10 @@
 #pragma once
 #include "guest.h"
 
+/* Of a queue, in descriptors; the build may say otherwise for a guest. */
+#ifndef SIZE
 #define SIZE 16
+#endif
 #define NEXT 1
 #define WRITE 2
 #define INDIRECT 4

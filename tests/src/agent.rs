@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{BufRead, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -288,15 +288,29 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
     prepare_on(host)
 }
 
+/// The same with a monitor that is there already, at a path without links.
+///
+/// # Errors
+/// Something of it cannot be had.
+pub fn prepare_with(monitor: &Path) -> Result<(Host, Paths, Debian)> {
+    let (paths, debian) = artefacts()?;
+    Ok((Host::detect()?, Paths { stratovirt: monitor.to_owned(), ..paths }, debian))
+}
+
 fn prepare_on(host: Host) -> Result<(Host, Paths, Debian)> {
-    let mut paths = Paths::on_this_machine()?;
+    let (mut paths, debian) = artefacts()?;
+    paths.stratovirt = monitor()?;
+    Ok((host, paths, debian))
+}
+
+fn artefacts() -> Result<(Paths, Debian)> {
+    let paths = Paths::on_this_machine()?;
     let lock = paths.lock()?;
     let debian = Debian::get(&paths)?;
     guest::make(&paths, &debian)?;
     make_initramfs(&paths, &debian)?;
     drop(lock);
-    paths.stratovirt = monitor()?;
-    Ok((host, paths, debian))
+    Ok((paths, debian))
 }
 
 /// The monitor's binary: the one that `STRATOVIRT_BIN` names, or built now in the profile that this

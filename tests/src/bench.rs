@@ -1,17 +1,22 @@
-//! Compares this monitor with others: the same guests under each of them, in turns, and how long
-//! things take.
+//! Compares this monitor with others, and with other builds of itself: the same guests under each of
+//! them, in turns, and how long things take.
 //!
 //! The program that a person runs ([`crate::host`] says where) starts itself where the guests run
 //! ([`measure`]); what comes out of it are [`Message`]s.
+pub mod builds;
 pub mod chart;
 pub mod control;
 pub mod domains;
 pub mod figures;
 pub mod guests;
+pub mod held;
 pub mod measure;
 pub mod monitors;
+pub mod rig;
 pub mod run;
+pub mod scattered;
 pub mod snapshots;
+pub mod statistics;
 
 use serde::{Deserialize, Serialize};
 
@@ -35,12 +40,18 @@ pub enum Metric {
     Stop,
     /// From `cont` to its answer.
     Cont,
-    /// How long a guest of 256 MiB stands still for a save, [`guests::FILL`] of it not zero.
-    SavePause,
+    /// From asking for a save of a guest of 256 MiB, [`guests::FILL`] of it not zero, until all of it
+    /// is on the disk.
+    SaveSynced,
     /// The same as a multiple of the time that `dd` takes to write as many bytes and sync them.
     SaveRatio,
-    /// How long it stands still for a save while it runs on.
+    /// How long it is stopped for a save while it runs on.
     LivePause,
+    /// How long Linux is stopped for a save into a directory, while it writes to pages scattered over
+    /// its memory ([`scattered`]).
+    ScatteredDirectory,
+    /// The same into a stream.
+    ScatteredStream,
     /// From exec until the first byte of a restored guest of 256 MiB.
     Restore,
     /// The same with 4 GiB.
@@ -78,9 +89,11 @@ impl Metric {
             Self::Status => ("query-status round trip", "us"),
             Self::Stop => ("stop round trip", "us"),
             Self::Cont => ("cont round trip", "us"),
-            Self::SavePause => ("save of 64 MiB, pause", "ms"),
-            Self::SaveRatio => ("save, pause / dd", "x"),
+            Self::SaveSynced => ("save of 64 MiB, until on disk", "ms"),
+            Self::SaveRatio => ("save / dd", "x"),
             Self::LivePause => ("save while it runs, pause", "ms"),
+            Self::ScatteredDirectory => ("pause, into a directory", "ms"),
+            Self::ScatteredStream => ("pause, into a stream", "ms"),
             Self::Restore => ("restore 256 MiB, exec to byte", "ms"),
             Self::RestoreLarge => ("restore 4 GiB, exec to byte", "ms"),
             Self::List => ("stratoctl list, 100 domains", "ms"),
@@ -113,6 +126,8 @@ pub enum Scenario {
     Domains,
     /// Linux on this machine's own KVM.
     Linux,
+    /// Saves of such a Linux while it writes all over its memory.
+    Scattered,
     /// Linux in the emulated host.
     Emulated,
 }
@@ -126,6 +141,7 @@ impl Scenario {
             Self::Snapshots => "Save and restore",
             Self::Domains => "Many domains",
             Self::Linux => "Linux",
+            Self::Scattered => "Save with 2,000 scattered pages",
             Self::Emulated => "Linux in the emulated host",
         }
     }
@@ -144,8 +160,12 @@ pub enum Message {
     Step(String),
     /// A figure.
     Sample { scenario: Scenario, metric: Metric, monitor: String, value: f64 },
-    /// A monitor could not do something; it is left out of the rest of that scenario.
-    Failed { scenario: Scenario, monitor: String, error: String },
+    /// A monitor could not do one part of a scenario in one run.
+    Failed { scenario: Scenario, part: String, monitor: String, error: String },
+    /// How a monitor of which something was held answered.
+    Held { hold: held::Hold, question: held::Question, answer: held::Answer },
+    /// What could not be held here, and why.
+    NotHeld { hold: held::Hold, error: String },
     /// The measuring is over; why, if too early.
     Done(Option<String>),
 }

@@ -120,6 +120,8 @@ pub struct Job {
     pub env: Vec<(String, String)>,
     /// More files, each with the path it is found at under [`Paths::cache`].
     pub files: Vec<(PathBuf, String)>,
+    /// What it mounts is to go when it ends.
+    pub own_mounts: bool,
 }
 
 impl Job {
@@ -311,7 +313,11 @@ fn native(paths: &Paths, job: &Job) -> Result<Running> {
     let root =
         fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     let mut command = Command::new("unshare");
-    command.arg(if root { "-n" } else { "-rn" }).arg("--").arg(&job.program).args(&job.args);
+    command.arg(if root { "-n" } else { "-rn" });
+    if job.own_mounts {
+        command.arg("-m");
+    }
+    command.arg("--").arg(&job.program).args(&job.args);
     command.env(CACHE, &paths.cache).env(SCRATCH, &paths.scratch).env(BINARY, &paths.stratovirt);
     command.envs(job.env.iter().map(|(name, value)| (name, value)));
     Running::new(command, None)

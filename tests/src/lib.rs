@@ -5,6 +5,7 @@ pub mod archive;
 pub mod bench;
 pub mod debian;
 pub mod guest;
+pub mod held;
 pub mod host;
 pub mod house;
 pub mod kernel;

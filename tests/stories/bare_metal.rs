@@ -14,6 +14,8 @@ mod exact;
 mod generation;
 #[path = "bare_metal/halts.rs"]
 mod halts;
+#[path = "bare_metal/held.rs"]
+mod held;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
@@ -38,3 +40,5 @@ mod stage;
 mod stream;
 #[path = "bare_metal/talk.rs"]
 mod talk;
+#[path = "bare_metal/words.rs"]
+mod words;

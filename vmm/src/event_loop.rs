@@ -162,8 +162,7 @@ impl EventLoop {
         let mut events = Events::with_capacity(64);
         loop {
             let more = vmm.servers.iter().any(|s| s.has_work());
-            let due = [vmm.until_announcement(), vmm.until_save()].into_iter().flatten().min();
-            let at_most = if more { Some(Duration::ZERO) } else { due };
+            let at_most = if more { Some(Duration::ZERO) } else { vmm.until_due() };
             if let Some(signal) = self.turn(&mut events, &mut vmm.servers, at_most)? {
                 log::info!("ended by signal {signal}");
                 let reason = ShutdownCause::HostSignal;
@@ -173,6 +172,7 @@ impl EventLoop {
                 vmm.machine_event(event);
             }
             vmm.follow_save();
+            vmm.follow_files();
             vmm.follow_announcements();
             for index in 0..vmm.servers.len() {
                 vmm.asked_by = index;

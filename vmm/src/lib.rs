@@ -3,12 +3,15 @@
 pub mod actions;
 pub mod announce;
 pub mod arriving;
+pub mod bounds;
 pub mod checkpoint;
 pub mod cli;
 mod commands;
 pub mod daemon;
+pub mod ending;
 pub mod event_loop;
 pub mod file_signals;
+pub mod files;
 pub mod last_words;
 pub mod lifecycle;
 pub mod logging;

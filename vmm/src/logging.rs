@@ -2,18 +2,32 @@
 //!
 //! A guest decides how often some of the lines come, and libraries that it can make complain know no
 //! limit. So each source has one here.
+//!
+//! A log that is a regular file is written by a thread of its own, because its storage may hang: no
+//! thread that has something to log waits for it.
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::Path,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use machine::writer::Writer;
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::OFlags,
+    io::Errno,
+};
+
+use crate::{daemon, last_words};
 
 /// Names the level: trace, debug, info, warn or error.
 const LEVEL: &str = "STRATOVIRT_LOG_LEVEL";
@@ -22,8 +36,10 @@ const LEVEL: &str = "STRATOVIRT_LOG_LEVEL";
 const LIMIT: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(1);
 
+/// Where lines go that are not for standard error.
+static LOG: OnceLock<Mutex<Out>> = OnceLock::new();
+
 struct Logger {
-    file: Option<File>,
     /// By source. Any thread may log, and nobody waits while holding it.
     paces: Mutex<BTreeMap<String, Pace>>,
 }
@@ -51,19 +67,114 @@ impl Pace {
     }
 }
 
+/// The file that is logged to.
+struct Out {
+    to: To,
+    /// Lines that it has not taken, and of which it does not tell yet.
+    left_out: u64,
+    /// The last line is not there in full.
+    cut: bool,
+}
+
+enum To {
+    /// A regular file.
+    File(Writer),
+    /// A device or a FIFO, non-blocking.
+    Other(File),
+    /// The process ends.
+    Nothing,
+}
+
+impl Out {
+    fn write(&mut self, line: &str) {
+        let mut text = String::new();
+        if self.cut {
+            text.push('\n');
+        }
+        if self.left_out > 0 {
+            text.push_str(&format!(
+                "{} lines left out: the log did not take them\n",
+                self.left_out
+            ));
+        }
+        text.push_str(line);
+        let mut rest = text.as_bytes();
+        while !rest.is_empty() {
+            let written = match &self.to {
+                To::File(writer) => rustix::io::write(writer, rest),
+                To::Other(file) => rustix::io::write(file, rest),
+                To::Nothing => return,
+            };
+            match written {
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                // There is nowhere else to report it.
+                Err(_) => {
+                    self.cut |= rest.len() < text.len();
+                    self.left_out = self.left_out.saturating_add(1);
+                    return;
+                }
+            }
+        }
+        (self.cut, self.left_out) = (false, 0);
+    }
+}
+
+/// What a process that dies needs to write to the log without waiting for the thread: the file, and
+/// what has been logged and is not there yet.
+pub(crate) struct Rest {
+    pub file: File,
+    pub pipe: Option<Arc<OwnedFd>>,
+    pub is_stderr: bool,
+}
+
 /// Start logging: to `file`, appended to and made with mode 0640, or to standard error. Only errors
 /// and warnings unless `STRATOVIRT_LOG_LEVEL` says otherwise.
 ///
 /// # Errors
 /// When the file cannot be opened.
 pub fn start(file: Option<&Path>) -> io::Result<()> {
-    let file = file
-        .map(|path| OpenOptions::new().append(true).create(true).mode(0o640).open(path))
-        .transpose()?;
+    let named = file.is_some();
+    let file = match file {
+        // A FIFO that has no reader is an error instead of a wait.
+        Some(path) => {
+            let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+            let mut options = OpenOptions::new();
+            options.append(true).create(true).mode(0o640).custom_flags(flags);
+            Some(options.open(path)?)
+        }
+        // Standard error may lead to a file, too; in the background it is let go of.
+        None if std::env::var_os(daemon::MARK).is_none() => {
+            let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+            stderr.metadata()?.is_file().then_some(stderr)
+        }
+        None => None,
+    };
+    if let Some(file) = file {
+        let copy = file.try_clone()?;
+        let (to, pipe) = if file.metadata()?.is_file() {
+            let writer = Writer::spawn("log", file, |_, _| ())?;
+            let rest = writer.rest();
+            (To::File(writer), Some(rest))
+        } else {
+            (To::Other(file), None)
+        };
+        last_words::prepare(Rest { file: copy, pipe, is_stderr: !named });
+        LOG.get_or_init(|| Mutex::new(Out { to, left_out: 0, cut: false }));
+    }
     let level = std::env::var(LEVEL).ok().and_then(|l| l.parse().ok());
     log::set_max_level(level.unwrap_or(LevelFilter::Warn));
-    log::set_boxed_logger(Box::new(Logger { file, paces: Mutex::default() }))
-        .map_err(io::Error::other)
+    log::set_boxed_logger(Box::new(Logger { paces: Mutex::default() })).map_err(io::Error::other)
+}
+
+/// The end: let what has been logged arrive in the file, for at most `patience`. Nothing is logged
+/// afterwards.
+pub fn finish(patience: Duration) {
+    if let Some(log) = LOG.get()
+        && let To::File(writer) = std::mem::replace(&mut log.lock().to, To::Nothing)
+    {
+        writer.finish(patience);
+    }
 }
 
 /// Whether a line can be written to standard error without waiting.
@@ -107,19 +218,40 @@ impl Logger {
         // One write a line, so that lines of several threads do not mix.
         let (seconds, micros) = (now.as_secs(), now.subsec_micros());
         let line = format!("{seconds}.{micros:06}:{level}: {source}: {text}\n");
-        // There is nowhere to report that logging has failed.
-        let _ = match &self.file {
-            Some(file) => { file }.write_all(line.as_bytes()),
+        match LOG.get() {
+            Some(log) => log.lock().write(&line),
             // A reader that has stopped reading must not stop a vCPU.
-            None if !writable() => return,
-            None => io::stderr().write_all(line.as_bytes()),
-        };
+            None if !writable() => {}
+            // There is nowhere to report that logging has failed.
+            None => drop(io::stderr().write_all(line.as_bytes())),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_log_does_not_take_is_counted_and_told_later() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let writer = File::from(OwnedFd::from(writer));
+        rustix::fs::fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+        let mut out = Out { to: To::Other(writer), left_out: 0, cut: false };
+        let line = "x".repeat(4095) + "\n";
+        while out.left_out < 3 {
+            out.write(&line);
+        }
+        let mut taken = vec![0; 1 << 20];
+        let length = io::Read::read(&mut reader, &mut taken).unwrap();
+        assert!(taken[..length].iter().all(|byte| b"x\n".contains(byte)));
+        out.write("more\n");
+        out.write("and more\n");
+        drop(out);
+        let mut rest = String::new();
+        io::Read::read_to_string(&mut reader, &mut rest).unwrap();
+        assert_eq!(rest, "3 lines left out: the log did not take them\nmore\nand more\n");
+    }
 
     #[test]
     fn a_flood_is_cut_and_counted() {

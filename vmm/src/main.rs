@@ -6,7 +6,6 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
 };
 
 use anyhow::Context;
@@ -22,11 +21,15 @@ use qmp::{
 use vmm::{
     announce::Schedule,
     arriving::{Arriving, Handed, Over},
+    bounds,
     checkpoint::{self, Arrival, RestoreError, job::Checkpointer},
     cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
+    ending::End,
     event_loop::EventLoop,
-    file_signals, last_words, lifecycle, logging,
+    file_signals,
+    files::Files,
+    lifecycle, logging,
     pidfile::PidFile,
     seccomp,
     spawner::{self, Spawner},
@@ -55,7 +58,9 @@ fn main() -> ExitCode {
         }
         Err(problems) => return fails(problems),
     };
-    match run(&invocation, ready) {
+    let ended = run(&invocation, ready);
+    logging::finish(bounds::COMMAND);
+    match ended {
         Ok(code) => code,
         Err(error) => match error.downcast_ref::<cli::Problems>() {
             Some(problems) => fails(problems),
@@ -77,9 +82,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     };
     let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
     logging::start(file).with_context(log)?;
-    last_words::prepare(file).with_context(log)?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    let _pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
+    let pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
@@ -136,6 +140,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
+    let end = End::spawn().context("cannot start a thread for the end")?;
+    let files = Files::spawn(events.notify()).context("cannot start a thread for files")?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
@@ -146,7 +152,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     if !invocation.disable_seccomp {
         seccomp::confine(invocation.spawn)?;
     }
-    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, spawner);
+    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }
@@ -160,7 +166,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     }
     events.answer(&mut vmm, held);
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
-    vmm.shut_down(ending);
+    vmm.shut_down(ending, &end, pidfile);
     Ok(ExitCode::from(ending.status))
 }
 
@@ -168,7 +174,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
 fn last_event(mut servers: Vec<Server>, ending: Ending) {
     let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
     servers.iter_mut().for_each(|server| server.broadcast(&event));
-    Server::shutdown(servers, Duration::from_secs(1));
+    // Dropped, the names go.
+    drop(Server::shutdown(servers, bounds::COMMAND));
 }
 
 fn uses_stdio(machine: &MachineConfig) -> bool {

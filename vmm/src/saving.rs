@@ -25,6 +25,7 @@ use qmp::{
 
 use self::phase::{Effect, Input, Outcome, Phase, Terms};
 use crate::{
+    bounds,
     checkpoint::{
         self, Cancel, Config, Directory, Peer, SaveError, Saved, Stream,
         job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
@@ -35,7 +36,7 @@ use crate::{
 
 /// How long a save waits for one that was cancelled and hangs; and how long the end of the monitor
 /// waits for a save to remove its files.
-const HANG_LIMIT: Duration = Duration::from_secs(1);
+const HANG_LIMIT: Duration = bounds::FILE;
 
 /// Where a save goes.
 pub(crate) enum To {

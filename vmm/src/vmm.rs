@@ -15,7 +15,9 @@ use qmp::{
 use crate::{
     actions::{Action, Actions},
     announce::Announcing,
+    bounds,
     checkpoint::job::Checkpointer,
+    files::Files,
     lifecycle::{self, Denied, Halt, State, States},
     saving::Saving,
     spawner::Spawner,
@@ -36,6 +38,7 @@ pub struct Vmm {
     actions: Actions,
     pub(crate) saving: Saving,
     pub(crate) announcing: Option<Announcing>,
+    pub(crate) files: Files,
     pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved.
     late: Vec<machine::Event>,
@@ -72,6 +75,7 @@ impl Vmm {
         servers: Vec<Server>,
         actions: Actions,
         checkpointer: Checkpointer,
+        files: Files,
         spawner: Spawner,
     ) -> Self {
         Self {
@@ -84,6 +88,7 @@ impl Vmm {
             actions,
             saving: Saving::new(checkpointer),
             announcing: None,
+            files,
             spawner,
             late: Vec::new(),
             stuck: false,
@@ -122,9 +127,12 @@ impl Vmm {
             // is still served.
             (
                 State::Running | State::Halted(_),
-                State::Paused | State::Saving | State::Halted(_) | State::Shutdown,
+                State::Paused | State::Saving | State::Halted(_),
             ) => {
                 self.machine.pause()?;
+            }
+            (_, State::Shutdown) => {
+                self.stuck |= !self.machine.stop_for_good(bounds::COMMAND);
             }
             _ => {}
         }
@@ -158,6 +166,14 @@ impl Vmm {
     /// Whether to end, and how.
     pub fn ending(&self) -> Option<Ending> {
         self.ending
+    }
+
+    /// How long until something is due that nothing else reports.
+    pub(crate) fn until_due(&self) -> Option<std::time::Duration> {
+        [self.until_announcement(), self.until_save(), self.files.until_overdue()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Something that the machine could not decide by itself.
@@ -254,23 +270,9 @@ impl Vmm {
         }
     }
 
-    /// The last words: SHUTDOWN to every client, delivered before the sockets close.
-    pub fn shut_down(mut self, ending: Ending) {
-        let stopped = !self.stuck && {
-            self.abandon_save();
-            let done = self.apply(lifecycle::Event::Shutdown);
-            done.inspect_err(|e| log::error!("ended with the guest running: {e}")).is_ok()
-        };
-        if stopped {
-            self.machine.leave_memory_empty();
-        }
-        self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
-        let servers = std::mem::take(&mut self.servers);
-        Server::shutdown(servers, std::time::Duration::from_secs(1));
-        if !stopped {
-            // Its threads may never come to an end; they end with the process.
-            std::mem::forget(self);
-        }
+    /// Whether threads of the machine may never come to an end.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.stuck
     }
 }
 

@@ -115,7 +115,8 @@ impl Char {
         open().map_err(CharError::open("a pseudo-terminal"))
     }
 
-    /// A file, created (mode 0600) if missing and appended to. Output only.
+    /// A file, created (mode 0600) if missing and appended to. Output only. A regular file is written by
+    /// a thread of its own: its storage may hang, and then what does not fit into the backlog is dropped.
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -128,7 +129,7 @@ impl Char {
                 // A FIFO that nobody reads is an error instead of a wait.
                 .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32)
                 .open(path)?;
-            let output = Output::non_blocking(file.into());
+            let output = Output::file(file)?;
             Self::assemble(&format!("file:{}", path.display()), None, Some(output), None)
         };
         open().map_err(CharError::open(path.display().to_string()))
@@ -141,11 +142,12 @@ impl Char {
     /// # Errors
     /// When the path is taken (a dead socket is replaced) or cannot be bound.
     pub fn socket(path: &Path, replay: usize) -> Result<Self, CharError> {
-        let listener = Listener::bind(path)?;
+        let (listener, socket) = Listener::bind(path)?;
         let name = format!("unix:{},server=on", path.display());
         let this = Self::assemble(&name, None, None, Some(listener))
             .map_err(CharError::open(path.display().to_string()))?;
         this.sink.replay(replay);
+        this.sink.listens_at(socket);
         Ok(this)
     }
 

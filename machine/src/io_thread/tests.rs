@@ -2,6 +2,7 @@ use std::{
     io::{Read, Write},
     os::{fd::AsRawFd, unix::net::UnixStream},
     sync::Arc,
+    time::Instant,
 };
 
 use devices::worker::Home;
@@ -146,4 +147,100 @@ fn a_hold_that_nobody_waits_for_any_more_is_as_if_it_had_never_been() {
     rest.send(()).unwrap();
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3));
+}
+
+/// Has always more to do, and takes its time for each piece.
+struct Busy {
+    more: UnixStream,
+    _keeps: UnixStream,
+    turns: Arc<AtomicUsize>,
+    /// Its first turn says that it has begun, and waits for leave to end.
+    first: Option<(SyncSender<()>, Receiver<()>)>,
+}
+
+impl Worker for Busy {
+    fn sources(&self) -> Vec<RawFd> {
+        vec![self.more.as_raw_fd()]
+    }
+    fn ready(&mut self, _: usize) {
+        self.turns.fetch_add(1, Ordering::SeqCst);
+        if let Some((begun, leave)) = self.first.take() {
+            begun.send(()).unwrap();
+            leave.recv().unwrap();
+        }
+    }
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
+        true
+    }
+}
+
+#[test]
+fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
+    const WORKERS: usize = 40;
+    let thread = thread();
+    let turns = Arc::new(AtomicUsize::new(0));
+    let (begun, has_begun) = sync_channel(0);
+    let (leave, may_end) = channel();
+    let mut first = Some((begun, may_end));
+    // All have something to do as soon as they are there, which is at the same time.
+    assert_eq!(thread.hold(SOON).wait(SOON), Ok(()));
+    let homes: Vec<_> = (0..WORKERS)
+        .map(|_| {
+            let (mut to, more) = UnixStream::pair().unwrap();
+            to.write_all(b"x").unwrap();
+            let worker = Busy { more, _keeps: to, turns: turns.clone(), first: first.take() };
+            let mut home = Home::Idle;
+            home.start(worker, thread.clone()).unwrap();
+            home
+        })
+        .collect();
+    thread.go();
+    has_begun.recv().unwrap();
+    let before = turns.load(Ordering::SeqCst);
+    let mut hold = thread.hold(SOON);
+    leave.send(()).unwrap();
+    assert_eq!(hold.wait(SOON), Ok(()));
+    drop(hold);
+    assert_eq!(turns.load(Ordering::SeqCst), before, "the order came during that turn");
+    thread.go();
+    while turns.load(Ordering::SeqCst) < before + WORKERS {
+        thread::yield_now();
+    }
+    drop(homes);
+}
+
+#[test]
+fn all_workers_together_have_no_more_time_to_rest_than_was_given() {
+    /// Needs a while to rest, and says how much it was given.
+    struct Slow(UnixStream, Sender<Duration>);
+    impl Worker for Slow {
+        fn sources(&self) -> Vec<RawFd> {
+            vec![self.0.as_raw_fd()]
+        }
+        fn ready(&mut self, _: usize) {}
+        fn quiesce(&mut self, limit: Option<Duration>) -> bool {
+            let Some(limit) = limit else { return true };
+            self.1.send(limit).unwrap();
+            let begin = Instant::now();
+            while begin.elapsed() < Duration::from_millis(20) {
+                thread::yield_now();
+            }
+            true
+        }
+    }
+    let thread = thread();
+    let (given, limits) = channel();
+    let mut homes = Vec::new();
+    for _ in 0..3 {
+        let mut home = Home::Idle;
+        let (_, from) = UnixStream::pair().unwrap();
+        home.start(Slow(from, given.clone()), thread.clone()).unwrap();
+        homes.push(home);
+    }
+    assert_eq!(thread.hold(SOON).wait(SOON), Ok(()));
+    let limits: Vec<Duration> = limits.try_iter().collect();
+    assert!(limits[0] <= SOON, "{limits:?}");
+    for pair in limits.windows(2) {
+        assert!(pair[0] - pair[1] >= Duration::from_millis(20), "{limits:?}");
+    }
 }

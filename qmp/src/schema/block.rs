@@ -6,10 +6,22 @@ use serde_json::Value;
 super::plain! {
     /// Ask for the disks.
     QueryBlock
-    /// Ask what they have done.
-    QueryBlockstats
-    /// Ask for the back-ends.
-    QueryNamedBlockNodes
+}
+
+/// Ask what the disks have done.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct QueryBlockstats {
+    /// By back-ends rather than devices. A disk is one of each, and the answer the same.
+    pub query_nodes: Option<bool>,
+}
+
+/// Ask for the back-ends.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QueryNamedBlockNodes {
+    /// Without those behind them, of which there are none.
+    pub flat: Option<bool>,
 }
 
 /// Create a disk's back-end.
@@ -20,7 +32,8 @@ pub struct BlockdevAdd {
     pub node_name: String,
     /// Where the bytes are.
     pub file: BlockdevFile,
-    /// Image format: `raw`, which is also meant if absent.
+    /// Image format: `raw`. Absent, it is also meant, but an image that begins like one of another
+    /// format is refused.
     pub driver: Option<String>,
     /// Refuse writes.
     pub read_only: Option<bool>,

@@ -10,8 +10,9 @@ pub struct DeviceAdd {
     pub id: String,
     /// Model.
     pub driver: String,
-    /// Slot: hexadecimal with `0x`, else decimal. On a PCI bus, which a microVM has not (a driver that
-    /// ends in `-pci`, a bus that begins with `pcie.`), it says nothing: the first free slot is taken.
+    /// Slot: hexadecimal with `0x`, else decimal; the first free one if absent. On a PCI bus, which a
+    /// microVM has not (a driver that ends in `-pci`, a bus that begins with `pcie.`), it says nothing:
+    /// the first free slot is taken.
     pub addr: Option<String>,
     /// Slot less one, in place of `addr`.
     pub lun: Option<u32>,
@@ -46,7 +47,7 @@ pub struct DeviceAdd {
     pub vectors: Option<u32>,
     /// Character device of a vhost-user device; refused.
     pub chardev: Option<String>,
-    /// Whether to hide the modern interface; only `false`.
+    /// Whether to hide the modern interface. It says nothing: there is no other one.
     pub disable_modern: Option<bool>,
     /// I/O thread: only the one that the slot has.
     pub iothread: Option<String>,

@@ -65,12 +65,14 @@ commands! {
     "device_add"               DeviceAdd              -> Empty;
     "device_del"               DeviceDel              -> Empty;
     "getfd"                    Getfd                  -> Empty;
+    "human-monitor-command"    HumanMonitorCommand    -> String;
     "migrate"                  Migrate                -> Empty;
     "migrate-set-parameters"   MigrateSetParameters   -> Empty;
     "migrate_cancel"           MigrateCancel          -> Empty;
     "netdev_add"               NetdevAdd              -> Empty;
     "netdev_del"               NetdevDel              -> Empty;
     "qmp_capabilities"         QmpCapabilities        -> Empty;
+    "query-balloon"            QueryBalloon           -> BalloonInfo;
     "query-block"              QueryBlock             -> Vec<BlockInfo>;
     "query-blockstats"         QueryBlockstats        -> Vec<BlockStats>;
     "query-chardev"            QueryChardev           -> Vec<ChardevInfo>;

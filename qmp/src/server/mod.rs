@@ -76,7 +76,7 @@ impl Ticket {
 /// delivers what is queued.
 pub struct Server {
     listener: OwnedFd,
-    _file: SocketFile,
+    file: SocketFile,
     registry: Registry,
     /// Token of the listener; connection `n` has `base + 1 + n`.
     base: usize,
@@ -110,7 +110,7 @@ impl Server {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
         Ok(Self {
             listener,
-            _file: file,
+            file,
             registry,
             base: base.0,
             acceptable: true,
@@ -203,11 +203,15 @@ impl Server {
     }
 
     /// Ends servers: no new clients, everything queued is delivered to those who take it within
-    /// `patience`, then everybody is disconnected and the sockets removed.
-    pub fn shutdown(servers: Vec<Self>, patience: Duration) {
+    /// `patience`, then everybody is disconnected. The sockets' names go when what comes back is dropped,
+    /// which may wait for a file system.
+    pub fn shutdown(servers: Vec<Self>, patience: Duration) -> Vec<SocketFile> {
         let deadline = Instant::now() + patience;
-        let mut waiting: Vec<Connection> =
-            servers.into_iter().flat_map(|server| server.connections).flatten().collect();
+        let (mut files, mut waiting) = (Vec::new(), Vec::new());
+        for Self { file, connections, .. } in servers {
+            files.push(file);
+            waiting.extend(connections.into_iter().flatten());
+        }
         loop {
             let mut at_work = Vec::new();
             for mut connection in waiting {
@@ -219,14 +223,14 @@ impl Server {
             waiting = at_work;
             let left = deadline.saturating_duration_since(Instant::now());
             if waiting.is_empty() || left.is_zero() {
-                return;
+                return files;
             }
             let mut fds: Vec<_> =
                 waiting.iter().map(|c| PollFd::from_borrowed_fd(c.fd(), PollFlags::OUT)).collect();
             let left = Timespec::try_from(left).ok();
             match poll(&mut fds, left.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(_) => return,
+                Err(_) => return files,
             }
         }
     }

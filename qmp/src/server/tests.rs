@@ -39,7 +39,7 @@ fn the_socket_is_private_and_goes_with_the_server() {
     // Somebody else's file in its place is not ours to remove.
     fs::remove_file(&path).unwrap();
     fs::write(&path, "precious").unwrap();
-    Server::shutdown(vec![server], Duration::ZERO);
+    drop(Server::shutdown(vec![server], Duration::ZERO));
     assert_eq!(fs::read(&path).unwrap(), b"precious");
 }
 

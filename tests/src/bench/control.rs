@@ -1,5 +1,6 @@
 //! How a monitor is steered: QMP, or HTTP over a Unix socket.
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 
 use qmp::client::Client;
 
-/// How long an answer may take.
+/// How long an answer may take unless more is allowed.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// The protocol a monitor speaks.
@@ -66,6 +67,7 @@ impl Connection {
         match protocol {
             Protocol::Qmp => {
                 let mut client = Client::connect(socket, Duration::ZERO)?;
+                client.set_patience(LIMIT);
                 let ready = Instant::now();
                 client.execute_raw("qmp_capabilities", json!({}))?;
                 Ok((Self::Qmp(client), ready))
@@ -81,6 +83,18 @@ impl Connection {
         }
     }
 
+    /// Lets every later answer take as long as `limit`.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn set_limit(&mut self, limit: Duration) -> Result<()> {
+        match self {
+            Self::Qmp(client) => client.set_patience(limit),
+            Self::Http { stream, .. } => stream.get_ref().set_read_timeout(Some(limit))?,
+        }
+        Ok(())
+    }
+
     /// Sends a command of QMP.
     ///
     /// # Errors
@@ -89,6 +103,20 @@ impl Connection {
         match self {
             Self::Qmp(client) => Ok(client.execute_raw(name, arguments)?),
             Self::Http { .. } => bail!("{name} is no request of HTTP"),
+        }
+    }
+
+    /// Sends a command of QMP with a file that goes under `name` in the monitor.
+    ///
+    /// # Errors
+    /// The monitor refuses, or speaks HTTP.
+    pub fn hand_over(&mut self, name: &str, file: BorrowedFd<'_>) -> Result<()> {
+        match self {
+            Self::Qmp(client) => {
+                client.execute_with_fds("getfd", json!({ "fdname": name }), &[file])?;
+                Ok(())
+            }
+            Self::Http { .. } => bail!("files are not handed over by HTTP"),
         }
     }
 
@@ -244,6 +272,25 @@ mod tests {
         let asked = server.join().unwrap();
         let paused = asked.find(r#"Content-Length: 18"#).unwrap();
         assert!(asked[paused..].contains("\r\n\r\n{\"state\":\"Paused\"}PATCH /vm HTTP/1.1"));
+    }
+
+    #[test]
+    fn an_answer_may_take_as_long_as_is_allowed_for_it() {
+        let dir = tempdir::Dir::new();
+        let listener = UnixListener::bind(dir.socket()).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut buffer = [0; 4096];
+            assert!(stream.read(&mut buffer).unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 \r\n\r\n").unwrap();
+            // The second request is read and never answered, until the client gives up.
+            while stream.read(&mut buffer).unwrap() > 0 {}
+        });
+        let (mut connection, _) = Connection::open(HTTP, &dir.socket()).unwrap();
+        connection.set_limit(Duration::from_millis(10)).unwrap();
+        connection.ask(Verb::Stop).unwrap_err();
+        drop(connection);
+        server.join().unwrap();
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::statistics::{median, quantile};
 use super::{Metric, Scenario};
 
 /// Everything that was measured.
@@ -14,9 +15,22 @@ pub struct Figures {
     pub monitors: Vec<(String, String)>,
     /// What was looked for and not found.
     pub missing: Vec<String>,
-    /// What went wrong: scenario, monitor and why.
-    pub failed: Vec<(Scenario, String, String)>,
+    /// What went wrong, as often as it did.
+    pub failed: Vec<Failure>,
     samples: BTreeMap<(Scenario, Metric), BTreeMap<String, Vec<f64>>>,
+}
+
+/// A monitor could not do one part of a scenario in one run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// Where.
+    pub scenario: Scenario,
+    /// What it could not do.
+    pub part: String,
+    /// Which one.
+    pub monitor: String,
+    /// Why.
+    pub error: String,
 }
 
 /// What some samples come to.
@@ -28,6 +42,8 @@ pub struct Summary {
     pub min: f64,
     /// The middle one, or between the two middle ones.
     pub median: f64,
+    /// 95 % are not greater.
+    pub p95: f64,
     /// The greatest.
     pub max: f64,
     /// The median divided by this monitor's; none without one.
@@ -56,6 +72,13 @@ impl Figures {
     /// Adds a figure.
     pub fn sample(&mut self, scenario: Scenario, metric: Metric, monitor: String, value: f64) {
         self.samples.entry((scenario, metric)).or_default().entry(monitor).or_default().push(value);
+    }
+
+    /// What was measured, in the order it came; nothing if it was not.
+    #[must_use]
+    pub fn samples(&self, scenario: Scenario, metric: Metric, monitor: &str) -> &[f64] {
+        let by_monitor = self.samples.get(&(scenario, metric));
+        by_monitor.and_then(|by_monitor| by_monitor.get(monitor)).map_or(&[], Vec::as_slice)
     }
 
     /// All of it, in order.
@@ -133,31 +156,24 @@ impl Figures {
             .iter()
             .map(|(name, version)| serde_json::json!({ "name": name, "version": version }))
             .collect();
-        let failed: Vec<_> = self
-            .failed
-            .iter()
-            .map(|(scenario, monitor, error)| {
-                serde_json::json!({ "scenario": scenario, "monitor": monitor, "error": error })
-            })
-            .collect();
         serde_json::json!({
             "monitors": monitors,
             "not_found": self.missing,
-            "failed": failed,
+            "failed": self.failed,
             "figures": self.rows().iter().map(named).collect::<Vec<_>>(),
         })
     }
 }
 
 fn summarise(samples: &[f64]) -> Option<Summary> {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = |index: usize| sorted.get(index).copied();
-    let (min, max) = (*sorted.first()?, *sorted.last()?);
-    let upper = middle(sorted.len() / 2)?;
-    let lower = middle((sorted.len() - 1) / 2)?;
-    let median = f64::midpoint(lower, upper);
-    Some(Summary { samples: sorted.len(), min, median, max, ratio: None })
+    Some(Summary {
+        samples: samples.len(),
+        min: quantile(samples, 0.0)?,
+        median: median(samples)?,
+        p95: quantile(samples, 0.95)?,
+        max: quantile(samples, 1.0)?,
+        ratio: None,
+    })
 }
 
 /// Three digits or all before the point.
@@ -194,11 +210,25 @@ mod tests {
         let [ours, other] = rows[0].cells[..] else { panic!("two monitors") };
         assert_eq!(
             ours,
-            Some(Summary { samples: 3, min: 1.0, median: 2.0, max: 3.0, ratio: Some(1.0) })
+            Some(Summary {
+                samples: 3,
+                min: 1.0,
+                median: 2.0,
+                p95: 2.9,
+                max: 3.0,
+                ratio: Some(1.0)
+            })
         );
         assert_eq!(
             other,
-            Some(Summary { samples: 2, min: 2.0, median: 4.0, max: 6.0, ratio: Some(2.0) })
+            Some(Summary {
+                samples: 2,
+                min: 2.0,
+                median: 4.0,
+                p95: 5.8,
+                max: 6.0,
+                ratio: Some(2.0)
+            })
         );
     }
 

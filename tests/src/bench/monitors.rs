@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::control::Protocol;
+use super::snapshots::Way;
 use crate::debian::{Debian, libraries, output};
 use crate::paths::Paths;
 
@@ -27,6 +28,9 @@ const FIRMWARE: [&str; 6] = [
 ];
 /// Where Debian's packages have QEMU.
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
+
+/// The shortest flat image, bytes: StratoVirt reads as much to find out whether it is a bzImage.
+pub const FLAT_MIN: usize = 8 << 10;
 
 /// A guest to run.
 #[derive(Debug, Clone)]
@@ -53,7 +57,7 @@ pub struct Guest {
 pub enum Form {
     /// An ELF file.
     Elf,
-    /// A flat image for 16 MiB.
+    /// A flat image for 16 MiB, not shorter than [`FLAT_MIN`].
     Flat,
 }
 
@@ -70,6 +74,10 @@ pub struct Monitor {
     pub protocol: Protocol,
     /// What it boots.
     pub form: Form,
+    /// How it keeps a guest in files.
+    pub way: Way,
+    /// Its standard input and output have to be a terminal.
+    pub terminal: bool,
     /// Adds the arguments that make it run a guest with its serial port on standard output and its
     /// control socket at the path. May write files into the directory.
     configure: fn(&mut Command, &Guest, socket: &Path, dir: &Path) -> Result<()>,
@@ -82,6 +90,8 @@ pub const OURS: Monitor = Monitor {
     version: "-V",
     protocol: Protocol::Qmp,
     form: Form::Elf,
+    way: Way::Ours,
+    terminal: false,
     configure: ours,
 };
 
@@ -93,6 +103,8 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         version: "--version",
         protocol: Protocol::Qmp,
         form: Form::Elf,
+        way: Way::Qemu,
+        terminal: false,
         configure: qemu,
     },
     Monitor {
@@ -106,6 +118,8 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
             cont: ("PATCH", "/vm", r#"{"state":"Resumed"}"#),
         },
         form: Form::Elf,
+        way: Way::Firecracker,
+        terminal: false,
         configure: firecracker,
     },
     Monitor {
@@ -119,6 +133,8 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
             cont: ("PUT", "/api/v1/vm.resume", ""),
         },
         form: Form::Elf,
+        way: Way::CloudHypervisor,
+        terminal: false,
         configure: cloud_hypervisor,
     },
     Monitor {
@@ -127,6 +143,8 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         version: "-version",
         protocol: Protocol::Qmp,
         form: Form::Flat,
+        way: Way::StratoVirt,
+        terminal: true,
         configure: stratovirt,
     },
 ];
@@ -145,12 +163,30 @@ enum Program {
 /// A monitor that is there.
 #[derive(Debug)]
 pub struct Found {
+    /// Its name in this comparison.
+    pub name: String,
     /// What it is.
     pub monitor: Monitor,
     program: Program,
 }
 
 impl Found {
+    fn new(monitor: Monitor, program: Program) -> Self {
+        Self { name: monitor.name.to_owned(), monitor, program }
+    }
+
+    /// A build of this monitor, under a name of its own.
+    #[must_use]
+    pub fn build(name: &str, file: PathBuf) -> Self {
+        Self { name: name.to_owned(), monitor: OURS, program: Program::File(file) }
+    }
+
+    /// Whether it is this monitor.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        matches!(self.monitor.way, Way::Ours)
+    }
+
     /// The command that runs `guest`.
     ///
     /// # Errors
@@ -191,7 +227,7 @@ impl Found {
 /// PATH has none. Gives the names of those not found too.
 #[must_use]
 pub fn find(paths: &Paths, debian: &Debian) -> (Vec<Found>, Vec<&'static str>) {
-    let mut found = vec![Found { monitor: OURS, program: Program::File(paths.stratovirt.clone()) }];
+    let mut found = vec![Found::new(OURS, Program::File(paths.stratovirt.clone()))];
     let mut missing = Vec::new();
     for monitor in PEERS_KNOWN {
         let carried = paths.cache.join(PEERS).join(monitor.program);
@@ -207,7 +243,7 @@ pub fn find(paths: &Paths, debian: &Debian) -> (Vec<Found>, Vec<&'static str>) {
             })
         };
         match program {
-            Some(program) => found.push(Found { monitor, program }),
+            Some(program) => found.push(Found::new(monitor, program)),
             None => missing.push(monitor.program),
         }
     }
@@ -357,14 +393,22 @@ fn cloud_hypervisor(command: &mut Command, guest: &Guest, socket: &Path, _: &Pat
     Ok(())
 }
 
-fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, _: &Path) -> Result<()> {
+fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
     command.args(["-machine", "microvm", "-serial", "stdio"]);
     command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
     command.arg("-qmp").arg(format!("unix:{},server,nowait", socket.display()));
     command.arg("-kernel").arg(&guest.kernel);
-    if let Some(initramfs) = &guest.initramfs {
-        command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
-        command.args(["-append", &guest.cmdline]);
+    match &guest.initramfs {
+        Some(initramfs) => {
+            command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
+            command.args(["-append", &guest.cmdline]);
+        }
+        // It starts nothing without one or a root disk, even what will not look for either.
+        None => {
+            let nothing = dir.join("nothing.cpio");
+            fs::write(&nothing, [0; 512])?;
+            command.arg("-initrd").arg(nothing);
+        }
     }
     if let Some((disk, tap)) = &guest.devices {
         command.args([

@@ -1,6 +1,9 @@
 //! One monitor that runs one guest, watched with a clock.
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -8,6 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::control::{Connection, Protocol};
 use super::monitors::{Found, Guest};
@@ -39,7 +45,7 @@ impl Run {
         Self::launch(found, dir, |socket| found.command(guest, socket, dir))
     }
 
-    /// Starts `found` so that it goes on with `guest`, which was saved in `saved`.
+    /// Starts `found` so that it restores `guest`, which was saved in `saved`.
     ///
     /// # Errors
     /// It cannot be started.
@@ -47,7 +53,11 @@ impl Run {
         Self::launch(found, dir, |socket| snapshots::command(found, guest, saved, socket, dir))
     }
 
-    fn launch(
+    /// Starts `found` by what `command` makes for a control socket.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn launch(
         found: &Found,
         dir: &Path,
         command: impl FnOnce(&Path) -> Result<Command>,
@@ -59,11 +69,23 @@ impl Run {
         }
         let mut command = command(&socket)?;
         let errors = dir.join("stderr");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&errors)?);
+        command.stderr(File::create(&errors)?);
+        let mut terminal = None;
+        if found.monitor.terminal {
+            let (ours, its) = self::terminal().context("cannot make a terminal")?;
+            command.stdin(its.try_clone()?).stdout(its);
+            terminal = Some(ours);
+        } else {
+            command.stdin(Stdio::null()).stdout(Stdio::piped());
+        }
         let started = Instant::now();
-        let mut child =
-            command.spawn().with_context(|| format!("cannot start {}", found.monitor.name))?;
-        let mut out = child.stdout.take().context("a child without output")?;
+        let mut child = command.spawn().with_context(|| format!("cannot start {}", found.name))?;
+        // Its side of the terminal must not stay open here: it would never read as closed.
+        drop(command);
+        let mut out: Box<dyn Read + Send> = match (terminal, child.stdout.take()) {
+            (Some(terminal), _) => Box::new(terminal),
+            (None, out) => Box::new(out.context("a child without output")?),
+        };
         let (sender, output) = channel();
         thread::spawn(move || {
             let mut buffer = [0; 4096];
@@ -136,6 +158,18 @@ impl Run {
         }
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The control socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// KiB of private memory beyond the guest's RAM of `mib`.
     ///
     /// # Errors
@@ -182,6 +216,21 @@ impl Drop for Run {
     }
 }
 
+/// A terminal that changes no bytes: this side of it, and the monitor's.
+fn terminal() -> Result<(File, File)> {
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+    grantpt(&ours)?;
+    unlockpt(&ours)?;
+    let name = ptsname(&ours, Vec::new())?;
+    let path = Path::new(OsStr::from_bytes(name.as_bytes()));
+    let flags = OFlags::NOCTTY.bits().cast_signed();
+    let its = File::options().read(true).write(true).custom_flags(flags).open(path)?;
+    let mut settings = tcgetattr(&its)?;
+    settings.make_raw();
+    tcsetattr(&its, OptionalActions::Now, &settings)?;
+    Ok((ours.into(), its))
+}
+
 /// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: those at least as
 /// large as it (`ram_kib`). No monitor maps anything else of that size.
 pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
@@ -205,7 +254,21 @@ pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
+
+    #[test]
+    fn a_terminal_changes_no_byte() {
+        let (mut ours, mut its) = terminal().unwrap();
+        let bytes: Vec<u8> = (0..=255).collect();
+        its.write_all(&bytes).unwrap();
+        let mut came = [0; 256];
+        ours.read_exact(&mut came).unwrap();
+        assert_eq!(came[..], bytes);
+        drop(its);
+        assert!(ours.read(&mut came).is_err(), "no end when its side is closed");
+    }
 
     const SMAPS: &str = "\
 55d0a000-55d0b000 r-xp 00000000 fe:00 1 /bin/monitor

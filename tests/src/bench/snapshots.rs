@@ -1,62 +1,68 @@
 //! Saving and restoring, as each monitor does it.
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use super::control::{Connection, Verb};
-use super::monitors::{Found, Guest, OURS};
+use super::monitors::{Found, Guest};
 use super::run::Run;
 use crate::debian::output;
 
-/// How long a save may take.
-const LIMIT: Duration = Duration::from_secs(60);
-/// Between two looks whether QEMU has finished.
+/// How long a save may take: 4 GiB on a slow, busy disk.
+const LIMIT: Duration = Duration::from_secs(240);
+/// Between two looks whether something has happened.
 const LOOK: Duration = Duration::from_micros(500);
 
 /// How a monitor keeps a guest in files.
-enum Way {
-    /// `migrate` to `file:DIR`.
-    Directory,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// `migrate` to `file:DIR`, of a running guest; all of it is on the disk with the answer.
+    Ours,
+    /// `migrate` to `file:DIR`, of a stopped guest.
+    StratoVirt,
     /// `migrate` through `cat`.
-    Exec,
+    Qemu,
     /// Firecracker's requests.
     Firecracker,
     /// Cloud Hypervisor's requests.
     CloudHypervisor,
 }
 
-fn way(found: &Found) -> Result<Way> {
-    Ok(match found.monitor.name {
-        "this monitor" | "StratoVirt" => Way::Directory,
-        "QEMU microvm" => Way::Exec,
-        "Firecracker" => Way::Firecracker,
-        "Cloud Hypervisor" => Way::CloudHypervisor,
-        name => bail!("nobody knows how {name} saves"),
-    })
+/// Where a guest goes that is saved while it runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target<'a> {
+    /// Files in this directory.
+    Directory(&'a Path),
+    /// A stream that is read as fast as it comes, and thrown away.
+    Stream,
 }
 
-/// Saves a running guest into `saved`, emptied before; how long it stood still. It stays stopped.
+/// Saves a running guest into `saved`, emptied before; how long it takes until all of it is on the
+/// disk. It stays stopped.
 ///
 /// # Errors
 /// It cannot be saved.
 pub fn save(found: &Found, connection: &mut Connection, saved: &Path) -> Result<Duration> {
     empty(saved)?;
+    connection.set_limit(LIMIT)?;
     let file = |name: &str| saved.join(name);
     let started = Instant::now();
-    match way(found)? {
-        Way::Directory => {
-            connection.command("migrate", json!({ "uri": format!("file:{}", saved.display()) }))?;
-            finished(connection)?;
-        }
-        Way::Exec => {
+    match found.monitor.way {
+        Way::Ours => to_directory(connection, saved)?,
+        Way::StratoVirt => {
             connection.ask(Verb::Stop)?;
-            qemu_save(connection, saved)?;
+            to_directory(connection, saved)?;
+        }
+        Way::Qemu => {
+            connection.ask(Verb::Stop)?;
+            qemu_save(connection, &saved.join("stream"))?;
         }
         Way::Firecracker => {
             connection.ask(Verb::Stop)?;
@@ -73,60 +79,122 @@ pub fn save(found: &Found, connection: &mut Connection, saved: &Path) -> Result<
             connection.request("PUT", "/api/v1/vm.snapshot", &body)?;
         }
     }
+    // Some monitors have done so already, and pay nothing here.
+    sync(saved)?;
     Ok(started.elapsed())
 }
 
-/// Saves a running guest while it runs on; how long it stood still. `None` for a monitor that
-/// cannot do this.
+fn to_directory(connection: &mut Connection, saved: &Path) -> Result<()> {
+    connection.command("migrate", json!({ "uri": format!("file:{}", saved.display()) }))?;
+    finished(connection)
+}
+
+/// Brings the files in `dir`, and their names, to the disk.
+fn sync(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let synced = File::open(&path).and_then(|file| file.sync_all());
+        synced.with_context(|| format!("cannot sync {}", path.display()))?;
+    }
+    File::open(dir)?.sync_all().with_context(|| format!("cannot sync {}", dir.display()))
+}
+
+/// Saves a running guest while it runs on; how long it was stopped. `None` for a monitor that cannot
+/// do this.
 ///
 /// # Errors
 /// It cannot be saved.
 pub fn save_live(
     found: &Found,
     connection: &mut Connection,
-    saved: &Path,
+    target: Target<'_>,
 ) -> Result<Option<Duration>> {
-    empty(saved)?;
-    if found.monitor.name == OURS.name {
-        let arguments = json!({ "uri": format!("file:{}", saved.display()), "resume": true });
-        connection.command("migrate", arguments)?;
-    } else if matches!(way(found)?, Way::Exec) {
-        // As fast as it can, as it is the case with all others.
-        let unlimited = json!({ "max-bandwidth": 10_u64 << 30, "downtime-limit": 20 });
-        connection.command("migrate-set-parameters", unlimited)?;
-        qemu_save(connection, saved)?;
-    } else {
-        return Ok(None);
+    connection.set_limit(LIMIT)?;
+    match (found.monitor.way, target) {
+        (Way::Ours, Target::Directory(saved)) => {
+            empty(saved)?;
+            live(connection, &format!("file:{}", saved.display()))?;
+        }
+        (Way::Ours, Target::Stream) => {
+            let (mut reader, writer) = io::pipe()?;
+            connection.hand_over("stream", writer.as_fd())?;
+            drop(writer);
+            let reading = thread::spawn(move || io::copy(&mut reader, &mut io::sink()));
+            live(connection, "fd:stream")?;
+            // It ends when the monitor has closed its side.
+            let read =
+                reading.join().map_err(|_| anyhow!("the reader of the stream panicked"))??;
+            ensure!(read > 0, "nothing came through the stream");
+        }
+        (Way::Qemu, target) => {
+            // As fast as it can, as it is the case with all others.
+            let unlimited = json!({ "max-bandwidth": 10_u64 << 30, "downtime-limit": 20 });
+            connection.command("migrate-set-parameters", unlimited)?;
+            match target {
+                Target::Directory(saved) => {
+                    empty(saved)?;
+                    qemu_save(connection, &saved.join("stream"))?;
+                }
+                Target::Stream => qemu_save(connection, Path::new("/dev/null"))?,
+            }
+        }
+        _ => return Ok(None),
     }
-    let status = connection.command("query-migrate", json!({}))?;
-    let downtime = status.get("downtime").and_then(Value::as_f64).context("no downtime told")?;
-    if matches!(way(found)?, Way::Exec) {
+    let pause = downtime(&connection.command("query-migrate", json!({}))?)?;
+    if found.monitor.way == Way::Qemu {
         connection.ask(Verb::Cont)?;
     }
-    Ok(Some(Duration::from_secs_f64(downtime / 1e3)))
+    Ok(Some(pause))
 }
 
-fn qemu_save(connection: &mut Connection, saved: &Path) -> Result<()> {
-    let uri = format!("exec:cat > '{}'", saved.join("stream").display());
+fn live(connection: &mut Connection, uri: &str) -> Result<()> {
+    connection.command("migrate", json!({ "uri": uri, "resume": true }))?;
+    finished(connection)
+}
+
+/// How long the guest was stopped, by `query-migrate`'s answer: QEMU's milliseconds, or what is finer.
+fn downtime(answer: &Value) -> Result<Duration> {
+    let told = |name: &str| answer.get(name).and_then(Value::as_f64);
+    match (told("downtime-us"), told("downtime")) {
+        (Some(microseconds), _) => Ok(Duration::from_secs_f64(microseconds / 1e6)),
+        (None, Some(milliseconds)) => Ok(Duration::from_secs_f64(milliseconds / 1e3)),
+        (None, None) => bail!("no downtime told: {answer}"),
+    }
+}
+
+fn qemu_save(connection: &mut Connection, file: &Path) -> Result<()> {
+    let uri = format!("exec:cat > '{}'", file.display());
     connection.command("migrate", json!({ "uri": uri }))?;
     finished(connection)
 }
 
 /// Waits until the last save is over.
 fn finished(connection: &mut Connection) -> Result<()> {
+    let over = |status: &str| matches!(status, "completed" | "failed" | "cancelled");
+    match until(connection, "query-migrate", over)?.as_str() {
+        "completed" => Ok(()),
+        _ => bail!("the save failed: {}", connection.command("query-migrate", json!({}))?),
+    }
+}
+
+/// Asks again and again until the answer's `status` is one to wait for; which one it is.
+fn until(
+    connection: &mut Connection,
+    command: &str,
+    awaited: impl Fn(&str) -> bool,
+) -> Result<String> {
     let deadline = Instant::now() + LIMIT;
     loop {
-        let status = connection.command("query-migrate", json!({}))?;
-        match status.get("status").and_then(Value::as_str) {
-            Some("completed") => return Ok(()),
-            Some("failed" | "cancelled") => bail!("the save failed: {status}"),
-            _ if Instant::now() > deadline => bail!("the save takes too long: {status}"),
+        let answer = connection.command(command, json!({}))?;
+        match answer.get("status").and_then(Value::as_str) {
+            Some(status) if awaited(status) => return Ok(status.to_owned()),
+            _ if Instant::now() > deadline => bail!("{command} still answers {answer}"),
             _ => thread::sleep(LOOK),
         }
     }
 }
 
-/// The command that goes on with `guest`, saved in `saved`.
+/// The command that restores `guest` from `saved`.
 ///
 /// # Errors
 /// Its configuration cannot be written.
@@ -142,15 +210,15 @@ pub fn command(
         command.args(["-incoming", &uri]);
         Ok(command)
     };
-    match way(found)? {
-        Way::Directory if found.monitor.name == OURS.name => {
+    match found.monitor.way {
+        Way::Ours => {
             let mut command = found.program()?;
             command.args(["-incoming", &format!("file:{}", saved.display())]);
             command.arg("-api-channel").arg(format!("unix:{}", socket.display()));
             Ok(command)
         }
-        Way::Directory => incoming(format!("file:{}", saved.display())),
-        Way::Exec => incoming(format!("exec:cat '{}'", saved.join("stream").display())),
+        Way::StratoVirt => incoming(format!("file:{}", saved.display())),
+        Way::Qemu => incoming(format!("exec:cat '{}'", saved.join("stream").display())),
         Way::Firecracker => {
             let mut command = found.program()?;
             command.arg("--api-sock").arg(socket);
@@ -165,15 +233,31 @@ pub fn command(
     }
 }
 
-/// What is to be asked of a monitor that was started with [`command`], before the guest runs.
+/// Does what a monitor that was started with [`command`] needs before the guest runs.
 ///
 /// # Errors
 /// It does not answer, or refuses.
-pub fn go_on(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
-    match way(found)? {
-        Way::Directory if found.monitor.name == OURS.name => Ok(()),
-        Way::Directory | Way::Exec | Way::CloudHypervisor => {
-            run.connect()?.0.ask(Verb::Cont).map(drop)
+pub fn resume(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
+    match found.monitor.way {
+        Way::Ours => Ok(()),
+        Way::StratoVirt | Way::Qemu => {
+            let (mut connection, _) = run.connect()?;
+            // QEMU refuses `cont` as long as the guest is coming in.
+            let arrived = |status: &str| status != "inmigrate";
+            if until(&mut connection, "query-status", arrived)? != "running" {
+                connection.ask(Verb::Cont)?;
+            }
+            Ok(())
+        }
+        Way::CloudHypervisor => {
+            let (mut connection, _) = run.connect()?;
+            let deadline = Instant::now() + LIMIT;
+            // Its API answers before there is a machine.
+            while let Err(error) = connection.ask(Verb::Cont) {
+                ensure!(Instant::now() < deadline, error);
+                thread::sleep(LOOK);
+            }
+            Ok(())
         }
         Way::Firecracker => {
             let body = json!({
@@ -181,7 +265,9 @@ pub fn go_on(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
                 "mem_backend": { "backend_type": "File", "backend_path": saved.join("memory") },
                 "resume_vm": true,
             });
-            run.connect()?.0.request("PUT", "/snapshot/load", &body)
+            let (mut connection, _) = run.connect()?;
+            connection.set_limit(LIMIT)?;
+            connection.request("PUT", "/snapshot/load", &body)
         }
     }
 }
@@ -213,5 +299,60 @@ fn empty(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
         _ => fs::create_dir(dir).with_context(|| format!("cannot make {}", dir.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::bench::control::Protocol;
+
+    /// Answers QMP commands with `answers`, in turn; which commands they were.
+    fn scripted(answers: &'static [&'static str]) -> (Connection, thread::JoinHandle<Vec<String>>) {
+        let path = std::env::temp_dir().join(format!("snapshots.{}", std::process::id()));
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let version = json!({ "qemu": { "major": 9, "minor": 0, "micro": 0 }, "package": "" });
+            writeln!(stream, "{}", json!({ "QMP": { "version": version, "capabilities": [] } }))
+                .unwrap();
+            let mut asked = Vec::new();
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            for (line, answer) in lines.zip([r#"{"return":{}}"#].iter().chain(answers)) {
+                let line: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                asked.push(line["execute"].as_str().unwrap().to_owned());
+                writeln!(stream, "{answer}").unwrap();
+            }
+            asked
+        });
+        let (connection, _) = Connection::open(Protocol::Qmp, &path).unwrap();
+        fs::remove_file(&path).unwrap();
+        (connection, server)
+    }
+
+    #[test]
+    fn a_guest_that_is_still_coming_in_is_waited_for() {
+        let (mut connection, server) = scripted(&[
+            r#"{"return":{"status":"inmigrate","running":false}}"#,
+            r#"{"return":{"status":"inmigrate","running":false}}"#,
+            r#"{"return":{"status":"paused","running":false}}"#,
+        ]);
+        let status = until(&mut connection, "query-status", |status| status != "inmigrate");
+        assert_eq!(status.unwrap(), "paused");
+        drop(connection);
+        assert_eq!(server.join().unwrap()[1..], ["query-status"; 3]);
+    }
+
+    #[test]
+    fn the_finer_downtime_counts() {
+        let pause = downtime(&json!({ "status": "completed", "downtime": 7 })).unwrap();
+        assert_eq!(pause, Duration::from_millis(7));
+        let pause = downtime(&json!({ "downtime": 2, "downtime-us": 1234 })).unwrap();
+        assert_eq!(pause, Duration::from_micros(1234));
+        assert!(downtime(&json!({ "status": "completed" })).is_err());
     }
 }

@@ -9,20 +9,27 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
-use serde_json::json;
+use rustix::fs::{FlockOperation, fcntl_lock};
+use serde_json::{Value, json};
 use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
+use stories::held::until;
 use stories::monitor::SOON;
 
 use crate::counters::{all_is_well, counting};
 use crate::plug::refused;
 use crate::snapshot::refusal;
-use crate::stage::{Stage, cont, quits, simple, status, stop};
+use crate::stage::{Stage, cont, exists, patiently, quits, simple, status, stop};
 
 const SAYS: &str = "disk vda has requests that the host has not finished";
 
 /// A file system that only the monitor's own mount namespace has, so that it goes when the monitor does.
 fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
+    with_a_file_system_and(stage, "-m", "")
+}
+
+/// The same, with what `commands` make in further namespaces.
+fn with_a_file_system_and(stage: &mut Stage, namespaces: &str, more: &str) -> Result<PathBuf> {
     let (image, place) = (stage.file("slow.img"), stage.file("slow"));
     let lock = stage.paths.lock()?;
     let debian = Debian::get(&stage.paths)?;
@@ -31,7 +38,8 @@ fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
     fs::create_dir(&place)?;
     let disk = place.join("disk");
     let (image, place, file) = (image.display(), place.display(), disk.display());
-    stage.prepare("-m", &format!("mount -o loop {image} {place}\ntruncate -s 1M {file}"))?;
+    let commands = format!("mount -o loop {image} {place}\ntruncate -s 1M {file}\n{more}");
+    stage.prepare(namespaces, &commands)?;
     Ok(disk)
 }
 
@@ -156,6 +164,112 @@ fn storage_that_is_slow_is_waited_for() -> Result<()> {
     all_is_well(&stage, monitor, qmp)
 }
 
+/// Requests that the guest's disks have finished.
+fn finished(qmp: &mut Client) -> Result<u64> {
+    let stats = qmp.execute_raw("query-blockstats", json!({}))?;
+    let each = stats.as_array().context("no list")?.iter();
+    let each = each.map(|disk| disk.pointer("/stats/wr_operations").and_then(Value::as_u64));
+    each.sum::<Option<u64>>().context("no counters")
+}
+
+/// A guest that keeps its queues full of ranges to zero, each of which has to be on the medium.
+fn flooded(name: &str, aio: &str) -> Result<()> {
+    const DISKS: usize = 8;
+    /// Of each disk: what has to be done before an order is looked at is less, for all disks together.
+    const QUEUE: u64 = 256;
+    let stage = Stage::new(name)?;
+    let mut vm = stage.vm("flood", "")?;
+    for disk in 0..DISKS {
+        let image = stage.file(&format!("disk{disk}"));
+        fs::File::create(&image)?.set_len(64 << 20)?;
+        let drive = format!("id=vd{disk},file={},aio={aio}", image.display());
+        let device = format!("virtio-blk-device,id=vd{disk},drive=vd{disk}");
+        vm = vm.args(&["-drive", &drive, "-device", &device]);
+    }
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("floods!\n", SOON)?;
+    let mut other = Client::connect(&stage.socket(), SOON)?;
+    let mut seen = 0;
+    for time in 0..10 {
+        // The flood has got past what was in the queues when it last ran on.
+        while finished(&mut other)? < seen + QUEUE {}
+        ensure!(status(&mut qmp)? == "running");
+        let before = finished(&mut other)?;
+        stop(&mut qmp)?;
+        seen = finished(&mut other)?;
+        ensure!(seen - before < QUEUE, "stop {time} waited for {} requests", seen - before);
+        ensure!(status(&mut qmp)? == "paused");
+        cont(&mut qmp)?;
+    }
+    while finished(&mut other)? < seen + QUEUE {}
+    let before = finished(&mut other)?;
+    let saved = json!({ "uri": format!("file:{}", stage.file("saved").display()) });
+    patiently(&mut qmp, "migrate", &saved)?;
+    qmp.wait_event("STOP", SOON)?;
+    let after = finished(&mut other)?;
+    ensure!(after - before < QUEUE, "a save waited for {} requests", after - before);
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_flood_of_ranges_holds_neither_clients_nor_stop_nor_saves_nor_the_end() -> Result<()> {
+    flooded("flood", "io_uring")
+}
+
+#[test]
+fn a_flood_that_the_io_thread_carries_out_itself_holds_them_no_more() -> Result<()> {
+    flooded("flood_off", "off")
+}
+
+/// A lock as other monitors would want it; `false` while another process has it.
+fn can_be_locked(disk: &Path) -> bool {
+    let file = fs::File::options().write(true).open(disk);
+    file.is_ok_and(|file| fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_ok())
+}
+
+#[test]
+fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() -> Result<()> {
+    let mut stage = Stage::new("unended")?;
+    let tap = "ip tuntap add mode tap name tap0 vnet_hdr\nip link set tap0 up";
+    let disk = with_a_file_system_and(&mut stage, "-m -n", tap)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let sound = stage.file("sound.img");
+    fs::write(&sound, vec![0; 1 << 20])?;
+    let pidfile = stage.file("pid").display().to_string();
+    let vm = stage.vm("blk", "busy")?.add(
+        "drive",
+        json!({ "drive_id": "vda", "path_on_host": disk, "read_only": false, "direct": false }),
+    );
+    let vm = vm.disk("vdb", &sound, false).nic("eth0", "tap0", "52:54:00:00:00:01");
+    let (mut monitor, mut qmp, _) = counting(&stage, vm.args(&["-pidfile", &pidfile]), 1)?;
+    let network = fs::File::open(format!("/proc/{}/ns/net", monitor.pid()))?;
+    let network = format!("--net=/proc/{}/fd/{}", std::process::id(), network.as_raw_fd());
+    let tap =
+        || output(Command::new("nsenter").args([&network, "ip", "-o", "link", "show", "tap0"]));
+    let attached = || tap().is_ok_and(|link| !link.contains("NO-CARRIER"));
+    until("the tap is attached", attached)?;
+    ensure!(!can_be_locked(&sound), "nobody holds the other disk");
+
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    until_it_hangs(&mut qmp)?;
+    output(Command::new("kill").arg(monitor.pid().to_string()))?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-signal" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    until("all but what hangs is let go of", || {
+        can_be_locked(&sound)
+            && !attached()
+            && !exists(&stage.socket())
+            && !exists(&stage.file("pid"))
+    })?;
+    // What is left of it is the thread that waits.
+    let tasks = || fs::read_dir(format!("/proc/{}/task", monitor.pid())).map_or(0, Iterator::count);
+    until("the other threads end", || tasks() == 2)?;
+    frozen.thaw()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
 /// A save whose target hangs: others are answered, the guest stops and runs, the next save is told what
 /// it would wait for, and the monitor ends.
 #[test]
@@ -252,10 +366,10 @@ fn a_fifo_in_the_place_of_a_save_is_refused_by_name() -> Result<()> {
         fifo(&base.join(name))?;
     }
     let more = json!({ "uri": uri(&stage.file("more")), "resume": true, "incremental": true });
-    refused(&mut qmp, "migrate", more, "it is no regular file")?;
+    refused(&mut qmp, "migrate", more, "not a regular file")?;
     ensure!(status(&mut qmp)? == "running");
     quits(&stage, &mut monitor, &mut qmp)?;
     let said = refusal(&stage, &base, &[])?;
-    ensure!(said.contains("base/state") && said.contains("it is no regular file"), "{said}");
+    ensure!(said.contains("base/state") && said.contains("not a regular file"), "{said}");
     Ok(())
 }

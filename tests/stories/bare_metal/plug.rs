@@ -593,7 +593,6 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
         ("host", json!("0000:00:01.0"), "'host': '0000:00:01.0': passing host devices"),
         ("sysfsdev", json!("/sys/x"), "'sysfsdev': '/sys/x': passing host devices"),
         ("chardev", json!("zz"), "'chardev': 'zz': vhost-user"),
-        ("disable-modern", json!(true), "'disable-modern': 'true'"),
         ("romfile", json!("x.rom"), "'romfile': 'x.rom'"),
         ("serial", json!(long), "'serial'"),
         ("mac", json!("52:54:00:00:00:01"), "'mac': '52:54:00:00:00:01': a disk has none"),
@@ -620,7 +619,7 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
     unplug(&mut qmp, "first")?;
     expect(&mut monitor, &empty(0))?;
     ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
-    let slot = json!({ "id": "x", "driver": "virtio-blk-mmio", "addr": "0x0", "drive": "x", "iothread": "own", "num-queues": 2, "queue-size": 128, "logical_block_size": 512, "physical_block_size": 4096, "romfile": "", "share-rw": true, "bus": "virtio-mmio-bus.0", "vectors": 0, "boot_index": 1, "multifunction": true, "disable-modern": false, "serial": "abc" });
+    let slot = json!({ "id": "x", "driver": "virtio-blk-mmio", "addr": "0x0", "drive": "x", "iothread": "own", "num-queues": 2, "queue-size": 128, "logical_block_size": 512, "physical_block_size": 4096, "romfile": "", "share-rw": true, "bus": "virtio-mmio-bus.0", "vectors": 0, "boot_index": 1, "multifunction": true, "disable-modern": true, "serial": "abc" });
     for (member, value, says) in [
         ("iothread", json!("other"), "'iothread': 'other': must be 'own'"),
         ("num-queues", json!(1), "'num-queues': '1': must be 2"),

@@ -253,6 +253,8 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     ensure!(said.contains("1048576") && said.contains("2097152"), "both sizes are told: {said}");
     let said = refusal(&stage, &saved, &["-m", "64M"])?;
     ensure!(said.contains("leave -m out"), "{said}");
+    let said = refusal(&stage, &saved, &["-machine", "disk-slots=8"])?;
+    ensure!(said.contains("has 4 slots for disks") && said.contains("asks for 8"), "{said}");
     let said = refusal(&stage, &saved, &["-drive", &format!("id=other,file={}", moved.display())])?;
     ensure!(said.contains("no disk 'other'") && said.contains("extra"), "{said}");
     Ok(())

@@ -1,11 +1,13 @@
 //! A registry that was damaged or cannot be written, and verbs that are killed half-way.
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 use stories::monitor::SOON;
 
@@ -44,6 +46,48 @@ fn a_damaged_record_is_shown_and_does_not_hide_the_others() -> Result<()> {
     ensure!(what.contains("version 7"), "{what}");
     rig.ok(&["delete", "-f", "a"])?;
     ensure!(rig.state("a")? == "absent");
+    Ok(())
+}
+
+#[test]
+fn a_fifo_in_the_registry_holds_nobody() -> Result<()> {
+    let rig = Rig::new("fifo")?;
+    rig.config("vm.json", "hello", "halt")?;
+    for name in ["a", "b"] {
+        rig.ok(&["new", "vm.json", "--name", name])?;
+        rig.ok(&["start", name])?;
+    }
+    let fifo = |path: &Path| {
+        let aside = path.with_extension("aside");
+        let _ = fs::rename(path, &aside);
+        mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+        Ok::<_, anyhow::Error>(aside)
+    };
+    for name in ["domain.json", "run/start.json", "run/pid", "run/log", "../../run/.lock/a.save"] {
+        let path = rig.file("r/state/a").join(name);
+        let aside = fifo(&path)?;
+        let row = rig.listed("a")?.context("not listed")?;
+        ensure!(row.get("state") == Some(&json!("running")), "{name}: {row}");
+        if name == "domain.json" {
+            ensure!(
+                row.get("damaged").is_some_and(|s| s.to_string().contains("is a FIFO")),
+                "{row}"
+            );
+        }
+        rig.ok(&["info", "a"])?;
+        ensure!(rig.state("b")? == "running");
+        fs::remove_file(&path)?;
+        let _ = fs::rename(aside, &path);
+    }
+    // Nor does one in place of what a restore reads.
+    rig.ok(&["suspend", "a"])?;
+    let state = rig.file("r/state/a/saved/state");
+    let aside = fifo(&state)?;
+    let (what, _) = rig.refused(&["resume", "a"])?;
+    ensure!(what.contains("state"), "{what}");
+    fs::remove_file(&state)?;
+    fs::rename(aside, &state)?;
+    rig.ok(&["resume", "a"])?;
     Ok(())
 }
 

@@ -1,8 +1,7 @@
 //! Loading from a directory. Everything that can be checked is checked before anything is made.
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, BufReader, Read},
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -10,8 +9,8 @@ use machine::{
     MachineState,
     config::{MachineConfig, limits},
     memory::MemoryError,
+    open_regular,
 };
-use rustix::fs::OFlags;
 
 use super::{
     MEMORY, NEW_MEMORY, STATE,
@@ -145,13 +144,8 @@ pub fn read(path: &Path) -> Result<(Content, u32), LoadError> {
 /// The regular file `path`. Anything else that has got there, such as a FIFO, would make its reader
 /// wait.
 fn open(path: &Path) -> Result<File, LoadError> {
-    let failed = |source| LoadError::Open { path: path.into(), source };
-    let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
-    match file.metadata().map_err(failed)?.is_file() {
-        true => Ok(file),
-        false => Err(failed(io::Error::other("it is no regular file"))),
-    }
+    open_regular(path, File::options().read(true))
+        .map_err(|source| LoadError::Open { path: path.into(), source })
 }
 
 /// Adds up what is read.

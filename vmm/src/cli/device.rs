@@ -12,6 +12,8 @@ pub(super) struct Model {
     pub(super) name: &'static str,
     /// Its keys, for the help text.
     pub(super) form: &'static str,
+    /// Its id, for the help text: in brackets where one is made up, since nothing ever names it.
+    pub(super) id: &'static str,
     make: fn(&mut Fields) -> DeviceKind,
 }
 
@@ -19,6 +21,7 @@ pub(super) struct Model {
 pub(super) static MODELS: &[Model] = &[
     Model {
         name: "virtio-blk-device",
+        id: ",id=ID",
         form: ",drive=ID[,serial=TEXT][,iothread=ID][,num-queues=N][,queue-size=N]",
         make: |f| {
             f.require(&["drive"]);
@@ -28,6 +31,7 @@ pub(super) static MODELS: &[Model] = &[
     },
     Model {
         name: "virtio-net-device",
+        id: ",id=ID",
         form: ",netdev=ID[,mac=MAC][,iothread=ID][,mq=on|off][,queue-size=N]",
         make: |f| {
             f.require(&["netdev"]);
@@ -37,6 +41,7 @@ pub(super) static MODELS: &[Model] = &[
     },
     Model {
         name: "virtio-serial-device",
+        id: "[,id=ID]",
         form: "[,iothread=ID]",
         make: |f| {
             // StratoVirt takes any number and makes one port.
@@ -46,6 +51,7 @@ pub(super) static MODELS: &[Model] = &[
     },
     Model {
         name: "virtconsole",
+        id: ",id=ID",
         form: ",chardev=ID[,nr=0]",
         make: |f| {
             f.require(&["chardev"]);
@@ -53,7 +59,12 @@ pub(super) static MODELS: &[Model] = &[
             DeviceKind::Console { chardev: f.id("chardev").unwrap_or_default() }
         },
     },
-    Model { name: "virtio-rng-device", form: ",rng=ID[,max-bytes=N,period=MS]", make: rng },
+    Model {
+        name: "virtio-rng-device",
+        id: "[,id=ID]",
+        form: ",rng=ID[,max-bytes=N,period=MS]",
+        make: rng,
+    },
 ];
 
 /// Models of StratoVirt that cannot be had yet, by the beginnings of their names.
@@ -92,22 +103,10 @@ pub(super) fn device(draft: &mut Draft, f: &mut Fields) {
         return;
     };
     let model = MODELS.iter().find(|model| model.name == driver);
-    if model.is_none() {
-        let refused = REFUSED.iter().find(|(prefix, _)| driver.starts_with(prefix));
-        let known = || MODELS.iter().map(|model| model.name);
-        match refused {
-            Some((_, what)) => f.problem("", format!("{what} is not built yet: leave it out")),
-            None => f.problem(
-                "",
-                format!(
-                    "Unknown device type: {driver}!{} allowed: {}",
-                    did_you_mean(&driver, known()).trim_start_matches(';'),
-                    known().collect::<Vec<_>>().join(", ")
-                ),
-            ),
-        }
-    } else {
-        f.require(&["id"]);
+    match model {
+        Some(model) if model.id.starts_with(',') => f.require(&["id"]),
+        Some(_) => {}
+        None => unknown(f, &driver),
     }
     let id = f.id("id").unwrap_or_default();
     let kind = match model {
@@ -120,6 +119,22 @@ pub(super) fn device(draft: &mut Draft, f: &mut Fields) {
         }
     };
     draft.devices.push(Device { place: f.place().clone(), id, kind });
+}
+
+/// What is told of a model that cannot be had.
+fn unknown(f: &mut Fields, driver: &str) {
+    let known = || MODELS.iter().map(|model| model.name);
+    match REFUSED.iter().find(|(prefix, _)| driver.starts_with(prefix)) {
+        Some((_, what)) => f.problem("", format!("{what} is not built yet: leave it out")),
+        None => f.problem(
+            "",
+            format!(
+                "Unknown device type: {driver}!{} allowed: {}",
+                did_you_mean(driver, known()).trim_start_matches(';'),
+                known().collect::<Vec<_>>().join(", ")
+            ),
+        ),
+    }
 }
 
 /// `max-bytes` each `period` milliseconds, both or neither.

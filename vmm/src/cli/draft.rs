@@ -64,6 +64,8 @@ pub(super) struct Drive {
     pub(super) direct: bool,
     pub(super) aio: Aio,
     pub(super) discard: bool,
+    /// Its format is not said.
+    pub(super) probe: bool,
     pub(super) iops: Option<u64>,
     pub(super) bps: Option<u64>,
     pub(super) front: BlkFront,
@@ -129,7 +131,7 @@ pub(super) enum Serial {
 #[derive(Debug)]
 pub(super) struct Device {
     pub(super) place: Place,
-    /// Empty when missing, which is a problem of its own.
+    /// Empty when missing: a problem of its own, or one is made up.
     pub(super) id: String,
     pub(super) kind: DeviceKind,
 }

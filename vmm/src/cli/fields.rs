@@ -174,6 +174,13 @@ impl Fields {
         }
     }
 
+    /// `key` switches on what is not built yet; off is how it is anyway.
+    pub(super) fn only_off(&mut self, key: &'static str, what: &str) {
+        if self.boolean(key) == Some(true) {
+            self.problem(key, format!("{what} is not built yet; use off"));
+        }
+    }
+
     /// Each of `keys` must be there.
     pub(super) fn require(&mut self, keys: &[&'static str]) {
         for key in keys {

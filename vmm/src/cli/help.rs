@@ -40,7 +40,7 @@ pub(super) fn text() -> String {
             }
             if flag.is("device") {
                 for model in device::MODELS {
-                    let _ = writeln!(out, "          {},id=ID{}", model.name, model.form);
+                    let _ = writeln!(out, "          {}{}{}", model.name, model.id, model.form);
                 }
             }
         }

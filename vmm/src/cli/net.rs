@@ -92,12 +92,10 @@ pub(super) fn front(f: &mut Fields) -> NetFront {
 }
 
 fn refuse_vhost(f: &mut Fields) {
-    if f.boolean("vhost") == Some(true) {
-        f.problem("vhost", "vhost-net is not built yet; use off");
-    }
+    f.only_off("vhost", "vhost-net");
     for key in ["vhostfd", "vhostfds"] {
         f.refuse(key, "vhost-net");
     }
     f.refuse("path", "a tap in another network namespace");
-    f.refuse("macnat", "MAC address translation");
+    f.only_off("macnat", "MAC address translation");
 }

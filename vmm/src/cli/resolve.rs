@@ -157,6 +157,15 @@ impl Resolver {
         }
     }
 
+    /// An id that no device has: `word`, if need be with zeros behind it.
+    fn fresh_id(&self, word: &str) -> String {
+        let mut id = word.to_owned();
+        while self.devices.contains(&id) {
+            id.push('0');
+        }
+        id
+    }
+
     fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
         if !id.is_empty() {
             self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
@@ -196,7 +205,11 @@ impl Resolver {
             let DeviceKind::Rng { source, bps } = &device.kind else { continue };
             match d.rng_sources.iter().find(|known| known.id == *source) {
                 Some(found) => {
-                    let (id, path) = (device.id.clone(), found.path.clone());
+                    let id = match device.id.as_str() {
+                        "" => self.fresh_id("rng0"),
+                        id => id.to_owned(),
+                    };
+                    let path = found.path.clone();
                     let said = found.place.key("filename");
                     rngs.push((said, RngConfig { id, path, bps: *bps }));
                 }
@@ -204,10 +217,7 @@ impl Resolver {
             }
         }
         if let Some((place, path, bps)) = &d.rng {
-            let mut id = "rng0".to_owned();
-            while self.devices.contains(&id) {
-                id.push('0');
-            }
+            let id = self.fresh_id("rng0");
             rngs.push((place.clone(), RngConfig { id, path: path.clone(), bps: *bps }));
         }
         if let [_, (place, _), ..] = rngs.as_slice() {

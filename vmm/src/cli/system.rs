@@ -45,9 +45,7 @@ pub(super) fn machine(draft: &mut Draft, f: &mut Fields) {
     let _ = f.choice("accel", ACCELERATORS);
     draft.dump_guest_core = f.boolean("dump-guest-core").or(draft.dump_guest_core);
     draft.mem_share = f.boolean("mem-share").or(draft.mem_share);
-    if f.boolean("usb") == Some(true) {
-        f.problem("usb", "USB is not built yet; use off");
-    }
+    f.only_off("usb", "USB");
     f.refuse("gic-version", "aarch64");
 }
 
@@ -57,9 +55,9 @@ pub(super) fn accel(_: &mut Draft, f: &mut Fields) {
 
 pub(super) fn cpu(_: &mut Draft, f: &mut Fields) {
     let _ = f.choice("model", &[("host", Ok(()))]);
-    for key in ["pmu", "sve", "kvm-steal-time"] {
-        f.refuse(key, "choosing this CPU feature");
-    }
+    f.only_off("pmu", "switching on performance counters");
+    f.only_off("sve", "aarch64");
+    f.refuse("kvm-steal-time", "choosing this CPU feature");
 }
 
 pub(super) fn smp(draft: &mut Draft, f: &mut Fields) {

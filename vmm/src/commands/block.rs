@@ -1,19 +1,27 @@
 //! Disks' back-ends.
-use std::sync::atomic::Ordering;
+use std::{
+    collections::BTreeMap, os::unix::fs::MetadataExt, path::PathBuf, sync::atomic::Ordering,
+};
 
 use machine::{
-    PlugError, PluggedDisk,
+    OpenDisk, PlugError, PluggedDisk,
     config::{Aio, DiskConfig, limits},
 };
-use qmp::{Error, schema::*};
+use qmp::{Error, schema::*, server::Ticket, table::Host};
+use serde::Serialize;
 
 use super::{invalid, plug_error};
 use crate::{
     cli::{self, value},
+    files::Job,
     vmm::Vmm,
 };
 
-pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error> {
+pub fn blockdev_add(
+    vmm: &mut Vmm,
+    command: BlockdevAdd,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
     let refuse = |key, value: &str, allowed| Err(invalid(key, value, allowed));
     let name = &command.node_name;
     value::id(name).map_err(|rule| invalid("node-name", name, rule))?;
@@ -79,17 +87,47 @@ pub fn blockdev_add(vmm: &mut Vmm, command: BlockdevAdd) -> Result<Empty, Error>
         queue_size: limits::DEFAULT_QUEUE_SIZE,
         iothread: None,
         backend: None,
+        probe: command.driver.is_none(),
     };
-    vmm.machine.add_disk_backend(config).map_err(|e| plug_error(&e))?;
-    Ok(Empty {})
+    vmm.machine.admits_disk_backend(&config.id).map_err(|e| plug_error(&e))?;
+    vmm.files.check_idle(&config.id)?;
+    let (id, what) = (config.id.clone(), format!("opening {}", config.path.display()));
+    let add = |vmm: &mut Vmm, opened: Result<OpenDisk, PlugError>| {
+        let disk = opened.map_err(|e| plug_error(&e))?;
+        // Other clients' commands were carried out meanwhile: the machine may be saved now.
+        let added = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
+            Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|(e, d)| (plug_error(&e), d)),
+            Err(e) => Err((e, disk)),
+        };
+        added.map(|()| Empty {}).map_err(|(why, disk)| {
+            vmm.close_file("closing a disk that was not added".into(), disk);
+            why
+        })
+    };
+    let own = vmm.machine.own_images();
+    let open = move || OpenDisk::open(config, &own);
+    vmm.with_files(Job::new(what, open, add).about(&id), ticket);
+    Ok(None)
 }
 
-pub fn blockdev_del(vmm: &mut Vmm, command: BlockdevDel) -> Result<Empty, Error> {
-    vmm.machine.remove_disk_backend(&command.node_name).map_err(|e| plug_error(&e))?;
-    Ok(Empty {})
+pub fn blockdev_del(
+    vmm: &mut Vmm,
+    command: BlockdevDel,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let name = &command.node_name;
+    vmm.files.check_idle(name)?;
+    let disk = vmm.machine.remove_disk_backend(name).map_err(|e| plug_error(&e))?;
+    vmm.with_files(Job::close(format!("closing '{name}'"), disk, |_| Empty {}), ticket);
+    Ok(None)
 }
 
-pub fn block_resize(vmm: &mut Vmm, command: BlockResize) -> Result<Empty, Error> {
+/// Refused while the machine is saved: the size is part of its state.
+pub fn block_resize(
+    vmm: &mut Vmm,
+    command: BlockResize,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
     let BlockResize { device, node_name, size } = command;
     let Some(name) = device.as_ref().or(node_name.as_ref()) else {
         return Err(Error::text("Parameter 'device' or 'node-name' is needed"));
@@ -103,12 +141,37 @@ pub fn block_resize(vmm: &mut Vmm, command: BlockResize) -> Result<Empty, Error>
     };
     let disk = disks(vmm)?.into_iter().find(meant);
     let id = disk.map(|disk| disk.config.id).ok_or(PlugError::NoDevice(name.clone()));
-    let resized = id.and_then(|id| vmm.machine.resize_disk(&id, size));
-    resized.map_err(|e| plug_error(&e))?;
-    Ok(Empty {})
+    let id = id.map_err(|e| plug_error(&e))?;
+    vmm.files.check_idle(&id)?;
+    if vmm.saving().status() == MigrationStatus::Active {
+        let why = "the machine is being saved; resize its disk when that is over";
+        return Err(Error::text(format!("'{id}' cannot be resized now: {why}")));
+    }
+    let image = vmm.machine.begin_resize(&id, size).map_err(|e| plug_error(&e))?;
+    let what = format!("resizing {}", image.path().display());
+    let name = id.clone();
+    let end = move |vmm: &mut Vmm, resized: Result<(), PlugError>| {
+        // Also of one that failed: the guest is to see the size that there is.
+        let shown = vmm.machine.end_resize(&id);
+        resized.and(shown).map(|()| Empty {}).map_err(|e| plug_error(&e))
+    };
+    let resize = move || image.resize(size).map(drop).map_err(PlugError::from);
+    vmm.with_files(Job::new(what, resize, end).about(&name).resizes(), ticket);
+    Ok(None)
 }
 
-pub fn query_block(vmm: &mut Vmm, _: QueryBlock) -> Result<Vec<BlockInfo>, Error> {
+pub fn query_block(
+    vmm: &mut Vmm,
+    _: QueryBlock,
+    ticket: &Ticket,
+) -> Result<Option<Vec<BlockInfo>>, Error> {
+    let paths = disks(vmm)?.into_iter().map(|disk| disk.config.path);
+    with_used_space(vmm, paths.collect(), |vmm, used| block_info(vmm, &used), ticket);
+    Ok(None)
+}
+
+/// `used`: what is known of the space that the images take up.
+pub(super) fn block_info(vmm: &Vmm, used: &Used) -> Result<Vec<BlockInfo>, Error> {
     let info = |disk: PluggedDisk| BlockInfo {
         device: disk.config.id.clone(),
         qdev: Some(disk.config.id.clone()),
@@ -116,7 +179,7 @@ pub fn query_block(vmm: &mut Vmm, _: QueryBlock) -> Result<Vec<BlockInfo>, Error
         removable: false,
         locked: false,
         io_status: Some(BlockDeviceIoStatus::Ok),
-        inserted: Some(device_info(disk.config, disk.size)),
+        inserted: Some(device_info(disk.config, disk.size, used)),
     };
     Ok(disks(vmm)?.into_iter().map(info).collect())
 }
@@ -124,23 +187,52 @@ pub fn query_block(vmm: &mut Vmm, _: QueryBlock) -> Result<Vec<BlockInfo>, Error
 pub fn query_named_block_nodes(
     vmm: &mut Vmm,
     _: QueryNamedBlockNodes,
-) -> Result<Vec<BlockDeviceInfo>, Error> {
-    let plugged = disks(vmm)?.into_iter().map(|disk| device_info(disk.config, disk.size));
-    let waiting =
-        vmm.machine.waiting_disks().map(|(config, size)| device_info(config.clone(), size));
-    Ok(plugged.chain(waiting).collect())
+    ticket: &Ticket,
+) -> Result<Option<Vec<BlockDeviceInfo>>, Error> {
+    let tell = |vmm: &mut Vmm, used: Used| {
+        let plugged =
+            disks(vmm)?.into_iter().map(|disk| device_info(disk.config, disk.size, &used));
+        let waiting =
+            vmm.machine.waiting_disks().map(|(c, size)| device_info(c.clone(), size, &used));
+        Ok(plugged.chain(waiting).collect::<Vec<_>>())
+    };
+    let plugged = disks(vmm)?.into_iter().map(|disk| disk.config.path);
+    let paths = plugged.chain(vmm.machine.waiting_disks().map(|(config, _)| config.path.clone()));
+    with_used_space(vmm, paths.collect(), tell, ticket);
+    Ok(None)
 }
 
 fn disks(vmm: &Vmm) -> Result<Vec<PluggedDisk>, Error> {
     vmm.machine.disks().map_err(|e| Error::generic(&e))
 }
 
-fn device_info(config: DiskConfig, size: u64) -> BlockDeviceInfo {
+/// Bytes that the images of these paths take up on the host.
+pub(super) type Used = BTreeMap<PathBuf, u64>;
+
+/// Have `tell` answer `ticket`, with what the file system says of `paths`: without, where it does not
+/// answer soon.
+fn with_used_space<R: Serialize + 'static>(
+    vmm: &mut Vmm,
+    paths: Vec<PathBuf>,
+    tell: impl Fn(&mut Vmm, Used) -> Result<R, Error> + Clone + Send + 'static,
+    ticket: &Ticket,
+) {
+    let look = move || {
+        let blocks = |path: PathBuf| Some((path.metadata().ok()?.blocks(), path));
+        paths
+            .into_iter()
+            .filter_map(blocks)
+            .map(|(n, path)| (path, n.saturating_mul(512)))
+            .collect()
+    };
+    let without = tell.clone();
+    let job = Job::new("looking at the images of disks".into(), look, tell);
+    vmm.with_files(job.or_without(move |vmm| without(vmm, Used::new())), ticket);
+}
+
+fn device_info(config: DiskConfig, size: u64, used: &Used) -> BlockDeviceInfo {
     let file = config.path.to_string_lossy().into_owned();
-    let actual_size = std::fs::metadata(&config.path).ok().map(|m| {
-        use std::os::unix::fs::MetadataExt;
-        m.blocks().saturating_mul(512)
-    });
+    let actual_size = used.get(&config.path).copied();
     BlockDeviceInfo {
         file: file.clone(),
         node_name: Some(config.backend().to_owned()),

@@ -2,26 +2,36 @@
 use std::fmt::Display;
 
 use machine::Shape;
-use qmp::{Error, schema::*};
+use qmp::{Error, schema::*, server::Ticket};
+use serde_json::{Map, Value};
 
 use super::{invalid, plug_error};
-use crate::{cli::value, vmm::Vmm};
+use crate::{cli::value, files::Job, vmm::Vmm};
+
+/// The driver decides what the other members mean, so one that there is not is told of before them. Its
+/// name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.
+pub fn known_driver(arguments: &Map<String, Value>) -> Result<(), Error> {
+    match arguments.get("driver").and_then(Value::as_str) {
+        Some(driver)
+            if driver.starts_with("vhost")
+                || !(driver.contains("blk") || driver.contains("net")) =>
+        {
+            Err(Error::text(format!(
+                "Unsupported replaceable device type: '{driver}'; must be virtio-blk-mmio or \
+                 virtio-net-mmio"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Members that have no meaning without firmware or PCI (`bus`, `vectors`, `boot_index`,
-/// `multifunction`) are taken: StratoVirt's clients send them to every machine. All others hold, or
+/// `multifunction`, `disable-modern`) are taken: StratoVirt's clients send them to every machine. All others hold, or
 /// are refused.
 pub fn device_add(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
     value::id(&command.id).map_err(|rule| invalid("id", &command.id, rule))?;
     refuse_everywhere(&command)?;
-    // The driver's name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.
-    let driver = &command.driver;
-    if driver.starts_with("vhost") || !(driver.contains("blk") || driver.contains("net")) {
-        return Err(Error::text(format!(
-            "Unsupported replaceable device type: '{driver}'; must be virtio-blk-mmio or \
-             virtio-net-mmio"
-        )));
-    }
-    match driver.contains("blk") {
+    match command.driver.contains("blk") {
         true => add_disk(vmm, command),
         false => add_nic(vmm, command),
     }
@@ -86,8 +96,6 @@ fn refuse_everywhere(command: &DeviceAdd) -> Result<(), Error> {
     refuse("sysfsdev", command.sysfsdev.as_ref(), pass_through)?;
     let vhost = "vhost-user is not built yet: leave it out";
     refuse("chardev", command.chardev.as_ref(), vhost)?;
-    let legacy = command.disable_modern.filter(|on| *on);
-    refuse("disable-modern", legacy, "devices have the modern interface only; must be false")?;
     let rom = command.romfile.as_ref().filter(|rom| !rom.is_empty());
     refuse("romfile", rom, "there is no firmware that could run it; must be ''")
 }
@@ -113,14 +121,27 @@ fn refuse(key: &str, value: Option<impl Display>, why: impl Display) -> Result<(
 }
 
 /// The event comes first: there is nothing to wait for from the guest.
-pub fn device_del(vmm: &mut Vmm, command: DeviceDel) -> Result<Empty, Error> {
-    vmm.machine.unplug(&command.id).map_err(|e| plug_error(&e))?;
-    vmm.tell(&Event::DeviceDeleted { device: command.id.clone(), path: command.id });
-    Ok(Empty {})
+pub fn device_del(
+    vmm: &mut Vmm,
+    command: DeviceDel,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let id = command.id;
+    vmm.files.check_idle(&id)?;
+    let disk = vmm.machine.unplug(&id).map_err(|e| plug_error(&e))?;
+    let what = format!("closing '{id}'");
+    let done = move |vmm: &mut Vmm| {
+        vmm.tell(&Event::DeviceDeleted { device: id.clone(), path: id });
+        Empty {}
+    };
+    let Some(disk) = disk else { return Ok(Some(done(vmm))) };
+    // Once it is answered another machine can have the image.
+    vmm.with_files(Job::close(what, disk, done), ticket);
+    Ok(None)
 }
 
-/// `addr` in decimal or, after 0x, in hexadecimal; or `lun`, one less. `None`: the first that is free,
-/// since an address on a PCI bus says nothing here.
+/// `addr` in decimal or, after 0x, in hexadecimal; or `lun`, one less. `None`: the first that is free, as
+/// neither is given or an address on a PCI bus, which says nothing here.
 fn slot(command: &DeviceAdd) -> Result<Option<usize>, Error> {
     let on_pci = command.driver.ends_with("-pci")
         || command.bus.as_ref().is_some_and(|bus| bus.starts_with("pcie."));
@@ -129,10 +150,7 @@ fn slot(command: &DeviceAdd) -> Result<Option<usize>, Error> {
         return Ok(None);
     }
     let lun = command.lun.map(|lun| usize::try_from(lun).unwrap_or(usize::MAX).saturating_add(1));
-    let Some(addr) = &command.addr else {
-        let missing = || Error::text("Parameter 'addr' is missing: the slot, 0 is vda or eth0");
-        return lun.map(Some).ok_or_else(missing);
-    };
+    let Some(addr) = &command.addr else { return Ok(lun) };
     let parsed = match addr.strip_prefix("0x").or(addr.strip_prefix("0X")) {
         Some(hex) => usize::from_str_radix(hex, 16),
         None => addr.parse(),
@@ -152,17 +170,17 @@ mod tests {
     fn a_slot_is_decimal_hexadecimal_or_a_lun() {
         let slot_of = |addr: Option<&str>, lun| {
             let addr = addr.map(str::to_owned);
-            slot(&DeviceAdd { addr, lun, ..DeviceAdd::default() }).ok().flatten()
+            slot(&DeviceAdd { addr, lun, ..DeviceAdd::default() })
         };
-        assert_eq!(slot_of(Some("1"), None), Some(1));
-        assert_eq!(slot_of(Some("0x1"), None), Some(1));
-        assert_eq!(slot_of(Some("0xa"), Some(9)), Some(10));
-        assert_eq!(slot_of(Some("0xa"), Some(3)), None);
-        assert_eq!(slot_of(None, Some(0)), Some(1));
+        assert_eq!(slot_of(Some("1"), None), Ok(Some(1)));
+        assert_eq!(slot_of(Some("0x1"), None), Ok(Some(1)));
+        assert_eq!(slot_of(Some("0xa"), Some(9)), Ok(Some(10)));
+        assert!(slot_of(Some("0xa"), Some(3)).is_err());
+        assert_eq!(slot_of(None, Some(0)), Ok(Some(1)));
+        assert_eq!(slot_of(None, None), Ok(None));
         for wrong in ["", "x", "-1", "0x", "1.0", "99999999999999999999"] {
-            assert_eq!(slot_of(Some(wrong), None), None, "{wrong}");
+            assert!(slot_of(Some(wrong), None).is_err(), "{wrong}");
         }
-        assert_eq!(slot_of(None, None), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Commands that tell what the machine is made of.
 use machine::config::limits;
-use qmp::{Error, schema::*};
+use qmp::{Error, ErrorClass, schema::*};
 
 use crate::vmm::Vmm;
 
@@ -68,6 +68,10 @@ pub fn query_hotpluggable_cpus(
             vcpus_count: 1,
         })
         .collect())
+}
+
+pub fn query_balloon(_: &mut Vmm, _: QueryBalloon) -> Result<BalloonInfo, Error> {
+    Err(Error::new(ErrorClass::DeviceNotActive, "No balloon device has been activated"))
 }
 
 pub fn query_chardev(vmm: &mut Vmm, _: QueryChardev) -> Result<Vec<ChardevInfo>, Error> {

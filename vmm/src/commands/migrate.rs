@@ -21,6 +21,7 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         incremental: command.incremental == Some(true),
         track: command.track == Some(true),
     };
+    vmm.files.check_sizes()?;
     let (kind, place) = command.uri.split_once(':').unwrap_or_default();
     if kind != "file" && (how.incremental || how.track) {
         let desc = "Parameters 'incremental' and 'track' are for file:DIRECTORY";

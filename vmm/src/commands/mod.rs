@@ -1,6 +1,7 @@
 //! Every QMP command, when it may run, and the function that runs it.
 mod block;
 mod device;
+mod human;
 mod introspect;
 mod migrate;
 mod net;
@@ -34,12 +35,12 @@ pub fn table() -> Table<Vmm> {
         .on(ALIVE, run_state::system_reset)
         .on(GUEST, run_state::system_powerdown)
         .on(ANY, run_state::query_status)
-        .on(ALIVE, block::blockdev_add)
-        .on(ALIVE, block::blockdev_del)
-        .on(ALIVE, block::block_resize)
-        .on(ANY, block::query_block)
+        .on_ticket(ALIVE, block::blockdev_add)
+        .on_ticket(ALIVE, block::blockdev_del)
+        .on_ticket(ALIVE, block::block_resize)
+        .on_ticket(ANY, block::query_block)
         .on(ANY, block::query_blockstats)
-        .on(ANY, block::query_named_block_nodes)
+        .on_ticket(ANY, block::query_named_block_nodes)
         .on_ticket(ALIVE, net::getfd)
         .on(ALIVE, net::closefd)
         .on(ALIVE, net::netdev_add)
@@ -47,8 +48,10 @@ pub fn table() -> Table<Vmm> {
         .on(ALIVE, net::set_link)
         .on(States::of(&[State::Running]), net::announce_self)
         .on(GUEST, run_state::send_key)
-        .on(ALIVE, device::device_add)
-        .on(ALIVE, device::device_del)
+        .on_after(ALIVE, device::known_driver, device::device_add)
+        .on_ticket(ALIVE, device::device_del)
+        .on(ANY, human::human_monitor_command)
+        .on(ANY, introspect::query_balloon)
         .on(ANY, introspect::query_chardev)
         .on(ANY, introspect::query_cpus)
         .on(ANY, introspect::query_cpus_fast)

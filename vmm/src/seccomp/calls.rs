@@ -40,8 +40,10 @@ const CALLS: &[c_long] = &[
     SYS_fdatasync,
     SYS_fallocate,
     SYS_ftruncate,
-    // The socket's and the pid file's names at the end; standard output when in the background.
+    // The socket's and the pid file's names at the end, and which descriptors there are to give up;
+    // standard output when in the background.
     SYS_unlink,
+    SYS_getdents64,
     // Saving: the directory, its lock, and the files put in their places.
     SYS_mkdir,
     SYS_rmdir,

@@ -1,9 +1,11 @@
 //! Output that never waits.
 use std::{
     collections::VecDeque,
+    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -14,8 +16,13 @@ use rustix::{
     net::SendFlags,
 };
 
+use super::socket::SocketName;
+use crate::{backend::writer::Writer, log_limit::log_seldom};
+
 /// Bytes that wait for a slow reader; more than that is dropped.
 pub(super) const BACKLOG: usize = 256 << 10;
+/// How long what has been written to a file is waited for when its back-end is dropped.
+const AT_THE_END: Duration = Duration::from_secs(1);
 /// Bytes written at once where all that is known is that some can be written.
 const CAREFUL: usize = 256;
 
@@ -35,6 +42,10 @@ struct State {
     backlog: VecDeque<u8>,
     replay: Option<Replay>,
     dropped: u64,
+    /// Of those, how many nobody has been told of yet.
+    untold: u64,
+    /// What to remove at the end.
+    name: Option<SocketName>,
     /// The output is in the epoll: a worker will call when it can take more.
     watched: bool,
 }
@@ -46,25 +57,32 @@ struct Replay {
 }
 
 /// Where bytes go to, and how to write there without waiting.
-pub(super) struct Output {
-    fd: OwnedFd,
-    how: How,
-}
-
-#[derive(Clone, Copy)]
-enum How {
-    /// The descriptor is ours and non-blocking, or a regular file, which does not block.
-    Plain,
+pub(super) enum Output {
+    /// The descriptor is ours and non-blocking.
+    Plain(OwnedFd),
     /// A socket shared with others: non-blocking for each call.
-    Socket,
+    Socket(OwnedFd),
     /// Anything else shared with others: ask first.
-    Ask,
+    Ask(OwnedFd),
+    /// A regular file, whose storage may hang.
+    File(Writer),
 }
 
 impl Output {
     /// A descriptor that is non-blocking already.
     pub fn non_blocking(fd: OwnedFd) -> Self {
-        Self { fd, how: How::Plain }
+        Self::Plain(fd)
+    }
+
+    /// A file that this process has opened, non-blocking.
+    pub fn file(file: File) -> io::Result<Self> {
+        if !file.metadata()?.is_file() {
+            return Ok(Self::Plain(file.into()));
+        }
+        let failed = |error: &io::Error, bytes| {
+            log_seldom!(warn, "console output: {bytes} bytes are lost: {error}");
+        };
+        Ok(Self::File(Writer::spawn("output", file, failed)?))
     }
 
     /// A descriptor that other processes share.
@@ -73,35 +91,47 @@ impl Output {
         let shared = FileType::from_raw_mode(stat.st_mode);
         let fd = super::own(fd, OFlags::WRONLY)?;
         let own = rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK);
-        let how = match shared {
-            FileType::Socket => How::Socket,
-            FileType::RegularFile => How::Plain,
-            _ if own => How::Plain,
-            _ => How::Ask,
-        };
-        Ok(Self { fd, how })
+        Ok(match shared {
+            FileType::Socket => Self::Socket(fd),
+            FileType::RegularFile => Self::file(fd.into())?,
+            _ if own => Self::Plain(fd),
+            _ => Self::Ask(fd),
+        })
     }
 
     fn write(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
-        match self.how {
-            How::Plain => rustix::io::write(&self.fd, bytes),
-            How::Socket => {
-                rustix::net::send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+        match self {
+            Self::Plain(fd) => rustix::io::write(fd, bytes),
+            Self::File(writer) => rustix::io::write(writer, bytes),
+            Self::Socket(fd) => {
+                rustix::net::send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
             }
-            How::Ask => {
-                let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
-                match poll(&mut fds, Some(&Timespec::default()))? {
-                    0 => Err(Errno::AGAIN),
-                    _ => rustix::io::write(&self.fd, bytes.get(..CAREFUL).unwrap_or(bytes)),
-                }
-            }
+            Self::Ask(fd) => match self.is_writable_within(Duration::ZERO)? {
+                false => Err(Errno::AGAIN),
+                true => rustix::io::write(fd, bytes.get(..CAREFUL).unwrap_or(bytes)),
+            },
+        }
+    }
+
+    fn is_writable_within(&self, patience: Duration) -> rustix::io::Result<bool> {
+        let patience = Timespec::try_from(patience).ok();
+        poll(&mut [PollFd::new(self, PollFlags::OUT)], patience.as_ref()).map(|ready| ready > 0)
+    }
+}
+
+impl AsFd for Output {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Plain(fd) | Self::Socket(fd) | Self::Ask(fd) => fd.as_fd(),
+            Self::File(writer) => writer.as_fd(),
         }
     }
 }
 
 impl CharSink {
     pub(super) fn new(epoll: Arc<OwnedFd>, output: Option<Output>) -> Self {
-        let state = State { output, ..State::default() };
+        let mut state = State::default();
+        state.output = output;
         Self { epoll, state: Arc::new(Mutex::new(state)) }
     }
 
@@ -148,6 +178,24 @@ impl CharSink {
     /// Bytes dropped because nobody took them.
     pub fn dropped(&self) -> u64 {
         self.state.lock().dropped
+    }
+
+    /// Count `bytes` that were not sent because there was no room for them.
+    pub fn drop_bytes(&self, bytes: usize) {
+        self.state.lock().drop_bytes(bytes);
+    }
+
+    /// The end: let what has been written to a file arrive there, for at most `patience`, and remove the
+    /// name of a socket. What is sent afterwards vanishes.
+    pub fn finish(&self, patience: Duration) {
+        let mut state = self.state.lock();
+        state.finish(patience);
+        state.name = None;
+    }
+
+    /// The name of the socket that connections come from.
+    pub(super) fn listens_at(&self, name: SocketName) {
+        self.state.lock().name = Some(name);
     }
 
     pub(super) fn flush(&self) {
@@ -210,7 +258,13 @@ impl State {
         loop {
             let Some(output) = &self.output else { return bytes.len() };
             match output.write(bytes) {
-                Ok(n) => return n,
+                Ok(n) => {
+                    if self.untold > 0 {
+                        let untold = std::mem::take(&mut self.untold);
+                        log_seldom!(warn, "console output resumes; {untold} bytes were dropped");
+                    }
+                    return n;
+                }
                 Err(Errno::AGAIN) => return 0,
                 Err(Errno::INTR) => {}
                 Err(error) => {
@@ -229,19 +283,45 @@ impl State {
             log::warn!("console output is dropped: its reader does not keep up");
         }
         self.dropped = self.dropped.saturating_add(bytes as u64);
+        self.untold = self.untold.saturating_add(bytes as u64);
+    }
+
+    /// Only a file is waited for: what else there is has a reader, who may never read.
+    fn finish(&mut self, patience: Duration) {
+        let Some(Output::File(writer)) = self.output.take() else { return };
+        let deadline = Instant::now() + patience;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let output = Output::File(writer);
+        let is_writable = || output.is_writable_within(left());
+        while !self.backlog.is_empty() && matches!(is_writable(), Ok(true) | Err(Errno::INTR)) {
+            let (front, _) = self.backlog.as_slices();
+            let written = output.write(front).unwrap_or(0);
+            self.backlog.drain(..written.min(self.backlog.len()));
+        }
+        if let Output::File(writer) = output
+            && !writer.finish(left())
+        {
+            log::warn!("console output: its file does not take the last of it");
+        }
     }
 
     /// Wait for writability exactly while there is a backlog.
     fn watch(&mut self, epoll: &OwnedFd) {
         let wanted = !self.backlog.is_empty();
         let Some(output) = &self.output else { return };
-        let fd = output.fd.as_fd();
+        let fd = output.as_fd();
         if wanted && !self.watched {
             let data = epoll::EventData::new_u64(1);
             self.watched = epoll::add(epoll, fd, data, epoll::EventFlags::OUT).is_ok();
         } else if !wanted && self.watched {
             self.watched = epoll::delete(epoll, fd).is_err();
         }
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.finish(AT_THE_END);
     }
 }
 

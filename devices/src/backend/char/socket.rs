@@ -1,11 +1,10 @@
 //! A Unix socket that this process listens on.
 use std::{
-    fs::{self, Permissions},
-    io,
+    fs, io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
-            fs::{FileTypeExt, MetadataExt, PermissionsExt},
+            fs::{FileTypeExt, MetadataExt},
             net::{UnixListener, UnixStream},
         },
     },
@@ -13,30 +12,45 @@ use std::{
 };
 
 use rustix::{
+    fs::{Mode, fchmod},
     io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+    net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    },
 };
 
 use super::CharError;
 use crate::log_limit::log_seldom;
 
-/// The listening socket; dropping it removes its path.
+/// Connections that the kernel keeps waiting: one at a time is served.
+const BACKLOG: i32 = 128;
+
+/// The listening socket.
 pub(super) struct Listener {
     socket: UnixListener,
+    path: PathBuf,
+}
+
+/// The socket's name in the file system; dropping it removes it.
+pub(super) struct SocketName {
     path: PathBuf,
     /// Device and inode of the path, so that nobody else's is removed.
     identity: Option<(u64, u64)>,
 }
 
 impl Listener {
-    pub fn bind(path: &Path) -> Result<Self, CharError> {
+    /// Listens at `path`, with mode 0600 from the first moment on.
+    pub fn bind(path: &Path) -> Result<(Self, SocketName), CharError> {
         make_way(path)?;
         let open = || {
-            let socket = UnixListener::bind(path)?;
-            let this = Self { socket, path: path.into(), identity: identity(path) };
-            fs::set_permissions(path, Permissions::from_mode(0o600))?;
-            this.socket.set_nonblocking(true)?;
-            Ok(this)
+            let address = SocketAddrUnix::new(path)?;
+            let socket = unix_socket()?;
+            // Before bind, so that the file never has another mode.
+            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            bind(&socket, &address)?;
+            let name = SocketName { path: path.into(), identity: identity(path) };
+            listen(&socket, BACKLOG)?;
+            Ok((Self { socket: socket.into(), path: path.into() }, name))
         };
         open().map_err(CharError::open(path.display().to_string()))
     }
@@ -60,7 +74,7 @@ impl AsFd for Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for SocketName {
     fn drop(&mut self) {
         if self.identity.is_some() && identity(&self.path) == self.identity {
             // Somebody was faster: gone is gone.
@@ -85,11 +99,14 @@ fn make_way(path: &Path) -> Result<(), CharError> {
         Ok(_) => {}
     }
     let address = SocketAddrUnix::new(path).map_err(|e| failed(e.into()))?;
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .map_err(|e| failed(e.into()))?;
+    let probe = unix_socket().map_err(|e| failed(e.into()))?;
     match connect(&probe, &address) {
         Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(failed),
         _ => Err(CharError::InUse { path: path.into() }),
     }
+}
+
+fn unix_socket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }

@@ -19,10 +19,7 @@ mod tests;
 
 use std::{
     io, mem,
-    os::{
-        fd::{AsRawFd, RawFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsRawFd, RawFd},
     sync::Arc,
     time::Duration,
 };
@@ -47,7 +44,14 @@ const BYTES: u64 = 64 << 20;
 /// How often what the kernel has no memory for, or is too busy for, is tried again at once.
 const PATIENCE: usize = 1000;
 
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// Bytes of one read or write from which on io_uring does it, even if it would not wait: this
+/// thread serves other queues, too.
+const LARGE: u64 = 4 << 20;
+
+/// What is written where the host has no better way to make zeroes; aligned for `O_DIRECT`.
+#[repr(align(4096))]
+struct Zeroes([u8; 64 << 10]);
+static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
 
 /// What to do at an offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -139,6 +143,58 @@ impl Transfer {
             }
             bytes -= b.iov_len;
             self.first += 1;
+        }
+    }
+
+    /// Take in how a call has ended; `None` when something is left to do.
+    fn progress(&mut self, said: io::Result<usize>) -> Option<io::Result<()>> {
+        match (self.op, said) {
+            (Op::Read | Op::Write { .. }, Ok(0)) => Some(Err(cut_short(self.op))),
+            (Op::Read | Op::Write { .. }, Ok(n)) => {
+                self.advance(n);
+                (self.left == 0).then_some(Ok(()))
+            }
+            (Op::WriteZeroes { len, durable, .. }, Err(e))
+                if e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            {
+                self.write_zeroes(len, durable);
+                None
+            }
+            (Op::WriteZeroes { durable: true, .. }, Ok(_)) => {
+                self.op = Op::Flush;
+                None
+            }
+            (_, result) => Some(result.map(drop)),
+        }
+    }
+
+    /// Take in what io_uring says of a request; `None` when the rest must be submitted.
+    fn completed(&mut self, said: i32) -> Option<io::Result<()>> {
+        let said = match usize::try_from(said) {
+            Ok(n) => Ok(n),
+            Err(_) if said == -libc::EINTR => return None,
+            // Not for a request that may wait, but some drivers of the host do.
+            Err(_) if said == -libc::EAGAIN && self.tries < PATIENCE => {
+                self.tries += 1;
+                return None;
+            }
+            Err(_) => Err(io::Error::from_raw_os_error(said.wrapping_neg())),
+        };
+        self.progress(said)
+    }
+
+    /// Write `len` zeroes, as the host has no better way.
+    fn write_zeroes(&mut self, len: u64, durable: bool) {
+        self.op = Op::Write { durable };
+        (self.first, self.left) = (0, len);
+        self.buffers.clear();
+        let mut left = len;
+        while left > 0 {
+            let iov_len = left.min(ZEROES.0.len() as u64) as usize;
+            // Only read, like all buffers of a write.
+            let iov_base = ZEROES.0.as_ptr().cast_mut().cast();
+            self.buffers.push(libc::iovec { iov_base, iov_len });
+            left -= iov_len as u64;
         }
     }
 
@@ -266,7 +322,7 @@ impl<T> Engine<T> {
             let Ok(index) = usize::try_from(entry.user_data()) else { continue };
             let Some(slot) = self.slots.get_mut(index) else { continue };
             let mut transfer = mem::take(&mut slot.transfer);
-            let result = self.progress(&mut transfer, entry.result());
+            let result = transfer.completed(entry.result());
             let Some(result) = result else {
                 self.push(index, transfer);
                 continue;
@@ -292,29 +348,38 @@ impl<T> Engine<T> {
         self.in_flight > 0 && self.enter(1, patience)
     }
 
-    /// As much as can be done without waiting for the medium, or everything when there is nobody
-    /// else to do it. `None` when the rest has to go through the ring.
+    /// As much as can be done without waiting for the medium, or everything when nothing else could
+    /// do it. `None` when the rest has to go through the ring.
     fn try_now(&mut self, t: &mut Transfer) -> Option<io::Result<()>> {
-        let ring = self.ring.is_some();
-        let (op, offset) = (t.op, t.offset);
-        match op {
-            Op::Read | Op::Write { .. } => self.transfer_now(t),
-            Op::Discard { len } if self.disk.device => {
-                Some(sys::discard_device(&self.disk.file, offset, len))
+        loop {
+            let file = &self.disk.file;
+            let said = match t.op {
+                Op::Read | Op::Write { .. } => return self.transfer_now(t),
+                // io_uring has it since Linux 6.12 only.
+                Op::Discard { len } if self.disk.device => sys::discard_device(file, t.offset, len),
+                _ if self.ring.is_some() => return None,
+                Op::Flush => sys::fdatasync(file),
+                Op::Discard { len } => sys::fallocate(file, PUNCH, t.offset, len),
+                Op::WriteZeroes { len, unmap, .. } => {
+                    sys::fallocate(file, self.zero_mode(unmap), t.offset, len)
+                }
+            };
+            if let Some(result) = t.progress(said.map(|()| 0)) {
+                return Some(result);
             }
-            Op::WriteZeroes { len, unmap, durable } if durable || !ring => {
-                let done = sys::fallocate(&self.disk.file, self.zero_mode(unmap), offset, len);
-                Some(self.or_write_zeroes(done, offset, len, durable))
-            }
-            Op::Discard { len } if !ring => {
-                Some(sys::fallocate(&self.disk.file, PUNCH, offset, len))
-            }
-            Op::Flush if !ring => Some(sys::fdatasync(&self.disk.file)),
-            Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } => None,
         }
     }
 
+    /// Whether [`Engine::start`] may have waited for the medium to carry `op` out.
+    pub fn may_wait(&self, op: Op) -> bool {
+        // A write to the page cache waits when too much of it is dirty.
+        self.ring.is_none() || op != Op::Read
+    }
+
     fn transfer_now(&mut self, t: &mut Transfer) -> Option<io::Result<()>> {
+        if self.ring.is_some() && t.left > LARGE {
+            return None;
+        }
         let ring = self.ring.is_some() && !self.disk.in_memory;
         while t.left > 0 {
             let (file, direct) = self.disk.file_for(t);
@@ -413,56 +478,8 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Take in what the kernel says of a request; `None` when the rest must be submitted.
-    fn progress(&mut self, t: &mut Transfer, said: i32) -> Option<io::Result<()>> {
-        let result = match usize::try_from(said) {
-            Ok(n) => Ok(n),
-            Err(_) if said == -libc::EINTR => return None,
-            // Not for a request that may wait, but some drivers of the host say so all the same.
-            Err(_) if said == -libc::EAGAIN && t.tries < PATIENCE => {
-                t.tries += 1;
-                return None;
-            }
-            Err(_) => Err(io::Error::from_raw_os_error(said.wrapping_neg())),
-        };
-        match (t.op, result) {
-            (Op::Read | Op::Write { .. }, Ok(0)) => Some(Err(cut_short(t.op))),
-            (Op::Read | Op::Write { .. }, Ok(n)) => {
-                t.advance(n);
-                (t.left == 0).then_some(Ok(()))
-            }
-            (Op::WriteZeroes { len, durable, .. }, result) => {
-                Some(self.or_write_zeroes(result.map(drop), t.offset, len, durable))
-            }
-            (_, result) => Some(result.map(drop)),
-        }
-    }
-
     fn zero_mode(&self, unmap: bool) -> i32 {
         if unmap && self.disk.discard { PUNCH } else { ZERO }
-    }
-
-    /// Write the zeroes after all, if the host has no better way.
-    fn or_write_zeroes(
-        &self,
-        done: io::Result<()>,
-        offset: u64,
-        len: u64,
-        durable: bool,
-    ) -> io::Result<()> {
-        match done {
-            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                let mut at = 0;
-                while at < len {
-                    let n = (len - at).min(ZEROES.len() as u64);
-                    let piece = ZEROES.get(..n as usize).unwrap_or_default();
-                    self.disk.file.write_all_at(piece, offset.saturating_add(at))?;
-                    at += n;
-                }
-            }
-            other => other?,
-        }
-        if durable { sys::fdatasync(&self.disk.file) } else { Ok(()) }
     }
 
     /// Guest memory was written behind vm-memory's back. Also after an error, as a part of the

@@ -1,8 +1,10 @@
 //! Disks: raw image files and block devices of the host.
 //!
-//! The format is never guessed. A guest owns every byte of its disk, so a monitor that looks for
-//! an image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6).
+//! The format is never guessed. A guest owns every byte of its disk, so a monitor that follows an
+//! image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6). What begins like
+//! an image of another format can be refused at most ([`OpenOptions::probe`]).
 mod engine;
+mod format;
 mod observer;
 mod storage;
 mod sys;
@@ -60,6 +62,9 @@ pub struct OpenOptions {
     pub discard: bool,
     /// How to wait for the medium.
     pub aio: Aio,
+    /// Refuse an image that looks like one of another format: its guest would see an empty disk,
+    /// and format it.
+    pub probe: bool,
 }
 
 /// Why a disk cannot be used.
@@ -72,6 +77,13 @@ pub enum DiskError {
     Open { path: PathBuf, purpose: &'static str, source: io::Error },
     #[error("{path} is {kind}; a disk is a regular file or a block device", path = path.display())]
     NotADisk { path: PathBuf, kind: &'static str },
+    #[error(
+        "{path} is a {format} image, and a disk is raw; convert it with: \
+         qemu-img convert -f {qemu_name} -O raw {path} {path}.raw; or, if it is a raw disk that only \
+         looks like one, say so with format=raw (\"driver\": \"raw\" in blockdev-add)",
+        path = path.display()
+    )]
+    Format { path: PathBuf, format: &'static str, qemu_name: &'static str },
     #[error(
         "{path} is in use by another machine (lslocks shows which); stop that one, \
          or open the image with readonly=on in both",
@@ -138,7 +150,7 @@ impl Disk {
     /// # Errors
     /// See [`DiskError`]: each says what to do about it.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
-        let OpenOptions { readonly, direct, discard, aio } = *options;
+        let OpenOptions { readonly, direct, discard, aio, probe } = *options;
         // Looked at before it is opened, because opening alone can wait for ever (a FIFO) or have
         // an effect (a watchdog); and again afterwards, because it may have been replaced.
         let seen = path.metadata().map_err(|source| open_error(path, readonly, source))?;
@@ -152,6 +164,9 @@ impl Disk {
             return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
         }
         lock(path, &file, readonly)?;
+        if probe && let Some((format, qemu_name)) = format::other_than_raw(&file) {
+            return Err(DiskError::Format { path: path.into(), format, qemu_name });
+        }
         let device = found.file_type().is_block_device();
         let direct = if direct { Some(open_direct(path, readonly, &file)?) } else { None };
         let io_uring = match (aio, engine::probe()) {
@@ -198,6 +213,20 @@ impl Disk {
         self.bytes.load(Ordering::Acquire)
     }
 
+    /// Refuse requests beyond `bytes` from here on, before [`Disk::resize`] cuts the image off there.
+    ///
+    /// # Errors
+    /// [`DiskError::ReadOnly`].
+    pub fn begin_resize(&self, bytes: u64) -> Result<(), DiskError> {
+        if self.readonly {
+            return Err(DiskError::ReadOnly { path: self.path.clone() });
+        }
+        if !self.device {
+            self.bytes.fetch_min(bytes - bytes % u64::from(self.logical), Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
     /// From now on, `observer` is asked before each change and told after it. It learns nothing of
     /// those that are under way, so this is best done while the guest is stopped.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
@@ -230,7 +259,10 @@ impl Disk {
             let permit = self.resize_permit(bytes)?;
             let result = self.file.set_len(bytes);
             permit.after(&result);
-            result.map_err(failed)?;
+            if let Err(e) = result.map_err(failed) {
+                self.measure()?;
+                return Err(e);
+            }
         }
         self.measure()
     }

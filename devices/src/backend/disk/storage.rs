@@ -87,6 +87,11 @@ impl<T> Storage<T> {
         }
     }
 
+    /// Whether this thread may have waited for the medium to carry `op` out at once.
+    pub fn may_wait(&self, op: Op) -> bool {
+        self.engine.may_wait(op)
+    }
+
     /// Hand pending requests to the kernel.
     pub fn submit(&mut self) {
         self.engine.submit();

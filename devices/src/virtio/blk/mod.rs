@@ -198,13 +198,15 @@ impl Block {
         Arc::into_inner(disk)
     }
 
-    /// Give the image a new size in bytes; the bytes that the guest sees once the transport shows the
-    /// new configuration. 0 for an empty slot.
+    /// The image, to be made `bytes` long by [`Disk::resize`], which can wait for its storage. Until
+    /// then the guest cannot reach what lies beyond. `None` for an empty slot.
     ///
     /// # Errors
-    /// As [`Disk::resize`].
-    pub fn resize(&mut self, bytes: u64) -> Result<u64, DiskError> {
-        self.inserted.as_ref().map_or(Ok(0), |i| i.disk.resize(bytes))
+    /// As [`Disk::begin_resize`].
+    pub fn begin_resize(&mut self, bytes: u64) -> Result<Option<Arc<Disk>>, DiskError> {
+        let Some(Inserted { disk, .. }) = &self.inserted else { return Ok(None) };
+        disk.begin_resize(bytes)?;
+        Ok(Some(disk.clone()))
     }
 
     /// The disk, unless the slot is empty.

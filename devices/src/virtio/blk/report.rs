@@ -1,27 +1,32 @@
 //! What the people on the host's side hear of a disk's trouble.
-use std::{fmt::Display, io, sync::Arc};
+use std::{fmt::Display, io, sync::Arc, time::Instant};
 
 use super::stats::{BlockStats, count};
-use crate::log_limit::log_seldom;
+use crate::log_limit::{Limit, log_seldom};
 
-/// Called with the disk's name, the error, and whether it was a write, on the I/O thread, for each
-/// request that the host could not carry out. Must not block.
+/// Called with the disk's name, the error, and whether it was a write, on the I/O thread, for a
+/// request that the host could not carry out: at most once a second for reads and once for writes,
+/// as a guest can cause as many as it likes. The log says how many were left out, and the disk's
+/// counters have them all. Must not block.
 pub type OnError = Arc<dyn Fn(&str, &io::Error, bool) + Send + Sync>;
 
 /// Speaks for one device.
 pub(super) struct Reporter {
     name: String,
     on_error: Option<OnError>,
+    failed_reads: Limit,
+    failed_writes: Limit,
 }
 
 impl Reporter {
     pub fn new(on_error: Option<OnError>) -> Self {
-        Self { name: String::new(), on_error }
+        let (failed_reads, failed_writes) = (Limit::new(), Limit::new());
+        Self { name: String::new(), on_error, failed_reads, failed_writes }
     }
 
-    /// It speaks for the disk `name` from now on.
+    /// It speaks for the disk `name` from now on, of which nothing has been reported.
     pub fn rename(&mut self, name: String) {
-        self.name = name;
+        *self = Self { name, ..Self::new(self.on_error.take()) };
     }
 
     /// The driver made a mistake.
@@ -32,10 +37,51 @@ impl Reporter {
 
     /// The host could not do its part.
     pub fn failed(&self, error: &io::Error, write: bool) {
-        let what = if write { "write" } else { "read" };
-        log_seldom!(error, "{}: {what} failed: {error}", self.name);
+        self.failed_at(Instant::now(), error, write);
+    }
+
+    fn failed_at(&self, now: Instant, error: &io::Error, write: bool) {
+        let (what, limit) =
+            if write { ("write", &self.failed_writes) } else { ("read", &self.failed_reads) };
+        let Some(left_out) = limit.pass(now) else { return };
+        log::error!("{}: {what} failed: {error}{left_out}", self.name);
         if let Some(hook) = &self.on_error {
             hook(&self.name, error, write);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_reported_once_a_second_however_often_the_guest_tries() {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let sink = heard.clone();
+        let hook: OnError =
+            Arc::new(move |name, _, write| sink.lock().push((name.to_owned(), write)));
+        let (mut full, mut other) = (Reporter::new(Some(hook.clone())), Reporter::new(Some(hook)));
+        full.rename("vda".into());
+        other.rename("vdb".into());
+        let begin = Instant::now();
+        let error = io::Error::from(io::ErrorKind::StorageFull);
+        for ms in 0..3000 {
+            full.failed_at(begin + Duration::from_millis(ms), &error, true);
+        }
+        assert_eq!(*heard.lock(), vec![(String::from("vda"), true); 3]);
+        // It hides nothing else.
+        let soon = begin + Duration::from_millis(3000 - 1);
+        full.failed_at(soon, &error, false);
+        other.failed_at(soon, &error, true);
+        full.rename("vdc".into());
+        full.failed_at(soon, &error, true);
+        let heard: Vec<_> = heard.lock().split_off(3);
+        let expected = [("vda", false), ("vdb", true), ("vdc", true)];
+        assert_eq!(heard, expected.map(|(name, write)| (name.to_owned(), write)));
     }
 }

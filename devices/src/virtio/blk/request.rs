@@ -58,6 +58,13 @@ pub struct Range {
     pub count: u32,
 }
 
+impl Range {
+    /// Its length.
+    pub fn bytes(self) -> u64 {
+        u64::from(self.count) * SECTOR
+    }
+}
+
 /// Where the status goes, or `None` when the driver left no room for it.
 pub fn status(chain: &Chain) -> Option<GuestAddress> {
     let last = chain.writable().last()?;

@@ -30,13 +30,6 @@ impl BlockStats {
         }
     }
 
-    /// Requests that have ended, well or not. While it stays the same and some are in flight, the
-    /// disk does not get on.
-    pub fn ended(&self) -> u64 {
-        let each = self.operations().into_iter();
-        each.fold(0, |sum, n| sum.wrapping_add(n.load(Ordering::Relaxed)))
-    }
-
     fn operations(&self) -> [&AtomicU64; 8] {
         [
             &self.rd_operations,

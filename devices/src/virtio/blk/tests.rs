@@ -429,6 +429,13 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
     assert!(r.block().unplug().is_none());
 }
 
+fn resized(r: &mut Rig, bytes: u64) -> Result<u64, DiskError> {
+    let image = r.guest.transport.update(|block: &mut Block| block.begin_resize(bytes));
+    let size = image.unwrap()?.unwrap().resize(bytes)?;
+    r.guest.transport.update(|_: &mut Block| ());
+    Ok(size)
+}
+
 #[test]
 fn the_guest_sees_a_resized_image() {
     let mut r = Rig::new(rw());
@@ -437,8 +444,7 @@ fn the_guest_sees_a_resized_image() {
     // The image that is open, whatever has its name now.
     fs::rename(r.path(), r.path().with_extension("moved")).unwrap();
     fs::write(r.path(), "somebody else's").unwrap();
-    let resized = r.guest.transport.update(|block: &mut Block| block.resize(6 * MIB));
-    assert_eq!(resized.unwrap().unwrap(), 6 * MIB);
+    assert_eq!(resized(&mut r, 6 * MIB).unwrap(), 6 * MIB);
     assert_eq!(fs::read(r.path()).unwrap(), b"somebody else's");
     assert!(r.guest.interrupted());
     assert_eq!(r.guest.load(0x100), 6 * 2048);
@@ -449,8 +455,7 @@ fn the_guest_sees_a_resized_image() {
 fn a_read_only_image_keeps_its_size() {
     let mut r = Rig::new(OpenOptions { readonly: true, ..rw() });
     let before = fs::metadata(r.path()).unwrap().len();
-    let resized = r.guest.transport.update(|block: &mut Block| block.resize(512));
-    assert!(matches!(resized, Some(Err(crate::backend::disk::DiskError::ReadOnly { .. }))));
+    assert!(matches!(resized(&mut r, 512), Err(DiskError::ReadOnly { .. })));
     assert_eq!(fs::metadata(r.path()).unwrap().len(), before);
 }
 
@@ -471,9 +476,10 @@ fn host_errors_reach_the_hook_and_the_guest() {
     r.guest.start(USUAL);
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(0).unwrap();
     assert_eq!(r.read(0, 512).0, IOERR);
-    assert_eq!(r.read(0, 512).0, IOERR);
     let eof = (String::from("disk"), io::ErrorKind::UnexpectedEof, false);
-    assert_eq!(*heard.lock(), [eof.clone(), eof]);
+    assert_eq!(*heard.lock(), [eof]);
+    assert_eq!(r.read(0, 512).0, IOERR);
+    assert_eq!(r.stat(|s| &s.failed_rd_operations), 2, "all are counted");
 }
 
 #[test]
@@ -496,6 +502,33 @@ fn a_limit_holds_requests_back_and_lets_them_all_through_in_the_end() {
         for head in sent {
             assert_eq!(r.guest.completion(0), (head, 513));
         }
+    }
+}
+
+#[test]
+fn a_limit_on_bytes_counts_ranges() {
+    let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+    for (kind, discards, limited) in [
+        (zeroes, true, true),
+        (zeroes, false, true),
+        (discard, true, true),
+        (discard, false, false),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let options = OpenOptions { discard: discards, ..rw() };
+        let disk = Disk::open(&image(&dir, MIB), &options).unwrap();
+        // The first range takes an hour's worth of bytes.
+        let drive = Drive { bytes_per_second: Some(MIB / 3600), ..disk.into() };
+        let block = Block::new("disk", Settings::default(), Some(drive)).unwrap();
+        let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
+        r.guest.start(USUAL);
+        assert_eq!(r.range(kind, 0, 2048, 0), OK);
+        let header = r.guest.bytes(&header(VIRTIO_BLK_T_IN, 0));
+        let (data, status) = (r.guest.room(512), r.guest.bytes(&[0xff]));
+        r.guest.request(0, &[(header, 16, false), (data, 512, true), (status, 1, true)]);
+        r.guest.thread.settle();
+        let held_back = r.guest.peek(status, 1) == [0xff];
+        assert_eq!(held_back, limited, "{kind}, discard {discards}");
     }
 }
 

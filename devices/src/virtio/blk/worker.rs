@@ -20,7 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     report::Reporter,
-    request::{self, Range, Request},
+    request::{self, Request},
     spin::Spin,
     stats::{BlockStats, count},
 };
@@ -39,7 +39,7 @@ use crate::{
 /// Data moved by this thread itself after which the driver gets its interrupt, so that it works on
 /// what it has while the rest is copied.
 const BATCH_BYTES: u64 = 256 << 10;
-/// Time after which other workers of the thread get their turn.
+/// Time after which other workers of the thread, and orders to it, get their turn.
 const TURN: Duration = Duration::from_micros(500);
 /// Bytes of a serial number (section 5.2.6).
 pub(super) const SERIAL: usize = 20;
@@ -85,6 +85,15 @@ struct Ticket {
     status: GuestAddress,
     kind: Kind,
     bytes: u64,
+}
+
+/// What a request has cost this thread.
+#[derive(Default)]
+struct Cost {
+    /// Bytes moved by the thread itself.
+    moved: u64,
+    /// It may have waited for the medium, for any time.
+    waited: bool,
 }
 
 /// Why a round over the available ring ended.
@@ -185,9 +194,13 @@ impl BlockWorker {
 
     /// Work on queue `index` until it is empty, or the turn is over.
     fn work(&mut self, index: usize) {
-        let begin = Instant::now();
+        self.work_since(Instant::now(), index);
+    }
+
+    /// The same, in a turn that has begun before.
+    fn work_since(&mut self, begin: Instant, index: usize) {
         loop {
-            let round = self.round(index);
+            let round = self.round(begin, index);
             if let Some(storage) = &mut self.storage {
                 storage.submit();
             }
@@ -215,7 +228,7 @@ impl BlockWorker {
     }
 
     /// Take chains of queue `index` for one batch.
-    fn round(&mut self, index: usize) -> Round {
+    fn round(&mut self, begin: Instant, index: usize) -> Round {
         let Some(lane) = self.lanes.get_mut(index) else { return Round::Blocked };
         if lane.broken || lane.held || self.throttled {
             return Round::Blocked;
@@ -231,13 +244,16 @@ impl BlockWorker {
             match self.chain.pop(&mut lane.queue, &self.memory, self.indirect) {
                 Ok(false) => return Round::Drained,
                 Ok(true) => {
-                    let Some(bytes) = self.handle(index) else {
+                    let Some(cost) = self.handle(index) else {
                         if let Some(lane) = self.lanes.get_mut(index) {
                             lane.queue.go_to_previous_position();
                         }
                         return Round::Blocked;
                     };
-                    moved += bytes;
+                    moved += cost.moved;
+                    if cost.waited && begin.elapsed() > TURN {
+                        break;
+                    }
                 }
                 Err(ChainError::Ring) => {
                     self.give_up(index);
@@ -255,59 +271,68 @@ impl BlockWorker {
         Round::More
     }
 
-    /// Start the request in `self.chain`; how many bytes this thread has moved for it. `None` when
-    /// it has to stay in the ring for now: something will continue with it.
-    fn handle(&mut self, lane: usize) -> Option<u64> {
+    /// Start the request in `self.chain`. `None` when it has to stay in the ring for now: something
+    /// will continue with it.
+    fn handle(&mut self, lane: usize) -> Option<Cost> {
         let head = self.chain.head();
         let Some(status) = request::status(&self.chain) else {
             self.reporter.invalid(&self.stats, &"request without room for a status");
             self.used(lane, head, 0);
-            return Some(0);
+            return Some(Cost::default());
         };
         let (request, len) = request::parse(&self.chain, &self.memory, &mut self.data);
+        let discards = self.storage.as_ref().is_some_and(|s| s.disk().discard());
+        // Ranges count as if they were written; one that is ignored costs nothing.
+        let charge = match request {
+            Request::Discard(_) if !discards => 0,
+            Request::Discard(r) | Request::WriteZeroes(r, _) => r.bytes(),
+            _ => len,
+        };
         if let Some(limiter) = &mut self.limiter
-            && !limiter.take(1, len)
+            && !limiter.take(1, charge)
         {
             self.throttled = true;
             return None;
         }
         let answer = |kind, bytes| Ticket { lane, head, status, kind, bytes };
         let durable = !self.flush || !self.writeback.load(Ordering::Relaxed);
-        let range = |r: Range| (r.sector, u64::from(r.count) * SECTOR);
-        let (op, kind, (sector, bytes)) = match request {
-            Request::Read { sector } => (Op::Read, Kind::Read, (sector, len)),
-            Request::Write { sector } => (Op::Write { durable }, Kind::Write, (sector, len)),
-            Request::Flush => (Op::Flush, Kind::Flush, (0, 0)),
+        let cost = match request {
+            Request::Read { sector } => self.carry_out(Op::Read, sector, answer(Kind::Read, len)),
+            Request::Write { sector } => {
+                self.carry_out(Op::Write { durable }, sector, answer(Kind::Write, len))
+            }
+            Request::Flush => self.carry_out(Op::Flush, 0, answer(Kind::Flush, 0)),
             Request::Discard(r) => {
-                let (sector, len) = range(r);
-                (Op::Discard { len }, Kind::Discard, (sector, len))
+                let op = Op::Discard { len: r.bytes() };
+                self.carry_out(op, r.sector, answer(Kind::Discard, r.bytes()))
             }
             Request::WriteZeroes(r, unmap) => {
-                let (sector, len) = range(r);
-                (Op::WriteZeroes { len, unmap, durable }, Kind::Write, (sector, len))
+                let op = Op::WriteZeroes { len: r.bytes(), unmap, durable };
+                self.carry_out(op, r.sector, answer(Kind::Write, r.bytes()))
             }
             Request::GetId => {
                 let n = chain::write(&self.memory, &self.data, 0, &self.serial);
-                self.answer(&answer(Kind::Read, n as u64), OK);
-                return Some(0);
+                self.answered(&answer(Kind::Read, n as u64), OK)
             }
-            Request::Unsupported => {
-                self.answer(&answer(Kind::Read, 0), UNSUPP);
-                return Some(0);
-            }
+            Request::Unsupported => self.answered(&answer(Kind::Read, 0), UNSUPP),
             Request::Malformed => {
                 self.reporter.invalid(&self.stats, &"malformed request");
-                self.answer(&answer(Kind::Read, 0), IOERR);
-                return Some(0);
+                self.answered(&answer(Kind::Read, 0), IOERR)
             }
         };
-        let ticket = answer(kind, bytes);
+        if let (None, Some(limiter)) = (&cost, &mut self.limiter) {
+            limiter.give_back(1, charge);
+        }
+        cost
+    }
+
+    /// Start a request on the disk, if that can do it.
+    fn carry_out(&mut self, op: Op, sector: u64, ticket: Ticket) -> Option<Cost> {
         let Some(storage) = &mut self.storage else {
-            self.answer(&ticket, IOERR);
-            return Some(0);
+            return self.answered(&ticket, IOERR);
         };
         let disk = storage.disk();
-        let end = sector.checked_mul(SECTOR).and_then(|at| at.checked_add(bytes));
+        let end = sector.checked_mul(SECTOR).and_then(|at| at.checked_add(ticket.bytes));
         let refused = match op {
             Op::Read | Op::Flush => false,
             // Whether or not the driver has heard of VIRTIO_BLK_F_RO.
@@ -316,36 +341,43 @@ impl BlockWorker {
         if refused || end.is_none_or(|end| end > disk.size()) {
             self.reporter
                 .invalid(&self.stats, &"request beyond the disk, or a write to a readonly one");
-            self.answer(&ticket, IOERR);
-        } else if kind == Kind::Discard && !disk.discard() {
+            return self.answered(&ticket, IOERR);
+        }
+        if ticket.kind == Kind::Discard && !disk.discard() {
             // A hint that need not be followed. The slot may have offered it before it had this
             // disk, and the guest's kernel would log an error as a fault of the medium.
             count(&self.stats.unmap_operations, 1);
-            self.answer(&ticket, OK);
-        } else if bytes == 0 && kind != Kind::Flush {
-            self.answer(&ticket, OK);
-        } else {
-            count(&self.stats.in_flight, 1);
-            let at = sector.wrapping_mul(SECTOR);
-            match storage.start(op, at, &self.data, ticket) {
-                Outcome::Done(result) => {
-                    self.finish(&ticket, result);
-                    return Some(len);
+            return self.answered(&ticket, OK);
+        }
+        if ticket.bytes == 0 && op != Op::Flush {
+            return self.answered(&ticket, OK);
+        }
+        count(&self.stats.in_flight, 1);
+        match storage.start(op, sector.wrapping_mul(SECTOR), &self.data, ticket) {
+            Outcome::Done(result) => {
+                let waited = storage.may_wait(op);
+                self.finish(&ticket, result);
+                let moved = match op {
+                    Op::Read | Op::Write { .. } => ticket.bytes,
+                    _ => 0,
+                };
+                Some(Cost { moved, waited })
+            }
+            Outcome::Pending => Some(Cost::default()),
+            Outcome::Held => {
+                count(&self.stats.in_flight, u64::MAX);
+                if let Some(lane) = self.lanes.get_mut(ticket.lane) {
+                    lane.held = true;
                 }
-                Outcome::Pending => {}
-                Outcome::Held => {
-                    count(&self.stats.in_flight, u64::MAX);
-                    if let Some(limiter) = &mut self.limiter {
-                        limiter.give_back(1, len);
-                    }
-                    if let Some(lane) = self.lanes.get_mut(lane) {
-                        lane.held = true;
-                    }
-                    return None;
-                }
+                None
             }
         }
-        Some(0)
+    }
+
+    /// Answer a request that never got to the disk.
+    fn answered(&mut self, ticket: &Ticket, status: u8) -> Option<Cost> {
+        self.answer(ticket, status);
+        Some(Cost::default())
     }
 
     fn finish(&mut self, ticket: &Ticket, result: std::io::Result<()>) {
@@ -441,9 +473,14 @@ impl BlockWorker {
         limiter.into_iter().chain(completion).chain(wake)
     }
 
+    /// Work on all queues, in one turn.
     fn work_on_all(&mut self) {
+        let begin = Instant::now();
         for index in 0..self.lanes.len() {
-            self.work(index);
+            match self.lanes.get(index) {
+                Some(lane) if begin.elapsed() > TURN => drop(lane.notify.write(1)),
+                _ => self.work_since(begin, index),
+            }
         }
     }
 }
@@ -480,26 +517,26 @@ impl Worker for BlockWorker {
                 if let Some(storage) = &self.storage {
                     storage.woken();
                 }
-                for index in 0..self.lanes.len() {
-                    if self.lanes.get_mut(index).is_some_and(|l| std::mem::take(&mut l.held)) {
-                        self.work(index);
-                    }
+                if self.lanes.iter_mut().fold(false, |any, l| std::mem::take(&mut l.held) | any) {
+                    self.work_on_all();
                 }
             }
             None => {}
         }
     }
 
-    fn quiesce(&mut self, patience: Option<Duration>) -> bool {
+    fn quiesce(&mut self, limit: Option<Duration>) -> bool {
+        let begin = Instant::now();
         loop {
             self.complete();
             let Some(storage) = self.storage.as_mut().filter(|s| s.in_flight() > 0) else {
                 return true;
             };
-            if !storage.wait(patience) {
+            let left = limit.map(|limit| limit.saturating_sub(begin.elapsed()));
+            if left == Some(Duration::ZERO) || !storage.wait(left) {
                 let path = storage.disk().path().display();
                 log_seldom!(error, "{path}: the host does not finish requests");
-                return patience.is_none();
+                return limit.is_none();
             }
         }
     }

@@ -182,7 +182,11 @@ impl ConsoleWorker {
         }
         let room = self.sink.room();
         if room == 0 {
-            return if self.stalled { Sent::Whole } else { Sent::Nothing };
+            if !self.stalled {
+                return Sent::Nothing;
+            }
+            self.sink.drop_bytes(usize::try_from(left).unwrap_or(usize::MAX));
+            return Sent::Whole;
         }
         self.stalled = false;
         self.hold(false);

@@ -2,11 +2,17 @@
 use std::{
     fs::File,
     io,
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::OpenOptionsExt, net::UnixStream},
+    },
     path::Path,
 };
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::{
+    fs::OFlags,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+};
 
 /// Connect to the socket `path`, which is relative to `run` if it is relative. Never waits: who is
 /// not accepted because too many wait already gets an error.
@@ -19,7 +25,9 @@ pub fn dial(run: &Path, path: &Path) -> io::Result<UnixStream> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     // A socket's path has at most 107 bytes; a directory's may have more.
-    let directory = File::open(directory)?;
+    // A FIFO there would make its opener wait.
+    let flags = (OFlags::DIRECTORY | OFlags::PATH).bits().cast_signed();
+    let directory = File::options().read(true).custom_flags(flags).open(directory)?;
     let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
     let address = SocketAddrUnix::new(short)?;
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;

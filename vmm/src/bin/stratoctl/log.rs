@@ -5,6 +5,8 @@ use std::{
     path::Path,
 };
 
+use machine::open_regular;
+
 const BLOCK: u64 = 16 << 10;
 
 /// A log that is read on and on.
@@ -18,7 +20,7 @@ impl Log {
     /// # Errors
     /// When there is none, or it cannot be read.
     pub fn open(path: &Path, lines: Option<usize>) -> io::Result<Self> {
-        let mut file = File::open(path)?;
+        let mut file = open_regular(path, File::options().read(true))?;
         let from = match lines {
             Some(lines) => before_last(&mut file, lines)?,
             None => 0,

@@ -1,11 +1,13 @@
 //! The monitor's process: found by its pid file, and never mistaken for another one.
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read,
     os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::Path,
     time::{Duration, Instant},
 };
 
+use machine::open_regular;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -14,6 +16,8 @@ use rustix::{
 
 /// Ticks a second of the times in `/proc/PID/stat`; the same on every x86_64 (`USER_HZ`).
 const TICKS: f64 = 100.0;
+/// Longest pid file, in bytes: a number and the end of its line.
+const LONGEST_PID: u64 = 12;
 /// Bytes of a page in `/proc/PID/statm`.
 const PAGE: u64 = 4096;
 
@@ -35,7 +39,12 @@ pub enum Found {
 
 /// Looks for the monitor whose working directory is `run`.
 pub fn find(run: &Path) -> Found {
-    let read = || fs::read_to_string(run.join("pid")).ok().filter(|text| !text.trim().is_empty());
+    let read = || {
+        let mut text = String::new();
+        let file = open_regular(&run.join("pid"), File::options().read(true)).ok()?;
+        file.take(LONGEST_PID).read_to_string(&mut text).ok()?;
+        (!text.trim().is_empty()).then_some(text)
+    };
     let mut now = read();
     while let Some(text) = now {
         if let Some(process) = text.trim().parse().ok().and_then(|pid| Process::open(pid, run)) {

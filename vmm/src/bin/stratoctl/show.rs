@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use machine::open_regular;
 use serde_json::Value;
 
 /// Columns as wide as they need to be.
@@ -93,7 +94,7 @@ pub fn members(object: &Value) -> String {
 pub fn last_lines(path: &Path, most: usize) -> Vec<String> {
     const END: u64 = 16 << 10;
     let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
+        let mut file = open_regular(path, File::options().read(true))?;
         let length = file.metadata()?.len();
         file.seek(SeekFrom::Start(length.saturating_sub(END)))?;
         let mut text = Vec::new();

@@ -88,7 +88,7 @@ fn not_built_yet_is_said_by_name() {
         ("-machine virt", "machine type 'virt'"),
         ("-machine microvm,accel=tcg", "accelerator 'tcg'"),
         ("-accel tcg", "accelerator 'tcg'"),
-        ("-cpu host,pmu=on", "CPU feature"),
+        ("-cpu host,pmu=on", "performance counters"),
         ("-device vsock,id=v,guest-cid=3", "virtio-vsock"),
         ("-device virtio-balloon-device,id=b,deflate-on-oom=true", "virtio-balloon"),
         ("-device virtio-mem-device,id=m", "virtio-mem"),

@@ -169,7 +169,7 @@ fn problems_of_file_and_flags_come_together_with_their_places() {
             "drive[1].path_on_host: '7': a number; must be a string",
             "drive[1].iops: '-1': must be a number in 0..=1000000",
             "drive[1].zz: unknown; allowed: drive_id, path_on_host, read_only, direct, serial_num, \
-             iothread, num_queues, queue_size, iops, bps, discard",
+             iothread, num_queues, queue_size, iops, bps, discard, format",
             "drive[2]: a number; must be an object",
             "net: an object; must be a list of objects",
             "vsock: virtio-vsock is not built yet: leave it out",

@@ -280,3 +280,25 @@ fn slots_are_as_many_as_devices_or_as_are_asked_for() {
     );
     assert!(problem("-machine nic-slots=19").contains("nic-slots: '19'"));
 }
+
+#[test]
+fn a_device_that_nothing_names_needs_no_id() {
+    let line = "-object rng-random,id=o,filename=/dev/urandom -device virtio-rng-device,rng=o \
+                -device virtio-serial-device -chardev pty,id=c -device virtconsole,id=v,chardev=c";
+    let made = machine(line);
+    assert_eq!(made.rng.unwrap().id, "rng0");
+    assert_eq!(made.console.unwrap().id, "c");
+    // Whatever comes later has its own id in any case.
+    let line = format!("{line} -drive id=rng0,file=f");
+    assert_eq!(machine(&line).rng.unwrap().id, "rng00");
+    assert!(
+        problem("-drive id=d,file=f -device virtio-blk-device,drive=d").contains("id: missing")
+    );
+}
+
+#[test]
+fn what_is_off_anyway_may_be_said() {
+    machine("-cpu host,pmu=off,sve=off -netdev tap,id=n,ifname=t,macnat=off,vhost=off");
+    assert!(problem("-cpu host,pmu=on").contains("pmu"));
+    assert!(problem("-netdev tap,id=n,ifname=t,macnat=on").ends_with("not built yet; use off"));
+}

@@ -172,3 +172,57 @@ fn a_limit_is_charged_once_for_a_change_that_waits() {
     gate.open(&mut r);
     assert_eq!(r.guest.completion(0), (head, 1));
 }
+
+/// A disk on which every change takes a millisecond of the I/O thread's time.
+struct Slow;
+impl Observer for Slow {
+    fn before(&self, _: &Change) -> io::Result<Verdict> {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        Ok(Verdict::Start)
+    }
+    fn after(&self, _: &Change, _: &io::Result<()>) {}
+}
+
+#[test]
+fn a_turn_ends_when_the_disk_has_taken_its_time_whatever_is_asked_for() {
+    const EACH: usize = 20;
+    let zeroes = [&0u64.to_le_bytes()[..], &8u32.to_le_bytes(), &0u32.to_le_bytes()].concat();
+    for (kind, out) in [
+        (VIRTIO_BLK_T_WRITE_ZEROES, &zeroes[..]),
+        (VIRTIO_BLK_T_DISCARD, &zeroes[..]),
+        (VIRTIO_BLK_T_OUT, &[7; 512]),
+    ] {
+        let way = OpenOptions { aio: Aio::Off, ..rw() };
+        let settings = Settings { queues: 4, ..Settings::default() };
+        let mut r = Rig::with(way, USUAL | 1 << VIRTIO_BLK_F_MQ, settings);
+        r.block().disk().unwrap().observe(Arc::new(Slow));
+        let header = r.guest.bytes(&header(kind, 0));
+        let (out_at, status) = (r.guest.bytes(out), r.guest.bytes(&[0xff]));
+        let chain = [(header, 16, false), (out_at, out.len() as u32, false), (status, 1, true)];
+        for queue in &mut r.guest.queues {
+            for _ in 0..EACH {
+                let head = queue.chain(&chain);
+                queue.publish(head);
+            }
+        }
+        let used = |r: &Rig| {
+            r.guest.queues.iter().map(|q| usize::from(q.used_index())).collect::<Vec<_>>()
+        };
+        // All queues have something to do at once when the worker comes home: one turn each.
+        r.guest.transport.pause();
+        r.guest.transport.resume();
+        assert!(used(&r).iter().all(|n| *n <= 2), "{kind}: {:?}", used(&r));
+        // A wake-up of all queues is one turn.
+        let before = used(&r).iter().sum::<usize>();
+        let gate = Gate::on(&mut r, false);
+        r.guest.thread.settle();
+        assert_eq!(used(&r).iter().sum::<usize>(), before, "held");
+        gate.open(&mut r);
+        r.guest.thread.turn(std::time::Duration::ZERO);
+        let after = used(&r).iter().sum::<usize>();
+        assert!(after - before <= 2, "{kind}: {before}, {after}");
+        // Nothing is forgotten.
+        r.guest.thread.settle();
+        assert_eq!(used(&r), [EACH; 4], "{kind}");
+    }
+}

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use machine::open_regular;
 use qmp::{
     client::{Client, ClientError},
     schema::{Cont, DeviceDel, QueryStatus, RunState},
@@ -296,7 +297,7 @@ fn release(client: &mut Client, config: &Value) {
 /// A line in the domain's log, where `dmesg` shows it.
 fn note(place: &Place, text: &str) {
     let line = format!("stratoctl: {}\n", text.replace('\n', " "));
-    let log = OpenOptions::new().append(true).open(place.run.join("log"));
+    let log = open_regular(&place.run.join("log"), OpenOptions::new().append(true));
     // A log that cannot be written cannot tell so either.
     let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
 }

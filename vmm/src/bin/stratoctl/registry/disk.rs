@@ -7,6 +7,9 @@ use std::{
     path::Path,
 };
 
+use machine::open_regular;
+use rustix::fs::OFlags;
+
 /// The steps that changes are made of. Each is whole or has not happened, but for [`Disk::write`].
 pub trait Disk {
     /// Make a directory, mode 0700; that it is there already is no error.
@@ -37,11 +40,13 @@ impl Disk for Real {
     fn write(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
-        options.open(path)?.write_all(contents)
+        open_regular(path, &mut options)?.write_all(contents)
     }
 
     fn sync(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
+        // A file or a directory; opening a FIFO would wait.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        File::options().read(true).custom_flags(flags).open(path)?.sync_all()
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

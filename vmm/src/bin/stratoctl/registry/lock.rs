@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use machine::open_regular;
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -39,14 +40,15 @@ impl Lock {
 
     /// Whether somebody has `path`.
     pub fn is_held(path: &Path) -> bool {
-        File::open(path).is_ok_and(|file| {
+        open_regular(path, File::options().read(true)).is_ok_and(|file| {
             flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
         })
     }
 
     fn attempt(path: &Path, operation: FlockOperation) -> io::Result<Option<Self>> {
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).mode(0o600).open(path)?;
+        options.read(true).write(true).create(true).mode(0o600);
+        let file = open_regular(path, &mut options)?;
         loop {
             match flock(&file, operation) {
                 Err(Errno::INTR) => {}

@@ -1,10 +1,11 @@
 //! What the registry writes down: JSON with a version of its own.
 use std::{
-    fs,
+    fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
 };
 
+use machine::open_regular;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -85,7 +86,7 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     let failed = |source| RecordError::Io { path: path.into(), source };
     let damaged = |source| RecordError::Damaged { path: path.into(), source };
     let mut text = Vec::new();
-    let file = fs::File::open(path).map_err(failed)?;
+    let file = open_regular(path, File::options().read(true)).map_err(failed)?;
     file.take(LONGEST + 1).read_to_end(&mut text).map_err(failed)?;
     if text.len() as u64 > LONGEST {
         return Err(RecordError::Long { path: path.into() });

@@ -1,0 +1,509 @@
+//! How this monitor answers while something that it needs is held: a save that never gets on, storage
+//! that hangs, a guest that floods its disks.
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use qmp::client::{Client, ClientError};
+use rustix::fs::{FileType, Mode};
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Message;
+use super::measure::{LIMIT, SETTLE, introduce, tell};
+use super::monitors::{Found, OURS};
+use super::rig::Rig;
+use super::run::Run;
+use super::statistics::quantile;
+use crate::archive::make_ext4;
+use crate::debian::{Debian, output};
+
+/// Times that each question is asked while each thing is held, unless told otherwise.
+pub const TIMES: usize = 50;
+/// An answer that has not come by then counts as none.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long `stop` has been under way when another client asks.
+const HEAD_START: Duration = Duration::from_millis(10);
+/// Disks that the guest floods, and bytes of each; the images are sparse.
+const DISKS: usize = 8;
+const DISK: u64 = 512 << 20;
+/// Bytes of the file system that is frozen.
+const FILE_SYSTEM: u64 = 64 << 20;
+/// The guests: one that halts, one that writes to its disk without an end, one that floods its disks.
+const HALTS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
+const WRITES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"));
+const FLOODS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flood.elf"));
+
+/// What is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Hold {
+    /// A save to a FIFO that is never opened.
+    Fifo,
+    /// A save into a file system that is frozen.
+    FrozenSave,
+    /// A disk whose image lies in a file system that is frozen.
+    FrozenDisk,
+    /// A guest that keeps the queues of its disks full of WRITE_ZEROES.
+    Flood,
+}
+
+impl Hold {
+    const ALL: [Self; 4] = [Self::Fifo, Self::FrozenSave, Self::FrozenDisk, Self::Flood];
+
+    /// For people.
+    #[must_use]
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Fifo => "A save to a FIFO that is never opened",
+            Self::FrozenSave => "A save into a frozen file system",
+            Self::FrozenDisk => "A disk in a frozen file system",
+            Self::Flood => "A guest that floods 8 disks with WRITE_ZEROES",
+        }
+    }
+}
+
+/// What is asked meanwhile, by another client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Question {
+    /// `query-status`.
+    Status,
+    /// `stop`; a refusal is an answer.
+    Stop,
+    /// `query-status` while another client's `stop` has not been answered.
+    Meanwhile,
+    /// `quit`.
+    Quit,
+    /// SIGTERM; its answer is SHUTDOWN and the end of the connection.
+    Signal,
+}
+
+impl Question {
+    const ALL: [Self; 5] = [Self::Status, Self::Stop, Self::Meanwhile, Self::Quit, Self::Signal];
+
+    /// For people.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Status => "query-status",
+            Self::Stop => "stop",
+            Self::Meanwhile => "query-status during stop",
+            Self::Quit => "quit",
+            Self::Signal => "SIGTERM, to the end",
+        }
+    }
+
+    /// How long the answer may take.
+    #[must_use]
+    pub const fn bound(self) -> Duration {
+        match self {
+            Self::Status | Self::Meanwhile => Duration::from_millis(100),
+            Self::Stop | Self::Quit => Duration::from_secs(1),
+            Self::Signal => Duration::from_secs(5),
+        }
+    }
+}
+
+/// What came of a question.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It was done, after so many seconds.
+    Done(f64),
+    /// It was refused, after so many seconds.
+    Refused(f64),
+    /// Nothing came as long as it was waited for.
+    Silence,
+}
+
+impl Answer {
+    /// Seconds; silence counts as if it had lasted for ever.
+    fn seconds(self) -> f64 {
+        match self {
+            Self::Done(seconds) | Self::Refused(seconds) => seconds,
+            Self::Silence => f64::INFINITY,
+        }
+    }
+}
+
+/// Holds everything that can be held, and asks everything `times` times.
+///
+/// # Errors
+/// Nobody listens any more; what cannot be held here is told.
+pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
+    let found = Found::build(OURS.name, rig.paths.stratovirt.clone());
+    introduce(std::slice::from_ref(&found))?;
+    tell(&Message::Plan(Hold::ALL.len() * times * 3))?;
+    for hold in Hold::ALL {
+        let asked = Stage::new(rig, debian, &found, hold).and_then(|stage| {
+            for _ in 0..times {
+                // What has been stopped floods no more, and what has ended is not held.
+                for questions in [
+                    &[Question::Status, Question::Stop][..],
+                    &[Question::Quit],
+                    &[Question::Signal],
+                ] {
+                    tell(&Message::Step(hold.title().to_owned()))?;
+                    stage.ask(questions)?;
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = asked {
+            tell(&Message::NotHeld { hold, error: format!("{error:#}") })?;
+        }
+    }
+    Ok(())
+}
+
+/// What one kind of hold needs, for all its turns.
+struct Stage<'a> {
+    rig: &'a Rig,
+    found: &'a Found,
+    hold: Hold,
+    kernel: PathBuf,
+    disks: Vec<PathBuf>,
+    /// Where a save goes.
+    target: PathBuf,
+    file_system: Option<PathBuf>,
+}
+
+impl<'a> Stage<'a> {
+    fn new(rig: &'a Rig, debian: &Debian, found: &'a Found, hold: Hold) -> Result<Self> {
+        let dir = rig.dir.join("held");
+        fs::create_dir_all(&dir)?;
+        let kernel = dir.join("kernel");
+        let (guest, disks) = match hold {
+            Hold::Fifo | Hold::FrozenSave => (HALTS, 0),
+            Hold::FrozenDisk => (WRITES, 1),
+            Hold::Flood => (FLOODS, DISKS),
+        };
+        fs::write(&kernel, guest)?;
+        let file_system = match hold {
+            Hold::FrozenSave | Hold::FrozenDisk => Some(mount(debian, &dir)?),
+            Hold::Fifo | Hold::Flood => None,
+        };
+        let place = file_system.as_ref().unwrap_or(&dir);
+        let target = place.join("saved");
+        let disks: Vec<_> = (0..disks).map(|disk| place.join(format!("disk{disk}"))).collect();
+        let bytes = if file_system.is_some() { 1 << 20 } else { DISK };
+        for disk in &disks {
+            fs::File::create(disk)?.set_len(bytes)?;
+        }
+        match hold {
+            Hold::Fifo => {
+                let mode = Mode::RUSR | Mode::WUSR;
+                rustix::fs::mknodat(rustix::fs::CWD, &target, FileType::Fifo, mode, 0)?;
+            }
+            Hold::FrozenSave => fs::create_dir_all(&target)?,
+            Hold::FrozenDisk | Hold::Flood => {}
+        }
+        Ok(Self { rig, found, hold, kernel, disks, target, file_system })
+    }
+
+    /// Starts a machine, holds what is to be held, and asks.
+    fn ask(&self, questions: &[Question]) -> Result<()> {
+        let mut run = Run::launch(self.found, &self.rig.dir, |socket| self.command(socket))?;
+        drop(run.connect()?);
+        match self.hold {
+            Hold::Fifo | Hold::FrozenSave | Hold::FrozenDisk => run.wait_byte(b'\n', LIMIT)?,
+            Hold::Flood => run.wait_byte(b'!', LIMIT)?,
+        };
+        let mut clients = [connect(run.socket())?, connect(run.socket())?];
+        let frozen = self.file_system.as_deref().map(Frozen::new).transpose()?;
+        let saving = match self.hold {
+            Hold::Fifo | Hold::FrozenSave => Some(self.begin_save(run.socket())?),
+            Hold::FrozenDisk | Hold::Flood => None,
+        };
+        thread::sleep(SETTLE);
+        let answers =
+            questions.iter().try_for_each(|&question| self.one(question, &mut clients, run.pid()));
+        // The kernel keeps a process until its writes have ended: first of all that.
+        drop(frozen);
+        drop((saving, run));
+        answers
+    }
+
+    /// Asks one question, and tells the answer.
+    fn one(&self, question: Question, clients: &mut [Client; 2], pid: u32) -> Result<()> {
+        let [client, other] = clients;
+        let tell = |question, answer| tell(&Message::Held { hold: self.hold, question, answer });
+        if question != Question::Stop {
+            return tell(question, ask(client, question, pid)?);
+        }
+        let (stop, meanwhile) = thread::scope(|scope| {
+            let stop = scope.spawn(|| ask(client, question, pid));
+            thread::sleep(HEAD_START);
+            let meanwhile = ask(other, Question::Meanwhile, pid);
+            (stop.join().unwrap_or_else(|_| Err(anyhow!("the client panicked"))), meanwhile)
+        });
+        tell(Question::Stop, stop?)?;
+        tell(Question::Meanwhile, meanwhile?)
+    }
+
+    /// Asks for a save, by a client that does not wait for the answer.
+    fn begin_save(&self, socket: &Path) -> Result<Client> {
+        let mut client = connect(socket)?;
+        let uri = format!("file:{}", self.target.display());
+        let command = json!({ "execute": "migrate", "arguments": { "uri": uri } });
+        client.send_line(&command.to_string())?;
+        Ok(client)
+    }
+
+    fn command(&self, socket: &Path) -> Result<Command> {
+        let disks: Vec<Value> = self
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(number, disk)| {
+                json!({
+                    "drive_id": format!("disk{number}"), "path_on_host": disk,
+                    "read_only": false, "direct": false,
+                })
+            })
+            .collect();
+        let word = match self.hold {
+            Hold::Fifo | Hold::FrozenSave => "halt",
+            Hold::FrozenDisk | Hold::Flood => "busy",
+        };
+        let config = json!({
+            "boot-source": { "kernel_image_path": self.kernel, "boot_args": word },
+            "machine-config": { "vcpu_count": 1, "mem_size": 64 << 20 },
+            "serial": { "stdio": true },
+            "drive": disks,
+        });
+        let file = self.rig.dir.join("held.json");
+        fs::write(&file, config.to_string())?;
+        let mut command = self.found.program()?;
+        command.arg("-config").arg(file);
+        command.arg("-api-channel").arg(format!("unix:{}", socket.display()));
+        Ok(command)
+    }
+}
+
+impl Drop for Stage<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = &self.file_system {
+            // Otherwise it goes with this process's mount namespace.
+            let _ = output(Command::new("umount").arg(place));
+        }
+        // For the next kind; an error shows when that is made.
+        let _ = fs::remove_dir_all(self.rig.dir.join("held"));
+    }
+}
+
+fn connect(socket: &Path) -> Result<Client> {
+    let mut client = Client::connect(socket, SILENCE)?;
+    client.execute_raw("qmp_capabilities", json!({}))?;
+    client.set_patience(SILENCE);
+    Ok(client)
+}
+
+fn ask(client: &mut Client, question: Question, pid: u32) -> Result<Answer> {
+    let command = match question {
+        Question::Status | Question::Meanwhile => "query-status",
+        Question::Stop => "stop",
+        Question::Quit => "quit",
+        Question::Signal => return signal(client, pid),
+    };
+    let asked = Instant::now();
+    let answer = client.execute_raw(command, json!({}));
+    let seconds = asked.elapsed().as_secs_f64();
+    match answer {
+        Ok(_) => Ok(Answer::Done(seconds)),
+        Err(ClientError::Refused { .. }) => Ok(Answer::Refused(seconds)),
+        Err(ClientError::Timeout { .. }) => Ok(Answer::Silence),
+        Err(error) => Err(error).context(command),
+    }
+}
+
+fn signal(client: &mut Client, pid: u32) -> Result<Answer> {
+    let pid = Pid::from_raw(pid.cast_signed()).context("a process without a number")?;
+    let asked = Instant::now();
+    kill_process(pid, Signal::TERM)?;
+    match client.wait_event("SHUTDOWN", SILENCE).and_then(|_| client.wait_closed(SILENCE)) {
+        Ok(()) => Ok(Answer::Done(asked.elapsed().as_secs_f64())),
+        Err(ClientError::Timeout { .. }) => Ok(Answer::Silence),
+        Err(error) => Err(error).context("SIGTERM"),
+    }
+}
+
+/// A new file system in a file, mounted in this process's mount namespace.
+fn mount(debian: &Debian, dir: &Path) -> Result<PathBuf> {
+    let (image, place) = (dir.join("image"), dir.join("mounted"));
+    make_ext4(debian, &image, FILE_SYSTEM, None)?;
+    fs::create_dir_all(&place)?;
+    output(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&place))
+        .context("cannot mount a file system to freeze (this needs root)")?;
+    Ok(place)
+}
+
+/// A frozen file system. Thawed when this is dropped, and also if this process is killed: the shell
+/// that froze it then reads the end of its input.
+struct Frozen(Child);
+
+impl Frozen {
+    fn new(place: &Path) -> Result<Self> {
+        let script = "fsfreeze -f \"$1\" && echo frozen && read -r line; fsfreeze -u \"$1\"";
+        let mut shell = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(place)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start sh")?;
+        let mut said = String::new();
+        BufReader::new(shell.stdout.take().context("a child without output")?)
+            .read_line(&mut said)?;
+        let frozen = Self(shell);
+        ensure!(said == "frozen\n", "fsfreeze cannot freeze {}", place.display());
+        Ok(frozen)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        if let Some(mut input) = self.0.stdin.take() {
+            // If it has gone, it has thawed.
+            let _ = input.write_all(b"\n");
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// All answers.
+#[derive(Debug, Default)]
+pub struct Answers {
+    answers: BTreeMap<(Hold, Question), Vec<Answer>>,
+    /// What could not be held, and why.
+    pub not_held: Vec<(Hold, String)>,
+}
+
+impl Answers {
+    /// Adds one.
+    pub fn add(&mut self, hold: Hold, question: Question, answer: Answer) {
+        self.answers.entry((hold, question)).or_default().push(answer);
+    }
+
+    /// How many answers took longer than they may.
+    #[must_use]
+    pub fn late(&self) -> usize {
+        let late =
+            |(&(_, question), answers): (&(Hold, Question), &Vec<Answer>)| late(question, answers);
+        self.answers.iter().map(late).sum()
+    }
+
+    /// The table that people read.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        for hold in Hold::ALL {
+            let asked = |question| self.answers.get(&(hold, question)).map(|all| (question, all));
+            let rows: Vec<_> = Question::ALL.into_iter().filter_map(asked).collect();
+            if rows.is_empty() {
+                continue;
+            }
+            // Writing to a string does not fail.
+            let _ = writeln!(
+                text,
+                "\n{:<48}{:>6}{:>10}{:>10}{:>10}{:>10}{:>6}{:>9}",
+                hold.title(),
+                "n",
+                "median",
+                "p95",
+                "max",
+                "bound",
+                "late",
+                "refused"
+            );
+            for (question, answers) in rows {
+                let seconds: Vec<f64> = answers.iter().map(|answer| answer.seconds()).collect();
+                let at = |part| shown(quantile(&seconds, part).unwrap_or(f64::NAN));
+                let refused = |answer: &&Answer| matches!(answer, Answer::Refused(_));
+                let _ = writeln!(
+                    text,
+                    "  {:<46}{:>6}{:>10}{:>10}{:>10}{:>10}{:>6}{:>9}",
+                    question.label(),
+                    answers.len(),
+                    at(0.5),
+                    at(0.95),
+                    at(1.0),
+                    shown(question.bound().as_secs_f64()),
+                    late(question, answers),
+                    answers.iter().filter(refused).count()
+                );
+            }
+        }
+        text
+    }
+
+    /// Everything, for programs.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let rows: Vec<Value> = self
+            .answers
+            .iter()
+            .map(|(&(hold, question), answers)| {
+                json!({
+                    "held": hold,
+                    "question": question,
+                    "bound": question.bound().as_secs_f64(),
+                    "late": late(question, answers),
+                    "answers": answers,
+                })
+            })
+            .collect();
+        json!({ "rows": rows, "not_held": self.not_held })
+    }
+}
+
+fn late(question: Question, answers: &[Answer]) -> usize {
+    let bound = question.bound().as_secs_f64();
+    answers.iter().filter(|answer| answer.seconds() > bound).count()
+}
+
+/// Seconds for people. Between an answer and none there is no middle: that is none.
+fn shown(seconds: f64) -> String {
+    if seconds.is_finite() { format!("{:.1} ms", seconds * 1e3) } else { "none".to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_late_and_a_refusal_in_time_is_not() {
+        let mut answers = Answers::default();
+        for answer in [Answer::Done(0.01), Answer::Refused(0.99), Answer::Silence] {
+            answers.add(Hold::Flood, Question::Stop, answer);
+        }
+        assert_eq!(answers.late(), 1);
+        answers.add(Hold::Fifo, Question::Status, Answer::Done(0.11));
+        assert_eq!(answers.late(), 2);
+
+        let table = answers.table();
+        let line = table.lines().find(|line| line.starts_with("  stop")).unwrap();
+        let words: Vec<_> = line.split_whitespace().collect();
+        assert_eq!(words, ["stop", "3", "990.0", "ms", "none", "none", "1000.0", "ms", "1", "1"]);
+        assert!(!table.contains("SIGTERM"), "{table}");
+    }
+
+    #[test]
+    fn all_that_was_answered_is_in_the_json() {
+        let mut answers = Answers::default();
+        answers.add(Hold::Fifo, Question::Quit, Answer::Silence);
+        answers.add(Hold::Fifo, Question::Quit, Answer::Done(0.5));
+        let json = answers.json();
+        assert_eq!(json["rows"][0]["held"], "fifo");
+        assert_eq!(json["rows"][0]["answers"], json!(["silence", { "done": 0.5 }]));
+        assert_eq!(json["rows"][0]["late"], 1);
+    }
+}

@@ -1,0 +1,183 @@
+//! What all measuring needs: a disk, a tap, a peer that answers there, kernels in every form.
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use super::guests::{HOST_ADDRESS, payload_elf, serve_peer, talker_elf};
+use super::measure::INITRAMFS;
+use super::monitors::{FLAT_MIN, Form, Found, Guest};
+use crate::debian::Debian;
+use crate::net::Tap;
+use crate::paths::Paths;
+use crate::{guest, kernel};
+
+/// RAM of every guest but the large ones, MiB.
+pub const MIB: u64 = 256;
+/// What every Linux is told: where its console is, and to end rather than hang.
+const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
+/// Bytes of the disk; all of it fits into the host's page cache.
+const DISK: u64 = 256 << 20;
+/// The tap.
+const TAP: &str = "compare0";
+/// What this namespace's TCP is to send with, and where that is said.
+const CONGESTION_CONTROL: (&str, &str) = ("/proc/sys/net/ipv4/tcp_congestion_control", "reno");
+
+/// Everything there is to measure with.
+pub struct Rig {
+    /// The paths of this process.
+    pub paths: Paths,
+    /// Where the monitors' files are.
+    pub dir: PathBuf,
+    /// Seconds for each figure that a guest measures.
+    pub seconds: f64,
+    disk: PathBuf,
+    _tap: Tap,
+}
+
+impl Rig {
+    /// Makes all of it, in this network namespace.
+    ///
+    /// # Errors
+    /// No room for the disk, or no right to make a tap.
+    pub fn new(paths: &Paths, debian: &Debian, seconds: f64) -> Result<Self> {
+        let dir = paths.fresh_scratch("compare")?;
+        let disk = dir.join("disk.raw");
+        // Written, not sparse: what is read later comes from the page cache.
+        let mut file = File::create(&disk)?;
+        let block = vec![0x5a; 1 << 20];
+        for _ in 0..DISK >> 20 {
+            file.write_all(&block).context("no room for the disk")?;
+        }
+        file.sync_all()?;
+        let tap = Tap::create(debian, TAP, HOST_ADDRESS)?;
+        // BBR, where it is the host's default, sends by a timer: the timer would be measured then,
+        // at less than half of what the monitors can receive.
+        let (file, reno) = CONGESTION_CONTROL;
+        fs::write(file, reno).with_context(|| format!("cannot write {reno} to {file}"))?;
+        serve_peer()?;
+        Ok(Self { paths: paths.clone(), dir, seconds, disk, _tap: tap })
+    }
+
+    /// Removes the files.
+    ///
+    /// # Errors
+    /// The file system does not let it.
+    pub fn clean_up(self) -> Result<()> {
+        fs::remove_dir_all(&self.dir).context("cannot clean up")
+    }
+
+    /// The guest that tells that it runs, and nothing more; with disk and NIC.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
+    pub fn payload(&self, found: &Found) -> Result<Guest> {
+        let devices = Some(self.devices());
+        Ok(Guest { devices, ..self.bare(found, self.payload_elf()?)? })
+    }
+
+    /// The guest that tells again and again that it runs; without devices.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
+    pub fn talker(&self, found: &Found) -> Result<Guest> {
+        let elf = self.dir.join("talker.elf");
+        if !elf.exists() {
+            fs::write(&elf, talker_elf())?;
+        }
+        self.bare(found, elf)
+    }
+
+    fn bare(&self, found: &Found, elf: PathBuf) -> Result<Guest> {
+        Ok(Guest {
+            kernel: self.kernel(found, elf)?,
+            initramfs: None,
+            cmdline: String::new(),
+            vcpus: 1,
+            mib: MIB,
+            acpi: true,
+            devices: None,
+        })
+    }
+
+    /// Linux with one processor and without devices, that does `what`: Debian's (`distribution`), or
+    /// the one that was given.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn linux(&self, found: &Found, distribution: bool, what: &str) -> Result<Guest> {
+        let [bare, modules] = INITRAMFS.map(|name| self.paths.cache.join(name));
+        let common = format!("{CMDLINE} printk.devkmsg=on bench={what} seconds={}", self.seconds);
+        let (kernel, initramfs, cmdline) = if distribution {
+            (guest::Kernel::Elf, modules, common)
+        } else {
+            // What a kernel without kvm-clock has to be told; harmless for others.
+            let khz = tsc_khz().context("this host's KVM does not tell the TSC's frequency")?;
+            let told = format!("{common} tsc_early_khz={khz} tsc=reliable idle=halt nopti");
+            (guest::Kernel::Given, bare, told)
+        };
+        // What comes from a disk for the first time is not measured.
+        fs::read(&initramfs)?;
+        Ok(Guest {
+            kernel: self.kernel(found, kernel.path(&self.paths))?,
+            initramfs: Some(initramfs),
+            cmdline,
+            vcpus: 1,
+            mib: MIB,
+            acpi: distribution,
+            devices: None,
+        })
+    }
+
+    /// The payload as a file.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn payload_elf(&self) -> Result<PathBuf> {
+        let elf = self.dir.join("payload.elf");
+        if !elf.exists() {
+            fs::write(&elf, payload_elf())?;
+        }
+        Ok(elf)
+    }
+
+    /// Brings the disk into the page cache in the same way for every guest: how the one before
+    /// wrote it decides otherwise in how large pieces it lies there, and so how fast it is read.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn cache_disk(&self) -> Result<()> {
+        let mut file = File::open(&self.disk)?;
+        file.sync_all()?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        io::copy(&mut file, &mut io::sink())?;
+        Ok(())
+    }
+
+    /// The disk's image, and the tap.
+    #[must_use]
+    pub fn devices(&self) -> (PathBuf, String) {
+        (self.disk.clone(), TAP.to_owned())
+    }
+
+    /// A kernel in the form that a monitor takes, made when it is first asked for; in the page cache.
+    fn kernel(&self, found: &Found, elf: PathBuf) -> Result<PathBuf> {
+        let image = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
+        if found.monitor.form == Form::Elf {
+            return Ok(elf);
+        }
+        let name = elf.file_name().context("a kernel without a name")?;
+        let flat = self.dir.join(name).with_extension("flat");
+        if !flat.exists() {
+            let mut image = kernel::flat(&image)?;
+            image.resize(image.len().max(FLAT_MIN), 0);
+            fs::write(&flat, image)?;
+        }
+        Ok(flat)
+    }
+}
+
+fn tsc_khz() -> Result<u32> {
+    Ok(kvm_ioctls::Kvm::new()?.create_vm()?.create_vcpu(0)?.get_tsc_khz()?)
+}

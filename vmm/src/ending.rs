@@ -1,0 +1,110 @@
+//! The end of the process, within [`bounds::SIGNAL`] whatever hangs.
+//!
+//! ```text
+//!   main thread                                           thread `end`
+//!   give up a save, stop the guest
+//!   deliver SHUTDOWN, close the clients' sockets
+//!   ------------------------------------------------------> output, names, the file of memory
+//!   log, then all descriptors that wait for nothing
+//!   ------------------------------------------------------> descriptors of storage, busy ones last
+//!   _exit
+//! ```
+//! The main thread waits for `end`, but not beyond the bound. A thread that waits for storage which hangs
+//! may keep the process from ending: then it is a process id only, that holds nothing but this storage.
+use std::{
+    io,
+    path::PathBuf,
+    sync::mpsc::{Receiver, Sender, channel},
+    thread::Builder,
+    time::{Duration, Instant},
+};
+
+use machine::release::{self, Descriptors};
+use qmp::{schema::Event, server::Server};
+
+use crate::{
+    bounds, lifecycle, logging,
+    pidfile::PidFile,
+    terminal,
+    vmm::{Ending, Vmm},
+};
+
+/// Left of the bound when the main thread goes, for the kernel to take the process apart.
+const SPARE: Duration = Duration::from_millis(500);
+/// How long the log may take to arrive in its file.
+const LOG: Duration = Duration::from_millis(500);
+/// How long clients may take to read what is queued for them.
+const DELIVERY: Duration = Duration::from_secs(1);
+
+type Step = Box<dyn FnOnce() + Send>;
+
+/// The thread `end`, for what may wait for storage.
+pub struct End {
+    steps: Sender<Step>,
+    done: Receiver<()>,
+}
+
+impl End {
+    /// Start the thread: none can be started behind the system-call filter.
+    ///
+    /// # Errors
+    /// When the host has no thread to give.
+    pub fn spawn() -> io::Result<Self> {
+        let (steps, inbox) = channel::<Step>();
+        let (report, done) = channel();
+        Builder::new().name("end".into()).stack_size(64 << 10).spawn(move || {
+            while let Ok(step) = inbox.recv() {
+                step();
+                // The main thread may not wait for it any more.
+                let _ = report.send(());
+            }
+        })?;
+        Ok(Self { steps, done })
+    }
+
+    /// Do `step` there; whether it is over by `deadline`.
+    fn within(&self, deadline: Instant, step: impl FnOnce() + Send + 'static) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.steps.send(Box::new(step)).is_ok() && self.done.recv_timeout(left).is_ok()
+    }
+}
+
+impl Vmm {
+    /// The last words, SHUTDOWN to every client, and everything that others could wait for; the process
+    /// ends. `end` was started for this, and `pidfile` names the process.
+    pub fn shut_down(mut self, ending: Ending, end: &End, pidfile: Option<PidFile>) {
+        let deadline = Instant::now() + bounds::SIGNAL - SPARE;
+        if !self.is_stuck() {
+            self.abandon_save();
+            if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
+                log::error!("ended with the guest running: {e}");
+            }
+        }
+        let quiet = !self.is_stuck();
+        self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
+        let names = Server::shutdown(std::mem::take(&mut self.servers), DELIVERY);
+        terminal::put_back();
+        let (leave, busy) = (self.machine.leave(quiet), self.machine.busy_images());
+        // Its threads may still use it; it ends with the process.
+        std::mem::forget(self);
+
+        let left = end.within(deadline - LOG, move || {
+            drop((names, pidfile));
+            leave();
+        });
+        if !left {
+            log::warn!("storage hangs: what was written last may be lost");
+        }
+        logging::finish(LOG.min(deadline.saturating_duration_since(Instant::now())));
+        give_up_descriptors(end, &busy, deadline);
+    }
+}
+
+/// So that nothing is held by a process that cannot end but what it waits for.
+fn give_up_descriptors(end: &End, busy: &[PathBuf], deadline: Instant) {
+    // An error: the kernel gives them up when the process ends, as it does most often.
+    let Ok(Descriptors { others, storage }) = Descriptors::open(busy) else { return };
+    if release::give_up(&others).is_ok() {
+        end.within(deadline, move || drop(release::give_up(&storage)));
+    }
+}

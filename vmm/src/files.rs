@@ -1,0 +1,278 @@
+//! The thread `files`: it opens, resizes and closes what commands name, so that the main thread never
+//! waits for a file system.
+//!
+//! ```text
+//!   main thread                                   files
+//!   command --Job--> queue --work, one at a time--> opens
+//!   finish, answer <-----------result---------------
+//! ```
+//! The command's answer is late, and its client's next command waits for it: each client's commands
+//! are carried out in order, as QMP demands. Other clients' commands are carried out meanwhile, so what
+//! was checked before has to be checked again when the file is there.
+//!
+//! One command's file may hang. Its own client waits for as long as it takes; the next command that
+//! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::Builder,
+    time::{Duration, Instant},
+};
+
+use qmp::{Error, server::Ticket};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{bounds, vmm::Vmm};
+
+type Finish = Box<dyn FnOnce(&mut Vmm) -> Result<Value, Error> + Send>;
+type Work = Box<dyn FnOnce() -> Finish + Send>;
+
+/// Something to be done with files.
+pub(crate) struct Job {
+    what: String,
+    name: Option<String>,
+    resizes: bool,
+    overdue: Overdue,
+    work: Work,
+}
+
+/// What becomes of a job that has waited too long.
+enum Overdue {
+    /// Unless it has begun, it fails.
+    Fail,
+    /// It is answered without the file system, and left out unless it has begun.
+    AnswerWithout(Finish),
+    /// It is answered as done, which it is for the guest, and done when the thread gets to it.
+    AnswerDone(Finish),
+}
+
+fn answer<R: Serialize>(result: Result<R, Error>) -> Result<Value, Error> {
+    serde_json::to_value(result?).map_err(|e| Error::generic(&e))
+}
+
+impl Job {
+    /// `work` on the thread, then `finish` on the main thread. `what` it is, for messages, such as
+    /// "opening /disk.img".
+    pub fn new<T: Send + 'static, R: Serialize>(
+        what: String,
+        work: impl FnOnce() -> T + Send + 'static,
+        finish: impl FnOnce(&mut Vmm, T) -> Result<R, Error> + Send + 'static,
+    ) -> Self {
+        let work: Work = Box::new(|| {
+            let done = work();
+            Box::new(|vmm| answer(finish(vmm, done)))
+        });
+        Self { what, name: None, resizes: false, overdue: Overdue::Fail, work }
+    }
+
+    /// Until it is over nothing else happens to the device or back-end `name`.
+    pub fn about(self, name: &str) -> Self {
+        Self { name: Some(name.into()), ..self }
+    }
+
+    /// It changes the size of a disk.
+    pub fn resizes(self) -> Self {
+        Self { resizes: true, ..self }
+    }
+
+    /// A question that `finish` can answer without the file system, if that does not answer soon.
+    pub fn or_without<R: Serialize>(
+        self,
+        finish: impl FnOnce(&mut Vmm) -> Result<R, Error> + Send + 'static,
+    ) -> Self {
+        let finish: Finish = Box::new(|vmm| answer(finish(vmm)));
+        Self { overdue: Overdue::AnswerWithout(finish), ..self }
+    }
+
+    /// Close `file`, which the machine does not use any more; `done` answers.
+    pub fn close<R: Serialize>(
+        what: String,
+        file: impl Send + 'static,
+        done: impl FnOnce(&mut Vmm) -> R + Clone + Send + 'static,
+    ) -> Self {
+        let late = done.clone();
+        let job = Self::new(what, || drop(file), |vmm, ()| Ok(done(vmm)));
+        let late: Finish = Box::new(|vmm| answer(Ok(late(vmm))));
+        Self { overdue: Overdue::AnswerDone(late), ..job }
+    }
+}
+
+/// A job, and who waits for it: the server and the right to answer there.
+struct Entry {
+    job: Job,
+    asked: Option<(usize, Ticket)>,
+    since: Instant,
+}
+
+impl Entry {
+    fn patience(&self) -> Duration {
+        match self.job.overdue {
+            Overdue::AnswerWithout(_) => bounds::FILE_QUESTION,
+            Overdue::Fail | Overdue::AnswerDone(_) => bounds::FILE,
+        }
+    }
+
+    /// How to answer it before it is over; `why` it is not.
+    fn give_up(&mut self, why: String) -> Finish {
+        match std::mem::replace(&mut self.job.overdue, Overdue::Fail) {
+            Overdue::AnswerWithout(finish) | Overdue::AnswerDone(finish) => finish,
+            Overdue::Fail => Box::new(|_| Err(Error::text(why))),
+        }
+    }
+}
+
+/// What the thread is doing.
+struct Running {
+    entry: Entry,
+    begun: Instant,
+}
+
+/// The thread, and what it has still to do.
+pub struct Files {
+    tasks: Sender<Work>,
+    results: Receiver<Finish>,
+    running: Option<Running>,
+    /// Kept here, so that a job that fails because it has waited too long is not done later.
+    queue: VecDeque<Entry>,
+}
+
+impl Files {
+    /// Start the thread: none can be started behind the system-call filter. `notify` is called after
+    /// each job; it must not block.
+    ///
+    /// # Errors
+    /// When the host has no thread to give.
+    pub fn spawn(notify: Arc<dyn Fn() + Send + Sync>) -> io::Result<Self> {
+        let (tasks, inbox) = channel::<Work>();
+        let (report, results) = channel();
+        Builder::new().name("files".into()).stack_size(128 << 10).spawn(move || {
+            while let Ok(work) = inbox.recv() {
+                // The monitor's end: nothing waits for it.
+                let _ = report.send(work());
+                notify();
+            }
+        })?;
+        Ok(Self { tasks, results, running: None, queue: VecDeque::new() })
+    }
+
+    /// Nothing is being done to the device or back-end `name`.
+    ///
+    /// # Errors
+    /// What is, if something is.
+    pub(crate) fn check_idle(&self, name: &str) -> Result<(), Error> {
+        match self.jobs().find(|job| job.name.as_deref() == Some(name)) {
+            None => Ok(()),
+            Some(job) => {
+                let why = format!("'{name}' is busy: {}; try again when that is over", job.what);
+                Err(Error::text(why))
+            }
+        }
+    }
+
+    /// No disk is being resized: sizes are part of a saved state.
+    ///
+    /// # Errors
+    /// Which one is.
+    pub(crate) fn check_sizes(&self) -> Result<(), Error> {
+        match self.jobs().find(|job| job.resizes) {
+            None => Ok(()),
+            Some(job) => {
+                let why = format!("{} is under way: try again when that is over", job.what);
+                Err(Error::text(why))
+            }
+        }
+    }
+
+    fn jobs(&self) -> impl Iterator<Item = &Job> {
+        let running = self.running.iter().map(|running| &running.entry);
+        running.chain(&self.queue).map(|entry| &entry.job)
+    }
+
+    fn begin_next(&mut self) {
+        if self.running.is_none()
+            && let Some(mut entry) = self.queue.pop_front()
+        {
+            let nothing: Work = Box::new(|| Box::new(|_| Ok(Value::Null)));
+            let work = std::mem::replace(&mut entry.job.work, nothing);
+            // A thread that has gone never answers, and is told of as one that hangs.
+            let _ = self.tasks.send(work);
+            self.running = Some(Running { entry, begun: Instant::now() });
+        }
+    }
+
+    /// How long until somebody has waited too long.
+    pub(crate) fn until_overdue(&self) -> Option<Duration> {
+        let fails = |entry: &&Entry| matches!(entry.job.overdue, Overdue::Fail);
+        let running = self.running.iter().map(|running| &running.entry).filter(|e| !fails(e));
+        let waiting = running.chain(&self.queue).filter(|entry| entry.asked.is_some());
+        waiting.map(|e| e.patience().saturating_sub(e.since.elapsed())).min()
+    }
+
+    /// Who has waited too long, and what to answer.
+    fn take_overdue(&mut self) -> Option<((usize, Ticket), Finish)> {
+        let late =
+            |entry: &Entry| entry.asked.is_some() && entry.since.elapsed() >= entry.patience();
+        let running = self.running.as_mut()?;
+        let (busy, seconds) = (&running.entry.job.what, running.begun.elapsed().as_secs());
+        let why = format!(
+            "{busy} has not finished for {seconds} s: its storage hangs, and no other file can be \
+             opened meanwhile; try again when the storage answers"
+        );
+        let begun = &mut running.entry;
+        if late(begun) && !matches!(begun.job.overdue, Overdue::Fail) {
+            return Some((begun.asked.take()?, begun.give_up(why)));
+        }
+        let index = self.queue.iter().position(late)?;
+        let mut entry = self.queue.remove(index)?;
+        let asked = entry.asked.take()?;
+        let stays = matches!(entry.job.overdue, Overdue::AnswerDone(_));
+        let finish = entry.give_up(why);
+        if stays {
+            self.queue.insert(index, entry);
+        }
+        Some((asked, finish))
+    }
+}
+
+impl Vmm {
+    /// Have `job` done by the thread; `ticket` is answered when it is over.
+    pub(crate) fn with_files(&mut self, job: Job, ticket: &Ticket) {
+        let asked = Some((self.asked_by, ticket.clone()));
+        self.files.queue.push_back(Entry { job, asked, since: Instant::now() });
+        self.files.begin_next();
+    }
+
+    /// Close `file`, for which nobody waits.
+    pub(crate) fn close_file(&mut self, what: String, file: impl Send + 'static) {
+        let job = Job::close(what, file, |_| ());
+        self.files.queue.push_back(Entry { job, asked: None, since: Instant::now() });
+        self.files.begin_next();
+    }
+
+    /// See what the thread has done, and who has waited too long for it.
+    pub(crate) fn follow_files(&mut self) {
+        while let Ok(finish) = self.files.results.try_recv() {
+            // Whoever has been answered already has been told all.
+            if let Some(asked) = self.files.running.take().and_then(|running| running.entry.asked) {
+                let result = finish(self);
+                self.answer_late(asked, result);
+            }
+            self.files.begin_next();
+        }
+        while let Some((asked, finish)) = self.files.take_overdue() {
+            let result = finish(self);
+            self.answer_late(asked, result);
+        }
+    }
+
+    fn answer_late(&mut self, (server, ticket): (usize, Ticket), result: Result<Value, Error>) {
+        if let Some(server) = self.servers.get_mut(server) {
+            server.reply(&ticket, result);
+        }
+    }
+}
