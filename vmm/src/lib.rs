@@ -3,6 +3,7 @@
 pub mod actions;
 pub mod announce;
 pub mod arriving;
+pub mod bare;
 pub mod bounds;
 pub mod checkpoint;
 pub mod cli;

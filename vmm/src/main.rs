@@ -4,7 +4,7 @@ use std::{
     env,
     fmt::Display,
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
 };
 
@@ -16,12 +16,12 @@ use machine::{
 };
 use qmp::{
     schema::{Event, ShutdownCause},
-    server::{BindError, Server},
+    server::Server,
 };
 use vmm::{
     announce::Schedule,
     arriving::{Arriving, Handed, Over},
-    bounds,
+    bare, bounds,
     checkpoint::{self, Arrival, RestoreError, job::Checkpointer},
     cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
@@ -85,22 +85,28 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
+    if invocation.no_machine {
+        bare::run(&invocation.control, ready)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     // A client that can connect gets an answer. A machine that is built here is there by then.
     let bind = |events: &EventLoop| {
-        let control = &invocation.control;
-        let bind = |(i, path): (usize, &PathBuf)| {
-            let server = Server::bind(path, events.registry(), EventLoop::server_token(i))?;
-            Ok(server.one_of(control.len()))
-        };
-        control.iter().enumerate().map(bind).collect::<Result<Vec<_>, BindError>>()
+        bare::servers(&invocation.control, events.registry(), EventLoop::server_token)
     };
+    log::info!(target: "VmConfig", "{}", what(invocation));
     let (machine, halted, servers, held, paused) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
             let built = Machine::new(config, events.report());
-            let machine = built.map_err(|e| places.explain(survey(config, e)))?;
+            let machine = built.map_err(|e| places.explain(survey(config, e), config))?;
+            if !machine::kvm::has_hardware_virtualization() {
+                log::warn!(
+                    "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \
+                     a distribution's kernel may hang before its first word"
+                );
+            }
             (machine, None, bind(&events)?, Vec::new(), invocation.paused)
         }
         Some(incoming) => {
@@ -159,7 +165,10 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     match halted {
         Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
         None if paused => {}
-        None => vmm.apply(lifecycle::Event::Resume)?,
+        None => {
+            vmm.apply(lifecycle::Event::Resume)?;
+            vmm.log_vcpus();
+        }
     }
     if let Some(ready) = ready {
         ready.tell().context("cannot let go of the terminal")?;
@@ -176,6 +185,17 @@ fn last_event(mut servers: Vec<Server>, ending: Ending) {
     servers.iter_mut().for_each(|server| server.broadcast(&event));
     // Dropped, the names go.
     drop(Server::shutdown(servers, bounds::COMMAND));
+}
+
+/// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
+fn what(invocation: &Invocation) -> String {
+    match &invocation.incoming {
+        Some(incoming) => format!("from {:?}", incoming.source),
+        None => {
+            let config = &invocation.machine;
+            format!("{} vCPUs, {} bytes of memory", config.cpus, config.memory.size)
+        }
+    }
 }
 
 fn uses_stdio(machine: &MachineConfig) -> bool {

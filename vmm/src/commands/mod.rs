@@ -5,6 +5,7 @@ mod human;
 mod introspect;
 mod migrate;
 mod net;
+mod probe;
 mod run_state;
 
 use std::fmt::Display;
@@ -13,6 +14,7 @@ use machine::PlugError;
 use qmp::{Error, ErrorClass, table::Table};
 
 use crate::{
+    bare::{self, Bare},
     lifecycle::{State, States},
     vmm::Vmm,
 };
@@ -58,11 +60,35 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_hotpluggable_cpus)
         .on(ANY, introspect::query_iothreads)
         .on(ANY, introspect::query_kvm)
-        .on(ANY, introspect::query_machines)
         .on(ANY, introspect::query_name)
-        .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
         .on(ANY, introspect::query_vm_generation_id)
+        .on(ANY, probe::device_list_properties)
+        .on(ANY, probe::qom_list_types)
+        .on(ANY, probe::query_accelerators)
+        .on(ANY, probe::query_command_line_options)
+        .on(ANY, probe::query_cpu_definitions)
+        .on(ANY, probe::query_machines)
+        .on(ANY, probe::query_migrate_capabilities)
+        .on(ANY, probe::query_target)
+}
+
+/// The commands where there is no machine: those about one are refused, and there all the same for who asks
+/// what there is.
+pub(crate) fn bare_table() -> Table<Bare> {
+    Table::new(())
+        .on((), bare::quit)
+        .on((), bare::query_status)
+        .on((), bare::query_kvm)
+        .on((), probe::device_list_properties)
+        .on((), probe::qom_list_types)
+        .on((), probe::query_accelerators)
+        .on((), probe::query_command_line_options)
+        .on((), probe::query_cpu_definitions)
+        .on((), probe::query_machines)
+        .on((), probe::query_migrate_capabilities)
+        .on((), probe::query_target)
+        .refusing_others((), bare::no_machine)
 }
 
 /// A member that is not as it may be; `allowed` tells what may.
@@ -83,5 +109,6 @@ mod tests {
     #[test]
     fn every_command_of_the_schema_has_a_handler() {
         assert!(super::table().names().eq(qmp::schema::NAMES.iter().copied()));
+        assert!(super::bare_table().names().eq(qmp::schema::NAMES.iter().copied()));
     }
 }

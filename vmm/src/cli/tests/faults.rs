@@ -83,7 +83,6 @@ fn not_built_yet_is_said_by_name() {
         ("-balloon", "virtio-balloon"),
         ("-numa node,nodeid=0", "NUMA"),
         ("-vnc 0.0.0.0:0", "VNC"),
-        ("-machine type=none", "machine type 'none'"),
         ("-machine Q35", "machine type 'q35'"),
         ("-machine virt", "machine type 'virt'"),
         ("-machine microvm,accel=tcg", "accelerator 'tcg'"),
