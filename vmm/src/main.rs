@@ -190,7 +190,10 @@ fn last_event(mut servers: Vec<Server>, ending: Ending) {
 /// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
 fn what(invocation: &Invocation) -> String {
     match &invocation.incoming {
-        Some(incoming) => format!("from {:?}", incoming.source),
+        Some(incoming) => match &incoming.source {
+            Source::Directory { path, .. } => format!("from the directory {}", path.display()),
+            Source::Stream(_) => "from a stream".to_owned(),
+        },
         None => {
             let config = &invocation.machine;
             format!("{} vCPUs, {} bytes of memory", config.cpus, config.memory.size)
