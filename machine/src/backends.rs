@@ -249,6 +249,7 @@ pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
         direct: config.direct,
         discard: config.discard,
         aio: config.aio.into(),
+        probe: config.probe,
     };
     Ok(limited(Disk::open(&config.path, &options)?, config))
 }

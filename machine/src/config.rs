@@ -130,6 +130,10 @@ pub struct DiskConfig {
     /// The back-end's name when it is not the device's id: it then outlives the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
+    /// Refuse an image that begins like one of another format, as nobody has said that it is raw.
+    /// Not kept in a saved state: its guest may have written such a beginning.
+    #[serde(skip)]
+    pub probe: bool,
 }
 
 impl DiskConfig {

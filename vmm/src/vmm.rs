@@ -162,6 +162,13 @@ impl Vmm {
         self.servers.get_mut(self.asked_by)?.named_fds(ticket.client())
     }
 
+    /// Note in the log which threads run the guest.
+    pub fn log_vcpus(&self) {
+        for (index, thread) in self.machine.vcpu_threads().into_iter().enumerate() {
+            log::info!(target: "Vcpu", "{index} runs, as thread {thread}");
+        }
+    }
+
     /// Tell every client.
     pub fn tell(&mut self, event: &Event) {
         self.servers.iter_mut().for_each(|server| server.broadcast(event));
@@ -204,7 +211,8 @@ impl Vmm {
             M::Vcpu(_, S::Power(_) | S::TripleFault) if self.state == State::Prelaunch => {}
             M::Vcpu(_, S::TripleFault) if self.actions.triple_fault_panics => self.guest_panicked(),
             M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => {
-                self.halt(Halt::Shutdown, true, ShutdownCause::GuestReset, self.actions.reboot, 0);
+                let (cause, action) = (ShutdownCause::GuestReset, self.actions.reboot);
+                self.halt(Halt::Shutdown, true, cause, action, self.actions.reboot_status);
             }
             M::Vcpu(_, S::Power(P::Shutdown)) => {
                 let (cause, action) = (ShutdownCause::GuestShutdown, self.actions.shutdown);

@@ -210,7 +210,7 @@ const LOG: &str = "STRATOVIRT_TEST_LOG";
 
 fn commit(crime: &str) {
     let log = PathBuf::from(env::var_os(LOG).unwrap());
-    vmm::last_words::prepare(Some(&log)).unwrap();
+    vmm::logging::start(Some(&log)).unwrap();
     vmm::seccomp::confine(false).unwrap();
     match crime {
         "internet" => drop(UdpSocket::bind("127.0.0.1:0")),

@@ -21,6 +21,7 @@ fn config(dir: &Path) -> MachineConfig {
         queue_size: 256,
         iothread: None,
         backend: None,
+        probe: false,
     };
     // Numbers that are no descriptors: a process has not got so many.
     let nic = |id: &str, fd| NicConfig {

@@ -32,7 +32,8 @@ pub struct BlockdevAdd {
     pub node_name: String,
     /// Where the bytes are.
     pub file: BlockdevFile,
-    /// Image format: `raw`, which is also meant if absent.
+    /// Image format: `raw`. Absent, it is also meant, but an image that begins like one of another
+    /// format is refused.
     pub driver: Option<String>,
     /// Refuse writes.
     pub read_only: Option<bool>,

@@ -11,6 +11,7 @@ mod input;
 mod introspect;
 mod migrate;
 mod net;
+mod probe;
 mod run_state;
 
 pub use block::*;
@@ -21,6 +22,7 @@ pub use input::*;
 pub use introspect::*;
 pub use migrate::*;
 pub use net::*;
+pub use probe::*;
 pub use run_state::*;
 
 use schemars::JsonSchema;
@@ -62,6 +64,7 @@ commands! {
     "blockdev-del"             BlockdevDel            -> Empty;
     "closefd"                  Closefd                -> Empty;
     "cont"                     Cont                   -> Empty;
+    "device-list-properties"   DeviceListProperties   -> Vec<ObjectPropertyInfo>;
     "device_add"               DeviceAdd              -> Empty;
     "device_del"               DeviceDel              -> Empty;
     "getfd"                    Getfd                  -> Empty;
@@ -72,11 +75,15 @@ commands! {
     "netdev_add"               NetdevAdd              -> Empty;
     "netdev_del"               NetdevDel              -> Empty;
     "qmp_capabilities"         QmpCapabilities        -> Empty;
+    "qom-list-types"           QomListTypes           -> Vec<ObjectTypeInfo>;
+    "query-accelerators"       QueryAccelerators      -> AcceleratorInfo;
     "query-balloon"            QueryBalloon           -> BalloonInfo;
     "query-block"              QueryBlock             -> Vec<BlockInfo>;
     "query-blockstats"         QueryBlockstats        -> Vec<BlockStats>;
     "query-chardev"            QueryChardev           -> Vec<ChardevInfo>;
+    "query-command-line-options" QueryCommandLineOptions -> Vec<CommandLineOptionInfo>;
     "query-commands"           QueryCommands          -> Vec<CommandInfo>;
+    "query-cpu-definitions"    QueryCpuDefinitions    -> Vec<CpuDefinitionInfo>;
     "query-cpus"               QueryCpus              -> Vec<CpuInfo>;
     "query-cpus-fast"          QueryCpusFast          -> Vec<CpuInfoFast>;
     "query-events"             QueryEvents            -> Vec<EventInfo>;
@@ -85,6 +92,7 @@ commands! {
     "query-kvm"                QueryKvm               -> KvmInfo;
     "query-machines"           QueryMachines          -> Vec<MachineInfo>;
     "query-migrate"            QueryMigrate           -> MigrationInfo;
+    "query-migrate-capabilities" QueryMigrateCapabilities -> Vec<MigrationCapabilityStatus>;
     "query-migrate-parameters" QueryMigrateParameters -> MigrationParameters;
     "query-name"               QueryName              -> NameInfo;
     "query-named-block-nodes"  QueryNamedBlockNodes   -> Vec<BlockDeviceInfo>;

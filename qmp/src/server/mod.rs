@@ -21,6 +21,7 @@ pub use bind::{BindError, SocketFile, claim};
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt::Display,
+    io,
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     time::{Duration, Instant},
@@ -76,8 +77,9 @@ impl Ticket {
 /// The server. Dropping it disconnects everybody and removes the socket; [`Server::shutdown`] first
 /// delivers what is queued.
 pub struct Server {
-    listener: OwnedFd,
-    file: SocketFile,
+    /// None of a server that has connected to its one client itself.
+    listener: Option<OwnedFd>,
+    file: Option<SocketFile>,
     registry: Registry,
     /// Token of the listener; connection `n` has `base + 1 + n`.
     base: usize,
@@ -108,18 +110,38 @@ impl Server {
     pub fn bind(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
         let (listener, file) = bind::claim(path)?;
         let os = |source| BindError::Os { action: "watch", path: path.into(), source };
-        let registry = registry.try_clone().map_err(os)?;
-        registry
-            .register(&mut SourceFd(&listener.as_raw_fd()), base, Interest::READABLE)
-            .map_err(os)?;
+        let mut source = SourceFd(&listener.as_raw_fd());
+        registry.register(&mut source, base, Interest::READABLE).map_err(os)?;
+        Self::new(Some(listener), Some(file), registry, base).map_err(os)
+    }
+
+    /// Connects to the one client, which listens at `path`. Once it has hung up there is none.
+    pub fn connect(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
+        let client = bind::connected(path)?;
+        let mut this = Self::new(None, None, registry, base).map_err(|source| BindError::Os {
+            action: "watch",
+            path: path.into(),
+            source,
+        })?;
+        this.admit(0, client);
+        Ok(this)
+    }
+
+    fn new(
+        listener: Option<OwnedFd>,
+        file: Option<SocketFile>,
+        registry: &Registry,
+        base: Token,
+    ) -> io::Result<Self> {
+        let registry = registry.try_clone()?;
         // Clients get at most half of the descriptors: disks and NICs need some, too.
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
         Ok(Self {
-            listener,
             file,
             registry,
             base: base.0,
-            acceptable: true,
+            acceptable: listener.is_some(),
+            listener,
             starved: false,
             connections: Vec::new(),
             most: usize::try_from(limit).unwrap_or(usize::MAX),
@@ -243,7 +265,7 @@ impl Server {
         let deadline = Instant::now() + patience;
         let (mut files, mut waiting) = (Vec::new(), Vec::new());
         for Self { file, connections, .. } in servers {
-            files.push(file);
+            files.extend(file);
             waiting.extend(connections.into_iter().flatten());
         }
         loop {
@@ -328,12 +350,13 @@ impl Server {
 
     /// Takes one client in; whether another may be waiting.
     fn accept(&mut self) -> bool {
+        let Some(listener) = &self.listener else { return false };
         let free = self.connections.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.connections.len());
         if slot >= self.most {
             return self.starve(&"there are too many of them");
         }
-        let fd = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        let fd = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(fd) => fd,
             Err(Errno::INTR | Errno::CONNABORTED) => return true,
             Err(Errno::AGAIN) => {
@@ -343,6 +366,12 @@ impl Server {
             // Trying again at once would spin: see `ready`.
             Err(e) => return self.starve(&e),
         };
+        self.admit(slot, fd);
+        true
+    }
+
+    /// Greets the client at the other end of `fd`, from now on in `slot`.
+    fn admit(&mut self, slot: usize, fd: OwnedFd) {
         self.last_serial += 1;
         let connection = Connection::new(ClientId { slot, serial: self.last_serial }, fd);
         let token = Token(self.base.saturating_add(1).saturating_add(slot));
@@ -350,7 +379,7 @@ impl Server {
         let fd = connection.raw_fd();
         if let Err(e) = self.registry.register(&mut SourceFd(&fd), token, interest) {
             log::warn!("a QMP client is turned away: {e}");
-            return true;
+            return;
         }
         match self.connections.get_mut(slot) {
             Some(place) => *place = Some(connection),
@@ -358,7 +387,6 @@ impl Server {
         }
         let greeting = greeting();
         self.with(slot, |connection| connection.queue(&greeting));
-        true
     }
 }
 

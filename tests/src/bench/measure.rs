@@ -106,7 +106,7 @@ impl Part {
 /// Does `task` and says what comes of it.
 ///
 /// # Errors
-/// The one who asked does not listen any more; everything else is only told.
+/// The process that asked for it has gone; everything else is only told.
 pub fn measure(task: &Task) -> Result<()> {
     let error = all(task).err();
     tell(&Message::Done(error.map(|error| format!("{error:#}"))))
@@ -131,7 +131,7 @@ fn all(task: &Task) -> Result<()> {
 /// Tells which monitors take part.
 ///
 /// # Errors
-/// Nobody listens any more.
+/// The process that asked for it has gone.
 pub fn introduce(monitors: &[Found]) -> Result<()> {
     monitors.iter().try_for_each(|found| {
         let version = found.version().unwrap_or_else(|error| format!("{error:#}"));
@@ -142,13 +142,13 @@ pub fn introduce(monitors: &[Found]) -> Result<()> {
 /// Says something to the process that asked for it.
 ///
 /// # Errors
-/// It does not listen any more.
+/// It has gone.
 pub fn tell(message: &Message) -> Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(&[CONTROL])?;
     serde_json::to_writer(&mut out, message)?;
     out.write_all(b"\n")?;
-    out.flush().context("nobody listens any more")
+    out.flush().context("the process that asked has gone")
 }
 
 fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -> Result<()> {
@@ -222,7 +222,7 @@ impl<'a> Turn<'a> {
     /// Tells a figure.
     ///
     /// # Errors
-    /// Nobody listens any more.
+    /// The process that asked for it has gone.
     pub fn sample(&self, metric: Metric, value: f64) -> Result<()> {
         let (scenario, monitor) = (self.scenario, self.found.name.clone());
         tell(&Message::Sample { scenario, metric, monitor, value })
@@ -231,7 +231,7 @@ impl<'a> Turn<'a> {
     /// Tells a time.
     ///
     /// # Errors
-    /// Nobody listens any more.
+    /// The process that asked for it has gone.
     pub fn time(&self, metric: Metric, time: Duration) -> Result<()> {
         let unit = match metric.label().1 {
             "us" => 1e6,
@@ -274,10 +274,13 @@ impl<'a> Turn<'a> {
     }
 
     fn save_live(&self) -> Result<()> {
+        if !self.found.monitor.way.is_live() {
+            return Ok(());
+        }
         let (_run, mut connection, _) = self.talking(MIB)?;
         let saved = self.rig.dir.join("saved");
         let pause = snapshots::save_live(self.found, &mut connection, Target::Directory(&saved))?;
-        pause.map_or(Ok(()), |pause| self.time(Metric::LivePause, pause))
+        self.time(Metric::LivePause, pause)
     }
 
     fn save(&self) -> Result<()> {

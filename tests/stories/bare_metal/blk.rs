@@ -1,6 +1,6 @@
 //! A disk, driven by a guest that knows how, and by one that does everything wrong.
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use stories::monitor::{Monitor, SOON, Vm};
 
 use crate::counters::{all_is_well, counting, storm};
+use crate::plug::refused;
+use crate::snapshot::{refusal, restore, save};
 use crate::stage::{Stage, descriptors, quits, simple, status};
 
 /// Of the image, in sectors of 512 bytes.
@@ -136,4 +138,46 @@ fn reset_with_requests_in_flight() -> Result<()> {
     let after = descriptors(&monitor)?;
     ensure!(after < before + 20, "{before} descriptors became {after}");
     all_is_well(&stage, monitor, qmp)
+}
+
+#[test]
+fn an_image_of_another_format_needs_to_be_called_raw() -> Result<()> {
+    const SAYS: &str = "is a qcow2 image";
+    let stage = Stage::new("blk_format")?;
+    let (image, copy) = (stage.file("image"), stage.file("copy"));
+    for path in [&image, &copy] {
+        fs::write(path, [b"QFI\xfb", &[0; 4092][..]].concat())?;
+    }
+    let drive = |path: &Path, more: &str| format!("id=d,file={}{more}", path.display());
+    let does_not_start = |vm: Vm| -> Result<()> {
+        let mut monitor = vm.start(&stage.paths, &stage.dir)?;
+        ensure!(monitor.wait_exit()?.code() == Some(1));
+        let said = monitor.said_to_its_end()?;
+        ensure!(said.contains(SAYS) && said.contains("qemu-img convert -f qcow2"), "{said}");
+        Ok(())
+    };
+    does_not_start(stage.vm("count", "plain 1")?.args(&["-drive", &drive(&image, "")]))?;
+    does_not_start(stage.vm("count", "plain 1")?.disk("d", &image, false))?;
+
+    let vm = stage.vm("count", "plain 1")?.args(&["-drive", &drive(&image, ",format=raw")]);
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    let file = json!({ "driver": "file", "filename": copy });
+    let add = json!({ "node-name": "copy", "file": file });
+    refused(&mut qmp, "blockdev-add", add.clone(), SAYS)?;
+    let mut raw = add;
+    raw["driver"] = json!("raw");
+    qmp.execute_raw("blockdev-add", raw)?;
+    qmp.execute_raw("blockdev-del", json!({ "node-name": "copy" }))?;
+
+    // What a machine has written to is known to be raw; what takes its place is not.
+    let saved = stage.file("saved");
+    save(&mut qmp, &saved, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = refusal(&stage, &saved, &["-drive", &drive(&copy, "")])?;
+    ensure!(said.contains(SAYS), "{said}");
+    let (mut monitor, mut qmp) =
+        restore(&stage, &saved, &["-drive", &drive(&copy, ",format=raw")])?;
+    quits(&stage, &mut monitor, &mut qmp)
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
 use rustix::fs::{FlockOperation, fcntl_lock};
-use serde_json::json;
+use serde_json::{Value, json};
 use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
 use stories::held::until;
@@ -19,7 +19,7 @@ use stories::monitor::SOON;
 use crate::counters::{all_is_well, counting};
 use crate::plug::refused;
 use crate::snapshot::refusal;
-use crate::stage::{Stage, cont, exists, quits, simple, status, stop};
+use crate::stage::{Stage, cont, exists, patiently, quits, simple, status, stop};
 
 const SAYS: &str = "disk vda has requests that the host has not finished";
 
@@ -162,6 +162,63 @@ fn storage_that_is_slow_is_waited_for() -> Result<()> {
     thaw.join().map_err(|_| anyhow::anyhow!("the thread has panicked"))??;
     cont(&mut qmp)?;
     all_is_well(&stage, monitor, qmp)
+}
+
+/// Requests that the guest's disks have finished.
+fn finished(qmp: &mut Client) -> Result<u64> {
+    let stats = qmp.execute_raw("query-blockstats", json!({}))?;
+    let each = stats.as_array().context("no list")?.iter();
+    let each = each.map(|disk| disk.pointer("/stats/wr_operations").and_then(Value::as_u64));
+    each.sum::<Option<u64>>().context("no counters")
+}
+
+/// A guest that keeps its queues full of ranges to zero, each of which has to be on the medium.
+fn flooded(name: &str, aio: &str) -> Result<()> {
+    const DISKS: usize = 8;
+    /// Of each disk: what has to be done before an order is looked at is less, for all disks together.
+    const QUEUE: u64 = 256;
+    let stage = Stage::new(name)?;
+    let mut vm = stage.vm("flood", "")?;
+    for disk in 0..DISKS {
+        let image = stage.file(&format!("disk{disk}"));
+        fs::File::create(&image)?.set_len(64 << 20)?;
+        let drive = format!("id=vd{disk},file={},aio={aio}", image.display());
+        let device = format!("virtio-blk-device,id=vd{disk},drive=vd{disk}");
+        vm = vm.args(&["-drive", &drive, "-device", &device]);
+    }
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    monitor.wait_for("floods!\n", SOON)?;
+    let mut other = Client::connect(&stage.socket(), SOON)?;
+    let mut seen = 0;
+    for time in 0..10 {
+        // The flood has got past what was in the queues when it last ran on.
+        while finished(&mut other)? < seen + QUEUE {}
+        ensure!(status(&mut qmp)? == "running");
+        let before = finished(&mut other)?;
+        stop(&mut qmp)?;
+        seen = finished(&mut other)?;
+        ensure!(seen - before < QUEUE, "stop {time} waited for {} requests", seen - before);
+        ensure!(status(&mut qmp)? == "paused");
+        cont(&mut qmp)?;
+    }
+    while finished(&mut other)? < seen + QUEUE {}
+    let before = finished(&mut other)?;
+    let saved = json!({ "uri": format!("file:{}", stage.file("saved").display()) });
+    patiently(&mut qmp, "migrate", &saved)?;
+    qmp.wait_event("STOP", SOON)?;
+    let after = finished(&mut other)?;
+    ensure!(after - before < QUEUE, "a save waited for {} requests", after - before);
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_flood_of_ranges_holds_neither_clients_nor_stop_nor_saves_nor_the_end() -> Result<()> {
+    flooded("flood", "io_uring")
+}
+
+#[test]
+fn a_flood_that_the_io_thread_carries_out_itself_holds_them_no_more() -> Result<()> {
+    flooded("flood_off", "off")
 }
 
 /// A lock as other monitors would want it; `false` while another process has it.

@@ -13,7 +13,7 @@ use stories::monitor::{Monitor, SOON, Vm, install};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 10] = [
+const GUESTS: [(&str, &[u8]); 11] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
@@ -23,6 +23,7 @@ const GUESTS: [(&str, &[u8]); 10] = [
     ("exits", include_bytes!(concat!(env!("OUT_DIR"), "/exits.elf"))),
     ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
     ("clock", include_bytes!(concat!(env!("OUT_DIR"), "/clock.elf"))),
+    ("flood", include_bytes!(concat!(env!("OUT_DIR"), "/flood.elf"))),
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 

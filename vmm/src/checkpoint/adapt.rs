@@ -115,6 +115,8 @@ fn disks(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
             let (saved, asked) = (disk.readonly.to_string(), wanted.readonly.to_string());
             return Err(differs("a disk with readonly", "-drive", saved, asked));
         }
+        // What the saved machine wrote to is raw, whatever its guest has written there.
+        disk.probe = wanted.probe && disk.path != wanted.path;
         disk.path.clone_from(&wanted.path);
         (disk.direct, disk.aio, disk.discard) = (wanted.direct, wanted.aio, wanted.discard);
         (disk.iops, disk.bps) = (wanted.iops, wanted.bps);

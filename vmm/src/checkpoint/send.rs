@@ -58,6 +58,18 @@ impl Cancel {
         Ok(Self(Arc::new(fd)))
     }
 
+    /// Wait until `fd` is ready for `flags`.
+    ///
+    /// # Errors
+    /// When it was cancelled, or the host cannot wait.
+    pub fn wait_beside(&self, fd: impl AsFd, flags: PollFlags) -> io::Result<()> {
+        match wait::until(fd, flags, &self.0)? {
+            true => Ok(()),
+            // Not `Interrupted`: the standard library would try again.
+            false => Err(io::Error::new(io::ErrorKind::TimedOut, "cancelled")),
+        }
+    }
+
     /// Do so. Never waits.
     pub fn cancel(&self) {
         // It cannot be full: nobody writes to it twice so often.
@@ -105,7 +117,7 @@ impl Peer {
         let mut status = [0];
         let mut read = || {
             shutdown(&self.fd, Shutdown::Write)?;
-            self.wait(PollFlags::IN)?;
+            self.cancel.wait_beside(&self.fd, PollFlags::IN)?;
             Ok(rustix::io::read(&self.fd, &mut status)?)
         };
         match (read().map_err(SaveError::Stream)?, status) {
@@ -114,22 +126,13 @@ impl Peer {
             _ => Err(SaveError::Closed(io::Error::from(io::ErrorKind::UnexpectedEof))),
         }
     }
-
-    /// Wait until the other side can take more, or has something to say.
-    fn wait(&self, flags: PollFlags) -> io::Result<()> {
-        match wait::until(&self.fd, flags, &self.cancel.0)? {
-            true => Ok(()),
-            // Not `Interrupted`: the standard library would try again.
-            false => Err(io::Error::from(io::ErrorKind::TimedOut)),
-        }
-    }
 }
 
 impl Write for Peer {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         loop {
             match rustix::io::write(self.fd.as_fd(), buf) {
-                Err(Errno::AGAIN) => self.wait(PollFlags::OUT)?,
+                Err(Errno::AGAIN) => self.cancel.wait_beside(&self.fd, PollFlags::OUT)?,
                 other => return Ok(other?),
             }
         }

@@ -5,6 +5,8 @@ use super::draft::{BlkFront, Draft, Drive};
 use super::fields::{Fields, choose};
 use super::value::{self, Rule};
 
+const FORMATS: &[(&str, Result<(), &str>)] = &[("raw", Ok(())), ("qcow2", Err("format 'qcow2'"))];
+
 /// `-drive`, both generations: which one it is decides the `-device` that names it, or does not.
 pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
     let interface =
@@ -43,7 +45,7 @@ pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
     if f.has("iops") && f.has("throttling.iops-total") {
         f.problem("iops", "the same as throttling.iops-total; give one of them");
     }
-    let _ = f.choice("format", &[("raw", Ok(())), ("qcow2", Err("format 'qcow2'"))]);
+    let probe = f.choice("format", FORMATS).is_none();
     let _ = f.text("media", media);
     let _ = f.text("detect-zeroes", detect_zeroes);
     f.refuse("unit", "a firmware flash (pflash)");
@@ -52,7 +54,19 @@ pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
     let Some(id) = id else { return };
     let path = path.unwrap_or_default();
     let place = f.place().clone();
-    draft.drives.push(Drive { place, id, path, readonly, direct, aio, discard, iops, bps, front });
+    draft.drives.push(Drive {
+        place,
+        id,
+        path,
+        readonly,
+        direct,
+        aio,
+        discard,
+        probe,
+        iops,
+        bps,
+        front,
+    });
 }
 
 /// What kind of drive it is: a disk.
@@ -82,6 +96,7 @@ pub(super) fn json_drive(draft: &mut Draft, f: &mut Fields) {
     let iops = f.rate("iops", limits::DISK_IOPS);
     let bps = f.rate("bps", 0..=u64::MAX);
     let discard = f.discard("discard").unwrap_or(false);
+    let probe = f.choice("format", FORMATS).is_none();
     let Some(id) = id else { return };
     draft.drives.push(Drive {
         place: f.place().clone(),
@@ -91,6 +106,7 @@ pub(super) fn json_drive(draft: &mut Draft, f: &mut Fields) {
         direct,
         aio: Aio::Auto,
         discard,
+        probe,
         iops,
         bps,
         front,

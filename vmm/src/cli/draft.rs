@@ -5,7 +5,7 @@ use machine::config::{Aio, CharBackend, Tap, Topology};
 
 use super::action::Wanted;
 use super::problem::{Place, Places, Problems};
-use super::{Log, Source};
+use super::{Control, Log, Source};
 
 /// Everything said so far.
 #[derive(Debug, Default)]
@@ -40,7 +40,9 @@ pub(super) struct Draft {
     pub(super) rng: Option<(Place, PathBuf, Option<u64>)>,
     pub(super) serial: Option<Serial>,
 
-    pub(super) control: Option<(Place, PathBuf)>,
+    pub(super) control: Option<(Place, Control)>,
+    /// `-machine none`.
+    pub(super) no_machine: bool,
     /// `-mon`: chardev ids.
     pub(super) monitors: Vec<(Place, String)>,
     pub(super) pidfile: Option<PathBuf>,
@@ -64,6 +66,8 @@ pub(super) struct Drive {
     pub(super) direct: bool,
     pub(super) aio: Aio,
     pub(super) discard: bool,
+    /// Its format is not said.
+    pub(super) probe: bool,
     pub(super) iops: Option<u64>,
     pub(super) bps: Option<u64>,
     pub(super) front: BlkFront,

@@ -87,6 +87,7 @@ pub fn blockdev_add(
         queue_size: limits::DEFAULT_QUEUE_SIZE,
         iothread: None,
         backend: None,
+        probe: command.driver.is_none(),
     };
     vmm.machine.admits_disk_backend(&config.id).map_err(|e| plug_error(&e))?;
     vmm.files.check_idle(&config.id)?;

@@ -1,8 +1,10 @@
 //! Disks: raw image files and block devices of the host.
 //!
-//! The format is never guessed. A guest owns every byte of its disk, so a monitor that looks for
-//! an image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6).
+//! The format is never guessed. A guest owns every byte of its disk, so a monitor that follows an
+//! image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6). What begins like
+//! an image of another format can be refused at most ([`OpenOptions::probe`]).
 mod engine;
+mod format;
 mod holder;
 mod observer;
 mod storage;
@@ -64,6 +66,9 @@ pub struct OpenOptions {
     pub discard: bool,
     /// How to wait for the medium.
     pub aio: Aio,
+    /// Refuse an image that looks like one of another format: its guest would see an empty disk,
+    /// and format it.
+    pub probe: bool,
 }
 
 /// Why a disk cannot be used.
@@ -76,6 +81,13 @@ pub enum DiskError {
     Open { path: PathBuf, purpose: &'static str, source: io::Error },
     #[error("{path} is {kind}; a disk is a regular file or a block device", path = path.display())]
     NotADisk { path: PathBuf, kind: &'static str },
+    #[error(
+        "{path} is a {format} image, and a disk is raw; convert it with: \
+         qemu-img convert -f {qemu_name} -O raw {path} {path}.raw; or, if it is a raw disk that only \
+         looks like one, say so with format=raw (\"driver\": \"raw\" in blockdev-add)",
+        path = path.display()
+    )]
+    Format { path: PathBuf, format: &'static str, qemu_name: &'static str },
     #[error(
         "{path} is in use by another machine ({}); stop that one, \
          or open the image with readonly=on in both",
@@ -143,7 +155,7 @@ impl Disk {
     /// # Errors
     /// See [`DiskError`]: each says what to do about it.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
-        let OpenOptions { readonly, direct, discard, aio } = *options;
+        let OpenOptions { readonly, direct, discard, aio, probe } = *options;
         // Looked at before it is opened, because opening alone can wait for ever (a FIFO) or have
         // an effect (a watchdog); and again afterwards, because it may have been replaced.
         let seen = path.metadata().map_err(|source| open_error(path, readonly, source))?;
@@ -157,6 +169,9 @@ impl Disk {
             return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
         }
         lock(path, &file, readonly)?;
+        if probe && let Some((format, qemu_name)) = format::other_than_raw(&file) {
+            return Err(DiskError::Format { path: path.into(), format, qemu_name });
+        }
         let device = found.file_type().is_block_device();
         let direct = if direct { Some(open_direct(path, readonly, &file)?) } else { None };
         let io_uring = match (aio, engine::probe()) {

@@ -12,7 +12,7 @@ use super::*;
 use crate::{testing::memory, virtio::chain::Segment};
 
 const RW: OpenOptions =
-    OpenOptions { readonly: false, direct: false, discard: true, aio: Aio::Auto };
+    OpenOptions { readonly: false, direct: false, discard: true, aio: Aio::Auto, probe: false };
 const RO: OpenOptions = OpenOptions { readonly: true, ..RW };
 
 fn file(dir: &TempDir, bytes: usize) -> PathBuf {
@@ -87,6 +87,38 @@ fn sizes_are_rounded_down_to_blocks() {
     for (bytes, size) in [(0, 0), (511, 0), (512, 512), (513, 512), (1_000_000, 999_936)] {
         let disk = Disk::open(&file(&dir, bytes), &RW).unwrap();
         assert_eq!(disk.size(), size, "{bytes}");
+    }
+}
+
+#[test]
+fn an_image_of_another_format_is_refused_by_name_unless_it_is_said_to_be_raw() {
+    let dir = TempDir::new().unwrap();
+    let path = file(&dir, 4096);
+    let probing = OpenOptions { probe: true, ..RW };
+    Disk::open(&path, &probing).unwrap();
+    let at_the_end = 4096 - 512;
+    for (at, magic, format, qemu_name) in [
+        (0, &b"QFI\xfb"[..], "qcow2", "qcow2"),
+        (0, b"conectix", "VHD", "vpc"),
+        (at_the_end, b"conectix", "VHD", "vpc"),
+        (0, b"vhdxfile", "VHDX", "vhdx"),
+        (0, b"KDMV", "VMDK", "vmdk"),
+        (0, b"COWD", "VMDK", "vmdk"),
+        (0, b"# Disk DescriptorFile", "VMDK", "vmdk"),
+    ] {
+        let mut image = vec![7; 4096];
+        image[at..at + magic.len()].copy_from_slice(magic);
+        fs::write(&path, image).unwrap();
+        let said = refusal(&path, &probing);
+        let cure = format!("qemu-img convert -f {qemu_name} -O raw {0} {0}.raw", path.display());
+        assert!(said.contains(&format!("is a {format} image")) && said.contains(&cure), "{said}");
+        assert!(said.contains("format=raw"), "{said}");
+        assert!(Disk::open(&path, &OpenOptions { probe: true, ..RO }).is_err());
+        Disk::open(&path, &RW).unwrap();
+    }
+    for short in [&b""[..], b"Q", b"QFI", b"conecti"] {
+        fs::write(&path, short).unwrap();
+        Disk::open(&path, &probing).unwrap();
     }
 }
 

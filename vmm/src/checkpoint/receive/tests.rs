@@ -1,7 +1,7 @@
 //! A stream and its reader: what goes in comes out, and nothing else does.
 use std::{io::Read, os::unix::net::UnixStream, sync::Arc, thread, time::Duration};
 
-use machine::memory::image as ram;
+use machine::memory::{allocate, image as ram};
 
 use super::{super::tests::*, *};
 use crate::checkpoint::{
@@ -16,7 +16,12 @@ use crate::checkpoint::{
 const WAIT: Duration = Duration::from_secs(60);
 
 fn read(bytes: &[u8]) -> Result<Received, String> {
-    receive(bytes, |_| Ok(())).map_err(|e| why(&e))
+    read_from(bytes)
+}
+
+fn read_from(bytes: impl Read) -> Result<Received, String> {
+    let allocate = |config: &Config| Ok(allocate(&config.machine.memory).unwrap());
+    receive(bytes, |_| Ok(()), allocate, &Progress::default()).map_err(|e| why(&e))
 }
 
 fn refusal(bytes: &[u8]) -> String {
@@ -237,7 +242,7 @@ fn a_state_without_end_has_one() {
     let mut one = Vec::new();
     Writer::begin(&mut one).unwrap().frame(Kind::Section, &[&body]).unwrap();
     let from = Endless { head: bytes[..head].to_vec(), tail: one[16..].to_vec(), at: 0 };
-    let error = why(&receive(from, |_| Ok(())).map(|_| ()).unwrap_err());
+    let error = read_from(from).map(|_| ()).expect_err("it was accepted");
     assert!(error.contains("longer than"), "{error}");
 }
 

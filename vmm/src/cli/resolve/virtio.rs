@@ -133,6 +133,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
         backend: separate(&drive.id, id),
+        probe: drive.probe,
     }
 }
 
