@@ -6,7 +6,6 @@ use std::{
     io::{self, Write},
     path::Path,
     process::ExitCode,
-    time::Duration,
 };
 
 use anyhow::Context;
@@ -184,7 +183,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
 fn last_event(mut servers: Vec<Server>, ending: Ending) {
     let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
     servers.iter_mut().for_each(|server| server.broadcast(&event));
-    Server::shutdown(servers, Duration::from_secs(1));
+    // Dropped, the names go.
+    drop(Server::shutdown(servers, bounds::COMMAND));
 }
 
 /// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
