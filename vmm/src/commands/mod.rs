@@ -31,6 +31,7 @@ pub fn table() -> Table<Vmm> {
         .on(States::OR_SAVING, run_state::quit)
         .on_ticket(States::OR_MIGRATED, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
+        .on(ANY, migrate::migrate_set_capabilities)
         .on(ANY, migrate::migrate_set_parameters)
         .on(ANY, migrate::query_migrate)
         .on(ANY, migrate::query_migrate_parameters)
@@ -69,7 +70,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, probe::query_command_line_options)
         .on(ANY, probe::query_cpu_definitions)
         .on(ANY, probe::query_machines)
-        .on(ANY, probe::query_migrate_capabilities)
+        .on(ANY, migrate::query_migrate_capabilities)
         .on(ANY, probe::query_target)
 }
 
