@@ -12,6 +12,7 @@ use devices::{
         disk::{Disk, DiskError, OpenOptions},
         inherited,
         net::tap::{Tap, TapError},
+        release,
     },
     virtio::{
         VirtioDevice,
@@ -133,13 +134,6 @@ impl Backends {
         let each = self.disks.iter().zip(&self.stats);
         let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
         busy.filter_map(|(disk, _)| Some(disk.as_ref()?.id.as_str()))
-    }
-
-    /// Images of disks with requests in flight.
-    pub fn busy_images(&self) -> impl Iterator<Item = &Path> {
-        let each = self.disks.iter().zip(&self.stats);
-        let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
-        busy.filter_map(|(disk, _)| Some(disk.as_ref()?.path.as_path()))
     }
 
     /// The images that this machine has open itself, with the names of their devices.
@@ -417,6 +411,33 @@ impl Machine {
     /// The images that this machine has open itself, for [`OpenDisk::open`].
     pub fn own_images(&self) -> Vec<(PathBuf, String)> {
         self.backends.own_images()
+    }
+
+    /// Let go of the disks that no requests are in flight to, for a machine that was stopped for good: on
+    /// a thread that may wait for storage. Others keep their locks until the kernel has finished.
+    pub fn leave_idle_disks(&mut self) -> impl FnOnce() + Send + use<> {
+        let waiting = std::mem::take(&mut self.backends.waiting_disks);
+        let busy: Vec<_> = self.backends.busy_disks().collect();
+        let mut idle = Vec::new();
+        for (slot, config) in self.backends.disks.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) = (config, self.slots.get(slot))
+                && !busy.contains(&config.id.as_str())
+                // A guest that resets a disk waits for it.
+                && let Some(mut transport) = transport.try_lock()
+            {
+                idle.extend(transport.device::<Block>().and_then(|block| block.shared_disk()));
+            }
+        }
+        move || {
+            // Closing a file can wait for its storage even where giving up a lock does not.
+            idle.iter().for_each(|disk| disk.release());
+            for disk in idle {
+                let _ = release::give_up(&disk.descriptors().collect::<Vec<_>>());
+                // Its device may still use it.
+                std::mem::forget(disk);
+            }
+            drop(waiting);
+        }
     }
 
     /// Add a disk's back-end, for [`Machine::plug_disk`].

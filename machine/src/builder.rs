@@ -364,11 +364,11 @@ pub(crate) fn explained(
     occupied: &Occupancy,
 ) -> BuildError {
     match error {
-        BuildError::Disk { id, source: DiskError::InUse { path } } => {
+        BuildError::Disk { id, source: DiskError::InUse { path, holder } } => {
             let mut before = occupied.disks.iter().take(slot).flatten();
             match before.find(|disk| backends::same_file(&disk.path, &path)) {
                 Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
-                None => BuildError::Disk { id, source: DiskError::InUse { path } },
+                None => BuildError::Disk { id, source: DiskError::InUse { path, holder } },
             }
         }
         BuildError::Disk { id, source: DiskError::Missing { path, .. } }

@@ -2,7 +2,6 @@
 use std::{
     io,
     ops::Range,
-    path::PathBuf,
     sync::{Arc, mpsc::RecvTimeoutError},
     time::{Duration, Instant},
 };
@@ -194,11 +193,6 @@ impl Machine {
                 memory::leave_empty(&memory, &config);
             }
         }
-    }
-
-    /// Images that requests are in flight to.
-    pub fn busy_images(&self) -> Vec<PathBuf> {
-        self.backends.busy_images().filter_map(|path| std::path::absolute(path).ok()).collect()
     }
 
     /// Press the ACPI power button.

@@ -7,8 +7,8 @@ use crate::{
     Error, ErrorClass, Request,
     decode::decode,
     schema::{
-        Command, CommandInfo, EachCommand, Empty, QmpCapabilities, QueryCommands, QueryEvents,
-        QueryQmpSchema, QueryVersion, VersionInfo,
+        Command, CommandInfo, Empty, QmpCapabilities, QueryCommands, QueryEvents, QueryQmpSchema,
+        QueryVersion, VersionInfo,
         describe::{Describer, event_names},
     },
     server::Ticket,
@@ -142,22 +142,6 @@ impl<H: Host + 'static> Table<H> {
         let twice = self.0.insert(C::NAME, row);
         assert!(twice.is_none(), "{} has two handlers", C::NAME);
         self
-    }
-
-    /// Refuse every command of the schema that is not in the table yet. Who asks what there is sees all.
-    #[must_use]
-    pub fn refusing_others(self, when: H::When, why: fn(&str) -> Error) -> Self {
-        struct Others<H: Host>(Option<Table<H>>, H::When, fn(&str) -> Error);
-        impl<H: Host + 'static> EachCommand for Others<H> {
-            fn command<C: Command + 'static>(&mut self) {
-                let (when, why) = (self.1, self.2);
-                self.0 = self.0.take().map(|table| match table.0.contains_key(C::NAME) {
-                    true => table,
-                    false => table.row::<C>(when, move |_, _, _, _| Err(why(C::NAME))),
-                });
-            }
-        }
-        Others(Some(self), when, why).all().0.unwrap_or(Self(BTreeMap::new()))
     }
 
     /// Names, in order.

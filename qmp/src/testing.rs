@@ -46,7 +46,7 @@ fn items(bytes: &[u8], piece: usize) -> Vec<Item> {
 struct Decode(Request);
 
 impl EachCommand for Decode {
-    fn command<C: Command + 'static>(&mut self) {
+    fn command<C: Command>(&mut self) {
         // Names that differ in case and the like are no commands, but have arguments all the same.
         if self.0.execute.eq_ignore_ascii_case(C::NAME)
             && let Err(error) = decode::<C>(self.0.arguments.clone())

@@ -301,6 +301,37 @@ fn a_huge_line_or_a_half_one_costs_nobody_else_anything() {
 }
 
 #[test]
+fn all_clients_together_have_a_bound_on_memory() {
+    const MOST: usize = 16 << 20;
+    let host = Host::start();
+    let mut client = host.client();
+    // Each message is shorter than one may be, and never ends.
+    let half = format!("{{\"execute\":\"{}", "x".repeat(1_000_000));
+    let mut others: Vec<_> = (0..40).map(|_| UnixStream::connect(&host.path).unwrap()).collect();
+    let mut dropped = 0;
+    for other in &mut others {
+        other.set_write_timeout(Some(LONG)).unwrap();
+        if other.write_all(half.as_bytes()).is_err() {
+            dropped += 1;
+        }
+        assert_eq!(
+            ask(&mut client, r#"{"execute":"query-status"}"#),
+            r#"{"return":{"running":true,"singlestep":false,"status":"running"}}"#
+        );
+    }
+    for other in &mut others {
+        other.set_nonblocking(true).unwrap();
+        let mut greeting = [0; 4096];
+        let _ = other.read(&mut greeting);
+        let end = other.read(&mut greeting);
+        let open = matches!(&end, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock);
+        dropped += usize::from(!open);
+    }
+    assert!(40 - dropped <= MOST / half.len(), "{dropped} of 40 were dropped");
+    assert!(dropped < 40, "nobody was left");
+}
+
+#[test]
 fn who_has_said_all_still_gets_all_answers() {
     let host = Host::start();
     let id = "x".repeat(30_000);

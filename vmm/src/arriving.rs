@@ -72,7 +72,7 @@ impl Arriving {
 
     /// Its commands; all others are known, and refused.
     pub(crate) fn table() -> Table<Self> {
-        Table::new(true)
+        commands::probing(true)
             .on(true, cont)
             .on(true, stop)
             .on(true, quit)

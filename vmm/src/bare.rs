@@ -21,16 +21,18 @@ pub(crate) struct Bare {
 }
 
 impl Host for Bare {
-    type When = ();
+    /// Whether it needs no machine.
+    type When = bool;
 
-    fn admit(&self, _: &str, (): ()) -> Result<(), Error> {
-        Ok(())
+    fn admit(&self, name: &str, when: bool) -> Result<(), Error> {
+        match when {
+            true => Ok(()),
+            false => {
+                let desc = "is not possible now: there is no machine (-machine none)";
+                Err(Error::text(format!("{name} {desc}")))
+            }
+        }
     }
-}
-
-/// What is answered to a command that is about a machine.
-pub(crate) fn no_machine(name: &str) -> Error {
-    Error::text(format!("{name} is not possible now: there is no machine (-machine none)"))
 }
 
 pub(crate) fn quit(bare: &mut Bare, _: Quit) -> Result<Empty, Error> {

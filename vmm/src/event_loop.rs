@@ -171,8 +171,8 @@ impl EventLoop {
             while let Ok(event) = self.reports.try_recv() {
                 vmm.machine_event(event);
             }
-            vmm.follow_save();
-            vmm.follow_files();
+            vmm.in_one_piece(Vmm::follow_save);
+            vmm.in_one_piece(Vmm::follow_files);
             vmm.follow_announcements();
             for index in 0..vmm.servers.len() {
                 vmm.asked_by = index;
@@ -180,10 +180,12 @@ impl EventLoop {
                     && let Some((request, ticket)) =
                         vmm.servers.get_mut(index).and_then(|s| s.next_request())
                 {
-                    let result = table.dispatch(vmm, request, &ticket);
-                    if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(index)) {
-                        server.reply(&ticket, result);
-                    }
+                    vmm.in_one_piece(|vmm| {
+                        let result = table.dispatch(vmm, request, &ticket);
+                        if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(index)) {
+                            server.reply(&ticket, result);
+                        }
+                    });
                 }
             }
             if let Some(ending) = vmm.ending() {

@@ -8,7 +8,7 @@ use qmp::{
         Event, GuestPanicAction, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient,
         ShutdownCause,
     },
-    server::Server,
+    server::{Server, Ticket},
     table::Host,
 };
 
@@ -31,8 +31,6 @@ pub struct Vmm {
     pub(crate) servers: Vec<Server>,
     /// Which server the request being answered came from.
     pub(crate) asked_by: usize,
-    /// Descriptors named by `getfd`.
-    pub(crate) named_fds: BTreeMap<String, OwnedFd>,
     /// Why and how to end, once the request being answered has been answered.
     ending: Option<Ending>,
     actions: Actions,
@@ -83,7 +81,6 @@ impl Vmm {
             machine,
             servers,
             asked_by: 0,
-            named_fds: BTreeMap::new(),
             ending: None,
             actions,
             saving: Saving::new(checkpointer),
@@ -158,6 +155,18 @@ impl Vmm {
         for (index, thread) in self.machine.vcpu_threads().into_iter().enumerate() {
             log::info!(target: "Vcpu", "{index} runs, as thread {thread}");
         }
+    }
+
+    /// What `act` tells one client goes out in one piece: events, then an answer.
+    pub(crate) fn in_one_piece(&mut self, act: impl FnOnce(&mut Self)) {
+        self.servers.iter_mut().for_each(Server::hold_events);
+        act(self);
+        self.servers.iter_mut().for_each(Server::send_events);
+    }
+
+    /// The descriptors that the client that holds `ticket` has given names.
+    pub(crate) fn named_fds(&mut self, ticket: &Ticket) -> Option<&mut BTreeMap<String, OwnedFd>> {
+        self.servers.get_mut(self.asked_by)?.named_fds(ticket.client())
     }
 
     /// Tell every client.

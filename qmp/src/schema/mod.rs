@@ -46,8 +46,9 @@ macro_rules! commands {
         pub const NAMES: &[&str] = &[$($name),*];
 
         /// Something done to every command.
+        #[cfg(any(test, feature = "testing"))]
         pub(crate) trait EachCommand {
-            fn command<C: Command + 'static>(&mut self);
+            fn command<C: Command>(&mut self);
             fn all(mut self) -> Self where Self: Sized {
                 $(self.command::<$args>();)*
                 self

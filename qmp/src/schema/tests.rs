@@ -11,7 +11,7 @@ use crate::decode::decode;
 struct All(Describer);
 
 impl EachCommand for All {
-    fn command<C: Command + 'static>(&mut self) {
+    fn command<C: Command>(&mut self) {
         self.0.command::<C>();
     }
 }
@@ -89,7 +89,7 @@ impl Arguments {
 }
 
 impl EachCommand for Arguments {
-    fn command<C: Command + 'static>(&mut self) {
+    fn command<C: Command>(&mut self) {
         let schema = &self.0;
         let object = schema.0[C::NAME].arg_type.as_deref().unwrap();
         let (full, least) = (schema.sample(object, true), schema.sample(object, false));
@@ -130,7 +130,7 @@ fn the_schema_tells_exactly_which_arguments_are_read() {
 struct Replies(Schema);
 
 impl EachCommand for Replies {
-    fn command<C: Command + 'static>(&mut self) {
+    fn command<C: Command>(&mut self) {
         let reply = self.0.0[C::NAME].ret_type.as_deref().unwrap();
         for optional in [true, false] {
             let sample = self.0.sample(reply, optional);

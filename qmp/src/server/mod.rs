@@ -11,14 +11,15 @@
 //! caller polls with a zero timeout, so that the rest of its sources get their turn.
 //!
 //! Nothing a client does costs another more than its turn: input is bounded by the length of a
-//! message, answers wait while 64 KiB are unread, events drop who leaves 1 MiB unread.
+//! message, answers wait while 64 KiB are unread, events drop who leaves 1 MiB unread. All clients
+//! together have a bound on memory, too.
 mod bind;
 mod connection;
 
 pub use bind::{BindError, SocketFile, claim};
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt::Display,
     io,
     os::fd::{AsRawFd, OwnedFd},
@@ -41,7 +42,7 @@ use crate::{
     request::{Id, answer, line},
     schema::{Event, Timestamp, VersionInfo},
 };
-use connection::{Connection, Gone};
+use connection::{Connection, Gone, MAX_MEMORY};
 
 /// Pieces of work in one round of [`Server::next_request`].
 const ROUND: usize = 64;
@@ -94,6 +95,11 @@ pub struct Server {
     queue: VecDeque<usize>,
     /// What is left of this round.
     round: usize,
+    /// Bytes of memory that all connections occupy, and may.
+    memory: usize,
+    most_memory: usize,
+    /// Events wait for what is sent with them.
+    holding: bool,
 }
 
 impl Server {
@@ -142,13 +148,32 @@ impl Server {
             last_serial: 0,
             queue: VecDeque::new(),
             round: ROUND,
+            memory: 0,
+            most_memory: MAX_MEMORY,
+            holding: false,
         })
     }
 
-    /// One of `servers` that share the descriptors that clients get.
+    /// One of `servers` that share the descriptors and the memory that clients get.
     #[must_use]
     pub fn one_of(self, servers: usize) -> Self {
-        Self { most: self.most / servers.max(1), ..self }
+        let servers = servers.max(1);
+        let (most, most_memory) = (self.most / servers, self.most_memory / servers);
+        Self { most, most_memory, ..self }
+    }
+
+    /// Events are not sent from now on, so that those of one command go out with its answer.
+    pub fn hold_events(&mut self) {
+        self.holding = true;
+    }
+
+    /// Send what was held.
+    pub fn send_events(&mut self) {
+        if std::mem::take(&mut self.holding) {
+            for slot in 0..self.connections.len() {
+                self.with(slot, Connection::flush);
+            }
+        }
     }
 
     /// Takes note of an event of the poll; whether it was this server's.
@@ -214,9 +239,18 @@ impl Server {
             timestamp: Timestamp,
         }
         let line = line(&Message { event, timestamp: Timestamp::now() });
+        let holding = self.holding;
         for slot in 0..self.connections.len() {
-            self.with(slot, |connection| connection.queue(&line));
+            self.with(slot, |connection| match holding {
+                true => connection.hold(&line),
+                false => connection.queue(&line),
+            });
         }
+    }
+
+    /// The descriptors that `client` has given names.
+    pub fn named_fds(&mut self, client: ClientId) -> Option<&mut BTreeMap<String, OwnedFd>> {
+        self.connection(client).map(|connection| &mut connection.named)
     }
 
     /// The descriptor that came with the request that `client` waits for (SCM_RIGHTS).
@@ -264,19 +298,33 @@ impl Server {
     /// Does `act` to the connection in `slot`, then puts it where it belongs: in the queue, to wait,
     /// or out.
     fn with(&mut self, slot: usize, act: impl FnOnce(&mut Connection) -> Result<(), Gone>) {
-        let Some(place) = self.connections.get_mut(slot) else { return };
-        let Some(connection) = place else { return };
-        let gone = match act(connection) {
-            Ok(()) if connection.finished() => Gone::HungUp,
+        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        match act(connection) {
+            Ok(()) if connection.finished() => self.disconnect(slot, &Gone::HungUp),
             Ok(()) => {
                 if connection.has_work() && !connection.queued {
                     connection.queued = true;
                     self.queue.push_back(slot);
                 }
-                return;
+                let now = connection.memory();
+                let before = std::mem::replace(&mut connection.counted, now);
+                self.memory = (self.memory + connection.counted).saturating_sub(before);
             }
-            Err(gone) => gone,
-        };
+            Err(gone) => self.disconnect(slot, &gone),
+        }
+        while self.memory > self.most_memory {
+            let most = self.connections.iter().enumerate();
+            let most = most.max_by_key(|(_, c)| c.as_ref().map_or(0, |c| c.counted));
+            match most {
+                Some((slot, Some(_))) => self.disconnect(slot, &Gone::TooMuch),
+                _ => return,
+            }
+        }
+    }
+
+    fn disconnect(&mut self, slot: usize, gone: &Gone) {
+        let Some(place) = self.connections.get_mut(slot) else { return };
+        let Some(connection) = place else { return };
         match gone {
             Gone::HungUp => log::debug!("QMP client {} has hung up", connection.id.serial),
             gone => log::warn!("QMP client {} is disconnected: {gone}", connection.id.serial),
@@ -286,6 +334,7 @@ impl Server {
         }
         // Closing it would do as well, unless somebody had a duplicate.
         let _ = self.registry.deregister(&mut SourceFd(&connection.raw_fd()));
+        self.memory = self.memory.saturating_sub(connection.counted);
         *place = None;
         self.acceptable |= self.starved;
     }

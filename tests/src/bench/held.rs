@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Message;
-use super::measure::{LIMIT, SETTLE, introduce, tell};
+use super::measure::{LIMIT, SETTLE, introduce, tell, with_last_words};
 use super::monitors::{Found, OURS};
 use super::rig::Rig;
 use super::run::Run;
@@ -157,7 +157,7 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
             Ok(())
         });
         if let Err(error) = asked {
-            tell(&Message::NotHeld { hold, error: format!("{error:#}") })?;
+            tell(&Message::NotHeld { hold, error: with_last_words(rig, &error) })?;
         }
     }
     Ok(())

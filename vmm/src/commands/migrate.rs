@@ -38,17 +38,19 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         }
         ("file", path) => To::Directory(PathBuf::from(path)),
         ("unix", path) => stream(checkpoint::To::Socket(PathBuf::from(path))),
-        ("fd", name) => match (vmm.named_fds.remove(name), name.parse()) {
-            (Some(fd), _) => stream(checkpoint::To::Fd(fd)),
-            (None, Ok(number)) => {
-                stream(checkpoint::To::Fd(inherited::take(number).map_err(failed)?))
+        ("fd", name) => {
+            match (vmm.named_fds(ticket).and_then(|fds| fds.remove(name)), name.parse()) {
+                (Some(fd), _) => stream(checkpoint::To::Fd(fd)),
+                (None, Ok(number)) => {
+                    stream(checkpoint::To::Fd(inherited::take(number).map_err(failed)?))
+                }
+                (None, Err(_)) => {
+                    let desc =
+                        format!("no descriptor is called '{name}': hand it over with getfd first");
+                    return Err(Error::text(desc));
+                }
             }
-            (None, Err(_)) => {
-                let desc =
-                    format!("no descriptor is called '{name}': hand it over with getfd first");
-                return Err(Error::text(desc));
-            }
-        },
+        }
         ("exec", program) => {
             let fd = vmm.spawner.run(program).map_err(|e| Error::generic(&e))?;
             stream(checkpoint::To::Command(fd))

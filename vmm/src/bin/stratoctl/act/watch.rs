@@ -25,7 +25,7 @@ use crate::{
 const AT_ONCE: u64 = 256;
 /// Time between two looks at a domain whose monitor does not answer.
 const LOOK: Duration = Duration::from_millis(20);
-/// Time between two looks at one that is being saved, of whose end no event tells.
+/// Time between two looks at one that is being saved, of whose end not all is told by events.
 const SAVING: Duration = Duration::from_millis(200);
 /// Time between two looks at one that tells by events what becomes of it: another monitor may take its
 /// name.
@@ -172,7 +172,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
         let mut object = row.json();
         let description = row.description.as_ref().ok();
         let last = match row.state {
-            State::Killed | State::Hung | State::Crashed | State::Off => {
+            State::Killed | State::Hung | State::Ending | State::Crashed | State::Off => {
                 show::last_lines(&row.place.run.join("log"), LAST)
             }
             _ => Vec::new(),
@@ -197,7 +197,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
 }
 
 /// Events that tell of another state.
-const CHANGES: [&str; 5] = ["STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
+const CHANGES: [&str; 6] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
 
 /// What can be waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -216,8 +216,8 @@ impl WaitFor {
     const fn is_there(self, state: State) -> bool {
         match self {
             Self::Ended => {
-                use State::{Hung, Paused, Running, Saving, Starting};
-                !matches!(state, Starting | Running | Paused | Saving | Hung)
+                use State::{Ending, Hung, Paused, Running, Saving, Starting};
+                !matches!(state, Starting | Running | Paused | Saving | Hung | Ending)
             }
             Self::Running => matches!(state, State::Running),
             Self::Paused => matches!(state, State::Paused),
