@@ -77,7 +77,13 @@ pub fn restore(
     flags: &MachineConfig,
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let adapt = |config: &mut Config| adapt::adapt(config, &incoming.asked, flags);
+    let adapt = |config: &mut Config| {
+        adapt::adapt(config, &incoming.asked, flags)?;
+        if incoming.force {
+            adapt::take_any_disks(config);
+        }
+        Ok(())
+    };
     let (config, state, memory, filled) = match &incoming.source {
         Source::Directory { path, mapped } => {
             let mut loaded = load(path)?;
