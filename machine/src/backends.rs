@@ -261,6 +261,7 @@ fn limited(disk: Disk, config: &DiskConfig) -> Drive {
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops,
         bytes_per_second: config.bps,
+        expect: config.expect,
     }
 }
 

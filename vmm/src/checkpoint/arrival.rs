@@ -95,8 +95,14 @@ impl Arrival {
         let (give, memory) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let (asked, flags) = (incoming.asked.clone(), flags.clone());
-        let adapt = move |config: &mut Config| adapt::adapt(config, &asked, &flags);
+        let (asked, flags, force) = (incoming.asked.clone(), flags.clone(), incoming.force);
+        let adapt = move |config: &mut Config| {
+            adapt::adapt(config, &asked, &flags)?;
+            if force {
+                adapt::take_any_disks(config);
+            }
+            Ok(())
+        };
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
