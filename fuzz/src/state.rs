@@ -28,9 +28,9 @@ pub fn entry(input: &[u8]) {
         _ => input.to_vec(),
     };
     let _ = read_state(&bytes[..]).map_err(|e| e.to_string());
-    let allocate = |config: &Config| match machine::memory::allocate(&config.machine.memory) {
-        Ok(memory) => Ok(memory),
-        Err(_) => Err(ReceiveError::GivenUp),
+    let allocate = |config: &Config| {
+        let memory = machine::memory::allocate(&config.machine.memory);
+        memory.map_err(|e| ReceiveError::NoRoom(e.to_string()))
     };
     let _ = receive(&bytes[..], |_| Ok(()), allocate, &Progress::default());
 }

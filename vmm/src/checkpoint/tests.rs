@@ -35,6 +35,7 @@ pub fn config(id: u128) -> Config {
         "memory": {"size": SIZE, "shared": false, "path": null, "prealloc": false, "dump": true},
         "boot": {"kernel": "k", "initrd": null, "cmdline": ""},
         "iothreads": [], "serial": null, "disks": [], "nics": [], "console": null, "rng": null,
+        "slots": {"disks": 4, "nics": 2},
     }))
     .unwrap();
     let occupied = Occupancy::at_start(&machine);

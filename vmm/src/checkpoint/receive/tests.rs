@@ -20,7 +20,9 @@ fn read(bytes: &[u8]) -> Result<Received, String> {
 }
 
 fn read_from(bytes: impl Read) -> Result<Received, String> {
-    let allocate = |config: &Config| Ok(allocate(&config.machine.memory).unwrap());
+    let allocate = |config: &Config| {
+        allocate(&config.machine.memory).map_err(|e| ReceiveError::NoRoom(why(&e)))
+    };
     receive(bytes, |_| Ok(()), allocate, &Progress::default()).map_err(|e| why(&e))
 }
 
