@@ -62,7 +62,7 @@ fn frames(kinds: &[(Kind, &[u8])]) -> Vec<u8> {
 
 #[test]
 fn states_that_say_anything() {
-    let config = br#"{"id":7,"machine":{"name":"m","uuid":"u","cpus":1,"topology":{"sockets":1,"dies":1,"clusters":1,"cores":1,"threads":1},"memory":{"size":16777216,"shared":false,"path":null,"prealloc":false,"dump":true},"boot":{"kernel":"k","initrd":null,"cmdline":""},"iothreads":[],"serial":null,"disks":[],"nics":[],"console":null,"rng":null,"slots":{"disks":4,"nics":2}},"occupied":{"disks":[],"nics":[]},"disk_sizes":[],"base":null}"#;
+    let config = br#"{"id":7,"machine":{"name":"m","uuid":"u","cpus":1,"topology":{"sockets":1,"dies":1,"clusters":1,"cores":1,"threads":1},"memory":{"size":16777216,"shared":false,"path":null,"prealloc":false,"dump":true},"boot":{"kernel":"k","initrd":null,"cmdline":""},"slots":{"disks":4,"nics":2},"iothreads":[],"serial":null,"disks":[],"nics":[],"console":null,"rng":null},"occupied":{"disks":[],"nics":[]},"disk_sizes":[],"base":null}"#;
     let section = |name: &str, rest: &str| -> Vec<u8> {
         [&[name.len() as u8][..], name.as_bytes(), rest.as_bytes()].concat()
     };
