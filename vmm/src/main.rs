@@ -121,7 +121,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let Handed { servers, paused, held } = handed;
             let restored = match over {
                 Over::Arrived(arrived) => {
-                    checkpoint::restore(*arrived, incoming.clock_realtime, events.report())
+                    checkpoint::restore(*arrived, incoming, &invocation.machine, events.report())
                 }
                 Over::Failed(error) => Err(error),
                 Over::Ended(ending) => {

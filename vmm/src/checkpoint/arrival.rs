@@ -23,14 +23,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machine::{MachineState, Memory, Report};
+use machine::{Description, Memory, Report};
+use state::{Config, Sections};
 
 use super::{
     AdaptError, RestoreError, adapt,
-    content::Config,
     image::Progress,
     incoming::{Door, IncomingError},
-    load::load,
+    load::{Loaded, load},
     receive::{ReceiveError, Received, receive},
     send::Cancel,
 };
@@ -45,17 +45,17 @@ const HANG_LIMIT: Duration = Duration::from_secs(1);
 /// What the thread reports.
 pub enum Step {
     /// This is what is coming, as it is wanted here; it needs memory.
-    Described(Box<Config>),
+    Described(Box<Description>),
     /// It is over.
     Done(Result<Box<Arrived>, RestoreError>),
 }
 
 /// A machine that came whole and has yet to be built.
 pub struct Arrived {
-    /// What it is made of, as it is wanted here.
+    /// What it was made of.
     pub config: Config,
     /// Its state.
-    pub state: MachineState,
+    pub sections: Sections,
     /// Its memory, filled, or filled while the guest runs.
     pub memory: Memory,
     /// Ranges of it that are not zero although the guest may not have touched them.
@@ -92,7 +92,7 @@ impl Arrival {
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
         let (asked, flags) = (incoming.asked.clone(), flags.clone());
-        let adapt = move |config: &mut Config| adapt::adapt(config, &asked, &flags);
+        let overrides = move |to: &mut Description| adapt::adapt(to, &asked, &flags);
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
@@ -104,13 +104,13 @@ impl Arrival {
                 let (path, mapped) = (path.clone(), *mapped);
                 Box::new(move || {
                     let read = || {
-                        let mut loaded = load(&path)?;
-                        adapt(&mut loaded.config)?;
-                        adapt::check_disks(&loaded.config)?;
-                        let wanted = &loaded.config.machine.memory;
-                        let (memory, filled) = loaded.layers.memory(wanted, mapped, &report)?;
-                        let (config, state) = (loaded.config, loaded.state);
-                        Ok(Box::new(Arrived { config, state, memory, filled }))
+                        let Loaded { state, mut description, layers } = load(&path)?;
+                        overrides(&mut description)?;
+                        adapt::check_disks(&description)?;
+                        let wanted = &description.config.memory;
+                        let (memory, filled) = layers.memory(wanted, mapped, &report)?;
+                        let (config, sections) = (state.config, state.sections);
+                        Ok(Box::new(Arrived { config, sections, memory, filled }))
                     };
                     tell(Step::Done(read()));
                 })
@@ -121,7 +121,7 @@ impl Arrival {
                 let (cancel, shared) = (cancel.clone(), progress.clone());
                 Box::new(move || {
                     let result =
-                        read_stream(door, &cancel, confined, &adapt, &memory, &shared, &tell);
+                        read_stream(door, &cancel, confined, &overrides, &memory, &shared, &tell);
                     tell(Step::Done(result));
                 })
             }
@@ -184,7 +184,7 @@ fn read_stream(
     door: Door,
     cancel: &Cancel,
     confined: bool,
-    adapt: &impl Fn(&mut Config) -> Result<(), AdaptError>,
+    overrides: &impl Fn(&mut Description) -> Result<(), AdaptError>,
     memory: &Receiver<Memory>,
     progress: &Progress,
     tell: &impl Fn(Step),
@@ -196,14 +196,14 @@ fn read_stream(
     if confined {
         seccomp::confine_reader().map_err(|e| IncomingError::Wait(io::Error::other(e)))?;
     }
-    let allocate = |config: &Config| {
-        tell(Step::Described(Box::new(config.clone())));
+    let allocate = |description: &Description| {
+        tell(Step::Described(Box::new(description.clone())));
         memory.recv().map_err(|_| ReceiveError::GivenUp)
     };
-    let received = receive(from, adapt, allocate, progress).map_err(|e| {
+    let received = receive(from, overrides, allocate, progress).map_err(|e| {
         let cancelled = progress.is_cancelled();
         if cancelled { RestoreError::Cancelled } else { e.into() }
     });
-    let Received { config, state, memory } = received?;
-    Ok(Box::new(Arrived { config, state, memory, filled: Vec::new() }))
+    let Received { config, sections, memory } = received?;
+    Ok(Box::new(Arrived { config, sections, memory, filled: Vec::new() }))
 }

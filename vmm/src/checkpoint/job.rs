@@ -35,9 +35,10 @@ use machine::{
     },
 };
 
+use state::Config;
+
 pub use super::image::Progress;
 use super::{
-    content::Config,
     save::{SaveError, Saved, Sink, Source},
     send::Cancel,
 };

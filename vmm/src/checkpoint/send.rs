@@ -14,10 +14,9 @@ use std::{
 };
 
 use super::{
-    content::{self, Config},
     image::{Progress, runs},
+    rehearse::rehearse_frames,
     save::{SaveError, Saved, Sink, Source, pieces},
-    stream::{Kind, Writer},
     wait,
 };
 use machine::{MachineState, Memory, memory::image as ram};
@@ -29,6 +28,11 @@ use rustix::{
         AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
         socket_with,
     },
+};
+use state::{
+    Config, Frames,
+    file::{write_config, write_sections},
+    frame::{Kind, Writer},
 };
 
 /// Most bytes of memory in one frame.
@@ -179,7 +183,7 @@ impl Stream {
     ) -> Result<Self, SaveError> {
         let begin = || {
             let mut to = Writer::begin(BufWriter::new(peer))?;
-            content::write_config(&mut to, config)?;
+            write_config(&mut to, config)?;
             Ok(to)
         };
         let to = begin().map_err(|e| failed(e, progress))?;
@@ -243,7 +247,10 @@ impl Sink for Stream {
         progress: &Progress,
     ) -> Result<Option<Saved>, SaveError> {
         let mut to = self.to;
-        content::write_machine(&mut to, &config, &state)
+        let last = last_frames(&config, state).map_err(SaveError::Stream)?;
+        // Without its end the other side does not start it, and it goes on here.
+        rehearse_frames(&last).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
+        forward(&last, &mut to)
             .and_then(|()| to.end(0))
             .and_then(|()| Ok(to.into_inner().into_inner()?))
             .map_err(|e| failed(e, progress))?
@@ -253,6 +260,27 @@ impl Sink for Stream {
                 Err(_) => SaveError::Cancelled,
             })?;
         Ok(None)
+    }
+}
+
+/// What is sent when all memory has been, as a stream of its own.
+fn last_frames(config: &Config, state: MachineState) -> io::Result<Vec<u8>> {
+    let mut to = Writer::begin(Vec::new())?;
+    write_config(&mut to, config)?;
+    write_sections(&mut to, &state.into())?;
+    to.end(0)?;
+    Ok(to.into_inner())
+}
+
+/// Send the frames of `stream`, but for its end.
+fn forward(stream: &[u8], to: &mut Writer<impl Write>) -> io::Result<()> {
+    let mut frames = Frames::begin(stream).map_err(io::Error::other)?;
+    let mut body = Vec::new();
+    loop {
+        match frames.take(&mut body).map_err(io::Error::other)? {
+            Kind::End => return Ok(()),
+            kind => to.frame(kind, &[&body])?,
+        }
     }
 }
 
