@@ -32,7 +32,6 @@ use rustix::{
     io::Errno,
     rand::{GetRandomFlags, getrandom},
 };
-use serde::{Deserialize, Serialize};
 
 use super::{Change, Observer, Verdict, Waker};
 
@@ -43,8 +42,7 @@ pub const ATTRIBUTE: &CStr = c"user.stratovirt.generation";
 static ONE: u64 = 1;
 
 /// What a writable image was like when its machine was saved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskMark {
     /// Its generation, in network byte order; `None` where the file system keeps no attributes.
     pub generation: Option<u128>,
