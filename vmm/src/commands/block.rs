@@ -98,7 +98,7 @@ pub fn blockdev_add(
         // Other clients' commands were carried out meanwhile: the machine may be saved now.
         let added = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
             Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|(e, d)| (plug_error(&e), d)),
-            Err(e) => Err((e, disk)),
+            Err(e) => Err((e, Box::new(disk))),
         };
         added.map(|()| Empty {}).map_err(|(why, disk)| {
             vmm.close_file("closing a disk that was not added".into(), disk);
