@@ -1,7 +1,7 @@
 //! A saved state: the bytes as they are, or frames made of them, so that checksums do not keep what is
 //! behind them from being read.
 use vmm::checkpoint::{
-    read_state, receive,
+    Config, Progress, ReceiveError, read_state, receive,
     stream::{Kind, Writer},
 };
 
@@ -28,5 +28,9 @@ pub fn entry(input: &[u8]) {
         _ => input.to_vec(),
     };
     let _ = read_state(&bytes[..]).map_err(|e| e.to_string());
-    let _ = receive(&bytes[..], |_| Ok(())).map_err(|e| e.to_string());
+    let allocate = |config: &Config| match machine::memory::allocate(&config.machine.memory) {
+        Ok(memory) => Ok(memory),
+        Err(_) => Err(ReceiveError::GivenUp),
+    };
+    let _ = receive(&bytes[..], |_| Ok(()), allocate, &Progress::default());
 }

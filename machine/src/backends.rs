@@ -12,6 +12,7 @@ use devices::{
         disk::{Disk, DiskError, OpenOptions},
         inherited,
         net::tap::{Tap, TapError},
+        release,
     },
     virtio::{
         VirtioDevice,
@@ -133,13 +134,6 @@ impl Backends {
         let each = self.disks.iter().zip(&self.stats);
         let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
         busy.filter_map(|(disk, _)| Some(disk.as_ref()?.id.as_str()))
-    }
-
-    /// Images of disks with requests in flight.
-    pub fn busy_images(&self) -> impl Iterator<Item = &Path> {
-        let each = self.disks.iter().zip(&self.stats);
-        let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
-        busy.filter_map(|(disk, _)| Some(disk.as_ref()?.path.as_path()))
     }
 
     /// The images that this machine has open itself, with the names of their devices.
@@ -285,6 +279,39 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
 }
 
 impl Machine {
+    /// Detach the taps that have a name, of a paused machine: they can be attached again by it.
+    pub(crate) fn release_taps(&mut self) {
+        self.each_named_tap(|net, _| net.unplug().map(drop).map_err(RunError::from)).ok();
+    }
+
+    /// Attach those again that [`Machine::release_taps`] has detached.
+    pub(crate) fn hold_taps(&mut self) -> Result<(), RunError> {
+        self.each_named_tap(|net, config| {
+            if net.backend().is_some() {
+                return Ok(());
+            }
+            let failed = |source| RunError::Tap { id: config.id.clone(), source };
+            let tap = tap(config).map_err(failed)?;
+            net.plug(tap, None).map_err(|e| RunError::Io(io::Error::other(e)))
+        })
+    }
+
+    fn each_named_tap(
+        &self,
+        act: impl Fn(&mut Net, &NicConfig) -> Result<(), RunError>,
+    ) -> Result<(), RunError> {
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            let Some(config) = config else { continue };
+            let Some((transport, _)) = self.slots.get(self.nic_index(slot)) else { continue };
+            if matches!(config.tap, TapConfig::Name(_))
+                && let Some(net) = transport.lock().device::<Net>()
+            {
+                act(net, config)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Where slot `slot` for NICs is among all slots.
     fn nic_index(&self, slot: usize) -> usize {
         self.config.slots.disks() + slot
@@ -387,13 +414,40 @@ impl Machine {
         self.backends.own_images()
     }
 
+    /// Let go of the disks that no requests are in flight to, for a machine that was stopped for good: on
+    /// a thread that may wait for storage. Others keep their locks until the kernel has finished.
+    pub fn leave_idle_disks(&mut self) -> impl FnOnce() + Send + use<> {
+        let waiting = std::mem::take(&mut self.backends.waiting_disks);
+        let busy: Vec<_> = self.backends.busy_disks().collect();
+        let mut idle = Vec::new();
+        for (slot, config) in self.backends.disks.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) = (config, self.slots.get(slot))
+                && !busy.contains(&config.id.as_str())
+                // A guest that resets a disk waits for it.
+                && let Some(mut transport) = transport.try_lock()
+            {
+                idle.extend(transport.device::<Block>().and_then(|block| block.shared_disk()));
+            }
+        }
+        move || {
+            // Closing a file can wait for its storage even where giving up a lock does not.
+            idle.iter().for_each(|disk| disk.release());
+            for disk in idle {
+                let _ = release::give_up(&disk.descriptors().collect::<Vec<_>>());
+                // Its device may still use it.
+                std::mem::forget(disk);
+            }
+            drop(waiting);
+        }
+    }
+
     /// Add a disk's back-end, for [`Machine::plug_disk`].
     ///
     /// # Errors
     /// As [`Machine::admits_disk_backend`]; the disk comes back, to be closed where that may wait.
-    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), (PlugError, Box<OpenDisk>)> {
+    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), Box<(PlugError, OpenDisk)>> {
         if let Err(why) = self.admits_disk_backend(&disk.config.id) {
-            return Err((why, Box::new(disk)));
+            return Err(Box::new((why, disk)));
         }
         self.backends.waiting_disks.insert(disk.config.id.clone(), disk);
         Ok(())

@@ -65,6 +65,12 @@ pub enum BuildError {
     Disk { id: String, source: DiskError },
     #[error("disk {id}: {} is the image of disk {other}, too; have both read-only, or each its own", path.display())]
     SameImage { id: String, other: String, path: PathBuf },
+    #[error(
+        "disk {id}: {} does not exist; it is the guest's root disk, for there is no initrd: give the path \
+         of an image with a system in it",
+        path.display()
+    )]
+    RootDisk { id: String, path: PathBuf },
     #[error("disk {id}")]
     DiskSettings { id: String, source: blk::SettingsError },
     #[error("NIC {id}")]
@@ -281,7 +287,7 @@ impl Parts {
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
             let block = block(slot, shape, disk, report)
-                .map_err(|e| shared_image(e, occupied.disks.iter().take(slot).flatten()))?;
+                .map_err(|e| explained(e, slot, config, occupied))?;
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
         }
@@ -349,17 +355,26 @@ impl Threads<'_> {
     }
 }
 
-/// Why a disk cannot be had: the image may be that of a disk `before` it.
-fn shared_image<'a>(
+/// Why the disk in slot `slot` cannot be had, by what the machine is: the image may be that of a disk
+/// before it, and an empty image is no root disk.
+pub(crate) fn explained(
     error: BuildError,
-    mut before: impl Iterator<Item = &'a DiskConfig>,
+    slot: usize,
+    config: &MachineConfig,
+    occupied: &Occupancy,
 ) -> BuildError {
     match error {
-        BuildError::Disk { id, source: DiskError::InUse { path } } => {
+        BuildError::Disk { id, source: DiskError::InUse { path, holder } } => {
+            let mut before = occupied.disks.iter().take(slot).flatten();
             match before.find(|disk| backends::same_file(&disk.path, &path)) {
                 Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
-                None => BuildError::Disk { id, source: DiskError::InUse { path } },
+                None => BuildError::Disk { id, source: DiskError::InUse { path, holder } },
             }
+        }
+        BuildError::Disk { id, source: DiskError::Missing { path, .. } }
+            if slot == 0 && config.boot.initrd.is_none() =>
+        {
+            BuildError::RootDisk { id, path }
         }
         other => other,
     }

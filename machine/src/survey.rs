@@ -9,7 +9,7 @@ use std::{
 use crate::{
     boot::{self, BootError},
     builder::{self, BuildError},
-    config::{CharBackend, MachineConfig, MemoryConfig, NicConfig, Tap},
+    config::{CharBackend, MachineConfig, MemoryConfig, NicConfig, Occupancy, Tap},
     event::Report,
     kvm::KvmError,
     legacy::{self, LegacyError},
@@ -48,9 +48,10 @@ impl BuildError {
                 | MemoryError::Contents { .. }
                 | MemoryError::Grow { .. },
             ) => Part::MemoryPath,
-            Self::Disk { id, .. } | Self::DiskSettings { id, .. } | Self::SameImage { id, .. } => {
-                Part::Disk(id.clone())
-            }
+            Self::Disk { id, .. }
+            | Self::DiskSettings { id, .. }
+            | Self::SameImage { id, .. }
+            | Self::RootDisk { id, .. } => Part::Disk(id.clone()),
             Self::Tap { id, .. } | Self::NicSettings { id, .. } => Part::Nic(id.clone()),
             Self::Legacy(LegacyError::Char(_)) => Part::Serial,
             Self::Console { .. } => Part::Console,
@@ -72,8 +73,10 @@ pub fn survey(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     // What cannot be touched in advance is known from `first`.
     let memory = MemoryConfig { prealloc: false, ..config.memory.clone() };
     faults.extend(memory::allocate(&memory).err().map(BuildError::from));
+    let occupied = Occupancy::at_start(config);
     for (slot, disk) in config.disks.iter().enumerate() {
-        faults.extend(builder::block(slot, Some(disk), Some(disk), &report).err());
+        let error = builder::block(slot, Some(disk), Some(disk), &report).err();
+        faults.extend(error.map(|e| builder::explained(e, slot, config, &occupied)));
     }
     let (part, mut first) = (first.part(), Some(first));
     let untouched = untouched(config, part.as_ref());

@@ -70,6 +70,11 @@ impl Splitter {
         Self { want: Want::Message, stack: 0, depth: 0, message: Vec::new() }
     }
 
+    /// Bytes of memory that it occupies.
+    pub fn memory(&self) -> usize {
+        self.message.capacity()
+    }
+
     /// Reads up to the end of the next item: how many bytes were used, and the item if there is one.
     pub fn read(&mut self, input: &[u8]) -> (usize, Option<Item>) {
         let mut used = 0;

@@ -97,6 +97,26 @@ impl<H: Host + 'static> Table<H> {
         self.row::<C>(when, move |_, host, command, ticket| f(host, command, ticket))
     }
 
+    /// Also list and describe the commands of `other` that are not here. They run `when` the host
+    /// admits them, which it must never do.
+    #[must_use]
+    pub fn listing<G: Host>(mut self, other: &Table<G>, when: H::When) -> Self {
+        for (name, row) in &other.0 {
+            self.0.entry(name).or_insert_with(|| {
+                let run: Run<H> = Box::new(|_, _, request, _| {
+                    Err(Error::text(format!("{} is not possible now", request.execute)))
+                });
+                Row { when, run, describe: row.describe }
+            });
+        }
+        self
+    }
+
+    /// When a command may run, if there is one of that name.
+    pub fn when(&self, name: &str) -> Option<H::When> {
+        self.0.get(name).map(|row| row.when)
+    }
+
     fn row<C: Command + 'static>(
         self,
         when: H::When,

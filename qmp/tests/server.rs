@@ -11,7 +11,7 @@ use std::{
     },
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use host::{Host, LONG};
@@ -298,6 +298,40 @@ fn a_huge_line_or_a_half_one_costs_nobody_else_anything() {
     assert!(huge.read_line(LONG).unwrap().contains("\"running\":true"));
     half.send_raw(br#"op"}"#).unwrap();
     half.wait_event("STOP", LONG).unwrap();
+}
+
+#[test]
+fn all_clients_together_have_a_bound_on_memory() {
+    const MOST: usize = 16 << 20;
+    let host = Host::start();
+    let mut client = host.client();
+    // Each message is shorter than one may be, and never ends.
+    let half = format!("{{\"execute\":\"{}", "x".repeat(1_000_000));
+    let mut others: Vec<_> = (0..40).map(|_| UnixStream::connect(&host.path).unwrap()).collect();
+    for other in &mut others {
+        other.set_write_timeout(Some(LONG)).unwrap();
+        // An error: it is dropped already.
+        let _ = other.write_all(half.as_bytes());
+        assert_eq!(
+            ask(&mut client, r#"{"execute":"query-status"}"#),
+            r#"{"return":{"running":true,"singlestep":false,"status":"running"}}"#
+        );
+    }
+    let is_open = |other: &mut UnixStream| {
+        other.set_nonblocking(true).unwrap();
+        let _greeting = other.read(&mut [0; 4096]);
+        let end = other.read(&mut [0; 4096]);
+        matches!(&end, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+    };
+    let begin = Instant::now();
+    loop {
+        let left = others.iter_mut().map(is_open).filter(|open| *open).count();
+        assert!(left > 0 && begin.elapsed() < LONG, "{left} of 40 are left");
+        // The server may not have read all yet.
+        if left <= MOST / half.len() {
+            break;
+        }
+    }
 }
 
 #[test]

@@ -239,8 +239,8 @@ impl State {
             1 => self.lookup(&request.name(0)),
             3 => self.attributes(request.node),
             4 => self.set_attributes(request),
-            // OPEN, OPENDIR: struct fuse_open_out
-            14 | 27 => Ok(vec![0; 16]),
+            // OPEN, OPENDIR: struct fuse_open_out. FOPEN_KEEP_CACHE: opening waits for no write.
+            14 | 27 => Ok([&[0; 8][..], &2u32.to_le_bytes(), &[0; 4]].concat()),
             15 => self.read(request),
             16 => self.write(request),
             // STATFS: struct fuse_kstatfs

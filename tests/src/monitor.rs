@@ -183,6 +183,8 @@ pub struct Monitor {
     seen: usize,
     commands: usize,
     socket: PathBuf,
+    /// It waits for a machine.
+    incoming: bool,
     started: Instant,
 }
 
@@ -214,7 +216,8 @@ impl Monitor {
         let console = Output::of(child.stdout.take().context("no standard output")?, show);
         let log = Output::of(child.stderr.take().context("no standard error")?, show);
         let socket = socket.to_owned();
-        Ok(Self { child, input, console, log, seen: 0, commands: 0, socket, started })
+        let incoming = args.iter().any(|arg| arg == "-incoming");
+        Ok(Self { child, input, console, log, seen: 0, commands: 0, socket, incoming, started })
     }
 
     /// Its process id.
@@ -229,7 +232,8 @@ impl Monitor {
         self.started
     }
 
-    /// Connects to the control socket, as soon as it is there.
+    /// Connects to the control socket, as soon as it is there, and so is the machine if one is to come
+    /// in.
     ///
     /// # Errors
     /// It does not appear in time, or the monitor ends.
@@ -245,6 +249,13 @@ impl Monitor {
         let mut client = Client::connect(&self.socket, SOON)?;
         // A save waits for the host's disk, which others are busy with.
         client.set_patience(SOON * 3);
+        while self.incoming
+            && client.execute_raw("query-status", json!({}))?.get("status")
+                == Some(&json!("inmigrate"))
+        {
+            ensure!(Instant::now() < deadline, "the machine does not come in");
+            thread::sleep(Duration::from_micros(200));
+        }
         Ok(client)
     }
 

@@ -20,6 +20,8 @@ mod held;
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
 mod hung;
+#[path = "bare_metal/mistakes.rs"]
+mod mistakes;
 #[path = "bare_metal/nic.rs"]
 mod nic;
 #[path = "bare_metal/plug.rs"]
@@ -28,6 +30,8 @@ mod plug;
 mod plugged;
 #[path = "bare_metal/process.rs"]
 mod process;
+#[path = "bare_metal/return_path.rs"]
+mod return_path;
 #[path = "bare_metal/run_state.rs"]
 mod run_state;
 #[path = "bare_metal/save_faults.rs"]

@@ -14,6 +14,8 @@ mod life;
 mod listen;
 #[path = "ctl/matrix.rs"]
 mod matrix;
+#[path = "ctl/mistakes.rs"]
+mod mistakes;
 #[path = "ctl/policy.rs"]
 mod policy;
 #[path = "ctl/rig.rs"]

@@ -18,6 +18,8 @@ pub struct Actions {
     pub shutdown: Action,
     /// After a reboot.
     pub reboot: Action,
+    /// The process's exit status where a reboot ends it.
+    pub reboot_status: u8,
     /// After a panic. KVM's failures count as such where it does not mean to end.
     pub panic: Action,
     /// The process's exit status where a panic ends it.
@@ -30,6 +32,13 @@ impl Default for Actions {
     /// As StratoVirt's microVM: whatever happens is the end.
     fn default() -> Self {
         let end = Action::End;
-        Self { shutdown: end, reboot: end, panic: end, panic_status: 1, triple_fault_panics: false }
+        Self {
+            shutdown: end,
+            reboot: end,
+            reboot_status: 0,
+            panic: end,
+            panic_status: 1,
+            triple_fault_panics: false,
+        }
     }
 }

@@ -6,20 +6,19 @@
 //!   deliver SHUTDOWN, close the clients' sockets
 //!   ------------------------------------------------------> output, names, the file of memory
 //!   log, then all descriptors that wait for nothing
-//!   ------------------------------------------------------> descriptors of storage, busy ones last
+//!   ------------------------------------------------------> disks without requests in flight
 //!   _exit
 //! ```
 //! The main thread waits for `end`, but not beyond the bound. A thread that waits for storage which hangs
 //! may keep the process from ending: then it is a process id only, that holds nothing but this storage.
 use std::{
     io,
-    path::PathBuf,
     sync::mpsc::{Receiver, Sender, channel},
     thread::Builder,
     time::{Duration, Instant},
 };
 
-use machine::release::{self, Descriptors};
+use machine::release;
 use qmp::{schema::Event, server::Server};
 
 use crate::{
@@ -84,7 +83,7 @@ impl Vmm {
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         let names = Server::shutdown(std::mem::take(&mut self.servers), DELIVERY);
         terminal::put_back();
-        let (leave, busy) = (self.machine.leave(quiet), self.machine.busy_images());
+        let (leave, leave_disks) = (self.machine.leave(quiet), self.machine.leave_idle_disks());
         // Its threads may still use it; it ends with the process.
         std::mem::forget(self);
 
@@ -96,15 +95,8 @@ impl Vmm {
             log::warn!("storage hangs: what was written last may be lost");
         }
         logging::finish(LOG.min(deadline.saturating_duration_since(Instant::now())));
-        give_up_descriptors(end, &busy, deadline);
-    }
-}
-
-/// So that nothing is held by a process that cannot end but what it waits for.
-fn give_up_descriptors(end: &End, busy: &[PathBuf], deadline: Instant) {
-    // An error: the kernel gives them up when the process ends, as it does most often.
-    let Ok(Descriptors { others, storage }) = Descriptors::open(busy) else { return };
-    if release::give_up(&others).is_ok() {
-        end.within(deadline, move || drop(release::give_up(&storage)));
+        // An error: the kernel gives them up when the process ends, as it does most often.
+        let _ = release::everything_but_storage();
+        end.within(deadline, leave_disks);
     }
 }

@@ -3,28 +3,25 @@ use std::{
     ffi::c_int,
     io,
     sync::{
-        Arc, LazyLock,
-        atomic::{AtomicBool, Ordering},
+        Arc,
         mpsc::{Receiver, Sender, channel},
     },
     time::Duration,
 };
 
 use mio::{Events, Interest, Poll, Token, Waker};
-use qmp::schema::ShutdownCause;
+use qmp::{schema::ShutdownCause, server::Server};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::{
+    arriving::{Arriving, Handed, Held, Over},
     commands,
     vmm::{Ending, Vmm},
 };
 
 /// The signals that end the monitor.
 pub const ENDING: [c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
-
-/// One of them has come.
-static CAME: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 const WAKE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -48,19 +45,10 @@ impl EventLoop {
     pub fn new() -> io::Result<Self> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
-        for signal in ENDING {
-            signal_hook::flag::register(signal, CAME.clone())?;
-        }
         let mut signals = Signals::new(ENDING)?;
         poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
         let (sender, reports) = channel();
         Ok(Self { poll, signals, reports, sender, waker })
-    }
-
-    /// Whether a signal that ends the monitor has come already, for those who have just begun to
-    /// listen to signals themselves.
-    pub fn has_been_told_to_end() -> bool {
-        CAME.load(Ordering::Relaxed)
     }
 
     /// Where the machine reports to.
@@ -92,6 +80,79 @@ impl EventLoop {
         Token((index + 1) * SERVER_TOKENS)
     }
 
+    /// Serve clients until the machine has come in, or never will.
+    ///
+    /// # Errors
+    /// When the host refuses to wait for events.
+    pub fn wait_for_machine(&mut self, mut arriving: Arriving) -> io::Result<(Handed, Over)> {
+        let table = Arriving::table();
+        let mut events = Events::with_capacity(64);
+        loop {
+            let more = arriving.servers.iter().any(|s| s.has_work());
+            if let Some(signal) =
+                self.turn(&mut events, &mut arriving.servers, more.then_some(Duration::ZERO))?
+            {
+                log::info!("ended by signal {signal}");
+                let reason = ShutdownCause::HostSignal;
+                arriving.end(Over::Ended(Ending { guest: false, reason, status: 0 }));
+            }
+            arriving.follow();
+            for server in 0..arriving.servers.len() {
+                while !arriving.is_over()
+                    && let Some((request, ticket)) =
+                        arriving.servers.get_mut(server).and_then(|s| s.next_request())
+                {
+                    if arriving.holds(&table, &request) {
+                        arriving.hold(Held { server, request, ticket });
+                        continue;
+                    }
+                    let result = table.dispatch(&mut arriving, request, &ticket);
+                    if let (Some(result), Some(server)) = (result, arriving.servers.get_mut(server))
+                    {
+                        server.reply(&ticket, result);
+                    }
+                }
+            }
+            if let Some(over) = arriving.take_end() {
+                return Ok((arriving.finish(&over), over));
+            }
+        }
+    }
+
+    /// Wait for something to happen, at most for `at_most`, and take in what servers have got. The
+    /// signal that came, if one did.
+    fn turn(
+        &mut self,
+        events: &mut Events,
+        servers: &mut [Server],
+        at_most: Option<Duration>,
+    ) -> io::Result<Option<c_int>> {
+        match self.poll.poll(events, at_most) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => events.clear(),
+            Err(e) => return Err(e),
+        }
+        for event in &*events {
+            if event.token().0 >= SERVER_TOKENS {
+                let index = event.token().0 / SERVER_TOKENS - 1;
+                servers.get_mut(index).map(|server| server.ready(event));
+            }
+        }
+        Ok(self.signals.pending().next())
+    }
+
+    /// Answer what clients have asked for before there was a machine.
+    pub fn answer(&mut self, vmm: &mut Vmm, held: Vec<Held>) {
+        let table = commands::table();
+        for Held { server, request, ticket } in held {
+            vmm.asked_by = server;
+            let result = table.dispatch(vmm, request, &ticket);
+            if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(server)) {
+                server.reply(&ticket, result);
+            }
+        }
+    }
+
     /// Run until the VM ends; how it ended.
     ///
     /// # Errors
@@ -102,18 +163,7 @@ impl EventLoop {
         loop {
             let more = vmm.servers.iter().any(|s| s.has_work());
             let at_most = if more { Some(Duration::ZERO) } else { vmm.until_due() };
-            match self.poll.poll(&mut events, at_most) {
-                Ok(()) => {}
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            }
-            for event in &events {
-                if event.token().0 >= SERVER_TOKENS {
-                    let index = event.token().0 / SERVER_TOKENS - 1;
-                    vmm.servers.get_mut(index).map(|server| server.ready(event));
-                }
-            }
-            for signal in self.signals.pending() {
+            if let Some(signal) = self.turn(&mut events, &mut vmm.servers, at_most)? {
                 log::info!("ended by signal {signal}");
                 let reason = ShutdownCause::HostSignal;
                 vmm.end(Ending { guest: false, reason, status: 0 });
@@ -121,8 +171,8 @@ impl EventLoop {
             while let Ok(event) = self.reports.try_recv() {
                 vmm.machine_event(event);
             }
-            vmm.follow_save();
-            vmm.follow_files();
+            vmm.in_one_piece(Vmm::follow_save);
+            vmm.in_one_piece(Vmm::follow_files);
             vmm.follow_announcements();
             for index in 0..vmm.servers.len() {
                 vmm.asked_by = index;
@@ -130,10 +180,12 @@ impl EventLoop {
                     && let Some((request, ticket)) =
                         vmm.servers.get_mut(index).and_then(|s| s.next_request())
                 {
-                    let result = table.dispatch(vmm, request, &ticket);
-                    if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(index)) {
-                        server.reply(&ticket, result);
-                    }
+                    vmm.in_one_piece(|vmm| {
+                        let result = table.dispatch(vmm, request, &ticket);
+                        if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(index)) {
+                            server.reply(&ticket, result);
+                        }
+                    });
                 }
             }
             if let Some(ending) = vmm.ending() {

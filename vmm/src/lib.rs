@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 pub mod actions;
 pub mod announce;
+pub mod arriving;
+pub mod bare;
 pub mod bounds;
 pub mod checkpoint;
 pub mod cli;

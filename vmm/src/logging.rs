@@ -1,4 +1,4 @@
-//! The log: one line an event, to standard error or a file.
+//! The log: one line an event, `TIME:LEVEL: module: text`, to standard error or a file.
 //!
 //! A guest decides how often some of the lines come, and libraries that it can make complain know no
 //! limit. So each source has one here.
@@ -26,6 +26,8 @@ use rustix::{
     fs::OFlags,
     io::Errno,
 };
+
+use time::UtcDateTime;
 
 use crate::{daemon, last_words};
 
@@ -162,9 +164,14 @@ pub fn start(file: Option<&Path>) -> io::Result<()> {
         last_words::prepare(Rest { file: copy, pipe, is_stderr: !named });
         LOG.get_or_init(|| Mutex::new(Out { to, left_out: 0, cut: false }));
     }
-    let level = std::env::var(LEVEL).ok().and_then(|l| l.parse().ok());
-    log::set_max_level(level.unwrap_or(LevelFilter::Warn));
-    log::set_boxed_logger(Box::new(Logger { paces: Mutex::default() })).map_err(io::Error::other)
+    let (level, wrong) = level(std::env::var_os(LEVEL).map(|word| word.to_string_lossy().into()));
+    log::set_max_level(level);
+    log::set_boxed_logger(Box::new(Logger { paces: Mutex::default() }))
+        .map_err(io::Error::other)?;
+    if let Some(word) = wrong {
+        log::warn!("{LEVEL}: '{word}': must be error, warn, info, debug or trace; it is warn now");
+    }
+    Ok(())
 }
 
 /// The end: let what has been logged arrive in the file, for at most `patience`. Nothing is logged
@@ -175,6 +182,23 @@ pub fn finish(patience: Duration) {
     {
         writer.finish(patience);
     }
+}
+
+/// The level that `word` names, and `word` if it names none.
+fn level(word: Option<String>) -> (LevelFilter, Option<String>) {
+    match word.as_deref().map(str::parse) {
+        Some(Ok(level)) => (level, None),
+        Some(Err(_)) if word.as_deref() != Some("") => (LevelFilter::Warn, word),
+        _ => (LevelFilter::Warn, None),
+    }
+}
+
+/// Date and time (UTC) `seconds` after the beginning of 1970, as RFC 3339 has them, up to the second.
+pub fn date_time(seconds: u64) -> String {
+    let seconds = i64::try_from(seconds).unwrap_or_default();
+    let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);
+    let (date, (hour, minute, second)) = (t.date(), t.as_hms());
+    format!("{date}T{hour:02}:{minute:02}:{second:02}")
 }
 
 /// Whether a line can be written to standard error without waiting.
@@ -216,8 +240,8 @@ impl Logger {
     fn write(&self, level: Level, source: &str, text: &std::fmt::Arguments<'_>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // One write a line, so that lines of several threads do not mix.
-        let (seconds, micros) = (now.as_secs(), now.subsec_micros());
-        let line = format!("{seconds}.{micros:06}:{level}: {source}: {text}\n");
+        let (time, nanos) = (date_time(now.as_secs()), now.subsec_nanos());
+        let line = format!("{time}.{nanos:09}Z:{level}: {source}: {text}\n");
         match LOG.get() {
             Some(log) => log.lock().write(&line),
             // A reader that has stopped reading must not stop a vCPU.
@@ -251,6 +275,30 @@ mod tests {
         let mut rest = String::new();
         io::Read::read_to_string(&mut reader, &mut rest).unwrap();
         assert_eq!(rest, "3 lines left out: the log did not take them\nmore\nand more\n");
+    }
+
+    #[test]
+    fn a_level_that_there_is_not_is_told_of() {
+        let named = |word: &str| level(Some(word.to_owned()));
+        assert_eq!(level(None), (LevelFilter::Warn, None));
+        assert_eq!(named(""), (LevelFilter::Warn, None));
+        assert_eq!(named("info"), (LevelFilter::Info, None));
+        assert_eq!(named("TRACE"), (LevelFilter::Trace, None));
+        assert_eq!(named("verbose"), (LevelFilter::Warn, Some("verbose".into())));
+    }
+
+    #[test]
+    fn a_time_is_shown_as_people_write_it() {
+        for (seconds, shown) in [
+            (0, "1970-01-01T00:00:00"),
+            (951_782_399, "2000-02-28T23:59:59"),
+            (951_782_400, "2000-02-29T00:00:00"),
+            (1_795_286_130, "2026-11-21T18:35:30"),
+            (4_102_444_799, "2099-12-31T23:59:59"),
+            (u64::MAX, "1970-01-01T00:00:00"),
+        ] {
+            assert_eq!(date_time(seconds), shown);
+        }
     }
 
     #[test]

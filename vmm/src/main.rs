@@ -14,12 +14,16 @@ use machine::{
     config::{CharBackend, MachineConfig},
     survey,
 };
-use qmp::server::{BindError, Server};
+use qmp::{
+    schema::{Event, ShutdownCause},
+    server::Server,
+};
 use vmm::{
     announce::Schedule,
-    bounds,
-    checkpoint::{self, job::Checkpointer},
-    cli::{self, Action, Invocation, Log},
+    arriving::{Arriving, Handed, Over},
+    bare, bounds,
+    checkpoint::{self, Arrival, RestoreError, Voice, job::Checkpointer, stream::Kind},
+    cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
     ending::End,
     event_loop::EventLoop,
@@ -30,7 +34,7 @@ use vmm::{
     seccomp,
     spawner::{self, Spawner},
     terminal::Raw,
-    vmm::Vmm,
+    vmm::{Ending, Vmm},
 };
 
 fn main() -> ExitCode {
@@ -81,31 +85,69 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
+    if invocation.no_machine {
+        bare::run(&invocation.control, ready)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
-    let (machine, halted) = match &invocation.incoming {
+    // A client that can connect gets an answer. A machine that is built here is there by then.
+    let bind = |events: &EventLoop| {
+        bare::servers(&invocation.control, events.registry(), EventLoop::server_token)
+    };
+    log::info!(target: "VmConfig", "{}", what(invocation));
+    // Dropped after the machine, and only then its source is told to take it back.
+    let mut answer = Voice::silent();
+    let (machine, halted, servers, held, paused) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
             let built = Machine::new(config, events.report());
-            (built.map_err(|e| places.explain(survey(config, e)))?, None)
+            let machine = built.map_err(|e| places.explain(survey(config, e), config))?;
+            if !machine::kvm::has_hardware_virtualization() {
+                log::warn!(
+                    "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \
+                     a distribution's kernel may hang before its first word"
+                );
+            }
+            (machine, None, bind(&events)?, Vec::new(), invocation.paused)
         }
-        Some(incoming) => checkpoint::restore(incoming, &invocation.machine, events.report())?,
+        Some(incoming) => {
+            let confined = !invocation.disable_seccomp;
+            let (report, notify) = (events.report(), events.notify());
+            let arrival = Arrival::begin(incoming, &invocation.machine, report, notify, confined)
+                .map_err(RestoreError::from)?;
+            let patient = matches!(incoming.source, Source::Directory { .. });
+            let arriving = Arriving::new(bind(&events)?, arrival, invocation.paused, patient);
+            let waited = events.wait_for_machine(arriving);
+            let (handed, over) = waited.context("the main loop cannot wait for events")?;
+            let Handed { servers, paused, held } = handed;
+            let restored = match over {
+                Over::Arrived(mut arrived) => {
+                    answer = std::mem::replace(&mut arrived.answer, Voice::silent());
+                    checkpoint::restore(*arrived, incoming.clock_realtime, events.report())
+                }
+                Over::Failed(error) => Err(error),
+                Over::Ended(ending) => {
+                    last_event(servers, ending);
+                    return Ok(ExitCode::from(ending.status));
+                }
+            };
+            match restored {
+                Ok((machine, halted)) => (machine, halted, servers, held, paused),
+                Err(error) => {
+                    answer.fail(Kind::Failed, &qmp::Error::generic(&error).to_string());
+                    let reason = ShutdownCause::HostError;
+                    last_event(servers, Ending { guest: false, reason, status: 1 });
+                    return Err(error.into());
+                }
+            }
+        }
     };
     let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
     if let Some(path) = machine.config().memory.path.as_ref().or(mapped.as_ref()) {
         file_signals::memory_is(path);
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
-    // Only now: whoever can connect gets an answer.
-    let control = &invocation.control;
-    let servers = control
-        .iter()
-        .enumerate()
-        .map(|(i, path)| {
-            let server = Server::bind(path, events.registry(), EventLoop::server_token(i))?;
-            Ok(server.one_of(control.len()))
-        })
-        .collect::<Result<Vec<_>, BindError>>()?;
     let checkpointer =
         Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
     let end = End::spawn().context("cannot start a thread for the end")?;
@@ -124,17 +166,45 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }
+    // All that can fail has been done, and the guest has not made a step.
+    answer.settle();
     match halted {
         Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
-        None if invocation.paused => {}
-        None => vmm.apply(lifecycle::Event::Resume)?,
+        None if paused => {}
+        None => {
+            vmm.apply(lifecycle::Event::Resume)?;
+            vmm.log_vcpus();
+        }
     }
     if let Some(ready) = ready {
         ready.tell().context("cannot let go of the terminal")?;
     }
+    events.answer(&mut vmm, held);
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
     vmm.shut_down(ending, &end, pidfile);
     Ok(ExitCode::from(ending.status))
+}
+
+/// Say to all clients that the monitor ends without ever having had a machine.
+fn last_event(mut servers: Vec<Server>, ending: Ending) {
+    let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
+    servers.iter_mut().for_each(|server| server.broadcast(&event));
+    // Dropped, the names go.
+    drop(Server::shutdown(servers, bounds::COMMAND));
+}
+
+/// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
+fn what(invocation: &Invocation) -> String {
+    match &invocation.incoming {
+        Some(incoming) => match &incoming.source {
+            Source::Directory { path, .. } => format!("from the directory {}", path.display()),
+            Source::Stream(_) => "from a stream".to_owned(),
+        },
+        None => {
+            let config = &invocation.machine;
+            format!("{} vCPUs, {} bytes of memory", config.cpus, config.memory.size)
+        }
+    }
 }
 
 fn uses_stdio(machine: &MachineConfig) -> bool {

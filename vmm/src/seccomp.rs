@@ -12,14 +12,16 @@
 mod calls;
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, Write},
     os::unix::fs::FileExt,
     sync::OnceLock,
+    time::{Duration, Instant},
 };
 
 use libc::{c_int, c_void, siginfo_t};
-use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter, SeccompRule};
 
 use crate::last_words;
 
@@ -47,17 +49,40 @@ static MEMORY: OnceLock<Option<File>> = OnceLock::new();
 /// # Errors
 /// When the host has no filters.
 pub fn confine(spawn: bool) -> Result<(), SeccompError> {
-    let program = compile(spawn)?;
-    MEMORY.get_or_init(|| File::open("/proc/self/mem").ok());
-    vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
-        .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))?;
-    seccompiler::apply_filter_all_threads(&program).map_err(SeccompError::Refused)
+    let program = compile(calls::allowed(spawn)?)?;
+    report_forbidden_calls()?;
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        match seccompiler::apply_filter_all_threads(&program) {
+            // A thread that was joined and has a filter of its own may still be on its way out.
+            Err(seccompiler::Error::ThreadSync(_)) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return other.map_err(SeccompError::Refused),
+        }
+    }
 }
 
-fn compile(spawn: bool) -> Result<BpfProgram, BackendError> {
+/// Confine the calling thread, which reads what a peer sends: it may read, write to memory that it
+/// has, and report. It has to end before [`confine`].
+///
+/// # Errors
+/// When the host has no filters.
+pub fn confine_reader() -> Result<(), SeccompError> {
+    let program = compile(calls::reader()?)?;
+    report_forbidden_calls()?;
+    seccompiler::apply_filter(&program).map_err(SeccompError::Refused)
+}
+
+fn report_forbidden_calls() -> Result<(), SeccompError> {
+    MEMORY.get_or_init(|| File::open("/proc/self/mem").ok());
+    vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
+        .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))
+}
+
+fn compile(calls: BTreeMap<i64, Vec<SeccompRule>>) -> Result<BpfProgram, BackendError> {
     let arch = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(calls::allowed(spawn)?, SeccompAction::Trap, SeccompAction::Allow, arch)?
-        .try_into()
+    SeccompFilter::new(calls, SeccompAction::Trap, SeccompAction::Allow, arch)?.try_into()
 }
 
 /// The handler of SIGSYS. Takes no lock and no memory, as [`last_words`].
@@ -103,6 +128,6 @@ mod tests {
     #[test]
     fn the_filter_can_be_made_for_this_architecture() {
         // The kernel's limit: BPF_MAXINSNS.
-        assert!((1..4096).contains(&compile(true).unwrap().len()));
+        assert!((1..4096).contains(&compile(calls::allowed(true).unwrap()).unwrap().len()));
     }
 }

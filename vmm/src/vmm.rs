@@ -8,7 +8,7 @@ use qmp::{
         Event, GuestPanicAction, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient,
         ShutdownCause,
     },
-    server::Server,
+    server::{Server, Ticket},
     table::Host,
 };
 
@@ -31,8 +31,6 @@ pub struct Vmm {
     pub(crate) servers: Vec<Server>,
     /// Which server the request being answered came from.
     pub(crate) asked_by: usize,
-    /// Descriptors named by `getfd`.
-    pub(crate) named_fds: BTreeMap<String, OwnedFd>,
     /// Why and how to end, once the request being answered has been answered.
     ending: Option<Ending>,
     actions: Actions,
@@ -83,7 +81,6 @@ impl Vmm {
             machine,
             servers,
             asked_by: 0,
-            named_fds: BTreeMap::new(),
             ending: None,
             actions,
             saving: Saving::new(checkpointer),
@@ -153,6 +150,25 @@ impl Vmm {
         Ok(())
     }
 
+    /// Note in the log which threads run the guest.
+    pub fn log_vcpus(&self) {
+        for (index, thread) in self.machine.vcpu_threads().into_iter().enumerate() {
+            log::info!(target: "Vcpu", "{index} runs, as thread {thread}");
+        }
+    }
+
+    /// What `act` tells one client goes out in one piece: events, then an answer.
+    pub(crate) fn in_one_piece(&mut self, act: impl FnOnce(&mut Self)) {
+        self.servers.iter_mut().for_each(Server::hold_events);
+        act(self);
+        self.servers.iter_mut().for_each(Server::send_events);
+    }
+
+    /// The descriptors that the client that holds `ticket` has given names.
+    pub(crate) fn named_fds(&mut self, ticket: &Ticket) -> Option<&mut BTreeMap<String, OwnedFd>> {
+        self.servers.get_mut(self.asked_by)?.named_fds(ticket.client())
+    }
+
     /// Tell every client.
     pub fn tell(&mut self, event: &Event) {
         self.servers.iter_mut().for_each(|server| server.broadcast(event));
@@ -195,7 +211,8 @@ impl Vmm {
             M::Vcpu(_, S::Power(_) | S::TripleFault) if self.state == State::Prelaunch => {}
             M::Vcpu(_, S::TripleFault) if self.actions.triple_fault_panics => self.guest_panicked(),
             M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => {
-                self.halt(Halt::Shutdown, true, ShutdownCause::GuestReset, self.actions.reboot, 0);
+                let (cause, action) = (ShutdownCause::GuestReset, self.actions.reboot);
+                self.halt(Halt::Shutdown, true, cause, action, self.actions.reboot_status);
             }
             M::Vcpu(_, S::Power(P::Shutdown)) => {
                 let (cause, action) = (ShutdownCause::GuestShutdown, self.actions.shutdown);

@@ -1,6 +1,7 @@
 //! The entry functions of `fuzz/`, with inputs that a dice makes.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
-use vmm::checkpoint::{read_state, receive, stream::Kind};
+use machine::memory::allocate;
+use vmm::checkpoint::{Config, Progress, read_state, receive, stream::Kind};
 
 #[path = "../../fuzz/src/cli.rs"]
 mod cli;
@@ -93,7 +94,9 @@ fn states_that_say_anything() {
     sent.extend(&whole);
     sent.push((Kind::End, &[]));
     let sent = frames(&sent);
-    let received = receive(&state::stream(&sent[1..])[..], |_| Ok(())).map(drop);
+    let allocate = |config: &Config| Ok(allocate(&config.machine.memory).unwrap());
+    let stream = state::stream(&sent[1..]);
+    let received = receive(&stream[..], |_| Ok(()), allocate, &Progress::default()).map(drop);
     assert!(received.is_ok(), "{received:?}");
     let bare = [&[0][..], &state::stream(&saved[1..])].concat();
     let words =

@@ -7,42 +7,29 @@ use std::{
     fs::{self, File},
     io,
     os::fd::{AsRawFd, RawFd},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-/// Descriptors of this process, apart from standard input, output and error.
-#[derive(Debug, Default)]
-pub struct Descriptors {
-    /// Sockets, pipes, taps, KVM and the like: giving these up waits for nothing.
-    pub others: Vec<RawFd>,
-    /// Files and block devices: giving these up may wait for their storage. Those least likely to do so
-    /// come first.
-    pub storage: Vec<RawFd>,
+/// Give up all descriptors that are no file's or block device's: sockets, pipes, taps, KVM and the like.
+/// That waits for nothing. Standard input, output and error stay.
+///
+/// # Errors
+/// Without /proc or /dev/null.
+pub fn everything_but_storage() -> io::Result<()> {
+    give_up(&open_ones(|target| !is_storage(target))?)
 }
 
-impl Descriptors {
-    /// Those that are open now. Requests to `busy` are in flight, so they come last.
-    ///
-    /// # Errors
-    /// Without /proc.
-    pub fn open(busy: &[PathBuf]) -> io::Result<Self> {
-        let mut this = Self::default();
-        let mut last = Vec::new();
-        for entry in fs::read_dir("/proc/self/fd")? {
-            let name = entry?.file_name();
-            let Some(fd) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            // The link is the kernel's own: reading it does not ask the file's storage.
-            let Ok(target) = fs::read_link(format!("/proc/self/fd/{fd}")) else { continue };
-            match fd {
-                0..=2 => {}
-                _ if busy.contains(&target) => last.push(fd),
-                _ if is_storage(&target) => this.storage.push(fd),
-                _ => this.others.push(fd),
-            }
-        }
-        this.storage.append(&mut last);
-        Ok(this)
+/// The numbers of descriptors that lead to what is `wanted`.
+fn open_ones(wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<RawFd>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let name = entry?.file_name();
+        let fd = name.to_str().and_then(|name| name.parse().ok()).filter(|fd: &RawFd| *fd > 2);
+        // The link is the kernel's own: reading it does not ask the file's storage.
+        let target = fd.and_then(|fd| fs::read_link(format!("/proc/self/fd/{fd}")).ok());
+        found.extend(fd.filter(|_| target.is_some_and(|target| wanted(&target))));
     }
+    Ok(found)
 }
 
 /// Whether a descriptor that leads to `target` is a file's or a block device's.
@@ -83,21 +70,17 @@ mod tests {
 
     #[test]
     fn what_is_given_up_is_closed_and_its_number_stays_taken() {
-        let (one, _other) = UnixStream::pair().unwrap();
-        let (idle, busy) = (TempFile::new().unwrap(), TempFile::new().unwrap());
-        let open = |file: &TempFile| File::open(file.as_path()).unwrap();
-        let (ours, hung) = (open(&idle), open(&busy));
+        let (socket, _other) = UnixStream::pair().unwrap();
+        let file = TempFile::new().unwrap();
+        let open = || File::open(file.as_path()).unwrap();
+        let ours = open();
         flock(&ours, FlockOperation::LockExclusive).unwrap();
-
-        let found = Descriptors::open(&[busy.as_path().to_owned()]).unwrap();
-        assert!(found.others.contains(&one.as_raw_fd()));
-        let place = |file: &File| found.storage.iter().position(|fd| *fd == file.as_raw_fd());
-        assert!(place(&ours).unwrap() < place(&hung).unwrap());
+        let found = open_ones(|target| !is_storage(target)).unwrap();
+        assert!(found.contains(&socket.as_raw_fd()) && !found.contains(&ours.as_raw_fd()));
 
         give_up(&[ours.as_raw_fd()]).unwrap();
         let now = fs::read_link(format!("/proc/self/fd/{}", ours.as_raw_fd())).unwrap();
         assert_eq!(now, Path::new("/dev/null"));
-        let theirs = open(&idle);
-        flock(&theirs, FlockOperation::NonBlockingLockExclusive).unwrap();
+        flock(open(), FlockOperation::NonBlockingLockExclusive).unwrap();
     }
 }

@@ -8,6 +8,7 @@ pub mod chips;
 pub mod cpuid;
 pub mod entry;
 pub mod features;
+mod permission;
 pub mod state;
 #[cfg(test)]
 mod tests;
@@ -48,8 +49,8 @@ pub enum KvmError {
          a virtual machine"
     )]
     Missing,
-    #[error("no permission to open /dev/kvm: usermod -aG kvm $USER, then log in again")]
-    Permission,
+    #[error("no permission to open /dev/kvm: {fix}")]
+    Permission { fix: String },
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
     #[error(
@@ -92,7 +93,7 @@ pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> K
 pub fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
-        libc::EACCES | libc::EPERM => KvmError::Permission,
+        libc::EACCES | libc::EPERM => KvmError::Permission { fix: permission::fix() },
         errno => KvmError::Open(io::Error::from_raw_os_error(errno)),
     })?;
     match kvm.get_api_version() {
@@ -307,6 +308,12 @@ pub fn host_tsc() -> u64 {
 /// guests as user processes do, as PVM does) the guest's RDTSC reads the host's counter itself, and
 /// an offset would only shift the guest's timers away from the clock that it sees.
 pub fn guest_tsc_is_its_own() -> bool {
+    has_hardware_virtualization()
+}
+
+/// Whether this host's CPU can run guests itself. Where it cannot and there is a KVM all the same, that
+/// runs only kernels made for it.
+pub fn has_hardware_virtualization() -> bool {
     use core::arch::x86_64::__cpuid;
     static ANSWER: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
         const VMX: u32 = 1 << 5;

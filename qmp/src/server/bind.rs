@@ -56,6 +56,18 @@ pub enum BindError {
         /// The path.
         path: PathBuf,
     },
+    /// It is to be connected to, and cannot.
+    #[error(
+        "cannot connect to control socket '{}', as -qmp does without ,server,nowait; with them the monitor \
+         listens there itself",
+        path.display()
+    )]
+    Connect {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The operating system refuses.
     #[error("cannot {action} control socket '{}'", path.display())]
     Os {
@@ -115,6 +127,15 @@ pub(super) fn claim_within(
     let file = SocketFile { path: path.into(), identity: (metadata.dev(), metadata.ino()) };
     listen(&socket, BACKLOG).map_err(os("listen on"))?;
     Ok((socket, file))
+}
+
+/// A connection to who listens at `path`.
+pub(super) fn connected(path: &Path) -> Result<OwnedFd, BindError> {
+    check(path)?;
+    let failed = |e: Errno| BindError::Connect { path: path.into(), source: e.into() };
+    let socket = socket().map_err(failed)?;
+    connect(&socket, &SocketAddrUnix::new(path).map_err(failed)?).map_err(failed)?;
+    Ok(socket)
 }
 
 fn check(path: &Path) -> Result<(), BindError> {

@@ -1,6 +1,6 @@
 //! One client: its bytes in, its bytes out, the descriptors it sent.
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     io::IoSliceMut,
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
@@ -30,6 +30,10 @@ const HIGH_WATER: usize = 64 << 10;
 /// Unread output, in bytes, beyond which the client is dropped: events wait for nobody.
 const MAX_OUTPUT: usize = 1 << 20;
 
+/// Memory, in bytes, that the input and output of all clients together may occupy; beyond it the client
+/// that occupies the most is dropped.
+pub const MAX_MEMORY: usize = 16 << 20;
+
 /// Most descriptors that the kernel sends with one message (`SCM_MAX_FD`).
 const MAX_SENT: usize = 253;
 
@@ -43,6 +47,8 @@ pub enum Gone {
     HungUp,
     #[error("it leaves more than {MAX_OUTPUT} bytes unread")]
     Overflow,
+    #[error("all clients together need more than {MAX_MEMORY} bytes, and this one the most")]
+    TooMuch,
     #[error(transparent)]
     Io(#[from] Errno),
 }
@@ -70,6 +76,10 @@ pub struct Connection {
     /// The last descriptor that each receive brought, with the stream offset of the end of the bytes
     /// it came with.
     fds: VecDeque<(u64, OwnedFd)>,
+    /// Descriptors that it has given names; they go with it.
+    pub named: BTreeMap<String, OwnedFd>,
+    /// Bytes of memory that the server has counted for it.
+    pub counted: usize,
 }
 
 impl Connection {
@@ -88,7 +98,14 @@ impl Connection {
             output: VecDeque::new(),
             taken: 0,
             fds: VecDeque::new(),
+            named: BTreeMap::new(),
+            counted: 0,
         }
+    }
+
+    /// Bytes of memory that its input and output occupy.
+    pub fn memory(&self) -> usize {
+        self.splitter.memory() + self.chunk.capacity() + self.output.capacity()
     }
 
     pub fn raw_fd(&self) -> RawFd {
@@ -163,6 +180,8 @@ impl Connection {
             Err(Errno::INTR) => return Ok(false),
             Err(Errno::AGAIN) => {
                 self.readable = false;
+                // There may be many clients that say nothing.
+                (self.chunk, self.used) = (Vec::new(), 0);
                 return Ok(false);
             }
             Err(Errno::CONNRESET) => return Err(Gone::HungUp),
@@ -198,17 +217,23 @@ impl Connection {
 
     /// Sends `line`, as far as possible at once.
     pub fn queue(&mut self, line: &[u8]) -> Result<(), Gone> {
+        self.hold(line)?;
+        self.flush()
+    }
+
+    /// Sends `line` with what comes next.
+    pub fn hold(&mut self, line: &[u8]) -> Result<(), Gone> {
         if self.output.len() > MAX_OUTPUT {
             return Err(Gone::Overflow);
         }
         self.output.extend(line);
-        self.flush()
+        Ok(())
     }
 
     /// Sends what the kernel takes.
     pub fn flush(&mut self) -> Result<(), Gone> {
-        while !self.output.is_empty() {
-            let (front, _) = self.output.as_slices();
+        // In one piece: some clients take what they read at once for one message and its answer.
+        while let front @ [_, ..] = &*self.output.make_contiguous() {
             match send(&self.fd, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(sent) => drop(self.output.drain(..sent)),
                 Err(Errno::AGAIN) => return Ok(()),

@@ -11,15 +11,17 @@
 //! caller polls with a zero timeout, so that the rest of its sources get their turn.
 //!
 //! Nothing a client does costs another more than its turn: input is bounded by the length of a
-//! message, answers wait while 64 KiB are unread, events drop who leaves 1 MiB unread.
+//! message, answers wait while 64 KiB are unread, events drop who leaves 1 MiB unread. All clients
+//! together have a bound on memory, too.
 mod bind;
 mod connection;
 
 pub use bind::{BindError, SocketFile, claim};
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt::Display,
+    io,
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     time::{Duration, Instant},
@@ -40,7 +42,7 @@ use crate::{
     request::{Id, answer, line},
     schema::{Event, Timestamp, VersionInfo},
 };
-use connection::{Connection, Gone};
+use connection::{Connection, Gone, MAX_MEMORY};
 
 /// Pieces of work in one round of [`Server::next_request`].
 const ROUND: usize = 64;
@@ -75,8 +77,9 @@ impl Ticket {
 /// The server. Dropping it disconnects everybody and removes the socket; [`Server::shutdown`] first
 /// delivers what is queued.
 pub struct Server {
-    listener: OwnedFd,
-    file: SocketFile,
+    /// None of a server that has connected to its one client itself.
+    listener: Option<OwnedFd>,
+    file: Option<SocketFile>,
     registry: Registry,
     /// Token of the listener; connection `n` has `base + 1 + n`.
     base: usize,
@@ -92,6 +95,11 @@ pub struct Server {
     queue: VecDeque<usize>,
     /// What is left of this round.
     round: usize,
+    /// Bytes of memory that all connections occupy, and may.
+    memory: usize,
+    most_memory: usize,
+    /// Events wait for what is sent with them.
+    holding: bool,
 }
 
 impl Server {
@@ -102,31 +110,70 @@ impl Server {
     pub fn bind(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
         let (listener, file) = bind::claim(path)?;
         let os = |source| BindError::Os { action: "watch", path: path.into(), source };
-        let registry = registry.try_clone().map_err(os)?;
-        registry
-            .register(&mut SourceFd(&listener.as_raw_fd()), base, Interest::READABLE)
-            .map_err(os)?;
+        let mut source = SourceFd(&listener.as_raw_fd());
+        registry.register(&mut source, base, Interest::READABLE).map_err(os)?;
+        Self::new(Some(listener), Some(file), registry, base).map_err(os)
+    }
+
+    /// Connects to the one client, which listens at `path`. Once it has hung up there is none.
+    pub fn connect(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
+        let client = bind::connected(path)?;
+        let mut this = Self::new(None, None, registry, base).map_err(|source| BindError::Os {
+            action: "watch",
+            path: path.into(),
+            source,
+        })?;
+        this.admit(0, client);
+        Ok(this)
+    }
+
+    fn new(
+        listener: Option<OwnedFd>,
+        file: Option<SocketFile>,
+        registry: &Registry,
+        base: Token,
+    ) -> io::Result<Self> {
+        let registry = registry.try_clone()?;
         // Clients get at most half of the descriptors: disks and NICs need some, too.
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 2;
         Ok(Self {
-            listener,
             file,
             registry,
             base: base.0,
-            acceptable: true,
+            acceptable: listener.is_some(),
+            listener,
             starved: false,
             connections: Vec::new(),
             most: usize::try_from(limit).unwrap_or(usize::MAX),
             last_serial: 0,
             queue: VecDeque::new(),
             round: ROUND,
+            memory: 0,
+            most_memory: MAX_MEMORY,
+            holding: false,
         })
     }
 
-    /// One of `servers` that share the descriptors that clients get.
+    /// One of `servers` that share the descriptors and the memory that clients get.
     #[must_use]
     pub fn one_of(self, servers: usize) -> Self {
-        Self { most: self.most / servers.max(1), ..self }
+        let servers = servers.max(1);
+        let (most, most_memory) = (self.most / servers, self.most_memory / servers);
+        Self { most, most_memory, ..self }
+    }
+
+    /// Events are not sent from now on, so that those of one command go out with its answer.
+    pub fn hold_events(&mut self) {
+        self.holding = true;
+    }
+
+    /// Send what was held.
+    pub fn send_events(&mut self) {
+        if std::mem::take(&mut self.holding) {
+            for slot in 0..self.connections.len() {
+                self.with(slot, Connection::flush);
+            }
+        }
     }
 
     /// Takes note of an event of the poll; whether it was this server's.
@@ -192,9 +239,18 @@ impl Server {
             timestamp: Timestamp,
         }
         let line = line(&Message { event, timestamp: Timestamp::now() });
+        let holding = self.holding;
         for slot in 0..self.connections.len() {
-            self.with(slot, |connection| connection.queue(&line));
+            self.with(slot, |connection| match holding {
+                true => connection.hold(&line),
+                false => connection.queue(&line),
+            });
         }
+    }
+
+    /// The descriptors that `client` has given names.
+    pub fn named_fds(&mut self, client: ClientId) -> Option<&mut BTreeMap<String, OwnedFd>> {
+        self.connection(client).map(|connection| &mut connection.named)
     }
 
     /// The descriptor that came with the request that `client` waits for (SCM_RIGHTS).
@@ -209,7 +265,7 @@ impl Server {
         let deadline = Instant::now() + patience;
         let (mut files, mut waiting) = (Vec::new(), Vec::new());
         for Self { file, connections, .. } in servers {
-            files.push(file);
+            files.extend(file);
             waiting.extend(connections.into_iter().flatten());
         }
         loop {
@@ -242,19 +298,33 @@ impl Server {
     /// Does `act` to the connection in `slot`, then puts it where it belongs: in the queue, to wait,
     /// or out.
     fn with(&mut self, slot: usize, act: impl FnOnce(&mut Connection) -> Result<(), Gone>) {
-        let Some(place) = self.connections.get_mut(slot) else { return };
-        let Some(connection) = place else { return };
-        let gone = match act(connection) {
-            Ok(()) if connection.finished() => Gone::HungUp,
+        let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
+        match act(connection) {
+            Ok(()) if connection.finished() => self.disconnect(slot, &Gone::HungUp),
             Ok(()) => {
                 if connection.has_work() && !connection.queued {
                     connection.queued = true;
                     self.queue.push_back(slot);
                 }
-                return;
+                let now = connection.memory();
+                let before = std::mem::replace(&mut connection.counted, now);
+                self.memory = (self.memory + connection.counted).saturating_sub(before);
             }
-            Err(gone) => gone,
-        };
+            Err(gone) => self.disconnect(slot, &gone),
+        }
+        while self.memory > self.most_memory {
+            let most = self.connections.iter().enumerate();
+            let most = most.max_by_key(|(_, c)| c.as_ref().map_or(0, |c| c.counted));
+            match most {
+                Some((slot, Some(_))) => self.disconnect(slot, &Gone::TooMuch),
+                _ => return,
+            }
+        }
+    }
+
+    fn disconnect(&mut self, slot: usize, gone: &Gone) {
+        let Some(place) = self.connections.get_mut(slot) else { return };
+        let Some(connection) = place else { return };
         match gone {
             Gone::HungUp => log::debug!("QMP client {} has hung up", connection.id.serial),
             gone => log::warn!("QMP client {} is disconnected: {gone}", connection.id.serial),
@@ -264,6 +334,7 @@ impl Server {
         }
         // Closing it would do as well, unless somebody had a duplicate.
         let _ = self.registry.deregister(&mut SourceFd(&connection.raw_fd()));
+        self.memory = self.memory.saturating_sub(connection.counted);
         *place = None;
         self.acceptable |= self.starved;
     }
@@ -279,12 +350,13 @@ impl Server {
 
     /// Takes one client in; whether another may be waiting.
     fn accept(&mut self) -> bool {
+        let Some(listener) = &self.listener else { return false };
         let free = self.connections.iter().position(Option::is_none);
         let slot = free.unwrap_or(self.connections.len());
         if slot >= self.most {
             return self.starve(&"there are too many of them");
         }
-        let fd = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        let fd = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(fd) => fd,
             Err(Errno::INTR | Errno::CONNABORTED) => return true,
             Err(Errno::AGAIN) => {
@@ -294,6 +366,12 @@ impl Server {
             // Trying again at once would spin: see `ready`.
             Err(e) => return self.starve(&e),
         };
+        self.admit(slot, fd);
+        true
+    }
+
+    /// Greets the client at the other end of `fd`, from now on in `slot`.
+    fn admit(&mut self, slot: usize, fd: OwnedFd) {
         self.last_serial += 1;
         let connection = Connection::new(ClientId { slot, serial: self.last_serial }, fd);
         let token = Token(self.base.saturating_add(1).saturating_add(slot));
@@ -301,7 +379,7 @@ impl Server {
         let fd = connection.raw_fd();
         if let Err(e) = self.registry.register(&mut SourceFd(&fd), token, interest) {
             log::warn!("a QMP client is turned away: {e}");
-            return true;
+            return;
         }
         match self.connections.get_mut(slot) {
             Some(place) => *place = Some(connection),
@@ -309,7 +387,6 @@ impl Server {
         }
         let greeting = greeting();
         self.with(slot, |connection| connection.queue(&greeting));
-        true
     }
 }
 

@@ -174,7 +174,7 @@ fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, patience: Duration)
             if machine.quitting {
                 let reason = ShutdownCause::HostQmpQuit;
                 machine.server.broadcast(&Event::Shutdown { guest: false, reason });
-                return Server::shutdown(vec![machine.server], patience);
+                return drop(Server::shutdown(vec![machine.server], patience));
             }
         }
     }

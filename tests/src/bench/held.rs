@@ -1,9 +1,12 @@
 //! How this monitor answers while something that it needs is held: a save that never gets on, storage
 //! that hangs, a guest that floods its disks.
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
+pub mod answers;
+/// The monitor's own bounds: the numbers have one home.
+#[path = "../../../vmm/src/bounds.rs"]
+pub mod bounds;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Write as _};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -17,11 +20,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Message;
-use super::measure::{LIMIT, SETTLE, introduce, tell};
+use super::measure::{LIMIT, SETTLE, introduce, tell, with_last_words};
 use super::monitors::{Found, OURS};
 use super::rig::Rig;
 use super::run::Run;
-use super::statistics::quantile;
 use crate::archive::make_ext4;
 use crate::debian::{Debian, output};
 
@@ -105,9 +107,9 @@ impl Question {
     #[must_use]
     pub const fn bound(self) -> Duration {
         match self {
-            Self::Status | Self::Meanwhile => Duration::from_millis(100),
-            Self::Stop | Self::Quit => Duration::from_secs(1),
-            Self::Signal => Duration::from_secs(5),
+            Self::Status | Self::Meanwhile => bounds::QUESTION,
+            Self::Stop | Self::Quit => bounds::COMMAND,
+            Self::Signal => bounds::SIGNAL,
         }
     }
 }
@@ -125,8 +127,8 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// Seconds; silence counts as if it had lasted for ever.
-    fn seconds(self) -> f64 {
+    /// Seconds; silence counts as without a limit.
+    const fn seconds(self) -> f64 {
         match self {
             Self::Done(seconds) | Self::Refused(seconds) => seconds,
             Self::Silence => f64::INFINITY,
@@ -137,7 +139,7 @@ impl Answer {
 /// Holds everything that can be held, and asks everything `times` times.
 ///
 /// # Errors
-/// Nobody listens any more; what cannot be held here is told.
+/// The process that asked for it has gone; what cannot be held here is told.
 pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     let found = Found::build(OURS.name, rig.paths.stratovirt.clone());
     introduce(std::slice::from_ref(&found))?;
@@ -158,7 +160,7 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
             Ok(())
         });
         if let Err(error) = asked {
-            tell(&Message::NotHeld { hold, error: format!("{error:#}") })?;
+            tell(&Message::NotHeld { hold, error: with_last_words(rig, &error) })?;
         }
     }
     Ok(())
@@ -376,134 +378,5 @@ impl Drop for Frozen {
             let _ = input.write_all(b"\n");
         }
         let _ = self.0.wait();
-    }
-}
-
-/// All answers.
-#[derive(Debug, Default)]
-pub struct Answers {
-    answers: BTreeMap<(Hold, Question), Vec<Answer>>,
-    /// What could not be held, and why.
-    pub not_held: Vec<(Hold, String)>,
-}
-
-impl Answers {
-    /// Adds one.
-    pub fn add(&mut self, hold: Hold, question: Question, answer: Answer) {
-        self.answers.entry((hold, question)).or_default().push(answer);
-    }
-
-    /// How many answers took longer than they may.
-    #[must_use]
-    pub fn late(&self) -> usize {
-        let late =
-            |(&(_, question), answers): (&(Hold, Question), &Vec<Answer>)| late(question, answers);
-        self.answers.iter().map(late).sum()
-    }
-
-    /// The table that people read.
-    #[must_use]
-    pub fn table(&self) -> String {
-        let mut text = String::new();
-        for hold in Hold::ALL {
-            let asked = |question| self.answers.get(&(hold, question)).map(|all| (question, all));
-            let rows: Vec<_> = Question::ALL.into_iter().filter_map(asked).collect();
-            if rows.is_empty() {
-                continue;
-            }
-            // Writing to a string does not fail.
-            let _ = writeln!(
-                text,
-                "\n{:<48}{:>6}{:>10}{:>10}{:>10}{:>10}{:>6}{:>9}",
-                hold.title(),
-                "n",
-                "median",
-                "p95",
-                "max",
-                "bound",
-                "late",
-                "refused"
-            );
-            for (question, answers) in rows {
-                let seconds: Vec<f64> = answers.iter().map(|answer| answer.seconds()).collect();
-                let at = |part| shown(quantile(&seconds, part).unwrap_or(f64::NAN));
-                let refused = |answer: &&Answer| matches!(answer, Answer::Refused(_));
-                let _ = writeln!(
-                    text,
-                    "  {:<46}{:>6}{:>10}{:>10}{:>10}{:>10}{:>6}{:>9}",
-                    question.label(),
-                    answers.len(),
-                    at(0.5),
-                    at(0.95),
-                    at(1.0),
-                    shown(question.bound().as_secs_f64()),
-                    late(question, answers),
-                    answers.iter().filter(refused).count()
-                );
-            }
-        }
-        text
-    }
-
-    /// Everything, for programs.
-    #[must_use]
-    pub fn json(&self) -> Value {
-        let rows: Vec<Value> = self
-            .answers
-            .iter()
-            .map(|(&(hold, question), answers)| {
-                json!({
-                    "held": hold,
-                    "question": question,
-                    "bound": question.bound().as_secs_f64(),
-                    "late": late(question, answers),
-                    "answers": answers,
-                })
-            })
-            .collect();
-        json!({ "rows": rows, "not_held": self.not_held })
-    }
-}
-
-fn late(question: Question, answers: &[Answer]) -> usize {
-    let bound = question.bound().as_secs_f64();
-    answers.iter().filter(|answer| answer.seconds() > bound).count()
-}
-
-/// Seconds for people. Between an answer and none there is no middle: that is none.
-fn shown(seconds: f64) -> String {
-    if seconds.is_finite() { format!("{:.1} ms", seconds * 1e3) } else { "none".to_owned() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn silence_is_late_and_a_refusal_in_time_is_not() {
-        let mut answers = Answers::default();
-        for answer in [Answer::Done(0.01), Answer::Refused(0.99), Answer::Silence] {
-            answers.add(Hold::Flood, Question::Stop, answer);
-        }
-        assert_eq!(answers.late(), 1);
-        answers.add(Hold::Fifo, Question::Status, Answer::Done(0.11));
-        assert_eq!(answers.late(), 2);
-
-        let table = answers.table();
-        let line = table.lines().find(|line| line.starts_with("  stop")).unwrap();
-        let words: Vec<_> = line.split_whitespace().collect();
-        assert_eq!(words, ["stop", "3", "990.0", "ms", "none", "none", "1000.0", "ms", "1", "1"]);
-        assert!(!table.contains("SIGTERM"), "{table}");
-    }
-
-    #[test]
-    fn all_that_was_answered_is_in_the_json() {
-        let mut answers = Answers::default();
-        answers.add(Hold::Fifo, Question::Quit, Answer::Silence);
-        answers.add(Hold::Fifo, Question::Quit, Answer::Done(0.5));
-        let json = answers.json();
-        assert_eq!(json["rows"][0]["held"], "fifo");
-        assert_eq!(json["rows"][0]["answers"], json!(["silence", { "done": 0.5 }]));
-        assert_eq!(json["rows"][0]["late"], 1);
     }
 }

@@ -10,7 +10,7 @@ use super::control::{Connection, Verb};
 use super::guests::FIRST_BYTE;
 use super::monitors::{Found, Guest, find};
 use super::rig::{MIB, Rig};
-use super::run::Run;
+use super::run::{Run, last_words};
 use super::snapshots::Target;
 use super::{Message, Metric, Scenario, builds, domains, held, scattered, snapshots};
 use crate::debian::Debian;
@@ -106,7 +106,7 @@ impl Part {
 /// Does `task` and says what comes of it.
 ///
 /// # Errors
-/// The one who asked does not listen any more; everything else is only told.
+/// The process that asked for it has gone; everything else is only told.
 pub fn measure(task: &Task) -> Result<()> {
     let error = all(task).err();
     tell(&Message::Done(error.map(|error| format!("{error:#}"))))
@@ -116,22 +116,24 @@ fn all(task: &Task) -> Result<()> {
     let paths = Paths::from_env()?;
     let debian = Debian::unpacked(&paths);
     let rig = Rig::new(&paths, &debian, task.seconds)?;
-    match &task.subject {
+    let done = match &task.subject {
         Subject::Monitors(scenarios, runs) => {
             let (monitors, _) = find(&paths, &debian);
             introduce(&monitors)?;
-            compare(&rig, &monitors, scenarios, *runs)?;
+            compare(&rig, &monitors, scenarios, *runs)
         }
-        Subject::Builds(plan) => builds::measure(&rig, plan)?,
-        Subject::Held(times) => held::measure(&rig, &debian, *times)?,
-    }
-    rig.clean_up()
+        Subject::Builds(plan) => builds::measure(&rig, plan)
+            .map_err(|error| anyhow::anyhow!(with_last_words(&rig, &error))),
+        Subject::Held(times) => held::measure(&rig, &debian, *times),
+    };
+    rig.clean_up()?;
+    done
 }
 
 /// Tells which monitors take part.
 ///
 /// # Errors
-/// Nobody listens any more.
+/// The process that asked for it has gone.
 pub fn introduce(monitors: &[Found]) -> Result<()> {
     monitors.iter().try_for_each(|found| {
         let version = found.version().unwrap_or_else(|error| format!("{error:#}"));
@@ -142,13 +144,13 @@ pub fn introduce(monitors: &[Found]) -> Result<()> {
 /// Says something to the process that asked for it.
 ///
 /// # Errors
-/// It does not listen any more.
+/// It has gone.
 pub fn tell(message: &Message) -> Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(&[CONTROL])?;
     serde_json::to_writer(&mut out, message)?;
     out.write_all(b"\n")?;
-    out.flush().context("nobody listens any more")
+    out.flush().context("the process that asked has gone")
 }
 
 fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -> Result<()> {
@@ -170,13 +172,21 @@ fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -
                 if let Err(error) = Turn::new(rig, found, scenario).take(*part) {
                     *failures += 1;
                     let (part, monitor) = (label.to_owned(), found.name.clone());
-                    let error = format!("{error:#}");
+                    let error = with_last_words(rig, &error);
                     tell(&Message::Failed { scenario, part, monitor, error })?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// An error, and what the monitor said last: it may have ended for a reason of its own.
+pub fn with_last_words(rig: &Rig, error: &anyhow::Error) -> String {
+    match last_words(&rig.dir).as_str() {
+        "" => format!("{error:#}"),
+        words => format!("{error:#}; it said: {words}"),
+    }
 }
 
 /// One monitor at its turn.
@@ -222,7 +232,7 @@ impl<'a> Turn<'a> {
     /// Tells a figure.
     ///
     /// # Errors
-    /// Nobody listens any more.
+    /// The process that asked for it has gone.
     pub fn sample(&self, metric: Metric, value: f64) -> Result<()> {
         let (scenario, monitor) = (self.scenario, self.found.name.clone());
         tell(&Message::Sample { scenario, metric, monitor, value })
@@ -231,7 +241,7 @@ impl<'a> Turn<'a> {
     /// Tells a time.
     ///
     /// # Errors
-    /// Nobody listens any more.
+    /// The process that asked for it has gone.
     pub fn time(&self, metric: Metric, time: Duration) -> Result<()> {
         let unit = match metric.label().1 {
             "us" => 1e6,
@@ -274,10 +284,13 @@ impl<'a> Turn<'a> {
     }
 
     fn save_live(&self) -> Result<()> {
+        if !self.found.monitor.way.is_live() {
+            return Ok(());
+        }
         let (_run, mut connection, _) = self.talking(MIB)?;
         let saved = self.rig.dir.join("saved");
         let pause = snapshots::save_live(self.found, &mut connection, Target::Directory(&saved))?;
-        pause.map_or(Ok(()), |pause| self.time(Metric::LivePause, pause))
+        self.time(Metric::LivePause, pause)
     }
 
     fn save(&self) -> Result<()> {

@@ -1,12 +1,12 @@
 //! The monitors that are compared: what each is called, and how it is told to run a guest.
-use std::ffi::OsStr;
+mod configure;
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
 use anyhow::{Context, Result};
-use serde_json::json;
 
 use super::control::Protocol;
 use super::snapshots::Way;
@@ -15,8 +15,6 @@ use crate::paths::Paths;
 
 /// Where the peers lie under [`Paths::cache`] inside an emulated host.
 const PEERS: &str = "compare/peers";
-/// The NIC's address in every guest.
-const MAC: &str = "52:54:00:12:34:56";
 /// QEMU's firmware: what `-M microvm` reads.
 const FIRMWARE: [&str; 6] = [
     "usr/share/seabios/bios-microvm.bin",
@@ -92,7 +90,7 @@ pub const OURS: Monitor = Monitor {
     form: Form::Elf,
     way: Way::Ours,
     terminal: false,
-    configure: ours,
+    configure: configure::ours,
 };
 
 /// The others.
@@ -105,7 +103,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         form: Form::Elf,
         way: Way::Qemu,
         terminal: false,
-        configure: qemu,
+        configure: configure::qemu,
     },
     Monitor {
         name: "Firecracker",
@@ -120,7 +118,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         form: Form::Elf,
         way: Way::Firecracker,
         terminal: false,
-        configure: firecracker,
+        configure: configure::firecracker,
     },
     Monitor {
         name: "Cloud Hypervisor",
@@ -135,7 +133,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         form: Form::Elf,
         way: Way::CloudHypervisor,
         terminal: false,
-        configure: cloud_hypervisor,
+        configure: configure::cloud_hypervisor,
     },
     Monitor {
         name: "StratoVirt",
@@ -145,7 +143,7 @@ pub const PEERS_KNOWN: [Monitor; 4] = [
         form: Form::Flat,
         way: Way::StratoVirt,
         terminal: true,
-        configure: stratovirt,
+        configure: configure::stratovirt,
     },
 ];
 
@@ -296,131 +294,4 @@ fn on_path(monitor: &Monitor, paths: &Paths) -> Option<PathBuf> {
             && (monitor.program != OURS.program
                 || version(path, monitor.version) != version(&paths.stratovirt, OURS.version))
     })
-}
-
-/// `key=value,key=value` with a path that may have commas in it, as QEMU reads it.
-fn escaped(path: &Path) -> String {
-    path.display().to_string().replace(',', ",,")
-}
-
-fn ours(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
-    let mut config = json!({
-        "boot-source": { "kernel_image_path": guest.kernel, "boot_args": guest.cmdline },
-        "machine-config": { "vcpu_count": guest.vcpus, "mem_size": guest.mib << 20 },
-        "serial": { "stdio": true },
-    });
-    if let Some(initramfs) = &guest.initramfs
-        && let Some(source) = config.get_mut("boot-source").and_then(|v| v.as_object_mut())
-    {
-        source.insert("initrd_fs_path".to_owned(), json!(initramfs));
-    }
-    if let (Some((disk, tap)), Some(config)) = (&guest.devices, config.as_object_mut()) {
-        let drive = json!({ "drive_id": "disk", "path_on_host": disk, "read_only": false, "direct": false });
-        let nic = json!({ "iface_id": "nic", "host_dev_name": tap, "mac": MAC });
-        config.insert("drive".to_owned(), json!([drive]));
-        config.insert("net".to_owned(), json!([nic]));
-    }
-    let file = dir.join("vm.json");
-    fs::write(&file, config.to_string())?;
-    command.arg("-config").arg(file);
-    command.arg("-api-channel").arg(format!("unix:{}", socket.display()));
-    Ok(())
-}
-
-fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Result<()> {
-    // KVM without hardware virtualisation announces a register that it does not let be set.
-    let machine = "-cpu host,-arch-capabilities -nodefaults -no-user-config -nographic -no-reboot -serial stdio";
-    command.args(machine.split(' '));
-    let acpi = if guest.acpi { "on" } else { "off" };
-    command.arg("-M").arg(format!("microvm,accel=kvm,acpi={acpi}"));
-    command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
-    command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", escaped(socket)));
-    command.arg("-kernel").arg(&guest.kernel);
-    if let Some(initramfs) = &guest.initramfs {
-        command.arg("-initrd").arg(initramfs).args(["-append", &guest.cmdline]);
-    }
-    if let Some((disk, tap)) = &guest.devices {
-        let disk = escaped(disk);
-        command.args([
-            "-drive".to_owned(),
-            format!("id=disk,file={disk},format=raw,if=none,cache=writeback"),
-            "-device".to_owned(),
-            "virtio-blk-device,drive=disk".to_owned(),
-            "-netdev".to_owned(),
-            format!("tap,id=nic,ifname={tap},script=no,downscript=no"),
-            "-device".to_owned(),
-            format!("virtio-net-device,netdev=nic,mac={MAC}"),
-        ]);
-    }
-    Ok(())
-}
-
-fn firecracker(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
-    let mut config = json!({
-        "boot-source": { "kernel_image_path": guest.kernel, "boot_args": guest.cmdline },
-        "machine-config": { "vcpu_count": guest.vcpus, "mem_size_mib": guest.mib },
-        "drives": [],
-    });
-    if let Some(initramfs) = &guest.initramfs
-        && let Some(source) = config.get_mut("boot-source").and_then(|v| v.as_object_mut())
-    {
-        source.insert("initrd_path".to_owned(), json!(initramfs));
-    }
-    if let (Some((disk, tap)), Some(config)) = (&guest.devices, config.as_object_mut()) {
-        let drive = json!({ "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "is_read_only": false });
-        let nic = json!({ "iface_id": "nic", "host_dev_name": tap, "guest_mac": MAC });
-        config.insert("drives".to_owned(), json!([drive]));
-        config.insert("network-interfaces".to_owned(), json!([nic]));
-    }
-    let file = dir.join("firecracker.json");
-    fs::write(&file, config.to_string())?;
-    command.arg("--api-sock").arg(socket).arg("--config-file").arg(file);
-    Ok(())
-}
-
-fn cloud_hypervisor(command: &mut Command, guest: &Guest, socket: &Path, _: &Path) -> Result<()> {
-    command.arg("--api-socket").arg(socket).arg("--kernel").arg(&guest.kernel);
-    command.arg("--cpus").arg(format!("boot={}", guest.vcpus));
-    command.arg("--memory").arg(format!("size={}M", guest.mib));
-    command.args(["--serial", "tty", "--console", "off"]);
-    if let Some(initramfs) = &guest.initramfs {
-        command.arg("--initramfs").arg(initramfs).args(["--cmdline", &guest.cmdline]);
-    }
-    if let Some((disk, tap)) = &guest.devices {
-        command.arg("--disk").arg(format!("path={}", disk.display()));
-        command.arg("--net").arg(format!("tap={tap},mac={MAC}"));
-    }
-    Ok(())
-}
-
-fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
-    command.args(["-machine", "microvm", "-serial", "stdio"]);
-    command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
-    command.arg("-qmp").arg(format!("unix:{},server,nowait", socket.display()));
-    command.arg("-kernel").arg(&guest.kernel);
-    match &guest.initramfs {
-        Some(initramfs) => {
-            command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
-            command.args(["-append", &guest.cmdline]);
-        }
-        // It starts nothing without one or a root disk, even what will not look for either.
-        None => {
-            let nothing = dir.join("nothing.cpio");
-            fs::write(&nothing, [0; 512])?;
-            command.arg("-initrd").arg(nothing);
-        }
-    }
-    if let Some((disk, tap)) = &guest.devices {
-        command.args([
-            "-drive".to_owned(),
-            format!("id=disk,file={},direct=off", disk.display()),
-            "-device".to_owned(),
-            "virtio-blk-device,drive=disk,id=blk".to_owned(),
-            "-netdev".to_owned(),
-            format!("tap,id=nic,ifname={tap}"),
-            "-device".to_owned(),
-            format!("virtio-net-device,netdev=nic,id=net,mac={MAC}"),
-        ]);
-    }
-    Ok(())
 }

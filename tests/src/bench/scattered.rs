@@ -27,6 +27,9 @@ const FACTOR: f64 = 1.3;
 /// # Errors
 /// It does not boot, or cannot be saved.
 pub fn pauses(turn: &Turn<'_>) -> Result<()> {
+    if !turn.found.monitor.way.is_live() {
+        return Ok(());
+    }
     let mut run = turn.start(&Guest { mib: MIB, ..turn.linux("scatter")? })?;
     let (mut connection, _) = run.connect()?;
     while run.wait_figure(LIMIT)?.0 != "scattered" {}
@@ -36,8 +39,7 @@ pub fn pauses(turn: &Turn<'_>) -> Result<()> {
         (Target::Stream, Metric::ScatteredStream),
     ];
     for (target, metric) in targets.into_iter().cycle().take(2 * SAVES) {
-        let Some(pause) = save_live(turn.found, &mut connection, target)? else { return Ok(()) };
-        turn.time(metric, pause)?;
+        turn.time(metric, save_live(turn.found, &mut connection, target)?)?;
     }
     Ok(())
 }

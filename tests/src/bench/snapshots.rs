@@ -35,6 +35,14 @@ pub enum Way {
     CloudHypervisor,
 }
 
+impl Way {
+    /// Whether a guest can run on while it is saved.
+    #[must_use]
+    pub const fn is_live(self) -> bool {
+        matches!(self, Self::Ours | Self::Qemu)
+    }
+}
+
 /// Where a guest goes that is saved while it runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target<'a> {
@@ -99,16 +107,15 @@ fn sync(dir: &Path) -> Result<()> {
     File::open(dir)?.sync_all().with_context(|| format!("cannot sync {}", dir.display()))
 }
 
-/// Saves a running guest while it runs on; how long it was stopped. `None` for a monitor that cannot
-/// do this.
+/// Saves a running guest while it runs on; how long it was stopped.
 ///
 /// # Errors
-/// It cannot be saved.
+/// It cannot be saved; the monitor's [`Way`] is not live.
 pub fn save_live(
     found: &Found,
     connection: &mut Connection,
     target: Target<'_>,
-) -> Result<Option<Duration>> {
+) -> Result<Duration> {
     connection.set_limit(LIMIT)?;
     match (found.monitor.way, target) {
         (Way::Ours, Target::Directory(saved)) => {
@@ -138,13 +145,13 @@ pub fn save_live(
                 Target::Stream => qemu_save(connection, Path::new("/dev/null"))?,
             }
         }
-        _ => return Ok(None),
+        _ => bail!("{} does not save a guest that runs on", found.name),
     }
     let pause = downtime(&connection.command("query-migrate", json!({}))?)?;
     if found.monitor.way == Way::Qemu {
         connection.ask(Verb::Cont)?;
     }
-    Ok(Some(pause))
+    Ok(pause)
 }
 
 fn live(connection: &mut Connection, uri: &str) -> Result<()> {

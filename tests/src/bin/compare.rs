@@ -10,7 +10,7 @@ use std::{env, io};
 use anyhow::{Context, Result, bail, ensure};
 use stories::agent;
 use stories::bench::figures::{Failure, Figures};
-use stories::bench::held::Answers;
+use stories::bench::held::answers::Answers;
 use stories::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
 use stories::bench::{Message, Scenario, builds, chart, guests, held, monitors, scattered};
 use stories::debian::Debian;
@@ -124,9 +124,9 @@ fn main() -> Result<()> {
         return Ok(());
     };
     let (host, paths, debian) = match &options.what {
-        // Neither build has to be made.
+        What::Monitors => agent::prepare()?,
         What::Builds([a, _]) => agent::prepare_with(a)?,
-        _ => agent::prepare()?,
+        What::Scattered | What::Held => agent::prepare_with(&agent::monitor()?)?,
     };
     let out = paths.cache.join("../../compare");
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;

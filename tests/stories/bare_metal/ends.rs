@@ -33,6 +33,19 @@ fn reset_by_keyboard_controller_acpi_or_triple_fault() -> Result<()> {
     Ok(())
 }
 
+/// A kernel that cannot panic in a way that is heard resets the machine: whoever must know takes each
+/// reset for a failure.
+#[test]
+fn a_reset_is_a_failure_where_that_is_asked_for() -> Result<()> {
+    let stage = Stage::new("failure")?;
+    for way in ["keyboard-reset", "acpi-reset", "triple-fault"] {
+        let (mut monitor, mut qmp) = hello(&stage, way, &["-action", "reboot=exit-failure"])?;
+        ends(&mut monitor, &mut qmp, true, "guest-reset", 1)?;
+    }
+    let (mut monitor, mut qmp) = hello(&stage, "poweroff", &["-action", "reboot=exit-failure"])?;
+    ends(&mut monitor, &mut qmp, true, "guest-shutdown", 0)
+}
+
 #[test]
 fn reset_boots_anew_where_that_is_asked_for() -> Result<()> {
     let stage = Stage::new("reboot")?;

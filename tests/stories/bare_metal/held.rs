@@ -1,5 +1,6 @@
 //! Something is held until the story is over: a file system whose server does not answer. Everybody but
 //! who asked for it gets answers meanwhile.
+use std::fs;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
@@ -7,7 +8,7 @@ use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::debian::output;
 use stories::held::{Held, Op, until};
-use stories::monitor::SOON;
+use stories::monitor::{SOON, Vm};
 
 use crate::plug::refused;
 use crate::stage::{Stage, cont, exists, quits, simple, status, stop};
@@ -38,7 +39,7 @@ fn an_image_whose_opening_hangs_holds_nobody_but_who_asked_for_it() -> Result<()
     let stage = Stage::new("held_open")?;
     let held = Held::mount(&stage.file("held"), &[("disk", &[7; MIB])])?;
     let sound = stage.file("sound");
-    std::fs::write(&sound, vec![0; MIB])?;
+    fs::write(&sound, vec![0; MIB])?;
     let (mut monitor, mut other) = stage.start(stage.vm("hello", "")?)?;
     let _guard = held.until_dropped();
     let mut client = Client::connect(&stage.socket(), SOON)?;
@@ -157,6 +158,38 @@ fn a_signal_ends_a_machine_whose_log_hangs() -> Result<()> {
     qmp.wait_closed(SOON)?;
     until("its names go", || !exists(&stage.socket()) && !exists(&stage.file("pid")))?;
     // The kernel keeps a process until its writes have ended.
+    held.release()?;
+    ensure!(monitor.wait_exit()?.code() == Some(0));
+    Ok(())
+}
+
+#[test]
+fn the_lock_of_a_disk_that_hangs_names_the_process_that_cannot_end() -> Result<()> {
+    let stage = Stage::new("held_disk")?;
+    let held = Held::mount(&stage.file("held"), &[("disk", &[0; MIB])])?;
+    let disk = |vm: Vm| {
+        let path = held.file("disk");
+        let aio =
+            json!({ "drive_id": "vda", "path_on_host": path, "read_only": false, "direct": false });
+        vm.add("drive", aio)
+    };
+    let (mut monitor, mut qmp) = stage.start(disk(stage.vm("blk", "busy")?))?;
+    let _guard = held.until_dropped();
+    held.hold(Op::WRITE);
+    held.wait_held(Op::WRITE)?;
+    output(Command::new("kill").arg(monitor.pid().to_string()))?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-signal" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    let tasks = || fs::read_dir(format!("/proc/{}/task", monitor.pid())).map_or(0, Iterator::count);
+    until("the other threads end", || tasks() <= 2)?;
+
+    let place = stage.file("other");
+    fs::create_dir(&place)?;
+    let mut other = disk(stage.vm("hello", "")?).start(&stage.paths, &place)?;
+    ensure!(!other.wait_exit()?.success(), "two machines have one disk");
+    let said = other.said_to_its_end()?;
+    ensure!(said.contains(&format!("(process {})", monitor.pid())), "{said}");
     held.release()?;
     ensure!(monitor.wait_exit()?.code() == Some(0));
     Ok(())

@@ -373,18 +373,131 @@ fn nonsense_starts_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Asks a monitor that waits for its machine, whose control socket is there before that.
+fn waiting(there: &There) -> Result<Client> {
+    let deadline = Instant::now() + SOON;
+    while !exists(&there.stage.socket()) {
+        ensure!(Instant::now() < deadline, "the control socket does not appear");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let mut qmp = Client::connect(&there.stage.socket(), SOON)?;
+    ensure!(status(&mut qmp)? == "inmigrate");
+    Ok(qmp)
+}
+
 #[test]
-fn one_who_waits_ends_by_a_signal_and_leaves_nothing() -> Result<()> {
+fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()> {
+    let ends = |mut there: There, mut qmp: Client, reason: &str| -> Result<()> {
+        let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+        ensure!(data == json!({ "guest": false, "reason": reason }), "{data}");
+        ensure!(there.monitor.wait_exit()?.code() == Some(0));
+        ensure!(!exists(&there.stage.socket()) && !exists(&there.stage.file("in")));
+        Ok(())
+    };
+    let kill = |there: &There| -> Result<()> {
+        ensure!(Command::new("kill").arg(there.monitor.pid().to_string()).status()?.success());
+        Ok(())
+    };
     let (there, uri) = There::listen("waits")?;
-    ensure!(Command::new("kill").arg(there.monitor.pid().to_string()).status()?.success());
-    ensure!(there.gives_up()?.contains("signal"));
+    let mut qmp = waiting(&there)?;
+    // What needs a machine is refused; what there is is listed all the same.
+    let said = qmp.execute_raw("query-cpus", json!({})).err().map(|e| e.to_string());
+    ensure!(said.as_ref().is_some_and(|s| s.contains("has not come in yet")), "{said:?}");
+    let commands = qmp.execute_raw("query-commands", json!({}))?;
+    ensure!(commands.as_array().is_some_and(|all| all.len() > 40), "{commands}");
+    kill(&there)?;
+    ends(there, qmp, "host-signal")?;
     // And while it is in the middle of it.
     let (there, again) = There::listen("waits1")?;
     ensure!(uri != again);
+    let mut qmp = waiting(&there)?;
     let to = UnixStream::connect(Path::new(again.strip_prefix("unix:").unwrap_or_default()))?;
-    thread::sleep(Duration::from_millis(20));
-    ensure!(Command::new("kill").arg(there.monitor.pid().to_string()).status()?.success());
-    ensure!(there.gives_up()?.contains("signal"));
+    (&to).write_all(b"STRATO")?;
+    simple(&mut qmp, "quit")?;
+    ends(there, qmp, "host-qmp-quit")?;
     drop(to);
+    let (there, uri) = There::listen("waits2")?;
+    let mut qmp = waiting(&there)?;
+    let to = UnixStream::connect(Path::new(uri.strip_prefix("unix:").unwrap_or_default()))?;
+    simple(&mut qmp, "migrate_cancel")?;
+    qmp.wait_closed(SOON)?;
+    ensure!(there.gives_up()?.contains("that was cancelled"));
+    drop(to);
+    Ok(())
+}
+
+/// What clients say while it comes in counts when it is there; and it answers all that time, however
+/// slowly a peer sends.
+#[test]
+fn a_machine_that_comes_in_runs_or_not_as_it_was_said_meanwhile() -> Result<()> {
+    let mut here = Here::start("meanwhile", "rings", 64)?;
+    let path = here.stage.file("stream");
+    getfd(&mut here.qmp, "out", File::create(&path)?)?;
+    here.migrate("fd:out", &json!({}))?;
+    let sent = fs::read(&path)?;
+    here.quits()?;
+    for (said, ends) in [("cont", "running"), ("stop", "paused")] {
+        let (there, uri) = There::listen(&format!("meanwhile-{said}"))?;
+        let mut qmp = waiting(&there)?;
+        let mut to = UnixStream::connect(Path::new(uri.strip_prefix("unix:").unwrap_or_default()))?;
+        let (first, rest) = sent.split_at(sent.len() / 2);
+        to.write_all(first)?;
+        let deadline = Instant::now() + SOON;
+        loop {
+            ensure!(status(&mut qmp)? == "inmigrate");
+            let info = qmp.execute_raw("query-migrate", json!({}))?;
+            let got = info.pointer("/ram/transferred").and_then(Value::as_u64).unwrap_or(0);
+            if got > 64 << 10 {
+                ensure!(info.get("status") == Some(&json!("active")), "{info}");
+                break;
+            }
+            ensure!(Instant::now() < deadline, "{info}");
+        }
+        simple(&mut qmp, "cont")?;
+        simple(&mut qmp, said)?;
+        to.write_all(rest)?;
+        let mut there = there;
+        drop(there.monitor.qmp()?);
+        ensure!(status(&mut qmp)? == ends, "after {said}");
+        if ends == "paused" {
+            cont(&mut qmp)?;
+        }
+        let mut here = Here { stage: there.stage, monitor: there.monitor, qmp };
+        here.runs_on()?;
+        here.quits()?;
+    }
+    Ok(())
+}
+
+/// The starter of a monitor in the background ends when the machine is there, or with the reason.
+#[test]
+fn a_monitor_in_the_background_is_ready_when_its_machine_is() -> Result<()> {
+    let stage = Stage::new("behind1")?;
+    let path = stage.file("stream");
+    let mut here = Here::start("behind", "rings", 64)?;
+    getfd(&mut here.qmp, "out", File::create(&path)?)?;
+    here.migrate("fd:out", &json!({}))?;
+    here.quits()?;
+    let start = |incoming: &str| {
+        let mut command = Command::new(&stage.paths.stratovirt);
+        command.args(["-daemonize", "-S", "-serial", "pty", "-incoming", incoming, "-pidfile"]);
+        command.arg(stage.file("pid")).arg("-qmp");
+        command.arg(format!("unix:{},server,nowait", stage.socket().display())).output()
+    };
+    let good = start(&format!("exec:cat {}", path.display()))?;
+    ensure!(good.status.success(), "{good:?}");
+    let mut qmp = Client::connect(&stage.socket(), SOON)?;
+    ensure!(status(&mut qmp)? == "paused");
+    simple(&mut qmp, "quit")?;
+    qmp.wait_closed(SOON)?;
+    let deadline = Instant::now() + SOON;
+    while exists(&stage.file("pid")) {
+        ensure!(Instant::now() < deadline, "it does not end");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let bad = start(&format!("exec:head -c 100000 {}", path.display()))?;
+    let said = String::from_utf8_lossy(&bad.stderr);
+    ensure!(bad.status.code() == Some(1) && said.contains("it ends at byte 100000"), "{bad:?}");
+    ensure!(!exists(&stage.socket()) && !exists(&stage.file("pid")));
     Ok(())
 }

@@ -1,16 +1,19 @@
 //! The control socket as a person or a manager uses it, to the letter.
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 use std::{fs, thread};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
+use stories::held::until;
 use stories::monitor::{Monitor, SOON};
 
-use crate::stage::{Stage, ends, exists, quits, simple, status};
+use crate::plug::refused;
+use crate::stage::{Stage, descriptors, ends, exists, quits, simple, status};
 
 /// What a person sees in `ncat -U`.
 pub struct Ncat(BufReader<UnixStream>);
@@ -223,4 +226,54 @@ fn kill(signal: &str, process: u32) -> Result<()> {
         .status()?;
     ensure!(status.success());
     Ok(())
+}
+
+#[test]
+fn an_event_and_the_answer_that_it_belongs_to_come_in_one_piece() -> Result<()> {
+    let stage = Stage::new("one_piece")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    let mut raw = UnixStream::connect(stage.socket())?;
+    raw.set_read_timeout(Some(SOON))?;
+    let mut piece = [0; 4096];
+    let mut read = |raw: &mut UnixStream| -> Result<String> {
+        let length = raw.read(&mut piece)?;
+        Ok(String::from_utf8_lossy(piece.get(..length).unwrap_or_default()).into_owned())
+    };
+    read(&mut raw)?;
+    let commands = [
+        ("stop", "STOP"),
+        ("cont", "RESUME"),
+        ("system_reset", "RESET"),
+        ("system_powerdown", "POWERDOWN"),
+    ];
+    for _ in 0..50 {
+        for (command, event) in commands {
+            raw.write_all(format!("{{\"execute\":\"{command}\"}}").as_bytes())?;
+            let said = read(&mut raw)?;
+            let lines: Vec<&str> = said.lines().collect();
+            let [first, second] = lines[..] else { bail!("{command}: {said}") };
+            ensure!(first.contains(&format!("\"event\":\"{event}\"")), "{said}");
+            ensure!(second == "{\"return\":{}}", "{said}");
+        }
+    }
+    drop(raw);
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+#[test]
+fn a_descriptor_s_name_is_its_client_s_own_and_goes_with_it() -> Result<()> {
+    let stage = Stage::new("named")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("hello", "")?)?;
+    let before = descriptors(&monitor)?;
+    let mut other = Client::connect(&stage.socket(), SOON)?;
+    let null = fs::File::open("/dev/null")?;
+    let name = json!({ "fdname": "null" });
+    other.execute_with_fds("getfd", name.clone(), &[null.as_fd()])?;
+    ensure!(descriptors(&monitor)? == before + 2, "a connection and what it has sent");
+    refused(&mut qmp, "closefd", name.clone(), "not found")?;
+    qmp.execute_with_fds("getfd", name.clone(), &[null.as_fd()])?;
+    drop(other);
+    until("what it has sent goes", || descriptors(&monitor).is_ok_and(|now| now == before + 1))?;
+    ensure!(qmp.execute_raw("closefd", name)? == json!({}));
+    quits(&stage, &mut monitor, &mut qmp)
 }

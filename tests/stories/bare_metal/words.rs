@@ -1,12 +1,16 @@
 //! What clients of StratoVirt and QEMU say beyond the machine's life, and the words that answer them.
 use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::json;
+use stories::monitor::{SOON, Vm};
 
 use crate::plug::{refused, with_taps};
-use crate::stage::{Stage, cont, quits, stop};
+use crate::stage::{Stage, cont, quits, simple, stop};
 use crate::talk::Ncat;
 
 fn hmp(qmp: &mut Client, line: &str) -> Result<String> {
@@ -155,4 +159,121 @@ fn the_driver_is_looked_at_before_what_is_said_to_it() -> Result<()> {
         "Failed to find device configuration",
     )?;
     quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// As libvirt learns what a QEMU can do: by `-machine none`, before there is any kernel or disk.
+#[test]
+fn without_a_machine_it_tells_what_there_can_be() -> Result<()> {
+    let stage = Stage::new("probe")?;
+    let vm =
+        Vm::described(json!({})).args(&["-S", "-nodefaults", "-machine", "none,accel=kvm:tcg"]);
+    let mut monitor = vm.start(&stage.paths, &stage.dir)?;
+    let mut qmp = monitor.qmp()?;
+    qmp.execute_raw("qmp_capabilities", json!({}))?;
+    ensure!(qmp.execute_raw("query-target", json!({}))? == json!({ "arch": "x86_64" }));
+    let kvm = qmp.execute_raw("query-kvm", json!({}))?;
+    ensure!(kvm == json!({ "enabled": true, "present": true }), "{kvm}");
+    let accelerators = qmp.execute_raw("query-accelerators", json!({}))?;
+    ensure!(accelerators == json!({ "enabled": "kvm", "present": ["kvm"] }), "{accelerators}");
+    ensure!(qmp.execute_raw("query-status", json!({}))?["running"] == false);
+
+    // All commands are told, also those that need a machine; they say so.
+    let commands = qmp.execute_raw("query-commands", json!({}))?;
+    let has =
+        |name: &str| commands.as_array().is_some_and(|all| all.contains(&json!({ "name": name })));
+    ensure!(has("device_add") && has("migrate") && has("quit"), "{commands}");
+    let schema = qmp.execute_raw("query-qmp-schema", json!({}))?;
+    ensure!(schema.to_string().contains("blockdev-add"));
+    for (command, arguments) in
+        [("cont", json!({})), ("query-block", json!({})), ("device_del", json!({ "id": "x" }))]
+    {
+        refused(&mut qmp, command, arguments, "there is no machine (-machine none)")?;
+    }
+
+    let names = |list: &serde_json::Value, key: &str| -> Vec<String> {
+        let items = list.as_array().into_iter().flatten();
+        items.filter_map(|item| Some(item[key].as_str()?.to_owned())).collect()
+    };
+    let types = qmp.execute_raw("qom-list-types", json!({ "implements": "device" }))?;
+    let devices = names(&types, "name");
+    ensure!(devices.contains(&"virtio-blk-device".to_owned()), "{types}");
+    for device in &devices {
+        let properties =
+            qmp.execute_raw("device-list-properties", json!({ "typename": device }))?;
+        ensure!(names(&properties, "name").contains(&"id".to_owned()), "{device}: {properties}");
+    }
+    refused(
+        &mut qmp,
+        "device-list-properties",
+        json!({ "typename": "virtio-gpu-pci" }),
+        "Device 'virtio-gpu-pci' not found",
+    )?;
+    let machines = names(&qmp.execute_raw("query-machines", json!({}))?, "name");
+    ensure!(machines == ["microvm", "none"], "{machines:?}");
+    let cpus = names(&qmp.execute_raw("query-cpu-definitions", json!({}))?, "name");
+    ensure!(cpus == ["host"], "{cpus:?}");
+    ensure!(qmp.execute_raw("query-migrate-capabilities", json!({}))?.is_array());
+    let options = qmp.execute_raw("query-command-line-options", json!({}))?;
+    ensure!(names(&options, "option").contains(&"machine".to_owned()), "{options}");
+    let machine = qmp.execute_raw("query-command-line-options", json!({ "option": "machine" }))?;
+    let keys = names(&machine[0]["parameters"], "name");
+    for key in ["type", "accel", "dump-guest-core", "mem-share", "disk-slots"] {
+        ensure!(keys.contains(&key.to_owned()), "{key}: {machine}");
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// What those answers are without a machine they are with one.
+#[test]
+fn a_machine_answers_a_prober_in_the_same_way() -> Result<()> {
+    let stage = Stage::new("same")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("hello", "halt")?)?;
+    let mut answers = Vec::new();
+    for command in ["qom-list-types", "query-command-line-options", "query-cpu-definitions"] {
+        answers.push(qmp.execute_raw(command, json!({}))?);
+    }
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let mut monitor =
+        Vm::described(json!({})).args(&["-machine", "none"]).start(&stage.paths, &stage.dir)?;
+    let mut qmp = monitor.qmp()?;
+    for (command, answer) in
+        ["qom-list-types", "query-command-line-options", "query-cpu-definitions"]
+            .iter()
+            .zip(answers)
+    {
+        ensure!(qmp.execute_raw(command, json!({}))? == answer, "{command}");
+    }
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
+/// A client that listens, as QEMU's `-qmp unix:PATH` has it.
+#[test]
+fn without_server_the_monitor_connects_to_its_client() -> Result<()> {
+    let stage = Stage::new("dials")?;
+    let socket = stage.file("mine.sock");
+    let kernel = stage.kernel("hello")?;
+    let start = |socket: &Path| -> Result<std::process::Child> {
+        let mut command = Command::new(&stage.paths.stratovirt);
+        command
+            .arg("-kernel")
+            .arg(&kernel)
+            .args(["-append", "halt", "-serial", "pty", "-m", "32M"]);
+        command.arg("-qmp").arg(format!("unix:{}", socket.display())).stderr(Stdio::piped());
+        Ok(command.spawn()?)
+    };
+    // Nobody listens: how the monitor is made to is told.
+    let nobody = start(&socket)?.wait_with_output()?;
+    let said = String::from_utf8(nobody.stderr)?;
+    ensure!(nobody.status.code() == Some(1) && said.contains(",server,nowait"), "{said}");
+
+    let listener = UnixListener::bind(&socket)?;
+    let mut monitor = start(&socket)?;
+    let (stream, _) = listener.accept()?;
+    let mut qmp = Client::on(stream, SOON)?;
+    ensure!(qmp.execute_raw("query-status", json!({}))?["running"] == true);
+    stop(&mut qmp)?;
+    simple(&mut qmp, "quit")?;
+    ensure!(qmp.wait_event("SHUTDOWN", SOON)?.data["reason"] == "host-qmp-quit");
+    ensure!(monitor.wait()?.success() && socket.exists(), "the socket is the client's own");
+    Ok(())
 }

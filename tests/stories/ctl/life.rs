@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use stories::held::{Held, Op, until};
 
 use crate::rig::Rig;
 
@@ -195,7 +196,41 @@ fn a_monitor_that_hangs_is_shown_as_hung_and_can_be_ended() -> Result<()> {
     // One whose socket has gone may take long to end, but does not start any more.
     rig.ok(&["create", "vm.json"])?;
     fs::remove_file(rig.file("r/run/vm/qmp.sock"))?;
-    ensure!(rig.state("vm")? == "hung");
+    ensure!(rig.state("vm")? == "ending");
+    Ok(())
+}
+
+#[test]
+fn a_monitor_that_the_kernel_cannot_end_is_shown_as_ending() -> Result<()> {
+    let rig = Rig::new("ending")?;
+    let held = Held::mount(&rig.file("held"), &[("disk", &[0; 1 << 20])])?;
+    let config = rig.config("vm.json", "hello", "halt")?;
+    let mut described: Value = serde_json::from_str(&fs::read_to_string(&config)?)?;
+    let disk = held.file("disk");
+    described["drive"] =
+        json!([{ "drive_id": "disk", "path_on_host": disk, "read_only": false, "direct": false }]);
+    fs::write(&config, described.to_string())?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    let pid = rig.pid("vm")?;
+    let _guard = held.until_dropped();
+    // What closing a file waits for.
+    held.hold(Op::FLUSH);
+    rig.signal(pid, Signal::TERM)?;
+    rig.wait_state("vm", "ending")?;
+    held.wait_held(Op::FLUSH)?;
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    until("only a process id is left", || stat().contains(") Z "))?;
+    ensure!(rig.state("vm")? == "ending" && rig.pid("vm")? == pid);
+    let (what, hint) = rig.refused(&["start", "vm"])?;
+    ensure!(what.contains("is still ending") && hint.contains("`stratoctl info vm`"), "{what}");
+    // Nothing is in flight to its disk, so another machine can have it.
+    rig.ok(&["create", "vm.json", "--name", "other"])?;
+    held.release()?;
+    rig.ok(&["destroy", "other"])?;
+    rig.gone(pid)?;
+    ensure!(rig.state("vm")? == "registered");
+    rig.ok(&["start", "vm"])?;
     Ok(())
 }
 

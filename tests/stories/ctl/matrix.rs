@@ -1,6 +1,6 @@
 //! Every verb in every state, as the documentation's table has it: done, or refused in the words that
 //! it gives, with nothing changed.
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -84,6 +84,13 @@ impl Stage {
             "suspended" => drop(rig.ok(&["suspend", NAME])?),
             "killed" => rig.kill(NAME)?,
             "hung" => rig.signal(rig.pid(NAME)?, Signal::STOP)?,
+            "ending" => {
+                rig.signal(rig.pid(NAME)?, Signal::STOP)?;
+                let run = rig.file("r/state").join(NAME).join("run");
+                for name in ["qmp.sock", "pid"] {
+                    fs::remove_file(run.join(name))?;
+                }
+            }
             "saving" => {
                 let path = rig.file("r/run/.lock").join(format!("{NAME}.save"));
                 let file = OpenOptions::new().create(true).append(true).open(path)?;
@@ -133,7 +140,7 @@ impl Stage {
             "wait" => {
                 let to = match state {
                     "running" | "paused" => state,
-                    "starting" | "hung" => "saved",
+                    "starting" | "hung" | "ending" => "saved",
                     _ => "ended",
                 };
                 (vec![verb, NAME, to, "-t", "0"], state)
@@ -149,7 +156,7 @@ const ELSEWHERE: [&str; 6] = ["reboot", "shutdown", "console", "dmesg", "events"
 fn column(state: &str) -> Result<()> {
     let (states, rows) = table()?;
     let at = states.iter().position(|known| known == state).context("no such column")?;
-    ensure!(states.len() == 11 && rows.len() == 20);
+    ensure!(states.len() == 12 && rows.len() == 20);
     let mut stage = Stage::new(&format!("m-{state}"))?;
     if state == "hung" {
         stage.rig.patience = "2";
@@ -232,6 +239,11 @@ fn crashed() -> Result<()> {
 #[test]
 fn killed() -> Result<()> {
     column("killed")
+}
+
+#[test]
+fn ending() -> Result<()> {
+    column("ending")
 }
 
 #[test]

@@ -101,6 +101,9 @@ pub fn adapt(config: &mut Config, asked: &Asked, flags: &MachineConfig) -> Resul
         (_, None) => {}
     }
     disks(config, flags)?;
+    for disk in config.occupied.disks.iter_mut().flatten().filter(|_| asked.force) {
+        (disk.expect, disk.probe) = (Expect::Any, false);
+    }
     nics(config, flags)
 }
 
@@ -124,13 +127,6 @@ fn disks(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
         (disk.iops, disk.bps) = (wanted.iops, wanted.bps);
     }
     Ok(())
-}
-
-/// Take the disks of the saved sizes as they are: the user vouches for them.
-pub fn take_any_disks(config: &mut Config) {
-    for disk in config.occupied.disks.iter_mut().flatten() {
-        (disk.expect, disk.probe) = (Expect::Any, false);
-    }
 }
 
 fn nics(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {

@@ -1,31 +1,20 @@
 //! Where a stream comes from: `-incoming unix:`, `fd:` and `exec:`.
 use std::{
-    io::{self, Read, Write},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
-    path::Path,
+    io::{self, Read},
+    os::fd::OwnedFd,
     process::{Child, Command, Stdio},
 };
 
 use machine::inherited;
-use qmp::server::{BindError, claim};
+use qmp::server::{BindError, SocketFile, claim};
 use rustix::{
     event::PollFlags,
     io::Errno,
     net::{SocketFlags, accept_with},
 };
-use signal_hook::{
-    SigId,
-    low_level::{pipe, unregister},
-};
 
-use super::wait;
-use crate::{
-    cli::Stream,
-    event_loop::{ENDING, EventLoop},
-};
+use super::send::Cancel;
+use crate::cli::Stream;
 
 /// Why there is no stream to read.
 #[derive(Debug, thiserror::Error)]
@@ -41,107 +30,87 @@ pub enum IncomingError {
     Wait(#[from] io::Error),
 }
 
-/// A stream that comes in. Signals that end the monitor end the waiting for it.
-pub struct Incoming {
-    fd: OwnedFd,
-    signals: Signals,
-    /// Where it comes from, when that is a command of its own.
-    child: Option<Child>,
+/// Where a stream is to come in.
+pub enum Door {
+    /// The first to connect here brings it. The name is gone afterwards.
+    Socket(OwnedFd, SocketFile),
+    /// It comes from this.
+    Open(OwnedFd),
 }
 
-impl Incoming {
-    /// Take up the stream that `from` names; for a socket, wait for somebody to connect.
+impl Door {
+    /// Open what `from` names, and start the command that brings the stream, if one does.
     ///
     /// # Errors
-    /// When there is none to be had.
-    pub fn open(from: &Stream) -> Result<Self, IncomingError> {
-        let signals = Signals::watch()?;
-        let mut child = None;
-        let fd = match from {
-            Stream::Unix(path) => accept(path, &signals)?,
-            Stream::Fd(number) => inherited::take(*number).map_err(IncomingError::Fd)?,
+    /// When that is not possible.
+    pub fn open(from: &Stream) -> Result<(Self, Option<Child>), IncomingError> {
+        match from {
+            Stream::Unix(path) => {
+                let (listener, file) = claim(path)?;
+                Ok((Self::Socket(listener, file), None))
+            }
+            Stream::Fd(number) => {
+                let fd = inherited::take(*number).map_err(IncomingError::Fd)?;
+                Ok((Self::Open(fd), None))
+            }
             Stream::Exec(command) => {
                 let failed = |source| IncomingError::Exec { command: command.clone(), source };
                 let mut shell = Command::new("/bin/sh");
                 shell.arg("-c").arg(command).stdin(Stdio::null()).stdout(Stdio::piped());
-                let mut started = shell.spawn().map_err(failed)?;
-                let out = started.stdout.take().map(OwnedFd::from);
-                child = Some(started);
-                out.ok_or_else(|| failed(io::Error::from(io::ErrorKind::BrokenPipe)))?
+                let mut child = shell.spawn().map_err(failed)?;
+                let out = child.stdout.take().map(OwnedFd::from);
+                let out = out.ok_or_else(|| failed(io::Error::from(io::ErrorKind::BrokenPipe)))?;
+                Ok((Self::Open(out), Some(child)))
             }
+        }
+    }
+
+    /// Wait for a peer, until `cancel` is used.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn wait(self, cancel: &Cancel) -> Result<Peer, IncomingError> {
+        let cancel = cancel.clone();
+        let (listener, _file) = match self {
+            Self::Open(fd) => return Ok(Peer { fd, cancel }),
+            Self::Socket(listener, file) => (listener, file),
         };
-        Ok(Self { fd, signals, child })
+        loop {
+            cancel.wait_beside(&listener, PollFlags::IN)?;
+            match accept_with(&listener, SocketFlags::CLOEXEC) {
+                // It has gone again.
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                other => return Ok(Peer { fd: other.map_err(io::Error::from)?, cancel }),
+            }
+        }
     }
 }
 
-impl Read for Incoming {
+/// The process that sends a machine. Reading waits for it until that is cancelled.
+pub struct Peer {
+    fd: OwnedFd,
+    cancel: Cancel,
+}
+
+impl Peer {
+    /// The way back to it.
+    ///
+    /// # Errors
+    /// When the host has no descriptor to give.
+    pub fn way_back(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+}
+
+impl Read for Peer {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            self.signals.wait_beside(self.fd.as_fd())?;
+            self.cancel.wait_beside(&self.fd, PollFlags::IN)?;
             match rustix::io::read(&self.fd, &mut *buf) {
-                // Nonblocking on the other side's wish, and somebody else was quicker.
+                // Nonblocking as the other side has made it, and another reader was quicker.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return Ok(other?),
             }
         }
-    }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            // It has said all, or it is of no use.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// The first one to connect to `path`. The name is gone afterwards.
-fn accept(path: &Path, signals: &Signals) -> Result<OwnedFd, IncomingError> {
-    let (listener, _file) = claim(path)?;
-    loop {
-        signals.wait_beside(listener.as_fd())?;
-        match accept_with(&listener, SocketFlags::CLOEXEC) {
-            // It has gone again.
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
-            other => return Ok(other.map_err(io::Error::from)?),
-        }
-    }
-}
-
-/// The signals that end the monitor, to be waited for beside something else.
-struct Signals {
-    came: UnixStream,
-    registered: Vec<SigId>,
-}
-
-impl Signals {
-    fn watch() -> io::Result<Self> {
-        let (came, write) = UnixStream::pair()?;
-        let mut this = Self { came, registered: Vec::new() };
-        for signal in ENDING {
-            this.registered.push(pipe::register(signal, write.try_clone()?)?);
-        }
-        if EventLoop::has_been_told_to_end() {
-            (&write).write_all(&[0])?;
-        }
-        Ok(this)
-    }
-
-    /// Wait until there is something to read from `fd`.
-    fn wait_beside(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        match wait::until(fd, PollFlags::IN, &self.came)? {
-            true => Ok(()),
-            false => Err(io::Error::other("ended by a signal")),
-        }
-    }
-}
-
-impl Drop for Signals {
-    fn drop(&mut self) {
-        self.registered.drain(..).for_each(|id| {
-            unregister(id);
-        });
     }
 }

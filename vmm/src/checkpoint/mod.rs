@@ -12,11 +12,15 @@
 //! lazy      memory that is read while the guest runs
 //! incoming  where a stream comes from
 //! receive   out of a stream
+//! arrival   the thread that reads what comes in, and when it needs the main thread
+//! dialogue  what is said beside the machine where a stream goes both ways
 //! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
+mod arrival;
 mod content;
+mod dialogue;
 mod image;
 mod incoming;
 pub mod job;
@@ -32,8 +36,10 @@ mod tests;
 mod wait;
 
 pub use adapt::AdaptError;
+pub use arrival::{Arrival, Arrived, Step as ArrivalStep};
 pub use content::{Base, Config, Content, ContentError, read as read_state};
-pub use image::ImageError;
+pub use dialogue::Voice;
+pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
 pub use receive::{ReceiveError, Received, receive};
@@ -43,7 +49,10 @@ pub use stream::StreamError;
 
 use std::path::PathBuf;
 
-use machine::{BuildError, Machine, Report, config::MachineConfig};
+use machine::{
+    BuildError, Machine, Memory, Report,
+    memory::{self, MemoryError},
+};
 
 use crate::{
     cli::{Incoming, Mapped, Source},
@@ -62,48 +71,38 @@ pub enum RestoreError {
     Receive(#[from] ReceiveError),
     #[error(transparent)]
     Adapt(#[from] AdaptError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("the machine was not taken in: that was cancelled")]
+    Cancelled,
     #[error("the saved machine cannot go on here")]
     Build(#[from] BuildError),
 }
 
-/// The machine saved in a directory or sent in a stream, with the disks, NICs and character devices
-/// of `flags` in place of its own. It stands still; the second part says why its guest cannot go on,
-/// if it cannot.
+/// The machine that has come in. It is stopped; the second part says why its guest cannot run on, if it
+/// cannot.
 ///
 /// # Errors
-/// The first thing that is wrong, before a device of the host is touched.
+/// The first thing that is wrong.
 pub fn restore(
-    incoming: &Incoming,
-    flags: &MachineConfig,
+    arrived: Arrived,
+    clock_realtime: bool,
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let adapt = |config: &mut Config| {
-        adapt::adapt(config, &incoming.asked, flags)?;
-        if incoming.force {
-            adapt::take_any_disks(config);
-        }
-        Ok(())
-    };
-    let (config, state, memory, filled) = match &incoming.source {
-        Source::Directory { path, mapped } => {
-            let mut loaded = load(path)?;
-            adapt(&mut loaded.config)?;
-            adapt::check_disks(&loaded.config)?;
-            let memory = &loaded.config.machine.memory;
-            let (memory, filled) = loaded.layers.memory(memory, *mapped, &report)?;
-            (loaded.config, loaded.state, memory, filled)
-        }
-        Source::Stream(stream) => {
-            let from = incoming::Incoming::open(stream)?;
-            let Received { config, state, memory } = receive(from, adapt)?;
-            adapt::check_disks(&config)?;
-            (config, state, memory, Vec::new())
-        }
-    };
+    let Arrived { config, state, memory, filled, answer: _ } = arrived;
+    adapt::check_disks(&config)?;
     let (made_of, occupied) = (&config.machine, &config.occupied);
-    let clock_realtime = incoming.clock_realtime;
     let saved = machine::Saved { config: made_of, occupied, memory, filled, state, clock_realtime };
     Ok((Machine::restored(saved, report)?, config.halted))
+}
+
+/// Memory for the machine `config`, whose disks are here.
+///
+/// # Errors
+/// When a disk is not, or the memory.
+pub fn make_room(config: &Config) -> Result<Memory, RestoreError> {
+    adapt::check_disks(config)?;
+    Ok(memory::allocate(&config.machine.memory)?)
 }
 
 /// The file that the memory of a machine restored in this way is mapped from, if it is.

@@ -1,15 +1,16 @@
 //! Restoring from a stream. Whoever sends it is believed nothing: no byte outside of the guest's
 //! memory is written, no more is kept than the machine needs, and nothing starts before the end.
-use std::io::{self, BufReader, Read};
-
-use machine::{
-    MachineState, Memory,
-    memory::{self, MemoryError, image as ram},
+use std::{
+    io::{self, BufReader, Read},
+    sync::atomic::Ordering,
 };
+
+use machine::{MachineState, Memory, memory::image as ram};
 
 use super::{
     AdaptError,
     content::{Config, ContentError, Frames},
+    image::Progress,
     load::check_limits,
     send::PIECE,
     stream::{Kind, StreamError},
@@ -36,8 +37,19 @@ pub enum ReceiveError {
     Other,
     #[error("the stream cannot be restored: it holds changes only")]
     Incremental,
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
+    #[error("it was given up")]
+    GivenUp,
+    #[error("the stream cannot be restored: its greeting is not understood")]
+    Greeting,
+    #[error(
+        "the stream cannot be restored: its sender speaks formats {oldest} to {newest}, and this \
+         program another one"
+    )]
+    Versions { oldest: u32, newest: u32 },
+    #[error("the machine is still at its source, which does not hand it over: it says {said}")]
+    NotHandedOver { said: &'static str },
+    #[error("the source does not listen to answers")]
+    Deaf(#[source] io::Error),
     #[error("cannot write guest memory")]
     Write(#[source] io::Error),
     #[error(transparent)]
@@ -60,21 +72,38 @@ pub struct Received {
     pub memory: Memory,
 }
 
-/// Read a machine to its end. `adapt` changes its configuration to what is wanted here.
+/// Read a machine to its end. `adapt` changes its configuration to what is wanted here; `allocate`
+/// gives its memory, once it is known what it is like.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn receive(
     from: impl Read,
     adapt: impl Fn(&mut Config) -> Result<(), AdaptError>,
+    allocate: impl FnOnce(&Config) -> Result<Memory, ReceiveError>,
+    progress: &Progress,
 ) -> Result<Received, ReceiveError> {
     let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
+    receive_frames(&mut frames, adapt, allocate, progress)
+}
+
+/// As [`receive`], from what comes after the greeting.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_frames(
+    frames: &mut Frames<impl Read>,
+    adapt: impl Fn(&mut Config) -> Result<(), AdaptError>,
+    allocate: impl FnOnce(&Config) -> Result<Memory, ReceiveError>,
+    progress: &Progress,
+) -> Result<Received, ReceiveError> {
     let first = frames.config()?;
     check_limits(&first.machine).map_err(ReceiveError::Limits)?;
     let mut adapted = first.clone();
     adapt(&mut adapted)?;
-    let memory = memory::allocate(&adapted.machine.memory)?;
     let size = first.machine.memory.size;
+    progress.total.store(size, Ordering::Relaxed);
+    let memory = allocate(&adapted)?;
     let mut left = size.saturating_mul(TIMES);
     let mut body = Vec::new();
     let zeros = vec![0; PIECE as usize];
@@ -105,6 +134,8 @@ pub fn receive(
         }
         left = left.checked_sub(length).ok_or(ReceiveError::Endless)?;
         ram::write(&memory, at, bytes).map_err(ReceiveError::Write)?;
+        progress.written.fetch_add(length, Ordering::Relaxed);
+        progress.done.fetch_max(at + length, Ordering::Relaxed);
     }
     let mut config = frames.config()?;
     if config.id != first.id || config.machine != first.machine {

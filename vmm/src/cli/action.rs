@@ -8,8 +8,8 @@ use super::fields::Fields;
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
     shutdown: Option<Action>,
-    reboot: Option<Follow>,
-    panic: Option<Panic>,
+    reboot: Option<Outcome>,
+    panic: Option<Outcome>,
     /// The file wants to keep the machine after a crash.
     crash: bool,
 }
@@ -22,7 +22,7 @@ enum Follow {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Panic {
+enum Outcome {
     Follow(Follow),
     /// The end, and a failure.
     Failure,
@@ -36,13 +36,17 @@ impl Wanted {
             Follow::Do(action) => action,
             Follow::Shutdown => shutdown,
         };
-        let (panic, panic_status) = match self.panic {
-            None | Some(Panic::Failure) => (Action::End, default.panic_status),
-            Some(Panic::Follow(how)) => (follow(how), 0),
+        let outcome = |wanted, usual| match wanted {
+            None => usual,
+            Some(Outcome::Failure) => (Action::End, 1),
+            Some(Outcome::Follow(how)) => (follow(how), 0),
         };
+        let (reboot, reboot_status) = outcome(self.reboot, (default.reboot, default.reboot_status));
+        let (panic, panic_status) = outcome(self.panic, (default.panic, default.panic_status));
         Actions {
             shutdown,
-            reboot: self.reboot.map_or(default.reboot, follow),
+            reboot,
+            reboot_status,
             panic,
             panic_status,
             triple_fault_panics: self.crash,
@@ -53,23 +57,18 @@ impl Wanted {
 /// `-action`.
 pub(super) fn action(draft: &mut Draft, f: &mut Fields) {
     let a = &mut draft.actions;
-    let keep = |action| Ok(Follow::Do(action));
+    let keep = |action| Ok(Outcome::Follow(Follow::Do(action)));
     let shutdown =
         [("poweroff", Ok(Action::End)), ("pause", Ok(Action::Stay)), ("reset", Ok(Action::Reset))];
     a.shutdown = f.choice("shutdown", &shutdown).or(a.shutdown);
-    let reboot = [
-        ("shutdown", Ok(Follow::Shutdown)),
+    let choices = [
+        ("shutdown", Ok(Outcome::Follow(Follow::Shutdown))),
+        ("exit-failure", Ok(Outcome::Failure)),
         ("pause", keep(Action::Stay)),
         ("reset", keep(Action::Reset)),
     ];
-    a.reboot = f.choice("reboot", &reboot).or(a.reboot);
-    let panic = [
-        ("shutdown", Ok(Panic::Follow(Follow::Shutdown))),
-        ("exit-failure", Ok(Panic::Failure)),
-        ("pause", keep(Action::Stay).map(Panic::Follow)),
-        ("reset", keep(Action::Reset).map(Panic::Follow)),
-    ];
-    a.panic = f.choice("panic", &panic).or(a.panic);
+    a.reboot = f.choice("reboot", &choices).or(a.reboot);
+    a.panic = f.choice("panic", &choices).or(a.panic);
 }
 
 /// `-no-shutdown`.
@@ -88,11 +87,11 @@ pub(super) fn domain(draft: &mut Draft, f: &mut Fields) {
     ];
     let a = &mut draft.actions;
     a.shutdown = f.choice("on_poweroff", &choices);
-    a.reboot = f.choice("on_reboot", &choices).map(Follow::Do);
+    a.reboot = f.choice("on_reboot", &choices).map(|action| Outcome::Follow(Follow::Do(action)));
     let crash = f.choice("on_crash", &choices);
     a.crash = crash.is_some_and(|action| action != Action::End);
     a.panic = crash.map(|action| match action {
-        Action::End => Panic::Failure,
-        other => Panic::Follow(Follow::Do(other)),
+        Action::End => Outcome::Failure,
+        other => Outcome::Follow(Follow::Do(other)),
     });
 }

@@ -3,19 +3,20 @@ use std::path::PathBuf;
 
 use machine::config::{CharBackend, limits};
 
+use super::Control;
 use super::draft::{Chardev, Draft, Serial};
 use super::fields::Fields;
 use super::value::{self, Rule};
 
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     Stdio,
     Pty,
     File,
     Socket,
 }
 
-const KINDS: &[(&str, Result<Kind, &str>)] = &[
+pub(super) const KINDS: &[(&str, Result<Kind, &str>)] = &[
     ("stdio", Ok(Kind::Stdio)),
     ("pty", Ok(Kind::Pty)),
     ("file", Ok(Kind::File)),
@@ -25,15 +26,16 @@ const KINDS: &[(&str, Result<Kind, &str>)] = &[
 /// `-api-channel unix:PATH`; what follows a comma never had a meaning.
 pub(super) fn api_channel(draft: &mut Draft, f: &mut Fields) {
     let path = f.text("", |word| unix(word.split_once(',').map_or(word, |(path, _)| path)));
-    draft.control = path.map(|path| (f.place().clone(), path));
+    draft.control = path.map(|path| (f.place().clone(), Control { path, connects: false }));
 }
 
-/// `-qmp unix:PATH,server,nowait`.
+/// `-qmp unix:PATH[,server,nowait]`.
 pub(super) fn qmp(draft: &mut Draft, f: &mut Fields) {
     let path = f.text("address", unix);
-    listening(f);
+    let connects = ["server", "nowait", "wait"].iter().all(|key| !f.has(key));
+    listening(f, connects);
     f.refuse("iothread", "QMP on an I/O thread");
-    draft.control = path.map(|path| (f.place().clone(), path));
+    draft.control = path.map(|path| (f.place().clone(), Control { path, connects }));
 }
 
 /// `-mon chardev=ID,mode=control`.
@@ -110,7 +112,7 @@ fn backend(f: &mut Fields) -> Option<CharBackend> {
             if !f.has("port") {
                 f.require(&["path"]);
             }
-            listening(f);
+            listening(f, false);
             socket(f)
         }
         None => {
@@ -126,10 +128,14 @@ fn socket(f: &mut Fields) -> Option<CharBackend> {
     f.text("path", value::socket_path).map(|path| CharBackend::Socket { path, replay })
 }
 
-/// `server` and `nowait`, also in the longer spelling `server=on,wait=off`.
-fn listening(f: &mut Fields) {
+/// `server` and `nowait`, also in the longer spelling `server=on,wait=off`; or neither, where it may
+/// be `without`.
+fn listening(f: &mut Fields, without: bool) {
     let (server, nowait) = (f.switch("server"), f.switch("nowait"));
     let waits = f.boolean("wait").map_or(nowait != Some(true), |wait| wait);
+    if without {
+        return;
+    }
     if server != Some(true) {
         f.problem("server", "must be given: connecting to a socket is not built yet");
     }

@@ -6,7 +6,7 @@ use machine::config::{Aio, CharBackend, Tap, Topology};
 use super::action::Wanted;
 use super::problem::{Place, Places, Problems};
 use super::process::How;
-use super::{Log, Source};
+use super::{Control, Log, Source};
 
 /// Everything said so far.
 #[derive(Debug, Default)]
@@ -41,7 +41,9 @@ pub(super) struct Draft {
     pub(super) rng: Option<(Place, PathBuf, Option<u64>)>,
     pub(super) serial: Option<Serial>,
 
-    pub(super) control: Option<(Place, PathBuf)>,
+    pub(super) control: Option<(Place, Control)>,
+    /// `-machine none`.
+    pub(super) no_machine: bool,
     /// `-mon`: chardev ids.
     pub(super) monitors: Vec<(Place, String)>,
     pub(super) pidfile: Option<PathBuf>,

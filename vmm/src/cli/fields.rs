@@ -22,13 +22,26 @@ pub(super) enum Raw {
     Other(&'static str),
 }
 
+/// What a key takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Text.
+    Text,
+    /// A number.
+    Number,
+    /// A number of bytes.
+    Size,
+    /// A truth value.
+    Bool,
+}
+
 /// Keys with values, and what turned out wrong with them.
 #[derive(Debug)]
 pub(super) struct Fields {
     place: Place,
     items: Vec<(String, Raw)>,
-    /// Keys asked for, in order.
-    known: Vec<&'static str>,
+    /// Keys asked for, in order, and what each takes.
+    known: Vec<(&'static str, Kind)>,
     /// Keys that exist elsewhere and are refused by name.
     refused: Vec<&'static str>,
     /// Unknown keys do not matter any more.
@@ -98,7 +111,7 @@ impl Fields {
         key: &'static str,
         parse: impl FnOnce(&str) -> Result<T, Rule>,
     ) -> Option<T> {
-        self.get(key, "a string", &[], parse)
+        self.get(key, Kind::Text, "a string", &[], parse)
     }
 
     /// An id or name.
@@ -116,7 +129,7 @@ impl Fields {
     where
         N: std::str::FromStr + PartialOrd + std::fmt::Display,
     {
-        self.get(key, "a number", &["a number"], |word| value::number(word, range))
+        self.get(key, Kind::Number, "a number", &["a number"], |word| value::number(word, range))
     }
 
     /// A limit per second, for which 0 means none.
@@ -130,28 +143,30 @@ impl Fields {
         key: &'static str,
         range: RangeInclusive<u16>,
     ) -> Option<u16> {
-        self.get(key, "a number", &["a number"], |word| value::queue_size(word, range))
+        self.get(key, Kind::Number, "a number", &["a number"], |word| {
+            value::queue_size(word, range)
+        })
     }
 
     /// Guest RAM in bytes.
     pub(super) fn memory_size(&mut self, key: &'static str) -> Option<u64> {
-        self.get(key, "a number or a string", &["a number"], value::memory_size)
+        self.get(key, Kind::Size, "a number or a string", &["a number"], value::memory_size)
     }
 
     /// A truth value.
     pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
-        self.get(key, "true or false", &["a truth value"], value::boolean)
+        self.get(key, Kind::Bool, "true or false", &["a truth value"], value::boolean)
     }
 
     /// Whether space that the guest discards goes back to the host.
     pub(super) fn discard(&mut self, key: &'static str) -> Option<bool> {
-        self.get(key, "true, false or a string", &["a truth value"], value::discard)
+        self.get(key, Kind::Text, "true, false or a string", &["a truth value"], value::discard)
     }
 
     /// A key that stands alone or has a truth value.
     pub(super) fn switch(&mut self, key: &'static str) -> Option<bool> {
         if self.items.iter().any(|(k, raw)| k == key && *raw == Raw::Bare) {
-            self.know(key);
+            self.know(key, Kind::Bool);
             return Some(true);
         }
         self.boolean(key)
@@ -206,13 +221,13 @@ impl Fields {
         if self.abandoned {
             return self.problems;
         }
-        let allowed: Vec<_> = self.known.iter().copied().filter(|key| !key.is_empty()).collect();
+        let allowed: Vec<_> = self.keys().filter(|key| !key.is_empty()).collect();
         let allowed = allowed.join(", ");
         for (key, raw) in &self.items {
-            if self.known.contains(&key.as_str()) || self.refused.contains(&key.as_str()) {
+            if self.keys().any(|known| known == key) || self.refused.contains(&key.as_str()) {
                 continue;
             }
-            let hint = did_you_mean(key, self.known.iter().copied());
+            let hint = did_you_mean(key, self.keys());
             let rule = match (raw, allowed.as_str()) {
                 (_, "") => "unknown: no key is allowed here".to_owned(),
                 _ => format!(
@@ -225,20 +240,30 @@ impl Fields {
         self.problems
     }
 
-    fn know(&mut self, key: &'static str) {
-        if !self.known.contains(&key) {
-            self.known.push(key);
+    fn know(&mut self, key: &'static str, kind: Kind) {
+        if !self.keys().any(|known| known == key) {
+            self.known.push((key, kind));
         }
+    }
+
+    fn keys(&self) -> impl Iterator<Item = &'static str> {
+        self.known.iter().map(|(key, _)| *key)
+    }
+
+    /// The keys that were asked for, and what each takes.
+    pub(super) fn known(&self) -> impl Iterator<Item = (&'static str, Kind)> {
+        self.known.iter().copied()
     }
 
     fn get<T>(
         &mut self,
         key: &'static str,
+        kind: Kind,
         wanted: &str,
         scalars: &[&str],
         parse: impl FnOnce(&str) -> Result<T, Rule>,
     ) -> Option<T> {
-        self.know(key);
+        self.know(key, kind);
         let (_, raw) = self.items.iter().find(|(k, _)| k == key)?;
         let place = self.place.key(key);
         match raw {

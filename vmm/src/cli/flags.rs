@@ -13,8 +13,8 @@ pub(super) static TABLE: &[Flag] = &[
          "JSON file that describes the machine; flags replace its values and add to its lists").only(Era::Old),
     flag(&["api-channel"], Plain("unix:PATH"), Control, chars::api_channel,
          "serve QMP on this Unix socket").only(Era::Old).needed(Need::ControlSocket).against(&["qmp"]),
-    flag(&["qmp"], Properties("unix:PATH,server,nowait", Some("address")), Control, chars::qmp,
-         "serve QMP on this Unix socket").only(Era::New).needed(Need::ControlSocket),
+    flag(&["qmp"], Properties("unix:PATH[,server,nowait]", Some("address")), Control, chars::qmp,
+         "serve QMP on this Unix socket; without server, connect to it").only(Era::New).needed(Need::ControlSocket),
     flag(&["mon"],
          Properties("chardev=ID[,id=ID],mode=control", Some("chardev")),
          Control, chars::mon,
@@ -24,10 +24,11 @@ pub(super) static TABLE: &[Flag] = &[
     flag(&["uuid"], Plain("UUID"), Machine, system::uuid,
          "shown by query-uuid"),
     flag(&["machine"],
-         Properties("[type=]microvm[,dump-guest-core=on|off][,mem-share=on|off][,disk-slots=N][,nic-slots=N]", Some("type")),
+         Properties("[type=]microvm|none[,dump-guest-core=on|off][,mem-share=on|off][,disk-slots=N][,nic-slots=N]", Some("type")),
          Machine, system::machine,
          "machine type; guest memory in core dumps (on), shareable with other processes (off); slots for \
-          disks (4, or as many as there are) and NICs (2, likewise), those for hot-plug included"),
+          disks (4, or as many as there are) and NICs (2, likewise), those for hot-plug included; none: no \
+          machine, only answers about what there can be"),
     flag(&["accel"], Plain("kvm"), Machine, system::accel,
          "accelerator").only(Era::New),
     flag(&["cpu"], Properties("host", Some("model")), Machine, system::cpu,
@@ -94,12 +95,12 @@ pub(super) static TABLE: &[Flag] = &[
           HOW: clock=realtime: kvm-clock advances by the time since the save, else it goes on where it \
           stood; force=on: take the disks although they have changed since; other flags may give new paths and taps").only(Era::New),
     flag(&["action"],
-         Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|pause|reset]\
+         Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|exit-failure|pause|reset]\
                      [,panic=shutdown|exit-failure|pause|reset]", None),
          Process, action::action,
          "what follows a guest's power-off (poweroff), reboot (the end) and panic (exit-failure): the \
           end, a halted machine (pause), or boot anew (reset); reboot=shutdown and panic=shutdown: \
-          what shutdown says").repeatable(),
+          what shutdown says; exit-failure: the end, with exit status 1").repeatable(),
     flag(&["no-shutdown"], Switch, Process, action::no_shutdown,
          "the same as -action shutdown=pause"),
     flag(&["D"], Optional("FILE"), Process, process::log,

@@ -20,6 +20,7 @@ use crate::actions::Actions;
 
 mod action;
 mod chars;
+mod describe;
 mod device;
 mod disk;
 mod draft;
@@ -40,7 +41,9 @@ pub(crate) mod value;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use describe::{Described, models, object_kinds, options};
 pub(crate) use disk::{detect_zeroes, media};
+pub(crate) use fields::Kind;
 pub use problem::{Places, Problems};
 
 /// What the command line asks for.
@@ -60,7 +63,9 @@ pub struct Invocation {
     /// The machine.
     pub machine: MachineConfig,
     /// Sockets to serve QMP on, at least one.
-    pub control: Vec<PathBuf>,
+    pub control: Vec<Control>,
+    /// `-machine none`: there is no machine, only what can be told without one.
+    pub no_machine: bool,
     /// Where to write the process id.
     pub pidfile: Option<PathBuf>,
     /// Leave the vCPUs stopped until `cont`.
@@ -81,6 +86,15 @@ pub struct Invocation {
     pub places: Places,
 }
 
+/// A socket to serve QMP on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Control {
+    /// Where it is.
+    pub path: PathBuf,
+    /// A client listens there and is connected to; else the monitor listens.
+    pub connects: bool,
+}
+
 /// `-incoming`: a machine that goes on where a saved one stood.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incoming {
@@ -88,8 +102,6 @@ pub struct Incoming {
     pub source: Source,
     /// The guest's clock goes on as if it had not stood since the save.
     pub clock_realtime: bool,
-    /// Its disks may be other ones than were saved.
-    pub force: bool,
     /// What else was said about the machine.
     pub asked: Asked,
 }
@@ -145,6 +157,8 @@ pub struct Asked {
     pub cmdline: Option<String>,
     pub disk_slots: Option<usize>,
     pub nic_slots: Option<usize>,
+    /// Its disks may be other ones than were saved: the user vouches for them.
+    pub force: bool,
 }
 
 /// Where the log goes.

@@ -5,12 +5,12 @@ use super::draft::{Draft, RngSource};
 use super::fields::Fields;
 
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     IoThread,
     RngRandom,
 }
 
-const KINDS: &[(&str, Result<Kind, &str>)] = &[
+pub(super) const KINDS: &[(&str, Result<Kind, &str>)] = &[
     ("iothread", Ok(Kind::IoThread)),
     ("rng-random", Ok(Kind::RngRandom)),
     ("memory-backend-ram", Err("a memory back-end object")),

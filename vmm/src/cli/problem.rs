@@ -1,6 +1,8 @@
 //! What is wrong with a command line or a file: where, which value, what is allowed.
 use std::fmt;
+use std::path::{Path, absolute};
 
+use machine::config::MachineConfig;
 use machine::{BuildError, Part};
 
 /// Longest part of a user's text that is shown back, in characters.
@@ -65,20 +67,44 @@ impl Places {
         self.0.push((part, place));
     }
 
-    /// What keeps the machine from being made, each with where it was asked for.
-    pub fn explain(&self, errors: Vec<BuildError>) -> Problems {
+    /// What keeps the machine that `config` describes from being made, each with where it was asked for.
+    pub fn explain(&self, errors: Vec<BuildError>, config: &MachineConfig) -> Problems {
         let mut problems = Problems::default();
         for error in errors {
             let part = error.part();
             let place = self.0.iter().rev().find(|(of, _)| Some(of) == part.as_ref());
             let error = anyhow::Error::from(error);
             match place {
-                Some((_, place)) => problems.add(place, format!("{error:#}")),
+                Some((part, place)) => {
+                    let beside = beside(place, part, config).unwrap_or_default();
+                    problems.add(place, format!("{error:#}{beside}"));
+                }
                 None => problems.add_line(format!("stratovirt: {error:#}")),
             }
         }
         problems
     }
+}
+
+/// What is told of a relative path in a file that leads nowhere from the working directory, and would
+/// from the file's own.
+fn beside(place: &Place, part: &Part, config: &MachineConfig) -> Option<String> {
+    let Place::Json { file, .. } = place else { return None };
+    let path = match part {
+        Part::Kernel => &config.boot.kernel,
+        Part::Initrd => config.boot.initrd.as_ref()?,
+        Part::MemoryPath => config.memory.path.as_ref()?,
+        Part::Disk(id) => &config.disks.iter().find(|disk| disk.id == *id)?.path,
+        Part::Rng => &config.rng.as_ref()?.path,
+        _ => return None,
+    };
+    let there = absolute(Path::new(file)).ok()?.parent()?.join(path);
+    (path.is_relative() && !path.exists() && there.exists()).then(|| {
+        format!(
+            "; a relative path begins in the working directory, and the file is beside this one: {}",
+            there.display()
+        )
+    })
 }
 
 /// All that is wrong, one line each.

@@ -31,7 +31,14 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
         r.warnings.push(format!("{}: used by nothing", chardev.place));
     }
-    if draft.kernel.is_none() && draft.incoming.is_none() {
+    if serial.is_none() && console.is_none() && draft.incoming.is_none() && !draft.no_machine {
+        r.warnings.push(
+            "no serial port and no console: nothing shows what the guest says; -serial stdio (serial.stdio \
+             in the file) does"
+                .into(),
+        );
+    }
+    if draft.kernel.is_none() && draft.incoming.is_none() && !draft.no_machine {
         r.problems.add_line(
             "kernel file is required for microvm machine type, which is not provided: give -kernel \
              FILE, or boot-source.kernel_image_path in the file of -config",
@@ -54,8 +61,8 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     let incoming = draft.incoming.map(|(source, How { clock_realtime, force })| Incoming {
         source,
         clock_realtime,
-        force,
         asked: Asked {
+            force,
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),
             smp: draft.smp,
@@ -98,6 +105,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     Ok(Invocation {
         machine,
         control,
+        no_machine: draft.no_machine,
         pidfile: draft.pidfile,
         paused: draft.paused,
         actions: draft.actions.resolve(),

@@ -5,12 +5,11 @@ use machine::config::{Topology, limits};
 use machine::{Part, kvm::cpuid};
 
 use super::draft::Draft;
-use super::fields::Fields;
+use super::fields::{Fields, choose};
 use super::value;
 
 const MACHINES: &[(&str, Result<(), &str>)] = &[
     ("microvm", Ok(())),
-    ("none", Err("machine type 'none'")),
     ("q35", Err("machine type 'q35'")),
     ("virt", Err("machine type 'virt'")),
 ];
@@ -40,7 +39,11 @@ fn slots(draft: &mut Draft, f: &mut Fields) {
 }
 
 pub(super) fn machine(draft: &mut Draft, f: &mut Fields) {
-    let _ = f.choice("type", MACHINES);
+    let none = f.text("type", |word| match word.eq_ignore_ascii_case("none") {
+        true => Ok(true),
+        false => choose(word, MACHINES).map(|()| false),
+    });
+    draft.no_machine = none == Some(true);
     slots(draft, f);
     let _ = f.choice("accel", ACCELERATORS);
     draft.dump_guest_core = f.boolean("dump-guest-core").or(draft.dump_guest_core);

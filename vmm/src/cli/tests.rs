@@ -3,7 +3,7 @@ use std::ffi::OsString;
 
 use machine::config::{CharBackend, MachineConfig, Tap};
 
-use super::{Action, Invocation, Log, Problems, parse};
+use super::{Action, Control, Invocation, Log, Problems, parse};
 
 mod action;
 mod documented;

@@ -97,8 +97,11 @@ pub fn blockdev_add(
         let disk = opened.map_err(|e| plug_error(&e))?;
         // Other clients' commands were carried out meanwhile: the machine may be saved now.
         let added = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
-            Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|(e, d)| (plug_error(&e), d)),
-            Err(e) => Err((e, Box::new(disk))),
+            Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|failed| {
+                let (why, disk) = *failed;
+                (plug_error(&why), disk)
+            }),
+            Err(e) => Err((e, disk)),
         };
         added.map(|()| Empty {}).map_err(|(why, disk)| {
             vmm.close_file("closing a disk that was not added".into(), disk);

@@ -1,5 +1,4 @@
 //! Commands that tell what the machine is made of.
-use machine::config::limits;
 use qmp::{Error, ErrorClass, schema::*};
 
 use crate::vmm::Vmm;
@@ -102,24 +101,8 @@ pub fn query_kvm(_: &mut Vmm, _: QueryKvm) -> Result<KvmInfo, Error> {
     Ok(KvmInfo { enabled: true, present: true })
 }
 
-pub fn query_machines(_: &mut Vmm, _: QueryMachines) -> Result<Vec<MachineInfo>, Error> {
-    Ok(vec![MachineInfo {
-        name: "microvm".into(),
-        is_default: Some(true),
-        cpu_max: u32::from(*limits::CPUS.end()),
-        hotpluggable_cpus: false,
-        numa_mem_supported: false,
-        deprecated: false,
-        acpi: true,
-    }])
-}
-
 pub fn query_name(vmm: &mut Vmm, _: QueryName) -> Result<NameInfo, Error> {
     Ok(NameInfo { name: Some(vmm.machine.config().name.clone()) })
-}
-
-pub fn query_target(_: &mut Vmm, _: QueryTarget) -> Result<TargetInfo, Error> {
-    Ok(TargetInfo { arch: SysEmuTarget::X86_64 })
 }
 
 pub fn query_vm_generation_id(vmm: &mut Vmm, _: QueryVmGenerationId) -> Result<GuidInfo, Error> {

@@ -5,14 +5,19 @@ mod human;
 mod introspect;
 mod migrate;
 mod net;
+mod probe;
 mod run_state;
 
 use std::fmt::Display;
 
 use machine::PlugError;
-use qmp::{Error, ErrorClass, table::Table};
+use qmp::{
+    Error, ErrorClass,
+    table::{Host, Table},
+};
 
 use crate::{
+    bare::{self, Bare},
     lifecycle::{State, States},
     vmm::Vmm,
 };
@@ -23,14 +28,16 @@ const ALIVE: States = States::ALIVE;
 
 /// The command table.
 pub fn table() -> Table<Vmm> {
-    Table::new(ANY)
+    probing(ANY)
         .on(States::GUEST_OR_MIGRATED, run_state::cont)
         .on(States::OR_MIGRATED, run_state::stop)
         .on(States::OR_SAVING, run_state::quit)
         .on_ticket(States::OR_MIGRATED, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
+        .on(ANY, migrate::migrate_set_capabilities)
         .on(ANY, migrate::migrate_set_parameters)
         .on(ANY, migrate::query_migrate)
+        .on(ANY, migrate::query_migrate_capabilities)
         .on(ANY, migrate::query_migrate_parameters)
         .on(ALIVE, run_state::system_reset)
         .on(GUEST, run_state::system_powerdown)
@@ -42,8 +49,8 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, block::query_blockstats)
         .on_ticket(ANY, block::query_named_block_nodes)
         .on_ticket(ALIVE, net::getfd)
-        .on(ALIVE, net::closefd)
-        .on(ALIVE, net::netdev_add)
+        .on_ticket(ALIVE, net::closefd)
+        .on_ticket(ALIVE, net::netdev_add)
         .on(ALIVE, net::netdev_del)
         .on(ALIVE, net::set_link)
         .on(States::of(&[State::Running]), net::announce_self)
@@ -58,11 +65,32 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_hotpluggable_cpus)
         .on(ANY, introspect::query_iothreads)
         .on(ANY, introspect::query_kvm)
-        .on(ANY, introspect::query_machines)
         .on(ANY, introspect::query_name)
-        .on(ANY, introspect::query_target)
         .on(ANY, introspect::query_uuid)
         .on(ANY, introspect::query_vm_generation_id)
+}
+
+/// The commands where there is no machine: those about one are refused, and listed for the client that
+/// asks what there is.
+pub(crate) fn bare_table() -> Table<Bare> {
+    probing(true)
+        .on(true, bare::quit)
+        .on(true, bare::query_status)
+        .on(true, bare::query_kvm)
+        .on(true, probe::query_migrate_capabilities)
+        .listing(&table(), false)
+}
+
+/// The commands that need no machine, possible `always`.
+pub(crate) fn probing<H: Host + 'static>(always: H::When) -> Table<H> {
+    Table::new(always)
+        .on(always, probe::device_list_properties)
+        .on(always, probe::qom_list_types)
+        .on(always, probe::query_accelerators)
+        .on(always, probe::query_command_line_options)
+        .on(always, probe::query_cpu_definitions)
+        .on(always, probe::query_machines)
+        .on(always, probe::query_target)
 }
 
 /// A member that is not as it may be; `allowed` tells what may.
@@ -83,5 +111,6 @@ mod tests {
     #[test]
     fn every_command_of_the_schema_has_a_handler() {
         assert!(super::table().names().eq(qmp::schema::NAMES.iter().copied()));
+        assert!(super::bare_table().names().eq(qmp::schema::NAMES.iter().copied()));
     }
 }

@@ -1,5 +1,5 @@
 //! Network back-ends, and descriptors handed over for them.
-use std::{ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
 
 use machine::config::{NicConfig, Tap, limits};
 use qmp::{Error, schema::*, server::Ticket};
@@ -7,7 +7,7 @@ use qmp::{Error, schema::*, server::Ticket};
 use super::{invalid, plug_error};
 use crate::{announce::Schedule, cli::value, vmm::Vmm};
 
-/// Most descriptors that wait under a name: they are for everybody.
+/// Most descriptors that wait under a name of one client.
 const MAX_NAMED: usize = 32;
 
 pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
@@ -20,23 +20,28 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
     if name.starts_with(|first: char| first.is_ascii_digit()) || name.contains(':') {
         return Err(invalid("fdname", &name, "must not begin with a digit nor contain ':'"));
     }
-    if vmm.named_fds.len() >= MAX_NAMED && !vmm.named_fds.contains_key(&name) {
+    let Some(named) = vmm.named_fds(ticket) else { return Ok(None) };
+    if named.len() >= MAX_NAMED && !named.contains_key(&name) {
         return Err(Error::text(format!(
             "{MAX_NAMED} descriptors have a name already; close some with closefd"
         )));
     }
-    vmm.named_fds.insert(name, fd);
+    named.insert(name, fd);
     Ok(Some(Empty {}))
 }
 
-pub fn closefd(vmm: &mut Vmm, command: Closefd) -> Result<Empty, Error> {
-    let closed = vmm.named_fds.remove(&command.fdname);
+pub fn closefd(vmm: &mut Vmm, command: Closefd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
+    let closed = vmm.named_fds(ticket).and_then(|named| named.remove(&command.fdname));
     closed
-        .map(|_| Empty {})
+        .map(|_| Some(Empty {}))
         .ok_or_else(|| Error::text(format!("File descriptor named '{}' not found", command.fdname)))
 }
 
-pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
+pub fn netdev_add(
+    vmm: &mut Vmm,
+    command: NetdevAdd,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
     if let Some(other) = command.r#type.as_deref().filter(|t| *t != "tap") {
         return Err(Error::text(format!(
             "Invalid parameter 'type': '{other}' is not built yet; only 'tap'"
@@ -87,7 +92,7 @@ pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
     }
     let (tap, fds) = match (&command.ifname, names.is_empty()) {
         (Some(name), true) => (Tap::Name(name.clone()), Vec::new()),
-        (None, false) => take_fds(vmm, &names)?,
+        (None, false) => take_fds(vmm.named_fds(ticket), &names)?,
         (Some(_), false) => {
             return Err(Error::text("Parameters 'ifname' and 'fd' exclude each other"));
         }
@@ -113,20 +118,25 @@ pub fn netdev_add(vmm: &mut Vmm, command: NetdevAdd) -> Result<Empty, Error> {
         backend: None,
     };
     vmm.machine.add_nic_backend(config, fds).map_err(|e| plug_error(&e))?;
-    Ok(Empty {})
+    Ok(Some(Empty {}))
 }
 
 /// Descriptors by the names that `getfd` gave them, else by the numbers this process was started
 /// with. The named ones are used up; with one name wrong, none is.
-fn take_fds(vmm: &mut Vmm, names: &[&str]) -> Result<(Tap, Vec<OwnedFd>), Error> {
-    if names.iter().all(|name| vmm.named_fds.contains_key(*name)) {
+fn take_fds(
+    named: Option<&mut BTreeMap<String, OwnedFd>>,
+    names: &[&str],
+) -> Result<(Tap, Vec<OwnedFd>), Error> {
+    if let Some(named) = named
+        && names.iter().all(|name| named.contains_key(*name))
+    {
         let mut unique = names.to_vec();
         unique.sort_unstable();
         unique.dedup();
         if unique.len() != names.len() {
             return Err(Error::text("Parameter 'fds' names a descriptor twice"));
         }
-        let fds = names.iter().filter_map(|name| vmm.named_fds.remove(*name)).collect();
+        let fds = names.iter().filter_map(|name| named.remove(*name)).collect();
         return Ok((Tap::Fds(Vec::new()), fds));
     }
     let numbers = names.iter().map(|name| name.parse::<i32>()).collect::<Result<Vec<_>, _>>();

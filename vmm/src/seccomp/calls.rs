@@ -107,6 +107,36 @@ const CALLS: &[c_long] = &[
 /// With `-sandbox on,spawn=allow`.
 const SPAWN: &[c_long] = &[SYS_socketpair, SYS_sendmsg];
 
+/// Of the thread that reads what a peer sends: nothing is opened, made or asked of KVM.
+const READER: &[c_long] = &[
+    SYS_read,
+    SYS_recvfrom,
+    SYS_poll,
+    SYS_ppoll,
+    // Reports: the main loop's eventfd, the log, and what is said of a forbidden call.
+    SYS_write,
+    SYS_writev,
+    SYS_pread64,
+    SYS_close,
+    // Memory; the rest of it is below.
+    SYS_munmap,
+    SYS_mremap,
+    SYS_madvise,
+    SYS_brk,
+    SYS_futex,
+    SYS_sched_yield,
+    SYS_clock_gettime,
+    SYS_gettimeofday,
+    SYS_restart_syscall,
+    SYS_getrandom,
+    SYS_getpid,
+    SYS_gettid,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sigaltstack,
+    SYS_exit,
+];
+
 /// What `ioctl` may be asked for, the hottest first.
 const IOCTLS: &[Ioctl] = &[
     // Descriptors, as the standard library sets them up.
@@ -195,6 +225,21 @@ pub fn allowed(spawn: bool) -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError>
     ];
     let calls = CALLS.iter().chain(if spawn { SPAWN } else { &[] });
     Ok(calls.map(|call| (*call, Vec::new())).chain(limited).collect())
+}
+
+/// What the thread may do that reads what a peer sends.
+pub fn reader() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
+    let not_code = Op::MaskedEq(PROT_EXEC.cast_unsigned().into());
+    let limited = [
+        (SYS_mmap, vec![rule(2, not_code.clone(), 0u32)?]),
+        (SYS_mprotect, vec![rule(2, not_code, 0u32)?]),
+        // What the standard library asks of a descriptor before it closes it, when it checks itself.
+        (SYS_fcntl, vec![rule(1, Op::Eq, F_GETFD.cast_unsigned())?]),
+        // To abort.
+        (SYS_tgkill, vec![rule(0, Op::Eq, std::process::id())?]),
+        (SYS_rt_sigaction, vec![rule(0, Op::Ne, SIGSYS.cast_unsigned())?]),
+    ];
+    Ok(READER.iter().map(|call| (*call, Vec::new())).chain(limited).collect())
 }
 
 /// That `argument`, of which the kernel takes 32 bits here, relates to `value` so.

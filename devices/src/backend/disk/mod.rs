@@ -6,6 +6,7 @@
 mod engine;
 mod format;
 mod generation;
+mod holder;
 mod observer;
 mod storage;
 mod sys;
@@ -15,7 +16,10 @@ mod tests;
 use std::{
     fs::{File, Metadata},
     io::{self, Seek, SeekFrom},
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -90,11 +94,12 @@ pub enum DiskError {
     )]
     Format { path: PathBuf, format: &'static str, qemu_name: &'static str },
     #[error(
-        "{path} is in use by another machine (lslocks shows which); stop that one, \
+        "{path} is in use by another machine ({}); stop that one, \
          or open the image with readonly=on in both",
+        holder.map_or("lslocks shows which".to_owned(), |pid| format!("process {pid}")),
         path = path.display()
     )]
-    InUse { path: PathBuf },
+    InUse { path: PathBuf, holder: Option<u32> },
     #[error("the file system of {path} has no O_DIRECT; use direct=off", path = path.display())]
     NoDirect { path: PathBuf, source: io::Error },
     #[error(
@@ -407,6 +412,12 @@ impl Disk {
         let _ = sys::lock(&self.file, Lock::Release);
     }
 
+    /// The numbers of its descriptors.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        let direct = self.direct.iter().map(|direct| direct.file.as_raw_fd());
+        std::iter::once(self.file.as_raw_fd()).chain(direct)
+    }
+
     /// Keep other machines out, as [`Disk::open`] does.
     ///
     /// # Errors
@@ -493,7 +504,7 @@ fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
     match sys::lock(file, if readonly { Lock::Shared } else { Lock::Exclusive }) {
         Ok(()) => Ok(()),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(DiskError::InUse { path: path.into() })
+            Err(DiskError::InUse { path: path.into(), holder: holder::of(file) })
         }
         Err(e) => {
             log::warn!("{}: no locks there ({e}); do not share it", path.display());

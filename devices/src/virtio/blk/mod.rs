@@ -230,6 +230,11 @@ impl Block {
         self.inserted.as_ref().map(|i| &*i.disk)
     }
 
+    /// The same, to be kept.
+    pub fn shared_disk(&self) -> Option<Arc<Disk>> {
+        self.inserted.as_ref().map(|i| i.disk.clone())
+    }
+
     /// Bytes that the guest sees; 0 for an empty slot.
     pub fn capacity(&self) -> u64 {
         self.inserted.as_ref().map_or(0, |i| i.disk.size())

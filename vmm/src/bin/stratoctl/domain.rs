@@ -35,7 +35,7 @@ pub fn seconds(variable: &str, usual: Duration) -> Duration {
 /// Time between two looks at a monitor that nobody can connect to.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// A start that takes longer is shown as one, and not waited for.
+/// A start or an end that takes longer is shown as one, and not waited for.
 const START: Duration = Duration::from_millis(100);
 
 /// The monitor's control socket, in its directory. The last thing that a monitor makes when it starts.
@@ -117,9 +117,15 @@ impl Asked {
                 Found::Gone => return Seen::without_monitor(State::Killed),
             };
             // One that nobody listens for, or that hangs up, may be on its way in, or out.
-            let starting = absent && self.since.elapsed() >= START && !place.has_been_up();
-            if starting || late || Instant::now() >= deadline {
-                let state = if starting { State::Starting } else { State::Hung };
+            let slow = absent && self.since.elapsed() >= START;
+            let starting = slow && !place.has_been_up();
+            let ending = slow && place.has_been_up() || process.is_only_a_number();
+            if starting || ending || late || Instant::now() >= deadline {
+                let state = match () {
+                    () if ending => State::Ending,
+                    () if starting => State::Starting,
+                    () => State::Hung,
+                };
                 return Seen { state, process: Some(process), client: None };
             }
             process.ends_within(LOOK);

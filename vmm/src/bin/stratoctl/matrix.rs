@@ -30,11 +30,13 @@ pub enum State {
     Killed,
     /// Its monitor is there and does not answer.
     Hung,
+    /// Its monitor has let go of everything that it could; the kernel cannot end its process yet.
+    Ending,
 }
 
 impl State {
     /// All of them: the columns.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Absent,
         Self::Registered,
         Self::Starting,
@@ -46,6 +48,7 @@ impl State {
         Self::Crashed,
         Self::Killed,
         Self::Hung,
+        Self::Ending,
     ];
 
     /// As people see it.
@@ -62,6 +65,7 @@ impl State {
             Self::Crashed => "crashed",
             Self::Killed => "killed",
             Self::Hung => "hung",
+            Self::Ending => "ending",
         }
     }
 }
@@ -153,37 +157,41 @@ const HUNG: Cell = No(
     "the monitor of '{}' does not answer",
     "`stratoctl destroy {}` ends it; `stratoctl info {}` tells which process it is",
 );
+const ENDING: Cell = No(
+    "'{}' is still ending: the kernel cannot end its monitor's process yet",
+    "it ends when the storage that it waits for answers; `stratoctl info {}` tells which process it is",
+);
 const NOT_SUSPENDED: Cell =
     No("'{}' is not suspended", "`stratoctl start {}` boots it from the beginning");
 const ENDED_ALREADY: Cell =
     No("'{}' is not running", "`stratoctl delete {}` forgets a registered domain");
 
-type Row = (Verb, [Cell; 11]);
+type Row = (Verb, [Cell; 12]);
 
 /// The table. Columns as in [`State::ALL`].
 #[rustfmt::skip]
 pub const TABLE: [Row; 20] = [
-    //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung
-    (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN]),
-    (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN]),
-    (Verb::Restore,   [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN]),
-    (Verb::Start,     [ABSENT, Yes,           STARTING, RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF_START, CRASHED_START, Yes,    HUNG]),
-    (Verb::Info,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
-    (Verb::Pause,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
-    (Verb::Unpause,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
-    (Verb::Save,      [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
-    (Verb::Suspend,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
-    (Verb::Resume,    [ABSENT, NOT_SUSPENDED, STARTING, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,       CRASHED,       KILLED, HUNG]),
-    (Verb::Reboot,    [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
-    (Verb::Shutdown,  [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG]),
-    (Verb::Destroy,   [ABSENT, ENDED_ALREADY, Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
-    (Verb::Delete,    [ABSENT, Yes,           STARTING, RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,       CRASHED,       Yes,    HUNG]),
-    (Verb::Rename,    [ABSENT, Yes,           Yes,      Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    Yes]),
-    (Verb::Wait,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
-    (Verb::Console,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
-    (Verb::Dmesg,     [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes]),
-    (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
-    (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG]),
+    //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung  ending
+    (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
+    (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
+    (Verb::Restore,   [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
+    (Verb::Start,     [ABSENT, Yes,           STARTING, RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF_START, CRASHED_START, Yes,    HUNG, ENDING]),
+    (Verb::Info,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
+    (Verb::Pause,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Unpause,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Save,      [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
+    (Verb::Suspend,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Resume,    [ABSENT, NOT_SUSPENDED, STARTING, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Reboot,    [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Shutdown,  [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Destroy,   [ABSENT, ENDED_ALREADY, Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
+    (Verb::Delete,    [ABSENT, Yes,           STARTING, RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,       CRASHED,       Yes,    HUNG, ENDING]),
+    (Verb::Rename,    [ABSENT, Yes,           Yes,      Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
+    (Verb::Wait,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
+    (Verb::Console,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
+    (Verb::Dmesg,     [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
+    (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
+    (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
 ];
 
 /// What becomes of `verb` in `state`.

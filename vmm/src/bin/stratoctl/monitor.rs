@@ -75,6 +75,14 @@ pub fn start(
         anyhow::Error::from(Failure::hint(what, "name its program with --monitor FILE"))
     });
     let said = match done {
+        Ok(done) if done.status.success() && !is_monitor(program, place) => {
+            let what = format!(
+                "'{}' does not start: {} has ended without a word, and is no stratovirt",
+                place.name,
+                program.display()
+            );
+            Failure::hint(what, "name the monitor's program with --monitor FILE").into()
+        }
         Ok(done) if done.status.success() => {
             // Without it, one that takes long to end is shown as one that starts.
             let _ = registry.is_up(place);
@@ -83,12 +91,39 @@ pub fn start(
         Ok(done) => {
             let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
             let said = if said.is_empty() { done.status.to_string() } else { said };
+            let said = if incoming { in_own_words(&said) } else { said };
             anyhow::Error::from(Failure::new(format!("'{}' does not start: {said}", place.name)))
         }
         Err(e) => e,
     };
     end_left(place).and_then(|()| registry.clear(place)).context("after a failed start")?;
     Err(said)
+}
+
+/// Whether `program`, which has ended well, is one that leaves a monitor behind. The monitor at `place`
+/// tells; it may have ended by itself already, and then the program has to tell.
+fn is_monitor(program: &Path, place: &Place) -> bool {
+    if matches!(process::find(&place.run), Found::Alive(_)) {
+        return true;
+    }
+    let said = Command::new(program).arg("-version").stdin(Stdio::null()).output();
+    said.is_ok_and(|said| said.stdout.starts_with(b"StratoVirt "))
+}
+
+/// What a monitor says of its flags for a restored machine, in the words of `stratoctl restore`.
+fn in_own_words(said: &str) -> String {
+    let mut text = said
+        .replace("leave clock=realtime out", "leave --clock realtime out")
+        .replace("clock=realtime: ", "--clock realtime: ")
+        .replace("give -drive with", "give --disk with")
+        .replace("give -netdev with", "give --tap with");
+    for (begin, end, flag, what) in [
+        ("-drive id=", ",file=PATH", "--disk ", "=PATH"),
+        ("-netdev tap,id=", ",ifname=TAP", "--tap ", "=TAP"),
+    ] {
+        text = text.replace(begin, flag).replace(end, what);
+    }
+    text
 }
 
 /// End the monitor that goes on in the directory of `place` after the process that was started has
@@ -134,4 +169,30 @@ fn config(description: &Description, incoming: bool) -> Value {
         members.insert("domain".into(), json!(description.policy));
     }
     config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restore_speaks_of_its_own_flags() {
+        for (said, shown) in [
+            (
+                "disk 'a': cannot open /x; give its place with -drive id=a,file=PATH: No such file",
+                "disk 'a': cannot open /x; give its place with --disk a=PATH: No such file",
+            ),
+            ("give it a tap with -netdev tap,id=n,ifname=TAP", "give it a tap with --tap n=TAP"),
+            (
+                "the saved machine has no disk 'x'; it has a, b: give -drive with one of these",
+                "the saved machine has no disk 'x'; it has a, b: give --disk with one of these",
+            ),
+            (
+                "clock=realtime: it does not tell; leave clock=realtime out, and",
+                "--clock realtime: it does not tell; leave --clock realtime out, and",
+            ),
+        ] {
+            assert_eq!(in_own_words(said), shown);
+        }
+    }
 }

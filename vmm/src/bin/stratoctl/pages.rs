@@ -2,7 +2,7 @@
 use std::{io, path::Path};
 
 use anyhow::Context;
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use serde_json::json;
 
@@ -11,10 +11,18 @@ use crate::{act::Answer, verbs::Line};
 /// Completions for `shell`.
 pub fn completions(shell: Shell) -> Answer {
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut Line::command(), "stratoctl", &mut text);
+    clap_complete::generate(shell, &mut for_people(), "stratoctl", &mut text);
     let text = String::from_utf8_lossy(&text).into_owned();
     let json = json!({ "shell": shell.to_string(), "script": text });
     Answer::new(text, json)
+}
+
+/// The command line without the verbs that only stratoctl itself uses.
+fn for_people() -> Command {
+    let line = Line::command();
+    let verbs: Vec<_> =
+        line.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
+    Command::new("stratoctl").args(line.get_arguments().cloned()).subcommands(verbs)
 }
 
 /// The page of stratoctl itself, or all pages into `directory`.
@@ -43,10 +51,9 @@ fn write(directory: &Path) -> io::Result<usize> {
 
 /// The names of the verbs that people see.
 fn verbs() -> impl Iterator<Item = String> {
-    let line = Line::command();
-    let verbs: Vec<_> =
-        line.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
-    verbs.into_iter().map(|verb| verb.get_name().to_owned())
+    let line = for_people();
+    let verbs: Vec<_> = line.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+    verbs.into_iter()
 }
 
 #[cfg(test)]
@@ -77,6 +84,12 @@ mod tests {
             );
             for shell in Shell::value_variants() {
                 assert!(completions(*shell).text.contains(&verb), "{verb} for {shell}");
+            }
+        }
+        for shell in Shell::value_variants() {
+            let text = completions(*shell).text;
+            for hidden in ["Restart a domain under", "stratoctl__watch", ";watch"] {
+                assert!(!text.contains(hidden), "{hidden} for {shell}");
             }
         }
         assert!(!directory.path().join("stratoctl-watch.1").exists(), "not for people");

@@ -3,7 +3,7 @@ use std::{
     fs::{self, File},
     io::Read,
     os::{fd::OwnedFd, unix::fs::MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -67,10 +67,26 @@ pub fn search(run: &Path) -> Option<Process> {
     pids.find_map(|pid| Process::open(pid, run).filter(Process::is_monitor))
 }
 
+/// What the kernel tells of the threads of `pid`, the first one first: when that has ended and others
+/// have not, it tells nothing more of the process as a whole.
+fn tasks(pid: u32) -> Vec<PathBuf> {
+    let first = PathBuf::from(format!("/proc/{pid}"));
+    if fs::read_link(first.join("cwd")).is_ok() {
+        return vec![first];
+    }
+    let tasks = fs::read_dir(first.join("task")).into_iter().flatten().flatten();
+    tasks.map(|task| task.path()).collect()
+}
+
 impl Process {
     /// Whether its program is a monitor, and not somebody's shell.
     fn is_monitor(&self) -> bool {
-        let read = || fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        // Of a process whose first thread has ended, what the others tell.
+        let read = || {
+            let lines =
+                tasks(self.pid).into_iter().filter_map(|t| fs::read(t.join("cmdline")).ok());
+            lines.into_iter().find(|line| !line.is_empty()).unwrap_or_default()
+        };
         let mut text = read();
         // It has none for a moment when it becomes another program.
         for _ in 0..100 {
@@ -88,9 +104,10 @@ impl Process {
         let fd = pidfd_open(number, PidfdFlags::empty()).ok()?;
         let process = Self { pid, fd };
         let at = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-        let cwd = at(Path::new(&format!("/proc/{pid}/cwd")))?;
+        let run = at(run)?;
+        let here = tasks(pid).into_iter().any(|task| at(&task.join("cwd")) == Some(run));
         // Alive now, so that what was looked at was this very process.
-        (at(run)? == cwd && !process.ends_within(Duration::ZERO)).then_some(process)
+        (here && !process.ends_within(Duration::ZERO)).then_some(process)
     }
 
     /// Its number.
@@ -110,6 +127,13 @@ impl Process {
                 Err(_) => return false,
             }
         }
+    }
+
+    /// Whether it is only there because the kernel cannot end one of its threads yet.
+    pub fn is_only_a_number(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        // Field 3; the second one is in parentheses and may have anything in it.
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
     }
 
     /// End it, whatever it is doing.

@@ -265,7 +265,7 @@ pub struct Shutdown {
     /// Destroy the domain if it has not done it in time
     #[arg(short = 'F', long)]
     pub force: bool,
-    /// Longest wait, seconds; with -F 60 if not given
+    /// Wait so many seconds at most; with -F 60 if not given
     #[arg(short, long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
 }
@@ -277,8 +277,8 @@ pub struct Reboot {
     /// Wait until the guest has done it, and reset the machine if it has not in time
     #[arg(short = 'F', long)]
     pub force: bool,
-    /// Longest wait, seconds; 60 if not given
-    #[arg(short, long, value_name = "SECONDS", requires = "force")]
+    /// Wait so many seconds at most; with -F 60 if not given
+    #[arg(short, long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
 }
 

@@ -1,7 +1,7 @@
 //! A stream and its reader: what goes in comes out, and nothing else does.
 use std::{io::Read, os::unix::net::UnixStream, sync::Arc, thread, time::Duration};
 
-use machine::memory::image as ram;
+use machine::memory::{allocate, image as ram};
 
 use super::{super::tests::*, *};
 use crate::checkpoint::{
@@ -16,7 +16,12 @@ use crate::checkpoint::{
 const WAIT: Duration = Duration::from_secs(60);
 
 fn read(bytes: &[u8]) -> Result<Received, String> {
-    receive(bytes, |_| Ok(())).map_err(|e| why(&e))
+    read_from(bytes)
+}
+
+fn read_from(bytes: impl Read) -> Result<Received, String> {
+    let allocate = |config: &Config| Ok(allocate(&config.machine.memory).unwrap());
+    receive(bytes, |_| Ok(()), allocate, &Progress::default()).map_err(|e| why(&e))
 }
 
 fn refusal(bytes: &[u8]) -> String {
@@ -35,7 +40,8 @@ fn sent() -> Vec<u8> {
     let memory = memory(1);
     let progress = Progress::default();
     let peer = Peer::reach(To::Fd(near.into()), Cancel::new().unwrap()).unwrap();
-    let mut to = Box::new(Stream::begin(peer, memory.clone(), &config(5), &progress).unwrap());
+    let mut to =
+        Box::new(Stream::begin(peer, memory.clone(), &config(5), false, &progress).unwrap());
     to.copy(&Source::Guest(&ram::used(&memory, &[]).unwrap()), &progress).unwrap();
     ram::write(&memory, 5 * MIB, &[0; 4096]).unwrap();
     ram::write(&memory, SIZE - 5, b"later").unwrap();
@@ -237,7 +243,7 @@ fn a_state_without_end_has_one() {
     let mut one = Vec::new();
     Writer::begin(&mut one).unwrap().frame(Kind::Section, &[&body]).unwrap();
     let from = Endless { head: bytes[..head].to_vec(), tail: one[16..].to_vec(), at: 0 };
-    let error = why(&receive(from, |_| Ok(())).map(|_| ()).unwrap_err());
+    let error = read_from(from).map(|_| ()).expect_err("it was accepted");
     assert!(error.contains("longer than"), "{error}");
 }
 
@@ -297,7 +303,7 @@ fn save_to(near: UnixStream) -> Job {
     let cancel = Some(cancel);
     let sent = memory.clone();
     let open = move |progress: &Progress| {
-        let stream = Stream::begin(peer, sent, &config, progress)?;
+        let stream = Stream::begin(peer, sent, &config, false, progress)?;
         Ok(Box::new(stream) as Box<dyn Sink>)
     };
     let (open, place) = (Box::new(open), String::new());

@@ -1,11 +1,12 @@
 //! What character devices lead to: console, serial port, control sockets.
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use machine::Part;
 use machine::config::{CharBackend, ConsoleConfig};
 
 use super::Resolver;
+use crate::cli::Control;
 use crate::cli::draft::{DeviceKind, Draft, Serial};
 use crate::cli::problem::Place;
 
@@ -97,12 +98,13 @@ impl Resolver {
     }
 
     /// All control sockets, and no path twice among them and the other sockets.
-    pub(super) fn control(&mut self, d: &Draft) -> Vec<PathBuf> {
-        let mut control: Vec<(&Place, PathBuf)> = vec![];
-        control.extend(d.control.iter().map(|(place, path)| (place, path.clone())));
+    pub(super) fn control(&mut self, d: &Draft) -> Vec<Control> {
+        let mut control: Vec<_> = d.control.iter().map(|(_, control)| control.clone()).collect();
         for (place, id) in &d.monitors {
             match self.chardev(d, place, id) {
-                Some(CharBackend::Socket { path, replay: 0 }) => control.push((place, path)),
+                Some(CharBackend::Socket { path, replay: 0 }) => {
+                    control.push(Control { path, connects: false });
+                }
                 Some(CharBackend::Socket { .. }) => {
                     self.problems.add_value(&place.key("chardev"), id, "QMP has no replay");
                 }
@@ -123,13 +125,14 @@ impl Resolver {
             CharBackend::Socket { path, .. } => Some((place, path)),
             _ => None,
         });
-        for (place, path) in d.control.iter().map(|(place, path)| (place, path)).chain(others) {
+        let own = d.control.iter().map(|(place, control)| (place, &control.path));
+        for (place, path) in own.chain(others) {
             if !taken.insert(path) {
                 let rule = "another socket has this path";
                 self.problems.add_value(place, &path.to_string_lossy(), rule);
             }
         }
-        control.into_iter().map(|(_, path)| path).collect()
+        control
     }
 
     /// One thing can have the standard streams, and nothing of a process in the background.

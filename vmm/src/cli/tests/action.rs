@@ -23,6 +23,8 @@ fn whatever_happens_is_the_end_unless_told() {
     let said = "-action shutdown=poweroff,reboot=shutdown,panic=exit-failure";
     assert_eq!(actions(said), default);
     assert_eq!(actions("-action panic=shutdown").panic_status, 0);
+    let failure = actions("-action reboot=exit-failure");
+    assert_eq!(failure, Actions { reboot_status: 1, ..default });
 }
 
 #[test]
@@ -34,7 +36,7 @@ fn each_is_chosen_by_itself() {
     assert!(!a.triple_fault_panics);
     assert_eq!(
         problem("-action reboot=restart"),
-        "-action reboot=restart: reboot: 'restart': must be shutdown|pause|reset"
+        "-action reboot=restart: reboot: 'restart': must be shutdown|exit-failure|pause|reset"
     );
     assert!(problem("-action crash=pause").contains("shutdown, reboot, panic"));
 }

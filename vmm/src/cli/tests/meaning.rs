@@ -7,7 +7,7 @@ use super::*;
 fn socket_paths_may_hold_an_equals_sign() {
     for line in ["-qmp unix:/run/a=b/s,server,nowait", "-api-channel unix:/run/a=b/s"] {
         let i = run(&format!("-kernel k {line}"));
-        assert_eq!(i.control, [std::path::Path::new("/run/a=b/s")], "{line}");
+        assert_eq!(i.control, [Control { path: "/run/a=b/s".into(), connects: false }], "{line}");
     }
 }
 
@@ -176,14 +176,17 @@ fn the_serial_port_leads_anywhere() {
 
 #[test]
 fn a_second_control_socket() {
-    let i = run("-kernel k -qmp unix:/a,server,nowait \
+    let i = run("-kernel k -serial pty -qmp unix:/a,server,nowait \
                  -chardev socket,path=/b,id=m,server,nowait -mon chardev=m,id=monitor,mode=control");
-    assert_eq!(i.control.iter().map(|p| p.to_str().unwrap()).collect::<Vec<_>>(), ["/a", "/b"]);
+    assert_eq!(
+        i.control.iter().map(|c| c.path.to_str().unwrap()).collect::<Vec<_>>(),
+        ["/a", "/b"]
+    );
     assert!(i.warnings.is_empty());
     let i = run("-kernel k -chardev socket,path=/b,id=m,server,nowait -mon chardev=m,mode=control");
     assert_eq!(i.control.len(), 1, "a monitor alone is enough");
     let i = run("-kernel k -api-channel unix:/a,nowait,whatever");
-    assert_eq!(i.control[0].to_str(), Some("/a"));
+    assert_eq!(i.control[0].path.to_str(), Some("/a"));
 }
 
 #[test]
@@ -200,7 +203,7 @@ fn rates_of_randomness() {
 
 #[test]
 fn a_character_device_for_nothing_is_a_warning() {
-    let i = run("-kernel k -api-channel unix:s -chardev pty,id=x");
+    let i = run("-kernel k -api-channel unix:s -serial pty -chardev pty,id=x");
     assert_eq!(i.warnings, ["-chardev pty,id=x: used by nothing"]);
 }
 
@@ -301,4 +304,22 @@ fn what_is_off_anyway_may_be_said() {
     machine("-cpu host,pmu=off,sve=off -netdev tap,id=n,ifname=t,macnat=off,vhost=off");
     assert!(problem("-cpu host,pmu=on").contains("pmu"));
     assert!(problem("-netdev tap,id=n,ifname=t,macnat=on").ends_with("not built yet; use off"));
+}
+
+#[test]
+fn without_server_the_monitor_connects() {
+    let i = run("-kernel k -serial pty -qmp unix:/a");
+    assert_eq!(i.control, [Control { path: "/a".into(), connects: true }]);
+    for line in ["-qmp unix:/a,nowait", "-qmp unix:/a,server", "-qmp unix:/a,wait=off"] {
+        assert!(!problems(&format!("-kernel k {line}")).is_empty(), "{line}");
+    }
+}
+
+/// As libvirt asks a monitor what it can do.
+#[test]
+fn no_machine_needs_no_kernel() {
+    let i = run("-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg \
+                 -qmp unix:/caps,server=on,wait=off -pidfile /p -daemonize");
+    assert!(i.no_machine && i.warnings.is_empty());
+    assert!(!run("-kernel k -qmp unix:/a,server,nowait -machine microvm").no_machine);
 }

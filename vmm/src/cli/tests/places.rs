@@ -9,7 +9,7 @@ fn explained(invocation: &Invocation) -> Vec<String> {
     let config = &invocation.machine;
     // Any error that is about the whole machine; what KVM says does not matter here.
     let first = BuildError::Slots(SlotsError::Disks { slots: 1, disks: 2 });
-    let problems = invocation.places.explain(survey(config, first));
+    let problems = invocation.places.explain(survey(config, first), config);
     let short = |line: &str| match line.split_once(".json: ") {
         Some((_, rest)) => format!("FILE: {rest}"),
         None => line.to_owned(),
@@ -101,8 +101,8 @@ fn what_is_about_a_number_names_it_too() {
     let size = MemoryConfig { size: 1 << 50, ..machine("").memory };
     let error = || BuildError::from(memory::allocate(&size).unwrap_err());
     let said = |text: &str, line: &str| {
-        let places = file(text, line).unwrap().places;
-        let problems = places.explain(vec![error()]);
+        let invocation = file(text, line).unwrap();
+        let problems = invocation.places.explain(vec![error()], &invocation.machine);
         problems.iter().next().unwrap().to_owned()
     };
     let text = r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"mem_size":"1G"}}"#;
@@ -127,4 +127,25 @@ fn what_needs_no_host_is_said_with_everything_else() {
     assert!(problem("-append é").contains("-append: 'é': it has \"é\" at byte 0"));
     let said = problem(&format!("-append {}", "x".repeat(65536)));
     assert!(said.ends_with("it has 65536 bytes; the kernel takes at most 65535"), "{said}");
+}
+
+/// As people have it: the kernel beside the file, and the monitor started elsewhere.
+#[test]
+fn what_lies_beside_the_file_is_found_there_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["kernel", "root"] {
+        std::fs::write(dir.path().join(name), "").unwrap();
+    }
+    let text = r#"{"boot-source":{"kernel_image_path":"kernel","initrd_fs_path":"initrd"},
+        "drive":[{"drive_id":"r","path_on_host":"root","read_only":false,"direct":false}]}"#;
+    let path = dir.path().join("vm.json");
+    std::fs::write(&path, text).unwrap();
+    let invocation = run(&format!("-config {} -api-channel unix:s", path.display()));
+    let said = explained(&invocation);
+    for (name, told) in [("kernel", true), ("root", true), ("initrd", false)] {
+        let there = dir.path().join(name);
+        let beside = format!("and the file is beside this one: {}", there.display());
+        let line = said.iter().find(|line| line.contains(&format!("{name} "))).unwrap();
+        assert_eq!(line.ends_with(&beside), told, "{line}");
+    }
 }

@@ -38,7 +38,7 @@ pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
             Asked::by("power button", why)
         }
     };
-    if !(args.wait || args.force) {
+    if !(args.wait || args.force || args.timeout.is_some()) {
         return Ok(asked.answer(name));
     }
     let limit = limit(args.timeout, args.force)?;
@@ -79,13 +79,14 @@ pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
             Err(e) => return Err(e.into()),
         },
     };
-    if !args.force {
+    if !args.force && args.timeout.is_none() {
         return Ok(asked.answer(name));
     }
     let limit = limit(args.timeout, true)?;
     held.lock = None;
     match wait(&mut held, limit)? {
         Some(outcome) => finished(ctx, name, &held, &asked, outcome),
+        None if !args.force => Err(still_there(name, &asked, "reboot", "resets")),
         None => {
             let mut held = ctx.hold(Verb::Reboot, name)?;
             let why = format!("asked by the {}; it did not", asked.way);

@@ -2,6 +2,7 @@
 mod ask;
 mod keep;
 mod life;
+mod qmp;
 mod save;
 mod store;
 mod talk;
@@ -9,8 +10,8 @@ mod watch;
 
 use std::{path::PathBuf, time::Duration};
 
+use ::qmp::schema::Quit;
 use anyhow::Context as _;
-use qmp::schema::Quit;
 use serde_json::{Value, json};
 
 pub use watch::WaitFor;
@@ -94,7 +95,7 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Console(args) => talk::console(&ctx, &args.domain),
         Command::Dmesg(args) => talk::dmesg(&ctx, &args),
         Command::Events(args) => talk::events(&ctx, &args, as_json),
-        Command::Qmp(args) => talk::qmp(&ctx, &args),
+        Command::Qmp(args) => qmp::qmp(&ctx, &args),
         Command::Completions(args) => Ok(pages::completions(args.shell)),
         Command::Man(args) => pages::man(args.directory.as_deref()),
         Command::Watch(args) => keep::watch(&ctx, &args.domain),

@@ -1,5 +1,6 @@
 //! Saving a domain: into a directory of the user's, or into its own store.
 use std::{
+    fs,
     path::Path,
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
     time::Duration,
@@ -37,6 +38,7 @@ enum After {
 pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Save, &args.domain)?;
     let directory = store::directory(&args.file)?;
+    fit_for_a_save(&directory)?;
     let after = match (args.go_on, args.paused) {
         (true, _) => After::GoesOn,
         (_, true) => After::Paused,
@@ -48,6 +50,25 @@ pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
         registry::write(ctx.registry.disk(), &beside, &saved)
             .with_context(|| format!("cannot write {}", beside.display()))
     })
+}
+
+/// See that `directory` is not there yet, is empty, or has an earlier save in it.
+fn fit_for_a_save(directory: &Path) -> anyhow::Result<()> {
+    // What is there and is no directory, or cannot be read, is for the monitor to refuse.
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+    let names: Vec<_> =
+        entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    let of_a_save =
+        |name: &str| ["state", "memory", store::BESIDE].iter().any(|own| name.starts_with(own));
+    let is_save = names.iter().any(|name| name == "state");
+    match names.iter().find(|name| !of_a_save(name)) {
+        Some(other) if !is_save => {
+            let what = format!("{} has other things in it, such as '{other}'", directory.display());
+            let hint = "a save is a directory of its own: name one that is not there yet, or an earlier save";
+            Err(Failure::hint(what, hint).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 pub fn suspend(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {

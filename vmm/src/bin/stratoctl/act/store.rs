@@ -51,7 +51,17 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     let more = incoming(&held.place.saved(), false, args.clock, args.force)?;
     // Paused at first: the state counts until the guest runs, and from then on no more.
     let place = held.place.clone();
-    let id = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more)?;
+    let started = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more);
+    let id = started.map_err(|e| {
+        let (text, saved) = (format!("{e:#}"), place.saved());
+        match text.contains("--disk ") || text.contains("--tap ") {
+            true => {
+                let hint = format!("`stratoctl restore {}` takes these flags", saved.display());
+                Failure::hint(text, hint).into()
+            }
+            false => e,
+        }
+    })?;
     let mut held = Held { seen: domain::look(&ctx.registry, &place), ..held };
     let watched = match keep::needed(&description.policy) {
         true => keep::spawn(ctx, &place),

@@ -1,4 +1,4 @@
-//! Looking at domains.
+//! Looking at domains, and waiting for what becomes of them.
 use std::{
     thread,
     time::{Duration, Instant},
@@ -6,6 +6,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use qmp::client::ClientError;
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
 
@@ -22,8 +23,13 @@ use crate::{
 
 /// Most domains that are asked at the same time: as many connections.
 const AT_ONCE: u64 = 256;
-/// Time between two looks at a domain that is waited for.
+/// Time between two looks at a domain whose monitor does not answer.
 const LOOK: Duration = Duration::from_millis(20);
+/// Time between two looks at one that is being saved, of whose end not all is told by events.
+const SAVING: Duration = Duration::from_millis(200);
+/// Time between two looks at one that tells by events what becomes of it: another monitor may take its
+/// name.
+const TOLD: Duration = Duration::from_secs(2);
 /// Lines of a log that are shown.
 const LAST: usize = 10;
 
@@ -166,7 +172,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
         let mut object = row.json();
         let description = row.description.as_ref().ok();
         let last = match row.state {
-            State::Killed | State::Hung | State::Crashed | State::Off => {
+            State::Killed | State::Hung | State::Ending | State::Crashed | State::Off => {
                 show::last_lines(&row.place.run.join("log"), LAST)
             }
             _ => Vec::new(),
@@ -190,6 +196,9 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
     Ok(Answer::new(text, Value::Array(objects)))
 }
 
+/// Events that tell of another state.
+const CHANGES: [&str; 6] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
+
 /// What can be waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WaitFor {
@@ -207,8 +216,8 @@ impl WaitFor {
     const fn is_there(self, state: State) -> bool {
         match self {
             Self::Ended => {
-                use State::{Hung, Paused, Running, Saving, Starting};
-                !matches!(state, Starting | Running | Paused | Saving | Hung)
+                use State::{Ending, Hung, Paused, Running, Saving, Starting};
+                !matches!(state, Starting | Running | Paused | Saving | Hung | Ending)
             }
             Self::Running => matches!(state, State::Running),
             Self::Paused => matches!(state, State::Paused),
@@ -240,11 +249,28 @@ pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
             let what = format!("'{name}' is still {}", seen.state.word());
             return Err(Failure::new(what).into());
         }
-        // The end of the process is told at once; other changes are looked for.
-        let pause = left.map_or(LOOK, |left| left.min(LOOK));
-        match seen.process {
-            Some(process) => drop(process.ends_within(pause)),
-            None => thread::sleep(pause),
+        until_changed(seen, left);
+    }
+}
+
+/// Wait until the domain may be in another state, no longer than `left`.
+fn until_changed(seen: Seen, left: Option<Duration>) {
+    let within = |pause: Duration| left.map_or(pause, |left| left.min(pause));
+    if let Some(mut client) = seen.client {
+        let pause = within(if seen.state == State::Saving { SAVING } else { TOLD });
+        let deadline = Instant::now() + pause;
+        loop {
+            match client.next_event(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) if CHANGES.contains(&event.event.as_str()) => return,
+                Ok(_) => {}
+                Err(ClientError::Timeout { .. }) => return,
+                // It has hung up, and may take its time to end.
+                Err(_) => break,
+            }
         }
+    }
+    match seen.process {
+        Some(process) => drop(process.ends_within(within(LOOK))),
+        None => thread::sleep(within(LOOK)),
     }
 }

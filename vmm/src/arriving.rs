@@ -1,0 +1,203 @@
+//! The monitor before its machine has come in (`-incoming`): it answers, in the run state `inmigrate`.
+//!
+//! A machine that is sent may take hours, or never come. What needs a machine is refused meanwhile. One
+//! that is read from files of this host is there in a moment, so such requests wait for it instead: a
+//! client does not notice. `cont` and `stop` say what becomes of the machine when it is there.
+use qmp::{
+    Error, Request,
+    schema::{
+        Cont, Empty, Event, MigrateCancel, MigrationInfo, MigrationStats, MigrationStatus,
+        QueryMigrate, QueryStatus, Quit, RunState, ShutdownCause, StatusInfo, Stop,
+    },
+    server::{Server, Ticket},
+    table::{Host, Table},
+};
+
+use crate::{
+    checkpoint::{Arrival, ArrivalStep, Arrived, RestoreError, make_room},
+    commands,
+    vmm::Ending,
+};
+
+/// A monitor without a machine yet.
+pub struct Arriving {
+    pub(crate) servers: Vec<Server>,
+    arrival: Arrival,
+    /// The machine stays stopped when it is there.
+    paused: bool,
+    /// Requests that need it wait for it.
+    patient: bool,
+    held: Vec<Held>,
+    status: MigrationStatus,
+    over: Option<Over>,
+}
+
+/// A request that waits for the machine, and the server that it came from.
+pub struct Held {
+    /// Index of the server.
+    pub server: usize,
+    /// The request.
+    pub request: Request,
+    /// For its answer.
+    pub ticket: Ticket,
+}
+
+/// How it ends.
+pub enum Over {
+    /// The machine has come whole.
+    Arrived(Box<Arrived>),
+    /// It never will.
+    Failed(RestoreError),
+    /// The monitor is to end.
+    Ended(Ending),
+}
+
+/// What the monitor goes on with.
+pub struct Handed {
+    /// Its servers.
+    pub servers: Vec<Server>,
+    /// The machine is to stay stopped.
+    pub paused: bool,
+    /// What clients have asked for meanwhile.
+    pub held: Vec<Held>,
+}
+
+impl Arriving {
+    /// A monitor that waits for `arrival`. It is `paused` afterwards unless clients say otherwise;
+    /// `patient`: what needs the machine waits for it.
+    pub fn new(servers: Vec<Server>, arrival: Arrival, paused: bool, patient: bool) -> Self {
+        let (held, status, over) = (Vec::new(), MigrationStatus::Setup, None);
+        Self { servers, arrival, paused, patient, held, status, over }
+    }
+
+    /// Its commands; all others are known, and refused.
+    pub(crate) fn table() -> Table<Self> {
+        commands::probing(true)
+            .on(true, cont)
+            .on(true, stop)
+            .on(true, quit)
+            .on(true, migrate_cancel)
+            .on(true, query_migrate)
+            .on(true, query_status)
+            .listing(&commands::table(), false)
+    }
+
+    /// Whether `request` waits for the machine.
+    pub(crate) fn holds(&self, table: &Table<Self>, request: &Request) -> bool {
+        self.patient && table.when(&request.execute) == Some(false)
+    }
+
+    pub(crate) fn hold(&mut self, held: Held) {
+        self.held.push(held);
+    }
+
+    /// See what the thread has to say.
+    pub(crate) fn follow(&mut self) {
+        while let Some(step) = self.arrival.step() {
+            match step {
+                ArrivalStep::Described(config) => {
+                    self.tell(MigrationStatus::Active);
+                    match make_room(&config) {
+                        Ok(memory) => self.arrival.fill(Ok(memory)),
+                        Err(e) => {
+                            self.arrival.fill(Err(Error::generic(&e).to_string()));
+                            self.end(Over::Failed(e));
+                        }
+                    }
+                }
+                ArrivalStep::Done(Ok(arrived)) => self.end(Over::Arrived(arrived)),
+                ArrivalStep::Done(Err(e)) => self.end(Over::Failed(e)),
+            }
+        }
+    }
+
+    /// End like this, unless there is an end already.
+    pub(crate) fn end(&mut self, over: Over) {
+        if self.over.is_none() {
+            if let Over::Failed(_) | Over::Ended(_) = over {
+                self.arrival.cancel();
+            }
+            self.over = Some(over);
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.is_some()
+    }
+
+    /// How it has ended, once it has.
+    pub(crate) fn take_end(&mut self) -> Option<Over> {
+        self.over.take()
+    }
+
+    /// What the monitor goes on with after `over`.
+    pub(crate) fn finish(mut self, over: &Over) -> Handed {
+        self.tell(match over {
+            Over::Arrived(_) => MigrationStatus::Completed,
+            Over::Failed(_) | Over::Ended(_) => MigrationStatus::Failed,
+        });
+        self.arrival.finish();
+        Handed { servers: self.servers, paused: self.paused, held: self.held }
+    }
+
+    fn tell(&mut self, status: MigrationStatus) {
+        self.status = status;
+        self.servers.iter_mut().for_each(|server| server.broadcast(&Event::Migration { status }));
+    }
+}
+
+impl Host for Arriving {
+    type When = bool;
+
+    fn admit(&self, name: &str, when: bool) -> Result<(), Error> {
+        match when {
+            true => Ok(()),
+            false => Err(Error::text(format!(
+                "{name} is not possible now: the machine has not come in yet (inmigrate); \
+                 query-migrate tells how far it is, migrate_cancel and quit end this monitor"
+            ))),
+        }
+    }
+}
+
+fn cont(arriving: &mut Arriving, _: Cont) -> Result<Empty, Error> {
+    arriving.paused = false;
+    Ok(Empty {})
+}
+
+fn stop(arriving: &mut Arriving, _: Stop) -> Result<Empty, Error> {
+    arriving.paused = true;
+    Ok(Empty {})
+}
+
+fn quit(arriving: &mut Arriving, _: Quit) -> Result<Empty, Error> {
+    let reason = ShutdownCause::HostQmpQuit;
+    arriving.end(Over::Ended(Ending { guest: false, reason, status: 0 }));
+    Ok(Empty {})
+}
+
+/// Without its machine the monitor is of no use, so it ends, and says so.
+fn migrate_cancel(arriving: &mut Arriving, _: MigrateCancel) -> Result<Empty, Error> {
+    arriving.arrival.cancel();
+    Ok(Empty {})
+}
+
+fn query_status(_: &mut Arriving, _: QueryStatus) -> Result<StatusInfo, Error> {
+    Ok(StatusInfo::new(RunState::Inmigrate))
+}
+
+fn query_migrate(arriving: &mut Arriving, _: QueryMigrate) -> Result<MigrationInfo, Error> {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let progress = arriving.arrival.progress();
+    let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    let (total, transferred) = (load(&progress.total), load(&progress.written));
+    let ram = (total > 0).then(|| MigrationStats {
+        transferred,
+        remaining: total.saturating_sub(load(&progress.done)),
+        total,
+        duplicate: 0,
+        normal: transferred / 4096,
+        page_size: 4096,
+    });
+    Ok(MigrationInfo { status: arriving.status, ram, ..Default::default() })
+}
