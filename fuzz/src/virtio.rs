@@ -75,7 +75,7 @@ impl Host {
             0..3 => {
                 let aio = if kind.is_multiple_of(6) { Aio::Auto } else { Aio::Off };
                 let (readonly, discard) = (kind & 0x40 != 0, kind & 0x80 != 0);
-                let options = OpenOptions { readonly, direct: false, discard, aio, probe: false };
+                let options = OpenOptions { readonly, discard, aio, ..OpenOptions::default() };
                 let disk = Disk::open(self.image.as_path(), &options).unwrap();
                 let limited = (kind & 0x20 != 0).then_some(5);
                 let drive = blk::Drive { ops_per_second: limited, ..blk::Drive::from(disk) };

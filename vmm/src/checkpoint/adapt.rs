@@ -16,7 +16,7 @@ use machine::{
 };
 use rustix::fs::OFlags;
 
-use crate::cli::Incoming;
+use crate::cli::Asked;
 
 /// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
 #[derive(Debug, thiserror::Error)]
@@ -42,17 +42,16 @@ pub enum AdaptError {
     DiskSize { id: String, path: PathBuf, saved: u64, found: u64 },
 }
 
-/// Change `description` to what the command line asks for: `incoming`, and the disks, NICs and character
+/// Change `description` to what the command line asks for: `asked`, and the disks, NICs and character
 /// devices of `flags`.
 ///
 /// # Errors
 /// When it asks for what the guest would notice, or for what was not there.
 pub fn adapt(
     description: &mut Description,
-    incoming: &Incoming,
+    asked: &Asked,
     flags: &MachineConfig,
 ) -> Result<(), AdaptError> {
-    let asked = &incoming.asked;
     let saved = &mut description.config;
     if let Some((cpus, topology)) = asked.smp
         && (cpus, topology) != (saved.cpus, saved.topology)
@@ -108,8 +107,9 @@ pub fn adapt(
         (_, None) => {}
     }
     disks(description, flags)?;
-    if incoming.force {
-        take_any_disks(description);
+    for disk in description.occupied.disks.iter_mut().flatten().filter(|_| asked.force) {
+        // The user vouches for those of the saved sizes.
+        (disk.expect, disk.probe) = (Expect::Any, false);
     }
     nics(description, flags)
 }
@@ -133,13 +133,6 @@ fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptErro
         }
     }
     Ok(())
-}
-
-/// Take the disks of the saved sizes as they are: the user vouches for them.
-fn take_any_disks(saved: &mut Description) {
-    for disk in saved.occupied.disks.iter_mut().flatten() {
-        (disk.expect, disk.probe) = (Expect::Any, false);
-    }
 }
 
 fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError> {

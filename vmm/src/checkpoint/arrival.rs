@@ -97,8 +97,8 @@ impl Arrival {
         let (give, memory) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let (wanted, flags) = (incoming.clone(), flags.clone());
-        let overrides = move |to: &mut Description| adapt::adapt(to, &wanted, &flags);
+        let (asked, flags) = (incoming.asked.clone(), flags.clone());
+        let overrides = move |to: &mut Description| adapt::adapt(to, &asked, &flags);
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);

@@ -96,7 +96,7 @@ pub fn restore(
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
     let Arrived { config, sections, memory, filled, answer: _ } = arrived;
-    let overrides = |description: &mut Description| adapt(description, incoming, flags);
+    let overrides = |description: &mut Description| adapt(description, &incoming.asked, flags);
     let restorable = rehearse(&config, sections, overrides)?;
     check_disks(&restorable.description)?;
     let clock_realtime = incoming.clock_realtime;

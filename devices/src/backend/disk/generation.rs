@@ -101,7 +101,7 @@ struct State {
 enum Phase {
     Armed,
     Marking {
-        job: Job,
+        job: Box<Job>,
         /// The image was saved meanwhile, so this generation is used up.
         saved: bool,
     },
@@ -141,7 +141,7 @@ impl Generation {
     }
 
     /// Begin to give the image another generation; `None` when it is durable already.
-    fn begin(&self, state: &mut State) -> io::Result<Option<Job>> {
+    fn begin(&self, state: &mut State) -> io::Result<Option<Box<Job>>> {
         let next = random()?;
         let job = match state.io_uring {
             true => Job::begin(&self.file, &self.waker, next)?,
@@ -152,7 +152,7 @@ impl Generation {
             self.file.sync_all()?;
         }
         state.current = next;
-        Ok(job)
+        Ok(job.map(Box::new))
     }
 }
 
