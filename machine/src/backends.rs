@@ -411,9 +411,9 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::admits_disk_backend`]; the disk comes back, to be closed where that may wait.
-    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), (PlugError, OpenDisk)> {
+    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), Box<(PlugError, OpenDisk)>> {
         if let Err(why) = self.admits_disk_backend(&disk.config.id) {
-            return Err((why, disk));
+            return Err(Box::new((why, disk)));
         }
         self.backends.waiting_disks.insert(disk.config.id.clone(), disk);
         Ok(())
