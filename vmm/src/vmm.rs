@@ -150,6 +150,13 @@ impl Vmm {
         Ok(())
     }
 
+    /// Note in the log which threads run the guest.
+    pub fn log_vcpus(&self) {
+        for (index, thread) in self.machine.vcpu_threads().into_iter().enumerate() {
+            log::info!(target: "Vcpu", "{index} runs, as thread {thread}");
+        }
+    }
+
     /// What `act` tells one client goes out in one piece: events, then an answer.
     pub(crate) fn in_one_piece(&mut self, act: impl FnOnce(&mut Self)) {
         self.servers.iter_mut().for_each(Server::hold_events);
@@ -160,13 +167,6 @@ impl Vmm {
     /// The descriptors that the client that holds `ticket` has given names.
     pub(crate) fn named_fds(&mut self, ticket: &Ticket) -> Option<&mut BTreeMap<String, OwnedFd>> {
         self.servers.get_mut(self.asked_by)?.named_fds(ticket.client())
-    }
-
-    /// Note in the log which threads run the guest.
-    pub fn log_vcpus(&self) {
-        for (index, thread) in self.machine.vcpu_threads().into_iter().enumerate() {
-            log::info!(target: "Vcpu", "{index} runs, as thread {thread}");
-        }
     }
 
     /// Tell every client.

@@ -1,6 +1,9 @@
 //! How this monitor answers while something that it needs is held: a save that never gets on, storage
 //! that hangs, a guest that floods its disks.
 pub mod answers;
+/// The monitor's own bounds: the numbers have one home.
+#[path = "../../../vmm/src/bounds.rs"]
+pub mod bounds;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -17,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Message;
-use super::measure::{LIMIT, SETTLE, introduce, tell};
+use super::measure::{LIMIT, SETTLE, introduce, tell, with_last_words};
 use super::monitors::{Found, OURS};
 use super::rig::Rig;
 use super::run::Run;
@@ -104,9 +107,9 @@ impl Question {
     #[must_use]
     pub const fn bound(self) -> Duration {
         match self {
-            Self::Status | Self::Meanwhile => Duration::from_millis(100),
-            Self::Stop | Self::Quit => Duration::from_secs(1),
-            Self::Signal => Duration::from_secs(5),
+            Self::Status | Self::Meanwhile => bounds::QUESTION,
+            Self::Stop | Self::Quit => bounds::COMMAND,
+            Self::Signal => bounds::SIGNAL,
         }
     }
 }
@@ -157,7 +160,7 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
             Ok(())
         });
         if let Err(error) = asked {
-            tell(&Message::NotHeld { hold, error: format!("{error:#}") })?;
+            tell(&Message::NotHeld { hold, error: with_last_words(rig, &error) })?;
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use super::control::{Connection, Verb};
 use super::guests::FIRST_BYTE;
 use super::monitors::{Found, Guest, find};
 use super::rig::{MIB, Rig};
-use super::run::Run;
+use super::run::{Run, last_words};
 use super::snapshots::Target;
 use super::{Message, Metric, Scenario, builds, domains, held, scattered, snapshots};
 use crate::debian::Debian;
@@ -116,16 +116,18 @@ fn all(task: &Task) -> Result<()> {
     let paths = Paths::from_env()?;
     let debian = Debian::unpacked(&paths);
     let rig = Rig::new(&paths, &debian, task.seconds)?;
-    match &task.subject {
+    let done = match &task.subject {
         Subject::Monitors(scenarios, runs) => {
             let (monitors, _) = find(&paths, &debian);
             introduce(&monitors)?;
-            compare(&rig, &monitors, scenarios, *runs)?;
+            compare(&rig, &monitors, scenarios, *runs)
         }
-        Subject::Builds(plan) => builds::measure(&rig, plan)?,
-        Subject::Held(times) => held::measure(&rig, &debian, *times)?,
-    }
-    rig.clean_up()
+        Subject::Builds(plan) => builds::measure(&rig, plan)
+            .map_err(|error| anyhow::anyhow!(with_last_words(&rig, &error))),
+        Subject::Held(times) => held::measure(&rig, &debian, *times),
+    };
+    rig.clean_up()?;
+    done
 }
 
 /// Tells which monitors take part.
@@ -170,13 +172,21 @@ fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -
                 if let Err(error) = Turn::new(rig, found, scenario).take(*part) {
                     *failures += 1;
                     let (part, monitor) = (label.to_owned(), found.name.clone());
-                    let error = format!("{error:#}");
+                    let error = with_last_words(rig, &error);
                     tell(&Message::Failed { scenario, part, monitor, error })?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// An error, and what the monitor said last: it may have ended for a reason of its own.
+pub fn with_last_words(rig: &Rig, error: &anyhow::Error) -> String {
+    match last_words(&rig.dir).as_str() {
+        "" => format!("{error:#}"),
+        words => format!("{error:#}; it said: {words}"),
+    }
 }
 
 /// One monitor at its turn.

@@ -1,7 +1,7 @@
 //! What all measuring needs: a disk, a tap, a peer that answers there, kernels in every form.
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -148,11 +148,7 @@ impl Rig {
     /// # Errors
     /// It cannot be read.
     pub fn cache_disk(&self) -> Result<()> {
-        let mut file = File::open(&self.disk)?;
-        file.sync_all()?;
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-        io::copy(&mut file, &mut io::sink())?;
-        Ok(())
+        read_again(&self.disk)
     }
 
     /// The disk's image, and the tap.
@@ -176,6 +172,18 @@ impl Rig {
         }
         Ok(flat)
     }
+}
+
+/// Reads a file into the page cache from its beginning to its end, whatever was there of it before.
+///
+/// # Errors
+/// It cannot be read.
+pub fn read_again(path: &Path) -> Result<()> {
+    let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    file.sync_all()?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    io::copy(&mut file, &mut io::sink())?;
+    Ok(())
 }
 
 fn tsc_khz() -> Result<u32> {

@@ -24,6 +24,9 @@ const API_LIMIT: Duration = Duration::from_secs(20);
 /// Between two looks whether the control socket is there.
 const LOOK: Duration = Duration::from_micros(100);
 
+/// What a monitor says on standard error, a file in its directory.
+const ERRORS: &str = "stderr";
+
 /// A running monitor. Killed when dropped.
 pub struct Run {
     child: Child,
@@ -33,7 +36,6 @@ pub struct Run {
     at: Instant,
     protocol: Protocol,
     socket: PathBuf,
-    errors: PathBuf,
 }
 
 impl Run {
@@ -68,7 +70,7 @@ impl Run {
             _ => {}
         }
         let mut command = command(&socket)?;
-        let errors = dir.join("stderr");
+        let errors = dir.join(ERRORS);
         command.stderr(File::create(&errors)?);
         let mut terminal = None;
         if found.monitor.terminal {
@@ -98,7 +100,7 @@ impl Run {
         });
         let protocol = found.monitor.protocol;
         let (seen, at) = (Vec::new(), started);
-        Ok(Self { child, started, output, seen, at, protocol, socket, errors })
+        Ok(Self { child, started, output, seen, at, protocol, socket })
     }
 
     /// Waits until the control socket answers; how long after exec that is.
@@ -196,16 +198,23 @@ impl Run {
         }
     }
 
-    /// An error with the last of what the monitor said.
+    /// An error with the last of what the guest said.
     fn explained(&self, what: &str) -> anyhow::Error {
-        let errors = fs::read(&self.errors).unwrap_or_default();
-        let tail = |bytes: &[u8]| {
-            let text = String::from_utf8_lossy(bytes).trim().to_owned();
-            let lines: Vec<_> = text.lines().collect();
-            lines.get(lines.len().saturating_sub(4)..).unwrap_or_default().join(" | ")
-        };
-        anyhow::anyhow!("{what}: {} {}", tail(&errors), tail(&self.seen))
+        anyhow::anyhow!("{what}: {}", tail(&self.seen))
     }
+}
+
+/// The last of what the monitor that was started last with files in `dir` said on standard error.
+#[must_use]
+pub fn last_words(dir: &Path) -> String {
+    // Without the file none was started.
+    tail(&fs::read(dir.join(ERRORS)).unwrap_or_default())
+}
+
+fn tail(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes).trim().to_owned();
+    let lines: Vec<_> = text.lines().collect();
+    lines.get(lines.len().saturating_sub(4)..).unwrap_or_default().join(" | ")
 }
 
 impl Drop for Run {

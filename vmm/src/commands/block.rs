@@ -5,7 +5,7 @@ use std::{
 
 use machine::{
     OpenDisk, PlugError, PluggedDisk,
-    config::{Aio, DiskConfig, limits},
+    config::{Aio, DiskConfig, Expect, limits},
 };
 use qmp::{Error, schema::*, server::Ticket, table::Host};
 use serde::Serialize;
@@ -88,6 +88,7 @@ pub fn blockdev_add(
         iothread: None,
         backend: None,
         probe: command.driver.is_none(),
+        expect: Expect::default(),
     };
     vmm.machine.admits_disk_backend(&config.id).map_err(|e| plug_error(&e))?;
     vmm.files.check_idle(&config.id)?;

@@ -1,0 +1,224 @@
+//! What is said beside the machine itself where a stream goes both ways.
+//!
+//! ```text
+//!   source                                             receiver
+//!   Hello Config              ------------------->     has it room, and the disks?
+//!                             <-- Accept | Refuse --
+//!   (Pages | Zeros).. Section.. End ------------->     whole?
+//!                             <--- Ready | Failed --
+//!   release disks and taps; Go ------------------>     take them, build the machine
+//!                             <- Running | Failed --
+//! ```
+//! Before `Go` whatever fails leaves the guest running at the source. After it only `Failed` gives it
+//! back: silence and the end of the stream do not, because the receiver may run it. Then the outcome
+//! is unknown, and the guest stays stopped at the source until somebody who knows says `cont`.
+use std::{
+    io::{self, BufReader, Read, Write},
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use rustix::{event::PollFlags, io::Errno};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    content::Frames,
+    receive::ReceiveError,
+    save::SaveError,
+    send::Cancel,
+    stream::{Kind, Reader, StreamError, VERSION, Writer},
+};
+
+/// How long the answer to `Hello` may take.
+pub const ACCEPT_LIMIT: Duration = Duration::from_secs(5);
+/// How long each later answer may take.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// Longest body of `Hello`, in bytes.
+pub const LONGEST_HELLO: usize = 64 << 10;
+
+/// Body of [`Kind::Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Oldest and newest format that the sender speaks.
+    pub versions: [u32; 2],
+    /// Of this migration.
+    pub id: String,
+    /// The machine's name.
+    pub domain: String,
+}
+
+impl Hello {
+    /// That of the migration `id` of the machine called `domain`.
+    pub fn new(id: u128, domain: &str) -> Self {
+        Self { versions: [VERSION; 2], id: format!("{id:032x}"), domain: domain.into() }
+    }
+}
+
+/// Answers of the receiver, as the source hears them.
+pub struct Answers {
+    reader: Option<Reader<BufReader<Timed>>>,
+    from: Option<Timed>,
+    /// The lock, because the reader that looks at it is inside of another one.
+    deadline: Arc<Mutex<Instant>>,
+}
+
+/// One of them.
+pub struct Said {
+    /// Its kind.
+    pub kind: Kind,
+    /// Why, if it says so.
+    pub text: String,
+}
+
+impl Answers {
+    /// What comes from `fd`.
+    pub fn new(fd: OwnedFd, cancel: Cancel) -> Self {
+        let deadline = Arc::new(Mutex::new(Instant::now()));
+        let from = Some(Timed { fd, cancel, deadline: deadline.clone() });
+        Self { reader: None, from, deadline }
+    }
+
+    /// The next one.
+    ///
+    /// # Errors
+    /// An error of the kind `TimedOut` when none comes within `limit`, `UnexpectedEof` when the
+    /// receiver has gone; else what is wrong with what it says.
+    pub fn next(&mut self, limit: Duration) -> io::Result<Said> {
+        *self.deadline.lock() = Instant::now() + limit;
+        let failed = |e: StreamError| match e {
+            StreamError::Io(e) => e,
+            StreamError::Truncated { .. } => io::Error::from(io::ErrorKind::UnexpectedEof),
+            other => io::Error::other(other),
+        };
+        if let Some(from) = self.from.take() {
+            self.reader = Some(Reader::begin(BufReader::new(from)).map_err(failed)?);
+        }
+        let reader = self.reader.as_mut().ok_or(io::ErrorKind::UnexpectedEof)?;
+        let mut body = Vec::new();
+        let kind = reader.next(&mut body).map_err(failed)?;
+        body.truncate(4096);
+        Ok(Said { kind, text: String::from_utf8_lossy(&body).into_owned() })
+    }
+}
+
+/// Reads until a deadline.
+struct Timed {
+    fd: OwnedFd,
+    cancel: Cancel,
+    deadline: Arc<Mutex<Instant>>,
+}
+
+impl Read for Timed {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let left = self.deadline.lock().saturating_duration_since(Instant::now());
+            self.cancel.wait_for(&self.fd, PollFlags::IN, Some(left))?;
+            match rustix::io::read(&self.fd, &mut *buf) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+}
+
+/// The machine is whole at the receiver: all that is left is to let go of it.
+pub struct HandOver {
+    pub(super) say: Box<dyn FnMut(Kind) -> io::Result<()>>,
+    pub(super) answers: Answers,
+}
+
+impl HandOver {
+    /// Say `Go`; the source has let go of everything. How it ends.
+    ///
+    /// # Errors
+    /// [`SaveError::Refused`] when the receiver gives the machine back, [`SaveError::Unknown`] when it
+    /// may have it.
+    pub fn go(mut self) -> Result<(), SaveError> {
+        let unknown = |why: io::Error| SaveError::Unknown { why };
+        (self.say)(Kind::Go).map_err(unknown)?;
+        let said = self.answers.next(ANSWER_LIMIT).map_err(unknown)?;
+        match said.kind {
+            Kind::Running => Ok(()),
+            Kind::Failed => Err(SaveError::Refused { why: said.text }),
+            other => Err(unknown(io::Error::other(format!("it answers with {}", other.name())))),
+        }
+    }
+}
+
+/// What the receiver says. Dropped before the machine is here to stay, it gives it back.
+pub struct Voice(Option<Writer<Box<dyn Write + Send>>>);
+
+impl Voice {
+    /// Say it to `to`.
+    ///
+    /// # Errors
+    /// When nothing can be written there.
+    pub fn new(to: OwnedFd) -> io::Result<Self> {
+        let to: Box<dyn Write + Send> = Box::new(std::fs::File::from(to));
+        Ok(Self(Some(Writer::begin(to)?)))
+    }
+
+    /// The sender listens to nothing.
+    pub const fn silent() -> Self {
+        Self(None)
+    }
+
+    /// Whether anything is heard.
+    pub const fn is_heard(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Say `kind`, and `why`.
+    ///
+    /// # Errors
+    /// When the source does not take it.
+    pub fn say(&mut self, kind: Kind, why: &str) -> io::Result<()> {
+        let Some(to) = &mut self.0 else { return Ok(()) };
+        to.frame(kind, &[why.as_bytes()])?;
+        to.flush()
+    }
+
+    /// The machine does not come about here, and why: it is the source's again.
+    pub fn fail(mut self, kind: Kind, why: &str) {
+        // A source that does not take it has gone, or finds out.
+        let _ = self.say(kind, why);
+        self.0 = None;
+    }
+
+    /// The machine is here: whatever becomes of it from now on, the source has no part in it.
+    pub fn settle(mut self) {
+        if let Err(e) = self.say(Kind::Running, "") {
+            log::warn!("the source is not told that the machine is here: {e}");
+        }
+        self.0 = None;
+    }
+}
+
+impl Drop for Voice {
+    fn drop(&mut self) {
+        let _ = self.say(Kind::Failed, "the receiver has ended");
+    }
+}
+
+/// Whether a stream begins with a greeting, so that its sender wants answers.
+///
+/// # Errors
+/// When it cannot be read, or is none that is understood here.
+pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<bool, ReceiveError> {
+    let mut body = Vec::new();
+    let kind = frames.take(&mut body)?;
+    if kind != Kind::Hello {
+        frames.put_back(kind, body);
+        return Ok(false);
+    }
+    let bounded = Some(&body).filter(|body| body.len() <= LONGEST_HELLO);
+    let hello = bounded.and_then(|body| serde_json::from_slice::<Hello>(body).ok());
+    let Hello { versions: [oldest, newest], id, domain } = hello.ok_or(ReceiveError::Greeting)?;
+    if !(oldest..=newest).contains(&VERSION) {
+        return Err(ReceiveError::Versions { oldest, newest });
+    }
+    log::info!("machine {domain:?} comes in, migration {id:?}");
+    Ok(true)
+}
