@@ -1,5 +1,5 @@
-//! Something is held until the story is over: a file system whose server does not answer. Everybody but
-//! who asked for it gets answers meanwhile.
+//! Something is held until the story is over: a file system whose server does not answer. All other
+//! clients get answers meanwhile.
 use std::fs;
 use std::process::Command;
 
@@ -35,7 +35,7 @@ fn answer(qmp: &mut Client) -> Result<Value> {
 }
 
 #[test]
-fn an_image_whose_opening_hangs_holds_nobody_but_who_asked_for_it() -> Result<()> {
+fn an_image_whose_opening_hangs_holds_no_other_client() -> Result<()> {
     let stage = Stage::new("held_open")?;
     let held = Held::mount(&stage.file("held"), &[("disk", &[7; MIB])])?;
     let sound = stage.file("sound");
@@ -69,7 +69,7 @@ fn an_image_whose_opening_hangs_holds_nobody_but_who_asked_for_it() -> Result<()
 }
 
 #[test]
-fn an_image_whose_resizing_and_closing_hang_holds_nobody() -> Result<()> {
+fn an_image_whose_resizing_and_closing_hang_holds_no_other_client() -> Result<()> {
     let stage = Stage::new("held_resize")?;
     let held = Held::mount(&stage.file("held"), &[("disk", &[7; MIB])])?;
     let (mut monitor, mut other) = stage.start(stage.vm("hello", "")?)?;
@@ -118,7 +118,7 @@ fn is_made_of_beginnings(mut text: &str, whole: &str) -> bool {
 }
 
 #[test]
-fn a_log_and_a_serial_port_s_file_that_hang_hold_nobody() -> Result<()> {
+fn a_log_and_a_serial_port_s_file_that_hang_hold_no_client() -> Result<()> {
     let mut stage = Stage::new("held_output")?;
     stage.run_by("env STRATOVIRT_LOG_LEVEL=trace")?;
     let held = Held::mount(&stage.file("held"), &[("serial", b""), ("log", b"")])?;
