@@ -1,6 +1,8 @@
 //! State that leaves the process: plain, versioned, separate from runtime types.
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::backend::disk::DiskError;
+
 /// A component whose whole run-time state is one plain struct.
 pub trait Snapshot {
     /// Names the format in the stream; never reused for something else.
@@ -56,4 +58,7 @@ pub enum StateError {
     /// The bytes decode to something no device can be in.
     #[error("invalid state: {0}")]
     Invalid(&'static str),
+    /// A disk is not the one that was saved.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }

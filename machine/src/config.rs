@@ -2,6 +2,7 @@
 //! the JSON file, consumed by the builder, and the first section of a saved state.
 use std::path::PathBuf;
 
+pub use devices::virtio::blk::Expect;
 use serde::{Deserialize, Serialize};
 
 pub mod limits;
@@ -134,6 +135,9 @@ pub struct DiskConfig {
     /// Not kept in a saved state: its guest may have written such a beginning.
     #[serde(skip)]
     pub probe: bool,
+    /// What the image has to be, when a saved state is restored.
+    #[serde(skip)]
+    pub expect: Expect,
 }
 
 impl DiskConfig {

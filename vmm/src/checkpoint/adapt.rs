@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machine::config::{MachineConfig, Tap};
+use machine::config::{Expect, MachineConfig, Tap};
 use rustix::fs::OFlags;
 
 use super::content::Config;
@@ -116,12 +116,21 @@ fn disks(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
             return Err(differs("a disk with readonly", "-drive", saved, asked));
         }
         // What the saved machine wrote to is raw, whatever its guest has written there.
-        disk.probe = wanted.probe && disk.path != wanted.path;
+        let moved = disk.path != wanted.path;
+        disk.probe = wanted.probe && moved;
+        disk.expect = if moved { Expect::Copy } else { Expect::Saved };
         disk.path.clone_from(&wanted.path);
         (disk.direct, disk.aio, disk.discard) = (wanted.direct, wanted.aio, wanted.discard);
         (disk.iops, disk.bps) = (wanted.iops, wanted.bps);
     }
     Ok(())
+}
+
+/// Take the disks of the saved sizes as they are: the user vouches for them.
+pub fn take_any_disks(config: &mut Config) {
+    for disk in config.occupied.disks.iter_mut().flatten() {
+        (disk.expect, disk.probe) = (Expect::Any, false);
+    }
 }
 
 fn nics(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {

@@ -13,12 +13,14 @@
 //! incoming  where a stream comes from
 //! receive   out of a stream
 //! arrival   the thread that reads what comes in, and when it needs the main thread
+//! dialogue  what is said beside the machine where a stream goes both ways
 //! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
 mod arrival;
 mod content;
+mod dialogue;
 mod image;
 mod incoming;
 pub mod job;
@@ -36,6 +38,7 @@ mod wait;
 pub use adapt::AdaptError;
 pub use arrival::{Arrival, Arrived, Step as ArrivalStep};
 pub use content::{Base, Config, Content, ContentError, read as read_state};
+pub use dialogue::Voice;
 pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
@@ -86,7 +89,7 @@ pub fn restore(
     clock_realtime: bool,
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let Arrived { config, state, memory, filled } = arrived;
+    let Arrived { config, state, memory, filled, answer: _ } = arrived;
     adapt::check_disks(&config)?;
     let (made_of, occupied) = (&config.machine, &config.occupied);
     let saved = machine::Saved { config: made_of, occupied, memory, filled, state, clock_realtime };

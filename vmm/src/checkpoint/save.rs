@@ -26,6 +26,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, STATE,
     content::{self, Base, Config, Content, RANGES},
+    dialogue::HandOver,
     image::{Progress, Writer},
     load::{self, DEEPEST, LoadError},
     send::PIECE,
@@ -61,6 +62,19 @@ pub enum SaveError {
     Command { status: u8 },
     #[error("cannot write to the stream")]
     Stream(#[source] io::Error),
+    #[error(
+        "the receiver does not answer; the capability return-path off sends one way \
+         (migrate-set-capabilities)"
+    )]
+    NoAnswer,
+    #[error("the receiver does not take the machine: {why}")]
+    Refused { why: String },
+    #[error(
+        "outcome unknown: the receiver was told to go on, and there is no answer ({why}). Ask it with \
+         query-status: if it has the machine, quit this one; if it has not, or has ended, cont lets the \
+         guest run on here, unless the receiver still holds a disk or tap"
+    )]
+    Unknown { why: io::Error },
     #[error("cancelled")]
     Cancelled,
 }
@@ -82,7 +96,7 @@ pub trait Sink: Send {
     /// When it is not taken, or the save is cancelled.
     fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError>;
 
-    /// Add the rest and make it count; what a later save may build on.
+    /// Add the rest and make it count.
     ///
     /// # Errors
     /// When it is not taken; what was there before is as it was.
@@ -91,7 +105,15 @@ pub trait Sink: Send {
         config: Config,
         state: MachineState,
         progress: &Progress,
-    ) -> Result<Option<Saved>, SaveError>;
+    ) -> Result<Finished, SaveError>;
+}
+
+/// What a save has come to.
+pub enum Finished {
+    /// It counts. What a later save may build on.
+    Over(Option<Saved>),
+    /// It counts when this machine lets go of what both cannot have.
+    HandOver(HandOver),
 }
 
 /// A save that is complete: what another one needs to build on it.
@@ -301,7 +323,7 @@ impl Sink for Directory {
         mut config: Config,
         state: MachineState,
         progress: &Progress,
-    ) -> Result<Option<Saved>, SaveError> {
+    ) -> Result<Finished, SaveError> {
         let Self { mut target, path: memory, writer, size, base, changed, .. } = *self;
         let directory = target.path.canonicalize();
         let directory = directory.map_err(|source| failed("find", &target.path, source))?;
@@ -331,7 +353,7 @@ impl Sink for Directory {
         target.sync()?;
         let mut chain = vec![directory];
         chain.extend(base.map(|base| base.chain).unwrap_or_default());
-        Ok(Some(Saved { chain, id, state: sum, pages: sums.pages }))
+        Ok(Finished::Over(Some(Saved { chain, id, state: sum, pages: sums.pages })))
     }
 }
 

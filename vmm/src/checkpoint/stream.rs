@@ -37,11 +37,25 @@ pub enum Kind {
     Zeros,
     /// Which ranges of memory are here; the others are where the base says.
     Changed,
+    /// A sender that wants answers: who it is.
+    Hello,
+    /// What it described fits here: memory may come.
+    Accept,
+    /// It does not, and why.
+    Refuse,
+    /// All is here and whole; nothing runs.
+    Ready,
+    /// The sender has let go of the machine: it is the receiver's.
+    Go,
+    /// It runs, or is stopped, at the receiver.
+    Running,
+    /// It never will, and why: it is the sender's again.
+    Failed,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 14] = [
         Self::Config,
         Self::Section,
         Self::Sums,
@@ -49,6 +63,13 @@ impl Kind {
         Self::Pages,
         Self::Zeros,
         Self::Changed,
+        Self::Hello,
+        Self::Accept,
+        Self::Refuse,
+        Self::Ready,
+        Self::Go,
+        Self::Running,
+        Self::Failed,
     ];
 
     fn number(self) -> u32 {
@@ -60,6 +81,13 @@ impl Kind {
             Self::Pages => 5,
             Self::Zeros => 6,
             Self::Changed => 7,
+            Self::Hello => 8,
+            Self::Accept => 9,
+            Self::Refuse => 10,
+            Self::Ready => 11,
+            Self::Go => 12,
+            Self::Running => 13,
+            Self::Failed => 14,
         }
     }
 
@@ -72,6 +100,11 @@ impl Kind {
             Self::End => "the end",
             Self::Pages | Self::Zeros => "a piece of memory",
             Self::Changed => "the list of changes",
+            Self::Hello => "the sender's greeting",
+            Self::Accept | Self::Refuse => "the answer to the greeting",
+            Self::Ready => "the word that all is there",
+            Self::Go => "the word to go on",
+            Self::Running | Self::Failed => "the outcome",
         }
     }
 }
@@ -148,6 +181,14 @@ impl<W: Write> Writer<W> {
     pub fn end(&mut self, epoch: u64) -> io::Result<()> {
         let all = self.all.clone().finalize();
         self.frame(Kind::End, &[&epoch.to_le_bytes(), &all.to_le_bytes()])?;
+        self.to.flush()
+    }
+
+    /// Let out what was written.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn flush(&mut self) -> io::Result<()> {
         self.to.flush()
     }
 

@@ -20,7 +20,7 @@ use super::{
     image::Progress,
     job::{Checkpointer, First, Order, Step},
     load::{self, LoadError, load},
-    save::{Directory, SaveError, Saved, Sink, Source, Target},
+    save::{Directory, Finished, SaveError, Saved, Sink, Source, Target},
 };
 use crate::cli::Mapped;
 
@@ -95,7 +95,15 @@ pub fn save_on(
         progress.cancel();
     }
     sink.copy(&Source::Guest(first), &progress)?;
-    Ok(sink.finish(config(mark.into()), state(mark.into()), &progress)?.unwrap())
+    Ok(over(sink.finish(config(mark.into()), state(mark.into()), &progress)?).unwrap())
+}
+
+/// What a later save may build on.
+fn over(finished: Finished) -> Option<Saved> {
+    match finished {
+        Finished::Over(saved) => saved,
+        Finished::HandOver(_) => panic!("there is somebody to hand it over to"),
+    }
 }
 
 /// What is restored from `directory`.
@@ -445,7 +453,7 @@ fn what_was_copied_aside_is_saved_whatever_the_guest_writes_afterwards() {
         mark(&later, 9);
         sink.copy(&Source::Staged(&staging), &progress).unwrap();
         number += 1;
-        base = sink.finish(config(number), state(1), &progress).unwrap();
+        base = over(sink.finish(config(number), state(1), &progress).unwrap());
         check(&path).unwrap();
         let memory = restored(&path, false).unwrap();
         let byte = |page: u64| {

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 
-use super::Block;
+use super::{Block, Expect};
 use crate::{
-    backend::disk::Disk,
+    backend::disk::{Disk, DiskMark},
     state::{Snapshot, StateError},
 };
 
@@ -20,6 +20,9 @@ pub struct State {
     writeback: bool,
     /// Of the active queues; `None` before the driver has set the device up.
     queues: Option<Vec<Position>>,
+    /// By which an image that can be written is known again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mark: Option<DiskMark>,
 }
 
 /// How far a queue has been worked off.
@@ -50,12 +53,20 @@ impl Snapshot for Block {
             size: self.disk().map_or(0, Disk::size),
             writeback: self.writeback.load(Ordering::Relaxed),
             queues,
+            mark: self.disk().and_then(Disk::mark),
         }
     }
 
     fn restore(&mut self, state: State) -> Result<(), StateError> {
         if self.disk().map_or(0, Disk::size) < state.size {
             return Err(StateError::Invalid("the disk is smaller than the one that was saved"));
+        }
+        if let (Some(inserted), Some(mark)) = (&self.inserted, &state.mark) {
+            match inserted.expect {
+                Expect::Saved => inserted.disk.check_mark(mark, false)?,
+                Expect::Copy => inserted.disk.check_mark(mark, true)?,
+                Expect::Any => {}
+            }
         }
         let lanes = self.home.parked_mut().map(|worker| &mut worker.lanes);
         match (lanes, state.queues) {
