@@ -323,23 +323,32 @@ fn refuses_hostile_sections(make: &impl Make) {
     let good = g.transport.save().unwrap();
     let own = device_section(&good);
     for (kind, version) in [("another-device", own.version), (&own.kind, own.version + 1)] {
-        let other = Section { kind: kind.into(), version, body: own.body.clone() };
+        let other = Section { kind: kind.into(), version, ..own.clone() };
         refused(make, &with_device_section(&good, &other), "another device's section");
     }
-    for len in 0..own.body.len() {
-        let cut = Section { body: own.body[..len].to_vec(), ..own.clone() };
-        refused(make, &with_device_section(&good, &cut), "a section that was cut");
+    // Each of its fields gone, or another one more.
+    let fields: serde_json::Value = serde_json::from_str(own.state.get()).unwrap();
+    for field in fields.as_object().unwrap().keys() {
+        let mut less = fields.clone();
+        less.as_object_mut().unwrap().remove(field);
+        let less = own.with(less.to_string()).unwrap();
+        refused(make, &with_device_section(&good, &less), "a section without a field");
     }
     let idle = device_section(&guest(make).transport.save().unwrap());
     refused(make, &with_device_section(&good, &idle), "an idle device's section");
-    let more = Section { body: [&own.body[..], b"1"].concat(), ..own.clone() };
-    refused(make, &with_device_section(&good, &more), "a section with more behind it");
+    let mut more = fields;
+    more["more"] = 1.into();
+    let more = own.with(more.to_string()).unwrap();
+    refused(make, &with_device_section(&good, &more), "a section with one more field");
     // A flipped bit may leave a state that is possible, such as another MAC address: what counts
     // is that the device is either as told or fresh, and works.
-    for at in 0..own.body.len() {
+    for at in 0..own.state.get().len() {
         for bit in [at % 8, (at + 3) % 8] {
-            let mut flipped = own.clone();
-            flipped.body[at] ^= 1 << bit;
+            let mut flipped = own.state.get().to_owned().into_bytes();
+            flipped[at] ^= 1 << bit;
+            // What is no JSON any more does not come so far.
+            let flipped = String::from_utf8(flipped).ok().and_then(|text| own.with(text).ok());
+            let Some(flipped) = flipped else { continue };
             let mut to = guest(make);
             let section = with_device_section(&good, &flipped);
             if to.transport.restore(&section).is_err() {
@@ -359,12 +368,11 @@ fn refused(make: &impl Make, section: &Section, what: &str) {
 }
 
 fn device_section(of: &Section) -> Section {
-    let state: serde_json::Value = serde_json::from_slice(&of.body).unwrap();
-    serde_json::from_value(state["device"].clone()).unwrap()
+    of.read::<::state::device::VirtioMmio>().unwrap().device
 }
 
 fn with_device_section(of: &Section, device: &Section) -> Section {
-    let mut state: serde_json::Value = serde_json::from_slice(&of.body).unwrap();
-    state["device"] = serde_json::to_value(device).unwrap();
-    Section { body: serde_json::to_vec(&state).unwrap(), ..of.clone() }
+    let state = of.read::<::state::device::VirtioMmio>().unwrap();
+    let state = ::state::device::VirtioMmio { device: device.clone(), ..state };
+    Section::of(of.id.clone(), &state).unwrap()
 }

@@ -1,8 +1,8 @@
 //! A saved state: the bytes as they are, or frames made of them, so that checksums do not keep what is
 //! behind them from being read.
-use vmm::checkpoint::{
-    Config, Progress, ReceiveError, read_state, receive,
-    stream::{Kind, Writer},
+use state::{
+    FileError, Frames, State,
+    frame::{Kind, Writer},
 };
 
 /// The stream of frames that `input` describes: each is a byte for its kind, two for its length, and its
@@ -21,16 +21,36 @@ pub fn stream(mut input: &[u8]) -> Vec<u8> {
     to.into_inner()
 }
 
-/// Refused by name, or taken.
-pub fn entry(input: &[u8]) {
-    let bytes = match input.split_first() {
+/// The bytes of a file or stream that `input` stands for.
+pub fn bytes(input: &[u8]) -> Vec<u8> {
+    match input.split_first() {
         Some((framed, input)) if framed & 1 != 0 => stream(input),
         _ => input.to_vec(),
-    };
-    let _ = read_state(&bytes[..]).map_err(|e| e.to_string());
-    let allocate = |config: &Config| {
-        let memory = machine::memory::allocate(&config.machine.memory);
-        memory.map_err(|e| ReceiveError::NoRoom(e.to_string()))
-    };
-    let _ = receive(&bytes[..], |_| Ok(()), allocate, &Progress::default());
+    }
+}
+
+/// What a stream has beside its memory.
+pub fn last_of_stream(bytes: &[u8]) -> Result<(), FileError> {
+    let mut frames = Frames::begin(bytes)?;
+    frames.config()?;
+    let mut body = Vec::new();
+    loop {
+        match frames.take(&mut body)? {
+            Kind::Pages | Kind::Zeros => {}
+            kind => break frames.put_back(kind, std::mem::take(&mut body)),
+        }
+    }
+    frames.config()?;
+    frames.sections()?;
+    frames.end()
+}
+
+/// Refused by name, or read; and what was read is written again as something that reads the same.
+pub fn entry(input: &[u8]) {
+    let bytes = bytes(input);
+    let _ = last_of_stream(&bytes).map_err(|e| e.to_string());
+    let Ok(state) = State::read(&bytes[..]).map_err(|e| e.to_string()) else { return };
+    let mut again = Vec::new();
+    state.write(&mut again).unwrap();
+    assert_eq!(State::read(&again[..]).unwrap(), state);
 }

@@ -75,7 +75,7 @@ impl Host {
             0..3 => {
                 let aio = if kind.is_multiple_of(6) { Aio::Auto } else { Aio::Off };
                 let (readonly, discard) = (kind & 0x40 != 0, kind & 0x80 != 0);
-                let options = OpenOptions { readonly, direct: false, discard, aio, probe: false };
+                let options = OpenOptions { readonly, discard, aio, ..OpenOptions::default() };
                 let disk = Disk::open(self.image.as_path(), &options).unwrap();
                 let limited = (kind & 0x20 != 0).then_some(5);
                 let drive = blk::Drive { ops_per_second: limited, ..blk::Drive::from(disk) };
@@ -236,13 +236,17 @@ pub fn entry(input: &[u8]) {
             13 => host.disturb(input.u8()),
             14 => {
                 guest.transport.pause();
-                if let Ok(mut section) = guest.transport.save() {
+                if let Ok(section) = guest.transport.save() {
                     // A state in which one byte is another; most bytes that matter are digits.
                     let (at, other) = (usize::from(input.u16()), input.u8());
-                    if let Some(byte) = section.body.get_mut(at) {
+                    let mut json = section.state.get().to_owned().into_bytes();
+                    if let Some(byte) = json.get_mut(at) {
                         *byte = if byte.is_ascii_digit() { b'0' + other % 10 } else { other };
                     }
-                    let _ = guest.transport.restore(&section);
+                    let json = String::from_utf8(json).ok();
+                    if let Some(section) = json.and_then(|json| section.with(json).ok()) {
+                        let _ = guest.transport.restore(&section);
+                    }
                 }
                 guest.transport.resume();
                 work(&guest);

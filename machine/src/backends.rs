@@ -244,17 +244,22 @@ pub(crate) fn same_file(one: &Path, other: &Path) -> bool {
 
 /// Open a disk's image.
 pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
-    let options = OpenOptions {
+    Ok(limited(Disk::open(&config.path, &options(config))?, config))
+}
+
+/// How a disk's image is opened.
+pub(crate) fn options(config: &DiskConfig) -> OpenOptions {
+    OpenOptions {
         readonly: config.readonly,
         direct: config.direct,
         discard: config.discard,
         aio: config.aio.into(),
         probe: config.probe,
-    };
-    Ok(limited(Disk::open(&config.path, &options)?, config))
+    }
 }
 
-fn limited(disk: Disk, config: &DiskConfig) -> Drive {
+/// An open disk, as `config` wants it to be used.
+pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> Drive {
     Drive {
         name: Some(config.id.clone()),
         disk,

@@ -4,17 +4,12 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
 use devices::{
     Memory,
     backend::{
-        char::{Char, CharError, CharSink},
+        char::{CharError, CharSink},
         disk::DiskError,
         net::tap::TapError,
     },
     bus::BusBuilder,
-    virtio::{
-        VirtioDevice, blk,
-        console::Console,
-        net,
-        rng::{Rng, RngError},
-    },
+    virtio::{VirtioDevice, blk, console::Console, net, rng::RngError},
 };
 
 use kvm_bindings::CpuId;
@@ -23,29 +18,28 @@ use vm_memory::MmapRegion;
 use crate::{
     Machine,
     backends::{self, Backends},
-    boot::{self, BootError},
+    backing::Backing,
+    boot::BootError,
     config::{
-        Aio, ConsoleConfig, DiskConfig, MachineConfig, NicConfig, Occupancy, RngConfig,
+        Aio, MachineConfig, Occupancy,
         slots::{SlotCounts, SlotsError, Wanted},
     },
-    event::{Event, Report, Told},
+    dry_restore::Restorable,
+    event::{Event, Report},
     generation::GenerationId,
     io_thread,
     kvm::{
         self, KvmError, Vm, cpuid, entry, features, state,
         vcpu::{Buses, KvmCpu},
     },
-    legacy::{self, Legacy, LegacyError, Outside},
+    legacy::{Legacy, LegacyError, Outside},
     machine::{RunError, load_kernel},
     memory::{self, MemoryError},
-    quiesced::{MachineState, RestoreError},
-    slots::{SlotError, Slots},
+    quiesced::RestoreError,
+    slots::{self, Place, SlotError, Slots},
     survey::Made,
     vcpu::Handle,
 };
-
-/// Descriptors a queue of a slot that waits for hot-plug.
-const EMPTY_QUEUE_SIZE: u16 = 256;
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +75,8 @@ pub enum BuildError {
     Console { id: String, source: CharError },
     #[error("rng {id}")]
     Rng { id: String, source: RngError },
+    #[error("{id}: no descriptor is left")]
+    Descriptor { id: String, source: io::Error },
     #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
     NoIoThread { what: &'static str, id: String, iothread: String },
     #[error(transparent)]
@@ -102,17 +98,13 @@ pub enum BuildError {
 }
 
 /// What a saved machine is built from.
-pub struct Saved<'a> {
-    /// What it was made from at its start.
-    pub config: &'a MachineConfig,
-    /// What is in its slots now.
-    pub occupied: &'a Occupancy,
+pub struct Saved {
+    /// Everything but its memory, of which it is known that devices can be restored from it.
+    pub restorable: Restorable,
     /// Its memory, contents and all.
     pub memory: Memory,
     /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
     pub filled: Vec<Range<u64>>,
-    /// Everything else.
-    pub state: MachineState,
     /// Its kvm-clock goes on as if it had not stood since it was saved.
     pub clock_realtime: bool,
 }
@@ -130,7 +122,9 @@ impl Machine {
     /// When the host or a file does not give what the configuration asks for.
     pub fn new(config: &MachineConfig, report: Report) -> Result<Self, BuildError> {
         let made = Made::before(config);
-        let built = Self::build(config, &Occupancy::at_start(config), Begin::Boot, report)?;
+        let occupied = Occupancy::at_start(config);
+        let made_of = MadeOf { config, occupied: &occupied, places: &slots::places(config) };
+        let built = Self::build(&made_of, Begin::Boot, report)?;
         made.keep();
         Ok(built)
     }
@@ -139,24 +133,20 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
-    pub fn restored(saved: Saved<'_>, report: Report) -> Result<Self, BuildError> {
-        let begin = Begin::GoOn(saved.memory, features::cpuid(&saved.state.cpu.leaves)?);
-        let mut machine = Self::build(saved.config, saved.occupied, begin, report)?;
+    pub fn restored(saved: Saved, report: Report) -> Result<Self, BuildError> {
+        let Restorable { description, state } = &saved.restorable;
+        let begin = Begin::GoOn(saved.memory, features::cpuid(&state.cpu.leaves)?);
+        let mut machine = Self::build(&description.made_of(), begin, report)?;
         machine.filled = saved.filled.into();
-        machine.quiesced()?.restore(&saved.state, saved.clock_realtime)?;
+        machine.quiesced()?.restore(state, saved.clock_realtime)?;
         // Before the guest runs, and after the interrupt controllers have their state.
         machine.legacy.generation_changed();
         Ok(machine)
     }
 
-    fn build(
-        config: &MachineConfig,
-        occupied: &Occupancy,
-        begin: Begin,
-        report: Report,
-    ) -> Result<Self, BuildError> {
-        let wanted = Wanted::of(config, occupied);
-        let counts = SlotCounts::try_from(wanted)?;
+    fn build(made_of: &MadeOf<'_>, begin: Begin, report: Report) -> Result<Self, BuildError> {
+        let MadeOf { config, occupied, places } = *made_of;
+        let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
         let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
         let kvm = kvm::open()?;
@@ -176,20 +166,28 @@ impl Machine {
                 }
             }
         };
-        let window = Slots::window(counts.total() + wanted.others()).map_err(BuildError::Window)?;
+        let window = Slots::window(places).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
         let seen_leaves = seen.as_ref();
-        let made_of = MadeOf { config, occupied, boot: seen.is_none() };
+        let boot = seen.is_none();
         let (fds, parts) = thread::scope(|scope| {
             let topology = &config.topology;
             let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
-            let parts = Parts::new(&made_of, &vm, &memory, window, &io_threads, &apic_ids, &report);
+            let backing = Backing::Host(&report);
+            let parts = Parts::new(made_of, backing, &memory, window, &io_threads);
+            let parts = parts.and_then(|parts| {
+                let kernel = || load_kernel(&memory, config, &parts.slots, &apic_ids);
+                let boot = boot.then(kernel).transpose()?;
+                parts.legacy.bind(&vm)?;
+                parts.slots.bind(&vm)?;
+                Ok((parts, boot))
+            });
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let Parts { legacy, slots, buses, chardevs, outputs, disk_stats, boot } = parts?;
+        let (Parts { legacy, slots, buses, chardevs, outputs, disk_stats }, boot) = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -235,58 +233,63 @@ impl Machine {
     }
 }
 
-/// What is made beside the vCPUs.
-struct Parts {
-    legacy: Legacy,
-    slots: Slots,
+/// All devices, on their buses; KVM does not know of them yet.
+pub(crate) struct Parts {
+    pub legacy: Legacy,
+    pub slots: Slots,
     buses: Buses,
     chardevs: Vec<(String, String)>,
     outputs: Vec<CharSink>,
     disk_stats: Vec<Arc<blk::BlockStats>>,
-    boot: Option<boot::Entry>,
 }
 
-/// What they are made from.
-struct MadeOf<'a> {
-    config: &'a MachineConfig,
-    occupied: &'a Occupancy,
-    /// Guest memory is empty: it gets a kernel.
-    boot: bool,
+/// What a machine is made from.
+#[derive(Clone, Copy)]
+pub(crate) struct MadeOf<'a> {
+    pub config: &'a MachineConfig,
+    /// What is in the slots now.
+    pub occupied: &'a Occupancy,
+    /// Where the slots are: for disks, for NICs, the console's and the one of the source of randomness.
+    pub places: &'a [Place],
 }
+
+/// Threads that carry workers, by id; the first one is the default.
+pub(crate) type IoThreads = [(String, Arc<io_thread::Handle>)];
 
 impl Parts {
-    /// The devices, on their buses, and the kernel in guest memory.
-    fn new(
+    /// Make them, with what `backing` has behind them.
+    pub(crate) fn new(
         made_of: &MadeOf<'_>,
-        vm: &Vm,
+        backing: Backing<'_>,
         memory: &Memory,
         window: Arc<MmapRegion>,
-        io_threads: &[(String, Arc<io_thread::Handle>)],
-        apic_ids: &[u8],
-        report: &Report,
+        io_threads: &IoThreads,
     ) -> Result<Self, BuildError> {
-        let MadeOf { config, occupied, boot } = *made_of;
+        let MadeOf { config, occupied, places } = *made_of;
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
         let (mut chardevs, mut outputs, mut disk_stats) = (Vec::new(), Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
-        let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, report)?;
+        let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, backing)?;
         if let Some(Outside { name, sink }) = serial {
             chardevs.push(("serial0".to_owned(), name));
             outputs.push(sink);
         }
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
+        let mut places = places.iter();
         let mut add = |device: Box<dyn VirtioDevice>, thread| {
-            slots.add(&mut mmio, device, thread).map_err(BuildError::Slot)
+            let place = places.next().ok_or(BuildError::Slot(SlotError::TooMany))?;
+            slots.add(&mut mmio, place.clone(), device, thread).map_err(BuildError::Slot)
         };
         for slot in 0..config.slots.disks() {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("disk", shape.map(|d| (&d.id, &d.iothread)))?;
-            let block = block(slot, shape, disk, report)
+            let block = backing
+                .block(slot, shape, disk)
                 .map_err(|e| explained(e, slot, config, occupied))?;
             disk_stats.push(block.stats());
             add(Box::new(block), thread)?;
@@ -295,24 +298,21 @@ impl Parts {
             let shape = config.nics.get(slot);
             let nic = occupied.nics.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
-            add(Box::new(interface(slot, shape, nic)?), thread)?;
+            add(backing.interface(slot, shape, nic)?, thread)?;
         }
         if let Some(console) = &config.console {
-            let char = open_console(console, report)?;
+            let char = backing.console(console)?;
             chardevs.push((console.id.clone(), char.name.clone()));
             outputs.push(char.sink.clone());
             let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
             add(Box::new(Console::new(console.id.clone(), char)), thread)?;
         }
         if let Some(rng) = &config.rng {
-            add(Box::new(entropy(rng)?), default.clone())?;
+            add(Box::new(backing.entropy(rng)?), default.clone())?;
         }
 
-        let boot = boot.then(|| load_kernel(memory, config, &slots, apic_ids)).transpose()?;
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
-        legacy.bind(vm)?;
-        slots.bind(vm)?;
-        Ok(Self { legacy, slots, buses, chardevs, outputs, disk_stats, boot })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, disk_stats })
     }
 }
 
@@ -324,7 +324,7 @@ fn start_threads(ids: &[String]) -> io::Result<Vec<(String, Arc<io_thread::Handl
         .collect()
 }
 
-struct Threads<'a>(&'a [(String, Arc<io_thread::Handle>)]);
+struct Threads<'a>(&'a IoThreads);
 
 impl Threads<'_> {
     fn find_for(
@@ -378,66 +378,6 @@ pub(crate) fn explained(
         }
         other => other,
     }
-}
-
-/// A slot for disks: its queues are those of the disk that it had at the start, `shape`, whatever
-/// `disk` is in it now.
-pub(crate) fn block(
-    slot: usize,
-    shape: Option<&DiskConfig>,
-    disk: Option<&DiskConfig>,
-    report: &Report,
-) -> Result<blk::Block, BuildError> {
-    let report = report.clone();
-    let told = Told::default();
-    let on_error: blk::OnError = Arc::new(move |id, error, write| {
-        let Some(told) = told.begin() else { return };
-        let error = io::Error::new(error.kind(), error.to_string());
-        report(Event::DiskError { id: id.into(), write, error, told });
-    });
-    let settings = blk::Settings {
-        queues: shape.map_or(1, |s| s.queues),
-        queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
-        on_error: Some(on_error),
-    };
-    let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.clone());
-    let drive = disk
-        .map(backends::drive)
-        .transpose()
-        .map_err(|source| BuildError::Disk { id: id.clone(), source })?;
-    blk::Block::new(&id, settings, drive).map_err(|source| BuildError::DiskSettings { id, source })
-}
-
-/// A slot for NICs, as [`block`].
-pub(crate) fn interface(
-    slot: usize,
-    shape: Option<&NicConfig>,
-    nic: Option<&NicConfig>,
-) -> Result<net::Net, BuildError> {
-    let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.clone());
-    let tap = nic
-        .map(backends::tap)
-        .transpose()
-        .map_err(|source| BuildError::Tap { id: id.clone(), source })?;
-    let settings = net::NetSettings {
-        mac: nic.or(shape).and_then(|n| n.mac),
-        queue_pairs: shape.map_or(1, |s| s.queue_pairs),
-        queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
-        pps: nic.and_then(|n| n.pps),
-        bps: nic.and_then(|n| n.bps),
-    };
-    net::Net::new(id.clone(), settings, tap)
-        .map_err(|source| BuildError::NicSettings { id, source })
-}
-
-pub(crate) fn open_console(config: &ConsoleConfig, report: &Report) -> Result<Char, BuildError> {
-    legacy::open(&config.backend, report)
-        .map_err(|source| BuildError::Console { id: config.id.clone(), source })
-}
-
-pub(crate) fn entropy(config: &RngConfig) -> Result<Rng, BuildError> {
-    Rng::new(config.id.clone(), &config.path, config.bps)
-        .map_err(|source| BuildError::Rng { id: config.id.clone(), source })
 }
 
 impl From<Aio> for devices::backend::disk::Aio {

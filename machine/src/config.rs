@@ -1,9 +1,8 @@
 //! `MachineConfig`: everything that decides what a machine is made of. Made by the command line and
-//! the JSON file, consumed by the builder, and the first section of a saved state.
+//! the JSON file, consumed by the builder.
 use std::path::PathBuf;
 
 pub use devices::virtio::blk::Expect;
-use serde::{Deserialize, Serialize};
 
 pub mod limits;
 pub mod slots;
@@ -12,8 +11,7 @@ use slots::SlotCounts;
 
 /// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
 /// could hurt it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
     /// Name shown by `query-name`.
     pub name: String,
@@ -45,8 +43,7 @@ pub struct MachineConfig {
 
 /// What is in the slots for disks and NICs, by slot. At the start what the configuration lists;
 /// later what hot-plug has made of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Occupancy {
     /// Disks; slots from the end of the list on are empty.
     pub disks: Vec<Option<DiskConfig>>,
@@ -65,7 +62,7 @@ impl Occupancy {
 }
 
 /// `-smp`: sockets x dies x clusters x cores x threads. The product equals the vCPUs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the field's own words")]
 pub struct Topology {
     pub sockets: u8,
@@ -76,7 +73,7 @@ pub struct Topology {
 }
 
 /// Guest RAM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryConfig {
     /// Bytes, a multiple of 1 MiB (16 MiB and up).
     pub size: u64,
@@ -91,7 +88,7 @@ pub struct MemoryConfig {
 }
 
 /// What to boot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootConfig {
     /// ELF vmlinux, bzImage or flat vmlinux.bin.
     pub kernel: PathBuf,
@@ -102,7 +99,7 @@ pub struct BootConfig {
 }
 
 /// A raw disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
     /// Id for `device_del`, unique among all devices.
     pub id: String,
@@ -129,14 +126,11 @@ pub struct DiskConfig {
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
     /// Refuse an image that begins like one of another format, as nobody has said that it is raw.
     /// Not kept in a saved state: its guest may have written such a beginning.
-    #[serde(skip)]
     pub probe: bool,
     /// What the image has to be, when a saved state is restored.
-    #[serde(skip)]
     pub expect: Expect,
 }
 
@@ -153,8 +147,7 @@ pub fn separate(backend: &str, device: &str) -> Option<String> {
 }
 
 /// How a disk's requests are carried out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Aio {
     /// io_uring where the host has it, else plain system calls.
     Auto,
@@ -165,7 +158,7 @@ pub enum Aio {
 }
 
 /// A NIC on a tap device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NicConfig {
     /// Id for `device_del`, unique among all devices.
     pub id: String,
@@ -184,7 +177,6 @@ pub struct NicConfig {
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
 }
 
@@ -196,8 +188,7 @@ impl NicConfig {
 }
 
 /// A tap device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tap {
     /// An existing one, by name.
     Name(String),
@@ -206,7 +197,7 @@ pub enum Tap {
 }
 
 /// virtio-console with one port.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsoleConfig {
     /// Its character device's id, the label in `query-chardev`.
     pub id: String,
@@ -217,8 +208,7 @@ pub struct ConsoleConfig {
 }
 
 /// Where characters go to and come from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CharBackend {
     /// This process's standard input and output.
     Stdio,
@@ -231,13 +221,12 @@ pub enum CharBackend {
         /// Where.
         path: PathBuf,
         /// Each connection gets the last this many bytes of output first, up to 1 MiB.
-        #[serde(default)]
         replay: u32,
     },
 }
 
 /// virtio-rng.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RngConfig {
     /// Id, unique among all devices.
     pub id: String,

@@ -86,6 +86,25 @@ impl Handle {
         })
     }
 
+    /// One without a thread, for devices that never run. What it is given is lost.
+    ///
+    /// # Errors
+    /// When the host refuses its descriptors.
+    pub fn without_thread() -> io::Result<Self> {
+        let registry = Poll::new()?.registry().try_clone()?;
+        let waker = Waker::new(&registry, WAKE)?;
+        Ok(Self {
+            orders: channel().0,
+            waker,
+            registry,
+            next: AtomicUsize::new(1),
+            desk: Mutex::default(),
+            tid: Mutex::new(channel().1),
+            known_tid: OnceLock::new(),
+            thread: None,
+        })
+    }
+
     /// The kernel's number of the thread; waits for it to have started. 0 if it ended at once.
     pub fn thread(&self) -> u32 {
         *self.known_tid.get_or_init(|| self.tid.lock().recv().unwrap_or(0))

@@ -18,6 +18,7 @@ use devices::{
 use parking_lot::Mutex;
 
 use crate::{
+    backing::Backing,
     config::{CharBackend, MachineConfig},
     event::{Event, Report},
     kvm::{KvmError, Vm, vcpu::PowerLatch},
@@ -60,7 +61,7 @@ impl Legacy {
         pio: &mut BusBuilder,
         thread: Arc<dyn IoThread>,
         latch: &Arc<PowerLatch>,
-        report: &Report,
+        backing: Backing<'_>,
     ) -> Result<(Self, Option<Outside>), LegacyError> {
         let sink: PowerSink = {
             let latch = latch.clone();
@@ -79,7 +80,7 @@ impl Legacy {
 
         let (mut chardev, mut port) = (None, None);
         if let Some(backend) = &config.serial {
-            let char = open(backend, report)?;
+            let char = backing.char(backend)?;
             chardev = Some(Outside::of(&char));
             let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread)?;
             let serial = Arc::new(Mutex::new(serial));

@@ -1,8 +1,10 @@
 //! The hardware: KVM, memory, vCPU and I/O threads, interrupts, boot; configuration to machine.
 mod backends;
+mod backing;
 pub mod boot;
 mod builder;
 pub mod config;
+mod dry_restore;
 mod event;
 mod generation;
 pub mod io_thread;
@@ -12,6 +14,7 @@ mod legacy;
 mod machine;
 pub mod memory;
 mod quiesced;
+mod saved;
 mod slots;
 mod survey;
 pub mod vcpu;
@@ -22,12 +25,12 @@ pub use devices::{
     Memory, PowerEvent,
     backend::{file::open_regular, inherited, release, writer},
 };
+pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Event, Report, Told};
 pub use generation::GenerationId;
 pub use kvm::Clock;
 pub use machine::{Machine, RunError};
-pub use quiesced::{
-    CpuModel, DeviceState, Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError,
-};
+pub use quiesced::{CpuModel, Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError};
+pub use saved::{Description, DescriptionError};
 pub use survey::{Part, survey};
 pub use vcpu::Stopped;

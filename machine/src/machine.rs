@@ -424,9 +424,9 @@ impl Machine {
         Ok(())
     }
 
-    /// The devices in the order in which their states are kept.
+    /// All devices.
     pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
-        self.legacy.devices().chain(self.slots.devices())
+        self.legacy.devices().chain(self.slots.devices().map(|(_, device)| device))
     }
 
     fn each_device(&mut self, mut act: impl FnMut(&mut dyn Device)) {

@@ -95,6 +95,11 @@ pub(crate) fn scratch(size: u64) -> Result<Memory, MemoryError> {
     map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
 }
 
+/// The addresses of `size` bytes of guest memory, with nothing at them: for what only compares.
+pub(crate) fn addresses(size: u64) -> Result<Memory, MemoryError> {
+    map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
+}
+
 fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     let mib = config.size >> 20;
     let file = match &config.path {

@@ -1,20 +1,17 @@
 //! A machine that stands still as a whole: the only one whose state can be read and replaced.
 use std::{io, ops::Range, sync::Arc};
 
-use devices::{
-    Memory,
-    state::{Section, StateError},
-    virtio::blk::Block,
-};
-use serde::{Deserialize, Serialize};
+use devices::{Memory, state::StateError, virtio::blk::Block};
+use state::{Section, Sections, chips as saved, cpu};
 
 use crate::{
     Machine, RunError,
-    config::{MachineConfig, Occupancy},
+    dry_restore::restore_devices,
     kvm::{
         self, Clock, KvmError,
         chips::ChipState,
         features::{self, Leaf},
+        saved::VcpuError,
         state::VcpuState,
     },
     machine::Parked,
@@ -33,13 +30,48 @@ pub struct MachineState {
     pub chips: ChipState,
     /// The guest's paravirtual clock when it was stopped.
     pub clock: Clock,
-    /// All devices, in the machine's order.
-    pub devices: Vec<DeviceState>,
+    /// All devices. Slots are known by their ids, others by their own.
+    pub devices: Vec<Section>,
+}
+
+impl From<MachineState> for Sections {
+    fn from(state: MachineState) -> Self {
+        let MachineState { cpu, vcpus, chips, clock, devices } = state;
+        let Clock { nanoseconds, date } = clock;
+        Self {
+            cpu: cpu::Cpu { cpuid: cpu.leaves.into_iter().map(cpu::Leaf::from).collect() },
+            vcpus: vcpus.into_iter().map(cpu::Vcpu::from).collect(),
+            chips: chips.into(),
+            clock: saved::Clock { nanoseconds, date },
+            devices,
+        }
+    }
+}
+
+impl TryFrom<Sections> for MachineState {
+    type Error = RestoreError;
+
+    fn try_from(sections: Sections) -> Result<Self, RestoreError> {
+        let Sections { cpu, vcpus, chips, clock, devices } = sections;
+        let leaves: Vec<_> = cpu.cpuid.into_iter().map(Leaf::from).collect();
+        // As many as KVM takes.
+        features::cpuid(&leaves)?;
+        let vcpu = |(index, vcpu): (usize, cpu::Vcpu)| {
+            vcpu.try_into().map_err(|source| RestoreError::VcpuForm { index, source })
+        };
+        let saved::Clock { nanoseconds, date } = clock;
+        Ok(Self {
+            cpu: CpuModel { leaves },
+            vcpus: vcpus.into_iter().enumerate().map(vcpu).collect::<Result<_, _>>()?,
+            chips: chips.into(),
+            clock: Clock { nanoseconds, date },
+            devices,
+        })
+    }
 }
 
 /// What the guest's CPUs promise to it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone)]
 pub struct CpuModel {
     /// CPUID leaves as the boot vCPU shows them.
     pub leaves: Vec<Leaf>,
@@ -59,16 +91,6 @@ pub enum Pages {
     Staged(Staging),
     /// Still in its place, in these ranges: the machine must not run until they have been copied.
     InPlace(Vec<Range<u64>>),
-}
-
-/// One device's state.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DeviceState {
-    /// For people: which device it was. The place in the list says which one it is.
-    pub id: String,
-    /// Its state.
-    pub section: Section,
 }
 
 /// Why the state could not be read.
@@ -93,8 +115,16 @@ pub enum RestoreError {
     Count { what: &'static str, saved: usize, configured: usize },
     #[error("cannot restore vCPU {index}")]
     Vcpu { index: usize, source: KvmError },
-    #[error("cannot restore device {index} ({id})")]
-    Device { index: usize, id: String, source: StateError },
+    #[error("cannot restore vCPU {index}")]
+    VcpuForm { index: usize, source: VcpuError },
+    #[error(transparent)]
+    Leaves(#[from] KvmError),
+    #[error("cannot restore {id}")]
+    Device { id: String, source: StateError },
+    #[error("the saved state has no section for {id}")]
+    NoSection { id: String },
+    #[error("the saved machine has no device for its section {name:?}")]
+    NoDevice { name: String },
     #[error("cannot restore the interrupt controllers and the timer")]
     Chips(#[source] KvmError),
     #[error("cannot restore the guest's clock")]
@@ -141,11 +171,6 @@ impl Machine {
         let here = kvm::cpuid::supported(&self.kvm)?;
         let topology = &self.config.topology;
         Ok(features::leaves(&kvm::cpuid::for_vcpu(&self.kvm, &here, first, topology)))
-    }
-
-    /// What the machine was made from, and what is in its slots now.
-    pub fn made_of(&self) -> (&MachineConfig, Occupancy) {
-        (&self.config, self.backends.occupancy())
     }
 
     /// Bytes of the disks in the slots, 0 for an empty one.
@@ -200,16 +225,19 @@ impl Quiesced<'_> {
         let machine = &*self.0;
         // Devices before chips and vCPUs: what they raised while they became quiet is in those.
         let devices = machine
+            .legacy
             .devices()
-            .map(|device| {
+            .map(|device| (None, device))
+            .chain(machine.slots.devices().map(|(id, device)| (Some(id), device)))
+            .map(|(slot, device)| {
                 let device = device.lock();
-                let id = device.id().to_owned();
-                match device.save() {
-                    Ok(section) => Ok(DeviceState { id, section }),
-                    Err(source) => Err(SaveError::Device { id, source }),
-                }
+                let failed = |source| SaveError::Device { id: device.id().into(), source };
+                let section = device.save().map_err(failed)?;
+                // A slot's is known by the slot, whatever is in it.
+                let id = slot.map_or_else(|| section.id.clone(), str::to_owned);
+                Ok(Section { id, ..section })
             })
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, SaveError>>()?;
         let chips = ChipState::save(&machine.vm)?;
         // The guest's TSC has run on since it was stopped.
         let ticks = machine.parked.as_ref().map_or(0, |p| kvm::host_tsc().saturating_sub(p.tsc));
@@ -270,7 +298,6 @@ impl Quiesced<'_> {
             false => Err(RestoreError::Count { what, saved, configured }),
         };
         count("vCPUs", state.vcpus.len(), machine.vcpus.len())?;
-        count("devices", state.devices.len(), machine.devices().count())?;
         if clock_realtime && state.clock.date.is_none() {
             return Err(RestoreError::NoDate);
         }
@@ -286,12 +313,7 @@ impl Quiesced<'_> {
         // Its clocks stand from now on, at what they showed when it was saved.
         let (tsc, clock) = (kvm::host_tsc(), state.clock);
         machine.parked = Some(Parked { tsc, clock, advance: clock_realtime });
-        for (index, (device, saved)) in machine.devices().zip(&state.devices).enumerate() {
-            let id = || saved.id.clone();
-            let restored = device.lock().restore(&saved.section);
-            restored.map_err(|source| RestoreError::Device { index, id: id(), source })?;
-        }
-        Ok(())
+        restore_devices(&machine.legacy, &machine.slots, &state.devices)
     }
 
     /// The ranges of the memory's image that may hold something else than zero.

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
     boot::VirtioSlot,
-    config::limits::VIRTIO_SLOTS,
+    config::{MachineConfig, limits::VIRTIO_SLOTS},
     io_thread,
     kvm::{KvmError, Vm},
     layout::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP},
@@ -31,6 +31,18 @@ pub enum SlotError {
     /// There are no more interrupts for virtio-mmio.
     #[error("too many virtio devices: at most {VIRTIO_SLOTS}")]
     TooMany,
+    /// A slot that was saved with queues that its device does not have.
+    #[error(
+        "slot {id} was saved with queues of {seen:?} descriptors; this program gives it {has:?}"
+    )]
+    Queues {
+        /// The slot.
+        id: String,
+        /// What its guest has seen.
+        seen: Vec<u16>,
+        /// What its device has here.
+        has: Vec<u16>,
+    },
     /// Two slots at one address.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -53,10 +65,44 @@ pub struct Slots {
 }
 
 struct Slot {
+    place: Place,
+    queue_sizes: Vec<u16>,
     transport: Arc<Mutex<Transport>>,
     thread: Arc<io_thread::Handle>,
-    at: VirtioSlot,
 }
+
+/// A slot before there is a device in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// By which a saved state knows it.
+    pub id: String,
+    /// Where the guest finds it.
+    pub at: VirtioSlot,
+    /// The queues that the guest has seen there, of a restored machine.
+    pub queue_sizes: Option<Vec<u16>>,
+}
+
+/// The slots of a machine that starts: those for disks, those for NICs, and the others' own.
+pub(crate) fn places(config: &MachineConfig) -> Vec<Place> {
+    let disks = (0..config.slots.disks()).map(|slot| format!("{DISK}{slot}"));
+    let nics = (0..config.slots.nics()).map(|slot| format!("{NIC}{slot}"));
+    let console = config.console.iter().map(|_| CONSOLE.to_owned());
+    let ids = disks.chain(nics).chain(console).chain(config.rng.iter().map(|_| RNG.to_owned()));
+    let addresses = (0..).map(|index| VIRTIO_MMIO + index * VIRTIO_MMIO_STEP);
+    let at = addresses.zip(VIRTIO_IRQS).filter_map(|(address, irq)| {
+        Some(VirtioSlot { address: u32::try_from(address).ok()?, irq })
+    });
+    ids.zip(at).map(|(id, at)| Place { id, at, queue_sizes: None }).collect()
+}
+
+/// What the ids of slots for disks begin with.
+pub(crate) const DISK: &str = "disk";
+/// What the ids of slots for NICs begin with.
+pub(crate) const NIC: &str = "nic";
+/// Id of the console's slot.
+pub(crate) const CONSOLE: &str = "console";
+/// Id of the slot of the source of randomness.
+pub(crate) const RNG: &str = "rng";
 
 impl Slots {
     /// No slots yet, over register pages in `window`.
@@ -65,29 +111,33 @@ impl Slots {
         Ok(Self { slots: Vec::new(), window, memory, acknowledged })
     }
 
-    /// A window with a register page for each of `count` slots, and one page at least: KVM maps no
-    /// empty range.
-    pub(crate) fn window(count: usize) -> io::Result<Arc<MmapRegion>> {
-        MmapRegion::new(count.max(1) * PAGE).map(Arc::new).map_err(io::Error::other)
+    /// A window with a register page for each of `places`, and one page at least: KVM maps no empty
+    /// range.
+    pub(crate) fn window(places: &[Place]) -> io::Result<Arc<MmapRegion>> {
+        let pages = places.iter().map(|place| page(place.at) + 1).max().unwrap_or(1);
+        MmapRegion::new(pages * PAGE).map(Arc::new).map_err(io::Error::other)
     }
 
-    /// Put `device` into the next slot.
+    /// Put `device` into a slot at `place`.
     pub(crate) fn add(
         &mut self,
         mmio: &mut BusBuilder,
+        place: Place,
         device: Box<dyn VirtioDevice>,
         thread: Arc<io_thread::Handle>,
     ) -> Result<(), SlotError> {
-        let index = self.slots.len();
-        let irq = *VIRTIO_IRQS.get(index).ok_or(SlotError::TooMany)?;
-        let base = VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_STEP;
-        let at = VirtioSlot { address: u32::try_from(base).map_err(|_| SlotError::TooMany)?, irq };
-        let registers = Registers::new(self.window.clone(), index).ok_or(SlotError::TooMany)?;
+        let has = device.queue_sizes().to_vec();
+        if let Some(seen) = place.queue_sizes.as_ref().filter(|seen| **seen != has) {
+            return Err(SlotError::Queues { id: place.id, seen: seen.clone(), has });
+        }
+        let base = u64::from(place.at.address);
+        let registers =
+            Registers::new(self.window.clone(), page(place.at)).ok_or(SlotError::TooMany)?;
         let (memory, line) = (self.memory.clone(), Line::new()?);
         let transport = Transport::new(device, memory, registers, line, thread.clone())?;
         let transport = Arc::new(Mutex::new(transport));
         mmio.attach(base, VIRTIO_MMIO_STEP, transport.clone())?;
-        self.slots.push(Slot { transport, thread, at });
+        self.slots.push(Slot { place, queue_sizes: has, transport, thread });
         Ok(())
     }
 
@@ -95,8 +145,8 @@ impl Slots {
     pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
         for slot in &self.slots {
             let transport = slot.transport.lock();
-            let base = u64::from(slot.at.address);
-            vm.bind_line(transport.line(), slot.at.irq)?;
+            let base = u64::from(slot.place.at.address);
+            vm.bind_line(transport.line(), slot.place.at.irq)?;
             vm.bind_write(base + INTERRUPT_ACK as u64, INT_USED, &self.acknowledged)?;
             for (queue, notifier) in (0u32..).zip(transport.notifiers()) {
                 vm.bind_write(base + QUEUE_NOTIFY as u64, queue, notifier)?;
@@ -107,7 +157,7 @@ impl Slots {
 
     /// The end of [`Slots::bind`], as far as another machine could not be bound otherwise.
     pub(crate) fn unbind(&self, vm: &Vm) -> Result<(), KvmError> {
-        let unbind = |s: &Slot| vm.unbind_line(s.transport.lock().line(), s.at.irq);
+        let unbind = |s: &Slot| vm.unbind_line(s.transport.lock().line(), s.place.at.irq);
         self.slots.iter().try_for_each(unbind)
     }
 
@@ -118,16 +168,27 @@ impl Slots {
 
     /// What the guest is told of them.
     pub(crate) fn boot_list(&self) -> Vec<VirtioSlot> {
-        self.slots.iter().map(|s| s.at).collect()
+        self.slots.iter().map(|s| s.place.at).collect()
     }
 
-    /// All of them, as devices.
-    pub(crate) fn devices(&self) -> impl Iterator<Item = Shared> {
-        self.slots.iter().map(|s| s.transport.clone() as Shared)
+    /// All of them, as devices, with their ids.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (&str, Shared)> {
+        self.slots.iter().map(|s| (s.place.id.as_str(), s.transport.clone() as Shared))
+    }
+
+    /// Where they are, and the queues that the guest has seen there.
+    pub(crate) fn places(&self) -> impl Iterator<Item = (&Place, &[u16])> {
+        self.slots.iter().map(|s| (&s.place, &*s.queue_sizes))
     }
 
     /// The transport in slot `index`, and the thread that carries its worker.
     pub(crate) fn get(&self, index: usize) -> Option<(&Mutex<Transport>, &io_thread::Handle)> {
         self.slots.get(index).map(|s| (&*s.transport, &*s.thread))
     }
+}
+
+/// Which page of the window belongs to a slot there.
+fn page(at: VirtioSlot) -> usize {
+    let offset = u64::from(at.address).saturating_sub(VIRTIO_MMIO);
+    usize::try_from(offset / VIRTIO_MMIO_STEP).unwrap_or(usize::MAX)
 }

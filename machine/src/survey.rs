@@ -7,12 +7,13 @@ use std::{
 };
 
 use crate::{
+    backing::Backing,
     boot::{self, BootError},
     builder::{self, BuildError},
     config::{CharBackend, MachineConfig, MemoryConfig, NicConfig, Occupancy, Tap},
     event::Report,
     kvm::KvmError,
-    legacy::{self, LegacyError},
+    legacy::LegacyError,
     memory::{self, MemoryError},
 };
 
@@ -66,6 +67,7 @@ impl BuildError {
 pub fn survey(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     let _made = Made::before(config);
     let report: Report = Arc::new(|_| {});
+    let backing = Backing::Host(&report);
     let mut faults = Vec::new();
     if let Ok(memory) = memory::scratch(config.memory.size) {
         faults.extend(boot::survey(&memory, &config.boot).into_iter().map(BuildError::from));
@@ -75,23 +77,23 @@ pub fn survey(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     faults.extend(memory::allocate(&memory).err().map(BuildError::from));
     let occupied = Occupancy::at_start(config);
     for (slot, disk) in config.disks.iter().enumerate() {
-        let error = builder::block(slot, Some(disk), Some(disk), &report).err();
+        let error = backing.block(slot, Some(disk), Some(disk)).err();
         faults.extend(error.map(|e| builder::explained(e, slot, config, &occupied)));
     }
     let (part, mut first) = (first.part(), Some(first));
     let untouched = untouched(config, part.as_ref());
     for (slot, nic) in config.nics.iter().enumerate() {
         if matches!(nic.tap, Tap::Name(_)) || untouched.contains(nic) {
-            faults.extend(builder::interface(slot, Some(nic), Some(nic)).err());
+            faults.extend(backing.interface(slot, Some(nic), Some(nic)).err());
         } else if part == Some(Part::Nic(nic.id.clone())) {
             faults.extend(first.take());
         }
     }
-    if let Some(Err(error)) = config.serial.as_ref().map(|serial| legacy::open(serial, &report)) {
+    if let Some(Err(error)) = config.serial.as_ref().map(|serial| backing.char(serial)) {
         faults.push(LegacyError::from(error).into());
     }
-    faults.extend(config.console.as_ref().and_then(|c| builder::open_console(c, &report).err()));
-    faults.extend(config.rng.as_ref().and_then(|rng| builder::entropy(rng).err()));
+    faults.extend(config.console.as_ref().and_then(|c| backing.console(c).err()));
+    faults.extend(config.rng.as_ref().and_then(|rng| backing.entropy(rng).err()));
 
     // As it was said first: what has been tried since may have been something else.
     if let Some(first) = first {

@@ -150,7 +150,7 @@ impl Drop for Guard<'_> {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        // Aborts what is held; a process that waits for it goes on with an error.
+        // Aborts what is held; a process that waits for it gets an error.
         let _ = self.release();
         let _ = unmount(&self.place, UnmountFlags::DETACH);
     }
@@ -185,7 +185,7 @@ impl Shared {
         let header = [&length.to_le_bytes()[..], &error.to_le_bytes(), &request.unique];
         let result = (&self.device).write_all(&[&header.concat()[..], &data].concat());
         match result {
-            // Whoever asked has been killed.
+            // The process that asked has been killed.
             Err(e) if e.raw_os_error() == Some(ENOENT) => Ok(()),
             other => Ok(other?),
         }

@@ -90,6 +90,29 @@ pub fn flat(vmlinux: &[u8]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
+/// [`flat`] for those who enter an image where it begins: if the kernel's 64-bit entry lies elsewhere, a
+/// jump there is put over the beginning, which then is another entry's code (Xen's, for PVH).
+///
+/// # Errors
+/// As with [`flat`], or the entry lies outside of the image.
+pub fn flat_entered_at_start(vmlinux: &[u8]) -> Result<Vec<u8>> {
+    const JUMP: usize = 5;
+    let mut image = flat(vmlinux)?;
+    let header = elf::FileHeader64::<Endianness>::parse(vmlinux)?;
+    let endian = header.endian()?;
+    let loads = header.program_headers(endian, vmlinux)?.iter();
+    let loads = loads.filter(|segment| segment.p_type(endian) == elf::PT_LOAD);
+    let base = loads.map(|segment| segment.p_paddr(endian)).min().unwrap_or_default();
+    let entry = header.e_entry(endian).checked_sub(base);
+    let entry = entry.filter(|&entry| entry < image.len() as u64).context("an entry outside")?;
+    if entry > 0 {
+        let distance = i32::try_from(entry)? - i32::try_from(JUMP)?;
+        let start = image.get_mut(..JUMP).context("an image shorter than a jump")?;
+        start.copy_from_slice(&[&[0xe9][..], &distance.to_le_bytes()].concat());
+    }
+    Ok(image)
+}
+
 /// One kernel module, unpacked.
 pub struct Module {
     /// Its name with `.ko`.

@@ -247,7 +247,7 @@ impl Vmm {
         self.files.begin_next();
     }
 
-    /// Close `file`, for which nobody waits.
+    /// Close `file`; no client waits for it.
     pub(crate) fn close_file(&mut self, what: String, file: impl Send + 'static) {
         let job = Job::close(what, file, |_| ());
         self.files.queue.push_back(Entry { job, asked: None, since: Instant::now() });
@@ -257,7 +257,7 @@ impl Vmm {
     /// See what the thread has done, and who has waited too long for it.
     pub(crate) fn follow_files(&mut self) {
         while let Ok(finish) = self.files.results.try_recv() {
-            // Whoever has been answered already has been told all.
+            // A client that has been answered already is told nothing more.
             if let Some(asked) = self.files.running.take().and_then(|running| running.entry.asked) {
                 let result = finish(self);
                 self.answer_late(asked, result);

@@ -12,7 +12,7 @@
 //! stands still as in Paused: another process goes on with it. A reset leads back to where it came
 //! from: a paused machine that is reset stays paused, and a halted one is as if it had never run.
 //! Shutdown ends it from anywhere.
-use serde::{Deserialize, Serialize};
+use state::config::Halted;
 
 /// Where a VM can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +34,7 @@ pub enum State {
 }
 
 /// Why a guest cannot go on. The names are those of the protocol's run states.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Halt {
     /// It powered off or rebooted.
     #[error("the guest has shut down")]
@@ -46,6 +45,26 @@ pub enum Halt {
     /// KVM could not run it.
     #[error("KVM cannot run the guest any further")]
     InternalError,
+}
+
+impl From<Halt> for Halted {
+    fn from(halt: Halt) -> Self {
+        match halt {
+            Halt::Shutdown => Self::Shutdown,
+            Halt::GuestPanicked => Self::GuestPanicked,
+            Halt::InternalError => Self::InternalError,
+        }
+    }
+}
+
+impl From<Halted> for Halt {
+    fn from(halted: Halted) -> Self {
+        match halted {
+            Halted::Shutdown => Self::Shutdown,
+            Halted::GuestPanicked => Self::GuestPanicked,
+            Halted::InternalError => Self::InternalError,
+        }
+    }
 }
 
 impl State {

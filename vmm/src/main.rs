@@ -18,11 +18,12 @@ use qmp::{
     schema::{Event, ShutdownCause},
     server::Server,
 };
+use state::frame::Kind;
 use vmm::{
     announce::Schedule,
     arriving::{Arriving, Handed, Over},
     bare, bounds,
-    checkpoint::{self, Arrival, RestoreError, Voice, job::Checkpointer, stream::Kind},
+    checkpoint::{self, Arrival, RestoreError, Voice, job::Checkpointer},
     cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
     ending::End,
@@ -124,7 +125,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let restored = match over {
                 Over::Arrived(mut arrived) => {
                     answer = std::mem::replace(&mut arrived.answer, Voice::silent());
-                    checkpoint::restore(*arrived, incoming.clock_realtime, events.report())
+                    checkpoint::restore(*arrived, incoming, &invocation.machine, events.report())
                 }
                 Over::Failed(error) => Err(error),
                 Over::Ended(ending) => {

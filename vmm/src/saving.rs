@@ -27,7 +27,7 @@ use self::phase::{Effect, Input, Outcome, Phase, Terms};
 use crate::{
     bounds,
     checkpoint::{
-        self, Cancel, Config, Directory, Peer, SaveError, Saved, Stream,
+        self, Cancel, Directory, Peer, SaveError, Saved, Stream,
         job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
     },
     lifecycle::{self, State},
@@ -224,7 +224,7 @@ impl Vmm {
             To::Stream(to, place, dialogue) => {
                 let cancel = Cancel::new().map_err(|e| Error::generic(&e))?;
                 let given = cancel.clone();
-                let (memory, config) = (memory.clone(), Config::of(&self.machine, id, None));
+                let (memory, config) = (memory.clone(), self.machine.description(id, None));
                 let open = move |progress: &_| {
                     let peer = Peer::reach(to, given)?;
                     Ok(Box::new(Stream::begin(peer, memory, &config, dialogue, progress)?)
@@ -458,7 +458,11 @@ impl Vmm {
     }
 
     /// The machine, which stays stopped.
-    fn epoch(&mut self, before: State, left: Option<Left>) -> Result<(Config, Epoch), Failed> {
+    fn epoch(
+        &mut self,
+        before: State,
+        left: Option<Left>,
+    ) -> Result<(state::Config, Epoch), Failed> {
         let current = self.saving.current.as_ref().ok_or(Failed::NoSave)?;
         let (id, how) = (current.id, current.how);
         // What was written up to this moment, so not before it is stopped.
@@ -472,10 +476,10 @@ impl Vmm {
             (false, false) => Vec::new(),
         };
         let halted = match before {
-            State::Halted(why) => Some(why),
+            State::Halted(why) => Some(why.into()),
             _ => None,
         };
-        let config = Config::of(&self.machine, id, halted);
+        let config = self.machine.description(id, halted);
         let still = self.machine.quiesced()?;
         let (dirty, staging) = match (left, &self.saving.base) {
             (Some(left), _) => (union(&left.ranges, &changed), left.staging),

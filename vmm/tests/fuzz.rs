@@ -1,7 +1,12 @@
 //! The entry functions of `fuzz/`, with inputs that a dice makes.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
-use machine::memory::allocate;
-use vmm::checkpoint::{Config, Progress, read_state, receive, stream::Kind};
+use ::state::{
+    Frames, State,
+    file::{write_config, write_sections},
+    frame::{Kind, Writer},
+};
+use machine::{Description, memory::allocate};
+use vmm::checkpoint::{Progress, ReceiveError, receive};
 
 #[path = "../../fuzz/src/cli.rs"]
 mod cli;
@@ -51,55 +56,73 @@ fn command_lines_that_say_anything() {
     mutate::hammer(&seeds, &words, 5000, cli::entry);
 }
 
-/// An input from which `state` makes these frames.
-fn frames(kinds: &[(Kind, &[u8])]) -> Vec<u8> {
-    let number = |kind: &Kind| Kind::ALL.iter().position(|k| k == kind).unwrap_or(0) as u8;
-    let frame = |(kind, body): &(Kind, &[u8])| {
-        [&[number(kind)][..], &(body.len() as u16).to_le_bytes(), body].concat()
+/// An input from which `state` makes the frames of `stream`, a well-formed one.
+fn frames(stream: &[u8]) -> Vec<u8> {
+    let mut from = Frames::begin(stream).unwrap();
+    let (mut input, mut body) = (vec![1], Vec::new());
+    loop {
+        let kind = from.take(&mut body).unwrap();
+        let number = Kind::ALL.iter().position(|known| *known == kind).unwrap();
+        let length = u16::try_from(body.len()).unwrap();
+        input.push(u8::try_from(number).unwrap());
+        input.extend(length.to_le_bytes());
+        input.extend(&body);
+        if kind == Kind::End {
+            return input;
+        }
+    }
+}
+
+/// What the monitor makes of a stream.
+fn received(bytes: &[u8]) -> Result<(), ReceiveError> {
+    let give = |description: &Description| {
+        allocate(&description.config.memory).map_err(|e| ReceiveError::NoRoom(e.to_string()))
     };
-    [&[1][..], &kinds.iter().flat_map(frame).collect::<Vec<_>>()].concat()
+    receive(bytes, |_| Ok(()), give, &Progress::default()).map(drop)
 }
 
 #[test]
 fn states_that_say_anything() {
-    let config = br#"{"id":7,"machine":{"name":"m","uuid":"u","cpus":1,"topology":{"sockets":1,"dies":1,"clusters":1,"cores":1,"threads":1},"memory":{"size":16777216,"shared":false,"path":null,"prealloc":false,"dump":true},"boot":{"kernel":"k","initrd":null,"cmdline":""},"slots":{"disks":4,"nics":2},"iothreads":[],"serial":null,"disks":[],"nics":[],"console":null,"rng":null},"occupied":{"disks":[],"nics":[]},"disk_sizes":[],"base":null}"#;
-    let section = |name: &str, rest: &str| -> Vec<u8> {
-        [&[name.len() as u8][..], name.as_bytes(), rest.as_bytes()].concat()
-    };
-    let chips: machine::kvm::chips::ChipState =
-        serde_json::from_str(r#"{"irqchips":[[],[],[]],"pit":[]}"#).unwrap();
-    let parts = [
-        section("cpu", r#"{"leaves":[]}"#),
-        section("interrupt controllers", &serde_json::to_string(&chips).unwrap()),
-        section("clock", "5"),
-        section(
-            "device serial0",
-            r#"{"id":"serial0","section":{"kind":"serial","version":1,"body":[1,2]}}"#,
-        ),
-    ];
-    let mut whole: Vec<(Kind, &[u8])> = vec![(Kind::Config, config)];
-    whole.extend(parts.iter().map(|part| (Kind::Section, &part[..])));
-    let sums: Vec<u8> = (0..8 * 4).collect();
-    let mut saved = whole.clone();
-    saved.extend([(Kind::Sums, &sums[..]), (Kind::End, &[])]);
-    let saved = frames(&saved);
-    // The seeds are read to their end.
-    let read = read_state(&state::stream(&saved[1..])[..]).map(drop);
-    assert!(read.is_ok(), "{read:?}");
+    let whole = ::state::testing::state();
+    let mut file = Vec::new();
+    whole.write(&mut file).unwrap();
+    let mut to = Writer::begin(Vec::new()).unwrap();
+    write_config(&mut to, &whole.config).unwrap();
+    let (at, length) = (4096u64.to_le_bytes(), 8192u64.to_le_bytes());
+    to.frame(Kind::Pages, &[&at, &[7; 4096]]).unwrap();
+    to.frame(Kind::Zeros, &[&at, &length]).unwrap();
+    write_config(&mut to, &whole.config).unwrap();
+    write_sections(&mut to, &whole.sections).unwrap();
+    to.end(0).unwrap();
+    let sent = to.into_inner();
 
-    let page = [&4096u64.to_le_bytes()[..], &[7; 4096]].concat();
-    let zeros = [4096u64.to_le_bytes(), 8192u64.to_le_bytes()].concat();
-    let mut sent: Vec<(Kind, &[u8])> =
-        vec![(Kind::Config, config), (Kind::Pages, &page), (Kind::Zeros, &zeros)];
-    sent.extend(&whole);
-    sent.push((Kind::End, &[]));
-    let sent = frames(&sent);
-    let allocate = |config: &Config| Ok(allocate(&config.machine.memory).unwrap());
-    let stream = state::stream(&sent[1..]);
-    let received = receive(&stream[..], |_| Ok(()), allocate, &Progress::default()).map(drop);
-    assert!(received.is_ok(), "{received:?}");
-    let bare = [&[0][..], &state::stream(&saved[1..])].concat();
-    let words =
-        ["{", "}", "[", "]", "\"", ":", ",", "null", "true", "18446744073709551615", "-1", "1e9"];
-    mutate::hammer(&[saved, sent, bare], &words, 5000, state::entry);
+    let (saved, sent, bare) = (frames(&file), frames(&sent), [&[0][..], &file].concat());
+    // The seeds are read to their end.
+    assert_eq!(State::read(&state::bytes(&saved)[..]).unwrap(), whole);
+    state::last_of_stream(&state::bytes(&sent)).unwrap();
+    received(&state::bytes(&sent)).unwrap();
+    let words = [
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ":",
+        ",",
+        "null",
+        "true",
+        "18446744073709551615",
+        "-1",
+        "1e9",
+        "\"0x\"",
+        "ff",
+        "\"kind\"",
+        "disk0",
+        "vcpu",
+    ];
+    mutate::hammer(&[saved.clone(), sent.clone(), bare], &words, 5000, state::entry);
+    // And what the monitor makes of them.
+    mutate::hammer(&[saved, sent], &words, 2000, |input| {
+        let _ = received(&state::bytes(input)).map_err(|e| e.to_string());
+    });
 }

@@ -1,4 +1,4 @@
-//! Files that whoever put them there may have replaced by something else.
+//! Files in whose place something else may have got: what is opened is looked at.
 use std::{
     fs::{File, FileType, OpenOptions},
     io,

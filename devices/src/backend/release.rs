@@ -50,7 +50,7 @@ fn is_storage(target: &Path) -> bool {
 pub fn give_up(descriptors: &[RawFd]) -> io::Result<()> {
     let null = File::open("/dev/null")?;
     for fd in descriptors {
-        // SAFETY: the number stays a descriptor that is open, whoever owns it; only what it leads to
+        // SAFETY: the number stays an open descriptor of its owner; only what it leads to
         // changes, as it may for anything that was opened from a path.
         if unsafe { libc::dup2(null.as_raw_fd(), *fd) } < 0 {
             return Err(io::Error::last_os_error());

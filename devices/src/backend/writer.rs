@@ -23,7 +23,7 @@ use rustix::{
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
 };
 
-/// Bytes that wait for the file; what comes on top is for whoever writes to keep or drop.
+/// Bytes that wait for the file; what comes on top of that the caller keeps or drops.
 const PIPE: usize = 256 << 10;
 
 /// The way into the file: a pipe's end that never waits. Dropped, the thread writes what is in the pipe

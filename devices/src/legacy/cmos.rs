@@ -4,7 +4,6 @@
 //! alarms and no periodic interrupts.
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
 use time::UtcDateTime;
 
 use super::Passive;
@@ -12,6 +11,7 @@ use crate::{
     bus::BusDevice,
     state::{Snapshot, StateError},
 };
+use ::state::{device as saved, hex::HexArray};
 
 const INDEX: u64 = 0;
 const DATA: u64 = 1;
@@ -139,27 +139,16 @@ impl Passive for Cmos {
     }
 }
 
-/// Saved RAM. The time is not part of it.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "as in the runtime type")]
-pub struct State {
-    pub index: u8,
-    pub ram: Vec<u8>,
-}
-
 impl Snapshot for Cmos {
-    const KIND: &'static str = "cmos";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::Cmos;
 
-    fn save(&self) -> State {
-        State { index: self.index, ram: self.ram.to_vec() }
+    // The time is the host's.
+    fn save(&self) -> saved::Cmos {
+        saved::Cmos { index: self.index, ram: HexArray(self.ram) }
     }
 
-    fn restore(&mut self, state: State) -> Result<(), StateError> {
-        let ram = state.ram.try_into();
-        self.ram = ram.map_err(|_| StateError::Invalid("CMOS RAM of another size"))?;
+    fn restore(&mut self, state: saved::Cmos) -> Result<(), StateError> {
+        self.ram = state.ram.0;
         self.index = state.index & 0x7f;
         Ok(())
     }
@@ -236,9 +225,7 @@ mod tests {
         assert_eq!(Device::save(&to).unwrap(), section);
         Device::reset(&mut cmos);
         assert_eq!(Device::save(&cmos).unwrap(), fresh);
-        let short = State { index: 0, ram: vec![0; 127] };
-        assert!(Snapshot::restore(&mut to, short).is_err());
-        let wild = State { index: 0xff, ram: vec![0xff; 128] };
+        let wild = saved::Cmos { index: 0xff, ram: HexArray([0xff; SIZE]) };
         Snapshot::restore(&mut to, wild).unwrap();
         to.read(DATA, &mut [0; 8]);
     }

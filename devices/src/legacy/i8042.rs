@@ -8,8 +8,6 @@ mod tests;
 
 use std::collections::VecDeque;
 
-use serde::{Deserialize, Serialize};
-
 use super::Passive;
 use crate::{
     PowerEvent, PowerSink,
@@ -17,6 +15,7 @@ use crate::{
     irq::Line,
     state::{Snapshot, StateError},
 };
+use ::state::{device as saved, hex::HexBytes};
 
 const DATA: u64 = 0;
 /// System control port B, whose speaker and refresh bits some code polls.
@@ -256,45 +255,29 @@ impl Passive for I8042 {
     }
 }
 
-/// Saved controller and keyboard.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "as in the runtime type")]
-pub struct State {
-    pub control: u8,
-    pub answer: Option<u8>,
-    pub command: Option<u8>,
-    pub last_was_command: bool,
-    pub sent: Vec<u8>,
-    pub keyboard_command: Option<u8>,
-    pub scanning: bool,
-}
-
 impl Snapshot for I8042 {
-    const KIND: &'static str = "i8042";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::I8042;
 
-    fn save(&self) -> State {
+    fn save(&self) -> saved::I8042 {
         let r = &self.registers;
-        State {
+        saved::I8042 {
             control: r.control,
             answer: r.answer,
             command: r.command,
             last_was_command: r.last_was_command,
-            sent: r.keyboard.sent.iter().copied().collect(),
+            sent: HexBytes(r.keyboard.sent.iter().copied().collect()),
             keyboard_command: r.keyboard.command,
             scanning: r.keyboard.scanning,
         }
     }
 
-    fn restore(&mut self, s: State) -> Result<(), StateError> {
-        if s.sent.len() > BUFFER {
+    fn restore(&mut self, s: saved::I8042) -> Result<(), StateError> {
+        if s.sent.0.len() > BUFFER {
             return Err(StateError::Invalid("more bytes than a keyboard buffers"));
         }
-        let State { control, answer, command, last_was_command, .. } = s;
+        let saved::I8042 { control, answer, command, last_was_command, .. } = s;
         let keyboard =
-            Keyboard { sent: s.sent.into(), command: s.keyboard_command, scanning: s.scanning };
+            Keyboard { sent: s.sent.0.into(), command: s.keyboard_command, scanning: s.scanning };
         self.registers = Registers { control, answer, command, last_was_command, keyboard };
         // The edge may have been lost on the way; one too many does no harm.
         self.interrupt();

@@ -7,7 +7,7 @@ pub mod serial;
 
 use crate::{
     Device,
-    state::{Section, Snapshot, StateError},
+    state::{self, Section, Snapshot, StateError},
 };
 
 /// A device in which nothing happens without the guest or the monitor: a pause changes nothing.
@@ -32,10 +32,10 @@ impl<D: Passive> Device for D {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
+        state::save(Passive::id(self), self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
+        state::restore(section, self)
     }
 }

@@ -6,7 +6,6 @@
 //! | +1 sleep status | 0 | ignored |
 //! | +2 reset register | 0 | 1: reset |
 //! | +3 events, for the generic event device; cleared | bit 0: power button pressed, bit 1: generation id changed | ignored |
-use serde::{Deserialize, Serialize};
 
 use super::Passive;
 use crate::{
@@ -15,6 +14,7 @@ use crate::{
     irq::Line,
     state::{Snapshot, StateError},
 };
+use ::state::device as saved;
 
 /// Ports that the block takes.
 pub const PORTS: u64 = 4;
@@ -95,24 +95,14 @@ impl Passive for Power {
     }
 }
 
-/// Saved events.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct State {
-    /// As the guest would read them.
-    pub events: u8,
-}
-
 impl Snapshot for Power {
-    const KIND: &'static str = "acpi-power";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::Power;
 
-    fn save(&self) -> State {
-        State { events: self.events }
+    fn save(&self) -> saved::Power {
+        saved::Power { events: self.events }
     }
 
-    fn restore(&mut self, state: State) -> Result<(), StateError> {
+    fn restore(&mut self, state: saved::Power) -> Result<(), StateError> {
         if state.events & !(POWER_BUTTON | GENERATION) != 0 {
             return Err(StateError::Invalid("power event that does not exist"));
         }
@@ -174,7 +164,7 @@ mod tests {
         Device::restore(&mut to, &section).unwrap();
         assert!(to.line.eventfd().read().is_ok());
         assert_eq!(Device::save(&to).unwrap(), section);
-        assert!(Snapshot::restore(&mut to, State { events: 4 }).is_err());
+        assert!(Snapshot::restore(&mut to, saved::Power { events: 4 }).is_err());
         Device::reset(&mut to);
         to.read(3, &mut all);
         assert_eq!(all, [0, 0xff, 0xff, 0xff]);

@@ -1,5 +1,4 @@
 //! pvpanic: one port on which a guest kernel says that it has crashed.
-use serde::{Deserialize, Serialize};
 
 use super::Passive;
 use crate::{
@@ -7,6 +6,7 @@ use crate::{
     bus::BusDevice,
     state::{Snapshot, StateError},
 };
+use ::state::device as saved;
 
 const PANICKED: u8 = 1;
 /// The guest handles its crash itself (kdump): nothing for us to do.
@@ -47,21 +47,14 @@ impl Passive for Pvpanic {
     fn reset(&mut self) {}
 }
 
-/// A port without state.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct State {}
-
 impl Snapshot for Pvpanic {
-    const KIND: &'static str = "pvpanic";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::Pvpanic;
 
-    fn save(&self) -> State {
-        State {}
+    fn save(&self) -> saved::Pvpanic {
+        saved::Pvpanic {}
     }
 
-    fn restore(&mut self, _: State) -> Result<(), StateError> {
+    fn restore(&mut self, _: saved::Pvpanic) -> Result<(), StateError> {
         Ok(())
     }
 }

@@ -10,7 +10,6 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -19,9 +18,10 @@ use crate::{
     backend::char::{Char, CharSink, CharSource},
     bus::BusDevice,
     irq::Line,
-    state::{Section, Snapshot, StateError},
+    state::{self, Section, Snapshot, StateError},
     worker::{Home, IoThread, Worker},
 };
+use ::state::{device as saved, hex::HexBytes};
 
 type Uart = vm_superio::Serial<Line, Room, CharSink>;
 
@@ -130,39 +130,20 @@ impl Device for Serial {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
+        state::save(&self.id, self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
+        state::restore(section, self)
     }
 }
 
-/// Saved registers and the input not read yet.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the registers' own names")]
-pub struct State {
-    pub baud_divisor_low: u8,
-    pub baud_divisor_high: u8,
-    pub interrupt_enable: u8,
-    pub interrupt_identification: u8,
-    pub line_control: u8,
-    pub line_status: u8,
-    pub modem_control: u8,
-    pub modem_status: u8,
-    pub scratch: u8,
-    pub input: Vec<u8>,
-}
-
 impl Snapshot for Serial {
-    const KIND: &'static str = "serial-16550";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::Serial;
 
-    fn save(&self) -> State {
+    fn save(&self) -> saved::Serial {
         let s = self.uart.lock().state();
-        State {
+        saved::Serial {
             baud_divisor_low: s.baud_divisor_low,
             baud_divisor_high: s.baud_divisor_high,
             interrupt_enable: s.interrupt_enable,
@@ -172,11 +153,11 @@ impl Snapshot for Serial {
             modem_control: s.modem_control,
             modem_status: s.modem_status,
             scratch: s.scratch,
-            input: s.in_buffer,
+            input: HexBytes(s.in_buffer),
         }
     }
 
-    fn restore(&mut self, s: State) -> Result<(), StateError> {
+    fn restore(&mut self, s: saved::Serial) -> Result<(), StateError> {
         self.replace(&SerialState {
             baud_divisor_low: s.baud_divisor_low,
             baud_divisor_high: s.baud_divisor_high,
@@ -187,7 +168,7 @@ impl Snapshot for Serial {
             modem_control: s.modem_control,
             modem_status: s.modem_status,
             scratch: s.scratch,
-            in_buffer: s.input,
+            in_buffer: s.input.0,
         })
     }
 }

@@ -13,8 +13,8 @@ use std::{
     time::Duration,
 };
 
-use rustix::event::epoll;
-use serde::{Deserialize, Serialize};
+use ::state::device as saved;
+use rustix::event::{EventfdFlags, epoll, eventfd};
 
 use super::{
     ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice,
@@ -25,7 +25,7 @@ use crate::{
     Device,
     log_limit::log_seldom,
     rate_limit::RateLimiter,
-    state::{Section, Snapshot, StateError},
+    state::{self, Section, Snapshot, StateError},
     worker::{Home, Worker},
 };
 
@@ -43,6 +43,8 @@ pub enum RngError {
     Open { path: PathBuf, source: io::Error },
     #[error("{path} is not a character device or FIFO; use /dev/urandom")]
     NotASource { path: PathBuf },
+    #[error("no descriptor is left for a source of randomness")]
+    Descriptor(#[source] io::Error),
 }
 
 /// An entropy device.
@@ -72,6 +74,16 @@ impl Rng {
         }
         Ok(Self { id: id.into(), source, bps, home: Home::Idle })
     }
+
+    /// A device that nothing feeds: it can take a saved state, and makes its guest wait.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn without_source(id: impl Into<String>, bps: Option<u64>) -> Result<Self, RngError> {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let source = fd.map_err(|e| RngError::Descriptor(e.into()))?.into();
+        Ok(Self { id: id.into(), source, bps, home: Home::Idle })
+    }
 }
 
 impl Device for Rng {
@@ -94,11 +106,11 @@ impl Device for Rng {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
+        state::save(&self.id, self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
+        state::restore(section, self)
     }
 }
 
@@ -138,34 +150,24 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// The saved form: how far the queue has been worked off, once there is one. Nothing is in flight
-/// in a quiet device, so one number says it all.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct State {
-    position: Option<u16>,
-    broken: bool,
-}
-
+/// Nothing is in flight in a quiet device, so one number says how far the queue has been served.
 impl Snapshot for Rng {
-    const KIND: &'static str = "virtio-rng";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::Rng;
 
-    fn save(&self) -> State {
+    fn save(&self) -> saved::Rng {
         let worker = self.home.parked();
-        State {
-            position: worker.map(|w| w.ring.position()),
-            broken: worker.is_some_and(|w| w.broken),
+        saved::Rng {
+            next_avail: worker.map(|w| w.ring.position()),
+            needs_reset: worker.is_some_and(|w| w.broken),
         }
     }
 
-    fn restore(&mut self, state: State) -> Result<(), StateError> {
-        match (self.home.parked_mut(), state.position) {
-            (None, None) if !state.broken => {}
+    fn restore(&mut self, state: saved::Rng) -> Result<(), StateError> {
+        match (self.home.parked_mut(), state.next_avail) {
+            (None, None) if !state.needs_reset => {}
             (Some(worker), Some(position)) => {
                 worker.ring.set_position(position);
-                worker.broken = state.broken;
+                worker.broken = state.needs_reset;
             }
             _ => return Err(StateError::Invalid("entropy device with and without driver")),
         }

@@ -2,8 +2,6 @@
 //! does every other virtio device, so all of them share one budget.
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
-
 use super::{
     MachineConfig, Occupancy,
     limits::{DISK_SLOTS, NIC_SLOTS, VIRTIO_SLOTS},
@@ -11,17 +9,8 @@ use super::{
 
 /// Slots for disks and for NICs, made from [`Wanted`]: at least as many as there are devices for them,
 /// and no more than there are interrupts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Saved")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotCounts {
-    disks: usize,
-    nics: usize,
-}
-
-/// As a saved state says it.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Saved {
     disks: usize,
     nics: usize,
 }
@@ -133,15 +122,6 @@ impl TryFrom<Wanted> for SlotCounts {
     }
 }
 
-impl TryFrom<Saved> for SlotCounts {
-    type Error = SlotsError;
-
-    fn try_from(Saved { disks, nics }: Saved) -> Result<Self, SlotsError> {
-        let (disk_slots, nic_slots) = (Some(disks), Some(nics));
-        Wanted { disk_slots, nic_slots, ..Wanted::default() }.try_into()
-    }
-}
-
 impl fmt::Display for NoRoom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { wanted, slots } = self;
@@ -213,14 +193,5 @@ mod tests {
         );
         let few = Wanted { nic_slots: Some(0), nics: 1, ..Wanted::default() };
         assert!(counts(few).unwrap_err().starts_with("0 slots for NICs"));
-    }
-
-    #[test]
-    fn a_saved_state_cannot_say_more_either() {
-        let read = |text| serde_json::from_str::<SlotCounts>(text).map_err(|e| e.to_string());
-        assert_eq!(read(r#"{"disks":8,"nics":2}"#).map(SlotCounts::total), Ok(10));
-        assert!(read(r#"{"disks":17,"nics":2}"#).unwrap_err().contains("at most 18"));
-        let huge = format!(r#"{{"disks":{},"nics":{0}}}"#, usize::MAX);
-        assert!(read(&huge).unwrap_err().contains("at most 18"));
     }
 }

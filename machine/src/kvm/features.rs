@@ -1,12 +1,11 @@
 //! What a saved guest needs of a host's CPU: the CPUID leaves that it has seen.
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
-use serde::{Deserialize, Serialize};
+use state::{cpu as saved, hex::Hex};
 
 use super::KvmError;
 
-/// One CPUID leaf in a saved state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One CPUID leaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "named as in the manuals")]
 pub struct Leaf {
     pub function: u32,
@@ -16,6 +15,36 @@ pub struct Leaf {
     pub ebx: u32,
     pub ecx: u32,
     pub edx: u32,
+}
+
+impl From<Leaf> for saved::Leaf {
+    fn from(leaf: Leaf) -> Self {
+        let Leaf { function, index, flags, eax, ebx, ecx, edx } = leaf;
+        Self {
+            function: Hex(function),
+            index: Hex(index),
+            flags: Hex(flags),
+            eax: Hex(eax),
+            ebx: Hex(ebx),
+            ecx: Hex(ecx),
+            edx: Hex(edx),
+        }
+    }
+}
+
+impl From<saved::Leaf> for Leaf {
+    fn from(leaf: saved::Leaf) -> Self {
+        let saved::Leaf { function, index, flags, eax, ebx, ecx, edx } = leaf;
+        Self {
+            function: function.0,
+            index: index.0,
+            flags: flags.0,
+            eax: eax.0,
+            ebx: ebx.0,
+            ecx: ecx.0,
+            edx: edx.0,
+        }
+    }
 }
 
 /// The leaves of `cpuid`.

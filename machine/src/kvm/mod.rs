@@ -9,6 +9,7 @@ pub mod cpuid;
 pub mod entry;
 pub mod features;
 mod permission;
+pub mod saved;
 pub mod state;
 #[cfg(test)]
 mod tests;

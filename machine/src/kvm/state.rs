@@ -4,7 +4,6 @@ use kvm_bindings::{
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd};
-use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::{KvmError, guest_tsc_is_its_own, refused};
@@ -34,27 +33,25 @@ const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
 const MSR_PVM_VIF: u32 = 0x4b56_4d10;
 
 /// Everything that makes a vCPU what it is. Plain data: what it holds is checked by KVM on restore.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 pub struct VcpuState {
     pub(crate) regs: kvm_regs,
-    sregs: kvm_sregs,
+    pub(super) sregs: kvm_sregs,
     /// The XSAVE area in words of 32 bits.
-    xsave: Vec<u32>,
-    xcrs: kvm_xcrs,
-    debug: kvm_debugregs,
-    lapic: kvm_lapic_state,
-    mp: kvm_mp_state,
-    events: kvm_vcpu_events,
+    pub(super) xsave: Vec<u32>,
+    pub(super) xcrs: kvm_xcrs,
+    pub(super) debug: kvm_debugregs,
+    pub(super) lapic: kvm_lapic_state,
+    pub(super) mp: kvm_mp_state,
+    pub(super) events: kvm_vcpu_events,
     /// Pairs of index and value.
-    msrs: Vec<(u32, u64)>,
+    pub(super) msrs: Vec<(u32, u64)>,
     /// Ticks a millisecond of the TSC.
-    tsc_khz: u32,
+    pub(super) tsc_khz: u32,
     /// The host's, when it was saved.
-    #[serde(skip)]
-    host_khz: u32,
+    pub(super) host_khz: u32,
     /// Of a guest that runs guests, as `KVM_GET_NESTED_STATE` gives it; empty where KVM has none.
-    #[serde(default)]
-    nested: Vec<u8>,
+    pub(super) nested: Vec<u8>,
 }
 
 /// How many ticks a guest's TSC makes while the host's makes `ticks`, at these ticks a millisecond.

@@ -86,7 +86,8 @@ fn each_part_is_told_once_in_the_machines_order_and_nothing_stays() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
     let files = [Some(Part::Kernel), Some(Part::Initrd), disk("a"), disk("b")];
-    let Err(first) = builder::block(0, None, config.disks.first(), &(Arc::new(|_| {}) as Report))
+    let Err(first) =
+        Backing::Host(&(Arc::new(|_| {}) as Report)).block(0, None, config.disks.first())
     else {
         panic!("there is such a disk")
     };

@@ -173,6 +173,13 @@ mod tests {
         assert_eq!(elf[24..32], u64::from(PAYLOAD_ADDRESS).to_le_bytes());
         let flat = kernel::flat(&elf).unwrap();
         assert_eq!(flat, PAYLOAD);
+        // Its entry is its beginning: no jump is needed. One that lies 8 bytes on is jumped to.
+        assert_eq!(kernel::flat_entered_at_start(&elf).unwrap(), PAYLOAD);
+        let mut later = elf.clone();
+        later[24] += 8;
+        let jump = [0xe9, 3, 0, 0, 0];
+        assert_eq!(kernel::flat_entered_at_start(&later).unwrap()[..5], jump);
+        assert_eq!(kernel::flat_entered_at_start(&later).unwrap()[5..], PAYLOAD[5..]);
         let note = [4_u32.to_le_bytes(), 4_u32.to_le_bytes(), 18_u32.to_le_bytes(), *b"Xen\0"];
         let note = [note.concat(), PAYLOAD_ADDRESS.to_le_bytes().to_vec()].concat();
         assert_eq!(elf[64 + 2 * 56..][..20], note);

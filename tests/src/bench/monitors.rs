@@ -55,7 +55,7 @@ pub struct Guest {
 pub enum Form {
     /// An ELF file.
     Elf,
-    /// A flat image for 16 MiB, not shorter than [`FLAT_MIN`].
+    /// A flat image for 16 MiB that is entered where it begins, not shorter than [`FLAT_MIN`].
     Flat,
 }
 

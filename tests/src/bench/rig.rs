@@ -166,7 +166,7 @@ impl Rig {
         let name = elf.file_name().context("a kernel without a name")?;
         let flat = self.dir.join(name).with_extension("flat");
         if !flat.exists() {
-            let mut image = kernel::flat(&image)?;
+            let mut image = kernel::flat_entered_at_start(&image)?;
             image.resize(image.len().max(FLAT_MIN), 0);
             fs::write(&flat, image)?;
         }

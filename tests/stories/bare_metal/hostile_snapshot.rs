@@ -78,21 +78,16 @@ impl State {
         borders
     }
 
-    /// Changes one value in the section whose name begins with `name`; the configuration is "". The
-    /// value is the one that follows `path`: each word in it is looked for behind the one before.
+    /// Changes one value in the section of that kind and id; the configuration is "config". The value is
+    /// the one that follows `path`: each word in it is looked for behind the one before.
     fn edit(&mut self, name: &str, path: &[&str], change: impl Fn(&str) -> String) -> Result<()> {
-        for (kind, body) in &mut self.frames {
-            let mut at = match *kind {
-                CONFIG if name.is_empty() => 0,
-                SECTION if !name.is_empty() => {
-                    let length = usize::from(*body.first().context("a section without a name")?);
-                    if !body.get(1..=length).is_some_and(|b| b.starts_with(name.as_bytes())) {
-                        continue;
-                    }
-                    1 + length
-                }
-                _ => continue,
-            };
+        let (kind, id) = name.split_once(' ').unwrap_or((name, ""));
+        let begins = format!(r#"{{"kind":"{kind}","id":"{id}""#);
+        for (number, body) in &mut self.frames {
+            if ![CONFIG, SECTION].contains(number) || !body.starts_with(begins.as_bytes()) {
+                continue;
+            }
+            let mut at = 0;
             let mut rest = str::from_utf8(body.get(at..).unwrap_or_default())?;
             for word in path {
                 let found = rest.find(word).with_context(|| format!("no {word} in {name}"))?;
@@ -193,22 +188,22 @@ fn what_another_host_or_version_has_saved_is_refused_by_name() -> Result<()> {
         refuses(&set, &["state", &found, &known])?;
     }
     let leaf = |state: &mut State, function: &str, word: &str, value: u32| {
-        state.edit("cpu", &[function, word], |_| value.to_string())
+        state.edit("cpu", &[function, word], |_| format!("\"{value:#x}\""))
     };
     // "GenuineTMx86", which this host is not.
     let vendor = |state: &mut State| {
-        leaf(state, "\"function\":0,", "\"ebx\":", 0x756e_6547)?;
-        leaf(state, "\"function\":0,", "\"edx\":", 0x5465_6e69)?;
-        leaf(state, "\"function\":0,", "\"ecx\":", 0x3638_784d)
+        leaf(state, "\"function\":\"0x0\"", "\"ebx\":", 0x756e_6547)?;
+        leaf(state, "\"function\":\"0x0\"", "\"edx\":", 0x5465_6e69)?;
+        leaf(state, "\"function\":\"0x0\"", "\"ecx\":", 0x3638_784d)
     };
     refuses(&vendor, &["CPU by", "GenuineTMx86"])?;
     // No CPU has all of them: bit 16 is reserved.
-    let features = |state: &mut State| leaf(state, "\"function\":1,", "\"ecx\":", u32::MAX);
+    let features = |state: &mut State| leaf(state, "\"function\":\"0x1\"", "\"ecx\":", u32::MAX);
     refuses(&features, &["CPU feature", "CPUID 0x1.0 ECX bit", "this host"])?;
     // Another architecture's vCPU has other registers.
     let foreign =
-        |state: &mut State| state.edit("vcpu 0", &[], |_| r#"{"x0":0,"pc":0,"pstate":0}"#.into());
-    refuses(&foreign, &["section \"vcpu 0\"", "missing field `regs`"])?;
+        |state: &mut State| state.edit("vcpu 0", &["\"state\":"], |_| r#"{"x0":0,"pc":0}"#.into());
+    refuses(&foreign, &["section \"vcpu 0\"", "unknown field `x0`"])?;
     // KVM takes a faster clock than the host's anywhere; a slower one, where it can scale.
     let slower = |state: &mut State| {
         let half = |khz: &str| (khz.parse().unwrap_or(0) / 2).to_string();
@@ -266,32 +261,34 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
     let (stage, saved) = saved("hostile-lies")?;
     let whole = State::read(&saved)?;
     let many = |item: &str| format!("[{}]", vec![item; 100_000].join(","));
-    let leaves = many(r#"{"function":1,"index":0,"flags":0,"eax":0,"ebx":0,"ecx":0,"edx":0}"#);
-    let bytes = many("7");
-    let vcpu = "section \"vcpu 0\"";
-    let lies: [(&str, &[&str], &str, &str); 22] = [
-        ("", &["\"size\":"], "4611686018427387904", "bytes of memory"),
-        ("", &["\"size\":"], "33554433", "bytes of memory"),
-        ("", &["\"size\":"], "67108864", "checksums for 32 blocks"),
-        ("", &["\"cpus\":"], "0", "vCPUs"),
-        ("", &["\"cpus\":"], "2", "topology"),
-        ("", &["\"threads\":"], "1048576", "the configuration"),
-        ("", &["\"machine\":"], r#"{"unknown":1}"#, "unknown field"),
-        ("cpu", &["\"leaves\":"], &leaves, "CPUID leaves"),
-        ("cpu", &["\"leaves\":"], "[]", "CPU by"),
-        ("vcpu 0", &["\"msrs\":"], "[[1]]", vcpu),
-        ("vcpu 0", &["\"lapic\":"], r#"{"regs":[0,1,2]}"#, vcpu),
-        ("vcpu 0", &["\"lapic\":"], "[1,2]", "has something missing"),
-        ("vcpu 0", &["\"xcrs\":"], "\"x\"", "has something missing"),
-        ("vcpu 0", &["\"xsave\":"], &bytes, "extended state"),
+    let leaf = r#"{"function":"0x1","index":"0x0","flags":"0x0","eax":"0x0","ebx":"0x0","ecx":"0x0","edx":"0x0"}"#;
+    let leaves = many(leaf);
+    let (vcpu, serial) = ("section \"vcpu 0\"", "serial-16550 serial0");
+    let chips = "interrupt-controllers";
+    let lies: [(&str, &[&str], &str, &str); 23] = [
+        ("config", &["\"size\":"], "4611686018427387904", "bytes of memory"),
+        ("config", &["\"size\":"], "33554433", "bytes of memory"),
+        ("config", &["\"size\":"], "67108864", "checksums for 32 blocks"),
+        ("config", &["\"vcpus\":"], "0", "vCPUs"),
+        ("config", &["\"vcpus\":"], "2", "topology"),
+        ("config", &["\"threads\":"], "1048576", "the configuration"),
+        ("config", &["\"machine\":"], r#"{"unknown":1}"#, "unknown field"),
+        ("config", &["\"slots\":", "\"interrupt\":"], "9", "no slot is at address"),
+        ("cpu", &["\"cpuid\":"], &leaves, "CPUID leaves"),
+        ("cpu", &["\"cpuid\":"], "[]", "CPU by"),
+        ("vcpu 0", &["\"msrs\":"], "[[\"0x1\"]]", vcpu),
+        ("vcpu 0", &["\"lapic\":"], "\"00\"", "1024 belong"),
+        ("vcpu 0", &["\"lapic\":"], "[1,2]", vcpu),
+        ("vcpu 0", &["\"xcrs\":"], "\"x\"", vcpu),
+        ("vcpu 0", &["\"xsave\":"], "\"000102\"", "XSAVE area of 3 bytes"),
         ("vcpu 0", &["\"tsc_khz\":"], "-1", vcpu),
-        ("interrupt controllers", &["\"irqchips\":"], "[]", "interrupt controllers"),
-        ("interrupt controllers", &["\"pit\":"], "[]", "has something missing"),
-        ("clock", &[], "\"never\"", "section \"clock\""),
-        ("device 0", &["\"version\":"], "77", "v77"),
-        ("device 0", &["\"kind\":"], "\"toaster\"", "toaster"),
-        ("device 0", &["\"body\":"], "[]", "device 0"),
-        ("device 3", &["\"body\":"], &bytes, "device 3"),
+        (chips, &["\"redirtbl\":"], "[]", chips),
+        (chips, &["\"channels\":"], "[]", chips),
+        ("clock", &["\"nanoseconds\":"], "\"never\"", "section \"clock\""),
+        (serial, &["\"version\":"], "77", "of version 77, and this program knows versions up to"),
+        (serial, &["\"kind\":"], "\"toaster\"", "toaster"),
+        (serial, &["\"state\":"], "[]", serial),
+        ("cmos cmos", &["\"ram\":"], "\"00\"", "128 belong"),
     ];
     for (section, path, lie, says) in lies {
         let mut state = State { version: whole.version, frames: whole.frames.clone() };
@@ -299,17 +296,21 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
         state.write(&saved)?;
         refused(&stage, &saved, &[], &[says]).with_context(|| format!("{section} {path:?}"))?;
     }
-    // One part more, one less, and in another order.
-    for (change, says) in
-        [(0, "2 vCPUs"), (1, "devices"), (2, "comes where"), (3, "comes where"), (4, "checksums")]
-    {
+    // One part more, one less, and sections before what they belong to.
+    for (change, says) in [
+        (0, "\"vcpu 0\" twice"),
+        (1, "no section for nic1"),
+        (2, "comes where"),
+        (3, "no section \"cpu\""),
+        (4, "checksums"),
+    ] {
         let mut state = State { version: whole.version, frames: whole.frames.clone() };
         let sums = state.frames.iter().position(|f| f.0 == SUMS).context("no checksums")?;
         let frames = &mut state.frames;
         match change {
             0 => frames.insert(2, frames.get(2).context("no vCPU")?.clone()),
             1 => drop(frames.remove(sums - 1)),
-            2 => frames.swap(1, 3),
+            2 => frames.swap(0, 1),
             3 => drop(frames.remove(1)),
             _ => frames.get_mut(sums).context("no checksums")?.1.truncate(5),
         }
@@ -332,15 +333,14 @@ fn numbers_made_up_harm_nobody() -> Result<()> {
         for _ in 0..=chance.below(3) {
             let index = chance.below(state.frames.len() - 2);
             let Some((kind, body)) = state.frames.get_mut(index) else { continue };
-            let start = match *kind {
-                SECTION => 1 + usize::from(*body.first().unwrap_or(&0)),
-                _ => 0,
-            };
+            if ![CONFIG, SECTION].contains(kind) {
+                continue;
+            }
             // A number in the JSON becomes another one.
-            let digits: Vec<_> = (start + 1..body.len())
+            let digits: Vec<_> = (1..body.len())
                 .filter(|at| {
                     body.get(*at).is_some_and(u8::is_ascii_digit)
-                        && body.get(at - 1).is_some_and(|b| b":,[".contains(b))
+                        && body.get(at - 1).is_some_and(|b| b":,[x".contains(b))
                 })
                 .collect();
             let Some(at) = digits.get(chance.below(digits.len().max(1))) else { continue };
@@ -489,7 +489,8 @@ fn a_tap_that_is_not_there_is_named_and_another_may_take_its_place() -> Result<(
     let says = ["net0", "tap7", "ip tuntap add"];
     refused(&stage, &saved, &["-netdev", missing], &says)?;
     let stranger = "tap,id=net5,ifname=tap1";
-    refused(&stage, &saved, &["-netdev", stranger], &["no NIC 'net5'", "net0"])?;
+    let two = ["-netdev", stranger, "-netdev", "tap,id=net0,ifname=tap0"];
+    refused(&stage, &saved, &two, &["no NIC 'net5'", "net0"])?;
     for args in [&[][..], &["-netdev", "tap,id=net0,ifname=tap1"]] {
         let (mut monitor, mut qmp) = restore(&stage, &saved, args)?;
         simple(&mut qmp, "cont")?;

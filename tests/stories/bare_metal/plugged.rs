@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use stories::monitor::{Monitor, SOON, Vm};
 
 use crate::plug::{empty, found, marked, unplug, with_taps};
+use crate::snapshot::{refusal, restore};
 use crate::stage::{Stage, patiently, quits, simple, status};
 use crate::stream::getfd;
 
@@ -193,4 +194,51 @@ fn slots_changed_while_the_guest_runs_are_restored_so() -> Result<()> {
 #[test]
 fn slots_changed_while_the_guest_is_stopped_are_restored_so() -> Result<()> {
     WAYS.into_iter().try_for_each(|way| cell(way, true).with_context(|| format!("{way:?}")))
+}
+
+/// A template is restored as machines whose disks and NICs have names of their own: as many as were saved,
+/// none of them known, in the order of slots.
+#[test]
+fn a_template_is_restored_under_other_names() -> Result<()> {
+    let mut stage = Stage::new("slots-names")?;
+    with_taps(&mut stage, "")?;
+    let (mut monitor, mut qmp) = start(&stage)?;
+    let changes = change(&stage, &mut qmp)?;
+    finds(&mut monitor, &changes)?;
+    save(&stage, &mut qmp, Way::Suspend)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let saved = stage.file("saved");
+    let drive = |id: &str, image: &str, more: &str| {
+        vec!["-drive".into(), format!("id={id},file={}{more}", stage.file(image).display())]
+    };
+    let nic = |id: &str, tap: &str| vec!["-netdev".into(), format!("tap,id={id},ifname={tap}")];
+    let flags = [
+        drive("a", "replacement", ""),
+        drive("b", "resized", ""),
+        drive("c", "plugged", ",readonly=on"),
+        nic("x", "tap1"),
+        nic("y", "tap0"),
+    ];
+    let flags = flags.concat();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let (mut monitor, mut qmp) = restore(&stage, &saved, &flags)?;
+    let disks = qmp.execute_raw("query-block", json!({}))?;
+    let names = ["/0/device", "/1/device", "/2/device"].map(|at| disks.pointer(at));
+    ensure!(names == [Some(&json!("a")), Some(&json!("b")), Some(&json!("c"))], "{disks}");
+    simple(&mut qmp, "cont")?;
+    finds(&mut monitor, &changes)?;
+    unplug(&mut qmp, "b")?;
+    monitor.wait_for(&empty(2), SOON)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    // Fewer, or one of them known: they are names, and wrong.
+    let said = refusal(&stage, &saved, flags.get(..4).unwrap_or_default())?;
+    ensure!(said.contains("no disk 'a'") && said.contains("replacement, resized"), "{said}");
+    let mut mixed = flags.clone();
+    let other = format!("id=plugged,file={},readonly=on", stage.file("plugged").display());
+    if let Some(last) = mixed.get_mut(5) {
+        *last = &other;
+    }
+    let said = refusal(&stage, &saved, &mixed)?;
+    ensure!(said.contains("no disk 'a'"), "{said}");
+    Ok(())
 }

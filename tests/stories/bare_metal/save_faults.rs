@@ -7,11 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
-use stories::monitor::SOON;
+use stories::monitor::{SOON, Vm};
 
 use crate::hostile_snapshot::{contents, goes_on};
 use crate::snapshot::{counters, counting, save};
 use crate::stage::{Stage, quits, status};
+use crate::stream::getfd;
 
 /// A save that fails: the answer says where, the guest runs on, the older save is as it was.
 fn fails(qmp: &mut Client, saved: &Path, live: bool, says: &str) -> Result<()> {
@@ -72,6 +73,63 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
     ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
     quits(&stage, &mut monitor, &mut qmp)?;
     goes_on(&own, &saved, &before)
+}
+
+/// A state is tried on every device before it counts. One of them refuses it, for a reason that is not in
+/// the bytes.
+#[test]
+fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
+    let mut stage = Stage::new("hostile-refuse")?;
+    let refuses = stage.file("refuses");
+    fs::write(&refuses, "")?;
+    stage.run_by(&format!("env STRATOVIRT_TEST_REFUSE='{}'", refuses.display()))?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
+    monitor.wait_for("processors 1", SOON)?;
+    let base = stage.file("base");
+    let uri = format!("file:{}", base.display());
+    qmp.execute_raw("migrate", json!({ "uri": uri, "track": true, "resume": true }))?;
+    let saved = stage.file("saved");
+    let uri = format!("file:{}", saved.display());
+    let incremental = json!({ "uri": uri, "incremental": true, "track": true, "resume": true });
+    qmp.execute_raw("migrate", incremental.clone())?;
+    let older = contents(&saved)?;
+    let next = stage.file("next");
+    let uri_of_next = format!("file:{}", next.display());
+    let incremental =
+        json!({ "uri": uri_of_next, "incremental": true, "track": true, "resume": true });
+    for device in ["serial0", "disk0", "nic1"] {
+        for (way, migrate) in [
+            ("suspend", json!({ "uri": uri })),
+            ("save", json!({ "uri": uri, "resume": true })),
+            ("incremental", incremental.clone()),
+            ("stream", json!({ "uri": "fd:out" })),
+        ] {
+            if way == "stream" {
+                getfd(&mut qmp, "out", File::create(stage.file("stream"))?)?;
+            }
+            fs::write(&refuses, device)?;
+            let error = match qmp.execute_raw("migrate", migrate) {
+                Ok(_) => bail!("{way}: it was saved"),
+                Err(error) => error.to_string(),
+            };
+            ensure!(error.contains("could not be restored"), "{way}: {error}");
+            ensure!(error.contains(device), "{way}: {error}");
+            ensure!(status(&mut qmp)? == "running", "{way}: the guest stands still");
+            ensure!(contents(&saved)? == older, "{way}: the older save has changed");
+            ensure!(!next.exists(), "{way}: a save that does not count is left behind");
+            fs::write(&refuses, "")?;
+        }
+    }
+    // The stream has no end that anything could be started from.
+    let incoming = format!("exec:cat {}", stage.file("stream").display());
+    let args = ["-S", "-incoming", &incoming];
+    let mut there = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    ensure!(there.wait_exit()?.code() == Some(1));
+    // Nothing of what the next one needs is lost.
+    let before = counters(&saved, 1)?;
+    qmp.execute_raw("migrate", incremental)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    goes_on(&stage, &next, &before)
 }
 
 /// The same behind the system-call filter, on a file system that really is too small.

@@ -10,10 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machine::config::{Expect, MachineConfig, Tap};
+use machine::{
+    Description,
+    config::{Expect, MachineConfig, Tap},
+};
 use rustix::fs::OFlags;
 
-use super::content::Config;
 use crate::cli::Asked;
 
 /// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
@@ -40,13 +42,17 @@ pub enum AdaptError {
     DiskSize { id: String, path: PathBuf, saved: u64, found: u64 },
 }
 
-/// Change `config` to what the command line asks for: `asked`, and the disks, NICs and character
+/// Change `description` to what the command line asks for: `asked`, and the disks, NICs and character
 /// devices of `flags`.
 ///
 /// # Errors
 /// When it asks for what the guest would notice, or for what was not there.
-pub fn adapt(config: &mut Config, asked: &Asked, flags: &MachineConfig) -> Result<(), AdaptError> {
-    let saved = &mut config.machine;
+pub fn adapt(
+    description: &mut Description,
+    asked: &Asked,
+    flags: &MachineConfig,
+) -> Result<(), AdaptError> {
+    let saved = &mut description.config;
     if let Some((cpus, topology)) = asked.smp
         && (cpus, topology) != (saved.cpus, saved.topology)
     {
@@ -100,20 +106,20 @@ pub fn adapt(config: &mut Config, asked: &Asked, flags: &MachineConfig) -> Resul
         (None, Some(_)) => return Err(AdaptError::None { what: "rng", flag: "-rng" }),
         (_, None) => {}
     }
-    disks(config, flags)?;
-    nics(config, flags)
+    disks(description, flags)?;
+    for disk in description.occupied.disks.iter_mut().flatten().filter(|_| asked.force) {
+        // The user vouches for those of the saved sizes.
+        (disk.expect, disk.probe) = (Expect::Any, false);
+    }
+    nics(description, flags)
 }
 
-fn disks(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
-    for wanted in &flags.disks {
-        let mut there = config.occupied.disks.iter_mut().flatten();
-        let Some(disk) = there.find(|disk| disk.id == wanted.id) else {
-            let ids = config.occupied.disks.iter().flatten().map(|disk| disk.id.as_str());
-            return Err(unknown("disk", "drive", &wanted.id, ids));
-        };
+fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError> {
+    let there = saved.occupied.disks.iter_mut().flatten();
+    let pairs = pair(there, &flags.disks, |disk| &disk.id);
+    for (disk, wanted) in pairs.map_err(|(one, ids)| unknown("disk", "drive", &one.id, &ids))? {
         if disk.readonly != wanted.readonly {
-            let (saved, asked) = (disk.readonly.to_string(), wanted.readonly.to_string());
-            return Err(differs("a disk with readonly", "-drive", saved, asked));
+            return Err(differs("a disk with readonly", "-drive", disk.readonly, wanted.readonly));
         }
         // What the saved machine wrote to is raw, whatever its guest has written there.
         let moved = disk.path != wanted.path;
@@ -122,60 +128,78 @@ fn disks(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
         disk.path.clone_from(&wanted.path);
         (disk.direct, disk.aio, disk.discard) = (wanted.direct, wanted.aio, wanted.discard);
         (disk.iops, disk.bps) = (wanted.iops, wanted.bps);
+        if disk.id != wanted.id {
+            (disk.id, disk.backend) = (wanted.id.clone(), wanted.backend.clone());
+        }
     }
     Ok(())
 }
 
-/// Take the disks of the saved sizes as they are: the user vouches for them.
-pub fn take_any_disks(config: &mut Config) {
-    for disk in config.occupied.disks.iter_mut().flatten() {
-        (disk.expect, disk.probe) = (Expect::Any, false);
-    }
-}
-
-fn nics(config: &mut Config, flags: &MachineConfig) -> Result<(), AdaptError> {
+fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError> {
     let mut given = Vec::new();
-    for wanted in &flags.nics {
-        let shapes = config.machine.nics.iter().map(|shape| shape.queue_pairs);
-        let shapes = shapes.chain(std::iter::repeat(1));
-        let mut there = config.occupied.nics.iter_mut().zip(shapes);
-        let found = there.find_map(|(nic, pairs)| {
-            nic.as_mut().filter(|nic| nic.id == wanted.id).map(|nic| (nic, pairs))
-        });
-        let Some((nic, pairs)) = found else {
-            let ids = config.occupied.nics.iter().flatten().map(|nic| nic.id.as_str());
-            return Err(unknown("NIC", "netdev", &wanted.id, ids));
-        };
+    let there = saved.occupied.nics.iter_mut().flatten();
+    let pairs = pair(there, &flags.nics, |nic| &nic.id);
+    for (nic, wanted) in pairs.map_err(|(one, ids)| unknown("NIC", "netdev", &one.id, &ids))? {
         if let Tap::Fds(fds) = &wanted.tap
-            && fds.len() != usize::from(pairs)
+            && fds.len() != usize::from(nic.queue_pairs)
         {
             let (id, asked) = (wanted.id.clone(), fds.len());
-            return Err(AdaptError::Descriptors { id, saved: pairs, asked });
+            return Err(AdaptError::Descriptors { id, saved: nic.queue_pairs, asked });
         }
         nic.tap.clone_from(&wanted.tap);
         (nic.pps, nic.bps) = (wanted.pps, wanted.bps);
+        if nic.id != wanted.id {
+            (nic.id, nic.backend) = (wanted.id.clone(), wanted.backend.clone());
+        }
         given.push(wanted.id.clone());
     }
-    let mut numbers = config.occupied.nics.iter().flatten();
+    let mut numbers = saved.occupied.nics.iter().flatten();
     match numbers.find(|nic| matches!(nic.tap, Tap::Fds(_)) && !given.contains(&nic.id)) {
         Some(nic) => Err(AdaptError::NoTap { id: nic.id.clone() }),
         None => Ok(()),
     }
 }
 
+/// Each of `wanted` with the saved one that has its id. When none of the ids is known and there are as
+/// many as were saved, they are other names for those, in order of slots: a template is restored so.
+///
+/// # Errors
+/// The first id that is not known, and those that are.
+#[expect(clippy::type_complexity, reason = "used twice, here")]
+fn pair<'s, 'w, T>(
+    saved: impl Iterator<Item = &'s mut T>,
+    wanted: &'w [T],
+    id: impl Fn(&T) -> &str,
+) -> Result<Vec<(&'s mut T, &'w T)>, (&'w T, Vec<String>)> {
+    let mut left: Vec<&mut T> = saved.collect();
+    let ids: Vec<String> = left.iter().map(|one| id(one).to_owned()).collect();
+    let known = |one: &T| ids.iter().any(|known| known == id(one));
+    if wanted.len() == left.len() && !wanted.iter().any(known) {
+        return Ok(left.into_iter().zip(wanted).collect());
+    }
+    let mut pairs = Vec::new();
+    for one in wanted {
+        match left.iter().position(|saved| id(saved) == id(one)) {
+            Some(at) => pairs.push((left.remove(at), one)),
+            None => return Err((one, ids)),
+        }
+    }
+    Ok(pairs)
+}
+
 /// Whether the disks are there, and as large as they were.
 ///
 /// # Errors
 /// The first one that is not.
-pub fn check_disks(config: &Config) -> Result<(), AdaptError> {
-    for (disk, saved) in config.occupied.disks.iter().zip(&config.disk_sizes) {
+pub fn check_disks(saved: &Description) -> Result<(), AdaptError> {
+    for (disk, size_then) in saved.occupied.disks.iter().zip(&saved.disk_sizes) {
         let Some(disk) = disk else { continue };
         let (id, path) = (disk.id.clone(), disk.path.clone());
         match size(&disk.path) {
             Err(source) => return Err(AdaptError::Disk { id, path, source }),
             // Whole sectors, as the disk shows them.
-            Ok(found) if found / 512 * 512 != *saved => {
-                return Err(AdaptError::DiskSize { id, path, saved: *saved, found });
+            Ok(found) if found / 512 * 512 != *size_then => {
+                return Err(AdaptError::DiskSize { id, path, saved: *size_then, found });
             }
             Ok(_) => {}
         }
@@ -204,13 +228,7 @@ fn differs(
     AdaptError::Differs { what, flag, saved: saved.to_string(), asked: asked.to_string() }
 }
 
-fn unknown<'a>(
-    what: &'static str,
-    flag: &'static str,
-    id: &str,
-    known: impl Iterator<Item = &'a str>,
-) -> AdaptError {
-    let known: Vec<_> = known.collect();
+fn unknown(what: &'static str, flag: &'static str, id: &str, known: &[String]) -> AdaptError {
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     AdaptError::Unknown { what, flag, id: id.into(), known }
 }

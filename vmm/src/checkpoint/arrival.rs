@@ -23,18 +23,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machine::{MachineState, Memory, Report};
+use machine::{Description, Memory, Report};
+use state::{
+    Config, Frames, Sections,
+    frame::{Kind, StreamError},
+};
 
 use super::{
     AdaptError, RestoreError, adapt,
-    content::{Config, Frames},
     dialogue::{Voice, greeted},
     image::Progress,
     incoming::{Door, IncomingError},
-    load::load,
+    load::{Loaded, load},
     receive::{ReceiveError, Received, receive_frames},
     send::Cancel,
-    stream::{Kind, StreamError},
 };
 use crate::{
     cli::{Incoming, Source},
@@ -47,17 +49,17 @@ const HANG_LIMIT: Duration = Duration::from_secs(1);
 /// What the thread reports.
 pub enum Step {
     /// This is what is coming, as it is wanted here; it needs memory.
-    Described(Box<Config>),
+    Described(Box<Description>),
     /// It is over.
     Done(Result<Box<Arrived>, RestoreError>),
 }
 
 /// A machine that came whole and has yet to be built.
 pub struct Arrived {
-    /// What it is made of, as it is wanted here.
+    /// What it was made of.
     pub config: Config,
     /// Its state.
-    pub state: MachineState,
+    pub sections: Sections,
     /// Its memory, filled, or filled while the guest runs.
     pub memory: Memory,
     /// Ranges of it that are not zero although the guest may not have touched them.
@@ -95,14 +97,8 @@ impl Arrival {
         let (give, memory) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let (asked, flags, force) = (incoming.asked.clone(), flags.clone(), incoming.force);
-        let adapt = move |config: &mut Config| {
-            adapt::adapt(config, &asked, &flags)?;
-            if force {
-                adapt::take_any_disks(config);
-            }
-            Ok(())
-        };
+        let (asked, flags) = (incoming.asked.clone(), flags.clone());
+        let overrides = move |to: &mut Description| adapt::adapt(to, &asked, &flags);
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
@@ -114,14 +110,14 @@ impl Arrival {
                 let (path, mapped) = (path.clone(), *mapped);
                 Box::new(move || {
                     let read = || {
-                        let mut loaded = load(&path)?;
-                        adapt(&mut loaded.config)?;
-                        adapt::check_disks(&loaded.config)?;
-                        let wanted = &loaded.config.machine.memory;
-                        let (memory, filled) = loaded.layers.memory(wanted, mapped, &report)?;
-                        let (config, state) = (loaded.config, loaded.state);
+                        let Loaded { state, mut description, layers } = load(&path)?;
+                        overrides(&mut description)?;
+                        adapt::check_disks(&description)?;
+                        let wanted = &description.config.memory;
+                        let (memory, filled) = layers.memory(wanted, mapped, &report)?;
+                        let (config, sections) = (state.config, state.sections);
                         let answer = Voice::silent();
-                        Ok(Box::new(Arrived { config, state, memory, filled, answer }))
+                        Ok(Box::new(Arrived { config, sections, memory, filled, answer }))
                     };
                     tell(Step::Done(read()));
                 })
@@ -132,7 +128,7 @@ impl Arrival {
                 let (cancel, shared) = (cancel.clone(), progress.clone());
                 Box::new(move || {
                     let result =
-                        read_stream(door, &cancel, confined, &adapt, &memory, &shared, &tell);
+                        read_stream(door, &cancel, confined, &overrides, &memory, &shared, &tell);
                     tell(Step::Done(result));
                 })
             }
@@ -195,7 +191,7 @@ fn read_stream(
     door: Door,
     cancel: &Cancel,
     confined: bool,
-    adapt: &impl Fn(&mut Config) -> Result<(), AdaptError>,
+    overrides: &impl Fn(&mut Description) -> Result<(), AdaptError>,
     memory: &Receiver<Result<Memory, String>>,
     progress: &Progress,
     tell: &impl Fn(Step),
@@ -215,8 +211,8 @@ fn read_stream(
         if greeted(&mut frames)? {
             answer = Voice::new(back).map_err(ReceiveError::Deaf)?;
         }
-        let allocate = |config: &Config| {
-            tell(Step::Described(Box::new(config.clone())));
+        let allocate = |description: &Description| {
+            tell(Step::Described(Box::new(description.clone())));
             match memory.recv() {
                 Ok(Ok(memory)) => {
                     answer.say(Kind::Accept, "").map_err(ReceiveError::Deaf)?;
@@ -229,7 +225,7 @@ fn read_stream(
                 Err(_) => Err(ReceiveError::NoRoom("it was given up".into())),
             }
         };
-        let received = receive_frames(&mut frames, adapt, allocate, progress)?;
+        let received = receive_frames(&mut frames, overrides, allocate, progress)?;
         if answer.is_heard() {
             answer.say(Kind::Ready, "").map_err(ReceiveError::Deaf)?;
             let kind = frames.take(&mut Vec::new()).map_err(|e| match e {
@@ -243,8 +239,8 @@ fn read_stream(
         Ok(received)
     };
     match read() {
-        Ok(Received { config, state, memory }) => {
-            Ok(Box::new(Arrived { config, state, memory, filled: Vec::new(), answer }))
+        Ok(Received { config, sections, memory }) => {
+            Ok(Box::new(Arrived { config, sections, memory, filled: Vec::new(), answer }))
         }
         Err(e) => {
             let e = cancelled(e.into());

@@ -22,14 +22,13 @@ use std::{
 use parking_lot::Mutex;
 use rustix::{event::PollFlags, io::Errno};
 use serde::{Deserialize, Serialize};
-
-use super::{
-    content::Frames,
-    receive::ReceiveError,
-    save::SaveError,
-    send::Cancel,
-    stream::{Kind, Reader, StreamError, VERSION, Writer},
+use state::{
+    Frames,
+    config::Id,
+    frame::{Kind, Reader, StreamError, VERSION, Writer},
 };
+
+use super::{receive::ReceiveError, save::SaveError, send::Cancel};
 
 /// How long the answer to `Hello` may take.
 pub const ACCEPT_LIMIT: Duration = Duration::from_secs(5);
@@ -44,15 +43,15 @@ pub struct Hello {
     /// Oldest and newest format that the sender speaks.
     pub versions: [u32; 2],
     /// Of this migration.
-    pub id: String,
+    pub id: Id,
     /// The machine's name.
     pub domain: String,
 }
 
 impl Hello {
     /// That of the migration `id` of the machine called `domain`.
-    pub fn new(id: u128, domain: &str) -> Self {
-        Self { versions: [VERSION; 2], id: format!("{id:032x}"), domain: domain.into() }
+    pub fn new(id: &Id, domain: &str) -> Self {
+        Self { versions: [VERSION; 2], id: id.clone(), domain: domain.into() }
     }
 }
 

@@ -37,9 +37,10 @@ use machine::{
     },
 };
 
+use state::Config;
+
 pub use super::image::Progress;
 use super::{
-    content::Config,
     save::{Finished, SaveError, Saved, Sink, Source},
     send::Cancel,
 };

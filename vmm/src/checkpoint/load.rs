@@ -5,16 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machine::{
-    MachineState,
-    config::{MachineConfig, limits},
-    memory::MemoryError,
-    open_regular,
-};
+use machine::{Description, DescriptionError, memory::MemoryError, open_regular};
+use state::{Config, FileError, State};
 
 use super::{
     MEMORY, NEW_MEMORY, STATE,
-    content::{self, Config, Content, ContentError},
     image::{self, BLOCK, ImageError},
     layers::{Layer, Layers},
     lazy::LazyError,
@@ -30,9 +25,11 @@ pub enum LoadError {
     #[error("cannot open {}", path.display())]
     Open { path: PathBuf, source: io::Error },
     #[error("{} cannot be restored", path.display())]
-    State { path: PathBuf, source: ContentError },
-    #[error("{} cannot be restored: {what}", path.display())]
-    Limits { path: PathBuf, what: String },
+    State { path: PathBuf, source: FileError },
+    #[error("{} cannot be restored", path.display())]
+    Description { path: PathBuf, source: DescriptionError },
+    #[error("{} cannot be restored: it has {found} checksums for {needed} blocks of memory", path.display())]
+    Sums { path: PathBuf, found: u64, needed: u64 },
     #[error("{} cannot be used", path.display())]
     Image { path: PathBuf, source: ImageError },
     #[error("{} holds changes only, and what it builds on cannot be used", path.display())]
@@ -53,8 +50,9 @@ pub enum LoadError {
 
 /// A state that was read and found whole.
 pub struct Loaded {
-    pub config: Config,
-    pub state: MachineState,
+    pub state: State,
+    /// What it is made of.
+    pub description: Description,
     pub layers: Layers,
 }
 
@@ -64,19 +62,17 @@ pub struct Loaded {
 /// The first thing that is wrong.
 pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let path = directory.join(STATE);
-    let (Content { config, state, changed, sums }, _) = read(&path)?;
-    check_limits(&config.machine)
-        .and_then(|()| {
-            let size = config.machine.memory.size;
-            let (needed, found) = (size.div_ceil(BLOCK), sums.len() as u64);
-            match needed == found {
-                true => Ok(()),
-                false => Err(format!("it has {found} checksums for {needed} blocks of memory")),
-            }
-        })
-        .map_err(|what| LoadError::Limits { path, what })?;
-    let layers = chain(directory, &config, changed)?;
-    Ok(Loaded { layers: Layers { size: config.machine.memory.size, layers, sums }, config, state })
+    let (mut state, _) = read(&path)?;
+    let description = Description::try_from(&state.config)
+        .map_err(|source| LoadError::Description { path: path.clone(), source })?;
+    let size = state.config.machine.memory.size;
+    let (needed, found) = (size.div_ceil(BLOCK), state.sums.len() as u64);
+    if needed != found {
+        return Err(LoadError::Sums { path, found, needed });
+    }
+    let (changed, sums) = (std::mem::take(&mut state.changed), std::mem::take(&mut state.sums));
+    let layers = chain(directory, &state.config, changed)?;
+    Ok(Loaded { state, description, layers: Layers { size, layers, sums } })
 }
 
 /// The memory files of `config`, saved in `directory`, and of all that it builds on; the lowest
@@ -109,7 +105,7 @@ fn chain(
         }
         seen.push(base.id);
         let (content, sum) = read(&below.join(STATE)).map_err(under)?;
-        if content.config.id != base.id || sum != base.state {
+        if content.config.id != base.id || sum != base.state.0 {
             return Err(under(LoadError::BaseChanged { path: below }));
         }
         if content.config.machine.memory.size != size {
@@ -132,13 +128,13 @@ pub fn check(directory: &Path) -> Result<(), LoadError> {
 ///
 /// # Errors
 /// When it is none.
-pub fn read(path: &Path) -> Result<(Content, u32), LoadError> {
+pub fn read(path: &Path) -> Result<(State, u32), LoadError> {
     let file = open(path)?;
     let mut summed = Summed(file, crc32fast::Hasher::new());
-    let content = content::read(BufReader::new(&mut summed))
+    let state = State::read(BufReader::new(&mut summed))
         .map_err(|source| LoadError::State { path: path.into(), source })?;
     // The reader has seen its end.
-    Ok((content, summed.1.finalize()))
+    Ok((state, summed.1.finalize()))
 }
 
 /// The regular file `path`. Anything else that has got there, such as a FIFO, would make its reader
@@ -164,7 +160,7 @@ fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), Loa
     let try_one = |name: &str| {
         let path = directory.join(name);
         let file = open(&path)?;
-        match image::belongs(&file, config.id, config.machine.memory.size) {
+        match image::belongs(&file, config.id.into(), config.machine.memory.size) {
             Ok(()) => Ok((path, file)),
             Err(source) => Err(LoadError::Image { path, source }),
         }
@@ -176,42 +172,4 @@ fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), Loa
 pub fn memory_of(directory: &Path) -> Option<PathBuf> {
     let (content, _) = read(&directory.join(STATE)).ok()?;
     find_memory(directory, &content.config).ok().map(|(path, _)| path)
-}
-
-/// Find what the command line would have refused.
-///
-/// # Errors
-/// The first such thing.
-pub fn check_limits(config: &MachineConfig) -> Result<(), String> {
-    fn within<T: PartialOrd + std::fmt::Display>(
-        what: &str,
-        value: T,
-        range: std::ops::RangeInclusive<T>,
-    ) -> Result<(), String> {
-        match range.contains(&value) {
-            true => Ok(()),
-            false => Err(format!("{what} {value}, not in {}..={}", range.start(), range.end())),
-        }
-    }
-    within("vCPUs", config.cpus, limits::CPUS)?;
-    let memory = config.memory.size;
-    within("bytes of memory", memory, limits::MIN_MEMORY..=limits::MAX_MEMORY)?;
-    if !memory.is_multiple_of(limits::MEMORY_UNIT) {
-        return Err(format!("{memory} bytes of memory, no multiple of {}", limits::MEMORY_UNIT));
-    }
-    let t = config.topology;
-    let product: u64 =
-        [t.sockets, t.dies, t.clusters, t.cores, t.threads].iter().map(|n| u64::from(*n)).product();
-    let cpus = u64::from(config.cpus);
-    within("vCPUs in its topology", product, cpus..=cpus)?;
-    within("I/O threads", config.iothreads.len(), 0..=limits::MAX_IOTHREADS)?;
-    for disk in &config.disks {
-        within("queues of a disk", disk.queues, limits::DISK_QUEUES)?;
-        within("queue size of a disk", disk.queue_size, limits::DISK_QUEUE_SIZE)?;
-    }
-    for nic in &config.nics {
-        within("queue pairs of a NIC", nic.queue_pairs, limits::NIC_QUEUE_PAIRS)?;
-        within("queue size of a NIC", nic.queue_size, limits::NIC_QUEUE_SIZE)?;
-    }
-    Ok(())
 }

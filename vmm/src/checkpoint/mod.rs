@@ -1,8 +1,7 @@
 //! Checkpoints: a machine's whole state outside of its process.
 //!
 //! ```text
-//! stream    frames, each with its length and checksum: Config | Pages.. | Section.. | End
-//! content   what is in those frames
+//! rehearse  the first half of a restore; before a save counts, too
 //! job       the thread that writes, and the steps that the machine must stand still for
 //! image     guest memory in a file, with a checksum for each block of 2 MiB
 //! save      both into a directory: all of it or nothing
@@ -19,7 +18,6 @@
 //! ```
 mod adapt;
 mod arrival;
-mod content;
 mod dialogue;
 mod image;
 mod incoming;
@@ -28,32 +26,36 @@ mod layers;
 mod lazy;
 mod load;
 mod receive;
+mod rehearse;
 mod save;
 mod send;
-pub mod stream;
 #[cfg(test)]
 mod tests;
 mod wait;
 
 pub use adapt::AdaptError;
 pub use arrival::{Arrival, Arrived, Step as ArrivalStep};
-pub use content::{Base, Config, Content, ContentError, read as read_state};
 pub use dialogue::Voice;
 pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
 pub use receive::{ReceiveError, Received, receive};
+pub use rehearse::RehearseError;
 pub use save::{Directory, SaveError, Saved, Sink};
 pub use send::{Cancel, Peer, Stream, To};
-pub use stream::StreamError;
 
 use std::path::PathBuf;
 
 use machine::{
-    BuildError, Machine, Memory, Report,
+    BuildError, Description, Machine, Memory, Report,
+    config::MachineConfig,
     memory::{self, MemoryError},
 };
 
+use self::{
+    adapt::{adapt, check_disks},
+    rehearse::rehearse,
+};
 use crate::{
     cli::{Incoming, Mapped, Source},
     lifecycle::Halt,
@@ -72,6 +74,8 @@ pub enum RestoreError {
     #[error(transparent)]
     Adapt(#[from] AdaptError),
     #[error(transparent)]
+    Rehearse(#[from] RehearseError),
+    #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("the machine was not taken in: that was cancelled")]
     Cancelled,
@@ -79,30 +83,34 @@ pub enum RestoreError {
     Build(#[from] BuildError),
 }
 
-/// The machine that has come in. It is stopped; the second part says why its guest cannot run on, if it
+/// The machine that has come in by `incoming`, with the disks, NICs and character devices of `flags` in
+/// place of its own. It is stopped; the second part says why its guest cannot run on, if it
 /// cannot.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn restore(
     arrived: Arrived,
-    clock_realtime: bool,
+    incoming: &Incoming,
+    flags: &MachineConfig,
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let Arrived { config, state, memory, filled, answer: _ } = arrived;
-    adapt::check_disks(&config)?;
-    let (made_of, occupied) = (&config.machine, &config.occupied);
-    let saved = machine::Saved { config: made_of, occupied, memory, filled, state, clock_realtime };
-    Ok((Machine::restored(saved, report)?, config.halted))
+    let Arrived { config, sections, memory, filled, answer: _ } = arrived;
+    let overrides = |description: &mut Description| adapt(description, &incoming.asked, flags);
+    let restorable = rehearse(&config, sections, overrides)?;
+    check_disks(&restorable.description)?;
+    let clock_realtime = incoming.clock_realtime;
+    let saved = machine::Saved { restorable, memory, filled, clock_realtime };
+    Ok((Machine::restored(saved, report)?, config.halted.map(Halt::from)))
 }
 
-/// Memory for the machine `config`, whose disks are here.
+/// Memory for the machine `description`, whose disks are here.
 ///
 /// # Errors
 /// When a disk is not, or the memory.
-pub fn make_room(config: &Config) -> Result<Memory, RestoreError> {
-    adapt::check_disks(config)?;
-    Ok(memory::allocate(&config.machine.memory)?)
+pub fn make_room(description: &Description) -> Result<Memory, RestoreError> {
+    check_disks(description)?;
+    Ok(memory::allocate(&description.config.memory)?)
 }
 
 /// The file that the memory of a machine restored in this way is mapped from, if it is.

@@ -5,16 +5,13 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use machine::{MachineState, Memory, memory::image as ram};
-
-use super::{
-    AdaptError,
-    content::{Config, ContentError, Frames},
-    image::Progress,
-    load::check_limits,
-    send::PIECE,
-    stream::{Kind, StreamError},
+use machine::{Description, DescriptionError, Memory, memory::image as ram};
+use state::{
+    Config, FileError, Frames, Sections,
+    frame::{Kind, StreamError},
 };
+
+use super::{AdaptError, image::Progress, send::PIECE};
 
 /// How often all of memory may be sent: more often than any sender has rounds.
 const TIMES: u64 = 64;
@@ -24,9 +21,9 @@ const TIMES: u64 = 64;
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum ReceiveError {
     #[error("the stream cannot be restored")]
-    Content(#[from] ContentError),
-    #[error("the stream cannot be restored: {0}")]
-    Limits(String),
+    Read(#[from] FileError),
+    #[error("the stream cannot be restored")]
+    Description(#[from] DescriptionError),
     #[error(
         "the stream cannot be restored: it has pages at {at:#x}, {length} bytes, in {size} bytes of memory"
     )]
@@ -58,33 +55,33 @@ pub enum ReceiveError {
 
 impl From<StreamError> for ReceiveError {
     fn from(error: StreamError) -> Self {
-        Self::Content(error.into())
+        Self::Read(error.into())
     }
 }
 
 /// A machine that came whole.
 pub struct Received {
-    /// What it is made of, as it is wanted here.
+    /// What it was made of at its end.
     pub config: Config,
     /// Its state.
-    pub state: MachineState,
+    pub sections: Sections,
     /// Its memory, filled.
     pub memory: Memory,
 }
 
-/// Read a machine to its end. `adapt` changes its configuration to what is wanted here; `allocate`
+/// Read a machine to its end. `overrides` changes what it is made of to what is wanted here; `allocate`
 /// gives its memory, once it is known what it is like.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn receive(
     from: impl Read,
-    adapt: impl Fn(&mut Config) -> Result<(), AdaptError>,
-    allocate: impl FnOnce(&Config) -> Result<Memory, ReceiveError>,
+    overrides: impl Fn(&mut Description) -> Result<(), AdaptError>,
+    allocate: impl FnOnce(&Description) -> Result<Memory, ReceiveError>,
     progress: &Progress,
 ) -> Result<Received, ReceiveError> {
     let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
-    receive_frames(&mut frames, adapt, allocate, progress)
+    receive_frames(&mut frames, overrides, allocate, progress)
 }
 
 /// As [`receive`], from what comes after the greeting.
@@ -93,17 +90,16 @@ pub fn receive(
 /// As [`receive`].
 pub fn receive_frames(
     frames: &mut Frames<impl Read>,
-    adapt: impl Fn(&mut Config) -> Result<(), AdaptError>,
-    allocate: impl FnOnce(&Config) -> Result<Memory, ReceiveError>,
+    overrides: impl Fn(&mut Description) -> Result<(), AdaptError>,
+    allocate: impl FnOnce(&Description) -> Result<Memory, ReceiveError>,
     progress: &Progress,
 ) -> Result<Received, ReceiveError> {
     let first = frames.config()?;
-    check_limits(&first.machine).map_err(ReceiveError::Limits)?;
-    let mut adapted = first.clone();
-    adapt(&mut adapted)?;
+    let mut description = Description::try_from(&first)?;
+    overrides(&mut description)?;
     let size = first.machine.memory.size;
     progress.total.store(size, Ordering::Relaxed);
-    let memory = allocate(&adapted)?;
+    let memory = allocate(&description)?;
     let mut left = size.saturating_mul(TIMES);
     let mut body = Vec::new();
     let zeros = vec![0; PIECE as usize];
@@ -137,17 +133,16 @@ pub fn receive_frames(
         progress.written.fetch_add(length, Ordering::Relaxed);
         progress.done.fetch_max(at + length, Ordering::Relaxed);
     }
-    let mut config = frames.config()?;
+    let config = frames.config()?;
     if config.id != first.id || config.machine != first.machine {
         return Err(ReceiveError::Other);
     }
     if config.base.is_some() {
         return Err(ReceiveError::Incremental);
     }
-    adapt(&mut config)?;
-    let state = frames.state()?;
+    let sections = frames.sections()?;
     frames.end()?;
-    Ok(Received { config, state, memory })
+    Ok(Received { config, sections, memory })
 }
 
 #[cfg(test)]

@@ -22,13 +22,19 @@ use machine::{
     },
 };
 use rustix::fs::{FlockOperation, OFlags, flock};
+use state::{
+    Config, State,
+    config::{Base, Id},
+    file::RANGES,
+    hex::Hex,
+};
 
 use super::{
-    MEMORY, NEW_MEMORY, NEW_STATE, STATE,
-    content::{self, Base, Config, Content, RANGES},
+    MEMORY, NEW_MEMORY, NEW_STATE, RehearseError, STATE,
     dialogue::HandOver,
-    image::{Progress, Writer},
+    image::{self, Progress, Writer},
     load::{self, DEEPEST, LoadError},
+    rehearse::rehearse,
     send::PIECE,
 };
 
@@ -62,6 +68,8 @@ pub enum SaveError {
     Command { status: u8 },
     #[error("cannot write to the stream")]
     Stream(#[source] io::Error),
+    #[error("what was saved could not be restored, so it does not count")]
+    Rehearse(#[source] Box<RehearseError>),
     #[error(
         "the receiver does not answer; the capability return-path off sends one way \
          (migrate-set-capabilities)"
@@ -121,7 +129,7 @@ pub enum Finished {
 pub struct Saved {
     /// Its directory and those that it builds on itself.
     chain: Vec<PathBuf>,
-    id: u128,
+    id: Id,
     state: u32,
     /// Of each page of memory.
     pages: Vec<u32>,
@@ -330,14 +338,15 @@ impl Sink for Directory {
         config.base = base.as_ref().map(|base| Base {
             path: seen_from(&directory, base.path()),
             id: base.id,
-            state: base.state,
+            state: Hex(base.state),
         });
         let id = config.id;
-        let sums = writer.finish(id).map_err(|e| write_failed(&memory, size, e))?;
+        let sums = writer.finish(id.into()).map_err(|e| write_failed(&memory, size, e))?;
         let (path, file) = target.create(NEW_STATE)?;
         let mut to = BufWriter::new(Summed { to: &file, sum: crc32fast::Hasher::new() });
-        let content = Content { config, state, changed, sums: sums.blocks };
-        content::write(&mut to, &content)
+        let content = State { config, sections: state.into(), changed, sums: sums.blocks };
+        content
+            .write(&mut to)
             .and_then(|()| to.flush())
             .map_err(|source| failed("write", &path, source))?;
         let sum = to.get_ref().sum.clone().finalize();
@@ -345,6 +354,7 @@ impl Sink for Directory {
         file.sync_all().map_err(|source| failed("sync", &path, source))?;
         // The names of the new files before the one that replaces the old state.
         target.sync()?;
+        read_back(&path, sum, &memory).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
         // From here on it counts, and cannot be called off.
         progress.commit().map_err(|_| SaveError::Cancelled)?;
         target.rename(NEW_STATE, STATE)?;
@@ -355,6 +365,19 @@ impl Sink for Directory {
         chain.extend(base.map(|base| base.chain).unwrap_or_default());
         Ok(Finished::Over(Some(Saved { chain, id, state: sum, pages: sums.pages })))
     }
+}
+
+/// Whether the state in the file `path`, whose CRC-32 is `sum`, can be restored with `memory`.
+fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), RehearseError> {
+    let bytes = fs::read(path).map_err(RehearseError::Io)?;
+    if crc32fast::hash(&bytes) != sum {
+        return Err(RehearseError::Changed);
+    }
+    let State { config, sections, .. } = State::read(&*bytes)?;
+    let file = File::open(memory).map_err(RehearseError::Io)?;
+    image::belongs(&file, config.id.into(), config.machine.memory.size)
+        .map_err(RehearseError::Memory)?;
+    rehearse(&config, sections, |_| Ok(())).map(drop)
 }
 
 /// `ranges`, in parts of at most [`PIECE`] bytes.

@@ -16,11 +16,10 @@ use std::{
 };
 
 use super::{
-    content::{self, Config},
     dialogue::{ACCEPT_LIMIT, ANSWER_LIMIT, Answers, HandOver, Hello, Said},
     image::{Progress, runs},
+    rehearse::rehearse_frames,
     save::{Finished, SaveError, Sink, Source, pieces},
-    stream::{Kind, Writer},
     wait::{self, Came},
 };
 use machine::{MachineState, Memory, memory::image as ram};
@@ -32,6 +31,11 @@ use rustix::{
         AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
         socket_with,
     },
+};
+use state::{
+    Config, Frames,
+    file::{write_config, write_sections},
+    frame::{Kind, Writer},
 };
 
 /// Most bytes of memory in one frame.
@@ -206,10 +210,10 @@ impl Stream {
             }
             let mut to = Writer::begin(BufWriter::new(peer))?;
             if dialogue {
-                let hello = Hello::new(config.id, &config.machine.name);
+                let hello = Hello::new(&config.id, &config.machine.name);
                 to.frame(Kind::Hello, &[&serde_json::to_vec(&hello)?])?;
             }
-            content::write_config(&mut to, config)?;
+            write_config(&mut to, config)?;
             to.flush()?;
             Ok(to)
         };
@@ -277,8 +281,10 @@ impl Sink for Stream {
         progress: &Progress,
     ) -> Result<Finished, SaveError> {
         let mut to = self.to;
-        let write = content::write_machine(&mut to, &config, &state).and_then(|()| to.end(0));
-        write.map_err(|e| failed(e, progress))?;
+        let last = last_frames(&config, state).map_err(SaveError::Stream)?;
+        // Without its end the other side does not start it, and it goes on here.
+        rehearse_frames(&last).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
+        forward(&last, &mut to).and_then(|()| to.end(0)).map_err(|e| failed(e, progress))?;
         if let Some(mut answers) = self.answers {
             hear(&mut answers, ANSWER_LIMIT, Kind::Ready, progress)?;
             let say = Box::new(move |kind| to.frame(kind, &[]).and_then(|()| to.flush()));
@@ -310,6 +316,27 @@ fn hear(
         Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(SaveError::NoAnswer),
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(SaveError::Closed(e)),
         Err(e) => Err(failed(e, progress)),
+    }
+}
+
+/// What is sent when all memory has been, as a stream of its own.
+fn last_frames(config: &Config, state: MachineState) -> io::Result<Vec<u8>> {
+    let mut to = Writer::begin(Vec::new())?;
+    write_config(&mut to, config)?;
+    write_sections(&mut to, &state.into())?;
+    to.end(0)?;
+    Ok(to.into_inner())
+}
+
+/// Send the frames of `stream`, but for its end.
+fn forward(stream: &[u8], to: &mut Writer<impl Write>) -> io::Result<()> {
+    let mut frames = Frames::begin(stream).map_err(io::Error::other)?;
+    let mut body = Vec::new();
+    loop {
+        match frames.take(&mut body).map_err(io::Error::other)? {
+            Kind::End => return Ok(()),
+            kind => to.frame(kind, &[&body])?,
+        }
     }
 }
 

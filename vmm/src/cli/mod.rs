@@ -102,8 +102,6 @@ pub struct Incoming {
     pub source: Source,
     /// The guest's clock goes on as if it had not stood since the save.
     pub clock_realtime: bool,
-    /// Its disks may be other ones than were saved.
-    pub force: bool,
     /// What else was said about the machine.
     pub asked: Asked,
 }
@@ -159,6 +157,8 @@ pub struct Asked {
     pub cmdline: Option<String>,
     pub disk_slots: Option<usize>,
     pub nic_slots: Option<usize>,
+    /// Its disks may be other ones than were saved: the user vouches for them.
+    pub force: bool,
 }
 
 /// Where the log goes.

@@ -61,8 +61,8 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     let incoming = draft.incoming.map(|(source, How { clock_realtime, force })| Incoming {
         source,
         clock_realtime,
-        force,
         asked: Asked {
+            force,
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),
             smp: draft.smp,

@@ -96,17 +96,15 @@ pub fn blockdev_add(
     let add = |vmm: &mut Vmm, opened: Result<OpenDisk, PlugError>| {
         let disk = opened.map_err(|e| plug_error(&e))?;
         // Other clients' commands were carried out meanwhile: the machine may be saved now.
-        let added = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
-            Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|failed| {
-                let (why, disk) = *failed;
-                (plug_error(&why), disk)
-            }),
-            Err(e) => Err((e, disk)),
+        let (why, disk) = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
+            Ok(()) => match vmm.machine.add_disk_backend(disk) {
+                Ok(()) => return Ok(Empty {}),
+                Err(refused) => (plug_error(&refused.0), refused.1),
+            },
+            Err(why) => (why, disk),
         };
-        added.map(|()| Empty {}).map_err(|(why, disk)| {
-            vmm.close_file("closing a disk that was not added".into(), disk);
-            why
-        })
+        vmm.close_file("closing a disk that was not added".into(), disk);
+        Err(why)
     };
     let own = vmm.machine.own_images();
     let open = move || OpenDisk::open(config, &own);

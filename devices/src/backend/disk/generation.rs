@@ -32,7 +32,6 @@ use rustix::{
     io::Errno,
     rand::{GetRandomFlags, getrandom},
 };
-use serde::{Deserialize, Serialize};
 
 use super::{Change, Observer, Verdict, Waker};
 
@@ -43,8 +42,7 @@ pub const ATTRIBUTE: &CStr = c"user.stratovirt.generation";
 static ONE: u64 = 1;
 
 /// What a writable image was like when its machine was saved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskMark {
     /// Its generation, in network byte order; `None` where the file system keeps no attributes.
     pub generation: Option<u128>,
@@ -103,7 +101,7 @@ struct State {
 enum Phase {
     Armed,
     Marking {
-        job: Job,
+        job: Box<Job>,
         /// The image was saved meanwhile, so this generation is used up.
         saved: bool,
     },
@@ -143,7 +141,7 @@ impl Generation {
     }
 
     /// Begin to give the image another generation; `None` when it is durable already.
-    fn begin(&self, state: &mut State) -> io::Result<Option<Job>> {
+    fn begin(&self, state: &mut State) -> io::Result<Option<Box<Job>>> {
         let next = random()?;
         let job = match state.io_uring {
             true => Job::begin(&self.file, &self.waker, next)?,
@@ -154,7 +152,7 @@ impl Generation {
             self.file.sync_all()?;
         }
         state.current = next;
-        Ok(job)
+        Ok(job.map(Box::new))
     }
 }
 

@@ -28,6 +28,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::event::{EventfdFlags, eventfd};
+
 pub use self::{
     engine::Op,
     generation::{ATTRIBUTE, DiskMark},
@@ -233,6 +235,36 @@ impl Disk {
         disk.observe_generation(|_| ());
         disk.measure()?;
         Ok(disk)
+    }
+
+    /// A disk of `bytes` that nothing is behind, as if it had been opened: its device can take a saved
+    /// state, and every request fails.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn without_image(
+        path: &Path,
+        options: &OpenOptions,
+        bytes: u64,
+    ) -> Result<Self, DiskError> {
+        let failed = |source| DiskError::NoDescriptor { path: path.into(), source };
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let file = eventfd(0, flags).map_err(|e| failed(e.into()))?;
+        Ok(Self {
+            path: path.into(),
+            file: Arc::new(file.into()),
+            direct: None,
+            device: false,
+            in_memory: false,
+            readonly: options.readonly,
+            discard: options.discard && !options.readonly,
+            io_uring: false,
+            logical: SECTOR as u32,
+            physical: 4096,
+            bytes: AtomicU64::new(bytes),
+            observers: Observers::new().map_err(failed)?,
+            generation: None,
+        })
     }
 
     /// The path it was opened by.

@@ -2,8 +2,12 @@
 pub mod frame;
 pub mod tap;
 
-use std::{io, os::fd::RawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+};
 
+use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
@@ -86,4 +90,63 @@ pub trait NetBackend: Send + Sync + 'static {
     /// # Errors
     /// When the host refuses.
     fn set_active_queues(&self, queues: usize) -> io::Result<()>;
+}
+
+/// A back-end that nothing is behind: its device can take a saved state, and never gets a frame.
+pub struct NoNetwork {
+    queues: usize,
+    fd: OwnedFd,
+}
+
+impl NoNetwork {
+    /// One of so many queues.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn new(queues: usize) -> io::Result<Self> {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { queues, fd })
+    }
+}
+
+impl NetBackend for NoNetwork {
+    fn queues(&self) -> usize {
+        self.queues
+    }
+
+    fn fd(&self, _: usize) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    fn has_header(&self) -> bool {
+        true
+    }
+
+    fn has_uso(&self) -> bool {
+        true
+    }
+
+    fn read(&self, _: usize, _: &mut Frame, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn read_buffer(&self, _: usize, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn write(&self, _: usize, _: &mut Frame) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn write_buffer(&self, _: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn set_offloads(&self, _: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_active_queues(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -167,6 +167,6 @@ fn moves_in_the_middle_of_a_command() {
     let (fresh, _) = controller();
     assert_eq!(Device::save(&to).unwrap(), Device::save(&fresh).unwrap());
     let mut state = Snapshot::save(&k);
-    state.sent = vec![0; BUFFER + 1];
+    state.sent.0 = vec![0; BUFFER + 1];
     assert!(Snapshot::restore(&mut to, state).is_err());
 }

@@ -167,16 +167,12 @@ fn reset_empties_it() {
 fn hostile_sections_are_refused() {
     let b = bench();
     let mut state = Snapshot::save(&b.serial);
-    state.input = vec![0; 65];
-    let section = Section {
-        kind: Serial::KIND.into(),
-        version: 1,
-        body: serde_json::to_vec(&state).unwrap(),
-    };
+    state.input.0 = vec![0; 65];
+    let section = Section::of("serial0", &state).unwrap();
     let mut to = bench();
     assert!(Device::restore(&mut to.serial, &section).is_err());
-    for body in [&b"{}"[..], b"", b"[1,2]", b"\xff"] {
-        let bad = Section { body: body.into(), ..section.clone() };
+    for json in ["{}", "0", "[1,2]", "null"] {
+        let bad = section.with(json).unwrap();
         assert!(Device::restore(&mut to.serial, &bad).is_err());
     }
 }

@@ -6,8 +6,8 @@
 //! changes nothing that a driver may rely on; one that is read-only answers changes with an error.
 mod report;
 mod request;
+mod saved;
 mod spin;
-mod state;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -40,7 +40,7 @@ use crate::{
     Device,
     backend::disk::{Disk, DiskError, SECTOR},
     rate_limit::RateLimiter,
-    state::{Section, StateError},
+    state::{self, Section, StateError},
     worker::Home,
 };
 
@@ -328,11 +328,11 @@ impl Device for Block {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
+        state::save(&self.id, self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
+        state::restore(section, self)
     }
 }
 

@@ -4,14 +4,13 @@
 //! so that a slow reader loses nothing. A reader that takes nothing at all for a second does: Linux
 //! waits for its console with interrupts off, and a guest must not hang on a terminal that somebody
 //! has stopped.
-mod state;
+mod saved;
 #[cfg(test)]
 mod tests;
 mod worker;
 
 use std::io;
 
-pub use self::state::ConsoleState;
 use self::worker::{ConsoleWorker, Parts};
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, ring::Ring,
@@ -19,7 +18,7 @@ use super::{
 use crate::{
     Device,
     backend::char::{Char, CharSink, CharSource},
-    state::{Section, StateError},
+    state::{self, Section, StateError},
     worker::Home,
 };
 
@@ -77,11 +76,11 @@ impl Device for Console {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
+        state::save(&self.id, self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
+        state::restore(section, self)
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use ::state::{device as saved, hex::Hex};
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 
 use super::{
     ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, Driver, F_VERSION_1, FAILED, FEATURES_OK,
@@ -18,78 +18,42 @@ use crate::{
     worker::{IoThread, Worker},
 };
 
-const KIND: &str = "virtio-mmio";
-const FORMAT: u32 = 2;
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct State {
-    device_type: u32,
-    status: u32,
-    interrupt_status: u32,
-    config_generation: u32,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    /// What the slot has offered since the guest started.
-    offered: u64,
-    features: u64,
-    unknown_features: bool,
-    queue_sel: u32,
-    queues: Vec<QueueState>,
-    active: bool,
-    device: Section,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct QueueState {
-    size: u32,
-    ready: bool,
-    descriptors: u64,
-    driver: u64,
-    device: u64,
-}
-
 pub(super) fn save(t: &Transport) -> Result<Section, StateError> {
-    let queues = t.driver.queues.iter().map(|q| QueueState {
+    let queues = t.driver.queues.iter().map(|q| saved::VirtioQueue {
         size: q.size,
         ready: q.ready,
-        descriptors: q.descriptors,
-        driver: q.driver,
-        device: q.device,
+        descriptors: Hex(q.descriptors),
+        driver: Hex(q.driver),
+        device: Hex(q.device),
     });
-    let state = State {
+    let state = saved::VirtioMmio {
         device_type: t.device.device_type(),
         status: t.status(),
         interrupt_status: t.registers.load(INTERRUPT_STATUS),
         config_generation: t.registers.load(CONFIG_GENERATION),
         device_features_sel: t.driver.device_features_sel,
         driver_features_sel: t.driver.driver_features_sel,
-        offered: t.offered(),
-        features: t.driver.features,
+        device_features: Hex(t.offered()),
+        driver_features: Hex(t.driver.features),
         unknown_features: t.driver.unknown_features,
         queue_sel: t.driver.queue_sel,
         queues: queues.collect(),
         active: t.active,
         device: t.device.save()?,
     };
-    Ok(Section { kind: KIND.into(), version: FORMAT, body: serde_json::to_vec(&state)? })
+    Ok(Section::of(t.device.id(), &state)?)
 }
 
 /// The caller resets the transport when this fails half-way.
 pub(super) fn restore(t: &mut Transport, section: &Section) -> Result<(), StateError> {
-    if section.kind != KIND || section.version != FORMAT {
-        let Section { kind, version, .. } = section.clone();
-        return Err(StateError::Unexpected { kind, version });
-    }
-    let state: State = serde_json::from_slice(&section.body)?;
+    let state: saved::VirtioMmio = section.read()?;
     check(t, &state)?;
-    t.device.offer(state.offered & !F_VERSION_1)?;
+    t.device.offer(state.device_features.0 & !F_VERSION_1)?;
     t.reset();
     t.driver = Driver {
         device_features_sel: state.device_features_sel,
         driver_features_sel: state.driver_features_sel,
-        features: state.features,
+        features: state.driver_features.0,
         unknown_features: state.unknown_features,
         queue_sel: state.queue_sel,
         queues: state.queues.into_iter().map(runtime).collect(),
@@ -117,7 +81,7 @@ pub(super) fn restore(t: &mut Transport, section: &Section) -> Result<(), StateE
     Ok(())
 }
 
-fn check(t: &Transport, state: &State) -> Result<(), StateError> {
+fn check(t: &Transport, state: &saved::VirtioMmio) -> Result<(), StateError> {
     let driver_part = state.status & !DEVICE_NEEDS_RESET & !FAILED;
     let steps = [0, ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
     let mut upto = 0;
@@ -144,22 +108,21 @@ fn check(t: &Transport, state: &State) -> Result<(), StateError> {
     {
         return Err(StateError::Invalid("virtio interrupt status"));
     }
-    let offered = state.offered;
+    let (Hex(offered), Hex(features)) = (state.device_features, state.driver_features);
     if offered & F_VERSION_1 == 0 {
         return Err(StateError::Invalid("virtio features without VERSION_1"));
     }
-    let acceptable = !state.unknown_features
-        && state.features & !offered == 0
-        && state.features & F_VERSION_1 != 0;
+    let acceptable =
+        !state.unknown_features && features & !offered == 0 && features & F_VERSION_1 != 0;
     if negotiated && !acceptable {
         return Err(StateError::Invalid("virtio features that were not offered"));
     }
     Ok(())
 }
 
-fn runtime(q: QueueState) -> QueueRegisters {
-    let QueueState { size, ready, descriptors, driver, device } = q;
-    QueueRegisters { size, ready, descriptors, driver, device }
+fn runtime(q: saved::VirtioQueue) -> QueueRegisters {
+    let saved::VirtioQueue { size, ready, descriptors, driver, device } = q;
+    QueueRegisters { size, ready, descriptors: descriptors.0, driver: driver.0, device: device.0 }
 }
 
 /// Holds the workers of a device that is being restored, so that none looks at its queues before

@@ -7,7 +7,7 @@
 mod announce;
 mod ctrl;
 mod rx;
-mod state;
+mod saved;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -27,11 +27,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+pub use self::stats::{Counters, NetStats};
 use self::worker::{NetWorker, Parts};
-pub use self::{
-    state::NetState,
-    stats::{Counters, NetStats},
-};
 use super::{
     ActivateError, Activation, ActiveQueue, CANNOT_OFFER, F_EVENT_IDX, F_INDIRECT_DESC,
     VirtioDevice, ring::Ring,
@@ -40,7 +37,7 @@ use crate::{
     Device,
     backend::net::{NetBackend, Offloads, tap::Tap},
     log_limit::log_seldom,
-    state::{Section, StateError},
+    state::{self, Section, StateError},
     worker::Home,
 };
 
@@ -280,11 +277,11 @@ impl<B: NetBackend> Device for Net<B> {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        Section::of(self)
+        state::save(&self.id, self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        section.pour(self)
+        state::restore(section, self)
     }
 }
 

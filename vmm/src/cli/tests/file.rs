@@ -19,19 +19,15 @@ fn the_documented_file_is_the_documented_command_line() {
 }
 
 #[test]
-fn every_example_is_a_machine_and_survives_being_saved() {
+fn every_example_is_a_machine() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../config-examples");
     let mut seen = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let args = [OsString::from("-config"), path.clone().into()];
         let answer = parse(args.into_iter().chain(words("-api-channel unix:s")));
-        let Ok(Action::Run(mut i)) = answer else { panic!("{}: {answer:?}", path.display()) };
+        let Ok(Action::Run(i)) = answer else { panic!("{}: {answer:?}", path.display()) };
         assert_eq!(i.warnings, [] as [String; 0], "{}", path.display());
-        // A saved state does not keep it.
-        i.machine.disks.iter_mut().for_each(|disk| disk.probe = false);
-        let saved = serde_json::to_string(&i.machine).unwrap();
-        assert_eq!(serde_json::from_str::<MachineConfig>(&saved).unwrap(), i.machine);
         seen += 1;
     }
     assert!(seen >= 5, "{seen} examples");

@@ -183,10 +183,10 @@ fn a_state_that_no_quiet_disk_is_in_is_refused() {
     r.guest.transport.pause();
     let good = r.block().save().unwrap();
     r.block().restore(&good).unwrap();
-    let text = String::from_utf8(good.body.clone()).unwrap();
+    let text = good.state.get();
     let mut refuse = |from: &str, to: &str| {
         assert!(text.contains(from), "{text}");
-        let section = Section { body: text.replace(from, to).into(), ..good.clone() };
+        let section = good.with(text.replace(from, to)).unwrap();
         assert!(r.block().restore(&section).is_err(), "{to}");
     };
     refuse("4194304", "4194816");
@@ -195,10 +195,11 @@ fn a_state_that_no_quiet_disk_is_in_is_refused() {
     refuse("\"index\":0", "\"index\":1");
     refuse("[{\"index\":0,\"next_avail\":0,\"next_used\":0}]", "[]");
     refuse("[{\"index\":0,\"next_avail\":0,\"next_used\":0}]", "null");
+    refuse("\"in_flight\":[]", "\"in_flight\":[[0,0]]");
     refuse("{\"size\"", "{\"more\":1,\"size\"");
     let other = Section { kind: "virtio-net".into(), ..good.clone() };
     assert!(r.block().restore(&other).is_err());
-    let newer = Section { version: 2, ..good };
+    let newer = Section { version: 2, ..good.clone() };
     assert!(r.block().restore(&newer).is_err());
 }
 

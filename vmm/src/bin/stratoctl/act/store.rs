@@ -1,8 +1,9 @@
 //! Going on from a saved state.
-use std::{os::unix::fs::MetadataExt, path::Path};
+use std::{fs::File, io::BufReader, os::unix::fs::MetadataExt, path::Path};
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
+use state::State;
 
 use super::{Answer, Context, Held, end, keep, life};
 use crate::{
@@ -81,14 +82,16 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
 /// What `directory` says of itself when it is not a domain that was saved there, but a monitor's
 /// own `migrate`.
 fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Description)> {
-    let loaded = vmm::checkpoint::load(directory).map_err(|e| {
-        let what = format!("{:#}", anyhow::Error::from(e));
+    let path = directory.join("state");
+    let read = || Ok(State::read(BufReader::new(File::open(&path)?))?);
+    let state = read().map_err(|e: anyhow::Error| {
+        let what = format!("{}: {e:#}", path.display());
         Failure::hint(what, "`stratoctl save DOMAIN FILE` makes such a directory")
     })?;
-    let machine = loaded.config.machine;
+    let machine = state.config.machine;
     let description = Description {
         uuid: machine.uuid,
-        vcpus: machine.cpus.into(),
+        vcpus: machine.vcpus.into(),
         memory: machine.memory.size,
         policy: Policy::default(),
         // What it was started with is not known.

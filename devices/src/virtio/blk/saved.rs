@@ -2,7 +2,7 @@
 //! told the transport.
 use std::sync::atomic::Ordering;
 
-use serde::{Deserialize, Serialize};
+use ::state::{device as saved, hex::HexArray};
 use virtio_queue::QueueT;
 
 use super::{Block, Expect};
@@ -11,60 +11,39 @@ use crate::{
     state::{Snapshot, StateError},
 };
 
-/// What a block device knows between two requests.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct State {
-    /// Bytes of the disk, 0 for an empty slot.
-    size: u64,
-    writeback: bool,
-    /// Of the active queues; `None` before the driver has set the device up.
-    queues: Option<Vec<Position>>,
-    /// By which an image that can be written is known again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    mark: Option<DiskMark>,
-}
-
-/// How far a queue has been worked off.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Position {
-    index: u16,
-    next_avail: u16,
-    next_used: u16,
-}
-
 impl Snapshot for Block {
-    const KIND: &'static str = "virtio-blk";
-    const VERSION: u32 = 1;
-    type State = State;
+    type State = saved::Disk;
 
-    fn save(&self) -> State {
+    fn save(&self) -> saved::Disk {
         let queues = self.home.parked().map(|worker| {
             let lanes = worker.lanes.iter();
-            let position = lanes.map(|lane| Position {
+            let position = lanes.map(|lane| saved::QueuePosition {
                 index: lane.index,
                 next_avail: lane.queue.next_avail(),
                 next_used: lane.queue.next_used(),
             });
             position.collect()
         });
-        State {
+        saved::Disk {
             size: self.disk().map_or(0, Disk::size),
             writeback: self.writeback.load(Ordering::Relaxed),
             queues,
-            mark: self.disk().and_then(Disk::mark),
+            in_flight: Vec::new(),
+            mark: self.disk().and_then(Disk::mark).map(saved::Mark::from),
         }
     }
 
-    fn restore(&mut self, state: State) -> Result<(), StateError> {
+    fn restore(&mut self, state: saved::Disk) -> Result<(), StateError> {
         if self.disk().map_or(0, Disk::size) < state.size {
             return Err(StateError::Invalid("the disk is smaller than the one that was saved"));
         }
-        if let (Some(inserted), Some(mark)) = (&self.inserted, &state.mark) {
+        if !state.in_flight.is_empty() {
+            return Err(StateError::Invalid("requests in flight, where a save leaves none"));
+        }
+        if let (Some(inserted), Some(mark)) = (&self.inserted, state.mark.map(DiskMark::from)) {
             match inserted.expect {
-                Expect::Saved => inserted.disk.check_mark(mark, false)?,
-                Expect::Copy => inserted.disk.check_mark(mark, true)?,
+                Expect::Saved => inserted.disk.check_mark(&mark, false)?,
+                Expect::Copy => inserted.disk.check_mark(&mark, true)?,
                 Expect::Any => {}
             }
         }
@@ -87,5 +66,19 @@ impl Snapshot for Block {
         }
         self.writeback.store(state.writeback, Ordering::Relaxed);
         Ok(())
+    }
+}
+
+impl From<DiskMark> for saved::Mark {
+    fn from(mark: DiskMark) -> Self {
+        let DiskMark { generation, size, mtime_ns } = mark;
+        Self { generation: generation.map(HexArray::from), size, mtime_ns }
+    }
+}
+
+impl From<saved::Mark> for DiskMark {
+    fn from(mark: saved::Mark) -> Self {
+        let saved::Mark { generation, size, mtime_ns } = mark;
+        Self { generation: generation.map(u128::from), size, mtime_ns }
     }
 }

@@ -1,4 +1,4 @@
-//! Frames: the form in which a checkpoint leaves the process.
+//! Frames: the bytes of a file or stream.
 //!
 //! ```text
 //! "STRATOCP"  version u32  crc u32
@@ -6,26 +6,36 @@
 //! ```
 //! All numbers are little-endian; each crc is a CRC-32 (ISO-HDLC) of all that is before it in the
 //! header or the frame. The body of End is a number and the CRC-32 of all frames' crcs before it,
-//! so that none can be missing, come twice or in another order. The reader believes nothing: a
-//! length is a bound for reading, never a size to allocate.
+//! so that none can be missing, come twice or in another order. A reader trusts nothing: a length is
+//! a bound for reading, never a size to allocate.
+//!
+//! A kind with bit 31 set is optional: a reader that does not know it skips the frame. Any other kind
+//! that it does not know is an error.
 use std::io::{self, Read, Write};
 
 use crc32fast::Hasher;
 
+use crate::section;
+
 const MAGIC: &[u8; 8] = b"STRATOCP";
-/// Raised with every change that an older reader would misunderstand.
-pub const VERSION: u32 = 2;
+/// Raised when frames themselves change. What is in them has versions of its own: see
+/// [`Saved::VERSION`](crate::Saved::VERSION).
+pub const VERSION: u32 = 3;
 /// Longest body. The largest is the list of checksums of 512 GiB of memory, 1 MiB.
 const LONGEST: u32 = 16 << 20;
-/// Most bytes of all bodies but those with memory in them. 254 vCPUs take about 10 MiB.
+/// Most bytes of all frames but those with memory in them. 254 vCPUs take about 10 MiB.
 const MOST: u64 = 128 << 20;
+/// Bytes of a frame beside its body.
+const AROUND: u64 = 12;
+/// Kinds with this bit may be skipped.
+const OPTIONAL: u32 = 1 << 31;
 
 /// What a frame holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// What the machine was made from.
+    /// What the machine is made of: a [`Section`](crate::Section) as JSON.
     Config,
-    /// A part of its state, with a name.
+    /// A part of its state: a [`Section`](crate::Section) as JSON.
     Section,
     /// Checksums of its memory.
     Sums,
@@ -53,59 +63,49 @@ pub enum Kind {
     Failed,
 }
 
+/// All of them, with their numbers and their names in messages.
+const KINDS: [(Kind, u32, &str); 14] = [
+    (Kind::Config, 1, "the configuration"),
+    (Kind::Section, 2, "a section"),
+    (Kind::Sums, 3, "the checksums of memory"),
+    (Kind::End, 4, "the end"),
+    (Kind::Pages, 5, "a piece of memory"),
+    (Kind::Zeros, 6, "a piece of memory"),
+    (Kind::Changed, 7, "the list of changes"),
+    (Kind::Hello, 8, "the sender's greeting"),
+    (Kind::Accept, 9, "the answer to the greeting"),
+    (Kind::Refuse, 10, "the answer to the greeting"),
+    (Kind::Ready, 11, "the word that all is there"),
+    (Kind::Go, 12, "the word to go on"),
+    (Kind::Running, 13, "the outcome"),
+    (Kind::Failed, 14, "the outcome"),
+];
+
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 14] = [
-        Self::Config,
-        Self::Section,
-        Self::Sums,
-        Self::End,
-        Self::Pages,
-        Self::Zeros,
-        Self::Changed,
-        Self::Hello,
-        Self::Accept,
-        Self::Refuse,
-        Self::Ready,
-        Self::Go,
-        Self::Running,
-        Self::Failed,
-    ];
-
-    fn number(self) -> u32 {
-        match self {
-            Self::Config => 1,
-            Self::Section => 2,
-            Self::Sums => 3,
-            Self::End => 4,
-            Self::Pages => 5,
-            Self::Zeros => 6,
-            Self::Changed => 7,
-            Self::Hello => 8,
-            Self::Accept => 9,
-            Self::Refuse => 10,
-            Self::Ready => 11,
-            Self::Go => 12,
-            Self::Running => 13,
-            Self::Failed => 14,
+    pub const ALL: [Self; KINDS.len()] = {
+        let mut all = [Self::Config; KINDS.len()];
+        let mut rest: &[(Self, u32, &str)] = &KINDS;
+        let mut to: &mut [Self] = &mut all;
+        while let ([(kind, ..), others @ ..], [first, left @ ..]) = (rest, to) {
+            *first = *kind;
+            (rest, to) = (others, left);
         }
+        all
+    };
+
+    fn of(number: u32) -> Option<Self> {
+        KINDS.iter().find(|(_, known, _)| *known == number).map(|(kind, ..)| *kind)
+    }
+
+    fn row(self) -> (u32, &'static str) {
+        let row = KINDS.iter().find(|(kind, ..)| *kind == self);
+        row.map_or((0, "nothing"), |(_, number, name)| (*number, name))
     }
 
     /// For messages.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Config => "the configuration",
-            Self::Section => "a section",
-            Self::Sums => "the checksums of memory",
-            Self::End => "the end",
-            Self::Pages | Self::Zeros => "a piece of memory",
-            Self::Changed => "the list of changes",
-            Self::Hello => "the sender's greeting",
-            Self::Accept | Self::Refuse => "the answer to the greeting",
-            Self::Ready => "the word that all is there",
-            Self::Go => "the word to go on",
-            Self::Running | Self::Failed => "the outcome",
-        }
+        self.row().1
     }
 }
 
@@ -117,8 +117,17 @@ pub enum StreamError {
     NotAState,
     #[error("its header is damaged (checksum)")]
     Header,
-    #[error("its format is version {0}; this program reads version {VERSION}")]
-    Version(u32),
+    #[error(
+        "its format is version {0}; this program reads version {VERSION}, and nothing older can be \
+         converted: restore it with the stratovirt that wrote it, shut its guest down there, and start \
+         the guest with this one"
+    )]
+    Older(u32),
+    #[error(
+        "its format is version {0}; this program reads version {VERSION}: restore it with the newer \
+         stratovirt that wrote it"
+    )]
+    Newer(u32),
     #[error("it ends at byte {at}, in the middle of {what}")]
     Truncated { at: u64, what: String },
     #[error("{what} is damaged: it claims {length} bytes, and {LONGEST} is the most")]
@@ -164,7 +173,7 @@ impl<W: Write> Writer<W> {
         let length = u32::try_from(length).ok().filter(|n| *n <= LONGEST);
         let length = length.ok_or_else(|| io::Error::other("a part of the state is too long"))?;
         let mut crc = Hasher::new();
-        let (kind, length) = (kind.number().to_le_bytes(), length.to_le_bytes());
+        let (kind, length) = (kind.row().0.to_le_bytes(), length.to_le_bytes());
         for piece in [&kind[..], &length[..]].iter().chain(pieces) {
             crc.update(piece);
             self.to.write_all(piece)?;
@@ -231,24 +240,34 @@ impl<R: Read> Reader<R> {
         }
         match u32::from_le_bytes(version) {
             VERSION => Ok(this),
-            other => Err(StreamError::Version(other)),
+            older @ 0..VERSION => Err(StreamError::Older(older)),
+            newer => Err(StreamError::Newer(newer)),
         }
     }
 
-    /// Read the next frame; its body replaces what is in `body`.
+    /// Read the next frame whose kind is known; its body replaces what is in `body`.
     ///
     /// # Errors
-    /// When it is cut off, damaged or unknown.
+    /// When it is cut off, damaged, or of a kind that has to be known.
     pub fn next(&mut self, body: &mut Vec<u8>) -> Result<Kind, StreamError> {
+        loop {
+            if let Some(kind) = self.frame(body)? {
+                return Ok(kind);
+            }
+        }
+    }
+
+    /// The next frame; `None` for one that may be skipped.
+    fn frame(&mut self, body: &mut Vec<u8>) -> Result<Option<Kind>, StreamError> {
         let what = format!("the part after {}", self.last);
         let (number, length): ([u8; 4], [u8; 4]) = (self.array(&what)?, self.array(&what)?);
         let claimed = u32::from_le_bytes(length);
         if claimed > LONGEST {
             return Err(StreamError::TooLong { what, length: claimed });
         }
-        let kind = Kind::ALL.into_iter().find(|k| k.number().to_le_bytes() == number);
+        let kind = Kind::of(u32::from_le_bytes(number));
         if kind != Some(Kind::Pages) {
-            self.state = self.state.saturating_add(claimed.into());
+            self.state = self.state.saturating_add(AROUND + u64::from(claimed));
             if self.state > MOST {
                 return Err(StreamError::TooMuch { what });
             }
@@ -257,7 +276,7 @@ impl<R: Read> Reader<R> {
         let read = self.from.by_ref().take(claimed.into()).read_to_end(body);
         let read = read.map_err(StreamError::Io)? as u64;
         self.at += read;
-        let named = match (kind, name(body)) {
+        let named = match (kind, section::peek(body)) {
             (Some(Kind::Section), Some(name)) => format!("section {name:?}"),
             _ => what.clone(),
         };
@@ -270,12 +289,19 @@ impl<R: Read> Reader<R> {
         if u32::from_le_bytes(crc) != expected.finalize() {
             return Err(StreamError::Checksum { what: named });
         }
-        let kind = kind.ok_or(StreamError::Kind { what, kind: u32::from_le_bytes(number) })?;
-        if kind == Kind::End && body.get(8..) != Some(&self.all.clone().finalize().to_le_bytes()) {
+        let number = u32::from_le_bytes(number);
+        if kind.is_none() && number & OPTIONAL == 0 {
+            return Err(StreamError::Kind { what, kind: number });
+        }
+        if kind == Some(Kind::End)
+            && body.get(8..) != Some(&self.all.clone().finalize().to_le_bytes())
+        {
             return Err(StreamError::Whole);
         }
         self.all.update(&crc);
-        self.last = if kind == Kind::Section { named } else { kind.name().into() };
+        if let Some(kind) = kind {
+            self.last = if kind == Kind::Section { named } else { kind.name().into() };
+        }
         Ok(kind)
     }
 
@@ -296,22 +322,82 @@ impl<R: Read> Reader<R> {
     }
 }
 
-/// The body of a section: the length of its name in one byte, the name, and the rest.
-pub fn section(name: &str, rest: &[u8]) -> Vec<u8> {
-    let name = name.get(..name.floor_char_boundary(255)).unwrap_or_default();
-    let mut body = vec![u8::try_from(name.len()).unwrap_or(0)];
-    body.extend(name.as_bytes());
-    body.extend(rest);
-    body
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Name and rest of a section's body.
-pub fn split_section(body: &[u8]) -> Option<(&str, &[u8])> {
-    let (length, rest) = body.split_first()?;
-    let (name, rest) = rest.split_at_checked(usize::from(*length))?;
-    Some((str::from_utf8(name).ok()?, rest))
-}
+    /// A stream of frames with these numbers and bodies, which may be of kinds that are not known.
+    fn stream(frames: &[(u32, &[u8])]) -> Vec<u8> {
+        let mut bytes = Writer::begin(Vec::new()).unwrap().into_inner();
+        let mut all = Hasher::new();
+        for (number, body) in frames {
+            let length = u32::try_from(body.len()).unwrap().to_le_bytes();
+            let mut frame = [&number.to_le_bytes()[..], &length, body].concat();
+            if let (4, Some(sum)) = (*number, frame.last_chunk_mut::<4>()) {
+                *sum = all.clone().finalize().to_le_bytes();
+            }
+            let crc = crc32fast::hash(&frame).to_le_bytes();
+            all.update(&crc);
+            bytes.extend(frame);
+            bytes.extend(crc);
+        }
+        bytes
+    }
 
-fn name(body: &[u8]) -> Option<&str> {
-    split_section(body).map(|(name, _)| name).filter(|name| !name.is_empty())
+    fn kinds(bytes: &[u8]) -> Result<Vec<Kind>, StreamError> {
+        let (mut reader, mut body, mut kinds) = (Reader::begin(bytes)?, Vec::new(), Vec::new());
+        while kinds.last() != Some(&Kind::End) {
+            kinds.push(reader.next(&mut body)?);
+        }
+        assert!(reader.exhausted()?);
+        Ok(kinds)
+    }
+
+    #[test]
+    fn what_is_optional_and_not_known_is_skipped_and_still_counts_for_the_checksum() {
+        let end: &[u8] = &[0; 12];
+        let optional = (OPTIONAL | 77, &b"later"[..]);
+        let read = kinds(&stream(&[(1, b"c"), optional, (5, b"p"), optional, (4, end)]));
+        assert_eq!(read.unwrap(), [Kind::Config, Kind::Pages, Kind::End]);
+        let error = kinds(&stream(&[(1, b"c"), (77, b"later"), (4, end)])).unwrap_err();
+        assert!(matches!(error, StreamError::Kind { kind: 77, .. }), "{error}");
+        // Optional or not, it cannot be taken out.
+        let (with, without) =
+            (stream(&[(1, b"c"), optional, (4, end)]), stream(&[(1, b"c"), (4, end)]));
+        let cut = [&without[..without.len() - 24], &with[with.len() - 24..]].concat();
+        assert!(matches!(kinds(&cut), Err(StreamError::Whole)));
+    }
+
+    #[test]
+    fn optional_frames_have_an_end() {
+        /// The same bytes again and again.
+        struct Again(Vec<u8>, usize);
+        impl Read for Again {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                let rest = &self.0[self.1..];
+                let length = rest.len().min(buf.len());
+                buf[..length].copy_from_slice(&rest[..length]);
+                self.1 = (self.1 + length) % self.0.len();
+                Ok(length)
+            }
+        }
+        let header = stream(&[]);
+        let frame = stream(&[(OPTIONAL, &[0; 1 << 20])]).split_off(header.len());
+        let mut reader = Reader::begin(Read::chain(&header[..], Again(frame, 0))).unwrap();
+        let error = reader.next(&mut Vec::new()).unwrap_err();
+        assert!(matches!(error, StreamError::TooMuch { .. }), "{error}");
+    }
+
+    #[test]
+    fn another_version_is_refused_by_its_number() {
+        for (version, says) in [
+            (2u32, "version 2; this program reads version 3, and nothing older"),
+            (4, "version 4; this program reads version 3: restore it with the newer"),
+        ] {
+            let mut header = [&MAGIC[..], &version.to_le_bytes()].concat();
+            header.extend(crc32fast::hash(&header).to_le_bytes());
+            let error = Reader::begin(&header[..]).err().unwrap().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
 }

@@ -1,0 +1,141 @@
+//! What is behind devices: back-ends of this host, or ones that do nothing, for devices that are only
+//! to take a saved state.
+use std::{io, sync::Arc};
+
+use devices::{
+    backend::{
+        char::{Char, CharError},
+        disk::Disk,
+        net::{NetBackend, NoNetwork, tap::Tap},
+    },
+    virtio::{VirtioDevice, blk, net, rng::Rng},
+};
+
+use crate::{
+    BuildError, Event, Report, Told, backends,
+    config::{CharBackend, ConsoleConfig, DiskConfig, NicConfig, RngConfig},
+    legacy,
+};
+
+/// Descriptors a queue of a slot that waits for hot-plug.
+const EMPTY_QUEUE_SIZE: u16 = 256;
+
+/// Where back-ends come from.
+#[derive(Clone, Copy)]
+pub(crate) enum Backing<'a> {
+    /// They are opened; they report there.
+    Host(&'a Report),
+    /// Nothing is opened. The disks, by slot, have these sizes in bytes.
+    Nothing(&'a [u64]),
+}
+
+impl Backing<'_> {
+    /// A character back-end.
+    pub(crate) fn char(self, backend: &CharBackend) -> Result<Char, CharError> {
+        match self {
+            Self::Host(report) => legacy::open(backend, report),
+            Self::Nothing(_) => Char::null(),
+        }
+    }
+
+    pub(crate) fn console(self, config: &ConsoleConfig) -> Result<Char, BuildError> {
+        let failed = |source| BuildError::Console { id: config.id.clone(), source };
+        self.char(&config.backend).map_err(failed)
+    }
+
+    pub(crate) fn entropy(self, config: &RngConfig) -> Result<Rng, BuildError> {
+        let rng = match self {
+            Self::Host(_) => Rng::new(config.id.clone(), &config.path, config.bps),
+            Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps),
+        };
+        rng.map_err(|source| BuildError::Rng { id: config.id.clone(), source })
+    }
+
+    /// A slot for disks: its queues are those of the disk that it had at the start, `shape`, whatever
+    /// `disk` is in it now.
+    pub(crate) fn block(
+        self,
+        slot: usize,
+        shape: Option<&DiskConfig>,
+        disk: Option<&DiskConfig>,
+    ) -> Result<blk::Block, BuildError> {
+        let on_error = match self {
+            Self::Host(report) => Some(on_error(report.clone())),
+            Self::Nothing(_) => None,
+        };
+        let settings = blk::Settings {
+            queues: shape.map_or(1, |s| s.queues),
+            queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
+            on_error,
+        };
+        let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.clone());
+        let open = |config: &DiskConfig| match self {
+            Self::Host(_) => Disk::open(&config.path, &backends::options(config)),
+            Self::Nothing(sizes) => {
+                let size = sizes.get(slot).copied().unwrap_or(0);
+                Disk::without_image(&config.path, &backends::options(config), size)
+            }
+        };
+        let drive = disk.map(|config| {
+            let drive = backends::limited(open(config)?, config);
+            Ok(match self {
+                Self::Host(_) => drive,
+                Self::Nothing(_) => blk::Drive { expect: blk::Expect::Any, ..drive },
+            })
+        });
+        let drive =
+            drive.transpose().map_err(|source| BuildError::Disk { id: id.clone(), source })?;
+        blk::Block::new(&id, settings, drive)
+            .map_err(|source| BuildError::DiskSettings { id, source })
+    }
+
+    /// A slot for NICs, as [`Backing::block`].
+    pub(crate) fn interface(
+        self,
+        slot: usize,
+        shape: Option<&NicConfig>,
+        nic: Option<&NicConfig>,
+    ) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.clone());
+        let pairs = shape.map_or(1, |s| s.queue_pairs);
+        let failed = |source| BuildError::Tap { id: id.clone(), source };
+        Ok(match self {
+            Self::Host(_) => {
+                let tap: Option<Tap> = nic.map(backends::tap).transpose().map_err(failed)?;
+                Box::new(interface(id, shape, nic, tap)?)
+            }
+            Self::Nothing(_) => {
+                let none = nic.map(|_| NoNetwork::new(pairs.into())).transpose();
+                let none =
+                    none.map_err(|source| BuildError::Descriptor { id: id.clone(), source })?;
+                Box::new(interface(id, shape, nic, none)?)
+            }
+        })
+    }
+}
+
+fn interface<B: NetBackend>(
+    id: String,
+    shape: Option<&NicConfig>,
+    nic: Option<&NicConfig>,
+    backend: Option<B>,
+) -> Result<net::Net<B>, BuildError> {
+    let settings = net::NetSettings {
+        mac: nic.or(shape).and_then(|n| n.mac),
+        queue_pairs: shape.map_or(1, |s| s.queue_pairs),
+        queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
+        pps: nic.and_then(|n| n.pps),
+        bps: nic.and_then(|n| n.bps),
+    };
+    net::Net::new(id.clone(), settings, backend)
+        .map_err(|source| BuildError::NicSettings { id, source })
+}
+
+fn on_error(report: Report) -> blk::OnError {
+    let told = Told::default();
+    Arc::new(move |id, error, write| {
+        let Some(told) = told.begin() else { return };
+        let error = io::Error::new(error.kind(), error.to_string());
+        report(Event::DiskError { id: id.into(), write, error, told });
+    })
+}

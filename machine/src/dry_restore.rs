@@ -1,0 +1,80 @@
+//! The first half of every restore: all that can be found out about a saved machine without KVM,
+//! without files of the host and without its memory. A save runs it, too, before it counts.
+use std::sync::Arc;
+
+use devices::state::StateError;
+use state::{Section, Sections};
+
+use crate::{
+    BuildError, MachineState, RestoreError, backing::Backing, builder::Parts, io_thread,
+    legacy::Legacy, memory, saved::Description, slots::Slots,
+};
+
+/// A saved machine, checked down to each device. [`Machine::restored`](crate::Machine::restored)
+/// builds it.
+pub struct Restorable {
+    /// What it is made of.
+    pub description: Description,
+    /// What is restored into it.
+    pub state: MachineState,
+}
+
+/// Build the devices of `description` with nothing behind them and have each take its state from
+/// `sections`.
+///
+/// # Errors
+/// When one cannot be built or does not take it, or when the parts do not belong together.
+pub fn dry_restore(description: Description, sections: Sections) -> Result<Restorable, BuildError> {
+    let state = MachineState::try_from(sections)?;
+    let (saved, configured) = (state.vcpus.len(), usize::from(description.config.cpus));
+    if saved != configured {
+        return Err(RestoreError::Count { what: "vCPUs", saved, configured }.into());
+    }
+    let made_of = description.made_of();
+    // Queues have to lie in guest memory; nothing is read from it.
+    let memory = memory::addresses(made_of.config.memory.size)?;
+    let window = Slots::window(made_of.places).map_err(BuildError::Window)?;
+    let thread = Arc::new(io_thread::Handle::without_thread().map_err(BuildError::Thread)?);
+    let ids = std::iter::once("io0").chain(made_of.config.iothreads.iter().map(String::as_str));
+    let threads: Vec<_> = ids.map(|id| (id.to_owned(), thread.clone())).collect();
+    let backing = Backing::Nothing(&description.disk_sizes);
+    let parts = Parts::new(&made_of, backing, &memory, window, &threads)?;
+    restore_devices(&parts.legacy, &parts.slots, &state.devices)?;
+    Ok(Restorable { description, state })
+}
+
+/// Give each device its section, which is known by its id; every section has to have its device.
+pub(crate) fn restore_devices(
+    legacy: &Legacy,
+    slots: &Slots,
+    sections: &[Section],
+) -> Result<(), RestoreError> {
+    let legacy = legacy.devices().map(|device| {
+        let id = device.lock().id().to_owned();
+        (id, device)
+    });
+    let slots = slots.devices().map(|(id, device)| (id.to_owned(), device));
+    let mut left: Vec<&Section> = sections.iter().collect();
+    for (id, device) in legacy.chain(slots) {
+        let Some(at) = left.iter().position(|section| section.id == id) else {
+            return Err(RestoreError::NoSection { id });
+        };
+        let section = left.swap_remove(at);
+        let restored = match refuses(&id) {
+            true => Err(StateError::Invalid("a test has it refused")),
+            false => device.lock().restore(section),
+        };
+        restored.map_err(|source| RestoreError::Device { id, source })?;
+    }
+    match left.first() {
+        Some(section) => Err(RestoreError::NoDevice { name: section.name() }),
+        None => Ok(()),
+    }
+}
+
+/// Whether a test has this device refuse every state: it is named in a file, which may change while
+/// the monitor runs. In debug builds only.
+fn refuses(id: &str) -> bool {
+    let file = || std::env::var_os("STRATOVIRT_TEST_REFUSE").filter(|_| cfg!(debug_assertions));
+    file().is_some_and(|file| std::fs::read_to_string(file).is_ok_and(|named| named == id))
+}

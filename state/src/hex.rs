@@ -1,0 +1,136 @@
+//! Numbers and bytes that people read in hexadecimal. As strings they also survive tools that keep
+//! numbers as floating point, such as jq.
+use std::fmt::{LowerHex, Write};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+/// A number, as `"0x1f"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, PartialOrd, Ord)]
+pub struct Hex<T>(pub T);
+
+impl<T> From<T> for Hex<T> {
+    fn from(value: T) -> Self {
+        Self(value)
+    }
+}
+
+impl<T: LowerHex> Serialize for Hex<T> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&format_args!("{:#x}", self.0))
+    }
+}
+
+impl<'de, T: TryFrom<u128>> Deserialize<'de> for Hex<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let digits = text.strip_prefix("0x").filter(|digits| digits.bytes().all(is_digit));
+        let value = digits.and_then(|digits| u128::from_str_radix(digits, 16).ok());
+        let value = value.and_then(|value| T::try_from(value).ok());
+        let bits = size_of::<T>() * 8;
+        value.map(Self).ok_or_else(|| {
+            D::Error::custom(format_args!(
+                "{text:.40?} is not a number of {bits} bits like \"0x1f\""
+            ))
+        })
+    }
+}
+
+/// `N` bytes, as `"00ff"`: no more and no fewer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HexArray<const N: usize>(pub [u8; N]);
+
+impl<const N: usize> Serialize for HexArray<N> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&digits(&self.0))
+    }
+}
+
+impl<'de, const N: usize> Deserialize<'de> for HexArray<N> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let HexBytes(bytes) = HexBytes::deserialize(from)?;
+        let length = bytes.len();
+        let array = bytes
+            .try_into()
+            .map_err(|_| D::Error::custom(format_args!("{length} bytes where {N} belong")))?;
+        Ok(Self(array))
+    }
+}
+
+impl From<u128> for HexArray<16> {
+    fn from(number: u128) -> Self {
+        Self(number.to_be_bytes())
+    }
+}
+
+impl From<HexArray<16>> for u128 {
+    fn from(bytes: HexArray<16>) -> Self {
+        Self::from_be_bytes(bytes.0)
+    }
+}
+
+/// Any number of bytes, as `"00ff"`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HexBytes(pub Vec<u8>);
+
+impl Serialize for HexBytes {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&digits(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for HexBytes {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let byte = |pair: &[u8; 2]| {
+            let text = str::from_utf8(pair).ok().filter(|pair| pair.bytes().all(is_digit))?;
+            u8::from_str_radix(text, 16).ok()
+        };
+        let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
+            return Err(D::Error::custom("an odd number of hexadecimal digits"));
+        };
+        let bytes: Option<Vec<u8>> = pairs.iter().map(byte).collect();
+        bytes.map(Self).ok_or_else(|| D::Error::custom("bytes that are not lower-case hexadecimal"))
+    }
+}
+
+/// One spelling for each value: lower case only.
+fn is_digit(byte: u8) -> bool {
+    matches!(byte, b'0'..=b'9' | b'a'..=b'f')
+}
+
+fn digits(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        // A string takes everything.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_bytes_come_back_as_they_were() {
+        for value in [0, 1, 0x1f, u64::MAX] {
+            let text = serde_json::to_string(&Hex(value)).unwrap();
+            assert_eq!(serde_json::from_str::<Hex<u64>>(&text).unwrap(), Hex(value), "{text}");
+        }
+        let bytes = HexArray([0, 0x7f, 0xff]);
+        let text = serde_json::to_string(&bytes).unwrap();
+        assert_eq!(text, "\"007fff\"");
+        assert_eq!(serde_json::from_str::<HexArray<3>>(&text).unwrap(), bytes);
+    }
+
+    #[test]
+    fn what_is_no_such_number_or_too_long_is_refused() {
+        for text in ["1", "\"1\"", "\"0x\"", "\"0xg\"", "\"0x+1\"", "\"0xFF\"", "\"0x100\"", "null"]
+        {
+            assert!(serde_json::from_str::<Hex<u8>>(text).is_err(), "{text}");
+        }
+        for text in ["\"0\"", "\"+1\"", "\"FF\"", "\"ffff\"", "\"\"", "[255]"] {
+            assert!(serde_json::from_str::<HexArray<1>>(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The form of a saved machine, apart from whatever runs it: no KVM, no devices, no host. The types
+//! here are what is in a file; `machine` and `devices` convert to them and from them.
+//!
+//! ```text
+//! frame     the bytes: frames with a length and a checksum each, in a file or a stream
+//! section   one part: its kind, its id, its version, and JSON; an older version is upgraded here
+//! file      all parts of one machine, in whatever order they came
+//! config    what a machine has to be made of before the rest is restored into it
+//! cpu       vCPUs, and what their CPU promised to the guest
+//! chips     interrupt controllers, timer, clock
+//! device    what each kind of device keeps
+//! hex       numbers and bytes that people read in hexadecimal
+//! ```
+//! `docs/state-format.md` describes the same for other programs. Whatever is read is treated as
+//! hostile: lengths are bounds, unknown fields and unknown parts are errors.
+#![forbid(unsafe_code)]
+
+pub mod chips;
+pub mod config;
+pub mod cpu;
+pub mod device;
+pub mod file;
+pub mod frame;
+pub mod hex;
+pub mod section;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use config::Config;
+pub use file::{FileError, Frames, Sections, State};
+pub use section::{Saved, Section, SectionError};

@@ -1,0 +1,55 @@
+//! The first half of a restore, which needs neither KVM nor memory nor files of the host. Every restore
+//! begins with it, and every save ends with it, on the bytes that were just written: what could not be
+//! restored does not count as saved.
+use std::io;
+
+use machine::{BuildError, Description, DescriptionError, Restorable, dry_restore};
+use state::{Config, FileError, Frames, Sections};
+
+use super::AdaptError;
+
+/// Why a saved machine cannot be restored, wherever that is tried.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum RehearseError {
+    #[error("the saved state cannot be restored")]
+    Read(#[from] FileError),
+    #[error("the saved state cannot be restored")]
+    Description(#[from] DescriptionError),
+    #[error(transparent)]
+    Adapt(#[from] AdaptError),
+    #[error("the saved machine cannot be restored")]
+    Build(#[from] BuildError),
+    #[error("the memory that was saved does not belong to the state")]
+    Memory(#[source] super::ImageError),
+    #[error("what was written is not what is there")]
+    Changed,
+    #[error("cannot read back what was saved")]
+    Io(#[source] io::Error),
+}
+
+/// Check limits, apply `overrides`, and have every device take its state, with nothing behind it.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn rehearse(
+    config: &Config,
+    sections: Sections,
+    overrides: impl FnOnce(&mut Description) -> Result<(), AdaptError>,
+) -> Result<Restorable, RehearseError> {
+    let mut description = Description::try_from(config)?;
+    overrides(&mut description)?;
+    Ok(dry_restore(description, sections)?)
+}
+
+/// The same for the frames at the end of a stream, from its last configuration on.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn rehearse_frames(bytes: &[u8]) -> Result<(), RehearseError> {
+    let mut frames = Frames::begin(bytes).map_err(FileError::from)?;
+    let config = frames.config()?;
+    let sections = frames.sections()?;
+    frames.end()?;
+    rehearse(&config, sections, |_| Ok(())).map(drop)
+}
