@@ -6,14 +6,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::monitor::{Monitor, SOON, Vm};
 
-use crate::stage::{Stage, exists, quits, simple, status};
+use crate::stage::{Stage, quits, simple, status};
+use crate::stream::until_it_listens_by;
 
 /// Numbers of frames, as they are on the wire.
 const CONFIG: u32 = 1;
@@ -54,12 +54,13 @@ fn receiver(story: &str, pid: u32) -> Result<(Stage, Monitor, String)> {
     let uri = format!("unix:{}", socket.display());
     let args = ["-incoming", &uri];
     let monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
-    let deadline = Instant::now() + SOON;
-    while UnixStream::connect(stage.socket()).is_err() || !exists(&socket) {
-        ensure!(Instant::now() < deadline, "nobody listens at {}", socket.display());
-        thread::sleep(Duration::from_millis(1));
-    }
+    until_it_listens_in(&monitor, &socket)?;
     Ok((stage, monitor, uri))
+}
+
+/// Waits until `monitor`, which sees the sockets of its network namespace, listens at `socket`.
+fn until_it_listens_in(monitor: &Monitor, socket: &Path) -> Result<()> {
+    until_it_listens_by(&format!("/proc/{}/net/unix", monitor.pid()), socket)
 }
 
 #[test]
@@ -95,11 +96,7 @@ fn a_machine_with_a_disk_and_a_tap_moves_inside_one_host() -> Result<()> {
         let uri = format!("unix:{}", stage.file("in").display());
         let args = [vec!["-incoming", &uri], args].concat();
         let mut there = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
-        let deadline = Instant::now() + SOON;
-        while !exists(&stage.file("in")) {
-            ensure!(Instant::now() < deadline, "nobody listens");
-            thread::sleep(Duration::from_millis(1));
-        }
+        until_it_listens_in(&there, &stage.file("in"))?;
         let said = qmp.execute_raw("migrate", json!({ "uri": uri })).err().map(|e| e.to_string());
         let said = said.context("it was taken")?;
         ensure!(said.contains("does not take the machine") && said.contains(says), "{said}");

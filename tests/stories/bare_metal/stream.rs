@@ -80,6 +80,24 @@ fn with(mut arguments: Value, more: &Value) -> Value {
     arguments
 }
 
+/// Waits until a process listens at `socket`. Its name is there a moment before that: /proc/net/unix
+/// tells, by a flag.
+fn until_it_listens(socket: &Path) -> Result<()> {
+    until_it_listens_by("/proc/net/unix", socket)
+}
+
+/// As [`until_it_listens`], as `table` tells.
+pub fn until_it_listens_by(table: &str, socket: &Path) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    let ends = format!(" {}", socket.display());
+    let listens = |line: &str| line.ends_with(&ends) && line.contains(" 00010000 ");
+    while !fs::read_to_string(table)?.lines().any(listens) {
+        ensure!(Instant::now() < deadline, "nobody listens at {}", socket.display());
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// A process that waits for a machine.
 struct There {
     stage: Stage,
@@ -101,14 +119,7 @@ impl There {
         let uri = format!("unix:{}", socket.display());
         let args = ["-S", "-incoming", &uri];
         let monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
-        let deadline = Instant::now() + SOON;
-        // Its name is there a moment before it listens: /proc/net/unix tells, by a flag.
-        let ends = format!(" {}", socket.display());
-        let listens = |line: &str| line.ends_with(&ends) && line.contains(" 00010000 ");
-        while !fs::read_to_string("/proc/net/unix")?.lines().any(listens) {
-            ensure!(Instant::now() < deadline, "nobody listens at {}", socket.display());
-            thread::sleep(Duration::from_millis(1));
-        }
+        until_it_listens(&socket)?;
         Ok((Self { stage, monitor }, uri))
     }
 
