@@ -218,7 +218,8 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
         Dies::Receiver => {
             there.wait_exit()?;
             let said = migrating.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))?;
-            if kind == RUNNING && arrives {
+            // `Go` may have been answered by `Running` before the receiver was dead.
+            if arrives && (kind == RUNNING || (kind == GO && said.is_none())) {
                 ensure!(said.is_none(), "{said:?}");
                 ensure!(status(&mut qmp)? == "postmigrate");
                 // `Ready` may have been answered by `Go` before the receiver was dead.
