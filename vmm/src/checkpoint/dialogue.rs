@@ -51,7 +51,7 @@ pub struct Hello {
 impl Hello {
     /// That of the migration `id` of the machine called `domain`.
     pub fn new(id: &Id, domain: &str) -> Self {
-        Self { versions: [VERSION; 2], id: id.clone(), domain: domain.into() }
+        Self { versions: [VERSION; 2], id: *id, domain: domain.into() }
     }
 }
 
