@@ -76,7 +76,7 @@ fn frames(stream: &[u8]) -> Vec<u8> {
 /// What the monitor makes of a stream.
 fn received(bytes: &[u8]) -> Result<(), ReceiveError> {
     let give = |description: &Description| {
-        allocate(&description.config.memory).map_err(|_| ReceiveError::GivenUp)
+        allocate(&description.config.memory).map_err(|e| ReceiveError::NoRoom(e.to_string()))
     };
     receive(bytes, |_| Ok(()), give, &Progress::default()).map(drop)
 }

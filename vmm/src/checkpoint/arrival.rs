@@ -220,9 +220,9 @@ fn read_stream(
                 }
                 Ok(Err(why)) => {
                     answer.say(Kind::Refuse, &why).map_err(ReceiveError::Deaf)?;
-                    Err(ReceiveError::GivenUp)
+                    Err(ReceiveError::NoRoom(why))
                 }
-                Err(_) => Err(ReceiveError::GivenUp),
+                Err(_) => Err(ReceiveError::NoRoom("it was given up".into())),
             }
         };
         let received = receive_frames(&mut frames, overrides, allocate, progress)?;

@@ -34,8 +34,8 @@ pub enum ReceiveError {
     Other,
     #[error("the stream cannot be restored: it holds changes only")]
     Incremental,
-    #[error("it was given up")]
-    GivenUp,
+    #[error("{0}")]
+    NoRoom(String),
     #[error("the stream cannot be restored: its greeting is not understood")]
     Greeting,
     #[error(

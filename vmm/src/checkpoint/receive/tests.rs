@@ -25,7 +25,9 @@ fn read(bytes: &[u8]) -> Result<Received, String> {
 }
 
 fn read_from(bytes: impl Read) -> Result<Received, String> {
-    let allocate = |wanted: &Description| Ok(allocate(&wanted.config.memory).unwrap());
+    let allocate = |wanted: &Description| {
+        allocate(&wanted.config.memory).map_err(|e| ReceiveError::NoRoom(why(&e)))
+    };
     receive(bytes, |_| Ok(()), allocate, &Progress::default()).map_err(|e| why(&e))
 }
 
