@@ -2,6 +2,8 @@
 pub use ::state::Section;
 use ::state::{Saved, SectionError};
 
+use crate::backend::disk::DiskError;
+
 /// A component whose whole run-time state is one saved struct.
 pub trait Snapshot {
     /// The saved form.
@@ -41,4 +43,7 @@ pub enum StateError {
     /// It says something that no device can be in.
     #[error("invalid state: {0}")]
     Invalid(&'static str),
+    /// A disk is not the one that was saved.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }

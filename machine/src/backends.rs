@@ -266,6 +266,7 @@ pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> Drive {
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops,
         bytes_per_second: config.bps,
+        expect: config.expect,
     }
 }
 
@@ -283,6 +284,39 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
 }
 
 impl Machine {
+    /// Detach the taps that have a name, of a paused machine: they can be attached again by it.
+    pub(crate) fn release_taps(&mut self) {
+        self.each_named_tap(|net, _| net.unplug().map(drop).map_err(RunError::from)).ok();
+    }
+
+    /// Attach those again that [`Machine::release_taps`] has detached.
+    pub(crate) fn hold_taps(&mut self) -> Result<(), RunError> {
+        self.each_named_tap(|net, config| {
+            if net.backend().is_some() {
+                return Ok(());
+            }
+            let failed = |source| RunError::Tap { id: config.id.clone(), source };
+            let tap = tap(config).map_err(failed)?;
+            net.plug(tap, None).map_err(|e| RunError::Io(io::Error::other(e)))
+        })
+    }
+
+    fn each_named_tap(
+        &self,
+        act: impl Fn(&mut Net, &NicConfig) -> Result<(), RunError>,
+    ) -> Result<(), RunError> {
+        for (slot, config) in self.backends.nics.iter().enumerate() {
+            let Some(config) = config else { continue };
+            let Some((transport, _)) = self.slots.get(self.nic_index(slot)) else { continue };
+            if matches!(config.tap, TapConfig::Name(_))
+                && let Some(net) = transport.lock().device::<Net>()
+            {
+                act(net, config)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Where slot `slot` for NICs is among all slots.
     fn nic_index(&self, slot: usize) -> usize {
         self.config.slots.disks() + slot
@@ -416,9 +450,9 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::admits_disk_backend`]; the disk comes back, to be closed where that may wait.
-    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), (PlugError, OpenDisk)> {
+    pub fn add_disk_backend(&mut self, disk: OpenDisk) -> Result<(), Box<(PlugError, OpenDisk)>> {
         if let Err(why) = self.admits_disk_backend(&disk.config.id) {
-            return Err((why, disk));
+            return Err(Box::new((why, disk)));
         }
         self.backends.waiting_disks.insert(disk.config.id.clone(), disk);
         Ok(())

@@ -76,7 +76,14 @@ impl Backing<'_> {
                 Disk::without_image(&config.path, &backends::options(config), size)
             }
         };
-        let drive = disk.map(|config| Ok(backends::limited(open(config)?, config)));
+        let drive = disk.map(|config| {
+            let mut drive = backends::limited(open(config)?, config);
+            if matches!(self, Self::Nothing(_)) {
+                // There is no image that could be the one that was saved.
+                drive.expect = blk::Expect::Any;
+            }
+            Ok(drive)
+        });
         let drive =
             drive.transpose().map_err(|source| BuildError::Disk { id: id.clone(), source })?;
         blk::Block::new(&id, settings, drive)

@@ -2,6 +2,8 @@
 //! the JSON file, consumed by the builder.
 use std::path::PathBuf;
 
+pub use devices::virtio::blk::Expect;
+
 pub mod limits;
 pub mod slots;
 
@@ -128,6 +130,8 @@ pub struct DiskConfig {
     /// Refuse an image that begins like one of another format, as nobody has said that it is raw.
     /// Not kept in a saved state: its guest may have written such a beginning.
     pub probe: bool,
+    /// What the image has to be, when a saved state is restored.
+    pub expect: Expect,
 }
 
 impl DiskConfig {

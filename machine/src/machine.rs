@@ -11,6 +11,7 @@ use devices::{
     backend::{
         char::CharSink,
         disk::{DISK_STALL_LIMIT, Disk, DiskError},
+        net::tap::TapError,
     },
     virtio::{VirtioDevice, blk::Block, mmio::Transport},
 };
@@ -106,6 +107,10 @@ pub enum RunError {
     /// A disk was handed over, and whoever has it now keeps it.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A tap was handed over, and is in use now.
+    #[error("NIC {id}")]
+    #[expect(missing_docs, reason = "shown by the message")]
+    Tap { id: String, source: TapError },
     /// The host refused something.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -206,7 +211,7 @@ impl Machine {
     /// # Errors
     /// When KVM refuses the clock, or another machine has a disk that was given away.
     pub fn resume(&mut self) -> Result<(), RunError> {
-        self.hold_disks()?;
+        self.hold_backends()?;
         let mut ticks = 0;
         if let Some(parked) = self.parked.take() {
             self.vm.set_clock(parked.clock, parked.advance)?;
@@ -224,7 +229,7 @@ impl Machine {
     /// As [`Machine::resume`].
     pub fn resume_after_own_pause(&mut self) -> Result<(), RunError> {
         if !self.running {
-            self.hold_disks()?;
+            self.hold_backends()?;
             self.parked = None;
             self.run(0);
         }
@@ -384,23 +389,26 @@ impl Machine {
         Ok(())
     }
 
-    /// Let other machines have the disks, until this one runs again.
-    pub fn release_disks(&mut self) {
+    /// Let other machines have the disks and the taps that have a name, until this one runs again. The
+    /// machine is paused.
+    pub fn release_backends(&mut self) {
         self.disks_released = true;
         self.each_disk(|disk| {
             disk.release();
             Ok(())
         })
         .ok();
+        self.release_taps();
     }
 
-    /// Have the disks again that were released.
+    /// Have the disks and taps again that were released.
     ///
     /// # Errors
     /// When another machine has one.
-    pub fn hold_disks(&mut self) -> Result<(), DiskError> {
+    pub fn hold_backends(&mut self) -> Result<(), RunError> {
         if self.disks_released {
             self.each_disk(Disk::hold)?;
+            self.hold_taps()?;
             self.disks_released = false;
         }
         Ok(())

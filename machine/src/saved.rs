@@ -12,8 +12,8 @@ use crate::{
     boot::VirtioSlot,
     builder::MadeOf,
     config::{
-        Aio, BootConfig, CharBackend, ConsoleConfig, DiskConfig, MachineConfig, MemoryConfig,
-        NicConfig, Occupancy, RngConfig, Tap, Topology, limits,
+        Aio, BootConfig, CharBackend, ConsoleConfig, DiskConfig, Expect, MachineConfig,
+        MemoryConfig, NicConfig, Occupancy, RngConfig, Tap, Topology, limits,
         slots::{SlotCounts, SlotsError, Wanted},
     },
     layout::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP},
@@ -233,6 +233,7 @@ fn disk_shape(slot: &saved::Slot) -> Result<DiskConfig, DescriptionError> {
         iothread: slot.iothread.clone(),
         backend: None,
         probe: false,
+        expect: Expect::default(),
     })
 }
 
@@ -372,6 +373,7 @@ fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> DiskConfig {
         backend,
         // Its guest may have written what begins like another format.
         probe: false,
+        expect: Expect::default(),
     }
 }
 

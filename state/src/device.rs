@@ -176,12 +176,14 @@ impl Saved for Disk {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mark {
-    /// Random bytes, replaced with the first change after a save.
-    pub generation: HexArray<16>,
+    /// Random bytes, replaced with the first change after a save; `null` where the image's file system
+    /// keeps no attributes.
+    #[serde(deserialize_with = "required")]
+    pub generation: Option<HexArray<16>>,
     /// Bytes of the image.
     pub size: u64,
     /// Its last change, in nanoseconds since 1970, UTC.
-    pub mtime_ns: u64,
+    pub mtime_ns: i64,
 }
 
 /// How far a queue has been served.

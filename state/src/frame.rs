@@ -47,10 +47,24 @@ pub enum Kind {
     Zeros,
     /// Which ranges of memory are here; the others are where the base says.
     Changed,
+    /// A sender that wants answers: who it is.
+    Hello,
+    /// What it described fits here: memory may come.
+    Accept,
+    /// It does not, and why.
+    Refuse,
+    /// All is here and whole; nothing runs.
+    Ready,
+    /// The sender has let go of the machine: it is the receiver's.
+    Go,
+    /// It runs, or is stopped, at the receiver.
+    Running,
+    /// It never will, and why: it is the sender's again.
+    Failed,
 }
 
 /// All of them, with their numbers and their names in messages.
-const KINDS: [(Kind, u32, &str); 7] = [
+const KINDS: [(Kind, u32, &str); 14] = [
     (Kind::Config, 1, "the configuration"),
     (Kind::Section, 2, "a section"),
     (Kind::Sums, 3, "the checksums of memory"),
@@ -58,6 +72,13 @@ const KINDS: [(Kind, u32, &str); 7] = [
     (Kind::Pages, 5, "a piece of memory"),
     (Kind::Zeros, 6, "a piece of memory"),
     (Kind::Changed, 7, "the list of changes"),
+    (Kind::Hello, 8, "the sender's greeting"),
+    (Kind::Accept, 9, "the answer to the greeting"),
+    (Kind::Refuse, 10, "the answer to the greeting"),
+    (Kind::Ready, 11, "the word that all is there"),
+    (Kind::Go, 12, "the word to go on"),
+    (Kind::Running, 13, "the outcome"),
+    (Kind::Failed, 14, "the outcome"),
 ];
 
 impl Kind {
@@ -169,6 +190,14 @@ impl<W: Write> Writer<W> {
     pub fn end(&mut self, epoch: u64) -> io::Result<()> {
         let all = self.all.clone().finalize();
         self.frame(Kind::End, &[&epoch.to_le_bytes(), &all.to_le_bytes()])?;
+        self.to.flush()
+    }
+
+    /// Let out what was written.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn flush(&mut self) -> io::Result<()> {
         self.to.flush()
     }
 

@@ -250,7 +250,8 @@ impl Monitor {
         // A save waits for the host's disk, which others are busy with.
         client.set_patience(SOON * 3);
         while self.incoming
-            && client.execute_raw("query-status", json!({}))?["status"] == "inmigrate"
+            && client.execute_raw("query-status", json!({}))?.get("status")
+                == Some(&json!("inmigrate"))
         {
             ensure!(Instant::now() < deadline, "the machine does not come in");
             thread::sleep(Duration::from_micros(200));

@@ -30,6 +30,8 @@ mod plug;
 mod plugged;
 #[path = "bare_metal/process.rs"]
 mod process;
+#[path = "bare_metal/return_path.rs"]
+mod return_path;
 #[path = "bare_metal/run_state.rs"]
 mod run_state;
 #[path = "bare_metal/save_faults.rs"]

@@ -98,8 +98,11 @@ impl Arriving {
                 ArrivalStep::Described(config) => {
                     self.tell(MigrationStatus::Active);
                     match make_room(&config) {
-                        Ok(memory) => self.arrival.fill(memory),
-                        Err(e) => self.end(Over::Failed(e)),
+                        Ok(memory) => self.arrival.fill(Ok(memory)),
+                        Err(e) => {
+                            self.arrival.fill(Err(Error::generic(&e).to_string()));
+                            self.end(Over::Failed(e));
+                        }
                     }
                 }
                 ArrivalStep::Done(Ok(arrived)) => self.end(Over::Arrived(arrived)),

@@ -18,11 +18,12 @@ use qmp::{
     schema::{Event, ShutdownCause},
     server::Server,
 };
+use state::frame::Kind;
 use vmm::{
     announce::Schedule,
     arriving::{Arriving, Handed, Over},
     bare, bounds,
-    checkpoint::{self, Arrival, RestoreError, job::Checkpointer},
+    checkpoint::{self, Arrival, RestoreError, Voice, job::Checkpointer},
     cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
     ending::End,
@@ -96,6 +97,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         bare::servers(&invocation.control, events.registry(), EventLoop::server_token)
     };
     log::info!(target: "VmConfig", "{}", what(invocation));
+    // Dropped after the machine, and only then its source is told to take it back.
+    let mut answer = Voice::silent();
     let (machine, halted, servers, held, paused) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
@@ -120,7 +123,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let (handed, over) = waited.context("the main loop cannot wait for events")?;
             let Handed { servers, paused, held } = handed;
             let restored = match over {
-                Over::Arrived(arrived) => {
+                Over::Arrived(mut arrived) => {
+                    answer = std::mem::replace(&mut arrived.answer, Voice::silent());
                     checkpoint::restore(*arrived, incoming, &invocation.machine, events.report())
                 }
                 Over::Failed(error) => Err(error),
@@ -132,6 +136,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             match restored {
                 Ok((machine, halted)) => (machine, halted, servers, held, paused),
                 Err(error) => {
+                    answer.fail(Kind::Failed, &qmp::Error::generic(&error).to_string());
                     let reason = ShutdownCause::HostError;
                     last_event(servers, Ending { guest: false, reason, status: 1 });
                     return Err(error.into());
@@ -162,6 +167,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }
+    // All that can fail has been done, and the guest has not made a step.
+    answer.settle();
     match halted {
         Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
         None if paused => {}
@@ -190,7 +197,10 @@ fn last_event(mut servers: Vec<Server>, ending: Ending) {
 /// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
 fn what(invocation: &Invocation) -> String {
     match &invocation.incoming {
-        Some(incoming) => format!("from {:?}", incoming.source),
+        Some(incoming) => match &incoming.source {
+            Source::Directory { path, .. } => format!("from the directory {}", path.display()),
+            Source::Stream(_) => "from a stream".to_owned(),
+        },
         None => {
             let config = &invocation.machine;
             format!("{} vCPUs, {} bytes of memory", config.cpus, config.memory.size)

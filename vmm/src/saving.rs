@@ -42,8 +42,9 @@ const HANG_LIMIT: Duration = bounds::FILE;
 pub(crate) enum To {
     /// Into a directory.
     Directory(PathBuf),
-    /// To a process that goes on with the machine, or keeps it; and what it is called.
-    Stream(checkpoint::To, String),
+    /// To a process that goes on with the machine, or keeps it; what it is called, and whether it
+    /// answers.
+    Stream(checkpoint::To, String, bool),
 }
 
 /// How it is made.
@@ -77,6 +78,7 @@ struct Current {
     id: u128,
     how: How,
     stream: bool,
+    dialogue: bool,
     /// The client that waits for the answer.
     by: Option<(usize, Ticket)>,
     /// What the main thread could not do.
@@ -98,6 +100,8 @@ pub(crate) struct Saving {
     base: Option<Base>,
     /// A save that begins when the one that was cancelled is over, and until when it waits.
     next: Option<(Asked, Instant)>,
+    /// Whether receivers answer, if a client has said so.
+    pub(crate) return_path: Option<bool>,
 }
 
 impl Saving {
@@ -111,6 +115,7 @@ impl Saving {
             logging: false,
             base: None,
             next: None,
+            return_path: None,
         }
     }
 
@@ -143,8 +148,9 @@ impl Saving {
 
     fn terms(&self) -> Terms {
         let current = self.current.as_ref();
-        let (resume, stream) = current.map_or((false, false), |c| (c.how.resume, c.stream));
-        Terms { resume, stream }
+        let terms = |c: &Current| (c.how.resume, c.stream, c.dialogue);
+        let (resume, stream, dialogue) = current.map_or((false, false, false), terms);
+        Terms { resume, stream, dialogue }
     }
 }
 
@@ -206,6 +212,7 @@ impl Vmm {
         let (memory, size) = (self.machine.memory().clone(), self.machine.config().memory.size);
         let id = new_id();
         let stream = matches!(to, To::Stream(..));
+        let dialogue = matches!(to, To::Stream(_, _, true));
         let (cancel, place, open): (_, _, Open) = match to {
             To::Directory(path) => {
                 let (place, memory) = (path.display().to_string(), memory.clone());
@@ -214,13 +221,14 @@ impl Vmm {
                 };
                 (None, place, Box::new(open))
             }
-            To::Stream(to, place) => {
+            To::Stream(to, place, dialogue) => {
                 let cancel = Cancel::new().map_err(|e| Error::generic(&e))?;
                 let given = cancel.clone();
                 let (memory, config) = (memory.clone(), self.machine.description(id, None));
                 let open = move |progress: &_| {
                     let peer = Peer::reach(to, given)?;
-                    Ok(Box::new(Stream::begin(peer, memory, &config, progress)?) as Box<_>)
+                    Ok(Box::new(Stream::begin(peer, memory, &config, dialogue, progress)?)
+                        as Box<_>)
                 };
                 (Some(cancel), place, Box::new(open))
             }
@@ -234,6 +242,7 @@ impl Vmm {
             id,
             how,
             stream,
+            dialogue,
             by: Some(by),
             failed: None,
             stopped: None,
@@ -242,6 +251,11 @@ impl Vmm {
         self.tell(&Event::Migration { status: MigrationStatus::Active });
         self.save_input(Input::Begin);
         Ok(())
+    }
+
+    /// Let receivers answer, whatever is sent to.
+    pub(crate) fn set_return_path(&mut self, on: bool) {
+        self.saving.return_path = Some(on);
     }
 
     pub(crate) fn saving(&self) -> &Saving {
@@ -319,6 +333,7 @@ impl Vmm {
             Step::Round => self.save_input(Input::Round),
             Step::Ready(left) => self.save_effects(Input::Ready, Some(left)),
             Step::Copied => self.save_input(Input::Copied),
+            Step::HandOver => self.save_input(Input::HandOver),
             Step::Done(result) => self.save_done(result),
         }
     }
@@ -334,6 +349,7 @@ impl Vmm {
                 }
                 Outcome::Saved
             }
+            Err(SaveError::Unknown { .. }) => Outcome::Unknown,
             _ => Outcome::Failed,
         };
         self.save_input(Input::Done(outcome));
@@ -354,6 +370,14 @@ impl Vmm {
                 Effect::Harvest => self.harvest(),
                 Effect::Capture => {
                     self.capture(left.take()).map(|captured| self.save_input(captured))
+                }
+                Effect::Release => {
+                    self.machine.release_backends();
+                    Ok(())
+                }
+                Effect::Go => {
+                    self.saving.job().into_iter().for_each(Job::go);
+                    Ok(())
                 }
                 Effect::GoBack(before) => self.go_back(before).map_err(Failed::from),
                 Effect::Rest(before) => self.rest(before).map_err(Failed::from),
@@ -419,10 +443,9 @@ impl Vmm {
         }
         let took = stopped.elapsed();
         let (config, epoch) = captured?;
-        let moves = self.saving.terms() == Terms { resume: false, stream: true };
-        if moves && !own_pause {
+        if self.saving.terms() == (Terms { resume: false, stream: true, dialogue: false }) {
             // Before the other side can know all that it needs to go on.
-            self.machine.release_disks();
+            self.machine.release_backends();
         }
         let current = self.saving.current.as_mut().ok_or(Failed::NoSave)?;
         current.stopped = Some(stopped);
@@ -498,9 +521,9 @@ impl Vmm {
 
     /// Back to what the VM was before it was stopped for the save.
     fn go_back(&mut self, before: State) -> Result<(), Refused> {
-        let held = self.machine.hold_disks();
+        let held = self.machine.hold_backends();
         self.rest(before)?;
-        held.map_err(RunError::from)?;
+        held?;
         if before == State::Running {
             self.apply(lifecycle::Event::Resume)?;
             if let Some(current) = &mut self.saving.current {

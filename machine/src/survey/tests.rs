@@ -1,7 +1,7 @@
 //! What is told, and what is left behind.
 use std::{error::Error, path::Path};
 
-use crate::config::{Aio, BootConfig, ConsoleConfig, DiskConfig, Topology, slots::Wanted};
+use crate::config::{Aio, BootConfig, ConsoleConfig, DiskConfig, Expect, Topology, slots::Wanted};
 
 use super::*;
 
@@ -22,6 +22,7 @@ fn config(dir: &Path) -> MachineConfig {
         iothread: None,
         backend: None,
         probe: false,
+        expect: Expect::default(),
     };
     // Numbers that are no descriptors: a process has not got so many.
     let nic = |id: &str, fd| NicConfig {

@@ -2,6 +2,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::MigrationCapabilityStatus;
+
 super::plain! {
     /// Ask how far the save is.
     QueryMigrate
@@ -18,6 +20,15 @@ pub struct MigrateSetParameters {
     /// Milliseconds for which a guest that runs on, or moves, may be stopped: a stream goes on to copy
     /// what the guest changes until the rest takes no longer. 30 at first.
     pub downtime_limit: Option<u64>,
+}
+
+/// Set what saves into streams can do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateSetCapabilities {
+    /// What is to be on or off: `return-path`, with which the receiver answers, and hands the machine
+    /// back if it cannot run it. On by default for `unix:`, off for `fd:` and `exec:`.
+    pub capabilities: Vec<MigrationCapabilityStatus>,
 }
 
 /// Reply to [`QueryMigrateParameters`].

@@ -70,6 +70,7 @@ commands! {
     "getfd"                    Getfd                  -> Empty;
     "human-monitor-command"    HumanMonitorCommand    -> String;
     "migrate"                  Migrate                -> Empty;
+    "migrate-set-capabilities" MigrateSetCapabilities -> Empty;
     "migrate-set-parameters"   MigrateSetParameters   -> Empty;
     "migrate_cancel"           MigrateCancel          -> Empty;
     "netdev_add"               NetdevAdd              -> Empty;

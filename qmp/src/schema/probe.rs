@@ -85,8 +85,9 @@ pub enum CommandLineParameterType {
     Size,
 }
 
-/// One item of the reply to [`QueryMigrateCapabilities`].
+/// One item of the reply to [`QueryMigrateCapabilities`], and of what sets them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct MigrationCapabilityStatus {
     /// Its name.
     pub capability: String,

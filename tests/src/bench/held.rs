@@ -1,6 +1,9 @@
 //! How this monitor answers while something that it needs is held: a save that never gets on, storage
 //! that hangs, a guest that floods its disks.
 pub mod answers;
+/// The monitor's own bounds: the numbers have one home.
+#[path = "../../../vmm/src/bounds.rs"]
+pub mod bounds;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -104,9 +107,9 @@ impl Question {
     #[must_use]
     pub const fn bound(self) -> Duration {
         match self {
-            Self::Status | Self::Meanwhile => Duration::from_millis(100),
-            Self::Stop | Self::Quit => Duration::from_secs(1),
-            Self::Signal => Duration::from_secs(5),
+            Self::Status | Self::Meanwhile => bounds::QUESTION,
+            Self::Stop | Self::Quit => bounds::COMMAND,
+            Self::Signal => bounds::SIGNAL,
         }
     }
 }

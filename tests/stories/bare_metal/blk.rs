@@ -1,18 +1,21 @@
 //! A disk, driven by a guest that knows how, and by one that does everything wrong.
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
+use stories::debian::output;
 use stories::monitor::{Monitor, SOON, Vm};
 
 use crate::counters::{all_is_well, counting, storm};
 use crate::plug::refused;
 use crate::snapshot::{refusal, restore, save};
-use crate::stage::{Stage, descriptors, quits, simple, status};
+use crate::stage::{Stage, cont, descriptors, quits, simple, status};
 
 /// Of the image, in sectors of 512 bytes.
 const SECTORS: u64 = 2048;
@@ -140,6 +143,70 @@ fn reset_with_requests_in_flight() -> Result<()> {
     all_is_well(&stage, monitor, qmp)
 }
 
+fn copied(from: &Path, to: &Path, how: &[&str]) -> Result<()> {
+    output(Command::new("cp").args(how).args([from, to])).map(drop)
+}
+
+fn until_it_writes(qmp: &mut Client, image: &Path) -> Result<()> {
+    let written = || Ok::<_, anyhow::Error>(fs::metadata(image)?.modified()?);
+    let before = written()?;
+    while written()? == before {
+        ensure!(status(qmp)? == "running");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_saved_state_does_not_go_on_with_a_disk_that_has_gone_on() -> Result<()> {
+    const SAYS: &str = "is not as it was when its machine was saved";
+    let stage = Stage::new("blk_generation")?;
+    let (vm, image, _) = driving(&stage, "busy", false)?;
+    let (mut monitor, mut qmp) = stage.start(vm)?;
+    until_it_writes(&mut qmp, &image)?;
+    let (early, late) = (stage.file("early"), stage.file("late"));
+    save(&mut qmp, &early, true)?;
+    until_it_writes(&mut qmp, &image)?;
+    save(&mut qmp, &late, false)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+
+    let said = refusal(&stage, &early, &[])?;
+    ensure!(said.contains(SAYS) && said.contains("has been changed since"), "{said}");
+    ensure!(said.contains(&*image.to_string_lossy()) && said.contains("force=on"), "{said}");
+
+    // As often as one likes, as long as the guest does not run.
+    for _ in 0..2 {
+        let (mut monitor, mut qmp) = restore(&stage, &late, &[])?;
+        quits(&stage, &mut monitor, &mut qmp)?;
+    }
+    let (copy, plain) = (stage.file("copy"), stage.file("plain copy"));
+    copied(&image, &copy, &["--preserve=xattr"])?;
+    copied(&image, &plain, &[])?;
+    let drive = |path: &Path| format!("id=vda,file={}", path.display());
+    let (mut monitor, mut qmp) = restore(&stage, &late, &["-drive", &drive(&copy)])?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = refusal(&stage, &late, &["-drive", &drive(&plain)])?;
+    ensure!(said.contains(SAYS), "{said}");
+
+    // Once it has run, its disk belongs to no save.
+    let (mut monitor, mut qmp) = restore(&stage, &late, &[])?;
+    cont(&mut qmp)?;
+    until_it_writes(&mut qmp, &image)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = refusal(&stage, &late, &[])?;
+    ensure!(said.contains(SAYS), "{said}");
+
+    // What another program has written counts, too; and who knows better may say so.
+    fs::OpenOptions::new().write(true).open(&copy)?.write_all_at(&[1], 4096)?;
+    copied(&copy, &image, &["--preserve=xattr"])?;
+    let said = refusal(&stage, &late, &[])?;
+    ensure!(said.contains("has been written since"), "{said}");
+    let incoming = format!("file:{},force=on", late.display());
+    let args = ["-S", "-incoming", &incoming];
+    let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
+    let mut qmp = monitor.qmp()?;
+    quits(&stage, &mut monitor, &mut qmp)
+}
+
 #[test]
 fn an_image_of_another_format_needs_to_be_called_raw() -> Result<()> {
     const SAYS: &str = "is a qcow2 image";
@@ -175,6 +242,7 @@ fn an_image_of_another_format_needs_to_be_called_raw() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)?;
     let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
     quits(&stage, &mut monitor, &mut qmp)?;
+    copied(&image, &copy, &["--preserve=xattr"])?;
     let said = refusal(&stage, &saved, &["-drive", &drive(&copy, "")])?;
     ensure!(said.contains(SAYS), "{said}");
     let (mut monitor, mut qmp) =

@@ -63,6 +63,19 @@ fn a_machine_that_nobody_can_hear() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
+#[test]
+fn a_host_that_does_not_run_every_kernel() -> Result<()> {
+    let stage = Stage::new("pvm")?;
+    let (mut monitor, mut qmp) = stage.start(stage.vm("hello", "halt")?)?;
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let said = monitor.said_to_its_end()?;
+    let cpus = fs::read_to_string("/proc/cpuinfo")?;
+    let flags = cpus.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
+    let able = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    ensure!(said.contains("a distribution's kernel may hang") != able, "{said}");
+    Ok(())
+}
+
 /// `:INFO: VmConfig` and one `:INFO: Vcpu` a vCPU, with times before them, are what StratoVirt's own
 /// suite measures a restore by.
 #[test]

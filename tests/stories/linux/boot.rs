@@ -108,5 +108,11 @@ pub fn virtio_without_acpi(story: &Story) -> Result<()> {
     guest.wait_ready()?;
     let mounts = guest.sh("cat /proc/mounts")?;
     ensure!(mounts.contains("/dev/vda / ext4"), "{mounts}");
+    // As many as StratoVirt's own suite counts in every guest of its microVM.
+    for (driver, count) in [("virtio_blk", "4"), ("virtio_net", "2"), ("virtio_console", "1")] {
+        let bound = format!("ls -d /sys/bus/virtio/drivers/{driver}/virtio* | wc -l");
+        let bound = guest.sh(&bound)?;
+        ensure!(bound == count, "{driver} has {bound} devices");
+    }
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::{
 
 use machine::{
     Description,
-    config::{MachineConfig, Tap},
+    config::{Expect, MachineConfig, Tap},
 };
 use rustix::fs::OFlags;
 
@@ -118,7 +118,9 @@ fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptErro
             return Err(differs("a disk with readonly", "-drive", disk.readonly, wanted.readonly));
         }
         // What the saved machine wrote to is raw, whatever its guest has written there.
-        disk.probe = wanted.probe && disk.path != wanted.path;
+        let moved = disk.path != wanted.path;
+        disk.probe = wanted.probe && moved;
+        disk.expect = if moved { Expect::Copy } else { Expect::Saved };
         disk.path.clone_from(&wanted.path);
         (disk.direct, disk.aio, disk.discard) = (wanted.direct, wanted.aio, wanted.discard);
         (disk.iops, disk.bps) = (wanted.iops, wanted.bps);
@@ -127,6 +129,13 @@ fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptErro
         }
     }
     Ok(())
+}
+
+/// Take the disks of the saved sizes as they are: the user vouches for them.
+pub fn take_any_disks(saved: &mut Description) {
+    for disk in saved.occupied.disks.iter_mut().flatten() {
+        (disk.expect, disk.probe) = (Expect::Any, false);
+    }
 }
 
 fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError> {

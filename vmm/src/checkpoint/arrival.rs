@@ -13,7 +13,7 @@
 //! Saved files of this host are read by the same thread without that filter, since their memory may
 //! need threads that go on to fill it.
 use std::{
-    io,
+    io::{self, BufReader},
     process::Child,
     sync::{
         Arc,
@@ -24,14 +24,19 @@ use std::{
 };
 
 use machine::{Description, Memory, Report};
-use state::{Config, Sections};
+use state::{
+    Config, Frames, Sections,
+    frame::{Kind, StreamError},
+};
 
 use super::{
     AdaptError, RestoreError, adapt,
+    dialogue::{Voice, greeted},
     image::Progress,
     incoming::{Door, IncomingError},
     load::{Loaded, load},
-    receive::{ReceiveError, Received, receive},
+    overrides,
+    receive::{ReceiveError, Received, receive_frames},
     send::Cancel,
 };
 use crate::{
@@ -60,12 +65,14 @@ pub struct Arrived {
     pub memory: Memory,
     /// Ranges of it that are not zero although the guest may not have touched them.
     pub filled: Vec<std::ops::Range<u64>>,
+    /// For the source, which may wait to hear that it is here.
+    pub answer: Voice,
 }
 
 /// A machine on its way in.
 pub struct Arrival {
     steps: Receiver<Step>,
-    memory: Option<Sender<Memory>>,
+    memory: Option<Sender<Result<Memory, String>>>,
     cancel: Cancel,
     progress: Arc<Progress>,
     thread: Option<JoinHandle<()>>,
@@ -91,8 +98,8 @@ impl Arrival {
         let (give, memory) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let (asked, flags) = (incoming.asked.clone(), flags.clone());
-        let overrides = move |to: &mut Description| adapt::adapt(to, &asked, &flags);
+        let (incoming_too, flags) = (incoming.clone(), flags.clone());
+        let overrides = move |to: &mut Description| overrides(to, &incoming_too, &flags);
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
@@ -110,7 +117,8 @@ impl Arrival {
                         let wanted = &description.config.memory;
                         let (memory, filled) = layers.memory(wanted, mapped, &report)?;
                         let (config, sections) = (state.config, state.sections);
-                        Ok(Box::new(Arrived { config, sections, memory, filled }))
+                        let answer = Voice::silent();
+                        Ok(Box::new(Arrived { config, sections, memory, filled, answer }))
                     };
                     tell(Step::Done(read()));
                 })
@@ -141,8 +149,8 @@ impl Arrival {
         self.steps.try_recv().ok()
     }
 
-    /// Answer [`Step::Described`].
-    pub fn fill(&mut self, memory: Memory) {
+    /// Answer [`Step::Described`]: memory, or why there is none for this machine.
+    pub fn fill(&mut self, memory: Result<Memory, String>) {
         // A thread that has given up says why in its last step.
         let _ = self.memory.take().map(|to| to.send(memory));
     }
@@ -185,25 +193,60 @@ fn read_stream(
     cancel: &Cancel,
     confined: bool,
     overrides: &impl Fn(&mut Description) -> Result<(), AdaptError>,
-    memory: &Receiver<Memory>,
+    memory: &Receiver<Result<Memory, String>>,
     progress: &Progress,
     tell: &impl Fn(Step),
 ) -> Result<Box<Arrived>, RestoreError> {
-    let from = door.wait(cancel).map_err(|e| match progress.is_cancelled() {
+    let cancelled = |e: RestoreError| match progress.is_cancelled() {
         true => RestoreError::Cancelled,
-        false => e.into(),
-    })?;
+        false => e,
+    };
+    let from = door.wait(cancel).map_err(|e| cancelled(e.into()))?;
+    let back = from.way_back().map_err(IncomingError::Wait)?;
     if confined {
         seccomp::confine_reader().map_err(|e| IncomingError::Wait(io::Error::other(e)))?;
     }
-    let allocate = |description: &Description| {
-        tell(Step::Described(Box::new(description.clone())));
-        memory.recv().map_err(|_| ReceiveError::GivenUp)
+    let mut answer = Voice::silent();
+    let read = || {
+        let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
+        if greeted(&mut frames)? {
+            answer = Voice::new(back).map_err(ReceiveError::Deaf)?;
+        }
+        let allocate = |description: &Description| {
+            tell(Step::Described(Box::new(description.clone())));
+            match memory.recv() {
+                Ok(Ok(memory)) => {
+                    answer.say(Kind::Accept, "").map_err(ReceiveError::Deaf)?;
+                    Ok(memory)
+                }
+                Ok(Err(why)) => {
+                    answer.say(Kind::Refuse, &why).map_err(ReceiveError::Deaf)?;
+                    Err(ReceiveError::GivenUp)
+                }
+                Err(_) => Err(ReceiveError::GivenUp),
+            }
+        };
+        let received = receive_frames(&mut frames, overrides, allocate, progress)?;
+        if answer.is_heard() {
+            answer.say(Kind::Ready, "").map_err(ReceiveError::Deaf)?;
+            let kind = frames.take(&mut Vec::new()).map_err(|e| match e {
+                StreamError::Truncated { .. } => ReceiveError::NotHandedOver { said: "nothing" },
+                other => other.into(),
+            })?;
+            if kind != Kind::Go {
+                return Err(ReceiveError::NotHandedOver { said: kind.name() });
+            }
+        }
+        Ok(received)
     };
-    let received = receive(from, overrides, allocate, progress).map_err(|e| {
-        let cancelled = progress.is_cancelled();
-        if cancelled { RestoreError::Cancelled } else { e.into() }
-    });
-    let Received { config, sections, memory } = received?;
-    Ok(Box::new(Arrived { config, sections, memory, filled: Vec::new() }))
+    match read() {
+        Ok(Received { config, sections, memory }) => {
+            Ok(Box::new(Arrived { config, sections, memory, filled: Vec::new(), answer }))
+        }
+        Err(e) => {
+            let e = cancelled(e.into());
+            answer.fail(Kind::Failed, &qmp::Error::generic(&e).to_string());
+            Err(e)
+        }
+    }
 }

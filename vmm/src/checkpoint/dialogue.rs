@@ -13,21 +13,21 @@
 //! back: silence and the end of the stream do not, because the receiver may run it. Then the outcome
 //! is unknown, and the guest stays stopped at the source until somebody who knows says `cont`.
 use std::{
-    cell::Cell,
     io::{self, BufReader, Read, Write},
     os::fd::OwnedFd,
-    rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use rustix::{event::PollFlags, io::Errno};
 use serde::{Deserialize, Serialize};
-
-use super::{
-    save::SaveError,
-    send::Cancel,
-    stream::{Kind, Reader, StreamError, VERSION, Writer},
+use state::{
+    Frames,
+    frame::{Kind, Reader, StreamError, VERSION, Writer},
 };
+
+use super::{receive::ReceiveError, save::SaveError, send::Cancel};
 
 /// How long the answer to `Hello` may take.
 pub const ACCEPT_LIMIT: Duration = Duration::from_secs(5);
@@ -58,7 +58,8 @@ impl Hello {
 pub struct Answers {
     reader: Option<Reader<BufReader<Timed>>>,
     from: Option<Timed>,
-    deadline: Rc<Cell<Instant>>,
+    /// The lock, because the reader that looks at it is inside of another one.
+    deadline: Arc<Mutex<Instant>>,
 }
 
 /// One of them.
@@ -72,7 +73,7 @@ pub struct Said {
 impl Answers {
     /// What comes from `fd`.
     pub fn new(fd: OwnedFd, cancel: Cancel) -> Self {
-        let deadline = Rc::new(Cell::new(Instant::now()));
+        let deadline = Arc::new(Mutex::new(Instant::now()));
         let from = Some(Timed { fd, cancel, deadline: deadline.clone() });
         Self { reader: None, from, deadline }
     }
@@ -83,7 +84,7 @@ impl Answers {
     /// An error of the kind `TimedOut` when none comes within `limit`, `UnexpectedEof` when the
     /// receiver has gone; else what is wrong with what it says.
     pub fn next(&mut self, limit: Duration) -> io::Result<Said> {
-        self.deadline.set(Instant::now() + limit);
+        *self.deadline.lock() = Instant::now() + limit;
         let failed = |e: StreamError| match e {
             StreamError::Io(e) => e,
             StreamError::Truncated { .. } => io::Error::from(io::ErrorKind::UnexpectedEof),
@@ -104,13 +105,13 @@ impl Answers {
 struct Timed {
     fd: OwnedFd,
     cancel: Cancel,
-    deadline: Rc<Cell<Instant>>,
+    deadline: Arc<Mutex<Instant>>,
 }
 
 impl Read for Timed {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            let left = self.deadline.get().saturating_duration_since(Instant::now());
+            let left = self.deadline.lock().saturating_duration_since(Instant::now());
             self.cancel.wait_for(&self.fd, PollFlags::IN, Some(left))?;
             match rustix::io::read(&self.fd, &mut *buf) {
                 Err(Errno::AGAIN | Errno::INTR) => {}
@@ -144,7 +145,7 @@ impl HandOver {
     }
 }
 
-/// What the receiver says.
+/// What the receiver says. Dropped before the machine is here to stay, it gives it back.
 pub struct Voice(Option<Writer<Box<dyn Write + Send>>>);
 
 impl Voice {
@@ -163,7 +164,7 @@ impl Voice {
     }
 
     /// Whether anything is heard.
-    pub fn is_heard(&self) -> bool {
+    pub const fn is_heard(&self) -> bool {
         self.0.is_some()
     }
 
@@ -176,4 +177,46 @@ impl Voice {
         to.frame(kind, &[why.as_bytes()])?;
         to.flush()
     }
+
+    /// The machine does not come about here, and why: it is the source's again.
+    pub fn fail(mut self, kind: Kind, why: &str) {
+        // A source that does not take it has gone, or finds out.
+        let _ = self.say(kind, why);
+        self.0 = None;
+    }
+
+    /// The machine is here: whatever becomes of it from now on, the source has no part in it.
+    pub fn settle(mut self) {
+        if let Err(e) = self.say(Kind::Running, "") {
+            log::warn!("the source is not told that the machine is here: {e}");
+        }
+        self.0 = None;
+    }
+}
+
+impl Drop for Voice {
+    fn drop(&mut self) {
+        let _ = self.say(Kind::Failed, "the receiver has ended");
+    }
+}
+
+/// Whether a stream begins with a greeting, so that its sender wants answers.
+///
+/// # Errors
+/// When it cannot be read, or is none that is understood here.
+pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<bool, ReceiveError> {
+    let mut body = Vec::new();
+    let kind = frames.take(&mut body)?;
+    if kind != Kind::Hello {
+        frames.put_back(kind, body);
+        return Ok(false);
+    }
+    let bounded = Some(&body).filter(|body| body.len() <= LONGEST_HELLO);
+    let hello = bounded.and_then(|body| serde_json::from_slice::<Hello>(body).ok());
+    let Hello { versions: [oldest, newest], id, domain } = hello.ok_or(ReceiveError::Greeting)?;
+    if !(oldest..=newest).contains(&VERSION) {
+        return Err(ReceiveError::Versions { oldest, newest });
+    }
+    log::info!("machine {domain:?} comes in, migration {id:?}");
+    Ok(true)
 }

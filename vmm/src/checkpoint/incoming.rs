@@ -92,6 +92,16 @@ pub struct Peer {
     cancel: Cancel,
 }
 
+impl Peer {
+    /// The way back to it.
+    ///
+    /// # Errors
+    /// When the host has no descriptor to give.
+    pub fn way_back(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+}
+
 impl Read for Peer {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {

@@ -12,6 +12,8 @@
 //!                                            make it count
 //!                            <--Done-----
 //! ```
+//! Where the stream goes both ways, `HandOver` and `Go` come before `Done`: see [dialogue](super::dialogue).
+//!
 //! A guest that is stopped already, or is not to run on, is captured at once. Its memory stays where
 //! it is then, and so does that of a guest that has changed too much to be copied aside: the thread
 //! says `Copied` when the guest may run again.
@@ -39,7 +41,7 @@ use state::Config;
 
 pub use super::image::Progress;
 use super::{
-    save::{SaveError, Saved, Sink, Source},
+    save::{Finished, SaveError, Saved, Sink, Source},
     send::Cancel,
 };
 
@@ -62,6 +64,8 @@ pub enum Step {
     Ready(Left),
     /// Memory in its place is not needed any more.
     Copied,
+    /// All is at the receiver, which waits for this machine to let go of disks and taps.
+    HandOver,
     /// It is over. What a later save may build on.
     Done(Result<Option<Saved>, SaveError>),
 }
@@ -80,6 +84,7 @@ enum Told {
     Copy(First),
     Changed(Vec<Range<u64>>),
     Epoch(Box<(Config, Epoch)>),
+    Go,
 }
 
 /// What is copied first while the guest runs.
@@ -219,7 +224,16 @@ fn run(
             tell(Step::Copied);
         }
     }
-    sink.finish(config, state, progress)
+    match sink.finish(config, state, progress)? {
+        Finished::Over(saved) => Ok(saved),
+        Finished::HandOver(to) => {
+            // From here on it cannot be cancelled: the main thread may have let go already.
+            progress.commit().map_err(|_| SaveError::Cancelled)?;
+            tell(Step::HandOver);
+            let Ok(Told::Go) = inbox.recv() else { return Err(SaveError::Cancelled) };
+            to.go().map(|()| None)
+        }
+    }
 }
 
 fn copy(
@@ -359,6 +373,11 @@ impl Job {
     /// Answer [`Step::Ready`], or [`Step::Opened`]: the machine at one moment.
     pub fn epoch(&self, config: Config, epoch: Epoch) {
         self.tell(Told::Epoch(Box::new((config, epoch))));
+    }
+
+    /// Answer [`Step::HandOver`]: this machine has let go.
+    pub fn go(&self) {
+        self.tell(Told::Go);
     }
 
     fn tell(&self, told: Told) {

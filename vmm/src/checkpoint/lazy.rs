@@ -107,9 +107,9 @@ impl Lazy {
     /// Fill what somebody waits for, until all is there.
     fn serve(&self, buffer: &mut [u8]) {
         while self.left.load(Ordering::Acquire) > 0 {
-            match wait::until(&self.filler, PollFlags::IN, &self.done) {
-                Ok(true) => {}
-                Ok(false) => return,
+            match wait::until(&self.filler, PollFlags::IN, &self.done, None) {
+                Ok(wait::Came::Ready | wait::Came::Nothing) => {}
+                Ok(wait::Came::Stop) => return,
                 Err(e) => return self.fail(format!("cannot wait for page faults: {e}")),
             }
             match self.filler.fault() {

@@ -12,11 +12,13 @@
 //! incoming  where a stream comes from
 //! receive   out of a stream
 //! arrival   the thread that reads what comes in, and when it needs the main thread
+//! dialogue  what is said beside the machine where a stream goes both ways
 //! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
 mod arrival;
+mod dialogue;
 mod image;
 mod incoming;
 pub mod job;
@@ -33,6 +35,7 @@ mod wait;
 
 pub use adapt::AdaptError;
 pub use arrival::{Arrival, Arrived, Step as ArrivalStep};
+pub use dialogue::Voice;
 pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
@@ -50,7 +53,7 @@ use machine::{
 };
 
 use self::{
-    adapt::{adapt, check_disks},
+    adapt::{adapt, check_disks, take_any_disks},
     rehearse::rehearse,
 };
 use crate::{
@@ -92,13 +95,25 @@ pub fn restore(
     flags: &MachineConfig,
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let Arrived { config, sections, memory, filled } = arrived;
-    let overrides = |description: &mut Description| adapt(description, &incoming.asked, flags);
-    let restorable = rehearse(&config, sections, overrides)?;
+    let Arrived { config, sections, memory, filled, answer: _ } = arrived;
+    let restorable = rehearse(&config, sections, |to| overrides(to, incoming, flags))?;
     check_disks(&restorable.description)?;
     let clock_realtime = incoming.clock_realtime;
     let saved = machine::Saved { restorable, memory, filled, clock_realtime };
     Ok((Machine::restored(saved, report)?, config.halted.map(Halt::from)))
+}
+
+/// Change what a machine is made of to what is wanted here.
+fn overrides(
+    description: &mut Description,
+    incoming: &Incoming,
+    flags: &MachineConfig,
+) -> Result<(), AdaptError> {
+    adapt(description, &incoming.asked, flags)?;
+    if incoming.force {
+        take_any_disks(description);
+    }
+    Ok(())
 }
 
 /// Memory for the machine `description`, whose disks are here.

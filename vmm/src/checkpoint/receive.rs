@@ -36,6 +36,17 @@ pub enum ReceiveError {
     Incremental,
     #[error("it was given up")]
     GivenUp,
+    #[error("the stream cannot be restored: its greeting is not understood")]
+    Greeting,
+    #[error(
+        "the stream cannot be restored: its sender speaks formats {oldest} to {newest}, and this \
+         program another one"
+    )]
+    Versions { oldest: u32, newest: u32 },
+    #[error("the machine is still at its source, which does not hand it over: it says {said}")]
+    NotHandedOver { said: &'static str },
+    #[error("the source does not listen to answers")]
+    Deaf(#[source] io::Error),
     #[error("cannot write guest memory")]
     Write(#[source] io::Error),
     #[error(transparent)]
@@ -70,6 +81,19 @@ pub fn receive(
     progress: &Progress,
 ) -> Result<Received, ReceiveError> {
     let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
+    receive_frames(&mut frames, overrides, allocate, progress)
+}
+
+/// As [`receive`], from what comes after the greeting.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_frames(
+    frames: &mut Frames<impl Read>,
+    overrides: impl Fn(&mut Description) -> Result<(), AdaptError>,
+    allocate: impl FnOnce(&Description) -> Result<Memory, ReceiveError>,
+    progress: &Progress,
+) -> Result<Received, ReceiveError> {
     let first = frames.config()?;
     let mut description = Description::try_from(&first)?;
     overrides(&mut description)?;

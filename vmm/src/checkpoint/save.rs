@@ -31,6 +31,7 @@ use state::{
 
 use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, RehearseError, STATE,
+    dialogue::HandOver,
     image::{self, Progress, Writer},
     load::{self, DEEPEST, LoadError},
     rehearse::rehearse,
@@ -69,6 +70,19 @@ pub enum SaveError {
     Stream(#[source] io::Error),
     #[error("what was saved could not be restored, so it does not count")]
     Rehearse(#[source] Box<RehearseError>),
+    #[error(
+        "the receiver does not answer; the capability return-path off sends one way \
+         (migrate-set-capabilities)"
+    )]
+    NoAnswer,
+    #[error("the receiver does not take the machine: {why}")]
+    Refused { why: String },
+    #[error(
+        "outcome unknown: the receiver was told to go on, and there is no answer ({why}). Ask it with \
+         query-status: if it has the machine, quit this one; if it has not, or has ended, cont lets the \
+         guest run on here, unless the receiver still holds a disk or tap"
+    )]
+    Unknown { why: io::Error },
     #[error("cancelled")]
     Cancelled,
 }
@@ -90,7 +104,7 @@ pub trait Sink: Send {
     /// When it is not taken, or the save is cancelled.
     fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError>;
 
-    /// Add the rest and make it count; what a later save may build on.
+    /// Add the rest and make it count.
     ///
     /// # Errors
     /// When it is not taken; what was there before is as it was.
@@ -99,7 +113,15 @@ pub trait Sink: Send {
         config: Config,
         state: MachineState,
         progress: &Progress,
-    ) -> Result<Option<Saved>, SaveError>;
+    ) -> Result<Finished, SaveError>;
+}
+
+/// What a save has come to.
+pub enum Finished {
+    /// It counts. What a later save may build on.
+    Over(Option<Saved>),
+    /// It counts when this machine lets go of what both cannot have.
+    HandOver(HandOver),
 }
 
 /// A save that is complete: what another one needs to build on it.
@@ -309,7 +331,7 @@ impl Sink for Directory {
         mut config: Config,
         state: MachineState,
         progress: &Progress,
-    ) -> Result<Option<Saved>, SaveError> {
+    ) -> Result<Finished, SaveError> {
         let Self { mut target, path: memory, writer, size, base, changed, .. } = *self;
         let directory = target.path.canonicalize();
         let directory = directory.map_err(|source| failed("find", &target.path, source))?;
@@ -341,7 +363,7 @@ impl Sink for Directory {
         target.sync()?;
         let mut chain = vec![directory];
         chain.extend(base.map(|base| base.chain).unwrap_or_default());
-        Ok(Some(Saved { chain, id, state: sum, pages: sums.pages }))
+        Ok(Finished::Over(Some(Saved { chain, id, state: sum, pages: sums.pages })))
     }
 }
 

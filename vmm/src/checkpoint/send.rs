@@ -1,4 +1,5 @@
-//! Saving into a stream: a socket, a pipe, an open file. Nobody answers, so that a pipe will do.
+//! Saving into a stream: a socket, a pipe, an open file. Without a return path there are no answers, so
+//! that a pipe will do; with one it is a [dialogue](super::dialogue).
 //!
 //! ```text
 //! Config  (Pages | Zeros)..  Config Section.. End
@@ -11,13 +12,15 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use super::{
+    dialogue::{ACCEPT_LIMIT, ANSWER_LIMIT, Answers, HandOver, Hello, Said},
     image::{Progress, runs},
     rehearse::rehearse_frames,
-    save::{SaveError, Saved, Sink, Source, pieces},
-    wait,
+    save::{Finished, SaveError, Sink, Source, pieces},
+    wait::{self, Came},
 };
 use machine::{MachineState, Memory, memory::image as ram};
 use rustix::{
@@ -67,10 +70,25 @@ impl Cancel {
     /// # Errors
     /// When it was cancelled, or the host cannot wait.
     pub fn wait_beside(&self, fd: impl AsFd, flags: PollFlags) -> io::Result<()> {
-        match wait::until(fd, flags, &self.0)? {
-            true => Ok(()),
-            // Not `Interrupted`: the standard library would try again.
-            false => Err(io::Error::new(io::ErrorKind::TimedOut, "cancelled")),
+        self.wait_for(fd, flags, None)
+    }
+
+    /// As [`Cancel::wait_beside`], for `at_most`.
+    ///
+    /// # Errors
+    /// Also when that is over: an error of the kind `TimedOut`, as when it was cancelled.
+    pub fn wait_for(
+        &self,
+        fd: impl AsFd,
+        flags: PollFlags,
+        at_most: Option<Duration>,
+    ) -> io::Result<()> {
+        // Not `Interrupted`: the standard library would try again.
+        let over = |why| Err(io::Error::new(io::ErrorKind::TimedOut, why));
+        match wait::until(fd, flags, &self.0, at_most)? {
+            Came::Ready => Ok(()),
+            Came::Stop => over("cancelled"),
+            Came::Nothing => over("there is no answer"),
         }
     }
 
@@ -168,26 +186,42 @@ pub struct Stream {
     buffer: Vec<u8>,
     /// Something has been sent before.
     again: bool,
+    /// What the other side answers, if it does.
+    answers: Option<Answers>,
 }
 
 impl Stream {
-    /// Begin to send `memory` of the machine `config`.
+    /// Begin to send `memory` of the machine `config`. With `dialogue`, the other side has to answer
+    /// before a page is sent.
     ///
     /// # Errors
-    /// When the other side has gone, or the save is cancelled.
+    /// When the other side has gone or does not want it, or the save is cancelled.
     pub fn begin(
         peer: Peer,
         memory: Memory,
         config: &Config,
+        dialogue: bool,
         progress: &Progress,
     ) -> Result<Self, SaveError> {
+        let mut answers = None;
         let begin = || {
+            if dialogue {
+                answers = Some(Answers::new(peer.fd.try_clone()?, peer.cancel.clone()));
+            }
             let mut to = Writer::begin(BufWriter::new(peer))?;
+            if dialogue {
+                let hello = Hello::new(config.id.into(), &config.machine.name);
+                to.frame(Kind::Hello, &[&serde_json::to_vec(&hello)?])?;
+            }
             write_config(&mut to, config)?;
+            to.flush()?;
             Ok(to)
         };
         let to = begin().map_err(|e| failed(e, progress))?;
-        Ok(Self { to, memory, buffer: vec![0; PIECE as usize], again: false })
+        if let Some(answers) = &mut answers {
+            hear(answers, ACCEPT_LIMIT, Kind::Accept, progress)?;
+        }
+        Ok(Self { to, memory, buffer: vec![0; PIECE as usize], again: false, answers })
     }
 
     fn send(&mut self, at: u64, bytes: &[u8], progress: &Progress) -> io::Result<()> {
@@ -245,21 +279,44 @@ impl Sink for Stream {
         config: Config,
         state: MachineState,
         progress: &Progress,
-    ) -> Result<Option<Saved>, SaveError> {
+    ) -> Result<Finished, SaveError> {
         let mut to = self.to;
         let last = last_frames(&config, state).map_err(SaveError::Stream)?;
-        // Without its end the other side does not start it, and it goes on here.
+        // Without its end the receiver does not start it, and it runs on here.
         rehearse_frames(&last).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
-        forward(&last, &mut to)
-            .and_then(|()| to.end(0))
-            .and_then(|()| Ok(to.into_inner().into_inner()?))
-            .map_err(|e| failed(e, progress))?
-            .end()
-            .map_err(|e| match progress.check() {
-                Ok(()) => e,
-                Err(_) => SaveError::Cancelled,
-            })?;
-        Ok(None)
+        let write = forward(&last, &mut to).and_then(|()| to.end(0));
+        write.map_err(|e| failed(e, progress))?;
+        if let Some(mut answers) = self.answers {
+            hear(&mut answers, ANSWER_LIMIT, Kind::Ready, progress)?;
+            let say = Box::new(move |kind| to.frame(kind, &[]).and_then(|()| to.flush()));
+            return Ok(Finished::HandOver(HandOver { say, answers }));
+        }
+        let peer = to.into_inner().into_inner().map_err(|e| failed(e.into_error(), progress))?;
+        peer.end().map_err(|e| if progress.is_cancelled() { SaveError::Cancelled } else { e })?;
+        Ok(Finished::Over(None))
+    }
+}
+
+/// Wait for the answer `wanted`.
+fn hear(
+    answers: &mut Answers,
+    limit: Duration,
+    wanted: Kind,
+    progress: &Progress,
+) -> Result<(), SaveError> {
+    match answers.next(limit) {
+        Ok(said) if said.kind == wanted => Ok(()),
+        Ok(Said { kind: Kind::Refuse | Kind::Failed, text }) => {
+            Err(SaveError::Refused { why: text })
+        }
+        Ok(said) => {
+            let why = format!("it answers with {}", said.kind.name());
+            Err(SaveError::Stream(io::Error::other(why)))
+        }
+        Err(_) if progress.is_cancelled() => Err(SaveError::Cancelled),
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(SaveError::NoAnswer),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(SaveError::Closed(e)),
+        Err(e) => Err(failed(e, progress)),
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
     image::Progress,
     job::{Checkpointer, First, Order, Step},
     load::{self, LoadError, load},
-    save::{Directory, SaveError, Saved, Sink, Source, Target},
+    save::{Directory, Finished, SaveError, Saved, Sink, Source, Target},
 };
 use crate::cli::Mapped;
 
@@ -79,7 +79,15 @@ pub fn save_on(
         progress.cancel();
     }
     sink.copy(&Source::Guest(first), &progress)?;
-    Ok(sink.finish(config(mark.into()), state(mark.into()), &progress)?.unwrap())
+    Ok(over(sink.finish(config(mark.into()), state(mark.into()), &progress)?).unwrap())
+}
+
+/// What a later save may build on.
+fn over(finished: Finished) -> Option<Saved> {
+    match finished {
+        Finished::Over(saved) => saved,
+        Finished::HandOver(_) => panic!("there is somebody to hand it over to"),
+    }
 }
 
 /// What is restored from `directory`.
@@ -430,7 +438,7 @@ fn what_was_copied_aside_is_saved_whatever_the_guest_writes_afterwards() {
         mark(&later, 9);
         sink.copy(&Source::Staged(&staging), &progress).unwrap();
         number += 1;
-        base = sink.finish(config(number), state(1), &progress).unwrap();
+        base = over(sink.finish(config(number), state(1), &progress).unwrap());
         check(&path).unwrap();
         let memory = restored(&path, false).unwrap();
         let byte = |page: u64| {
@@ -501,7 +509,7 @@ fn a_state_that_no_machine_would_take_is_not_saved() {
         sink.copy(&Source::Guest(&[0..4096]), &progress).unwrap();
         let (mut config, mut sections) = (config(2), state(2).into());
         spoil(&mut config, &mut sections);
-        let error = sink.finish(config, sections.try_into().unwrap(), &progress).unwrap_err();
+        let error = sink.finish(config, sections.try_into().unwrap(), &progress).err().unwrap();
         let why = why(&error);
         assert!(why.contains("could not be restored") && why.contains(says), "{says}: {why}");
         assert_eq!(names(&directory), [MEMORY, STATE]);

@@ -1,25 +1,48 @@
 //! Waiting for one descriptor until another one says to stop.
-use std::{io, os::fd::AsFd};
+use std::{
+    io,
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 
-/// Wait until `fd` is ready for `flags`, or `stop` can be read; whether to go on, which is not so
-/// once `stop` can be read, whatever `fd` has.
+/// What waiting came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Came {
+    /// The descriptor is ready.
+    Ready,
+    /// The other one says to stop.
+    Stop,
+    /// Neither, for as long as was asked.
+    Nothing,
+}
+
+/// Wait until `fd` is ready for `flags`, or `stop` can be read, which counts more, or for `at_most`.
 ///
 /// # Errors
 /// When the host cannot wait. Signals are no error.
-pub fn until(fd: impl AsFd, flags: PollFlags, stop: impl AsFd) -> io::Result<bool> {
+pub fn until(
+    fd: impl AsFd,
+    flags: PollFlags,
+    stop: impl AsFd,
+    at_most: Option<Duration>,
+) -> io::Result<Came> {
     let mut fds = [PollFd::new(&fd, flags), PollFd::new(&stop, PollFlags::IN)];
+    let deadline = at_most.map(|time| Instant::now() + time);
     loop {
-        match poll(&mut fds, None) {
+        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+        match poll(&mut fds, left.as_ref()) {
             Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
+            Ok(0) => return Ok(Came::Nothing),
             Ok(_) => break,
         }
     }
     let [_, stop] = fds;
-    Ok(stop.revents().is_empty())
+    Ok(if stop.revents().is_empty() { Came::Ready } else { Came::Stop })
 }

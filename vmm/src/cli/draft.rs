@@ -5,6 +5,7 @@ use machine::config::{Aio, CharBackend, Tap, Topology};
 
 use super::action::Wanted;
 use super::problem::{Place, Places, Problems};
+use super::process::How;
 use super::{Control, Log, Source};
 
 /// Everything said so far.
@@ -53,7 +54,7 @@ pub(super) struct Draft {
     pub(super) disable_seccomp: bool,
     pub(super) spawn: bool,
     /// `-incoming`.
-    pub(super) incoming: Option<(Source, bool)>,
+    pub(super) incoming: Option<(Source, How)>,
 }
 
 /// `-drive`: an image, and in the older form the whole disk.

@@ -102,6 +102,8 @@ pub struct Incoming {
     pub source: Source,
     /// The guest's clock goes on as if it had not stood since the save.
     pub clock_realtime: bool,
+    /// Its disks may be other ones than were saved.
+    pub force: bool,
     /// What else was said about the machine.
     pub asked: Asked,
 }

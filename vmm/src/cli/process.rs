@@ -35,7 +35,7 @@ pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `-incoming file:DIR[,mapped=on|off|uffd]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`; all but
-/// the last with `,clock=continue|realtime`.
+/// the last with `,clock=continue|realtime` and `,force=on|off`.
 pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let incoming = f.text("", |word| match word.split_once(':') {
         Some(("file", rest)) => directory(rest),
@@ -44,21 +44,42 @@ pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
             stream(rest, |number| value::number(number, 3..=i32::MAX).map(Stream::Fd))
         }
         // All of the rest: commands have commas.
-        Some(("exec", command)) if !command.is_empty() => {
-            value::text(command).map(|command| (Source::Stream(Stream::Exec(command)), false))
-        }
+        Some(("exec", command)) if !command.is_empty() => value::text(command)
+            .map(|command| (Source::Stream(Stream::Exec(command)), How::default())),
         Some(("tcp", _)) => Err("streams over TCP are not built; use unix:, fd: or exec:".into()),
         _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
     });
     // Kept even when it is wrong, so that nobody asks for a kernel.
-    draft.incoming = incoming.or(Some((Source::Stream(Stream::Fd(0)), false)));
+    draft.incoming = incoming.or(Some((Source::Stream(Stream::Fd(0)), How::default())));
 }
 
-/// The source, and whether the clock is to be advanced.
-fn directory(text: &str) -> Result<(Source, bool), Rule> {
+/// How a saved machine goes on.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct How {
+    /// See [`super::Incoming`].
+    pub clock_realtime: bool,
+    /// See [`super::Incoming`].
+    pub force: bool,
+}
+
+impl How {
+    /// Take in `key=word`; false when that is nothing of it.
+    fn take(&mut self, key: &str, word: &str) -> Result<bool, Rule> {
+        match key {
+            "clock" => self.clock_realtime = is_realtime(word)?,
+            "force" => {
+                self.force = value::boolean(word).map_err(|_| "force must be on or off")?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+fn directory(text: &str) -> Result<(Source, How), Rule> {
     let mut parts = text.split(',');
     let path = value::path(parts.next().unwrap_or_default())?;
-    let (mut mapped, mut realtime) = (Mapped::On, false);
+    let (mut mapped, mut how) = (Mapped::On, How::default());
     for option in parts {
         match option.split_once('=') {
             Some(("mapped", "uffd")) => mapped = Mapped::Uffd,
@@ -67,23 +88,30 @@ fn directory(text: &str) -> Result<(Source, bool), Rule> {
                 Ok(false) => mapped = Mapped::Off,
                 Err(_) => return Err("mapped must be on, off or uffd".into()),
             },
-            Some(("clock", word)) => realtime = is_realtime(word)?,
+            Some((key, word)) if how.take(key, word)? => {}
             _ => {
-                return Err("behind the directory, only ,mapped=on|off|uffd and \
-                            ,clock=continue|realtime are allowed"
+                return Err("behind the directory, only ,mapped=on|off|uffd, \
+                            ,clock=continue|realtime and ,force=on|off are allowed"
                     .into());
             }
         }
     }
-    Ok((Source::Directory { path, mapped }, realtime))
+    Ok((Source::Directory { path, mapped }, how))
 }
 
 fn stream(
-    text: &str,
+    mut text: &str,
     from: impl FnOnce(&str) -> Result<Stream, Rule>,
-) -> Result<(Source, bool), Rule> {
-    let (text, word) = text.rsplit_once(",clock=").unwrap_or((text, "continue"));
-    Ok((Source::Stream(from(text)?), is_realtime(word)?))
+) -> Result<(Source, How), Rule> {
+    let mut how = How::default();
+    // A socket's path may have commas.
+    while let Some((rest, (key, word))) =
+        text.rsplit_once(',').and_then(|(rest, last)| Some((rest, last.split_once('=')?)))
+        && how.take(key, word)?
+    {
+        text = rest;
+    }
+    Ok((Source::Stream(from(text)?), how))
 }
 
 fn is_realtime(word: &str) -> Result<bool, Rule> {
@@ -99,21 +127,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clock_is_said_behind_a_directory_and_behind_a_stream() {
+    fn clock_and_force_are_said_behind_a_directory_and_behind_a_stream() {
+        let realtime = How { clock_realtime: true, force: false };
+        let both = How { clock_realtime: true, force: true };
         let on = |mapped| Source::Directory { path: "/a".into(), mapped };
-        assert_eq!(directory("/a").ok(), Some((on(Mapped::On), false)));
-        assert_eq!(directory("/a,clock=realtime,mapped=off").ok(), Some((on(Mapped::Off), true)));
+        assert_eq!(directory("/a").ok(), Some((on(Mapped::On), How::default())));
+        assert_eq!(
+            directory("/a,clock=realtime,mapped=off").ok(),
+            Some((on(Mapped::Off), realtime))
+        );
         assert_eq!(
             directory("/a,mapped=uffd,clock=continue").ok(),
-            Some((on(Mapped::Uffd), false))
+            Some((on(Mapped::Uffd), How::default()))
         );
         for wrong in ["/a,", "/a,clock", "/a,clock=host", "/a,b=c", "/a,mapped=no,clock="] {
             assert!(directory(wrong).is_err(), "{wrong}");
         }
         let unix = |text| stream(text, |path| Ok(Stream::Unix(path.into()))).ok();
         let at = |path: &str| Source::Stream(Stream::Unix(path.into()));
-        assert_eq!(unix("/a,b"), Some((at("/a,b"), false)));
-        assert_eq!(unix("/a,b,clock=realtime"), Some((at("/a,b"), true)));
+        assert_eq!(unix("/a,b"), Some((at("/a,b"), How::default())));
+        assert_eq!(unix("/a,b,clock=realtime"), Some((at("/a,b"), realtime)));
+        assert_eq!(unix("/a,b,force=on,clock=realtime"), Some((at("/a,b"), both)));
+        assert_eq!(directory("/a,force=on,clock=realtime").ok(), Some((on(Mapped::On), both)));
         assert_eq!(unix("/a,clock=host"), None);
+        assert_eq!(unix("/a,force=maybe"), None);
     }
 }

@@ -10,6 +10,7 @@ use machine::config::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topolo
 
 use super::draft::{DeviceKind, Draft};
 use super::problem::{Place, Places, Problems};
+use super::process::How;
 use super::{Asked, Incoming, Invocation, Log};
 
 mod chars;
@@ -57,9 +58,10 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         true => Some(false),
         false => draft.dump_guest_core,
     };
-    let incoming = draft.incoming.map(|(source, clock_realtime)| Incoming {
+    let incoming = draft.incoming.map(|(source, How { clock_realtime, force })| Incoming {
         source,
         clock_realtime,
+        force,
         asked: Asked {
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),

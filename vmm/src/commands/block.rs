@@ -5,7 +5,7 @@ use std::{
 
 use machine::{
     OpenDisk, PlugError, PluggedDisk,
-    config::{Aio, DiskConfig, limits},
+    config::{Aio, DiskConfig, Expect, limits},
 };
 use qmp::{Error, schema::*, server::Ticket, table::Host};
 use serde::Serialize;
@@ -88,6 +88,7 @@ pub fn blockdev_add(
         iothread: None,
         backend: None,
         probe: command.driver.is_none(),
+        expect: Expect::default(),
     };
     vmm.machine.admits_disk_backend(&config.id).map_err(|e| plug_error(&e))?;
     vmm.files.check_idle(&config.id)?;
@@ -96,7 +97,10 @@ pub fn blockdev_add(
         let disk = opened.map_err(|e| plug_error(&e))?;
         // Other clients' commands were carried out meanwhile: the machine may be saved now.
         let added = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
-            Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|(e, d)| (plug_error(&e), d)),
+            Ok(()) => vmm.machine.add_disk_backend(disk).map_err(|failed| {
+                let (why, disk) = *failed;
+                (plug_error(&why), disk)
+            }),
             Err(e) => Err((e, disk)),
         };
         added.map(|()| Empty {}).map_err(|(why, disk)| {

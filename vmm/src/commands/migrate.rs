@@ -4,6 +4,7 @@ use std::{io, path::PathBuf, sync::atomic::Ordering, time::Duration};
 use machine::inherited;
 use qmp::{Error, schema::*, server::Ticket};
 
+use super::probe::return_path;
 use crate::{
     checkpoint,
     saving::{How, To},
@@ -28,7 +29,8 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         return Err(Error::text(desc));
     }
     let failed = |e: io::Error| Error::text(format!("cannot save to {}: {e}", command.uri));
-    let stream = |to| To::Stream(to, command.uri.clone());
+    let answers = vmm.saving().return_path.unwrap_or(kind == "unix");
+    let stream = |to| To::Stream(to, command.uri.clone(), answers);
     let to = match (kind, place) {
         ("tcp", _) => return Err(Error::text("MicroVM does not support migration")),
         (_, place) if place.is_empty() || place.contains('\0') => {
@@ -89,6 +91,30 @@ pub fn query_migrate_parameters(
     _: QueryMigrateParameters,
 ) -> Result<MigrationParameters, Error> {
     Ok(MigrationParameters { downtime_limit: milliseconds(vmm.saving().thread().downtime_limit()) })
+}
+
+pub fn migrate_set_capabilities(
+    vmm: &mut Vmm,
+    command: MigrateSetCapabilities,
+) -> Result<Empty, Error> {
+    let known = return_path(true).capability;
+    for wanted in &command.capabilities {
+        if wanted.capability != known {
+            let allowed = format!("must be '{known}'");
+            return Err(super::invalid("capability", &wanted.capability, allowed));
+        }
+    }
+    if let Some(last) = command.capabilities.last() {
+        vmm.set_return_path(last.state);
+    }
+    Ok(Empty {})
+}
+
+pub fn query_migrate_capabilities(
+    vmm: &mut Vmm,
+    _: QueryMigrateCapabilities,
+) -> Result<Vec<MigrationCapabilityStatus>, Error> {
+    Ok(vec![return_path(vmm.saving().return_path.unwrap_or(true))])
 }
 
 pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Error> {

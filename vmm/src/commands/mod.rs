@@ -34,8 +34,10 @@ pub fn table() -> Table<Vmm> {
         .on(States::OR_SAVING, run_state::quit)
         .on_ticket(States::OR_MIGRATED, migrate::migrate)
         .on(ANY, migrate::migrate_cancel)
+        .on(ANY, migrate::migrate_set_capabilities)
         .on(ANY, migrate::migrate_set_parameters)
         .on(ANY, migrate::query_migrate)
+        .on(ANY, migrate::query_migrate_capabilities)
         .on(ANY, migrate::query_migrate_parameters)
         .on(ALIVE, run_state::system_reset)
         .on(GUEST, run_state::system_powerdown)
@@ -75,6 +77,7 @@ pub(crate) fn bare_table() -> Table<Bare> {
         .on(true, bare::quit)
         .on(true, bare::query_status)
         .on(true, bare::query_kvm)
+        .on(true, probe::query_migrate_capabilities)
         .listing(&table(), false)
 }
 
@@ -87,7 +90,6 @@ pub(crate) fn probing<H: Host + 'static>(always: H::When) -> Table<H> {
         .on(always, probe::query_command_line_options)
         .on(always, probe::query_cpu_definitions)
         .on(always, probe::query_machines)
-        .on(always, probe::query_migrate_capabilities)
         .on(always, probe::query_target)
 }
 

@@ -77,7 +77,12 @@ pub fn query_migrate_capabilities<H>(
     _: &mut H,
     _: QueryMigrateCapabilities,
 ) -> Result<Vec<MigrationCapabilityStatus>, Error> {
-    Ok(Vec::new())
+    Ok(vec![return_path(true)])
+}
+
+/// The capability of saves into streams.
+pub fn return_path(state: bool) -> MigrationCapabilityStatus {
+    MigrationCapabilityStatus { capability: "return-path".into(), state }
 }
 
 pub fn query_cpu_definitions<H>(

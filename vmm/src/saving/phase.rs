@@ -21,6 +21,8 @@ pub enum Phase {
     Copying,
     /// The machine is stopped for it. Where it was before.
     Stopped(State),
+    /// Disks and taps were let go: the machine is the receiver's, unless that gives it back.
+    Going(State),
     /// All that the machine has to give was given: it is what clients make of it.
     Finishing,
 }
@@ -32,6 +34,8 @@ pub struct Terms {
     pub resume: bool,
     /// Another process may run it from now on.
     pub stream: bool,
+    /// That process answers.
+    pub dialogue: bool,
 }
 
 /// What happens.
@@ -51,6 +55,8 @@ pub enum Input {
     Held(State),
     /// Memory is not needed any more.
     Copied,
+    /// All is at the receiver, which waits.
+    HandOver,
     /// It was cancelled before it counted; the thread may hang.
     Cancelled,
     /// The thread is done.
@@ -64,6 +70,8 @@ pub enum Outcome {
     Saved,
     /// It does not.
     Failed,
+    /// The receiver may have the machine, or may not.
+    Unknown,
 }
 
 /// What has to be done.
@@ -75,6 +83,10 @@ pub enum Effect {
     Harvest,
     /// Stop the machine and give the thread what it needs of it.
     Capture,
+    /// Let go of disks and taps.
+    Release,
+    /// Say so to the receiver.
+    Go,
     /// Let the machine be what it was before it was stopped.
     GoBack(State),
     /// Leave it stopped. What it was before.
@@ -103,10 +115,14 @@ impl Phase {
             (Self::Stopped(before), I::Cancelled) if !terms.stream => {
                 (Self::Finishing, vec![E::GoBack(before)])
             }
-            (Self::Stopped(before), I::Done(outcome)) => {
+            (Self::Stopped(before), I::HandOver) => (Self::Going(before), vec![E::Release, E::Go]),
+            // It is a copy that runs there.
+            (Self::Finishing, I::HandOver) => (self, vec![E::Go]),
+            (Self::Stopped(before) | Self::Going(before), I::Done(outcome)) => {
                 let then = match outcome {
                     O::Failed => E::GoBack(before),
-                    O::Saved if terms.stream => E::Leave,
+                    O::Saved | O::Unknown if terms.stream => E::Leave,
+                    O::Unknown => E::GoBack(before),
                     O::Saved => E::Rest(before),
                 };
                 (Self::Idle, vec![then, E::Answer])
@@ -121,11 +137,12 @@ impl Phase {
 mod tests {
     use super::{Effect as E, Input as I, *};
 
-    const RESUME: Terms = Terms { resume: true, stream: false };
-    const SUSPEND: Terms = Terms { resume: false, stream: false };
-    const MOVE: Terms = Terms { resume: false, stream: true };
+    const RESUME: Terms = Terms { resume: true, stream: false, dialogue: false };
+    const SUSPEND: Terms = Terms { resume: false, stream: false, dialogue: false };
+    const MOVE: Terms = Terms { resume: false, stream: true, dialogue: true };
     const SAVED: I = I::Done(Outcome::Saved);
     const FAILED: I = I::Done(Outcome::Failed);
+    const UNKNOWN: I = I::Done(Outcome::Unknown);
 
     /// All that is done, and where it ends.
     fn follow(terms: Terms, inputs: &[Input]) -> (Phase, Vec<Effect>) {
@@ -174,6 +191,19 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_was_given_away_comes_back_by_a_word_only() {
+        let ran = State::Running;
+        let given = [I::Begin, I::Opened { live: false }, I::Held(ran), I::Copied, I::HandOver];
+        let (phase, done) = follow(MOVE, &given);
+        assert_eq!((phase, &done[1..]), (Phase::Going(ran), &[E::Release, E::Go][..]));
+        assert_eq!(phase.on(MOVE, I::Cancelled), (phase, vec![]), "too late");
+        assert_eq!(phase.on(MOVE, FAILED), (Phase::Idle, vec![E::GoBack(ran), E::Answer]));
+        for end in [SAVED, UNKNOWN] {
+            assert_eq!(phase.on(MOVE, end), (Phase::Idle, vec![E::Leave, E::Answer]));
+        }
+    }
+
+    #[test]
     fn a_machine_that_was_stopped_is_let_go_once_and_one_answer_is_given() {
         let (ran, off) = (State::Running, State::Paused);
         let phases = [
@@ -187,6 +217,7 @@ mod tests {
         let inputs = [
             [I::Begin, live, still, I::Round, I::Ready, I::Captured],
             [I::Held(ran), I::Held(off), I::Copied, I::Cancelled, SAVED, FAILED],
+            [I::HandOver, UNKNOWN, I::Begin, I::Begin, I::Begin, I::Begin],
         ];
         for terms in [RESUME, SUSPEND, MOVE] {
             for (phase, input) in
@@ -194,7 +225,7 @@ mod tests {
             {
                 let (next, effects) = phase.on(terms, input);
                 let lets_go = |e: &&E| matches!(e, E::GoBack(_) | E::Rest(_) | E::Leave);
-                let stopped = |phase| matches!(phase, Phase::Stopped(_));
+                let stopped = |phase| matches!(phase, Phase::Stopped(_) | Phase::Going(_));
                 let freed = usize::from(stopped(phase) && !stopped(next));
                 assert_eq!(effects.iter().filter(lets_go).count(), freed, "{phase:?} on {input:?}");
                 let over = phase != Phase::Idle && next == Phase::Idle;

@@ -40,6 +40,9 @@ const CALLS: &[c_long] = &[
     SYS_fdatasync,
     SYS_fallocate,
     SYS_ftruncate,
+    // The generation of a disk's image.
+    SYS_fgetxattr,
+    SYS_fsetxattr,
     // The socket's and the pid file's names at the end, and which descriptors there are to give up;
     // standard output when in the background.
     SYS_unlink,

@@ -1,12 +1,17 @@
 use std::{
     io::{Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
-    sync::atomic::{AtomicU32, Ordering},
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    time::Duration,
 };
 
 use vmm_sys_util::tempdir::TempDir;
 
 use super::{output::BACKLOG, *};
+use crate::backend::writer::Writer;
 
 fn read_all(source: &mut CharSource) -> Vec<u8> {
     let (mut all, mut piece) = (Vec::new(), [0; 7]);
@@ -311,4 +316,50 @@ fn a_guest_that_reads_nothing_keeps_nobody_out() {
         typed.extend_from_slice(&piece[..n]);
     }
     assert_eq!(String::from_utf8(typed).unwrap(), "one two three");
+}
+
+#[test]
+fn a_file_that_hangs_costs_output_and_holds_nobody() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let (mut reader, hung) = (reader, std::fs::File::from(OwnedFd::from(writer)));
+    let writer = Writer::spawn("test", hung, |_, _| ()).unwrap();
+    let char = Char::assemble("test", None, Some(Output::File(writer)), None).unwrap();
+    let sent = 2 << 20;
+    for _ in 0..sent / 1024 {
+        char.sink.send(&[b'x'; 1024]);
+    }
+    let dropped = usize::try_from(char.sink.dropped()).unwrap();
+    assert!(dropped > 0 && dropped < sent, "{dropped} of {sent} bytes were dropped");
+    // When it takes output again, all that was kept arrives, at the end as well.
+    let arrived = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    char.sink.finish(Duration::from_secs(60));
+    drop(char);
+    assert_eq!(arrived.join().unwrap().unwrap().len(), sent - dropped);
+}
+
+#[test]
+fn a_socket_has_its_mode_from_the_first_moment_on() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("console");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut seen = 0;
+            while !over.load(Ordering::Relaxed) {
+                if let Ok(found) = std::fs::symlink_metadata(&path) {
+                    assert_eq!(found.permissions().mode() & 0o777, 0o600);
+                    seen += 1;
+                }
+            }
+            seen
+        });
+        for _ in 0..500 {
+            drop(Char::socket(&path, 0).unwrap());
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(watcher.join().unwrap() > 0, "the socket was never seen");
+    });
 }

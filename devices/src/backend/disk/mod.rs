@@ -5,6 +5,7 @@
 //! an image of another format can be refused at most ([`OpenOptions::probe`]).
 mod engine;
 mod format;
+mod generation;
 mod holder;
 mod observer;
 mod storage;
@@ -17,7 +18,7 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, RawFd},
-        unix::fs::{FileTypeExt, OpenOptionsExt},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     sync::{
@@ -31,10 +32,14 @@ use rustix::event::{EventfdFlags, eventfd};
 
 pub use self::{
     engine::Op,
+    generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
     storage::{Outcome, Storage},
 };
+use time::OffsetDateTime;
+
 use self::{
+    generation::Generation,
     observer::{Observers, Permit},
     sys::{FileSystem, Lock},
 };
@@ -117,6 +122,15 @@ pub enum DiskError {
         path = path.display()
     )]
     Stalled { path: PathBuf },
+    #[error(
+        "{path} is not as it was when its machine was saved: {what} (its last change was at \
+         {written}). With memory of then and a disk of now, the guest would destroy its file \
+         system. Restore the save that was made last; or give the copy of the image that belongs to \
+         this save with -drive id=ID,file=COPY (cp --preserve=xattr keeps its mark); or, if this is \
+         the right one nevertheless, say so with --force (-incoming ...,force=on)",
+        path = path.display()
+    )]
+    Changed { path: PathBuf, what: String, written: String },
     #[error("no descriptor is left for {path}", path = path.display())]
     NoDescriptor { path: PathBuf, source: io::Error },
 }
@@ -137,7 +151,7 @@ pub struct Disk {
     path: PathBuf,
     /// Through the page cache. Of a direct disk, only for what `O_DIRECT` cannot do: the host
     /// keeps the two coherent, so nothing has to be copied through aligned buffers here.
-    file: File,
+    file: Arc<File>,
     direct: Option<Direct>,
     device: bool,
     /// Reads and writes never wait for a medium (but cannot be asked to promise it).
@@ -149,6 +163,8 @@ pub struct Disk {
     physical: u32,
     bytes: AtomicU64,
     observers: Observers,
+    /// Of an image that can be written, where its file system keeps it.
+    generation: Option<Arc<Generation>>,
 }
 
 impl Disk {
@@ -191,6 +207,16 @@ impl Disk {
         // elsewhere could not be found in it; a device of the host keeps its own.
         let (logical, physical) =
             if device { sys::sector_sizes(&file).map_err(failed)? } else { (SECTOR as u32, 4096) };
+        let observers = Observers::new()
+            .map_err(|source| DiskError::NoDescriptor { path: path.into(), source })?;
+        let file = Arc::new(file);
+        let mut generation = None;
+        if !readonly && !device {
+            match Generation::of(&file, observers.waker(), io_uring) {
+                Ok(of_the_image) => generation = Some(Arc::new(of_the_image)),
+                Err(e) => log::info!("{}: keeps no generation there ({e})", path.display()),
+            }
+        }
         let disk = Self {
             path: path.into(),
             file,
@@ -203,9 +229,10 @@ impl Disk {
             logical,
             physical: physical.max(logical),
             bytes: AtomicU64::new(0),
-            observers: Observers::new()
-                .map_err(|source| DiskError::NoDescriptor { path: path.into(), source })?,
+            observers,
+            generation,
         };
+        disk.observe_generation(|_| ());
         disk.measure()?;
         Ok(disk)
     }
@@ -222,10 +249,10 @@ impl Disk {
     ) -> Result<Self, DiskError> {
         let failed = |source| DiskError::NoDescriptor { path: path.into(), source };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let file = eventfd(0, flags).map_err(|e| failed(e.into()))?.into();
+        let file: File = eventfd(0, flags).map_err(|e| failed(e.into()))?.into();
         Ok(Self {
             path: path.into(),
-            file,
+            file: Arc::new(file),
             direct: None,
             device: false,
             in_memory: false,
@@ -236,6 +263,7 @@ impl Disk {
             physical: 4096,
             bytes: AtomicU64::new(bytes),
             observers: Observers::new().map_err(failed)?,
+            generation: None,
         })
     }
 
@@ -266,7 +294,7 @@ impl Disk {
     /// From now on, `observer` is asked before each change and told after it. It learns nothing of
     /// those that are under way, so this is best done while the guest is stopped.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
-        self.observers.add(observer);
+        self.observers.add(&observer, || ());
     }
 
     /// Ask `observer` no more. It is still told of the end of changes that it has allowed.
@@ -279,9 +307,60 @@ impl Disk {
         self.observers.waker()
     }
 
+    /// What the image is like now that its machine is saved, and by which it is known again: the
+    /// next change gives it another generation. `None` for a read-only disk and a block device. No
+    /// request may be under way.
+    pub fn mark(&self) -> Option<DiskMark> {
+        if self.readonly || self.device {
+            return None;
+        }
+        let generation = self.observe_generation(Generation::save);
+        let found = self.file.metadata();
+        let found = found.inspect_err(|e| log::warn!("{}: {e}", self.path.display())).ok()?;
+        Some(DiskMark { generation, size: found.len(), mtime_ns: mtime_ns(&found) })
+    }
+
+    /// Check that the image is the one that `mark` was taken of, unchanged since then; of a `copy`,
+    /// the time of its last change does not count.
+    ///
+    /// # Errors
+    /// [`DiskError::Changed`] when it is not, or cannot be told to be.
+    pub fn check_mark(&self, mark: &DiskMark, copy: bool) -> Result<(), DiskError> {
+        let path = || self.path.clone();
+        let failed = |source| DiskError::Size { path: path(), source };
+        let found = self.file.metadata().map_err(failed)?;
+        // Where there are no attributes, no image has a generation.
+        let generation = generation::read(&self.file).ok().flatten();
+        let what = match () {
+            () if found.len() != mark.size => {
+                format!("it has {} bytes instead of {}", found.len(), mark.size)
+            }
+            () if copy && mark.generation.is_none() => {
+                "it lies elsewhere, and the saved one could not be marked".to_owned()
+            }
+            () if copy && generation.is_none() => "it has no mark".to_owned(),
+            () if mark.generation.is_some()
+                && generation.is_some_and(|g| Some(g) != mark.generation) =>
+            {
+                "it has been changed since, or is another image".to_owned()
+            }
+            () if !copy && mtime_ns(&found) != mark.mtime_ns => {
+                format!("it has been written since, when it was from {}", date(mark.mtime_ns))
+            }
+            () => return Ok(()),
+        };
+        Err(DiskError::Changed { path: path(), what, written: date(mtime_ns(&found)) })
+    }
+
+    /// Have the image's generation asked before its next change, once `ready` has been called.
+    fn observe_generation<T>(&self, ready: impl FnOnce(&Generation) -> T) -> Option<T> {
+        let generation = self.generation.clone()?;
+        let observer: Arc<dyn Observer> = generation.clone();
+        Some(self.observers.add(&observer, || ready(&generation)))
+    }
+
     /// Make the image `bytes` long; a block device is only looked at again. It is the image that is
-    /// open, whatever has its name now. Returns the size that the guest is to see. No request may be
-    /// carried out meanwhile.
+    /// open, whatever has its name now. Returns the size that the guest is to see.
     ///
     /// # Errors
     /// [`DiskError::ReadOnly`], [`DiskError::Resize`], [`DiskError::Size`], [`DiskError::Stalled`];
@@ -291,34 +370,36 @@ impl Disk {
             return Err(DiskError::ReadOnly { path: self.path.clone() });
         }
         if !self.device {
-            let failed = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
-            let permit = self.resize_permit(bytes)?;
-            let result = self.file.set_len(bytes);
-            permit.after(&result);
-            if let Err(e) = result.map_err(failed) {
-                self.measure()?;
-                return Err(e);
-            }
+            let resized = self.resize_image(bytes);
+            let size = self.measure();
+            return resized.and(size);
         }
         self.measure()
+    }
+
+    fn resize_image(&self, bytes: u64) -> Result<(), DiskError> {
+        let permit = self.resize_permit(bytes)?;
+        let result = self.file.set_len(bytes);
+        permit.after(&result);
+        result.map_err(|source| DiskError::Resize { path: self.path.clone(), bytes, source })
     }
 
     /// Ask the observers until none wants the resizing to wait, but not without a limit.
     fn resize_permit(&self, bytes: u64) -> Result<Permit, DiskError> {
         let refused = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
-        let deadline = Instant::now() + DISK_STALL_LIMIT;
+        let before = self.file.metadata().map_err(refused)?.len();
+        let range = before.min(bytes)..before.max(bytes);
+        let begin = Instant::now();
         loop {
-            let change = || {
-                let before = self.size();
-                Change { kind: ChangeKind::Resize, range: before.min(bytes)..before.max(bytes) }
-            };
+            let change = || Change { kind: ChangeKind::Resize, range: range.clone() };
             if let Some(permit) = self.observers.before(change).map_err(refused)? {
                 return Ok(permit);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !self.observers.wait(left).map_err(refused)? {
+            if begin.elapsed() >= DISK_STALL_LIMIT {
                 return Err(DiskError::Stalled { path: self.path.clone() });
             }
+            // The call may be taken by the worker, which waits for it, too.
+            self.observers.wait(DISK_STALL_LIMIT / 100).map_err(refused)?;
         }
     }
 
@@ -326,7 +407,7 @@ impl Disk {
     fn measure(&self) -> Result<u64, DiskError> {
         // A block device has no length in its metadata, but an end that can be sought. Nothing
         // else uses the position.
-        let end = (&self.file).seek(SeekFrom::End(0));
+        let end = (&*self.file).seek(SeekFrom::End(0));
         let end = end.map_err(|source| DiskError::Size { path: self.path.clone(), source })?;
         let size = end - end % u64::from(self.logical);
         if size == 0 {
@@ -410,6 +491,19 @@ fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, D
         })?;
     let (memory_align, offset_align) = sys::direct_alignment(buffered);
     Ok(Direct { file, memory_align, offset_align })
+}
+
+fn mtime_ns(found: &Metadata) -> i64 {
+    found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec())
+}
+
+/// For people, in UTC.
+fn date(ns: i64) -> String {
+    let Ok(at) = OffsetDateTime::from_unix_timestamp_nanos(ns.into()) else {
+        return format!("{ns} ns");
+    };
+    let (hour, minute, second) = at.to_hms();
+    format!("{}T{hour:02}:{minute:02}:{second:02}.{:09}Z", at.date(), at.nanosecond())
 }
 
 fn open_error(path: &Path, readonly: bool, source: io::Error) -> DiskError {

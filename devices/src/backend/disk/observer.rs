@@ -8,7 +8,7 @@
 use std::{
     fmt, io,
     ops::Range,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -85,6 +85,12 @@ impl Waker {
     }
 }
 
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 type List = Arc<[Arc<dyn Observer>]>;
 
 /// The observers of one disk.
@@ -92,7 +98,7 @@ pub(super) struct Observers {
     /// Whether there are any. All that a request costs when there are none.
     any: AtomicBool,
     /// A lock, as observers come and go on other threads than the one that changes the disk. It is
-    /// held only to copy the list.
+    /// held to copy the list, or to change it.
     list: Mutex<List>,
     woken: Waker,
 }
@@ -103,22 +109,37 @@ impl Observers {
         Ok(Self { any: AtomicBool::new(false), list: Mutex::new(Arc::new([])), woken })
     }
 
-    pub fn add(&self, observer: Arc<dyn Observer>) {
-        self.change_list(|list| list.push(observer));
+    /// Add `observer` if it is not there, once `ready` has been called: it cannot retire between
+    /// the two.
+    pub fn add<T>(&self, observer: &Arc<dyn Observer>, ready: impl FnOnce() -> T) -> T {
+        let mut list = self.list.lock();
+        let result = ready();
+        let all = without(&list, &**observer).chain([observer.clone()]).collect();
+        self.replace(&mut list, all);
+        result
     }
 
     pub fn remove(&self, observer: &dyn Observer) {
-        self.change_list(|list| list.retain(|o| !std::ptr::addr_eq(&raw const **o, observer)));
-        // What waited for it need not any more.
+        let mut list = self.list.lock();
+        let others = without(&list, observer).collect();
+        self.replace(&mut list, others);
+        // What waited for it may start.
         self.woken.wake();
     }
 
-    fn change_list(&self, change: impl FnOnce(&mut Vec<Arc<dyn Observer>>)) {
+    /// Remove `observer` if it still wants to retire.
+    fn retire(&self, observer: &dyn Observer, change: &Change) -> io::Result<()> {
         let mut list = self.list.lock();
-        let mut new = list.to_vec();
-        change(&mut new);
+        if observer.before(change)? == Verdict::Retire {
+            let others = without(&list, observer).collect();
+            self.replace(&mut list, others);
+        }
+        Ok(())
+    }
+
+    fn replace(&self, list: &mut List, new: List) {
         self.any.store(!new.is_empty(), Ordering::Release);
-        *list = new.into();
+        *list = new;
     }
 
     pub fn waker(&self) -> Waker {
@@ -134,6 +155,12 @@ impl Observers {
     pub fn heard(&self) {
         // Fails when there was none.
         let _ = rustix::io::read(&self.woken.0, &mut [0; 8]);
+    }
+
+    /// Whether there are any.
+    #[cfg(test)]
+    pub fn any(&self) -> bool {
+        self.any.load(Ordering::Acquire)
     }
 
     /// Wait for the waker's call, for `limit` at most; whether it came.
@@ -165,7 +192,7 @@ impl Observers {
                     Verdict::Start => {}
                     Verdict::Wait => return Ok(None),
                     Verdict::Retire => {
-                        self.remove(&**observer);
+                        self.retire(&**observer, &change)?;
                         continue 'ask;
                     }
                 }
@@ -173,6 +200,11 @@ impl Observers {
             return Ok(Some(Permit(Some((observers, change)))));
         }
     }
+}
+
+/// Those of `list` but `observer`.
+fn without(list: &List, observer: &dyn Observer) -> impl Iterator<Item = Arc<dyn Observer>> {
+    list.iter().filter(move |o| !std::ptr::addr_eq(&raw const ***o, observer)).cloned()
 }
 
 impl fmt::Debug for Observers {

@@ -138,13 +138,13 @@ fn a_header_in_the_first_sector_changes_nothing() {
     assert_eq!(&first, b"QFI\xfb");
 }
 
-fn storage(disk: &Arc<Disk>) -> (crate::Memory, Storage<u32>) {
+pub(super) fn storage(disk: &Arc<Disk>) -> (crate::Memory, Storage<u32>) {
     let memory = memory();
     let storage = Storage::new(disk.clone(), memory.clone(), 8);
     (memory, storage)
 }
 
-/// Carry a request out; `WouldBlock` when an observer holds it.
+/// Carry a request out, however long an observer holds it.
 pub(super) fn run(
     storage: &mut Storage<u32>,
     op: Op,
@@ -153,19 +153,23 @@ pub(super) fn run(
 ) -> io::Result<()> {
     let parts: Vec<_> =
         parts.iter().map(|(addr, len)| Segment { addr: GuestAddress(*addr), len: *len }).collect();
-    match storage.start(op, at, &parts, 7) {
-        Outcome::Done(result) => result,
-        Outcome::Held => Err(io::ErrorKind::WouldBlock.into()),
-        Outcome::Pending => {
-            storage.submit();
-            loop {
-                if let Some((tag, result)) = storage.finished() {
-                    assert_eq!(tag, 7);
-                    return result;
-                }
-                assert!(storage.wait(None));
+    loop {
+        match storage.start(op, at, &parts, 7) {
+            Outcome::Done(result) => return result,
+            Outcome::Pending => break,
+            Outcome::Held => {
+                let observers = &storage.disk().observers;
+                assert!(observers.wait(Duration::from_secs(60)).unwrap(), "held for ever");
             }
         }
+    }
+    storage.submit();
+    loop {
+        if let Some((tag, result)) = storage.finished() {
+            assert_eq!(tag, 7);
+            return result;
+        }
+        assert!(storage.wait(None));
     }
 }
 
@@ -283,6 +287,8 @@ fn dropping_it_waits_for_what_is_in_flight() {
     let disk = Arc::new(Disk::open(&path, &OpenOptions { direct: true, ..RW }).unwrap());
     let (memory, mut storage) = storage(&disk);
     memory.write_slice(&[9; 4096], GuestAddress(0x4000)).unwrap();
+    // Before the first change, the image gets another generation.
+    disk.resize(1 << 20).unwrap();
     let segment = [Segment { addr: GuestAddress(0x4000), len: 4096 }];
     let _ = storage.start(Op::Write { durable: true }, 0, &segment, 0);
     drop(storage);

@@ -83,6 +83,20 @@ pub struct Drive {
     pub ops_per_second: Option<u64>,
     /// Bytes read and written per second; `None` or 0 for no limit.
     pub bytes_per_second: Option<u64>,
+    /// What it has to be when a saved state is restored.
+    pub expect: Expect,
+}
+
+/// What the image of a restored device has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Expect {
+    /// The one that was saved.
+    #[default]
+    Saved,
+    /// A copy of it, or itself in another place.
+    Copy,
+    /// Any of the saved size: the user vouches for it.
+    Any,
 }
 
 impl From<Disk> for Drive {
@@ -93,6 +107,7 @@ impl From<Disk> for Drive {
             serial: String::new(),
             ops_per_second: None,
             bytes_per_second: None,
+            expect: Expect::default(),
         }
     }
 }
@@ -131,6 +146,7 @@ struct Inserted {
     serial: [u8; SERIAL],
     ops: Option<u64>,
     bytes: Option<u64>,
+    expect: Expect,
 }
 
 /// A virtio block device.
@@ -230,7 +246,7 @@ impl Block {
     }
 
     fn medium(&self) -> io::Result<Medium> {
-        let Some(Inserted { name, disk, serial, ops, bytes }) = &self.inserted else {
+        let Some(Inserted { name, disk, serial, ops, bytes, .. }) = &self.inserted else {
             let name = self.id.clone();
             return Ok(Medium { name, disk: None, serial: [0; SERIAL], limiter: None });
         };
@@ -249,11 +265,17 @@ impl Block {
 
 impl From<Drive> for Inserted {
     fn from(drive: Drive) -> Self {
-        let Drive { name, disk, serial: text, ops_per_second: ops, bytes_per_second: bytes } =
-            drive;
+        let Drive {
+            name,
+            disk,
+            serial: text,
+            ops_per_second: ops,
+            bytes_per_second: bytes,
+            expect,
+        } = drive;
         let mut serial = [0; SERIAL];
         serial.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
-        Self { name, disk: Arc::new(disk), serial, ops, bytes }
+        Self { name, disk: Arc::new(disk), serial, ops, bytes, expect }
     }
 }
 

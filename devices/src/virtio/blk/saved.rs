@@ -2,12 +2,12 @@
 //! told the transport.
 use std::sync::atomic::Ordering;
 
-use ::state::device as saved;
+use ::state::{device as saved, hex::HexArray};
 use virtio_queue::QueueT;
 
-use super::Block;
+use super::{Block, Expect};
 use crate::{
-    backend::disk::Disk,
+    backend::disk::{Disk, DiskMark},
     state::{Snapshot, StateError},
 };
 
@@ -29,7 +29,7 @@ impl Snapshot for Block {
             writeback: self.writeback.load(Ordering::Relaxed),
             queues,
             in_flight: Vec::new(),
-            mark: None,
+            mark: self.disk().and_then(Disk::mark).map(saved::Mark::from),
         }
     }
 
@@ -39,6 +39,14 @@ impl Snapshot for Block {
         }
         if !state.in_flight.is_empty() {
             return Err(StateError::Invalid("requests in flight, where a save leaves none"));
+        }
+        if let (Some(inserted), Some(mark)) = (&self.inserted, state.mark) {
+            let mark = DiskMark::from(mark);
+            match inserted.expect {
+                Expect::Saved => inserted.disk.check_mark(&mark, false)?,
+                Expect::Copy => inserted.disk.check_mark(&mark, true)?,
+                Expect::Any => {}
+            }
         }
         let lanes = self.home.parked_mut().map(|worker| &mut worker.lanes);
         match (lanes, state.queues) {
@@ -59,5 +67,19 @@ impl Snapshot for Block {
         }
         self.writeback.store(state.writeback, Ordering::Relaxed);
         Ok(())
+    }
+}
+
+impl From<DiskMark> for saved::Mark {
+    fn from(mark: DiskMark) -> Self {
+        let DiskMark { generation, size, mtime_ns } = mark;
+        Self { generation: generation.map(HexArray::from), size, mtime_ns }
+    }
+}
+
+impl From<saved::Mark> for DiskMark {
+    fn from(mark: saved::Mark) -> Self {
+        let saved::Mark { generation, size, mtime_ns } = mark;
+        Self { generation: generation.map(u128::from), size, mtime_ns }
     }
 }

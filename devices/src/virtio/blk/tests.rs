@@ -15,7 +15,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::{
-    backend::disk::{Aio, OpenOptions},
+    backend::disk::{ATTRIBUTE, Aio, OpenOptions},
     bus::BusDevice,
     conformance,
     testing::{Buffer, Guest, INDIRECT, RAM, WRITE},
@@ -157,7 +157,11 @@ fn every_rule_of_virtio_is_kept() {
     // Each device has an image of its own, as an image has one writer.
     let drive = |aio| {
         let path = dir.as_path().join(made.fetch_add(1, Ordering::Relaxed).to_string());
-        fs::File::create(&path).unwrap().set_len(MIB).unwrap();
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(MIB).unwrap();
+        // Copies of one, so that a device can take over from another.
+        rustix::fs::fsetxattr(&file, ATTRIBUTE, &[1; 16], rustix::fs::XattrFlags::empty()).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH).unwrap();
         Some(Drive::from(Disk::open(&path, &OpenOptions { aio, ..rw() }).unwrap()))
     };
     let block = |queues, drive| -> Box<dyn VirtioDevice> {

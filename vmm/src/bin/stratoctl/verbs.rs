@@ -186,6 +186,9 @@ pub struct Restore {
     /// Copy the memory and compare it with its checksums, rather than map it unchecked
     #[arg(long)]
     pub verify: bool,
+    /// Take the disks as they are, even if they have changed since: the guest may destroy them
+    #[arg(long)]
+    pub force: bool,
     /// Where the guest's kvm-clock goes on
     #[arg(long, value_enum, default_value_t = Clock::Continue)]
     pub clock: Clock,
@@ -206,6 +209,9 @@ pub enum Clock {
 pub struct Resume {
     /// Name of the domain
     pub domain: Name,
+    /// Take the disks as they are, even if they have changed since: the guest may destroy them
+    #[arg(long)]
+    pub force: bool,
     /// Where the guest's kvm-clock goes on
     #[arg(long, value_enum, default_value_t = Clock::Continue)]
     pub clock: Clock,

@@ -2,7 +2,7 @@
 use std::collections::{HashMap, HashSet};
 
 use machine::Part;
-use machine::config::{DiskConfig, NicConfig, Tap, limits, separate};
+use machine::config::{DiskConfig, Expect, NicConfig, Tap, limits, separate};
 
 use super::Resolver;
 use crate::cli::draft::{BlkFront, DeviceKind, Draft, Drive, Net, NetFront};
@@ -134,6 +134,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
         backend: separate(&drive.id, id),
         probe: drive.probe,
+        expect: Expect::default(),
     }
 }
 

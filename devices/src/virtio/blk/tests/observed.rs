@@ -22,7 +22,10 @@ impl Gate {
             used_ring: r.guest.queues[0].used,
             used_at_end: AtomicU16::new(0),
         });
-        r.block().disk().unwrap().observe(gate.clone());
+        let disk = r.block().disk().unwrap();
+        // The image gets its other generation before, so that the gate is all that is waited for.
+        disk.resize(disk.size()).unwrap();
+        disk.observe(gate.clone());
         gate
     }
 

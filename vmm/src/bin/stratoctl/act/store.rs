@@ -35,7 +35,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     description.uuid = crate::config::uuid()?;
     let lock = ctx.take(Verb::Restore, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
-    let mut more = incoming(&directory, args.verify, args.clock)?;
+    let mut more = incoming(&directory, args.verify, args.clock, args.force)?;
     for (id, path) in &args.disk {
         let path = std::path::absolute(path).context("--disk")?;
         more.words.extend(["-drive".into(), format!("id={id},file={}", path.display())]);
@@ -49,7 +49,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
 pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Resume, &args.domain)?;
     let description = life::described(&held.place)?;
-    let more = incoming(&held.place.saved(), false, args.clock)?;
+    let more = incoming(&held.place.saved(), false, args.clock, args.force)?;
     // Paused at first: the state counts until the guest runs, and from then on no more.
     let place = held.place.clone();
     let started = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more);
@@ -100,11 +100,14 @@ fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Descri
     Ok((machine.name.parse(), description))
 }
 
-fn incoming(directory: &Path, verify: bool, clock: Clock) -> anyhow::Result<More> {
+fn incoming(directory: &Path, verify: bool, clock: Clock, force: bool) -> anyhow::Result<More> {
     let mapped = if verify { "off" } else { "on" };
     let mut source = format!("file:{},mapped={mapped}", text(directory)?);
     if clock == Clock::Realtime {
         source.push_str(",clock=realtime");
+    }
+    if force {
+        source.push_str(",force=on");
     }
     let words = vec!["-incoming".into(), source];
     // Holes are not read. What it builds on counts, too, where there is such a thing.
