@@ -53,7 +53,7 @@ use machine::{
 };
 
 use self::{
-    adapt::{adapt, check_disks, take_any_disks},
+    adapt::{adapt, check_disks},
     rehearse::rehearse,
 };
 use crate::{
