@@ -282,7 +282,7 @@ impl Sink for Stream {
     ) -> Result<Finished, SaveError> {
         let mut to = self.to;
         let last = last_frames(&config, state).map_err(SaveError::Stream)?;
-        // Without its end the other side does not start it, and it goes on here.
+        // Without its end the receiver does not start it, and it runs on here.
         rehearse_frames(&last).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
         forward(&last, &mut to).and_then(|()| to.end(0)).map_err(|e| failed(e, progress))?;
         if let Some(mut answers) = self.answers {
