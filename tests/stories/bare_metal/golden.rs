@@ -62,8 +62,8 @@ fn with_the_cpu_of(here: &State, saved: &Path) -> Result<()> {
 }
 
 /// A state that was saved here and now.
-fn state_of_this_host() -> Result<State> {
-    let stage = Stage::new("golden-here")?;
+fn state_of_this_host(story: &str) -> Result<State> {
+    let stage = Stage::new(story)?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;
     monitor.wait_for("processors 1", SOON)?;
     let saved = stage.file("saved");
@@ -74,7 +74,7 @@ fn state_of_this_host() -> Result<State> {
 
 #[test]
 fn a_machine_with_everything_in_it_is_restored_as_it_was_released() -> Result<()> {
-    let here = state_of_this_host()?;
+    let here = state_of_this_host("golden-here-all")?;
     for (number, from) in golden("everything")?.iter().enumerate() {
         let mut stage = Stage::new(&format!("golden-all{number}"))?;
         with_taps(&mut stage, "")?;
@@ -114,7 +114,7 @@ fn a_machine_with_everything_in_it_is_restored_as_it_was_released() -> Result<()
 
 #[test]
 fn a_save_that_builds_on_another_is_restored_as_it_was_released() -> Result<()> {
-    let here = state_of_this_host()?;
+    let here = state_of_this_host("golden-here-chain")?;
     for (number, from) in golden("chain")?.iter().enumerate() {
         let stage = Stage::new(&format!("golden-chain{number}"))?;
         unpack(from, &stage.file("chain"))?;
