@@ -95,6 +95,8 @@ fn a_machine_with_everything_in_it_is_restored_as_it_was_released() -> Result<()
             ["-device", "virtio-serial-device"],
             ["-device", "virtconsole,chardev=console,id=console"],
         ];
+        // The images are made here and have not the marks of those that were saved.
+        let saved = PathBuf::from(format!("{},force=on", saved.display()));
         let (mut monitor, mut qmp) = restore(&stage, &saved, &flags.concat())
             .with_context(|| format!("{}", from.display()))?;
         simple(&mut qmp, "cont")?;
