@@ -26,6 +26,31 @@ pub mod section;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+use chips::{Chips, Clock};
 pub use config::Config;
+use cpu::{Cpu, Vcpu};
 pub use file::{FileError, Frames, Sections, State};
 pub use section::{Saved, Section, SectionError};
+
+/// Every kind of part that there is, with its present version. A golden file has each.
+pub const PARTS: [(&str, u32); 15] = [
+    part::<Config>(),
+    part::<Cpu>(),
+    part::<Vcpu>(),
+    part::<Chips>(),
+    part::<Clock>(),
+    part::<device::Serial>(),
+    part::<device::I8042>(),
+    part::<device::Cmos>(),
+    part::<device::Power>(),
+    part::<device::Pvpanic>(),
+    part::<device::VirtioMmio>(),
+    part::<device::Disk>(),
+    part::<device::Nic>(),
+    part::<device::Console>(),
+    part::<device::Rng>(),
+];
+
+const fn part<S: Saved>() -> (&'static str, u32) {
+    (S::KIND, S::VERSION)
+}

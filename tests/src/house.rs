@@ -13,7 +13,7 @@ const ARROWS: [(&str, &[&str]); 6] = [
     ("qmp", &[]),
     ("machine", &["devices", "state"]),
     ("vmm", &["machine", "qmp", "state"]),
-    ("stories", &["qmp"]),
+    ("stories", &["qmp", "state"]),
 ];
 /// Longest file, in lines without tests.
 const LONGEST: usize = 800;
@@ -148,7 +148,7 @@ mod tests {
         assert!(wrong_arrows("vmm", &["machine", "qmp"]).is_empty());
         assert_eq!(
             wrong_arrows("machine", &["qmp"]),
-            ["machine depends on qmp; it may know only devices"]
+            ["machine depends on qmp; it may know only devices and state"]
         );
         assert_eq!(
             wrong_arrows("devices", &["machine"]),

@@ -12,6 +12,8 @@ mod ends;
 mod exact;
 #[path = "bare_metal/generation.rs"]
 mod generation;
+#[path = "bare_metal/golden.rs"]
+mod golden;
 #[path = "bare_metal/halts.rs"]
 mod halts;
 #[path = "bare_metal/held.rs"]

@@ -8,6 +8,8 @@ mod devices;
 mod examples;
 #[path = "linux/life.rs"]
 mod life;
+#[path = "linux/plugged.rs"]
+mod plugged;
 #[path = "linux/snapshot.rs"]
 mod snapshot;
 
@@ -62,6 +64,7 @@ const NATIVELY: &[(&str, Tell)] = &[
     ("natively_a_guest_is_saved_at_any_moment_of_its_boot", |story| {
         snapshot::any_moment(story, NATIVE, 50)
     }),
+    ("natively_disks_come_and_go_through_every_kind_of_save", plugged::slots),
     // Debian's kernel takes no virtio-mmio devices from its command line.
     ("natively_virtio_works_without_acpi", boot::virtio_without_acpi),
 ];

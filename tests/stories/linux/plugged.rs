@@ -1,0 +1,129 @@
+//! Disks that come, grow and go under a Linux guest, through every way of saving it and of restoring it.
+//! Linux takes every feature that a slot offers, and checks what it reads by its file system.
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
+use serde_json::{Value, json};
+use stories::agent::Story;
+use stories::archive::{check_ext4, make_ext4};
+use stories::monitor::{Monitor, Vm};
+
+/// How the guest is saved, and what `-incoming` says behind the path.
+const WAYS: [(&str, &str); 10] = [
+    ("suspend", ",mapped=on"),
+    ("suspend", ",mapped=off"),
+    ("suspend", ",mapped=uffd"),
+    ("stopped", ",mapped=on"),
+    ("stopped", ",mapped=off"),
+    ("stopped", ",mapped=uffd"),
+    ("incremental", ",mapped=on"),
+    ("incremental", ",mapped=off"),
+    ("incremental", ",mapped=uffd"),
+    ("stream", ""),
+];
+
+fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
+    let file = json!({ "driver": "file", "filename": image });
+    let how = json!({ "node-name": id, "file": file, "discard": "ignore", "driver": "raw" });
+    qmp.execute_raw("blockdev-add", how)?;
+    let device = json!({ "id": id, "driver": "virtio-blk-mmio", "addr": addr });
+    qmp.execute_raw("device_add", device)?;
+    Ok(())
+}
+
+/// Saves the guest, which stays stopped; what `-incoming` is to be.
+fn save(qmp: &mut Client, directory: &Path, way: &str) -> Result<String> {
+    let uri = format!("file:{}", directory.display());
+    let migrate = |qmp: &mut Client, arguments: Value| -> Result<()> {
+        qmp.execute_raw("migrate", arguments)?;
+        let info = qmp.execute_raw("query-migrate", json!({}))?;
+        ensure!(info.get("status") == Some(&json!("completed")), "{info}");
+        Ok(())
+    };
+    match way {
+        "stopped" => {
+            qmp.execute_raw("stop", json!({}))?;
+            migrate(qmp, json!({ "uri": uri, "resume": true }))?;
+        }
+        "incremental" => {
+            let base = format!("{uri}.base");
+            migrate(qmp, json!({ "uri": base, "track": true, "resume": true }))?;
+            migrate(qmp, json!({ "uri": uri, "incremental": true }))?;
+        }
+        "stream" => {
+            let fd = File::create(directory)?;
+            qmp.execute_with_fds("getfd", json!({ "fdname": "out" }), &[fd.as_fd()])?;
+            migrate(qmp, json!({ "uri": "fd:out" }))?;
+            return Ok(format!("exec:cat {}", directory.display()));
+        }
+        _ => migrate(qmp, json!({ "uri": uri }))?,
+    }
+    Ok(uri)
+}
+
+/// What a disk's file system holds, in so many words.
+const HOLDS: &str = "for f in /mnt/*; do [ $f = /mnt/lost+found ] || seq 1 20000 | cmp - $f; done";
+
+/// The guest has a disk of that many sectors.
+fn sees(guest: &mut Monitor, disk: &str, sectors: u64) -> Result<()> {
+    let size = format!("/sys/block/{disk}/size");
+    guest.sh(&format!("until [ $(cat {size}) = {sectors} ]; do usleep 10000; done")).map(drop)
+}
+
+pub fn slots(story: &Story) -> Result<()> {
+    let image = |name: &str| story.dir.join(name);
+    let (first, plugged) = (image("first.img"), image("plugged.img"));
+    make_ext4(&story.debian, &first, 16 << 20, None)?;
+    make_ext4(&story.debian, &plugged, 64 << 20, None)?;
+    let vm = Vm::native(&story.paths)?.machine("mem_size", 256_u64 << 20);
+    let mut guest = vm.disk("first", &first, true).start(&story.paths, &story.dir)?;
+    guest.wait_ready()?;
+    let mut qmp = guest.qmp()?;
+    plug(&mut qmp, "plugged", &plugged, "1")?;
+    sees(&mut guest, "vdb", (64 << 20) / 512)?;
+    guest.sh("mount -o discard /dev/vdb /mnt && seq 1 20000 > /mnt/plugged && sync")?;
+    for (number, (way, how)) in WAYS.into_iter().enumerate() {
+        let name = format!("{way}{how}");
+        // Something else in another slot each time: a disk that can be written where a read-only one
+        // was, one that has grown, an empty slot.
+        let (id, other) = (format!("disk{number}"), image(&format!("other{number}.img")));
+        File::create(&other)?.set_len(1 << 20)?;
+        if number == 0 {
+            qmp.execute_raw("device_del", json!({ "id": "first" }))?;
+            plug(&mut qmp, &id, &other, "0")?;
+        } else {
+            plug(&mut qmp, &id, &other, "2")?;
+            let size = json!({ "device": id, "size": 2 << 20 });
+            qmp.execute_raw("block_resize", size)?;
+        }
+        let incoming = save(&mut qmp, &image(&format!("saved{number}")), way)?;
+        qmp.execute_raw("quit", json!({}))?;
+        guest.wait_exit()?;
+        let dir = story.dir.join(number.to_string());
+        std::fs::create_dir_all(&dir)?;
+        let args = ["-S", "-incoming", &format!("{incoming}{how}")];
+        guest = Vm::described(json!({})).args(&args).start(&story.paths, &dir)?;
+        qmp = guest.qmp().with_context(|| name.clone())?;
+        qmp.execute_raw("cont", json!({}))?;
+        let holds = |guest: &mut Monitor| -> Result<()> {
+            guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
+            guest.sh(HOLDS)?;
+            guest.sh(&format!("seq 1 20000 > /mnt/after{number} && sync && fstrim /mnt"))?;
+            let log = guest.sh("dmesg | grep -E 'I/O error|EXT4-fs error|BUG:|Oops' || true")?;
+            ensure!(log.is_empty(), "the kernel says\n{log}");
+            Ok(())
+        };
+        holds(&mut guest).with_context(|| name.clone())?;
+        if number > 0 {
+            sees(&mut guest, "vdc", (2 << 20) / 512).with_context(|| name)?;
+            qmp.execute_raw("device_del", json!({ "id": id }))?;
+            sees(&mut guest, "vdc", 0)?;
+        }
+    }
+    guest.sh("umount /mnt")?;
+    drop(guest);
+    check_ext4(&story.debian, &plugged, false).map(drop)
+}
