@@ -480,7 +480,8 @@ mod tests {
 
     #[test]
     fn slots_that_no_machine_has_are_refused_by_name() {
-        let change: [(&str, fn(&mut saved::Config)); 11] = [
+        type Change = fn(&mut saved::Config);
+        let change: [(&str, Change); 11] = [
             ("disk1: its address or interrupt", |c| c.slots[1].interrupt = 23),
             ("disk1: its address or interrupt", |c| c.slots[1].address = c.slots[0].address),
             ("disk1: no slot is at address 0xf0101001", |c| c.slots[1].address.0 += 1),

@@ -493,7 +493,8 @@ fn a_state_that_no_machine_would_take_is_not_saved() {
     let directory = scratch.path().join("saved");
     save(&directory, 1, false).unwrap();
     let before = fs::read(directory.join(STATE)).unwrap();
-    let spoil: [(&str, fn(&mut state::Config, &mut state::Sections)); 4] = [
+    type Spoil = fn(&mut state::Config, &mut state::Sections);
+    let spoil: [(&str, Spoil); 4] = [
         ("vCPUs", |config, _| config.machine.vcpus = 2),
         ("disk1", |config, _| config.slots[0].id = "disk1".into()),
         ("disk0", |_, sections| {
@@ -506,7 +507,7 @@ fn a_state_that_no_machine_would_take_is_not_saved() {
     for (says, spoil) in spoil {
         let (memory, progress) = (memory(2), Progress::default());
         let mut sink = Box::new(Directory::create(&directory, memory, SIZE, None).unwrap());
-        sink.copy(&Source::Guest(&[0..4096]), &progress).unwrap();
+        sink.copy(&Source::Guest(std::slice::from_ref(&(0..4096))), &progress).unwrap();
         let (mut config, mut sections) = (config(2), state(2).into());
         spoil(&mut config, &mut sections);
         let error = sink.finish(config, sections.try_into().unwrap(), &progress);
