@@ -152,7 +152,7 @@ mod tests {
         );
         assert_eq!(
             wrong_arrows("devices", &["machine"]),
-            ["devices depends on machine; it may know no sibling"]
+            ["devices depends on machine; it may know only state"]
         );
         assert_eq!(
             wrong_arrows("a-new-crate", &["vmm"]),

@@ -35,7 +35,8 @@ fn is_halted(qmp: &mut Client, state: &str) -> Result<()> {
     simple(qmp, "stop")?;
     ensure!(status(qmp)? == state);
     qmp.execute_raw("query-cpus", json!({}))?;
-    ensure!(qmp.take_events().is_empty(), "an event although nothing has happened");
+    let events = qmp.take_events();
+    ensure!(events.is_empty(), "events although nothing has happened: {events:?}");
     Ok(())
 }
 
@@ -203,6 +204,9 @@ fn it_can_be_saved_and_is_still_over_when_it_is_restored() -> Result<()> {
     let vm = Vm::described(json!({ "boot-source": { "boot_args": "panic" } }));
     let mut monitor = vm.args(&args).start(&stage.paths, &stage.dir)?;
     let mut qmp = monitor.qmp()?;
+    ensure!(status(&mut qmp)? == "guest-panicked");
+    // One that connects early hears that the machine has come in.
+    qmp.take_events();
     is_halted(&mut qmp, "guest-panicked")?;
     is_reset(&mut monitor, &mut qmp)?;
     until_stop(&mut qmp)?;

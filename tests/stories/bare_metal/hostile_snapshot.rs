@@ -382,7 +382,7 @@ fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
     fs::rename(&memory, &aside)?;
     refused(&stage, &saved, &[], &["cannot open", "memory"])?;
     fs::create_dir(&memory)?;
-    refused(&stage, &saved, &[], &["cannot open", "memory", "it is no regular file"])?;
+    refused(&stage, &saved, &[], &["cannot open", "memory", "not a regular file"])?;
     fs::remove_dir(&memory)?;
     // Without its holes, or with more of them, it is the same.
     fs::write(&memory, fs::read(&aside)?)?;

@@ -222,9 +222,9 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
             if arrives && (kind == RUNNING || (kind == GO && said.is_none())) {
                 ensure!(said.is_none(), "{said:?}");
                 ensure!(status(&mut qmp)? == "postmigrate");
-                // `Ready` may have been answered by `Go` before the receiver was dead.
+                // `End` may have been answered by `Ready`, and that by `Go`, before the receiver was dead.
             } else if matches!(kind, GO | RUNNING)
-                || (kind == READY && arrives && status(&mut qmp)? == "postmigrate")
+                || (matches!(kind, END | READY) && arrives && status(&mut qmp)? == "postmigrate")
             {
                 // It may have run there: who knows that it does not any more says so.
                 let said = said.context("it has heard of an end that was not told")?;
