@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::XattrFlags;
 
 use crate::debian::{Debian, output};
 
@@ -92,6 +93,20 @@ impl<W: Write> Cpio<W> {
         let zeroes = [0; 3];
         self.out.write_all(zeroes.get(..written.wrapping_neg() % 4).unwrap_or_default())
     }
+}
+
+/// A copy of a disk's image that takes the image's place for a saved state: with the extended attribute
+/// by which the state knows it, as `cp --preserve=xattr` makes it.
+///
+/// # Errors
+/// The image cannot be read or the copy written, or the image has no such attribute.
+pub fn copy_image(image: &Path, copy: &Path) -> Result<()> {
+    const GENERATION: &str = "user.stratovirt.generation";
+    fs::copy(image, copy)?;
+    let mut generation = [0; 16];
+    rustix::fs::getxattr(image, GENERATION, &mut generation)
+        .with_context(|| format!("{} has no {GENERATION}", image.display()))?;
+    Ok(rustix::fs::setxattr(copy, GENERATION, &generation, XattrFlags::empty())?)
 }
 
 /// Makes an ext4 image of `bytes` at `image`, sparse, with what lies in `content`, if given.

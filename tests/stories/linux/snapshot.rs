@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::agent::Story;
-use stories::archive::{check_ext4, make_ext4, read_ext4};
+use stories::archive::{check_ext4, copy_image, make_ext4, read_ext4};
 use stories::guest::Kernel;
 use stories::monitor::{BOOT, Monitor, SOON, Vm};
 use stories::net::Tap;
@@ -226,7 +226,7 @@ fn again_and_again(
     for number in 0..shape.restores {
         let name = format!("restored {number}");
         let own = story.dir.join("own.img");
-        fs::copy(image, &own)?;
+        copy_image(image, &own)?;
         let tap_name = format!("again{number}");
         // Only one of them can have the peer's address; the others talk to nobody.
         let address = if number == 0 { HOST.to_owned() } else { format!("10.8.{number}.1/24") };
@@ -267,7 +267,7 @@ pub fn stopped(story: &Story, shape: Shape) -> Result<()> {
     let mut qmp = busy.guest.qmp()?;
     let (saved, image) = (story.dir.join("saved"), story.dir.join("at-save.img"));
     let info = save(&mut qmp, &saved, false)?;
-    fs::copy(&busy.image, &image)?;
+    copy_image(&busy.image, &image)?;
     println!("saved: {info}");
     let before = done(&busy.guest.shown())?;
     println!("saved at {before:?}");
@@ -293,7 +293,7 @@ pub fn live(story: &Story, shape: Shape) -> Result<()> {
     println!("saved: {info}");
     let downtime = info.get("downtime").and_then(Value::as_u64).context("no downtime")?;
     println!("the guest stood still for {downtime} ms");
-    fs::copy(&busy.image, &image)?;
+    copy_image(&busy.image, &image)?;
     busy.talks("after the save")?;
     ask(&mut busy.guest, "fsfreeze --unfreeze /mnt")?;
     let after = until(&mut busy.guest, "after the save", |d| d.record > before.record + 5)?;
