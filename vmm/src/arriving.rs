@@ -52,7 +52,7 @@ pub enum Over {
     Ended(Ending),
 }
 
-/// What the monitor goes on with.
+/// What the monitor keeps for the machine.
 pub struct Handed {
     /// Its servers.
     pub servers: Vec<Server>,
@@ -130,7 +130,7 @@ impl Arriving {
         self.over.take()
     }
 
-    /// What the monitor goes on with after `over`.
+    /// What the monitor keeps after `over`.
     pub(crate) fn finish(mut self, over: &Over) -> Handed {
         self.tell(match over {
             Over::Arrived(_) => MigrationStatus::Completed,

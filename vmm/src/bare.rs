@@ -55,7 +55,7 @@ const SERVER_TOKENS: usize = 1 << 32;
 /// A server for each control socket; the tokens of each begin at `token`.
 ///
 /// # Errors
-/// The first that cannot be had.
+/// The first that cannot be bound.
 pub fn servers(
     control: &[Control],
     registry: &mio::Registry,
@@ -72,7 +72,7 @@ pub fn servers(
 /// Answer until a client or a signal ends it.
 ///
 /// # Errors
-/// When a control socket cannot be had, or the host refuses to wait for events.
+/// When a control socket cannot be bound, or the host refuses to wait for events.
 pub fn run(control: &[Control], ready: Option<Ready>) -> anyhow::Result<()> {
     let mut poll = Poll::new()?;
     let mut signals = Signals::new(ENDING)?;

@@ -312,7 +312,7 @@ pub fn guest_tsc_is_its_own() -> bool {
     has_hardware_virtualization()
 }
 
-/// Whether this host's CPU can run guests itself. Where it cannot and there is a KVM all the same, that
+/// Whether this host's CPU can run guests itself. Where it cannot and there is a KVM nevertheless, that
 /// runs only kernels made for it.
 pub fn has_hardware_virtualization() -> bool {
     use core::arch::x86_64::__cpuid;

@@ -121,7 +121,7 @@ pub(super) fn device(draft: &mut Draft, f: &mut Fields) {
     draft.devices.push(Device { place: f.place().clone(), id, kind });
 }
 
-/// What is told of a model that cannot be had.
+/// What is told of a model that is not built.
 fn unknown(f: &mut Fields, driver: &str) {
     let known = || MODELS.iter().map(|model| model.name);
     match REFUSED.iter().find(|(prefix, _)| driver.starts_with(prefix)) {

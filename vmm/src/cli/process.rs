@@ -53,7 +53,7 @@ pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
     draft.incoming = incoming.or(Some((Source::Stream(Stream::Fd(0)), How::default())));
 }
 
-/// How a saved machine goes on.
+/// How a saved machine is resumed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct How {
     /// See [`super::Incoming`].

@@ -2,6 +2,7 @@
 use std::{fs::File, io::BufReader, os::unix::fs::MetadataExt, path::Path};
 
 use anyhow::Context as _;
+use machine::open_regular;
 use serde_json::{Value, json};
 use state::State;
 
@@ -83,7 +84,8 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
 /// own `migrate`.
 fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Description)> {
     let path = directory.join("state");
-    let read = || Ok(State::read(BufReader::new(File::open(&path)?))?);
+    let read =
+        || Ok(State::read(BufReader::new(open_regular(&path, File::options().read(true))?))?);
     let state = read().map_err(|e: anyhow::Error| {
         let what = format!("{}: {e:#}", path.display());
         Failure::hint(what, "`stratoctl save DOMAIN FILE` makes such a directory")
