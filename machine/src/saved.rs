@@ -343,8 +343,8 @@ fn save_disk(disk: DiskConfig, size: u64) -> saved::Disk {
         Aio::IoUring => saved::Aio::IoUring,
         Aio::Off => saved::Aio::Off,
     };
-    let backend = disk.backend;
-    saved::Disk { id, backend, path, size, readonly, direct, aio, discard, serial, iops, bps }
+    let (backend, kept) = (disk.backend, None);
+    saved::Disk { id, backend, path, size, readonly, direct, aio, discard, serial, iops, bps, kept }
 }
 
 /// `disk` with the queues of its slot.

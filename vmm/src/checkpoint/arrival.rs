@@ -13,6 +13,7 @@
 //! Saved files of this host are read by the same thread without that filter, since their memory may
 //! need threads that go on to fill it.
 use std::{
+    collections::BTreeSet,
     io::{self, BufReader},
     process::Child,
     sync::{
@@ -31,6 +32,7 @@ use state::{
 
 use super::{
     AdaptError, RestoreError, adapt,
+    children::{Children, Wanted},
     dialogue::{Voice, greeted},
     image::Progress,
     incoming::{Door, IncomingError},
@@ -64,6 +66,8 @@ pub struct Arrived {
     pub memory: Memory,
     /// Ranges of it that are not zero although the guest may not have touched them.
     pub filled: Vec<std::ops::Range<u64>>,
+    /// The disks that were made for it.
+    pub children: Children,
     /// For the source, which may wait to hear that it is here.
     pub answer: Voice,
 }
@@ -81,14 +85,14 @@ pub struct Arrival {
 
 impl Arrival {
     /// Begin to take the machine in that `incoming` names, with the disks, NICs and character devices
-    /// of `flags` in place of its own. `notify` is called after each step; with `confined`, what a
+    /// of `given` in place of its own. `notify` is called after each step; with `confined`, what a
     /// peer sends is read behind a filter.
     ///
     /// # Errors
     /// When there is nothing to read from.
     pub fn begin(
         incoming: &Incoming,
-        flags: &machine::config::MachineConfig,
+        given: &machine::config::MachineConfig,
         report: Report,
         notify: Arc<dyn Fn() + Send + Sync>,
         confined: bool,
@@ -97,7 +101,7 @@ impl Arrival {
         let (give, memory) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let (asked, flags) = (incoming.asked.clone(), flags.clone());
+        let (asked, flags) = (incoming.asked.clone(), given.clone());
         let overrides = move |to: &mut Description| adapt::adapt(to, &asked, &flags);
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
@@ -106,18 +110,28 @@ impl Arrival {
         };
         let mut child = None;
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
-            Source::Directory { path, mapped } => {
-                let (path, mapped) = (path.clone(), *mapped);
+            Source::Directory { path, mapped, disks } => {
+                let (path, mapped, place) = (path.clone(), *mapped, disks.clone());
+                let given: BTreeSet<_> = given.disks.iter().map(|disk| disk.id.clone()).collect();
+                let (force, shared) = (incoming.asked.force, progress.clone());
                 Box::new(move || {
                     let read = || {
                         let Loaded { state, mut description, layers } = load(&path)?;
                         overrides(&mut description)?;
+                        let wanted = Wanted {
+                            save: &path,
+                            place: place.as_deref(),
+                            given: &|id| given.contains(id),
+                            force,
+                        };
+                        let children =
+                            Children::make(&state.config, &mut description, &wanted, &shared)?;
                         adapt::check_disks(&description)?;
                         let wanted = &description.config.memory;
                         let (memory, filled) = layers.memory(wanted, mapped, &report)?;
                         let (config, sections) = (state.config, state.sections);
                         let answer = Voice::silent();
-                        Ok(Box::new(Arrived { config, sections, memory, filled, answer }))
+                        Ok(Box::new(Arrived { config, sections, memory, filled, children, answer }))
                     };
                     tell(Step::Done(read()));
                 })
@@ -240,7 +254,8 @@ fn read_stream(
     };
     match read() {
         Ok(Received { config, sections, memory }) => {
-            Ok(Box::new(Arrived { config, sections, memory, filled: Vec::new(), answer }))
+            let (filled, children) = (Vec::new(), Children::default());
+            Ok(Box::new(Arrived { config, sections, memory, filled, children, answer }))
         }
         Err(e) => {
             let e = cancelled(e.into());

@@ -184,6 +184,7 @@ fn run(
     tell: &impl Fn(Step),
 ) -> Result<Option<Saved>, SaveError> {
     let mut sink = (order.open)(progress)?;
+    sink.before_capture()?;
     progress.check().map_err(|_| SaveError::Cancelled)?;
     tell(Step::Opened);
     let mut told = inbox.recv();
@@ -207,6 +208,7 @@ fn run(
                 break;
             }
         }
+        sink.before_capture()?;
         // Without room it is copied while the guest is stopped.
         let room = || Staging::touched(staging::room_for(staging::bytes(&ranges))).ok();
         let staging = order.resume.then(room).flatten();
@@ -217,11 +219,14 @@ fn run(
     let (config, Epoch { state, pages }) = *last;
     match pages {
         Pages::Staged(staging) => {
+            // First: until they have been copied, some of the guest's writes to them wait.
+            sink.copy_disks(progress)?;
             copy(&mut *sink, &Source::Staged(&staging), staging.bytes(), progress)?;
         }
         Pages::InPlace(ranges) => {
             copy(&mut *sink, &Source::Guest(&ranges), staging::bytes(&ranges), progress)?;
             tell(Step::Copied);
+            sink.copy_disks(progress)?;
         }
     }
     match sink.finish(config, state, progress)? {

@@ -12,13 +12,17 @@
 //! incoming  where a stream comes from
 //! receive   out of a stream
 //! arrival   the thread that reads what comes in, and when it needs the main thread
+//! disks     copies of disks that a save keeps beside the memory
+//! children  copies of those for a restored machine
 //! dialogue  what is said beside the machine where a stream goes both ways
 //! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
 mod arrival;
+mod children;
 mod dialogue;
+mod disks;
 mod image;
 mod incoming;
 pub mod job;
@@ -35,6 +39,7 @@ mod wait;
 
 pub use adapt::AdaptError;
 pub use arrival::{Arrival, Arrived, Step as ArrivalStep};
+pub use children::{ChildError, Children};
 pub use dialogue::Voice;
 pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
@@ -74,6 +79,8 @@ pub enum RestoreError {
     #[error(transparent)]
     Adapt(#[from] AdaptError),
     #[error(transparent)]
+    Child(#[from] ChildError),
+    #[error(transparent)]
     Rehearse(#[from] RehearseError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -95,13 +102,19 @@ pub fn restore(
     flags: &MachineConfig,
     report: Report,
 ) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let Arrived { config, sections, memory, filled, answer: _ } = arrived;
-    let overrides = |description: &mut Description| adapt(description, &incoming.asked, flags);
+    let Arrived { config, sections, memory, filled, children, answer: _ } = arrived;
+    let overrides = |description: &mut Description| {
+        adapt(description, &incoming.asked, flags)?;
+        children.apply(description);
+        Ok(())
+    };
     let restorable = rehearse(&config, sections, overrides)?;
     check_disks(&restorable.description)?;
     let clock_realtime = incoming.clock_realtime;
     let saved = machine::Saved { restorable, memory, filled, clock_realtime };
-    Ok((Machine::restored(saved, report)?, config.halted.map(Halt::from)))
+    let machine = Machine::restored(saved, report)?;
+    children.keep();
+    Ok((machine, config.halted.map(Halt::from)))
 }
 
 /// Memory for the machine `description`, whose disks are here.
@@ -116,7 +129,7 @@ pub fn make_room(description: &Description) -> Result<Memory, RestoreError> {
 /// The file that the memory of a machine restored in this way is mapped from, if it is.
 pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
     match &incoming.source {
-        Source::Directory { path, mapped: Mapped::On } => Some(path.join(MEMORY)),
+        Source::Directory { path, mapped: Mapped::On, .. } => Some(path.join(MEMORY)),
         _ => None,
     }
 }
