@@ -16,6 +16,7 @@ pub mod memory;
 mod quiesced;
 mod saved;
 mod slots;
+mod spot_check;
 mod survey;
 pub mod vcpu;
 
@@ -32,5 +33,6 @@ pub use kvm::Clock;
 pub use machine::{Machine, RunError};
 pub use quiesced::{CpuModel, Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError};
 pub use saved::{Description, DescriptionError};
+pub use spot_check::{SpotCheckError, SpotChecks};
 pub use survey::{Part, survey};
 pub use vcpu::Stopped;

@@ -16,6 +16,8 @@ use crate::{
     },
     machine::Parked,
     memory::{image, staging::Staging},
+    slots::DISK,
+    spot_check::SpotChecks,
     vcpu::Gone,
 };
 
@@ -83,6 +85,8 @@ pub struct Epoch {
     pub state: MachineState,
     /// The memory.
     pub pages: Pages,
+    /// To be added to the state.
+    pub spot_checks: SpotChecks,
 }
 
 /// Memory of an [`Epoch`].
@@ -182,6 +186,16 @@ impl Machine {
         (0..self.config.slots.disks()).map(|slot| capacity(slot).unwrap_or(0)).collect()
     }
 
+    /// Of its block devices, while no request is under way.
+    fn spot_checks(&self, id: u128) -> SpotChecks {
+        let order = |slot: usize| {
+            let mut transport = self.slots.get(slot)?.0.lock();
+            let check = transport.device::<Block>()?.disk()?.spot_check(id)?;
+            Some((format!("{DISK}{slot}"), check))
+        };
+        SpotChecks((0..self.config.slots.disks()).filter_map(order).collect())
+    }
+
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
@@ -260,7 +274,7 @@ impl Quiesced<'_> {
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
 
-    /// The machine as it is now: its state, and `dirty`, ascending ranges of its memory. They are
+    /// The machine as it is now, for the save `id`: its state, and `dirty`, ascending ranges of its memory. They are
     /// copied into `staging` if there is one and it takes them; else they stay in their place, and
     /// the machine has to wait until somebody has copied them. The only step of a save for which the
     /// guest has to be stopped.
@@ -269,6 +283,7 @@ impl Quiesced<'_> {
     /// As [`Quiesced::save`]; when memory cannot be copied.
     pub fn capture(
         &self,
+        id: u128,
         dirty: Vec<Range<u64>>,
         staging: Option<Staging>,
     ) -> Result<Epoch, SaveError> {
@@ -279,7 +294,7 @@ impl Quiesced<'_> {
             }
             _ => Pages::InPlace(dirty),
         };
-        Ok(Epoch { state: self.save()?, pages })
+        Ok(Epoch { state: self.save()?, pages, spot_checks: self.0.spot_checks(id) })
     }
 
     /// Replace the whole state but memory, which holds what belongs to `state` already. With

@@ -40,6 +40,8 @@ mod run_state;
 mod save_faults;
 #[path = "bare_metal/snapshot.rs"]
 mod snapshot;
+#[path = "bare_metal/spot_check.rs"]
+mod spot_check;
 #[path = "bare_metal/stage.rs"]
 mod stage;
 #[path = "bare_metal/stream.rs"]

@@ -486,7 +486,7 @@ impl Vmm {
             (None, Some(base)) if how.incremental => (base.since.clone(), None),
             (None, _) => (still.used_memory().map_err(Failed::Memory)?, None),
         };
-        Ok((config, still.capture(dirty, staging)?))
+        Ok((config, still.capture(id, dirty, staging)?))
     }
 
     /// Begin to note what changes.

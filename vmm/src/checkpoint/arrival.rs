@@ -113,6 +113,9 @@ impl Arrival {
                         let Loaded { state, mut description, layers } = load(&path)?;
                         overrides(&mut description)?;
                         adapt::check_disks(&description)?;
+                        description
+                            .check_spots(state.config.id.into(), &state.sections.devices)
+                            .map_err(AdaptError::from)?;
                         let wanted = &description.config.memory;
                         let (memory, filled) = layers.memory(wanted, mapped, &report)?;
                         let (config, sections) = (state.config, state.sections);

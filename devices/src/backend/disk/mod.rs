@@ -8,6 +8,7 @@ mod format;
 mod generation;
 mod holder;
 mod observer;
+mod spot_check;
 mod storage;
 mod sys;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use self::{
     engine::Op,
     generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
+    spot_check::{SpotCheck, SpotHash},
     storage::{Outcome, Storage},
 };
 use time::OffsetDateTime;
@@ -131,6 +133,16 @@ pub enum DiskError {
         path = path.display()
     )]
     Changed { path: PathBuf, what: String, written: String },
+    #[error(
+        "{path} is not as it was when its machine was saved: its first or last MiB or one of 64 blocks in \
+         between is another one. This was a spot check, as a block device has no mark: the rest may \
+         differ, too. With memory of then and a disk of now, the guest would destroy its file system. \
+         Restore the save that was made last; or give a copy of the device that belongs to this save \
+         with -drive id=ID,file=COPY; or, if this is the right one nevertheless, say so with --force \
+         (-incoming ...,force=on)",
+        path = path.display()
+    )]
+    SpotCheck { path: PathBuf },
     #[error("no descriptor is left for {path}", path = path.display())]
     NoDescriptor { path: PathBuf, source: io::Error },
 }
@@ -138,7 +150,7 @@ pub enum DiskError {
 /// The part of a disk that bypasses the page cache.
 #[derive(Debug)]
 struct Direct {
-    file: File,
+    file: Arc<File>,
     /// What the addresses of buffers must be multiples of; a power of two.
     memory_align: u64,
     /// What offsets and lengths must be multiples of; a power of two.
@@ -320,6 +332,18 @@ impl Disk {
         Some(DiskMark { generation, size: found.len(), mtime_ns: mtime_ns(&found) })
     }
 
+    /// Order a spot check for the save `id`, of what the disk holds now. `None` for what is not a block
+    /// device, or cannot be written. No request may be under way.
+    pub fn spot_check(&self, id: u128) -> Option<SpotCheck> {
+        if self.readonly || !self.device {
+            return None;
+        }
+        let file = self.direct.as_ref().map_or(&self.file, |direct| &direct.file);
+        let check = SpotCheck::new(file, self.size(), id, self.waker());
+        self.observe(check.observer());
+        Some(check)
+    }
+
     /// Check that the image is the one that `mark` was taken of, unchanged since then; of a `copy`,
     /// the time of its last change does not count.
     ///
@@ -490,6 +514,7 @@ fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, D
             _ => open_error(path, readonly, source),
         })?;
     let (memory_align, offset_align) = sys::direct_alignment(buffered);
+    let file = Arc::new(file);
     Ok(Direct { file, memory_align, offset_align })
 }
 
