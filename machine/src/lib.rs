@@ -6,6 +6,7 @@ mod builder;
 pub mod config;
 mod dry_restore;
 mod event;
+mod fits;
 mod generation;
 pub mod io_thread;
 pub mod kvm;

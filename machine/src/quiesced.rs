@@ -166,6 +166,12 @@ impl Machine {
         Ok(())
     }
 
+    /// What its CPUs promise to the guest, in its saved form, once [`Machine::prepare_to_save`] was called.
+    pub fn cpu(&self) -> Option<cpu::Cpu> {
+        let leaves = self.leaves.as_ref()?.iter().copied();
+        Some(cpu::Cpu { cpuid: leaves.map(cpu::Leaf::from).collect() })
+    }
+
     /// CPUID as the boot vCPU shows it. Asking KVM for it takes milliseconds on some hosts.
     fn cpu_leaves(&self) -> Result<Vec<Leaf>, KvmError> {
         if let Some(seen) = &self.seen {

@@ -16,6 +16,8 @@ mod generation;
 mod golden;
 #[path = "bare_metal/halts.rs"]
 mod halts;
+#[path = "bare_metal/hand_over.rs"]
+mod hand_over;
 #[path = "bare_metal/held.rs"]
 mod held;
 #[path = "bare_metal/hostile_snapshot.rs"]

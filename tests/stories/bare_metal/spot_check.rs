@@ -11,11 +11,12 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use state::State;
 use stories::loop_device::LoopDevice;
-use stories::monitor::SOON;
+use stories::monitor::{SOON, Vm};
 
 use crate::plug::{found, marked};
 use crate::snapshot::{counters, refusal, restore, save};
 use crate::stage::{Stage, quits, simple, status};
+use crate::stream::getfd;
 
 const MIB: u64 = 1 << 20;
 const SECTORS: u64 = 16 * MIB / 512;
@@ -126,6 +127,37 @@ fn a_block_device_that_is_only_read_is_not_looked_at() -> Result<()> {
     let (stage, device, saved) = saved("spot-read", true, true)?;
     change(&stage, &device, 8192, 0x5a, true)?;
     goes_on(&stage, &saved)
+}
+
+/// A machine that is sent takes the check with it.
+#[test]
+fn a_stream_knows_its_block_device_too() -> Result<()> {
+    let stage = Stage::new("spot-stream")?;
+    let device = LoopDevice::new(&marked(&stage, "image", 0xa0, SECTORS)?)?;
+    let drive = json!({
+        "drive_id": "root", "path_on_host": device.path(), "read_only": false, "direct": true,
+    });
+    let (mut monitor, mut qmp) = stage.start(stage.vm("plug", "watch")?.add("drive", drive))?;
+    monitor.wait_for("ready\n", SOON)?;
+    let sent = stage.file("sent");
+    getfd(&mut qmp, "out", File::create(&sent)?)?;
+    ensure!(qmp.execute_raw("migrate", json!({ "uri": "fd:out" }))? == json!({}));
+    quits(&stage, &mut monitor, &mut qmp)?;
+    let before = change(&stage, &device, MIB - 1, 0x5a, true)?;
+    let incoming = format!("exec:cat {}", sent.display());
+    let args = ["-S", "-incoming", &incoming];
+    let start = || Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir);
+    let mut monitor = start()?;
+    ensure!(monitor.wait_exit()?.code() == Some(1));
+    let said = monitor.said_to_its_end()?;
+    ensure!(said.contains("disk 'root'") && said.contains("spot check"), "{said}");
+    change(&stage, &device, MIB - 1, before, true)?;
+    let mut monitor = start()?;
+    let mut qmp = monitor.qmp()?;
+    simple(&mut qmp, "cont")?;
+    monitor.type_in("0")?;
+    monitor.wait_for(&found(0, 0xa0, SECTORS), SOON)?;
+    quits(&stage, &mut monitor, &mut qmp)
 }
 
 /// All of its disk is looked at, and it writes there all the time.

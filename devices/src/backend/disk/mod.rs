@@ -185,6 +185,19 @@ impl Disk {
     /// # Errors
     /// See [`DiskError`]: each says what to do about it.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
+        Self::opened(path, options, true)
+    }
+
+    /// The same without the lock, of a disk that another machine has and is to give up: it must not be
+    /// used until [`Disk::hold`].
+    ///
+    /// # Errors
+    /// As [`Disk::open`], but for the lock.
+    pub fn open_unheld(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
+        Self::opened(path, options, false)
+    }
+
+    fn opened(path: &Path, options: &OpenOptions, held: bool) -> Result<Self, DiskError> {
         let OpenOptions { readonly, direct, discard, aio, probe } = *options;
         // Looked at before it is opened, because opening alone can wait for ever (a FIFO) or have
         // an effect (a watchdog); and again afterwards, because it may have been replaced.
@@ -198,7 +211,9 @@ impl Disk {
         if file_system == FileSystem::Proc {
             return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
         }
-        lock(path, &file, readonly)?;
+        if held {
+            lock(path, &file, readonly)?;
+        }
         if probe && let Some((format, qemu_name)) = format::other_than_raw(&file) {
             return Err(DiskError::Format { path: path.into(), format, qemu_name });
         }
