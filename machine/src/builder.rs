@@ -26,6 +26,7 @@ use crate::{
     },
     dry_restore::Restorable,
     event::{Event, Report},
+    fits,
     generation::GenerationId,
     io_thread,
     kvm::{
@@ -107,12 +108,18 @@ pub struct Saved {
     pub filled: Vec<Range<u64>>,
     /// Its kvm-clock goes on as if it had not stood since it was saved.
     pub clock_realtime: bool,
+    /// Its disks and taps can be had at once. Else another machine has them: all else is made and
+    /// tried, and [`Machine::hold_backends`] takes them.
+    pub held: bool,
 }
+
+/// Whether disks and taps are the machine's at once.
+struct Held(bool);
 
 /// How the guest begins.
 enum Begin {
     Boot,
-    GoOn(Memory, CpuId),
+    GoOn(Memory, CpuId, Held),
 }
 
 impl Machine {
@@ -135,7 +142,8 @@ impl Machine {
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
     pub fn restored(saved: Saved, report: Report) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
-        let begin = Begin::GoOn(saved.memory, features::cpuid(&state.cpu.leaves)?);
+        let cpuid = features::cpuid(&state.cpu.leaves)?;
+        let begin = Begin::GoOn(saved.memory, cpuid, Held(saved.held));
         let mut machine = Self::build(&description.made_of(), begin, report)?;
         machine.filled = saved.filled.into();
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
@@ -154,16 +162,11 @@ impl Machine {
         if usize::from(config.cpus) > max {
             return Err(KvmError::TooManyCpus { cpus: config.cpus, max }.into());
         }
-        let (memory, seen) = match begin {
-            Begin::Boot => (memory::allocate(&config.memory)?, None),
-            Begin::GoOn(memory, seen) => {
-                let first = apic_ids.first().copied().unwrap_or(0);
-                let supported = cpuid::supported(&kvm)?;
-                let here = cpuid::for_vcpu(&kvm, &supported, first, &config.topology);
-                match features::missing(&features::leaves(&here), &features::leaves(&seen)) {
-                    Some(why) => return Err(BuildError::Cpu(why)),
-                    None => (memory, Some(seen)),
-                }
+        let (memory, seen, Held(held)) = match begin {
+            Begin::Boot => (memory::allocate(&config.memory)?, None, Held(true)),
+            Begin::GoOn(memory, seen, held) => {
+                fits::check_leaves(&kvm, config, &features::leaves(&seen))?;
+                (memory, Some(seen), held)
             }
         };
         let window = Slots::window(places).map_err(BuildError::Window)?;
@@ -175,7 +178,7 @@ impl Machine {
         let (fds, parts) = thread::scope(|scope| {
             let topology = &config.topology;
             let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
-            let backing = Backing::Host(&report);
+            let backing = Backing::Host { report: &report, held };
             let parts = Parts::new(made_of, backing, &memory, window, &io_threads);
             let parts = parts.and_then(|parts| {
                 let kernel = || load_kernel(&memory, config, &parts.slots, &apic_ids);
@@ -228,7 +231,7 @@ impl Machine {
             filled: Arc::default(),
             logging: false,
             cleared: Vec::new(),
-            disks_released: false,
+            disks_released: !held,
         })
     }
 }

@@ -19,12 +19,11 @@ use qmp::{
     schema::{Event, ShutdownCause},
     server::Server,
 };
-use state::frame::Kind;
 use vmm::{
     announce::Schedule,
     arriving::{Arriving, Handed, Over},
     bare, bounds,
-    checkpoint::{self, Arrival, RestoreError, Voice},
+    checkpoint::{self, Arrival, Arrived, RestoreError, Voice},
     cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
     event_loop::EventLoop,
@@ -125,21 +124,17 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let waited = events.wait_for_machine(arriving);
             let (handed, over) = waited.context("the main loop cannot wait for events")?;
             let Handed { servers, paused, held } = handed;
-            let restored = match over {
-                Over::Arrived(mut arrived) => {
-                    answer = std::mem::replace(&mut arrived.answer, Voice::silent());
-                    checkpoint::restore(*arrived, incoming, &invocation.machine, events.report())
+            match over {
+                Over::Arrived(arrived) => {
+                    let Arrived { machine, halted, answer: to_the_source } = *arrived;
+                    answer = to_the_source;
+                    (machine, halted, servers, held, paused)
                 }
-                Over::Failed(error) => Err(error),
                 Over::Ended(ending) => {
                     last_event(servers, ending);
                     return Ok(ExitCode::from(ending.status));
                 }
-            };
-            match restored {
-                Ok((machine, halted)) => (machine, halted, servers, held, paused),
-                Err(error) => {
-                    answer.fail(Kind::Failed, &qmp::Error::generic(&error).to_string());
+                Over::Failed(error) => {
                     let reason = ShutdownCause::HostError;
                     last_event(servers, Ending { guest: false, reason, status: 1 });
                     return Err(error.into());

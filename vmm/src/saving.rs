@@ -28,7 +28,7 @@ use self::phase::{Effect, Input, Outcome, Phase, Terms};
 use crate::{
     bounds,
     checkpoint::{
-        self, Cancel, Directory, Peer, SaveError, Saved, Stream,
+        self, Cancel, Directory, Hello, Peer, SaveError, Saved, Stream,
         job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
     },
     lifecycle::{self, State},
@@ -241,10 +241,13 @@ impl Vmm {
                 let cancel = Cancel::new().map_err(|e| Error::generic(&e))?;
                 let given = cancel.clone();
                 let (memory, config) = (memory.clone(), self.machine.description(id, None));
+                let (name, cpu) = (&config.machine.name, self.machine.cpu());
+                let hello = dialogue.then(|| Hello::new(&config.id, name, cpu.as_ref()));
+                let hello = hello.transpose().map_err(|e| Error::generic(&e))?;
                 let open = move |progress: &_| {
                     let peer = Peer::reach(to, given)?;
-                    Ok(Box::new(Stream::begin(peer, memory, &config, dialogue, progress)?)
-                        as Box<_>)
+                    let begun = Stream::begin(peer, memory, &config, hello.as_ref(), progress)?;
+                    Ok(Box::new(begun) as Box<_>)
                 };
                 (Some(cancel), place, Box::new(open))
             }
@@ -511,7 +514,7 @@ impl Vmm {
             (None, Some(base)) if how.incremental => (base.since.clone(), None),
             (None, _) => (still.used_memory().map_err(Failed::Memory)?, None),
         };
-        Ok((config, still.capture(dirty, staging)?))
+        Ok((config, still.capture(id, dirty, staging)?))
     }
 
     /// Begin to note what changes.

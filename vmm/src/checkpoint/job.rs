@@ -206,16 +206,18 @@ fn run(
         told = inbox.recv();
     }
     let Ok(Told::Epoch(last)) = told else { return Err(SaveError::Cancelled) };
-    let (config, Epoch { state, pages }) = *last;
+    let (config, Epoch { mut state, pages, spot_checks }) = *last;
     match pages {
         Pages::Staged(staging) => {
-            // First: until they have been copied, some of the guest's writes to them wait.
+            // First, as the guest runs already and its writes may wait for this.
+            spot_checks.add_to(&mut state).map_err(SaveError::SpotCheck)?;
             sink.copy_disks(progress)?;
             copy(&mut *sink, &Source::Staged(&staging), staging.bytes(), progress)?;
         }
         Pages::InPlace(ranges) => {
             copy(&mut *sink, &Source::Guest(&ranges), staging::bytes(&ranges), progress)?;
             tell(Step::Copied);
+            spot_checks.add_to(&mut state).map_err(SaveError::SpotCheck)?;
             sink.copy_disks(progress)?;
         }
     }

@@ -24,7 +24,7 @@ use machine::{
 };
 use rustix::fs::{FlockOperation, OFlags, flock};
 use state::{
-    Config, State,
+    Config, SectionError, State,
     config::{Base, Id},
     file::RANGES,
     hex::Hex,
@@ -66,6 +66,8 @@ pub enum SaveError {
     Needed { path: PathBuf },
     #[error("{DEEPEST} saves build on each other, and that is the most: leave incremental out")]
     TooDeep,
+    #[error("cannot save the spot check of a block device")]
+    SpotCheck(#[source] SectionError),
     #[error("cannot connect to {}", path.display())]
     Connect { path: PathBuf, source: io::Error },
     #[error("the other side of the stream has gone")]

@@ -14,7 +14,7 @@ use crate::{
     monitor::{self, More},
     policy::Policy,
     registry::{self, BadName, Description, Name, Saved},
-    verbs::{Clock, Restore, Resume},
+    verbs::{Clock, MovedDisk, Restore, Resume},
 };
 
 /// What lies beside the monitor's own files in a saved directory.
@@ -38,9 +38,10 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     let place = ctx.registry.add(&name, false, &description)?;
     let disks = ctx.registry.place_for_disks(&description.uuid)?;
     let mut more = incoming(&directory, args.verify, args.clock, args.force, Some(&disks))?;
-    for (id, path) in &args.disk {
+    for MovedDisk { id, path, raw } in &args.disk {
         let path = std::path::absolute(path).context("--disk")?;
-        more.words.extend(["-drive".into(), format!("id={id},file={}", path.display())]);
+        let format = if *raw { ",format=raw" } else { "" };
+        more.words.extend(["-drive".into(), format!("id={id},file={}{format}", text(&path)?)]);
     }
     for (id, tap) in &args.tap {
         more.words.extend(["-netdev".into(), format!("tap,id={id},ifname={tap}")]);
