@@ -2,7 +2,10 @@
 //! opened, and storage can hang.
 use std::{ops::Range, path::Path};
 
-use machine::{Description, Machine, Memory, Report, RunError, config::MachineConfig, memory};
+use machine::{
+    Description, Machine, Memory, Report, RunError, config::MachineConfig, kvm::opening::Opening,
+    memory,
+};
 use state::{Config, Sections, cpu::Cpu};
 
 use super::{
@@ -43,6 +46,7 @@ struct Parts {
     memory: Memory,
     filled: Vec<Range<u64>>,
     children: Children,
+    opening: Opening,
 }
 
 impl Assembly {
@@ -70,6 +74,7 @@ impl Assembly {
         path: &Path,
         mapped: Mapped,
         place: Option<&Path>,
+        opening: Opening,
         progress: &Progress,
     ) -> Result<Arrived, RestoreError> {
         let loaded = load(path)?;
@@ -83,7 +88,7 @@ impl Assembly {
         let wanted = &description.config.memory;
         let (memory, filled) = loaded.layers.memory(wanted, mapped, &self.report)?;
         let (config, sections) = (loaded.state.config, loaded.state.sections);
-        let parts = Parts { config, sections, memory, filled, children };
+        let parts = Parts { config, sections, memory, filled, children, opening };
         let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
     }
@@ -114,15 +119,16 @@ impl Assembly {
     pub fn received(
         &self,
         received: Received,
+        opening: Opening,
         held: bool,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Received { config, sections, memory } = received;
         let (filled, children) = (Vec::new(), Children::default());
-        self.build(Parts { config, sections, memory, filled, children }, held)
+        self.build(Parts { config, sections, memory, filled, children, opening }, held)
     }
 
     fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let Parts { config, sections, memory, filled, children } = parts;
+        let Parts { config, sections, memory, filled, children, opening } = parts;
         let overrides = |description: &mut Description| {
             self.adapt(description)?;
             children.apply(description);
@@ -134,7 +140,7 @@ impl Assembly {
         let checked = description.check_spots(config.id.into(), &restorable.state.devices);
         checked.map_err(AdaptError::from)?;
         let clock_realtime = self.clock_realtime;
-        let saved = machine::Saved { restorable, memory, filled, clock_realtime, held };
+        let saved = machine::Saved { restorable, opening, memory, filled, clock_realtime, held };
         let machine = Machine::restored(saved, self.report.clone())?;
         children.keep();
         Ok((machine, config.halted.map(Halt::from)))
