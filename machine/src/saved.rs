@@ -436,6 +436,7 @@ mod tests {
         let disk = json!({
             "id": "root", "backend": "back", "path": "image", "size": 4096, "readonly": true,
             "direct": true, "aio": "io-uring", "discard": true, "serial": "s", "iops": 1, "bps": 2,
+            "kept": null,
         });
         let nic = json!({
             "id": "eth", "backend": null, "tap": {"fds": [3, 4]}, "mac": "525400000001", "pps": 3,
