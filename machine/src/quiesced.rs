@@ -1,7 +1,7 @@
 //! A machine that stands still as a whole: the only one whose state can be read and replaced.
 use std::{io, ops::Range, sync::Arc};
 
-use devices::{Memory, state::StateError, virtio::blk::Block};
+use devices::{Memory, state::StateError};
 use state::{Section, Sections, chips as saved, cpu};
 
 use crate::{
@@ -171,15 +171,6 @@ impl Machine {
         let here = kvm::cpuid::supported(&self.kvm)?;
         let topology = &self.config.topology;
         Ok(features::leaves(&kvm::cpuid::for_vcpu(&self.kvm, &here, first, topology)))
-    }
-
-    /// Bytes of the disks in the slots, 0 for an empty one.
-    pub fn disk_sizes(&self) -> Vec<u64> {
-        let capacity = |slot| {
-            let mut transport = self.slots.get(slot)?.0.lock();
-            Some(transport.device::<Block>()?.capacity())
-        };
-        (0..self.config.slots.disks()).map(|slot| capacity(slot).unwrap_or(0)).collect()
     }
 
     /// Its memory.

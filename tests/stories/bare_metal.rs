@@ -22,6 +22,8 @@ mod held;
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
 mod hung;
+#[path = "bare_metal/meanwhile.rs"]
+mod meanwhile;
 #[path = "bare_metal/mistakes.rs"]
 mod mistakes;
 #[path = "bare_metal/nic.rs"]

@@ -8,6 +8,14 @@ pub const COMMAND: Duration = Duration::from_secs(1);
 /// The process has ended, or is only a process id, this long after a signal that ends it.
 pub const SIGNAL: Duration = Duration::from_secs(5);
 
+/// How long a command waits for the machine to come to rest, or for a kernel to be read, until it is
+/// refused: so that this is within [`COMMAND`].
+pub const REST: Duration = Duration::from_millis(900);
+/// The same where the guest has ended or reset itself, and cannot run on.
+pub const GUEST_REST: Duration = Duration::from_secs(5);
+/// How often it is tried again meanwhile, after a first time that waits for what comes at once.
+pub const RETRY: Duration = Duration::from_millis(2);
+
 /// How long a command waits for the thread that opens files, while that one is busy with another
 /// command's file.
 pub const FILE: Duration = Duration::from_secs(1);

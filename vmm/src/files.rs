@@ -193,6 +193,11 @@ impl Files {
         running.chain(&self.queue).map(|entry| &entry.job)
     }
 
+    /// What the thread is doing, such as "opening /disk.img"; empty when it is idle.
+    pub(crate) fn busy_with(&self) -> &str {
+        self.running.as_ref().map_or("", |running| &running.entry.job.what)
+    }
+
     fn begin_next(&mut self) {
         if self.running.is_none()
             && let Some(mut entry) = self.queue.pop_front()
@@ -249,7 +254,12 @@ impl Vmm {
 
     /// Close `file`; no client waits for it.
     pub(crate) fn close_file(&mut self, what: String, file: impl Send + 'static) {
-        let job = Job::close(what, file, |_| ());
+        self.in_background(what, move || drop(file));
+    }
+
+    /// Have `work` done by the thread; no client waits for it.
+    pub(crate) fn in_background(&mut self, what: String, work: impl FnOnce() + Send + 'static) {
+        let job = Job::new(what, work, |_, ()| Ok(()));
         self.files.queue.push_back(Entry { job, asked: None, since: Instant::now() });
         self.files.begin_next();
     }

@@ -30,6 +30,7 @@ use crate::{
         self, Cancel, Directory, Peer, SaveError, Saved, Stream,
         job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
     },
+    deferred::Operation,
     lifecycle::{self, State},
     vmm::{Refused, Vmm},
 };
@@ -86,6 +87,14 @@ struct Current {
     /// When the guest was stopped.
     stopped: Option<Instant>,
     downtime: Option<Duration>,
+}
+
+/// A capture that may have to wait until the machine is at rest.
+pub(crate) struct Capturing {
+    /// What a live save has left.
+    left: Option<Left>,
+    /// When the guest began to be stopped.
+    asked: Instant,
 }
 
 /// What is known of saves.
@@ -291,10 +300,12 @@ impl Vmm {
 
     /// See what the checkpoint thread has to say, and what waits for it.
     pub(crate) fn follow_save(&mut self) {
-        while let Some(step) = self.saving.current.as_mut().and_then(|current| current.job.step()) {
+        while !self.is_deferring()
+            && let Some(step) = self.saving.current.as_mut().and_then(|c| c.job.step())
+        {
             self.save_step(step);
         }
-        if self.state() != State::Saving {
+        if self.state() != State::Saving && !self.is_deferring() {
             self.late_events();
         }
         if self.saving.phase == Phase::Idle {
@@ -369,7 +380,9 @@ impl Vmm {
                 Effect::LogAndCopy => self.log_and_copy(),
                 Effect::Harvest => self.harvest(),
                 Effect::Capture => {
-                    self.capture(left.take()).map(|captured| self.save_input(captured))
+                    let (left, asked) = (left.take(), Instant::now());
+                    self.try_capture(Capturing { left, asked });
+                    Ok(())
                 }
                 Effect::Release => {
                     self.machine.release_backends();
@@ -419,10 +432,36 @@ impl Vmm {
         Ok(())
     }
 
-    /// Stop the guest and give the thread the machine as it is then. The guest runs again when this
-    /// returns, if it is to and its memory could be copied aside. `left` is what a live save has left.
-    fn capture(&mut self, left: Option<Left>) -> Result<Input, Failed> {
-        let (before, stopped) = (self.state(), Instant::now());
+    /// Capture the machine once it is at rest.
+    pub(crate) fn try_capture(&mut self, capturing: Capturing) {
+        let before = self.tries();
+        if let Err(e) = self.machine.pause() {
+            if self.tries() > before && capturing.asked.elapsed() < bounds::REST {
+                let why = Error::generic(&e).to_string();
+                return self.defer(Operation::Capture(capturing), why);
+            }
+            self.give_up();
+            return self.fail_save(&e.into());
+        }
+        match self.capture(capturing) {
+            Ok(captured) => self.save_input(captured),
+            Err(e) => {
+                // Before a client could see that it was stopped.
+                if self.state() == State::Running
+                    && let Err(e) = self.machine.resume_after_own_pause()
+                {
+                    log::error!("{}", Error::generic(&e));
+                }
+                self.fail_save(&e);
+            }
+        }
+    }
+
+    /// Give the thread the machine as it is, at rest. The guest runs again when this returns, if it is
+    /// to and its memory could be copied aside.
+    fn capture(&mut self, capturing: Capturing) -> Result<Input, Failed> {
+        let Capturing { left, asked: stopped } = capturing;
+        let before = self.state();
         // A client may have stopped it since the save began.
         let own_pause =
             before == State::Running && left.as_ref().is_some_and(|left| left.staging.is_some());

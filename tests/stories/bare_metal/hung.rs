@@ -22,10 +22,10 @@ use crate::plug::refused;
 use crate::snapshot::refusal;
 use crate::stage::{Stage, cont, exists, patiently, quits, simple, status, stop};
 
-const SAYS: &str = "disk vda has requests that the host has not finished";
+pub const SAYS: &str = "disk vda has requests that the host has not finished";
 
 /// A file system that only the monitor's own mount namespace has, so that it goes when the monitor does.
-fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
+pub fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
     with_a_file_system_and(stage, "-m", "")
 }
 
@@ -46,17 +46,17 @@ fn with_a_file_system_and(stage: &mut Stage, namespaces: &str, more: &str) -> Re
 
 /// A frozen file system; thawed in any case, for nobody could unmount it otherwise. Reached by a
 /// descriptor: the monitor's mount namespace goes when the monitor ends, even if it cannot yet.
-struct Frozen(fs::File);
+pub struct Frozen(fs::File);
 
 impl Frozen {
     /// Freezes the one that process `pid` sees at `place`.
-    fn new(pid: u32, place: &str) -> Result<Self> {
+    pub fn new(pid: u32, place: &str) -> Result<Self> {
         let frozen = Self(fs::File::open(format!("/proc/{pid}/root{place}"))?);
         output(&mut frozen.fsfreeze("-f"))?;
         Ok(frozen)
     }
 
-    fn thaw(self) -> Result<()> {
+    pub fn thaw(self) -> Result<()> {
         output(&mut self.fsfreeze("-u")).map(drop)
     }
 
@@ -76,7 +76,7 @@ impl Drop for Frozen {
 }
 
 /// Waits until the guest's next request hangs, and `stop` says so.
-fn until_it_hangs(qmp: &mut Client) -> Result<()> {
+pub fn until_it_hangs(qmp: &mut Client) -> Result<()> {
     for _ in 0..1000 {
         match qmp.execute_raw("stop", json!({})) {
             Ok(_) => cont(qmp)?,

@@ -70,6 +70,12 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_vm_generation_id)
 }
 
+/// Whether the command has the machine do something, and has to wait while it comes to rest. All others
+/// are possible while its state is saved, too: questions, `quit`, and what steers a save.
+pub(crate) fn needs_machine(table: &Table<Vmm>, name: &str) -> bool {
+    table.when(name).is_some_and(|when| !when.contains(State::Saving))
+}
+
 /// The commands where there is no machine: those about one are refused, and listed for the client that
 /// asks what there is.
 pub(crate) fn bare_table() -> Table<Bare> {
