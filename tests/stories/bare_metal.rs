@@ -34,6 +34,8 @@ mod plug;
 mod plugged;
 #[path = "bare_metal/process.rs"]
 mod process;
+#[path = "bare_metal/reload.rs"]
+mod reload;
 #[path = "bare_metal/return_path.rs"]
 mod return_path;
 #[path = "bare_metal/run_state.rs"]

@@ -12,8 +12,8 @@ use qmp::client::Client;
 use qmp::schema::{QueryBlockstats, Stop};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use serde_json::json;
-use stories::archive::make_ext4;
-use stories::debian::{Debian, output};
+use stories::debian::output;
+use stories::frozen::{Frozen, make_file_system};
 use stories::held::until;
 use stories::monitor::SOON;
 
@@ -32,47 +32,13 @@ pub fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
 /// The same, with what `commands` make in further namespaces.
 fn with_a_file_system_and(stage: &mut Stage, namespaces: &str, more: &str) -> Result<PathBuf> {
     let (image, place) = (stage.file("slow.img"), stage.file("slow"));
-    let lock = stage.paths.lock()?;
-    let debian = Debian::get(&stage.paths)?;
-    drop(lock);
-    make_ext4(&debian, &image, 8 << 20, None)?;
+    make_file_system(&stage.paths, &image)?;
     fs::create_dir(&place)?;
     let disk = place.join("disk");
     let (image, place, file) = (image.display(), place.display(), disk.display());
     let commands = format!("mount -o loop {image} {place}\ntruncate -s 1M {file}\n{more}");
     stage.prepare(namespaces, &commands)?;
     Ok(disk)
-}
-
-/// A frozen file system; thawed in any case, for nobody could unmount it otherwise. Reached by a
-/// descriptor: the monitor's mount namespace goes when the monitor ends, even if it cannot yet.
-pub struct Frozen(fs::File);
-
-impl Frozen {
-    /// Freezes the one that process `pid` sees at `place`.
-    pub fn new(pid: u32, place: &str) -> Result<Self> {
-        let frozen = Self(fs::File::open(format!("/proc/{pid}/root{place}"))?);
-        output(&mut frozen.fsfreeze("-f"))?;
-        Ok(frozen)
-    }
-
-    pub fn thaw(self) -> Result<()> {
-        output(&mut self.fsfreeze("-u")).map(drop)
-    }
-
-    fn fsfreeze(&self, how: &str) -> Command {
-        let mut command = Command::new("fsfreeze");
-        let place = format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd());
-        command.args([how, &place]);
-        command
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        // An error says that it is thawed already.
-        let _ = self.fsfreeze("-u").output();
-    }
 }
 
 /// Waits until the guest's next request hangs, and `stop` says so.
