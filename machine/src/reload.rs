@@ -61,7 +61,9 @@ pub enum ReloadError {
     #[error("cannot load the kernel again: there is no room for it")]
     Memory(#[from] MemoryError),
     /// The host does not tell what was written.
-    #[error("cannot load the kernel again: the host does not tell where it lies (/proc/self/pagemap)")]
+    #[error(
+        "cannot load the kernel again: the host does not tell where it lies (/proc/self/pagemap)"
+    )]
     Used(#[source] io::Error),
 }
 

@@ -13,6 +13,8 @@ pub const SIGNAL: Duration = Duration::from_secs(5);
 pub const REST: Duration = Duration::from_millis(900);
 /// The same where the guest has ended or reset itself, and cannot run on.
 pub const GUEST_REST: Duration = Duration::from_secs(5);
+/// How long the end waits for what does hang, after it was given as much time as a command.
+pub const LAST_LOOK: Duration = Duration::from_millis(100);
 /// How often it is tried again meanwhile, after a first time that waits for what comes at once.
 pub const RETRY: Duration = Duration::from_millis(2);
 

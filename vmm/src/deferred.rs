@@ -101,10 +101,9 @@ impl Vmm {
 
     /// How long until an operation is to be tried again, or a request may be carried out.
     pub(crate) fn until_retry(&self) -> Option<Duration> {
-        match (&self.deferrals.deferred, self.deferrals.waiting.is_empty()) {
-            (Some(_), _) => Some(bounds::RETRY),
-            (None, false) => Some(Duration::ZERO),
-            (None, true) => None,
+        match self.is_deferring() || self.ending().is_some() {
+            true => Some(bounds::RETRY),
+            false => (!self.deferrals.waiting.is_empty()).then_some(Duration::ZERO),
         }
     }
 
@@ -119,7 +118,11 @@ impl Vmm {
         let until = Instant::now() + bounds::REST;
         let pending = Pending { server, request, ticket, until };
         let queued = self.is_deferring() || !self.deferrals.waiting.is_empty();
-        if queued && commands::needs_machine(table, &pending.request.execute) {
+        let needs_machine = commands::needs_machine(table, &pending.request.execute);
+        if needs_machine && self.ending().is_some() {
+            let why = "the monitor is ending: it waits for what is in flight";
+            self.answer(&pending, Err(Error::text(why)));
+        } else if needs_machine && queued {
             self.deferrals.waiting.push_back(pending);
         } else {
             self.carry_out(table, pending);
@@ -140,7 +143,7 @@ impl Vmm {
             }
         });
         // A question leaves the operation alone that others wait for.
-        if !self.is_deferring() && self.tries() > 0 {
+        if !self.is_deferring() && self.ending().is_none() && self.tries() > 0 {
             self.give_up();
         }
     }
@@ -240,9 +243,8 @@ impl Vmm {
             None => {
                 let (report, inbox) = channel();
                 let load = self.machine.reload();
-                let what = format!("reading {}", self.machine.config().boot.kernel.display());
                 // The monitor's end: nothing waits for it.
-                self.in_background(what, move || drop(report.send(load())));
+                self.files.read_kernel(move || drop(report.send(load())));
                 (inbox, 0)
             }
         };
@@ -250,10 +252,12 @@ impl Vmm {
         let patience = if tries == 0 { machine::AT_ONCE } else { Duration::ZERO };
         match inbox.recv_timeout(patience) {
             Ok(read) => Ok(read?),
-            // A thread that has gone never answers, and is told of as one that hangs.
             Err(_) => {
                 self.deferrals.reload = Some(Reload::Reading(inbox, tries.saturating_add(1)));
-                Err(Refused::Reading(self.files.busy_with().to_owned()))
+                let boot = &self.machine.config().boot;
+                let initrd = boot.initrd.iter().map(|path| format!(" or {}", path.display()));
+                let files = boot.kernel.display().to_string() + &initrd.collect::<String>();
+                Err(Refused::Reading(files))
             }
         }
     }

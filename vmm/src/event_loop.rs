@@ -167,19 +167,23 @@ impl EventLoop {
             while let Ok(event) = self.reports.try_recv() {
                 vmm.machine_event(event);
             }
-            vmm.follow_deferred(&table);
-            vmm.in_one_piece(Vmm::follow_save);
+            if vmm.ending().is_none() {
+                vmm.follow_deferred(&table);
+                vmm.in_one_piece(Vmm::follow_save);
+                vmm.follow_announcements();
+            }
             vmm.in_one_piece(Vmm::follow_files);
-            vmm.follow_announcements();
             for server in 0..vmm.servers.len() {
-                while vmm.ending().is_none()
+                while (vmm.ending().is_none() || vmm.winds_up)
                     && let Some((request, ticket)) =
                         vmm.servers.get_mut(server).and_then(|s| s.next_request())
                 {
                     vmm.serve(&table, server, request, ticket);
                 }
             }
-            if let Some(ending) = vmm.ending() {
+            if let Some(ending) = vmm.ending()
+                && vmm.is_ready_to_end()
+            {
                 return Ok(ending);
             }
         }

@@ -10,6 +10,9 @@
 //! are carried out in order, as QMP demands. Other clients' commands are carried out meanwhile, so what
 //! was checked before has to be checked again when the file is there.
 //!
+//! A second thread, `kernel`, reads the kernel for a reset: that needs no file that a command names, and
+//! does not wait for one that hangs.
+//!
 //! One command's file may hang. Its own client waits for as long as it takes; the next command that
 //! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
 use std::{
@@ -139,10 +142,11 @@ pub struct Files {
     running: Option<Running>,
     /// Kept here, so that a job that fails because it has waited too long is not done later.
     queue: VecDeque<Entry>,
+    kernel: Sender<Box<dyn FnOnce() + Send>>,
 }
 
 impl Files {
-    /// Start the thread: none can be started behind the system-call filter. `notify` is called after
+    /// Start both threads: none can be started behind the system-call filter. `notify` is called after
     /// each job; it must not block.
     ///
     /// # Errors
@@ -157,7 +161,19 @@ impl Files {
                 notify();
             }
         })?;
-        Ok(Self { tasks, results, running: None, queue: VecDeque::new() })
+        let (kernel, inbox) = channel::<Box<dyn FnOnce() + Send>>();
+        Builder::new().name("kernel".into()).stack_size(128 << 10).spawn(move || {
+            while let Ok(read) = inbox.recv() {
+                read();
+            }
+        })?;
+        Ok(Self { tasks, results, running: None, queue: VecDeque::new(), kernel })
+    }
+
+    /// Have a kernel read by `read`.
+    pub(crate) fn read_kernel(&self, read: impl FnOnce() + Send + 'static) {
+        // A thread that has gone never answers, and is told of as one that hangs.
+        let _ = self.kernel.send(Box::new(read));
     }
 
     /// Nothing is being done to the device or back-end `name`.
@@ -191,11 +207,6 @@ impl Files {
     fn jobs(&self) -> impl Iterator<Item = &Job> {
         let running = self.running.iter().map(|running| &running.entry);
         running.chain(&self.queue).map(|entry| &entry.job)
-    }
-
-    /// What the thread is doing, such as "opening /disk.img"; empty when it is idle.
-    pub(crate) fn busy_with(&self) -> &str {
-        self.running.as_ref().map_or("", |running| &running.entry.job.what)
     }
 
     fn begin_next(&mut self) {
@@ -254,12 +265,7 @@ impl Vmm {
 
     /// Close `file`; no client waits for it.
     pub(crate) fn close_file(&mut self, what: String, file: impl Send + 'static) {
-        self.in_background(what, move || drop(file));
-    }
-
-    /// Have `work` done by the thread; no client waits for it.
-    pub(crate) fn in_background(&mut self, what: String, work: impl FnOnce() + Send + 'static) {
-        let job = Job::new(what, work, |_, ()| Ok(()));
+        let job = Job::close(what, file, |_| ());
         self.files.queue.push_back(Entry { job, asked: None, since: Instant::now() });
         self.files.begin_next();
     }

@@ -35,8 +35,7 @@ use crate::{
     vmm::{Refused, Vmm},
 };
 
-/// How long a save waits for one that was cancelled and hangs; and how long the end of the monitor
-/// waits for a save to remove its files.
+/// How long a save waits for one that was cancelled and hangs.
 const HANG_LIMIT: Duration = bounds::FILE;
 
 /// Where a save goes.
@@ -281,21 +280,27 @@ impl Vmm {
         }
     }
 
-    /// Give the save up and wait until its files are gone, unless it hangs.
-    pub(crate) fn abandon_save(&mut self) {
-        if self.saving.phase == Phase::Idle {
-            return;
-        }
-        let deadline = Instant::now() + HANG_LIMIT;
-        let Some(current) = &mut self.saving.current else { return };
+    /// Give the save up at the monitor's end; whether its files are gone.
+    pub(crate) fn abandons_save(&mut self) -> bool {
+        let (Some(current), false) = (&mut self.saving.current, self.saving.phase == Phase::Idle)
+        else {
+            return true;
+        };
         current.job.give_up();
-        while let Some(step) = current.job.wait(deadline.saturating_duration_since(Instant::now()))
-        {
+        while let Some(step) = current.job.step() {
             if matches!(step, Step::Done(_)) {
-                return;
+                self.saving.phase = Phase::Idle;
+                return true;
             }
         }
-        log::warn!("the save to {} hangs and is left behind", current.job.place());
+        false
+    }
+
+    /// Say so if a save that was given up hangs.
+    pub(crate) fn leave_save_behind(&self) {
+        if let (Some(job), false) = (self.saving.job(), self.saving.phase == Phase::Idle) {
+            log::warn!("the save to {} hangs and is left behind", job.place());
+        }
     }
 
     /// See what the checkpoint thread has to say, and what waits for it.

@@ -32,8 +32,10 @@ pub struct Vmm {
     pub(crate) servers: Vec<Server>,
     /// Which server the request being answered came from.
     pub(crate) asked_by: usize,
-    /// Why and how to end, once the request being answered has been answered.
-    ending: Option<Ending>,
+    /// Why and how to end, once the request being answered has been answered; and since when.
+    ending: Option<(Ending, Instant)>,
+    /// All that there is to be waited for before the end was told of it.
+    pub(crate) winds_up: bool,
     actions: Actions,
     pub(crate) saving: Saving,
     pub(crate) announcing: Option<Announcing>,
@@ -71,8 +73,8 @@ pub enum Refused {
     Kernel(#[from] ReloadError),
     /// A file that has to be read before does not come.
     #[error(
-        "{0} has not finished: its storage is slow or hangs. The machine is as it was; try again when \
-         the storage answers"
+        "reading {0} has not finished: its storage is slow or hangs. The machine is as it was; try again \
+         when the storage answers"
     )]
     Reading(String),
 }
@@ -93,6 +95,7 @@ impl Vmm {
             servers,
             asked_by: 0,
             ending: None,
+            winds_up: false,
             actions,
             saving: Saving::new(checkpointer),
             announcing: None,
@@ -146,7 +149,7 @@ impl Vmm {
                 self.machine.pause()?;
             }
             (_, State::Shutdown) => {
-                self.stuck |= !self.machine.stop_for_good(bounds::COMMAND);
+                self.stuck |= !self.machine.stop_for_good(bounds::LAST_LOOK);
             }
             _ => {}
         }
@@ -193,12 +196,17 @@ impl Vmm {
 
     /// End after the request being answered. The first reason counts.
     pub fn end(&mut self, ending: Ending) {
-        self.ending.get_or_insert(ending);
+        self.ending.get_or_insert_with(|| (ending, Instant::now()));
     }
 
     /// Whether to end, and how.
     pub fn ending(&self) -> Option<Ending> {
-        self.ending
+        self.ending.map(|(ending, _)| ending)
+    }
+
+    /// Since when it is to end; now, if it is not.
+    pub(crate) fn ends_since(&self) -> Instant {
+        self.ending.map_or_else(Instant::now, |(_, since)| since)
     }
 
     /// How long until something is due that nothing else reports.
@@ -210,7 +218,7 @@ impl Vmm {
     /// Something that the machine could not decide by itself.
     pub fn machine_event(&mut self, event: machine::Event) {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
-        let waits = self.state == State::Saving || self.is_deferring();
+        let waits = self.state == State::Saving || self.is_deferring() || self.ending.is_some();
         if waits && !matches!(event, M::MemoryLost(_) | M::Escape) {
             return self.late.push(event);
         }

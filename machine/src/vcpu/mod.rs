@@ -296,10 +296,7 @@ fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
             Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
             // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
             Ok(
-                Request::Resume(_)
-                | Request::Save(_)
-                | Request::Restore(..)
-                | Request::Replace(..),
+                Request::Resume(_) | Request::Save(_) | Request::Restore(..) | Request::Replace(..),
             ) => {}
             Err(TryRecvError::Empty) => return None,
         }

@@ -192,8 +192,7 @@ pub fn query_named_block_nodes(
     ticket: &Ticket,
 ) -> Result<Option<Vec<BlockDeviceInfo>>, Error> {
     let tell = |vmm: &mut Vmm, used: Used| {
-        let plugged =
-            vmm.machine.disks().map(|disk| device_info(disk.config, disk.size, &used));
+        let plugged = vmm.machine.disks().map(|disk| device_info(disk.config, disk.size, &used));
         let waiting =
             vmm.machine.waiting_disks().map(|(c, size)| device_info(c.clone(), size, &used));
         Ok(plugged.chain(waiting).collect::<Vec<_>>())
