@@ -37,19 +37,21 @@ pub(crate) struct Rest {
     whole: bool,
     /// It is coming to rest: the vCPUs that were asked and have not parked.
     attempt: Option<Vec<(usize, Answer<()>)>>,
-    /// How often the operation under way was tried in vain.
-    tries: u32,
+    /// An operation was tried in vain, and is to be tried again or given up.
+    trying: bool,
+    /// How often any was.
+    vain_tries: u64,
 }
 
 impl Rest {
     /// It begins to do something again.
     pub(crate) fn ends(&mut self) {
-        *self = Self::default();
+        (self.whole, self.attempt, self.trying) = (false, None, false);
     }
 
     /// Until when this try may wait.
     fn deadline(&self) -> Instant {
-        Instant::now() + if self.tries == 0 { AT_ONCE } else { Duration::ZERO }
+        Instant::now() + if self.trying { Duration::ZERO } else { AT_ONCE }
     }
 }
 
@@ -61,17 +63,22 @@ enum Step {
 }
 
 impl Machine {
-    /// How often the operation under way was tried in vain; 0 when none is. An operation that fails and
-    /// makes this number larger can be tried again, and has changed nothing so far.
-    pub fn tries(&self) -> u32 {
-        self.rest.tries
+    /// How often operations were tried in vain so far. One that fails and makes this number larger has
+    /// changed nothing so far: it is to be tried again, or given up.
+    pub fn vain_tries(&self) -> u64 {
+        self.rest.vain_tries
+    }
+
+    /// Whether there is such an operation.
+    pub fn is_trying(&self) -> bool {
+        self.rest.trying
     }
 
     /// Stop it: every vCPU has left KVM, then every device worker is quiet and has nothing in
     /// flight. Doing it twice changes nothing.
     ///
     /// # Errors
-    /// When it is not at rest yet: see [`Machine::tries`]. When a thread has ended or KVM does not tell
+    /// When it is not at rest yet: see [`Machine::vain_tries`]. When a thread has ended or KVM does not tell
     /// the clock; a machine that was running runs on.
     pub fn pause(&mut self) -> Result<(), RunError> {
         if self.rest.whole {
@@ -87,7 +94,8 @@ impl Machine {
             Ok(Step::Done) => {
                 self.each_device(|d| d.pause());
                 self.running = false;
-                self.rest = Rest { whole: true, attempt: None, tries: 0 };
+                self.rest.ends();
+                self.rest.whole = true;
                 Ok(())
             }
             Ok(Step::Waits(thread)) => Err(self.not_yet(thread)),
@@ -132,7 +140,7 @@ impl Machine {
             return;
         }
         let attempt = self.rest.attempt.take();
-        self.rest.tries = 0;
+        self.rest.trying = false;
         self.io_threads.iter().for_each(|(_, thread)| thread.go());
         if attempt.is_some() && self.running {
             let ticks = self.restart_clocks().unwrap_or_else(|e| {
@@ -151,7 +159,7 @@ impl Machine {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match self.pause() {
-                Err(_) if self.tries() > 0 && Instant::now() < deadline => std::thread::sleep(LOOK),
+                Err(_) if self.rest.trying && Instant::now() < deadline => std::thread::sleep(LOOK),
                 other => return other,
             }
         }
@@ -162,7 +170,7 @@ impl Machine {
     ///
     /// # Errors
     /// When the device or its thread cannot be had: nothing has changed then. It can be tried again, see
-    /// [`Machine::tries`].
+    /// [`Machine::vain_tries`].
     pub(crate) fn change<T: VirtioDevice, R>(
         &mut self,
         index: usize,
@@ -188,14 +196,15 @@ impl Machine {
         let Some(changed) = changed else {
             return Err(self.not_yet(format!("the device in slot {index}")));
         };
-        self.rest.tries = 0;
+        self.rest.trying = false;
         Ok(changed)
     }
 
     /// The operation has to be tried again, because of the disks that requests are in flight to, or else
     /// because of `thread`.
     fn not_yet(&mut self, thread: String) -> RunError {
-        self.rest.tries = self.rest.tries.saturating_add(1);
+        self.rest.trying = true;
+        self.rest.vain_tries = self.rest.vain_tries.saturating_add(1);
         let busy: Vec<&str> = self.backends.busy_disks().collect();
         if busy.is_empty() { RunError::Restless(thread) } else { RunError::Hung(busy.join(", ")) }
     }

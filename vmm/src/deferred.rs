@@ -75,12 +75,14 @@ pub(crate) struct Deferrals {
     /// Requests, one of a client at most.
     waiting: VecDeque<Pending>,
     reload: Option<Reload>,
+    /// How often a kernel was asked for in vain so far.
+    vain_reads: u64,
 }
 
 /// A kernel that is read again for a reset.
 enum Reload {
-    /// By the thread that may wait for its storage; how often it was asked for in vain.
-    Reading(Receiver<Result<Reloaded, ReloadError>>, u32),
+    /// By the thread that may wait for its storage; whether a reset waits for it.
+    Reading(Receiver<Result<Reloaded, ReloadError>>, bool),
     Read(Reloaded),
 }
 
@@ -90,13 +92,16 @@ impl Vmm {
         self.deferrals.deferred.is_some()
     }
 
-    /// As [`machine::Machine::tries`], with all that an operation may have to wait for.
-    pub(crate) fn tries(&self) -> u32 {
-        let reads = match self.deferrals.reload {
-            Some(Reload::Reading(_, tries)) => tries,
-            Some(Reload::Read(_)) | None => 0,
-        };
-        self.machine.tries() + reads
+    /// As [`machine::Machine::vain_tries`], with all that an operation may have to wait for.
+    pub(crate) fn vain_tries(&self) -> u64 {
+        self.machine.vain_tries().saturating_add(self.deferrals.vain_reads)
+    }
+
+    /// Whether an operation was tried in vain, and neither done since nor given up.
+    fn is_trying(&self) -> bool {
+        let reads =
+            matches!(self.deferrals.reload, Some(Reload::Reading(_, true) | Reload::Read(_)));
+        self.machine.is_trying() || reads
     }
 
     /// How long until an operation is to be tried again, or a request may be carried out.
@@ -130,12 +135,12 @@ impl Vmm {
     }
 
     fn carry_out(&mut self, table: &Table<Self>, pending: Pending) {
-        let before = self.tries();
+        let before = self.vain_tries();
         self.in_one_piece(|vmm| {
             vmm.asked_by = pending.server;
             let result = table.dispatch(vmm, pending.request.clone(), &pending.ticket);
             match result {
-                Some(Err(e)) if vmm.tries() > before && Instant::now() < pending.until => {
+                Some(Err(e)) if vmm.vain_tries() > before && Instant::now() < pending.until => {
                     vmm.defer(Operation::Request(pending), e.to_string());
                 }
                 Some(result) => vmm.answer(&pending, result),
@@ -143,7 +148,7 @@ impl Vmm {
             }
         });
         // A question leaves the operation alone that others wait for.
-        if !self.is_deferring() && self.ending().is_none() && self.tries() > 0 {
+        if !self.is_deferring() && self.ending().is_none() && self.is_trying() {
             self.give_up();
         }
     }
@@ -164,7 +169,7 @@ impl Vmm {
         self.machine.give_up();
         // One that is being read may be of use for the next reset: there is never more than one job.
         self.deferrals.reload = match self.deferrals.reload.take() {
-            Some(Reload::Reading(inbox, _)) => Some(Reload::Reading(inbox, 0)),
+            Some(Reload::Reading(inbox, _)) => Some(Reload::Reading(inbox, false)),
             Some(Reload::Read(_)) | None => None,
         };
     }
@@ -200,7 +205,7 @@ impl Vmm {
         if action == Action::End {
             return self.end(Ending { guest, reason, status });
         }
-        let before = self.tries();
+        let before = self.vain_tries();
         // On real hardware nothing is executed any more.
         let rests = self.machine.pause().map_err(Refused::from);
         let done = rests.and_then(|()| match action {
@@ -220,7 +225,7 @@ impl Vmm {
             }
             (Ok(()), Action::Reset) => self.tell(&Event::Reset { guest, reason }),
             (Ok(()), Action::End) => {}
-            (Err(e), _) if self.tries() > before && Instant::now() < until => {
+            (Err(e), _) if self.vain_tries() > before && Instant::now() < until => {
                 self.defer(Operation::Halt(halting), Error::generic(&e).to_string());
             }
             (Err(e), _) => self.cannot_be_kept(&e),
@@ -235,25 +240,26 @@ impl Vmm {
     /// The kernel for a reset, which is read by the thread that may wait for its storage.
     ///
     /// # Errors
-    /// When it cannot be loaded, or has not been read yet: see [`Vmm::tries`].
+    /// When it cannot be loaded, or has not been read yet: see [`Vmm::vain_tries`].
     pub(crate) fn reload(&mut self) -> Result<Reloaded, Refused> {
-        let (inbox, tries) = match self.deferrals.reload.take() {
+        let (inbox, waited_for) = match self.deferrals.reload.take() {
             Some(Reload::Read(kernel)) => return Ok(kernel),
-            Some(Reload::Reading(inbox, tries)) => (inbox, tries),
+            Some(Reload::Reading(inbox, waited_for)) => (inbox, waited_for),
             None => {
                 let (report, inbox) = channel();
                 let load = self.machine.reload();
                 // The monitor's end: nothing waits for it.
                 self.files.read_kernel(move || drop(report.send(load())));
-                (inbox, 0)
+                (inbox, false)
             }
         };
         // Most often it is in the host's memory.
-        let patience = if tries == 0 { machine::AT_ONCE } else { Duration::ZERO };
+        let patience = if waited_for { Duration::ZERO } else { machine::AT_ONCE };
         match inbox.recv_timeout(patience) {
             Ok(read) => Ok(read?),
             Err(_) => {
-                self.deferrals.reload = Some(Reload::Reading(inbox, tries.saturating_add(1)));
+                self.deferrals.reload = Some(Reload::Reading(inbox, true));
+                self.deferrals.vain_reads = self.deferrals.vain_reads.saturating_add(1);
                 let boot = &self.machine.config().boot;
                 let initrd = boot.initrd.iter().map(|path| format!(" or {}", path.display()));
                 let files = boot.kernel.display().to_string() + &initrd.collect::<String>();

@@ -78,8 +78,8 @@ impl Vmm {
             return true;
         }
         let abandoned = self.abandons_save();
-        let before = self.tries();
-        let rests = self.machine.pause().is_ok() || self.tries() == before;
+        let before = self.vain_tries();
+        let rests = self.machine.pause().is_ok() || self.vain_tries() == before;
         abandoned && rests || self.ends_since().elapsed() >= bounds::REST
     }
 

@@ -439,9 +439,9 @@ impl Vmm {
 
     /// Capture the machine once it is at rest.
     pub(crate) fn try_capture(&mut self, capturing: Capturing) {
-        let before = self.tries();
+        let before = self.vain_tries();
         if let Err(e) = self.machine.pause() {
-            if self.tries() > before && capturing.asked.elapsed() < bounds::REST {
+            if self.vain_tries() > before && capturing.asked.elapsed() < bounds::REST {
                 let why = Error::generic(&e).to_string();
                 return self.defer(Operation::Capture(capturing), why);
             }

@@ -116,7 +116,7 @@ impl Vmm {
     ///
     /// # Errors
     /// When the event makes no sense now, or the machine cannot follow; the state is as before. It can
-    /// be tried again if the machine has only not come to rest yet: see [`Vmm::tries`].
+    /// be tried again if the machine has only not come to rest yet: see [`Vmm::vain_tries`].
     pub fn apply(&mut self, event: lifecycle::Event) -> Result<(), Refused> {
         let before = self.state;
         let after = before.on(event)?;

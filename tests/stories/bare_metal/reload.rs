@@ -7,10 +7,13 @@ use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::json;
 use stories::debian::output;
+use stories::frozen::Frozen;
 use stories::held::{Held, Op};
 use stories::monitor::{Monitor, SOON, Vm};
 
+use crate::counters::{all_is_well, counting};
 use crate::held::{answer, send};
+use crate::hung::{SAYS, until_it_hangs, with_a_file_system};
 use crate::meanwhile::{QUESTIONS, is_unanswered, why};
 use crate::plug::refused;
 use crate::stage::{Stage, cont, ends, quits, simple, status, stop};
@@ -134,4 +137,42 @@ fn a_kernel_that_is_no_file_any_more_leaves_the_guest_as_it_is() -> Result<()> {
     qmp.take_events();
     simple(&mut qmp, "system_powerdown")?;
     ends(&mut monitor, &mut qmp, false, "host-error", 1)
+}
+
+/// First for its kernel and then for a disk, and for both together no longer than for one.
+#[test]
+fn a_reset_waits_for_one_thing_after_the_other() -> Result<()> {
+    let mut stage = Stage::new("reload_both")?;
+    let disk = with_a_file_system(&mut stage)?;
+    let place = disk.parent().context("no directory")?.to_string_lossy().into_owned();
+    let image = fs::read(stage.kernel("blk")?)?;
+    let held = Held::mount(&stage.file("held"), &[("kernel", &image)])?;
+    let mut config = stage.config("blk", "busy")?;
+    *config.pointer_mut("/boot-source/kernel_image_path").context("no kernel")? =
+        json!(held.file("kernel"));
+    let vm = Vm::described(config).disk("vda", &disk, false);
+    let (monitor, mut other, rounds) = counting(&stage, vm, 1)?;
+    let _guard = held.until_dropped();
+    let frozen = Frozen::new(monitor.pid(), &place)?;
+    until_it_hangs(&mut other)?;
+
+    held.hold(Op::OPEN);
+    let mut client = Client::connect(&stage.socket(), SOON)?;
+    send(&mut client, "system_reset", &json!({}))?;
+    held.wait_held(Op::OPEN)?;
+    held.release()?;
+    for _ in 0..QUESTIONS {
+        ensure!(status(&mut other)? == "running");
+    }
+    is_unanswered(&mut client)?;
+    let said = answer(&mut client)?;
+    ensure!(why(&said).contains(SAYS), "{said}");
+    let before = rounds.read()?;
+    frozen.thaw()?;
+    rounds.wait_past(&before)?;
+    other.take_events();
+    simple(&mut client, "system_reset")?;
+    other.wait_event("RESET", SOON)?;
+    rounds.wait_past(&[0])?;
+    all_is_well(&stage, monitor, other)
 }
