@@ -83,7 +83,7 @@ pub(crate) struct Deferrals {
 enum Reload {
     /// By the thread that may wait for its storage; whether a reset waits for it.
     Reading(Receiver<Result<Reloaded, ReloadError>>, bool),
-    Read(Reloaded),
+    Read(Box<Reloaded>),
 }
 
 impl Vmm {
@@ -241,7 +241,7 @@ impl Vmm {
     ///
     /// # Errors
     /// When it cannot be loaded, or has not been read yet: see [`Vmm::vain_tries`].
-    pub(crate) fn reload(&mut self) -> Result<Reloaded, Refused> {
+    pub(crate) fn reload(&mut self) -> Result<Box<Reloaded>, Refused> {
         let (inbox, waited_for) = match self.deferrals.reload.take() {
             Some(Reload::Read(kernel)) => return Ok(kernel),
             Some(Reload::Reading(inbox, waited_for)) => (inbox, waited_for),
@@ -256,7 +256,7 @@ impl Vmm {
         // Most often it is in the host's memory.
         let patience = if waited_for { Duration::ZERO } else { machine::AT_ONCE };
         match inbox.recv_timeout(patience) {
-            Ok(read) => Ok(read?),
+            Ok(read) => Ok(Box::new(read?)),
             Err(_) => {
                 self.deferrals.reload = Some(Reload::Reading(inbox, true));
                 self.deferrals.vain_reads = self.deferrals.vain_reads.saturating_add(1);
@@ -269,7 +269,7 @@ impl Vmm {
     }
 
     /// What [`Vmm::reload`] gave is needed later.
-    pub(crate) fn keep_reloaded(&mut self, kernel: Reloaded) {
+    pub(crate) fn keep_reloaded(&mut self, kernel: Box<Reloaded>) {
         self.deferrals.reload = Some(Reload::Read(kernel));
     }
 
