@@ -439,6 +439,10 @@ impl Vmm {
 
     /// Capture the machine once it is at rest.
     pub(crate) fn try_capture(&mut self, capturing: Capturing) {
+        if self.saving.status == MigrationStatus::Cancelling {
+            self.give_up();
+            return self.saving.current.iter_mut().for_each(|current| current.job.give_up());
+        }
         let before = self.vain_tries();
         if let Err(e) = self.machine.pause() {
             if self.vain_tries() > before && capturing.asked.elapsed() < bounds::REST {

@@ -12,7 +12,7 @@ use stories::monitor::{Monitor, SOON};
 use crate::counters::{Counters, counting};
 use crate::held::{answer, send};
 use crate::hung::{SAYS, until_it_hangs, with_a_file_system};
-use crate::stage::{Stage, ends, exists, status};
+use crate::stage::{Stage, ends, exists, simple, status};
 
 /// How many questions are asked while a command waits. A monitor whose main thread waits with it answers
 /// one at most, which it may have read before.
@@ -148,6 +148,21 @@ fn other_clients_are_answered_while_a_guest_resets_a_disk_that_hangs() -> Result
         ends_by_quit(hung)?;
     }
     Ok(())
+}
+
+#[test]
+fn a_save_that_waits_for_a_disk_can_be_cancelled() -> Result<()> {
+    let mut hung = Hung::new("meanwhile_cancel", true, "busy")?;
+    for resume in [false, true] {
+        let save = hung.save(resume);
+        let mut saves = hung.asks("migrate", &save)?;
+        simple(&mut hung.qmp, "migrate_cancel")?;
+        let said = answer(&mut saves)?;
+        ensure!(why(&said).contains("the save was cancelled"), "{said}");
+        ensure!(status(&mut hung.qmp)? == "running");
+    }
+    hung.thaw()?;
+    ends_by_quit(hung)
 }
 
 /// Commands that need the machine wait for the one that has it, in order; a stop that the storage lets

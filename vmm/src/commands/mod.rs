@@ -114,6 +114,21 @@ fn plug_error(error: &PlugError) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_and_quit_never_wait_for_the_machine() {
+        let table = table();
+        let mut questions = table.names().filter(|name| name.starts_with("query-"));
+        assert_eq!(questions.find(|name| needs_machine(&table, name)), None);
+        for name in ["quit", "migrate_cancel", "human-monitor-command", "no such command"] {
+            assert!(!needs_machine(&table, name), "{name}");
+        }
+        for name in ["stop", "cont", "system_reset", "device_del", "migrate", "block_resize"] {
+            assert!(needs_machine(&table, name), "{name}");
+        }
+    }
+
     #[test]
     fn every_command_of_the_schema_has_a_handler() {
         assert!(super::table().names().eq(qmp::schema::NAMES.iter().copied()));
