@@ -122,7 +122,9 @@ impl Handle {
     /// within `limit`; asking again while it is asked or held changes nothing.
     pub fn hold(&self, limit: Duration) {
         let mut desk = self.counter.desk.lock();
-        if let Hold::No = desk.hold {
+        if let Hold::No = desk.hold
+            && !desk.ended
+        {
             desk.last += 1;
             desk.hold = Hold::Asked(desk.last);
             self.tell(Order::Hold(desk.last, limit));
@@ -135,15 +137,14 @@ impl Handle {
     /// When it never will be: the thread has ended.
     pub fn is_held(&self, deadline: Instant) -> Result<bool, Ended> {
         let mut desk = self.counter.desk.lock();
-        while let Hold::Asked(_) = desk.hold {
-            if self.thread.as_ref().is_none_or(thread::JoinHandle::is_finished) {
-                return Err(Ended);
-            }
-            if self.counter.changed.wait_until(&mut desk, deadline).timed_out() {
-                break;
-            }
+        while let Hold::Asked(_) = desk.hold
+            && !self.counter.changed.wait_until(&mut desk, deadline).timed_out()
+        {}
+        match desk.hold {
+            Hold::Held(_) => Ok(true),
+            _ if desk.ended => Err(Ended),
+            Hold::No | Hold::Asked(_) => Ok(false),
         }
-        Ok(matches!(desk.hold, Hold::Held(_)))
     }
 
     /// Let the workers that are here run again, or take back that they were asked for.
@@ -263,6 +264,8 @@ struct Desk {
     hold: Hold,
     /// Number of the last hold.
     last: u64,
+    /// The thread is not there any more.
+    ended: bool,
     /// The descriptors of those that are lent out.
     lent: BTreeMap<usize, Vec<RawFd>>,
 }
@@ -304,6 +307,17 @@ struct Loop {
     /// Sources that have fired, or may have, and whose workers have not been told.
     due: VecDeque<Token>,
     counter: Arc<Counter>,
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let mut desk = self.counter.desk.lock();
+        desk.ended = true;
+        if let Hold::Asked(_) = desk.hold {
+            desk.hold = Hold::No;
+        }
+        self.counter.changed.notify_all();
+    }
 }
 
 impl Loop {

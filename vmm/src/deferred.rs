@@ -140,7 +140,11 @@ impl Vmm {
             vmm.asked_by = pending.server;
             let result = table.dispatch(vmm, pending.request.clone(), &pending.ticket);
             match result {
-                Some(Err(e)) if vmm.vain_tries() > before && Instant::now() < pending.until => {
+                Some(Err(e))
+                    if vmm.vain_tries() > before
+                        && !vmm.is_deferring()
+                        && Instant::now() < pending.until =>
+                {
                     vmm.defer(Operation::Request(pending), e.to_string());
                 }
                 Some(result) => vmm.answer(&pending, result),

@@ -167,6 +167,26 @@ fn a_hold_that_was_taken_back_is_as_if_it_had_never_been() {
 }
 
 #[test]
+fn a_thread_that_has_ended_holds_up_nothing() {
+    let thread = thread();
+    let (rest, may_rest) = channel();
+    let (asks, asked) = channel();
+    let (_slow, ..) = device(&thread, move || asks.send(()).is_ok() && may_rest.recv().is_ok());
+    let (mut home, ..) = device(&thread, || true);
+    thread.hold(SOON);
+    asked.recv_timeout(SOON).unwrap();
+    thread.go();
+    thread.tell(Order::Exit);
+    thread.hold(SOON);
+    rest.send(()).unwrap();
+    assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended));
+    thread.hold(SOON);
+    assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended), "it is not asked any more");
+    home.park();
+    assert!(home.parked().is_none(), "its workers went with it");
+}
+
+#[test]
 fn a_hold_stays_asked_for_between_two_looks_at_it() {
     let thread = thread();
     let (rest, may_rest) = channel();
