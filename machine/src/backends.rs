@@ -427,6 +427,16 @@ impl Machine {
         room_for_one(self.backends.waiting_disks.len())
     }
 
+    /// The disks in slots that the guest can write to, each with its id.
+    pub fn writable_disks(&self) -> Vec<(String, Arc<Disk>)> {
+        let each = self.backends.disks.iter().zip(&self.backends.plugged);
+        let writable = each.filter_map(|(config, plugged)| {
+            let config = config.as_ref().filter(|config| !config.readonly)?;
+            Some((config.id.clone(), plugged.image.upgrade()?))
+        });
+        writable.collect()
+    }
+
     /// The images that this machine has open itself, for [`OpenDisk::open`].
     pub fn own_images(&self) -> Vec<(PathBuf, String)> {
         self.backends.own_images()

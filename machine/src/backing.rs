@@ -13,7 +13,7 @@ use devices::{
 
 use crate::{
     BuildError, Event, Report, Told, backends,
-    config::{CharBackend, ConsoleConfig, DiskConfig, NicConfig, RngConfig},
+    config::{self, CharBackend, ConsoleConfig, DiskConfig, NicConfig, RngConfig},
     legacy,
 };
 
@@ -23,8 +23,9 @@ const EMPTY_QUEUE_SIZE: u16 = 256;
 /// Where back-ends come from.
 #[derive(Clone, Copy)]
 pub(crate) enum Backing<'a> {
-    /// They are opened; they report there.
-    Host(&'a Report),
+    /// They are opened; they report there. Without `held`, another process has the disks and the taps
+    /// that have a name, and is to give them up: disks are opened and not locked, taps are awaited.
+    Host { report: &'a Report, held: bool },
     /// Nothing is opened. The disks, by slot, have these sizes in bytes.
     Nothing(&'a [u64]),
 }
@@ -33,7 +34,7 @@ impl Backing<'_> {
     /// A character back-end.
     pub(crate) fn char(self, backend: &CharBackend) -> Result<Char, CharError> {
         match self {
-            Self::Host(report) => legacy::open(backend, report),
+            Self::Host { report, .. } => legacy::open(backend, report),
             Self::Nothing(_) => Char::null(),
         }
     }
@@ -45,7 +46,7 @@ impl Backing<'_> {
 
     pub(crate) fn entropy(self, config: &RngConfig) -> Result<Rng, BuildError> {
         let rng = match self {
-            Self::Host(_) => Rng::new(config.id.clone(), &config.path, config.bps),
+            Self::Host { .. } => Rng::new(config.id.clone(), &config.path, config.bps),
             Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps),
         };
         rng.map_err(|source| BuildError::Rng { id: config.id.clone(), source })
@@ -60,7 +61,7 @@ impl Backing<'_> {
         disk: Option<&DiskConfig>,
     ) -> Result<blk::Block, BuildError> {
         let on_error = match self {
-            Self::Host(report) => Some(on_error(report.clone())),
+            Self::Host { report, .. } => Some(on_error(report.clone())),
             Self::Nothing(_) => None,
         };
         let settings = blk::Settings {
@@ -70,7 +71,10 @@ impl Backing<'_> {
         };
         let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.clone());
         let open = |config: &DiskConfig| match self {
-            Self::Host(_) => Disk::open(&config.path, &backends::options(config)),
+            Self::Host { held: true, .. } => Disk::open(&config.path, &backends::options(config)),
+            Self::Host { held: false, .. } => {
+                Disk::open_unheld(&config.path, &backends::options(config))
+            }
             Self::Nothing(sizes) => {
                 let size = sizes.get(slot).copied().unwrap_or(0);
                 Disk::without_image(&config.path, &backends::options(config), size)
@@ -79,7 +83,7 @@ impl Backing<'_> {
         let drive = disk.map(|config| {
             let drive = backends::limited(open(config)?, config);
             Ok(match self {
-                Self::Host(_) => drive,
+                Self::Host { .. } => drive,
                 Self::Nothing(_) => blk::Drive { expect: blk::Expect::Any, ..drive },
             })
         });
@@ -100,9 +104,16 @@ impl Backing<'_> {
         let pairs = shape.map_or(1, |s| s.queue_pairs);
         let failed = |source| BuildError::Tap { id: id.clone(), source };
         Ok(match self {
-            Self::Host(_) => {
-                let tap: Option<Tap> = nic.map(backends::tap).transpose().map_err(failed)?;
-                Box::new(interface(id, shape, nic, tap)?)
+            Self::Host { held, .. } => {
+                let named = |nic: &&NicConfig| matches!(nic.tap, config::Tap::Name(_));
+                let awaited = !held && nic.filter(named).is_some();
+                let open = nic.filter(|_| !awaited).map(backends::tap);
+                let tap: Option<Tap> = open.transpose().map_err(failed)?;
+                let mut net = interface(id, shape, nic, tap)?;
+                if awaited {
+                    net.await_backend();
+                }
+                Box::new(net)
             }
             Self::Nothing(_) => {
                 let none = nic.map(|_| NoNetwork::new(pairs.into())).transpose();

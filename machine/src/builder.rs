@@ -13,6 +13,7 @@ use devices::{
 };
 
 use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
 use vm_memory::MmapRegion;
 
 use crate::{
@@ -26,10 +27,13 @@ use crate::{
     },
     dry_restore::Restorable,
     event::{Event, Report},
+    fits,
     generation::GenerationId,
     io_thread,
     kvm::{
-        self, KvmError, Vm, cpuid, entry, features, state,
+        self, KvmError, Vm, cpuid, entry, features,
+        opening::{Opened, Opening},
+        state,
         vcpu::{Buses, KvmCpu},
     },
     legacy::{Legacy, LegacyError, Outside},
@@ -103,18 +107,26 @@ pub enum BuildError {
 pub struct Saved {
     /// Everything but its memory, of which it is known that devices can be restored from it.
     pub restorable: Restorable,
+    /// What it is to run on.
+    pub opening: Opening,
     /// Its memory, contents and all.
     pub memory: Memory,
     /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
     pub filled: Vec<Range<u64>>,
     /// Its kvm-clock goes on as if it had not stood since it was saved.
     pub clock_realtime: bool,
+    /// Its disks and taps can be had at once. Else another machine has them: all else is made and
+    /// tried, and [`Machine::hold_backends`] takes them.
+    pub held: bool,
 }
+
+/// Whether disks and taps are the machine's at once.
+struct Held(bool);
 
 /// How the guest begins.
 enum Begin {
     Boot,
-    GoOn(Memory, CpuId),
+    GoOn(Opening, Memory, CpuId, Held),
 }
 
 impl Machine {
@@ -137,7 +149,8 @@ impl Machine {
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
     pub fn restored(saved: Saved, report: Report) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
-        let begin = Begin::GoOn(saved.memory, features::cpuid(&state.cpu.leaves)?);
+        let cpuid = features::cpuid(&state.cpu.leaves)?;
+        let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
         let mut machine = Self::build(&description.made_of(), begin, report)?;
         machine.filled = saved.filled.into();
         machine.pause_new()?;
@@ -152,25 +165,24 @@ impl Machine {
         let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
         let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
-        let kvm = kvm::open()?;
-        let max = kvm.get_max_vcpus();
-        if usize::from(config.cpus) > max {
-            return Err(KvmError::TooManyCpus { cpus: config.cpus, max }.into());
-        }
-        let (memory, seen) = match begin {
-            Begin::Boot => (memory::allocate(&config.memory)?, None),
-            Begin::GoOn(memory, seen) => {
-                let first = apic_ids.first().copied().unwrap_or(0);
-                let supported = cpuid::supported(&kvm)?;
-                let here = cpuid::for_vcpu(&kvm, &supported, first, &config.topology);
-                match features::missing(&features::leaves(&here), &features::leaves(&seen)) {
-                    Some(why) => return Err(BuildError::Cpu(why)),
-                    None => (memory, Some(seen)),
-                }
+        let (kvm, fd, memory, seen, Held(held)) = match begin {
+            Begin::Boot => {
+                let kvm = kvm::open()?;
+                check_count(&kvm, config.cpus)?;
+                let memory = memory::allocate(&config.memory)?;
+                let fd = kvm::create_vm(&kvm)?;
+                (kvm, fd, memory, None, Held(true))
+            }
+            Begin::GoOn(opening, memory, seen, held) => {
+                let opened = opening.finish().map_err(BuildError::Thread)??;
+                let Opened { kvm, vm, supported } = opened;
+                check_count(&kvm, config.cpus)?;
+                fits::check_leaves(&kvm, &supported, config, &features::leaves(&seen))?;
+                (kvm, vm, memory, Some(seen), held)
             }
         };
         let window = Slots::window(places).map_err(BuildError::Window)?;
-        let vm = Vm::new(&kvm, &memory, &window)?;
+        let vm = Vm::new(&kvm, fd, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
         let seen_leaves = seen.as_ref();
@@ -178,7 +190,7 @@ impl Machine {
         let (fds, parts) = thread::scope(|scope| {
             let topology = &config.topology;
             let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
-            let backing = Backing::Host(&report);
+            let backing = Backing::Host { report: &report, held };
             let parts = Parts::new(made_of, backing, &memory, window, &io_threads);
             let parts = parts.and_then(|parts| {
                 let kernel = || BootPlan::new(config, &parts.slots, &apic_ids).load(&memory);
@@ -232,9 +244,14 @@ impl Machine {
             filled: Arc::default(),
             logging: false,
             cleared: Vec::new(),
-            disks_released: false,
+            disks_released: !held,
         })
     }
+}
+
+fn check_count(kvm: &Kvm, cpus: u8) -> Result<(), KvmError> {
+    let max = kvm.get_max_vcpus();
+    if usize::from(cpus) > max { Err(KvmError::TooManyCpus { cpus, max }) } else { Ok(()) }
 }
 
 /// All devices, on their buses; KVM does not know of them yet.

@@ -6,6 +6,7 @@ mod builder;
 pub mod config;
 mod dry_restore;
 mod event;
+mod fits;
 mod generation;
 pub mod io_thread;
 pub mod kvm;
@@ -18,6 +19,7 @@ mod reload;
 mod rest;
 mod saved;
 mod slots;
+mod spot_check;
 mod survey;
 pub mod vcpu;
 
@@ -25,7 +27,7 @@ pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use builder::{BuildError, Saved};
 pub use devices::{
     Memory, PowerEvent,
-    backend::{file::open_regular, inherited, release, writer},
+    backend::{disk, file::open_regular, inherited, release, writer},
 };
 pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Event, Report, Told};
@@ -36,5 +38,6 @@ pub use quiesced::{CpuModel, Epoch, MachineState, Pages, Quiesced, RestoreError,
 pub use reload::{ReloadError, Reloaded};
 pub use rest::AT_ONCE;
 pub use saved::{Description, DescriptionError};
+pub use spot_check::{SpotCheckError, SpotChecks};
 pub use survey::{Part, survey};
 pub use vcpu::Stopped;

@@ -1,7 +1,7 @@
 //! A machine that stands still as a whole: the only one whose state can be read and replaced.
 use std::{io, ops::Range, sync::Arc};
 
-use devices::{Memory, state::StateError};
+use devices::{Memory, state::StateError, virtio::blk::Block};
 use state::{Section, Sections, chips as saved, cpu};
 
 use crate::{
@@ -16,6 +16,8 @@ use crate::{
     },
     machine::Parked,
     memory::{image, staging::Staging},
+    slots::DISK,
+    spot_check::SpotChecks,
     vcpu::Gone,
 };
 
@@ -83,6 +85,8 @@ pub struct Epoch {
     pub state: MachineState,
     /// The memory.
     pub pages: Pages,
+    /// To be added to the state.
+    pub spot_checks: SpotChecks,
 }
 
 /// Memory of an [`Epoch`].
@@ -162,6 +166,12 @@ impl Machine {
         Ok(())
     }
 
+    /// What its CPUs promise to the guest, in its saved form, once [`Machine::prepare_to_save`] was called.
+    pub fn cpu(&self) -> Option<cpu::Cpu> {
+        let leaves = self.leaves.as_ref()?.iter().copied();
+        Some(cpu::Cpu { cpuid: leaves.map(cpu::Leaf::from).collect() })
+    }
+
     /// CPUID as the boot vCPU shows it. Asking KVM for it takes milliseconds on some hosts.
     fn cpu_leaves(&self) -> Result<Vec<Leaf>, KvmError> {
         if let Some(seen) = &self.seen {
@@ -171,6 +181,16 @@ impl Machine {
         let here = kvm::cpuid::supported(&self.kvm)?;
         let topology = &self.config.topology;
         Ok(features::leaves(&kvm::cpuid::for_vcpu(&self.kvm, &here, first, topology)))
+    }
+
+    /// Of its block devices, while no request is under way.
+    fn spot_checks(&self, id: u128) -> SpotChecks {
+        let order = |slot: usize| {
+            let mut transport = self.slots.get(slot)?.0.lock();
+            let check = transport.device::<Block>()?.disk()?.spot_check(id)?;
+            Some((format!("{DISK}{slot}"), check))
+        };
+        SpotChecks((0..self.config.slots.disks()).filter_map(order).collect())
     }
 
     /// Its memory.
@@ -251,7 +271,7 @@ impl Quiesced<'_> {
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
 
-    /// The machine as it is now: its state, and `dirty`, ascending ranges of its memory. They are
+    /// The machine as it is now, for the save `id`: its state, and `dirty`, ascending ranges of its memory. They are
     /// copied into `staging` if there is one and it takes them; else they stay in their place, and
     /// the machine has to wait until somebody has copied them. The only step of a save for which the
     /// guest has to be stopped.
@@ -260,6 +280,7 @@ impl Quiesced<'_> {
     /// As [`Quiesced::save`]; when memory cannot be copied.
     pub fn capture(
         &self,
+        id: u128,
         dirty: Vec<Range<u64>>,
         staging: Option<Staging>,
     ) -> Result<Epoch, SaveError> {
@@ -270,7 +291,7 @@ impl Quiesced<'_> {
             }
             _ => Pages::InPlace(dirty),
         };
-        Ok(Epoch { state: self.save()?, pages })
+        Ok(Epoch { state: self.save()?, pages, spot_checks: self.0.spot_checks(id) })
     }
 
     /// Replace the whole state but memory, which holds what belongs to `state` already. With

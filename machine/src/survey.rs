@@ -67,7 +67,7 @@ impl BuildError {
 pub fn survey(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     let _made = Made::before(config);
     let report: Report = Arc::new(|_| {});
-    let backing = Backing::Host(&report);
+    let backing = Backing::Host { report: &report, held: true };
     let mut faults = Vec::new();
     if let Ok(memory) = memory::scratch(config.memory.size) {
         faults.extend(boot::survey(&memory, &config.boot).into_iter().map(BuildError::from));

@@ -165,6 +165,10 @@ pub struct Disk {
     /// By which the image is known again; `null` for one that cannot be marked.
     #[serde(deserialize_with = "required")]
     pub mark: Option<Mark>,
+    /// SHA-256 of some of the blocks of a block device, see `docs/state-format.md`. There for nothing
+    /// else, so that a program that does not know it reads the states of all other machines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spot_check: Option<HexArray<32>>,
 }
 
 impl Saved for Disk {

@@ -10,6 +10,7 @@ pub mod held;
 pub mod host;
 pub mod house;
 pub mod kernel;
+pub mod loop_device;
 pub mod monitor;
 pub mod net;
 mod output;

@@ -16,12 +16,16 @@ mod generation;
 mod golden;
 #[path = "bare_metal/halts.rs"]
 mod halts;
+#[path = "bare_metal/hand_over.rs"]
+mod hand_over;
 #[path = "bare_metal/held.rs"]
 mod held;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
 mod hung;
+#[path = "bare_metal/kept.rs"]
+mod kept;
 #[path = "bare_metal/meanwhile.rs"]
 mod meanwhile;
 #[path = "bare_metal/mistakes.rs"]
@@ -44,6 +48,8 @@ mod run_state;
 mod save_faults;
 #[path = "bare_metal/snapshot.rs"]
 mod snapshot;
+#[path = "bare_metal/spot_check.rs"]
+mod spot_check;
 #[path = "bare_metal/stage.rs"]
 mod stage;
 #[path = "bare_metal/stream.rs"]

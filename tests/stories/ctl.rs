@@ -8,6 +8,8 @@ mod at_once;
 mod attach;
 #[path = "ctl/damage.rs"]
 mod damage;
+#[path = "ctl/disks.rs"]
+mod disks;
 #[path = "ctl/life.rs"]
 mod life;
 #[path = "ctl/listen.rs"]

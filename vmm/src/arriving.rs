@@ -14,7 +14,7 @@ use qmp::{
 };
 
 use crate::{
-    checkpoint::{Arrival, ArrivalStep, Arrived, RestoreError, make_room},
+    checkpoint::{Arrival, ArrivalStep, Arrived, RestoreError},
     commands,
     vmm::Ending,
 };
@@ -44,7 +44,7 @@ pub struct Held {
 
 /// How it ends.
 pub enum Over {
-    /// The machine has come whole.
+    /// The machine is here.
     Arrived(Box<Arrived>),
     /// It never will.
     Failed(RestoreError),
@@ -95,16 +95,7 @@ impl Arriving {
     pub(crate) fn follow(&mut self) {
         while let Some(step) = self.arrival.step() {
             match step {
-                ArrivalStep::Described(config) => {
-                    self.tell(MigrationStatus::Active);
-                    match make_room(&config) {
-                        Ok(memory) => self.arrival.fill(Ok(memory)),
-                        Err(e) => {
-                            self.arrival.fill(Err(Error::generic(&e).to_string()));
-                            self.end(Over::Failed(e));
-                        }
-                    }
-                }
+                ArrivalStep::Described => self.tell(MigrationStatus::Active),
                 ArrivalStep::Done(Ok(arrived)) => self.end(Over::Arrived(arrived)),
                 ArrivalStep::Done(Err(e)) => self.end(Over::Failed(e)),
             }

@@ -17,6 +17,9 @@ pub const GUEST_REST: Duration = Duration::from_secs(5);
 pub const LAST_LOOK: Duration = Duration::from_millis(100);
 /// How often it is tried again meanwhile, after a first time that waits for what comes at once.
 pub const RETRY: Duration = Duration::from_millis(2);
+/// How long the guest's writes to a disk may wait for a save that copies it, without any progress. Then the
+/// save is given up.
+pub const DISK_COPY: Duration = Duration::from_secs(2);
 
 /// How long a command waits for the thread that opens files, while that one is busy with another
 /// command's file.

@@ -17,12 +17,10 @@
 //! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
 use std::{
     collections::VecDeque,
-    io,
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
-    thread::Builder,
     time::{Duration, Instant},
 };
 
@@ -34,6 +32,8 @@ use crate::{bounds, vmm::Vmm};
 
 type Finish = Box<dyn FnOnce(&mut Vmm) -> Result<Value, Error> + Send>;
 type Work = Box<dyn FnOnce() -> Finish + Send>;
+/// Reads a kernel.
+type Read = Box<dyn FnOnce() + Send>;
 
 /// Something to be done with files.
 pub(crate) struct Job {
@@ -142,32 +142,27 @@ pub struct Files {
     running: Option<Running>,
     /// Kept here, so that a job that fails because it has waited too long is not done later.
     queue: VecDeque<Entry>,
-    kernel: Sender<Box<dyn FnOnce() + Send>>,
+    kernel: Sender<Read>,
 }
 
 impl Files {
-    /// Start both threads: none can be started behind the system-call filter. `notify` is called after
-    /// each job; it must not block.
-    ///
-    /// # Errors
-    /// When the host has no thread to give.
-    pub fn spawn(notify: Arc<dyn Fn() + Send + Sync>) -> io::Result<Self> {
+    /// The commands' end, and what both threads do: `files` and `kernel`. `notify` is called after each
+    /// job; it must not block.
+    pub fn new(
+        notify: Arc<dyn Fn() + Send + Sync>,
+    ) -> (Self, impl FnOnce() + Send + 'static, impl FnOnce() + Send + 'static) {
         let (tasks, inbox) = channel::<Work>();
         let (report, results) = channel();
-        Builder::new().name("files".into()).stack_size(128 << 10).spawn(move || {
+        let serve = move || {
             while let Ok(work) = inbox.recv() {
                 // The monitor's end: nothing waits for it.
                 let _ = report.send(work());
                 notify();
             }
-        })?;
-        let (kernel, inbox) = channel::<Box<dyn FnOnce() + Send>>();
-        Builder::new().name("kernel".into()).stack_size(128 << 10).spawn(move || {
-            while let Ok(read) = inbox.recv() {
-                read();
-            }
-        })?;
-        Ok(Self { tasks, results, running: None, queue: VecDeque::new(), kernel })
+        };
+        let (kernel, kernels) = channel::<Read>();
+        let read = move || kernels.iter().for_each(|read| read());
+        (Self { tasks, results, running: None, queue: VecDeque::new(), kernel }, serve, read)
     }
 
     /// Have a kernel read by `read`.

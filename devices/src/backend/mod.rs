@@ -2,6 +2,7 @@
 pub mod char;
 pub mod disk;
 pub mod file;
+pub(crate) mod holder;
 pub mod inherited;
 pub mod net;
 pub mod release;

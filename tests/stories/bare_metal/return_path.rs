@@ -26,7 +26,7 @@ const GO: u32 = 12;
 const RUNNING: u32 = 13;
 
 /// A machine with a disk, and in a network namespace of its own with a tap.
-fn source(story: &str) -> Result<(Stage, Monitor, Client)> {
+pub fn source(story: &str) -> Result<(Stage, Monitor, Client)> {
     let mut stage = Stage::new(story)?;
     stage.prepare("-n", "ip tuntap add dev t0 mode tap vnet_hdr\nip link set t0 up")?;
     let image = stage.file("image");
@@ -59,7 +59,7 @@ fn receiver(story: &str, pid: u32) -> Result<(Stage, Monitor, String)> {
 }
 
 /// Waits until `monitor`, which sees the sockets of its network namespace, listens at `socket`.
-fn until_it_listens_in(monitor: &Monitor, socket: &Path) -> Result<()> {
+pub fn until_it_listens_in(monitor: &Monitor, socket: &Path) -> Result<()> {
     until_it_listens_by(&format!("/proc/{}/net/unix", monitor.pid()), socket)
 }
 

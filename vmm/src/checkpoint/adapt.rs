@@ -11,7 +11,7 @@ use std::{
 };
 
 use machine::{
-    Description,
+    Description, SpotCheckError,
     config::{Expect, MachineConfig, Tap},
 };
 use rustix::fs::OFlags;
@@ -40,6 +40,8 @@ pub enum AdaptError {
     Disk { id: String, path: PathBuf, source: io::Error },
     #[error("disk '{id}' had {saved} bytes when it was saved; {} has {found}", path.display())]
     DiskSize { id: String, path: PathBuf, saved: u64, found: u64 },
+    #[error(transparent)]
+    SpotCheck(#[from] SpotCheckError),
 }
 
 /// Change `description` to what the command line asks for: `asked`, and the disks, NICs and character

@@ -1,17 +1,18 @@
-//! A machine that comes in: the thread that reads it, and what it agrees on with the main thread.
+//! A machine that comes in: the thread that takes it in, and the one that reads it where a peer sends it.
 //!
 //! ```text
-//!   main thread                              incoming thread
-//!                            ---start--->    wait for a peer; confine itself
-//!                            <-Described-    the configuration, which is bounded
-//!   look for disks, allocate ---Memory-->    fill it; then the state, to the end
-//!                            <--Done-----
-//!   build the machine
+//!   main thread              incoming thread                          stream thread
+//!               ---start---> wait for a peer       ------start------> confine itself
+//!               <-Described- CPU? disks? taps?     <-----Room-------- the configuration, which is bounded
+//!                            allocate              -----memory------> fill it; then the state, to the end
+//!                            build the machine     <----Machine------
+//!                                                  ------built------> Ready; wait for Go
+//!               <---Done---- take disks and taps   <----the end------
 //! ```
-//! A thread that reads what a peer sends may do nothing but read, fill that memory and report: its
-//! filter is stricter than that of the monitor. What came is dropped whole when anything is wrong.
-//! Saved files of this host are read by the same thread without that filter, since their memory may
-//! need threads that go on to fill it.
+//! The thread that reads what a peer sends may do nothing but read, fill that memory, answer and report:
+//! its filter is stricter than that of the monitor. What came is dropped whole when anything is wrong. Saved
+//! files of this host are read by the incoming thread itself. That one has no filter, and waits for storage
+//! in place of the main thread.
 use std::{
     io::{self, BufReader},
     process::Child,
@@ -19,59 +20,46 @@ use std::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
-    thread::{Builder, JoinHandle},
+    thread::{self, Builder, JoinHandle},
     time::{Duration, Instant},
 };
 
-use machine::{Description, Memory, Report};
+use machine::{Description, Machine, Memory, Report, kvm::opening::Opening};
 use state::{
-    Config, Frames, Sections,
+    Frames,
+    cpu::Cpu,
     frame::{Kind, StreamError},
 };
 
 use super::{
-    AdaptError, RestoreError, adapt,
-    dialogue::{Voice, greeted},
+    AdaptError, RestoreError,
+    assembly::{Arrived, Assembly, take},
+    dialogue::{GO_LIMIT, Voice, greeted},
     image::Progress,
-    incoming::{Door, IncomingError},
-    load::{Loaded, load},
+    incoming::{Door, IncomingError, Peer},
     receive::{ReceiveError, Received, receive_frames},
     send::Cancel,
 };
 use crate::{
     cli::{Incoming, Source},
+    lifecycle::Halt,
     seccomp,
 };
 
 /// How long a thread that was told to end may take.
 const HANG_LIMIT: Duration = Duration::from_secs(1);
 
-/// What the thread reports.
+/// What the incoming thread reports.
 pub enum Step {
-    /// This is what is coming, as it is wanted here; it needs memory.
-    Described(Box<Description>),
+    /// A peer has said what is coming.
+    Described,
     /// It is over.
     Done(Result<Box<Arrived>, RestoreError>),
-}
-
-/// A machine that came whole and has yet to be built.
-pub struct Arrived {
-    /// What it was made of.
-    pub config: Config,
-    /// Its state.
-    pub sections: Sections,
-    /// Its memory, filled, or filled while the guest runs.
-    pub memory: Memory,
-    /// Ranges of it that are not zero although the guest may not have touched them.
-    pub filled: Vec<std::ops::Range<u64>>,
-    /// For the source, which may wait to hear that it is here.
-    pub answer: Voice,
 }
 
 /// A machine on its way in.
 pub struct Arrival {
     steps: Receiver<Step>,
-    memory: Option<Sender<Result<Memory, String>>>,
     cancel: Cancel,
     progress: Arc<Progress>,
     thread: Option<JoinHandle<()>>,
@@ -94,11 +82,10 @@ impl Arrival {
         confined: bool,
     ) -> Result<Self, IncomingError> {
         let (report_step, steps) = channel();
-        let (give, memory) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let (asked, flags) = (incoming.asked.clone(), flags.clone());
-        let overrides = move |to: &mut Description| adapt::adapt(to, &asked, &flags);
+        let assembly = Assembly::new(incoming, flags, report);
+        let opening = Opening::begin()?;
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
@@ -106,36 +93,28 @@ impl Arrival {
         };
         let mut child = None;
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
-            Source::Directory { path, mapped } => {
-                let (path, mapped) = (path.clone(), *mapped);
+            Source::Directory { path, mapped, disks } => {
+                let (path, mapped, place) = (path.clone(), *mapped, disks.clone());
+                let progress = progress.clone();
                 Box::new(move || {
-                    let read = || {
-                        let Loaded { state, mut description, layers } = load(&path)?;
-                        overrides(&mut description)?;
-                        adapt::check_disks(&description)?;
-                        let wanted = &description.config.memory;
-                        let (memory, filled) = layers.memory(wanted, mapped, &report)?;
-                        let (config, sections) = (state.config, state.sections);
-                        let answer = Voice::silent();
-                        Ok(Box::new(Arrived { config, sections, memory, filled, answer }))
-                    };
-                    tell(Step::Done(read()));
+                    let place = place.as_deref();
+                    let machine = assembly.saved_into(&path, mapped, place, opening, &progress);
+                    tell(Step::Done(machine.map(Box::new)));
                 })
             }
             Source::Stream(stream) => {
                 let door;
                 (door, child) = Door::open(stream)?;
-                let (cancel, shared) = (cancel.clone(), progress.clone());
+                let (cancel, progress) = (cancel.clone(), progress.clone());
                 Box::new(move || {
-                    let result =
-                        read_stream(door, &cancel, confined, &overrides, &memory, &shared, &tell);
-                    tell(Step::Done(result));
+                    let host = Host { assembly: &assembly, progress: &progress, tell: &tell };
+                    let result = host.take_in(door, &cancel, confined, opening);
+                    tell(Step::Done(result.map(Box::new)));
                 })
             }
         };
-        let thread = Builder::new().name("incoming".into()).spawn(task)?;
-        let (memory, thread) = (Some(give), Some(thread));
-        Ok(Self { steps, memory, cancel, progress, thread, child })
+        let thread = Some(Builder::new().name("incoming".into()).spawn(task)?);
+        Ok(Self { steps, cancel, progress, thread, child })
     }
 
     /// How far it is.
@@ -148,16 +127,9 @@ impl Arrival {
         self.steps.try_recv().ok()
     }
 
-    /// Answer [`Step::Described`]: memory, or why there is none for this machine.
-    pub fn fill(&mut self, memory: Result<Memory, String>) {
-        // A thread that has given up says why in its last step.
-        let _ = self.memory.take().map(|to| to.send(memory));
-    }
-
     /// Make it end as soon as it can: [`Step::Done`] comes, unless files hang.
     pub fn cancel(&mut self) {
         self.progress.cancel();
-        self.memory = None;
         self.cancel.cancel();
     }
 
@@ -186,66 +158,175 @@ impl Drop for Arrival {
     }
 }
 
-/// Read a machine that a peer sends.
-fn read_stream(
-    door: Door,
-    cancel: &Cancel,
-    confined: bool,
-    overrides: &impl Fn(&mut Description) -> Result<(), AdaptError>,
-    memory: &Receiver<Result<Memory, String>>,
-    progress: &Progress,
-    tell: &impl Fn(Step),
-) -> Result<Box<Arrived>, RestoreError> {
-    let cancelled = |e: RestoreError| match progress.is_cancelled() {
-        true => RestoreError::Cancelled,
-        false => e,
-    };
-    let from = door.wait(cancel).map_err(|e| cancelled(e.into()))?;
-    let back = from.way_back().map_err(IncomingError::Wait)?;
-    if confined {
-        seccomp::confine_reader().map_err(|e| IncomingError::Wait(io::Error::other(e)))?;
+/// What the thread that reads a stream asks for.
+enum Ask {
+    /// Memory for this machine, if it can run here; what its CPU has promised, if that is known yet.
+    Room(Box<Description>, Option<Cpu>),
+    /// The machine. It is held if nothing more is to be said.
+    Machine(Box<Received>, bool),
+}
+
+/// What it asks, and the answers, each of which may be why not.
+struct Asking {
+    ask: Sender<Ask>,
+    memory: Receiver<Result<Memory, String>>,
+    built: Receiver<Result<(), String>>,
+}
+
+/// The incoming thread, where a peer sends the machine.
+struct Host<'a, T> {
+    assembly: &'a Assembly,
+    progress: &'a Progress,
+    tell: &'a T,
+}
+
+impl<T: Fn(Step) + Sync> Host<'_, T> {
+    fn take_in(
+        &self,
+        door: Door,
+        cancel: &Cancel,
+        confined: bool,
+        opening: Opening,
+    ) -> Result<Arrived, RestoreError> {
+        let from = door.wait(cancel).map_err(|e| self.cancelled(e.into()))?;
+        let (ask, asked) = channel();
+        let (give, memory) = channel();
+        let (verdict, built) = channel();
+        let asking = Asking { ask, memory, built };
+        thread::scope(|scope| {
+            let (assembly, progress) = (self.assembly, self.progress);
+            let overrides = |to: &mut Description| assembly.adapt(to);
+            let task = move || Reader { asking, overrides, progress }.read(from, confined);
+            let reader = Builder::new().name("stream".into()).spawn_scoped(scope, task);
+            let reader = reader.map_err(IncomingError::Wait)?;
+            let (mut opening, mut machine, mut refused) = (Some(opening), None, None);
+            for ask in asked {
+                match ask {
+                    Ask::Room(description, cpu) => {
+                        (self.tell)(Step::Described);
+                        let room = assembly.make_room(&description, cpu.as_ref());
+                        let _ = give.send(told(room, &mut refused));
+                    }
+                    Ask::Machine(received, held) => {
+                        let Some(opening) = opening.take() else { break };
+                        let new = assembly.received(*received, opening, held);
+                        let new = told(new, &mut refused).map(|new| machine = Some(new));
+                        let _ = verdict.send(new);
+                    }
+                }
+            }
+            let ended = reader.join().unwrap_or_else(|_| {
+                Err(IncomingError::Wait(io::Error::other("its reader has panicked")).into())
+            });
+            match (refused, ended, machine) {
+                (Some(why), _, _) | (None, Err(why), _) => Err(self.cancelled(why)),
+                (None, Ok(answer), Some(machine)) => self.end(machine, answer),
+                (None, Ok(_), None) => Err(ReceiveError::NotHandedOver { said: "nothing" }.into()),
+            }
+        })
     }
-    let mut answer = Voice::silent();
-    let read = || {
-        let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
-        if greeted(&mut frames)? {
-            answer = Voice::new(back).map_err(ReceiveError::Deaf)?;
+
+    /// The machine is this process's: take what belongs to it.
+    fn end(
+        &self,
+        (mut machine, halted): (Machine, Option<Halt>),
+        answer: Voice,
+    ) -> Result<Arrived, RestoreError> {
+        match take(&mut machine) {
+            Ok(()) if !self.progress.is_cancelled() => Ok(Arrived { machine, halted, answer }),
+            other => {
+                // First the machine: the source takes its disks and taps again.
+                drop(machine);
+                let why = self.cancelled(other.err().unwrap_or(RestoreError::Cancelled));
+                answer.fail(Kind::Failed, &qmp::Error::generic(&why).to_string());
+                Err(why)
+            }
         }
-        let allocate = |description: &Description| {
-            tell(Step::Described(Box::new(description.clone())));
-            match memory.recv() {
-                Ok(Ok(memory)) => {
+    }
+
+    fn cancelled(&self, why: RestoreError) -> RestoreError {
+        if self.progress.is_cancelled() { RestoreError::Cancelled } else { why }
+    }
+}
+
+/// A result as the source is told of it; the error stays here.
+fn told<V>(result: Result<V, RestoreError>, error: &mut Option<RestoreError>) -> Result<V, String> {
+    result.map_err(|e| {
+        let text = qmp::Error::generic(&e).to_string();
+        *error = Some(e);
+        text
+    })
+}
+
+/// The thread that reads what a peer sends.
+struct Reader<'a, O> {
+    asking: Asking,
+    overrides: O,
+    progress: &'a Progress,
+}
+
+impl<O: Fn(&mut Description) -> Result<(), AdaptError>> Reader<'_, O> {
+    /// Read to the end of the dialogue, where there is one: the machine is this process's then.
+    fn read(self, from: Peer, confined: bool) -> Result<Voice, RestoreError> {
+        let back = from.way_back().map_err(IncomingError::Wait)?;
+        if confined {
+            seccomp::confine_reader().map_err(|e| IncomingError::Wait(io::Error::other(e)))?;
+        }
+        let mut answer = Voice::silent();
+        match self.dialogue(from, back, &mut answer) {
+            Ok(()) => Ok(answer),
+            Err(e) => {
+                answer.fail(Kind::Failed, &qmp::Error::generic(&e).to_string());
+                Err(e.into())
+            }
+        }
+    }
+
+    fn dialogue(
+        &self,
+        from: Peer,
+        back: std::os::fd::OwnedFd,
+        answer: &mut Voice,
+    ) -> Result<(), ReceiveError> {
+        let Self { asking, overrides, progress } = self;
+        let gone = || ReceiveError::NoRoom("it was given up".into());
+        let deadline = from.deadline();
+        let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
+        let mut cpu = None;
+        if let Some(greeted) = greeted(&mut frames)? {
+            *answer = Voice::new(back).map_err(ReceiveError::Deaf)?;
+            cpu = greeted.cpu;
+        }
+        let mut allocate = |description: &Description| {
+            let ask = Ask::Room(Box::new(description.clone()), cpu.take());
+            asking.ask.send(ask).map_err(|_| gone())?;
+            match asking.memory.recv().map_err(|_| gone())? {
+                Ok(memory) => {
                     answer.say(Kind::Accept, "").map_err(ReceiveError::Deaf)?;
                     Ok(memory)
                 }
-                Ok(Err(why)) => {
+                Err(why) => {
                     answer.say(Kind::Refuse, &why).map_err(ReceiveError::Deaf)?;
                     Err(ReceiveError::NoRoom(why))
                 }
-                Err(_) => Err(ReceiveError::NoRoom("it was given up".into())),
             }
         };
-        let received = receive_frames(&mut frames, overrides, allocate, progress)?;
-        if answer.is_heard() {
+        let received = receive_frames(&mut frames, overrides, &mut allocate, progress)?;
+        let dialogue = answer.is_heard();
+        asking.ask.send(Ask::Machine(Box::new(received), !dialogue)).map_err(|_| gone())?;
+        asking.built.recv().map_err(|_| gone())?.map_err(ReceiveError::NoRoom)?;
+        if dialogue {
             answer.say(Kind::Ready, "").map_err(ReceiveError::Deaf)?;
+            deadline.set(GO_LIMIT);
             let kind = frames.take(&mut Vec::new()).map_err(|e| match e {
                 StreamError::Truncated { .. } => ReceiveError::NotHandedOver { said: "nothing" },
+                StreamError::Io(e) if e.kind() == io::ErrorKind::TimedOut => ReceiveError::NoGo,
                 other => other.into(),
             })?;
             if kind != Kind::Go {
                 return Err(ReceiveError::NotHandedOver { said: kind.name() });
             }
         }
-        Ok(received)
-    };
-    match read() {
-        Ok(Received { config, sections, memory }) => {
-            Ok(Box::new(Arrived { config, sections, memory, filled: Vec::new(), answer }))
-        }
-        Err(e) => {
-            let e = cancelled(e.into());
-            answer.fail(Kind::Failed, &qmp::Error::generic(&e).to_string());
-            Err(e)
-        }
+        Ok(())
     }
 }

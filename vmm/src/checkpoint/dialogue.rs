@@ -2,13 +2,16 @@
 //!
 //! ```text
 //!   source                                             receiver
-//!   Hello Config              ------------------->     has it room, and the disks?
+//!   Hello Config              ------------------->     has it room, the CPU, the disks and taps?
 //!                             <-- Accept | Refuse --
-//!   (Pages | Zeros).. Section.. End ------------->     whole?
+//!   (Pages | Zeros).. Section.. End ------------->     whole? build the machine
 //!                             <--- Ready | Failed --
-//!   release disks and taps; Go ------------------>     take them, build the machine
+//!   release disks and taps; Go ------------------>     take them
 //!                             <- Running | Failed --
 //! ```
+//! The machine is built before `Ready`, with its disks open and not locked and its taps looked at and not
+//! attached: taking these is all that is left to fail after `Go`.
+//!
 //! Before `Go` whatever fails leaves the guest running at the source. After it only `Failed` gives it
 //! back: silence and the end of the stream do not, because the receiver may run it. Then the outcome
 //! is unknown, and the guest stays stopped at the source until somebody who knows says `cont`.
@@ -23,8 +26,9 @@ use parking_lot::Mutex;
 use rustix::{event::PollFlags, io::Errno};
 use serde::{Deserialize, Serialize};
 use state::{
-    Frames,
+    Frames, Section, SectionError,
     config::Id,
+    cpu::Cpu,
     frame::{Kind, Reader, StreamError, VERSION, Writer},
 };
 
@@ -34,11 +38,14 @@ use super::{receive::ReceiveError, save::SaveError, send::Cancel};
 pub const ACCEPT_LIMIT: Duration = Duration::from_secs(5);
 /// How long each later answer may take.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How long a receiver that is ready waits for `Go`. Less than [`ANSWER_LIMIT`]: a source whose `Go` is lost
+/// still hears `Failed`, and has its machine again, where silence would leave it in doubt.
+pub const GO_LIMIT: Duration = Duration::from_secs(20);
 /// Longest body of `Hello`, in bytes.
 pub const LONGEST_HELLO: usize = 64 << 10;
 
 /// Body of [`Kind::Hello`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hello {
     /// Oldest and newest format that the sender speaks.
     pub versions: [u32; 2],
@@ -46,12 +53,20 @@ pub struct Hello {
     pub id: Id,
     /// The machine's name.
     pub domain: String,
+    /// The `cpu` section, so that a receiver can tell before memory is sent. It may be missing, and is in
+    /// the state in any case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<Section>,
 }
 
 impl Hello {
-    /// That of the migration `id` of the machine called `domain`.
-    pub fn new(id: &Id, domain: &str) -> Self {
-        Self { versions: [VERSION; 2], id: *id, domain: domain.into() }
+    /// That of the migration `id` of the machine called `domain`, which has shown its guest `cpu`.
+    ///
+    /// # Errors
+    /// When that has no saved form.
+    pub fn new(id: &Id, domain: &str, cpu: Option<&Cpu>) -> Result<Self, SectionError> {
+        let cpu = cpu.map(|cpu| Section::of("", cpu)).transpose()?;
+        Ok(Self { versions: [VERSION; 2], id: *id, domain: domain.into(), cpu })
     }
 }
 
@@ -136,8 +151,10 @@ impl HandOver {
     /// may have it.
     pub fn go(mut self) -> Result<(), SaveError> {
         let unknown = |why: io::Error| SaveError::Unknown { why };
-        (self.say)(Kind::Go).map_err(unknown)?;
-        let said = self.answers.next(ANSWER_LIMIT).map_err(unknown)?;
+        let went = (self.say)(Kind::Go);
+        // One that has given up before it was told has said so, and does not take the word any more.
+        let said = self.answers.next(ANSWER_LIMIT);
+        let said = said.map_err(|e| unknown(went.err().unwrap_or(e)))?;
         match said.kind {
             Kind::Running => Ok(()),
             Kind::Failed => Err(SaveError::Refused { why: said.text }),
@@ -201,23 +218,31 @@ impl Drop for Voice {
     }
 }
 
-/// Whether a stream begins with a greeting, so that its sender wants answers.
+/// The greeting of a stream that begins with one, because its sender wants answers.
 ///
 /// # Errors
 /// When it cannot be read, or is none that is understood here.
-pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<bool, ReceiveError> {
+pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<Option<Greeted>, ReceiveError> {
     let mut body = Vec::new();
     let kind = frames.take(&mut body)?;
     if kind != Kind::Hello {
         frames.put_back(kind, body);
-        return Ok(false);
+        return Ok(None);
     }
     let bounded = Some(&body).filter(|body| body.len() <= LONGEST_HELLO);
     let hello = bounded.and_then(|body| serde_json::from_slice::<Hello>(body).ok());
-    let Hello { versions: [oldest, newest], id, domain } = hello.ok_or(ReceiveError::Greeting)?;
+    let Hello { versions: [oldest, newest], id, domain, cpu } =
+        hello.ok_or(ReceiveError::Greeting)?;
     if !(oldest..=newest).contains(&VERSION) {
         return Err(ReceiveError::Versions { oldest, newest });
     }
     log::info!("machine {domain:?} comes in, migration {id:?}");
-    Ok(true)
+    let cpu = cpu.map(|section| section.read()).transpose().map_err(ReceiveError::Cpu)?;
+    Ok(Some(Greeted { cpu }))
+}
+
+/// What a greeting has told.
+pub struct Greeted {
+    /// What the guest has been promised, if the source says so beforehand.
+    pub cpu: Option<Cpu>,
 }

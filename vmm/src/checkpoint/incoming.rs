@@ -3,9 +3,12 @@ use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use machine::inherited;
+use parking_lot::Mutex;
 use qmp::server::{BindError, SocketFile, claim};
 use rustix::{
     event::PollFlags,
@@ -70,9 +73,9 @@ impl Door {
     /// # Errors
     /// When there is none.
     pub fn wait(self, cancel: &Cancel) -> Result<Peer, IncomingError> {
-        let cancel = cancel.clone();
+        let peer = |fd| Peer { fd, cancel: cancel.clone(), deadline: Deadline::default() };
         let (listener, _file) = match self {
-            Self::Open(fd) => return Ok(Peer { fd, cancel }),
+            Self::Open(fd) => return Ok(peer(fd)),
             Self::Socket(listener, file) => (listener, file),
         };
         loop {
@@ -80,16 +83,34 @@ impl Door {
             match accept_with(&listener, SocketFlags::CLOEXEC) {
                 // It has gone again.
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
-                other => return Ok(Peer { fd: other.map_err(io::Error::from)?, cancel }),
+                other => return Ok(peer(other.map_err(io::Error::from)?)),
             }
         }
     }
 }
 
-/// The process that sends a machine. Reading waits for it until that is cancelled.
+/// The process that sends a machine. Reading waits for it until that is cancelled, or until a deadline
+/// where there is one.
 pub struct Peer {
     fd: OwnedFd,
     cancel: Cancel,
+    deadline: Deadline,
+}
+
+/// Until when a [`Peer`] is waited for; none at first. The lock, because the reader that looks at it is inside
+/// of another one.
+#[derive(Debug, Clone, Default)]
+pub struct Deadline(Arc<Mutex<Option<Instant>>>);
+
+impl Deadline {
+    /// It is `limit` from now.
+    pub fn set(&self, limit: Duration) {
+        *self.0.lock() = Some(Instant::now() + limit);
+    }
+
+    fn left(&self) -> Option<Duration> {
+        self.0.lock().map(|at| at.saturating_duration_since(Instant::now()))
+    }
 }
 
 impl Peer {
@@ -100,12 +121,17 @@ impl Peer {
     pub fn way_back(&self) -> io::Result<OwnedFd> {
         self.fd.try_clone()
     }
+
+    /// By which reading can be given a limit.
+    pub fn deadline(&self) -> Deadline {
+        self.deadline.clone()
+    }
 }
 
 impl Read for Peer {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            self.cancel.wait_beside(&self.fd, PollFlags::IN)?;
+            self.cancel.wait_for(&self.fd, PollFlags::IN, self.deadline.left())?;
             match rustix::io::read(&self.fd, &mut *buf) {
                 // Nonblocking as the other side has made it, and another reader was quicker.
                 Err(Errno::AGAIN | Errno::INTR) => {}

@@ -11,14 +11,20 @@
 //! lazy      memory that is read while the guest runs
 //! incoming  where a stream comes from
 //! receive   out of a stream
-//! arrival   the thread that reads what comes in, and when it needs the main thread
+//! arrival   the thread that takes a machine in, and the one that reads it from a stream
+//! assembly  what has come, made into a machine
+//! disks     copies of disks that a save keeps beside the memory
+//! children  copies of those for a restored machine
 //! dialogue  what is said beside the machine where a stream goes both ways
 //! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
 //! ```
 mod adapt;
 mod arrival;
+mod assembly;
+mod children;
 mod dialogue;
+mod disks;
 mod image;
 mod incoming;
 pub mod job;
@@ -34,8 +40,10 @@ mod tests;
 mod wait;
 
 pub use adapt::AdaptError;
-pub use arrival::{Arrival, Arrived, Step as ArrivalStep};
-pub use dialogue::Voice;
+pub use arrival::{Arrival, Step as ArrivalStep};
+pub use assembly::Arrived;
+pub use children::{ChildError, Children};
+pub use dialogue::{Hello, Voice};
 pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
 pub use load::{LoadError, check, load};
@@ -46,20 +54,9 @@ pub use send::{Cancel, Peer, Stream, To};
 
 use std::path::PathBuf;
 
-use machine::{
-    BuildError, Description, Machine, Memory, Report,
-    config::MachineConfig,
-    memory::{self, MemoryError},
-};
+use machine::{BuildError, memory::MemoryError};
 
-use self::{
-    adapt::{adapt, check_disks},
-    rehearse::rehearse,
-};
-use crate::{
-    cli::{Incoming, Mapped, Source},
-    lifecycle::Halt,
-};
+use crate::cli::{Incoming, Mapped, Source};
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +71,8 @@ pub enum RestoreError {
     #[error(transparent)]
     Adapt(#[from] AdaptError),
     #[error(transparent)]
+    Child(#[from] ChildError),
+    #[error(transparent)]
     Rehearse(#[from] RehearseError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -83,40 +82,10 @@ pub enum RestoreError {
     Build(#[from] BuildError),
 }
 
-/// The machine that has come in by `incoming`, with the disks, NICs and character devices of `flags` in
-/// place of its own. It is stopped; the second part says why its guest cannot run on, if it
-/// cannot.
-///
-/// # Errors
-/// The first thing that is wrong.
-pub fn restore(
-    arrived: Arrived,
-    incoming: &Incoming,
-    flags: &MachineConfig,
-    report: Report,
-) -> Result<(Machine, Option<Halt>), RestoreError> {
-    let Arrived { config, sections, memory, filled, answer: _ } = arrived;
-    let overrides = |description: &mut Description| adapt(description, &incoming.asked, flags);
-    let restorable = rehearse(&config, sections, overrides)?;
-    check_disks(&restorable.description)?;
-    let clock_realtime = incoming.clock_realtime;
-    let saved = machine::Saved { restorable, memory, filled, clock_realtime };
-    Ok((Machine::restored(saved, report)?, config.halted.map(Halt::from)))
-}
-
-/// Memory for the machine `description`, whose disks are here.
-///
-/// # Errors
-/// When a disk is not, or the memory.
-pub fn make_room(description: &Description) -> Result<Memory, RestoreError> {
-    check_disks(description)?;
-    Ok(memory::allocate(&description.config.memory)?)
-}
-
 /// The file that the memory of a machine restored in this way is mapped from, if it is.
 pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
     match &incoming.source {
-        Source::Directory { path, mapped: Mapped::On } => Some(path.join(MEMORY)),
+        Source::Directory { path, mapped: Mapped::On, .. } => Some(path.join(MEMORY)),
         _ => None,
     }
 }

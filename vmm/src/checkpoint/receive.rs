@@ -7,11 +7,11 @@ use std::{
 
 use machine::{Description, DescriptionError, Memory, memory::image as ram};
 use state::{
-    Config, FileError, Frames, Sections,
+    Config, FileError, Frames, SectionError, Sections,
     frame::{Kind, StreamError},
 };
 
-use super::{AdaptError, image::Progress, send::PIECE};
+use super::{AdaptError, dialogue::GO_LIMIT, image::Progress, send::PIECE};
 
 /// How often all of memory may be sent: more often than any sender has rounds.
 const TIMES: u64 = 64;
@@ -43,6 +43,14 @@ pub enum ReceiveError {
          program another one"
     )]
     Versions { oldest: u32, newest: u32 },
+    #[error("the stream cannot be restored: its greeting is not understood")]
+    Cpu(#[source] SectionError),
+    #[error(
+        "the machine is still at its source, which has not handed it over within {} seconds after all was \
+         ready here",
+        GO_LIMIT.as_secs()
+    )]
+    NoGo,
     #[error("the machine is still at its source, which does not hand it over: it says {said}")]
     NotHandedOver { said: &'static str },
     #[error("the source does not listen to answers")]

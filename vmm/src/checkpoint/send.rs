@@ -191,8 +191,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Begin to send `memory` of the machine `config`. With `dialogue`, the other side has to answer
-    /// before a page is sent.
+    /// Begin to send `memory` of the machine `config`. With a greeting, the other side has to answer before a
+    /// page is sent.
     ///
     /// # Errors
     /// When the other side has gone or does not want it, or the save is cancelled.
@@ -200,18 +200,17 @@ impl Stream {
         peer: Peer,
         memory: Memory,
         config: &Config,
-        dialogue: bool,
+        hello: Option<&Hello>,
         progress: &Progress,
     ) -> Result<Self, SaveError> {
         let mut answers = None;
         let begin = || {
-            if dialogue {
+            if hello.is_some() {
                 answers = Some(Answers::new(peer.fd.try_clone()?, peer.cancel.clone()));
             }
             let mut to = Writer::begin(BufWriter::new(peer))?;
-            if dialogue {
-                let hello = Hello::new(&config.id, &config.machine.name);
-                to.frame(Kind::Hello, &[&serde_json::to_vec(&hello)?])?;
+            if let Some(hello) = hello {
+                to.frame(Kind::Hello, &[&serde_json::to_vec(hello)?])?;
             }
             write_config(&mut to, config)?;
             to.flush()?;

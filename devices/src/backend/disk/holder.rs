@@ -3,23 +3,16 @@
 use std::{
     fs::{self, File},
     os::fd::AsRawFd,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
+use crate::backend::holder::{entries, find};
+
 /// The process that has a lock on what `file` leads to; `None` when that cannot be found out, as of
-/// another user's process. Asks the kernel alone and never the file's storage, which may hang.
+/// another user's process.
 pub(super) fn of(file: &File) -> Option<u32> {
     let target = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-    let processes =
-        entries(Path::new("/proc")).filter_map(|(name, path)| Some((name.parse().ok()?, path)));
-    processes
-        .filter(|(pid, _)| *pid != std::process::id())
-        .find(|(_, process)| {
-            // A process whose first thread has ended shows its descriptors in the others alone.
-            let threads = entries(&process.join("task")).map(|(_, thread)| thread);
-            std::iter::once(process.clone()).chain(threads).any(|thread| holds(&thread, &target))
-        })
-        .map(|(pid, _)| pid)
+    find(|thread| holds(thread, &target))
 }
 
 fn holds(thread: &Path, target: &Path) -> bool {
@@ -28,9 +21,4 @@ fn holds(thread: &Path, target: &Path) -> bool {
         fs::read_link(link).is_ok_and(|found| found == target)
             && locked().is_ok_and(|info| info.lines().any(|line| line.starts_with("lock:")))
     })
-}
-
-fn entries(directory: &Path) -> impl Iterator<Item = (String, PathBuf)> + use<> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
 }

@@ -3,11 +3,13 @@
 //! The format is never guessed. A guest owns every byte of its disk, so a monitor that follows an
 //! image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6). What begins like
 //! an image of another format can be refused at most ([`OpenOptions::probe`]).
+mod copy;
 mod engine;
 mod format;
 mod generation;
 mod holder;
 mod observer;
+mod spot_check;
 mod storage;
 mod sys;
 #[cfg(test)]
@@ -31,9 +33,11 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use self::{
+    copy::{DiskCopy, Made, Step, data_after, write_sparse},
     engine::Op,
     generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
+    spot_check::{SpotCheck, SpotHash},
     storage::{Outcome, Storage},
 };
 use time::OffsetDateTime;
@@ -131,6 +135,16 @@ pub enum DiskError {
         path = path.display()
     )]
     Changed { path: PathBuf, what: String, written: String },
+    #[error(
+        "{path} is not as it was when its machine was saved: its first or last MiB or one of 64 blocks in \
+         between is another one. This was a spot check, as a block device has no mark: the rest may \
+         differ, too. With memory of then and a disk of now, the guest would destroy its file system. \
+         Restore the save that was made last; or give a copy of the device that belongs to this save \
+         with -drive id=ID,file=COPY; or, if this is the right one nevertheless, say so with --force \
+         (-incoming ...,force=on)",
+        path = path.display()
+    )]
+    SpotCheck { path: PathBuf },
     #[error("no descriptor is left for {path}", path = path.display())]
     NoDescriptor { path: PathBuf, source: io::Error },
 }
@@ -138,7 +152,7 @@ pub enum DiskError {
 /// The part of a disk that bypasses the page cache.
 #[derive(Debug)]
 struct Direct {
-    file: File,
+    file: Arc<File>,
     /// What the addresses of buffers must be multiples of; a power of two.
     memory_align: u64,
     /// What offsets and lengths must be multiples of; a power of two.
@@ -173,6 +187,19 @@ impl Disk {
     /// # Errors
     /// See [`DiskError`]: each says what to do about it.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
+        Self::opened(path, options, true)
+    }
+
+    /// The same without the lock, of a disk that another machine has and is to give up: it must not be
+    /// used until [`Disk::hold`].
+    ///
+    /// # Errors
+    /// As [`Disk::open`], but for the lock.
+    pub fn open_unheld(path: &Path, options: &OpenOptions) -> Result<Self, DiskError> {
+        Self::opened(path, options, false)
+    }
+
+    fn opened(path: &Path, options: &OpenOptions, held: bool) -> Result<Self, DiskError> {
         let OpenOptions { readonly, direct, discard, aio, probe } = *options;
         // Looked at before it is opened, because opening alone can wait for ever (a FIFO) or have
         // an effect (a watchdog); and again afterwards, because it may have been replaced.
@@ -186,7 +213,9 @@ impl Disk {
         if file_system == FileSystem::Proc {
             return Err(DiskError::NotADisk { path: path.into(), kind: "a file of procfs" });
         }
-        lock(path, &file, readonly)?;
+        if held {
+            lock(path, &file, readonly)?;
+        }
         if probe && let Some((format, qemu_name)) = format::other_than_raw(&file) {
             return Err(DiskError::Format { path: path.into(), format, qemu_name });
         }
@@ -318,6 +347,23 @@ impl Disk {
         let found = self.file.metadata();
         let found = found.inspect_err(|e| log::warn!("{}: {e}", self.path.display())).ok()?;
         Some(DiskMark { generation, size: found.len(), mtime_ns: mtime_ns(&found) })
+    }
+
+    /// Bytes of the whole image, whatever of it the guest can address.
+    fn bytes_of_image(&self) -> io::Result<u64> {
+        Ok(if self.device { self.size() } else { self.file.metadata()?.len() })
+    }
+
+    /// Order a spot check for the save `id`, of what the disk holds now. `None` for what is not a block
+    /// device, or cannot be written. No request may be under way.
+    pub fn spot_check(&self, id: u128) -> Option<SpotCheck> {
+        if self.readonly || !self.device {
+            return None;
+        }
+        let file = self.direct.as_ref().map_or(&self.file, |direct| &direct.file);
+        let check = SpotCheck::new(file, self.size(), id, self.waker());
+        self.observe(check.observer());
+        Some(check)
     }
 
     /// Check that the image is the one that `mark` was taken of, unchanged since then; of a `copy`,
@@ -490,6 +536,7 @@ fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, D
             _ => open_error(path, readonly, source),
         })?;
     let (memory_align, offset_align) = sys::direct_alignment(buffered);
+    let file = Arc::new(file);
     Ok(Direct { file, memory_align, offset_align })
 }
 

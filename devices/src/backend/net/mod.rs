@@ -1,5 +1,6 @@
 //! Where the frames of a network device go to and come from.
 pub mod frame;
+mod link;
 pub mod tap;
 
 use std::{

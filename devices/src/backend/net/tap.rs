@@ -20,9 +20,12 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
 };
 
-use super::{Frame, HEADER, NetBackend, Offloads};
+use super::{
+    Frame, HEADER, NetBackend, Offloads,
+    link::{self, Kind},
+};
 
-const CLONE_DEVICE: &str = "/dev/net/tun";
+pub(super) const CLONE_DEVICE: &str = "/dev/net/tun";
 const TAP: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// A host tap device with one or more queues. It is detached, not deleted, when dropped.
@@ -46,10 +49,11 @@ pub enum TapError {
     Missing { name: String, queues: usize },
     /// Somebody else uses it.
     #[error(
-        "tap device '{name}' is in use by another process. Give each machine one of its own:{}",
+        "tap device '{name}' is in use by another process{}. Give each machine one of its own:{}",
+        holder.map_or_else(String::new, |pid| format!(" ({pid})")),
         recipe("NAME", *.queues)
     )]
-    Busy { name: String, queues: usize },
+    Busy { name: String, queues: usize, holder: Option<u32> },
     /// A network interface, but not a tap device.
     #[error(
         "network interface '{name}' is not a tap device (tun, bridge, or hardware). Make one \
@@ -88,6 +92,12 @@ pub enum TapError {
     Host { name: String, what: &'static str, source: io::Error },
 }
 
+fn check_name(name: &str) -> Result<(), TapError> {
+    let valid = (1..=15).contains(&name.len())
+        && !name.bytes().any(|b| b == 0 || b == b'/' || b.is_ascii_whitespace());
+    if valid { Ok(()) } else { Err(TapError::Name(name.into())) }
+}
+
 fn recipe(name: &str, queues: usize) -> String {
     let multi_queue = if queues > 1 { " multi_queue" } else { "" };
     format!(" ip tuntap add dev {name} mode tap{multi_queue} vnet_hdr && ip link set {name} up")
@@ -100,11 +110,7 @@ impl Tap {
     /// When it does not exist, is not a tap device, is busy, or the host refuses; the message has
     /// the command that helps.
     pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
-        let valid = (1..=15).contains(&name.len())
-            && !name.bytes().any(|b| b == 0 || b == b'/' || b.is_ascii_whitespace());
-        if !valid {
-            return Err(TapError::Name(name.into()));
-        }
+        check_name(name)?;
         let missing = || TapError::Missing { name: name.into(), queues };
         // TUNSETIFF would make a tap that does not exist, so look first and compare afterwards.
         let index = interface_index(name).ok_or_else(missing)?;
@@ -132,6 +138,25 @@ impl Tap {
             files.push(attach(name, flags).map_err(|e| e.explain(name, queues))?);
         }
         Self::set_up(name.into(), files, true)
+    }
+
+    /// Whether there is a tap device `name` that takes `queues` queues. It is not touched, and another
+    /// process may have it.
+    ///
+    /// # Errors
+    /// When it does not exist, is not a tap device, or has one queue where several are wanted.
+    pub fn look(name: &str, queues: usize) -> Result<(), TapError> {
+        check_name(name)?;
+        let owned = || name.to_owned();
+        match link::kind(name) {
+            Ok(Kind::Missing) => Err(TapError::Missing { name: owned(), queues }),
+            Ok(Kind::Other) => Err(TapError::NotTap { name: owned(), queues }),
+            Ok(Kind::Tap { several: Some(false) }) if queues > 1 => {
+                Err(TapError::NotMultiQueue { name: owned(), queues })
+            }
+            Ok(Kind::Tap { .. }) => Ok(()),
+            Err(source) => Err(TapError::Host { name: owned(), what: "ask for its kind", source }),
+        }
     }
 
     /// Use tap devices that somebody else has opened: one descriptor for each queue, all of one
@@ -313,7 +338,10 @@ impl AttachError {
             Self::Other(source) => source,
         };
         match source.raw_os_error() {
-            Some(libc::EBUSY) => TapError::Busy { name, queues },
+            Some(libc::EBUSY) => {
+                let holder = link::holder(&name);
+                TapError::Busy { name, queues, holder }
+            }
             Some(libc::EPERM | libc::EACCES) => TapError::Permission { name },
             _ => TapError::Host { name, what: "attach", source },
         }

@@ -30,6 +30,8 @@ impl Snapshot for Block {
             queues,
             in_flight: Vec::new(),
             mark: self.disk().and_then(Disk::mark).map(saved::Mark::from),
+            // Made later: see `Disk::spot_check`.
+            spot_check: None,
         }
     }
 

@@ -89,6 +89,12 @@ pub enum PlugError {
     /// The driver relies on offloads.
     #[error("the tap device has no virtio header: open it with IFF_VNET_HDR")]
     NoHeader,
+    /// The driver was offered them where the machine comes from.
+    #[error(
+        "the tap device takes no UDP segments (USO), which the guest was offered: that needs Linux 6.2 \
+         or later on the host"
+    )]
+    NoUso,
     /// The I/O thread is gone.
     #[error("the device's I/O thread does not take it")]
     Thread,
@@ -101,6 +107,8 @@ pub struct Net<B: NetBackend = Tap> {
     mac: [u8; 6],
     link: bool,
     backend: Option<Arc<B>>,
+    /// A back-end comes before the guest runs, which sees it already.
+    awaited: bool,
     features: u64,
     queue_sizes: Vec<u16>,
     stats: Arc<NetStats>,
@@ -137,6 +145,7 @@ impl<B: NetBackend> Net<B> {
             settings,
             link: true,
             backend: None,
+            awaited: false,
             features,
             queue_sizes,
             stats: Arc::default(),
@@ -163,7 +172,16 @@ impl<B: NetBackend> Net<B> {
         if self.features & WITH_HEADER != 0 && !backend.has_header() {
             return Err(PlugError::NoHeader);
         }
+        if self.awaited && self.features & USO != 0 && !backend.has_uso() {
+            return Err(PlugError::NoUso);
+        }
         Ok(())
+    }
+
+    /// Another process still has the back-end, which comes before the guest runs: the driver sees the slot
+    /// as if it were there already.
+    pub fn await_backend(&mut self) {
+        self.awaited = self.backend.is_none();
     }
 
     /// Put a back-end into an empty slot; `mac` replaces the address that the driver sees.
@@ -198,7 +216,7 @@ impl<B: NetBackend> Net<B> {
 
     /// The driver sees a link: there is a back-end, and the cable is in.
     pub fn link_up(&self) -> bool {
-        self.link && self.backend.is_some()
+        self.link && (self.backend.is_some() || self.awaited)
     }
 
     /// Tell the host's network that this address is here now; nothing while the link is down.
@@ -230,7 +248,7 @@ impl<B: NetBackend> Net<B> {
     }
 
     fn set_backend(&mut self, backend: Option<B>) -> io::Result<()> {
-        self.backend = backend.map(Arc::new);
+        (self.backend, self.awaited) = (backend.map(Arc::new), false);
         let backend = self.backend.clone();
         match self.home.with(|worker| worker.set_backend(backend))? {
             Some(()) => {}

@@ -116,6 +116,9 @@ fn in_own_words(said: &str) -> String {
         .replace("leave clock=realtime out", "leave --clock realtime out")
         .replace("clock=realtime: ", "--clock realtime: ")
         .replace("give -drive with", "give --disk with")
+        .replace("format=raw (\"driver\": \"raw\" in blockdev-add)", "--disk ID=PATH,format=raw")
+        .replace("-drive id=ID,file=COPY", "--disk ID=COPY")
+        .replace(" (-incoming ...,force=on)", "")
         .replace("give -netdev with", "give --tap with");
     for (begin, end, flag, what) in [
         ("-drive id=", ",file=PATH", "--disk ", "=PATH"),
@@ -181,6 +184,14 @@ mod tests {
             (
                 "disk 'a': cannot open /x; give its place with -drive id=a,file=PATH: No such file",
                 "disk 'a': cannot open /x; give its place with --disk a=PATH: No such file",
+            ),
+            (
+                "/x is a QCOW2 image; say so with format=raw (\"driver\": \"raw\" in blockdev-add)",
+                "/x is a QCOW2 image; say so with --disk ID=PATH,format=raw",
+            ),
+            (
+                "give the copy with -drive id=ID,file=COPY; or say so with --force (-incoming ...,force=on)",
+                "give the copy with --disk ID=COPY; or say so with --force",
             ),
             ("give it a tap with -netdev tap,id=n,ifname=TAP", "give it a tap with --tap n=TAP"),
             (

@@ -167,6 +167,10 @@ pub struct Save {
     /// Leave the domain paused
     #[arg(short, long, conflicts_with = "go_on")]
     pub paused: bool,
+    /// Keep the disks that it can write to with its memory: such a save can be restored as often as one
+    /// likes, and each time the domain gets disks of its own
+    #[arg(long)]
+    pub disks: bool,
 }
 
 #[derive(Debug, Args)]
@@ -177,9 +181,10 @@ pub struct Restore {
     /// Name of the new domain, if not that of the saved one
     #[arg(long)]
     pub name: Option<Name>,
-    /// A disk that is in another place now
-    #[arg(long, value_name = "ID=PATH", value_parser = pair)]
-    pub disk: Vec<(String, String)>,
+    /// A disk that is in another place now; with format=raw also if it looks like an image of another
+    /// format
+    #[arg(long, value_name = "ID=PATH[,format=raw]", value_parser = moved_disk)]
+    pub disk: Vec<MovedDisk>,
     /// A NIC that has another tap device now
     #[arg(long, value_name = "ID=TAP", value_parser = pair)]
     pub tap: Vec<(String, String)>,
@@ -194,6 +199,15 @@ pub struct Restore {
     pub clock: Clock,
     #[command(flatten)]
     pub begin: Begin,
+}
+
+/// A disk of a saved machine, and where it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MovedDisk {
+    pub id: String,
+    pub path: PathBuf,
+    /// It is raw, whatever it looks like.
+    pub raw: bool,
 }
 
 /// Where a restored guest's clock goes on.
@@ -325,9 +339,44 @@ pub struct Man {
     pub directory: Option<PathBuf>,
 }
 
+fn moved_disk(word: &str) -> Result<MovedDisk, String> {
+    let (id, place) = pair(word)?;
+    // As in the monitor's -drive: whatever else is guessed or asked for, a disk is raw.
+    let (path, raw) = match place.split_once(',') {
+        None => (place.as_str(), false),
+        Some((path, "format=raw")) if !path.is_empty() => (path, true),
+        Some((_, rest)) => {
+            return Err(format!(
+                "must be ID=PATH or ID=PATH,format=raw, where PATH is without commas; not '{rest}'"
+            ));
+        }
+    };
+    Ok(MovedDisk { id, path: path.into(), raw })
+}
+
 fn pair(word: &str) -> Result<(String, String), String> {
     match word.split_once('=') {
         Some((id, to)) if !id.is_empty() && !to.is_empty() => Ok((id.into(), to.into())),
         _ => Err("must be ID=WHERE".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moved_disk_may_be_called_raw_and_nothing_else() {
+        let disk = |raw| MovedDisk { id: "root".into(), path: "/a=b".into(), raw };
+        assert_eq!(moved_disk("root=/a=b").unwrap(), disk(false));
+        assert_eq!(moved_disk("root=/a=b,format=raw").unwrap(), disk(true));
+        for wrong in ["root=/a,format=qcow2", "root=/a,readonly=on", "root=/a,", "root=,format=raw"]
+        {
+            let said = moved_disk(wrong).unwrap_err();
+            assert!(said.contains("ID=PATH,format=raw"), "{wrong}: {said}");
+        }
+        for wrong in ["root", "root=", "=/a"] {
+            assert!(moved_disk(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -48,7 +48,7 @@ fn sent() -> Vec<u8> {
     let progress = Progress::default();
     let peer = Peer::reach(To::Fd(near.into()), Cancel::new().unwrap()).unwrap();
     let mut to =
-        Box::new(Stream::begin(peer, memory.clone(), &config(5), false, &progress).unwrap());
+        Box::new(Stream::begin(peer, memory.clone(), &config(5), None, &progress).unwrap());
     to.copy(&Source::Guest(&ram::used(&memory, &[]).unwrap()), &progress).unwrap();
     ram::write(&memory, 5 * MIB, &[0; 4096]).unwrap();
     ram::write(&memory, SIZE - 5, b"later").unwrap();
@@ -304,7 +304,8 @@ fn what_is_no_stream_at_all_is_refused() {
 
 /// A save under way to the other end of a socket.
 fn save_to(near: UnixStream) -> Job {
-    let thread = Checkpointer::spawn(Arc::new(|| {})).unwrap();
+    let (thread, save) = Checkpointer::new(Arc::new(|| {}));
+    std::thread::spawn(save);
     let (memory, config) = (memory(1), config(5));
     // More than a socket takes.
     ram::write(&memory, 2 * MIB, &vec![9; 8 << 20]).unwrap();
@@ -313,7 +314,7 @@ fn save_to(near: UnixStream) -> Job {
     let cancel = Some(cancel);
     let sent = memory.clone();
     let open = move |progress: &Progress| {
-        let stream = Stream::begin(peer, sent, &config, false, progress)?;
+        let stream = Stream::begin(peer, sent, &config, None, progress)?;
         Ok(Box::new(stream) as Box<dyn Sink>)
     };
     let (open, place) = (Box::new(open), String::new());

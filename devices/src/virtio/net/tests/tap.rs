@@ -369,14 +369,24 @@ fn what_is_wrong_with_a_tap_is_said_with_the_cure() {
         assert!(matches!(Tap::open(name, 1), Err(TapError::Name(_))), "{name:?}");
     }
     assert!(matches!(Tap::open("tap%d", 1), Err(TapError::Missing { .. })));
+    assert!(matches!(Tap::look("nope", 1), Err(TapError::Missing { .. })));
+    assert!(matches!(Tap::look("a/b", 1), Err(TapError::Name(_))));
     for name in ["u0", "b0", "lo"] {
-        assert!(matches!(Tap::open(name, 1), Err(TapError::NotTap { .. })), "{name}");
-        assert!(matches!(Tap::open(name, 2), Err(TapError::NotTap { .. })), "{name}");
+        for queues in [1, 2] {
+            assert!(matches!(Tap::open(name, queues), Err(TapError::NotTap { .. })), "{name}");
+            assert!(matches!(Tap::look(name, queues), Err(TapError::NotTap { .. })), "{name}");
+        }
     }
+    assert!(matches!(Tap::look("t0", 2), Err(TapError::NotMultiQueue { .. })));
     assert!(said("t0", 2).contains("ip link del t0 && ip tuntap add dev t0 mode tap multi_queue"));
     let first = Tap::open("t0", 1).unwrap();
     assert!(said("t0", 1).contains("in use by another process"));
+    // Looking takes nothing, and does not need it to be free.
+    Tap::look("t0", 1).unwrap();
     drop(first);
+    Tap::look("t0", 1).unwrap();
+    Tap::look("m0", 1).unwrap();
+    Tap::look("m0", 3).unwrap();
     assert_eq!(Tap::open("t0", 1).unwrap().name(), "t0", "free again");
     assert_eq!(Tap::open("m0", 1).unwrap().queues(), 1, "one queue of many is fine");
     assert_eq!(Tap::open("m0", 3).unwrap().queues(), 3);

@@ -1,0 +1,78 @@
+//! Spot checks of a machine's block devices: ordered when it is captured, made afterwards, and compared
+//! before it is restored.
+use devices::backend::disk::{DiskError, SpotCheck};
+use state::{
+    Section, SectionError,
+    device::{Disk, VirtioMmio},
+    hex::HexArray,
+};
+
+use crate::{Description, MachineState, config::Expect, slots::DISK};
+
+/// The spot checks that belong to a captured machine, by slots.
+#[derive(Debug, Default)]
+pub struct SpotChecks(pub(crate) Vec<(String, SpotCheck)>);
+
+/// Why a disk is not taken for the one that was saved.
+#[derive(Debug, thiserror::Error)]
+#[error("disk '{id}'")]
+pub struct SpotCheckError {
+    /// The disk.
+    pub id: String,
+    /// Why not.
+    pub source: DiskError,
+}
+
+impl SpotChecks {
+    /// Make them and add them to `state`. Waits for storage; until then changes of what has not been
+    /// looked at wait. A disk that cannot be read is left without, as the log says.
+    ///
+    /// # Errors
+    /// When `state` is not that of the machine that they were ordered for.
+    pub fn add_to(self, state: &mut MachineState) -> Result<(), SectionError> {
+        for (slot, check) in self.0 {
+            let hash = match check.take() {
+                Ok(hash) => hash,
+                Err(e) => {
+                    log::warn!("{slot}: no spot check is made: {e}");
+                    continue;
+                }
+            };
+            let Some(section) = state.devices.iter_mut().find(|section| section.id == slot) else {
+                let found = format!("without {slot}");
+                return Err(SectionError::Kind { found, expected: "a machine with this disk" });
+            };
+            let mut transport: VirtioMmio = section.read()?;
+            let mut disk: Disk = transport.device.read()?;
+            disk.spot_check = Some(HexArray(hash));
+            transport.device = Section::of(&*transport.device.id, &disk)?;
+            *section = Section::of(&*section.id, &transport)?;
+        }
+        Ok(())
+    }
+}
+
+impl Description {
+    /// Compare the disks with the spot checks in `sections` of the save `id`, but for those that are not
+    /// written and those that the user vouches for. Waits for storage.
+    ///
+    /// # Errors
+    /// The first disk that is not as it was, or cannot be read.
+    pub fn check_spots(&self, id: u128, sections: &[Section]) -> Result<(), SpotCheckError> {
+        for (slot, (disk, size)) in self.occupied.disks.iter().zip(&self.disk_sizes).enumerate() {
+            let Some(disk) = disk.as_ref().filter(|d| !d.readonly && d.expect != Expect::Any)
+            else {
+                continue;
+            };
+            let slot = format!("{DISK}{slot}");
+            let section = sections.iter().find(|section| section.id == slot);
+            let transport = section.and_then(|section| section.read::<VirtioMmio>().ok());
+            // What is no disk is refused where devices take their states.
+            let saved = transport.and_then(|transport| transport.device.read::<Disk>().ok());
+            let Some(HexArray(seen)) = saved.and_then(|saved| saved.spot_check) else { continue };
+            SpotCheck::verify(&disk.path, *size, id, &seen)
+                .map_err(|source| SpotCheckError { id: disk.id.clone(), source })?;
+        }
+        Ok(())
+    }
+}

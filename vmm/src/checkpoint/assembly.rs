@@ -1,0 +1,156 @@
+//! What has come in is made into a machine here. Nothing of it runs on the main thread: disks are
+//! opened, and storage can hang.
+use std::{ops::Range, path::Path};
+
+use machine::{
+    Description, Machine, Memory, Report, RunError, config::MachineConfig, kvm::opening::Opening,
+    memory,
+};
+use state::{Config, Sections, cpu::Cpu};
+
+use super::{
+    AdaptError, Progress, RestoreError, adapt,
+    children::{Children, Wanted},
+    dialogue::Voice,
+    load::load,
+    receive::Received,
+    rehearse::rehearse,
+};
+use crate::{
+    cli::{Asked, Incoming, Mapped},
+    lifecycle::Halt,
+};
+
+/// A machine that has come in. It is stopped, and has what only one can have.
+pub struct Arrived {
+    /// The machine.
+    pub machine: Machine,
+    /// Why its guest cannot run on, if it cannot.
+    pub halted: Option<Halt>,
+    /// For the source, which may wait to hear that it is here. Dropped after the machine.
+    pub answer: Voice,
+}
+
+/// How a machine is to come about here.
+pub struct Assembly {
+    asked: Asked,
+    flags: MachineConfig,
+    clock_realtime: bool,
+    report: Report,
+}
+
+/// All of a saved machine.
+struct Parts {
+    config: Config,
+    sections: Sections,
+    memory: Memory,
+    filled: Vec<Range<u64>>,
+    children: Children,
+    opening: Opening,
+}
+
+impl Assembly {
+    /// As `incoming` asks, with the disks, NICs and character devices of `flags` in place of its own.
+    pub fn new(incoming: &Incoming, flags: &MachineConfig, report: Report) -> Self {
+        let (asked, clock_realtime) = (incoming.asked.clone(), incoming.clock_realtime);
+        Self { asked, flags: flags.clone(), clock_realtime, report }
+    }
+
+    /// Change `to` to what is wanted here.
+    ///
+    /// # Errors
+    /// When the guest would notice.
+    pub fn adapt(&self, to: &mut Description) -> Result<(), AdaptError> {
+        adapt::adapt(to, &self.asked, &self.flags)
+    }
+
+    /// The machine that was saved into the directory `path`. Its copies of disks that the save keeps are to
+    /// lie in `place`.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn saved_into(
+        &self,
+        path: &Path,
+        mapped: Mapped,
+        place: Option<&Path>,
+        opening: Opening,
+        progress: &Progress,
+    ) -> Result<Arrived, RestoreError> {
+        let loaded = load(path)?;
+        let mut description = loaded.description;
+        self.adapt(&mut description)?;
+        let given = |id: &str| self.flags.disks.iter().any(|disk| disk.id == id);
+        let wanted = Wanted { save: path, place, given: &given, force: self.asked.force };
+        let config = &loaded.state.config;
+        let children = Children::make(config, &mut description, &wanted, progress)?;
+        adapt::check_disks(&description)?;
+        let wanted = &description.config.memory;
+        let (memory, filled) = loaded.layers.memory(wanted, mapped, &self.report)?;
+        let (config, sections) = (loaded.state.config, loaded.state.sections);
+        let parts = Parts { config, sections, memory, filled, children, opening };
+        let (machine, halted) = self.build(parts, true)?;
+        Ok(Arrived { machine, halted, answer: Voice::silent() })
+    }
+
+    /// Memory for the machine `description` that a peer offers, if it can run here with the disks and taps
+    /// that are here. Nothing is taken from the peer, which may have them.
+    ///
+    /// # Errors
+    /// What it lacks here.
+    pub fn make_room(
+        &self,
+        description: &Description,
+        cpu: Option<&Cpu>,
+    ) -> Result<Memory, RestoreError> {
+        adapt::check_disks(description)?;
+        description.check_taps()?;
+        if let Some(cpu) = cpu {
+            description.check_cpu(cpu)?;
+        }
+        Ok(memory::allocate(&description.config.memory)?)
+    }
+
+    /// The machine that a peer has sent. Without `held` the peer still has its disks and taps, and
+    /// [`take`] is to follow.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn received(
+        &self,
+        received: Received,
+        opening: Opening,
+        held: bool,
+    ) -> Result<(Machine, Option<Halt>), RestoreError> {
+        let Received { config, sections, memory } = received;
+        let (filled, children) = (Vec::new(), Children::default());
+        self.build(Parts { config, sections, memory, filled, children, opening }, held)
+    }
+
+    fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
+        let Parts { config, sections, memory, filled, children, opening } = parts;
+        let overrides = |description: &mut Description| {
+            self.adapt(description)?;
+            children.apply(description);
+            Ok(())
+        };
+        let restorable = rehearse(&config, sections, overrides)?;
+        let description = &restorable.description;
+        adapt::check_disks(description)?;
+        let checked = description.check_spots(config.id.into(), &restorable.state.devices);
+        checked.map_err(AdaptError::from)?;
+        let clock_realtime = self.clock_realtime;
+        let saved = machine::Saved { restorable, opening, memory, filled, clock_realtime, held };
+        let machine = Machine::restored(saved, self.report.clone())?;
+        children.keep();
+        Ok((machine, config.halted.map(Halt::from)))
+    }
+}
+
+/// Take the disks and taps that the source has let go of.
+///
+/// # Errors
+/// When another process has one.
+pub fn take(machine: &mut Machine) -> Result<(), RestoreError> {
+    machine.hold_backends().map_err(|e: RunError| RestoreError::Build(e.into()))
+}
