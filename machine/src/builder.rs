@@ -1,5 +1,11 @@
 //! From configuration to machine.
-use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
+use std::{
+    io,
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicU64},
+    thread,
+};
 
 use devices::{
     Memory,
@@ -193,7 +199,9 @@ impl Machine {
             let backing = Backing::Host { report: &report, held };
             let parts = Parts::new(made_of, backing, &memory, window, &io_threads);
             let parts = parts.and_then(|parts| {
-                let kernel = || BootPlan::new(config, &parts.slots, &apic_ids).load(&memory);
+                let kernel = || {
+                    BootPlan::new(config, &parts.slots, &apic_ids).load(&memory, &AtomicU64::new(0))
+                };
                 let boot = boot.then(kernel).transpose()?;
                 parts.legacy.bind(&vm)?;
                 parts.slots.bind(&vm)?;

@@ -2,7 +2,11 @@
 //!
 //! It goes into memory of its own, which no guest sees; the main thread then copies what was written,
 //! while the machine stands still.
-use std::{io, ops::Range};
+use std::{
+    io,
+    ops::Range,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 use devices::Memory;
 use vm_memory::GuestAddress;
@@ -40,14 +44,14 @@ impl BootPlan {
     }
 
     /// Put the kernel into guest memory, and what tells it of this machine.
-    pub(crate) fn load(&self, memory: &Memory) -> Result<Entry, BootError> {
+    pub(crate) fn load(&self, memory: &Memory, read: &AtomicU64) -> Result<Entry, BootError> {
         let platform = Platform {
             apic_ids: &self.apic_ids,
             slots: &self.slots,
             serial: self.serial,
             vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
         };
-        boot::load(memory, &self.boot, &platform)
+        boot::load_counting(memory, &self.boot, &platform, read)
     }
 }
 
@@ -92,13 +96,16 @@ impl Reloaded {
 
 impl Machine {
     /// Load the kernel again, on a thread that may wait for storage: the machine may run meanwhile, and
-    /// is not touched.
-    pub fn reload(&self) -> impl FnOnce() -> Result<Reloaded, ReloadError> + Send + use<> {
+    /// is not touched. `read` grows while that makes progress.
+    pub fn reload(
+        &self,
+        read: Arc<AtomicU64>,
+    ) -> impl FnOnce() -> Result<Reloaded, ReloadError> + Send + use<> {
         let plan = BootPlan::new(&self.config, &self.slots, &self.apic_ids);
         let size = self.config.memory.size;
         move || {
             let memory = memory::addresses(size)?;
-            let entry = plan.load(&memory)?;
+            let entry = plan.load(&memory, &read)?;
             let used = image::used(&memory, &[]).map_err(ReloadError::Used)?;
             Ok(Reloaded { entry, memory, used })
         }

@@ -8,8 +8,8 @@ pub const COMMAND: Duration = Duration::from_secs(1);
 /// The process has ended, or is only a process id, this long after a signal that ends it.
 pub const SIGNAL: Duration = Duration::from_secs(5);
 
-/// How long a command waits for the machine to come to rest, or for a kernel to be read, until it is
-/// refused: so that this is within [`COMMAND`].
+/// How long a command waits for the machine to come to rest, or for a kernel of which nothing is read,
+/// until it is refused: so that this is within [`COMMAND`].
 pub const REST: Duration = Duration::from_millis(900);
 /// The same where the guest has ended or reset itself, and cannot run on.
 pub const GUEST_REST: Duration = Duration::from_secs(5);

@@ -13,7 +13,11 @@
 //! what the machine and the checkpoint thread report waits, too.
 use std::{
     collections::VecDeque,
-    sync::mpsc::{Receiver, channel},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -81,9 +85,19 @@ pub(crate) struct Deferrals {
 
 /// A kernel that is read again for a reset.
 enum Reload {
-    /// By the thread that may wait for its storage; whether a reset waits for it.
-    Reading(Receiver<Result<Reloaded, ReloadError>>, bool),
+    Reading(Reading),
     Read(Box<Reloaded>),
+}
+
+/// A kernel that is being read, by the thread that may wait for its storage.
+struct Reading {
+    inbox: Receiver<Result<Reloaded, ReloadError>>,
+    /// Bytes read so far.
+    read: Arc<AtomicU64>,
+    /// What was read when this was last looked at and had grown, and when that was.
+    seen: (u64, Instant),
+    /// A reset waits for it.
+    waited_for: bool,
 }
 
 impl Vmm {
@@ -99,8 +113,11 @@ impl Vmm {
 
     /// Whether an operation was tried in vain, and neither done since nor given up.
     fn is_trying(&self) -> bool {
-        let reads =
-            matches!(self.deferrals.reload, Some(Reload::Reading(_, true) | Reload::Read(_)));
+        let reads = match &self.deferrals.reload {
+            Some(Reload::Reading(reading)) => reading.waited_for,
+            Some(Reload::Read(_)) => true,
+            None => false,
+        };
         self.machine.is_trying() || reads
     }
 
@@ -143,8 +160,10 @@ impl Vmm {
                 Some(Err(e))
                     if vmm.vain_tries() > before
                         && !vmm.is_deferring()
-                        && Instant::now() < pending.until =>
+                        && Instant::now() < vmm.tried_until(pending.until) =>
                 {
+                    let until = vmm.tried_until(pending.until);
+                    let pending = Pending { until, ..pending };
                     vmm.defer(Operation::Request(pending), e.to_string());
                 }
                 Some(result) => vmm.answer(&pending, result),
@@ -173,9 +192,20 @@ impl Vmm {
         self.machine.give_up();
         // One that is being read may be of use for the next reset: there is never more than one job.
         self.deferrals.reload = match self.deferrals.reload.take() {
-            Some(Reload::Reading(inbox, _)) => Some(Reload::Reading(inbox, false)),
+            Some(Reload::Reading(reading)) => {
+                Some(Reload::Reading(Reading { waited_for: false, ..reading }))
+            }
             Some(Reload::Read(_)) | None => None,
         };
+    }
+
+    /// Until when an operation may be tried: longer than `until` if a kernel is large and its storage
+    /// slow, but does not hang.
+    fn tried_until(&self, until: Instant) -> Instant {
+        match &self.deferrals.reload {
+            Some(Reload::Reading(reading)) => until.max(reading.seen.1 + bounds::REST),
+            Some(Reload::Read(_)) | None => until,
+        }
     }
 
     /// Try again what was deferred, or else the request that has waited for longest.
@@ -229,7 +259,10 @@ impl Vmm {
             }
             (Ok(()), Action::Reset) => self.tell(&Event::Reset { guest, reason }),
             (Ok(()), Action::End) => {}
-            (Err(e), _) if self.vain_tries() > before && Instant::now() < until => {
+            (Err(e), _)
+                if self.vain_tries() > before && Instant::now() < self.tried_until(until) =>
+            {
+                let halting = Halting { until: self.tried_until(until), ..halting };
                 self.defer(Operation::Halt(halting), Error::generic(&e).to_string());
             }
             (Err(e), _) => self.cannot_be_kept(&e),
@@ -246,23 +279,30 @@ impl Vmm {
     /// # Errors
     /// When it cannot be loaded, or has not been read yet: see [`Vmm::vain_tries`].
     pub(crate) fn reload(&mut self) -> Result<Box<Reloaded>, Refused> {
-        let (inbox, waited_for) = match self.deferrals.reload.take() {
+        let mut reading = match self.deferrals.reload.take() {
             Some(Reload::Read(kernel)) => return Ok(kernel),
-            Some(Reload::Reading(inbox, waited_for)) => (inbox, waited_for),
+            Some(Reload::Reading(reading)) => reading,
             None => {
                 let (report, inbox) = channel();
-                let load = self.machine.reload();
+                let read = Arc::<AtomicU64>::default();
+                let load = self.machine.reload(read.clone());
                 // The monitor's end: nothing waits for it.
                 self.files.read_kernel(move || drop(report.send(load())));
-                (inbox, false)
+                Reading { inbox, read, seen: (0, Instant::now()), waited_for: false }
             }
         };
         // Most often it is in the host's memory.
-        let patience = if waited_for { Duration::ZERO } else { machine::AT_ONCE };
-        match inbox.recv_timeout(patience) {
+        let patience = if reading.waited_for { Duration::ZERO } else { machine::AT_ONCE };
+        match reading.inbox.recv_timeout(patience) {
             Ok(read) => Ok(Box::new(read?)),
+            // A thread that has gone never answers, and is told of as one that hangs.
             Err(_) => {
-                self.deferrals.reload = Some(Reload::Reading(inbox, true));
+                let read = reading.read.load(Ordering::Relaxed);
+                if read > reading.seen.0 {
+                    reading.seen = (read, Instant::now());
+                }
+                reading.waited_for = true;
+                self.deferrals.reload = Some(Reload::Reading(reading));
                 self.deferrals.vain_reads = self.deferrals.vain_reads.saturating_add(1);
                 let boot = &self.machine.config().boot;
                 let initrd = boot.initrd.iter().map(|path| format!(" or {}", path.display()));
@@ -280,7 +320,7 @@ impl Vmm {
     /// A kernel that was read too late is not kept: its files may be others at the next reset.
     fn forget_late_kernel(&mut self) {
         self.deferrals.reload.take_if(|reload| match reload {
-            Reload::Reading(inbox, _) => inbox.try_recv().is_ok(),
+            Reload::Reading(reading) => reading.inbox.try_recv().is_ok(),
             Reload::Read(_) => true,
         });
     }

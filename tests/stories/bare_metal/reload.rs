@@ -140,7 +140,7 @@ fn a_kernel_that_is_no_file_any_more_leaves_the_guest_as_it_is() -> Result<()> {
     ends(&mut monitor, &mut qmp, false, "host-error", 1)
 }
 
-/// First for its kernel and then for a disk, and for both together no longer than for one.
+/// First for its kernel and then for a disk.
 #[test]
 fn a_reset_waits_for_one_thing_after_the_other() -> Result<()> {
     let mut stage = Stage::new("reload_both")?;
