@@ -159,8 +159,8 @@ impl Handle {
         self.counter.changed.notify_all();
     }
 
-    /// The desk, once it is certain where workers are. Whoever holds threads must not come here
-    /// before they are held.
+    /// The desk, once it is certain where workers are. The main thread must not call this while it
+    /// waits for a thread that it has asked.
     fn settled(&self) -> MutexGuard<'_, Desk> {
         let mut desk = self.counter.desk.lock();
         while let Hold::Asked(_) = desk.hold {
@@ -252,7 +252,7 @@ impl IoThread for Handle {
 struct Counter {
     /// A lock and not a message: the main thread and the vCPU threads take workers of a held thread
     /// and bring them without waking it; and the thread leaves all of them here at once, so that they
-    /// are either here or still the thread's, whoever has stopped waiting meanwhile.
+    /// are either here or still the thread's, also if the hold was taken back meanwhile.
     desk: Mutex<Desk>,
     /// A hold was answered or taken back.
     changed: Condvar,
