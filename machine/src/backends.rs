@@ -4,7 +4,8 @@ use std::{
     fs, io,
     os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Weak, atomic::Ordering},
+    time::{Duration, Instant},
 };
 
 use devices::{
@@ -15,7 +16,6 @@ use devices::{
         release,
     },
     virtio::{
-        VirtioDevice,
         blk::{self, Block, BlockStats, Drive},
         net::{self, Net},
     },
@@ -26,6 +26,8 @@ use crate::{
     config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate, slots::SlotCounts},
 };
 
+/// How long a device is waited for that its guest may be resetting.
+const DEVICE_PATIENCE: Duration = Duration::from_millis(20);
 /// Most back-ends of a kind that wait for a device.
 const MAX_WAITING: usize = 16;
 
@@ -107,18 +109,39 @@ pub(crate) struct Backends {
     /// One item a slot.
     disks: Vec<Option<DiskConfig>>,
     nics: Vec<Option<NicConfig>>,
-    /// What the disks in the slots have done, whatever their devices are busy with.
-    stats: Vec<Arc<BlockStats>>,
+    /// What can be told of the disks in the slots, whatever their devices are busy with.
+    plugged: Vec<Plugged>,
+}
+
+/// What can be told of the disk in a slot without its device, which a vCPU may hold for as long as its
+/// storage hangs.
+pub(crate) struct Plugged {
+    /// What the device has done.
+    stats: Arc<BlockStats>,
+    /// The device's own, which it has to have alone to give it away.
+    image: Weak<Disk>,
+}
+
+impl Plugged {
+    pub fn of(block: &Block) -> Self {
+        let image = block.shared_disk().map_or_else(Weak::new, |disk| Arc::downgrade(&disk));
+        Self { stats: block.stats(), image }
+    }
+
+    /// Bytes that the guest sees; 0 for an empty slot.
+    fn size(&self) -> u64 {
+        self.image.upgrade().map_or(0, |disk| disk.size())
+    }
 }
 
 impl Backends {
-    pub fn new(slots: SlotCounts, occupied: &Occupancy, stats: Vec<Arc<BlockStats>>) -> Self {
+    pub fn new(slots: SlotCounts, occupied: &Occupancy, plugged: Vec<Plugged>) -> Self {
         let mut this = Self {
             waiting_disks: BTreeMap::new(),
             waiting_nics: BTreeMap::new(),
             disks: vec![None; slots.disks()],
             nics: vec![None; slots.nics()],
-            stats,
+            plugged,
         };
         this.disks.iter_mut().zip(&occupied.disks).for_each(|(to, c)| to.clone_from(c));
         this.nics.iter_mut().zip(&occupied.nics).for_each(|(to, c)| to.clone_from(c));
@@ -131,8 +154,8 @@ impl Backends {
 
     /// Disks with requests in flight.
     pub fn busy_disks(&self) -> impl Iterator<Item = &str> {
-        let each = self.disks.iter().zip(&self.stats);
-        let busy = each.filter(|(_, stats)| stats.in_flight.load(Ordering::Relaxed) > 0);
+        let each = self.disks.iter().zip(&self.plugged);
+        let busy = each.filter(|(_, of)| of.stats.in_flight.load(Ordering::Relaxed) > 0);
         busy.filter_map(|(disk, _)| Some(disk.as_ref()?.id.as_str()))
     }
 
@@ -356,14 +379,14 @@ impl Machine {
     /// What slot `slot` for disks is like.
     ///
     /// # Errors
-    /// When there is none, or the guest resets a disk in it whose storage hangs.
+    /// When there is none.
     pub fn disk_shape(&self, slot: usize) -> Result<Shape, PlugError> {
         let max = number_of(BLOCK, &self.backends.disks)?;
         if slot >= max {
             return Err(PlugError::NoSlot { what: BLOCK, max });
         }
         let start = self.config.disks.get(slot);
-        self.shape::<Block>(slot, start.and_then(|disk| disk.iothread.clone()))
+        Ok(self.shape(slot, start.and_then(|disk| disk.iothread.clone())))
     }
 
     /// What slot `slot` for NICs is like.
@@ -376,21 +399,11 @@ impl Machine {
             return Err(PlugError::NoSlot { what: NET, max });
         }
         let start = self.config.nics.get(slot);
-        self.shape::<Net>(self.nic_index(slot), start.and_then(|nic| nic.iothread.clone()))
+        Ok(self.shape(self.nic_index(slot), start.and_then(|nic| nic.iothread.clone())))
     }
 
-    fn shape<T: VirtioDevice>(
-        &self,
-        index: usize,
-        iothread: Option<String>,
-    ) -> Result<Shape, PlugError> {
-        let mut queue_sizes = Vec::new();
-        if let Some((transport, _)) = self.slots.get(index)
-            && let Some(device) = self.locked(transport)?.device::<T>()
-        {
-            queue_sizes.extend_from_slice(device.queue_sizes());
-        }
-        Ok(Shape { queue_sizes, iothread })
+    fn shape(&self, index: usize, iothread: Option<String>) -> Shape {
+        Shape { queue_sizes: self.slots.queue_sizes(index).to_vec(), iothread }
     }
 
     /// Logical and physical block size in bytes of the disk `backend`, which waits.
@@ -415,21 +428,13 @@ impl Machine {
     }
 
     /// The disks in slots that the guest can write to, each with its id.
-    ///
-    /// # Errors
-    /// When the guest resets one whose storage hangs.
-    pub fn writable_disks(&self) -> Result<Vec<(String, Arc<Disk>)>, RunError> {
-        let mut disks = Vec::new();
-        for (slot, config) in self.backends.disks.iter().enumerate() {
-            if let (Some(config), Some((transport, _))) = (config, self.slots.get(slot))
-                && !config.readonly
-                && let Some(disk) =
-                    self.locked(transport)?.device::<Block>().and_then(|block| block.shared_disk())
-            {
-                disks.push((config.id.clone(), disk));
-            }
-        }
-        Ok(disks)
+    pub fn writable_disks(&self) -> Vec<(String, Arc<Disk>)> {
+        let each = self.backends.disks.iter().zip(&self.backends.plugged);
+        let writable = each.filter_map(|(config, plugged)| {
+            let config = config.as_ref().filter(|config| !config.readonly)?;
+            Some((config.id.clone(), plugged.image.upgrade()?))
+        });
+        writable.collect()
     }
 
     /// The images that this machine has open itself, for [`OpenDisk::open`].
@@ -542,13 +547,14 @@ impl Machine {
                 config.serial = Some(serial);
             }
             (config.id, config.backend) = (id.to_owned(), separate(backend, id));
-            block.plug(drive).map(|()| Some(config))
+            block.plug(drive).map(|()| Some((config, Plugged::of(block))))
         });
         let b = &mut self.backends;
         b.waiting_disks.extend(waiting.map(|back| (backend.to_owned(), back)));
-        let config = plugged?.transpose()?.flatten();
-        if let Some(place) = b.disks.get_mut(slot) {
-            *place = config;
+        if let Some((config, plugged)) = plugged?.transpose()?.flatten()
+            && let (Some(place), Some(known)) = (b.disks.get_mut(slot), b.plugged.get_mut(slot))
+        {
+            (*place, *known) = (Some(config), plugged);
         }
         Ok(())
     }
@@ -641,7 +647,7 @@ impl Machine {
     }
 
     /// Tell the networks of the NICs `ids`, or of all, where they are now. A tap that does not take
-    /// it shows in the log: the machine can do without.
+    /// it shows in the log: the machine can do without. So does a NIC that its guest is resetting.
     pub fn announce(&self, ids: Option<&[String]>) {
         for (slot, config) in self.backends.nics.iter().enumerate() {
             let Some(NicConfig { id, .. }) = config else { continue };
@@ -649,7 +655,7 @@ impl Machine {
                 continue;
             }
             let Some((transport, _)) = self.slots.get(self.nic_index(slot)) else { continue };
-            let announced = self.locked(transport).map_err(io::Error::other);
+            let announced = transport.try_lock().ok_or(io::ErrorKind::WouldBlock.into());
             let announced = announced
                 .and_then(|mut t| t.device().map_or(Ok(()), |net: &mut Net| net.announce()));
             if let Err(e) = announced {
@@ -672,11 +678,14 @@ impl Machine {
     /// Show the guest the size that disk `id` has now.
     ///
     /// # Errors
-    /// When no slot holds it, or the guest resets it while its storage hangs.
+    /// When no slot holds it.
     pub fn end_resize(&mut self, id: &str) -> Result<(), PlugError> {
         let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
-        if let Some((transport, _)) = self.slots.get(slot) {
-            self.locked(transport)?.update(|_: &mut Block| ());
+        // Else its guest is resetting it, and will see the size after that.
+        if let Some((transport, _)) = self.slots.get(slot)
+            && let Some(mut transport) = transport.try_lock_for(DEVICE_PATIENCE)
+        {
+            transport.update(|_: &mut Block| ());
         }
         Ok(())
     }
@@ -687,12 +696,16 @@ impl Machine {
     /// When the guest resets one that does not answer.
     pub fn nics(&self) -> Result<Vec<(NicConfig, [u8; 6])>, RunError> {
         let mut nics = Vec::new();
+        let deadline = Instant::now() + DEVICE_PATIENCE;
         for (slot, config) in self.backends.nics.iter().enumerate() {
             if let (Some(config), Some((transport, _))) =
                 (config, self.slots.get(self.nic_index(slot)))
-                && let Some(net) = self.locked(transport)?.device::<Net>()
             {
-                nics.push((config.clone(), net.mac()));
+                let transport = transport.try_lock_until(deadline);
+                let busy = || RunError::Restless(format!("NIC {}", config.id));
+                if let Some(net) = transport.ok_or_else(busy)?.device::<Net>() {
+                    nics.push((config.clone(), net.mac()));
+                }
             }
         }
         Ok(nics)
@@ -705,19 +718,16 @@ impl Machine {
     }
 
     /// The disks that are in slots, in order.
-    ///
-    /// # Errors
-    /// When the guest resets one whose storage hangs.
-    pub fn disks(&self) -> Result<Vec<PluggedDisk>, RunError> {
-        let mut disks = Vec::new();
-        for (slot, config) in self.backends.disks.iter().enumerate() {
-            if let (Some(config), Some((transport, _))) = (config, self.slots.get(slot))
-                && let Some(block) = self.locked(transport)?.device::<Block>()
-            {
-                let (config, size, stats) = (config.clone(), block.capacity(), block.stats());
-                disks.push(PluggedDisk { config, size, stats });
-            }
-        }
-        Ok(disks)
+    pub fn disks(&self) -> impl Iterator<Item = PluggedDisk> {
+        let each = self.backends.disks.iter().zip(&self.backends.plugged);
+        each.filter_map(|(config, plugged)| {
+            let (config, stats) = (config.clone()?, plugged.stats.clone());
+            Some(PluggedDisk { config, size: plugged.size(), stats })
+        })
+    }
+
+    /// Bytes of the disks in the slots, 0 for an empty one.
+    pub fn disk_sizes(&self) -> Vec<u64> {
+        self.backends.plugged.iter().map(Plugged::size).collect()
     }
 }

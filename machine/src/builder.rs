@@ -1,5 +1,11 @@
 //! From configuration to machine.
-use std::{io, ops::Range, path::PathBuf, sync::Arc, thread};
+use std::{
+    io,
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicU64},
+    thread,
+};
 
 use devices::{
     Memory,
@@ -18,7 +24,7 @@ use vm_memory::MmapRegion;
 
 use crate::{
     Machine,
-    backends::{self, Backends},
+    backends::{self, Backends, Plugged},
     backing::Backing,
     boot::BootError,
     config::{
@@ -37,9 +43,11 @@ use crate::{
         vcpu::{Buses, KvmCpu},
     },
     legacy::{Legacy, LegacyError, Outside},
-    machine::{RunError, load_kernel},
+    machine::RunError,
     memory::{self, MemoryError},
     quiesced::RestoreError,
+    reload::BootPlan,
+    rest::Rest,
     slots::{self, Place, SlotError, Slots},
     survey::Made,
     vcpu::Handle,
@@ -151,6 +159,7 @@ impl Machine {
         let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
         let mut machine = Self::build(&description.made_of(), begin, report)?;
         machine.filled = saved.filled.into();
+        machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
         // Before the guest runs, and after the interrupt controllers have their state.
         machine.legacy.generation_changed();
@@ -190,7 +199,9 @@ impl Machine {
             let backing = Backing::Host { report: &report, held };
             let parts = Parts::new(made_of, backing, &memory, window, &io_threads);
             let parts = parts.and_then(|parts| {
-                let kernel = || load_kernel(&memory, config, &parts.slots, &apic_ids);
+                let kernel = || {
+                    BootPlan::new(config, &parts.slots, &apic_ids).load(&memory, &AtomicU64::new(0))
+                };
                 let boot = boot.then(kernel).transpose()?;
                 parts.legacy.bind(&vm)?;
                 parts.slots.bind(&vm)?;
@@ -199,7 +210,7 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
-        let (Parts { legacy, slots, buses, chardevs, outputs, disk_stats }, boot) = parts?;
+        let (Parts { legacy, slots, buses, chardevs, outputs, plugged }, boot) = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -231,9 +242,10 @@ impl Machine {
             apic_ids,
             parked: None,
             running: false,
+            rest: Rest::default(),
             chardevs,
             outputs,
-            backends: Backends::new(counts, occupied, disk_stats),
+            backends: Backends::new(counts, occupied, plugged),
             generation,
             seen,
             leaves: None,
@@ -257,7 +269,7 @@ pub(crate) struct Parts {
     buses: Buses,
     chardevs: Vec<(String, String)>,
     outputs: Vec<CharSink>,
-    disk_stats: Vec<Arc<blk::BlockStats>>,
+    plugged: Vec<Plugged>,
 }
 
 /// What a machine is made from.
@@ -286,7 +298,7 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let (mut chardevs, mut outputs, mut disk_stats) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut chardevs, mut outputs, mut plugged) = (Vec::new(), Vec::new(), Vec::new());
         let default = threads.find("", "", None)?;
         let power = Arc::default();
         let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, backing)?;
@@ -308,7 +320,7 @@ impl Parts {
             let block = backing
                 .block(slot, shape, disk)
                 .map_err(|e| explained(e, slot, config, occupied))?;
-            disk_stats.push(block.stats());
+            plugged.push(Plugged::of(&block));
             add(Box::new(block), thread)?;
         }
         for slot in 0..config.slots.nics() {
@@ -329,7 +341,7 @@ impl Parts {
         }
 
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
-        Ok(Self { legacy, slots, buses, chardevs, outputs, disk_stats })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, plugged })
     }
 }
 

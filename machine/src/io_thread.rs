@@ -1,11 +1,14 @@
 //! An I/O thread: one mio poll, many workers.
 //!
 //! ```text
-//!            hold: all workers, quiet, in one message
-//!   running ------------------------------------------> held
-//!      ^                                                 | workers come and go without a message
-//!      +------------------- go: those that are here -----+
+//!            hold              all workers are quiet
+//!   running ------> asked -----------------------------> held
+//!    ^  ^             |                                   | workers come and go without a message
+//!    |  +-------------+ not within the limit, or go       |
+//!    +------------------- go: those that are here --------+
 //! ```
+//! A thread that is asked may be in a system call that waits for storage, so nothing here waits for it
+//! longer than it is told to. What was asked stays asked between two looks at it.
 #[cfg(test)]
 mod tests;
 
@@ -14,9 +17,9 @@ use std::{
     io,
     os::fd::RawFd,
     sync::{
-        OnceLock,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel},
+        mpsc::{Receiver, Sender, channel},
     },
     thread,
     time::{Duration, Instant},
@@ -24,7 +27,7 @@ use std::{
 
 use devices::worker::{IoThread, Worker};
 use mio::{Events, Interest, Poll, Registry, Token, Waker, unix::SourceFd};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// Token of the waker; workers start above it.
 const WAKE: Token = Token(0);
@@ -36,9 +39,8 @@ type Residents = BTreeMap<usize, Resident>;
 enum Order {
     Adopt(Residents),
     Release(usize, Sender<Option<Resident>>),
-    /// With the time that all workers together have to come to rest. The answer has no room to wait
-    /// in, so that workers are either handed over or still the thread's, never lost on the way.
-    Hold(Duration, SyncSender<Residents>),
+    /// The number of the hold, and the time that all workers together have to come to rest.
+    Hold(u64, Duration),
     Exit,
 }
 
@@ -49,9 +51,7 @@ pub struct Handle {
     registry: Registry,
     /// Key of the next worker.
     next: AtomicUsize,
-    /// A lock and not a message: the main thread and the vCPU threads take workers of a held thread
-    /// and bring them without waking it.
-    desk: Mutex<Desk>,
+    counter: Arc<Counter>,
     /// Told by the thread once it runs; nobody has to wait for that before it has work.
     tid: Mutex<Receiver<u32>>,
     known_tid: OnceLock<u32>,
@@ -69,7 +69,14 @@ impl Handle {
         let waker = Waker::new(&registry, WAKE)?;
         let (orders, inbox) = channel();
         let (started, tid) = channel();
-        let body = Loop { poll, inbox, workers: BTreeMap::new(), due: VecDeque::new() };
+        let counter = Arc::<Counter>::default();
+        let body = Loop {
+            poll,
+            inbox,
+            workers: BTreeMap::new(),
+            due: VecDeque::new(),
+            counter: counter.clone(),
+        };
         let thread = thread::Builder::new().name(name.into()).spawn(move || {
             let _ = started.send(crate::vcpu::kick::thread_number());
             body.run();
@@ -79,7 +86,7 @@ impl Handle {
             waker,
             registry,
             next: AtomicUsize::new(1),
-            desk: Mutex::default(),
+            counter,
             tid: Mutex::new(tid),
             known_tid: OnceLock::new(),
             thread: Some(thread),
@@ -98,7 +105,7 @@ impl Handle {
             waker,
             registry,
             next: AtomicUsize::new(1),
-            desk: Mutex::default(),
+            counter: Arc::default(),
             tid: Mutex::new(channel().1),
             known_tid: OnceLock::new(),
             thread: None,
@@ -111,38 +118,70 @@ impl Handle {
     }
 
     /// Ask for all workers at once; nothing runs on the thread then until [`Handle::go`]. Ask all
-    /// threads first, then wait for each. The thread refuses when what is in flight has not ended
-    /// within `limit`.
-    pub fn hold(&self, limit: Duration) -> Holding<'_> {
-        let desk = self.desk.lock();
-        let answer = desk.held.is_none().then(|| {
-            let (reply, answer) = sync_channel(0);
-            self.tell(Order::Hold(limit, reply));
-            answer
-        });
-        Holding { desk, answer }
-    }
-
-    /// Let the workers that are here run again.
-    pub fn go(&self) {
-        // The lock covers the sending: whoever looks for a worker finds it here or on the thread.
-        let mut desk = self.desk.lock();
-        if let Some(residents) = desk.held.take().filter(|r| !r.is_empty()) {
-            self.tell(Order::Adopt(residents));
+    /// threads first, then wait for each. The thread gives up when what is in flight has not ended
+    /// within `limit`; asking again while it is asked or held changes nothing.
+    pub fn hold(&self, limit: Duration) {
+        let mut desk = self.counter.desk.lock();
+        if let Hold::No = desk.hold
+            && !desk.ended
+        {
+            desk.last += 1;
+            desk.hold = Hold::Asked(desk.last);
+            self.tell(Order::Hold(desk.last, limit));
         }
     }
 
+    /// Whether the thread is held; waits until `deadline` for it to be.
+    ///
+    /// # Errors
+    /// When it never will be: the thread has ended.
+    pub fn is_held(&self, deadline: Instant) -> Result<bool, Ended> {
+        let mut desk = self.counter.desk.lock();
+        while let Hold::Asked(_) = desk.hold
+            && !self.counter.changed.wait_until(&mut desk, deadline).timed_out()
+        {}
+        match desk.hold {
+            Hold::Held(_) => Ok(true),
+            _ if desk.ended => Err(Ended),
+            Hold::No | Hold::Asked(_) => Ok(false),
+        }
+    }
+
+    /// Let the workers that are here run again, or take back that they were asked for.
+    pub fn go(&self) {
+        // The lock covers the sending: whoever looks for a worker finds it here or on the thread.
+        let mut desk = self.counter.desk.lock();
+        if let Hold::Held(residents) = std::mem::take(&mut desk.hold)
+            && !residents.is_empty()
+        {
+            self.tell(Order::Adopt(residents));
+        }
+        self.counter.changed.notify_all();
+    }
+
+    /// The desk, once it is certain where workers are. The main thread must not call this while it
+    /// waits for a thread that it has asked.
+    fn settled(&self) -> MutexGuard<'_, Desk> {
+        let mut desk = self.counter.desk.lock();
+        while let Hold::Asked(_) = desk.hold {
+            self.counter.changed.wait(&mut desk);
+        }
+        desk
+    }
+
     fn put(&self, desk: &mut Desk, key: usize, resident: Resident) {
-        match &mut desk.held {
-            Some(residents) => drop(residents.insert(key, resident)),
-            None => self.tell(Order::Adopt(BTreeMap::from([(key, resident)]))),
+        match &mut desk.hold {
+            Hold::Held(residents) => drop(residents.insert(key, resident)),
+            Hold::No | Hold::Asked(_) => {
+                self.tell(Order::Adopt(BTreeMap::from([(key, resident)])));
+            }
         }
     }
 
     fn fetch(&self, key: usize) -> Option<Resident> {
         let answer = {
-            let mut desk = self.desk.lock();
-            if let Some(residents) = &mut desk.held {
+            let mut desk = self.settled();
+            if let Hold::Held(residents) = &mut desk.hold {
                 return residents.remove(&key);
             }
             let (reply, answer) = channel();
@@ -179,25 +218,25 @@ impl IoThread for Handle {
                 }
             }
         }
-        self.put(&mut self.desk.lock(), key, Resident { worker, sources });
+        self.put(&mut self.settled(), key, Resident { worker, sources });
         Ok(key)
     }
 
     fn lend(&self, key: usize) -> Option<Box<dyn Worker>> {
         let Resident { worker, sources } = self.fetch(key)?;
-        self.desk.lock().lent.insert(key, sources);
+        self.counter.desk.lock().lent.insert(key, sources);
         Some(worker)
     }
 
     fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> io::Result<()> {
-        let mut desk = self.desk.lock();
+        let mut desk = self.settled();
         let sources = desk.lent.remove(&key).ok_or(io::ErrorKind::NotFound)?;
         self.put(&mut desk, key, Resident { worker, sources });
         Ok(())
     }
 
     fn release(&self, key: usize) -> Option<Box<dyn Worker>> {
-        let lent = self.desk.lock().lent.remove(&key);
+        let lent = self.counter.desk.lock().lent.remove(&key);
         if let Some(sources) = lent {
             deregister(&self.registry, &sources);
             return None;
@@ -208,14 +247,43 @@ impl IoThread for Handle {
     }
 }
 
-/// What the thread knows of workers that it does not drive just now.
+/// Where workers change hands.
+#[derive(Default)]
+struct Counter {
+    /// A lock and not a message: the main thread and the vCPU threads take workers of a held thread
+    /// and bring them without waking it; and the thread leaves all of them here at once, so that they
+    /// are either here or still the thread's, also if the hold was taken back meanwhile.
+    desk: Mutex<Desk>,
+    /// A hold was answered or taken back.
+    changed: Condvar,
+}
+
+/// What is known of workers that the thread does not drive just now.
 #[derive(Default)]
 struct Desk {
-    /// While the thread is held: those that nobody has taken away.
-    held: Option<Residents>,
+    hold: Hold,
+    /// Number of the last hold.
+    last: u64,
+    /// The thread is not there any more.
+    ended: bool,
     /// The descriptors of those that are lent out.
     lent: BTreeMap<usize, Vec<RawFd>>,
 }
+
+/// Whether the thread is to stand still.
+#[derive(Default)]
+enum Hold {
+    #[default]
+    No,
+    /// The hold of this number was asked for.
+    Asked(u64),
+    /// It does. The workers that have not been taken away.
+    Held(Residents),
+}
+
+/// The I/O thread is not there any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended;
 
 impl Drop for Handle {
     fn drop(&mut self) {
@@ -223,29 +291,6 @@ impl Drop for Handle {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-    }
-}
-
-/// A thread that has been asked for its workers. Dropped, it keeps them.
-#[must_use = "the thread is held when it has answered"]
-pub struct Holding<'a> {
-    desk: MutexGuard<'a, Desk>,
-    /// `None`: it was held before.
-    answer: Option<Receiver<Residents>>,
-}
-
-impl Holding<'_> {
-    /// Wait for the thread to hand its workers over.
-    ///
-    /// # Errors
-    /// `Timeout` when it has not done so within `patience`: wait again, or drop this.
-    /// `Disconnected` when it will not.
-    pub fn wait(&mut self, patience: Duration) -> Result<(), RecvTimeoutError> {
-        if let Some(answer) = &self.answer {
-            self.desk.held = Some(answer.recv_timeout(patience)?);
-            self.answer = None;
-        }
-        Ok(())
     }
 }
 
@@ -261,6 +306,18 @@ struct Loop {
     workers: Residents,
     /// Sources that have fired, or may have, and whose workers have not been told.
     due: VecDeque<Token>,
+    counter: Arc<Counter>,
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let mut desk = self.counter.desk.lock();
+        desk.ended = true;
+        if let Hold::Asked(_) = desk.hold {
+            desk.hold = Hold::No;
+        }
+        self.counter.changed.notify_all();
+    }
 }
 
 impl Loop {
@@ -282,7 +339,7 @@ impl Loop {
                 while let Ok(order) = self.inbox.try_recv() {
                     match order {
                         Order::Adopt(residents) => self.adopt(residents),
-                        Order::Hold(limit, reply) => self.hold(limit, &reply),
+                        Order::Hold(number, limit) => self.hold(number, limit),
                         Order::Release(key, reply) => drop(reply.send(self.release(key))),
                         Order::Exit => return,
                     }
@@ -297,16 +354,24 @@ impl Loop {
         self.workers.append(&mut residents);
     }
 
-    fn hold(&mut self, limit: Duration, reply: &SyncSender<Residents>) {
+    fn hold(&mut self, number: u64, limit: Duration) {
+        let is_asked = |desk: &Desk| matches!(desk.hold, Hold::Asked(asked) if asked == number);
+        // It may have been taken back while the thread waited for storage.
+        if !is_asked(&self.counter.desk.lock()) {
+            return;
+        }
         let deadline = Instant::now() + limit;
         let left = || deadline.saturating_duration_since(Instant::now());
-        if self.workers.values_mut().all(|r| r.worker.quiesce(Some(left()))) {
-            match reply.send(std::mem::take(&mut self.workers)) {
-                Ok(()) => return,
-                // The one that asked has given up.
-                Err(SendError(workers)) => self.workers = workers,
-            }
+        let quiet = self.workers.values_mut().all(|r| r.worker.quiesce(Some(left())));
+        let mut desk = self.counter.desk.lock();
+        if is_asked(&desk) {
+            desk.hold = match quiet {
+                true => Hold::Held(std::mem::take(&mut self.workers)),
+                false => Hold::No,
+            };
+            self.counter.changed.notify_all();
         }
+        drop(desk);
         let workers = std::mem::take(&mut self.workers);
         self.adopt(workers);
     }

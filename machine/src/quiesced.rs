@@ -183,15 +183,6 @@ impl Machine {
         Ok(features::leaves(&kvm::cpuid::for_vcpu(&self.kvm, &here, first, topology)))
     }
 
-    /// Bytes of the disks in the slots, 0 for an empty one.
-    pub fn disk_sizes(&self) -> Vec<u64> {
-        let capacity = |slot| {
-            let mut transport = self.slots.get(slot)?.0.lock();
-            Some(transport.device::<Block>()?.capacity())
-        };
-        (0..self.config.slots.disks()).map(|slot| capacity(slot).unwrap_or(0)).collect()
-    }
-
     /// Of its block devices, while no request is under way.
     fn spot_checks(&self, id: u128) -> SpotChecks {
         let order = |slot: usize| {

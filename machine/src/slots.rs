@@ -181,6 +181,11 @@ impl Slots {
         self.slots.iter().map(|s| (&s.place, &*s.queue_sizes))
     }
 
+    /// The queues that the guest has seen in slot `index`.
+    pub(crate) fn queue_sizes(&self, index: usize) -> &[u16] {
+        self.slots.get(index).map_or(&[], |slot| &slot.queue_sizes)
+    }
+
     /// The transport in slot `index`, and the thread that carries its worker.
     pub(crate) fn get(&self, index: usize) -> Option<(&Mutex<Transport>, &io_thread::Handle)> {
         self.slots.get(index).map(|s| (&*s.transport, &*s.thread))

@@ -1,5 +1,6 @@
 /* Drives the disk in slot 0. "works" uses it as it should be used, "hostile" and "race" as it should
-   not, "busy" for ever. The disk has 2048 sectors; each begins with its own number. */
+   not, "busy" and "resets" for ever, the latter with a request in flight each time it resets the device. The
+   disk has 2048 sectors; each begins with its own number. */
 #include "virtio.h"
 
 #define SECTORS 2048
@@ -492,6 +493,13 @@ void guest(const char *word)
         must(request(IN, 9, 512), OK, "status of a read");
         if (data[0] != round)
             fail("the sector has", data[0]);
+        write64(ROUNDS, round + 1);
+    }
+    for (u64 round = 0; same(word, "resets"); round++) {
+        begin();
+        chain(OUT, 9, 512);
+        offer(0, 0, &queue, 0);
+        set(0, STATUS, 0);
         write64(ROUNDS, round + 1);
     }
     print("done\n");

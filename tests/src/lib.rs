@@ -4,6 +4,7 @@ pub mod agent;
 pub mod archive;
 pub mod bench;
 pub mod debian;
+pub mod frozen;
 pub mod guest;
 pub mod held;
 pub mod host;

@@ -26,6 +26,8 @@ mod hostile_snapshot;
 mod hung;
 #[path = "bare_metal/kept.rs"]
 mod kept;
+#[path = "bare_metal/meanwhile.rs"]
+mod meanwhile;
 #[path = "bare_metal/mistakes.rs"]
 mod mistakes;
 #[path = "bare_metal/nic.rs"]
@@ -36,6 +38,8 @@ mod plug;
 mod plugged;
 #[path = "bare_metal/process.rs"]
 mod process;
+#[path = "bare_metal/reload.rs"]
+mod reload;
 #[path = "bare_metal/return_path.rs"]
 mod return_path;
 #[path = "bare_metal/run_state.rs"]

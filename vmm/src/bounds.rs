@@ -8,6 +8,15 @@ pub const COMMAND: Duration = Duration::from_secs(1);
 /// The process has ended, or is only a process id, this long after a signal that ends it.
 pub const SIGNAL: Duration = Duration::from_secs(5);
 
+/// How long a command waits for the machine to come to rest, or for a kernel of which nothing is read,
+/// until it is refused: so that this is within [`COMMAND`].
+pub const REST: Duration = Duration::from_millis(900);
+/// The same where the guest has ended or reset itself, and cannot run on.
+pub const GUEST_REST: Duration = Duration::from_secs(5);
+/// How long the end waits for what does hang, after it was given as much time as a command.
+pub const LAST_LOOK: Duration = Duration::from_millis(100);
+/// How often it is tried again meanwhile, after a first time that waits for what comes at once.
+pub const RETRY: Duration = Duration::from_millis(2);
 /// How long the guest's writes to a disk may wait for a save that copies it, without any progress. Then the
 /// save is given up.
 pub const DISK_COPY: Duration = Duration::from_secs(2);

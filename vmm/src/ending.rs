@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   main thread                                           thread `end`
-//!   give up a save, stop the guest
+//!   give up a save, stop the guest; questions are
+//!   answered until both are done, or hang
 //!   deliver SHUTDOWN, close the clients' sockets
 //!   ------------------------------------------------------> output, names, the file of memory
 //!   log, then all descriptors that wait for nothing
@@ -64,15 +65,28 @@ impl End {
 }
 
 impl Vmm {
+    /// Whether the last words can be said: a save is given up and the guest stands still, or each has had
+    /// as much time as a command has.
+    pub(crate) fn is_ready_to_end(&mut self) -> bool {
+        self.winds_up = true;
+        if self.is_stuck() {
+            return true;
+        }
+        let abandoned = self.abandons_save();
+        let before = self.vain_tries();
+        let rests = self.machine.pause().is_ok() || self.vain_tries() == before;
+        abandoned && rests || self.ends_since().elapsed() >= bounds::REST
+    }
+
     /// The last words, SHUTDOWN to every client, and everything that others could wait for; the process
     /// ends. `end` was started for this, and `pidfile` names the process.
     pub fn shut_down(mut self, ending: Ending, end: &End, pidfile: Option<PidFile>) {
-        let deadline = Instant::now() + bounds::SIGNAL - SPARE;
-        if !self.is_stuck() {
-            self.abandon_save();
-            if let Err(e) = self.apply(lifecycle::Event::Shutdown) {
-                log::error!("ended with the guest running: {e}");
-            }
+        let deadline = self.ends_since() + bounds::SIGNAL - SPARE;
+        self.leave_save_behind();
+        if !self.is_stuck()
+            && let Err(e) = self.apply(lifecycle::Event::Shutdown)
+        {
+            log::error!("ended with the guest running: {e}");
         }
         let quiet = !self.is_stuck();
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });

@@ -145,11 +145,7 @@ impl EventLoop {
     pub fn answer(&mut self, vmm: &mut Vmm, held: Vec<Held>) {
         let table = commands::table();
         for Held { server, request, ticket } in held {
-            vmm.asked_by = server;
-            let result = table.dispatch(vmm, request, &ticket);
-            if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(server)) {
-                server.reply(&ticket, result);
-            }
+            vmm.serve(&table, server, request, ticket);
         }
     }
 
@@ -171,24 +167,23 @@ impl EventLoop {
             while let Ok(event) = self.reports.try_recv() {
                 vmm.machine_event(event);
             }
-            vmm.in_one_piece(Vmm::follow_save);
+            if vmm.ending().is_none() {
+                vmm.follow_deferred(&table);
+                vmm.in_one_piece(Vmm::follow_save);
+                vmm.follow_announcements();
+            }
             vmm.in_one_piece(Vmm::follow_files);
-            vmm.follow_announcements();
-            for index in 0..vmm.servers.len() {
-                vmm.asked_by = index;
-                while vmm.ending().is_none()
+            for server in 0..vmm.servers.len() {
+                while (vmm.ending().is_none() || vmm.winds_up)
                     && let Some((request, ticket)) =
-                        vmm.servers.get_mut(index).and_then(|s| s.next_request())
+                        vmm.servers.get_mut(server).and_then(|s| s.next_request())
                 {
-                    vmm.in_one_piece(|vmm| {
-                        let result = table.dispatch(vmm, request, &ticket);
-                        if let (Some(result), Some(server)) = (result, vmm.servers.get_mut(index)) {
-                            server.reply(&ticket, result);
-                        }
-                    });
+                    vmm.serve(&table, server, request, ticket);
                 }
             }
-            if let Some(ending) = vmm.ending() {
+            if let Some(ending) = vmm.ending()
+                && vmm.is_ready_to_end()
+            {
                 return Ok(ending);
             }
         }

@@ -10,6 +10,9 @@
 //! are carried out in order, as QMP demands. Other clients' commands are carried out meanwhile, so what
 //! was checked before has to be checked again when the file is there.
 //!
+//! A second thread, `kernel`, reads the kernel for a reset: that needs no file that a command names, and
+//! does not wait for one that hangs.
+//!
 //! One command's file may hang. Its own client waits for as long as it takes; the next command that
 //! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
 use std::{
@@ -29,6 +32,8 @@ use crate::{bounds, vmm::Vmm};
 
 type Finish = Box<dyn FnOnce(&mut Vmm) -> Result<Value, Error> + Send>;
 type Work = Box<dyn FnOnce() -> Finish + Send>;
+/// Reads a kernel.
+type Read = Box<dyn FnOnce() + Send>;
 
 /// Something to be done with files.
 pub(crate) struct Job {
@@ -137,12 +142,15 @@ pub struct Files {
     running: Option<Running>,
     /// Kept here, so that a job that fails because it has waited too long is not done later.
     queue: VecDeque<Entry>,
+    kernel: Sender<Read>,
 }
 
 impl Files {
-    /// The commands' end, and what the thread does. `notify` is called after each job; it must not
-    /// block.
-    pub fn new(notify: Arc<dyn Fn() + Send + Sync>) -> (Self, impl FnOnce() + Send + 'static) {
+    /// The commands' end, and what both threads do: `files` and `kernel`. `notify` is called after each
+    /// job; it must not block.
+    pub fn new(
+        notify: Arc<dyn Fn() + Send + Sync>,
+    ) -> (Self, impl FnOnce() + Send + 'static, impl FnOnce() + Send + 'static) {
         let (tasks, inbox) = channel::<Work>();
         let (report, results) = channel();
         let serve = move || {
@@ -152,7 +160,15 @@ impl Files {
                 notify();
             }
         };
-        (Self { tasks, results, running: None, queue: VecDeque::new() }, serve)
+        let (kernel, kernels) = channel::<Read>();
+        let read = move || kernels.iter().for_each(|read| read());
+        (Self { tasks, results, running: None, queue: VecDeque::new(), kernel }, serve, read)
+    }
+
+    /// Have a kernel read by `read`.
+    pub(crate) fn read_kernel(&self, read: impl FnOnce() + Send + 'static) {
+        // A thread that has gone never answers, and is told of as one that hangs.
+        let _ = self.kernel.send(Box::new(read));
     }
 
     /// Nothing is being done to the device or back-end `name`.

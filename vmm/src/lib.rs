@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod cli;
 mod commands;
 pub mod daemon;
+mod deferred;
 pub mod ending;
 pub mod event_loop;
 pub mod file_signals;

@@ -31,12 +31,12 @@ use crate::{
         self, Cancel, Directory, Hello, Peer, SaveError, Saved, Stream,
         job::{Checkpointer, First, Job, Left, Open, Order, Step, new_id},
     },
+    deferred::Operation,
     lifecycle::{self, State},
     vmm::{Refused, Vmm},
 };
 
-/// How long a save waits for one that was cancelled and hangs; and how long the end of the monitor
-/// waits for a save to remove its files.
+/// How long a save waits for one that was cancelled and hangs.
 const HANG_LIMIT: Duration = bounds::FILE;
 
 /// Where a save goes.
@@ -91,6 +91,14 @@ struct Current {
     /// When the guest was stopped.
     stopped: Option<Instant>,
     downtime: Option<Duration>,
+}
+
+/// A capture that may have to wait until the machine is at rest.
+pub(crate) struct Capturing {
+    /// What a live save has left.
+    left: Option<Left>,
+    /// When the guest began to be stopped.
+    asked: Instant,
 }
 
 /// What is known of saves.
@@ -293,30 +301,38 @@ impl Vmm {
         }
     }
 
-    /// Give the save up and wait until its files are gone, unless it hangs.
-    pub(crate) fn abandon_save(&mut self) {
-        if self.saving.phase == Phase::Idle {
-            return;
-        }
-        let deadline = Instant::now() + HANG_LIMIT;
-        let Some(current) = &mut self.saving.current else { return };
+    /// Give the save up at the monitor's end; whether its files are gone.
+    pub(crate) fn abandons_save(&mut self) -> bool {
+        let (Some(current), false) = (&mut self.saving.current, self.saving.phase == Phase::Idle)
+        else {
+            return true;
+        };
         current.job.give_up();
         current.disks.iter().for_each(|(_, copy)| copy.abandon());
-        while let Some(step) = current.job.wait(deadline.saturating_duration_since(Instant::now()))
-        {
+        while let Some(step) = current.job.step() {
             if matches!(step, Step::Done(_)) {
-                return;
+                self.saving.phase = Phase::Idle;
+                return true;
             }
         }
-        log::warn!("the save to {} hangs and is left behind", current.job.place());
+        false
+    }
+
+    /// Say so if a save that was given up hangs.
+    pub(crate) fn leave_save_behind(&self) {
+        if let (Some(job), false) = (self.saving.job(), self.saving.phase == Phase::Idle) {
+            log::warn!("the save to {} hangs and is left behind", job.place());
+        }
     }
 
     /// See what the checkpoint thread has to say, and what waits for it.
     pub(crate) fn follow_save(&mut self) {
-        while let Some(step) = self.saving.current.as_mut().and_then(|current| current.job.step()) {
+        while !self.is_deferring()
+            && let Some(step) = self.saving.current.as_mut().and_then(|c| c.job.step())
+        {
             self.save_step(step);
         }
-        if self.state() != State::Saving {
+        if self.state() != State::Saving && !self.is_deferring() {
             self.late_events();
         }
         self.end_stalled_save();
@@ -395,7 +411,9 @@ impl Vmm {
                 Effect::LogAndCopy => self.log_and_copy(),
                 Effect::Harvest => self.harvest(),
                 Effect::Capture => {
-                    self.capture(left.take()).map(|captured| self.save_input(captured))
+                    let (left, asked) = (left.take(), Instant::now());
+                    self.try_capture(Capturing { left, asked });
+                    Ok(())
                 }
                 Effect::Release => {
                     self.machine.release_backends();
@@ -446,10 +464,40 @@ impl Vmm {
         Ok(())
     }
 
-    /// Stop the guest and give the thread the machine as it is then. The guest runs again when this
-    /// returns, if it is to and its memory could be copied aside. `left` is what a live save has left.
-    fn capture(&mut self, left: Option<Left>) -> Result<Input, Failed> {
-        let (before, stopped) = (self.state(), Instant::now());
+    /// Capture the machine once it is at rest.
+    pub(crate) fn try_capture(&mut self, capturing: Capturing) {
+        if self.saving.status == MigrationStatus::Cancelling {
+            self.give_up();
+            return self.saving.current.iter_mut().for_each(|current| current.job.give_up());
+        }
+        let before = self.vain_tries();
+        if let Err(e) = self.machine.pause() {
+            if self.vain_tries() > before && capturing.asked.elapsed() < bounds::REST {
+                let why = Error::generic(&e).to_string();
+                return self.defer(Operation::Capture(capturing), why);
+            }
+            self.give_up();
+            return self.fail_save(&e.into());
+        }
+        match self.capture(capturing) {
+            Ok(captured) => self.save_input(captured),
+            Err(e) => {
+                // Before a client could see that it was stopped.
+                if self.state() == State::Running
+                    && let Err(e) = self.machine.resume_after_own_pause()
+                {
+                    log::error!("{}", Error::generic(&e));
+                }
+                self.fail_save(&e);
+            }
+        }
+    }
+
+    /// Give the thread the machine as it is, at rest. The guest runs again when this returns, if it is
+    /// to and its memory could be copied aside.
+    fn capture(&mut self, capturing: Capturing) -> Result<Input, Failed> {
+        let Capturing { left, asked: stopped } = capturing;
+        let before = self.state();
         // A client may have stopped it since the save began.
         let own_pause =
             before == State::Running && left.as_ref().is_some_and(|left| left.staging.is_some());

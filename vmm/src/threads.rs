@@ -46,11 +46,12 @@ impl Starting {
         filter: Option<impl FnOnce() -> Filter + Send + 'static>,
     ) -> io::Result<Self> {
         let (checkpointer, save) = Checkpointer::new(notify.clone());
-        let (files, serve) = Files::new(notify.clone());
+        let (files, serve, read) = Files::new(notify.clone());
         let (end, release) = End::new();
         let (report, prepared) = channel();
         let begin = move || -> Prepared {
             Builder::new().name("files".into()).stack_size(128 << 10).spawn(serve)?;
+            Builder::new().name("kernel".into()).stack_size(128 << 10).spawn(read)?;
             Builder::new().name("end".into()).stack_size(64 << 10).spawn(release)?;
             Ok(filter.map(|make| make()))
         };

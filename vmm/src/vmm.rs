@@ -1,7 +1,7 @@
 //! The one object that owns the machine and decides what becomes of it.
-use std::{collections::BTreeMap, os::fd::OwnedFd};
+use std::{collections::BTreeMap, os::fd::OwnedFd, time::Instant};
 
-use machine::{Machine, RunError};
+use machine::{Machine, ReloadError, RunError};
 use qmp::{
     Error, ErrorClass,
     schema::{
@@ -17,6 +17,7 @@ use crate::{
     announce::Announcing,
     bounds,
     checkpoint::job::Checkpointer,
+    deferred::{Deferrals, Halting},
     files::Files,
     lifecycle::{self, Denied, Halt, State, States},
     saving::Saving,
@@ -31,15 +32,18 @@ pub struct Vmm {
     pub(crate) servers: Vec<Server>,
     /// Which server the request being answered came from.
     pub(crate) asked_by: usize,
-    /// Why and how to end, once the request being answered has been answered.
-    ending: Option<Ending>,
+    /// Why and how to end, once the request being answered has been answered; and since when.
+    ending: Option<(Ending, Instant)>,
+    /// All that there is to be waited for before the end was told of it.
+    pub(crate) winds_up: bool,
     actions: Actions,
     pub(crate) saving: Saving,
     pub(crate) announcing: Option<Announcing>,
     pub(crate) files: Files,
     pub(crate) spawner: Spawner,
-    /// What the machine reported while its state was being saved.
+    /// What the machine reported while its state was being saved, or something was deferred.
     late: Vec<machine::Event>,
+    pub(crate) deferrals: Deferrals,
     /// Threads of the machine may wait for ever.
     stuck: bool,
 }
@@ -64,6 +68,15 @@ pub enum Refused {
     /// The machine could not.
     #[error(transparent)]
     Machine(#[from] RunError),
+    /// Its kernel cannot be loaded again.
+    #[error(transparent)]
+    Kernel(#[from] ReloadError),
+    /// A file that has to be read before does not come.
+    #[error(
+        "reading {0} has not finished: its storage is slow or hangs. The machine is as it was; try again \
+         when the storage answers"
+    )]
+    Reading(String),
 }
 
 impl Vmm {
@@ -82,12 +95,14 @@ impl Vmm {
             servers,
             asked_by: 0,
             ending: None,
+            winds_up: false,
             actions,
             saving: Saving::new(checkpointer),
             announcing: None,
             files,
             spawner,
             late: Vec::new(),
+            deferrals: Deferrals::default(),
             stuck: false,
         }
     }
@@ -100,15 +115,20 @@ impl Vmm {
     /// The one door through which the state changes: check, act, store, tell.
     ///
     /// # Errors
-    /// When the event makes no sense now, or the machine cannot follow; the state is as before.
+    /// When the event makes no sense now, or the machine cannot follow; the state is as before. It can
+    /// be tried again if the machine has only not come to rest yet: see [`Vmm::vain_tries`].
     pub fn apply(&mut self, event: lifecycle::Event) -> Result<(), Refused> {
         let before = self.state;
         let after = before.on(event)?;
         match (before, after) {
             // Reset is the one event that does something without changing the state.
             _ if event == lifecycle::Event::Reset => {
-                self.machine.pause()?;
-                if let Err(e) = self.machine.reset() {
+                let kernel = self.reload()?;
+                if let Err(e) = self.machine.pause() {
+                    self.keep_reloaded(kernel);
+                    return Err(e.into());
+                }
+                if let Err(e) = self.machine.reset(&kernel) {
                     let reason = ShutdownCause::HostError;
                     self.end(Ending { guest: false, reason, status: 1 });
                     return Err(e.into());
@@ -129,7 +149,7 @@ impl Vmm {
                 self.machine.pause()?;
             }
             (_, State::Shutdown) => {
-                self.stuck |= !self.machine.stop_for_good(bounds::COMMAND);
+                self.stuck |= !self.machine.stop_for_good(bounds::LAST_LOOK);
             }
             _ => {}
         }
@@ -176,26 +196,30 @@ impl Vmm {
 
     /// End after the request being answered. The first reason counts.
     pub fn end(&mut self, ending: Ending) {
-        self.ending.get_or_insert(ending);
+        self.ending.get_or_insert_with(|| (ending, Instant::now()));
     }
 
     /// Whether to end, and how.
     pub fn ending(&self) -> Option<Ending> {
-        self.ending
+        self.ending.map(|(ending, _)| ending)
+    }
+
+    /// Since when it is to end; now, if it is not.
+    pub(crate) fn ends_since(&self) -> Instant {
+        self.ending.map_or_else(Instant::now, |(_, since)| since)
     }
 
     /// How long until something is due that nothing else reports.
     pub(crate) fn until_due(&self) -> Option<std::time::Duration> {
-        [self.until_announcement(), self.until_save(), self.files.until_overdue()]
-            .into_iter()
-            .flatten()
-            .min()
+        let (save, files) = (self.until_save(), self.files.until_overdue());
+        [self.until_announcement(), save, files, self.until_retry()].into_iter().flatten().min()
     }
 
     /// Something that the machine could not decide by itself.
     pub fn machine_event(&mut self, event: machine::Event) {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
-        if self.state == State::Saving && !matches!(event, M::MemoryLost(_)) {
+        let waits = self.state == State::Saving || self.is_deferring() || self.ending.is_some();
+        if waits && !matches!(event, M::MemoryLost(_) | M::Escape) {
             return self.late.push(event);
         }
         // What looks like the guest's own end may come of memory that it cannot read any more.
@@ -263,28 +287,8 @@ impl Vmm {
 
     /// The guest cannot go on: do what is to be done then. `status` is the process's if it ends.
     fn halt(&mut self, why: Halt, guest: bool, reason: ShutdownCause, action: Action, status: u8) {
-        let done = match action {
-            Action::End => return self.end(Ending { guest, reason, status }),
-            Action::Reset => {
-                let done = self.apply(lifecycle::Event::Reset);
-                if done.is_ok() {
-                    self.tell(&Event::Reset { guest, reason });
-                }
-                done
-            }
-            Action::Stay => {
-                // QEMU's order with `-action shutdown=pause`; the other two are told by their own
-                // event, or by none.
-                if why == Halt::Shutdown {
-                    self.tell(&Event::Shutdown { guest, reason });
-                }
-                self.apply(lifecycle::Event::Halt(why))
-            }
-        };
-        if let Err(e) = done {
-            log::error!("the machine cannot be kept: {}", Error::generic(&e));
-            self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
-        }
+        let until = Instant::now() + bounds::GUEST_REST;
+        self.try_halt(Halting { why, guest, reason, action, status, until });
     }
 
     /// Whether threads of the machine may never come to an end.

@@ -71,7 +71,7 @@ pub(super) fn is(head: &[u8]) -> bool {
 pub(super) fn load(
     memory: &Memory,
     ram: &Ram,
-    file: &Source,
+    file: &Source<'_>,
     head: &[u8],
 ) -> Result<Loaded, KernelError> {
     let header = read_header(file, head)?;
@@ -108,7 +108,7 @@ pub(super) fn load(
 }
 
 /// The header, as long as this kernel's version of the protocol has it.
-fn read_header(file: &Source, head: &[u8]) -> Result<setup_header, BzImageError> {
+fn read_header(file: &Source<'_>, head: &[u8]) -> Result<setup_header, BzImageError> {
     let jump = head.get(JUMP).copied().unwrap_or(0);
     let end = MAGIC + usize::from(jump);
     let size = end.saturating_sub(HEADER).min(size_of::<setup_header>());
@@ -126,7 +126,7 @@ fn read_header(file: &Source, head: &[u8]) -> Result<setup_header, BzImageError>
 
 /// Bytes of protected-mode code, which begins at byte `setup` of the file. What a signer has added
 /// behind it is not loaded.
-fn code_size(file: &Source, header: &setup_header, setup: u64) -> Result<u64, BzImageError> {
+fn code_size(file: &Source<'_>, header: &setup_header, setup: u64) -> Result<u64, BzImageError> {
     let promised = u64::from(header.syssize) * 16;
     let truncated = |what, end| BzImageError::Truncated { what, end, len: file.len };
     let there = file.len.checked_sub(setup);

@@ -89,7 +89,7 @@ pub(super) fn is(head: &[u8]) -> bool {
 pub(super) fn load(
     memory: &Memory,
     ram: &Ram,
-    file: &Source,
+    file: &Source<'_>,
     head: &[u8],
 ) -> Result<Loaded, KernelError> {
     let wide = check_identity(file, head)?;
@@ -138,7 +138,7 @@ pub(super) fn load(
 }
 
 /// Whether the file is 64-bit; an error where it is not for this processor or not executable.
-fn check_identity(file: &Source, head: &[u8]) -> Result<bool, ElfError> {
+fn check_identity(file: &Source<'_>, head: &[u8]) -> Result<bool, ElfError> {
     let truncated =
         || ElfError::Truncated { what: "the ELF header".into(), end: 64, len: file.len };
     let class = *head.get(4).ok_or_else(truncated)?;
@@ -172,7 +172,7 @@ fn check_identity(file: &Source, head: &[u8]) -> Result<bool, ElfError> {
 
 /// The entry point and the program headers.
 fn read_headers(
-    file: &Source,
+    file: &Source<'_>,
     head: &[u8],
     wide: bool,
 ) -> Result<(u64, Vec<Segment>), KernelError> {
@@ -219,7 +219,7 @@ fn segment(header: &[u8], wide: bool) -> Option<Segment> {
     Some(Segment { kind, offset, virt, phys, file_size, mem_size, align })
 }
 
-fn check_end(file: &Source, what: &str, offset: u64, len: u64) -> Result<(), ElfError> {
+fn check_end(file: &Source<'_>, what: &str, offset: u64, len: u64) -> Result<(), ElfError> {
     let end = offset.saturating_add(len);
     if end > file.len {
         return Err(ElfError::Truncated { what: what.to_owned(), end, len: file.len });
@@ -230,7 +230,7 @@ fn check_end(file: &Source, what: &str, offset: u64, len: u64) -> Result<(), Elf
 /// Sorts the segments and says from where to where they reach.
 fn check_segments(
     ram: &Ram,
-    file: &Source,
+    file: &Source<'_>,
     segments: &mut [Segment],
 ) -> Result<Range<u64>, KernelError> {
     segments.sort_by_key(|segment| segment.phys);
@@ -267,7 +267,7 @@ fn physical(segments: &[Segment], entry: u64) -> Option<u64> {
 
 /// Walks the notes of a segment (System V ABI, "Note Section"). Each step moves forward by at least
 /// the twelve bytes of a note's header, so lies cost an error and never the loop's end.
-fn read_notes(file: &Source, segment: &Segment, notes: &mut Notes) -> Result<(), KernelError> {
+fn read_notes(file: &Source<'_>, segment: &Segment, notes: &mut Notes) -> Result<(), KernelError> {
     if segment.file_size > NOTES_MAX {
         let what = format!(
             "its notes have {} bytes, more than the {NOTES_MAX} that are looked at",

@@ -51,7 +51,7 @@ const MARKS: &[(usize, &[u8], &str, &str)] = &[
 pub(super) fn load(
     memory: &Memory,
     ram: &Ram,
-    file: &Source,
+    file: &Source<'_>,
     head: &[u8],
 ) -> Result<Loaded, KernelError> {
     if let Some((what, hint)) = other(file.len, head) {

@@ -1,5 +1,6 @@
 //! The initial RAM disk: as high as the kernel can reach it.
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 
 use devices::Memory;
 use thiserror::Error;
@@ -42,8 +43,8 @@ pub(super) struct Initrd {
 }
 
 /// The file, which has something in it.
-pub(super) fn open(path: &Path) -> Result<Source, InitrdError> {
-    let file = Source::open(path)?;
+pub(super) fn open<'a>(path: &Path, read: &'a AtomicU64) -> Result<Source<'a>, InitrdError> {
+    let file = Source::open(path, read)?;
     if file.len == 0 { Err(InitrdError::Empty) } else { Ok(file) }
 }
 
@@ -52,8 +53,9 @@ pub(super) fn load(
     ram: &Ram,
     path: &Path,
     kernel: &Loaded,
+    read: &AtomicU64,
 ) -> Result<Initrd, InitrdError> {
-    let file = open(path)?;
+    let file = open(path, read)?;
     let size = file.len;
     let low = ram.low();
     let end = low.end.min(layout::HOLE_START).min(kernel.initrd_max.saturating_add(1));

@@ -14,6 +14,7 @@
 //! References: Linux `Documentation/arch/x86/boot.rst` ("the boot protocol" in this module), Xen
 //! `docs/misc/pvh.pandoc` with `arch-x86/hvm/start_info.h` ("PVH").
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 
 use devices::Memory;
 use thiserror::Error;
@@ -200,15 +201,30 @@ struct Loaded {
 /// When a file cannot be read, is not what it should be or does not fit. Memory may be partly
 /// written then.
 pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<Entry, BootError> {
+    load_counting(memory, boot, platform, &AtomicU64::new(0))
+}
+
+/// As [`load`]; `read` grows by the bytes that were read of the files.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn load_counting(
+    memory: &Memory,
+    boot: &BootConfig,
+    platform: &Platform,
+    read: &AtomicU64,
+) -> Result<Entry, BootError> {
     let ram = Ram::of(memory);
-    let loaded = load_kernel(memory, &ram, &boot.kernel)?;
+    let loaded = load_kernel(memory, &ram, &boot.kernel, read)?;
     let told = cmdline::tell(&boot.cmdline, platform.slots, || {
         cmdline::kernel_words(memory, &loaded.image)
     });
     let cmdline = cmdline::check(told.cmdline, loaded.cmdline_max)?;
     let initrd = match &boot.initrd {
         None => None,
-        Some(path) => Some(initrd::load(memory, &ram, path, &loaded).map_err(initrd_error(path))?),
+        Some(path) => {
+            Some(initrd::load(memory, &ram, path, &loaded, read).map_err(initrd_error(path))?)
+        }
     };
     mptable::write(memory, platform.apic_ids)?;
     let rsdp = match told.acpi {
@@ -234,11 +250,12 @@ pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<E
 /// which no guest will ever see.
 pub(crate) fn survey(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
     let ram = Ram::of(memory);
-    let kernel = load_kernel(memory, &ram, &boot.kernel);
+    let count = AtomicU64::new(0);
+    let kernel = load_kernel(memory, &ram, &boot.kernel, &count);
     let initrd = boot.initrd.as_deref().and_then(|path| {
         let read = match &kernel {
-            Ok(loaded) => initrd::load(memory, &ram, path, loaded).map(drop),
-            Err(_) => initrd::open(path).map(drop),
+            Ok(loaded) => initrd::load(memory, &ram, path, loaded, &count).map(drop),
+            Err(_) => initrd::open(path, &count).map(drop),
         };
         read.map_err(initrd_error(path)).err()
     });
@@ -253,9 +270,14 @@ fn initrd_error(path: &Path) -> impl FnOnce(InitrdError) -> BootError {
     move |source| BootError::Initrd { path: path.into(), source }
 }
 
-fn load_kernel(memory: &Memory, ram: &Ram, path: &Path) -> Result<Loaded, BootError> {
+fn load_kernel(
+    memory: &Memory,
+    ram: &Ram,
+    path: &Path,
+    read: &AtomicU64,
+) -> Result<Loaded, BootError> {
     let load = || {
-        let file = Source::open(path)?;
+        let file = Source::open(path, read)?;
         let head = file.head()?;
         if elf::is(&head) {
             elf::load(memory, ram, &file, &head)

@@ -3,6 +3,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::Memory;
 use thiserror::Error;
@@ -10,6 +11,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 /// Bytes that are enough to tell what a file is.
 const HEAD: u64 = 4096;
+/// Most bytes that are read at a time.
+const PIECE: u64 = 1 << 20;
 
 /// Why a file cannot be read.
 #[derive(Debug, Error)]
@@ -44,13 +47,15 @@ pub enum SourceError {
     },
 }
 
-pub(super) struct Source {
+pub(super) struct Source<'a> {
     file: File,
     pub(super) len: u64,
+    /// Counts the bytes that were read.
+    read: &'a AtomicU64,
 }
 
-impl Source {
-    pub(super) fn open(path: &Path) -> Result<Source, SourceError> {
+impl<'a> Source<'a> {
+    pub(super) fn open(path: &Path, read: &'a AtomicU64) -> Result<Self, SourceError> {
         use std::os::unix::fs::FileTypeExt;
         // Opening a FIFO would otherwise wait for a writer.
         let file = OpenOptions::new()
@@ -61,7 +66,7 @@ impl Source {
         let metadata = file.metadata().map_err(SourceError::Open)?;
         let kind = metadata.file_type();
         if kind.is_file() {
-            return Ok(Source { file, len: metadata.len() });
+            return Ok(Source { file, len: metadata.len(), read });
         }
         Err(SourceError::NotRegular(if kind.is_dir() {
             "a directory"
@@ -87,6 +92,7 @@ impl Source {
             len,
             source,
         })?;
+        self.read.fetch_add(len, Ordering::Relaxed);
         Ok(bytes)
     }
 
@@ -104,12 +110,14 @@ impl Source {
             len,
             source,
         })?;
-        memory
-            .read_exact_volatile_from(
-                GuestAddress(address),
-                &mut file,
-                usize::try_from(len).unwrap_or(usize::MAX),
-            )
-            .map_err(|source| SourceError::Load { offset, len, address, source })
+        for at in (0..len).step_by(PIECE as usize) {
+            let piece = (len - at).min(PIECE);
+            let to = GuestAddress(address.saturating_add(at));
+            memory
+                .read_exact_volatile_from(to, &mut file, piece as usize)
+                .map_err(|source| SourceError::Load { offset, len, address, source })?;
+            self.read.fetch_add(piece, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }

@@ -1,7 +1,10 @@
 use std::{
     io::{Read, Write},
     os::{fd::AsRawFd, unix::net::UnixStream},
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{SyncSender, sync_channel},
+    },
     time::Instant,
 };
 
@@ -53,6 +56,12 @@ fn thread() -> Arc<Handle> {
     Arc::new(Handle::spawn("io0").unwrap())
 }
 
+/// Whether the thread comes to rest soon.
+fn holds(thread: &Handle) -> bool {
+    thread.hold(SOON);
+    thread.is_held(Instant::now() + SOON).unwrap()
+}
+
 #[test]
 fn a_worker_leaves_and_comes_home() {
     let thread = thread();
@@ -73,10 +82,8 @@ fn a_held_thread_gives_all_its_workers_away_and_takes_them_back() {
     let thread = thread();
     let mut devices: Vec<_> = (0..3).map(|_| device(&thread, || true)).collect();
     for round in 0..3 {
-        let mut hold = thread.hold(SOON);
-        assert_eq!(hold.wait(SOON), Ok(()));
-        drop(hold);
-        assert_eq!(thread.hold(SOON).wait(SOON), Ok(()), "held already");
+        assert!(holds(&thread));
+        assert!(holds(&thread), "held already");
         for (index, (home, to, _)) in devices.iter_mut().enumerate() {
             // One of them stays with the thread.
             if index != round {
@@ -99,7 +106,7 @@ fn a_held_thread_gives_all_its_workers_away_and_takes_them_back() {
 fn workers_start_and_end_while_the_thread_is_held() {
     let thread = thread();
     let (mut old, ..) = device(&thread, || true);
-    assert_eq!(thread.hold(SOON).wait(SOON), Ok(()));
+    assert!(holds(&thread));
     assert!(old.stop().is_some());
     let (mut parked, mut to, answer) = device(&thread, || true);
     parked.park();
@@ -127,26 +134,91 @@ fn a_thread_with_a_worker_that_does_not_rest_keeps_them_all() {
     let mut rests = [false, true].into_iter();
     let (_restless, ..) = device(&thread, move || rests.next().unwrap());
     let (mut home, mut to, answer) = device(&thread, || true);
-    assert_eq!(thread.hold(SOON).wait(SOON), Err(RecvTimeoutError::Disconnected));
+    assert!(!holds(&thread));
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3), "it runs on");
-    assert_eq!(thread.hold(SOON).wait(SOON), Ok(()));
+    assert!(holds(&thread));
     home.park();
     assert_eq!(home.parked().unwrap().bytes, 3);
 }
 
 #[test]
-fn a_hold_that_nobody_waits_for_any_more_is_as_if_it_had_never_been() {
+fn a_hold_that_was_taken_back_is_as_if_it_had_never_been() {
     let thread = thread();
     let (rest, may_rest) = channel();
-    let (_slow, ..) = device(&thread, move || may_rest.recv().is_ok());
+    let (asks, asked) = channel();
+    let (_slow, ..) = device(&thread, move || asks.send(()).is_ok() && may_rest.recv().is_ok());
     let (_home, mut to, answer) = device(&thread, || true);
-    let mut hold = thread.hold(SOON);
-    assert_eq!(hold.wait(Duration::from_millis(10)), Err(RecvTimeoutError::Timeout));
-    drop(hold);
+    thread.hold(SOON);
+    assert_eq!(thread.is_held(Instant::now() + Duration::from_millis(10)), Ok(false));
+    asked.recv_timeout(SOON).unwrap();
+    thread.go();
     rest.send(()).unwrap();
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3));
+    // One that is asked for while the thread has not even noticed that is another one.
+    thread.hold(SOON);
+    asked.recv_timeout(SOON).unwrap();
+    thread.go();
+    thread.hold(SOON);
+    rest.send(()).unwrap();
+    rest.send(()).unwrap();
+    assert_eq!(thread.is_held(Instant::now() + SOON), Ok(true));
+}
+
+#[test]
+fn a_thread_that_has_ended_holds_up_nothing() {
+    let thread = thread();
+    let (rest, may_rest) = channel();
+    let (asks, asked) = channel();
+    let (_slow, ..) = device(&thread, move || asks.send(()).is_ok() && may_rest.recv().is_ok());
+    let (mut home, ..) = device(&thread, || true);
+    thread.hold(SOON);
+    asked.recv_timeout(SOON).unwrap();
+    thread.go();
+    thread.tell(Order::Exit);
+    thread.hold(SOON);
+    rest.send(()).unwrap();
+    assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended));
+    thread.hold(SOON);
+    assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended), "it is not asked any more");
+    home.park();
+    assert!(home.parked().is_none(), "its workers went with it");
+}
+
+#[test]
+fn a_hold_stays_asked_for_between_two_looks_at_it() {
+    let thread = thread();
+    let (rest, may_rest) = channel();
+    let (mut slow, ..) = device(&thread, move || may_rest.recv().is_ok());
+    thread.hold(SOON);
+    for _ in 0..3 {
+        assert_eq!(thread.is_held(Instant::now()), Ok(false));
+        thread.hold(SOON);
+    }
+    rest.send(()).unwrap();
+    assert_eq!(thread.is_held(Instant::now() + SOON), Ok(true), "it was asked once");
+    slow.park();
+    assert!(slow.parked().is_some());
+}
+
+#[test]
+fn a_worker_that_is_called_home_during_a_hold_is_found_wherever_it_is_then() {
+    for taken_back in [false, true] {
+        let thread = thread();
+        let (rest, may_rest) = channel();
+        let (_slow, ..) = device(&thread, move || may_rest.recv().is_ok());
+        let (mut home, ..) = device(&thread, || true);
+        thread.hold(SOON);
+        // A vCPU that resets a device.
+        let resets = thread::spawn(move || home.stop().is_some());
+        if taken_back {
+            thread.go();
+        }
+        rest.send(()).unwrap();
+        assert!(resets.join().unwrap(), "taken back: {taken_back}");
+        thread.go();
+    }
 }
 
 /// Has always more to do, and takes its time for each piece.
@@ -183,7 +255,7 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
     let (leave, may_end) = channel();
     let mut first = Some((begun, may_end));
     // All have something to do as soon as they are there, which is at the same time.
-    assert_eq!(thread.hold(SOON).wait(SOON), Ok(()));
+    assert!(holds(&thread));
     let homes: Vec<_> = (0..WORKERS)
         .map(|_| {
             let (mut to, more) = UnixStream::pair().unwrap();
@@ -197,10 +269,9 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
     thread.go();
     has_begun.recv().unwrap();
     let before = turns.load(Ordering::SeqCst);
-    let mut hold = thread.hold(SOON);
+    thread.hold(SOON);
     leave.send(()).unwrap();
-    assert_eq!(hold.wait(SOON), Ok(()));
-    drop(hold);
+    assert!(holds(&thread));
     assert_eq!(turns.load(Ordering::SeqCst), before, "the order came during that turn");
     thread.go();
     while turns.load(Ordering::SeqCst) < before + WORKERS {
@@ -237,7 +308,7 @@ fn all_workers_together_have_no_more_time_to_rest_than_was_given() {
         home.start(Slow(from, given.clone()), thread.clone()).unwrap();
         homes.push(home);
     }
-    assert_eq!(thread.hold(SOON).wait(SOON), Ok(()));
+    assert!(holds(&thread));
     let limits: Vec<Duration> = limits.try_iter().collect();
     assert!(limits[0] <= SOON, "{limits:?}");
     for pair in limits.windows(2) {

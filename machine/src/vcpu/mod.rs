@@ -271,17 +271,34 @@ enum Left {
 
 /// Enter the guest until it stops or a request stops it.
 fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
+    // One kick may stand for several requests, where a device has held the thread meanwhile.
+    if let Some(left) = asked(inbox) {
+        return left;
+    }
     loop {
         match cpu.run() {
             Exit::Handled => {}
             Exit::Stopped(why) => return Left::Stopped(why),
-            Exit::Kicked => match inbox.try_recv() {
-                Ok(Request::Park(reply)) => return Left::Parked(reply),
-                Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Left::Exit,
-                Ok(Request::Resume(_)) | Err(TryRecvError::Empty) => {}
-                // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
-                Ok(Request::Save(_) | Request::Restore(..) | Request::Replace(..)) => {}
-            },
+            Exit::Kicked => {
+                if let Some(left) = asked(inbox) {
+                    return left;
+                }
+            }
+        }
+    }
+}
+
+/// What stops a vCPU, if anything was asked of it that does.
+fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
+    loop {
+        match inbox.try_recv() {
+            Ok(Request::Park(reply)) => return Some(Left::Parked(reply)),
+            Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
+            // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
+            Ok(
+                Request::Resume(_) | Request::Save(_) | Request::Restore(..) | Request::Replace(..),
+            ) => {}
+            Err(TryRecvError::Empty) => return None,
         }
     }
 }
@@ -329,13 +346,39 @@ mod tests {
     }
 
     #[test]
+    fn a_vcpu_that_a_device_has_held_for_long_does_what_was_asked_for_last() {
+        let mut cpu = Counter::from(0);
+        let (held, free) = channel();
+        cpu.device = Some(free);
+        let entries = cpu.entries.clone();
+        let vcpu = Handle::spawn(0, cpu, |_, _| {}).unwrap();
+        vcpu.resume(0);
+        while entries.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        // Given up by the one that has asked, and asked for again.
+        let given_up = vcpu.park();
+        vcpu.resume(3);
+        let last = vcpu.park();
+        held.send(()).unwrap();
+        last.wait_for(Duration::from_secs(20)).unwrap();
+        drop(given_up);
+        assert_eq!(entries.load(Ordering::SeqCst), 1, "it stands still");
+    }
+
+    #[test]
     fn a_thread_carries_another_vcpu() {
         let mut vcpu = Handle::spawn(0, Counter::from(5), |_, _| {}).unwrap();
-        vcpu.replace(Counter::from(1_000_000_000)).unwrap();
+        let cpu = Counter::from(1_000_000_000);
+        let entries = cpu.entries.clone();
+        vcpu.replace(cpu).unwrap();
         assert_eq!(vcpu.save().wait().unwrap(), Ok(1_000_000_000));
+        let entered = entries.load(Ordering::SeqCst);
         vcpu.resume(0);
-        vcpu.park().wait().unwrap();
-        assert!(vcpu.save().wait().unwrap() > Ok(1_000_000_000), "kicked by its own kicker");
+        while entries.load(Ordering::SeqCst) == entered {
+            std::thread::yield_now();
+        }
+        vcpu.park().wait_for(Duration::from_secs(20)).expect("kicked by its own kicker");
     }
 
     #[test]
@@ -352,10 +395,12 @@ mod tests {
     struct Counter {
         entries: Arc<AtomicU64>,
         kicked: Arc<AtomicBool>,
+        /// A device that holds its first entry until it is told to let go.
+        device: Option<Receiver<()>>,
     }
     impl From<u64> for Counter {
         fn from(entries: u64) -> Self {
-            Self { entries: Arc::new(entries.into()), kicked: Arc::default() }
+            Self { entries: Arc::new(entries.into()), kicked: Arc::default(), device: None }
         }
     }
     struct Flag(Arc<AtomicBool>);
@@ -376,6 +421,9 @@ mod tests {
         }
         fn run(&mut self) -> Exit {
             self.entries.fetch_add(1, Ordering::SeqCst);
+            if let Some(device) = self.device.take() {
+                device.recv().unwrap();
+            }
             match self.kicked.swap(false, Ordering::SeqCst) {
                 true => Exit::Kicked,
                 false => Exit::Handled,

@@ -20,12 +20,12 @@ fn add(node: &str, path: &std::path::Path) -> Value {
 }
 
 /// Sends a command and does not wait for its answer.
-fn send(qmp: &mut Client, command: &str, arguments: &Value) -> Result<()> {
+pub fn send(qmp: &mut Client, command: &str, arguments: &Value) -> Result<()> {
     Ok(qmp.send_line(&json!({ "execute": command, "arguments": arguments }).to_string())?)
 }
 
 /// The next line that is no event.
-fn answer(qmp: &mut Client) -> Result<Value> {
+pub fn answer(qmp: &mut Client) -> Result<Value> {
     loop {
         let line: Value = serde_json::from_str(&qmp.read_line(SOON)?)?;
         if line.get("event").is_none() {

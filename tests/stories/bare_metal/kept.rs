@@ -11,10 +11,10 @@ use qmp::schema::Migrate;
 use serde_json::{Value, json};
 use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
+use stories::frozen::Frozen;
 use stories::held::{Held, Op, until};
 use stories::monitor::{Monitor, SOON, Vm};
 
-use crate::hung::Frozen;
 use crate::plug::refused;
 use crate::snapshot::refusal;
 use crate::stage::{Stage, cont, patiently, quits, status, stop};

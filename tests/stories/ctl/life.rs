@@ -1,11 +1,16 @@
 //! The life of an unmanaged and of a managed domain.
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use qmp::client::Client;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use stories::bench::held::bounds::SIGNAL;
+use stories::frozen::{Frozen, make_file_system};
 use stories::held::{Held, Op, until};
+use stories::monitor::SOON;
 
 use crate::rig::Rig;
 
@@ -231,6 +236,50 @@ fn a_monitor_that_the_kernel_cannot_end_is_shown_as_ending() -> Result<()> {
     rig.gone(pid)?;
     ensure!(rig.state("vm")? == "registered");
     rig.ok(&["start", "vm"])?;
+    Ok(())
+}
+
+#[test]
+fn a_monitor_whose_save_hangs_ends_within_its_bound_and_is_shown_as_ending() -> Result<()> {
+    let mut rig = Rig::new("ending-save")?;
+    let (image, place) = (rig.file("image"), rig.file("slow"));
+    make_file_system(&rig.paths, &image)?;
+    fs::create_dir(&place)?;
+    let mount = format!("mount -o loop {} {}", image.display(), place.display());
+    let program = format!("{mount}; exec \"$0\" \"$@\"");
+    rig.by_script(&format!("exec unshare -m sh -ec '{program}' \"$MONITOR\" \"$@\""))?;
+    rig.config("vm.json", "hello", "halt")?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    let pid = rig.pid("vm")?;
+    let frozen = Frozen::new(pid.unsigned_abs(), &place.to_string_lossy())?;
+    let socket = rig.file("r/state/vm/run/qmp.sock");
+    let (mut saves, mut qmp) = (Client::connect(&socket, SOON)?, Client::connect(&socket, SOON)?);
+    let uri = format!("file:{}", place.join("saved").display());
+    saves.send_line(&json!({ "execute": "migrate", "arguments": { "uri": uri } }).to_string())?;
+    let hangs = || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let mut stats =
+            tasks.map(|t| fs::read_to_string(t.path().join("stat")).unwrap_or_default());
+        stats.any(|stat| stat.contains("(checkpoint) D "))
+    };
+    until("the save hangs", hangs)?;
+
+    let asked = Instant::now();
+    rig.signal(pid, Signal::TERM)?;
+    let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
+    ensure!(data == json!({ "guest": false, "reason": "host-signal" }), "{data}");
+    qmp.wait_closed(SOON)?;
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    until("only a process id is left", || stat().contains(") Z "))?;
+    let took = asked.elapsed();
+    ensure!(took < SIGNAL, "it has taken {took:?}");
+    ensure!(rig.state("vm")? == "ending" && rig.pid("vm")? == pid);
+    let (what, hint) = rig.refused(&["start", "vm"])?;
+    ensure!(what.contains("is still ending") && hint.contains("`stratoctl info vm`"), "{what}");
+    frozen.thaw()?;
+    rig.gone(pid)?;
+    ensure!(rig.state("vm")? == "registered");
     Ok(())
 }
 

@@ -29,6 +29,7 @@ const COUNTER: u64 = 4 << 20;
 
 /// A registry of the story's own; its domains are ended and its files gone afterwards.
 pub struct Rig {
+    pub paths: Paths,
     pub dir: PathBuf,
     monitor: PathBuf,
     stratoctl: PathBuf,
@@ -45,7 +46,7 @@ impl Rig {
         };
         let (monitor, stratoctl) = binaries()?;
         let dir = paths.fresh_scratch(&format!("ctl-{story}"))?;
-        Ok(Self { dir, monitor, stratoctl, patience: "30" })
+        Ok(Self { paths, dir, monitor, stratoctl, patience: "30" })
     }
 
     /// Has monitors started by a shell's script from here on, which knows `$MONITOR`.

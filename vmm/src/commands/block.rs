@@ -141,7 +141,7 @@ pub fn block_resize(
         device.as_ref().is_none_or(|id| *id == disk.config.id)
             && node_name.as_ref().is_none_or(|name| name == disk.config.backend())
     };
-    let disk = disks(vmm)?.into_iter().find(meant);
+    let disk = vmm.machine.disks().find(meant);
     let id = disk.map(|disk| disk.config.id).ok_or(PlugError::NoDevice(name.clone()));
     let id = id.map_err(|e| plug_error(&e))?;
     vmm.files.check_idle(&id)?;
@@ -167,7 +167,7 @@ pub fn query_block(
     _: QueryBlock,
     ticket: &Ticket,
 ) -> Result<Option<Vec<BlockInfo>>, Error> {
-    let paths = disks(vmm)?.into_iter().map(|disk| disk.config.path);
+    let paths = vmm.machine.disks().map(|disk| disk.config.path);
     with_used_space(vmm, paths.collect(), |vmm, used| block_info(vmm, &used), ticket);
     Ok(None)
 }
@@ -183,7 +183,7 @@ pub(super) fn block_info(vmm: &Vmm, used: &Used) -> Result<Vec<BlockInfo>, Error
         io_status: Some(BlockDeviceIoStatus::Ok),
         inserted: Some(device_info(disk.config, disk.size, used)),
     };
-    Ok(disks(vmm)?.into_iter().map(info).collect())
+    Ok(vmm.machine.disks().map(info).collect())
 }
 
 pub fn query_named_block_nodes(
@@ -192,20 +192,15 @@ pub fn query_named_block_nodes(
     ticket: &Ticket,
 ) -> Result<Option<Vec<BlockDeviceInfo>>, Error> {
     let tell = |vmm: &mut Vmm, used: Used| {
-        let plugged =
-            disks(vmm)?.into_iter().map(|disk| device_info(disk.config, disk.size, &used));
+        let plugged = vmm.machine.disks().map(|disk| device_info(disk.config, disk.size, &used));
         let waiting =
             vmm.machine.waiting_disks().map(|(c, size)| device_info(c.clone(), size, &used));
         Ok(plugged.chain(waiting).collect::<Vec<_>>())
     };
-    let plugged = disks(vmm)?.into_iter().map(|disk| disk.config.path);
+    let plugged = vmm.machine.disks().map(|disk| disk.config.path);
     let paths = plugged.chain(vmm.machine.waiting_disks().map(|(config, _)| config.path.clone()));
     with_used_space(vmm, paths.collect(), tell, ticket);
     Ok(None)
-}
-
-fn disks(vmm: &Vmm) -> Result<Vec<PluggedDisk>, Error> {
-    vmm.machine.disks().map_err(|e| Error::generic(&e))
 }
 
 /// Bytes that the images of these paths take up on the host.
@@ -280,5 +275,5 @@ pub fn query_blockstats(vmm: &mut Vmm, _: QueryBlockstats) -> Result<Vec<BlockSt
             },
         }
     };
-    Ok(disks(vmm)?.into_iter().map(stats).collect())
+    Ok(vmm.machine.disks().map(stats).collect())
 }

@@ -70,6 +70,12 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_vm_generation_id)
 }
 
+/// Whether the command has the machine do something, and has to wait while it comes to rest. All others
+/// are possible while its state is saved, too: questions, `quit`, and what steers a save.
+pub(crate) fn needs_machine(table: &Table<Vmm>, name: &str) -> bool {
+    table.when(name).is_some_and(|when| !when.contains(State::Saving))
+}
+
 /// The commands where there is no machine: those about one are refused, and listed for the client that
 /// asks what there is.
 pub(crate) fn bare_table() -> Table<Bare> {
@@ -108,6 +114,21 @@ fn plug_error(error: &PlugError) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_and_quit_never_wait_for_the_machine() {
+        let table = table();
+        let mut questions = table.names().filter(|name| name.starts_with("query-"));
+        assert_eq!(questions.find(|name| needs_machine(&table, name)), None);
+        for name in ["quit", "migrate_cancel", "human-monitor-command", "no such command"] {
+            assert!(!needs_machine(&table, name), "{name}");
+        }
+        for name in ["stop", "cont", "system_reset", "device_del", "migrate", "block_resize"] {
+            assert!(needs_machine(&table, name), "{name}");
+        }
+    }
+
     #[test]
     fn every_command_of_the_schema_has_a_handler() {
         assert!(super::table().names().eq(qmp::schema::NAMES.iter().copied()));

@@ -32,7 +32,7 @@ impl Saving {
 impl Vmm {
     /// What is to be copied: all disks in slots that the guest can write to.
     pub(super) fn copies_of_disks(&self) -> Result<Vec<Named>, Error> {
-        let disks = self.machine.writable_disks().map_err(|e| Error::generic(&e))?;
+        let disks = self.machine.writable_disks();
         let copied = |(id, disk): (String, Arc<Disk>)| match disk.logical_block() {
             512 => Ok((id, DiskCopy::new(disk))),
             block => Err(Error::text(format!(
@@ -49,7 +49,7 @@ impl Vmm {
         let Some(Current { disks, how: How { disks: true, .. }, .. }) = &self.saving.current else {
             return Ok(());
         };
-        let now = self.machine.writable_disks()?;
+        let now = self.machine.writable_disks();
         let same = |(id, copy): &Named, (now, disk): &(String, Arc<_>)| {
             id == now && Arc::ptr_eq(copy.disk(), disk)
         };

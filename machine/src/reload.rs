@@ -1,0 +1,113 @@
+//! A kernel that is loaded again for a reset, on a thread that may wait for its files.
+//!
+//! It goes into memory of its own, which no guest sees; the main thread then copies what was written,
+//! while the machine stands still.
+use std::{
+    io,
+    ops::Range,
+    sync::{Arc, atomic::AtomicU64},
+};
+
+use devices::Memory;
+use vm_memory::GuestAddress;
+
+use crate::{
+    Machine,
+    boot::{self, BootError, Entry, Platform, VirtioSlot},
+    config::{BootConfig, MachineConfig},
+    layout,
+    memory::{self, MemoryError, image},
+    slots::Slots,
+};
+
+/// Bytes that are copied at a time.
+const CHUNK: usize = 1 << 20;
+
+/// What a kernel is told of its machine, and where its files are.
+#[derive(Debug, Clone)]
+pub(crate) struct BootPlan {
+    boot: BootConfig,
+    apic_ids: Vec<u8>,
+    slots: Vec<VirtioSlot>,
+    serial: bool,
+}
+
+impl BootPlan {
+    /// For the machine that `config` describes, with these slots and vCPUs.
+    pub(crate) fn new(config: &MachineConfig, slots: &Slots, apic_ids: &[u8]) -> Self {
+        Self {
+            boot: config.boot.clone(),
+            apic_ids: apic_ids.to_vec(),
+            slots: slots.boot_list(),
+            serial: config.serial.is_some(),
+        }
+    }
+
+    /// Put the kernel into guest memory, and what tells it of this machine.
+    pub(crate) fn load(&self, memory: &Memory, read: &AtomicU64) -> Result<Entry, BootError> {
+        let platform = Platform {
+            apic_ids: &self.apic_ids,
+            slots: &self.slots,
+            serial: self.serial,
+            vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
+        };
+        boot::load_counting(memory, &self.boot, &platform, read)
+    }
+}
+
+/// Why a kernel could not be loaded again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// Its files are not what they were, or cannot be read.
+    #[error("cannot load the kernel again")]
+    Boot(#[from] BootError),
+    /// The host has no room to load it into.
+    #[error("cannot load the kernel again: there is no room for it")]
+    Memory(#[from] MemoryError),
+    /// The host does not tell what was written.
+    #[error(
+        "cannot load the kernel again: the host does not tell where it lies (/proc/self/pagemap)"
+    )]
+    Used(#[source] io::Error),
+}
+
+/// A kernel that was loaded, for [`Machine::reset`].
+pub struct Reloaded {
+    pub(crate) entry: Entry,
+    memory: Memory,
+    used: Vec<Range<u64>>,
+}
+
+impl Reloaded {
+    /// Copy it into `memory`, which has the same size and is zero.
+    pub(crate) fn copy_to(&self, memory: &Memory) -> io::Result<()> {
+        let mut buffer = vec![0; CHUNK];
+        for range in &self.used {
+            for at in range.clone().step_by(CHUNK) {
+                let left = usize::try_from(range.end - at).unwrap_or(CHUNK);
+                let (piece, _) = buffer.split_at_mut(left.min(CHUNK));
+                image::read(&self.memory, at, piece)?;
+                image::write(memory, at, piece)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// Load the kernel again, on a thread that may wait for storage: the machine may run meanwhile, and
+    /// is not touched. `read` grows while that makes progress.
+    pub fn reload(
+        &self,
+        read: Arc<AtomicU64>,
+    ) -> impl FnOnce() -> Result<Reloaded, ReloadError> + Send + use<> {
+        let plan = BootPlan::new(&self.config, &self.slots, &self.apic_ids);
+        let size = self.config.memory.size;
+        move || {
+            let memory = memory::addresses(size)?;
+            let entry = plan.load(&memory, &read)?;
+            let used = image::used(&memory, &[]).map_err(ReloadError::Used)?;
+            Ok(Reloaded { entry, memory, used })
+        }
+    }
+}

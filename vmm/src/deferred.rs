@@ -1,0 +1,327 @@
+//! What could not be done at once, because the machine has not come to rest or its kernel has not been
+//! read: it is tried again until it is done or its time is up, and meanwhile clients are served.
+//!
+//! ```text
+//!   a request                          done: answered
+//!   a save's capture -----> tried ------------------->
+//!   the guest's end       |       ^
+//!             not yet     v       | every RETRY
+//!                        deferred -------------------> time is up: given up; refused by what is busy
+//! ```
+//! There is one deferred operation at most. Requests that need the machine wait until it is over, in
+//! order, though none for longer than if it were the first; questions and `quit` are answered at once;
+//! what the machine and the checkpoint thread report waits, too.
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, channel},
+    },
+    time::{Duration, Instant},
+};
+
+use machine::{ReloadError, Reloaded};
+use qmp::{
+    Error, Request,
+    schema::{Event, ShutdownCause},
+    server::Ticket,
+    table::Table,
+};
+
+use crate::{
+    actions::Action,
+    bounds, commands,
+    lifecycle::{self, Halt},
+    saving::Capturing,
+    vmm::{Ending, Refused, Vmm},
+};
+
+/// A request, who waits for its answer, and how long it may be tried.
+pub(crate) struct Pending {
+    server: usize,
+    request: Request,
+    ticket: Ticket,
+    until: Instant,
+}
+
+/// The guest cannot go on, and `action` is to be taken.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Halting {
+    pub why: Halt,
+    /// The guest's own doing.
+    pub guest: bool,
+    pub reason: ShutdownCause,
+    pub action: Action,
+    /// The process's, if it ends.
+    pub status: u8,
+    /// Until when it may be tried.
+    pub until: Instant,
+}
+
+/// What is tried again.
+pub(crate) enum Operation {
+    Request(Pending),
+    Capture(Capturing),
+    Halt(Halting),
+}
+
+struct Deferred {
+    operation: Operation,
+    /// What it waits for, by the last try.
+    why: String,
+}
+
+/// The operation that was deferred, and what waits for it.
+#[derive(Default)]
+pub(crate) struct Deferrals {
+    deferred: Option<Deferred>,
+    /// Requests, one of a client at most.
+    waiting: VecDeque<Pending>,
+    reload: Option<Reload>,
+    /// How often a kernel was asked for in vain so far.
+    vain_reads: u64,
+}
+
+/// A kernel that is read again for a reset.
+enum Reload {
+    Reading(Reading),
+    Read(Box<Reloaded>),
+}
+
+/// A kernel that is being read, by the thread that may wait for its storage.
+struct Reading {
+    inbox: Receiver<Result<Reloaded, ReloadError>>,
+    /// Bytes read so far.
+    read: Arc<AtomicU64>,
+    /// What was read when this was last looked at and had grown, and when that was.
+    seen: (u64, Instant),
+    /// A reset waits for it.
+    waited_for: bool,
+}
+
+impl Vmm {
+    /// Whether an operation was deferred: nothing else may touch the machine.
+    pub(crate) fn is_deferring(&self) -> bool {
+        self.deferrals.deferred.is_some()
+    }
+
+    /// As [`machine::Machine::vain_tries`], with all that an operation may have to wait for.
+    pub(crate) fn vain_tries(&self) -> u64 {
+        self.machine.vain_tries().saturating_add(self.deferrals.vain_reads)
+    }
+
+    /// Whether an operation was tried in vain, and neither done since nor given up.
+    fn is_trying(&self) -> bool {
+        let reads = match &self.deferrals.reload {
+            Some(Reload::Reading(reading)) => reading.waited_for,
+            Some(Reload::Read(_)) => true,
+            None => false,
+        };
+        self.machine.is_trying() || reads
+    }
+
+    /// How long until an operation is to be tried again, or a request may be carried out.
+    pub(crate) fn until_retry(&self) -> Option<Duration> {
+        match self.is_deferring() || self.ending().is_some() {
+            true => Some(bounds::RETRY),
+            false => (!self.deferrals.waiting.is_empty()).then_some(Duration::ZERO),
+        }
+    }
+
+    /// Carry out a request, or let it wait for its turn.
+    pub(crate) fn serve(
+        &mut self,
+        table: &Table<Self>,
+        server: usize,
+        request: Request,
+        ticket: Ticket,
+    ) {
+        let until = Instant::now() + bounds::REST;
+        let pending = Pending { server, request, ticket, until };
+        let queued = self.is_deferring() || !self.deferrals.waiting.is_empty();
+        let needs_machine = commands::needs_machine(table, &pending.request.execute);
+        if needs_machine && self.ending().is_some() {
+            let why = "the monitor is ending: it waits for what is in flight";
+            self.answer(&pending, Err(Error::text(why)));
+        } else if needs_machine && queued {
+            self.deferrals.waiting.push_back(pending);
+        } else {
+            self.carry_out(table, pending);
+        }
+    }
+
+    fn carry_out(&mut self, table: &Table<Self>, pending: Pending) {
+        let before = self.vain_tries();
+        self.in_one_piece(|vmm| {
+            vmm.asked_by = pending.server;
+            let result = table.dispatch(vmm, pending.request.clone(), &pending.ticket);
+            match result {
+                Some(Err(e))
+                    if vmm.vain_tries() > before
+                        && !vmm.is_deferring()
+                        && Instant::now() < vmm.tried_until(pending.until) =>
+                {
+                    let until = vmm.tried_until(pending.until);
+                    let pending = Pending { until, ..pending };
+                    vmm.defer(Operation::Request(pending), e.to_string());
+                }
+                Some(result) => vmm.answer(&pending, result),
+                None => {}
+            }
+        });
+        // A question leaves the operation alone that others wait for.
+        if !self.is_deferring() && self.ending().is_none() && self.is_trying() {
+            self.give_up();
+        }
+    }
+
+    fn answer(&mut self, pending: &Pending, result: Result<serde_json::Value, Error>) {
+        if let Some(server) = self.servers.get_mut(pending.server) {
+            server.reply(&pending.ticket, result);
+        }
+    }
+
+    /// Try `operation` again later; `why` it could not be done.
+    pub(crate) fn defer(&mut self, operation: Operation, why: String) {
+        self.deferrals.deferred = Some(Deferred { operation, why });
+    }
+
+    /// Let the machine run on as if the operation that was tried in vain had not been asked for.
+    pub(crate) fn give_up(&mut self) {
+        self.machine.give_up();
+        // One that is being read may be of use for the next reset: there is never more than one job.
+        self.deferrals.reload = match self.deferrals.reload.take() {
+            Some(Reload::Reading(reading)) => {
+                Some(Reload::Reading(Reading { waited_for: false, ..reading }))
+            }
+            Some(Reload::Read(_)) | None => None,
+        };
+    }
+
+    /// Until when an operation may be tried: longer than `until` if a kernel is large and its storage
+    /// slow, but does not hang.
+    fn tried_until(&self, until: Instant) -> Instant {
+        match &self.deferrals.reload {
+            Some(Reload::Reading(reading)) => until.max(reading.seen.1 + bounds::REST),
+            Some(Reload::Read(_)) | None => until,
+        }
+    }
+
+    /// Try again what was deferred, or else the request that has waited for longest.
+    pub(crate) fn follow_deferred(&mut self, table: &Table<Self>) {
+        if let Some(Deferred { operation, .. }) = self.deferrals.deferred.take() {
+            match operation {
+                Operation::Request(pending) => self.carry_out(table, pending),
+                Operation::Capture(capturing) => {
+                    self.in_one_piece(|vmm| vmm.try_capture(capturing));
+                }
+                Operation::Halt(halting) => self.in_one_piece(|vmm| vmm.try_halt(halting)),
+            }
+        } else {
+            self.forget_late_kernel();
+            if let Some(pending) = self.deferrals.waiting.pop_front() {
+                self.carry_out(table, pending);
+            }
+        }
+        while let Some(Deferred { why, .. }) = &self.deferrals.deferred
+            && let Some(pending) =
+                self.deferrals.waiting.pop_front_if(|pending| pending.until <= Instant::now())
+        {
+            let desc = format!("{} has to wait for its turn: {why}", pending.request.execute);
+            self.answer(&pending, Err(Error::text(desc)));
+        }
+    }
+
+    /// Take the action for a guest that cannot go on.
+    pub(crate) fn try_halt(&mut self, halting: Halting) {
+        let Halting { why, guest, reason, action, status, until } = halting;
+        if action == Action::End {
+            return self.end(Ending { guest, reason, status });
+        }
+        let before = self.vain_tries();
+        // On real hardware nothing is executed any more.
+        let rests = self.machine.pause().map_err(Refused::from);
+        let done = rests.and_then(|()| match action {
+            Action::Reset => self.apply(lifecycle::Event::Reset),
+            Action::End | Action::Stay => Ok(()),
+        });
+        match (done, action) {
+            (Ok(()), Action::Stay) => {
+                // QEMU's order with `-action shutdown=pause`; the other two are told by their own
+                // event, or by none.
+                if why == Halt::Shutdown {
+                    self.tell(&Event::Shutdown { guest, reason });
+                }
+                if let Err(e) = self.apply(lifecycle::Event::Halt(why)) {
+                    self.cannot_be_kept(&e);
+                }
+            }
+            (Ok(()), Action::Reset) => self.tell(&Event::Reset { guest, reason }),
+            (Ok(()), Action::End) => {}
+            (Err(e), _)
+                if self.vain_tries() > before && Instant::now() < self.tried_until(until) =>
+            {
+                let halting = Halting { until: self.tried_until(until), ..halting };
+                self.defer(Operation::Halt(halting), Error::generic(&e).to_string());
+            }
+            (Err(e), _) => self.cannot_be_kept(&e),
+        }
+    }
+
+    fn cannot_be_kept(&mut self, why: &Refused) {
+        log::error!("the machine cannot be kept: {}", Error::generic(why));
+        self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+    }
+
+    /// The kernel for a reset, which is read by the thread that may wait for its storage.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, or has not been read yet: see [`Vmm::vain_tries`].
+    pub(crate) fn reload(&mut self) -> Result<Box<Reloaded>, Refused> {
+        let mut reading = match self.deferrals.reload.take() {
+            Some(Reload::Read(kernel)) => return Ok(kernel),
+            Some(Reload::Reading(reading)) => reading,
+            None => {
+                let (report, inbox) = channel();
+                let read = Arc::<AtomicU64>::default();
+                let load = self.machine.reload(read.clone());
+                // The monitor's end: nothing waits for it.
+                self.files.read_kernel(move || drop(report.send(load())));
+                Reading { inbox, read, seen: (0, Instant::now()), waited_for: false }
+            }
+        };
+        // Most often it is in the host's memory.
+        let patience = if reading.waited_for { Duration::ZERO } else { machine::AT_ONCE };
+        match reading.inbox.recv_timeout(patience) {
+            Ok(read) => Ok(Box::new(read?)),
+            // A thread that has gone never answers, and is told of as one that hangs.
+            Err(_) => {
+                let read = reading.read.load(Ordering::Relaxed);
+                if read > reading.seen.0 {
+                    reading.seen = (read, Instant::now());
+                }
+                reading.waited_for = true;
+                self.deferrals.reload = Some(Reload::Reading(reading));
+                self.deferrals.vain_reads = self.deferrals.vain_reads.saturating_add(1);
+                let boot = &self.machine.config().boot;
+                let initrd = boot.initrd.iter().map(|path| format!(" or {}", path.display()));
+                let files = boot.kernel.display().to_string() + &initrd.collect::<String>();
+                Err(Refused::Reading(files))
+            }
+        }
+    }
+
+    /// What [`Vmm::reload`] gave is needed later.
+    pub(crate) fn keep_reloaded(&mut self, kernel: Box<Reloaded>) {
+        self.deferrals.reload = Some(Reload::Read(kernel));
+    }
+
+    /// A kernel that was read too late is not kept: its files may be others at the next reset.
+    fn forget_late_kernel(&mut self) {
+        self.deferrals.reload.take_if(|reload| match reload {
+            Reload::Reading(reading) => reading.inbox.try_recv().is_ok(),
+            Reload::Read(_) => true,
+        });
+    }
+}
