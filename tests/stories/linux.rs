@@ -55,7 +55,6 @@ const STORIES: &[(&str, Tell)] = &[
     }),
     ("a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, SMALL)),
     ("a_guest_is_saved_at_any_moment_of_its_boot", |story| snapshot::any_moment(story, SMALL, 4)),
-    ("slots_change_in_twelve_of_all_ways", |story| matrix::sample(story, SMALL, 12)),
     ("the_guest_makes_a_file_system_on_a_plugged_disk", |story| {
         plugged::made_by_the_guest(story, SMALL)
     }),

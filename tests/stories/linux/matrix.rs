@@ -5,7 +5,6 @@
 //! One guest goes through all of it: each restored machine is the next one's beginning.
 use std::fmt;
 use std::fs::{self, File};
-use std::hash::{BuildHasher, RandomState};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -16,7 +15,6 @@ use stories::agent::Story;
 use stories::archive::{check_ext4, make_ext4};
 use stories::monitor::{Monitor, Vm};
 use stories::net::Tap;
-use stories::paths::SEED;
 
 use crate::plugged::{holds, plug_with, sees};
 use crate::snapshot::Shape;
@@ -36,14 +34,8 @@ enum Change {
     Limit,
 }
 
-const CHANGES: [Change; 6] = [
-    Change::Plug,
-    Change::Unplug,
-    Change::Replace,
-    Change::Resize,
-    Change::SetLink,
-    Change::Limit,
-];
+const CHANGES: [Change; 6] =
+    [Change::Plug, Change::Unplug, Change::Replace, Change::Resize, Change::SetLink, Change::Limit];
 
 /// How the guest is saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +48,8 @@ enum Way {
 }
 
 /// What `-incoming` says behind the path, for each way. A stream is read in one way only.
-const WAYS: [(Way, &[&str]); 4] = [
-    (Way::Save, MAPPED),
-    (Way::Suspend, MAPPED),
-    (Way::Incremental, MAPPED),
-    (Way::Stream, &[""]),
-];
+const WAYS: [(Way, &[&str]); 4] =
+    [(Way::Save, MAPPED), (Way::Suspend, MAPPED), (Way::Incremental, MAPPED), (Way::Stream, &[""])];
 const MAPPED: &[&str] = &[",mapped=on", ",mapped=off", ",mapped=uffd"];
 
 /// One of all the ways.
@@ -125,9 +113,8 @@ impl<'a> Guest<'a> {
         }
         let tap = Tap::create(&story.debian, "matrix0", "10.7.0.1/24")?;
         let vm = shape.vm(story)?.disk("first", &image("first.img"), false);
-        let mut monitor = vm
-            .nic("net0", "matrix0", "52:54:00:12:34:57")
-            .start(&story.paths, &story.dir)?;
+        let mut monitor =
+            vm.nic("net0", "matrix0", "52:54:00:12:34:57").start(&story.paths, &story.dir)?;
         monitor.wait_ready()?;
         let mut qmp = monitor.qmp()?;
         let discard = json!({ "discard": "unmap" });
@@ -138,7 +125,19 @@ impl<'a> Guest<'a> {
         monitor.sh("mount -o noatime,discard /dev/vdb /mnt && seq 1 20000 > /mnt/first && sync")?;
         let (first, grows, extra, link) = (1, 1, 0, true);
         let (images, writable, limit) = (0, true, 0);
-        Ok(Self { story, _tap: tap, monitor, qmp, images, first, grows, extra, link, writable, limit })
+        Ok(Self {
+            story,
+            _tap: tap,
+            monitor,
+            qmp,
+            images,
+            first,
+            grows,
+            extra,
+            link,
+            writable,
+            limit,
+        })
     }
 
     fn new_image(&mut self, mib: u64) -> Result<(String, PathBuf)> {
@@ -300,7 +299,8 @@ impl<'a> Guest<'a> {
         check_ext4(&self.story.debian, &look, true)?;
 
         let args = ["-S", "-incoming", &incoming];
-        self.monitor = Vm::described(json!({})).args(&args).start(&self.story.paths, &self.story.dir)?;
+        self.monitor =
+            Vm::described(json!({})).args(&args).start(&self.story.paths, &self.story.dir)?;
         self.qmp = self.monitor.qmp()?;
         self.qmp.execute_raw("cont", json!({}))?;
         self.monitor.sh("fsfreeze --unfreeze /mnt")?;
@@ -335,18 +335,4 @@ pub fn whole(story: &Story, shape: Shape, stopped: bool) -> Result<()> {
     let cells: Vec<_> = cells().into_iter().filter(|cell| cell.stopped == stopped).collect();
     ensure!(cells.len() == 60, "{}", cells.len());
     go(story, shape, &cells)
-}
-
-/// `number` of them, others each time.
-pub fn sample(story: &Story, shape: Shape, number: usize) -> Result<()> {
-    let seed = match std::env::var(SEED) {
-        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is no number"))?,
-        Err(_) => RandomState::new().hash_one(0),
-    };
-    println!("{SEED}={seed}: {number} of all ways");
-    let mut random = fastrand::Rng::with_seed(seed);
-    let mut cells = cells();
-    random.shuffle(&mut cells);
-    cells.truncate(number);
-    go(story, shape, &cells).with_context(|| format!("{SEED}={seed}"))
 }

@@ -33,13 +33,7 @@ fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
 }
 
 /// Plugs a disk into a slot, with more members of `blockdev-add`.
-pub fn plug_with(
-    qmp: &mut Client,
-    id: &str,
-    image: &Path,
-    addr: &str,
-    more: &Value,
-) -> Result<()> {
+pub fn plug_with(qmp: &mut Client, id: &str, image: &Path, addr: &str, more: &Value) -> Result<()> {
     let file = json!({ "driver": "file", "filename": image });
     let mut how = json!({ "node-name": id, "file": file, "driver": "raw" });
     if let (Some(how), Some(more)) = (how.as_object_mut(), more.as_object()) {
