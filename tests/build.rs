@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// One program each, with the parts that all share.
-const GUESTS: [&str; 12] = [
+const GUESTS: [&str; 13] = [
     "hello",
     "count",
     "split",
@@ -17,6 +17,7 @@ const GUESTS: [&str; 12] = [
     "fill",
     "flood",
     "clock",
+    "ledger",
 ];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];
 

@@ -414,6 +414,24 @@ impl Machine {
         room_for_one(self.backends.waiting_disks.len())
     }
 
+    /// The disks in slots that the guest can write to, each with its id.
+    ///
+    /// # Errors
+    /// When the guest resets one whose storage hangs.
+    pub fn writable_disks(&self) -> Result<Vec<(String, Arc<Disk>)>, RunError> {
+        let mut disks = Vec::new();
+        for (slot, config) in self.backends.disks.iter().enumerate() {
+            if let (Some(config), Some((transport, _))) = (config, self.slots.get(slot))
+                && !config.readonly
+                && let Some(disk) =
+                    self.locked(transport)?.device::<Block>().and_then(|block| block.shared_disk())
+            {
+                disks.push((config.id.clone(), disk));
+            }
+        }
+        Ok(disks)
+    }
+
     /// The images that this machine has open itself, for [`OpenDisk::open`].
     pub fn own_images(&self) -> Vec<(PathBuf, String)> {
         self.backends.own_images()

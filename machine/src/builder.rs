@@ -13,6 +13,7 @@ use devices::{
 };
 
 use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
 use vm_memory::MmapRegion;
 
 use crate::{
@@ -30,7 +31,9 @@ use crate::{
     generation::GenerationId,
     io_thread,
     kvm::{
-        self, KvmError, Vm, cpuid, entry, features, state,
+        self, KvmError, Vm, cpuid, entry, features,
+        opening::{Opened, Opening},
+        state,
         vcpu::{Buses, KvmCpu},
     },
     legacy::{Legacy, LegacyError, Outside},
@@ -102,6 +105,8 @@ pub enum BuildError {
 pub struct Saved {
     /// Everything but its memory, of which it is known that devices can be restored from it.
     pub restorable: Restorable,
+    /// What it is to run on.
+    pub opening: Opening,
     /// Its memory, contents and all.
     pub memory: Memory,
     /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
@@ -119,7 +124,7 @@ struct Held(bool);
 /// How the guest begins.
 enum Begin {
     Boot,
-    GoOn(Memory, CpuId, Held),
+    GoOn(Opening, Memory, CpuId, Held),
 }
 
 impl Machine {
@@ -143,7 +148,7 @@ impl Machine {
     pub fn restored(saved: Saved, report: Report) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
         let cpuid = features::cpuid(&state.cpu.leaves)?;
-        let begin = Begin::GoOn(saved.memory, cpuid, Held(saved.held));
+        let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
         let mut machine = Self::build(&description.made_of(), begin, report)?;
         machine.filled = saved.filled.into();
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
@@ -157,20 +162,24 @@ impl Machine {
         let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
         let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
-        let kvm = kvm::open()?;
-        let max = kvm.get_max_vcpus();
-        if usize::from(config.cpus) > max {
-            return Err(KvmError::TooManyCpus { cpus: config.cpus, max }.into());
-        }
-        let (memory, seen, Held(held)) = match begin {
-            Begin::Boot => (memory::allocate(&config.memory)?, None, Held(true)),
-            Begin::GoOn(memory, seen, held) => {
-                fits::check_leaves(&kvm, config, &features::leaves(&seen))?;
-                (memory, Some(seen), held)
+        let (kvm, fd, memory, seen, Held(held)) = match begin {
+            Begin::Boot => {
+                let kvm = kvm::open()?;
+                check_count(&kvm, config.cpus)?;
+                let memory = memory::allocate(&config.memory)?;
+                let fd = kvm::create_vm(&kvm)?;
+                (kvm, fd, memory, None, Held(true))
+            }
+            Begin::GoOn(opening, memory, seen, held) => {
+                let opened = opening.finish().map_err(BuildError::Thread)??;
+                let Opened { kvm, vm, supported } = opened;
+                check_count(&kvm, config.cpus)?;
+                fits::check_leaves(&kvm, &supported, config, &features::leaves(&seen))?;
+                (kvm, vm, memory, Some(seen), held)
             }
         };
         let window = Slots::window(places).map_err(BuildError::Window)?;
-        let vm = Vm::new(&kvm, &memory, &window)?;
+        let vm = Vm::new(&kvm, fd, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
         let seen_leaves = seen.as_ref();
@@ -234,6 +243,11 @@ impl Machine {
             disks_released: !held,
         })
     }
+}
+
+fn check_count(kvm: &Kvm, cpus: u8) -> Result<(), KvmError> {
+    let max = kvm.get_max_vcpus();
+    if usize::from(cpus) > max { Err(KvmError::TooManyCpus { cpus, max }) } else { Ok(()) }
 }
 
 /// All devices, on their buses; KVM does not know of them yet.

@@ -1,6 +1,7 @@
 //! Whether a machine that is offered to this host can run here, as far as that can be told before its
 //! memory and its state are there, and without taking anything from the machine that it is.
 use devices::backend::net::tap::Tap;
+use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use state::cpu::Cpu;
 
@@ -20,7 +21,8 @@ impl Description {
     /// [`BuildError::Cpu`] with the first thing missing; when KVM does not tell.
     pub fn check_cpu(&self, cpu: &Cpu) -> Result<(), BuildError> {
         let seen: Vec<_> = cpu.cpuid.iter().copied().map(Leaf::from).collect();
-        check_leaves(&kvm::open()?, &self.config, &seen)
+        let kvm = kvm::open()?;
+        check_leaves(&kvm, &cpuid::supported(&kvm)?, &self.config, &seen)
     }
 
     /// Whether the taps that have a name are there, and are such as their NICs need. Another machine may
@@ -39,15 +41,16 @@ impl Description {
     }
 }
 
-/// Whether vCPUs of `config` show all here that a guest has seen.
+/// Whether vCPUs of `config` show all that a guest has seen, on a host that can show `supported`.
 pub(crate) fn check_leaves(
     kvm: &Kvm,
+    supported: &CpuId,
     config: &MachineConfig,
     seen: &[Leaf],
 ) -> Result<(), BuildError> {
     let ids = cpuid::apic_ids(&config.topology, config.cpus)?;
     let first = ids.first().copied().unwrap_or(0);
-    let here = cpuid::for_vcpu(kvm, &cpuid::supported(kvm)?, first, &config.topology);
+    let here = cpuid::for_vcpu(kvm, supported, first, &config.topology);
     match features::missing(&features::leaves(&here), seen) {
         Some(why) => Err(BuildError::Cpu(why)),
         None => Ok(()),

@@ -25,7 +25,7 @@ pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use builder::{BuildError, Saved};
 pub use devices::{
     Memory, PowerEvent,
-    backend::{file::open_regular, inherited, release, writer},
+    backend::{disk, file::open_regular, inherited, release, writer},
 };
 pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Event, Report, Told};

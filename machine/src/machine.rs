@@ -369,7 +369,8 @@ impl Machine {
         self.generation.write(&self.memory)?;
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
-        let vm = Vm::new(&self.kvm, &self.memory, self.slots.register_window())?;
+        let fd = kvm::create_vm(&self.kvm)?;
+        let vm = Vm::new(&self.kvm, fd, &self.memory, self.slots.register_window())?;
         self.legacy.bind(&vm)?;
         self.slots.bind(&vm)?;
         let seen = self.seen.as_ref();

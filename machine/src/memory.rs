@@ -26,6 +26,7 @@ use crate::{config::MemoryConfig, layout};
 
 pub mod fault;
 pub mod image;
+pub mod own;
 pub mod staging;
 
 const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(4095);

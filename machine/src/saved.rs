@@ -343,8 +343,8 @@ fn save_disk(disk: DiskConfig, size: u64) -> saved::Disk {
         Aio::IoUring => saved::Aio::IoUring,
         Aio::Off => saved::Aio::Off,
     };
-    let backend = disk.backend;
-    saved::Disk { id, backend, path, size, readonly, direct, aio, discard, serial, iops, bps }
+    let (backend, kept) = (disk.backend, None);
+    saved::Disk { id, backend, path, size, readonly, direct, aio, discard, serial, iops, bps, kept }
 }
 
 /// `disk` with the queues of its slot.
@@ -436,6 +436,7 @@ mod tests {
         let disk = json!({
             "id": "root", "backend": "back", "path": "image", "size": 4096, "readonly": true,
             "direct": true, "aio": "io-uring", "discard": true, "serial": "s", "iops": 1, "bps": 2,
+            "kept": null,
         });
         let nic = json!({
             "id": "eth", "backend": null, "tap": {"fds": [3, 4]}, "mac": "525400000001", "pps": 3,

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{
+    device::Mark,
     hex::{Hex, HexArray},
-    section::{Saved, required},
+    section::{Saved, SectionError, required},
 };
 
 /// 16 bytes that no other save has.
@@ -33,7 +35,21 @@ pub struct Config {
 
 impl Saved for Config {
     const KIND: &'static str = "config";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
+
+    fn upgrade(from: u32, mut value: Value) -> Result<Value, SectionError> {
+        if from != 1 {
+            let kind = Self::KIND.into();
+            return Err(SectionError::Version { kind, found: from, known: Self::VERSION });
+        }
+        // Saves kept no disks.
+        let slots = value.get_mut("slots").and_then(Value::as_array_mut);
+        let contents = slots.into_iter().flatten().filter_map(|slot| slot.get_mut("contents"));
+        for disk in contents.filter_map(|contents| contents.get_mut("disk")?.as_object_mut()) {
+            disk.insert("kept".into(), Value::Null);
+        }
+        Ok(value)
+    }
 }
 
 /// Another save, on which one builds.
@@ -186,6 +202,19 @@ pub struct Disk {
     /// Bytes per second; `null`: unlimited.
     #[serde(deserialize_with = "required")]
     pub bps: Option<u64>,
+    /// The copy of it that the save keeps; `null`: the image itself belongs to the save.
+    #[serde(deserialize_with = "required")]
+    pub kept: Option<KeptDisk>,
+}
+
+/// A disk that a save keeps beside the memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptDisk {
+    /// Name of the file in the save's directory: a raw image.
+    pub file: String,
+    /// What it was like when it was complete.
+    pub mark: Mark,
 }
 
 /// How a disk's requests are carried out.

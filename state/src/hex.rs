@@ -1,6 +1,6 @@
 //! Numbers and bytes that people read in hexadecimal. As strings they also survive tools that keep
 //! numbers as floating point, such as jq.
-use std::fmt::{LowerHex, Write};
+use std::fmt::{self, LowerHex, Write};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
@@ -53,6 +53,12 @@ impl<'de, const N: usize> Deserialize<'de> for HexArray<N> {
             .try_into()
             .map_err(|_| D::Error::custom(format_args!("{length} bytes where {N} belong")))?;
         Ok(Self(array))
+    }
+}
+
+impl<const N: usize> fmt::Display for HexArray<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&digits(&self.0))
     }
 }
 

@@ -41,6 +41,7 @@ pub fn disk(id: &str, size: u64) -> Contents {
     let disk: Disk = from(json!({
         "id": id, "backend": null, "path": "image", "size": size, "readonly": false,
         "direct": false, "aio": "auto", "discard": false, "serial": null, "iops": null, "bps": null,
+        "kept": null,
     }));
     Contents::Disk(Some(disk))
 }

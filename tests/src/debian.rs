@@ -16,7 +16,7 @@ use crate::progress::Step;
 /// The package that always depends on Debian's newest cloud kernel.
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// Fetched with everything they depend on.
-const TOOLS: [&str; 4] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "iproute2"];
+const TOOLS: [&str; 5] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "xfsprogs", "iproute2"];
 /// Where Debian puts libraries; the second only matters before the `/usr` merge.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 

@@ -25,6 +25,7 @@ pub struct Op(u32);
 impl Op {
     pub const LOOKUP: Self = Self(1);
     pub const OPEN: Self = Self(14);
+    pub const READ: Self = Self(15);
     pub const WRITE: Self = Self(16);
     pub const FSYNC: Self = Self(20);
     pub const FLUSH: Self = Self(25);

@@ -24,6 +24,8 @@ mod held;
 mod hostile_snapshot;
 #[path = "bare_metal/hung.rs"]
 mod hung;
+#[path = "bare_metal/kept.rs"]
+mod kept;
 #[path = "bare_metal/mistakes.rs"]
 mod mistakes;
 #[path = "bare_metal/nic.rs"]

@@ -8,6 +8,10 @@ pub const COMMAND: Duration = Duration::from_secs(1);
 /// The process has ended, or is only a process id, this long after a signal that ends it.
 pub const SIGNAL: Duration = Duration::from_secs(5);
 
+/// How long the guest's writes to a disk may wait for a save that copies it, without any progress. Then the
+/// save is given up.
+pub const DISK_COPY: Duration = Duration::from_secs(2);
+
 /// How long a command waits for the thread that opens files, while that one is busy with another
 /// command's file.
 pub const FILE: Duration = Duration::from_secs(1);

@@ -12,9 +12,7 @@
 //! The main thread waits for `end`, but not beyond the bound. A thread that waits for storage which hangs
 //! may keep the process from ending: then it is a process id only, that holds nothing but this storage.
 use std::{
-    io,
     sync::mpsc::{Receiver, Sender, channel},
-    thread::Builder,
     time::{Duration, Instant},
 };
 
@@ -44,21 +42,18 @@ pub struct End {
 }
 
 impl End {
-    /// Start the thread: none can be started behind the system-call filter.
-    ///
-    /// # Errors
-    /// When the host has no thread to give.
-    pub fn spawn() -> io::Result<Self> {
+    /// The main thread's end, and what the thread does.
+    pub fn new() -> (Self, impl FnOnce() + Send + 'static) {
         let (steps, inbox) = channel::<Step>();
         let (report, done) = channel();
-        Builder::new().name("end".into()).stack_size(64 << 10).spawn(move || {
+        let release = move || {
             while let Ok(step) = inbox.recv() {
                 step();
                 // The main thread may not wait for it any more.
                 let _ = report.send(());
             }
-        })?;
-        Ok(Self { steps, done })
+        };
+        (Self { steps, done }, release)
     }
 
     /// Do `step` there; whether it is over by `deadline`.

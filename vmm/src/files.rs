@@ -14,12 +14,10 @@
 //! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
 use std::{
     collections::VecDeque,
-    io,
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
-    thread::Builder,
     time::{Duration, Instant},
 };
 
@@ -142,22 +140,19 @@ pub struct Files {
 }
 
 impl Files {
-    /// Start the thread: none can be started behind the system-call filter. `notify` is called after
-    /// each job; it must not block.
-    ///
-    /// # Errors
-    /// When the host has no thread to give.
-    pub fn spawn(notify: Arc<dyn Fn() + Send + Sync>) -> io::Result<Self> {
+    /// The commands' end, and what the thread does. `notify` is called after each job; it must not
+    /// block.
+    pub fn new(notify: Arc<dyn Fn() + Send + Sync>) -> (Self, impl FnOnce() + Send + 'static) {
         let (tasks, inbox) = channel::<Work>();
         let (report, results) = channel();
-        Builder::new().name("files".into()).stack_size(128 << 10).spawn(move || {
+        let serve = move || {
             while let Ok(work) = inbox.recv() {
                 // The monitor's end: nothing waits for it.
                 let _ = report.send(work());
                 notify();
             }
-        })?;
-        Ok(Self { tasks, results, running: None, queue: VecDeque::new() })
+        };
+        (Self { tasks, results, running: None, queue: VecDeque::new() }, serve)
     }
 
     /// Nothing is being done to the device or back-end `name`.

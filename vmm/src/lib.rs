@@ -21,4 +21,5 @@ mod saving;
 pub mod seccomp;
 pub mod spawner;
 pub mod terminal;
+pub mod threads;
 pub mod vmm;

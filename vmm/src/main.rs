@@ -12,6 +12,7 @@ use anyhow::Context;
 use machine::{
     Machine,
     config::{CharBackend, MachineConfig},
+    memory::own,
     survey,
 };
 use qmp::{
@@ -22,22 +23,21 @@ use vmm::{
     announce::Schedule,
     arriving::{Arriving, Handed, Over},
     bare, bounds,
-    checkpoint::{self, Arrival, Arrived, RestoreError, Voice, job::Checkpointer},
+    checkpoint::{self, Arrival, Arrived, RestoreError, Voice},
     cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
-    ending::End,
     event_loop::EventLoop,
-    file_signals,
-    files::Files,
-    lifecycle, logging,
+    file_signals, lifecycle, logging,
     pidfile::PidFile,
     seccomp,
     spawner::{self, Spawner},
     terminal::Raw,
+    threads::{Starting, Threads},
     vmm::{Ending, Vmm},
 };
 
 fn main() -> ExitCode {
+    own::share_heap();
     if spawner::is_this() {
         return if spawner::serve().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
@@ -91,6 +91,9 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     }
     file_signals::handle().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
+    let spawn = invocation.spawn;
+    let filter = (!invocation.disable_seccomp).then_some(move || seccomp::filter(spawn));
+    let threads = Starting::begin(&events.notify(), filter).context("cannot start a thread")?;
     // A client that can connect gets an answer. A machine that is built here is there by then.
     let bind = |events: &EventLoop| {
         bare::servers(&invocation.control, events.registry(), EventLoop::server_token)
@@ -144,10 +147,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         file_signals::memory_is(path);
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
-    let checkpointer =
-        Checkpointer::spawn(events.notify()).context("cannot start a thread for saving")?;
-    let end = End::spawn().context("cannot start a thread for the end")?;
-    let files = Files::spawn(events.notify()).context("cannot start a thread for files")?;
+    let Threads { checkpointer, files, end, filter } = threads.finish()?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
@@ -155,8 +155,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         }
         (false, false) => Spawner::Forbidden,
     };
-    if !invocation.disable_seccomp {
-        seccomp::confine(invocation.spawn)?;
+    if let Some(filter) = filter {
+        seccomp::confine(&filter)?;
     }
     let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, spawner);
     if invocation.incoming.is_some() {
@@ -176,6 +176,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         ready.tell().context("cannot let go of the terminal")?;
     }
     events.answer(&mut vmm, held);
+    own::forget_start();
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
     vmm.shut_down(ending, &end, pidfile);
     Ok(ExitCode::from(ending.status))

@@ -8,6 +8,7 @@
 //!
 //! With `track`, the log of dirty pages stays on afterwards, so that the next save can be
 //! incremental: on that save builds.
+mod disks;
 mod phase;
 
 use std::{
@@ -56,6 +57,8 @@ pub(crate) struct How {
     pub incremental: bool,
     /// The next save can be incremental.
     pub track: bool,
+    /// Copies of the disks belong to it.
+    pub disks: bool,
 }
 
 /// What was asked for, and by which client of which server.
@@ -79,6 +82,8 @@ struct Current {
     how: How,
     stream: bool,
     dialogue: bool,
+    /// Copies of disks in the making, by the disks' ids.
+    disks: Vec<disks::Named>,
     /// The client that waits for the answer.
     by: Option<(usize, Ticket)>,
     /// What the main thread could not do.
@@ -167,6 +172,8 @@ enum Failed {
     Kvm(#[from] KvmError),
     #[error("there is no save to stop the machine for")]
     NoSave,
+    #[error("a disk was plugged or unplugged while the machine was being saved with its disks")]
+    Disks,
     #[error("cannot find out which memory the guest uses (/proc/self/pagemap)")]
     Memory(#[source] std::io::Error),
 }
@@ -211,13 +218,22 @@ impl Vmm {
         self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
         let (memory, size) = (self.machine.memory().clone(), self.machine.config().memory.size);
         let id = new_id();
+        let disks = match how.disks {
+            true => self.copies_of_disks()?,
+            false => Vec::new(),
+        };
         let stream = matches!(to, To::Stream(..));
         let dialogue = matches!(to, To::Stream(_, _, true));
         let (cancel, place, open): (_, _, Open) = match to {
             To::Directory(path) => {
                 let (place, memory) = (path.display().to_string(), memory.clone());
+                let disks = how.disks.then(|| disks.clone());
                 let open = move |_: &_| {
-                    Ok(Box::new(Directory::create(&path, memory, size, base)?) as Box<_>)
+                    let directory = Directory::create(&path, memory, size, base)?;
+                    Ok(Box::new(match disks {
+                        Some(disks) => directory.with_disks(id, disks)?,
+                        None => directory,
+                    }) as Box<_>)
                 };
                 (None, place, Box::new(open))
             }
@@ -246,6 +262,7 @@ impl Vmm {
             how,
             stream,
             dialogue,
+            disks,
             by: Some(by),
             failed: None,
             stopped: None,
@@ -271,6 +288,7 @@ impl Vmm {
             && self.saving.job().is_some_and(Job::cancel)
         {
             self.saving.status = MigrationStatus::Cancelling;
+            self.saving.abandon_disks();
             self.save_input(Input::Cancelled);
         }
     }
@@ -283,6 +301,7 @@ impl Vmm {
         let deadline = Instant::now() + HANG_LIMIT;
         let Some(current) = &mut self.saving.current else { return };
         current.job.give_up();
+        current.disks.iter().for_each(|(_, copy)| copy.abandon());
         while let Some(step) = current.job.wait(deadline.saturating_duration_since(Instant::now()))
         {
             if matches!(step, Step::Done(_)) {
@@ -300,6 +319,7 @@ impl Vmm {
         if self.state() != State::Saving {
             self.late_events();
         }
+        self.end_stalled_save();
         if self.saving.phase == Phase::Idle {
             if let Some((next, _)) = self.saving.next.take() {
                 let by = next.by.clone();
@@ -321,8 +341,11 @@ impl Vmm {
 
     /// How long until a save that waits for another one has waited for long enough.
     pub(crate) fn until_save(&self) -> Option<Duration> {
-        let (_, until) = self.saving.next.as_ref()?;
-        Some(until.saturating_duration_since(Instant::now()))
+        let next = self.saving.next.as_ref();
+        let next = next.map(|(_, until)| until.saturating_duration_since(Instant::now()));
+        // Nothing tells when changes of a disk begin to wait.
+        let look = self.saving.keeps_disks().then_some(bounds::DISK_COPY / 4);
+        next.into_iter().chain(look).min()
     }
 
     fn save_step(&mut self, step: Step) {
@@ -401,6 +424,7 @@ impl Vmm {
         if let Some(current) = &mut self.saving.current {
             current.job.give_up();
             current.failed.get_or_insert(why);
+            self.saving.abandon_disks();
         }
     }
 
@@ -483,6 +507,7 @@ impl Vmm {
             _ => None,
         };
         let config = self.machine.description(id, halted);
+        self.begin_disks()?;
         let still = self.machine.quiesced()?;
         let (dirty, staging) = match (left, &self.saving.base) {
             (Some(left), _) => (union(&left.ranges, &changed), left.staging),

@@ -43,17 +43,27 @@ pub enum SeccompError {
 /// Without /proc, as in a bare chroot, the report has no number.
 static MEMORY: OnceLock<Option<File>> = OnceLock::new();
 
+/// The filter of all threads.
+pub struct Filter(BpfProgram);
+
+/// Make it. With `spawn`, another process may be handed what it is to start.
+///
+/// # Errors
+/// When there is none for this architecture.
+pub fn filter(spawn: bool) -> Result<Filter, SeccompError> {
+    Ok(Filter(compile(calls::allowed(spawn)?)?))
+}
+
 /// Confine all threads, those that run and those to come, for good. A forbidden call is reported
-/// by [`last_words`]. With `spawn`, another process may be handed what it is to start.
+/// by [`last_words`].
 ///
 /// # Errors
 /// When the host has no filters.
-pub fn confine(spawn: bool) -> Result<(), SeccompError> {
-    let program = compile(calls::allowed(spawn)?)?;
+pub fn confine(Filter(program): &Filter) -> Result<(), SeccompError> {
     report_forbidden_calls()?;
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
-        match seccompiler::apply_filter_all_threads(&program) {
+        match seccompiler::apply_filter_all_threads(program) {
             // A thread that was joined and has a filter of its own may still be on its way out.
             Err(seccompiler::Error::ThreadSync(_)) if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(1));

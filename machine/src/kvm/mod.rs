@@ -8,6 +8,7 @@ pub mod chips;
 pub mod cpuid;
 pub mod entry;
 pub mod features;
+pub mod opening;
 mod permission;
 pub mod saved;
 pub mod state;
@@ -111,6 +112,20 @@ pub fn open() -> Result<Kvm, KvmError> {
     Ok(kvm)
 }
 
+/// A virtual machine that has nothing yet.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        // Interrupted by a signal: nothing was made, so try again.
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(refused("create a virtual machine")),
+        }
+    }
+}
+
 /// The virtual machine as KVM sees it.
 pub struct Vm {
     fd: VmFd,
@@ -123,18 +138,16 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A virtual machine with its memory and interrupt controllers.
+    /// The virtual machine `fd`, with its memory and interrupt controllers.
     ///
     /// # Errors
     /// When KVM refuses a step.
-    pub fn new(kvm: &Kvm, memory: &Memory, window: &Arc<MmapRegion>) -> Result<Self, KvmError> {
-        let fd = loop {
-            // Interrupted by a signal: nothing was made, so try again.
-            match kvm.create_vm() {
-                Err(e) if e.errno() == libc::EINTR => {}
-                other => break other.map_err(refused("create a virtual machine"))?,
-            }
-        };
+    pub fn new(
+        kvm: &Kvm,
+        fd: VmFd,
+        memory: &Memory,
+        window: &Arc<MmapRegion>,
+    ) -> Result<Self, KvmError> {
         let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
         fd.set_identity_map_address(layout::KVM_IDENTITY)
             .map_err(refused("set the identity map address"))?;

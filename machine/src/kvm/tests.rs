@@ -63,7 +63,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     window.as_volatile_slice().write_obj(0x1234_5678u32, 0x60).unwrap();
-    let vm = Vm::new(&kvm, &memory, &window).unwrap();
+    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
     let bound = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.bind_write(layout::VIRTIO_MMIO + 0x64, 1, &bound).unwrap();
 
@@ -126,7 +126,7 @@ fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
         MemoryConfig { size: 1 << 20, shared: false, path: None, prealloc: false, dump: true };
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
-    let mut vm = Vm::new(&kvm, &memory, &window).unwrap();
+    let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
     // By KVM, if it does that, and by this program.
     for takes_date in [vm.takes_date, false] {
         vm.takes_date = takes_date;

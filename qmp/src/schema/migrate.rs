@@ -53,6 +53,10 @@ pub struct Migrate {
     pub incremental: Option<bool>,
     /// Note what the guest changes from now on, so that the next save can be incremental.
     pub track: Option<bool>,
+    /// Keep copies of the disks that the guest can write to with the memory, as they are at that moment:
+    /// the save can be restored as often as one likes. Their blocks are shared where the file system can
+    /// (FICLONE); elsewhere they are copied while the guest runs. For `file:DIRECTORY`.
+    pub disks: Option<bool>,
 }
 
 /// Where a save is in its life. `setup` is told before the first one, too, as StratoVirt does it.
@@ -78,6 +82,9 @@ pub struct MigrationInfo {
     /// What has become of guest memory; absent before the first save.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ram: Option<MigrationStats>,
+    /// What has become of the disks, in bytes of images; absent when they are not kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<MigrationStats>,
     /// Milliseconds since the save began, or that it took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total_time: Option<u64>,

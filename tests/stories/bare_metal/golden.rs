@@ -87,16 +87,23 @@ fn a_machine_with_everything_in_it_is_restored_as_it_was_released() -> Result<()
         let plugged = format!("id=plugged,file={},direct=off", plugged.display());
         let console =
             format!("socket,id=console,path={},server,nowait", stage.file("console").display());
-        let flags = [
+        let keeps = fs::read_dir(&saved)?.flatten();
+        let keeps = keeps.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("disk-"));
+        let mut flags = vec![
             ["-drive", &root],
-            ["-drive", &plugged],
             ["-netdev", "tap,id=net,ifname=tap0"],
             ["-chardev", &console],
             ["-device", "virtio-serial-device"],
             ["-device", "virtconsole,chardev=console,id=console"],
         ];
         // The images are made here and have not the marks of those that were saved.
-        let saved = PathBuf::from(format!("{},force=on", saved.display()));
+        let mut saved = format!("{},force=on", saved.display());
+        if keeps {
+            saved.push_str(&format!(",disks={}", stage.file("own").display()));
+        } else {
+            flags.push(["-drive", &plugged]);
+        }
+        let saved = PathBuf::from(saved);
         let (mut monitor, mut qmp) = restore(&stage, &saved, &flags.concat())
             .with_context(|| format!("{}", from.display()))?;
         simple(&mut qmp, "cont")?;

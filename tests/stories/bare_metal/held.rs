@@ -142,7 +142,10 @@ fn a_log_and_a_serial_port_s_file_that_hang_hold_no_client() -> Result<()> {
     held.release()?;
     // What the buffer held is complete and in order, up to the end.
     simple(&mut qmp, "system_reset")?;
-    until("all that was said arrives", || held.contents("serial").ends_with(said.as_bytes()))?;
+    until("all that was said arrives", || {
+        let all = held.contents("serial");
+        all.len() > said.len() && all.ends_with(said.as_bytes())
+    })?;
     quits(&stage, &mut monitor, &mut qmp)?;
     // Of each run all that it said until the next one began.
     let all = String::from_utf8(held.contents("serial"))?;

@@ -46,17 +46,17 @@ fn with_a_file_system_and(stage: &mut Stage, namespaces: &str, more: &str) -> Re
 
 /// A frozen file system; thawed in any case, for nobody could unmount it otherwise. Reached by a
 /// descriptor: the monitor's mount namespace goes when the monitor ends, even if it cannot yet.
-struct Frozen(fs::File);
+pub struct Frozen(fs::File);
 
 impl Frozen {
     /// Freezes the one that process `pid` sees at `place`.
-    fn new(pid: u32, place: &str) -> Result<Self> {
+    pub fn new(pid: u32, place: &str) -> Result<Self> {
         let frozen = Self(fs::File::open(format!("/proc/{pid}/root{place}"))?);
         output(&mut frozen.fsfreeze("-f"))?;
         Ok(frozen)
     }
 
-    fn thaw(self) -> Result<()> {
+    pub fn thaw(self) -> Result<()> {
         output(&mut self.fsfreeze("-u")).map(drop)
     }
 

@@ -13,7 +13,7 @@ use stories::monitor::{Monitor, SOON, Vm, install};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 11] = [
+const GUESTS: [(&str, &[u8]); 12] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
@@ -24,6 +24,7 @@ const GUESTS: [(&str, &[u8]); 11] = [
     ("type", include_bytes!(concat!(env!("OUT_DIR"), "/type.elf"))),
     ("clock", include_bytes!(concat!(env!("OUT_DIR"), "/clock.elf"))),
     ("flood", include_bytes!(concat!(env!("OUT_DIR"), "/flood.elf"))),
+    ("ledger", include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf"))),
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 

@@ -18,9 +18,10 @@ use stories::agent;
 use stories::monitor::{SOON, install};
 use stories::paths::{Paths, SCRATCH};
 
-const GUESTS: [(&str, &[u8]); 3] = [
+const GUESTS: [(&str, &[u8]); 4] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("fill", include_bytes!(concat!(env!("OUT_DIR"), "/fill.elf"))),
+    ("ledger", include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
 ];
 /// Where `count` counts.

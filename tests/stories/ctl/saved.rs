@@ -1,5 +1,6 @@
 //! Domains go on from where they were saved.
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
@@ -45,6 +46,55 @@ fn saved_domains_are_gone_go_on_or_stay_paused() -> Result<()> {
     }
     rig.ok(&["restore", "kept"])?;
     ensure!(rig.state("vm")? == "running");
+    Ok(())
+}
+
+#[test]
+fn a_save_with_its_disks_begets_domains_with_disks_of_their_own() -> Result<()> {
+    let rig = Rig::new("kept")?;
+    let path = rig.config("vm.json", "ledger", "")?;
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let drive = json!([{ "drive_id": "root", "path_on_host": "root.img",
+        "read_only": false, "direct": false }]);
+    config.as_object_mut().context("no object")?.insert("drive".into(), drive);
+    fs::write(&path, config.to_string())?;
+    fs::File::create(rig.file("root.img"))?.set_len(16 << 20)?;
+    rig.ok(&["create", "vm.json"])?;
+    rig.says("vm", "balanced")?;
+    rig.ok(&["save", "vm", "kept", "-c", "--disks"])?;
+    rig.ok(&["destroy", "vm"])?;
+    ensure!(rig.ok(&["check", "kept"])?.get("whole") == Some(&json!(true)));
+
+    let disks = |name: &str| -> Result<Vec<PathBuf>> {
+        let info = rig.ok(&["info", name])?;
+        let disks = info.pointer("/0/disks").cloned().context("no disks")?;
+        Ok(serde_json::from_value(disks)?)
+    };
+    for name in ["one", "two"] {
+        rig.ok(&["restore", "kept", "--name", name])?;
+        // It finds out when its disk is not of one moment with its memory.
+        rig.says(name, "balanced\nbalanced")?;
+        ensure!(disks(name)?.len() == 1, "{:?}", disks(name)?);
+    }
+    let (one, two) = (disks("one")?, disks("two")?);
+    ensure!(one != two && one.iter().chain(&two).all(|disk| disk.exists()));
+    rig.ok(&["rename", "one", "uno"])?;
+    ensure!(disks("uno")? == one);
+    let (what, hint) = rig.refused(&["save", "uno", "mine"])?;
+    ensure!(what.contains("go when it ends") && hint.contains("--disks"), "{what}: {hint}");
+    rig.ok(&["save", "uno", "mine", "--disks"])?;
+    ensure!(rig.state("uno")? == "absent" && !one.iter().any(|disk| disk.exists()));
+    rig.ok(&["restore", "mine"])?;
+    rig.ok(&["destroy", "two"])?;
+    ensure!(!two.iter().any(|disk| disk.exists()), "its disk outlives it");
+
+    let kept = fs::read_dir(rig.file("kept"))?.flatten().map(|entry| entry.path());
+    let disk = kept.into_iter().find(|path| path.to_string_lossy().contains("disk-root."));
+    fs::OpenOptions::new().append(true).open(disk.context("no disk")?)?.set_len(1)?;
+    let (what, _) = rig.refused(&["check", "kept"])?;
+    ensure!(what.contains("another size"), "{what}");
+    let (what, _) = rig.refused(&["restore", "kept", "--name", "three"])?;
+    ensure!(what.contains("another size") && rig.state("three")? == "absent", "{what}");
     Ok(())
 }
 

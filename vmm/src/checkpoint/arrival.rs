@@ -24,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machine::{Description, Machine, Memory, Report};
+use machine::{Description, Machine, Memory, Report, kvm::opening::Opening};
 use state::{
     Frames,
     cpu::Cpu,
@@ -85,6 +85,7 @@ impl Arrival {
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
         let assembly = Assembly::new(incoming, flags, report);
+        let opening = Opening::begin()?;
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
@@ -92,10 +93,13 @@ impl Arrival {
         };
         let mut child = None;
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
-            Source::Directory { path, mapped } => {
-                let (path, mapped) = (path.clone(), *mapped);
+            Source::Directory { path, mapped, disks } => {
+                let (path, mapped, place) = (path.clone(), *mapped, disks.clone());
+                let progress = progress.clone();
                 Box::new(move || {
-                    tell(Step::Done(assembly.saved_into(&path, mapped).map(Box::new)));
+                    let place = place.as_deref();
+                    let machine = assembly.saved_into(&path, mapped, place, opening, &progress);
+                    tell(Step::Done(machine.map(Box::new)));
                 })
             }
             Source::Stream(stream) => {
@@ -104,7 +108,7 @@ impl Arrival {
                 let (cancel, progress) = (cancel.clone(), progress.clone());
                 Box::new(move || {
                     let host = Host { assembly: &assembly, progress: &progress, tell: &tell };
-                    let result = host.take_in(door, &cancel, confined);
+                    let result = host.take_in(door, &cancel, confined, opening);
                     tell(Step::Done(result.map(Box::new)));
                 })
             }
@@ -182,6 +186,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         door: Door,
         cancel: &Cancel,
         confined: bool,
+        opening: Opening,
     ) -> Result<Arrived, RestoreError> {
         let from = door.wait(cancel).map_err(|e| self.cancelled(e.into()))?;
         let (ask, asked) = channel();
@@ -194,7 +199,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
             let task = move || Reader { asking, overrides, progress }.read(from, confined);
             let reader = Builder::new().name("stream".into()).spawn_scoped(scope, task);
             let reader = reader.map_err(IncomingError::Wait)?;
-            let (mut machine, mut refused) = (None, None);
+            let (mut opening, mut machine, mut refused) = (Some(opening), None, None);
             for ask in asked {
                 match ask {
                     Ask::Room(description, cpu) => {
@@ -203,7 +208,8 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
                         let _ = give.send(told(room, &mut refused));
                     }
                     Ask::Machine(received, held) => {
-                        let new = assembly.received(*received, held);
+                        let Some(opening) = opening.take() else { break };
+                        let new = assembly.received(*received, opening, held);
                         let new = told(new, &mut refused).map(|new| machine = Some(new));
                         let _ = verdict.send(new);
                     }

@@ -2,11 +2,18 @@
 //! opened, and storage can hang.
 use std::{ops::Range, path::Path};
 
-use machine::{Description, Machine, Memory, Report, RunError, config::MachineConfig, memory};
+use machine::{
+    Description, Machine, Memory, Report, RunError, config::MachineConfig, kvm::opening::Opening,
+    memory,
+};
 use state::{Config, Sections, cpu::Cpu};
 
 use super::{
-    AdaptError, RestoreError, adapt, dialogue::Voice, load::load, receive::Received,
+    AdaptError, Progress, RestoreError, adapt,
+    children::{Children, Wanted},
+    dialogue::Voice,
+    load::load,
+    receive::Received,
     rehearse::rehearse,
 };
 use crate::{
@@ -38,6 +45,8 @@ struct Parts {
     sections: Sections,
     memory: Memory,
     filled: Vec<Range<u64>>,
+    children: Children,
+    opening: Opening,
 }
 
 impl Assembly {
@@ -55,19 +64,32 @@ impl Assembly {
         adapt::adapt(to, &self.asked, &self.flags)
     }
 
-    /// The machine that was saved into the directory `path`.
+    /// The machine that was saved into the directory `path`. Its copies of disks that the save keeps are to
+    /// lie in `place`.
     ///
     /// # Errors
     /// The first thing that is wrong.
-    pub fn saved_into(&self, path: &Path, mapped: Mapped) -> Result<Arrived, RestoreError> {
+    pub fn saved_into(
+        &self,
+        path: &Path,
+        mapped: Mapped,
+        place: Option<&Path>,
+        opening: Opening,
+        progress: &Progress,
+    ) -> Result<Arrived, RestoreError> {
         let loaded = load(path)?;
         let mut description = loaded.description;
         self.adapt(&mut description)?;
+        let given = |id: &str| self.flags.disks.iter().any(|disk| disk.id == id);
+        let wanted = Wanted { save: path, place, given: &given, force: self.asked.force };
+        let config = &loaded.state.config;
+        let children = Children::make(config, &mut description, &wanted, progress)?;
         adapt::check_disks(&description)?;
         let wanted = &description.config.memory;
         let (memory, filled) = loaded.layers.memory(wanted, mapped, &self.report)?;
         let (config, sections) = (loaded.state.config, loaded.state.sections);
-        let (machine, halted) = self.build(Parts { config, sections, memory, filled }, true)?;
+        let parts = Parts { config, sections, memory, filled, children, opening };
+        let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
     }
 
@@ -97,22 +119,30 @@ impl Assembly {
     pub fn received(
         &self,
         received: Received,
+        opening: Opening,
         held: bool,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Received { config, sections, memory } = received;
-        self.build(Parts { config, sections, memory, filled: Vec::new() }, held)
+        let (filled, children) = (Vec::new(), Children::default());
+        self.build(Parts { config, sections, memory, filled, children, opening }, held)
     }
 
     fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let Parts { config, sections, memory, filled } = parts;
-        let restorable = rehearse(&config, sections, |description| self.adapt(description))?;
+        let Parts { config, sections, memory, filled, children, opening } = parts;
+        let overrides = |description: &mut Description| {
+            self.adapt(description)?;
+            children.apply(description);
+            Ok(())
+        };
+        let restorable = rehearse(&config, sections, overrides)?;
         let description = &restorable.description;
         adapt::check_disks(description)?;
         let checked = description.check_spots(config.id.into(), &restorable.state.devices);
         checked.map_err(AdaptError::from)?;
         let clock_realtime = self.clock_realtime;
-        let saved = machine::Saved { restorable, memory, filled, clock_realtime, held };
+        let saved = machine::Saved { restorable, opening, memory, filled, clock_realtime, held };
         let machine = Machine::restored(saved, self.report.clone())?;
+        children.keep();
         Ok((machine, config.halted.map(Halt::from)))
     }
 }

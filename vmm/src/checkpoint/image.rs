@@ -25,6 +25,12 @@ pub struct Progress {
     pub written: AtomicU64,
     /// Pages that were zero.
     pub zero_pages: AtomicU64,
+    /// Bytes of disks to look at.
+    pub disks_total: AtomicU64,
+    /// Bytes of disks looked at.
+    pub disks_done: AtomicU64,
+    /// Bytes of disks written.
+    pub disks_written: AtomicU64,
     /// Of the loop that copies what the guest changes: a round left about as much as the one before.
     pub diverges: AtomicBool,
     /// One of [`RUNS`], [`CANCELLED`], [`COMMITTED`].

@@ -18,14 +18,12 @@
 //! it is then, and so does that of a guest that has changed too much to be copied aside: the thread
 //! says `Copied` when the guest may run again.
 use std::{
-    io,
     ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
-    thread::Builder,
     time::{Duration, Instant},
 };
 
@@ -125,20 +123,12 @@ pub struct Order {
 }
 
 impl Checkpointer {
-    /// Start it. `notify` is called after each step; it must not block.
-    ///
-    /// # Errors
-    /// When the host has no thread to give.
-    pub fn spawn(notify: Arc<dyn Fn() + Send + Sync>) -> io::Result<Self> {
+    /// One, and what its thread does. `notify` is called after each step; it must not block.
+    pub fn new(notify: Arc<dyn Fn() + Send + Sync>) -> (Self, impl FnOnce() + Send + 'static) {
         let (tasks, inbox) = channel::<Task>();
-        Builder::new().name("checkpoint".into()).stack_size(256 << 10).spawn(move || {
-            while let Ok(task) = inbox.recv() {
-                task();
-            }
-        })?;
         let this = Self { tasks, notify, downtime_limit: Arc::default() };
         this.limit_downtime(DOWNTIME_LIMIT);
-        Ok(this)
+        (this, move || inbox.iter().for_each(|task| task()))
     }
 
     /// How long a guest that runs on may be stopped. Also of a save under way.
@@ -184,6 +174,7 @@ fn run(
     tell: &impl Fn(Step),
 ) -> Result<Option<Saved>, SaveError> {
     let mut sink = (order.open)(progress)?;
+    sink.before_capture()?;
     progress.check().map_err(|_| SaveError::Cancelled)?;
     tell(Step::Opened);
     let mut told = inbox.recv();
@@ -207,6 +198,7 @@ fn run(
                 break;
             }
         }
+        sink.before_capture()?;
         // Without room it is copied while the guest is stopped.
         let room = || Staging::touched(staging::room_for(staging::bytes(&ranges))).ok();
         let staging = order.resume.then(room).flatten();
@@ -219,12 +211,14 @@ fn run(
         Pages::Staged(staging) => {
             // First, as the guest runs already and its writes may wait for this.
             spot_checks.add_to(&mut state).map_err(SaveError::SpotCheck)?;
+            sink.copy_disks(progress)?;
             copy(&mut *sink, &Source::Staged(&staging), staging.bytes(), progress)?;
         }
         Pages::InPlace(ranges) => {
             copy(&mut *sink, &Source::Guest(&ranges), staging::bytes(&ranges), progress)?;
             tell(Step::Copied);
             spot_checks.add_to(&mut state).map_err(SaveError::SpotCheck)?;
+            sink.copy_disks(progress)?;
         }
     }
     match sink.finish(config, state, progress)? {

@@ -9,7 +9,7 @@ use machine::{Description, DescriptionError, memory::MemoryError, open_regular};
 use state::{Config, FileError, State};
 
 use super::{
-    MEMORY, NEW_MEMORY, STATE,
+    ChildError, MEMORY, NEW_MEMORY, STATE, children,
     image::{self, BLOCK, ImageError},
     layers::{Layer, Layers},
     lazy::LazyError,
@@ -46,6 +46,8 @@ pub enum LoadError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Lazy(#[from] LazyError),
+    #[error(transparent)]
+    Child(#[from] ChildError),
 }
 
 /// A state that was read and found whole.
@@ -121,7 +123,9 @@ fn chain(
 /// The first thing that is wrong.
 pub fn check(directory: &Path) -> Result<(), LoadError> {
     let image = |(path, source)| LoadError::Image { path, source };
-    load(directory)?.layers.open().map_err(image)?.verify(|_, _| Ok(())).map_err(image)
+    let Loaded { state, layers, .. } = load(directory)?;
+    children::check(directory, &state.config)?;
+    layers.open().map_err(image)?.verify(|_, _| Ok(())).map_err(image)
 }
 
 /// The state in the file `path`, and its CRC-32.

@@ -13,6 +13,8 @@
 //! receive   out of a stream
 //! arrival   the thread that takes a machine in, and the one that reads it from a stream
 //! assembly  what has come, made into a machine
+//! disks     copies of disks that a save keeps beside the memory
+//! children  copies of those for a restored machine
 //! dialogue  what is said beside the machine where a stream goes both ways
 //! wait      for one descriptor until another one says to stop
 //! adapt     what a restored machine may have in other places: images, taps, sockets
@@ -20,7 +22,9 @@
 mod adapt;
 mod arrival;
 mod assembly;
+mod children;
 mod dialogue;
+mod disks;
 mod image;
 mod incoming;
 pub mod job;
@@ -38,6 +42,7 @@ mod wait;
 pub use adapt::AdaptError;
 pub use arrival::{Arrival, Step as ArrivalStep};
 pub use assembly::Arrived;
+pub use children::{ChildError, Children};
 pub use dialogue::{Hello, Voice};
 pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
@@ -66,6 +71,8 @@ pub enum RestoreError {
     #[error(transparent)]
     Adapt(#[from] AdaptError),
     #[error(transparent)]
+    Child(#[from] ChildError),
+    #[error(transparent)]
     Rehearse(#[from] RehearseError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -78,7 +85,7 @@ pub enum RestoreError {
 /// The file that the memory of a machine restored in this way is mapped from, if it is.
 pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
     match &incoming.source {
-        Source::Directory { path, mapped: Mapped::On } => Some(path.join(MEMORY)),
+        Source::Directory { path, mapped: Mapped::On, .. } => Some(path.join(MEMORY)),
         _ => None,
     }
 }

@@ -11,11 +11,12 @@ use std::{
     ops::Range,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Component, Path, PathBuf},
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
 };
 
 use machine::{
     MachineState, Memory,
+    disk::DiskCopy,
     memory::{
         image as ram,
         staging::{MAX_RANGES, Staging},
@@ -32,6 +33,7 @@ use state::{
 use super::{
     MEMORY, NEW_MEMORY, NEW_STATE, RehearseError, STATE,
     dialogue::HandOver,
+    disks::{self, DiskCopies},
     image::{self, Progress, Writer},
     load::{self, DEEPEST, LoadError},
     rehearse::rehearse,
@@ -52,6 +54,10 @@ pub enum SaveError {
     Full { path: PathBuf, needed: u64, source: io::Error },
     #[error("cannot find out which memory the guest uses (/proc/self/pagemap)")]
     Memory(#[source] io::Error),
+    #[error(
+        "disk '{id}' was plugged or unplugged while the machine was being saved with its disks: save it again"
+    )]
+    DisksChanged { id: String },
     #[error("the save to build on cannot be used; leave incremental out")]
     Base(#[source] LoadError),
     #[error("the save to build on, {}, has been changed; leave incremental out", path.display())]
@@ -105,6 +111,24 @@ pub trait Sink: Send {
     /// # Errors
     /// When it is not taken, or the save is cancelled.
     fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError>;
+
+    /// The guest is about to be captured: do now what would take long afterwards.
+    ///
+    /// # Errors
+    /// When it cannot be done.
+    fn before_capture(&mut self) -> Result<(), SaveError> {
+        Ok(())
+    }
+
+    /// The guest was captured: copy the disks as they were then, if they belong to the save. The guest may
+    /// run meanwhile.
+    ///
+    /// # Errors
+    /// As [`Sink::copy`].
+    fn copy_disks(&mut self, progress: &Progress) -> Result<(), SaveError> {
+        let _ = progress;
+        Ok(())
+    }
 
     /// Add the rest and make it count.
     ///
@@ -232,6 +256,8 @@ impl Drop for Target {
 
 /// A save into a directory.
 pub struct Directory {
+    /// Dropped before the directory that they lie in.
+    disks: Option<DiskCopies>,
     target: Target,
     memory: Memory,
     path: PathBuf,
@@ -272,6 +298,7 @@ impl Directory {
         let writer = Writer::new(size, file, pages).map_err(|e| write_failed(&path, size, e))?;
         let (buffer, changed) = (vec![0; PIECE as usize], Vec::new());
         Ok(Self {
+            disks: None,
             target,
             memory,
             path,
@@ -282,6 +309,19 @@ impl Directory {
             changed,
             most: RANGES - MAX_RANGES,
         })
+    }
+
+    /// Keep copies of `disks`, too, each known by its id; the save will be `id`.
+    ///
+    /// # Errors
+    /// When their files cannot be made.
+    pub fn with_disks(
+        mut self,
+        id: u128,
+        disks: Vec<(String, Arc<DiskCopy>)>,
+    ) -> Result<Self, SaveError> {
+        self.disks = Some(DiskCopies::create(&self.target.path, id, disks)?);
+        Ok(self)
     }
 
     /// Copy `ranges` of the guest's own memory.
@@ -299,6 +339,14 @@ impl Directory {
 }
 
 impl Sink for Directory {
+    fn before_capture(&mut self) -> Result<(), SaveError> {
+        self.disks.as_ref().map_or(Ok(()), DiskCopies::sync)
+    }
+
+    fn copy_disks(&mut self, progress: &Progress) -> Result<(), SaveError> {
+        self.disks.as_ref().map_or(Ok(()), |disks| disks.make(progress))
+    }
+
     fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError> {
         let written = match source {
             Source::Guest(ranges) if self.base.is_some() => {
@@ -334,7 +382,7 @@ impl Sink for Directory {
         state: MachineState,
         progress: &Progress,
     ) -> Result<Finished, SaveError> {
-        let Self { mut target, path: memory, writer, size, base, changed, .. } = *self;
+        let Self { mut target, path: memory, writer, size, base, disks, changed, .. } = *self;
         let directory = target.path.canonicalize();
         let directory = directory.map_err(|source| failed("find", &target.path, source))?;
         config.base = base.as_ref().map(|base| Base {
@@ -342,6 +390,9 @@ impl Sink for Directory {
             id: base.id,
             state: Hex(base.state),
         });
+        if let Some(disks) = &disks {
+            disks.record(&mut config)?;
+        }
         let id = config.id;
         let sums = writer.finish(id.into()).map_err(|e| write_failed(&memory, size, e))?;
         let (path, file) = target.create(NEW_STATE)?;
@@ -363,6 +414,10 @@ impl Sink for Directory {
         target.done = true;
         target.rename(NEW_MEMORY, MEMORY)?;
         target.sync()?;
+        match disks {
+            Some(disks) => disks.keep(),
+            None => disks::remove_others(&target.path, None),
+        }
         let mut chain = vec![directory];
         chain.extend(base.map(|base| base.chain).unwrap_or_default());
         Ok(Finished::Over(Some(Saved { chain, id, state: sum, pages: sums.pages })))

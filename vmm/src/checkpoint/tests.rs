@@ -271,7 +271,8 @@ fn another_version_and_another_kind_of_file_are_told_apart() {
 fn the_thread_ends_a_save_that_is_given_up() {
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().join("saved");
-    let thread = Checkpointer::spawn(Arc::new(|| {})).unwrap();
+    let (thread, save) = Checkpointer::new(Arc::new(|| {}));
+    std::thread::spawn(save);
     let memory = memory(1);
     let (path, copied) = (directory.clone(), memory.clone());
     let open = move |_: &Progress| {

@@ -88,10 +88,11 @@ pub(super) static TABLE: &[Flag] = &[
          "go into the background"),
     flag(&["S", "freeze"], Switch, Process, process::freeze,
          "do not start the vCPUs before QMP's cont"),
-    flag(&["incoming"], Plain("file:DIR[,mapped=on|off|uffd][,HOW] | unix:SOCKET[,HOW] | fd:NUMBER[,HOW] | exec:COMMAND"),
+    flag(&["incoming"], Plain("file:DIR[,mapped=on|off|uffd][,disks=PLACE][,HOW] | unix:SOCKET[,HOW] | fd:NUMBER[,HOW] | exec:COMMAND"),
          Process, process::incoming,
          "go on from the state saved in this directory, or sent in this stream; mapped (on): use its \
-          memory in place, unchecked; off: a copy; uffd: a copy made while the guest runs; \
+          memory in place, unchecked; off: a copy; uffd: a copy made while the guest runs; disks: where \
+          the machine's own copies of disks that the save keeps are to lie; \
           HOW: clock=realtime: kvm-clock advances by the time since the save, else it goes on where it \
           stood; force=on: take the disks although they have changed since; other flags may give new paths and taps").only(Era::New),
     flag(&["action"],

@@ -115,6 +115,8 @@ pub enum Source {
         path: PathBuf,
         /// How its memory becomes the guest's.
         mapped: Mapped,
+        /// Directory of the machine's own copies of the disks that the save keeps.
+        disks: Option<PathBuf>,
     },
     /// It is sent.
     Stream(Stream),

@@ -34,7 +34,7 @@ pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-/// `-incoming file:DIR[,mapped=on|off|uffd]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`; all but
+/// `-incoming file:DIR[,mapped=on|off|uffd][,disks=DIR]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`; all but
 /// the last with `,clock=continue|realtime` and `,force=on|off`.
 pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let incoming = f.text("", |word| match word.split_once(':') {
@@ -79,7 +79,7 @@ impl How {
 fn directory(text: &str) -> Result<(Source, How), Rule> {
     let mut parts = text.split(',');
     let path = value::path(parts.next().unwrap_or_default())?;
-    let (mut mapped, mut how) = (Mapped::On, How::default());
+    let (mut mapped, mut disks, mut how) = (Mapped::On, None, How::default());
     for option in parts {
         match option.split_once('=') {
             Some(("mapped", "uffd")) => mapped = Mapped::Uffd,
@@ -88,15 +88,16 @@ fn directory(text: &str) -> Result<(Source, How), Rule> {
                 Ok(false) => mapped = Mapped::Off,
                 Err(_) => return Err("mapped must be on, off or uffd".into()),
             },
+            Some(("disks", place)) => disks = Some(value::path(place)?),
             Some((key, word)) if how.take(key, word)? => {}
             _ => {
-                return Err("behind the directory, only ,mapped=on|off|uffd, \
+                return Err("behind the directory, only ,mapped=on|off|uffd, ,disks=DIR, \
                             ,clock=continue|realtime and ,force=on|off are allowed"
                     .into());
             }
         }
     }
-    Ok((Source::Directory { path, mapped }, how))
+    Ok((Source::Directory { path, mapped, disks }, how))
 }
 
 fn stream(
@@ -130,7 +131,10 @@ mod tests {
     fn clock_and_force_are_said_behind_a_directory_and_behind_a_stream() {
         let realtime = How { clock_realtime: true, force: false };
         let both = How { clock_realtime: true, force: true };
-        let on = |mapped| Source::Directory { path: "/a".into(), mapped };
+        let on = |mapped| Source::Directory { path: "/a".into(), mapped, disks: None };
+        let place =
+            Source::Directory { path: "/a".into(), mapped: Mapped::Off, disks: Some("b/c".into()) };
+        assert_eq!(directory("/a,disks=b/c,mapped=off").ok(), Some((place, How::default())));
         assert_eq!(directory("/a").ok(), Some((on(Mapped::On), How::default())));
         assert_eq!(
             directory("/a,clock=realtime,mapped=off").ok(),
@@ -140,7 +144,9 @@ mod tests {
             directory("/a,mapped=uffd,clock=continue").ok(),
             Some((on(Mapped::Uffd), How::default()))
         );
-        for wrong in ["/a,", "/a,clock", "/a,clock=host", "/a,b=c", "/a,mapped=no,clock="] {
+        for wrong in
+            ["/a,", "/a,disks=", "/a,clock", "/a,clock=host", "/a,b=c", "/a,mapped=no,clock="]
+        {
             assert!(directory(wrong).is_err(), "{wrong}");
         }
         let unix = |text| stream(text, |path| Ok(Stream::Unix(path.into()))).ok();

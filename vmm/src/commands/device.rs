@@ -128,6 +128,10 @@ pub fn device_del(
 ) -> Result<Option<Empty>, Error> {
     let id = command.id;
     vmm.files.check_idle(&id)?;
+    if vmm.saving().copies(&id) {
+        let why = "it is being copied by a save; try again when that is over, or end it with migrate_cancel";
+        return Err(Error::text(format!("'{id}' cannot be unplugged now: {why}")));
+    }
     let disk = vmm.machine.unplug(&id).map_err(|e| plug_error(&e))?;
     let what = format!("closing '{id}'");
     let done = move |vmm: &mut Vmm| {

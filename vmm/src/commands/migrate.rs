@@ -21,11 +21,12 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         resume: command.resume == Some(true),
         incremental: command.incremental == Some(true),
         track: command.track == Some(true),
+        disks: command.disks == Some(true),
     };
     vmm.files.check_sizes()?;
     let (kind, place) = command.uri.split_once(':').unwrap_or_default();
-    if kind != "file" && (how.incremental || how.track) {
-        let desc = "Parameters 'incremental' and 'track' are for file:DIRECTORY";
+    if kind != "file" && (how.incremental || how.track || how.disks) {
+        let desc = "Parameters 'incremental', 'track' and 'disks' are for file:DIRECTORY";
         return Err(Error::text(desc));
     }
     let failed = |e: io::Error| Error::text(format!("cannot save to {}: {e}", command.uri));
@@ -137,6 +138,14 @@ pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Er
             total,
             duplicate: load(&progress.zero_pages),
             normal: transferred / 4096,
+            page_size: 4096,
+        }),
+        disk: (load(&progress.disks_total) > 0).then(|| MigrationStats {
+            transferred: load(&progress.disks_written),
+            remaining: load(&progress.disks_total).saturating_sub(load(&progress.disks_done)),
+            total: load(&progress.disks_total),
+            duplicate: 0,
+            normal: load(&progress.disks_written) / 4096,
             page_size: 4096,
         }),
         total_time: Some(milliseconds(job.time())),

@@ -146,6 +146,8 @@ const IOCTLS: &[Ioctl] = &[
     BLKSSZGET,
     BLKPBSZGET,
     BLKDISCARD,
+    // Saves that keep disks.
+    FICLONE,
     // Taps.
     TUNSETIFF,
     TUNGETIFF,

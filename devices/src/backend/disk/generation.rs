@@ -52,6 +52,19 @@ pub struct DiskMark {
     pub mtime_ns: i64,
 }
 
+impl DiskMark {
+    /// That of `file`, which no machine has open.
+    ///
+    /// # Errors
+    /// When the host does not tell.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let found = file.metadata()?;
+        // Where there are no attributes, no file has a generation.
+        let generation = read(file).ok().flatten();
+        Ok(Self { generation, size: found.len(), mtime_ns: super::mtime_ns(&found) })
+    }
+}
+
 /// The generation that the attribute of `file` says, if it has one.
 ///
 /// # Errors
@@ -69,7 +82,11 @@ pub fn read(file: &File) -> io::Result<Option<u128>> {
     }
 }
 
-fn write(file: &File, generation: u128) -> io::Result<()> {
+/// Give `file` this generation.
+///
+/// # Errors
+/// When the file system keeps no attributes, or the host refuses.
+pub fn write(file: &File, generation: u128) -> io::Result<()> {
     let value = generation.to_be_bytes();
     Ok(rustix::fs::fsetxattr(file, ATTRIBUTE, &value, XattrFlags::empty())?)
 }

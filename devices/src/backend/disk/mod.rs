@@ -3,6 +3,7 @@
 //! The format is never guessed. A guest owns every byte of its disk, so a monitor that follows an
 //! image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6). What begins like
 //! an image of another format can be refused at most ([`OpenOptions::probe`]).
+mod copy;
 mod engine;
 mod format;
 mod generation;
@@ -32,6 +33,7 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use self::{
+    copy::{DiskCopy, Made, Step, data_after, write_sparse},
     engine::Op,
     generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
@@ -345,6 +347,11 @@ impl Disk {
         let found = self.file.metadata();
         let found = found.inspect_err(|e| log::warn!("{}: {e}", self.path.display())).ok()?;
         Some(DiskMark { generation, size: found.len(), mtime_ns: mtime_ns(&found) })
+    }
+
+    /// Bytes of the whole image, whatever of it the guest can address.
+    fn bytes_of_image(&self) -> io::Result<u64> {
+        Ok(if self.device { self.size() } else { self.file.metadata()?.len() })
     }
 
     /// Order a spot check for the save `id`, of what the disk holds now. `None` for what is not a block

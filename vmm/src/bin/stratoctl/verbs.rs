@@ -167,6 +167,10 @@ pub struct Save {
     /// Leave the domain paused
     #[arg(short, long, conflicts_with = "go_on")]
     pub paused: bool,
+    /// Keep the disks that it can write to with its memory: such a save can be restored as often as one
+    /// likes, and each time the domain gets disks of its own
+    #[arg(long)]
+    pub disks: bool,
 }
 
 #[derive(Debug, Args)]

@@ -304,7 +304,8 @@ fn what_is_no_stream_at_all_is_refused() {
 
 /// A save under way to the other end of a socket.
 fn save_to(near: UnixStream) -> Job {
-    let thread = Checkpointer::spawn(Arc::new(|| {})).unwrap();
+    let (thread, save) = Checkpointer::new(Arc::new(|| {}));
+    std::thread::spawn(save);
     let (memory, config) = (memory(1), config(5));
     // More than a socket takes.
     ram::write(&memory, 2 * MIB, &vec![9; 8 << 20]).unwrap();

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context as _;
 use qmp::{
     client::{Client, ClientError},
-    schema::{Migrate, MigrateCancel, MigrationInfo, QueryMigrate, QueryStatus},
+    schema::{Migrate, MigrateCancel, MigrationInfo, MigrationStats, QueryMigrate, QueryStatus},
 };
 use serde_json::json;
 
@@ -45,8 +45,14 @@ pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
         _ => After::Ends,
     };
     let saved = Saved { name: args.domain.clone(), domain: life::described(&held.place)? };
+    let own = ctx.registry.own_disks(&saved.domain.uuid);
+    if after == After::Ends && !args.disks && !own.is_empty() {
+        let what = format!("the disks of '{}' were made for it, and go when it ends", args.domain);
+        let hint = "--disks keeps them with the save; -c and --paused let the domain live on";
+        return Err(Failure::hint(what, hint).into());
+    }
     let beside = directory.join(store::BESIDE);
-    write_out(ctx, held, &directory, after, |ctx| {
+    write_out(ctx, held, &directory, after, args.disks, |ctx| {
         registry::write(ctx.registry.disk(), &beside, &saved)
             .with_context(|| format!("cannot write {}", beside.display()))
     })
@@ -58,8 +64,8 @@ fn fit_for_a_save(directory: &Path) -> anyhow::Result<()> {
     let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
     let names: Vec<_> =
         entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-    let of_a_save =
-        |name: &str| ["state", "memory", store::BESIDE].iter().any(|own| name.starts_with(own));
+    let own = ["state", "memory", "disk-", store::BESIDE];
+    let of_a_save = |name: &str| own.iter().any(|own| name.starts_with(own));
     let is_save = names.iter().any(|name| name == "state");
     match names.iter().find(|name| !of_a_save(name)) {
         Some(other) if !is_save => {
@@ -75,16 +81,17 @@ pub fn suspend(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Suspend, name)?;
     let directory = held.place.saved();
     store::text(&directory)?;
-    write_out(ctx, held, &directory, After::Ends, |_| Ok(()))
+    write_out(ctx, held, &directory, After::Ends, false, |_| Ok(()))
 }
 
-/// Save the domain into `directory`, then do `also`, then what `after` says. If anything fails the
+/// Save the domain into `directory`, with its disks if `disks`, then do `also`, then what `after` says. If anything fails the
 /// domain is what it was.
 fn write_out(
     ctx: &Context,
     mut held: Held,
     directory: &Path,
     after: After,
+    disks: bool,
     also: impl FnOnce(&Context) -> anyhow::Result<()>,
 ) -> anyhow::Result<Answer> {
     let name = held.place.name.clone();
@@ -97,11 +104,16 @@ fn write_out(
     // It takes long. Whoever wants the domain meanwhile sees that it is being saved.
     held.lock = None;
     let client = held.seen.client.take().context("the monitor does not answer")?;
-    let written =
-        migrate(&held, client, directory, after == After::GoesOn && ran).and_then(|info| {
-            also(ctx)?;
-            Ok(info)
-        });
+    let command = Migrate {
+        uri: format!("file:{}", store::text(directory)?),
+        resume: Some(after == After::GoesOn && ran),
+        disks: Some(disks),
+        ..Migrate::default()
+    };
+    let written = migrate(&held, client, command).and_then(|info| {
+        also(ctx)?;
+        Ok(info)
+    });
     let info = match written {
         Ok(info) => info,
         Err(e) => {
@@ -116,14 +128,14 @@ fn write_out(
         }
     };
     let state = finish(ctx, &held, &uuid, saving, after)?;
-    let stats = info.ram.unwrap_or_default();
+    let written = |stats: Option<MigrationStats>| stats.map_or(0, |stats| stats.transferred);
     Ok(Answer::new(
         "",
         json!({
             "name": name,
             "state": state.word(),
             "directory": directory,
-            "bytes": stats.transferred,
+            "bytes": written(info.ram) + written(info.disk),
             "milliseconds": info.total_time,
             "downtime": info.downtime,
         }),
@@ -196,20 +208,13 @@ fn again(
 }
 
 /// Let the monitor save, show how far it is, and call it off at an interrupt.
-fn migrate(
-    held: &Held,
-    mut client: Client,
-    directory: &Path,
-    resume: bool,
-) -> anyhow::Result<MigrationInfo> {
+fn migrate(held: &Held, mut client: Client, command: Migrate) -> anyhow::Result<MigrationInfo> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .context("cannot listen for an interrupt")?;
     }
     let mut watcher = domain::qmp(&held.place)?;
-    let uri = format!("file:{}", store::text(directory)?);
-    let command = Migrate { uri, resume: Some(resume), incremental: None, track: None };
     client.set_patience(LONGEST);
     let bar = progress::bar(&format!("Saving {}", held.place.name));
     let mut cancelled = false;
@@ -218,9 +223,10 @@ fn migrate(
             cancelled = watcher.execute(&MigrateCancel {}).is_ok();
         }
         if let Ok(info) = watcher.execute(&QueryMigrate {}) {
-            let ram = info.ram.unwrap_or_default();
-            bar.set_length(ram.total);
-            bar.set_position(ram.total.saturating_sub(ram.remaining));
+            let parts = || info.ram.iter().chain(&info.disk);
+            let total = parts().map(|part| part.total).sum::<u64>();
+            bar.set_length(total);
+            bar.set_position(total.saturating_sub(parts().map(|part| part.remaining).sum()));
         }
     };
     let done = progress::during(move || client.execute(&command), look);

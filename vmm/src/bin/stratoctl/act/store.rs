@@ -36,7 +36,8 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     description.uuid = crate::config::uuid()?;
     let lock = ctx.take(Verb::Restore, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
-    let mut more = incoming(&directory, args.verify, args.clock, args.force)?;
+    let disks = ctx.registry.place_for_disks(&description.uuid)?;
+    let mut more = incoming(&directory, args.verify, args.clock, args.force, Some(&disks))?;
     for MovedDisk { id, path, raw } in &args.disk {
         let path = std::path::absolute(path).context("--disk")?;
         let format = if *raw { ",format=raw" } else { "" };
@@ -51,7 +52,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
 pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Resume, &args.domain)?;
     let description = life::described(&held.place)?;
-    let more = incoming(&held.place.saved(), false, args.clock, args.force)?;
+    let more = incoming(&held.place.saved(), false, args.clock, args.force, None)?;
     // Paused at first: the state counts until the guest runs, and from then on no more.
     let place = held.place.clone();
     let started = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more);
@@ -103,9 +104,19 @@ fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Descri
     Ok((machine.name.parse(), description))
 }
 
-fn incoming(directory: &Path, verify: bool, clock: Clock, force: bool) -> anyhow::Result<More> {
+fn incoming(
+    directory: &Path,
+    verify: bool,
+    clock: Clock,
+    force: bool,
+    disks: Option<&Path>,
+) -> anyhow::Result<More> {
     let mapped = if verify { "off" } else { "on" };
     let mut source = format!("file:{},mapped={mapped}", text(directory)?);
+    if let Some(disks) = disks {
+        source.push_str(",disks=");
+        source.push_str(text(disks)?);
+    }
     if clock == Clock::Realtime {
         source.push_str(",clock=realtime");
     }
@@ -113,10 +124,15 @@ fn incoming(directory: &Path, verify: bool, clock: Clock, force: bool) -> anyhow
         source.push_str(",force=on");
     }
     let words = vec!["-incoming".into(), source];
+    let entries = || std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let read = |name: &str| {
+        let kept = disks.is_some() && name.starts_with("disk-");
+        kept || verify && name == "memory"
+    };
     // Holes are not read. What it builds on counts, too, where there is such a thing.
-    let memory = || std::fs::metadata(directory.join("memory")).ok();
-    let reads = if verify { memory().map(|memory| memory.blocks() * 512) } else { None };
-    Ok(More { words, reads })
+    let reads = entries().filter(|entry| entry.file_name().to_str().is_some_and(read));
+    let reads = reads.filter_map(|entry| Some(entry.metadata().ok()?.blocks() * 512)).sum();
+    Ok(More { words, reads: Some(reads).filter(|reads| *reads > 0) })
 }
 
 /// `path` as a monitor's option.

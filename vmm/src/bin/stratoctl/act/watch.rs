@@ -181,6 +181,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
             members.extend([
                 ("uuid".to_owned(), json!(description.map(|d| &d.uuid))),
                 ("policy".to_owned(), json!(description.map(|d| d.policy))),
+                ("disks".to_owned(), json!(description.map(|d| ctx.registry.own_disks(&d.uuid)))),
                 ("home".to_owned(), json!(row.place.home)),
                 ("run".to_owned(), json!(row.place.run)),
                 ("log".to_owned(), json!(last)),

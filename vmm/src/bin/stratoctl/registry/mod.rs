@@ -5,7 +5,8 @@
 //!   domain.json            what it is; while this is here, the domain is registered
 //!   saved/                 its suspended state; `saved/state` is whole, or not there
 //!   run -> run/.managed/UUID
-//! run/NAME/              an unmanaged domain, all of it
+//! state/.disks/UUID/     disks that were made for an unmanaged domain when it was restored
+//! run/NAME/              an unmanaged domain, all else of it
 //!   domain.json            what it is
 //! run/.managed/UUID/     a registered domain's run-time part; these in both kinds:
 //!   start.json             its number
@@ -96,6 +97,8 @@ impl Place {
 }
 
 const RECORD: &str = "domain.json";
+/// Beside the domains, and no name of one.
+const DISKS: &str = ".disks";
 const START: &str = "start.json";
 const UP: &str = "up";
 /// More than it takes to see whether a lock is held.
@@ -240,15 +243,37 @@ impl Registry {
         Ok(Place { name: name.clone(), managed, home, run })
     }
 
-    /// Forget a domain that does not run.
+    /// Directory in which the domain `uuid` may have disks of its own: it goes with the domain, and
+    /// renaming that does not move it. The one above it is made.
+    ///
+    /// # Errors
+    /// When that cannot be.
+    pub fn place_for_disks(&self, uuid: &str) -> anyhow::Result<PathBuf> {
+        let all = self.state.join(DISKS);
+        self.disk.mkdir(&all).with_context(|| format!("cannot make {}", all.display()))?;
+        Ok(all.join(uuid))
+    }
+
+    /// The disks that were made for the domain `uuid`, in order.
+    pub fn own_disks(&self, uuid: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.state.join(DISKS).join(uuid)).into_iter().flatten();
+        let mut disks: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        disks.sort();
+        disks
+    }
+
+    /// Forget a domain that does not run, and remove the disks that were made for it.
     ///
     /// # Errors
     /// When the disk cannot be written.
     pub fn forget(&self, place: &Place) -> anyhow::Result<()> {
         let target = place.managed.then(|| fs::read_link(&place.run).ok()).flatten();
+        let disks = place.description().ok().filter(|_| !place.managed);
+        let disks = disks.map(|description| self.state.join(DISKS).join(description.uuid));
         // First what nobody would find any more without the record.
         target
             .map_or(Ok(()), |run| self.disk.remove_tree(&run))
+            .and_then(|()| disks.map_or(Ok(()), |disks| self.disk.remove_tree(&disks)))
             // From here on it is not registered, whatever is left.
             .and_then(|()| self.disk.remove(&place.record()))
             .and_then(|()| self.disk.sync(&place.home))

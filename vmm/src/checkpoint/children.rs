@@ -1,0 +1,257 @@
+//! The disks of a restored machine whose save has kept them: copies of its own, so that one save can be
+//! restored as often as one likes, and by many at once.
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    path::{Component, Path, PathBuf},
+    sync::atomic::Ordering,
+};
+
+use machine::{
+    Description,
+    config::Expect,
+    disk::{DiskMark, data_after, write_sparse},
+    open_regular,
+};
+use state::{
+    Config,
+    config::{Contents, KeptDisk},
+};
+
+use super::Progress;
+
+/// Bytes that are copied at once.
+const PIECE: u64 = 1 << 20;
+
+/// Why a machine does not get its disks.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum ChildError {
+    #[error(
+        "the save keeps disk '{id}' itself: say where this machine's own copies are to lie with \
+         -incoming file:DIR,disks=PLACE, or give an image with -drive id={id},file=PATH"
+    )]
+    NoPlace { id: String },
+    #[error("disk '{id}': {name:?} is no name of a file in the save's directory")]
+    Name { id: String, name: String },
+    #[error("disk '{id}': cannot open {}, which the save keeps", path.display())]
+    Kept { id: String, path: PathBuf, source: io::Error },
+    #[error(
+        "disk '{id}': {} is not as it was saved: {what}. If it is the right one nevertheless, say so with \
+         --force (-incoming ...,force=on)",
+        path.display()
+    )]
+    Changed { id: String, path: PathBuf, what: &'static str },
+    #[error("cannot make the directory {}: the one above it must exist", path.display())]
+    Directory { path: PathBuf, source: io::Error },
+    #[error(
+        "disk '{id}': cannot make {}; each machine needs a place (disks=) of its own", path.display()
+    )]
+    Create { id: String, path: PathBuf, source: io::Error },
+    #[error("disk '{id}': cannot copy {} to {}", kept.display(), path.display())]
+    Copy { id: String, kept: PathBuf, path: PathBuf, source: io::Error },
+}
+
+/// The disks that were made for a machine. Dropped before [`Children::keep`], they go.
+#[derive(Debug, Default)]
+pub struct Children {
+    /// The index of the slot, and the image.
+    made: Vec<(usize, PathBuf)>,
+    directory: Option<PathBuf>,
+    kept: bool,
+}
+
+/// Where they come from, and where they go.
+pub struct Wanted<'a> {
+    /// Directory of the save.
+    pub save: &'a Path,
+    /// Directory of the children, if one was named.
+    pub place: Option<&'a Path>,
+    /// Disks that come from elsewhere.
+    pub given: &'a dyn Fn(&str) -> bool,
+    /// The user vouches for what lies in the save.
+    pub force: bool,
+}
+
+impl Children {
+    /// Make an image for each disk that the save of `config` keeps and that is not given otherwise, and
+    /// have `description` name it.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; nothing is left of the images then.
+    pub fn make(
+        config: &Config,
+        description: &mut Description,
+        wanted: &Wanted<'_>,
+        progress: &Progress,
+    ) -> Result<Self, ChildError> {
+        let mut this = Self::default();
+        let mut copies = Vec::new();
+        for (slot, kept) in kept(config) {
+            let disk = description.occupied.disks.get(slot).and_then(Option::as_ref);
+            let Some(disk) = disk.filter(|disk| !(wanted.given)(&disk.id)) else { continue };
+            let id = disk.id.clone();
+            let Some(place) = wanted.place else { return Err(ChildError::NoPlace { id }) };
+            let (path, file) = open_kept(&id, kept, wanted.save, wanted.force)?;
+            progress.total.fetch_add(kept.mark.size, Ordering::Relaxed);
+            copies.push((slot, id, place, path, file, kept.mark.size));
+        }
+        for (slot, id, place, kept, from, size) in copies {
+            this.make_directory(place)?;
+            let path = place.join(format!("{id}.img"));
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create_new(true).mode(0o600);
+            let to = options.open(&path).map_err(|source| ChildError::Create {
+                id: id.clone(),
+                path: path.clone(),
+                source,
+            })?;
+            this.made.push((slot, path.clone()));
+            copy(&from, &to, size, progress).map_err(|source| ChildError::Copy {
+                id,
+                kept,
+                path,
+                source,
+            })?;
+        }
+        this.apply(description);
+        Ok(this)
+    }
+
+    /// Have `description` name the images.
+    pub fn apply(&self, description: &mut Description) {
+        for (slot, path) in &self.made {
+            if let Some(Some(disk)) = description.occupied.disks.get_mut(*slot) {
+                disk.path.clone_from(path);
+                // It was made from what the save keeps, a moment ago.
+                (disk.expect, disk.probe) = (Expect::Any, false);
+            }
+        }
+    }
+
+    /// The machine has them: they stay.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+
+    fn make_directory(&mut self, place: &Path) -> Result<(), ChildError> {
+        match DirBuilder::new().mode(0o700).create(place) {
+            Ok(()) => self.directory = Some(place.into()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(ChildError::Directory { path: place.into(), source }),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        if !self.kept {
+            for (_, path) in &self.made {
+                let _ = fs::remove_file(path);
+            }
+            if let Some(directory) = &self.directory {
+                let _ = fs::remove_dir(directory);
+            }
+        }
+    }
+}
+
+/// The disks that a save keeps, and the indices of their slots.
+fn kept(config: &Config) -> impl Iterator<Item = (usize, &KeptDisk)> {
+    config.slots.iter().filter_map(|slot| match &slot.contents {
+        Contents::Disk(Some(disk)) => {
+            Some((slot.id.strip_prefix("disk")?.parse().ok()?, disk.kept.as_ref()?))
+        }
+        _ => None,
+    })
+}
+
+/// See that the disks which the save `config` in the directory `save` keeps are as they were saved.
+///
+/// # Errors
+/// The first one that is not.
+pub fn check(save: &Path, config: &Config) -> Result<(), ChildError> {
+    for slot in &config.slots {
+        if let Contents::Disk(Some(disk)) = &slot.contents
+            && let Some(kept) = &disk.kept
+        {
+            open_kept(&disk.id, kept, save, false)?;
+        }
+    }
+    Ok(())
+}
+
+/// Open a kept disk, and see that it is as it was saved; with `force`, only its size counts.
+fn open_kept(
+    id: &str,
+    kept: &KeptDisk,
+    save: &Path,
+    force: bool,
+) -> Result<(PathBuf, File), ChildError> {
+    let mut parts = Path::new(&kept.file).components();
+    let (Some(Component::Normal(_)), None) = (parts.next(), parts.next()) else {
+        return Err(ChildError::Name { id: id.into(), name: kept.file.clone() });
+    };
+    let path = save.join(&kept.file);
+    let failed = |source| ChildError::Kept { id: id.into(), path: path.clone(), source };
+    let file = open_regular(&path, File::options().read(true)).map_err(failed)?;
+    let (found, then) = (DiskMark::of(&file).map_err(failed)?, DiskMark::from(kept.mark));
+    let what = match () {
+        () if found.size != then.size => Some("it has another size"),
+        () if force => None,
+        () if found.mtime_ns != then.mtime_ns => {
+            Some("it has been written since, or lost its date")
+        }
+        // Where no attributes are kept now, there is nothing to compare.
+        () if found.generation.is_some() && found.generation != then.generation => {
+            Some("it has another mark")
+        }
+        () => None,
+    };
+    match what {
+        Some(what) => Err(ChildError::Changed { id: id.into(), path, what }),
+        None => Ok((path, file)),
+    }
+}
+
+/// Make `to` like `from`: of the same blocks, where the file system can share them, else a copy of them
+/// with the same holes.
+fn copy(from: &File, to: &File, size: u64, progress: &Progress) -> io::Result<()> {
+    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
+        progress.done.fetch_add(size, Ordering::Relaxed);
+        return Ok(());
+    }
+    to.set_len(size)?;
+    let mut buffer = vec![0; PIECE as usize];
+    let mut at = 0;
+    while at < size {
+        progress.check()?;
+        let data = data_after(from, at, size)?;
+        let length = PIECE.min(size - data);
+        let bytes = usize::try_from(length).ok().and_then(|length| buffer.get_mut(..length));
+        let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
+        from.read_exact_at(bytes, data)?;
+        let written = write_sparse(to, bytes, data)?;
+        progress.written.fetch_add(written, Ordering::Relaxed);
+        progress.done.fetch_add(data + length - at, Ordering::Relaxed);
+        at = data + length;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_names_no_file_outside_of_its_directory() {
+        let mark = state::device::Mark { generation: None, size: 0, mtime_ns: 0 };
+        for name in ["", ".", "..", "/etc/passwd", "../other/disk", "a/b"] {
+            let kept = KeptDisk { file: name.into(), mark };
+            let refused = open_kept("root", &kept, Path::new("/tmp"), true);
+            assert!(matches!(refused, Err(ChildError::Name { .. })), "{name:?}: {refused:?}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Saves that keep the guest's disks: from when on they are copied, and when that is given up.
+use std::sync::Arc;
+
+use machine::disk::{Disk, DiskCopy};
+use qmp::Error;
+
+use super::{Current, Failed, How, Phase, Saving};
+use crate::{bounds, vmm::Vmm};
+
+/// A copy in the making, and the disk's id.
+pub(super) type Named = (String, Arc<DiskCopy>);
+
+impl Saving {
+    /// Whether the disk `id` is being copied.
+    pub(crate) fn copies(&self, id: &str) -> bool {
+        let disks = self.current.as_ref().filter(|_| self.phase != Phase::Idle);
+        disks.is_some_and(|current| current.disks.iter().any(|(disk, _)| disk == id))
+    }
+
+    /// Whether disks are being copied.
+    pub(crate) fn keeps_disks(&self) -> bool {
+        self.phase != Phase::Idle && self.current.as_ref().is_some_and(|current| current.how.disks)
+    }
+
+    /// Let the guest write to its disks: nothing comes of the copies that are under way.
+    pub(super) fn abandon_disks(&self) {
+        let disks = self.current.iter().flat_map(|current| &current.disks);
+        disks.for_each(|(_, copy)| copy.abandon());
+    }
+}
+
+impl Vmm {
+    /// What is to be copied: all disks in slots that the guest can write to.
+    pub(super) fn copies_of_disks(&self) -> Result<Vec<Named>, Error> {
+        let disks = self.machine.writable_disks().map_err(|e| Error::generic(&e))?;
+        let copied = |(id, disk): (String, Arc<Disk>)| match disk.logical_block() {
+            512 => Ok((id, DiskCopy::new(disk))),
+            block => Err(Error::text(format!(
+                "disk '{id}' has blocks of {block} bytes, and what a save keeps is an image file with blocks \
+                 of 512: leave 'disks' out, and keep {} by other means",
+                disk.path().display()
+            ))),
+        };
+        disks.into_iter().map(copied).collect()
+    }
+
+    /// The disks are to be copied as they are now, while nothing is in flight.
+    pub(super) fn begin_disks(&mut self) -> Result<(), Failed> {
+        let Some(Current { disks, how: How { disks: true, .. }, .. }) = &self.saving.current else {
+            return Ok(());
+        };
+        let now = self.machine.writable_disks()?;
+        let same = |(id, copy): &Named, (now, disk): &(String, Arc<_>)| {
+            id == now && Arc::ptr_eq(copy.disk(), disk)
+        };
+        if disks.len() != now.len() || !disks.iter().zip(&now).all(|(then, now)| same(then, now)) {
+            return Err(Failed::Disks);
+        }
+        disks.iter().for_each(|(_, copy)| copy.begin());
+        Ok(())
+    }
+
+    /// Give up a save whose storage keeps the guest from writing to its disks.
+    pub(super) fn end_stalled_save(&mut self) {
+        let disks = self.saving.current.iter().flat_map(|current| &current.disks);
+        let stalled = |copy: &DiskCopy| copy.stalled().is_some_and(|time| time > bounds::DISK_COPY);
+        let Some((id, _)) = disks.clone().find(|(_, copy)| stalled(copy)) else { return };
+        let why = format!(
+            "disk '{id}' was not copied for {} seconds, while the guest waited to write to it: the storage \
+             of the save or of the disk is too slow, or hangs",
+            bounds::DISK_COPY.as_secs()
+        );
+        if let Some(current) = &mut self.saving.current {
+            log::error!("the save is given up: {why}");
+            current.failed.get_or_insert(why);
+        }
+        self.cancel_save();
+    }
+}
