@@ -10,9 +10,9 @@
 //! What a filter cannot see: the path that `openat` is given, and what an io_uring is asked for. A
 //! ring can open files and sockets, but neither start programs nor trace processes.
 mod calls;
+mod program;
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{self, Write},
     os::unix::fs::FileExt,
@@ -21,16 +21,13 @@ use std::{
 };
 
 use libc::{c_int, c_void, siginfo_t};
-use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter, SeccompRule};
+use seccompiler::BpfProgram;
 
 use crate::last_words;
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    /// It cannot be made for this architecture.
-    #[error("cannot make the system-call filter")]
-    Compile(#[from] BackendError),
     /// The handler of SIGSYS cannot be set.
     #[error("cannot watch for forbidden system calls")]
     Handler(#[source] io::Error),
@@ -47,11 +44,8 @@ static MEMORY: OnceLock<Option<File>> = OnceLock::new();
 pub struct Filter(BpfProgram);
 
 /// Make it. With `spawn`, another process may be handed what it is to start.
-///
-/// # Errors
-/// When there is none for this architecture.
-pub fn filter(spawn: bool) -> Result<Filter, SeccompError> {
-    Ok(Filter(compile(calls::allowed(spawn)?)?))
+pub fn filter(spawn: bool) -> Filter {
+    Filter(program::compile(&calls::allowed(spawn)))
 }
 
 /// Confine all threads, those that run and those to come, for good. A forbidden call is reported
@@ -79,7 +73,7 @@ pub fn confine(Filter(program): &Filter) -> Result<(), SeccompError> {
 /// # Errors
 /// When the host has no filters.
 pub fn confine_reader() -> Result<(), SeccompError> {
-    let program = compile(calls::reader()?)?;
+    let program = program::compile(&calls::reader());
     report_forbidden_calls()?;
     seccompiler::apply_filter(&program).map_err(SeccompError::Refused)
 }
@@ -88,11 +82,6 @@ fn report_forbidden_calls() -> Result<(), SeccompError> {
     MEMORY.get_or_init(|| File::open("/proc/self/mem").ok());
     vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
         .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))
-}
-
-fn compile(calls: BTreeMap<i64, Vec<SeccompRule>>) -> Result<BpfProgram, BackendError> {
-    let arch = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(calls, SeccompAction::Trap, SeccompAction::Allow, arch)?.try_into()
 }
 
 /// The handler of SIGSYS. Takes no lock and no memory, as [`last_words`].
@@ -136,8 +125,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_filter_can_be_made_for_this_architecture() {
-        // The kernel's limit: BPF_MAXINSNS.
-        assert!((1..4096).contains(&compile(calls::allowed(true).unwrap()).unwrap().len()));
+    fn the_kernel_takes_programs_of_this_length() {
+        let Filter(program) = filter(true);
+        assert!((1..program::MAX_LENGTH).contains(&program.len()), "{}", program.len());
     }
 }

@@ -11,12 +11,7 @@ use std::{
 
 use anyhow::Context;
 
-use crate::{
-    checkpoint::job::Checkpointer,
-    ending::End,
-    files::Files,
-    seccomp::{Filter, SeccompError},
-};
+use crate::{checkpoint::job::Checkpointer, ending::End, files::Files, seccomp::Filter};
 
 /// What the threads are reached by.
 pub struct Threads {
@@ -30,7 +25,7 @@ pub struct Threads {
     pub filter: Option<Filter>,
 }
 
-type Prepared = io::Result<Option<Result<Filter, SeccompError>>>;
+type Prepared = io::Result<Option<Filter>>;
 
 /// Threads that are being started.
 pub struct Starting {
@@ -48,7 +43,7 @@ impl Starting {
     /// When the host has no thread to give.
     pub fn begin(
         notify: &Arc<dyn Fn() + Send + Sync>,
-        filter: Option<impl FnOnce() -> Result<Filter, SeccompError> + Send + 'static>,
+        filter: Option<impl FnOnce() -> Filter + Send + 'static>,
     ) -> io::Result<Self> {
         let (checkpointer, save) = Checkpointer::new(notify.clone());
         let (files, serve) = Files::new(notify.clone());
@@ -71,11 +66,11 @@ impl Starting {
     /// Wait until all are there.
     ///
     /// # Errors
-    /// When the host has no thread to give, or the filter cannot be made.
+    /// When the host has no thread to give.
     pub fn finish(self) -> anyhow::Result<Threads> {
         let Self { checkpointer, files, end, prepared } = self;
         let filter = prepared.recv().context("a thread has ended before it began")?;
-        let filter = filter.context("cannot start a thread")?.transpose()?;
+        let filter = filter.context("cannot start a thread")?;
         Ok(Threads { checkpointer, files, end, filter })
     }
 }

@@ -213,7 +213,7 @@ const LOG: &str = "STRATOVIRT_TEST_LOG";
 fn commit(crime: &str) {
     let log = PathBuf::from(env::var_os(LOG).unwrap());
     vmm::logging::start(Some(&log)).unwrap();
-    vmm::seccomp::confine(&vmm::seccomp::filter(false).unwrap()).unwrap();
+    vmm::seccomp::confine(&vmm::seccomp::filter(false)).unwrap();
     match crime {
         "internet" => drop(UdpSocket::bind("127.0.0.1:0")),
         "deaf" => drop(signal_hook::flag::register(
@@ -244,7 +244,7 @@ fn again(test: &str, crime: &str, log: &Path) -> Output {
 fn threads_that_are_just_starting_go_on() {
     if env::var_os(CRIME).is_some() {
         let threads: Vec<_> = (0..64).map(|n| thread::spawn(move || n)).collect();
-        vmm::seccomp::confine(&vmm::seccomp::filter(false).unwrap()).unwrap();
+        vmm::seccomp::confine(&vmm::seccomp::filter(false)).unwrap();
         assert!(threads.into_iter().map(|t| t.join().unwrap()).eq(0..64));
         return;
     }

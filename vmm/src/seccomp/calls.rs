@@ -5,14 +5,10 @@
 //! there is no vDSO, `sched_getaffinity` before a second heap).
 //!
 //! Whoever adds a back-end, an ioctl or a thread that starts late looks here.
-use std::collections::BTreeMap;
-
 use libc::*;
 use machine::memory::fault;
-use seccompiler::{
-    BackendError, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition as Condition,
-    SeccompRule as Rule,
-};
+
+use super::program::{Calls, Rule, Test};
 
 /// Whatever the arguments.
 const CALLS: &[c_long] = &[
@@ -204,47 +200,52 @@ const FCNTLS: &[c_int] =
 
 /// System calls, and what their arguments must be: any one of the rules, or anything without rules.
 /// With `spawn`, also what hands a command to another process, which is not confined.
-pub fn allowed(spawn: bool) -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
-    let kvm =
-        KVM_NUMBERS.iter().map(|n| rule(1, Op::MaskedEq(0xffff), u16::from_be_bytes([KVM, *n])));
-    let ioctls = IOCTLS.iter().map(|request| rule(1, Op::Eq, *request as u32));
-    let fcntls = FCNTLS.iter().map(|command| rule(1, Op::Eq, command.cast_unsigned()));
-    let not_code = Op::MaskedEq(PROT_EXEC.cast_unsigned().into());
+pub fn allowed(spawn: bool) -> Calls {
+    let kvm = |n: &u8| rule(1, Test::Has(0xffff, u16::from_be_bytes([KVM, *n]).into()));
+    let ioctls = IOCTLS.iter().map(|request| is(1, *request as u32));
     let limited = [
-        (SYS_ioctl, kvm.chain(ioctls).collect::<Result<_, _>>()?),
-        (SYS_fcntl, fcntls.collect::<Result<_, _>>()?),
-        // Data never becomes code.
-        (SYS_mmap, vec![rule(2, not_code.clone(), 0u32)?]),
-        (SYS_mprotect, vec![rule(2, not_code, 0u32)?]),
-        // A thread that has just started.
-        // Names of threads.
-        (SYS_prctl, vec![rule(0, Op::Eq, PR_SET_NAME.cast_unsigned())?]),
+        (SYS_ioctl, KVM_NUMBERS.iter().map(kvm).chain(ioctls).collect()),
+        (SYS_fcntl, FCNTLS.iter().map(|command| is(1, command.cast_unsigned())).collect()),
+        // Names of threads that have just started.
+        (SYS_prctl, vec![is(0, PR_SET_NAME.cast_unsigned())]),
         // To ask for the number of an interface, and to save into.
-        (SYS_socket, vec![rule(0, Op::Eq, AF_UNIX.cast_unsigned())?]),
-        // The own vCPU threads, and itself to abort.
-        (SYS_tgkill, vec![rule(0, Op::Eq, std::process::id())?]),
-        (SYS_rt_sigaction, vec![rule(0, Op::Ne, SIGSYS.cast_unsigned())?]),
+        (SYS_socket, vec![is(0, AF_UNIX.cast_unsigned())]),
     ];
     let calls = CALLS.iter().chain(if spawn { SPAWN } else { &[] });
-    Ok(calls.map(|call| (*call, Vec::new())).chain(limited).collect())
+    calls.map(|call| (*call, Vec::new())).chain(limited).chain(common()).map(numbered).collect()
 }
 
 /// What the thread may do that reads what a peer sends.
-pub fn reader() -> Result<BTreeMap<c_long, Vec<Rule>>, BackendError> {
-    let not_code = Op::MaskedEq(PROT_EXEC.cast_unsigned().into());
-    let limited = [
-        (SYS_mmap, vec![rule(2, not_code.clone(), 0u32)?]),
-        (SYS_mprotect, vec![rule(2, not_code, 0u32)?]),
-        // What the standard library asks of a descriptor before it closes it, when it checks itself.
-        (SYS_fcntl, vec![rule(1, Op::Eq, F_GETFD.cast_unsigned())?]),
-        // To abort.
-        (SYS_tgkill, vec![rule(0, Op::Eq, std::process::id())?]),
-        (SYS_rt_sigaction, vec![rule(0, Op::Ne, SIGSYS.cast_unsigned())?]),
-    ];
-    Ok(READER.iter().map(|call| (*call, Vec::new())).chain(limited).collect())
+pub fn reader() -> Calls {
+    // What the standard library asks of a descriptor before it closes it, when it checks itself.
+    let limited = [(SYS_fcntl, vec![is(1, F_GETFD.cast_unsigned())])];
+    let calls = READER.iter().map(|call| (*call, Vec::new()));
+    calls.chain(limited).chain(common()).map(numbered).collect()
 }
 
-/// That `argument`, of which the kernel takes 32 bits here, relates to `value` so.
-fn rule(argument: u8, how: Op, value: impl Into<u64>) -> Result<Rule, BackendError> {
-    Rule::new(vec![Condition::new(argument, Len::Dword, how, value.into())?])
+/// What every thread may do.
+fn common() -> impl Iterator<Item = (c_long, Vec<Rule>)> {
+    let not_code = || vec![rule(2, Test::Has(PROT_EXEC.cast_unsigned(), 0))];
+    let common = [
+        // Data never becomes code.
+        (SYS_mmap, not_code()),
+        (SYS_mprotect, not_code()),
+        // The own vCPU threads, and itself to abort.
+        (SYS_tgkill, vec![is(0, std::process::id())]),
+        (SYS_rt_sigaction, vec![rule(0, Test::IsNot(SIGSYS.cast_unsigned()))]),
+    ];
+    common.into_iter()
+}
+
+fn is(argument: u8, value: u32) -> Rule {
+    rule(argument, Test::Is(value))
+}
+
+fn rule(argument: u8, test: Test) -> Rule {
+    Rule { argument, test }
+}
+
+/// Numbers of system calls have 32 bits (linux/seccomp.h).
+fn numbered((call, rules): (c_long, Vec<Rule>)) -> (u32, Vec<Rule>) {
+    (u32::try_from(call).unwrap_or(u32::MAX), rules)
 }
