@@ -8,6 +8,8 @@ mod devices;
 mod examples;
 #[path = "linux/life.rs"]
 mod life;
+#[path = "linux/matrix.rs"]
+mod matrix;
 #[path = "linux/plugged.rs"]
 mod plugged;
 #[path = "linux/snapshot.rs"]
@@ -53,6 +55,9 @@ const STORIES: &[(&str, Tell)] = &[
     }),
     ("a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, SMALL)),
     ("a_guest_is_saved_at_any_moment_of_its_boot", |story| snapshot::any_moment(story, SMALL, 4)),
+    ("the_guest_makes_a_file_system_on_a_plugged_disk", |story| {
+        plugged::made_by_the_guest(story, SMALL)
+    }),
 ];
 
 /// Told by a given kernel on this machine's own KVM, which does not run Debian's.
@@ -65,6 +70,15 @@ const NATIVELY: &[(&str, Tell)] = &[
         snapshot::any_moment(story, NATIVE, 50)
     }),
     ("natively_disks_come_and_go_through_every_kind_of_save", plugged::slots),
+    ("natively_slots_change_in_sixty_ways_while_it_runs", |story| {
+        matrix::whole(story, NATIVE, false)
+    }),
+    ("natively_slots_change_in_sixty_ways_while_stopped", |story| {
+        matrix::whole(story, NATIVE, true)
+    }),
+    ("natively_the_guest_makes_a_file_system_on_a_plugged_disk", |story| {
+        plugged::made_by_the_guest(story, NATIVE)
+    }),
     // Debian's kernel takes no virtio-mmio devices from its command line.
     ("natively_virtio_works_without_acpi", boot::virtio_without_acpi),
 ];

@@ -25,6 +25,19 @@ use ::state::{device as saved, hex::HexBytes};
 
 type Uart = vm_superio::Serial<Line, Room, CharSink>;
 
+/// Interrupt enable register, and its bit for received data; the divisor's upper half in its place while
+/// [`LCR_DLAB`] is set.
+const IER: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+/// Interrupt identification register: no interrupt, and in its place that there is data.
+const IIR: u8 = 2;
+const IIR_NONE: u8 = 1;
+const IIR_RECEIVED: u8 = 4;
+const LCR: u8 = 3;
+const LCR_DLAB: u8 = 0x80;
+/// Line status register: there is data.
+const LSR: u8 = 5;
+const LSR_READY: u8 = 1;
 /// Modem control register: where the loop-back bit is.
 const MCR: u64 = 4;
 const MCR_LOOP: u8 = 0x10;
@@ -90,7 +103,7 @@ impl BusDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let mut uart = self.uart.lock();
         for (port, byte) in (offset..=u64::MAX).zip(data) {
-            *byte = u8::try_from(port).map_or(0xff, |port| uart.read(port));
+            *byte = u8::try_from(port).map_or(0xff, |port| read(&mut uart, port));
         }
     }
 
@@ -106,6 +119,22 @@ impl BusDevice for Serial {
                 self.room.in_buffer_empty();
             }
         }
+    }
+}
+
+/// Read a register. The model takes an interrupt for received data back with the first byte that is read;
+/// in a real port it lasts as long as there is data. A driver that takes so many bytes at a time and no more
+/// finds out by that, and would leave the others where they are.
+fn read(uart: &mut Uart, port: u8) -> u8 {
+    let byte = uart.read(port);
+    let announced = |uart: &mut Uart| {
+        uart.read(LCR) & LCR_DLAB == 0
+            && uart.read(IER) & IER_RECEIVED != 0
+            && uart.read(LSR) & LSR_READY != 0
+    };
+    match port {
+        IIR if byte & IIR_NONE != 0 && announced(uart) => byte & !IIR_NONE | IIR_RECEIVED,
+        _ => byte,
     }
 }
 

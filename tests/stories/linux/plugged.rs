@@ -1,15 +1,18 @@
 //! Disks that come, grow and go under a Linux guest, through every way of saving it and of restoring it.
 //! Linux takes every feature that a slot offers, and checks what it reads by its file system.
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::agent::Story;
-use stories::archive::{check_ext4, make_ext4};
+use stories::archive::{check_ext4, make_ext4, place};
 use stories::monitor::{Monitor, Vm};
+
+use crate::snapshot::Shape;
 
 /// How the guest is saved, and what `-incoming` says behind the path.
 const WAYS: [(&str, &str); 10] = [
@@ -26,8 +29,16 @@ const WAYS: [(&str, &str); 10] = [
 ];
 
 fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
+    plug_with(qmp, id, image, addr, &json!({ "discard": "ignore" }))
+}
+
+/// Plugs a disk into a slot, with more members of `blockdev-add`.
+pub fn plug_with(qmp: &mut Client, id: &str, image: &Path, addr: &str, more: &Value) -> Result<()> {
     let file = json!({ "driver": "file", "filename": image });
-    let how = json!({ "node-name": id, "file": file, "discard": "ignore", "driver": "raw" });
+    let mut how = json!({ "node-name": id, "file": file, "driver": "raw" });
+    if let (Some(how), Some(more)) = (how.as_object_mut(), more.as_object()) {
+        how.extend(more.clone());
+    }
     qmp.execute_raw("blockdev-add", how)?;
     let device = json!({ "id": id, "driver": "virtio-blk-mmio", "addr": addr });
     qmp.execute_raw("device_add", device)?;
@@ -68,9 +79,74 @@ fn save(qmp: &mut Client, directory: &Path, way: &str) -> Result<String> {
 const HOLDS: &str = "for f in /mnt/*; do [ $f = /mnt/lost+found ] || seq 1 20000 | cmp - $f; done";
 
 /// The guest has a disk of that many sectors.
-fn sees(guest: &mut Monitor, disk: &str, sectors: u64) -> Result<()> {
+pub fn sees(guest: &mut Monitor, disk: &str, sectors: u64) -> Result<()> {
     let size = format!("/sys/block/{disk}/size");
     guest.sh(&format!("until [ $(cat {size}) = {sectors} ]; do usleep 10000; done")).map(drop)
+}
+
+/// The file system holds what it should, `file` can be written to it, and its free blocks be given back.
+pub fn holds(guest: &mut Monitor, file: &str) -> Result<()> {
+    guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
+    guest.sh(HOLDS)?;
+    guest.sh(&format!("seq 1 20000 > /mnt/{file} && sync && fstrim /mnt"))?;
+    is_quiet(guest)
+}
+
+/// The kernel has met no error.
+fn is_quiet(guest: &mut Monitor) -> Result<()> {
+    let log = guest.sh("dmesg | grep -E 'I/O error|critical|EXT4-fs error|BUG:|Oops' || true")?;
+    ensure!(log.is_empty(), "the kernel says\n{log}");
+    Ok(())
+}
+
+/// A disk for a guest with `mke2fs` and what that needs, all in one directory.
+fn tools(story: &Story) -> Result<PathBuf> {
+    let (tree, image) = (story.dir.join("tools"), story.dir.join("tools.img"));
+    for file in story.debian.program_files("sbin/mke2fs")? {
+        let name = file.file_name().context("a file without a name")?;
+        place(&fs::canonicalize(&file)?, &tree.join(name))?;
+    }
+    make_ext4(&story.debian, &image, 32 << 20, Some(&tree))?;
+    Ok(image)
+}
+
+/// A slot that was empty offers everything to Linux, whatever comes into it; `mke2fs` then asks for all of the
+/// disk to be discarded.
+pub fn made_by_the_guest(story: &Story, shape: Shape) -> Result<()> {
+    let tools = tools(story)?;
+    let mut guest = shape.vm(story)?.start(&story.paths, &story.dir)?;
+    guest.wait_ready()?;
+    let mut qmp = guest.qmp()?;
+    plug_with(&mut qmp, "tools", &tools, "0", &json!({ "read-only": true }))?;
+    sees(&mut guest, "vda", (32 << 20) / 512)?;
+    guest.sh("mkdir /tools && mount -o ro /dev/vda /tools")?;
+    for (number, (discard, direct)) in
+        [("unmap", true), ("ignore", true), ("unmap", false), ("ignore", false)].iter().enumerate()
+    {
+        let (id, size) = (format!("disk{number}"), 32 << 20);
+        let image = story.dir.join(format!("{id}.img"));
+        // Nothing of it is a hole.
+        fs::write(&image, vec![0x5a; size])?;
+        let how = json!({ "discard": discard, "cache": { "direct": direct } });
+        plug_with(&mut qmp, &id, &image, "1", &how)?;
+        sees(&mut guest, "vdb", size as u64 / 512)?;
+        let name = format!("discard={discard}, direct={direct}");
+        let mke2fs = "/tools/ld-linux-x86-64.so.2 --library-path /tools /tools/mke2fs";
+        guest.sh(&format!("{mke2fs} -q -F -t ext4 -E discard,lazy_itable_init=0 /dev/vdb"))?;
+        guest.sh("mount -o discard /dev/vdb /mnt")?;
+        holds(&mut guest, "written").with_context(|| name.clone())?;
+        holds(&mut guest, "written2").with_context(|| name.clone())?;
+        guest.sh("umount /mnt")?;
+        qmp.execute_raw("device_del", json!({ "id": id }))?;
+        sees(&mut guest, "vdb", 0)?;
+        is_quiet(&mut guest).with_context(|| name.clone())?;
+        check_ext4(&story.debian, &image, false).with_context(|| name.clone())?;
+        // What the guest discards is given back to the host, or is not.
+        let blocks = fs::metadata(&image)?.blocks() * 512;
+        let given_back = blocks < size as u64 / 2;
+        ensure!(given_back == (*discard == "unmap"), "{name}: {blocks} bytes of {size} are used");
+    }
+    Ok(())
 }
 
 pub fn slots(story: &Story) -> Result<()> {
@@ -108,15 +184,7 @@ pub fn slots(story: &Story) -> Result<()> {
         guest = Vm::described(json!({})).args(&args).start(&story.paths, &dir)?;
         qmp = guest.qmp().with_context(|| name.clone())?;
         qmp.execute_raw("cont", json!({}))?;
-        let holds = |guest: &mut Monitor| -> Result<()> {
-            guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
-            guest.sh(HOLDS)?;
-            guest.sh(&format!("seq 1 20000 > /mnt/after{number} && sync && fstrim /mnt"))?;
-            let log = guest.sh("dmesg | grep -E 'I/O error|EXT4-fs error|BUG:|Oops' || true")?;
-            ensure!(log.is_empty(), "the kernel says\n{log}");
-            Ok(())
-        };
-        holds(&mut guest).with_context(|| name.clone())?;
+        holds(&mut guest, &format!("after{number}")).with_context(|| name.clone())?;
         if number > 0 {
             sees(&mut guest, "vdc", (2 << 20) / 512).with_context(|| name)?;
             qmp.execute_raw("device_del", json!({ "id": id }))?;

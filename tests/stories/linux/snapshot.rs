@@ -48,7 +48,8 @@ const BAD: &str = "soft lockup|BUG:|Oops|Call Trace|I/O error|EXT4-fs error|dete
                    blocked for more than|clocksource: Marking|NETDEV WATCHDOG";
 
 impl Shape {
-    fn vm(self, story: &Story) -> Result<Vm> {
+    /// The machine.
+    pub fn vm(self, story: &Story) -> Result<Vm> {
         let vm = match self.native {
             true => Vm::native(&story.paths)?,
             false => Vm::linux(&story.paths, Kernel::Elf),

@@ -246,3 +246,60 @@ pub struct Greeted {
     /// What the guest has been promised, if the source says so beforehand.
     pub cpu: Option<Cpu>,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// How a source fares whose `Go` is taken or not, and which then hears this.
+    fn gone(taken: bool, says: impl FnOnce(Voice)) -> Result<(), SaveError> {
+        let (near, far) = UnixStream::pair().unwrap();
+        says(Voice::new(far.into()).unwrap());
+        let answers = Answers::new(near.into(), Cancel::new().unwrap());
+        let say = move |kind| match (kind, taken) {
+            (Kind::Go, true) => Ok(()),
+            _ => Err(io::Error::from(io::ErrorKind::BrokenPipe)),
+        };
+        HandOver { say: Box::new(say), answers }.go()
+    }
+
+    #[test]
+    fn only_a_word_gives_the_machine_back_whether_go_has_arrived_or_not() {
+        for taken in [true, false] {
+            let refused = gone(taken, |voice| voice.fail(Kind::Failed, "too late"));
+            assert!(
+                matches!(&refused, Err(SaveError::Refused { why }) if why == "too late"),
+                "{refused:?}"
+            );
+            let dropped = gone(taken, drop);
+            assert!(matches!(dropped, Err(SaveError::Refused { .. })), "{dropped:?}");
+            gone(taken, Voice::settle).unwrap();
+            // Killed, or of another mind.
+            let silent = gone(taken, |mut voice| voice.0 = None);
+            assert!(matches!(silent, Err(SaveError::Unknown { .. })), "{silent:?}");
+            let strange = gone(taken, |mut voice| voice.say(Kind::Accept, "").unwrap());
+            assert!(matches!(strange, Err(SaveError::Unknown { .. })), "{strange:?}");
+        }
+    }
+
+    #[test]
+    fn a_greeting_says_what_the_cpu_promises_or_does_not() {
+        let cpu = Cpu { cpuid: Vec::new() };
+        for cpu in [None, Some(&cpu)] {
+            let hello = Hello::new(&7.into(), "vm", cpu).unwrap();
+            let mut to = Writer::begin(Vec::new()).unwrap();
+            to.frame(Kind::Hello, &[&serde_json::to_vec(&hello).unwrap()]).unwrap();
+            let bytes = to.into_inner();
+            let found = greeted(&mut Frames::begin(&*bytes).unwrap()).unwrap().unwrap();
+            assert_eq!(found.cpu.as_ref(), cpu);
+        }
+        for wrong in [&br#"{"versions":[3,3],"id":"00","domain":""}"#[..], b"[]", &[b' '; 70_000]] {
+            let mut to = Writer::begin(Vec::new()).unwrap();
+            to.frame(Kind::Hello, &[wrong]).unwrap();
+            let bytes = to.into_inner();
+            assert!(greeted(&mut Frames::begin(&*bytes).unwrap()).is_err());
+        }
+    }
+}

@@ -9,8 +9,9 @@ use super::*;
 use crate::testing::InlineThread;
 
 const DATA: u64 = 0;
-const IER: u64 = 1;
-const LSR: u64 = 5;
+const IER: u64 = super::IER as u64;
+const IIR: u64 = super::IIR as u64;
+const LSR: u64 = super::LSR as u64;
 
 struct Bench {
     serial: Serial,
@@ -80,6 +81,37 @@ fn more_input_than_the_fifo_holds_waits_for_room() {
     let typed: Vec<u8> = (0..=255).cycle().take(10_000).collect();
     b.terminal.write_all(&typed).unwrap();
     assert_eq!(b.take_input(), typed);
+}
+
+/// Linux takes at most 256 bytes at a time (`serial8250_rx_chars`), and then looks whether the port still
+/// asks for it. Input comes while it does so, and not only when the FIFO is empty.
+#[test]
+fn what_a_driver_leaves_in_the_fifo_is_still_announced() {
+    const TYPED: usize = 266;
+    let mut b = bench();
+    b.serial.write(IER, &[1]);
+    b.terminal.write_all(&[b'x'; 64]).unwrap();
+    b.thread.settle();
+    assert!(b.interrupted());
+    assert_eq!(b.read(IIR) & 1, 0);
+    for taken in 0..256 {
+        if taken == 10 {
+            b.terminal.write_all(&[b'y'; TYPED - 64]).unwrap();
+        }
+        b.thread.settle();
+        assert_eq!(b.read(LSR) & 1, 1, "{taken}");
+        b.read(DATA);
+    }
+    assert_eq!(b.read(LSR) & 1, 1, "some are left");
+    assert_eq!(b.read(IIR) & 0xf, 4, "received data is available");
+    assert_eq!(b.take_input().len(), TYPED - 256);
+    assert_eq!(b.read(IIR) & 1, 1, "there is nothing more");
+
+    // Not to a driver that does not want to know.
+    b.serial.write(IER, &[0]);
+    b.terminal.write_all(b"x").unwrap();
+    b.thread.settle();
+    assert_eq!(b.read(IIR) & 1, 1);
 }
 
 #[test]
