@@ -55,6 +55,12 @@ const STORIES: &[(&str, Tell)] = &[
     }),
     ("a_busy_guest_is_saved_while_it_runs_on", |story| snapshot::live(story, SMALL)),
     ("a_guest_is_saved_at_any_moment_of_its_boot", |story| snapshot::any_moment(story, SMALL, 4)),
+    ("slots_change_in_six_of_sixty_ways_while_it_runs", |story| {
+        matrix::sample(story, SMALL, false, 6)
+    }),
+    ("slots_change_in_six_of_sixty_ways_while_stopped", |story| {
+        matrix::sample(story, SMALL, true, 6)
+    }),
     ("the_guest_makes_a_file_system_on_a_plugged_disk", |story| {
         plugged::made_by_the_guest(story, SMALL)
     }),

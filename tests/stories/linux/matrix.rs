@@ -5,6 +5,7 @@
 //! One guest goes through all of it: each restored machine is the next one's beginning.
 use std::fmt;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -15,6 +16,7 @@ use stories::agent::Story;
 use stories::archive::{check_ext4, make_ext4};
 use stories::monitor::{Monitor, Vm};
 use stories::net::Tap;
+use stories::paths::SEED;
 
 use crate::plugged::{holds, plug_with, sees};
 use crate::snapshot::Shape;
@@ -335,4 +337,18 @@ pub fn whole(story: &Story, shape: Shape, stopped: bool) -> Result<()> {
     let cells: Vec<_> = cells().into_iter().filter(|cell| cell.stopped == stopped).collect();
     ensure!(cells.len() == 60, "{}", cells.len());
     go(story, shape, &cells)
+}
+
+/// `number` of these, others each time.
+pub fn sample(story: &Story, shape: Shape, stopped: bool, number: usize) -> Result<()> {
+    let seed = match std::env::var(SEED) {
+        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is no number"))?,
+        Err(_) => RandomState::new().hash_one(0),
+    };
+    println!("{SEED}={seed}: {number} of sixty ways");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut cells: Vec<_> = cells().into_iter().filter(|cell| cell.stopped == stopped).collect();
+    random.shuffle(&mut cells);
+    cells.truncate(number);
+    go(story, shape, &cells).with_context(|| format!("{SEED}={seed}"))
 }
