@@ -159,19 +159,17 @@ impl DiskCopy {
                 None => return Ok(Made::Copied),
             };
             let length = range.end - range.start;
-            let written = if hole {
-                self.copied(&range);
-                0
+            let (done, written) = if hole {
+                (self.copied(&range), 0)
             } else {
                 let bytes =
                     usize::try_from(length).ok().and_then(|length| buffer.get_mut(..length));
                 let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
                 self.disk.file.read_exact_at(bytes, range.start)?;
                 // What it replaces lies here now: the change need not wait for the other file.
-                self.copied(&range);
-                write_sparse(to, bytes, range.start)?
+                (self.copied(&range), write_sparse(to, bytes, range.start)?)
             };
-            progress(Step { done: length, written })?;
+            progress(Step { done, written })?;
         }
     }
 
@@ -184,15 +182,17 @@ impl DiskCopy {
         }
     }
 
-    fn copied(&self, range: &Range<u64>) {
+    /// `range` is in the copy; how many bytes of it were not before.
+    fn copied(&self, range: &Range<u64>) -> u64 {
         let mut state = self.state.lock();
         let State { phase, waiting, .. } = &mut *state;
-        if let Phase::Copying(clusters) = phase {
-            if clusters.copied(range) {
-                self.waker.wake();
-            }
-            *waiting = (!clusters.wanted.is_empty()).then(Instant::now);
+        let Phase::Copying(clusters) = phase else { return 0 };
+        let (new, released) = clusters.copied(range);
+        if released {
+            self.waker.wake();
         }
+        *waiting = (!clusters.wanted.is_empty()).then(Instant::now);
+        new
     }
 
     /// Let all changes pass: nothing comes of the copy unless it is complete.
@@ -317,12 +317,17 @@ impl Clusters {
         true
     }
 
-    /// `bytes` are in the copy. Whether nothing is missing any more for some of the changes that wait.
-    fn copied(&mut self, bytes: &Range<u64>) -> bool {
+    /// `bytes` are in the copy. How many were not before, as a hole may have such in it; and whether
+    /// nothing is missing any more for some of the changes that wait.
+    fn copied(&mut self, bytes: &Range<u64>) -> (u64, bool) {
+        let mut new = 0;
         for cluster in self.touched(bytes) {
-            let word = usize::try_from(cluster / 64).ok();
-            if let Some(word) = word.and_then(|at| self.copied.get_mut(at)) {
-                *word |= 1 << (cluster % 64);
+            let (word, bit) = (usize::try_from(cluster / 64).ok(), 1 << (cluster % 64));
+            if let Some(word) = word.and_then(|at| self.copied.get_mut(at))
+                && *word & bit == 0
+            {
+                *word |= bit;
+                new += CLUSTER.min(self.size - cluster * CLUSTER);
             }
         }
         let before = self.wanted.len();
@@ -332,7 +337,7 @@ impl Clusters {
             !range.is_empty()
         });
         self.wanted = wanted;
-        self.wanted.len() < before
+        (new, self.wanted.len() < before)
     }
 
     fn next(&mut self, image: &File) -> io::Result<Option<Next>> {
