@@ -196,10 +196,6 @@ impl<'a> Stage<'a> {
         let place = file_system.as_ref().unwrap_or(&dir);
         let target = place.join("saved");
         let disks: Vec<_> = (0..disks).map(|disk| place.join(format!("disk{disk}"))).collect();
-        let bytes = if file_system.is_some() { 1 << 20 } else { DISK };
-        for disk in &disks {
-            fs::File::create(disk)?.set_len(bytes)?;
-        }
         match hold {
             Hold::Fifo => {
                 let mode = Mode::RUSR | Mode::WUSR;
@@ -213,6 +209,13 @@ impl<'a> Stage<'a> {
 
     /// Starts a machine, holds what is to be held, and asks.
     fn ask(&self, questions: &[Question]) -> Result<()> {
+        // Other files each time: the kernel ends a killed process's io_uring when it gets to it, and the
+        // locks on its disks last until then.
+        for disk in &self.disks {
+            let _ = fs::remove_file(disk);
+            let bytes = if self.file_system.is_some() { 1 << 20 } else { DISK };
+            fs::File::create(disk)?.set_len(bytes)?;
+        }
         let mut run = Run::launch(self.found, &self.rig.dir, |socket| self.command(socket))?;
         drop(run.connect()?);
         match self.hold {
