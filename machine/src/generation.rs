@@ -3,8 +3,7 @@
 //! from the same one do not hand out the same random numbers. A reset keeps them.
 use std::{fmt, io};
 
-use devices::Memory;
-use rustix::rand::{GetRandomFlags, getrandom};
+use devices::{Memory, random};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{boot::BootError, layout};
@@ -19,11 +18,7 @@ impl GenerationId {
     /// # Errors
     /// When the host has no random numbers to give.
     pub(crate) fn random() -> io::Result<Self> {
-        let mut bytes = [0; 16];
-        let mut filled = 0;
-        while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            filled += getrandom(rest, GetRandomFlags::empty())?;
-        }
+        let mut bytes: [u8; 16] = random::bytes()?;
         bytes[6] = bytes[6] & 0x0f | 0x40;
         bytes[8] = bytes[8] & 0x3f | 0x80;
         Ok(Self(bytes))

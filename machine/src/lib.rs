@@ -28,6 +28,7 @@ pub use builder::{BuildError, Saved};
 pub use devices::{
     Memory, PowerEvent,
     backend::{disk, file::open_regular, inherited, release, writer},
+    random,
 };
 pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Event, Report, Told};

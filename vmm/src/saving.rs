@@ -225,7 +225,7 @@ impl Vmm {
         };
         self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
         let (memory, size) = (self.machine.memory().clone(), self.machine.config().memory.size);
-        let id = new_id();
+        let id = new_id().map_err(|e| Error::generic(&e))?;
         let disks = match how.disks {
             true => self.copies_of_disks()?,
             false => Vec::new(),

@@ -18,6 +18,7 @@
 //! it is then, and so does that of a guest that has changed too much to be copied aside: the thread
 //! says `Copied` when the guest may run again.
 use std::{
+    io,
     ops::Range,
     sync::{
         Arc,
@@ -33,6 +34,7 @@ use machine::{
         image,
         staging::{self, Staging},
     },
+    random,
 };
 
 use state::Config;
@@ -386,12 +388,11 @@ impl Job {
 }
 
 /// A number that no other state has.
-pub fn new_id() -> u128 {
-    use std::hash::{BuildHasher, RandomState};
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let now = now.unwrap_or_default().as_nanos();
-    let random = |n: u8| u128::from(RandomState::new().hash_one((n, now, std::process::id())));
-    random(0) << 64 | random(1)
+///
+/// # Errors
+/// When the host has no random numbers to give.
+pub fn new_id() -> io::Result<u128> {
+    random::bytes().map(u128::from_be_bytes)
 }
 
 #[cfg(test)]

@@ -27,13 +27,10 @@ use std::{
 
 use io_uring::{IoUring, opcode, squeue, types};
 use parking_lot::Mutex;
-use rustix::{
-    fs::XattrFlags,
-    io::Errno,
-    rand::{GetRandomFlags, getrandom},
-};
+use rustix::{fs::XattrFlags, io::Errno};
 
 use super::{Change, Observer, Verdict, Waker};
+use crate::random;
 
 /// The extended attribute.
 pub const ATTRIBUTE: &CStr = c"user.stratovirt.generation";
@@ -91,13 +88,8 @@ pub fn write(file: &File, generation: u128) -> io::Result<()> {
     Ok(rustix::fs::fsetxattr(file, ATTRIBUTE, &value, XattrFlags::empty())?)
 }
 
-fn random() -> io::Result<u128> {
-    let mut bytes = [0; 16];
-    let mut filled = 0;
-    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        filled += getrandom(rest, GetRandomFlags::empty())?;
-    }
-    Ok(u128::from_be_bytes(bytes))
+fn new() -> io::Result<u128> {
+    Ok(u128::from_be_bytes(random::bytes()?))
 }
 
 /// The generation of an open image.
@@ -135,7 +127,7 @@ impl Generation {
         let current = match read(file)? {
             Some(current) => current,
             None => {
-                let first = random()?;
+                let first = new()?;
                 write(file, first)?;
                 first
             }
@@ -159,7 +151,7 @@ impl Generation {
 
     /// Begin to give the image another generation; `None` when it is durable already.
     fn begin(&self, state: &mut State) -> io::Result<Option<Box<Job>>> {
-        let next = random()?;
+        let next = new()?;
         let job = match state.io_uring {
             true => Job::begin(&self.file, &self.waker, next)?,
             false => None,

@@ -14,11 +14,7 @@ mod tests;
 mod tx;
 mod worker;
 
-use std::{
-    hash::{BuildHasher, Hasher, RandomState},
-    io,
-    sync::Arc,
-};
+use std::{io, sync::Arc};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ,
@@ -37,6 +33,7 @@ use crate::{
     Device,
     backend::net::{NetBackend, Offloads, tap::Tap},
     log_limit::log_seldom,
+    random,
     state::{self, Section, StateError},
     worker::Home,
 };
@@ -95,6 +92,9 @@ pub enum PlugError {
          or later on the host"
     )]
     NoUso,
+    /// The host has no random numbers for a MAC address.
+    #[error("the host has no random numbers to make up a MAC address: give one with mac=")]
+    NoAddress,
     /// The I/O thread is gone.
     #[error("the device's I/O thread does not take it")]
     Thread,
@@ -141,7 +141,7 @@ impl<B: NetBackend> Net<B> {
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let mut net = Self {
             id: id.into(),
-            mac: settings.mac.unwrap_or_else(made_up_mac),
+            mac: settings.mac.map_or_else(made_up_mac, Ok)?,
             settings,
             link: true,
             backend: None,
@@ -268,10 +268,10 @@ impl<B: NetBackend> Net<B> {
 }
 
 /// An address that no vendor has, unlike any other's.
-fn made_up_mac() -> [u8; 6] {
-    let [_, _, mut mac @ ..] = RandomState::new().build_hasher().finish().to_be_bytes();
+fn made_up_mac() -> Result<[u8; 6], PlugError> {
+    let mut mac: [u8; 6] = random::bytes().map_err(|_| PlugError::NoAddress)?;
     mac[0] = mac[0] & !0x01 | 0x02;
-    mac
+    Ok(mac)
 }
 
 impl<B: NetBackend> Device for Net<B> {
