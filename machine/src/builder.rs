@@ -171,11 +171,15 @@ impl Machine {
         let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
         let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
 
+        let small = matches!(begin, Begin::Boot) && is_small(config);
         let (kvm, fd, memory, seen, Held(held)) = match begin {
             Begin::Boot => {
                 let kvm = kvm::open()?;
                 check_count(&kvm, config.cpus)?;
-                let memory = memory::allocate(&config.memory)?;
+                let memory = match small {
+                    true => memory::allocate_for_little(&config.memory)?,
+                    false => memory::allocate(&config.memory)?,
+                };
                 let fd = kvm::create_vm(&kvm)?;
                 (kvm, fd, memory, None, Held(true))
             }
@@ -210,6 +214,9 @@ impl Machine {
             (fds.join(), parts)
         });
         let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
+        if small {
+            memory::populate(&memory, &config.memory)?;
+        }
         let (Parts { legacy, slots, buses, chardevs, outputs, plugged }, boot) = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
@@ -255,6 +262,13 @@ impl Machine {
             disks_released: !held,
         })
     }
+}
+
+/// Whether the guest's image is smaller than a huge page.
+fn is_small(config: &MachineConfig) -> bool {
+    let MachineConfig { memory, boot, .. } = config;
+    let small = |path: &PathBuf| path.metadata().is_ok_and(|f| f.len() < memory::HUGE_PAGE);
+    !memory.prealloc && small(&boot.kernel) && boot.initrd.as_ref().is_none_or(small)
 }
 
 fn check_count(kvm: &Kvm, cpus: u8) -> Result<(), KvmError> {

@@ -5,6 +5,7 @@ use std::{
     ffi::CString,
     fs::{File, OpenOptions},
     io,
+    ops::Range,
     os::{
         fd::FromRawFd,
         unix::{
@@ -73,12 +74,26 @@ pub fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
+/// Bytes of a huge page, the larger of the two sizes that memory comes in by itself.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
 /// Get guest memory as `config` asks.
 ///
 /// # Errors
 /// When the host has not got it. More than is available is refused here, loudly, rather than by
 /// the kernel's out-of-memory killer later.
 pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
+    let memory = allocate_for_little(config)?;
+    populate(&memory, config)?;
+    Ok(memory)
+}
+
+/// As [`allocate`], but what is written comes in small pages, until [`populate`]: a guest whose image is
+/// smaller than a huge page would have two or three of those zeroed at each start and never fill them.
+///
+/// # Errors
+/// As [`allocate`].
+pub(crate) fn allocate_for_little(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     if config.path.is_none()
         && let Some(available) = available()
         && config.size > available
@@ -130,7 +145,9 @@ fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
             Some(path) => grow_error(path, config.size)(io::Error::other(e)),
             None => map_error(io::Error::other(e)),
         })?;
-        advise(&region, config, mib)?;
+        if !config.dump {
+            advise(&region, 0..region.size(), libc::MADV_DONTDUMP);
+        }
         regions.push(GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout)?);
         offset += len;
     }
@@ -164,9 +181,11 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
         } else if unsafe { libc::madvise(address, size, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        advise(region, config, config.size >> 20).map_err(io::Error::other)?;
+        if !config.dump {
+            advise(region, 0..region.size(), libc::MADV_DONTDUMP);
+        }
     }
-    Ok(())
+    populate(memory, config).map_err(io::Error::other)
 }
 
 /// Leave the file that a machine's memory was in as it was found, empty: another machine may use it.
@@ -185,27 +204,33 @@ pub fn size(memory: &Memory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-fn advise(
-    region: &MmapRegion<AtomicBitmap>,
-    config: &MemoryConfig,
-    mib: u64,
-) -> Result<(), MemoryError> {
-    let give = |advice| {
-        // SAFETY: the range is this region's own mapping, and none of these advices changes its
-        // contents.
-        unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) }
-    };
-    if config.path.is_none() {
-        // Fewer, larger page faults; a host without transparent huge pages says EINVAL.
-        give(libc::MADV_HUGEPAGE);
-    }
-    if !config.dump {
-        give(libc::MADV_DONTDUMP);
-    }
-    if config.prealloc && give(libc::MADV_POPULATE_WRITE) != 0 {
-        return Err(MemoryError::Map { mib, source: io::Error::last_os_error() });
+/// Have what is written to `memory` from now on come in huge pages, and be there already if it is to be.
+///
+/// # Errors
+/// When the host does not give what is to be there.
+pub(crate) fn populate(memory: &Memory, config: &MemoryConfig) -> Result<(), MemoryError> {
+    for region in memory.iter() {
+        if config.path.is_none() {
+            // Fewer, larger page faults; a host without transparent huge pages says EINVAL. The first
+            // page holds tables, and little of a guest.
+            let low = if region.start_addr().0 == 0 { HUGE_PAGE as usize } else { 0 };
+            advise(region, low..region.size(), libc::MADV_HUGEPAGE);
+            advise(region, 0..low, libc::MADV_NOHUGEPAGE);
+        }
+        if config.prealloc && !advise(region, 0..region.size(), libc::MADV_POPULATE_WRITE) {
+            let source = io::Error::last_os_error();
+            return Err(MemoryError::Map { mib: config.size >> 20, source });
+        }
     }
     Ok(())
+}
+
+/// Advise the kernel about these bytes of `region`; whether it takes it.
+fn advise(region: &MmapRegion<AtomicBitmap>, bytes: Range<usize>, advice: i32) -> bool {
+    let end = bytes.end.min(region.size());
+    let Some(size) = end.checked_sub(bytes.start).filter(|size| *size > 0) else { return true };
+    // SAFETY: the range is this region's own mapping, and none of these advices changes its contents.
+    unsafe { libc::madvise(region.as_ptr().wrapping_add(bytes.start).cast(), size, advice) == 0 }
 }
 
 /// What the host could still give, by its own estimate.

@@ -14,7 +14,7 @@ use vm_memory::{
     MmapRegion, bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
 };
 
-use super::{MemoryError, PAGE, advise, ranges};
+use super::{MemoryError, PAGE, advise, populate, ranges};
 use crate::config::MemoryConfig;
 
 /// Bytes of a page.
@@ -53,11 +53,15 @@ pub fn map(
                 overlay(&region, inside.start - offset, inside, file).map_err(failed)?;
             }
         }
-        advise(&region, config, mib)?;
+        if !config.dump {
+            advise(&region, 0..region.size(), libc::MADV_DONTDUMP);
+        }
         regions.push(GuestRegionMmap::new(region, start).ok_or(MemoryError::Layout)?);
         offset += len;
     }
-    Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
+    let memory = Memory::from_regions(regions).map_err(|_| MemoryError::Layout)?;
+    populate(&memory, config)?;
+    Ok(memory)
 }
 
 /// Let the bytes of `region` from `at` on begin as `range` of `file`.

@@ -240,25 +240,59 @@ fn terminal() -> Result<(File, File)> {
     Ok((ours.into(), its))
 }
 
-/// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: those at least as
-/// large as it (`ram_kib`). No monitor maps anything else of that size.
+/// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: one that is at least as
+/// large as it (`ram_kib`), or several in a row that are exactly as large. No monitor maps anything else of
+/// that size.
 pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
-    let kib = |line: &str| -> Option<u64> {
-        line.split_once(':')?.1.trim().strip_suffix(" kB")?.trim().parse().ok()
+    let maps = mappings(smaps).context("a line of smaps that cannot be read")?;
+    let in_a_row = |maps: &[Mapping]| {
+        maps.iter().zip(maps.iter().skip(1)).all(|(one, next)| one.end == next.start)
     };
-    let (mut sum, mut ram, mut found) = (0, false, false);
+    let is_ram = |maps: &[Mapping]| match maps {
+        [one] => one.kib >= ram_kib,
+        several => several.iter().map(|m| m.kib).sum::<u64>() == ram_kib && in_a_row(several),
+    };
+    // Memory that was advised about in parts is in as many mappings.
+    let ram = (1..=MOST_PARTS).find_map(|parts| {
+        let all = maps.windows(parts).enumerate();
+        let mut found = all.filter(|(_, maps)| is_ram(maps)).map(|(at, _)| at..at + parts);
+        found.next().map(|first| found.fold(vec![first], |all, one| [all, vec![one]].concat()))
+    });
+    let Some(ram) = ram else {
+        bail!("no mapping of {ram_kib} KiB: cannot tell the guest's RAM from the monitor's own");
+    };
+    let own = maps.iter().enumerate().filter(|(at, _)| !ram.iter().any(|ram| ram.contains(at)));
+    Ok(own.map(|(_, mapping)| mapping.private).sum())
+}
+
+/// Most mappings that one piece of the guest's RAM is in.
+const MOST_PARTS: usize = 4;
+
+struct Mapping {
+    start: u64,
+    end: u64,
+    kib: u64,
+    private: u64,
+}
+
+fn mappings(smaps: &str) -> Option<Vec<Mapping>> {
+    let mut maps: Vec<Mapping> = Vec::new();
     for line in smaps.lines() {
-        if line.starts_with("Size:") {
-            ram = kib(line).is_some_and(|size| size >= ram_kib);
-            found |= ram;
-        } else if line.starts_with("Private_") && !ram && !line.starts_with("Private_Hugetlb") {
-            sum += kib(line).context("a line of smaps that cannot be read")?;
+        let (word, rest) = line.split_once(' ')?;
+        if let Some((start, end)) = word.split_once('-') {
+            let [start, end] = [start, end].map(|n| u64::from_str_radix(n, 16).ok());
+            maps.push(Mapping { start: start?, end: end?, kib: 0, private: 0 });
+            continue;
+        }
+        let kib = || rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok();
+        let mapping = maps.last_mut()?;
+        match word {
+            "Size:" => mapping.kib = kib()?,
+            "Private_Clean:" | "Private_Dirty:" => mapping.private += kib()?,
+            _ => {}
         }
     }
-    if !found {
-        bail!("no mapping of {ram_kib} KiB: cannot tell the guest's RAM from the monitor's own");
-    }
-    Ok(sum)
+    Some(maps)
 }
 
 #[cfg(test)]
@@ -298,6 +332,19 @@ Private_Dirty:        12 kB
     #[test]
     fn the_guests_ram_does_not_count() {
         assert_eq!(private_kib(SMAPS, 262_144).unwrap(), 19);
+    }
+
+    #[test]
+    fn ram_in_several_mappings_does_not_count_either() {
+        let (first, rest) =
+            ("7f0000000000-7f0000200000 rw-p 0 00:00 0", "7f0000200000-7f0010000000");
+        let parts = SMAPS.replace(
+            "7f0000000000-7f0010000000 rw-p 00000000 00:00 0\nSize:             262144 kB",
+            &format!("{first}\nSize: 2048 kB\nPrivate_Dirty: 40 kB\n{rest} rw-p 0 00:00 0\nSize: 260096 kB"),
+        );
+        assert_eq!(private_kib(&parts, 262_144).unwrap(), 19);
+        let apart = parts.replace(rest, "7f0000300000-7f0010100000");
+        assert!(private_kib(&apart, 262_144).is_err());
     }
 
     #[test]
