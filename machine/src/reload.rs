@@ -96,7 +96,7 @@ impl Reloaded {
 
 impl Machine {
     /// Load the kernel again, on a thread that may wait for storage: the machine may run meanwhile, and
-    /// is not touched. `read` grows while that makes progress.
+    /// is not touched. `read` counts the beginnings and the ends of calls that may wait: it is odd during one.
     pub fn reload(
         &self,
         read: Arc<AtomicU64>,

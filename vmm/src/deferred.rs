@@ -16,7 +16,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, channel},
+        mpsc::{Receiver, RecvTimeoutError, channel},
     },
     time::{Duration, Instant},
 };
@@ -92,9 +92,9 @@ enum Reload {
 /// A kernel that is being read, by the thread that may wait for its storage.
 struct Reading {
     inbox: Receiver<Result<Reloaded, ReloadError>>,
-    /// Bytes read so far.
-    read: Arc<AtomicU64>,
-    /// What was read when this was last looked at and had grown, and when that was.
+    /// Beginnings and ends of calls that may wait for storage so far: odd during one.
+    calls: Arc<AtomicU64>,
+    /// The calls that were seen, and when it was seen last that none of them hangs.
     seen: (u64, Instant),
     /// A reset waits for it.
     waited_for: bool,
@@ -284,22 +284,24 @@ impl Vmm {
             Some(Reload::Reading(reading)) => reading,
             None => {
                 let (report, inbox) = channel();
-                let read = Arc::<AtomicU64>::default();
-                let load = self.machine.reload(read.clone());
+                let calls = Arc::<AtomicU64>::default();
+                let load = self.machine.reload(calls.clone());
                 // The monitor's end: nothing waits for it.
                 self.files.read_kernel(move || drop(report.send(load())));
-                Reading { inbox, read, seen: (0, Instant::now()), waited_for: false }
+                Reading { inbox, calls, seen: (0, Instant::now()), waited_for: false }
             }
         };
         // Most often it is in the host's memory.
         let patience = if reading.waited_for { Duration::ZERO } else { machine::AT_ONCE };
         match reading.inbox.recv_timeout(patience) {
             Ok(read) => Ok(Box::new(read?)),
-            // A thread that has gone never answers, and is told of as one that hangs.
-            Err(_) => {
-                let read = reading.read.load(Ordering::Relaxed);
-                if read > reading.seen.0 {
-                    reading.seen = (read, Instant::now());
+            Err(why) => {
+                let calls = reading.calls.load(Ordering::Relaxed);
+                // Between two calls it works on what was read, which a busy host may take long for. A
+                // thread that has gone never answers, and is told of as one that hangs.
+                let works = calls != reading.seen.0 || calls.is_multiple_of(2) && calls > 0;
+                if works && why == RecvTimeoutError::Timeout {
+                    reading.seen = (calls, Instant::now());
                 }
                 reading.waited_for = true;
                 self.deferrals.reload = Some(Reload::Reading(reading));

@@ -204,7 +204,7 @@ pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<E
     load_counting(memory, boot, platform, &AtomicU64::new(0))
 }
 
-/// As [`load`]; `read` grows by the bytes that were read of the files.
+/// As [`load`]; `read` counts the calls that may wait for the files' storage, see [`source::Calls`].
 ///
 /// # Errors
 /// As [`load`].

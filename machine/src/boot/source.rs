@@ -50,23 +50,35 @@ pub enum SourceError {
 pub(super) struct Source<'a> {
     file: File,
     pub(super) len: u64,
-    /// Counts the bytes that were read.
-    read: &'a AtomicU64,
+    calls: &'a Calls,
+}
+
+/// Counts the beginnings and the ends of calls that may wait for storage: it is odd while one does.
+pub(crate) type Calls = AtomicU64;
+
+fn waiting<T>(calls: &Calls, call: impl FnOnce() -> T) -> T {
+    calls.fetch_add(1, Ordering::Relaxed);
+    let result = call();
+    calls.fetch_add(1, Ordering::Relaxed);
+    result
 }
 
 impl<'a> Source<'a> {
-    pub(super) fn open(path: &Path, read: &'a AtomicU64) -> Result<Self, SourceError> {
+    pub(super) fn open(path: &Path, calls: &'a Calls) -> Result<Self, SourceError> {
         use std::os::unix::fs::FileTypeExt;
         // Opening a FIFO would otherwise wait for a writer.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(SourceError::Open)?;
-        let metadata = file.metadata().map_err(SourceError::Open)?;
+        let (file, metadata) = waiting(calls, || {
+            let file = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+                .open(path)?;
+            let metadata = file.metadata()?;
+            Ok((file, metadata))
+        })
+        .map_err(SourceError::Open)?;
         let kind = metadata.file_type();
         if kind.is_file() {
-            return Ok(Source { file, len: metadata.len(), read });
+            return Ok(Source { file, len: metadata.len(), calls });
         }
         Err(SourceError::NotRegular(if kind.is_dir() {
             "a directory"
@@ -87,12 +99,8 @@ impl<'a> Source<'a> {
     /// A part that is small enough to be kept. The caller has bounded `len`.
     pub(super) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SourceError> {
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-        self.file.read_exact_at(&mut bytes, offset).map_err(|source| SourceError::Read {
-            offset,
-            len,
-            source,
-        })?;
-        self.read.fetch_add(len, Ordering::Relaxed);
+        waiting(self.calls, || self.file.read_exact_at(&mut bytes, offset))
+            .map_err(|source| SourceError::Read { offset, len, source })?;
         Ok(bytes)
     }
 
@@ -113,10 +121,8 @@ impl<'a> Source<'a> {
         for at in (0..len).step_by(PIECE as usize) {
             let piece = (len - at).min(PIECE);
             let to = GuestAddress(address.saturating_add(at));
-            memory
-                .read_exact_volatile_from(to, &mut file, piece as usize)
+            waiting(self.calls, || memory.read_exact_volatile_from(to, &mut file, piece as usize))
                 .map_err(|source| SourceError::Load { offset, len, address, source })?;
-            self.read.fetch_add(piece, Ordering::Relaxed);
         }
         Ok(())
     }
