@@ -270,7 +270,7 @@ struct Desk {
     lent: BTreeMap<usize, Vec<RawFd>>,
 }
 
-/// Whether the thread is to stand still.
+/// Whether the thread is to pause.
 #[derive(Default)]
 enum Hold {
     #[default]

@@ -186,7 +186,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Let kvm-clock go on from where it stood; for how many ticks of the host's TSC that was.
+    /// Let kvm-clock resume from where it stood; for how many ticks of the host's TSC that was.
     pub(crate) fn restart_clocks(&mut self) -> Result<u64, KvmError> {
         let Some(parked) = self.parked.take() else { return Ok(0) };
         self.vm.set_clock(parked.clock, parked.advance)?;

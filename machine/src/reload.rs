@@ -1,7 +1,7 @@
 //! A kernel that is loaded again for a reset, on a thread that may wait for its files.
 //!
 //! It goes into memory of its own, which no guest sees; the main thread then copies what was written,
-//! while the machine stands still.
+//! while the machine is paused.
 use std::{
     io,
     ops::Range,

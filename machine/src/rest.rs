@@ -33,7 +33,7 @@ const LOOK: Duration = Duration::from_millis(1);
 /// How the machine stands.
 #[derive(Default)]
 pub(crate) struct Rest {
-    /// All of it stands still.
+    /// All of it is at rest.
     whole: bool,
     /// It is coming to rest: the vCPUs that were asked and have not parked.
     attempt: Option<Vec<(usize, Answer<()>)>>,
@@ -165,7 +165,7 @@ impl Machine {
         }
     }
 
-    /// Change the device in slot `index`, whose I/O thread stands still meanwhile; its driver learns
+    /// Change the device in slot `index`, whose I/O thread is paused meanwhile; its driver learns
     /// of it. `None` when the slot holds something else than a `T`.
     ///
     /// # Errors

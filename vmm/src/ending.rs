@@ -65,7 +65,7 @@ impl End {
 }
 
 impl Vmm {
-    /// Whether the last words can be said: a save is given up and the guest stands still, or each has had
+    /// Whether SHUTDOWN can be told: a save is given up and the guest is stopped, or each has had
     /// as much time as a command has.
     pub(crate) fn is_ready_to_end(&mut self) -> bool {
         self.winds_up = true;

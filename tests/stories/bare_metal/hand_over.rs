@@ -263,7 +263,7 @@ fn a_tap_that_another_process_has_is_told_with_that_process() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The word to go on is lost on its way. The receiver does not wait for it for ever, and gives the machine
+/// `Go` is lost on its way. The receiver does not wait for it without end, and gives the machine
 /// back; when the word comes after all, there is nobody to take it.
 #[test]
 fn a_receiver_that_is_not_told_to_go_on_gives_the_machine_back() -> Result<()> {

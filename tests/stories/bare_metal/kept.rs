@@ -80,7 +80,7 @@ fn kept(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// A process that goes on from `saved` with disks of its own in `place`, and a control socket there.
+/// A process that resumes from `saved` with disks of its own in `place`, and a control socket there.
 fn child(stage: &Stage, saved: &Path, place: &Path, more: &str) -> Result<(Monitor, Client)> {
     let incoming = format!("file:{},disks={}{more}", saved.display(), place.display());
     let own =

@@ -70,7 +70,7 @@ fn a_kernel_whose_reading_hangs_holds_no_other_client() -> Result<()> {
     quits(&stage, &mut monitor, &mut other)
 }
 
-/// It cannot run on, so it waits; but no client waits with it, and it does not wait for ever.
+/// It cannot run on, so it waits; but no client waits with it, and it does not wait without end.
 #[test]
 fn a_guest_that_resets_itself_waits_for_its_kernel_alone() -> Result<()> {
     let stage = Stage::new("reload_guest")?;

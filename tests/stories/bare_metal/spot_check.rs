@@ -36,7 +36,7 @@ fn saved(story: &str, direct: bool, readonly: bool) -> Result<(Stage, LoopDevice
     Ok((stage, device, saved))
 }
 
-/// The machine goes on from there, and finds its disk.
+/// The machine resumes from there, and finds its disk.
 fn goes_on(stage: &Stage, saved: &Path) -> Result<()> {
     let (mut monitor, mut qmp) = restore(stage, saved, &[])?;
     simple(&mut qmp, "cont")?;

@@ -37,7 +37,7 @@ fn change(disk: &Path) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-/// It is refused as it is, with the words that help, and goes on by force.
+/// It is refused as it is, with the words that help, and resumes by force.
 fn by_force_only(rig: &Rig, disk: &Path, says: &str) -> Result<()> {
     let path = disk.display().to_string();
     rig.ok(&["create", "vm.json"])?;

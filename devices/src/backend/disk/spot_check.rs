@@ -5,11 +5,11 @@
 //! tables, superblocks and logs lie, and 64 blocks that the save's id chooses, others in each save.
 //!
 //! What is hashed has to be what the disk held when the machine was captured, and the guest is not to
-//! stand still for it, nor the main thread to wait for storage. So nothing is read in the pause. A [`SpotCheck`] is made
+//! be stopped for it, nor the main thread to wait for storage. So nothing is read in the pause. A [`SpotCheck`] is made
 //! there, while no request is under way, and the checkpoint thread reads afterwards: a change of a block that
 //! has not been read yet waits in the guest's queue until it has. Reading beforehand, and once more what has
 //! changed since, would have to learn of requests that were under way when it began, and would have to
-//! wait in the end all the same.
+//! wait in the end anyway.
 #[cfg(test)]
 mod tests;
 
