@@ -27,7 +27,7 @@ pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use builder::{BuildError, Saved};
 pub use devices::{
     Memory, PowerEvent,
-    backend::{disk, file::open_regular, inherited, release, writer},
+    backend::{disk, file::open_regular, inherited, release, sparse, writer},
     random,
 };
 pub use dry_restore::{Restorable, dry_restore};

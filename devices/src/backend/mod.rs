@@ -6,4 +6,5 @@ pub(crate) mod holder;
 pub mod inherited;
 pub mod net;
 pub mod release;
+pub mod sparse;
 pub mod writer;

@@ -254,9 +254,9 @@ pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
     };
     // Memory that was advised about in parts is in as many mappings.
     let ram = (1..=MOST_PARTS).find_map(|parts| {
-        let all = maps.windows(parts).enumerate();
-        let mut found = all.filter(|(_, maps)| is_ram(maps)).map(|(at, _)| at..at + parts);
-        found.next().map(|first| found.fold(vec![first], |all, one| [all, vec![one]].concat()))
+        let all = maps.windows(parts).enumerate().filter(|(_, maps)| is_ram(maps));
+        let found: Vec<_> = all.map(|(at, _)| at..at + parts).collect();
+        (!found.is_empty()).then_some(found)
     });
     let Some(ram) = ram else {
         bail!("no mapping of {ram_kib} KiB: cannot tell the guest's RAM from the monitor's own");

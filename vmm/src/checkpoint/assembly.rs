@@ -3,8 +3,8 @@
 use std::{ops::Range, path::Path};
 
 use machine::{
-    Description, Machine, Memory, Report, RunError, config::MachineConfig, kvm::opening::Opening,
-    memory,
+    Description, Machine, Memory, Report, RunError, config::MachineConfig, dry_restore,
+    kvm::opening::Opening, memory,
 };
 use state::{Config, Sections, cpu::Cpu};
 
@@ -14,7 +14,7 @@ use super::{
     dialogue::Voice,
     load::load,
     receive::Received,
-    rehearse::rehearse,
+    rehearse::RehearseError,
 };
 use crate::{
     cli::{Asked, Incoming, Mapped},
@@ -42,6 +42,8 @@ pub struct Assembly {
 /// All of a saved machine.
 struct Parts {
     config: Config,
+    /// What `config` is here, with disks that are there.
+    description: Description,
     sections: Sections,
     memory: Memory,
     filled: Vec<Range<u64>>,
@@ -82,13 +84,12 @@ impl Assembly {
         self.adapt(&mut description)?;
         let given = |id: &str| self.flags.disks.iter().any(|disk| disk.id == id);
         let wanted = Wanted { save: path, place, given: &given, force: self.asked.force };
-        let config = &loaded.state.config;
-        let children = Children::make(config, &mut description, &wanted, progress)?;
+        let (config, sections) = (loaded.state.config, loaded.state.sections);
+        let children = Children::make(&config, &mut description, &wanted, progress)?;
         adapt::check_disks(&description)?;
         let wanted = &description.config.memory;
         let (memory, filled) = loaded.layers.memory(wanted, mapped, &self.report)?;
-        let (config, sections) = (loaded.state.config, loaded.state.sections);
-        let parts = Parts { config, sections, memory, filled, children, opening };
+        let parts = Parts { config, description, sections, memory, filled, children, opening };
         let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
     }
@@ -123,20 +124,18 @@ impl Assembly {
         held: bool,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Received { config, sections, memory } = received;
+        let mut description = Description::try_from(&config).map_err(RehearseError::from)?;
+        self.adapt(&mut description)?;
+        adapt::check_disks(&description)?;
         let (filled, children) = (Vec::new(), Children::default());
-        self.build(Parts { config, sections, memory, filled, children, opening }, held)
+        let parts = Parts { config, description, sections, memory, filled, children, opening };
+        self.build(parts, held)
     }
 
     fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let Parts { config, sections, memory, filled, children, opening } = parts;
-        let overrides = |description: &mut Description| {
-            self.adapt(description)?;
-            children.apply(description);
-            Ok(())
-        };
-        let restorable = rehearse(&config, sections, overrides)?;
+        let Parts { config, description, sections, memory, filled, children, opening } = parts;
+        let restorable = dry_restore(description, sections).map_err(RehearseError::from)?;
         let description = &restorable.description;
-        adapt::check_disks(description)?;
         let checked = description.check_spots(config.id.into(), &restorable.state.devices);
         checked.map_err(AdaptError::from)?;
         let clock_realtime = self.clock_realtime;

@@ -11,8 +11,8 @@ use std::{
 use machine::{
     Description,
     config::Expect,
-    disk::{DiskMark, data_after, write_sparse},
-    open_regular,
+    disk::{DiskMark, data_after},
+    open_regular, sparse,
 };
 use state::{
     Config,
@@ -88,7 +88,7 @@ impl Children {
     ) -> Result<Self, ChildError> {
         let mut this = Self::default();
         let mut copies = Vec::new();
-        for (slot, kept) in kept(config) {
+        for (slot, _, kept) in kept(config) {
             let disk = description.occupied.disks.get(slot).and_then(Option::as_ref);
             let Some(disk) = disk.filter(|disk| !(wanted.given)(&disk.id)) else { continue };
             let id = disk.id.clone();
@@ -115,19 +115,14 @@ impl Children {
                 source,
             })?;
         }
-        this.apply(description);
-        Ok(this)
-    }
-
-    /// Have `description` name the images.
-    pub fn apply(&self, description: &mut Description) {
-        for (slot, path) in &self.made {
+        for (slot, path) in &this.made {
             if let Some(Some(disk)) = description.occupied.disks.get_mut(*slot) {
                 disk.path.clone_from(path);
                 // It was made from what the save keeps, a moment ago.
                 (disk.expect, disk.probe) = (Expect::Any, false);
             }
         }
+        Ok(this)
     }
 
     /// The machine has them: they stay.
@@ -158,11 +153,12 @@ impl Drop for Children {
     }
 }
 
-/// The disks that a save keeps, and the indices of their slots.
-fn kept(config: &Config) -> impl Iterator<Item = (usize, &KeptDisk)> {
+/// The disks that a save keeps: the indices of their slots, and their ids.
+fn kept(config: &Config) -> impl Iterator<Item = (usize, &str, &KeptDisk)> {
     config.slots.iter().filter_map(|slot| match &slot.contents {
         Contents::Disk(Some(disk)) => {
-            Some((slot.id.strip_prefix("disk")?.parse().ok()?, disk.kept.as_ref()?))
+            let slot = slot.id.strip_prefix("disk")?.parse().ok()?;
+            Some((slot, disk.id.as_str(), disk.kept.as_ref()?))
         }
         _ => None,
     })
@@ -173,14 +169,7 @@ fn kept(config: &Config) -> impl Iterator<Item = (usize, &KeptDisk)> {
 /// # Errors
 /// The first one that is not.
 pub fn check(save: &Path, config: &Config) -> Result<(), ChildError> {
-    for slot in &config.slots {
-        if let Contents::Disk(Some(disk)) = &slot.contents
-            && let Some(kept) = &disk.kept
-        {
-            open_kept(&disk.id, kept, save, false)?;
-        }
-    }
-    Ok(())
+    kept(config).try_for_each(|(_, id, kept)| open_kept(id, kept, save, false).map(drop))
 }
 
 /// Open a kept disk, and see that it is as it was saved; with `force`, only its size counts.
@@ -233,7 +222,7 @@ fn copy(from: &File, to: &File, size: u64, progress: &Progress) -> io::Result<()
         let bytes = usize::try_from(length).ok().and_then(|length| buffer.get_mut(..length));
         let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
         from.read_exact_at(bytes, data)?;
-        let written = write_sparse(to, bytes, data)?;
+        let written = sparse::write(to, bytes, data)?;
         progress.written.fetch_add(written, Ordering::Relaxed);
         progress.done.fetch_add(data + length - at, Ordering::Relaxed);
         at = data + length;

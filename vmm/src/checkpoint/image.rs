@@ -8,7 +8,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
 };
 
-use machine::memory::image::PAGE_SIZE;
+use machine::{memory::image::PAGE_SIZE, sparse};
 
 /// Bytes of a block: what has a checksum of its own.
 pub const BLOCK: u64 = 2 << 20;
@@ -183,35 +183,10 @@ fn block_sums(pages: &[u32]) -> Vec<u32> {
 
 /// Write the pages of `part` that are not zero; the others are holes in the file.
 fn write_sparse(file: &File, at: u64, part: &[u8], progress: &Progress) -> io::Result<()> {
-    for (start, bytes, zero) in runs(part) {
-        if zero {
-            progress.zero_pages.fetch_add(bytes.len() as u64 / PAGE_SIZE, Ordering::Relaxed);
-        } else {
-            file.write_all_at(bytes, at + start)?;
-            progress.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        }
-    }
+    let written = sparse::write(file, part, at)?;
+    progress.written.fetch_add(written, Ordering::Relaxed);
+    progress.zero_pages.fetch_add((part.len() as u64 - written) / PAGE_SIZE, Ordering::Relaxed);
     Ok(())
-}
-
-/// The runs of pages of one kind in `bytes`: where they begin, and whether they are zero.
-pub fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8], bool)> {
-    const PAGE: usize = PAGE_SIZE as usize;
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        let zero = is_zero(rest.chunks(PAGE).next()?);
-        let pages = rest.chunks(PAGE).take_while(|page| is_zero(page) == zero).count();
-        let start = (bytes.len() - rest.len()) as u64;
-        let run;
-        (run, rest) = rest.split_at((pages * PAGE).min(rest.len()));
-        Some((start, run, zero))
-    })
-}
-
-/// Whether all of it is zero; quick to say no.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<64>();
-    words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|b| *b == 0)
 }
 
 /// Checksums of blocks of zeros.

@@ -21,11 +21,12 @@ use machine::{
     Event, Memory, Report,
     config::MemoryConfig,
     memory::fault::{FaultError, Filler, allocate_missing},
+    sparse,
 };
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
 
 use super::{
-    image::{BLOCK, blocks, runs},
+    image::{BLOCK, blocks},
     layers::Contents,
     wait,
 };
@@ -150,7 +151,7 @@ impl Lazy {
                 return self.fail(format!("{path} cannot be used: {why}"));
             }
         };
-        let filled = runs(data).try_for_each(|(start, bytes, zero)| {
+        let filled = sparse::runs(data).try_for_each(|(start, bytes, zero)| {
             let at = block.start + start;
             match zero {
                 true => self.filler.fill_zeros(&(at..at + bytes.len() as u64)),

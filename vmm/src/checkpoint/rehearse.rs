@@ -6,8 +6,6 @@ use std::io;
 use machine::{BuildError, Description, DescriptionError, Restorable, dry_restore};
 use state::{Config, FileError, Frames, Sections};
 
-use super::AdaptError;
-
 /// Why a saved machine cannot be restored, wherever that is tried.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
@@ -16,8 +14,6 @@ pub enum RehearseError {
     Read(#[from] FileError),
     #[error("the saved state cannot be restored")]
     Description(#[from] DescriptionError),
-    #[error(transparent)]
-    Adapt(#[from] AdaptError),
     #[error("the saved machine cannot be restored")]
     Build(#[from] BuildError),
     #[error("the memory that was saved does not belong to the state")]
@@ -28,18 +24,12 @@ pub enum RehearseError {
     Io(#[source] io::Error),
 }
 
-/// Check limits, apply `overrides`, and have every device take its state, with nothing behind it.
+/// Check limits, and have every device take its state, with nothing behind it.
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn rehearse(
-    config: &Config,
-    sections: Sections,
-    overrides: impl FnOnce(&mut Description) -> Result<(), AdaptError>,
-) -> Result<Restorable, RehearseError> {
-    let mut description = Description::try_from(config)?;
-    overrides(&mut description)?;
-    Ok(dry_restore(description, sections)?)
+pub fn rehearse(config: &Config, sections: Sections) -> Result<Restorable, RehearseError> {
+    Ok(dry_restore(Description::try_from(config)?, sections)?)
 }
 
 /// The same for the frames at the end of a stream, from its last configuration on.
@@ -51,5 +41,5 @@ pub fn rehearse_frames(bytes: &[u8]) -> Result<(), RehearseError> {
     let config = frames.config()?;
     let sections = frames.sections()?;
     frames.end()?;
-    rehearse(&config, sections, |_| Ok(())).map(drop)
+    rehearse(&config, sections).map(drop)
 }

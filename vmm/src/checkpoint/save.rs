@@ -434,7 +434,7 @@ fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), RehearseError> 
     let file = File::open(memory).map_err(RehearseError::Io)?;
     image::belongs(&file, config.id.into(), config.machine.memory.size)
         .map_err(RehearseError::Memory)?;
-    rehearse(&config, sections, |_| Ok(())).map(drop)
+    rehearse(&config, sections).map(drop)
 }
 
 /// `ranges`, in parts of at most [`PIECE`] bytes.

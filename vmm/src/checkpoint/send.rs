@@ -17,12 +17,12 @@ use std::{
 
 use super::{
     dialogue::{ACCEPT_LIMIT, ANSWER_LIMIT, Answers, HandOver, Hello, Said},
-    image::{Progress, runs},
+    image::Progress,
     rehearse::rehearse_frames,
     save::{Finished, SaveError, Sink, Source, pieces},
     wait::{self, Came},
 };
-use machine::{MachineState, Memory, memory::image as ram};
+use machine::{MachineState, Memory, memory::image as ram, sparse};
 use rustix::{
     event::{EventfdFlags, PollFlags, eventfd},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
@@ -224,7 +224,7 @@ impl Stream {
     }
 
     fn send(&mut self, at: u64, bytes: &[u8], progress: &Progress) -> io::Result<()> {
-        for (start, bytes, zero) in runs(bytes) {
+        for (start, bytes, zero) in sparse::runs(bytes) {
             let at = (at + start).to_le_bytes();
             let length = bytes.len() as u64;
             if !zero {

@@ -1,4 +1,4 @@
-//! A copy of a disk as it is at one moment, while its guest goes on to write to it.
+//! A copy of a disk as it is at one moment, while its guest writes on.
 //!
 //! ```text
 //!   Idle --begin--> Held -------------------cloned------------------> Over
@@ -8,7 +8,7 @@
 //! ```
 //! Where the file system can share the blocks of two files (FICLONE: XFS, btrfs), changes wait for that one
 //! call. Elsewhere the image is read from its beginning to its end, and what the guest is about to change
-//! out of turn (copy-before-write). The copy fails for whatever reason: the guest goes on.
+//! out of turn (copy-before-write). If the copy fails, for whatever reason, the guest keeps running.
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +26,7 @@ use parking_lot::Mutex;
 use rustix::{fs::SeekFrom, io::Errno};
 
 use super::{Change, Disk, DiskMark, Observer, Verdict, Waker, generation};
+use crate::backend::sparse;
 
 /// Bytes that are copied, or not, as one.
 const CLUSTER: u64 = 64 << 10;
@@ -135,16 +136,14 @@ impl DiskCopy {
         let size = self.disk.bytes_of_image()?;
         // Refused by most file systems, and between two of them: then it is copied.
         let cloned = rustix::fs::ioctl_ficlone(to, &*self.disk.file);
-        let clusters = Clusters::new(size, !self.disk.device)?;
+        let next = match cloned {
+            Ok(()) => Phase::Over,
+            Err(_) => Phase::Copying(Clusters::new(size, !self.disk.device)?),
+        };
         {
             let mut state = self.state.lock();
-            let State { phase, waiting, .. } = &mut *state;
-            match phase {
-                Phase::Held if cloned.is_ok() => *phase = Phase::Over,
-                Phase::Held => *phase = Phase::Copying(clusters),
-                _ => return Err(io::ErrorKind::Interrupted.into()),
-            }
-            *waiting = None;
+            let Phase::Held = state.phase else { return Err(io::ErrorKind::Interrupted.into()) };
+            (state.phase, state.waiting) = (next, None);
         }
         self.waker.wake();
         if cloned.is_ok() {
@@ -167,7 +166,7 @@ impl DiskCopy {
                 let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
                 self.disk.file.read_exact_at(bytes, range.start)?;
                 // What it replaces lies here now: the change need not wait for the other file.
-                (self.copied(&range), write_sparse(to, bytes, range.start)?)
+                (self.copied(&range), sparse::write(to, bytes, range.start)?)
             };
             progress(Step { done, written })?;
         }
@@ -381,19 +380,4 @@ pub fn data_after(file: &File, at: u64, size: u64) -> io::Result<u64> {
         Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(at),
         Err(e) => Err(e.into()),
     }
-}
-
-/// Write `bytes` to `at`, without what is zero; how many were written.
-///
-/// # Errors
-/// When the file does not take them.
-pub fn write_sparse(to: &File, bytes: &[u8], at: u64) -> io::Result<u64> {
-    let mut written = 0;
-    for (chunk, at) in bytes.chunks(4096).zip((at..).step_by(4096)) {
-        if chunk.iter().any(|byte| *byte != 0) {
-            to.write_all_at(chunk, at)?;
-            written += chunk.len() as u64;
-        }
-    }
-    Ok(written)
 }

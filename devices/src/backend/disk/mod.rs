@@ -33,7 +33,7 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 
 pub use self::{
-    copy::{DiskCopy, Made, Step, data_after, write_sparse},
+    copy::{DiskCopy, Made, Step, data_after},
     engine::Op,
     generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
@@ -374,12 +374,11 @@ impl Disk {
     pub fn check_mark(&self, mark: &DiskMark, copy: bool) -> Result<(), DiskError> {
         let path = || self.path.clone();
         let failed = |source| DiskError::Size { path: path(), source };
-        let found = self.file.metadata().map_err(failed)?;
-        // Where there are no attributes, no image has a generation.
-        let generation = generation::read(&self.file).ok().flatten();
+        let found = DiskMark::of(&self.file).map_err(failed)?;
+        let generation = found.generation;
         let what = match () {
-            () if found.len() != mark.size => {
-                format!("it has {} bytes instead of {}", found.len(), mark.size)
+            () if found.size != mark.size => {
+                format!("it has {} bytes instead of {}", found.size, mark.size)
             }
             () if copy && mark.generation.is_none() => {
                 "it lies elsewhere, and the saved one could not be marked".to_owned()
@@ -390,12 +389,12 @@ impl Disk {
             {
                 "it has been changed since, or is another image".to_owned()
             }
-            () if !copy && mtime_ns(&found) != mark.mtime_ns => {
+            () if !copy && found.mtime_ns != mark.mtime_ns => {
                 format!("it has been written since, when it was from {}", date(mark.mtime_ns))
             }
             () => return Ok(()),
         };
-        Err(DiskError::Changed { path: path(), what, written: date(mtime_ns(&found)) })
+        Err(DiskError::Changed { path: path(), what, written: date(found.mtime_ns) })
     }
 
     /// Have the image's generation asked before its next change, once `ready` has been called.
