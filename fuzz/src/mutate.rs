@@ -1,10 +1,10 @@
-//! Inputs for the entry functions without a fuzzer: sound ones with a few changes, by a dice that falls
-//! the same way each time.
+//! Inputs for the entry functions without a fuzzer: sound ones with a few changes, by a seeded PRNG:
+//! the same ones each time.
 
-/// A dice (splitmix64).
-struct Dice(u64);
+/// A seeded PRNG (splitmix64).
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -41,10 +41,10 @@ pub fn hammer(seeds: &[Vec<u8>], words: &[&str], times: u64, entry: impl Fn(&[u8
     }
     let asked = std::env::var("FUZZ_TIMES").ok().and_then(|times| times.parse().ok());
     for time in 0..asked.unwrap_or(times) {
-        let mut dice = Dice(time);
-        let mut input = seeds[dice.below(seeds.len())].clone();
-        for _ in 0..=dice.below(8) {
-            change(&mut dice, &mut input, words);
+        let mut rng = Rng(time);
+        let mut input = seeds[rng.below(seeds.len())].clone();
+        for _ in 0..=rng.below(8) {
+            change(&mut rng, &mut input, words);
         }
         tell_if_it_panics(&input, &entry);
     }
@@ -63,27 +63,27 @@ fn tell_if_it_panics(input: &[u8], entry: &impl Fn(&[u8])) {
     entry(input);
 }
 
-fn change(dice: &mut Dice, input: &mut Vec<u8>, words: &[&str]) {
-    let at = dice.below(input.len() + 1);
-    let end = (at + 1 + dice.below(16)).min(input.len());
-    let random: Vec<u8> = (0..=dice.below(16)).map(|_| dice.next() as u8).collect();
-    match dice.below(10) {
-        0..3 if at < end => input[at] ^= 1 << dice.below(8),
+fn change(rng: &mut Rng, input: &mut Vec<u8>, words: &[&str]) {
+    let at = rng.below(input.len() + 1);
+    let end = (at + 1 + rng.below(16)).min(input.len());
+    let random: Vec<u8> = (0..=rng.below(16)).map(|_| rng.next() as u8).collect();
+    match rng.below(10) {
+        0..3 if at < end => input[at] ^= 1 << rng.below(8),
         3 => write(input, at, &random),
         4..6 => {
-            let edge = EDGES[dice.below(EDGES.len())];
-            let number = edge.wrapping_add(dice.below(3) as u64).wrapping_sub(1).to_le_bytes();
-            write(input, at, &number[..1 << dice.below(4)]);
+            let edge = EDGES[rng.below(EDGES.len())];
+            let number = edge.wrapping_add(rng.below(3) as u64).wrapping_sub(1).to_le_bytes();
+            write(input, at, &number[..1 << rng.below(4)]);
         }
         6 => drop(input.splice(at..at, random)),
         7 if at < end => drop(input.drain(at..end)),
         8 if at < end => {
             let again = input[at..end].to_vec();
-            let to = dice.below(input.len());
+            let to = rng.below(input.len());
             input.splice(to..to, again);
         }
         _ if words.is_empty() => input.truncate(at.max(1)),
-        _ => drop(input.splice(at..at, words[dice.below(words.len())].bytes())),
+        _ => drop(input.splice(at..at, words[rng.below(words.len())].bytes())),
     }
 }
 

@@ -24,10 +24,10 @@ void guest(const char *word)
     if (!drive(0, EVERY, &queue))
         fail("the device does not begin: status", get(0, STATUS));
     first = get(0, CONFIG) - PART;
-    u64 dice = 1;
+    u64 random = 1;
     for (u64 round = 1;; round++) {
-        dice = dice * 6364136223846793005ull + 1442695040888963407ull;
-        u64 page = (dice >> 33) % PAGES;
+        random = random * 6364136223846793005ull + 1442695040888963407ull;
+        u64 page = (random >> 33) % PAGES;
         data[0] = data[511] = round;
         move(OUT, page);
         ledger[page] = round;

@@ -201,16 +201,16 @@ fn returned_no_more_than_given(g: &Guest, index: usize, broken: bool, what: &str
 /// Tables filled by chance: no case above thought of them.
 pub(super) fn random_rings(make: &impl Make) {
     let mut g = live(make);
-    let mut dice = Dice(1);
+    let mut rng = Rng(1);
     for _ in 0..100 {
         recovers(&mut g, "random rings");
         for queue in g.queues.clone() {
             for index in 0..queue.size.min(32) {
-                random_descriptor(&mut dice, &queue, queue.descriptors, index);
-                random_descriptor(&mut dice, &queue, TABLE, index);
+                random_descriptor(&mut rng, &queue, queue.descriptors, index);
+                random_descriptor(&mut rng, &queue, TABLE, index);
             }
             for _ in 0..queue.size.min(16) {
-                queue.publish(dice.below(32) as u16 % queue.size);
+                queue.publish(rng.below(32) as u16 % queue.size);
             }
         }
         for index in 0..queue_count(&mut g) {
@@ -224,22 +224,22 @@ pub(super) fn random_rings(make: &impl Make) {
     recovers(&mut g, "random rings");
 }
 
-fn random_descriptor(dice: &mut Dice, queue: &DriverQueue, table: u64, index: u16) {
-    let addr = match dice.below(16) {
-        0 => dice.next(),
-        1 => RAM - dice.below(64),
+fn random_descriptor(rng: &mut Rng, queue: &DriverQueue, table: u64, index: u16) {
+    let addr = match rng.below(16) {
+        0 => rng.next(),
+        1 => RAM - rng.below(64),
         2 => queue.used,
         3..6 => TABLE,
-        _ => BUFFER + dice.below(4096),
+        _ => BUFFER + rng.below(4096),
     };
-    let len = match dice.below(8) {
-        0 => dice.next() as u32,
+    let len = match rng.below(8) {
+        0 => rng.next() as u32,
         1 => 0,
-        2 => 16 * dice.below(8) as u32,
-        _ => 1 + dice.below(2048) as u32,
+        2 => 16 * rng.below(8) as u32,
+        _ => 1 + rng.below(2048) as u32,
     };
-    let flags = [0, NEXT, WRITE, NEXT | WRITE, NEXT, WRITE, INDIRECT, 7][dice.below(8) as usize];
-    queue.descriptor_at(table, index, addr, len, flags, dice.below(34) as u16);
+    let flags = [0, NEXT, WRITE, NEXT | WRITE, NEXT, WRITE, INDIRECT, 7][rng.below(8) as usize];
+    queue.descriptor_at(table, index, addr, len, flags, rng.below(34) as u16);
 }
 
 /// Another vCPU rewrites descriptors while the device looks at them.
@@ -248,11 +248,11 @@ pub(super) fn changing_rings(make: &impl Make) {
     let stop = Arc::new(AtomicBool::new(false));
     let (queues, done) = (g.queues.clone(), stop.clone());
     let rewriter = std::thread::spawn(move || {
-        let mut dice = Dice(2);
+        let mut rng = Rng(2);
         while !done.load(Ordering::Relaxed) {
             for queue in &queues {
-                random_descriptor(&mut dice, queue, queue.descriptors, 1 % queue.size);
-                random_descriptor(&mut dice, queue, queue.descriptors, 0);
+                random_descriptor(&mut rng, queue, queue.descriptors, 1 % queue.size);
+                random_descriptor(&mut rng, queue, queue.descriptors, 0);
             }
         }
     });
@@ -274,12 +274,11 @@ pub(super) fn changing_rings(make: &impl Make) {
     recovers(&mut g, "rings that changed underneath");
 }
 
-/// Reproducible chance.
-struct Dice(u64);
+/// A seeded PRNG (splitmix64).
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u64 {
-        // splitmix64
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use qmp::client::{Client, ClientError};
 use serde_json::{Value, json};
-use stories::bench::held::bounds::COMMAND;
+use stories::bounds::COMMAND;
 use stories::frozen::Frozen;
 use stories::monitor::{Monitor, SOON};
 

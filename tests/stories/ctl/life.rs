@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use stories::bench::held::bounds::SIGNAL;
+use stories::bounds::SIGNAL;
 use stories::frozen::{Frozen, make_file_system};
 use stories::held::{Held, Op, until};
 use stories::monitor::SOON;

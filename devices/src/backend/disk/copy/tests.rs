@@ -33,7 +33,7 @@ fn prepared(aio: Aio) -> (TempDir, Arc<Disk>, Storage<u32>, PathBuf, File) {
 }
 
 /// Pseudo-random numbers below `below` (a linear congruential generator).
-fn dice(seed: u64) -> impl FnMut(u64) -> u64 {
+fn prng(seed: u64) -> impl FnMut(u64) -> u64 {
     let mut state = seed;
     move |below| {
         state =
@@ -58,7 +58,7 @@ fn a_copy_is_of_its_moment_whatever_the_guest_does_meanwhile() {
                 Ok(())
             })
         });
-        let mut roll = dice(seed);
+        let mut roll = prng(seed);
         let mut changes = 0;
         while !made.is_finished() || changes < 200 {
             let (at, len) = (roll(IMAGE as u64 / 4096) * 4096, 4096 * (1 + roll(40)));

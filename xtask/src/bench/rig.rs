@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use super::guests::{HOST_ADDRESS, payload_elf, serve_peer, talker_elf};
 use super::measure::INITRAMFS;
 use super::monitors::{FLAT_MIN, Form, Found, Guest};
-use crate::debian::Debian;
-use crate::net::Tap;
-use crate::paths::Paths;
-use crate::{guest, kernel};
+use stories::debian::Debian;
+use stories::net::Tap;
+use stories::paths::Paths;
+use stories::{guest, kernel};
 
 /// RAM of every guest but the large ones, MiB.
 pub const MIB: u64 = 256;

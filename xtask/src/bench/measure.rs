@@ -13,9 +13,9 @@ use super::rig::{MIB, Rig};
 use super::run::{Run, last_words};
 use super::snapshots::Target;
 use super::{Message, Metric, Scenario, builds, domains, held, scattered, snapshots};
-use crate::debian::Debian;
-use crate::host::CONTROL;
-use crate::paths::{GUEST_KERNEL, Paths};
+use stories::debian::Debian;
+use stories::host::CONTROL;
+use stories::paths::{GUEST_KERNEL, Paths};
 
 /// The argument that makes `compare` measure; a [`Task`] follows.
 pub const MEASURE: &str = "--measure";

@@ -1,5 +1,5 @@
 //! How long a save stops Linux while it writes to pages scattered over its memory: a guest of 1 GiB
-//! has touched 700 MiB, and writes 2,000 pages, 512 KiB apart, every 100 ms (`tests/bench/init.rs`).
+//! has touched 700 MiB, and writes 2,000 pages, 512 KiB apart, every 100 ms (`xtask/guest/init.rs`).
 use super::figures::Figures;
 use super::measure::{LIMIT, Turn};
 use super::monitors::{Guest, OURS};

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::control::{Connection, Verb};
 use super::monitors::{Found, Guest};
 use super::run::Run;
-use crate::debian::output;
+use stories::debian::output;
 
 /// How long a save may take: 4 GiB on a slow, busy disk.
 const LIMIT: Duration = Duration::from_secs(240);

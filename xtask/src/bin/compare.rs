@@ -9,14 +9,14 @@ use std::{env, io};
 
 use anyhow::{Context, Result, bail, ensure};
 use stories::agent;
-use stories::bench::figures::{Failure, Figures};
-use stories::bench::held::answers::Answers;
-use stories::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
-use stories::bench::{Message, Scenario, builds, chart, guests, held, monitors, scattered};
 use stories::debian::Debian;
 use stories::host::{Host, Job, Said};
 use stories::paths::{GUEST_KERNEL, Paths};
 use stories::progress::Step;
+use xtask::bench::figures::{Failure, Figures};
+use xtask::bench::held::answers::Answers;
+use xtask::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
+use xtask::bench::{Message, Scenario, builds, chart, guests, held, monitors, scattered};
 
 const USAGE: &str = "\
 Runs the same guests under this monitor and under every other one on PATH, in turns.

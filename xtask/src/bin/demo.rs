@@ -11,7 +11,6 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use stories::agent::{outcome, prepare, tell_outcome};
 use stories::archive::make_ext4;
-use stories::bench::run::private_kib;
 use stories::debian::Debian;
 use stories::guest::Kernel;
 use stories::host::{Host, Job, Said};
@@ -19,6 +18,7 @@ use stories::monitor::{BOOT, Monitor, SOON, Vm};
 use stories::net::Tap;
 use stories::paths::Paths;
 use stories::progress::Step;
+use xtask::bench::run::private_kib;
 
 const USAGE: &str = "\
 Boots an unmodified Linux with a disk and a network, and steers it over QMP.

@@ -1,7 +1,7 @@
 //! Compares this monitor with others, and with other builds of itself: the same guests under each of
 //! them, in turns, and how long things take.
 //!
-//! The program that a person runs ([`crate::host`] says where) starts itself where the guests run
+//! The program that a person runs ([`stories::host`] says where) starts itself where the guests run
 //! ([`measure`]); what comes out of it are [`Message`]s.
 pub mod builds;
 pub mod chart;

@@ -7,10 +7,10 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use crate::archive::Cpio;
-use crate::debian::Debian;
-use crate::guest::static_program;
-use crate::kernel;
+use stories::archive::Cpio;
+use stories::debian::Debian;
+use stories::guest::static_program;
+use stories::kernel;
 
 /// The byte that the payload writes: no monitor's own output has it.
 pub const FIRST_BYTE: u8 = 0xa5;
@@ -21,7 +21,7 @@ const PEER_PORT: u16 = 5001;
 /// What a distribution's kernel needs for disks and NICs on either bus.
 const MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net"];
 /// Source of the init.
-const INIT: &str = "tests/bench/init.rs";
+const INIT: &str = "xtask/guest/init.rs";
 
 /// Where the payload is loaded and entered.
 const PAYLOAD_ADDRESS: u32 = 0x100_0000;

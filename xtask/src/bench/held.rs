@@ -1,9 +1,6 @@
 //! How this monitor answers while something that it needs is held: a save that never gets on, storage
 //! that hangs, a guest that floods its disks.
 pub mod answers;
-/// The monitor's own bounds: the numbers have one home.
-#[path = "../../../vmm/src/bounds.rs"]
-pub mod bounds;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -24,8 +21,9 @@ use super::measure::{LIMIT, SETTLE, introduce, tell, with_last_words};
 use super::monitors::{Found, OURS};
 use super::rig::Rig;
 use super::run::Run;
-use crate::archive::make_ext4;
-use crate::debian::{Debian, output};
+use stories::archive::make_ext4;
+use stories::debian::{Debian, output};
+use stories::{bounds, payloads};
 
 /// Times that each question is asked while each thing is held, unless told otherwise.
 pub const TIMES: usize = 50;
@@ -39,9 +37,9 @@ const DISK: u64 = 512 << 20;
 /// Bytes of the file system that is frozen.
 const FILE_SYSTEM: u64 = 64 << 20;
 /// The guests: one that halts, one that writes to its disk without an end, one that floods its disks.
-const HALTS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
-const WRITES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"));
-const FLOODS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flood.elf"));
+const HALTS: &[u8] = payloads::HELLO;
+const WRITES: &[u8] = payloads::BLK;
+const FLOODS: &[u8] = payloads::FLOOD;
 
 /// What is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

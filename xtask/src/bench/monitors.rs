@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 
 use super::control::Protocol;
 use super::snapshots::Way;
-use crate::debian::{Debian, libraries, output};
-use crate::paths::Paths;
+use stories::debian::{Debian, libraries, output};
+use stories::paths::Paths;
 
 /// Where the peers lie under [`Paths::cache`] inside an emulated host.
 const PEERS: &str = "compare/peers";

@@ -1,0 +1,5 @@
+//! Tools for working on the project: `cargo demo`, `cargo compare` and the project's own lints
+//! (`cargo check-house`). Their programs are in `bin/`.
+#[cfg(feature = "harness")]
+pub mod bench;
+pub mod lints;
