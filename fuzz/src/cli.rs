@@ -1,7 +1,7 @@
 //! A configuration file (it begins with a brace), or a command line, one word a line.
 use std::{ffi::OsString, io::Write, os::unix::ffi::OsStringExt};
 
-use vmm::cli::{Action, parse};
+use config::cli::{Action, parse};
 use vmm_sys_util::tempfile::TempFile;
 
 /// All of it is taken, or all that is wrong is said.

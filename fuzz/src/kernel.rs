@@ -1,11 +1,9 @@
 //! A kernel file, an initrd and a command line.
 use std::io::Write;
 
-use machine::{
-    Memory,
-    boot::{BootError, Entry, Platform, VirtioSlot, load},
-    config::BootConfig,
-};
+use config::{BootConfig, places::VirtioSlot};
+use machine::Memory;
+use machine::boot::{BootError, Entry, Platform, load};
 use vm_memory::GuestAddress;
 use vmm_sys_util::tempfile::TempFile;
 

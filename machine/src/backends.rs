@@ -8,9 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate, slots::SlotCounts};
 use devices::{
     backend::{
-        disk::{Disk, DiskError, OpenOptions},
+        disk::{self, Disk, DiskError, OpenOptions},
         inherited,
         net::tap::{Tap, TapError},
         release,
@@ -21,10 +22,7 @@ use devices::{
     },
 };
 
-use crate::{
-    Machine, RunError,
-    config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate, slots::SlotCounts},
-};
+use crate::{Machine, RunError};
 
 /// How long a device is waited for that its guest may be resetting.
 const DEVICE_PATIENCE: Duration = Duration::from_millis(20);
@@ -276,7 +274,7 @@ pub(crate) fn options(config: &DiskConfig) -> OpenOptions {
         readonly: config.readonly,
         direct: config.direct,
         discard: config.discard,
-        aio: config.aio.into(),
+        aio: aio(config.aio),
         probe: config.probe,
     }
 }
@@ -289,7 +287,7 @@ pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> Drive {
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops,
         bytes_per_second: config.bps,
-        expect: config.expect,
+        expect: expect(config.expect),
     }
 }
 
@@ -729,5 +727,22 @@ impl Machine {
     /// Bytes of the disks in the slots, 0 for an empty one.
     pub fn disk_sizes(&self) -> Vec<u64> {
         self.backends.plugged.iter().map(Plugged::size).collect()
+    }
+}
+/// How a disk's requests are carried out, in the words of its back-end.
+fn aio(aio: config::Aio) -> disk::Aio {
+    match aio {
+        config::Aio::Auto => disk::Aio::Auto,
+        config::Aio::IoUring => disk::Aio::IoUring,
+        config::Aio::Off => disk::Aio::Off,
+    }
+}
+
+/// What the image of a restored disk has to be, in the words of its device.
+fn expect(expect: config::Expect) -> blk::Expect {
+    match expect {
+        config::Expect::Saved => blk::Expect::Saved,
+        config::Expect::Copy => blk::Expect::Copy,
+        config::Expect::Any => blk::Expect::Any,
     }
 }

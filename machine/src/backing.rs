@@ -2,6 +2,7 @@
 //! to take a saved state.
 use std::{io, sync::Arc};
 
+use config::{CharBackend, ConsoleConfig, DiskConfig, NicConfig, RngConfig};
 use devices::{
     backend::{
         char::{Char, CharError},
@@ -11,11 +12,7 @@ use devices::{
     virtio::{VirtioDevice, blk, net, rng::Rng},
 };
 
-use crate::{
-    BuildError, Event, Report, Told, backends,
-    config::{self, CharBackend, ConsoleConfig, DiskConfig, NicConfig, RngConfig},
-    legacy,
-};
+use crate::{BuildError, Event, Report, Told, backends, legacy};
 
 /// Descriptors a queue of a slot that waits for hot-plug.
 const EMPTY_QUEUE_SIZE: u16 = 256;

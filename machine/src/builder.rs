@@ -7,6 +7,12 @@ use std::{
     thread,
 };
 
+use config::{
+    Description, MachineConfig, Occupancy,
+    places::{self, Place},
+    slots::{SlotCounts, SlotsError, Wanted},
+    topology,
+};
 use devices::{
     Memory,
     backend::{
@@ -27,17 +33,13 @@ use crate::{
     backends::{self, Backends, Plugged},
     backing::Backing,
     boot::BootError,
-    config::{
-        Aio, MachineConfig, Occupancy,
-        slots::{SlotCounts, SlotsError, Wanted},
-    },
     dry_restore::Restorable,
     event::{Event, Report},
     fits,
     generation::GenerationId,
     io_thread,
     kvm::{
-        self, KvmError, Vm, cpuid, entry, features,
+        self, KvmError, Vm, entry, features,
         opening::{Opened, Opening},
         state,
         vcpu::{Buses, KvmCpu},
@@ -45,11 +47,11 @@ use crate::{
     legacy::{Legacy, LegacyError, Outside},
     machine::RunError,
     memory::{self, MemoryError},
+    preflight::CleanupGuard,
     quiesced::RestoreError,
     reload::BootPlan,
     rest::Rest,
-    slots::{self, Place, SlotError, Slots},
-    survey::Made,
+    slots::{SlotError, Slots},
     vcpu::Handle,
 };
 
@@ -94,7 +96,7 @@ pub enum BuildError {
     #[error(transparent)]
     Slots(#[from] SlotsError),
     #[error(transparent)]
-    ApicIds(#[from] cpuid::ApicIds),
+    ApicIds(#[from] topology::ApicIds),
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("{0}")]
@@ -141,11 +143,11 @@ impl Machine {
     /// # Errors
     /// When the host or a file does not give what the configuration asks for.
     pub fn new(config: &MachineConfig, report: Report) -> Result<Self, BuildError> {
-        let made = Made::before(config);
+        let guard = CleanupGuard::before(config);
         let occupied = Occupancy::at_start(config);
-        let made_of = MadeOf { config, occupied: &occupied, places: &slots::places(config) };
+        let made_of = MadeOf { config, occupied: &occupied, places: &places::at_start(config) };
         let built = Self::build(&made_of, Begin::Boot, report)?;
-        made.keep();
+        guard.keep();
         Ok(built)
     }
 
@@ -157,7 +159,7 @@ impl Machine {
         let Restorable { description, state } = &saved.restorable;
         let cpuid = features::cpuid(&state.cpu.leaves)?;
         let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
-        let mut machine = Self::build(&description.made_of(), begin, report)?;
+        let mut machine = Self::build(&MadeOf::from(description), begin, report)?;
         machine.filled = saved.filled.into();
         machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
@@ -169,7 +171,7 @@ impl Machine {
     fn build(made_of: &MadeOf<'_>, begin: Begin, report: Report) -> Result<Self, BuildError> {
         let MadeOf { config, occupied, places } = *made_of;
         let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
-        let apic_ids = cpuid::apic_ids(&config.topology, config.cpus)?;
+        let apic_ids = topology::apic_ids(&config.topology, config.cpus)?;
 
         let small = matches!(begin, Begin::Boot) && is_small(config);
         let (kvm, fd, memory, seen, Held(held)) = match begin {
@@ -296,6 +298,13 @@ pub(crate) struct MadeOf<'a> {
     pub places: &'a [Place],
 }
 
+impl<'a> From<&'a Description> for MadeOf<'a> {
+    fn from(description: &'a Description) -> Self {
+        let Description { config, occupied, places, .. } = description;
+        Self { config, occupied, places }
+    }
+}
+
 /// Threads that carry workers, by id; the first one is the default.
 pub(crate) type IoThreads = [(String, Arc<io_thread::Handle>)];
 
@@ -420,15 +429,5 @@ pub(crate) fn explained(
             BuildError::RootDisk { id, path }
         }
         other => other,
-    }
-}
-
-impl From<Aio> for devices::backend::disk::Aio {
-    fn from(aio: Aio) -> Self {
-        match aio {
-            Aio::Auto => Self::Auto,
-            Aio::IoUring => Self::IoUring,
-            Aio::Off => Self::Off,
-        }
     }
 }

@@ -2,12 +2,18 @@
 //! without files of the host and without its memory. A save runs it, too, before it counts.
 use std::sync::Arc;
 
+use config::Description;
 use devices::state::StateError;
 use state::{Section, Sections};
 
 use crate::{
-    BuildError, MachineState, RestoreError, backing::Backing, builder::Parts, io_thread,
-    legacy::Legacy, memory, saved::Description, slots::Slots,
+    BuildError, MachineState, RestoreError,
+    backing::Backing,
+    builder::{MadeOf, Parts},
+    io_thread,
+    legacy::Legacy,
+    memory,
+    slots::Slots,
 };
 
 /// A saved machine, checked down to each device. [`Machine::restored`](crate::Machine::restored)
@@ -30,7 +36,7 @@ pub fn dry_restore(description: Description, sections: Sections) -> Result<Resto
     if saved != configured {
         return Err(RestoreError::Count { what: "vCPUs", saved, configured }.into());
     }
-    let made_of = description.made_of();
+    let made_of = MadeOf::from(&description);
     // Queues have to lie in guest memory; nothing is read from it.
     let memory = memory::addresses(made_of.config.memory.size)?;
     let window = Slots::window(made_of.places).map_err(BuildError::Window)?;

@@ -1,44 +1,42 @@
 //! Whether a machine that is offered to this host can run here, as far as that can be told before its
 //! memory and its state are there, and without taking anything from the machine that it is.
+use config::{Description, MachineConfig, Tap as TapConfig, topology};
 use devices::backend::net::tap::Tap;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use state::cpu::Cpu;
 
 use crate::{
-    BuildError, Description,
-    config::{MachineConfig, Tap as TapConfig},
+    BuildError,
     kvm::{
         self, cpuid,
         features::{self, Leaf},
     },
 };
 
-impl Description {
-    /// Whether this host's CPU has what `cpu` promises to the guest.
-    ///
-    /// # Errors
-    /// [`BuildError::Cpu`] with the first thing missing; when KVM does not tell.
-    pub fn check_cpu(&self, cpu: &Cpu) -> Result<(), BuildError> {
-        let seen: Vec<_> = cpu.cpuid.iter().copied().map(Leaf::from).collect();
-        let kvm = kvm::open()?;
-        check_leaves(&kvm, &cpuid::supported(&kvm)?, &self.config, &seen)
-    }
+/// Whether this host's CPU has what `cpu` promises to the guest of `description`.
+///
+/// # Errors
+/// [`BuildError::Cpu`] with the first thing missing; when KVM does not tell.
+pub fn check_cpu(description: &Description, cpu: &Cpu) -> Result<(), BuildError> {
+    let seen: Vec<_> = cpu.cpuid.iter().copied().map(Leaf::from).collect();
+    let kvm = kvm::open()?;
+    check_leaves(&kvm, &cpuid::supported(&kvm)?, &description.config, &seen)
+}
 
-    /// Whether the taps that have a name are there, and are such as their NICs need. Another machine may
-    /// have them.
-    ///
-    /// # Errors
-    /// [`BuildError::Tap`] for the first one that is not.
-    pub fn check_taps(&self) -> Result<(), BuildError> {
-        for nic in self.occupied.nics.iter().flatten() {
-            if let TapConfig::Name(name) = &nic.tap {
-                Tap::look(name, nic.queue_pairs.into())
-                    .map_err(|source| BuildError::Tap { id: nic.id.clone(), source })?;
-            }
+/// Whether the taps of `description` that have a name are there, and are such as their NICs need. Another machine may
+/// have them.
+///
+/// # Errors
+/// [`BuildError::Tap`] for the first one that is not.
+pub fn check_taps(description: &Description) -> Result<(), BuildError> {
+    for nic in description.occupied.nics.iter().flatten() {
+        if let TapConfig::Name(name) = &nic.tap {
+            Tap::look(name, nic.queue_pairs.into())
+                .map_err(|source| BuildError::Tap { id: nic.id.clone(), source })?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// Whether vCPUs of `config` show all that a guest has seen, on a host that can show `supported`.
@@ -48,7 +46,7 @@ pub(crate) fn check_leaves(
     config: &MachineConfig,
     seen: &[Leaf],
 ) -> Result<(), BuildError> {
-    let ids = cpuid::apic_ids(&config.topology, config.cpus)?;
+    let ids = topology::apic_ids(&config.topology, config.cpus)?;
     let first = ids.first().copied().unwrap_or(0);
     let here = cpuid::for_vcpu(kvm, supported, first, &config.topology);
     match features::missing(&features::leaves(&here), seen) {

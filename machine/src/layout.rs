@@ -9,6 +9,9 @@
 //! 0x1_0000_0000 ..             RAM above the hole
 //! ```
 
+// Where the virtio-mmio slots are: a saved configuration is checked against it.
+pub use config::places::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP};
+
 /// First byte of the hole below 4 GiB.
 pub const HOLE_START: u64 = 0xc000_0000;
 /// First byte above the hole.
@@ -31,7 +34,7 @@ pub const BOOT_PML4: u64 = 0x9000;
 /// Kernel command line.
 pub const CMDLINE: u64 = 0x20000;
 /// Bytes for the command line, terminator included.
-pub const CMDLINE_MAX: usize = 0x10000;
+pub const CMDLINE_MAX: usize = config::limits::MAX_CMDLINE + 1;
 /// Extended BIOS data area, empty: from here to the end of the first megabyte nothing is free RAM.
 pub const EBDA: u64 = 0x9fc00;
 /// The generation id's 16 bytes, in a page of its own that is reserved. Not at the page's beginning,
@@ -47,10 +50,6 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 /// Load address of a flat `vmlinux.bin`.
 pub const FLAT_KERNEL: u64 = 0x100_0000;
 
-/// First virtio-mmio register page; one page a slot.
-pub const VIRTIO_MMIO: u64 = 0xf010_0000;
-/// Bytes of a slot.
-pub const VIRTIO_MMIO_STEP: u64 = 0x1000;
 /// IOAPIC registers.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Local APIC registers.
@@ -60,9 +59,6 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// One page for KVM's identity map.
 pub const KVM_IDENTITY: u64 = 0xfffb_c000;
 
-/// Interrupts of the virtio-mmio slots, in order of slots. 0 to 4, 8 and 9 have other uses.
-pub const VIRTIO_IRQS: [u32; 18] =
-    [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 13, 3];
 /// Interrupt of the ACPI generic event device (power button).
 pub const GED_IRQ: u32 = 9;
 /// Interrupt of the keyboard.

@@ -1,6 +1,7 @@
 //! The devices that are not virtio: serial port, keyboard controller, clock, power, panic.
 use std::{io, sync::Arc};
 
+use config::{CharBackend, MachineConfig};
 use devices::{
     PowerSink,
     backend::char::{Char, CharError, CharSink},
@@ -19,7 +20,6 @@ use parking_lot::Mutex;
 
 use crate::{
     backing::Backing,
-    config::{CharBackend, MachineConfig},
     event::{Event, Report},
     kvm::{KvmError, Vm, vcpu::PowerLatch},
     layout::{

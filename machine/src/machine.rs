@@ -1,6 +1,7 @@
 //! The machine: what it is made of, and how all of it stops, goes on and starts anew.
 use std::{io, ops::Range, sync::Arc, time::Duration};
 
+use config::MachineConfig;
 use devices::{
     Device, Memory,
     backend::{
@@ -17,7 +18,6 @@ use parking_lot::Mutex;
 use crate::{
     backends::Backends,
     boot::BootError,
-    config::MachineConfig,
     generation::GenerationId,
     io_thread,
     kvm::{

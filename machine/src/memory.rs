@@ -16,6 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use config::MemoryConfig;
 use devices::Memory;
 use rustix::io::Errno;
 use vm_memory::{
@@ -23,7 +24,7 @@ use vm_memory::{
     bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
 };
 
-use crate::{config::MemoryConfig, layout};
+use crate::layout;
 
 pub mod fault;
 pub mod image;

@@ -1,6 +1,7 @@
 //! A machine that stands still as a whole: the only one whose state can be read and replaced.
 use std::{io, ops::Range, sync::Arc};
 
+use config::places::DISK;
 use devices::{Memory, state::StateError, virtio::blk::Block};
 use state::{Section, Sections, chips as saved, cpu};
 
@@ -16,7 +17,6 @@ use crate::{
     },
     machine::Parked,
     memory::{image, staging::Staging},
-    slots::DISK,
     spot_check::SpotChecks,
     vcpu::Gone,
 };

@@ -8,13 +8,13 @@ use std::{
     sync::{Arc, atomic::AtomicU64},
 };
 
+use config::{BootConfig, MachineConfig, places::VirtioSlot};
 use devices::Memory;
 use vm_memory::GuestAddress;
 
 use crate::{
     Machine,
-    boot::{self, BootError, Entry, Platform, VirtioSlot},
-    config::{BootConfig, MachineConfig},
+    boot::{self, BootError, Entry, Platform},
     layout,
     memory::{self, MemoryError, image},
     slots::Slots,

@@ -2,6 +2,10 @@
 //! NIC fills one that is empty, as StratoVirt's microVM does it.
 use std::{io, sync::Arc};
 
+use config::{
+    limits::VIRTIO_SLOTS,
+    places::{Place, VirtioSlot},
+};
 use devices::{
     Memory,
     bus::{BusBuilder, BusError},
@@ -17,11 +21,9 @@ use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
-    boot::VirtioSlot,
-    config::{MachineConfig, limits::VIRTIO_SLOTS},
     io_thread,
     kvm::{KvmError, Vm},
-    layout::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP},
+    layout::{VIRTIO_MMIO, VIRTIO_MMIO_STEP},
     machine::Shared,
 };
 
@@ -70,39 +72,6 @@ struct Slot {
     transport: Arc<Mutex<Transport>>,
     thread: Arc<io_thread::Handle>,
 }
-
-/// A slot before there is a device in it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    /// By which a saved state knows it.
-    pub id: String,
-    /// Where the guest finds it.
-    pub at: VirtioSlot,
-    /// The queues that the guest has seen there, of a restored machine.
-    pub queue_sizes: Option<Vec<u16>>,
-}
-
-/// The slots of a machine that starts: those for disks, those for NICs, and the others' own.
-pub(crate) fn places(config: &MachineConfig) -> Vec<Place> {
-    let disks = (0..config.slots.disks()).map(|slot| format!("{DISK}{slot}"));
-    let nics = (0..config.slots.nics()).map(|slot| format!("{NIC}{slot}"));
-    let console = config.console.iter().map(|_| CONSOLE.to_owned());
-    let ids = disks.chain(nics).chain(console).chain(config.rng.iter().map(|_| RNG.to_owned()));
-    let addresses = (0..).map(|index| VIRTIO_MMIO + index * VIRTIO_MMIO_STEP);
-    let at = addresses.zip(VIRTIO_IRQS).filter_map(|(address, irq)| {
-        Some(VirtioSlot { address: u32::try_from(address).ok()?, irq })
-    });
-    ids.zip(at).map(|(id, at)| Place { id, at, queue_sizes: None }).collect()
-}
-
-/// What the ids of slots for disks begin with.
-pub(crate) const DISK: &str = "disk";
-/// What the ids of slots for NICs begin with.
-pub(crate) const NIC: &str = "nic";
-/// Id of the console's slot.
-pub(crate) const CONSOLE: &str = "console";
-/// Id of the slot of the source of randomness.
-pub(crate) const RNG: &str = "rng";
 
 impl Slots {
     /// No slots yet, over register pages in `window`.

@@ -1,5 +1,6 @@
 //! Spot checks of a machine's block devices: ordered when it is captured, made afterwards, and compared
 //! before it is restored.
+use config::{Description, Expect, places::DISK};
 use devices::backend::disk::{DiskError, SpotCheck};
 use state::{
     Section, SectionError,
@@ -7,7 +8,7 @@ use state::{
     hex::HexArray,
 };
 
-use crate::{Description, MachineState, config::Expect, slots::DISK};
+use crate::MachineState;
 
 /// The spot checks that belong to a captured machine, by slots.
 #[derive(Debug, Default)]
@@ -52,27 +53,30 @@ impl SpotChecks {
     }
 }
 
-impl Description {
-    /// Compare the disks with the spot checks in `sections` of the save `id`, but for those that are not
-    /// written and those that the user vouches for. Waits for storage.
-    ///
-    /// # Errors
-    /// The first disk that is not as it was, or cannot be read.
-    pub fn check_spots(&self, id: u128, sections: &[Section]) -> Result<(), SpotCheckError> {
-        for (slot, (disk, size)) in self.occupied.disks.iter().zip(&self.disk_sizes).enumerate() {
-            let Some(disk) = disk.as_ref().filter(|d| !d.readonly && d.expect != Expect::Any)
-            else {
-                continue;
-            };
-            let slot = format!("{DISK}{slot}");
-            let section = sections.iter().find(|section| section.id == slot);
-            let transport = section.and_then(|section| section.read::<VirtioMmio>().ok());
-            // What is no disk is refused where devices take their states.
-            let saved = transport.and_then(|transport| transport.device.read::<Disk>().ok());
-            let Some(HexArray(seen)) = saved.and_then(|saved| saved.spot_check) else { continue };
-            SpotCheck::verify(&disk.path, *size, id, &seen)
-                .map_err(|source| SpotCheckError { id: disk.id.clone(), source })?;
-        }
-        Ok(())
+/// Compare the disks of `description` with the spot checks in `sections` of the save `id`, but for those that are not
+/// written and those that the user vouches for. Waits for storage.
+///
+/// # Errors
+/// The first disk that is not as it was, or cannot be read.
+pub fn check_spots(
+    description: &Description,
+    id: u128,
+    sections: &[Section],
+) -> Result<(), SpotCheckError> {
+    for (slot, (disk, size)) in
+        description.occupied.disks.iter().zip(&description.disk_sizes).enumerate()
+    {
+        let Some(disk) = disk.as_ref().filter(|d| !d.readonly && d.expect != Expect::Any) else {
+            continue;
+        };
+        let slot = format!("{DISK}{slot}");
+        let section = sections.iter().find(|section| section.id == slot);
+        let transport = section.and_then(|section| section.read::<VirtioMmio>().ok());
+        // What is no disk is refused where devices take their states.
+        let saved = transport.and_then(|transport| transport.device.read::<Disk>().ok());
+        let Some(HexArray(seen)) = saved.and_then(|saved| saved.spot_check) else { continue };
+        SpotCheck::verify(&disk.path, *size, id, &seen)
+            .map_err(|source| SpotCheckError { id: disk.id.clone(), source })?;
     }
+    Ok(())
 }

@@ -2,6 +2,7 @@
 //! monitor can do.
 use std::{io, path::Path, time::Duration};
 
+use config::cli::Control;
 use mio::{Events, Interest, Poll, Token};
 use qmp::{
     Error,
@@ -11,7 +12,7 @@ use qmp::{
 };
 use signal_hook_mio::v1_0::Signals;
 
-use crate::{cli::Control, commands::bare_table, daemon::Ready, event_loop::ENDING};
+use crate::{commands::bare_table, daemon::Ready, event_loop::ENDING};
 
 /// Where a machine would be.
 pub(crate) struct Bare {

@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use config::actions::Action;
 use machine::{ReloadError, Reloaded};
 use qmp::{
     Error, Request,
@@ -30,7 +31,6 @@ use qmp::{
 };
 
 use crate::{
-    actions::Action,
     bounds, commands,
     lifecycle::{self, Halt},
     saving::Capturing,

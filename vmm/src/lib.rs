@@ -1,17 +1,16 @@
 //! The life of one virtual machine: what may happen when, and who answers for it.
 #![forbid(unsafe_code)]
-pub mod actions;
 pub mod announce;
 pub mod arriving;
 pub mod bare;
 pub mod bounds;
 pub mod checkpoint;
-pub mod cli;
 mod commands;
 pub mod daemon;
 mod deferred;
 pub mod ending;
 pub mod event_loop;
+pub mod explain;
 pub mod file_signals;
 pub mod files;
 pub mod last_words;

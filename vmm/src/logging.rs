@@ -194,7 +194,7 @@ fn level(word: Option<String>) -> (LevelFilter, Option<String>) {
 }
 
 /// Date and time (UTC) `seconds` after the beginning of 1970, as RFC 3339 has them, up to the second.
-pub fn date_time(seconds: u64) -> String {
+fn date_time(seconds: u64) -> String {
     let seconds = i64::try_from(seconds).unwrap_or_default();
     let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);
     let (date, (hour, minute, second)) = (t.date(), t.as_hms());

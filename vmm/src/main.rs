@@ -9,12 +9,11 @@ use std::{
 };
 
 use anyhow::Context;
-use machine::{
-    Machine,
-    config::{CharBackend, MachineConfig},
-    memory::own,
-    survey,
+use config::{
+    CharBackend, MachineConfig,
+    cli::{self, Action, Invocation, Log, Source},
 };
+use machine::{Machine, memory::own, preflight};
 use qmp::{
     schema::{Event, ShutdownCause},
     server::Server,
@@ -24,9 +23,9 @@ use vmm::{
     arriving::{Arriving, Handed, Over},
     bare, bounds,
     checkpoint::{self, Arrival, Arrived, RestoreError, Voice},
-    cli::{self, Action, Invocation, Log, Source},
     daemon::{self, Ready, Side},
     event_loop::EventLoop,
+    explain::explain,
     file_signals, lifecycle, logging,
     pidfile::PidFile,
     seccomp,
@@ -105,7 +104,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
             let built = Machine::new(config, events.report());
-            let machine = built.map_err(|e| places.explain(survey(config, e), config))?;
+            let machine = built.map_err(|e| explain(places, preflight(config, e), config))?;
             if !machine::kvm::has_hardware_virtualization() {
                 log::warn!(
                     "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \

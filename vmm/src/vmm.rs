@@ -1,6 +1,7 @@
 //! The one object that owns the machine and decides what becomes of it.
 use std::{collections::BTreeMap, os::fd::OwnedFd, time::Instant};
 
+use config::actions::{Action, Actions};
 use machine::{Machine, ReloadError, RunError};
 use qmp::{
     Error, ErrorClass,
@@ -13,7 +14,6 @@ use qmp::{
 };
 
 use crate::{
-    actions::{Action, Actions},
     announce::Announcing,
     bounds,
     checkpoint::job::Checkpointer,

@@ -5,56 +5,14 @@ use ::state::{
     file::{write_config, write_sections},
     frame::{Kind, Writer},
 };
-use machine::{Description, memory::allocate};
+use config::Description;
+use machine::memory::allocate;
 use vmm::checkpoint::{Progress, ReceiveError, receive};
 
-#[path = "../../fuzz/src/cli.rs"]
-mod cli;
 #[path = "../../fuzz/src/mutate.rs"]
 mod mutate;
 #[path = "../../fuzz/src/state.rs"]
 mod state;
-
-#[test]
-fn configurations_that_say_anything() {
-    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../config-examples");
-    let seeds: Vec<_> = std::fs::read_dir(examples)
-        .unwrap()
-        .map(|file| std::fs::read(file.unwrap().path()).unwrap())
-        .filter(|text| text.starts_with(b"{"))
-        .collect();
-    assert!(seeds.len() > 2);
-    let words =
-        ["{", "}", "[", "]", "\"", ":", ",", "null", "true", "1e9", "-1", "\"256G\"", "\"0\""];
-    mutate::hammer(&seeds, &words, 3000, cli::entry);
-}
-
-#[test]
-fn command_lines_that_say_anything() {
-    let seeds = [
-        "-kernel\nk\n-append\na b\n-m\n256M\n-smp\n4,sockets=2,cores=2\n-serial\nstdio\n-qmp\nunix:s,server,nowait",
-        "-kernel\nk\n-drive\nid=d,file=f,direct=off,throttling.iops-total=5\n-device\nvirtio-blk-device,drive=d,id=b,iothread=i\n-object\niothread,id=i\n-api-channel\nunix:s",
-        "-netdev\ntap,id=n,ifname=t,queues=2\n-device\nvirtio-net-device,netdev=n,id=e,mac=52:54:00:12:34:56\n-machine\ntype=microvm,mem-share=on\n-name\nn\n-D\n-S",
-        "-chardev\nsocket,id=c,path=p,server,nowait\n-device\nvirtconsole,chardev=c,id=v\n-rng\nrandom_file=/dev/urandom,bytes_per_sec=5\n-pidfile\np\n-incoming\nfile:d,mapped=off\n-action\nreboot=reset",
-    ];
-    let seeds = seeds.map(|seed| seed.as_bytes().to_vec());
-    let words = [
-        ",",
-        "=",
-        "\n",
-        "on",
-        "off",
-        "id=",
-        ",,",
-        "18446744073709551615",
-        "0x",
-        "-1",
-        "4G",
-        ":",
-        "-h",
-    ];
-    mutate::hammer(&seeds, &words, 5000, cli::entry);
-}
 
 /// An input from which `state` makes the frames of `stream`, a well-formed one.
 fn frames(stream: &[u8]) -> Vec<u8> {

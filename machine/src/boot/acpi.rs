@@ -14,11 +14,12 @@ use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use config::places::VirtioSlot;
 use devices::Memory;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Platform, VirtioSlot};
+use super::Platform;
 use crate::layout;
 
 const OEM_ID: [u8; 6] = *b"STRATO";

@@ -13,49 +13,20 @@
 //! The MP table is always there: Linux looks at it only when there is no ACPI.
 use std::ops::Range;
 
+use config::{
+    cmdline::{self, CmdlineError},
+    places::VirtioSlot,
+};
 use devices::Memory;
 use memchr::memmem::Finder;
-use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BootError, VirtioSlot};
+use super::BootError;
 use crate::layout;
 
 const PARAMETER: &str = "virtio_mmio.device=";
 /// Separates the kernel's parameters from those of init.
 const END: &str = "--";
-
-/// Why a command line cannot be used.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum CmdlineError {
-    /// Longer than the kernel would read.
-    #[error("it has {len} bytes{}; the kernel takes at most {max}", devices(*added))]
-    TooLong {
-        /// Its length.
-        len: usize,
-        /// Bytes that are not the user's.
-        added: usize,
-        /// Longest one.
-        max: usize,
-    },
-    /// A byte that would end it early, or that the kernel has no meaning for.
-    #[error(
-        "it has {what} at byte {at}; only printable ASCII is passed on, because a kernel reads bytes, up to the first zero"
-    )]
-    Byte {
-        /// Which byte.
-        what: String,
-        /// Where, from 0.
-        at: usize,
-    },
-}
-
-fn devices(added: usize) -> String {
-    match added {
-        0 => String::new(),
-        _ => format!(", {added} of them virtio_mmio.device= words for the devices"),
-    }
-}
 
 /// What a kernel image in memory shows of the kernel's abilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,32 +124,11 @@ fn cmdline_devices(slots: &[VirtioSlot]) -> String {
         .collect()
 }
 
-/// Whether some kernel could take what the user says.
-///
-/// # Errors
-/// When it has a byte that is not passed on, or is longer than there is room for.
-pub fn check_user(user: &str) -> Result<(), CmdlineError> {
-    check(Composed { user, added: String::new() }, layout::CMDLINE_MAX - 1).map(drop)
-}
-
 /// The command line for a kernel that takes `max` bytes of it. What is added goes before the
 /// parameters of init.
 pub(super) fn check(line: Composed, max: usize) -> Result<String, CmdlineError> {
     let Composed { user, added } = line;
-    let bad = user.bytes().position(|byte| !(matches!(byte, b' '..=b'~' | b'\t')));
-    if let Some(at) = bad {
-        let what = match user.as_bytes().get(at) {
-            Some(0) => "a zero byte".to_owned(),
-            Some(b'\n') => "a line break".to_owned(),
-            Some(byte) if byte.is_ascii() => format!("a control character (0x{byte:02x})"),
-            _ => format!("\"{}\"", user.get(at..).and_then(|s| s.chars().next()).unwrap_or('?')),
-        };
-        return Err(CmdlineError::Byte { what, at });
-    }
-    let len = user.len().saturating_add(added.len());
-    if len > max {
-        return Err(CmdlineError::TooLong { len, added: added.len(), max });
-    }
+    cmdline::check(user, added.len(), max)?;
     let (kernel, init) = user.split_at(init_parameters(user));
     Ok(match (added.trim_start(), init) {
         ("", _) => user.to_owned(),

@@ -16,11 +16,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 
+use config::{BootConfig, cmdline::CmdlineError, places::VirtioSlot};
 use devices::Memory;
 use thiserror::Error;
 use vm_memory::GuestAddress;
-
-use crate::config::BootConfig;
 
 mod acpi;
 mod bytes;
@@ -38,7 +37,6 @@ mod source;
 
 pub use acpi::AcpiError;
 pub use bzimage::BzImageError;
-pub use cmdline::{CmdlineError, check_user as check_cmdline};
 pub use elf::ElfError;
 pub use initrd::InitrdError;
 pub use registers::{Registers, Segment};
@@ -46,15 +44,6 @@ pub use source::SourceError;
 
 use ram::Ram;
 use source::Source;
-
-/// A virtio-mmio slot as the guest is told of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VirtioSlot {
-    /// First byte of its register page, below 4 GiB.
-    pub address: u32,
-    /// Its interrupt: global system interrupt and IOAPIC pin.
-    pub irq: u32,
-}
 
 /// The hardware to tell the guest of.
 #[derive(Debug, Clone, Copy)]
@@ -248,7 +237,7 @@ pub(crate) fn load_counting(
 
 /// All that is wrong with the files of `boot` and its command line, by loading them into `memory`,
 /// which no guest will ever see.
-pub(crate) fn survey(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
+pub(crate) fn preflight(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
     let ram = Ram::of(memory);
     let count = AtomicU64::new(0);
     let kernel = load_kernel(memory, &ram, &boot.kernel, &count);

@@ -1,9 +1,9 @@
 //! What the guest's CPUs announce: what KVM supports on this host, with this machine's topology.
+use config::{Topology, topology::Shape};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::{KvmError, refused};
-use crate::config::Topology;
 
 /// Leaf 1 EDX: several logical processors a package.
 const HTT: u32 = 1 << 28;
@@ -52,7 +52,7 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
                 }
             }
             0xb | 0x1f => {
-                shape.topology_leaf(e, id);
+                topology_leaf(&shape, e, id);
                 levels.extend((e.index == 0).then_some(*e));
             }
             // AMD: processors a package, and bits of the APIC id.
@@ -76,7 +76,7 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
             let is_this = |e: &kvm_cpuid_entry2| (e.function, e.index) == (first.function, index);
             if !cpuid.as_slice().iter().any(is_this) {
                 let mut e = kvm_cpuid_entry2 { index, ..first };
-                shape.topology_leaf(&mut e, id);
+                topology_leaf(&shape, &mut e, id);
                 // A full table keeps what it has: the guest then sees one level less.
                 let _ = cpuid.push(e);
             }
@@ -85,71 +85,19 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
     cpuid
 }
 
-/// A topology that does not fit into 8-bit APIC ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this topology needs APIC ids above 254: use fewer sockets or powers of two")]
-pub struct ApicIds;
-
-/// The APIC ids of `cpus` vCPUs.
-///
-/// # Errors
-/// When one would be above 254; 255 is for all.
-pub fn apic_ids(topology: &Topology, cpus: u8) -> Result<Vec<u8>, ApicIds> {
-    let id = |index| u8::try_from(apic_id(topology, index)).ok().filter(|id| *id < 255);
-    (0..cpus).map(id).collect::<Option<_>>().ok_or(ApicIds)
-}
-
-/// APIC id of vCPU `index`: socket, core and thread in bit fields of their own, as the guest takes
-/// them apart again.
-fn apic_id(topology: &Topology, index: u8) -> u32 {
-    let shape = Shape::new(topology);
-    let (index, per_package) = (u16::from(index), shape.per_package.max(1));
-    let (package, within) = (index / per_package, index % per_package);
-    let (core, thread) = (within / shape.threads, within % shape.threads);
-    u32::from(package) << shape.package_bits
-        | u32::from(core) << shape.thread_bits
-        | u32::from(thread)
-}
-
-/// Widths of the parts of an APIC id.
-struct Shape {
-    per_package: u16,
-    threads: u16,
-    thread_bits: u32,
-    package_bits: u32,
-}
-
-impl Shape {
-    fn new(t: &Topology) -> Self {
-        // The width of 0..n; a shape that is no machine's must not overflow.
-        let bits = |n: u16| u16::BITS - n.saturating_sub(1).leading_zeros();
-        let threads = u16::from(t.threads.max(1));
-        let cores = [t.dies, t.clusters, t.cores]
-            .iter()
-            .fold(1u16, |cores, n| cores.saturating_mul(u16::from((*n).max(1))));
-        let thread_bits = bits(threads);
-        Self {
-            per_package: cores.saturating_mul(threads),
-            threads,
-            thread_bits,
-            package_bits: thread_bits + bits(cores),
-        }
-    }
-
-    /// Extended topology enumeration: level 1 threads, level 2 cores, then nothing.
-    fn topology_leaf(&self, e: &mut kvm_cpuid_entry2, id: u8) {
-        let (shift, count, kind) = match e.index {
-            0 => (self.thread_bits, self.threads, 1),
-            1 => (self.package_bits, self.per_package, 2),
-            _ => (0, 0, 0),
-        };
-        e.eax = shift;
-        e.ebx = u32::from(count);
-        e.ecx = kind << 8 | e.index & 0xff;
-        e.edx = u32::from(id);
-        // KVM_CPUID_FLAG_SIGNIFCANT_INDEX
-        e.flags |= 1;
-    }
+/// Extended topology enumeration: level 1 threads, level 2 cores, then nothing.
+fn topology_leaf(shape: &Shape, e: &mut kvm_cpuid_entry2, id: u8) {
+    let (shift, count, kind) = match e.index {
+        0 => (shape.thread_bits, shape.threads, 1),
+        1 => (shape.package_bits, shape.per_package, 2),
+        _ => (0, 0, 0),
+    };
+    e.eax = shift;
+    e.ebx = u32::from(count);
+    e.ecx = kind << 8 | e.index & 0xff;
+    e.edx = u32::from(id);
+    // KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+    e.flags |= 1;
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod vcpu;
 
 use std::{io, sync::Arc, time::SystemTime};
 
+use config::Topology;
 use devices::{Memory, irq::Line};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CLOCK_REALTIME, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
@@ -27,7 +28,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{config::Topology, layout};
+use crate::layout;
 
 /// What this monitor cannot do without, and what for.
 const REQUIRED: [(Cap, &str, &str); 8] = [

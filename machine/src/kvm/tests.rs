@@ -1,6 +1,7 @@
 //! A guest of a few real-mode instructions on this host's own /dev/kvm.
 use std::sync::{Arc, mpsc::channel};
 
+use config::{MemoryConfig, Topology};
 use devices::bus::{BusBuilder, BusDevice};
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
@@ -11,7 +12,6 @@ use super::{
     vcpu::{Buses, KvmCpu},
 };
 use crate::{
-    config::{MemoryConfig, Topology},
     layout, memory,
     vcpu::{Cpu, Handle, Stopped},
 };

@@ -12,11 +12,11 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd},
 };
 
+use config::MemoryConfig;
 use devices::Memory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion, bitmap::AtomicBitmap};
 
 use super::{MemoryError, allocate, image::PAGE_SIZE};
-use crate::config::MemoryConfig;
 
 // linux/userfaultfd.h; the libc crate lacks these.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;

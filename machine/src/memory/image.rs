@@ -7,15 +7,15 @@ use std::{
     os::{fd::AsRawFd, unix::fs::FileExt},
 };
 
+use config::MemoryConfig;
 use devices::Memory;
-use rustix::fs::{SeekFrom, seek};
+use state::sparse;
 use vm_memory::{
     Bytes, FileOffset, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
     MmapRegion, bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
 };
 
 use super::{MemoryError, PAGE, advise, populate, ranges};
-use crate::config::MemoryConfig;
 
 /// Bytes of a page.
 pub const PAGE_SIZE: u64 = 4096;
@@ -152,7 +152,7 @@ pub fn used(memory: &Memory, filled: &[Range<u64>]) -> io::Result<Vec<Range<u64>
     for region in memory.iter() {
         let mut found = touched(&pagemap, region)?;
         if let Some(behind) = region.file_offset() {
-            found.extend(data(behind.file(), behind.start(), region.len())?);
+            found.extend(sparse::data(behind.file(), behind.start(), region.len())?);
             found.sort_unstable_by_key(|r| r.start);
         }
         for range in found {
@@ -250,28 +250,6 @@ fn touched(pagemap: &File, region: &Region) -> io::Result<Vec<Range<u64>>> {
         }
     }
     Ok(touched)
-}
-
-/// Where `file` has data between `start` and `start + len`, relative to `start`.
-///
-/// # Errors
-/// When the file cannot be searched.
-pub fn data(file: &File, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
-    let end = start.saturating_add(len);
-    let mut found = Vec::new();
-    let mut at = start;
-    while at < end {
-        let from = match seek(file, SeekFrom::Data(at)) {
-            Ok(from) if from < end => from,
-            // No data up to the end of the file.
-            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        let to = seek(file, SeekFrom::Hole(from))?.min(end);
-        found.push(from - start..to - start);
-        at = to.max(from + 1);
-    }
-    Ok(found)
 }
 
 #[cfg(test)]

@@ -107,7 +107,8 @@ fn short() -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::MemoryConfig, memory::allocate};
+    use crate::memory::allocate;
+    use config::MemoryConfig;
 
     #[test]
     fn what_was_copied_stays_whatever_becomes_of_the_memory() {

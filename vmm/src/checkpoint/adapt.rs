@@ -10,13 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use machine::{
-    Description, SpotCheckError,
-    config::{Expect, MachineConfig, Tap},
-};
+use config::{Description, Expect, MachineConfig, Tap, cli::Asked};
+use machine::SpotCheckError;
 use rustix::fs::OFlags;
-
-use crate::cli::Asked;
 
 /// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
 #[derive(Debug, thiserror::Error)]

@@ -24,7 +24,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use machine::{Description, Machine, Memory, Report, kvm::opening::Opening};
+use config::{
+    Description,
+    cli::{Incoming, Source},
+};
+use machine::{Machine, Memory, Report, kvm::opening::Opening};
 use state::{
     Frames,
     cpu::Cpu,
@@ -35,16 +39,12 @@ use super::{
     AdaptError, RestoreError,
     assembly::{Arrived, Assembly, take},
     dialogue::{GO_LIMIT, Voice, greeted},
-    image::Progress,
     incoming::{Door, IncomingError, Peer},
+    memory_file::Progress,
     receive::{ReceiveError, Received, receive_frames},
     send::Cancel,
 };
-use crate::{
-    cli::{Incoming, Source},
-    lifecycle::Halt,
-    seccomp,
-};
+use crate::{lifecycle::Halt, seccomp};
 
 /// How long a thread that was told to end may take.
 const HANG_LIMIT: Duration = Duration::from_secs(1);
@@ -76,7 +76,7 @@ impl Arrival {
     /// When there is nothing to read from.
     pub fn begin(
         incoming: &Incoming,
-        flags: &machine::config::MachineConfig,
+        flags: &config::MachineConfig,
         report: Report,
         notify: Arc<dyn Fn() + Send + Sync>,
         confined: bool,

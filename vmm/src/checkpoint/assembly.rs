@@ -2,24 +2,25 @@
 //! opened, and storage can hang.
 use std::{ops::Range, path::Path};
 
+use config::{
+    Description, MachineConfig,
+    cli::{Asked, Incoming, Mapped},
+};
 use machine::{
-    Description, Machine, Memory, Report, RunError, config::MachineConfig, dry_restore,
+    Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps, dry_restore,
     kvm::opening::Opening, memory,
 };
 use state::{Config, Sections, cpu::Cpu};
 
 use super::{
-    AdaptError, Progress, RestoreError, adapt,
+    AdaptError, Progress, RestoreError, adapt, backing_memory,
     children::{Children, Wanted},
     dialogue::Voice,
     load::load,
     receive::Received,
     rehearse::RehearseError,
 };
-use crate::{
-    cli::{Asked, Incoming, Mapped},
-    lifecycle::Halt,
-};
+use crate::lifecycle::Halt;
 
 /// A machine that has come in. It is stopped, and has what only one can have.
 pub struct Arrived {
@@ -88,7 +89,7 @@ impl Assembly {
         let children = Children::make(&config, &mut description, &wanted, progress)?;
         adapt::check_disks(&description)?;
         let wanted = &description.config.memory;
-        let (memory, filled) = loaded.layers.memory(wanted, mapped, &self.report)?;
+        let (memory, filled) = backing_memory::memory(loaded.memory, wanted, mapped, &self.report)?;
         let parts = Parts { config, description, sections, memory, filled, children, opening };
         let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
@@ -105,9 +106,9 @@ impl Assembly {
         cpu: Option<&Cpu>,
     ) -> Result<Memory, RestoreError> {
         adapt::check_disks(description)?;
-        description.check_taps()?;
+        check_taps(description)?;
         if let Some(cpu) = cpu {
-            description.check_cpu(cpu)?;
+            check_cpu(description, cpu)?;
         }
         Ok(memory::allocate(&description.config.memory)?)
     }
@@ -135,8 +136,8 @@ impl Assembly {
     fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Parts { config, description, sections, memory, filled, children, opening } = parts;
         let restorable = dry_restore(description, sections).map_err(RehearseError::from)?;
-        let description = &restorable.description;
-        let checked = description.check_spots(config.id.into(), &restorable.state.devices);
+        let checked =
+            check_spots(&restorable.description, config.id.into(), &restorable.state.devices);
         checked.map_err(AdaptError::from)?;
         let clock_realtime = self.clock_realtime;
         let saved = machine::Saved { restorable, opening, memory, filled, clock_realtime, held };

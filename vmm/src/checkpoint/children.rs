@@ -4,19 +4,15 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     sync::atomic::Ordering,
 };
 
-use machine::{
-    Description,
-    config::Expect,
-    disk::{DiskMark, data_after},
-    open_regular, sparse,
-};
+use config::{Description, Expect};
+use machine::{disk::data_after, sparse};
 use state::{
     Config,
-    config::{Contents, KeptDisk},
+    kept_disks::{self, KeptDiskError},
 };
 
 use super::Progress;
@@ -33,16 +29,8 @@ pub enum ChildError {
          -incoming file:DIR,disks=PLACE, or give an image with -drive id={id},file=PATH"
     )]
     NoPlace { id: String },
-    #[error("disk '{id}': {name:?} is no name of a file in the save's directory")]
-    Name { id: String, name: String },
-    #[error("disk '{id}': cannot open {}, which the save keeps", path.display())]
-    Kept { id: String, path: PathBuf, source: io::Error },
-    #[error(
-        "disk '{id}': {} is not as it was saved: {what}. If it is the right one nevertheless, say so with \
-         --force (-incoming ...,force=on)",
-        path.display()
-    )]
-    Changed { id: String, path: PathBuf, what: &'static str },
+    #[error(transparent)]
+    Kept(#[from] KeptDiskError),
     #[error("cannot make the directory {}: the one above it must exist", path.display())]
     Directory { path: PathBuf, source: io::Error },
     #[error(
@@ -88,12 +76,12 @@ impl Children {
     ) -> Result<Self, ChildError> {
         let mut this = Self::default();
         let mut copies = Vec::new();
-        for (slot, _, kept) in kept(config) {
+        for (slot, _, kept) in kept_disks::kept(config) {
             let disk = description.occupied.disks.get(slot).and_then(Option::as_ref);
             let Some(disk) = disk.filter(|disk| !(wanted.given)(&disk.id)) else { continue };
             let id = disk.id.clone();
             let Some(place) = wanted.place else { return Err(ChildError::NoPlace { id }) };
-            let (path, file) = open_kept(&id, kept, wanted.save, wanted.force)?;
+            let (path, file) = kept_disks::open(&id, kept, wanted.save, wanted.force)?;
             progress.total.fetch_add(kept.mark.size, Ordering::Relaxed);
             copies.push((slot, id, place, path, file, kept.mark.size));
         }
@@ -153,58 +141,6 @@ impl Drop for Children {
     }
 }
 
-/// The disks that a save keeps: the indices of their slots, and their ids.
-fn kept(config: &Config) -> impl Iterator<Item = (usize, &str, &KeptDisk)> {
-    config.slots.iter().filter_map(|slot| match &slot.contents {
-        Contents::Disk(Some(disk)) => {
-            let slot = slot.id.strip_prefix("disk")?.parse().ok()?;
-            Some((slot, disk.id.as_str(), disk.kept.as_ref()?))
-        }
-        _ => None,
-    })
-}
-
-/// See that the disks which the save `config` in the directory `save` keeps are as they were saved.
-///
-/// # Errors
-/// The first one that is not.
-pub fn check(save: &Path, config: &Config) -> Result<(), ChildError> {
-    kept(config).try_for_each(|(_, id, kept)| open_kept(id, kept, save, false).map(drop))
-}
-
-/// Open a kept disk, and see that it is as it was saved; with `force`, only its size counts.
-fn open_kept(
-    id: &str,
-    kept: &KeptDisk,
-    save: &Path,
-    force: bool,
-) -> Result<(PathBuf, File), ChildError> {
-    let mut parts = Path::new(&kept.file).components();
-    let (Some(Component::Normal(_)), None) = (parts.next(), parts.next()) else {
-        return Err(ChildError::Name { id: id.into(), name: kept.file.clone() });
-    };
-    let path = save.join(&kept.file);
-    let failed = |source| ChildError::Kept { id: id.into(), path: path.clone(), source };
-    let file = open_regular(&path, File::options().read(true)).map_err(failed)?;
-    let (found, then) = (DiskMark::of(&file).map_err(failed)?, DiskMark::from(kept.mark));
-    let what = match () {
-        () if found.size != then.size => Some("it has another size"),
-        () if force => None,
-        () if found.mtime_ns != then.mtime_ns => {
-            Some("it has been written since, or lost its date")
-        }
-        // Where no attributes are kept now, there is nothing to compare.
-        () if found.generation.is_some() && found.generation != then.generation => {
-            Some("it has another mark")
-        }
-        () => None,
-    };
-    match what {
-        Some(what) => Err(ChildError::Changed { id: id.into(), path, what }),
-        None => Ok((path, file)),
-    }
-}
-
 /// Make `to` like `from`: of the same blocks, where the file system can share them, else a copy of them
 /// with the same holes.
 fn copy(from: &File, to: &File, size: u64, progress: &Progress) -> io::Result<()> {
@@ -228,19 +164,4 @@ fn copy(from: &File, to: &File, size: u64, progress: &Progress) -> io::Result<()
         at = data + length;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_state_names_no_file_outside_of_its_directory() {
-        let mark = state::device::Mark { generation: None, size: 0, mtime_ns: 0 };
-        for name in ["", ".", "..", "/etc/passwd", "../other/disk", "a/b"] {
-            let kept = KeptDisk { file: name.into(), mark };
-            let refused = open_kept("root", &kept, Path::new("/tmp"), true);
-            assert!(matches!(refused, Err(ChildError::Name { .. })), "{name:?}: {refused:?}");
-        }
-    }
 }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use config::cli::Stream;
 use machine::inherited;
 use parking_lot::Mutex;
 use qmp::server::{BindError, SocketFile, claim};
@@ -17,7 +18,6 @@ use rustix::{
 };
 
 use super::send::Cancel;
-use crate::cli::Stream;
 
 /// Why there is no stream to read.
 #[derive(Debug, thiserror::Error)]

@@ -39,7 +39,7 @@ use machine::{
 
 use state::Config;
 
-pub use super::image::Progress;
+pub use super::memory_file::Progress;
 use super::{
     save::{Finished, SaveError, Saved, Sink, Source},
     send::Cancel,

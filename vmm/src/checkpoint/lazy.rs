@@ -17,19 +17,19 @@ use std::{
     time::Duration,
 };
 
+use config::MemoryConfig;
 use machine::{
     Event, Memory, Report,
-    config::MemoryConfig,
     memory::fault::{FaultError, Filler, allocate_missing},
     sparse,
 };
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
-
-use super::{
-    image::{BLOCK, blocks},
-    layers::Contents,
-    wait,
+use state::{
+    backing_chain::Contents,
+    memory_file::{BLOCK, blocks},
 };
+
+use super::wait;
 use crate::terminal;
 
 /// How long the main thread has to end the process.

@@ -1,36 +1,39 @@
 //! Checkpoints: a machine's whole state outside of its process.
 //!
 //! ```text
-//! rehearse  the first half of a restore; before a save counts, too
-//! job       the thread that writes, and the steps that the machine must stand still for
-//! image     guest memory in a file, with a checksum for each block of 2 MiB
-//! save      both into a directory: all of it or nothing
-//! send      all of it into a socket, a pipe or a file
-//! load      out of a directory, checked before anything is touched
-//! layers    memory in several files: one that is whole, and what has changed since
-//! lazy      memory that is read while the guest runs
-//! incoming  where a stream comes from
-//! receive   out of a stream
-//! arrival   the thread that takes a machine in, and the one that reads it from a stream
-//! assembly  what has come, made into a machine
-//! disks     copies of disks that a save keeps beside the memory
-//! children  copies of those for a restored machine
-//! dialogue  what is said beside the machine where a stream goes both ways
-//! wait      for one descriptor until another one says to stop
-//! adapt     what a restored machine may have in other places: images, taps, sockets
+//! job             the thread that writes, and the steps that the machine must stand still for
+//! save            into a directory: all of it or nothing
+//! memory_file     writing guest memory, with a checksum for each block of 2 MiB
+//! send            all of it into a socket, a pipe or a file
+//! rehearse        the first half of a restore; before a save counts, too
+//! disks           copies of disks that a save keeps beside the memory
+//!
+//! load            out of a directory, checked before anything is touched
+//! backing_memory  guest memory made of the files of a save
+//! lazy            memory that is read while the guest runs
+//! children        copies of the disks of a save for a restored machine
+//! adapt           what a restored machine may have in other places: images, taps, sockets
+//!
+//! incoming        where a stream comes from
+//! receive         out of a stream
+//! arrival         the thread that takes a machine in, and the one that reads it from a stream
+//! assembly        what has come, made into a machine
+//! dialogue        what is said beside the machine where a stream goes both ways
+//! wait            for one descriptor until another one says to stop
 //! ```
+//! What lies in a directory is read by the crate `state`.
 mod adapt;
 mod arrival;
 mod assembly;
+mod backing_memory;
 mod children;
 mod dialogue;
 mod disks;
-mod image;
 mod incoming;
 pub mod job;
-mod layers;
 mod lazy;
 mod load;
+mod memory_file;
 mod receive;
 mod rehearse;
 mod save;
@@ -44,9 +47,9 @@ pub use arrival::{Arrival, Step as ArrivalStep};
 pub use assembly::Arrived;
 pub use children::{ChildError, Children};
 pub use dialogue::{Hello, Voice};
-pub use image::{ImageError, Progress};
 pub use incoming::IncomingError;
-pub use load::{LoadError, check, load};
+pub use load::{LoadError, load};
+pub use memory_file::Progress;
 pub use receive::{ReceiveError, Received, receive};
 pub use rehearse::RehearseError;
 pub use save::{Directory, SaveError, Saved, Sink};
@@ -54,9 +57,9 @@ pub use send::{Cancel, Peer, Stream, To};
 
 use std::path::PathBuf;
 
+use config::cli::{Incoming, Mapped, Source};
 use machine::{BuildError, memory::MemoryError};
-
-use crate::cli::{Incoming, Mapped, Source};
+use state::directory::MEMORY;
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
@@ -89,13 +92,3 @@ pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
         _ => None,
     }
 }
-
-/// The file of everything but memory.
-const STATE: &str = "state";
-/// The file of guest memory.
-const MEMORY: &str = "memory";
-/// [`STATE`] in the making.
-const NEW_STATE: &str = "state.new";
-/// [`MEMORY`] in the making; also the memory of a state that was put in its place a moment before
-/// the process was killed.
-const NEW_MEMORY: &str = "memory.new";

@@ -5,13 +5,14 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use machine::{Description, DescriptionError, Memory, memory::image as ram};
+use config::{Description, DescriptionError};
+use machine::{Memory, memory::image as ram};
 use state::{
     Config, FileError, Frames, SectionError, Sections,
     frame::{Kind, StreamError},
 };
 
-use super::{AdaptError, dialogue::GO_LIMIT, image::Progress, send::PIECE};
+use super::{AdaptError, dialogue::GO_LIMIT, memory_file::Progress, send::PIECE};
 
 /// How often all of memory may be sent: more often than any sender has rounds.
 const TIMES: u64 = 64;

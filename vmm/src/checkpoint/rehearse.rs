@@ -3,7 +3,8 @@
 //! restored does not count as saved.
 use std::io;
 
-use machine::{BuildError, Description, DescriptionError, Restorable, dry_restore};
+use config::{Description, DescriptionError};
+use machine::{BuildError, Restorable, dry_restore};
 use state::{Config, FileError, Frames, Sections};
 
 /// Why a saved machine cannot be restored, wherever that is tried.
@@ -17,7 +18,7 @@ pub enum RehearseError {
     #[error("the saved machine cannot be restored")]
     Build(#[from] BuildError),
     #[error("the memory that was saved does not belong to the state")]
-    Memory(#[source] super::ImageError),
+    Memory(#[source] state::memory_file::MemoryFileError),
     #[error("what was written is not what is there")]
     Changed,
     #[error("cannot read back what was saved")]

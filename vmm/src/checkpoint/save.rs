@@ -26,16 +26,17 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use state::{
     Config, SectionError, State,
     config::{Base, Id},
+    directory::{self, DEEPEST, DirectoryError, MEMORY, NEW_MEMORY, NEW_STATE, STATE},
     file::RANGES,
     hex::Hex,
+    memory_file,
 };
 
 use super::{
-    MEMORY, NEW_MEMORY, NEW_STATE, RehearseError, STATE,
+    RehearseError,
     dialogue::HandOver,
     disks::{self, DiskCopies},
-    image::{self, Progress, Writer},
-    load::{self, DEEPEST, LoadError},
+    memory_file::{Progress, Writer},
     rehearse::rehearse,
     send::PIECE,
 };
@@ -59,7 +60,7 @@ pub enum SaveError {
     )]
     DisksChanged { id: String },
     #[error("the save to build on cannot be used; leave incremental out")]
-    Base(#[source] LoadError),
+    Base(#[source] DirectoryError),
     #[error("the save to build on, {}, has been changed; leave incremental out", path.display())]
     BaseChanged { path: PathBuf },
     #[error("{} is needed by the save to build on: give another directory", path.display())]
@@ -169,7 +170,8 @@ impl Saved {
 
     /// Whether it lies there as it was saved.
     fn check(&self) -> Result<(), SaveError> {
-        let (content, state) = load::read(&self.path().join(STATE)).map_err(SaveError::Base)?;
+        let (content, state) =
+            directory::read(&self.path().join(STATE)).map_err(SaveError::Base)?;
         match content.config.id == self.id && state == self.state {
             true => Ok(()),
             false => Err(SaveError::BaseChanged { path: self.path().into() }),
@@ -210,7 +212,7 @@ impl Target {
     /// What a process killed between its two renames has left undone.
     fn finish_earlier(&self) -> Result<(), SaveError> {
         let new = self.path.join(NEW_MEMORY);
-        if load::memory_of(&self.path).is_some_and(|path| path == new) {
+        if directory::memory_of(&self.path).is_some_and(|path| path == new) {
             self.rename(NEW_MEMORY, MEMORY)?;
             self.sync()?;
         }
@@ -244,7 +246,7 @@ impl Drop for Target {
             let _ = fs::remove_file(self.path.join(NEW_STATE));
             // Unless the state in place is the one that needs it.
             let new = self.path.join(NEW_MEMORY);
-            if load::memory_of(&self.path).is_none_or(|path| path != new) {
+            if directory::memory_of(&self.path).is_none_or(|path| path != new) {
                 let _ = fs::remove_file(new);
             }
             if self.made {
@@ -432,7 +434,7 @@ fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), RehearseError> 
     }
     let State { config, sections, .. } = State::read(&*bytes)?;
     let file = File::open(memory).map_err(RehearseError::Io)?;
-    image::belongs(&file, config.id.into(), config.machine.memory.size)
+    memory_file::belongs(&file, config.id.into(), config.machine.memory.size)
         .map_err(RehearseError::Memory)?;
     rehearse(&config, sections).map(drop)
 }

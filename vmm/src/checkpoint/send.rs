@@ -17,7 +17,7 @@ use std::{
 
 use super::{
     dialogue::{ACCEPT_LIMIT, ANSWER_LIMIT, Answers, HandOver, Hello, Said},
-    image::Progress,
+    memory_file::Progress,
     rehearse::rehearse_frames,
     save::{Finished, SaveError, Sink, Source, pieces},
     wait::{self, Came},

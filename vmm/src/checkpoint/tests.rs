@@ -7,21 +7,27 @@ use std::{
     time::Duration,
 };
 
+use config::{MemoryConfig, cli::Mapped, saved::check};
 use machine::{
     MachineState, Memory,
-    config::MemoryConfig,
     memory::{allocate, image as ram, staging::Staging},
 };
-use state::{State, chips::Clock, config::Base, file::RANGES, hex::Hex};
+use state::{
+    State,
+    chips::Clock,
+    config::Base,
+    directory::{self, MEMORY, NEW_MEMORY, NEW_STATE, STATE},
+    file::RANGES,
+    hex::Hex,
+};
 
 use super::{
-    MEMORY, NEW_MEMORY, NEW_STATE, STATE, check,
-    image::Progress,
+    backing_memory,
     job::{Checkpointer, First, Order, Step},
-    load::{self, LoadError, load},
+    load::{LoadError, load},
+    memory_file::Progress,
     save::{Directory, Finished, SaveError, Saved, Sink, Source, Target},
 };
-use crate::cli::Mapped;
 
 pub const MIB: u64 = 1 << 20;
 /// Not a multiple of a block.
@@ -94,7 +100,7 @@ fn over(finished: Finished) -> Option<Saved> {
 pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
     let loaded = load(directory)?;
     let mapped = if mapped { Mapped::On } else { Mapped::Off };
-    Ok(loaded.layers.memory(&memory_config(), mapped, &(Arc::new(|_| {}) as _))?.0)
+    Ok(backing_memory::memory(loaded.memory, &memory_config(), mapped, &(Arc::new(|_| {}) as _))?.0)
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -368,7 +374,7 @@ fn a_chain_that_is_too_long_or_leads_to_itself_is_refused() {
     assert!(matches!(error, SaveError::TooDeep), "{}", why(&error));
     assert!(!at(64).exists());
     // A saved state that somebody has made up: it builds on itself.
-    let (mut content, sum) = load::read(&at(1).join(STATE)).unwrap();
+    let (mut content, sum) = directory::read(&at(1).join(STATE)).unwrap();
     content.config.base =
         Some(Base { path: "../1".into(), id: content.config.id, state: Hex(sum) });
     let mut bytes = Vec::new();
@@ -472,7 +478,7 @@ fn more_ranges_than_are_kept_are_joined_and_all_there() {
     }
     sink.copy(&Source::Guest(&later), &progress).unwrap();
     sink.finish(config(2), state(2), &progress).unwrap();
-    let (content, _) = load::read(&path.join(STATE)).unwrap();
+    let (content, _) = directory::read(&path.join(STATE)).unwrap();
     assert!(content.changed.len() <= 100, "{}", content.changed.len());
     let file = fs::File::open(path.join(MEMORY)).unwrap();
     for at in content.changed.iter().flat_map(|range| range.clone().step_by(4096)) {

@@ -3,19 +3,17 @@ use std::{
     collections::BTreeMap, os::unix::fs::MetadataExt, path::PathBuf, sync::atomic::Ordering,
 };
 
-use machine::{
-    OpenDisk, PlugError, PluggedDisk,
-    config::{Aio, DiskConfig, Expect, limits},
+use config::{
+    Aio, DiskConfig, Expect,
+    cli::{self, value},
+    limits,
 };
+use machine::{OpenDisk, PlugError, PluggedDisk};
 use qmp::{Error, schema::*, server::Ticket, table::Host};
 use serde::Serialize;
 
 use super::{invalid, plug_error};
-use crate::{
-    cli::{self, value},
-    files::Job,
-    vmm::Vmm,
-};
+use crate::{files::Job, vmm::Vmm};
 
 pub fn blockdev_add(
     vmm: &mut Vmm,

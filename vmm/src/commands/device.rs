@@ -1,12 +1,13 @@
 //! Hot-plug: a slot gets its back-end, or loses it.
 use std::fmt::Display;
 
+use config::cli::value;
 use machine::Shape;
 use qmp::{Error, schema::*, server::Ticket};
 use serde_json::{Map, Value};
 
 use super::{invalid, plug_error};
-use crate::{cli::value, files::Job, vmm::Vmm};
+use crate::{files::Job, vmm::Vmm};
 
 /// The driver decides what the other members mean, so one that there is not is told of before them. Its
 /// name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.

@@ -1,7 +1,7 @@
 //! `human-monitor-command`: the few lines of QEMU's human monitor that programs read, in its words.
 use std::fmt::Write;
 
-use machine::config::Tap;
+use config::Tap;
 use qmp::{Error, schema::*};
 
 use super::{block, introspect, run_state};

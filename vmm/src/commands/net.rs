@@ -1,11 +1,11 @@
 //! Network back-ends, and descriptors handed over for them.
 use std::{collections::BTreeMap, ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
 
-use machine::config::{NicConfig, Tap, limits};
+use config::{NicConfig, Tap, cli::value, limits};
 use qmp::{Error, schema::*, server::Ticket};
 
 use super::{invalid, plug_error};
-use crate::{announce::Schedule, cli::value, vmm::Vmm};
+use crate::{announce::Schedule, vmm::Vmm};
 
 /// Most descriptors that wait under a name of one client.
 const MAX_NAMED: usize = 32;

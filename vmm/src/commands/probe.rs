@@ -1,8 +1,9 @@
 //! What the monitor can do, with a machine or without: for programs that ask before they start one.
-use machine::config::limits;
+use config::{
+    cli::{Described, Kind, models, object_kinds, options},
+    limits,
+};
 use qmp::{Error, ErrorClass, schema::*};
-
-use crate::cli::{Described, Kind, models, object_kinds, options};
 
 const CPU: &str = "host-x86_64-cpu";
 

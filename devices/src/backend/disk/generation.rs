@@ -17,7 +17,6 @@
 mod tests;
 
 use std::{
-    ffi::CStr,
     fmt,
     fs::File,
     io,
@@ -27,13 +26,12 @@ use std::{
 
 use io_uring::{IoUring, opcode, squeue, types};
 use parking_lot::Mutex;
-use rustix::{fs::XattrFlags, io::Errno};
+use rustix::fs::XattrFlags;
+use state::device::Mark;
+pub use state::mark::{ATTRIBUTE, generation as read};
 
 use super::{Change, Observer, Verdict, Waker};
 use crate::random;
-
-/// The extended attribute.
-pub const ATTRIBUTE: &CStr = c"user.stratovirt.generation";
 
 /// What is written to a waker, an eventfd.
 static ONE: u64 = 1;
@@ -55,27 +53,7 @@ impl DiskMark {
     /// # Errors
     /// When the host does not tell.
     pub fn of(file: &File) -> io::Result<Self> {
-        let found = file.metadata()?;
-        // Where there are no attributes, no file has a generation.
-        let generation = read(file).ok().flatten();
-        Ok(Self { generation, size: found.len(), mtime_ns: super::mtime_ns(&found) })
-    }
-}
-
-/// The generation that the attribute of `file` says, if it has one.
-///
-/// # Errors
-/// When the file system keeps no attributes, or the host does not tell.
-pub fn read(file: &File) -> io::Result<Option<u128>> {
-    let mut value = [0; 17];
-    match rustix::fs::fgetxattr(file, ATTRIBUTE, &mut value[..]) {
-        Ok(16) => {
-            let bytes = value.first_chunk().copied().unwrap_or_default();
-            Ok(Some(u128::from_be_bytes(bytes)))
-        }
-        // Another program's.
-        Ok(_) | Err(Errno::NODATA | Errno::RANGE) => Ok(None),
-        Err(e) => Err(e.into()),
+        Mark::of(file).map(Self::from)
     }
 }
 

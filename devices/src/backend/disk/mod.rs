@@ -20,7 +20,7 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, RawFd},
-        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     sync::{
@@ -31,6 +31,7 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, eventfd};
+use state::mark;
 
 pub use self::{
     copy::{DiskCopy, Made, Step, data_after},
@@ -346,7 +347,7 @@ impl Disk {
         let generation = self.observe_generation(Generation::save);
         let found = self.file.metadata();
         let found = found.inspect_err(|e| log::warn!("{}: {e}", self.path.display())).ok()?;
-        Some(DiskMark { generation, size: found.len(), mtime_ns: mtime_ns(&found) })
+        Some(DiskMark { generation, size: found.len(), mtime_ns: mark::mtime_ns(&found) })
     }
 
     /// Bytes of the whole image, whatever of it the guest can address.
@@ -537,10 +538,6 @@ fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, D
     let (memory_align, offset_align) = sys::direct_alignment(buffered);
     let file = Arc::new(file);
     Ok(Direct { file, memory_align, offset_align })
-}
-
-fn mtime_ns(found: &Metadata) -> i64 {
-    found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec())
 }
 
 /// For people, in UTC.

@@ -1,9 +1,9 @@
 //! ELF kernels, honest and hostile.
+use config::BootConfig;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::tests::{MIB, PLATFORM, config, file, memory, read, refusal, zero_page};
 use crate::boot::{self, Protocol};
-use crate::config::BootConfig;
 use crate::layout;
 
 /// A note: name with terminator, type, description.

@@ -1,9 +1,10 @@
 //! Flat images, and files that are no kernels.
 use std::path::Path;
 
+use config::BootConfig;
+
 use super::super::tests::{MIB, PLATFORM, chain, config, file, memory, read, refusal};
 use crate::boot::{self, Protocol};
-use crate::config::BootConfig;
 use crate::layout;
 
 #[test]

@@ -13,8 +13,8 @@ use state::{
 use super::{super::tests::*, *};
 use crate::checkpoint::{
     Cancel, Peer, SaveError, Sink, Stream, To,
-    image::Progress,
     job::{Checkpointer, First, Job, Order, Step},
+    memory_file::Progress,
     save::Source,
 };
 

@@ -116,7 +116,7 @@ fn an_image_that_was_changed_after_it_was_saved_is_recognised() {
     // By the machine itself, so soon that the clock of the file system has not moved.
     let (disk, mut storage, mut mark) = saved();
     run(&mut storage, WRITE, 0, PAGE).unwrap();
-    mark.mtime_ns = super::super::mtime_ns(&fs::metadata(&path).unwrap());
+    mark.mtime_ns = ::state::mark::mtime_ns(&fs::metadata(&path).unwrap());
     let said = disk.check_mark(&mark, false).unwrap_err().to_string();
     assert!(said.contains("has been changed since"), "{said}");
     for cure in ["-drive id=", "cp --preserve=xattr", "--force"] {

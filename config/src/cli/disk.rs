@@ -1,0 +1,126 @@
+//! Disks: `-drive`, the file's `drive`, and the guest's side in `-device virtio-blk-device`.
+use crate::{Aio, limits};
+
+use super::draft::{BlkFront, Draft, Drive};
+use super::fields::{Fields, choose};
+use super::value::{self, Rule};
+
+const FORMATS: &[(&str, Result<(), &str>)] = &[("raw", Ok(())), ("qcow2", Err("format 'qcow2'"))];
+
+/// `-drive`, both generations: which one it is decides the `-device` that names it, or does not.
+pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
+    let interface =
+        f.choice("if", &[("none", Ok(())), ("pflash", Err("a firmware flash (pflash)"))]);
+    if f.has("if") && interface.is_none() {
+        // A flash has other keys than a disk.
+        f.abandon();
+        return;
+    }
+    f.require(&["id", "file"]);
+    let id = f.id("id");
+    let path = f.path("file");
+    let readonly = f.boolean("readonly").unwrap_or(false);
+    let direct = f.boolean("direct").unwrap_or(true);
+    let front = BlkFront {
+        serial: f.text("serial", value::disk_serial),
+        iothread: f.id("iothread"),
+        queues: None,
+        queue_size: None,
+    };
+    let aio = f
+        .choice(
+            "aio",
+            &[
+                // What Linux AIO is asked for, asynchronous requests, io_uring does as well.
+                ("native", Ok(Aio::Auto)),
+                ("io_uring", Ok(Aio::IoUring)),
+                ("off", Ok(Aio::Off)),
+            ],
+        )
+        .unwrap_or(Aio::Auto);
+    let discard = f.discard("discard").unwrap_or(false);
+    let old_iops = f.rate("iops", limits::DISK_IOPS);
+    let iops = f.rate("throttling.iops-total", limits::DISK_IOPS).or(old_iops);
+    let bps = f.rate("throttling.bps-total", 0..=u64::MAX);
+    if f.has("iops") && f.has("throttling.iops-total") {
+        f.problem("iops", "the same as throttling.iops-total; give one of them");
+    }
+    let probe = f.choice("format", FORMATS).is_none();
+    let _ = f.text("media", media);
+    let _ = f.text("detect-zeroes", detect_zeroes);
+    f.refuse("unit", "a firmware flash (pflash)");
+    f.refuse("l2-cache-size", "format 'qcow2'");
+    f.refuse("refcount-cache-size", "format 'qcow2'");
+    let Some(id) = id else { return };
+    let path = path.unwrap_or_default();
+    let place = f.place().clone();
+    draft.drives.push(Drive {
+        place,
+        id,
+        path,
+        readonly,
+        direct,
+        aio,
+        discard,
+        probe,
+        iops,
+        bps,
+        front,
+    });
+}
+
+/// What kind of drive it is: a disk.
+pub fn media(word: &str) -> Result<(), Rule> {
+    choose(word, &[("disk", Ok(())), ("cdrom", Err("media 'cdrom'"))])
+}
+
+/// What becomes of writes of zeroes: nothing else than of others.
+pub fn detect_zeroes(word: &str) -> Result<(), Rule> {
+    let looking = Err("looking for zeroes in writes");
+    choose(word, &[("off", Ok(())), ("on", looking), ("unmap", looking)])
+}
+
+/// An item of `drive`.
+pub(super) fn json_drive(draft: &mut Draft, f: &mut Fields) {
+    f.require(&["drive_id", "path_on_host", "read_only", "direct"]);
+    let id = f.id("drive_id");
+    let path = f.path("path_on_host");
+    let readonly = f.boolean("read_only").unwrap_or(false);
+    let direct = f.boolean("direct").unwrap_or(true);
+    let front = BlkFront {
+        serial: f.text("serial_num", value::disk_serial),
+        iothread: f.id("iothread"),
+        queues: f.number("num_queues", limits::DISK_QUEUES),
+        queue_size: f.queue_size("queue_size", limits::DISK_QUEUE_SIZE),
+    };
+    let iops = f.rate("iops", limits::DISK_IOPS);
+    let bps = f.rate("bps", 0..=u64::MAX);
+    let discard = f.discard("discard").unwrap_or(false);
+    let probe = f.choice("format", FORMATS).is_none();
+    let Some(id) = id else { return };
+    draft.drives.push(Drive {
+        place: f.place().clone(),
+        id,
+        path: path.unwrap_or_default(),
+        readonly,
+        direct,
+        aio: Aio::Auto,
+        discard,
+        probe,
+        iops,
+        bps,
+        front,
+    });
+}
+
+/// The keys of `-device virtio-blk-device` behind `id` and `drive`.
+pub(super) fn front(f: &mut Fields) -> BlkFront {
+    // Without firmware there is no boot order to take part in.
+    let _ = f.number("bootindex", 0..=u32::MAX);
+    BlkFront {
+        serial: f.text("serial", value::disk_serial),
+        iothread: f.id("iothread"),
+        queues: f.number("num-queues", limits::DISK_QUEUES),
+        queue_size: f.queue_size("queue-size", limits::DISK_QUEUE_SIZE),
+    }
+}

@@ -1,0 +1,204 @@
+//! The command line and the JSON file: both generations of StratoVirt's flags and its file, into
+//! one [`MachineConfig`] and what the process itself is asked to do.
+//!
+//! ```text
+//! arguments --tokens--> flags with values --table--> Draft <--json-- file
+//!                                                      |
+//!                                           resolve: names to things
+//!                                                      v
+//!                                          Invocation, or all Problems
+//! ```
+//!
+//! Only syntax and agreement are checked here; whether files exist is for the builder to see: for its errors, [`Places`] knows who
+//! asked for what.
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::{MachineConfig, Topology};
+
+use crate::actions::Actions;
+
+mod action;
+mod chars;
+mod describe;
+mod device;
+mod disk;
+mod draft;
+mod fields;
+mod flags;
+mod help;
+mod json;
+mod net;
+mod objects;
+mod problem;
+mod process;
+mod resolve;
+mod system;
+mod table;
+mod tokens;
+pub mod value;
+
+#[cfg(test)]
+mod tests;
+
+pub use describe::{Described, models, object_kinds, options};
+pub use disk::{detect_zeroes, media};
+pub use fields::Kind;
+pub use problem::{Places, Problems};
+
+/// What the command line asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Run a machine.
+    Run(Box<Invocation>),
+    /// Print this and exit with 0.
+    PrintHelp(String),
+    /// Print this and exit with 0.
+    PrintVersion(String),
+}
+
+/// A machine to run and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invocation {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// Sockets to serve QMP on, at least one.
+    pub control: Vec<Control>,
+    /// `-machine none`: there is no machine, only what can be told without one.
+    pub no_machine: bool,
+    /// Where to write the process id.
+    pub pidfile: Option<PathBuf>,
+    /// Leave the vCPUs stopped until `cont`.
+    pub paused: bool,
+    /// What to do when the guest powers off, reboots or crashes.
+    pub actions: Actions,
+    /// Where the log goes.
+    pub log: Log,
+    /// Install no system call filter.
+    pub disable_seccomp: bool,
+    /// Programs may be started while the guest runs.
+    pub spawn: bool,
+    /// The saved state to go on from.
+    pub incoming: Option<Incoming>,
+    /// What was accepted and has no effect, to be logged.
+    pub warnings: Vec<String>,
+    /// Where the machine's parts were said, for what turns out not to be had.
+    pub places: Places,
+}
+
+/// A socket to serve QMP on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Control {
+    /// Where it is.
+    pub path: PathBuf,
+    /// A client listens there and is connected to; else the monitor listens.
+    pub connects: bool,
+}
+
+/// `-incoming`: a machine that goes on where a saved one stood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incoming {
+    /// Where its state is.
+    pub source: Source,
+    /// The guest's clock goes on as if it had not stood since the save.
+    pub clock_realtime: bool,
+    /// What else was said about the machine.
+    pub asked: Asked,
+}
+
+/// Where a saved state is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// In a directory.
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// How its memory becomes the guest's.
+        mapped: Mapped,
+        /// Directory of the machine's own copies of the disks that the save keeps.
+        disks: Option<PathBuf>,
+    },
+    /// It is sent.
+    Stream(Stream),
+}
+
+/// How saved memory becomes the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mapped {
+    /// Copied, and compared with its checksums, before the guest runs.
+    Off,
+    /// Mapped, and trusted.
+    On,
+    /// Copied and compared while the guest runs, what it touches first.
+    Uffd,
+}
+
+/// Where a stream comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stream {
+    /// From the first one to connect to this socket, which is made for it.
+    Unix(PathBuf),
+    /// From an inherited descriptor.
+    Fd(i32),
+    /// From the standard output of this shell command.
+    Exec(String),
+}
+
+/// Single values as they were given: what is not given is as it was saved.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "named as in the machine's configuration")]
+pub struct Asked {
+    pub name: Option<String>,
+    pub uuid: Option<String>,
+    pub smp: Option<(u8, Topology)>,
+    pub memory: Option<u64>,
+    pub memory_shared: Option<bool>,
+    pub memory_dump: Option<bool>,
+    pub kernel: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
+    pub cmdline: Option<String>,
+    pub disk_slots: Option<usize>,
+    pub nic_slots: Option<usize>,
+    /// Its disks may be other ones than were saved: the user vouches for them.
+    pub force: bool,
+}
+
+/// Where the log goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Log {
+    /// Nowhere: no `-D`.
+    Off,
+    /// `-D` alone.
+    Stderr,
+    /// `-D FILE`, appended to.
+    File(PathBuf),
+}
+
+/// Whether a command line asks for the background: `-daemonize`, without `-h` or `-V`.
+pub fn daemonizes(args: impl Iterator<Item = OsString>) -> bool {
+    let (given, _) = tokens::scan(args);
+    let has = |name| given.iter().any(|g| g.flag.is(name));
+    has("daemonize") && !has("help") && !has("version")
+}
+
+/// Reads a command line without the program's name, and the file it may name.
+///
+/// # Errors
+/// All that is wrong in both at once.
+pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Action, Problems> {
+    let (given, problems) = tokens::scan(args);
+    if given.iter().any(|g| g.flag.is("help")) {
+        return Ok(Action::PrintHelp(help::text()));
+    }
+    if given.iter().any(|g| g.flag.is("version")) {
+        return Ok(Action::PrintVersion(help::version()));
+    }
+    let mut draft = draft::Draft { problems, ..Default::default() };
+    // The file first: the command line replaces its single values and adds to its lists.
+    let (files, flags): (Vec<_>, Vec<_>) = given.iter().partition(|g| g.flag.is("config"));
+    for given in files.into_iter().chain(flags) {
+        given.apply(&mut draft);
+    }
+    table::check(&given, &mut draft);
+    resolve::resolve(draft).map(|invocation| Action::Run(Box::new(invocation)))
+}

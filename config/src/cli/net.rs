@@ -1,0 +1,101 @@
+//! NICs: `-netdev`, the file's `net`, and the guest's side in `-device virtio-net-device`.
+use crate::{Tap, limits};
+
+use super::draft::{Draft, Net, NetFront};
+use super::fields::Fields;
+use super::value;
+
+const MISSING: &str = "Tap device is missing, use 'ifname' or 'fd' to configure a tap device";
+
+/// `-netdev`, both generations: which one it is decides the `-device` that names it, or does not.
+pub(super) fn netdev(draft: &mut Draft, f: &mut Fields) {
+    let kind = f.choice("type", &[("tap", Ok(())), ("vhost-user", Err("a vhost-user back-end"))]);
+    if f.has("type") && kind.is_none() {
+        f.abandon();
+        return;
+    }
+    f.require(&["id"]);
+    let id = f.id("id");
+    let ifname = f.text("ifname", value::tap_name);
+    let fd = f.number("fd", 3..=i32::MAX).map(|fd| vec![fd]);
+    let fds = f.text("fds", value::descriptors);
+    let queues = f.number("queues", limits::NIC_QUEUE_PAIRS);
+    let name = f.text("netdev", value::tap_name);
+    let front = NetFront {
+        mac: f.text("mac", value::mac),
+        iothread: f.id("iothread"),
+        ..NetFront::default()
+    };
+    let pps = f.rate("throttling.pps-total", 0..=u64::MAX);
+    let bps = f.rate("throttling.bps-total", 0..=u64::MAX);
+    refuse_vhost(f);
+    let ways = ["ifname", "fd", "fds"].into_iter().filter(|key| f.has(key)).count();
+    if ways > 1 || (f.has("ifname") && f.has("netdev")) {
+        f.problem("", "ifname, fd and fds exclude each other; give one of them");
+    } else if ways == 0 && !f.has("netdev") {
+        f.problem("", MISSING);
+    }
+    // The older form names the tap even where it passes the descriptors.
+    let tap = fd.or(fds).map(Tap::Fds).or(ifname.or(name).map(Tap::Name));
+    if let (Some(Tap::Fds(fds)), Some(queues)) = (&tap, queues)
+        && fds.len() != usize::from(queues)
+    {
+        f.problem("queues", format!("{queues}, but there are {} descriptors", fds.len()));
+    }
+    // Kept even when its tap is wrong, so that what names it finds it.
+    let Some(id) = id else { return };
+    let tap = tap.unwrap_or(Tap::Fds(vec![]));
+    draft.nets.push(Net { place: f.place().clone(), id, tap, queues, pps, bps, front });
+}
+
+/// An item of `net`.
+pub(super) fn json_net(draft: &mut Draft, f: &mut Fields) {
+    f.require(&["iface_id"]);
+    let id = f.id("iface_id");
+    let name = f.text("host_dev_name", value::tap_name);
+    let front = NetFront {
+        mac: f.text("mac", value::mac),
+        iothread: f.id("iothread"),
+        mq: None,
+        queue_size: f.queue_size("queue_size", limits::NIC_QUEUE_SIZE),
+    };
+    let fd = f.number("tap_fd", 3..=i32::MAX);
+    let queues = f.number("queues", limits::NIC_QUEUE_PAIRS);
+    let pps = f.rate("pps", 0..=u64::MAX);
+    let bps = f.rate("bps", 0..=u64::MAX);
+    f.refuse("vhost_type", "vhost-net");
+    f.refuse("vhost_fd", "vhost-net");
+    if !f.has("tap_fd") {
+        f.require(&["host_dev_name"]);
+    } else if queues.is_some_and(|queues| queues != 1) {
+        f.problem("queues", "must be 1 with tap_fd, which is one descriptor");
+    }
+    let tap = fd.map(|fd| Tap::Fds(vec![fd])).or(name.map(Tap::Name));
+    // Kept even when its tap is wrong, so that what names it finds it.
+    let Some(id) = id else { return };
+    let tap = tap.unwrap_or(Tap::Fds(vec![]));
+    draft.nets.push(Net { place: f.place().clone(), id, tap, queues, pps, bps, front });
+}
+
+/// The keys of `-device virtio-net-device` behind `id` and `netdev`.
+pub(super) fn front(f: &mut Fields) -> NetFront {
+    // Vectors are of PCI; Kuasar sends them to every machine.
+    let _ = f.number("vectors", 0..=u32::MAX);
+    f.refuse("rx-iothread", "an I/O thread for one direction");
+    f.refuse("tx-iothread", "an I/O thread for one direction");
+    NetFront {
+        mac: f.text("mac", value::mac),
+        iothread: f.id("iothread"),
+        mq: f.boolean("mq"),
+        queue_size: f.queue_size("queue-size", limits::NIC_QUEUE_SIZE),
+    }
+}
+
+fn refuse_vhost(f: &mut Fields) {
+    f.only_off("vhost", "vhost-net");
+    for key in ["vhostfd", "vhostfds"] {
+        f.refuse(key, "vhost-net");
+    }
+    f.refuse("path", "a tap in another network namespace");
+    f.only_off("macnat", "MAC address translation");
+}

@@ -1,0 +1,241 @@
+//! The draft to the machine: names are looked up, agreement between parts is checked.
+//!
+//! A `-drive` or `-netdev` that no `-device` names is a device by itself, as in the first
+//! StratoVirt; one that is named is the back-end of that device, as in the second.
+use std::collections::HashSet;
+
+use crate::Part;
+use crate::slots::{SlotCounts, SlotsError, Wanted};
+use crate::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topology, limits};
+
+use super::draft::{DeviceKind, Draft};
+use super::problem::{Place, Places, Problems};
+use super::process::How;
+use super::{Asked, Incoming, Invocation, Log};
+
+mod chars;
+mod virtio;
+
+/// The invocation, or everything that was wrong up to here and now.
+pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
+    let (problems, places) = (draft.problems.clone(), draft.places.clone());
+    let mut r = Resolver { problems, places, ..Default::default() };
+    r.check_ids(&draft);
+    let disks = r.disks(&draft);
+    let nics = r.nics(&draft);
+    let console = r.console(&draft);
+    let serial = r.serial(&draft);
+    let rng = r.rng(&draft);
+    let control = r.control(&draft);
+    r.check_daemon(&draft, serial.as_ref(), console.as_ref());
+    for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
+        r.warnings.push(format!("{}: used by nothing", chardev.place));
+    }
+    if serial.is_none() && console.is_none() && draft.incoming.is_none() && !draft.no_machine {
+        r.warnings.push(
+            "no serial port and no console: nothing shows what the guest says; -serial stdio (serial.stdio \
+             in the file) does"
+                .into(),
+        );
+    }
+    if draft.kernel.is_none() && draft.incoming.is_none() && !draft.no_machine {
+        r.problems.add_line(
+            "kernel file is required for microvm machine type, which is not provided: give -kernel \
+             FILE, or boot-source.kernel_image_path in the file of -config",
+        );
+    }
+    let wanted = Wanted {
+        disk_slots: draft.disk_slots.as_ref().map(|(_, count)| *count),
+        nic_slots: draft.nic_slots.as_ref().map(|(_, count)| *count),
+        disks: disks.len(),
+        nics: nics.len(),
+        console: console.is_some(),
+        rng: rng.is_some(),
+    };
+    let slots = r.slots(&draft, wanted);
+    let Some(slots) = slots.filter(|_| r.problems.is_empty()) else { return Err(r.problems) };
+    let dump = match draft.omit_vm_memory {
+        true => Some(false),
+        false => draft.dump_guest_core,
+    };
+    let incoming = draft.incoming.map(|(source, How { clock_realtime, force })| Incoming {
+        source,
+        clock_realtime,
+        asked: Asked {
+            force,
+            name: draft.name.clone(),
+            uuid: draft.uuid.clone(),
+            smp: draft.smp,
+            memory: draft.memory,
+            memory_shared: draft.mem_share,
+            memory_dump: dump,
+            kernel: draft.kernel.clone(),
+            initrd: draft.initrd.clone(),
+            cmdline: draft.cmdline.clone(),
+            disk_slots: wanted.disk_slots,
+            nic_slots: wanted.nic_slots,
+        },
+    });
+    let (cpus, topology) = draft.smp.unwrap_or((1, ONE_CPU));
+    let machine = MachineConfig {
+        name: draft.name.unwrap_or_else(|| limits::DEFAULT_NAME.to_owned()),
+        uuid: draft.uuid.unwrap_or_else(|| limits::NIL_UUID.to_owned()),
+        cpus,
+        topology,
+        memory: MemoryConfig {
+            size: draft.memory.unwrap_or(limits::DEFAULT_MEMORY),
+            shared: draft.mem_share.unwrap_or(false),
+            path: draft.mem_path,
+            prealloc: draft.mem_prealloc,
+            dump: dump.unwrap_or(true),
+        },
+        boot: BootConfig {
+            kernel: draft.kernel.unwrap_or_default(),
+            initrd: draft.initrd,
+            cmdline: draft.cmdline.unwrap_or_default(),
+        },
+        slots,
+        iothreads: draft.iothreads.into_iter().map(|(_, id)| id).collect(),
+        serial,
+        disks,
+        nics,
+        console,
+        rng,
+    };
+    Ok(Invocation {
+        machine,
+        control,
+        no_machine: draft.no_machine,
+        pidfile: draft.pidfile,
+        paused: draft.paused,
+        actions: draft.actions.resolve(),
+        log: draft.log.unwrap_or(Log::Off),
+        disable_seccomp: draft.disable_seccomp,
+        spawn: draft.spawn,
+        incoming,
+        warnings: r.warnings,
+        places: r.places,
+    })
+}
+
+const ONE_CPU: Topology = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
+
+#[derive(Default)]
+struct Resolver {
+    problems: Problems,
+    places: Places,
+    warnings: Vec<String>,
+    /// Chardevs that something leads to.
+    used: HashSet<String>,
+    /// Ids of the devices.
+    devices: HashSet<String>,
+}
+
+impl Resolver {
+    /// Each kind of thing has names of its own; I/O threads and sources of randomness share theirs.
+    fn check_ids(&mut self, d: &Draft) {
+        self.unique("drive", d.drives.iter().map(|x| (&x.place, &x.id)));
+        self.unique("netdev", d.nets.iter().map(|x| (&x.place, &x.id)));
+        self.unique("chardev", d.chardevs.iter().map(|x| (&x.place, &x.id)));
+        let objects = d.rng_sources.iter().map(|x| (&x.place, &x.id));
+        let objects = d.iothreads.iter().map(|(place, id)| (place, id)).chain(objects);
+        self.unique("object", objects);
+        let named = d.devices.iter().filter(|x| !x.id.is_empty()).map(|x| (&x.place, &x.id));
+        self.unique("device", named.clone());
+        self.devices = named.map(|(_, id)| id.clone()).collect();
+        if let Some((place, _)) = d.iothreads.get(limits::MAX_IOTHREADS) {
+            let (n, most) = (d.iothreads.len(), limits::MAX_IOTHREADS);
+            self.problems.add(place, format!("{n} I/O threads, at most {most} are allowed"));
+        }
+    }
+
+    fn unique<'a>(&mut self, kind: &str, ids: impl Iterator<Item = (&'a Place, &'a String)>) {
+        let mut seen = HashSet::new();
+        for (place, id) in ids {
+            if !seen.insert(id) {
+                self.problems
+                    .add(place, format!("Input id '{id}' for {kind} repeat: each has its own"));
+            }
+        }
+    }
+
+    /// A device without a `-device` has its back-end's id, which must be no other device's.
+    fn claim_id(&mut self, place: &Place, id: &str) {
+        if !self.devices.insert(id.to_owned()) {
+            let rule = format!("Input id '{id}' for device repeat: another device has it");
+            self.problems.add(place, rule);
+        }
+    }
+
+    /// An id that no device has: `word`, if need be with zeros behind it.
+    fn fresh_id(&self, word: &str) -> String {
+        let mut id = word.to_owned();
+        while self.devices.contains(&id) {
+            id.push('0');
+        }
+        id
+    }
+
+    fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
+        if !id.is_empty() {
+            self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
+        }
+    }
+
+    fn check_iothread(&mut self, d: &Draft, place: &Place, id: Option<&str>) {
+        if let Some(id) = id.filter(|id| !d.iothreads.iter().any(|(_, known)| known == id)) {
+            let known: Vec<_> = d.iothreads.iter().map(|(_, id)| id.as_str()).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            let rule = format!("no I/O thread has this id; there are: {known}");
+            self.problems.add_value(&place.key("iothread"), id, rule);
+        }
+    }
+
+    /// Slots for what is there and for what is to come; a restored machine has those it was saved with.
+    fn slots(&mut self, d: &Draft, wanted: Wanted) -> Option<SlotCounts> {
+        let error = match SlotCounts::try_from(wanted) {
+            Ok(slots) => return Some(slots),
+            Err(error) => error,
+        };
+        let place = match error {
+            SlotsError::Disks { .. } => d.disk_slots.as_ref(),
+            SlotsError::Nics { .. } => d.nic_slots.as_ref(),
+            SlotsError::NoRoom(_) => d.disk_slots.as_ref().or(d.nic_slots.as_ref()),
+        };
+        match place {
+            Some((place, _)) => self.problems.add(place, error),
+            None => self.problems.add_line(error),
+        }
+        None
+    }
+
+    fn rng(&mut self, d: &Draft) -> Option<RngConfig> {
+        let mut rngs = vec![];
+        for device in &d.devices {
+            let DeviceKind::Rng { source, bps } = &device.kind else { continue };
+            match d.rng_sources.iter().find(|known| known.id == *source) {
+                Some(found) => {
+                    let id = match device.id.as_str() {
+                        "" => self.fresh_id("rng0"),
+                        id => id.to_owned(),
+                    };
+                    let path = found.path.clone();
+                    let said = found.place.key("filename");
+                    rngs.push((said, RngConfig { id, path, bps: *bps }));
+                }
+                None => self.missing(&device.place, "rng", "object rng-random", source),
+            }
+        }
+        if let Some((place, path, bps)) = &d.rng {
+            let id = self.fresh_id("rng0");
+            rngs.push((place.clone(), RngConfig { id, path: path.clone(), bps: *bps }));
+        }
+        if let [_, (place, _), ..] = rngs.as_slice() {
+            let rule = "there can be one virtio-rng (-device virtio-rng-device, -rng, rng)";
+            self.problems.add(place, rule);
+        }
+        let (place, rng) = rngs.into_iter().next()?;
+        self.places.note(Part::Rng, place);
+        Some(rng)
+    }
+}

@@ -1,0 +1,162 @@
+//! Disks and NICs: two halves, the image or tap and the guest's side, or one for both.
+use std::collections::{HashMap, HashSet};
+
+use crate::Part;
+use crate::{DiskConfig, Expect, NicConfig, Tap, limits, separate};
+
+use super::Resolver;
+use crate::cli::draft::{BlkFront, DeviceKind, Draft, Drive, Net, NetFront};
+
+impl Resolver {
+    pub(super) fn disks(&mut self, d: &Draft) -> Vec<DiskConfig> {
+        let by_id: HashMap<_, _> = d.drives.iter().map(|drive| (&drive.id, drive)).collect();
+        let mut named = HashSet::new();
+        let mut behind = vec![];
+        for device in &d.devices {
+            match &device.kind {
+                DeviceKind::Blk { drive, front } => match by_id.get(drive) {
+                    Some(found) => {
+                        if !named.insert(drive) {
+                            let rule = "another -device has this drive";
+                            self.problems.add_value(&device.place.key("drive"), drive, rule);
+                        }
+                        behind.push(self.disk(found, &device.id, front));
+                        let iothread = behind.last().and_then(|disk| disk.iothread.as_deref());
+                        self.check_iothread(d, &device.place, iothread);
+                    }
+                    None => self.missing(&device.place, "drive", "drive", drive),
+                },
+                DeviceKind::Refused { backends } => named.extend(backends),
+                _ => {}
+            }
+        }
+        // The file's disks and those of the older form first: the root disk stays the first.
+        let mut disks = vec![];
+        let mut claimed = HashSet::new();
+        for drive in d.drives.iter().filter(|drive| !named.contains(&drive.id)) {
+            if claimed.insert(&drive.id) {
+                self.claim_id(&drive.place, &drive.id);
+            }
+            self.check_iothread(d, &drive.place, drive.front.iothread.as_deref());
+            disks.push(self.disk(drive, &drive.id, &BlkFront::default()));
+        }
+        disks.extend(behind);
+        disks
+    }
+
+    pub(super) fn nics(&mut self, d: &Draft) -> Vec<NicConfig> {
+        let by_id: HashMap<_, _> = d.nets.iter().map(|net| (&net.id, net)).collect();
+        let mut named = HashSet::new();
+        let mut behind = vec![];
+        for device in &d.devices {
+            match &device.kind {
+                DeviceKind::Net { netdev, front } => match by_id.get(netdev) {
+                    Some(found) => {
+                        if !named.insert(netdev) {
+                            let rule = "another -device has this netdev";
+                            self.problems.add_value(&device.place.key("netdev"), netdev, rule);
+                        }
+                        if front.mq == Some(false) && queue_pairs(found) > 1 {
+                            let pairs = queue_pairs(found);
+                            let rule = format!("must be on with {pairs} queues");
+                            self.problems.add(&device.place.key("mq"), rule);
+                        }
+                        behind.push(self.nic(found, &device.id, front));
+                        let iothread = behind.last().and_then(|nic| nic.iothread.as_deref());
+                        self.check_iothread(d, &device.place, iothread);
+                    }
+                    None => self.missing(&device.place, "netdev", "netdev", netdev),
+                },
+                DeviceKind::Refused { backends } => named.extend(backends),
+                _ => {}
+            }
+        }
+        let mut nics = vec![];
+        let mut claimed = HashSet::new();
+        for net in d.nets.iter().filter(|net| !named.contains(&net.id)) {
+            if claimed.insert(&net.id) {
+                self.claim_id(&net.place, &net.id);
+            }
+            self.check_iothread(d, &net.place, net.front.iothread.as_deref());
+            nics.push(self.nic(net, &net.id, &NetFront::default()));
+        }
+        nics.extend(behind);
+        self.check_taps(d);
+        nics
+    }
+
+    fn disk(&mut self, drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
+        self.places.note(Part::Disk(id.to_owned()), drive.place.key_of("path_on_host", "file"));
+        disk(drive, id, front)
+    }
+
+    fn nic(&mut self, net: &Net, id: &str, front: &NetFront) -> NicConfig {
+        let key = if matches!(net.tap, Tap::Name(_)) { "host_dev_name" } else { "tap_fd" };
+        // A flag says the tap in one of four ways, and is short.
+        self.places.note(Part::Nic(id.to_owned()), net.place.key_of(key, ""));
+        nic(net, id, front)
+    }
+
+    /// A tap, and a descriptor, serves one NIC.
+    fn check_taps(&mut self, d: &Draft) {
+        let (mut names, mut fds) = (HashSet::new(), HashSet::new());
+        for net in &d.nets {
+            match &net.tap {
+                Tap::Name(name) if !names.insert(name) => {
+                    self.problems.add_value(&net.place, name, "Tap device already in use");
+                }
+                Tap::Fds(numbers) => {
+                    for fd in numbers.iter().filter(|fd| !fds.insert(**fd)) {
+                        let rule = "this descriptor is another queue's";
+                        self.problems.add_value(&net.place, &fd.to_string(), rule);
+                    }
+                }
+                Tap::Name(_) => {}
+            }
+        }
+    }
+}
+
+fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
+    let back = &drive.front;
+    DiskConfig {
+        id: id.to_owned(),
+        path: drive.path.clone(),
+        readonly: drive.readonly,
+        direct: drive.direct,
+        serial: front.serial.clone().or_else(|| back.serial.clone()),
+        aio: drive.aio,
+        discard: drive.discard,
+        iops: drive.iops,
+        bps: drive.bps,
+        queues: front.queues.or(back.queues).unwrap_or(1),
+        queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
+        iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
+        backend: separate(&drive.id, id),
+        probe: drive.probe,
+        expect: Expect::default(),
+    }
+}
+
+fn queue_pairs(net: &Net) -> u16 {
+    match &net.tap {
+        // At most 16, checked where they were read.
+        Tap::Fds(fds) => u16::try_from(fds.len()).unwrap_or(u16::MAX).max(1),
+        Tap::Name(_) => net.queues.unwrap_or(1),
+    }
+}
+
+fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
+    let back = &net.front;
+    NicConfig {
+        id: id.to_owned(),
+        tap: net.tap.clone(),
+        mac: front.mac.or(back.mac),
+        queue_pairs: queue_pairs(net),
+        queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
+        pps: net.pps,
+        bps: net.bps,
+        iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
+        backend: separate(&net.id, id),
+    }
+}

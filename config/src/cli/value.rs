@@ -1,0 +1,212 @@
+//! Single values: what a word may be. Each function answers the value, or says what is allowed.
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::{cmdline, limits};
+
+/// What is allowed instead, as the end of a sentence that names place and value.
+pub type Rule = String;
+
+/// Any text without NUL.
+pub fn text(word: &str) -> Result<String, Rule> {
+    if word.contains('\0') {
+        return Err("must not contain a NUL character".into());
+    }
+    Ok(word.to_owned())
+}
+
+/// A kernel command line.
+pub fn cmdline(word: &str) -> Result<String, Rule> {
+    cmdline::check_user(word).map_err(|e| e.to_string())?;
+    Ok(word.to_owned())
+}
+
+/// A name or id: 1 to 255 bytes.
+pub fn id(word: &str) -> Result<String, Rule> {
+    bounded(word, limits::MAX_ID)
+}
+
+/// A path: 1 to 4096 bytes.
+pub fn path(word: &str) -> Result<PathBuf, Rule> {
+    bounded(word, limits::MAX_PATH).map(PathBuf::from)
+}
+
+/// A path that a Unix socket can be bound to.
+pub fn socket_path(word: &str) -> Result<PathBuf, Rule> {
+    bounded(word, limits::MAX_SOCKET_PATH).map(PathBuf::from)
+}
+
+/// A disk's serial number: 1 to 20 bytes.
+pub fn disk_serial(word: &str) -> Result<String, Rule> {
+    bounded(word, limits::MAX_DISK_SERIAL)
+}
+
+/// A network interface's name as Linux has it (`dev_valid_name`).
+pub fn tap_name(word: &str) -> Result<String, Rule> {
+    let name = bounded(word, limits::MAX_TAP_NAME)?;
+    if name == "."
+        || name == ".."
+        || name.contains(['/', ':', '%'])
+        || name.contains(char::is_whitespace)
+    {
+        return Err("not an interface name: no '/', ':', '%' or space".into());
+    }
+    Ok(name)
+}
+
+fn bounded(word: &str, most: usize) -> Result<String, Rule> {
+    match word.len() {
+        0 => Err("must not be empty".into()),
+        n if n > most => Err(format!("{n} bytes long, at most {most} are allowed")),
+        _ => text(word),
+    }
+}
+
+/// `true|on|yes` or `false|off|no`.
+pub fn boolean(word: &str) -> Result<bool, Rule> {
+    match word {
+        "true" | "on" | "yes" => Ok(true),
+        "false" | "off" | "no" => Ok(false),
+        _ => Err("must be on|true|yes or off|false|no".into()),
+    }
+}
+
+/// `unmap` or `ignore`, or a truth value.
+pub fn discard(word: &str) -> Result<bool, Rule> {
+    match word {
+        "unmap" => Ok(true),
+        "ignore" => Ok(false),
+        _ => boolean(word).map_err(|_| "must be unmap|true|on|yes or ignore|false|off|no".into()),
+    }
+}
+
+/// A decimal number in `range`.
+pub fn number<N>(word: &str, range: RangeInclusive<N>) -> Result<N, Rule>
+where
+    N: FromStr + PartialOrd + Display,
+{
+    let digits = !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit());
+    match word.parse::<N>() {
+        Ok(value) if digits && range.contains(&value) => Ok(value),
+        _ if digits => Err(format!("not in {}..={}", range.start(), range.end())),
+        _ => Err(format!("must be a number in {}..={}", range.start(), range.end())),
+    }
+}
+
+/// A power of two in `range`.
+pub fn queue_size(word: &str, range: RangeInclusive<u16>) -> Result<u16, Rule> {
+    let size = number(word, range.clone())?;
+    if size.is_power_of_two() {
+        return Ok(size);
+    }
+    let allowed: Vec<_> = (0..16)
+        .map(|bit| 1u16 << bit)
+        .filter(|size| range.contains(size))
+        .map(|size| size.to_string())
+        .collect();
+    Err(format!("not a power of two: {}", allowed.join(", ")))
+}
+
+/// Bytes in `range`: `N[K|M]`.
+pub fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
+    let (digits, unit) = match word.strip_suffix(['K', 'k']) {
+        Some(digits) => (digits, 1u32 << 10),
+        None => word.strip_suffix(['M', 'm']).map_or((word, 1), |digits| (digits, 1 << 20)),
+    };
+    let size = number(digits, 0..=u32::MAX).ok().and_then(|count| count.checked_mul(unit));
+    size.filter(|size| range.contains(size)).ok_or_else(|| {
+        format!("must be bytes, with K or M behind them or not, at most {}K", range.end() >> 10)
+    })
+}
+
+/// Guest RAM in bytes: `N[K|M|G|T]`. A bare number counts bytes from 1048576 on, as the first
+/// StratoVirt had it, and MiB below, as the second has it: less than 1 MiB is no machine.
+pub fn memory_size(word: &str) -> Result<u64, Rule> {
+    let malformed = || {
+        "must be a number with K, M, G or T behind it; a bare number counts MiB below 1048576, \
+         bytes from there on"
+            .to_owned()
+    };
+    let (digits, unit) = match word.char_indices().last() {
+        Some((at, 'K' | 'k')) => (word.get(..at), Some(1u64 << 10)),
+        Some((at, 'M' | 'm')) => (word.get(..at), Some(1 << 20)),
+        Some((at, 'G' | 'g')) => (word.get(..at), Some(1 << 30)),
+        Some((at, 'T' | 't')) => (word.get(..at), Some(1 << 40)),
+        _ => (Some(word), None),
+    };
+    let digits = digits
+        .filter(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
+        .ok_or_else(malformed)?;
+    let too_large = || "more than 64 bits can count".to_owned();
+    let count: u64 = digits.parse().map_err(|_| too_large())?;
+    let unit = unit.unwrap_or(if count < 1 << 20 { 1 << 20 } else { 1 });
+    let bytes = count.checked_mul(unit).ok_or_else(too_large)?;
+    if bytes < limits::MIN_MEMORY {
+        return Err(format!("{bytes} bytes, at least {}M are needed", limits::MIN_MEMORY >> 20));
+    }
+    if bytes > limits::MAX_MEMORY {
+        return Err(format!(
+            "{bytes} bytes, at most {}G can be addressed",
+            limits::MAX_MEMORY >> 30
+        ));
+    }
+    if bytes % limits::MEMORY_UNIT != 0 {
+        return Err(format!("unaligned with {} for memory", limits::MEMORY_UNIT));
+    }
+    Ok(bytes)
+}
+
+/// An Ethernet address of one station, `xx:xx:xx:xx:xx:xx`.
+pub fn mac(word: &str) -> Result<[u8; 6], Rule> {
+    let rule = || "Mac address is illegal: must be like 52:54:00:12:34:56".to_owned();
+    let mut mac = [0; 6];
+    let mut parts = word.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2).ok_or_else(rule)?;
+        if !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(rule());
+        }
+        *byte = u8::from_str_radix(part, 16).map_err(|_| rule())?;
+    }
+    if parts.next().is_some() {
+        return Err(rule());
+    }
+    let [first, ..] = mac;
+    if first & 1 != 0 || mac == [0; 6] {
+        return Err("Mac address is illegal: all zero, or a group's (first byte odd)".into());
+    }
+    Ok(mac)
+}
+
+/// Inherited descriptors, `4` or `4:5:6`. Those below 3 are the standard streams.
+pub fn descriptors(word: &str) -> Result<Vec<i32>, Rule> {
+    let fds: Vec<i32> =
+        word.split(':').map(|fd| number(fd, 3..=i32::MAX)).collect::<Result<_, _>>().map_err(
+            |_| "must be descriptor numbers from 3 on, with ':' between them".to_owned(),
+        )?;
+    if fds.len() > usize::from(*limits::NIC_QUEUE_PAIRS.end()) {
+        return Err(format!(
+            "{} descriptors, at most {}",
+            fds.len(),
+            limits::NIC_QUEUE_PAIRS.end()
+        ));
+    }
+    Ok(fds)
+}
+
+/// A UUID in its 36 characters.
+pub fn uuid(word: &str) -> Result<String, Rule> {
+    let dash = |at: usize| matches!(at, 8 | 13 | 18 | 23);
+    let well_formed = word.len() == 36
+        && word.bytes().enumerate().all(
+            |(at, b)| {
+                if dash(at) { b == b'-' } else { b.is_ascii_hexdigit() }
+            },
+        );
+    if !well_formed {
+        return Err("must be like 01234567-89ab-cdef-0123-456789abcdef".into());
+    }
+    Ok(word.to_ascii_lowercase())
+}

@@ -1,0 +1,271 @@
+//! What a machine is to be: [`MachineConfig`], and the three ways to one, each checked where it comes
+//! in. Data only: no KVM, no devices, nothing of the host but the file that is read.
+//!
+//! ```text
+//! cli       the command line and the JSON file
+//! saved     the saved form, and the way back
+//! limits    what may be asked for
+//! slots     how many slots for virtio devices there are    places    where each one is
+//! topology  sockets, cores, threads and their APIC ids     cmdline   what a kernel can be told
+//! actions   what follows the guest's own end
+//! ```
+#![forbid(unsafe_code)]
+use std::path::PathBuf;
+
+pub mod actions;
+pub mod cli;
+pub mod cmdline;
+pub mod limits;
+pub mod places;
+pub mod saved;
+pub mod slots;
+pub mod topology;
+
+pub use saved::{Description, DescriptionError};
+use slots::SlotCounts;
+pub use topology::Topology;
+
+/// What of a configuration an error is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the configuration's own words; disks and NICs by their ids")]
+pub enum Part {
+    Kernel,
+    Initrd,
+    Cmdline,
+    Cpus,
+    MemorySize,
+    MemoryPath,
+    Disk(String),
+    Nic(String),
+    Serial,
+    Console,
+    Rng,
+}
+
+/// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
+/// could hurt it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Name shown by `query-name`.
+    pub name: String,
+    /// UUID shown by `query-uuid`, in the usual 36 characters; all zero when not given.
+    pub uuid: String,
+    /// Number of vCPUs, 1 to 254.
+    pub cpus: u8,
+    /// How the vCPUs are shown.
+    pub topology: Topology,
+    /// Guest RAM.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub boot: BootConfig,
+    /// Slots for disks and NICs, those for hot-plug included.
+    pub slots: SlotCounts,
+    /// I/O thread ids, in addition to the default one.
+    pub iothreads: Vec<String>,
+    /// Where the first serial port leads; `None`: nowhere.
+    pub serial: Option<CharBackend>,
+    /// Disks present at start.
+    pub disks: Vec<DiskConfig>,
+    /// NICs present at start.
+    pub nics: Vec<NicConfig>,
+    /// virtio-console.
+    pub console: Option<ConsoleConfig>,
+    /// virtio-rng.
+    pub rng: Option<RngConfig>,
+}
+
+/// What is in the slots for disks and NICs, by slot. At the start what the configuration lists;
+/// later what hot-plug has made of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Occupancy {
+    /// Disks; slots from the end of the list on are empty.
+    pub disks: Vec<Option<DiskConfig>>,
+    /// NICs, likewise.
+    pub nics: Vec<Option<NicConfig>>,
+}
+
+impl Occupancy {
+    /// That of a machine that starts.
+    pub fn at_start(config: &MachineConfig) -> Self {
+        Self {
+            disks: config.disks.iter().cloned().map(Some).collect(),
+            nics: config.nics.iter().cloned().map(Some).collect(),
+        }
+    }
+}
+
+/// Guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Bytes, a multiple of 1 MiB (16 MiB and up).
+    pub size: u64,
+    /// Shareable with other processes (memfd) rather than anonymous.
+    pub shared: bool,
+    /// File, or directory of a hugetlbfs, behind guest memory.
+    pub path: Option<PathBuf>,
+    /// Touch all of it before the guest runs.
+    pub prealloc: bool,
+    /// Part of the monitor's core dumps.
+    pub dump: bool,
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootConfig {
+    /// ELF vmlinux, bzImage or flat vmlinux.bin.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Command line, untouched.
+    pub cmdline: String,
+}
+
+/// A raw disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Id for `device_del`, unique among all devices.
+    pub id: String,
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Refuse writes.
+    pub readonly: bool,
+    /// O_DIRECT.
+    pub direct: bool,
+    /// Up to 20 bytes, shown by the guest's `/sys/block/*/serial`.
+    pub serial: Option<String>,
+    /// How requests are carried out.
+    pub aio: Aio,
+    /// Pass discards on.
+    pub discard: bool,
+    /// Requests per second; `None`: unlimited.
+    pub iops: Option<u64>,
+    /// Bytes per second; `None`: unlimited.
+    pub bps: Option<u64>,
+    /// Queues, 1 to 32.
+    pub queues: u16,
+    /// Descriptors a queue, a power of two, 2 to 1024.
+    pub queue_size: u16,
+    /// Which I/O thread; `None`: the default one.
+    pub iothread: Option<String>,
+    /// The back-end's name when it is not the device's id: it then outlives the device.
+    pub backend: Option<String>,
+    /// Refuse an image that begins like one of another format, as nobody has said that it is raw.
+    /// Not kept in a saved state: its guest may have written such a beginning.
+    pub probe: bool,
+    /// What the image has to be, when a saved state is restored.
+    pub expect: Expect,
+}
+
+impl DiskConfig {
+    /// Name of the back-end.
+    pub fn backend(&self) -> &str {
+        self.backend.as_deref().unwrap_or(&self.id)
+    }
+}
+
+/// What the image of a restored disk has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Expect {
+    /// The one that was saved.
+    #[default]
+    Saved,
+    /// A copy of it, or itself in another place.
+    Copy,
+    /// Any of the saved size: the user vouches for it.
+    Any,
+}
+
+/// The name of a back-end where it is not that of its device, for `backend` of a disk or NIC.
+pub fn separate(backend: &str, device: &str) -> Option<String> {
+    (backend != device).then(|| backend.to_owned())
+}
+
+/// How a disk's requests are carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aio {
+    /// io_uring where the host has it, else plain system calls.
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// Plain system calls on the I/O thread.
+    Off,
+}
+
+/// A NIC on a tap device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NicConfig {
+    /// Id for `device_del`, unique among all devices.
+    pub id: String,
+    /// Where its frames go.
+    pub tap: Tap,
+    /// Six bytes; `None`: a random one, locally administered.
+    pub mac: Option<[u8; 6]>,
+    /// Queue pairs, 1 to 16.
+    pub queue_pairs: u16,
+    /// Descriptors a queue, a power of two, 256 to 4096.
+    pub queue_size: u16,
+    /// Packets per second in each direction; `None`: unlimited.
+    pub pps: Option<u64>,
+    /// Bytes per second in each direction; `None`: unlimited.
+    pub bps: Option<u64>,
+    /// Which I/O thread; `None`: the default one.
+    pub iothread: Option<String>,
+    /// The back-end's name when it is not the device's id: it then outlives the device.
+    pub backend: Option<String>,
+}
+
+impl NicConfig {
+    /// Name of the back-end.
+    pub fn backend(&self) -> &str {
+        self.backend.as_deref().unwrap_or(&self.id)
+    }
+}
+
+/// A tap device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tap {
+    /// An existing one, by name.
+    Name(String),
+    /// Inherited or received descriptors, one for each queue pair.
+    Fds(Vec<i32>),
+}
+
+/// virtio-console with one port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsoleConfig {
+    /// Its character device's id, the label in `query-chardev`.
+    pub id: String,
+    /// Where it leads.
+    pub backend: CharBackend,
+    /// Which I/O thread; `None`: the default one.
+    pub iothread: Option<String>,
+}
+
+/// Where characters go to and come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CharBackend {
+    /// This process's standard input and output.
+    Stdio,
+    /// A new pseudo-terminal, named in the log and by `query-chardev`.
+    Pty,
+    /// A file, created if missing, appended to. Output only.
+    File(PathBuf),
+    /// A Unix socket that this process listens on; one connection at a time.
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Each connection gets the last this many bytes of output first, up to 1 MiB.
+        replay: u32,
+    },
+}
+
+/// virtio-rng.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngConfig {
+    /// Id, unique among all devices.
+    pub id: String,
+    /// Source of randomness.
+    pub path: PathBuf,
+    /// Bytes per second, 64 to 1,000,000,000; `None`: unlimited.
+    pub bps: Option<u64>,
+}

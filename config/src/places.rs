@@ -1,0 +1,52 @@
+//! The slots of virtio-mmio: by which name a saved state knows each, and where the guest finds it.
+use crate::MachineConfig;
+
+/// First virtio-mmio register page; one page a slot.
+pub const VIRTIO_MMIO: u64 = 0xf010_0000;
+/// Bytes of a slot.
+pub const VIRTIO_MMIO_STEP: u64 = 0x1000;
+/// Interrupts of the virtio-mmio slots, in order of slots. 0 to 4, 8 and 9 have other uses.
+pub const VIRTIO_IRQS: [u32; 18] =
+    [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 13, 3];
+
+/// A virtio-mmio slot as the guest is told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VirtioSlot {
+    /// First byte of its register page, below 4 GiB.
+    pub address: u32,
+    /// Its interrupt: global system interrupt and IOAPIC pin.
+    pub irq: u32,
+}
+
+/// A slot before there is a device in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// By which a saved state knows it.
+    pub id: String,
+    /// Where the guest finds it.
+    pub at: VirtioSlot,
+    /// The queues that the guest has seen there, of a restored machine.
+    pub queue_sizes: Option<Vec<u16>>,
+}
+
+/// The slots of a machine that starts: those for disks, those for NICs, and the others' own.
+pub fn at_start(config: &MachineConfig) -> Vec<Place> {
+    let disks = (0..config.slots.disks()).map(|slot| format!("{DISK}{slot}"));
+    let nics = (0..config.slots.nics()).map(|slot| format!("{NIC}{slot}"));
+    let console = config.console.iter().map(|_| CONSOLE.to_owned());
+    let ids = disks.chain(nics).chain(console).chain(config.rng.iter().map(|_| RNG.to_owned()));
+    let addresses = (0..).map(|index| VIRTIO_MMIO + index * VIRTIO_MMIO_STEP);
+    let at = addresses.zip(VIRTIO_IRQS).filter_map(|(address, irq)| {
+        Some(VirtioSlot { address: u32::try_from(address).ok()?, irq })
+    });
+    ids.zip(at).map(|(id, at)| Place { id, at, queue_sizes: None }).collect()
+}
+
+/// What the ids of slots for disks begin with.
+pub const DISK: &str = "disk";
+/// What the ids of slots for NICs begin with.
+pub const NIC: &str = "nic";
+/// Id of the console's slot.
+pub const CONSOLE: &str = "console";
+/// Id of the slot of the source of randomness.
+pub const RNG: &str = "rng";

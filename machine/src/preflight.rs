@@ -1,0 +1,138 @@
+//! Why there is no machine, all of it: a build ends at the first thing that this host does not give,
+//! and the user wants to hear of each. Looked at only after that, so it costs a good start nothing.
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use config::{CharBackend, MachineConfig, MemoryConfig, NicConfig, Occupancy, Part, Tap};
+
+use crate::{
+    backing::Backing,
+    boot::{self, BootError},
+    builder::{self, BuildError},
+    event::Report,
+    kvm::KvmError,
+    legacy::LegacyError,
+    memory::{self, MemoryError},
+};
+
+impl BuildError {
+    /// What of the configuration it is about; `None` when of no single part.
+    pub fn part(&self) -> Option<Part> {
+        Some(match self {
+            Self::Boot(BootError::Kernel { .. }) => Part::Kernel,
+            Self::Boot(BootError::Initrd { .. }) => Part::Initrd,
+            Self::Boot(BootError::Cmdline(_)) => Part::Cmdline,
+            Self::Kvm(KvmError::TooManyCpus { .. }) | Self::ApicIds(_) => Part::Cpus,
+            Self::Memory(MemoryError::TooMuch { .. } | MemoryError::Map { .. }) => Part::MemorySize,
+            Self::Memory(
+                MemoryError::Open { .. }
+                | MemoryError::Kind { .. }
+                | MemoryError::Contents { .. }
+                | MemoryError::Grow { .. },
+            ) => Part::MemoryPath,
+            Self::Disk { id, .. }
+            | Self::DiskSettings { id, .. }
+            | Self::SameImage { id, .. }
+            | Self::RootDisk { id, .. } => Part::Disk(id.clone()),
+            Self::Tap { id, .. } | Self::NicSettings { id, .. } => Part::Nic(id.clone()),
+            Self::Legacy(LegacyError::Char(_)) => Part::Serial,
+            Self::Console { .. } => Part::Console,
+            Self::Rng { .. } => Part::Rng,
+            _ => return None,
+        })
+    }
+}
+
+/// Everything that keeps `config` from becoming a machine, once [`crate::Machine::new`] has ended
+/// with `first`, which is among it. Each part is tried by itself and let go again.
+pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
+    let _guard = CleanupGuard::before(config);
+    let report: Report = Arc::new(|_| {});
+    let backing = Backing::Host { report: &report, held: true };
+    let mut faults = Vec::new();
+    if let Ok(memory) = memory::scratch(config.memory.size) {
+        faults.extend(boot::preflight(&memory, &config.boot).into_iter().map(BuildError::from));
+    }
+    // What cannot be touched in advance is known from `first`.
+    let memory = MemoryConfig { prealloc: false, ..config.memory.clone() };
+    faults.extend(memory::allocate(&memory).err().map(BuildError::from));
+    let occupied = Occupancy::at_start(config);
+    for (slot, disk) in config.disks.iter().enumerate() {
+        let error = backing.block(slot, Some(disk), Some(disk)).err();
+        faults.extend(error.map(|e| builder::explained(e, slot, config, &occupied)));
+    }
+    let (part, mut first) = (first.part(), Some(first));
+    let untouched = untouched(config, part.as_ref());
+    for (slot, nic) in config.nics.iter().enumerate() {
+        if matches!(nic.tap, Tap::Name(_)) || untouched.contains(nic) {
+            faults.extend(backing.interface(slot, Some(nic), Some(nic)).err());
+        } else if part == Some(Part::Nic(nic.id.clone())) {
+            faults.extend(first.take());
+        }
+    }
+    if let Some(Err(error)) = config.serial.as_ref().map(|serial| backing.char(serial)) {
+        faults.push(LegacyError::from(error).into());
+    }
+    faults.extend(config.console.as_ref().and_then(|c| backing.console(c).err()));
+    faults.extend(config.rng.as_ref().and_then(|rng| backing.entropy(rng).err()));
+
+    // As it was said first: what has been tried since may have been something else.
+    if let Some(first) = first {
+        match faults.iter_mut().find(|fault| part.is_some() && fault.part() == part) {
+            Some(again) => *again = first,
+            None => faults.insert(0, first),
+        }
+    }
+    faults
+}
+
+/// The NICs whose inherited descriptors are still there after a build that has failed at `part`: it
+/// takes them over as it comes to each NIC, after the disks.
+fn untouched<'a>(config: &'a MachineConfig, part: Option<&Part>) -> &'a [NicConfig] {
+    let failed = |nic: &NicConfig| part == Some(&Part::Nic(nic.id.clone()));
+    match part {
+        Some(Part::Cpus | Part::MemorySize | Part::MemoryPath | Part::Serial | Part::Disk(_)) => {
+            &config.nics
+        }
+        Some(Part::Nic(_)) => config.nics.split(failed).nth(1).unwrap_or_default(),
+        _ => &[],
+    }
+}
+
+/// Files that a build makes and that were not there before: dropped, they go again.
+pub(crate) struct CleanupGuard(Vec<PathBuf>);
+
+impl CleanupGuard {
+    pub fn before(config: &MachineConfig) -> Self {
+        let console = config.console.as_ref().map(|console| &console.backend);
+        let files = config.serial.iter().chain(console).filter_map(|backend| match backend {
+            CharBackend::File(path) => Some(path),
+            _ => None,
+        });
+        let files = files.chain(&config.memory.path);
+        Self(files.filter(|path| fs::symlink_metadata(path).is_err()).cloned().collect())
+    }
+
+    pub fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for CleanupGuard {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            // What somebody else has put there in the meantime stays.
+            let regular = fs::symlink_metadata(path).is_ok_and(|found| found.is_file());
+            if regular && File::open(path).is_ok_and(|file| memory::is_zero(&file).unwrap_or(false))
+            {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

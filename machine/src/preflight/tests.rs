@@ -1,0 +1,150 @@
+//! What is told, and what is left behind.
+use std::{error::Error, path::Path};
+
+use config::{Aio, BootConfig, ConsoleConfig, DiskConfig, Expect, Topology, slots::Wanted};
+
+use super::*;
+
+/// A machine of files in `dir`, none of which is there.
+fn config(dir: &Path) -> MachineConfig {
+    let disk = |id: &str| DiskConfig {
+        id: id.into(),
+        path: dir.join(id),
+        readonly: false,
+        direct: false,
+        serial: None,
+        aio: Aio::Auto,
+        discard: false,
+        iops: None,
+        bps: None,
+        queues: 1,
+        queue_size: 256,
+        iothread: None,
+        backend: None,
+        probe: false,
+        expect: Expect::default(),
+    };
+    // Numbers that are no descriptors: a process has not got so many.
+    let nic = |id: &str, fd| NicConfig {
+        id: id.into(),
+        tap: Tap::Fds(vec![fd]),
+        mac: None,
+        queue_pairs: 1,
+        queue_size: 256,
+        pps: None,
+        bps: None,
+        iothread: None,
+        backend: None,
+    };
+    let file = |name| CharBackend::File(dir.join(name));
+    MachineConfig {
+        name: "n".into(),
+        uuid: String::new(),
+        cpus: 1,
+        topology: Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
+        memory: MemoryConfig {
+            size: 16 << 20,
+            shared: false,
+            path: Some(dir.join("ram")),
+            prealloc: false,
+            dump: true,
+        },
+        boot: BootConfig {
+            kernel: dir.join("kernel"),
+            initrd: Some(dir.join("initrd")),
+            cmdline: String::new(),
+        },
+        slots: Wanted::default().try_into().unwrap(),
+        iothreads: Vec::new(),
+        serial: Some(file("serial")),
+        disks: vec![disk("a"), disk("b")],
+        nics: vec![nic("m", i32::MAX), nic("n", i32::MAX - 1)],
+        console: Some(ConsoleConfig { id: "c".into(), backend: file("console"), iothread: None }),
+        rng: None,
+    }
+}
+
+fn nic_error(id: &str) -> BuildError {
+    let source = devices::backend::net::tap::TapError::NoDescriptor;
+    BuildError::Tap { id: id.into(), source }
+}
+
+fn parts(config: &MachineConfig, first: BuildError) -> Vec<Option<Part>> {
+    preflight(config, first).iter().map(BuildError::part).collect()
+}
+
+fn disk(id: &str) -> Option<Part> {
+    Some(Part::Disk(id.into()))
+}
+
+fn nic(id: &str) -> Option<Part> {
+    Some(Part::Nic(id.into()))
+}
+
+#[test]
+fn each_part_is_told_once_in_the_machines_order_and_nothing_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path());
+    let files = [Some(Part::Kernel), Some(Part::Initrd), disk("a"), disk("b")];
+    let Err(first) = Backing::Host { report: &(Arc::new(|_| {}) as Report), held: true }.block(
+        0,
+        None,
+        config.disks.first(),
+    ) else {
+        panic!("there is such a disk")
+    };
+    assert_eq!(parts(&config, first), [&files[..], &[nic("m"), nic("n")]].concat());
+    let whole = || BuildError::Kvm(KvmError::Missing);
+    assert_eq!(parts(&config, whole()), [&[None], &files[..]].concat(), "its own error stays");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+
+    // What was there before is still there.
+    for name in ["serial", "ram"] {
+        fs::write(dir.path().join(name), "").unwrap();
+    }
+    preflight(&config, whole());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn descriptors_that_the_build_has_taken_over_are_not_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.disks.clear();
+    config.boot.initrd = None;
+    let kernel = Some(Part::Kernel);
+    assert_eq!(parts(&config, nic_error("m")), [kernel.clone(), nic("m"), nic("n")]);
+    assert_eq!(parts(&config, nic_error("n")), [kernel.clone(), nic("n")]);
+    let source = io_error();
+    let first = BootError::Kernel { path: "k".into(), source };
+    assert_eq!(parts(&config, first.into()), [kernel]);
+}
+
+fn io_error() -> boot::KernelError {
+    boot::SourceError::Open(std::io::ErrorKind::NotFound.into()).into()
+}
+
+#[test]
+fn a_kernel_is_judged_by_the_machines_size_even_where_the_host_has_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.disks.clear();
+    config.nics.clear();
+    config.memory.path = None;
+    config.memory.size = 1 << 52;
+    fs::write(dir.path().join("kernel"), "no kernel").unwrap();
+    fs::write(dir.path().join("initrd"), "").unwrap();
+    let first = memory::allocate(&config.memory).unwrap_err();
+    let faults = preflight(&config, first.into());
+    let said: Vec<_> = faults
+        .iter()
+        .map(|fault| match fault.source() {
+            Some(source) => format!("{fault}: {source}"),
+            None => fault.to_string(),
+        })
+        .collect();
+    for (line, words) in said.iter().zip(["it is", "it is empty", "give less with -m"]) {
+        assert!(line.contains(words), "{said:?}");
+    }
+    assert_eq!(said.len(), 3, "{said:?}");
+}

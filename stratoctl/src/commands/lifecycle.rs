@@ -1,0 +1,241 @@
+//! Beginning, stopping, ending.
+use anyhow::Context as _;
+use qmp::schema::{Cont, Stop};
+use serde_json::json;
+
+use super::{Answer, Context, Held, attach, end, ended, restart_policy, shutdown};
+use crate::{
+    configuration, domain,
+    failure::Failure,
+    matrix::{State, Verb},
+    monitor::{self, More},
+    registry::{Description, Lock, Name, Place},
+    verbs::{Begin, Create, Delete, New, Rename, Start},
+};
+
+pub fn create(ctx: &Context, args: &Create) -> anyhow::Result<Answer> {
+    let (name, description) = configuration::read(&args.described)?;
+    if args.dry_run {
+        configuration::check_files(&description.config)?;
+        let text = format!("'{name}' could be started");
+        return Ok(Answer::new(text, json!({ "name": name, "valid": true })));
+    }
+    let lock = ctx.take(Verb::Create, &name)?;
+    let place = ctx.registry.add(&name, false, &description)?;
+    begin(ctx, &place, &description, &args.begin, &More::default(), Some(lock))
+}
+
+pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
+    let (name, description) = configuration::read(&args.described)?;
+    let _lock = ctx.take(Verb::New, &name)?;
+    ctx.registry.add(&name, true, &description)?;
+    Ok(Answer::state(&name, State::Registered))
+}
+
+pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
+    let held = ctx.hold(Verb::Start, &args.domain)?;
+    let description = described(&held.place)?;
+    let mut held = held;
+    if held.seen.client.is_none() {
+        return begin(ctx, &held.place, &description, &args.begin, &More::default(), held.lock);
+    }
+    // `rename-restart`: its monitor is kept, under another name.
+    let fresh = restart_policy::make_way(ctx, &held.place, &description, held.seen.client()?)?;
+    let kept = fresh.kept.name.clone();
+    let description = &fresh.description;
+    let mut answer =
+        begin(ctx, &fresh.place, description, &args.begin, &More::default(), held.lock)?;
+    answer.text = format!("what was '{}' is kept as '{kept}'", args.domain);
+    if let Some(members) = answer.json.as_object_mut() {
+        members.insert("kept".into(), json!(kept));
+    }
+    Ok(answer)
+}
+
+/// What the domain is.
+///
+/// # Errors
+/// When its record is damaged; says what can be done about that.
+pub fn described(place: &Place) -> anyhow::Result<Description> {
+    place.description().map_err(|e| {
+        let hint = match place.managed {
+            true => format!(
+                "put the file right, or `stratoctl delete -f {}` and register it anew",
+                place.name
+            ),
+            false => {
+                format!("`stratoctl destroy {}` ends it, and then it is forgotten", place.name)
+            }
+        };
+        let what = anyhow::Error::from(e);
+        Failure::hint(format!("{what:#}"), hint).into()
+    })
+}
+
+/// Start a monitor for the domain at `place`, whose lock this is.
+///
+/// # Errors
+/// What the monitor says; an unmanaged domain is forgotten then.
+pub fn begin(
+    ctx: &Context,
+    place: &Place,
+    description: &Description,
+    how: &Begin,
+    more: &More,
+    lock: Option<Lock>,
+) -> anyhow::Result<Answer> {
+    // Nothing may happen before there is somebody to see it.
+    let watched = restart_policy::needed(&description.policy);
+    let paused = how.paused || watched;
+    let started = monitor::start(&ctx.registry, &ctx.program, place, description, paused, more);
+    let id = match started {
+        Ok(id) => id,
+        Err(e) => {
+            if !place.managed {
+                ctx.registry.forget(place).context("after a failed start")?;
+            }
+            return Err(e);
+        }
+    };
+    if watched {
+        let let_run = || {
+            let mut seen = domain::look(&ctx.registry, place);
+            // What was saved when its guest had ended cannot go on.
+            let ended = matches!(seen.state, State::Off | State::Crashed);
+            if !how.paused && !ended {
+                seen.client()?.execute(&Cont {})?;
+            }
+            Ok(())
+        };
+        if let Err(e) = restart_policy::spawn(ctx, place).and_then(|()| let_run()) {
+            let seen = domain::look(&ctx.registry, place);
+            end(ctx, &mut Held { place: place.clone(), seen, lock: None })?;
+            return Err(e);
+        }
+    }
+    let restored = more.words.iter().any(|word| word == "-incoming");
+    begun(ctx, place, how, id, lock, restored)
+}
+
+/// What there is to say of a domain that has just begun; with `-c` after its console was left. One
+/// that goes on from a saved state is told what time it is.
+///
+/// # Errors
+/// When its console cannot be attached to.
+pub fn begun(
+    ctx: &Context,
+    place: &Place,
+    how: &Begin,
+    id: u32,
+    lock: Option<Lock>,
+    restored: bool,
+) -> anyhow::Result<Answer> {
+    // Whoever is attached keeps nobody from acting on it.
+    drop(lock);
+    let mut seen = domain::look(&ctx.registry, place);
+    let state = match (seen.state, how.paused) {
+        (ended @ (State::Off | State::Crashed), _) => ended,
+        (_, true) => State::Paused,
+        (_, false) => State::Running,
+    };
+    let json = json!({ "name": place.name, "id": id, "state": state.word() });
+    let mut answer = Answer::new("", json);
+    if restored
+        && state == State::Running
+        && let Ok(client) = seen.client()
+    {
+        shutdown::set_clock(client, place, &mut answer);
+    }
+    drop(seen);
+    match how.console {
+        true => {
+            if !answer.text.is_empty() {
+                eprintln!("{}", answer.text);
+            }
+            attach::attach(ctx, place, state)
+        }
+        false => Ok(answer),
+    }
+}
+
+pub fn pause(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
+    let mut held = ctx.hold(Verb::Pause, name)?;
+    held.seen.client()?.execute(&Stop {})?;
+    Ok(Answer::state(name, State::Paused))
+}
+
+pub fn unpause(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
+    let mut held = ctx.hold(Verb::Unpause, name)?;
+    let_run(ctx, &mut held)?;
+    Ok(Answer::state(name, State::Running))
+}
+
+/// Let the guest run. A suspended state that it comes from must not count any more by then: its
+/// memory would not fit what the guest writes to its disks.
+///
+/// # Errors
+/// When it does not run; its suspended state counts as before then.
+pub fn let_run(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
+    let saved = held.place.managed && held.place.is_saved();
+    if saved {
+        ctx.registry.spend(&held.place)?;
+    }
+    if let Err(e) = held.seen.client()?.execute(&Cont {}) {
+        // Unless it runs all the same and only the answer was lost.
+        if saved && matches!(e, qmp::client::ClientError::Refused { .. }) {
+            ctx.registry.unspend(&held.place)?;
+        }
+        return Err(e.into());
+    }
+    if saved { ctx.registry.discard_spent(&held.place) } else { Ok(()) }
+}
+
+pub fn destroy(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
+    let mut held = ctx.hold(Verb::Destroy, name)?;
+    end(ctx, &mut held)?;
+    if held.place.managed && held.place.is_saved() {
+        ctx.registry.spend(&held.place)?;
+        ctx.registry.clear_store(&held.place)?;
+    }
+    let state = if held.place.managed { State::Registered } else { State::Absent };
+    Ok(Answer::state(name, state))
+}
+
+pub fn delete(ctx: &Context, args: &Delete) -> anyhow::Result<Answer> {
+    let name = &args.domain;
+    let held = match (ctx.hold(Verb::Delete, name), args.force) {
+        (Ok(held), _) => held,
+        (Err(_), true) => ctx.hold_suspended(name)?,
+        (Err(e), false) => return Err(e),
+    };
+    ended(ctx, &held.place)?;
+    ctx.registry.forget(&held.place)?;
+    Ok(Answer::state(name, State::Absent))
+}
+
+impl Context {
+    /// For `delete -f`: what `resume` could be done with can be discarded, too.
+    fn hold_suspended(&self, name: &Name) -> anyhow::Result<Held> {
+        match self.hold(Verb::Resume, name) {
+            Ok(held) => Ok(held),
+            // The reason why it cannot be deleted is of more use.
+            Err(_) => self.hold(Verb::Delete, name),
+        }
+    }
+}
+
+pub fn rename(ctx: &Context, args: &Rename) -> anyhow::Result<Answer> {
+    let (old, new) = (&args.domain, &args.new);
+    if ctx.registry.find(old).is_none() {
+        // For its better words.
+        ctx.hold(Verb::Rename, old)?;
+    }
+    let _locks = ctx.registry.lock_both(old, new)?;
+    let (place, seen) = ctx.look(old);
+    crate::matrix::admit(Verb::Rename, seen.state, old, false)?;
+    if old != new {
+        crate::matrix::admit(Verb::New, ctx.look(new).1.state, new, false)?;
+        ctx.registry.rename(&place.context("there is no such domain")?, new)?;
+    }
+    Ok(Answer::new("", json!({ "name": new, "was": old, "state": seen.state.word() })))
+}

@@ -1,0 +1,222 @@
+//! What each verb does: lock the name, see how the domain is, ask the matrix, act.
+mod attach;
+mod lifecycle;
+mod list;
+mod qmp;
+mod restart_policy;
+mod restore;
+mod save;
+mod shutdown;
+
+use std::{path::PathBuf, time::Duration};
+
+use ::qmp::schema::Quit;
+use anyhow::Context as _;
+use serde_json::{Value, json};
+
+pub use list::WaitFor;
+
+use crate::{
+    domain::{self, Seen},
+    failure::Failure,
+    matrix::{self, State, Verb},
+    monitor, pages,
+    registry::{Lock, Name, Place, Registry},
+    verbs::{Command, Line},
+};
+
+/// How long a monitor that was told to end may take, before it is killed.
+const END: Duration = Duration::from_secs(10);
+
+/// What every verb works with.
+pub struct Context {
+    pub registry: Registry,
+    /// The monitor's program.
+    pub program: PathBuf,
+    /// `--root`.
+    pub root: Option<PathBuf>,
+}
+
+/// What a verb has to say.
+pub struct Answer {
+    pub text: String,
+    pub json: Value,
+    /// Exit status.
+    pub status: u8,
+}
+
+impl Answer {
+    /// A verb that has done what it was asked for.
+    pub fn new(text: impl Into<String>, json: Value) -> Self {
+        Self { text: text.into(), json, status: 0 }
+    }
+
+    /// A verb that has said all while it ran.
+    pub fn silent() -> Self {
+        Self::new("", Value::Null)
+    }
+
+    /// The domain is in `state` now.
+    pub fn state(name: &Name, state: State) -> Self {
+        Self::new("", json!({ "name": name, "state": state.word() }))
+    }
+}
+
+/// Do what the command line says.
+///
+/// # Errors
+/// Why it is not done, for people.
+pub fn run(line: Line) -> anyhow::Result<Answer> {
+    let ctx = Context {
+        registry: Registry::open(line.global.root.as_deref())?,
+        program: monitor::program(line.global.monitor.as_deref()),
+        root: line.global.root.clone(),
+    };
+    let as_json = line.global.json;
+    match line.verb {
+        Command::Create(args) => lifecycle::create(&ctx, &args),
+        Command::New(args) => lifecycle::new(&ctx, &args),
+        Command::Start(args) => lifecycle::start(&ctx, &args),
+        Command::List(args) => list::list(&ctx, &args),
+        Command::Info(args) => list::info(&ctx, &args),
+        Command::Pause(args) => lifecycle::pause(&ctx, &args.domain),
+        Command::Unpause(args) => lifecycle::unpause(&ctx, &args.domain),
+        Command::Save(args) => save::save(&ctx, &args),
+        Command::Restore(args) => restore::restore(&ctx, &args),
+        Command::Suspend(args) => save::suspend(&ctx, &args.domain),
+        Command::Resume(args) => restore::resume(&ctx, &args),
+        Command::Destroy(args) => lifecycle::destroy(&ctx, &args.domain),
+        Command::Delete(args) => lifecycle::delete(&ctx, &args),
+        Command::Rename(args) => lifecycle::rename(&ctx, &args),
+        Command::Wait(args) => list::wait(&ctx, &args),
+        Command::Check(args) => restore::check(&args.file),
+        Command::Shutdown(args) => shutdown::shutdown(&ctx, &args),
+        Command::Reboot(args) => shutdown::reboot(&ctx, &args),
+        Command::Console(args) => attach::console(&ctx, &args.domain),
+        Command::Dmesg(args) => attach::dmesg(&ctx, &args),
+        Command::Events(args) => attach::events(&ctx, &args, as_json),
+        Command::Qmp(args) => qmp::qmp(&ctx, &args),
+        Command::Completions(args) => Ok(pages::completions(args.shell)),
+        Command::Man(args) => pages::man(args.directory.as_deref()),
+        Command::Watch(args) => restart_policy::watch(&ctx, &args.domain),
+    }
+}
+
+/// A domain that nobody else acts on.
+pub struct Held {
+    pub place: Place,
+    pub seen: Seen,
+    /// Given up early by what takes long.
+    pub lock: Option<Lock>,
+}
+
+impl Context {
+    /// How the domain called `name` is, and where.
+    pub fn look(&self, name: &Name) -> (Option<Place>, Seen) {
+        match self.registry.find(name) {
+            None => (None, Seen::nobody()),
+            Some(place) => {
+                let seen = domain::look(&self.registry, &place);
+                (Some(place), seen)
+            }
+        }
+    }
+
+    /// Take the domain called `name` for `verb`, which needs one.
+    ///
+    /// # Errors
+    /// When `verb` may not act on it as it is.
+    pub fn hold(&self, verb: Verb, name: &Name) -> anyhow::Result<Held> {
+        // Not to make the directories of a registry that has nothing in it.
+        if self.registry.find(name).is_none() {
+            return Err(self.absent(verb, name));
+        }
+        let lock = Some(self.registry.lock(name)?);
+        let (place, seen) = self.look(name);
+        if seen.state == State::Absent {
+            return Err(self.absent(verb, name));
+        }
+        let place = place.context("there is no such domain")?;
+        let registered_only =
+            matches!(verb, Verb::Start | Verb::Suspend | Verb::Resume | Verb::Delete);
+        let renames = || place.description().is_ok_and(|d| d.policy.renames(seen.state));
+        let renames = verb == Verb::Start && renames();
+        if registered_only && !place.managed && !renames {
+            return Err(unmanaged(verb, name));
+        }
+        matrix::admit(verb, seen.state, name, renames)?;
+        Ok(Held { place, seen, lock })
+    }
+
+    /// Take a name that nobody has.
+    ///
+    /// # Errors
+    /// When somebody has it.
+    pub fn take(&self, verb: Verb, name: &Name) -> anyhow::Result<Lock> {
+        let lock = self.registry.lock(name)?;
+        matrix::admit(verb, self.look(name).1.state, name, false)?;
+        Ok(lock)
+    }
+
+    fn absent(&self, verb: Verb, name: &Name) -> anyhow::Error {
+        let Err(failure) = matrix::admit(verb, State::Absent, name, false) else {
+            return Failure::new(format!("there is no domain '{name}'")).into();
+        };
+        let names = self.registry.names().unwrap_or_default();
+        let near = names
+            .iter()
+            .map(|known| (strsim::damerau_levenshtein(known.as_str(), name.as_str()), known))
+            .filter(|(distance, known)| *distance <= 2 && distance * 3 <= known.as_str().len())
+            .min();
+        match near {
+            Some((_, near)) => {
+                Failure::hint(failure.to_string(), format!("did you mean '{near}'?")).into()
+            }
+            None => failure.into(),
+        }
+    }
+}
+
+fn unmanaged(verb: Verb, name: &Name) -> anyhow::Error {
+    let hint = match verb {
+        Verb::Suspend => format!("`stratoctl save {name} FILE` saves it into a directory of yours"),
+        Verb::Delete => format!("`stratoctl destroy {name}` ends it, and then it is forgotten"),
+        _ => format!("it is what `create` or `restore` made: `stratoctl info {name}`"),
+    };
+    Failure::hint(format!("'{name}' is not a registered domain"), hint).into()
+}
+
+/// End the monitor, kindly or not, and tidy up. The domain is registered or gone afterwards.
+///
+/// # Errors
+/// When it cannot be ended.
+pub fn end(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
+    let asked = held.seen.client.as_mut().is_some_and(|client| {
+        client.set_patience(domain::patience());
+        client.execute(&Quit {}).is_ok()
+    });
+    if let Some(process) = &held.seen.process
+        && !(asked && process.ends_within(END))
+    {
+        process.kill().with_context(|| format!("cannot kill process {}", process.pid()))?;
+        if !process.ends_within(END) {
+            let pid = process.pid();
+            anyhow::bail!(Failure::hint(
+                format!("process {pid} was killed and has not ended"),
+                format!("the kernel holds it up: `cat /proc/{pid}/stack` tells where"),
+            ));
+        }
+    }
+    ended(ctx, &held.place)
+}
+
+/// Tidy up after a monitor that is gone.
+///
+/// # Errors
+/// When the disk cannot be written.
+pub fn ended(ctx: &Context, place: &Place) -> anyhow::Result<()> {
+    match place.managed {
+        true => ctx.registry.clear(place).and_then(|()| ctx.registry.clear_store(place)),
+        false => ctx.registry.forget(place),
+    }
+}

@@ -1,0 +1,250 @@
+//! Saving a domain: into a directory of the user's, or into its own store.
+use std::{
+    fs,
+    path::Path,
+    sync::{Arc, atomic::AtomicBool, atomic::Ordering},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use qmp::{
+    client::{Client, ClientError},
+    schema::{Migrate, MigrateCancel, MigrationInfo, MigrationStats, QueryMigrate, QueryStatus},
+};
+use serde_json::json;
+
+use super::{Answer, Context, Held, end, lifecycle, restore};
+use crate::{
+    domain::{self, Seen},
+    failure::Failure,
+    matrix::{State, Verb},
+    process::Process,
+    progress,
+    registry::{self, Lock, Name, Saved},
+    verbs::Save,
+};
+
+/// Longest save.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// What becomes of the domain afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    Ends,
+    Paused,
+    GoesOn,
+}
+
+pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
+    let held = ctx.hold(Verb::Save, &args.domain)?;
+    let directory = restore::directory(&args.file)?;
+    fit_for_a_save(&directory)?;
+    let after = match (args.go_on, args.paused) {
+        (true, _) => After::GoesOn,
+        (_, true) => After::Paused,
+        _ => After::Ends,
+    };
+    let saved = Saved { name: args.domain.clone(), domain: lifecycle::described(&held.place)? };
+    let own = ctx.registry.own_disks(&saved.domain.uuid);
+    if after == After::Ends && !args.disks && !own.is_empty() {
+        let what = format!("the disks of '{}' were made for it, and go when it ends", args.domain);
+        let hint = "--disks keeps them with the save; -c and --paused let the domain live on";
+        return Err(Failure::hint(what, hint).into());
+    }
+    let beside = directory.join(restore::BESIDE);
+    write_out(ctx, held, &directory, after, args.disks, |ctx| {
+        registry::write(ctx.registry.disk(), &beside, &saved)
+            .with_context(|| format!("cannot write {}", beside.display()))
+    })
+}
+
+/// See that `directory` is not there yet, is empty, or has an earlier save in it.
+fn fit_for_a_save(directory: &Path) -> anyhow::Result<()> {
+    // What is there and is no directory, or cannot be read, is for the monitor to refuse.
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+    let names: Vec<_> =
+        entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    let own = ["state", "memory", "disk-", restore::BESIDE];
+    let of_a_save = |name: &str| own.iter().any(|own| name.starts_with(own));
+    let is_save = names.iter().any(|name| name == "state");
+    match names.iter().find(|name| !of_a_save(name)) {
+        Some(other) if !is_save => {
+            let what = format!("{} has other things in it, such as '{other}'", directory.display());
+            let hint = "a save is a directory of its own: name one that is not there yet, or an earlier save";
+            Err(Failure::hint(what, hint).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+pub fn suspend(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
+    let held = ctx.hold(Verb::Suspend, name)?;
+    let directory = held.place.saved();
+    restore::text(&directory)?;
+    write_out(ctx, held, &directory, After::Ends, false, |_| Ok(()))
+}
+
+/// Save the domain into `directory`, with its disks if `disks`, then do `also`, then what `after` says. If anything fails the
+/// domain is what it was.
+fn write_out(
+    ctx: &Context,
+    mut held: Held,
+    directory: &Path,
+    after: After,
+    disks: bool,
+    also: impl FnOnce(&Context) -> anyhow::Result<()>,
+) -> anyhow::Result<Answer> {
+    let name = held.place.name.clone();
+    let uuid = lifecycle::described(&held.place)?.uuid;
+    let ran = held.seen.state == State::Running;
+    let Some(saving) = ctx.registry.lock_save(&name)? else {
+        crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
+        anyhow::bail!("'{name}' is being saved");
+    };
+    // It takes long. Whoever wants the domain meanwhile sees that it is being saved.
+    held.lock = None;
+    let client = held.seen.client.take().context("the monitor does not answer")?;
+    let command = Migrate {
+        uri: format!("file:{}", restore::text(directory)?),
+        resume: Some(after == After::GoesOn && ran),
+        disks: Some(disks),
+        ..Migrate::default()
+    };
+    let written = migrate(&held, client, command).and_then(|info| {
+        also(ctx)?;
+        Ok(info)
+    });
+    let info = match written {
+        Ok(info) => info,
+        Err(e) => {
+            // A save that succeeded and could not be made use of has left it paused.
+            if ran
+                && let Ok(Ok(mut now)) = again(ctx, &held, &uuid, saving)
+                && now.seen.client.is_some()
+            {
+                let _ = lifecycle::let_run(ctx, &mut now);
+            }
+            return Err(e);
+        }
+    };
+    let state = finish(ctx, &held, &uuid, saving, after)?;
+    let written = |stats: Option<MigrationStats>| stats.map_or(0, |stats| stats.transferred);
+    Ok(Answer::new(
+        "",
+        json!({
+            "name": name,
+            "state": state.word(),
+            "directory": directory,
+            "bytes": written(info.ram) + written(info.disk),
+            "milliseconds": info.total_time,
+            "downtime": info.downtime,
+        }),
+    ))
+}
+
+/// What becomes of a domain that has been saved.
+fn finish(
+    ctx: &Context,
+    held: &Held,
+    uuid: &str,
+    saving: Lock,
+    after: After,
+) -> anyhow::Result<State> {
+    match (after, held.seen.state) {
+        (After::Paused, State::Running) => return Ok(State::Paused),
+        (After::Paused | After::GoesOn, was) => return Ok(was),
+        (After::Ends, _) => {}
+    }
+    let mut now = match again(ctx, held, uuid, saving)? {
+        Ok(now) => now,
+        Err(state) => return Ok(state),
+    };
+    if let Some(client) = &mut now.seen.client
+        && client.execute(&QueryStatus {})?.running
+    {
+        let place = &now.place;
+        if place.is_saved() {
+            ctx.registry.spend(place)?;
+            ctx.registry.clear_store(place)?;
+        }
+        let what = format!(
+            "'{}' was saved, but somebody has let it run on, so it is not ended",
+            place.name
+        );
+        return Err(Failure::new(what).into());
+    }
+    end(ctx, &mut now)?;
+    Ok(match (now.place.managed, now.place.is_saved()) {
+        (true, true) => State::Suspended,
+        (true, false) => State::Registered,
+        (false, _) => State::Absent,
+    })
+}
+
+/// Take the domain that was saved again. Somebody may have ended it meanwhile, and even begun another
+/// one of the same name, which is left alone: gives its state.
+fn again(
+    ctx: &Context,
+    held: &Held,
+    uuid: &str,
+    saving: Lock,
+) -> anyhow::Result<Result<Held, State>> {
+    let name = &held.place.name;
+    let lock = Some(ctx.registry.lock(name)?);
+    // Now nobody else can begin.
+    drop(saving);
+    let place = ctx.registry.find(name);
+    let Some(place) = place.filter(|place| place.description().is_ok_and(|d| d.uuid == uuid))
+    else {
+        return Ok(Err(State::Absent));
+    };
+    let seen = domain::look(&ctx.registry, &place);
+    let pid = |seen: &Seen| seen.process.as_ref().map(Process::pid);
+    let ended = held.seen.process.as_ref().is_some_and(|old| old.ends_within(Duration::ZERO));
+    Ok(match pid(&seen) {
+        Some(_) if ended || pid(&seen) != pid(&held.seen) => Err(seen.state),
+        _ => Ok(Held { place, seen, lock }),
+    })
+}
+
+/// Let the monitor save, show how far it is, and call it off at an interrupt.
+fn migrate(held: &Held, mut client: Client, command: Migrate) -> anyhow::Result<MigrationInfo> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .context("cannot listen for an interrupt")?;
+    }
+    let mut watcher = domain::qmp(&held.place)?;
+    client.set_patience(LONGEST);
+    let bar = progress::bar(&format!("Saving {}", held.place.name));
+    let mut cancelled = false;
+    let look = || {
+        if interrupted.load(Ordering::Relaxed) && !cancelled {
+            cancelled = watcher.execute(&MigrateCancel {}).is_ok();
+        }
+        if let Ok(info) = watcher.execute(&QueryMigrate {}) {
+            let parts = || info.ram.iter().chain(&info.disk);
+            let total = parts().map(|part| part.total).sum::<u64>();
+            bar.set_length(total);
+            bar.set_position(total.saturating_sub(parts().map(|part| part.remaining).sum()));
+        }
+    };
+    let done = progress::during(move || client.execute(&command), look);
+    bar.finish_and_clear();
+    let name = &held.place.name;
+    match done? {
+        Ok(_) => Ok(watcher.execute(&QueryMigrate {})?),
+        Err(ClientError::Refused { .. }) if interrupted.load(Ordering::Relaxed) => {
+            Err(Failure::new(format!("interrupted: '{name}' is not saved and goes on")).into())
+        }
+        Err(ClientError::Refused { error, .. }) => {
+            Err(Failure::new(format!("'{name}' is not saved and goes on: {error}")).into())
+        }
+        Err(e) => {
+            let e = anyhow::Error::from(e);
+            Err(e.context(format!(
+                "'{name}' is not saved: its monitor has ended or does not answer"
+            )))
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Asking a guest to end: the agent if it answers, else the power button or Ctrl-Alt-Del. What the
+//! guest does then is its own affair.
+use std::{
+    path::Path,
+    time::{Duration, Instant, SystemTime},
+};
+
+use qmp::{
+    client::{Client, ClientError, ReceivedEvent},
+    schema::{
+        KeyValue, KeyValueKind, QKeyCode, QueryChardev, SendKey, SystemPowerdown, SystemReset,
+    },
+};
+use serde_json::{Value, json};
+
+use super::{Answer, Context, Held, end, list};
+use crate::{
+    agent::{self, AgentError, Mode},
+    dial::dial,
+    failure::Failure,
+    matrix::{State, Verb},
+    registry::{Name, Place},
+    verbs::{Reboot, Shutdown},
+};
+
+/// How long a guest that was asked may take before `-F` does it for it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
+    let name = &args.domain;
+    let mut held = ctx.hold(Verb::Shutdown, name)?;
+    let place = held.place.clone();
+    let client = held.seen.client()?;
+    let asked = match by_agent(client, &place, Mode::Powerdown) {
+        Ok(asked) => asked,
+        Err(why) => {
+            client.execute(&SystemPowerdown {})?;
+            Asked::by("power button", why)
+        }
+    };
+    if !(args.wait || args.force || args.timeout.is_some()) {
+        return Ok(asked.answer(name));
+    }
+    let limit = limit(args.timeout, args.force)?;
+    // Others may act on it meanwhile.
+    held.lock = None;
+    match wait(&mut held, limit)? {
+        Some(outcome) => finished(ctx, name, &held, &asked, outcome),
+        None if args.force => {
+            let mut held = ctx.hold(Verb::Destroy, name)?;
+            end(ctx, &mut held)?;
+            let state = if held.place.managed { State::Registered } else { State::Absent };
+            let text = format!("asked by the {}; it did not, and '{name}' is destroyed", asked.way);
+            Ok(asked.done(text, json!({ "name": name, "state": state.word(), "forced": true })))
+        }
+        None => Err(still_there(name, &asked, "shutdown", "ends")),
+    }
+}
+
+pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
+    let name = &args.domain;
+    let mut held = ctx.hold(Verb::Reboot, name)?;
+    let place = held.place.clone();
+    let client = held.seen.client()?;
+    let asked = match by_agent(client, &place, Mode::Reboot) {
+        Ok(asked) => asked,
+        Err(why) => match client.execute(&ctrl_alt_del()) {
+            Ok(_) => Asked::by("Ctrl-Alt-Del key", why),
+            Err(ClientError::Refused { error, .. }) if args.force => {
+                return reset(client, name, &format!("it cannot be asked ({error})"));
+            }
+            Err(ClientError::Refused { error, .. }) => {
+                return Err(Failure::hint(
+                    format!("'{name}' cannot be asked: {error}"),
+                    format!("`stratoctl reboot -F {name}` resets it all the same"),
+                )
+                .into());
+            }
+            Err(e) => return Err(e.into()),
+        },
+    };
+    if !args.force && args.timeout.is_none() {
+        return Ok(asked.answer(name));
+    }
+    let limit = limit(args.timeout, true)?;
+    held.lock = None;
+    match wait(&mut held, limit)? {
+        Some(outcome) => finished(ctx, name, &held, &asked, outcome),
+        None if !args.force => Err(still_there(name, &asked, "reboot", "resets")),
+        None => {
+            let mut held = ctx.hold(Verb::Reboot, name)?;
+            let why = format!("asked by the {}; it did not", asked.way);
+            reset(held.seen.client()?, name, &why)
+        }
+    }
+}
+
+fn reset(client: &mut Client, name: &Name, why: &str) -> anyhow::Result<Answer> {
+    client.execute(&SystemReset {})?;
+    let json = json!({ "name": name, "state": State::Running.word(), "forced": true });
+    Ok(Answer::new(format!("{why}, and '{name}' is reset"), json))
+}
+
+fn limit(timeout: Option<f64>, force: bool) -> anyhow::Result<Option<Duration>> {
+    match timeout {
+        Some(seconds) => Duration::try_from_secs_f64(seconds).map(Some).map_err(|_| {
+            Failure::new(format!("--timeout {seconds}: must be seconds, 0 and more")).into()
+        }),
+        None => Ok(force.then_some(PATIENCE)),
+    }
+}
+
+fn ctrl_alt_del() -> SendKey {
+    let key = |data| KeyValue { r#type: KeyValueKind::Qcode, data };
+    SendKey {
+        keys: [QKeyCode::Ctrl, QKeyCode::Alt, QKeyCode::Delete].map(key).into(),
+        hold_time: None,
+    }
+}
+
+/// How a guest was asked.
+struct Asked {
+    way: &'static str,
+    /// Why not by the agent, where there should be one.
+    instead: Option<String>,
+}
+
+impl Asked {
+    fn by(way: &'static str, instead: Option<AgentError>) -> Self {
+        Self { way, instead: instead.map(|why| format!("the guest agent: {why}")) }
+    }
+
+    fn answer(&self, name: &Name) -> Answer {
+        let text = format!("asked by the {}; the guest has not answered yet", self.way);
+        self.done(text, json!({ "name": name, "state": State::Running.word() }))
+    }
+
+    fn done(&self, text: String, mut json: Value) -> Answer {
+        if let Some(members) = json.as_object_mut() {
+            members.insert("asked".to_owned(), json!(self.way));
+            members.insert("instead".to_owned(), json!(self.instead));
+        }
+        match &self.instead {
+            Some(why) => Answer::new(format!("{text} ({why})"), json),
+            None => Answer::new(text, json),
+        }
+    }
+}
+
+/// Have the agent of a guest that has just gone on set its clock to the host's date, and add to
+/// `answer` what became of it; nothing where the domain has no agent's console.
+pub fn set_clock(client: &mut Client, place: &Place, answer: &mut Answer) {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let date = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+    let (text, set) = match by_agent(client, place, Mode::SetTime(date)) {
+        Ok(_) => ("the guest's clock was set".to_owned(), true),
+        Err(Some(why)) => {
+            (format!("the guest's clock was not set (the guest agent: {why})"), false)
+        }
+        Err(None) => return,
+    };
+    answer.text = text;
+    if let Some(members) = answer.json.as_object_mut() {
+        members.insert("clock_set".to_owned(), json!(set));
+    }
+}
+
+/// Ask the agent, on the console that is its own and on no other.
+fn by_agent(client: &mut Client, place: &Place, mode: Mode) -> Result<Asked, Option<AgentError>> {
+    let chardevs = client.execute(&QueryChardev {}).map_err(|_| None)?;
+    let console = chardevs.into_iter().find(|chardev| chardev.label == agent::CONSOLE);
+    let name = console.ok_or(None)?.filename;
+    let path = name.strip_prefix("unix:").and_then(|rest| rest.strip_suffix(",server=on"));
+    let stream = dial(&place.run, Path::new(path.ok_or(None)?)).map_err(|e| Some(e.into()))?;
+    agent::ask(stream, mode).map_err(Some)?;
+    Ok(Asked::by("guest agent", None))
+}
+
+/// What a guest that was asked has done, and why, by the monitor's words.
+enum Outcome {
+    /// It ended, and its domain with it.
+    Ended(String),
+    /// It ended, and its domain is kept.
+    Halted(String),
+    /// It booted anew.
+    Reset(String),
+}
+
+/// Wait until it has done something about it; `None` if it has not in time.
+fn wait(held: &mut Held, limit: Option<Duration>) -> anyhow::Result<Option<Outcome>> {
+    // A limit beyond the end of time is none.
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+    let client = held.seen.client()?;
+    let mut why = None;
+    let reason = |event: &ReceivedEvent| {
+        event.data.get("reason").and_then(Value::as_str).unwrap_or("unknown").to_owned()
+    };
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return Ok(None);
+        }
+        match client.next_event(left.unwrap_or(PATIENCE)) {
+            Ok(event) => match event.event.as_str() {
+                "SHUTDOWN" => why = Some(reason(&event)),
+                "RESET" => return Ok(Some(Outcome::Reset(reason(&event)))),
+                "GUEST_PANICKED" => why = Some("guest-panic".to_owned()),
+                "STOP" if why.is_some() => {
+                    return Ok(Some(Outcome::Halted(why.unwrap_or_default())));
+                }
+                _ => {}
+            },
+            Err(ClientError::Timeout { .. }) => {}
+            Err(ClientError::Closed { .. } | ClientError::Io(_)) => {
+                return Ok(Some(Outcome::Ended(why.unwrap_or_else(|| "unknown".to_owned()))));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn finished(
+    ctx: &Context,
+    name: &Name,
+    held: &Held,
+    asked: &Asked,
+    outcome: Outcome,
+) -> anyhow::Result<Answer> {
+    let (did, reason) = match outcome {
+        Outcome::Ended(reason) => {
+            // It has hung up, and may take its time to give its memory back.
+            if let Some(process) = &held.seen.process {
+                process.ends_within(PATIENCE);
+            }
+            ("has ended", reason)
+        }
+        Outcome::Halted(reason) => ("has ended and is kept", reason),
+        Outcome::Reset(reason) => ("has booted anew", reason),
+    };
+    let state = list::settle(ctx, name);
+    let text = format!("asked by the {}; '{name}' {did} ({reason})", asked.way);
+    let json = json!({ "name": name, "state": state.word(), "reason": reason, "forced": false });
+    Ok(asked.done(text, json))
+}
+
+fn still_there(name: &Name, asked: &Asked, verb: &str, does: &str) -> anyhow::Error {
+    Failure::hint(
+        format!("asked by the {}; '{name}' still runs", asked.way),
+        format!("`stratoctl {verb} -F {name}` {does} it in any case"),
+    )
+    .into()
+}

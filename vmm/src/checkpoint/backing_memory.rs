@@ -1,0 +1,81 @@
+//! Guest memory made of the files of a save: mapped, copied, or read while the guest runs.
+use std::{io, ops::Range, os::unix::fs::FileExt};
+
+use config::{MemoryConfig, cli::Mapped};
+use machine::{
+    Memory, Report,
+    memory::{self, MemoryError, image as ram},
+};
+use state::{
+    backing_chain::{BackingChain, Piece},
+    directory::DirectoryError,
+    memory_file::BLOCK,
+};
+
+use super::{LoadError, lazy};
+
+/// Most ranges of changes that are mapped, each of which is a mapping of the process; the smallest
+/// ones beyond are copied. A process may have 65,530 (vm.max_map_count).
+const MAPPINGS: usize = 16 << 10;
+
+/// The guest's memory as `chain` has it: mapped, which takes no time and trusts the files; read when it
+/// is touched, by threads that tell `report` when it is damaged; or copied, as memory is that is
+/// shared or has a file of its own. And where it is not zero although it says so nowhere.
+///
+/// # Errors
+/// When there is not enough of it, or a file is damaged.
+pub fn memory(
+    chain: BackingChain,
+    config: &MemoryConfig,
+    mapped: Mapped,
+    report: &Report,
+) -> Result<(Memory, Vec<Range<u64>>), LoadError> {
+    let own = !config.shared && config.path.is_none();
+    match mapped {
+        Mapped::On if own => return Ok(map(&chain, config)?),
+        Mapped::Uffd if own => {
+            let contents = chain.open().map_err(DirectoryError::from)?;
+            contents.check_zeros().map_err(DirectoryError::from)?;
+            return Ok(lazy::start(contents, config, report.clone())?);
+        }
+        _ => {}
+    }
+    let memory = memory::allocate(config)?;
+    let copy = |at, bytes: &[u8]| ram::write(&memory, at, bytes);
+    chain.open().map_err(DirectoryError::from)?.verify(copy).map_err(DirectoryError::from)?;
+    Ok((memory, Vec::new()))
+}
+
+/// Guest memory that is the files of `chain`; and where it is not zero although it says so nowhere.
+///
+/// # Errors
+/// When the host cannot map them.
+fn map(
+    chain: &BackingChain,
+    config: &MemoryConfig,
+) -> Result<(Memory, Vec<Range<u64>>), MemoryError> {
+    let failed = |source| MemoryError::Map { mib: config.size >> 20, source };
+    let mut over = chain.pieces();
+    over.retain(|(_, layer)| *layer > 0);
+    let filled = over.iter().map(|(range, _)| range.clone()).collect();
+    over.sort_unstable_by_key(|(range, _)| std::cmp::Reverse(range.end - range.start));
+    let copied = over.split_off(over.len().min(MAPPINGS));
+    let overlay = |(range, layer): Piece| Ok((range, &chain.layer(layer)?.file));
+    let overlays = over.into_iter().map(overlay).collect::<io::Result<Vec<_>>>();
+    let overlays = overlays.map_err(failed)?;
+    let base = chain.layer(0).map_err(failed)?;
+    let memory = ram::map(config, &base.file, &overlays)?;
+    let mut buffer = vec![0; BLOCK as usize];
+    for (range, layer) in copied {
+        let file = &chain.layer(layer).map_err(failed)?.file;
+        for at in range.clone().step_by(buffer.len()) {
+            let length = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+            let length = length.min(buffer.len());
+            let part = buffer.get_mut(..length).unwrap_or_default();
+            file.read_exact_at(part, at)
+                .and_then(|()| ram::write(&memory, at, part))
+                .map_err(failed)?;
+        }
+    }
+    Ok((memory, filled))
+}
