@@ -12,7 +12,10 @@ use crate::{
     Device,
     bus::BusDevice,
     state::Section,
-    testing::{DriverQueue, Guest, HIGH, NEXT, RAM, WRITE, open_descriptors, with_own_descriptors},
+    testing::{
+        DriverQueue, Guest, HIGH, NEXT, RAM, ThreadFault, WRITE, open_descriptors,
+        with_own_descriptors,
+    },
     virtio::{F_VERSION_1, VirtioDevice},
 };
 
@@ -44,6 +47,8 @@ pub fn run(make: impl Make) {
     pauses_resumes_and_resets_at_any_time(&make);
     leaks_nothing_in_a_storm_of_resets(&make);
     moves_without_losing_anything(&make);
+    survives_a_thread_that_refuses_its_worker(&make);
+    survives_a_thread_that_loses_its_worker(&make);
     refuses_hostile_sections(&make);
     hostile::rings(&make);
     hostile::random_rings(&make);
@@ -315,6 +320,55 @@ fn moves_without_losing_anything(make: &impl Make) {
         assert_eq!(to.load(STATUS), if started { LIVE } else { 0 });
         recovers(&mut to, "restore");
     }
+}
+
+fn survives_a_thread_that_refuses_its_worker(make: &impl Make) {
+    let mut g = guest(make);
+    let offered = g.offered();
+    // At DRIVER_OK.
+    g.thread.fail(ThreadFault::Refuses);
+    assert!(g.negotiate(offered));
+    g.place_all();
+    g.store(STATUS, LIVE);
+    assert!(g.needs_reset() && g.thread.workers() == 0, "its worker was refused at the start");
+    g.thread.fail(None);
+    recovers(&mut g, "a worker that was refused at the start");
+    // After a pause.
+    g.transport.pause();
+    let saved = g.transport.save().unwrap();
+    g.thread.fail(ThreadFault::Refuses);
+    g.transport.resume();
+    assert!(g.needs_reset() && g.thread.workers() == 0, "its worker was refused after a pause");
+    assert!(g.interrupted(), "the driver is told");
+    g.transport.pause();
+    assert_eq!(device_section(&g.transport.save().unwrap()), device_section(&saved));
+    let mut to = Guest::with_memory(make(), g.memory.clone());
+    to.transport.pause();
+    to.transport.restore(&g.transport.save().unwrap()).unwrap();
+    g.thread.fail(None);
+    recovers(&mut g, "a worker that was refused after a pause");
+}
+
+fn survives_a_thread_that_loses_its_worker(make: &impl Make) {
+    let mut g = live(make);
+    g.thread.fail(ThreadFault::Loses);
+    g.transport.pause();
+    assert!(g.needs_reset() && g.interrupted(), "the driver is told of a lost worker");
+    assert!(g.transport.save().is_err(), "where it stood in its queues is not known");
+    g.transport.resume();
+    g.thread.fail(None);
+    g.store(STATUS, 0);
+    assert_eq!(g.load(STATUS), 0);
+    g.transport.pause();
+    let saved = g.transport.save().unwrap();
+    guest(make).transport.restore(&saved).unwrap();
+    g.transport.resume();
+    // What the worker held may be gone: it works, or its driver is told that it does not.
+    let offered = g.offered();
+    assert!(g.negotiate(offered));
+    g.place_all();
+    g.store(STATUS, LIVE);
+    assert!(g.load(STATUS) == LIVE || g.needs_reset());
 }
 
 fn refuses_hostile_sections(make: &impl Make) {

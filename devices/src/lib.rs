@@ -10,6 +10,7 @@ pub mod conformance;
 pub mod irq;
 pub mod legacy;
 mod log_limit;
+pub mod model;
 pub mod random;
 pub mod rate_limit;
 pub mod state;

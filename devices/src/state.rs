@@ -43,6 +43,11 @@ pub enum StateError {
     /// It says something that no device can be in.
     #[error("invalid state: {0}")]
     Invalid(&'static str),
+    /// The I/O thread has ended, and with it the worker that knows the state.
+    #[error(
+        "the I/O thread that had the device's worker has ended; the guest has to reset the device"
+    )]
+    WorkerLost,
     /// A disk is not the one that was saved.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -28,7 +28,7 @@ use crate::{
     bus::BusDevice,
     irq::Line,
     virtio::{F_VERSION_1, VirtioDevice, mmio::Transport, registers::Registers},
-    worker::{IoThread, Worker},
+    worker::{IoThread, Refused, Worker},
 };
 
 /// Bytes of guest RAM from address 0.
@@ -64,6 +64,16 @@ pub fn registers() -> Registers {
 pub struct InlineThread {
     epoll: Epoll,
     workers: Mutex<Vec<Option<Adopted>>>,
+    fault: Mutex<Option<ThreadFault>>,
+}
+
+/// How an I/O thread fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadFault {
+    /// It takes no worker.
+    Refuses,
+    /// It returns no worker.
+    Loses,
 }
 
 /// A worker and the descriptors that are watched for it.
@@ -72,7 +82,11 @@ type Adopted = (Option<Box<dyn Worker>>, Vec<RawFd>);
 impl InlineThread {
     /// A thread with nothing to do.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { epoll: Epoll::new().unwrap(), workers: Mutex::default() })
+        Arc::new(Self {
+            epoll: Epoll::new().unwrap(),
+            workers: Mutex::default(),
+            fault: Mutex::default(),
+        })
     }
 
     /// Handle what has happened, waiting up to `patience` for the first; how many sources fired.
@@ -104,6 +118,15 @@ impl InlineThread {
         }
     }
 
+    /// Fail so from now on.
+    pub fn fail(&self, fault: impl Into<Option<ThreadFault>>) {
+        *self.fault.lock() = fault.into();
+    }
+
+    fn fails(&self, fault: ThreadFault) -> bool {
+        *self.fault.lock() == Some(fault)
+    }
+
     /// How many workers live here.
     pub fn workers(&self) -> usize {
         self.workers.lock().iter().flatten().filter(|(worker, _)| worker.is_some()).count()
@@ -111,14 +134,17 @@ impl InlineThread {
 }
 
 impl IoThread for InlineThread {
-    fn adopt(&self, mut worker: Box<dyn Worker>) -> io::Result<usize> {
+    fn adopt(&self, mut worker: Box<dyn Worker>) -> Result<usize, Refused> {
+        if self.fails(ThreadFault::Refuses) {
+            return Err(Refused::new(worker, io::ErrorKind::QuotaExceeded));
+        }
         let mut workers = self.workers.lock();
         let key = workers.len();
         let sources = worker.sources();
         for (index, fd) in sources.iter().enumerate() {
             let data = (key as u64) << 32 | index as u64;
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, data);
-            self.epoll.ctl(ControlOperation::Add, *fd, event)?;
+            self.epoll.ctl(ControlOperation::Add, *fd, event).unwrap();
         }
         for index in 0..sources.len() {
             worker.ready(index);
@@ -128,12 +154,18 @@ impl IoThread for InlineThread {
     }
 
     fn lend(&self, key: usize) -> Option<Box<dyn Worker>> {
+        if self.fails(ThreadFault::Loses) {
+            return self.release(key);
+        }
         let mut worker = self.workers.lock().get_mut(key)?.as_mut()?.0.take()?;
         worker.quiesce(None);
         Some(worker)
     }
 
-    fn take_back(&self, key: usize, mut worker: Box<dyn Worker>) -> io::Result<()> {
+    fn take_back(&self, key: usize, mut worker: Box<dyn Worker>) -> Result<(), Refused> {
+        if self.fails(ThreadFault::Refuses) {
+            return Err(Refused::new(worker, io::ErrorKind::QuotaExceeded));
+        }
         let mut workers = self.workers.lock();
         let (place, sources) = workers[key].as_mut().unwrap();
         assert_eq!(*sources, worker.sources(), "a lent worker waits on something else");
@@ -151,7 +183,7 @@ impl IoThread for InlineThread {
         }
         let mut worker = worker?;
         worker.quiesce(None);
-        Some(worker)
+        (!self.fails(ThreadFault::Loses)).then_some(worker)
     }
 }
 

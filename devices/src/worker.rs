@@ -4,11 +4,18 @@
 //! itself while it is parked. Ownership is the lock; there is no other.
 //!
 //! ```text
-//!   Idle --start--> Away --park--> Parked --unpark--> Away
-//!     ^                               |
-//!     +------------ stop -------------+
+//!            start                park
+//!   Empty ----------> Running -------------> Parked
+//!     ^                 |  ^                  |  |
+//!     |   not returned  |  +----- unpark -----+  |
+//!     |                 v                        |
+//!     +----- stop ---- Lost                      |
+//!     +--------------------- stop ---------------+
 //! ```
-use std::{any::Any, io, marker::PhantomData, os::fd::RawFd, sync::Arc, time::Duration};
+//! Two things can go wrong. A worker that its thread does not return, because the thread has ended,
+//! is lost. A worker that its thread refuses, for want of descriptors, is parked: its state can
+//! still be saved, and what it holds can be had again.
+use std::{any::Any, fmt, io, marker::PhantomData, os::fd::RawFd, sync::Arc, time::Duration};
 
 /// Work driven by file descriptors.
 pub trait Worker: Any + Send {
@@ -31,47 +38,81 @@ pub trait IoThread: Send + Sync {
     ///
     /// # Errors
     /// When one of its descriptors cannot be waited on, or the thread is gone.
-    fn adopt(&self, worker: Box<dyn Worker>) -> io::Result<usize>;
-    /// Quiesce a worker and lend it out, with its place kept: nothing is forgotten of what happens
-    /// to its descriptors meanwhile, and they must stay what they are. `None` if it is not here.
+    fn adopt(&self, worker: Box<dyn Worker>) -> Result<usize, Refused>;
+    /// Quiesce a worker and lend it out, with its registration kept: nothing is forgotten of what
+    /// happens to its descriptors meanwhile, and they must stay what they are. `None` if it is not
+    /// here.
     fn lend(&self, key: usize) -> Option<Box<dyn Worker>>;
-    /// Go on driving a worker that was lent out.
+    /// Resume driving a worker that was lent out.
     ///
     /// # Errors
     /// As [`IoThread::adopt`].
-    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> io::Result<()>;
-    /// Quiesce a worker and give it and its place up; `None` if it is not here.
+    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> Result<(), Refused>;
+    /// Quiesce a worker and give it and its registration up; `None` if it is not here.
     fn release(&self, key: usize) -> Option<Box<dyn Worker>>;
+}
+
+/// A worker that an I/O thread does not take, and why not.
+pub struct Refused {
+    /// It comes back as it was.
+    pub worker: Box<dyn Worker>,
+    /// Why.
+    pub error: io::Error,
+}
+
+impl Refused {
+    /// `worker` was refused because of `error`.
+    pub fn new(worker: Box<dyn Worker>, error: impl Into<io::Error>) -> Self {
+        Self { worker, error: error.into() }
+    }
+}
+
+impl fmt::Debug for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+/// The I/O thread has ended, and a worker with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the I/O thread does not return the device's worker")]
+pub struct Lost;
+
+impl From<Lost> for io::Error {
+    fn from(lost: Lost) -> Self {
+        Self::other(lost)
+    }
 }
 
 /// Where a device's worker is right now.
 #[derive(Default)]
-pub enum Home<W> {
-    /// The driver has not set the device up yet.
+pub enum WorkerSlot<W> {
+    /// There is none: the driver has not set the device up yet.
     #[default]
-    Idle,
+    Empty,
     /// On the I/O thread, processing queues.
-    Away(Place<W>),
+    Running(Registration<W>),
     /// With the device; its state can be read and written without a lock.
-    Parked(Box<W>, Place<W>),
+    Parked(Box<W>, Registration<W>),
+    /// Not returned by its thread.
+    Lost,
 }
 
-/// A worker's place on an I/O thread.
-pub struct Place<W> {
+/// What an I/O thread knows a worker by.
+pub struct Registration<W> {
     thread: Arc<dyn IoThread>,
-    /// `None`: given up; it needs a new one.
+    /// `None`: given up; the worker has to be adopted again.
     key: Option<usize>,
     worker: PhantomData<fn() -> W>,
 }
 
-impl<W: Worker> Place<W> {
-    /// Call the worker home.
-    fn call(
+impl<W: Worker> Registration<W> {
+    /// Have the worker returned.
+    fn fetch(
         &self,
         how: impl FnOnce(&dyn IoThread, usize) -> Option<Box<dyn Worker>>,
     ) -> Option<Box<W>> {
-        let worker: Box<dyn Any> = how(&*self.thread, self.key?)?;
-        worker.downcast().ok()
+        how(&*self.thread, self.key?).and_then(downcast)
     }
 
     fn give_up(&mut self) {
@@ -81,48 +122,36 @@ impl<W: Worker> Place<W> {
     }
 }
 
-impl<W: Worker> Home<W> {
+fn downcast<W: Worker>(worker: Box<dyn Worker>) -> Option<Box<W>> {
+    let worker: Box<dyn Any> = worker;
+    worker.downcast().ok()
+}
+
+impl<W: Worker> WorkerSlot<W> {
     /// Send a fresh worker out.
     ///
     /// # Errors
-    /// When the I/O thread cannot take it; the home is idle then.
+    /// When the I/O thread does not take it: it is parked then, and [`WorkerSlot::stop`] returns it.
     pub fn start(&mut self, worker: W, thread: Arc<dyn IoThread>) -> io::Result<()> {
-        self.send(Box::new(worker), Place { thread, key: None, worker: PhantomData })
+        let registration = Registration { thread, key: None, worker: PhantomData };
+        *self = Self::Parked(Box::new(worker), registration);
+        self.unpark()
     }
 
-    /// Call the worker home; nothing to do if it is not away.
-    pub fn park(&mut self) {
-        *self = match std::mem::take(self) {
-            Self::Away(place) => match place.call(|thread, key| thread.lend(key)) {
-                Some(worker) => Self::Parked(worker, place),
-                None => Self::Idle,
-            },
-            other => other,
-        };
-    }
-
-    /// Send a parked worker out again.
+    /// Have the worker returned for good: quiesced, and dropped by the caller or reused. `None` when
+    /// there is none.
     ///
     /// # Errors
-    /// As [`Home::start`].
-    pub fn unpark(&mut self) -> io::Result<()> {
+    /// When its thread does not return it. The slot is empty in any case.
+    pub fn stop(&mut self) -> Result<Option<Box<W>>, Lost> {
         match std::mem::take(self) {
-            Self::Parked(worker, place) => self.send(worker, place),
-            other => {
-                *self = other;
-                Ok(())
+            Self::Empty | Self::Lost => Ok(None),
+            Self::Running(registration) => {
+                registration.fetch(|thread, key| thread.release(key)).map(Some).ok_or(Lost)
             }
-        }
-    }
-
-    /// Call the worker home for good: quiesced, and dropped by the caller or reused.
-    pub fn stop(&mut self) -> Option<Box<W>> {
-        match std::mem::take(self) {
-            Self::Idle => None,
-            Self::Away(place) => place.call(|thread, key| thread.release(key)),
-            Self::Parked(worker, mut place) => {
-                place.give_up();
-                Some(worker)
+            Self::Parked(worker, mut registration) => {
+                registration.give_up();
+                Ok(Some(worker))
             }
         }
     }
@@ -135,8 +164,8 @@ impl<W: Worker> Home<W> {
         }
     }
 
-    /// The parked worker, to be changed while nobody else can see it. What it waits on stays as it
-    /// is: [`Home::with`] is for the rest.
+    /// The parked worker, to be changed while no other thread can see it. What it waits on stays as
+    /// it is: [`WorkerSlot::change`] is for the rest.
     pub fn parked_mut(&mut self) -> Option<&mut W> {
         match self {
             Self::Parked(worker, _) => Some(worker),
@@ -144,30 +173,87 @@ impl<W: Worker> Home<W> {
         }
     }
 
-    /// Change the worker and what it waits on, wherever it is: an away one is called home and sent
-    /// out again. `None` when there is no worker.
+    /// Change the worker and what it waits on, wherever it is: a running one is parked and sent out
+    /// again. `None` when there is no worker.
     ///
     /// # Errors
-    /// As [`Home::start`].
-    pub fn with<T>(&mut self, change: impl FnOnce(&mut W) -> T) -> io::Result<Option<T>> {
-        let away = matches!(self, Self::Away(_));
-        self.park();
-        let Self::Parked(worker, place) = self else { return Ok(None) };
+    /// As [`WorkerControl::park`], nothing has changed then; as [`WorkerControl::unpark`], the
+    /// change is made then.
+    pub fn change<T>(&mut self, change: impl FnOnce(&mut W) -> T) -> io::Result<Option<T>> {
+        let running = matches!(self, Self::Running(_));
+        self.park()?;
+        let Self::Parked(worker, registration) = self else { return Ok(None) };
         // Before the descriptors change, so that no new one is taken for an old one.
-        place.give_up();
+        registration.give_up();
         let result = change(worker);
-        if away {
+        if running {
             self.unpark()?;
         }
         Ok(Some(result))
     }
+}
 
-    fn send(&mut self, worker: Box<W>, mut place: Place<W>) -> io::Result<()> {
-        match place.key {
-            Some(key) => place.thread.take_back(key, worker)?,
-            None => place.key = Some(place.thread.adopt(worker)?),
+/// What a pause does to a worker, whatever it works on.
+pub trait WorkerControl {
+    /// Have the worker returned; nothing to do if it does not run.
+    ///
+    /// # Errors
+    /// When its thread does not return it: it is lost then.
+    fn park(&mut self) -> Result<(), Lost>;
+    /// Send a parked worker out again.
+    ///
+    /// # Errors
+    /// When the I/O thread does not take it: it stays parked.
+    fn unpark(&mut self) -> io::Result<()>;
+    /// Whether its thread has not returned it.
+    fn is_lost(&self) -> bool;
+}
+
+impl<W: Worker> WorkerControl for WorkerSlot<W> {
+    fn park(&mut self) -> Result<(), Lost> {
+        let Self::Running(registration) = self else { return Ok(()) };
+        match registration.fetch(|thread, key| thread.lend(key)) {
+            Some(worker) => {
+                if let Self::Running(registration) = std::mem::take(self) {
+                    *self = Self::Parked(worker, registration);
+                }
+                Ok(())
+            }
+            None => {
+                *self = Self::Lost;
+                Err(Lost)
+            }
         }
-        *self = Self::Away(place);
-        Ok(())
+    }
+
+    fn unpark(&mut self) -> io::Result<()> {
+        let (worker, mut registration) = match std::mem::take(self) {
+            Self::Parked(worker, registration) => (worker, registration),
+            other => {
+                *self = other;
+                return Ok(());
+            }
+        };
+        let thread = &registration.thread;
+        let sent = match registration.key {
+            Some(key) => thread.take_back(key, worker).map(|()| key),
+            None => thread.adopt(worker),
+        };
+        match sent {
+            Ok(key) => {
+                registration.key = Some(key);
+                *self = Self::Running(registration);
+                Ok(())
+            }
+            Err(Refused { worker, error }) => {
+                *self = downcast(worker)
+                    .map_or(Self::Lost, |worker| Self::Parked(worker, registration));
+                Err(error)
+            }
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        matches!(self, Self::Lost)
     }
 }

@@ -78,9 +78,9 @@ impl Host {
                 let options = OpenOptions { readonly, discard, aio, ..OpenOptions::default() };
                 let disk = Disk::open(self.image.as_path(), &options).unwrap();
                 let limited = (kind & 0x20 != 0).then_some(5);
-                let drive = blk::Drive { ops_per_second: limited, ..blk::Drive::from(disk) };
+                let backend = blk::Backend { ops_per_second: limited, ..disk.into() };
                 let settings = blk::Settings { queues: 2, queue_size: 16, on_error: None };
-                Box::new(blk::Block::new("vda", settings, Some(drive)).unwrap())
+                Box::new(blk::Block::new("vda", settings, Some(backend)).unwrap())
             }
             3 => {
                 let (ours, theirs) = UnixDatagram::pair().unwrap();

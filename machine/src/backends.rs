@@ -17,7 +17,7 @@ use devices::{
         release,
     },
     virtio::{
-        blk::{self, Block, BlockStats, Drive},
+        blk::{self, Block, BlockStats},
         net::{self, Net},
     },
 };
@@ -25,7 +25,7 @@ use devices::{
 use crate::{Machine, RunError};
 
 /// How long a device is waited for that its guest may be resetting.
-const DEVICE_PATIENCE: Duration = Duration::from_millis(20);
+const DEVICE_LOCK_LIMIT: Duration = Duration::from_millis(20);
 /// Most back-ends of a kind that wait for a device.
 const MAX_WAITING: usize = 16;
 
@@ -233,7 +233,7 @@ fn take<B, C>(
 #[derive(Debug)]
 pub struct OpenDisk {
     config: DiskConfig,
-    drive: Drive,
+    backend: blk::Backend,
 }
 
 impl OpenDisk {
@@ -243,8 +243,8 @@ impl OpenDisk {
     /// # Errors
     /// When it cannot be opened, or another machine or this one has it.
     pub fn open(config: DiskConfig, own: &[(PathBuf, String)]) -> Result<Self, PlugError> {
-        match drive(&config) {
-            Ok(drive) => Ok(Self { config, drive }),
+        match open(&config) {
+            Ok(backend) => Ok(Self { config, backend }),
             Err(error @ DiskError::InUse { .. }) => {
                 let own = own.iter().find(|(path, _)| same_file(path, &config.path));
                 Err(match own {
@@ -264,7 +264,7 @@ pub(crate) fn same_file(one: &Path, other: &Path) -> bool {
 }
 
 /// Open a disk's image.
-pub(crate) fn drive(config: &DiskConfig) -> Result<Drive, DiskError> {
+fn open(config: &DiskConfig) -> Result<blk::Backend, DiskError> {
     Ok(limited(Disk::open(&config.path, &options(config))?, config))
 }
 
@@ -280,10 +280,10 @@ pub(crate) fn options(config: &DiskConfig) -> OpenOptions {
 }
 
 /// An open disk, as `config` wants it to be used.
-pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> Drive {
-    Drive {
+pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> blk::Backend {
+    blk::Backend {
         name: Some(config.id.clone()),
-        disk,
+        disk: Arc::new(disk),
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops,
         bytes_per_second: config.bps,
@@ -410,8 +410,9 @@ impl Machine {
     /// When it does not.
     pub fn waiting_disk_blocks(&self, backend: &str) -> Result<(u32, u32), PlugError> {
         let waiting = self.backends.waiting_disks.get(backend);
-        let OpenDisk { drive, .. } = waiting.ok_or_else(|| PlugError::NoBackend(backend.into()))?;
-        Ok((drive.disk.logical_block(), drive.disk.physical_block()))
+        let OpenDisk { backend, .. } =
+            waiting.ok_or_else(|| PlugError::NoBackend(backend.into()))?;
+        Ok((backend.disk.logical_block(), backend.disk.physical_block()))
     }
 
     /// Whether a disk's back-end of this name can be added.
@@ -538,14 +539,16 @@ impl Machine {
         let b = &mut self.backends;
         let mut waiting = take(backend, &mut b.waiting_disks, slot, BLOCK, &b.disks)?;
         let plugged = self.change(slot, |block: &mut Block| {
-            let Some(OpenDisk { mut config, mut drive }) = waiting.take() else { return Ok(None) };
-            drive.name = Some(id.to_owned());
+            let Some(OpenDisk { mut config, backend: mut disk }) = waiting.take() else {
+                return Ok(None);
+            };
+            disk.name = Some(id.to_owned());
             if let Some(serial) = serial {
-                drive.serial.clone_from(&serial);
+                disk.serial.clone_from(&serial);
                 config.serial = Some(serial);
             }
             (config.id, config.backend) = (id.to_owned(), separate(backend, id));
-            block.plug(drive).map(|()| Some((config, Plugged::of(block))))
+            block.plug(disk).map(|()| Some((config, Plugged::of(block))))
         });
         let b = &mut self.backends;
         b.waiting_disks.extend(waiting.map(|back| (backend.to_owned(), back)));
@@ -604,7 +607,7 @@ impl Machine {
             if let Some(backend) = &backend {
                 (config.id, config.serial) = (backend.clone(), None);
             }
-            let open = OpenDisk { drive: limited(disk, &config), config };
+            let open = OpenDisk { backend: limited(disk, &config), config };
             let Some(backend) = backend else { return Ok(Some(open)) };
             self.backends.waiting_disks.insert(backend, open);
             return Ok(None);
@@ -681,7 +684,7 @@ impl Machine {
         let slot = self.backends.disk_slot(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
         // Else its guest is resetting it, and will see the size after that.
         if let Some((transport, _)) = self.slots.get(slot)
-            && let Some(mut transport) = transport.try_lock_for(DEVICE_PATIENCE)
+            && let Some(mut transport) = transport.try_lock_for(DEVICE_LOCK_LIMIT)
         {
             transport.update(|_: &mut Block| ());
         }
@@ -694,7 +697,7 @@ impl Machine {
     /// When the guest resets one that does not answer.
     pub fn nics(&self) -> Result<Vec<(NicConfig, [u8; 6])>, RunError> {
         let mut nics = Vec::new();
-        let deadline = Instant::now() + DEVICE_PATIENCE;
+        let deadline = Instant::now() + DEVICE_LOCK_LIMIT;
         for (slot, config) in self.backends.nics.iter().enumerate() {
             if let (Some(config), Some((transport, _))) =
                 (config, self.slots.get(self.nic_index(slot)))
@@ -712,7 +715,7 @@ impl Machine {
     /// Disks that wait for a slot.
     pub fn waiting_disks(&self) -> impl Iterator<Item = (&DiskConfig, u64)> {
         let waiting = self.backends.waiting_disks.values();
-        waiting.map(|OpenDisk { config, drive }| (config, drive.disk.size()))
+        waiting.map(|OpenDisk { config, backend }| (config, backend.disk.size()))
     }
 
     /// The disks that are in slots, in order.

@@ -77,16 +77,16 @@ impl Backing<'_> {
                 Disk::without_image(&config.path, &backends::options(config), size)
             }
         };
-        let drive = disk.map(|config| {
-            let drive = backends::limited(open(config)?, config);
+        let backend = disk.map(|config| {
+            let backend = backends::limited(open(config)?, config);
             Ok(match self {
-                Self::Host { .. } => drive,
-                Self::Nothing(_) => blk::Drive { expect: blk::Expect::Any, ..drive },
+                Self::Host { .. } => backend,
+                Self::Nothing(_) => blk::Backend { expect: blk::Expect::Any, ..backend },
             })
         });
-        let drive =
-            drive.transpose().map_err(|source| BuildError::Disk { id: id.clone(), source })?;
-        blk::Block::new(&id, settings, drive)
+        let backend =
+            backend.transpose().map_err(|source| BuildError::Disk { id: id.clone(), source })?;
+        blk::Block::new(&id, settings, backend)
             .map_err(|source| BuildError::DiskSettings { id, source })
     }
 

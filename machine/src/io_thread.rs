@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devices::worker::{IoThread, Worker};
+use devices::worker::{IoThread, Refused, Worker};
 use mio::{Events, Interest, Poll, Registry, Token, Waker, unix::SourceFd};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -203,7 +203,7 @@ impl Handle {
 impl IoThread for Handle {
     /// Does not wait for the thread: what can fail is done here, and events for a worker that the
     /// thread has not seen yet are made up for when it takes the worker in.
-    fn adopt(&self, worker: Box<dyn Worker>) -> io::Result<usize> {
+    fn adopt(&self, worker: Box<dyn Worker>) -> Result<usize, Refused> {
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let sources = worker.sources();
         for (i, fd) in sources.iter().enumerate() {
@@ -214,7 +214,7 @@ impl IoThread for Handle {
                 Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
                 Err(e) => {
                     deregister(&self.registry, sources.get(..i).unwrap_or_default());
-                    return Err(e);
+                    return Err(Refused::new(worker, e));
                 }
             }
         }
@@ -228,9 +228,11 @@ impl IoThread for Handle {
         Some(worker)
     }
 
-    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> io::Result<()> {
+    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> Result<(), Refused> {
         let mut desk = self.settled();
-        let sources = desk.lent.remove(&key).ok_or(io::ErrorKind::NotFound)?;
+        let Some(sources) = desk.lent.remove(&key) else {
+            return Err(Refused::new(worker, io::ErrorKind::NotFound));
+        };
         self.put(&mut desk, key, Resident { worker, sources });
         Ok(())
     }

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// How long the last output may take to arrive in its file.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
+const OUTPUT_DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// A built machine. All its vCPUs are parked until [`Machine::resume`].
 ///
@@ -157,7 +157,7 @@ impl Machine {
         let outputs = self.outputs.clone();
         let memory = quiet.then(|| (self.memory.clone(), self.config.memory.clone()));
         move || {
-            outputs.iter().for_each(|output| output.finish(OUTPUT_PATIENCE));
+            outputs.iter().for_each(|output| output.finish(OUTPUT_DRAIN_LIMIT));
             if let Some((memory, config)) = memory {
                 memory::leave_empty(&memory, &config);
             }

@@ -28,7 +28,7 @@ pub const AT_ONCE: Duration = Duration::from_millis(20);
 /// How long a machine that has not run yet may take: its threads are just being started.
 const START_LIMIT: Duration = Duration::from_secs(5);
 /// How often a machine that has not run yet is looked at.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// How the machine stands.
 #[derive(Default)]
@@ -159,7 +159,9 @@ impl Machine {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match self.pause() {
-                Err(_) if self.rest.trying && Instant::now() < deadline => std::thread::sleep(LOOK),
+                Err(_) if self.rest.trying && Instant::now() < deadline => {
+                    std::thread::sleep(POLL_INTERVAL)
+                }
                 other => return other,
             }
         }

@@ -6,10 +6,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use time::UtcDateTime;
 
-use super::Passive;
 use crate::{
     bus::BusDevice,
+    model::Model,
     state::{Snapshot, StateError},
+    worker::WorkerControl,
 };
 use ::state::{device as saved, hex::HexArray};
 
@@ -128,9 +129,17 @@ impl BusDevice for Cmos {
     }
 }
 
-impl Passive for Cmos {
+impl Model for Cmos {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        None
+    }
+
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        None
     }
 
     fn reset(&mut self) {

@@ -8,12 +8,13 @@ mod tests;
 
 use std::collections::VecDeque;
 
-use super::Passive;
 use crate::{
     PowerEvent, PowerSink,
     bus::BusDevice,
     irq::Line,
+    model::Model,
     state::{Snapshot, StateError},
+    worker::WorkerControl,
 };
 use ::state::{device as saved, hex::HexBytes};
 
@@ -245,9 +246,17 @@ impl BusDevice for I8042 {
     }
 }
 
-impl Passive for I8042 {
+impl Model for I8042 {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        None
+    }
+
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        None
     }
 
     fn reset(&mut self) {

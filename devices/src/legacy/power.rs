@@ -7,12 +7,13 @@
 //! | +2 reset register | 0 | 1: reset |
 //! | +3 events, for the generic event device; cleared | bit 0: power button pressed, bit 1: generation id changed | ignored |
 
-use super::Passive;
 use crate::{
     PowerEvent, PowerSink,
     bus::BusDevice,
     irq::Line,
+    model::Model,
     state::{Snapshot, StateError},
+    worker::WorkerControl,
 };
 use ::state::device as saved;
 
@@ -85,9 +86,17 @@ impl BusDevice for Power {
     }
 }
 
-impl Passive for Power {
+impl Model for Power {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        None
+    }
+
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        None
     }
 
     fn reset(&mut self) {

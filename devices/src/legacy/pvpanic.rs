@@ -1,10 +1,11 @@
 //! pvpanic: one port on which a guest kernel says that it has crashed.
 
-use super::Passive;
 use crate::{
     PowerEvent, PowerSink,
     bus::BusDevice,
+    model::Model,
     state::{Snapshot, StateError},
+    worker::WorkerControl,
 };
 use ::state::device as saved;
 
@@ -39,9 +40,17 @@ impl BusDevice for Pvpanic {
     }
 }
 
-impl Passive for Pvpanic {
+impl Model for Pvpanic {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        None
+    }
+
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        None
     }
 
     fn reset(&mut self) {}

@@ -14,12 +14,12 @@ use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
-    Device,
     backend::char::{Char, CharSink, CharSource},
     bus::BusDevice,
     irq::Line,
-    state::{self, Section, Snapshot, StateError},
-    worker::{Home, IoThread, Worker},
+    model::Model,
+    state::{Snapshot, StateError},
+    worker::{IoThread, Worker, WorkerControl, WorkerSlot},
 };
 use ::state::{device as saved, hex::HexBytes};
 
@@ -52,7 +52,7 @@ pub struct Serial {
     line: Line,
     room: Room,
     sink: CharSink,
-    input: Home<SerialInput>,
+    input: WorkerSlot<SerialInput>,
 }
 
 /// Tells the input worker that the guest has taken all input.
@@ -84,8 +84,9 @@ impl Serial {
         let Char { source, sink, .. } = char;
         let uart = Uart::with_events(line.clone(), room.clone(), sink.clone());
         let uart = Arc::new(Mutex::new(uart));
-        let mut input = Home::default();
-        input.start(SerialInput { source, uart: uart.clone(), room: room.clone() }, thread)?;
+        let mut input = WorkerSlot::default();
+        let worker = SerialInput { source, uart: uart.clone(), room: room.clone() };
+        input.start(worker, thread)?;
         Ok(Self { id: id.into(), uart, line, room, sink, input })
     }
 
@@ -138,32 +139,22 @@ fn read(uart: &mut Uart, port: u8) -> u8 {
     }
 }
 
-impl Device for Serial {
+impl Model for Serial {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        self.input.park();
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        Some(&self.input)
     }
 
-    fn resume(&mut self) {
-        if let Err(error) = self.input.unpark() {
-            log::error!("{}: input stops: {error}", self.id);
-        }
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        Some(&mut self.input)
     }
 
     fn reset(&mut self) {
         // The default state is one that the port can be in.
         let _ = self.replace(&SerialState::default());
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        state::save(&self.id, self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        state::restore(section, self)
     }
 }
 

@@ -346,6 +346,8 @@ impl Transport {
         self.registers.set(STATUS, DRIVER_OK);
         if let Err(refused) = self.activate(self.thread.clone()) {
             log_seldom!(warn, "{}: driver's set-up refused: {refused}", self.device.id());
+            // It gets back what a worker holds that was not started.
+            self.device.reset();
             return self.interrupt().needs_reset();
         }
         // What it begins with may depend on the features.

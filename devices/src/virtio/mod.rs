@@ -2,6 +2,8 @@
 //!
 //! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
+//! Where the worker is, and what becomes of the device when its I/O thread fails, is the same for
+//! all of them: see `worker.rs`.
 pub mod blk;
 pub mod chain;
 pub mod console;
@@ -10,6 +12,7 @@ pub mod net;
 pub mod registers;
 mod ring;
 pub mod rng;
+mod worker;
 
 use std::{any::Any, sync::Arc};
 
@@ -18,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{Device, Memory, state::StateError, worker::IoThread};
 pub use registers::Interrupt;
+pub(crate) use worker::VirtioWorker;
 
 /// `VIRTIO_F_VERSION_1`: every device offers it and refuses drivers that do not take it.
 pub const F_VERSION_1: u64 = 1 << 32;

@@ -17,23 +17,23 @@ use ::state::device as saved;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
 use super::{
-    ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice,
+    ActivateError, Activation, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice, VirtioWorker,
     chain::{self, Chain, total},
     ring::{Broken, Popped, Ring},
 };
 use crate::{
-    Device,
     log_limit::log_seldom,
+    model::Model,
     rate_limit::RateLimiter,
-    state::{self, Section, Snapshot, StateError},
-    worker::{Home, Worker},
+    state::{Snapshot, StateError},
+    worker::{Worker, WorkerControl},
 };
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZE: u16 = 256;
-/// Most bytes for one request, whatever its buffers hold: descriptors may overlap and add up to
-/// more than there is memory.
-const MOST: usize = 64 << 10;
+/// Bytes that one request gets at most, whatever its buffers hold: descriptors may overlap and add
+/// up to more than there is memory.
+const MAX_REQUEST: usize = 64 << 10;
 
 /// Why an entropy device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -52,12 +52,12 @@ pub struct Rng {
     id: String,
     source: File,
     bps: Option<u64>,
-    home: Home<RngWorker>,
+    worker: VirtioWorker<RngWorker>,
 }
 
 impl Rng {
     /// A device fed from `path`, at most `bps` bytes per second. A source that has nothing to give
-    /// makes the guest wait, nobody else.
+    /// makes the guest wait, and no other.
     ///
     /// # Errors
     /// When `path` cannot be opened, or has an end, as regular files do.
@@ -72,7 +72,7 @@ impl Rng {
         if !kind.is_char_device() && !kind.is_fifo() {
             return Err(RngError::NotASource { path: path.into() });
         }
-        Ok(Self { id: id.into(), source, bps, home: Home::Idle })
+        Ok(Self { id: id.into(), source, bps, worker: VirtioWorker::default() })
     }
 
     /// A device that nothing feeds: it can take a saved state, and makes its guest wait.
@@ -82,35 +82,25 @@ impl Rng {
     pub fn without_source(id: impl Into<String>, bps: Option<u64>) -> Result<Self, RngError> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let source = fd.map_err(|e| RngError::Descriptor(e.into()))?.into();
-        Ok(Self { id: id.into(), source, bps, home: Home::Idle })
+        Ok(Self { id: id.into(), source, bps, worker: VirtioWorker::default() })
     }
 }
 
-impl Device for Rng {
+impl Model for Rng {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        self.home.park();
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        Some(&self.worker)
     }
 
-    fn resume(&mut self) {
-        if let Err(error) = self.home.unpark() {
-            log::error!("{}: {error}", self.id);
-        }
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        Some(&mut self.worker)
     }
 
     fn reset(&mut self) {
-        self.home.stop();
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        state::save(&self.id, self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        state::restore(section, self)
+        self.worker.stop();
     }
 }
 
@@ -143,10 +133,10 @@ impl VirtioDevice for Rng {
             self.source.try_clone().map_err(host("duplicate the source of randomness"))?,
             self.bps,
             Ring::new(queue, with.memory, with.features & F_INDIRECT_DESC != 0),
-            with.interrupt,
+            with.interrupt.clone(),
         )
         .map_err(host("wait for the source of randomness"))?;
-        self.home.start(worker, with.thread).map_err(host("start the entropy device's worker"))
+        self.worker.start(worker, with.interrupt, with.thread)
     }
 }
 
@@ -155,7 +145,7 @@ impl Snapshot for Rng {
     type State = saved::Rng;
 
     fn save(&self) -> saved::Rng {
-        let worker = self.home.parked();
+        let worker = self.worker.parked();
         saved::Rng {
             next_avail: worker.map(|w| w.ring.position()),
             needs_reset: worker.is_some_and(|w| w.broken),
@@ -163,7 +153,7 @@ impl Snapshot for Rng {
     }
 
     fn restore(&mut self, state: saved::Rng) -> Result<(), StateError> {
-        match (self.home.parked_mut(), state.next_avail) {
+        match (self.worker.parked_mut(), state.next_avail) {
             (None, None) if !state.needs_reset => {}
             (Some(worker), Some(position)) => {
                 worker.ring.set_position(position);
@@ -213,7 +203,7 @@ impl RngWorker {
             ring,
             interrupt,
             broken: false,
-            scratch: vec![0; MOST].into_boxed_slice(),
+            scratch: vec![0; MAX_REQUEST].into_boxed_slice(),
         })
     }
 
@@ -257,7 +247,7 @@ impl RngWorker {
     /// Fill the chain's buffers; how many bytes of them. `None` when there is nothing to give yet.
     fn fill(&mut self) -> Option<u32> {
         let buffers = self.chain.writable();
-        let want = usize::try_from(total(buffers)).unwrap_or(MOST).min(MOST);
+        let want = usize::try_from(total(buffers)).unwrap_or(MAX_REQUEST).min(MAX_REQUEST);
         if want == 0 {
             return Some(0);
         }

@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use devices::worker::Home;
+use devices::worker::{Lost, WorkerControl, WorkerSlot};
 
 use super::*;
 
@@ -43,13 +43,13 @@ impl Worker for Count {
 fn device(
     thread: &Arc<Handle>,
     rests: impl FnMut() -> bool + Send + 'static,
-) -> (Home<Count>, UnixStream, Receiver<usize>) {
+) -> (WorkerSlot<Count>, UnixStream, Receiver<usize>) {
     let (to, from) = UnixStream::pair().unwrap();
     from.set_nonblocking(true).unwrap();
     let (seen, answer) = channel();
-    let mut home = Home::Idle;
-    home.start(Count { from, bytes: 0, seen, rests: Box::new(rests) }, thread.clone()).unwrap();
-    (home, to, answer)
+    let mut slot = WorkerSlot::Empty;
+    slot.start(Count { from, bytes: 0, seen, rests: Box::new(rests) }, thread.clone()).unwrap();
+    (slot, to, answer)
 }
 
 fn thread() -> Arc<Handle> {
@@ -63,15 +63,15 @@ fn holds(thread: &Handle) -> bool {
 }
 
 #[test]
-fn a_worker_leaves_and_comes_home() {
+fn a_worker_is_parked_and_runs_again() {
     let thread = thread();
-    let (mut home, mut to, answer) = device(&thread, || true);
+    let (mut slot, mut to, answer) = device(&thread, || true);
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3));
-    home.park();
-    assert_eq!(home.parked().unwrap().bytes, 3);
+    slot.park().unwrap();
+    assert_eq!(slot.parked().unwrap().bytes, 3);
     to.write_all(b"de").unwrap(); // arrives while parked
-    home.unpark().unwrap();
+    slot.unpark().unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(5));
     to.write_all(b"f").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(6), "its descriptors are still watched");
@@ -84,17 +84,17 @@ fn a_held_thread_gives_all_its_workers_away_and_takes_them_back() {
     for round in 0..3 {
         assert!(holds(&thread));
         assert!(holds(&thread), "held already");
-        for (index, (home, to, _)) in devices.iter_mut().enumerate() {
+        for (index, (slot, to, _)) in devices.iter_mut().enumerate() {
             // One of them stays with the thread.
             if index != round {
-                home.park();
+                slot.park().unwrap();
             }
             to.write_all(b"x").unwrap();
         }
         for (_, _, answer) in &devices {
             assert!(answer.try_recv().is_err(), "a held worker works");
         }
-        devices.iter_mut().for_each(|(home, ..)| home.unpark().unwrap());
+        devices.iter_mut().for_each(|(slot, ..)| slot.unpark().unwrap());
         thread.go();
         for (_, _, answer) in &devices {
             assert_eq!(answer.recv_timeout(SOON), Ok(round + 1));
@@ -107,11 +107,11 @@ fn workers_start_and_end_while_the_thread_is_held() {
     let thread = thread();
     let (mut old, ..) = device(&thread, || true);
     assert!(holds(&thread));
-    assert!(old.stop().is_some());
+    assert!(old.stop().unwrap().is_some());
     let (mut parked, mut to, answer) = device(&thread, || true);
-    parked.park();
+    parked.park().unwrap();
     // What it waits on changes: the next place is a new one, for the descriptor may be the same.
-    let change = parked.with(|worker| {
+    let change = parked.change(|worker| {
         let (new_to, from) = UnixStream::pair().unwrap();
         from.set_nonblocking(true).unwrap();
         to = new_to;
@@ -124,8 +124,8 @@ fn workers_start_and_end_while_the_thread_is_held() {
         to.write_all(b"x").unwrap();
         assert_eq!(answer.recv_timeout(SOON), Ok(bytes));
     }
-    assert!(parked.stop().is_some());
-    assert!(parked.stop().is_none());
+    assert!(parked.stop().unwrap().is_some());
+    assert!(parked.stop().unwrap().is_none());
 }
 
 #[test]
@@ -133,13 +133,13 @@ fn a_thread_with_a_worker_that_does_not_rest_keeps_them_all() {
     let thread = thread();
     let mut rests = [false, true].into_iter();
     let (_restless, ..) = device(&thread, move || rests.next().unwrap());
-    let (mut home, mut to, answer) = device(&thread, || true);
+    let (mut slot, mut to, answer) = device(&thread, || true);
     assert!(!holds(&thread));
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3), "it runs on");
     assert!(holds(&thread));
-    home.park();
-    assert_eq!(home.parked().unwrap().bytes, 3);
+    slot.park().unwrap();
+    assert_eq!(slot.parked().unwrap().bytes, 3);
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn a_thread_that_has_ended_holds_up_nothing() {
     let (rest, may_rest) = channel();
     let (asks, asked) = channel();
     let (_slow, ..) = device(&thread, move || asks.send(()).is_ok() && may_rest.recv().is_ok());
-    let (mut home, ..) = device(&thread, || true);
+    let (mut slot, ..) = device(&thread, || true);
     thread.hold(SOON);
     asked.recv_timeout(SOON).unwrap();
     thread.go();
@@ -182,8 +182,8 @@ fn a_thread_that_has_ended_holds_up_nothing() {
     assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended));
     thread.hold(SOON);
     assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended), "it is not asked any more");
-    home.park();
-    assert!(home.parked().is_none(), "its workers went with it");
+    assert_eq!(slot.park(), Err(Lost), "its workers went with it");
+    assert!(slot.is_lost() && slot.parked().is_none());
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn a_hold_stays_asked_for_between_two_looks_at_it() {
     }
     rest.send(()).unwrap();
     assert_eq!(thread.is_held(Instant::now() + SOON), Ok(true), "it was asked once");
-    slow.park();
+    slow.park().unwrap();
     assert!(slow.parked().is_some());
 }
 
@@ -208,10 +208,10 @@ fn a_worker_that_is_called_home_during_a_hold_is_found_wherever_it_is_then() {
         let thread = thread();
         let (rest, may_rest) = channel();
         let (_slow, ..) = device(&thread, move || may_rest.recv().is_ok());
-        let (mut home, ..) = device(&thread, || true);
+        let (mut slot, ..) = device(&thread, || true);
         thread.hold(SOON);
         // A vCPU that resets a device.
-        let resets = thread::spawn(move || home.stop().is_some());
+        let resets = thread::spawn(move || slot.stop().unwrap().is_some());
         if taken_back {
             thread.go();
         }
@@ -256,14 +256,14 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
     let mut first = Some((begun, may_end));
     // All have something to do as soon as they are there, which is at the same time.
     assert!(holds(&thread));
-    let homes: Vec<_> = (0..WORKERS)
+    let slots: Vec<_> = (0..WORKERS)
         .map(|_| {
             let (mut to, more) = UnixStream::pair().unwrap();
             to.write_all(b"x").unwrap();
             let worker = Busy { more, _keeps: to, turns: turns.clone(), first: first.take() };
-            let mut home = Home::Idle;
-            home.start(worker, thread.clone()).unwrap();
-            home
+            let mut slot = WorkerSlot::Empty;
+            slot.start(worker, thread.clone()).unwrap();
+            slot
         })
         .collect();
     thread.go();
@@ -277,7 +277,7 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
     while turns.load(Ordering::SeqCst) < before + WORKERS {
         thread::yield_now();
     }
-    drop(homes);
+    drop(slots);
 }
 
 #[test]
@@ -301,12 +301,12 @@ fn all_workers_together_have_no_more_time_to_rest_than_was_given() {
     }
     let thread = thread();
     let (given, limits) = channel();
-    let mut homes = Vec::new();
+    let mut slots = Vec::new();
     for _ in 0..3 {
-        let mut home = Home::Idle;
+        let mut slot = WorkerSlot::Empty;
         let (_, from) = UnixStream::pair().unwrap();
-        home.start(Slow(from, given.clone()), thread.clone()).unwrap();
-        homes.push(home);
+        slot.start(Slow(from, given.clone()), thread.clone()).unwrap();
+        slots.push(slot);
     }
     assert!(holds(&thread));
     let limits: Vec<Duration> = limits.try_iter().collect();

@@ -42,7 +42,7 @@ const RING: usize = 256;
 /// waits for them, and a guest could have hundreds of requests of the largest size.
 const BYTES: u64 = 64 << 20;
 /// How often what the kernel has no memory for, or is too busy for, is tried again at once.
-const PATIENCE: usize = 1000;
+const RETRY_LIMIT: usize = 1000;
 
 /// Bytes of one read or write from which on io_uring does it, even if it would not wait: this
 /// thread serves other queues, too.
@@ -174,7 +174,7 @@ impl Transfer {
             Ok(n) => Ok(n),
             Err(_) if said == -libc::EINTR => return None,
             // Not for a request that may wait, but some drivers of the host do.
-            Err(_) if said == -libc::EAGAIN && self.tries < PATIENCE => {
+            Err(_) if said == -libc::EAGAIN && self.tries < RETRY_LIMIT => {
                 self.tries += 1;
                 return None;
             }
@@ -503,7 +503,7 @@ impl<T> Engine<T> {
         // Linux before 5.11 cannot wait for a while.
         let patience = patience.filter(|_| ring.params().is_feature_ext_arg());
         let time = patience.map(types::Timespec::from);
-        for _ in 0..PATIENCE {
+        for _ in 0..RETRY_LIMIT {
             let entered = match &time {
                 None => ring.submit_and_wait(want),
                 Some(time) => {

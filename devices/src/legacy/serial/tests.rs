@@ -6,7 +6,7 @@ use std::{
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
-use crate::testing::InlineThread;
+use crate::{Device, state::Section, testing::InlineThread};
 
 const DATA: u64 = 0;
 const IER: u64 = super::IER as u64;
@@ -191,7 +191,7 @@ fn reset_empties_it() {
     b.serial.write(IER, &[1]);
     b.terminal.write_all(b"forgotten").unwrap();
     b.thread.settle();
-    b.serial.reset();
+    Device::reset(&mut b.serial);
     assert_eq!(Device::save(&b.serial).unwrap(), fresh);
 }
 

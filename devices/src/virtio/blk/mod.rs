@@ -30,18 +30,18 @@ use virtio_bindings::virtio_blk::{
 pub use self::{report::OnError, stats::BlockStats};
 use self::{
     report::Reporter,
-    worker::{BlockWorker, Medium, Parts, SERIAL},
+    worker::{BlockWorker, Media, SERIAL, WorkerArgs},
 };
 use super::{
     ActivateError, Activation, CANNOT_OFFER, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1,
-    VirtioDevice,
+    VirtioDevice, VirtioWorker,
 };
 use crate::{
-    Device,
     backend::disk::{Disk, DiskError, SECTOR},
+    model::Model,
     rate_limit::RateLimiter,
-    state::{self, Section, StateError},
-    worker::Home,
+    state::StateError,
+    worker::WorkerControl,
 };
 
 const DEVICE_TYPE: u32 = 2;
@@ -70,13 +70,13 @@ impl Default for Settings {
     }
 }
 
-/// A disk in a slot, and what belongs to it.
+/// A disk for a slot, and what belongs to it.
 #[derive(Debug)]
-pub struct Drive {
+pub struct Backend {
     /// What reports call it; `None`: as the slot.
     pub name: Option<String>,
-    /// The image or device of the host.
-    pub disk: Disk,
+    /// The image or device of the host. While it is in a slot, the device's worker shares it.
+    pub disk: Arc<Disk>,
     /// Serial number; the guest sees its first 20 bytes.
     pub serial: String,
     /// Requests per second; `None` or 0 for no limit.
@@ -99,11 +99,11 @@ pub enum Expect {
     Any,
 }
 
-impl From<Disk> for Drive {
+impl From<Disk> for Backend {
     fn from(disk: Disk) -> Self {
         Self {
             name: None,
-            disk,
+            disk: Arc::new(disk),
             serial: String::new(),
             ops_per_second: None,
             bytes_per_second: None,
@@ -139,26 +139,16 @@ pub enum SettingsError {
     QueueSize(u16),
 }
 
-/// The disk in a slot, shared with the worker.
-struct Inserted {
-    name: Option<String>,
-    disk: Arc<Disk>,
-    serial: [u8; SERIAL],
-    ops: Option<u64>,
-    bytes: Option<u64>,
-    expect: Expect,
-}
-
 /// A virtio block device.
 pub struct Block {
     id: String,
     settings: Settings,
     sizes: Vec<u16>,
-    inserted: Option<Inserted>,
+    backend: Option<Backend>,
     features: u64,
     writeback: Arc<AtomicBool>,
     stats: Arc<BlockStats>,
-    home: Home<BlockWorker>,
+    worker: VirtioWorker<BlockWorker>,
 }
 
 impl Block {
@@ -166,7 +156,11 @@ impl Block {
     ///
     /// # Errors
     /// When `settings` are out of their ranges.
-    pub fn new(id: &str, settings: Settings, drive: Option<Drive>) -> Result<Self, SettingsError> {
+    pub fn new(
+        id: &str,
+        settings: Settings,
+        backend: Option<Backend>,
+    ) -> Result<Self, SettingsError> {
         if settings.queues == 0 || settings.queues > MAX_QUEUES {
             return Err(SettingsError::Queues(settings.queues));
         }
@@ -174,16 +168,15 @@ impl Block {
         if !QUEUE_SIZES.contains(&size) || !size.is_power_of_two() {
             return Err(SettingsError::QueueSize(size));
         }
-        let inserted = drive.map(Inserted::from);
         Ok(Self {
             id: id.into(),
             sizes: vec![size; settings.queues.into()],
-            features: offered(&settings, inserted.as_ref().map(|i| &*i.disk)),
+            features: offered(&settings, backend.as_ref().map(|b| &*b.disk)),
             settings,
-            inserted,
+            backend,
             writeback: Arc::new(AtomicBool::new(true)),
             stats: Arc::default(),
-            home: Home::Idle,
+            worker: VirtioWorker::default(),
         })
     }
 
@@ -191,23 +184,25 @@ impl Block {
     ///
     /// # Errors
     /// When the slot is not empty, or the host refuses to watch the disk.
-    pub fn plug(&mut self, drive: Drive) -> Result<(), PlugError> {
-        if self.inserted.is_some() {
+    pub fn plug(&mut self, backend: Backend) -> Result<(), PlugError> {
+        if self.backend.is_some() {
             return Err(PlugError::Occupied(self.id.clone()));
         }
-        self.stats.forget();
-        self.inserted = Some(drive.into());
-        let result = self.show_worker();
-        if result.is_err() {
-            self.inserted = None;
-        }
-        result.map_err(|source| PlugError::Host { id: self.id.clone(), source })
+        self.stats.reset();
+        self.backend = Some(backend);
+        let shown = self.show_worker();
+        shown.map_err(|source| {
+            self.backend = None;
+            // A worker that its thread has refused has the disk already.
+            let _ = self.show_worker();
+            PlugError::Host { id: self.id.clone(), source }
+        })
     }
 
     /// Take the disk out, after what is in flight; later requests fail. The transport then shows
     /// the new configuration. `None` when the slot is empty.
     pub fn unplug(&mut self) -> Option<Disk> {
-        let Inserted { disk, .. } = self.inserted.take()?;
+        let Backend { disk, .. } = self.backend.take()?;
         if let Err(e) = self.show_worker() {
             log::error!("{}: {e}", self.id);
         }
@@ -220,24 +215,24 @@ impl Block {
     /// # Errors
     /// As [`Disk::begin_resize`].
     pub fn begin_resize(&mut self, bytes: u64) -> Result<Option<Arc<Disk>>, DiskError> {
-        let Some(Inserted { disk, .. }) = &self.inserted else { return Ok(None) };
+        let Some(Backend { disk, .. }) = &self.backend else { return Ok(None) };
         disk.begin_resize(bytes)?;
         Ok(Some(disk.clone()))
     }
 
     /// The disk, unless the slot is empty.
     pub fn disk(&self) -> Option<&Disk> {
-        self.inserted.as_ref().map(|i| &*i.disk)
+        self.backend.as_ref().map(|b| &*b.disk)
     }
 
     /// The same, to be kept.
     pub fn shared_disk(&self) -> Option<Arc<Disk>> {
-        self.inserted.as_ref().map(|i| i.disk.clone())
+        self.backend.as_ref().map(|b| b.disk.clone())
     }
 
     /// Bytes that the guest sees; 0 for an empty slot.
     pub fn capacity(&self) -> u64 {
-        self.inserted.as_ref().map_or(0, |i| i.disk.size())
+        self.backend.as_ref().map_or(0, |b| b.disk.size())
     }
 
     /// What the device has done so far.
@@ -245,37 +240,24 @@ impl Block {
         self.stats.clone()
     }
 
-    fn medium(&self) -> io::Result<Medium> {
-        let Some(Inserted { name, disk, serial, ops, bytes, .. }) = &self.inserted else {
+    fn media(&self) -> io::Result<Media> {
+        let Some(backend) = &self.backend else {
             let name = self.id.clone();
-            return Ok(Medium { name, disk: None, serial: [0; SERIAL], limiter: None });
+            return Ok(Media { name, disk: None, serial: [0; SERIAL], limiter: None });
         };
-        let name = name.as_ref().unwrap_or(&self.id).clone();
+        let name = backend.name.as_deref().unwrap_or(&self.id).to_owned();
+        let (ops, bytes) = (backend.ops_per_second, backend.bytes_per_second);
         let limited = [ops, bytes].into_iter().any(|n| n.is_some_and(|n| n > 0));
-        let limiter = limited.then(|| RateLimiter::new(*ops, *bytes)).transpose()?;
-        Ok(Medium { name, disk: Some(disk.clone()), serial: *serial, limiter })
+        let limiter = limited.then(|| RateLimiter::new(ops, bytes)).transpose()?;
+        let mut serial = [0; SERIAL];
+        serial.iter_mut().zip(backend.serial.bytes()).for_each(|(to, from)| *to = from);
+        Ok(Media { name, disk: Some(backend.disk.clone()), serial, limiter })
     }
 
     /// Give the worker, if there is one, what is in the slot now.
     fn show_worker(&mut self) -> io::Result<()> {
-        let medium = self.medium()?;
-        self.home.with(|worker| worker.insert(medium)).map(drop)
-    }
-}
-
-impl From<Drive> for Inserted {
-    fn from(drive: Drive) -> Self {
-        let Drive {
-            name,
-            disk,
-            serial: text,
-            ops_per_second: ops,
-            bytes_per_second: bytes,
-            expect,
-        } = drive;
-        let mut serial = [0; SERIAL];
-        serial.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
-        Self { name, disk: Arc::new(disk), serial, ops, bytes, expect }
+        let media = self.media()?;
+        self.worker.change(|worker| worker.insert(media)).map(drop)
     }
 }
 
@@ -304,35 +286,23 @@ fn known(settings: &Settings) -> u64 {
     offered(settings, None) | 1 << VIRTIO_BLK_F_RO
 }
 
-impl Device for Block {
+impl Model for Block {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        self.home.park();
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        Some(&self.worker)
     }
 
-    fn resume(&mut self) {
-        let interrupt = self.home.parked().map(|w| w.interrupt.clone());
-        if let (Err(e), Some(interrupt)) = (self.home.unpark(), interrupt) {
-            log::error!("{}: {e}", self.id);
-            interrupt.needs_reset();
-        }
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        Some(&mut self.worker)
     }
 
     fn reset(&mut self) {
-        // The worker finishes what is in flight before it comes home.
-        self.home.stop();
+        // What is in flight is finished first.
+        self.worker.stop();
         self.writeback.store(true, Ordering::Relaxed);
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        state::save(&self.id, self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        state::restore(section, self)
     }
 }
 
@@ -407,18 +377,18 @@ impl VirtioDevice for Block {
             self.writeback.store(false, Ordering::Relaxed);
         }
         let host = |what| move |source| ActivateError::Host { what, source };
-        let medium = self.medium().map_err(host("make a timer for the disk's limits"))?;
-        let parts = Parts {
+        let media = self.media().map_err(host("make a timer for the disk's limits"))?;
+        let args = WorkerArgs {
             queues: with.queues,
             memory: with.memory,
-            interrupt: with.interrupt,
+            interrupt: with.interrupt.clone(),
             indirect: with.features & F_INDIRECT_DESC != 0,
             flush,
             writeback: self.writeback.clone(),
             stats: self.stats.clone(),
             reporter: Reporter::new(self.settings.on_error.clone()),
         };
-        let worker = BlockWorker::new(parts, medium);
-        self.home.start(worker, with.thread).map_err(host("start the disk's worker"))
+        let worker = BlockWorker::new(args, media);
+        self.worker.start(worker, with.interrupt, with.thread)
     }
 }

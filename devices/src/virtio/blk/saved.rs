@@ -15,12 +15,12 @@ impl Snapshot for Block {
     type State = saved::Disk;
 
     fn save(&self) -> saved::Disk {
-        let queues = self.home.parked().map(|worker| {
-            let lanes = worker.lanes.iter();
-            let position = lanes.map(|lane| saved::QueuePosition {
-                index: lane.index,
-                next_avail: lane.queue.next_avail(),
-                next_used: lane.queue.next_used(),
+        let queues = self.worker.parked().map(|worker| {
+            let queues = worker.queues.iter();
+            let position = queues.map(|queue| saved::QueuePosition {
+                index: queue.index,
+                next_avail: queue.ring.next_avail(),
+                next_used: queue.ring.next_used(),
             });
             position.collect()
         });
@@ -42,26 +42,26 @@ impl Snapshot for Block {
         if !state.in_flight.is_empty() {
             return Err(StateError::Invalid("requests in flight, where a save leaves none"));
         }
-        if let (Some(inserted), Some(mark)) = (&self.inserted, state.mark.map(DiskMark::from)) {
-            match inserted.expect {
-                Expect::Saved => inserted.disk.check_mark(&mark, false)?,
-                Expect::Copy => inserted.disk.check_mark(&mark, true)?,
+        if let (Some(backend), Some(mark)) = (&self.backend, state.mark.map(DiskMark::from)) {
+            match backend.expect {
+                Expect::Saved => backend.disk.check_mark(&mark, false)?,
+                Expect::Copy => backend.disk.check_mark(&mark, true)?,
                 Expect::Any => {}
             }
         }
-        let lanes = self.home.parked_mut().map(|worker| &mut worker.lanes);
-        match (lanes, state.queues) {
+        let queues = self.worker.parked_mut().map(|worker| &mut worker.queues);
+        match (queues, state.queues) {
             (None, None) => {}
-            (Some(lanes), Some(positions)) => {
-                let same = lanes.iter().map(|l| l.index).eq(positions.iter().map(|p| p.index));
+            (Some(queues), Some(positions)) => {
+                let same = queues.iter().map(|q| q.index).eq(positions.iter().map(|p| p.index));
                 // Nothing is in flight in a quiet device.
                 let quiet = positions.iter().all(|p| p.next_avail == p.next_used);
                 if !same || !quiet {
                     return Err(StateError::Invalid("disk queues that a quiet disk cannot have"));
                 }
-                for (lane, position) in lanes.iter_mut().zip(&positions) {
-                    lane.queue.set_next_avail(position.next_avail);
-                    lane.queue.set_next_used(position.next_used);
+                for (queue, position) in queues.iter_mut().zip(&positions) {
+                    queue.ring.set_next_avail(position.next_avail);
+                    queue.ring.set_next_used(position.next_used);
                 }
             }
             _ => return Err(StateError::Invalid("disk active in one place only")),

@@ -22,8 +22,8 @@ pub struct BlockStats {
 }
 
 impl BlockStats {
-    /// Begin anew, for another disk. Nothing is in flight then.
-    pub(super) fn forget(&self) {
+    /// Start again at 0, for another disk. Nothing is in flight then.
+    pub(super) fn reset(&self) {
         let others = [&self.rd_bytes, &self.wr_bytes, &self.invalid_operations];
         for counter in self.operations().into_iter().chain(others) {
             counter.store(0, Ordering::Relaxed);

@@ -15,9 +15,11 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::{
+    Device,
     backend::disk::{ATTRIBUTE, Aio, OpenOptions},
     bus::BusDevice,
     conformance,
+    state::Section,
     testing::{Buffer, Guest, INDIRECT, RAM, WRITE},
 };
 
@@ -59,8 +61,8 @@ impl Rig {
     fn limited(ops: Option<u64>, bytes: Option<u64>) -> Self {
         let dir = TempDir::new().unwrap();
         let disk = Disk::open(&image(&dir, MIB), &rw()).unwrap();
-        let drive = Drive { ops_per_second: ops, bytes_per_second: bytes, ..disk.into() };
-        let block = Block::new("disk", Settings::default(), Some(drive)).unwrap();
+        let backend = Backend { ops_per_second: ops, bytes_per_second: bytes, ..disk.into() };
+        let block = Block::new("disk", Settings::default(), Some(backend)).unwrap();
         let mut guest = Guest::new(Box::new(block));
         guest.start(USUAL);
         Self { guest, dir }
@@ -155,21 +157,21 @@ fn every_rule_of_virtio_is_kept() {
     let dir = TempDir::new().unwrap();
     let made = AtomicU64::new(0);
     // Each device has an image of its own, as an image has one writer.
-    let drive = |aio| {
+    let backend = |aio| {
         let path = dir.as_path().join(made.fetch_add(1, Ordering::Relaxed).to_string());
         let file = fs::File::create(&path).unwrap();
         file.set_len(MIB).unwrap();
         // Copies of one, so that a device can take over from another.
         rustix::fs::fsetxattr(&file, ATTRIBUTE, &[1; 16], rustix::fs::XattrFlags::empty()).unwrap();
         file.set_modified(std::time::UNIX_EPOCH).unwrap();
-        Some(Drive::from(Disk::open(&path, &OpenOptions { aio, ..rw() }).unwrap()))
+        Some(Backend::from(Disk::open(&path, &OpenOptions { aio, ..rw() }).unwrap()))
     };
-    let block = |queues, drive| -> Box<dyn VirtioDevice> {
+    let block = |queues, backend| -> Box<dyn VirtioDevice> {
         let settings = Settings { queues, ..Settings::default() };
-        Box::new(Block::new("disk", settings, drive).unwrap())
+        Box::new(Block::new("disk", settings, backend).unwrap())
     };
-    conformance::run(|| block(1, drive(Aio::IoUring)));
-    conformance::run(|| block(2, drive(Aio::Off)));
+    conformance::run(|| block(1, backend(Aio::IoUring)));
+    conformance::run(|| block(2, backend(Aio::Off)));
     conformance::run(|| block(1, None));
 }
 
@@ -217,9 +219,9 @@ fn data_read_is_marked_dirty_for_a_migration() {
 fn tells_its_size_layout_and_serial_number() {
     let dir = TempDir::new().unwrap();
     let disk = Disk::open(&image(&dir, MIB + 700), &rw()).unwrap();
-    let drive = Drive { serial: "a serial number of more than 20 bytes".into(), ..disk.into() };
+    let backend = Backend { serial: "a serial number of more than 20 bytes".into(), ..disk.into() };
     let settings = Settings { queues: 4, queue_size: 128, on_error: None };
-    let mut block = Block::new("disk", settings, Some(drive)).unwrap();
+    let mut block = Block::new("disk", settings, Some(backend)).unwrap();
     let config = block.config();
     let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
     assert_eq!(config.len(), 60);
@@ -414,8 +416,8 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
     for _ in 0..3 {
         let disk = Disk::open(&path, &rw()).unwrap();
         while r.guest.interrupted() {}
-        let drive = Drive { serial: "hot".into(), ..disk.into() };
-        r.guest.transport.update(|b: &mut Block| b.plug(drive)).unwrap().unwrap();
+        let backend = Backend { serial: "hot".into(), ..disk.into() };
+        r.guest.transport.update(|b: &mut Block| b.plug(backend)).unwrap().unwrap();
         assert!(r.guest.interrupted(), "the driver is told");
         assert_eq!(r.guest.load(0x100), 2048);
         assert_eq!(r.read(1, 512), (OK, r.image()[512..1024].to_vec()));
@@ -522,8 +524,8 @@ fn a_limit_on_bytes_counts_ranges() {
         let options = OpenOptions { discard: discards, ..rw() };
         let disk = Disk::open(&image(&dir, MIB), &options).unwrap();
         // The first range takes an hour's worth of bytes.
-        let drive = Drive { bytes_per_second: Some(MIB / 3600), ..disk.into() };
-        let block = Block::new("disk", Settings::default(), Some(drive)).unwrap();
+        let backend = Backend { bytes_per_second: Some(MIB / 3600), ..disk.into() };
+        let block = Block::new("disk", Settings::default(), Some(backend)).unwrap();
         let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
         r.guest.start(USUAL);
         assert_eq!(r.range(kind, 0, 2048, 0), OK);

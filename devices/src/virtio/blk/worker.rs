@@ -15,7 +15,7 @@ use std::{
 };
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
@@ -48,10 +48,11 @@ const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
-/// One queue.
-pub(super) struct Lane {
+/// One virtqueue.
+pub(super) struct Queue {
+    /// Position among the device's queues.
     pub index: u16,
-    pub queue: Queue,
+    pub ring: virtio_queue::Queue,
     notify: vmm_sys_util::eventfd::EventFd,
     /// The ring says nonsense. Left alone until the driver resets the device.
     broken: bool,
@@ -61,10 +62,10 @@ pub(super) struct Lane {
     unsignalled: bool,
 }
 
-impl From<ActiveQueue> for Lane {
+impl From<ActiveQueue> for Queue {
     fn from(q: ActiveQueue) -> Self {
-        let ActiveQueue { index, queue, notify } = q;
-        Self { index, queue, notify, broken: false, held: false, unsignalled: false }
+        let ActiveQueue { index, queue: ring, notify } = q;
+        Self { index, ring, notify, broken: false, held: false, unsignalled: false }
     }
 }
 
@@ -80,7 +81,7 @@ enum Kind {
 /// What is left to know of a request once it is under way.
 #[derive(Debug, Clone, Copy)]
 struct Ticket {
-    lane: usize,
+    queue: usize,
     head: u16,
     status: GuestAddress,
     kind: Kind,
@@ -114,8 +115,8 @@ enum Source {
     Wake,
 }
 
-/// Where a disk comes from and what the driver may ask of it.
-pub(super) struct Medium {
+/// The disk in the slot, and what the driver may ask of it.
+pub(super) struct Media {
     /// What reports call it.
     pub name: String,
     pub disk: Option<Arc<Disk>>,
@@ -125,7 +126,7 @@ pub(super) struct Medium {
 
 /// The worker of a disk.
 pub(super) struct BlockWorker {
-    pub lanes: Vec<Lane>,
+    pub queues: Vec<Queue>,
     pub memory: Memory,
     pub interrupt: Interrupt,
     pub indirect: bool,
@@ -144,8 +145,8 @@ pub(super) struct BlockWorker {
     spin: Spin,
 }
 
-/// What a [`BlockWorker`] is made of.
-pub(super) struct Parts {
+/// What [`BlockWorker::new`] takes.
+pub(super) struct WorkerArgs {
     pub queues: Vec<ActiveQueue>,
     pub memory: Memory,
     pub interrupt: Interrupt,
@@ -157,11 +158,11 @@ pub(super) struct Parts {
 }
 
 impl BlockWorker {
-    pub fn new(parts: Parts, medium: Medium) -> Self {
-        let Parts { queues, memory, interrupt, indirect, flush, writeback, stats, reporter } =
-            parts;
+    pub fn new(args: WorkerArgs, media: Media) -> Self {
+        let WorkerArgs { queues, memory, interrupt, indirect, flush, writeback, stats, reporter } =
+            args;
         let mut worker = Self {
-            lanes: queues.into_iter().map(Lane::from).collect(),
+            queues: queues.into_iter().map(Queue::from).collect(),
             memory,
             interrupt,
             indirect,
@@ -178,18 +179,18 @@ impl BlockWorker {
             data: Vec::new(),
             spin: Spin::default(),
         };
-        worker.insert(medium);
+        worker.insert(media);
         worker
     }
 
-    /// Change the medium. Only while parked.
-    pub fn insert(&mut self, medium: Medium) {
-        let Medium { name, disk, serial, limiter } = medium;
+    /// Change the media. Only while parked.
+    pub fn insert(&mut self, media: Media) {
+        let Media { name, disk, serial, limiter } = media;
         self.reporter.rename(name);
-        let depth = self.lanes.iter().map(|l| usize::from(l.queue.size())).sum();
+        let depth = self.queues.iter().map(|q| usize::from(q.ring.size())).sum();
         self.storage = disk.map(|disk| Storage::new(disk, self.memory.clone(), depth));
         (self.serial, self.limiter, self.throttled) = (serial, limiter, false);
-        self.lanes.iter_mut().for_each(|lane| lane.held = false);
+        self.queues.iter_mut().for_each(|queue| queue.held = false);
     }
 
     /// Work on queue `index` until it is empty, or the turn is over.
@@ -205,14 +206,14 @@ impl BlockWorker {
                 storage.submit();
             }
             self.signal();
-            let Some(lane) = self.lanes.get_mut(index) else { return };
+            let Some(queue) = self.queues.get_mut(index) else { return };
             match round {
                 Round::Blocked => return,
                 Round::Drained => {
                     let idle = self.storage.as_ref().is_none_or(|s| s.in_flight() == 0);
                     let more = idle
-                        && self.spin.wait(|| chain::pending(&lane.queue, &self.memory) != Some(0))
-                        || lane.queue.enable_notification(&self.memory).unwrap_or(false);
+                        && self.spin.wait(|| chain::pending(&queue.ring, &self.memory) != Some(0))
+                        || queue.ring.enable_notification(&self.memory).unwrap_or(false);
                     if !more {
                         return;
                     }
@@ -221,7 +222,7 @@ impl BlockWorker {
             }
             if begin.elapsed() > TURN {
                 // Come back after the others.
-                let _ = lane.notify.write(1);
+                let _ = queue.notify.write(1);
                 return;
             }
         }
@@ -229,24 +230,24 @@ impl BlockWorker {
 
     /// Take chains of queue `index` for one batch.
     fn round(&mut self, begin: Instant, index: usize) -> Round {
-        let Some(lane) = self.lanes.get_mut(index) else { return Round::Blocked };
-        if lane.broken || lane.held || self.throttled {
+        let Some(queue) = self.queues.get_mut(index) else { return Round::Blocked };
+        if queue.broken || queue.held || self.throttled {
             return Round::Blocked;
         }
-        let _ = lane.queue.disable_notification(&self.memory);
+        let _ = queue.ring.disable_notification(&self.memory);
         let mut moved = 0;
-        for _ in 0..lane.queue.size() {
+        for _ in 0..queue.ring.size() {
             if self.storage.as_ref().is_some_and(|s| !s.has_room()) {
                 self.full = true;
                 return Round::Blocked;
             }
-            let Some(lane) = self.lanes.get_mut(index) else { return Round::Blocked };
-            match self.chain.pop(&mut lane.queue, &self.memory, self.indirect) {
+            let Some(queue) = self.queues.get_mut(index) else { return Round::Blocked };
+            match self.chain.pop(&mut queue.ring, &self.memory, self.indirect) {
                 Ok(false) => return Round::Drained,
                 Ok(true) => {
                     let Some(cost) = self.handle(index) else {
-                        if let Some(lane) = self.lanes.get_mut(index) {
-                            lane.queue.go_to_previous_position();
+                        if let Some(queue) = self.queues.get_mut(index) {
+                            queue.ring.go_to_previous_position();
                         }
                         return Round::Blocked;
                     };
@@ -273,11 +274,11 @@ impl BlockWorker {
 
     /// Start the request in `self.chain`. `None` when it has to stay in the ring for now: something
     /// will continue with it.
-    fn handle(&mut self, lane: usize) -> Option<Cost> {
+    fn handle(&mut self, queue: usize) -> Option<Cost> {
         let head = self.chain.head();
         let Some(status) = request::status(&self.chain) else {
             self.reporter.invalid(&self.stats, &"request without room for a status");
-            self.used(lane, head, 0);
+            self.used(queue, head, 0);
             return Some(Cost::default());
         };
         let (request, len) = request::parse(&self.chain, &self.memory, &mut self.data);
@@ -294,7 +295,7 @@ impl BlockWorker {
             self.throttled = true;
             return None;
         }
-        let answer = |kind, bytes| Ticket { lane, head, status, kind, bytes };
+        let answer = |kind, bytes| Ticket { queue, head, status, kind, bytes };
         let durable = !self.flush || !self.writeback.load(Ordering::Relaxed);
         let cost = match request {
             Request::Read { sector } => self.carry_out(Op::Read, sector, answer(Kind::Read, len)),
@@ -366,8 +367,8 @@ impl BlockWorker {
             Outcome::Pending => Some(Cost::default()),
             Outcome::Held => {
                 count(&self.stats.in_flight, u64::MAX);
-                if let Some(lane) = self.lanes.get_mut(ticket.lane) {
-                    lane.held = true;
+                if let Some(queue) = self.queues.get_mut(ticket.queue) {
+                    queue.held = true;
                 }
                 None
             }
@@ -418,23 +419,23 @@ impl BlockWorker {
         let _ = self.memory.write_obj(status, ticket.status);
         let data = if status == OK && ticket.kind == Kind::Read { ticket.bytes } else { 0 };
         self.used(
-            ticket.lane,
+            ticket.queue,
             ticket.head,
             u32::try_from(data).map_or(u32::MAX, |n| n.saturating_add(1)),
         );
     }
 
     fn used(&mut self, index: usize, head: u16, len: u32) {
-        let Some(lane) = self.lanes.get_mut(index) else { return };
-        lane.unsignalled = true;
-        if lane.queue.add_used(&self.memory, head, len).is_err() {
+        let Some(queue) = self.queues.get_mut(index) else { return };
+        queue.unsignalled = true;
+        if queue.ring.add_used(&self.memory, head, len).is_err() {
             self.give_up(index);
         }
     }
 
     fn give_up(&mut self, index: usize) {
-        if let Some(lane) = self.lanes.get_mut(index)
-            && !std::mem::replace(&mut lane.broken, true)
+        if let Some(queue) = self.queues.get_mut(index)
+            && !std::mem::replace(&mut queue.broken, true)
         {
             self.reporter
                 .invalid(&self.stats, &"queue that cannot be followed; device needs a reset");
@@ -445,9 +446,9 @@ impl BlockWorker {
     /// One decision for everything used since the last one.
     fn signal(&mut self) {
         let mut wanted = false;
-        for lane in &mut self.lanes {
-            if std::mem::take(&mut lane.unsignalled) {
-                wanted |= chain::needs_interrupt(&mut lane.queue, &self.memory);
+        for queue in &mut self.queues {
+            if std::mem::take(&mut queue.unsignalled) {
+                wanted |= chain::needs_interrupt(&mut queue.ring, &self.memory);
             }
         }
         if wanted {
@@ -476,9 +477,9 @@ impl BlockWorker {
     /// Work on all queues, in one turn.
     fn work_on_all(&mut self) {
         let begin = Instant::now();
-        for index in 0..self.lanes.len() {
-            match self.lanes.get(index) {
-                Some(lane) if begin.elapsed() > TURN => drop(lane.notify.write(1)),
+        for index in 0..self.queues.len() {
+            match self.queues.get(index) {
+                Some(queue) if begin.elapsed() > TURN => drop(queue.notify.write(1)),
                 _ => self.work_since(begin, index),
             }
         }
@@ -487,18 +488,18 @@ impl BlockWorker {
 
 impl Worker for BlockWorker {
     fn sources(&self) -> Vec<RawFd> {
-        let notify = self.lanes.iter().map(|l| l.notify.as_raw_fd());
+        let notify = self.queues.iter().map(|q| q.notify.as_raw_fd());
         notify.chain(self.other_sources().map(|(_, fd)| fd)).collect()
     }
 
     fn ready(&mut self, index: usize) {
-        if let Some(lane) = self.lanes.get(index) {
-            if lane.notify.read().is_ok() {
+        if let Some(queue) = self.queues.get(index) {
+            if queue.notify.read().is_ok() {
                 self.spin.woken(Instant::now());
             }
             return self.work(index);
         }
-        let source = self.other_sources().nth(index - self.lanes.len()).map(|(source, _)| source);
+        let source = self.other_sources().nth(index - self.queues.len()).map(|(source, _)| source);
         match source {
             Some(Source::Limiter) => {
                 if let Some(limiter) = &mut self.limiter {
@@ -517,7 +518,7 @@ impl Worker for BlockWorker {
                 if let Some(storage) = &self.storage {
                     storage.woken();
                 }
-                if self.lanes.iter_mut().fold(false, |any, l| std::mem::take(&mut l.held) | any) {
+                if self.queues.iter_mut().fold(false, |any, q| std::mem::take(&mut q.held) | any) {
                     self.work_on_all();
                 }
             }

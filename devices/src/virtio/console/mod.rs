@@ -11,15 +11,15 @@ mod worker;
 
 use std::io;
 
-use self::worker::{ConsoleWorker, Parts};
+use self::worker::{ConsoleWorker, WorkerArgs};
 use super::{
-    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, ring::Ring,
+    ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice,
+    VirtioWorker, ring::Ring,
 };
 use crate::{
-    Device,
     backend::char::{Char, CharSink, CharSource},
-    state::{self, Section, StateError},
-    worker::Home,
+    model::Model,
+    worker::WorkerControl,
 };
 
 const DEVICE_TYPE: u32 = 3;
@@ -38,14 +38,15 @@ pub struct Console {
     sink: CharSink,
     /// With the worker while there is one.
     source: Option<CharSource>,
-    home: Home<ConsoleWorker>,
+    worker: VirtioWorker<ConsoleWorker>,
 }
 
 impl Console {
     /// A console that leads to `char`.
     pub fn new(id: impl Into<String>, char: Char) -> Self {
         let Char { source, sink, name } = char;
-        Self { id: id.into(), name, sink, source: Some(source), home: Home::Idle }
+        let source = Some(source);
+        Self { id: id.into(), name, sink, source, worker: VirtioWorker::default() }
     }
 
     /// What `query-chardev` calls its other end.
@@ -54,33 +55,23 @@ impl Console {
     }
 }
 
-impl Device for Console {
+impl Model for Console {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        self.home.park();
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        Some(&self.worker)
     }
 
-    fn resume(&mut self) {
-        if let Err(e) = self.home.unpark() {
-            log::error!("{}: the I/O thread does not take the device back: {e}", self.id);
-        }
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        Some(&mut self.worker)
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.home.stop() {
+        if let Some(worker) = self.worker.stop() {
             self.source = Some(worker.into_source());
         }
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        state::save(&self.id, self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        state::restore(section, self)
     }
 }
 
@@ -123,22 +114,22 @@ impl VirtioDevice for Console {
         };
         let (rx, tx) = (ring(RX)?, ring(TX)?);
         let host = |what| move |source| ActivateError::Host { what, source };
-        // Missing only after the I/O thread was gone once.
+        // Missing only after an I/O thread has ended with it.
         let gone = || host("find the console's input")(io::ErrorKind::NotFound.into());
         let source = self.source.take().ok_or_else(gone)?;
-        let parts = Parts {
+        let args = WorkerArgs {
             id: self.id.clone(),
             rx,
             tx,
             source,
             sink: self.sink.clone(),
-            interrupt: with.interrupt,
+            interrupt: with.interrupt.clone(),
         };
-        let worker = ConsoleWorker::new(parts).map_err(|failed| {
+        let worker = ConsoleWorker::new(args).map_err(|failed| {
             let (e, source) = *failed;
             self.source = Some(source);
             host("make the descriptors of a console")(e)
         })?;
-        self.home.start(worker, with.thread).map_err(host("start a console's worker"))
+        self.worker.start(worker, with.interrupt, with.thread)
     }
 }

@@ -8,7 +8,7 @@ impl Snapshot for Console {
     type State = saved::Console;
 
     fn save(&self) -> saved::Console {
-        let active = self.home.parked().map(|worker| {
+        let active = self.worker.parked().map(|worker| {
             let (rx, tx, sent, needs_reset) = worker.position();
             let (receive, transmit) = (rx.position(), tx.position());
             saved::ActiveConsole { receive, transmit, sent, needs_reset }
@@ -17,7 +17,7 @@ impl Snapshot for Console {
     }
 
     fn restore(&mut self, state: saved::Console) -> Result<(), StateError> {
-        match (self.home.parked_mut(), state.active) {
+        match (self.worker.parked_mut(), state.active) {
             (None, None) => Ok(()),
             (Some(worker), Some(saved::ActiveConsole { receive, transmit, sent, needs_reset })) => {
                 worker.set_position(receive, transmit, sent, needs_reset);

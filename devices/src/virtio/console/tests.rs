@@ -8,7 +8,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::{
-    conformance,
+    Device, conformance,
     testing::{Buffer, Guest, NEXT, RAM, WRITE},
     virtio::registers::CONFIG,
 };

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How long output waits for a reader that takes nothing.
-pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const STALL_LIMIT: Duration = Duration::from_secs(1);
 /// Bytes moved at once.
 const CHUNK: usize = 4096;
 /// Chunks moved before others have their turn.
@@ -37,16 +37,16 @@ pub(super) struct ConsoleWorker {
     /// Bytes of the next transmit chain that are out already.
     sent: u64,
     /// Runs while output is held back.
-    patience: TimerFd,
+    stall_timer: TimerFd,
     held_since: Option<Instant>,
-    /// Patience has run out: output is dropped until the reader takes some again.
+    /// The time has run out: output is dropped until the reader takes some again.
     stalled: bool,
     /// The driver has broken a ring and has to reset the device.
     broken: bool,
 }
 
-/// What a worker is made of.
-pub(super) struct Parts {
+/// What [`ConsoleWorker::new`] takes.
+pub(super) struct WorkerArgs {
     pub(super) id: String,
     pub(super) rx: Ring,
     pub(super) tx: Ring,
@@ -64,22 +64,22 @@ const TIMER: usize = 3;
 impl ConsoleWorker {
     /// # Errors
     /// When the process has no descriptor left; the source comes back.
-    pub(super) fn new(parts: Parts) -> Result<Self, Box<(io::Error, CharSource)>> {
-        let patience = match TimerFd::new() {
+    pub(super) fn new(args: WorkerArgs) -> Result<Self, Box<(io::Error, CharSource)>> {
+        let stall_timer = match TimerFd::new() {
             Ok(timer) => timer,
-            Err(e) => return Err(Box::new((e.into(), parts.source))),
+            Err(e) => return Err(Box::new((e.into(), args.source))),
         };
         Ok(Self {
-            id: parts.id,
-            chain: Chain::with_capacity(parts.rx.size().max(parts.tx.size()).into()),
-            rx: parts.rx,
-            tx: parts.tx,
-            source: parts.source,
-            sink: parts.sink,
-            interrupt: parts.interrupt,
+            id: args.id,
+            chain: Chain::with_capacity(args.rx.size().max(args.tx.size()).into()),
+            rx: args.rx,
+            tx: args.tx,
+            source: args.source,
+            sink: args.sink,
+            interrupt: args.interrupt,
             chunk: vec![0; CHUNK].into_boxed_slice(),
             sent: 0,
-            patience,
+            stall_timer,
             held_since: None,
             stalled: false,
             broken: false,
@@ -205,15 +205,15 @@ impl ConsoleWorker {
             self.held_since = holding.then(Instant::now);
             // Clearing takes its readiness back, so it is never read.
             let _ = match holding {
-                true => self.patience.reset(PATIENCE, None),
-                false => self.patience.clear(),
+                true => self.stall_timer.reset(STALL_LIMIT, None),
+                false => self.stall_timer.clear(),
             };
         }
     }
 
     /// The timer has fired, or the worker is new on its thread.
     fn look_at_clock(&mut self) -> Result<(), Broken> {
-        if self.held_since.is_none_or(|since| since.elapsed() < PATIENCE) {
+        if self.held_since.is_none_or(|since| since.elapsed() < STALL_LIMIT) {
             return Ok(());
         }
         log::warn!("{}: output is dropped until its reader goes on", self.id);
@@ -260,7 +260,7 @@ enum Sent {
 
 impl Worker for ConsoleWorker {
     fn sources(&self) -> Vec<RawFd> {
-        vec![self.rx.fd(), self.tx.fd(), self.source.as_raw_fd(), self.patience.as_raw_fd()]
+        vec![self.rx.fd(), self.tx.fd(), self.source.as_raw_fd(), self.stall_timer.as_raw_fd()]
     }
 
     fn ready(&mut self, index: usize) {

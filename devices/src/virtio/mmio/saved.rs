@@ -15,7 +15,7 @@ use crate::{
     Device,
     state::{Section, StateError},
     virtio::registers::CONFIG_GENERATION,
-    worker::{IoThread, Worker},
+    worker::{IoThread, Refused, Worker},
 };
 
 pub(super) fn save(t: &Transport) -> Result<Section, StateError> {
@@ -152,7 +152,7 @@ impl Held {
 }
 
 impl IoThread for Held {
-    fn adopt(&self, worker: Box<dyn Worker>) -> std::io::Result<usize> {
+    fn adopt(&self, worker: Box<dyn Worker>) -> Result<usize, Refused> {
         let place = match self.open.load(Ordering::Acquire) {
             true => Place::There(self.thread.adopt(worker)?),
             false => Place::Here(worker),
@@ -174,9 +174,11 @@ impl IoThread for Held {
         }
     }
 
-    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> std::io::Result<()> {
+    fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> Result<(), Refused> {
         let mut workers = self.workers.lock();
-        let Some(place) = workers.get_mut(key) else { return Ok(()) };
+        let Some(place) = workers.get_mut(key) else {
+            return Err(Refused::new(worker, std::io::ErrorKind::NotFound));
+        };
         *place = match place {
             Place::There(key) => return self.thread.take_back(*key, worker),
             _ if self.open.load(Ordering::Acquire) => Place::There(self.thread.adopt(worker)?),

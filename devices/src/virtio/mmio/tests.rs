@@ -9,13 +9,13 @@ use super::*;
 use crate::{
     state::Section,
     testing::{Guest, HIGH, RAM, open_descriptors, with_own_descriptors},
-    worker::{Home, Worker},
+    worker::{Worker, WorkerControl, WorkerSlot},
 };
 
 /// A device whose worker counts notifications.
 #[derive(Default)]
 struct Probe {
-    home: Home<Counter>,
+    worker: WorkerSlot<Counter>,
     config: Vec<u8>,
     refuse: bool,
     features: u64,
@@ -49,24 +49,24 @@ impl Device for Probe {
         "probe"
     }
     fn pause(&mut self) {
-        self.home.park();
+        self.worker.park().unwrap();
     }
     fn resume(&mut self) {
-        self.home.unpark().unwrap();
+        self.worker.unpark().unwrap();
     }
     fn reset(&mut self) {
-        self.home.stop();
+        self.worker.stop().unwrap();
         self.resets += 1;
     }
     fn save(&self) -> Result<Section, StateError> {
-        let next = self.home.parked().map(|w| w.queues[0].queue.next_avail());
+        let next = self.worker.parked().map(|w| w.queues[0].queue.next_avail());
         let state = serde_json::value::to_raw_value(&next).unwrap();
         Ok(Section { kind: "probe".into(), id: "probe".into(), version: 1, state })
     }
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {
         let next: Result<Option<u16>, _> = serde_json::from_str(section.state.get());
         let next = next.map_err(|e| StateError::Section(e.into()))?;
-        if let (Some(next), Some(worker)) = (next, self.home.parked_mut()) {
+        if let (Some(next), Some(worker)) = (next, self.worker.parked_mut()) {
             worker.queues[0].queue.set_next_avail(next);
         }
         Ok(())
@@ -97,7 +97,7 @@ impl VirtioDevice for Probe {
         self.agreed = with.features;
         self.queues = with.queues.iter().map(|q| q.index).collect();
         let worker = Counter { queues: with.queues, kicks: self.kicks.clone() };
-        self.home
+        self.worker
             .start(worker, with.thread)
             .map_err(|source| ActivateError::Host { what: "start", source })
     }

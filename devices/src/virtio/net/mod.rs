@@ -24,18 +24,18 @@ use virtio_bindings::virtio_net::{
 };
 
 pub use self::stats::{Counters, NetStats};
-use self::worker::{NetWorker, Parts};
+use self::worker::{NetWorker, WorkerArgs};
 use super::{
     ActivateError, Activation, ActiveQueue, CANNOT_OFFER, F_EVENT_IDX, F_INDIRECT_DESC,
-    VirtioDevice, ring::Ring,
+    VirtioDevice, VirtioWorker, ring::Ring,
 };
 use crate::{
-    Device,
     backend::net::{NetBackend, Offloads, tap::Tap},
     log_limit::log_seldom,
+    model::Model,
     random,
-    state::{self, Section, StateError},
-    worker::Home,
+    state::StateError,
+    worker::WorkerControl,
 };
 
 const DEVICE_TYPE: u32 = 1;
@@ -112,7 +112,7 @@ pub struct Net<B: NetBackend = Tap> {
     features: u64,
     queue_sizes: Vec<u16>,
     stats: Arc<NetStats>,
-    home: Home<NetWorker<B>>,
+    worker: VirtioWorker<NetWorker<B>>,
 }
 
 impl<B: NetBackend> Net<B> {
@@ -149,7 +149,7 @@ impl<B: NetBackend> Net<B> {
             features,
             queue_sizes,
             stats: Arc::default(),
-            home: Home::Idle,
+            worker: VirtioWorker::default(),
         };
         if let Some(backend) = backend {
             net.plug(backend, None)?;
@@ -191,7 +191,11 @@ impl<B: NetBackend> Net<B> {
     pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
         self.accepts(&backend)?;
         self.mac = mac.unwrap_or(self.mac);
-        self.set_backend(Some(backend)).map_err(|_| PlugError::Thread)
+        self.set_backend(Some(backend)).map_err(|_| {
+            // A worker that its thread has refused has the back-end already.
+            let _ = self.set_backend(None);
+            PlugError::Thread
+        })
     }
 
     /// Take the back-end away: the slot is empty, and the host's interface is free again once the
@@ -211,7 +215,7 @@ impl<B: NetBackend> Net<B> {
     /// When the I/O thread is gone.
     pub fn set_link(&mut self, up: bool) -> io::Result<()> {
         self.link = up;
-        self.home.with(|worker| worker.set_link(up)).map(drop)
+        self.worker.change(|worker| worker.set_link(up)).map(drop)
     }
 
     /// The driver sees a link: there is a back-end, and the cable is in.
@@ -250,7 +254,7 @@ impl<B: NetBackend> Net<B> {
     fn set_backend(&mut self, backend: Option<B>) -> io::Result<()> {
         (self.backend, self.awaited) = (backend.map(Arc::new), false);
         let backend = self.backend.clone();
-        match self.home.with(|worker| worker.set_backend(backend))? {
+        match self.worker.change(|worker| worker.set_backend(backend))? {
             Some(()) => {}
             None => self.rest(),
         }
@@ -274,32 +278,22 @@ fn made_up_mac() -> Result<[u8; 6], PlugError> {
     Ok(mac)
 }
 
-impl<B: NetBackend> Device for Net<B> {
+impl<B: NetBackend> Model for Net<B> {
     fn id(&self) -> &str {
         &self.id
     }
 
-    fn pause(&mut self) {
-        self.home.park();
+    fn worker(&self) -> Option<&dyn WorkerControl> {
+        Some(&self.worker)
     }
 
-    fn resume(&mut self) {
-        if let Err(e) = self.home.unpark() {
-            log::error!("{}: the I/O thread does not take the device back: {e}", self.id);
-        }
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+        Some(&mut self.worker)
     }
 
     fn reset(&mut self) {
-        drop(self.home.stop());
+        self.worker.stop();
         self.rest();
-    }
-
-    fn save(&self) -> Result<Section, StateError> {
-        state::save(&self.id, self)
-    }
-
-    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
-        state::restore(section, self)
     }
 }
 
@@ -366,12 +360,12 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
             }
         }
         let control = if has(VIRTIO_NET_F_CTRL_VQ) { ring(2 * pairs) } else { None };
-        let worker = NetWorker::new(Parts {
+        let worker = NetWorker::new(WorkerArgs {
             id: self.id.clone(),
             backend: self.backend.clone(),
             link: self.link,
             limits: (self.settings.pps, self.settings.bps),
-            interrupt: with.interrupt,
+            interrupt: with.interrupt.clone(),
             stats: self.stats.clone(),
             pairs: rings,
             control,
@@ -380,6 +374,6 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
         });
         let host = |what| move |source| ActivateError::Host { what, source };
         let worker = worker.map_err(host("make the descriptors of a network device"))?;
-        self.home.start(worker, with.thread).map_err(host("start a network device's worker"))
+        self.worker.start(worker, with.interrupt, with.thread)
     }
 }

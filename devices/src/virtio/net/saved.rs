@@ -21,7 +21,7 @@ impl<B: NetBackend> Snapshot for Net<B> {
             let (index, next) = (r.index(), r.position());
             saved::QueuePosition { index, next_avail: next, next_used: next }
         };
-        let active = self.home.parked().map(|worker| saved::ActiveNic {
+        let active = self.worker.parked().map(|worker| saved::ActiveNic {
             queue_pairs: worker.active_pairs(),
             offloads: Hex(worker.offloads().0),
             needs_reset: worker.broken(),
@@ -31,7 +31,7 @@ impl<B: NetBackend> Snapshot for Net<B> {
     }
 
     fn restore(&mut self, state: saved::Nic) -> Result<(), StateError> {
-        match (self.home.parked_mut(), &state.active) {
+        match (self.worker.parked_mut(), &state.active) {
             (None, None) => {}
             (Some(worker), Some(active)) => {
                 let indexes = worker.rings().map(Ring::index);

@@ -12,7 +12,9 @@ use std::{
 use self::wire::{Switches, Wire};
 use super::*;
 use crate::{
+    Device,
     backend::net::HEADER,
+    state::Section,
     testing::{Buffer, Guest},
 };
 

@@ -101,8 +101,8 @@ pub(super) struct NetWorker<B> {
     broken: bool,
 }
 
-/// What a device knows when its driver is ready.
-pub(super) struct Parts<B> {
+/// What [`NetWorker::new`] takes: what a device knows when its driver is ready.
+pub(super) struct WorkerArgs<B> {
     pub(super) id: String,
     pub(super) backend: Option<Arc<B>>,
     pub(super) link: bool,
@@ -117,33 +117,33 @@ pub(super) struct Parts<B> {
 }
 
 impl<B: NetBackend> NetWorker<B> {
-    pub(super) fn new(parts: Parts<B>) -> io::Result<Self> {
+    pub(super) fn new(args: WorkerArgs<B>) -> io::Result<Self> {
         let limiter = || {
-            let (pps, bps) = parts.limits;
+            let (pps, bps) = args.limits;
             (pps.is_some() || bps.is_some()).then(|| RateLimiter::new(pps, bps)).transpose()
         };
         let shared = Shared {
-            id: parts.id,
+            id: args.id,
             backend: None,
-            link: parts.link,
+            link: args.link,
             rx_limit: limiter()?,
             tx_limit: limiter()?,
-            interrupt: parts.interrupt,
-            stats: parts.stats,
+            interrupt: args.interrupt,
+            stats: args.stats,
             writable: Epoll::new()?,
         };
-        let pair = |(rx, tx)| Pair { rx: Rx::new(rx, parts.mergeable), tx: Tx::new(tx) };
+        let pair = |(rx, tx)| Pair { rx: Rx::new(rx, args.mergeable), tx: Tx::new(tx) };
         let mut worker = Self {
             shared,
-            pairs: parts.pairs.into_iter().map(pair).collect(),
-            control: parts.control.map(Control::new),
+            pairs: args.pairs.into_iter().map(pair).collect(),
+            control: args.control.map(Control::new),
             active_pairs: 1,
-            negotiated: parts.negotiated,
-            offloads: parts.negotiated,
+            negotiated: args.negotiated,
+            offloads: args.negotiated,
             sources: Vec::new(),
             broken: false,
         };
-        worker.set_backend(parts.backend);
+        worker.set_backend(args.backend);
         Ok(worker)
     }
 

@@ -51,7 +51,7 @@ fn a_request_of_gigabytes_is_cut() {
     g.queues[0].descriptor(0, table, 256 * 16, INDIRECT, 0);
     g.queues[0].publish(0);
     g.kick(0);
-    assert_eq!(g.completion(0), (0, MOST as u32));
+    assert_eq!(g.completion(0), (0, MAX_REQUEST as u32));
 }
 
 #[test]
@@ -126,8 +126,8 @@ fn a_wait_for_the_source_is_not_charged() {
     // What is asked for would take hours at this rate; what is given does not.
     let mut g = Guest::new(Box::new(Rng::new("rng0", &path, Some(4)).unwrap()));
     g.start(0);
-    let room = g.room(MOST);
-    g.request(0, &[(room, MOST as u32, true)]);
+    let room = g.room(MAX_REQUEST);
+    g.request(0, &[(room, MAX_REQUEST as u32, true)]);
     File::options().write(true).open(&path).unwrap().write_all(b"more").unwrap();
     assert_eq!(g.completion(0).1, 4);
 }

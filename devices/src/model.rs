@@ -1,0 +1,56 @@
+//! [`Device`], written once: for devices whose state is one struct and that have one worker at most.
+use crate::{
+    Device,
+    state::{self, Section, Snapshot, StateError},
+    worker::WorkerControl,
+};
+
+/// What tells devices apart, besides their [`Snapshot`].
+///
+/// As for [`Device`], no method has a default body.
+pub trait Model: Snapshot + Send {
+    /// See [`Device::id`].
+    fn id(&self) -> &str;
+    /// Its worker. `None` for a device in which nothing happens without the guest or the monitor: a
+    /// pause changes nothing.
+    fn worker(&self) -> Option<&dyn WorkerControl>;
+    /// As [`Model::worker`].
+    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl>;
+    /// See [`Device::reset`].
+    fn reset(&mut self);
+}
+
+/// When an I/O thread fails, the log says so, and the monitor does not go down with it. What the
+/// guest sees is up to the [`WorkerControl`]: `virtio/worker.rs` has the policy of virtio devices.
+impl<D: Model> Device for D {
+    fn id(&self) -> &str {
+        Model::id(self)
+    }
+
+    fn pause(&mut self) {
+        if let Some(Err(lost)) = self.worker_mut().map(WorkerControl::park) {
+            log::error!("{}: {lost}", Model::id(self));
+        }
+    }
+
+    fn resume(&mut self) {
+        if let Some(Err(e)) = self.worker_mut().map(WorkerControl::unpark) {
+            log::error!("{}: the I/O thread does not take its worker back: {e}", Model::id(self));
+        }
+    }
+
+    fn reset(&mut self) {
+        Model::reset(self);
+    }
+
+    fn save(&self) -> Result<Section, StateError> {
+        match self.worker() {
+            Some(worker) if worker.is_lost() => Err(StateError::WorkerLost),
+            _ => state::save(Model::id(self), self),
+        }
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), StateError> {
+        state::restore(section, self)
+    }
+}

@@ -1,0 +1,100 @@
+//! The worker of a virtio device, and what becomes of the device when its I/O thread fails.
+//!
+//! | the I/O thread | the device |
+//! |---|---|
+//! | does not take the worker at DRIVER_OK | is not activated, and gets back what the worker holds |
+//! | does not take it again, after a pause or a change | keeps it, quiet; each `resume` tries again; it can be saved |
+//! | does not return it, for a pause or a change | has lost it; it cannot be saved until its driver has reset it |
+//! | does not return it for a reset | has lost it, and what it held: it may fail to be activated again |
+//!
+//! The driver sees DEVICE_NEEDS_RESET and a configuration interrupt in each case but the last,
+//! which is a reset already. The guest is not stopped for it.
+use std::{io, sync::Arc};
+
+use super::{ActivateError, Interrupt};
+use crate::worker::{IoThread, Lost, Worker, WorkerControl, WorkerSlot};
+
+/// Where the worker of a virtio device is, and who is told when it fails.
+pub(crate) struct VirtioWorker<W> {
+    slot: WorkerSlot<W>,
+    /// From DRIVER_OK to reset.
+    interrupt: Option<Interrupt>,
+}
+
+impl<W> Default for VirtioWorker<W> {
+    fn default() -> Self {
+        Self { slot: WorkerSlot::Empty, interrupt: None }
+    }
+}
+
+impl<W: Worker> VirtioWorker<W> {
+    /// DRIVER_OK: let `worker` run on `thread`. The driver is told by `interrupt` of what happens
+    /// to it later.
+    ///
+    /// # Errors
+    /// When the thread does not take it. The transport resets the device then, so that
+    /// [`VirtioWorker::stop`] returns it.
+    pub fn start(
+        &mut self,
+        worker: W,
+        interrupt: Interrupt,
+        thread: Arc<dyn IoThread>,
+    ) -> Result<(), ActivateError> {
+        self.interrupt = Some(interrupt);
+        let started = self.slot.start(worker, thread);
+        started.map_err(|source| ActivateError::Host { what: "start the device's worker", source })
+    }
+
+    /// The driver resets the device: the worker, with nothing in flight. It may hold what the next
+    /// one needs. `None` when there is none, or it is lost.
+    pub fn stop(&mut self) -> Option<Box<W>> {
+        self.interrupt = None;
+        self.slot.stop().unwrap_or_else(|lost| {
+            log::error!("{lost}");
+            None
+        })
+    }
+
+    /// The worker of a paused device whose driver is ready.
+    pub fn parked(&self) -> Option<&W> {
+        self.slot.parked()
+    }
+
+    /// As [`VirtioWorker::parked`], to be changed. What it waits on stays as it is.
+    pub fn parked_mut(&mut self) -> Option<&mut W> {
+        self.slot.parked_mut()
+    }
+
+    /// Change the worker and what it waits on, wherever it is. `None` when there is no worker.
+    ///
+    /// # Errors
+    /// As [`WorkerSlot::change`].
+    pub fn change<T>(&mut self, change: impl FnOnce(&mut W) -> T) -> io::Result<Option<T>> {
+        let changed = self.slot.change(change);
+        self.told(changed)
+    }
+
+    /// `result`; the driver has been told of an error.
+    fn told<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
+        if let (Err(_), Some(interrupt)) = (&result, &self.interrupt) {
+            interrupt.needs_reset();
+        }
+        result
+    }
+}
+
+impl<W: Worker> WorkerControl for VirtioWorker<W> {
+    fn park(&mut self) -> Result<(), Lost> {
+        let parked = self.slot.park();
+        self.told(parked)
+    }
+
+    fn unpark(&mut self) -> io::Result<()> {
+        let unparked = self.slot.unpark();
+        self.told(unparked)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.slot.is_lost()
+    }
+}
