@@ -13,6 +13,7 @@ mod log_limit;
 pub mod model;
 pub mod random;
 pub mod rate_limit;
+pub mod reclaim;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

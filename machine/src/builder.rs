@@ -1,7 +1,6 @@
 //! From configuration to machine.
 use std::{
     io,
-    ops::Range,
     path::PathBuf,
     sync::{Arc, atomic::AtomicU64},
     thread,
@@ -46,7 +45,7 @@ use crate::{
     },
     legacy::{Legacy, LegacyError, Outside},
     machine::RunError,
-    memory::{self, MemoryError},
+    memory::{self, MemoryError, origin::Contents, reclaim::Reclaimer},
     preflight::CleanupGuard,
     quiesced::RestoreError,
     reload::BootPlan,
@@ -118,9 +117,7 @@ pub struct Saved {
     /// What it is to run on.
     pub opening: Opening,
     /// Its memory, contents and all.
-    pub memory: Memory,
-    /// Ranges of the memory's image that are not zero although nobody may have touched them yet.
-    pub filled: Vec<Range<u64>>,
+    pub memory: Contents,
     /// Its kvm-clock goes on as if it had not stood since it was saved.
     pub clock_realtime: bool,
     /// Its disks and taps can be had at once. Else another machine has them: all else is made and
@@ -134,7 +131,7 @@ struct Held(bool);
 /// How the guest begins.
 enum Begin {
     Boot,
-    GoOn(Opening, Memory, CpuId, Held),
+    GoOn(Opening, Contents, CpuId, Held),
 }
 
 impl Machine {
@@ -160,7 +157,6 @@ impl Machine {
         let cpuid = features::cpuid(&state.cpu.leaves)?;
         let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
         let mut machine = Self::build(&MadeOf::from(description), begin, report)?;
-        machine.filled = saved.filled.into();
         machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
         // Before the guest runs, and after the interrupt controllers have their state.
@@ -174,7 +170,7 @@ impl Machine {
         let apic_ids = topology::apic_ids(&config.topology, config.cpus)?;
 
         let small = matches!(begin, Begin::Boot) && is_small(config);
-        let (kvm, fd, memory, seen, Held(held)) = match begin {
+        let (kvm, fd, contents, seen, Held(held)) = match begin {
             Begin::Boot => {
                 let kvm = kvm::open()?;
                 check_count(&kvm, config.cpus)?;
@@ -183,7 +179,7 @@ impl Machine {
                     false => memory::allocate(&config.memory)?,
                 };
                 let fd = kvm::create_vm(&kvm)?;
-                (kvm, fd, memory, None, Held(true))
+                (kvm, fd, memory.into(), None, Held(true))
             }
             Begin::GoOn(opening, memory, seen, held) => {
                 let opened = opening.finish().map_err(BuildError::Thread)??;
@@ -193,6 +189,8 @@ impl Machine {
                 (kvm, vm, memory, Some(seen), held)
             }
         };
+        let Contents { memory, filled, origin } = contents;
+        let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
         let window = Slots::window(places).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, fd, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
@@ -258,7 +256,8 @@ impl Machine {
             generation,
             seen,
             leaves: None,
-            filled: Arc::default(),
+            filled: filled.into(),
+            reclaimer,
             logging: false,
             cleared: Vec::new(),
             disks_released: !held,

@@ -26,7 +26,7 @@ use crate::{
         vcpu::{Buses, KvmCpu},
     },
     legacy::Legacy,
-    memory::{self, image},
+    memory::{self, image, reclaim::Reclaimer},
     reload::Reloaded,
     rest::Rest,
     slots::Slots,
@@ -67,6 +67,8 @@ pub struct Machine {
     pub(crate) leaves: Option<Vec<Leaf>>,
     /// Ranges of the memory's image that are not zero although nobody may have touched them.
     pub(crate) filled: Arc<[Range<u64>]>,
+    /// Gives memory back to the host, for devices.
+    pub(crate) reclaimer: Arc<Reclaimer>,
     /// It is noted which pages are written.
     pub(crate) logging: bool,
     /// What a reset has cleared since they were last asked for.
@@ -242,6 +244,7 @@ impl Machine {
             self.cleared = image::union(&self.cleared, &image::used(&self.memory, &self.filled)?);
         }
         memory::clear(&self.memory, &self.config.memory)?;
+        self.reclaimer.note_cleared();
         kernel.copy_to(&self.memory)?;
         self.generation.write(&self.memory)?;
         self.legacy.unbind(&self.vm)?;

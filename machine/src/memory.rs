@@ -28,7 +28,9 @@ use crate::layout;
 
 pub mod fault;
 pub mod image;
+pub mod origin;
 pub mod own;
+pub mod reclaim;
 pub mod staging;
 
 const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(4095);
@@ -164,22 +166,15 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     // Pages of a shared mapping live in its file: they go only when a hole is punched there.
     let advice = if config.shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     for region in memory.iter() {
-        let (address, size) = (region.as_ptr().cast(), region.size());
+        let (address, size) = (region.as_ptr(), region.size());
         if !config.shared && config.path.is_none() {
             // Not given back, because pages that are filled from a saved state would be so again.
-            let flags =
-                libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            // SAFETY: it takes the place of the region's own mapping, as large and as accessible,
-            // and lives as long; the guest is paused, and what it loses is what the caller asked
-            // for.
-            let to = unsafe { libc::mmap(address, size, protection, flags, -1, 0) };
-            if to == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error());
-            }
+            // SAFETY: the region's own mapping; the guest is paused, and what it loses is what the
+            // caller asked for.
+            unsafe { replace(address, size) }?;
         // SAFETY: the range is the region's own mapping; the guest is paused, and what it loses is
         // what the caller asked for.
-        } else if unsafe { libc::madvise(address, size, advice) } != 0 {
+        } else if unsafe { libc::madvise(address.cast(), size, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
         if !config.dump {
@@ -187,6 +182,19 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
         }
     }
     populate(memory, config).map_err(io::Error::other)
+}
+
+/// Let anonymous memory that is zero take the place of what is mapped at `address`.
+///
+/// # Safety All `size` bytes there must be memory of the guest, and whoever accesses them must
+/// expect that their contents change.
+unsafe fn replace(address: *mut u8, size: usize) -> io::Result<()> {
+    let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: what takes the place of the mapping is as large and as accessible; all else is the
+    // caller's to see to.
+    let to = unsafe { libc::mmap(address.cast(), size, protection, flags, -1, 0) };
+    if to == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Leave the file that a machine's memory was in as it was found, empty: another machine may use it.
@@ -211,19 +219,29 @@ pub fn size(memory: &Memory) -> u64 {
 /// When the host does not give what is to be there.
 pub(crate) fn populate(memory: &Memory, config: &MemoryConfig) -> Result<(), MemoryError> {
     for region in memory.iter() {
-        if config.path.is_none() {
-            // Fewer, larger page faults; a host without transparent huge pages says EINVAL. The first
-            // page holds tables, and little of a guest.
-            let low = if region.start_addr().0 == 0 { HUGE_PAGE as usize } else { 0 };
-            advise(region, low..region.size(), libc::MADV_HUGEPAGE);
-            advise(region, 0..low, libc::MADV_NOHUGEPAGE);
-        }
+        advise_huge_pages(region, config, 0..region.size());
         if config.prealloc && !advise(region, 0..region.size(), libc::MADV_POPULATE_WRITE) {
             let source = io::Error::last_os_error();
             return Err(MemoryError::Map { mib: config.size >> 20, source });
         }
     }
     Ok(())
+}
+
+/// Have these bytes of `region` come in huge pages, where the configuration does not say what they
+/// come in.
+fn advise_huge_pages(
+    region: &GuestRegionMmap<AtomicBitmap>,
+    config: &MemoryConfig,
+    bytes: Range<usize>,
+) {
+    if config.path.is_none() {
+        // Fewer, larger page faults; a host without transparent huge pages says EINVAL. The first
+        // page holds tables, and little of a guest.
+        let low = if region.start_addr().0 == 0 { HUGE_PAGE as usize } else { 0 };
+        advise(region, bytes.start.max(low)..bytes.end, libc::MADV_HUGEPAGE);
+        advise(region, bytes.start..bytes.end.min(low), libc::MADV_NOHUGEPAGE);
+    }
 }
 
 /// Advise the kernel about these bytes of `region`; whether it takes it.

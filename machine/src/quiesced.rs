@@ -16,7 +16,7 @@ use crate::{
         state::VcpuState,
     },
     machine::Parked,
-    memory::{image, staging::Staging},
+    memory::{image, reclaim::Reclaimer, staging::Staging},
     spot_check::SpotChecks,
     vcpu::Gone,
 };
@@ -196,6 +196,11 @@ impl Machine {
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// Gives its memory back to the host.
+    pub fn reclaimer(&self) -> &Arc<Reclaimer> {
+        &self.reclaimer
     }
 
     /// Ranges of the memory's image that are not zero although nobody may have touched them: see

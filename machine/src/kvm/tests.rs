@@ -1,8 +1,16 @@
 //! A guest of a few real-mode instructions on this host's own /dev/kvm.
-use std::sync::{Arc, mpsc::channel};
+use std::{
+    io::Write,
+    sync::{Arc, mpsc::channel},
+};
 
 use config::{MemoryConfig, Topology};
-use devices::bus::{BusBuilder, BusDevice};
+use devices::{
+    Memory,
+    bus::{BusBuilder, BusDevice},
+    reclaim::Reclaim,
+};
+use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -12,7 +20,8 @@ use super::{
     vcpu::{Buses, KvmCpu},
 };
 use crate::{
-    layout, memory,
+    layout,
+    memory::{self, origin::Origin, reclaim::Reclaimer},
     vcpu::{Cpu, Handle, Stopped},
 };
 
@@ -40,6 +49,22 @@ impl BusDevice for Trap {
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.0.lock().push((offset, data.to_vec()));
     }
+}
+
+/// A vCPU that begins at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
+fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
+    let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
+    let msrs = Arc::new(state::msr_list(kvm).unwrap());
+    let fd = vm.create_vcpus(kvm, &[0], &one, None).unwrap().pop().unwrap();
+    let mut sregs = fd.get_sregs().unwrap();
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    sregs.ds.limit = u32::MAX;
+    sregs.ds.g = 1;
+    fd.set_sregs(&sregs).unwrap();
+    let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
+    fd.set_regs(&regs).unwrap();
+    KvmCpu::new(fd, buses, msrs)
 }
 
 #[test]
@@ -75,18 +100,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     let mut mmio = BusBuilder::default();
     mmio.attach(layout::VIRTIO_MMIO, 4096, Arc::new(Mutex::new(trap))).unwrap();
     let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power: Arc::default() };
-    let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
-    let msrs = Arc::new(state::msr_list(&kvm).unwrap());
-    let fd = vm.create_vcpus(&kvm, &[0], &one, None).unwrap().pop().unwrap();
-    let mut sregs = fd.get_sregs().unwrap();
-    sregs.cs.base = 0;
-    sregs.cs.selector = 0;
-    sregs.ds.limit = u32::MAX; // "unreal" mode: the registers lie above 64 KiB
-    sregs.ds.g = 1;
-    fd.set_sregs(&sregs).unwrap();
-    let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
-    fd.set_regs(&regs).unwrap();
-    let mut cpu = KvmCpu::new(fd, buses, msrs);
+    let mut cpu = vcpu(&kvm, &vm, buses);
     let begin = cpu.save().unwrap();
     cpu.restore(begin.clone()).unwrap();
 
@@ -105,6 +119,62 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         assert_eq!(written.lock().drain(..).collect::<Vec<_>>(), [(0x64, vec![3, 0, 0, 0])]);
         // Running on from where it was saved is the same as starting anew.
         vcpu.restore(begin.clone()).wait().unwrap().unwrap();
+    }
+}
+
+/// Of each kind that KVM may not notice by itself to be replaced, with 7 in all of it.
+fn memories(config: &MemoryConfig) -> Vec<(Memory, Origin)> {
+    let full = vec![7; usize::try_from(config.size).unwrap()];
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&full).unwrap();
+    let anonymous = memory::allocate(config).unwrap();
+    anonymous.write_slice(&full, GuestAddress(0)).unwrap();
+    vec![
+        (anonymous, Origin::Written),
+        (memory::image::map(config, &file, &[]).unwrap(), Origin::Mapped),
+    ]
+}
+
+#[test]
+fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_that_it_was_written() {
+    const PAGE: u64 = memory::image::PAGE_SIZE;
+    let code = [
+        0x67, 0x66, 0xa1, 0x00, 0x50, 0x20, 0x00, // mov eax, [0x205000]
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0x66, 0xef, // out dx, eax
+        0x67, 0xa2, 0x00, 0x00, 0x40, 0x00, // mov [0x400000], al
+        0xeb, 0xec, // jmp to the first one
+    ];
+    let config =
+        MemoryConfig { size: 8 << 20, shared: false, path: None, prealloc: false, dump: true };
+    let kvm = open().unwrap();
+    for (memory, origin) in memories(&config) {
+        memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
+        let reclaimer = Reclaimer::new(&memory, &config, origin);
+        let window = Arc::new(MmapRegion::new(4096).unwrap());
+        let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+        vm.log_dirty(true).unwrap();
+        let (said, hear) = channel();
+        let mut pio = BusBuilder::default();
+        pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
+        let mmio = BusBuilder::default().freeze();
+        let buses = Buses { pio: pio.freeze(), mmio, power: Arc::default() };
+        let cpu = vcpu(&kvm, &vm, buses);
+        let vcpu = Handle::spawn(0, cpu, |_, why: Stopped| panic!("{why:?}")).unwrap();
+        let wait = std::time::Duration::from_secs(10);
+        vcpu.resume(0);
+        assert_eq!(hear.recv_timeout(wait).unwrap(), [7; 4]);
+        memory::image::forget_dirty(&memory);
+        reclaimer.discard(GuestAddress(2 << 20), 1 << 20);
+        assert!((0..1000).any(|_| hear.recv_timeout(wait).unwrap() == [0; 4]));
+        vcpu.park().wait().unwrap();
+        let by_vcpus = vm.dirty().unwrap();
+        let bit =
+            |address: u64| by_vcpus[0][(address / PAGE / 64) as usize] >> (address / PAGE % 64) & 1;
+        assert_eq!((bit(0x20_5000), bit(0x40_0000)), (0, 1));
+        let dirty = memory::image::dirty(&memory, &by_vcpus);
+        assert_eq!(dirty, [2 << 20..3 << 20, 4 << 20..(4 << 20) + PAGE]);
+        assert_eq!(reclaimer.counts().taken, 1 << 20);
     }
 }
 

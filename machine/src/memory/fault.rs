@@ -203,6 +203,50 @@ impl Filler {
         })
     }
 
+    /// Make `range` of the image zero, whether it was filled or not, and give its pages back to the
+    /// host. It is not filled any more. Where memory was replaced by a reset, only the pages go.
+    ///
+    /// # Errors
+    /// When the kernel refuses. Who touches the range waits for ever then.
+    pub fn discard(&self, range: &Range<u64>) -> io::Result<()> {
+        self.each_part(range, |to, len| {
+            let mut done = 0;
+            while done < len {
+                // From here on who touches it waits: the threads that fill memory do so once.
+                drop_pages(to + done, len - done)?;
+                done += self.zeros_from(to + done, len - done)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Fill `len` missing bytes at `to` with zeros; how many it was. They are not all when another
+    /// thread has filled what comes next.
+    fn zeros_from(&self, to: u64, len: u64) -> io::Result<u64> {
+        let (mut done, mut step) = (0, len);
+        while done < len {
+            let mut zeros = Zeros { start: to + done, len: step, mode: 0, filled: 0 };
+            match ioctl(&self.faults, UFFDIO_ZEROPAGE, &mut zeros) {
+                Ok(()) => done += step,
+                Err(_) if zeros.filled > 0 => done += zeros.filled.unsigned_abs(),
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EAGAIN) => {}
+                    Some(libc::EEXIST) => return Ok(done),
+                    // Memory with other advice is another mapping, and a call takes only one.
+                    Some(libc::ENOENT) if step > PAGE_SIZE => {
+                        step = (step / 2).next_multiple_of(PAGE_SIZE);
+                        continue;
+                    }
+                    // Nothing is missing there: it was never to be filled, or a reset replaced it.
+                    Some(libc::ENOENT) => done += PAGE_SIZE,
+                    _ => return Err(e),
+                },
+            }
+            step = len - done;
+        }
+        Ok(done)
+    }
+
     /// Repeat `act`, which says how many bytes it has done if not all, until `len` bytes at `to` are
     /// there.
     fn piecemeal(
@@ -268,6 +312,18 @@ impl AsFd for Filler {
 
 fn host(region: &MmapRegion<AtomicBitmap>) -> u64 {
     region.as_ptr() as u64
+}
+
+/// Give the pages of `len` bytes at `address` back to the host.
+fn drop_pages(address: u64, len: u64) -> io::Result<()> {
+    let len = usize::try_from(len).map_err(io::Error::other)?;
+    let address = std::ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap_or(0));
+    // SAFETY: only `Filler` calls it, with parts of guest memory that it keeps mapped; that is gone
+    // is what its caller asked for, and guest memory is only accessed as volatile.
+    match unsafe { libc::madvise(address, len, libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn ioctl<T>(fd: &File, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {

@@ -1,6 +1,6 @@
 //! What has come in is made into a machine here. Nothing of it runs on the main thread: disks are
 //! opened, and storage can hang.
-use std::{ops::Range, path::Path};
+use std::path::Path;
 
 use config::{
     Description, MachineConfig,
@@ -8,7 +8,8 @@ use config::{
 };
 use machine::{
     Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps, dry_restore,
-    kvm::opening::Opening, memory,
+    kvm::opening::Opening,
+    memory::{self, origin::Contents},
 };
 use state::{Config, Sections, cpu::Cpu};
 
@@ -46,8 +47,7 @@ struct Parts {
     /// What `config` is here, with disks that are there.
     description: Description,
     sections: Sections,
-    memory: Memory,
-    filled: Vec<Range<u64>>,
+    memory: Contents,
     children: Children,
     opening: Opening,
 }
@@ -89,8 +89,8 @@ impl Assembly {
         let children = Children::make(&config, &mut description, &wanted, progress)?;
         adapt::check_disks(&description)?;
         let wanted = &description.config.memory;
-        let (memory, filled) = backing_memory::memory(loaded.memory, wanted, mapped, &self.report)?;
-        let parts = Parts { config, description, sections, memory, filled, children, opening };
+        let memory = backing_memory::memory(loaded.memory, wanted, mapped, &self.report)?;
+        let parts = Parts { config, description, sections, memory, children, opening };
         let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
     }
@@ -128,19 +128,19 @@ impl Assembly {
         let mut description = Description::try_from(&config).map_err(RehearseError::from)?;
         self.adapt(&mut description)?;
         adapt::check_disks(&description)?;
-        let (filled, children) = (Vec::new(), Children::default());
-        let parts = Parts { config, description, sections, memory, filled, children, opening };
+        let (memory, children) = (memory.into(), Children::default());
+        let parts = Parts { config, description, sections, memory, children, opening };
         self.build(parts, held)
     }
 
     fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let Parts { config, description, sections, memory, filled, children, opening } = parts;
+        let Parts { config, description, sections, memory, children, opening } = parts;
         let restorable = dry_restore(description, sections).map_err(RehearseError::from)?;
         let checked =
             check_spots(&restorable.description, config.id.into(), &restorable.state.devices);
         checked.map_err(AdaptError::from)?;
         let clock_realtime = self.clock_realtime;
-        let saved = machine::Saved { restorable, opening, memory, filled, clock_realtime, held };
+        let saved = machine::Saved { restorable, opening, memory, clock_realtime, held };
         let machine = Machine::restored(saved, self.report.clone())?;
         children.keep();
         Ok((machine, config.halted.map(Halt::from)))

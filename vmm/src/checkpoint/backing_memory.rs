@@ -1,10 +1,13 @@
 //! Guest memory made of the files of a save: mapped, copied, or read while the guest runs.
-use std::{io, ops::Range, os::unix::fs::FileExt};
+use std::{io, os::unix::fs::FileExt};
 
 use config::{MemoryConfig, cli::Mapped};
 use machine::{
-    Memory, Report,
-    memory::{self, MemoryError, image as ram},
+    Report,
+    memory::{
+        self, MemoryError, image as ram,
+        origin::{Contents, Origin},
+    },
 };
 use state::{
     backing_chain::{BackingChain, Piece},
@@ -29,7 +32,7 @@ pub fn memory(
     config: &MemoryConfig,
     mapped: Mapped,
     report: &Report,
-) -> Result<(Memory, Vec<Range<u64>>), LoadError> {
+) -> Result<Contents, LoadError> {
     let own = !config.shared && config.path.is_none();
     match mapped {
         Mapped::On if own => return Ok(map(&chain, config)?),
@@ -43,17 +46,14 @@ pub fn memory(
     let memory = memory::allocate(config)?;
     let copy = |at, bytes: &[u8]| ram::write(&memory, at, bytes);
     chain.open().map_err(DirectoryError::from)?.verify(copy).map_err(DirectoryError::from)?;
-    Ok((memory, Vec::new()))
+    Ok(memory.into())
 }
 
 /// Guest memory that is the files of `chain`; and where it is not zero although it says so nowhere.
 ///
 /// # Errors
 /// When the host cannot map them.
-fn map(
-    chain: &BackingChain,
-    config: &MemoryConfig,
-) -> Result<(Memory, Vec<Range<u64>>), MemoryError> {
+fn map(chain: &BackingChain, config: &MemoryConfig) -> Result<Contents, MemoryError> {
     let failed = |source| MemoryError::Map { mib: config.size >> 20, source };
     let mut over = chain.pieces();
     over.retain(|(_, layer)| *layer > 0);
@@ -77,5 +77,5 @@ fn map(
                 .map_err(failed)?;
         }
     }
-    Ok((memory, filled))
+    Ok(Contents { memory, filled, origin: Origin::Mapped })
 }

@@ -19,8 +19,11 @@ use std::{
 
 use config::MemoryConfig;
 use machine::{
-    Event, Memory, Report,
-    memory::fault::{FaultError, Filler, allocate_missing},
+    Event, Report,
+    memory::{
+        fault::{FaultError, Filler, allocate_missing},
+        origin::{self, Origin},
+    },
     sparse,
 };
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
@@ -48,7 +51,7 @@ pub enum LazyError {
 
 struct Lazy {
     contents: Contents,
-    filler: Filler,
+    filler: Arc<Filler>,
     /// The blocks that hold something.
     blocks: Vec<Range<u64>>,
     /// Of each of them: somebody sees to it.
@@ -61,7 +64,7 @@ struct Lazy {
     failed: AtomicBool,
 }
 
-/// Memory that becomes `contents`, and where it is not zero although nobody may have touched it.
+/// Memory that becomes `contents`.
 ///
 /// # Errors
 /// When the host does not allow it.
@@ -69,9 +72,11 @@ pub fn start(
     contents: Contents,
     config: &MemoryConfig,
     report: Report,
-) -> Result<(Memory, Vec<Range<u64>>), LazyError> {
+) -> Result<origin::Contents, LazyError> {
     let filled = contents.filled();
     let (memory, filler) = allocate_missing(config, &filled)?;
+    let filler = Arc::new(filler);
+    let origin = Origin::Missing(filled.clone(), Arc::downgrade(&filler));
     let of = |range: &Range<u64>| {
         let (first, end) = (range.start, range.end);
         blocks(end - first).map(move |block| first + block.start..first + block.end)
@@ -101,7 +106,7 @@ pub fn start(
             .spawn(run)
             .map_err(LazyError::Thread)?;
     }
-    Ok((memory, filled))
+    Ok(origin::Contents { memory, filled, origin })
 }
 
 impl Lazy {

@@ -100,7 +100,8 @@ fn over(finished: Finished) -> Option<Saved> {
 pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
     let loaded = load(directory)?;
     let mapped = if mapped { Mapped::On } else { Mapped::Off };
-    Ok(backing_memory::memory(loaded.memory, &memory_config(), mapped, &(Arc::new(|_| {}) as _))?.0)
+    let report = Arc::new(|_| {}) as _;
+    Ok(backing_memory::memory(loaded.memory, &memory_config(), mapped, &report)?.memory)
 }
 
 fn names(directory: &Path) -> Vec<String> {

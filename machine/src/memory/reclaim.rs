@@ -1,0 +1,381 @@
+//! Guest memory that is given back to the host while the guest runs, and reads as zero afterwards.
+//!
+//! | memory | how | unit |
+//! |---|---|---|
+//! | anonymous, or private to this process over an empty file | MADV_DONTNEED | page |
+//! | shared: a memfd or a file | MADV_REMOVE | page |
+//! | either of huge pages | the same | huge page |
+//! | mapped from a save | replaced by anonymous memory, once; then MADV_DONTNEED | 64 KiB |
+//! | filled when it is touched (userfaultfd) | MADV_DONTNEED, then filled with zeros | page |
+//!
+//! Memory that is mapped from a save would have the file's contents again after MADV_DONTNEED. What
+//! replaces it is another mapping of the process, of which there may be 65,530 (vm.max_map_count):
+//! so there is a limit, and beyond it nothing is replaced that would be a further piece.
+mod mappings;
+#[cfg(test)]
+mod tests;
+mod units;
+
+use std::{
+    io,
+    ops::Range,
+    sync::{
+        Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use config::MemoryConfig;
+use devices::{Memory, reclaim::Reclaim};
+use parking_lot::Mutex;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    bitmap::{AtomicBitmap, Bitmap},
+};
+
+use self::{
+    mappings::Mappings,
+    units::{Step, Units},
+};
+use super::{advise, advise_huge_pages, fault::Filler, image::PAGE_SIZE, origin::Origin, replace};
+
+/// Bytes of a unit of memory that is mapped from a save.
+const MAPPED_UNIT: u64 = 64 << 10;
+/// Most pieces of it that are replaced.
+const MAX_PIECES: usize = 4096;
+
+/// What has become of the memory that was to be given back, in bytes.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Given back.
+    pub taken: u64,
+    /// Not, for the host refused or there would have been too many pieces.
+    pub refused: u64,
+}
+
+/// Gives memory of one machine back to the host, for its devices.
+pub struct Reclaimer {
+    memory: Memory,
+    /// Where its regions are in this process.
+    addresses: Vec<Range<u64>>,
+    config: MemoryConfig,
+    /// Devices of several I/O threads may give memory back at the same time, and none of them could
+    /// own what they have to agree on.
+    method: Mutex<Method>,
+    taken: AtomicU64,
+    refused: AtomicU64,
+}
+
+/// How memory is given back.
+enum Method {
+    /// With this advice, each page by itself.
+    Pages(i32),
+    /// With this advice, in units of so many bytes. The units of each region, once they are needed.
+    HugePages(i32, u64, Vec<Units>),
+    /// It is replaced. The units of each region, once they are needed.
+    Mapped(Mappings, Vec<Units>),
+    /// These ranges of the image are the filler's.
+    Missing(Vec<Range<u64>>, Weak<Filler>),
+}
+
+type Region = GuestRegionMmap<AtomicBitmap>;
+
+impl Reclaimer {
+    /// For `memory`, made from `config`, with contents from `origin`.
+    pub fn new(memory: &Memory, config: &MemoryConfig, origin: Origin) -> Self {
+        let method = match origin {
+            Origin::Written => Method::of_written(memory, config),
+            Origin::Mapped => Method::Mapped(Mappings::open(), Vec::new()),
+            Origin::Missing(ranges, filler) => Method::Missing(ranges, filler),
+        };
+        let address = |region: &Region| {
+            let start = region.as_ptr().addr() as u64;
+            start..start + region.len()
+        };
+        Self {
+            memory: memory.clone(),
+            addresses: memory.iter().map(address).collect(),
+            config: config.clone(),
+            method: Mutex::new(method),
+            taken: AtomicU64::default(),
+            refused: AtomicU64::default(),
+        }
+    }
+
+    /// What has been done so far.
+    pub fn counts(&self) -> Counts {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Counts { taken: load(&self.taken), refused: load(&self.refused) }
+    }
+
+    /// All of the memory was cleared, as [`super::clear`] does, and nothing of its origin is left.
+    pub fn note_cleared(&self) {
+        *self.method.lock() = Method::of_written(&self.memory, &self.config);
+    }
+
+    /// Act on the parts of the whole pages in a range of guest addresses.
+    fn each_part(&self, at: GuestAddress, len: u64, mut act: impl FnMut(Part<'_>)) {
+        let start = at.0.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);
+        let end = at.0.saturating_add(len) / PAGE_SIZE * PAGE_SIZE;
+        let mut base = 0;
+        for (index, region) in self.memory.iter().enumerate() {
+            let first = region.start_addr().0;
+            let inside = start.max(first)..end.min(first.saturating_add(region.len()));
+            if inside.start < inside.end {
+                let bytes = inside.start - first..inside.end - first;
+                let addresses = &self.addresses;
+                act(Part { region, index, base, bytes, addresses });
+            }
+            base += region.len();
+        }
+    }
+
+    fn take(&self, at: GuestAddress, len: u64, withhold: bool) {
+        let mut method = self.method.lock();
+        method.prepare(&self.memory);
+        self.each_part(at, len, |part| {
+            if withhold && let Some(units) = method.units(part.index) {
+                units.withhold(&part.bytes, true);
+            }
+            for (bytes, result) in method.take(&part, &self.config) {
+                let len = bytes.end - bytes.start;
+                match result {
+                    Ok(()) => {
+                        // Afterwards: who has read what was there before is told so.
+                        mark_dirty(part.region, &bytes);
+                        self.taken.fetch_add(len, Ordering::Relaxed);
+                    }
+                    Err(e) => {
+                        if self.refused.fetch_add(len, Ordering::Relaxed) == 0 {
+                            log::warn!("cannot give all memory of the guest back to the host: {e}");
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+impl Reclaim for Reclaimer {
+    fn discard(&self, at: GuestAddress, len: u64) {
+        self.take(at, len, false);
+    }
+
+    fn withhold(&self, at: GuestAddress, len: u64) {
+        self.take(at, len, true);
+    }
+
+    fn release(&self, at: GuestAddress, len: u64) {
+        let mut method = self.method.lock();
+        // What is in part in the range is in use.
+        let start = at.0 / PAGE_SIZE * PAGE_SIZE;
+        let len = len.saturating_add(at.0 - start).checked_next_multiple_of(PAGE_SIZE);
+        self.each_part(GuestAddress(start), len.unwrap_or(u64::MAX), |part| {
+            if let Some(units) = method.units(part.index) {
+                units.withhold(&part.bytes, false);
+            }
+        });
+    }
+
+    fn release_all(&self) {
+        if let Method::HugePages(_, _, units) | Method::Mapped(_, units) = &mut *self.method.lock()
+        {
+            units.iter_mut().for_each(Units::release_all);
+        }
+    }
+}
+
+/// A part of a range of guest memory.
+struct Part<'m> {
+    region: &'m Region,
+    /// The region's number.
+    index: usize,
+    /// Where the region begins in the memory's image.
+    base: u64,
+    /// From the region's start.
+    bytes: Range<u64>,
+    /// Where all regions are in this process.
+    addresses: &'m [Range<u64>],
+}
+
+/// Bytes from a region's start, and whether they could be given back.
+type Taken = (Range<u64>, io::Result<()>);
+
+impl Method {
+    /// For memory that is not mapped from a save, and that nobody fills.
+    fn of_written(memory: &Memory, config: &MemoryConfig) -> Self {
+        let advice = match config.shared {
+            true => libc::MADV_REMOVE,
+            false => libc::MADV_DONTNEED,
+        };
+        match memory.iter().find_map(huge_page).filter(|_| config.path.is_some()) {
+            Some(unit) => Self::HugePages(advice, unit, Vec::new()),
+            None => Self::Pages(advice),
+        }
+    }
+
+    /// Know all units there are.
+    fn prepare(&mut self, memory: &Memory) {
+        let (all, unit, whole) = match self {
+            Self::HugePages(_, unit, all) => (all, *unit, true),
+            Self::Mapped(_, all) => (all, MAPPED_UNIT, false),
+            _ => return,
+        };
+        if all.is_empty() {
+            all.extend(memory.iter().map(|region| Units::new(region.len(), unit, whole)));
+        }
+    }
+
+    /// The units of a region, if memory is given back in units.
+    fn units(&mut self, index: usize) -> Option<&mut Units> {
+        match self {
+            Self::HugePages(_, _, all) | Self::Mapped(_, all) => all.get_mut(index),
+            _ => None,
+        }
+    }
+
+    /// Give back what can be of a part; what that was, and what the host has refused.
+    fn take(&mut self, part: &Part<'_>, config: &MemoryConfig) -> Vec<Taken> {
+        let Part { region, bytes, .. } = part;
+        match self {
+            Self::Pages(advice) => vec![(bytes.clone(), give_back(region, bytes, *advice))],
+            Self::HugePages(advice, _, all) => {
+                let steps = all.get(part.index).map(|units| units.steps(bytes)).unwrap_or_default();
+                let take = |step| match step {
+                    Step::Release(bytes) | Step::Replace(bytes) => {
+                        let result = give_back(region, &bytes, *advice);
+                        (bytes, result)
+                    }
+                };
+                steps.into_iter().map(take).collect()
+            }
+            Self::Mapped(mappings, all) => take_mapped(part, config, mappings, all),
+            Self::Missing(ranges, filler) => {
+                let Some(filler) = filler.upgrade() else {
+                    // All is there.
+                    *self = Self::Pages(libc::MADV_DONTNEED);
+                    return self.take(part, config);
+                };
+                take_missing(part, ranges, &filler)
+            }
+        }
+    }
+}
+
+fn take_mapped(
+    part: &Part<'_>,
+    config: &MemoryConfig,
+    mappings: &mut Mappings,
+    all: &mut [Units],
+) -> Vec<Taken> {
+    let steps = all.get(part.index).map(|units| units.steps(&part.bytes)).unwrap_or_default();
+    let mut taken = Vec::with_capacity(steps.len());
+    for step in steps {
+        let pieces = all.iter().map(Units::pieces).sum::<usize>();
+        let Some(units) = all.get_mut(part.index) else { return taken };
+        let (bytes, result) = match step {
+            Step::Release(bytes) => {
+                let result = give_back(part.region, &bytes, libc::MADV_DONTNEED);
+                (bytes, result)
+            }
+            Step::Replace(bytes) => {
+                let pieces = pieces + units.pieces_with(&bytes) - units.pieces();
+                let result = match mappings.are_too_many(part.addresses, pieces) {
+                    true => Err(io::Error::other("it is mapped in too many pieces already")),
+                    false => replace_with_zeros(part.region, &bytes, config),
+                };
+                if result.is_ok() {
+                    units.note_replaced(&bytes);
+                    mappings.note_made();
+                }
+                (bytes, result)
+            }
+        };
+        taken.push((bytes, result));
+    }
+    taken
+}
+
+/// In what is missing the filler has to know; all else is plain memory.
+fn take_missing(part: &Part<'_>, ranges: &[Range<u64>], filler: &Filler) -> Vec<Taken> {
+    let Part { region, base, bytes, .. } = part;
+    let (mut at, end) = (base + bytes.start, base + bytes.end);
+    let first = ranges.partition_point(|range| range.end <= at);
+    let mut ranges = ranges.iter().skip(first);
+    let mut taken = Vec::new();
+    while at < end {
+        let missing = ranges.next().map_or(end..end, |r| r.start.clamp(at, end)..r.end.min(end));
+        let within = |image: Range<u64>| image.start - base..image.end - base;
+        if at < missing.start {
+            let plain = within(at..missing.start);
+            let result = give_back(region, &plain, libc::MADV_DONTNEED);
+            taken.push((plain, result));
+        }
+        if !missing.is_empty() {
+            let result = filler.discard(&missing);
+            taken.push((within(missing.clone()), result));
+        }
+        at = missing.end.max(at);
+    }
+    taken
+}
+
+/// Bytes of a page of the file behind `region`, if it is a hugetlbfs's.
+fn huge_page(region: &Region) -> Option<u64> {
+    let status = rustix::fs::fstatfs(region.file_offset()?.file()).ok()?;
+    if status.f_type != libc::HUGETLBFS_MAGIC {
+        return None;
+    }
+    u64::try_from(status.f_bsize).ok().filter(|size| *size >= PAGE_SIZE)
+}
+
+fn mark_dirty(region: &Region, bytes: &Range<u64>) {
+    if let (Ok(at), Ok(len)) =
+        (usize::try_from(bytes.start), usize::try_from(bytes.end - bytes.start))
+    {
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        mapping.bitmap().mark_dirty(at, len);
+    }
+}
+
+/// Advise the kernel to forget what is in these bytes of `region`.
+fn give_back(region: &Region, bytes: &Range<u64>, advice: i32) -> io::Result<()> {
+    let (address, size) = within(region, bytes)?;
+    // SAFETY: the bytes are the region's own mapping, which stays; that their contents go is what
+    // the guest has asked for, and all of the monitor accesses guest memory as volatile.
+    match unsafe { libc::madvise(address.cast(), size, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Let anonymous memory take the place of these bytes of `region`, with the advice that they had.
+fn replace_with_zeros(
+    region: &Region,
+    bytes: &Range<u64>,
+    config: &MemoryConfig,
+) -> io::Result<()> {
+    let (address, size) = within(region, bytes)?;
+    // SAFETY: the bytes are the region's own mapping; what takes their place is as large and as
+    // accessible, and goes when the region does. That their contents go is what the guest has asked
+    // for, and all of the monitor accesses guest memory as volatile.
+    unsafe { replace(address, size) }?;
+    let start = usize::try_from(bytes.start).map_err(io::Error::other)?;
+    advise_huge_pages(region, config, start..start + size);
+    if !config.dump {
+        advise(region, start..start + size, libc::MADV_DONTDUMP);
+    }
+    Ok(())
+}
+
+/// The address and the length of these bytes of `region`, which are inside of it.
+fn within(region: &Region, bytes: &Range<u64>) -> io::Result<(*mut u8, usize)> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    if bytes.start >= bytes.end || bytes.end > region.len() {
+        return Err(invalid());
+    }
+    let start = usize::try_from(bytes.start).map_err(|_| invalid())?;
+    let size = usize::try_from(bytes.end - bytes.start).map_err(|_| invalid())?;
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    Ok((mapping.as_ptr().wrapping_add(start), size))
+}

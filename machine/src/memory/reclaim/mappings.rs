@@ -1,0 +1,98 @@
+//! How many mappings of the process guest memory takes.
+//!
+//! Ranges that are replaced side by side become one mapping, unless the guest has touched both
+//! before what lay between them was replaced (the kernel then has an `anon_vma` for each). A guest
+//! can have that happen again and again, so now and then the kernel's own list is counted.
+use std::{
+    fs::File,
+    io::{self, Read, Seek},
+    ops::Range,
+};
+
+use super::MAX_PIECES;
+
+/// After how many replaced ranges the list is counted.
+const COUNT_AFTER: usize = 1024;
+
+/// The process's list of mappings.
+pub(super) struct Mappings {
+    /// Opened beforehand, as it has to be counted behind the system-call filter. A host may not
+    /// have it.
+    list: Option<File>,
+    /// Ranges that were replaced since it was counted last.
+    since: usize,
+    /// How many more mappings there were than pieces.
+    excess: usize,
+}
+
+impl Mappings {
+    pub fn open() -> Self {
+        Self { list: File::open("/proc/self/maps").ok(), since: 0, excess: 0 }
+    }
+
+    /// A range was replaced.
+    pub fn note_made(&mut self) {
+        self.since += 1;
+    }
+
+    /// Whether guest memory, at these addresses, may not be in `pieces` pieces. May count its
+    /// mappings.
+    pub fn are_too_many(&mut self, memory: &[Range<u64>], pieces: usize) -> bool {
+        if self.since >= COUNT_AFTER || (self.since > 0 && pieces + self.excess > MAX_PIECES) {
+            let mappings = self.list.as_mut().and_then(|list| count(list, memory).ok());
+            // Where nothing tells, each may have become one of its own.
+            let worst = self.excess + self.since;
+            self.excess = mappings.map_or(worst, |mappings| mappings.saturating_sub(pieces));
+            self.since = 0;
+        }
+        pieces + self.excess > MAX_PIECES
+    }
+}
+
+/// How many mappings without a file begin at these addresses (Linux,
+/// Documentation/filesystems/proc).
+fn count(list: &mut File, memory: &[Range<u64>]) -> io::Result<usize> {
+    let mut text = String::new();
+    list.rewind()?;
+    list.read_to_string(&mut text)?;
+    let is_ours = |line: &&str| {
+        let mut fields = line.split_ascii_whitespace();
+        let start = fields.next().and_then(|field| field.split_once('-')).map(|(start, _)| start);
+        let start = start.and_then(|start| u64::from_str_radix(start, 16).ok());
+        let inode = fields.nth(3);
+        let inside = |start: u64| memory.iter().any(|range| range.contains(&start));
+        inode == Some("0") && start.is_some_and(inside)
+    };
+    Ok(text.lines().filter(is_ours).count())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::MmapRegion;
+
+    use super::*;
+
+    #[test]
+    fn what_is_mapped_is_counted_and_without_a_list_each_counts() {
+        let region = MmapRegion::<()>::new(64 << 12).unwrap();
+        let start = region.as_ptr().addr() as u64;
+        let memory = start..start + (64 << 12);
+        let memory = std::slice::from_ref(&memory);
+        let mut mappings = Mappings::open();
+        assert!(!mappings.are_too_many(memory, MAX_PIECES));
+        assert!(mappings.are_too_many(memory, MAX_PIECES + 1));
+        mappings.note_made();
+        assert!(!mappings.are_too_many(memory, MAX_PIECES));
+        assert!(!mappings.are_too_many(memory, 0) && mappings.excess == 0);
+        (0..COUNT_AFTER).for_each(|_| mappings.note_made());
+        assert!(!mappings.are_too_many(memory, 0));
+        assert!(mappings.excess <= 1, "{}", mappings.excess);
+
+        let mut blind = Mappings { list: None, since: 0, excess: 0 };
+        for _ in 0..MAX_PIECES {
+            assert!(!blind.are_too_many(memory, 1));
+            blind.note_made();
+        }
+        assert!(blind.are_too_many(memory, 1));
+    }
+}
