@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// One program each, with the parts that all share.
-const GUESTS: [&str; 13] = [
+const GUESTS: [&str; 14] = [
     "hello",
     "count",
     "split",
@@ -18,6 +18,7 @@ const GUESTS: [&str; 13] = [
     "flood",
     "clock",
     "ledger",
+    "balloon",
 ];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];
 

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! cli       the command line and the JSON file
+//! device    what there is one of: console, source of randomness, balloon
 //! saved     the saved form, and the way back
 //! limits    what may be asked for
 //! slots     how many slots for virtio devices there are    places    where each one is
@@ -15,19 +16,24 @@ use std::path::PathBuf;
 pub mod actions;
 pub mod cli;
 pub mod cmdline;
+pub mod device;
 pub mod limits;
 pub mod places;
 pub mod saved;
 pub mod slots;
 pub mod topology;
 
+pub use device::{BalloonConfig, ConsoleConfig, DeviceConfig, RngConfig};
 pub use saved::{Description, DescriptionError};
 use slots::SlotCounts;
 pub use topology::Topology;
 
 /// What of a configuration an error is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the configuration's own words; disks and NICs by their ids")]
+#[expect(
+    missing_docs,
+    reason = "the configuration's own words; disks and NICs by their ids, other devices by their slots"
+)]
 pub enum Part {
     Kernel,
     Initrd,
@@ -38,8 +44,7 @@ pub enum Part {
     Disk(String),
     Nic(String),
     Serial,
-    Console,
-    Rng,
+    Device(&'static str),
 }
 
 /// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
@@ -68,10 +73,31 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// NICs present at start.
     pub nics: Vec<NicConfig>,
-    /// virtio-console.
-    pub console: Option<ConsoleConfig>,
-    /// virtio-rng.
-    pub rng: Option<RngConfig>,
+    /// All other devices, one of a kind, in the order of their slots.
+    pub devices: Vec<DeviceConfig>,
+}
+
+impl MachineConfig {
+    /// The console, if there is one.
+    pub fn console(&self) -> Option<&ConsoleConfig> {
+        self.devices.iter().find_map(|device| match device {
+            DeviceConfig::Console(console) => Some(console),
+            _ => None,
+        })
+    }
+
+    /// The source of randomness, if there is one.
+    pub fn rng(&self) -> Option<&RngConfig> {
+        self.devices.iter().find_map(|device| match device {
+            DeviceConfig::Rng(rng) => Some(rng),
+            _ => None,
+        })
+    }
+
+    /// Where the serial port and other devices with characters lead.
+    pub fn chars(&self) -> impl Iterator<Item = &CharBackend> {
+        self.serial.iter().chain(self.devices.iter().filter_map(|device| device.facts().chars()))
+    }
 }
 
 /// What is in the slots for disks and NICs, by slot. At the start what the configuration lists;
@@ -230,17 +256,6 @@ pub enum Tap {
     Fds(Vec<i32>),
 }
 
-/// virtio-console with one port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConsoleConfig {
-    /// Its character device's id, the label in `query-chardev`.
-    pub id: String,
-    /// Where it leads.
-    pub backend: CharBackend,
-    /// Which I/O thread; `None`: the default one.
-    pub iothread: Option<String>,
-}
-
 /// Where characters go to and come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CharBackend {
@@ -257,15 +272,4 @@ pub enum CharBackend {
         /// Each connection gets the last this many bytes of output first, up to 1 MiB.
         replay: u32,
     },
-}
-
-/// virtio-rng.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RngConfig {
-    /// Id, unique among all devices.
-    pub id: String,
-    /// Source of randomness.
-    pub path: PathBuf,
-    /// Bytes per second, 64 to 1,000,000,000; `None`: unlimited.
-    pub bps: Option<u64>,
 }

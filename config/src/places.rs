@@ -33,8 +33,8 @@ pub struct Place {
 pub fn at_start(config: &MachineConfig) -> Vec<Place> {
     let disks = (0..config.slots.disks()).map(|slot| format!("{DISK}{slot}"));
     let nics = (0..config.slots.nics()).map(|slot| format!("{NIC}{slot}"));
-    let console = config.console.iter().map(|_| CONSOLE.to_owned());
-    let ids = disks.chain(nics).chain(console).chain(config.rng.iter().map(|_| RNG.to_owned()));
+    let others = config.devices.iter().map(|device| device.facts().slot().to_owned());
+    let ids = disks.chain(nics).chain(others);
     let addresses = (0..).map(|index| VIRTIO_MMIO + index * VIRTIO_MMIO_STEP);
     let at = addresses.zip(VIRTIO_IRQS).filter_map(|(address, irq)| {
         Some(VirtioSlot { address: u32::try_from(address).ok()?, irq })
@@ -46,7 +46,3 @@ pub fn at_start(config: &MachineConfig) -> Vec<Place> {
 pub const DISK: &str = "disk";
 /// What the ids of slots for NICs begin with.
 pub const NIC: &str = "nic";
-/// Id of the console's slot.
-pub const CONSOLE: &str = "console";
-/// Id of the slot of the source of randomness.
-pub const RNG: &str = "rng";

@@ -10,11 +10,9 @@ use state::{
 };
 
 use crate::{
-    Aio, BootConfig, CharBackend, ConsoleConfig, DiskConfig, Expect, MachineConfig, MemoryConfig,
-    NicConfig, Occupancy, RngConfig, Tap, Topology, limits,
-    places::{
-        CONSOLE, DISK, NIC, Place, RNG, VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP, VirtioSlot,
-    },
+    Aio, BootConfig, CharBackend, DeviceConfig, DiskConfig, Expect, MachineConfig, MemoryConfig,
+    NicConfig, Occupancy, Tap, Topology, limits,
+    places::{DISK, NIC, Place, VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP, VirtioSlot},
     slots::{SlotCounts, SlotsError, Wanted},
 };
 
@@ -28,8 +26,8 @@ pub struct Description {
     pub occupied: Occupancy,
     /// Bytes of the disks in the slots; 0 for an empty slot.
     pub disk_sizes: Vec<u64>,
-    /// Where its slots are, as its guest has seen them; in the builder's order: disks, NICs, console,
-    /// source of randomness.
+    /// Where its slots are, as its guest has seen them; in the builder's order: disks, NICs, all
+    /// other devices.
     pub places: Vec<Place>,
 }
 
@@ -86,17 +84,12 @@ impl Description {
             let iothread = config.nics.get(slot).and_then(|n| n.iothread.clone());
             (iothread, saved::Contents::Nic(nic.map(save_nic)))
         });
-        let console = config.console.iter().map(|console| {
-            let ConsoleConfig { id, backend, iothread } = console.clone();
-            let backend = save_char(backend);
-            (iothread, saved::Contents::Console(saved::Console { id, backend }))
-        });
-        let rng = config.rng.iter().map(|rng| {
-            let RngConfig { id, path, bps } = rng.clone();
-            (None, saved::Contents::Rng(saved::Rng { id, path, bps }))
+        let others = config.devices.iter().map(|device| {
+            let facts = device.facts();
+            (facts.iothread().map(str::to_owned), facts.saved())
         });
         // In the builder's order.
-        let contents = disks.chain(nics).chain(console).chain(rng);
+        let contents = disks.chain(nics).chain(others);
         let slots = places.into_iter().zip(contents).map(|(place, (iothread, contents))| {
             let Place { id, at, queue_sizes } = place;
             saved::Slot {
@@ -139,14 +132,9 @@ impl TryFrom<&saved::Config> for Description {
                     nics.push(nic.as_ref().map(|nic| restore_nic(nic, &shape)));
                     config.nics.push(shape);
                 }
-                saved::Contents::Console(console) => {
-                    let saved::Console { id, backend } = console.clone();
-                    let (backend, iothread) = (restore_char(backend), slot.iothread.clone());
-                    config.console = Some(ConsoleConfig { id, backend, iothread });
-                }
-                saved::Contents::Rng(rng) => {
-                    let saved::Rng { id, path, bps } = rng.clone();
-                    config.rng = Some(RngConfig { id, path, bps });
+                other => {
+                    let iothread = slot.iothread.as_deref();
+                    config.devices.extend(DeviceConfig::restored(other, iothread));
                 }
             }
         }
@@ -155,8 +143,7 @@ impl TryFrom<&saved::Config> for Description {
             nic_slots: Some(nics.len()),
             disks: disks.len(),
             nics: nics.len(),
-            console: config.console.is_some(),
-            rng: config.rng.is_some(),
+            others: config.devices.iter().map(|device| device.facts().slot()).collect(),
         };
         config.slots = SlotCounts::try_from(wanted)?;
         let places = numbered.iter().map(|(_, slot)| place(slot)).collect::<Result<_, _>>()?;
@@ -173,8 +160,9 @@ fn order(slot: &saved::Slot) -> Result<(u8, usize), DescriptionError> {
     let order = match &slot.contents {
         saved::Contents::Disk(_) => number(DISK).map(|n| (0, n)),
         saved::Contents::Nic(_) => number(NIC).map(|n| (1, n)),
-        saved::Contents::Console(_) => (slot.id == CONSOLE).then_some((2, 0)),
-        saved::Contents::Rng(_) => (slot.id == RNG).then_some((3, 0)),
+        other => DeviceConfig::restored(other, None)
+            .filter(|device| device.facts().slot() == slot.id)
+            .map(|device| (2 + device.order(), 0)),
     };
     order.ok_or_else(|| failed(slot, "no such slot can hold what is in it".into()))
 }
@@ -335,8 +323,7 @@ fn restore_machine(from: &saved::Machine) -> Result<MachineConfig, DescriptionEr
         serial: from.serial.clone().map(restore_char),
         disks: Vec::new(),
         nics: Vec::new(),
-        console: None,
-        rng: None,
+        devices: Vec::new(),
     })
 }
 
@@ -401,7 +388,7 @@ fn restore_nic(nic: &saved::Nic, shape: &NicConfig) -> NicConfig {
     NicConfig { id, tap, mac, pps, bps, backend, ..shape.clone() }
 }
 
-fn save_char(backend: CharBackend) -> saved::CharBackend {
+pub(crate) fn save_char(backend: CharBackend) -> saved::CharBackend {
     match backend {
         CharBackend::Stdio => saved::CharBackend::Stdio,
         CharBackend::Pty => saved::CharBackend::Pty,
@@ -410,7 +397,7 @@ fn save_char(backend: CharBackend) -> saved::CharBackend {
     }
 }
 
-fn restore_char(backend: saved::CharBackend) -> CharBackend {
+pub(crate) fn restore_char(backend: saved::CharBackend) -> CharBackend {
     match backend {
         saved::CharBackend::Stdio => CharBackend::Stdio,
         saved::CharBackend::Pty => CharBackend::Pty,

@@ -16,7 +16,7 @@ pub struct SlotCounts {
 }
 
 /// What takes slots.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// Slots for disks; `None`: as many as usual, or as there are disks.
     pub disk_slots: Option<usize>,
@@ -26,14 +26,12 @@ pub struct Wanted {
     pub disks: usize,
     /// NICs.
     pub nics: usize,
-    /// Whether there is a console.
-    pub console: bool,
-    /// Whether there is a source of randomness.
-    pub rng: bool,
+    /// Devices that have a slot of their own which nothing else can take.
+    pub others: Vec<&'static str>,
 }
 
 /// Why a machine cannot have its slots.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SlotsError {
     /// More disks than slots for them.
     #[error("{slots} slots for disks are fewer than the disks that are configured ({disks})")]
@@ -57,7 +55,7 @@ pub enum SlotsError {
 }
 
 /// All that takes interrupts, which are too few.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoRoom {
     wanted: Wanted,
     slots: SlotCounts,
@@ -88,14 +86,8 @@ impl Wanted {
             nic_slots: Some(config.slots.nics),
             disks: config.disks.len().max(occupied.disks.len()),
             nics: config.nics.len().max(occupied.nics.len()),
-            console: config.console.is_some(),
-            rng: config.rng.is_some(),
+            others: config.devices.iter().map(|device| device.facts().slot()).collect(),
         }
-    }
-
-    /// Devices that have a slot of their own which nothing else can take.
-    pub fn others(&self) -> usize {
-        usize::from(self.console) + usize::from(self.rng)
     }
 }
 
@@ -103,7 +95,7 @@ impl TryFrom<Wanted> for SlotCounts {
     type Error = SlotsError;
 
     fn try_from(wanted: Wanted) -> Result<Self, SlotsError> {
-        let Wanted { disks, nics, .. } = wanted;
+        let (disks, nics) = (wanted.disks, wanted.nics);
         let slots = Self {
             disks: wanted.disk_slots.unwrap_or(disks.max(DISK_SLOTS)),
             nics: wanted.nic_slots.unwrap_or(nics.max(NIC_SLOTS)),
@@ -114,7 +106,7 @@ impl TryFrom<Wanted> for SlotCounts {
         if slots.nics < nics {
             return Err(SlotsError::Nics { slots: slots.nics, nics });
         }
-        let all = slots.disks.saturating_add(slots.nics).saturating_add(wanted.others());
+        let all = slots.disks.saturating_add(slots.nics).saturating_add(wanted.others.len());
         match all <= VIRTIO_SLOTS {
             true => Ok(slots),
             false => Err(SlotsError::NoRoom(NoRoom { wanted, slots })),
@@ -125,16 +117,14 @@ impl TryFrom<Wanted> for SlotCounts {
 impl fmt::Display for NoRoom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { wanted, slots } = self;
-        let all = slots.disks.saturating_add(slots.nics).saturating_add(wanted.others());
+        let all = slots.disks.saturating_add(slots.nics).saturating_add(wanted.others.len());
         write!(f, "{all} virtio devices and slots, at most {VIRTIO_SLOTS} are allowed: ")?;
         write!(f, "{} for disks ({} configured), ", slots.disks, wanted.disks)?;
         write!(f, "{} for NICs ({} configured)", slots.nics, wanted.nics)?;
-        for (there, name) in [(wanted.console, "console"), (wanted.rng, "rng")] {
-            if there {
-                write!(f, ", 1 for the {name}")?;
-            }
+        for name in &wanted.others {
+            write!(f, ", 1 for the {name}")?;
         }
-        let configured = wanted.disks.saturating_add(wanted.nics) + wanted.others();
+        let configured = wanted.disks.saturating_add(wanted.nics) + wanted.others.len();
         match configured <= VIRTIO_SLOTS {
             true => f.write_str("; -machine disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"),
             false => f.write_str("; leave some devices out"),
@@ -163,8 +153,7 @@ mod tests {
         let asked = |disks, nics| Wanted {
             disk_slots: Some(disks),
             nic_slots: Some(nics),
-            console: true,
-            rng: true,
+            others: vec!["console", "rng"],
             ..Wanted::default()
         };
         assert_eq!(counts(asked(0, 0)), Ok((0, 0)));
@@ -175,16 +164,18 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_told_with_all_that_takes_the_room() {
-        let many = Wanted { disks: 16, console: true, rng: true, ..Wanted::default() };
+        let many = Wanted { disks: 16, others: vec!["console", "rng"], ..Wanted::default() };
         assert_eq!(
-            counts(many).unwrap_err(),
+            counts(many.clone()).unwrap_err(),
             "20 virtio devices and slots, at most 18 are allowed: 16 for disks (16 configured), 2 for \
              NICs (0 configured), 1 for the console, 1 for the rng; -machine \
              disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"
         );
-        assert_eq!(counts(Wanted { nic_slots: Some(0), ..many }), Ok((16, 0)));
+        assert_eq!(counts(Wanted { nic_slots: Some(0), ..many.clone() }), Ok((16, 0)));
         assert!(
-            counts(Wanted { disks: 19, ..many }).unwrap_err().ends_with("leave some devices out")
+            counts(Wanted { disks: 19, ..many.clone() })
+                .unwrap_err()
+                .ends_with("leave some devices out")
         );
         let few = Wanted { disk_slots: Some(1), disks: 2, ..Wanted::default() };
         assert_eq!(

@@ -345,9 +345,8 @@ impl Machine {
 
     /// Whether a device or back-end has this name.
     fn knows(&self, name: &str) -> bool {
-        let console = self.config.console.as_ref().map(|c| c.id.as_str());
-        let rng = self.config.rng.as_ref().map(|r| r.id.as_str());
-        self.backends.knows(name) || [console, rng].contains(&Some(name))
+        let mut others = self.config.devices.iter();
+        self.backends.knows(name) || others.any(|device| device.facts().id() == name)
     }
 
     /// The id of a device to come: its back-end's name, or a new one.

@@ -2,14 +2,14 @@
 //! to take a saved state.
 use std::{io, sync::Arc};
 
-use config::{CharBackend, ConsoleConfig, DiskConfig, NicConfig, RngConfig};
+use config::{CharBackend, DiskConfig, NicConfig};
 use devices::{
     backend::{
         char::{Char, CharError},
         disk::Disk,
         net::{NetBackend, NoNetwork, tap::Tap},
     },
-    virtio::{VirtioDevice, blk, net, rng::Rng},
+    virtio::{VirtioDevice, blk, net},
 };
 
 use crate::{BuildError, Event, Report, Told, backends, legacy};
@@ -34,19 +34,6 @@ impl Backing<'_> {
             Self::Host { report, .. } => legacy::open(backend, report),
             Self::Nothing(_) => Char::null(),
         }
-    }
-
-    pub(crate) fn console(self, config: &ConsoleConfig) -> Result<Char, BuildError> {
-        let failed = |source| BuildError::Console { id: config.id.clone(), source };
-        self.char(&config.backend).map_err(failed)
-    }
-
-    pub(crate) fn entropy(self, config: &RngConfig) -> Result<Rng, BuildError> {
-        let rng = match self {
-            Self::Host { .. } => Rng::new(config.id.clone(), &config.path, config.bps),
-            Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps),
-        };
-        rng.map_err(|source| BuildError::Rng { id: config.id.clone(), source })
     }
 
     /// A slot for disks: its queues are those of the disk that it had at the start, `shape`, whatever

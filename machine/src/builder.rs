@@ -14,13 +14,10 @@ use config::{
 };
 use devices::{
     Memory,
-    backend::{
-        char::{CharError, CharSink},
-        disk::DiskError,
-        net::tap::TapError,
-    },
+    backend::{char::CharSink, disk::DiskError, net::tap::TapError},
     bus::BusBuilder,
-    virtio::{VirtioDevice, blk, console::Console, net, rng::RngError},
+    reclaim::Reclaim,
+    virtio::{VirtioDevice, blk, net},
 };
 
 use kvm_bindings::CpuId;
@@ -31,12 +28,14 @@ use crate::{
     Machine,
     backends::{self, Backends, Plugged},
     backing::Backing,
+    balloon::Balloon,
     boot::BootError,
     dry_restore::Restorable,
     event::{Event, Report},
     fits,
     generation::GenerationId,
     io_thread,
+    kinds::{Built, Kept},
     kvm::{
         self, KvmError, Vm, entry, features,
         opening::{Opened, Opening},
@@ -84,10 +83,8 @@ pub enum BuildError {
     Tap { id: String, source: TapError },
     #[error("NIC {id}")]
     NicSettings { id: String, source: net::PlugError },
-    #[error("console {id}")]
-    Console { id: String, source: CharError },
-    #[error("rng {id}")]
-    Rng { id: String, source: RngError },
+    #[error("{kind} {id}")]
+    Device { kind: &'static str, id: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{id}: no descriptor is left")]
     Descriptor { id: String, source: io::Error },
     #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
@@ -191,6 +188,7 @@ impl Machine {
         };
         let Contents { memory, filled, origin } = contents;
         let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
+        let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
         let window = Slots::window(places).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, fd, &memory, &window)?;
         let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
@@ -201,7 +199,7 @@ impl Machine {
             let topology = &config.topology;
             let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
             let backing = Backing::Host { report: &report, held };
-            let parts = Parts::new(made_of, backing, &memory, window, &io_threads);
+            let parts = Parts::new(made_of, backing, &memory, &reclaim, window, &io_threads);
             let parts = parts.and_then(|parts| {
                 let kernel = || {
                     BootPlan::new(config, &parts.slots, &apic_ids).load(&memory, &AtomicU64::new(0))
@@ -217,7 +215,7 @@ impl Machine {
         if small {
             memory::populate(&memory, &config.memory)?;
         }
-        let (Parts { legacy, slots, buses, chardevs, outputs, plugged }, boot) = parts?;
+        let (Parts { legacy, slots, buses, chardevs, outputs, plugged, balloon }, boot) = parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -253,6 +251,7 @@ impl Machine {
             chardevs,
             outputs,
             backends: Backends::new(counts, occupied, plugged),
+            balloon,
             generation,
             seen,
             leaves: None,
@@ -285,6 +284,7 @@ pub(crate) struct Parts {
     chardevs: Vec<(String, String)>,
     outputs: Vec<CharSink>,
     plugged: Vec<Plugged>,
+    balloon: Option<Balloon>,
 }
 
 /// What a machine is made from.
@@ -293,7 +293,7 @@ pub(crate) struct MadeOf<'a> {
     pub config: &'a MachineConfig,
     /// What is in the slots now.
     pub occupied: &'a Occupancy,
-    /// Where the slots are: for disks, for NICs, the console's and the one of the source of randomness.
+    /// Where the slots are: for disks, for NICs, and those of all other devices.
     pub places: &'a [Place],
 }
 
@@ -313,6 +313,7 @@ impl Parts {
         made_of: &MadeOf<'_>,
         backing: Backing<'_>,
         memory: &Memory,
+        reclaim: &Arc<dyn Reclaim>,
         window: Arc<MmapRegion>,
         io_threads: &IoThreads,
     ) -> Result<Self, BuildError> {
@@ -321,6 +322,7 @@ impl Parts {
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
         let (mut chardevs, mut outputs, mut plugged) = (Vec::new(), Vec::new(), Vec::new());
+        let mut balloon = None;
         let default = threads.find("", "", None)?;
         let power = Arc::default();
         let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, backing)?;
@@ -331,7 +333,7 @@ impl Parts {
         let mut slots =
             Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
         let mut places = places.iter();
-        let mut add = |device: Box<dyn VirtioDevice>, thread| {
+        let mut add = |slots: &mut Slots, device: Box<dyn VirtioDevice>, thread| {
             let place = places.next().ok_or(BuildError::Slot(SlotError::TooMany))?;
             slots.add(&mut mmio, place.clone(), device, thread).map_err(BuildError::Slot)
         };
@@ -343,27 +345,34 @@ impl Parts {
                 .block(slot, shape, disk)
                 .map_err(|e| explained(e, slot, config, occupied))?;
             plugged.push(Plugged::of(&block));
-            add(Box::new(block), thread)?;
+            add(&mut slots, Box::new(block), thread)?;
         }
         for slot in 0..config.slots.nics() {
             let shape = config.nics.get(slot);
             let nic = occupied.nics.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
-            add(backing.interface(slot, shape, nic)?, thread)?;
+            add(&mut slots, backing.interface(slot, shape, nic)?, thread)?;
         }
-        if let Some(console) = &config.console {
-            let char = backing.console(console)?;
-            chardevs.push((console.id.clone(), char.name.clone()));
-            outputs.push(char.sink.clone());
-            let thread = threads.find_for("console", Some((&console.id, &console.iothread)))?;
-            add(Box::new(Console::new(console.id.clone(), char)), thread)?;
-        }
-        if let Some(rng) = &config.rng {
-            add(Box::new(backing.entropy(rng)?), default.clone())?;
+        for config in &config.devices {
+            let facts = config.facts();
+            let thread = threads.find(facts.slot(), facts.id(), facts.iothread())?;
+            let Built { device, kept } = backing.device(config, reclaim)?;
+            match kept {
+                Kept::Nothing => {}
+                Kept::Chars(label, Outside { name, sink }) => {
+                    chardevs.push((label, name));
+                    outputs.push(sink);
+                }
+                Kept::Balloon(control) => {
+                    let ram = made_of.config.memory.size;
+                    balloon = Some(Balloon::new(facts.id(), control, ram, slots.len()));
+                }
+            }
+            add(&mut slots, device, thread)?;
         }
 
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
-        Ok(Self { legacy, slots, buses, chardevs, outputs, plugged })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, plugged, balloon })
     }
 }
 

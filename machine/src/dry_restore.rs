@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use config::Description;
-use devices::state::StateError;
+use devices::{reclaim::Reclaim, state::StateError};
 use state::{Section, Sections};
 
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
     backing::Backing,
     builder::{MadeOf, Parts},
     io_thread,
+    kinds::NoReclaim,
     legacy::Legacy,
     memory,
     slots::Slots,
@@ -44,7 +45,8 @@ pub fn dry_restore(description: Description, sections: Sections) -> Result<Resto
     let ids = std::iter::once("io0").chain(made_of.config.iothreads.iter().map(String::as_str));
     let threads: Vec<_> = ids.map(|id| (id.to_owned(), thread.clone())).collect();
     let backing = Backing::Nothing(&description.disk_sizes);
-    let parts = Parts::new(&made_of, backing, &memory, window, &threads)?;
+    let reclaim: Arc<dyn Reclaim> = Arc::new(NoReclaim);
+    let parts = Parts::new(&made_of, backing, &memory, &reclaim, window, &threads)?;
     restore_devices(&parts.legacy, &parts.slots, &state.devices)?;
     Ok(Restorable { description, state })
 }

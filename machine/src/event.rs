@@ -15,6 +15,9 @@ pub enum Event {
     MemoryLost(String),
     /// The person at the console typed `Ctrl-a x`.
     Escape,
+    /// The guest has changed the size of its balloon. To be dropped when that has been noted: no other
+    /// change is reported until then.
+    BalloonChanged(Told),
     /// A disk could not do what the guest asked.
     DiskError {
         /// The disk's id.

@@ -1,6 +1,7 @@
 //! The hardware: KVM, memory, vCPU and I/O threads, interrupts, boot; configuration to machine.
 mod backends;
 mod backing;
+mod balloon;
 pub mod boot;
 mod builder;
 mod description;
@@ -9,6 +10,7 @@ mod event;
 mod fits;
 mod generation;
 pub mod io_thread;
+mod kinds;
 pub mod kvm;
 pub mod layout;
 mod legacy;
@@ -23,6 +25,7 @@ mod spot_check;
 pub mod vcpu;
 
 pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
+pub use balloon::Balloon;
 pub use builder::{BuildError, Saved};
 pub use devices::{
     Memory, PowerEvent,

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use crate::{
     backends::Backends,
+    balloon::Balloon,
     boot::BootError,
     generation::GenerationId,
     io_thread,
@@ -60,6 +61,7 @@ pub struct Machine {
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) outputs: Vec<CharSink>,
     pub(crate) backends: Backends,
+    pub(crate) balloon: Option<Balloon>,
     pub(crate) generation: GenerationId,
     /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
     pub(crate) seen: Option<CpuId>,

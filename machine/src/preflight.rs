@@ -8,11 +8,14 @@ use std::{
 
 use config::{CharBackend, MachineConfig, MemoryConfig, NicConfig, Occupancy, Part, Tap};
 
+use devices::reclaim::Reclaim;
+
 use crate::{
     backing::Backing,
     boot::{self, BootError},
     builder::{self, BuildError},
     event::Report,
+    kinds::NoReclaim,
     kvm::KvmError,
     legacy::LegacyError,
     memory::{self, MemoryError},
@@ -39,8 +42,7 @@ impl BuildError {
             | Self::RootDisk { id, .. } => Part::Disk(id.clone()),
             Self::Tap { id, .. } | Self::NicSettings { id, .. } => Part::Nic(id.clone()),
             Self::Legacy(LegacyError::Char(_)) => Part::Serial,
-            Self::Console { .. } => Part::Console,
-            Self::Rng { .. } => Part::Rng,
+            Self::Device { kind, .. } => Part::Device(kind),
             _ => return None,
         })
     }
@@ -76,8 +78,8 @@ pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     if let Some(Err(error)) = config.serial.as_ref().map(|serial| backing.char(serial)) {
         faults.push(LegacyError::from(error).into());
     }
-    faults.extend(config.console.as_ref().and_then(|c| backing.console(c).err()));
-    faults.extend(config.rng.as_ref().and_then(|rng| backing.entropy(rng).err()));
+    let reclaim: Arc<dyn Reclaim> = Arc::new(NoReclaim);
+    faults.extend(config.devices.iter().filter_map(|d| backing.device(d, &reclaim).err()));
 
     // As it was said first: what has been tried since may have been something else.
     if let Some(first) = first {
@@ -107,8 +109,7 @@ pub(crate) struct CleanupGuard(Vec<PathBuf>);
 
 impl CleanupGuard {
     pub fn before(config: &MachineConfig) -> Self {
-        let console = config.console.as_ref().map(|console| &console.backend);
-        let files = config.serial.iter().chain(console).filter_map(|backend| match backend {
+        let files = config.chars().filter_map(|backend| match backend {
             CharBackend::File(path) => Some(path),
             _ => None,
         });

@@ -135,6 +135,11 @@ impl Slots {
         &self.window
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
     /// What the guest is told of them.
     pub(crate) fn boot_list(&self) -> Vec<VirtioSlot> {
         self.slots.iter().map(|s| s.place.at).collect()

@@ -145,7 +145,7 @@ pub struct Boot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Slot {
-    /// By which its section is known: `disk0`, `nic1`, `console`, `rng`. The number is the `addr` of
+    /// By which its section is known: `disk0`, `nic1`, `console`, `rng`, `balloon`. The number is the `addr` of
     /// `device_add`.
     pub id: String,
     /// Address of its registers.
@@ -170,6 +170,7 @@ pub enum Contents {
     Nic(Option<Nic>),
     Console(Console),
     Rng(Rng),
+    Balloon(Balloon),
 }
 
 /// A disk.
@@ -301,4 +302,16 @@ pub struct Rng {
     /// Bytes per second; `null`: unlimited.
     #[serde(deserialize_with = "required")]
     pub bps: Option<u64>,
+}
+
+/// A memory balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// Id of the device.
+    pub id: String,
+    /// The guest takes pages out of it rather than run out of memory.
+    pub deflate_on_oom: bool,
+    /// The guest reports the pages that it has freed.
+    pub free_page_reporting: bool,
 }

@@ -278,6 +278,36 @@ impl Saved for Rng {
     const VERSION: u32 = 1;
 }
 
+/// A memory balloon. Its pages are of 4 KiB.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// Pages that the guest is asked to put into it.
+    pub target: u32,
+    /// Pages in it, as the guest says.
+    pub actual: u32,
+    /// Seconds between two statistics that the guest is asked for; 0: none.
+    pub polling_interval: u32,
+    /// Once a driver uses it.
+    #[serde(deserialize_with = "required")]
+    pub active: Option<ActiveBalloon>,
+}
+
+impl Saved for Balloon {
+    const KIND: &'static str = "virtio-balloon";
+    const VERSION: u32 = 1;
+}
+
+/// A balloon in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActiveBalloon {
+    /// Nothing is in flight: both positions of a queue are the same.
+    pub queues: Vec<QueuePosition>,
+    /// The driver has broken a ring and has to reset the device.
+    pub needs_reset: bool,
+}
+
 /// Whether `section` is that of a device, in a form that is known here, down to what is in it.
 ///
 /// # Errors
@@ -293,6 +323,7 @@ pub fn check(section: &Section) -> Result<(), SectionError> {
         Nic::KIND => section.read::<Nic>().map(drop),
         Console::KIND => section.read::<Console>().map(drop),
         Rng::KIND => section.read::<Rng>().map(drop),
+        Balloon::KIND => section.read::<Balloon>().map(drop),
         VirtioMmio::KIND => {
             let slot = section.read::<VirtioMmio>()?;
             match slot.device.kind.as_str() {

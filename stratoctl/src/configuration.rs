@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context;
-use config::cli::{self, Action};
+use config::cli::{self, Action, FileKey};
 use serde_json::Value;
 
 use crate::{
@@ -16,18 +16,6 @@ use crate::{
     registry::{Description, Name},
     verbs::Described,
 };
-
-/// Files that the monitor opens: section, key.
-const PATHS: [(&str, &str); 6] = [
-    ("boot-source", "kernel_image_path"),
-    ("boot-source", "initrd_fs_path"),
-    ("machine-config", "mem_path"),
-    ("drive", "path_on_host"),
-    ("console", "socket_path"),
-    ("rng", "random_file"),
-];
-/// Of these, what has to be there before the start.
-const NEEDED: [&str; 4] = ["kernel_image_path", "initrd_fs_path", "path_on_host", "random_file"];
 
 /// Read and check what `described` names.
 ///
@@ -75,10 +63,10 @@ pub fn uuid() -> anyhow::Result<String> {
 pub fn check_files(config: &Value) -> anyhow::Result<()> {
     let mut missing = Vec::new();
     for_paths(&mut config.clone(), |key, path| {
-        if NEEDED.contains(&key)
+        if key.needed
             && let Err(e) = fs::metadata(&*path)
         {
-            missing.push(format!("{key}: {path}: {e}"));
+            missing.push(format!("{}: {path}: {e}", key.key));
         }
     });
     match missing.is_empty() {
@@ -118,15 +106,15 @@ fn make_absolute(config: &mut Value, directory: &Path) {
     });
 }
 
-fn for_paths(config: &mut Value, mut each: impl FnMut(&str, &mut String)) {
-    for (section, key) in PATHS {
+fn for_paths(config: &mut Value, mut each: impl FnMut(FileKey, &mut String)) {
+    for (section, key) in cli::files() {
         let items = match config.get_mut(section) {
             Some(Value::Array(items)) => items.iter_mut().collect(),
             Some(object) => vec![object],
             None => vec![],
         };
         for item in items {
-            if let Some(Value::String(path)) = item.get_mut(key)
+            if let Some(Value::String(path)) = item.get_mut(key.key)
                 && !path.is_empty()
             {
                 each(key, path);

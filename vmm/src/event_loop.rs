@@ -171,6 +171,7 @@ impl EventLoop {
                 vmm.follow_deferred(&table);
                 vmm.in_one_piece(Vmm::follow_save);
                 vmm.follow_announcements();
+                vmm.follow_balloon();
             }
             vmm.in_one_piece(Vmm::follow_files);
             for server in 0..vmm.servers.len() {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 pub mod announce;
 pub mod arriving;
+mod balloon;
 pub mod bare;
 pub mod bounds;
 pub mod checkpoint;

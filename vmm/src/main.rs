@@ -204,6 +204,5 @@ fn what(invocation: &Invocation) -> String {
 }
 
 fn uses_stdio(machine: &MachineConfig) -> bool {
-    let console = machine.console.as_ref().map(|c| &c.backend);
-    machine.serial.iter().chain(console).any(|b| *b == CharBackend::Stdio)
+    machine.chars().any(|backend| *backend == CharBackend::Stdio)
 }

@@ -15,6 +15,7 @@ use qmp::{
 
 use crate::{
     announce::Announcing,
+    balloon::BalloonEvents,
     bounds,
     checkpoint::job::Checkpointer,
     deferred::{Deferrals, Halting},
@@ -39,6 +40,7 @@ pub struct Vmm {
     actions: Actions,
     pub(crate) saving: Saving,
     pub(crate) announcing: Option<Announcing>,
+    pub(crate) balloon: BalloonEvents,
     pub(crate) files: Files,
     pub(crate) spawner: Spawner,
     /// What the machine reported while its state was being saved, or something was deferred.
@@ -99,6 +101,7 @@ impl Vmm {
             actions,
             saving: Saving::new(checkpointer),
             announcing: None,
+            balloon: BalloonEvents::default(),
             files,
             spawner,
             late: Vec::new(),
@@ -212,7 +215,8 @@ impl Vmm {
     /// How long until something is due that nothing else reports.
     pub(crate) fn until_due(&self) -> Option<std::time::Duration> {
         let (save, files) = (self.until_save(), self.files.until_overdue());
-        [self.until_announcement(), save, files, self.until_retry()].into_iter().flatten().min()
+        let events = [self.until_announcement(), self.until_balloon()];
+        [save, files, self.until_retry()].into_iter().chain(events).flatten().min()
     }
 
     /// Something that the machine could not decide by itself.
@@ -262,6 +266,7 @@ impl Vmm {
             M::Escape => {
                 self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
             }
+            M::BalloonChanged(_) => self.balloon.changed(),
             M::DiskError { id, write, error, told: _ } => self.tell(&disk_error(id, write, &error)),
         }
     }

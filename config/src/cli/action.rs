@@ -6,7 +6,7 @@ use super::fields::Fields;
 
 /// What has been said so far.
 #[derive(Debug, Default)]
-pub(super) struct Wanted {
+pub(crate) struct Wanted {
     shutdown: Option<Action>,
     reboot: Option<Outcome>,
     panic: Option<Outcome>,
@@ -29,7 +29,7 @@ enum Outcome {
 }
 
 impl Wanted {
-    pub(super) fn resolve(&self) -> Actions {
+    pub(crate) fn resolve(&self) -> Actions {
         let default = Actions::default();
         let shutdown = self.shutdown.unwrap_or(default.shutdown);
         let follow = |how| match how {
@@ -55,7 +55,7 @@ impl Wanted {
 }
 
 /// `-action`.
-pub(super) fn action(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn action(draft: &mut Draft, f: &mut Fields) {
     let a = &mut draft.actions;
     let keep = |action| Ok(Outcome::Follow(Follow::Do(action)));
     let shutdown =
@@ -72,12 +72,12 @@ pub(super) fn action(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `-no-shutdown`.
-pub(super) fn no_shutdown(draft: &mut Draft, _: &mut Fields) {
+pub(crate) fn no_shutdown(draft: &mut Draft, _: &mut Fields) {
     draft.actions.shutdown = Some(Action::Stay);
 }
 
 /// `domain`.
-pub(super) fn domain(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn domain(draft: &mut Draft, f: &mut Fields) {
     // To have it under another name is the business of whoever keeps the domains.
     let choices = [
         ("destroy", Ok(Action::End)),

@@ -9,14 +9,14 @@ use super::fields::Fields;
 use super::value::{self, Rule};
 
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Stdio,
     Pty,
     File,
     Socket,
 }
 
-pub(super) const KINDS: &[(&str, Result<Kind, &str>)] = &[
+pub(crate) const KINDS: &[(&str, Result<Kind, &str>)] = &[
     ("stdio", Ok(Kind::Stdio)),
     ("pty", Ok(Kind::Pty)),
     ("file", Ok(Kind::File)),
@@ -24,13 +24,13 @@ pub(super) const KINDS: &[(&str, Result<Kind, &str>)] = &[
 ];
 
 /// `-api-channel unix:PATH`; what follows a comma never had a meaning.
-pub(super) fn api_channel(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn api_channel(draft: &mut Draft, f: &mut Fields) {
     let path = f.text("", |word| unix(word.split_once(',').map_or(word, |(path, _)| path)));
     draft.control = path.map(|path| (f.place().clone(), Control { path, connects: false }));
 }
 
 /// `-qmp unix:PATH[,server,nowait]`.
-pub(super) fn qmp(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn qmp(draft: &mut Draft, f: &mut Fields) {
     let path = f.text("address", unix);
     let connects = ["server", "nowait", "wait"].iter().all(|key| !f.has(key));
     listening(f, connects);
@@ -39,7 +39,7 @@ pub(super) fn qmp(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `-mon chardev=ID,mode=control`.
-pub(super) fn mon(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn mon(draft: &mut Draft, f: &mut Fields) {
     f.require(&["chardev", "mode"]);
     let chardev = f.id("chardev");
     let _ = f.id("id");
@@ -48,7 +48,7 @@ pub(super) fn mon(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `-chardev`, both generations.
-pub(super) fn chardev(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn chardev(draft: &mut Draft, f: &mut Fields) {
     f.require(&["id"]);
     let id = f.id("id");
     let console = !f.has("backend");
@@ -65,7 +65,7 @@ pub(super) fn chardev(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `-serial`.
-pub(super) fn serial(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn serial(draft: &mut Draft, f: &mut Fields) {
     let chardev = f.text("backend", |word| Ok(word.strip_prefix("chardev:").map(str::to_owned)));
     let place = f.place().clone();
     draft.serial = match chardev.flatten() {
@@ -81,7 +81,7 @@ pub(super) fn serial(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// An item of `console`.
-pub(super) fn json_console(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn json_console(draft: &mut Draft, f: &mut Fields) {
     f.require(&["console_id", "socket_path"]);
     let (id, path) = (f.id("console_id"), f.text("socket_path", value::socket_path));
     if let (Some(id), Some(path)) = (id, path) {
@@ -91,7 +91,7 @@ pub(super) fn json_console(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `serial`.
-pub(super) fn json_serial(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn json_serial(draft: &mut Draft, f: &mut Fields) {
     f.require(&["stdio"]);
     draft.serial = f.boolean("stdio").map(|stdio| {
         if stdio { Serial::Backend(f.place().clone(), CharBackend::Stdio) } else { Serial::Off }

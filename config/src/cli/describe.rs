@@ -2,7 +2,8 @@
 //! reader of flags and devices is let ask for its keys where nothing is given.
 use super::draft::Draft;
 use super::fields::{Fields, Kind, Raw};
-use super::flags::TABLE;
+use super::flags::flags;
+use super::kinds;
 use super::problem::Place;
 use super::table::{Effect, Flag, Shape};
 use super::{chars, device, objects};
@@ -18,7 +19,7 @@ pub struct Described {
 
 /// All flags that have an effect.
 pub fn options() -> Vec<Described> {
-    TABLE.iter().filter_map(option).collect()
+    flags().filter_map(option).collect()
 }
 
 /// All models of `-device`.
@@ -27,7 +28,7 @@ pub fn models() -> Vec<Described> {
         let keys = keys(device::device, Some(("driver", name)));
         Described { name, keys: keys.into_iter().filter(|(key, _)| *key != "driver").collect() }
     };
-    device::MODELS.iter().map(|model| model.name).map(model).collect()
+    kinds::models().map(|model| model.name).map(model).collect()
 }
 
 /// All kinds of `-object`.
@@ -42,12 +43,14 @@ fn option(flag: &Flag) -> Option<Described> {
         Effect::Action => return Some(Described { name, keys: vec![] }),
         Effect::Ignore | Effect::Refuse(_) => return None,
     };
-    let Shape::Properties(_, lead) = flag.shape else {
-        return Some(Described { name, keys: vec![] });
+    let lead = match flag.shape {
+        Shape::Properties(_, lead) => lead,
+        Shape::OptionalProperties(_) => None,
+        _ => return Some(Described { name, keys: vec![] }),
     };
     // Which keys there are may depend on the first word.
     let words = match name {
-        "device" => device::MODELS.iter().map(|model| model.name).collect(),
+        "device" => kinds::models().map(|model| model.name).collect(),
         "chardev" | "serial" => names(chars::KINDS),
         "object" => names(objects::KINDS),
         "netdev" => vec!["tap"],

@@ -1,14 +1,43 @@
 //! Disks: `-drive`, the file's `drive`, and the guest's side in `-device virtio-blk-device`.
 use crate::{Aio, limits};
 
-use super::draft::{BlkFront, Draft, Drive};
+use super::draft::{BlkFront, DeviceKind, Draft, Drive};
 use super::fields::{Fields, choose};
+use super::kinds::{FileKey, Kind, Model, Section};
+use super::table::{Group::Storage, Shape::Properties, flag};
 use super::value::{self, Rule};
 
 const FORMATS: &[(&str, Result<(), &str>)] = &[("raw", Ok(())), ("qcow2", Err("format 'qcow2'"))];
 
+/// Its row of the table.
+pub(crate) const KIND: Kind = Kind {
+    section: ("drive", Section::List(json_drive)),
+    paths: &[FileKey { key: "path_on_host", needed: true }],
+    flags: &[flag(
+        &["drive"],
+        Properties("id=ID,file=PATH[,readonly=on|off][,direct=on|off]", None),
+        Storage,
+        drive,
+        "raw image: readonly (off), direct (on) for O_DIRECT; a disk by itself unless a -device \
+          uses it; also [,serial=TEXT] [,iothread=ID] [,discard=unmap|ignore] \
+          [,aio=io_uring|native|off] [,throttling.iops-total=N] [,throttling.bps-total=N]",
+    )
+    .repeatable()],
+    models: &[Model {
+        name: "virtio-blk-device",
+        id: ",id=ID",
+        form: ",drive=ID[,serial=TEXT][,iothread=ID][,num-queues=N][,queue-size=N]",
+        make: |f| {
+            f.require(&["drive"]);
+            let drive = f.id("drive").unwrap_or_default();
+            DeviceKind::Blk { drive, front: front(f) }
+        },
+    }],
+    resolve: |r, draft, devices| devices.disks = r.disks(draft),
+};
+
 /// `-drive`, both generations: which one it is decides the `-device` that names it, or does not.
-pub(super) fn drive(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn drive(draft: &mut Draft, f: &mut Fields) {
     let interface =
         f.choice("if", &[("none", Ok(())), ("pflash", Err("a firmware flash (pflash)"))]);
     if f.has("if") && interface.is_none() {
@@ -81,7 +110,7 @@ pub fn detect_zeroes(word: &str) -> Result<(), Rule> {
 }
 
 /// An item of `drive`.
-pub(super) fn json_drive(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn json_drive(draft: &mut Draft, f: &mut Fields) {
     f.require(&["drive_id", "path_on_host", "read_only", "direct"]);
     let id = f.id("drive_id");
     let path = f.path("path_on_host");
@@ -114,7 +143,7 @@ pub(super) fn json_drive(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// The keys of `-device virtio-blk-device` behind `id` and `drive`.
-pub(super) fn front(f: &mut Fields) -> BlkFront {
+pub(crate) fn front(f: &mut Fields) -> BlkFront {
     // Without firmware there is no boot order to take part in.
     let _ = f.number("bootindex", 0..=u32::MAX);
     BlkFront {

@@ -1,7 +1,7 @@
 //! What file and command line have said so far. Names are not yet looked up.
 use std::path::PathBuf;
 
-use crate::{Aio, CharBackend, Tap, Topology};
+use crate::{Aio, CharBackend, DeviceConfig, Tap, Topology};
 
 use super::action::Wanted;
 use super::problem::{Place, Places, Problems};
@@ -10,121 +10,129 @@ use super::{Control, Log, Source};
 
 /// Everything said so far.
 #[derive(Debug, Default)]
-pub(super) struct Draft {
-    pub(super) problems: Problems,
+pub(crate) struct Draft {
+    pub(crate) problems: Problems,
     /// Of what is said but once; the devices have their own.
-    pub(super) places: Places,
+    pub(crate) places: Places,
 
-    pub(super) name: Option<String>,
-    pub(super) uuid: Option<String>,
-    pub(super) smp: Option<(u8, Topology)>,
-    pub(super) memory: Option<u64>,
-    pub(super) mem_path: Option<PathBuf>,
-    pub(super) mem_prealloc: bool,
-    pub(super) mem_share: Option<bool>,
-    pub(super) dump_guest_core: Option<bool>,
-    pub(super) omit_vm_memory: bool,
-    pub(super) disk_slots: Option<(Place, usize)>,
-    pub(super) nic_slots: Option<(Place, usize)>,
+    pub(crate) name: Option<String>,
+    pub(crate) uuid: Option<String>,
+    pub(crate) smp: Option<(u8, Topology)>,
+    pub(crate) memory: Option<u64>,
+    pub(crate) mem_path: Option<PathBuf>,
+    pub(crate) mem_prealloc: bool,
+    pub(crate) mem_share: Option<bool>,
+    pub(crate) dump_guest_core: Option<bool>,
+    pub(crate) omit_vm_memory: bool,
+    pub(crate) disk_slots: Option<(Place, usize)>,
+    pub(crate) nic_slots: Option<(Place, usize)>,
 
-    pub(super) kernel: Option<PathBuf>,
-    pub(super) initrd: Option<PathBuf>,
-    pub(super) cmdline: Option<String>,
+    pub(crate) kernel: Option<PathBuf>,
+    pub(crate) initrd: Option<PathBuf>,
+    pub(crate) cmdline: Option<String>,
 
-    pub(super) iothreads: Vec<(Place, String)>,
-    pub(super) drives: Vec<Drive>,
-    pub(super) nets: Vec<Net>,
-    pub(super) chardevs: Vec<Chardev>,
-    pub(super) rng_sources: Vec<RngSource>,
-    pub(super) devices: Vec<Device>,
-    /// `-rng`, or `rng` of the file.
-    pub(super) rng: Option<(Place, PathBuf, Option<u64>)>,
-    pub(super) serial: Option<Serial>,
+    pub(crate) iothreads: Vec<(Place, String)>,
+    pub(crate) drives: Vec<Drive>,
+    pub(crate) nets: Vec<Net>,
+    pub(crate) chardevs: Vec<Chardev>,
+    pub(crate) rng_sources: Vec<RngSource>,
+    pub(crate) devices: Vec<Device>,
+    /// Devices that one flag or section says all of; their ids are made up.
+    pub(crate) whole: Vec<(Place, DeviceConfig)>,
+    pub(crate) serial: Option<Serial>,
 
-    pub(super) control: Option<(Place, Control)>,
+    pub(crate) control: Option<(Place, Control)>,
     /// `-machine none`.
-    pub(super) no_machine: bool,
+    pub(crate) no_machine: bool,
     /// `-mon`: chardev ids.
-    pub(super) monitors: Vec<(Place, String)>,
-    pub(super) pidfile: Option<PathBuf>,
-    pub(super) daemonize: bool,
-    pub(super) paused: bool,
-    pub(super) actions: Wanted,
-    pub(super) log: Option<Log>,
-    pub(super) disable_seccomp: bool,
-    pub(super) spawn: bool,
+    pub(crate) monitors: Vec<(Place, String)>,
+    pub(crate) pidfile: Option<PathBuf>,
+    pub(crate) daemonize: bool,
+    pub(crate) paused: bool,
+    pub(crate) actions: Wanted,
+    pub(crate) log: Option<Log>,
+    pub(crate) disable_seccomp: bool,
+    pub(crate) spawn: bool,
     /// `-incoming`.
-    pub(super) incoming: Option<(Source, How)>,
+    pub(crate) incoming: Option<(Source, How)>,
+}
+
+impl Draft {
+    /// There is to be `device`, in place of one of its kind that the file has.
+    pub(crate) fn say(&mut self, place: Place, device: DeviceConfig) {
+        self.whole.retain(|(_, other)| other.part() != device.part());
+        self.whole.push((place, device));
+    }
 }
 
 /// `-drive`: an image, and in the older form the whole disk.
 #[derive(Debug)]
-pub(super) struct Drive {
-    pub(super) place: Place,
-    pub(super) id: String,
-    pub(super) path: PathBuf,
-    pub(super) readonly: bool,
-    pub(super) direct: bool,
-    pub(super) aio: Aio,
-    pub(super) discard: bool,
+pub(crate) struct Drive {
+    pub(crate) place: Place,
+    pub(crate) id: String,
+    pub(crate) path: PathBuf,
+    pub(crate) readonly: bool,
+    pub(crate) direct: bool,
+    pub(crate) aio: Aio,
+    pub(crate) discard: bool,
     /// Its format is not said.
-    pub(super) probe: bool,
-    pub(super) iops: Option<u64>,
-    pub(super) bps: Option<u64>,
-    pub(super) front: BlkFront,
+    pub(crate) probe: bool,
+    pub(crate) iops: Option<u64>,
+    pub(crate) bps: Option<u64>,
+    pub(crate) front: BlkFront,
 }
 
 /// The guest's side of a disk.
 #[derive(Debug, Default)]
-pub(super) struct BlkFront {
-    pub(super) serial: Option<String>,
-    pub(super) iothread: Option<String>,
-    pub(super) queues: Option<u16>,
-    pub(super) queue_size: Option<u16>,
+pub(crate) struct BlkFront {
+    pub(crate) serial: Option<String>,
+    pub(crate) iothread: Option<String>,
+    pub(crate) queues: Option<u16>,
+    pub(crate) queue_size: Option<u16>,
 }
 
 /// `-netdev`: a tap, and in the older form the whole NIC.
 #[derive(Debug)]
-pub(super) struct Net {
-    pub(super) place: Place,
-    pub(super) id: String,
-    pub(super) tap: Tap,
-    pub(super) queues: Option<u16>,
-    pub(super) pps: Option<u64>,
-    pub(super) bps: Option<u64>,
-    pub(super) front: NetFront,
+pub(crate) struct Net {
+    pub(crate) place: Place,
+    pub(crate) id: String,
+    pub(crate) tap: Tap,
+    pub(crate) queues: Option<u16>,
+    pub(crate) pps: Option<u64>,
+    pub(crate) bps: Option<u64>,
+    pub(crate) front: NetFront,
 }
 
 /// The guest's side of a NIC.
 #[derive(Debug, Default)]
-pub(super) struct NetFront {
-    pub(super) mac: Option<[u8; 6]>,
-    pub(super) iothread: Option<String>,
-    pub(super) mq: Option<bool>,
-    pub(super) queue_size: Option<u16>,
+pub(crate) struct NetFront {
+    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) iothread: Option<String>,
+    pub(crate) mq: Option<bool>,
+    pub(crate) queue_size: Option<u16>,
 }
 
 /// `-chardev`, and in the older form a whole console.
 #[derive(Debug)]
-pub(super) struct Chardev {
-    pub(super) place: Place,
-    pub(super) id: String,
-    pub(super) backend: CharBackend,
+pub(crate) struct Chardev {
+    pub(crate) place: Place,
+    pub(crate) id: String,
+    pub(crate) backend: CharBackend,
     /// The older form, `-chardev id=ID,path=PATH`: a console by itself.
-    pub(super) console: bool,
+    pub(crate) console: bool,
 }
 
 /// `-object rng-random`.
 #[derive(Debug)]
-pub(super) struct RngSource {
-    pub(super) place: Place,
-    pub(super) id: String,
-    pub(super) path: PathBuf,
+pub(crate) struct RngSource {
+    pub(crate) place: Place,
+    pub(crate) id: String,
+    pub(crate) path: PathBuf,
 }
 
 /// `-serial`.
 #[derive(Debug)]
-pub(super) enum Serial {
+pub(crate) enum Serial {
     Off,
     Backend(Place, CharBackend),
     Chardev(Place, String),
@@ -132,16 +140,16 @@ pub(super) enum Serial {
 
 /// `-device`.
 #[derive(Debug)]
-pub(super) struct Device {
-    pub(super) place: Place,
+pub(crate) struct Device {
+    pub(crate) place: Place,
     /// Empty when missing: a problem of its own, or one is made up.
-    pub(super) id: String,
-    pub(super) kind: DeviceKind,
+    pub(crate) id: String,
+    pub(crate) kind: DeviceKind,
 }
 
 /// What a `-device` is and which backend it names (empty when missing).
 #[derive(Debug)]
-pub(super) enum DeviceKind {
+pub(crate) enum DeviceKind {
     Blk {
         drive: String,
         front: BlkFront,
@@ -160,6 +168,8 @@ pub(super) enum DeviceKind {
         source: String,
         bps: Option<u64>,
     },
+    /// One that names nothing else.
+    Whole(DeviceConfig),
     /// Known and refused; what it names is spoken for.
     Refused {
         backends: Vec<String>,

@@ -11,7 +11,7 @@ use super::value::{self, Rule};
 
 /// A value as it stands there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Raw {
+pub(crate) enum Raw {
     /// Words of the command line, strings of JSON.
     Text(String),
     /// Number or truth value of JSON.
@@ -37,7 +37,7 @@ pub enum Kind {
 
 /// Keys with values, and what turned out wrong with them.
 #[derive(Debug)]
-pub(super) struct Fields {
+pub(crate) struct Fields {
     place: Place,
     items: Vec<(String, Raw)>,
     /// Keys asked for, in order, and what each takes.
@@ -51,7 +51,7 @@ pub(super) struct Fields {
 
 impl Fields {
     /// Of the given items; a repeated key is a problem, the first one counts.
-    pub(super) fn new(place: Place, given: Vec<(String, Raw)>) -> Self {
+    pub(crate) fn new(place: Place, given: Vec<(String, Raw)>) -> Self {
         let mut problems = Problems::default();
         let mut items: Vec<(String, Raw)> = Vec::with_capacity(given.len());
         let mut seen = HashSet::new();
@@ -66,14 +66,14 @@ impl Fields {
     }
 
     /// Of a flag with one plain value; its key is empty.
-    pub(super) fn plain(place: Place, word: Option<&str>) -> Self {
+    pub(crate) fn plain(place: Place, word: Option<&str>) -> Self {
         let items = word.map(|w| (String::new(), Raw::Text(w.to_owned())));
         Self::new(place, items.into_iter().collect())
     }
 
     /// Of `[value,]key=value,...`: a first word without `=`, or with one behind a colon only (as in
     /// `unix:/a=b`), is the value of `lead`, if there is one.
-    pub(super) fn properties(place: Place, text: &str, lead: Option<&str>) -> Self {
+    pub(crate) fn properties(place: Place, text: &str, lead: Option<&str>) -> Self {
         let mut items = vec![];
         let mut problems = Problems::default();
         for (index, word) in text.split(',').enumerate() {
@@ -96,17 +96,17 @@ impl Fields {
     }
 
     /// Where these stand.
-    pub(super) fn place(&self) -> &Place {
+    pub(crate) fn place(&self) -> &Place {
         &self.place
     }
 
     /// The key is there, whatever its value.
-    pub(super) fn has(&self, key: &str) -> bool {
+    pub(crate) fn has(&self, key: &str) -> bool {
         self.items.iter().any(|(k, _)| k == key)
     }
 
     /// A value made by `parse`; `None` when not given or wrong.
-    pub(super) fn text<T>(
+    pub(crate) fn text<T>(
         &mut self,
         key: &'static str,
         parse: impl FnOnce(&str) -> Result<T, Rule>,
@@ -115,17 +115,17 @@ impl Fields {
     }
 
     /// An id or name.
-    pub(super) fn id(&mut self, key: &'static str) -> Option<String> {
+    pub(crate) fn id(&mut self, key: &'static str) -> Option<String> {
         self.text(key, value::id)
     }
 
     /// A path.
-    pub(super) fn path(&mut self, key: &'static str) -> Option<PathBuf> {
+    pub(crate) fn path(&mut self, key: &'static str) -> Option<PathBuf> {
         self.text(key, value::path)
     }
 
     /// A number in `range`.
-    pub(super) fn number<N>(&mut self, key: &'static str, range: RangeInclusive<N>) -> Option<N>
+    pub(crate) fn number<N>(&mut self, key: &'static str, range: RangeInclusive<N>) -> Option<N>
     where
         N: std::str::FromStr + PartialOrd + std::fmt::Display,
     {
@@ -133,12 +133,12 @@ impl Fields {
     }
 
     /// A limit per second, for which 0 means none.
-    pub(super) fn rate(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
+    pub(crate) fn rate(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
         self.number(key, range).filter(|rate| *rate != 0)
     }
 
     /// A queue size in `range`.
-    pub(super) fn queue_size(
+    pub(crate) fn queue_size(
         &mut self,
         key: &'static str,
         range: RangeInclusive<u16>,
@@ -149,22 +149,22 @@ impl Fields {
     }
 
     /// Guest RAM in bytes.
-    pub(super) fn memory_size(&mut self, key: &'static str) -> Option<u64> {
+    pub(crate) fn memory_size(&mut self, key: &'static str) -> Option<u64> {
         self.get(key, Kind::Size, "a number or a string", &["a number"], value::memory_size)
     }
 
     /// A truth value.
-    pub(super) fn boolean(&mut self, key: &'static str) -> Option<bool> {
+    pub(crate) fn boolean(&mut self, key: &'static str) -> Option<bool> {
         self.get(key, Kind::Bool, "true or false", &["a truth value"], value::boolean)
     }
 
     /// Whether space that the guest discards goes back to the host.
-    pub(super) fn discard(&mut self, key: &'static str) -> Option<bool> {
+    pub(crate) fn discard(&mut self, key: &'static str) -> Option<bool> {
         self.get(key, Kind::Text, "true, false or a string", &["a truth value"], value::discard)
     }
 
     /// A key that stands alone or has a truth value.
-    pub(super) fn switch(&mut self, key: &'static str) -> Option<bool> {
+    pub(crate) fn switch(&mut self, key: &'static str) -> Option<bool> {
         if self.items.iter().any(|(k, raw)| k == key && *raw == Raw::Bare) {
             self.know(key, Kind::Bool);
             return Some(true);
@@ -173,7 +173,7 @@ impl Fields {
     }
 
     /// One of `choices`; another is a problem.
-    pub(super) fn choice<T: Copy>(
+    pub(crate) fn choice<T: Copy>(
         &mut self,
         key: &'static str,
         choices: &[(&str, Result<T, &str>)],
@@ -182,7 +182,7 @@ impl Fields {
     }
 
     /// `key` exists in StratoVirt and not here: say so if it is given.
-    pub(super) fn refuse(&mut self, key: &'static str, what: &str) {
+    pub(crate) fn refuse(&mut self, key: &'static str, what: &str) {
         self.refused.push(key);
         if self.has(key) {
             self.problem(key, format!("{what} is not built yet: leave it out"));
@@ -190,14 +190,14 @@ impl Fields {
     }
 
     /// `key` switches on what is not built yet; off is how it is anyway.
-    pub(super) fn only_off(&mut self, key: &'static str, what: &str) {
+    pub(crate) fn only_off(&mut self, key: &'static str, what: &str) {
         if self.boolean(key) == Some(true) {
             self.problem(key, format!("{what} is not built yet; use off"));
         }
     }
 
     /// Each of `keys` must be there.
-    pub(super) fn require(&mut self, keys: &[&'static str]) {
+    pub(crate) fn require(&mut self, keys: &[&'static str]) {
         for key in keys {
             if !self.has(key) {
                 self.problem(key, "missing");
@@ -206,18 +206,18 @@ impl Fields {
     }
 
     /// A problem with `key`, or with the whole for an empty one.
-    pub(super) fn problem(&mut self, key: &str, rule: impl std::fmt::Display) {
+    pub(crate) fn problem(&mut self, key: &str, rule: impl std::fmt::Display) {
         let place = self.place.key(key);
         self.problems.add(&place, rule);
     }
 
     /// Nothing more is to be said about the other keys.
-    pub(super) fn abandon(&mut self) {
+    pub(crate) fn abandon(&mut self) {
         self.abandoned = true;
     }
 
     /// What was wrong, unknown keys included.
-    pub(super) fn done(mut self) -> Problems {
+    pub(crate) fn done(mut self) -> Problems {
         if self.abandoned {
             return self.problems;
         }
@@ -251,7 +251,7 @@ impl Fields {
     }
 
     /// The keys that were asked for, and what each takes.
-    pub(super) fn known(&self) -> impl Iterator<Item = (&'static str, Kind)> {
+    pub(crate) fn known(&self) -> impl Iterator<Item = (&'static str, Kind)> {
         self.known.iter().copied()
     }
 
@@ -286,7 +286,7 @@ impl Fields {
 }
 
 /// The choice that `word` names; `Err` in a choice: why it cannot be had.
-pub(super) fn choose<T: Copy>(word: &str, choices: &[(&str, Result<T, &str>)]) -> Result<T, Rule> {
+pub(crate) fn choose<T: Copy>(word: &str, choices: &[(&str, Result<T, &str>)]) -> Result<T, Rule> {
     let known = choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(word));
     let allowed: Vec<_> =
         choices.iter().filter(|(_, c)| c.is_ok()).map(|(name, _)| *name).collect();

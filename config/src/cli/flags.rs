@@ -1,14 +1,18 @@
 //! The one table of flags: parsing, `-h`, required flags and conflicts derive from it.
-use super::table::Group::{
-    Boot, Characters, Control, Information, Machine, Network, Other, Process, Storage,
-};
+use super::kinds::KINDS;
+use super::table::Group::{Boot, Characters, Control, Information, Machine, Other, Process};
 use super::table::Shape::{self, Optional, Plain, Properties, Switch, Words};
 use super::table::{Effect, Era, Flag, Need, flag, ignored, refused, row};
-use super::{action, chars, device, disk, json, net, objects, process, system};
+use super::{action, chars, device, json, objects, process, system};
 
-/// All flags.
+/// All flags: those of the table, and those of the kinds of devices.
+pub(crate) fn flags() -> impl Iterator<Item = &'static Flag> {
+    TABLE.iter().chain(KINDS.iter().flat_map(|kind| kind.flags))
+}
+
+/// The flags that are not about one kind of devices.
 #[rustfmt::skip]
-pub(super) static TABLE: &[Flag] = &[
+pub(crate) static TABLE: &[Flag] = &[
     flag(&["config"], Plain("FILE"), Control, json::config,
          "JSON file that describes the machine; flags replace its values and add to its lists").only(Era::Old),
     flag(&["api-channel"], Plain("unix:PATH"), Control, chars::api_channel,
@@ -51,18 +55,6 @@ pub(super) static TABLE: &[Flag] = &[
          "kernel command line; all words up to the next flag").repeatable(),
     flag(&["initrd"], Plain("FILE"), Boot, system::initrd,
          "initial RAM disk"),
-    flag(&["drive"],
-         Properties("id=ID,file=PATH[,readonly=on|off][,direct=on|off]", None),
-         Storage, disk::drive,
-         "raw image: readonly (off), direct (on) for O_DIRECT; a disk by itself unless a -device \
-          uses it; also [,serial=TEXT] [,iothread=ID] [,discard=unmap|ignore] \
-          [,aio=io_uring|native|off] [,throttling.iops-total=N] [,throttling.bps-total=N]").repeatable(),
-    flag(&["netdev"],
-         Properties("tap,id=ID,ifname=TAP|fd=N|fds=N:N[,queues=N]", Some("type")),
-         Network, net::netdev,
-         "tap device, by name or inherited descriptor; older form \
-          id=ID,netdev=TAP[,fds=N][,mac=MAC][,iothread=ID], a NIC by itself; both \
-          [,throttling.pps-total=N][,throttling.bps-total=N]").repeatable(),
     flag(&["device"], Properties("MODEL,id=ID[,...]", Some("driver")), Other, device::device,
          "virtual device: one of the models below").repeatable(),
     flag(&["chardev"],
@@ -80,8 +72,6 @@ pub(super) static TABLE: &[Flag] = &[
          "I/O thread; source of randomness").repeatable(),
     flag(&["iothread"], Properties("id=ID", None), Other, objects::iothread,
          "I/O thread, up to 8").repeatable().only(Era::Old),
-    flag(&["rng"], Properties("random_file=PATH[,bytes_per_sec=N]", None), Other, objects::rng,
-         "virtio-rng").only(Era::Old),
     flag(&["pidfile"], Plain("FILE"), Process, process::pidfile,
          "write the process id there"),
     flag(&["daemonize"], Switch, Process, process::daemonize,
@@ -125,7 +115,6 @@ pub(super) static TABLE: &[Flag] = &[
     ignored(&["global"], Era::Both),
     ignored(&["fsdev"], Era::Old),
     ignored(&["vga"], Era::Old),
-    refused(&["balloon"], "virtio-balloon"),
     refused(&["numa"], "NUMA for the guest"),
     refused(&["smbios"], "SMBIOS"),
     refused(&["hardware-signature"], "the ACPI hardware signature"),

@@ -1,17 +1,17 @@
 //! `-h` and `-V`.
 use std::fmt::Write;
 
-use super::device;
-use super::flags::TABLE;
+use super::flags::flags;
+use super::kinds::models;
 use super::table::{Era, Flag, Group, Shape};
 
 /// `-V`.
-pub(super) fn version() -> String {
+pub(crate) fn version() -> String {
     format!("StratoVirt {}", env!("CARGO_PKG_VERSION"))
 }
 
 /// `-h`.
-pub(super) fn text() -> String {
+pub(crate) fn text() -> String {
     let mut out = format!(
         "{}\nusage: stratovirt -config FILE -api-channel unix:PATH [FLAG ...]\n       \
          stratovirt -kernel FILE -qmp unix:PATH,server,nowait [FLAG ...]\n\n\
@@ -33,13 +33,13 @@ pub(super) fn text() -> String {
     for (group, heading) in groups {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "\n{heading}:");
-        for flag in TABLE.iter().filter(|flag| flag.group == group) {
+        for flag in flags().filter(|flag| flag.group == group) {
             let _ = writeln!(out, "  {}", usage(flag));
             for line in wrapped(&explanation(flag), 90) {
                 let _ = writeln!(out, "        {line}");
             }
             if flag.is("device") {
-                for model in device::MODELS {
+                for model in models() {
                     let _ = writeln!(out, "          {}{}{}", model.name, model.id, model.form);
                 }
             }
@@ -49,7 +49,7 @@ pub(super) fn text() -> String {
         (Group::Ignored, "Accepted without effect"),
         (Group::Refused, "Known to StratoVirt, not built yet"),
     ] {
-        let names: Vec<_> = TABLE.iter().filter(|flag| flag.group == group).map(names).collect();
+        let names: Vec<_> = flags().filter(|flag| flag.group == group).map(names).collect();
         let _ = writeln!(out, "\n{heading}:");
         for line in wrapped(&names.join(" "), 90) {
             let _ = writeln!(out, "  {line}");
@@ -66,7 +66,7 @@ fn usage(flag: &Flag) -> String {
     let form = match flag.shape {
         Shape::Switch | Shape::Any => String::new(),
         Shape::Plain(form) | Shape::Words(form) | Shape::Properties(form, _) => format!(" {form}"),
-        Shape::Optional(form) => format!(" [{form}]"),
+        Shape::Optional(form) | Shape::OptionalProperties(form) => format!(" [{form}]"),
     };
     format!("{}{form}", names(flag))
 }

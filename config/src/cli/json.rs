@@ -10,8 +10,9 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 
 use super::draft::Draft;
 use super::fields::{Fields, Raw};
+use super::kinds::{KINDS, Section};
 use super::problem::{Place, did_you_mean};
-use super::{action, chars, disk, net, objects, system};
+use super::{action, chars, objects, system};
 
 /// Most bytes of a file; a full description has two thousand.
 const MAX_FILE: u64 = 256 << 10;
@@ -27,29 +28,22 @@ enum Tree {
     Object(Vec<(String, Tree)>),
 }
 
-/// What a section holds and who reads it.
-enum Section {
-    Object(fn(&mut Draft, &mut Fields)),
-    List(fn(&mut Draft, &mut Fields)),
-    Refused(&'static str),
-}
-
+/// Sections that are not about a kind of devices.
 const SECTIONS: &[(&str, Section)] = &[
     ("boot-source", Section::Object(system::boot_source)),
     ("machine-config", Section::Object(system::machine_config)),
     ("domain", Section::Object(action::domain)),
-    ("drive", Section::List(disk::json_drive)),
-    ("net", Section::List(net::json_net)),
-    ("console", Section::List(chars::json_console)),
     ("serial", Section::Object(chars::json_serial)),
     ("iothread", Section::List(objects::iothread)),
-    ("rng", Section::Object(objects::rng)),
     ("vsock", Section::Refused("virtio-vsock")),
-    ("balloon", Section::Refused("virtio-balloon")),
 ];
 
+fn known() -> impl Iterator<Item = &'static (&'static str, Section)> {
+    SECTIONS.iter().chain(KINDS.iter().map(|kind| &kind.section))
+}
+
 /// `-config FILE`.
-pub(super) fn config(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn config(draft: &mut Draft, f: &mut Fields) {
     let Some(path) = f.path("") else { return };
     match read(&path) {
         Ok(text) => read_text(draft, &path.to_string_lossy(), &text),
@@ -77,7 +71,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 /// Takes what a file says; `file` is its name for messages.
-pub(super) fn read_text(draft: &mut Draft, file: &str, text: &[u8]) {
+pub(crate) fn read_text(draft: &mut Draft, file: &str, text: &[u8]) {
     let root = Place::Json { file: file.to_owned(), path: String::new() };
     match serde_json::from_slice(text) {
         Ok(Tree::Object(sections)) => sections_of(draft, &root, sections),
@@ -96,8 +90,8 @@ fn sections_of(draft: &mut Draft, root: &Place, sections: Vec<(String, Tree)>) {
     let mut seen = std::collections::HashSet::new();
     for (key, tree) in sections {
         let place = root.key(&key);
-        let Some((_, section)) = SECTIONS.iter().find(|(name, _)| *name == key) else {
-            let built = SECTIONS.iter().filter(|(_, s)| !matches!(s, Section::Refused(_)));
+        let Some((_, section)) = known().find(|(name, _)| *name == key) else {
+            let built = known().filter(|(_, s)| !matches!(s, Section::Refused(_)));
             let names: Vec<_> = built.map(|(name, _)| *name).collect();
             let hint = did_you_mean(&key, names.iter().copied());
             let hint = if hint.is_empty() { ";" } else { &hint };
@@ -108,16 +102,16 @@ fn sections_of(draft: &mut Draft, root: &Place, sections: Vec<(String, Tree)>) {
             draft.problems.add(&place, "given more than once");
             continue;
         }
-        match (section, tree) {
+        match (*section, tree) {
             (Section::Refused(what), _) => {
                 draft.problems.add(&place, format!("{what} is not built yet: leave it out"));
             }
-            (Section::Object(take), Tree::Object(items)) => object(draft, place, items, *take),
+            (Section::Object(take), Tree::Object(items)) => object(draft, place, items, take),
             (Section::List(take), Tree::List(list)) => {
                 for (index, item) in list.into_iter().enumerate() {
                     let place = place.item(index);
                     match item {
-                        Tree::Object(items) => object(draft, place, items, *take),
+                        Tree::Object(items) => object(draft, place, items, take),
                         other => {
                             let rule = format!("{}; must be an object", other.kind());
                             draft.problems.add(&place, rule);

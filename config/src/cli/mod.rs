@@ -19,22 +19,23 @@ use crate::{MachineConfig, Topology};
 use crate::actions::Actions;
 
 mod action;
-mod chars;
+pub(crate) mod chars;
 mod describe;
 mod device;
 mod disk;
-mod draft;
-mod fields;
+pub(crate) mod draft;
+pub(crate) mod fields;
 mod flags;
 mod help;
 mod json;
+pub(crate) mod kinds;
 mod net;
 mod objects;
-mod problem;
+pub(crate) mod problem;
 mod process;
-mod resolve;
+pub(crate) mod resolve;
 mod system;
-mod table;
+pub(crate) mod table;
 mod tokens;
 pub mod value;
 
@@ -44,6 +45,7 @@ mod tests;
 pub use describe::{Described, models, object_kinds, options};
 pub use disk::{detect_zeroes, media};
 pub use fields::Kind;
+pub use kinds::{FileKey, files};
 pub use problem::{Places, Problems};
 
 /// What the command line asks for.

@@ -1,14 +1,43 @@
 //! NICs: `-netdev`, the file's `net`, and the guest's side in `-device virtio-net-device`.
 use crate::{Tap, limits};
 
-use super::draft::{Draft, Net, NetFront};
+use super::draft::{DeviceKind, Draft, Net, NetFront};
 use super::fields::Fields;
+use super::kinds::{Kind, Model, Section};
+use super::table::{Group::Network, Shape::Properties, flag};
 use super::value;
 
 const MISSING: &str = "Tap device is missing, use 'ifname' or 'fd' to configure a tap device";
 
+/// Its row of the table.
+pub(crate) const KIND: Kind = Kind {
+    section: ("net", Section::List(json_net)),
+    paths: &[],
+    flags: &[flag(
+        &["netdev"],
+        Properties("tap,id=ID,ifname=TAP|fd=N|fds=N:N[,queues=N]", Some("type")),
+        Network,
+        netdev,
+        "tap device, by name or inherited descriptor; older form \
+          id=ID,netdev=TAP[,fds=N][,mac=MAC][,iothread=ID], a NIC by itself; both \
+          [,throttling.pps-total=N][,throttling.bps-total=N]",
+    )
+    .repeatable()],
+    models: &[Model {
+        name: "virtio-net-device",
+        id: ",id=ID",
+        form: ",netdev=ID[,mac=MAC][,iothread=ID][,mq=on|off][,queue-size=N]",
+        make: |f| {
+            f.require(&["netdev"]);
+            let netdev = f.id("netdev").unwrap_or_default();
+            DeviceKind::Net { netdev, front: front(f) }
+        },
+    }],
+    resolve: |r, draft, devices| devices.nics = r.nics(draft),
+};
+
 /// `-netdev`, both generations: which one it is decides the `-device` that names it, or does not.
-pub(super) fn netdev(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
     let kind = f.choice("type", &[("tap", Ok(())), ("vhost-user", Err("a vhost-user back-end"))]);
     if f.has("type") && kind.is_none() {
         f.abandon();
@@ -49,7 +78,7 @@ pub(super) fn netdev(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// An item of `net`.
-pub(super) fn json_net(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn json_net(draft: &mut Draft, f: &mut Fields) {
     f.require(&["iface_id"]);
     let id = f.id("iface_id");
     let name = f.text("host_dev_name", value::tap_name);
@@ -78,7 +107,7 @@ pub(super) fn json_net(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// The keys of `-device virtio-net-device` behind `id` and `netdev`.
-pub(super) fn front(f: &mut Fields) -> NetFront {
+pub(crate) fn front(f: &mut Fields) -> NetFront {
     // Vectors are of PCI; Kuasar sends them to every machine.
     let _ = f.number("vectors", 0..=u32::MAX);
     f.refuse("rx-iothread", "an I/O thread for one direction");

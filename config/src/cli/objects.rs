@@ -1,16 +1,14 @@
 //! `-object`, and the older flags for the same things: I/O threads and sources of randomness.
-use crate::limits;
-
 use super::draft::{Draft, RngSource};
 use super::fields::Fields;
 
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     IoThread,
     RngRandom,
 }
 
-pub(super) const KINDS: &[(&str, Result<Kind, &str>)] = &[
+pub(crate) const KINDS: &[(&str, Result<Kind, &str>)] = &[
     ("iothread", Ok(Kind::IoThread)),
     ("rng-random", Ok(Kind::RngRandom)),
     ("memory-backend-ram", Err("a memory back-end object")),
@@ -21,7 +19,7 @@ pub(super) const KINDS: &[(&str, Result<Kind, &str>)] = &[
 ];
 
 /// `-object`.
-pub(super) fn object(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn object(draft: &mut Draft, f: &mut Fields) {
     f.require(&["qom-type"]);
     match f.choice("qom-type", KINDS) {
         Some(Kind::IoThread) => iothread(draft, f),
@@ -38,15 +36,7 @@ pub(super) fn object(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `-iothread`, and an item of `iothread`.
-pub(super) fn iothread(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn iothread(draft: &mut Draft, f: &mut Fields) {
     f.require(&["id"]);
     draft.iothreads.extend(f.id("id").map(|id| (f.place().clone(), id)));
-}
-
-/// `-rng`, and `rng`.
-pub(super) fn rng(draft: &mut Draft, f: &mut Fields) {
-    f.require(&["random_file"]);
-    let bps = f.number("bytes_per_sec", limits::RNG_BPS);
-    let path = f.path("random_file");
-    draft.rng = path.map(|path| (f.place().key("random_file"), path, bps));
 }

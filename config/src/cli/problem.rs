@@ -2,15 +2,14 @@
 use std::fmt;
 use std::path::{Path, absolute};
 
-use crate::MachineConfig;
-use crate::Part;
+use crate::{DeviceConfig, MachineConfig, Part};
 
 /// Longest part of a user's text that is shown back, in characters.
 const SHOWN: usize = 160;
 
 /// Where a value stands: a flag or a key of the JSON file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// A flag with what followed it, and perhaps one of its keys.
     Flag(String),
     /// A file and the path of a key in it; the path is empty for the file as a whole.
@@ -19,7 +18,7 @@ pub(super) enum Place {
 
 impl Place {
     /// The place of `key` inside this one; of the whole for an empty key.
-    pub(super) fn key(&self, key: &str) -> Self {
+    pub(crate) fn key(&self, key: &str) -> Self {
         let key = shortened(key);
         match self {
             place if key.is_empty() => place.clone(),
@@ -32,12 +31,12 @@ impl Place {
     }
 
     /// The place of what the file calls `json` and flags `flag`.
-    pub(super) fn key_of(&self, json: &str, flag: &str) -> Self {
+    pub(crate) fn key_of(&self, json: &str, flag: &str) -> Self {
         self.key(if matches!(self, Self::Flag(_)) { flag } else { json })
     }
 
     /// The place of item `index` of this list.
-    pub(super) fn item(&self, index: usize) -> Self {
+    pub(crate) fn item(&self, index: usize) -> Self {
         match self {
             Self::Flag(flag) => Self::Flag(format!("{flag}[{index}]")),
             Self::Json { file, path } => {
@@ -63,7 +62,7 @@ pub struct Places(Vec<(Part, Place)>);
 
 impl Places {
     /// `part` was said at `place`, whatever was said of it before.
-    pub(super) fn note(&mut self, part: Part, place: Place) {
+    pub(crate) fn note(&mut self, part: Part, place: Place) {
         self.0.push((part, place));
     }
 
@@ -98,7 +97,10 @@ fn beside(place: &Place, part: &Part, config: &MachineConfig) -> Option<String> 
         Part::Initrd => config.boot.initrd.as_ref()?,
         Part::MemoryPath => config.memory.path.as_ref()?,
         Part::Disk(id) => &config.disks.iter().find(|disk| disk.id == *id)?.path,
-        Part::Rng => &config.rng.as_ref()?.path,
+        Part::Device(slot) => {
+            let of = |device: &&DeviceConfig| device.facts().slot() == *slot;
+            config.devices.iter().find(of)?.facts().path()?
+        }
         _ => return None,
     };
     let there = absolute(Path::new(file)).ok()?.parent()?.join(path);
@@ -126,21 +128,21 @@ impl Problems {
     }
 
     /// A problem of `place` as a whole.
-    pub(super) fn add(&mut self, place: &Place, rule: impl fmt::Display) {
+    pub(crate) fn add(&mut self, place: &Place, rule: impl fmt::Display) {
         self.push(format!("{place}: {rule}"));
     }
 
     /// A problem of `value` at `place`.
-    pub(super) fn add_value(&mut self, place: &Place, value: &str, rule: impl fmt::Display) {
+    pub(crate) fn add_value(&mut self, place: &Place, value: &str, rule: impl fmt::Display) {
         self.push(format!("{place}: '{}': {rule}", shortened(value)));
     }
 
     /// A problem of the command line as a whole.
-    pub(super) fn add_line(&mut self, line: impl fmt::Display) {
+    pub(crate) fn add_line(&mut self, line: impl fmt::Display) {
         self.push(line.to_string());
     }
 
-    pub(super) fn extend(&mut self, others: Self) {
+    pub(crate) fn extend(&mut self, others: Self) {
         others.0.into_iter().for_each(|line| self.push(line));
     }
 
@@ -158,7 +160,7 @@ impl fmt::Display for Problems {
 impl std::error::Error for Problems {}
 
 /// `text` cut to a length that can be read.
-pub(super) fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
         None => text.to_owned(),
@@ -173,7 +175,7 @@ fn printable(text: &str) -> String {
 }
 
 /// `; did you mean 'x'?` when one of `known` is close to `word`, else nothing.
-pub(super) fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     // Long words are nobody's typing error, and the distance costs their product.
     if word.len() > 64 {
         return String::new();

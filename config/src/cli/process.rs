@@ -4,28 +4,28 @@ use super::fields::Fields;
 use super::value::{self, Rule};
 use super::{Log, Mapped, Source, Stream};
 
-pub(super) fn pidfile(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn pidfile(draft: &mut Draft, f: &mut Fields) {
     draft.pidfile = f.path("");
 }
 
-pub(super) fn daemonize(draft: &mut Draft, _: &mut Fields) {
+pub(crate) fn daemonize(draft: &mut Draft, _: &mut Fields) {
     draft.daemonize = true;
 }
 
-pub(super) fn freeze(draft: &mut Draft, _: &mut Fields) {
+pub(crate) fn freeze(draft: &mut Draft, _: &mut Fields) {
     draft.paused = true;
 }
 
-pub(super) fn log(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn log(draft: &mut Draft, f: &mut Fields) {
     draft.log = Some(f.path("").map_or(Log::Stderr, Log::File));
 }
 
-pub(super) fn disable_seccomp(draft: &mut Draft, _: &mut Fields) {
+pub(crate) fn disable_seccomp(draft: &mut Draft, _: &mut Fields) {
     draft.disable_seccomp = true;
 }
 
 /// `-sandbox on|off[,spawn=allow|deny]`. What else QEMU has there is denied here in any case.
-pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn sandbox(draft: &mut Draft, f: &mut Fields) {
     let on = f.text("enable", value::boolean).unwrap_or(true);
     draft.disable_seccomp |= !on;
     draft.spawn = f.choice("spawn", &[("allow", Ok(true)), ("deny", Ok(false))]).unwrap_or(false);
@@ -36,7 +36,7 @@ pub(super) fn sandbox(draft: &mut Draft, f: &mut Fields) {
 
 /// `-incoming file:DIR[,mapped=on|off|uffd][,disks=DIR]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`; all but
 /// the last with `,clock=continue|realtime` and `,force=on|off`.
-pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let incoming = f.text("", |word| match word.split_once(':') {
         Some(("file", rest)) => directory(rest),
         Some(("unix", rest)) => stream(rest, |path| value::socket_path(path).map(Stream::Unix)),
@@ -55,7 +55,7 @@ pub(super) fn incoming(draft: &mut Draft, f: &mut Fields) {
 
 /// How a saved machine is resumed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(super) struct How {
+pub(crate) struct How {
     /// See [`super::Incoming`].
     pub clock_realtime: bool,
     /// See [`super::Incoming`].

@@ -4,11 +4,11 @@
 //! StratoVirt; one that is named is the back-end of that device, as in the second.
 use std::collections::HashSet;
 
-use crate::Part;
 use crate::slots::{SlotCounts, SlotsError, Wanted};
-use crate::{BootConfig, MachineConfig, MemoryConfig, RngConfig, Topology, limits};
+use crate::{BootConfig, DeviceConfig, MachineConfig, MemoryConfig, Topology, limits};
 
 use super::draft::{DeviceKind, Draft};
+use super::kinds::{Devices, KINDS};
 use super::problem::{Place, Places, Problems};
 use super::process::How;
 use super::{Asked, Incoming, Invocation, Log};
@@ -17,17 +17,17 @@ mod chars;
 mod virtio;
 
 /// The invocation, or everything that was wrong up to here and now.
-pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
+pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     let (problems, places) = (draft.problems.clone(), draft.places.clone());
     let mut r = Resolver { problems, places, ..Default::default() };
     r.check_ids(&draft);
-    let disks = r.disks(&draft);
-    let nics = r.nics(&draft);
-    let console = r.console(&draft);
+    let mut devices = Devices::default();
+    KINDS.iter().for_each(|kind| (kind.resolve)(&mut r, &draft, &mut devices));
+    let Devices { disks, nics, others } = devices;
     let serial = r.serial(&draft);
-    let rng = r.rng(&draft);
     let control = r.control(&draft);
-    r.check_daemon(&draft, serial.as_ref(), console.as_ref());
+    let console = others.iter().find_map(|device| device.facts().chars());
+    r.check_daemon(&draft, serial.as_ref(), console);
     for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
         r.warnings.push(format!("{}: used by nothing", chardev.place));
     }
@@ -49,9 +49,9 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         nic_slots: draft.nic_slots.as_ref().map(|(_, count)| *count),
         disks: disks.len(),
         nics: nics.len(),
-        console: console.is_some(),
-        rng: rng.is_some(),
+        others: others.iter().map(|device| device.facts().slot()).collect(),
     };
+    let (disk_slots, nic_slots) = (wanted.disk_slots, wanted.nic_slots);
     let slots = r.slots(&draft, wanted);
     let Some(slots) = slots.filter(|_| r.problems.is_empty()) else { return Err(r.problems) };
     let dump = match draft.omit_vm_memory {
@@ -72,8 +72,8 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
             kernel: draft.kernel.clone(),
             initrd: draft.initrd.clone(),
             cmdline: draft.cmdline.clone(),
-            disk_slots: wanted.disk_slots,
-            nic_slots: wanted.nic_slots,
+            disk_slots,
+            nic_slots,
         },
     });
     let (cpus, topology) = draft.smp.unwrap_or((1, ONE_CPU));
@@ -99,8 +99,7 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
         serial,
         disks,
         nics,
-        console,
-        rng,
+        devices: others,
     };
     Ok(Invocation {
         machine,
@@ -121,12 +120,12 @@ pub(super) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
 const ONE_CPU: Topology = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
 
 #[derive(Default)]
-struct Resolver {
-    problems: Problems,
+pub(crate) struct Resolver {
+    pub(crate) problems: Problems,
     places: Places,
-    warnings: Vec<String>,
+    pub(crate) warnings: Vec<String>,
     /// Chardevs that something leads to.
-    used: HashSet<String>,
+    pub(crate) used: HashSet<String>,
     /// Ids of the devices.
     devices: HashSet<String>,
 }
@@ -168,7 +167,7 @@ impl Resolver {
     }
 
     /// An id that no device has: `word`, if need be with zeros behind it.
-    fn fresh_id(&self, word: &str) -> String {
+    pub(crate) fn fresh_id(&self, word: &str) -> String {
         let mut id = word.to_owned();
         while self.devices.contains(&id) {
             id.push('0');
@@ -176,13 +175,13 @@ impl Resolver {
         id
     }
 
-    fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
+    pub(crate) fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
         if !id.is_empty() {
             self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
         }
     }
 
-    fn check_iothread(&mut self, d: &Draft, place: &Place, id: Option<&str>) {
+    pub(crate) fn check_iothread(&mut self, d: &Draft, place: &Place, id: Option<&str>) {
         if let Some(id) = id.filter(|id| !d.iothreads.iter().any(|(_, known)| known == id)) {
             let known: Vec<_> = d.iothreads.iter().map(|(_, id)| id.as_str()).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
@@ -209,33 +208,38 @@ impl Resolver {
         None
     }
 
-    fn rng(&mut self, d: &Draft) -> Option<RngConfig> {
-        let mut rngs = vec![];
-        for device in &d.devices {
-            let DeviceKind::Rng { source, bps } = &device.kind else { continue };
-            match d.rng_sources.iter().find(|known| known.id == *source) {
-                Some(found) => {
-                    let id = match device.id.as_str() {
-                        "" => self.fresh_id("rng0"),
-                        id => id.to_owned(),
-                    };
-                    let path = found.path.clone();
-                    let said = found.place.key("filename");
-                    rngs.push((said, RngConfig { id, path, bps: *bps }));
-                }
-                None => self.missing(&device.place, "rng", "object rng-random", source),
-            }
-        }
-        if let Some((place, path, bps)) = &d.rng {
-            let id = self.fresh_id("rng0");
-            rngs.push((place.clone(), RngConfig { id, path: path.clone(), bps: *bps }));
-        }
-        if let [_, (place, _), ..] = rngs.as_slice() {
-            let rule = "there can be one virtio-rng (-device virtio-rng-device, -rng, rng)";
-            self.problems.add(place, rule);
-        }
-        let (place, rng) = rngs.into_iter().next()?;
-        self.places.note(Part::Rng, place);
-        Some(rng)
+    /// The devices of one kind that are said whole; `word` is an id for one that has none.
+    pub(crate) fn whole(&self, d: &Draft, word: &str, is: fn(&DeviceConfig) -> bool) -> Vec<Found> {
+        let models = d.devices.iter().filter_map(|device| match &device.kind {
+            DeviceKind::Whole(whole) => Some((&device.place, whole, device.id.as_str())),
+            _ => None,
+        });
+        let said = d.whole.iter().map(|(place, device)| (place, device, ""));
+        let all = models.chain(said).filter(|(_, device, _)| is(device));
+        let found = all.map(|(place, device, id)| {
+            let mut device = device.clone();
+            device.set_id(if id.is_empty() { self.fresh_id(word) } else { id.to_owned() });
+            Found { place: place.clone(), said: place.clone(), device }
+        });
+        found.collect()
     }
+
+    /// The first of `found`; that there are more is against `rule`.
+    pub(crate) fn only_one(&mut self, found: Vec<Found>, rule: &str) -> Option<DeviceConfig> {
+        if let [_, second, ..] = found.as_slice() {
+            self.problems.add(&second.place, rule);
+        }
+        let Found { said, device, .. } = found.into_iter().next()?;
+        self.places.note(device.part(), said);
+        Some(device)
+    }
+}
+
+/// A device that was found.
+pub(crate) struct Found {
+    /// Where it was asked for.
+    pub(crate) place: Place,
+    /// Where that is said which may turn out not to be had.
+    pub(crate) said: Place,
+    pub(crate) device: DeviceConfig,
 }

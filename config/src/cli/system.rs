@@ -22,11 +22,11 @@ fn note(draft: &mut Draft, f: &Fields, part: Part, key: &str) {
     }
 }
 
-pub(super) fn name(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn name(draft: &mut Draft, f: &mut Fields) {
     draft.name = f.id("");
 }
 
-pub(super) fn uuid(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn uuid(draft: &mut Draft, f: &mut Fields) {
     draft.uuid = f.text("", value::uuid);
 }
 
@@ -37,7 +37,7 @@ fn slots(draft: &mut Draft, f: &mut Fields) {
     draft.nic_slots = number("nic-slots").or(draft.nic_slots.take());
 }
 
-pub(super) fn machine(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn machine(draft: &mut Draft, f: &mut Fields) {
     let none = f.text("type", |word| match word.eq_ignore_ascii_case("none") {
         true => Ok(true),
         false => choose(word, MACHINES).map(|()| false),
@@ -51,18 +51,18 @@ pub(super) fn machine(draft: &mut Draft, f: &mut Fields) {
     f.refuse("gic-version", "aarch64");
 }
 
-pub(super) fn accel(_: &mut Draft, f: &mut Fields) {
+pub(crate) fn accel(_: &mut Draft, f: &mut Fields) {
     let _ = f.choice("", ACCELERATORS);
 }
 
-pub(super) fn cpu(_: &mut Draft, f: &mut Fields) {
+pub(crate) fn cpu(_: &mut Draft, f: &mut Fields) {
     let _ = f.choice("model", &[("host", Ok(()))]);
     f.only_off("pmu", "switching on performance counters");
     f.only_off("sve", "aarch64");
     f.refuse("kvm-steal-time", "choosing this CPU feature");
 }
 
-pub(super) fn smp(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
     f.require(&["cpus"]);
     let cpus = f.number("cpus", limits::CPUS);
     let most = f.number("maxcpus", limits::CPUS);
@@ -109,7 +109,7 @@ pub(super) fn smp(draft: &mut Draft, f: &mut Fields) {
     draft.smp = Some((cpus, topology));
 }
 
-pub(super) fn memory(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn memory(draft: &mut Draft, f: &mut Fields) {
     f.require(&["size"]);
     draft.memory = f.memory_size("size").or(draft.memory);
     note(draft, f, Part::MemorySize, "size");
@@ -120,37 +120,37 @@ pub(super) fn memory(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-pub(super) fn mem_path(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn mem_path(draft: &mut Draft, f: &mut Fields) {
     draft.mem_path = f.path("");
     note(draft, f, Part::MemoryPath, "");
 }
 
-pub(super) fn mem_prealloc(draft: &mut Draft, _: &mut Fields) {
+pub(crate) fn mem_prealloc(draft: &mut Draft, _: &mut Fields) {
     draft.mem_prealloc = true;
 }
 
-pub(super) fn omit_vm_memory(draft: &mut Draft, _: &mut Fields) {
+pub(crate) fn omit_vm_memory(draft: &mut Draft, _: &mut Fields) {
     draft.omit_vm_memory = true;
 }
 
-pub(super) fn kernel(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn kernel(draft: &mut Draft, f: &mut Fields) {
     // Kept even when wrong: it is not missing.
     draft.kernel = Some(f.path("").unwrap_or_default());
     note(draft, f, Part::Kernel, "");
 }
 
-pub(super) fn append(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn append(draft: &mut Draft, f: &mut Fields) {
     draft.cmdline = f.text("", value::cmdline);
     note(draft, f, Part::Cmdline, "");
 }
 
-pub(super) fn initrd(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn initrd(draft: &mut Draft, f: &mut Fields) {
     draft.initrd = f.path("");
     note(draft, f, Part::Initrd, "");
 }
 
 /// `boot-source`.
-pub(super) fn boot_source(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn boot_source(draft: &mut Draft, f: &mut Fields) {
     if f.has("kernel_image_path") {
         // Kept even when wrong: it is not missing.
         draft.kernel = Some(PathBuf::new());
@@ -164,7 +164,7 @@ pub(super) fn boot_source(draft: &mut Draft, f: &mut Fields) {
 }
 
 /// `machine-config`.
-pub(super) fn machine_config(draft: &mut Draft, f: &mut Fields) {
+pub(crate) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     draft.name = f.id("name");
     let _ = f.choice("type", MACHINES);
     if let Some(cpus) = f.number("vcpu_count", limits::CPUS) {

@@ -1,31 +1,31 @@
 //! What the table of flags is made of, and the checks that need no more than the table.
 use super::draft::Draft;
 use super::fields::Fields;
-use super::flags::TABLE;
+use super::flags::{TABLE, flags};
 use super::tokens::Given;
 
 /// One row.
 #[derive(Debug)]
-pub(super) struct Flag {
+pub(crate) struct Flag {
     /// Names without the dash, the usual one first.
-    pub(super) names: &'static [&'static str],
-    pub(super) shape: Shape,
+    pub(crate) names: &'static [&'static str],
+    pub(crate) shape: Shape,
     /// May be given more than once.
-    pub(super) repeat: bool,
-    pub(super) group: Group,
-    pub(super) era: Era,
+    pub(crate) repeat: bool,
+    pub(crate) group: Group,
+    pub(crate) era: Era,
     /// At least one of the flags with the same need must be given.
-    pub(super) need: Option<Need>,
+    pub(crate) need: Option<Need>,
     /// Flags that cannot be given together with this one.
-    pub(super) conflicts: &'static [&'static str],
+    pub(crate) conflicts: &'static [&'static str],
     /// For a refused or ignored flag nothing.
-    pub(super) help: &'static str,
-    pub(super) effect: Effect,
+    pub(crate) help: &'static str,
+    pub(crate) effect: Effect,
 }
 
 /// What follows a flag.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Shape {
+pub(crate) enum Shape {
     /// Nothing.
     Switch,
     /// One value.
@@ -36,13 +36,15 @@ pub(super) enum Shape {
     Words(&'static str),
     /// `key=value,...`, and which key a first word without `=` stands for.
     Properties(&'static str, Option<&'static str>),
+    /// `key=value,...` or nothing.
+    OptionalProperties(&'static str),
     /// Anything: it is not looked at.
     Any,
 }
 
 /// Headings of the help text, in its order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Group {
+pub(crate) enum Group {
     Control,
     Machine,
     Boot,
@@ -60,7 +62,7 @@ pub(super) enum Group {
 
 /// Which StratoVirt knows the flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Era {
+pub(crate) enum Era {
     Both,
     /// 0.x only.
     Old,
@@ -70,13 +72,13 @@ pub(super) enum Era {
 
 /// Something without which nothing runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Need {
+pub(crate) enum Need {
     ControlSocket,
 }
 
 /// What a flag does.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Effect {
+pub(crate) enum Effect {
     /// Its values go into the draft.
     Apply(fn(&mut Draft, &mut Fields)),
     /// Looked for by the caller.
@@ -87,7 +89,7 @@ pub(super) enum Effect {
     Refuse(&'static str),
 }
 
-pub(super) const fn row(
+pub(crate) const fn row(
     names: &'static [&'static str],
     shape: Shape,
     group: Group,
@@ -106,7 +108,7 @@ pub(super) const fn row(
     }
 }
 
-pub(super) const fn flag(
+pub(crate) const fn flag(
     names: &'static [&'static str],
     shape: Shape,
     group: Group,
@@ -117,46 +119,46 @@ pub(super) const fn flag(
 }
 
 /// May be repeated and has no effect: other programs give it out of habit.
-pub(super) const fn ignored(names: &'static [&'static str], era: Era) -> Flag {
+pub(crate) const fn ignored(names: &'static [&'static str], era: Era) -> Flag {
     Flag { repeat: true, era, ..row(names, Shape::Any, Group::Ignored, Effect::Ignore) }
 }
 
-pub(super) const fn refused(names: &'static [&'static str], what: &'static str) -> Flag {
+pub(crate) const fn refused(names: &'static [&'static str], what: &'static str) -> Flag {
     Flag { repeat: true, ..row(names, Shape::Any, Group::Refused, Effect::Refuse(what)) }
 }
 
 impl Flag {
-    pub(super) const fn repeatable(self) -> Self {
+    pub(crate) const fn repeatable(self) -> Self {
         Self { repeat: true, ..self }
     }
 
-    pub(super) const fn only(self, era: Era) -> Self {
+    pub(crate) const fn only(self, era: Era) -> Self {
         Self { era, ..self }
     }
 
-    pub(super) const fn needed(self, need: Need) -> Self {
+    pub(crate) const fn needed(self, need: Need) -> Self {
         Self { need: Some(need), ..self }
     }
 
-    pub(super) const fn against(self, conflicts: &'static [&'static str]) -> Self {
+    pub(crate) const fn against(self, conflicts: &'static [&'static str]) -> Self {
         Self { conflicts, ..self }
     }
 
     /// The flag has this name.
-    pub(super) fn is(&self, name: &str) -> bool {
+    pub(crate) fn is(&self, name: &str) -> bool {
         self.names.contains(&name)
     }
 }
 
 /// The row of a name and the table's own copy of the name.
-pub(super) fn find(name: &str) -> Option<(&'static Flag, &'static str)> {
-    TABLE.iter().find_map(|flag| {
+pub(crate) fn find(name: &str) -> Option<(&'static Flag, &'static str)> {
+    flags().find_map(|flag| {
         flag.names.iter().find(|known| **known == name).map(|known| (flag, *known))
     })
 }
 
 /// Required flags and conflicts.
-pub(super) fn check(given: &[Given], draft: &mut Draft) {
+pub(crate) fn check(given: &[Given], draft: &mut Draft) {
     let has = |name: &str| given.iter().any(|g| g.flag.is(name));
     for flag in given.iter().map(|g| g.flag) {
         for other in flag.conflicts.iter().filter(|other| has(other)) {

@@ -3,14 +3,14 @@ use std::ffi::OsString;
 
 use super::draft::Draft;
 use super::fields::Fields;
-use super::flags::TABLE;
+use super::flags::flags;
 use super::problem::{Place, Problems, did_you_mean, shortened};
 use super::table::{self, Effect, Flag, Shape};
 
 /// One flag as it was given.
 #[derive(Debug)]
-pub(super) struct Given {
-    pub(super) flag: &'static Flag,
+pub(crate) struct Given {
+    pub(crate) flag: &'static Flag,
     /// The name that was used, without the dash.
     name: &'static str,
     words: Vec<String>,
@@ -19,7 +19,7 @@ pub(super) struct Given {
 }
 
 /// Splits arguments: a word with a dash is a flag, all words up to the next one are its value.
-pub(super) fn scan(args: impl Iterator<Item = OsString>) -> (Vec<Given>, Problems) {
+pub(crate) fn scan(args: impl Iterator<Item = OsString>) -> (Vec<Given>, Problems) {
     let mut problems = Problems::default();
     let mut given: Vec<Given> = vec![];
     // Words behind an unknown flag are its own: no second complaint.
@@ -67,7 +67,7 @@ pub(super) fn scan(args: impl Iterator<Item = OsString>) -> (Vec<Given>, Problem
 }
 
 fn unexpected(word: &str) -> String {
-    let names = TABLE.iter().flat_map(|flag| flag.names);
+    let names = flags().flat_map(|flag| flag.names);
     let hint = did_you_mean(word.trim_start_matches('-'), names.copied());
     let hint = hint.replace("mean '", "mean '-");
     format!(
@@ -102,7 +102,9 @@ impl Given {
     fn check_shape(&self, problems: &mut Problems) {
         let name = self.name;
         match (self.flag.shape, self.words.as_slice()) {
-            (Shape::Any | Shape::Optional(_), []) | (Shape::Any, _) | (Shape::Switch, []) => {}
+            (Shape::Any | Shape::Optional(_) | Shape::OptionalProperties(_), [])
+            | (Shape::Any, _)
+            | (Shape::Switch, []) => {}
             (Shape::Switch, [first, ..]) => problems.add_line(format!(
                 "The value '{}' is illegel for argument '{name}': -{name} takes no value",
                 shortened(first)
@@ -122,7 +124,7 @@ impl Given {
     }
 
     /// Takes the flag's values into the draft.
-    pub(super) fn apply(&self, draft: &mut Draft) {
+    pub(crate) fn apply(&self, draft: &mut Draft) {
         let Effect::Apply(apply) = self.flag.effect else {
             if let Effect::Refuse(what) = self.flag.effect {
                 let rule = format!("{what} is not built yet: leave it out");
@@ -145,6 +147,8 @@ impl Given {
                 Fields::plain(place, Some(&self.words.join(" ")))
             }
             (Shape::Properties(_, lead), Some(word)) => Fields::properties(place, word, lead),
+            (Shape::OptionalProperties(_), Some(word)) => Fields::properties(place, word, None),
+            (Shape::OptionalProperties(_), None) => Fields::new(place, vec![]),
             (Shape::Plain(_) | Shape::Optional(_), word) => {
                 let place = Place::Flag(format!("-{}", self.name));
                 Fields::plain(place, word.map(String::as_str))
@@ -156,7 +160,7 @@ impl Given {
     }
 
     /// The flag as it was given, shortened.
-    pub(super) fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         match self.words.first() {
             Some(word) => format!("-{} {}", self.name, shortened(word)),
             None => format!("-{}", self.name),

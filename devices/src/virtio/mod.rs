@@ -4,6 +4,7 @@
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
 //! Where the worker is, and what becomes of the device when its I/O thread fails, is the same for
 //! all of them: see `worker.rs`.
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;

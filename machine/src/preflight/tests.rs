@@ -1,7 +1,9 @@
 //! What is told, and what is left behind.
 use std::{error::Error, path::Path};
 
-use config::{Aio, BootConfig, ConsoleConfig, DiskConfig, Expect, Topology, slots::Wanted};
+use config::{
+    Aio, BootConfig, ConsoleConfig, DeviceConfig, DiskConfig, Expect, Topology, slots::Wanted,
+};
 
 use super::*;
 
@@ -59,8 +61,11 @@ fn config(dir: &Path) -> MachineConfig {
         serial: Some(file("serial")),
         disks: vec![disk("a"), disk("b")],
         nics: vec![nic("m", i32::MAX), nic("n", i32::MAX - 1)],
-        console: Some(ConsoleConfig { id: "c".into(), backend: file("console"), iothread: None }),
-        rng: None,
+        devices: vec![DeviceConfig::Console(ConsoleConfig {
+            id: "c".into(),
+            backend: file("console"),
+            iothread: None,
+        })],
     }
 }
 

@@ -58,6 +58,16 @@ pub enum Event {
         /// Which part, and why, for people.
         reason: String,
     },
+    /// The guest has put memory into its balloon, or taken it out: told once a second at most.
+    BalloonChange {
+        /// Bytes that are not in the balloon.
+        actual: u64,
+    },
+    /// The same, as StratoVirt calls it.
+    BalloonChanged {
+        /// Bytes that are not in the balloon.
+        actual: u64,
+    },
     /// A disk failed a request.
     BlockIoError {
         /// Id of the disk.

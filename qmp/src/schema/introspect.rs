@@ -29,19 +29,10 @@ super::plain! {
     QueryIothreads
     /// Ask for the character devices.
     QueryChardev
-    /// Ask how much memory the guest has, as a balloon leaves it. There is no balloon.
-    QueryBalloon
 }
 
-/// Reply to [`QueryBalloon`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct BalloonInfo {
-    /// Bytes.
-    pub actual: u64,
-}
-
-/// A line for QEMU's human monitor; the answer is text. Known are `info block`, `info cpus`, `info
-/// name`, `info network`, `info snapshots`, `info status` and `info version`.
+/// A line for QEMU's human monitor; the answer is text. Known are `info balloon`, `info block`, `info
+/// cpus`, `info name`, `info network`, `info snapshots`, `info status` and `info version`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct HumanMonitorCommand {

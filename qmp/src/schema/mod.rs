@@ -2,6 +2,7 @@
 //!
 //! The types are the single home of every name on the wire: serde reads and writes by them, and
 //! `query-qmp-schema` is derived from them (see [`describe`]).
+mod balloon;
 mod block;
 mod cpu;
 pub mod describe;
@@ -14,6 +15,7 @@ mod net;
 mod probe;
 mod run_state;
 
+pub use balloon::*;
 pub use block::*;
 pub use cpu::*;
 pub use device::*;
@@ -59,6 +61,7 @@ macro_rules! commands {
 
 commands! {
     "announce-self"            AnnounceSelf           -> Empty;
+    "balloon"                  Balloon                -> Empty;
     "block_resize"             BlockResize            -> Empty;
     "blockdev-add"             BlockdevAdd            -> Empty;
     "blockdev-del"             BlockdevDel            -> Empty;
@@ -76,7 +79,9 @@ commands! {
     "netdev_add"               NetdevAdd              -> Empty;
     "netdev_del"               NetdevDel              -> Empty;
     "qmp_capabilities"         QmpCapabilities        -> Empty;
+    "qom-get"                  QomGet                 -> serde_json::Value;
     "qom-list-types"           QomListTypes           -> Vec<ObjectTypeInfo>;
+    "qom-set"                  QomSet                 -> Empty;
     "query-accelerators"       QueryAccelerators      -> AcceleratorInfo;
     "query-balloon"            QueryBalloon           -> BalloonInfo;
     "query-block"              QueryBlock             -> Vec<BlockInfo>;

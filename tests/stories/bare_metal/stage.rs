@@ -13,7 +13,7 @@ use stories::monitor::{Monitor, SOON, Vm, install};
 use stories::paths::{Paths, SCRATCH};
 
 /// The guests, part of this program: it may be copied to another host.
-const GUESTS: [(&str, &[u8]); 12] = [
+const GUESTS: [(&str, &[u8]); 13] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
     ("split", include_bytes!(concat!(env!("OUT_DIR"), "/split.elf"))),
@@ -25,6 +25,7 @@ const GUESTS: [(&str, &[u8]); 12] = [
     ("clock", include_bytes!(concat!(env!("OUT_DIR"), "/clock.elf"))),
     ("flood", include_bytes!(concat!(env!("OUT_DIR"), "/flood.elf"))),
     ("ledger", include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf"))),
+    ("balloon", include_bytes!(concat!(env!("OUT_DIR"), "/balloon.elf"))),
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 

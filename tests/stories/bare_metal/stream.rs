@@ -82,7 +82,7 @@ fn with(mut arguments: Value, more: &Value) -> Value {
 
 /// Waits until a process listens at `socket`. Its name is there a moment before that: /proc/net/unix
 /// tells, by a flag.
-fn until_it_listens(socket: &Path) -> Result<()> {
+pub fn until_it_listens(socket: &Path) -> Result<()> {
     until_it_listens_by("/proc/net/unix", socket)
 }
 

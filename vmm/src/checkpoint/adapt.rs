@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use config::{Description, Expect, MachineConfig, Tap, cli::Asked};
+use config::{Description, Expect, MachineConfig, Tap, cli::Asked, device::Differs};
 use machine::SpotCheckError;
 use rustix::fs::OFlags;
 
@@ -18,8 +18,8 @@ use rustix::fs::OFlags;
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum AdaptError {
-    #[error("the saved machine has {saved} {what}, and {flag} asks for {asked}: leave {flag} out")]
-    Differs { what: &'static str, flag: &'static str, saved: String, asked: String },
+    #[error(transparent)]
+    Differs(#[from] Differs),
     #[error(
         "the saved machine has no {what} '{id}'; it has {known}: give -{flag} with one of these"
     )]
@@ -91,18 +91,10 @@ pub fn adapt(
         (None, Some(_)) => return Err(AdaptError::None { what: "serial port", flag: "-serial" }),
         (_, None) => {}
     }
-    match (&mut saved.console, &flags.console) {
-        (Some(console), Some(wanted)) => {
-            console.id.clone_from(&wanted.id);
-            console.backend.clone_from(&wanted.backend);
-        }
-        (None, Some(_)) => return Err(AdaptError::None { what: "console", flag: "-chardev" }),
-        (_, None) => {}
-    }
-    match (&mut saved.rng, &flags.rng) {
-        (Some(rng), Some(wanted)) => rng.path.clone_from(&wanted.path),
-        (None, Some(_)) => return Err(AdaptError::None { what: "rng", flag: "-rng" }),
-        (_, None) => {}
+    for wanted in &flags.devices {
+        let replaced = saved.devices.iter_mut().find_map(|device| device.replace(wanted));
+        let (what, flag) = (wanted.facts().slot(), wanted.facts().flag());
+        replaced.ok_or(AdaptError::None { what, flag })??;
     }
     disks(description, flags)?;
     for disk in description.occupied.disks.iter_mut().flatten().filter(|_| asked.force) {
@@ -223,7 +215,7 @@ fn differs(
     saved: impl Display,
     asked: impl Display,
 ) -> AdaptError {
-    AdaptError::Differs { what, flag, saved: saved.to_string(), asked: asked.to_string() }
+    Differs { what, flag, saved: saved.to_string(), asked: asked.to_string() }.into()
 }
 
 fn unknown(what: &'static str, flag: &'static str, id: &str, known: &[String]) -> AdaptError {

@@ -4,13 +4,14 @@ use std::fmt::Write;
 use config::Tap;
 use qmp::{Error, schema::*};
 
-use super::{block, introspect, run_state};
+use super::{balloon::query_balloon, block, introspect, run_state};
 use crate::vmm::Vmm;
 
 /// A line of the human monitor and what answers it.
 type Line = (&'static str, fn(&mut Vmm) -> Result<String, Error>);
 
-const LINES: [Line; 7] = [
+const LINES: [Line; 8] = [
+    ("info balloon", balloon),
     ("info block", disks),
     ("info cpus", cpus),
     ("info name", name),
@@ -31,6 +32,11 @@ pub fn human_monitor_command(vmm: &mut Vmm, command: HumanMonitorCommand) -> Res
             Err(Error::text(format!("Unsupported command: {line}; known are: {known}")))
         }
     }
+}
+
+fn balloon(vmm: &mut Vmm) -> Result<String, Error> {
+    let BalloonInfo { actual } = query_balloon(vmm, QueryBalloon {})?;
+    Ok(format!("balloon: actual={}\r\n", actual >> 20))
 }
 
 fn status(vmm: &mut Vmm) -> Result<String, Error> {

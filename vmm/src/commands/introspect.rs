@@ -1,5 +1,5 @@
 //! Commands that tell what the machine is made of.
-use qmp::{Error, ErrorClass, schema::*};
+use qmp::{Error, schema::*};
 
 use crate::vmm::Vmm;
 
@@ -67,10 +67,6 @@ pub fn query_hotpluggable_cpus(
             vcpus_count: 1,
         })
         .collect())
-}
-
-pub fn query_balloon(_: &mut Vmm, _: QueryBalloon) -> Result<BalloonInfo, Error> {
-    Err(Error::new(ErrorClass::DeviceNotActive, "No balloon device has been activated"))
 }
 
 pub fn query_chardev(vmm: &mut Vmm, _: QueryChardev) -> Result<Vec<ChardevInfo>, Error> {

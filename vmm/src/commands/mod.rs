@@ -1,4 +1,5 @@
 //! Every QMP command, when it may run, and the function that runs it.
+mod balloon;
 mod block;
 mod device;
 mod human;
@@ -58,7 +59,10 @@ pub fn table() -> Table<Vmm> {
         .on_after(ALIVE, device::known_driver, device::device_add)
         .on_ticket(ALIVE, device::device_del)
         .on(ANY, human::human_monitor_command)
-        .on(ANY, introspect::query_balloon)
+        .on(ALIVE, balloon::balloon)
+        .on(ANY, balloon::query_balloon)
+        .on(ANY, balloon::qom_get)
+        .on(ANY, balloon::qom_set)
         .on(ANY, introspect::query_chardev)
         .on(ANY, introspect::query_cpus)
         .on(ANY, introspect::query_cpus_fast)

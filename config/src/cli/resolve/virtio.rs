@@ -8,7 +8,7 @@ use super::Resolver;
 use crate::cli::draft::{BlkFront, DeviceKind, Draft, Drive, Net, NetFront};
 
 impl Resolver {
-    pub(super) fn disks(&mut self, d: &Draft) -> Vec<DiskConfig> {
+    pub(crate) fn disks(&mut self, d: &Draft) -> Vec<DiskConfig> {
         let by_id: HashMap<_, _> = d.drives.iter().map(|drive| (&drive.id, drive)).collect();
         let mut named = HashSet::new();
         let mut behind = vec![];
@@ -44,7 +44,7 @@ impl Resolver {
         disks
     }
 
-    pub(super) fn nics(&mut self, d: &Draft) -> Vec<NicConfig> {
+    pub(crate) fn nics(&mut self, d: &Draft) -> Vec<NicConfig> {
         let by_id: HashMap<_, _> = d.nets.iter().map(|net| (&net.id, net)).collect();
         let mut named = HashSet::new();
         let mut behind = vec![];

@@ -68,7 +68,7 @@ fn kata_without_what_is_not_built_yet() {
     let [nic] = m.nics.as_slice() else { panic!() };
     assert_eq!((&nic.tap, nic.queue_pairs), (&Tap::Fds(vec![4]), 1));
     assert_eq!(nic.mac, Some([0x02, 0x42, 0xac, 0x11, 0x00, 0x02]));
-    let rng = m.rng.as_ref().unwrap();
+    let rng = m.rng().unwrap();
     assert_eq!((rng.id.as_str(), rng.path.to_str()), ("virtio-rng0", Some("/dev/urandom")));
     assert_eq!((i.log, i.disable_seccomp), (Log::Stderr, true));
     let [warning] = i.warnings.as_slice() else { panic!("{:?}", i.warnings) };
@@ -82,7 +82,7 @@ fn kata_for_debugging_has_a_console() {
          -chardev socket,id=charconsole0,path=/run/vc/vm/0123/console.socket,server,nowait \
          -device virtconsole,chardev=charconsole0,id=virtio-console0,nr=0",
     ));
-    let console = i.machine.console.unwrap();
+    let console = i.machine.console().unwrap();
     assert_eq!(console.id, "charconsole0");
     assert_eq!(
         console.backend,
@@ -172,10 +172,10 @@ fn older_netdev_drive_chardev_and_rng_are_devices_by_themselves() {
     assert_eq!((m.nics[0].id.as_str(), m.nics[0].iothread.as_deref()), ("net0", Some("io1")));
     assert_eq!((m.disks[0].serial.as_deref(), m.disks[0].iops), (Some("abc"), Some(100)));
     assert_eq!(
-        m.console.unwrap().backend,
+        m.console().unwrap().backend,
         CharBackend::Socket { path: "/tmp/c".into(), replay: 0 }
     );
-    assert_eq!(m.rng.unwrap().bps, Some(64));
+    assert_eq!(m.rng().unwrap().bps, Some(64));
     assert_eq!(m.iothreads, ["io1"]);
 }
 
@@ -206,7 +206,7 @@ fn help_names_every_flag_of_the_table_and_every_model() {
             assert!(shown.contains(&format!("-{name}").as_str()), "-{name}");
         }
     }
-    for model in crate::cli::device::MODELS {
+    for model in crate::cli::kinds::models() {
         assert!(text.contains(model.name), "{}", model.name);
     }
     assert!(text.lines().all(|line| line.len() <= 160), "lines a terminal can show:\n{text}");

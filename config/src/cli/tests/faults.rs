@@ -79,8 +79,6 @@ fn flags_that_exclude_each_other() {
 #[test]
 fn not_built_yet_is_said_by_name() {
     for (line, name) in [
-        ("-balloon deflate-on-oom=true", "virtio-balloon"),
-        ("-balloon", "virtio-balloon"),
         ("-numa node,nodeid=0", "NUMA"),
         ("-vnc 0.0.0.0:0", "VNC"),
         ("-machine Q35", "machine type 'q35'"),
@@ -89,7 +87,7 @@ fn not_built_yet_is_said_by_name() {
         ("-accel tcg", "accelerator 'tcg'"),
         ("-cpu host,pmu=on", "performance counters"),
         ("-device vsock,id=v,guest-cid=3", "virtio-vsock"),
-        ("-device virtio-balloon-device,id=b,deflate-on-oom=true", "virtio-balloon"),
+        ("-device virtio-balloon-pci,id=b", "PCI (use virtio-balloon-device)"),
         ("-device virtio-mem-device,id=m", "virtio-mem"),
         ("-device virtio-pmem-device,id=m", "virtio-pmem"),
         ("-device virtserialport,id=m", "serial port on virtio-serial"),

@@ -50,16 +50,19 @@ fn every_key_has_its_meaning() {
     let m = file(text, "-api-channel unix:s").unwrap().machine;
     assert_eq!((m.name.as_str(), m.cpus, m.memory.size), ("n", 3, 1 << 30));
     assert!(m.memory.shared && !m.memory.dump);
-    assert_eq!(m.memory.path.unwrap().to_str(), Some("/h"));
-    assert_eq!((m.boot.cmdline.as_str(), m.boot.initrd.unwrap().to_str()), ("a=b=c", Some("i")));
+    assert_eq!(m.memory.path.as_ref().unwrap().to_str(), Some("/h"));
+    assert_eq!(
+        (m.boot.cmdline.as_str(), m.boot.initrd.as_ref().unwrap().to_str()),
+        ("a=b=c", Some("i"))
+    );
     let d = &m.disks[0];
     assert_eq!((d.iops, d.bps, d.queues, d.queue_size), (Some(5), Some(6), 2, 64));
     assert!(d.readonly && d.direct && d.discard);
     assert_eq!(d.iothread.as_deref(), Some("t"));
     let n = &m.nics[0];
     assert_eq!((&n.tap, n.pps, n.bps, n.queue_size), (&Tap::Fds(vec![9]), Some(7), Some(8), 512));
-    assert_eq!((m.serial, m.console.unwrap().id.as_str()), (None, "c"));
-    assert_eq!(m.rng.unwrap().bps, Some(100));
+    assert_eq!((&m.serial, m.console().unwrap().id.as_str()), (&None, "c"));
+    assert_eq!(m.rng().unwrap().bps, Some(100));
 }
 
 #[test]
@@ -145,7 +148,7 @@ fn problems_of_file_and_flags_come_together_with_their_places() {
                5],
       "net":{"iface_id":"n"},
       "vsock":{"vsock_id":"v","guest_cid":4},
-      "balloon":{"deflate_on_oom":true},
+      "balloon":{"deflate-on-oom":true},
       "drives":[]}"#;
     let problems = file(text, "-api-channel unix:s -smp 0").unwrap_err();
     let all: Vec<_> = problems
@@ -171,9 +174,11 @@ fn problems_of_file_and_flags_come_together_with_their_places() {
             "drive[2]: a number; must be an object",
             "net: an object; must be a list of objects",
             "vsock: virtio-vsock is not built yet: leave it out",
-            "balloon: virtio-balloon is not built yet: leave it out",
-            "drives: unknown; did you mean 'drive'? allowed: boot-source, machine-config, domain, drive, \
-             net, console, serial, iothread, rng",
+            "balloon.deflate_on_oom: missing",
+            "balloon.deflate-on-oom: unknown; did you mean 'deflate_on_oom'? allowed: deflate_on_oom, \
+             free_page_reporting",
+            "drives: unknown; did you mean 'drive'? allowed: boot-source, machine-config, domain, serial, \
+             iothread, drive, net, console, rng, balloon",
             "-smp 0: cpus: '0': not in 1..=254",
         ]
     );

@@ -1,5 +1,5 @@
 //! What values mean.
-use crate::{Aio, Topology};
+use crate::{Aio, BalloonConfig, DeviceConfig, Topology};
 
 use super::*;
 
@@ -192,13 +192,39 @@ fn a_second_control_socket() {
 #[test]
 fn rates_of_randomness() {
     let rng = "-object rng-random,id=o,filename=/dev/urandom -device virtio-rng-device,rng=o,id=r";
-    assert_eq!(machine(rng).rng.unwrap().bps, None);
-    assert_eq!(machine(&format!("{rng},max-bytes=1000,period=500")).rng.unwrap().bps, Some(2000));
+    assert_eq!(machine(rng).rng().unwrap().bps, None);
+    assert_eq!(machine(&format!("{rng},max-bytes=1000,period=500")).rng().unwrap().bps, Some(2000));
     assert!(problem(&format!("{rng},max-bytes=1000")).contains("go together"));
     assert!(problem(&format!("{rng},max-bytes=1,period=1000")).contains("not in 64..=1000000000"));
     assert!(
         problem("-rng random_file=/r,bytes_per_sec=63").contains("'63': not in 64..=1000000000")
     );
+}
+
+#[test]
+fn a_balloon_in_every_way() {
+    let balloon = |line: &str| match machine(line).devices.as_slice() {
+        [DeviceConfig::Balloon(balloon)] => balloon.clone(),
+        other => panic!("{line}: {other:?}"),
+    };
+    let made = |id: &str, deflate_on_oom, free_page_reporting| BalloonConfig {
+        id: id.into(),
+        deflate_on_oom,
+        free_page_reporting,
+    };
+    assert_eq!(balloon("-balloon"), made("balloon0", false, false));
+    assert_eq!(balloon("-balloon deflate-on-oom=true"), made("balloon0", true, false));
+    assert_eq!(balloon("-balloon free-page-reporting=on"), made("balloon0", false, true));
+    let device = "-device virtio-balloon-device,id=b,deflate-on-oom=true,free-page-reporting=true";
+    assert_eq!(balloon(device), made("b", true, true));
+    let text = r#"{"boot-source":{"kernel_image_path":"k"},"balloon":{"deflate_on_oom":true}}"#;
+    let of_file = super::file(text, "-api-channel unix:s").unwrap().machine;
+    assert_eq!(of_file.devices, [DeviceConfig::Balloon(made("balloon0", true, false))]);
+    let both = super::file(text, "-api-channel unix:s -balloon").unwrap().machine;
+    assert_eq!(both.devices, [DeviceConfig::Balloon(made("balloon0", false, false))]);
+    assert!(problem(&format!("{device} -balloon")).contains("there can be one virtio-balloon"));
+    assert!(problem("-balloon deflate-on-oom=2").contains("must be on|true|yes"));
+    assert!(problem("-balloon on").contains("-balloon on: on: unknown; allowed: deflate-on-oom"));
 }
 
 #[test]
@@ -245,11 +271,11 @@ fn the_guest_agent_s_console_stands_beside_the_serial_port() {
          -device virtio-serial-device,id=s -device virtconsole,chardev=org.qemu.guest_agent.0,id=a",
     );
     assert!(m.serial.is_some());
-    assert_eq!(m.console.unwrap().id, "org.qemu.guest_agent.0");
+    assert_eq!(m.console().unwrap().id, "org.qemu.guest_agent.0");
     let text = r#"{"boot-source":{"kernel_image_path":"k"},"serial":{"stdio":true},
         "console":[{"console_id":"org.qemu.guest_agent.0","socket_path":"/tmp/agent"}]}"#;
     let m = super::file(text, "-api-channel unix:s").unwrap().machine;
-    assert_eq!(m.console.unwrap().id, "org.qemu.guest_agent.0");
+    assert_eq!(m.console().unwrap().id, "org.qemu.guest_agent.0");
     assert!(m.serial.is_some());
 }
 
@@ -289,11 +315,11 @@ fn a_device_that_nothing_names_needs_no_id() {
     let line = "-object rng-random,id=o,filename=/dev/urandom -device virtio-rng-device,rng=o \
                 -device virtio-serial-device -chardev pty,id=c -device virtconsole,id=v,chardev=c";
     let made = machine(line);
-    assert_eq!(made.rng.unwrap().id, "rng0");
-    assert_eq!(made.console.unwrap().id, "c");
+    assert_eq!(made.rng().unwrap().id, "rng0");
+    assert_eq!(made.console().unwrap().id, "c");
     // Whatever comes later has its own id in any case.
     let line = format!("{line} -drive id=rng0,file=f");
-    assert_eq!(machine(&line).rng.unwrap().id, "rng00");
+    assert_eq!(machine(&line).rng().unwrap().id, "rng00");
     assert!(
         problem("-drive id=d,file=f -device virtio-blk-device,drive=d").contains("id: missing")
     );

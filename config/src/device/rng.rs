@@ -1,0 +1,138 @@
+//! The source of randomness: `-rng`, `rng` of the file, and `-device virtio-rng-device` with
+//! `-object rng-random`.
+use std::path::{Path, PathBuf};
+
+use state::config as saved;
+
+use super::{DeviceConfig, Facts};
+use crate::{
+    cli::{
+        draft::{DeviceKind, Draft},
+        fields::Fields,
+        kinds::{FileKey, Kind, Model, Section},
+        resolve::{Found, Resolver},
+        table::{Era, Group, Shape, flag},
+    },
+    limits,
+};
+
+/// virtio-rng.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngConfig {
+    /// Id, unique among all devices.
+    pub id: String,
+    /// Source of randomness.
+    pub path: PathBuf,
+    /// Bytes per second, 64 to 1,000,000,000; `None`: unlimited.
+    pub bps: Option<u64>,
+}
+
+impl Facts for RngConfig {
+    fn slot(&self) -> &'static str {
+        "rng"
+    }
+
+    fn flag(&self) -> &'static str {
+        "-rng"
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn saved(&self) -> saved::Contents {
+        let Self { id, path, bps } = self.clone();
+        saved::Contents::Rng(saved::Rng { id, path, bps })
+    }
+}
+
+impl RngConfig {
+    pub(super) fn restored(saved: &saved::Rng) -> Self {
+        let saved::Rng { id, path, bps } = saved.clone();
+        Self { id, path, bps }
+    }
+
+    pub(super) fn replace(&mut self, wanted: &Self) {
+        self.path.clone_from(&wanted.path);
+    }
+}
+
+/// Its row of the table.
+pub(crate) const KIND: Kind = Kind {
+    section: ("rng", Section::Object(rng)),
+    paths: &[FileKey { key: "random_file", needed: true }],
+    flags: &[flag(
+        &["rng"],
+        Shape::Properties("random_file=PATH[,bytes_per_sec=N]", None),
+        Group::Other,
+        rng,
+        "virtio-rng",
+    )
+    .only(Era::Old)],
+    models: &[Model {
+        name: "virtio-rng-device",
+        id: "[,id=ID]",
+        form: ",rng=ID[,max-bytes=N,period=MS]",
+        make: model,
+    }],
+    resolve: |r, draft, devices| {
+        let rngs = resolve(r, draft);
+        let rule = "there can be one virtio-rng (-device virtio-rng-device, -rng, rng)";
+        devices.others.extend(r.only_one(rngs, rule));
+    },
+};
+
+/// `-rng`, and `rng`.
+fn rng(draft: &mut Draft, f: &mut Fields) {
+    f.require(&["random_file"]);
+    let bps = f.number("bytes_per_sec", limits::RNG_BPS);
+    if let Some(path) = f.path("random_file") {
+        let rng = RngConfig { id: String::new(), path, bps };
+        draft.say(f.place().key("random_file"), DeviceConfig::Rng(rng));
+    }
+}
+
+/// `max-bytes` each `period` milliseconds, both or neither.
+fn model(f: &mut Fields) -> DeviceKind {
+    f.require(&["rng"]);
+    let source = f.id("rng").unwrap_or_default();
+    let (most, period) =
+        (f.number("max-bytes", 1..=u64::MAX), f.number("period", 1..=u64::from(u32::MAX)));
+    if f.has("max-bytes") != f.has("period") {
+        f.problem("max-bytes", "max-bytes and period (in milliseconds) go together");
+    }
+    let bps = most.zip(period).and_then(|(most, period)| {
+        let bps = most.saturating_mul(1000).checked_div(period)?;
+        if !limits::RNG_BPS.contains(&bps) {
+            let (least, most) = (limits::RNG_BPS.start(), limits::RNG_BPS.end());
+            f.problem("max-bytes", format!("{bps} bytes per second, not in {least}..={most}"));
+        }
+        Some(bps)
+    });
+    DeviceKind::Rng { source, bps }
+}
+
+fn resolve(r: &mut Resolver, d: &Draft) -> Vec<Found> {
+    let mut rngs = vec![];
+    for device in &d.devices {
+        let DeviceKind::Rng { source, bps } = &device.kind else { continue };
+        match d.rng_sources.iter().find(|known| known.id == *source) {
+            Some(found) => {
+                let id = match device.id.as_str() {
+                    "" => r.fresh_id("rng0"),
+                    id => id.to_owned(),
+                };
+                let rng = RngConfig { id, path: found.path.clone(), bps: *bps };
+                let (place, said) = (device.place.clone(), found.place.key("filename"));
+                rngs.push(Found { place, said, device: DeviceConfig::Rng(rng) });
+            }
+            None => r.missing(&device.place, "rng", "object rng-random", source),
+        }
+    }
+    rngs.extend(r.whole(d, "rng0", |device| matches!(device, DeviceConfig::Rng(_))));
+    rngs
+}

@@ -1,0 +1,54 @@
+//! What a guest tells of its memory (virtio 1.3, section 5.5.6.3).
+use std::time::SystemTime;
+
+/// Statistics of a guest, all of which it may leave out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// When the guest said so.
+    pub updated: SystemTime,
+    values: [Option<u64>; NAMES.len()],
+}
+
+/// Bytes of one statistic: a tag and a value.
+pub(super) const ENTRY: usize = 10;
+
+/// By tag, as QEMU calls them. Sizes are in bytes.
+const NAMES: [&str; 16] = [
+    "stat-swap-in",
+    "stat-swap-out",
+    "stat-major-faults",
+    "stat-minor-faults",
+    "stat-free-memory",
+    "stat-total-memory",
+    "stat-available-memory",
+    "stat-disk-caches",
+    "stat-htlb-pgalloc",
+    "stat-htlb-pgfail",
+    "stat-oom-kills",
+    "stat-alloc-stalls",
+    "stat-scan-async",
+    "stat-scan-direct",
+    "stat-reclaim-async",
+    "stat-reclaim-direct",
+];
+
+impl Stats {
+    /// Of the entries in `bytes`. Tags that are not known are passed over; of two with the same tag the
+    /// last one counts.
+    pub(super) fn parse(bytes: &[u8]) -> Self {
+        let mut values = [None; NAMES.len()];
+        for entry in bytes.chunks_exact(ENTRY) {
+            let Some((tag, value)) = entry.split_first_chunk() else { continue };
+            let known = values.get_mut(usize::from(u16::from_le_bytes(*tag)));
+            if let (Some(known), Ok(value)) = (known, value.try_into()) {
+                *known = Some(u64::from_le_bytes(value));
+            }
+        }
+        Self { updated: SystemTime::now(), values }
+    }
+
+    /// Each by its name; `None`: the guest does not tell.
+    pub fn each(&self) -> impl Iterator<Item = (&'static str, Option<u64>)> + '_ {
+        NAMES.into_iter().zip(self.values)
+    }
+}

@@ -1,0 +1,299 @@
+//! The half of a balloon that owns the queues and runs on an I/O thread.
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+use vm_memory::GuestAddress;
+
+use super::{BALLOON_PAGE, Control, Stats, stats::ENTRY};
+use crate::{
+    Memory,
+    log_limit::log_seldom,
+    reclaim::Reclaim,
+    virtio::{
+        Interrupt,
+        chain::{self, Chain},
+        ring::{Broken, Popped, Ring},
+    },
+    worker::Worker,
+};
+
+/// Page numbers of one request that are looked at; Linux sends 256. What is behind them stays with the
+/// guest's pages in the host, and a guest that overlaps descriptors does not keep the thread.
+const MAX_PAGES: usize = 16 << 10;
+/// Bytes of statistics that are looked at.
+const MAX_STATS: usize = 64 * ENTRY;
+/// Requests of one queue that are answered before others have their turn.
+const TURN: usize = 64;
+
+/// Those of an active balloon.
+pub(super) struct Queues {
+    pub(super) inflate: Ring,
+    pub(super) deflate: Ring,
+    pub(super) stats: Option<Ring>,
+    pub(super) reporting: Vec<Ring>,
+}
+
+impl Queues {
+    pub(super) fn each(&self) -> impl Iterator<Item = &Ring> {
+        [&self.inflate, &self.deflate].into_iter().chain(&self.stats).chain(&self.reporting)
+    }
+
+    pub(super) fn each_mut(&mut self) -> impl Iterator<Item = &mut Ring> {
+        let Self { inflate, deflate, stats, reporting } = self;
+        [inflate, deflate].into_iter().chain(stats).chain(reporting)
+    }
+}
+
+/// What a worker is made of.
+pub(super) struct WorkerArgs {
+    pub(super) id: String,
+    pub(super) queues: Queues,
+    pub(super) memory: Arc<dyn Reclaim>,
+    /// The driver has taken [`super::F_MUST_TELL_HOST`].
+    pub(super) tells_host: bool,
+    pub(super) control: Arc<Control>,
+    pub(super) interrupt: Interrupt,
+}
+
+pub(super) struct BalloonWorker {
+    id: String,
+    pub(super) queues: Queues,
+    memory: Arc<dyn Reclaim>,
+    /// The driver says so before it uses a page in the balloon again.
+    tells_host: bool,
+    control: Arc<Control>,
+    interrupt: Interrupt,
+    /// When statistics are to be asked for.
+    timer: OwnedFd,
+    /// Seconds that the timer is set to.
+    interval: u32,
+    /// The first descriptor of the buffer for statistics, which the guest lends until they are asked
+    /// for.
+    lent: Option<u16>,
+    /// The driver has broken a ring and has to reset the device.
+    pub(super) broken: bool,
+    chain: Chain,
+    pages: PageNumbers,
+}
+
+/// Room for the page numbers of one request.
+#[derive(Default)]
+struct PageNumbers {
+    bytes: Vec<u8>,
+    numbers: Vec<u32>,
+}
+
+impl PageNumbers {
+    /// Reads those of `chain`, and calls `each` for every run of pages that lie together: its first
+    /// address, and its bytes.
+    fn each_run(&mut self, ram: &Memory, chain: &Chain, mut each: impl FnMut(GuestAddress, u64)) {
+        let Self { bytes, numbers } = self;
+        let wanted = chain::total(chain.readable());
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(4 * MAX_PAGES);
+        bytes.resize(wanted, 0);
+        let read = chain::read(ram, chain.readable(), 0, bytes);
+        // A piece of a number behind the last one is none.
+        let (words, _) = bytes.get(..read).unwrap_or(&[]).as_chunks();
+        numbers.clear();
+        numbers.extend(words.iter().map(|word| u32::from_le_bytes(*word)));
+        numbers.sort_unstable();
+        for run in numbers.chunk_by(|a, b| b.wrapping_sub(*a) <= 1) {
+            if let (Some(first), Some(last)) = (run.first(), run.last()) {
+                let start = u64::from(*first) * BALLOON_PAGE;
+                each(GuestAddress(start), (u64::from(*last) + 1) * BALLOON_PAGE - start);
+            }
+        }
+    }
+}
+
+impl BalloonWorker {
+    pub(super) fn new(args: WorkerArgs) -> io::Result<Self> {
+        let WorkerArgs { id, queues, memory, tells_host, control, interrupt } = args;
+        let size = queues.each().map(Ring::size).max().unwrap_or(0);
+        Ok(Self {
+            id,
+            queues,
+            memory,
+            tells_host,
+            control,
+            interrupt,
+            timer: timerfd_create(
+                TimerfdClockId::Monotonic,
+                TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+            )?,
+            interval: 0,
+            lent: None,
+            broken: false,
+            chain: Chain::with_capacity(size.into()),
+            pages: PageNumbers::default(),
+        })
+    }
+
+    fn work(&mut self) -> Result<(), Broken> {
+        self.inflate()?;
+        self.deflate()?;
+        for queue in 0..self.queues.reporting.len() {
+            self.report(queue)?;
+        }
+        self.take_stats()
+    }
+
+    /// Take the pages that the guest puts into the balloon.
+    fn inflate(&mut self) -> Result<(), Broken> {
+        let Self { queues, memory, tells_host, chain, pages, interrupt, .. } = self;
+        let ram = queues.inflate.memory().clone();
+        serve(&mut queues.inflate, chain, interrupt, |chain| {
+            pages.each_run(&ram, chain, |start, len| match tells_host {
+                true => memory.withhold(start, len),
+                false => memory.discard(start, len),
+            });
+        })
+    }
+
+    /// Let the guest have pages back.
+    fn deflate(&mut self) -> Result<(), Broken> {
+        let Self { queues, memory, chain, pages, interrupt, .. } = self;
+        let ram = queues.deflate.memory().clone();
+        serve(&mut queues.deflate, chain, interrupt, |chain| {
+            pages.each_run(&ram, chain, |start, len| memory.release(start, len));
+        })
+    }
+
+    /// Give back the ranges that the guest says are free.
+    fn report(&mut self, queue: usize) -> Result<(), Broken> {
+        let Self { queues, memory, chain, interrupt, .. } = self;
+        let Some(ring) = queues.reporting.get_mut(queue) else { return Ok(()) };
+        serve(ring, chain, interrupt, |chain| {
+            for range in chain.writable() {
+                memory.discard(range.addr, range.len.into());
+            }
+        })
+    }
+
+    /// Read statistics, and keep the buffer for the next ones.
+    fn take_stats(&mut self) -> Result<(), Broken> {
+        let Some(ring) = &mut self.queues.stats else { return Ok(()) };
+        while self.lent.is_none() {
+            match ring.pop(&mut self.chain)? {
+                Popped::Nothing if ring.listen()? => ring.ignore()?,
+                Popped::Nothing => break,
+                Popped::Malformed => give_back(ring, self.chain.head(), &self.interrupt)?,
+                Popped::Chain => {
+                    let mut bytes = [0; MAX_STATS];
+                    let read = chain::read(ring.memory(), self.chain.readable(), 0, &mut bytes);
+                    self.control.set_stats(Stats::parse(bytes.get(..read).unwrap_or(&[])));
+                    self.lent = Some(self.chain.head());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Have the guest write new statistics.
+    fn ask_for_stats(&mut self) -> Result<(), Broken> {
+        match (&mut self.queues.stats, self.lent.take()) {
+            (Some(ring), Some(head)) => give_back(ring, head, &self.interrupt),
+            _ => Ok(()),
+        }
+    }
+
+    /// Set the timer to the interval that the monitor asks for.
+    fn set_timer(&mut self) {
+        let wanted = self.control.polling_interval();
+        if wanted == self.interval {
+            return;
+        }
+        // Zero stops it.
+        let every = Timespec { tv_sec: wanted.into(), tv_nsec: 0 };
+        let times = Itimerspec { it_interval: every, it_value: every };
+        match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &times) {
+            Ok(_) => self.interval = wanted,
+            Err(e) => log_seldom!(error, "{}: cannot set a timer for statistics: {e}", self.id),
+        }
+    }
+
+    /// Whether the timer has run out since it was last looked at.
+    fn is_due(&mut self) -> bool {
+        rustix::io::read(&self.timer, &mut [0; 8]).is_ok()
+    }
+}
+
+/// Answer requests of one queue with no bytes, at most a turn's worth.
+fn serve(
+    ring: &mut Ring,
+    chain: &mut Chain,
+    interrupt: &Interrupt,
+    mut each: impl FnMut(&Chain),
+) -> Result<(), Broken> {
+    ring.ignore()?;
+    let mut left = TURN;
+    while left > 0 {
+        match ring.pop(chain)? {
+            Popped::Nothing if ring.listen()? => {
+                ring.ignore()?;
+                continue;
+            }
+            Popped::Nothing => break,
+            Popped::Malformed => {}
+            Popped::Chain => each(chain),
+        }
+        ring.put_used(0, chain.head(), 0)?;
+        ring.publish(1)?;
+        left -= 1;
+    }
+    if ring.wants_interrupt()? {
+        interrupt.used();
+    }
+    if left == 0 {
+        ring.come_back();
+    }
+    Ok(())
+}
+
+fn give_back(ring: &mut Ring, head: u16, interrupt: &Interrupt) -> Result<(), Broken> {
+    ring.put_used(0, head, 0)?;
+    ring.publish(1)?;
+    if ring.wants_interrupt()? {
+        interrupt.used();
+    }
+    Ok(())
+}
+
+impl Worker for BalloonWorker {
+    fn sources(&self) -> Vec<RawFd> {
+        let rings = self.queues.each().map(Ring::fd);
+        rings.chain([self.timer.as_raw_fd(), self.control.fd()]).collect()
+    }
+
+    fn ready(&mut self, _: usize) {
+        self.queues.each().for_each(Ring::drain);
+        self.control.drain();
+        self.set_timer();
+        let due = self.is_due();
+        if self.broken {
+            return;
+        }
+        let asked = if due { self.ask_for_stats() } else { Ok(()) };
+        if asked.and_then(|()| self.work()).is_err() {
+            self.broken = true;
+            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn quiesce(&mut self, _: Option<Duration>) -> bool {
+        // The buffer for statistics is taken again when the worker is back at work.
+        if let (Some(ring), Some(_)) = (&mut self.queues.stats, self.lent.take()) {
+            ring.unpop(1);
+        }
+        true
+    }
+}

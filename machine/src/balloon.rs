@@ -1,0 +1,58 @@
+//! The balloon of a machine, as the monitor steers it.
+use std::{sync::Arc, time::Duration};
+
+use devices::virtio::balloon::{BALLOON_PAGE, Balloon as Device, Control};
+
+use crate::Machine;
+
+/// How long a vCPU may take that resets the device.
+const DEVICE_PATIENCE: Duration = Duration::from_millis(20);
+
+/// A machine's balloon.
+pub struct Balloon {
+    /// Id of the device.
+    pub id: String,
+    /// Its sizes, in pages, and the guest's statistics.
+    pub control: Arc<Control>,
+    /// Bytes of guest memory.
+    ram: u64,
+    /// Which slot the device is in.
+    slot: usize,
+}
+
+impl Balloon {
+    pub(crate) fn new(id: &str, control: Arc<Control>, ram: u64, slot: usize) -> Self {
+        Self { id: id.to_owned(), control, ram, slot }
+    }
+
+    /// Ask the guest to leave itself `bytes` of memory, or all that it has if that is less. The guest
+    /// hears of it by [`Machine::show_balloon`].
+    pub fn set_target(&self, bytes: u64) {
+        let pages = self.ram.saturating_sub(bytes) / BALLOON_PAGE;
+        self.control.set_target(u32::try_from(pages).unwrap_or(u32::MAX));
+    }
+
+    /// Bytes that the guest has not put into the balloon, by what it says.
+    pub fn actual(&self) -> u64 {
+        self.ram.saturating_sub(u64::from(self.control.actual()) * BALLOON_PAGE)
+    }
+}
+
+impl Machine {
+    /// The balloon, if there is one.
+    pub fn balloon(&self) -> Option<&Balloon> {
+        self.balloon.as_ref()
+    }
+
+    /// Show the guest what the balloon's size is to be.
+    pub fn show_balloon(&self) {
+        if let Some(balloon) = &self.balloon {
+            // Else its guest is resetting it, and reads everything again after that.
+            if let Some((transport, _)) = self.slots.get(balloon.slot)
+                && let Some(mut transport) = transport.try_lock_for(DEVICE_PATIENCE)
+            {
+                transport.update(|_: &mut Device| ());
+            }
+        }
+    }
+}

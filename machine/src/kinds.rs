@@ -1,0 +1,98 @@
+//! What a machine makes of the devices of each kind that have a slot of their own: a kind's row is its
+//! arm in [`Backing::device`].
+use std::sync::Arc;
+
+use config::{BalloonConfig, ConsoleConfig, DeviceConfig, RngConfig};
+use devices::{
+    reclaim::Reclaim,
+    virtio::{
+        VirtioDevice,
+        balloon::{self, Balloon},
+        console::Console,
+        rng::Rng,
+    },
+};
+
+use vm_memory::GuestAddress;
+
+use crate::{BuildError, Event, Told, backing::Backing, legacy::Outside};
+
+/// A device, and what the machine keeps of it.
+pub(crate) struct Built {
+    pub device: Box<dyn VirtioDevice>,
+    pub kept: Kept,
+}
+
+/// By what the machine reaches a device, whatever that is busy with.
+pub(crate) enum Kept {
+    Nothing,
+    /// The outer end of its characters, and their label.
+    Chars(String, Outside),
+    Balloon(Arc<balloon::Control>),
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+impl Backing<'_> {
+    /// The device that `config` describes. `memory` takes what the guest gives back.
+    pub(crate) fn device(
+        self,
+        config: &DeviceConfig,
+        memory: &Arc<dyn Reclaim>,
+    ) -> Result<Built, BuildError> {
+        let built = match config {
+            DeviceConfig::Console(config) => self.console(config),
+            DeviceConfig::Rng(config) => self.rng(config),
+            DeviceConfig::Balloon(config) => self.balloon(config, memory),
+        };
+        built.map_err(|source| {
+            let (kind, id) = (config.facts().slot(), config.facts().id().to_owned());
+            BuildError::Device { kind, id, source }
+        })
+    }
+
+    fn console(self, config: &ConsoleConfig) -> Result<Built, Failure> {
+        let char = self.char(&config.backend)?;
+        let kept = Kept::Chars(config.id.clone(), Outside::of(&char));
+        Ok(Built { device: Box::new(Console::new(config.id.clone(), char)), kept })
+    }
+
+    fn rng(self, config: &RngConfig) -> Result<Built, Failure> {
+        let rng = match self {
+            Self::Host { .. } => Rng::new(config.id.clone(), &config.path, config.bps),
+            Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps),
+        };
+        Ok(Built { device: Box::new(rng?), kept: Kept::Nothing })
+    }
+
+    fn balloon(self, config: &BalloonConfig, memory: &Arc<dyn Reclaim>) -> Result<Built, Failure> {
+        let settings = balloon::Settings {
+            deflate_on_oom: config.deflate_on_oom,
+            page_reporting: config.free_page_reporting,
+        };
+        let on_change: balloon::OnChange = match self {
+            Self::Host { report, .. } => {
+                let (report, told) = (report.clone(), Told::default());
+                Box::new(move || {
+                    if let Some(told) = told.begin() {
+                        report(Event::BalloonChanged(told));
+                    }
+                })
+            }
+            Self::Nothing(_) => Box::new(|| ()),
+        };
+        let balloon = Balloon::new(config.id.clone(), settings, memory.clone(), on_change)?;
+        let kept = Kept::Balloon(balloon.control());
+        Ok(Built { device: Box::new(balloon), kept })
+    }
+}
+
+/// Memory of a machine that is not to run.
+pub(crate) struct NoReclaim;
+
+impl Reclaim for NoReclaim {
+    fn discard(&self, _: GuestAddress, _: u64) {}
+    fn withhold(&self, _: GuestAddress, _: u64) {}
+    fn release(&self, _: GuestAddress, _: u64) {}
+    fn release_all(&self) {}
+}
