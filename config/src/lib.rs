@@ -8,6 +8,7 @@
 //! limits    what may be asked for
 //! slots     how many slots for virtio devices there are    places    where each one is
 //! topology  sockets, cores, threads and their APIC ids     cmdline   what a kernel can be told
+//! incoming  what a restored machine comes from and what is replaced in it
 //! actions   what follows the guest's own end
 //! ```
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@ pub mod actions;
 pub mod cli;
 pub mod cmdline;
 pub mod device;
+pub mod incoming;
 pub mod limits;
 pub mod places;
 pub mod saved;

@@ -11,7 +11,8 @@ use std::{
 use anyhow::Context;
 use config::{
     CharBackend, MachineConfig,
-    cli::{self, Action, Invocation, Log, Source},
+    cli::{self, Action, Invocation, Log},
+    incoming::Source,
 };
 use machine::{Machine, memory::own, preflight};
 use qmp::{

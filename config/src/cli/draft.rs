@@ -6,7 +6,8 @@ use crate::{Aio, CharBackend, DeviceConfig, Tap, Topology};
 use super::action::Wanted;
 use super::problem::{Place, Places, Problems};
 use super::process::How;
-use super::{Control, Log, Source};
+use super::{Control, Log};
+use crate::incoming::Source;
 
 /// Everything said so far.
 #[derive(Debug, Default)]

@@ -14,9 +14,9 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::{MachineConfig, Topology};
-
+use crate::MachineConfig;
 use crate::actions::Actions;
+use crate::incoming::Incoming;
 
 mod action;
 pub(crate) mod chars;
@@ -95,74 +95,6 @@ pub struct Control {
     pub path: PathBuf,
     /// A client listens there and is connected to; else the monitor listens.
     pub connects: bool,
-}
-
-/// `-incoming`: a machine that goes on where a saved one stood.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Incoming {
-    /// Where its state is.
-    pub source: Source,
-    /// The guest's clock goes on as if it had not stood since the save.
-    pub clock_realtime: bool,
-    /// What else was said about the machine.
-    pub asked: Asked,
-}
-
-/// Where a saved state is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
-    /// In a directory.
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// How its memory becomes the guest's.
-        mapped: Mapped,
-        /// Directory of the machine's own copies of the disks that the save keeps.
-        disks: Option<PathBuf>,
-    },
-    /// It is sent.
-    Stream(Stream),
-}
-
-/// How saved memory becomes the guest's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mapped {
-    /// Copied, and compared with its checksums, before the guest runs.
-    Off,
-    /// Mapped, and trusted.
-    On,
-    /// Copied and compared while the guest runs, what it touches first.
-    Uffd,
-}
-
-/// Where a stream comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stream {
-    /// From the first one to connect to this socket, which is made for it.
-    Unix(PathBuf),
-    /// From an inherited descriptor.
-    Fd(i32),
-    /// From the standard output of this shell command.
-    Exec(String),
-}
-
-/// Single values as they were given: what is not given is as it was saved.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[expect(missing_docs, reason = "named as in the machine's configuration")]
-pub struct Asked {
-    pub name: Option<String>,
-    pub uuid: Option<String>,
-    pub smp: Option<(u8, Topology)>,
-    pub memory: Option<u64>,
-    pub memory_shared: Option<bool>,
-    pub memory_dump: Option<bool>,
-    pub kernel: Option<PathBuf>,
-    pub initrd: Option<PathBuf>,
-    pub cmdline: Option<String>,
-    pub disk_slots: Option<usize>,
-    pub nic_slots: Option<usize>,
-    /// Its disks may be other ones than were saved: the user vouches for them.
-    pub force: bool,
 }
 
 /// Where the log goes.

@@ -1,8 +1,9 @@
 //! Flags about the process itself.
+use super::Log;
 use super::draft::Draft;
 use super::fields::Fields;
 use super::value::{self, Rule};
-use super::{Log, Mapped, Source, Stream};
+use crate::incoming::{Mapping, Source, StreamSource};
 
 pub(crate) fn pidfile(draft: &mut Draft, f: &mut Fields) {
     draft.pidfile = f.path("");
@@ -39,26 +40,28 @@ pub(crate) fn sandbox(draft: &mut Draft, f: &mut Fields) {
 pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let incoming = f.text("", |word| match word.split_once(':') {
         Some(("file", rest)) => directory(rest),
-        Some(("unix", rest)) => stream(rest, |path| value::socket_path(path).map(Stream::Unix)),
+        Some(("unix", rest)) => {
+            stream(rest, |path| value::socket_path(path).map(StreamSource::Unix))
+        }
         Some(("fd", rest)) => {
-            stream(rest, |number| value::number(number, 3..=i32::MAX).map(Stream::Fd))
+            stream(rest, |number| value::number(number, 3..=i32::MAX).map(StreamSource::Fd))
         }
         // All of the rest: commands have commas.
         Some(("exec", command)) if !command.is_empty() => value::text(command)
-            .map(|command| (Source::Stream(Stream::Exec(command)), How::default())),
+            .map(|command| (Source::Stream(StreamSource::Exec(command)), How::default())),
         Some(("tcp", _)) => Err("streams over TCP are not built; use unix:, fd: or exec:".into()),
         _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
     });
     // Kept even when it is wrong, so that nobody asks for a kernel.
-    draft.incoming = incoming.or(Some((Source::Stream(Stream::Fd(0)), How::default())));
+    draft.incoming = incoming.or(Some((Source::Stream(StreamSource::Fd(0)), How::default())));
 }
 
 /// How a saved machine is resumed.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct How {
-    /// See [`super::Incoming`].
+    /// See [`crate::incoming::Incoming`].
     pub clock_realtime: bool,
-    /// See [`super::Incoming`].
+    /// See [`crate::incoming::Incoming`].
     pub force: bool,
 }
 
@@ -79,13 +82,13 @@ impl How {
 fn directory(text: &str) -> Result<(Source, How), Rule> {
     let mut parts = text.split(',');
     let path = value::path(parts.next().unwrap_or_default())?;
-    let (mut mapped, mut disks, mut how) = (Mapped::On, None, How::default());
+    let (mut mapping, mut disks, mut how) = (Mapping::On, None, How::default());
     for option in parts {
         match option.split_once('=') {
-            Some(("mapped", "uffd")) => mapped = Mapped::Uffd,
+            Some(("mapped", "uffd")) => mapping = Mapping::Uffd,
             Some(("mapped", word)) => match value::boolean(word) {
-                Ok(true) => mapped = Mapped::On,
-                Ok(false) => mapped = Mapped::Off,
+                Ok(true) => mapping = Mapping::On,
+                Ok(false) => mapping = Mapping::Off,
                 Err(_) => return Err("mapped must be on, off or uffd".into()),
             },
             Some(("disks", place)) => disks = Some(value::path(place)?),
@@ -97,12 +100,12 @@ fn directory(text: &str) -> Result<(Source, How), Rule> {
             }
         }
     }
-    Ok((Source::Directory { path, mapped, disks }, how))
+    Ok((Source::Directory { path, mapping, disks }, how))
 }
 
 fn stream(
     mut text: &str,
-    from: impl FnOnce(&str) -> Result<Stream, Rule>,
+    from: impl FnOnce(&str) -> Result<StreamSource, Rule>,
 ) -> Result<(Source, How), Rule> {
     let mut how = How::default();
     // A socket's path may have commas.
@@ -131,30 +134,33 @@ mod tests {
     fn clock_and_force_are_said_behind_a_directory_and_behind_a_stream() {
         let realtime = How { clock_realtime: true, force: false };
         let both = How { clock_realtime: true, force: true };
-        let on = |mapped| Source::Directory { path: "/a".into(), mapped, disks: None };
-        let place =
-            Source::Directory { path: "/a".into(), mapped: Mapped::Off, disks: Some("b/c".into()) };
+        let on = |mapping| Source::Directory { path: "/a".into(), mapping, disks: None };
+        let place = Source::Directory {
+            path: "/a".into(),
+            mapping: Mapping::Off,
+            disks: Some("b/c".into()),
+        };
         assert_eq!(directory("/a,disks=b/c,mapped=off").ok(), Some((place, How::default())));
-        assert_eq!(directory("/a").ok(), Some((on(Mapped::On), How::default())));
+        assert_eq!(directory("/a").ok(), Some((on(Mapping::On), How::default())));
         assert_eq!(
             directory("/a,clock=realtime,mapped=off").ok(),
-            Some((on(Mapped::Off), realtime))
+            Some((on(Mapping::Off), realtime))
         );
         assert_eq!(
             directory("/a,mapped=uffd,clock=continue").ok(),
-            Some((on(Mapped::Uffd), How::default()))
+            Some((on(Mapping::Uffd), How::default()))
         );
         for wrong in
             ["/a,", "/a,disks=", "/a,clock", "/a,clock=host", "/a,b=c", "/a,mapped=no,clock="]
         {
             assert!(directory(wrong).is_err(), "{wrong}");
         }
-        let unix = |text| stream(text, |path| Ok(Stream::Unix(path.into()))).ok();
-        let at = |path: &str| Source::Stream(Stream::Unix(path.into()));
+        let unix = |text| stream(text, |path| Ok(StreamSource::Unix(path.into()))).ok();
+        let at = |path: &str| Source::Stream(StreamSource::Unix(path.into()));
         assert_eq!(unix("/a,b"), Some((at("/a,b"), How::default())));
         assert_eq!(unix("/a,b,clock=realtime"), Some((at("/a,b"), realtime)));
         assert_eq!(unix("/a,b,force=on,clock=realtime"), Some((at("/a,b"), both)));
-        assert_eq!(directory("/a,force=on,clock=realtime").ok(), Some((on(Mapped::On), both)));
+        assert_eq!(directory("/a,force=on,clock=realtime").ok(), Some((on(Mapping::On), both)));
         assert_eq!(unix("/a,clock=host"), None);
         assert_eq!(unix("/a,force=maybe"), None);
     }

@@ -11,7 +11,8 @@ use super::draft::{DeviceKind, Draft};
 use super::kinds::{Devices, KINDS};
 use super::problem::{Place, Places, Problems};
 use super::process::How;
-use super::{Asked, Incoming, Invocation, Log};
+use super::{Invocation, Log};
+use crate::incoming::{Incoming, Overrides};
 
 mod chars;
 mod virtio;
@@ -61,7 +62,7 @@ pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     let incoming = draft.incoming.map(|(source, How { clock_realtime, force })| Incoming {
         source,
         clock_realtime,
-        asked: Asked {
+        overrides: Overrides {
             force,
             name: draft.name.clone(),
             uuid: draft.uuid.clone(),

@@ -26,7 +26,7 @@ use std::{
 
 use config::{
     Description,
-    cli::{Incoming, Source},
+    incoming::{Incoming, Source},
 };
 use machine::{Machine, Memory, Report, kvm::opening::Opening};
 use state::{
@@ -36,7 +36,7 @@ use state::{
 };
 
 use super::{
-    AdaptError, RestoreError,
+    OverrideError, RestoreError,
     assembly::{Arrived, Assembly, take},
     dialogue::{GO_LIMIT, Voice, greeted},
     incoming::{Door, IncomingError, Peer},
@@ -93,12 +93,12 @@ impl Arrival {
         };
         let mut child = None;
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
-            Source::Directory { path, mapped, disks } => {
-                let (path, mapped, place) = (path.clone(), *mapped, disks.clone());
+            Source::Directory { path, mapping, disks } => {
+                let (path, mapping, place) = (path.clone(), *mapping, disks.clone());
                 let progress = progress.clone();
                 Box::new(move || {
                     let place = place.as_deref();
-                    let machine = assembly.saved_into(&path, mapped, place, opening, &progress);
+                    let machine = assembly.saved_into(&path, mapping, place, opening, &progress);
                     tell(Step::Done(machine.map(Box::new)));
                 })
             }
@@ -195,7 +195,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         let asking = Asking { ask, memory, built };
         thread::scope(|scope| {
             let (assembly, progress) = (self.assembly, self.progress);
-            let overrides = |to: &mut Description| assembly.adapt(to);
+            let overrides = |to: &mut Description| assembly.apply_overrides(to);
             let task = move || Reader { asking, overrides, progress }.read(from, confined);
             let reader = Builder::new().name("stream".into()).spawn_scoped(scope, task);
             let reader = reader.map_err(IncomingError::Wait)?;
@@ -265,7 +265,7 @@ struct Reader<'a, O> {
     progress: &'a Progress,
 }
 
-impl<O: Fn(&mut Description) -> Result<(), AdaptError>> Reader<'_, O> {
+impl<O: Fn(&mut Description) -> Result<(), OverrideError>> Reader<'_, O> {
     /// Read to the end of the dialogue, where there is one: the machine is this process's then.
     fn read(self, from: Peer, confined: bool) -> Result<Voice, RestoreError> {
         let back = from.way_back().map_err(IncomingError::Wait)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use config::{
     Description, MachineConfig,
-    cli::{Asked, Incoming, Mapped},
+    incoming::{Incoming, Mapping, Overrides},
 };
 use machine::{
     Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps, dry_restore,
@@ -14,12 +14,13 @@ use machine::{
 use state::{Config, Sections, cpu::Cpu};
 
 use super::{
-    AdaptError, Progress, RestoreError, adapt, backing_memory,
+    OverrideError, Progress, RestoreError, backing_memory,
     children::{Children, Wanted},
     dialogue::Voice,
+    dry_run::DryRunError,
     load::load,
+    overrides,
     receive::Received,
-    rehearse::RehearseError,
 };
 use crate::lifecycle::Halt;
 
@@ -35,7 +36,7 @@ pub struct Arrived {
 
 /// How a machine is to come about here.
 pub struct Assembly {
-    asked: Asked,
+    overrides: Overrides,
     flags: MachineConfig,
     clock_realtime: bool,
     report: Report,
@@ -55,16 +56,16 @@ struct Parts {
 impl Assembly {
     /// As `incoming` asks, with the disks, NICs and character devices of `flags` in place of its own.
     pub fn new(incoming: &Incoming, flags: &MachineConfig, report: Report) -> Self {
-        let (asked, clock_realtime) = (incoming.asked.clone(), incoming.clock_realtime);
-        Self { asked, flags: flags.clone(), clock_realtime, report }
+        let (overrides, clock_realtime) = (incoming.overrides.clone(), incoming.clock_realtime);
+        Self { overrides, flags: flags.clone(), clock_realtime, report }
     }
 
     /// Change `to` to what is wanted here.
     ///
     /// # Errors
     /// When the guest would notice.
-    pub fn adapt(&self, to: &mut Description) -> Result<(), AdaptError> {
-        adapt::adapt(to, &self.asked, &self.flags)
+    pub fn apply_overrides(&self, to: &mut Description) -> Result<(), OverrideError> {
+        overrides::apply(to, &self.overrides, &self.flags)
     }
 
     /// The machine that was saved into the directory `path`. Its copies of disks that the save keeps are to
@@ -75,21 +76,21 @@ impl Assembly {
     pub fn saved_into(
         &self,
         path: &Path,
-        mapped: Mapped,
+        mapping: Mapping,
         place: Option<&Path>,
         opening: Opening,
         progress: &Progress,
     ) -> Result<Arrived, RestoreError> {
         let loaded = load(path)?;
         let mut description = loaded.description;
-        self.adapt(&mut description)?;
+        self.apply_overrides(&mut description)?;
         let given = |id: &str| self.flags.disks.iter().any(|disk| disk.id == id);
-        let wanted = Wanted { save: path, place, given: &given, force: self.asked.force };
+        let wanted = Wanted { save: path, place, given: &given, force: self.overrides.force };
         let (config, sections) = (loaded.state.config, loaded.state.sections);
         let children = Children::make(&config, &mut description, &wanted, progress)?;
-        adapt::check_disks(&description)?;
+        overrides::check_disks(&description)?;
         let wanted = &description.config.memory;
-        let memory = backing_memory::memory(loaded.memory, wanted, mapped, &self.report)?;
+        let memory = backing_memory::memory(loaded.memory, wanted, mapping, &self.report)?;
         let parts = Parts { config, description, sections, memory, children, opening };
         let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
@@ -105,7 +106,7 @@ impl Assembly {
         description: &Description,
         cpu: Option<&Cpu>,
     ) -> Result<Memory, RestoreError> {
-        adapt::check_disks(description)?;
+        overrides::check_disks(description)?;
         check_taps(description)?;
         if let Some(cpu) = cpu {
             check_cpu(description, cpu)?;
@@ -125,9 +126,9 @@ impl Assembly {
         held: bool,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Received { config, sections, memory } = received;
-        let mut description = Description::try_from(&config).map_err(RehearseError::from)?;
-        self.adapt(&mut description)?;
-        adapt::check_disks(&description)?;
+        let mut description = Description::try_from(&config).map_err(DryRunError::from)?;
+        self.apply_overrides(&mut description)?;
+        overrides::check_disks(&description)?;
         let (memory, children) = (memory.into(), Children::default());
         let parts = Parts { config, description, sections, memory, children, opening };
         self.build(parts, held)
@@ -135,10 +136,10 @@ impl Assembly {
 
     fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Parts { config, description, sections, memory, children, opening } = parts;
-        let restorable = dry_restore(description, sections).map_err(RehearseError::from)?;
+        let restorable = dry_restore(description, sections).map_err(DryRunError::from)?;
         let checked =
             check_spots(&restorable.description, config.id.into(), &restorable.state.devices);
-        checked.map_err(AdaptError::from)?;
+        checked.map_err(OverrideError::from)?;
         let clock_realtime = self.clock_realtime;
         let saved = machine::Saved { restorable, opening, memory, clock_realtime, held };
         let machine = Machine::restored(saved, self.report.clone())?;

@@ -1,7 +1,7 @@
 //! Guest memory made of the files of a save: mapped, copied, or read while the guest runs.
 use std::{io, os::unix::fs::FileExt};
 
-use config::{MemoryConfig, cli::Mapped};
+use config::{MemoryConfig, incoming::Mapping};
 use machine::{
     Report,
     memory::{
@@ -15,7 +15,7 @@ use state::{
     memory_file::BLOCK,
 };
 
-use super::{LoadError, lazy};
+use super::{LoadError, demand_paging};
 
 /// Most ranges of changes that are mapped, each of which is a mapping of the process; the smallest
 /// ones beyond are copied. A process may have 65,530 (vm.max_map_count).
@@ -30,16 +30,16 @@ const MAPPINGS: usize = 16 << 10;
 pub fn memory(
     chain: BackingChain,
     config: &MemoryConfig,
-    mapped: Mapped,
+    mapping: Mapping,
     report: &Report,
 ) -> Result<Contents, LoadError> {
     let own = !config.shared && config.path.is_none();
-    match mapped {
-        Mapped::On if own => return Ok(map(&chain, config)?),
-        Mapped::Uffd if own => {
+    match mapping {
+        Mapping::On if own => return Ok(map(&chain, config)?),
+        Mapping::Uffd if own => {
             let contents = chain.open().map_err(DirectoryError::from)?;
             contents.check_zeros().map_err(DirectoryError::from)?;
-            return Ok(lazy::start(contents, config, report.clone())?);
+            return Ok(demand_paging::start(contents, config, report.clone())?);
         }
         _ => {}
     }

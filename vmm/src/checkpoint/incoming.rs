@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use config::cli::Stream;
+use config::incoming::StreamSource;
 use machine::inherited;
 use parking_lot::Mutex;
 use qmp::server::{BindError, SocketFile, claim};
@@ -46,17 +46,17 @@ impl Door {
     ///
     /// # Errors
     /// When that is not possible.
-    pub fn open(from: &Stream) -> Result<(Self, Option<Child>), IncomingError> {
+    pub fn open(from: &StreamSource) -> Result<(Self, Option<Child>), IncomingError> {
         match from {
-            Stream::Unix(path) => {
+            StreamSource::Unix(path) => {
                 let (listener, file) = claim(path)?;
                 Ok((Self::Socket(listener, file), None))
             }
-            Stream::Fd(number) => {
+            StreamSource::Fd(number) => {
                 let fd = inherited::take(*number).map_err(IncomingError::Fd)?;
                 Ok((Self::Open(fd), None))
             }
-            Stream::Exec(command) => {
+            StreamSource::Exec(command) => {
                 let failed = |source| IncomingError::Exec { command: command.clone(), source };
                 let mut shell = Command::new("/bin/sh");
                 shell.arg("-c").arg(command).stdin(Stdio::null()).stdout(Stdio::piped());

@@ -9,7 +9,7 @@ use state::{
     directory::{self, DirectoryError, STATE},
 };
 
-use super::{ChildError, lazy::LazyError};
+use super::{ChildError, demand_paging::DemandPagingError};
 
 /// Why a saved state cannot be restored.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum LoadError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
-    Lazy(#[from] LazyError),
+    DemandPaging(#[from] DemandPagingError),
     #[error(transparent)]
     Child(#[from] ChildError),
 }

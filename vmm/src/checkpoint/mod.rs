@@ -1,63 +1,63 @@
 //! Checkpoints: a machine's whole state outside of its process.
 //!
 //! ```text
-//! job             the thread that writes, and the steps that the machine must stand still for
-//! save            into a directory: all of it or nothing
-//! memory_file     writing guest memory, with a checksum for each block of 2 MiB
-//! send            all of it into a socket, a pipe or a file
-//! rehearse        the first half of a restore; before a save counts, too
-//! disks           copies of disks that a save keeps beside the memory
+//! job               the thread that writes, and the steps that the machine must be stopped for
+//! save              into a directory: all of it or nothing
+//! memory_file       writing guest memory, with a checksum for each block of 2 MiB
+//! send              all of it into a socket, a pipe or a file
+//! dry_run           the first half of a restore; before a save counts, too
+//! disks             copies of disks that a save keeps beside the memory
 //!
-//! load            out of a directory, checked before anything is touched
-//! backing_memory  guest memory made of the files of a save
-//! lazy            memory that is read while the guest runs
-//! children        copies of the disks of a save for a restored machine
-//! adapt           what a restored machine may have in other places: images, taps, sockets
+//! load              out of a directory, checked before anything is touched
+//! backing_memory    guest memory made of the files of a save
+//! demand_paging     memory that is read while the guest runs
+//! children          copies of the disks of a save for a restored machine
+//! overrides         what a restored machine may have in other places: images, taps, sockets
 //!
-//! incoming        where a stream comes from
-//! receive         out of a stream
-//! arrival         the thread that takes a machine in, and the one that reads it from a stream
-//! assembly        what has come, made into a machine
-//! dialogue        what is said beside the machine where a stream goes both ways
-//! wait            for one descriptor until another one says to stop
+//! incoming          opening what a stream comes from
+//! receive           out of a stream
+//! arrival           the thread that takes a machine in, and the one that reads it from a stream
+//! assembly          what has come, made into a machine
+//! dialogue          what is said beside the machine where a stream goes both ways
+//! cancellable_poll  waiting for one descriptor until another one says to stop
 //! ```
 //! What lies in a directory is read by the crate `state`.
-mod adapt;
 mod arrival;
 mod assembly;
 mod backing_memory;
+mod cancellable_poll;
 mod children;
+mod demand_paging;
 mod dialogue;
 mod disks;
+mod dry_run;
 mod incoming;
 pub mod job;
-mod lazy;
 mod load;
 mod memory_file;
+mod overrides;
 mod receive;
-mod rehearse;
 mod save;
 mod send;
 #[cfg(test)]
 mod tests;
-mod wait;
 
-pub use adapt::AdaptError;
 pub use arrival::{Arrival, Step as ArrivalStep};
 pub use assembly::Arrived;
 pub use children::{ChildError, Children};
 pub use dialogue::{Hello, Voice};
+pub use dry_run::DryRunError;
 pub use incoming::IncomingError;
 pub use load::{LoadError, load};
 pub use memory_file::Progress;
+pub use overrides::OverrideError;
 pub use receive::{ReceiveError, Received, receive};
-pub use rehearse::RehearseError;
 pub use save::{Directory, SaveError, Saved, Sink};
 pub use send::{Cancel, Peer, Stream, To};
 
 use std::path::PathBuf;
 
-use config::cli::{Incoming, Mapped, Source};
+use config::incoming::{Incoming, Mapping, Source};
 use machine::{BuildError, memory::MemoryError};
 use state::directory::MEMORY;
 
@@ -72,11 +72,11 @@ pub enum RestoreError {
     #[error(transparent)]
     Receive(#[from] ReceiveError),
     #[error(transparent)]
-    Adapt(#[from] AdaptError),
+    Override(#[from] OverrideError),
     #[error(transparent)]
     Child(#[from] ChildError),
     #[error(transparent)]
-    Rehearse(#[from] RehearseError),
+    DryRun(#[from] DryRunError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("the machine was not taken in: that was cancelled")]
@@ -88,7 +88,7 @@ pub enum RestoreError {
 /// The file that the memory of a machine restored in this way is mapped from, if it is.
 pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
     match &incoming.source {
-        Source::Directory { path, mapped: Mapped::On, .. } => Some(path.join(MEMORY)),
+        Source::Directory { path, mapping: Mapping::On, .. } => Some(path.join(MEMORY)),
         _ => None,
     }
 }

@@ -12,7 +12,7 @@ use state::{
     frame::{Kind, StreamError},
 };
 
-use super::{AdaptError, dialogue::GO_LIMIT, memory_file::Progress, send::PIECE};
+use super::{OverrideError, dialogue::GO_LIMIT, memory_file::Progress, send::PIECE};
 
 /// How often all of memory may be sent: more often than any sender has rounds.
 const TIMES: u64 = 64;
@@ -59,7 +59,7 @@ pub enum ReceiveError {
     #[error("cannot write guest memory")]
     Write(#[source] io::Error),
     #[error(transparent)]
-    Adapt(#[from] AdaptError),
+    Override(#[from] OverrideError),
 }
 
 impl From<StreamError> for ReceiveError {
@@ -85,7 +85,7 @@ pub struct Received {
 /// The first thing that is wrong.
 pub fn receive(
     from: impl Read,
-    overrides: impl Fn(&mut Description) -> Result<(), AdaptError>,
+    overrides: impl Fn(&mut Description) -> Result<(), OverrideError>,
     allocate: impl FnOnce(&Description) -> Result<Memory, ReceiveError>,
     progress: &Progress,
 ) -> Result<Received, ReceiveError> {
@@ -99,7 +99,7 @@ pub fn receive(
 /// As [`receive`].
 pub fn receive_frames(
     frames: &mut Frames<impl Read>,
-    overrides: impl Fn(&mut Description) -> Result<(), AdaptError>,
+    overrides: impl Fn(&mut Description) -> Result<(), OverrideError>,
     allocate: impl FnOnce(&Description) -> Result<Memory, ReceiveError>,
     progress: &Progress,
 ) -> Result<Received, ReceiveError> {

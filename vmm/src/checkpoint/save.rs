@@ -33,11 +33,11 @@ use state::{
 };
 
 use super::{
-    RehearseError,
+    DryRunError,
     dialogue::HandOver,
     disks::{self, DiskCopies},
+    dry_run::dry_run,
     memory_file::{Progress, Writer},
-    rehearse::rehearse,
     send::PIECE,
 };
 
@@ -78,7 +78,7 @@ pub enum SaveError {
     #[error("cannot write to the stream")]
     Stream(#[source] io::Error),
     #[error("what was saved could not be restored, so it does not count")]
-    Rehearse(#[source] Box<RehearseError>),
+    DryRun(#[source] Box<DryRunError>),
     #[error(
         "the receiver does not answer; the capability return-path off sends one way \
          (migrate-set-capabilities)"
@@ -409,7 +409,7 @@ impl Sink for Directory {
         file.sync_all().map_err(|source| failed("sync", &path, source))?;
         // The names of the new files before the one that replaces the old state.
         target.sync()?;
-        read_back(&path, sum, &memory).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
+        read_back(&path, sum, &memory).map_err(|why| SaveError::DryRun(Box::new(why)))?;
         // From here on it counts, and cannot be called off.
         progress.commit().map_err(|_| SaveError::Cancelled)?;
         target.rename(NEW_STATE, STATE)?;
@@ -427,16 +427,16 @@ impl Sink for Directory {
 }
 
 /// Whether the state in the file `path`, whose CRC-32 is `sum`, can be restored with `memory`.
-fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), RehearseError> {
-    let bytes = fs::read(path).map_err(RehearseError::Io)?;
+fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), DryRunError> {
+    let bytes = fs::read(path).map_err(DryRunError::Io)?;
     if crc32fast::hash(&bytes) != sum {
-        return Err(RehearseError::Changed);
+        return Err(DryRunError::Changed);
     }
     let State { config, sections, .. } = State::read(&*bytes)?;
-    let file = File::open(memory).map_err(RehearseError::Io)?;
+    let file = File::open(memory).map_err(DryRunError::Io)?;
     memory_file::belongs(&file, config.id.into(), config.machine.memory.size)
-        .map_err(RehearseError::Memory)?;
-    rehearse(&config, sections).map(drop)
+        .map_err(DryRunError::Memory)?;
+    dry_run(&config, sections).map(drop)
 }
 
 /// `ranges`, in parts of at most [`PIECE`] bytes.

@@ -16,11 +16,11 @@ use std::{
 };
 
 use super::{
+    cancellable_poll::{self, Waited},
     dialogue::{ACCEPT_LIMIT, ANSWER_LIMIT, Answers, HandOver, Hello, Said},
+    dry_run::dry_run_frames,
     memory_file::Progress,
-    rehearse::rehearse_frames,
     save::{Finished, SaveError, Sink, Source, pieces},
-    wait::{self, Came},
 };
 use machine::{MachineState, Memory, memory::image as ram, sparse};
 use rustix::{
@@ -85,10 +85,10 @@ impl Cancel {
     ) -> io::Result<()> {
         // Not `Interrupted`: the standard library would try again.
         let over = |why| Err(io::Error::new(io::ErrorKind::TimedOut, why));
-        match wait::until(fd, flags, &self.0, at_most)? {
-            Came::Ready => Ok(()),
-            Came::Stop => over("cancelled"),
-            Came::Nothing => over("there is no answer"),
+        match cancellable_poll::until(fd, flags, &self.0, at_most)? {
+            Waited::Ready => Ok(()),
+            Waited::Stop => over("cancelled"),
+            Waited::Nothing => over("there is no answer"),
         }
     }
 
@@ -282,7 +282,7 @@ impl Sink for Stream {
         let mut to = self.to;
         let last = last_frames(&config, state).map_err(SaveError::Stream)?;
         // Without its end the receiver does not start it, and it runs on here.
-        rehearse_frames(&last).map_err(|why| SaveError::Rehearse(Box::new(why)))?;
+        dry_run_frames(&last).map_err(|why| SaveError::DryRun(Box::new(why)))?;
         forward(&last, &mut to).and_then(|()| to.end(0)).map_err(|e| failed(e, progress))?;
         if let Some(mut answers) = self.answers {
             hear(&mut answers, ANSWER_LIMIT, Kind::Ready, progress)?;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use config::{MemoryConfig, cli::Mapped, saved::check};
+use config::{MemoryConfig, incoming::Mapping, saved::check};
 use machine::{
     MachineState, Memory,
     memory::{allocate, image as ram, staging::Staging},
@@ -99,7 +99,7 @@ fn over(finished: Finished) -> Option<Saved> {
 /// What is restored from `directory`.
 pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
     let loaded = load(directory)?;
-    let mapped = if mapped { Mapped::On } else { Mapped::Off };
+    let mapped = if mapped { Mapping::On } else { Mapping::Off };
     let report = Arc::new(|_| {}) as _;
     Ok(backing_memory::memory(loaded.memory, &memory_config(), mapped, &report)?.memory)
 }

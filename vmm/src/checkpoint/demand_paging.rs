@@ -32,7 +32,7 @@ use state::{
     memory_file::{BLOCK, blocks},
 };
 
-use super::wait;
+use super::cancellable_poll;
 use crate::terminal;
 
 /// How long the main thread has to end the process.
@@ -40,7 +40,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why memory cannot be filled so.
 #[derive(Debug, thiserror::Error)]
-pub enum LazyError {
+pub enum DemandPagingError {
     /// The host does not let us.
     #[error(transparent)]
     Fault(#[from] FaultError),
@@ -49,7 +49,7 @@ pub enum LazyError {
     Thread(#[source] io::Error),
 }
 
-struct Lazy {
+struct DemandPager {
     contents: Contents,
     filler: Arc<Filler>,
     /// The blocks that hold something.
@@ -72,7 +72,7 @@ pub fn start(
     contents: Contents,
     config: &MemoryConfig,
     report: Report,
-) -> Result<origin::Contents, LazyError> {
+) -> Result<origin::Contents, DemandPagingError> {
     let filled = contents.filled();
     let (memory, filler) = allocate_missing(config, &filled)?;
     let filler = Arc::new(filler);
@@ -83,39 +83,41 @@ pub fn start(
     };
     let blocks: Vec<_> = filled.iter().flat_map(of).collect();
     let done = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
-    let lazy = Arc::new(Lazy {
+    let pager = Arc::new(DemandPager {
         contents,
         filler,
         taken: blocks.iter().map(|_| AtomicBool::new(false)).collect(),
         left: AtomicUsize::new(blocks.len()),
         blocks,
-        done: done.map_err(|e| LazyError::Thread(e.into()))?,
+        done: done.map_err(|e| DemandPagingError::Thread(e.into()))?,
         report,
         failed: AtomicBool::new(false),
     });
-    for (name, work) in [("faults", Lazy::serve as fn(&Lazy, &mut [u8])), ("prefetch", Lazy::fetch)]
-    {
-        let lazy = lazy.clone();
+    for (name, work) in [
+        ("faults", DemandPager::serve as fn(&DemandPager, &mut [u8])),
+        ("prefetch", DemandPager::fetch),
+    ] {
+        let pager = pager.clone();
         let run = move || {
-            let _watch = Watch(&lazy);
-            work(&lazy, &mut vec![0; BLOCK as usize]);
+            let _watch = Watch(&pager);
+            work(&pager, &mut vec![0; BLOCK as usize]);
         };
         Builder::new()
             .name(name.into())
             .stack_size(128 << 10)
             .spawn(run)
-            .map_err(LazyError::Thread)?;
+            .map_err(DemandPagingError::Thread)?;
     }
     Ok(origin::Contents { memory, filled, origin })
 }
 
-impl Lazy {
+impl DemandPager {
     /// Fill what somebody waits for, until all is there.
     fn serve(&self, buffer: &mut [u8]) {
         while self.left.load(Ordering::Acquire) > 0 {
-            match wait::until(&self.filler, PollFlags::IN, &self.done, None) {
-                Ok(wait::Came::Ready | wait::Came::Nothing) => {}
-                Ok(wait::Came::Stop) => return,
+            match cancellable_poll::until(&self.filler, PollFlags::IN, &self.done, None) {
+                Ok(cancellable_poll::Waited::Ready | cancellable_poll::Waited::Nothing) => {}
+                Ok(cancellable_poll::Waited::Stop) => return,
                 Err(e) => return self.fail(format!("cannot wait for page faults: {e}")),
             }
             match self.filler.fault() {
@@ -186,7 +188,7 @@ impl Lazy {
 }
 
 /// Notices that a thread ends otherwise than it should.
-struct Watch<'a>(&'a Lazy);
+struct Watch<'a>(&'a DemandPager);
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {

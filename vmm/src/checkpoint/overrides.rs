@@ -10,14 +10,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use config::{Description, Expect, MachineConfig, Tap, cli::Asked, device::Differs};
+use config::{Description, Expect, MachineConfig, Tap, incoming::Overrides, device::Differs};
 use machine::SpotCheckError;
 use rustix::fs::OFlags;
 
 /// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
-pub enum AdaptError {
+pub enum OverrideError {
     #[error(transparent)]
     Differs(#[from] Differs),
     #[error(
@@ -40,23 +40,23 @@ pub enum AdaptError {
     SpotCheck(#[from] SpotCheckError),
 }
 
-/// Change `description` to what the command line asks for: `asked`, and the disks, NICs and character
+/// Change `description` to what the command line asks for: `overrides`, and the disks, NICs and character
 /// devices of `flags`.
 ///
 /// # Errors
 /// When it asks for what the guest would notice, or for what was not there.
-pub fn adapt(
+pub fn apply(
     description: &mut Description,
-    asked: &Asked,
+    overrides: &Overrides,
     flags: &MachineConfig,
-) -> Result<(), AdaptError> {
+) -> Result<(), OverrideError> {
     let saved = &mut description.config;
-    if let Some((cpus, topology)) = asked.smp
+    if let Some((cpus, topology)) = overrides.smp
         && (cpus, topology) != (saved.cpus, saved.topology)
     {
         return Err(differs("vCPUs, in this topology,", "-smp", saved.cpus, cpus));
     }
-    if let Some(size) = asked.memory.filter(|size| *size != saved.memory.size) {
+    if let Some(size) = overrides.memory.filter(|size| *size != saved.memory.size) {
         return Err(differs("bytes of memory", "-m", saved.memory.size, size));
     }
     let threads: BTreeSet<_> = flags.iothreads.iter().collect();
@@ -66,45 +66,47 @@ pub fn adapt(
         return Err(differs("the I/O threads", "-object iothread", had, wanted));
     }
     for (what, flag, had, wanted) in [
-        ("slots for disks", "-machine disk-slots", saved.slots.disks(), asked.disk_slots),
-        ("slots for NICs", "-machine nic-slots", saved.slots.nics(), asked.nic_slots),
+        ("slots for disks", "-machine disk-slots", saved.slots.disks(), overrides.disk_slots),
+        ("slots for NICs", "-machine nic-slots", saved.slots.nics(), overrides.nic_slots),
     ] {
         if let Some(wanted) = wanted.filter(|wanted| *wanted != had) {
             return Err(differs(what, flag, had, wanted));
         }
     }
-    replace(&mut saved.name, &asked.name);
-    replace(&mut saved.uuid, &asked.uuid);
-    replace(&mut saved.boot.kernel, &asked.kernel);
-    replace(&mut saved.boot.cmdline, &asked.cmdline);
-    if asked.initrd.is_some() {
-        saved.boot.initrd.clone_from(&asked.initrd);
+    replace(&mut saved.name, &overrides.name);
+    replace(&mut saved.uuid, &overrides.uuid);
+    replace(&mut saved.boot.kernel, &overrides.kernel);
+    replace(&mut saved.boot.cmdline, &overrides.cmdline);
+    if overrides.initrd.is_some() {
+        saved.boot.initrd.clone_from(&overrides.initrd);
     }
-    replace(&mut saved.memory.shared, &asked.memory_shared);
-    replace(&mut saved.memory.dump, &asked.memory_dump);
+    replace(&mut saved.memory.shared, &overrides.memory_shared);
+    replace(&mut saved.memory.dump, &overrides.memory_dump);
     saved.memory.prealloc = flags.memory.prealloc;
     if flags.memory.path.is_some() {
         saved.memory.path.clone_from(&flags.memory.path);
     }
     match (&mut saved.serial, &flags.serial) {
         (Some(serial), Some(wanted)) => serial.clone_from(wanted),
-        (None, Some(_)) => return Err(AdaptError::None { what: "serial port", flag: "-serial" }),
+        (None, Some(_)) => {
+            return Err(OverrideError::None { what: "serial port", flag: "-serial" });
+        }
         (_, None) => {}
     }
     for wanted in &flags.devices {
         let replaced = saved.devices.iter_mut().find_map(|device| device.replace(wanted));
         let (what, flag) = (wanted.facts().slot(), wanted.facts().flag());
-        replaced.ok_or(AdaptError::None { what, flag })??;
+        replaced.ok_or(OverrideError::None { what, flag })??;
     }
     disks(description, flags)?;
-    for disk in description.occupied.disks.iter_mut().flatten().filter(|_| asked.force) {
+    for disk in description.occupied.disks.iter_mut().flatten().filter(|_| overrides.force) {
         // The user vouches for those of the saved sizes.
         (disk.expect, disk.probe) = (Expect::Any, false);
     }
     nics(description, flags)
 }
 
-fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError> {
+fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideError> {
     let there = saved.occupied.disks.iter_mut().flatten();
     let pairs = pair(there, &flags.disks, |disk| &disk.id);
     for (disk, wanted) in pairs.map_err(|(one, ids)| unknown("disk", "drive", &one.id, &ids))? {
@@ -125,7 +127,7 @@ fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptErro
     Ok(())
 }
 
-fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError> {
+fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideError> {
     let mut given = Vec::new();
     let there = saved.occupied.nics.iter_mut().flatten();
     let pairs = pair(there, &flags.nics, |nic| &nic.id);
@@ -134,7 +136,7 @@ fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError
             && fds.len() != usize::from(nic.queue_pairs)
         {
             let (id, asked) = (wanted.id.clone(), fds.len());
-            return Err(AdaptError::Descriptors { id, saved: nic.queue_pairs, asked });
+            return Err(OverrideError::Descriptors { id, saved: nic.queue_pairs, asked });
         }
         nic.tap.clone_from(&wanted.tap);
         (nic.pps, nic.bps) = (wanted.pps, wanted.bps);
@@ -145,7 +147,7 @@ fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), AdaptError
     }
     let mut numbers = saved.occupied.nics.iter().flatten();
     match numbers.find(|nic| matches!(nic.tap, Tap::Fds(_)) && !given.contains(&nic.id)) {
-        Some(nic) => Err(AdaptError::NoTap { id: nic.id.clone() }),
+        Some(nic) => Err(OverrideError::NoTap { id: nic.id.clone() }),
         None => Ok(()),
     }
 }
@@ -181,15 +183,15 @@ fn pair<'s, 'w, T>(
 ///
 /// # Errors
 /// The first one that is not.
-pub fn check_disks(saved: &Description) -> Result<(), AdaptError> {
+pub fn check_disks(saved: &Description) -> Result<(), OverrideError> {
     for (disk, size_then) in saved.occupied.disks.iter().zip(&saved.disk_sizes) {
         let Some(disk) = disk else { continue };
         let (id, path) = (disk.id.clone(), disk.path.clone());
         match size(&disk.path) {
-            Err(source) => return Err(AdaptError::Disk { id, path, source }),
+            Err(source) => return Err(OverrideError::Disk { id, path, source }),
             // Whole sectors, as the disk shows them.
             Ok(found) if found / 512 * 512 != *size_then => {
-                return Err(AdaptError::DiskSize { id, path, saved: *size_then, found });
+                return Err(OverrideError::DiskSize { id, path, saved: *size_then, found });
             }
             Ok(_) => {}
         }
@@ -214,11 +216,11 @@ fn differs(
     flag: &'static str,
     saved: impl Display,
     asked: impl Display,
-) -> AdaptError {
+) -> OverrideError {
     Differs { what, flag, saved: saved.to_string(), asked: asked.to_string() }.into()
 }
 
-fn unknown(what: &'static str, flag: &'static str, id: &str, known: &[String]) -> AdaptError {
+fn unknown(what: &'static str, flag: &'static str, id: &str, known: &[String]) -> OverrideError {
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-    AdaptError::Unknown { what, flag, id: id.into(), known }
+    OverrideError::Unknown { what, flag, id: id.into(), known }
 }

@@ -10,7 +10,7 @@ use state::{Config, FileError, Frames, Sections};
 /// Why a saved machine cannot be restored, wherever that is tried.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
-pub enum RehearseError {
+pub enum DryRunError {
     #[error("the saved state cannot be restored")]
     Read(#[from] FileError),
     #[error("the saved state cannot be restored")]
@@ -29,7 +29,7 @@ pub enum RehearseError {
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn rehearse(config: &Config, sections: Sections) -> Result<Restorable, RehearseError> {
+pub fn dry_run(config: &Config, sections: Sections) -> Result<Restorable, DryRunError> {
     Ok(dry_restore(Description::try_from(config)?, sections)?)
 }
 
@@ -37,10 +37,10 @@ pub fn rehearse(config: &Config, sections: Sections) -> Result<Restorable, Rehea
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn rehearse_frames(bytes: &[u8]) -> Result<(), RehearseError> {
+pub fn dry_run_frames(bytes: &[u8]) -> Result<(), DryRunError> {
     let mut frames = Frames::begin(bytes).map_err(FileError::from)?;
     let config = frames.config()?;
     let sections = frames.sections()?;
     frames.end()?;
-    rehearse(&config, sections).map(drop)
+    dry_run(&config, sections).map(drop)
 }

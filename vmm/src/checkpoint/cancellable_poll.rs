@@ -12,7 +12,7 @@ use rustix::{
 
 /// What waiting came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Came {
+pub enum Waited {
     /// The descriptor is ready.
     Ready,
     /// The other one says to stop.
@@ -30,7 +30,7 @@ pub fn until(
     flags: PollFlags,
     stop: impl AsFd,
     at_most: Option<Duration>,
-) -> io::Result<Came> {
+) -> io::Result<Waited> {
     let mut fds = [PollFd::new(&fd, flags), PollFd::new(&stop, PollFlags::IN)];
     let deadline = at_most.map(|time| Instant::now() + time);
     loop {
@@ -39,10 +39,10 @@ pub fn until(
         match poll(&mut fds, left.as_ref()) {
             Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
-            Ok(0) => return Ok(Came::Nothing),
+            Ok(0) => return Ok(Waited::Nothing),
             Ok(_) => break,
         }
     }
     let [_, stop] = fds;
-    Ok(if stop.revents().is_empty() { Came::Ready } else { Came::Stop })
+    Ok(if stop.revents().is_empty() { Waited::Ready } else { Waited::Stop })
 }
