@@ -9,7 +9,7 @@ use qmp::{
         Cont, Empty, Event, MigrateCancel, MigrationInfo, MigrationStats, MigrationStatus,
         QueryMigrate, QueryStatus, Quit, RunState, ShutdownCause, StatusInfo, Stop,
     },
-    server::{Server, Ticket},
+    server::{Servers, Ticket},
     table::{Host, Table},
 };
 
@@ -21,7 +21,7 @@ use crate::{
 
 /// A monitor without a machine yet.
 pub struct Arriving {
-    pub(crate) servers: Vec<Server>,
+    pub(crate) servers: Servers,
     arrival: Arrival,
     /// The machine stays stopped when it is there.
     paused: bool,
@@ -32,10 +32,8 @@ pub struct Arriving {
     over: Option<Over>,
 }
 
-/// A request that waits for the machine, and the server that it came from.
+/// A request that waits for the machine.
 pub struct Held {
-    /// Index of the server.
-    pub server: usize,
     /// The request.
     pub request: Request,
     /// For its answer.
@@ -55,7 +53,7 @@ pub enum Over {
 /// What the monitor keeps for the machine.
 pub struct Handed {
     /// Its servers.
-    pub servers: Vec<Server>,
+    pub servers: Servers,
     /// The machine is to stay stopped.
     pub paused: bool,
     /// What clients have asked for meanwhile.
@@ -65,7 +63,7 @@ pub struct Handed {
 impl Arriving {
     /// A monitor that waits for `arrival`. It is `paused` afterwards unless clients say otherwise;
     /// `patient`: what needs the machine waits for it.
-    pub fn new(servers: Vec<Server>, arrival: Arrival, paused: bool, patient: bool) -> Self {
+    pub fn new(servers: Servers, arrival: Arrival, paused: bool, patient: bool) -> Self {
         let (held, status, over) = (Vec::new(), MigrationStatus::Setup, None);
         Self { servers, arrival, paused, patient, held, status, over }
     }
@@ -133,7 +131,7 @@ impl Arriving {
 
     fn tell(&mut self, status: MigrationStatus) {
         self.status = status;
-        self.servers.iter_mut().for_each(|server| server.broadcast(&Event::Migration { status }));
+        self.servers.broadcast(&Event::Migration { status });
     }
 }
 

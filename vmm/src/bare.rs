@@ -7,8 +7,8 @@ use mio::{Events, Interest, Poll, Token};
 use qmp::{
     Error,
     schema::*,
-    server::{BindError, Server},
-    table::{Host, Table},
+    server::{BindError, Servers, Socket},
+    table::Host,
 };
 use signal_hook_mio::v1_0::Signals;
 
@@ -50,24 +50,17 @@ pub(crate) fn query_kvm(bare: &mut Bare, _: QueryKvm) -> Result<KvmInfo, Error> 
 }
 
 const SIGNALS: Token = Token(0);
-/// Each QMP server has this many tokens.
-const SERVER_TOKENS: usize = 1 << 32;
 
-/// A server for each control socket; the tokens of each begin at `token`.
+/// A server for each control socket.
 ///
 /// # Errors
 /// The first that cannot be bound.
-pub fn servers(
-    control: &[Control],
-    registry: &mio::Registry,
-    token: impl Fn(usize) -> Token,
-) -> Result<Vec<Server>, BindError> {
-    let server = |(index, control): (usize, &Control)| match control.connects {
-        true => Server::connect(&control.path, registry, token(index)),
-        false => Server::bind(&control.path, registry, token(index)),
-    };
-    let share = |server: Server| server.one_of(control.len());
-    control.iter().enumerate().map(|each| server(each).map(share)).collect()
+pub fn servers(control: &[Control], registry: &mio::Registry) -> Result<Servers, BindError> {
+    let sockets = control.iter().map(|control| match control.connects {
+        true => Socket::Connect(&control.path),
+        false => Socket::Listen(&control.path),
+    });
+    Servers::open(&sockets.collect::<Vec<_>>(), registry)
 }
 
 /// Answer until a client or a signal ends it.
@@ -78,8 +71,7 @@ pub fn run(control: &[Control], ready: Option<Ready>) -> anyhow::Result<()> {
     let mut poll = Poll::new()?;
     let mut signals = Signals::new(ENDING)?;
     poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
-    let token = |index| Token((index + 1) * SERVER_TOKENS);
-    let mut servers = servers(control, poll.registry(), token)?;
+    let mut servers = servers(control, poll.registry())?;
     let mut bare = Bare { kvm: Path::new("/dev/kvm").exists(), ending: None };
     if let Some(ready) = ready {
         ready.tell()?;
@@ -87,37 +79,30 @@ pub fn run(control: &[Control], ready: Option<Ready>) -> anyhow::Result<()> {
     let table = bare_table();
     let mut events = Events::with_capacity(64);
     let reason = loop {
-        let more = servers.iter().any(Server::has_work);
+        let more = servers.has_work();
         match poll.poll(&mut events, more.then_some(Duration::ZERO)) {
             Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e.into()),
             _ => {}
         }
         for event in &events {
-            let index = (event.token().0 / SERVER_TOKENS).checked_sub(1);
-            index.and_then(|index| servers.get_mut(index)).map(|server| server.ready(event));
+            servers.ready(event);
         }
         if signals.pending().next().is_some() {
             break ShutdownCause::HostSignal;
         }
-        for server in &mut servers {
-            answer(server, &table, &mut bare);
+        while bare.ending.is_none()
+            && let Some((request, ticket)) = servers.next_request()
+        {
+            if let Some(result) = table.dispatch(&mut bare, request, &ticket) {
+                servers.reply(&ticket, result);
+            }
         }
         if let Some(reason) = bare.ending {
             break reason;
         }
     };
     let event = Event::Shutdown { guest: false, reason };
-    servers.iter_mut().for_each(|server| server.broadcast(&event));
-    Server::shutdown(servers, Duration::from_secs(1));
+    servers.broadcast(&event);
+    servers.shutdown(Duration::from_secs(1));
     Ok(())
-}
-
-fn answer(server: &mut Server, table: &Table<Bare>, bare: &mut Bare) {
-    while bare.ending.is_none()
-        && let Some((request, ticket)) = server.next_request()
-    {
-        if let Some(result) = table.dispatch(bare, request, &ticket) {
-            server.reply(&ticket, result);
-        }
-    }
 }

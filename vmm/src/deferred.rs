@@ -39,7 +39,6 @@ use crate::{
 
 /// A request, who waits for its answer, and how long it may be tried.
 pub(crate) struct Pending {
-    server: usize,
     request: Request,
     ticket: Ticket,
     until: Instant,
@@ -130,15 +129,9 @@ impl Vmm {
     }
 
     /// Carry out a request, or let it wait for its turn.
-    pub(crate) fn serve(
-        &mut self,
-        table: &Table<Self>,
-        server: usize,
-        request: Request,
-        ticket: Ticket,
-    ) {
+    pub(crate) fn serve(&mut self, table: &Table<Self>, request: Request, ticket: Ticket) {
         let until = Instant::now() + bounds::REST;
-        let pending = Pending { server, request, ticket, until };
+        let pending = Pending { request, ticket, until };
         let queued = self.is_deferring() || !self.deferrals.waiting.is_empty();
         let needs_machine = commands::needs_machine(table, &pending.request.execute);
         if needs_machine && self.ending().is_some() {
@@ -154,7 +147,6 @@ impl Vmm {
     fn carry_out(&mut self, table: &Table<Self>, pending: Pending) {
         let before = self.vain_tries();
         self.in_one_piece(|vmm| {
-            vmm.asked_by = pending.server;
             let result = table.dispatch(vmm, pending.request.clone(), &pending.ticket);
             match result {
                 Some(Err(e))
@@ -177,9 +169,7 @@ impl Vmm {
     }
 
     fn answer(&mut self, pending: &Pending, result: Result<serde_json::Value, Error>) {
-        if let Some(server) = self.servers.get_mut(pending.server) {
-            server.reply(&pending.ticket, result);
-        }
+        self.servers.reply(&pending.ticket, result);
     }
 
     /// Try `operation` again later; `why` it could not be done.

@@ -18,7 +18,7 @@ use std::{
 };
 
 use machine::release;
-use qmp::{schema::Event, server::Server};
+use qmp::schema::Event;
 
 use crate::{
     bounds, lifecycle, logging,
@@ -90,7 +90,7 @@ impl Vmm {
         }
         let quiet = !self.is_stuck();
         self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
-        let names = Server::shutdown(std::mem::take(&mut self.servers), DELIVERY);
+        let names = std::mem::take(&mut self.servers).shutdown(DELIVERY);
         terminal::put_back();
         let (leave, leave_disks) = (self.machine.leave(quiet), self.machine.leave_idle_disks());
         // Its threads may still use it; it ends with the process.

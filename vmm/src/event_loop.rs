@@ -10,7 +10,7 @@ use std::{
 };
 
 use mio::{Events, Interest, Poll, Token, Waker};
-use qmp::{schema::ShutdownCause, server::Server};
+use qmp::{schema::ShutdownCause, server::Servers};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
@@ -25,8 +25,6 @@ pub const ENDING: [c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 
 const WAKE: Token = Token(0);
 const SIGNALS: Token = Token(1);
-/// Each QMP server has this many tokens, the first one at the server's own index.
-const SERVER_TOKENS: usize = 1 << 32;
 
 /// The poll and what is always registered with it.
 pub struct EventLoop {
@@ -75,11 +73,6 @@ impl EventLoop {
         self.poll.registry()
     }
 
-    /// First token of QMP server `index`.
-    pub fn server_token(index: usize) -> Token {
-        Token((index + 1) * SERVER_TOKENS)
-    }
-
     /// Serve clients until the machine has come in, or never will.
     ///
     /// # Errors
@@ -88,7 +81,7 @@ impl EventLoop {
         let table = Arriving::table();
         let mut events = Events::with_capacity(64);
         loop {
-            let more = arriving.servers.iter().any(|s| s.has_work());
+            let more = arriving.servers.has_work();
             if let Some(signal) =
                 self.turn(&mut events, &mut arriving.servers, more.then_some(Duration::ZERO))?
             {
@@ -97,20 +90,15 @@ impl EventLoop {
                 arriving.end(Over::Ended(Ending { guest: false, reason, status: 0 }));
             }
             arriving.follow();
-            for server in 0..arriving.servers.len() {
-                while !arriving.is_over()
-                    && let Some((request, ticket)) =
-                        arriving.servers.get_mut(server).and_then(|s| s.next_request())
-                {
-                    if arriving.holds(&table, &request) {
-                        arriving.hold(Held { server, request, ticket });
-                        continue;
-                    }
-                    let result = table.dispatch(&mut arriving, request, &ticket);
-                    if let (Some(result), Some(server)) = (result, arriving.servers.get_mut(server))
-                    {
-                        server.reply(&ticket, result);
-                    }
+            while !arriving.is_over()
+                && let Some((request, ticket)) = arriving.servers.next_request()
+            {
+                if arriving.holds(&table, &request) {
+                    arriving.hold(Held { request, ticket });
+                    continue;
+                }
+                if let Some(result) = table.dispatch(&mut arriving, request, &ticket) {
+                    arriving.servers.reply(&ticket, result);
                 }
             }
             if let Some(over) = arriving.take_end() {
@@ -124,7 +112,7 @@ impl EventLoop {
     fn turn(
         &mut self,
         events: &mut Events,
-        servers: &mut [Server],
+        servers: &mut Servers,
         at_most: Option<Duration>,
     ) -> io::Result<Option<c_int>> {
         match self.poll.poll(events, at_most) {
@@ -133,10 +121,7 @@ impl EventLoop {
             Err(e) => return Err(e),
         }
         for event in &*events {
-            if event.token().0 >= SERVER_TOKENS {
-                let index = event.token().0 / SERVER_TOKENS - 1;
-                servers.get_mut(index).map(|server| server.ready(event));
-            }
+            servers.ready(event);
         }
         Ok(self.signals.pending().next())
     }
@@ -144,8 +129,8 @@ impl EventLoop {
     /// Answer what clients have asked for before there was a machine.
     pub fn answer(&mut self, vmm: &mut Vmm, held: Vec<Held>) {
         let table = commands::table();
-        for Held { server, request, ticket } in held {
-            vmm.serve(&table, server, request, ticket);
+        for Held { request, ticket } in held {
+            vmm.serve(&table, request, ticket);
         }
     }
 
@@ -157,7 +142,7 @@ impl EventLoop {
         let table = commands::table();
         let mut events = Events::with_capacity(64);
         loop {
-            let more = vmm.servers.iter().any(|s| s.has_work());
+            let more = vmm.servers.has_work();
             let at_most = if more { Some(Duration::ZERO) } else { vmm.until_due() };
             if let Some(signal) = self.turn(&mut events, &mut vmm.servers, at_most)? {
                 log::info!("ended by signal {signal}");
@@ -174,13 +159,10 @@ impl EventLoop {
                 vmm.follow_balloon();
             }
             vmm.in_one_piece(Vmm::follow_files);
-            for server in 0..vmm.servers.len() {
-                while (vmm.ending().is_none() || vmm.winds_up)
-                    && let Some((request, ticket)) =
-                        vmm.servers.get_mut(server).and_then(|s| s.next_request())
-                {
-                    vmm.serve(&table, server, request, ticket);
-                }
+            while (vmm.ending().is_none() || vmm.winds_up)
+                && let Some((request, ticket)) = vmm.servers.next_request()
+            {
+                vmm.serve(&table, request, ticket);
             }
             if let Some(ending) = vmm.ending()
                 && vmm.is_ready_to_end()

@@ -105,10 +105,10 @@ impl Job {
     }
 }
 
-/// A job, and who waits for it: the server and the right to answer there.
+/// A job, and the right to answer the client that waits for it.
 struct Entry {
     job: Job,
-    asked: Option<(usize, Ticket)>,
+    asked: Option<Ticket>,
     since: Instant,
 }
 
@@ -225,7 +225,7 @@ impl Files {
     }
 
     /// Who has waited too long, and what to answer.
-    fn take_overdue(&mut self) -> Option<((usize, Ticket), Finish)> {
+    fn take_overdue(&mut self) -> Option<(Ticket, Finish)> {
         let late =
             |entry: &Entry| entry.asked.is_some() && entry.since.elapsed() >= entry.patience();
         let running = self.running.as_mut()?;
@@ -253,7 +253,7 @@ impl Files {
 impl Vmm {
     /// Have `job` done by the thread; `ticket` is answered when it is over.
     pub(crate) fn with_files(&mut self, job: Job, ticket: &Ticket) {
-        let asked = Some((self.asked_by, ticket.clone()));
+        let asked = Some(ticket.clone());
         self.files.queue.push_back(Entry { job, asked, since: Instant::now() });
         self.files.begin_next();
     }
@@ -271,19 +271,13 @@ impl Vmm {
             // A client that has been answered already is told nothing more.
             if let Some(asked) = self.files.running.take().and_then(|running| running.entry.asked) {
                 let result = finish(self);
-                self.answer_late(asked, result);
+                self.servers.reply(&asked, result);
             }
             self.files.begin_next();
         }
         while let Some((asked, finish)) = self.files.take_overdue() {
             let result = finish(self);
-            self.answer_late(asked, result);
-        }
-    }
-
-    fn answer_late(&mut self, (server, ticket): (usize, Ticket), result: Result<Value, Error>) {
-        if let Some(server) = self.servers.get_mut(server) {
-            server.reply(&ticket, result);
+            self.servers.reply(&asked, result);
         }
     }
 }

@@ -17,7 +17,7 @@ use config::{
 use machine::{Machine, memory::own, preflight};
 use qmp::{
     schema::{Event, ShutdownCause},
-    server::Server,
+    server::Servers,
 };
 use vmm::{
     announce::Schedule,
@@ -95,9 +95,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let filter = (!invocation.disable_seccomp).then_some(move || seccomp::filter(spawn));
     let threads = Starting::begin(&events.notify(), filter).context("cannot start a thread")?;
     // A client that can connect gets an answer. A machine that is built here is there by then.
-    let bind = |events: &EventLoop| {
-        bare::servers(&invocation.control, events.registry(), EventLoop::server_token)
-    };
+    let bind = |events: &EventLoop| bare::servers(&invocation.control, events.registry());
     log::info!(target: "VmConfig", "{}", what(invocation));
     // Dropped after the machine, and only then its source is told to take it back.
     let mut answer = Voice::silent();
@@ -183,11 +181,11 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
 }
 
 /// Say to all clients that the monitor ends without ever having had a machine.
-fn last_event(mut servers: Vec<Server>, ending: Ending) {
+fn last_event(mut servers: Servers, ending: Ending) {
     let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
-    servers.iter_mut().for_each(|server| server.broadcast(&event));
+    servers.broadcast(&event);
     // Dropped, the names go.
-    drop(Server::shutdown(servers, bounds::COMMAND));
+    drop(servers.shutdown(bounds::COMMAND));
 }
 
 /// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.

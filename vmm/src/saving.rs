@@ -61,11 +61,11 @@ pub(crate) struct How {
     pub disks: bool,
 }
 
-/// What was asked for, and by which client of which server.
+/// What was asked for, and by whom.
 struct Asked {
     to: To,
     how: How,
-    by: (usize, Ticket),
+    by: Ticket,
 }
 
 /// A save that the next one can build on.
@@ -85,7 +85,7 @@ struct Current {
     /// Copies of disks in the making, by the disks' ids.
     disks: Vec<disks::Named>,
     /// The client that waits for the answer.
-    by: Option<(usize, Ticket)>,
+    by: Option<Ticket>,
     /// What the main thread could not do.
     failed: Option<String>,
     /// When the guest was stopped.
@@ -193,7 +193,7 @@ impl Vmm {
     /// # Errors
     /// When it cannot begin; nothing has changed then but what is known of the last save.
     pub(crate) fn save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
-        let asked = Asked { to, how, by: (self.asked_by, ticket.clone()) };
+        let asked = Asked { to, how, by: ticket.clone() };
         match self.saving.phase {
             Phase::Idle => self.begin_save(asked),
             _ if self.saving.status == MigrationStatus::Cancelling
@@ -340,7 +340,7 @@ impl Vmm {
             if let Some((next, _)) = self.saving.next.take() {
                 let by = next.by.clone();
                 if let Err(e) = self.begin_save(next) {
-                    self.reply_to(by, Err(e));
+                    self.reply_to(&by, Err(e));
                 }
             }
         } else if let Some((next, _)) =
@@ -351,7 +351,7 @@ impl Vmm {
                 "the save to {place} was cancelled and hangs: its storage does not answer. Another one \
                  can begin when it does; query-migrate says 'cancelling' until then"
             );
-            self.reply_to(next.by, Err(Error::text(desc)));
+            self.reply_to(&next.by, Err(Error::text(desc)));
         }
     }
 
@@ -647,15 +647,13 @@ impl Vmm {
             Some(why) => Err(Error::text(why.clone())),
         };
         if let Some(by) = by {
-            self.reply_to(by, reply);
+            self.reply_to(&by, reply);
         }
     }
 
-    fn reply_to(&mut self, (server, ticket): (usize, Ticket), reply: Result<Empty, Error>) {
+    fn reply_to(&mut self, ticket: &Ticket, reply: Result<Empty, Error>) {
         let reply =
             reply.and_then(|empty| serde_json::to_value(empty).map_err(|e| Error::generic(&e)));
-        if let Some(server) = self.servers.get_mut(server) {
-            server.reply(&ticket, reply);
-        }
+        self.servers.reply(ticket, reply);
     }
 }

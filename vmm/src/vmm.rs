@@ -1,5 +1,5 @@
 //! The one object that owns the machine and decides what becomes of it.
-use std::{collections::BTreeMap, os::fd::OwnedFd, time::Instant};
+use std::time::Instant;
 
 use config::actions::{Action, Actions};
 use machine::{Machine, ReloadError, RunError};
@@ -9,7 +9,7 @@ use qmp::{
         Event, GuestPanicAction, MemoryFailureAction, MemoryFailureFlags, MemoryFailureRecipient,
         ShutdownCause,
     },
-    server::{Server, Ticket},
+    server::Servers,
     table::Host,
 };
 
@@ -30,9 +30,7 @@ pub struct Vmm {
     /// Changed by [`Vmm::apply`] alone.
     state: State,
     pub(crate) machine: Machine,
-    pub(crate) servers: Vec<Server>,
-    /// Which server the request being answered came from.
-    pub(crate) asked_by: usize,
+    pub(crate) servers: Servers,
     /// Why and how to end, once the request being answered has been answered; and since when.
     ending: Option<(Ending, Instant)>,
     /// All that there is to be waited for before the end was told of it.
@@ -85,7 +83,7 @@ impl Vmm {
     /// A monitor for a machine that has not started.
     pub fn new(
         machine: Machine,
-        servers: Vec<Server>,
+        servers: Servers,
         actions: Actions,
         checkpointer: Checkpointer,
         files: Files,
@@ -95,7 +93,6 @@ impl Vmm {
             state: State::Prelaunch,
             machine,
             servers,
-            asked_by: 0,
             ending: None,
             winds_up: false,
             actions,
@@ -182,19 +179,14 @@ impl Vmm {
 
     /// What `act` tells one client goes out in one piece: events, then an answer.
     pub(crate) fn in_one_piece(&mut self, act: impl FnOnce(&mut Self)) {
-        self.servers.iter_mut().for_each(Server::hold_events);
+        self.servers.hold_events();
         act(self);
-        self.servers.iter_mut().for_each(Server::send_events);
-    }
-
-    /// The descriptors that the client that holds `ticket` has given names.
-    pub(crate) fn named_fds(&mut self, ticket: &Ticket) -> Option<&mut BTreeMap<String, OwnedFd>> {
-        self.servers.get_mut(self.asked_by)?.named_fds(ticket.client())
+        self.servers.send_events();
     }
 
     /// Tell every client.
     pub fn tell(&mut self, event: &Event) {
-        self.servers.iter_mut().for_each(|server| server.broadcast(event));
+        self.servers.broadcast(event);
     }
 
     /// End after the request being answered. The first reason counts.

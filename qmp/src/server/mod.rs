@@ -15,8 +15,10 @@
 //! together have a bound on memory, too.
 mod bind;
 mod connection;
+mod servers;
 
 pub use bind::{BindError, SocketFile, claim};
+pub use servers::{Servers, Socket};
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -57,6 +59,8 @@ pub struct ClientId {
 /// The right to answer one request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ticket {
+    /// The server's first token.
+    server: usize,
     client: ClientId,
     id: Id,
 }
@@ -70,7 +74,7 @@ impl Ticket {
     /// One that belongs to nobody.
     #[cfg(test)]
     pub(crate) fn for_test() -> Self {
-        Self { client: ClientId { slot: 0, serial: 0 }, id: None }
+        Self { server: 0, client: ClientId { slot: 0, serial: 0 }, id: None }
     }
 }
 
@@ -207,11 +211,11 @@ impl Server {
                 self.acceptable = self.accept();
             }
             let Some(slot) = self.queue.pop_front() else { continue };
-            let mut request = None;
+            let (mut request, server) = (None, self.base);
             self.with(slot, |connection| {
                 connection.queued = false;
                 let client = connection.id;
-                request = connection.step()?.map(|(r, id)| (r, Ticket { client, id }));
+                request = connection.step()?.map(|(r, id)| (r, Ticket { server, client, id }));
                 Ok(())
             });
             if request.is_some() {

@@ -40,7 +40,7 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
         ("file", path) => To::Directory(PathBuf::from(path)),
         ("unix", path) => stream(checkpoint::To::Socket(PathBuf::from(path))),
         ("fd", name) => {
-            match (vmm.named_fds(ticket).and_then(|fds| fds.remove(name)), name.parse()) {
+            match (vmm.servers.named_fds(ticket).and_then(|fds| fds.remove(name)), name.parse()) {
                 (Some(fd), _) => stream(checkpoint::To::Fd(fd)),
                 (None, Ok(number)) => {
                     stream(checkpoint::To::Fd(inherited::take(number).map_err(failed)?))

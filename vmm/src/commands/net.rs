@@ -11,8 +11,7 @@ use crate::{announce::Schedule, vmm::Vmm};
 const MAX_NAMED: usize = 32;
 
 pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
-    let server = vmm.servers.get_mut(vmm.asked_by);
-    let Some(fd) = server.and_then(|s| s.take_fd(ticket.client())) else {
+    let Some(fd) = vmm.servers.take_fd(ticket) else {
         return Err(Error::text("Invalid SCM message: no descriptor came with this command"));
     };
     let name = command.fdname;
@@ -20,7 +19,7 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
     if name.starts_with(|first: char| first.is_ascii_digit()) || name.contains(':') {
         return Err(invalid("fdname", &name, "must not begin with a digit nor contain ':'"));
     }
-    let Some(named) = vmm.named_fds(ticket) else { return Ok(None) };
+    let Some(named) = vmm.servers.named_fds(ticket) else { return Ok(None) };
     if named.len() >= MAX_NAMED && !named.contains_key(&name) {
         return Err(Error::text(format!(
             "{MAX_NAMED} descriptors have a name already; close some with closefd"
@@ -31,7 +30,7 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
 }
 
 pub fn closefd(vmm: &mut Vmm, command: Closefd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
-    let closed = vmm.named_fds(ticket).and_then(|named| named.remove(&command.fdname));
+    let closed = vmm.servers.named_fds(ticket).and_then(|named| named.remove(&command.fdname));
     closed
         .map(|_| Some(Empty {}))
         .ok_or_else(|| Error::text(format!("File descriptor named '{}' not found", command.fdname)))
@@ -92,7 +91,7 @@ pub fn netdev_add(
     }
     let (tap, fds) = match (&command.ifname, names.is_empty()) {
         (Some(name), true) => (Tap::Name(name.clone()), Vec::new()),
-        (None, false) => take_fds(vmm.named_fds(ticket), &names)?,
+        (None, false) => take_fds(vmm.servers.named_fds(ticket), &names)?,
         (Some(_), false) => {
             return Err(Error::text("Parameters 'ifname' and 'fd' exclude each other"));
         }
