@@ -3,16 +3,15 @@
 use std::{io, path::Path, time::Duration};
 
 use config::cli::Control;
-use mio::{Events, Interest, Poll, Token};
+use mio::{Events, Poll, Token};
 use qmp::{
     Error,
     schema::*,
     server::{BindError, Servers, Socket},
     table::Host,
 };
-use signal_hook_mio::v1_0::Signals;
 
-use crate::{commands::bare_table, daemon::Ready, event_loop::ENDING};
+use crate::{commands::bare_table, daemon::Ready, signals};
 
 /// Where a machine would be.
 pub(crate) struct Bare {
@@ -69,8 +68,7 @@ pub fn servers(control: &[Control], registry: &mio::Registry) -> Result<Servers,
 /// When a control socket cannot be bound, or the host refuses to wait for events.
 pub fn run(control: &[Control], ready: Option<Ready>) -> anyhow::Result<()> {
     let mut poll = Poll::new()?;
-    let mut signals = Signals::new(ENDING)?;
-    poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
+    let mut signals = signals::ending(poll.registry(), SIGNALS)?;
     let mut servers = servers(control, poll.registry())?;
     let mut bare = Bare { kvm: Path::new("/dev/kvm").exists(), ending: None };
     if let Some(ready) = ready {

@@ -9,19 +9,15 @@ use std::{
     time::Duration,
 };
 
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Poll, Token, Waker};
 use qmp::{schema::ShutdownCause, server::Servers};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::{
     arriving::{Arriving, Handed, Held, Over},
-    commands,
+    commands, signals,
     vmm::{Ending, Vmm},
 };
-
-/// The signals that end the monitor.
-pub const ENDING: [c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 
 const WAKE: Token = Token(0);
 const SIGNALS: Token = Token(1);
@@ -43,8 +39,7 @@ impl EventLoop {
     pub fn new() -> io::Result<Self> {
         let poll = Poll::new()?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
-        let mut signals = Signals::new(ENDING)?;
-        poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
+        let signals = signals::ending(poll.registry(), SIGNALS)?;
         let (sender, reports) = channel();
         Ok(Self { poll, signals, reports, sender, waker })
     }

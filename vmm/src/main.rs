@@ -27,9 +27,9 @@ use vmm::{
     daemon::{self, Ready, Side},
     event_loop::EventLoop,
     explain::explain,
-    file_signals, lifecycle, logging,
+    lifecycle, logging,
     pidfile::PidFile,
-    seccomp,
+    seccomp, signals,
     spawner::{self, Spawner},
     terminal::Raw,
     threads::{Starting, Threads},
@@ -89,7 +89,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         bare::run(&invocation.control, ready)?;
         return Ok(ExitCode::SUCCESS);
     }
-    file_signals::handle().context("cannot handle the signals of files")?;
+    signals::handle_those_of_files().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     let spawn = invocation.spawn;
     let filter = (!invocation.disable_seccomp).then_some(move || seccomp::filter(spawn));
@@ -142,7 +142,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     };
     let mapped = invocation.incoming.as_ref().and_then(checkpoint::mapped);
     if let Some(path) = machine.config().memory.path.as_ref().or(mapped.as_ref()) {
-        file_signals::memory_is(path);
+        signals::memory_is(path);
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
     let Threads { checkpointer, files, end, filter } = threads.finish()?;

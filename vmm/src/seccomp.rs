@@ -23,7 +23,7 @@ use std::{
 use libc::{c_int, c_void, siginfo_t};
 use seccompiler::BpfProgram;
 
-use crate::last_words;
+use crate::{last_words, signals};
 
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +80,7 @@ pub fn confine_reader() -> Result<(), SeccompError> {
 
 fn report_forbidden_calls() -> Result<(), SeccompError> {
     MEMORY.get_or_init(|| File::open("/proc/self/mem").ok());
-    vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, forbidden)
-        .map_err(|e| SeccompError::Handler(io::Error::from_raw_os_error(e.errno())))
+    signals::handle(libc::SIGSYS, forbidden).map_err(SeccompError::Handler)
 }
 
 /// The handler of SIGSYS. Takes no lock and no memory, as [`last_words`].
