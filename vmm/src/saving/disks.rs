@@ -4,7 +4,7 @@ use std::sync::Arc;
 use machine::disk::{Disk, DiskCopy};
 use qmp::Error;
 
-use super::{Current, Failed, How, Phase, Saving};
+use super::{Failed, How, Saving, status::UnderWay};
 use crate::{bounds, vmm::Vmm};
 
 /// A copy in the making, and the disk's id.
@@ -13,19 +13,19 @@ pub(super) type Named = (String, Arc<DiskCopy>);
 impl Saving {
     /// Whether the disk `id` is being copied.
     pub(crate) fn copies(&self, id: &str) -> bool {
-        let disks = self.current.as_ref().filter(|_| self.phase != Phase::Idle);
-        disks.is_some_and(|current| current.disks.iter().any(|(disk, _)| disk == id))
+        self.under_way().is_some_and(|save| save.disks.iter().any(|(disk, _)| disk == id))
     }
 
     /// Whether disks are being copied.
     pub(crate) fn keeps_disks(&self) -> bool {
-        self.phase != Phase::Idle && self.current.as_ref().is_some_and(|current| current.how.disks)
+        self.under_way().is_some_and(|save| save.how.disks)
     }
+}
 
+impl UnderWay {
     /// Let the guest write to its disks: nothing comes of the copies that are under way.
     pub(super) fn abandon_disks(&self) {
-        let disks = self.current.iter().flat_map(|current| &current.disks);
-        disks.for_each(|(_, copy)| copy.abandon());
+        self.disks.iter().for_each(|(_, copy)| copy.abandon());
     }
 }
 
@@ -46,7 +46,8 @@ impl Vmm {
 
     /// The disks are to be copied as they are now, while nothing is in flight.
     pub(super) fn begin_disks(&mut self) -> Result<(), Failed> {
-        let Some(Current { disks, how: How { disks: true, .. }, .. }) = &self.saving.current else {
+        let Some(UnderWay { disks, how: How { disks: true, .. }, .. }) = self.saving.under_way()
+        else {
             return Ok(());
         };
         let now = self.machine.writable_disks();
@@ -62,18 +63,16 @@ impl Vmm {
 
     /// Give up a save whose storage keeps the guest from writing to its disks.
     pub(super) fn end_stalled_save(&mut self) {
-        let disks = self.saving.current.iter().flat_map(|current| &current.disks);
+        let Some(save) = self.saving.under_way_mut() else { return };
         let stalled = |copy: &DiskCopy| copy.stalled().is_some_and(|time| time > bounds::DISK_COPY);
-        let Some((id, _)) = disks.clone().find(|(_, copy)| stalled(copy)) else { return };
+        let Some((id, _)) = save.disks.iter().find(|(_, copy)| stalled(copy)) else { return };
         let why = format!(
             "disk '{id}' was not copied for {} seconds, while the guest waited to write to it: the storage \
              of the save or of the disk is too slow, or hangs",
             bounds::DISK_COPY.as_secs()
         );
-        if let Some(current) = &mut self.saving.current {
-            log::error!("the save is given up: {why}");
-            current.failed.get_or_insert(why);
-        }
+        log::error!("the save is given up: {why}");
+        save.fail(why);
         self.cancel_save();
     }
 }

@@ -2,21 +2,18 @@
 //! to be done. No side effects here.
 //!
 //! ```text
-//!           Begin           Opened, Round, Ready
-//!   Idle ----------> Copying ----------------+----> Finishing    the guest was captured and runs on
-//!     ^                 |                    |          |
-//!     |                 |                    +----> Stopped      it has to wait until it is copied
-//!     |                 | Done                      |    |
-//!     +-----------------+---------------------------+----+
+//!            Opened, Round, Ready
+//!   Copying ----------------------+----> Finishing    the guest was captured and runs on
+//!      |                          |          |
+//!      |                          +----> Stopped      it has to wait until it is copied
+//!      | Done                            |    |
+//!      +---------------------------------+----+----> Over
 //! ```
 use crate::lifecycle::State;
 
 /// Where a save is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// There is none, or the last one is over.
-    #[default]
-    Idle,
     /// The thread opens, or copies while the guest runs; the guest is what clients make of it.
     Copying,
     /// The machine is stopped for it. Where it was before.
@@ -25,6 +22,8 @@ pub enum Phase {
     Going(State),
     /// All that the machine has to give was given: it is what clients make of it.
     Finishing,
+    /// The thread is done.
+    Over,
 }
 
 /// What kind of save it is.
@@ -32,17 +31,36 @@ pub enum Phase {
 pub struct Terms {
     /// The guest runs on here, if it ran.
     pub resume: bool,
-    /// Another process may run it from now on.
-    pub stream: bool,
-    /// That process answers.
-    pub dialogue: bool,
+    /// Where the machine goes.
+    pub receiver: Receiver,
+}
+
+/// Where a saved machine goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Receiver {
+    /// Into a directory.
+    Directory,
+    /// To another process, which may run it from then on and says nothing.
+    Mute,
+    /// To another process, which answers.
+    Answers,
+}
+
+impl Terms {
+    /// Another process may run the machine from then on.
+    pub fn is_stream(self) -> bool {
+        self.receiver != Receiver::Directory
+    }
+
+    /// Memory is copied while the guest runs, if it does.
+    pub fn live(self) -> bool {
+        self.resume || self.is_stream()
+    }
 }
 
 /// What happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Input {
-    /// A save begins.
-    Begin,
     /// There is something to save into, and the guest runs (or does not).
     Opened { live: bool },
     /// A round has been made.
@@ -93,8 +111,6 @@ pub enum Effect {
     Rest(State),
     /// Leave it to the process that it was sent to.
     Leave,
-    /// Tell all who want to know.
-    Answer,
 }
 
 impl Phase {
@@ -102,7 +118,6 @@ impl Phase {
     pub fn on(self, terms: Terms, input: Input) -> (Self, Vec<Effect>) {
         use {Effect as E, Input as I, Outcome as O};
         match (self, input) {
-            (Self::Idle, I::Begin) => (Self::Copying, vec![]),
             (Self::Copying, I::Opened { live: true }) => (self, vec![E::LogAndCopy]),
             (Self::Copying, I::Opened { live: false } | I::Ready) => (self, vec![E::Capture]),
             (Self::Copying, I::Round) => (self, vec![E::Harvest]),
@@ -112,7 +127,7 @@ impl Phase {
                 (Self::Finishing, vec![E::GoBack(before)])
             }
             // The other side of a stream may have all of it: only the thread can tell.
-            (Self::Stopped(before), I::Cancelled) if !terms.stream => {
+            (Self::Stopped(before), I::Cancelled) if !terms.is_stream() => {
                 (Self::Finishing, vec![E::GoBack(before)])
             }
             (Self::Stopped(before), I::HandOver) => (Self::Going(before), vec![E::Release, E::Go]),
@@ -121,13 +136,13 @@ impl Phase {
             (Self::Stopped(before) | Self::Going(before), I::Done(outcome)) => {
                 let then = match outcome {
                     O::Failed => E::GoBack(before),
-                    O::Saved | O::Unknown if terms.stream => E::Leave,
+                    O::Saved | O::Unknown if terms.is_stream() => E::Leave,
                     O::Unknown => E::GoBack(before),
                     O::Saved => E::Rest(before),
                 };
-                (Self::Idle, vec![then, E::Answer])
+                (Self::Over, vec![then])
             }
-            (Self::Copying | Self::Finishing, I::Done(_)) => (Self::Idle, vec![E::Answer]),
+            (Self::Copying | Self::Finishing, I::Done(_)) => (Self::Over, vec![]),
             _ => (self, vec![]),
         }
     }
@@ -137,16 +152,16 @@ impl Phase {
 mod tests {
     use super::{Effect as E, Input as I, *};
 
-    const RESUME: Terms = Terms { resume: true, stream: false, dialogue: false };
-    const SUSPEND: Terms = Terms { resume: false, stream: false, dialogue: false };
-    const MOVE: Terms = Terms { resume: false, stream: true, dialogue: true };
+    const RESUME: Terms = Terms { resume: true, receiver: Receiver::Directory };
+    const SUSPEND: Terms = Terms { resume: false, receiver: Receiver::Directory };
+    const MOVE: Terms = Terms { resume: false, receiver: Receiver::Answers };
     const SAVED: I = I::Done(Outcome::Saved);
     const FAILED: I = I::Done(Outcome::Failed);
     const UNKNOWN: I = I::Done(Outcome::Unknown);
 
     /// All that is done, and where it ends.
     fn follow(terms: Terms, inputs: &[Input]) -> (Phase, Vec<Effect>) {
-        inputs.iter().fold((Phase::Idle, Vec::new()), |(phase, mut done), input| {
+        inputs.iter().fold((Phase::Copying, Vec::new()), |(phase, mut done), input| {
             let (phase, effects) = phase.on(terms, *input);
             done.extend(effects);
             (phase, done)
@@ -155,13 +170,12 @@ mod tests {
 
     #[test]
     fn a_guest_that_runs_on_is_captured_once_and_never_waits_for_the_thread() {
-        let inputs =
-            [I::Begin, I::Opened { live: true }, I::Round, I::Round, I::Ready, I::Captured];
+        let inputs = [I::Opened { live: true }, I::Round, I::Round, I::Ready, I::Captured];
         let (phase, done) = follow(RESUME, &inputs);
         assert_eq!(done, [E::LogAndCopy, E::Harvest, E::Harvest, E::Capture]);
         assert_eq!(phase, Phase::Finishing);
         for end in [SAVED, FAILED] {
-            assert_eq!(phase.on(RESUME, end), (Phase::Idle, vec![E::Answer]));
+            assert_eq!(phase.on(RESUME, end), (Phase::Over, vec![]));
         }
     }
 
@@ -174,40 +188,40 @@ mod tests {
             (MOVE, SAVED, E::Leave),
             (MOVE, FAILED, E::GoBack(ran)),
         ] {
-            let inputs = [I::Begin, I::Opened { live: false }, I::Held(ran), I::Copied, end];
-            assert_eq!(follow(terms, &inputs), (Phase::Idle, vec![E::Capture, then, E::Answer]));
+            let inputs = [I::Opened { live: false }, I::Held(ran), I::Copied, end];
+            assert_eq!(follow(terms, &inputs), (Phase::Over, vec![E::Capture, then]));
         }
-        let inputs = [I::Begin, I::Opened { live: false }, I::Held(ran), I::Copied, SAVED];
-        assert_eq!(follow(RESUME, &inputs).1, [E::Capture, E::GoBack(ran), E::Answer]);
+        let inputs = [I::Opened { live: false }, I::Held(ran), I::Copied, SAVED];
+        assert_eq!(follow(RESUME, &inputs).1, [E::Capture, E::GoBack(ran)]);
     }
 
     #[test]
     fn a_cancelled_save_lets_go_of_the_guest_unless_another_process_may_have_it() {
-        let held = [I::Begin, I::Opened { live: false }, I::Held(State::Running), I::Cancelled];
+        let held = [I::Opened { live: false }, I::Held(State::Running), I::Cancelled];
         let (phase, done) = follow(SUSPEND, &held);
         assert_eq!((phase, done[1]), (Phase::Finishing, E::GoBack(State::Running)));
-        assert_eq!(phase.on(SUSPEND, FAILED), (Phase::Idle, vec![E::Answer]));
+        assert_eq!(phase.on(SUSPEND, FAILED), (Phase::Over, vec![]));
         assert_eq!(follow(MOVE, &held), (Phase::Stopped(State::Running), vec![E::Capture]));
     }
 
     #[test]
     fn a_machine_that_was_given_away_comes_back_by_a_word_only() {
         let ran = State::Running;
-        let given = [I::Begin, I::Opened { live: false }, I::Held(ran), I::Copied, I::HandOver];
+        let given = [I::Opened { live: false }, I::Held(ran), I::Copied, I::HandOver];
         let (phase, done) = follow(MOVE, &given);
         assert_eq!((phase, &done[1..]), (Phase::Going(ran), &[E::Release, E::Go][..]));
         assert_eq!(phase.on(MOVE, I::Cancelled), (phase, vec![]), "too late");
-        assert_eq!(phase.on(MOVE, FAILED), (Phase::Idle, vec![E::GoBack(ran), E::Answer]));
+        assert_eq!(phase.on(MOVE, FAILED), (Phase::Over, vec![E::GoBack(ran)]));
         for end in [SAVED, UNKNOWN] {
-            assert_eq!(phase.on(MOVE, end), (Phase::Idle, vec![E::Leave, E::Answer]));
+            assert_eq!(phase.on(MOVE, end), (Phase::Over, vec![E::Leave]));
         }
     }
 
     #[test]
-    fn a_machine_that_was_stopped_is_let_go_once_and_one_answer_is_given() {
+    fn a_machine_that_was_stopped_is_let_go_once() {
         let (ran, off) = (State::Running, State::Paused);
         let phases = [
-            Phase::Idle,
+            Phase::Over,
             Phase::Copying,
             Phase::Stopped(ran),
             Phase::Stopped(off),
@@ -215,9 +229,9 @@ mod tests {
         ];
         let (live, still) = (I::Opened { live: true }, I::Opened { live: false });
         let inputs = [
-            [I::Begin, live, still, I::Round, I::Ready, I::Captured],
+            [live, still, I::Round, I::Ready, I::Captured, I::HandOver],
             [I::Held(ran), I::Held(off), I::Copied, I::Cancelled, SAVED, FAILED],
-            [I::HandOver, UNKNOWN, I::Begin, I::Begin, I::Begin, I::Begin],
+            [UNKNOWN; 6],
         ];
         for terms in [RESUME, SUSPEND, MOVE] {
             for (phase, input) in
@@ -228,9 +242,8 @@ mod tests {
                 let stopped = |phase| matches!(phase, Phase::Stopped(_) | Phase::Going(_));
                 let freed = usize::from(stopped(phase) && !stopped(next));
                 assert_eq!(effects.iter().filter(lets_go).count(), freed, "{phase:?} on {input:?}");
-                let over = phase != Phase::Idle && next == Phase::Idle;
-                assert_eq!(effects.contains(&E::Answer), over, "{phase:?} on {input:?}");
-                assert_eq!(over, phase != Phase::Idle && matches!(input, I::Done(_)));
+                let over = phase != Phase::Over && next == Phase::Over;
+                assert_eq!(over, phase != Phase::Over && matches!(input, I::Done(_)));
             }
         }
     }

@@ -1,0 +1,108 @@
+//! What the guest has changed: logged for a save of a guest that runs, and from one save to the next.
+use std::ops::Range;
+
+use machine::{kvm::KvmError, memory::image::union};
+use qmp::Error;
+
+use super::Failed;
+use crate::{
+    checkpoint::{Saved, job::First},
+    vmm::Vmm,
+};
+
+/// Whether dirty pages are logged, and what for.
+pub(super) enum DirtyLog {
+    /// They are not.
+    Off,
+    /// For the save under way.
+    On,
+    /// For the next one, too, which can build on the last.
+    Since {
+        /// That one.
+        base: Saved,
+        /// What has changed since and is not in the log any more.
+        changed: Vec<Range<u64>>,
+    },
+}
+
+impl DirtyLog {
+    pub(super) fn is_on(&self) -> bool {
+        !matches!(self, Self::Off)
+    }
+
+    /// The save that an incremental one would build on.
+    pub(super) fn base(&self) -> Option<&Saved> {
+        match self {
+            Self::Since { base, .. } => Some(base),
+            Self::Off | Self::On => None,
+        }
+    }
+
+    /// What has changed since that one, without what is still in the log.
+    pub(super) fn since_base(&self) -> Option<&[Range<u64>]> {
+        match self {
+            Self::Since { changed, .. } => Some(changed),
+            Self::Off | Self::On => None,
+        }
+    }
+
+    /// A save has succeeded; the next one can build on `saved`, if it is there.
+    pub(super) fn saved(&mut self, saved: Option<Saved>) {
+        *self = match (saved, self.is_on()) {
+            (Some(base), _) => Self::Since { base, changed: Vec::new() },
+            (None, true) => Self::On,
+            (None, false) => Self::Off,
+        };
+    }
+}
+
+impl Vmm {
+    /// Have memory copied while the guest runs.
+    pub(super) fn log_and_copy(&mut self) -> Result<(), Failed> {
+        self.log_changes()?;
+        let Some(save) = self.saving.under_way() else { return Ok(()) };
+        save.job.copy(match self.saving.log.since_base() {
+            Some(since) if save.how.incremental => First::These(since.to_vec()),
+            _ => First::All(self.machine.filled()),
+        });
+        Ok(())
+    }
+
+    /// Tell the thread what has changed.
+    pub(super) fn harvest(&mut self) -> Result<(), Failed> {
+        let changed = self.collect()?;
+        if let Some(save) = self.saving.under_way() {
+            save.job.changed(changed);
+        }
+        Ok(())
+    }
+
+    /// Begin to note what changes.
+    pub(super) fn log_changes(&mut self) -> Result<(), KvmError> {
+        if self.saving.log.is_on() {
+            return self.collect().map(drop);
+        }
+        self.machine.log_dirty(true)?;
+        self.saving.log = DirtyLog::On;
+        Ok(())
+    }
+
+    /// What has changed since this was last called, or [`Self::log_changes`].
+    pub(super) fn collect(&mut self) -> Result<Vec<Range<u64>>, KvmError> {
+        let dirty = self.machine.dirty_memory()?;
+        // A save that fails must not lose it.
+        if let DirtyLog::Since { changed, .. } = &mut self.saving.log {
+            *changed = union(changed, &dirty);
+        }
+        Ok(dirty)
+    }
+
+    /// Note no changes any more, unless the next save may want them.
+    pub(super) fn end_log(&mut self) {
+        let DirtyLog::On = self.saving.log else { return };
+        self.saving.log = DirtyLog::Off;
+        if let Err(e) = self.machine.log_dirty(false) {
+            log::warn!("{}", Error::generic(&e));
+        }
+    }
+}
