@@ -2,7 +2,10 @@
 //! machine is to be other than it was saved.
 use std::path::PathBuf;
 
-use crate::Topology;
+use crate::{
+    Topology,
+    types::{CpuCount, MemorySize},
+};
 
 /// A machine that resumes where a saved one stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,8 +62,8 @@ pub enum StreamSource {
 pub struct Overrides {
     pub name: Option<String>,
     pub uuid: Option<String>,
-    pub smp: Option<(u8, Topology)>,
-    pub memory: Option<u64>,
+    pub smp: Option<(CpuCount, Topology)>,
+    pub memory: Option<MemorySize>,
     pub memory_shared: Option<bool>,
     pub memory_dump: Option<bool>,
     pub kernel: Option<PathBuf>,

@@ -5,7 +5,8 @@
 //! cli       the command line and the JSON file
 //! device    what there is one of: console, source of randomness, balloon
 //! saved     the saved form, and the way back
-//! limits    what may be asked for
+//! types     values that cannot be wrong        value     what a word may be otherwise
+//! limits    how much and how long everything else may be
 //! slots     how many slots for virtio devices there are    places    where each one is
 //! topology  sockets, cores, threads and their APIC ids     cmdline   what a kernel can be told
 //! incoming  what a restored machine comes from and what is replaced in it
@@ -24,11 +25,17 @@ pub mod places;
 pub mod saved;
 pub mod slots;
 pub mod topology;
+pub mod types;
+pub mod value;
 
 pub use device::{BalloonConfig, ConsoleConfig, DeviceConfig, RngConfig};
 pub use saved::{Description, DescriptionError};
 use slots::SlotCounts;
 pub use topology::Topology;
+use types::{
+    CpuCount, DiskIops, DiskQueueSize, DiskQueues, MemorySize, NicQueuePairs, NicQueueSize,
+    PerSecond, TapName,
+};
 
 /// What of a configuration an error is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,8 +64,8 @@ pub struct MachineConfig {
     pub name: String,
     /// UUID shown by `query-uuid`, in the usual 36 characters; all zero when not given.
     pub uuid: String,
-    /// Number of vCPUs, 1 to 254.
-    pub cpus: u8,
+    /// Number of vCPUs.
+    pub cpus: CpuCount,
     /// How the vCPUs are shown.
     pub topology: Topology,
     /// Guest RAM.
@@ -125,8 +132,8 @@ impl Occupancy {
 /// Guest RAM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryConfig {
-    /// Bytes, a multiple of 1 MiB (16 MiB and up).
-    pub size: u64,
+    /// How much.
+    pub size: MemorySize,
     /// Shareable with other processes (memfd) rather than anonymous.
     pub shared: bool,
     /// File, or directory of a hugetlbfs, behind guest memory.
@@ -166,13 +173,13 @@ pub struct DiskConfig {
     /// Pass discards on.
     pub discard: bool,
     /// Requests per second; `None`: unlimited.
-    pub iops: Option<u64>,
+    pub iops: Option<DiskIops>,
     /// Bytes per second; `None`: unlimited.
-    pub bps: Option<u64>,
-    /// Queues, 1 to 32.
-    pub queues: u16,
-    /// Descriptors a queue, a power of two, 2 to 1024.
-    pub queue_size: u16,
+    pub bps: Option<PerSecond>,
+    /// Queues.
+    pub queues: DiskQueues,
+    /// Descriptors a queue.
+    pub queue_size: DiskQueueSize,
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
@@ -228,14 +235,14 @@ pub struct NicConfig {
     pub tap: Tap,
     /// Six bytes; `None`: a random one, locally administered.
     pub mac: Option<[u8; 6]>,
-    /// Queue pairs, 1 to 16.
-    pub queue_pairs: u16,
-    /// Descriptors a queue, a power of two, 256 to 4096.
-    pub queue_size: u16,
+    /// Queue pairs.
+    pub queue_pairs: NicQueuePairs,
+    /// Descriptors a queue.
+    pub queue_size: NicQueueSize,
     /// Packets per second in each direction; `None`: unlimited.
-    pub pps: Option<u64>,
+    pub pps: Option<PerSecond>,
     /// Bytes per second in each direction; `None`: unlimited.
-    pub bps: Option<u64>,
+    pub bps: Option<PerSecond>,
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
@@ -253,7 +260,7 @@ impl NicConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tap {
     /// An existing one, by name.
-    Name(String),
+    Name(TapName),
     /// Inherited or received descriptors, one for each queue pair.
     Fds(Vec<i32>),
 }

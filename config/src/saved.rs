@@ -1,6 +1,9 @@
 //! What a machine is made of in its saved form, and the way back, where the limits of a configuration
 //! are checked.
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use state::{
     config as saved,
@@ -14,6 +17,7 @@ use crate::{
     NicConfig, Occupancy, Tap, Topology, limits,
     places::{DISK, NIC, Place, VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP, VirtioSlot},
     slots::{SlotCounts, SlotsError, Wanted},
+    types::{self, CpuCount, DiskIops, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
 };
 
 /// What a saved machine is made of. Everything in it is within its limits.
@@ -35,10 +39,14 @@ pub struct Description {
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum DescriptionError {
-    #[error("{what} {value}, not in {range}")]
-    Limit { what: &'static str, value: String, range: String },
-    #[error("{0} bytes of memory, no multiple of {unit}", unit = limits::MEMORY_UNIT)]
-    MemoryUnit(u64),
+    #[error("{what} {value}, {source}")]
+    Limit { what: &'static str, value: String, source: ValueError },
+    #[error("{vcpus} vCPUs, {product} in their topology")]
+    Topology { vcpus: CpuCount, product: u64 },
+    #[error("{0} I/O threads, at most {max} are allowed", max = limits::MAX_IOTHREADS)]
+    IoThreads(usize),
+    #[error("bytes of memory: {0}")]
+    Memory(#[from] MemorySizeError),
     #[error("slot {id}: {what}")]
     Slot { id: String, what: String },
     #[error(transparent)]
@@ -124,17 +132,17 @@ impl TryFrom<&saved::Config> for Description {
                 saved::Contents::Disk(disk) => {
                     let shape = disk_shape(slot)?;
                     disk_sizes.push(disk.as_ref().map_or(0, |disk| disk.size));
-                    disks.push(disk.as_ref().map(|disk| restore_disk(disk, &shape)));
+                    disks.push(disk.as_ref().map(|disk| restore_disk(disk, &shape)).transpose()?);
                     config.disks.push(shape);
                 }
                 saved::Contents::Nic(nic) => {
                     let shape = nic_shape(slot)?;
-                    nics.push(nic.as_ref().map(|nic| restore_nic(nic, &shape)));
+                    nics.push(nic.as_ref().map(|nic| restore_nic(nic, &shape)).transpose()?);
                     config.nics.push(shape);
                 }
                 other => {
                     let iothread = slot.iothread.as_deref();
-                    config.devices.extend(DeviceConfig::restored(other, iothread));
+                    config.devices.extend(DeviceConfig::restored(other, iothread)?);
                 }
             }
         }
@@ -160,7 +168,7 @@ fn order(slot: &saved::Slot) -> Result<(u8, usize), DescriptionError> {
     let order = match &slot.contents {
         saved::Contents::Disk(_) => number(DISK).map(|n| (0, n)),
         saved::Contents::Nic(_) => number(NIC).map(|n| (1, n)),
-        other => DeviceConfig::restored(other, None)
+        other => DeviceConfig::restored(other, None)?
             .filter(|device| device.facts().slot() == slot.id)
             .map(|device| (2 + device.order(), 0)),
     };
@@ -208,8 +216,8 @@ fn place(slot: &saved::Slot) -> Result<Place, DescriptionError> {
 /// The queues of a slot for disks, as if a disk had been there at the start.
 fn disk_shape(slot: &saved::Slot) -> Result<DiskConfig, DescriptionError> {
     let (queues, queue_size) = same_size(slot, &slot.queue_sizes)?;
-    within("queues of a disk", queues, limits::DISK_QUEUES)?;
-    within("queue size of a disk", queue_size, limits::DISK_QUEUE_SIZE)?;
+    let queues = checked("queues of a disk", queues)?;
+    let queue_size = checked("queue size of a disk", queue_size)?;
     Ok(DiskConfig {
         id: slot.id.clone(),
         path: PathBuf::new(),
@@ -236,12 +244,11 @@ fn nic_shape(slot: &saved::Slot) -> Result<NicConfig, DescriptionError> {
     if !queues.is_multiple_of(2) {
         return Err(failed(slot, format!("{} queues", slot.queue_sizes.len())));
     }
-    let queue_pairs = queues / 2;
-    within("queue pairs of a NIC", queue_pairs, limits::NIC_QUEUE_PAIRS)?;
-    within("queue size of a NIC", queue_size, limits::NIC_QUEUE_SIZE)?;
+    let queue_pairs = checked("queue pairs of a NIC", queues / 2)?;
+    let queue_size = checked("queue size of a NIC", queue_size)?;
     Ok(NicConfig {
         id: slot.id.clone(),
-        tap: Tap::Name(String::new()),
+        tap: Tap::Fds(Vec::new()),
         mac: None,
         queue_pairs,
         queue_size,
@@ -265,18 +272,35 @@ fn failed(slot: &saved::Slot, what: String) -> DescriptionError {
     DescriptionError::Slot { id: slot.id.clone(), what }
 }
 
-fn within<T: PartialOrd + std::fmt::Display>(
+/// `value`, as what it has to be.
+pub(crate) fn checked<V, T>(what: &'static str, value: V) -> Result<T, DescriptionError>
+where
+    V: Clone + fmt::Display,
+    T: TryFrom<V, Error = ValueError>,
+{
+    let limit = |source| DescriptionError::Limit { what, value: value.to_string(), source };
+    T::try_from(value.clone()).map_err(limit)
+}
+
+/// See that `ids` can be ids, or names.
+pub(crate) fn check_ids<'a>(
     what: &'static str,
-    value: T,
-    range: std::ops::RangeInclusive<T>,
+    ids: impl IntoIterator<Item = &'a str>,
 ) -> Result<(), DescriptionError> {
-    match range.contains(&value) {
-        true => Ok(()),
-        false => {
-            let range = format!("{}..={}", range.start(), range.end());
-            Err(DescriptionError::Limit { what, value: value.to_string(), range })
-        }
-    }
+    ids.into_iter().try_for_each(|id| {
+        let limit = |source| DescriptionError::Limit { what, value: format!("{id:.99}"), source };
+        types::text(id, limits::MAX_ID).map(drop).map_err(limit)
+    })
+}
+
+/// `rate`, a limit per second; none is no limit.
+fn rate<const LEAST: u64, const MOST: u64>(
+    what: &'static str,
+    rate: Option<u64>,
+) -> Result<Option<Rate<LEAST, MOST>>, DescriptionError> {
+    let value = rate.unwrap_or(0);
+    let limit = |source| DescriptionError::Limit { what, value: value.to_string(), source };
+    Rate::or_unlimited(value).map_err(limit)
 }
 
 fn save_machine(config: &MachineConfig) -> saved::Machine {
@@ -286,9 +310,9 @@ fn save_machine(config: &MachineConfig) -> saved::Machine {
     saved::Machine {
         name: config.name.clone(),
         uuid: config.uuid.clone(),
-        vcpus: config.cpus,
+        vcpus: config.cpus.get(),
         topology: saved::Topology { sockets, dies, clusters, cores, threads },
-        memory: saved::Memory { size, shared, path, prealloc, dump },
+        memory: saved::Memory { size: size.bytes(), shared, path, prealloc, dump },
         boot: saved::Boot { kernel, initrd, cmdline },
         iothreads: config.iothreads.clone(),
         serial: config.serial.clone().map(save_char),
@@ -297,24 +321,25 @@ fn save_machine(config: &MachineConfig) -> saved::Machine {
 
 /// A machine that has no slots yet.
 fn restore_machine(from: &saved::Machine) -> Result<MachineConfig, DescriptionError> {
-    within("vCPUs", from.vcpus, limits::CPUS)?;
-    let size = from.memory.size;
-    within("bytes of memory", size, limits::MIN_MEMORY..=limits::MAX_MEMORY)?;
-    if !size.is_multiple_of(limits::MEMORY_UNIT) {
-        return Err(DescriptionError::MemoryUnit(size));
-    }
+    check_ids("name", [from.name.as_str()])?;
+    check_ids("I/O thread", from.iothreads.iter().map(String::as_str))?;
+    let cpus = checked("vCPUs", from.vcpus)?;
     let saved::Topology { sockets, dies, clusters, cores, threads } = from.topology;
     let product: u64 = [sockets, dies, clusters, cores, threads].map(u64::from).iter().product();
-    let cpus = u64::from(from.vcpus);
-    within("vCPUs in its topology", product, cpus..=cpus)?;
-    within("I/O threads", from.iothreads.len(), 0..=limits::MAX_IOTHREADS)?;
+    if product != u64::from(from.vcpus) {
+        return Err(DescriptionError::Topology { vcpus: cpus, product });
+    }
+    if from.iothreads.len() > limits::MAX_IOTHREADS {
+        return Err(DescriptionError::IoThreads(from.iothreads.len()));
+    }
     let saved::Memory { size, shared, path, prealloc, dump } = from.memory.clone();
+    let size = MemorySize::try_from(size)?;
     let saved::Boot { kernel, initrd, cmdline } = from.boot.clone();
     let none = Wanted { disk_slots: Some(0), nic_slots: Some(0), ..Wanted::default() };
     Ok(MachineConfig {
         name: from.name.clone(),
         uuid: from.uuid.clone(),
-        cpus: from.vcpus,
+        cpus,
         topology: Topology { sockets, dies, clusters, cores, threads },
         memory: MemoryConfig { size, shared, path, prealloc, dump },
         boot: BootConfig { kernel, initrd, cmdline },
@@ -335,11 +360,12 @@ fn save_disk(disk: DiskConfig, size: u64) -> saved::Disk {
         Aio::Off => saved::Aio::Off,
     };
     let (backend, kept) = (disk.backend, None);
+    let (iops, bps) = (iops.map(DiskIops::get), bps.map(PerSecond::get));
     saved::Disk { id, backend, path, size, readonly, direct, aio, discard, serial, iops, bps, kept }
 }
 
 /// `disk` with the queues of its slot.
-fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> DiskConfig {
+fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> Result<DiskConfig, DescriptionError> {
     let saved::Disk { id, backend, path, readonly, direct, discard, serial, iops, bps, .. } =
         disk.clone();
     let aio = match disk.aio {
@@ -348,7 +374,10 @@ fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> DiskConfig {
         saved::Aio::Off => Aio::Off,
     };
     let (queues, queue_size, iothread) = (shape.queues, shape.queue_size, shape.iothread.clone());
-    DiskConfig {
+    check_ids("disk", [id.as_str()].into_iter().chain(backend.as_deref()))?;
+    let iops = rate("requests per second of a disk", iops)?;
+    let bps = rate("bytes per second of a disk", bps)?;
+    Ok(DiskConfig {
         id,
         path,
         readonly,
@@ -365,27 +394,31 @@ fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> DiskConfig {
         // Its guest may have written what begins like another format.
         probe: false,
         expect: Expect::Saved,
-    }
+    })
 }
 
 fn save_nic(nic: NicConfig) -> saved::Nic {
     let NicConfig { id, tap, mac, pps, bps, backend, .. } = nic;
     let tap = match tap {
-        Tap::Name(name) => saved::Tap::Name(name),
+        Tap::Name(name) => saved::Tap::Name(name.into()),
         Tap::Fds(numbers) => saved::Tap::Fds(numbers),
     };
+    let (pps, bps) = (pps.map(PerSecond::get), bps.map(PerSecond::get));
     saved::Nic { id, backend, tap, mac: mac.map(HexArray), pps, bps }
 }
 
 /// `nic` with the queues of its slot.
-fn restore_nic(nic: &saved::Nic, shape: &NicConfig) -> NicConfig {
+fn restore_nic(nic: &saved::Nic, shape: &NicConfig) -> Result<NicConfig, DescriptionError> {
     let saved::Nic { id, backend, tap, mac, pps, bps } = nic.clone();
     let tap = match tap {
-        saved::Tap::Name(name) => Tap::Name(name),
+        saved::Tap::Name(name) => Tap::Name(checked("tap", name)?),
         saved::Tap::Fds(numbers) => Tap::Fds(numbers),
     };
     let mac = mac.map(|mac| mac.0);
-    NicConfig { id, tap, mac, pps, bps, backend, ..shape.clone() }
+    check_ids("NIC", [id.as_str()].into_iter().chain(backend.as_deref()))?;
+    let pps = rate("packets per second of a NIC", pps)?;
+    let bps = rate("bytes per second of a NIC", bps)?;
+    Ok(NicConfig { id, tap, mac, pps, bps, backend, ..shape.clone() })
 }
 
 pub(crate) fn save_char(backend: CharBackend) -> saved::CharBackend {
@@ -473,7 +506,7 @@ mod tests {
     #[test]
     fn slots_that_no_machine_has_are_refused_by_name() {
         type Change = fn(&mut saved::Config);
-        let change: [(&str, Change); 11] = [
+        let change: [(&str, Change); 17] = [
             ("disk1: its address or interrupt", |c| c.slots[1].interrupt = 23),
             ("disk1: its address or interrupt", |c| c.slots[1].address = c.slots[0].address),
             ("disk1: no slot is at address 0xf0101001", |c| c.slots[1].address.0 += 1),
@@ -484,6 +517,18 @@ mod tests {
             ("nic: no such slot", |c| c.slots[1].id = "nic".into()),
             ("disk01: no such slot", |c| c.slots[1].id = "disk01".into()),
             ("queue size of a disk 4096", |c| c.slots[1].queue_sizes = vec![4096]),
+            ("queue size of a disk 100, not a power", |c| c.slots[1].queue_sizes = vec![100]),
+            ("vCPUs 0, not in 1..=254", |c| c.machine.vcpus = 0),
+            ("bytes of memory: 1048576 bytes", |c| c.machine.memory.size = 1 << 20),
+            ("I/O thread , must not be empty", |c| c.machine.iothreads[0].clear()),
+            ("tap a/b, not an interface name", |c| {
+                let saved::Contents::Nic(Some(nic)) = &mut c.slots[2].contents else { panic!() };
+                nic.tap = saved::Tap::Name("a/b".into());
+            }),
+            ("disk , must not be empty", |c| {
+                let saved::Contents::Disk(Some(disk)) = &mut c.slots[0].contents else { panic!() };
+                disk.id.clear();
+            }),
             ("nic1: queues of [256, 512, 64]", |c| c.slots[3].queue_sizes[1] = 512),
         ];
         for (says, change) in change {

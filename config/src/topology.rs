@@ -1,4 +1,5 @@
 //! How the vCPUs are shown to the guest, and the APIC ids that follow from it.
+use crate::types::CpuCount;
 
 /// `-smp`: sockets x dies x clusters x cores x threads. The product equals the vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,9 +21,9 @@ pub struct ApicIds;
 ///
 /// # Errors
 /// When one would be above 254; 255 is for all.
-pub fn apic_ids(topology: &Topology, cpus: u8) -> Result<Vec<u8>, ApicIds> {
+pub fn apic_ids(topology: &Topology, cpus: CpuCount) -> Result<Vec<u8>, ApicIds> {
     let id = |index| u8::try_from(apic_id(topology, index)).ok().filter(|id| *id < 255);
-    (0..cpus).map(id).collect::<Option<_>>().ok_or(ApicIds)
+    (0..cpus.get()).map(id).collect::<Option<_>>().ok_or(ApicIds)
 }
 
 /// APIC id of vCPU `index`: socket, core and thread in bit fields of their own, as the guest takes

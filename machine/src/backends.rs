@@ -8,7 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use config::{DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate, slots::SlotCounts};
+use config::{
+    DiskConfig, NicConfig, Occupancy, Tap as TapConfig, separate,
+    slots::SlotCounts,
+    types::{DiskIops, PerSecond},
+};
 use devices::{
     backend::{
         disk::{self, Disk, DiskError, OpenOptions},
@@ -285,8 +289,8 @@ pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> blk::Backend {
         name: Some(config.id.clone()),
         disk: Arc::new(disk),
         serial: config.serial.clone().unwrap_or_default(),
-        ops_per_second: config.iops,
-        bytes_per_second: config.bps,
+        ops_per_second: config.iops.map(DiskIops::get),
+        bytes_per_second: config.bps.map(PerSecond::get),
         expect: expect(config.expect),
     }
 }
@@ -294,7 +298,7 @@ pub(crate) fn limited(disk: Disk, config: &DiskConfig) -> blk::Backend {
 /// Open a NIC's tap device.
 pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
     match &config.tap {
-        TapConfig::Name(name) => Tap::open(name, usize::from(config.queue_pairs)),
+        TapConfig::Name(name) => Tap::open(name.as_str(), usize::from(config.queue_pairs.get())),
         TapConfig::Fds(numbers) => {
             let take = |fd: &i32| {
                 inherited::take(*fd).map_err(|source| TapError::NotTapFd { fd: *fd, source })

@@ -2,7 +2,7 @@
 //! to take a saved state.
 use std::{io, sync::Arc};
 
-use config::{CharBackend, DiskConfig, NicConfig};
+use config::{CharBackend, DiskConfig, NicConfig, types::PerSecond};
 use devices::{
     backend::{
         char::{Char, CharError},
@@ -13,9 +13,6 @@ use devices::{
 };
 
 use crate::{BuildError, Event, Report, Told, backends, legacy};
-
-/// Descriptors a queue of a slot that waits for hot-plug.
-const EMPTY_QUEUE_SIZE: u16 = 256;
 
 /// Where back-ends come from.
 #[derive(Clone, Copy)]
@@ -49,8 +46,8 @@ impl Backing<'_> {
             Self::Nothing(_) => None,
         };
         let settings = blk::Settings {
-            queues: shape.map_or(1, |s| s.queues),
-            queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
+            queues: shape.map(|s| s.queues).unwrap_or_default().get(),
+            queue_size: shape.map(|s| s.queue_size).unwrap_or_default().get(),
             on_error,
         };
         let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.clone());
@@ -85,7 +82,7 @@ impl Backing<'_> {
         nic: Option<&NicConfig>,
     ) -> Result<Box<dyn VirtioDevice>, BuildError> {
         let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.clone());
-        let pairs = shape.map_or(1, |s| s.queue_pairs);
+        let pairs = shape.map(|s| s.queue_pairs).unwrap_or_default().get();
         let failed = |source| BuildError::Tap { id: id.clone(), source };
         Ok(match self {
             Self::Host { held, .. } => {
@@ -117,10 +114,10 @@ fn interface<B: NetBackend>(
 ) -> Result<net::Net<B>, BuildError> {
     let settings = net::NetSettings {
         mac: nic.or(shape).and_then(|n| n.mac),
-        queue_pairs: shape.map_or(1, |s| s.queue_pairs),
-        queue_size: shape.map_or(EMPTY_QUEUE_SIZE, |s| s.queue_size),
-        pps: nic.and_then(|n| n.pps),
-        bps: nic.and_then(|n| n.bps),
+        queue_pairs: shape.map(|s| s.queue_pairs).unwrap_or_default().get(),
+        queue_size: shape.map(|s| s.queue_size).unwrap_or_default().get(),
+        pps: nic.and_then(|n| n.pps).map(PerSecond::get),
+        bps: nic.and_then(|n| n.bps).map(PerSecond::get),
     };
     net::Net::new(id.clone(), settings, backend)
         .map_err(|source| BuildError::NicSettings { id, source })

@@ -170,7 +170,7 @@ impl Machine {
         let (kvm, fd, contents, seen, Held(held)) = match begin {
             Begin::Boot => {
                 let kvm = kvm::open()?;
-                check_count(&kvm, config.cpus)?;
+                check_count(&kvm, config.cpus.get())?;
                 let memory = match small {
                     true => memory::allocate_for_little(&config.memory)?,
                     false => memory::allocate(&config.memory)?,
@@ -181,7 +181,7 @@ impl Machine {
             Begin::GoOn(opening, memory, seen, held) => {
                 let opened = opening.finish().map_err(BuildError::Thread)??;
                 let Opened { kvm, vm, supported } = opened;
-                check_count(&kvm, config.cpus)?;
+                check_count(&kvm, config.cpus.get())?;
                 fits::check_leaves(&kvm, &supported, config, &features::leaves(&seen))?;
                 (kvm, vm, memory, Some(seen), held)
             }
@@ -364,7 +364,7 @@ impl Parts {
                     outputs.push(sink);
                 }
                 Kept::Balloon(control) => {
-                    let ram = made_of.config.memory.size;
+                    let ram = made_of.config.memory.size.bytes();
                     balloon = Some(Balloon::new(facts.id(), control, ram, slots.len()));
                 }
             }

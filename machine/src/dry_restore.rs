@@ -33,7 +33,7 @@ pub struct Restorable {
 /// When one cannot be built or does not take it, or when the parts do not belong together.
 pub fn dry_restore(description: Description, sections: Sections) -> Result<Restorable, BuildError> {
     let state = MachineState::try_from(sections)?;
-    let (saved, configured) = (state.vcpus.len(), usize::from(description.config.cpus));
+    let (saved, configured) = (state.vcpus.len(), usize::from(description.config.cpus.get()));
     if saved != configured {
         return Err(RestoreError::Count { what: "vCPUs", saved, configured }.into());
     }

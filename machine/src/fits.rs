@@ -32,7 +32,7 @@ pub fn check_cpu(description: &Description, cpu: &Cpu) -> Result<(), BuildError>
 pub fn check_taps(description: &Description) -> Result<(), BuildError> {
     for nic in description.occupied.nics.iter().flatten() {
         if let TapConfig::Name(name) = &nic.tap {
-            Tap::look(name, nic.queue_pairs.into())
+            Tap::look(name.as_str(), nic.queue_pairs.get().into())
                 .map_err(|source| BuildError::Tap { id: nic.id.clone(), source })?;
         }
     }

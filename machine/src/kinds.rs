@@ -2,7 +2,7 @@
 //! arm in [`Backing::device`].
 use std::sync::Arc;
 
-use config::{BalloonConfig, ConsoleConfig, DeviceConfig, RngConfig};
+use config::{BalloonConfig, ConsoleConfig, DeviceConfig, RngConfig, types::RngBps};
 use devices::{
     reclaim::Reclaim,
     virtio::{
@@ -59,8 +59,10 @@ impl Backing<'_> {
 
     fn rng(self, config: &RngConfig) -> Result<Built, Failure> {
         let rng = match self {
-            Self::Host { .. } => Rng::new(config.id.clone(), &config.path, config.bps),
-            Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps),
+            Self::Host { .. } => {
+                Rng::new(config.id.clone(), &config.path, config.bps.map(RngBps::get))
+            }
+            Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps.map(RngBps::get)),
         };
         Ok(Built { device: Box::new(rng?), kept: Kept::Nothing })
     }

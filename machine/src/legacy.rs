@@ -95,8 +95,8 @@ impl Legacy {
         attach(I8042_PORT, 5, keyboard.clone())?;
         all.push(keyboard.clone());
 
-        let low = config.memory.size.min(HOLE_START);
-        let cmos = Cmos::new("cmos", low, config.memory.size.saturating_sub(low));
+        let low = config.memory.size.bytes().min(HOLE_START);
+        let cmos = Cmos::new("cmos", low, config.memory.size.bytes().saturating_sub(low));
         let cmos = Arc::new(Mutex::new(cmos));
         attach(CMOS_PORT, 2, cmos.clone())?;
         all.push(cmos);

@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use config::MemoryConfig;
+use config::{MemoryConfig, types::MemorySize};
 use devices::Memory;
 use rustix::io::Errno;
 use vm_memory::{
@@ -99,9 +99,9 @@ pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
 pub(crate) fn allocate_for_little(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     if config.path.is_none()
         && let Some(available) = available()
-        && config.size > available
+        && config.size.bytes() > available
     {
-        let (asked, available) = (config.size >> 20, available >> 20);
+        let (asked, available) = (config.size.bytes() >> 20, available >> 20);
         return Err(MemoryError::TooMuch { asked, available });
     }
     map(config)
@@ -109,28 +109,28 @@ pub(crate) fn allocate_for_little(config: &MemoryConfig) -> Result<Memory, Memor
 
 /// As much memory as a kernel may be loaded into on a machine that has `size` bytes. There may be
 /// less on this host.
-pub(crate) fn scratch(size: u64) -> Result<Memory, MemoryError> {
-    let size = size.min(layout::HOLE_START);
+pub(crate) fn scratch(size: MemorySize) -> Result<Memory, MemoryError> {
+    let size = MemorySize::try_from(layout::HOLE_START).map_or(size, |below| size.min(below));
     map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
 }
 
 /// The addresses of `size` bytes of guest memory, with nothing at them: for what only compares.
-pub(crate) fn addresses(size: u64) -> Result<Memory, MemoryError> {
+pub(crate) fn addresses(size: MemorySize) -> Result<Memory, MemoryError> {
     map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
 }
 
 fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
-    let mib = config.size >> 20;
+    let mib = config.size.bytes() >> 20;
     let file = match &config.path {
-        Some(path) => Some(backing_file(path, config.size)?),
-        None if config.shared => Some(memfd(config.size)?),
+        Some(path) => Some(backing_file(path, config.size.bytes())?),
+        None if config.shared => Some(memfd(config.size.bytes())?),
         None => None,
     };
     // A file given by path is private to this VM unless sharing is asked for, as with QEMU.
     let shared = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     let mut offset = 0;
     let mut regions = Vec::new();
-    for (start, len) in ranges(config.size) {
+    for (start, len) in ranges(config.size.bytes()) {
         let map_error = |e: io::Error| MemoryError::Map { mib, source: e };
         let size = usize::try_from(len).map_err(|_| MemoryError::Layout)?;
         let mut builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, PAGE))
@@ -145,7 +145,7 @@ fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
                 .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
         };
         let region = builder.build().map_err(|e| match &config.path {
-            Some(path) => grow_error(path, config.size)(io::Error::other(e)),
+            Some(path) => grow_error(path, config.size.bytes())(io::Error::other(e)),
             None => map_error(io::Error::other(e)),
         })?;
         if !config.dump {
@@ -222,7 +222,7 @@ pub(crate) fn populate(memory: &Memory, config: &MemoryConfig) -> Result<(), Mem
         advise_huge_pages(region, config, 0..region.size());
         if config.prealloc && !advise(region, 0..region.size(), libc::MADV_POPULATE_WRITE) {
             let source = io::Error::last_os_error();
-            return Err(MemoryError::Map { mib: config.size >> 20, source });
+            return Err(MemoryError::Map { mib: config.size.bytes() >> 20, source });
         }
     }
     Ok(())
@@ -345,8 +345,13 @@ mod tests {
 
     #[test]
     fn more_than_the_host_has_is_refused_before_anything_is_mapped() {
-        let config =
-            MemoryConfig { size: 1 << 52, shared: false, path: None, prealloc: false, dump: true };
+        let config = MemoryConfig {
+            size: MemorySize::MAX,
+            shared: false,
+            path: None,
+            prealloc: false,
+            dump: true,
+        };
         let error = allocate(&config).unwrap_err();
         assert!(error.to_string().contains("give less with -m"), "{error}");
     }
@@ -356,7 +361,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| {
             let path = Some(dir.path().join(name));
-            MemoryConfig { size: 16 << 20, shared: true, path, prealloc: false, dump: true }
+            MemoryConfig { size: MemorySize::MIN, shared: true, path, prealloc: false, dump: true }
         };
         let path = |config: &MemoryConfig| config.path.clone().unwrap();
         for contents in [&b"x"[..], &[0; 8192]] {

@@ -39,8 +39,8 @@ pub fn read(described: &Described) -> anyhow::Result<(Name, Description)> {
         policy(described, &mut config).with_context(|| format!("{}: domain", path.display()))?;
     let description = Description {
         uuid: uuid()?,
-        vcpus: u64::from(machine.cpus),
-        memory: machine.memory.size,
+        vcpus: u64::from(machine.cpus.get()),
+        memory: machine.memory.size.bytes(),
         policy,
         config,
     };

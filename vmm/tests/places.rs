@@ -137,7 +137,7 @@ fn a_device_is_found_by_the_back_end_that_names_the_file() {
 
 #[test]
 fn what_is_about_a_number_names_it_too() {
-    let size = MemoryConfig { size: 1 << 50, ..machine("").memory };
+    let size = MemoryConfig { size: (1u64 << 50).try_into().unwrap(), ..machine("").memory };
     let error = || BuildError::from(memory::allocate(&size).unwrap_err());
     let said = |text: &str, line: &str| {
         let invocation = file(text, line);

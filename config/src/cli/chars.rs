@@ -6,7 +6,7 @@ use crate::{CharBackend, limits};
 use super::Control;
 use super::draft::{Chardev, Draft, Serial};
 use super::fields::Fields;
-use super::value::{self, Rule};
+use crate::value::{self, Rule};
 
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {

@@ -3,7 +3,7 @@ use super::draft::{Device, DeviceKind, Draft};
 use super::fields::Fields;
 use super::kinds::models;
 use super::problem::did_you_mean;
-use super::value;
+use crate::value;
 
 /// Models of StratoVirt that cannot be had yet, by the beginnings of their names.
 const REFUSED: &[(&str, &str)] = &[

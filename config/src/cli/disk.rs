@@ -1,11 +1,11 @@
 //! Disks: `-drive`, the file's `drive`, and the guest's side in `-device virtio-blk-device`.
-use crate::{Aio, limits};
+use crate::Aio;
 
 use super::draft::{BlkFront, DeviceKind, Draft, Drive};
 use super::fields::{Fields, choose};
 use super::kinds::{FileKey, Kind, Model, Section};
 use super::table::{Group::Storage, Shape::Properties, flag};
-use super::value::{self, Rule};
+use crate::value::{self, Rule};
 
 const FORMATS: &[(&str, Result<(), &str>)] = &[("raw", Ok(())), ("qcow2", Err("format 'qcow2'"))];
 
@@ -68,9 +68,9 @@ pub(crate) fn drive(draft: &mut Draft, f: &mut Fields) {
         )
         .unwrap_or(Aio::Auto);
     let discard = f.discard("discard").unwrap_or(false);
-    let old_iops = f.rate("iops", limits::DISK_IOPS);
-    let iops = f.rate("throttling.iops-total", limits::DISK_IOPS).or(old_iops);
-    let bps = f.rate("throttling.bps-total", 0..=u64::MAX);
+    let old_iops = f.rate("iops");
+    let iops = f.rate("throttling.iops-total").or(old_iops);
+    let bps = f.rate("throttling.bps-total");
     if f.has("iops") && f.has("throttling.iops-total") {
         f.problem("iops", "the same as throttling.iops-total; give one of them");
     }
@@ -119,11 +119,11 @@ pub(crate) fn json_drive(draft: &mut Draft, f: &mut Fields) {
     let front = BlkFront {
         serial: f.text("serial_num", value::disk_serial),
         iothread: f.id("iothread"),
-        queues: f.number("num_queues", limits::DISK_QUEUES),
-        queue_size: f.queue_size("queue_size", limits::DISK_QUEUE_SIZE),
+        queues: f.parsed("num_queues"),
+        queue_size: f.parsed("queue_size"),
     };
-    let iops = f.rate("iops", limits::DISK_IOPS);
-    let bps = f.rate("bps", 0..=u64::MAX);
+    let iops = f.rate("iops");
+    let bps = f.rate("bps");
     let discard = f.discard("discard").unwrap_or(false);
     let probe = f.choice("format", FORMATS).is_none();
     let Some(id) = id else { return };
@@ -149,7 +149,7 @@ pub(crate) fn front(f: &mut Fields) -> BlkFront {
     BlkFront {
         serial: f.text("serial", value::disk_serial),
         iothread: f.id("iothread"),
-        queues: f.number("num-queues", limits::DISK_QUEUES),
-        queue_size: f.queue_size("queue-size", limits::DISK_QUEUE_SIZE),
+        queues: f.parsed("num-queues"),
+        queue_size: f.parsed("queue-size"),
     }
 }

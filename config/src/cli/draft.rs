@@ -8,6 +8,10 @@ use super::problem::{Place, Places, Problems};
 use super::process::How;
 use super::{Control, Log};
 use crate::incoming::Source;
+use crate::types::{
+    CpuCount, DiskIops, DiskQueueSize, DiskQueues, MemorySize, NicQueuePairs, NicQueueSize,
+    PerSecond, RngBps,
+};
 
 /// Everything said so far.
 #[derive(Debug, Default)]
@@ -18,8 +22,8 @@ pub(crate) struct Draft {
 
     pub(crate) name: Option<String>,
     pub(crate) uuid: Option<String>,
-    pub(crate) smp: Option<(u8, Topology)>,
-    pub(crate) memory: Option<u64>,
+    pub(crate) smp: Option<(CpuCount, Topology)>,
+    pub(crate) memory: Option<MemorySize>,
     pub(crate) mem_path: Option<PathBuf>,
     pub(crate) mem_prealloc: bool,
     pub(crate) mem_share: Option<bool>,
@@ -78,8 +82,8 @@ pub(crate) struct Drive {
     pub(crate) discard: bool,
     /// Its format is not said.
     pub(crate) probe: bool,
-    pub(crate) iops: Option<u64>,
-    pub(crate) bps: Option<u64>,
+    pub(crate) iops: Option<DiskIops>,
+    pub(crate) bps: Option<PerSecond>,
     pub(crate) front: BlkFront,
 }
 
@@ -88,8 +92,8 @@ pub(crate) struct Drive {
 pub(crate) struct BlkFront {
     pub(crate) serial: Option<String>,
     pub(crate) iothread: Option<String>,
-    pub(crate) queues: Option<u16>,
-    pub(crate) queue_size: Option<u16>,
+    pub(crate) queues: Option<DiskQueues>,
+    pub(crate) queue_size: Option<DiskQueueSize>,
 }
 
 /// `-netdev`: a tap, and in the older form the whole NIC.
@@ -98,9 +102,9 @@ pub(crate) struct Net {
     pub(crate) place: Place,
     pub(crate) id: String,
     pub(crate) tap: Tap,
-    pub(crate) queues: Option<u16>,
-    pub(crate) pps: Option<u64>,
-    pub(crate) bps: Option<u64>,
+    pub(crate) queues: Option<NicQueuePairs>,
+    pub(crate) pps: Option<PerSecond>,
+    pub(crate) bps: Option<PerSecond>,
     pub(crate) front: NetFront,
 }
 
@@ -110,7 +114,7 @@ pub(crate) struct NetFront {
     pub(crate) mac: Option<[u8; 6]>,
     pub(crate) iothread: Option<String>,
     pub(crate) mq: Option<bool>,
-    pub(crate) queue_size: Option<u16>,
+    pub(crate) queue_size: Option<NicQueueSize>,
 }
 
 /// `-chardev`, and in the older form a whole console.
@@ -167,7 +171,7 @@ pub(crate) enum DeviceKind {
     },
     Rng {
         source: String,
-        bps: Option<u64>,
+        bps: Option<RngBps>,
     },
     /// One that names nothing else.
     Whole(DeviceConfig),

@@ -7,7 +7,8 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use super::problem::{Place, Problems, did_you_mean};
-use super::value::{self, Rule};
+use crate::types::{MemorySize, Rate, ValueError};
+use crate::value::{self, Rule};
 
 /// A value as it stands there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,24 +133,29 @@ impl Fields {
         self.get(key, Kind::Number, "a number", &["a number"], |word| value::number(word, range))
     }
 
-    /// A limit per second, for which 0 means none.
-    pub(crate) fn rate(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
-        self.number(key, range).filter(|rate| *rate != 0)
-    }
-
-    /// A queue size in `range`.
-    pub(crate) fn queue_size(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<u16>,
-    ) -> Option<u16> {
+    /// A number that is a `T`.
+    pub(crate) fn parsed<T>(&mut self, key: &'static str) -> Option<T>
+    where
+        T: std::str::FromStr<Err = ValueError>,
+    {
         self.get(key, Kind::Number, "a number", &["a number"], |word| {
-            value::queue_size(word, range)
+            word.parse().map_err(|e: ValueError| e.to_string())
         })
     }
 
+    /// A limit per second, for which 0 means none.
+    pub(crate) fn rate<const LEAST: u64, const MOST: u64>(
+        &mut self,
+        key: &'static str,
+    ) -> Option<Rate<LEAST, MOST>> {
+        let rate = self.get(key, Kind::Number, "a number", &["a number"], |word| {
+            Rate::or_unlimited(value::number(word, 0..=MOST)?).map_err(|e| e.to_string())
+        });
+        rate.flatten()
+    }
+
     /// Guest RAM in bytes.
-    pub(crate) fn memory_size(&mut self, key: &'static str) -> Option<u64> {
+    pub(crate) fn memory_size(&mut self, key: &'static str) -> Option<MemorySize> {
         self.get(key, Kind::Size, "a number or a string", &["a number"], value::memory_size)
     }
 

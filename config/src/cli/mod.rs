@@ -37,7 +37,6 @@ pub(crate) mod resolve;
 mod system;
 pub(crate) mod table;
 mod tokens;
-pub mod value;
 
 #[cfg(test)]
 mod tests;

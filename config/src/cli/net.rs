@@ -1,11 +1,12 @@
 //! NICs: `-netdev`, the file's `net`, and the guest's side in `-device virtio-net-device`.
-use crate::{Tap, limits};
+use crate::Tap;
+use crate::types::{NicQueuePairs, TapName, ValueError};
 
 use super::draft::{DeviceKind, Draft, Net, NetFront};
 use super::fields::Fields;
 use super::kinds::{Kind, Model, Section};
 use super::table::{Group::Network, Shape::Properties, flag};
-use super::value;
+use crate::value::{self, Rule};
 
 const MISSING: &str = "Tap device is missing, use 'ifname' or 'fd' to configure a tap device";
 
@@ -45,18 +46,18 @@ pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
     }
     f.require(&["id"]);
     let id = f.id("id");
-    let ifname = f.text("ifname", value::tap_name);
+    let ifname = f.text("ifname", tap_name);
     let fd = f.number("fd", 3..=i32::MAX).map(|fd| vec![fd]);
     let fds = f.text("fds", value::descriptors);
-    let queues = f.number("queues", limits::NIC_QUEUE_PAIRS);
-    let name = f.text("netdev", value::tap_name);
+    let queues = f.parsed::<NicQueuePairs>("queues");
+    let name = f.text("netdev", tap_name);
     let front = NetFront {
         mac: f.text("mac", value::mac),
         iothread: f.id("iothread"),
         ..NetFront::default()
     };
-    let pps = f.rate("throttling.pps-total", 0..=u64::MAX);
-    let bps = f.rate("throttling.bps-total", 0..=u64::MAX);
+    let pps = f.rate("throttling.pps-total");
+    let bps = f.rate("throttling.bps-total");
     refuse_vhost(f);
     let ways = ["ifname", "fd", "fds"].into_iter().filter(|key| f.has(key)).count();
     if ways > 1 || (f.has("ifname") && f.has("netdev")) {
@@ -67,7 +68,7 @@ pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
     // The older form names the tap even where it passes the descriptors.
     let tap = fd.or(fds).map(Tap::Fds).or(ifname.or(name).map(Tap::Name));
     if let (Some(Tap::Fds(fds)), Some(queues)) = (&tap, queues)
-        && fds.len() != usize::from(queues)
+        && fds.len() != usize::from(queues.get())
     {
         f.problem("queues", format!("{queues}, but there are {} descriptors", fds.len()));
     }
@@ -81,22 +82,22 @@ pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
 pub(crate) fn json_net(draft: &mut Draft, f: &mut Fields) {
     f.require(&["iface_id"]);
     let id = f.id("iface_id");
-    let name = f.text("host_dev_name", value::tap_name);
+    let name = f.text("host_dev_name", tap_name);
     let front = NetFront {
         mac: f.text("mac", value::mac),
         iothread: f.id("iothread"),
         mq: None,
-        queue_size: f.queue_size("queue_size", limits::NIC_QUEUE_SIZE),
+        queue_size: f.parsed("queue_size"),
     };
     let fd = f.number("tap_fd", 3..=i32::MAX);
-    let queues = f.number("queues", limits::NIC_QUEUE_PAIRS);
-    let pps = f.rate("pps", 0..=u64::MAX);
-    let bps = f.rate("bps", 0..=u64::MAX);
+    let queues = f.parsed::<NicQueuePairs>("queues");
+    let pps = f.rate("pps");
+    let bps = f.rate("bps");
     f.refuse("vhost_type", "vhost-net");
     f.refuse("vhost_fd", "vhost-net");
     if !f.has("tap_fd") {
         f.require(&["host_dev_name"]);
-    } else if queues.is_some_and(|queues| queues != 1) {
+    } else if queues.is_some_and(|queues| queues.get() != 1) {
         f.problem("queues", "must be 1 with tap_fd, which is one descriptor");
     }
     let tap = fd.map(|fd| Tap::Fds(vec![fd])).or(name.map(Tap::Name));
@@ -116,7 +117,7 @@ pub(crate) fn front(f: &mut Fields) -> NetFront {
         mac: f.text("mac", value::mac),
         iothread: f.id("iothread"),
         mq: f.boolean("mq"),
-        queue_size: f.queue_size("queue-size", limits::NIC_QUEUE_SIZE),
+        queue_size: f.parsed("queue-size"),
     }
 }
 
@@ -127,4 +128,8 @@ fn refuse_vhost(f: &mut Fields) {
     }
     f.refuse("path", "a tap in another network namespace");
     f.only_off("macnat", "MAC address translation");
+}
+
+fn tap_name(word: &str) -> Result<TapName, Rule> {
+    word.parse().map_err(|e: ValueError| e.to_string())
 }

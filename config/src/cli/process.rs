@@ -2,8 +2,8 @@
 use super::Log;
 use super::draft::Draft;
 use super::fields::Fields;
-use super::value::{self, Rule};
 use crate::incoming::{Mapping, Source, StreamSource};
+use crate::value::{self, Rule};
 
 pub(crate) fn pidfile(draft: &mut Draft, f: &mut Fields) {
     draft.pidfile = f.path("");

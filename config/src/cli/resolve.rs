@@ -13,6 +13,7 @@ use super::problem::{Place, Places, Problems};
 use super::process::How;
 use super::{Invocation, Log};
 use crate::incoming::{Incoming, Overrides};
+use crate::types::CpuCount;
 
 mod chars;
 mod virtio;
@@ -77,14 +78,14 @@ pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
             nic_slots,
         },
     });
-    let (cpus, topology) = draft.smp.unwrap_or((1, ONE_CPU));
+    let (cpus, topology) = draft.smp.unwrap_or((CpuCount::MIN, ONE_CPU));
     let machine = MachineConfig {
         name: draft.name.unwrap_or_else(|| limits::DEFAULT_NAME.to_owned()),
         uuid: draft.uuid.unwrap_or_else(|| limits::NIL_UUID.to_owned()),
         cpus,
         topology,
         memory: MemoryConfig {
-            size: draft.memory.unwrap_or(limits::DEFAULT_MEMORY),
+            size: draft.memory.unwrap_or_default(),
             shared: draft.mem_share.unwrap_or(false),
             path: draft.mem_path,
             prealloc: draft.mem_prealloc,

@@ -1,11 +1,12 @@
 //! Machine, memory, vCPUs and boot: flags and the file's `machine-config` and `boot-source`.
 use std::path::PathBuf;
 
+use crate::types::CpuCount;
 use crate::{Part, Topology, limits, topology};
 
 use super::draft::Draft;
 use super::fields::{Fields, choose};
-use super::value;
+use crate::value;
 
 const MACHINES: &[(&str, Result<(), &str>)] = &[
     ("microvm", Ok(())),
@@ -64,9 +65,9 @@ pub(crate) fn cpu(_: &mut Draft, f: &mut Fields) {
 
 pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
     f.require(&["cpus"]);
-    let cpus = f.number("cpus", limits::CPUS);
-    let most = f.number("maxcpus", limits::CPUS);
-    let mut part = |key| f.number(key, limits::CPUS);
+    let cpus = f.parsed::<CpuCount>("cpus");
+    let most = f.parsed::<CpuCount>("maxcpus");
+    let mut part = |key| f.parsed::<CpuCount>(key).map(CpuCount::get);
     let [sockets, dies, clusters, cores, threads] =
         [part("sockets"), part("dies"), part("clusters"), part("cores"), part("threads")];
     let Some(cpus) = cpus else { return };
@@ -80,7 +81,7 @@ pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
         .flatten()
         .map(|part| u64::from(*part))
         .product();
-    let rest = u64::from(cpus).checked_div(given).and_then(|rest| u8::try_from(rest).ok());
+    let rest = u64::from(cpus.get()).checked_div(given).and_then(|rest| u8::try_from(rest).ok());
     let rest = rest.unwrap_or(1).max(1);
     let (spare_core, spare_socket) = (cores.is_none(), cores.is_some() && sockets.is_none());
     let spare_thread = cores.is_some() && sockets.is_some() && threads.is_none();
@@ -94,7 +95,7 @@ pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
     };
     let Topology { sockets: s, dies: d, clusters: l, cores: c, threads: t } = topology;
     let product: u64 = [s, d, l, c, t].iter().map(|part| u64::from(*part)).product();
-    if product != u64::from(cpus) {
+    if product != u64::from(cpus.get()) {
         f.problem(
             "",
             format!(
@@ -167,9 +168,9 @@ pub(crate) fn boot_source(draft: &mut Draft, f: &mut Fields) {
 pub(crate) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     draft.name = f.id("name");
     let _ = f.choice("type", MACHINES);
-    if let Some(cpus) = f.number("vcpu_count", limits::CPUS) {
-        draft.smp =
-            Some((cpus, Topology { sockets: 1, dies: 1, clusters: 1, cores: cpus, threads: 1 }));
+    if let Some(cpus) = f.parsed::<CpuCount>("vcpu_count") {
+        let cores = cpus.get();
+        draft.smp = Some((cpus, Topology { sockets: 1, dies: 1, clusters: 1, cores, threads: 1 }));
     }
     draft.memory = f.memory_size("mem_size");
     draft.mem_path = f.path("mem_path");

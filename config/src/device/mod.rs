@@ -8,7 +8,10 @@ use std::path::Path;
 
 use state::config as saved;
 
-use crate::{CharBackend, Part};
+use crate::{
+    CharBackend, Part,
+    saved::{DescriptionError, check_ids},
+};
 
 pub mod balloon;
 pub mod console;
@@ -77,15 +80,23 @@ impl DeviceConfig {
 
     /// The one that was saved as `contents` in a slot on `iothread`; `None` for what is in a slot for
     /// disks or NICs.
-    pub(crate) fn restored(contents: &saved::Contents, iothread: Option<&str>) -> Option<Self> {
-        match contents {
-            saved::Contents::Disk(_) | saved::Contents::Nic(_) => None,
+    ///
+    /// # Errors
+    /// When it is outside of its limits.
+    pub(crate) fn restored(
+        contents: &saved::Contents,
+        iothread: Option<&str>,
+    ) -> Result<Option<Self>, DescriptionError> {
+        let device = match contents {
+            saved::Contents::Disk(_) | saved::Contents::Nic(_) => return Ok(None),
             saved::Contents::Console(saved) => {
-                Some(Self::Console(ConsoleConfig::restored(saved, iothread)))
+                Self::Console(ConsoleConfig::restored(saved, iothread))
             }
-            saved::Contents::Rng(saved) => Some(Self::Rng(RngConfig::restored(saved))),
-            saved::Contents::Balloon(saved) => Some(Self::Balloon(BalloonConfig::restored(saved))),
-        }
+            saved::Contents::Rng(saved) => Self::Rng(RngConfig::restored(saved)?),
+            saved::Contents::Balloon(saved) => Self::Balloon(BalloonConfig::restored(saved)),
+        };
+        check_ids(device.facts().slot(), [device.facts().id()])?;
+        Ok(Some(device))
     }
 
     /// Take over what a restored device may have in another place than the saved one, from `wanted`;

@@ -13,7 +13,8 @@ use crate::{
         resolve::{Found, Resolver},
         table::{Era, Group, Shape, flag},
     },
-    limits,
+    saved::{DescriptionError, checked},
+    types::RngBps,
 };
 
 /// virtio-rng.
@@ -23,8 +24,8 @@ pub struct RngConfig {
     pub id: String,
     /// Source of randomness.
     pub path: PathBuf,
-    /// Bytes per second, 64 to 1,000,000,000; `None`: unlimited.
-    pub bps: Option<u64>,
+    /// Bytes per second; `None`: unlimited.
+    pub bps: Option<RngBps>,
 }
 
 impl Facts for RngConfig {
@@ -46,14 +47,15 @@ impl Facts for RngConfig {
 
     fn saved(&self) -> saved::Contents {
         let Self { id, path, bps } = self.clone();
-        saved::Contents::Rng(saved::Rng { id, path, bps })
+        saved::Contents::Rng(saved::Rng { id, path, bps: bps.map(RngBps::get) })
     }
 }
 
 impl RngConfig {
-    pub(super) fn restored(saved: &saved::Rng) -> Self {
+    pub(super) fn restored(saved: &saved::Rng) -> Result<Self, DescriptionError> {
         let saved::Rng { id, path, bps } = saved.clone();
-        Self { id, path, bps }
+        let limit = |bps| checked("bytes per second of the rng", bps);
+        Ok(Self { id, path, bps: bps.map(limit).transpose()? })
     }
 
     pub(super) fn replace(&mut self, wanted: &Self) {
@@ -89,7 +91,7 @@ pub(crate) const KIND: Kind = Kind {
 /// `-rng`, and `rng`.
 fn rng(draft: &mut Draft, f: &mut Fields) {
     f.require(&["random_file"]);
-    let bps = f.number("bytes_per_sec", limits::RNG_BPS);
+    let bps = f.parsed("bytes_per_sec");
     if let Some(path) = f.path("random_file") {
         let rng = RngConfig { id: String::new(), path, bps };
         draft.say(f.place().key("random_file"), DeviceConfig::Rng(rng));
@@ -107,11 +109,8 @@ fn model(f: &mut Fields) -> DeviceKind {
     }
     let bps = most.zip(period).and_then(|(most, period)| {
         let bps = most.saturating_mul(1000).checked_div(period)?;
-        if !limits::RNG_BPS.contains(&bps) {
-            let (least, most) = (limits::RNG_BPS.start(), limits::RNG_BPS.end());
-            f.problem("max-bytes", format!("{bps} bytes per second, not in {least}..={most}"));
-        }
-        Some(bps)
+        let limit = RngBps::try_from(bps);
+        limit.inspect_err(|e| f.problem("max-bytes", format!("{bps} bytes per second, {e}"))).ok()
     });
     DeviceKind::Rng { source, bps }
 }

@@ -4,7 +4,7 @@ use std::{
     sync::{Arc, mpsc::channel},
 };
 
-use config::{MemoryConfig, Topology};
+use config::{MemoryConfig, Topology, types::MemorySize};
 use devices::{
     Memory,
     bus::{BusBuilder, BusDevice},
@@ -82,8 +82,13 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         0xeb, 0xfd, // jmp to the out
     ];
     let kvm = open().unwrap();
-    let config =
-        MemoryConfig { size: 1 << 20, shared: false, path: None, prealloc: false, dump: true };
+    let config = MemoryConfig {
+        size: MemorySize::MIN,
+        shared: false,
+        path: None,
+        prealloc: false,
+        dump: true,
+    };
     let memory = memory::allocate(&config).unwrap();
     memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
@@ -124,7 +129,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
 
 /// Of each kind that KVM may not notice by itself to be replaced, with 7 in all of it.
 fn memories(config: &MemoryConfig) -> Vec<(Memory, Origin)> {
-    let full = vec![7; usize::try_from(config.size).unwrap()];
+    let full = vec![7; usize::try_from(config.size.bytes()).unwrap()];
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&full).unwrap();
     let anonymous = memory::allocate(config).unwrap();
@@ -145,8 +150,13 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         0x67, 0xa2, 0x00, 0x00, 0x40, 0x00, // mov [0x400000], al
         0xeb, 0xec, // jmp to the first one
     ];
-    let config =
-        MemoryConfig { size: 8 << 20, shared: false, path: None, prealloc: false, dump: true };
+    let config = MemoryConfig {
+        size: MemorySize::MIN,
+        shared: false,
+        path: None,
+        prealloc: false,
+        dump: true,
+    };
     let kvm = open().unwrap();
     for (memory, origin) in memories(&config) {
         memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
@@ -192,8 +202,13 @@ fn a_clock_that_stood_is_ahead_by_the_gap_and_never_back() {
 fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
     const MINUTE: u64 = 60_000_000_000;
     let kvm = open().unwrap();
-    let config =
-        MemoryConfig { size: 1 << 20, shared: false, path: None, prealloc: false, dump: true };
+    let config = MemoryConfig {
+        size: MemorySize::MIN,
+        shared: false,
+        path: None,
+        prealloc: false,
+        dump: true,
+    };
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();

@@ -350,7 +350,7 @@ mod tests {
     fn pages_come_when_they_are_touched_on_both_sides_of_the_hole() {
         let high = 3 * 1024 * MIB;
         let config = MemoryConfig {
-            size: high + 4 * MIB,
+            size: (high + 4 * MIB).try_into().unwrap(),
             shared: false,
             path: None,
             prealloc: true,

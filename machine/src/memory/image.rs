@@ -34,11 +34,11 @@ pub fn map(
     file: &File,
     overlays: &[(Range<u64>, &File)],
 ) -> Result<Memory, MemoryError> {
-    let mib = config.size >> 20;
+    let mib = config.size.bytes() >> 20;
     let failed = |source: io::Error| MemoryError::Map { mib, source };
     let mut offset = 0;
     let mut regions = Vec::new();
-    for (start, len) in ranges(config.size) {
+    for (start, len) in ranges(config.size.bytes()) {
         let size = usize::try_from(len).map_err(|_| MemoryError::Layout)?;
         let file = FileOffset::new(file.try_clone().map_err(failed)?, offset);
         let region = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, PAGE))
@@ -263,6 +263,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn config(size: u64) -> MemoryConfig {
+        let size = size.try_into().unwrap();
         MemoryConfig { size, shared: false, path: None, prealloc: false, dump: true }
     }
 

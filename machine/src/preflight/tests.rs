@@ -2,7 +2,9 @@
 use std::{error::Error, path::Path};
 
 use config::{
-    Aio, BootConfig, ConsoleConfig, DeviceConfig, DiskConfig, Expect, Topology, slots::Wanted,
+    Aio, BootConfig, ConsoleConfig, DeviceConfig, DiskConfig, Expect, Topology,
+    slots::Wanted,
+    types::{CpuCount, DiskQueueSize, DiskQueues, MemorySize, NicQueuePairs, NicQueueSize},
 };
 
 use super::*;
@@ -19,8 +21,8 @@ fn config(dir: &Path) -> MachineConfig {
         discard: false,
         iops: None,
         bps: None,
-        queues: 1,
-        queue_size: 256,
+        queues: DiskQueues::default(),
+        queue_size: DiskQueueSize::default(),
         iothread: None,
         backend: None,
         probe: false,
@@ -31,8 +33,8 @@ fn config(dir: &Path) -> MachineConfig {
         id: id.into(),
         tap: Tap::Fds(vec![fd]),
         mac: None,
-        queue_pairs: 1,
-        queue_size: 256,
+        queue_pairs: NicQueuePairs::default(),
+        queue_size: NicQueueSize::default(),
         pps: None,
         bps: None,
         iothread: None,
@@ -42,10 +44,10 @@ fn config(dir: &Path) -> MachineConfig {
     MachineConfig {
         name: "n".into(),
         uuid: String::new(),
-        cpus: 1,
+        cpus: CpuCount::MIN,
         topology: Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
         memory: MemoryConfig {
-            size: 16 << 20,
+            size: MemorySize::MIN,
             shared: false,
             path: Some(dir.join("ram")),
             prealloc: false,
@@ -136,7 +138,7 @@ fn a_kernel_is_judged_by_the_machines_size_even_where_the_host_has_less() {
     config.disks.clear();
     config.nics.clear();
     config.memory.path = None;
-    config.memory.size = 1 << 52;
+    config.memory.size = MemorySize::MAX;
     fs::write(dir.path().join("kernel"), "no kernel").unwrap();
     fs::write(dir.path().join("initrd"), "").unwrap();
     let first = memory::allocate(&config.memory).unwrap_err();

@@ -54,7 +54,7 @@ pub fn memory(
 /// # Errors
 /// When the host cannot map them.
 fn map(chain: &BackingChain, config: &MemoryConfig) -> Result<Contents, MemoryError> {
-    let failed = |source| MemoryError::Map { mib: config.size >> 20, source };
+    let failed = |source| MemoryError::Map { mib: config.size.bytes() >> 20, source };
     let mut over = chain.pieces();
     over.retain(|(_, layer)| *layer > 0);
     let filled = over.iter().map(|(range, _)| range.clone()).collect();

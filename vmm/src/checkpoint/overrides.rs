@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use config::{Description, Expect, MachineConfig, Tap, incoming::Overrides, device::Differs};
+use config::{Description, Expect, MachineConfig, Tap, device::Differs, incoming::Overrides};
 use machine::SpotCheckError;
 use rustix::fs::OFlags;
 
@@ -133,10 +133,10 @@ fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideEr
     let pairs = pair(there, &flags.nics, |nic| &nic.id);
     for (nic, wanted) in pairs.map_err(|(one, ids)| unknown("NIC", "netdev", &one.id, &ids))? {
         if let Tap::Fds(fds) = &wanted.tap
-            && fds.len() != usize::from(nic.queue_pairs)
+            && fds.len() != usize::from(nic.queue_pairs.get())
         {
             let (id, asked) = (wanted.id.clone(), fds.len());
-            return Err(OverrideError::Descriptors { id, saved: nic.queue_pairs, asked });
+            return Err(OverrideError::Descriptors { id, saved: nic.queue_pairs.get(), asked });
         }
         nic.tap.clone_from(&wanted.tap);
         (nic.pps, nic.bps) = (wanted.pps, wanted.bps);

@@ -43,7 +43,13 @@ pub fn state(clock: u64) -> MachineState {
 }
 
 fn memory_config() -> MemoryConfig {
-    MemoryConfig { size: SIZE, shared: false, path: None, prealloc: false, dump: true }
+    MemoryConfig {
+        size: SIZE.try_into().unwrap(),
+        shared: false,
+        path: None,
+        prealloc: false,
+        dump: true,
+    }
 }
 
 /// Memory with something at the first, a middle and the last byte.

@@ -4,9 +4,9 @@ use std::{
 };
 
 use config::{
-    Aio, DiskConfig, Expect,
-    cli::{self, value},
-    limits,
+    Aio, DiskConfig, Expect, cli,
+    types::{DiskIops, DiskQueueSize, DiskQueues, PerSecond, Rate},
+    value,
 };
 use machine::{OpenDisk, PlugError, PluggedDisk};
 use qmp::{Error, schema::*, server::Ticket, table::Host};
@@ -57,15 +57,12 @@ pub fn blockdev_add(
         Some(BlockdevDetectZeroes::Unmap) => "unmap",
     };
     cli::detect_zeroes(zeroes).map_err(|rule| invalid("detect-zeroes", zeroes, rule))?;
-    if let Some(iops) = command.throttling_iops_total {
-        value::number(&iops.to_string(), limits::DISK_IOPS)
-            .map_err(|rule| invalid("throttling.iops-total", iops, rule))?;
-    }
+    let iops = rate("throttling.iops-total", command.throttling_iops_total)?;
+    let bps = rate("throttling.bps-total", command.throttling_bps_total)?;
     let cache = command.cache.unwrap_or_default();
     if cache.no_flush == Some(true) {
         return refuse("cache.no-flush", "true", "a guest's flush always reaches the disk");
     }
-    let unlimited = |n: Option<u64>| n.filter(|n| *n > 0);
     let config = DiskConfig {
         id: command.node_name,
         path,
@@ -79,10 +76,11 @@ pub fn blockdev_add(
             Some(BlockdevAio::Native) | None => Aio::Auto,
         },
         discard: command.discard == Some(BlockdevDiscard::Unmap),
-        iops: unlimited(command.throttling_iops_total),
-        bps: unlimited(command.throttling_bps_total),
-        queues: 1,
-        queue_size: limits::DEFAULT_QUEUE_SIZE,
+        iops,
+        bps,
+        // The slot has its own.
+        queues: DiskQueues::default(),
+        queue_size: DiskQueueSize::default(),
         iothread: None,
         backend: None,
         probe: command.driver.is_none(),
@@ -108,6 +106,15 @@ pub fn blockdev_add(
     let open = move || OpenDisk::open(config, &own);
     vmm.with_files(Job::new(what, open, add).about(&id), ticket);
     Ok(None)
+}
+
+/// A limit per second, for which 0 means none.
+fn rate<const LEAST: u64, const MOST: u64>(
+    key: &str,
+    number: Option<u64>,
+) -> Result<Option<Rate<LEAST, MOST>>, Error> {
+    let number = number.unwrap_or(0);
+    Rate::or_unlimited(number).map_err(|rule| invalid(key, number, rule))
 }
 
 pub fn blockdev_del(
@@ -236,10 +243,10 @@ fn device_info(config: DiskConfig, size: u64, used: &Used) -> BlockDeviceInfo {
         backing_file_depth: 0,
         encrypted: false,
         detect_zeroes: BlockdevDetectZeroes::Off,
-        bps: config.bps.unwrap_or(0),
+        bps: config.bps.map_or(0, PerSecond::get),
         bps_rd: 0,
         bps_wr: 0,
-        iops: config.iops.unwrap_or(0),
+        iops: config.iops.map_or(0, DiskIops::get),
         iops_rd: 0,
         iops_wr: 0,
         cache: BlockdevCacheInfo { writeback: true, direct: config.direct, no_flush: false },

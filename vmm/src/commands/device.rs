@@ -1,7 +1,7 @@
 //! Hot-plug: a slot gets its back-end, or loses it.
 use std::fmt::Display;
 
-use config::cli::value;
+use config::value;
 use machine::Shape;
 use qmp::{Error, schema::*, server::Ticket};
 use serde_json::{Map, Value};

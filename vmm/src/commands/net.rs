@@ -1,7 +1,11 @@
 //! Network back-ends, and descriptors handed over for them.
 use std::{collections::BTreeMap, ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
 
-use config::{NicConfig, Tap, cli::value, limits};
+use config::{
+    NicConfig, Tap,
+    types::{NicQueuePairs, NicQueueSize, TapName},
+    value,
+};
 use qmp::{Error, schema::*, server::Ticket};
 
 use super::{invalid, plug_error};
@@ -55,9 +59,11 @@ pub fn netdev_add(
     }
     let id = &command.id;
     value::id(id).map_err(|rule| invalid("id", id, rule))?;
-    if let Some(name) = &command.ifname {
-        value::tap_name(name).map_err(|rule| invalid("ifname", name, rule))?;
-    }
+    let ifname = command
+        .ifname
+        .as_deref()
+        .map(|name| name.parse::<TapName>().map_err(|rule| invalid("ifname", name, rule)));
+    let ifname = ifname.transpose()?;
     for (key, script) in [("script", &command.script), ("downscript", &command.downscript)] {
         if let Some(script) = script.as_ref().filter(|script| *script != "no") {
             return Err(invalid(key, script, "no script is run for a tap device; must be 'no'"));
@@ -70,10 +76,10 @@ pub fn netdev_add(
     if let Some(domains) = &command.dnssearch {
         return Err(invalid("dnssearch", domains, "a tap device has none: leave it out"));
     }
-    let pairs = |n: usize| value::number(&n.to_string(), limits::NIC_QUEUE_PAIRS);
-    if let Some(queues) = command.queues {
-        pairs(queues.into()).map_err(|rule| invalid("queues", queues, rule))?;
-    }
+    let queues = command.queues.map(|queues| {
+        NicQueuePairs::try_from(queues).map_err(|rule| invalid("queues", queues, rule))
+    });
+    let queues = queues.transpose()?;
     let names: Vec<&str> = match (&command.fd, &command.fds) {
         (Some(_), Some(_)) => {
             return Err(Error::text("Parameters 'fd' and 'fds' exclude each other"));
@@ -82,15 +88,17 @@ pub fn netdev_add(
         (None, Some(fds)) => fds.split(':').collect(),
         (None, None) => Vec::new(),
     };
-    if !names.is_empty() {
-        let count = names.len();
-        pairs(count).map_err(|rule| invalid("fds", format!("{count} descriptors"), rule))?;
-        if let Some(queues) = command.queues.filter(|queues| usize::from(*queues) != count) {
-            return Err(invalid("queues", queues, format!("there are {count} descriptors")));
-        }
+    let count = names.len();
+    let pairs = match count {
+        0 => queues.unwrap_or_default(),
+        _ => NicQueuePairs::try_from(count)
+            .map_err(|rule| invalid("fds", format!("{count} descriptors"), rule))?,
+    };
+    if let Some(queues) = queues.filter(|queues| *queues != pairs) {
+        return Err(invalid("queues", queues, format!("there are {count} descriptors")));
     }
-    let (tap, fds) = match (&command.ifname, names.is_empty()) {
-        (Some(name), true) => (Tap::Name(name.clone()), Vec::new()),
+    let (tap, fds) = match (ifname, names.is_empty()) {
+        (Some(name), true) => (Tap::Name(name), Vec::new()),
         (None, false) => take_fds(vmm.servers.named_fds(ticket), &names)?,
         (Some(_), false) => {
             return Err(Error::text("Parameters 'ifname' and 'fd' exclude each other"));
@@ -101,16 +109,13 @@ pub fn netdev_add(
             ));
         }
     };
-    let pairs = match &tap {
-        Tap::Fds(_) => u16::try_from(names.len()).unwrap_or(u16::MAX),
-        Tap::Name(_) => command.queues.unwrap_or(1),
-    };
     let config = NicConfig {
         id: command.id,
         tap,
         mac: None,
         queue_pairs: pairs,
-        queue_size: limits::DEFAULT_QUEUE_SIZE,
+        // The slot has its own.
+        queue_size: NicQueueSize::default(),
         pps: None,
         bps: None,
         iothread: None,

@@ -1,7 +1,7 @@
 //! What the monitor can do, with a machine or without: for programs that ask before they start one.
 use config::{
     cli::{Described, Kind, models, object_kinds, options},
-    limits,
+    types::CpuCount,
 };
 use qmp::{Error, ErrorClass, schema::*};
 
@@ -121,7 +121,7 @@ fn machines() -> Vec<MachineInfo> {
     let microvm = MachineInfo {
         name: "microvm".into(),
         is_default: Some(true),
-        cpu_max: u32::from(*limits::CPUS.end()),
+        cpu_max: u32::from(CpuCount::MAX.get()),
         acpi: true,
         ..none.clone()
     };

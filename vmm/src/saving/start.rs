@@ -60,7 +60,8 @@ impl Vmm {
             (_, false) => None,
         };
         self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
-        let (memory, size) = (self.machine.memory().clone(), self.machine.config().memory.size);
+        let (memory, size) =
+            (self.machine.memory().clone(), self.machine.config().memory.size.bytes());
         let id = new_id().map_err(|e| Error::generic(&e))?;
         let disks = match how.disks {
             true => self.copies_of_disks()?,

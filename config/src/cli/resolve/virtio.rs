@@ -2,7 +2,8 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::Part;
-use crate::{DiskConfig, Expect, NicConfig, Tap, limits, separate};
+use crate::types::NicQueuePairs;
+use crate::{DiskConfig, Expect, NicConfig, Tap, separate};
 
 use super::Resolver;
 use crate::cli::draft::{BlkFront, DeviceKind, Draft, Drive, Net, NetFront};
@@ -56,7 +57,7 @@ impl Resolver {
                             let rule = "another -device has this netdev";
                             self.problems.add_value(&device.place.key("netdev"), netdev, rule);
                         }
-                        if front.mq == Some(false) && queue_pairs(found) > 1 {
+                        if front.mq == Some(false) && queue_pairs(found).get() > 1 {
                             let pairs = queue_pairs(found);
                             let rule = format!("must be on with {pairs} queues");
                             self.problems.add(&device.place.key("mq"), rule);
@@ -103,7 +104,7 @@ impl Resolver {
         for net in &d.nets {
             match &net.tap {
                 Tap::Name(name) if !names.insert(name) => {
-                    self.problems.add_value(&net.place, name, "Tap device already in use");
+                    self.problems.add_value(&net.place, name.as_str(), "Tap device already in use");
                 }
                 Tap::Fds(numbers) => {
                     for fd in numbers.iter().filter(|fd| !fds.insert(**fd)) {
@@ -129,8 +130,8 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         discard: drive.discard,
         iops: drive.iops,
         bps: drive.bps,
-        queues: front.queues.or(back.queues).unwrap_or(1),
-        queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
+        queues: front.queues.or(back.queues).unwrap_or_default(),
+        queue_size: front.queue_size.or(back.queue_size).unwrap_or_default(),
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
         backend: separate(&drive.id, id),
         probe: drive.probe,
@@ -138,11 +139,11 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
     }
 }
 
-fn queue_pairs(net: &Net) -> u16 {
+fn queue_pairs(net: &Net) -> NicQueuePairs {
     match &net.tap {
-        // At most 16, checked where they were read.
-        Tap::Fds(fds) => u16::try_from(fds.len()).unwrap_or(u16::MAX).max(1),
-        Tap::Name(_) => net.queues.unwrap_or(1),
+        // A wrong tap has none, and is a problem already.
+        Tap::Fds(fds) => NicQueuePairs::try_from(fds.len()).unwrap_or_default(),
+        Tap::Name(_) => net.queues.unwrap_or_default(),
     }
 }
 
@@ -153,7 +154,7 @@ fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
         tap: net.tap.clone(),
         mac: front.mac.or(back.mac),
         queue_pairs: queue_pairs(net),
-        queue_size: front.queue_size.or(back.queue_size).unwrap_or(limits::DEFAULT_QUEUE_SIZE),
+        queue_size: front.queue_size.or(back.queue_size).unwrap_or_default(),
         pps: net.pps,
         bps: net.bps,
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),

@@ -15,8 +15,8 @@ fn quick_start_of_the_first_generation() {
     assert_eq!(i.machine.serial, Some(CharBackend::Stdio));
     let [disk] = i.machine.disks.as_slice() else { panic!() };
     assert_eq!((disk.id.as_str(), disk.readonly, disk.direct), ("rootfs", false, true));
-    assert_eq!((disk.queues, disk.queue_size, disk.aio), (1, 256, Aio::Auto));
-    assert_eq!((i.machine.cpus, i.machine.memory.size), (1, 256 << 20));
+    assert_eq!((disk.queues.get(), disk.queue_size.get(), disk.aio), (1, 256, Aio::Auto));
+    assert_eq!((i.machine.cpus.get(), i.machine.memory.size.bytes()), (1, 256 << 20));
     assert_eq!(i.machine.name, "StratoVirt");
     assert!(i.machine.memory.dump && !i.machine.memory.shared);
     assert!(!i.paused && !i.disable_seccomp);
@@ -60,13 +60,13 @@ fn kata_without_what_is_not_built_yet() {
     let i = run(&kata(""));
     let m = &i.machine;
     assert_eq!(m.boot.cmdline, KATA_PARAMETERS, "kernel parameters pass through untouched");
-    assert_eq!((m.memory.size, m.memory.shared, m.memory.dump), (2048 << 20, true, false));
+    assert_eq!((m.memory.size.bytes(), m.memory.shared, m.memory.dump), (2048 << 20, true, false));
     assert_eq!(m.name, "sandbox-0123");
     assert_eq!(m.uuid, "8c3e7b1a-0d2f-4b5c-9e6f-112233445566");
     let [disk] = m.disks.as_slice() else { panic!() };
     assert_eq!((disk.id.as_str(), disk.readonly, disk.direct), ("virtio-blk0", true, false));
     let [nic] = m.nics.as_slice() else { panic!() };
-    assert_eq!((&nic.tap, nic.queue_pairs), (&Tap::Fds(vec![4]), 1));
+    assert_eq!((&nic.tap, nic.queue_pairs.get()), (&Tap::Fds(vec![4]), 1));
     assert_eq!(nic.mac, Some([0x02, 0x42, 0xac, 0x11, 0x00, 0x02]));
     let rng = m.rng().unwrap();
     assert_eq!((rng.id.as_str(), rng.path.to_str()), ("virtio-rng0", Some("/dev/urandom")));
@@ -133,7 +133,7 @@ fn kuasar_on_a_microvm() {
     assert!(i.machine.memory.prealloc && i.machine.memory.shared);
     assert_eq!(i.pidfile.unwrap().to_str(), Some("/run/k/sandbox-k.pid"));
     assert_eq!(i.log, Log::File("/run/k/sandbox-k.log".into()));
-    assert_eq!(i.machine.memory.size, 1 << 30);
+    assert_eq!(i.machine.memory.size.bytes(), 1 << 30);
     assert_eq!(i.machine.nics[0].id, "virtio-net0");
     assert_eq!(i.machine.boot.initrd.unwrap().to_str(), Some("I"));
 }
@@ -168,14 +168,14 @@ fn older_netdev_drive_chardev_and_rng_are_devices_by_themselves() {
          -drive id=d0,file=a.img,serial=abc,iothread=io1,iops=100 \
          -chardev id=charconsole0,path=/tmp/c -rng random_file=/dev/random,bytes_per_sec=64",
     );
-    assert_eq!(m.nics[0].tap, Tap::Name("tap0".into()));
+    assert_eq!(m.nics[0].tap, Tap::Name("tap0".parse().unwrap()));
     assert_eq!((m.nics[0].id.as_str(), m.nics[0].iothread.as_deref()), ("net0", Some("io1")));
-    assert_eq!((m.disks[0].serial.as_deref(), m.disks[0].iops), (Some("abc"), Some(100)));
+    assert_eq!((m.disks[0].serial.as_deref(), m.disks[0].iops.unwrap().get()), (Some("abc"), 100));
     assert_eq!(
         m.console().unwrap().backend,
         CharBackend::Socket { path: "/tmp/c".into(), replay: 0 }
     );
-    assert_eq!(m.rng().unwrap().bps, Some(64));
+    assert_eq!(m.rng().unwrap().bps.unwrap().get(), 64);
     assert_eq!(m.iothreads, ["io1"]);
 }
 

@@ -48,7 +48,7 @@ fn every_key_has_its_meaning() {
       "iothread":[{"id":"t"}],
       "rng":{"random_file":"/dev/random","bytes_per_sec":"100"}}"#;
     let m = file(text, "-api-channel unix:s").unwrap().machine;
-    assert_eq!((m.name.as_str(), m.cpus, m.memory.size), ("n", 3, 1 << 30));
+    assert_eq!((m.name.as_str(), m.cpus.get(), m.memory.size.bytes()), ("n", 3, 1 << 30));
     assert!(m.memory.shared && !m.memory.dump);
     assert_eq!(m.memory.path.as_ref().unwrap().to_str(), Some("/h"));
     assert_eq!(
@@ -56,13 +56,15 @@ fn every_key_has_its_meaning() {
         ("a=b=c", Some("i"))
     );
     let d = &m.disks[0];
-    assert_eq!((d.iops, d.bps, d.queues, d.queue_size), (Some(5), Some(6), 2, 64));
+    assert_eq!((d.queues.get(), d.queue_size.get()), (2, 64));
+    assert_eq!((d.iops.unwrap().get(), d.bps.unwrap().get()), (5, 6));
     assert!(d.readonly && d.direct && d.discard);
     assert_eq!(d.iothread.as_deref(), Some("t"));
     let n = &m.nics[0];
-    assert_eq!((&n.tap, n.pps, n.bps, n.queue_size), (&Tap::Fds(vec![9]), Some(7), Some(8), 512));
+    assert_eq!((&n.tap, n.queue_size.get()), (&Tap::Fds(vec![9]), 512));
+    assert_eq!((n.pps.unwrap().get(), n.bps.unwrap().get()), (7, 8));
     assert_eq!((&m.serial, m.console().unwrap().id.as_str()), (&None, "c"));
-    assert_eq!(m.rng().unwrap().bps, Some(100));
+    assert_eq!(m.rng().unwrap().bps.unwrap().get(), 100);
 }
 
 #[test]
@@ -111,7 +113,10 @@ fn flags_replace_values_and_add_to_lists() {
     )
     .unwrap();
     let m = i.machine;
-    assert_eq!((m.memory.size, m.cpus, m.boot.cmdline.as_str()), (1 << 30, 2, "quiet"));
+    assert_eq!(
+        (m.memory.size.bytes(), m.cpus.get(), m.boot.cmdline.as_str()),
+        (1 << 30, 2, "quiet")
+    );
     assert_eq!((m.boot.kernel.to_str(), m.serial), (Some("other"), Some(CharBackend::Pty)));
     let ids: Vec<_> = m.disks.iter().map(|d| d.id.as_str()).collect();
     assert_eq!(ids, ["rootfs", "data"]);
@@ -124,7 +129,7 @@ fn the_file_comes_first_wherever_it_stands() {
     std::fs::write(&path, MINIMAL).unwrap();
     let i = run(&format!("-m 1G -api-channel unix:s -config {}", path.display()));
     std::fs::remove_file(&path).unwrap();
-    assert_eq!(i.machine.memory.size, 1 << 30, "and any file name will do");
+    assert_eq!(i.machine.memory.size.bytes(), 1 << 30, "and any file name will do");
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn a_bare_memory_size_counts_mib_when_it_is_too_small_for_bytes() {
         ("2T", 2 << 40),
         ("512M,maxmem=512M", 512 << 20),
     ] {
-        assert_eq!(machine(&format!("-m {given}")).memory.size, bytes, "{given}");
+        assert_eq!(machine(&format!("-m {given}")).memory.size.bytes(), bytes, "{given}");
     }
 }
 
@@ -77,7 +77,7 @@ fn a_topology_is_completed_and_must_fit() {
 
 #[test]
 fn vcpus_from_1_to_254() {
-    assert_eq!(machine("-smp 254").cpus, 254);
+    assert_eq!(machine("-smp 254").cpus.get(), 254);
     for bad in ["0", "255", "256", "99999999999999999999"] {
         assert_eq!(
             problem(&format!("-smp {bad}")),
@@ -131,9 +131,10 @@ fn a_drive_named_by_a_device_is_one_disk_with_both_halves() {
          -device virtio-blk-device,drive=b,id=blk-b,serial=S,num-queues=4,queue-size=512,iothread=io0,bootindex=1",
     );
     let [a, b] = m.disks.as_slice() else { panic!("{:?}", m.disks) };
-    assert_eq!((a.id.as_str(), a.aio, a.direct, a.queues), ("a", Aio::Off, false, 1));
+    assert_eq!((a.id.as_str(), a.aio, a.direct, a.queues.get()), ("a", Aio::Off, false, 1));
     assert_eq!((b.id.as_str(), b.aio, b.discard), ("blk-b", Aio::IoUring, true));
-    assert_eq!((b.iops, b.bps, b.queues, b.queue_size), (Some(1000), Some(5000), 4, 512));
+    assert_eq!((b.queues.get(), b.queue_size.get()), (4, 512));
+    assert_eq!((b.iops.unwrap().get(), b.bps.unwrap().get()), (1000, 5000));
     assert_eq!((b.serial.as_deref(), b.iothread.as_deref()), (Some("S"), Some("io0")));
 }
 
@@ -150,11 +151,13 @@ fn taps_by_name_and_by_descriptors() {
     let nic = |line: &str| machine(line).nics.into_iter().next().unwrap();
     let device = "-device virtio-net-device,netdev=n,id=d,mq=on,queue-size=1024";
     let n = nic(&format!("-netdev tap,id=n,ifname=tap0,queues=4,vhost=off {device}"));
-    assert_eq!((&n.tap, n.queue_pairs, n.queue_size), (&Tap::Name("tap0".into()), 4, 1024));
+    assert_eq!((n.queue_pairs.get(), n.queue_size.get()), (4, 1024));
+    assert_eq!(n.tap, Tap::Name("tap0".parse().unwrap()));
     let n = nic(&format!("-netdev tap,id=n,fds=5:6 {device}"));
-    assert_eq!((&n.tap, n.queue_pairs), (&Tap::Fds(vec![5, 6]), 2));
+    assert_eq!((&n.tap, n.queue_pairs.get()), (&Tap::Fds(vec![5, 6]), 2));
     let n = nic("-netdev tap,id=n,fd=3,throttling.pps-total=10,throttling.bps-total=20");
-    assert_eq!((n.tap, n.pps, n.bps, n.mac), (Tap::Fds(vec![3]), Some(10), Some(20), None));
+    let (pps, bps) = (n.pps.unwrap().get(), n.bps.unwrap().get());
+    assert_eq!((n.tap, pps, bps, n.mac), (Tap::Fds(vec![3]), 10, 20, None));
 }
 
 #[test]
@@ -193,7 +196,10 @@ fn a_second_control_socket() {
 fn rates_of_randomness() {
     let rng = "-object rng-random,id=o,filename=/dev/urandom -device virtio-rng-device,rng=o,id=r";
     assert_eq!(machine(rng).rng().unwrap().bps, None);
-    assert_eq!(machine(&format!("{rng},max-bytes=1000,period=500")).rng().unwrap().bps, Some(2000));
+    assert_eq!(
+        machine(&format!("{rng},max-bytes=1000,period=500")).rng().unwrap().bps.unwrap().get(),
+        2000
+    );
     assert!(problem(&format!("{rng},max-bytes=1000")).contains("go together"));
     assert!(problem(&format!("{rng},max-bytes=1,period=1000")).contains("not in 64..=1000000000"));
     assert!(

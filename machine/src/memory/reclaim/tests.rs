@@ -18,6 +18,7 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
 
 fn config(size: u64) -> MemoryConfig {
+    let size = size.try_into().unwrap();
     MemoryConfig { size, shared: false, path: None, prealloc: false, dump: true }
 }
 

@@ -4,7 +4,10 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::{cmdline, limits};
+use crate::{
+    cmdline, limits,
+    types::{self, MemorySize, NicQueuePairs},
+};
 
 /// What is allowed instead, as the end of a sentence that names place and value.
 pub type Rule = String;
@@ -43,25 +46,8 @@ pub fn disk_serial(word: &str) -> Result<String, Rule> {
     bounded(word, limits::MAX_DISK_SERIAL)
 }
 
-/// A network interface's name as Linux has it (`dev_valid_name`).
-pub fn tap_name(word: &str) -> Result<String, Rule> {
-    let name = bounded(word, limits::MAX_TAP_NAME)?;
-    if name == "."
-        || name == ".."
-        || name.contains(['/', ':', '%'])
-        || name.contains(char::is_whitespace)
-    {
-        return Err("not an interface name: no '/', ':', '%' or space".into());
-    }
-    Ok(name)
-}
-
 fn bounded(word: &str, most: usize) -> Result<String, Rule> {
-    match word.len() {
-        0 => Err("must not be empty".into()),
-        n if n > most => Err(format!("{n} bytes long, at most {most} are allowed")),
-        _ => text(word),
-    }
+    types::text(word, most).map(str::to_owned).map_err(|e| e.to_string())
 }
 
 /// `true|on|yes` or `false|off|no`.
@@ -95,20 +81,6 @@ where
     }
 }
 
-/// A power of two in `range`.
-pub fn queue_size(word: &str, range: RangeInclusive<u16>) -> Result<u16, Rule> {
-    let size = number(word, range.clone())?;
-    if size.is_power_of_two() {
-        return Ok(size);
-    }
-    let allowed: Vec<_> = (0..16)
-        .map(|bit| 1u16 << bit)
-        .filter(|size| range.contains(size))
-        .map(|size| size.to_string())
-        .collect();
-    Err(format!("not a power of two: {}", allowed.join(", ")))
-}
-
 /// Bytes in `range`: `N[K|M]`.
 pub fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
     let (digits, unit) = match word.strip_suffix(['K', 'k']) {
@@ -123,7 +95,7 @@ pub fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
 
 /// Guest RAM in bytes: `N[K|M|G|T]`. A bare number counts bytes from 1048576 on, as the first
 /// StratoVirt had it, and MiB below, as the second has it: less than 1 MiB is no machine.
-pub fn memory_size(word: &str) -> Result<u64, Rule> {
+pub fn memory_size(word: &str) -> Result<MemorySize, Rule> {
     let malformed = || {
         "must be a number with K, M, G or T behind it; a bare number counts MiB below 1048576, \
          bytes from there on"
@@ -143,19 +115,7 @@ pub fn memory_size(word: &str) -> Result<u64, Rule> {
     let count: u64 = digits.parse().map_err(|_| too_large())?;
     let unit = unit.unwrap_or(if count < 1 << 20 { 1 << 20 } else { 1 });
     let bytes = count.checked_mul(unit).ok_or_else(too_large)?;
-    if bytes < limits::MIN_MEMORY {
-        return Err(format!("{bytes} bytes, at least {}M are needed", limits::MIN_MEMORY >> 20));
-    }
-    if bytes > limits::MAX_MEMORY {
-        return Err(format!(
-            "{bytes} bytes, at most {}G can be addressed",
-            limits::MAX_MEMORY >> 30
-        ));
-    }
-    if bytes % limits::MEMORY_UNIT != 0 {
-        return Err(format!("unaligned with {} for memory", limits::MEMORY_UNIT));
-    }
-    Ok(bytes)
+    MemorySize::try_from(bytes).map_err(|e| e.to_string())
 }
 
 /// An Ethernet address of one station, `xx:xx:xx:xx:xx:xx`.
@@ -186,12 +146,9 @@ pub fn descriptors(word: &str) -> Result<Vec<i32>, Rule> {
         word.split(':').map(|fd| number(fd, 3..=i32::MAX)).collect::<Result<_, _>>().map_err(
             |_| "must be descriptor numbers from 3 on, with ':' between them".to_owned(),
         )?;
-    if fds.len() > usize::from(*limits::NIC_QUEUE_PAIRS.end()) {
-        return Err(format!(
-            "{} descriptors, at most {}",
-            fds.len(),
-            limits::NIC_QUEUE_PAIRS.end()
-        ));
+    let most = NicQueuePairs::MOST;
+    if fds.len() > usize::from(most) {
+        return Err(format!("{} descriptors, at most {most}", fds.len()));
     }
     Ok(fds)
 }
