@@ -1,10 +1,6 @@
 //! One message from a client, and one message to it.
-use std::fmt;
-
-use serde::{
-    Serialize,
-    de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor},
-};
+use json::Tree;
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::Error;
@@ -24,8 +20,8 @@ pub type Id = Option<Value>;
 impl Request {
     /// Reads one object. The id is found wherever the text is JSON at all, so that errors carry it.
     pub fn parse(text: &[u8]) -> (Result<Self, Error>, Id) {
-        match serde_json::from_slice::<Strict>(text) {
-            Ok(Strict(Value::Object(mut message))) => {
+        match Tree::read_strict(text).map(Value::from) {
+            Ok(Value::Object(mut message)) => {
                 let id = message.shift_remove("id");
                 (Self::from_members(message), id)
             }
@@ -81,79 +77,6 @@ pub fn line(message: &impl Serialize) -> Vec<u8> {
     let mut line = serde_json::to_vec(message).unwrap_or_default();
     line.extend_from_slice(b"\r\n");
     line
-}
-
-/// A JSON value without what `serde_json::Value` would let pass: a key given twice, or NUL in a
-/// string (it would end a path early).
-struct Strict(Value);
-
-impl<'de> Deserialize<'de> for Strict {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(StrictVisitor).map(Self)
-    }
-}
-
-struct StrictVisitor;
-
-fn without_nul<E: de::Error>(text: &str) -> Result<(), E> {
-    match text.contains('\0') {
-        true => Err(E::custom("NUL in a string")),
-        false => Ok(()),
-    }
-}
-
-impl<'de> Visitor<'de> for StrictVisitor {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON value")
-    }
-
-    fn visit_bool<E>(self, v: bool) -> Result<Value, E> {
-        Ok(v.into())
-    }
-
-    fn visit_i64<E>(self, v: i64) -> Result<Value, E> {
-        Ok(v.into())
-    }
-
-    fn visit_u64<E>(self, v: u64) -> Result<Value, E> {
-        Ok(v.into())
-    }
-
-    fn visit_f64<E>(self, v: f64) -> Result<Value, E> {
-        Ok(v.into())
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_str<E: de::Error>(self, v: &str) -> Result<Value, E> {
-        without_nul(v)?;
-        Ok(v.into())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-        let mut items = Vec::new();
-        while let Some(Strict(item)) = seq.next_element()? {
-            items.push(item);
-        }
-        Ok(Value::Array(items))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        let mut members = Map::new();
-        while let Some(key) = map.next_key::<String>()? {
-            without_nul(&key)?;
-            if members.contains_key(&key) {
-                return Err(de::Error::custom(format_args!("duplicate key '{key}'")));
-            }
-            let Strict(value) = map.next_value()?;
-            members.insert(key, value);
-        }
-        Ok(Value::Object(members))
-    }
 }
 
 #[cfg(test)]

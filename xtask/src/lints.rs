@@ -9,11 +9,12 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// Each crate and the siblings it may depend on; what is not listed may depend on none.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
+    ("json", &[]),
     ("state", &[]),
-    ("config", &["state"]),
+    ("config", &["json", "state"]),
     ("devices", &["state"]),
-    ("qmp", &[]),
+    ("qmp", &["json"]),
     ("machine", &["config", "devices", "state"]),
     ("vmm", &["machine", "qmp", "config", "state"]),
     ("stratoctl", &["qmp", "state", "config"]),

@@ -1,12 +1,9 @@
-//! The JSON file: its tree, then its sections.
-//!
-//! The tree is our own and not `serde_json::Value`: that keeps the last of two equal keys silently.
+//! The JSON file: its tree, then its sections. A key that comes twice is a problem to be told.
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde::Deserialize;
-use serde::de::{MapAccess, SeqAccess, Visitor};
+use json::Tree;
 
 use super::draft::Draft;
 use super::fields::{Fields, Raw};
@@ -16,17 +13,6 @@ use super::{action, chars, objects, system};
 
 /// Most bytes of a file; a full description has two thousand.
 const MAX_FILE: u64 = 256 << 10;
-
-/// Anything JSON can say. serde_json stops at a depth of 128.
-#[derive(Debug)]
-enum Tree {
-    Null,
-    Bool(bool),
-    Number(String),
-    Text(String),
-    List(Vec<Tree>),
-    Object(Vec<(String, Tree)>),
-}
 
 /// Sections that are not about a kind of devices.
 const SECTIONS: &[(&str, Section)] = &[
@@ -73,10 +59,10 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 /// Takes what a file says; `file` is its name for messages.
 pub(crate) fn read_text(draft: &mut Draft, file: &str, text: &[u8]) {
     let root = Place::Json { file: file.to_owned(), path: String::new() };
-    match serde_json::from_slice(text) {
+    match Tree::read(text) {
         Ok(Tree::Object(sections)) => sections_of(draft, &root, sections),
         Ok(other) => {
-            draft.problems.add(&root, format!("{}; must be an object", other.kind()));
+            draft.problems.add(&root, format!("{}; must be an object", kind(&other)));
             unread(draft);
         }
         Err(e) => {
@@ -113,7 +99,7 @@ fn sections_of(draft: &mut Draft, root: &Place, sections: Vec<(String, Tree)>) {
                     match item {
                         Tree::Object(items) => object(draft, place, items, take),
                         other => {
-                            let rule = format!("{}; must be an object", other.kind());
+                            let rule = format!("{}; must be an object", kind(&other));
                             draft.problems.add(&place, rule);
                         }
                     }
@@ -121,10 +107,10 @@ fn sections_of(draft: &mut Draft, root: &Place, sections: Vec<(String, Tree)>) {
             }
             (Section::Object(_), other) => {
                 unread(draft);
-                draft.problems.add(&place, format!("{}; must be an object", other.kind()));
+                draft.problems.add(&place, format!("{}; must be an object", kind(&other)));
             }
             (Section::List(_), other) => {
-                draft.problems.add(&place, format!("{}; must be a list of objects", other.kind()));
+                draft.problems.add(&place, format!("{}; must be a list of objects", kind(&other)));
             }
         }
     }
@@ -136,91 +122,33 @@ fn object(
     items: Vec<(String, Tree)>,
     take: fn(&mut Draft, &mut Fields),
 ) {
-    let items = items.into_iter().map(|(key, tree)| (key, tree.into_raw())).collect();
+    let items = items.into_iter().map(|(key, tree)| (key, raw(tree))).collect();
     let mut fields = Fields::new(place, items);
     take(draft, &mut fields);
     draft.problems.extend(fields.done());
 }
 
-impl Tree {
-    fn kind(&self) -> &'static str {
-        match self {
-            Self::Null => "null",
-            Self::Bool(_) => "a truth value",
-            Self::Number(_) => "a number",
-            Self::Text(_) => "a string",
-            Self::List(_) => "a list",
-            Self::Object(_) => "an object",
-        }
-    }
-
-    fn into_raw(self) -> Raw {
-        let kind = self.kind();
-        match self {
-            Self::Text(text) => Raw::Text(text),
-            Self::Number(text) => Raw::Scalar(kind, text),
-            Self::Bool(value) => Raw::Scalar(kind, value.to_string()),
-            Self::Null | Self::List(_) | Self::Object(_) => Raw::Other(kind),
-        }
+/// What `tree` is, for messages.
+fn kind(tree: &Tree) -> &'static str {
+    match tree {
+        Tree::Null => "null",
+        Tree::Bool(_) => "a truth value",
+        Tree::Number(_) => "a number",
+        Tree::Text(_) => "a string",
+        Tree::List(_) => "a list",
+        Tree::Object(_) => "an object",
     }
 }
 
-impl<'de> Deserialize<'de> for Tree {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(TreeVisitor)
-    }
-}
-
-struct TreeVisitor;
-
-impl<'de> Visitor<'de> for TreeVisitor {
-    type Value = Tree;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("JSON")
-    }
-
-    fn visit_unit<E>(self) -> Result<Tree, E> {
-        Ok(Tree::Null)
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
-        Ok(Tree::Bool(value))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Tree, E> {
-        Ok(Tree::Number(value.to_string()))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Tree, E> {
-        Ok(Tree::Number(value.to_string()))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
-        Ok(Tree::Number(value.to_string()))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Tree, E> {
-        Ok(Tree::Text(value.to_owned()))
-    }
-
-    fn visit_string<E>(self, value: String) -> Result<Tree, E> {
-        Ok(Tree::Text(value))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Tree, A::Error> {
-        let mut list = vec![];
-        while let Some(item) = seq.next_element()? {
-            list.push(item);
+fn raw(tree: Tree) -> Raw {
+    let kind = kind(&tree);
+    match tree {
+        Tree::Text(text) => Raw::Text(text),
+        Tree::Number(number) => {
+            let float = number.as_f64().filter(|_| number.is_f64());
+            Raw::Scalar(kind, float.map_or_else(|| number.to_string(), |float| float.to_string()))
         }
-        Ok(Tree::List(list))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tree, A::Error> {
-        let mut object = vec![];
-        while let Some(entry) = map.next_entry()? {
-            object.push(entry);
-        }
-        Ok(Tree::Object(object))
+        Tree::Bool(value) => Raw::Scalar(kind, value.to_string()),
+        Tree::Null | Tree::List(_) | Tree::Object(_) => Raw::Other(kind),
     }
 }
