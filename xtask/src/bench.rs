@@ -3,6 +3,7 @@
 //!
 //! The program that a person runs ([`stories::host`] says where) starts itself where the guests run
 //! ([`measure`]); what comes out of it are [`Message`]s.
+pub mod about;
 pub mod builds;
 pub mod chart;
 pub mod control;
@@ -12,6 +13,7 @@ pub mod guests;
 pub mod held;
 pub mod measure;
 pub mod monitors;
+pub mod part;
 pub mod rig;
 pub mod run;
 pub mod scattered;

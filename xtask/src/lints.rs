@@ -1,5 +1,7 @@
 //! The rules of this workspace that no compiler checks: which crate may depend on which, how long a
-//! file may get, where unsafe code may be.
+//! file may get, where unsafe code may be; and that the links between its pages lead somewhere.
+mod links;
+
 use std::env;
 use std::fs;
 use std::path::Path;
@@ -63,6 +65,7 @@ pub fn check(workspace: &Path) -> Result<Vec<String>> {
         broken.extend(wrong_arrows(package.name, &siblings));
         check_sources(workspace, package.root, &mut broken)?;
     }
+    broken.extend(links::check(workspace)?);
     broken.sort();
     Ok(broken)
 }

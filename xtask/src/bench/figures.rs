@@ -5,12 +5,18 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::about::About;
+use super::part::Part;
 use super::statistics::{median, quantile};
 use super::{Metric, Scenario};
 
 /// Everything that was measured.
 #[derive(Debug, Default)]
 pub struct Figures {
+    /// When and where.
+    pub about: About,
+    /// Runs of each monitor that were asked for.
+    pub runs: usize,
     /// Name and version, in the order they take turns; the first is the one to compare with.
     pub monitors: Vec<(String, String)>,
     /// What was looked for and not found.
@@ -79,6 +85,23 @@ impl Figures {
     pub fn samples(&self, scenario: Scenario, metric: Metric, monitor: &str) -> &[f64] {
         let by_monitor = self.samples.get(&(scenario, metric));
         by_monitor.and_then(|by_monitor| by_monitor.get(monitor)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Why `monitor` has no figure for `metric`.
+    #[must_use]
+    pub fn why_missing(&self, scenario: Scenario, metric: Metric, monitor: &str) -> String {
+        let part = Part::measuring(scenario, metric).map_or("", Part::label);
+        let failed = self.failed.iter().find(|failure| {
+            failure.scenario == scenario && failure.part == part && failure.monitor == monitor
+        });
+        match (failed, metric) {
+            (Some(failure), _) => format!("failed: {}", failure.error),
+            (None, Metric::List) => "has no stratoctl".to_owned(),
+            (None, Metric::LivePause | Metric::ScatteredDirectory | Metric::ScatteredStream) => {
+                "has to be stopped for a save".to_owned()
+            }
+            (None, _) => "not measured".to_owned(),
+        }
     }
 
     /// All of it, in order.
@@ -157,6 +180,8 @@ impl Figures {
             .map(|(name, version)| serde_json::json!({ "name": name, "version": version }))
             .collect();
         serde_json::json!({
+            "about": self.about,
+            "runs": self.runs,
             "monitors": monitors,
             "not_found": self.missing,
             "failed": self.failed,
@@ -242,6 +267,18 @@ mod tests {
         );
         let line = table.lines().find(|line| line.starts_with("TCP host to guest")).unwrap();
         assert!(line.contains("none") && line.ends_with("120 (120-120)"), "{line}");
+    }
+
+    #[test]
+    fn what_is_missing_has_a_reason() {
+        let mut figures = figures();
+        let (scenario, monitor) = (Scenario::Snapshots, "other".to_owned());
+        let (part, error) = ("save".to_owned(), "no space".to_owned());
+        figures.failed.push(Failure { scenario, part, monitor, error });
+        let why = |metric| figures.why_missing(Scenario::Snapshots, metric, "other");
+        assert_eq!(why(Metric::SaveRatio), "failed: no space");
+        assert_eq!(why(Metric::LivePause), "has to be stopped for a save");
+        assert_eq!(why(Metric::Restore), "not measured");
     }
 
     #[test]

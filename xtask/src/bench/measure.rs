@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::control::{Connection, Verb};
 use super::guests::FIRST_BYTE;
 use super::monitors::{Found, Guest, find};
+use super::part::Part;
 use super::rig::{MIB, Rig};
 use super::run::{Run, last_words};
 use super::snapshots::Target;
@@ -58,49 +59,6 @@ pub enum Subject {
     Builds(builds::Plan),
     /// How often this monitor is asked while something that it needs is held.
     Held(usize),
-}
-
-/// What a scenario consists of. Each part starts its own guests, so that one that fails takes nothing
-/// else with it.
-#[derive(Debug, Clone, Copy)]
-enum Part {
-    Payload,
-    SaveLive,
-    Save,
-    Restore,
-    RestoreLarge,
-    List,
-    Init,
-    Devices,
-    Busy,
-    Scattered,
-}
-
-impl Part {
-    const fn label(self) -> &'static str {
-        match self {
-            Self::Payload => "start",
-            Self::SaveLive => "save while it runs",
-            Self::Save => "save",
-            Self::Restore => "restore of 256 MiB",
-            Self::RestoreLarge => "restore of 4 GiB",
-            Self::List => "list",
-            Self::Init => "boot",
-            Self::Devices => "boot with disk and NIC",
-            Self::Busy => "stop and cont",
-            Self::Scattered => "saves",
-        }
-    }
-
-    const fn of(scenario: Scenario) -> &'static [Self] {
-        match scenario {
-            Scenario::Payload => &[Self::Payload],
-            Scenario::Snapshots => &[Self::SaveLive, Self::Save, Self::Restore, Self::RestoreLarge],
-            Scenario::Domains => &[Self::List],
-            Scenario::Linux | Scenario::Emulated => &[Self::Init, Self::Devices, Self::Busy],
-            Scenario::Scattered => &[Self::Scattered],
-        }
-    }
 }
 
 /// Does `task` and says what comes of it.

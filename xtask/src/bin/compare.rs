@@ -13,6 +13,7 @@ use stories::debian::Debian;
 use stories::host::{Host, Job, Said};
 use stories::paths::{GUEST_KERNEL, Paths};
 use stories::progress::Step;
+use xtask::bench::about::About;
 use xtask::bench::figures::{Failure, Figures};
 use xtask::bench::held::answers::Answers;
 use xtask::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
@@ -145,11 +146,13 @@ fn main() -> Result<()> {
     let seconds = if options.quick { 0.5 } else { 1.0 };
     let task = |subject| Task { subject, seconds };
     let mut results = Results::default();
+    results.figures.about = About::here_and_now();
     match options.what {
         What::Monitors => {}
         What::Scattered => {
             ensure!(with_linux, "--scattered needs a Linux that runs natively: see {GUEST_KERNEL}");
             let runs = options.runs(scattered::RUNS);
+            results.figures.runs = runs;
             let subject = Subject::Monitors(vec![Scenario::Scattered], runs);
             run.run(&Host::Native, &task(subject), &mut results)?;
             return report(&results.figures, &out);
@@ -182,6 +185,7 @@ fn main() -> Result<()> {
     let stratoctl = agent::stratoctl()?;
     run.stratoctl = Some(&stratoctl);
     let runs = options.runs(7);
+    results.figures.runs = runs;
     if options.native {
         let mut scenarios = vec![Scenario::Payload, Scenario::Snapshots, Scenario::Domains];
         if with_linux && !options.payload {

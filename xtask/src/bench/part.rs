@@ -1,0 +1,97 @@
+//! The parts of a scenario.
+use super::{Metric, Scenario};
+
+/// What a scenario consists of. Each part starts its own guests, so that one that fails takes nothing
+/// else with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// A guest of a few instructions starts.
+    Payload,
+    /// A guest is saved while it runs on.
+    SaveLive,
+    /// A guest is saved.
+    Save,
+    /// A guest of 256 MiB is restored.
+    Restore,
+    /// A guest of 4 GiB is restored.
+    RestoreLarge,
+    /// Many domains are listed.
+    List,
+    /// Linux boots.
+    Init,
+    /// Linux boots with disk and NIC, and measures both.
+    Devices,
+    /// Linux keeps its processors busy, and is stopped.
+    Busy,
+    /// Linux that writes all over its memory is saved.
+    Scattered,
+}
+
+impl Part {
+    /// For people.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Payload => "start",
+            Self::SaveLive => "save while it runs",
+            Self::Save => "save",
+            Self::Restore => "restore of 256 MiB",
+            Self::RestoreLarge => "restore of 4 GiB",
+            Self::List => "list",
+            Self::Init => "boot",
+            Self::Devices => "boot with disk and NIC",
+            Self::Busy => "stop and cont",
+            Self::Scattered => "saves",
+        }
+    }
+
+    /// The parts of `scenario`.
+    #[must_use]
+    pub const fn of(scenario: Scenario) -> &'static [Self] {
+        match scenario {
+            Scenario::Payload => &[Self::Payload],
+            Scenario::Snapshots => &[Self::SaveLive, Self::Save, Self::Restore, Self::RestoreLarge],
+            Scenario::Domains => &[Self::List],
+            Scenario::Linux | Scenario::Emulated => &[Self::Init, Self::Devices, Self::Busy],
+            Scenario::Scattered => &[Self::Scattered],
+        }
+    }
+
+    /// The part of `scenario` that measures `metric`.
+    #[must_use]
+    pub fn measuring(scenario: Scenario, metric: Metric) -> Option<Self> {
+        use Metric as M;
+        let part = match metric {
+            M::LivePause => Self::SaveLive,
+            M::SaveSynced | M::SaveRatio => Self::Save,
+            M::Restore => Self::Restore,
+            M::RestoreLarge => Self::RestoreLarge,
+            M::List => Self::List,
+            M::Init => Self::Init,
+            M::ScatteredDirectory | M::ScatteredStream => Self::Scattered,
+            M::Stop | M::Cont => Self::Busy,
+            M::Status if scenario != Scenario::Payload => Self::Busy,
+            M::Api | M::FirstByte | M::Private | M::Status if scenario == Scenario::Payload => {
+                Self::Payload
+            }
+            M::Api | M::FirstByte | M::Private | M::Status | M::InitDevices => Self::Devices,
+            M::SeqRead | M::SeqWrite | M::RandRead1 | M::RandRead32 => Self::Devices,
+            M::TcpOut | M::TcpIn | M::TcpRoundTrips => Self::Devices,
+        };
+        Self::of(scenario).contains(&part).then_some(part)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metric_belongs_to_a_part_of_its_scenario() {
+        let label = |scenario, metric| Part::measuring(scenario, metric).map(Part::label);
+        assert_eq!(label(Scenario::Payload, Metric::Status), Some("start"));
+        assert_eq!(label(Scenario::Linux, Metric::Status), Some("stop and cont"));
+        assert_eq!(label(Scenario::Emulated, Metric::Api), Some("boot with disk and NIC"));
+        assert_eq!(label(Scenario::Domains, Metric::Api), None);
+    }
+}
