@@ -2,7 +2,7 @@
 //! process for one story at a time ([`Agents`]). A story that hangs costs the process, or the whole
 //! emulated host: the next story gets a new one.
 use std::fs;
-use std::io::{BufRead, Write};
+use std::io::{BufRead, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::debian::Debian;
+use crate::debian::{Debian, output};
 use crate::guest;
 use crate::host::{CONTROL, Host, Job, Running, Said, make_initramfs};
 use crate::paths::{BINARY, Paths, STRATOCTL, workspace};
@@ -339,21 +339,23 @@ fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     let profile = exe.ancestors().find(|dir| dir.ends_with("debug") || dir.ends_with("release"));
     let profile = profile.context("built in a profile that is neither debug nor release")?;
     let target = profile.parent().context("a profile without a target directory")?;
-    let step = Step::spinner(&format!("Building {name}"));
     let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
     // For the whole workspace, as `cargo test` does it: with other features the dependencies would
     // be built once more.
-    build.args(["build", "--quiet", "--workspace", "--bin", name]);
+    build.args(["build", "--workspace", "--bin", name]);
     if profile.ends_with("release") {
         build.arg("--release");
     }
-    let out = build.stdin(Stdio::null()).output().context("cannot run cargo")?;
-    ensure!(
-        out.status.success(),
-        "{name} does not build:\n{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    step.done();
+    // A person sees how far cargo is, and what is wrong where it is.
+    if io::stderr().is_terminal() {
+        eprintln!("  Building {name}");
+        let status = build.stdin(Stdio::null()).status().context("cannot run cargo")?;
+        ensure!(status.success(), "{name} does not build");
+    } else {
+        let step = Step::spinner(&format!("Building {name}"));
+        output(build.arg("--quiet")).with_context(|| format!("{name} does not build"))?;
+        step.done();
+    }
     Ok(profile.join(name))
 }

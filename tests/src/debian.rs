@@ -1,23 +1,15 @@
-//! Debian's packages without installing them: a kernel, busybox, QEMU and a few tools, each with the
-//! libraries it was built for, unpacked into the cache. apt does the fetching and checks the
-//! signatures, with a state directory of its own: nothing of the machine's is read but its sources,
-//! and nothing is changed.
+//! Packages of Debian or Ubuntu without installing them: a kernel, busybox, QEMU and a few tools, each
+//! with the libraries it was built for, unpacked into the cache ([`crate::packages`]).
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::Duration;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::packages;
 use crate::paths::{Paths, atomically};
-use crate::progress::Step;
 
-/// The package that always depends on Debian's newest cloud kernel.
-const KERNEL: &str = "linux-image-cloud-amd64";
-/// Fetched with everything they depend on.
-const TOOLS: [&str; 5] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "xfsprogs", "iproute2"];
-/// Where Debian puts libraries; the second only matters before the `/usr` merge.
+/// Where both put libraries; the second only matters before the `/usr` merge.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
 /// Unpacked packages.
@@ -33,18 +25,19 @@ impl Debian {
     /// No apt or dpkg, no network, or no sources that have the packages; says which.
     pub fn get(paths: &Paths) -> Result<Self> {
         let home = paths.cache.join("debian");
-        let wanted = format!("{KERNEL} {}\n", TOOLS.join(" "));
+        let wanted = packages::wanted();
         if fs::read_to_string(home.join("packages")).is_ok_and(|have| have == wanted) {
             return Ok(Self::unpacked(paths));
         }
         for tool in ["apt-get", "dpkg"] {
             ensure!(
                 works(Command::new(tool).arg("--version")),
-                "{tool} not found: guests are made of Debian's packages, so this needs Debian or a system derived from it"
+                "{tool} not found: guests are made of the packages of Debian or Ubuntu, so this needs \
+                 one of them or a system derived from it"
             );
         }
         atomically(&home, |home| {
-            fetch(home)?;
+            packages::fetch(home, None)?;
             fs::write(home.join("packages"), &wanted).context("cannot note what was fetched")
         })?;
         Ok(Self::unpacked(paths))
@@ -184,138 +177,6 @@ fn only_entry(dir: &Path, prefix: &str) -> Result<PathBuf> {
     bail!("nothing named {prefix}* in {}", dir.display())
 }
 
-/// apt with a state of its own under one directory.
-struct Apt {
-    config: PathBuf,
-    archives: PathBuf,
-}
-
-impl Apt {
-    fn new(home: &Path) -> Result<Self> {
-        let archives = home.join("apt/cache/archives");
-        for dir in [home.join("apt/state/lists/partial"), archives.join("partial")] {
-            fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        }
-        // With an empty status file nothing counts as installed: apt resolves every dependency.
-        fs::write(home.join("apt/status"), "")?;
-        let config = home.join("apt/apt.conf");
-        let apt = home.join("apt");
-        let apt = apt.display();
-        fs::write(
-            &config,
-            format!(
-                "Dir::State \"{apt}/state\";\nDir::State::status \"{apt}/status\";\nDir::Cache \"{apt}/cache\";\n\
-                 APT::Sandbox::User \"root\";\nAPT::Install-Recommends \"false\";\nAPT::Architecture \"amd64\";\n\
-                 Acquire::Languages \"none\";\nAcquire::Retries \"3\";\nAcquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n"
-            ),
-        )?;
-        Ok(Self { config, archives })
-    }
-
-    fn command(&self, program: &str, args: &[&str]) -> Command {
-        let mut command = Command::new(program);
-        command
-            .env("APT_CONFIG", &self.config)
-            .env("LC_ALL", "C")
-            .current_dir(&self.archives)
-            .args(args);
-        command
-    }
-}
-
-/// Fills `home` with the unpacked packages.
-fn fetch(home: &Path) -> Result<()> {
-    fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
-    let home = fs::canonicalize(home)?;
-    let apt = Apt::new(&home)?;
-
-    let step = Step::spinner("Reading Debian's package lists");
-    output(&mut apt.command("apt-get", &["update", "-qq"]))
-        .context("cannot read Debian's package lists")?;
-    let depends = output(&mut apt.command("apt-cache", &["depends", KERNEL])).unwrap_or_default();
-    let kernel = depends
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("Depends: "))
-        .find(|name| name.starts_with("linux-image-"))
-        .with_context(|| {
-            format!(
-                "apt's sources have no {KERNEL}: they must name Debian's main archive for amd64"
-            )
-        })?
-        .to_owned();
-    step.done();
-
-    let mut install = vec!["install", "-qq", "-y", "--no-install-recommends"];
-    install.extend(TOOLS);
-    let mut download = vec!["download", "-qq", kernel.as_str()];
-    let print = |args: &[&str]| {
-        let args: Vec<_> = args.iter().copied().chain(["--print-uris"]).collect();
-        output(&mut apt.command("apt-get", &args))
-    };
-    let bytes = sizes(&print(&install)?) + sizes(&print(&download)?);
-    install.push("--download-only");
-    let step = Step::bytes("Fetching Debian's kernel, busybox and QEMU", bytes);
-    for args in [&mut install, &mut download] {
-        let child = apt
-            .command("apt-get", args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot run apt-get")?;
-        watch(child, &apt.archives, &step)?;
-    }
-    step.done();
-
-    let packages: Vec<_> = fs::read_dir(&apt.archives)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|ext| ext == "deb"))
-        .collect();
-    let root = home.join("root");
-    let step = Step::count("Unpacking", packages.len());
-    for package in &packages {
-        output(Command::new("dpkg").arg("-x").arg(package).arg(&root))?;
-        step.advance();
-    }
-    step.done();
-    fs::remove_dir_all(home.join("apt")).context("cannot remove apt's state")
-}
-
-/// Adds up the sizes in `apt-get --print-uris`: `'URI' FILE SIZE HASH`.
-fn sizes(listing: &str) -> u64 {
-    listing
-        .lines()
-        .filter(|line| line.starts_with('\''))
-        .filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok())
-        .sum()
-}
-
-/// Shows on `step` how much has arrived until `child` is done.
-fn watch(mut child: Child, archives: &Path, step: &Step) -> Result<()> {
-    loop {
-        step.at(arrived(archives) + arrived(&archives.join("partial")));
-        if child.try_wait()?.is_some() {
-            let out = child.wait_with_output()?;
-            ensure!(
-                out.status.success(),
-                "apt-get could not fetch Debian's packages: {}",
-                String::from_utf8_lossy(&out.stderr).trim()
-            );
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
-fn arrived(dir: &Path) -> u64 {
-    let files = fs::read_dir(dir).into_iter().flatten().flatten();
-    files
-        .filter_map(|entry| entry.metadata().ok())
-        .filter(fs::Metadata::is_file)
-        .map(|file| file.len())
-        .sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,11 +193,5 @@ mod tests {
                 "/lib64/ld-linux-x86-64.so.2".into()
             ]
         );
-    }
-
-    #[test]
-    fn apt_tells_how_much_there_is_to_fetch() {
-        let listing = "Reading package lists...\n'http://x/a.deb' a.deb 1000 SHA256:0\n'http://x/b.deb' b.deb 24 SHA256:0\n";
-        assert_eq!(sizes(listing), 1024);
     }
 }

@@ -1,15 +1,19 @@
 //! A distribution's kernel in the three forms a monitor is asked to boot, and its modules in the
 //! order they load in.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, elf};
+use ruzstd::decoding::StreamingDecoder;
 
-/// Magic of the LZ4 "legacy" frame that Linux uses for its own payload.
+/// Magic of the LZ4 "legacy" frame, in which Debian's kernels have their payload.
 const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
+/// Magic of a Zstandard frame, in which Ubuntu's have it.
+const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// Largest block of an LZ4 legacy frame.
 const LZ4_BLOCK: usize = 8 << 20;
 /// Nothing that runs as a kernel here is larger.
@@ -18,7 +22,7 @@ const KERNEL_MAX: usize = 256 << 20;
 /// The ELF `vmlinux` inside a bzImage (Linux, Documentation/arch/x86/boot.rst, `payload_offset`).
 ///
 /// # Errors
-/// Not a bzImage, or its payload is not LZ4.
+/// Not a bzImage, or its payload is neither LZ4 nor Zstandard.
 pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>> {
     ensure!(
         bzimage.get(0x202..0x206) == Some(b"HdrS".as_slice()),
@@ -36,11 +40,23 @@ pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>> {
     let start = (sectors + 1) * 512 + word(0x248)?;
     let payload = bzimage.get(start..).and_then(|rest| rest.get(..word(0x24c).ok()?));
     let payload = payload.context("a bzImage whose payload lies outside of it")?;
-    let Some(mut rest) = payload.strip_prefix(LZ4_LEGACY) else {
-        bail!("a bzImage whose payload is not LZ4: it starts with {:02x?}", payload.get(..4));
+    let image = if let Some(blocks) = payload.strip_prefix(LZ4_LEGACY) {
+        lz4(blocks)?
+    } else if payload.starts_with(ZSTD) {
+        zstd(payload)?
+    } else {
+        bail!(
+            "a bzImage whose payload is neither LZ4 nor Zstandard: it starts with {:02x?}",
+            payload.get(..4)
+        );
     };
+    ensure!(image.starts_with(&elf::ELFMAG), "the bzImage's payload is not an ELF file");
+    Ok(image)
+}
+
+/// Blocks of a four-byte length each; the kernel's build adds the unpacked size at the very end.
+fn lz4(mut rest: &[u8]) -> Result<Vec<u8>> {
     let mut image = Vec::new();
-    // Blocks of a four-byte length each; the kernel's build adds the unpacked size at the very end.
     while rest.len() > 4 {
         let (length, tail) = rest.split_at(4);
         let length = u32::from_le_bytes(length.try_into()?) as usize;
@@ -49,8 +65,17 @@ pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>> {
         ensure!(image.len() <= KERNEL_MAX, "a kernel of more than {KERNEL_MAX} bytes");
         rest = tail.get(length..).unwrap_or_default();
     }
-    ensure!(image.starts_with(&elf::ELFMAG), "the bzImage's payload is not an ELF file");
     Ok(image)
+}
+
+/// One frame; what follows it does not count.
+fn zstd(frame: &[u8]) -> Result<Vec<u8>> {
+    let unpacked = StreamingDecoder::new_with_max_window_size(frame, KERNEL_MAX as u64)
+        .context("a broken Zstandard frame")?;
+    let mut content = Vec::new();
+    unpacked.take(KERNEL_MAX as u64 + 1).read_to_end(&mut content)?;
+    ensure!(content.len() <= KERNEL_MAX, "more than {KERNEL_MAX} bytes in a Zstandard frame");
+    Ok(content)
 }
 
 /// The flat image of an ELF kernel, as `objcopy -O binary` makes it: what its loadable segments put
@@ -121,18 +146,49 @@ pub struct Module {
     pub content: Vec<u8>,
 }
 
-/// The modules of `names` and of what they depend on, in an order they can be loaded in.
+/// The modules of `names` and of what they depend on, in an order they can be loaded in; without those
+/// that are part of the kernel.
 ///
 /// # Errors
 /// A module is missing or is not an ELF file.
 pub fn modules(dir: &Path, names: &[&str]) -> Result<Vec<Module>> {
-    let mut files = BTreeMap::new();
-    find(dir, &mut files)?;
+    let mut there = There { files: BTreeMap::new(), builtin: BTreeSet::new() };
+    there.find(dir)?;
     let mut order = Vec::new();
     for name in names {
-        load(name, &files, &mut order)?;
+        load(name, &there, &mut order)?;
     }
     Ok(order)
+}
+
+/// The modules that there are.
+struct There {
+    files: BTreeMap<String, PathBuf>,
+    builtin: BTreeSet<String>,
+}
+
+impl There {
+    fn find(&mut self, dir: &Path) -> Result<()> {
+        for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if path.is_dir() {
+                self.find(&path)?;
+            } else if name == "modules.builtin" {
+                let paths = fs::read_to_string(&path)?;
+                self.builtin.extend(paths.lines().filter_map(module_name));
+            } else if let Some(name) = module_name(name) {
+                self.files.insert(name, path);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The module in a file, `kernel/drivers/NAME.ko` or `NAME.ko.xz`.
+fn module_name(path: &str) -> Option<String> {
+    let file = path.rsplit('/').next()?;
+    Some(plain(file.split_once(".ko")?.0))
 }
 
 /// Module names mean the same with `-` as with `_`.
@@ -140,36 +196,30 @@ fn plain(name: &str) -> String {
     name.replace('-', "_")
 }
 
-fn find(dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
-        let path = entry?.path();
-        if path.is_dir() {
-            find(&path, files)?;
-        } else if let Some((name, _)) =
-            path.file_name().and_then(|name| name.to_str()?.split_once(".ko"))
-        {
-            files.insert(plain(name), path);
-        }
-    }
-    Ok(())
-}
-
-fn load(name: &str, files: &BTreeMap<String, PathBuf>, order: &mut Vec<Module>) -> Result<()> {
+fn load(name: &str, there: &There, order: &mut Vec<Module>) -> Result<()> {
     let name = plain(name);
     let file = format!("{name}.ko");
-    if order.iter().any(|module| module.file == file) {
+    if there.builtin.contains(&name) || order.iter().any(|module| module.file == file) {
         return Ok(());
     }
-    let path = files.get(&name).with_context(|| format!("the kernel has no module {name}"))?;
+    let path =
+        there.files.get(&name).with_context(|| format!("the kernel has no module {name}"))?;
     let mut content = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    if path.extension().is_some_and(|ext| ext == "xz") {
-        let mut plain = Vec::new();
-        lzma_rs::xz_decompress(&mut content.as_slice(), &mut plain)
-            .map_err(|error| anyhow::anyhow!("cannot unpack {}: {error}", path.display()))?;
-        content = plain;
+    match path.extension().and_then(|ext| ext.to_str()) {
+        Some("xz") => {
+            let mut plain = Vec::new();
+            lzma_rs::xz_decompress(&mut content.as_slice(), &mut plain)
+                .map_err(|error| anyhow::anyhow!("cannot unpack {}: {error}", path.display()))?;
+            content = plain;
+        }
+        Some("zst") => {
+            content =
+                zstd(&content).with_context(|| format!("cannot unpack {}", path.display()))?;
+        }
+        _ => {}
     }
     for needed in depends(&content).with_context(|| format!("{} is no module", path.display()))? {
-        load(&needed, files, order)?;
+        load(&needed, there, order)?;
     }
     order.push(Module { file, content });
     Ok(())
@@ -194,6 +244,40 @@ mod tests {
         assert!(vmlinux(b"").is_err());
         assert!(vmlinux(&[0; 4096]).is_err());
         assert!(flat(b"\x7fELF").is_err());
+    }
+
+    /// A bzImage with that payload and the size that the kernel's build adds to it.
+    fn bzimage(payload: &[u8]) -> Vec<u8> {
+        let mut image = vec![0; 1024];
+        image[0x1f1] = 1;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32 + 4).to_le_bytes());
+        [&image[..], payload, &[0; 4]].concat()
+    }
+
+    #[test]
+    fn a_payload_is_lz4_or_zstandard() {
+        let kernel = [&elf::ELFMAG[..], &[7; 5000]].concat();
+        let block = lz4_flex::block::compress(&kernel);
+        let lz4 = [LZ4_LEGACY, &(block.len() as u32).to_le_bytes(), &block].concat();
+        assert_eq!(vmlinux(&bzimage(&lz4)).unwrap(), kernel);
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let zstd = ruzstd::encoding::compress_to_vec(kernel.as_slice(), level);
+        assert_eq!(vmlinux(&bzimage(&zstd)).unwrap(), kernel);
+        let error = vmlinux(&bzimage(b"BZh91AY")).unwrap_err().to_string();
+        assert!(error.contains("neither LZ4 nor Zstandard"), "{error}");
+    }
+
+    #[test]
+    fn what_is_part_of_the_kernel_is_no_module() {
+        let dir = std::env::temp_dir().join(format!("modules.{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("modules.builtin"), "kernel/drivers/virtio/virtio-mmio.ko\n").unwrap();
+        let found = modules(&dir, &["virtio_mmio"]);
+        let missing = modules(&dir, &["tun"]).err();
+        fs::remove_dir_all(dir).unwrap();
+        assert!(found.unwrap().is_empty());
+        assert_eq!(missing.unwrap().to_string(), "the kernel has no module tun");
     }
 
     #[test]

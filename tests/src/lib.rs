@@ -6,6 +6,7 @@ pub mod archive;
 #[path = "../../vmm/src/bounds.rs"]
 pub mod bounds;
 pub mod debian;
+pub mod emulated;
 pub mod frozen;
 pub mod guest;
 pub mod held;
@@ -15,7 +16,9 @@ pub mod loop_device;
 pub mod monitor;
 pub mod net;
 mod output;
+pub mod packages;
 pub mod paths;
 pub mod payloads;
 pub mod progress;
+pub mod seed;
 pub mod stream;

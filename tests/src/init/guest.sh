@@ -33,6 +33,8 @@ done
 
 if [ "$story" = shell ]; then
     echo "guest: ready"
+    # As large as the terminal that the console is shown in.
+    [ -z "$rows" ] || stty rows "$rows" cols "$cols"
     setsid cttyhack sh
     poweroff -f
 fi

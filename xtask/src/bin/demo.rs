@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr};
 use stories::agent::{outcome, prepare, tell_outcome};
 use stories::archive::make_ext4;
 use stories::debian::Debian;
@@ -29,6 +29,8 @@ Usage: cargo demo [-- OPTION]
 ";
 /// The argument that makes this program the one that runs on the host.
 const INSIDE: &str = "--inside";
+/// Follows it where there is to be a shell.
+const SHELL: &str = "shell";
 /// The guest's RAM, MiB.
 const RAM_MIB: u64 = 256;
 /// How long the machine stands still.
@@ -47,8 +49,8 @@ fn main() -> Result<ExitCode> {
             print!("{USAGE}");
             Ok(ExitCode::SUCCESS)
         }
-        [INSIDE, what] => {
-            let result = inside(*what == "shell");
+        [INSIDE, what @ ..] => {
+            let result = inside(what);
             tell_outcome(&result)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -59,17 +61,31 @@ fn main() -> Result<ExitCode> {
 /// Gets everything ready and passes on what the program on the host says.
 fn outside(shell: bool) -> Result<ExitCode> {
     let (host, paths, debian) = prepare()?;
-    let job = Job::this_program(&[INSIDE, if shell { "shell" } else { "show" }])?;
+    let size = window_size().map(|size| format!("rows={} cols={}", size.ws_row, size.ws_col));
+    let job = match shell {
+        true => Job::this_program(&[INSIDE, SHELL, &size.unwrap_or_default()])?,
+        false => Job::this_program(&[INSIDE])?,
+    };
+    if shell {
+        // Now: what is printed behind a terminal that passes every key on has to move it by itself.
+        heading("A shell in the guest. Ctrl-a x ends the machine, so does poweroff -f. To try:");
+        println!("  mount /dev/vda /mnt; cat /mnt/hello.txt");
+        println!("  ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; ping -c 3 10.9.0.1\n");
+    }
     let mut booting =
         matches!(host, Host::Emulated(_)).then(|| Step::spinner("Booting the emulated host"));
     let mut running = host.start(&paths, &debian, &job)?;
-    let _raw = if shell { forward(running.take_input().context("no input")?)? } else { None };
+    let mut input = if shell { Some(running.take_input().context("no input")?) } else { None };
+    let mut raw = None;
     let result = loop {
         // A person in a shell may think for as long as they like.
         let patience = if shell { Duration::from_secs(24 * 3600) } else { PATIENCE };
         let said = running.next(Instant::now() + patience);
         if let Some(step) = booting.take() {
             step.done();
+        }
+        if let Some(input) = input.take() {
+            raw = forward(input)?;
         }
         match said {
             Some(Said::Text(text)) => {
@@ -85,6 +101,7 @@ fn outside(shell: bool) -> Result<ExitCode> {
             None => break Err(format!("nothing more came in time\n{}", running.console())),
         }
     };
+    drop(raw);
     running.finish(Instant::now() + SOON)?;
     match result {
         Ok(()) => Ok(ExitCode::SUCCESS),
@@ -106,6 +123,11 @@ fn forward(mut input: ChildStdin) -> Result<Option<Raw>> {
         }
     });
     Ok(raw)
+}
+
+/// Of the terminal, if there is one.
+fn window_size() -> Option<Winsize> {
+    tcgetwinsize(io::stdout()).ok().filter(|size| size.ws_row > 0 && size.ws_col > 0)
 }
 
 /// This program's terminal, passing every key on.
@@ -130,8 +152,9 @@ impl Drop for Raw {
     }
 }
 
-/// The demonstration, on a host that runs Linux guests.
-fn inside(shell: bool) -> Result<()> {
+/// The demonstration, on a host that runs Linux guests: what there is to see, or a shell in the guest
+/// whose kernel is told so much more.
+fn inside(what: &[&str]) -> Result<()> {
     let paths = Paths::from_env()?;
     let debian = Debian::unpacked(&paths);
     let dir = paths.fresh_scratch("demo")?;
@@ -145,15 +168,15 @@ fn inside(shell: bool) -> Result<()> {
         .machine("mem_size", format!("{RAM_MIB}M"))
         .disk("disk", &disk, false)
         .nic("net0", "tap0", "52:54:00:12:34:56");
-    if shell { leave_in_shell(&paths, &dir, &vm) } else { show(&paths, &dir, &vm) }
+    match what {
+        [SHELL, more] => leave_in_shell(&paths, &dir, &vm, more),
+        _ => show(&paths, &dir, &vm),
+    }
 }
 
-fn leave_in_shell(paths: &Paths, dir: &Path, vm: &Vm) -> Result<()> {
-    let vm = vm.clone().append("story=shell");
+fn leave_in_shell(paths: &Paths, dir: &Path, vm: &Vm, more: &str) -> Result<()> {
+    let vm = vm.clone().append("story=shell").append(more);
     let file = vm.write(dir)?;
-    heading("A shell in the guest. Ctrl-a x ends the machine, so does poweroff -f. To try:");
-    println!("  mount /dev/vda /mnt; cat /mnt/hello.txt");
-    println!("  ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; ping -c 3 10.9.0.1\r\n");
     let status = Command::new(&paths.stratovirt)
         .arg("-config")
         .arg(file)

@@ -1,0 +1,49 @@
+//! How much of the integration tests runs in the emulated host. All of it takes many minutes; where the
+//! same is tested natively with another kernel, a sample will do.
+use std::env;
+
+use anyhow::{Result, bail};
+
+use crate::host::Host;
+use crate::paths::GUEST_KERNEL;
+
+/// Tests in a sample.
+pub const SAMPLE: usize = 4;
+/// Has all of them run: `all`.
+pub const VARIABLE: &str = "STORIES_EMULATED";
+
+/// Whether only a sample of them runs.
+///
+/// # Errors
+/// A variable that asks for a host, or for how much is to run there, holds something else.
+pub fn is_sampled() -> Result<bool> {
+    let all = match env::var(VARIABLE).as_deref() {
+        Ok("all") => true,
+        Ok(other) => bail!("{VARIABLE}={other}: it can be all"),
+        Err(_) => false,
+    };
+    let emulated = matches!(Host::detect()?, Host::Emulated(_));
+    Ok(emulated && !all && env::var_os(GUEST_KERNEL).is_some())
+}
+
+/// What a plain `cargo test` does not run here, and how it is run.
+///
+/// # Errors
+/// As [`is_sampled`].
+pub fn not_run() -> Result<String> {
+    let said = if is_sampled()? {
+        format!(
+            "Not run: in the emulated host, all but {SAMPLE} of the tests that run natively, too; to \
+             run them: {VARIABLE}=all cargo test -p stories --test linux"
+        )
+    } else if env::var_os(GUEST_KERNEL).is_none() {
+        format!(
+            "Not run: tests with a Linux kernel that finds virtio-mmio devices on its command line, \
+             or runs where others have to be emulated; to run them: {GUEST_KERNEL}=VMLINUX cargo \
+             test -p stories --test linux natively"
+        )
+    } else {
+        "All tests were run.".to_owned()
+    };
+    Ok(said)
+}

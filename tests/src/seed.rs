@@ -1,0 +1,18 @@
+//! The seed of what integration tests choose by chance.
+use std::env;
+use std::hash::{BuildHasher, RandomState};
+
+use anyhow::{Context, Result};
+
+use crate::paths::SEED;
+
+/// The one that `STORIES_SEED` names, or another each time.
+///
+/// # Errors
+/// The variable holds no number.
+pub fn get() -> Result<u64> {
+    match env::var(SEED) {
+        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is no number")),
+        Err(_) => Ok(RandomState::new().hash_one(0)),
+    }
+}
