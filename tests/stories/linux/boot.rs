@@ -5,6 +5,8 @@ use stories::agent::Story;
 use stories::guest::{Kernel, root_disk};
 use stories::monitor::{Monitor, Vm};
 
+use crate::snapshot::Shape;
+
 /// Boots to the shell and looks at what every guest has to have.
 fn boots(story: &Story, kernel: Kernel) -> Result<Monitor> {
     let vm = Vm::linux(&story.paths, kernel).append("one=1=1 rootflags=data=ordered");
@@ -38,12 +40,10 @@ pub fn flat(story: &Story) -> Result<()> {
     boots(story, Kernel::Flat).map(drop)
 }
 
-pub fn root_on_a_disk(story: &Story) -> Result<()> {
+pub fn root_on_a_disk(story: &Story, shape: Shape) -> Result<()> {
     let image = story.dir.join("root.img");
     root_disk(&story.debian, &image)?;
-    let vm = Vm::linux(&story.paths, Kernel::Elf)
-        .disk("rootfs", &image, false)
-        .append("story=disk disk=/dev/vda");
+    let vm = shape.vm(story)?.disk("rootfs", &image, false).append("story=disk disk=/dev/vda");
     let mut guest = vm.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     let mounts = guest.sh("cat /proc/mounts")?;
@@ -68,9 +68,9 @@ pub fn four_vcpus(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn memory_above_4_gib(story: &Story) -> Result<()> {
+pub fn memory_above_4_gib(story: &Story, shape: Shape) -> Result<()> {
     let size: u64 = 4608 << 20;
-    let vm = Vm::linux(&story.paths, Kernel::Elf).machine("mem_size", size);
+    let vm = shape.vm(story)?.machine("mem_size", size);
     let mut guest = vm.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     let total: u64 = guest.sh("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?.trim().parse()?;

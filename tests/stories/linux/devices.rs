@@ -8,14 +8,14 @@ use anyhow::{Result, bail, ensure};
 use serde_json::json;
 use stories::agent::Story;
 use stories::archive::{make_ext4, read_ext4};
-use stories::guest::Kernel;
-use stories::monitor::Vm;
 use stories::net::Tap;
 
-pub fn file_in_the_image(story: &Story) -> Result<()> {
+use crate::snapshot::Shape;
+
+pub fn file_in_the_image(story: &Story, shape: Shape) -> Result<()> {
     let image = story.dir.join("data.img");
     make_ext4(&story.debian, &image, 64 << 20, None)?;
-    let vm = Vm::linux(&story.paths, Kernel::Elf).disk("data", &image, false);
+    let vm = shape.vm(story)?.disk("data", &image, false);
     let mut guest = vm.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     ensure!(guest.sh("cat /sys/block/vda/size")? == ((64 << 20) / 512).to_string());
@@ -38,11 +38,11 @@ pub fn file_in_the_image(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn read_only_disk(story: &Story) -> Result<()> {
+pub fn read_only_disk(story: &Story, shape: Shape) -> Result<()> {
     let image = story.dir.join("data.img");
     make_ext4(&story.debian, &image, 16 << 20, None)?;
     let before = fs::read(&image)?;
-    let vm = Vm::linux(&story.paths, Kernel::Elf).disk("data", &image, true);
+    let vm = shape.vm(story)?.disk("data", &image, true);
     let mut guest = vm.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     ensure!(guest.sh("cat /sys/block/vda/ro")? == "1", "the guest takes the disk for writable");
@@ -53,9 +53,9 @@ pub fn read_only_disk(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn ping_and_tcp(story: &Story) -> Result<()> {
+pub fn ping_and_tcp(story: &Story, shape: Shape) -> Result<()> {
     let _tap = Tap::create(&story.debian, "tap0", "10.9.0.1/24")?;
-    let vm = Vm::linux(&story.paths, Kernel::Elf).nic("net0", "tap0", "52:54:00:12:34:56");
+    let vm = shape.vm(story)?.nic("net0", "tap0", "52:54:00:12:34:56");
     let mut guest = vm.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     ensure!(guest.sh("cat /sys/class/net/eth0/address")? == "52:54:00:12:34:56");

@@ -6,11 +6,12 @@ use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::json;
 use stories::agent::Story;
-use stories::guest::Kernel;
-use stories::monitor::{Monitor, SOON, Vm};
+use stories::monitor::{Monitor, SOON};
 
-fn started(story: &Story) -> Result<Monitor> {
-    let mut guest = Vm::linux(&story.paths, Kernel::Elf).start(&story.paths, &story.dir)?;
+use crate::snapshot::Shape;
+
+fn started(story: &Story, shape: Shape) -> Result<Monitor> {
+    let mut guest = shape.vm(story)?.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     Ok(guest)
 }
@@ -22,8 +23,8 @@ fn uptime(guest: &mut Monitor) -> Result<Duration> {
     Ok(Duration::from_secs_f64(seconds.with_context(|| format!("uptime {shown}"))?))
 }
 
-pub fn stop_and_cont(story: &Story) -> Result<()> {
-    let mut guest = started(story)?;
+pub fn stop_and_cont(story: &Story, shape: Shape) -> Result<()> {
+    let mut guest = started(story, shape)?;
     let mut qmp = guest.qmp()?;
     ensure!(qmp.execute_raw("query-status", json!({}))?.get("running") == Some(&json!(true)));
     guest.sh("while :; do echo tick; usleep 100000; done > /dev/console &")?;
@@ -71,8 +72,8 @@ pub fn stop_and_cont(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn reset(story: &Story) -> Result<()> {
-    let mut guest = started(story)?;
+pub fn reset(story: &Story, shape: Shape) -> Result<()> {
+    let mut guest = started(story, shape)?;
     let mut qmp = guest.qmp()?;
     guest.sh("touch /tmp/was-here")?;
     ensure!(qmp.execute_raw("system_reset", json!({}))? == json!({}));
@@ -84,30 +85,30 @@ pub fn reset(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn reboot(story: &Story) -> Result<()> {
-    let vm = Vm::linux(&story.paths, Kernel::Elf).args(&["-action", "reboot=reset"]);
+pub fn reboot(story: &Story, shape: Shape) -> Result<()> {
+    let vm = shape.vm(story)?.args(&["-action", "reboot=reset"]);
     let mut guest = vm.start(&story.paths, &story.dir)?;
     guest.wait_ready()?;
     let mut qmp = guest.qmp()?;
-    let boots_anew = |guest: &mut Monitor, qmp: &mut Client| -> Result<()> {
+    let boots_again = |guest: &mut Monitor, qmp: &mut Client| -> Result<()> {
         let data = qmp.wait_event("RESET", SOON)?.data;
         ensure!(data == json!({ "guest": true, "reason": "guest-reset" }), "{data}");
         guest.wait_for("guest: init", SOON * 3)?;
         guest.wait_ready()
     };
     guest.type_in("reboot -f\n")?;
-    boots_anew(&mut guest, &mut qmp)?;
+    boots_again(&mut guest, &mut qmp)?;
     // With no program asking to be told, the kernel itself acts on these keys.
     let key = |name: &str| json!({ "type": "qcode", "data": name });
     let keys = json!({ "keys": [key("ctrl"), key("alt"), key("delete")] });
     ensure!(qmp.execute_raw("send-key", keys)? == json!({}));
-    boots_anew(&mut guest, &mut qmp)?;
+    boots_again(&mut guest, &mut qmp)?;
     ensure!(qmp.execute_raw("query-status", json!({}))?.get("status") == Some(&json!("running")));
     Ok(())
 }
 
-pub fn powerdown(story: &Story) -> Result<()> {
-    let mut guest = started(story)?;
+pub fn powerdown(story: &Story, shape: Shape) -> Result<()> {
+    let mut guest = started(story, shape)?;
     let mut qmp = guest.qmp()?;
     ensure!(qmp.execute_raw("system_powerdown", json!({}))? == json!({}));
     qmp.wait_event("POWERDOWN", SOON)?;
@@ -118,8 +119,8 @@ pub fn powerdown(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn quit(story: &Story) -> Result<()> {
-    let mut guest = started(story)?;
+pub fn quit(story: &Story, shape: Shape) -> Result<()> {
+    let mut guest = started(story, shape)?;
     let mut qmp = guest.qmp()?;
     ensure!(qmp.execute_raw("quit", json!({}))? == json!({}));
     let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
@@ -130,8 +131,8 @@ pub fn quit(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn poweroff(story: &Story) -> Result<()> {
-    let mut guest = started(story)?;
+pub fn poweroff(story: &Story, shape: Shape) -> Result<()> {
+    let mut guest = started(story, shape)?;
     let mut qmp = guest.qmp()?;
     guest.type_in("poweroff -f\n")?;
     let data = qmp.wait_event("SHUTDOWN", SOON)?.data;
@@ -140,8 +141,8 @@ pub fn poweroff(story: &Story) -> Result<()> {
     Ok(())
 }
 
-pub fn panic(story: &Story) -> Result<()> {
-    let mut guest = started(story)?;
+pub fn panic(story: &Story, shape: Shape) -> Result<()> {
+    let mut guest = started(story, shape)?;
     let mut qmp = guest.qmp()?;
     guest.type_in("echo c > /proc/sysrq-trigger\n")?;
     guest.wait_for("Kernel panic", SOON)?;

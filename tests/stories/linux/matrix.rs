@@ -5,7 +5,6 @@
 //! One guest goes through all of it: each restored machine is the next one's beginning.
 use std::fmt;
 use std::fs::{self, File};
-use std::hash::{BuildHasher, RandomState};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -341,10 +340,7 @@ pub fn whole(story: &Story, shape: Shape, stopped: bool) -> Result<()> {
 
 /// `number` of these, others each time.
 pub fn sample(story: &Story, shape: Shape, stopped: bool, number: usize) -> Result<()> {
-    let seed = match std::env::var(SEED) {
-        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is no number"))?,
-        Err(_) => RandomState::new().hash_one(0),
-    };
+    let seed = stories::seed::get()?;
     println!("{SEED}={seed}: {number} of sixty ways");
     let mut random = fastrand::Rng::with_seed(seed);
     let mut cells: Vec<_> = cells().into_iter().filter(|cell| cell.stopped == stopped).collect();

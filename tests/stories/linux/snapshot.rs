@@ -1,13 +1,12 @@
 //! A guest at work is saved and goes on in other processes: nothing that it acknowledged is lost,
 //! its file system is whole, its clocks and counters go on, its connections last.
 use std::fs;
-use std::hash::{BuildHasher, RandomState};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{env, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use qmp::client::Client;
@@ -310,10 +309,7 @@ pub fn live(story: &Story, shape: Shape) -> Result<()> {
 pub fn any_moment(story: &Story, shape: Shape, times: usize) -> Result<()> {
     let image = story.dir.join("data.img");
     make_ext4(&story.debian, &image, 16 << 20, None)?;
-    let seed = match env::var(SEED) {
-        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is no number"))?,
-        Err(_) => RandomState::new().hash_one(0),
-    };
+    let seed = stories::seed::get()?;
     println!("{SEED}={seed}: {times} moments");
     let began = Instant::now();
     let (tap, mut whole) = boots(story, shape, &image)?;
