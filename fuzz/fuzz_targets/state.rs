@@ -1,5 +1,5 @@
 #![no_main]
-#[path = "../src/state.rs"]
-mod state;
+#[path = "../src/saved.rs"]
+mod saved;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| state::entry(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| saved::entry(data));

@@ -1,4 +1,6 @@
 #![no_main]
+#[path = "../src/input.rs"]
+mod input;
 #[path = "../src/virtio.rs"]
 mod virtio;
 

@@ -20,39 +20,19 @@ use devices::{
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
-/// The input, byte by byte; zeroes after its end.
-struct Input<'a>(&'a [u8]);
+use crate::input::Input;
 
-impl Input<'_> {
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let n = self.0.len().min(N);
-        bytes[..n].copy_from_slice(&self.0[..n]);
-        self.0 = &self.0[n..];
-        bytes
-    }
-    fn u8(&mut self) -> u8 {
-        self.bytes::<1>()[0]
-    }
-    fn u16(&mut self) -> u16 {
-        u16::from_le_bytes(self.bytes())
-    }
-    fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.bytes())
-    }
-
-    /// Mostly where something is.
-    fn address(&mut self) -> u64 {
-        let offset = u64::from(self.u16());
-        match self.u8() {
-            0 => RAM - (offset & 63),
-            1 => HIGH + (offset & 4095),
-            2 => HIGH + HIGH_LEN - (offset & 63),
-            3 => u64::from_le_bytes(self.bytes()),
-            // The rings of queue 0.
-            4 => (1 << 20) + (offset & 0x3fff),
-            _ => (8 << 20) + offset,
-        }
+/// Mostly where something is.
+fn address(input: &mut Input) -> u64 {
+    let offset = u64::from(input.u16());
+    match input.u8() {
+        0 => RAM - (offset & 63),
+        1 => HIGH + (offset & 4095),
+        2 => HIGH + HIGH_LEN - (offset & 63),
+        3 => u64::from_le_bytes(input.bytes()),
+        // The rings of queue 0.
+        4 => (1 << 20) + (offset & 0x3fff),
+        _ => (8 << 20) + offset,
     }
 }
 
@@ -178,7 +158,7 @@ pub fn entry(input: &[u8]) {
             0..4 => {
                 let Some((_, queue)) = queue(&mut guest, &mut input) else { continue };
                 let index = u16::from(input.u8()) % queue.size;
-                let (address, flags) = (input.address(), u16::from(input.u8() & 7));
+                let (address, flags) = (address(&mut input), u16::from(input.u8() & 7));
                 let length = match input.u8() % 4 {
                     0 => input.u32(),
                     1 => u32::from(input.u8()) * 512,
@@ -217,7 +197,7 @@ pub fn entry(input: &[u8]) {
                 }
             }
             8 => {
-                let address = GuestAddress(input.address());
+                let address = GuestAddress(address(&mut input));
                 // Outside of RAM there is nothing to write.
                 let _ = guest.memory.write_slice(&input.bytes::<16>(), address);
             }
@@ -236,17 +216,10 @@ pub fn entry(input: &[u8]) {
             13 => host.disturb(input.u8()),
             14 => {
                 guest.transport.pause();
-                if let Ok(section) = guest.transport.save() {
-                    // A state in which one byte is another; most bytes that matter are digits.
-                    let (at, other) = (usize::from(input.u16()), input.u8());
-                    let mut json = section.state.get().to_owned().into_bytes();
-                    if let Some(byte) = json.get_mut(at) {
-                        *byte = if byte.is_ascii_digit() { b'0' + other % 10 } else { other };
-                    }
-                    let json = String::from_utf8(json).ok();
-                    if let Some(section) = json.and_then(|json| section.with(json).ok()) {
-                        let _ = guest.transport.restore(&section);
-                    }
+                if let Ok(section) = guest.transport.save()
+                    && let Some(section) = input.change(&section)
+                {
+                    let _ = guest.transport.restore(&section);
                 }
                 guest.transport.resume();
                 work(&guest);

@@ -4,6 +4,10 @@
 mod kernel;
 #[path = "../../fuzz/src/mutate.rs"]
 mod mutate;
+#[path = "../../fuzz/src/restore.rs"]
+mod restore;
+#[path = "../../fuzz/src/saved.rs"]
+mod saved;
 
 use machine::boot::Protocol;
 
@@ -86,4 +90,13 @@ fn files_that_are_nearly_kernels() {
     }
     let seeds = [with(2, &pvh), with(7, &linux), with(7, &bzimage()), vec![7]];
     mutate::hammer(&seeds, &["\x7fELF", "HdrS", "Xen", "Linux"], 3000, kernel::entry);
+}
+
+#[test]
+fn states_that_are_nearly_a_machines() {
+    let mut file = Vec::new();
+    state::testing::state().write(&mut file).unwrap();
+    let seed = saved::frames(&file);
+    let words = ["0", "1", "-1", "null", "true", "4294967296", "\"0x1\"", "[", "]", "{", "}", ","];
+    mutate::hammer(&[seed], &words, 3000, restore::entry);
 }

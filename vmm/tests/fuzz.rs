@@ -1,35 +1,18 @@
 //! The entry functions of `fuzz/`, with inputs from a seeded PRNG.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
-use ::state::{
-    Frames, State,
+use config::Description;
+use machine::memory::allocate;
+use state::{
+    State,
     file::{write_config, write_sections},
     frame::{Kind, Writer},
 };
-use config::Description;
-use machine::memory::allocate;
 use vmm::checkpoint::{Progress, ReceiveError, receive};
 
 #[path = "../../fuzz/src/mutate.rs"]
 mod mutate;
-#[path = "../../fuzz/src/state.rs"]
-mod state;
-
-/// An input from which `state` makes the frames of `stream`, a well-formed one.
-fn frames(stream: &[u8]) -> Vec<u8> {
-    let mut from = Frames::begin(stream).unwrap();
-    let (mut input, mut body) = (vec![1], Vec::new());
-    loop {
-        let kind = from.take(&mut body).unwrap();
-        let number = Kind::ALL.iter().position(|known| *known == kind).unwrap();
-        let length = u16::try_from(body.len()).unwrap();
-        input.push(u8::try_from(number).unwrap());
-        input.extend(length.to_le_bytes());
-        input.extend(&body);
-        if kind == Kind::End {
-            return input;
-        }
-    }
-}
+#[path = "../../fuzz/src/saved.rs"]
+mod saved;
 
 /// What the monitor makes of a stream.
 fn received(bytes: &[u8]) -> Result<(), ReceiveError> {
@@ -41,7 +24,7 @@ fn received(bytes: &[u8]) -> Result<(), ReceiveError> {
 
 #[test]
 fn states_that_say_anything() {
-    let whole = ::state::testing::state();
+    let whole = state::testing::state();
     let mut file = Vec::new();
     whole.write(&mut file).unwrap();
     let mut to = Writer::begin(Vec::new()).unwrap();
@@ -54,11 +37,12 @@ fn states_that_say_anything() {
     to.end(0).unwrap();
     let sent = to.into_inner();
 
-    let (saved, sent, bare) = (frames(&file), frames(&sent), [&[0][..], &file].concat());
+    let (file_seed, stream_seed, bare) =
+        (saved::frames(&file), saved::frames(&sent), [&[0][..], &file].concat());
     // The seeds are read to their end.
-    assert_eq!(State::read(&state::bytes(&saved)[..]).unwrap(), whole);
-    state::last_of_stream(&state::bytes(&sent)).unwrap();
-    received(&state::bytes(&sent)).unwrap();
+    assert_eq!(State::read(&saved::bytes(&file_seed)[..]).unwrap(), whole);
+    saved::last_of_stream(&saved::bytes(&stream_seed)).unwrap();
+    received(&saved::bytes(&stream_seed)).unwrap();
     let words = [
         "{",
         "}",
@@ -78,9 +62,9 @@ fn states_that_say_anything() {
         "disk0",
         "vcpu",
     ];
-    mutate::hammer(&[saved.clone(), sent.clone(), bare], &words, 5000, state::entry);
+    mutate::hammer(&[file_seed.clone(), stream_seed.clone(), bare], &words, 5000, saved::entry);
     // And what the monitor makes of them.
-    mutate::hammer(&[saved, sent], &words, 2000, |input| {
-        let _ = received(&state::bytes(input)).map_err(|e| e.to_string());
+    mutate::hammer(&[file_seed, stream_seed], &words, 2000, |input| {
+        let _ = received(&saved::bytes(input)).map_err(|e| e.to_string());
     });
 }

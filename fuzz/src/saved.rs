@@ -1,5 +1,6 @@
 //! A saved state: the bytes as they are, or frames made of them, so that checksums do not keep what is
 //! behind them from being read.
+#![allow(dead_code, reason = "each target needs a part of it")]
 use state::{
     FileError, Frames, State,
     frame::{Kind, Writer},
@@ -26,6 +27,23 @@ pub fn bytes(input: &[u8]) -> Vec<u8> {
     match input.split_first() {
         Some((framed, input)) if framed & 1 != 0 => stream(input),
         _ => input.to_vec(),
+    }
+}
+
+/// An input from which [`bytes`] makes the frames of `stream`, a well-formed one.
+pub fn frames(stream: &[u8]) -> Vec<u8> {
+    let mut from = Frames::begin(stream).unwrap();
+    let (mut input, mut body) = (vec![1], Vec::new());
+    loop {
+        let kind = from.take(&mut body).unwrap();
+        let number = Kind::ALL.iter().position(|known| *known == kind).unwrap();
+        let length = u16::try_from(body.len()).unwrap();
+        input.push(u8::try_from(number).unwrap());
+        input.extend(length.to_le_bytes());
+        input.extend(&body);
+        if kind == Kind::End {
+            return input;
+        }
     }
 }
 
