@@ -41,6 +41,8 @@ pub use disk::{Disk, Real};
 pub use lock::Lock;
 pub use name::{BadName, Name};
 pub use record::{Description, RecordError, Saved, Start};
+#[cfg(feature = "testing")]
+pub use record::{parse, text};
 pub use record::{read, write};
 
 /// Where a domain's things are.

@@ -84,16 +84,24 @@ struct Versioned<T> {
 /// When it is not there, not whole, or of another version.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     let failed = |source| RecordError::Io { path: path.into(), source };
-    let damaged = |source| RecordError::Damaged { path: path.into(), source };
     let mut text = Vec::new();
     let file = open_regular(path, File::options().read(true)).map_err(failed)?;
     file.take(LONGEST + 1).read_to_end(&mut text).map_err(failed)?;
     if text.len() as u64 > LONGEST {
         return Err(RecordError::Long { path: path.into() });
     }
+    parse(&text, path)
+}
+
+/// The record in `text`, which is what `path` holds.
+///
+/// # Errors
+/// When it is not whole, or of another version.
+pub fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, RecordError> {
+    let damaged = |source| RecordError::Damaged { path: path.into(), source };
     // The version first: of another one nothing else is known.
     let mut value: serde_json::Map<String, Value> =
-        serde_json::from_slice(&text).map_err(damaged)?;
+        serde_json::from_slice(text).map_err(damaged)?;
     let found = value.shift_remove("version").unwrap_or_default();
     if found != VERSION {
         return Err(RecordError::Version { path: path.into(), found });
@@ -106,7 +114,15 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
 /// # Errors
 /// When the disk is full or cannot be written.
 pub fn write(disk: &dyn Disk, path: &Path, record: &impl Serialize) -> io::Result<()> {
+    disk::replace(disk, path, &text(record)?)
+}
+
+/// What is written of `record`.
+///
+/// # Errors
+/// When it holds something that JSON does not have.
+pub fn text(record: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(&Versioned { version: VERSION, record })?;
     text.push(b'\n');
-    disk::replace(disk, path, &text)
+    Ok(text)
 }
