@@ -38,7 +38,7 @@ fn drivers_that_do_anything() {
             seeds.push([&[kind][..], &features, &sizes, rest].concat());
         }
     }
-    mutate::hammer(&seeds, &[], 2000, virtio::entry);
+    mutate::hammer("virtio", &seeds, 2000, virtio::entry);
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn ports_that_are_read_and_written_in_any_way() {
     seeds.push(vec![0, 3, 4, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 5, 3, 0, 0, 0, 3, 4, 0, 0xd2, 0, 0]);
     seeds.push(vec![0, 5, 0, 0, 0x0b, 0, 0, 0, 0, 0, 0, 0, 5, 5, 1, 0, 11, 5, 5, 5, 1, 3]);
     seeds.push(vec![0, 0, 4, 0, 0x1f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0xc7, 0, 0, 0, 8, 63]);
-    mutate::hammer(&seeds, &[], 3000, legacy::entry);
+    mutate::hammer("legacy", &seeds, 3000, legacy::entry);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn frames_of_any_kind_for_buffers_of_any_kind() {
             seeds.push(seed);
         }
     }
-    mutate::hammer(&seeds, &[], 2000, net_receive::entry);
+    mutate::hammer("net_receive", &seeds, 2000, net_receive::entry);
 }
 
 #[test]
@@ -103,5 +103,5 @@ fn requests_that_are_in_flight_when_anything_happens() {
         }
         seeds.push(seed);
     }
-    mutate::hammer(&seeds, &[], 400, block::entry);
+    mutate::hammer("block", &seeds, 400, block::entry);
 }

@@ -1,5 +1,6 @@
 //! Inputs for the entry functions without a fuzzer: sound ones with a few changes, by a seeded PRNG:
 //! the same ones each time.
+use std::{fs, path::Path};
 
 /// A seeded PRNG (splitmix64).
 struct Rng(u64);
@@ -32,11 +33,24 @@ const EDGES: [u64; 10] = [
     0xffff_ffff_ffff_ffff,
 ];
 
-/// Runs `entry` with each of `seeds` as it is, then `times` times with one that was changed
-/// (`FUZZ_TIMES`: as many times instead). `words` are what the input's language is made of. A panic is
-/// followed by the input that led to it.
-pub fn hammer(seeds: &[Vec<u8>], words: &[&str], times: u64, entry: impl Fn(&[u8])) {
-    for seed in seeds {
+/// Runs `entry` with each of `seeds`, and of those in `fuzz/seeds/TARGET`, as it is, then `times` times
+/// with one that was changed (`FUZZ_TIMES`: as many times instead). `fuzz/dictionaries/TARGET.dict` has
+/// the words that the input's language is made of. A panic is followed by the input that led to it.
+/// With `FUZZ_SEEDS` set, `seeds` are put into `fuzz/corpus/TARGET`, where cargo-fuzz begins.
+pub fn hammer(target: &str, seeds: &[Vec<u8>], times: u64, entry: impl Fn(&[u8])) {
+    let fuzz = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz"));
+    if std::env::var_os("FUZZ_SEEDS").is_some() {
+        let corpus = fuzz.join("corpus").join(target);
+        fs::create_dir_all(&corpus).unwrap();
+        for (number, seed) in seeds.iter().enumerate() {
+            fs::write(corpus.join(format!("test-{}-{number}", seeds.len())), seed).unwrap();
+        }
+    }
+    let mut seeds = seeds.to_vec();
+    seeds.extend(found(&fuzz.join("seeds").join(target)));
+    let dictionary = fuzz.join("dictionaries").join(target).with_extension("dict");
+    let words = fs::read_to_string(dictionary).map_or_else(|_| Vec::new(), |text| words(&text));
+    for seed in &seeds {
         tell_if_it_panics(seed, &entry);
     }
     let asked = std::env::var("FUZZ_TIMES").ok().and_then(|times| times.parse().ok());
@@ -44,9 +58,38 @@ pub fn hammer(seeds: &[Vec<u8>], words: &[&str], times: u64, entry: impl Fn(&[u8
         let mut rng = Rng(time);
         let mut input = seeds[rng.below(seeds.len())].clone();
         for _ in 0..=rng.below(8) {
-            change(&mut rng, &mut input, words);
+            change(&mut rng, &mut input, &words);
         }
         tell_if_it_panics(&input, &entry);
+    }
+}
+
+/// The files in `directory`, in the order of their names; none if it is not there.
+fn found(directory: &Path) -> Vec<Vec<u8>> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// The words of a libFuzzer dictionary: one in quotes on each line that is no comment.
+fn words(text: &str) -> Vec<Vec<u8>> {
+    let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
+    lines.map(|line| word(line.trim_matches('"'))).collect()
+}
+
+fn word(escaped: &str) -> Vec<u8> {
+    let (mut rest, mut word) = (escaped.as_bytes(), Vec::new());
+    loop {
+        (word, rest) = match rest {
+            [] => return word,
+            [b'\\', b'x', high, low, rest @ ..] => {
+                let digits = [*high, *low];
+                let digits = str::from_utf8(&digits).unwrap();
+                ([word, vec![u8::from_str_radix(digits, 16).unwrap()]].concat(), rest)
+            }
+            [b'\\', byte, rest @ ..] | [byte, rest @ ..] => ([word, vec![*byte]].concat(), rest),
+        };
     }
 }
 
@@ -63,7 +106,7 @@ fn tell_if_it_panics(input: &[u8], entry: &impl Fn(&[u8])) {
     entry(input);
 }
 
-fn change(rng: &mut Rng, input: &mut Vec<u8>, words: &[&str]) {
+fn change(rng: &mut Rng, input: &mut Vec<u8>, words: &[Vec<u8>]) {
     let at = rng.below(input.len() + 1);
     let end = (at + 1 + rng.below(16)).min(input.len());
     let random: Vec<u8> = (0..=rng.below(16)).map(|_| rng.next() as u8).collect();
@@ -83,7 +126,7 @@ fn change(rng: &mut Rng, input: &mut Vec<u8>, words: &[&str]) {
             input.splice(to..to, again);
         }
         _ if words.is_empty() => input.truncate(at.max(1)),
-        _ => drop(input.splice(at..at, words[rng.below(words.len())].bytes())),
+        _ => drop(input.splice(at..at, words[rng.below(words.len())].clone())),
     }
 }
 

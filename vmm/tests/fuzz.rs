@@ -43,28 +43,15 @@ fn states_that_say_anything() {
     assert_eq!(State::read(&saved::bytes(&file_seed)[..]).unwrap(), whole);
     saved::last_of_stream(&saved::bytes(&stream_seed)).unwrap();
     received(&saved::bytes(&stream_seed)).unwrap();
-    let words = [
-        "{",
-        "}",
-        "[",
-        "]",
-        "\"",
-        ":",
-        ",",
-        "null",
-        "true",
-        "18446744073709551615",
-        "-1",
-        "1e9",
-        "\"0x\"",
-        "ff",
-        "\"kind\"",
-        "disk0",
-        "vcpu",
-    ];
-    mutate::hammer(&[file_seed.clone(), stream_seed.clone(), bare], &words, 5000, saved::entry);
+    let mut seeds = vec![file_seed, stream_seed, bare];
+    // What released programs have saved.
+    for name in ["9d2bfdc-everything", "bd6521f-everything"] {
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../state/tests/golden");
+        seeds.push(saved::frames(&std::fs::read(format!("{golden}/{name}/state")).unwrap()));
+    }
+    mutate::hammer("state", &seeds, 5000, saved::entry);
     // And what the monitor makes of them.
-    mutate::hammer(&[file_seed, stream_seed], &words, 2000, |input| {
+    mutate::hammer("state", &seeds, 2000, |input| {
         let _ = received(&saved::bytes(input)).map_err(|e| e.to_string());
     });
 }
