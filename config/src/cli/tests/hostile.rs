@@ -5,10 +5,10 @@ use crate::cli::draft::Draft;
 use crate::cli::flags::TABLE;
 use crate::cli::{json, resolve};
 
-/// xorshift64: the same tries in every run.
-struct Dice(u64);
+/// A seeded PRNG (xorshift64): the same tries in every run.
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn below(&mut self, n: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -83,23 +83,23 @@ const PIECES: &[&str] = &[
 
 #[test]
 fn random_words_never_panic() {
-    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    let mut rng = Rng(0x9e37_79b9_7f4a_7c15);
     let mut accepted = 0;
     for _ in 0..8_000 {
         let mut args: Vec<OsString> = vec![];
-        if dice.below(2) == 0 {
+        if rng.below(2) == 0 {
             args = words("-kernel k -api-channel unix:s");
         }
-        for _ in 0..dice.below(6) {
-            let flag = TABLE[dice.below(TABLE.len())].names[0];
+        for _ in 0..rng.below(6) {
+            let flag = TABLE[rng.below(TABLE.len())].names[0];
             args.push(format!("-{flag}").into());
-            for _ in 0..dice.below(3) {
-                let count = dice.below(7);
-                let piece = |dice: &mut Dice| {
-                    let separator = dice.pick(&["=", ",", ",", ""]);
-                    format!("{}{separator}", dice.pick(PIECES))
+            for _ in 0..rng.below(3) {
+                let count = rng.below(7);
+                let piece = |rng: &mut Rng| {
+                    let separator = rng.pick(&["=", ",", ",", ""]);
+                    format!("{}{separator}", rng.pick(PIECES))
                 };
-                args.push((0..count).map(|_| piece(&mut dice)).collect::<String>().into());
+                args.push((0..count).map(|_| piece(&mut rng)).collect::<String>().into());
             }
         }
         match parse(args.clone().into_iter()) {
@@ -117,17 +117,17 @@ fn random_words_never_panic() {
 #[test]
 fn an_example_with_any_piece_changed_never_panics() {
     let text = include_str!("../../../../config-examples/full.json");
-    let mut dice = Dice(0x2545_f491_4f6c_dd1d);
+    let mut rng = Rng(0x2545_f491_4f6c_dd1d);
     let pieces = [
         "{", "}", "[", "]", ",", ":", "\"", "null", "1e999", "-0", "1.0", "true", "\\u0000",
         "drive", "0",
     ];
     for _ in 0..5_000 {
         let mut bytes = text.as_bytes().to_vec();
-        for _ in 0..=dice.below(3) {
-            let (from, len) = (dice.below(bytes.len()), dice.below(12));
+        for _ in 0..=rng.below(3) {
+            let (from, len) = (rng.below(bytes.len()), rng.below(12));
             let to = (from + len).min(bytes.len());
-            bytes.splice(from..to, dice.pick(&pieces).bytes());
+            bytes.splice(from..to, rng.pick(&pieces).bytes());
         }
         let mut draft = Draft::default();
         json::read_text(&mut draft, "f", &bytes);
