@@ -17,6 +17,7 @@ pub mod reclaim;
 pub mod state;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod threads;
 pub mod virtio;
 pub mod worker;
 

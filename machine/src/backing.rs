@@ -12,14 +12,14 @@ use devices::{
     virtio::{VirtioDevice, blk, net},
 };
 
-use crate::{BuildError, Event, Report, Told, backends, legacy};
+use crate::{BuildError, Callbacks, Event, Report, Told, backends, legacy};
 
 /// Where back-ends come from.
 #[derive(Clone, Copy)]
 pub(crate) enum Backing<'a> {
-    /// They are opened; they report there. Without `held`, another process has the disks and the taps
+    /// They are opened; they call those. Without `held`, another process has the disks and the taps
     /// that have a name, and is to give them up: disks are opened and not locked, taps are awaited.
-    Host { report: &'a Report, held: bool },
+    Host { callbacks: &'a Callbacks, held: bool },
     /// Nothing is opened. The disks, by slot, have these sizes in bytes.
     Nothing(&'a [u64]),
 }
@@ -28,7 +28,7 @@ impl Backing<'_> {
     /// A character back-end.
     pub(crate) fn char(self, backend: &CharBackend) -> Result<Char, CharError> {
         match self {
-            Self::Host { report, .. } => legacy::open(backend, report),
+            Self::Host { callbacks, .. } => legacy::open(backend, callbacks),
             Self::Nothing(_) => Char::null(),
         }
     }
@@ -42,7 +42,7 @@ impl Backing<'_> {
         disk: Option<&DiskConfig>,
     ) -> Result<blk::Block, BuildError> {
         let on_error = match self {
-            Self::Host { report, .. } => Some(on_error(report.clone())),
+            Self::Host { callbacks, .. } => Some(on_error(callbacks.report.clone())),
             Self::Nothing(_) => None,
         };
         let settings = blk::Settings {

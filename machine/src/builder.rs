@@ -17,6 +17,7 @@ use devices::{
     backend::{char::CharSink, disk::DiskError, net::tap::TapError},
     bus::BusBuilder,
     reclaim::Reclaim,
+    threads::ThreadStart,
     virtio::{VirtioDevice, blk, net},
 };
 
@@ -31,7 +32,7 @@ use crate::{
     balloon::Balloon,
     boot::BootError,
     dry_restore::Restorable,
-    event::{Event, Report},
+    event::{Callbacks, Event},
     fits,
     generation::GenerationId,
     io_thread,
@@ -136,11 +137,11 @@ impl Machine {
     ///
     /// # Errors
     /// When the host or a file does not give what the configuration asks for.
-    pub fn new(config: &MachineConfig, report: Report) -> Result<Self, BuildError> {
+    pub fn new(config: &MachineConfig, callbacks: Callbacks) -> Result<Self, BuildError> {
         let guard = CleanupGuard::before(config);
         let occupied = Occupancy::at_start(config);
         let made_of = MadeOf { config, occupied: &occupied, places: &places::at_start(config) };
-        let built = Self::build(&made_of, Begin::Boot, report)?;
+        let built = Self::build(&made_of, Begin::Boot, callbacks)?;
         guard.keep();
         Ok(built)
     }
@@ -149,11 +150,11 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
-    pub fn restored(saved: Saved, report: Report) -> Result<Self, BuildError> {
+    pub fn restored(saved: Saved, callbacks: Callbacks) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
         let cpuid = features::cpuid(&state.cpu.leaves)?;
         let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
-        let mut machine = Self::build(&MadeOf::from(description), begin, report)?;
+        let mut machine = Self::build(&MadeOf::from(description), begin, callbacks)?;
         machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
         // Before the guest runs, and after the interrupt controllers have their state.
@@ -161,7 +162,7 @@ impl Machine {
         Ok(machine)
     }
 
-    fn build(made_of: &MadeOf<'_>, begin: Begin, report: Report) -> Result<Self, BuildError> {
+    fn build(made_of: &MadeOf<'_>, begin: Begin, callbacks: Callbacks) -> Result<Self, BuildError> {
         let MadeOf { config, occupied, places } = *made_of;
         let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
         let apic_ids = topology::apic_ids(&config.topology, config.cpus)?;
@@ -191,14 +192,15 @@ impl Machine {
         let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
         let window = Slots::window(places).map_err(BuildError::Window)?;
         let vm = Vm::new(&kvm, fd, &memory, &window)?;
-        let io_threads = start_threads(&config.iothreads).map_err(BuildError::Thread)?;
+        let io_threads =
+            start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
         let seen_leaves = seen.as_ref();
         let boot = seen.is_none();
         let (fds, parts) = thread::scope(|scope| {
             let topology = &config.topology;
             let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
-            let backing = Backing::Host { report: &report, held };
+            let backing = Backing::Host { callbacks: &callbacks, held };
             let parts = Parts::new(made_of, backing, &memory, &reclaim, window, &io_threads);
             let parts = parts.and_then(|parts| {
                 let kernel = || {
@@ -228,8 +230,10 @@ impl Machine {
             .map(cpu)
             .enumerate()
             .map(|(index, cpu)| {
-                let report = report.clone();
-                Handle::spawn(index, cpu, move |index, why| report(Event::Vcpu(index, why)))
+                let report = callbacks.report.clone();
+                Handle::spawn(index, cpu, &callbacks.start, move |index, why| {
+                    report(Event::Vcpu(index, why))
+                })
             })
             .collect::<io::Result<Vec<_>>>()
             .map_err(BuildError::Thread)?;
@@ -377,10 +381,13 @@ impl Parts {
 }
 
 /// The default I/O thread first, then the configured ones.
-fn start_threads(ids: &[String]) -> io::Result<Vec<(String, Arc<io_thread::Handle>)>> {
+fn start_threads(
+    ids: &[String],
+    start: &ThreadStart,
+) -> io::Result<Vec<(String, Arc<io_thread::Handle>)>> {
     std::iter::once(&"io0".to_owned())
         .chain(ids)
-        .map(|id| Ok((id.clone(), Arc::new(io_thread::Handle::spawn(id)?))))
+        .map(|id| Ok((id.clone(), Arc::new(io_thread::Handle::spawn(id, start)?))))
         .collect()
 }
 

@@ -4,6 +4,8 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use devices::threads::ThreadStart;
+
 use crate::vcpu::Stopped;
 
 /// Something that the machine cannot decide by itself.
@@ -51,3 +53,19 @@ impl Drop for Told {
 
 /// Where events go. Called on vCPU and I/O threads: must not block.
 pub type Report = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// What a machine calls of the program that it runs in.
+#[derive(Clone)]
+pub struct Callbacks {
+    /// Where its events go.
+    pub report: Report,
+    /// What its threads do before they serve. One that must not serve ends, and the machine is unusable.
+    pub start: ThreadStart,
+}
+
+impl From<Report> for Callbacks {
+    /// Threads have nothing to do first.
+    fn from(report: Report) -> Self {
+        Self { report, start: ThreadStart::default() }
+    }
+}

@@ -25,7 +25,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devices::worker::{IoThread, Refused, Worker};
+use devices::{
+    threads::{ThreadKind, ThreadStart},
+    worker::{IoThread, Refused, Worker},
+};
 use mio::{Events, Interest, Poll, Registry, Token, Waker, unix::SourceFd};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -59,11 +62,11 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Start a thread called `name`.
+    /// Start a thread called `name`, as `start` wants it.
     ///
     /// # Errors
     /// When the host refuses the thread or its descriptors.
-    pub fn spawn(name: &str) -> io::Result<Self> {
+    pub fn spawn(name: &str, start: &ThreadStart) -> io::Result<Self> {
         let poll = Poll::new()?;
         let registry = poll.registry().try_clone()?;
         let waker = Waker::new(&registry, WAKE)?;
@@ -77,9 +80,12 @@ impl Handle {
             due: VecDeque::new(),
             counter: counter.clone(),
         };
+        let first_step = start.first_step(ThreadKind::Io, name);
         let thread = thread::Builder::new().name(name.into()).spawn(move || {
             let _ = started.send(crate::vcpu::kick::thread_number());
-            body.run();
+            if first_step().is_ok() {
+                body.run();
+            }
         })?;
         Ok(Self {
             orders,

@@ -73,8 +73,8 @@ impl Backing<'_> {
             page_reporting: config.free_page_reporting,
         };
         let on_change: balloon::OnChange = match self {
-            Self::Host { report, .. } => {
-                let (report, told) = (report.clone(), Told::default());
+            Self::Host { callbacks, .. } => {
+                let (report, told) = (callbacks.report.clone(), Told::default());
                 Box::new(move || {
                     if let Some(told) = told.begin() {
                         report(Event::BalloonChanged(told));

@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 
 use crate::{
     backing::Backing,
-    event::{Event, Report},
+    event::{Callbacks, Event},
     kvm::{KvmError, Vm, vcpu::PowerLatch},
     layout::{
         ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
@@ -160,14 +160,15 @@ impl Outside {
 }
 
 /// Open a character back-end.
-pub(crate) fn open(backend: &CharBackend, report: &Report) -> Result<Char, CharError> {
+pub(crate) fn open(backend: &CharBackend, callbacks: &Callbacks) -> Result<Char, CharError> {
+    let Callbacks { report, start } = callbacks;
     match backend {
         CharBackend::Stdio => {
             let report = report.clone();
-            Char::stdio(move || report(Event::Escape))
+            Char::stdio(move || report(Event::Escape), start)
         }
         CharBackend::Pty => Char::pty(),
-        CharBackend::File(path) => Char::file(path),
+        CharBackend::File(path) => Char::file(path, start),
         CharBackend::Socket { path, replay } => Char::socket(path, *replay as usize),
     }
 }

@@ -31,9 +31,10 @@ pub use devices::{
     Memory, PowerEvent,
     backend::{disk, inherited, release, sparse, writer},
     random,
+    threads::{FirstStep, Refused, ThreadKind, ThreadStart},
 };
 pub use dry_restore::{Restorable, dry_restore};
-pub use event::{Event, Report, Told};
+pub use event::{Callbacks, Event, Report, Told};
 pub use fits::{check_cpu, check_taps};
 pub use generation::GenerationId;
 pub use kvm::Clock;

@@ -14,7 +14,7 @@ use crate::{
     backing::Backing,
     boot::{self, BootError},
     builder::{self, BuildError},
-    event::Report,
+    event::{Callbacks, Report},
     kinds::NoReclaim,
     kvm::KvmError,
     legacy::LegacyError,
@@ -52,8 +52,8 @@ impl BuildError {
 /// with `first`, which is among it. Each part is tried by itself and let go again.
 pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     let _guard = CleanupGuard::before(config);
-    let report: Report = Arc::new(|_| {});
-    let backing = Backing::Host { report: &report, held: true };
+    let callbacks = Callbacks::from(Arc::new(|_| {}) as Report);
+    let backing = Backing::Host { callbacks: &callbacks, held: true };
     let mut faults = Vec::new();
     if let Ok(memory) = memory::scratch(config.memory.size) {
         faults.extend(boot::preflight(&memory, &config.boot).into_iter().map(BuildError::from));

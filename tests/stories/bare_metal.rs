@@ -6,6 +6,8 @@ mod balloon;
 mod blk;
 #[path = "bare_metal/clock.rs"]
 mod clock;
+#[path = "bare_metal/confined.rs"]
+mod confined;
 #[path = "bare_metal/counters.rs"]
 mod counters;
 #[path = "bare_metal/ends.rs"]

@@ -19,7 +19,7 @@ use std::{
 };
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
-use machine::writer::Writer;
+use machine::{ThreadStart, writer::Writer};
 use parking_lot::Mutex;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -131,11 +131,12 @@ pub(crate) struct Rest {
 }
 
 /// Start logging: to `file`, appended to and made with mode 0640, or to standard error. Only errors
-/// and warnings unless `STRATOVIRT_LOG_LEVEL` says otherwise.
+/// and warnings unless `STRATOVIRT_LOG_LEVEL` says otherwise. A regular file has a thread, as `start`
+/// wants it.
 ///
 /// # Errors
 /// When the file cannot be opened.
-pub fn start(file: Option<&Path>) -> io::Result<()> {
+pub fn start(file: Option<&Path>, start: &ThreadStart) -> io::Result<()> {
     let named = file.is_some();
     let file = match file {
         // A FIFO that has no reader is an error instead of a wait.
@@ -155,7 +156,7 @@ pub fn start(file: Option<&Path>) -> io::Result<()> {
     if let Some(file) = file {
         let copy = file.try_clone()?;
         let (to, pipe) = if file.metadata()?.is_file() {
-            let writer = Writer::spawn("log", file, |_, _| ())?;
+            let writer = Writer::spawn("log", file, start, |_, _| ())?;
             let rest = writer.rest();
             (To::File(writer), Some(rest))
         } else {

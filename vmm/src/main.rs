@@ -14,7 +14,7 @@ use config::{
     cli::{self, Action, Invocation, Log},
     incoming::Source,
 };
-use machine::{Machine, memory::own, preflight};
+use machine::{Callbacks, Machine, memory::own, preflight};
 use qmp::{
     schema::{Event, ShutdownCause},
     server::Servers,
@@ -29,7 +29,8 @@ use vmm::{
     explain::explain,
     lifecycle, logging,
     pidfile::PidFile,
-    seccomp, signals,
+    seccomp::Confinement,
+    signals,
     spawner::{self, Spawner},
     terminal::Raw,
     threads::{Starting, Threads},
@@ -81,7 +82,12 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         Log::Off | Log::Stderr => None,
     };
     let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
-    logging::start(file).with_context(log)?;
+    // Nothing serves yet. Every thread from here on is known to it.
+    let confinement = match invocation.disable_seccomp || invocation.no_machine {
+        true => Confinement::default(),
+        false => Confinement::begin(invocation.spawn)?,
+    };
+    logging::start(file, &confinement.thread_start()).with_context(log)?;
     invocation.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let pidfile = invocation.pidfile.as_deref().map(PidFile::create).transpose()?;
 
@@ -91,9 +97,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     }
     signals::handle_those_of_files().context("cannot handle the signals of files")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
-    let spawn = invocation.spawn;
-    let filter = (!invocation.disable_seccomp).then_some(move || seccomp::filter(spawn));
-    let threads = Starting::begin(&events.notify(), filter).context("cannot start a thread")?;
+    let threads =
+        Starting::begin(&events.notify(), &confinement).context("cannot start a thread")?;
     // A client that can connect gets an answer. A machine that is built here is there by then.
     let bind = |events: &EventLoop| bare::servers(&invocation.control, events.registry());
     log::info!(target: "VmConfig", "{}", what(invocation));
@@ -102,7 +107,9 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let (machine, halted, servers, held, paused) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
-            let built = Machine::new(config, events.report());
+            let start = confinement.thread_start();
+            let built = Machine::new(config, Callbacks { report: events.report(), start });
+            confinement.check()?;
             let machine = built.map_err(|e| explain(places, preflight(config, e), config))?;
             if !machine::kvm::has_hardware_virtualization() {
                 log::warn!(
@@ -113,9 +120,9 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             (machine, None, bind(&events)?, Vec::new(), invocation.paused)
         }
         Some(incoming) => {
-            let confined = !invocation.disable_seccomp;
             let (report, notify) = (events.report(), events.notify());
-            let arrival = Arrival::begin(incoming, &invocation.machine, report, notify, confined)
+            let flags = &invocation.machine;
+            let arrival = Arrival::begin(incoming, flags, report, notify, &confinement)
                 .map_err(RestoreError::from)?;
             let patient = matches!(incoming.source, Source::Directory { .. });
             let arriving = Arriving::new(bind(&events)?, arrival, invocation.paused, patient);
@@ -135,6 +142,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
                 Over::Failed(error) => {
                     let reason = ShutdownCause::HostError;
                     last_event(servers, Ending { guest: false, reason, status: 1 });
+                    confinement.check()?;
                     return Err(error.into());
                 }
             }
@@ -145,7 +153,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         signals::memory_is(path);
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
-    let Threads { checkpointer, files, end, filter } = threads.finish()?;
+    let Threads { checkpointer, files, end } = threads.finish()?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
@@ -153,9 +161,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         }
         (false, false) => Spawner::Forbidden,
     };
-    if let Some(filter) = filter {
-        seccomp::confine(&filter)?;
-    }
+    confinement.finish()?;
     let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;

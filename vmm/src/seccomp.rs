@@ -1,31 +1,46 @@
-//! The system-call filter: from the guest's first instruction on, the host does for this process
-//! only what a monitor needs. On unless `-disable-seccomp` is given.
+//! The system-call filters: once a thread serves, the host does for it only what it needs. On unless
+//! `-disable-seccomp` is given.
 //!
-//! One list for all threads; see `calls.rs` for it. A call that is not on it is not carried out: a
-//! line with its number goes to standard error and to the log file, and the process ends by SIGSYS.
-//! The handler that does so cannot be put out of action, because SIGSYS is the one signal that
-//! `rt_sigaction` may not touch. Under a blocked SIGSYS the kernel ends the process by itself and
-//! without the line; that is how it goes with glibc's ways to start threads and programs.
+//! Each thread installs its own, of its [`Kind`], as the last step before it serves; see `table.rs` for
+//! what they allow. Threads of the machine and of devices do so without knowing: it is what their
+//! [`ThreadStart`] has them do first. No thread can be started from behind a filter, so all there will
+//! be are known when the guest is to run. [`Confinement::finish`] confines the main thread then, and
+//! waits until all others are: one without a filter is an error that ends the start.
+//!
+//! A call that is not allowed is not carried out: a line with its number goes to standard error and to
+//! the log file, and the process ends by SIGSYS. The handler that does so cannot be put out of action,
+//! because SIGSYS is the one signal that `rt_sigaction` may not touch. Under a blocked SIGSYS the kernel
+//! ends the process by itself and without the line; that is how it goes with glibc's ways to start
+//! threads and programs.
 //!
 //! What a filter cannot see: the path that `openat` is given, and what an io_uring is asked for. A
 //! ring can open files and sockets, but neither start programs nor trace processes.
-mod calls;
 mod program;
+mod table;
 
 use std::{
     fs::File,
     io::{self, Write},
     os::unix::fs::FileExt,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use libc::{c_int, c_void, siginfo_t};
+use machine::{FirstStep, Refused, ThreadKind, ThreadStart};
+use parking_lot::{Condvar, Mutex};
 use seccompiler::BpfProgram;
 
 use crate::{last_words, signals};
 
-/// Why there is no filter.
+/// This process's memory, to look at what came with the signal; opened before it can be needed.
+/// Without /proc, as in a bare chroot, the report has no number.
+static MEMORY: OnceLock<Option<File>> = OnceLock::new();
+
+/// How long a thread may take until it has its filter.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// Why a thread has no filter.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// The handler of SIGSYS cannot be set.
@@ -34,48 +49,208 @@ pub enum SeccompError {
     /// The kernel refuses it.
     #[error("the host refuses the system-call filter; to run without one, use -disable-seccomp")]
     Refused(#[source] seccompiler::Error),
+    /// It has not come to it.
+    #[error("the thread {0} has no system-call filter")]
+    Missing(String),
 }
 
-/// This process's memory, to look at what came with the signal; opened before it can be needed.
-/// Without /proc, as in a bare chroot, the report has no number.
-static MEMORY: OnceLock<Option<File>> = OnceLock::new();
-
-/// The filter of all threads.
-pub struct Filter(BpfProgram);
-
-/// Make it. With `spawn`, another process may be handed what it is to start.
-pub fn filter(spawn: bool) -> Filter {
-    Filter(program::compile(&calls::allowed(spawn)))
+/// What a thread is there for, and so which filter is its own. The threads table of CONTRIBUTING.md
+/// says more of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The main thread.
+    Main,
+    /// A vCPU's.
+    Vcpu,
+    /// An I/O thread.
+    Io,
+    /// Writes a log or a console's output to a file: `log`, `output`.
+    Writer,
+    /// `checkpoint`: saves.
+    Checkpoint,
+    /// `files`: opens and closes what commands name.
+    Files,
+    /// `kernel`: reads the kernel for a reset.
+    Kernel,
+    /// `end`: gives up at the end what may wait for storage.
+    End,
+    /// `faults` and `prefetch`: fill restored memory.
+    Memory,
+    /// `stream`: reads what a peer sends. It may read, write to memory that it has, and report;
+    /// nothing is opened, made or asked of KVM.
+    Stream,
 }
 
-/// Confine all threads, those that run and those to come, for good. A forbidden call is reported
-/// by [`last_words`].
-///
-/// # Errors
-/// When the host has no filters.
-pub fn confine(Filter(program): &Filter) -> Result<(), SeccompError> {
-    report_forbidden_calls()?;
-    let deadline = Instant::now() + Duration::from_secs(1);
-    loop {
-        match seccompiler::apply_filter_all_threads(program) {
-            // A thread that was joined and has a filter of its own may still be on its way out.
-            Err(seccompiler::Error::ThreadSync(_)) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            other => return other.map_err(SeccompError::Refused),
+impl From<ThreadKind> for Kind {
+    fn from(kind: ThreadKind) -> Self {
+        match kind {
+            ThreadKind::Vcpu => Self::Vcpu,
+            ThreadKind::Io => Self::Io,
+            ThreadKind::Writer => Self::Writer,
         }
     }
 }
 
-/// Confine the calling thread, which reads what a peer sends: it may read, write to memory that it
-/// has, and report. It has to end before [`confine`].
-///
-/// # Errors
-/// When the host has no filters.
-pub fn confine_reader() -> Result<(), SeccompError> {
-    let program = program::compile(&calls::reader());
-    report_forbidden_calls()?;
-    seccompiler::apply_filter(&program).map_err(SeccompError::Refused)
+/// Gives each thread its filter, and knows which have none yet; clones are the same one. The default
+/// is to have none at all.
+#[derive(Clone, Default)]
+pub struct Confinement(Option<Arc<Filters>>);
+
+struct Filters {
+    spawn: bool,
+    /// A lock, because threads that start beside each other report here; held for no system call.
+    threads: Mutex<Threads>,
+    changed: Condvar,
+    /// The machine's vCPUs have the same one; each kind's is made when it is needed first.
+    vcpu: OnceLock<BpfProgram>,
+}
+
+#[derive(Default)]
+struct Threads {
+    /// Those that have been started, or are about to be, and have no filter yet: number and name.
+    without: Vec<(usize, String)>,
+    /// How many there have been.
+    count: usize,
+    /// The first that could not be confined, and why.
+    failed: Option<SeccompError>,
+}
+
+impl Confinement {
+    /// Threads are to be confined. With `spawn`, another process may be handed what it is to start. A
+    /// forbidden call is reported by [`last_words`].
+    ///
+    /// # Errors
+    /// When the handler that reports cannot be set.
+    pub fn begin(spawn: bool) -> Result<Self, SeccompError> {
+        report_forbidden_calls()?;
+        let (threads, changed) = Default::default();
+        Ok(Self(Some(Arc::new(Filters { spawn, threads, changed, vcpu: OnceLock::new() }))))
+    }
+
+    /// What the thread called `name`, which is about to be started, has to do before it serves.
+    pub fn first_step(&self, kind: Kind, name: &str) -> FirstStep {
+        let Some(filters) = &self.0 else { return Box::new(|| Ok(())) };
+        let unconfined = Unconfined { number: filters.enter(name), filters: filters.clone() };
+        Box::new(move || unconfined.confine(kind))
+    }
+
+    /// The same, for threads of the machine and of devices.
+    pub fn thread_start(&self) -> ThreadStart {
+        let this = self.clone();
+        ThreadStart::new(move |kind, name| this.first_step(kind.into(), name))
+    }
+
+    /// To be held by the thread called `name`, which has no filter, until it ends. It has to end before
+    /// the guest runs.
+    pub fn passing(&self, name: &str) -> Passing {
+        Passing(self.0.as_ref().map(|filters| {
+            let number = filters.enter(name);
+            (filters.clone(), number)
+        }))
+    }
+
+    /// The first thread that could not be confined, if there is one.
+    ///
+    /// # Errors
+    /// Why it could not.
+    pub fn check(&self) -> Result<(), SeccompError> {
+        let failed = self.0.as_ref().and_then(|filters| filters.threads.lock().failed.take());
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Confine the calling thread, the main one, for good, and wait until all others are confined. No
+    /// thread can be started any more.
+    ///
+    /// # Errors
+    /// When the host has no filters, or a thread has none.
+    pub fn finish(&self) -> Result<(), SeccompError> {
+        let Some(filters) = &self.0 else { return Ok(()) };
+        filters.install(Kind::Main)?;
+        let deadline = Instant::now() + LIMIT;
+        let mut threads = filters.threads.lock();
+        while threads.failed.is_none()
+            && !threads.without.is_empty()
+            && !filters.changed.wait_until(&mut threads, deadline).timed_out()
+        {}
+        match (threads.failed.take(), threads.without.first()) {
+            (Some(why), _) => Err(why),
+            (None, Some((_, name))) => Err(SeccompError::Missing(name.clone())),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+impl Filters {
+    /// A thread has no filter yet. The number is by what it is known.
+    fn enter(&self, name: &str) -> usize {
+        let mut threads = self.threads.lock();
+        threads.count += 1;
+        let number = threads.count;
+        threads.without.push((number, name.to_owned()));
+        number
+    }
+
+    /// It has one, or it has ended: its name, if it was still without one.
+    fn leave(&self, number: usize) -> Option<String> {
+        let mut threads = self.threads.lock();
+        let mine = threads.without.iter().position(|thread| thread.0 == number);
+        let name = mine.map(|at| threads.without.swap_remove(at).1);
+        drop(threads);
+        self.changed.notify_all();
+        name
+    }
+
+    fn failed(&self, why: SeccompError) {
+        self.threads.lock().failed.get_or_insert(why);
+    }
+
+    /// Confine the calling thread, for good.
+    fn install(&self, kind: Kind) -> Result<(), SeccompError> {
+        // I/O threads make calls for each packet and request; a vCPU's KVM_RUN is looked at anyway.
+        let cached = kind == Kind::Io;
+        let made = || program::compile(&table::allowed(kind, self.spawn), cached);
+        let installed = match kind {
+            Kind::Vcpu => seccompiler::apply_filter(self.vcpu.get_or_init(made)),
+            _ => seccompiler::apply_filter(&made()),
+        };
+        installed.map_err(SeccompError::Refused)
+    }
+}
+
+/// A thread that has no filter yet. Dropped, it never will.
+struct Unconfined {
+    filters: Arc<Filters>,
+    number: usize,
+}
+
+impl Unconfined {
+    fn confine(self, kind: Kind) -> Result<(), Refused> {
+        let result = self.filters.install(kind).map_err(|why| {
+            self.filters.failed(why);
+            Refused
+        });
+        self.filters.leave(self.number);
+        result
+    }
+}
+
+impl Drop for Unconfined {
+    fn drop(&mut self) {
+        if let Some(name) = self.filters.leave(self.number) {
+            self.filters.failed(SeccompError::Missing(name));
+        }
+    }
+}
+
+/// A thread without a filter, until this is dropped.
+pub struct Passing(Option<(Arc<Filters>, usize)>);
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        if let Some((filters, number)) = &self.0 {
+            filters.leave(*number);
+        }
+    }
 }
 
 fn report_forbidden_calls() -> Result<(), SeccompError> {
@@ -123,9 +298,34 @@ fn trapped(memory: &File, address: usize) -> Option<i32> {
 mod tests {
     use super::*;
 
+    /// All kinds of threads.
+    const KINDS: [Kind; 10] = [
+        Kind::Main,
+        Kind::Vcpu,
+        Kind::Io,
+        Kind::Writer,
+        Kind::Checkpoint,
+        Kind::Files,
+        Kind::Kernel,
+        Kind::End,
+        Kind::Memory,
+        Kind::Stream,
+    ];
+
     #[test]
-    fn the_kernel_takes_programs_of_this_length() {
-        let Filter(program) = filter(true);
-        assert!((1..program::MAX_LENGTH).contains(&program.len()), "{}", program.len());
+    fn the_programs_are_short() {
+        for kind in KINDS {
+            let length = program::compile(&table::allowed(kind, true), false).len();
+            assert!((1..140).contains(&length), "{kind:?}: {length} instructions");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_never_comes_to_its_filter_is_named() {
+        let confinement = Confinement::begin(false).unwrap();
+        drop(confinement.first_step(Kind::Files, "files"));
+        let missing = confinement.check().unwrap_err();
+        assert_eq!(missing.to_string(), "the thread files has no system-call filter");
+        assert!(confinement.check().is_ok());
     }
 }

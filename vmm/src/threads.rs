@@ -1,5 +1,5 @@
-//! The threads beside the main one, and the system-call filter behind which none can be started. Both are
-//! prepared while the machine is built: the main thread starts one thread, and that does the rest.
+//! The threads beside the main one that are there whatever the machine is. They start while it is built:
+//! the main thread starts one thread, and that starts the rest before it confines itself.
 use std::{
     io,
     sync::{
@@ -11,7 +11,12 @@ use std::{
 
 use anyhow::Context;
 
-use crate::{checkpoint::job::Checkpointer, ending::End, files::Files, seccomp::Filter};
+use crate::{
+    checkpoint::job::Checkpointer,
+    ending::End,
+    files::Files,
+    seccomp::{Confinement, Kind},
+};
 
 /// What the threads are reached by.
 pub struct Threads {
@@ -21,47 +26,46 @@ pub struct Threads {
     pub files: Files,
     /// Ends what may hang.
     pub end: End,
-    /// The filter, unless there is to be none.
-    pub filter: Option<Filter>,
 }
-
-type Prepared = io::Result<Option<Filter>>;
 
 /// Threads that are being started.
 pub struct Starting {
     checkpointer: Checkpointer,
     files: Files,
     end: End,
-    prepared: Receiver<Prepared>,
+    started: Receiver<io::Result<()>>,
 }
 
 impl Starting {
-    /// Begin. `notify` is called when one of them has something to say; it must not block. `filter`
-    /// makes the filter.
+    /// Begin. `notify` is called when one of them has something to say; it must not block. Each of them
+    /// is confined by `confinement` before it serves.
     ///
     /// # Errors
     /// When the host has no thread to give.
     pub fn begin(
         notify: &Arc<dyn Fn() + Send + Sync>,
-        filter: Option<impl FnOnce() -> Filter + Send + 'static>,
+        confinement: &Confinement,
     ) -> io::Result<Self> {
         let (checkpointer, save) = Checkpointer::new(notify.clone());
         let (files, serve, read) = Files::new(notify.clone());
         let (end, release) = End::new();
-        let (report, prepared) = channel();
-        let begin = move || -> Prepared {
-            Builder::new().name("files".into()).stack_size(128 << 10).spawn(serve)?;
-            Builder::new().name("kernel".into()).stack_size(128 << 10).spawn(read)?;
-            Builder::new().name("end".into()).stack_size(64 << 10).spawn(release)?;
-            Ok(filter.map(|make| make()))
+        let (report, started) = channel();
+        let confined = confinement.clone();
+        let start_others = move || -> io::Result<()> {
+            start(&confined, Kind::Files, "files", 128 << 10, serve)?;
+            start(&confined, Kind::Kernel, "kernel", 128 << 10, read)?;
+            start(&confined, Kind::End, "end", 64 << 10, release)
         };
+        let first_step = confinement.first_step(Kind::Checkpoint, "checkpoint");
         Builder::new().name("checkpoint".into()).stack_size(256 << 10).spawn(move || {
             // The process ends when it is not received.
-            let _ = report.send(begin());
+            let _ = report.send(start_others());
             drop(report);
-            save();
+            if first_step().is_ok() {
+                save();
+            }
         })?;
-        Ok(Self { checkpointer, files, end, prepared })
+        Ok(Self { checkpointer, files, end, started })
     }
 
     /// Wait until all are there.
@@ -69,9 +73,26 @@ impl Starting {
     /// # Errors
     /// When the host has no thread to give.
     pub fn finish(self) -> anyhow::Result<Threads> {
-        let Self { checkpointer, files, end, prepared } = self;
-        let filter = prepared.recv().context("a thread has ended before it began")?;
-        let filter = filter.context("cannot start a thread")?;
-        Ok(Threads { checkpointer, files, end, filter })
+        let Self { checkpointer, files, end, started } = self;
+        let started = started.recv().context("a thread has ended before it began")?;
+        started.context("cannot start a thread")?;
+        Ok(Threads { checkpointer, files, end })
     }
+}
+
+/// Start a thread that confines itself and serves then.
+fn start(
+    confinement: &Confinement,
+    kind: Kind,
+    name: &str,
+    stack: usize,
+    serve: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
+    let first_step = confinement.first_step(kind, name);
+    let run = move || {
+        if first_step().is_ok() {
+            serve();
+        }
+    };
+    Builder::new().name(name.into()).stack_size(stack).spawn(run).map(drop)
 }

@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     net::UdpSocket,
-    os::unix::process::ExitStatusExt,
+    os::unix::{net::UnixListener, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, atomic::AtomicBool},
@@ -14,6 +14,7 @@ use std::{
 use qmp::client::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vmm::seccomp::{Confinement, Kind};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -103,9 +104,11 @@ impl Monitor {
     /// Mode and number of filters of its threads: as many entries as there are differences.
     fn filters(&self) -> Vec<(String, String)> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let mut all: Vec<_> = tasks.map(|task| filters(&task.unwrap().path())).collect();
-        // Main thread, two vCPUs, the default I/O thread and t0; KVM may add its own.
-        assert!(all.len() >= 5, "{all:?}");
+        let tasks = tasks.map(|task| task.unwrap().path());
+        let mut all: Vec<_> = tasks.filter(|task| !is_kernel(task)).map(|t| filters(&t)).collect();
+        // Main thread, two vCPUs, the default I/O thread and t0, one that writes the serial port's file,
+        // checkpoint, files, kernel, end.
+        assert!(all.len() >= 10, "{all:?}");
         all.sort();
         all.dedup();
         all
@@ -122,6 +125,16 @@ impl Drop for Monitor {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether a thread is one of the kernel's own, for io_uring or KVM, which never runs in user mode.
+fn is_kernel(task: &Path) -> bool {
+    /// `PF_IO_WORKER` and `PF_USER_WORKER` (linux/sched.h).
+    const WORKER: u32 = 0x10 | 0x4000;
+    let stat = fs::read_to_string(task.join("stat")).unwrap();
+    // The name, in parentheses, may have spaces in it; the flags are the seventh field behind it.
+    let flags = stat.rsplit(')').next().unwrap().split_whitespace().nth(6).unwrap();
+    flags.parse::<u32>().unwrap() & WORKER != 0
 }
 
 /// `Seccomp` and `Seccomp_filters` of the thread at `task` in /proc.
@@ -206,14 +219,33 @@ fn disable_seccomp_leaves_the_monitor_as_free_as_its_parent() {
     assert_eq!(vm.filters(), [filters(Path::new("/proc/self"))]);
 }
 
-/// Says which crime this process, a copy of the test, is to commit.
+/// Says which crime this process, a copy of the test, is to commit, and which kind of thread.
 const CRIME: &str = "STRATOVIRT_TEST_CRIME";
 const LOG: &str = "STRATOVIRT_TEST_LOG";
 
+/// What a thread must not do, and the call that it is caught in. Of some kinds, the C library blocks all
+/// signals before it, so that the kernel ends the process unheard.
+const CRIMES: [(&str, Kind, Option<i64>); 17] = [
+    ("internet", Kind::Main, Some(libc::SYS_socket)),
+    ("deaf", Kind::Main, Some(libc::SYS_rt_sigaction)),
+    ("kill", Kind::Main, Some(libc::SYS_kill)),
+    ("thread", Kind::Main, None),
+    ("program", Kind::Main, None),
+    ("rename", Kind::Main, Some(libc::SYS_rename)),
+    ("open", Kind::Vcpu, Some(libc::SYS_openat)),
+    ("unlink", Kind::Vcpu, Some(libc::SYS_unlink)),
+    ("open", Kind::Io, Some(libc::SYS_openat)),
+    ("open", Kind::Writer, Some(libc::SYS_openat)),
+    ("listen", Kind::Checkpoint, Some(libc::SYS_bind)),
+    ("rename", Kind::Files, Some(libc::SYS_rename)),
+    ("unlink", Kind::Kernel, Some(libc::SYS_unlink)),
+    ("listen", Kind::End, Some(libc::SYS_socket)),
+    ("open", Kind::Memory, Some(libc::SYS_openat)),
+    ("open", Kind::Stream, Some(libc::SYS_openat)),
+    ("deaf", Kind::Stream, Some(libc::SYS_rt_sigaction)),
+];
+
 fn commit(crime: &str) {
-    let log = PathBuf::from(env::var_os(LOG).unwrap());
-    vmm::logging::start(Some(&log)).unwrap();
-    vmm::seccomp::confine(&vmm::seccomp::filter(false)).unwrap();
     match crime {
         "internet" => drop(UdpSocket::bind("127.0.0.1:0")),
         "deaf" => drop(signal_hook::flag::register(
@@ -226,8 +258,31 @@ fn commit(crime: &str) {
         }
         "thread" => drop(thread::spawn(|| {})),
         "program" => drop(Command::new("/bin/true").status()),
+        "open" => drop(fs::File::open("/dev/null")),
+        "unlink" => drop(fs::remove_file("/no/such/file")),
+        "rename" => drop(fs::rename("/no/such/file", "/no/other/file")),
+        "listen" => drop(UnixListener::bind("/no/such/directory/socket")),
         other => unreachable!("{other}"),
     }
+}
+
+/// Commits a crime on a thread of the kind that goes with it.
+fn commit_as(index: usize) {
+    let (crime, kind, _) = *CRIMES.get(index).unwrap();
+    let confinement = Confinement::begin(false).unwrap();
+    let log = PathBuf::from(env::var_os(LOG).unwrap());
+    vmm::logging::start(Some(&log), &confinement.thread_start()).unwrap();
+    if kind == Kind::Main {
+        confinement.finish().unwrap();
+        return commit(crime);
+    }
+    let first_step = confinement.first_step(kind, "thief");
+    let thief = thread::spawn(move || {
+        first_step().unwrap();
+        commit(crime);
+    });
+    confinement.finish().unwrap();
+    thief.join().unwrap();
 }
 
 /// Runs the test called `test` once more, in a process of its own that finds `crime`.
@@ -241,15 +296,24 @@ fn again(test: &str, crime: &str, log: &Path) -> Output {
 }
 
 #[test]
-fn threads_that_are_just_starting_go_on() {
+fn the_main_thread_waits_for_threads_that_are_just_starting() {
+    const TEST: &str = "the_main_thread_waits_for_threads_that_are_just_starting";
     if env::var_os(CRIME).is_some() {
-        let threads: Vec<_> = (0..64).map(|n| thread::spawn(move || n)).collect();
-        vmm::seccomp::confine(&vmm::seccomp::filter(false)).unwrap();
+        let confinement = Confinement::begin(false).unwrap();
+        let start = |n| {
+            let first_step = confinement.first_step(Kind::Vcpu, "vcpu");
+            thread::spawn(move || {
+                first_step().unwrap();
+                n
+            })
+        };
+        let threads: Vec<_> = (0..64).map(start).collect();
+        confinement.finish().unwrap();
         assert!(threads.into_iter().map(|t| t.join().unwrap()).eq(0..64));
         return;
     }
     for _ in 0..5 {
-        let output = again("threads_that_are_just_starting_go_on", "none", Path::new(""));
+        let output = again(TEST, "none", Path::new(""));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}: {said}", output.status);
     }
@@ -257,28 +321,23 @@ fn threads_that_are_just_starting_go_on() {
 
 #[test]
 fn a_forbidden_call_ends_the_process_and_is_named() {
-    if let Some(crime) = env::var_os(CRIME) {
-        return commit(crime.to_str().unwrap());
+    const TEST: &str = "a_forbidden_call_ends_the_process_and_is_named";
+    if let Some(index) = env::var_os(CRIME) {
+        return commit_as(index.to_str().unwrap().parse().unwrap());
     }
-    let crimes = [
-        ("internet", Some(libc::SYS_socket)),
-        ("deaf", Some(libc::SYS_rt_sigaction)),
-        ("kill", Some(libc::SYS_kill)),
-        // For these the C library blocks all signals, so the kernel ends the process unheard.
-        ("thread", None),
-        ("program", None),
-    ];
-    for (crime, number) in crimes {
+    for (index, (crime, kind, number)) in CRIMES.into_iter().enumerate() {
         let dir = TempDir::new().unwrap();
         let log = dir.path().join("log");
         fs::write(&log, "before\n").unwrap();
-        let output = again("a_forbidden_call_ends_the_process_and_is_named", crime, &log);
+        let output = again(TEST, &index.to_string(), &log);
         let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{crime}: {said}");
+        let ended = output.status.signal();
+        assert_eq!(ended, Some(libc::SIGSYS), "{crime} by {kind:?}: {said}");
         let Some(number) = number else { continue };
         let line = format!("Received a bad system call, number: {number}.");
-        assert!(said.contains(&line), "{crime}: {said}");
+        assert!(said.contains(&line), "{crime} by {kind:?}: {said}");
         let logged = fs::read_to_string(&log).unwrap();
-        assert!(logged.starts_with("before\n") && logged.contains(&line), "{crime}: {logged}");
+        let told = logged.starts_with("before\n") && logged.contains(&line);
+        assert!(told, "{crime} by {kind:?}: {logged}");
     }
 }

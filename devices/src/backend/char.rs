@@ -30,7 +30,7 @@ use rustix::{
 
 pub use self::output::CharSink;
 use self::{escape::Escape, output::Output, socket::Listener};
-use crate::log_limit::log_seldom;
+use crate::{log_limit::log_seldom, threads::ThreadStart};
 
 /// Most bytes kept of those who typed and left while the guest was not reading.
 const LEFT: usize = 64 << 10;
@@ -74,14 +74,15 @@ impl Char {
     }
 
     /// This process's standard input and output. `Ctrl-a x` calls `quit` (on the I/O thread);
-    /// `Ctrl-a` twice, or `Ctrl-a a`, is one `Ctrl-a` for the guest.
+    /// `Ctrl-a` twice, or `Ctrl-a a`, is one `Ctrl-a` for the guest. Output to a regular file is written
+    /// as by [`Char::file`].
     ///
     /// # Errors
     /// When they are closed, or the process has no descriptor left.
-    pub fn stdio(quit: impl Fn() + Send + 'static) -> Result<Self, CharError> {
+    pub fn stdio(quit: impl Fn() + Send + 'static, start: &ThreadStart) -> Result<Self, CharError> {
         let open = || {
             let input = own(io::stdin().as_fd(), OFlags::RDONLY)?;
-            let output = Output::inherited(io::stdout().as_fd())?;
+            let output = Output::inherited(io::stdout().as_fd(), start)?;
             let mut this = Self::assemble("stdio", Some(input), Some(output), None)?;
             this.source.escape = Some(Escape::new(Box::new(quit)));
             Ok(this)
@@ -116,11 +117,12 @@ impl Char {
     }
 
     /// A file, created (mode 0600) if missing and appended to. Output only. A regular file is written by
-    /// a thread of its own: its storage may hang, and then what does not fit into the backlog is dropped.
+    /// a thread of its own, started by `start`: its storage may hang, and then what does not fit into the
+    /// backlog is dropped.
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn file(path: &Path) -> Result<Self, CharError> {
+    pub fn file(path: &Path, start: &ThreadStart) -> Result<Self, CharError> {
         let open = || {
             let file = OpenOptions::new()
                 .append(true)
@@ -129,7 +131,7 @@ impl Char {
                 // A FIFO that nobody reads is an error instead of a wait.
                 .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32)
                 .open(path)?;
-            let output = Output::file(file)?;
+            let output = Output::file(file, start)?;
             Self::assemble(&format!("file:{}", path.display()), None, Some(output), None)
         };
         open().map_err(CharError::open(path.display().to_string()))

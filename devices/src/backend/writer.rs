@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use crate::threads::{ThreadKind, ThreadStart};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     fs::{OFlags, fcntl_setfl},
@@ -36,14 +37,15 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Start a thread called `name` that writes to `file`. `failed` is told, there, of what the file
-    /// does not take: the reason, and how many bytes are lost.
+    /// Start a thread called `name` that writes to `file`, as `start` wants it. `failed` is told, there,
+    /// of what the file does not take: the reason, and how many bytes are lost.
     ///
     /// # Errors
     /// When the host has no thread or descriptor to give.
     pub fn spawn(
         name: &str,
         file: File,
+        start: &ThreadStart,
         mut failed: impl FnMut(&io::Error, usize) + Send + 'static,
     ) -> io::Result<Self> {
         let (output, input) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
@@ -53,8 +55,12 @@ impl Writer {
         let output = Arc::new(output);
         let (alive, done) = channel();
         let from = output.clone();
+        let first_step = start.first_step(ThreadKind::Writer, name);
         thread::Builder::new().name(name.into()).stack_size(64 << 10).spawn(move || {
             let _alive = alive;
+            if first_step().is_err() {
+                return;
+            }
             let mut buffer = [0; 8192];
             while let Some(length @ 1..) = next(&from, &mut buffer) {
                 let bytes = buffer.get(..length).unwrap_or_default();
@@ -113,7 +119,9 @@ mod tests {
     #[test]
     fn all_arrives_in_order_before_the_end() {
         let mut file = tempfile();
-        let writer = Writer::spawn("test", file.try_clone().unwrap(), |_, _| ()).unwrap();
+        let writer =
+            Writer::spawn("test", file.try_clone().unwrap(), &ThreadStart::default(), |_, _| ())
+                .unwrap();
         let lines: Vec<u8> = (0..5000).flat_map(|n| format!("{n}\n").into_bytes()).collect();
         assert_eq!(rustix::io::write(&writer, &lines), Ok(lines.len()));
         assert!(writer.finish(SOON));
@@ -126,7 +134,7 @@ mod tests {
     #[test]
     fn a_file_that_hangs_holds_only_its_thread() {
         let (mut reader, file) = hanging();
-        let writer = Writer::spawn("test", file, |_, _| ()).unwrap();
+        let writer = Writer::spawn("test", file, &ThreadStart::default(), |_, _| ()).unwrap();
         let mut written = 0;
         // What the pipes have no room for is refused at once.
         while let Ok(n) = rustix::io::write(&writer, &[7; 4096]) {
@@ -144,7 +152,7 @@ mod tests {
         let (told, failures) = channel();
         let full = File::options().write(true).open("/dev/full").unwrap();
         let failed = move |e: &io::Error, n| told.send((e.kind(), n)).unwrap();
-        let writer = Writer::spawn("test", full, failed).unwrap();
+        let writer = Writer::spawn("test", full, &ThreadStart::default(), failed).unwrap();
         rustix::io::write(&writer, b"lost").unwrap();
         assert_eq!(failures.recv_timeout(SOON), Ok((io::ErrorKind::StorageFull, 4)));
         assert!(writer.finish(SOON));

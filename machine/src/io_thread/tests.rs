@@ -53,7 +53,7 @@ fn device(
 }
 
 fn thread() -> Arc<Handle> {
-    Arc::new(Handle::spawn("io0").unwrap())
+    Arc::new(Handle::spawn("io0", &ThreadStart::default()).unwrap())
 }
 
 /// Whether the thread comes to rest soon.

@@ -9,6 +9,7 @@ use devices::{
     Memory,
     bus::{BusBuilder, BusDevice},
     reclaim::Reclaim,
+    threads::ThreadStart,
 };
 use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
@@ -109,7 +110,8 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     let begin = cpu.save().unwrap();
     cpu.restore(begin.clone()).unwrap();
 
-    let vcpu = Handle::spawn(0, cpu, |_, why: Stopped| panic!("{why:?}")).unwrap();
+    let vcpu = Handle::spawn(0, cpu, &ThreadStart::default(), |_, why: Stopped| panic!("{why:?}"))
+        .unwrap();
     let wait = std::time::Duration::from_secs(10);
     for round in 0..20 {
         vcpu.resume(0);
@@ -170,7 +172,9 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         let mmio = BusBuilder::default().freeze();
         let buses = Buses { pio: pio.freeze(), mmio, power: Arc::default() };
         let cpu = vcpu(&kvm, &vm, buses);
-        let vcpu = Handle::spawn(0, cpu, |_, why: Stopped| panic!("{why:?}")).unwrap();
+        let vcpu =
+            Handle::spawn(0, cpu, &ThreadStart::default(), |_, why: Stopped| panic!("{why:?}"))
+                .unwrap();
         let wait = std::time::Duration::from_secs(10);
         vcpu.resume(0);
         assert_eq!(hear.recv_timeout(wait).unwrap(), [7; 4]);

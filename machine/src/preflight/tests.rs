@@ -93,11 +93,9 @@ fn each_part_is_told_once_in_the_machines_order_and_nothing_stays() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
     let files = [Some(Part::Kernel), Some(Part::Initrd), disk("a"), disk("b")];
-    let Err(first) = Backing::Host { report: &(Arc::new(|_| {}) as Report), held: true }.block(
-        0,
-        None,
-        config.disks.first(),
-    ) else {
+    let Err(first) = Backing::Host { callbacks: &(Arc::new(|_| {}) as Report).into(), held: true }
+        .block(0, None, config.disks.first())
+    else {
         panic!("there is such a disk")
     };
     assert_eq!(parts(&config, first), [&files[..], &[nic("m"), nic("n")]].concat());

@@ -21,7 +21,10 @@ use std::{
     time::Duration,
 };
 
-use devices::PowerEvent;
+use devices::{
+    PowerEvent,
+    threads::{ThreadKind, ThreadStart},
+};
 
 /// What one entry into the guest came to. `Cpu::run` handles plain PIO and MMIO by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,19 +141,22 @@ pub struct Handle<C: Cpu> {
 }
 
 impl<C: Cpu> Handle<C> {
-    /// Start the thread of a parked vCPU. What stops the vCPU by itself goes to `report`; it is
-    /// parked then.
+    /// Start the thread of a parked vCPU, as `start` wants it. What stops the vCPU by itself goes to
+    /// `report`; it is parked then.
     ///
     /// # Errors
     /// When the host refuses the thread or what kicking it takes.
     pub fn spawn(
         index: usize,
         mut cpu: C,
+        start: &ThreadStart,
         report: impl Fn(usize, Stopped) + Send + 'static,
     ) -> io::Result<Self> {
         let (requests, inbox) = channel();
         let (send_kicker, kicker) = channel();
-        let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
+        let name = format!("vcpu{index}");
+        let first_step = start.first_step(ThreadKind::Vcpu, &name);
+        let thread = Builder::new().name(name).spawn(move || {
             let kicker = cpu.kicker();
             let failed = kicker.is_err();
             if send_kicker.send(kicker).is_err() {
@@ -158,6 +164,9 @@ impl<C: Cpu> Handle<C> {
             }
             if failed {
                 return report(index, Stopped::Failed);
+            }
+            if first_step().is_err() {
+                return;
             }
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
@@ -320,7 +329,7 @@ mod tests {
         let mut cpu = Counter::from(0);
         let stray = cpu.kicker().unwrap();
         let entries = cpu.entries.clone();
-        let vcpu = Handle::spawn(0, cpu, |_, _| {}).unwrap();
+        let vcpu = Handle::spawn(0, cpu, &ThreadStart::default(), |_, _| {}).unwrap();
         stray.kick();
         vcpu.resume(0);
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -334,7 +343,7 @@ mod tests {
 
     #[test]
     fn parks_saves_and_runs_on() {
-        let vcpu = Handle::spawn(0, Counter::from(0), |_, _| {}).unwrap();
+        let vcpu = Handle::spawn(0, Counter::from(0), &ThreadStart::default(), |_, _| {}).unwrap();
         vcpu.resume(0);
         vcpu.park().wait().unwrap();
         let save = || vcpu.save().wait().unwrap().unwrap();
@@ -351,7 +360,7 @@ mod tests {
         let (held, free) = channel();
         cpu.device = Some(free);
         let entries = cpu.entries.clone();
-        let vcpu = Handle::spawn(0, cpu, |_, _| {}).unwrap();
+        let vcpu = Handle::spawn(0, cpu, &ThreadStart::default(), |_, _| {}).unwrap();
         vcpu.resume(0);
         while entries.load(Ordering::SeqCst) == 0 {
             std::thread::yield_now();
@@ -368,7 +377,8 @@ mod tests {
 
     #[test]
     fn a_thread_carries_another_vcpu() {
-        let mut vcpu = Handle::spawn(0, Counter::from(5), |_, _| {}).unwrap();
+        let mut vcpu =
+            Handle::spawn(0, Counter::from(5), &ThreadStart::default(), |_, _| {}).unwrap();
         let cpu = Counter::from(1_000_000_000);
         let entries = cpu.entries.clone();
         vcpu.replace(cpu).unwrap();
@@ -383,7 +393,7 @@ mod tests {
 
     #[test]
     fn state_asked_of_a_running_vcpu_is_refused_and_it_runs_on() {
-        let vcpu = Handle::spawn(0, Counter::from(0), |_, _| {}).unwrap();
+        let vcpu = Handle::spawn(0, Counter::from(0), &ThreadStart::default(), |_, _| {}).unwrap();
         vcpu.resume(0);
         let early = vcpu.save();
         vcpu.kick();

@@ -44,7 +44,7 @@ fn watching(stage: &Stage, how: &str) -> Result<(Monitor, Client)> {
     Ok((monitor, qmp))
 }
 
-fn expect(monitor: &mut Monitor, text: &str) -> Result<()> {
+pub fn expect(monitor: &mut Monitor, text: &str) -> Result<()> {
     let shown = monitor.wait_for("\n", SOON)?;
     ensure!(shown == text, "the guest says '{shown}', not '{text}'");
     Ok(())
@@ -56,7 +56,7 @@ fn expect_down(monitor: &mut Monitor, nic: u32) -> Result<()> {
     Ok(())
 }
 
-fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
+pub fn plug(qmp: &mut Client, id: &str, image: &Path, addr: &str) -> Result<()> {
     let backend = json!({ "node-name": id, "file": { "driver": "file", "filename": image }, "cache": { "direct": true }, "read-only": false });
     ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
     let device = json!({ "id": id, "driver": "virtio-blk-mmio", "addr": addr });

@@ -10,9 +10,9 @@
 //!               <---Done---- take disks and taps   <----the end------
 //! ```
 //! The thread that reads what a peer sends may do nothing but read, fill that memory, answer and report:
-//! its filter is stricter than that of the monitor. What came is dropped whole when anything is wrong. Saved
+//! its filter is stricter than those of the monitor. What came is dropped whole when anything is wrong. Saved
 //! files of this host are read by the incoming thread itself. That one has no filter, and waits for storage
-//! in place of the main thread.
+//! in place of the main thread. It has to have ended before the guest runs.
 use std::{
     io::{self, BufReader},
     process::Child,
@@ -28,7 +28,7 @@ use config::{
     Description,
     incoming::{Incoming, Source},
 };
-use machine::{Machine, Memory, Report, kvm::opening::Opening};
+use machine::{Machine, Memory, Refused, Report, kvm::opening::Opening};
 use state::{
     Frames,
     cpu::Cpu,
@@ -44,7 +44,10 @@ use super::{
     receive::{ReceiveError, Received, receive_frames},
     send::Cancel,
 };
-use crate::{lifecycle::Halt, seccomp};
+use crate::{
+    lifecycle::Halt,
+    seccomp::{Confinement, Kind as Thread},
+};
 
 /// How long a thread that was told to end may take.
 const HANG_LIMIT: Duration = Duration::from_secs(1);
@@ -69,8 +72,8 @@ pub struct Arrival {
 
 impl Arrival {
     /// Begin to take the machine in that `incoming` names, with the disks, NICs and character devices
-    /// of `flags` in place of its own. `notify` is called after each step; with `confined`, what a
-    /// peer sends is read behind a filter.
+    /// of `flags` in place of its own. `notify` is called after each step; its threads are confined by
+    /// `confinement`.
     ///
     /// # Errors
     /// When there is nothing to read from.
@@ -79,17 +82,22 @@ impl Arrival {
         flags: &config::MachineConfig,
         report: Report,
         notify: Arc<dyn Fn() + Send + Sync>,
-        confined: bool,
+        confinement: &Confinement,
     ) -> Result<Self, IncomingError> {
         let (report_step, steps) = channel();
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
-        let assembly = Assembly::new(incoming, flags, report);
+        let assembly = Assembly::new(incoming, flags, report, confinement.clone());
         let opening = Opening::begin()?;
         let tell = move |step| {
             // The process ends when the main thread does not listen any more.
             let _ = report_step.send(step);
             notify();
+        };
+        let passing = confinement.passing("incoming");
+        let end = move |result: Result<Arrived, RestoreError>, tell: &dyn Fn(Step)| {
+            tell(Step::Done(result.map(Box::new)));
+            drop(passing);
         };
         let mut child = None;
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
@@ -99,17 +107,23 @@ impl Arrival {
                 Box::new(move || {
                     let place = place.as_deref();
                     let machine = assembly.saved_into(&path, mapping, place, opening, &progress);
-                    tell(Step::Done(machine.map(Box::new)));
+                    end(machine, &tell);
                 })
             }
             Source::Stream(stream) => {
                 let door;
                 (door, child) = Door::open(stream)?;
                 let (cancel, progress) = (cancel.clone(), progress.clone());
+                let confinement = confinement.clone();
                 Box::new(move || {
-                    let host = Host { assembly: &assembly, progress: &progress, tell: &tell };
-                    let result = host.take_in(door, &cancel, confined, opening);
-                    tell(Step::Done(result.map(Box::new)));
+                    let host = Host {
+                        assembly: &assembly,
+                        progress: &progress,
+                        tell: &tell,
+                        confinement: &confinement,
+                    };
+                    let result = host.take_in(door, &cancel, opening);
+                    end(result, &tell);
                 })
             }
         };
@@ -178,6 +192,7 @@ struct Host<'a, T> {
     assembly: &'a Assembly,
     progress: &'a Progress,
     tell: &'a T,
+    confinement: &'a Confinement,
 }
 
 impl<T: Fn(Step) + Sync> Host<'_, T> {
@@ -185,7 +200,6 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         &self,
         door: Door,
         cancel: &Cancel,
-        confined: bool,
         opening: Opening,
     ) -> Result<Arrived, RestoreError> {
         let from = door.wait(cancel).map_err(|e| self.cancelled(e.into()))?;
@@ -196,7 +210,11 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         thread::scope(|scope| {
             let (assembly, progress) = (self.assembly, self.progress);
             let overrides = |to: &mut Description| assembly.apply_overrides(to);
-            let task = move || Reader { asking, overrides, progress }.read(from, confined);
+            let confinement = self.confinement;
+            let first_step = confinement.first_step(Thread::Stream, "stream");
+            let confine =
+                || first_step().or_else(|Refused| confinement.check().map_err(io::Error::other));
+            let task = move || Reader { asking, overrides, progress }.read(from, confine);
             let reader = Builder::new().name("stream".into()).spawn_scoped(scope, task);
             let reader = reader.map_err(IncomingError::Wait)?;
             let (mut opening, mut machine, mut refused) = (Some(opening), None, None);
@@ -266,12 +284,15 @@ struct Reader<'a, O> {
 }
 
 impl<O: Fn(&mut Description) -> Result<(), OverrideError>> Reader<'_, O> {
-    /// Read to the end of the dialogue, where there is one: the machine is this process's then.
-    fn read(self, from: Peer, confined: bool) -> Result<Voice, RestoreError> {
+    /// `confine` the thread, and read to the end of the dialogue, where there is one: the machine is this
+    /// process's then.
+    fn read(
+        self,
+        from: Peer,
+        confine: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Voice, RestoreError> {
         let back = from.way_back().map_err(IncomingError::Wait)?;
-        if confined {
-            seccomp::confine_reader().map_err(|e| IncomingError::Wait(io::Error::other(e)))?;
-        }
+        confine().map_err(IncomingError::Wait)?;
         let mut answer = Voice::silent();
         match self.dialogue(from, back, &mut answer) {
             Ok(()) => Ok(answer),

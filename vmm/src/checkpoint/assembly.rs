@@ -7,7 +7,7 @@ use config::{
     incoming::{Incoming, Mapping, Overrides},
 };
 use machine::{
-    Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps, dry_restore,
+    Callbacks, Machine, Memory, Report, RunError, check_cpu, check_spots, check_taps, dry_restore,
     kvm::opening::Opening,
     memory::{self, origin::Contents},
 };
@@ -22,7 +22,7 @@ use super::{
     overrides,
     receive::Received,
 };
-use crate::lifecycle::Halt;
+use crate::{lifecycle::Halt, seccomp::Confinement};
 
 /// A machine that has come in. It is stopped, and has what only one can have.
 pub struct Arrived {
@@ -40,6 +40,7 @@ pub struct Assembly {
     flags: MachineConfig,
     clock_realtime: bool,
     report: Report,
+    confinement: Confinement,
 }
 
 /// All of a saved machine.
@@ -54,10 +55,16 @@ struct Parts {
 }
 
 impl Assembly {
-    /// As `incoming` asks, with the disks, NICs and character devices of `flags` in place of its own.
-    pub fn new(incoming: &Incoming, flags: &MachineConfig, report: Report) -> Self {
+    /// As `incoming` asks, with the disks, NICs and character devices of `flags` in place of its own. Its
+    /// threads are confined by `confinement`.
+    pub fn new(
+        incoming: &Incoming,
+        flags: &MachineConfig,
+        report: Report,
+        confinement: Confinement,
+    ) -> Self {
         let (overrides, clock_realtime) = (incoming.overrides.clone(), incoming.clock_realtime);
-        Self { overrides, flags: flags.clone(), clock_realtime, report }
+        Self { overrides, flags: flags.clone(), clock_realtime, report, confinement }
     }
 
     /// Change `to` to what is wanted here.
@@ -90,7 +97,13 @@ impl Assembly {
         let children = Children::make(&config, &mut description, &wanted, progress)?;
         overrides::check_disks(&description)?;
         let wanted = &description.config.memory;
-        let memory = backing_memory::memory(loaded.memory, wanted, mapping, &self.report)?;
+        let memory = backing_memory::memory(
+            loaded.memory,
+            wanted,
+            mapping,
+            &self.report,
+            &self.confinement,
+        )?;
         let parts = Parts { config, description, sections, memory, children, opening };
         let (machine, halted) = self.build(parts, true)?;
         Ok(Arrived { machine, halted, answer: Voice::silent() })
@@ -142,7 +155,8 @@ impl Assembly {
         checked.map_err(OverrideError::from)?;
         let clock_realtime = self.clock_realtime;
         let saved = machine::Saved { restorable, opening, memory, clock_realtime, held };
-        let machine = Machine::restored(saved, self.report.clone())?;
+        let (report, start) = (self.report.clone(), self.confinement.thread_start());
+        let machine = Machine::restored(saved, Callbacks { report, start })?;
         children.keep();
         Ok((machine, config.halted.map(Halt::from)))
     }

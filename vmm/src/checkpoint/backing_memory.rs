@@ -16,14 +16,15 @@ use state::{
 };
 
 use super::{LoadError, demand_paging};
+use crate::seccomp::Confinement;
 
 /// Most ranges of changes that are mapped, each of which is a mapping of the process; the smallest
 /// ones beyond are copied. A process may have 65,530 (vm.max_map_count).
 const MAPPINGS: usize = 16 << 10;
 
 /// The guest's memory as `chain` has it: mapped, which takes no time and trusts the files; read when it
-/// is touched, by threads that tell `report` when it is damaged; or copied, as memory is that is
-/// shared or has a file of its own. And where it is not zero although it says so nowhere.
+/// is touched, by threads that tell `report` when it is damaged and are confined by `confinement`; or
+/// copied, as memory is that is shared or has a file of its own. And where it is not zero although it says so nowhere.
 ///
 /// # Errors
 /// When there is not enough of it, or a file is damaged.
@@ -32,6 +33,7 @@ pub fn memory(
     config: &MemoryConfig,
     mapping: Mapping,
     report: &Report,
+    confinement: &Confinement,
 ) -> Result<Contents, LoadError> {
     let own = !config.shared && config.path.is_none();
     match mapping {
@@ -39,7 +41,7 @@ pub fn memory(
         Mapping::Uffd if own => {
             let contents = chain.open().map_err(DirectoryError::from)?;
             contents.check_zeros().map_err(DirectoryError::from)?;
-            return Ok(demand_paging::start(contents, config, report.clone())?);
+            return Ok(demand_paging::start(contents, config, report.clone(), confinement)?);
         }
         _ => {}
     }

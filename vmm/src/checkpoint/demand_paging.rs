@@ -33,7 +33,10 @@ use state::{
 };
 
 use super::cancellable_poll;
-use crate::terminal;
+use crate::{
+    seccomp::{Confinement, Kind},
+    terminal,
+};
 
 /// How long the main thread has to end the process.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -64,7 +67,7 @@ struct DemandPager {
     failed: AtomicBool,
 }
 
-/// Memory that becomes `contents`.
+/// Memory that becomes `contents`. The threads are confined by `confinement`.
 ///
 /// # Errors
 /// When the host does not allow it.
@@ -72,6 +75,7 @@ pub fn start(
     contents: Contents,
     config: &MemoryConfig,
     report: Report,
+    confinement: &Confinement,
 ) -> Result<origin::Contents, DemandPagingError> {
     let filled = contents.filled();
     let (memory, filler) = allocate_missing(config, &filled)?;
@@ -98,9 +102,13 @@ pub fn start(
         ("prefetch", DemandPager::fetch),
     ] {
         let pager = pager.clone();
+        let first_step = confinement.first_step(Kind::Memory, name);
         let run = move || {
             let _watch = Watch(&pager);
-            work(&pager, &mut vec![0; BLOCK as usize]);
+            let mut buffer = vec![0; BLOCK as usize];
+            if first_step().is_ok() {
+                work(&pager, &mut buffer);
+            }
         };
         Builder::new()
             .name(name.into())

@@ -106,8 +106,10 @@ fn over(finished: Finished) -> Option<Saved> {
 pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
     let loaded = load(directory)?;
     let mapped = if mapped { Mapping::On } else { Mapping::Off };
-    let report = Arc::new(|_| {}) as _;
-    Ok(backing_memory::memory(loaded.memory, &memory_config(), mapped, &report)?.memory)
+    let (config, report) = (memory_config(), Arc::new(|_| {}) as _);
+    let memory =
+        backing_memory::memory(loaded.memory, &config, mapped, &report, &Default::default());
+    Ok(memory?.memory)
 }
 
 fn names(directory: &Path) -> Vec<String> {

@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::socket::SocketName;
-use crate::{backend::writer::Writer, log_limit::log_seldom};
+use crate::{backend::writer::Writer, log_limit::log_seldom, threads::ThreadStart};
 
 /// Bytes that wait for a slow reader; more than that is dropped.
 pub(super) const BACKLOG: usize = 256 << 10;
@@ -74,26 +74,26 @@ impl Output {
         Self::Plain(fd)
     }
 
-    /// A file that this process has opened, non-blocking.
-    pub fn file(file: File) -> io::Result<Self> {
+    /// A file that this process has opened, non-blocking. A regular file has a thread, started by `start`.
+    pub fn file(file: File, start: &ThreadStart) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
             return Ok(Self::Plain(file.into()));
         }
         let failed = |error: &io::Error, bytes| {
             log_seldom!(warn, "console output: {bytes} bytes are lost: {error}");
         };
-        Ok(Self::File(Writer::spawn("output", file, failed)?))
+        Ok(Self::File(Writer::spawn("output", file, start, failed)?))
     }
 
-    /// A descriptor that other processes share.
-    pub fn inherited(fd: BorrowedFd) -> io::Result<Self> {
+    /// A descriptor that other processes share; a regular file as in [`Output::file`].
+    pub fn inherited(fd: BorrowedFd, start: &ThreadStart) -> io::Result<Self> {
         let stat = rustix::fs::fstat(fd)?;
         let shared = FileType::from_raw_mode(stat.st_mode);
         let fd = super::own(fd, OFlags::WRONLY)?;
         let own = rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK);
         Ok(match shared {
             FileType::Socket => Self::Socket(fd),
-            FileType::RegularFile => Self::file(fd.into())?,
+            FileType::RegularFile => Self::file(fd.into(), start)?,
             _ if own => Self::Plain(fd),
             _ => Self::Ask(fd),
         })

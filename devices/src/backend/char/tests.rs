@@ -11,7 +11,7 @@ use std::{
 use vmm_sys_util::tempdir::TempDir;
 
 use super::{output::BACKLOG, *};
-use crate::backend::writer::Writer;
+use crate::{backend::writer::Writer, threads::ThreadStart};
 
 fn read_all(source: &mut CharSource) -> Vec<u8> {
     let (mut all, mut piece) = (Vec::new(), [0; 7]);
@@ -34,7 +34,7 @@ fn pipe_as(read_by_us: bool) -> (Char, std::fs::File) {
         let own = own(reader.as_fd(), OFlags::RDONLY).unwrap();
         (Char::assemble("test", Some(own), None, None).unwrap(), writer.into())
     } else {
-        let output = Output::inherited(writer.as_fd()).unwrap();
+        let output = Output::inherited(writer.as_fd(), &ThreadStart::default()).unwrap();
         (Char::assemble("test", None, Some(output), None).unwrap(), reader.into())
     }
 }
@@ -74,13 +74,13 @@ fn output_without_a_reader_at_all_is_dropped() {
 #[test]
 fn the_flags_of_inherited_descriptors_stay_as_they_are() {
     let (reader, writer) = rustix::pipe::pipe().unwrap();
-    let _output = Output::inherited(writer.as_fd()).unwrap();
+    let _output = Output::inherited(writer.as_fd(), &ThreadStart::default()).unwrap();
     let _input = own(reader.as_fd(), OFlags::RDONLY).unwrap();
     for fd in [&reader, &writer] {
         assert!(!rustix::fs::fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK));
     }
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let output = Output::inherited(ours.as_fd()).unwrap();
+    let output = Output::inherited(ours.as_fd(), &ThreadStart::default()).unwrap();
     let char = Char::assemble("test", None, Some(output), None).unwrap();
     for _ in 0..1 << 10 {
         char.sink.send(&[0; 1024]);
@@ -143,15 +143,18 @@ fn a_file_is_appended_to() {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("log");
     for text in ["one", " two"] {
-        Char::file(&path).unwrap().sink.send(text.as_bytes());
+        Char::file(&path, &ThreadStart::default()).unwrap().sink.send(text.as_bytes());
     }
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
-    assert!(matches!(Char::file(dir.as_path()), Err(CharError::Open { .. })));
+    assert!(matches!(
+        Char::file(dir.as_path(), &ThreadStart::default()),
+        Err(CharError::Open { .. })
+    ));
 }
 
 #[test]
 fn a_full_disk_costs_output_only() {
-    let char = Char::file(Path::new("/dev/full")).unwrap();
+    let char = Char::file(Path::new("/dev/full"), &ThreadStart::default()).unwrap();
     char.sink.send(b"lost");
     assert_eq!(char.sink.dropped(), 4);
 }
@@ -322,7 +325,7 @@ fn a_guest_that_reads_nothing_keeps_nobody_out() {
 fn a_file_that_hangs_costs_output_and_holds_nobody() {
     let (reader, writer) = std::io::pipe().unwrap();
     let (mut reader, hung) = (reader, std::fs::File::from(OwnedFd::from(writer)));
-    let writer = Writer::spawn("test", hung, |_, _| ()).unwrap();
+    let writer = Writer::spawn("test", hung, &ThreadStart::default(), |_, _| ()).unwrap();
     let char = Char::assemble("test", None, Some(Output::File(writer)), None).unwrap();
     let sent = 2 << 20;
     for _ in 0..sent / 1024 {

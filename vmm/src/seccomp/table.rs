@@ -1,0 +1,313 @@
+//! What each thread of the monitor may ask of the host once it serves: one table for all of them.
+//!
+//! Found by tracing every thread through everything it can be asked to do, and completed with what the
+//! C library and the kernel put in place of a call or do the first time only (`clock_gettime` where
+//! there is no vDSO). No thread may start another one, a
+//! program, or listen on a new socket.
+//!
+//! Whoever adds a back-end, an ioctl or a thread looks here.
+use libc::*;
+use machine::memory::fault;
+
+use super::{
+    Kind::{self, *},
+    program::{Calls, Rule, Test},
+};
+
+/// Calls that threads of some kinds may make with any arguments.
+struct Group {
+    kinds: &'static [Kind],
+    calls: &'static [c_long],
+}
+
+/// A call that threads of some kinds may make where one of its arguments is as it should be.
+struct Limited {
+    kinds: &'static [Kind],
+    call: c_long,
+    argument: u8,
+    allowed: Allowed,
+}
+
+/// What an argument may be.
+enum Allowed {
+    /// One of these values.
+    Values(&'static [u32]),
+    /// One of KVM's ioctls with these numbers.
+    Kvm(&'static [u8]),
+    /// None of these bits are set.
+    Without(u32),
+    /// Any other value.
+    Not(u32),
+    /// This process.
+    Itself,
+}
+
+/// Every thread.
+const ALL: &[Kind] = &[Main, Vcpu, Io, Writer, Checkpoint, Files, Kernel, End, Memory, Stream];
+/// Threads that open files of the host by their names.
+const OPENS: &[Kind] = &[Main, Checkpoint, Files, Kernel, End];
+/// Threads that make devices or parts of them: to plug them, to set them up for a driver, or to try
+/// out whether a state can be restored.
+const MAKES: &[Kind] = &[Main, Vcpu, Checkpoint, Files];
+
+const CALLS: &[Group] = &[
+    Group {
+        kinds: ALL,
+        calls: &[
+            SYS_read,
+            SYS_write,
+            SYS_close,
+            // The number of a forbidden call, for the report of it.
+            SYS_pread64,
+            SYS_ppoll,
+            SYS_clock_gettime,
+            SYS_restart_syscall,
+            // Memory; the rest of it is below.
+            SYS_munmap,
+            SYS_mremap,
+            SYS_madvise,
+            SYS_brk,
+            // Locks, signals, the end.
+            SYS_futex,
+            SYS_sched_yield,
+            SYS_getpid,
+            SYS_gettid,
+            SYS_rt_sigprocmask,
+            SYS_rt_sigreturn,
+            SYS_sigaltstack,
+            SYS_exit,
+            // Also when a page of memory is lost, on whichever thread that touches it.
+            SYS_exit_group,
+        ],
+    },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Stream], calls: &[SYS_getrandom] },
+    // Files: disks, the kernel on reset, saves. `open`, `stat`, `lstat` are musl's.
+    Group { kinds: OPENS, calls: &[SYS_openat, SYS_open, SYS_fstat, SYS_fstatfs, SYS_lseek] },
+    // Which process has a file; what there is to give up at the end; where a save is.
+    Group { kinds: &[Main, Checkpoint, Files, End], calls: &[SYS_readlink, SYS_getdents64] },
+    Group { kinds: &[Main, Memory], calls: &[SYS_nanosleep, SYS_clock_nanosleep] },
+    // The generation of a disk's image.
+    Group { kinds: &[Io, Checkpoint, Files], calls: &[SYS_fgetxattr, SYS_fsetxattr, SYS_fsync] },
+    Group { kinds: &[Checkpoint, Files], calls: &[SYS_ftruncate] },
+    Group { kinds: &[Checkpoint], calls: &[SYS_pwrite64] },
+    // Disks and taps.
+    Group {
+        kinds: &[Io],
+        calls: &[
+            SYS_readv,
+            SYS_writev,
+            SYS_preadv,
+            SYS_preadv2,
+            SYS_pwritev,
+            SYS_pwritev2,
+            SYS_fdatasync,
+            SYS_fallocate,
+            SYS_io_uring_register,
+        ],
+    },
+    // A disk's ring is made when it is plugged and when its driver sets it up, and tried out when the
+    // disk is opened.
+    Group { kinds: &[Main, Vcpu, Io, Files], calls: &[SYS_io_uring_setup] },
+    Group { kinds: &[Main, Io, Files], calls: &[SYS_io_uring_enter] },
+    // Saving: the directory, its lock, and the files put in their places.
+    Group {
+        kinds: &[Checkpoint],
+        calls: &[SYS_mkdir, SYS_rmdir, SYS_flock, SYS_rename, SYS_getcwd],
+    },
+    // An I/O thread may be the last that knows a console's socket, and removes its name.
+    Group {
+        kinds: &[Main, Io, Checkpoint, Files, Kernel, End],
+        calls: &[SYS_statx, SYS_newfstatat, SYS_stat, SYS_lstat],
+    },
+    Group { kinds: &[Main, Io, Checkpoint, End], calls: &[SYS_unlink] },
+    // What is given up at the end; standard output when in the background.
+    Group { kinds: &[Main, End], calls: &[SYS_dup2] },
+    Group { kinds: &[Main, Io], calls: &[SYS_epoll_wait, SYS_epoll_pwait] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_epoll_ctl] },
+    Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_timerfd_settime] },
+    // QMP and console clients. Sockets that listen were made before.
+    Group { kinds: &[Main, Io], calls: &[SYS_accept4] },
+    Group { kinds: &[Main, Io, Stream], calls: &[SYS_recvfrom] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint], calls: &[SYS_sendto] },
+    Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_shutdown] },
+    // With a descriptor for `getfd`.
+    Group { kinds: &[Main], calls: &[SYS_recvmsg] },
+    // Saving into a socket; only Unix sockets can be made, see below.
+    Group { kinds: &[Checkpoint], calls: &[SYS_connect] },
+];
+
+/// With `-sandbox on,spawn=allow`: another process is handed what it is to start.
+const SPAWN: Group = Group { kinds: &[Main], calls: &[SYS_socketpair, SYS_sendmsg] };
+
+const LIMITED: &[Limited] = &[
+    // Data never becomes code.
+    Limited { kinds: ALL, call: SYS_mmap, argument: 2, allowed: Allowed::Without(EXEC) },
+    Limited { kinds: ALL, call: SYS_mprotect, argument: 2, allowed: Allowed::Without(EXEC) },
+    // The own vCPU threads, and itself to abort.
+    Limited { kinds: ALL, call: SYS_tgkill, argument: 0, allowed: Allowed::Itself },
+    // For kicks, and for what ends the process.
+    Limited {
+        kinds: &[Main, Vcpu],
+        call: SYS_rt_sigaction,
+        argument: 0,
+        allowed: Allowed::Not(SIGSYS.cast_unsigned()),
+    },
+    // What the standard library asks of a descriptor before it closes it, when it checks itself.
+    limited(if cfg!(debug_assertions) { ALL } else { &[] }, SYS_fcntl, &[F_GETFD as u32]),
+    limited(&[Main, Vcpu, Io, Checkpoint, Files], SYS_fcntl, &[F_DUPFD_CLOEXEC as u32]),
+    limited(
+        &[Main, Io, Checkpoint, Files, End],
+        SYS_fcntl,
+        &[
+            F_GETFD as u32,
+            F_SETFD as u32,
+            F_GETFL as u32,
+            F_SETFL as u32,
+            F_DUPFD as u32,
+            F_OFD_SETLK as u32,
+        ],
+    ),
+    // The terminal, put back at the end, whatever that is.
+    limited(ALL, SYS_ioctl, &[TCSETS as u32, TCSETS2 as u32]),
+    // Descriptors, as the standard library sets them up.
+    limited(&[Main, Io, Checkpoint, Files], SYS_ioctl, &[FIONBIO as u32, FIOCLEX as u32]),
+    // Disks that are block devices.
+    limited(&[Main, Files], SYS_ioctl, &[BLKSSZGET as u32, BLKPBSZGET as u32]),
+    limited(&[Io], SYS_ioctl, &[BLKDISCARD]),
+    // Saves that keep disks.
+    limited(&[Checkpoint], SYS_ioctl, &[FICLONE as u32]),
+    // Taps: plugged by the main thread, set up as the driver wants it.
+    limited(
+        &[Main],
+        SYS_ioctl,
+        &[TUNSETIFF as u32, TUNGETIFF as u32, TUNSETVNETHDRSZ as u32, SIOCGIFINDEX as u32],
+    ),
+    limited(&[Main, Vcpu, Io], SYS_ioctl, &[TUNSETOFFLOAD as u32, TUNSETQUEUE as u32]),
+    // Restored memory that is filled while the guest runs, and of which a device may give some back.
+    limited(
+        &[Io, Memory],
+        SYS_ioctl,
+        &[fault::UFFDIO_COPY as u32, fault::UFFDIO_ZEROPAGE as u32, fault::UFFDIO_WAKE as u32],
+    ),
+    // Runs a vCPU, and reads and writes its state.
+    Limited {
+        kinds: &[Vcpu],
+        call: SYS_ioctl,
+        argument: 1,
+        allowed: Allowed::Kvm(&[
+            0x80, // RUN
+            0xad, // KVMCLOCK_CTRL
+            0xe1, 0xe2, // SET_DEVICE_ATTR, GET_DEVICE_ATTR
+            0xa2, 0xa3, // SET_TSC_KHZ, GET_TSC_KHZ
+            0x81, 0x82, // GET_REGS, SET_REGS
+            0x83, 0x84, // GET_SREGS, SET_SREGS
+            0x88, 0x89, // GET_MSRS, SET_MSRS
+            0x8e, 0x8f, // GET_LAPIC, SET_LAPIC
+            0x98, 0x99, // GET_MP_STATE, SET_MP_STATE
+            0x9f, 0xa0, // GET_VCPU_EVENTS, SET_VCPU_EVENTS
+            0xa1, // GET_DEBUGREGS; SET_DEBUGREGS has the number of SET_TSC_KHZ
+            0xa4, 0xa5, // GET_XSAVE, SET_XSAVE
+            0xa6, 0xa7, // GET_XCRS, SET_XCRS
+            0xbe, 0xbf, // GET_NESTED_STATE, SET_NESTED_STATE
+        ]),
+    },
+    // What belongs to the machine as a whole. A reset makes a new one of KVM, with its vCPUs.
+    Limited {
+        kinds: &[Main],
+        call: SYS_ioctl,
+        argument: 1,
+        allowed: Allowed::Kvm(&[
+            0x01, // CREATE_VM
+            0x03, 0x04, 0x05, // CHECK_EXTENSION, GET_VCPU_MMAP_SIZE, GET_SUPPORTED_CPUID
+            0x41, // CREATE_VCPU
+            0x46, 0x47, 0x48, // SET_USER_MEMORY_REGION, SET_TSS_ADDR, SET_IDENTITY_MAP_ADDR
+            0x60, 0x76, 0x77, 0x79, // CREATE_IRQCHIP, IRQFD, CREATE_PIT2, IOEVENTFD
+            0x90, // SET_CPUID2
+            0x81, 0x82, // GET_REGS, SET_REGS
+            0x83, 0x84, // GET_SREGS, SET_SREGS
+            0x88, 0x89, // GET_MSRS, SET_MSRS
+            0x42, // GET_DIRTY_LOG
+            0x62, 0x63, // GET_IRQCHIP, SET_IRQCHIP
+            0x7b, 0x7c, // SET_CLOCK, GET_CLOCK
+            0x9f, 0xa0, // GET_PIT2, SET_PIT2
+            0xa3, // GET_TSC_KHZ
+        ]),
+    },
+    // To ask for the number of an interface, and to save into.
+    Limited {
+        kinds: &[Main, Checkpoint],
+        call: SYS_socket,
+        argument: 0,
+        allowed: Allowed::Values(&[AF_UNIX as u32]),
+    },
+];
+
+const EXEC: u32 = PROT_EXEC as u32;
+// linux/fs.h; the libc crate lacks it.
+const BLKDISCARD: u32 = 0x1277;
+/// KVM's type of ioctl (linux/kvm.h).
+const KVM: u8 = 0xae;
+
+/// A call whose second argument says what is to be done.
+const fn limited(kinds: &'static [Kind], call: c_long, commands: &'static [u32]) -> Limited {
+    Limited { kinds, call, argument: 1, allowed: Allowed::Values(commands) }
+}
+
+/// The system calls of threads of this kind, and what their arguments must be: any one of the rules, or
+/// anything without rules. With `spawn`, also what hands a command to another process, which is not
+/// confined.
+pub fn allowed(kind: Kind, spawn: bool) -> Calls {
+    let mut calls = Calls::new();
+    let spawn = spawn.then_some(&SPAWN);
+    for group in CALLS.iter().chain(spawn).filter(|group| group.kinds.contains(&kind)) {
+        calls.extend(group.calls.iter().map(|call| (number(*call), Vec::new())));
+    }
+    for limited in LIMITED.iter().filter(|limited| limited.kinds.contains(&kind)) {
+        calls.entry(number(limited.call)).or_default().extend(limited.rules());
+    }
+    calls
+}
+
+impl Limited {
+    fn rules(&self) -> Vec<Rule> {
+        let argument = self.argument;
+        let rule = |test| Rule { argument, test };
+        match self.allowed {
+            Allowed::Values(values) => values.iter().map(|v| rule(Test::Is(*v))).collect(),
+            Allowed::Kvm(numbers) => {
+                let request = |n: &u8| u16::from_be_bytes([KVM, *n]).into();
+                numbers.iter().map(|n| rule(Test::Has(0xffff, request(n)))).collect()
+            }
+            Allowed::Without(bits) => vec![rule(Test::Has(bits, 0))],
+            Allowed::Not(value) => vec![rule(Test::IsNot(value))],
+            Allowed::Itself => vec![rule(Test::Is(std::process::id()))],
+        }
+    }
+}
+
+/// Numbers of system calls have 32 bits (linux/seccomp.h).
+fn number(call: c_long) -> u32 {
+    u32::try_from(call).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_call_is_allowed_both_without_and_with_a_rule() {
+        for kind in ALL {
+            let groups = CALLS.iter().chain([&SPAWN]).filter(|group| group.kinds.contains(kind));
+            let mut calls: Vec<_> = groups.flat_map(|group| group.calls).collect();
+            let all = calls.len();
+            calls.sort_unstable();
+            calls.dedup();
+            assert_eq!(calls.len(), all, "{kind:?}: a call stands there twice");
+            let limited = LIMITED.iter().filter(|limited| limited.kinds.contains(kind));
+            for limited in limited {
+                assert!(!calls.contains(&&limited.call), "{kind:?}: {}", limited.call);
+            }
+        }
+    }
+}
