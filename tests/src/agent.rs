@@ -314,7 +314,7 @@ fn artefacts() -> Result<(Paths, Debian)> {
 }
 
 /// The monitor's binary: the one that `STRATOVIRT_BIN` names, or built now in the profile that this
-/// program was built in.
+/// program was built in; for a release as `cargo monitor` builds it.
 ///
 /// # Errors
 /// There is none of that name, or it does not build.
@@ -343,10 +343,11 @@ fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
     // For the whole workspace, as `cargo test` does it: with other features the dependencies would
     // be built once more.
-    build.args(["build", "--workspace", "--bin", name]);
-    if profile.ends_with("release") {
-        build.arg("--release");
-    }
+    match (name, profile.ends_with("release")) {
+        ("stratovirt", true) => build.arg("monitor"),
+        (_, true) => build.args(["build", "--workspace", "--bin", name, "--release"]),
+        (_, false) => build.args(["build", "--workspace", "--bin", name]),
+    };
     // A person sees how far cargo is, and what is wrong where it is.
     if io::stderr().is_terminal() {
         eprintln!("  Building {name}");
