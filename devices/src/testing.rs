@@ -27,7 +27,10 @@ use crate::{
     backend::net::{NetBackend, Offloads, frame::Frame},
     bus::BusDevice,
     irq::Line,
-    virtio::{F_VERSION_1, VirtioDevice, mmio::Transport, registers::Registers},
+    virtio::{
+        F_VERSION_1, VirtioDevice,
+        mmio::{Transport, registers::Registers},
+    },
     worker::{IoThread, Refused, Worker},
 };
 

@@ -12,8 +12,11 @@ use devices::{
     irq::Line,
     virtio::{
         VirtioDevice,
-        mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, Transport},
-        registers::{INT_USED, PAGE, Registers},
+        interrupt::INT_USED,
+        mmio::{
+            INTERRUPT_ACK, QUEUE_NOTIFY, Transport,
+            registers::{PAGE, Registers},
+        },
     },
 };
 use parking_lot::Mutex;
@@ -62,7 +65,7 @@ pub struct Slots {
     window: Arc<MmapRegion>,
     memory: Memory,
     /// Takes the acknowledgements of used-buffer interrupts, which mean nothing: see
-    /// [`devices::virtio::registers`]. Nobody ever reads it.
+    /// [`devices::virtio::mmio::registers`]. Nobody ever reads it.
     acknowledged: EventFd,
 }
 

@@ -3,16 +3,17 @@
 //! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
 //! Where the worker is, and what becomes of the device when its I/O thread fails, is the same for
-//! all of them: see `worker.rs`.
+//! all of them: see `worker.rs`. What every transport does is in `transport/`; virtio-mmio is one.
 pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;
+pub mod interrupt;
 pub mod mmio;
 pub mod net;
-pub mod registers;
 mod ring;
 pub mod rng;
+mod transport;
 mod worker;
 
 use std::{any::Any, sync::Arc};
@@ -21,7 +22,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{Device, Memory, state::StateError, worker::IoThread};
-pub use registers::Interrupt;
+pub use interrupt::Interrupt;
 pub(crate) use worker::VirtioWorker;
 
 /// `VIRTIO_F_VERSION_1`: every device offers it and refuses drivers that do not take it.

@@ -212,7 +212,7 @@ impl RngWorker {
         self.ring.ignore()?;
         let more = self.serve()?;
         if self.ring.wants_interrupt()? {
-            self.interrupt.used();
+            self.interrupt.used(self.ring.index());
         }
         if more {
             self.ring.come_back();

@@ -250,7 +250,7 @@ fn serve(
         left -= 1;
     }
     if ring.wants_interrupt()? {
-        interrupt.used();
+        interrupt.used(ring.index());
     }
     if left == 0 {
         ring.come_back();
@@ -262,7 +262,7 @@ fn give_back(ring: &mut Ring, head: u16, interrupt: &Interrupt) -> Result<(), Br
     ring.put_used(0, head, 0)?;
     ring.publish(1)?;
     if ring.wants_interrupt()? {
-        interrupt.used();
+        interrupt.used(ring.index());
     }
     Ok(())
 }

@@ -445,15 +445,12 @@ impl BlockWorker {
 
     /// One decision for everything used since the last one.
     fn signal(&mut self) {
-        let mut wanted = false;
-        for queue in &mut self.queues {
-            if std::mem::take(&mut queue.unsignalled) {
-                wanted |= chain::needs_interrupt(&mut queue.ring, &self.memory);
-            }
-        }
-        if wanted {
-            self.interrupt.used();
-        }
+        let wants = self.queues.iter_mut().filter_map(|queue| {
+            let wants = std::mem::take(&mut queue.unsignalled)
+                && chain::needs_interrupt(&mut queue.ring, &self.memory);
+            wants.then_some(queue.index)
+        });
+        self.interrupt.used_all(wants);
     }
 
     /// Return what the disk has finished.

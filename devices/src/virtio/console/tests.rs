@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     Device, conformance,
     testing::{Buffer, Guest, NEXT, RAM, WRITE},
-    virtio::registers::CONFIG,
+    virtio::mmio::registers::CONFIG,
 };
 
 /// A guest whose console is a socket.

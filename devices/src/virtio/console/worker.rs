@@ -223,8 +223,10 @@ impl ConsoleWorker {
     }
 
     fn interrupt(&mut self, ring: impl Fn(&mut Self) -> &mut Ring) -> Result<(), Broken> {
-        if ring(self).wants_interrupt()? {
-            self.interrupt.used();
+        let ring = ring(self);
+        let index = ring.index();
+        if ring.wants_interrupt()? {
+            self.interrupt.used(index);
         }
         Ok(())
     }

@@ -5,10 +5,14 @@ use std::{
 
 use virtio_queue::QueueT;
 
-use super::*;
+use super::{registers::CONFIG_GENERATION, *};
 use crate::{
-    state::Section,
     testing::{Guest, HIGH, RAM, open_descriptors, with_own_descriptors},
+    virtio::{
+        ActivateError, Activation, ActiveQueue, F_VERSION_1,
+        interrupt::INT_USED,
+        transport::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK},
+    },
     worker::{Worker, WorkerControl, WorkerSlot},
 };
 
@@ -382,7 +386,7 @@ fn queue_registers_are_closed_while_the_device_runs() {
     g.place_all();
     assert_eq!(g.load(QUEUE_READY), 0, "not before FEATURES_OK");
     g.start(0);
-    let before = g.transport.driver.clone();
+    let before = g.transport.core.driver.clone();
     for value in [0, 1, 3, u32::MAX] {
         for offset in (QUEUE_SIZE..0xfc).step_by(4).filter(|at| ![0x50, 0x64, 0x70].contains(at)) {
             g.store(QUEUE_SEL, 0);
@@ -393,7 +397,7 @@ fn queue_registers_are_closed_while_the_device_runs() {
         }
     }
     g.store(QUEUE_SEL, before.queue_sel);
-    assert_eq!(g.transport.driver, before);
+    assert_eq!(g.transport.core.driver, before);
     assert_eq!(g.thread.workers(), 1);
 }
 
@@ -403,11 +407,11 @@ fn a_ready_queue_has_to_be_taken_back_before_it_is_changed() {
     g.negotiate(F_VERSION_1);
     let q = g.place(0, 128);
     g.store(QUEUE_SIZE, 64);
-    assert_eq!(g.transport.driver.queues[0].size, 128);
+    assert_eq!(g.transport.core.driver.queues[0].size, 128);
     g.store(QUEUE_READY, 0);
     assert_eq!(g.load(QUEUE_READY), 0);
     g.configure(0, &q, 64);
-    assert_eq!(g.transport.driver.queues[0].size, 64);
+    assert_eq!(g.transport.core.driver.queues[0].size, 64);
 }
 
 #[test]

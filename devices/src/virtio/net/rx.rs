@@ -105,7 +105,7 @@ impl Rx {
         loop {
             let stop = self.batch(pair, &*backend, shared)?;
             if self.ring.wants_interrupt()? {
-                shared.interrupt.used();
+                shared.interrupt.used(self.ring.index());
             }
             match stop {
                 Stop::Turn => return Ok(true),
@@ -136,7 +136,7 @@ impl Rx {
             }
             self.budget -= 1;
             if self.budget.is_multiple_of(WAKE) && self.ring.wants_interrupt()? {
-                shared.interrupt.used();
+                shared.interrupt.used(self.ring.index());
             }
         }
         Ok(Stop::Turn)

@@ -81,7 +81,7 @@ impl Tx {
         loop {
             let stop = self.batch(pair, shared, &mut budget, std::mem::take(&mut again))?;
             if self.ring.wants_interrupt()? {
-                shared.interrupt.used();
+                shared.interrupt.used(self.ring.index());
             }
             match stop {
                 Stop::Turn => return Ok(true),

@@ -271,7 +271,7 @@ impl<B: NetBackend> NetWorker<B> {
             _ => false,
         })?;
         if control.ring.wants_interrupt()? {
-            self.shared.interrupt.used();
+            self.shared.interrupt.used(control.ring.index());
         }
         if more {
             control.ring.come_back();

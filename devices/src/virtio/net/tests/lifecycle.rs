@@ -1,6 +1,6 @@
 //! Queue pairs, link, hot-plug, saved state.
 use super::*;
-use crate::{conformance, virtio::registers::CONFIG};
+use crate::{conformance, virtio::mmio::registers::CONFIG};
 
 const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 const CSUM: u64 = 1 << 1;

@@ -1,12 +1,12 @@
-//! A queue's registers as the driver wrote them, and the one check that makes a queue of them.
+//! A queue as the driver configured it, and the one check that makes a queue of them.
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::Memory;
 
-/// Raw values: nothing is rounded, cut or refused before [`QueueRegisters::check`].
+/// Raw values: nothing is rounded, cut or refused before [`QueueConfig::check`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct QueueRegisters {
+pub(in crate::virtio) struct QueueConfig {
     pub size: u32,
     pub ready: bool,
     pub descriptors: u64,
@@ -16,14 +16,14 @@ pub(super) struct QueueRegisters {
 
 /// What the driver got wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum QueueFault {
+pub(in crate::virtio) enum QueueFault {
     #[error("size {size} is not a power of two from 1 to {max}")]
     Size { size: u32, max: u16 },
     #[error("ring address is zero, unaligned, or outside guest memory")]
     Address,
 }
 
-impl QueueRegisters {
+impl QueueConfig {
     /// A queue, if the rings are aligned (virtio 1.3, section 2.7), lie within guest memory and
     /// have a size that the device offers. Zero is no ring's address: it is a driver that forgot.
     pub fn check(&self, max: u16, event_idx: bool, memory: &Memory) -> Result<Queue, QueueFault> {

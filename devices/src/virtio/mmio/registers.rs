@@ -13,14 +13,8 @@ use std::sync::{
 
 use vm_memory::{MmapRegion, VolatileMemory};
 
-use crate::irq::Line;
-
 /// Bytes of one device's register page.
 pub const PAGE: usize = 4096;
-/// InterruptStatus: the device used a buffer.
-pub const INT_USED: u32 = 1;
-/// InterruptStatus: the configuration changed.
-pub const INT_CONFIG: u32 = 2;
 /// Offset of InterruptStatus.
 pub const INTERRUPT_STATUS: usize = 0x60;
 /// Offset of Status.
@@ -29,8 +23,6 @@ pub const STATUS: usize = 0x70;
 pub const CONFIG_GENERATION: usize = 0xfc;
 /// Offset of the device-specific configuration space.
 pub const CONFIG: usize = 0x100;
-/// Status bit: the device has met something that it cannot recover from.
-pub const DEVICE_NEEDS_RESET: u32 = 0x40;
 
 /// One device's page in a window that several devices share.
 #[derive(Clone, Debug)]
@@ -78,44 +70,34 @@ impl Registers {
         self.with(offset, |r| r.fetch_add(1, Ordering::AcqRel));
     }
 
+    /// Show `config` as the device-specific configuration space, of which `shown` bytes are there. A
+    /// driver that reads it meanwhile finds that the generation has changed (section 4.2.2.1),
+    /// unless it begins and ends between the two steps: it reads memory, so nothing can hold it up.
+    /// If it is ready it is interrupted afterwards, and reads again. False when there is nothing new
+    /// to show.
+    pub(crate) fn show_config(&self, config: &[u8], shown: usize) -> bool {
+        let same = |(n, byte): (usize, &u8)| self.byte(CONFIG + n) == *byte;
+        if config.len() == shown && config.iter().enumerate().all(same) {
+            return false;
+        }
+        let mut words = config.chunks(4).map(|bytes| {
+            let mut word = [0; 4];
+            word.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+            u32::from_le_bytes(word)
+        });
+        self.bump(CONFIG_GENERATION);
+        for offset in (CONFIG..CONFIG + config.len().max(shown)).step_by(4) {
+            self.store(offset, words.next().unwrap_or(0));
+        }
+        self.bump(CONFIG_GENERATION);
+        true
+    }
+
     fn with<T>(&self, offset: usize, f: impl FnOnce(&AtomicU32) -> T) -> Option<T> {
         if offset >= PAGE {
             return None;
         }
         let at = self.base.checked_add(offset)?;
         self.window.get_atomic_ref::<AtomicU32>(at).ok().map(f)
-    }
-}
-
-/// How a device interrupts its driver.
-#[derive(Clone, Debug)]
-pub struct Interrupt {
-    line: Line,
-    registers: Registers,
-}
-
-impl Interrupt {
-    /// An interrupt shown in `registers` and signalled on `line`.
-    pub fn new(line: Line, registers: Registers) -> Self {
-        Self { line, registers }
-    }
-
-    /// A queue has used buffers and the driver wants to know.
-    pub fn used(&self) {
-        // Bit 0 stands since DRIVER_OK: see the top of this module.
-        self.line.trigger();
-    }
-
-    /// The configuration space has changed. Call after the page shows the new contents.
-    pub fn config(&self) {
-        self.registers.set(INTERRUPT_STATUS, INT_CONFIG);
-        self.line.trigger();
-    }
-
-    /// The driver did something that the device cannot go on after (virtio 1.3, section 2.1.2).
-    /// Nothing happens to the host; the driver has to reset the device.
-    pub fn needs_reset(&self) {
-        self.registers.set(STATUS, DEVICE_NEEDS_RESET);
-        self.config();
     }
 }
