@@ -209,7 +209,7 @@ fn ignores_stray_notifications(make: &impl Make) {
         for queue in (0..queues).chain([queues, 0xffff, u32::MAX]) {
             g.store(QUEUE_NOTIFY, queue);
         }
-        for notifier in g.transport.notifiers() {
+        for notifier in g.transport.notifiers().iter() {
             notifier.write(1).unwrap();
         }
         g.thread.settle();
@@ -312,7 +312,7 @@ fn moves_without_losing_anything(make: &impl Make) {
         to.transport.restore(&section).unwrap();
         assert_eq!(to.transport.save().unwrap(), section);
         to.transport.resume();
-        for notifier in to.transport.notifiers() {
+        for notifier in to.transport.notifiers().iter() {
             notifier.write(1).unwrap();
         }
         to.thread.settle();

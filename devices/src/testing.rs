@@ -8,6 +8,7 @@
 mod descriptors;
 
 use std::{
+    any::Any,
     io,
     os::{
         fd::{AsRawFd, RawFd},
@@ -331,6 +332,16 @@ impl Guest {
         let transport =
             Transport::new(device, memory.clone(), registers(), line, thread.clone()).unwrap();
         Self { transport, memory, thread, queues: Vec::new(), next_data: DATA }
+    }
+
+    /// The device, if it is a `T`.
+    pub fn device<T: VirtioDevice>(&mut self) -> Option<&mut T> {
+        (self.transport.device_mut() as &mut dyn Any).downcast_mut()
+    }
+
+    /// As [`Transport::update`]; `None` when the device is not a `T`.
+    pub fn update<T: VirtioDevice, R>(&mut self, change: impl FnOnce(&mut T) -> R) -> Option<R> {
+        self.transport.update(|device| (device as &mut dyn Any).downcast_mut().map(change))
     }
 
     /// Read a register.

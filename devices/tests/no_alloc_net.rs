@@ -7,7 +7,7 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
     os::unix::net::UnixDatagram,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use devices::{
@@ -58,7 +58,7 @@ fn lan(pps: Option<u64>) -> (Guest, UnixDatagram) {
     ours.set_nonblocking(true).unwrap();
     theirs.set_nonblocking(true).unwrap();
     let settings = NetSettings { queue_pairs: 1, queue_size: 256, pps, ..NetSettings::default() };
-    (Guest::new(Box::new(Net::new("net0", settings, Some(Wire(ours))).unwrap())), theirs)
+    (Guest::new(Box::new(Net::new("net0", settings, Some(Arc::new(Wire(ours)))).unwrap())), theirs)
 }
 
 #[test]

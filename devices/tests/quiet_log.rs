@@ -40,7 +40,7 @@ fn a_storm_of_mistakes_is_a_line_a_second() {
     let devices: [Box<dyn VirtioDevice>; 4] = [
         Box::new(Block::new("disk", Settings::default(), None).unwrap()),
         Box::new(Console::new("console", Char::null().unwrap())),
-        Box::new(Net::<devices::backend::net::tap::Tap>::new("net", settings, None).unwrap()),
+        Box::new(Net::new("net", settings, None).unwrap()),
         Box::new(Rng::new("rng", "/dev/urandom".as_ref(), None).unwrap()),
     ];
     for device in devices {

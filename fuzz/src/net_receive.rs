@@ -76,7 +76,9 @@ pub fn entry(input: &[u8]) {
         bps: (flags & 2 != 0).then_some(limit * 64),
         ..NetSettings::default()
     };
-    let mut guest = Guest::new(Box::new(Net::new("net0", settings, Some(Wire(ours))).unwrap()));
+    let mut guest = Guest::new(Box::new(
+        Net::new("net0", settings, Some(std::sync::Arc::new(Wire(ours)))).unwrap(),
+    ));
     begin(&mut guest, &mut input);
     for _ in 0..200 {
         if input.0.is_empty() {

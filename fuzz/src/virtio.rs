@@ -1,6 +1,6 @@
 //! A driver that does what the input says: registers, rings, descriptors, memory and notifications of a
 //! disk, a NIC, a console or a source of randomness, with pauses, resets and saved states in between.
-use std::{fs::File, io::Write, os::unix::net::UnixDatagram, time::Duration};
+use std::{fs::File, io::Write, os::unix::net::UnixDatagram, sync::Arc, time::Duration};
 
 use devices::{
     Device,
@@ -70,7 +70,7 @@ impl Host {
                 let pps = (kind & 0x40 != 0).then_some(5);
                 let settings =
                     NetSettings { queue_pairs: 1, queue_size: 256, pps, ..NetSettings::default() };
-                Box::new(Net::new("net0", settings, Some(Wire(ours))).unwrap())
+                Box::new(Net::new("net0", settings, Some(Arc::new(Wire(ours)))).unwrap())
             }
             4 => {
                 let char = Char::pty().unwrap();

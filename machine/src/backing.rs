@@ -7,9 +7,9 @@ use devices::{
     backend::{
         char::{Char, CharError},
         disk::Disk,
-        net::{NetBackend, NoNetwork, tap::Tap},
+        net::{NetBackend, NoNetwork},
     },
-    virtio::{VirtioDevice, blk, net},
+    virtio::{blk, net},
 };
 
 use crate::{BuildError, Callbacks, Event, Report, Told, backends, legacy};
@@ -62,7 +62,7 @@ impl Backing<'_> {
             }
         };
         let backend = disk.map(|config| {
-            let backend = backends::limited(open(config)?, config);
+            let backend = backends::limited(Arc::new(open(config)?), config);
             Ok(match self {
                 Self::Host { .. } => backend,
                 Self::Nothing(_) => blk::Backend { expect: blk::Expect::Any, ..backend },
@@ -80,47 +80,37 @@ impl Backing<'_> {
         slot: usize,
         shape: Option<&NicConfig>,
         nic: Option<&NicConfig>,
-    ) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    ) -> Result<net::Net, BuildError> {
         let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.clone());
-        let pairs = shape.map(|s| s.queue_pairs).unwrap_or_default().get();
-        let failed = |source| BuildError::Tap { id: id.clone(), source };
-        Ok(match self {
-            Self::Host { held, .. } => {
-                let named = |nic: &&NicConfig| matches!(nic.tap, config::Tap::Name(_));
-                let awaited = !held && nic.filter(named).is_some();
-                let open = nic.filter(|_| !awaited).map(backends::tap);
-                let tap: Option<Tap> = open.transpose().map_err(failed)?;
-                let mut net = interface(id, shape, nic, tap)?;
-                if awaited {
-                    net.await_backend();
+        let settings = net::NetSettings {
+            mac: nic.or(shape).and_then(|n| n.mac),
+            queue_pairs: shape.map(|s| s.queue_pairs).unwrap_or_default().get(),
+            queue_size: shape.map(|s| s.queue_size).unwrap_or_default().get(),
+            pps: nic.and_then(|n| n.pps).map(PerSecond::get),
+            bps: nic.and_then(|n| n.bps).map(PerSecond::get),
+        };
+        let awaited = matches!(self, Self::Host { held: false, .. })
+            && nic.is_some_and(|nic| matches!(nic.tap, config::Tap::Name(_)));
+        let open = |nic: &NicConfig| -> Result<Arc<dyn NetBackend>, BuildError> {
+            Ok(match self {
+                Self::Host { .. } => {
+                    let failed = |source| BuildError::Tap { id: id.clone(), source };
+                    Arc::new(backends::tap(nic).map_err(failed)?)
                 }
-                Box::new(net)
-            }
-            Self::Nothing(_) => {
-                let none = nic.map(|_| NoNetwork::new(pairs.into())).transpose();
-                let none =
-                    none.map_err(|source| BuildError::Descriptor { id: id.clone(), source })?;
-                Box::new(interface(id, shape, nic, none)?)
-            }
-        })
+                Self::Nothing(_) => {
+                    let failed = |source| BuildError::Descriptor { id: id.clone(), source };
+                    Arc::new(NoNetwork::new(settings.queue_pairs.into()).map_err(failed)?)
+                }
+            })
+        };
+        let backend = nic.filter(|_| !awaited).map(open).transpose()?;
+        let mut net = net::Net::new(id.clone(), settings, backend)
+            .map_err(|source| BuildError::NicSettings { id, source })?;
+        if awaited {
+            net.await_backend();
+        }
+        Ok(net)
     }
-}
-
-fn interface<B: NetBackend>(
-    id: String,
-    shape: Option<&NicConfig>,
-    nic: Option<&NicConfig>,
-    backend: Option<B>,
-) -> Result<net::Net<B>, BuildError> {
-    let settings = net::NetSettings {
-        mac: nic.or(shape).and_then(|n| n.mac),
-        queue_pairs: shape.map(|s| s.queue_pairs).unwrap_or_default().get(),
-        queue_size: shape.map(|s| s.queue_size).unwrap_or_default().get(),
-        pps: nic.and_then(|n| n.pps).map(PerSecond::get),
-        bps: nic.and_then(|n| n.bps).map(PerSecond::get),
-    };
-    net::Net::new(id.clone(), settings, backend)
-        .map_err(|source| BuildError::NicSettings { id, source })
 }
 
 fn on_error(report: Report) -> blk::OnError {

@@ -1,12 +1,15 @@
 //! The balloon of a machine, as the monitor steers it.
 use std::{sync::Arc, time::Duration};
 
-use devices::virtio::balloon::{BALLOON_PAGE, Balloon as Device, Control};
+use devices::virtio::{
+    VirtioDevice,
+    balloon::{BALLOON_PAGE, Control},
+};
 
-use crate::Machine;
+use crate::{Machine, slots::Handle};
 
 /// How long a vCPU may take that resets the device.
-const DEVICE_PATIENCE: Duration = Duration::from_millis(20);
+const DEVICE_LOCK_LIMIT: Duration = Duration::from_millis(20);
 
 /// A machine's balloon.
 pub struct Balloon {
@@ -16,13 +19,17 @@ pub struct Balloon {
     pub control: Arc<Control>,
     /// Bytes of guest memory.
     ram: u64,
-    /// Which slot the device is in.
-    slot: usize,
+    device: Handle<dyn VirtioDevice>,
 }
 
 impl Balloon {
-    pub(crate) fn new(id: &str, control: Arc<Control>, ram: u64, slot: usize) -> Self {
-        Self { id: id.to_owned(), control, ram, slot }
+    pub(crate) fn new(
+        id: &str,
+        control: Arc<Control>,
+        ram: u64,
+        device: Handle<dyn VirtioDevice>,
+    ) -> Self {
+        Self { id: id.to_owned(), control, ram, device }
     }
 
     /// Ask the guest to leave itself `bytes` of memory, or all that it has if that is less. The guest
@@ -48,10 +55,8 @@ impl Machine {
     pub fn show_balloon(&self) {
         if let Some(balloon) = &self.balloon {
             // Else its guest is resetting it, and reads everything again after that.
-            if let Some((transport, _)) = self.slots.get(balloon.slot)
-                && let Some(mut transport) = transport.try_lock_for(DEVICE_PATIENCE)
-            {
-                transport.update(|_: &mut Device| ());
+            if let Some(mut transport) = balloon.device.try_lock_for(DEVICE_LOCK_LIMIT) {
+                transport.update(|_| ());
             }
         }
     }

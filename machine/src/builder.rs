@@ -18,7 +18,10 @@ use devices::{
     bus::BusBuilder,
     reclaim::Reclaim,
     threads::ThreadStart,
-    virtio::{VirtioDevice, blk, net},
+    virtio::{
+        blk::{self, Block},
+        net::{self, Net},
+    },
 };
 
 use kvm_bindings::CpuId;
@@ -27,7 +30,7 @@ use vm_memory::MmapRegion;
 
 use crate::{
     Machine,
-    backends::{self, Backends, Plugged},
+    backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
     boot::BootError,
@@ -50,8 +53,8 @@ use crate::{
     quiesced::RestoreError,
     reload::BootPlan,
     rest::Rest,
-    slots::{SlotError, Slots},
-    vcpu::Handle,
+    slots::{Handle, SlotError, Slots},
+    vcpu,
 };
 
 /// Why there is no machine.
@@ -164,7 +167,7 @@ impl Machine {
 
     fn build(made_of: &MadeOf<'_>, begin: Begin, callbacks: Callbacks) -> Result<Self, BuildError> {
         let MadeOf { config, occupied, places } = *made_of;
-        let counts = SlotCounts::try_from(Wanted::of(config, occupied))?;
+        SlotCounts::try_from(Wanted::of(config, occupied))?;
         let apic_ids = topology::apic_ids(&config.topology, config.cpus)?;
 
         let small = matches!(begin, Begin::Boot) && is_small(config);
@@ -217,7 +220,8 @@ impl Machine {
         if small {
             memory::populate(&memory, &config.memory)?;
         }
-        let (Parts { legacy, slots, buses, chardevs, outputs, plugged, balloon }, boot) = parts?;
+        let (Parts { legacy, slots, buses, chardevs, outputs, disks, nics, balloon }, boot) =
+            parts?;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -231,7 +235,7 @@ impl Machine {
             .enumerate()
             .map(|(index, cpu)| {
                 let report = callbacks.report.clone();
-                Handle::spawn(index, cpu, &callbacks.start, move |index, why| {
+                vcpu::Handle::spawn(index, cpu, &callbacks.start, move |index, why| {
                     report(Event::Vcpu(index, why))
                 })
             })
@@ -254,7 +258,7 @@ impl Machine {
             rest: Rest::default(),
             chardevs,
             outputs,
-            backends: Backends::new(counts, occupied, plugged),
+            backends: Backends::new(occupied, disks, nics),
             balloon,
             generation,
             seen,
@@ -287,7 +291,8 @@ pub(crate) struct Parts {
     buses: Buses,
     chardevs: Vec<(String, String)>,
     outputs: Vec<CharSink>,
-    plugged: Vec<Plugged>,
+    disks: Vec<Handle<Block>>,
+    nics: Vec<Handle<Net>>,
     balloon: Option<Balloon>,
 }
 
@@ -325,8 +330,8 @@ impl Parts {
         let threads = Threads(io_threads);
 
         let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
-        let (mut chardevs, mut outputs, mut plugged) = (Vec::new(), Vec::new(), Vec::new());
-        let mut balloon = None;
+        let (mut chardevs, mut outputs) = (Vec::new(), Vec::new());
+        let (mut disks, mut nics, mut balloon) = (Vec::new(), Vec::new(), None);
         let default = threads.find("", "", None)?;
         let power = Arc::default();
         let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, backing)?;
@@ -334,13 +339,8 @@ impl Parts {
             chardevs.push(("serial0".to_owned(), name));
             outputs.push(sink);
         }
-        let mut slots =
-            Slots::new(window, memory.clone()).map_err(|e| BuildError::Slot(e.into()))?;
-        let mut places = places.iter();
-        let mut add = |slots: &mut Slots, device: Box<dyn VirtioDevice>, thread| {
-            let place = places.next().ok_or(BuildError::Slot(SlotError::TooMany))?;
-            slots.add(&mut mmio, place.clone(), device, thread).map_err(BuildError::Slot)
-        };
+        let mut slots = Slots::new(places.to_vec(), window, memory.clone())
+            .map_err(|e| BuildError::Slot(e.into()))?;
         for slot in 0..config.slots.disks() {
             let shape = config.disks.get(slot);
             let disk = occupied.disks.get(slot).and_then(Option::as_ref);
@@ -348,19 +348,20 @@ impl Parts {
             let block = backing
                 .block(slot, shape, disk)
                 .map_err(|e| explained(e, slot, config, occupied))?;
-            plugged.push(Plugged::of(&block));
-            add(&mut slots, Box::new(block), thread)?;
+            disks.push(slots.add(&mut mmio, Box::new(block), thread)?);
         }
         for slot in 0..config.slots.nics() {
             let shape = config.nics.get(slot);
             let nic = occupied.nics.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
-            add(&mut slots, backing.interface(slot, shape, nic)?, thread)?;
+            let net = backing.interface(slot, shape, nic)?;
+            nics.push(slots.add(&mut mmio, Box::new(net), thread)?);
         }
         for config in &config.devices {
             let facts = config.facts();
             let thread = threads.find(facts.slot(), facts.id(), facts.iothread())?;
             let Built { device, kept } = backing.device(config, reclaim)?;
+            let device = slots.add(&mut mmio, device, thread)?;
             match kept {
                 Kept::Nothing => {}
                 Kept::Chars(label, Outside { name, sink }) => {
@@ -369,14 +370,13 @@ impl Parts {
                 }
                 Kept::Balloon(control) => {
                     let ram = made_of.config.memory.size.bytes();
-                    balloon = Some(Balloon::new(facts.id(), control, ram, slots.len()));
+                    balloon = Some(Balloon::new(facts.id(), control, ram, device));
                 }
             }
-            add(&mut slots, device, thread)?;
         }
 
         let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
-        Ok(Self { legacy, slots, buses, chardevs, outputs, plugged, balloon })
+        Ok(Self { legacy, slots, buses, chardevs, outputs, disks, nics, balloon })
     }
 }
 

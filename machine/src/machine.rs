@@ -9,7 +9,6 @@ use devices::{
         disk::{Disk, DiskError},
         net::tap::TapError,
     },
-    virtio::blk::Block,
 };
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
@@ -298,13 +297,9 @@ impl Machine {
     }
 
     fn each_disk(&self, act: impl Fn(&Disk) -> Result<(), DiskError>) -> Result<(), DiskError> {
-        let transports = (0..self.config.slots.disks()).filter_map(|slot| self.slots.get(slot));
-        for (transport, _) in transports {
-            if let Some(disk) = transport.lock().device::<Block>().and_then(|block| block.disk()) {
-                act(disk)?;
-            }
-        }
-        Ok(())
+        self.backends
+            .block_devices()
+            .try_for_each(|device| device.lock().device().disk().map_or(Ok(()), &act))
     }
 
     /// All devices.

@@ -2,7 +2,7 @@
 use std::{io, ops::Range, sync::Arc};
 
 use config::places::DISK;
-use devices::{Memory, state::StateError, virtio::blk::Block};
+use devices::{Memory, state::StateError};
 use state::{Section, Sections, chips as saved, cpu};
 
 use crate::{
@@ -185,12 +185,11 @@ impl Machine {
 
     /// Of its block devices, while no request is under way.
     fn spot_checks(&self, id: u128) -> SpotChecks {
-        let order = |slot: usize| {
-            let mut transport = self.slots.get(slot)?.0.lock();
-            let check = transport.device::<Block>()?.disk()?.spot_check(id)?;
+        let each = self.backends.block_devices().enumerate().filter_map(|(slot, device)| {
+            let check = device.lock().device().disk()?.spot_check(id)?;
             Some((format!("{DISK}{slot}"), check))
-        };
-        SpotChecks((0..self.config.slots.disks()).filter_map(order).collect())
+        });
+        SpotChecks(each.collect())
     }
 
     /// Its memory.

@@ -20,7 +20,8 @@ use crate::{
     io_thread::Ended,
     kvm,
     machine::Parked,
-    vcpu::{Answer, Gone, Handle},
+    slots::Handle,
+    vcpu::{self, Answer, Gone},
 };
 
 /// How long the first try of an operation waits for what most often comes at once. Later ones only look.
@@ -86,7 +87,7 @@ impl Machine {
         }
         let deadline = self.rest.deadline();
         // All are asked before the first is waited for.
-        let ask = || self.vcpus.iter().map(Handle::park).enumerate().collect();
+        let ask = || self.vcpus.iter().map(vcpu::Handle::park).enumerate().collect();
         let mut vcpus = self.rest.attempt.take().unwrap_or_else(ask);
         let step = self.come_to_rest(&mut vcpus, deadline);
         self.rest.attempt = Some(vcpus);
@@ -167,23 +168,23 @@ impl Machine {
         }
     }
 
-    /// Change the device in slot `index`, whose I/O thread is paused meanwhile; its driver learns
-    /// of it. `None` when the slot holds something else than a `T`.
+    /// Change `device` in slot `index`, whose I/O thread is paused meanwhile; its driver learns of it.
     ///
     /// # Errors
     /// When the device or its thread cannot be had: nothing has changed then. It can be tried again, see
     /// [`Machine::vain_tries`].
-    pub(crate) fn change<T: VirtioDevice, R>(
+    pub(crate) fn change<D: VirtioDevice, R>(
         &mut self,
         index: usize,
-        change: impl FnOnce(&mut T) -> R,
-    ) -> Result<Option<R>, RunError> {
+        device: &Handle<D>,
+        change: impl FnOnce(&mut D) -> R,
+    ) -> Result<R, RunError> {
         let deadline = self.rest.deadline();
-        let Some((transport, thread)) = self.slots.get(index) else { return Ok(None) };
+        let thread = self.slots.thread(index).ok_or(RunError::NoThread)?;
         let mut changed = None;
         // A vCPU that resets a device keeps it locked until its disk has finished.
         if self.rest.attempt.is_none()
-            && let Some(mut transport) = transport.try_lock_until(deadline)
+            && let Some(mut transport) = device.try_lock_until(deadline)
         {
             if self.running {
                 thread.hold(DISK_STALL_LIMIT);
@@ -220,7 +221,7 @@ impl Machine {
         }
         let deadline = Instant::now() + patience;
         self.rest.attempt = None;
-        let answers: Vec<_> = self.vcpus.iter().map(Handle::park).collect();
+        let answers: Vec<_> = self.vcpus.iter().map(vcpu::Handle::park).collect();
         // One that does not answer waits for a device, and not in the guest.
         let left = || deadline.saturating_duration_since(Instant::now());
         let parked = answers.iter().filter(|answer| answer.wait_for(left()).is_ok()).count();

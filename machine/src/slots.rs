@@ -62,6 +62,8 @@ pub enum SlotError {
 /// All virtio devices, by slot.
 pub struct Slots {
     slots: Vec<Slot>,
+    /// Where the next ones are.
+    places: std::vec::IntoIter<Place>,
     window: Arc<MmapRegion>,
     memory: Memory,
     /// Takes the acknowledgements of used-buffer interrupts, which mean nothing: see
@@ -72,15 +74,25 @@ pub struct Slots {
 struct Slot {
     place: Place,
     queue_sizes: Vec<u16>,
-    transport: Arc<Mutex<Transport>>,
+    device: Shared,
+    line: Line,
+    notifiers: Arc<[EventFd]>,
     thread: Arc<io_thread::Handle>,
 }
 
+/// A device in a slot, for those who know its type.
+pub(crate) type Handle<D> = Arc<Mutex<Transport<D>>>;
+
 impl Slots {
-    /// No slots yet, over register pages in `window`.
-    pub(crate) fn new(window: Arc<MmapRegion>, memory: Memory) -> io::Result<Self> {
+    /// No slots yet; they will be at `places`, over register pages in `window`.
+    pub(crate) fn new(
+        places: Vec<Place>,
+        window: Arc<MmapRegion>,
+        memory: Memory,
+    ) -> io::Result<Self> {
         let acknowledged = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { slots: Vec::new(), window, memory, acknowledged })
+        let places = places.into_iter();
+        Ok(Self { slots: Vec::new(), places, window, memory, acknowledged })
     }
 
     /// A window with a register page for each of `places`, and one page at least: KVM maps no empty
@@ -90,14 +102,14 @@ impl Slots {
         MmapRegion::new(pages * PAGE).map(Arc::new).map_err(io::Error::other)
     }
 
-    /// Put `device` into a slot at `place`.
-    pub(crate) fn add(
+    /// Put `device` into the next slot.
+    pub(crate) fn add<D: VirtioDevice + ?Sized>(
         &mut self,
         mmio: &mut BusBuilder,
-        place: Place,
-        device: Box<dyn VirtioDevice>,
+        device: Box<D>,
         thread: Arc<io_thread::Handle>,
-    ) -> Result<(), SlotError> {
+    ) -> Result<Handle<D>, SlotError> {
+        let place = self.places.next().ok_or(SlotError::TooMany)?;
         let has = device.queue_sizes().to_vec();
         if let Some(seen) = place.queue_sizes.as_ref().filter(|seen| **seen != has) {
             return Err(SlotError::Queues { id: place.id, seen: seen.clone(), has });
@@ -106,21 +118,22 @@ impl Slots {
         let registers =
             Registers::new(self.window.clone(), page(place.at)).ok_or(SlotError::TooMany)?;
         let (memory, line) = (self.memory.clone(), Line::new()?);
-        let transport = Transport::new(device, memory, registers, line, thread.clone())?;
+        let transport = Transport::new(device, memory, registers, line.clone(), thread.clone())?;
+        let notifiers = transport.notifiers().clone();
         let transport = Arc::new(Mutex::new(transport));
         mmio.attach(base, VIRTIO_MMIO_STEP, transport.clone())?;
-        self.slots.push(Slot { place, queue_sizes: has, transport, thread });
-        Ok(())
+        let device = transport.clone();
+        self.slots.push(Slot { place, queue_sizes: has, device, line, notifiers, thread });
+        Ok(transport)
     }
 
     /// Let `vm` carry notifications and interrupts of all slots.
     pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
         for slot in &self.slots {
-            let transport = slot.transport.lock();
             let base = u64::from(slot.place.at.address);
-            vm.bind_line(transport.line(), slot.place.at.irq)?;
+            vm.bind_line(&slot.line, slot.place.at.irq)?;
             vm.bind_write(base + INTERRUPT_ACK as u64, INT_USED, &self.acknowledged)?;
-            for (queue, notifier) in (0u32..).zip(transport.notifiers()) {
+            for (queue, notifier) in (0u32..).zip(&*slot.notifiers) {
                 vm.bind_write(base + QUEUE_NOTIFY as u64, queue, notifier)?;
             }
         }
@@ -129,18 +142,13 @@ impl Slots {
 
     /// The end of [`Slots::bind`], as far as another machine could not be bound otherwise.
     pub(crate) fn unbind(&self, vm: &Vm) -> Result<(), KvmError> {
-        let unbind = |s: &Slot| vm.unbind_line(s.transport.lock().line(), s.place.at.irq);
+        let unbind = |s: &Slot| vm.unbind_line(&s.line, s.place.at.irq);
         self.slots.iter().try_for_each(unbind)
     }
 
     /// The register pages.
     pub(crate) fn register_window(&self) -> &Arc<MmapRegion> {
         &self.window
-    }
-
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.slots.len()
     }
 
     /// What the guest is told of them.
@@ -150,7 +158,7 @@ impl Slots {
 
     /// All of them, as devices, with their ids.
     pub(crate) fn devices(&self) -> impl Iterator<Item = (&str, Shared)> {
-        self.slots.iter().map(|s| (s.place.id.as_str(), s.transport.clone() as Shared))
+        self.slots.iter().map(|s| (s.place.id.as_str(), s.device.clone()))
     }
 
     /// Where they are, and the queues that the guest has seen there.
@@ -163,9 +171,9 @@ impl Slots {
         self.slots.get(index).map_or(&[], |slot| &slot.queue_sizes)
     }
 
-    /// The transport in slot `index`, and the thread that carries its worker.
-    pub(crate) fn get(&self, index: usize) -> Option<(&Mutex<Transport>, &io_thread::Handle)> {
-        self.slots.get(index).map(|s| (&*s.transport, &*s.thread))
+    /// The thread that carries the worker of slot `index`.
+    pub(crate) fn thread(&self, index: usize) -> Option<&io_thread::Handle> {
+        self.slots.get(index).map(|s| &*s.thread)
     }
 }
 

@@ -57,20 +57,21 @@ const MMIO_VERSION: u32 = 2;
 /// No vendor is registered for this field; drivers look at the device id only.
 const VENDOR: u32 = 0;
 
-/// A virtio device behind a page of virtio-mmio registers.
-pub struct Transport {
-    core: TransportCore,
+/// A virtio device behind a page of virtio-mmio registers. Where the device's type is known, it can
+/// be asked and changed as what it is.
+pub struct Transport<D: VirtioDevice + ?Sized = dyn VirtioDevice> {
+    core: TransportCore<D>,
     registers: Registers,
     line: Line,
 }
 
-impl Transport {
+impl<D: VirtioDevice + ?Sized> Transport<D> {
     /// Put `device` behind `registers`. Its worker will run on `thread` and interrupt by `line`.
     ///
     /// # Errors
     /// When the process has no descriptors left for the queues' notifications.
     pub fn new(
-        device: Box<dyn VirtioDevice>,
+        device: Box<D>,
         memory: Memory,
         registers: Registers,
         line: Line,
@@ -95,7 +96,7 @@ impl Transport {
 
     /// One eventfd for each queue, for the machine to signal when the driver writes the queue's
     /// index to [`QUEUE_NOTIFY`].
-    pub fn notifiers(&self) -> &[EventFd] {
+    pub fn notifiers(&self) -> &Arc<[EventFd]> {
         self.core.notifiers()
     }
 
@@ -104,18 +105,23 @@ impl Transport {
         &self.line
     }
 
-    /// The device, if it is a `T`. Use [`Transport::update`] to change what its driver can see.
-    pub fn device<T: VirtioDevice>(&mut self) -> Option<&mut T> {
-        self.core.device_as()
+    /// The device.
+    pub fn device(&self) -> &D {
+        self.core.device()
+    }
+
+    /// The device, to be changed where its driver sees nothing of it.
+    pub fn device_mut(&mut self) -> &mut D {
+        self.core.device_mut()
     }
 
     /// Change the device's configuration (hot-plug, resize, link) and tell its driver if there is
-    /// something to see. `None` when the device is not a `T`.
-    pub fn update<T: VirtioDevice, R>(&mut self, change: impl FnOnce(&mut T) -> R) -> Option<R> {
-        let result = change(self.device::<T>()?);
+    /// something to see.
+    pub fn update<R>(&mut self, change: impl FnOnce(&mut D) -> R) -> R {
+        let result = change(self.core.device_mut());
         self.show_selected();
         self.core.config_updated();
-        Some(result)
+        result
     }
 
     fn write_register(&mut self, offset: usize, value: u32) {
@@ -158,7 +164,7 @@ impl Transport {
     }
 }
 
-impl BusDevice for Transport {
+impl<D: VirtioDevice + ?Sized> BusDevice for Transport<D> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         for (n, byte) in data.iter_mut().enumerate() {
@@ -178,7 +184,7 @@ impl BusDevice for Transport {
     }
 }
 
-impl Device for Transport {
+impl<D: VirtioDevice + ?Sized> Device for Transport<D> {
     fn id(&self) -> &str {
         self.core.device().id()
     }

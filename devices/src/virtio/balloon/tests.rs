@@ -210,7 +210,7 @@ fn free_pages_are_discarded_whichever_number_the_queue_has() {
 fn the_driver_sees_the_target_and_says_what_it_has_done() {
     let (mut g, outside) = guest();
     outside.control.set_target(1000);
-    g.transport.update(|_: &mut Balloon| ());
+    g.update(|_: &mut Balloon| ());
     assert_eq!((g.load(0x100), g.load(0x104)), (1000, 0));
     g.store(0x104, 900);
     assert_eq!((outside.control.actual(), g.load(0x104)), (900, 900));

@@ -201,12 +201,12 @@ impl Block {
 
     /// Take the disk out, after what is in flight; later requests fail. The transport then shows
     /// the new configuration. `None` when the slot is empty.
-    pub fn unplug(&mut self) -> Option<Disk> {
-        let Backend { disk, .. } = self.backend.take()?;
+    pub fn unplug(&mut self) -> Option<Backend> {
+        let backend = self.backend.take()?;
         if let Err(e) = self.show_worker() {
             log::error!("{}: {e}", self.id);
         }
-        Arc::into_inner(disk)
+        Some(backend)
     }
 
     /// The image, to be made `bytes` long by [`Disk::resize`], which can wait for its storage. Until

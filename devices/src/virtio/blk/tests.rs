@@ -77,7 +77,7 @@ impl Rig {
     }
 
     fn block(&mut self) -> &mut Block {
-        self.guest.transport.device().unwrap()
+        self.guest.device().unwrap()
     }
 
     fn stat(&mut self, of: impl Fn(&BlockStats) -> &AtomicU64) -> u64 {
@@ -292,7 +292,7 @@ fn what_a_slot_offered_when_it_was_empty_does_not_harm_any_disk() {
             r.guest.start(offered);
             let disk = Disk::open(&path, &OpenOptions { readonly, discard: discards, ..way });
             let disk = disk.unwrap();
-            r.guest.transport.update(|b: &mut Block| b.plug(disk.into())).unwrap().unwrap();
+            r.guest.update(|b: &mut Block| b.plug(disk.into())).unwrap().unwrap();
             let (before, full) = (r.image(), allocated(&path));
 
             let expected = if readonly { IOERR } else { OK };
@@ -417,7 +417,7 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
         let disk = Disk::open(&path, &rw()).unwrap();
         while r.guest.interrupted() {}
         let backend = Backend { serial: "hot".into(), ..disk.into() };
-        r.guest.transport.update(|b: &mut Block| b.plug(backend)).unwrap().unwrap();
+        r.guest.update(|b: &mut Block| b.plug(backend)).unwrap().unwrap();
         assert!(r.guest.interrupted(), "the driver is told");
         assert_eq!(r.guest.load(0x100), 2048);
         assert_eq!(r.read(1, 512), (OK, r.image()[512..1024].to_vec()));
@@ -426,8 +426,8 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
         fs::write(&other, [0; 512]).unwrap();
         let second = Disk::open(&other, &rw()).unwrap();
         assert!(matches!(r.block().plug(second.into()), Err(PlugError::Occupied(_))));
-        let disk = r.guest.transport.update(Block::unplug).unwrap();
-        assert_eq!(disk.unwrap().path(), path);
+        let disk = r.guest.update(Block::unplug).unwrap();
+        assert_eq!(disk.unwrap().disk.path(), path);
         assert_eq!(r.guest.load(0x100), 0);
         assert_eq!(r.read(0, 512).0, IOERR);
         assert_eq!(descriptors_of(&path), 0, "the machine has let go of it");
@@ -436,9 +436,9 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
 }
 
 fn resized(r: &mut Rig, bytes: u64) -> Result<u64, DiskError> {
-    let image = r.guest.transport.update(|block: &mut Block| block.begin_resize(bytes));
+    let image = r.guest.update(|block: &mut Block| block.begin_resize(bytes));
     let size = image.unwrap()?.unwrap().resize(bytes)?;
-    r.guest.transport.update(|_: &mut Block| ());
+    r.guest.update(|_: &mut Block| ());
     Ok(size)
 }
 

@@ -282,7 +282,7 @@ fn an_emergency_needs_no_driver() {
 fn states_of_something_else_are_refused() {
     let mut terminal = Terminal::started(0);
     terminal.guest.transport.pause();
-    let console = terminal.guest.transport.device::<Console>().unwrap();
+    let console = terminal.guest.device::<Console>().unwrap();
     let good = Device::save(console).unwrap();
     let idle = good.with("{\"active\":null}").unwrap();
     assert!(console.restore(&idle).is_err());

@@ -5,10 +5,13 @@ use super::Transport;
 use crate::{
     Device,
     state::{Section, StateError},
-    virtio::transport::{CoreState, Driver, QueueConfig},
+    virtio::{
+        VirtioDevice,
+        transport::{CoreState, Driver, QueueConfig},
+    },
 };
 
-pub(super) fn save(t: &Transport) -> Result<Section, StateError> {
+pub(super) fn save(t: &Transport<impl VirtioDevice + ?Sized>) -> Result<Section, StateError> {
     let CoreState { device_type, status, causes, generation, offered, driver, active, device } =
         t.core.save()?;
     let queues = driver.queues.iter().map(|q| saved::VirtioQueue {
@@ -37,7 +40,10 @@ pub(super) fn save(t: &Transport) -> Result<Section, StateError> {
 }
 
 /// The caller resets the transport when this fails half-way.
-pub(super) fn restore(t: &mut Transport, section: &Section) -> Result<(), StateError> {
+pub(super) fn restore(
+    t: &mut Transport<impl VirtioDevice + ?Sized>,
+    section: &Section,
+) -> Result<(), StateError> {
     let state: saved::VirtioMmio = section.read()?;
     let driver = Driver {
         device_features_sel: state.device_features_sel,

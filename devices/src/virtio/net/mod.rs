@@ -30,7 +30,7 @@ use super::{
     VirtioDevice, VirtioWorker, ring::Ring,
 };
 use crate::{
-    backend::net::{NetBackend, Offloads, tap::Tap},
+    backend::net::{NetBackend, Offloads},
     log_limit::log_seldom,
     model::Model,
     random,
@@ -101,21 +101,21 @@ pub enum PlugError {
 }
 
 /// A network interface.
-pub struct Net<B: NetBackend = Tap> {
+pub struct Net {
     id: String,
     settings: NetSettings,
     mac: [u8; 6],
     link: bool,
-    backend: Option<Arc<B>>,
+    backend: Option<Arc<dyn NetBackend>>,
     /// A back-end comes before the guest runs, which sees it already.
     awaited: bool,
     features: u64,
     queue_sizes: Vec<u16>,
     stats: Arc<NetStats>,
-    worker: VirtioWorker<NetWorker<B>>,
+    worker: VirtioWorker<NetWorker>,
 }
 
-impl<B: NetBackend> Net<B> {
+impl Net {
     /// An interface on `backend`; on `None`, an empty slot.
     ///
     /// # Errors
@@ -123,7 +123,7 @@ impl<B: NetBackend> Net<B> {
     pub fn new(
         id: impl Into<String>,
         settings: NetSettings,
-        backend: Option<B>,
+        backend: Option<Arc<dyn NetBackend>>,
     ) -> Result<Self, PlugError> {
         let pairs = settings.queue_pairs;
         let mut features = ALWAYS;
@@ -131,10 +131,10 @@ impl<B: NetBackend> Net<B> {
             features |= 1 << VIRTIO_NET_F_MQ;
         }
         // What a tap that is plugged later can do is not known yet; they all have the header.
-        if backend.as_ref().is_none_or(NetBackend::has_header) {
+        if backend.as_ref().is_none_or(|b| b.has_header()) {
             features |= WITH_HEADER;
         }
-        if backend.as_ref().is_some_and(NetBackend::has_uso) {
+        if backend.as_ref().is_some_and(|b| b.has_uso()) {
             features |= USO;
         }
         let mut queue_sizes = vec![settings.queue_size; usize::from(pairs) * 2];
@@ -161,7 +161,7 @@ impl<B: NetBackend> Net<B> {
     ///
     /// # Errors
     /// When the slot is occupied or the back-end does not fit.
-    pub fn accepts(&self, backend: &B) -> Result<(), PlugError> {
+    pub fn accepts(&self, backend: &dyn NetBackend) -> Result<(), PlugError> {
         if self.backend.is_some() {
             return Err(PlugError::Occupied);
         }
@@ -188,8 +188,12 @@ impl<B: NetBackend> Net<B> {
     ///
     /// # Errors
     /// When it is not acceptable, or the I/O thread is gone.
-    pub fn plug(&mut self, backend: B, mac: Option<[u8; 6]>) -> Result<(), PlugError> {
-        self.accepts(&backend)?;
+    pub fn plug(
+        &mut self,
+        backend: Arc<dyn NetBackend>,
+        mac: Option<[u8; 6]>,
+    ) -> Result<(), PlugError> {
+        self.accepts(&*backend)?;
         self.mac = mac.unwrap_or(self.mac);
         self.set_backend(Some(backend)).map_err(|_| {
             // A worker that its thread has refused has the back-end already.
@@ -203,10 +207,10 @@ impl<B: NetBackend> Net<B> {
     ///
     /// # Errors
     /// When the I/O thread is gone.
-    pub fn unplug(&mut self) -> io::Result<Option<B>> {
+    pub fn unplug(&mut self) -> io::Result<Option<Arc<dyn NetBackend>>> {
         let backend = self.backend.take();
         self.set_backend(None)?;
-        Ok(backend.and_then(Arc::into_inner))
+        Ok(backend)
     }
 
     /// Pull the cable out, or put it back.
@@ -242,7 +246,7 @@ impl<B: NetBackend> Net<B> {
     }
 
     /// The back-end, if there is one.
-    pub fn backend(&self) -> Option<&B> {
+    pub fn backend(&self) -> Option<&dyn NetBackend> {
         self.backend.as_deref()
     }
 
@@ -251,8 +255,8 @@ impl<B: NetBackend> Net<B> {
         self.stats.clone()
     }
 
-    fn set_backend(&mut self, backend: Option<B>) -> io::Result<()> {
-        (self.backend, self.awaited) = (backend.map(Arc::new), false);
+    fn set_backend(&mut self, backend: Option<Arc<dyn NetBackend>>) -> io::Result<()> {
+        (self.backend, self.awaited) = (backend, false);
         let backend = self.backend.clone();
         match self.worker.change(|worker| worker.set_backend(backend))? {
             Some(()) => {}
@@ -278,7 +282,7 @@ fn made_up_mac() -> Result<[u8; 6], PlugError> {
     Ok(mac)
 }
 
-impl<B: NetBackend> Model for Net<B> {
+impl Model for Net {
     fn id(&self) -> &str {
         &self.id
     }
@@ -297,7 +301,7 @@ impl<B: NetBackend> Model for Net<B> {
     }
 }
 
-impl<B: NetBackend> VirtioDevice for Net<B> {
+impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
         DEVICE_TYPE
     }
@@ -309,10 +313,10 @@ impl<B: NetBackend> VirtioDevice for Net<B> {
     fn offer(&mut self, features: u64) -> Result<(), StateError> {
         let mut known = ALWAYS;
         known |= u64::from(self.settings.queue_pairs > 1) << VIRTIO_NET_F_MQ;
-        if self.backend().is_none_or(NetBackend::has_header) {
+        if self.backend().is_none_or(|b| b.has_header()) {
             known |= WITH_HEADER;
         }
-        if self.backend().is_none_or(NetBackend::has_uso) {
+        if self.backend().is_none_or(|b| b.has_uso()) {
             known |= USO;
         }
         if features & !known != 0 {

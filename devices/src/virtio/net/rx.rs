@@ -94,11 +94,7 @@ impl Rx {
     }
 
     /// Receive what there is, at most a queue's worth of frames. True when there may be more.
-    pub(super) fn run<B: NetBackend>(
-        &mut self,
-        pair: usize,
-        shared: &mut Shared<B>,
-    ) -> Result<bool, Broken> {
+    pub(super) fn run(&mut self, pair: usize, shared: &mut Shared) -> Result<bool, Broken> {
         let Some(backend) = shared.backend.clone() else { return Ok(false) };
         self.ring.ignore()?;
         self.budget = self.ring.size();
@@ -117,11 +113,11 @@ impl Rx {
         }
     }
 
-    fn batch<B: NetBackend>(
+    fn batch(
         &mut self,
         pair: usize,
-        backend: &B,
-        shared: &mut Shared<B>,
+        backend: &dyn NetBackend,
+        shared: &mut Shared,
     ) -> Result<Stop, Broken> {
         while self.budget > 0 {
             if self.held == 0
@@ -143,11 +139,11 @@ impl Rx {
     }
 
     /// Read one frame into the window, and what does not fit there into `bounce`.
-    fn receive<B: NetBackend>(
+    fn receive(
         &mut self,
         pair: usize,
-        backend: &B,
-        shared: &mut Shared<B>,
+        backend: &dyn NetBackend,
+        shared: &mut Shared,
     ) -> Result<Option<Stop>, Broken> {
         if shared.link {
             // A refusal depends on what has passed already, not on what comes.
@@ -186,11 +182,7 @@ impl Rx {
     }
 
     /// Copy the frame that waits into the window, if there is room by now.
-    fn deliver<B: NetBackend>(
-        &mut self,
-        pair: usize,
-        shared: &mut Shared<B>,
-    ) -> Result<Delivery, Broken> {
+    fn deliver(&mut self, pair: usize, shared: &mut Shared) -> Result<Delivery, Broken> {
         self.gather(self.held)?;
         if self.window.bytes() < self.held {
             let all = self.posted.len() >= usize::from(self.ring.size());
@@ -245,7 +237,7 @@ impl Rx {
     }
 
     /// The first `n` bytes of the window are a frame: hand its chains to the driver.
-    fn complete<B: NetBackend>(&mut self, n: usize, shared: &mut Shared<B>) -> Result<(), Broken> {
+    fn complete(&mut self, n: usize, shared: &mut Shared) -> Result<(), Broken> {
         let (mut left, mut chains, mut pieces) = (n, 0u16, 0);
         for posted in &self.posted {
             let len = left.min(posted.bytes);

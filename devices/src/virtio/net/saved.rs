@@ -7,12 +7,11 @@ use ::state::{
 
 use super::Net;
 use crate::{
-    backend::net::NetBackend,
     state::{Snapshot, StateError},
     virtio::ring::Ring,
 };
 
-impl<B: NetBackend> Snapshot for Net<B> {
+impl Snapshot for Net {
     type State = saved::Nic;
 
     fn save(&self) -> saved::Nic {

@@ -38,7 +38,7 @@ struct Lan {
 impl Lan {
     fn new(settings: NetSettings, header: bool) -> Self {
         let (wire, peers, switches) = Wire::new(settings.queue_pairs.into(), header);
-        let net = Net::new("net0", settings, Some(wire)).unwrap();
+        let net = Net::new("net0", settings, Some(Arc::new(wire))).unwrap();
         let stats = net.stats();
         Self { guest: Guest::new(Box::new(net)), peers, switches, stats }
     }

@@ -3,7 +3,7 @@ use std::io;
 
 use super::worker::Shared;
 use crate::{
-    backend::net::{HEADER, NetBackend, frame::Frame},
+    backend::net::{HEADER, frame::Frame},
     virtio::{
         chain::{Chain, total},
         ring::{Broken, Popped, Ring},
@@ -46,10 +46,10 @@ impl Tx {
     }
 
     /// The back-end takes frames again: as [`Tx::run`].
-    pub(super) fn run_writable<B: NetBackend>(
+    pub(super) fn run_writable(
         &mut self,
         pair: usize,
-        shared: &mut Shared<B>,
+        shared: &mut Shared,
     ) -> Result<bool, Broken> {
         match std::mem::take(&mut self.waiting) {
             true => self.work(pair, shared, true),
@@ -58,11 +58,7 @@ impl Tx {
     }
 
     /// Send what the driver has made available, at most a queue's worth. True when there is more.
-    pub(super) fn run<B: NetBackend>(
-        &mut self,
-        pair: usize,
-        shared: &mut Shared<B>,
-    ) -> Result<bool, Broken> {
+    pub(super) fn run(&mut self, pair: usize, shared: &mut Shared) -> Result<bool, Broken> {
         match self.waiting {
             true => Ok(false),
             false => self.work(pair, shared, false),
@@ -70,12 +66,7 @@ impl Tx {
     }
 
     /// `again`: the first frame has been refused before.
-    fn work<B: NetBackend>(
-        &mut self,
-        pair: usize,
-        shared: &mut Shared<B>,
-        mut again: bool,
-    ) -> Result<bool, Broken> {
+    fn work(&mut self, pair: usize, shared: &mut Shared, mut again: bool) -> Result<bool, Broken> {
         self.ring.ignore()?;
         let mut budget = self.ring.size();
         loop {
@@ -92,10 +83,10 @@ impl Tx {
         }
     }
 
-    fn batch<B: NetBackend>(
+    fn batch(
         &mut self,
         pair: usize,
-        shared: &mut Shared<B>,
+        shared: &mut Shared,
         budget: &mut u16,
         mut again: bool,
     ) -> Result<Stop, Broken> {
@@ -118,7 +109,7 @@ impl Tx {
         Ok(Stop::Turn)
     }
 
-    fn send<B: NetBackend>(&mut self, pair: usize, shared: &mut Shared<B>, again: bool) -> Sent {
+    fn send(&mut self, pair: usize, shared: &mut Shared, again: bool) -> Sent {
         if !shared.link || shared.backend.is_none() {
             shared.stats.tx.dropped();
             return Sent::Done;

@@ -27,9 +27,9 @@ use crate::{
 };
 
 /// What every queue of a device needs.
-pub(super) struct Shared<B> {
+pub(super) struct Shared {
     pub(super) id: String,
-    pub(super) backend: Option<Arc<B>>,
+    pub(super) backend: Option<Arc<dyn NetBackend>>,
     /// The cable is plugged in.
     pub(super) link: bool,
     pub(super) rx_limit: Option<RateLimiter>,
@@ -40,7 +40,7 @@ pub(super) struct Shared<B> {
     writable: Epoll,
 }
 
-impl<B: NetBackend> Shared<B> {
+impl Shared {
     pub(super) fn drop_tx(&self, pair: usize, why: &dyn Display) {
         if self.stats.tx.dropped() {
             log::warn!("{}: transmit queue {pair}: frame dropped: {why}", self.id);
@@ -87,8 +87,8 @@ enum Source {
     Control,
 }
 
-pub(super) struct NetWorker<B> {
-    shared: Shared<B>,
+pub(super) struct NetWorker {
+    shared: Shared,
     pairs: Vec<Pair>,
     control: Option<Control>,
     /// Queue pairs that receive.
@@ -102,9 +102,9 @@ pub(super) struct NetWorker<B> {
 }
 
 /// What [`NetWorker::new`] takes: what a device knows when its driver is ready.
-pub(super) struct WorkerArgs<B> {
+pub(super) struct WorkerArgs {
     pub(super) id: String,
-    pub(super) backend: Option<Arc<B>>,
+    pub(super) backend: Option<Arc<dyn NetBackend>>,
     pub(super) link: bool,
     pub(super) limits: (Option<u64>, Option<u64>),
     pub(super) interrupt: Interrupt,
@@ -116,8 +116,8 @@ pub(super) struct WorkerArgs<B> {
     pub(super) negotiated: Offloads,
 }
 
-impl<B: NetBackend> NetWorker<B> {
-    pub(super) fn new(args: WorkerArgs<B>) -> io::Result<Self> {
+impl NetWorker {
+    pub(super) fn new(args: WorkerArgs) -> io::Result<Self> {
         let limiter = || {
             let (pps, bps) = args.limits;
             (pps.is_some() || bps.is_some()).then(|| RateLimiter::new(pps, bps)).transpose()
@@ -148,7 +148,7 @@ impl<B: NetBackend> NetWorker<B> {
     }
 
     /// Change, or take away, what the frames go to. Only while the worker is off its thread.
-    pub(super) fn set_backend(&mut self, backend: Option<Arc<B>>) {
+    pub(super) fn set_backend(&mut self, backend: Option<Arc<dyn NetBackend>>) {
         for pair in &mut self.pairs {
             pair.rx.forget();
             pair.tx.forget();
@@ -337,7 +337,7 @@ impl<B: NetBackend> NetWorker<B> {
     }
 }
 
-impl<B: NetBackend> Worker for NetWorker<B> {
+impl Worker for NetWorker {
     fn sources(&self) -> Vec<RawFd> {
         self.sources.iter().map(|s| self.fd(*s)).collect()
     }

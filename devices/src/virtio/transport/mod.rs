@@ -16,7 +16,7 @@ mod driver;
 mod queue;
 mod saved;
 
-use std::{any::Any, io, sync::Arc};
+use std::{io, sync::Arc};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -39,12 +39,12 @@ pub(super) const FEATURES_OK: u32 = 8;
 pub(super) const FAILED: u32 = 0x80;
 
 /// A device and its driver.
-pub(super) struct TransportCore {
-    device: Box<dyn VirtioDevice>,
+pub(super) struct TransportCore<D: ?Sized> {
+    device: Box<D>,
     memory: Memory,
     interrupt: Interrupt,
     thread: Arc<dyn IoThread>,
-    notifiers: Vec<EventFd>,
+    notifiers: Arc<[EventFd]>,
     pub(super) driver: Driver,
     config_len: usize,
     active: bool,
@@ -65,14 +65,14 @@ enum Refused {
     Notifier(#[from] io::Error),
 }
 
-impl TransportCore {
+impl<D: VirtioDevice + ?Sized> TransportCore<D> {
     /// `device`, whose worker will run on `thread` and reach the driver by `interrupt`. Its
     /// configuration is shown.
     ///
     /// # Errors
     /// When the process has no descriptors left for the queues' notifications.
     pub fn new(
-        device: Box<dyn VirtioDevice>,
+        device: Box<D>,
         memory: Memory,
         interrupt: Interrupt,
         thread: Arc<dyn IoThread>,
@@ -80,7 +80,7 @@ impl TransportCore {
         let queues = device.queue_sizes().len();
         let notifiers = (0..queues)
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
-            .collect::<io::Result<Vec<_>>>()?;
+            .collect::<io::Result<Arc<[_]>>>()?;
         let mut core = Self {
             device,
             memory,
@@ -98,23 +98,18 @@ impl TransportCore {
     }
 
     /// One eventfd for each queue, signalled by the driver's notifications.
-    pub fn notifiers(&self) -> &[EventFd] {
+    pub fn notifiers(&self) -> &Arc<[EventFd]> {
         &self.notifiers
     }
 
     /// The device behind it.
-    pub fn device(&self) -> &dyn VirtioDevice {
-        &*self.device
+    pub fn device(&self) -> &D {
+        &self.device
     }
 
-    /// As [`TransportCore::device`], to be paused and resumed.
-    pub fn device_mut(&mut self) -> &mut dyn VirtioDevice {
-        &mut *self.device
-    }
-
-    /// The device, if it is a `T`.
-    pub fn device_as<T: VirtioDevice>(&mut self) -> Option<&mut T> {
-        (self.device.as_mut() as &mut dyn Any).downcast_mut()
+    /// As [`TransportCore::device`].
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.device
     }
 
     /// All feature bits offered.
@@ -287,7 +282,7 @@ impl TransportCore {
         let event_idx = self.driver.features & F_EVENT_IDX != 0;
         let sizes = self.device.queue_sizes();
         let mut queues = Vec::with_capacity(sizes.len());
-        let each = self.driver.queues.iter().zip(sizes).zip(&self.notifiers).zip(0u16..);
+        let each = self.driver.queues.iter().zip(sizes).zip(&*self.notifiers).zip(0u16..);
         for (((config, max), notifier), index) in each {
             if config.ready {
                 let queue = config
@@ -349,7 +344,7 @@ impl TransportCore {
         self.device.reset();
         self.active = false;
         self.interrupt_owed = false;
-        for notifier in &self.notifiers {
+        for notifier in &*self.notifiers {
             // Empty already: nothing to forget.
             let _ = notifier.read();
         }

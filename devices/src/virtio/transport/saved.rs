@@ -11,7 +11,7 @@ use super::{ACKNOWLEDGE, DRIVER, DRIVER_OK, Driver, FAILED, FEATURES_OK, Transpo
 use crate::{
     state::{Section, StateError},
     virtio::{
-        F_VERSION_1,
+        F_VERSION_1, VirtioDevice,
         interrupt::{DEVICE_NEEDS_RESET, INT_CONFIG, INT_USED},
     },
     worker::{IoThread, Refused, Worker},
@@ -37,7 +37,7 @@ pub(in crate::virtio) struct CoreState {
     pub device: Section,
 }
 
-impl TransportCore {
+impl<D: VirtioDevice + ?Sized> TransportCore<D> {
     /// Read the state of a paused device.
     ///
     /// # Errors

@@ -153,7 +153,7 @@ fn a_disk_that_is_taken_out_fails_what_it_held() {
     let _gate = Gate::on(&mut r, false);
     let head = send(&mut r, 0, 0, 1);
     r.guest.thread.settle();
-    let disk = r.guest.transport.update(Block::unplug).unwrap();
+    let disk = r.guest.update(Block::unplug).unwrap();
     assert!(disk.is_some());
     assert_eq!(r.guest.completion(0), (head, 1));
     assert_eq!(r.stat(|s| &s.wr_operations), 0);

@@ -17,13 +17,14 @@ fn offloads_command(bits: u64) -> Vec<u8> {
 #[test]
 fn every_rule_of_virtio_is_kept() {
     // The other ends are gone, so each transfer fails; an empty slot has none to begin with.
-    let net = |pairs, wire| {
+    let net = |pairs, wire: Option<Wire>| {
         let settings = NetSettings { mac: Some([2, 0, 0, 0, 0, 1]), ..settings(pairs) };
-        Box::new(Net::new("net0", settings, wire).unwrap())
+        let backend = wire.map(|wire| Arc::new(wire) as Arc<dyn NetBackend>);
+        Box::new(Net::new("net0", settings, backend).unwrap())
     };
     conformance::run(|| net(1, Some(Wire::new(1, true).0)));
     conformance::run(|| net(2, Some(Wire::new(2, true).0)));
-    conformance::run(|| net(1, None::<Wire>));
+    conformance::run(|| net(1, None));
 }
 
 #[test]
@@ -37,7 +38,7 @@ fn the_configuration_shows_address_link_and_pairs() {
 
 #[test]
 fn made_up_addresses_are_local_and_differ() {
-    let macs = [0; 8].map(|_| Net::<Wire>::new("n", settings(1), None).unwrap().mac());
+    let macs = [0; 8].map(|_| Net::new("n", settings(1), None).unwrap().mac());
     for (n, mac) in macs.iter().enumerate() {
         assert_eq!(mac[0] & 3, 2, "unicast, locally administered");
         assert!(!macs[..n].contains(mac));
@@ -97,7 +98,7 @@ fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
     let mut lan = Lan::started(MERGEABLE);
     lan.refill(64, 1526);
     let link = |lan: &mut Lan, up| {
-        let result = lan.guest.transport.update(|net: &mut Net<Wire>| net.set_link(up));
+        let result = lan.guest.update(|net: &mut Net| net.set_link(up));
         result.unwrap().unwrap();
     };
     link(&mut lan, false);
@@ -117,9 +118,9 @@ fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
 fn an_address_is_announced_while_there_is_a_link() {
     for header in [true, false] {
         let mut lan = Lan::new(settings(1), header);
-        let mac = lan.guest.transport.device::<Net<Wire>>().unwrap().mac();
+        let mac = lan.guest.device::<Net>().unwrap().mac();
         let announce = |lan: &mut Lan| {
-            let net = lan.guest.transport.device::<Net<Wire>>().unwrap();
+            let net = lan.guest.device::<Net>().unwrap();
             net.announce().map_err(|e| e.raw_os_error())
         };
         assert_eq!(announce(&mut lan), Ok(()), "no driver is needed");
@@ -128,7 +129,7 @@ fn an_address_is_announced_while_there_is_a_link() {
         assert_eq!((frame.len(), &frame[..6], &frame[6..12]), (60, &[0xff; 6][..], &mac[..]));
         lan.switches.fault.store(libc::EIO, SeqCst);
         assert_eq!(announce(&mut lan), Err(Some(libc::EIO)));
-        lan.guest.transport.update(|net: &mut Net<Wire>| net.set_link(false).unwrap()).unwrap();
+        lan.guest.update(|net: &mut Net| net.set_link(false).unwrap()).unwrap();
         assert_eq!((announce(&mut lan), lan.at_host()), (Ok(()), None));
     }
 }
@@ -140,11 +141,11 @@ fn a_cable_pulled_while_frames_wait_for_the_host_works_again_later() {
     while lan.guest.queues[1].used_index() == lan.guest.queues[1].available_index() {
         lan.guest.request(TX, &[(at, 1512, false)]);
     }
-    let net = |on| move |net: &mut Net<Wire>| net.set_link(on).unwrap();
-    lan.guest.transport.update(net(false)).unwrap();
+    let net = |on| move |net: &mut Net| net.set_link(on).unwrap();
+    lan.guest.update(net(false)).unwrap();
     while lan.at_host().is_some() {}
     lan.guest.thread.settle();
-    lan.guest.transport.update(net(true)).unwrap();
+    lan.guest.update(net(true)).unwrap();
     lan.guest.thread.settle();
     lan.send(&Lan::frame(61, 1));
     assert_eq!(lan.at_host().unwrap(), Lan::frame(61, 1));
@@ -152,17 +153,17 @@ fn a_cable_pulled_while_frames_wait_for_the_host_works_again_later() {
 
 #[test]
 fn an_empty_slot_comes_to_life_when_a_tap_is_plugged() {
-    let net = Net::<Wire>::new("net1", settings(1), None).unwrap();
+    let net = Net::new("net1", settings(1), None).unwrap();
     let mut guest = Guest::new(Box::new(net));
     assert_eq!(status(&mut guest), 0);
     guest.start(MERGEABLE | CSUM | TSO4);
-    let stats = guest.transport.device::<Net<Wire>>().unwrap().stats();
+    let stats = guest.device::<Net>().unwrap().stats();
     for round in 0..3u8 {
         let (wire, peers, switches) = Wire::new(1, true);
         let mac = [2, 0, 0, 0, 0, round];
         guest.interrupted();
-        let plug = |net: &mut Net<Wire>| net.plug(wire, Some(mac));
-        assert_eq!(guest.transport.update(plug), Some(Ok(())));
+        let plug = |net: &mut Net| net.plug(Arc::new(wire), Some(mac));
+        assert_eq!(guest.update(plug), Some(Ok(())));
         assert!(guest.interrupted());
         assert_eq!(status(&mut guest), 1);
         assert_eq!(guest.load(CONFIG + 4).to_le_bytes()[1], round);
@@ -176,9 +177,9 @@ fn an_empty_slot_comes_to_life_when_a_tap_is_plugged() {
         let peer = lan.peers.swap_remove(0);
         guest = lan.guest;
         let (second, ..) = Wire::new(1, true);
-        let plug = |net: &mut Net<Wire>| net.plug(second, None);
-        assert_eq!(guest.transport.update(plug), Some(Err(PlugError::Occupied)));
-        guest.transport.update(|net: &mut Net<Wire>| net.unplug()).unwrap().unwrap();
+        let plug = |net: &mut Net| net.plug(Arc::new(second), None);
+        assert_eq!(guest.update(plug), Some(Err(PlugError::Occupied)));
+        guest.update(|net: &mut Net| net.unplug()).unwrap().unwrap();
         assert_eq!(status(&mut guest), 0);
         assert!(peer.send(b"hello?").is_err(), "the other end is closed");
     }
@@ -187,10 +188,10 @@ fn an_empty_slot_comes_to_life_when_a_tap_is_plugged() {
 #[test]
 fn a_slot_takes_no_tap_that_does_not_fit() {
     let mut net = Net::new("net1", settings(2), None).unwrap();
-    let refused = net.plug(Wire::new(1, true).0, None);
+    let refused = net.plug(Arc::new(Wire::new(1, true).0), None);
     assert_eq!(refused, Err(PlugError::Queues { has: 1, needs: 2 }));
-    assert_eq!(net.plug(Wire::new(2, false).0, None), Err(PlugError::NoHeader));
-    assert_eq!(net.plug(Wire::new(2, true).0, None), Ok(()));
+    assert_eq!(net.plug(Arc::new(Wire::new(2, false).0), None), Err(PlugError::NoHeader));
+    assert_eq!(net.plug(Arc::new(Wire::new(2, true).0), None), Ok(()));
 }
 
 #[test]
@@ -202,14 +203,14 @@ fn a_saved_interface_goes_on_elsewhere() {
     assert_eq!(lan.used().len(), 3);
     lan.send(&Lan::frame(60, 1));
     lan.command(2, &offloads_command(CSUM));
-    let mac = lan.guest.transport.device::<Net<Wire>>().unwrap().mac();
+    let mac = lan.guest.device::<Net>().unwrap().mac();
 
     let (wire, peers, switches) = Wire::new(1, true);
-    let net = Net::new("net0", settings(1), Some(wire)).unwrap();
+    let net = Net::new("net0", settings(1), Some(Arc::new(wire))).unwrap();
     let stats = net.stats();
     let guest = lan.guest.migrate(Box::new(net));
     let mut lan = Lan { guest, peers, switches, stats };
-    assert_eq!(lan.guest.transport.device::<Net<Wire>>().unwrap().mac(), mac);
+    assert_eq!(lan.guest.device::<Net>().unwrap().mac(), mac);
     assert_eq!(lan.switches.offloads.load(SeqCst), CSUM);
     lan.host_sends(&Lan::frame(50, 2));
     assert_eq!(lan.used(), [62]);
@@ -245,7 +246,7 @@ fn states_that_no_interface_can_be_in_are_refused() {
     let mut lan = Lan::new(settings(2), true);
     lan.guest.start(MQ | CONTROL | CSUM);
     lan.guest.transport.pause();
-    let net = lan.guest.transport.device::<Net<Wire>>().unwrap();
+    let net = lan.guest.device::<Net>().unwrap();
     let good = Device::save(net).unwrap();
     let text = good.state.get();
     for (from, to) in [
@@ -268,7 +269,7 @@ fn states_that_no_interface_can_be_in_are_refused() {
         assert!(net.restore(&bad).is_err(), "{to}");
     }
     assert!(net.restore(&Section { version: 2, ..good.clone() }).is_err());
-    let mut idle = Net::new("x", settings(2), Some(Wire::new(2, true).0)).unwrap();
+    let mut idle = Net::new("x", settings(2), Some(Arc::new(Wire::new(2, true).0))).unwrap();
     assert!(idle.restore(&good).is_err(), "no driver there");
     net.restore(&good).unwrap();
     let net_state = Device::save(net).unwrap();

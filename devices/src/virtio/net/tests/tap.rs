@@ -73,7 +73,7 @@ fn hear(socket: &UdpSocket, bytes: &mut [u8]) -> (usize, SocketAddr) {
 
 fn nic(pairs: u16, tap: Tap) -> Guest {
     let settings = NetSettings { mac: Some(GUEST_MAC), ..settings(pairs) };
-    Guest::new(Box::new(Net::new("net0", settings, Some(tap)).unwrap()))
+    Guest::new(Box::new(Net::new("net0", settings, Some(Arc::new(tap))).unwrap()))
 }
 
 fn refill(guest: &mut Guest, queue: u16, n: usize, len: u32) {
@@ -249,7 +249,7 @@ fn segments_of_64_kib_arrive_whole_only_if_the_driver_takes_them() {
 #[test]
 fn a_segment_of_64_kib_from_the_guest_is_taken_whole() {
     make_tap(libc::IFF_VNET_HDR);
-    let net = Net::new("net0", settings(1), Some(open_tap(1))).unwrap();
+    let net = Net::new("net0", settings(1), Some(Arc::new(open_tap(1)))).unwrap();
     let stats = net.stats();
     let mut guest = Guest::new(Box::new(net));
     guest.start(CSUM | HOST_TSO4);
@@ -324,7 +324,7 @@ fn several_queues_share_the_work() {
 #[test]
 fn a_tap_deleted_while_live_costs_frames_only() {
     make_tap(libc::IFF_VNET_HDR);
-    let net = Net::new("net0", settings(1), Some(open_tap(1))).unwrap();
+    let net = Net::new("net0", settings(1), Some(Arc::new(open_tap(1)))).unwrap();
     let stats = net.stats();
     let mut guest = Guest::new(Box::new(net));
     guest.start(MERGEABLE);
@@ -346,9 +346,9 @@ fn a_tap_deleted_while_live_costs_frames_only() {
     // Another tap can take its place.
     add_tap("t1", libc::IFF_TAP | libc::IFF_VNET_HDR);
     link::set("t1", true);
-    guest.transport.update(|net: &mut Net| net.unplug()).unwrap().unwrap();
+    guest.update(|net: &mut Net| net.unplug()).unwrap().unwrap();
     let tap = Tap::open("t1", 1).unwrap();
-    guest.transport.update(|net: &mut Net| net.plug(tap, None)).unwrap().unwrap();
+    guest.update(|net: &mut Net| net.plug(Arc::new(tap), None)).unwrap().unwrap();
     send(&mut guest, TX, &frame);
     assert_eq!(stats.tx.packets.load(SeqCst), 2);
 }
