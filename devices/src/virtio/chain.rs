@@ -116,12 +116,18 @@ impl Chain {
 
     /// Buffers that the device reads.
     pub fn readable(&self) -> &[Segment] {
-        self.segments.get(..self.readable).unwrap_or_default()
+        self.split().0
     }
 
     /// Buffers that the device writes.
     pub fn writable(&self) -> &[Segment] {
-        self.segments.get(self.readable..).unwrap_or_default()
+        self.split().1
+    }
+
+    /// Readable and writable ones. Asserts what [`Chain::pop`] has made sure of: with other buffers
+    /// than the driver's, a request would be reported as done that was not.
+    fn split(&self) -> (&[Segment], &[Segment]) {
+        self.segments.split_at(self.readable)
     }
 
     fn clear(&mut self) {

@@ -14,16 +14,25 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    ActiveQueue,
+    ActiveQueue, Interrupt,
     chain::{Chain, ChainError},
 };
-use crate::Memory;
+use crate::{Memory, log_limit::log_seldom};
 
 const NO_INTERRUPT: u16 = 1;
 
-/// The ring itself cannot be followed any further: the device needs a reset.
+/// The ring itself cannot be followed any further, or the worker is in a state that it must not be
+/// in: the device needs a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Broken;
+
+impl Broken {
+    /// The device `id` leaves its queues alone from now on, until its driver resets it.
+    pub(crate) fn report(self, id: &str, interrupt: &Interrupt) {
+        log_seldom!(error, "{id}: the driver has broken a virtqueue");
+        interrupt.needs_reset();
+    }
+}
 
 /// What the driver had for us.
 pub(crate) enum Popped {

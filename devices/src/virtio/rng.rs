@@ -22,7 +22,6 @@ use super::{
     ring::{Broken, Popped, Ring},
 };
 use crate::{
-    log_limit::log_seldom,
     model::Model,
     rate_limit::RateLimiter,
     state::{Snapshot, StateError},
@@ -278,10 +277,11 @@ impl Worker for RngWorker {
     fn ready(&mut self, _: usize) {
         self.ring.drain();
         self.limiter.replenish();
-        if !self.broken && self.work().is_err() {
+        if !self.broken
+            && let Err(broken) = self.work()
+        {
             self.broken = true;
-            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
-            self.interrupt.needs_reset();
+            broken.report(&self.id, &self.interrupt);
         }
     }
 

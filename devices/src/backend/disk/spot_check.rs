@@ -152,7 +152,8 @@ impl Hold {
 impl Observer for Hold {
     fn before(&self, Change { range, .. }: &Change) -> io::Result<Verdict> {
         let mut state = self.state.lock();
-        let left = self.ranges.get(state.read..).unwrap_or_default();
+        let left = self.ranges.get(state.read..);
+        let left = left.ok_or_else(|| io::Error::other("a spot check is beyond its end"))?;
         let touched = left.iter().any(|r| r.start < range.end && range.start < r.end);
         state.waited |= touched;
         state.retired |= left.is_empty();
@@ -197,7 +198,7 @@ fn hash(file: &File, size: u64, ranges: &[Range<u64>], done: impl Fn()) -> io::R
     let mut hash = Sha256::new().chain_update(size.to_be_bytes());
     let mut buffer = vec![0; PIECE as usize + ALIGN];
     let aligned = buffer.as_ptr().align_offset(ALIGN);
-    let buffer = buffer.get_mut(aligned..).unwrap_or_default();
+    let buffer = buffer.get_mut(aligned..).ok_or(io::ErrorKind::InvalidInput)?;
     for range in ranges {
         let length = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
         let bytes = buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidInput)?;

@@ -50,7 +50,7 @@ pub(super) fn kind(name: &str) -> io::Result<Kind> {
     send(&kernel, &question(name), SendFlags::empty())?;
     let mut answer = vec![0; 64 << 10];
     let (length, _) = recv(&kernel, &mut answer[..], RecvFlags::empty())?;
-    read(answer.get(..length).unwrap_or_default())
+    read(answer.get(..length).ok_or(io::ErrorKind::InvalidData)?)
 }
 
 fn question(name: &str) -> Vec<u8> {

@@ -259,7 +259,8 @@ impl NetBackend for Tap {
         if self.header {
             return queue.read(into);
         }
-        let (header, frame) = into.split_at_mut_checked(HEADER).unwrap_or_default();
+        let (header, frame) =
+            into.split_at_mut_checked(HEADER).ok_or(io::ErrorKind::InvalidInput)?;
         header.fill(0);
         Ok(queue.read(frame)? + HEADER)
     }
@@ -272,7 +273,8 @@ impl NetBackend for Tap {
     }
 
     fn write_buffer(&self, frame: &[u8]) -> io::Result<usize> {
-        let frame = if self.header { frame } else { frame.get(HEADER..).unwrap_or_default() };
+        let start = if self.header { 0 } else { HEADER };
+        let frame = frame.get(start..).ok_or(io::ErrorKind::InvalidInput)?;
         self.queue(0)?.write(frame)
     }
 

@@ -282,10 +282,9 @@ impl Worker for BalloonWorker {
             return;
         }
         let asked = if due { self.ask_for_stats() } else { Ok(()) };
-        if asked.and_then(|()| self.work()).is_err() {
+        if let Err(broken) = asked.and_then(|()| self.work()) {
             self.broken = true;
-            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
-            self.interrupt.needs_reset();
+            broken.report(&self.id, &self.interrupt);
         }
     }
 

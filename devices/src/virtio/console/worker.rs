@@ -9,7 +9,6 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::{
     backend::char::{CharSink, CharSource},
-    log_limit::log_seldom,
     virtio::{
         Interrupt,
         chain::{self, Chain, total},
@@ -120,13 +119,13 @@ impl ConsoleWorker {
                 Popped::Chain => {
                     let room = usize::try_from(total(self.chain.writable())).unwrap_or(CHUNK);
                     let (room, memory) = (room.min(CHUNK), self.rx.memory());
-                    let buffer = self.chunk.get_mut(..room).unwrap_or_default();
+                    let buffer = self.chunk.get_mut(..room).ok_or(Broken)?;
                     let n = self.source.read(buffer);
                     if n == 0 && room > 0 {
                         self.rx.unpop(1);
                         return self.interrupt(|worker| &mut worker.rx);
                     }
-                    let input = buffer.get(..n).unwrap_or_default();
+                    let input = buffer.get(..n).ok_or(Broken)?;
                     chain::write(memory, self.chain.writable(), 0, input) as u32
                 }
             };
@@ -153,7 +152,7 @@ impl ConsoleWorker {
                     return self.interrupt(|worker| &mut worker.tx);
                 }
                 Popped::Malformed => {}
-                Popped::Chain => match self.send() {
+                Popped::Chain => match self.send()? {
                     Sent::Whole => {}
                     Sent::Part => {
                         self.tx.unpop(1);
@@ -175,28 +174,28 @@ impl ConsoleWorker {
     }
 
     /// Send one piece of the chain.
-    fn send(&mut self) -> Sent {
+    fn send(&mut self) -> Result<Sent, Broken> {
         let left = total(self.chain.readable()).saturating_sub(self.sent);
         if left == 0 {
-            return Sent::Whole;
+            return Ok(Sent::Whole);
         }
         let room = self.sink.room();
         if room == 0 {
             if !self.stalled {
-                return Sent::Nothing;
+                return Ok(Sent::Nothing);
             }
             self.sink.drop_bytes(usize::try_from(left).unwrap_or(usize::MAX));
-            return Sent::Whole;
+            return Ok(Sent::Whole);
         }
         self.stalled = false;
         self.hold(false);
         let want = room.min(CHUNK).min(usize::try_from(left).unwrap_or(CHUNK));
-        let piece = self.chunk.get_mut(..want).unwrap_or_default();
+        let piece = self.chunk.get_mut(..want).ok_or(Broken)?;
         let n = chain::read(self.tx.memory(), self.chain.readable(), self.sent, piece);
-        self.sink.send(piece.get(..n).unwrap_or_default());
+        self.sink.send(piece.get(..n).ok_or(Broken)?);
         self.sent = self.sent.saturating_add(n as u64);
         // Nothing can be read where a region of memory has gone.
-        if n == 0 || n as u64 == left { Sent::Whole } else { Sent::Part }
+        Ok(if n == 0 || n as u64 == left { Sent::Whole } else { Sent::Part })
     }
 
     /// Output waits from now on, or does not any more.
@@ -266,10 +265,11 @@ impl Worker for ConsoleWorker {
     }
 
     fn ready(&mut self, index: usize) {
-        if !self.broken && self.run(index).is_err() {
+        if !self.broken
+            && let Err(broken) = self.run(index)
+        {
             self.broken = true;
-            log_seldom!(error, "{}: the driver has broken a virtqueue", self.id);
-            self.interrupt.needs_reset();
+            broken.report(&self.id, &self.interrupt);
         }
     }
 

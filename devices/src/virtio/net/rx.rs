@@ -80,7 +80,8 @@ impl Rx {
 
     /// Put chains that no whole frame has reached back into the ring.
     pub(super) fn give_back(&mut self) {
-        let placed = self.bounce.get_mut(..std::mem::take(&mut self.placed)).unwrap_or_default();
+        // At most `FRAME_MAX`, as long as `bounce` is.
+        let (placed, _) = self.bounce.split_at_mut(std::mem::take(&mut self.placed));
         chain::read(self.ring.memory(), self.window.segments(), 0, placed);
         self.ring.unpop(self.posted.len() as u16);
         self.posted.clear();
@@ -159,7 +160,7 @@ impl Rx {
         let room = if direct { self.window.bytes().min(FRAME_MAX) } else { 0 };
         let result = match direct {
             true => {
-                let spill = self.bounce.get_mut(room..).unwrap_or_default();
+                let spill = self.bounce.get_mut(room..).ok_or(Broken)?;
                 backend.read(pair, &mut self.window, spill)
             }
             false => backend.read_buffer(pair, &mut self.bounce),
@@ -194,7 +195,7 @@ impl Rx {
             return Ok(Delivery::NoRoom);
         }
         let (n, placed) = (std::mem::take(&mut self.held), std::mem::take(&mut self.placed));
-        let rest = self.bounce.get(placed..n).unwrap_or_default();
+        let rest = self.bounce.get(placed..n).ok_or(Broken)?;
         chain::write(self.ring.memory(), self.window.segments(), placed as u64, rest);
         self.complete(n, shared)?;
         Ok(Delivery::Done)

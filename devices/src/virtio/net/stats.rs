@@ -27,8 +27,7 @@ impl Counters {
         self.bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// Count a drop; true when it is worth a line in the log: the 1st, 2nd, 4th, 8th...
-    pub(super) fn dropped(&self) -> bool {
-        (self.drops.fetch_add(1, Relaxed) + 1).is_power_of_two()
+    pub(super) fn dropped(&self) {
+        self.drops.fetch_add(1, Relaxed);
     }
 }

@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     backend::net::{NetBackend, Offloads},
-    log_limit::log_seldom,
+    log_limit::{Limit, log_seldom},
     rate_limit::RateLimiter,
     virtio::{
         Interrupt,
@@ -36,20 +36,25 @@ pub(super) struct Shared {
     pub(super) tx_limit: Option<RateLimiter>,
     pub(super) interrupt: Interrupt,
     pub(super) stats: Arc<NetStats>,
+    /// Lines in the log about frames that were dropped.
+    rx_drops: Limit,
+    tx_drops: Limit,
     /// Back-end queues that took no more, waited on for writing.
     writable: Epoll,
 }
 
 impl Shared {
     pub(super) fn drop_tx(&self, pair: usize, why: &dyn Display) {
-        if self.stats.tx.dropped() {
-            log::warn!("{}: transmit queue {pair}: frame dropped: {why}", self.id);
+        self.stats.tx.dropped();
+        if let Some(left_out) = self.tx_drops.pass(Instant::now()) {
+            log::warn!("{}: transmit queue {pair}: frame dropped: {why}{left_out}", self.id);
         }
     }
 
     pub(super) fn drop_rx(&self, pair: usize, why: &dyn Display) {
-        if self.stats.rx.dropped() {
-            log::warn!("{}: receive queue {pair}: frame dropped: {why}", self.id);
+        self.stats.rx.dropped();
+        if let Some(left_out) = self.rx_drops.pass(Instant::now()) {
+            log::warn!("{}: receive queue {pair}: frame dropped: {why}{left_out}", self.id);
         }
     }
 
@@ -130,6 +135,8 @@ impl NetWorker {
             tx_limit: limiter()?,
             interrupt: args.interrupt,
             stats: args.stats,
+            rx_drops: Limit::new(),
+            tx_drops: Limit::new(),
             writable: Epoll::new()?,
         };
         let pair = |(rx, tx)| Pair { rx: Rx::new(rx, args.mergeable), tx: Tx::new(tx) };
@@ -345,10 +352,11 @@ impl Worker for NetWorker {
     fn ready(&mut self, index: usize) {
         let Some(source) = self.sources.get(index).copied() else { return };
         self.drain(source);
-        if !self.broken && self.run(source).is_err() {
+        if !self.broken
+            && let Err(broken) = self.run(source)
+        {
             self.broken = true;
-            log_seldom!(error, "{}: the driver has broken a virtqueue", self.shared.id);
-            self.shared.interrupt.needs_reset();
+            broken.report(&self.shared.id, &self.shared.interrupt);
         }
     }
 
