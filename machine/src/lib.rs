@@ -5,6 +5,7 @@ mod balloon;
 pub mod boot;
 mod builder;
 mod description;
+mod dirty;
 mod dry_restore;
 mod event;
 mod fits;
@@ -33,6 +34,7 @@ pub use devices::{
     random,
     threads::{FirstStep, Refused, ThreadKind, ThreadStart},
 };
+pub use dirty::DirtyError;
 pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Callbacks, Event, Report, Told};
 pub use fits::{check_cpu, check_taps};

@@ -26,7 +26,7 @@ use crate::{
         vcpu::{Buses, KvmCpu},
     },
     legacy::Legacy,
-    memory::{self, image, reclaim::Reclaimer},
+    memory::{self, dirty_logs::DirtyLogs, image, reclaim::Reclaimer},
     reload::Reloaded,
     rest::Rest,
     slots::Slots,
@@ -70,6 +70,8 @@ pub struct Machine {
     pub(crate) filled: Arc<[Range<u64>]>,
     /// Gives memory back to the host, for devices.
     pub(crate) reclaimer: Arc<Reclaimer>,
+    /// What processes beside this one write.
+    pub(crate) dirty_logs: DirtyLogs,
     /// It is noted which pages are written.
     pub(crate) logging: bool,
     /// What a reset has cleared since they were last asked for.

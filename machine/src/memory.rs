@@ -26,6 +26,7 @@ use vm_memory::{
 
 use crate::layout;
 
+pub(crate) mod dirty_logs;
 pub mod fault;
 pub mod image;
 pub mod origin;

@@ -207,28 +207,6 @@ impl Machine {
     pub fn filled(&self) -> Arc<[Range<u64>]> {
         self.filled.clone()
     }
-
-    /// Begin to note which pages are written, or end it.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn log_dirty(&mut self, on: bool) -> Result<(), KvmError> {
-        self.vm.log_dirty(on)?;
-        self.logging = on;
-        self.cleared.clear();
-        image::forget_dirty(&self.memory);
-        Ok(())
-    }
-
-    /// The ranges of the memory's image that have been written since [`Machine::log_dirty`] or the
-    /// last call. What is written meanwhile may be in it or in the next one.
-    ///
-    /// # Errors
-    /// When KVM does not tell.
-    pub fn dirty_memory(&mut self) -> Result<Vec<Range<u64>>, KvmError> {
-        let dirty = image::dirty(&self.memory, &self.vm.dirty()?);
-        Ok(image::union(&std::mem::take(&mut self.cleared), &dirty))
-    }
 }
 
 impl Quiesced<'_> {
@@ -338,21 +316,5 @@ impl Quiesced<'_> {
     /// When the kernel does not tell.
     pub fn used_memory(&self) -> io::Result<Vec<Range<u64>>> {
         image::used(&self.0.memory, &self.0.filled)
-    }
-
-    /// As [`Machine::dirty_memory`], with nothing written meanwhile.
-    ///
-    /// # Errors
-    /// When KVM does not tell.
-    pub fn dirty_memory(&mut self) -> Result<Vec<Range<u64>>, KvmError> {
-        self.0.dirty_memory()
-    }
-
-    /// As [`Machine::log_dirty`].
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn log_dirty(&mut self, on: bool) -> Result<(), KvmError> {
-        self.0.log_dirty(on)
     }
 }

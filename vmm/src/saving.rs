@@ -24,7 +24,7 @@ mod status;
 
 use std::time::{Duration, Instant};
 
-use machine::{RunError, kvm::KvmError};
+use machine::{DirtyError, RunError};
 use qmp::{
     Error,
     schema::{Empty, Event, MigrationStatus},
@@ -64,7 +64,7 @@ enum Failed {
     #[error(transparent)]
     Run(#[from] RunError),
     #[error(transparent)]
-    Kvm(#[from] KvmError),
+    Dirty(#[from] DirtyError),
     #[error("there is no save to stop the machine for")]
     NoSave,
     #[error("a disk was plugged or unplugged while the machine was being saved with its disks")]

@@ -1,7 +1,7 @@
 //! What the guest has changed: logged for a save of a guest that runs, and from one save to the next.
 use std::ops::Range;
 
-use machine::{kvm::KvmError, memory::image::union};
+use machine::{DirtyError, memory::image::union};
 use qmp::Error;
 
 use super::Failed;
@@ -78,7 +78,7 @@ impl Vmm {
     }
 
     /// Begin to note what changes.
-    pub(super) fn log_changes(&mut self) -> Result<(), KvmError> {
+    pub(super) fn log_changes(&mut self) -> Result<(), DirtyError> {
         if self.saving.log.is_on() {
             return self.collect().map(drop);
         }
@@ -88,8 +88,17 @@ impl Vmm {
     }
 
     /// What has changed since this was last called, or [`Self::log_changes`].
-    pub(super) fn collect(&mut self) -> Result<Vec<Range<u64>>, KvmError> {
-        let dirty = self.machine.dirty_memory()?;
+    pub(super) fn collect(&mut self) -> Result<Vec<Range<u64>>, DirtyError> {
+        let dirty = match self.machine.dirty_memory() {
+            Ok(dirty) => dirty,
+            Err(e) => {
+                // Some of it may be lost: no later save can build on the last one.
+                if self.saving.log.is_on() {
+                    self.saving.log = DirtyLog::On;
+                }
+                return Err(e);
+            }
+        };
         // A save that fails must not lose it.
         if let DirtyLog::Since { changed, .. } = &mut self.saving.log {
             *changed = union(changed, &dirty);
