@@ -27,7 +27,7 @@ pub fn load_all(input: &[u8]) -> Option<Result<Entry, BootError>> {
     };
     let slots = [VirtioSlot { address: 0xf010_0000, irq: 5 }];
     let vmgenid = (with & 4 != 0).then_some(GuestAddress(0x8000));
-    let platform = Platform { apic_ids: &[0, 1], slots: &slots, serial: true, vmgenid };
+    let platform = Platform { cpu_ids: &[0, 1], slots: &slots, serial: true, vmgenid };
     let memory = Memory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
     Some(load(&memory, &boot, &platform))
 }

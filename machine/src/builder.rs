@@ -24,12 +24,12 @@ use devices::{
     },
 };
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use vm_memory::MmapRegion;
 
 use crate::{
     Machine,
+    arch::{Buses, CpuFeatures, VcpuFactory, entry},
     backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
@@ -41,10 +41,8 @@ use crate::{
     io_thread,
     kinds::{Built, Kept},
     kvm::{
-        self, KvmError, Vm, entry, features,
+        self, KvmError, Vm,
         opening::{Opened, Opening},
-        state,
-        vcpu::{Buses, KvmCpu},
     },
     legacy::{Legacy, LegacyError, Outside},
     machine::RunError,
@@ -132,7 +130,7 @@ struct Held(bool);
 /// How the guest begins.
 enum Begin {
     Boot,
-    GoOn(Opening, Contents, CpuId, Held),
+    GoOn(Opening, Contents, CpuFeatures, Held),
 }
 
 impl Machine {
@@ -155,8 +153,8 @@ impl Machine {
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
     pub fn restored(saved: Saved, callbacks: Callbacks) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
-        let cpuid = features::cpuid(&state.cpu.leaves)?;
-        let begin = Begin::GoOn(saved.opening, saved.memory, cpuid, Held(saved.held));
+        let seen = CpuFeatures::try_from(&state.cpu)?;
+        let begin = Begin::GoOn(saved.opening, saved.memory, seen, Held(saved.held));
         let mut machine = Self::build(&MadeOf::from(description), begin, callbacks)?;
         machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
@@ -168,7 +166,7 @@ impl Machine {
     fn build(made_of: &MadeOf<'_>, begin: Begin, callbacks: Callbacks) -> Result<Self, BuildError> {
         let MadeOf { config, occupied, places } = *made_of;
         SlotCounts::try_from(Wanted::of(config, occupied))?;
-        let apic_ids = topology::apic_ids(&config.topology, config.cpus)?;
+        let cpu_ids = topology::apic_ids(&config.topology, config.cpus)?;
 
         let small = matches!(begin, Begin::Boot) && is_small(config);
         let (kvm, fd, contents, seen, Held(held)) = match begin {
@@ -186,7 +184,7 @@ impl Machine {
                 let opened = opening.finish().map_err(BuildError::Thread)??;
                 let Opened { kvm, vm, supported } = opened;
                 check_count(&kvm, config.cpus.get())?;
-                fits::check_leaves(&kvm, &supported, config, &features::leaves(&seen))?;
+                fits::check_model(&kvm, &supported, config, &seen.model())?;
                 (kvm, vm, memory, Some(seen), held)
             }
         };
@@ -198,16 +196,16 @@ impl Machine {
         let io_threads =
             start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
         // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
-        let seen_leaves = seen.as_ref();
+        let features = seen.as_ref();
         let boot = seen.is_none();
         let (fds, parts) = thread::scope(|scope| {
             let topology = &config.topology;
-            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &apic_ids, topology, seen_leaves));
+            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &cpu_ids, topology, features));
             let backing = Backing::Host { callbacks: &callbacks, held };
             let parts = Parts::new(made_of, backing, &memory, &reclaim, window, &io_threads);
             let parts = parts.and_then(|parts| {
                 let kernel = || {
-                    BootPlan::new(config, &parts.slots, &apic_ids).load(&memory, &AtomicU64::new(0))
+                    BootPlan::new(config, &parts.slots, &cpu_ids).load(&memory, &AtomicU64::new(0))
                 };
                 let boot = boot.then(kernel).transpose()?;
                 parts.legacy.bind(&vm)?;
@@ -227,11 +225,10 @@ impl Machine {
         }
         let generation = GenerationId::random().map_err(BuildError::Random)?;
         generation.write(&memory)?;
-        let msr_list = Arc::new(state::msr_list(&kvm)?);
-        let cpu = |fd| KvmCpu::new(fd, buses.clone(), msr_list.clone());
+        let vcpu_factory = VcpuFactory::new(&kvm, buses)?;
         let vcpus = fds
             .into_iter()
-            .map(cpu)
+            .map(|fd| vcpu_factory.make(fd))
             .enumerate()
             .map(|(index, cpu)| {
                 let report = callbacks.report.clone();
@@ -248,11 +245,10 @@ impl Machine {
             io_threads,
             vm,
             kvm,
-            buses,
-            msr_list,
+            vcpu_factory,
             memory,
             config: config.clone(),
-            apic_ids,
+            cpu_ids,
             parked: None,
             running: false,
             rest: Rest::default(),
@@ -262,7 +258,7 @@ impl Machine {
             balloon,
             generation,
             seen,
-            leaves: None,
+            cpu_model: None,
             filled: filled.into(),
             reclaimer,
             dirty_logs: DirtyLogs::default(),

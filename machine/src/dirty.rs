@@ -1,5 +1,5 @@
-//! Which memory is written: by vCPUs, as KVM notes it; by devices, in the bitmap of guest memory; and by
-//! processes beside this one, in logs of theirs.
+//! Which memory is written: by vCPUs, as KVM notes it; by devices, in the bitmap of guest memory;
+//! and by processes beside this one, in logs of theirs.
 use std::{io, ops::Range, sync::Arc};
 
 use devices::backend::dirty_log::DirtyLog;
@@ -48,8 +48,8 @@ impl Machine {
         self.dirty_logs.add(log);
     }
 
-    /// The other process has gone, or writes to memory no more: what is in its log counts, and what comes
-    /// does not.
+    /// The other process has gone, or writes to memory no more: what is in its log counts, and what
+    /// comes does not.
     ///
     /// # Errors
     /// When the log cannot be read, or was not made for this machine's memory.

@@ -2,16 +2,13 @@
 //! memory and its state are there, and without taking anything from the machine that it is.
 use config::{Description, MachineConfig, Tap as TapConfig, topology};
 use devices::backend::net::tap::Tap;
-use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use state::cpu::Cpu;
 
 use crate::{
     BuildError,
-    kvm::{
-        self, cpuid,
-        features::{self, Leaf},
-    },
+    arch::{CpuFeatures, CpuModel},
+    kvm,
 };
 
 /// Whether this host's CPU has what `cpu` promises to the guest of `description`.
@@ -19,9 +16,9 @@ use crate::{
 /// # Errors
 /// [`BuildError::Cpu`] with the first thing missing; when KVM does not tell.
 pub fn check_cpu(description: &Description, cpu: &Cpu) -> Result<(), BuildError> {
-    let seen: Vec<_> = cpu.cpuid.iter().copied().map(Leaf::from).collect();
     let kvm = kvm::open()?;
-    check_leaves(&kvm, &cpuid::supported(&kvm)?, &description.config, &seen)
+    let supported = CpuFeatures::supported(&kvm)?;
+    check_model(&kvm, &supported, &description.config, &CpuModel::from(cpu))
 }
 
 /// Whether the taps of `description` that have a name are there, and are such as their NICs need. Another machine may
@@ -40,16 +37,15 @@ pub fn check_taps(description: &Description) -> Result<(), BuildError> {
 }
 
 /// Whether vCPUs of `config` show all that a guest has seen, on a host that can show `supported`.
-pub(crate) fn check_leaves(
+pub(crate) fn check_model(
     kvm: &Kvm,
-    supported: &CpuId,
+    supported: &CpuFeatures,
     config: &MachineConfig,
-    seen: &[Leaf],
+    seen: &CpuModel,
 ) -> Result<(), BuildError> {
     let ids = topology::apic_ids(&config.topology, config.cpus)?;
     let first = ids.first().copied().unwrap_or(0);
-    let here = cpuid::for_vcpu(kvm, supported, first, &config.topology);
-    match features::missing(&features::leaves(&here), seen) {
+    match supported.of_vcpu(kvm, first, &config.topology).model().lacks(seen) {
         Some(why) => Err(BuildError::Cpu(why)),
         None => Ok(()),
     }

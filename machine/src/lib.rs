@@ -1,4 +1,5 @@
 //! The hardware: KVM, memory, vCPU and I/O threads, interrupts, boot; configuration to machine.
+pub mod arch;
 mod backends;
 mod backing;
 mod balloon;
@@ -13,8 +14,6 @@ mod generation;
 pub mod io_thread;
 mod kinds;
 pub mod kvm;
-pub mod layout;
-mod legacy;
 mod machine;
 pub mod memory;
 mod preflight;
@@ -25,6 +24,7 @@ mod slots;
 mod spot_check;
 pub mod vcpu;
 
+pub use arch::{Clock, CpuModel, layout};
 pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use balloon::Balloon;
 pub use builder::{BuildError, Saved};
@@ -39,11 +39,12 @@ pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Callbacks, Event, Report, Told};
 pub use fits::{check_cpu, check_taps};
 pub use generation::GenerationId;
-pub use kvm::Clock;
 pub use machine::{Machine, RunError};
 pub use preflight::preflight;
-pub use quiesced::{CpuModel, Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError};
+pub use quiesced::{Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError};
 pub use reload::{ReloadError, Reloaded};
 pub use rest::AT_ONCE;
 pub use spot_check::{SpotCheckError, SpotChecks, check_spots};
 pub use vcpu::Stopped;
+
+pub(crate) use arch::legacy;

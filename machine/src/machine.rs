@@ -10,22 +10,17 @@ use devices::{
         net::tap::TapError,
     },
 };
-use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
 
 use crate::{
+    arch::{Clock, CpuFeatures, CpuModel, KvmCpu, VcpuFactory, entry, host_ticks, legacy::Legacy},
     backends::Backends,
     balloon::Balloon,
     boot::BootError,
     generation::GenerationId,
     io_thread,
-    kvm::{
-        self, KvmError, Vm,
-        features::Leaf,
-        vcpu::{Buses, KvmCpu},
-    },
-    legacy::Legacy,
+    kvm::{self, KvmError, Vm},
     memory::{self, dirty_logs::DirtyLogs, image, reclaim::Reclaimer},
     reload::Reloaded,
     rest::Rest,
@@ -47,25 +42,24 @@ pub struct Machine {
     pub(crate) io_threads: Vec<(String, Arc<io_thread::Handle>)>,
     pub(crate) vm: Vm,
     pub(crate) kvm: Kvm,
-    pub(crate) buses: Buses,
-    pub(crate) msr_list: Arc<Vec<u32>>,
+    pub(crate) vcpu_factory: VcpuFactory,
     pub(crate) memory: Memory,
     pub(crate) config: MachineConfig,
     /// When the vCPUs were parked; `None` while they run or before they have ever run.
     pub(crate) parked: Option<Parked>,
     pub(crate) running: bool,
     pub(crate) rest: Rest,
-    pub(crate) apic_ids: Vec<u8>,
+    pub(crate) cpu_ids: Vec<u8>,
     /// Labels and names of the character back-ends.
     pub(crate) chardevs: Vec<(String, String)>,
     pub(crate) outputs: Vec<CharSink>,
     pub(crate) backends: Backends,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) generation: GenerationId,
-    /// The CPUID leaves that the guest has seen, when it was restored; else this host's.
-    pub(crate) seen: Option<CpuId>,
-    /// CPUID as it is saved, once it is known.
-    pub(crate) leaves: Option<Vec<Leaf>>,
+    /// What the guest has seen of its CPUs, when it was restored; else it is what this host has.
+    pub(crate) seen: Option<CpuFeatures>,
+    /// The same as it is saved, once it is known.
+    pub(crate) cpu_model: Option<CpuModel>,
     /// Ranges of the memory's image that are not zero although nobody may have touched them.
     pub(crate) filled: Arc<[Range<u64>]>,
     /// Gives memory back to the host, for devices.
@@ -82,10 +76,10 @@ pub struct Machine {
 
 /// The moment at which the guest's clocks stood still.
 pub(crate) struct Parked {
-    /// Host TSC, in ticks.
-    pub tsc: u64,
-    /// kvm-clock.
-    pub clock: kvm::Clock,
+    /// What the host's counter showed, in ticks.
+    pub ticks: u64,
+    /// The guest's paravirtual clock.
+    pub clock: Clock,
     /// It is to go on as if it had not stood.
     pub advance: bool,
 }
@@ -191,11 +185,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Let kvm-clock resume from where it stood; for how many ticks of the host's TSC that was.
+    /// Let the guest's clock resume from where it stood; for how many ticks of the host's counter
+    /// that was.
     pub(crate) fn restart_clocks(&mut self) -> Result<u64, KvmError> {
         let Some(parked) = self.parked.take() else { return Ok(0) };
         self.vm.set_clock(parked.clock, parked.advance)?;
-        Ok(kvm::host_tsc().saturating_sub(parked.tsc))
+        Ok(host_ticks().saturating_sub(parked.ticks))
     }
 
     /// Let it run again after a pause that only the monitor wanted, of some milliseconds. The guest's
@@ -257,12 +252,12 @@ impl Machine {
         self.legacy.bind(&vm)?;
         self.slots.bind(&vm)?;
         let seen = self.seen.as_ref();
-        let fds = vm.create_vcpus(&self.kvm, &self.apic_ids, &self.config.topology, seen)?;
+        let fds = vm.create_vcpus(&self.kvm, &self.cpu_ids, &self.config.topology, seen)?;
         if let Some(first) = fds.first() {
-            kvm::entry::set(first, &kernel.entry.registers)?;
+            entry::set(first, &kernel.entry.registers)?;
         }
         for (vcpu, fd) in self.vcpus.iter_mut().zip(fds) {
-            vcpu.replace(KvmCpu::new(fd, self.buses.clone(), self.msr_list.clone()))?;
+            vcpu.replace(self.vcpu_factory.make(fd))?;
         }
         self.vm = vm;
         if self.logging {

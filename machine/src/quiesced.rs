@@ -7,14 +7,9 @@ use state::{Section, Sections, chips as saved, cpu};
 
 use crate::{
     Machine, RunError,
+    arch::{ChipState, Clock, CpuFeatures, CpuModel, VcpuError, VcpuState, host_ticks},
     dry_restore::restore_devices,
-    kvm::{
-        self, Clock, KvmError,
-        chips::ChipState,
-        features::{self, Leaf},
-        saved::VcpuError,
-        state::VcpuState,
-    },
+    kvm::KvmError,
     machine::Parked,
     memory::{image, reclaim::Reclaimer, staging::Staging},
     spot_check::SpotChecks,
@@ -41,7 +36,7 @@ impl From<MachineState> for Sections {
         let MachineState { cpu, vcpus, chips, clock, devices } = state;
         let Clock { nanoseconds, date } = clock;
         Self {
-            cpu: cpu::Cpu { cpuid: cpu.leaves.into_iter().map(cpu::Leaf::from).collect() },
+            cpu: cpu.into(),
             vcpus: vcpus.into_iter().map(cpu::Vcpu::from).collect(),
             chips: chips.into(),
             clock: saved::Clock { nanoseconds, date },
@@ -55,28 +50,21 @@ impl TryFrom<Sections> for MachineState {
 
     fn try_from(sections: Sections) -> Result<Self, RestoreError> {
         let Sections { cpu, vcpus, chips, clock, devices } = sections;
-        let leaves: Vec<_> = cpu.cpuid.into_iter().map(Leaf::from).collect();
+        let cpu = CpuModel::from(&cpu);
         // As many as KVM takes.
-        features::cpuid(&leaves)?;
+        CpuFeatures::try_from(&cpu)?;
         let vcpu = |(index, vcpu): (usize, cpu::Vcpu)| {
             vcpu.try_into().map_err(|source| RestoreError::VcpuForm { index, source })
         };
         let saved::Clock { nanoseconds, date } = clock;
         Ok(Self {
-            cpu: CpuModel { leaves },
+            cpu,
             vcpus: vcpus.into_iter().enumerate().map(vcpu).collect::<Result<_, _>>()?,
             chips: chips.into(),
             clock: Clock { nanoseconds, date },
             devices,
         })
     }
-}
-
-/// What the guest's CPUs promise to it.
-#[derive(Debug, Clone)]
-pub struct CpuModel {
-    /// CPUID leaves as the boot vCPU shows them.
-    pub leaves: Vec<Leaf>,
 }
 
 /// A machine at one moment: its state, and what has become of the memory that belongs to it.
@@ -122,7 +110,7 @@ pub enum RestoreError {
     #[error("cannot restore vCPU {index}")]
     VcpuForm { index: usize, source: VcpuError },
     #[error(transparent)]
-    Leaves(#[from] KvmError),
+    Cpu(#[from] KvmError),
     #[error("cannot restore {id}")]
     Device { id: String, source: StateError },
     #[error("the saved state has no section for {id}")]
@@ -160,27 +148,25 @@ impl Machine {
     /// # Errors
     /// When KVM does not tell.
     pub fn prepare_to_save(&mut self) -> Result<(), KvmError> {
-        if self.leaves.is_none() {
-            self.leaves = Some(self.cpu_leaves()?);
+        if self.cpu_model.is_none() {
+            self.cpu_model = Some(self.find_cpu_model()?);
         }
         Ok(())
     }
 
     /// What its CPUs promise to the guest, in its saved form, once [`Machine::prepare_to_save`] was called.
     pub fn cpu(&self) -> Option<cpu::Cpu> {
-        let leaves = self.leaves.as_ref()?.iter().copied();
-        Some(cpu::Cpu { cpuid: leaves.map(cpu::Leaf::from).collect() })
+        self.cpu_model.clone().map(cpu::Cpu::from)
     }
 
-    /// CPUID as the boot vCPU shows it. Asking KVM for it takes milliseconds on some hosts.
-    fn cpu_leaves(&self) -> Result<Vec<Leaf>, KvmError> {
+    /// As the boot vCPU shows it. Asking KVM for it takes milliseconds on some hosts.
+    fn find_cpu_model(&self) -> Result<CpuModel, KvmError> {
         if let Some(seen) = &self.seen {
-            return Ok(features::leaves(seen));
+            return Ok(seen.model());
         }
-        let first = self.apic_ids.first().copied().unwrap_or(0);
-        let here = kvm::cpuid::supported(&self.kvm)?;
-        let topology = &self.config.topology;
-        Ok(features::leaves(&kvm::cpuid::for_vcpu(&self.kvm, &here, first, topology)))
+        let first = self.cpu_ids.first().copied().unwrap_or(0);
+        let here = CpuFeatures::supported(&self.kvm)?;
+        Ok(here.of_vcpu(&self.kvm, first, &self.config.topology).model())
     }
 
     /// Of its block devices, while no request is under way.
@@ -232,8 +218,8 @@ impl Quiesced<'_> {
             })
             .collect::<Result<_, SaveError>>()?;
         let chips = ChipState::save(&machine.vm)?;
-        // The guest's TSC has run on since it was stopped.
-        let ticks = machine.parked.as_ref().map_or(0, |p| kvm::host_tsc().saturating_sub(p.tsc));
+        // The guest's counter has run on since it was stopped.
+        let ticks = machine.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
         let answers: Vec<_> = machine.vcpus.iter().map(|vcpu| vcpu.save()).collect();
         let mut vcpus = Vec::with_capacity(answers.len());
         for answer in answers {
@@ -245,11 +231,10 @@ impl Quiesced<'_> {
             Some(parked) => parked.clock,
             None => machine.vm.clock()?,
         };
-        let leaves = match &machine.leaves {
-            Some(leaves) => leaves.clone(),
-            None => machine.cpu_leaves()?,
+        let cpu = match &machine.cpu_model {
+            Some(model) => model.clone(),
+            None => machine.find_cpu_model()?,
         };
-        let cpu = CpuModel { leaves };
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
 
@@ -296,8 +281,8 @@ impl Quiesced<'_> {
             return Err(RestoreError::NoDate);
         }
         state.chips.restore(&machine.vm).map_err(RestoreError::Chips)?;
-        // Before the vCPUs, whose MSRs have KVM write the wall clock into guest memory: the time at
-        // which this clock showed 0.
+        // Before the vCPUs, whose registers have KVM write the wall clock into guest memory: the
+        // time at which this clock showed 0.
         machine.vm.set_clock(state.clock, clock_realtime).map_err(RestoreError::Clock)?;
         let each = machine.vcpus.iter().zip(state.vcpus.iter().cloned());
         let answers: Vec<_> = each.map(|(vcpu, state)| vcpu.restore(state)).collect();
@@ -305,8 +290,8 @@ impl Quiesced<'_> {
             answer.wait()?.map_err(|source| RestoreError::Vcpu { index, source })?;
         }
         // Its clocks stand from now on, at what they showed when it was saved.
-        let (tsc, clock) = (kvm::host_tsc(), state.clock);
-        machine.parked = Some(Parked { tsc, clock, advance: clock_realtime });
+        let (ticks, clock) = (host_ticks(), state.clock);
+        machine.parked = Some(Parked { ticks, clock, advance: clock_realtime });
         restore_devices(&machine.legacy, &machine.slots, &state.devices)
     }
 

@@ -27,17 +27,17 @@ const CHUNK: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct BootPlan {
     boot: BootConfig,
-    apic_ids: Vec<u8>,
+    cpu_ids: Vec<u8>,
     slots: Vec<VirtioSlot>,
     serial: bool,
 }
 
 impl BootPlan {
     /// For the machine that `config` describes, with these slots and vCPUs.
-    pub(crate) fn new(config: &MachineConfig, slots: &Slots, apic_ids: &[u8]) -> Self {
+    pub(crate) fn new(config: &MachineConfig, slots: &Slots, cpu_ids: &[u8]) -> Self {
         Self {
             boot: config.boot.clone(),
-            apic_ids: apic_ids.to_vec(),
+            cpu_ids: cpu_ids.to_vec(),
             slots: slots.boot_list(),
             serial: config.serial.is_some(),
         }
@@ -46,7 +46,7 @@ impl BootPlan {
     /// Put the kernel into guest memory, and what tells it of this machine.
     pub(crate) fn load(&self, memory: &Memory, read: &AtomicU64) -> Result<Entry, BootError> {
         let platform = Platform {
-            apic_ids: &self.apic_ids,
+            cpu_ids: &self.cpu_ids,
             slots: &self.slots,
             serial: self.serial,
             vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
@@ -101,7 +101,7 @@ impl Machine {
         &self,
         read: Arc<AtomicU64>,
     ) -> impl FnOnce() -> Result<Reloaded, ReloadError> + Send + use<> {
-        let plan = BootPlan::new(&self.config, &self.slots, &self.apic_ids);
+        let plan = BootPlan::new(&self.config, &self.slots, &self.cpu_ids);
         let size = self.config.memory.size;
         move || {
             let memory = memory::addresses(size)?;

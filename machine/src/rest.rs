@@ -17,8 +17,8 @@ use devices::{backend::disk::DISK_STALL_LIMIT, virtio::VirtioDevice};
 
 use crate::{
     Machine, RunError,
+    arch::host_ticks,
     io_thread::Ended,
-    kvm,
     machine::Parked,
     slots::Handle,
     vcpu::{self, Answer, Gone},
@@ -123,7 +123,7 @@ impl Machine {
         }
         if self.parked.is_none() {
             let clock = self.vm.clock()?;
-            self.parked = Some(Parked { tsc: kvm::host_tsc(), clock, advance: false });
+            self.parked = Some(Parked { ticks: host_ticks(), clock, advance: false });
         }
         // Again, if one has given up meanwhile.
         self.io_threads.iter().for_each(|(_, thread)| thread.hold(DISK_STALL_LIMIT));

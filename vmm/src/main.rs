@@ -111,7 +111,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let built = Machine::new(config, Callbacks { report: events.report(), start });
             confinement.check()?;
             let machine = built.map_err(|e| explain(places, preflight(config, e), config))?;
-            if !machine::kvm::has_hardware_virtualization() {
+            if !machine::arch::has_hardware_virtualization() {
                 log::warn!(
                     "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \
                      a distribution's kernel may hang before its first word"

@@ -219,7 +219,7 @@ impl Vmm {
             return self.late.push(event);
         }
         // What looks like the guest's own end may come of memory that it cannot read any more.
-        if let M::Vcpu(index, S::TripleFault | S::Failed) = event
+        if let M::Vcpu(index, S::Fault | S::Failed) = event
             && let Err(e) = machine::memory::image::check_files(self.machine.memory())
         {
             log::error!("vCPU {index} has stopped for good: {e}");
@@ -228,9 +228,9 @@ impl Vmm {
         match event {
             // Another vCPU than the one that brought the machine to its end, at the same moment.
             M::Vcpu(..) if matches!(self.state, State::Halted(_)) => {}
-            M::Vcpu(_, S::Power(_) | S::TripleFault) if self.state == State::Prelaunch => {}
-            M::Vcpu(_, S::TripleFault) if self.actions.triple_fault_panics => self.guest_panicked(),
-            M::Vcpu(_, S::Power(P::Reset) | S::TripleFault) => {
+            M::Vcpu(_, S::Power(_) | S::Fault) if self.state == State::Prelaunch => {}
+            M::Vcpu(_, S::Fault) if self.actions.triple_fault_panics => self.guest_panicked(),
+            M::Vcpu(_, S::Power(P::Reset) | S::Fault) => {
                 let (cause, action) = (ShutdownCause::GuestReset, self.actions.reboot);
                 self.halt(Halt::Shutdown, true, cause, action, self.actions.reboot_status);
             }

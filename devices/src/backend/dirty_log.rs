@@ -1,9 +1,9 @@
-//! Which pages of guest memory a process beside the monitor has written: a bitmap in memory that both
-//! share, as back-ends of vhost-user are given one (VHOST_USER_SET_LOG_BASE, with
+//! Which pages of guest memory a process beside the monitor has written: a bitmap in memory that
+//! both share, as back-ends of vhost-user are given one (VHOST_USER_SET_LOG_BASE, with
 //! VHOST_USER_PROTOCOL_F_LOG_SHMFD).
 //!
-//! The page of 4 KiB at the guest address `a` is bit `a / 4096 % 8` of byte `a / 32768`. The back-end
-//! sets a bit, atomically, after it has written to the page.
+//! The page of 4 KiB at the guest address `a` is bit `a / 4096 % 8` of byte `a / 32768`. The
+//! back-end sets a bit, atomically, after it has written to the page.
 use std::{
     fs::File,
     io,
@@ -32,9 +32,8 @@ pub struct DirtyLog {
 impl DirtyLog {
     /// One for all of `memory`, with nothing in it.
     ///
-    /// # Errors
-    /// When the host has no memory or descriptor for it; when a region of `memory` does not begin and
-    /// end with a word of the log.
+    /// # Errors When the host has no memory or descriptor for it; when a region of `memory` does
+    /// not begin and end with a word of the log.
     pub fn new(memory: &Memory) -> io::Result<Self> {
         let is_whole =
             |value: u64| (value.is_multiple_of(WORD)).then_some(value).ok_or_else(not_whole);
@@ -60,8 +59,8 @@ impl DirtyLog {
         self.map.size() as u64
     }
 
-    /// Move what is in it into `bitmaps`, of each region of `memory` a bit a page, from its start on.
-    /// What is written meanwhile is moved now or the next time.
+    /// Move what is in it into `bitmaps`, of each region of `memory` a bit a page, from its start
+    /// on. What is written meanwhile is moved now or the next time.
     ///
     /// # Errors
     /// When `memory` is not the one that it was made for, or `bitmaps` are not of its size.

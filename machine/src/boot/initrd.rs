@@ -5,10 +5,10 @@ use std::sync::atomic::AtomicU64;
 use devices::Memory;
 use thiserror::Error;
 
-use super::Loaded;
 use super::ram::Ram;
 use super::source::{Source, SourceError};
-use crate::layout;
+use crate::arch::boot::Loaded;
+use crate::arch::layout;
 
 const PAGE: u64 = 4096;
 
@@ -37,18 +37,18 @@ pub enum InitrdError {
 }
 
 /// An initrd in guest memory.
-pub(super) struct Initrd {
-    pub(super) address: u64,
-    pub(super) size: u64,
+pub(crate) struct Initrd {
+    pub(crate) address: u64,
+    pub(crate) size: u64,
 }
 
 /// The file, which has something in it.
-pub(super) fn open<'a>(path: &Path, read: &'a AtomicU64) -> Result<Source<'a>, InitrdError> {
+pub(crate) fn open<'a>(path: &Path, read: &'a AtomicU64) -> Result<Source<'a>, InitrdError> {
     let file = Source::open(path, read)?;
     if file.len == 0 { Err(InitrdError::Empty) } else { Ok(file) }
 }
 
-pub(super) fn load(
+pub(crate) fn load(
     memory: &Memory,
     ram: &Ram,
     path: &Path,

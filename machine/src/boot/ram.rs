@@ -5,27 +5,27 @@ use devices::Memory;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::KernelError;
-use crate::layout;
+use crate::arch::layout;
 
 /// Guest RAM: ranges in ascending order, none touching the next.
-pub(super) struct Ram(Vec<Range<u64>>);
+pub(crate) struct Ram(Vec<Range<u64>>);
 
 /// What a range of the memory map is; the values of e820 and of PVH.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Ram = 1,
     Reserved = 2,
 }
 
 /// A range of the memory map.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Area {
-    pub(super) range: Range<u64>,
-    pub(super) kind: Kind,
+pub(crate) struct Area {
+    pub(crate) range: Range<u64>,
+    pub(crate) kind: Kind,
 }
 
 impl Ram {
-    pub(super) fn of(memory: &Memory) -> Ram {
+    pub(crate) fn of(memory: &Memory) -> Ram {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for region in memory.iter() {
             let start = region.start_addr().raw_value();
@@ -40,7 +40,7 @@ impl Ram {
 
     /// From the first megabyte to the hole: where kernels and initrds are put. The boot page tables
     /// and 32-bit addresses reach all of it.
-    pub(super) fn low(&self) -> Range<u64> {
+    pub(crate) fn low(&self) -> Range<u64> {
         let start = layout::HIGH_RAM;
         let end =
             self.0.iter().find(|range| range.contains(&start)).map_or(start, |range| range.end);
@@ -48,7 +48,7 @@ impl Ram {
     }
 
     /// The end of `len` bytes at `start`, if a kernel may have them.
-    pub(super) fn check(&self, part: &str, start: u64, len: u64) -> Result<u64, KernelError> {
+    pub(crate) fn check(&self, part: &str, start: u64, len: u64) -> Result<u64, KernelError> {
         let low = self.low();
         let end = start.saturating_add(len);
         if low.start <= start && end <= low.end {
@@ -65,7 +65,7 @@ impl Ram {
     }
 
     /// The memory map for e820 and PVH.
-    pub(super) fn map(&self) -> Vec<Area> {
+    pub(crate) fn map(&self) -> Vec<Area> {
         let mut map = Vec::new();
         for range in &self.0 {
             if range.start < layout::EBDA {

@@ -47,9 +47,9 @@ pub enum SourceError {
     },
 }
 
-pub(super) struct Source<'a> {
+pub(crate) struct Source<'a> {
     file: File,
-    pub(super) len: u64,
+    pub(crate) len: u64,
     calls: &'a Calls,
 }
 
@@ -64,7 +64,7 @@ fn waiting<T>(calls: &Calls, call: impl FnOnce() -> T) -> T {
 }
 
 impl<'a> Source<'a> {
-    pub(super) fn open(path: &Path, calls: &'a Calls) -> Result<Self, SourceError> {
+    pub(crate) fn open(path: &Path, calls: &'a Calls) -> Result<Self, SourceError> {
         use std::os::unix::fs::FileTypeExt;
         // Opening a FIFO would otherwise wait for a writer.
         let (file, metadata) = waiting(calls, || {
@@ -92,12 +92,12 @@ impl<'a> Source<'a> {
     }
 
     /// The first bytes: 4096, or all there are.
-    pub(super) fn head(&self) -> Result<Vec<u8>, SourceError> {
+    pub(crate) fn head(&self) -> Result<Vec<u8>, SourceError> {
         self.read(0, self.len.min(HEAD))
     }
 
     /// A part that is small enough to be kept. The caller has bounded `len`.
-    pub(super) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SourceError> {
+    pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SourceError> {
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
         waiting(self.calls, || self.file.read_exact_at(&mut bytes, offset))
             .map_err(|source| SourceError::Read { offset, len, source })?;
@@ -105,7 +105,7 @@ impl<'a> Source<'a> {
     }
 
     /// Reads a part straight into guest memory.
-    pub(super) fn load(
+    pub(crate) fn load(
         &self,
         memory: &Memory,
         offset: u64,

@@ -5,17 +5,17 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 
-use super::{KvmError, cpuid, create_vm, open};
+use super::{KvmError, create_vm, open};
+use crate::arch::CpuFeatures;
 
 /// KVM, and a virtual machine that has nothing yet.
 pub(crate) struct Opened {
     pub kvm: Kvm,
     pub vm: VmFd,
     /// What vCPUs can show on this host.
-    pub supported: CpuId,
+    pub supported: CpuFeatures,
 }
 
 /// It is being opened, by a thread that ends when it is.
@@ -29,7 +29,7 @@ impl Opening {
     pub fn begin() -> io::Result<Self> {
         let opened = || {
             let kvm = open()?;
-            let (supported, vm) = (cpuid::supported(&kvm)?, create_vm(&kvm)?);
+            let (supported, vm) = (CpuFeatures::supported(&kvm)?, create_vm(&kvm)?);
             Ok(Opened { kvm, vm, supported })
         };
         Ok(Self(Builder::new().name("kvm".into()).stack_size(256 << 10).spawn(opened)?))

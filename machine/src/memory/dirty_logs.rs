@@ -19,8 +19,8 @@ impl DirtyLogs {
         self.0.push(log);
     }
 
-    /// `log` does not count any more. What is in it is noted as written by devices. Nobody may write to it
-    /// by now.
+    /// `log` does not count any more. What is in it is noted as written by devices. Nobody may
+    /// write to it by now.
     ///
     /// # Errors
     /// When it does not belong to `memory`.
@@ -72,8 +72,13 @@ mod tests {
 
     #[test]
     fn pages_of_all_logs_are_among_those_that_were_written_even_when_one_goes() {
-        let config =
-            MemoryConfig { size: 16 << 20, shared: true, path: None, prealloc: false, dump: true };
+        let config = MemoryConfig {
+            size: (16 << 20).try_into().unwrap(),
+            shared: true,
+            path: None,
+            prealloc: false,
+            dump: true,
+        };
         let memory = allocate(&config).unwrap();
         let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
         let by_vcpus = || vec![vec![1u64 << 63; 64]];

@@ -43,8 +43,8 @@ pub enum Stopped {
     /// It wrote to a register that asks for a reset or a power-off, or says that the guest has
     /// crashed: on real hardware, nothing is executed after that.
     Power(PowerEvent),
-    /// Triple fault: on real hardware, a reset.
-    TripleFault,
+    /// It has met an error that it cannot handle (x86: a triple fault): on real hardware, a reset.
+    Fault,
     /// KVM or the monitor cannot run it any further; the log says why.
     Failed,
 }
@@ -64,7 +64,8 @@ pub trait Cpu: Send + 'static {
     fn kicker(&mut self) -> io::Result<Self::Kicker>;
     /// Enter the guest once.
     fn run(&mut self) -> Exit;
-    /// Called before the first `run` after a pause, which took `ticks` of the host's TSC.
+    /// Called before the first `run` after a pause, which took `ticks` of the host's
+    /// counter.
     fn resumed(&mut self, ticks: u64);
     /// Registers of a parked CPU.
     ///
@@ -205,7 +206,7 @@ impl<C: Cpu> Handle<C> {
         self.kick();
         answer
     }
-    /// Let a parked vCPU run, after a pause of `ticks` of the host's TSC.
+    /// Let a parked vCPU run, after a pause of `ticks` of the host's counter.
     pub fn resume(&self, ticks: u64) {
         let _ = self.requests.send(Request::Resume(ticks));
     }

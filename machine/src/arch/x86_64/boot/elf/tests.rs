@@ -3,8 +3,8 @@ use config::BootConfig;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::tests::{MIB, PLATFORM, config, file, memory, read, refusal, zero_page};
+use crate::arch::layout;
 use crate::boot::{self, Protocol};
-use crate::layout;
 
 /// A note: name with terminator, type, description.
 fn note(name: &[u8], kind: u32, desc: &[u8]) -> Vec<u8> {
@@ -19,17 +19,17 @@ fn note(name: &[u8], kind: u32, desc: &[u8]) -> Vec<u8> {
     bytes
 }
 
-pub(in crate::boot) fn linux_note() -> Vec<u8> {
+pub(in crate::arch::x86_64::boot) fn linux_note() -> Vec<u8> {
     note(b"Linux\0", 0x100, &[0; 4])
 }
 
-pub(in crate::boot) fn pvh_note(entry: u64) -> Vec<u8> {
+pub(in crate::arch::x86_64::boot) fn pvh_note(entry: u64) -> Vec<u8> {
     note(b"Xen\0", 18, &entry.to_le_bytes())
 }
 
 /// A program header in either width.
 #[derive(Clone, Copy)]
-pub(in crate::boot) struct Header {
+pub(in crate::arch::x86_64::boot) struct Header {
     kind: u32,
     offset: u64,
     virt: u64,
@@ -38,7 +38,7 @@ pub(in crate::boot) struct Header {
     mem_size: u64,
 }
 
-pub(in crate::boot) const LOAD_AT: u64 = 0x20_0000;
+pub(in crate::arch::x86_64::boot) const LOAD_AT: u64 = 0x20_0000;
 const CODE_AT: u64 = 0x1000;
 
 /// One segment of code at 2 MiB, twice as big in memory.
@@ -54,13 +54,13 @@ fn code_header() -> Header {
 }
 
 /// A segment of just this code.
-pub(in crate::boot) fn segment_of(code: &[u8]) -> Header {
+pub(in crate::arch::x86_64::boot) fn segment_of(code: &[u8]) -> Header {
     let size = code.len() as u64;
     Header { file_size: size, mem_size: size, ..code_header() }
 }
 
 /// An ELF file of these headers; code at 0x1000, notes at 0x800.
-pub(in crate::boot) fn elf_of(
+pub(in crate::arch::x86_64::boot) fn elf_of(
     wide: bool,
     entry: u64,
     headers: &[Header],
@@ -105,7 +105,7 @@ pub(in crate::boot) fn elf_of(
     bytes
 }
 
-pub(in crate::boot) fn elf(wide: bool, entry: u64, notes: &[u8]) -> Vec<u8> {
+pub(in crate::arch::x86_64::boot) fn elf(wide: bool, entry: u64, notes: &[u8]) -> Vec<u8> {
     let note = Header { kind: 4, offset: 0x800, file_size: notes.len() as u64, ..code_header() };
     let headers = [code_header(), note];
     elf_of(wide, entry, &headers[..if notes.is_empty() { 1 } else { 2 }], notes, &[0x90; 0x1000])

@@ -20,7 +20,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Platform;
-use crate::layout;
+use crate::arch::layout;
 
 const OEM_ID: [u8; 6] = *b"STRATO";
 const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
@@ -60,7 +60,7 @@ pub(super) fn write(memory: &Memory, platform: &Platform) -> Result<GuestAddress
     let mut blob = Blob { bytes: vec![0; Rsdp::len()] };
     let dsdt = blob.push(&dsdt(platform));
     let fadt = blob.push(&fadt(dsdt));
-    let madt = blob.push(&madt(platform.apic_ids));
+    let madt = blob.push(&madt(platform.cpu_ids));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);

@@ -3,9 +3,10 @@ use devices::Memory;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::ram::Area;
-use super::{BootError, Loaded, initrd::Initrd};
-use crate::layout;
+use super::{BootError, Loaded};
+use crate::arch::layout;
+use crate::boot::initrd::Initrd;
+use crate::boot::ram::Area;
 
 /// Boot sector signature.
 const BOOT_FLAG: u16 = 0xaa55;

@@ -10,13 +10,13 @@ use vmm_sys_util::tempfile::TempFile;
 use super::bzimage::tests::{bzimage, changed};
 use super::elf::tests::{LOAD_AT, elf, elf_of, linux_note, pvh_note, segment_of};
 use super::*;
-use crate::layout;
+use crate::arch::layout;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const SLOTS: [VirtioSlot; 2] =
     [VirtioSlot { address: 0xf010_0000, irq: 5 }, VirtioSlot { address: 0xf010_1000, irq: 6 }];
 pub(super) const PLATFORM: Platform =
-    Platform { apic_ids: &[0, 1], slots: &SLOTS, serial: true, vmgenid: None };
+    Platform { cpu_ids: &[0, 1], slots: &SLOTS, serial: true, vmgenid: None };
 
 /// RAM from 0, with the hole if it is that big.
 pub(super) fn memory(size: u64) -> Memory {

@@ -7,10 +7,11 @@ use std::ops::Range;
 use devices::Memory;
 use thiserror::Error;
 
-use super::ram::Ram;
-use super::source::Source;
-use super::{KernelError, Loaded, Protocol, bytes, linux};
-use crate::layout;
+use super::{KernelError, Loaded, Protocol, linux};
+use crate::arch::layout;
+use crate::boot::bytes;
+use crate::boot::ram::Ram;
+use crate::boot::source::Source;
 
 const MAGIC: &[u8] = b"\x7fELF";
 /// Program headers that are read; a kernel has about five.

@@ -22,7 +22,7 @@ use memchr::memmem::Finder;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
-use crate::layout;
+use crate::arch::layout;
 
 const PARAMETER: &str = "virtio_mmio.device=";
 /// Separates the kernel's parameters from those of init.

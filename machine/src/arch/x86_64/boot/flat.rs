@@ -4,10 +4,10 @@
 //! rest is taken for code.
 use devices::Memory;
 
-use super::ram::Ram;
-use super::source::Source;
 use super::{KernelError, Loaded, Protocol, linux};
-use crate::layout;
+use crate::arch::layout;
+use crate::boot::ram::Ram;
+use crate::boot::source::Source;
 
 /// Shorter than any code that does something.
 const MIN: u64 = 8;

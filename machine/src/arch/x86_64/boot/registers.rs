@@ -3,7 +3,7 @@ use devices::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
-use crate::layout;
+use crate::arch::layout;
 
 /// CR0: protected mode.
 const PE: u64 = 1;

@@ -5,7 +5,7 @@ use kvm_bindings::{
 };
 use state::{chips as saved, hex::Hex};
 
-use super::{KvmError, Vm, refused};
+use crate::kvm::{KvmError, Vm, refused};
 
 /// Both PICs, the IOAPIC and the PIT. Plain data: what it holds is checked by KVM on restore.
 #[derive(Clone)]

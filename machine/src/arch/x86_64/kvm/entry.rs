@@ -3,10 +3,10 @@ use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::{
-    KvmError, refused,
+    super::boot::{Registers, Segment},
     state::{get_msrs, set_msrs},
 };
-use crate::boot::{Registers, Segment};
+use crate::kvm::{KvmError, refused};
 
 /// General registers that enter the guest where `registers` say.
 pub fn general(registers: &Registers) -> kvm_regs {

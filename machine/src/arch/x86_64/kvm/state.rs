@@ -6,7 +6,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd};
 use zerocopy::IntoBytes;
 
-use super::{KvmError, guest_tsc_is_its_own, refused};
+use super::clock::guest_tsc_is_its_own;
+use crate::kvm::{KvmError, refused};
 
 /// MSR of the time stamp counter.
 pub const MSR_IA32_TSC: u32 = 0x10;

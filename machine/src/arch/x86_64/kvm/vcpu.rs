@@ -9,15 +9,18 @@ use std::{
 
 use devices::{PowerEvent, bus::Bus};
 use kvm_bindings::kvm_device_attr;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
 use super::{
-    KvmError, guest_tsc_is_its_own,
-    state::{VcpuState, guest_ticks},
+    clock::guest_tsc_is_its_own,
+    state::{self, VcpuState, guest_ticks},
 };
-use crate::vcpu::{
-    Cpu, Exit, Stopped,
-    kick::{self, Kicked, Kicker},
+use crate::{
+    kvm::KvmError,
+    vcpu::{
+        Cpu, Exit, Stopped,
+        kick::{self, Kicked, Kicker},
+    },
 };
 
 /// Where accesses go; shared by all vCPUs.
@@ -60,6 +63,30 @@ impl PowerLatch {
     }
 }
 
+/// What vCPUs are made with.
+#[derive(Clone)]
+pub struct VcpuFactory {
+    buses: Buses,
+    /// MSRs that are saved.
+    msr_list: Arc<Vec<u32>>,
+}
+
+impl VcpuFactory {
+    /// One for vCPUs whose accesses go to `buses`.
+    ///
+    /// # Errors
+    /// When KVM does not tell what belongs to the state of a vCPU.
+    pub fn new(kvm: &Kvm, buses: Buses) -> Result<Self, KvmError> {
+        Ok(Self { buses, msr_list: Arc::new(state::msr_list(kvm)?) })
+    }
+
+    /// The vCPU of `fd`.
+    pub fn make(&self, fd: VcpuFd) -> KvmCpu {
+        let (buses, msr_list) = (self.buses.clone(), self.msr_list.clone());
+        KvmCpu { fd, buses, msr_list, kicked: None, khz: (0, 0) }
+    }
+}
+
 /// One vCPU.
 pub struct KvmCpu {
     fd: VcpuFd,
@@ -72,11 +99,6 @@ pub struct KvmCpu {
 }
 
 impl KvmCpu {
-    /// A vCPU whose accesses go to `buses`.
-    pub fn new(fd: VcpuFd, buses: Buses, msr_list: Arc<Vec<u32>>) -> Self {
-        Self { fd, buses, msr_list, kicked: None, khz: (0, 0) }
-    }
-
     fn failed(&mut self, what: &str) -> Exit {
         let rip = self.fd.get_regs().map_or(0, |r| r.rip);
         log::error!("the guest cannot go on: {what} at rip {rip:#x}");
@@ -121,7 +143,7 @@ impl Cpu for KvmCpu {
                     return Exit::Stopped(Stopped::Power(event));
                 }
             }
-            Ok(VcpuExit::Shutdown) => return Exit::Stopped(Stopped::TripleFault),
+            Ok(VcpuExit::Shutdown) => return Exit::Stopped(Stopped::Fault),
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 return self.failed(&format!("KVM cannot enter it (hardware reason {reason:#x})"));
             }

@@ -3,7 +3,7 @@ use devices::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
-use crate::layout;
+use crate::arch::layout;
 
 const POINTER_SIZE: u64 = 16;
 const HEADER_SIZE: u16 = 44;

@@ -2,11 +2,10 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use state::{cpu as saved, hex::Hex};
 
-use super::KvmError;
+use crate::kvm::KvmError;
 
 /// One CPUID leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "named as in the manuals")]
 pub struct Leaf {
     pub function: u32,
     pub index: u32,

@@ -5,9 +5,10 @@ use linux_loader::start_info::{
 };
 use vm_memory::{Address, ByteValued, Bytes, GuestAddress};
 
-use super::ram::Area;
-use super::{BootError, initrd::Initrd};
-use crate::layout;
+use super::BootError;
+use crate::arch::layout;
+use crate::boot::initrd::Initrd;
+use crate::boot::ram::Area;
 
 pub(super) fn write(
     memory: &Memory,

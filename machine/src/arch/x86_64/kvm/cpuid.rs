@@ -3,7 +3,7 @@ use config::{Topology, topology::Shape};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-use super::{KvmError, refused};
+use crate::kvm::{KvmError, refused};
 
 /// Leaf 1 EDX: several logical processors a package.
 const HTT: u32 = 1 << 28;

@@ -17,10 +17,11 @@ use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    Clock, Vm, open, state,
-    vcpu::{Buses, KvmCpu},
+    clock::Clock,
+    vcpu::{Buses, KvmCpu, VcpuFactory},
 };
 use crate::{
+    kvm::{Vm, open},
     layout,
     memory::{self, origin::Origin, reclaim::Reclaimer},
     vcpu::{Cpu, Handle, Stopped},
@@ -55,7 +56,6 @@ impl BusDevice for Trap {
 /// A vCPU that begins at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
 fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
-    let msrs = Arc::new(state::msr_list(kvm).unwrap());
     let fd = vm.create_vcpus(kvm, &[0], &one, None).unwrap().pop().unwrap();
     let mut sregs = fd.get_sregs().unwrap();
     sregs.cs.base = 0;
@@ -65,7 +65,7 @@ fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
     fd.set_sregs(&sregs).unwrap();
     let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
     fd.set_regs(&regs).unwrap();
-    KvmCpu::new(fd, buses, msrs)
+    VcpuFactory::new(kvm, buses).unwrap().make(fd)
 }
 
 #[test]
@@ -217,8 +217,8 @@ fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
     // By KVM, if it does that, and by this program.
-    for takes_date in [vm.takes_date, false] {
-        vm.takes_date = takes_date;
+    for takes_date in [vm.own.takes_date, false] {
+        vm.own.takes_date = takes_date;
         let now = vm.clock().unwrap().date.unwrap();
         for (date, advance, gap) in [
             (Some(now - 10 * MINUTE), false, 0),

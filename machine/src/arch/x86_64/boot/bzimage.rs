@@ -4,10 +4,11 @@ use linux_loader::loader::bootparam::setup_header;
 use thiserror::Error;
 use vm_memory::ByteValued;
 
-use super::ram::Ram;
-use super::source::Source;
-use super::{KernelError, Loaded, Protocol, bytes, linux};
-use crate::layout;
+use super::{KernelError, Loaded, Protocol, linux};
+use crate::arch::layout;
+use crate::boot::bytes;
+use crate::boot::ram::Ram;
+use crate::boot::source::Source;
 
 /// Offset of the header in the file.
 const HEADER: usize = 0x1f1;

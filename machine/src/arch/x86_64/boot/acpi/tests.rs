@@ -70,7 +70,7 @@ fn the_madt_lists_every_processor_and_one_ioapic() {
     // One, many, and with gaps as three cores a socket leave them.
     let many: Vec<u8> = (0..254).collect();
     for (apic_ids, ioapic) in [(&[0][..], 1), (&many, 254), (&[0, 1, 2, 4, 5, 6], 7)] {
-        let madt = &tables(&Platform { apic_ids, ..PLATFORM })["APIC"];
+        let madt = &tables(&Platform { cpu_ids: apic_ids, ..PLATFORM })["APIC"];
         assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
         let mut rest = &madt[44..];
         let mut ids = Vec::new();
@@ -151,7 +151,7 @@ fn the_largest_machine_fits() {
         .collect();
     let apic_ids: Vec<u8> = (0..254).collect();
     tables(&Platform {
-        apic_ids: &apic_ids,
+        cpu_ids: &apic_ids,
         slots: &slots,
         serial: true,
         vmgenid: Some(GuestAddress(0)),

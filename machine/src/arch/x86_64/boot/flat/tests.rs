@@ -4,8 +4,8 @@ use std::path::Path;
 use config::BootConfig;
 
 use super::super::tests::{MIB, PLATFORM, chain, config, file, memory, read, refusal};
+use crate::arch::layout;
 use crate::boot::{self, Protocol};
-use crate::layout;
 
 #[test]
 fn a_flat_image_lies_at_16_mib_and_is_entered_at_its_start() {

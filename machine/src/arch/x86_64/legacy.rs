@@ -18,14 +18,17 @@ use devices::{
 };
 use parking_lot::Mutex;
 
-use crate::{
-    backing::Backing,
-    event::{Callbacks, Event},
-    kvm::{KvmError, Vm, vcpu::PowerLatch},
+use super::{
+    kvm::vcpu::PowerLatch,
     layout::{
         ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
         SERIAL_IRQ, SERIAL_PORT,
     },
+};
+use crate::{
+    backing::Backing,
+    event::{Callbacks, Event},
+    kvm::{KvmError, Vm},
     machine::Shared,
 };
 

@@ -1,13 +1,13 @@
 //! bzImages, honest and hostile.
 use super::super::tests::{MIB, PLATFORM, config, file, memory, read, refusal, zero_page};
+use crate::arch::layout;
 use crate::boot::{self, Protocol};
-use crate::layout;
 
 const SETUP: usize = 5 * 512;
 const CODE_SIZE: usize = 0x8000;
 
 /// A 64-bit bzImage; `setup_sects` 4, code full of 0xf4.
-pub(in crate::boot) fn bzimage() -> Vec<u8> {
+pub(in crate::arch::x86_64::boot) fn bzimage() -> Vec<u8> {
     let mut bytes = vec![0; SETUP];
     bytes.resize(SETUP + CODE_SIZE, 0xf4);
     let mut put = |offset: usize, value: &[u8]| {
@@ -29,7 +29,7 @@ pub(in crate::boot) fn bzimage() -> Vec<u8> {
     bytes
 }
 
-pub(in crate::boot) fn changed(offset: usize, value: &[u8]) -> Vec<u8> {
+pub(in crate::arch::x86_64::boot) fn changed(offset: usize, value: &[u8]) -> Vec<u8> {
     let mut bytes = bzimage();
     bytes[offset..offset + value.len()].copy_from_slice(value);
     bytes

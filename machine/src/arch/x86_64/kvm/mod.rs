@@ -1,0 +1,15 @@
+//! What KVM has for this architecture alone.
+// UNSAFETY: some ioctls have no safe wrapper.
+#![expect(unsafe_code, reason = "KVM ioctls, RDTSC")]
+pub mod chips;
+pub mod clock;
+pub mod cpu_model;
+mod cpuid;
+pub(crate) mod entry;
+mod features;
+pub mod saved;
+pub mod state;
+#[cfg(test)]
+mod tests;
+pub mod vcpu;
+pub(crate) mod vm;
