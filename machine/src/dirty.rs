@@ -12,8 +12,8 @@ pub enum DirtyError {
     /// KVM does not tell.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// A log of another process does not belong to this machine.
-    #[error("cannot tell which pages of guest memory another process has written")]
+    /// A log does not belong to this machine's memory.
+    #[error("cannot tell which pages of guest memory were written")]
     Log(#[source] io::Error),
 }
 
@@ -39,7 +39,7 @@ impl Machine {
     pub fn dirty_memory(&mut self) -> Result<Vec<Range<u64>>, DirtyError> {
         let mut written = self.vm.dirty()?;
         self.dirty_logs.move_into(&self.memory, &mut written).map_err(DirtyError::Log)?;
-        let dirty = image::dirty(&self.memory, &written);
+        let dirty = image::dirty(&self.memory, &written).map_err(DirtyError::Log)?;
         Ok(image::union(&std::mem::take(&mut self.cleared), &dirty))
     }
 

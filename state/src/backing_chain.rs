@@ -62,7 +62,8 @@ impl BackingChain {
     pub fn open(self) -> Result<Contents, (PathBuf, MemoryFileError)> {
         let mut pieces = Vec::new();
         for (range, index) in self.pieces() {
-            let Some(Layer { path, file, .. }) = self.layers.get(index) else { continue };
+            let layer = self.layer(index).map_err(|e| (PathBuf::new(), MemoryFileError::Io(e)))?;
+            let Layer { path, file, .. } = layer;
             let data = sparse::data(file, range.start, range.end - range.start)
                 .map_err(|e| (path.clone(), MemoryFileError::Io(e)))?;
             let place = |r: &Range<u64>| range.start + r.start..range.start + r.end;
@@ -154,18 +155,22 @@ impl Contents {
         let damaged = || MemoryFileError::Damaged { from: block.start, to: block.end };
         let check = |found: u32| if sum == Some(&found) { Ok(()) } else { Err(damaged()) };
         let first = self.pieces.partition_point(|(range, _)| range.end <= block.start);
-        let pieces = self.pieces.get(first..).unwrap_or_default();
+        let (_, pieces) = self.pieces.split_at(first);
         let mut pieces = pieces.iter().take_while(|(range, _)| range.start < block.end).peekable();
         if pieces.peek().is_none() {
             return check(self.zero.of(block)).map(|()| None);
         }
-        let length = usize::try_from(block.end - block.start).unwrap_or(0);
-        let buffer = buffer.get_mut(..length).unwrap_or_default();
+        let outside = || MemoryFileError::Io(io::Error::other("a block is larger than its buffer"));
+        let at = |offset: u64| {
+            let inside = offset.checked_sub(block.start).and_then(|at| usize::try_from(at).ok());
+            inside.ok_or_else(outside)
+        };
+        let buffer = buffer.get_mut(..at(block.end)?).ok_or_else(outside)?;
         buffer.fill(0);
         for (range, layer) in pieces {
             let inside = range.start.max(block.start)..range.end.min(block.end);
-            let at = |offset: u64| usize::try_from(offset - block.start).unwrap_or(usize::MAX);
-            let part = buffer.get_mut(at(inside.start)..at(inside.end)).unwrap_or_default();
+            let part = at(inside.start)?..at(inside.end)?;
+            let part = buffer.get_mut(part).ok_or_else(outside)?;
             let layer = self.chain.layer(*layer).map_err(MemoryFileError::Io)?;
             layer.file.read_exact_at(part, inside.start).map_err(MemoryFileError::Io)?;
         }

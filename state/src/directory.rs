@@ -139,7 +139,7 @@ struct Summed(File, crc32fast::Hasher);
 impl Read for Summed {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let length = self.0.read(buf)?;
-        self.1.update(buf.get(..length).unwrap_or_default());
+        self.1.update(buf.get(..length).ok_or(io::ErrorKind::InvalidData)?);
         Ok(length)
     }
 }

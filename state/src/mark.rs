@@ -33,10 +33,7 @@ impl Mark {
 pub fn generation(file: &File) -> io::Result<Option<u128>> {
     let mut value = [0; 17];
     match rustix::fs::fgetxattr(file, ATTRIBUTE, &mut value[..]) {
-        Ok(16) => {
-            let bytes = value.first_chunk().copied().unwrap_or_default();
-            Ok(Some(u128::from_be_bytes(bytes)))
-        }
+        Ok(16) => Ok(value.first_chunk().copied().map(u128::from_be_bytes)),
         // Another program's.
         Ok(_) | Err(Errno::NODATA | Errno::RANGE) => Ok(None),
         Err(e) => Err(e.into()),

@@ -97,7 +97,7 @@ mod tests {
         let mut bitmaps = vec![vec![0u64; 64]];
         bitmaps[0][0] = 1;
         logs.move_into(&memory, &mut bitmaps).unwrap();
-        let written = image::dirty(&memory, &bitmaps);
+        let written = image::dirty(&memory, &bitmaps).unwrap();
         assert_eq!(written, [page(0), page(5), page(80)]);
         set(&first, 9);
         set(&second, 17);
@@ -106,11 +106,11 @@ mod tests {
         let mut bitmaps = by_vcpus();
         bitmaps[0].iter_mut().skip(1).for_each(|word| *word = 0);
         logs.move_into(&memory, &mut bitmaps).unwrap();
-        assert_eq!(image::dirty(&memory, &bitmaps), [page(9), page(17), page(63)]);
+        assert_eq!(image::dirty(&memory, &bitmaps).unwrap(), [page(9), page(17), page(63)]);
         set(&second, 17);
         logs.forget().unwrap();
         let mut bitmaps = vec![vec![0u64; 64]];
         logs.move_into(&memory, &mut bitmaps).unwrap();
-        assert_eq!(image::dirty(&memory, &bitmaps), []);
+        assert_eq!(image::dirty(&memory, &bitmaps).unwrap(), []);
     }
 }

@@ -158,8 +158,8 @@ impl Filler {
             };
             // struct uffd_msg: the kind first, the address at 16.
             let [UFFD_EVENT_PAGEFAULT, ..] = message else { continue };
-            let address = message.get(16..24).and_then(|bytes| bytes.try_into().ok());
-            let address = u64::from_ne_bytes(address.unwrap_or_default());
+            let address = message.get(16..).and_then(|rest| rest.first_chunk::<8>());
+            let address = u64::from_ne_bytes(*address.ok_or(io::ErrorKind::InvalidData)?);
             let mut base = 0;
             for region in self.memory.iter() {
                 let start = host(region);
@@ -168,6 +168,9 @@ impl Filler {
                 }
                 base += region.len();
             }
+            // Who waits there would do so for ever.
+            let text = format!("a page fault at {address:#x}, outside of guest memory");
+            return Err(io::Error::other(text));
         }
     }
 

@@ -192,7 +192,14 @@ pub fn check_files(memory: &Memory) -> io::Result<()> {
 
 /// The page ranges of the image that `by_vcpus` names, with a bit a page for each region, and those
 /// that devices have written since the last time. Ascending, none empty.
-pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> Vec<Range<u64>> {
+///
+/// # Errors
+/// When `by_vcpus` does not name all pages of `memory`.
+pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> io::Result<Vec<Range<u64>>> {
+    let words = memory.iter().map(|region| (region.len() / PAGE_SIZE).div_ceil(64));
+    if !by_vcpus.iter().map(|words| words.len() as u64).eq(words) {
+        return Err(io::Error::other("the log of written pages does not have the size of memory"));
+    }
     let mut dirty = Vec::new();
     let mut base = 0;
     for (region, vcpus) in memory.iter().zip(by_vcpus) {
@@ -209,7 +216,7 @@ pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> Vec<Range<u64>> {
         }
         base += region.len();
     }
-    dirty
+    Ok(dirty)
 }
 
 /// Forget what devices have written.
@@ -240,7 +247,7 @@ fn touched(pagemap: &File, region: &Region) -> io::Result<Vec<Range<u64>>> {
     while page < pages {
         let entries = (pages - page).min(buf.len() as u64 / 8);
         let len = usize::try_from(entries * 8).map_err(io::Error::other)?;
-        let buf = buf.get_mut(..len).unwrap_or_default();
+        let (buf, _) = buf.split_at_mut(len);
         pagemap.read_exact_at(buf, (first + page) * 8)?;
         for entry in buf.as_chunks::<8>().0 {
             if u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0 {
@@ -332,5 +339,15 @@ mod tests {
             byte[0]
         });
         assert_eq!(&marks, b"boolb");
+    }
+
+    #[test]
+    fn a_log_of_another_size_is_an_error_and_not_less_memory() {
+        let memory = super::super::allocate(&config(16 * MIB)).unwrap();
+        let words = usize::try_from(16 * MIB / PAGE_SIZE / 64).unwrap();
+        assert_eq!(dirty(&memory, &[vec![1; words]]).unwrap().len(), words);
+        for wrong in [vec![], vec![vec![0; words - 1]], vec![vec![0; words], vec![]]] {
+            assert!(dirty(&memory, &wrong).is_err());
+        }
     }
 }

@@ -198,6 +198,13 @@ struct Part<'m> {
     addresses: &'m [Range<u64>],
 }
 
+impl Part<'_> {
+    /// It is not taken, as nothing is known of its region.
+    fn unknown(&self) -> Vec<Taken> {
+        vec![(self.bytes.clone(), Err(io::Error::other("a region of memory is not known")))]
+    }
+}
+
 /// Bytes from a region's start, and whether they could be given back.
 type Taken = (Range<u64>, io::Result<()>);
 
@@ -240,7 +247,8 @@ impl Method {
         match self {
             Self::Pages(advice) => vec![(bytes.clone(), give_back(region, bytes, *advice))],
             Self::HugePages(advice, _, all) => {
-                let steps = all.get(part.index).map(|units| units.steps(bytes)).unwrap_or_default();
+                let Some(units) = all.get(part.index) else { return part.unknown() };
+                let steps = units.steps(bytes);
                 let take = |step| match step {
                     Step::Release(bytes) | Step::Replace(bytes) => {
                         let result = give_back(region, &bytes, *advice);
@@ -268,7 +276,8 @@ fn take_mapped(
     mappings: &mut Mappings,
     all: &mut [Units],
 ) -> Vec<Taken> {
-    let steps = all.get(part.index).map(|units| units.steps(&part.bytes)).unwrap_or_default();
+    let Some(units) = all.get(part.index) else { return part.unknown() };
+    let steps = units.steps(&part.bytes);
     let mut taken = Vec::with_capacity(steps.len());
     for step in steps {
         let pieces = all.iter().map(Units::pieces).sum::<usize>();

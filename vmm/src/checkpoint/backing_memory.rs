@@ -73,7 +73,7 @@ fn map(chain: &BackingChain, config: &MemoryConfig) -> Result<Contents, MemoryEr
         for at in range.clone().step_by(buffer.len()) {
             let length = usize::try_from(range.end - at).unwrap_or(usize::MAX);
             let length = length.min(buffer.len());
-            let part = buffer.get_mut(..length).unwrap_or_default();
+            let (part, _) = buffer.split_at_mut(length);
             file.read_exact_at(part, at)
                 .and_then(|()| ram::write(&memory, at, part))
                 .map_err(failed)?;

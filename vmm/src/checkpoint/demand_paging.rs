@@ -153,13 +153,14 @@ impl DemandPager {
     /// filled it.
     fn fill(&self, index: usize, buffer: &mut [u8]) {
         let (Some(block), Some(taken)) = (self.blocks.get(index), self.taken.get(index)) else {
-            return;
+            return self.fail("a page fault where there is nothing to be filled".into());
         };
         if taken.swap(true, Ordering::AcqRel) {
             return;
         }
         let data = match self.contents.read(block, buffer) {
-            Ok(data) => data.unwrap_or_default(),
+            Ok(Some(data)) => data,
+            Ok(None) => return self.fail(format!("nothing to read at {:#x}", block.start)),
             Err(why) => {
                 let path = self.contents.path(block).display();
                 let why = qmp::Error::generic(&why);

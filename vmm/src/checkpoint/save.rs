@@ -482,7 +482,7 @@ struct Summed<W> {
 impl<W: Write> Write for Summed<W> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let length = self.to.write(buf)?;
-        self.sum.update(buf.get(..length).unwrap_or_default());
+        self.sum.update(buf.get(..length).ok_or(io::ErrorKind::InvalidData)?);
         Ok(length)
     }
 

@@ -45,7 +45,7 @@ fn is_all(memory: &Memory, range: Range<u64>, value: u8) -> bool {
 /// What devices have written since the last time.
 fn dirty(memory: &Memory) -> Vec<Range<u64>> {
     let words = |r: &Region| vec![0; (r.len() / PAGE_SIZE).div_ceil(64) as usize];
-    image::dirty(memory, &memory.iter().map(words).collect::<Vec<_>>())
+    image::dirty(memory, &memory.iter().map(words).collect::<Vec<_>>()).unwrap()
 }
 
 /// Bytes of `memory` that are in memory, by the kernel's list of mappings.

@@ -186,13 +186,13 @@ pub(crate) fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, Kvm
     let mut values = Vec::with_capacity(list.len());
     let mut rest = list;
     while !rest.is_empty() {
-        let batch = rest.get(..rest.len().min(KVM_MAX_MSR_ENTRIES)).unwrap_or_default();
+        let (batch, _) = rest.split_at(rest.len().min(KVM_MAX_MSR_ENTRIES));
         let mut msrs = entries(batch.iter().map(|index| (*index, 0)))?;
         let n = fd.get_msrs(&mut msrs).map_err(refused("read a vCPU's MSRs"))?;
         values.extend(msrs.as_slice().iter().take(n).map(|e| (e.index, e.data)));
         // KVM stops at the first one that it does not know: step over it.
         let stopped = usize::from(n < batch.len());
-        rest = rest.get(n + stopped..).unwrap_or_default();
+        rest = rest.get(n + stopped..).ok_or_else(more_than_asked)?;
     }
     Ok(values)
 }
@@ -201,16 +201,23 @@ pub(crate) fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, Kvm
 pub(crate) fn set_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmError> {
     let mut rest = values;
     while !rest.is_empty() {
-        let batch = rest.get(..rest.len().min(KVM_MAX_MSR_ENTRIES)).unwrap_or_default();
+        let (batch, _) = rest.split_at(rest.len().min(KVM_MAX_MSR_ENTRIES));
         let msrs = entries(batch.iter().copied())?;
         let n = fd.set_msrs(&msrs).map_err(refused("set a vCPU's MSRs"))?;
         if let Some((index, value)) = batch.get(n) {
             log::warn!("KVM does not take {value:#x} for MSR {index:#x}");
         }
         let stopped = usize::from(n < batch.len());
-        rest = rest.get(n + stopped..).unwrap_or_default();
+        rest = rest.get(n + stopped..).ok_or_else(more_than_asked)?;
     }
     Ok(())
+}
+
+fn more_than_asked() -> KvmError {
+    KvmError::Ioctl {
+        what: "handle the MSRs that it was asked for, and no more",
+        source: kvm_ioctls::Error::new(libc::EOVERFLOW),
+    }
 }
 
 fn entries(values: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {

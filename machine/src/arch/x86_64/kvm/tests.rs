@@ -186,7 +186,7 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         let bit =
             |address: u64| by_vcpus[0][(address / PAGE / 64) as usize] >> (address / PAGE % 64) & 1;
         assert_eq!((bit(0x20_5000), bit(0x40_0000)), (0, 1));
-        let dirty = memory::image::dirty(&memory, &by_vcpus);
+        let dirty = memory::image::dirty(&memory, &by_vcpus).unwrap();
         assert_eq!(dirty, [2 << 20..3 << 20, 4 << 20..(4 << 20) + PAGE]);
         assert_eq!(reclaimer.counts().taken, 1 << 20);
     }
