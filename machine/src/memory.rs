@@ -2,23 +2,16 @@
 // UNSAFETY: advice about the mappings goes to the kernel by address.
 #![expect(unsafe_code, reason = "madvise, and mappings with flags of our own")]
 use std::{
-    ffi::CString,
     fs::{File, OpenOptions},
     io,
     ops::Range,
-    os::{
-        fd::FromRawFd,
-        unix::{
-            ffi::OsStrExt,
-            fs::{MetadataExt, OpenOptionsExt},
-        },
-    },
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use config::{MemoryConfig, types::MemorySize};
-use devices::Memory;
-use rustix::io::Errno;
+use devices::{Memory, random};
+use rustix::{fs::MemfdFlags, io::Errno};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
     bitmap::AtomicBitmap, mmap::MmapRegionBuilder,
@@ -261,17 +254,9 @@ fn available() -> Option<u64> {
 }
 
 fn memfd(size: u64) -> Result<File, MemoryError> {
-    let name = c"guest-memory";
-    // SAFETY: the name is a C string; the descriptor is checked before it is owned.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-    let file = if fd < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        // SAFETY: just made, and owned by nobody else.
-        Ok(unsafe { File::from_raw_fd(fd) })
-    };
-    file.and_then(|f| f.set_len(size).map(|()| f))
-        .map_err(|source| MemoryError::Map { mib: size >> 20, source })
+    let file = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC).map(File::from);
+    let file = file.map_err(io::Error::from).and_then(|file| file.set_len(size).map(|()| file));
+    file.map_err(|source| MemoryError::Map { mib: size >> 20, source })
 }
 
 /// `path` itself, or an unnamed file in the directory `path`; as large as the guest's memory, and
@@ -316,17 +301,11 @@ fn grow_error(path: &Path, size: u64) -> impl Fn(io::Error) -> MemoryError {
 
 /// hugetlbfs has no O_TMPFILE: a name for a moment, then none.
 fn unnamed_file(directory: &Path) -> io::Result<File> {
-    let template = directory.join("stratovirt.XXXXXX");
-    let mut name = CString::new(template.as_os_str().as_bytes())?.into_bytes_with_nul();
-    // SAFETY: `name` ends in XXXXXX and a terminator; the descriptor is checked, then owned.
-    let file = unsafe {
-        let fd = libc::mkostemp(name.as_mut_ptr().cast(), libc::O_CLOEXEC);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        libc::unlink(name.as_ptr().cast());
-        File::from_raw_fd(fd)
-    };
+    let number = u64::from_be_bytes(random::bytes()?);
+    let path = directory.join(format!("stratovirt.{number:016x}"));
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+    std::fs::remove_file(&path)?;
     Ok(file)
 }
 

@@ -111,8 +111,7 @@ pub fn pair(vcpu: &impl AsRawFd) -> io::Result<(Kicker, Kicked)> {
 
 /// The kernel's number of the calling thread.
 pub fn thread_number() -> u32 {
-    // SAFETY: no arguments, cannot fail.
-    unsafe { libc::gettid() }.cast_unsigned()
+    rustix::thread::gettid().as_raw_pid().cast_unsigned()
 }
 
 /// The signal for kicks.

@@ -1,8 +1,14 @@
-//! System calls that the standard library lacks.
+//! System calls that the standard library lacks. Where rustix lacks them too (locks of an open file,
+//! BLKDISCARD, buffers that are guest memory), they are made here.
 // UNSAFETY: the room for a disk's system calls. Each takes a descriptor that a `File` keeps open,
 // and memory that lives as long as the call.
 #![expect(unsafe_code)]
 use std::{fs::File, io, mem, os::fd::AsRawFd};
+
+use rustix::{
+    fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, statx},
+    io::retry_on_intr,
+};
 
 // linux/fs.h; the libc crate lacks it.
 const BLKDISCARD: libc::c_ulong = 0x1277;
@@ -24,11 +30,8 @@ fn retry(mut call: impl FnMut() -> i64) -> io::Result<usize> {
 
 /// Turn `O_NONBLOCK` off.
 pub fn clear_nonblock(file: &File) -> io::Result<()> {
-    // SAFETY: F_GETFL takes no pointer.
-    let flags = check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
-    let flags = i32::try_from(flags).unwrap_or(0) & !libc::O_NONBLOCK;
-    // SAFETY: F_SETFL takes no pointer.
-    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
 }
 
 /// What kind of file system a file is on, as far as it matters to a disk.
@@ -44,12 +47,9 @@ pub enum FileSystem {
 
 /// The kind of file system that `file` is on.
 pub fn file_system(file: &File) -> FileSystem {
-    // SAFETY: all-zero bytes are a valid statfs.
-    let mut found: libc::statfs = unsafe { mem::zeroed() };
-    // SAFETY: `found` outlives the call, which writes nothing else.
-    match unsafe { libc::fstatfs(file.as_raw_fd(), &mut found) } {
-        0 if found.f_type == libc::PROC_SUPER_MAGIC => FileSystem::Proc,
-        0 if found.f_type == libc::TMPFS_MAGIC => FileSystem::Memory,
+    match rustix::fs::fstatfs(file).map(|found| found.f_type) {
+        Ok(libc::PROC_SUPER_MAGIC) => FileSystem::Proc,
+        Ok(libc::TMPFS_MAGIC) => FileSystem::Memory,
         _ => FileSystem::Other,
     }
 }
@@ -65,7 +65,8 @@ pub enum Lock {
     Release,
 }
 
-/// Lock the whole file without waiting, or let go of it.
+/// Lock the whole file without waiting, or let go of it. The lock is the open file's, not the
+/// process's.
 pub fn lock(file: &File, how: Lock) -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid flock: the whole file, process id 0 as OFD locks ask.
     let mut whole: libc::flock = unsafe { mem::zeroed() };
@@ -82,43 +83,32 @@ pub fn lock(file: &File, how: Lock) -> io::Result<()> {
 
 /// Logical and physical sector size of a block device.
 pub fn sector_sizes(file: &File) -> io::Result<(u32, u32)> {
-    let mut logical: libc::c_int = 0;
-    let mut physical: libc::c_uint = 0;
-    // SAFETY: BLKSSZGET writes one int.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &mut logical) })?;
-    // SAFETY: BLKPBSZGET writes one unsigned int.
-    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKPBSZGET, &mut physical) })?;
+    let (logical, physical) = (ioctl_blksszget(file)?, ioctl_blkpbszget(file)?);
     let sane = |n: u32| if n.is_power_of_two() { n.clamp(512, 65536) } else { 512 };
-    Ok((sane(u32::try_from(logical).unwrap_or(0)), sane(physical)))
+    Ok((sane(logical), sane(physical)))
 }
 
 /// What `O_DIRECT` wants of buffer addresses and of offsets: powers of two.
 pub fn direct_alignment(file: &File) -> (u64, u64) {
-    // SAFETY: all-zero bytes are a valid statx.
-    let mut found: libc::statx = unsafe { mem::zeroed() };
-    let (fd, flags, want) = (file.as_raw_fd(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
-    // SAFETY: the path is a NUL-terminated string, and `found` outlives the call.
-    let result = unsafe { libc::statx(fd, c"".as_ptr(), flags, want, &mut found) };
-    let (memory, offset) = (found.stx_dio_mem_align, found.stx_dio_offset_align);
-    if result == 0 && memory.is_power_of_two() && offset.is_power_of_two() {
-        (memory.into(), offset.into())
-    } else {
+    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    match found.map(|found| (found.stx_dio_mem_align, found.stx_dio_offset_align)) {
+        Ok((memory, offset)) if memory.is_power_of_two() && offset.is_power_of_two() => {
+            (memory.into(), offset.into())
+        }
         // Linux before 6.1 or a file system that does not say: what suits every disk.
-        (4096, 4096)
+        _ => (4096, 4096),
     }
 }
 
 /// Make written data durable.
 pub fn fdatasync(file: &File) -> io::Result<()> {
-    // SAFETY: takes no pointer.
-    retry(|| unsafe { libc::fdatasync(file.as_raw_fd()) }.into()).map(drop)
+    Ok(retry_on_intr(|| rustix::fs::fdatasync(file))?)
 }
 
 /// Change how a range is allocated.
 pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
-    let (offset, len) = (signed(offset)?, signed(len)?);
-    // SAFETY: takes no pointer.
-    retry(|| unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset, len) }.into()).map(drop)
+    let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+    Ok(retry_on_intr(|| rustix::fs::fallocate(file, mode, offset, len))?)
 }
 
 /// Tell a block device that a range is not needed any more.

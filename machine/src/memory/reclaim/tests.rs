@@ -158,12 +158,8 @@ fn huge_pages_are_given_back_when_all_of_one_is_withheld() {
         return;
     };
     for shared in [true, false] {
-        // SAFETY: the name is a C string, and the descriptor is checked before it is owned.
-        let file = unsafe {
-            let fd = libc::memfd_create(c"huge".as_ptr(), libc::MFD_HUGETLB | libc::MFD_CLOEXEC);
-            assert!(fd >= 0, "{}", io::Error::last_os_error());
-            <File as std::os::fd::FromRawFd>::from_raw_fd(fd)
-        };
+        let flags = rustix::fs::MemfdFlags::HUGETLB | rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("huge", flags).unwrap());
         let path = Some(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())));
         let config = MemoryConfig { shared, path, ..config(SIZE) };
         let memory = allocate(&config).unwrap();
