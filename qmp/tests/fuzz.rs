@@ -1,5 +1,5 @@
 //! The entry function of `fuzz/`, with inputs from a seeded PRNG.
-#![allow(clippy::indexing_slicing, missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 #[path = "../../fuzz/src/mutate.rs"]
 mod mutate;
 
