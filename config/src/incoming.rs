@@ -1,5 +1,5 @@
-//! What `-incoming` says: where a saved state is, how its memory becomes the guest's, and what of the
-//! machine is to be other than it was saved.
+//! What `-incoming` says: where a saved state is, how its memory becomes the guest's, and what of
+//! the machine is to be other than it was saved.
 use std::path::PathBuf;
 
 use crate::{

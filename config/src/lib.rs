@@ -1,5 +1,5 @@
-//! What a machine is to be: [`MachineConfig`], and the three ways to one, each checked where it comes
-//! in. Data only: no KVM, no devices, nothing of the host but the file that is read.
+//! What a machine is to be: [`MachineConfig`], and the three ways to one, each checked where it
+//! comes in. Data only: no KVM, no devices, nothing of the host but the file that is read.
 //!
 //! ```text
 //! cli       the command line and the JSON file

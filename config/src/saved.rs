@@ -1,5 +1,5 @@
-//! What a machine is made of in its saved form, and the way back, where the limits of a configuration
-//! are checked.
+//! What a machine is made of in its saved form, and the way back, where the limits of a
+//! configuration are checked.
 use std::{
     fmt,
     path::{Path, PathBuf},

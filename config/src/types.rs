@@ -1,5 +1,5 @@
-//! Values that cannot be wrong: each is checked where it comes in, whether the command line, the JSON
-//! file, QMP or a saved state says it, and nowhere again.
+//! Values that cannot be wrong: each is checked where it comes in, whether the command line, the
+//! JSON file, QMP or a saved state says it, and nowhere again.
 use std::{fmt, num::ParseIntError, str::FromStr};
 
 /// Why a value cannot be had, as the end of a sentence that names place and value.
@@ -20,7 +20,7 @@ pub enum ValueError {
     /// More bytes than the second.
     #[error("{0} bytes long, at most {1} are allowed")]
     TooLong(usize, usize),
-    /// It would end there for whoever reads it up to a NUL.
+    /// A reader that stops at NUL would see less of it.
     #[error("must not contain a NUL character")]
     Nul,
     /// Linux takes no such name for an interface (`dev_valid_name`).
@@ -273,8 +273,8 @@ pub enum MemorySizeError {
 impl MemorySize {
     /// The least there can be.
     pub const MIN: Self = Self(16 << 20);
-    /// The most there can be: physical addresses have 52 bits (Intel SDM 3A, 4.1.4), and 1 GiB of them
-    /// is the hole. What the host has is far less and seen when it is asked for.
+    /// The most there can be: physical addresses have 52 bits (Intel SDM 3A, 4.1.4), and 1 GiB of
+    /// them is the hole. What the host has is far less and seen when it is asked for.
     pub const MAX: Self = Self((1 << 52) - (1 << 30));
     /// It is a multiple of this many bytes.
     pub const UNIT: u64 = 1 << 20;

@@ -32,8 +32,8 @@ impl Tree {
         Reader { strict: false }.read(text)
     }
 
-    /// The value that `text` is, without what readers disagree on: a key that comes twice, and NUL in a
-    /// string, which would end a path early.
+    /// The value that `text` is, without what readers disagree on: a key that comes twice, and NUL
+    /// in a string, which would end a path early.
     ///
     /// # Errors
     /// When it is none, or such a one; the error says where.

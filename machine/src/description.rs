@@ -5,7 +5,8 @@ use state::config as saved;
 use crate::Machine;
 
 impl Machine {
-    /// What the machine is made of now, in its saved form. `halted` says why its guest cannot run on.
+    /// What the machine is made of now, in its saved form. `halted` says why its guest cannot run
+    /// on.
     pub fn description(&self, id: u128, halted: Option<saved::Halted>) -> saved::Config {
         let places = self.slots.places().map(|(place, sizes)| {
             let queue_sizes = Some(sizes.to_vec());

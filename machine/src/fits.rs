@@ -1,5 +1,5 @@
-//! Whether a machine that is offered to this host can run here, as far as that can be told before its
-//! memory and its state are there, and without taking anything from the machine that it is.
+//! Whether a machine that is offered to this host can run here, as far as that can be told before
+//! its memory and its state are there, and without taking anything from the machine that it is.
 use config::{Description, MachineConfig, Tap as TapConfig, topology};
 use devices::backend::net::tap::Tap;
 use kvm_ioctls::Kvm;
@@ -21,8 +21,8 @@ pub fn check_cpu(description: &Description, cpu: &Cpu) -> Result<(), BuildError>
     check_model(&kvm, &supported, &description.config, &CpuModel::from(cpu))
 }
 
-/// Whether the taps of `description` that have a name are there, and are such as their NICs need. Another machine may
-/// have them.
+/// Whether the taps of `description` that have a name are there, and are such as their NICs need.
+/// Another machine may have them.
 ///
 /// # Errors
 /// [`BuildError::Tap`] for the first one that is not.

@@ -1,5 +1,5 @@
-//! Spot checks of a machine's block devices: ordered when it is captured, made afterwards, and compared
-//! before it is restored.
+//! Spot checks of a machine's block devices: ordered when it is captured, made afterwards, and
+//! compared before it is restored.
 use config::{Description, Expect, places::DISK};
 use devices::backend::disk::{DiskError, SpotCheck};
 use state::{
@@ -25,8 +25,8 @@ pub struct SpotCheckError {
 }
 
 impl SpotChecks {
-    /// Make them and add them to `state`. Waits for storage; until then changes of what has not been
-    /// looked at wait. A disk that cannot be read is left without, as the log says.
+    /// Make them and add them to `state`. Waits for storage; until then changes of what has not
+    /// been looked at wait. A disk that cannot be read is left without, as the log says.
     ///
     /// # Errors
     /// When `state` is not that of the machine that they were ordered for.
@@ -53,8 +53,8 @@ impl SpotChecks {
     }
 }
 
-/// Compare the disks of `description` with the spot checks in `sections` of the save `id`, but for those that are not
-/// written and those that the user vouches for. Waits for storage.
+/// Compare the disks of `description` with the spot checks in `sections` of the save `id`, but for
+/// those that are not written and those that the user vouches for. Waits for storage.
 ///
 /// # Errors
 /// The first disk that is not as it was, or cannot be read.

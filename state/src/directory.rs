@@ -1,5 +1,5 @@
-//! A saved machine in a directory: the file of everything but memory, the file of memory, and those of
-//! the saves that it builds on. Reading changes nothing.
+//! A saved machine in a directory: the file of everything but memory, the file of memory, and those
+//! of the saves that it builds on. Reading changes nothing.
 use std::{
     fs::File,
     io::{self, BufReader, Read},
@@ -69,8 +69,8 @@ pub fn read(path: &Path) -> Result<(State, u32), DirectoryError> {
     Ok((state, summed.1.finalize()))
 }
 
-/// The memory that belongs to `state`, saved in `directory`, with its checksums and what has changed,
-/// which are taken out of `state`.
+/// The memory that belongs to `state`, saved in `directory`, with its checksums and what has
+/// changed, which are taken out of `state`.
 ///
 /// # Errors
 /// The first thing that is wrong.

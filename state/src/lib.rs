@@ -1,5 +1,5 @@
-//! The form of a saved machine, apart from whatever runs it: no KVM, no devices. The types here are what
-//! is in a file; `machine`, `devices` and `config` convert to them and from them.
+//! The form of a saved machine, apart from whatever runs it: no KVM, no devices. The types here are
+//! what is in a file; `machine`, `devices` and `config` convert to them and from them.
 //!
 //! ```text
 //! frame     the bytes: frames with a length and a checksum each, in a file or a stream

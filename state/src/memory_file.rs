@@ -1,5 +1,5 @@
-//! The file of guest memory: all of it, sparse where it is zero, and one more page that says which state
-//! it belongs to.
+//! The file of guest memory: all of it, sparse where it is zero, and one more page that says which
+//! state it belongs to.
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use crate::file::PAGE_SIZE;

@@ -2,9 +2,9 @@
 //!
 //! A save into a directory is live with `resume`, one into a stream whenever the guest runs: memory
 //! is copied while the guest runs, and it is stopped for the rest. With `resume` the rest is copied
-//! aside in memory and the guest runs again before any of it is written; this pause is one step of the
-//! main thread, so no client sees it: no STOP and RESUME, and no time taken from the guest's clocks.
-//! When a save fails, the VM is what it was before.
+//! aside in memory and the guest runs again before any of it is written; this pause is one step of
+//! the main thread, so no client sees it: no STOP and RESUME, and no time taken from the guest's
+//! clocks. When a save fails, the VM is what it was before.
 //!
 //! With `track`, the log of dirty pages stays on afterwards, so that the next save can be
 //! incremental: on that save builds.

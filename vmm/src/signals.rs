@@ -3,9 +3,9 @@
 //! SIGTERM, SIGINT, SIGHUP and SIGQUIT are read by the main loop, like any other event.
 //!
 //! SIGBUS: a page of a mapped file is not there any more, because the file was cut off or its disk
-//! fails; so it is with the memory of a saved state that a machine runs on. The process cannot continue
-//! then, but says why. SIGXFSZ: a file would grow past `ulimit -f`; the write fails, and who asked for
-//! it reports that. SIGSYS belongs to `seccomp`.
+//! fails; so it is with the memory of a saved state that a machine runs on. The process cannot
+//! continue then, but says why. SIGXFSZ: a file would grow past `ulimit -f`; the write fails, and
+//! who asked for it reports that. SIGSYS belongs to `seccomp`.
 use std::{io, path::Path, sync::OnceLock};
 
 use libc::{c_int, c_void, siginfo_t};

@@ -1,4 +1,5 @@
-//! All control sockets of one process, as one server: a [`Ticket`] knows which of them it belongs to.
+//! All control sockets of one process, as one server: a [`Ticket`] knows which of them it belongs
+//! to.
 use std::{collections::BTreeMap, os::fd::OwnedFd, path::Path, time::Duration};
 
 use mio::{Registry, Token};
@@ -19,8 +20,8 @@ pub enum Socket<'a> {
     Connect(&'a Path),
 }
 
-/// The servers of all control sockets. Dropping them disconnects every client and removes the sockets;
-/// [`Servers::shutdown`] first delivers what is queued.
+/// The servers of all control sockets. Dropping them disconnects every client and removes the
+/// sockets; [`Servers::shutdown`] first delivers what is queued.
 #[derive(Default)]
 pub struct Servers {
     servers: Vec<Server>,
@@ -59,7 +60,8 @@ impl Servers {
         self.servers.iter().any(Server::has_work)
     }
 
-    /// The next request. It must be answered by [`Servers::reply`], now or later. `None` ends a round.
+    /// The next request. It must be answered by [`Servers::reply`], now or later. `None` ends a
+    /// round.
     pub fn next_request(&mut self) -> Option<(Request, Ticket)> {
         while let Some(server) = self.servers.get_mut(self.turn) {
             if let Some(request) = server.next_request() {

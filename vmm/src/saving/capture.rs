@@ -55,8 +55,8 @@ impl Vmm {
         }
     }
 
-    /// Give the thread the machine as it is, at rest. The guest runs again when this returns, if it is
-    /// to and its memory could be copied aside.
+    /// Give the thread the machine as it is, at rest. The guest runs again when this returns, if it
+    /// is to and its memory could be copied aside.
     fn capture(&mut self, capturing: Capturing) -> Result<Input, Failed> {
         let Capturing { left, asked: stopped } = capturing;
         let before = self.state();
@@ -82,7 +82,7 @@ impl Vmm {
         let (config, epoch) = captured?;
         let terms = Terms { resume: false, receiver: Receiver::Mute };
         if self.saving.under_way().is_some_and(|save| save.terms == terms) {
-            // Before the other side can know all that it needs to go on.
+            // Before the other side can know all that it needs to resume the machine.
             self.machine.release_backends();
         }
         let save = self.saving.under_way_mut().ok_or(Failed::NoSave)?;

@@ -1,4 +1,5 @@
-//! What the guest has changed: logged for a save of a guest that runs, and from one save to the next.
+//! What the guest has changed: logged for a save of a guest that runs, and from one save to the
+//! next.
 use std::ops::Range;
 
 use machine::{DirtyError, memory::image::union};

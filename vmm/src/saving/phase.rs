@@ -1,5 +1,5 @@
-//! Where a save is, as the main thread sees it: what happens leads to another phase, and to what has
-//! to be done. No side effects here.
+//! Where a save is, as the main thread sees it: what happens leads to another phase, and to what
+//! has to be done. No side effects here.
 //!
 //! ```text
 //!            Opened, Round, Ready

@@ -1,4 +1,5 @@
-//! From what a client asks for to what the checkpoint thread is ordered to do. Nothing is opened here.
+//! From what a client asks for to what the checkpoint thread is ordered to do. Nothing is opened
+//! here.
 use std::path::PathBuf;
 
 use qmp::{Error, server::Ticket};
@@ -19,7 +20,7 @@ use crate::{
 pub(crate) enum To {
     /// Into a directory.
     Directory(PathBuf),
-    /// To a process that goes on with the machine, or keeps it; what it is called, and whether it
+    /// To a process that resumes the machine, or keeps it; what it is called, and whether it
     /// answers.
     Stream(checkpoint::To, String, bool),
 }
@@ -27,7 +28,7 @@ pub(crate) enum To {
 /// How it is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct How {
-    /// The machine goes on here afterwards, if it ran.
+    /// The machine runs on here afterwards, if it ran.
     pub resume: bool,
     /// Only what has changed since the last save.
     pub incremental: bool,
