@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 /// The console whose far side is the agent: the name that the agent's own documentation gives it.
 pub const CONSOLE: &str = "org.qemu.guest_agent.0";
 /// How long it may take to say that it is there.
-const PATIENCE: Duration = Duration::from_secs(1);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long it may take to say that it will not do it. There is no answer when it does.
 const REFUSAL: Duration = Duration::from_millis(300);
 /// Longest answer, bytes.
-const LONGEST: usize = 4096;
+const MAX_ANSWER: usize = 4096;
 const DELIMITER: u8 = 0xff;
 
 /// What the guest is asked for.
@@ -49,7 +49,7 @@ impl Mode {
     fn patience(self) -> Duration {
         match self {
             Self::Powerdown | Self::Reboot => REFUSAL,
-            Self::SetTime(_) => PATIENCE,
+            Self::SetTime(_) => ANSWER_TIMEOUT,
         }
     }
 }
@@ -70,7 +70,7 @@ pub enum AgentError {
 /// # Errors
 /// When nobody answers as an agent would, or the agent refuses.
 pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
-    ask_within(stream, mode, PATIENCE, mode.patience())
+    ask_within(stream, mode, ANSWER_TIMEOUT, mode.patience())
 }
 
 /// Ask an agent that may take `hello` to say that it is there, and `answer` to answer the command.
@@ -149,7 +149,7 @@ impl Line {
                 let last = line.rsplit(|byte| *byte == DELIMITER).next().unwrap_or_default();
                 return Ok(serde_json::from_slice(last).ok().filter(Value::is_object));
             }
-            if self.held.len() > LONGEST {
+            if self.held.len() > MAX_ANSWER {
                 self.held.clear();
                 return Ok(None);
             }

@@ -33,7 +33,7 @@ pub fn seconds(variable: &str, usual: Duration) -> Duration {
 }
 
 /// Time between two looks at a monitor that nobody can connect to.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A start or an end that takes longer is shown as one, and not waited for.
 const START: Duration = Duration::from_millis(100);
@@ -42,7 +42,7 @@ const START: Duration = Duration::from_millis(100);
 const SOCKET: &str = "qmp.sock";
 
 /// A domain as it was found.
-pub struct Seen {
+pub struct Status {
     /// Its state.
     pub state: State,
     /// Its monitor, if it lives.
@@ -51,7 +51,7 @@ pub struct Seen {
     pub client: Option<Client>,
 }
 
-impl Seen {
+impl Status {
     fn without_monitor(state: State) -> Self {
         Self { state, process: None, client: None }
     }
@@ -81,24 +81,24 @@ pub fn qmp(place: &Place) -> anyhow::Result<Client> {
 }
 
 /// See how the domain at `place` is.
-pub fn look(registry: &Registry, place: &Place) -> Seen {
-    Asked::new(place).answer(registry, place)
+pub fn look(registry: &Registry, place: &Place) -> Status {
+    Query::new(place).answer(registry, place)
 }
 
 /// A domain whose monitor has been asked how it is. Many are asked before the first answer is read.
-pub struct Asked {
+pub struct Query {
     call: io::Result<UnixStream>,
     since: Instant,
 }
 
-impl Asked {
+impl Query {
     /// Ask the monitor of the domain at `place`, if there is one.
     pub fn new(place: &Place) -> Self {
         Self { call: call(place), since: Instant::now() }
     }
 
     /// How the domain at `place` is, which was asked.
-    pub fn answer(mut self, registry: &Registry, place: &Place) -> Seen {
+    pub fn answer(mut self, registry: &Registry, place: &Place) -> Status {
         let deadline = self.since + patience();
         loop {
             let absent = matches!(&self.call, Err(e) if e.kind() == io::ErrorKind::NotFound);
@@ -109,12 +109,12 @@ impl Asked {
             }
             let process = match found(place) {
                 Found::Alive(process) => process,
-                Found::Nobody => return Seen::without_monitor(idle(place)),
+                Found::Nobody => return Status::without_monitor(idle(place)),
                 // What is in the store is whole, and its guest has not run since.
                 Found::Gone if idle(place) == State::Suspended => {
-                    return Seen::without_monitor(State::Suspended);
+                    return Status::without_monitor(State::Suspended);
                 }
-                Found::Gone => return Seen::without_monitor(State::Killed),
+                Found::Gone => return Status::without_monitor(State::Killed),
             };
             // One that nobody listens for, or that hangs up, may be on its way in, or out.
             let slow = absent && self.since.elapsed() >= START;
@@ -126,15 +126,15 @@ impl Asked {
                     () if starting => State::Starting,
                     () => State::Hung,
                 };
-                return Seen { state, process: Some(process), client: None };
+                return Status { state, process: Some(process), client: None };
             }
-            process.ends_within(LOOK);
+            process.ends_within(POLL_INTERVAL);
             self.call = call(place);
         }
     }
 }
 
-fn answered(registry: &Registry, place: &Place, answer: Answer) -> Seen {
+fn answered(registry: &Registry, place: &Place, answer: Answer) -> Status {
     let (mut client, status, migration) = answer;
     let saving = migration == MigrationStatus::Active || registry.is_being_saved(&place.name);
     let state = match status {
@@ -151,7 +151,7 @@ fn answered(registry: &Registry, place: &Place, answer: Answer) -> Seen {
         Found::Alive(process) => Some(process),
         Found::Nobody | Found::Gone => search(&place.run),
     };
-    Seen { state, process, client: Some(client) }
+    Status { state, process, client: Some(client) }
 }
 
 /// What a domain without a monitor is.
@@ -187,7 +187,7 @@ fn call(place: &Place) -> io::Result<UnixStream> {
 /// What a monitor that was asked says; an error if it does not say it in time.
 fn listen(stream: UnixStream, deadline: Instant) -> Result<Answer, ClientError> {
     // What has come by now counts, however long it took to ask all the others.
-    let left = || deadline.saturating_duration_since(Instant::now()).max(LOOK);
+    let left = || deadline.saturating_duration_since(Instant::now()).max(POLL_INTERVAL);
     let mut client = Client::on(stream, left())?;
     client.set_patience(left());
     let status = client.receive::<QueryStatus>()?.status;

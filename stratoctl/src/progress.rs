@@ -8,7 +8,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Time between two looks.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// What is over sooner is not shown, if there is no more to show than that it goes on.
 const SOON: Duration = Duration::from_millis(500);
 
@@ -49,7 +49,7 @@ pub fn during<T: Send>(
         let (tell, told) = mpsc::channel();
         let job = scope.spawn(move || tell.send(work()));
         loop {
-            match told.recv_timeout(LOOK) {
+            match told.recv_timeout(POLL_INTERVAL) {
                 Ok(done) => return Ok(done),
                 Err(RecvTimeoutError::Timeout) => look(),
                 Err(RecvTimeoutError::Disconnected) => break,

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Longest content of a pid file, in bytes: a number and the end of its line.
-const LONGEST: u64 = 12;
+const MAX_BYTES: u64 = 12;
 
 /// Removes the file when dropped.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ fn make_room(path: &Path) -> Result<(), PidFileError> {
         other => other.map_err(failed)?,
     };
     // Not opened before: a FIFO would keep us waiting.
-    if !there.is_file() || there.len() > LONGEST {
+    if !there.is_file() || there.len() > MAX_BYTES {
         return Err(not_one());
     }
     let text = fs::read(path).map_err(failed)?;

@@ -38,7 +38,7 @@ pub(crate) use self::{
 };
 use self::{
     phase::{Effect, Input, Outcome},
-    start::Asked,
+    start::SaveRequest,
     status::{Fate, Next, Over, Save, UnderWay},
 };
 use crate::{
@@ -80,7 +80,7 @@ impl Vmm {
     /// # Errors
     /// When it cannot begin; nothing has changed then but what is known of the last save.
     pub(crate) fn save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
-        let asked = Asked { to, how, by: ticket.clone() };
+        let asked = SaveRequest { to, how, by: ticket.clone() };
         if self.saving.under_way().is_none() {
             return self.begin_save(asked);
         }
@@ -93,7 +93,7 @@ impl Vmm {
         }
     }
 
-    fn begin_save(&mut self, asked: Asked) -> Result<(), Error> {
+    fn begin_save(&mut self, asked: SaveRequest) -> Result<(), Error> {
         match self.start_save(asked) {
             Ok(save) => {
                 self.saving.save = Save::UnderWay(Box::new(save));

@@ -27,7 +27,7 @@ use crate::daemon;
 /// Set in the environment of the second process.
 const MARK: &str = "STRATOVIRT_SPAWNER";
 /// Longest command, in bytes.
-const LONGEST: usize = 32 << 10;
+const MAX_COMMAND: usize = 32 << 10;
 
 /// Why a program could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +39,7 @@ pub enum SpawnError {
     )]
     Forbidden,
     /// The command is too long.
-    #[error("the command is longer than {LONGEST} bytes")]
+    #[error("the command is longer than {MAX_COMMAND} bytes")]
     TooLong,
     /// The process that starts programs does not.
     #[error("the process that starts programs has gone")]
@@ -85,7 +85,7 @@ impl Spawner {
             *self = Self::start(false).map_err(SpawnError::Gone)?;
         }
         let Self::Ready(to) = self else { return Err(SpawnError::Forbidden) };
-        if command.len() > LONGEST {
+        if command.len() > MAX_COMMAND {
             return Err(SpawnError::TooLong);
         }
         let (near, far) = UnixStream::pair().map_err(SpawnError::Gone)?;
@@ -112,7 +112,7 @@ pub fn is_this() -> bool {
 /// When the host refuses something.
 pub fn serve() -> io::Result<()> {
     let from = io::stdin();
-    let mut text = vec![0; LONGEST];
+    let mut text = vec![0; MAX_COMMAND];
     loop {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -12,7 +12,7 @@ const LONG: Duration = Duration::from_secs(60);
 /// What becomes of `ask` when `guest` is on the far side. It is handed each line that it is told, and
 /// the stream to answer on; it hangs up when it says so.
 fn with(guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static) -> Outcome {
-    asked_for(Mode::Reboot, PATIENCE, REFUSAL, guest)
+    asked_for(Mode::Reboot, ANSWER_TIMEOUT, REFUSAL, guest)
 }
 
 fn asked_for(

@@ -17,7 +17,7 @@ use super::{Answer, Context, list};
 use crate::{
     console::{self, End},
     dial::dial,
-    domain::{self, Seen},
+    domain::{self, Status},
     failure::Failure,
     log::Log,
     matrix::{State, Verb, admit},
@@ -34,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Context {
     /// The domain called `name`, which `verb` only looks at: nobody is kept from acting on it.
-    pub(super) fn see(&self, verb: Verb, name: &Name) -> anyhow::Result<(Place, Seen)> {
+    pub(super) fn see(&self, verb: Verb, name: &Name) -> anyhow::Result<(Place, Status)> {
         let (place, seen) = self.look(name);
         let Some(place) = place.filter(|_| seen.state != State::Absent) else {
             return Err(self.absent(verb, name));

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Context, ended};
 use crate::{
-    domain::{Asked, Seen},
+    domain::{Query, Status},
     failure::Failure,
     matrix::{State, Verb, admit},
     process::Process,
@@ -24,7 +24,7 @@ use crate::{
 /// Most domains that are asked at the same time: as many connections.
 const AT_ONCE: u64 = 256;
 /// Time between two looks at a domain whose monitor does not answer.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Time between two looks at one that is being saved, of whose end not all is told by events.
 const SAVING: Duration = Duration::from_millis(200);
 /// Time between two looks at one that tells by events what becomes of it: another monitor may take its
@@ -47,7 +47,7 @@ struct Row {
 }
 
 impl Row {
-    fn new(place: Place, seen: &Seen) -> Self {
+    fn new(place: Place, seen: &Status) -> Self {
         let process = seen.process.as_ref();
         Self {
             name: place.name.clone(),
@@ -111,7 +111,7 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
             .iter()
             .map(|name| {
                 let place = ctx.registry.find(name)?;
-                Some((Asked::new(&place), place))
+                Some((Query::new(&place), place))
             })
             .collect();
         for (name, asked) in batch.iter().zip(asked) {
@@ -127,7 +127,7 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
 }
 
 /// The domain at `place`, which was asked; nothing if it has ended.
-fn row(ctx: &Context, asked: Asked, place: Place) -> Option<Row> {
+fn row(ctx: &Context, asked: Query, place: Place) -> Option<Row> {
     let seen = asked.answer(&ctx.registry, &place);
     let ended = seen.state == State::Absent;
     if ended || seen.state == State::Registered && place.has_begun() {
@@ -255,7 +255,7 @@ pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
 }
 
 /// Wait until the domain may be in another state, no longer than `left`.
-fn until_changed(seen: Seen, left: Option<Duration>) {
+fn until_changed(seen: Status, left: Option<Duration>) {
     let within = |pause: Duration| left.map_or(pause, |left| left.min(pause));
     if let Some(mut client) = seen.client {
         let pause = within(if seen.state == State::Saving { SAVING } else { TOLD });
@@ -271,7 +271,7 @@ fn until_changed(seen: Seen, left: Option<Duration>) {
         }
     }
     match seen.process {
-        Some(process) => drop(process.ends_within(within(LOOK))),
-        None => thread::sleep(within(LOOK)),
+        Some(process) => drop(process.ends_within(within(POLL_INTERVAL))),
+        None => thread::sleep(within(POLL_INTERVAL)),
     }
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 pub use list::WaitFor;
 
 use crate::{
-    domain::{self, Seen},
+    domain::{self, Status},
     failure::Failure,
     matrix::{self, State, Verb},
     monitor, pages,
@@ -105,16 +105,16 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
 /// A domain that nobody else acts on.
 pub struct Held {
     pub place: Place,
-    pub seen: Seen,
+    pub seen: Status,
     /// Given up early by what takes long.
     pub lock: Option<Lock>,
 }
 
 impl Context {
     /// How the domain called `name` is, and where.
-    pub fn look(&self, name: &Name) -> (Option<Place>, Seen) {
+    pub fn look(&self, name: &Name) -> (Option<Place>, Status) {
         match self.registry.find(name) {
-            None => (None, Seen::nobody()),
+            None => (None, Status::nobody()),
             Some(place) => {
                 let seen = domain::look(&self.registry, &place);
                 (Some(place), seen)

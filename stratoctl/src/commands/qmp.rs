@@ -22,11 +22,11 @@ use super::{Answer, Context, attach::quietly};
 use crate::{domain, failure::Failure, matrix::Verb, registry::Name, verbs::Qmp};
 
 /// Time between two looks at what nobody tells about.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a reply may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest line that is sent to a monitor, bytes.
-const LONGEST: u64 = 1 << 20;
+const MAX_LINE: u64 = 1 << 20;
 
 pub fn qmp(ctx: &Context, args: &Qmp) -> anyhow::Result<Answer> {
     let (place, _) = ctx.see(Verb::Qmp, &args.domain)?;
@@ -84,7 +84,7 @@ fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
         let _ = tell.send(done);
     });
     let mut out = io::stdout().lock();
-    let (mut answered, mut patience, mut ended) = (0, PATIENCE, false);
+    let (mut answered, mut patience, mut ended) = (0, ANSWER_TIMEOUT, false);
     loop {
         if !ended && let Ok(done) = over.try_recv() {
             done.context("standard input")?;
@@ -93,14 +93,14 @@ fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
         if ended && answered >= asked.load(Ordering::SeqCst) {
             return Ok(Answer::silent());
         }
-        let line = match client.read_line(LOOK) {
+        let line = match client.read_line(POLL_INTERVAL) {
             Ok(line) => line,
             Err(ClientError::Timeout { .. }) => {
                 if ended {
-                    patience = patience.saturating_sub(LOOK);
+                    patience = patience.saturating_sub(POLL_INTERVAL);
                 }
                 if patience.is_zero() {
-                    anyhow::bail!("no answer within {PATIENCE:?}");
+                    anyhow::bail!("no answer within {ANSWER_TIMEOUT:?}");
                 }
                 continue;
             }
@@ -128,9 +128,9 @@ fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
 /// A line without its end; `None` at the end of the input.
 fn next_line(input: &mut impl BufRead) -> io::Result<Option<String>> {
     let mut line = String::new();
-    let n = input.take(LONGEST).read_line(&mut line)?;
-    if n as u64 == LONGEST && !line.ends_with('\n') {
-        let what = format!("a line is longer than {LONGEST} bytes");
+    let n = input.take(MAX_LINE).read_line(&mut line)?;
+    if n as u64 == MAX_LINE && !line.ends_with('\n') {
+        let what = format!("a line is longer than {MAX_LINE} bytes");
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     Ok((n > 0).then(|| line.trim_end_matches(['\r', '\n']).to_owned()))

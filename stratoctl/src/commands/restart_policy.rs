@@ -35,9 +35,9 @@ fn too_soon() -> Duration {
 
 /// Most domains preserved from one name.
 const MOST: u32 = 1000;
-const PATIENCE: Duration = Duration::from_secs(30);
+const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time between two looks at a monitor that does not answer.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Whether a domain of this policy needs the process.
 pub fn needed(policy: &Policy) -> bool {
@@ -126,7 +126,7 @@ impl Kept {
     /// Wait until the guest has ended in a way that asks for a restart; false when the monitor has.
     fn has_halted(&mut self, ctx: &Context) -> anyhow::Result<bool> {
         loop {
-            let event = match self.client.next_event(PATIENCE) {
+            let event = match self.client.next_event(EVENT_TIMEOUT) {
                 Ok(event) => event,
                 Err(ClientError::Timeout { .. }) => continue,
                 Err(ClientError::Closed { .. } | ClientError::Io(_)) => return Ok(false),
@@ -170,7 +170,7 @@ impl Kept {
                 let seen = domain::look(&ctx.registry, &place);
                 match (seen.client, seen.process) {
                     (Some(client), _) => break client,
-                    (None, Some(process)) => drop(process.ends_within(LOOK)),
+                    (None, Some(process)) => drop(process.ends_within(POLL_INTERVAL)),
                     (None, None) => return Ok(None),
                 }
             };
@@ -266,7 +266,7 @@ fn spare_name(ctx: &Context, name: &Name) -> anyhow::Result<(Name, Lock)> {
     for number in 1..MOST {
         let tail = format!("-{number}");
         // A long name gives way.
-        let head: String = name.as_str().chars().take(Name::LONGEST - tail.len()).collect();
+        let head: String = name.as_str().chars().take(Name::MAX_BYTES - tail.len()).collect();
         let spare: Name = format!("{head}{tail}").parse()?;
         if let Some(lock) = ctx.registry.try_lock(&spare)
             && ctx.look(&spare).1.state == State::Absent

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::{Answer, Context, Held, end, lifecycle, restore};
 use crate::{
-    domain::{self, Seen},
+    domain::{self, Status},
     failure::Failure,
     matrix::{State, Verb},
     process::Process,
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Longest save.
-const LONGEST: Duration = Duration::from_secs(24 * 3600);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// What becomes of the domain afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -199,7 +199,7 @@ fn again(
         return Ok(Err(State::Absent));
     };
     let seen = domain::look(&ctx.registry, &place);
-    let pid = |seen: &Seen| seen.process.as_ref().map(Process::pid);
+    let pid = |seen: &Status| seen.process.as_ref().map(Process::pid);
     let ended = held.seen.process.as_ref().is_some_and(|old| old.ends_within(Duration::ZERO));
     Ok(match pid(&seen) {
         Some(_) if ended || pid(&seen) != pid(&held.seen) => Err(seen.state),
@@ -215,7 +215,7 @@ fn migrate(held: &Held, mut client: Client, command: Migrate) -> anyhow::Result<
             .context("cannot listen for an interrupt")?;
     }
     let mut watcher = domain::qmp(&held.place)?;
-    client.set_patience(LONGEST);
+    client.set_patience(SAVE_TIMEOUT);
     let bar = progress::bar(&format!("Saving {}", held.place.name));
     let mut cancelled = false;
     let look = || {

@@ -24,7 +24,11 @@ use crate::{
 };
 
 /// How long a guest that was asked may take before `-F` does it for it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const FORCE_AFTER: Duration = Duration::from_secs(60);
+/// How long a monitor may take to end once it has hung up.
+const END_LIMIT: Duration = Duration::from_secs(60);
+/// How long an event is waited for before the wait is begun again, where it has no end.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
     let name = &args.domain;
@@ -35,7 +39,7 @@ pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
         Ok(asked) => asked,
         Err(why) => {
             client.execute(&SystemPowerdown {})?;
-            Asked::by("power button", why)
+            Means::by("power button", why)
         }
     };
     if !(args.wait || args.force || args.timeout.is_some()) {
@@ -65,7 +69,7 @@ pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
     let asked = match by_agent(client, &place, Mode::Reboot) {
         Ok(asked) => asked,
         Err(why) => match client.execute(&ctrl_alt_del()) {
-            Ok(_) => Asked::by("Ctrl-Alt-Del key", why),
+            Ok(_) => Means::by("Ctrl-Alt-Del key", why),
             Err(ClientError::Refused { error, .. }) if args.force => {
                 return reset(client, name, &format!("it cannot be asked ({error})"));
             }
@@ -106,7 +110,7 @@ fn limit(timeout: Option<f64>, force: bool) -> anyhow::Result<Option<Duration>> 
         Some(seconds) => Duration::try_from_secs_f64(seconds).map(Some).map_err(|_| {
             Failure::new(format!("--timeout {seconds}: must be seconds, 0 and more")).into()
         }),
-        None => Ok(force.then_some(PATIENCE)),
+        None => Ok(force.then_some(FORCE_AFTER)),
     }
 }
 
@@ -119,13 +123,13 @@ fn ctrl_alt_del() -> SendKey {
 }
 
 /// How a guest was asked.
-struct Asked {
+struct Means {
     way: &'static str,
     /// Why not by the agent, where there should be one.
     instead: Option<String>,
 }
 
-impl Asked {
+impl Means {
     fn by(way: &'static str, instead: Option<AgentError>) -> Self {
         Self { way, instead: instead.map(|why| format!("the guest agent: {why}")) }
     }
@@ -166,14 +170,14 @@ pub fn set_clock(client: &mut Client, place: &Place, answer: &mut Answer) {
 }
 
 /// Ask the agent, on the console that is its own and on no other.
-fn by_agent(client: &mut Client, place: &Place, mode: Mode) -> Result<Asked, Option<AgentError>> {
+fn by_agent(client: &mut Client, place: &Place, mode: Mode) -> Result<Means, Option<AgentError>> {
     let chardevs = client.execute(&QueryChardev {}).map_err(|_| None)?;
     let console = chardevs.into_iter().find(|chardev| chardev.label == agent::CONSOLE);
     let name = console.ok_or(None)?.filename;
     let path = name.strip_prefix("unix:").and_then(|rest| rest.strip_suffix(",server=on"));
     let stream = dial(&place.run, Path::new(path.ok_or(None)?)).map_err(|e| Some(e.into()))?;
     agent::ask(stream, mode).map_err(Some)?;
-    Ok(Asked::by("guest agent", None))
+    Ok(Means::by("guest agent", None))
 }
 
 /// What a guest that was asked has done, and why, by the monitor's words.
@@ -200,7 +204,7 @@ fn wait(held: &mut Held, limit: Option<Duration>) -> anyhow::Result<Option<Outco
         if left == Some(Duration::ZERO) {
             return Ok(None);
         }
-        match client.next_event(left.unwrap_or(PATIENCE)) {
+        match client.next_event(left.unwrap_or(EVENT_TIMEOUT)) {
             Ok(event) => match event.event.as_str() {
                 "SHUTDOWN" => why = Some(reason(&event)),
                 "RESET" => return Ok(Some(Outcome::Reset(reason(&event)))),
@@ -223,14 +227,14 @@ fn finished(
     ctx: &Context,
     name: &Name,
     held: &Held,
-    asked: &Asked,
+    asked: &Means,
     outcome: Outcome,
 ) -> anyhow::Result<Answer> {
     let (did, reason) = match outcome {
         Outcome::Ended(reason) => {
             // It has hung up, and may take its time to give its memory back.
             if let Some(process) = &held.seen.process {
-                process.ends_within(PATIENCE);
+                process.ends_within(END_LIMIT);
             }
             ("has ended", reason)
         }
@@ -243,7 +247,7 @@ fn finished(
     Ok(asked.done(text, json))
 }
 
-fn still_there(name: &Name, asked: &Asked, verb: &str, does: &str) -> anyhow::Error {
+fn still_there(name: &Name, asked: &Means, verb: &str, does: &str) -> anyhow::Error {
     Failure::hint(
         format!("asked by the {}; '{name}' still runs", asked.way),
         format!("`stratoctl {verb} -F {name}` {does} it in any case"),

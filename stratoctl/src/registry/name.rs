@@ -18,7 +18,7 @@ pub struct BadName(String);
 
 impl Name {
     /// Longest one, bytes.
-    pub const LONGEST: usize = 64;
+    pub const MAX_BYTES: usize = 64;
 
     /// As text.
     pub fn as_str(&self) -> &str {
@@ -32,13 +32,13 @@ impl FromStr for Name {
     fn from_str(word: &str) -> Result<Self, BadName> {
         let first = word.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
         let rest = word.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.+-".contains(&b));
-        if first && rest && word.len() <= Self::LONGEST {
+        if first && rest && word.len() <= Self::MAX_BYTES {
             return Ok(Self(word.to_owned()));
         }
         // Whatever it is, it must not fill or reprogram the terminal.
         let mut shown: String =
-            word.chars().take(Self::LONGEST).flat_map(char::escape_debug).collect();
-        if word.chars().nth(Self::LONGEST).is_some() {
+            word.chars().take(Self::MAX_BYTES).flat_map(char::escape_debug).collect();
+        if word.chars().nth(Self::MAX_BYTES).is_some() {
             shown.push_str("...");
         }
         Err(BadName(format!("'{shown}'")))

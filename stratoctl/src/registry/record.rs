@@ -15,7 +15,7 @@ use crate::policy::Policy;
 /// The version of all records.
 const VERSION: u64 = 1;
 /// Longest record, bytes: a configuration has at most 256 KiB.
-const LONGEST: u64 = 1 << 20;
+const MAX_BYTES: u64 = 1 << 20;
 
 /// What a domain is: written when it is made, read when it is started or saved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,7 +56,7 @@ pub struct Saved {
 pub enum RecordError {
     #[error("cannot read {}", path.display())]
     Io { path: PathBuf, source: io::Error },
-    #[error("{} is longer than {LONGEST} bytes: it is damaged", path.display())]
+    #[error("{} is longer than {MAX_BYTES} bytes: it is damaged", path.display())]
     Long { path: PathBuf },
     #[error("{} is damaged: {source}", path.display())]
     Damaged { path: PathBuf, source: serde_json::Error },
@@ -86,8 +86,8 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     let failed = |source| RecordError::Io { path: path.into(), source };
     let mut text = Vec::new();
     let file = open_regular(path, File::options().read(true)).map_err(failed)?;
-    file.take(LONGEST + 1).read_to_end(&mut text).map_err(failed)?;
-    if text.len() as u64 > LONGEST {
+    file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_BYTES {
         return Err(RecordError::Long { path: path.into() });
     }
     parse(&text, path)

@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// How long the main thread has to end the process.
-const PATIENCE: Duration = Duration::from_secs(5);
+const EXIT_DELAY: Duration = Duration::from_secs(5);
 
 /// Why memory cannot be filled so.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +189,7 @@ impl DemandPager {
         }
         log::error!("{why}");
         (self.report)(Event::MemoryLost(why));
-        thread::sleep(PATIENCE);
+        thread::sleep(EXIT_DELAY);
         // The main thread waits for memory itself.
         terminal::put_back();
         process::exit(1);

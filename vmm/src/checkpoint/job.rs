@@ -80,7 +80,7 @@ pub struct Left {
 }
 
 /// What the thread is told.
-enum Told {
+enum Instruction {
     Copy(First),
     Changed(Vec<Range<u64>>),
     Epoch(Box<(Config, Epoch)>),
@@ -150,7 +150,7 @@ impl Checkpointer {
     /// When the thread has gone.
     pub fn save(&self, order: Order) -> Result<Job, SaveError> {
         let progress = Arc::new(Progress::default());
-        let (told, inbox) = channel::<Told>();
+        let (told, inbox) = channel::<Instruction>();
         let (report, steps) = channel();
         let (notify, shared) = (self.notify.clone(), progress.clone());
         let tell = move |step| {
@@ -172,7 +172,7 @@ fn run(
     order: Order,
     limit: &AtomicU64,
     progress: &Progress,
-    inbox: &Receiver<Told>,
+    inbox: &Receiver<Instruction>,
     tell: &impl Fn(Step),
 ) -> Result<Option<Saved>, SaveError> {
     let mut sink = (order.open)(progress)?;
@@ -180,7 +180,7 @@ fn run(
     progress.check().map_err(|_| SaveError::Cancelled)?;
     tell(Step::Opened);
     let mut told = inbox.recv();
-    if let Ok(Told::Copy(first)) = told {
+    if let Ok(Instruction::Copy(first)) = told {
         let mut ranges = match first {
             First::All(filled) => image::used(&order.memory, &filled).map_err(SaveError::Memory)?,
             First::These(ranges) => ranges,
@@ -191,7 +191,9 @@ fn run(
             copy(&mut *sink, &Source::Guest(&ranges), copied, progress)?;
             let took = began.elapsed();
             tell(Step::Round);
-            let Ok(Told::Changed(changed)) = inbox.recv() else { return Err(SaveError::Cancelled) };
+            let Ok(Instruction::Changed(changed)) = inbox.recv() else {
+                return Err(SaveError::Cancelled);
+            };
             ranges = changed;
             let round = Round { copied, took, left: staging::bytes(&ranges) };
             let next = rounds.after(&round, Duration::from_nanos(limit.load(Ordering::Relaxed)));
@@ -207,7 +209,7 @@ fn run(
         tell(Step::Ready(Left { ranges, staging }));
         told = inbox.recv();
     }
-    let Ok(Told::Epoch(last)) = told else { return Err(SaveError::Cancelled) };
+    let Ok(Instruction::Epoch(last)) = told else { return Err(SaveError::Cancelled) };
     let (config, Epoch { mut state, pages, spot_checks }) = *last;
     match pages {
         Pages::Staged(staging) => {
@@ -229,7 +231,7 @@ fn run(
             // From here on it cannot be cancelled: the main thread may have let go already.
             progress.commit().map_err(|_| SaveError::Cancelled)?;
             tell(Step::HandOver);
-            let Ok(Told::Go) = inbox.recv() else { return Err(SaveError::Cancelled) };
+            let Ok(Instruction::Go) = inbox.recv() else { return Err(SaveError::Cancelled) };
             to.go().map(|()| None)
         }
     }
@@ -301,7 +303,7 @@ impl Rounds {
 pub struct Job {
     progress: Arc<Progress>,
     steps: Receiver<Step>,
-    told: Option<Sender<Told>>,
+    told: Option<Sender<Instruction>>,
     cancel: Option<Cancel>,
     place: String,
     started: Instant,
@@ -361,25 +363,25 @@ impl Job {
 
     /// Answer [`Step::Opened`] when the guest runs meanwhile.
     pub fn copy(&self, first: First) {
-        self.tell(Told::Copy(first));
+        self.tell(Instruction::Copy(first));
     }
 
     /// Answer [`Step::Round`]: what has changed since the last time.
     pub fn changed(&self, ranges: Vec<Range<u64>>) {
-        self.tell(Told::Changed(ranges));
+        self.tell(Instruction::Changed(ranges));
     }
 
     /// Answer [`Step::Ready`], or [`Step::Opened`]: the machine at one moment.
     pub fn epoch(&self, config: Config, epoch: Epoch) {
-        self.tell(Told::Epoch(Box::new((config, epoch))));
+        self.tell(Instruction::Epoch(Box::new((config, epoch))));
     }
 
     /// Answer [`Step::HandOver`]: this machine has let go.
     pub fn go(&self) {
-        self.tell(Told::Go);
+        self.tell(Instruction::Go);
     }
 
-    fn tell(&self, told: Told) {
+    fn tell(&self, told: Instruction) {
         // A thread that has given up says why in its last step.
         if let Some(to) = &self.told {
             let _ = to.send(told);

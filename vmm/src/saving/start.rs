@@ -39,7 +39,7 @@ pub(crate) struct How {
 }
 
 /// What was asked for, and by whom.
-pub(super) struct Asked {
+pub(super) struct SaveRequest {
     pub to: To,
     pub how: How,
     pub by: Ticket,
@@ -50,7 +50,10 @@ impl Vmm {
     ///
     /// # Errors
     /// When it cannot begin; nothing has changed then.
-    pub(super) fn start_save(&mut self, Asked { to, how, by }: Asked) -> Result<UnderWay, Error> {
+    pub(super) fn start_save(
+        &mut self,
+        SaveRequest { to, how, by }: SaveRequest,
+    ) -> Result<UnderWay, Error> {
         let base = match (self.saving.log.base(), how.incremental) {
             (Some(base), true) => Some(base.clone()),
             (None, true) => {

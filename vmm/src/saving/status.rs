@@ -10,7 +10,7 @@ use super::{
     dirty_log::DirtyLog,
     disks,
     phase::{Phase, Terms},
-    start::{Asked, How},
+    start::{How, SaveRequest},
 };
 use crate::checkpoint::{
     Saved,
@@ -66,7 +66,7 @@ pub(super) enum Fate {
 
 /// A save that waits for one that was cancelled.
 pub(super) struct Next {
-    pub(super) asked: Asked,
+    pub(super) asked: SaveRequest,
     /// Until when.
     pub(super) until: Instant,
 }
@@ -92,7 +92,7 @@ pub(super) struct Over {
     /// `None` of one that could not begin.
     pub(super) job: Option<Job>,
     /// What was asked for while it was being cancelled.
-    pub(super) next: Option<Asked>,
+    pub(super) next: Option<SaveRequest>,
 }
 
 impl Saving {
