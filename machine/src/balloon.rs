@@ -1,15 +1,15 @@
 //! The balloon of a machine, as the monitor steers it.
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use devices::virtio::{
     VirtioDevice,
     balloon::{BALLOON_PAGE, Control},
 };
 
-use crate::{Machine, slots::Handle};
-
-/// How long a vCPU may take that resets the device.
-const DEVICE_LOCK_LIMIT: Duration = Duration::from_millis(20);
+use crate::{
+    Machine,
+    slots::{DEVICE_LOCK_LIMIT, Handle},
+};
 
 /// A machine's balloon.
 pub struct Balloon {

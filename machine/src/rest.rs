@@ -168,7 +168,8 @@ impl Machine {
         }
     }
 
-    /// Change `device` in slot `index`, whose I/O thread is paused meanwhile; its driver learns of it.
+    /// Change `device` in slot `index`, whose I/O thread is paused meanwhile; its driver learns of
+    /// it.
     ///
     /// # Errors
     /// When the device or its thread cannot be had: nothing has changed then. It can be tried again, see

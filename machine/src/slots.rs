@@ -1,6 +1,6 @@
 //! The virtio-mmio slots. All of them exist from the start and never move: a hot-plugged disk or
 //! NIC fills one that is empty, as StratoVirt's microVM does it.
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
 use config::{
     limits::VIRTIO_SLOTS,
@@ -67,7 +67,7 @@ pub struct Slots {
     window: Arc<MmapRegion>,
     memory: Memory,
     /// Takes the acknowledgements of used-buffer interrupts, which mean nothing: see
-    /// [`devices::virtio::mmio::registers`]. Nobody ever reads it.
+    /// [`devices::virtio::mmio::registers`]. It is never read.
     acknowledged: EventFd,
 }
 
@@ -79,6 +79,9 @@ struct Slot {
     notifiers: Arc<[EventFd]>,
     thread: Arc<io_thread::Handle>,
 }
+
+/// How long a device is waited for that its guest may be resetting.
+pub(crate) const DEVICE_LOCK_LIMIT: Duration = Duration::from_millis(20);
 
 /// A device in a slot, for those who know its type.
 pub(crate) type Handle<D> = Arc<Mutex<Transport<D>>>;

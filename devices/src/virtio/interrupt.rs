@@ -1,4 +1,5 @@
-//! The way from a device back to its driver: what it has to see, and the interrupt that has it look.
+//! The way from a device back to its driver: what it has to see, and the interrupt that has it
+//! look.
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::registers::{CONFIG_GENERATION, INTERRUPT_STATUS, Registers, STATUS};
@@ -128,8 +129,8 @@ impl Interrupt {
         }
     }
 
-    /// Show `config` in place of a configuration space of `shown` bytes. False when there is nothing
-    /// new to show.
+    /// Show `config` in place of a configuration space of `shown` bytes. False when there is
+    /// nothing new to show.
     pub(super) fn show_config(&self, config: &[u8], shown: usize) -> bool {
         match self {
             Self::Line(_, registers) => registers.show_config(config, shown),

@@ -19,10 +19,13 @@ use devices::{
 };
 
 use super::{
-    Backends, DEVICE_LOCK_LIMIT, PlugError, Shape,
+    Backends, PlugError, Shape,
     bay::{Bay, Kind, Occupied, Open},
 };
-use crate::Machine;
+use crate::{
+    Machine,
+    slots::{DEVICE_LOCK_LIMIT, Handle},
+};
 
 /// The kind.
 pub(super) struct Disks;
@@ -214,7 +217,7 @@ impl Backends {
     }
 
     /// The devices of all slots for disks.
-    pub fn block_devices(&self) -> impl Iterator<Item = &crate::slots::Handle<Block>> {
+    pub fn block_devices(&self) -> impl Iterator<Item = &Handle<Block>> {
         self.disks.devices()
     }
 }
@@ -321,12 +324,13 @@ impl Machine {
         removed.map(OpenDisk::from).ok_or_else(|| PlugError::NoBackend(name.into()))
     }
 
-    /// Put the disk `backend` into slot `slot`, as the device `id`. The guest sees its size at once.
+    /// Put the disk `backend` into slot `slot`, as the device `id`. The guest sees its size at
+    /// once.
     ///
     /// # Errors
     /// When there is no such back-end or slot, another device has the id, or the device cannot take
-    /// the back-end: it then waits on. When the host does not give what the disk needs: the back-end
-    /// is closed then.
+    /// the back-end: it then waits on. When the host does not give what the disk needs: the
+    /// back-end is closed then.
     pub fn plug_disk(
         &mut self,
         id: &str,

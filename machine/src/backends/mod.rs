@@ -5,8 +5,10 @@
 mod bay;
 mod disks;
 mod nics;
+#[cfg(test)]
+mod tests;
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf};
 
 use config::{Occupancy, separate};
 use devices::{
@@ -28,9 +30,6 @@ pub(crate) use self::{
     nics::tap,
 };
 use crate::{Machine, RunError, slots::Handle};
-
-/// How long a device is waited for that its guest may be resetting.
-const DEVICE_LOCK_LIMIT: Duration = Duration::from_millis(20);
 
 /// The kinds of slots, in StratoVirt's words.
 const BLOCK: &str = "block";
@@ -100,8 +99,8 @@ pub(crate) struct Backends {
 }
 
 impl Backends {
-    /// The slots of a machine, which begin with those for disks and then those for NICs, and what is
-    /// in them.
+    /// The slots of a machine, which begin with those for disks and then those for NICs, and what
+    /// is in them.
     pub fn new(occupied: &Occupancy, disks: Vec<Handle<Block>>, nics: Vec<Handle<Net>>) -> Self {
         let first_nic = disks.len();
         Self {
@@ -223,8 +222,8 @@ impl Machine {
         Ok(None)
     }
 
-    /// Take the device `id` out of its slot. Its back-end goes with it if it has the same name, else
-    /// it waits again. What is in flight is finished first. A disk that goes is to be dropped.
+    /// Take the device `id` out of its slot. Its back-end goes with it if it has the same name,
+    /// else it waits again. What is in flight is finished first. A disk that goes is to be dropped.
     ///
     /// # Errors
     /// When no slot holds it, or its storage hangs.

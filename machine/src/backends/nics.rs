@@ -14,10 +14,10 @@ use devices::{
 };
 
 use super::{
-    Backends, DEVICE_LOCK_LIMIT, PlugError, Shape,
+    Backends, PlugError, Shape,
     bay::{Bay, Kind, Occupied, Open},
 };
-use crate::{Machine, RunError};
+use crate::{Machine, RunError, slots::DEVICE_LOCK_LIMIT};
 
 /// The kind.
 pub(super) struct Nics;

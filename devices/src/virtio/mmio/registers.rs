@@ -70,11 +70,11 @@ impl Registers {
         self.with(offset, |r| r.fetch_add(1, Ordering::AcqRel));
     }
 
-    /// Show `config` as the device-specific configuration space, of which `shown` bytes are there. A
-    /// driver that reads it meanwhile finds that the generation has changed (section 4.2.2.1),
+    /// Show `config` as the device-specific configuration space, of which `shown` bytes are there.
+    /// A driver that reads it meanwhile finds that the generation has changed (section 4.2.2.1),
     /// unless it begins and ends between the two steps: it reads memory, so nothing can hold it up.
-    /// If it is ready it is interrupted afterwards, and reads again. False when there is nothing new
-    /// to show.
+    /// If it is ready it is interrupted afterwards, and reads again. False when there is nothing
+    /// new to show.
     pub(crate) fn show_config(&self, config: &[u8], shown: usize) -> bool {
         let same = |(n, byte): (usize, &u8)| self.byte(CONFIG + n) == *byte;
         if config.len() == shown && config.iter().enumerate().all(same) {

@@ -273,7 +273,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         // What it begins with may depend on the features.
         self.show_config();
         if changed {
-            // Nobody could be told while the driver was reading it.
+            // The driver could not be told while it was reading it.
             self.interrupt.config_changed();
         }
     }

@@ -1,5 +1,5 @@
-//! The state of a transport that is saved, whatever its registers: what the driver has written, and the
-//! device's own section.
+//! The state of a transport that is saved, whatever its registers: what the driver has written, and
+//! the device's own section.
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},

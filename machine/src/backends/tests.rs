@@ -1,0 +1,104 @@
+use std::sync::Arc;
+
+use config::{
+    NicConfig, Tap,
+    places::{Place, VirtioSlot},
+    types::{MemorySize, NicQueuePairs, NicQueueSize},
+};
+use devices::{
+    backend::net::{NetBackend, NoNetwork},
+    bus::BusBuilder,
+    virtio::net::{Net, NetSettings},
+};
+
+use super::{
+    PlugError,
+    bay::{Bay, Kind, MAX_WAITING, Open},
+    nics::Nics,
+};
+use crate::{
+    io_thread, memory,
+    slots::{Handle, Slots},
+};
+
+fn config(id: &str, backend: Option<&str>) -> NicConfig {
+    NicConfig {
+        id: id.into(),
+        tap: Tap::Fds(Vec::new()),
+        mac: Some([2, 0, 0, 0, 0, 1]),
+        queue_pairs: NicQueuePairs::default(),
+        queue_size: NicQueueSize::default(),
+        pps: None,
+        bps: None,
+        iothread: None,
+        backend: backend.map(str::to_owned),
+    }
+}
+
+fn back_end() -> Arc<dyn NetBackend> {
+    Arc::new(NoNetwork::new(1).unwrap())
+}
+
+fn open(id: &str) -> Open<Nics> {
+    Open { config: config(id, None), backend: back_end() }
+}
+
+/// Devices without back-ends, and the slots that they are in.
+fn devices(count: usize) -> (Vec<Handle<Net>>, Slots) {
+    let thread = Arc::new(io_thread::Handle::without_thread().unwrap());
+    let at = |n: u32| VirtioSlot { address: 0xd000_0000 + n * 0x1000, irq: 5 + n };
+    let places =
+        (0..count as u32).map(|n| Place { id: format!("nic{n}"), at: at(n), queue_sizes: None });
+    let places: Vec<_> = places.collect();
+    let window = Slots::window(&places).unwrap();
+    let memory = memory::addresses(MemorySize::MIN).unwrap();
+    let mut slots = Slots::new(places, window, memory).unwrap();
+    let mut bus = BusBuilder::default();
+    let handles = (0..count).map(|n| {
+        let settings = NetSettings { queue_pairs: 1, queue_size: 256, ..NetSettings::default() };
+        let net = Net::new(format!("nic{n}"), settings, None).unwrap();
+        slots.add(&mut bus, Box::new(net), thread.clone()).unwrap()
+    });
+    (handles.collect(), slots)
+}
+
+#[test]
+fn a_bay_says_what_is_free_and_what_is_in_the_way() {
+    let (handles, _slots) = devices(2);
+    let mut bay: Bay<Nics> = Bay::new(3, handles, &[Some(config("eth", Some("lan")))]);
+    assert_eq!(bay.first_free().unwrap(), 1);
+    assert_eq!(bay.locate(1).unwrap().0, 4, "among the slots of the machine");
+    assert!(matches!(bay.locate(2), Err(PlugError::NoSlot { what: "net", max: 2 })));
+    assert!(["eth", "lan"].iter().all(|name| bay.knows(name)) && !bay.knows("wan"));
+    assert!(matches!(bay.remove("lan"), Err(PlugError::InUse(_))));
+    assert!(bay.remove("wan").unwrap().is_none());
+
+    bay.add(open("wan"));
+    assert!(bay.knows("wan"));
+    assert!(matches!(bay.take("dmz", 0), Err(PlugError::NoBackend(_))));
+    assert!(matches!(bay.take("wan", 0), Err(PlugError::Occupied(0))));
+    let mut taken = bay.take("wan", 1).unwrap();
+    Nics::rename(&mut taken.config, "eth1", Some("wan".into()));
+    bay.occupy(1, taken.config, ());
+    assert!(matches!(bay.first_free(), Err(PlugError::Full { what: "net", max: 2 })));
+    assert_eq!((bay.find("eth1"), bay.find_backend("wan")), (Some(1), Some(1)));
+
+    let mut gone = bay.vacate(0, ()).unwrap();
+    assert!(Nics::detach(&mut gone), "its back-end has a name of its own");
+    assert_eq!((&*gone.id, gone.mac), ("lan", None));
+    assert!(!Nics::detach(&mut gone));
+    assert_eq!(bay.occupied().count(), 1);
+}
+
+#[test]
+fn not_all_back_ends_there_are_may_wait() {
+    let mut bay: Bay<Nics> = Bay::new(0, Vec::new(), &[]);
+    assert!(matches!(bay.first_free(), Err(PlugError::NoSlots { what: "net" })));
+    for n in 0..MAX_WAITING {
+        bay.has_room().unwrap();
+        bay.add(open(&n.to_string()));
+    }
+    assert!(matches!(bay.has_room(), Err(PlugError::TooManyWait)));
+    assert_eq!(bay.take_waiting().len(), MAX_WAITING);
+    bay.has_room().unwrap();
+}
