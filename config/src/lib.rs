@@ -142,6 +142,20 @@ pub struct MemoryConfig {
     pub prealloc: bool,
     /// Part of the monitor's core dumps.
     pub dump: bool,
+    /// Whether it comes in transparent huge pages. Not part of a saved state: it is the host's affair.
+    pub thp: Thp,
+}
+
+/// Whether guest memory without a file of its own comes in transparent huge pages of the host, of 2 MiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Thp {
+    /// But for the first 2 MiB, and for what is loaded of an image that is smaller than one.
+    #[default]
+    Auto,
+    /// All of it but the first 2 MiB.
+    On,
+    /// None of it: least memory for a guest that uses little of it.
+    Off,
 }
 
 /// What to boot.

@@ -14,7 +14,7 @@ use state::{
 
 use crate::{
     Aio, BootConfig, CharBackend, DeviceConfig, DiskConfig, Expect, MachineConfig, MemoryConfig,
-    NicConfig, Occupancy, Tap, Topology, limits,
+    NicConfig, Occupancy, Tap, Thp, Topology, limits,
     places::{DISK, NIC, Place, VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP, VirtioSlot},
     slots::{SlotCounts, SlotsError, Wanted},
     types::{self, CpuCount, DiskIops, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
@@ -305,7 +305,7 @@ fn rate<const LEAST: u64, const MOST: u64>(
 
 fn save_machine(config: &MachineConfig) -> saved::Machine {
     let Topology { sockets, dies, clusters, cores, threads } = config.topology;
-    let MemoryConfig { size, shared, path, prealloc, dump } = config.memory.clone();
+    let MemoryConfig { size, shared, path, prealloc, dump, thp: _ } = config.memory.clone();
     let BootConfig { kernel, initrd, cmdline } = config.boot.clone();
     saved::Machine {
         name: config.name.clone(),
@@ -341,7 +341,7 @@ fn restore_machine(from: &saved::Machine) -> Result<MachineConfig, DescriptionEr
         uuid: from.uuid.clone(),
         cpus,
         topology: Topology { sockets, dies, clusters, cores, threads },
-        memory: MemoryConfig { size, shared, path, prealloc, dump },
+        memory: MemoryConfig { size, shared, path, prealloc, dump, thp: Thp::default() },
         boot: BootConfig { kernel, initrd, cmdline },
         slots: SlotCounts::try_from(none)?,
         iothreads: from.iothreads.clone(),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use config::{
-    Description, MachineConfig, Occupancy,
+    Description, MachineConfig, Occupancy, Thp,
     places::{self, Place},
     slots::{SlotCounts, SlotsError, Wanted},
     topology,
@@ -269,11 +269,12 @@ impl Machine {
     }
 }
 
-/// Whether the guest's image is smaller than a huge page.
+/// Whether the guest's image is smaller than a huge page, and nobody insists on these.
 fn is_small(config: &MachineConfig) -> bool {
     let MachineConfig { memory, boot, .. } = config;
     let small = |path: &PathBuf| path.metadata().is_ok_and(|f| f.len() < memory::HUGE_PAGE);
-    !memory.prealloc && small(&boot.kernel) && boot.initrd.as_ref().is_none_or(small)
+    let auto = memory.thp == Thp::Auto && !memory.prealloc;
+    auto && small(&boot.kernel) && boot.initrd.as_ref().is_none_or(small)
 }
 
 fn check_count(kvm: &Kvm, cpus: u8) -> Result<(), KvmError> {

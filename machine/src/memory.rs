@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use config::{MemoryConfig, types::MemorySize};
+use config::{MemoryConfig, Thp, types::MemorySize};
 use devices::{Memory, random};
 use rustix::{fs::MemfdFlags, io::Errno};
 use vm_memory::{
@@ -105,12 +105,26 @@ pub(crate) fn allocate_for_little(config: &MemoryConfig) -> Result<Memory, Memor
 /// less on this host.
 pub(crate) fn scratch(size: MemorySize) -> Result<Memory, MemoryError> {
     let size = MemorySize::try_from(layout::HOLE_START).map_or(size, |below| size.min(below));
-    map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
+    map(&MemoryConfig {
+        size,
+        shared: false,
+        path: None,
+        prealloc: false,
+        dump: false,
+        thp: Thp::Auto,
+    })
 }
 
 /// The addresses of `size` bytes of guest memory, with nothing at them: for what only compares.
 pub(crate) fn addresses(size: MemorySize) -> Result<Memory, MemoryError> {
-    map(&MemoryConfig { size, shared: false, path: None, prealloc: false, dump: false })
+    map(&MemoryConfig {
+        size,
+        shared: false,
+        path: None,
+        prealloc: false,
+        dump: false,
+        thp: Thp::Auto,
+    })
 }
 
 fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
@@ -207,7 +221,8 @@ pub fn size(memory: &Memory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-/// Have what is written to `memory` from now on come in huge pages, and be there already if it is to be.
+/// Have what is written to `memory` from now on come in pages of the size that `config` wants, and be there
+/// already if it is to be.
 ///
 /// # Errors
 /// When the host does not give what is to be there.
@@ -222,7 +237,7 @@ pub(crate) fn populate(memory: &Memory, config: &MemoryConfig) -> Result<(), Mem
     Ok(())
 }
 
-/// Have these bytes of `region` come in huge pages, where the configuration does not say what they
+/// Have these bytes of `region` come in huge pages, where the configuration does not say what else they
 /// come in.
 fn advise_huge_pages(
     region: &GuestRegionMmap<AtomicBitmap>,
@@ -232,7 +247,11 @@ fn advise_huge_pages(
     if config.path.is_none() {
         // Fewer, larger page faults; a host without transparent huge pages says EINVAL. The first
         // page holds tables, and little of a guest.
-        let low = if region.start_addr().0 == 0 { HUGE_PAGE as usize } else { 0 };
+        let low = match config.thp {
+            Thp::Off => bytes.end,
+            Thp::Auto | Thp::On if region.start_addr().0 == 0 => HUGE_PAGE as usize,
+            Thp::Auto | Thp::On => 0,
+        };
         advise(region, bytes.start.max(low)..bytes.end, libc::MADV_HUGEPAGE);
         advise(region, bytes.start..bytes.end.min(low), libc::MADV_NOHUGEPAGE);
     }
@@ -324,6 +343,47 @@ mod tests {
     }
 
     #[test]
+    fn memory_comes_in_pages_of_the_size_that_is_asked_for() {
+        /// `VmFlags` of the mapping that holds `address`: `hg` and `nh` are the two advices.
+        fn advice(address: *const u8) -> &'static str {
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut here = false;
+            for line in smaps.lines() {
+                let range = line.split_whitespace().next().and_then(|word| word.split_once('-'));
+                let number = |text| usize::from_str_radix(text, 16).ok();
+                if let Some((Some(from), Some(to))) = range.map(|(a, b)| (number(a), number(b))) {
+                    here = (from..to).contains(&address.addr());
+                }
+                if here && let Some(flags) = line.strip_prefix("VmFlags:") {
+                    let has = |flag| flags.split_whitespace().any(|known| known == flag);
+                    return if has("hg") {
+                        "huge"
+                    } else if has("nh") {
+                        "small"
+                    } else {
+                        "any"
+                    };
+                }
+            }
+            "none"
+        }
+        for (thp, low, high) in
+            [(Thp::Auto, "small", "huge"), (Thp::On, "small", "huge"), (Thp::Off, "small", "small")]
+        {
+            let (size, path) = (MemorySize::MIN, None);
+            let config =
+                MemoryConfig { size, shared: false, path, prealloc: false, dump: true, thp };
+            let memory = allocate(&config).unwrap();
+            let begin = memory.iter().next().unwrap().as_ptr();
+            for (at, wanted) in [(0, low), (8 << 20, high)] {
+                let found = advice(begin.wrapping_add(at));
+                // A host without transparent huge pages takes neither.
+                assert!(found == wanted || found == "any", "{thp:?} at {at:#x}: {found}");
+            }
+        }
+    }
+
+    #[test]
     fn more_than_the_host_has_is_refused_before_anything_is_mapped() {
         let config = MemoryConfig {
             size: MemorySize::MAX,
@@ -331,6 +391,7 @@ mod tests {
             path: None,
             prealloc: false,
             dump: true,
+            thp: Thp::Auto,
         };
         let error = allocate(&config).unwrap_err();
         assert!(error.to_string().contains("give less with -m"), "{error}");
@@ -341,7 +402,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| {
             let path = Some(dir.path().join(name));
-            MemoryConfig { size: MemorySize::MIN, shared: true, path, prealloc: false, dump: true }
+            MemoryConfig {
+                size: MemorySize::MIN,
+                shared: true,
+                path,
+                prealloc: false,
+                dump: true,
+                thp: Thp::Auto,
+            }
         };
         let path = |config: &MemoryConfig| config.path.clone().unwrap();
         for contents in [&b"x"[..], &[0; 8192]] {

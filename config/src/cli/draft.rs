@@ -1,7 +1,7 @@
 //! What file and command line have said so far. Names are not yet looked up.
 use std::path::PathBuf;
 
-use crate::{Aio, CharBackend, DeviceConfig, Tap, Topology};
+use crate::{Aio, CharBackend, DeviceConfig, Tap, Thp, Topology};
 
 use super::action::Wanted;
 use super::problem::{Place, Places, Problems};
@@ -27,6 +27,7 @@ pub(crate) struct Draft {
     pub(crate) mem_path: Option<PathBuf>,
     pub(crate) mem_prealloc: bool,
     pub(crate) mem_share: Option<bool>,
+    pub(crate) thp: Option<Thp>,
     pub(crate) dump_guest_core: Option<bool>,
     pub(crate) omit_vm_memory: bool,
     pub(crate) disk_slots: Option<(Place, usize)>,

@@ -90,6 +90,7 @@ pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
             path: draft.mem_path,
             prealloc: draft.mem_prealloc,
             dump: dump.unwrap_or(true),
+            thp: draft.thp.unwrap_or_default(),
         },
         boot: BootConfig {
             kernel: draft.kernel.unwrap_or_default(),

@@ -2,7 +2,7 @@
 use std::path::PathBuf;
 
 use crate::types::CpuCount;
-use crate::{Part, Topology, limits, topology};
+use crate::{Part, Thp, Topology, limits, topology};
 
 use super::draft::Draft;
 use super::fields::{Fields, choose};
@@ -13,6 +13,8 @@ const MACHINES: &[(&str, Result<(), &str>)] = &[
     ("q35", Err("machine type 'q35'")),
     ("virt", Err("machine type 'virt'")),
 ];
+const THP: &[(&str, Result<Thp, &str>)] =
+    &[("auto", Ok(Thp::Auto)), ("on", Ok(Thp::On)), ("off", Ok(Thp::Off))];
 const ACCELERATORS: &[(&str, Result<(), &str>)] =
     &[("kvm", Ok(())), ("kvm:tcg", Ok(())), ("tcg", Err("accelerator 'tcg'"))];
 
@@ -111,7 +113,10 @@ pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
 }
 
 pub(crate) fn memory(draft: &mut Draft, f: &mut Fields) {
-    f.require(&["size"]);
+    draft.thp = f.choice("thp", THP).or(draft.thp);
+    if !f.has("thp") {
+        f.require(&["size"]);
+    }
     draft.memory = f.memory_size("size").or(draft.memory);
     note(draft, f, Part::MemorySize, "size");
     if let (Some(most), Some(size)) = (f.memory_size("maxmem"), draft.memory)
@@ -183,6 +188,7 @@ pub(crate) fn machine_config(draft: &mut Draft, f: &mut Fields) {
         f.problem("mem-share", "the same as mem_share; give one of them");
     }
     draft.mem_share = draft.mem_share.or(documented);
+    draft.thp = f.choice("mem_thp", THP);
     draft.dump_guest_core = f.boolean("dump_guest_core");
     slots(draft, f);
     if f.boolean("omit_vm_memory") == Some(true) {

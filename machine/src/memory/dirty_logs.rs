@@ -78,6 +78,7 @@ mod tests {
             path: None,
             prealloc: false,
             dump: true,
+            thp: config::Thp::Auto,
         };
         let memory = allocate(&config).unwrap();
         let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;

@@ -358,6 +358,7 @@ mod tests {
             path: None,
             prealloc: true,
             dump: true,
+            thp: config::Thp::Auto,
         };
         let missing = [MIB..2 * MIB, high - MIB..high + MIB];
         let (memory, filler) = match allocate_missing(&config, &missing) {

@@ -118,6 +118,7 @@ mod tests {
             path: None,
             prealloc: false,
             dump: true,
+            thp: config::Thp::Auto,
         };
         let memory = allocate(&config).unwrap();
         let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
@@ -154,6 +155,7 @@ mod tests {
             path: None,
             prealloc: false,
             dump: true,
+            thp: config::Thp::Auto,
         };
         let memory = allocate(&config).unwrap();
         let all = std::slice::from_ref(&(0..MAX_BYTES + PAGE_SIZE));

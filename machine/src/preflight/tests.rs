@@ -52,6 +52,7 @@ fn config(dir: &Path) -> MachineConfig {
             path: Some(dir.join("ram")),
             prealloc: false,
             dump: true,
+            thp: config::Thp::Auto,
         },
         boot: BootConfig {
             kernel: dir.join("kernel"),

@@ -82,7 +82,7 @@ pub fn apply(
     }
     replace(&mut saved.memory.shared, &overrides.memory_shared);
     replace(&mut saved.memory.dump, &overrides.memory_dump);
-    saved.memory.prealloc = flags.memory.prealloc;
+    (saved.memory.prealloc, saved.memory.thp) = (flags.memory.prealloc, flags.memory.thp);
     if flags.memory.path.is_some() {
         saved.memory.path.clone_from(&flags.memory.path);
     }

@@ -49,6 +49,7 @@ fn memory_config() -> MemoryConfig {
         path: None,
         prealloc: false,
         dump: true,
+        thp: config::Thp::Auto,
     }
 }
 

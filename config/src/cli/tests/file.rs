@@ -68,6 +68,15 @@ fn every_key_has_its_meaning() {
 }
 
 #[test]
+fn memory_in_huge_pages_is_a_key_and_a_flag_replaces_it() {
+    let text = r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"mem_thp":"off"}}"#;
+    let thp = |line| file(text, line).unwrap().machine.memory.thp;
+    assert_eq!(thp("-api-channel unix:s"), crate::Thp::Off);
+    assert_eq!(thp("-api-channel unix:s -m 1G"), crate::Thp::Off);
+    assert_eq!(thp("-api-channel unix:s -m 1G,thp=on"), crate::Thp::On);
+}
+
+#[test]
 fn the_first_generations_core_dump_key() {
     let text =
         r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"omit_vm_memory":true}}"#;

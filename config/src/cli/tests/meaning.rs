@@ -1,5 +1,5 @@
 //! What values mean.
-use crate::{Aio, BalloonConfig, DeviceConfig, Topology};
+use crate::{Aio, BalloonConfig, DeviceConfig, Thp, Topology};
 
 use super::*;
 
@@ -28,6 +28,17 @@ fn a_bare_memory_size_counts_mib_when_it_is_too_small_for_bytes() {
     ] {
         assert_eq!(machine(&format!("-m {given}")).memory.size.bytes(), bytes, "{given}");
     }
+}
+
+#[test]
+fn memory_comes_in_huge_pages_or_not() {
+    for (line, thp) in [("-m 64", Thp::Auto), ("-m 64,thp=off", Thp::Off), ("-m thp=on", Thp::On)] {
+        let memory = machine(line).memory;
+        assert_eq!(memory.thp, thp, "{line}");
+        let mib = if line.contains("64") { 64 } else { 256 };
+        assert_eq!(memory.size.bytes(), mib << 20, "{line}");
+    }
+    assert!(problem("-m 64,thp=yes").starts_with("-m 64,thp=yes: thp: 'yes'"));
 }
 
 #[test]

@@ -89,6 +89,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         path: None,
         prealloc: false,
         dump: true,
+        thp: config::Thp::Auto,
     };
     let memory = memory::allocate(&config).unwrap();
     memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
@@ -158,6 +159,7 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         path: None,
         prealloc: false,
         dump: true,
+        thp: config::Thp::Auto,
     };
     let kvm = open().unwrap();
     for (memory, origin) in memories(&config) {
@@ -212,6 +214,7 @@ fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
         path: None,
         prealloc: false,
         dump: true,
+        thp: config::Thp::Auto,
     };
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
