@@ -18,5 +18,5 @@ fn saves_that_build_on_each_other_in_any_way() {
         }
         seeds.push(seed);
     }
-    mutate::hammer("chain", &seeds, 200, chain::entry);
+    mutate::hammer("chain", &seeds, 60, chain::entry);
 }
