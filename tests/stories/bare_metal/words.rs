@@ -68,7 +68,7 @@ fn the_lines_of_the_human_monitor_that_programs_read() -> Result<()> {
         format!("* CPU #0: thread_id={}\r\n  CPU #1: thread_id={}\r\n", thread(0)?, thread(1)?);
     ensure!(hmp(&mut qmp, "info cpus")? == cpus);
     for line in ["info registers", "savevm x", ""] {
-        let says = format!("Unsupported command: {line}; known are: info block, info cpus");
+        let says = format!("Unsupported command: {line}; known are: info balloon, info block");
         refused(&mut qmp, "human-monitor-command", json!({ "command-line": line }), &says)?;
     }
     quits(&stage, &mut monitor, &mut qmp)
