@@ -1,17 +1,19 @@
 /* Writes to every page from 16 MiB up to where the first word says (MiB), and drives the balloon: puts as many of these pages into
    it as it is asked for, from the first one on, and takes the last ones out again. Says "balloon" and its pages when it has done
    so. Typed at it: "c" looks at every page, a page in the balloon has to be zero; "r" reports the upper half of all pages as
-   free, which are zero from then on; "s" lends a buffer with statistics. */
+   free, which are zero from then on; "u" puts every second 64 KiB into the balloon; "s" lends a buffer with statistics. */
 #include "virtio.h"
 
 #define FROM (16ull << 20)
 #define BATCH 256
+#define UNIT 16
 enum { BALLOON = 5, INFLATE = 0, DEFLATE = 1, STATS = 2, REPORTING = 4, QUEUES = 5 };
 enum { TARGET = CONFIG, ACTUAL = CONFIG + 4 };
 
 static struct queue queues[QUEUES];
 static u32 numbers[BATCH];
 static u32 slot, actual, pages, reported;
+static bool scattered;
 static struct {
     u16 tag;
     u64 value;
@@ -75,7 +77,8 @@ static void follow(void)
 static void check(void)
 {
     for (u32 number = 0; number < pages; number++) {
-        u64 expected = number < actual || number >= reported ? 0 : page(number);
+        bool gone = number < actual || number >= reported || (scattered && number / UNIT % 2);
+        u64 expected = gone ? 0 : page(number);
         u64 found = read64(page(number));
         if (found != expected) {
             say("expected", expected);
@@ -116,6 +119,12 @@ void guest(const char *word)
             reported = pages / 2;
             send(REPORTING, (void *)page(reported), (pages - reported) * 4096, WRITE);
             print("reported\n");
+            break;
+        case 'u':
+            scattered = true;
+            for (u32 first = UNIT; first + UNIT <= pages; first += 2 * UNIT)
+                move(INFLATE, first, UNIT);
+            print("scattered\n");
             break;
         case 's':
             stats[0].tag = 4;

@@ -181,6 +181,26 @@ fn a_restored_machine_gives_its_memory_back_however_that_is_there() -> Result<()
 }
 
 #[test]
+fn a_balloon_of_many_pieces_is_filled_on_a_mapped_machine() -> Result<()> {
+    // 1,152 pieces of 64 KiB; the monitor counts its mappings after 1,024, behind its filter.
+    const LARGE: u64 = 160;
+    let stage = Stage::new("balloon-large")?;
+    let mut config = stage.config("balloon", &LARGE.to_string())?;
+    let sections = config.as_object_mut().context("no object")?;
+    sections.insert("balloon".into(), plain());
+    let vm = Vm::described(config).machine("mem_size", LARGE << 20);
+    let (mut monitor, qmp) = stage.start(vm)?;
+    monitor.wait_for("filled", SOON)?;
+    let mut here = Here { stage, monitor, qmp };
+    here.saves("saved", &json!({}))?;
+    let source = format!("file:{},mapped=on", here.stage.file("saved").display());
+    here = here.moves(&source)?;
+    here.types("u", "scattered")?;
+    here.checks()?;
+    here.ends()
+}
+
+#[test]
 fn what_is_in_the_balloon_stays_zero_through_incremental_saves() -> Result<()> {
     let mut here = Here::start("balloon-more", &plain(), &[])?;
     here.saves("base", &json!({ "track": true, "resume": true }))?;
