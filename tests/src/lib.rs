@@ -20,5 +20,6 @@ pub mod packages;
 pub mod paths;
 pub mod payloads;
 pub mod progress;
+pub mod resident;
 pub mod seed;
 pub mod stream;

@@ -1,5 +1,7 @@
 //! Integration tests with real Linux guests: an unmodified Debian kernel boots, its devices work, and QMP steers
 //! it. Each story starts a monitor of its own.
+#[path = "linux/balloon.rs"]
+mod balloon;
 #[path = "linux/boot.rs"]
 mod boot;
 #[path = "linux/devices.rs"]
@@ -105,6 +107,8 @@ const NATIVELY: &[(&str, Tell)] = &[
     ("natively_reset_boots_the_kernel_again", |story| life::reset(story, NATIVE)),
     ("natively_quit_ends_the_monitor", |story| life::quit(story, NATIVE)),
     ("natively_poweroff_in_the_guest_ends_the_monitor", |story| life::poweroff(story, NATIVE)),
+    ("natively_half_of_the_memory_goes_into_the_balloon", |story| balloon::half(story, NATIVE)),
+    ("natively_what_the_guest_frees_goes_back", |story| balloon::freed(story, NATIVE)),
     // Debian's kernel takes no virtio-mmio devices from its command line.
     ("natively_virtio_works_without_acpi", boot::virtio_without_acpi),
 ];

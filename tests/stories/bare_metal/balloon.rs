@@ -1,6 +1,5 @@
 //! A guest puts memory into its balloon and takes it out again, reports what it has freed, and is saved
 //! and restored with all that. It looks at every page itself: one in the balloon reads as zero.
-use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
@@ -8,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::monitor::{Monitor, SOON, Vm};
+use stories::resident::guest_memory;
 
 use crate::stage::{Stage, cont, patiently, quits};
 use crate::stream::until_it_listens;
@@ -67,41 +67,11 @@ impl Here {
         Ok(())
     }
 
-    /// Bytes of guest memory that the host keeps: what lies in the largest run of mappings without a
-    /// gap. The process's own count would do, if the host took nothing back by itself meanwhile.
-    fn resident(&self) -> Result<u64> {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.monitor.pid()))?;
-        let (mut runs, mut end) = (vec![(0, 0)], 0);
-        for line in smaps.lines() {
-            let first = line.split(' ').next().unwrap_or_default();
-            let range = first.split_once('-').and_then(|(from, to)| {
-                Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
-            });
-            let kib = line.strip_prefix("Rss:").and_then(|rest| rest.trim().strip_suffix(" kB"));
-            if let Some((from, to)) = range.filter(|_| line.contains(" rw-")) {
-                if from != end {
-                    runs.push((0, 0));
-                }
-                runs.last_mut().context("none")?.0 += to - from;
-                end = to;
-            } else if range.is_some() {
-                // Neither this mapping nor what is counted of it belongs to a run.
-                runs.push((0, 0));
-                end = 0;
-            } else if let Some(kib) = kib {
-                runs.last_mut().context("none")?.1 += kib.trim().parse::<u64>()? << 10;
-            }
-        }
-        let (size, resident) = runs.into_iter().max().context("no mappings")?;
-        ensure!((MIB << 20..(MIB + 8) << 20).contains(&size), "guest memory of {size} bytes");
-        Ok(resident)
-    }
-
     /// Half of the memory goes into the balloon and back, and with it to the host and back.
     fn gives_half_back(&mut self) -> Result<()> {
         self.checks()?;
         self.fill(HALF, HALF_SHOWN)?;
-        let kept = self.resident()?;
+        let kept = guest_memory(self.monitor.pid(), MIB)?;
         ensure!(kept <= (MIB << 20) - HALF / 100 * 95, "{kept} bytes are kept");
         self.checks()?;
         self.fill(MIB << 20, "balloon 0")?;
@@ -254,7 +224,7 @@ fn what_a_guest_reports_as_free_goes_back_at_once() -> Result<()> {
     here.types("r", "reported")?;
     // Half of what lies above 16 MiB.
     let reported = ((MIB - 16) << 20) / 2;
-    let kept = here.resident()?;
+    let kept = guest_memory(here.monitor.pid(), MIB)?;
     ensure!(kept <= (MIB << 20) - reported / 100 * 95, "{kept} bytes are kept");
     here.checks()?;
     here.ends()
