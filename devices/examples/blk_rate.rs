@@ -1,5 +1,5 @@
-//! How fast a disk's worker is, with a driver that sleeps between interrupts as a guest does, but
-//! without the exits of one. Run it with: cargo run --release --example blk_rate [IMAGE]
+//! Measures the speed of a disk's worker with a driver that sleeps between interrupts as a guest
+//! does, but without a guest's exits. Run it with: cargo run --release --example blk_rate [IMAGE]
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,
@@ -101,7 +101,7 @@ fn run(load: &Load, disk: Disk) {
     for _ in 0..load.depth {
         let header = guest.bytes(&[&kind[..], &[0; 8]].concat());
         let mut chain: Vec<Buffer> = vec![(header, 16, false)];
-        // Depth 4 of 1 MiB fits into the room that there is.
+        // Depth 4 of 1 MiB fits into guest memory.
         let data = guest.room(load.len as usize + 4096).next_multiple_of(4096);
         let pages = load.len / 4096;
         let step = pages.div_ceil(60);
@@ -143,7 +143,7 @@ fn run(load: &Load, disk: Disk) {
             if !free.is_empty() {
                 break;
             }
-            // As Linux does: ask for an interrupt at the next one, look again, sleep.
+            // As Linux does: request an interrupt for the next buffer, check again, sleep.
             let used = guest.queues[0].used_index();
             guest.queues[0].set_used_event(used);
             fence(Ordering::SeqCst);

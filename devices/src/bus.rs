@@ -1,9 +1,10 @@
-//! Address ranges to devices. Ranges are fixed once the machine is built, so a lookup takes no lock.
+//! Maps address ranges to devices. Ranges are fixed once the machine is built, so a lookup takes no
+//! lock.
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-/// Registers, seen from the guest's side.
+/// Registers, as the guest accesses them.
 pub trait BusDevice: Send {
     /// Guest read at `offset` from the start of the device's range.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -25,7 +26,7 @@ pub enum BusError {
     #[error("invalid range {start:#x}+{len:#x}")]
     #[expect(missing_docs, reason = "shown by the message")]
     InvalidRange { start: u64, len: u64 },
-    /// Somebody lives there already.
+    /// The range overlaps one that is attached already.
     #[error("range {start:#x}+{len:#x} overlaps a device already on the bus")]
     #[expect(missing_docs, reason = "shown by the message")]
     Overlap { start: u64, len: u64 },
@@ -53,7 +54,7 @@ impl BusBuilder {
         Ok(())
     }
 
-    /// No more ranges; share the result between vCPU threads.
+    /// End construction; the result is shared between vCPU threads.
     pub fn freeze(self) -> Arc<Bus> {
         Arc::new(Bus(self.0.into_boxed_slice()))
     }
@@ -63,12 +64,12 @@ impl BusBuilder {
 pub struct Bus(Box<[Slot]>);
 
 impl Bus {
-    /// Dispatch a guest read; false when nobody lives at `addr`.
+    /// Dispatch a guest read; false when no device is at `addr`.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         self.find(addr).map(|s| s.device.lock().read(addr - s.start, data)).is_some()
     }
 
-    /// Dispatch a guest write; false when nobody lives at `addr`.
+    /// Dispatch a guest write; false when no device is at `addr`.
     pub fn write(&self, addr: u64, data: &[u8]) -> bool {
         self.find(addr).map(|s| s.device.lock().write(addr - s.start, data)).is_some()
     }

@@ -1,4 +1,4 @@
-//! What every virtio device has to stand, whatever it does: one asserting suite.
+//! A conformance suite: what every virtio device must withstand, whatever its type.
 //!
 //! Run it from a device's tests, with the back-end that the device usually has:
 //! `conformance::run(|| Box::new(Rng::new("rng0", "/dev/urandom".as_ref(), None).unwrap()))`.
@@ -25,10 +25,10 @@ const QUEUE_NOTIFY: usize = 0x50;
 const STATUS: usize = 0x70;
 const CONFIG: usize = 0x100;
 const LIVE: u32 = 15;
-/// Where there is nothing but data.
+/// A data buffer, clear of every queue.
 const BUFFER: u64 = 8 << 20;
 
-/// Makes the device, the same each time.
+/// Builds the device, identical each time.
 pub trait Make: Fn() -> Box<dyn VirtioDevice> + Sync {}
 impl<F: Fn() -> Box<dyn VirtioDevice> + Sync> Make for F {}
 
@@ -67,7 +67,7 @@ fn live(make: &impl Make) -> Guest {
     g
 }
 
-/// Whatever has happened, a reset and a new start help.
+/// Whatever has happened, a reset and re-initialisation recover the device.
 fn recovers(g: &mut Guest, after: &str) {
     g.store(STATUS, 0);
     assert_eq!(g.load(STATUS), 0, "reset after {after}");
@@ -178,7 +178,7 @@ fn keeps_its_queues_to_itself(make: &impl Make) {
     g.store(QUEUE_SEL, 0);
     for value in [0, 1, 3, 0xffff, u32::MAX] {
         for offset in (0x38..0x50).chain(0x80..0xfc).step_by(4) {
-            // Taking a queue back is another matter.
+            // Taking a queue back is covered elsewhere.
             if (offset, value) != (QUEUE_READY, 0) {
                 g.store(offset, value);
             }
@@ -299,7 +299,8 @@ fn moves_without_losing_anything(make: &impl Make) {
         }
         g.transport.pause();
         let section = g.transport.save().unwrap();
-        // A queue that was empty is empty there: nothing is done twice. The mark would be gone.
+        // A queue that was empty is still empty: nothing is processed twice, which would overwrite
+        // the mark.
         let done = |q: &&DriverQueue| q.used_index() == q.available_index();
         let empty: Vec<DriverQueue> = g.queues.iter().filter(done).cloned().collect();
         empty.iter().for_each(|q| q.set_used_index(0x5555));
@@ -363,7 +364,7 @@ fn survives_a_thread_that_loses_its_worker(make: &impl Make) {
     let saved = g.transport.save().unwrap();
     guest(make).transport.restore(&saved).unwrap();
     g.transport.resume();
-    // What the worker held may be gone: it works, or its driver is told that it does not.
+    // What the worker held may be lost: the device either works or sets DEVICE_NEEDS_RESET.
     let offered = g.offered();
     assert!(g.negotiate(offered));
     g.place_all();
@@ -380,7 +381,7 @@ fn refuses_hostile_sections(make: &impl Make) {
         let other = Section { kind: kind.into(), version, ..own.clone() };
         refused(make, &with_device_section(&good, &other), "another device's section");
     }
-    // Each of its fields gone, or another one more.
+    // Remove each field in turn, and add an unknown one.
     let fields: serde_json::Value = serde_json::from_str(own.state.get()).unwrap();
     for field in fields.as_object().unwrap().keys() {
         let mut less = fields.clone();
@@ -394,13 +395,13 @@ fn refuses_hostile_sections(make: &impl Make) {
     more["more"] = 1.into();
     let more = own.with(more.to_string()).unwrap();
     refused(make, &with_device_section(&good, &more), "a section with one more field");
-    // A flipped bit may leave a state that is possible, such as another MAC address: what counts
-    // is that the device is either as told or fresh, and works.
+    // A flipped bit may still give a valid state, such as another MAC address: what counts is that
+    // the device is either in the state given or freshly reset, and works.
     for at in 0..own.state.get().len() {
         for bit in [at % 8, (at + 3) % 8] {
             let mut flipped = own.state.get().to_owned().into_bytes();
             flipped[at] ^= 1 << bit;
-            // What is no JSON any more does not come so far.
+            // What is no longer valid JSON does not get this far.
             let flipped = String::from_utf8(flipped).ok().and_then(|text| own.with(text).ok());
             let Some(flipped) = flipped else { continue };
             let mut to = guest(make);

@@ -1,5 +1,5 @@
-//! Ways to interrupt the guest. A line is an eventfd; whoever builds the machine binds it to KVM
-//! as an irqfd, so raising it from any thread enters no lock and no device.
+//! Ways to interrupt the guest. A line is an eventfd that the VM binds to KVM as an irqfd, so
+//! raising it from any thread takes no lock and calls no device.
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub struct Line(Arc<EventFd>);
 
 impl Line {
-    /// A line that nobody listens to yet.
+    /// A line that is not bound yet.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -26,7 +26,7 @@ impl Line {
         let _ = self.0.write(1);
     }
 
-    /// The eventfd, for binding it or for looking at it in a test.
+    /// The eventfd, to bind it or to check it in a test.
     pub fn eventfd(&self) -> &EventFd {
         &self.0
     }

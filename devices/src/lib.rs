@@ -1,8 +1,8 @@
-//! What a device is, and every device model.
+//! The device interface and every device model.
 //!
 //! This crate knows guest memory, file descriptors and the virtio specification. It does not know
-//! KVM (interrupts are [`irq::Line`]s that somebody else binds), an event library (workers are
-//! driven through [`worker::IoThread`]) or any protocol.
+//! KVM (interrupts are [`irq::Line`]s that the VM binds), any event library (workers are driven
+//! through [`worker::IoThread`]) or any protocol.
 pub mod backend;
 pub mod bus;
 #[cfg(any(test, feature = "testing"))]
@@ -26,7 +26,7 @@ pub mod worker;
 /// The bitmap is the device side of dirty tracking; vCPU writes are tracked by KVM.
 pub type Memory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
 
-/// What the VM asks of every device, whatever bus it sits on.
+/// What the VM requires of every device, whatever bus it is on.
 ///
 /// No method has a default body: a device author must *decide* what pausing or saving means,
 /// because a silent `Ok(())` is how state gets lost.
@@ -35,7 +35,7 @@ pub trait Device: Send {
     fn id(&self) -> &str;
     /// Stop doing work. Called only after every vCPU is parked; returns when nothing is in flight.
     fn pause(&mut self);
-    /// Take work up again. Called before any vCPU runs.
+    /// Resume work. Called before any vCPU runs.
     fn resume(&mut self);
     /// Return to power-on state. Called while paused (the VM resets) or by the driver.
     fn reset(&mut self);
@@ -44,23 +44,23 @@ pub trait Device: Send {
     /// # Errors
     /// When the state cannot be encoded.
     fn save(&self) -> Result<state::Section, state::StateError>;
-    /// Pour state into a paused device built from the same configuration.
+    /// Load saved state into a paused device built from the same configuration.
     ///
     /// # Errors
     /// When the section is not this device's, or describes a state it cannot be in.
     fn restore(&mut self, section: &state::Section) -> Result<(), state::StateError>;
 }
 
-/// What a guest asks of the machine as a whole.
+/// A guest request that concerns the machine as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PowerEvent {
-    /// Boot anew: i8042 command 0xfe, the ACPI reset register.
+    /// Reboot: i8042 command 0xfe, the ACPI reset register.
     Reset,
     /// Power off: ACPI sleep state S5.
     Shutdown,
-    /// The guest kernel says that it has crashed: pvpanic.
+    /// The guest kernel reports that it has crashed: pvpanic.
     Panicked,
 }
 
-/// The wire by which a device model passes [`PowerEvent`]s on. Must not block.
+/// The callback by which a device model reports [`PowerEvent`]s. Must not block.
 pub type PowerSink = std::sync::Arc<dyn Fn(PowerEvent) + Send + Sync>;

@@ -1,4 +1,4 @@
-//! Log lines that a guest, or a fault of the host that lasts, could cause without end.
+//! Rate-limited logging, for lines that a guest or a lasting host fault could cause without end.
 use std::{
     fmt::{self, Display},
     time::{Duration, Instant},
@@ -6,10 +6,10 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// At most one line in this time.
+/// At most one line in this interval.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// Log as `log::$level!` does, but from this place in the code at most one line a second.
+/// Log as `log::$level!` does, but at most one line a second from each call site.
 macro_rules! log_seldom {
     ($level:ident, $($message:tt)+) => {{
         static LIMIT: $crate::log_limit::Limit = $crate::log_limit::Limit::new();
@@ -20,7 +20,7 @@ macro_rules! log_seldom {
 }
 pub(crate) use log_seldom;
 
-/// One place's lines.
+/// The limit of one call site.
 pub(crate) struct Limit(Mutex<State>);
 
 struct State {
@@ -33,7 +33,7 @@ impl Limit {
         Self(Mutex::new(State { last: None, left_out: 0 }))
     }
 
-    /// Whether a line may be written `now`; what comes behind it.
+    /// Whether a line may be written at `now`; if so, the note of omitted lines to append to it.
     pub(crate) fn pass(&self, now: Instant) -> Option<LeftOut> {
         let mut state = self.0.lock();
         if state.last.is_some_and(|last| now.duration_since(last) < QUIET) {

@@ -1,17 +1,18 @@
-//! [`Device`], written once: for devices whose state is one struct and that have one worker at most.
+//! [`Device`], implemented once for devices whose state is one struct and that have at most one
+//! worker.
 use crate::{
     Device,
     state::{self, Section, Snapshot, StateError},
     worker::WorkerControl,
 };
 
-/// What tells devices apart, besides their [`Snapshot`].
+/// What differs between devices, besides their [`Snapshot`].
 ///
 /// As for [`Device`], no method has a default body.
 pub trait Model: Snapshot + Send {
     /// See [`Device::id`].
     fn id(&self) -> &str;
-    /// Its worker. `None` for a device in which nothing happens without the guest or the monitor: a
+    /// Its worker. `None` for a device that acts only when the guest or the monitor accesses it: a
     /// pause changes nothing.
     fn worker(&self) -> Option<&dyn WorkerControl>;
     /// As [`Model::worker`].
@@ -20,8 +21,8 @@ pub trait Model: Snapshot + Send {
     fn reset(&mut self);
 }
 
-/// When an I/O thread fails, the log says so, and the monitor does not go down with it. What the
-/// guest sees is up to the [`WorkerControl`]: `virtio/worker.rs` has the policy of virtio devices.
+/// When an I/O thread fails, the failure is logged and the monitor keeps running. What the guest
+/// sees is up to the [`WorkerControl`]: `virtio/worker.rs` has the policy for virtio devices.
 impl<D: Model> Device for D {
     fn id(&self) -> &str {
         Model::id(self)

@@ -3,7 +3,7 @@ use std::io;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-/// `N` bytes that nobody can guess.
+/// `N` unpredictable bytes.
 ///
 /// # Errors
 /// When the host has none to give: its kernel is older than 3.17, or a filter forbids the call.

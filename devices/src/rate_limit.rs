@@ -1,9 +1,9 @@
 //! Limits on operations and bytes per second, for disks and network interfaces.
 //!
-//! A bucket is kept as the instant at which everything let through so far is paid for, so there
-//! is nothing to refill and no remainder to lose: a request passes while that instant is near
-//! enough, and moves it on by its own cost. A request larger than the bucket therefore passes too
-//! and is paid for afterwards; it cannot wait for ever for a fill level that is never reached.
+//! A bucket is kept as the instant at which everything let through so far is paid for, so there is
+//! no refilling and no remainder to lose: a request passes while that instant is near enough, and
+//! advances it by its own cost. So a request larger than the bucket also passes and is paid for
+//! afterwards, instead of waiting for ever for a fill level that is never reached.
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
@@ -72,13 +72,13 @@ impl RateLimiter {
         Ok(Self { ops, bytes, start: Instant::now(), timer, waiting: false })
     }
 
-    /// Ask leave for `ops` operations and `bytes` bytes. When refused, nothing is charged and
-    /// [`RateLimiter::fd`] becomes readable at the time to ask again.
+    /// Request permission for `ops` operations and `bytes` bytes. When refused, nothing is charged
+    /// and [`RateLimiter::fd`] becomes readable when it is time to retry.
     pub fn take(&mut self, ops: u64, bytes: u64) -> bool {
         self.take_at(self.now(), ops, bytes)
     }
 
-    /// What was just taken has not been used after all.
+    /// Refund what was just taken but not used.
     pub fn give_back(&mut self, ops: u64, bytes: u64) {
         for (bucket, amount) in [(&mut self.ops, ops), (&mut self.bytes, bytes)] {
             if let Some(bucket) = bucket {

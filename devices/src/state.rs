@@ -1,4 +1,4 @@
-//! State that leaves the process, in the form that the crate `state` gives it.
+//! Device state that leaves the process, in the form that the crate `state` defines.
 pub use ::state::Section;
 use ::state::{Saved, SectionError};
 
@@ -9,19 +9,19 @@ pub trait Snapshot {
     /// The saved form.
     type State: Saved;
 
-    /// Read the state of a quiet component.
+    /// Return the state of a component that is not running.
     fn save(&self) -> Self::State;
-    /// Validate and take over a state. It is untrusted.
+    /// Validate and apply a state. It is untrusted input.
     ///
     /// # Errors
-    /// When the component cannot be in it.
+    /// When the component cannot be in that state.
     fn restore(&mut self, state: Self::State) -> Result<(), StateError>;
 }
 
 /// Save `from` into a section called `id`.
 ///
 /// # Errors
-/// When it has no form in JSON.
+/// When it cannot be encoded as JSON.
 pub fn save<S: Snapshot>(id: &str, from: &S) -> Result<Section, StateError> {
     Ok(Section::of(id, &from.save())?)
 }
@@ -37,13 +37,13 @@ pub fn restore<S: Snapshot>(section: &Section, into: &mut S) -> Result<(), State
 /// Why state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// It is another component's, of an unknown version, or not in its form.
+    /// It belongs to another component, has an unknown version, or is malformed.
     #[error(transparent)]
     Section(#[from] SectionError),
-    /// It says something that no device can be in.
+    /// It describes a state that no device can be in.
     #[error("invalid state: {0}")]
     Invalid(&'static str),
-    /// The I/O thread has ended, and with it the worker that knows the state.
+    /// The I/O thread has ended, and with it the worker that held the state.
     #[error(
         "the I/O thread that had the device's worker has ended; the guest has to reset the device"
     )]

@@ -1,5 +1,5 @@
-//! A driver's side of virtio for tests: guest memory, queues laid out in it, and an I/O thread
-//! that runs when the test says so.
+//! The driver's side of virtio for tests: guest memory, queues laid out in it, and an I/O thread
+//! that runs only when the test calls it.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -93,7 +93,8 @@ impl InlineThread {
         })
     }
 
-    /// Handle what has happened, waiting up to `patience` for the first; how many sources fired.
+    /// Handle pending events, waiting up to `patience` for the first; returns how many sources
+    /// fired.
     pub fn turn(&self, patience: Duration) -> usize {
         let mut events = [EpollEvent::default(); 64];
         let patience = i32::try_from(patience.as_millis()).unwrap();
@@ -122,7 +123,7 @@ impl InlineThread {
         }
     }
 
-    /// Fail so from now on.
+    /// Fail in this way from now on.
     pub fn fail(&self, fault: impl Into<Option<ThreadFault>>) {
         *self.fault.lock() = fault.into();
     }
@@ -131,7 +132,7 @@ impl InlineThread {
         *self.fault.lock() == Some(fault)
     }
 
-    /// How many workers live here.
+    /// How many workers have been adopted.
     pub fn workers(&self) -> usize {
         self.workers.lock().iter().flatten().filter(|(worker, _)| worker.is_some()).count()
     }
@@ -306,7 +307,7 @@ impl DriverQueue {
     }
 }
 
-/// A guest with one device and a driver in the test's hands.
+/// A guest with one device, whose driver is the test.
 pub struct Guest {
     /// The device behind its registers.
     pub transport: Transport,
@@ -320,12 +321,12 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Plug `device` in.
+    /// Attach `device`.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         Self::with_memory(device, memory())
     }
 
-    /// Plug `device` into a guest whose RAM exists already.
+    /// Attach `device` to a guest whose RAM exists already.
     pub fn with_memory(device: Box<dyn VirtioDevice>, memory: Memory) -> Self {
         let thread = InlineThread::new();
         let line = Line::new().unwrap();
@@ -364,7 +365,8 @@ impl Guest {
         u64::from(self.load(0x10)) << 32 | u64::from(low)
     }
 
-    /// Reset, then go as far as FEATURES_OK with exactly `features`; whether the device agreed.
+    /// Reset, then proceed to FEATURES_OK with exactly `features`; whether the device accepted
+    /// them.
     pub fn negotiate(&mut self, features: u64) -> bool {
         for status in [0, 1, 3] {
             self.store(0x70, status);
@@ -402,7 +404,8 @@ impl Guest {
         u16::try_from(self.load(0x34)).unwrap()
     }
 
-    /// The whole set-up with `features` (VERSION_1 is added) and every queue at its largest.
+    /// The whole initialisation with `features` (VERSION_1 is added) and every queue at its
+    /// largest.
     pub fn start(&mut self, features: u64) {
         assert!(self.negotiate(features | F_VERSION_1), "the device agrees to {features:#x}");
         self.place_all();
@@ -486,7 +489,7 @@ impl Guest {
         self.load(0x70) & 0x40 != 0
     }
 
-    /// Pause, save, pour into `device` plugged into the same RAM, and resume there. The old guest
+    /// Pause, save, restore into `device` attached to the same RAM, and resume there. The old guest
     /// is left paused.
     pub fn migrate(&mut self, device: Box<dyn VirtioDevice>) -> Self {
         self.transport.pause();
@@ -500,7 +503,7 @@ impl Guest {
     }
 }
 
-/// A network: datagrams for frames. Its other end is the test's.
+/// A network whose frames are datagrams. The test holds the peer socket.
 pub struct Wire(pub UnixDatagram);
 
 impl NetBackend for Wire {

@@ -1,9 +1,10 @@
-//! Threads, and what the program that a machine runs in has them do before they serve.
+//! Threads, and the start-up step that the embedding program requires of each.
 //!
-//! Neither devices nor the machine know what that is: it may limit what a thread can ask of the host.
+//! Neither devices nor the machine know what that step is: it may restrict the thread's system
+//! calls.
 use std::{fmt, sync::Arc};
 
-/// What a thread is there for.
+/// The purpose of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThreadKind {
     /// Runs a vCPU.
@@ -14,28 +15,28 @@ pub enum ThreadKind {
     Writer,
 }
 
-/// The thread must not serve, and has to end. Whoever has refused knows why, and tells.
+/// The thread must end without serving. The step that refused knows the cause, and reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused;
 
-/// What a new thread calls when all that it needs is set up, right before it serves.
+/// What a new thread calls once it is set up, right before it serves.
 pub type FirstStep = Box<dyn FnOnce() -> Result<(), Refused> + Send>;
 
-/// Asked before each thread is started, on the thread that starts it: what the new one, of this kind
-/// and with this name, has to do first. The default is nothing.
+/// Asked, on the starting thread, before each thread is started: the first step of the new thread,
+/// by its kind and name. The default does nothing.
 #[derive(Clone)]
 pub struct ThreadStart(Arc<FirstSteps>);
 
 type FirstSteps = dyn Fn(ThreadKind, &str) -> FirstStep + Send + Sync;
 
 impl ThreadStart {
-    /// `first_step` says what a thread has to do first. A step that is dropped and was not called
+    /// `first_step` returns the first step of a thread. A step that is dropped without being called
     /// belongs to a thread that could not be started.
     pub fn new(first_step: impl Fn(ThreadKind, &str) -> FirstStep + Send + Sync + 'static) -> Self {
         Self(Arc::new(first_step))
     }
 
-    /// What the thread called `name`, which is about to be started, has to do first.
+    /// The first step of the thread called `name`, which is about to be started.
     pub fn first_step(&self, kind: ThreadKind, name: &str) -> FirstStep {
         (self.0)(kind, name)
     }

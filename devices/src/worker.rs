@@ -13,8 +13,8 @@
 //!     +--------------------- stop ---------------+
 //! ```
 //! Two things can go wrong. A worker that its thread does not return, because the thread has ended,
-//! is lost. A worker that its thread refuses, for want of descriptors, is parked: its state can
-//! still be saved, and what it holds can be had again.
+//! is lost. A worker that its thread refuses, for lack of descriptors, is parked: its state can
+//! still be saved, and its resources can be taken back.
 use std::{any::Any, fmt, io, marker::PhantomData, os::fd::RawFd, sync::Arc, time::Duration};
 
 /// Work driven by file descriptors.
@@ -28,33 +28,32 @@ pub trait Worker: Any + Send {
     /// every source right after adoption, whether it has fired or not.
     fn ready(&mut self, index: usize);
     /// Last call before the worker leaves its thread: finish what is in flight. False when that has
-    /// not ended within `limit`: the worker then stays where it is, and continues.
+    /// not ended within `limit`: the worker then stays on its thread and continues.
     fn quiesce(&mut self, limit: Option<Duration>) -> bool;
 }
 
 /// An I/O thread, as devices see it.
 pub trait IoThread: Send + Sync {
-    /// Start driving a worker; the key takes it back.
+    /// Start driving a worker; the returned key identifies it from then on.
     ///
     /// # Errors
     /// When one of its descriptors cannot be waited on, or the thread is gone.
     fn adopt(&self, worker: Box<dyn Worker>) -> Result<usize, Refused>;
-    /// Quiesce a worker and lend it out, with its registration kept: nothing is forgotten of what
-    /// happens to its descriptors meanwhile, and they must stay what they are. `None` if it is not
-    /// here.
+    /// Quiesce a worker and lend it out, with its registration kept: events on its descriptors are
+    /// not lost meanwhile, and the descriptors must not change. `None` if it is not on this thread.
     fn lend(&self, key: usize) -> Option<Box<dyn Worker>>;
     /// Resume driving a worker that was lent out.
     ///
     /// # Errors
     /// As [`IoThread::adopt`].
     fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> Result<(), Refused>;
-    /// Quiesce a worker and give it and its registration up; `None` if it is not here.
+    /// Quiesce a worker and give it up with its registration; `None` if it is not on this thread.
     fn release(&self, key: usize) -> Option<Box<dyn Worker>>;
 }
 
-/// A worker that an I/O thread does not take, and why not.
+/// A worker that an I/O thread has refused, and why.
 pub struct Refused {
-    /// It comes back as it was.
+    /// The worker, unchanged.
     pub worker: Box<dyn Worker>,
     /// Why.
     pub error: io::Error,
@@ -98,16 +97,16 @@ pub enum WorkerSlot<W> {
     Lost,
 }
 
-/// What an I/O thread knows a worker by.
+/// How an I/O thread identifies a worker.
 pub struct Registration<W> {
     thread: Arc<dyn IoThread>,
-    /// `None`: given up; the worker has to be adopted again.
+    /// `None`: released; the worker has to be adopted again.
     key: Option<usize>,
     worker: PhantomData<fn() -> W>,
 }
 
 impl<W: Worker> Registration<W> {
-    /// Have the worker returned.
+    /// Get the worker back from its thread.
     fn fetch(
         &self,
         how: impl FnOnce(&dyn IoThread, usize) -> Option<Box<dyn Worker>>,
@@ -128,18 +127,18 @@ fn downcast<W: Worker>(worker: Box<dyn Worker>) -> Option<Box<W>> {
 }
 
 impl<W: Worker> WorkerSlot<W> {
-    /// Send a fresh worker out.
+    /// Start a new worker on `thread`.
     ///
     /// # Errors
-    /// When the I/O thread does not take it: it is parked then, and [`WorkerSlot::stop`] returns it.
+    /// When the I/O thread refuses it: it is parked then, and [`WorkerSlot::stop`] returns it.
     pub fn start(&mut self, worker: W, thread: Arc<dyn IoThread>) -> io::Result<()> {
         let registration = Registration { thread, key: None, worker: PhantomData };
         *self = Self::Parked(Box::new(worker), registration);
         self.unpark()
     }
 
-    /// Have the worker returned for good: quiesced, and dropped by the caller or reused. `None` when
-    /// there is none.
+    /// Take the worker back for good: it is quiesced, and the caller drops or reuses it. `None`
+    /// when there is none.
     ///
     /// # Errors
     /// When its thread does not return it. The slot is empty in any case.
@@ -164,8 +163,8 @@ impl<W: Worker> WorkerSlot<W> {
         }
     }
 
-    /// The parked worker, to be changed while no other thread can see it. What it waits on stays as
-    /// it is: [`WorkerSlot::change`] is for the rest.
+    /// The parked worker, to be changed while no other thread can see it. Its descriptors must stay
+    /// the same: [`WorkerSlot::change`] may change those too.
     pub fn parked_mut(&mut self) -> Option<&mut W> {
         match self {
             Self::Parked(worker, _) => Some(worker),
@@ -173,8 +172,8 @@ impl<W: Worker> WorkerSlot<W> {
         }
     }
 
-    /// Change the worker and what it waits on, wherever it is: a running one is parked and sent out
-    /// again. `None` when there is no worker.
+    /// Change the worker and its descriptors, wherever it is: a running one is parked and
+    /// restarted. `None` when there is no worker.
     ///
     /// # Errors
     /// As [`WorkerControl::park`], nothing has changed then; as [`WorkerControl::unpark`], the
@@ -183,7 +182,7 @@ impl<W: Worker> WorkerSlot<W> {
         let running = matches!(self, Self::Running(_));
         self.park()?;
         let Self::Parked(worker, registration) = self else { return Ok(None) };
-        // Before the descriptors change, so that no new one is taken for an old one.
+        // Before the descriptors change, so that no new one is mistaken for an old one.
         registration.give_up();
         let result = change(worker);
         if running {
@@ -195,17 +194,17 @@ impl<W: Worker> WorkerSlot<W> {
 
 /// What a pause does to a worker, whatever it works on.
 pub trait WorkerControl {
-    /// Have the worker returned; nothing to do if it does not run.
+    /// Take the worker back from its thread; does nothing if it does not run.
     ///
     /// # Errors
     /// When its thread does not return it: it is lost then.
     fn park(&mut self) -> Result<(), Lost>;
-    /// Send a parked worker out again.
+    /// Return a parked worker to its thread.
     ///
     /// # Errors
-    /// When the I/O thread does not take it: it stays parked.
+    /// When the I/O thread refuses it: it stays parked.
     fn unpark(&mut self) -> io::Result<()>;
-    /// Whether its thread has not returned it.
+    /// Whether its thread failed to return it.
     fn is_lost(&self) -> bool;
 }
 

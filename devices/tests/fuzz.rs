@@ -1,4 +1,4 @@
-//! The entry functions of `fuzz/`, with inputs from a seeded PRNG.
+//! Runs the entry functions of `fuzz/` with inputs from a seeded PRNG.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 #[path = "../../fuzz/src/block.rs"]
 mod block;

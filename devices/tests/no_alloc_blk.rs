@@ -25,7 +25,7 @@ static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is the one that `System` asks for.
+        // SAFETY: the caller upholds the contract, which is that of `System`.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
@@ -97,8 +97,8 @@ fn requests_allocate_nothing() {
             }
             ALLOCATIONS.load(Ordering::Relaxed) - before
         };
-        // The lists of requests in flight go round, and each grows once, at a time that the host's
-        // disk decides. A request that allocates would show in every round.
+        // The lists of requests in flight are reused in turn, and each grows once, at a time that
+        // the host's disk decides. A request that allocates would show in every round.
         run(2000);
         let rounds: Vec<usize> = (0..5).map(|_| run(REQUESTS)).collect();
         assert_eq!(rounds.iter().min(), Some(&0), "direct {direct}, {aio:?}: {rounds:?}");

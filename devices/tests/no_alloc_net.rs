@@ -1,7 +1,7 @@
 // UNSAFETY: a global allocator that counts.
 #![expect(unsafe_code)]
-//! The data path of a network device asks for no memory, and resets leave nothing open. A process
-//! of its own, because both are counted for the whole process.
+//! The data path of a network device allocates nothing, and resets leave no descriptors open. A
+//! test binary of its own, because both are counted for the whole process.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -26,20 +26,20 @@ thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
 }
 
-// SAFETY: everything is the system allocator's; the counter is plain data of the thread.
+// SAFETY: passes everything on to the system's allocator; the counter is plain data of the thread.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: passed on to the caller.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.dealloc(at, layout) }
     }
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: passed on to the caller.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.realloc(at, layout, size) }
     }
 }
@@ -47,7 +47,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// The tests count what belongs to the process, so one at a time.
+/// The tests count for the whole process, so they run one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
 const MERGEABLE: u64 = 1 << 15;
@@ -69,7 +69,7 @@ fn a_frame_costs_no_allocation_either_way() {
         let (mut guest, peer) = lan(pps);
         guest.start(features);
         let mergeable = features & MERGEABLE != 0;
-        // Without mergeable buffers one has to take a whole frame.
+        // Without mergeable buffers, each buffer has to hold a whole frame.
         let size = if mergeable { 1526 } else { 65_562 };
         let buffers: Vec<u64> = (0..100).map(|_| guest.room(size)).collect();
         let out: Vec<Buffer> = (0..15).map(|_| (guest.room(4096), 4096, false)).collect();
@@ -119,7 +119,7 @@ fn resets_under_load_leave_no_descriptor_open() {
     let before = open_descriptors();
     for n in 0..60u16 {
         guest.start(if n % 2 == 0 { MERGEABLE | F_EVENT_IDX } else { 0 });
-        // The other side may be full.
+        // The peer's buffer may be full.
         let _ = peer.send(&[1; 200]);
         guest.queues[1].set_available_index(n % 7);
         guest.queues[0].set_available_index(n % 5);

@@ -1,5 +1,5 @@
-//! A driver can make its mistakes again and again; the log stays short. A process of its own,
-//! because it has one log.
+//! Repeated driver mistakes do not flood the log. A test binary of its own, because a process has
+//! one log.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -46,7 +46,7 @@ fn a_storm_of_mistakes_is_a_line_a_second() {
     for device in devices {
         let id = device.id().to_owned();
         let mut g = Guest::new(device);
-        // The transmit queue, where there is one: an interface without link looks at no other.
+        // The transmit queue, where there is one: an interface without link processes no other.
         let queue = u16::from(g.queue_max(1) > 0);
         let begin = Instant::now();
         let before = LOG.0.load(Ordering::Relaxed);
@@ -65,7 +65,7 @@ fn a_storm_of_mistakes_is_a_line_a_second() {
             assert!(g.needs_reset(), "{id} refuses rings outside memory");
         }
         let lines = LOG.0.load(Ordering::Relaxed) - before;
-        // From the two places that report the two mistakes.
+        // Two mistakes, each reported in two places.
         let most = 2 * (2 + begin.elapsed().as_secs() as usize);
         assert!((1..=most).contains(&lines), "{lines} lines from {id}, at most {most}");
     }

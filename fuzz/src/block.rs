@@ -1,5 +1,5 @@
-//! Requests as a driver makes them, many at once, for a disk with an io_uring and limits, with pauses
-//! and saved states while some are in flight.
+//! Valid requests, many at once, to a disk with io_uring and rate limits, with pauses and saved
+//! states while some are in flight.
 use std::time::Duration;
 
 use devices::{
@@ -16,11 +16,11 @@ use crate::input::Input;
 /// Sectors of the disk.
 const SECTORS: u64 = 256;
 const SECTOR: u64 = 512;
-/// Where request `slot` has its header, its status and its data.
+/// Addresses of the header, the status and the data of request `slot`.
 const HEADERS: u64 = 8 << 20;
 const DATA: u64 = 9 << 20;
 const SLOTS: u64 = 16;
-/// Bytes of data that a request may have.
+/// Most bytes of data in a request.
 const MOST: u64 = 64 * SECTOR;
 
 fn work(guest: &Guest) {
@@ -70,7 +70,7 @@ fn publish(guest: &mut Guest, slot: u64, kind: u32, sector: u64, count: u64, pie
     guest.queues[0] = queue;
 }
 
-/// Nothing that the input says may lead to a panic or a wait.
+/// No input may cause a panic or a wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let image = TempFile::new().unwrap();
@@ -91,7 +91,7 @@ pub fn entry(input: &[u8]) {
     let features = guest.offered();
     guest.start(features & !(u64::from(input.u8()) << 28) | 1 << 32);
     guest.place_all();
-    // What is in the guest's memory, and so in what it writes.
+    // The contents of guest memory, and so of what it writes.
     for slot in 0..SLOTS {
         let bytes = vec![slot as u8 + 1; MOST as usize];
         guest.memory.write_slice(&bytes, GuestAddress(DATA + slot * MOST)).unwrap();
@@ -105,7 +105,7 @@ pub fn entry(input: &[u8]) {
             0..4 => {
                 let [slot, kind, sector, count, pieces] = input.bytes();
                 let kind = [0, 0, 1, 1, 1, 4, 8, 11, 13, 13][usize::from(kind % 10)];
-                // Some reach over the end of the disk.
+                // Some extend beyond the end of the disk.
                 let (sector, count) = (u64::from(sector), u64::from(count % 64) + 1);
                 let slot = u64::from(slot) % SLOTS;
                 publish(&mut guest, slot, kind, sector, count, 1 + u64::from(pieces % 8));
@@ -119,7 +119,7 @@ pub fn entry(input: &[u8]) {
             6 => {
                 guest.transport.pause();
                 let section = guest.transport.save().unwrap();
-                // As it is, or nearly. A disk that has been written to since is refused.
+                // Unmodified, or nearly. A disk that has been written to since is refused.
                 let section = match input.u8() & 1 {
                     0 => Some(section),
                     _ => input.change(&section),

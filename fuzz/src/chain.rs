@@ -1,5 +1,5 @@
-//! Saves in directories that build on each other, some of their files damaged: what they make up is read,
-//! or refused by name.
+//! Saves in directories that build on each other, some of their files damaged: the combined memory
+//! is read correctly, or refused with a named error.
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::input::Input;
 
-/// A save in `directory`, on top of `base` if there is one, with what the input says has changed.
+/// A save in `directory`, on top of `base` if there is one, with changes given by the input.
 fn save(directory: &Path, id: u128, base: Option<(u128, u32, &str)>, input: &mut Input) {
     fs::create_dir_all(directory).unwrap();
     let mut state = State { config: testing::config(id), ..testing::state() };
@@ -58,12 +58,12 @@ fn damage(bytes: &mut [u8], input: &mut Input) {
     }
 }
 
-/// What is read from a chain of saves.
+/// Read a whole chain of saves.
 pub fn read(directory: &Path) -> Result<usize, DirectoryError> {
     let (mut state, _) = directory::read(&directory.join(STATE))?;
     let chain = directory::memory(directory, &mut state)?;
     let pieces = chain.pieces();
-    // They cover all of it, each once.
+    // The pieces cover all of memory, each part once.
     let mut at = 0;
     for (range, layer) in &pieces {
         assert!(range.start == at && range.end > at && *layer < chain.layers.len(), "{pieces:?}");
@@ -80,7 +80,7 @@ pub fn read(directory: &Path) -> Result<usize, DirectoryError> {
     Ok(layers)
 }
 
-/// The input says how many there are, on what each builds, and what is damaged.
+/// The input gives the number of saves, the base of each, and what is damaged.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let dir = TempDir::new().unwrap();
@@ -89,7 +89,7 @@ pub fn entry(input: &[u8]) {
     for n in 0..count {
         let sum = |n: usize| directory::read(&place(n).join(STATE)).map_or(0, |(_, sum)| sum);
         let (below, other) = (input.u8(), input.u8());
-        // Mostly on the one before; some on themselves or on one that is not there.
+        // Mostly based on the previous save; some on themselves or on a missing one.
         let base = match (n, below) {
             (0, 0..200) => None,
             (_, 0..200) => Some(n - 1),

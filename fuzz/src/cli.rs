@@ -1,10 +1,10 @@
-//! A configuration file (it begins with a brace), or a command line, one word a line.
+//! A configuration file (which begins with a brace), or a command line, one word per line.
 use std::{ffi::OsString, io::Write, os::unix::ffi::OsStringExt};
 
 use config::cli::{Action, parse};
 use vmm_sys_util::tempfile::TempFile;
 
-/// All of it is taken, or all that is wrong is said.
+/// The whole input is accepted, or all its errors are reported.
 pub fn entry(input: &[u8]) {
     let word = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
     let file = TempFile::new().unwrap();
@@ -13,7 +13,7 @@ pub fn entry(input: &[u8]) {
         vec!["-api-channel".into(), "unix:s".into(), "-config".into(), file.as_path().into()]
     } else {
         let args: Vec<_> = input.split(|byte| *byte == b'\n').map(word).collect();
-        // Other files than ours are not read.
+        // Files other than the fuzzer's own are not read.
         match args.iter().any(|arg| arg.to_string_lossy().contains("config")) {
             true => return,
             false => args,

@@ -1,4 +1,4 @@
-//! What the bytes of an input say, for entry functions that take them for steps.
+//! Decodes an input's bytes, for entry functions that take them as steps.
 #![allow(dead_code, reason = "each target needs a part of it")]
 use state::Section;
 
@@ -26,7 +26,7 @@ impl Input<'_> {
         u32::from_le_bytes(self.bytes())
     }
 
-    /// `section` with one byte that is another, if that is a section; most bytes that matter are
+    /// `section` with one byte changed, if the result is a section; most bytes that matter are
     /// digits.
     pub fn change(&mut self, section: &Section) -> Option<Section> {
         let (at, other) = (usize::from(self.u16()), self.u8());

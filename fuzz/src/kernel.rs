@@ -7,14 +7,14 @@ use machine::boot::{BootError, Entry, Platform, load};
 use vm_memory::GuestAddress;
 use vmm_sys_util::tempfile::TempFile;
 
-/// Loaded, or refused by name.
+/// Loaded, or refused with a named error.
 pub fn entry(input: &[u8]) {
     if let Some(Err(error)) = load_all(input) {
         assert!(!error.to_string().is_empty());
     }
 }
 
-/// The first byte says what comes with the kernel, which is the rest.
+/// The first byte chooses what accompanies the kernel, which is the rest.
 pub fn load_all(input: &[u8]) -> Option<Result<Entry, BootError>> {
     let (with, kernel) = input.split_first()?;
     let file = TempFile::new().unwrap();

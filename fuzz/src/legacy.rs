@@ -1,5 +1,5 @@
-//! A guest that reads and writes the ports of the devices that are not virtio, in any way, while people
-//! type and press buttons, with pauses, resets and saved states in between.
+//! A guest that reads and writes the ports of the non-virtio devices in any order, with serial
+//! input and button presses, pauses, resets and saved states in between.
 use std::{fs::File, io::Write, sync::Arc, time::Duration};
 
 use devices::{
@@ -13,7 +13,7 @@ use devices::{
 
 use crate::input::Input;
 
-/// All of them, some of them by themselves.
+/// All the devices; some are also kept by themselves.
 struct Ports {
     serial: Serial,
     keyboard: I8042,
@@ -44,7 +44,7 @@ impl Ports {
     }
 }
 
-/// Nothing that the input says may lead to a panic or a wait.
+/// No input may cause a panic or a wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let sink: PowerSink = Arc::new(|_| {});
@@ -98,7 +98,7 @@ pub fn entry(input: &[u8]) {
                 device.resume();
             }
         }
-        // A worker that always has something to do would never come to an end.
+        // A worker that always has more work would never finish.
         for _ in 0..8 {
             if thread.turn(Duration::ZERO) == 0 {
                 break;

@@ -1,5 +1,5 @@
-//! Inputs for the entry functions without a fuzzer: sound ones with a few changes, by a seeded PRNG:
-//! the same ones each time.
+//! Inputs for the entry functions without a fuzzer: valid ones with a few changes made by a seeded
+//! PRNG, so that they are the same each time.
 use std::{fs, path::Path};
 
 /// A seeded PRNG (splitmix64).
@@ -19,7 +19,7 @@ impl Rng {
     }
 }
 
-/// Numbers at which arithmetic goes wrong.
+/// Numbers at which arithmetic tends to go wrong.
 const EDGES: [u64; 10] = [
     0,
     1,
@@ -33,10 +33,10 @@ const EDGES: [u64; 10] = [
     0xffff_ffff_ffff_ffff,
 ];
 
-/// Runs `entry` with each of `seeds`, and of those in `fuzz/seeds/TARGET`, as it is, then `times` times
-/// with one that was changed (`FUZZ_TIMES`: as many times instead). `fuzz/dictionaries/TARGET.dict` has
-/// the words that the input's language is made of. A panic is followed by the input that led to it.
-/// With `FUZZ_SEEDS` set, `seeds` are put into `fuzz/corpus/TARGET`, where cargo-fuzz begins.
+/// Runs `entry` with each of `seeds`, and of those in `fuzz/seeds/TARGET`, unmodified, then `times`
+/// times with a modified one (`FUZZ_TIMES` overrides the number). `fuzz/dictionaries/TARGET.dict`
+/// has the tokens of the input's language. After a panic, the input that caused it is printed. With
+/// `FUZZ_SEEDS` set, `seeds` are written to `fuzz/corpus/TARGET`, where cargo-fuzz begins.
 pub fn hammer(target: &str, seeds: &[Vec<u8>], times: u64, entry: impl Fn(&[u8])) {
     let fuzz = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz"));
     if std::env::var_os("FUZZ_SEEDS").is_some() {
@@ -64,7 +64,7 @@ pub fn hammer(target: &str, seeds: &[Vec<u8>], times: u64, entry: impl Fn(&[u8])
     }
 }
 
-/// The files in `directory`, in the order of their names; none if it is not there.
+/// The files in `directory`, sorted by name; none if it does not exist.
 fn found(directory: &Path) -> Vec<Vec<u8>> {
     let entries = fs::read_dir(directory).into_iter().flatten();
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
@@ -72,7 +72,7 @@ fn found(directory: &Path) -> Vec<Vec<u8>> {
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-/// The words of a libFuzzer dictionary: one in quotes on each line that is no comment.
+/// The tokens of a libFuzzer dictionary: one in quotes on each line that is not a comment.
 fn words(text: &str) -> Vec<Vec<u8>> {
     let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     lines.map(|line| word(line.trim_matches('"'))).collect()

@@ -1,4 +1,4 @@
-//! Frames of any kind from the network for a guest that gives any buffers to receive them in, with
+//! Arbitrary frames from the network for a guest that provides arbitrary receive buffers, with
 //! limits, pauses and saved states in between.
 use std::{os::unix::net::UnixDatagram, time::Duration};
 
@@ -25,7 +25,7 @@ fn begin(guest: &mut Guest, input: &mut Input) {
     }
 }
 
-/// A chain of buffers for one frame, or for a part of it.
+/// Provide a chain of buffers for one frame, or for a part of it.
 fn provide(guest: &mut Guest, input: &mut Input) {
     let Some(mut queue) = guest.queues.first().cloned() else { return };
     let (count, shape) = (1 + u16::from(input.u8() % 8), input.u8());
@@ -54,7 +54,7 @@ fn provide(guest: &mut Guest, input: &mut Input) {
 }
 
 fn work(guest: &Guest) {
-    // Frames that wait for buffers never come to an end.
+    // Frames that wait for buffers would never finish.
     for _ in 0..8 {
         if guest.thread.turn(Duration::ZERO) == 0 {
             break;
@@ -62,7 +62,7 @@ fn work(guest: &Guest) {
     }
 }
 
-/// Nothing that the input says may lead to a panic, an access outside of RAM or a wait.
+/// No input may cause a panic, an access outside of RAM or a wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let (ours, theirs) = UnixDatagram::pair().unwrap();
@@ -90,7 +90,7 @@ pub fn entry(input: &[u8]) {
                 let mut frame = input.bytes::<HEADER>().to_vec();
                 let (length, byte) = (usize::from(input.u16()), input.u8());
                 frame.resize(HEADER + length, byte);
-                // Shorter than a header, too.
+                // Also shorter than a header.
                 frame.truncate(HEADER + length - usize::from(byte & 15).min(HEADER + length));
                 let _ = theirs.send(&frame);
             }

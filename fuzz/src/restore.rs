@@ -1,12 +1,12 @@
-//! A saved machine of any kind is restored into its devices, with nothing behind them: the first half of
-//! every restore, and the last step of every save.
+//! Any saved machine, restored into its devices with null back-ends: the first half of every
+//! restore, and the last step of every save.
 use config::Description;
 use machine::dry_restore;
 use state::State;
 
 use crate::saved;
 
-/// Restored, or refused by name; and what is restored once is restored again.
+/// Restored, or refused with a named error; a state that restores once restores again.
 pub fn entry(input: &[u8]) {
     let read = || State::read(&saved::bytes(input)[..]).ok();
     let Some(state) = read() else { return };

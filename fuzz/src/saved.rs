@@ -1,13 +1,13 @@
-//! A saved state: the bytes as they are, or frames made of them, so that checksums do not keep what is
-//! behind them from being read.
+//! A saved state: the raw bytes, or frames made from them, so that wrong checksums do not keep the
+//! contents from being read.
 #![allow(dead_code, reason = "each target needs a part of it")]
 use state::{
     FileError, Frames, State,
     frame::{Kind, Writer},
 };
 
-/// The stream of frames that `input` describes: each is a byte for its kind, two for its length, and its
-/// body.
+/// The stream of frames that `input` describes: for each frame, a byte for its kind, two for its
+/// length, and its body.
 pub fn stream(mut input: &[u8]) -> Vec<u8> {
     let mut to = Writer::begin(Vec::new()).unwrap();
     while let Some(([kind, low, high], rest)) = input.split_first_chunk() {
@@ -22,7 +22,7 @@ pub fn stream(mut input: &[u8]) -> Vec<u8> {
     to.into_inner()
 }
 
-/// The bytes of a file or stream that `input` stands for.
+/// The bytes of the file or stream that `input` stands for.
 pub fn bytes(input: &[u8]) -> Vec<u8> {
     match input.split_first() {
         Some((framed, input)) if framed & 1 != 0 => stream(input),
@@ -30,7 +30,7 @@ pub fn bytes(input: &[u8]) -> Vec<u8> {
     }
 }
 
-/// An input from which [`bytes`] makes the frames of `stream`, a well-formed one.
+/// An input from which [`bytes`] makes the frames of `stream`, which is well-formed.
 pub fn frames(stream: &[u8]) -> Vec<u8> {
     let mut from = Frames::begin(stream).unwrap();
     let (mut input, mut body) = (vec![1], Vec::new());
@@ -47,7 +47,7 @@ pub fn frames(stream: &[u8]) -> Vec<u8> {
     }
 }
 
-/// What a stream has beside its memory.
+/// Read the part of a stream that follows its memory.
 pub fn last_of_stream(bytes: &[u8]) -> Result<(), FileError> {
     let mut frames = Frames::begin(bytes)?;
     frames.config()?;
@@ -63,7 +63,8 @@ pub fn last_of_stream(bytes: &[u8]) -> Result<(), FileError> {
     frames.end()
 }
 
-/// Refused by name, or read; and what was read is written again as something that reads the same.
+/// Refused with a named error, or read; and what was read is written again in a form that reads the
+/// same.
 pub fn entry(input: &[u8]) {
     let bytes = bytes(input);
     let _ = last_of_stream(&bytes).map_err(|e| e.to_string());

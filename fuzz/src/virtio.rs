@@ -1,5 +1,6 @@
-//! A driver that does what the input says: registers, rings, descriptors, memory and notifications of a
-//! disk, a NIC, a console or a source of randomness, with pauses, resets and saved states in between.
+//! A driver controlled by the input: registers, rings, descriptors, memory and notifications of a
+//! disk, a NIC, a console or a source of randomness, with pauses, resets and saved states in
+//! between.
 use std::{fs::File, io::Write, os::unix::net::UnixDatagram, sync::Arc, time::Duration};
 
 use devices::{
@@ -22,7 +23,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use crate::input::Input;
 
-/// Mostly where something is.
+/// An address, mostly one in use.
 fn address(input: &mut Input) -> u64 {
     let offset = u64::from(input.u16());
     match input.u8() {
@@ -36,7 +37,7 @@ fn address(input: &mut Input) -> u64 {
     }
 }
 
-/// What the devices lead to on the host.
+/// The host's ends of the devices' back-ends.
 struct Host {
     image: TempFile,
     frames: Option<UnixDatagram>,
@@ -85,12 +86,12 @@ impl Host {
         }
     }
 
-    /// Something comes from outside.
+    /// An event from outside the guest.
     fn disturb(&mut self, byte: u8) {
         let bytes = vec![byte; 12 + usize::from(byte) * 9];
         if let Some(frames) = &self.frames {
             let _ = frames.send(&bytes);
-            // What the guest has sent makes room.
+            // Receiving what the guest has sent makes room.
             let _ = frames.recv(&mut [0; 64]);
         }
         if let Some(typist) = &mut self.typist {
@@ -99,7 +100,7 @@ impl Host {
     }
 }
 
-/// Workers that always have something to do would never come to an end.
+/// Workers that always have more work would never finish.
 fn work(guest: &Guest) {
     for _ in 0..8 {
         if guest.thread.turn(Duration::ZERO) == 0 {
@@ -130,20 +131,20 @@ fn queue(guest: &mut Guest, input: &mut Input) -> Option<(u16, DriverQueue)> {
     guest.queues.get(index).map(|queue| (index as u16, queue.clone()))
 }
 
-/// A request as a good driver makes it, or nearly: what comes first, and what its data begins with.
+/// A request as a correct driver makes it, or nearly: its header, and the first bytes of its data.
 fn request(kind: u8, input: &mut Input) -> (Vec<u8>, Vec<u8>) {
     let [number, class, command, value, sector, count, flags] = input.bytes();
     if kind % 6 == 3 {
         return (vec![class % 6, command % 3], vec![value & 0x82, count & 1, 0, 0, 0, 0, 0, 0]);
     }
-    // In, out, flush, identity, discard, write zeroes; and one that does not exist.
+    // In, out, flush, identity, discard, write zeroes; and an unknown type.
     let number = [0, 1, 4, 8, 11, 13, 77][usize::from(number % 7)];
     let header = [number, 0, 0, 0, 0, 0, 0, 0, sector, value & 15, 0, 0, 0, 0, 0, 0];
     let range = [sector, value & 15, 0, 0, 0, 0, 0, 0, count, 0, 0, 0, flags & 3, 0, 0, 0];
     (header.to_vec(), range.to_vec())
 }
 
-/// Nothing that the input says may lead to a panic, an access outside of RAM or a wait.
+/// No input may cause a panic, an access outside of RAM or a wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let mut host = Host::new();
@@ -198,7 +199,7 @@ pub fn entry(input: &[u8]) {
             }
             8 => {
                 let address = GuestAddress(address(&mut input));
-                // Outside of RAM there is nothing to write.
+                // Writes outside of RAM fail.
                 let _ = guest.memory.write_slice(&input.bytes::<16>(), address);
             }
             9..12 => {

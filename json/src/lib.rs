@@ -1,12 +1,12 @@
-//! JSON as it was written. `serde_json::Value` keeps the last of two equal keys silently; a
-//! configuration wants to tell of them, and QMP to refuse them.
+//! JSON without loss of duplicate keys. `serde_json::Value` silently keeps the last of two equal
+//! keys; the configuration reader has to report them, and QMP to refuse them.
 #![forbid(unsafe_code)]
 use std::{collections::HashSet, fmt};
 
 use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Error, Map, Number, Value};
 
-/// Anything JSON can say. serde_json stops at a depth of 128.
+/// Any JSON value. serde_json stops at a depth of 128.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Tree {
     /// null.
@@ -19,31 +19,31 @@ pub enum Tree {
     Text(String),
     /// An array.
     List(Vec<Tree>),
-    /// An object: its members in order, each as often as it is there.
+    /// An object: its members in order, duplicates included.
     Object(Vec<(String, Tree)>),
 }
 
 impl Tree {
-    /// The value that `text` is.
+    /// Parse `text` as one value.
     ///
     /// # Errors
-    /// When it is none.
+    /// When it is not valid JSON.
     pub fn read(text: &[u8]) -> Result<Self, Error> {
         Reader { strict: false }.read(text)
     }
 
-    /// The value that `text` is, without what readers disagree on: a key that comes twice, and NUL
-    /// in a string, which would end a path early.
+    /// Parse `text` as one value, without anything that readers disagree on: duplicate keys, and
+    /// NUL in a string, which would truncate a path.
     ///
     /// # Errors
-    /// When it is none, or such a one; the error says where.
+    /// When it is invalid, or contains one of these; the error says where.
     pub fn read_strict(text: &[u8]) -> Result<Self, Error> {
         Reader { strict: true }.read(text)
     }
 }
 
 impl From<Tree> for Value {
-    /// Of two equal keys, the last one.
+    /// Convert to `serde_json::Value`: of two equal keys, the last one is kept.
     fn from(tree: Tree) -> Self {
         match tree {
             Tree::Null => Self::Null,
@@ -65,7 +65,7 @@ impl<'de> Deserialize<'de> for Tree {
     }
 }
 
-/// How a value is read.
+/// How a value is parsed.
 #[derive(Clone, Copy)]
 struct Reader {
     strict: bool,
@@ -118,7 +118,7 @@ impl<'de> Visitor<'de> for Reader {
     }
 
     fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
-        // As serde_json does it: JSON has no number that is none.
+        // As serde_json does: JSON has no NaN or infinity.
         Ok(Number::from_f64(value).map_or(Tree::Null, Tree::Number))
     }
 

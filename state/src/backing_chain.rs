@@ -1,4 +1,4 @@
-//! Memory as it lies on disk: a whole image, and over it what has changed since, again and again.
+//! Guest memory on disk: one full memory file, and over it the changes of each incremental save.
 use std::{
     fs::File,
     io,
@@ -12,31 +12,31 @@ use crate::{
     sparse,
 };
 
-/// One memory file, and the ranges of the image that count in it.
+/// One memory file, and the ranges of guest memory that are taken from it.
 pub struct Layer {
     /// Where it is.
     pub path: PathBuf,
     /// The open file.
     pub file: File,
-    /// Ascending; all of it in the lowest one.
+    /// The ranges, ascending; in the lowest layer they cover all of memory.
     pub ranges: Vec<Range<u64>>,
 }
 
-/// A range of the image, and the number of the layer that it is in.
+/// A range of guest memory, and the index of the layer that holds it.
 pub type Piece = (Range<u64>, usize);
 
-/// All files of an image, the lowest first, with the checksums of what they make up.
+/// All memory files of a save, the lowest first, with the checksums of the combined memory.
 pub struct BackingChain {
     /// Bytes of memory.
     pub size: u64,
     /// The files, the lowest first.
     pub layers: Vec<Layer>,
-    /// CRC-32 of each block of what they make up.
+    /// CRC-32 of each block of the combined memory.
     pub sums: Vec<u32>,
 }
 
 impl BackingChain {
-    /// Which layer counts where: the highest one.
+    /// Which layer holds each range: the highest one that has it.
     pub fn pieces(&self) -> Vec<Piece> {
         let mut pieces = vec![(0..self.size, 0)];
         for (index, layer) in self.layers.iter().enumerate().skip(1) {
@@ -47,7 +47,7 @@ impl BackingChain {
         pieces
     }
 
-    /// Layer `index`, 0 being the lowest.
+    /// Layer `index`, where 0 is the lowest.
     ///
     /// # Errors
     /// When there is none.
@@ -55,7 +55,7 @@ impl BackingChain {
         self.layers.get(index).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
     }
 
-    /// Find out where there is something to read.
+    /// Find the ranges that contain data.
     ///
     /// # Errors
     /// When a file cannot be searched.
@@ -73,7 +73,7 @@ impl BackingChain {
     }
 }
 
-/// What of `below` is outside of `over`; both ascending.
+/// The parts of `below` outside of `over`; both are ascending.
 fn without(below: Vec<Piece>, over: &[Range<u64>]) -> Vec<Piece> {
     let mut left = Vec::with_capacity(below.len() + over.len());
     let mut rest = over;
@@ -97,16 +97,16 @@ fn without(below: Vec<Piece>, over: &[Range<u64>]) -> Vec<Piece> {
     left
 }
 
-/// What the files make up, block by block.
+/// The combined contents of the files, block by block.
 pub struct Contents {
     chain: BackingChain,
-    /// Where there is something else than holes.
+    /// The ranges with data; the rest are holes.
     pieces: Vec<Piece>,
     zero: ZeroSums,
 }
 
 impl Contents {
-    /// The blocks that hold something, in order; all others are zero.
+    /// The blocks with data, in order; all others are zero.
     pub fn filled(&self) -> Vec<Range<u64>> {
         let mut next = 0;
         let mut filled: Vec<Range<u64>> = Vec::new();
@@ -124,10 +124,10 @@ impl Contents {
         filled
     }
 
-    /// Compare what is not there with its checksums.
+    /// Compare the blocks without data with their checksums.
     ///
     /// # Errors
-    /// The first block that should be there.
+    /// The first block that should have data.
     pub fn check_zeros(&self) -> Result<(), (PathBuf, MemoryFileError)> {
         let filled = self.filled();
         let mut filled = filled.iter().peekable();
@@ -178,7 +178,7 @@ impl Contents {
         Ok(Some(buffer))
     }
 
-    /// The newest file that has a part in `block`, for messages.
+    /// The newest file that holds a part of `block`, for messages.
     pub fn path(&self, block: &Range<u64>) -> &Path {
         let inside = |(range, _): &&Piece| range.start < block.end && block.start < range.end;
         let newest = self.pieces.iter().filter(inside).map(|(_, layer)| *layer).max();
@@ -186,11 +186,11 @@ impl Contents {
         layer.or(self.chain.layers.last()).map_or(Path::new(""), |layer| &layer.path)
     }
 
-    /// Compare all of it with the checksums, and show each block with data to `each`, with its
+    /// Compare all of it with the checksums, and pass each block with data to `each`, with its
     /// offset.
     ///
     /// # Errors
-    /// The first block that is damaged or cannot be read, and the file that it is in.
+    /// The first block that is damaged or cannot be read, and the file that holds it.
     pub fn verify(
         &self,
         mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,

@@ -94,9 +94,9 @@ pub struct PitChannel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Clock {
-    /// What it showed, in nanoseconds.
+    /// Its value, in nanoseconds.
     pub nanoseconds: u64,
-    /// The host's date then: nanoseconds since 1970, UTC; `null` where the host did not tell.
+    /// The host's date then: nanoseconds since 1970, UTC; `null` where the host did not report it.
     #[serde(deserialize_with = "required")]
     pub date: Option<u64>,
 }

@@ -1,5 +1,5 @@
-//! What a machine has to be made of before its state can be restored into it: the first thing in a
-//! file or stream.
+//! The configuration that a machine needs before its state can be restored into it: the first frame
+//! of a file or stream.
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -11,24 +11,23 @@ use crate::{
     section::{Saved, SectionError, required},
 };
 
-/// 16 bytes that no other save has.
+/// 16 bytes, unique to each save.
 pub type Id = HexArray<16>;
 
-/// What a machine has to be made of.
+/// The configuration of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The same in the memory that belongs to it, and in no other.
+    /// The same in the memory file that belongs to it, and in no other.
     pub id: Id,
-    /// Everything but what is in slots.
+    /// Everything but the contents of slots.
     pub machine: Machine,
-    /// Every virtio-mmio slot that the guest has been told of when it booted. Their order means
-    /// nothing.
+    /// Every virtio-mmio slot that the guest was told of when it booted, in any order.
     pub slots: Vec<Slot>,
-    /// Why the guest cannot run on, if it cannot.
+    /// Why the guest cannot resume, if it cannot.
     #[serde(deserialize_with = "required")]
     pub halted: Option<Halted>,
-    /// The save that has the rest of the memory, where this one holds changes only.
+    /// The save that holds the rest of the memory, where this one is incremental.
     #[serde(deserialize_with = "required")]
     pub base: Option<Base>,
 }
@@ -42,7 +41,7 @@ impl Saved for Config {
             let kind = Self::KIND.into();
             return Err(SectionError::Version { kind, found: from, known: Self::VERSION });
         }
-        // Saves kept no disks.
+        // In that version, saves kept no disks.
         let slots = value.get_mut("slots").and_then(Value::as_array_mut);
         let contents = slots.into_iter().flatten().filter_map(|slot| slot.get_mut("contents"));
         for disk in contents.filter_map(|contents| contents.get_mut("disk")?.as_object_mut()) {
@@ -52,11 +51,11 @@ impl Saved for Config {
     }
 }
 
-/// Another save, on which one builds.
+/// Another save, on which an incremental one builds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
-    /// Its directory, seen from the directory of the one that builds on it.
+    /// Its directory, relative to the directory of the save that builds on it.
     pub path: PathBuf,
     /// Its id.
     pub id: Id,
@@ -64,19 +63,19 @@ pub struct Base {
     pub state: Hex<u32>,
 }
 
-/// Why a guest cannot run on. The names are those of QMP's run states.
+/// Why a guest cannot resume. The names are those of QMP's run states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Halted {
     /// It powered off or rebooted.
     Shutdown,
-    /// It said that it has crashed.
+    /// It reported that it has crashed.
     GuestPanicked,
     /// KVM could not run it.
     InternalError,
 }
 
-/// A machine without its slots.
+/// A machine without the contents of its slots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
@@ -86,15 +85,15 @@ pub struct Machine {
     pub uuid: String,
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// How the vCPUs are shown.
+    /// The CPU topology that the guest sees.
     pub topology: Topology,
     /// Guest RAM.
     pub memory: Memory,
-    /// What is loaded when the guest reboots.
+    /// Files that are loaded when the guest reboots.
     pub boot: Boot,
-    /// I/O threads beside the default one.
+    /// I/O threads in addition to the default one.
     pub iothreads: Vec<String>,
-    /// Where the first serial port leads; `null`: there is none.
+    /// Back-end of the first serial port; `null`: there is none.
     #[serde(deserialize_with = "required")]
     pub serial: Option<CharBackend>,
 }
@@ -117,18 +116,18 @@ pub struct Topology {
 pub struct Memory {
     /// Bytes.
     pub size: u64,
-    /// Shareable with other processes.
+    /// Shared with other processes (MAP_SHARED).
     pub shared: bool,
-    /// File, or directory of a hugetlbfs, behind guest memory.
+    /// File, or hugetlbfs directory, that backs guest memory.
     #[serde(deserialize_with = "required")]
     pub path: Option<PathBuf>,
     /// Touch all of it before the guest runs.
     pub prealloc: bool,
-    /// Part of the monitor's core dumps.
+    /// Include guest memory in the monitor's core dumps.
     pub dump: bool,
 }
 
-/// What is loaded when the guest reboots.
+/// Files that are loaded when the guest reboots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Boot {
@@ -141,27 +140,27 @@ pub struct Boot {
     pub cmdline: String,
 }
 
-/// A virtio-mmio slot, as the guest was told of it when it booted.
+/// A virtio-mmio slot, as described to the guest at boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Slot {
-    /// By which its section is known: `disk0`, `nic1`, `console`, `rng`, `balloon`. The number is the `addr` of
-    /// `device_add`.
+    /// Identifies its section: `disk0`, `nic1`, `console`, `rng`, `balloon`. The number is the
+    /// `addr` of `device_add`.
     pub id: String,
     /// Address of its registers.
     pub address: Hex<u64>,
-    /// Number of its interrupt.
+    /// Its interrupt number.
     pub interrupt: u32,
-    /// Most descriptors of each queue.
+    /// Maximum size of each queue.
     pub queue_sizes: Vec<u16>,
-    /// Which I/O thread; `null`: the default one.
+    /// Its I/O thread; `null`: the default one.
     #[serde(deserialize_with = "required")]
     pub iothread: Option<String>,
-    /// What is in it.
+    /// Its contents.
     pub contents: Contents,
 }
 
-/// What is in a slot now. A slot for disks or NICs may be empty.
+/// The present contents of a slot. A slot for disks or NICs may be empty.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by what they hold")]
@@ -179,7 +178,7 @@ pub enum Contents {
 pub struct Disk {
     /// Id of the device.
     pub id: String,
-    /// The back-end's name where it is not the device's.
+    /// The back-end's name where it differs from the device's.
     #[serde(deserialize_with = "required")]
     pub backend: Option<String>,
     /// Image file or block device.
@@ -192,7 +191,7 @@ pub struct Disk {
     pub direct: bool,
     /// How requests are carried out.
     pub aio: Aio,
-    /// Pass discards on.
+    /// Pass discards on to the host.
     pub discard: bool,
     /// Serial number that the guest sees.
     #[serde(deserialize_with = "required")]
@@ -203,18 +202,18 @@ pub struct Disk {
     /// Bytes per second; `null`: unlimited.
     #[serde(deserialize_with = "required")]
     pub bps: Option<u64>,
-    /// The copy of it that the save keeps; `null`: the image itself belongs to the save.
+    /// The copy of the disk that the save keeps; `null`: the image itself belongs to the save.
     #[serde(deserialize_with = "required")]
     pub kept: Option<KeptDisk>,
 }
 
-/// A disk that a save keeps beside the memory.
+/// A copy of a disk that a save keeps beside the memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeptDisk {
-    /// Name of the file in the save's directory: a raw image.
+    /// Name of the file in the save's directory, a raw image.
     pub file: String,
-    /// What it was like when it was complete.
+    /// Its mark when it was complete.
     pub mark: Mark,
 }
 
@@ -236,12 +235,12 @@ pub enum Aio {
 pub struct Nic {
     /// Id of the device.
     pub id: String,
-    /// The back-end's name where it is not the device's.
+    /// The back-end's name where it differs from the device's.
     #[serde(deserialize_with = "required")]
     pub backend: Option<String>,
-    /// Where its frames go.
+    /// The tap device.
     pub tap: Tap,
-    /// Hardware address; `null`: one that was made up, which is in the device's section.
+    /// Hardware address; `null`: a generated one, which is in the device's section.
     #[serde(deserialize_with = "required")]
     pub mac: Option<HexArray<6>>,
     /// Packets per second in each direction; `null`: unlimited.
@@ -258,7 +257,7 @@ pub struct Nic {
 pub enum Tap {
     /// By name.
     Name(String),
-    /// Descriptors of the process that was saved. Another one has to be given others.
+    /// By descriptors of the process that was saved. Another process has to be given its own.
     Fds(Vec<i32>),
 }
 
@@ -268,11 +267,11 @@ pub enum Tap {
 pub struct Console {
     /// Id of its character device.
     pub id: String,
-    /// Where it leads.
+    /// Its back-end.
     pub backend: CharBackend,
 }
 
-/// Where characters go to and come from.
+/// The back-end of a serial port or console.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum CharBackend {
@@ -284,9 +283,9 @@ pub enum CharBackend {
     File(PathBuf),
     /// A Unix socket that the process listens on.
     Socket {
-        /// Where.
+        /// Its path.
         path: PathBuf,
-        /// Bytes of output that each connection is sent first.
+        /// Most bytes of earlier output that each connection is sent first.
         replay: u32,
     },
 }

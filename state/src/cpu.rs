@@ -1,4 +1,4 @@
-//! vCPUs, and what their CPU has promised to the guest.
+//! vCPUs, and the CPU features that they offer to the guest.
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -6,11 +6,11 @@ use crate::{
     section::Saved,
 };
 
-/// What the guest's CPUs promise to it, and so what another host's have to be able to do.
+/// The features of the guest's CPUs, which another host's CPUs must therefore support.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cpu {
-    /// CPUID leaves as the boot vCPU shows them.
+    /// CPUID leaves of the boot vCPU.
     pub cpuid: Vec<Leaf>,
 }
 
@@ -26,7 +26,7 @@ impl Saved for Cpu {
 pub struct Leaf {
     pub function: Hex<u32>,
     pub index: Hex<u32>,
-    /// KVM's own: whether `index` counts.
+    /// KVM's flags: whether `index` is significant.
     pub flags: Hex<u32>,
     pub eax: Hex<u32>,
     pub ebx: Hex<u32>,
@@ -34,7 +34,7 @@ pub struct Leaf {
     pub edx: Hex<u32>,
 }
 
-/// Everything that makes a vCPU what it is. The names are those of the manuals and of the KVM API.
+/// The complete state of a vCPU. The names are those of the manuals and of the KVM API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vcpu {
@@ -50,15 +50,15 @@ pub struct Vcpu {
     pub xcrs: Vec<(u32, Hex<u64>)>,
     /// Debug registers.
     pub debug: Debug,
-    /// Registers of the local APIC, as its page shows them.
+    /// Registers of the local APIC, in the layout of its register page.
     pub lapic: HexArray<1024>,
-    /// Exceptions and interrupts on their way.
+    /// Pending exceptions and interrupts.
     pub events: Events,
     /// Model-specific registers: index and value.
     pub msrs: Vec<(Hex<u32>, Hex<u64>)>,
-    /// Ticks a millisecond of the time stamp counter.
+    /// Time stamp counter ticks per millisecond.
     pub tsc_khz: u32,
-    /// State of a guest that runs guests, as `KVM_GET_NESTED_STATE` gives it; empty where there is
+    /// State of nested virtualisation, as `KVM_GET_NESTED_STATE` returns it; empty where there is
     /// none.
     pub nested: HexBytes,
 }
@@ -115,7 +115,7 @@ pub struct System {
     pub cr8: Hex<u64>,
     pub efer: Hex<u64>,
     pub apic_base: Hex<u64>,
-    /// External interrupts on their way into the vCPU, a bit each.
+    /// External interrupts pending for the vCPU, one bit each.
     pub interrupt_bitmap: [Hex<u64>; 4],
 }
 
@@ -174,7 +174,7 @@ pub struct Events {
     pub triple_fault_pending: u8,
 }
 
-/// An exception that is to be delivered.
+/// A pending exception.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "named as in the KVM API")]
@@ -188,7 +188,7 @@ pub struct Exception {
     pub payload: Hex<u64>,
 }
 
-/// An interrupt that is to be delivered.
+/// A pending interrupt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "named as in the KVM API")]
@@ -199,7 +199,7 @@ pub struct Interrupt {
     pub shadow: u8,
 }
 
-/// A non-maskable interrupt that is to be delivered.
+/// A pending non-maskable interrupt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "named as in the KVM API")]

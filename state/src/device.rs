@@ -1,4 +1,5 @@
-//! What each kind of device keeps beside its configuration. Nothing is in flight in a saved device.
+//! The saved form of each kind of device, without its configuration. Nothing is in flight in a
+//! saved device.
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -35,20 +36,20 @@ impl Saved for Serial {
 pub struct I8042 {
     /// Its command byte.
     pub control: u8,
-    /// What it has to say itself.
+    /// The controller's own answer, not read yet.
     #[serde(deserialize_with = "required")]
     pub answer: Option<u8>,
-    /// A command that waits for its argument.
+    /// A command that waits for its parameter.
     #[serde(deserialize_with = "required")]
     pub command: Option<u8>,
     /// The last byte written went to the command port.
     pub last_was_command: bool,
-    /// Bytes of the keyboard that the guest has not read yet.
+    /// Bytes from the keyboard that the guest has not read yet.
     pub sent: HexBytes,
-    /// A command to the keyboard that waits for its argument.
+    /// A command to the keyboard that waits for its parameter.
     #[serde(deserialize_with = "required")]
     pub keyboard_command: Option<u8>,
-    /// The keyboard reports keys.
+    /// Whether the keyboard reports keys.
     pub scanning: bool,
 }
 
@@ -57,13 +58,13 @@ impl Saved for I8042 {
     const VERSION: u32 = 1;
 }
 
-/// The real-time clock's registers. The time is the host's.
+/// The real-time clock's registers. The time itself is the host's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cmos {
     /// The register that was selected.
     pub index: u8,
-    /// All of them.
+    /// All registers.
     pub ram: HexArray<128>,
 }
 
@@ -76,7 +77,7 @@ impl Saved for Cmos {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Power {
-    /// Events that the guest has not read yet, a bit each.
+    /// Events that the guest has not read yet, one bit each.
     pub events: u8,
 }
 
@@ -85,7 +86,7 @@ impl Saved for Power {
     const VERSION: u32 = 1;
 }
 
-/// The port by which a guest says that it has crashed.
+/// The port on which a guest reports that it has crashed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pvpanic {}
@@ -95,13 +96,13 @@ impl Saved for Pvpanic {
     const VERSION: u32 = 1;
 }
 
-/// A slot of the virtio-mmio transport: what its driver has written, and the device behind it.
+/// A slot of the virtio-mmio transport: what its driver has written, and its device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VirtioMmio {
     /// Device type number (virtio 1.3, section 5).
     pub device_type: u32,
-    /// What the slot has offered since the guest started, whatever is in it now.
+    /// The features that the slot has offered since the guest started, whatever it contains now.
     pub device_features: Hex<u64>,
     /// The registers of virtio 1.3, section 4.2.2.
     pub status: u32,
@@ -113,17 +114,17 @@ pub struct VirtioMmio {
     pub device_features_sel: u32,
     /// As `status`.
     pub driver_features_sel: u32,
-    /// What the driver has taken.
+    /// The features that the driver has accepted.
     pub driver_features: Hex<u64>,
-    /// It has set a bit above 63.
+    /// The driver has set a feature bit above 63.
     pub unknown_features: bool,
     /// As `status`.
     pub queue_sel: u32,
-    /// As the driver has set them.
+    /// The queues as the driver has configured them.
     pub queues: Vec<VirtioQueue>,
-    /// The driver has begun to use the device, which has not stopped since.
+    /// The driver has activated the device, which has not been stopped since.
     pub active: bool,
-    /// The device's own part.
+    /// The device's own section.
     pub device: Section,
 }
 
@@ -136,9 +137,9 @@ impl Saved for VirtioMmio {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VirtioQueue {
-    /// Descriptors.
+    /// Its size in descriptors.
     pub size: u32,
-    /// The driver uses it.
+    /// The driver has made it ready.
     pub ready: bool,
     /// Address of the descriptor table.
     pub descriptors: Hex<u64>,
@@ -154,19 +155,20 @@ pub struct VirtioQueue {
 pub struct Disk {
     /// Bytes; 0 for an empty slot.
     pub size: u64,
-    /// The driver wants a write cache.
+    /// The driver has chosen a write cache.
     pub writeback: bool,
-    /// Of an active device.
+    /// The queues of an active device.
     #[serde(deserialize_with = "required")]
     pub queues: Option<Vec<QueuePosition>>,
     /// Requests that were taken from a queue and not answered, by the index of the queue and of the
-    /// first descriptor: to be done again. A save leaves none.
+    /// first descriptor: they have to be done again. A save leaves none.
     pub in_flight: Vec<(u16, u16)>,
-    /// By which the image is known again; `null` for one that cannot be marked.
+    /// The mark by which the image is recognised; `null` for an image that cannot be marked.
     #[serde(deserialize_with = "required")]
     pub mark: Option<Mark>,
-    /// SHA-256 of some of the blocks of a block device, see `docs/state-format.md`. There for nothing
-    /// else, so that a program that does not know it reads the states of all other machines.
+    /// SHA-256 of some of the blocks of a block device, see `docs/state-format.md`. Absent for any
+    /// other disk, so that a program that does not know this field can read the states of all other
+    /// machines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spot_check: Option<HexArray<32>>,
 }
@@ -176,25 +178,25 @@ impl Saved for Disk {
     const VERSION: u32 = 1;
 }
 
-/// What an image was like when its machine was saved.
+/// The identity of an image when its machine was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mark {
-    /// Random bytes, replaced with the first change after a save; `null` where the file system keeps no
-    /// extended attributes.
+    /// Random bytes, replaced before the first change after a save; `null` where the file system
+    /// has no extended attributes.
     #[serde(deserialize_with = "required")]
     pub generation: Option<HexArray<16>>,
     /// Bytes of the image.
     pub size: u64,
-    /// Its last change, in nanoseconds since 1970, UTC.
+    /// The time of its last change, in nanoseconds since 1970, UTC.
     pub mtime_ns: i64,
 }
 
-/// How far a queue has been served.
+/// How far a queue has been processed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueuePosition {
-    /// Which queue of the device.
+    /// The queue's index.
     pub index: u16,
     /// Next entry of the available ring.
     pub next_avail: u16,
@@ -208,9 +210,9 @@ pub struct QueuePosition {
 pub struct Nic {
     /// Hardware address.
     pub mac: HexArray<6>,
-    /// The cable is in.
+    /// Whether the link is set up.
     pub link: bool,
-    /// Once a driver uses it.
+    /// Present once a driver uses it.
     #[serde(deserialize_with = "required")]
     pub active: Option<ActiveNic>,
 }
@@ -230,7 +232,7 @@ pub struct ActiveNic {
     pub offloads: Hex<u64>,
     /// The driver has broken a ring and has to reset the device.
     pub needs_reset: bool,
-    /// Nothing is in flight: both positions of a queue are the same.
+    /// Nothing is in flight: both positions of each queue are equal.
     pub queues: Vec<QueuePosition>,
 }
 
@@ -238,7 +240,7 @@ pub struct ActiveNic {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Console {
-    /// Once a driver uses it.
+    /// Present once a driver uses it.
     #[serde(deserialize_with = "required")]
     pub active: Option<ActiveConsole>,
 }
@@ -252,11 +254,11 @@ impl Saved for Console {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActiveConsole {
-    /// Next entry of the receive queue's rings.
+    /// Position in the receive queue's rings.
     pub receive: u16,
-    /// Next entry of the transmit queue's rings.
+    /// Position in the transmit queue's rings.
     pub transmit: u16,
-    /// Bytes of the next chain to transmit that are out already.
+    /// Bytes of the next transmit chain that have been sent already.
     pub sent: u64,
     /// The driver has broken a ring and has to reset the device.
     pub needs_reset: bool,
@@ -266,7 +268,7 @@ pub struct ActiveConsole {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rng {
-    /// Next entry of the queue's rings, once a driver uses it.
+    /// Position in the queue's rings, once a driver uses it.
     #[serde(deserialize_with = "required")]
     pub next_avail: Option<u16>,
     /// The driver has broken the ring and has to reset the device.
@@ -278,17 +280,17 @@ impl Saved for Rng {
     const VERSION: u32 = 1;
 }
 
-/// A memory balloon. Its pages are of 4 KiB.
+/// A memory balloon. Its pages are 4 KiB.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
     /// Pages that the guest is asked to put into it.
     pub target: u32,
-    /// Pages in it, as the guest says.
+    /// Pages in it, as reported by the guest.
     pub actual: u32,
-    /// Seconds between two statistics that the guest is asked for; 0: none.
+    /// Seconds between two requests for statistics; 0: none.
     pub polling_interval: u32,
-    /// Once a driver uses it.
+    /// Present once a driver uses it.
     #[serde(deserialize_with = "required")]
     pub active: Option<ActiveBalloon>,
 }
@@ -302,13 +304,13 @@ impl Saved for Balloon {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ActiveBalloon {
-    /// Nothing is in flight: both positions of a queue are the same.
+    /// Nothing is in flight: both positions of each queue are equal.
     pub queues: Vec<QueuePosition>,
     /// The driver has broken a ring and has to reset the device.
     pub needs_reset: bool,
 }
 
-/// Whether `section` is that of a device, in a form that is known here, down to what is in it.
+/// Check that `section` is that of a device, in a known form, including the section nested in it.
 ///
 /// # Errors
 /// When it is not.
@@ -327,7 +329,7 @@ pub fn check(section: &Section) -> Result<(), SectionError> {
         VirtioMmio::KIND => {
             let slot = section.read::<VirtioMmio>()?;
             match slot.device.kind.as_str() {
-                // There is nothing behind a slot that has a slot behind it.
+                // A slot cannot contain another slot.
                 VirtioMmio::KIND => Err(unknown(&slot.device.kind)),
                 _ => check(&slot.device),
             }

@@ -1,5 +1,5 @@
-//! A saved machine in a directory: the file of everything but memory, the file of memory, and those
-//! of the saves that it builds on. Reading changes nothing.
+//! A saved machine in a directory: the state file, the memory file, and those of the saves that it
+//! builds on. Reading changes nothing.
 use std::{
     fs::File,
     io::{self, BufReader, Read},
@@ -14,16 +14,16 @@ use crate::{
     regular_file::open_regular,
 };
 
-/// The file of everything but memory.
+/// The state file, which holds everything but memory.
 pub const STATE: &str = "state";
-/// The file of guest memory.
+/// The memory file.
 pub const MEMORY: &str = "memory";
-/// [`STATE`] in the making.
+/// [`STATE`] while it is being written.
 pub const NEW_STATE: &str = "state.new";
-/// [`MEMORY`] in the making; also the memory of a state that was put in its place a moment before
-/// the process was killed.
+/// [`MEMORY`] while it is being written; also the complete memory of a state that was renamed just
+/// before the process was killed.
 pub const NEW_MEMORY: &str = "memory.new";
-/// Most saves that build on each other, the whole one at the end included.
+/// Most saves that may build on each other, including the full one at the end.
 pub const DEEPEST: usize = 64;
 
 /// Why a saved state cannot be used.
@@ -56,24 +56,24 @@ impl From<(PathBuf, MemoryFileError)> for DirectoryError {
     }
 }
 
-/// The state in the file `path`, and its CRC-32.
+/// Read the state in the file `path`, and its CRC-32.
 ///
 /// # Errors
-/// When it is none.
+/// When it is not a valid state.
 pub fn read(path: &Path) -> Result<(State, u32), DirectoryError> {
     let file = open(path)?;
     let mut summed = Summed(file, crc32fast::Hasher::new());
     let state = State::read(BufReader::new(&mut summed))
         .map_err(|source| DirectoryError::State { path: path.into(), source })?;
-    // The reader has seen its end.
+    // The whole file has been read.
     Ok((state, summed.1.finalize()))
 }
 
-/// The memory that belongs to `state`, saved in `directory`, with its checksums and what has
-/// changed, which are taken out of `state`.
+/// The memory that belongs to `state`, saved in `directory`. Its checksums and changed ranges are
+/// moved out of `state`.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error found.
 pub fn memory(directory: &Path, state: &mut State) -> Result<BackingChain, DirectoryError> {
     let size = state.config.machine.memory.size;
     let (needed, found) = (size.div_ceil(BLOCK), state.sums.len() as u64);
@@ -85,8 +85,8 @@ pub fn memory(directory: &Path, state: &mut State) -> Result<BackingChain, Direc
     Ok(BackingChain { size, layers, sums })
 }
 
-/// The memory files of `config`, saved in `directory`, and of all that it builds on; the lowest
-/// first.
+/// The memory files of `config`, saved in `directory`, and of all saves that it builds on; the
+/// lowest first.
 fn layers(
     directory: &Path,
     config: &Config,
@@ -126,14 +126,14 @@ fn layers(
     }
 }
 
-/// The regular file `path`. Anything else that has got there, such as a FIFO, would make its reader
-/// wait.
+/// Open the regular file `path`. Opening another kind of file put in its place, such as a FIFO,
+/// could block.
 fn open(path: &Path) -> Result<File, DirectoryError> {
     open_regular(path, File::options().read(true))
         .map_err(|source| DirectoryError::Open { path: path.into(), source })
 }
 
-/// Adds up what is read.
+/// A reader that computes the checksum of what is read.
 struct Summed(File, crc32fast::Hasher);
 
 impl Read for Summed {
@@ -144,7 +144,7 @@ impl Read for Summed {
     }
 }
 
-/// `memory`, or `memory.new` if the one who saved it was killed before it could rename it.
+/// `memory`, or `memory.new` if the saving process was killed before it could rename it.
 fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), DirectoryError> {
     let try_one = |name: &str| {
         let path = directory.join(name);
@@ -157,7 +157,7 @@ fn find_memory(directory: &Path, config: &Config) -> Result<(PathBuf, File), Dir
     try_one(MEMORY).or_else(|why| try_one(NEW_MEMORY).map_err(|_| why))
 }
 
-/// The memory file that belongs to the state in `directory`, if there is a whole one.
+/// The memory file that belongs to the state in `directory`, if there is a complete one.
 pub fn memory_of(directory: &Path) -> Option<PathBuf> {
     let (state, _) = read(&directory.join(STATE)).ok()?;
     find_memory(directory, &state.config).ok().map(|(path, _)| path)

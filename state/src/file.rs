@@ -1,10 +1,10 @@
-//! All parts of one saved machine, and their way into frames and out of them.
+//! All parts of a saved machine, encoded as frames and decoded from them.
 //!
 //! ```text
 //! a file      Config Section.. [Changed] Sums End      memory lies in a file of its own
 //! a stream    Config (Pages | Zeros).. Config Section.. End
 //! ```
-//! Sections are known by their kind and id; their order means nothing.
+//! Sections are identified by their kind and id; their order is not significant.
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, Read, Write},
@@ -20,28 +20,28 @@ use crate::{
     section::{self, Saved, Section, SectionError},
 };
 
-/// Bytes of a page, the unit of what has changed.
+/// Bytes of a page, the unit of changed memory.
 pub const PAGE_SIZE: u64 = 4096;
-/// Most ranges of memory in one incremental save; they are joined rather than exceed it.
+/// Most ranges of memory in one incremental save; beyond that, ranges are merged.
 pub const RANGES: usize = 1 << 16;
 
-/// A saved machine but for its memory.
+/// A saved machine without its memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
-    /// What it has to be made of.
+    /// The configuration that it needs.
     pub config: Config,
-    /// What is restored into it.
+    /// The state to restore.
     pub sections: Sections,
-    /// The ranges of memory that are here and not where the base says; none without a base.
+    /// The ranges of memory held by this save rather than by its base; empty without a base.
     pub changed: Vec<Range<u64>>,
     /// CRC-32 of each block of memory.
     pub sums: Vec<u32>,
 }
 
-/// What is restored into a machine.
+/// The state to restore into a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sections {
-    /// What its CPUs promise.
+    /// The features that its CPUs offer.
     pub cpu: Cpu,
     /// vCPUs, in order.
     pub vcpus: Vec<Vcpu>,
@@ -49,7 +49,7 @@ pub struct Sections {
     pub chips: Chips,
     /// The guest's paravirtual clock.
     pub clock: Clock,
-    /// Devices, in no order: slots by their id, others by their kind.
+    /// Devices, in any order: slots are identified by their id, others by their kind.
     pub devices: Vec<Section>,
 }
 
@@ -96,10 +96,10 @@ impl State {
         to.end(0)
     }
 
-    /// Read all of it. Sizes and counts that it claims are not yet compared with each other.
+    /// Read all of it. The sizes and counts in it are not yet checked against each other.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first error found.
     pub fn read(from: impl Read) -> Result<Self, FileError> {
         let mut frames = Frames::begin(from)?;
         let config = frames.config()?;
@@ -121,7 +121,7 @@ impl State {
     }
 }
 
-/// Write what a machine is made of.
+/// Write a machine's configuration.
 ///
 /// # Errors
 /// When `to` does not take it.
@@ -130,7 +130,7 @@ pub fn write_config(to: &mut Writer<impl Write>, config: &Config) -> io::Result<
     to.frame(Kind::Config, &[&serde_json::to_vec(&section)?])
 }
 
-/// Write what is restored into a machine.
+/// Write a machine's sections.
 ///
 /// # Errors
 /// When `to` does not take it.
@@ -151,7 +151,7 @@ fn write_section(to: &mut Writer<impl Write>, section: &Section) -> io::Result<(
     to.frame(Kind::Section, &[&serde_json::to_vec(section)?])
 }
 
-/// Ranges of whole pages in `size` bytes of memory, ascending and apart.
+/// Ranges of whole pages in `size` bytes of memory, ascending and with gaps between them.
 fn ranges(body: &[u8], size: u64) -> Result<Vec<Range<u64>>, FileError> {
     let (words, rest) = body.as_chunks::<8>();
     let (pairs, odd) = words.as_chunks::<2>();
@@ -176,22 +176,22 @@ fn ranges(body: &[u8], size: u64) -> Result<Vec<Range<u64>>, FileError> {
     Ok(all)
 }
 
-/// Frames, with one looked at in advance.
+/// A frame reader with one frame of look-ahead.
 pub struct Frames<R> {
     reader: Reader<R>,
     next: Option<(Kind, Vec<u8>)>,
 }
 
 impl<R: Read> Frames<R> {
-    /// Of a stream that begins.
+    /// Begin to read a stream.
     ///
     /// # Errors
-    /// When it is none.
+    /// When it is not a valid stream.
     pub fn begin(from: R) -> Result<Self, StreamError> {
         Ok(Self { reader: Reader::begin(from)?, next: None })
     }
 
-    /// The next frame; its body replaces what is in `body`.
+    /// The next frame; its body replaces the contents of `body`.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -205,7 +205,7 @@ impl<R: Read> Frames<R> {
         }
     }
 
-    /// Give one back that was taken.
+    /// Push a frame back, to be read again.
     pub fn put_back(&mut self, kind: Kind, body: Vec<u8>) {
         self.next = Some((kind, body));
     }
@@ -218,28 +218,28 @@ impl<R: Read> Frames<R> {
         }
     }
 
-    /// The configuration that must come next.
+    /// Read the configuration, which must come next.
     ///
     /// # Errors
-    /// When it does not, or is none.
+    /// When the next frame is another, or is invalid.
     pub fn config(&mut self) -> Result<Config, FileError> {
         let body = self.body(Kind::Config)?;
         let config = Section::from_bytes(&body).and_then(|section| section.read());
         config.map_err(|source| FileError::Section { what: Kind::Config.name().into(), source })
     }
 
-    /// The end, which must come next.
+    /// Read the end frame, which must come next.
     ///
     /// # Errors
-    /// When it does not.
+    /// When the next frame is another.
     pub fn end(&mut self) -> Result<(), FileError> {
         self.body(Kind::End).map(drop)
     }
 
-    /// The sections that come next, in whatever order.
+    /// Read the sections that come next, in any order.
     ///
     /// # Errors
-    /// When one is missing, comes twice or is not known, or is not in its form.
+    /// When one is missing, duplicate, unknown or malformed.
     pub fn sections(&mut self) -> Result<Sections, FileError> {
         let (mut cpu, mut chips, mut clock) = (None, None, None);
         let (mut vcpus, mut devices) = (BTreeMap::new(), Vec::new());
@@ -258,7 +258,7 @@ impl<R: Read> Frames<R> {
             if !seen.insert(section.name()) {
                 return Err(FileError::Twice { what: section.name() });
             }
-            // One spelling for each number: "01" would be another vCPU 1.
+            // One spelling for each number: "01" would be a second vCPU 1.
             let index = section.id.parse::<u8>().ok().filter(|n| n.to_string() == section.id);
             match (section.kind.as_str(), section.id.as_str(), index) {
                 (Cpu::KIND, "", _) => cpu = Some(section.read().map_err(failed)?),
@@ -351,7 +351,7 @@ mod tests {
     fn sections_that_are_missing_come_twice_or_are_not_known_are_refused() {
         let state = state();
         let count = 1 + state.sections.vcpus.len() + 2;
-        // How many vCPUs there have to be is in the configuration.
+        // The configuration says how many vCPUs there must be.
         for index in [0, count - 2, count - 1] {
             let without = bytes(&state, |sections| drop(sections.remove(index)));
             let error = State::read(&without[..]).unwrap_err();

@@ -1,16 +1,16 @@
-//! Frames: the bytes of a file or stream.
+//! Frames: the byte format of a file or stream.
 //!
 //! ```text
 //! "STRATOCP"  version u32  crc u32
 //! kind u32  length u32  body  crc u32       any number of times; the last one is End
 //! ```
-//! All numbers are little-endian; each crc is a CRC-32 (ISO-HDLC) of all that is before it in the
+//! All numbers are little-endian; each crc is a CRC-32 (ISO-HDLC) of everything before it in the
 //! header or the frame. The body of End is a number and the CRC-32 of all frames' crcs before it,
-//! so that none can be missing, come twice or in another order. A reader trusts nothing: a length is
-//! a bound for reading, never a size to allocate.
+//! so that no frame can be missing, duplicated or reordered unnoticed. A reader trusts nothing: a
+//! length is a bound for reading, never a size to allocate.
 //!
-//! A kind with bit 31 set is optional: a reader that does not know it skips the frame. Any other kind
-//! that it does not know is an error.
+//! A kind with bit 31 set is optional: a reader that does not know it skips the frame. Any other
+//! unknown kind is an error.
 use std::io::{self, Read, Write};
 
 use crc32fast::Hasher;
@@ -18,52 +18,52 @@ use crc32fast::Hasher;
 use crate::section;
 
 const MAGIC: &[u8; 8] = b"STRATOCP";
-/// Raised when frames themselves change. What is in them has versions of its own: see
+/// Raised when the format of frames itself changes. Their contents have versions of their own: see
 /// [`Saved::VERSION`](crate::Saved::VERSION).
 pub const VERSION: u32 = 3;
 /// Longest body. The largest is the list of checksums of 512 GiB of memory, 1 MiB.
 const LONGEST: u32 = 16 << 20;
-/// Most bytes of all frames but those with memory in them. 254 vCPUs take about 10 MiB.
+/// Most bytes of all frames except those with memory in them. 254 vCPUs take about 10 MiB.
 const MOST: u64 = 128 << 20;
-/// Bytes of a frame beside its body.
+/// Bytes of a frame in addition to its body.
 const AROUND: u64 = 12;
 /// Kinds with this bit may be skipped.
 const OPTIONAL: u32 = 1 << 31;
 
-/// What a frame holds.
+/// The kind of a frame's contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// What the machine is made of: a [`Section`](crate::Section) as JSON.
+    /// The machine's configuration: a [`Section`](crate::Section) as JSON.
     Config,
     /// A part of its state: a [`Section`](crate::Section) as JSON.
     Section,
     /// Checksums of its memory.
     Sums,
-    /// The number of the epoch that is complete now.
+    /// The number of the epoch that is now complete.
     End,
     /// A piece of memory.
     Pages,
     /// A piece of memory that has become zero.
     Zeros,
-    /// Which ranges of memory are here; the others are where the base says.
+    /// Which ranges of memory are in this save; the others are in its base.
     Changed,
-    /// A sender that wants answers: who it is.
+    /// A sender that expects answers: its identity.
     Hello,
-    /// What it described fits here: memory may come.
+    /// The receiver can run the described machine: memory may follow.
     Accept,
-    /// It does not, and why.
+    /// It cannot, and why.
     Refuse,
-    /// All is here and whole; nothing runs.
+    /// Everything has arrived intact; nothing runs yet.
     Ready,
-    /// The sender has let go of the machine: it is the receiver's.
+    /// The sender has given the machine up: the receiver now owns it.
     Go,
-    /// It runs, or is stopped, at the receiver.
+    /// The machine runs, or is stopped, at the receiver.
     Running,
-    /// It never will, and why: it is the sender's again.
+    /// It will never run there, and why: the sender owns it again.
     Failed,
 }
 
-/// All of them, with their numbers and their names in messages.
+/// All kinds, with their numbers and their names in messages.
 const KINDS: [(Kind, u32, &str); 14] = [
     (Kind::Config, 1, "the configuration"),
     (Kind::Section, 2, "a section"),
@@ -82,7 +82,7 @@ const KINDS: [(Kind, u32, &str); 14] = [
 ];
 
 impl Kind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; KINDS.len()] = {
         let mut all = [Self::Config; KINDS.len()];
         let mut rest: &[(Self, u32, &str)] = &KINDS;
@@ -103,7 +103,7 @@ impl Kind {
         row.map_or((0, "nothing"), |(_, number, name)| (*number, name))
     }
 
-    /// For messages.
+    /// The name, for messages.
     pub fn name(self) -> &'static str {
         self.row().1
     }
@@ -147,7 +147,7 @@ pub enum StreamError {
 /// Writes frames.
 pub struct Writer<W> {
     to: W,
-    /// Of the crcs of all frames.
+    /// Checksum of the crcs of all frames.
     all: Hasher,
 }
 
@@ -164,7 +164,7 @@ impl<W: Write> Writer<W> {
         Ok(Self { to, all: Hasher::new() })
     }
 
-    /// Write one frame, whose body is `pieces` one after the other.
+    /// Write one frame, whose body is the concatenation of `pieces`.
     ///
     /// # Errors
     /// When it cannot be written, or is too long.
@@ -183,7 +183,7 @@ impl<W: Write> Writer<W> {
         self.to.write_all(&crc)
     }
 
-    /// Say that `epoch` is complete, and let all of it go out.
+    /// Write that `epoch` is complete, and flush.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -193,15 +193,15 @@ impl<W: Write> Writer<W> {
         self.to.flush()
     }
 
-    /// Let out what was written.
+    /// Flush what was written.
     ///
     /// # Errors
-    /// When it cannot be.
+    /// When it cannot be flushed.
     pub fn flush(&mut self) -> io::Result<()> {
         self.to.flush()
     }
 
-    /// What it writes to.
+    /// The underlying writer.
     pub fn into_inner(self) -> W {
         self.to
     }
@@ -212,11 +212,11 @@ pub struct Reader<R> {
     from: R,
     /// Bytes read.
     at: u64,
-    /// What was read last, for messages.
+    /// The last frame read, for messages.
     last: String,
-    /// Of the crcs of all frames.
+    /// Checksum of the crcs of all frames.
     all: Hasher,
-    /// Bytes of bodies without memory.
+    /// Bytes of all bodies read so far, except those with memory.
     state: u64,
 }
 
@@ -224,7 +224,7 @@ impl<R: Read> Reader<R> {
     /// Read the header.
     ///
     /// # Errors
-    /// When it is not that of a stream, or of another version.
+    /// When it is not a stream header, or has another version.
     pub fn begin(from: R) -> Result<Self, StreamError> {
         let last = "its header".into();
         let mut this = Self { from, at: 0, last, all: Hasher::new(), state: 0 };
@@ -245,10 +245,10 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    /// Read the next frame whose kind is known; its body replaces what is in `body`.
+    /// Read the next frame of a known kind; its body replaces the contents of `body`.
     ///
     /// # Errors
-    /// When it is cut off, damaged, or of a kind that has to be known.
+    /// When it is truncated, damaged, or of an unknown kind that is not optional.
     pub fn next(&mut self, body: &mut Vec<u8>) -> Result<Kind, StreamError> {
         loop {
             if let Some(kind) = self.frame(body)? {
@@ -257,7 +257,7 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    /// The next frame; `None` for one that may be skipped.
+    /// Read the next frame; `None` for one that may be skipped.
     fn frame(&mut self, body: &mut Vec<u8>) -> Result<Option<Kind>, StreamError> {
         let what = format!("the part after {}", self.last);
         let (number, length): ([u8; 4], [u8; 4]) = (self.array(&what)?, self.array(&what)?);
@@ -305,7 +305,7 @@ impl<R: Read> Reader<R> {
         Ok(kind)
     }
 
-    /// Whether there is nothing more.
+    /// Whether the end of the input has been reached.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -326,7 +326,7 @@ impl<R: Read> Reader<R> {
 mod tests {
     use super::*;
 
-    /// A stream of frames with these numbers and bodies, which may be of kinds that are not known.
+    /// A stream of frames with these numbers and bodies, which may be of unknown kinds.
     fn stream(frames: &[(u32, &[u8])]) -> Vec<u8> {
         let mut bytes = Writer::begin(Vec::new()).unwrap().into_inner();
         let mut all = Hasher::new();
@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(read.unwrap(), [Kind::Config, Kind::Pages, Kind::End]);
         let error = kinds(&stream(&[(1, b"c"), (77, b"later"), (4, end)])).unwrap_err();
         assert!(matches!(error, StreamError::Kind { kind: 77, .. }), "{error}");
-        // Optional or not, it cannot be taken out.
+        // Optional or not, it cannot be removed unnoticed.
         let (with, without) =
             (stream(&[(1, b"c"), optional, (4, end)]), stream(&[(1, b"c"), (4, end)]));
         let cut = [&without[..without.len() - 24], &with[with.len() - 24..]].concat();
@@ -370,7 +370,7 @@ mod tests {
 
     #[test]
     fn optional_frames_have_an_end() {
-        /// The same bytes again and again.
+        /// The same bytes repeated without end.
         struct Again(Vec<u8>, usize);
         impl Read for Again {
             fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {

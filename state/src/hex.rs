@@ -1,5 +1,5 @@
-//! Numbers and bytes that people read in hexadecimal. As strings they also survive tools that keep
-//! numbers as floating point, such as jq.
+//! Numbers and bytes written in hexadecimal for people. As strings they also survive tools that
+//! store numbers as floating point, such as jq.
 use std::fmt::{self, LowerHex, Write};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
@@ -35,7 +35,7 @@ impl<'de, T: TryFrom<u128>> Deserialize<'de> for Hex<T> {
     }
 }
 
-/// `N` bytes, as `"00ff"`: no more and no fewer.
+/// Exactly `N` bytes, as `"00ff"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HexArray<const N: usize>(pub [u8; N]);
 
@@ -107,7 +107,7 @@ fn is_digit(byte: u8) -> bool {
 fn digits(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 2);
     for byte in bytes {
-        // A string takes everything.
+        // Writing to a string cannot fail.
         let _ = write!(text, "{byte:02x}");
     }
     text

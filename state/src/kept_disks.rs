@@ -1,4 +1,4 @@
-//! The disks that a save keeps beside its memory.
+//! The copies of disks that a save keeps beside its memory.
 use std::{
     fs::File,
     io,
@@ -12,7 +12,7 @@ use crate::{
     regular_file::open_regular,
 };
 
-/// Why a disk that a save keeps cannot be used.
+/// Why a kept disk cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum KeptDiskError {
@@ -39,18 +39,18 @@ pub fn kept(config: &Config) -> impl Iterator<Item = (usize, &str, &KeptDisk)> {
     })
 }
 
-/// See that the disks which the save `config` in the directory `save` keeps are as they were saved.
+/// Check that the disks kept by the save `config` in the directory `save` are unchanged.
 ///
 /// # Errors
-/// The first one that is not.
+/// The first one that has changed.
 pub fn check(save: &Path, config: &Config) -> Result<(), KeptDiskError> {
     kept(config).try_for_each(|(_, id, kept)| open(id, kept, save, false).map(drop))
 }
 
-/// Open a kept disk, and see that it is as it was saved; with `force`, only its size counts.
+/// Open a kept disk, and check that it is unchanged; with `force`, only its size is checked.
 ///
 /// # Errors
-/// When it is not, or cannot be opened.
+/// When it has changed, or cannot be opened.
 pub fn open(
     id: &str,
     kept: &KeptDisk,
@@ -71,7 +71,7 @@ pub fn open(
         () if found.mtime_ns != then.mtime_ns => {
             Some("it has been written since, or lost its date")
         }
-        // Where no attributes are kept now, there is nothing to compare.
+        // If the file system has no extended attributes now, there is nothing to compare.
         () if found.generation.is_some() && found.generation != then.generation => {
             Some("it has another mark")
         }

@@ -1,24 +1,25 @@
-//! The form of a saved machine, apart from whatever runs it: no KVM, no devices. The types here are
-//! what is in a file; `machine`, `devices` and `config` convert to them and from them.
+//! The format of a saved machine, independent of the code that runs it: no KVM, no devices. The
+//! types here define the contents of a file; `machine`, `devices` and `config` convert to them and
+//! from them.
 //!
 //! ```text
-//! frame     the bytes: frames with a length and a checksum each, in a file or a stream
+//! frame     the byte format: frames with a length and a checksum each, in a file or a stream
 //! section   one part: its kind, its id, its version, and JSON; an older version is upgraded here
-//! file      all parts of one machine, in whatever order they came
-//! config    what a machine has to be made of before the rest is restored into it
-//! cpu       vCPUs, and what their CPU promised to the guest
+//! file      all parts of one machine, in any order
+//! config    the configuration that a machine needs before the rest is restored into it
+//! cpu       vCPUs, and the CPU features that they offer to the guest
 //! chips     interrupt controllers, timer, clock
-//! device    what each kind of device keeps
-//! hex       numbers and bytes that people read in hexadecimal
+//! device    the saved form of each kind of device
+//! hex       numbers and bytes written in hexadecimal
 //!
-//! directory      a save as it lies in a directory, and those that it builds on
-//! memory_file    guest memory in a file: blocks, checksums, and the page that says whose it is
-//! backing_chain  several of those, one over the other     kept_disks    disks that a save keeps
-//! mark           what an image is known by                sparse        where a file has data
-//! regular_file   opening one in whose place something else may have got
+//! directory      a save in a directory, and the saves that it builds on
+//! memory_file    guest memory in a file: blocks, checksums, and a page that names its save
+//! backing_chain  memory files layered over each other    kept_disks  disks that a save keeps
+//! mark           how an image is recognised              sparse      where a file has data
+//! regular_file   opening a file only if it is a regular one
 //! ```
-//! `docs/state-format.md` describes the same for other programs. Whatever is read is treated as
-//! hostile: lengths are bounds, unknown fields and unknown parts are errors.
+//! `docs/state-format.md` describes the format for other programs. All input is treated as hostile:
+//! lengths are bounds, unknown fields and unknown parts are errors.
 #![forbid(unsafe_code)]
 
 pub mod backing_chain;
@@ -45,7 +46,7 @@ use cpu::{Cpu, Vcpu};
 pub use file::{FileError, Frames, Sections, State};
 pub use section::{Saved, Section, SectionError};
 
-/// Every kind of part that there is, with its present version. A golden file has each.
+/// Every kind of part, with its current version. The golden files include each.
 pub const PARTS: [(&str, u32); 15] = [
     part::<Config>(),
     part::<Cpu>(),

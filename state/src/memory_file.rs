@@ -1,14 +1,14 @@
-//! The file of guest memory: all of it, sparse where it is zero, and one more page that says which
-//! state it belongs to.
+//! The memory file: all guest memory, sparse where it is zero, followed by a page that identifies
+//! the state it belongs to.
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use crate::file::PAGE_SIZE;
 
-/// Bytes of a block: what has a checksum of its own.
+/// Bytes of a block, the unit of checksums.
 pub const BLOCK: u64 = 2 << 20;
 const MAGIC: &[u8; 8] = b"STRATOCM";
 
-/// Blocks of an image of `size` bytes.
+/// The blocks of `size` bytes of memory.
 pub fn blocks(size: u64) -> impl Iterator<Item = Range<u64>> {
     (0..size).step_by(BLOCK as usize).map(move |at| at..size.min(at + BLOCK))
 }
@@ -28,7 +28,7 @@ impl Default for ZeroSums {
 }
 
 impl ZeroSums {
-    /// That of `block`.
+    /// The checksum of `block` if it is all zeros.
     pub fn of(&self, block: &Range<u64>) -> u32 {
         match block.end - block.start {
             BLOCK => self.whole,
@@ -40,7 +40,7 @@ impl ZeroSums {
     }
 }
 
-/// The last page: magic, id, bytes of memory, CRC-32 of these; zeros.
+/// The last page: magic, id, size of memory in bytes, CRC-32 of these; then zeros.
 pub fn trailer(id: u128, size: u64) -> Vec<u8> {
     let mut page = MAGIC.to_vec();
     page.extend(id.to_le_bytes());
@@ -50,10 +50,10 @@ pub fn trailer(id: u128, size: u64) -> Vec<u8> {
     page
 }
 
-/// Whether `file` is the memory, `size` bytes of it, that belongs to the state `id`.
+/// Check that `file` holds the memory, of `size` bytes, that belongs to the state `id`.
 ///
 /// # Errors
-/// Why it is not.
+/// When it does not; the error says why.
 pub fn belongs(file: &File, id: u128, size: u64) -> Result<(), MemoryFileError> {
     let length = file.metadata().map_err(MemoryFileError::Io)?.len();
     let expected = size.saturating_add(PAGE_SIZE);

@@ -1,4 +1,4 @@
-//! Files in whose place something else may have got: what is opened is looked at.
+//! Opens regular files only, as another kind of file may have been put in their place.
 use std::{
     fs::{File, FileType, OpenOptions},
     io,
@@ -8,11 +8,11 @@ use std::{
 
 use rustix::fs::OFlags;
 
-/// Open the regular file at `path` as `options` say. Waits for no reader or writer, as opening a FIFO
-/// would, and looks at what was opened. The options' custom flags are replaced.
+/// Open the regular file at `path` with `options`. Never waits for a reader or writer, as opening a
+/// FIFO would, and checks the type of the opened file. The options' custom flags are replaced.
 ///
 /// # Errors
-/// When it cannot be opened, or is no regular file.
+/// When it cannot be opened, or is not a regular file.
 pub fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = options.custom_flags(flags).open(path)?;

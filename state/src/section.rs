@@ -1,24 +1,25 @@
-//! One part of a saved machine, known by its kind and id, in the version in which it was written.
+//! One part of a saved machine, identified by its kind and id, in the version in which it was
+//! written.
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
 
-/// Deepest nesting of JSON in a section. Nothing that is written here comes near it.
+/// Deepest nesting of JSON in a section. Nothing written here comes close.
 pub const DEEPEST: usize = 64;
 
-/// The saved form of something. It is never the type that something has while it runs, even where
-/// the fields are equal today: this one may only change together with its version.
+/// The saved form of a component. It is never the component's run-time type, even where the fields
+/// are equal today: the saved form may only change together with its version.
 pub trait Saved: Serialize + DeserializeOwned {
-    /// Which part of a machine it is; never used again for something else.
+    /// Which part of a machine it is; never reused for another part.
     const KIND: &'static str;
-    /// Raised with every change of the form. A golden file keeps each version that was released.
+    /// Raised with every change of the form. There is a golden file of each released version.
     const VERSION: u32;
 
-    /// Turn what version `from` wrote into what version `from + 1` would have written: rename, and
-    /// give new fields the value that was meant before there were any. Called for each version up
-    /// to the present one.
+    /// Convert the output of version `from` to that of version `from + 1`: rename fields, and give
+    /// new ones the value that was implied before they existed. Called for each version up to the
+    /// current one.
     ///
     /// # Errors
-    /// When no such version was ever released, or `value` is not in its form.
+    /// When no such version was ever released, or `value` does not have its form.
     fn upgrade(from: u32, value: Value) -> Result<Value, SectionError> {
         let _ = value;
         Err(SectionError::Version { kind: Self::KIND.into(), found: from, known: Self::VERSION })
@@ -31,11 +32,11 @@ pub trait Saved: Serialize + DeserializeOwned {
 pub struct Section {
     /// [`Saved::KIND`].
     pub kind: String,
-    /// Which one of its kind; empty where there is only one.
+    /// Distinguishes parts of one kind; empty where there is only one.
     pub id: String,
-    /// [`Saved::VERSION`] of the program that wrote it.
+    /// The [`Saved::VERSION`] of the program that wrote it.
     pub version: u32,
-    /// Its form in that version.
+    /// Its contents in the form of that version.
     pub state: Box<RawValue>,
 }
 
@@ -59,19 +60,19 @@ pub enum SectionError {
 }
 
 impl Section {
-    /// `saved`, as the part `id`.
+    /// Encode `saved` as the part `id`.
     ///
     /// # Errors
-    /// When it has no form in JSON, such as a path that is not UTF-8.
+    /// When it cannot be encoded as JSON, for example because of a path that is not UTF-8.
     pub fn of<S: Saved>(id: impl Into<String>, saved: &S) -> Result<Self, SectionError> {
         let state = serde_json::value::to_raw_value(saved)?;
         Ok(Self { kind: S::KIND.into(), id: id.into(), version: S::VERSION, state })
     }
 
-    /// What it holds, upgraded to the present version.
+    /// Decode its contents, upgraded to the current version.
     ///
     /// # Errors
-    /// When it is of another kind, of a version that is not known, or not in its form.
+    /// When it has another kind, an unknown version, or an invalid form.
     pub fn read<S: Saved>(&self) -> Result<S, SectionError> {
         if self.kind != S::KIND {
             return Err(SectionError::Kind { found: self.kind.clone(), expected: S::KIND });
@@ -90,19 +91,19 @@ impl Section {
         Ok(serde_json::from_value(value)?)
     }
 
-    /// A section from its bytes.
+    /// Decode a section from its bytes.
     ///
     /// # Errors
-    /// When they are none.
+    /// When they are not a valid section.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, SectionError> {
         check_depth(bytes)?;
         Ok(serde_json::from_slice(bytes)?)
     }
 
-    /// The same section with other JSON in it.
+    /// The same section with other JSON as its state.
     ///
     /// # Errors
-    /// When that is none.
+    /// When that is invalid.
     pub fn with(&self, json: impl Into<String>) -> Result<Self, SectionError> {
         Ok(Self { state: RawValue::from_string(json.into())?, ..self.clone() })
     }
@@ -122,8 +123,8 @@ impl PartialEq for Section {
 
 impl Eq for Section {}
 
-/// For fields that may be `null`: they have to be there nevertheless. What a version lacked is given
-/// a value by [`Saved::upgrade`], and by nothing else.
+/// Deserialises a field that may be `null` but must not be missing. A field that an older version
+/// lacked gets its value from [`Saved::upgrade`] only.
 ///
 /// # Errors
 /// When it is neither `null` nor a `T`.
@@ -140,7 +141,7 @@ pub fn name(kind: &str, id: &str) -> String {
     if id.is_empty() { kind.to_owned() } else { format!("{kind} {id}") }
 }
 
-/// Kind and id of a section whose bytes may be damaged, for the message that says so.
+/// Kind and id of a section whose bytes may be damaged, for the error message.
 pub fn peek(bytes: &[u8]) -> Option<String> {
     let text = bytes.utf8_chunks().next()?.valid();
     let (kind, rest) = text.strip_prefix("{\"kind\":\"")?.split_once('"')?;
@@ -149,7 +150,7 @@ pub fn peek(bytes: &[u8]) -> Option<String> {
     (plain(kind) && plain(id)).then(|| name(kind, id))
 }
 
-/// Nested values are kept as they are, unparsed, so that their depth has to be bounded beforehand.
+/// Check the depth beforehand, as nested values are kept unparsed.
 fn check_depth(bytes: &[u8]) -> Result<(), SectionError> {
     let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
     for byte in bytes {
@@ -174,8 +175,8 @@ mod tests {
 
     use super::*;
 
-    /// Version 1 had `hertz`; version 2 `khz`; version 3 has `scaled` as well, which was always
-    /// false before.
+    /// Version 1 had `hertz`; version 2 `khz`; version 3 adds `scaled`, which was always false
+    /// before.
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Timer {

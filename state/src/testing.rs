@@ -1,5 +1,5 @@
 #![expect(clippy::expect_used, reason = "a mistake here is one of the tests")]
-//! A small machine, made up: one vCPU, the devices that every machine has, an empty slot for disks.
+//! A small made-up machine: one vCPU, the devices that every machine has, an empty slot for disks.
 use serde_json::json;
 
 use crate::{
@@ -8,14 +8,14 @@ use crate::{
     device,
 };
 
-/// Bytes of its memory. Not a multiple of a block of checksums.
+/// Bytes of its memory. Not a multiple of a checksum block.
 pub const MEMORY: u64 = 17 << 20;
 
 fn from<T: serde::de::DeserializeOwned>(json: serde_json::Value) -> T {
     serde_json::from_value(json).expect("this is in the form of that type")
 }
 
-/// What it is made of, under that id.
+/// Its configuration, with the given id.
 pub fn config(id: u128) -> Config {
     let mut config: Config = from(json!({
         "id": "00000000000000000000000000000000",
@@ -46,7 +46,7 @@ pub fn disk(id: &str, size: u64) -> Contents {
     Contents::Disk(Some(disk))
 }
 
-/// All of it but its configuration.
+/// All of its state but the configuration.
 pub fn sections() -> Sections {
     let segment = json!({
         "base": "0x0", "limit": "0xffff", "selector": "0x0", "type": 3, "present": 1, "dpl": 0,

@@ -1,4 +1,4 @@
-//! The entry function of `fuzz/`, with inputs from a seeded PRNG.
+//! Runs the entry functions of `fuzz/` with inputs from a seeded PRNG.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 #[path = "../../fuzz/src/chain.rs"]
 mod chain;
@@ -13,7 +13,7 @@ fn saves_that_build_on_each_other_in_any_way() {
     for count in 0..5 {
         let mut seed = vec![count];
         for n in 0..=count {
-            // On the one before; three changes each; nothing damaged.
+            // Based on the previous save; three changes each; no damage.
             seed.extend([0, 0, 3, n, 0, 1, n, 2, 4, n, 7, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         }
         seeds.push(seed);

@@ -1,5 +1,5 @@
-//! Saved states as released programs wrote them, which this one has to read. `golden/make` makes them; a
-//! test never does.
+//! Saved states written by released programs, which this one has to read. `golden/make` makes them;
+//! a test never does.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use std::{
     collections::BTreeSet,
@@ -33,7 +33,7 @@ fn golden() -> Vec<PathBuf> {
     found
 }
 
-/// Kind and version of each section in `file`, and of those inside of them.
+/// Kind and version of each section in `file`, including nested ones.
 fn parts(file: &Path) -> BTreeSet<(String, u32)> {
     let mut reader = Reader::begin(BufReader::new(File::open(file).unwrap())).unwrap();
     let (mut body, mut parts) = (Vec::new(), BTreeSet::new());

@@ -1,9 +1,9 @@
-//! Character back-ends: where a serial port or console leads.
+//! Character back-ends: the host's end of a serial port or console.
 //!
-//! Each has two ends. The [`CharSink`] takes output from any thread and never waits: what the
-//! other side does not take goes to a bounded backlog, and what that does not hold is dropped and
-//! counted. The [`CharSource`] belongs to a worker on an I/O thread; it hands input over as fast
-//! as the guest takes it, and gets the backlog moving again.
+//! Each has two ends. The [`CharSink`] takes output from any thread and never waits: what the peer
+//! does not accept is kept in a bounded backlog; what exceeds the backlog is dropped and counted.
+//! The [`CharSource`] belongs to a worker on an I/O thread; it passes input on as fast as the guest
+//! takes it, and flushes the backlog.
 mod escape;
 mod output;
 mod socket;
@@ -32,14 +32,14 @@ pub use self::output::CharSink;
 use self::{escape::Escape, output::Output, socket::Listener};
 use crate::{log_limit::log_seldom, threads::ThreadStart};
 
-/// Most bytes kept of those who typed and left while the guest was not reading.
+/// Most bytes kept of what disconnected clients sent while the guest was not reading.
 const LEFT: usize = 64 << 10;
 
 /// A character back-end.
 pub struct Char {
     /// Input, for the worker.
     pub source: CharSource,
-    /// Output, for whoever has some.
+    /// Output, for any thread.
     pub sink: CharSink,
     /// What `query-chardev` calls it, such as `pty:/dev/pts/3`.
     pub name: String,
@@ -65,7 +65,7 @@ impl CharError {
 }
 
 impl Char {
-    /// Leads nowhere: output vanishes, input never comes.
+    /// A null back-end: output is discarded, input never arrives.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -74,8 +74,8 @@ impl Char {
     }
 
     /// This process's standard input and output. `Ctrl-a x` calls `quit` (on the I/O thread);
-    /// `Ctrl-a` twice, or `Ctrl-a a`, is one `Ctrl-a` for the guest. Output to a regular file is written
-    /// as by [`Char::file`].
+    /// `Ctrl-a` twice, or `Ctrl-a a`, is one `Ctrl-a` for the guest. Output to a regular file is
+    /// written as by [`Char::file`].
     ///
     /// # Errors
     /// When they are closed, or the process has no descriptor left.
@@ -103,7 +103,8 @@ impl Char {
             unlockpt(&master)?;
             let name = ptsname(&master, Vec::new())?;
             let name = format!("pty:{}", name.to_string_lossy());
-            // Held open, so that a terminal program that leaves is no hang-up to us.
+            // Held open, so that a terminal program that exits does not hang the pseudo-terminal
+            // up.
             let peer = ioctl_tiocgptpeer(&master, flags)?;
             let mut settings = tcgetattr(&peer)?;
             settings.make_raw();
@@ -116,9 +117,9 @@ impl Char {
         open().map_err(CharError::open("a pseudo-terminal"))
     }
 
-    /// A file, created (mode 0600) if missing and appended to. Output only. A regular file is written by
-    /// a thread of its own, started by `start`: its storage may hang, and then what does not fit into the
-    /// backlog is dropped.
+    /// A file, created (mode 0600) if missing and appended to. Output only. A regular file is
+    /// written by a thread of its own, started by `start`: its storage may hang, and then what
+    /// exceeds the backlog is dropped.
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -128,7 +129,7 @@ impl Char {
                 .append(true)
                 .create(true)
                 .mode(0o600)
-                // A FIFO that nobody reads is an error instead of a wait.
+                // A FIFO without a reader is an error instead of a wait.
                 .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32)
                 .open(path)?;
             let output = Output::file(file, start)?;
@@ -137,9 +138,10 @@ impl Char {
         open().map_err(CharError::open(path.display().to_string()))
     }
 
-    /// A Unix socket to listen on, mode 0600. One connection at a time; the next one waits. Output
-    /// while nobody is connected vanishes but for its last `replay` bytes: each connection is sent
-    /// the last `replay` bytes of all output first. The path is removed when the back-end is dropped.
+    /// A Unix socket to listen on, mode 0600. It serves one connection at a time; the next one
+    /// waits. Output while no client is connected is discarded, except that each new connection is
+    /// first sent the last `replay` bytes of all output. The path is removed when the back-end is
+    /// dropped.
     ///
     /// # Errors
     /// When the path is taken (a dead socket is replaced) or cannot be bound.
@@ -187,15 +189,16 @@ pub struct CharSource {
     sink: CharSink,
     input: Option<OwnedFd>,
     listener: Option<Listener>,
-    /// What those typed who have gone since; not yet read.
+    /// Input of disconnected clients that the guest has not read yet.
     left: Vec<u8>,
     escape: Option<Escape>,
     peer: Option<OwnedFd>,
 }
 
 impl CharSource {
-    /// Read what there is into `buffer`, without waiting; 0 when there is nothing (or no room).
-    /// Call it until it says 0 whenever the descriptor fires, and when the guest has room again.
+    /// Read available input into `buffer`, without waiting; 0 when there is none (or `buffer` is
+    /// empty). Call it until it returns 0 whenever the descriptor fires, and when the guest has
+    /// room again.
     pub fn read(&mut self, buffer: &mut [u8]) -> usize {
         self.sink.flush();
         loop {
@@ -214,7 +217,7 @@ impl CharSource {
             let there = events(input.as_fd());
             let gone = there.intersects(PollFlags::HUP | PollFlags::ERR);
             if buffer.is_empty() && gone {
-                // A guest that reads nothing must not keep the next one out.
+                // A guest that reads nothing must not keep the next client out.
                 self.keep_rest();
                 self.hang_up();
                 continue;
@@ -255,7 +258,7 @@ impl CharSource {
         }
     }
 
-    /// Keep what somebody who has gone has typed, up to [`LEFT`].
+    /// Keep the unread input of a disconnected client, up to [`LEFT`] bytes.
     fn keep_rest(&mut self) {
         let Some(input) = &self.input else { return };
         let mut chunk = [0; 1024];
@@ -269,10 +272,10 @@ impl CharSource {
         }
     }
 
-    /// End of input: a socket waits for the next connection, anything else has no more.
+    /// End of input: a socket waits for the next connection, any other back-end has no more input.
     fn hang_up(&mut self) {
         if let Some(input) = self.input.take() {
-            // Not watched at all: see `assemble`.
+            // It may never have been watched: see `assemble`.
             let _ = epoll::delete(&*self.epoll, &input);
         }
         if self.listener.is_some() {
@@ -282,7 +285,7 @@ impl CharSource {
 }
 
 impl AsRawFd for CharSource {
-    /// To be waited on for reading; it also fires when output can go on.
+    /// To be waited on for reading; it also fires when output can continue.
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }
@@ -292,16 +295,16 @@ fn watch(epoll: &OwnedFd, fd: impl AsFd) -> rustix::io::Result<()> {
     epoll::add(epoll, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
 }
 
-/// What there is to read from `fd`: something, an end, nothing.
+/// Events pending on `fd`: input, a hang-up, or nothing.
 fn events(fd: BorrowedFd) -> PollFlags {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    // An error: nothing now, and another try the next time.
+    // An error counts as no event; it is tried again the next time.
     let _ = poll(&mut fds, Some(&Timespec::default()));
     fds.first().map_or(PollFlags::empty(), PollFd::revents)
 }
 
-/// A descriptor for the same file as `fd` that can be made non-blocking without changing what
-/// others, such as the shell, share with us: a new open file description where the kernel gives
+/// A descriptor for the same file as `fd` that can be made non-blocking without affecting other
+/// processes, such as the shell, that share it: a new open file description where the kernel gives
 /// one, else a duplicate.
 fn own(fd: BorrowedFd, access: OFlags) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());

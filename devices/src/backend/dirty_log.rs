@@ -1,5 +1,5 @@
-//! Which pages of guest memory a process beside the monitor has written: a bitmap in memory that
-//! both share, as back-ends of vhost-user are given one (VHOST_USER_SET_LOG_BASE, with
+//! A dirty log: the pages of guest memory that another process has written, as a bitmap in shared
+//! memory. This is the log of vhost-user back-ends (VHOST_USER_SET_LOG_BASE, with
 //! VHOST_USER_PROTOCOL_F_LOG_SHMFD).
 //!
 //! The page of 4 KiB at the guest address `a` is bit `a / 4096 % 8` of byte `a / 32768`. The
@@ -20,7 +20,7 @@ use crate::Memory;
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
-/// Bytes of guest memory that a word of the log tells of.
+/// Bytes of guest memory that a word of the log covers.
 const WORD: u64 = 64 * PAGE;
 
 /// A log that another process writes.
@@ -30,10 +30,11 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// One for all of `memory`, with nothing in it.
+    /// A log for all of `memory`, with no bit set.
     ///
-    /// # Errors When the host has no memory or descriptor for it; when a region of `memory` does
-    /// not begin and end with a word of the log.
+    /// # Errors
+    /// When the host has no memory or descriptor for it; when a region of `memory` is not aligned
+    /// to whole words of the log.
     pub fn new(memory: &Memory) -> io::Result<Self> {
         let is_whole =
             |value: u64| (value.is_multiple_of(WORD)).then_some(value).ok_or_else(not_whole);
@@ -42,28 +43,28 @@ impl DirtyLog {
             let start = is_whole(region.start_addr().raw_value())?;
             end = end.max(start + is_whole(region.len())?);
         }
-        // Whole pages, for the sake of other processes that map it.
+        // Whole pages, because other processes map it.
         let size = (end / WORD * 8).next_multiple_of(PAGE).max(PAGE);
         let file = memfd_create("dirty-log", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let file = File::from(file);
         file.set_len(size)?;
-        // A file that another process cuts off would end this one.
+        // If another process truncated the file, this one would be killed by SIGBUS.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let size = usize::try_from(size).map_err(io::Error::other)?;
         let map = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), size);
         Ok(Self { file, map: map.map_err(io::Error::other)? })
     }
 
-    /// Bytes of it.
+    /// Bytes of the log.
     pub fn size(&self) -> u64 {
         self.map.size() as u64
     }
 
-    /// Move what is in it into `bitmaps`, of each region of `memory` a bit a page, from its start
-    /// on. What is written meanwhile is moved now or the next time.
+    /// Move its bits into `bitmaps`, one bitmap for each region of `memory` and one bit for each
+    /// page from its start. A page written meanwhile is moved now or the next time.
     ///
     /// # Errors
-    /// When `memory` is not the one that it was made for, or `bitmaps` are not of its size.
+    /// When `memory` is not the one that the log was made for, or `bitmaps` are not of its size.
     pub fn move_into(&self, memory: &Memory, bitmaps: &mut [Vec<u64>]) -> io::Result<()> {
         if bitmaps.len() != memory.num_regions() {
             return Err(not_whole());
@@ -80,29 +81,29 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Forget what is in it.
+    /// Clear the log.
     ///
     /// # Errors
-    /// When it cannot be reached, which would be a mistake of ours.
+    /// When it cannot be accessed, which would be a bug.
     pub fn forget(&self) -> io::Result<()> {
         (0..self.size() / 8).try_for_each(|index| self.take(index).map(drop))
     }
 
-    /// A word of it, which is zero afterwards.
+    /// Return a word of the log and clear it.
     fn take(&self, index: u64) -> io::Result<u64> {
         let at = usize::try_from(index.saturating_mul(8)).map_err(io::Error::other)?;
         let word = self.map.get_atomic_ref::<AtomicU64>(at).map_err(io::Error::other)?;
-        // Most are zero: a look does not take the line from the other process.
+        // Most are zero: a plain load does not take the cache line from the other process.
         if word.load(Ordering::Relaxed) == 0 {
             return Ok(0);
         }
-        // What was written to memory before its bit was set is seen from here on.
+        // Writes to memory that were made before the bit was set are visible from here on.
         Ok(u64::from_le(word.swap(0, Ordering::AcqRel)))
     }
 }
 
 impl AsFd for DirtyLog {
-    /// To be passed to the process that writes it. It cannot make it shorter.
+    /// The descriptor to pass to the process that writes it, which cannot shrink it.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

@@ -8,23 +8,23 @@ use std::{
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 
-/// Take over descriptor `number`.
+/// Take ownership of descriptor `number`.
 ///
 /// # Errors
 /// When no such descriptor was inherited. One that is close-on-exec was not: it is this process's
-/// own, or has been taken over before, for that flag is set here.
+/// own, or has been taken before, because taking it sets that flag.
 pub fn take(number: RawFd) -> io::Result<OwnedFd> {
     let refused = |why: &str| io::Error::other(format!("descriptor {number} {why}"));
     if number <= 2 {
         return Err(refused("is standard input, output or error"));
     }
-    // SAFETY: only asked about its flags; a number that is no open descriptor is an error.
+    // SAFETY: only its flags are read; a number that is no open descriptor is an error.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
     let flags = fcntl_getfd(fd).map_err(|_| refused("is not open"))?;
     if flags.contains(FdFlags::CLOEXEC) {
         return Err(refused("was not inherited, or is used twice"));
     }
     fcntl_setfd(fd, flags | FdFlags::CLOEXEC)?;
-    // SAFETY: open, inherited, and by the flag owned by nobody else in this process.
+    // SAFETY: open and inherited, and by the flag not owned by anything else in this process.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -1,4 +1,4 @@
-//! What stands behind a device on the host's side.
+//! Back-ends: the host's side of devices.
 pub mod char;
 pub mod dirty_log;
 pub mod disk;

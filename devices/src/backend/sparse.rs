@@ -1,10 +1,10 @@
-//! Files with holes where there are only zeros.
+//! Sparse files: holes in place of zeros.
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-/// What is zero or not as a whole, in bytes.
+/// The granularity, in bytes, at which zeros become holes.
 const PAGE: usize = 4096;
 
-/// The runs of pages of one kind in `bytes`: where they begin, and whether they are zero.
+/// The runs of zero and of non-zero pages in `bytes`: offset, contents, and whether they are zero.
 pub fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8], bool)> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -17,16 +17,17 @@ pub fn runs(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8], bool)> {
     })
 }
 
-/// Whether all of it is zero; quick to say no.
+/// Whether all bytes are zero; returns early if not.
 fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<64>();
     words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|b| *b == 0)
 }
 
-/// Write the pages of `bytes` that are not zero to `at`, where `to` is a hole; how many bytes were written.
+/// Write the non-zero pages of `bytes` to `at`, where `to` has a hole; returns how many bytes were
+/// written.
 ///
 /// # Errors
-/// When the file does not take them.
+/// When the file cannot be written.
 pub fn write(to: &File, bytes: &[u8], at: u64) -> io::Result<u64> {
     let mut written = 0;
     for (start, run, _) in runs(bytes).filter(|(_, _, zero)| !zero) {

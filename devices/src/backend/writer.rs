@@ -1,5 +1,5 @@
-//! Files that are written by a thread of their own, because the storage below a file can hang and
-//! nothing tells beforehand: neither poll nor O_NONBLOCK knows of regular files.
+//! Files that are written by a thread of their own, because the storage of a file can hang without
+//! any warning: neither poll nor O_NONBLOCK works for regular files.
 //!
 //! ```text
 //!   any thread --never waits--> pipe (bounded) --> writer's thread --may hang--> file
@@ -24,21 +24,22 @@ use rustix::{
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
 };
 
-/// Bytes that wait for the file; what comes on top of that the caller keeps or drops.
+/// Bytes queued for the file; the caller keeps or drops any more.
 const PIPE: usize = 256 << 10;
 
-/// The way into the file: a pipe's end that never waits. Dropped, the thread writes what is in the pipe
-/// and ends.
+/// The write end of the pipe to the file; it never waits. When it is dropped, the thread writes
+/// what is left in the pipe and ends.
 pub struct Writer {
     input: OwnedFd,
     output: Arc<OwnedFd>,
-    /// Hangs up when all is written.
+    /// Disconnects when everything is written.
     done: Receiver<()>,
 }
 
 impl Writer {
-    /// Start a thread called `name` that writes to `file`, as `start` wants it. `failed` is told, there,
-    /// of what the file does not take: the reason, and how many bytes are lost.
+    /// Start a thread called `name` that writes to `file`, with the first step that `start` gives
+    /// it. On that thread, `failed` is called when a write fails, with the cause and the number of
+    /// bytes lost.
     ///
     /// # Errors
     /// When the host has no thread or descriptor to give.
@@ -49,7 +50,7 @@ impl Writer {
         mut failed: impl FnMut(&io::Error, usize) + Send + 'static,
     ) -> io::Result<Self> {
         let (output, input) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // The host may allow fewer: the pipe is shorter then.
+        // The host may allow less: the pipe is smaller then.
         let _ = fcntl_setpipe_size(&input, PIPE);
         fcntl_setfl(&input, OFlags::NONBLOCK)?;
         let output = Arc::new(output);
@@ -72,12 +73,13 @@ impl Writer {
         Ok(Self { input, output, done })
     }
 
-    /// The other end of the pipe, for a process that dies and writes the rest itself. Never waits.
+    /// The read end of the pipe, for a process that is exiting and writes the rest itself. Never
+    /// waits.
     pub fn rest(&self) -> Arc<OwnedFd> {
         self.output.clone()
     }
 
-    /// Wait until all is written; false when that takes longer than `patience`.
+    /// Wait until everything is written; false when that takes longer than `patience`.
     pub fn finish(self, patience: Duration) -> bool {
         drop(self.input);
         self.done.recv_timeout(patience) == Err(RecvTimeoutError::Disconnected)
@@ -90,7 +92,7 @@ impl AsFd for Writer {
     }
 }
 
-/// Wait for the next bytes; how many there are, 0 at the end.
+/// Wait for the next bytes; returns how many there are, 0 at the end.
 fn next(from: &OwnedFd, buffer: &mut [u8]) -> Option<usize> {
     loop {
         match read(from, &mut *buffer) {
@@ -110,7 +112,7 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(60);
 
-    /// A file that hangs: the other end of a pipe that is full.
+    /// A file that hangs: the write end of a full pipe.
     fn hanging() -> (File, File) {
         let (reader, writer) = io::pipe().unwrap();
         (File::from(OwnedFd::from(reader)), File::from(OwnedFd::from(writer)))
@@ -136,7 +138,7 @@ mod tests {
         let (mut reader, file) = hanging();
         let writer = Writer::spawn("test", file, &ThreadStart::default(), |_, _| ()).unwrap();
         let mut written = 0;
-        // What the pipes have no room for is refused at once.
+        // What exceeds the pipes is refused at once.
         while let Ok(n) = rustix::io::write(&writer, &[7; 4096]) {
             written += n;
         }

@@ -1,4 +1,4 @@
-//! Rings and chains that no honest driver makes (and some that are only odd).
+//! Invalid rings and chains (and some that are only unusual).
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
@@ -15,7 +15,7 @@ const TABLE: u64 = 9 << 20;
 
 type Lay = fn(&DriverQueue);
 
-/// What is laid out, and whether the ring is broken by it: then nothing may be used at all.
+/// The layouts, and whether each breaks the ring: then nothing may be used at all.
 const CASES: &[(&str, bool, Lay)] = &[
     ("a loop of one", false, |q| {
         q.descriptor(0, BUFFER, 16, NEXT, 0);
@@ -174,8 +174,8 @@ pub(super) fn rings(make: &impl Make) {
     recovers(&mut g, "all cases");
 }
 
-/// Whether a notification makes the device look at this queue at once (and not, as a receive queue,
-/// when something arrives).
+/// Whether a notification makes the device process this queue at once (and not, as with a receive
+/// queue, when data arrives).
 fn looks_at(g: &mut Guest, index: u16) -> bool {
     let queue = &g.queues[usize::from(index)];
     queue.descriptor(0, BUFFER, 16, NEXT, 1);
@@ -189,7 +189,7 @@ fn returned_no_more_than_given(g: &Guest, index: usize, broken: bool, what: &str
     let mut queue = g.queues[index].clone();
     let used = queue.used_index();
     let given = if broken { 0 } else { queue.available_index() };
-    // The chain that points at the used ring gets what it asks for.
+    // A chain that points at the used ring overwrites the ring when it is processed.
     if !what.ends_with("is the used ring") {
         assert!(used <= given, "{what}: {used} returned of {given}");
         while let Some((head, _)) = queue.next_used() {
@@ -198,7 +198,7 @@ fn returned_no_more_than_given(g: &Guest, index: usize, broken: bool, what: &str
     }
 }
 
-/// Tables filled by chance: no case above thought of them.
+/// Random tables, for cases not listed above.
 pub(super) fn random_rings(make: &impl Make) {
     let mut g = live(make);
     let mut rng = Rng(1);
@@ -242,7 +242,7 @@ fn random_descriptor(rng: &mut Rng, queue: &DriverQueue, table: u64, index: u16)
     queue.descriptor_at(table, index, addr, len, flags, rng.below(34) as u16);
 }
 
-/// Another vCPU rewrites descriptors while the device looks at them.
+/// Another vCPU rewrites descriptors while the device reads them.
 pub(super) fn changing_rings(make: &impl Make) {
     let mut g = live(make);
     let stop = Arc::new(AtomicBool::new(false));

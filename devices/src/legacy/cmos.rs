@@ -43,14 +43,14 @@ pub struct Cmos {
     id: String,
     index: u8,
     ram: [u8; SIZE],
-    /// What `ram` is after reset: how much memory there is.
+    /// The value of `ram` after reset: the memory size.
     initial: [u8; SIZE],
     /// Seconds since 1970, UTC.
     now: fn() -> u64,
 }
 
 impl Cmos {
-    /// A clock whose RAM names `below_4g` bytes of memory from 0 and `above_4g` from 4 GiB.
+    /// A clock whose RAM reports `below_4g` bytes of memory from 0 and `above_4g` from 4 GiB.
     pub fn new(id: impl Into<String>, below_4g: u64, above_4g: u64) -> Self {
         let mut ram = [0; SIZE];
         let mut put = |at: usize, value: u64, bytes: usize| {
@@ -99,8 +99,8 @@ fn bcd(value: u32) -> u8 {
     (value / 10 % 10 * 16 + value % 10) as u8
 }
 
-/// The moment that `seconds` after the beginning of 1970 are; that one, where it is beyond the year
-/// 9999.
+/// The date `seconds` after the beginning of 1970; the beginning of 1970 itself if that is after
+/// the year 9999.
 fn date(seconds: u64) -> UtcDateTime {
     let seconds = i64::try_from(seconds).unwrap_or_default();
     UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH)
@@ -200,7 +200,7 @@ mod tests {
             (at(|| 1_735_603_200), [0x20, 0x24, 0x12, 0x31, 3]),
             (at(|| 1_735_689_600), [0x20, 0x25, 0x01, 0x01, 4]),
             (at(|| 4_107_542_400), [0x21, 0x00, 0x03, 0x01, 2]),
-            // Beyond what the calendar has.
+            // Beyond the range of the calendar.
             (at(|| u64::MAX), [0x19, 0x70, 0x01, 0x01, 5]),
         ] {
             let read = [CENTURY, YEAR, MONTH, DAY, WEEKDAY].map(|index| get(&mut cmos, index));

@@ -1,8 +1,8 @@
 //! The keyboard controller: ports 0x60 (data) and 0x64 (command and status).
 //!
-//! Enough of an i8042 with an AT keyboard and no mouse that Linux's drivers find them without
-//! waiting for anything: every command that has an answer is answered at once. Its uses are reset
-//! and Ctrl-Alt-Del.
+//! Just enough of an i8042 with an AT keyboard and no mouse for Linux's drivers to find them
+//! without waiting: every command that has an answer is answered at once. It is used for reset and
+//! Ctrl-Alt-Del.
 #[cfg(test)]
 mod tests;
 
@@ -40,7 +40,7 @@ const CTR_TRANSLATE: u8 = 0x40;
 const ACK: u8 = 0xfa;
 const RESEND: u8 = 0xfe;
 
-/// Ctrl, Alt and Del down, and up again, in scan code set 1 (translated) and set 2 (raw).
+/// Ctrl, Alt and Del pressed and released, in scan code set 1 (translated) and set 2 (raw).
 const CTRL_ALT_DEL_1: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
 const CTRL_ALT_DEL_2: [u8; 11] = [0x14, 0x11, 0xe0, 0x71, 0xe0, 0xf0, 0x71, 0xf0, 0x11, 0xf0, 0x14];
 
@@ -55,9 +55,9 @@ pub struct I8042 {
 struct Registers {
     /// The controller's command byte.
     control: u8,
-    /// The controller's answer, ahead of what the keyboard sends.
+    /// The controller's answer, which is read before the keyboard's bytes.
     answer: Option<u8>,
-    /// A controller command that waits for its byte on the data port.
+    /// A controller command that waits for its parameter on the data port.
     command: Option<u8>,
     /// The last write went to the command port.
     last_was_command: bool,
@@ -81,13 +81,13 @@ impl Default for Registers {
 }
 
 impl I8042 {
-    /// A controller that raises `line` for the keyboard and asks `power` for a reset.
+    /// A controller that raises `line` for the keyboard and requests a reset from `power`.
     pub fn new(id: impl Into<String>, line: Line, power: PowerSink) -> Self {
         Self { id: id.into(), line, power, registers: Registers::default() }
     }
 
-    /// Press and release Ctrl-Alt-Del; false when the guest does not listen to its keyboard or
-    /// has not taken earlier keys yet.
+    /// Press and release Ctrl-Alt-Del; false when the guest has disabled its keyboard or has not
+    /// read earlier keys yet.
     pub fn send_ctrl_alt_del(&mut self) -> bool {
         let r = &mut self.registers;
         let keys: &[u8] =
@@ -122,7 +122,7 @@ impl I8042 {
             0x60..=0x7f | 0xd1..=0xd4 => r.command = Some(command),
             0xa7 => r.control |= CTR_DISABLE_AUX,
             0xa8 => r.control &= !CTR_DISABLE_AUX,
-            // Nobody on the mouse's clock line: there is no mouse.
+            // No response on the mouse's clock line: there is no mouse.
             0xa9 => r.answer = Some(0x01),
             0xaa => {
                 r.control |= CTR_SYSTEM;
@@ -131,7 +131,7 @@ impl I8042 {
             0xab | 0xc0 => r.answer = Some(0),
             0xad => r.control |= CTR_DISABLE,
             0xae => r.control &= !CTR_DISABLE,
-            // Output port: reset line high, A20 on, output full as it is.
+            // Output port: reset line high, A20 on, output buffer full.
             0xd0 => r.answer = Some(0x03),
             // Pulse output lines low; line 0 is the CPU's reset.
             0xf0..=0xff if command & 1 == 0 => return self.reset_cpu(),
@@ -146,12 +146,13 @@ impl I8042 {
         match r.command.take() {
             Some(0x60) => r.control = byte,
             Some(0xd1) if byte & 1 == 0 => return self.reset_cpu(),
-            // Into the output buffer, as if from the keyboard. 0xd3 (as if from the mouse) comes
-            // without the mouse's status bit, which tells drivers that there is no mouse port.
+            // Put the byte into the output buffer, as if from the keyboard. 0xd3 (as if from the
+            // mouse) does not set the mouse's status bit, from which drivers see that there is no
+            // mouse port.
             Some(0xd2 | 0xd3) => r.answer = Some(byte),
             Some(_) => {}
             None => {
-                // Section "Sending to the keyboard" of any i8042 manual: enables its clock.
+                // Section "Sending to the keyboard" of any i8042 manual: this enables its clock.
                 r.control &= !CTR_DISABLE;
                 r.keyboard.receive(byte, r.control & CTR_TRANSLATE != 0);
             }
@@ -194,7 +195,7 @@ impl Registers {
 
 impl Keyboard {
     fn receive(&mut self, byte: u8, translate: bool) {
-        // A command ends whatever was being sent.
+        // A command discards whatever was being sent.
         self.sent.clear();
         let scan_set: u8 = if translate { 0x41 } else { 0x02 };
         let reply: &[u8] = match (self.command.take(), byte) {
@@ -227,7 +228,7 @@ impl BusDevice for I8042 {
         for (port, byte) in (offset..=u64::MAX).zip(data) {
             *byte = match port {
                 DATA => self.read_data(),
-                // The timer's output is high: code that times itself with it ends at once.
+                // The timer's output is high: code that uses it for timing ends at once.
                 PORT_B => 0x20,
                 COMMAND => self.registers.status(),
                 _ => 0xff,
@@ -288,7 +289,7 @@ impl Snapshot for I8042 {
         let keyboard =
             Keyboard { sent: s.sent.0.into(), command: s.keyboard_command, scanning: s.scanning };
         self.registers = Registers { control, answer, command, last_was_command, keyboard };
-        // The edge may have been lost on the way; one too many does no harm.
+        // The edge may have been lost across the save; a spurious one is harmless.
         self.interrupt();
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The few devices of a PC that are still spoken to by port.
+//! The few legacy PC devices that are accessed by port.
 pub mod cmos;
 pub mod i8042;
 pub mod power;

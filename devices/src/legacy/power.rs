@@ -5,7 +5,9 @@
 //! | +0 sleep control (ACPI 6.5, 4.8.3.7) | 0 | SLP_EN with type S5: power off |
 //! | +1 sleep status | 0 | ignored |
 //! | +2 reset register | 0 | 1: reset |
-//! | +3 events, for the generic event device; cleared | bit 0: power button pressed, bit 1: generation id changed | ignored |
+//! | +3 GED events, cleared by reading | bit 0: power button, bit 1: new generation id | ignored |
+//!
+//! GED is the ACPI generic event device.
 
 use crate::{
     PowerEvent, PowerSink,
@@ -41,17 +43,17 @@ pub struct Power {
 }
 
 impl Power {
-    /// A block that raises `line` for its events and tells `sink` what the guest wants.
+    /// A block that raises `line` for its events and reports the guest's requests to `sink`.
     pub fn new(id: impl Into<String>, line: Line, sink: PowerSink) -> Self {
         Self { id: id.into(), line, sink, events: 0 }
     }
 
-    /// Press the power button. What comes of it is up to the guest.
+    /// Press the power button. The effect is up to the guest.
     pub fn press_power_button(&mut self) {
         self.happened(POWER_BUTTON);
     }
 
-    /// Say that the machine's generation id is another one.
+    /// Signal that the machine's generation id has changed.
     pub fn generation_changed(&mut self) {
         self.happened(GENERATION);
     }

@@ -1,4 +1,4 @@
-//! pvpanic: one port on which a guest kernel says that it has crashed.
+//! pvpanic: one port on which a guest kernel reports that it has crashed.
 
 use crate::{
     PowerEvent, PowerSink,
@@ -10,7 +10,7 @@ use crate::{
 use ::state::device as saved;
 
 const PANICKED: u8 = 1;
-/// The guest handles its crash itself (kdump): nothing for us to do.
+/// The guest handles its crash itself (kdump): nothing to do here.
 const CRASH_LOADED: u8 = 2;
 
 /// The port.
@@ -20,7 +20,7 @@ pub struct Pvpanic {
 }
 
 impl Pvpanic {
-    /// A port that tells `sink` about a panic.
+    /// A port that reports a panic to `sink`.
     pub fn new(id: impl Into<String>, sink: PowerSink) -> Self {
         Self { id: id.into(), sink }
     }

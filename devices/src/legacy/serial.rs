@@ -25,27 +25,27 @@ use ::state::{device as saved, hex::HexBytes};
 
 type Uart = vm_superio::Serial<Line, Room, CharSink>;
 
-/// Interrupt enable register, and its bit for received data; the divisor's upper half in its place while
-/// [`LCR_DLAB`] is set.
+/// Interrupt enable register, and its bit for received data; while [`LCR_DLAB`] is set, the
+/// divisor's upper half is in its place.
 const IER: u8 = 1;
 const IER_RECEIVED: u8 = 1;
-/// Interrupt identification register: no interrupt, and in its place that there is data.
+/// Interrupt identification register: its values for no interrupt and for received data.
 const IIR: u8 = 2;
 const IIR_NONE: u8 = 1;
 const IIR_RECEIVED: u8 = 4;
 const LCR: u8 = 3;
 const LCR_DLAB: u8 = 0x80;
-/// Line status register: there is data.
+/// Line status register, and its bit for received data.
 const LSR: u8 = 5;
 const LSR_READY: u8 = 1;
-/// Modem control register: where the loop-back bit is.
+/// Modem control register, which has the loop-back bit.
 const MCR: u64 = 4;
 const MCR_LOOP: u8 = 0x10;
 
 /// The port.
 ///
-/// The lock around the UART is there because two threads change it: a vCPU through the registers,
-/// the I/O thread by input. Nobody waits for anything while holding it.
+/// The lock around the UART is needed because two threads change it: a vCPU through the registers,
+/// the I/O thread by input. No thread blocks while holding it.
 pub struct Serial {
     id: String,
     uart: Arc<Mutex<Uart>>,
@@ -55,7 +55,7 @@ pub struct Serial {
     input: WorkerSlot<SerialInput>,
 }
 
-/// Tells the input worker that the guest has taken all input.
+/// Notifies the input worker that the guest has read all input.
 #[derive(Clone)]
 struct Room(Arc<EventFd>);
 
@@ -64,16 +64,16 @@ impl SerialEvents for Room {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // A saturated counter has told it already.
+        // A saturated counter has notified it already.
         let _ = self.0.write(1);
     }
 }
 
 impl Serial {
-    /// A port that leads to `char`; input flows on `thread` from now on.
+    /// A port connected to `char`; input is read on `thread` from now on.
     ///
     /// # Errors
-    /// When the process has no descriptor left or the thread cannot take the worker.
+    /// When the process has no descriptor left or the thread refuses the worker.
     pub fn new(
         id: impl Into<String>,
         line: Line,
@@ -94,7 +94,7 @@ impl Serial {
         let uart = Uart::from_state(state, self.line.clone(), self.room.clone(), self.sink.clone())
             .map_err(|_| StateError::Invalid("serial input of more bytes than the FIFO has"))?;
         *self.uart.lock() = uart;
-        // There may be room again.
+        // There may be room for input again.
         self.room.in_buffer_empty();
         Ok(())
     }
@@ -116,16 +116,16 @@ impl BusDevice for Serial {
                 let _ = uart.write(register, *byte);
             }
             if port == MCR {
-                // Input is held back while the port talks to itself.
+                // Input is held back during loop-back.
                 self.room.in_buffer_empty();
             }
         }
     }
 }
 
-/// Read a register. The model takes an interrupt for received data back with the first byte that is read;
-/// in a real port it lasts as long as there is data. A driver that takes so many bytes at a time and no more
-/// finds out by that, and would leave the others where they are.
+/// Read a register. The model clears the interrupt for received data when the first byte is read;
+/// in a real port it lasts as long as there is data. A driver that reads a limited number of bytes
+/// at a time relies on that, and would leave the remaining bytes unread.
 fn read(uart: &mut Uart, port: u8) -> u8 {
     let byte = uart.read(port);
     let announced = |uart: &mut Uart| {
@@ -153,7 +153,7 @@ impl Model for Serial {
     }
 
     fn reset(&mut self) {
-        // The default state is one that the port can be in.
+        // The default state is a valid one.
         let _ = self.replace(&SerialState::default());
     }
 }
@@ -193,7 +193,7 @@ impl Snapshot for Serial {
     }
 }
 
-/// Carries input from the back-end to the UART.
+/// Passes input from the back-end to the UART.
 struct SerialInput {
     source: CharSource,
     uart: Arc<Mutex<Uart>>,
@@ -206,7 +206,7 @@ impl Worker for SerialInput {
     }
 
     fn ready(&mut self, _: usize) {
-        // Empty when the other source fired.
+        // Not signalled when the other source fired.
         let _ = self.room.0.read();
         let mut bytes = [0; 64];
         loop {

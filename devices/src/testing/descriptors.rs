@@ -1,17 +1,17 @@
-// UNSAFETY: a table of descriptors of a thread's own is made by a call that no safe library has.
+// UNSAFETY: a descriptor table private to a thread is made by a call that no safe library has.
 #![expect(unsafe_code)]
-//! Counting descriptors while other tests of the process open and close theirs.
+//! Counts descriptors while other tests of the process open and close theirs.
 use std::{io, panic::resume_unwind, thread};
 
-/// Run `act` in a thread with a table of descriptors of its own: empty but for the standard three, so
+/// Run `act` in a thread with its own descriptor table: empty except for the standard three, so
 /// that nothing that another test closes stays open here.
 ///
 /// # Panics
-/// When `act` does, or Linux is older than 5.9.
+/// When `act` panics, or Linux is older than 5.9.
 pub fn with_own_descriptors(act: impl FnOnce() + Send) {
     let own = || {
         let call = libc::SYS_close_range;
-        // SAFETY: closes nothing that anybody has: the table that it empties is this new thread's copy.
+        // SAFETY: closes no descriptor in use: the table that it empties is this new thread's copy.
         let done = unsafe { libc::syscall(call, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE) };
         assert_eq!(done, 0, "close_range: {}", io::Error::last_os_error());
         act();

@@ -1,8 +1,8 @@
 //! Descriptor chains, walked once and checked (virtio 1.3, section 2.7).
 //!
-//! The walk reads every descriptor exactly once, so a guest that changes one afterwards changes
-//! nothing. It is our own because virtio-queue's iterator ends a malformed chain silently: a loop,
-//! a bad `next` or a bad indirect table would look like a shorter, valid chain.
+//! The walk reads every descriptor exactly once, so changes that the guest makes to one afterwards
+//! have no effect. It does not use virtio-queue's iterator because that ends a malformed chain
+//! silently: a loop, a bad `next` or a bad indirect table would look like a shorter, valid chain.
 #[cfg(test)]
 mod tests;
 
@@ -21,10 +21,10 @@ const DESCRIPTOR: u64 = 16;
 const NO_INTERRUPT: u16 = 1;
 /// Bytes before the entries of an available ring.
 const RING_HEADER: u64 = 4;
-/// Entries of the longest indirect table accepted; no driver makes one as long.
+/// Entries of the longest indirect table accepted; no driver makes one this long.
 const INDIRECT_MAX: u16 = 1024;
 
-/// One guest buffer, known to lie within one region of guest RAM and not to be empty.
+/// One guest buffer, checked to lie within one region of guest RAM and not to be empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     /// Where it starts.
@@ -33,10 +33,10 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// What is wrong with a queue or a chain. The driver's fault, so never a reason to stop the VM.
+/// An error in a queue or a chain. It is the driver's fault, so never a reason to stop the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
-    /// The ring itself cannot be followed any further: the device needs a reset.
+    /// The ring itself is unusable: the device needs a reset.
     #[error("available ring is broken")]
     Ring,
     /// More descriptors than the queue has: a loop.
@@ -76,8 +76,8 @@ impl Chain {
     /// Take the next available chain of `queue`; false when there is none.
     ///
     /// # Errors
-    /// [`ChainError::Ring`] when the queue is beyond help. With any other error the head is known
-    /// and there are no buffers: give it back with [`Queue::add_used`] and go on.
+    /// [`ChainError::Ring`] when the queue is unusable. With any other error the head is known and
+    /// there are no buffers: return it with [`Queue::add_used`] and continue.
     pub fn pop(
         &mut self,
         queue: &mut Queue,
@@ -124,7 +124,7 @@ impl Chain {
         self.split().1
     }
 
-    /// Readable and writable ones. Asserts what [`Chain::pop`] has made sure of: with other buffers
+    /// Readable and writable buffers. Asserts what [`Chain::pop`] has ensured: with buffers other
     /// than the driver's, a request would be reported as done that was not.
     fn split(&self) -> (&[Segment], &[Segment]) {
         self.segments.split_at(self.readable)
@@ -153,7 +153,7 @@ impl Chain {
             let d: Descriptor = memory.read_obj(at).map_err(|_| ChainError::Address)?;
             if d.flags() & INDIRECT != 0 {
                 // Section 2.7.5.3: negotiated, not nested, last of its chain, and a whole table.
-                // Direct descriptors may come before it, and its WRITE flag means nothing.
+                // Direct descriptors may precede it, and its WRITE flag is ignored.
                 if !indirect || d.flags() & NEXT != 0 {
                     return Err(ChainError::Order);
                 }
@@ -192,14 +192,14 @@ pub fn total(segments: &[Segment]) -> u64 {
     segments.iter().map(|s| u64::from(s.len)).sum()
 }
 
-/// Copy out of `segments`, from byte `offset` of them on; how many bytes were there.
+/// Copy out of `segments`, starting at byte `offset`; returns how many bytes there were.
 pub fn read(memory: &Memory, segments: &[Segment], offset: u64, out: &mut [u8]) -> usize {
     each_piece(segments, offset, out.len(), |at, range| {
         out.get_mut(range).is_some_and(|piece| memory.read_slice(piece, at).is_ok())
     })
 }
 
-/// Copy into `segments`, from byte `offset` of them on; how many bytes fitted.
+/// Copy into `segments`, starting at byte `offset`; returns how many bytes fitted.
 pub fn write(memory: &Memory, segments: &[Segment], offset: u64, data: &[u8]) -> usize {
     each_piece(segments, offset, data.len(), |at, range| {
         data.get(range).is_some_and(|piece| memory.write_slice(piece, at).is_ok())
@@ -229,9 +229,9 @@ fn each_piece(
     done
 }
 
-/// Whether the driver wants an interrupt for the buffers used since this was last asked.
+/// Whether the driver wants an interrupt for the buffers used since the last call.
 pub fn needs_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
-    // An unreadable ring is the driver's fault: rather one interrupt too many.
+    // An unreadable ring is the driver's fault: better one interrupt too many.
     let wanted = queue.needs_notification(memory).unwrap_or(true);
     // virtio-queue knows used_event only, not the flag of drivers without EVENT_IDX.
     let flags = memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
@@ -239,7 +239,7 @@ pub fn needs_interrupt(queue: &mut Queue, memory: &Memory) -> bool {
     wanted && (queue.event_idx_enabled() || !suppressed)
 }
 
-/// How many chains the driver has made available; `None` when the ring says nonsense.
+/// How many chains the driver has made available; `None` when the ring is invalid.
 pub fn pending(queue: &Queue, memory: &Memory) -> Option<u16> {
     let avail = queue.avail_idx(memory, Ordering::Acquire).ok()?;
     let n = avail.0.wrapping_sub(queue.next_avail());

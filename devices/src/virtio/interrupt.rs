@@ -1,5 +1,4 @@
-//! The way from a device back to its driver: what it has to see, and the interrupt that has it
-//! look.
+//! The path from a device to its driver: guest-visible status, and interrupts.
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::registers::{CONFIG_GENERATION, INTERRUPT_STATUS, Registers, STATUS};
@@ -9,14 +8,14 @@ use crate::irq::Line;
 pub const INT_USED: u32 = 1;
 /// Cause of an interrupt: the configuration changed.
 pub const INT_CONFIG: u32 = 2;
-/// Status bit: the device has met something that it cannot recover from.
+/// Status bit: the device has met an error that it cannot recover from.
 pub const DEVICE_NEEDS_RESET: u32 = 0x40;
 
 /// How a device interrupts its driver.
 ///
-/// A device says which of its queues it is about. With a line, the driver finds out by itself; a
-/// transport with MSI-X would be another variant, with one vector for each queue and one for the
-/// configuration.
+/// A device says which of its queues an interrupt is for. With a line, the driver finds out by
+/// itself; a transport with MSI-X would be another variant, with one vector for each queue and one
+/// for the configuration.
 #[derive(Clone, Debug)]
 pub enum Interrupt {
     /// virtio-mmio: one line for all causes, and the register page that shows them.
@@ -24,10 +23,10 @@ pub enum Interrupt {
 }
 
 impl Interrupt {
-    /// The device has used buffers of queue `queue`, and the driver wants to know.
+    /// The device has used buffers of queue `queue`, and the driver wants an interrupt for them.
     pub fn used(&self, _queue: u16) {
         match self {
-            // Bit 0 of InterruptStatus stands since DRIVER_OK: see `Registers`.
+            // Bit 0 of InterruptStatus has been set since DRIVER_OK: see `Registers`.
             Self::Line(line, _) => line.trigger(),
         }
     }
@@ -53,14 +52,14 @@ impl Interrupt {
         }
     }
 
-    /// The driver, or the host, did something that the device cannot continue after (virtio 1.3,
+    /// The driver or the host caused an error after which the device cannot continue (virtio 1.3,
     /// section 2.1.2). Nothing else happens on the host; the driver has to reset the device.
     pub fn needs_reset(&self) {
         self.set_status(DEVICE_NEEDS_RESET);
         self.config_changed();
     }
 
-    /// What [`Interrupt::used`] signals for queue `queue`: for back-ends that serve the queue
+    /// The eventfd behind [`Interrupt::used`] for queue `queue`: for back-ends that serve the queue
     /// elsewhere, such as vhost.
     pub fn queue_eventfd(&self, _queue: u16) -> &EventFd {
         match self {
@@ -69,7 +68,7 @@ impl Interrupt {
     }
 }
 
-/// What the driver sees of the device's status, wherever the transport shows it.
+/// The guest-visible status of the device, wherever the transport shows it.
 impl Interrupt {
     /// The device status (section 2.1).
     pub(super) fn status(&self) -> u32 {
@@ -78,7 +77,7 @@ impl Interrupt {
         }
     }
 
-    /// Set bits of the device status, as seen by the driver and by other threads at once.
+    /// Set bits of the device status, visible to the driver and to other threads at once.
     pub(super) fn set_status(&self, bits: u32) {
         match self {
             Self::Line(_, registers) => registers.set(STATUS, bits),
@@ -92,8 +91,7 @@ impl Interrupt {
         }
     }
 
-    /// Whether buffers of the device are used and its configuration has changed: [`INT_USED`] and
-    /// [`INT_CONFIG`].
+    /// The pending causes: [`INT_USED`] and [`INT_CONFIG`].
     pub(super) fn causes(&self) -> u32 {
         match self {
             Self::Line(_, registers) => registers.load(INTERRUPT_STATUS),
@@ -107,7 +105,7 @@ impl Interrupt {
         }
     }
 
-    /// DRIVER_OK, before the worker starts: it may interrupt at once.
+    /// DRIVER_OK, before the worker starts, since it may raise interrupts at once.
     pub(super) fn driver_ok(&self, bit: u32) {
         match self {
             Self::Line(_, registers) => registers.set(INTERRUPT_STATUS, INT_USED),
@@ -129,15 +127,15 @@ impl Interrupt {
         }
     }
 
-    /// Show `config` in place of a configuration space of `shown` bytes. False when there is
-    /// nothing new to show.
+    /// Show `config` in place of a configuration space of `shown` bytes. False when it has not
+    /// changed.
     pub(super) fn show_config(&self, config: &[u8], shown: usize) -> bool {
         match self {
             Self::Line(_, registers) => registers.show_config(config, shown),
         }
     }
 
-    /// Have the driver look at everything, in case an interrupt has been lost.
+    /// Raise all causes, so that the driver checks everything, in case an interrupt has been lost.
     pub(super) fn raise_all(&self) {
         match self {
             Self::Line(line, _) => line.trigger(),

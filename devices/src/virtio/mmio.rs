@@ -1,8 +1,8 @@
-//! The virtio-mmio transport, version 2 (virtio 1.3, section 4.2): registers over what all
-//! transports share (`transport/`).
+//! The virtio-mmio transport, version 2 (virtio 1.3, section 4.2): registers on top of the core
+//! that all transports share (`transport/`).
 //!
-//! The guest reads registers straight from the page (see [`registers`]), so every write leaves the
-//! page showing what a read has to return.
+//! The guest reads registers straight from the page (see [`registers`]), so after every write the
+//! page must already hold what a read has to return.
 pub mod registers;
 mod saved;
 #[cfg(test)]
@@ -51,14 +51,14 @@ const QUEUE_DEVICE_HIGH: usize = 0xa4;
 /// SHMLenLow, SHMLenHigh, SHMBaseLow, SHMBaseHigh: all ones where there is no such region.
 const SHM: [usize; 4] = [0xb0, 0xb4, 0xb8, 0xbc];
 
-/// "virt", as the driver sees it.
+/// "virt" in little-endian, as the driver sees it.
 const MAGIC_VALUE: u32 = 0x7472_6976;
 const MMIO_VERSION: u32 = 2;
-/// No vendor is registered for this field; drivers look at the device id only.
+/// No vendor is registered for this field; drivers only check the device id.
 const VENDOR: u32 = 0;
 
 /// A virtio device behind a page of virtio-mmio registers. Where the device's type is known, it can
-/// be asked and changed as what it is.
+/// be accessed as that type.
 pub struct Transport<D: VirtioDevice + ?Sized = dyn VirtioDevice> {
     core: TransportCore<D>,
     registers: Registers,
@@ -66,7 +66,7 @@ pub struct Transport<D: VirtioDevice + ?Sized = dyn VirtioDevice> {
 }
 
 impl<D: VirtioDevice + ?Sized> Transport<D> {
-    /// Put `device` behind `registers`. Its worker will run on `thread` and interrupt by `line`.
+    /// Attach `device` to `registers`. Its worker will run on `thread` and interrupt by `line`.
     ///
     /// # Errors
     /// When the process has no descriptors left for the queues' notifications.
@@ -94,7 +94,7 @@ impl<D: VirtioDevice + ?Sized> Transport<D> {
         Ok(transport)
     }
 
-    /// One eventfd for each queue, for the machine to signal when the driver writes the queue's
+    /// One eventfd for each queue, which the machine signals when the driver writes the queue's
     /// index to [`QUEUE_NOTIFY`].
     pub fn notifiers(&self) -> &Arc<[EventFd]> {
         self.core.notifiers()
@@ -110,13 +110,13 @@ impl<D: VirtioDevice + ?Sized> Transport<D> {
         self.core.device()
     }
 
-    /// The device, to be changed where its driver sees nothing of it.
+    /// The device, for changes that are not visible to its driver.
     pub fn device_mut(&mut self) -> &mut D {
         self.core.device_mut()
     }
 
-    /// Change the device's configuration (hot-plug, resize, link) and tell its driver if there is
-    /// something to see.
+    /// Change the device's configuration (hot-plug, resize, link) and notify its driver if it has
+    /// changed visibly.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut D) -> R) -> R {
         let result = change(self.core.device_mut());
         self.show_selected();

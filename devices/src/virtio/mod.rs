@@ -1,9 +1,10 @@
-//! Virtio devices: the seam between a device and the transport that carries it.
+//! Virtio devices: the interface between a device and its transport.
 //!
 //! A device has two halves. The *front* ([`VirtioDevice`]) answers the transport; its *worker*
 //! ([`crate::worker::Worker`]) owns the queues and runs on an I/O thread from DRIVER_OK to reset.
-//! Where the worker is, and what becomes of the device when its I/O thread fails, is the same for
-//! all of them: see `worker.rs`. What every transport does is in `transport/`; virtio-mmio is one.
+//! Where the worker is, and what happens to the device when its I/O thread fails, is the same for
+//! all of them: see `worker.rs`. The part common to every transport is in `transport/`; virtio-mmio
+//! is one.
 pub mod balloon;
 pub mod blk;
 pub mod chain;
@@ -25,7 +26,7 @@ use crate::{Device, Memory, state::StateError, worker::IoThread};
 pub use interrupt::Interrupt;
 pub(crate) use worker::VirtioWorker;
 
-/// `VIRTIO_F_VERSION_1`: every device offers it and refuses drivers that do not take it.
+/// `VIRTIO_F_VERSION_1`: every device offers it and refuses drivers that do not accept it.
 pub const F_VERSION_1: u64 = 1 << 32;
 /// `VIRTIO_RING_F_INDIRECT_DESC`.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -40,21 +41,21 @@ const CANNOT_OFFER: &str = "virtio features that this device cannot offer";
 pub struct ActiveQueue {
     /// Position among the device's queues.
     pub index: u16,
-    /// The ring, addresses checked, EVENT_IDX set as negotiated.
+    /// The ring, with its addresses checked and EVENT_IDX set as negotiated.
     pub queue: Queue,
     /// Signalled by the driver's write to QueueNotify.
     pub notify: EventFd,
 }
 
-/// Everything a device receives when its driver says DRIVER_OK.
+/// Everything a device receives when its driver sets DRIVER_OK.
 pub struct Activation {
     /// The queues that the driver made ready; the device owns them until it is reset.
     pub queues: Vec<ActiveQueue>,
-    /// Feature bits both sides agreed on.
+    /// Negotiated feature bits.
     pub features: u64,
     /// Guest memory.
     pub memory: Memory,
-    /// The way back to the guest.
+    /// Interrupts and status towards the guest.
     pub interrupt: Interrupt,
     /// Where the worker runs.
     pub thread: Arc<dyn IoThread>,
@@ -63,22 +64,22 @@ pub struct Activation {
 /// A virtio device, independent of its transport.
 ///
 /// The transport calls `pause`, `resume` and `reset` of [`Device`]; `reset` stops the worker and
-/// forgets the activation. `save` and `restore` carry what the device itself knows (never the
-/// ring state of an inactive device); for an active one the section includes each queue's
-/// `QueueState`, and the transport activates the device, pauses it and only then restores it. The
-/// worker does not run in between: it never sees its queues before it knows its place in them.
+/// discards the activation. `save` and `restore` carry the device's own state (never the ring state
+/// of an inactive device); for an active one the section includes each queue's `QueueState`, and
+/// the transport activates the device, pauses it and only then restores it. The worker does not run
+/// in between: it never processes its queues before it knows its position in them.
 pub trait VirtioDevice: Device + Any {
     /// Device type number (virtio 1.3, section 5).
     fn device_type(&self) -> u32;
-    /// Feature bits offered: the device's own and the ring features that its worker can do
+    /// Feature bits offered: the device's own and the ring features that its worker supports
     /// ([`F_INDIRECT_DESC`], [`F_EVENT_IDX`]). The transport adds [`F_VERSION_1`].
     fn features(&self) -> u64;
-    /// Offer `features`, without [`F_VERSION_1`], from now on: those that a restored slot offered when
-    /// its guest started. They belong to the slot, whatever has been plugged into it since.
+    /// Offer `features`, without [`F_VERSION_1`], from now on: those that a restored slot offered
+    /// when its guest started. They belong to the slot, whatever has been plugged into it since.
     ///
     /// # Errors
-    /// When the device, with the back-end that it has, cannot do one of them. It then offers what it
-    /// did before.
+    /// When the device, with its present back-end, does not support one of them. It then offers
+    /// what it did before.
     fn offer(&mut self, features: u64) -> Result<(), StateError> {
         match features == self.features() & !F_VERSION_1 {
             true => Ok(()),
@@ -93,12 +94,12 @@ pub trait VirtioDevice: Device + Any {
     /// The driver writes the device-specific configuration space. Out-of-range and read-only
     /// writes are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
-    /// Whether a write to the configuration space counts in whatever state the driver is, as a
-    /// console's emerg_wr does (section 5.3.4).
+    /// Whether writes to the configuration space take effect in any driver state, as those to a
+    /// console's emerg_wr do (section 5.3.4).
     fn configurable_always(&self) -> bool {
         false
     }
-    /// DRIVER_OK: take the queues and begin.
+    /// DRIVER_OK: take the queues and start.
     ///
     /// # Errors
     /// When the device cannot begin; the transport sets DEVICE_NEEDS_RESET.
@@ -108,15 +109,15 @@ pub trait VirtioDevice: Device + Any {
 /// Why a device could not be activated.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
-    /// The driver left a queue out that the device cannot do without.
+    /// The driver has not set up a queue that the device requires.
     #[error("queue {0} is not ready")]
     MissingQueue(u16),
     /// The host refused something.
     #[error("cannot {what}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: std::io::Error,
     },
 }

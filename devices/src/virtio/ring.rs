@@ -1,9 +1,9 @@
-//! One virtqueue as a worker uses it that has nothing in flight: chains are used in the order in
-//! which they were taken, or put back.
+//! One virtqueue of a worker without requests in flight: chains are used in the order in which they
+//! were taken, or put back.
 //!
 //! virtio-queue publishes each used buffer on its own and ignores NO_INTERRUPT. A frame in
-//! mergeable buffers has to appear in the used ring as a whole (a driver that polls would take
-//! half a frame for an error), so used entries are written here.
+//! mergeable buffers has to appear in the used ring as a whole (a driver that polls would take half
+//! a frame for an error), so used entries are written here.
 use std::{
     os::fd::{AsRawFd, RawFd},
     sync::atomic::{Ordering, fence},
@@ -21,26 +21,25 @@ use crate::{Memory, log_limit::log_seldom};
 
 const NO_INTERRUPT: u16 = 1;
 
-/// The ring itself cannot be followed any further, or the worker is in a state that it must not be
-/// in: the device needs a reset.
+/// The ring itself is unusable, or the worker is in an invalid state: the device needs a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Broken;
 
 impl Broken {
-    /// The device `id` leaves its queues alone from now on, until its driver resets it.
+    /// Report that the device `id` leaves its queues alone from now on, until its driver resets it.
     pub(crate) fn report(self, id: &str, interrupt: &Interrupt) {
         log_seldom!(error, "{id}: the driver has broken a virtqueue");
         interrupt.needs_reset();
     }
 }
 
-/// What the driver had for us.
+/// The result of taking a chain.
 pub(crate) enum Popped {
     /// No chain.
     Nothing,
     /// A chain.
     Chain,
-    /// A head whose chain cannot be used.
+    /// The head of an invalid chain.
     Malformed,
 }
 
@@ -56,7 +55,7 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// Go on where the queue stands.
+    /// Continue at the queue's position.
     pub(crate) fn new(active: ActiveQueue, memory: Memory, indirect: bool) -> Self {
         let ActiveQueue { index, queue, notify } = active;
         let signalled = queue.next_used();
@@ -73,23 +72,23 @@ impl Ring {
         self.queue.size()
     }
 
-    /// The memory that it lies in.
+    /// The guest memory that it lies in.
     pub(crate) fn memory(&self) -> &Memory {
         &self.memory
     }
 
-    /// The driver's notifications.
+    /// The eventfd of the driver's notifications.
     pub(crate) fn fd(&self) -> RawFd {
         self.notify.as_raw_fd()
     }
 
-    /// Take the driver's notifications so far.
+    /// Consume the driver's notifications so far.
     pub(crate) fn drain(&self) {
-        // WouldBlock: nothing was there, as on adoption.
+        // WouldBlock: not signalled, as on adoption.
         let _ = self.notify.read();
     }
 
-    /// Notify ourselves: there is more to do, but others have their turn first.
+    /// Signal our own eventfd: there is more to do, but other workers get their turn first.
     pub(crate) fn come_back(&self) {
         // Saturated: it is set already.
         let _ = self.notify.write(1);
@@ -125,15 +124,15 @@ impl Ring {
         self.memory.store(next.to_le(), self.used(2)?, Ordering::Release).map_err(|_| Broken)
     }
 
-    /// Whether the driver wants to be interrupted for what was published since it was asked last
-    /// (virtio 1.3, section 2.7.7.2).
+    /// Whether the driver wants an interrupt for what was published since the last call (virtio
+    /// 1.3, section 2.7.7.2).
     pub(crate) fn wants_interrupt(&mut self) -> Result<bool, Broken> {
         let new = self.queue.next_used();
         let old = std::mem::replace(&mut self.signalled, new);
         if new == old {
             return Ok(false);
         }
-        // The used index has to be visible before the driver's wish is read.
+        // The used index has to be visible before the driver's event index is read.
         fence(Ordering::SeqCst);
         let size = u64::from(self.queue.size());
         let event_idx = self.queue.event_idx_enabled();
@@ -148,22 +147,23 @@ impl Ring {
         })
     }
 
-    /// Ask for a notification of the next chain; true if there is one already.
+    /// Request a notification for the next chain; true if there is one already.
     pub(crate) fn listen(&mut self) -> Result<bool, Broken> {
         self.queue.enable_notification(&self.memory).map_err(|_| Broken)
     }
 
-    /// No notifications needed for now.
+    /// Turn notifications off for now.
     pub(crate) fn ignore(&mut self) -> Result<(), Broken> {
         self.queue.disable_notification(&self.memory).map_err(|_| Broken)
     }
 
-    /// Chains taken and used so far, modulo 2^16. Equal, for nothing stays in flight.
+    /// Chains taken and used so far, modulo 2^16. The two are equal, because nothing stays in
+    /// flight.
     pub(crate) fn position(&self) -> u16 {
         self.queue.next_avail()
     }
 
-    /// Go on at `position`.
+    /// Continue at `position`.
     pub(crate) fn set_position(&mut self, position: u16) {
         self.queue.set_next_avail(position);
         self.queue.set_next_used(position);

@@ -30,8 +30,8 @@ use crate::{
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZE: u16 = 256;
-/// Bytes that one request gets at most, whatever its buffers hold: descriptors may overlap and add
-/// up to more than there is memory.
+/// Most bytes returned for one request, whatever its buffers hold: descriptors may overlap and add
+/// up to more than all memory.
 const MAX_REQUEST: usize = 64 << 10;
 
 /// Why an entropy device could not be made.
@@ -55,8 +55,8 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device fed from `path`, at most `bps` bytes per second. A source that has nothing to give
-    /// makes the guest wait, and no other.
+    /// A device that reads from `path`, at most `bps` bytes per second. If the source has no data,
+    /// only this guest waits.
     ///
     /// # Errors
     /// When `path` cannot be opened, or has an end, as regular files do.
@@ -74,7 +74,7 @@ impl Rng {
         Ok(Self { id: id.into(), source, bps, worker: VirtioWorker::default() })
     }
 
-    /// A device that nothing feeds: it can take a saved state, and makes its guest wait.
+    /// A device without a source: it can be restored from a saved state, and makes its guest wait.
     ///
     /// # Errors
     /// When no descriptor is left.
@@ -121,7 +121,7 @@ impl VirtioDevice for Rng {
     }
 
     fn write_config(&mut self, _: u64, _: &[u8]) {
-        // Section 5.4.4: there is none.
+        // Section 5.4.4: there is no configuration space.
     }
 
     fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
@@ -139,7 +139,7 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// Nothing is in flight in a quiet device, so one number says how far the queue has been served.
+/// Nothing is in flight in a quiesced device, so one number gives the queue's position.
 impl Snapshot for Rng {
     type State = saved::Rng;
 
@@ -167,7 +167,7 @@ impl Snapshot for Rng {
 struct RngWorker {
     id: String,
     source: File,
-    /// Holds the source if it can be waited on.
+    /// Contains the source if it can be waited on.
     epoll: OwnedFd,
     limiter: RateLimiter,
     ring: Ring,
@@ -189,7 +189,7 @@ impl RngWorker {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let data = epoll::EventData::new_u64(0);
         match epoll::add(&epoll, &source, data, epoll::EventFlags::IN) {
-            // EPERM: cannot be waited on because it never has nothing.
+            // EPERM: the source cannot be waited on, because it always has data.
             Ok(()) | Err(rustix::io::Errno::PERM) => {}
             Err(error) => return Err(error.into()),
         }
@@ -206,7 +206,7 @@ impl RngWorker {
         })
     }
 
-    /// Serve requests, at most a queue's worth before others have their turn.
+    /// Serve requests, at most a queue's worth before other workers get their turn.
     fn work(&mut self) -> Result<(), Broken> {
         self.ring.ignore()?;
         let more = self.serve()?;
@@ -243,14 +243,15 @@ impl RngWorker {
         Ok(true)
     }
 
-    /// Fill the chain's buffers; how many bytes of them. `None` when there is nothing to give yet.
+    /// Fill the chain's buffers; returns the number of bytes. `None` when no data is available yet.
     fn fill(&mut self) -> Option<u32> {
         let buffers = self.chain.writable();
         let want = usize::try_from(total(buffers)).unwrap_or(MAX_REQUEST).min(MAX_REQUEST);
         if want == 0 {
             return Some(0);
         }
-        // A refusal depends on what was given before, and only what is given is charged.
+        // Whether the limit refuses depends on what was given before; only what is given is
+        // charged.
         if !self.limiter.take(0, 0) {
             return None;
         }
@@ -259,7 +260,7 @@ impl RngWorker {
             match self.source.read(scratch) {
                 Ok(n) if n > 0 => break n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing yet, or a FIFO whose writer has left, or a device that was pulled out.
+                // No data yet, or a FIFO whose writer has closed it, or a device that was removed.
                 Ok(_) | Err(_) => return None,
             }
         };
@@ -286,7 +287,7 @@ impl Worker for RngWorker {
     }
 
     fn quiesce(&mut self, _: Option<Duration>) -> bool {
-        // Requests are carried out on the spot: nothing is in flight.
+        // Requests are carried out synchronously: nothing is in flight.
         true
     }
 }

@@ -1,20 +1,20 @@
-//! The worker of a virtio device, and what becomes of the device when its I/O thread fails.
+//! The worker of a virtio device, and what happens to the device when its I/O thread fails.
 //!
 //! | the I/O thread | the device |
 //! |---|---|
-//! | does not take the worker at DRIVER_OK | is not activated, and gets back what the worker holds |
-//! | does not take it again, after a pause or a change | keeps it, quiet; each `resume` tries again; it can be saved |
-//! | does not return it, for a pause or a change | has lost it; it cannot be saved until its driver has reset it |
-//! | does not return it for a reset | has lost it, and what it held: it may fail to be activated again |
+//! | refuses the worker at DRIVER_OK | is not activated, and takes the worker's resources back |
+//! | refuses it after a pause or a change | keeps it parked, can be saved; `resume` tries again |
+//! | does not return it for a pause or a change | has lost it; it cannot be saved until reset |
+//! | does not return it for a reset | has lost it and its resources: activation may then fail |
 //!
 //! The driver sees DEVICE_NEEDS_RESET and a configuration interrupt in each case but the last,
-//! which is a reset already. The guest is not stopped for it.
+//! which is a reset already. The guest is not stopped because of it.
 use std::{io, sync::Arc};
 
 use super::{ActivateError, Interrupt};
 use crate::worker::{IoThread, Lost, Worker, WorkerControl, WorkerSlot};
 
-/// Where the worker of a virtio device is, and who is told when it fails.
+/// Where the worker of a virtio device is, and how the driver is notified when it fails.
 pub(crate) struct VirtioWorker<W> {
     slot: WorkerSlot<W>,
     /// From DRIVER_OK to reset.
@@ -28,12 +28,12 @@ impl<W> Default for VirtioWorker<W> {
 }
 
 impl<W: Worker> VirtioWorker<W> {
-    /// DRIVER_OK: let `worker` run on `thread`. The driver is told by `interrupt` of what happens
-    /// to it later.
+    /// DRIVER_OK: let `worker` run on `thread`. The driver is notified of later failures by
+    /// `interrupt`.
     ///
     /// # Errors
-    /// When the thread does not take it. The transport resets the device then, so that
-    /// [`VirtioWorker::stop`] returns it.
+    /// When the thread refuses it. The transport then resets the device, so that
+    /// [`VirtioWorker::stop`] returns the worker.
     pub fn start(
         &mut self,
         worker: W,
@@ -45,8 +45,8 @@ impl<W: Worker> VirtioWorker<W> {
         started.map_err(|source| ActivateError::Host { what: "start the device's worker", source })
     }
 
-    /// The driver resets the device: the worker, with nothing in flight. It may hold what the next
-    /// one needs. `None` when there is none, or it is lost.
+    /// The driver resets the device: return the worker, with nothing in flight. It may hold what
+    /// the next one needs. `None` when there is none, or it is lost.
     pub fn stop(&mut self) -> Option<Box<W>> {
         self.interrupt = None;
         self.slot.stop().unwrap_or_else(|lost| {
@@ -60,12 +60,12 @@ impl<W: Worker> VirtioWorker<W> {
         self.slot.parked()
     }
 
-    /// As [`VirtioWorker::parked`], to be changed. What it waits on stays as it is.
+    /// As [`VirtioWorker::parked`], to be changed. Its descriptors must stay the same.
     pub fn parked_mut(&mut self) -> Option<&mut W> {
         self.slot.parked_mut()
     }
 
-    /// Change the worker and what it waits on, wherever it is. `None` when there is no worker.
+    /// Change the worker and its descriptors, wherever it is. `None` when there is no worker.
     ///
     /// # Errors
     /// As [`WorkerSlot::change`].
@@ -74,7 +74,7 @@ impl<W: Worker> VirtioWorker<W> {
         self.told(changed)
     }
 
-    /// `result`; the driver has been told of an error.
+    /// `result`; on an error the driver has been notified.
     fn told<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
         if let (Err(_), Some(interrupt)) = (&result, &self.interrupt) {
             interrupt.needs_reset();

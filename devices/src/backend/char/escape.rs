@@ -1,7 +1,7 @@
 //! `Ctrl-a` sequences on standard input.
 const CTRL_A: u8 = 1;
 
-/// Takes escape sequences out of what is typed.
+/// Removes escape sequences from typed input.
 pub(super) struct Escape {
     quit: Box<dyn Fn() + Send>,
     armed: bool,
@@ -12,7 +12,7 @@ impl Escape {
         Self { quit, armed: false }
     }
 
-    /// Filter the first `len` bytes of `typed` in place; how many are left for the guest. A
+    /// Filter the first `len` bytes of `typed` in place; returns how many are left for the guest. A
     /// sequence may be split over calls.
     pub fn filter(&mut self, typed: &mut [u8], len: usize) -> usize {
         let mut kept = 0;

@@ -19,17 +19,17 @@ use rustix::{
 use super::socket::SocketName;
 use crate::{backend::writer::Writer, log_limit::log_seldom, threads::ThreadStart};
 
-/// Bytes that wait for a slow reader; more than that is dropped.
+/// Bytes kept for a slow reader; more than that is dropped.
 pub(super) const BACKLOG: usize = 256 << 10;
-/// How long what has been written to a file is waited for when its back-end is dropped.
+/// How long dropping a back-end waits for its output to reach a file.
 const AT_THE_END: Duration = Duration::from_secs(1);
-/// Bytes written at once where all that is known is that some can be written.
+/// Bytes written at once where poll only says that some can be written.
 const CAREFUL: usize = 256;
 
 /// The output end of a character back-end; clones lead to the same place.
 ///
-/// The lock is there because a vCPU writes while the worker on the I/O thread flushes and
-/// connects; nobody waits for anything while holding it.
+/// The lock is needed because a vCPU writes while the worker on the I/O thread flushes and
+/// connects; no thread blocks while holding it.
 #[derive(Clone)]
 pub struct CharSink {
     epoll: Arc<OwnedFd>,
@@ -42,27 +42,27 @@ struct State {
     backlog: VecDeque<u8>,
     replay: Option<Replay>,
     dropped: u64,
-    /// Of those, how many nobody has been told of yet.
+    /// Of those, how many have not been reported yet.
     untold: u64,
     /// What to remove at the end.
     name: Option<SocketName>,
-    /// The output is in the epoll: a worker will call when it can take more.
+    /// The output is in the epoll: the worker flushes when it becomes writable.
     watched: bool,
 }
 
-/// The last bytes of output, for whoever connects next.
+/// The last bytes of output, for the next client that connects.
 struct Replay {
     last: VecDeque<u8>,
     size: usize,
 }
 
-/// Where bytes go to, and how to write there without waiting.
+/// Where bytes are written, and how to do so without waiting.
 pub(super) enum Output {
-    /// The descriptor is ours and non-blocking.
+    /// The descriptor is this process's own and non-blocking.
     Plain(OwnedFd),
-    /// A socket shared with others: non-blocking for each call.
+    /// A socket shared with other processes: MSG_DONTWAIT on each call.
     Socket(OwnedFd),
-    /// Anything else shared with others: ask first.
+    /// Anything else shared with other processes: poll first.
     Ask(OwnedFd),
     /// A regular file, whose storage may hang.
     File(Writer),
@@ -74,7 +74,8 @@ impl Output {
         Self::Plain(fd)
     }
 
-    /// A file that this process has opened, non-blocking. A regular file has a thread, started by `start`.
+    /// A file that this process has opened, non-blocking. A regular file gets a thread, started by
+    /// `start`.
     pub fn file(file: File, start: &ThreadStart) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
             return Ok(Self::Plain(file.into()));
@@ -135,13 +136,13 @@ impl CharSink {
         Self { epoll, state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Keep the last `size` bytes of output from now on, and send them first to whoever connects.
+    /// Keep the last `size` bytes of output from now on, and send them first to each new client.
     pub(super) fn replay(&self, size: usize) {
         let last = VecDeque::new();
         self.state.lock().replay = (size > 0).then_some(Replay { last, size });
     }
 
-    /// Send `bytes` on; returns at once.
+    /// Send `bytes`; returns at once.
     pub fn send(&self, bytes: &[u8]) {
         let mut state = self.state.lock();
         if let Some(replay) = &mut state.replay {
@@ -150,7 +151,7 @@ impl CharSink {
         if state.output.is_none() {
             return;
         }
-        // Straight through while nothing waits; in order behind the backlog otherwise.
+        // Written directly while the backlog is empty; otherwise queued behind it, in order.
         let mut rest = bytes;
         if state.backlog.is_empty() {
             let taken = state.write(rest);
@@ -165,8 +166,8 @@ impl CharSink {
         state.watch(&self.epoll);
     }
 
-    /// How many bytes [`CharSink::send`] would pass on or keep; what goes nowhere always has room.
-    /// More room is announced by the source's descriptor.
+    /// How many bytes [`CharSink::send`] would pass on or keep; a sink that discards always has
+    /// room. The source's descriptor fires when there is more room.
     pub fn room(&self) -> usize {
         let state = self.state.lock();
         match &state.output {
@@ -175,7 +176,7 @@ impl CharSink {
         }
     }
 
-    /// Bytes dropped because nobody took them.
+    /// Bytes dropped because the peer did not accept them.
     pub fn dropped(&self) -> u64 {
         self.state.lock().dropped
     }
@@ -185,15 +186,15 @@ impl CharSink {
         self.state.lock().drop_bytes(bytes);
     }
 
-    /// The end: let what has been written to a file arrive there, for at most `patience`, and remove the
-    /// name of a socket. What is sent afterwards vanishes.
+    /// Shut down: wait at most `patience` for output to reach its file, and remove the name of a
+    /// socket. Output sent afterwards is discarded.
     pub fn finish(&self, patience: Duration) {
         let mut state = self.state.lock();
         state.finish(patience);
         state.name = None;
     }
 
-    /// The name of the socket that connections come from.
+    /// Set the name of the socket that clients connect to.
     pub(super) fn listens_at(&self, name: SocketName) {
         self.state.lock().name = Some(name);
     }
@@ -235,7 +236,7 @@ impl Replay {
 }
 
 impl State {
-    /// How many more bytes may wait. What is replayed comes on top of what may wait anyway.
+    /// How many more bytes may be queued. A pending replay does not count against the backlog.
     fn room(&self) -> usize {
         let replay = self.replay.as_ref().map_or(0, |replay| replay.size);
         (BACKLOG + replay).saturating_sub(self.backlog.len())
@@ -253,7 +254,7 @@ impl State {
         }
     }
 
-    /// How many of `bytes` are dealt with: written, or lost for good because of an error.
+    /// How many of `bytes` are done with: written, or lost for good because of an error.
     fn write(&mut self, bytes: &[u8]) -> usize {
         loop {
             let Some(output) = &self.output else { return bytes.len() };
@@ -286,7 +287,7 @@ impl State {
         self.untold = self.untold.saturating_add(bytes as u64);
     }
 
-    /// Only a file is waited for: what else there is has a reader, who may never read.
+    /// Waits for a file only: any other output has a reader, which may never read.
     fn finish(&mut self, patience: Duration) {
         let Some(Output::File(writer)) = self.output.take() else { return };
         let deadline = Instant::now() + patience;
@@ -305,7 +306,7 @@ impl State {
         }
     }
 
-    /// Wait for writability exactly while there is a backlog.
+    /// Watch for writability only while there is a backlog.
     fn watch(&mut self, epoll: &OwnedFd) {
         let wanted = !self.backlog.is_empty();
         let Some(output) = &self.output else { return };

@@ -22,7 +22,7 @@ use rustix::{
 use super::CharError;
 use crate::log_limit::log_seldom;
 
-/// Connections that the kernel keeps waiting: one at a time is served.
+/// The listen backlog: connections that wait while one is served.
 const BACKLOG: i32 = 128;
 
 /// The listening socket.
@@ -34,12 +34,12 @@ pub(super) struct Listener {
 /// The socket's name in the file system; dropping it removes it.
 pub(super) struct SocketName {
     path: PathBuf,
-    /// Device and inode of the path, so that nobody else's is removed.
+    /// Device and inode of the path, so that another process's socket is not removed.
     identity: Option<(u64, u64)>,
 }
 
 impl Listener {
-    /// Listens at `path`, with mode 0600 from the first moment on.
+    /// Listen at `path`, with mode 0600 from the first moment on.
     pub fn bind(path: &Path) -> Result<(Self, SocketName), CharError> {
         make_way(path)?;
         let open = || {
@@ -77,7 +77,7 @@ impl AsFd for Listener {
 impl Drop for SocketName {
     fn drop(&mut self) {
         if self.identity.is_some() && identity(&self.path) == self.identity {
-            // Somebody was faster: gone is gone.
+            // Another process may have removed it already.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -87,7 +87,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
-/// Remove a socket that nobody listens on any more; refuse anything else that is in the way.
+/// Remove a socket that no process listens on any more; refuse anything else that is in the way.
 fn make_way(path: &Path) -> Result<(), CharError> {
     let failed = |error: io::Error| CharError::open(path.display().to_string())(error);
     match fs::symlink_metadata(path) {

@@ -23,7 +23,7 @@ fn read_all(source: &mut CharSource) -> Vec<u8> {
     }
 }
 
-/// Whether the descriptor that the worker waits on has something to say.
+/// Whether the descriptor that the worker waits on is ready.
 fn fires(source: &CharSource) -> bool {
     !events(source.epoll.as_fd()).is_empty()
 }
@@ -48,7 +48,7 @@ fn a_dead_reader_blocks_nobody_and_costs_a_bounded_backlog() {
     }
     let dropped = char.sink.dropped();
     assert!(dropped > (9 << 20) && dropped < (10 << 20), "{dropped} bytes dropped");
-    // The reader wakes up: the source is told, and what was kept flows in order.
+    // The reader resumes: the source is notified, and the backlog is flushed in order.
     let mut source = char.source;
     let mut got = 0;
     let mut buffer = vec![0; 1 << 16];
@@ -166,7 +166,7 @@ fn a_pty_carries_bytes_both_ways_and_survives_its_terminal() {
     for _ in 0..2 {
         let mut terminal = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         terminal.write_all(b"\x03ls\r").unwrap();
-        // The kernel passes a terminal's bytes on in its own time.
+        // The kernel passes a terminal's bytes on with a delay.
         let mut typed = Vec::new();
         while typed.len() < 4 {
             let mut fds = [PollFd::from_borrowed_fd(char.source.epoll.as_fd(), PollFlags::IN)];
@@ -242,7 +242,7 @@ fn take(stream: &mut UnixStream, source: &mut CharSource, len: usize) -> Vec<u8>
     let mut got = vec![0; len];
     let mut at = 0;
     while at < len {
-        // What waits flows as the reader makes room.
+        // The backlog is flushed as the reader makes room.
         source.read(&mut []);
         at += stream.read(&mut got[at..]).unwrap();
     }
@@ -309,7 +309,7 @@ fn a_guest_that_reads_nothing_keeps_nobody_out() {
         assert_eq!(&said, b"hello");
         assert_eq!(char.source.read(&mut []), 0);
     }
-    // What was typed comes when there is room, and what comes later behind it.
+    // Earlier input arrives once there is room, followed by later input.
     let mut third = UnixStream::connect(&path).unwrap();
     third.write_all(b"three").unwrap();
     assert_eq!(char.source.read(&mut []), 0);
@@ -333,7 +333,7 @@ fn a_file_that_hangs_costs_output_and_holds_nobody() {
     }
     let dropped = usize::try_from(char.sink.dropped()).unwrap();
     assert!(dropped > 0 && dropped < sent, "{dropped} of {sent} bytes were dropped");
-    // When it takes output again, all that was kept arrives, at the end as well.
+    // When the file accepts output again, the whole backlog arrives, also at shutdown.
     let arrived = std::thread::spawn(move || {
         let mut bytes = Vec::new();
         reader.read_to_end(&mut bytes).map(|_| bytes)

@@ -1,4 +1,4 @@
-//! A copy of a disk as it is at one moment, while its guest writes on.
+//! A point-in-time copy of a disk, made while its guest keeps writing.
 //!
 //! ```text
 //!   Idle --begin--> Held -------------------cloned------------------> Over
@@ -6,9 +6,10 @@
 //!                    +-> Copying ---------------copied-----------------+
 //!                        a change waits until what it replaces has been copied
 //! ```
-//! Where the file system can share the blocks of two files (FICLONE: XFS, btrfs), changes wait for that one
-//! call. Elsewhere the image is read from its beginning to its end, and what the guest is about to change
-//! out of turn (copy-before-write). If the copy fails, for whatever reason, the guest keeps running.
+//! Where the file system can share the blocks of two files (FICLONE: XFS, btrfs), changes wait for
+//! that one call. Elsewhere the image is read from beginning to end, and blocks that the guest is
+//! about to change are copied out of turn (copy-before-write). If the copy fails, for whatever
+//! reason, the guest keeps running.
 #[cfg(test)]
 mod tests;
 
@@ -28,23 +29,23 @@ use rustix::{fs::SeekFrom, io::Errno};
 use super::{Change, Disk, DiskMark, Observer, Verdict, Waker, generation};
 use crate::backend::sparse;
 
-/// Bytes that are copied, or not, as one.
+/// Bytes of a cluster, the unit of copying.
 const CLUSTER: u64 = 64 << 10;
-/// Clusters that are read at once: a change waits for no more than these and its own.
+/// Clusters that are read at once: a change waits for at most these and its own.
 const PIECE: u64 = 4;
 
-/// A copy of a disk in the making. One thread begins it and may abandon it, another one makes it.
+/// A copy of a disk in progress. One thread begins it and may abandon it, another one makes it.
 pub struct DiskCopy {
     disk: Arc<Disk>,
     waker: Waker,
-    /// A lock, because I/O threads ask what the thread that copies changes, between two reads of it.
+    /// A lock, because I/O threads check what the copying thread updates between two reads.
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     phase: Phase,
-    /// Of the image at that moment.
+    /// The generation of the image at that moment.
     generation: Option<u128>,
     /// Since when changes have waited without any progress.
     waiting: Option<Instant>,
@@ -62,13 +63,13 @@ enum Phase {
 /// How a copy was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Made {
-    /// It shares the blocks of the image. Changes waited for so long.
+    /// It shares the blocks of the image. Changes waited for this long.
     Cloned(Duration),
     /// By reading the image.
     Copied,
 }
 
-/// What has been done since it was last told.
+/// Progress since the last report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Step {
     /// Bytes of the image that are in the copy.
@@ -78,7 +79,7 @@ pub struct Step {
 }
 
 impl DiskCopy {
-    /// A copy of `disk`, of a moment to come.
+    /// Prepare a copy of `disk` as it will be when [`DiskCopy::begin`] is called.
     pub fn new(disk: Arc<Disk>) -> Arc<Self> {
         let (waker, state) = (disk.waker(), Mutex::default());
         Arc::new(Self { disk, waker, state })
@@ -89,17 +90,17 @@ impl DiskCopy {
         &self.disk
     }
 
-    /// Bring what has been written so far to the medium. What remains of that is all that cloning will
-    /// have to wait for.
+    /// Flush what has been written so far to the medium. Cloning then only has to wait for what is
+    /// written after this.
     ///
     /// # Errors
-    /// When the medium does not take it.
+    /// When the host cannot write it.
     pub fn sync(&self) -> io::Result<()> {
         self.disk.file.sync_all()
     }
 
-    /// This is the moment: no request is under way. Changes wait from here on, until
-    /// [`DiskCopy::make`] lets them pass.
+    /// Begin the copy: this is the moment that it shows. No request may be under way. Changes wait
+    /// from here on, until [`DiskCopy::make`] lets them pass.
     pub fn begin(self: &Arc<Self>) {
         let generation = self.disk.mark().and_then(|mark| mark.generation);
         let mut state = self.state.lock();
@@ -110,13 +111,13 @@ impl DiskCopy {
         }
     }
 
-    /// Copy the disk, as it was when [`DiskCopy::begin`] was called, into `to`, which is empty; with each
-    /// step `progress` is called, and an error of it ends the copying. Changes pass afterwards, whatever
-    /// comes of it.
+    /// Copy the disk, as it was when [`DiskCopy::begin`] was called, into `to`, which is empty.
+    /// `progress` is called after each step, and an error from it ends the copying. Afterwards
+    /// changes pass, whether it succeeded or not.
     ///
     /// # Errors
-    /// When the image cannot be read, or the copy not be written. An error of the kind `Interrupted` when
-    /// it was abandoned.
+    /// When the image cannot be read or the copy cannot be written. An error of the kind
+    /// `Interrupted` when it was abandoned.
     pub fn make(
         &self,
         to: &File,
@@ -134,7 +135,8 @@ impl DiskCopy {
     ) -> io::Result<Made> {
         let begin = Instant::now();
         let size = self.disk.bytes_of_image()?;
-        // Refused by most file systems, and between two of them: then it is copied.
+        // Most file systems refuse it, and so does any pair of different ones: then the image is
+        // copied.
         let cloned = rustix::fs::ioctl_ficlone(to, &*self.disk.file);
         let next = match cloned {
             Ok(()) => Phase::Over,
@@ -165,14 +167,15 @@ impl DiskCopy {
                     usize::try_from(length).ok().and_then(|length| buffer.get_mut(..length));
                 let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
                 self.disk.file.read_exact_at(bytes, range.start)?;
-                // What it replaces lies here now: the change need not wait for the other file.
+                // The old data is in memory now: the change need not wait for the write to the
+                // copy.
                 (self.copied(&range), sparse::write(to, bytes, range.start)?)
             };
             progress(Step { done, written })?;
         }
     }
 
-    /// What has to be read next.
+    /// The next range to read.
     fn next(&self) -> io::Result<Option<Next>> {
         let mut state = self.state.lock();
         match &mut state.phase {
@@ -181,7 +184,7 @@ impl DiskCopy {
         }
     }
 
-    /// `range` is in the copy; how many bytes of it were not before.
+    /// Mark `range` as copied; returns how many bytes of it were not copied before.
     fn copied(&self, range: &Range<u64>) -> u64 {
         let mut state = self.state.lock();
         let State { phase, waiting, .. } = &mut *state;
@@ -194,26 +197,26 @@ impl DiskCopy {
         new
     }
 
-    /// Let all changes pass: nothing comes of the copy unless it is complete.
+    /// Let all changes pass; an incomplete copy is invalid from then on.
     pub fn abandon(&self) {
         {
             let mut state = self.state.lock();
             (state.phase, state.waiting) = (Phase::Over, None);
         }
-        // Has those asked about again that wait.
+        // Retries the changes that wait.
         self.disk.unobserve(self);
     }
 
-    /// How long changes of the guest have waited while nothing was copied.
+    /// How long guest changes have waited without any copying progress.
     pub fn stalled(&self) -> Option<Duration> {
         self.state.lock().waiting.map(|since| since.elapsed())
     }
 
-    /// Make `to`, which is complete, durable, and have it known by the generation that the image had.
-    /// What it is like then.
+    /// Make the complete copy `to` durable, and give it the generation that the image had. Returns
+    /// its mark.
     ///
     /// # Errors
-    /// When the medium does not take it.
+    /// When the host refuses.
     pub fn seal(&self, to: &File) -> io::Result<DiskMark> {
         if let Some(generation) = self.state.lock().generation
             && let Err(e) = generation::write(to, generation)
@@ -247,7 +250,7 @@ impl Observer for DiskCopy {
 /// The next bytes to be read.
 struct Next {
     range: Range<u64>,
-    /// They are zero, and take no room.
+    /// They are zero, and are not written.
     hole: bool,
 }
 
@@ -255,15 +258,15 @@ struct Next {
 struct Clusters {
     /// Bytes of the image.
     size: u64,
-    /// Whether the host can tell where data is.
+    /// Whether the host can report where data is.
     sparse: bool,
-    /// A bit for each.
+    /// One bit for each cluster.
     copied: Vec<u64>,
-    /// All before this one have been copied.
+    /// All clusters before this one have been copied.
     first: u64,
-    /// Where data begins behind `first`, as far as that is known.
+    /// Where data begins at or after `first`, as far as known.
     data: u64,
-    /// What changes wait for.
+    /// The ranges that waiting changes need.
     wanted: VecDeque<Range<u64>>,
 }
 
@@ -292,7 +295,7 @@ impl Clusters {
             let word = usize::try_from(at / 64).ok().and_then(|at| self.copied.get(at))?;
             let ones = u64::from((word >> (at % 64)).trailing_ones());
             match at % 64 + ones {
-                // The whole rest of the word, whose upper bits were filled with zeros by the shift.
+                // Skip the rest of the word: the shift has filled its upper bits with zeros.
                 64.. => at = at / 64 * 64 + 64,
                 _ => return Some(at + ones).filter(|at| *at < clusters.end),
             }
@@ -300,12 +303,13 @@ impl Clusters {
         None
     }
 
-    /// Those that `bytes` touch. What lies beyond the copy has none.
+    /// The clusters that `bytes` touch; none beyond the end of the copy.
     fn touched(&self, bytes: &Range<u64>) -> Range<u64> {
         bytes.start / CLUSTER..bytes.end.min(self.size).div_ceil(CLUSTER)
     }
 
-    /// Have the clusters of `bytes` copied soon; false when they have been.
+    /// Request that the clusters of `bytes` be copied soon; false when they have been copied
+    /// already.
     fn want(&mut self, bytes: &Range<u64>) -> bool {
         let touched = self.touched(bytes);
         let Some(start) = self.missing(&touched) else { return false };
@@ -316,8 +320,8 @@ impl Clusters {
         true
     }
 
-    /// `bytes` are in the copy. How many were not before, as a hole may have such in it; and whether
-    /// nothing is missing any more for some of the changes that wait.
+    /// Mark `bytes` as copied. Returns how many were not copied before (part of a hole may have
+    /// been), and whether any waiting change now has all its clusters copied.
     fn copied(&mut self, bytes: &Range<u64>) -> (u64, bool) {
         let mut new = 0;
         for cluster in self.touched(bytes) {
@@ -347,7 +351,7 @@ impl Clusters {
         self.first = first;
         let at = first * CLUSTER;
         if self.sparse && at >= self.data {
-            // Nothing has changed that was not copied: what is a hole now was one at that moment.
+            // Nothing changes before it is copied: what is a hole now was one at that moment.
             self.data = data_after(image, at, self.size)?;
             let end = self.data / CLUSTER * CLUSTER;
             let end = if self.data >= self.size { self.size } else { end };
@@ -359,7 +363,7 @@ impl Clusters {
         Ok(Some(self.piece(self.first)))
     }
 
-    /// From `cluster` on, as many as have not been copied, and are read at once.
+    /// The run of uncopied clusters from `cluster` on that is read at once.
     fn piece(&self, cluster: u64) -> Next {
         let most = cluster..(cluster + PIECE).min(self.count());
         let end = most.take_while(|next| self.missing(&(*next..*next + 1)).is_some()).last();
@@ -368,10 +372,10 @@ impl Clusters {
     }
 }
 
-/// Where data begins in `file` at `at` or behind it; `size` when there is none.
+/// Where data begins in `file` at or after `at`; `size` when there is none.
 ///
 /// # Errors
-/// When the host does not tell.
+/// When the host cannot report it.
 pub fn data_after(file: &File, at: u64, size: u64) -> io::Result<u64> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(data) => Ok(data.min(size)),

@@ -1,4 +1,4 @@
-//! Carries requests out on a disk, straight between guest memory and the host.
+//! Carries out disk requests, directly between guest memory and the host.
 //!
 //! ```text
 //!   start ---> data is in the page cache, or takes none: done before `start` returns
@@ -6,10 +6,9 @@
 //!         \--> has to wait, but there is no io_uring: waits in `start`
 //! ```
 //!
-//! Most requests of a disk in the page cache end in `start`: one system call, no thread hop, and
-//! no slot. A buffered write also counts as done there, as writing to the page cache is all it
-//! has to do, and file systems without `RWF_NOWAIT` for writes (ext4) would send each through a
-//! kernel worker.
+//! Most requests of a disk in the page cache end in `start`: one system call, no thread hop, and no
+//! slot. A buffered write also completes there, as it only has to reach the page cache, and file
+//! systems without `RWF_NOWAIT` for writes (ext4) would send each through a kernel worker.
 // UNSAFETY: the kernel reads and writes guest memory here by address, and after the call that asks
 // for it has returned. The engine owns what that needs: the memory (kept mapped until nothing is
 // in flight, see `Drop`), the buffer lists and the descriptors.
@@ -36,24 +35,24 @@ use crate::{
 
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-/// Largest submission ring. Deeper queues are worked off in turns.
+/// Largest submission ring. Deeper queues are processed in turns.
 const RING: usize = 256;
-/// Bytes in flight from which on nothing more is started. Whoever pauses or resets the device
+/// Once this many bytes are in flight, nothing more is started. A pause or reset of the device
 /// waits for them, and a guest could have hundreds of requests of the largest size.
 const BYTES: u64 = 64 << 20;
-/// How often what the kernel has no memory for, or is too busy for, is tried again at once.
+/// How often a call is retried at once when the kernel lacks memory or is busy.
 const RETRY_LIMIT: usize = 1000;
 
-/// Bytes of one read or write from which on io_uring does it, even if it would not wait: this
-/// thread serves other queues, too.
+/// A read or write of at least this many bytes goes to io_uring even if it would not wait, because
+/// this thread serves other queues too.
 const LARGE: u64 = 4 << 20;
 
-/// What is written where the host has no better way to make zeroes; aligned for `O_DIRECT`.
+/// A source of zeroes where the host has no better way to write them; aligned for `O_DIRECT`.
 #[repr(align(4096))]
 struct Zeroes([u8; 64 << 10]);
 static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
 
-/// What to do at an offset.
+/// An operation at an offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Op {
     /// Fill the segments.
@@ -64,7 +63,7 @@ pub enum Op {
     /// Everything written so far is on the medium before it ends.
     #[default]
     Flush,
-    /// `len` bytes are not needed any more.
+    /// `len` bytes are no longer needed.
     #[expect(missing_docs, reason = "said above")]
     Discard { len: u64 },
     /// `len` bytes shall read as zeroes, and may be given back to the host if `unmap`.
@@ -73,7 +72,7 @@ pub enum Op {
 }
 
 impl Op {
-    /// How many bytes it is about.
+    /// How many bytes it covers.
     pub fn bytes(self, segments: &[Segment]) -> u64 {
         match self {
             Self::Read | Self::Write { .. } => chain::total(segments),
@@ -94,12 +93,12 @@ struct Transfer {
     first: usize,
     /// Bytes not transferred yet.
     left: u64,
-    /// How often the kernel has said that it could not do it just now.
+    /// How often the kernel has refused it for the time being.
     tries: usize,
 }
 
-// SAFETY: the pointers are addresses of guest memory. They are dereferenced by the kernel only,
-// which does not care for the thread that asks.
+// SAFETY: the pointers are addresses of guest memory. Only the kernel dereferences them, and for it
+// the submitting thread does not matter.
 unsafe impl Send for Transfer {}
 
 impl Transfer {
@@ -146,7 +145,7 @@ impl Transfer {
         }
     }
 
-    /// Take in how a call has ended; `None` when something is left to do.
+    /// Process the result of a call; `None` when something is left to do.
     fn progress(&mut self, said: io::Result<usize>) -> Option<io::Result<()>> {
         match (self.op, said) {
             (Op::Read | Op::Write { .. }, Ok(0)) => Some(Err(cut_short(self.op))),
@@ -168,12 +167,12 @@ impl Transfer {
         }
     }
 
-    /// Take in what io_uring says of a request; `None` when the rest must be submitted.
+    /// Process a completion from io_uring; `None` when the rest must be submitted.
     fn completed(&mut self, said: i32) -> Option<io::Result<()>> {
         let said = match usize::try_from(said) {
             Ok(n) => Ok(n),
             Err(_) if said == -libc::EINTR => return None,
-            // Not for a request that may wait, but some drivers of the host do.
+            // Does not occur for a request that may wait, except with some host drivers.
             Err(_) if said == -libc::EAGAIN && self.tries < RETRY_LIMIT => {
                 self.tries += 1;
                 return None;
@@ -183,7 +182,7 @@ impl Transfer {
         self.progress(said)
     }
 
-    /// Write `len` zeroes, as the host has no better way.
+    /// Write `len` zeroes from a buffer, where the host has no better way.
     fn write_zeroes(&mut self, len: u64, durable: bool) {
         self.op = Op::Write { durable };
         (self.first, self.left) = (0, len);
@@ -210,11 +209,11 @@ impl Transfer {
 struct Slot<T> {
     transfer: Transfer,
     tag: Option<T>,
-    /// Bytes that it was started with.
+    /// Its length in bytes when it was started.
     bytes: u64,
 }
 
-/// Requests on one disk and one guest memory. `T` is what the caller knows a request by.
+/// Requests on one disk and one guest memory. `T` is the caller's tag for a request.
 pub struct Engine<T> {
     disk: Arc<Disk>,
     memory: Memory,
@@ -224,7 +223,7 @@ pub struct Engine<T> {
     limit: usize,
     in_flight: usize,
     bytes_in_flight: u64,
-    /// Submissions that the kernel has not taken yet.
+    /// There are submissions that the kernel has not accepted yet.
     queued: bool,
     scratch: Transfer,
     read_nowait: bool,
@@ -278,9 +277,9 @@ impl<T> Engine<T> {
         self.in_flight
     }
 
-    /// Carry out a request, at `offset` bytes. Only if [`Engine::has_room`]. The caller has
-    /// checked the range against the disk's size. Pending requests are on their way after
-    /// [`Engine::submit`]. `None`: [`Engine::finished`] will return it.
+    /// Carry out a request at `offset` bytes. Call only if [`Engine::has_room`]; the caller has
+    /// checked the range against the disk's size. `None`: the request is pending, is passed to the
+    /// kernel by [`Engine::submit`], and will be returned by [`Engine::finished`].
     pub fn start(
         &mut self,
         op: Op,
@@ -348,14 +347,14 @@ impl<T> Engine<T> {
         self.in_flight > 0 && self.enter(1, patience)
     }
 
-    /// As much as can be done without waiting for the medium, or everything when nothing else could
-    /// do it. `None` when the rest has to go through the ring.
+    /// Do as much as possible without waiting for the medium, or everything when there is no other
+    /// way. `None` when the rest has to go through the ring.
     fn try_now(&mut self, t: &mut Transfer) -> Option<io::Result<()>> {
         loop {
             let file = &self.disk.file;
             let said = match t.op {
                 Op::Read | Op::Write { .. } => return self.transfer_now(t),
-                // io_uring has it since Linux 6.12 only.
+                // io_uring has had it only since Linux 6.12.
                 Op::Discard { len } if self.disk.device => sys::discard_device(file, t.offset, len),
                 _ if self.ring.is_some() => return None,
                 Op::Flush => sys::fdatasync(file),
@@ -387,7 +386,7 @@ impl<T> Engine<T> {
                 return None;
             }
             let (result, nowait) = match t.op {
-                // Durability waits for the medium.
+                // A durable write waits for the medium.
                 Op::Write { durable: true } if ring => return None,
                 Op::Write { durable } => {
                     let nowait = ring && self.write_nowait;
@@ -426,12 +425,12 @@ impl<T> Engine<T> {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.tag = Some(tag);
             slot.bytes = match transfer.op {
-                // The worst case: they are written one by one.
+                // The worst case: the zeroes are all written out.
                 Op::WriteZeroes { len, .. } => len,
                 _ => transfer.left,
             };
             self.bytes_in_flight = self.bytes_in_flight.saturating_add(slot.bytes);
-            // The slot's own lists go the other way, so neither has to grow twice.
+            // The slot's old lists become the scratch, so that neither has to grow twice.
             self.scratch = mem::take(&mut slot.transfer);
         }
         self.in_flight += 1;
@@ -482,8 +481,8 @@ impl<T> Engine<T> {
         if unmap && self.disk.discard { PUNCH } else { ZERO }
     }
 
-    /// Guest memory was written behind vm-memory's back. Also after an error, as a part of the
-    /// data may have arrived.
+    /// Mark the guest memory that the kernel wrote without vm-memory's knowledge as dirty. Also
+    /// after an error, as a part of the data may have arrived.
     fn landed(&self, t: &Transfer) {
         if t.op == Op::Read {
             for s in &t.segments {
@@ -494,13 +493,13 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Hand over what is queued, and wait for `want` completions; false when the kernel does not
-    /// want to, or they do not come within `patience`.
+    /// Submit what is queued, and wait for `want` completions; false when the kernel refuses, or
+    /// they do not arrive within `patience`.
     fn enter(&mut self, want: usize, patience: Option<Duration>) -> bool {
         let Some(ring) = self.ring.as_mut().filter(|_| self.queued || want > 0) else {
             return true;
         };
-        // Linux before 5.11 cannot wait for a while.
+        // Linux before 5.11 has no timeout for this wait.
         let patience = patience.filter(|_| ring.params().is_feature_ext_arg());
         let time = patience.map(types::Timespec::from);
         for _ in 0..RETRY_LIMIT {
@@ -512,7 +511,7 @@ impl<T> Engine<T> {
                 }
             };
             match entered {
-                // It stops at a request that it refuses, without waiting.
+                // The kernel stops at a request that it refuses, without waiting.
                 Ok(_) if !ring.submission().is_empty() => {}
                 Ok(_) => {
                     self.queued = false;
@@ -520,7 +519,7 @@ impl<T> Engine<T> {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.raw_os_error() == Some(libc::ETIME) => return false,
-                // No memory for requests just now.
+                // Not enough memory for requests just now.
                 Err(_) => std::thread::yield_now(),
             }
         }
@@ -530,9 +529,9 @@ impl<T> Engine<T> {
 
 impl<T> Drop for Engine<T> {
     fn drop(&mut self) {
-        // Its owner has waited.
+        // The owner has waited already.
         if self.in_flight > 0 {
-            // Rather lose the memory than let the kernel write to what is somebody else's.
+            // Better leak the memory than let the kernel write to memory that has been reused.
             log_seldom!(error, "{}: requests never ended", self.disk.path.display());
             mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
         }
@@ -553,7 +552,8 @@ fn write_flags(durable: bool) -> i32 {
     if durable { libc::RWF_DSYNC } else { 0 }
 }
 
-/// A transfer of no bytes: the file has become shorter than the guest was told.
+/// The error for a transfer of no bytes: the file has become shorter than the size reported to the
+/// guest.
 fn cut_short(op: Op) -> io::Error {
     match op {
         Op::Read => io::ErrorKind::UnexpectedEof.into(),

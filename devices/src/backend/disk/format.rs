@@ -1,11 +1,11 @@
-//! Image formats that are not raw disks, by what they begin with.
+//! Recognises image formats other than raw by their first bytes.
 use std::{
     fs::File,
     io::{Seek, SeekFrom},
     os::unix::fs::FileExt,
 };
 
-/// What an image begins with, the name of its format, and what `qemu-img` calls that.
+/// The first bytes of an image, the name of its format, and `qemu-img`'s name for it.
 const FORMATS: [(&[u8], &str, &str); 6] = [
     (b"QFI\xfb", "qcow2", "qcow2"),
     (VHD, "VHD", "vpc"),
@@ -15,12 +15,12 @@ const FORMATS: [(&[u8], &str, &str); 6] = [
     (b"# Disk DescriptorFile", "VMDK", "vmdk"),
 ];
 const VHD: &[u8] = b"conectix";
-/// Bytes of the structure that a VHD ends with, and that begins in the same way: one of a fixed size
-/// has only that.
+/// Bytes of the structure that ends a VHD, and that also begins a dynamic one: a fixed-size VHD has
+/// only the one at the end.
 const VHD_FOOTER: u64 = 512;
 
-/// The name of the format that `file` seems to have, and what `qemu-img` calls it, if it is one of
-/// those known here. A file that cannot be read has none: its first reader sees why.
+/// The name of the format that `file` seems to have, and `qemu-img`'s name for it, if it is one of
+/// those known here. A file that cannot be read has none: its first reader reports the cause.
 pub fn other_than_raw(file: &File) -> Option<(&'static str, &'static str)> {
     let begins = |at: u64, magic: &[u8]| {
         let mut found = vec![0; magic.len()];

@@ -1,4 +1,4 @@
-//! An image's generation: by this, a saved state recognises the disk that belongs to it.
+//! An image's generation, by which a saved state recognises the disk that belongs to it.
 //!
 //! It is 16 random bytes in an extended attribute of the image, which `cp --preserve=xattr` copies.
 //! They are replaced, durably, before the first change of the image after it was opened or saved.
@@ -9,8 +9,8 @@
 //!     ^                         |                   |
 //!     +--- when it is durable --+----- a save ------+
 //! ```
-// UNSAFETY: io_uring is given addresses. The kernel copies the attribute's name and value while it
-// takes the request, and what is written to the waker is a static.
+// UNSAFETY: io_uring is given addresses. The kernel copies the attribute's name and value when it
+// accepts the request, and what is written to the waker is a static.
 #![expect(unsafe_code)]
 
 #[cfg(test)]
@@ -33,25 +33,26 @@ pub use state::mark::{ATTRIBUTE, generation as read};
 use super::{Change, Observer, Verdict, Waker};
 use crate::random;
 
-/// What is written to a waker, an eventfd.
+/// The value written to a waker, an eventfd.
 static ONE: u64 = 1;
 
-/// What a writable image was like when its machine was saved.
+/// The identity of a writable image at the time its machine was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskMark {
-    /// Its generation, in network byte order; `None` where the file system keeps no attributes.
+    /// Its generation, in network byte order; `None` where the file system has no extended
+    /// attributes.
     pub generation: Option<u128>,
     /// Bytes of the file.
     pub size: u64,
-    /// Its last change, in nanoseconds since 1970, UTC.
+    /// The time of its last change, in nanoseconds since 1970, UTC.
     pub mtime_ns: i64,
 }
 
 impl DiskMark {
-    /// That of `file`, which no machine has open.
+    /// The mark of `file`, which no machine has open.
     ///
     /// # Errors
-    /// When the host does not tell.
+    /// When the host does not report it.
     pub fn of(file: &File) -> io::Result<Self> {
         Mark::of(file).map(Self::from)
     }
@@ -60,7 +61,7 @@ impl DiskMark {
 /// Give `file` this generation.
 ///
 /// # Errors
-/// When the file system keeps no attributes, or the host refuses.
+/// When the file system has no extended attributes, or the host refuses.
 pub fn write(file: &File, generation: u128) -> io::Result<()> {
     let value = generation.to_be_bytes();
     Ok(rustix::fs::fsetxattr(file, ATTRIBUTE, &value, XattrFlags::empty())?)
@@ -78,9 +79,9 @@ pub(super) struct Generation {
 }
 
 struct State {
-    /// Whether the host lets this process use io_uring, and that can set attributes.
+    /// Whether this process may use io_uring, and io_uring can set attributes.
     io_uring: bool,
-    /// What the image has, or will have when [`Phase::Marking`] has ended well.
+    /// The image's generation, or its next one while in [`Phase::Marking`].
     current: u128,
     phase: Phase,
 }
@@ -96,11 +97,11 @@ enum Phase {
 }
 
 impl Generation {
-    /// That of `file`, which gets one if it has none. `waker` is called when a change that has to
-    /// wait can be asked about again.
+    /// The generation of `file`, which gets one if it has none. `waker` is called when a change
+    /// that has to wait can be tried again.
     ///
     /// # Errors
-    /// When the file system does not keep it.
+    /// When the file system does not store it.
     pub fn of(file: &Arc<File>, waker: Waker, io_uring: bool) -> io::Result<Self> {
         let current = match read(file)? {
             Some(current) => current,
@@ -114,20 +115,20 @@ impl Generation {
         Ok(Self { file: file.clone(), waker, state })
     }
 
-    /// The image is being saved, while no request is under way: what it has now. The next change
-    /// gives it another one; it has to be observed for that.
+    /// The current generation, for a save made while no request is under way. The next change gives
+    /// the image another one, so the disk has to be observed again.
     pub fn save(&self) -> u128 {
         let mut state = self.state.lock();
         match &mut state.phase {
             Phase::Armed => {}
-            // No change of that generation has been made yet, and none will be.
+            // No change under that generation has been made yet, and none will be.
             Phase::Marking { saved, .. } => *saved = true,
             phase @ Phase::Marked => *phase = Phase::Armed,
         }
         state.current
     }
 
-    /// Begin to give the image another generation; `None` when it is durable already.
+    /// Start to write another generation to the image; `None` when it is durable already.
     fn begin(&self, state: &mut State) -> io::Result<Option<Box<Job>>> {
         let next = new()?;
         let job = match state.io_uring {
@@ -168,7 +169,8 @@ impl Observer for Generation {
                     match result {
                         // Linux before 5.19 cannot.
                         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => state.io_uring = false,
-                        // The change is not made: a save would take the image for what it was.
+                        // The change is refused: otherwise a save would mistake the changed image
+                        // for the saved one.
                         other => other?,
                     }
                 }
@@ -179,8 +181,8 @@ impl Observer for Generation {
     fn after(&self, _: &Change, _: &io::Result<()>) {}
 }
 
-/// A generation on its way to the medium, by io_uring: an image that has just been copied may have
-/// gigabytes to be written before it.
+/// A generation being written to the medium by io_uring: a recently copied image may have gigabytes
+/// of dirty data to be flushed first.
 struct Job(IoUring, [Option<i32>; 2]);
 
 impl Job {
@@ -188,14 +190,14 @@ impl Job {
     const SYNC: u64 = 1;
     const WAKE: u64 = 2;
 
-    /// `None`: the host gives no ring.
+    /// `None`: the host provides no ring.
     fn begin(file: &File, waker: &Waker, generation: u128) -> io::Result<Option<Self>> {
         let Ok(mut ring) = IoUring::new(4) else { return Ok(None) };
         let value = generation.to_be_bytes();
         let to = types::Fd(file.as_raw_fd());
         let woken = types::Fd(waker.as_fd().as_raw_fd());
         let name = ATTRIBUTE.as_ptr();
-        // Each begins after the one before it has ended, well or not.
+        // Each begins after the previous one has ended, whether it succeeded or not.
         let chain = squeue::Flags::IO_HARDLINK;
         let entries = [
             opcode::FSetXattr::new(to, name, value.as_ptr().cast(), value.len() as u32)
@@ -207,14 +209,14 @@ impl Job {
                 .build()
                 .user_data(Self::WAKE),
         ];
-        // SAFETY: name and value are copied when the request is taken, which is in this function.
-        // `ONE` is a static, and the descriptors are kept open by the kernel from then on.
+        // SAFETY: name and value are copied when the request is accepted, which is in this
+        // function. `ONE` is a static, and the kernel keeps the descriptors open from then on.
         unsafe { ring.submission().push_multiple(&entries) }.map_err(io::Error::other)?;
         ring.submit()?;
         Ok(Some(Self(ring, [None; 2])))
     }
 
-    /// How it has ended; `None`: it has not.
+    /// Its result; `None` while it has not ended.
     fn result(&mut self) -> Option<io::Result<()>> {
         let Self(ring, results) = self;
         for entry in ring.completion() {

@@ -1,5 +1,5 @@
-//! Who holds the lock on an image: the kernel's list of locks does not tell the process for those that
-//! belong to open files.
+//! Which process holds the lock on an image: for locks that belong to open files, the kernel's list
+//! of locks does not name the process.
 use std::{
     fs::{self, File},
     os::fd::AsRawFd,
@@ -8,8 +8,8 @@ use std::{
 
 use crate::backend::holder::{entries, find};
 
-/// The process that has a lock on what `file` leads to; `None` when that cannot be found out, as of
-/// another user's process.
+/// The process that has a lock on the file that `file` refers to; `None` when that cannot be found
+/// out, for example for another user's process.
 pub(super) fn of(file: &File) -> Option<u32> {
     let target = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     find(|thread| holds(thread, &target))

@@ -1,8 +1,8 @@
 //! Disks: raw image files and block devices of the host.
 //!
 //! The format is never guessed. A guest owns every byte of its disk, so a monitor that follows an
-//! image header there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6). What begins like
-//! an image of another format can be refused at most ([`OpenOptions::probe`]).
+//! image header found there lets the guest name files of the host (GHSA-jmr4-g2hv-mjj6). At most,
+//! an image that begins like another format can be refused ([`OpenOptions::probe`]).
 mod copy;
 mod engine;
 mod format;
@@ -52,7 +52,7 @@ use self::{
 /// Bytes of a sector, the unit of every address on a virtio disk.
 pub const SECTOR: u64 = 512;
 
-/// How long a disk's storage may take for what somebody waits for. Longer, and it counts as hung.
+/// How long a caller waits for a disk's storage; beyond that, the storage counts as hung.
 pub const DISK_STALL_LIMIT: Duration = Duration::from_secs(1);
 
 /// How requests that have to wait for the medium are carried out.
@@ -63,7 +63,7 @@ pub enum Aio {
     Auto,
     /// By io_uring; opening fails where the host refuses it.
     IoUring,
-    /// One after the other, by system calls that wait.
+    /// One after the other, by blocking system calls.
     Off,
 }
 
@@ -78,8 +78,8 @@ pub struct OpenOptions {
     pub discard: bool,
     /// How to wait for the medium.
     pub aio: Aio,
-    /// Refuse an image that looks like one of another format: its guest would see an empty disk,
-    /// and format it.
+    /// Refuse an image that looks like another format: its guest would see an empty disk, and
+    /// format it.
     pub probe: bool,
 }
 
@@ -169,7 +169,7 @@ pub struct Disk {
     file: Arc<File>,
     direct: Option<Direct>,
     device: bool,
-    /// Reads and writes never wait for a medium (but cannot be asked to promise it).
+    /// Reads and writes never wait for a medium (but there is no way to request that).
     in_memory: bool,
     readonly: bool,
     discard: bool,
@@ -178,7 +178,7 @@ pub struct Disk {
     physical: u32,
     bytes: AtomicU64,
     observers: Observers,
-    /// Of an image that can be written, where its file system keeps it.
+    /// For an image that can be written, if its file system stores it.
     generation: Option<Arc<Generation>>,
 }
 
@@ -191,8 +191,8 @@ impl Disk {
         Self::opened(path, options, true)
     }
 
-    /// The same without the lock, of a disk that another machine has and is to give up: it must not be
-    /// used until [`Disk::hold`].
+    /// Like [`Disk::open`] but without the lock, for a disk that another machine still holds and is
+    /// to release: it must not be used until [`Disk::hold`].
     ///
     /// # Errors
     /// As [`Disk::open`], but for the lock.
@@ -202,8 +202,8 @@ impl Disk {
 
     fn opened(path: &Path, options: &OpenOptions, held: bool) -> Result<Self, DiskError> {
         let OpenOptions { readonly, direct, discard, aio, probe } = *options;
-        // Looked at before it is opened, because opening alone can wait for ever (a FIFO) or have
-        // an effect (a watchdog); and again afterwards, because it may have been replaced.
+        // Checked before it is opened, because opening alone can wait for ever (a FIFO) or have an
+        // effect (a watchdog); and again afterwards, because it may have been replaced.
         let seen = path.metadata().map_err(|source| open_error(path, readonly, source))?;
         check_kind(path, &seen)?;
         let file = open(path, readonly, 0).map_err(|e| open_error(path, readonly, e))?;
@@ -233,8 +233,8 @@ impl Disk {
                 false
             }
         };
-        // An image keeps sectors of 512 bytes whatever lies below it, or a partition table made
-        // elsewhere could not be found in it; a device of the host keeps its own.
+        // An image always has sectors of 512 bytes, whatever its storage has, or a partition table
+        // made elsewhere could not be found in it; a host block device keeps its own size.
         let (logical, physical) =
             if device { sys::sector_sizes(&file).map_err(failed)? } else { (SECTOR as u32, 4096) };
         let observers = Observers::new()
@@ -267,8 +267,8 @@ impl Disk {
         Ok(disk)
     }
 
-    /// A disk of `bytes` that nothing is behind, as if it had been opened: its device can take a saved
-    /// state, and every request fails.
+    /// A disk of `bytes` without storage, as if it had been opened: its device can be restored from
+    /// a saved state, and every request fails.
     ///
     /// # Errors
     /// When no descriptor is left.
@@ -302,12 +302,12 @@ impl Disk {
         &self.path
     }
 
-    /// Bytes that a guest can address: the size when last looked at, in whole logical blocks.
+    /// Bytes that a guest can address: the size when last measured, in whole logical blocks.
     pub fn size(&self) -> u64 {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Refuse requests beyond `bytes` from here on, before [`Disk::resize`] cuts the image off there.
+    /// Refuse requests beyond `bytes` from here on, before [`Disk::resize`] truncates the image.
     ///
     /// # Errors
     /// [`DiskError::ReadOnly`].
@@ -321,24 +321,24 @@ impl Disk {
         Ok(())
     }
 
-    /// From now on, `observer` is asked before each change and told after it. It learns nothing of
-    /// those that are under way, so this is best done while the guest is stopped.
+    /// From now on, `observer` is asked before each change and notified after it. It is not
+    /// notified of those already under way, so this is best done while the guest is stopped.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
         self.observers.add(&observer, || ());
     }
 
-    /// Ask `observer` no more. It is still told of the end of changes that it has allowed.
+    /// Stop asking `observer`. It is still notified of the end of changes that it has allowed.
     pub fn unobserve(&self, observer: &dyn Observer) {
         self.observers.remove(observer);
     }
 
-    /// For an observer that lets changes wait.
+    /// The waker, for an observer that delays changes.
     pub fn waker(&self) -> Waker {
         self.observers.waker()
     }
 
-    /// What the image is like now that its machine is saved, and by which it is known again: the
-    /// next change gives it another generation. `None` for a read-only disk and a block device. No
+    /// The mark by which the image is recognised later, now that its machine is saved: the next
+    /// change gives it another generation. `None` for a read-only disk and a block device. No
     /// request may be under way.
     pub fn mark(&self) -> Option<DiskMark> {
         if self.readonly || self.device {
@@ -350,13 +350,13 @@ impl Disk {
         Some(DiskMark { generation, size: found.len(), mtime_ns: mark::mtime_ns(&found) })
     }
 
-    /// Bytes of the whole image, whatever of it the guest can address.
+    /// Bytes of the whole image, including any that the guest cannot address.
     fn bytes_of_image(&self) -> io::Result<u64> {
         Ok(if self.device { self.size() } else { self.file.metadata()?.len() })
     }
 
-    /// Order a spot check for the save `id`, of what the disk holds now. `None` for what is not a block
-    /// device, or cannot be written. No request may be under way.
+    /// Start a spot check for the save `id`, of the disk's contents at this moment. `None` for a
+    /// disk that is read-only or not a block device. No request may be under way.
     pub fn spot_check(&self, id: u128) -> Option<SpotCheck> {
         if self.readonly || !self.device {
             return None;
@@ -367,11 +367,11 @@ impl Disk {
         Some(check)
     }
 
-    /// Check that the image is the one that `mark` was taken of, unchanged since then; of a `copy`,
-    /// the time of its last change does not count.
+    /// Check that the image is the one that `mark` was taken of, unchanged since then; for a
+    /// `copy`, the time of its last change is ignored.
     ///
     /// # Errors
-    /// [`DiskError::Changed`] when it is not, or cannot be told to be.
+    /// [`DiskError::Changed`] when it is not, or when that cannot be determined.
     pub fn check_mark(&self, mark: &DiskMark, copy: bool) -> Result<(), DiskError> {
         let path = || self.path.clone();
         let failed = |source| DiskError::Size { path: path(), source };
@@ -398,19 +398,21 @@ impl Disk {
         Err(DiskError::Changed { path: path(), what, written: date(found.mtime_ns) })
     }
 
-    /// Have the image's generation asked before its next change, once `ready` has been called.
+    /// Attach the image's generation as an observer before the next change, once `ready` has been
+    /// called.
     fn observe_generation<T>(&self, ready: impl FnOnce(&Generation) -> T) -> Option<T> {
         let generation = self.generation.clone()?;
         let observer: Arc<dyn Observer> = generation.clone();
         Some(self.observers.add(&observer, || ready(&generation)))
     }
 
-    /// Make the image `bytes` long; a block device is only looked at again. It is the image that is
-    /// open, whatever has its name now. Returns the size that the guest is to see.
+    /// Make the image `bytes` long; a block device is only measured again. This resizes the open
+    /// image, even if its name now refers to another file. Returns the size that the guest is to
+    /// see.
     ///
     /// # Errors
     /// [`DiskError::ReadOnly`], [`DiskError::Resize`], [`DiskError::Size`], [`DiskError::Stalled`];
-    /// the size is then what it was.
+    /// the size is then unchanged.
     pub fn resize(&self, bytes: u64) -> Result<u64, DiskError> {
         if self.readonly {
             return Err(DiskError::ReadOnly { path: self.path.clone() });
@@ -430,7 +432,7 @@ impl Disk {
         result.map_err(|source| DiskError::Resize { path: self.path.clone(), bytes, source })
     }
 
-    /// Ask the observers until none wants the resizing to wait, but not without a limit.
+    /// Ask the observers until none delays the resizing any more, but with a time limit.
     fn resize_permit(&self, bytes: u64) -> Result<Permit, DiskError> {
         let refused = |source| DiskError::Resize { path: self.path.clone(), bytes, source };
         let before = self.file.metadata().map_err(refused)?.len();
@@ -444,12 +446,12 @@ impl Disk {
             if begin.elapsed() >= DISK_STALL_LIMIT {
                 return Err(DiskError::Stalled { path: self.path.clone() });
             }
-            // The call may be taken by the worker, which waits for it, too.
+            // The worker, which waits on the same descriptor, may consume the wake-up.
             self.observers.wait(DISK_STALL_LIMIT / 100).map_err(refused)?;
         }
     }
 
-    /// Look at the size; the new one.
+    /// Measure the size again and return it.
     fn measure(&self) -> Result<u64, DiskError> {
         // A block device has no length in its metadata, but an end that can be sought. Nothing
         // else uses the position.
@@ -484,27 +486,28 @@ impl Disk {
         self.logical
     }
 
-    /// Let other machines have it. It must not be used until [`Disk::hold`].
+    /// Release the lock, so that other machines can use the disk. This one must not use it until
+    /// [`Disk::hold`].
     pub fn release(&self) {
-        // One that cannot be given up is kept.
+        // If the lock cannot be released, it is kept.
         let _ = sys::lock(&self.file, Lock::Release);
     }
 
-    /// The numbers of its descriptors.
+    /// The numbers of its file descriptors.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         let direct = self.direct.iter().map(|direct| direct.file.as_raw_fd());
         std::iter::once(self.file.as_raw_fd()).chain(direct)
     }
 
-    /// Keep other machines out, as [`Disk::open`] does.
+    /// Take the lock, as [`Disk::open`] does.
     ///
     /// # Errors
-    /// When another one has it.
+    /// When another machine has it.
     pub fn hold(&self) -> Result<(), DiskError> {
         lock(&self.path, &self.file, self.readonly)
     }
 
-    /// Bytes of a block that the medium writes without reading it first.
+    /// Bytes of a physical block, which the medium writes without reading it first.
     pub fn physical_block(&self) -> u32 {
         self.physical
     }
@@ -512,19 +515,20 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Closing is not enough while a child that is just being started has the descriptor too.
+        // Closing is not enough while a child process that is just being started has the descriptor
+        // too.
         self.release();
     }
 }
 
 fn open(path: &Path, readonly: bool, flags: i32) -> io::Result<File> {
-    // O_NONBLOCK in case it has become a FIFO since it was looked at.
+    // O_NONBLOCK in case it has become a FIFO since it was checked.
     let file = File::options()
         .read(true)
         .write(!readonly)
         .custom_flags(libc::O_NONBLOCK | flags)
         .open(path)?;
-    // io_uring would take it for a wish never to wait.
+    // io_uring would fail requests instead of waiting.
     sys::clear_nonblock(&file)?;
     Ok(file)
 }
@@ -540,7 +544,7 @@ fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, D
     Ok(Direct { file, memory_align, offset_align })
 }
 
-/// For people, in UTC.
+/// A date for people, in UTC.
 fn date(ns: i64) -> String {
     let Ok(at) = OffsetDateTime::from_unix_timestamp_nanos(ns.into()) else {
         return format!("{ns} ns");
@@ -573,8 +577,8 @@ fn check_kind(path: &Path, found: &Metadata) -> Result<(), DiskError> {
     Err(DiskError::NotADisk { path: path.into(), kind })
 }
 
-/// One writer, or any number of readers. The lock belongs to the open file, so it goes with it,
-/// however the process ends.
+/// Lock the file for one writer or any number of readers. The lock belongs to the open file, so it
+/// is released with it, however the process ends.
 fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
     match sys::lock(file, if readonly { Lock::Shared } else { Lock::Exclusive }) {
         Ok(()) => Ok(()),

@@ -1,4 +1,4 @@
-//! The one place that sees every change of a disk, before it is started and after it is complete.
+//! The one place that sees every change of a disk, before it starts and after it completes.
 //!
 //! ```text
 //!   change --> before --> Start: it is carried out --> after --> the guest sees it complete
@@ -22,7 +22,7 @@ use rustix::{
     io::Errno,
 };
 
-/// How a disk changes.
+/// The kind of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChangeKind {
     /// Data is stored.
@@ -31,56 +31,56 @@ pub enum ChangeKind {
     Discard,
     /// The content becomes zeroes.
     WriteZeroes,
-    /// The image becomes longer or shorter by the range.
+    /// The image grows or shrinks by the range.
     Resize,
 }
 
 /// A change of a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
-    /// How.
+    /// Its kind.
     pub kind: ChangeKind,
     /// The bytes of the disk that may differ afterwards.
     pub range: Range<u64>,
 }
 
-/// What an observer says to a change.
+/// An observer's answer to a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Start it.
     Start,
-    /// Start it, and leave the observer out of everything from now on, `after` of this change
-    /// included.
+    /// Start it, and detach the observer; it gets no further calls, not even `after` for this
+    /// change.
     Retire,
     /// Not yet. Ask again once the disk's [`Waker`] has been called.
     Wait,
 }
 
-/// Sees every change of a disk, as long as it is attached ([`super::Disk::observe`]).
+/// Sees every change of a disk while attached ([`super::Disk::observe`]).
 pub trait Observer: Send + Sync {
-    /// `change` is about to be started. It may be asked about one change several times, and a
-    /// change that it allowed may be refused by somebody else.
+    /// `change` is about to start. This may be called several times for one change, and another
+    /// observer may refuse a change that this one allowed.
     ///
-    /// Called on the I/O thread, which serves other devices too: what takes long is done
-    /// elsewhere, and the verdict is [`Verdict::Wait`] meanwhile.
+    /// Called on the I/O thread, which serves other devices too: anything slow must be done
+    /// elsewhere, returning [`Verdict::Wait`] meanwhile.
     ///
     /// # Errors
     /// The change is not made, and the guest sees an I/O error.
     fn before(&self, change: &Change) -> io::Result<Verdict>;
 
-    /// A change that every observer allowed is complete, and the guest does not know yet. After an
-    /// error, any part of the range may have changed.
+    /// A change that every observer allowed is complete, and the guest has not been notified yet.
+    /// After an error, any part of the range may have changed.
     fn after(&self, change: &Change, result: &io::Result<()>);
 }
 
-/// Has the changes asked about again that were to wait.
+/// Causes changes that had to wait to be tried again.
 #[derive(Debug, Clone)]
 pub struct Waker(Arc<OwnedFd>);
 
 impl Waker {
-    /// Ask again soon. From any thread.
+    /// Try again soon. May be called from any thread.
     pub fn wake(&self) {
-        // Fails only when it has been called 2^64 times in vain.
+        // Fails only if it was called 2^64 times without being read.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 }
@@ -95,10 +95,10 @@ type List = Arc<[Arc<dyn Observer>]>;
 
 /// The observers of one disk.
 pub(super) struct Observers {
-    /// Whether there are any. All that a request costs when there are none.
+    /// Whether there are any. When there are none, this check is all that a request costs.
     any: AtomicBool,
-    /// A lock, as observers come and go on other threads than the one that changes the disk. It is
-    /// held to copy the list, or to change it.
+    /// A lock, because observers are added and removed on other threads than the one that changes
+    /// the disk. It is held only to copy or change the list.
     list: Mutex<List>,
     woken: Waker,
 }
@@ -109,8 +109,8 @@ impl Observers {
         Ok(Self { any: AtomicBool::new(false), list: Mutex::new(Arc::new([])), woken })
     }
 
-    /// Add `observer` if it is not there, once `ready` has been called: it cannot retire between
-    /// the two.
+    /// Add `observer` if it is not in the list, once `ready` has been called: it cannot retire
+    /// between the two.
     pub fn add<T>(&self, observer: &Arc<dyn Observer>, ready: impl FnOnce() -> T) -> T {
         let mut list = self.list.lock();
         let result = ready();
@@ -123,7 +123,7 @@ impl Observers {
         let mut list = self.list.lock();
         let others = without(&list, observer).collect();
         self.replace(&mut list, others);
-        // What waited for it may start.
+        // Changes that waited for it may start.
         self.woken.wake();
     }
 
@@ -146,12 +146,12 @@ impl Observers {
         self.woken.clone()
     }
 
-    /// Readable when changes that were to wait should be tried again.
+    /// Readable when changes that had to wait should be tried again.
     pub fn source(&self) -> RawFd {
         self.woken.0.as_raw_fd()
     }
 
-    /// Take note of the waker's call.
+    /// Consume the waker's signal.
     pub fn heard(&self) {
         // Fails when there was none.
         let _ = rustix::io::read(&self.woken.0, &mut [0; 8]);
@@ -163,7 +163,7 @@ impl Observers {
         self.any.load(Ordering::Acquire)
     }
 
-    /// Wait for the waker's call, for `limit` at most; whether it came.
+    /// Wait for the waker's signal, for at most `limit`; whether it came.
     pub fn wait(&self, limit: Duration) -> io::Result<bool> {
         let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
         let mut woken = [PollFd::new(&self.woken.0, PollFlags::IN)];
@@ -173,7 +173,7 @@ impl Observers {
                 self.heard();
                 Ok(true)
             }
-            // The caller looks again, and at its clock.
+            // The caller checks again, and checks its clock.
             Err(Errno::INTR) => Ok(true),
             Err(e) => Err(e.into()),
         }
@@ -202,7 +202,7 @@ impl Observers {
     }
 }
 
-/// Those of `list` but `observer`.
+/// The observers in `list` except `observer`.
 fn without(list: &List, observer: &dyn Observer) -> impl Iterator<Item = Arc<dyn Observer>> {
     list.iter().filter(move |o| !std::ptr::addr_eq(&raw const ***o, observer)).cloned()
 }
@@ -213,12 +213,12 @@ impl fmt::Debug for Observers {
     }
 }
 
-/// Leave to start a request, and for a change the observers that gave it: exactly they hear of its
-/// end, even if others have come or gone meanwhile.
+/// Permission to start a request, with the observers that allowed the change: exactly these are
+/// notified of its end, even if others were added or removed meanwhile.
 pub(super) struct Permit(Option<(List, Change)>);
 
 impl Permit {
-    /// For a request that changes nothing, or that has no observers.
+    /// For a request that changes nothing, or a disk without observers.
     pub const UNOBSERVED: Self = Self(None);
 
     /// The request is complete.

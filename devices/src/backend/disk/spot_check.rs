@@ -1,15 +1,16 @@
-//! Spot checks: a block device of the host is known again by what is in some of its blocks.
+//! Spot checks: a host block device is recognised by the contents of some of its blocks.
 //!
-//! A block device has neither extended attributes nor a time of last change that means its content, so it
-//! cannot be marked as an image is. Instead a save hashes its first and its last MiB, where partition
-//! tables, superblocks and logs lie, and 64 blocks that the save's id chooses, others in each save.
+//! A block device has neither extended attributes nor a modification time that reflects its
+//! content, so it cannot be marked as an image is. Instead a save hashes its first and its last
+//! MiB, where partition tables, superblocks and logs lie, and 64 blocks chosen by the save's id, so
+//! that each save checks others.
 //!
-//! What is hashed has to be what the disk held when the machine was captured, and the guest is not to
-//! be stopped for it, nor the main thread to wait for storage. So nothing is read in the pause. A [`SpotCheck`] is made
-//! there, while no request is under way, and the checkpoint thread reads afterwards: a change of a block that
-//! has not been read yet waits in the guest's queue until it has. Reading beforehand, and once more what has
-//! changed since, would have to learn of requests that were under way when it began, and would have to
-//! wait in the end anyway.
+//! The hash must cover what the disk held when the machine was captured, but the guest must not be
+//! stopped for it, nor may the main thread wait for storage. So nothing is read during the pause. A
+//! [`SpotCheck`] is made then, while no request is under way, and the checkpoint thread reads
+//! afterwards: a change of a block that has not been read yet waits in the guest's queue until it
+//! has. Reading beforehand, and re-reading what has changed since, would have to track the requests
+//! that were under way when it began, and would have to wait in the end anyway.
 #[cfg(test)]
 mod tests;
 
@@ -31,17 +32,17 @@ use super::{Change, DiskError, Observer, Verdict, Waker};
 const ENDS: u64 = 1 << 20;
 /// Bytes of each block in between.
 const BLOCK: u64 = 4096;
-/// How many of these.
+/// How many of these blocks.
 const BLOCKS: u32 = 64;
-/// Most bytes that are read at once, and that a change may have to wait for.
+/// Most bytes read at once, and so the most that a change may have to wait for.
 const PIECE: u64 = 256 << 10;
-/// What every disk wants the addresses of buffers to be multiples of.
+/// Alignment of buffer addresses that suits every disk.
 const ALIGN: usize = 64 << 10;
 
-/// SHA-256 of what was looked at.
+/// SHA-256 of the checked ranges.
 pub type SpotHash = [u8; 32];
 
-/// A spot check that was ordered at one moment and is still to be made. Dropped, it holds up no change.
+/// A spot check of a fixed moment, still to be carried out. Once dropped, it delays no change.
 #[derive(Debug)]
 pub struct SpotCheck {
     file: Arc<File>,
@@ -50,27 +51,27 @@ pub struct SpotCheck {
 }
 
 impl SpotCheck {
-    /// Of the first `size` bytes of `file`, for the save `id`. Its observer is to be attached before
-    /// the next change is started.
+    /// A check of the first `size` bytes of `file`, for the save `id`. Its observer must be
+    /// attached before the next change starts.
     pub(super) fn new(file: &Arc<File>, size: u64, id: u128, waker: Waker) -> Self {
         let state = Mutex::new(State { read: 0, waited: false, retired: false });
         let hold = Hold { ranges: ranges(size, id), state, waker };
         Self { file: file.clone(), size, hold: Arc::new(hold) }
     }
 
-    /// Check that `path` holds in its first `size` bytes what the save `id` has seen there. Waits for
-    /// its storage.
+    /// Check that the first `size` bytes of `path` still hold what the save `id` has hashed. Waits
+    /// for the storage.
     ///
     /// # Errors
-    /// [`DiskError::SpotCheck`] when it does not; when it cannot be read.
+    /// [`DiskError::SpotCheck`] when they differ; when they cannot be read.
     pub fn verify(path: &Path, size: u64, id: u128, seen: &SpotHash) -> Result<(), DiskError> {
         let read = |flags| {
             let mut options = File::options();
             let file = options.read(true).custom_flags(libc::O_NONBLOCK | flags).open(path)?;
             hash(&file, size, &ranges(size, id), || ())
         };
-        // From the medium: the page cache of this host does not know what another one has written.
-        // What it knows and the medium does not, the kernel writes first.
+        // From the medium: this host's page cache does not have what another host has written.
+        // Dirty pages in it are written back by the kernel first.
         let found = match read(libc::O_DIRECT) {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => read(0),
             other => other,
@@ -90,12 +91,12 @@ impl SpotCheck {
     /// Read and hash. Waits for the storage.
     ///
     /// # Errors
-    /// When it cannot be read, or the machine has closed it meanwhile, so that it may have been changed
-    /// since.
+    /// When it cannot be read, or the machine has closed the disk meanwhile, so that it may have
+    /// been changed since.
     pub fn take(self) -> io::Result<SpotHash> {
         let hash = hash(&self.file, self.size, &self.hold.ranges, || self.hold.next())?;
-        // One is the disk's, until a change has found nothing to wait for any more. Without the disk
-        // nothing has held changes up.
+        // The disk holds one reference until a change has found nothing left to wait for. Without
+        // the disk, nothing has delayed changes.
         if Arc::strong_count(&self.hold) == 1 && !self.hold.state.lock().retired {
             return Err(io::Error::other("it has been closed"));
         }
@@ -109,12 +110,12 @@ impl Drop for SpotCheck {
     }
 }
 
-/// Holds changes up of what has not been read yet.
+/// Delays changes of ranges that have not been read yet.
 #[derive(Debug)]
 struct Hold {
-    /// What is read, ascending.
+    /// The ranges to read, ascending.
     ranges: Vec<Range<u64>>,
-    /// The lock, because the I/O thread asks while the checkpoint thread reads.
+    /// A lock, because the I/O thread checks while the checkpoint thread reads.
     state: Mutex<State>,
     waker: Waker,
 }
@@ -123,9 +124,9 @@ struct Hold {
 struct State {
     /// How many of the ranges have been read.
     read: usize,
-    /// A change waits.
+    /// A change is waiting.
     waited: bool,
-    /// The disk asks no more.
+    /// The disk no longer asks this observer.
     retired: bool,
 }
 
@@ -135,7 +136,7 @@ impl Hold {
         self.advance(|read| read + 1);
     }
 
-    /// Nothing is read any more.
+    /// Reading has ended.
     fn end(&self) {
         self.advance(|_| self.ranges.len());
     }
@@ -167,8 +168,8 @@ impl Observer for Hold {
     fn after(&self, _: &Change, _: &io::Result<()>) {}
 }
 
-/// What is looked at of `size` bytes: ascending, in whole blocks but for the end, none longer than
-/// [`PIECE`] and none twice.
+/// The ranges to check of `size` bytes: ascending, in whole blocks except at the end, none longer
+/// than [`PIECE`] and none twice.
 fn ranges(size: u64, id: u128) -> Vec<Range<u64>> {
     let tail = size.saturating_sub(ENDS);
     let mut wanted = vec![0..ENDS.min(size), tail - tail % BLOCK..size];
@@ -193,7 +194,7 @@ fn ranges(size: u64, id: u128) -> Vec<Range<u64>> {
     ranges
 }
 
-/// Hash `size` and what is in `ranges`; `done` is called after each.
+/// Hash `size` and the contents of `ranges`; `done` is called after each range.
 fn hash(file: &File, size: u64, ranges: &[Range<u64>], done: impl Fn()) -> io::Result<SpotHash> {
     let mut hash = Sha256::new().chain_update(size.to_be_bytes());
     let mut buffer = vec![0; PIECE as usize + ALIGN];

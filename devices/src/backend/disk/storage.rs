@@ -1,5 +1,5 @@
-//! The requests on a disk. All of them pass here, so this is where its observers are asked and
-//! told, whichever way the engine carries a request out.
+//! The requests on a disk. All of them pass through here, so this is where its observers are asked
+//! and notified, however the engine carries a request out.
 #[cfg(test)]
 mod tests;
 
@@ -8,19 +8,19 @@ use std::{io, os::fd::RawFd, sync::Arc, time::Duration};
 use super::{Change, ChangeKind, Disk, Op, engine::Engine, observer::Permit};
 use crate::{Memory, virtio::chain::Segment};
 
-/// What became of a request.
+/// The outcome of starting a request.
 #[derive(Debug)]
 pub enum Outcome {
     /// It is complete.
     Done(io::Result<()>),
     /// [`Storage::finished`] will return it.
     Pending,
-    /// An observer of the disk wants it to wait: nothing has been started. Start it again when
+    /// An observer of the disk delays it: nothing has been started. Start it again when
     /// [`Storage::wake_source`] is readable.
     Held,
 }
 
-/// The requests of one guest on a disk. `T` is what the caller knows a request by.
+/// The requests of one guest on a disk. `T` is the caller's tag for a request.
 pub struct Storage<T> {
     engine: Engine<(T, Permit)>,
 }
@@ -42,7 +42,7 @@ impl<T> Storage<T> {
         self.engine.source()
     }
 
-    /// Readable when requests that were held may be started; [`Storage::woken`] takes note.
+    /// Readable when held requests may be started; [`Storage::woken`] consumes the signal.
     pub fn wake_source(&self) -> RawFd {
         self.disk().observers.source()
     }
@@ -62,8 +62,8 @@ impl<T> Storage<T> {
         self.engine.in_flight()
     }
 
-    /// Carry out a request, at `offset` bytes. Only if [`Storage::has_room`]. The caller has
-    /// checked the range against the disk's size. Pending requests are on their way after
+    /// Carry out a request at `offset` bytes. Call only if [`Storage::has_room`]; the caller has
+    /// checked the range against the disk's size. Pending requests are passed to the kernel by
     /// [`Storage::submit`].
     pub fn start(&mut self, op: Op, offset: u64, segments: &[Segment], tag: T) -> Outcome {
         let permit = match kind(op) {
@@ -113,7 +113,7 @@ impl<T> Storage<T> {
 
 impl<T> Drop for Storage<T> {
     fn drop(&mut self) {
-        // Observers hear of every change, even if the guest does not any more.
+        // Observers are notified of every change, even if the guest no longer is.
         loop {
             while self.finished().is_some() {}
             if self.in_flight() == 0 || !self.wait(None) {

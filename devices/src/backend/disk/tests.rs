@@ -29,7 +29,7 @@ fn refusal(path: &Path, options: &OpenOptions) -> String {
 fn only_files_and_block_devices_are_disks() {
     let dir = TempDir::new().unwrap();
     let at = |name: &str| dir.as_path().join(name);
-    // Not by a command: its process would hold the descriptors that other tests have to see closed.
+    // Not by a command: its process would hold descriptors that other tests expect to be closed.
     mkfifoat(CWD, at("fifo"), Mode::RWXU).unwrap();
     let _listener = UnixListener::bind(at("socket")).unwrap();
     symlink(at("fifo"), at("link")).unwrap();

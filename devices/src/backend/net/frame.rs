@@ -1,7 +1,7 @@
 // UNSAFETY: readv and writev take raw pointers into guest memory; a slice would claim that the
 // guest does not change it meanwhile.
 #![expect(unsafe_code)]
-//! Guest buffers as the kernel takes them: one list of pieces for one readv or writev.
+//! Guest buffers in the form the kernel takes: one list of pieces for one readv or writev.
 use std::{io, os::fd::RawFd};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
@@ -9,7 +9,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 use crate::{Memory, virtio::chain::Segment};
 
 /// The most guest buffers in one frame: one less than a system call takes (`UIO_MAXIOV` of Linux),
-/// for [`Frame::read_from`] adds a piece of ours.
+/// because [`Frame::read_from`] adds the spill buffer.
 const PIECES: usize = 1023;
 
 /// A piece of guest memory. Only [`Frame::push`] makes one.
@@ -21,7 +21,7 @@ struct Piece(libc::iovec);
 // thread, and which the frame that holds the piece keeps mapped.
 unsafe impl Send for Piece {}
 
-/// A list of guest buffers. Reused from frame to frame, it allocates nothing.
+/// A list of guest buffers. It is reused from frame to frame, so that it allocates nothing.
 pub struct Frame {
     memory: Memory,
     segments: Vec<Segment>,
@@ -63,7 +63,7 @@ impl Frame {
         true
     }
 
-    /// Take the first `n` buffers away.
+    /// Remove the first `n` buffers.
     pub fn drop_front(&mut self, n: usize) {
         let n = n.min(self.segments.len());
         let gone = self.segments.drain(..n).map(|s| s.len as usize).sum::<usize>();
@@ -81,7 +81,7 @@ impl Frame {
         self.bytes
     }
 
-    /// Have [`Frame::write_to`] leave out the first `n` bytes. Undone by [`Frame::clear`].
+    /// Make [`Frame::write_to`] leave out the first `n` bytes. Undone by [`Frame::clear`].
     pub fn skip(&mut self, mut n: usize) {
         let mut gone = 0;
         for Piece(piece) in &mut self.pieces {
@@ -96,8 +96,8 @@ impl Frame {
         self.pieces.drain(..gone);
     }
 
-    /// Fill the buffers, and then `spill`, from `fd` by one readv. Whoever finishes the frame has
-    /// to call [`Frame::mark_written`].
+    /// Fill the buffers, and then `spill`, from `fd` by one readv. The caller that completes the
+    /// frame has to call [`Frame::mark_written`].
     ///
     /// # Errors
     /// As readv.
@@ -117,13 +117,13 @@ impl Frame {
     /// # Errors
     /// As writev.
     pub fn write_to(&self, fd: RawFd) -> io::Result<usize> {
-        // SAFETY: as in `read_from`, without a piece of ours, and the kernel only reads.
+        // SAFETY: as in `read_from`, without the spill buffer, and the kernel only reads.
         let n = unsafe { libc::writev(fd, self.pieces.as_ptr().cast(), self.pieces.len() as i32) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Enter the first `n` bytes of the buffers into the bitmap of dirty pages: readv has written
-    /// them behind vm-memory's back.
+    /// Mark the first `n` bytes of the buffers dirty: readv has written them without vm-memory's
+    /// knowledge.
     pub fn mark_written(&self, n: usize) {
         let mut left = n;
         for segment in &self.segments {

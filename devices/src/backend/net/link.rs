@@ -1,5 +1,5 @@
-//! What the kernel tells of a network interface without anybody taking it: rtnetlink(7), and the open files
-//! of other processes.
+//! Information about a network interface that does not require attaching to it: from rtnetlink(7),
+//! and from the open files of other processes.
 use std::{fs, io, path::Path};
 
 use rustix::net::{
@@ -8,12 +8,13 @@ use rustix::net::{
 
 use crate::backend::holder::{entries, find};
 
-/// What an interface is.
+/// The kind of an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// There is none of that name.
     Missing,
-    /// A tap device, with one queue or several; `None`: the kernel, older than 4.17, does not tell.
+    /// A tap device, with one queue or several; `None`: a kernel older than 4.17, which does not
+    /// report it.
     Tap {
         /// Several descriptors can be attached.
         several: Option<bool>,
@@ -33,16 +34,16 @@ const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_TUN_TYPE: u16 = 3;
 const IFLA_TUN_MULTI_QUEUE: u16 = 7;
-/// `IFF_TAP` of linux/if_tun.h, as [`IFLA_TUN_TYPE`] says it.
+/// `IFF_TAP` of linux/if_tun.h, in the form of [`IFLA_TUN_TYPE`].
 const TYPE_TAP: u8 = 2;
 /// Bytes of `struct nlmsghdr` and of `struct ifinfomsg`.
 const HEADER: usize = 16;
 const INTERFACE: usize = 16;
 
-/// What the interface `name` of this network namespace is.
+/// The kind of the interface `name` in this network namespace.
 ///
 /// # Errors
-/// When the kernel does not tell.
+/// When the kernel does not report it.
 pub(super) fn kind(name: &str) -> io::Result<Kind> {
     let flags = SocketFlags::CLOEXEC;
     // NETLINK_ROUTE is 0, which `None` stands for.
@@ -113,8 +114,8 @@ fn find_attribute(mut bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     }
 }
 
-/// The other process, of this network namespace, that has the tap device `name`; `None` when it cannot be
-/// found.
+/// The other process, of this network namespace, that has the tap device `name`; `None` when it
+/// cannot be found.
 pub(super) fn holder(name: &str) -> Option<u32> {
     let namespace = |of: &Path| fs::read_link(of.join("ns/net")).ok();
     let here = namespace(Path::new("/proc/thread-self"))?;
@@ -122,7 +123,7 @@ pub(super) fn holder(name: &str) -> Option<u32> {
     find(|thread| {
         namespace(thread).is_some_and(|there| there == here)
             && entries(&thread.join("fd")).any(|(number, link)| {
-                // Others may take their time to tell.
+                // Reading the fdinfo of other files may take long.
                 fs::read_link(link)
                     .is_ok_and(|target| target == Path::new(super::tap::CLONE_DEVICE))
                     && fs::read_to_string(thread.join("fdinfo").join(number))

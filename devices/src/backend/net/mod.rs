@@ -1,4 +1,4 @@
-//! Where the frames of a network device go to and come from.
+//! Back-ends of network devices: the host's end of an interface.
 pub mod frame;
 mod link;
 pub mod tap;
@@ -19,8 +19,8 @@ use self::frame::Frame;
 
 /// Bytes of the header in front of each frame (virtio 1.3, section 5.1.6, with `num_buffers`).
 pub const HEADER: usize = 12;
-/// The longest frame, with its header: what a driver that takes segmentation offloads must have
-/// room for (virtio 1.3, section 5.1.6.3.1).
+/// The longest frame, with its header: the buffer size that a driver with segmentation offloads
+/// must provide (virtio 1.3, section 5.1.6.3.1).
 pub const FRAME_MAX: usize = 65_562;
 
 /// What the guest takes from the back-end beyond plain, complete frames: the feature bits
@@ -29,7 +29,7 @@ pub const FRAME_MAX: usize = 65_562;
 pub struct Offloads(pub u64);
 
 impl Offloads {
-    /// Every offload that there is.
+    /// Every offload.
     pub const ALL: Self = Self(
         1 << VIRTIO_NET_F_GUEST_CSUM
             | 1 << VIRTIO_NET_F_GUEST_TSO4
@@ -41,7 +41,7 @@ impl Offloads {
     /// UDP segmentation, which needs Linux 6.2 on the host.
     pub const USO: Self = Self(1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6);
 
-    /// The bit `VIRTIO_NET_F_*` is among them.
+    /// Whether it includes the bit `VIRTIO_NET_F_*`.
     pub fn has(self, feature: u32) -> bool {
         self.0 & 1 << feature != 0
     }
@@ -49,39 +49,39 @@ impl Offloads {
 
 /// A host's end of a network interface: frames in and out, several queues.
 ///
-/// Frames begin with the [`HEADER`]. Nothing blocks: [`io::ErrorKind::WouldBlock`] says that
-/// there is no frame, or no room for one.
+/// Frames begin with the [`HEADER`]. Nothing blocks: [`io::ErrorKind::WouldBlock`] says that there
+/// is no frame, or no room for one.
 pub trait NetBackend: Send + Sync + 'static {
     /// Queues, one for each queue pair of the device.
     fn queues(&self) -> usize;
     /// Readable when queue `queue` has a frame, writable when it takes one.
     fn fd(&self, queue: usize) -> RawFd;
-    /// The header comes from and goes to the other side. Without it a header is made up, and
-    /// offloads are out of the question.
+    /// Whether the header is exchanged with the host. Without that, a header is made up, and
+    /// offloads are not possible.
     fn has_header(&self) -> bool;
-    /// UDP segmentation offload is among what it can do.
+    /// Whether it supports UDP segmentation offload.
     fn has_uso(&self) -> bool;
     /// Receive one frame into guest memory, and what does not fit there into `spill`.
     ///
     /// # Errors
-    /// `WouldBlock`, or what became of the interface.
+    /// `WouldBlock`, or the error of the interface.
     fn read(&self, queue: usize, into: &mut Frame, spill: &mut [u8]) -> io::Result<usize>;
-    /// Receive one frame into a buffer of ours.
+    /// Receive one frame into a buffer of this process.
     ///
     /// # Errors
     /// As [`NetBackend::read`].
     fn read_buffer(&self, queue: usize, into: &mut [u8]) -> io::Result<usize>;
-    /// Send one frame. `frame` is used up.
+    /// Send one frame. `frame` is consumed.
     ///
     /// # Errors
-    /// `WouldBlock`, what became of the interface, or `InvalidInput` for a frame that is none.
+    /// `WouldBlock`, the error of the interface, or `InvalidInput` for an invalid frame.
     fn write(&self, queue: usize, frame: &mut Frame) -> io::Result<usize>;
-    /// Send one frame of ours, header and all, by the first queue.
+    /// Send one frame from this process, header included, by the first queue.
     ///
     /// # Errors
     /// As [`NetBackend::write`].
     fn write_buffer(&self, frame: &[u8]) -> io::Result<usize>;
-    /// From now on deliver frames that need these offloads.
+    /// Deliver frames that need these offloads from now on.
     ///
     /// # Errors
     /// When the host refuses; nothing has changed then.
@@ -93,14 +93,14 @@ pub trait NetBackend: Send + Sync + 'static {
     fn set_active_queues(&self, queues: usize) -> io::Result<()>;
 }
 
-/// A back-end that nothing is behind: its device can take a saved state, and never gets a frame.
+/// A null back-end: its device can be restored from a saved state, and never gets a frame.
 pub struct NoNetwork {
     queues: usize,
     fd: OwnedFd,
 }
 
 impl NoNetwork {
-    /// One of so many queues.
+    /// A null back-end with this many queues.
     ///
     /// # Errors
     /// When no descriptor is left.

@@ -47,7 +47,7 @@ pub enum TapError {
     /// There is no such interface.
     #[error("tap device '{name}' does not exist. Make it with:{}", recipe(.name, *.queues))]
     Missing { name: String, queues: usize },
-    /// Somebody else uses it.
+    /// Another process uses it.
     #[error(
         "tap device '{name}' is in use by another process{}. Give each machine one of its own:{}",
         holder.map_or_else(String::new, |pid| format!(" ({pid})")),
@@ -68,26 +68,26 @@ pub enum TapError {
         recipe(.name, *.queues)
     )]
     NotMultiQueue { name: String, queues: usize },
-    /// Not ours to use.
+    /// This process may not use it.
     #[error(
         "no permission to use tap device '{name}'. As root, make it over to the user who runs \
          this: ip link del {name} && ip tuntap add dev {name} mode tap user \"$USER\" vnet_hdr && \
          ip link set {name} up"
     )]
     Permission { name: String },
-    /// The tun driver is not there or not accessible.
+    /// The tun driver is missing or not accessible.
     #[error("cannot open {CLONE_DEVICE}; as root: modprobe tun; chmod 666 {CLONE_DEVICE}")]
     Driver { source: io::Error },
-    /// No descriptor at all, or of something else.
+    /// Not an open descriptor, or not one of a tap device.
     #[error("descriptor {fd} is not an open tap device")]
     NotTapFd { fd: RawFd, source: io::Error },
     /// A descriptor of a tap device in a mode that no virtio device can use.
     #[error("descriptor {fd} of '{name}' {what}")]
     Mode { fd: RawFd, name: String, what: &'static str },
-    /// No descriptor was handed over.
+    /// No descriptor was passed.
     #[error("no descriptor of a tap device")]
     NoDescriptor,
-    /// The host refused one step.
+    /// The host refused one step of the set-up.
     #[error("tap device '{name}': cannot {what}")]
     Host { name: String, what: &'static str, source: io::Error },
 }
@@ -107,12 +107,12 @@ impl Tap {
     /// Attach to the existing tap device `name` with `queues` queues.
     ///
     /// # Errors
-    /// When it does not exist, is not a tap device, is busy, or the host refuses; the message has
-    /// the command that helps.
+    /// When it does not exist, is not a tap device, is busy, or the host refuses; the message
+    /// includes the command that fixes it.
     pub fn open(name: &str, queues: usize) -> Result<Self, TapError> {
         check_name(name)?;
         let missing = || TapError::Missing { name: name.into(), queues };
-        // TUNSETIFF would make a tap that does not exist, so look first and compare afterwards.
+        // TUNSETIFF would create a missing tap, so check first and compare afterwards.
         let index = interface_index(name).ok_or_else(missing)?;
 
         let mut flags = if queues > 1 { TAP | libc::IFF_MULTI_QUEUE } else { TAP };
@@ -140,8 +140,8 @@ impl Tap {
         Self::set_up(name.into(), files, true)
     }
 
-    /// Whether there is a tap device `name` that takes `queues` queues. It is not touched, and another
-    /// process may have it.
+    /// Check that there is a tap device `name` that supports `queues` queues. It is not changed,
+    /// and another process may have it.
     ///
     /// # Errors
     /// When it does not exist, is not a tap device, or has one queue where several are wanted.
@@ -159,14 +159,14 @@ impl Tap {
         }
     }
 
-    /// Use tap devices that somebody else has opened: one descriptor for each queue, all of one
+    /// Use tap devices that another process has opened: one descriptor for each queue, all of one
     /// interface. They become non-blocking and close-on-exec.
     ///
     /// They must have been opened with `IFF_NO_PI`. That cannot be checked: `TUNGETIFF` reports
     /// the same bit for a socket without filter.
     ///
     /// # Errors
-    /// When a descriptor is not one of a tap device, or not of the same as the others.
+    /// When a descriptor is not one of a tap device, or not of the same one as the others.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
         let mut name: Option<String> = None;
         let mut header = true;
@@ -222,7 +222,7 @@ impl Tap {
     }
 
     fn set_tun_offloads(&self, flags: libc::c_uint) -> io::Result<()> {
-        // One device, whatever the number of its queues.
+        // The setting applies to the whole device, however many queues it has.
         let fd = self.fd(0);
         // SAFETY: TUNSETOFFLOAD takes a plain number in place of the pointer.
         unsafe { ioctl(fd, libc::TUNSETOFFLOAD, std::ptr::without_provenance(flags as usize)) }
@@ -283,7 +283,7 @@ impl NetBackend for Tap {
             return Ok(());
         }
         let mut flags = 0;
-        // The kernel takes the others only together with this one.
+        // The kernel accepts the other offloads only together with this one.
         if offloads.has(VIRTIO_NET_F_GUEST_CSUM) {
             flags |= libc::TUN_F_CSUM;
             for (feature, flag) in [
@@ -296,7 +296,7 @@ impl NetBackend for Tap {
                     flags |= flag;
                 }
             }
-            // One without the other is refused.
+            // The kernel refuses one without the other.
             if offloads.0 & Offloads::USO.0 == Offloads::USO.0 {
                 flags |= libc::TUN_F_USO4 | libc::TUN_F_USO6;
             }
@@ -315,7 +315,7 @@ impl NetBackend for Tap {
             let set =
                 unsafe { ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, (&raw const request).cast()) };
             match set {
-                // It is what it should be already.
+                // It is in the wanted state already.
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
                 result => result?,
             }
@@ -368,7 +368,7 @@ fn attach(name: &str, flags: i32) -> Result<std::fs::File, AttachError> {
 }
 
 /// # Safety
-/// `argument` is what `request` wants.
+/// `argument` must be what `request` expects.
 unsafe fn ioctl(fd: RawFd, request: libc::Ioctl, argument: *const libc::c_void) -> io::Result<()> {
     // SAFETY: passed on to the caller.
     match unsafe { libc::ioctl(fd, request, argument) } {
@@ -404,7 +404,7 @@ fn request_flags(request: &libc::ifreq) -> i32 {
     i32::from(unsafe { request.ifr_ifru.ifru_flags } as u16)
 }
 
-/// The number that tells an interface from a later one of the same name.
+/// The index, which distinguishes an interface from a later one of the same name.
 fn interface_index(name: &str) -> Option<u32> {
     let flags = SocketFlags::CLOEXEC;
     let any = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None).ok()?;

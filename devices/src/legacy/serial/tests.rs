@@ -20,7 +20,7 @@ struct Bench {
     _dir: TempDir,
 }
 
-/// A port with somebody at the other end.
+/// A port with a peer.
 fn bench() -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("tty");
@@ -83,8 +83,8 @@ fn more_input_than_the_fifo_holds_waits_for_room() {
     assert_eq!(b.take_input(), typed);
 }
 
-/// Linux takes at most 256 bytes at a time (`serial8250_rx_chars`), and then looks whether the port still
-/// asks for it. Input comes while it does so, and not only when the FIFO is empty.
+/// Linux reads at most 256 bytes at a time (`serial8250_rx_chars`), and then checks whether the
+/// port still raises the interrupt. Input arrives meanwhile, and not only when the FIFO is empty.
 #[test]
 fn what_a_driver_leaves_in_the_fifo_is_still_announced() {
     const TYPED: usize = 266;
@@ -107,7 +107,7 @@ fn what_a_driver_leaves_in_the_fifo_is_still_announced() {
     assert_eq!(b.take_input().len(), TYPED - 256);
     assert_eq!(b.read(IIR) & 1, 1, "there is nothing more");
 
-    // Not to a driver that does not want to know.
+    // Not to a driver that has disabled the interrupt.
     b.serial.write(IER, &[0]);
     b.terminal.write_all(b"x").unwrap();
     b.thread.settle();

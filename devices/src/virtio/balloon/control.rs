@@ -1,4 +1,4 @@
-//! What the monitor and the balloon's worker share.
+//! State shared by the monitor and the balloon's worker.
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
@@ -16,10 +16,10 @@ pub struct Control {
     target: AtomicU32,
     actual: AtomicU32,
     interval: AtomicU32,
-    /// Tells the worker of a new interval.
+    /// Signals a new interval to the worker.
     changed: EventFd,
-    /// Written by the worker, read by the monitor, and held for no longer than a copy takes: a message
-    /// for each statistic would be one that nobody may ever ask for.
+    /// Written by the worker, read by the monitor, and locked only as long as a copy takes. A
+    /// message for each update would often be sent for nothing.
     stats: Mutex<Option<Stats>>,
 }
 
@@ -39,12 +39,12 @@ impl Control {
         self.target.load(Ordering::Relaxed)
     }
 
-    /// Ask for `pages` in the balloon.
+    /// Set the number of pages that the guest is to put into the balloon.
     pub fn set_target(&self, pages: u32) {
         self.target.store(pages, Ordering::Relaxed);
     }
 
-    /// Pages in the balloon, as the guest says. It may say anything.
+    /// Pages in the balloon, as reported by the guest, which may report any number.
     pub fn actual(&self) -> u32 {
         self.actual.load(Ordering::Relaxed)
     }
@@ -53,19 +53,19 @@ impl Control {
         self.actual.store(pages, Ordering::Relaxed);
     }
 
-    /// Seconds between two statistics; 0: none are asked for.
+    /// Seconds between two statistics; 0: none are requested.
     pub fn polling_interval(&self) -> u32 {
         self.interval.load(Ordering::Relaxed)
     }
 
-    /// Ask the guest for statistics every so many `seconds`; 0: no more.
+    /// Request statistics from the guest every `seconds`; 0: stop.
     pub fn set_polling_interval(&self, seconds: u32) {
         self.interval.store(seconds, Ordering::Relaxed);
-        // Saturated: the worker has yet to look.
+        // Saturated: the worker has not read it yet.
         let _ = self.changed.write(1);
     }
 
-    /// What the guest has said last of its memory; `None` before it has said anything.
+    /// The guest's latest memory statistics; `None` before the first.
     pub fn stats(&self) -> Option<Stats> {
         *self.stats.lock()
     }
@@ -74,7 +74,7 @@ impl Control {
         *self.stats.lock() = Some(stats);
     }
 
-    /// The guest has been reset: nothing is in its balloon, and it has said nothing yet.
+    /// The guest has been reset: its balloon is empty, and there are no statistics.
     pub(super) fn emptied(&self) {
         self.set_actual(0);
         *self.stats.lock() = None;
@@ -86,7 +86,7 @@ impl Control {
     }
 
     pub(super) fn drain(&self) {
-        // WouldBlock: nothing was there.
+        // WouldBlock: not signalled.
         let _ = self.changed.read();
     }
 }

@@ -1,8 +1,9 @@
 //! The memory balloon (virtio 1.3, section 5.5).
 //!
 //! The guest gives pages up by putting them into the balloon, as many as the monitor asks for, and
-//! they return to the host. Before the guest uses one again it says so, and finds zeroes there. With
-//! free page reporting the guest also tells which pages it has freed, without being asked.
+//! they return to the host. Before the guest uses such a page again, it notifies the device; it
+//! then finds zeroes in the page. With free page reporting the guest also reports, unasked, which
+//! pages it has freed.
 //!
 //! ```text
 //!   monitor: target --num_pages--> guest --inflate queue----> worker: Reclaim::withhold
@@ -39,17 +40,17 @@ const QUEUE_SIZE: u16 = 128;
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const STATS: u16 = 2;
-/// The reporting queue is number 4, after that for free page hints. Linux before 6.11 does not count
-/// queues whose features were not negotiated, and finds it at 3. As hints are never offered here,
-/// either number means reporting.
+/// The reporting queue is number 4, after the one for free page hints. Linux before 6.11 does not
+/// count queues whose features were not negotiated, and uses number 3. As hints are never offered
+/// here, both numbers mean reporting.
 const REPORTING: [u16; 2] = [3, 4];
 /// Offset of `actual` in the configuration space.
 const ACTUAL: u64 = 4;
 
-/// Bytes of the pages that a balloon counts in, whatever the pages of guest or host are.
+/// Bytes of the pages in which a balloon is counted, whatever the page sizes of guest and host are.
 pub const BALLOON_PAGE: u64 = 4096;
 
-/// How a balloon behaves.
+/// The settings of a balloon.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Settings {
     /// The guest takes pages out of the balloon rather than run out of memory.
@@ -58,7 +59,7 @@ pub struct Settings {
     pub page_reporting: bool,
 }
 
-/// Called on a vCPU thread whenever the guest has changed the balloon's size: must not block.
+/// Called on a vCPU thread whenever the guest has changed the balloon's size; must not block.
 pub type OnChange = Box<dyn Fn() + Send + Sync>;
 
 /// A balloon.
@@ -72,7 +73,7 @@ pub struct Balloon {
 }
 
 impl Balloon {
-    /// An empty balloon. Pages that go into it are taken from `memory`.
+    /// An empty balloon. The pages in it are reclaimed from `memory`.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -93,8 +94,8 @@ impl Balloon {
         })
     }
 
-    /// By which the monitor steers the balloon, whatever the device is busy with. A new target shows
-    /// once the transport has shown the guest the configuration space again.
+    /// The handle by which the monitor controls the balloon, whatever the device is busy with. A
+    /// new target becomes visible when the transport next updates the configuration space.
     pub fn control(&self) -> Arc<Control> {
         self.control.clone()
     }
@@ -139,7 +140,8 @@ impl VirtioDevice for Balloon {
         &[QUEUE_SIZE; 5]
     }
 
-    /// Section 5.5.4: num_pages, actual. What follows belongs to features that are not offered.
+    /// Section 5.5.4: num_pages, actual. The fields after these belong to features that are not
+    /// offered.
     fn config(&self) -> Vec<u8> {
         [self.control.target(), self.control.actual()]
             .iter()
@@ -148,7 +150,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // Drivers write the field as a whole, and no other.
+        // Drivers write this field as a whole, and no other field.
         if let (ACTUAL, Ok(actual)) = (offset, data.try_into()) {
             self.control.set_actual(u32::from_le_bytes(actual));
             (self.on_change)();

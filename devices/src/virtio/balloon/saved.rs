@@ -1,4 +1,4 @@
-//! The saved form of a balloon. The buffer that the guest lends for statistics is in its queue.
+//! The saved form of a balloon. The buffer that the guest lends for statistics stays in its queue.
 use ::state::device as saved;
 
 use super::Balloon;

@@ -1,10 +1,10 @@
-//! What a guest tells of its memory (virtio 1.3, section 5.5.6.3).
+//! Memory statistics of a guest (virtio 1.3, section 5.5.6.3).
 use std::time::SystemTime;
 
-/// Statistics of a guest, all of which it may leave out.
+/// Statistics of a guest, which may omit any of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stats {
-    /// When the guest said so.
+    /// When the guest reported them.
     pub updated: SystemTime,
     values: [Option<u64>; NAMES.len()],
 }
@@ -12,7 +12,7 @@ pub struct Stats {
 /// Bytes of one statistic: a tag and a value.
 pub(super) const ENTRY: usize = 10;
 
-/// By tag, as QEMU calls them. Sizes are in bytes.
+/// QEMU's names of the statistics, by tag. Sizes are in bytes.
 const NAMES: [&str; 16] = [
     "stat-swap-in",
     "stat-swap-out",
@@ -33,7 +33,7 @@ const NAMES: [&str; 16] = [
 ];
 
 impl Stats {
-    /// Of the entries in `bytes`. Tags that are not known are passed over; of two with the same tag the
+    /// Parse the entries in `bytes`. Unknown tags are skipped; of two entries with the same tag the
     /// last one counts.
     pub(super) fn parse(bytes: &[u8]) -> Self {
         let mut values = [None; NAMES.len()];
@@ -47,7 +47,7 @@ impl Stats {
         Self { updated: SystemTime::now(), values }
     }
 
-    /// Each by its name; `None`: the guest does not tell.
+    /// Each statistic by its name; `None`: the guest does not report it.
     pub fn each(&self) -> impl Iterator<Item = (&'static str, Option<u64>)> + '_ {
         NAMES.into_iter().zip(self.values)
     }

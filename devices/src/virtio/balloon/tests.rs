@@ -16,7 +16,7 @@ const ALL: u64 = F_MUST_TELL_HOST | F_STATS_QUEUE | F_PAGE_REPORTING | F_INDIREC
 const SETTINGS: Settings = Settings { deflate_on_oom: true, page_reporting: true };
 const STATS_QUEUE: u16 = STATS;
 
-/// What is asked of guest memory, in pages: the first one, and how many.
+/// A call on guest memory, in pages: the first one, and how many.
 #[derive(Debug, PartialEq, Eq)]
 enum Asked {
     Discard(u64, u64),
@@ -27,7 +27,7 @@ enum Asked {
 
 use Asked::*;
 
-/// Notes what is asked.
+/// Records the calls.
 #[derive(Default)]
 struct Notes(Mutex<Vec<Asked>>);
 
@@ -56,7 +56,7 @@ impl Reclaim for Notes {
     }
 }
 
-/// What the test holds of a balloon.
+/// The test's handles on a balloon.
 struct Outside {
     control: Arc<Control>,
     notes: Arc<Notes>,
@@ -128,7 +128,7 @@ fn offers_what_it_is_set_to() {
 #[test]
 fn pages_that_lie_together_are_discarded_at_once() {
     let (mut g, outside) = guest();
-    // As Linux has them: mostly from high to low; some twice.
+    // As Linux sends them: mostly from high to low; some twice.
     let pages = g.bytes(&numbers(&[9, 8, 7, 100, 7, 3, 102, 101, u32::MAX]));
     let head = g.request(INFLATE, &[(pages, 36, false)]);
     assert_eq!(g.completion(INFLATE), (head, 0));
@@ -191,7 +191,7 @@ fn free_pages_are_discarded_whichever_number_the_queue_has() {
         let head = g.request(queue, &[(2 << 20, 2 << 20, true), (8 << 20, 4096, true)]);
         assert_eq!(g.completion(queue), (head, 0));
         assert_eq!(outside.asked(), [Discard(512, 512), Discard(2048, 1)], "queue {queue}");
-        // Outside of memory, wholly or in part.
+        // Outside of memory, completely or in part.
         g.request(queue, &[(RAM, 4096, true)]);
         g.request(queue, &[(RAM - 4096, 8192, true)]);
         assert_eq!(outside.asked(), []);
@@ -257,7 +257,7 @@ fn statistics_are_read_when_they_are_lent_and_when_they_are_asked_for() {
 #[test]
 fn statistics_may_say_anything() {
     let (mut g, outside) = guest();
-    // Gigabytes of them, and a piece of one.
+    // Gigabytes of page numbers, and an incomplete one.
     let len = (RAM - (8 << 20)) as u32;
     g.request(STATS_QUEUE, &[(8 << 20, len, false), (8 << 20, len, false)]);
     assert!(outside.control.stats().is_some());

@@ -25,15 +25,15 @@ use crate::{
     worker::Worker,
 };
 
-/// Page numbers of one request that are looked at; Linux sends 256. What is behind them stays with the
-/// guest's pages in the host, and a guest that overlaps descriptors does not keep the thread.
+/// Most page numbers read from one request; Linux sends 256. Further pages stay with the guest, and
+/// a guest that overlaps descriptors cannot occupy the thread.
 const MAX_PAGES: usize = 16 << 10;
-/// Bytes of statistics that are looked at.
+/// Most bytes of statistics that are read.
 const MAX_STATS: usize = 64 * ENTRY;
-/// Requests of one queue that are answered before others have their turn.
+/// Requests of one queue that are answered before the other queues get their turn.
 const TURN: usize = 64;
 
-/// Those of an active balloon.
+/// The queues of an active balloon.
 pub(super) struct Queues {
     pub(super) inflate: Ring,
     pub(super) deflate: Ring,
@@ -52,12 +52,12 @@ impl Queues {
     }
 }
 
-/// What a worker is made of.
+/// What a worker is built from.
 pub(super) struct WorkerArgs {
     pub(super) id: String,
     pub(super) queues: Queues,
     pub(super) memory: Arc<dyn Reclaim>,
-    /// The driver has taken [`super::F_MUST_TELL_HOST`].
+    /// The driver has accepted [`super::F_MUST_TELL_HOST`].
     pub(super) tells_host: bool,
     pub(super) control: Arc<Control>,
     pub(super) interrupt: Interrupt,
@@ -67,16 +67,15 @@ pub(super) struct BalloonWorker {
     id: String,
     pub(super) queues: Queues,
     memory: Arc<dyn Reclaim>,
-    /// The driver says so before it uses a page in the balloon again.
+    /// The driver notifies the device before it uses a page in the balloon again.
     tells_host: bool,
     control: Arc<Control>,
     interrupt: Interrupt,
-    /// When statistics are to be asked for.
+    /// Fires when statistics are due.
     timer: OwnedFd,
-    /// Seconds that the timer is set to.
+    /// The timer's interval in seconds.
     interval: u32,
-    /// The first descriptor of the buffer for statistics, which the guest lends until they are asked
-    /// for.
+    /// The head of the statistics buffer, which the guest lends until statistics are requested.
     lent: Option<u16>,
     /// The driver has broken a ring and has to reset the device.
     pub(super) broken: bool,
@@ -84,7 +83,7 @@ pub(super) struct BalloonWorker {
     pages: PageNumbers,
 }
 
-/// Room for the page numbers of one request.
+/// Buffer for the page numbers of one request.
 #[derive(Default)]
 struct PageNumbers {
     bytes: Vec<u8>,
@@ -92,15 +91,15 @@ struct PageNumbers {
 }
 
 impl PageNumbers {
-    /// Reads those of `chain`, and calls `each` for every run of pages that lie together: its first
-    /// address, and its bytes.
+    /// Read the page numbers of `chain`, and call `each` for every run of adjacent pages, with its
+    /// start address and length in bytes.
     fn each_run(&mut self, ram: &Memory, chain: &Chain, mut each: impl FnMut(GuestAddress, u64)) {
         let Self { bytes, numbers } = self;
         let wanted = chain::total(chain.readable());
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(4 * MAX_PAGES);
         bytes.resize(wanted, 0);
         let read = chain::read(ram, chain.readable(), 0, bytes);
-        // A piece of a number behind the last one is none.
+        // An incomplete number at the end is ignored.
         let (words, _) = bytes.get(..read).unwrap_or(&[]).as_chunks();
         numbers.clear();
         numbers.extend(words.iter().map(|word| u32::from_le_bytes(*word)));
@@ -146,7 +145,7 @@ impl BalloonWorker {
         self.take_stats()
     }
 
-    /// Take the pages that the guest puts into the balloon.
+    /// Reclaim the pages that the guest puts into the balloon.
     fn inflate(&mut self) -> Result<(), Broken> {
         let Self { queues, memory, tells_host, chain, pages, interrupt, .. } = self;
         let ram = queues.inflate.memory().clone();
@@ -158,7 +157,7 @@ impl BalloonWorker {
         })
     }
 
-    /// Let the guest have pages back.
+    /// Return pages to the guest.
     fn deflate(&mut self) -> Result<(), Broken> {
         let Self { queues, memory, chain, pages, interrupt, .. } = self;
         let ram = queues.deflate.memory().clone();
@@ -167,7 +166,7 @@ impl BalloonWorker {
         })
     }
 
-    /// Give back the ranges that the guest says are free.
+    /// Return the ranges that the guest reports as free to the host.
     fn report(&mut self, queue: usize) -> Result<(), Broken> {
         let Self { queues, memory, chain, interrupt, .. } = self;
         let Some(ring) = queues.reporting.get_mut(queue) else { return Ok(()) };
@@ -197,7 +196,7 @@ impl BalloonWorker {
         Ok(())
     }
 
-    /// Have the guest write new statistics.
+    /// Return the buffer, so that the guest writes new statistics.
     fn ask_for_stats(&mut self) -> Result<(), Broken> {
         match (&mut self.queues.stats, self.lent.take()) {
             (Some(ring), Some(head)) => give_back(ring, head, &self.interrupt),
@@ -205,7 +204,7 @@ impl BalloonWorker {
         }
     }
 
-    /// Set the timer to the interval that the monitor asks for.
+    /// Set the timer to the interval that the monitor requests.
     fn set_timer(&mut self) {
         let wanted = self.control.polling_interval();
         if wanted == self.interval {
@@ -220,13 +219,13 @@ impl BalloonWorker {
         }
     }
 
-    /// Whether the timer has run out since it was last looked at.
+    /// Whether the timer has expired since the last check.
     fn is_due(&mut self) -> bool {
         rustix::io::read(&self.timer, &mut [0; 8]).is_ok()
     }
 }
 
-/// Answer requests of one queue with no bytes, at most a turn's worth.
+/// Serve requests of one queue, returning each with 0 bytes written, for at most one turn.
 fn serve(
     ring: &mut Ring,
     chain: &mut Chain,
@@ -289,7 +288,7 @@ impl Worker for BalloonWorker {
     }
 
     fn quiesce(&mut self, _: Option<Duration>) -> bool {
-        // The buffer for statistics is taken again when the worker is back at work.
+        // The worker takes the statistics buffer from the queue again when it resumes.
         if let (Some(ring), Some(_)) = (&mut self.queues.stats, self.lent.take()) {
             ring.unpop(1);
         }

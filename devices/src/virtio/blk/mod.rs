@@ -1,9 +1,9 @@
 //! The block device (virtio 1.3, section 5.2).
 //!
-//! A device may be an empty slot: it is there from boot on with a capacity of 0, and a disk is put
-//! into it and taken out of it later. What the driver negotiates it negotiates once, so an empty
-//! slot offers what most disks can do. A disk that does not discard ignores requests to, which
-//! changes nothing that a driver may rely on; one that is read-only answers changes with an error.
+//! A device may be an empty slot: it exists from boot with a capacity of 0, and a disk can be
+//! inserted and removed later. The driver negotiates features only once, so an empty slot offers
+//! what most disks support. A disk without discard support ignores discards, which violates nothing
+//! that a driver may rely on; a read-only disk fails writes with an error.
 mod report;
 mod request;
 mod saved;
@@ -47,20 +47,20 @@ use crate::{
 const DEVICE_TYPE: u32 = 2;
 /// Most queues of a device.
 pub const MAX_QUEUES: u16 = 32;
-/// Fewest and most descriptors of a queue; the size is a power of two.
+/// Fewest and most descriptors of a queue; the size must be a power of two.
 pub const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 2..=1024;
 
 /// Offset of `writeback`, the only field of the configuration space that the driver may write.
 const WRITEBACK: u64 = 32;
 
-/// How the guest sees a device. Fixed while the machine lives.
+/// Guest-visible settings of a device. Fixed for the lifetime of the machine.
 #[derive(Clone)]
 pub struct Settings {
     /// 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// One of [`QUEUE_SIZES`], a power of two.
+    /// Within [`QUEUE_SIZES`], a power of two.
     pub queue_size: u16,
-    /// Told of every request that the host could not carry out.
+    /// Called for requests that the host could not carry out, at a limited rate.
     pub on_error: Option<OnError>,
 }
 
@@ -70,12 +70,12 @@ impl Default for Settings {
     }
 }
 
-/// A disk for a slot, and what belongs to it.
+/// A disk for a slot, and its settings.
 #[derive(Debug)]
 pub struct Backend {
-    /// What reports call it; `None`: as the slot.
+    /// The name used in reports; `None`: the slot's.
     pub name: Option<String>,
-    /// The image or device of the host. While it is in a slot, the device's worker shares it.
+    /// The image or host device. While it is in a slot, the device's worker shares it.
     pub disk: Arc<Disk>,
     /// Serial number; the guest sees its first 20 bytes.
     pub serial: String,
@@ -83,19 +83,19 @@ pub struct Backend {
     pub ops_per_second: Option<u64>,
     /// Bytes read and written per second; `None` or 0 for no limit.
     pub bytes_per_second: Option<u64>,
-    /// What it has to be when a saved state is restored.
+    /// Which disk is accepted when a saved state is restored.
     pub expect: Expect,
 }
 
-/// What the image of a restored device has to be.
+/// Which disk a restored device may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Expect {
-    /// The one that was saved.
+    /// The disk that was saved.
     #[default]
     Saved,
-    /// A copy of it, or itself in another place.
+    /// A copy of the saved disk, or the same disk in another place.
     Copy,
-    /// Any of the saved size: the user vouches for it.
+    /// Any disk of the saved size: the user guarantees its contents.
     Any,
 }
 
@@ -112,10 +112,10 @@ impl From<Disk> for Backend {
     }
 }
 
-/// Why a disk cannot be put in.
+/// Why a disk cannot be plugged in.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
-    /// A disk is there already.
+    /// The slot has a disk already.
     #[error("{0} has a disk already; take it out first")]
     Occupied(String),
     /// The host refused something.
@@ -180,7 +180,7 @@ impl Block {
         })
     }
 
-    /// Put a disk into an empty slot. The transport then shows the new configuration.
+    /// Put a disk into an empty slot. The transport must then show the new configuration.
     ///
     /// # Errors
     /// When the slot is not empty, or the host refuses to watch the disk.
@@ -199,8 +199,8 @@ impl Block {
         })
     }
 
-    /// Take the disk out, after what is in flight; later requests fail. The transport then shows
-    /// the new configuration. `None` when the slot is empty.
+    /// Take the disk out, after requests in flight are complete; later requests fail. The transport
+    /// must then show the new configuration. `None` when the slot is empty.
     pub fn unplug(&mut self) -> Option<Backend> {
         let backend = self.backend.take()?;
         if let Err(e) = self.show_worker() {
@@ -209,8 +209,9 @@ impl Block {
         Some(backend)
     }
 
-    /// The image, to be made `bytes` long by [`Disk::resize`], which can wait for its storage. Until
-    /// then the guest cannot reach what lies beyond. `None` for an empty slot.
+    /// Return the image, for the caller to make it `bytes` long by [`Disk::resize`], which can wait
+    /// for its storage. Until then the guest cannot access anything beyond that size. `None` for an
+    /// empty slot.
     ///
     /// # Errors
     /// As [`Disk::begin_resize`].
@@ -225,7 +226,7 @@ impl Block {
         self.backend.as_ref().map(|b| &*b.disk)
     }
 
-    /// The same, to be kept.
+    /// As [`Block::disk`], as a shared reference.
     pub fn shared_disk(&self) -> Option<Arc<Disk>> {
         self.backend.as_ref().map(|b| b.disk.clone())
     }
@@ -235,7 +236,7 @@ impl Block {
         self.backend.as_ref().map_or(0, |b| b.disk.size())
     }
 
-    /// What the device has done so far.
+    /// The device's counters.
     pub fn stats(&self) -> Arc<BlockStats> {
         self.stats.clone()
     }
@@ -254,7 +255,7 @@ impl Block {
         Ok(Media { name, disk: Some(backend.disk.clone()), serial, limiter })
     }
 
-    /// Give the worker, if there is one, what is in the slot now.
+    /// Pass the present contents of the slot to the worker, if there is one.
     fn show_worker(&mut self) -> io::Result<()> {
         let media = self.media()?;
         self.worker.change(|worker| worker.insert(media)).map(drop)
@@ -281,7 +282,8 @@ fn offered(settings: &Settings, disk: Option<&Disk>) -> u64 {
     features
 }
 
-/// What a slot of these settings may offer, whatever disk it has when the guest starts.
+/// The features that a slot with these settings may offer, whatever disk it has when the guest
+/// starts.
 fn known(settings: &Settings) -> u64 {
     offered(settings, None) | 1 << VIRTIO_BLK_F_RO
 }
@@ -300,7 +302,7 @@ impl Model for Block {
     }
 
     fn reset(&mut self) {
-        // What is in flight is finished first.
+        // Requests in flight are completed first.
         self.worker.stop();
         self.writeback.store(true, Ordering::Relaxed);
     }
@@ -340,7 +342,7 @@ impl VirtioDevice for Block {
         [
             &(disk.map_or(0, Disk::size) / SECTOR).to_le_bytes()[..],
             &0u32.to_le_bytes(),
-            // A chain has two more descriptors: header and status.
+            // A chain needs two more descriptors: header and status.
             &u32::from(self.settings.queue_size.saturating_sub(2).max(1)).to_le_bytes(),
             &0u32.to_le_bytes(),
             &logical.to_le_bytes(),
@@ -371,8 +373,8 @@ impl VirtioDevice for Block {
             return Err(ActivateError::MissingQueue(0));
         }
         let flush = with.features & 1 << VIRTIO_BLK_F_FLUSH != 0;
-        // Section 5.2.5.2: a driver that cannot flush begins without a cache. One that has chosen
-        // already, before a save, has its choice restored after this.
+        // Section 5.2.5.2: a driver that cannot flush starts without a write cache. The choice that
+        // a driver made before a save is restored after this.
         if !flush {
             self.writeback.store(false, Ordering::Relaxed);
         }

@@ -1,16 +1,16 @@
-//! What the people on the host's side hear of a disk's trouble.
+//! Reports a disk's errors on the host side.
 use std::{fmt::Display, io, sync::Arc, time::Instant};
 
 use super::stats::{BlockStats, count};
 use crate::log_limit::{Limit, log_seldom};
 
-/// Called with the disk's name, the error, and whether it was a write, on the I/O thread, for a
-/// request that the host could not carry out: at most once a second for reads and once for writes,
-/// as a guest can cause as many as it likes. The log says how many were left out, and the disk's
-/// counters have them all. Must not block.
+/// Called on the I/O thread with the disk's name, the error, and whether it was a write, for a
+/// request that the host could not carry out. It is called at most once a second for reads and once
+/// for writes, as a guest can cause any number of errors. The log has the number left out, and the
+/// disk's counters include them all. Must not block.
 pub type OnError = Arc<dyn Fn(&str, &io::Error, bool) + Send + Sync>;
 
-/// Speaks for one device.
+/// Reports for one device.
 pub(super) struct Reporter {
     name: String,
     on_error: Option<OnError>,
@@ -24,7 +24,7 @@ impl Reporter {
         Self { name: String::new(), on_error, failed_reads, failed_writes }
     }
 
-    /// It speaks for the disk `name` from now on, of which nothing has been reported.
+    /// Report under the disk name `name` from now on; nothing has been reported for it yet.
     pub fn rename(&mut self, name: String) {
         *self = Self { name, ..Self::new(self.on_error.take()) };
     }
@@ -35,7 +35,7 @@ impl Reporter {
         log_seldom!(warn, "{}: the guest's driver made a mistake: {what}", self.name);
     }
 
-    /// The host could not do its part.
+    /// The host could not carry out a request.
     pub fn failed(&self, error: &io::Error, write: bool) {
         self.failed_at(Instant::now(), error, write);
     }
@@ -74,7 +74,7 @@ mod tests {
             full.failed_at(begin + Duration::from_millis(ms), &error, true);
         }
         assert_eq!(*heard.lock(), vec![(String::from("vda"), true); 3]);
-        // It hides nothing else.
+        // It suppresses no other report.
         let soon = begin + Duration::from_millis(3000 - 1);
         full.failed_at(soon, &error, false);
         other.failed_at(soon, &error, true);

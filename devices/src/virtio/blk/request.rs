@@ -1,5 +1,5 @@
-//! A request as the driver lays it out (virtio 1.3, section 5.2.6): 16 bytes of header, the data,
-//! one byte of status. Where descriptors begin and end says nothing about those parts.
+//! A request in the driver's layout (virtio 1.3, section 5.2.6): 16 bytes of header, the data, one
+//! byte of status. Descriptor boundaries need not match those of the parts.
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -15,14 +15,14 @@ use crate::{
 const HEADER: u64 = 16;
 /// One range of a discard or write-zeroes request.
 const RANGE: usize = 16;
-/// Most bytes of one read or write. Nothing in the specification limits them, but buffers may
-/// overlap: a chain of 1024 could ask for 4 TiB. Drivers stay at a few MiB.
+/// Most bytes of one read or write. The specification sets no limit, but buffers may overlap: a
+/// chain of 1024 could ask for 4 TiB. Drivers stay at a few MiB.
 const MAX_TRANSFER: u64 = 256 << 20;
-/// Most sectors of one discard or write-zeroes request: 64 MiB, which takes no long time even
-/// where zeroes have to be written one by one.
+/// Most sectors of one discard or write-zeroes request: 64 MiB, which does not take long even where
+/// the zeroes have to be written out.
 pub const MAX_RANGE: u32 = 1 << 17;
 
-/// What is asked, with all that can be checked without knowing the disk.
+/// The request, after every check that does not depend on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
     /// Data into guest memory.
@@ -35,21 +35,21 @@ pub enum Request {
         /// First sector.
         sector: u64,
     },
-    /// Make writes durable.
+    /// Make earlier writes durable.
     Flush,
     /// The serial number.
     GetId,
-    /// A range that is not needed.
+    /// A range that is no longer needed.
     Discard(Range),
-    /// A range that shall be zero, perhaps given back to the host.
+    /// A range to be zeroed, and whether it may be deallocated.
     WriteZeroes(Range, bool),
-    /// A type or flag that we do not know.
+    /// An unknown type or flag.
     Unsupported,
-    /// A type that we know, laid out as it must not be.
+    /// A known type with an invalid layout.
     Malformed,
 }
 
-/// Sectors, not checked against a disk.
+/// A range of sectors, not checked against a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// First sector.
@@ -65,14 +65,14 @@ impl Range {
     }
 }
 
-/// Where the status goes, or `None` when the driver left no room for it.
+/// Address of the status byte, or `None` when the driver left no room for it.
 pub fn status(chain: &Chain) -> Option<GuestAddress> {
     let last = chain.writable().last()?;
     last.addr.checked_add(u64::from(last.len) - 1)
 }
 
-/// Read a request, and put the segments of its data into `data`; their sum is the second result.
-/// The chain has room for a status.
+/// Parse a request, and put the segments of its data into `data`; the second result is their total
+/// length. The chain must have room for a status.
 pub fn parse(chain: &Chain, memory: &Memory, data: &mut Vec<Segment>) -> (Request, u64) {
     data.clear();
     let mut header = [0; HEADER as usize];
@@ -104,7 +104,8 @@ pub fn parse(chain: &Chain, memory: &Memory, data: &mut Vec<Segment>) -> (Reques
     (request, len)
 }
 
-/// The one range that we accept in a request (max_discard_seg and max_write_zeroes_seg are 1).
+/// The only range of a request, as one is the maximum (max_discard_seg and max_write_zeroes_seg are
+/// 1).
 fn range(chain: &Chain, memory: &Memory, discard: bool) -> Request {
     let mut range = [0; RANGE];
     let whole = chain::total(chain.readable()) == HEADER + RANGE as u64;

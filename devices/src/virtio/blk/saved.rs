@@ -1,5 +1,5 @@
-//! The saved form of a block device. The disk's contents are not in it, nor is what the driver
-//! told the transport.
+//! The saved form of a block device. It includes neither the disk's contents nor what the driver
+//! has written to the transport.
 use std::sync::atomic::Ordering;
 
 use ::state::{device as saved, hex::HexArray};
@@ -30,7 +30,7 @@ impl Snapshot for Block {
             queues,
             in_flight: Vec::new(),
             mark: self.disk().and_then(Disk::mark).map(saved::Mark::from),
-            // Made later: see `Disk::spot_check`.
+            // Added later: see `Disk::spot_check`.
             spot_check: None,
         }
     }
@@ -54,7 +54,7 @@ impl Snapshot for Block {
             (None, None) => {}
             (Some(queues), Some(positions)) => {
                 let same = queues.iter().map(|q| q.index).eq(positions.iter().map(|p| p.index));
-                // Nothing is in flight in a quiet device.
+                // A quiesced device has nothing in flight.
                 let quiet = positions.iter().all(|p| p.next_avail == p.next_used);
                 if !same || !quiet {
                     return Err(StateError::Invalid("disk queues that a quiet disk cannot have"));

@@ -1,17 +1,18 @@
-//! Waiting for the next request for a moment before sleeping: it spares the guest its exit and the
-//! thread its wake-up.
+//! Polls briefly for the next request before sleeping, which saves the guest an exit and the thread
+//! a wake-up.
 use std::{
     hint,
     time::{Duration, Instant},
 };
 
-/// How long to wait. It grows while requests come soon after the last one was served, and drops to
-/// nothing when they do not (as KVM does for a halted vCPU), when they always come a little later
-/// than that, or when somebody else needs the CPU, perhaps the very guest that is waited for.
+/// How long to poll. The window grows while requests arrive soon after the last one was served. It
+/// drops to zero when they do not (as KVM does for a halted vCPU), when they always arrive a little
+/// after the longest window, or when another thread needs the CPU, perhaps a vCPU of the very
+/// guest.
 #[derive(Default)]
 pub(super) struct Spin {
     window: Duration,
-    /// Waits in vain, one after the other, that could not have been longer.
+    /// Consecutive polls in vain at the longest window.
     futile: u8,
     idle_since: Option<Instant>,
     rest_until: Option<Instant>,
@@ -20,22 +21,22 @@ pub(super) struct Spin {
 impl Spin {
     const FIRST: Duration = Duration::from_micros(8);
     const MAX: Duration = Duration::from_micros(64);
-    /// A notification this soon says that a longer window would have caught the request. It is
-    /// more than the window's maximum by what the notification itself and the wake-up take, which
-    /// differs from host to host: on a fast one it is not true of all.
+    /// A notification this soon indicates that a longer window would have caught the request. It
+    /// exceeds the longest window by the time that the notification itself and the wake-up take,
+    /// which differs between hosts: on a fast one the indication can be wrong.
     const SOON: Duration = Duration::from_micros(100);
-    /// So many futile waits show that it is not true here.
+    /// This many polls in vain show that it is wrong here.
     const FUTILE: u8 = 8;
-    /// No waiting for so long after that.
+    /// No polling for this long after that.
     const LONG_REST: Duration = Duration::from_millis(20);
-    /// A turn of the loop that took this long was interrupted by another thread: a timer's
-    /// interrupt takes half of it where the host is a virtual machine itself.
+    /// A turn of the loop that took this long was preempted by another thread: a timer interrupt
+    /// takes half of it where the host is itself a virtual machine.
     const STOLEN: Duration = Duration::from_micros(50);
-    /// No waiting for so long after that: where this thread shares its CPU with the guest, one
-    /// window in each of these is lost.
+    /// No polling for this long after that: where this thread shares its CPU with the guest, one
+    /// window in each such period is lost.
     const REST: Duration = Duration::from_millis(1);
 
-    /// Wait for a request; whether one has come.
+    /// Poll for a request; whether one has arrived.
     pub(super) fn wait(&mut self, has_come: impl Fn() -> bool) -> bool {
         let begin = Instant::now();
         let mut last = begin;
@@ -59,7 +60,7 @@ impl Spin {
         (self.idle_since, self.futile) = (None, 0);
     }
 
-    /// Nothing has come from `since` until `now`.
+    /// No request has arrived from `since` until `now`.
     fn sleeps(&mut self, since: Instant, now: Instant) {
         self.idle_since = Some(since);
         if self.window < Self::MAX {
@@ -72,7 +73,7 @@ impl Spin {
         }
     }
 
-    /// The driver had to notify.
+    /// The driver had to send a notification.
     pub(super) fn woken(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         let resting = self.rest_until.is_some_and(|until| now < until);
@@ -92,8 +93,9 @@ impl Spin {
 mod tests {
     use super::*;
 
-    /// A driver whose requests come `gap` after the last one was served, and no other thread: how
-    /// often its request was there in time, and how much of the time went into waiting.
+    /// Simulate a driver whose requests arrive `gap` after the last one was served, with no other
+    /// thread running. Returns how many requests were caught by polling, and the share of time
+    /// spent polling.
     fn driver(gap: Duration, requests: u32) -> (u32, f64) {
         let mut spin = Spin::default();
         let (begin, mut now) = (Instant::now(), Instant::now());

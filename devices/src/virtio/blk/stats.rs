@@ -1,4 +1,4 @@
-//! What a disk has done, for `query-blockstats`.
+//! A disk's counters, for `query-blockstats`.
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counters since the disk was plugged in. They wrap at 2^64 and need no order among each other.
@@ -15,14 +15,14 @@ pub struct BlockStats {
     pub failed_wr_operations: AtomicU64,
     pub failed_flush_operations: AtomicU64,
     pub failed_unmap_operations: AtomicU64,
-    /// Chains and requests that a correct driver does not send.
+    /// Invalid chains and requests, which a correct driver does not send.
     pub invalid_operations: AtomicU64,
     /// Requests that the host has not finished.
     pub in_flight: AtomicU64,
 }
 
 impl BlockStats {
-    /// Start again at 0, for another disk. Nothing is in flight then.
+    /// Reset all to 0, for another disk. Nothing is in flight then.
     pub(super) fn reset(&self) {
         let others = [&self.rd_bytes, &self.wr_bytes, &self.invalid_operations];
         for counter in self.operations().into_iter().chain(others) {
@@ -44,7 +44,7 @@ impl BlockStats {
     }
 }
 
-/// Add to a counter that only one thread adds to.
+/// Add to a counter that only one thread changes.
 pub(super) fn count(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }

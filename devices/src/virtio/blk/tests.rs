@@ -84,7 +84,7 @@ impl Rig {
         of(&self.block().stats()).load(Ordering::Relaxed)
     }
 
-    /// Send a request laid out usually; its status and what the device wrote before it.
+    /// Send a request in the usual layout; returns its status and what the device wrote before it.
     fn request(&mut self, kind: u32, sector: u64, out: &[u8], room: usize) -> (u8, Vec<u8>, u32) {
         let g = &mut self.guest;
         let header = g.bytes(&header(kind, sector));
@@ -447,7 +447,7 @@ fn the_guest_sees_a_resized_image() {
     let mut r = Rig::new(rw());
     assert_eq!(r.read(8192, 512).0, IOERR, "not before it is there");
     while r.guest.interrupted() {}
-    // The image that is open, whatever has its name now.
+    // The open image, even if its name now refers to another file.
     fs::rename(r.path(), r.path().with_extension("moved")).unwrap();
     fs::write(r.path(), "somebody else's").unwrap();
     assert_eq!(resized(&mut r, 6 * MIB).unwrap(), 6 * MIB);
@@ -592,7 +592,7 @@ fn a_saved_disk_goes_on_where_it_stood() {
     r.guest.transport.write(0x120, &[0]);
     let image = r.path();
     r.guest.transport.pause();
-    // The old one has to let go of the image before the new one may have it.
+    // The old device has to release the image before the new one can lock it.
     let section = r.guest.transport.save().unwrap();
     r.block().unplug().unwrap();
     let disk = Disk::open(&image, &rw()).unwrap();
@@ -631,7 +631,7 @@ fn several_queues_share_the_disk() {
 
 #[test]
 fn without_flush_every_write_is_durable_when_it_is_answered() {
-    // What is seen here is that the path works; that it is durable only a power cut shows.
+    // This tests that the path works; durability would only show in a power cut.
     for way in every_way() {
         let mut r = Rig::with(way, F_EVENT_IDX, Settings::default());
         assert_eq!(r.write(1, &[3; 4096]), OK, "{way:?}");

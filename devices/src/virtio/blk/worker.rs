@@ -1,10 +1,10 @@
-//! The half of the disk that owns its queues.
+//! The half of a block device that owns its queues and runs on an I/O thread.
 //!
-//! What decides its speed is not the copying but the exits of the guest and the wake-ups of this
-//! thread for each request. So: chains are taken until none is left, with the driver's
-//! notifications off; interrupts are decided once for a batch; and when the driver has lately been
-//! quick with its next request, the thread waits for it a moment before it sleeps (see [`Spin`]),
-//! which spares the guest its exit and the thread its wake-up.
+//! Its speed is limited not by copying but by the guest's exits and this thread's wake-ups for each
+//! request. So: chains are taken until none is left, with the driver's notifications off; whether
+//! to interrupt is decided once for each batch; and when the driver has lately sent its next
+//! request quickly, the thread polls for it briefly before it sleeps (see [`Spin`]), which saves
+//! the guest an exit and the thread a wake-up.
 use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
@@ -36,10 +36,10 @@ use crate::{
     worker::Worker,
 };
 
-/// Data moved by this thread itself after which the driver gets its interrupt, so that it works on
-/// what it has while the rest is copied.
+/// After this thread itself has moved this much data, the driver gets its interrupt, so that it can
+/// process what is complete while the rest is copied.
 const BATCH_BYTES: u64 = 256 << 10;
-/// Time after which other workers of the thread, and orders to it, get their turn.
+/// Time after which the thread's other workers, and messages to it, get their turn.
 const TURN: Duration = Duration::from_micros(500);
 /// Bytes of a serial number (section 5.2.6).
 pub(super) const SERIAL: usize = 20;
@@ -54,7 +54,7 @@ pub(super) struct Queue {
     pub index: u16,
     pub ring: virtio_queue::Queue,
     notify: vmm_sys_util::eventfd::EventFd,
-    /// The ring says nonsense. Left alone until the driver resets the device.
+    /// The ring is invalid. It is left alone until the driver resets the device.
     broken: bool,
     /// Its next request has to wait until the disk's observers allow it.
     held: bool,
@@ -69,7 +69,7 @@ impl From<ActiveQueue> for Queue {
     }
 }
 
-/// What a request is counted as.
+/// The counter of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Read,
@@ -78,7 +78,7 @@ enum Kind {
     Discard,
 }
 
-/// What is left to know of a request once it is under way.
+/// What has to be remembered of a request in flight.
 #[derive(Debug, Clone, Copy)]
 struct Ticket {
     queue: usize,
@@ -88,12 +88,12 @@ struct Ticket {
     bytes: u64,
 }
 
-/// What a request has cost this thread.
+/// The cost of a request to this thread.
 #[derive(Default)]
 struct Cost {
     /// Bytes moved by the thread itself.
     moved: u64,
-    /// It may have waited for the medium, for any time.
+    /// It may have waited for the medium, for any length of time.
     waited: bool,
 }
 
@@ -101,36 +101,37 @@ struct Cost {
 enum Round {
     /// Nothing is left.
     Drained,
-    /// Enough for one batch.
+    /// One batch has been processed.
     More,
-    /// A limit, a full engine or a broken ring. Something else will continue.
+    /// A limit, a full engine or a broken ring. Another event will continue it.
     Blocked,
 }
 
-/// What may wake the worker besides the driver.
+/// Event sources of the worker besides the driver.
 enum Source {
     Limiter,
     Completion,
-    /// An observer of the disk lets go of what it has held.
+    /// An observer of the disk has released held requests.
     Wake,
 }
 
-/// The disk in the slot, and what the driver may ask of it.
+/// The disk in the slot, and its limits and name.
 pub(super) struct Media {
-    /// What reports call it.
+    /// The name used in reports.
     pub name: String,
     pub disk: Option<Arc<Disk>>,
     pub serial: [u8; SERIAL],
     pub limiter: Option<RateLimiter>,
 }
 
-/// The worker of a disk.
+/// The worker of a block device.
 pub(super) struct BlockWorker {
     pub queues: Vec<Queue>,
     pub memory: Memory,
     pub interrupt: Interrupt,
     pub indirect: bool,
-    /// `VIRTIO_BLK_F_FLUSH` was negotiated. Without it the driver relies on every write.
+    /// `VIRTIO_BLK_F_FLUSH` was negotiated. Without it the driver relies on every write being
+    /// durable.
     pub flush: bool,
     pub writeback: Arc<AtomicBool>,
     pub stats: Arc<BlockStats>,
@@ -183,7 +184,7 @@ impl BlockWorker {
         worker
     }
 
-    /// Change the media. Only while parked.
+    /// Change the media. Only while the worker is parked.
     pub fn insert(&mut self, media: Media) {
         let Media { name, disk, serial, limiter } = media;
         self.reporter.rename(name);
@@ -193,12 +194,12 @@ impl BlockWorker {
         self.queues.iter_mut().for_each(|queue| queue.held = false);
     }
 
-    /// Work on queue `index` until it is empty, or the turn is over.
+    /// Process queue `index` until it is empty, or the turn is over.
     fn work(&mut self, index: usize) {
         self.work_since(Instant::now(), index);
     }
 
-    /// The same, in a turn that has begun before.
+    /// As `work`, in a turn that began at `begin`.
     fn work_since(&mut self, begin: Instant, index: usize) {
         loop {
             let round = self.round(begin, index);
@@ -221,14 +222,14 @@ impl BlockWorker {
                 Round::More => {}
             }
             if begin.elapsed() > TURN {
-                // Come back after the others.
+                // Continue after the other workers.
                 let _ = queue.notify.write(1);
                 return;
             }
         }
     }
 
-    /// Take chains of queue `index` for one batch.
+    /// Process one batch of chains of queue `index`.
     fn round(&mut self, begin: Instant, index: usize) -> Round {
         let Some(queue) = self.queues.get_mut(index) else { return Round::Blocked };
         if queue.broken || queue.held || self.throttled {
@@ -272,8 +273,8 @@ impl BlockWorker {
         Round::More
     }
 
-    /// Start the request in `self.chain`. `None` when it has to stay in the ring for now: something
-    /// will continue with it.
+    /// Start the request in `self.chain`. `None` when it has to stay in the ring for now: another
+    /// event will continue with it.
     fn handle(&mut self, queue: usize) -> Option<Cost> {
         let head = self.chain.head();
         let Some(status) = request::status(&self.chain) else {
@@ -283,7 +284,7 @@ impl BlockWorker {
         };
         let (request, len) = request::parse(&self.chain, &self.memory, &mut self.data);
         let discards = self.storage.as_ref().is_some_and(|s| s.disk().discard());
-        // Ranges count as if they were written; one that is ignored costs nothing.
+        // Ranges are charged as if they were written; one that is ignored costs nothing.
         let charge = match request {
             Request::Discard(_) if !discards => 0,
             Request::Discard(r) | Request::WriteZeroes(r, _) => r.bytes(),
@@ -327,7 +328,7 @@ impl BlockWorker {
         cost
     }
 
-    /// Start a request on the disk, if that can do it.
+    /// Start a request on the disk, if the disk supports it.
     fn carry_out(&mut self, op: Op, sector: u64, ticket: Ticket) -> Option<Cost> {
         let Some(storage) = &mut self.storage else {
             return self.answered(&ticket, IOERR);
@@ -336,7 +337,7 @@ impl BlockWorker {
         let end = sector.checked_mul(SECTOR).and_then(|at| at.checked_add(ticket.bytes));
         let refused = match op {
             Op::Read | Op::Flush => false,
-            // Whether or not the driver has heard of VIRTIO_BLK_F_RO.
+            // Whether or not the driver knows VIRTIO_BLK_F_RO.
             _ => disk.readonly(),
         };
         if refused || end.is_none_or(|end| end > disk.size()) {
@@ -345,8 +346,8 @@ impl BlockWorker {
             return self.answered(&ticket, IOERR);
         }
         if ticket.kind == Kind::Discard && !disk.discard() {
-            // A hint that need not be followed. The slot may have offered it before it had this
-            // disk, and the guest's kernel would log an error as a fault of the medium.
+            // A discard is a hint that may be ignored. The slot may have offered it before it had
+            // this disk, and the guest's kernel would log an error as a fault of the medium.
             count(&self.stats.unmap_operations, 1);
             return self.answered(&ticket, OK);
         }
@@ -375,7 +376,7 @@ impl BlockWorker {
         }
     }
 
-    /// Answer a request that never got to the disk.
+    /// Answer a request that was never started on the disk.
     fn answered(&mut self, ticket: &Ticket, status: u8) -> Option<Cost> {
         self.answer(ticket, status);
         Some(Cost::default())
@@ -391,8 +392,8 @@ impl BlockWorker {
             Kind::Discard => (&s.unmap_operations, None, &s.failed_unmap_operations),
         };
         let status = match result {
-            // The host's file system cannot: no fault of the medium, and nothing that the driver
-            // relies on.
+            // The host's file system does not support it: no fault of the medium, and nothing that
+            // the driver relies on.
             Err(e) if ticket.kind == Kind::Discard && unsupported(&e) => {
                 count(done, 1);
                 OK
@@ -415,7 +416,7 @@ impl BlockWorker {
 
     /// Write the status and return the chain.
     fn answer(&mut self, ticket: &Ticket, status: u8) {
-        // The chain was walked, so the byte is in guest memory.
+        // The chain was validated, so the byte is in guest memory.
         let _ = self.memory.write_obj(status, ticket.status);
         let data = if status == OK && ticket.kind == Kind::Read { ticket.bytes } else { 0 };
         self.used(
@@ -443,7 +444,7 @@ impl BlockWorker {
         }
     }
 
-    /// One decision for everything used since the last one.
+    /// Decide on one interrupt for all buffers used since the last decision.
     fn signal(&mut self) {
         let wants = self.queues.iter_mut().filter_map(|queue| {
             let wants = std::mem::take(&mut queue.unsignalled)
@@ -453,7 +454,7 @@ impl BlockWorker {
         self.interrupt.used_all(wants);
     }
 
-    /// Return what the disk has finished.
+    /// Return the requests that the disk has finished.
     fn complete(&mut self) {
         while let Some((ticket, result)) = self.storage.as_mut().and_then(Storage::finished) {
             self.finish(&ticket, result);
@@ -461,7 +462,7 @@ impl BlockWorker {
         self.signal();
     }
 
-    /// What it waits for besides notifications.
+    /// What it waits for besides the driver's notifications.
     fn other_sources(&self) -> impl Iterator<Item = (Source, RawFd)> {
         let limiter = self.limiter.as_ref().map(|l| (Source::Limiter, l.fd()));
         let storage = self.storage.as_ref();
@@ -471,7 +472,7 @@ impl BlockWorker {
         limiter.into_iter().chain(completion).chain(wake)
     }
 
-    /// Work on all queues, in one turn.
+    /// Process all queues, in one turn.
     fn work_on_all(&mut self) {
         let begin = Instant::now();
         for index in 0..self.queues.len() {

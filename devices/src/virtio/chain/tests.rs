@@ -4,7 +4,7 @@ use super::*;
 use crate::testing::{self, DriverQueue, HIGH, HIGH_LEN, INDIRECT, NEXT, RAM, WRITE};
 
 const SIZE: u16 = 16;
-/// Where nothing but data lies.
+/// A data buffer, clear of every table.
 const BUFFER: u64 = 8 << 20;
 const TABLE: u64 = 9 << 20;
 
@@ -38,7 +38,7 @@ impl Bench {
         self.pop(indirect)
     }
 
-    /// The chain at descriptor 0 is refused, its head can be given back, and the next one works.
+    /// The chain at descriptor 0 is refused, its head can be returned, and the next one works.
     fn refused(&mut self, indirect: bool) -> ChainError {
         let error = self.pop_first(indirect).unwrap_err();
         assert_eq!(
@@ -239,7 +239,7 @@ fn an_indirect_table_stands_for_its_descriptors() {
     assert_eq!(b.pop_first(true), Ok(true));
     assert_eq!(b.chain.readable(), [segment(BUFFER, 4)]);
     assert_eq!(b.chain.writable(), [segment(BUFFER + 4, 8)]);
-    // ... and takes direct descriptors before it.
+    // ... and accepts direct descriptors before it.
     b.driver.descriptor(0, BUFFER, 2, NEXT, 1);
     b.driver.descriptor(1, TABLE, 48, INDIRECT, 0);
     assert_eq!(b.pop_first(true), Ok(true));

@@ -1,9 +1,9 @@
 //! virtio-console with one port (virtio 1.3, section 5.3).
 //!
-//! Output is passed on as fast as the other side takes it and held back in the queue beyond that,
-//! so that a slow reader loses nothing. A reader that takes nothing at all for a second does: Linux
-//! waits for its console with interrupts off, and a guest must not hang on a terminal that somebody
-//! has stopped.
+//! Output is passed on as fast as the peer takes it, and the rest is held back in the queue, so
+//! that a slow reader loses nothing. A reader that takes nothing at all for a second loses output:
+//! Linux waits for its console with interrupts off, and a guest must not hang on a stopped
+//! terminal.
 mod saved;
 #[cfg(test)]
 mod tests;
@@ -36,20 +36,20 @@ pub struct Console {
     id: String,
     name: String,
     sink: CharSink,
-    /// With the worker while there is one.
+    /// The worker has it while there is one.
     source: Option<CharSource>,
     worker: VirtioWorker<ConsoleWorker>,
 }
 
 impl Console {
-    /// A console that leads to `char`.
+    /// A console connected to `char`.
     pub fn new(id: impl Into<String>, char: Char) -> Self {
         let Char { source, sink, name } = char;
         let source = Some(source);
         Self { id: id.into(), name, sink, source, worker: VirtioWorker::default() }
     }
 
-    /// What `query-chardev` calls its other end.
+    /// The name of its back-end in `query-chardev`.
     pub fn chardev(&self) -> &str {
         &self.name
     }
@@ -114,7 +114,7 @@ impl VirtioDevice for Console {
         };
         let (rx, tx) = (ring(RX)?, ring(TX)?);
         let host = |what| move |source| ActivateError::Host { what, source };
-        // Missing only after an I/O thread has ended with it.
+        // Missing only if an I/O thread has ended while holding it.
         let gone = || host("find the console's input")(io::ErrorKind::NotFound.into());
         let source = self.source.take().ok_or_else(gone)?;
         let args = WorkerArgs {

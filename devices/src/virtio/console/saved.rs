@@ -1,4 +1,4 @@
-//! The saved form of a console. What the other side has not read yet stays with this process.
+//! The saved form of a console. Output that the peer has not read yet stays with this process.
 use ::state::device as saved;
 
 use super::Console;

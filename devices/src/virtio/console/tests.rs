@@ -13,7 +13,7 @@ use crate::{
     virtio::mmio::registers::CONFIG,
 };
 
-/// A guest whose console is a socket.
+/// A guest whose console back-end is a socket.
 struct Terminal {
     guest: Guest,
     path: PathBuf,
@@ -146,7 +146,7 @@ fn a_reader_that_stops_for_good_does_not_stop_the_guest() {
     });
     terminal.print(b"dropped at once");
     assert_eq!(terminal.printed(), 1);
-    // The reader is back.
+    // The reader resumes.
     thread.until("the backlog is read", || {
         thread.settle();
         read(&mut stream).is_empty()

@@ -21,7 +21,7 @@ use crate::{
 pub(super) const STALL_LIMIT: Duration = Duration::from_secs(1);
 /// Bytes moved at once.
 const CHUNK: usize = 4096;
-/// Chunks moved before others have their turn.
+/// Chunks moved before other workers get their turn.
 const TURN: usize = 64;
 
 pub(super) struct ConsoleWorker {
@@ -33,12 +33,12 @@ pub(super) struct ConsoleWorker {
     interrupt: Interrupt,
     chain: Chain,
     chunk: Box<[u8]>,
-    /// Bytes of the next transmit chain that are out already.
+    /// Bytes of the next transmit chain that have been sent already.
     sent: u64,
     /// Runs while output is held back.
     stall_timer: TimerFd,
     held_since: Option<Instant>,
-    /// The time has run out: output is dropped until the reader takes some again.
+    /// The timer has expired: output is dropped until the reader takes some again.
     stalled: bool,
     /// The driver has broken a ring and has to reset the device.
     broken: bool,
@@ -54,7 +54,7 @@ pub(super) struct WorkerArgs {
     pub(super) interrupt: Interrupt,
 }
 
-/// What the worker waits on, in the order of [`Worker::sources`].
+/// The descriptors that the worker waits on, in the order of [`Worker::sources`].
 const RX_NOTIFY: usize = 0;
 const TX_NOTIFY: usize = 1;
 const SOURCE: usize = 2;
@@ -62,7 +62,7 @@ const TIMER: usize = 3;
 
 impl ConsoleWorker {
     /// # Errors
-    /// When the process has no descriptor left; the source comes back.
+    /// When the process has no descriptor left; the source is returned with the error.
     pub(super) fn new(args: WorkerArgs) -> Result<Self, Box<(io::Error, CharSource)>> {
         let stall_timer = match TimerFd::new() {
             Ok(timer) => timer,
@@ -107,7 +107,8 @@ impl ConsoleWorker {
         for _ in 0..TURN {
             let used = match self.rx.pop(&mut self.chain)? {
                 Popped::Nothing => {
-                    // Without a buffer the source still accepts connections and moves output on.
+                    // Even without a buffer the source still accepts connections and flushes
+                    // output.
                     self.source.read(&mut []);
                     if self.rx.listen()? {
                         self.rx.ignore()?;
@@ -136,9 +137,9 @@ impl ConsoleWorker {
         self.interrupt(|worker| &mut worker.rx)
     }
 
-    /// Pass output on as long as the other side takes it.
+    /// Pass output on as long as the peer takes it.
     fn transmit(&mut self) -> Result<(), Broken> {
-        // Somebody may have connected just before the driver printed.
+        // A client may have connected just before the driver printed.
         self.source.read(&mut []);
         self.tx.ignore()?;
         for _ in 0..TURN {
@@ -194,15 +195,15 @@ impl ConsoleWorker {
         let n = chain::read(self.tx.memory(), self.chain.readable(), self.sent, piece);
         self.sink.send(piece.get(..n).ok_or(Broken)?);
         self.sent = self.sent.saturating_add(n as u64);
-        // Nothing can be read where a region of memory has gone.
+        // Nothing can be read where a memory region is missing.
         Ok(if n == 0 || n as u64 == left { Sent::Whole } else { Sent::Part })
     }
 
-    /// Output waits from now on, or does not any more.
+    /// Record whether output is held back, and start or stop the timer.
     fn hold(&mut self, holding: bool) {
         if holding != self.held_since.is_some() {
             self.held_since = holding.then(Instant::now);
-            // Clearing takes its readiness back, so it is never read.
+            // Clearing the timer also clears its readiness, so it is never read.
             let _ = match holding {
                 true => self.stall_timer.reset(STALL_LIMIT, None),
                 false => self.stall_timer.clear(),
@@ -210,7 +211,7 @@ impl ConsoleWorker {
         }
     }
 
-    /// The timer has fired, or the worker is new on its thread.
+    /// Check the timer: it has fired, or the worker is new on its thread.
     fn look_at_clock(&mut self) -> Result<(), Broken> {
         if self.held_since.is_none_or(|since| since.elapsed() < STALL_LIMIT) {
             return Ok(());
@@ -251,11 +252,11 @@ impl ConsoleWorker {
 }
 
 enum Sent {
-    /// The chain is done with.
+    /// The whole chain has been sent.
     Whole,
-    /// There is more of it.
+    /// A part of it is left.
     Part,
-    /// The other side takes nothing now.
+    /// The peer takes nothing now.
     Nothing,
 }
 

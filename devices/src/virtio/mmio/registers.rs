@@ -1,11 +1,11 @@
 //! The register page: a device's virtio-mmio registers as guest-readable memory.
 //!
 //! Every register of virtio-mmio (virtio 1.3, section 4.2.2) reads as a plain value, so the page
-//! holds those values and the guest may read them without leaving guest mode: the machine maps
-//! the pages of all slots as one read-only memory slot, and only writes exit. Interrupts are
-//! edge-triggered and not shared, so InterruptStatus bit 0 (used buffer) stays set while the
-//! device lives; an acknowledgement of that bit alone changes nothing and can be swallowed in the
-//! kernel. That leaves no exit to user space in the whole of interrupt handling.
+//! holds those values and the guest may read them without leaving guest mode: the machine maps the
+//! pages of all slots as one read-only memory slot, and only writes exit. Interrupts are
+//! edge-triggered and not shared, so InterruptStatus bit 0 (used buffer) stays set while the device
+//! lives; an acknowledgement of that bit alone changes nothing and can be swallowed in the kernel.
+//! So interrupt handling needs no exit to user space at all.
 use std::sync::{
     Arc,
     atomic::{AtomicU32, Ordering},
@@ -50,12 +50,12 @@ impl Registers {
         word.get(offset & 3).copied().unwrap_or(0)
     }
 
-    /// Let the guest see `value` at `offset`, a multiple of 4 below [`PAGE`].
+    /// Make `value` visible to the guest at `offset`, a multiple of 4 below [`PAGE`].
     pub fn store(&self, offset: usize, value: u32) {
         self.with(offset, |r| r.store(value, Ordering::Release));
     }
 
-    /// Set bits, as seen by the guest and by other threads at once.
+    /// Set bits, visible to the guest and to other threads at once.
     pub fn set(&self, offset: usize, bits: u32) {
         self.with(offset, |r| r.fetch_or(bits, Ordering::AcqRel));
     }
@@ -70,11 +70,11 @@ impl Registers {
         self.with(offset, |r| r.fetch_add(1, Ordering::AcqRel));
     }
 
-    /// Show `config` as the device-specific configuration space, of which `shown` bytes are there.
-    /// A driver that reads it meanwhile finds that the generation has changed (section 4.2.2.1),
-    /// unless it begins and ends between the two steps: it reads memory, so nothing can hold it up.
-    /// If it is ready it is interrupted afterwards, and reads again. False when there is nothing
-    /// new to show.
+    /// Show `config` as the device-specific configuration space, which has `shown` bytes so far. A
+    /// driver that reads it meanwhile finds that the generation has changed (section 4.2.2.1),
+    /// unless its whole read falls between the two steps: it reads memory, so it cannot be held up.
+    /// If it is ready, it is interrupted afterwards, and reads again. False when `config` has not
+    /// changed.
     pub(crate) fn show_config(&self, config: &[u8], shown: usize) -> bool {
         let same = |(n, byte): (usize, &u8)| self.byte(CONFIG + n) == *byte;
         if config.len() == shown && config.iter().enumerate().all(same) {

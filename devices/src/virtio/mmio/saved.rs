@@ -39,7 +39,7 @@ pub(super) fn save(t: &Transport<impl VirtioDevice + ?Sized>) -> Result<Section,
     Ok(Section::of(t.id(), &state)?)
 }
 
-/// The caller resets the transport when this fails half-way.
+/// When this fails half-way, the caller resets the transport.
 pub(super) fn restore(
     t: &mut Transport<impl VirtioDevice + ?Sized>,
     section: &Section,

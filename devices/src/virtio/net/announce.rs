@@ -1,15 +1,15 @@
-//! The frame by which switches learn where a hardware address is now.
+//! The frame from which switches learn the new location of a hardware address.
 use crate::backend::net::HEADER;
 
-/// Shortest Ethernet frame, its checksum left out.
+/// Shortest Ethernet frame, without its checksum.
 const SHORTEST: usize = 60;
 /// Ethertype of RARP (RFC 903).
 const RARP: u16 = 0x8035;
 /// Hardware is Ethernet, protocol is IPv4, lengths of their addresses, "request reverse".
 const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 3];
 
-/// A broadcast that asks which IPv4 address `mac` has: nobody answers, and every switch on the way
-/// sees where `mac` is. In front of it the virtio header, which says nothing.
+/// A broadcast that asks which IPv4 address `mac` has: it is not answered, and every switch on the
+/// way learns where `mac` is. It is preceded by an empty virtio header.
 pub(super) fn frame(mac: [u8; 6]) -> [u8; HEADER + SHORTEST] {
     let none = [0; 4];
     let parts: [&[u8]; 9] =

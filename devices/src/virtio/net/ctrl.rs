@@ -9,12 +9,12 @@ use crate::virtio::{
     ring::{Broken, Popped, Ring},
 };
 
-/// What the driver wants.
+/// A request of the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {
     /// Receive on this many queue pairs.
     Pairs(u16),
-    /// Have exactly these offloads.
+    /// Use exactly these offloads.
     Offloads(u64),
     /// Anything else.
     Unknown,
@@ -31,9 +31,9 @@ impl Control {
         Self { ring, chain }
     }
 
-    /// Have `obey` carry one command out; its answer says whether it did. One, because the host
-    /// can take milliseconds for it, under a lock that all its interfaces share. True when there
-    /// may be more.
+    /// Carry one command out by `obey`, which returns whether it succeeded. Only one, because the
+    /// host can take milliseconds for it, under a lock that all its interfaces share. True when
+    /// there may be more.
     pub(super) fn run(&mut self, obey: impl FnOnce(Command) -> bool) -> Result<bool, Broken> {
         self.ring.ignore()?;
         let used = match self.ring.pop(&mut self.chain)? {
@@ -48,7 +48,7 @@ impl Control {
 
     fn answer(&self, obey: impl FnOnce(Command) -> bool) -> u32 {
         if self.chain.writable().is_empty() {
-            // No place for an answer, so nothing that the driver could rely on.
+            // There is no room for an answer, so the driver cannot rely on anything.
             return 0;
         }
         let mut bytes = [0; 2 + 8];

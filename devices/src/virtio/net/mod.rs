@@ -1,7 +1,7 @@
 //! virtio-net (virtio 1.3, section 5.1).
 //!
-//! One copy each way: frames go by writev from guest buffers to the back-end and by readv from it
-//! into guest buffers, segments of up to 64 KiB at a time where the driver takes offloads.
+//! One copy each way: frames are sent by writev from guest buffers to the back-end and received by
+//! readv from it into guest buffers, in segments of up to 64 KiB where the driver accepts offloads.
 //!
 //! A device without a back-end is an empty slot: its link is down until [`Net::plug`].
 mod announce;
@@ -40,14 +40,14 @@ use crate::{
 
 const DEVICE_TYPE: u32 = 1;
 const CONTROL_QUEUE_SIZE: u16 = 64;
-/// What the device can do whatever its back-end.
+/// Features that do not depend on the back-end.
 const ALWAYS: u64 = F_INDIRECT_DESC
     | F_EVENT_IDX
     | 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_STATUS
     | 1 << VIRTIO_NET_F_MRG_RXBUF
     | 1 << VIRTIO_NET_F_CTRL_VQ;
-/// What needs a back-end with virtio headers.
+/// Features that need a back-end with virtio headers.
 const WITH_HEADER: u64 = Offloads::ALL.0 & !Offloads::USO.0
     | 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_HOST_TSO4
@@ -55,13 +55,13 @@ const WITH_HEADER: u64 = Offloads::ALL.0 & !Offloads::USO.0
     | 1 << VIRTIO_NET_F_HOST_ECN
     | 1 << VIRTIO_NET_F_HOST_UFO
     | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
-/// What needs a back-end that takes UDP segments.
+/// Features that need a back-end that supports UDP segmentation.
 const USO: u64 = Offloads::USO.0 | 1 << VIRTIO_NET_F_HOST_USO;
 
-/// How an interface is to be.
+/// The settings of an interface.
 #[derive(Debug, Clone, Default)]
 pub struct NetSettings {
-    /// Hardware address; `None`: one made up, locally administered.
+    /// Hardware address; `None`: a generated, locally administered one.
     pub mac: Option<[u8; 6]>,
     /// Queue pairs, 1 to 16.
     pub queue_pairs: u16,
@@ -76,17 +76,17 @@ pub struct NetSettings {
 /// Why a back-end cannot be plugged into a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PlugError {
-    /// There is one already.
+    /// The slot has a back-end already.
     #[error("the slot is occupied")]
     Occupied,
-    /// The driver sees as many queue pairs as the slot was made with.
+    /// The back-end's queues do not match the queue pairs that the driver sees.
     #[error("the tap device has {has} queues, the slot needs {needs}")]
     #[expect(missing_docs, reason = "shown by the message")]
     Queues { has: usize, needs: u16 },
-    /// The driver relies on offloads.
+    /// The driver relies on offloads, which need a header.
     #[error("the tap device has no virtio header: open it with IFF_VNET_HDR")]
     NoHeader,
-    /// The driver was offered them where the machine comes from.
+    /// The driver was offered USO by the source machine.
     #[error(
         "the tap device takes no UDP segments (USO), which the guest was offered: that needs Linux 6.2 \
          or later on the host"
@@ -107,7 +107,7 @@ pub struct Net {
     mac: [u8; 6],
     link: bool,
     backend: Option<Arc<dyn NetBackend>>,
-    /// A back-end comes before the guest runs, which sees it already.
+    /// A back-end will be plugged in before the guest runs, so the driver sees it already.
     awaited: bool,
     features: u64,
     queue_sizes: Vec<u16>,
@@ -116,7 +116,7 @@ pub struct Net {
 }
 
 impl Net {
-    /// An interface on `backend`; on `None`, an empty slot.
+    /// An interface on `backend`; with `None`, an empty slot.
     ///
     /// # Errors
     /// When the back-end has another number of queues than `settings` has pairs.
@@ -130,7 +130,7 @@ impl Net {
         if pairs > 1 {
             features |= 1 << VIRTIO_NET_F_MQ;
         }
-        // What a tap that is plugged later can do is not known yet; they all have the header.
+        // What a tap plugged in later supports is not known yet, but all taps have the header.
         if backend.as_ref().is_none_or(|b| b.has_header()) {
             features |= WITH_HEADER;
         }
@@ -178,8 +178,8 @@ impl Net {
         Ok(())
     }
 
-    /// Another process still has the back-end, which comes before the guest runs: the driver sees the slot
-    /// as if it were there already.
+    /// Another process still has the back-end, which will be plugged in before the guest runs: the
+    /// driver sees the slot as if it already had it.
     pub fn await_backend(&mut self) {
         self.awaited = self.backend.is_none();
     }
@@ -213,7 +213,7 @@ impl Net {
         Ok(backend)
     }
 
-    /// Pull the cable out, or put it back.
+    /// Set the link up or down.
     ///
     /// # Errors
     /// When the I/O thread is gone.
@@ -222,15 +222,16 @@ impl Net {
         self.worker.change(|worker| worker.set_link(up)).map(drop)
     }
 
-    /// The driver sees a link: there is a back-end, and the cable is in.
+    /// Whether the driver sees a link: there is a back-end, and the link is set up.
     pub fn link_up(&self) -> bool {
         self.link && (self.backend.is_some() || self.awaited)
     }
 
-    /// Tell the host's network that this address is here now; nothing while the link is down.
+    /// Announce to the host's network that this address is here now; does nothing while the link is
+    /// down.
     ///
     /// # Errors
-    /// When the host does not take the frame.
+    /// When the host does not accept the frame.
     pub fn announce(&self) -> io::Result<()> {
         match &self.backend {
             Some(backend) if self.link => {
@@ -250,7 +251,7 @@ impl Net {
         self.backend.as_deref()
     }
 
-    /// Counters, which go on counting.
+    /// The counters, which are live.
     pub fn stats(&self) -> Arc<NetStats> {
         self.stats.clone()
     }
@@ -265,7 +266,7 @@ impl Net {
         Ok(())
     }
 
-    /// No driver: the host needs to do all of its own work again.
+    /// Without a driver: reset the back-end to one queue and no offloads.
     fn rest(&self) {
         let Some(backend) = &self.backend else { return };
         let offloads = backend.set_offloads(Offloads::default());
@@ -275,7 +276,7 @@ impl Net {
     }
 }
 
-/// An address that no vendor has, unlike any other's.
+/// A random, locally administered address.
 fn made_up_mac() -> Result<[u8; 6], PlugError> {
     let mut mac: [u8; 6] = random::bytes().map_err(|_| PlugError::NoAddress)?;
     mac[0] = mac[0] & !0x01 | 0x02;
@@ -340,7 +341,7 @@ impl VirtioDevice for Net {
     }
 
     fn write_config(&mut self, _: u64, _: &[u8]) {
-        // Nothing is writable (section 5.1.4.1).
+        // No field is writable (section 5.1.4.1).
     }
 
     fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
@@ -357,7 +358,7 @@ impl VirtioDevice for Net {
         for n in 0..pairs {
             match (ring(2 * n), ring(2 * n + 1)) {
                 (Some(rx), Some(tx)) => rings.push((rx, tx)),
-                // A driver may leave pairs out that it has no use for.
+                // A driver may leave out pairs that it does not need.
                 _ if n > 0 => break,
                 (None, _) => return Err(ActivateError::MissingQueue(0)),
                 (_, None) => return Err(ActivateError::MissingQueue(1)),

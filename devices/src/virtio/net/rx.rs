@@ -1,12 +1,12 @@
 //! Reception: frames from the back-end to the guest.
 //!
-//! Chains are taken ahead of need into a *window* with room for the longest frame, and a frame is
-//! read straight into it. Those that it does not fill stay in the window for the next one, and go
-//! back to the ring when the worker leaves its thread.
+//! Chains are taken in advance into a *window* with room for the longest frame, and a frame is read
+//! straight into it. Chains that it does not fill stay in the window for the next one, and go back
+//! to the ring when the worker leaves its thread.
 //!
 //! Where the window is shorter than a frame (the driver is slow to refill, or has not negotiated
-//! mergeable buffers), the rest of the frame goes into a buffer of ours, so that none is cut off;
-//! it waits there, and others behind it on the host, until the driver has refilled.
+//! mergeable buffers), the rest of the frame goes into a bounce buffer, so that none is truncated.
+//! It waits there, and later frames wait on the host, until the driver has refilled.
 use std::io;
 
 use super::worker::Shared;
@@ -18,8 +18,8 @@ use crate::{
     },
 };
 
-/// Frames after which a driver that sleeps is woken, while there are more: it works on them at
-/// the same time.
+/// Frames after which a sleeping driver is interrupted although there are more, so that it works in
+/// parallel.
 const WAKE: u16 = 8;
 /// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: u64 = 10;
@@ -36,12 +36,12 @@ pub(super) struct Rx {
     chain: Chain,
     window: Frame,
     posted: Vec<Posted>,
-    /// The window cannot grow, whatever the driver adds, until something in it is used.
+    /// The window cannot grow, whatever the driver adds, until part of it is used.
     full: bool,
     mergeable: bool,
-    /// Room for a whole frame; each byte of one that waits is at its own place.
+    /// Room for a whole frame; each byte of a waiting frame is at its offset in the frame.
     bounce: Box<[u8]>,
-    /// Bytes of a frame that waits; 0: none.
+    /// Bytes of the waiting frame; 0: none.
     held: usize,
     /// How many of these are in the window already; the rest is in `bounce`.
     placed: usize,
@@ -78,7 +78,7 @@ impl Rx {
         }
     }
 
-    /// Put chains that no whole frame has reached back into the ring.
+    /// Put chains that hold no part of a complete frame back into the ring.
     pub(super) fn give_back(&mut self) {
         // At most `FRAME_MAX`, as long as `bounce` is.
         let (placed, _) = self.bounce.split_at_mut(std::mem::take(&mut self.placed));
@@ -89,12 +89,12 @@ impl Rx {
         self.full = false;
     }
 
-    /// Forget a frame that waits.
+    /// Drop the waiting frame.
     pub(super) fn forget(&mut self) {
         (self.held, self.placed) = (0, 0);
     }
 
-    /// Receive what there is, at most a queue's worth of frames. True when there may be more.
+    /// Receive available frames, at most a queue's worth. True when there may be more.
     pub(super) fn run(&mut self, pair: usize, shared: &mut Shared) -> Result<bool, Broken> {
         let Some(backend) = shared.backend.clone() else { return Ok(false) };
         self.ring.ignore()?;
@@ -147,7 +147,7 @@ impl Rx {
         shared: &mut Shared,
     ) -> Result<Option<Stop>, Broken> {
         if shared.link {
-            // A refusal depends on what has passed already, not on what comes.
+            // Whether the limit refuses depends on what has passed already, not on the next frame.
             if shared.rx_limit.as_mut().is_some_and(|limit| !limit.take(0, 0)) {
                 return Ok(Some(Stop::Wait));
             }
@@ -174,7 +174,7 @@ impl Rx {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Some(Stop::Drained)),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Some(Stop::Turn)),
             Err(e) => {
-                // Deleted or down: there will be an event when that changes.
+                // The interface was deleted or is down: there will be an event when that changes.
                 shared.drop_rx(pair, &e);
                 return Ok(Some(Stop::Drained));
             }
@@ -182,7 +182,7 @@ impl Rx {
         Ok(None)
     }
 
-    /// Copy the frame that waits into the window, if there is room by now.
+    /// Copy the waiting frame into the window, if there is room by now.
     fn deliver(&mut self, pair: usize, shared: &mut Shared) -> Result<Delivery, Broken> {
         self.gather(self.held)?;
         if self.window.bytes() < self.held {

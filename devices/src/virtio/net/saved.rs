@@ -1,4 +1,4 @@
-//! The saved form of a network interface. Frames on their way are not part of it: networks lose
+//! The saved form of a network interface. Frames in transit are not part of it: networks may lose
 //! frames.
 use ::state::{
     device as saved,
@@ -15,7 +15,7 @@ impl Snapshot for Net {
     type State = saved::Nic;
 
     fn save(&self) -> saved::Nic {
-        // Nothing is in flight: what was taken has been answered.
+        // Nothing is in flight: every chain taken has been used.
         let position = |r: &Ring| {
             let (index, next) = (r.index(), r.position());
             saved::QueuePosition { index, next_avail: next, next_used: next }

@@ -1,4 +1,4 @@
-//! What went through a network interface.
+//! Counters of a network interface.
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Counters of one direction, as the guest sees it. Read from any thread.
@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub struct Counters {
     /// Frames passed on.
     pub packets: AtomicU64,
-    /// Their bytes, headers of virtio not counted.
+    /// Their bytes, without virtio headers.
     pub bytes: AtomicU64,
-    /// Frames and buffers given up.
+    /// Frames and buffers dropped.
     pub drops: AtomicU64,
 }
 

@@ -27,7 +27,7 @@ fn settings(queue_pairs: u16) -> NetSettings {
     NetSettings { queue_pairs, queue_size: 256, ..NetSettings::default() }
 }
 
-/// A guest with an interface, and the other end of its cable.
+/// A guest with an interface, and the peer of its back-end.
 struct Lan {
     guest: Guest,
     peers: Vec<UnixDatagram>,
@@ -56,7 +56,7 @@ impl Lan {
         frame
     }
 
-    /// The host sends a frame, and the device looks.
+    /// Send a frame from the host, and let the device run.
     fn host_sends(&mut self, frame: &[u8]) {
         self.peers[0].send(frame).unwrap();
         self.guest.thread.settle();
@@ -87,7 +87,7 @@ impl Lan {
         std::iter::from_fn(|| queue.next_used()).map(|(_, len)| len).collect()
     }
 
-    /// The driver sends.
+    /// Send a frame from the driver.
     fn send(&mut self, frame: &[u8]) {
         let at = self.guest.bytes(frame);
         self.guest.request(TX, &[(at, frame.len() as u32, false)]);
@@ -264,7 +264,7 @@ fn a_host_that_takes_no_more_gets_the_rest_later() {
 fn a_flood_is_worked_off_in_turns() {
     let mut lan = Lan::started(MERGEABLE);
     lan.peers[0].set_nonblocking(true).unwrap();
-    // Many frames are there before the device looks: more than one batch.
+    // Many frames arrive before the device runs: more than one batch.
     let mut wanted = 0;
     while lan.peers[0].send(&Lan::frame(14, 0)).is_ok() {
         wanted += 1;
@@ -330,8 +330,8 @@ fn a_frame_that_waits_for_the_host_is_charged_once_and_goes_on() {
     lan.guest.start(0);
     lan.send(&Lan::frame(60, 0));
     lan.send(&Lan::frame(60, 1));
-    // The last one that the limit lets through at once is refused by the host, which then says
-    // that it takes more while the limit would not.
+    // The host refuses the last frame that the limit lets through at once. It then signals that it
+    // accepts more, while the limit would not.
     lan.switches.fault.store(libc::EAGAIN, SeqCst);
     lan.send(&Lan::frame(60, 2));
     lan.switches.fault.store(0, SeqCst);

@@ -14,7 +14,7 @@ pub(super) struct Tx {
     pub(super) ring: Ring,
     chain: Chain,
     frame: Frame,
-    /// The back-end has refused a frame and will say when it takes more.
+    /// The back-end has refused a frame and will signal when it accepts more.
     waiting: bool,
 }
 
@@ -22,9 +22,9 @@ pub(super) struct Tx {
 pub(super) enum Stop {
     /// Nothing left to do.
     Drained,
-    /// There is more, but others have their turn first.
+    /// There is more, but other queues get their turn first.
     Turn,
-    /// Until a timer or the back-end says so.
+    /// Wait for a timer or the back-end.
     Wait,
 }
 
@@ -40,12 +40,12 @@ impl Tx {
         Self { ring, chain, frame, waiting: false }
     }
 
-    /// The back-end is another one.
+    /// The back-end has been replaced.
     pub(super) fn forget(&mut self) {
         self.waiting = false;
     }
 
-    /// The back-end takes frames again: as [`Tx::run`].
+    /// The back-end accepts frames again; otherwise as [`Tx::run`].
     pub(super) fn run_writable(
         &mut self,
         pair: usize,
@@ -121,7 +121,7 @@ impl Tx {
             return Sent::Done;
         }
         let bytes = self.frame.bytes() - HEADER;
-        // What is sent again has been charged already.
+        // A resent frame has been charged already.
         if !again
             && let Some(limit) = &mut shared.tx_limit
             && !limit.take(1, bytes as u64)
@@ -129,8 +129,8 @@ impl Tx {
             return Sent::Refused;
         }
         let Some(backend) = &shared.backend else { return Sent::Done };
-        // Refused again although it said that it takes more: give the frame up, for that could go
-        // on for ever.
+        // Refused again although the back-end signalled that it accepts more: drop the frame, as
+        // that could repeat for ever.
         match backend.write(pair, &mut self.frame) {
             Ok(_) => shared.stats.tx.passed(bytes),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && !again => {

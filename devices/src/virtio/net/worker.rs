@@ -26,20 +26,20 @@ use crate::{
     worker::Worker,
 };
 
-/// What every queue of a device needs.
+/// State shared by all queues of a device.
 pub(super) struct Shared {
     pub(super) id: String,
     pub(super) backend: Option<Arc<dyn NetBackend>>,
-    /// The cable is plugged in.
+    /// The link is set up.
     pub(super) link: bool,
     pub(super) rx_limit: Option<RateLimiter>,
     pub(super) tx_limit: Option<RateLimiter>,
     pub(super) interrupt: Interrupt,
     pub(super) stats: Arc<NetStats>,
-    /// Lines in the log about frames that were dropped.
+    /// Limits log lines about dropped frames.
     rx_drops: Limit,
     tx_drops: Limit,
-    /// Back-end queues that took no more, waited on for writing.
+    /// Back-end queues that accepted no more, watched for writability.
     writable: Epoll,
 }
 
@@ -58,8 +58,8 @@ impl Shared {
         }
     }
 
-    /// Have the transmit queue of `pair` run again when the back-end takes frames. False, and the
-    /// frame is lost, when that cannot be.
+    /// Run the transmit queue of `pair` again when the back-end accepts frames. False when that is
+    /// impossible: the frame is then lost.
     pub(super) fn wait_writable(&self, pair: usize) -> bool {
         let Some(backend) = &self.backend else { return false };
         let (fd, once) = (backend.fd(pair), EventSet::OUT | EventSet::ONE_SHOT);
@@ -80,7 +80,7 @@ struct Pair {
     tx: Tx,
 }
 
-/// What a descriptor that the worker waits on stands for.
+/// What a descriptor that the worker waits on is for.
 #[derive(Debug, Clone, Copy)]
 enum Source {
     RxNotify(usize),
@@ -98,7 +98,7 @@ pub(super) struct NetWorker {
     control: Option<Control>,
     /// Queue pairs that receive.
     active_pairs: u16,
-    /// Offloads that the driver has agreed to, and those in force.
+    /// Offloads that the driver has negotiated, and those in force.
     negotiated: Offloads,
     offloads: Offloads,
     sources: Vec<Source>,
@@ -106,7 +106,7 @@ pub(super) struct NetWorker {
     broken: bool,
 }
 
-/// What [`NetWorker::new`] takes: what a device knows when its driver is ready.
+/// The arguments of [`NetWorker::new`]: what a device knows when its driver is ready.
 pub(super) struct WorkerArgs {
     pub(super) id: String,
     pub(super) backend: Option<Arc<dyn NetBackend>>,
@@ -154,7 +154,7 @@ impl NetWorker {
         Ok(worker)
     }
 
-    /// Change, or take away, what the frames go to. Only while the worker is off its thread.
+    /// Replace or remove the back-end. Only while the worker is off its thread.
     pub(super) fn set_backend(&mut self, backend: Option<Arc<dyn NetBackend>>) {
         for pair in &mut self.pairs {
             pair.rx.forget();
@@ -209,7 +209,7 @@ impl NetWorker {
         pairs.chain(self.control.as_mut().map(|c| &mut c.ring))
     }
 
-    /// Whether a saved state may be taken over by [`NetWorker::restore`].
+    /// Whether a saved state is valid for [`NetWorker::restore`].
     pub(super) fn accepts(&self, pairs: u16, offloads: u64) -> bool {
         (1..=self.pairs.len()).contains(&usize::from(pairs)) && offloads & !self.negotiated.0 == 0
     }
@@ -224,7 +224,7 @@ impl NetWorker {
         self.apply();
     }
 
-    /// Make the back-end do what the driver wants.
+    /// Apply the driver's settings to the back-end.
     fn apply(&self) {
         let Some(backend) = &self.shared.backend else { return };
         let offloads = backend.set_offloads(self.offloads);
@@ -239,7 +239,7 @@ impl NetWorker {
     }
 
     fn run_rx(&mut self, n: usize) -> Result<(), Broken> {
-        // A queue that is not active has nothing to read, and says so by an error.
+        // An inactive queue has nothing to read, and reports that as an error.
         let Some(pair) = self.pairs.get_mut(n).filter(|_| n < self.active_pairs.into()) else {
             return Ok(());
         };
@@ -283,7 +283,7 @@ impl NetWorker {
         if more {
             control.ring.come_back();
         }
-        // Frames may have come to a queue before it was among the active ones.
+        // Frames may have arrived on a queue before it became active.
         for n in pairs..self.active_pairs {
             self.run_rx(n.into())?;
         }
@@ -307,7 +307,7 @@ impl NetWorker {
         (0..self.pairs.len()).try_for_each(|n| run(self, n))
     }
 
-    /// Take the readiness of `source` back, whether or not there is anybody to work on it.
+    /// Clear the readiness of `source`, whether or not anything will process it.
     fn drain(&mut self, source: Source) {
         match source {
             Source::RxNotify(n) => self.pairs.get(n).into_iter().for_each(|p| p.rx.ring.drain()),

@@ -114,7 +114,8 @@ fn a_limit_delays_requests_and_loses_none() {
     for _ in 0..8 {
         assert_eq!(g.completion(0).1, 1024);
     }
-    // 8 KiB at 10,000 bytes a second, of which 100 ms may come at once and one is owed.
+    // 8 KiB at 10,000 bytes a second, of which 100 ms worth may pass at once and one request on
+    // credit.
     assert!(begin.elapsed() > std::time::Duration::from_millis(500));
 }
 
@@ -123,7 +124,7 @@ fn a_wait_for_the_source_is_not_charged() {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
-    // What is asked for would take hours at this rate; what is given does not.
+    // The requested amount would take hours at this rate; the amount returned does not.
     let mut g = Guest::new(Box::new(Rng::new("rng0", &path, Some(4)).unwrap()));
     g.start(0);
     let room = g.room(MAX_REQUEST);

@@ -1,4 +1,4 @@
-//! What a driver has written, as it was written.
+//! The raw values that a driver has written.
 use super::QueueConfig;
 
 /// What the driver has written since the last reset. Every transport has these registers.
@@ -8,9 +8,9 @@ pub(in crate::virtio) struct Driver {
     pub device_features_sel: u32,
     /// Which 32 feature bits it writes.
     pub driver_features_sel: u32,
-    /// Those that it has taken.
+    /// The feature bits that it has accepted.
     pub features: u64,
-    /// A bit above 63 was set: there is none that could have been offered.
+    /// A bit above 63 was set, which cannot have been offered.
     pub unknown_features: bool,
     /// The queue that it configures.
     pub queue_sel: u32,

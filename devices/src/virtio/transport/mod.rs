@@ -1,8 +1,8 @@
-//! What every virtio transport does (virtio 1.3, sections 2.1 and 3.1): it brings driver and device
-//! together and takes them apart. How the driver reaches it is the transport's own matter.
+//! The part common to all virtio transports (virtio 1.3, sections 2.1 and 3.1): device status,
+//! negotiation, activation and reset. How the driver accesses it is up to the transport.
 //!
 //! What the driver has written and cannot read back (queue addresses, selectors, feature bits) is
-//! kept here in raw form and checked once, when the driver says DRIVER_OK.
+//! kept here in raw form and checked once, when the driver sets DRIVER_OK.
 //!
 //! ```text
 //!            ACKNOWLEDGE     DRIVER       FEATURES_OK        DRIVER_OK
@@ -11,7 +11,7 @@
 //!   +-------- writing 0, from anywhere: worker stopped first -----+
 //! ```
 //!
-//! A write that does not fit the picture is ignored.
+//! A write that is not valid in the present state is ignored.
 mod driver;
 mod queue;
 mod saved;
@@ -48,9 +48,9 @@ pub(super) struct TransportCore<D: ?Sized> {
     pub(super) driver: Driver,
     config_len: usize,
     active: bool,
-    /// The configuration's generation when the driver began to look at it. Unknown after a restore.
+    /// The configuration's generation when the driver began to read it. Unknown after a restore.
     generation_seen: Option<u32>,
-    /// The activation came from a saved state: an interrupt may have been lost on the way.
+    /// The activation came from a saved state: an interrupt may have been lost in the meantime.
     interrupt_owed: bool,
 }
 
@@ -66,8 +66,8 @@ enum Refused {
 }
 
 impl<D: VirtioDevice + ?Sized> TransportCore<D> {
-    /// `device`, whose worker will run on `thread` and reach the driver by `interrupt`. Its
-    /// configuration is shown.
+    /// A transport for `device`, whose worker will run on `thread` and interrupt the driver by
+    /// `interrupt`. Shows the device's configuration.
     ///
     /// # Errors
     /// When the process has no descriptors left for the queues' notifications.
@@ -102,7 +102,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         &self.notifiers
     }
 
-    /// The device behind it.
+    /// The device.
     pub fn device(&self) -> &D {
         &self.device
     }
@@ -149,7 +149,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         self.driver.queue_sel = queue;
     }
 
-    /// The driver takes features of the selected word.
+    /// The driver accepts features of the selected word.
     pub fn write_features(&mut self, value: u32) {
         // Section 3.1.1: between DRIVER and FEATURES_OK.
         if self.interrupt.status() & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
@@ -169,7 +169,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         self.interrupt.status() & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK
     }
 
-    /// The driver says how large the selected queue is, or where.
+    /// The driver sets the size or an address of the selected queue.
     pub fn write_queue(&mut self, field: QueueField, value: u32) {
         let configurable = self.configurable();
         let Some(queue) = self.driver.selected_mut().filter(|q| configurable && !q.ready) else {
@@ -183,7 +183,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
     }
 
-    /// The driver gives the selected queue, or takes it back.
+    /// The driver makes the selected queue ready, or takes it back.
     pub fn write_queue_ready(&mut self, ready: bool) {
         if self.active && !ready {
             return self.end_selected();
@@ -194,8 +194,8 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
     }
 
-    /// The driver takes a queue back while the device works (section 4.2.2.2): it is its own again
-    /// when QueueReady reads 0. One queue cannot end alone here.
+    /// The driver takes a queue back while the device runs (section 4.2.2.2): it owns the queue
+    /// again when QueueReady reads 0. A single queue cannot be stopped here.
     fn end_selected(&mut self) {
         let Some(queue) = self.driver.selected_mut().filter(|q| q.ready) else { return };
         queue.ready = false;
@@ -204,7 +204,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         self.interrupt.needs_reset();
     }
 
-    /// A notification that no ioeventfd took.
+    /// A notification that no ioeventfd handled.
     pub fn notify(&self, queue: u32) {
         let index = usize::try_from(queue).unwrap_or(usize::MAX);
         let ready = self.driver.queues.get(index).is_some_and(|q| q.ready);
@@ -212,12 +212,12 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
             && self.active
             && ready
         {
-            // A saturated counter means that the worker has been told already.
+            // A saturated counter means that the worker has been notified already.
             let _ = notifier.write(1);
         }
     }
 
-    /// The driver writes the device status, which is not 0: that is a reset.
+    /// The driver writes a non-zero device status (writing 0 is a reset).
     pub fn write_status(&mut self, value: u32) {
         let shown = self.interrupt.status();
         let mut now = shown & !DEVICE_NEEDS_RESET;
@@ -266,14 +266,14 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         self.interrupt.driver_ok(DRIVER_OK);
         if let Err(refused) = self.activate(self.thread.clone()) {
             log_seldom!(warn, "{}: driver's set-up refused: {refused}", self.device.id());
-            // It gets back what a worker holds that was not started.
+            // This returns what a worker that was not started holds.
             self.device.reset();
             return self.interrupt.needs_reset();
         }
-        // What it begins with may depend on the features.
+        // The initial configuration may depend on the features.
         self.show_config();
         if changed {
-            // The driver could not be told while it was reading it.
+            // The driver could not be notified while it was reading it.
             self.interrupt.config_changed();
         }
     }
@@ -302,7 +302,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         Ok(())
     }
 
-    /// Show the device's configuration space. False when there is nothing new to show.
+    /// Show the device's configuration space. False when it has not changed.
     fn show_config(&mut self) -> bool {
         let config = self.device.config();
         let changed = self.interrupt.show_config(&config, self.config_len);
@@ -310,10 +310,10 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         changed
     }
 
-    /// The device's configuration has been changed by the host: show it, and tell the driver if
-    /// there is something to see.
+    /// The host has changed the device's configuration: show it, and notify the driver if it has
+    /// changed visibly.
     pub fn config_updated(&mut self) {
-        // Section 2.1.2: no notification before DRIVER_OK; the driver reads everything afresh.
+        // Section 2.1.2: no notification before DRIVER_OK; the driver reads everything again then.
         if self.show_config() && self.interrupt.status() & DRIVER_OK != 0 {
             self.interrupt.config_changed();
         }
@@ -329,7 +329,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
     }
 
-    /// Workers run again.
+    /// Let the workers run again.
     pub fn resume(&mut self) {
         self.device.resume();
         if std::mem::take(&mut self.interrupt_owed) {
@@ -337,15 +337,16 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
     }
 
-    /// The first step of a reset: forget all but the device status. The transport then shows what
-    /// depends on selectors, and [`TransportCore::end_reset`] tells the driver.
+    /// The first step of a reset: clear everything but the device status. The transport then
+    /// updates what depends on selectors, and [`TransportCore::end_reset`] makes the reset visible
+    /// to the driver.
     pub fn begin_reset(&mut self) {
-        // The worker first: afterwards no other thread shows anything or reads the notifiers.
+        // The worker first: afterwards no other thread updates registers or reads the notifiers.
         self.device.reset();
         self.active = false;
         self.interrupt_owed = false;
         for notifier in &*self.notifiers {
-            // Empty already: nothing to forget.
+            // An error means that it was not signalled.
             let _ = notifier.read();
         }
         self.driver = Driver::new(self.notifiers.len());
@@ -353,7 +354,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         self.show_config();
     }
 
-    /// The last step of a reset: a driver that reads status 0 knows that it is done.
+    /// The last step of a reset: a driver that reads status 0 knows that the reset is complete.
     pub fn end_reset(&self) {
         self.interrupt.store_status(0);
     }

@@ -1,10 +1,10 @@
-//! A queue as the driver configured it, and the one check that makes a queue of them.
+//! A queue as the driver configured it, and the check that turns it into a usable one.
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::Memory;
 
-/// Raw values: nothing is rounded, cut or refused before [`QueueConfig::check`].
+/// Raw values: nothing is rounded, truncated or refused before [`QueueConfig::check`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::virtio) struct QueueConfig {
     pub size: u32,
@@ -14,7 +14,7 @@ pub(in crate::virtio) struct QueueConfig {
     pub device: u64,
 }
 
-/// What the driver got wrong.
+/// A mistake of the driver in a queue's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(in crate::virtio) enum QueueFault {
     #[error("size {size} is not a power of two from 1 to {max}")]
@@ -24,8 +24,9 @@ pub(in crate::virtio) enum QueueFault {
 }
 
 impl QueueConfig {
-    /// A queue, if the rings are aligned (virtio 1.3, section 2.7), lie within guest memory and
-    /// have a size that the device offers. Zero is no ring's address: it is a driver that forgot.
+    /// Build the queue, if the rings are aligned (virtio 1.3, section 2.7), lie within guest memory
+    /// and have a size that the device offers. Address zero is invalid for a ring: the driver has
+    /// not set it.
     pub fn check(&self, max: u16, event_idx: bool, memory: &Memory) -> Result<Queue, QueueFault> {
         let bad_size = QueueFault::Size { size: self.size, max };
         let size = u16::try_from(self.size).map_err(|_| bad_size)?;
@@ -41,7 +42,7 @@ impl QueueConfig {
             .map_err(|_| QueueFault::Address)?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        // Not by `Queue::is_valid`, which writes to the log as often as a driver tries.
+        // `Queue::is_valid` is not used: it writes to the log each time that a driver tries.
         let entries = usize::from(size);
         let rings = [
             (self.descriptors, 16 * entries),

@@ -1,5 +1,5 @@
-//! The state of a transport that is saved, whatever its registers: what the driver has written, and
-//! the device's own section.
+//! The saved state of a transport, whatever its registers: what the driver has written, and the
+//! device's own section.
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
@@ -17,7 +17,7 @@ use crate::{
     worker::{IoThread, Refused, Worker},
 };
 
-/// Everything of it. Untrusted where it was saved.
+/// The whole state. Untrusted when it comes from a save.
 pub(in crate::virtio) struct CoreState {
     /// Type number of the device.
     pub device_type: u32,
@@ -25,23 +25,23 @@ pub(in crate::virtio) struct CoreState {
     pub status: u32,
     /// [`INT_USED`] and [`INT_CONFIG`].
     pub causes: u32,
-    /// Of the configuration space.
+    /// Generation of the configuration space.
     pub generation: u32,
     /// All feature bits offered.
     pub offered: u64,
     /// What the driver has written.
     pub driver: Driver,
-    /// The device has queues.
+    /// The device has been activated.
     pub active: bool,
     /// The device's own part.
     pub device: Section,
 }
 
 impl<D: VirtioDevice + ?Sized> TransportCore<D> {
-    /// Read the state of a paused device.
+    /// Return the state of a paused device.
     ///
     /// # Errors
-    /// When the device does not tell it.
+    /// When the device cannot be saved.
     pub fn save(&self) -> Result<CoreState, StateError> {
         Ok(CoreState {
             device_type: self.device.device_type(),
@@ -55,10 +55,11 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         })
     }
 
-    /// Take over a state. The transport then shows what depends on selectors.
+    /// Apply a state. The transport then updates what depends on selectors.
     ///
     /// # Errors
-    /// When the device cannot be in it. The caller resets the transport then: it may be half-way.
+    /// When the state is invalid for the device. The caller then resets the transport, which may be
+    /// partly restored.
     pub fn restore(&mut self, state: CoreState) -> Result<(), StateError> {
         self.check(&state)?;
         self.device.offer(state.offered & !F_VERSION_1)?;
@@ -80,7 +81,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
         self.device.restore(&state.device)?;
         self.show_config();
-        // After the device, which may have touched any of them while it was activated.
+        // After the device, which may have changed any of these while it was activated.
         self.interrupt.store_generation(state.generation);
         self.interrupt.store_causes(state.causes);
         self.interrupt.store_status(state.status);
@@ -128,15 +129,15 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
     }
 }
 
-/// Holds the workers of a device that is being restored, so that none looks at its queues before
-/// it knows where it stood in them. Once open, it is the thread itself.
+/// Holds the workers of a device that is being restored, so that none processes its queues before
+/// its position in them is restored. Once opened, it forwards to the thread itself.
 struct Held {
     thread: Arc<dyn IoThread>,
     open: AtomicBool,
     workers: Mutex<Vec<Place>>,
 }
 
-/// Where a worker is that was adopted while this was not open.
+/// Where a worker is that was adopted while this was closed.
 enum Place {
     Here(Box<dyn Worker>),
     LentOut,

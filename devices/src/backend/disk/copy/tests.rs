@@ -12,7 +12,7 @@ const IMAGE: usize = 8 << 20;
 const WRITE: Op = Op::Write { durable: false };
 const PAGE: &[(u64, u32)] = &[(0x10_0000, 4096)];
 
-/// A disk with data, holes, and a last sector that is none; and a file to copy it to.
+/// A disk with data, holes, and a partial last sector; and a file to copy it to.
 fn prepared(aio: Aio) -> (TempDir, Arc<Disk>, Storage<u32>, PathBuf, File) {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("image");
@@ -112,7 +112,7 @@ fn changes_wait_until_what_they_replace_is_copied_and_no_longer() {
         Ok(())
     })
     .unwrap();
-    // Asked for out of turn when the first piece had been read; the next one is what was wanted.
+    // Requested out of turn after the first piece was read; the next piece is the requested one.
     let wanted = seen.iter().position(|(_, last, _)| *last == Verdict::Start).unwrap();
     assert!(wanted <= 2, "copied as step {wanted}");
     assert_eq!(copy.before(&change(last)).unwrap(), Verdict::Retire);

@@ -40,7 +40,7 @@ fn cp(arguments: &[&str], from: &Path, to: &Path) {
     assert!(Command::new("cp").args(arguments).args([from, to]).status().unwrap().success());
 }
 
-/// Why the image at `path` is not the one of `mark`.
+/// How the image at `path` differs from `mark`.
 fn differs(path: &Path, mark: &DiskMark, copy: bool) -> Option<String> {
     let disk = Disk::open(path, &rw()).unwrap();
     disk.check_mark(mark, copy).err().map(|e| e.to_string())
@@ -83,8 +83,8 @@ fn no_change_is_made_before_the_new_generation_is_on_the_image() {
         [crate::virtio::chain::Segment { addr: vm_memory::GuestAddress(0x10_0000), len: 4096 }];
     assert!(matches!(storage.start(WRITE, 0, &page, 1), Outcome::Held));
     assert!(fs::read(&path).unwrap() == vec![7; 1 << 20]);
-    // Saved just now: the generation that is being written is the saved one, and the write that
-    // waits for it needs one of its own.
+    // Just saved: the generation being written is the saved one, and the write that waits for it
+    // needs another.
     let saved = disk.mark().unwrap();
     assert_eq!(differs_now(&disk, &saved), None, "once it is there");
     run(&mut storage, WRITE, 0, PAGE).unwrap();
@@ -93,7 +93,7 @@ fn no_change_is_made_before_the_new_generation_is_on_the_image() {
     assert!(disk.check_mark(&saved, false).is_err());
 }
 
-/// The same once what is under way has ended, without any change.
+/// The same, once the write under way has ended, without any change.
 fn differs_now(disk: &Disk, mark: &DiskMark) -> Option<String> {
     while on_image(disk.path()) != mark.generation {
         std::thread::yield_now();
@@ -113,7 +113,7 @@ fn an_image_that_was_changed_after_it_was_saved_is_recognised() {
         (disk, storage, mark)
     };
 
-    // By the machine itself, so soon that the clock of the file system has not moved.
+    // By the machine itself, so soon that the file system's clock has not advanced.
     let (disk, mut storage, mut mark) = saved();
     run(&mut storage, WRITE, 0, PAGE).unwrap();
     mark.mtime_ns = ::state::mark::mtime_ns(&fs::metadata(&path).unwrap());
@@ -161,7 +161,7 @@ fn a_copy_is_known_by_its_mark() {
     cp(&[], &path, &at("plain"));
     let said = differs(&at("plain"), &mark, true).unwrap();
     assert!(said.contains("another image"), "{said}");
-    // Only looked at, so it gets no mark of its own.
+    // Only checked, so it gets no mark of its own.
     cp(&[], &path, &at("only read"));
     let read_only = OpenOptions { readonly: true, ..rw() };
     let said = Disk::open(&at("only read"), &read_only).unwrap().check_mark(&mark, true);

@@ -15,7 +15,7 @@ const WRITE: Op = Op::Write { durable: false };
 const PAGE: [Segment; 1] = [Segment { addr: vm_memory::GuestAddress(0x10_0000), len: 4096 }];
 const SIZE: u64 = 64 << 20;
 
-/// An image in the place of a block device, which only the file system tells from one.
+/// An image in place of a block device; only the file system tells them apart.
 fn image(dir: &TempDir) -> std::path::PathBuf {
     let path = dir.as_path().join("device");
     fs::write(&path, []).unwrap();
@@ -83,8 +83,8 @@ fn a_change_of_what_was_looked_at_is_found() {
     assert!(gone.to_string().contains("for a spot check"), "{gone}");
 }
 
-/// The guest runs on while the blocks are read: what it writes meanwhile must not be in the hash, and
-/// what it writes elsewhere must not wait.
+/// The guest keeps running while the blocks are read: what it writes meanwhile must not be in the
+/// hash, and what it writes elsewhere must not wait.
 #[test]
 fn a_change_waits_until_what_it_touches_has_been_read() {
     let dir = TempDir::new().unwrap();
@@ -96,7 +96,7 @@ fn a_change_waits_until_what_it_touches_has_been_read() {
     let disk = Arc::new(Disk::open(&path, &OpenOptions::default()).unwrap());
     let (memory, mut storage) = storage(&disk);
     vm_memory::Bytes::write_slice(&memory, &[9; 4096], PAGE[0].addr).unwrap();
-    // The first one gives the image a generation, which is no affair of this story.
+    // The first write gives the image a generation, which is not tested here.
     let elsewhere = (0..SIZE / BLOCK)
         .map(|block| block * BLOCK)
         .find(|at| !ranges(SIZE, 7).iter().any(|r| r.contains(at)))
@@ -133,7 +133,7 @@ fn what_is_given_up_or_closed_holds_nothing_up_and_is_no_proof() {
     drop(check);
     run(&mut storage, WRITE, 0, &[(0x10_0000, 4096)]).unwrap();
 
-    // Taken out of the machine: from here on others may write to it.
+    // Removed from the machine: from here on other programs may write to it.
     let check = ordered(&disk, 7);
     drop((storage, disk));
     assert!(check.take().unwrap_err().to_string().contains("closed"));

@@ -18,7 +18,7 @@ use crate::{
 const IMAGE: usize = 4 << 20;
 const DATA: u64 = 0x10_0000;
 
-/// Notes what it hears, and what the image contained at that moment.
+/// Records its calls, and the image's contents at each.
 struct Recorder {
     image: PathBuf,
     says: Mutex<io::Result<Verdict>>,
@@ -77,7 +77,7 @@ fn open(options: OpenOptions) -> (TempDir, Arc<Disk>, Storage<u32>) {
     let path = dir.as_path().join("image");
     fs::write(&path, vec![7; IMAGE]).unwrap();
     let disk = Arc::new(Disk::open(&path, &options).unwrap());
-    // A change that changes nothing, before which the image gets another generation.
+    // A resize to the same size, before which the image gets another generation.
     disk.resize(IMAGE as u64).unwrap();
     let memory = memory();
     memory.write_slice(&vec![9; 1 << 20], GuestAddress(DATA)).unwrap();

@@ -1,4 +1,4 @@
-//! What a driver, a host or a stream does wrong.
+//! Errors of a driver, a host or a stream.
 use super::*;
 
 #[test]

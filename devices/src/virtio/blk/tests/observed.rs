@@ -1,10 +1,10 @@
-//! A disk whose changes an observer holds back, or has to hear of first.
+//! A disk whose changes an observer delays, or must be notified of first.
 use std::sync::atomic::{AtomicU16, AtomicUsize};
 
 use super::*;
 use crate::backend::disk::{Change, Observer, Verdict};
 
-/// Lets every change wait until it is opened; notes what the guest's used ring said at its end.
+/// Delays every change until it is opened; records the guest's used index at the end of each.
 struct Gate {
     open: AtomicBool,
     asked: AtomicUsize,
@@ -23,7 +23,7 @@ impl Gate {
             used_at_end: AtomicU16::new(0),
         });
         let disk = r.block().disk().unwrap();
-        // The image gets its other generation before, so that the gate is all that is waited for.
+        // The image gets its next generation beforehand, so that changes wait for the gate only.
         disk.resize(disk.size()).unwrap();
         disk.observe(gate.clone());
         gate
@@ -91,13 +91,13 @@ fn a_change_that_has_to_wait_stays_in_its_queue() {
         r.guest.completion(1);
         assert_eq!(r.guest.peek(data, 512), &before[..512]);
 
-        // Pausing and resuming asks again; nothing is lost by it.
+        // Pausing and resuming asks again; no change is lost.
         r.guest.transport.pause();
         r.guest.transport.resume();
         r.guest.thread.settle();
         assert_eq!(r.guest.queues[0].used_index(), 0);
 
-        // Woken for something else.
+        // Woken for another reason.
         let asked = gate.asked();
         r.block().disk().unwrap().waker().wake();
         r.guest.thread.settle();
@@ -161,7 +161,7 @@ fn a_disk_that_is_taken_out_fails_what_it_held() {
 
 #[test]
 fn a_limit_is_charged_once_for_a_change_that_waits() {
-    // One write would take all that passes at once, and most of an hour.
+    // One write takes the whole burst, and most of an hour at this rate.
     let mut r = Rig::limited(None, Some(1));
     let gate = Gate::on(&mut r, false);
     let head = send(&mut r, 0, 0, 1);
@@ -211,7 +211,7 @@ fn a_turn_ends_when_the_disk_has_taken_its_time_whatever_is_asked_for() {
         let used = |r: &Rig| {
             r.guest.queues.iter().map(|q| usize::from(q.used_index())).collect::<Vec<_>>()
         };
-        // All queues have something to do at once when the worker comes home: one turn each.
+        // All queues have work when the worker returns to its thread: one turn each.
         r.guest.transport.pause();
         r.guest.transport.resume();
         assert!(used(&r).iter().all(|n| *n <= 2), "{kind}: {:?}", used(&r));
@@ -224,7 +224,7 @@ fn a_turn_ends_when_the_disk_has_taken_its_time_whatever_is_asked_for() {
         r.guest.thread.turn(std::time::Duration::ZERO);
         let after = used(&r).iter().sum::<usize>();
         assert!(after - before <= 2, "{kind}: {before}, {after}");
-        // Nothing is forgotten.
+        // Nothing is lost.
         r.guest.thread.settle();
         assert_eq!(used(&r), [EACH; 4], "{kind}");
     }

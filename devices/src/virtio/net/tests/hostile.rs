@@ -1,4 +1,4 @@
-//! Drivers and hosts that do what they should not.
+//! Misbehaving drivers and hosts.
 use super::*;
 use crate::testing::{INDIRECT, NEXT, RAM, WRITE};
 
@@ -59,7 +59,7 @@ fn chains_that_loop_or_lead_nowhere_are_given_back() {
             q.publish(index);
         }
         lan.guest.kick(queue);
-        // The receive queue is looked at when there is a frame.
+        // The receive queue is processed when there is a frame.
         lan.peers[0].send(&Lan::frame(60, 0)).unwrap();
         for (index, ..) in lay {
             assert_eq!(lan.guest.completion(queue), (index, 0));
@@ -120,7 +120,7 @@ fn a_broken_ring_costs_the_driver_its_device_until_it_resets() {
         let mut lan = Lan::started(CONTROL);
         lan.guest.queues[usize::from(queue)].set_available_index(jump);
         lan.guest.kick(queue);
-        // The receive ring is followed when a frame comes.
+        // The receive ring is processed when a frame arrives.
         lan.host_sends(&Lan::frame(60, 0));
         assert!(lan.guest.needs_reset(), "queue {queue}, index {jump}");
         let calls = lan.switches.calls.load(SeqCst);

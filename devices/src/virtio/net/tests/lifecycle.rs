@@ -16,7 +16,7 @@ fn offloads_command(bits: u64) -> Vec<u8> {
 
 #[test]
 fn every_rule_of_virtio_is_kept() {
-    // The other ends are gone, so each transfer fails; an empty slot has none to begin with.
+    // The peers are closed, so each transfer fails; an empty slot has none to begin with.
     let net = |pairs, wire: Option<Wire>| {
         let settings = NetSettings { mac: Some([2, 0, 0, 0, 0, 1]), ..settings(pairs) };
         let backend = wire.map(|wire| Arc::new(wire) as Arc<dyn NetBackend>);
@@ -57,7 +57,7 @@ fn the_driver_chooses_its_queue_pairs() {
         assert_eq!(lan.command(6, &[4, 0, low, high]), (1, 1), "{pairs} pairs");
     }
     assert_eq!(lan.switches.active.load(SeqCst), 3);
-    // Frames come and go on the last pair.
+    // Frames are sent and received on the last pair.
     let at = lan.guest.room(1526);
     lan.guest.request(4, &[(at, 1526, true)]);
     lan.peers[2].send(&Lan::frame(33, 0)).unwrap();

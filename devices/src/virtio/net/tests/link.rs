@@ -1,6 +1,6 @@
-//! The host's network interfaces, by rtnetlink(7). The `ip` command would do, but a process that is
-//! on its way to become one holds every descriptor of this process for a moment: files that another
-//! test has just closed are locked, taps busy, and pipes have no end.
+//! The host's network interfaces, by rtnetlink(7). The `ip` command is not used because, between
+//! fork and exec, its process briefly holds every descriptor of this one: files that another test
+//! has just closed stay locked, taps stay busy, and pipes do not reach their end.
 use std::{
     thread::sleep,
     time::{Duration, Instant},
@@ -13,12 +13,12 @@ use rustix::net::{
 /// IF_OPER_UP of linux/if.h.
 const OPERSTATE_UP: u8 = 6;
 
-/// Have the kernel do `kind`, and give what it answers behind the message's header.
+/// Send the request `kind` to the kernel, and return the answer after its message header.
 fn ask(kind: u16, flags: i32, body: &[u8]) -> Vec<u8> {
     let len = 16 + body.len() as u32;
     let flags = (libc::NLM_F_REQUEST | flags) as u16;
     let head = [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 8]];
-    // No protocol is the first: NETLINK_ROUTE.
+    // Protocol 0, the default, is NETLINK_ROUTE.
     let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
     let kernel = socket_with(family, kind, SocketFlags::CLOEXEC, None).unwrap();
     send(&kernel, &[&head.concat(), body].concat(), SendFlags::empty()).unwrap();
@@ -40,7 +40,7 @@ fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// struct ifinfomsg and the name: the interface `name`, up or not, if that is to be `changed`.
+/// struct ifinfomsg and the name of an interface; it is set up or down if `changed`.
 fn link(name: &str, up: bool, changed: bool) -> Vec<u8> {
     let flags = [u32::from(up).to_ne_bytes(), u32::from(changed).to_ne_bytes()].concat();
     [vec![0; 8], flags, attribute(libc::IFLA_IFNAME, name.as_bytes())].concat()
@@ -60,12 +60,12 @@ pub fn add_bridge(name: &str) {
     ask(libc::RTM_NEWLINK, flags, &[link(name, false, false), kind].concat());
 }
 
-/// What the kernel knows of an interface: struct ifinfomsg and attributes.
+/// The kernel's data on an interface: struct ifinfomsg and attributes.
 fn look(name: &str) -> Vec<u8> {
     ask(libc::RTM_GETLINK, 0, &link(name, false, false))
 }
 
-/// The index of an interface, in the bytes of the system calls.
+/// The index of an interface, as the bytes that the system calls take.
 fn index(name: &str) -> Vec<u8> {
     look(name)[4..8].to_vec()
 }
@@ -87,14 +87,14 @@ pub fn mac(name: &str) -> [u8; 6] {
     value(name, libc::IFLA_ADDRESS).try_into().unwrap()
 }
 
-/// Give it an address in a network of 256.
+/// Give it an address in a /24 network.
 pub fn add_address(name: &str, address: [u8; 4]) {
     let message = [vec![libc::AF_INET as u8, 24, 0, 0], index(name)].concat();
     let address = attribute(libc::IFA_LOCAL, &address);
     ask(libc::RTM_NEWADDR, libc::NLM_F_ACK | libc::NLM_F_CREATE, &[message, address].concat());
 }
 
-/// Tell the host who has `address`, so that it need not ask.
+/// Add a neighbour entry for `address`, so that the host does not send a query.
 pub fn add_neighbour(name: &str, address: [u8; 4], mac: [u8; 6]) {
     let family = vec![libc::AF_INET as u8, 0, 0, 0];
     let state = [&libc::NUD_PERMANENT.to_ne_bytes()[..], &[0; 2]].concat();
@@ -103,8 +103,8 @@ pub fn add_neighbour(name: &str, address: [u8; 4], mac: [u8; 6]) {
     ask(libc::RTM_NEWNEIGH, libc::NLM_F_ACK | libc::NLM_F_CREATE, &message);
 }
 
-/// Wait until the host sends to a tap that is open: it notices that in the background, and drops
-/// without a word what it has to send until then.
+/// Wait until the host sends to a tap that is open: it notices the carrier in the background, and
+/// until then silently drops what it has to send.
 pub fn await_carrier(name: &str) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while value(name, libc::IFLA_OPERSTATE) != [OPERSTATE_UP] {

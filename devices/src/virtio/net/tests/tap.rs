@@ -1,7 +1,7 @@
-// UNSAFETY: a network namespace of the test's own, and a packet socket in it, are made by calls
-// that the standard library does not have.
+// UNSAFETY: a network namespace for the test, and a packet socket in it, are made by calls that the
+// standard library does not have.
 #![expect(unsafe_code)]
-//! Real tap devices, in a network namespace that lives and dies with the test's thread.
+//! Tests with real tap devices, in a network namespace that lasts as long as the test's thread.
 //!
 //! They need root (CAP_NET_ADMIN) and /dev/net/tun, and fail with a message where those are
 //! missing.
@@ -31,7 +31,7 @@ fn new_namespace() {
     assert_eq!(moved, 0, "this test needs root: {}", std::io::Error::last_os_error());
 }
 
-/// A tap that stays when nobody has it open.
+/// A persistent tap, which stays when no process has it open.
 fn add_tap(name: &str, flags: i32) {
     let fd = launcher_opens(name, flags | libc::IFF_NO_PI);
     // SAFETY: TUNSETPERSIST takes a number.
@@ -47,7 +47,7 @@ fn make_tap(options: i32) {
     link::add_neighbour("t0", [10, 0, 0, 2], GUEST_MAC);
 }
 
-/// The tap as a machine opens it, when the host has noticed.
+/// Open the tap as a machine does, and wait until the host has noticed.
 fn open_tap(queues: usize) -> Tap {
     let tap = Tap::open("t0", queues).unwrap();
     link::await_carrier("t0");
@@ -61,7 +61,7 @@ fn host_socket() -> UdpSocket {
     socket
 }
 
-/// The next datagram. A machine that was frozen meanwhile may interrupt the wait.
+/// The next datagram. The wait may be interrupted when the test machine is suspended.
 fn hear(socket: &UdpSocket, bytes: &mut [u8]) -> (usize, SocketAddr) {
     loop {
         match socket.recv_from(bytes) {
@@ -86,7 +86,7 @@ fn refill(guest: &mut Guest, queue: u16, n: usize, len: u32) {
     guest.kick(queue);
 }
 
-/// Every frame that has come to receive queue `queue`, header included, buffers joined.
+/// Every frame that has arrived on receive queue `queue`, header included, buffers joined.
 fn received(guest: &mut Guest, queue: u16) -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
     let memory = guest.memory.clone();
@@ -109,7 +109,7 @@ fn received(guest: &mut Guest, queue: u16) -> Vec<Vec<u8>> {
     frames
 }
 
-/// Wait for a frame that `wanted` likes, passing over others (IPv6 talks on its own).
+/// Wait for a frame that `wanted` accepts, skipping others (IPv6 sends frames unasked).
 fn await_frame(guest: &mut Guest, queue: u16, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
     let thread = guest.thread.clone();
     let mut found = None;
@@ -129,8 +129,8 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// A UDP datagram from the guest to the host, in an Ethernet frame behind `header`. Without its
-/// checksum if the header asks the host for it.
+/// A UDP datagram from the guest to the host, in an Ethernet frame after `header`. Its checksum is
+/// left out if the header asks the host to fill it in.
 fn udp_frame(header: [u8; 12], to_mac: [u8; 6], port: u16, payload: &[u8]) -> Vec<u8> {
     let udp_len = (8 + payload.len()) as u16;
     let mut ip = vec![0x45, 0];
@@ -191,7 +191,7 @@ fn checksums_are_left_to_whoever_has_offered() {
     assert_eq!(hear(&host, &mut bytes).0, 5);
 }
 
-/// Have the host send one TCP segment of 40,000 bytes to a peer that does not exist: through a
+/// Make the host send one TCP segment of 40,000 bytes to a peer that does not exist: through a
 /// packet socket with a virtio header, as a router in front of the tap would.
 fn big_segment_to(name: &str) {
     // SAFETY: plain calls on descriptors; the address is fully initialized.
@@ -263,7 +263,7 @@ fn a_segment_of_64_kib_from_the_guest_is_taken_whole() {
     let frame = [&header[..], &ethernet, &ip, &tcp, &vec![1; 60_000]].concat();
     send(&mut guest, TX, &frame);
     assert_eq!((stats.tx.packets.load(SeqCst), stats.tx.drops.load(SeqCst)), (1, 0));
-    // Headers that lie are the kernel's to refuse.
+    // It is up to the kernel to refuse false headers.
     for lie in [
         [1, 0x55, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0],
         [1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0],
@@ -381,7 +381,7 @@ fn what_is_wrong_with_a_tap_is_said_with_the_cure() {
     assert!(said("t0", 2).contains("ip link del t0 && ip tuntap add dev t0 mode tap multi_queue"));
     let first = Tap::open("t0", 1).unwrap();
     assert!(said("t0", 1).contains("in use by another process"));
-    // Looking takes nothing, and does not need it to be free.
+    // Looking does not attach to the tap, and does not need it to be free.
     Tap::look("t0", 1).unwrap();
     drop(first);
     Tap::look("t0", 1).unwrap();
@@ -392,7 +392,7 @@ fn what_is_wrong_with_a_tap_is_said_with_the_cure() {
     assert_eq!(Tap::open("m0", 3).unwrap().queues(), 3);
 }
 
-/// Open the tap device `name` as a launcher would that hands descriptors over.
+/// Open the tap device `name` as a launcher does that passes descriptors on.
 fn launcher_opens(name: &str, flags: i32) -> OwnedFd {
     let file = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
     // SAFETY: TUNSETIFF takes an ifreq, which is plain data.

@@ -1,4 +1,4 @@
-//! A back-end whose other end the test holds: datagrams for frames, and faults to order.
+//! A back-end whose peer the test holds: datagrams for frames, and injected faults.
 use std::{
     io,
     os::{
@@ -13,7 +13,7 @@ use std::{
 
 use crate::backend::net::{HEADER, NetBackend, Offloads, frame::Frame};
 
-/// What the test sees and decides while the device runs.
+/// What the test observes and controls while the device runs.
 #[derive(Default)]
 pub struct Switches {
     /// Error number of every transfer from now on; 0: none.
@@ -31,7 +31,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// A wire and its other ends, blocking neither way.
+    /// A wire and its peers, all non-blocking.
     pub fn new(queues: usize, header: bool) -> (Self, Vec<UnixDatagram>, Arc<Switches>) {
         let switches = Arc::new(Switches::default());
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
