@@ -1,8 +1,8 @@
-//! The QEMU guest agent, on the far side of a console. The guest answers, if anybody does: what comes
-//! is bounded in time and size, and nothing of it is believed but the answer that was asked for.
+//! The QEMU guest agent, at the guest's end of a console. It may not answer, and the guest is not
+//! trusted: what it sends is bounded in time and size, and only the expected answer is used.
 //!
-//! `guest-sync-delimited` comes first: the agent puts a byte that is in no JSON text, 0xFF, before
-//! its answer, so that whatever was in the pipe before can be told from it.
+//! `guest-sync-delimited` comes first: the agent sends a byte that occurs in no JSON text, 0xFF,
+//! before its answer, which separates the answer from older bytes in the pipe.
 #[cfg(test)]
 mod tests;
 
@@ -14,17 +14,17 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// The console whose far side is the agent: the name that the agent's own documentation gives it.
+/// The console of the agent, by the name in the agent's own documentation.
 pub const CONSOLE: &str = "org.qemu.guest_agent.0";
-/// How long it may take to say that it is there.
+/// How long the agent may take to report that it is there.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long it may take to say that it will not do it. There is no answer when it does.
+/// How long the agent may take to refuse a command. It sends no answer when it complies.
 const REFUSAL: Duration = Duration::from_millis(300);
-/// Longest answer, bytes.
+/// Longest answer, in bytes.
 const MAX_ANSWER: usize = 4096;
 const DELIMITER: u8 = 0xff;
 
-/// What the guest is asked for.
+/// What the guest is asked to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     Powerdown,
@@ -54,7 +54,7 @@ impl Mode {
     }
 }
 
-/// Why it was not asked.
+/// Why the guest could not be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     #[error("it does not answer")]
@@ -65,15 +65,17 @@ pub enum AgentError {
     Io(#[from] io::Error),
 }
 
-/// Ask for `mode`. That the guest does it, nobody promises; of a clock that was set it says so.
+/// Ask for `mode`. Only a clock that was set is confirmed; otherwise success means that the agent
+/// has not refused.
 ///
 /// # Errors
-/// When nobody answers as an agent would, or the agent refuses.
+/// When no agent answers, or the agent refuses.
 pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
     ask_within(stream, mode, ANSWER_TIMEOUT, mode.patience())
 }
 
-/// Ask an agent that may take `hello` to say that it is there, and `answer` to answer the command.
+/// Ask an agent that may take `hello` to report that it is there, and `answer` to answer the
+/// command.
 fn ask_within(
     stream: UnixStream,
     mode: Mode,
@@ -101,7 +103,7 @@ fn ask_within(
             Err(_) => return Ok(()),
             Ok(Some(answer)) if answer.get("error").is_some() => {
                 let why = answer.pointer("/error/desc").and_then(Value::as_str).unwrap_or("error");
-                // It is the guest that says so: not to the terminal as it is.
+                // The text comes from the guest, so it is not written to the terminal as it is.
                 let why = why.chars().filter(|c| !c.is_control()).take(200).collect();
                 return Err(AgentError::Refuses(why));
             }
@@ -113,7 +115,7 @@ fn ask_within(
 
 struct Line {
     stream: UnixStream,
-    /// What has come and was not looked at.
+    /// Bytes that were received and not processed.
     held: Vec<u8>,
 }
 
@@ -126,7 +128,7 @@ impl Line {
         self.say(format!("{value}\n").as_bytes())
     }
 
-    /// Drop everything up to the next delimiter, and the delimiter.
+    /// Drop everything up to the next delimiter, including that.
     fn skip_delimiter(&mut self, deadline: Instant) -> Result<(), AgentError> {
         loop {
             if let Some(at) = self.held.iter().position(|byte| *byte == DELIMITER) {
@@ -145,7 +147,8 @@ impl Line {
             let fresh = self.held.get(searched..).unwrap_or_default();
             if let Some(at) = fresh.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.held.drain(..=searched + at).collect();
-                // Whoever was interrupted in the middle of a line begins anew behind a delimiter.
+                // A sender that was interrupted in the middle of a line starts again after a
+                // delimiter.
                 let last = line.rsplit(|byte| *byte == DELIMITER).next().unwrap_or_default();
                 return Ok(serde_json::from_slice(last).ok().filter(Value::is_object));
             }

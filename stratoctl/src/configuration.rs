@@ -1,5 +1,5 @@
-//! A configuration file, read for a domain: checked by the monitor's own reader, its paths made
-//! absolute.
+//! Reads the configuration file of a domain: it is checked by the monitor's own parser, and its
+//! paths are made absolute.
 use std::{
     ffi::OsString,
     fs,
@@ -17,10 +17,10 @@ use crate::{
     verbs::Described,
 };
 
-/// Read and check what `described` names.
+/// Read and check the file that `described` names.
 ///
 /// # Errors
-/// All that is wrong with it.
+/// All errors found in it.
 pub fn read(described: &Described) -> anyhow::Result<(Name, Description)> {
     let path = &described.config;
     let words = ["-config".into(), path.into(), "-api-channel".into(), "unix:qmp.sock".into()];
@@ -47,19 +47,19 @@ pub fn read(described: &Described) -> anyhow::Result<(Name, Description)> {
     Ok((name, description))
 }
 
-/// A fresh one.
+/// A new random UUID.
 ///
 /// # Errors
-/// When the host has none to give.
+/// When the host has no random numbers to give.
 pub fn uuid() -> anyhow::Result<String> {
     let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid").context("no random numbers")?;
     Ok(uuid.trim().to_owned())
 }
 
-/// See that the files are there that a start needs.
+/// Check that the files exist that a start needs.
 ///
 /// # Errors
-/// The ones that are not.
+/// The missing ones.
 pub fn check_files(config: &Value) -> anyhow::Result<()> {
     let mut missing = Vec::new();
     for_paths(&mut config.clone(), |key, path| {
@@ -87,7 +87,7 @@ fn name(described: &Described, config: &Value) -> anyhow::Result<Name> {
     })
 }
 
-/// `domain` of the file, changed by the command line.
+/// The policy: `domain` of the file, as modified by the command line.
 fn policy(described: &Described, config: &mut Value) -> anyhow::Result<Policy> {
     let own = config.as_object_mut().and_then(|object| object.shift_remove("domain"));
     let mut policy: Policy = own.map(serde_json::from_value).transpose()?.unwrap_or_default();

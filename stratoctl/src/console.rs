@@ -1,4 +1,4 @@
-//! A terminal, or a pipe, on a domain's console.
+//! Connects a terminal, or a pipe, to a domain's console.
 use std::{
     collections::VecDeque,
     io::{self, IsTerminal, Read, Write},
@@ -24,9 +24,9 @@ use signal_hook::{
 const ENDING: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 /// `Ctrl-]`.
 const LEAVE: u8 = 0x1d;
-/// Bytes that were typed and not taken; more is not read.
+/// Most typed bytes that wait for the guest; until it takes some, no more are read.
 const TYPED: usize = 4096;
-/// How long a console may be silent at the beginning before people wonder.
+/// How long a console may be silent at the beginning before a hint is shown.
 const SILENCE: Duration = Duration::from_secs(2);
 
 /// How an attachment ended.
@@ -38,18 +38,18 @@ pub enum End {
     HungUp,
     /// A signal.
     Signal(u8),
-    /// Nobody reads what the guest prints.
+    /// Standard output was closed by its reader.
     NobodyReads,
 }
 
-/// Carry bytes between standard input and output and `console` until one of them ends it. The end of
+/// Copy bytes between standard input and output and `console` until one of them ends it. The end of
 /// standard input does not.
 ///
 /// # Errors
 /// When the host refuses.
 pub fn attach(console: UnixStream) -> io::Result<End> {
     console.set_nonblocking(true)?;
-    // Before the terminal is raw, so that nothing leaves it so.
+    // Before the terminal becomes raw, so that it is restored in every case.
     let signals = Signals::catch()?;
     let _raw = Raw::enter();
     Attachment { console, typed: VecDeque::new(), open: true, leaving: false, heard: false }
@@ -58,12 +58,12 @@ pub fn attach(console: UnixStream) -> io::Result<End> {
 
 struct Attachment {
     console: UnixStream,
-    /// For the guest, which has not taken it yet.
+    /// Typed bytes that the guest has not taken yet.
     typed: VecDeque<u8>,
-    /// Standard input has not come to its end.
+    /// Standard input has not reached its end.
     open: bool,
     leaving: bool,
-    /// The guest has said something.
+    /// The guest has sent something.
     heard: bool,
 }
 
@@ -114,7 +114,7 @@ impl Attachment {
 
     fn read_typed(&mut self) {
         let mut bytes = [0; 1024];
-        // Past the buffer of the standard library, of which `poll` knows nothing.
+        // Bypasses the standard library's buffer, which `poll` does not know of.
         match rustix::io::read(io::stdin(), &mut bytes) {
             Ok(0) => self.open = false,
             Ok(n) => {
@@ -128,7 +128,7 @@ impl Attachment {
         }
     }
 
-    /// Pass on what can be, both ways.
+    /// Copy what can be copied now, both ways.
     fn exchange(&mut self) -> io::Result<Option<End>> {
         let mut bytes = [0; 16 << 10];
         match self.console.read(&mut bytes) {
@@ -154,7 +154,7 @@ impl Attachment {
                 Err(e) => match e.kind() {
                     io::ErrorKind::Interrupted => {}
                     io::ErrorKind::WouldBlock if self.leaving => {
-                        // It takes nothing: what was typed last is not waited for.
+                        // The guest takes nothing: bytes typed last are not waited for.
                         self.typed.clear();
                     }
                     io::ErrorKind::WouldBlock => break,
@@ -166,7 +166,7 @@ impl Attachment {
     }
 }
 
-/// Signals that would end the process, caught while this lives.
+/// Signals that would end the process, caught while this exists.
 struct Signals {
     told: UnixStream,
     last: Arc<AtomicUsize>,
@@ -179,7 +179,7 @@ impl Signals {
         let mut this = Self { told, last: Arc::default(), ids: Vec::new() };
         for signal in ENDING {
             let number = usize::try_from(signal).unwrap_or_default();
-            // In this order: who is told finds the number.
+            // In this order: a reader that is woken finds the number.
             let flag = signal_hook::flag::register_usize(signal, this.last.clone(), number)?;
             let pipe = signal_hook::low_level::pipe::register(signal, tell.try_clone()?)?;
             this.ids.extend([flag, pipe]);
@@ -200,8 +200,8 @@ impl Drop for Signals {
     }
 }
 
-/// The terminal on standard input, raw while this lives. Unlike the monitor's, which writes lines of
-/// its own, output is the guest's alone.
+/// The terminal on standard input, raw while this exists. Unlike the monitor, which writes lines of
+/// its own, this makes output raw, too: all of it is the guest's.
 struct Raw(Termios);
 
 impl Raw {

@@ -14,18 +14,18 @@ use rustix::{
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
 };
 
-/// Connect to the socket `path`, which is relative to `run` if it is relative. Never waits: who is
-/// not accepted because too many wait already gets an error.
+/// Connect to the socket `path`; a relative one is relative to `run`. Never blocks: if the
+/// listener's queue is full, that is an error at once.
 ///
 /// # Errors
-/// When nobody listens there.
+/// When no process listens there.
 pub fn dial(run: &Path, path: &Path) -> io::Result<UnixStream> {
     let whole = run.join(path);
     let (Some(directory), Some(name)) = (whole.parent(), whole.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    // A socket's path has at most 107 bytes; a directory's may have more.
-    // A FIFO there would make its opener wait.
+    // A socket's path has at most 107 bytes; a directory's may have more. Opening a FIFO would
+    // block.
     let flags = (OFlags::DIRECTORY | OFlags::PATH).bits().cast_signed();
     let directory = File::options().read(true).custom_flags(flags).open(directory)?;
     let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);

@@ -1,4 +1,4 @@
-//! What state a domain is in: found out each time, by asking its monitor.
+//! The state of a domain, found by asking its monitor each time.
 use std::{
     env,
     io::{self, Write},
@@ -20,34 +20,34 @@ use crate::{
     registry::{Place, Registry},
 };
 
-/// How long a monitor may take to say how it is. Stories that are not about monitors that hang name a
-/// longer one: where many processes share a processor, any of them may stand still for seconds.
+/// How long a monitor may take to report its state. Tests that are not about hanging monitors set a
+/// longer time: where many processes share a processor, any of them may be delayed by seconds.
 pub fn patience() -> Duration {
     seconds("STRATOCTL_PATIENCE", Duration::from_secs(2))
 }
 
-/// A time, in seconds, for which the environment may name another.
+/// A time in seconds, which an environment variable may override.
 pub fn seconds(variable: &str, usual: Duration) -> Duration {
     let named = env::var(variable).ok().and_then(|text| text.parse::<u16>().ok());
     named.map_or(usual, |seconds| Duration::from_secs(seconds.into()))
 }
 
-/// Time between two looks at a monitor that nobody can connect to.
+/// Poll interval for a monitor that accepts no connections.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A start or an end that takes longer is shown as one, and not waited for.
+/// A start or an end that takes longer is shown as one, and is not waited for.
 const START: Duration = Duration::from_millis(100);
 
-/// The monitor's control socket, in its directory. The last thing that a monitor makes when it starts.
+/// The monitor's control socket, in its directory. A starting monitor creates it last.
 const SOCKET: &str = "qmp.sock";
 
 /// A domain as it was found.
 pub struct Status {
     /// Its state.
     pub state: State,
-    /// Its monitor, if it lives.
+    /// Its monitor, if that is running.
     pub process: Option<Process>,
-    /// The connection to its monitor, if it answers.
+    /// The connection to its monitor, if that answers.
     pub client: Option<Client>,
 }
 
@@ -61,16 +61,16 @@ impl Status {
         Self::without_monitor(State::Absent)
     }
 
-    /// The connection.
+    /// The connection to the monitor.
     ///
     /// # Errors
-    /// When there is none, which the state has told already.
+    /// When there is none; the state has shown that already.
     pub fn client(&mut self) -> anyhow::Result<&mut Client> {
         self.client.as_mut().context("the monitor does not answer")
     }
 }
 
-/// Another connection to a monitor.
+/// Open another connection to a monitor.
 ///
 /// # Errors
 /// When it does not answer.
@@ -80,24 +80,24 @@ pub fn qmp(place: &Place) -> anyhow::Result<Client> {
     Client::on(stream, patience()).with_context(cannot)
 }
 
-/// See how the domain at `place` is.
+/// Find the state of the domain at `place`.
 pub fn look(registry: &Registry, place: &Place) -> Status {
     Query::new(place).answer(registry, place)
 }
 
-/// A domain whose monitor has been asked how it is. Many are asked before the first answer is read.
+/// A domain whose monitor has been queried. Many are queried before the first answer is read.
 pub struct Query {
     call: io::Result<UnixStream>,
     since: Instant,
 }
 
 impl Query {
-    /// Ask the monitor of the domain at `place`, if there is one.
+    /// Query the monitor of the domain at `place`, if there is one.
     pub fn new(place: &Place) -> Self {
         Self { call: call(place), since: Instant::now() }
     }
 
-    /// How the domain at `place` is, which was asked.
+    /// The state of the domain at `place`, which was queried.
     pub fn answer(mut self, registry: &Registry, place: &Place) -> Status {
         let deadline = self.since + patience();
         loop {
@@ -110,13 +110,13 @@ impl Query {
             let process = match found(place) {
                 Found::Alive(process) => process,
                 Found::Nobody => return Status::without_monitor(idle(place)),
-                // What is in the store is whole, and its guest has not run since.
+                // The state in the store is complete, and the guest has not run since.
                 Found::Gone if idle(place) == State::Suspended => {
                     return Status::without_monitor(State::Suspended);
                 }
                 Found::Gone => return Status::without_monitor(State::Killed),
             };
-            // One that nobody listens for, or that hangs up, may be on its way in, or out.
+            // A monitor that does not listen, or that hangs up, may be starting or ending.
             let slow = absent && self.since.elapsed() >= START;
             let starting = slow && !place.has_been_up();
             let ending = slow && place.has_been_up() || process.is_only_a_number();
@@ -154,7 +154,7 @@ fn answered(registry: &Registry, place: &Place, answer: Answer) -> Status {
     Status { state, process, client: Some(client) }
 }
 
-/// What a domain without a monitor is.
+/// The state of a domain without a monitor.
 fn idle(place: &Place) -> State {
     match (place.managed, place.is_saved()) {
         (true, true) => State::Suspended,
@@ -174,7 +174,7 @@ fn found(place: &Place) -> Found {
 
 type Answer = (Client, RunState, MigrationStatus);
 
-/// Connect to the monitor and ask all there is to ask, in one go.
+/// Connect to the monitor and send all queries at once.
 fn call(place: &Place) -> io::Result<UnixStream> {
     let mut stream = dial(&place.run, Path::new(SOCKET))?;
     let commands = [QueryStatus::NAME, QueryMigrate::NAME];
@@ -184,9 +184,9 @@ fn call(place: &Place) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// What a monitor that was asked says; an error if it does not say it in time.
+/// The answers of a monitor that was queried; an error if they do not come in time.
 fn listen(stream: UnixStream, deadline: Instant) -> Result<Answer, ClientError> {
-    // What has come by now counts, however long it took to ask all the others.
+    // Answers that have arrived by now count, however long it took to query all the others.
     let left = || deadline.saturating_duration_since(Instant::now()).max(POLL_INTERVAL);
     let mut client = Client::on(stream, left())?;
     client.set_patience(left());

@@ -1,7 +1,7 @@
-//! What went wrong, and the command that helps.
+//! Errors for people: the cause, and the command that helps.
 use std::fmt;
 
-/// An error for people: what is the matter, and what to do about it.
+/// An error for people: the cause, and what to do about it.
 #[derive(Debug)]
 pub struct Failure {
     what: String,
@@ -9,12 +9,12 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// Only what is the matter.
+    /// Only the cause.
     pub fn new(what: impl Into<String>) -> Self {
         Self { what: what.into(), hint: None }
     }
 
-    /// With what to do.
+    /// The cause, and what to do about it.
     pub fn hint(what: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { what: what.into(), hint: Some(hint.into()) }
     }
@@ -28,7 +28,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// What to do about `error`, if anything in its chain of causes knows.
+/// What to do about `error`, if an error in its chain of causes says so.
 pub fn hint_of(error: &anyhow::Error) -> Option<&str> {
     let own = error.downcast_ref::<Failure>().and_then(|f| f.hint.as_deref());
     own.or_else(|| {

@@ -1,5 +1,5 @@
-//! `stratoctl`: every verb of a domain's life, without a daemon. A domain is a directory in the
-//! registry and a running monitor; each verb looks at both and talks QMP to the monitor.
+//! `stratoctl`: all verbs of a domain's life cycle, without a daemon. A domain is a directory in
+//! the registry and a running monitor; each verb reads both and talks QMP to the monitor.
 //!
 //! ```text
 //! verbs     the command line           matrix    verb x state: done or refused
@@ -35,7 +35,7 @@ use std::{
 use clap::Parser;
 use serde_json::json;
 
-/// The program.
+/// The main function of the program.
 #[must_use]
 pub fn main() -> ExitCode {
     let line = verbs::Line::parse();
@@ -50,7 +50,7 @@ pub fn main() -> ExitCode {
             if !text.is_empty() && !text.ends_with('\n') {
                 text.push('\n');
             }
-            // A reader that has gone has read enough.
+            // A reader that has closed its end wants no more.
             let _ = io::stdout().write_all(text.as_bytes());
             ExitCode::from(answer.status)
         }

@@ -1,4 +1,4 @@
-//! A monitor's log, as text for a terminal.
+//! A monitor's log, printed as text for a terminal.
 use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
@@ -9,16 +9,16 @@ use state::regular_file::open_regular;
 
 const BLOCK: u64 = 16 << 10;
 
-/// A log that is read on and on.
+/// A log that is followed as it grows.
 pub struct Log {
     file: File,
 }
 
 impl Log {
-    /// At the beginning, or before the last `lines` lines.
+    /// Open the log at its beginning, or before its last `lines` lines.
     ///
     /// # Errors
-    /// When there is none, or it cannot be read.
+    /// When it does not exist or cannot be read.
     pub fn open(path: &Path, lines: Option<usize>) -> io::Result<Self> {
         let mut file = open_regular(path, File::options().read(true))?;
         let from = match lines {
@@ -29,11 +29,11 @@ impl Log {
         Ok(Self { file })
     }
 
-    /// Write what there is; a monitor's log may have something of the guest's in it, which must not
-    /// reprogram the terminal.
+    /// Write all lines so far. A monitor's log may contain text of the guest, which must not
+    /// control the terminal.
     ///
     /// # Errors
-    /// When it cannot be read, or `to` not be written.
+    /// When the log cannot be read, or `to` cannot be written.
     pub fn pour(&mut self, to: &mut impl Write) -> io::Result<()> {
         let mut block = vec![0; BLOCK as usize];
         loop {
@@ -48,7 +48,7 @@ impl Log {
     }
 }
 
-/// Where the last `lines` lines of `file` begin.
+/// Offset of the last `lines` lines of `file`.
 fn before_last(file: &mut File, lines: usize) -> io::Result<u64> {
     let length = file.metadata()?.len();
     if lines == 0 {
@@ -63,7 +63,7 @@ fn before_last(file: &mut File, lines: usize) -> io::Result<u64> {
         file.seek(SeekFrom::Start(begin))?;
         file.read_exact(&mut block)?;
         for (byte, at) in block.iter().rev().zip((begin..end).rev()) {
-            // The end of the last line begins no other one.
+            // The newline of the last line starts no other line.
             if *byte != b'\n' || at + 1 == length {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! `stratoctl`: see the library, which fuzzers use, too.
+//! `stratoctl`: see the library, which fuzz targets use, too.
 #![forbid(unsafe_code)]
 use std::process::ExitCode;
 

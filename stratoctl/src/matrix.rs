@@ -5,14 +5,14 @@ mod tests;
 
 use crate::{failure::Failure, registry::Name};
 
-/// What a domain can be found to be.
+/// State of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// There is none of that name.
     Absent,
     /// Registered, and not running.
     Registered,
-    /// Its monitor is on its way up: nobody can talk to it yet.
+    /// Its monitor is starting: it accepts no connections yet.
     Starting,
     /// Its vCPUs run.
     Running,
@@ -26,16 +26,16 @@ pub enum State {
     Off,
     /// Its guest has crashed, and it is kept.
     Crashed,
-    /// Its monitor is gone and has not tidied up.
+    /// Its monitor has ended without removing what it leaves.
     Killed,
-    /// Its monitor is there and does not answer.
+    /// Its monitor is running and does not answer.
     Hung,
-    /// Its monitor has let go of everything that it could; the kernel cannot end its process yet.
+    /// Its monitor has released everything it could; the kernel cannot end its process yet.
     Ending,
 }
 
 impl State {
-    /// All of them: the columns.
+    /// All states: the columns.
     pub const ALL: [Self; 12] = [
         Self::Absent,
         Self::Registered,
@@ -51,7 +51,7 @@ impl State {
         Self::Ending,
     ];
 
-    /// As people see it.
+    /// The word that is shown to people.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Absent => "absent",
@@ -95,12 +95,12 @@ pub enum Verb {
     Qmp,
 }
 
-/// What becomes of a verb in a state.
+/// What a verb does in a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cell {
-    /// It is done.
+    /// It is carried out.
     Yes,
-    /// It is refused: what the matter is, and what to do. `{}` is the domain's name.
+    /// It is refused: the cause, and what to do. `{}` is the domain's name.
     No(&'static str, &'static str),
     /// It is refused like this, unless the domain's policy is `rename-restart`.
     Kept(&'static str, &'static str),
@@ -194,18 +194,18 @@ pub const TABLE: [Row; 20] = [
     (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
 ];
 
-/// What becomes of `verb` in `state`.
+/// What `verb` does in `state`.
 pub fn cell(verb: Verb, state: State) -> Cell {
     let row = TABLE.iter().find(|(known, _)| *known == verb);
     let column = State::ALL.iter().position(|known| *known == state);
     row.zip(column).and_then(|((_, cells), column)| cells.get(column)).copied().unwrap_or(ABSENT)
 }
 
-/// Whether `verb` may act on the domain called `name`, which is in `state`. `renames` says whether
-/// its policy is `rename-restart`.
+/// Check that `verb` may act on the domain called `name`, which is in `state`. `renames` says
+/// whether its policy is `rename-restart`.
 ///
 /// # Errors
-/// What the matter is, and what to do.
+/// The cause, and what to do.
 pub fn admit(verb: Verb, state: State, name: &Name, renames: bool) -> Result<(), Failure> {
     match cell(verb, state) {
         Yes => Ok(()),

@@ -1,4 +1,4 @@
-//! Starting a monitor in the background, in the directory that is to be its own.
+//! Starts a monitor in the background, in its own directory.
 use std::{
     env, io,
     path::{Path, PathBuf},
@@ -22,7 +22,7 @@ pub fn program(named: Option<&Path>) -> PathBuf {
         let own = env::current_exe().ok()?;
         Some(own.with_file_name("stratovirt")).filter(|path| path.is_file())
     };
-    // A relative path would be looked for in the monitor's working directory.
+    // A relative path would be resolved in the monitor's working directory.
     let named = named.map(|path| match path.components().count() {
         1 => path.to_owned(),
         _ => std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
@@ -33,20 +33,20 @@ pub fn program(named: Option<&Path>) -> PathBuf {
 /// How long a monitor that was killed may take to end.
 const END: Duration = Duration::from_secs(10);
 
-/// What a monitor is told beyond what the domain is.
+/// What a monitor needs beyond the domain's description.
 #[derive(Debug, Default)]
 pub struct More {
-    /// For its command line.
+    /// Words for its command line.
     pub words: Vec<String>,
     /// Bytes that it reads before it answers, if they are many.
     pub reads: Option<u64>,
 }
 
-/// Start the domain at `place`; gives its number. The caller has its lock. It stays paused if
+/// Start the domain at `place`; returns its number. The caller holds its lock. It stays paused if
 /// `paused`.
 ///
 /// # Errors
-/// All that the monitor says; nothing of it is left then but its log.
+/// The monitor's messages; only its log is left then.
 pub fn start(
     registry: &Registry,
     program: &Path,
@@ -58,7 +58,7 @@ pub fn start(
     let incoming = more.words.iter().any(|word| word == "-incoming");
     let id = registry.prepare(place, description, &config(description, incoming))?;
     let mut command = Command::new(program);
-    // Every path is relative, and so as short as can be, and right after a rename.
+    // All paths are relative, so they are as short as possible, and stay valid after a rename.
     command.current_dir(&place.run);
     command.args(["-daemonize", "-pidfile", "pid", "-D", "log", "-qmp"]);
     command.args(["unix:qmp.sock,server,nowait", "-serial"]);
@@ -84,7 +84,7 @@ pub fn start(
             Failure::hint(what, "name the monitor's program with --monitor FILE").into()
         }
         Ok(done) if done.status.success() => {
-            // Without it, one that takes long to end is shown as one that starts.
+            // Without this mark, a monitor that takes long to end is shown as one that is starting.
             let _ = registry.is_up(place);
             return Ok(id);
         }
@@ -100,8 +100,9 @@ pub fn start(
     Err(said)
 }
 
-/// Whether `program`, which has ended well, is one that leaves a monitor behind. The monitor at `place`
-/// tells; it may have ended by itself already, and then the program has to tell.
+/// Whether `program`, which has exited successfully, leaves a monitor behind. The monitor at
+/// `place` shows that; it may have ended by itself already, and then the program's own output
+/// decides.
 fn is_monitor(program: &Path, place: &Place) -> bool {
     if matches!(process::find(&place.run), Found::Alive(_)) {
         return true;
@@ -110,7 +111,7 @@ fn is_monitor(program: &Path, place: &Place) -> bool {
     said.is_ok_and(|said| said.stdout.starts_with(b"StratoVirt "))
 }
 
-/// What a monitor says of its flags for a restored machine, in the words of `stratoctl restore`.
+/// A monitor's error about its flags for a restored machine, in the words of `stratoctl restore`.
 fn in_own_words(said: &str) -> String {
     let mut text = said
         .replace("leave clock=realtime out", "leave --clock realtime out")
@@ -129,8 +130,8 @@ fn in_own_words(said: &str) -> String {
     text
 }
 
-/// End the monitor that goes on in the directory of `place` after the process that was started has
-/// failed: somebody has killed that one alone.
+/// End the monitor that is still running in the directory of `place` after the process that was
+/// started has failed, because only that process was killed.
 fn end_left(place: &Place) -> anyhow::Result<()> {
     let left = || match process::find(&place.run) {
         Found::Alive(process) => Some(process),
@@ -144,7 +145,7 @@ fn end_left(place: &Place) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Run `command`, which ends when the monitor at `place` answers, and show how far that is.
+/// Run `command`, which ends when the monitor at `place` answers, and show the progress.
 fn watched(
     mut command: Command,
     place: &Place,
@@ -165,7 +166,7 @@ fn watched(
     done
 }
 
-/// The monitor's file. A machine that goes on brings its own description with it.
+/// The monitor's configuration file. A restored machine brings its own description.
 fn config(description: &Description, incoming: bool) -> Value {
     let mut config = if incoming { json!({}) } else { description.config.clone() };
     if let Some(members) = config.as_object_mut() {

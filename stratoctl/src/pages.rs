@@ -1,4 +1,4 @@
-//! Completions and manual pages, made from the table of verbs.
+//! Completions and manual pages, generated from the table of verbs.
 use std::{io, path::Path};
 
 use anyhow::Context;
@@ -17,7 +17,7 @@ pub fn completions(shell: Shell) -> Answer {
     Answer::new(text, json)
 }
 
-/// The command line without the verbs that only stratoctl itself uses.
+/// The command line without stratoctl's internal verbs.
 fn for_people() -> Command {
     let line = Line::command();
     let verbs: Vec<_> =
@@ -25,7 +25,7 @@ fn for_people() -> Command {
     Command::new("stratoctl").args(line.get_arguments().cloned()).subcommands(verbs)
 }
 
-/// The page of stratoctl itself, or all pages into `directory`.
+/// The manual page of stratoctl itself, or all pages into `directory`.
 ///
 /// # Errors
 /// When it cannot be written.
@@ -49,7 +49,7 @@ fn write(directory: &Path) -> io::Result<usize> {
     Ok(1 + verbs().count())
 }
 
-/// The names of the verbs that people see.
+/// The names of the verbs that are not internal.
 fn verbs() -> impl Iterator<Item = String> {
     let line = for_people();
     let verbs: Vec<_> = line.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();

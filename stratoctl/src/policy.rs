@@ -1,4 +1,4 @@
-//! What is to become of a domain when its guest powers off, reboots or crashes.
+//! What happens to a domain when its guest powers off, reboots or crashes.
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -37,7 +37,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Whether what is kept in `state` is to make way for a fresh start.
+    /// Whether a domain kept in `state` is renamed to make way for a new start.
     pub fn renames(self, state: State) -> bool {
         let then: &[Then] = match state {
             State::Off => &[self.on_poweroff, self.on_reboot],

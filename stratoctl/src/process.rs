@@ -1,4 +1,4 @@
-//! The monitor's process: found by its pid file, and never mistaken for another one.
+//! The monitor's process: found by its pid file, and never confused with another process.
 use std::{
     fs::{self, File},
     io::Read,
@@ -14,30 +14,30 @@ use rustix::{
 };
 use state::regular_file::open_regular;
 
-/// Ticks a second of the times in `/proc/PID/stat`; the same on every x86_64 (`USER_HZ`).
+/// Ticks per second of the times in `/proc/PID/stat`; the same on every x86_64 (`USER_HZ`).
 const TICKS: f64 = 100.0;
 /// Longest pid file, in bytes: a number and the end of its line.
 const LONGEST_PID: u64 = 12;
 /// Bytes of a page in `/proc/PID/statm`.
 const PAGE: u64 = 4096;
 
-/// A monitor that lives.
+/// A running monitor.
 pub struct Process {
     pid: u32,
     fd: OwnedFd,
 }
 
-/// What the pid file in a directory leads to.
+/// The result of reading the pid file in a directory.
 pub enum Found {
     /// No monitor: there is no pid file, or an empty one.
     Nobody,
-    /// It is gone and has left its pid file behind.
+    /// It has ended and left its pid file behind.
     Gone,
-    /// It lives.
+    /// It is running.
     Alive(Process),
 }
 
-/// Looks for the monitor whose working directory is `run`.
+/// Find the monitor whose working directory is `run`.
 pub fn find(run: &Path) -> Found {
     let read = || {
         let mut text = String::new();
@@ -50,7 +50,7 @@ pub fn find(run: &Path) -> Found {
         if let Some(process) = text.trim().parse().ok().and_then(|pid| Process::open(pid, run)) {
             return Found::Alive(process);
         }
-        // It may have ended in good order since the file was read, and another one begun.
+        // It may have ended in order since the file was read, and another one may have started.
         now = read();
         if now.as_ref() == Some(&text) {
             return Found::Gone;
@@ -59,16 +59,16 @@ pub fn find(run: &Path) -> Found {
     Found::Nobody
 }
 
-/// Looks for a monitor whose working directory is `run` and that has no pid file, as one that was
-/// started by a `stratoctl` which was killed has none at first. Reads all of `/proc`.
+/// Find a monitor whose working directory is `run` and that has no pid file: one that was started
+/// by a `stratoctl` which was killed has none at first. Reads all of `/proc`.
 pub fn search(run: &Path) -> Option<Process> {
     let entries = fs::read_dir("/proc").ok()?;
     let mut pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
     pids.find_map(|pid| Process::open(pid, run).filter(Process::is_monitor))
 }
 
-/// What the kernel tells of the threads of `pid`, the first one first: when that has ended and others
-/// have not, it tells nothing more of the process as a whole.
+/// The kernel's directories for the threads of `pid`, the first thread first: when that one has
+/// ended and others have not, the kernel reports nothing more for the process as a whole.
 fn tasks(pid: u32) -> Vec<PathBuf> {
     let first = PathBuf::from(format!("/proc/{pid}"));
     if fs::read_link(first.join("cwd")).is_ok() {
@@ -79,16 +79,16 @@ fn tasks(pid: u32) -> Vec<PathBuf> {
 }
 
 impl Process {
-    /// Whether its program is a monitor, and not somebody's shell.
+    /// Whether it runs a monitor, and not another program such as a shell.
     fn is_monitor(&self) -> bool {
-        // Of a process whose first thread has ended, what the others tell.
+        // If the first thread of a process has ended, the others show it.
         let read = || {
             let lines =
                 tasks(self.pid).into_iter().filter_map(|t| fs::read(t.join("cmdline")).ok());
             lines.into_iter().find(|line| !line.is_empty()).unwrap_or_default()
         };
         let mut text = read();
-        // It has none for a moment when it becomes another program.
+        // It has none for a moment while it executes another program.
         for _ in 0..100 {
             if !text.is_empty() || self.ends_within(Duration::from_millis(1)) {
                 break;
@@ -98,7 +98,7 @@ impl Process {
         text.split(|byte| *byte == 0).any(|word| word == b"-pidfile")
     }
 
-    /// Process `pid`, if it is a monitor started in `run`: the number may have become another's.
+    /// Process `pid`, if it is a monitor started in `run`: the id may have been reused.
     fn open(pid: u32, run: &Path) -> Option<Self> {
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
         let fd = pidfd_open(number, PidfdFlags::empty()).ok()?;
@@ -106,16 +106,16 @@ impl Process {
         let at = |path: &Path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
         let run = at(run)?;
         let here = tasks(pid).into_iter().any(|task| at(&task.join("cwd")) == Some(run));
-        // Alive now, so that what was looked at was this very process.
+        // Alive now, so the checks above were about this very process.
         (here && !process.ends_within(Duration::ZERO)).then_some(process)
     }
 
-    /// Its number.
+    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Whether it has ended, or does within `patience`.
+    /// Whether it has ended, or ends within `patience`.
     pub fn ends_within(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         loop {
@@ -129,17 +129,17 @@ impl Process {
         }
     }
 
-    /// Whether it is only there because the kernel cannot end one of its threads yet.
+    /// Whether it only exists because the kernel cannot end one of its threads yet.
     pub fn is_only_a_number(&self) -> bool {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        // Field 3; the second one is in parentheses and may have anything in it.
+        // Field 3; the second one is in parentheses and may contain anything.
         stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
     }
 
-    /// End it, whatever it is doing.
+    /// Kill it, whatever it is doing.
     ///
     /// # Errors
-    /// When it belongs to somebody else.
+    /// When it belongs to another user.
     pub fn kill(&self) -> std::io::Result<()> {
         match pidfd_send_signal(&self.fd, Signal::KILL) {
             Err(Errno::SRCH) => Ok(()),
@@ -162,7 +162,7 @@ impl Process {
     /// Seconds since it was started.
     pub fn uptime(&self) -> Option<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
-        // Field 22; the second one is in parentheses and may have anything in it.
+        // Field 22; the second one is in parentheses and may contain anything.
         let started: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
         let now = fs::read_to_string("/proc/uptime").ok()?;
         let now: f64 = now.split_whitespace().next()?.parse().ok()?;

@@ -1,4 +1,5 @@
-//! What takes long shows how far it is: on a terminal's standard error, and nowhere else.
+//! Progress of operations that take long: shown on standard error if that is a terminal, and
+//! nowhere else.
 use std::{
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -7,22 +8,22 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Time between two looks.
+/// Poll interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// What is over sooner is not shown, if there is no more to show than that it goes on.
+/// An operation that is over sooner is not shown if only a spinner could be shown.
 const SOON: Duration = Duration::from_millis(500);
 
-/// A bar of bytes.
+/// A progress bar that counts bytes.
 pub fn bar(what: &str) -> ProgressBar {
     shown(what, "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
 }
 
-/// Shows that something goes on.
+/// A spinner, for an operation whose progress is not known.
 pub fn spinner(what: &str) -> ProgressBar {
     shown(what, "{spinner} {msg} ({elapsed})")
 }
 
-/// Turn a spinner that has been there for a while.
+/// Turn a spinner that has existed for a while.
 pub fn turn(spinner: &ProgressBar) {
     if spinner.elapsed() >= SOON {
         spinner.tick();
@@ -37,7 +38,7 @@ fn shown(what: &str, template: &str) -> ProgressBar {
     bar.with_message(what.to_owned())
 }
 
-/// Do `work` in a thread of its own, and `look` now and then until it is done.
+/// Run `work` in a thread of its own, and call `look` at intervals until it is done.
 ///
 /// # Errors
 /// When the thread panics.
@@ -55,7 +56,7 @@ pub fn during<T: Send>(
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        // Here and not at the end of the scope, which would panic with it.
+        // Joined here and not at the end of the scope, which would propagate its panic.
         let _ = job.join();
         anyhow::bail!("a thread has panicked")
     })

@@ -1,4 +1,4 @@
-//! Values for people.
+//! Formatting of values for people.
 use std::{
     fmt,
     fs::File,
@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 use state::regular_file::open_regular;
 
-/// Columns as wide as they need to be.
+/// A table whose columns are as wide as they need to be.
 pub struct Table<const N: usize> {
     rows: Vec<[String; N]>,
 }
@@ -20,7 +20,7 @@ impl<const N: usize> Table<N> {
         Self { rows: vec![headings.map(str::to_owned)] }
     }
 
-    /// One more row.
+    /// Add a row.
     pub fn row(&mut self, cells: [String; N]) {
         self.rows.push(cells);
     }
@@ -42,7 +42,7 @@ impl<const N: usize> fmt::Display for Table<N> {
     }
 }
 
-/// Bytes, in the largest unit that leaves a digit before the point.
+/// Bytes, in the largest unit that leaves a non-zero digit before the point.
 pub fn bytes(count: u64) -> String {
     const UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     let unit = UNITS.iter().find(|(_, shift)| count >> shift > 0);
@@ -62,7 +62,7 @@ pub fn duration(seconds: f64) -> String {
     if days == 0 { time } else { format!("{days}d {time}") }
 }
 
-/// An object's members, one a line.
+/// An object's members, one per line.
 pub fn members(object: &Value) -> String {
     let mut text = String::new();
     for (name, value) in object.as_object().into_iter().flatten() {
@@ -90,7 +90,7 @@ pub fn members(object: &Value) -> String {
     text
 }
 
-/// The last lines of a log, which may be long and may have anything in it.
+/// The last lines of a log, which may be long and may contain anything.
 pub fn last_lines(path: &Path, most: usize) -> Vec<String> {
     const END: u64 = 16 << 10;
     let read = || -> std::io::Result<Vec<u8>> {

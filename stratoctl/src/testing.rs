@@ -1,14 +1,15 @@
-//! What the registry's files hold, without files: for fuzzers.
+//! The contents of the registry's files, without files: for fuzz targets.
 use std::path::Path;
 
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::registry::{Description, Saved, Start, parse, text};
 
-/// Take `bytes` for a record of each kind. What is one is written as something that reads the same.
+/// Parse `bytes` as a record of each kind. A valid record is written again, and must read back the
+/// same.
 ///
 /// # Panics
-/// When something is wrong with this crate.
+/// When there is a bug in this crate.
 pub fn records(bytes: &[u8]) {
     record::<Description>(bytes);
     record::<Start>(bytes);

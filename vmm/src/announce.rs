@@ -1,21 +1,21 @@
-//! Telling the networks where a machine's NICs are now: after it went on from a saved state, and on
-//! `announce-self`. Several times, because a port that has just come up may not yet forward.
+//! Announces a machine's NICs to the networks after it was restored, and on `announce-self`. There
+//! are several rounds, because a port that has just come up may not yet forward.
 use std::time::{Duration, Instant};
 
 use machine::PlugError;
 
 use crate::{lifecycle::State, vmm::Vmm};
 
-/// How often, and how long in between. The default is QEMU's.
+/// How many announcements are made, and at which intervals; the defaults are QEMU's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Schedule {
-    /// How many times.
+    /// Number of rounds.
     pub rounds: u32,
-    /// Between the first two.
+    /// Pause between the first two rounds.
     pub initial: Duration,
-    /// Between any two, at most.
+    /// Longest pause between two rounds.
     pub max: Duration,
-    /// How much longer each time.
+    /// How much longer each pause is than the one before.
     pub step: Duration,
 }
 
@@ -27,7 +27,7 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// How long after round `done`, from 1, the next one comes; `None` after the last one.
+    /// The pause between round `done`, counted from 1, and the next one; `None` after the last one.
     fn pause(&self, done: u32) -> Option<Duration> {
         let longer = self.step.saturating_mul(done.saturating_sub(1));
         (done < self.rounds).then(|| self.initial.saturating_add(longer).min(self.max))
@@ -44,8 +44,8 @@ pub(crate) struct Announcing {
 }
 
 impl Vmm {
-    /// Announce `nics`, or all there are, once the machine runs. Takes the place of announcements
-    /// that are under way.
+    /// Announce `nics`, or all NICs, once the machine runs. Replaces announcements that are under
+    /// way.
     ///
     /// # Errors
     /// When there is no such NIC.
@@ -61,8 +61,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// How long until the next announcement. None are made while the machine stands still: it may
-    /// go on elsewhere.
+    /// How long until the next announcement. None is made while the machine is stopped: it may have
+    /// been resumed elsewhere.
     pub(crate) fn until_announcement(&self) -> Option<Duration> {
         let announcing = self.announcing.as_ref().filter(|_| self.state() == State::Running)?;
         Some(announcing.next.saturating_duration_since(Instant::now()))

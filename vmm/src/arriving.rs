@@ -1,8 +1,10 @@
-//! The monitor before its machine has come in (`-incoming`): it answers, in the run state `inmigrate`.
+//! The monitor before its machine has arrived (`-incoming`): it serves clients, in the run state
+//! `inmigrate`.
 //!
-//! A machine that is sent may take hours, or never come. What needs a machine is refused meanwhile. One
-//! that is read from files of this host is there in a moment, so such requests wait for it instead: a
-//! client does not notice. `cont` and `stop` say what becomes of the machine when it is there.
+//! A machine that a peer sends may take hours, or never arrive, so commands that need a machine are
+//! refused meanwhile. A machine that is read from files of this host arrives in a moment, so such
+//! commands wait for it and clients do not notice. `cont` and `stop` decide whether the machine
+//! runs once it has arrived.
 use qmp::{
     Error, Request,
     schema::{
@@ -19,13 +21,13 @@ use crate::{
     vmm::Ending,
 };
 
-/// A monitor without a machine yet.
+/// A monitor that has no machine yet.
 pub struct Arriving {
     pub(crate) servers: Servers,
     arrival: Arrival,
-    /// The machine stays stopped when it is there.
+    /// The machine stays stopped when it has arrived.
     paused: bool,
-    /// Requests that need it wait for it.
+    /// Requests that need the machine wait for it.
     patient: bool,
     held: Vec<Held>,
     status: MigrationStatus,
@@ -36,39 +38,39 @@ pub struct Arriving {
 pub struct Held {
     /// The request.
     pub request: Request,
-    /// For its answer.
+    /// For its reply.
     pub ticket: Ticket,
 }
 
-/// How it ends.
+/// How the wait for the machine ends.
 pub enum Over {
-    /// The machine is here.
+    /// The machine has arrived.
     Arrived(Box<Arrived>),
-    /// It never will.
+    /// The machine will not arrive.
     Failed(RestoreError),
     /// The monitor is to end.
     Ended(Ending),
 }
 
-/// What the monitor keeps for the machine.
+/// What the monitor keeps when the wait is over.
 pub struct Handed {
     /// Its servers.
     pub servers: Servers,
     /// The machine is to stay stopped.
     pub paused: bool,
-    /// What clients have asked for meanwhile.
+    /// Requests of clients that have waited for the machine.
     pub held: Vec<Held>,
 }
 
 impl Arriving {
-    /// A monitor that waits for `arrival`. It is `paused` afterwards unless clients say otherwise;
-    /// `patient`: what needs the machine waits for it.
+    /// A monitor that waits for `arrival`. The machine is `paused` afterwards unless clients say
+    /// otherwise; if `patient`, requests that need the machine wait for it.
     pub fn new(servers: Servers, arrival: Arrival, paused: bool, patient: bool) -> Self {
         let (held, status, over) = (Vec::new(), MigrationStatus::Setup, None);
         Self { servers, arrival, paused, patient, held, status, over }
     }
 
-    /// Its commands; all others are known, and refused.
+    /// Commands that are served meanwhile; all others are known, and refused.
     pub(crate) fn table() -> Table<Self> {
         commands::probing(true)
             .on(true, cont)
@@ -89,7 +91,7 @@ impl Arriving {
         self.held.push(held);
     }
 
-    /// See what the thread has to say.
+    /// Handle what the incoming thread has reported.
     pub(crate) fn follow(&mut self) {
         while let Some(step) = self.arrival.step() {
             match step {
@@ -100,7 +102,7 @@ impl Arriving {
         }
     }
 
-    /// End like this, unless there is an end already.
+    /// End the wait like this, unless it has ended already.
     pub(crate) fn end(&mut self, over: Over) {
         if self.over.is_none() {
             if let Over::Failed(_) | Over::Ended(_) = over {
@@ -114,7 +116,7 @@ impl Arriving {
         self.over.is_some()
     }
 
-    /// How it has ended, once it has.
+    /// How the wait has ended, once it has.
     pub(crate) fn take_end(&mut self) -> Option<Over> {
         self.over.take()
     }
@@ -165,7 +167,7 @@ fn quit(arriving: &mut Arriving, _: Quit) -> Result<Empty, Error> {
     Ok(Empty {})
 }
 
-/// Without its machine the monitor is of no use, so it ends, and says so.
+/// Without its machine the monitor is unusable, so it ends and reports that.
 fn migrate_cancel(arriving: &mut Arriving, _: MigrateCancel) -> Result<Empty, Error> {
     arriving.arrival.cancel();
     Ok(Empty {})

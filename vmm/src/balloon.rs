@@ -1,29 +1,29 @@
-//! Telling clients of a balloon's size: once a second at most, however often the guest changes it.
+//! Events about the balloon's size: at most one a second, however often the guest changes it.
 use std::time::{Duration, Instant};
 
 use qmp::schema::Event;
 
 use crate::vmm::Vmm;
 
-/// Between two events, as with QEMU.
+/// Shortest interval between two events, as with QEMU.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Events about the balloon.
+/// State of the balloon's events.
 #[derive(Default)]
 pub(crate) struct BalloonEvents {
-    /// There is a size that no client has been told.
+    /// The size has changed since the last event.
     owed: bool,
-    /// When one was told last.
+    /// When the last event was sent.
     last: Option<Instant>,
 }
 
 impl BalloonEvents {
-    /// The guest has changed it.
+    /// The guest has changed the size.
     pub fn changed(&mut self) {
         self.owed = true;
     }
 
-    /// How long until clients may be told; `None` when there is nothing to tell.
+    /// How long until an event may be sent; `None` when there is none to send.
     fn until_due(&self, now: Instant) -> Option<Duration> {
         let since = self.last.map_or(INTERVAL, |last| now.saturating_duration_since(last));
         self.owed.then(|| INTERVAL.saturating_sub(since))
@@ -31,12 +31,12 @@ impl BalloonEvents {
 }
 
 impl Vmm {
-    /// How long until clients are to be told of the balloon.
+    /// How long until an event about the balloon is due.
     pub(crate) fn until_balloon(&self) -> Option<Duration> {
         self.balloon.until_due(Instant::now())
     }
 
-    /// Tell clients of the balloon, if that is due.
+    /// Send the event about the balloon, if it is due.
     pub(crate) fn follow_balloon(&mut self) {
         if self.until_balloon() != Some(Duration::ZERO) {
             return;

@@ -1,5 +1,5 @@
-//! `-machine none`: no machine, only what can be told without one. Managers start it to learn what the
-//! monitor can do.
+//! `-machine none`: no machine, only the commands that work without one. Management software starts
+//! it to learn what the monitor can do.
 use std::{io, path::Path, time::Duration};
 
 use config::cli::Control;
@@ -13,15 +13,15 @@ use qmp::{
 
 use crate::{commands::bare_table, daemon::Ready, signals};
 
-/// Where a machine would be.
+/// Executes commands where there is no machine.
 pub(crate) struct Bare {
-    /// Whether there is a KVM for one.
+    /// Whether the host has KVM.
     kvm: bool,
     ending: Option<ShutdownCause>,
 }
 
 impl Host for Bare {
-    /// Whether it needs no machine.
+    /// Whether a command needs no machine.
     type When = bool;
 
     fn admit(&self, name: &str, when: bool) -> Result<(), Error> {
@@ -50,10 +50,10 @@ pub(crate) fn query_kvm(bare: &mut Bare, _: QueryKvm) -> Result<KvmInfo, Error> 
 
 const SIGNALS: Token = Token(0);
 
-/// A server for each control socket.
+/// Bind a server to each control socket.
 ///
 /// # Errors
-/// The first that cannot be bound.
+/// When a control socket cannot be bound; the first such error.
 pub fn servers(control: &[Control], registry: &mio::Registry) -> Result<Servers, BindError> {
     let sockets = control.iter().map(|control| match control.connects {
         true => Socket::Connect(&control.path),
@@ -62,7 +62,7 @@ pub fn servers(control: &[Control], registry: &mio::Registry) -> Result<Servers,
     Servers::open(&sockets.collect::<Vec<_>>(), registry)
 }
 
-/// Answer until a client or a signal ends it.
+/// Serve clients until one of them or a signal ends the monitor.
 ///
 /// # Errors
 /// When a control socket cannot be bound, or the host refuses to wait for events.

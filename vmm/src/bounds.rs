@@ -1,28 +1,32 @@
-//! How long anybody waits for the monitor, whatever a guest, disk, file, peer or client does meanwhile.
+//! Upper bounds on waiting for the monitor, whatever a guest, disk, file, peer or client does
+//! meanwhile.
 use std::time::Duration;
 
-/// `query-status` and every other question are answered within this.
+/// `query-status` and all other queries are answered within this.
 pub const QUESTION: Duration = Duration::from_millis(100);
-/// `stop`, `quit` and a save's beginning are answered within this, if need be by what is busy.
+/// `stop`, `quit` and the start of a save are answered within this, if need be with an error that
+/// names what is busy.
 pub const COMMAND: Duration = Duration::from_secs(1);
-/// The process has ended, or is only a process id, this long after a signal that ends it.
+/// This long after a signal that ends the process, it has ended, or only its process id is left.
 pub const SIGNAL: Duration = Duration::from_secs(5);
 
-/// How long a command waits for the machine to come to rest, or for a kernel of which nothing is read,
-/// until it is refused: so that this is within [`COMMAND`].
+/// How long a command waits for the machine to come to rest, or for a kernel that is being read
+/// without progress, before it is refused. Shorter than [`COMMAND`], so that the refusal keeps that
+/// bound.
 pub const REST: Duration = Duration::from_millis(900);
 /// The same where the guest has ended or reset itself, and cannot run on.
 pub const GUEST_REST: Duration = Duration::from_secs(5);
-/// How long the end waits for what does hang, after it was given as much time as a command.
+/// How long the shutdown still waits for what hangs, after it has waited for as long as a command
+/// may.
 pub const LAST_LOOK: Duration = Duration::from_millis(100);
-/// How often it is tried again meanwhile, after a first time that waits for what comes at once.
+/// How often an operation is retried meanwhile, after a first try that waits for what is about to
+/// happen.
 pub const RETRY: Duration = Duration::from_millis(2);
-/// How long the guest's writes to a disk may wait for a save that copies it, without any progress. Then the
-/// save is given up.
+/// How long the guest's writes to a disk may wait, without any progress, for a save that copies it;
+/// the save is given up after that.
 pub const DISK_COPY: Duration = Duration::from_secs(2);
 
-/// How long a command waits for the thread that opens files, while that one is busy with another
-/// command's file.
+/// How long a command waits for the thread `files` while that is busy with another command's file.
 pub const FILE: Duration = Duration::from_secs(1);
-/// How long a question waits for what only a file system can tell, before it is answered without.
+/// How long a query waits for what only a file system knows; after that it is answered without.
 pub const FILE_QUESTION: Duration = Duration::from_millis(80);

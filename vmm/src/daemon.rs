@@ -1,9 +1,9 @@
-//! `-daemonize`: the monitor goes on in the background once it can answer.
+//! `-daemonize`: the monitor continues in the background once it can serve clients.
 //!
-//! The process starts itself again rather than forking, so that no half-initialised state is
-//! shared. The first process waits until the second one can answer, prints what went wrong if it
-//! cannot, and ends with its status. It does so before anything is read: a file that is read from a
-//! pipe can be read once, by the one that needs it.
+//! The process starts its program again rather than forking, so that no half-initialised state is
+//! shared. The first process waits until the second one can serve clients; if it cannot, the first
+//! one prints the error and exits with its status. The split comes before anything is read: a file
+//! that comes from a pipe can be read only once, by the process that needs it.
 use std::{
     env,
     fs::OpenOptions,
@@ -12,21 +12,22 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
-/// Set in the environment of the process that goes on.
+/// Set in the environment of the background process.
 pub(crate) const MARK: &str = "STRATOVIRT_DAEMON";
 
 /// Which of the two processes this is.
 pub enum Side {
-    /// The one that was started: it only waits, and ends like this.
+    /// The process that was started: it only waits, and exits with this.
     Starter(ExitCode),
-    /// The one that goes on.
+    /// The process that continues in the background.
     Daemon(Ready),
 }
 
-/// To be used once the monitor can answer; dropping it unused tells the starter of a failure.
+/// To be used once the monitor can serve clients; dropping it unused reports a failure to the
+/// starter.
 pub struct Ready(());
 
-/// Start the second process, or find that this is it.
+/// Start the second process, or find that this process is the second one.
 ///
 /// # Errors
 /// When the host refuses the process.
@@ -56,14 +57,14 @@ pub fn split() -> io::Result<Side> {
 }
 
 impl Ready {
-    /// Tell the starter that all is well, and let go of its terminal.
+    /// Report success to the starter, and let go of its terminal.
     ///
     /// # Errors
     /// When /dev/null cannot be opened.
     pub fn tell(self) -> io::Result<()> {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         let mut out = io::stdout();
-        // A starter that has gone is told nothing, and that is no reason to end.
+        // The starter may have gone; that is no reason to end.
         let _ = out.write_all(b"ready").and_then(|()| out.flush());
         rustix::stdio::dup2_stdin(&null)?;
         rustix::stdio::dup2_stdout(&null)?;

@@ -1,16 +1,17 @@
-//! What could not be done at once, because the machine has not come to rest or its kernel has not been
-//! read: it is tried again until it is done or its time is up, and meanwhile clients are served.
+//! Operations that cannot be done at once, because the machine has not come to rest or its kernel
+//! has not been read. They are retried until they are done or their time is up, and clients are
+//! served meanwhile.
 //!
 //! ```text
 //!   a request                          done: answered
 //!   a save's capture -----> tried ------------------->
 //!   the guest's end       |       ^
 //!             not yet     v       | every RETRY
-//!                        deferred -------------------> time is up: given up; refused by what is busy
+//!                        deferred -------------------> time is up: refused, or given up
 //! ```
-//! There is one deferred operation at most. Requests that need the machine wait until it is over, in
-//! order, though none for longer than if it were the first; questions and `quit` are answered at once;
-//! what the machine and the checkpoint thread report waits, too.
+//! At most one operation is deferred. Requests that need the machine wait until it is over, in
+//! order, but none waits longer than if it were the first. Queries and `quit` are answered at once.
+//! Reports of the machine and of the checkpoint thread wait, too.
 use std::{
     collections::VecDeque,
     sync::{
@@ -37,28 +38,28 @@ use crate::{
     vmm::{Ending, Refused, Vmm},
 };
 
-/// A request, who waits for its answer, and how long it may be tried.
+/// A request, the ticket for its answer, and how long it may be retried.
 pub(crate) struct Pending {
     request: Request,
     ticket: Ticket,
     until: Instant,
 }
 
-/// The guest cannot go on, and `action` is to be taken.
+/// The guest cannot run on, and `action` is to be taken.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Halting {
     pub why: Halt,
-    /// The guest's own doing.
+    /// The guest has caused it.
     pub guest: bool,
     pub reason: ShutdownCause,
     pub action: Action,
-    /// The process's, if it ends.
+    /// Exit status of the process, if it ends.
     pub status: u8,
-    /// Until when it may be tried.
+    /// Until when it may be retried.
     pub until: Instant,
 }
 
-/// What is tried again.
+/// An operation that is retried.
 pub(crate) enum Operation {
     Request(Pending),
     Capture(Capturing),
@@ -67,15 +68,15 @@ pub(crate) enum Operation {
 
 struct Deferred {
     operation: Operation,
-    /// What it waits for, by the last try.
+    /// What the operation waits for, as of the last try.
     why: String,
 }
 
-/// The operation that was deferred, and what waits for it.
+/// The deferred operation, and the requests that wait for it.
 #[derive(Default)]
 pub(crate) struct Deferrals {
     deferred: Option<Deferred>,
-    /// Requests, one of a client at most.
+    /// Requests that wait, at most one for each client.
     waiting: VecDeque<Pending>,
     reload: Option<Reload>,
     /// How often a kernel was asked for in vain so far.
@@ -88,29 +89,29 @@ enum Reload {
     Read(Box<Reloaded>),
 }
 
-/// A kernel that is being read, by the thread that may wait for its storage.
+/// A kernel that is being read, by the thread `kernel`.
 struct Reading {
     inbox: Receiver<Result<Reloaded, ReloadError>>,
-    /// Beginnings and ends of calls that may wait for storage so far: odd during one.
+    /// Starts and ends of calls that may wait for storage so far: odd during such a call.
     calls: Arc<AtomicU64>,
-    /// The calls that were seen, and when it was seen last that none of them hangs.
+    /// The last count of calls, and the last time at which none of them was seen to hang.
     seen: (u64, Instant),
     /// A reset waits for it.
     waited_for: bool,
 }
 
 impl Vmm {
-    /// Whether an operation was deferred: nothing else may touch the machine.
+    /// Whether an operation is deferred: nothing else may touch the machine then.
     pub(crate) fn is_deferring(&self) -> bool {
         self.deferrals.deferred.is_some()
     }
 
-    /// As [`machine::Machine::vain_tries`], with all that an operation may have to wait for.
+    /// As [`machine::Machine::vain_tries`], counting everything that an operation may wait for.
     pub(crate) fn vain_tries(&self) -> u64 {
         self.machine.vain_tries().saturating_add(self.deferrals.vain_reads)
     }
 
-    /// Whether an operation was tried in vain, and neither done since nor given up.
+    /// Whether an operation was tried in vain and has since been neither done nor given up.
     fn is_trying(&self) -> bool {
         let reads = match &self.deferrals.reload {
             Some(Reload::Reading(reading)) => reading.waited_for,
@@ -120,7 +121,7 @@ impl Vmm {
         self.machine.is_trying() || reads
     }
 
-    /// How long until an operation is to be tried again, or a request may be carried out.
+    /// How long until an operation is to be retried, or a request may be carried out.
     pub(crate) fn until_retry(&self) -> Option<Duration> {
         match self.is_deferring() || self.ending().is_some() {
             true => Some(bounds::RETRY),
@@ -162,7 +163,7 @@ impl Vmm {
                 None => {}
             }
         });
-        // A question leaves the operation alone that others wait for.
+        // A query leaves alone the operation that others wait for.
         if !self.is_deferring() && self.ending().is_none() && self.is_trying() {
             self.give_up();
         }
@@ -177,10 +178,10 @@ impl Vmm {
         self.deferrals.deferred = Some(Deferred { operation, why });
     }
 
-    /// Let the machine run on as if the operation that was tried in vain had not been asked for.
+    /// Let the machine run on as if the operation tried in vain had not been asked for.
     pub(crate) fn give_up(&mut self) {
         self.machine.give_up();
-        // One that is being read may be of use for the next reset: there is never more than one job.
+        // A kernel that is being read may serve the next reset: there is never more than one job.
         self.deferrals.reload = match self.deferrals.reload.take() {
             Some(Reload::Reading(reading)) => {
                 Some(Reload::Reading(Reading { waited_for: false, ..reading }))
@@ -189,8 +190,8 @@ impl Vmm {
         };
     }
 
-    /// Until when an operation may be tried: longer than `until` if a kernel is large and its storage
-    /// slow, but does not hang.
+    /// Until when an operation may be retried: later than `until` if the kernel is large and its
+    /// storage slow but not hanging.
     fn tried_until(&self, until: Instant) -> Instant {
         match &self.deferrals.reload {
             Some(Reload::Reading(reading)) => until.max(reading.seen.1 + bounds::REST),
@@ -198,7 +199,7 @@ impl Vmm {
         }
     }
 
-    /// Try again what was deferred, or else the request that has waited for longest.
+    /// Retry what was deferred, or else the request that has waited longest.
     pub(crate) fn follow_deferred(&mut self, table: &Table<Self>) {
         if let Some(Deferred { operation, .. }) = self.deferrals.deferred.take() {
             match operation {
@@ -223,14 +224,14 @@ impl Vmm {
         }
     }
 
-    /// Take the action for a guest that cannot go on.
+    /// Take the action for a guest that cannot run on.
     pub(crate) fn try_halt(&mut self, halting: Halting) {
         let Halting { why, guest, reason, action, status, until } = halting;
         if action == Action::End {
             return self.end(Ending { guest, reason, status });
         }
         let before = self.vain_tries();
-        // On real hardware nothing is executed any more.
+        // Real hardware would execute nothing any more.
         let rests = self.machine.pause().map_err(Refused::from);
         let done = rests.and_then(|()| match action {
             Action::Reset => self.apply(lifecycle::Event::Reset),
@@ -238,8 +239,8 @@ impl Vmm {
         });
         match (done, action) {
             (Ok(()), Action::Stay) => {
-                // QEMU's order with `-action shutdown=pause`; the other two are told by their own
-                // event, or by none.
+                // QEMU's order with `-action shutdown=pause`. The other two have an event of their
+                // own, or none.
                 if why == Halt::Shutdown {
                     self.tell(&Event::Shutdown { guest, reason });
                 }
@@ -264,7 +265,7 @@ impl Vmm {
         self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
     }
 
-    /// The kernel for a reset, which is read by the thread that may wait for its storage.
+    /// The kernel for a reset, which the thread `kernel` reads, as storage may make it wait.
     ///
     /// # Errors
     /// When it cannot be loaded, or has not been read yet: see [`Vmm::vain_tries`].
@@ -281,14 +282,15 @@ impl Vmm {
                 Reading { inbox, calls, seen: (0, Instant::now()), waited_for: false }
             }
         };
-        // Most often it is in the host's memory.
+        // Most often the kernel is in the host's page cache.
         let patience = if reading.waited_for { Duration::ZERO } else { machine::AT_ONCE };
         match reading.inbox.recv_timeout(patience) {
             Ok(read) => Ok(Box::new(read?)),
             Err(why) => {
                 let calls = reading.calls.load(Ordering::Relaxed);
-                // Between two calls it works on what was read, which a busy host may take long for. A
-                // thread that has gone never answers, and is told of as one that hangs.
+                // Between two calls the thread works on what it has read, which may take long on a
+                // busy host. A thread that has gone never answers, and is reported as one that
+                // hangs.
                 let works = calls != reading.seen.0 || calls.is_multiple_of(2) && calls > 0;
                 if works && why == RecvTimeoutError::Timeout {
                     reading.seen = (calls, Instant::now());
@@ -304,12 +306,12 @@ impl Vmm {
         }
     }
 
-    /// What [`Vmm::reload`] gave is needed later.
+    /// Keep what [`Vmm::reload`] gave, for a later try.
     pub(crate) fn keep_reloaded(&mut self, kernel: Box<Reloaded>) {
         self.deferrals.reload = Some(Reload::Read(kernel));
     }
 
-    /// A kernel that was read too late is not kept: its files may be others at the next reset.
+    /// Drop a kernel that was read too late: its files may have changed by the next reset.
     fn forget_late_kernel(&mut self) {
         self.deferrals.reload.take_if(|reload| match reload {
             Reload::Reading(reading) => reading.inbox.try_recv().is_ok(),

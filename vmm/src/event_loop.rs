@@ -1,4 +1,4 @@
-//! The main thread's loop: QMP clients, signals and what the machine reports.
+//! The main thread's event loop: QMP clients, signals and reports of the machine.
 use std::{
     ffi::c_int,
     io,
@@ -32,7 +32,7 @@ pub struct EventLoop {
 }
 
 impl EventLoop {
-    /// A loop that already notices signals and collects reports.
+    /// A loop that is registered for signals and reports.
     ///
     /// # Errors
     /// When the host refuses the descriptors.
@@ -44,17 +44,17 @@ impl EventLoop {
         Ok(Self { poll, signals, reports, sender, waker })
     }
 
-    /// Where the machine reports to.
+    /// The function by which the machine reports events.
     pub fn report(&self) -> machine::Report {
         let (sender, waker) = (self.sender.clone(), self.waker.clone());
         Arc::new(move |event| {
-            // Both fail only when the loop has ended, and then nobody wants to know.
+            // Both fail only when the loop has ended, and then the event is of no use.
             let _ = sender.send(event);
             let _ = waker.wake();
         })
     }
 
-    /// What makes the loop look around, from any thread.
+    /// A function that wakes the loop, from any thread.
     pub fn notify(&self) -> Arc<dyn Fn() + Send + Sync> {
         let waker = self.waker.clone();
         Arc::new(move || {
@@ -68,7 +68,7 @@ impl EventLoop {
         self.poll.registry()
     }
 
-    /// Serve clients until the machine has come in, or never will.
+    /// Serve clients until the machine has arrived, or has failed to.
     ///
     /// # Errors
     /// When the host refuses to wait for events.
@@ -102,8 +102,8 @@ impl EventLoop {
         }
     }
 
-    /// Wait for something to happen, at most for `at_most`, and take in what servers have got. The
-    /// signal that came, if one did.
+    /// Wait for an event, at most for `at_most`, and read what clients have sent. Gives the signal
+    /// that came, if one did.
     fn turn(
         &mut self,
         events: &mut Events,
@@ -121,7 +121,7 @@ impl EventLoop {
         Ok(self.signals.pending().next())
     }
 
-    /// Answer what clients have asked for before there was a machine.
+    /// Answer the requests that came before there was a machine.
     pub fn answer(&mut self, vmm: &mut Vmm, held: Vec<Held>) {
         let table = commands::table();
         for Held { request, ticket } in held {

@@ -1,17 +1,17 @@
-//! The thread `files`: it opens, resizes and closes what commands name, so that the main thread never
-//! waits for a file system.
+//! The thread `files`: it opens, resizes and closes the files that commands name, so that the main
+//! thread never waits for a file system.
 //!
 //! ```text
 //!   main thread                                   files
 //!   command --Job--> queue --work, one at a time--> opens
 //!   finish, answer <-----------result---------------
 //! ```
-//! The command's answer is late, and its client's next command waits for it: each client's commands
-//! are carried out in order, as QMP demands. Other clients' commands are carried out meanwhile, so what
-//! was checked before has to be checked again when the file is there.
+//! The command is answered later, and its client's next command waits for that: each client's
+//! commands are carried out in order, as QMP demands. Other clients' commands are carried out
+//! meanwhile, so what was checked before has to be checked again when the file is open.
 //!
-//! A second thread, `kernel`, reads the kernel for a reset: that needs no file that a command names, and
-//! does not wait for one that hangs.
+//! A second thread, `kernel`, reads the kernel for a reset: that needs no file that a command
+//! names, and must not wait for one that hangs.
 //!
 //! One command's file may hang. Its own client waits for as long as it takes; the next command that
 //! needs the thread fails after [`bounds::FILE`], with the name of what hangs.
@@ -35,7 +35,7 @@ type Work = Box<dyn FnOnce() -> Finish + Send>;
 /// Reads a kernel.
 type Read = Box<dyn FnOnce() + Send>;
 
-/// Something to be done with files.
+/// Work on files that a command asks for.
 pub(crate) struct Job {
     what: String,
     name: Option<String>,
@@ -44,13 +44,13 @@ pub(crate) struct Job {
     work: Work,
 }
 
-/// What becomes of a job that has waited too long.
+/// What happens to a job that has waited too long.
 enum Overdue {
-    /// Unless it has begun, it fails.
+    /// It fails, unless it has begun.
     Fail,
-    /// It is answered without the file system, and left out unless it has begun.
+    /// It is answered without the file system, and dropped unless it has begun.
     AnswerWithout(Finish),
-    /// It is answered as done, which it is for the guest, and done when the thread gets to it.
+    /// It is answered as done, which it is for the guest; the thread does it later.
     AnswerDone(Finish),
 }
 
@@ -59,8 +59,8 @@ fn answer<R: Serialize>(result: Result<R, Error>) -> Result<Value, Error> {
 }
 
 impl Job {
-    /// `work` on the thread, then `finish` on the main thread. `what` it is, for messages, such as
-    /// "opening /disk.img".
+    /// A job that runs `work` on the thread and then `finish` on the main thread. `what` describes
+    /// it in messages, for example "opening /disk.img".
     pub fn new<T: Send + 'static, R: Serialize>(
         what: String,
         work: impl FnOnce() -> T + Send + 'static,
@@ -73,17 +73,18 @@ impl Job {
         Self { what, name: None, resizes: false, overdue: Overdue::Fail, work }
     }
 
-    /// Until it is over nothing else happens to the device or back-end `name`.
+    /// Until the job is over no other job may be about the device or back-end `name`.
     pub fn about(self, name: &str) -> Self {
         Self { name: Some(name.into()), ..self }
     }
 
-    /// It changes the size of a disk.
+    /// The job changes the size of a disk.
     pub fn resizes(self) -> Self {
         Self { resizes: true, ..self }
     }
 
-    /// A question that `finish` can answer without the file system, if that does not answer soon.
+    /// The job is a query, which `finish` can answer without the file system if that takes too
+    /// long.
     pub fn or_without<R: Serialize>(
         self,
         finish: impl FnOnce(&mut Vmm) -> Result<R, Error> + Send + 'static,
@@ -92,7 +93,7 @@ impl Job {
         Self { overdue: Overdue::AnswerWithout(finish), ..self }
     }
 
-    /// Close `file`, which the machine does not use any more; `done` answers.
+    /// Close `file`, which the machine no longer uses; `done` answers.
     pub fn close<R: Serialize>(
         what: String,
         file: impl Send + 'static,
@@ -105,7 +106,7 @@ impl Job {
     }
 }
 
-/// A job, and the right to answer the client that waits for it.
+/// A job, and the ticket of the client that waits for it.
 struct Entry {
     job: Job,
     asked: Option<Ticket>,
@@ -120,7 +121,7 @@ impl Entry {
         }
     }
 
-    /// How to answer it before it is over; `why` it is not.
+    /// How to answer the job before it is over; `why` says what it waits for.
     fn give_up(&mut self, why: String) -> Finish {
         match std::mem::replace(&mut self.job.overdue, Overdue::Fail) {
             Overdue::AnswerWithout(finish) | Overdue::AnswerDone(finish) => finish,
@@ -135,7 +136,7 @@ struct Running {
     begun: Instant,
 }
 
-/// The thread, and what it has still to do.
+/// The threads' handle, and the jobs that are still to be done.
 pub struct Files {
     tasks: Sender<Work>,
     results: Receiver<Finish>,
@@ -146,8 +147,8 @@ pub struct Files {
 }
 
 impl Files {
-    /// The commands' end, and what both threads do: `files` and `kernel`. `notify` is called after each
-    /// job; it must not block.
+    /// The handle, and the bodies of both threads: `files` and `kernel`. `notify` is called after
+    /// each job; it must not block.
     pub fn new(
         notify: Arc<dyn Fn() + Send + Sync>,
     ) -> (Self, impl FnOnce() + Send + 'static, impl FnOnce() + Send + 'static) {
@@ -155,7 +156,7 @@ impl Files {
         let (report, results) = channel();
         let serve = move || {
             while let Ok(work) = inbox.recv() {
-                // The monitor's end: nothing waits for it.
+                // The monitor is ending: the result is not waited for.
                 let _ = report.send(work());
                 notify();
             }
@@ -165,16 +166,16 @@ impl Files {
         (Self { tasks, results, running: None, queue: VecDeque::new(), kernel }, serve, read)
     }
 
-    /// Have a kernel read by `read`.
+    /// Run `read` on the thread `kernel`.
     pub(crate) fn read_kernel(&self, read: impl FnOnce() + Send + 'static) {
-        // A thread that has gone never answers, and is told of as one that hangs.
+        // A thread that has gone never answers, and is reported as one that hangs.
         let _ = self.kernel.send(Box::new(read));
     }
 
-    /// Nothing is being done to the device or back-end `name`.
+    /// Check that no job is about the device or back-end `name`.
     ///
     /// # Errors
-    /// What is, if something is.
+    /// What the job on it does, if there is one.
     pub(crate) fn check_idle(&self, name: &str) -> Result<(), Error> {
         match self.jobs().find(|job| job.name.as_deref() == Some(name)) {
             None => Ok(()),
@@ -185,10 +186,10 @@ impl Files {
         }
     }
 
-    /// No disk is being resized: sizes are part of a saved state.
+    /// Check that no disk is being resized: sizes are part of a saved state.
     ///
     /// # Errors
-    /// Which one is.
+    /// Which disk is being resized.
     pub(crate) fn check_sizes(&self) -> Result<(), Error> {
         match self.jobs().find(|job| job.resizes) {
             None => Ok(()),
@@ -210,13 +211,13 @@ impl Files {
         {
             let nothing: Work = Box::new(|| Box::new(|_| Ok(Value::Null)));
             let work = std::mem::replace(&mut entry.job.work, nothing);
-            // A thread that has gone never answers, and is told of as one that hangs.
+            // A thread that has gone never answers, and is reported as one that hangs.
             let _ = self.tasks.send(work);
             self.running = Some(Running { entry, begun: Instant::now() });
         }
     }
 
-    /// How long until somebody has waited too long.
+    /// How long until a job has waited too long.
     pub(crate) fn until_overdue(&self) -> Option<Duration> {
         let fails = |entry: &&Entry| matches!(entry.job.overdue, Overdue::Fail);
         let running = self.running.iter().map(|running| &running.entry).filter(|e| !fails(e));
@@ -224,7 +225,7 @@ impl Files {
         waiting.map(|e| e.patience().saturating_sub(e.since.elapsed())).min()
     }
 
-    /// Who has waited too long, and what to answer.
+    /// A job that has waited too long, and how to answer it.
     fn take_overdue(&mut self) -> Option<(Ticket, Finish)> {
         let late =
             |entry: &Entry| entry.asked.is_some() && entry.since.elapsed() >= entry.patience();
@@ -251,7 +252,7 @@ impl Files {
 }
 
 impl Vmm {
-    /// Have `job` done by the thread; `ticket` is answered when it is over.
+    /// Run `job` on the thread; `ticket` is answered when it is over.
     pub(crate) fn with_files(&mut self, job: Job, ticket: &Ticket) {
         let asked = Some(ticket.clone());
         self.files.queue.push_back(Entry { job, asked, since: Instant::now() });
@@ -265,10 +266,10 @@ impl Vmm {
         self.files.begin_next();
     }
 
-    /// See what the thread has done, and who has waited too long for it.
+    /// Handle finished jobs, and answer those that have waited too long.
     pub(crate) fn follow_files(&mut self) {
         while let Ok(finish) = self.files.results.try_recv() {
-            // A client that has been answered already is told nothing more.
+            // A client that has been answered already gets no second answer.
             if let Some(asked) = self.files.running.take().and_then(|running| running.entry.asked) {
                 let result = finish(self);
                 self.servers.reply(&asked, result);

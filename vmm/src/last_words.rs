@@ -1,5 +1,5 @@
-//! What a signal handler says before the process ends. It takes no lock and no memory: the thread
-//! that it interrupts may be in the allocator or in the middle of a log line.
+//! Messages of signal handlers before the process ends. They take no lock and allocate nothing: the
+//! interrupted thread may be in the allocator or in the middle of a log line.
 use std::{io::Write, sync::OnceLock};
 
 use crate::{
@@ -10,17 +10,17 @@ use crate::{
 /// Opened before it can be needed.
 static LOG: OnceLock<Rest> = OnceLock::new();
 
-/// Say them in the log too.
+/// Have the messages written to the log, too.
 pub(crate) fn prepare(log: Rest) {
     LOG.get_or_init(|| log);
 }
 
-/// Say `line`, and put the terminal back.
+/// Write `line`, and restore the terminal.
 pub(crate) fn say(line: &[u8]) {
     if let Some(Rest { file, pipe, .. }) = LOG.get() {
         let mut file = file;
         let mut rest = [0; 512];
-        // What its thread has not written yet comes first. An empty pipe does not make us wait.
+        // Lines that the log's thread has not written yet come first. An empty pipe does not block.
         while let Some(pipe) = pipe
             && let Ok(length @ 1..) = rustix::io::read(pipe, &mut rest)
         {
@@ -29,7 +29,8 @@ pub(crate) fn say(line: &[u8]) {
         let _ = file.write_all(line);
     }
     terminal::put_back();
-    // Not through `Stderr`, which has a lock; and a reader that has stopped must not keep us alive.
+    // Not through `Stderr`, which has a lock; and a reader that has stopped reading must not block
+    // us.
     let told = LOG.get().is_some_and(|log| log.is_stderr);
     if !told && logging::writable() {
         let _ = rustix::io::write(rustix::stdio::stderr(), line);

@@ -1,4 +1,5 @@
-//! The life of one virtual machine: what may happen when, and who answers for it.
+//! The life cycle of one virtual machine: which commands may run when, and how they are carried
+//! out.
 #![forbid(unsafe_code)]
 pub mod announce;
 pub mod arriving;

@@ -1,4 +1,4 @@
-//! The life of a VM, as a function without side effects.
+//! The life cycle of a VM, as a function without side effects.
 //!
 //! ```text
 //!   Prelaunch --Resume--> Running <--Resume-- Paused
@@ -7,14 +7,14 @@
 //!     |  +-----------------+-------Halt----------+--> Halted
 //!     +-----------------------Reset--------------------/
 //! ```
-//! From each of them, Save leads to Saving, and Saved from there to Paused: nobody may run the
-//! guest while its memory is copied. Migrated leads from Saving to PostMigrate, where the machine
-//! stands still as in Paused: another process goes on with it. A reset leads back to where it came
+//! Save leads from each of them to Saving, and Saved from there to Paused: the guest must not run
+//! while its memory is copied. Migrated leads from Saving to PostMigrate, where the machine is
+//! stopped as in Paused, because another process continues it. A reset leads back to where it came
 //! from: a paused machine that is reset stays paused, and a halted one is as if it had never run.
-//! Shutdown ends it from anywhere.
+//! Shutdown ends the VM from any state.
 use state::config::Halted;
 
-/// Where a VM can be.
+/// State of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// Built, never started (`-S`).
@@ -25,21 +25,22 @@ pub enum State {
     Paused,
     /// Paused, and must stay so until the state has been saved.
     Saving,
-    /// Paused, and handed over to another process; may go on here if that one does not.
+    /// Paused, and handed over to another process; may be resumed here if that process does not
+    /// continue it.
     PostMigrate,
-    /// The guest cannot go on, and its machine is kept to be looked at, saved or reset.
+    /// The guest cannot run on, and its machine is kept to be inspected, saved or reset.
     Halted(Halt),
     /// Over; the process is about to end.
     Shutdown,
 }
 
-/// Why a guest cannot go on. The names are those of the protocol's run states.
+/// Why a guest cannot run on. The names are those of the protocol's run states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Halt {
     /// It powered off or rebooted.
     #[error("the guest has shut down")]
     Shutdown,
-    /// It said that it has crashed.
+    /// It reported a crash.
     #[error("the guest has crashed")]
     GuestPanicked,
     /// KVM could not run it.
@@ -68,7 +69,7 @@ impl From<Halted> for Halt {
 }
 
 impl State {
-    /// All of them, for tests and tables.
+    /// All states, for tests and tables.
     pub const ALL: [Self; 9] = [
         Self::Prelaunch,
         Self::Running,
@@ -81,10 +82,10 @@ impl State {
         Self::Shutdown,
     ];
 
-    /// Where `event` leads from here.
+    /// The state that `event` leads to from here.
     ///
     /// # Errors
-    /// When it makes no sense in this state.
+    /// When the event is not possible in this state.
     pub const fn on(self, event: Event) -> Result<Self, Denied> {
         use {Event as E, State as S};
         Ok(match (self, event) {
@@ -111,7 +112,7 @@ impl State {
         })
     }
 
-    /// Place in a set of states.
+    /// The bit for this state in a set of states.
     const fn bit(self) -> u16 {
         1 << match self {
             Self::Prelaunch => 0,
@@ -140,25 +141,25 @@ impl State {
 /// What can happen to a VM, whether a client or the guest caused it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// Run, or go on running.
+    /// Start or resume.
     Resume,
-    /// Stand still.
+    /// Stop the vCPUs.
     Pause,
-    /// Boot anew.
+    /// Reboot.
     Reset,
-    /// Stand still for good: the guest cannot go on.
+    /// Stop the vCPUs for good: the guest cannot run on.
     Halt(Halt),
-    /// Stand still while the state is saved.
+    /// Stop the vCPUs while the state is saved.
     Save,
     /// The save is over.
     Saved,
-    /// The save is over, and somebody else goes on from it.
+    /// The save is over, and another process continues the machine.
     Migrated,
     /// End.
     Shutdown,
 }
 
-/// The event makes no sense in that state.
+/// The event is not possible in that state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("cannot {event:?}: {}", state.hint())]
 pub struct Denied {
@@ -173,7 +174,7 @@ pub struct States(u16);
 impl States {
     /// Whatever the state.
     pub const ANY: Self = Self(u16::MAX);
-    /// While there is a guest that can go on.
+    /// While there is a guest that can run.
     pub const GUEST: Self = Self::of(&[State::Prelaunch, State::Running, State::Paused]);
     /// While there is a machine to act on: [`States::GUEST`], and a halted one.
     pub const ALIVE: Self = Self(Self::GUEST.0 | Self::HALTED.0);
@@ -201,7 +202,7 @@ impl States {
         Self(bits)
     }
 
-    /// Membership.
+    /// Whether the set contains `state`.
     pub const fn contains(self, state: State) -> bool {
         self.0 & state.bit() != 0
     }

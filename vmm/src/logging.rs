@@ -1,10 +1,10 @@
-//! The log: one line an event, `TIME:LEVEL: module: text`, to standard error or a file.
+//! The log: one line for each event, `TIME:LEVEL: module: text`, to standard error or a file.
 //!
-//! A guest decides how often some of the lines come, and libraries that it can make complain know no
-//! limit. So each source has one here.
+//! A guest can cause some of the lines as often as it likes, and libraries that it can make
+//! complain have no limit of their own. So there is a limit for each source here.
 //!
 //! A log that is a regular file is written by a thread of its own, because its storage may hang: no
-//! thread that has something to log waits for it.
+//! thread waits for storage in order to log.
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
@@ -31,22 +31,22 @@ use time::UtcDateTime;
 
 use crate::{daemon, last_words};
 
-/// Names the level: trace, debug, info, warn or error.
+/// Environment variable with the level: trace, debug, info, warn or error.
 const LEVEL: &str = "STRATOVIRT_LOG_LEVEL";
 
 /// Errors and warnings that one source may log in a [`WINDOW`].
 const LIMIT: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Where lines go that are not for standard error.
+/// Destination of lines that do not go to standard error.
 static LOG: OnceLock<Mutex<Out>> = OnceLock::new();
 
 struct Logger {
-    /// By source. Any thread may log, and nobody waits while holding it.
+    /// By source. Any thread may log, and the lock is never held while waiting.
     paces: Mutex<BTreeMap<String, Pace>>,
 }
 
-/// How fast one source logs.
+/// Rate at which one source logs.
 struct Pace {
     since: Instant,
     lines: u32,
@@ -57,7 +57,8 @@ impl Pace {
         Self { since: now, lines: 0 }
     }
 
-    /// Whether a line may pass at `now`, and how many did not in the window that has just ended.
+    /// Whether a line may pass at `now`, and how many lines were suppressed in the window that has
+    /// just ended.
     fn admit(&mut self, now: Instant) -> (bool, u32) {
         let mut missed = 0;
         if now.saturating_duration_since(self.since) >= WINDOW {
@@ -69,12 +70,12 @@ impl Pace {
     }
 }
 
-/// The file that is logged to.
+/// The log's file.
 struct Out {
     to: To,
-    /// Lines that it has not taken, and of which it does not tell yet.
+    /// Number of lines that could not be written and are not reported yet.
     left_out: u64,
-    /// The last line is not there in full.
+    /// The last line was written only in part.
     cut: bool,
 }
 
@@ -83,7 +84,7 @@ enum To {
     File(Writer),
     /// A device or a FIFO, non-blocking.
     Other(File),
-    /// The process ends.
+    /// Nowhere: the process is ending.
     Nothing,
 }
 
@@ -122,31 +123,31 @@ impl Out {
     }
 }
 
-/// What a process that dies needs to write to the log without waiting for the thread: the file, and
-/// what has been logged and is not there yet.
+/// What a dying process needs to complete the log without waiting for the thread: the file, and
+/// lines that are logged but not written yet.
 pub(crate) struct Rest {
     pub file: File,
     pub pipe: Option<Arc<OwnedFd>>,
     pub is_stderr: bool,
 }
 
-/// Start logging: to `file`, appended to and made with mode 0640, or to standard error. Only errors
-/// and warnings unless `STRATOVIRT_LOG_LEVEL` says otherwise. A regular file has a thread, as `start`
-/// wants it.
+/// Start logging: to `file`, which is appended to and created with mode 0640, or to standard error.
+/// Only errors and warnings are logged unless `STRATOVIRT_LOG_LEVEL` says otherwise. A regular file
+/// is written by a thread, which is started through `start`.
 ///
 /// # Errors
 /// When the file cannot be opened.
 pub fn start(file: Option<&Path>, start: &ThreadStart) -> io::Result<()> {
     let named = file.is_some();
     let file = match file {
-        // A FIFO that has no reader is an error instead of a wait.
+        // Opening a FIFO that has no reader is an error instead of a wait.
         Some(path) => {
             let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
             let mut options = OpenOptions::new();
             options.append(true).create(true).mode(0o640).custom_flags(flags);
             Some(options.open(path)?)
         }
-        // Standard error may lead to a file, too; in the background it is let go of.
+        // Standard error may be a file, too; in the background it is closed.
         None if std::env::var_os(daemon::MARK).is_none() => {
             let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
             stderr.metadata()?.is_file().then_some(stderr)
@@ -175,8 +176,8 @@ pub fn start(file: Option<&Path>, start: &ThreadStart) -> io::Result<()> {
     Ok(())
 }
 
-/// The end: let what has been logged arrive in the file, for at most `patience`. Nothing is logged
-/// afterwards.
+/// End logging: wait for at most `patience` until what has been logged is in the file. Nothing is
+/// logged afterwards.
 pub fn finish(patience: Duration) {
     if let Some(log) = LOG.get()
         && let To::File(writer) = std::mem::replace(&mut log.lock().to, To::Nothing)
@@ -185,7 +186,7 @@ pub fn finish(patience: Duration) {
     }
 }
 
-/// The level that `word` names, and `word` if it names none.
+/// The level named by `word`, and `word` itself if it is not a level.
 fn level(word: Option<String>) -> (LevelFilter, Option<String>) {
     match word.as_deref().map(str::parse) {
         Some(Ok(level)) => (level, None),
@@ -194,7 +195,7 @@ fn level(word: Option<String>) -> (LevelFilter, Option<String>) {
     }
 }
 
-/// Date and time (UTC) `seconds` after the beginning of 1970, as RFC 3339 has them, up to the second.
+/// Date and time (UTC) `seconds` after the beginning of 1970, in RFC 3339 format, to the second.
 fn date_time(seconds: u64) -> String {
     let seconds = i64::try_from(seconds).unwrap_or_default();
     let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);
@@ -202,7 +203,7 @@ fn date_time(seconds: u64) -> String {
     format!("{date}T{hour:02}:{minute:02}:{second:02}")
 }
 
-/// Whether a line can be written to standard error without waiting.
+/// Whether a line can be written to standard error without blocking.
 pub(crate) fn writable() -> bool {
     let stderr = io::stderr();
     let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
@@ -215,7 +216,7 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        // Who asks for more than warnings wants all of it.
+        // A user who asks for more than warnings wants all of it.
         if record.level() <= Level::Warn {
             let now = Instant::now();
             let (admitted, missed) = {
@@ -240,7 +241,7 @@ impl Log for Logger {
 impl Logger {
     fn write(&self, level: Level, source: &str, text: &std::fmt::Arguments<'_>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        // One write a line, so that lines of several threads do not mix.
+        // One write for each line, so that lines of several threads do not mix.
         let (time, nanos) = (date_time(now.as_secs()), now.subsec_nanos());
         let line = format!("{time}.{nanos:09}Z:{level}: {source}: {text}\n");
         match LOG.get() {

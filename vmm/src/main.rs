@@ -1,4 +1,4 @@
-//! `stratovirt`: one process, one lightweight virtual machine, steered over QMP.
+//! `stratovirt`: one process, one lightweight virtual machine, controlled over QMP.
 #![forbid(unsafe_code)]
 use std::{
     env,
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     let invocation = match cli::parse(env::args_os().skip(1)) {
         Ok(Action::Run(invocation)) => invocation,
         Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
-            // A reader that has gone has read enough.
+            // A reader that has closed its end wants no more.
             let _ = writeln!(io::stdout(), "{}", text.trim_end());
             return ExitCode::SUCCESS;
         }
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Says why, to whoever may be listening.
+/// Print the error to standard error, if that is still open.
 fn fails(why: impl Display) -> ExitCode {
     let _ = writeln!(io::stderr(), "{why}");
     ExitCode::FAILURE
@@ -82,7 +82,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         Log::Off | Log::Stderr => None,
     };
     let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
-    // Nothing serves yet. Every thread from here on is known to it.
+    // No thread serves yet. Every thread that is started from here on is registered with this.
     let confinement = match invocation.disable_seccomp || invocation.no_machine {
         true => Confinement::default(),
         false => Confinement::begin(invocation.spawn)?,
@@ -99,10 +99,10 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     let threads =
         Starting::begin(&events.notify(), &confinement).context("cannot start a thread")?;
-    // A client that can connect gets an answer. A machine that is built here is there by then.
+    // A client that can connect gets an answer. A machine that is built here exists by then.
     let bind = |events: &EventLoop| bare::servers(&invocation.control, events.registry());
     log::info!(target: "VmConfig", "{}", what(invocation));
-    // Dropped after the machine, and only then its source is told to take it back.
+    // Dropped after the machine: only then its source is told to take it back.
     let mut answer = Voice::silent();
     let (machine, halted, servers, held, paused) = match &invocation.incoming {
         None => {
@@ -166,7 +166,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }
-    // All that can fail has been done, and the guest has not made a step.
+    // Everything that can fail has been done, and the guest has not executed an instruction yet.
     answer.settle();
     match halted {
         Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
@@ -186,15 +186,16 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     Ok(ExitCode::from(ending.status))
 }
 
-/// Say to all clients that the monitor ends without ever having had a machine.
+/// Send SHUTDOWN to all clients of a monitor that ends without ever having had a machine.
 fn last_event(mut servers: Servers, ending: Ending) {
     let event = Event::Shutdown { guest: ending.guest, reason: ending.reason };
     servers.broadcast(&event);
-    // Dropped, the names go.
+    // Dropping this removes the sockets' names.
     drop(servers.shutdown(bounds::COMMAND));
 }
 
-/// What is to be run, for the log. Programs look for its two kinds of lines, `VmConfig` and `Vcpu`.
+/// Describes what is to be run, for the log. Programs parse two kinds of its lines, `VmConfig` and
+/// `Vcpu`.
 fn what(invocation: &Invocation) -> String {
     match &invocation.incoming {
         Some(incoming) => match &incoming.source {

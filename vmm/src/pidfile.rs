@@ -13,14 +13,14 @@ const MAX_BYTES: u64 = 12;
 #[derive(Debug)]
 pub struct PidFile {
     path: PathBuf,
-    /// Device and inode, to leave alone what somebody else may have put in its place.
+    /// Device and inode, so that a file that another process has put in its place is left alone.
     identity: (u64, u64),
 }
 
 /// Why there is no pid file.
 #[derive(Debug, thiserror::Error)]
 pub enum PidFileError {
-    /// It names a monitor that lives.
+    /// It names a monitor that is running.
     #[error("pid file {} belongs to process {pid}, which is running; choose another with -pidfile", path.display())]
     Taken {
         /// The file.
@@ -28,34 +28,34 @@ pub enum PidFileError {
         /// The process.
         pid: u32,
     },
-    /// Something else has the name.
+    /// Something that is no pid file has the name.
     #[error("{} exists and is no pid file; remove it or choose another with -pidfile", path.display())]
     NotOne {
-        /// What is there.
+        /// Its path.
         path: PathBuf,
     },
-    /// The host refuses.
+    /// The host does not permit it.
     #[error("cannot write pid file {}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
 impl PidFile {
-    /// Write this process's id to `path`, mode 0600: it appears there with its content. A file left
-    /// behind by a monitor that has gone is replaced; so is an empty one.
+    /// Write this process's id to `path`, mode 0600; the file appears there complete. A file left
+    /// behind by a monitor that has gone is replaced, and so is an empty one.
     ///
     /// # Errors
-    /// When the monitor that it names is running, it is no pid file, or it cannot be written.
+    /// When the monitor that it names is running, the file is no pid file, or it cannot be written.
     pub fn create(path: &Path) -> Result<Self, PidFileError> {
         let failed = |source| PidFileError::Write { path: path.into(), source };
         let mut aside = path.as_os_str().to_owned();
         aside.push(format!(".{}", std::process::id()));
         let aside = PathBuf::from(aside);
-        // One that ended half-way may have had our number.
+        // A monitor that ended half-way may have had the same process id.
         make_room(&aside)?;
         let linked = || match fs::hard_link(&aside, path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
@@ -75,7 +75,7 @@ impl PidFile {
     }
 }
 
-/// Our number into a new file at `path`; gives its device and inode.
+/// Write the process id into a new file at `path`; returns its device and inode.
 fn write(path: &Path) -> io::Result<(u64, u64)> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     write!(file, "{}", std::process::id())?;
@@ -83,7 +83,7 @@ fn write(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Take away the pid file at `path` if nobody needs it; that there is none is no error.
+/// Remove the pid file at `path` if no running monitor needs it; a missing file is no error.
 fn make_room(path: &Path) -> Result<(), PidFileError> {
     let failed = |source| PidFileError::Write { path: path.into(), source };
     let not_one = || PidFileError::NotOne { path: path.into() };
@@ -91,7 +91,7 @@ fn make_room(path: &Path) -> Result<(), PidFileError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(failed)?,
     };
-    // Not opened before: a FIFO would keep us waiting.
+    // Not opened before: opening a FIFO would block.
     if !there.is_file() || there.len() > MAX_BYTES {
         return Err(not_one());
     }
@@ -107,21 +107,21 @@ fn make_room(path: &Path) -> Result<(), PidFileError> {
     fs::remove_file(path).map_err(failed)
 }
 
-/// Whether `pid` is a process that runs this program: the number of one that has gone may have become
-/// another's, or a thread's.
+/// Whether `pid` is a process that runs this program: the id of a monitor that has gone may have
+/// become another program's, or a thread's.
 fn is_monitor(pid: u32) -> bool {
     let of = |what: &str| PathBuf::from(format!("/proc/{pid}/{what}"));
     let status = fs::read_to_string(of("status")).unwrap_or_default();
     let leads = |line: &str| line.strip_prefix("Tgid:").map(str::trim) == Some(&pid.to_string());
     let name = |exe: PathBuf| {
         let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // Of a program that was replaced by a newer one.
+        // The suffix is there if the program file has been replaced by a newer one.
         name.trim_end_matches(" (deleted)").to_owned()
     };
     status.lines().any(leads)
         && match fs::read_link(of("exe")) {
             Ok(exe) => fs::read_link("/proc/self/exe").is_ok_and(|own| name(own) == name(exe)),
-            // Somebody else's, for all we know a monitor.
+            // It belongs to another user, and may be a monitor.
             Err(e) => e.kind() == io::ErrorKind::PermissionDenied,
         }
 }
@@ -150,7 +150,7 @@ mod tests {
 
     use super::*;
 
-    /// In the environment of a process that only waits.
+    /// Set in the environment of a process that only waits.
     const WAITS: &str = "PIDFILE_TEST_WAITS";
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
         let thread_id = told.recv().unwrap();
         let cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
         let mut cat = cat.unwrap();
-        // No process has the last number; another program is no monitor, a thread no process.
+        // No process has the last id; another program is no monitor, and a thread is no process.
         for stale in ["", "\n", "4294967295\n", &cat.id().to_string(), &thread_id] {
             fs::write(&path, stale).unwrap();
             let file = PidFile::create(&path).unwrap();

@@ -1,19 +1,21 @@
-//! What the main thread does for a save: [`phase`] says what comes after what, and here it is done.
+//! The main thread's part of a save: [`phase`] decides what comes next, and here it is done.
 //!
 //! A save into a directory is live with `resume`, one into a stream whenever the guest runs: memory
-//! is copied while the guest runs, and it is stopped for the rest. With `resume` the rest is copied
-//! aside in memory and the guest runs again before any of it is written; this pause is one step of
-//! the main thread, so no client sees it: no STOP and RESUME, and no time taken from the guest's
-//! clocks. When a save fails, the VM is what it was before.
+//! is copied while the guest runs, and the guest is stopped for the rest. With `resume` the rest is
+//! copied aside in memory, and the guest runs again before any of it is written. This pause is one
+//! step of the main thread, so clients do not see it: there are no STOP and RESUME events, and the
+//! guest's clocks lose no time. When a save fails, the VM is what it was before.
 //!
-//! With `track`, the log of dirty pages stays on afterwards, so that the next save can be
-//! incremental: on that save builds.
+//! With `track`, the dirty log stays on afterwards, so that the next save can be incremental: it
+//! builds on that save.
 //!
 //! ```text
 //! status     the save under way, or the last one
-//! start      from what a client asks for to what the checkpoint thread is ordered to do
-//! phase      what comes after what       capture    the machine, given to that thread
-//! dirty_log  what has changed, and since which save      disks    copies of disks
+//! start      from a client's request to an order for the checkpoint thread
+//! phase      the phases and their order
+//! capture    giving the state of the machine to that thread
+//! dirty_log  what has changed, and since which save
+//! disks      copies of disks
 //! ```
 mod capture;
 mod dirty_log;
@@ -51,7 +53,7 @@ use crate::{
     vmm::{Refused, Vmm},
 };
 
-/// How long a save waits for one that was cancelled and hangs.
+/// How long a new save waits for one that was cancelled and hangs.
 const HANG_LIMIT: Duration = bounds::FILE;
 
 /// Why a save did not succeed.
@@ -74,11 +76,11 @@ enum Failed {
 }
 
 impl Vmm {
-    /// Begin to save; `ticket` is answered when it is over. Nothing is opened here: a file system
-    /// that hangs holds the checkpoint thread alone.
+    /// Start a save; `ticket` is answered when it is over. Nothing is opened here: a file system
+    /// that hangs blocks the checkpoint thread only.
     ///
     /// # Errors
-    /// When it cannot begin; nothing has changed then but what is known of the last save.
+    /// When it cannot start; only the status of the last save has changed then.
     pub(crate) fn save(&mut self, to: To, how: How, ticket: &Ticket) -> Result<(), Error> {
         let asked = SaveRequest { to, how, by: ticket.clone() };
         if self.saving.under_way().is_none() {
@@ -107,7 +109,7 @@ impl Vmm {
         }
     }
 
-    /// Let receivers answer, whatever is sent to.
+    /// Set whether receivers answer, for all streams.
     pub(crate) fn set_return_path(&mut self, on: bool) {
         self.saving.return_path = Some(on);
     }
@@ -116,14 +118,14 @@ impl Vmm {
         &self.saving
     }
 
-    /// Give the save up, if one is under way and does not count yet.
+    /// Cancel the save, if one is under way and does not count yet.
     pub(crate) fn cancel_save(&mut self) {
         if self.saving.under_way_mut().is_some_and(UnderWay::cancel) {
             self.save_input(Input::Cancelled);
         }
     }
 
-    /// Give the save up at the monitor's end; whether its files are gone.
+    /// Abandon the save at the monitor's end; whether the thread is done with it.
     pub(crate) fn abandons_save(&mut self) -> bool {
         let Some(save) = self.saving.under_way_mut() else { return true };
         save.job.give_up();
@@ -137,14 +139,14 @@ impl Vmm {
         false
     }
 
-    /// Say so if a save that was given up hangs.
+    /// Log that an abandoned save hangs, if one does.
     pub(crate) fn leave_save_behind(&self) {
         if let Some(save) = self.saving.under_way() {
             log::warn!("the save to {} hangs and is left behind", save.job.place());
         }
     }
 
-    /// See what the checkpoint thread has to say, and what waits for it.
+    /// Handle the steps that the checkpoint thread has reported.
     pub(crate) fn follow_save(&mut self) {
         while !self.is_deferring()
             && let Some(step) = self.saving.under_way_mut().and_then(|save| save.job.step())
@@ -180,14 +182,14 @@ impl Vmm {
         }
     }
 
-    /// How long until a save that waits for another one has waited for long enough.
+    /// How long until a waiting save has waited too long, or the disks have to be checked.
     pub(crate) fn until_save(&self) -> Option<Duration> {
         let next = self.saving.under_way().and_then(|save| match &save.fate {
             Fate::Cancelled { next, .. } => next.as_ref(),
             Fate::Wanted | Fate::Failed(_) => None,
         });
         let next = next.map(|next| next.until.saturating_duration_since(Instant::now()));
-        // Nothing tells when changes of a disk begin to wait.
+        // No event reports when the guest's writes to a disk begin to wait.
         let look = self.saving.keeps_disks().then_some(bounds::DISK_COPY / 4);
         next.into_iter().chain(look).min()
     }
@@ -195,7 +197,7 @@ impl Vmm {
     fn save_step(&mut self, step: Step) {
         match step {
             Step::Opened => {
-                // A guest that is stopped already has nothing to gain.
+                // There is no use in it for a guest that is stopped already.
                 let live = self.saving.under_way().is_some_and(|save| save.terms.live())
                     && self.state() == State::Running;
                 self.save_input(Input::Opened { live });
@@ -212,7 +214,7 @@ impl Vmm {
         self.save_effects(input, None);
     }
 
-    /// Go where `input` leads and do what has to be done. `left` is for the capture.
+    /// Enter the phase that `input` leads to, and carry out its effects. `left` is for the capture.
     fn save_effects(&mut self, input: Input, mut left: Option<Left>) {
         let Some(save) = self.saving.under_way_mut() else { return };
         let (phase, effects) = save.phase.on(save.terms, input);
@@ -244,7 +246,7 @@ impl Vmm {
         }
     }
 
-    /// The main thread cannot do its part: the thread gives up without it, and says so.
+    /// Fail the save, as the main thread cannot do its part: the thread gives up.
     fn fail_save(&mut self, why: &Failed) {
         let why = Error::generic(why).to_string();
         log::error!("cannot go on with a save: {why}");
@@ -255,7 +257,7 @@ impl Vmm {
         }
     }
 
-    /// The machine goes where the save leads, and all who want to know are told.
+    /// Put the machine into the state that the save leads to, and report the result.
     fn save_done(&mut self, mut result: Result<Option<Saved>, SaveError>) {
         let Some(save) = self.saving.under_way() else { return };
         let failed = match &save.fate {

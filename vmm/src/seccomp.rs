@@ -1,20 +1,21 @@
-//! The system-call filters: once a thread serves, the host does for it only what it needs. On unless
-//! `-disable-seccomp` is given.
+//! The system-call filters: once a thread serves, the host does for it only what it needs. They are
+//! on unless `-disable-seccomp` is given.
 //!
-//! Each thread installs its own, of its [`Kind`], as the last step before it serves; see `table.rs` for
-//! what they allow. Threads of the machine and of devices do so without knowing: it is what their
-//! [`ThreadStart`] has them do first. No thread can be started from behind a filter, so all there will
-//! be are known when the guest is to run. [`Confinement::finish`] confines the main thread then, and
-//! waits until all others are: one without a filter is an error that ends the start.
+//! Each thread installs its own filter, for its [`Kind`], as the last step before it serves; see
+//! `table.rs` for what the filters allow. Threads of the machine and of devices do so through their
+//! [`ThreadStart`], without knowing of filters. No thread can be started from behind a filter, so
+//! all threads are known before the guest runs. Then [`Confinement::finish`] confines the main
+//! thread, and waits until all others are confined: a thread without a filter is an error that ends
+//! the start.
 //!
-//! A call that is not allowed is not carried out: a line with its number goes to standard error and to
-//! the log file, and the process ends by SIGSYS. The handler that does so cannot be put out of action,
-//! because SIGSYS is the one signal that `rt_sigaction` may not touch. Under a blocked SIGSYS the kernel
-//! ends the process by itself and without the line; that is how it goes with glibc's ways to start
-//! threads and programs.
+//! A call that is not allowed is not carried out: a line with its number is written to standard
+//! error and to the log file, and the process ends by SIGSYS. The handler that does so cannot be
+//! replaced, because SIGSYS is the one signal that the filters do not permit in `rt_sigaction`. If
+//! SIGSYS is blocked, the kernel ends the process itself, without the line; glibc's functions that
+//! start threads and programs block it.
 //!
-//! What a filter cannot see: the path that `openat` is given, and what an io_uring is asked for. A
-//! ring can open files and sockets, but neither start programs nor trace processes.
+//! What a filter cannot see: the path given to `openat`, and the requests given to an io_uring. A
+//! ring can open files and sockets, but can neither start programs nor trace processes.
 mod program;
 mod table;
 
@@ -33,11 +34,11 @@ use seccompiler::BpfProgram;
 
 use crate::{last_words, signals};
 
-/// This process's memory, to look at what came with the signal; opened before it can be needed.
+/// This process's memory, to read the siginfo of the signal; opened before it can be needed.
 /// Without /proc, as in a bare chroot, the report has no number.
 static MEMORY: OnceLock<Option<File>> = OnceLock::new();
 
-/// How long a thread may take until it has its filter.
+/// How long a thread may take to install its filter.
 const LIMIT: Duration = Duration::from_secs(1);
 
 /// Why a thread has no filter.
@@ -49,18 +50,18 @@ pub enum SeccompError {
     /// The kernel refuses it.
     #[error("the host refuses the system-call filter; to run without one, use -disable-seccomp")]
     Refused(#[source] seccompiler::Error),
-    /// It has not come to it.
+    /// It did not install one in time.
     #[error("the thread {0} has no system-call filter")]
     Missing(String),
 }
 
-/// What a thread is there for, and so which filter is its own. The threads table of CONTRIBUTING.md
-/// says more of each.
+/// The role of a thread, which determines its filter. The threads table of CONTRIBUTING.md
+/// describes each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// The main thread.
     Main,
-    /// A vCPU's.
+    /// A vCPU thread.
     Vcpu,
     /// An I/O thread.
     Io,
@@ -72,12 +73,12 @@ pub enum Kind {
     Files,
     /// `kernel`: reads the kernel for a reset.
     Kernel,
-    /// `end`: gives up at the end what may wait for storage.
+    /// `end`: releases at the end what may wait for storage.
     End,
     /// `faults` and `prefetch`: fill restored memory.
     Memory,
-    /// `stream`: reads what a peer sends. It may read, write to memory that it has, and report;
-    /// nothing is opened, made or asked of KVM.
+    /// `stream`: reads what a peer sends. It may read, write to memory that it has, and report; it
+    /// may not open or create anything, nor use KVM.
     Stream,
 }
 
@@ -91,43 +92,44 @@ impl From<ThreadKind> for Kind {
     }
 }
 
-/// Gives each thread its filter, and knows which have none yet; clones are the same one. The default
-/// is to have none at all.
+/// Gives each thread its filter, and tracks which threads have none yet; clones share their state.
+/// The default confines no thread.
 #[derive(Clone, Default)]
 pub struct Confinement(Option<Arc<Filters>>);
 
 struct Filters {
     spawn: bool,
-    /// A lock, because threads that start beside each other report here; held for no system call.
+    /// Locked, because threads that start concurrently report here; never held during a system
+    /// call.
     threads: Mutex<Threads>,
     changed: Condvar,
-    /// The machine's vCPUs have the same one; each kind's is made when it is needed first.
+    /// Shared by the machine's vCPUs; compiled when the first of them needs it.
     vcpu: OnceLock<BpfProgram>,
 }
 
 #[derive(Default)]
 struct Threads {
-    /// Those that have been started, or are about to be, and have no filter yet: number and name.
+    /// Threads that have been started, or are about to be, and have no filter yet: number and name.
     without: Vec<(usize, String)>,
-    /// How many there have been.
+    /// Number of threads so far.
     count: usize,
-    /// The first that could not be confined, and why.
+    /// The first thread that could not be confined, and why.
     failed: Option<SeccompError>,
 }
 
 impl Confinement {
-    /// Threads are to be confined. With `spawn`, another process may be handed what it is to start. A
-    /// forbidden call is reported by [`last_words`].
+    /// Confine threads from now on. With `spawn`, commands may be handed to the process that starts
+    /// them. A forbidden call is reported by [`last_words`].
     ///
     /// # Errors
-    /// When the handler that reports cannot be set.
+    /// When the handler for these reports cannot be set.
     pub fn begin(spawn: bool) -> Result<Self, SeccompError> {
         report_forbidden_calls()?;
         let (threads, changed) = Default::default();
         Ok(Self(Some(Arc::new(Filters { spawn, threads, changed, vcpu: OnceLock::new() }))))
     }
 
-    /// What the thread called `name`, which is about to be started, has to do before it serves.
+    /// What the thread called `name`, which is about to be started, has to run before it serves.
     pub fn first_step(&self, kind: Kind, name: &str) -> FirstStep {
         let Some(filters) = &self.0 else { return Box::new(|| Ok(())) };
         let unconfined = Unconfined { number: filters.enter(name), filters: filters.clone() };
@@ -140,8 +142,8 @@ impl Confinement {
         ThreadStart::new(move |kind, name| this.first_step(kind.into(), name))
     }
 
-    /// To be held by the thread called `name`, which has no filter, until it ends. It has to end before
-    /// the guest runs.
+    /// A guard to be held by the thread called `name`, which has no filter, until it ends. It has
+    /// to end before the guest runs.
     pub fn passing(&self, name: &str) -> Passing {
         Passing(self.0.as_ref().map(|filters| {
             let number = filters.enter(name);
@@ -149,20 +151,20 @@ impl Confinement {
         }))
     }
 
-    /// The first thread that could not be confined, if there is one.
+    /// Check that no thread has failed to be confined.
     ///
     /// # Errors
-    /// Why it could not.
+    /// Why the first such thread has no filter.
     pub fn check(&self) -> Result<(), SeccompError> {
         let failed = self.0.as_ref().and_then(|filters| filters.threads.lock().failed.take());
         failed.map_or(Ok(()), Err)
     }
 
-    /// Confine the calling thread, the main one, for good, and wait until all others are confined. No
-    /// thread can be started any more.
+    /// Confine the calling thread, the main one, permanently, and wait until all others are
+    /// confined. No thread can be started afterwards.
     ///
     /// # Errors
-    /// When the host has no filters, or a thread has none.
+    /// When the host does not support filters, or a thread has none.
     pub fn finish(&self) -> Result<(), SeccompError> {
         let Some(filters) = &self.0 else { return Ok(()) };
         filters.install(Kind::Main)?;
@@ -181,7 +183,7 @@ impl Confinement {
 }
 
 impl Filters {
-    /// A thread has no filter yet. The number is by what it is known.
+    /// Register a thread that has no filter yet; returns the number by which it is known.
     fn enter(&self, name: &str) -> usize {
         let mut threads = self.threads.lock();
         threads.count += 1;
@@ -190,7 +192,8 @@ impl Filters {
         number
     }
 
-    /// It has one, or it has ended: its name, if it was still without one.
+    /// Unregister a thread that has a filter or has ended; returns its name, if it was still
+    /// registered.
     fn leave(&self, number: usize) -> Option<String> {
         let mut threads = self.threads.lock();
         let mine = threads.without.iter().position(|thread| thread.0 == number);
@@ -204,9 +207,10 @@ impl Filters {
         self.threads.lock().failed.get_or_insert(why);
     }
 
-    /// Confine the calling thread, for good.
+    /// Confine the calling thread, permanently.
     fn install(&self, kind: Kind) -> Result<(), SeccompError> {
-        // I/O threads make calls for each packet and request; a vCPU's KVM_RUN is looked at anyway.
+        // I/O threads make calls for each packet and request; a vCPU's KVM_RUN is always filtered
+        // by its arguments.
         let cached = kind == Kind::Io;
         let made = || program::compile(&table::allowed(kind, self.spawn), cached);
         let installed = match kind {
@@ -217,7 +221,7 @@ impl Filters {
     }
 }
 
-/// A thread that has no filter yet. Dropped, it never will.
+/// A thread that has no filter yet. If this is dropped, it will never have one.
 struct Unconfined {
     filters: Arc<Filters>,
     number: usize,
@@ -242,7 +246,7 @@ impl Drop for Unconfined {
     }
 }
 
-/// A thread without a filter, until this is dropped.
+/// A thread without a filter, which has ended when this is dropped.
 pub struct Passing(Option<(Arc<Filters>, usize)>);
 
 impl Drop for Passing {
@@ -258,7 +262,7 @@ fn report_forbidden_calls() -> Result<(), SeccompError> {
     signals::handle(libc::SIGSYS, forbidden).map_err(SeccompError::Handler)
 }
 
-/// The handler of SIGSYS. Takes no lock and no memory, as [`last_words`].
+/// The handler of SIGSYS. Takes no lock and allocates nothing, like [`last_words`].
 extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     let memory = MEMORY.get().and_then(Option::as_ref);
     let mut line = [0; 128];
@@ -273,8 +277,8 @@ extern "C" fn forbidden(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     };
     let left = rest.len();
     last_words::say(line.get(..line.len().saturating_sub(left)).unwrap_or_default());
-    // Begins with a call that is forbidden itself. All signals are blocked here, and a forbidden
-    // call under a blocked SIGSYS ends the process by it.
+    // This begins with a call that is itself forbidden. All signals are blocked here, and a
+    // forbidden call while SIGSYS is blocked ends the process by SIGSYS.
     let _ = signal_hook::low_level::emulate_default_handler(libc::SIGSYS);
 }
 
@@ -283,7 +287,7 @@ fn trapped(memory: &File, address: usize) -> Option<i32> {
     /// `si_code` of a signal from a filter (asm-generic/siginfo.h).
     const SYS_SECCOMP: i32 = 1;
     const SI_CODE: u64 = 8;
-    /// Behind the address of the calling instruction, where 64-bit Linux has it.
+    /// Offset of the field after the address of the calling instruction, on 64-bit Linux.
     const SI_SYSCALL: u64 = 24;
     let word = |offset: u64| {
         let mut word = [0; 4];

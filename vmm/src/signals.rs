@@ -1,11 +1,11 @@
-//! Signals: those that end the monitor in order, and those that would end it without a word.
+//! Signals: those that end the monitor in order, and those that would end it without a message.
 //!
 //! SIGTERM, SIGINT, SIGHUP and SIGQUIT are read by the main loop, like any other event.
 //!
-//! SIGBUS: a page of a mapped file is not there any more, because the file was cut off or its disk
-//! fails; so it is with the memory of a saved state that a machine runs on. The process cannot
-//! continue then, but says why. SIGXFSZ: a file would grow past `ulimit -f`; the write fails, and
-//! who asked for it reports that. SIGSYS belongs to `seccomp`.
+//! SIGBUS: a page of a mapped file is no longer there, because the file was truncated or its disk
+//! fails; this also applies to the memory files of a saved state that a machine runs on. The
+//! process cannot continue then, but reports why. SIGXFSZ: a file would grow past `ulimit -f`; the
+//! write fails, and the thread that wrote reports that. SIGSYS is handled in `seccomp`.
 use std::{io, path::Path, sync::OnceLock};
 
 use libc::{c_int, c_void, siginfo_t};
@@ -18,7 +18,7 @@ use crate::last_words;
 /// The signals that end the monitor.
 const ENDING: [c_int; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 
-/// Have the signals that end the monitor reported as `token`.
+/// Make the event loop report the signals that end the monitor as `token`.
 ///
 /// # Errors
 /// When the host refuses.
@@ -28,7 +28,7 @@ pub fn ending(registry: &Registry, token: Token) -> io::Result<Signals> {
     Ok(signals)
 }
 
-/// Have `signal` call `handler`, on the thread that it interrupts.
+/// Make `signal` call `handler`, on the thread that it interrupts.
 ///
 /// # Errors
 /// When the host refuses.
@@ -40,7 +40,7 @@ pub(crate) fn handle(
         .map_err(|e| io::Error::from_raw_os_error(e.errno()))
 }
 
-/// Handle the signals that files send.
+/// Handle the signals that accesses to files raise.
 ///
 /// # Errors
 /// When the host refuses.
@@ -49,10 +49,10 @@ pub fn handle_those_of_files() -> io::Result<()> {
     handle(libc::SIGXFSZ, too_large)
 }
 
-/// What to say, made before it can be needed: the handler of a signal takes no memory.
+/// The message, prepared before it can be needed: a signal handler must not allocate.
 static LINE: OnceLock<String> = OnceLock::new();
 
-/// Guest memory comes from `path`: to be said when it is lost.
+/// Guest memory is mapped from `path`, which is reported when it is lost.
 pub fn memory_is(path: &Path) {
     LINE.get_or_init(|| {
         format!(
@@ -69,5 +69,5 @@ extern "C" fn lost(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     signal_hook::low_level::exit(1);
 }
 
-/// That there is a handler is enough: the write fails with EFBIG.
+/// An empty handler is enough: the write fails with EFBIG.
 extern "C" fn too_large(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}

@@ -1,8 +1,8 @@
 //! Programs that are started while the guest runs: `migrate` to `exec:COMMAND`.
 //!
-//! Behind the system-call filter none can be started, and one that could would be behind the filter
-//! itself. So a second process is there from the start, this program again, which starts them for
-//! the monitor; but only where `-sandbox` allows it.
+//! Behind the system-call filter no program can be started, and one that could be would run behind
+//! the filter itself. So a second process, which runs this same program, is started at the
+//! beginning and starts programs for the monitor; but only where `-sandbox` allows it.
 //!
 //! ```text
 //! monitor --command, one end of a socket--> second process --stdin--> /bin/sh -c COMMAND
@@ -41,28 +41,28 @@ pub enum SpawnError {
     /// The command is too long.
     #[error("the command is longer than {MAX_COMMAND} bytes")]
     TooLong,
-    /// The process that starts programs does not.
+    /// The process that starts programs has gone.
     #[error("the process that starts programs has gone")]
     Gone(#[source] io::Error),
 }
 
-/// What starts programs.
+/// How programs are started.
 pub enum Spawner {
-    /// Nothing.
+    /// Not at all.
     Forbidden,
-    /// A process that is started when it is needed: there is no filter.
+    /// By a process that is started when it is needed: there is no filter.
     AtNeed,
-    /// A process.
+    /// By a process that is running already.
     Ready(OwnedFd),
 }
 
 impl Spawner {
-    /// Start the process that starts programs. Not possible behind the system-call filter. What they
-    /// complain about goes where this process's own complaints go; with `quiet`, nowhere: a terminal
-    /// that is let go of must not be held by them.
+    /// Start the process that starts programs. Not possible behind the system-call filter. The
+    /// programs' standard error is that of this process; with `quiet` it is discarded, because
+    /// programs must not hold a terminal that is let go of.
     ///
     /// # Errors
-    /// When the host refuses it.
+    /// When the host does not permit it.
     pub fn start(quiet: bool) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
@@ -75,8 +75,8 @@ impl Spawner {
         Ok(Self::Ready(near))
     }
 
-    /// Start `/bin/sh -c command`: its standard input, from which its exit status can be read in one
-    /// byte when it has ended.
+    /// Start `/bin/sh -c command`. Returns its standard input, from which its exit status can be
+    /// read as one byte when it has ended.
     ///
     /// # Errors
     /// When programs are forbidden, or this one cannot be started.
@@ -93,7 +93,7 @@ impl Spawner {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&fds));
-        // Never waits: it has a place for it, or does not take it.
+        // Never blocks: the socket has room for it, or refuses it.
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         sendmsg(to, &[IoSlice::new(command.as_bytes())], &mut control, flags)
             .map_err(|e| SpawnError::Gone(e.into()))?;
@@ -106,10 +106,10 @@ pub fn is_this() -> bool {
     env::var_os(MARK).is_some()
 }
 
-/// Be that process, until the monitor has gone.
+/// Serve as that process, until the monitor has gone.
 ///
 /// # Errors
-/// When the host refuses something.
+/// When a system call fails.
 pub fn serve() -> io::Result<()> {
     let from = io::stdin();
     let mut text = vec![0; MAX_COMMAND];
@@ -140,7 +140,7 @@ pub fn serve() -> io::Result<()> {
         thread::Builder::new().spawn(move || {
             let status = started.and_then(|mut child| child.wait()).ok();
             let status = status.and_then(|status| status.code());
-            // A monitor that does not ask any more is told nothing.
+            // The monitor may have closed its end; then the status is dropped.
             let _ = answer.write_all(&[status.and_then(|n| u8::try_from(n).ok()).unwrap_or(255)]);
         })?;
     }

@@ -1,17 +1,17 @@
-//! The terminal that the guest's console is connected to: raw while the guest runs, and always put
-//! back, whatever ends the process short of SIGKILL.
+//! The terminal that the guest's console is connected to: raw while the guest runs, and always
+//! restored, whatever ends the process except SIGKILL.
 use std::{io::IsTerminal, sync::OnceLock};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-/// The settings to go back to. Process-wide because the terminal is.
+/// The settings to restore. Process-wide, because the terminal is.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
 
-/// Puts the terminal back when dropped.
+/// Restores the terminal when dropped.
 pub struct Raw(());
 
 impl Raw {
-    /// Make the terminal on standard input raw; `None` when there is no terminal there.
+    /// Make the terminal on standard input raw; `None` if standard input is no terminal.
     pub fn enter() -> Option<Self> {
         let stdin = std::io::stdin();
         if !stdin.is_terminal() {
@@ -20,7 +20,7 @@ impl Raw {
         let before = tcgetattr(&stdin).ok()?;
         let mut raw = before.clone();
         raw.make_raw();
-        // Output goes on being cooked: our own log lines share the terminal with the guest.
+        // Output stays cooked: the monitor's own log lines share the terminal with the guest.
         raw.output_modes = before.output_modes;
         tcsetattr(&stdin, OptionalActions::Now, &raw).ok()?;
         if BEFORE.set(before).is_ok() {

@@ -1,5 +1,5 @@
-//! The threads beside the main one that are there whatever the machine is. They start while it is built:
-//! the main thread starts one thread, and that starts the rest before it confines itself.
+//! The threads beside the main one that exist whatever the machine is. They start while it is
+//! built: the main thread starts one thread, which starts the rest before it confines itself.
 use std::{
     io,
     sync::{
@@ -18,13 +18,13 @@ use crate::{
     seccomp::{Confinement, Kind},
 };
 
-/// What the threads are reached by.
+/// Handles of the threads.
 pub struct Threads {
-    /// Saves.
+    /// Makes saves.
     pub checkpointer: Checkpointer,
     /// Opens files.
     pub files: Files,
-    /// Ends what may hang.
+    /// Releases what may hang.
     pub end: End,
 }
 
@@ -37,8 +37,8 @@ pub struct Starting {
 }
 
 impl Starting {
-    /// Begin. `notify` is called when one of them has something to say; it must not block. Each of them
-    /// is confined by `confinement` before it serves.
+    /// Start the threads. `notify` is called when one of them has something to report; it must not
+    /// block. Each of them is confined by `confinement` before it serves.
     ///
     /// # Errors
     /// When the host has no thread to give.
@@ -58,7 +58,7 @@ impl Starting {
         };
         let first_step = confinement.first_step(Kind::Checkpoint, "checkpoint");
         Builder::new().name("checkpoint".into()).stack_size(256 << 10).spawn(move || {
-            // The process ends when it is not received.
+            // The receiver is gone only if the process is ending.
             let _ = report.send(start_others());
             drop(report);
             if first_step().is_ok() {
@@ -68,7 +68,7 @@ impl Starting {
         Ok(Self { checkpointer, files, end, started })
     }
 
-    /// Wait until all are there.
+    /// Wait until all have started.
     ///
     /// # Errors
     /// When the host has no thread to give.
@@ -80,7 +80,7 @@ impl Starting {
     }
 }
 
-/// Start a thread that confines itself and serves then.
+/// Start a thread that confines itself and then serves.
 fn start(
     confinement: &Confinement,
     kind: Kind,

@@ -1,4 +1,4 @@
-//! The one object that owns the machine and decides what becomes of it.
+//! The one object that owns the machine and controls its life cycle.
 use std::time::Instant;
 
 use config::actions::{Action, Actions};
@@ -25,15 +25,15 @@ use crate::{
     spawner::Spawner,
 };
 
-/// The monitor's main object; lives on the main thread, and nobody else has it.
+/// The monitor's main object; it lives on the main thread, and no other thread has access to it.
 pub struct Vmm {
-    /// Changed by [`Vmm::apply`] alone.
+    /// Changed only by [`Vmm::apply`].
     state: State,
     pub(crate) machine: Machine,
     pub(crate) servers: Servers,
-    /// Why and how to end, once the request being answered has been answered; and since when.
+    /// Why and how to end, once the current request has been answered; and since when.
     ending: Option<(Ending, Instant)>,
-    /// All that there is to be waited for before the end was told of it.
+    /// Everything that the end waits for has been asked to stop.
     pub(crate) winds_up: bool,
     actions: Actions,
     pub(crate) saving: Saving,
@@ -41,17 +41,18 @@ pub struct Vmm {
     pub(crate) balloon: BalloonEvents,
     pub(crate) files: Files,
     pub(crate) spawner: Spawner,
-    /// What the machine reported while its state was being saved, or something was deferred.
+    /// Events of the machine that came while its state was being saved, or an operation was
+    /// deferred.
     late: Vec<machine::Event>,
     pub(crate) deferrals: Deferrals,
-    /// Threads of the machine may wait for ever.
+    /// Threads of the machine may never end.
     stuck: bool,
 }
 
 /// How the VM ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ending {
-    /// The guest's own doing.
+    /// The guest has caused it.
     pub guest: bool,
     /// For the SHUTDOWN event.
     pub reason: ShutdownCause,
@@ -62,16 +63,16 @@ pub struct Ending {
 /// Why the VM could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
-    /// Not in this state.
+    /// The event is not possible in this state.
     #[error(transparent)]
     State(#[from] Denied),
-    /// The machine could not.
+    /// The machine could not do it.
     #[error(transparent)]
     Machine(#[from] RunError),
-    /// Its kernel cannot be loaded again.
+    /// The kernel cannot be loaded again.
     #[error(transparent)]
     Kernel(#[from] ReloadError),
-    /// A file that has to be read before does not come.
+    /// A file that has to be read first cannot be read in time.
     #[error(
         "reading {0} has not finished: its storage is slow or hangs. The machine is as it was; try again \
          when the storage answers"
@@ -107,16 +108,16 @@ impl Vmm {
         }
     }
 
-    /// Where the VM is in its life.
+    /// The VM's state.
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// The one door through which the state changes: check, act, store, tell.
+    /// The only place where the state changes: check, act, store, report.
     ///
     /// # Errors
-    /// When the event makes no sense now, or the machine cannot follow; the state is as before. It can
-    /// be tried again if the machine has only not come to rest yet: see [`Vmm::vain_tries`].
+    /// When the event is not possible now, or the machine cannot follow; the state is as before. It
+    /// can be retried if the machine has merely not come to rest yet: see [`Vmm::vain_tries`].
     pub fn apply(&mut self, event: lifecycle::Event) -> Result<(), Refused> {
         let before = self.state;
         let after = before.on(event)?;
@@ -140,7 +141,7 @@ impl Vmm {
             (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
                 self.machine.resume()?;
             }
-            // Still vCPUs are what lets the last events be true. Of a halted machine the serial port
+            // Only with stopped vCPUs are the last events true. The serial port of a halted machine
             // is still served.
             (
                 State::Running | State::Halted(_),
@@ -154,7 +155,7 @@ impl Vmm {
             _ => {}
         }
         if let State::Halted(_) = after {
-            // What the guest has said last can still be read.
+            // The guest's last output can still be read.
             self.machine.serve_serial();
         }
         self.state = after;
@@ -170,55 +171,55 @@ impl Vmm {
         Ok(())
     }
 
-    /// Note in the log which threads run the guest.
+    /// Log which threads run the guest.
     pub fn log_vcpus(&self) {
         for (index, thread) in self.machine.vcpu_threads().into_iter().enumerate() {
             log::info!(target: "Vcpu", "{index} runs, as thread {thread}");
         }
     }
 
-    /// What `act` tells one client goes out in one piece: events, then an answer.
+    /// Send what `act` produces for one client in one piece: events, then an answer.
     pub(crate) fn in_one_piece(&mut self, act: impl FnOnce(&mut Self)) {
         self.servers.hold_events();
         act(self);
         self.servers.send_events();
     }
 
-    /// Tell every client.
+    /// Send an event to every client.
     pub fn tell(&mut self, event: &Event) {
         self.servers.broadcast(event);
     }
 
-    /// End after the request being answered. The first reason counts.
+    /// End after the current request has been answered. The first reason counts.
     pub fn end(&mut self, ending: Ending) {
         self.ending.get_or_insert_with(|| (ending, Instant::now()));
     }
 
-    /// Whether to end, and how.
+    /// How to end, if the VM is to end.
     pub fn ending(&self) -> Option<Ending> {
         self.ending.map(|(ending, _)| ending)
     }
 
-    /// Since when it is to end; now, if it is not.
+    /// Since when the VM is to end; now, if it is not to.
     pub(crate) fn ends_since(&self) -> Instant {
         self.ending.map_or_else(Instant::now, |(_, since)| since)
     }
 
-    /// How long until something is due that nothing else reports.
+    /// How long until something is due that no event reports.
     pub(crate) fn until_due(&self) -> Option<std::time::Duration> {
         let (save, files) = (self.until_save(), self.files.until_overdue());
         let events = [self.until_announcement(), self.until_balloon()];
         [save, files, self.until_retry()].into_iter().chain(events).flatten().min()
     }
 
-    /// Something that the machine could not decide by itself.
+    /// Handle an event that the machine cannot decide by itself.
     pub fn machine_event(&mut self, event: machine::Event) {
         use machine::{Event as M, PowerEvent as P, Stopped as S};
         let waits = self.state == State::Saving || self.is_deferring() || self.ending.is_some();
         if waits && !matches!(event, M::MemoryLost(_) | M::Escape) {
             return self.late.push(event);
         }
-        // What looks like the guest's own end may come of memory that it cannot read any more.
+        // What looks like the guest's own end may be caused by memory that can no longer be read.
         if let M::Vcpu(index, S::Fault | S::Failed) = event
             && let Err(e) = machine::memory::image::check_files(self.machine.memory())
         {
@@ -226,7 +227,7 @@ impl Vmm {
             return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
         }
         match event {
-            // Another vCPU than the one that brought the machine to its end, at the same moment.
+            // Another vCPU than the one that halted the machine, at the same moment.
             M::Vcpu(..) if matches!(self.state, State::Halted(_)) => {}
             M::Vcpu(_, S::Power(_) | S::Fault) if self.state == State::Prelaunch => {}
             M::Vcpu(_, S::Fault) if self.actions.triple_fault_panics => self.guest_panicked(),
@@ -263,7 +264,7 @@ impl Vmm {
         }
     }
 
-    /// What had to wait for the end of a save.
+    /// Handle the events that had to wait for the end of a save.
     pub(crate) fn late_events(&mut self) {
         for event in std::mem::take(&mut self.late) {
             self.machine_event(event);
@@ -282,13 +283,14 @@ impl Vmm {
         self.halt(Halt::GuestPanicked, true, ShutdownCause::GuestPanic, action, status);
     }
 
-    /// The guest cannot go on: do what is to be done then. `status` is the process's if it ends.
+    /// Halt the guest, which cannot run on, and take `action`. `status` is the exit status if the
+    /// process ends.
     fn halt(&mut self, why: Halt, guest: bool, reason: ShutdownCause, action: Action, status: u8) {
         let until = Instant::now() + bounds::GUEST_REST;
         self.try_halt(Halting { why, guest, reason, action, status, until });
     }
 
-    /// Whether threads of the machine may never come to an end.
+    /// Whether threads of the machine may never end.
     pub(crate) fn is_stuck(&self) -> bool {
         self.stuck
     }

@@ -1,4 +1,4 @@
-//! The table of `docs/adding-a-device.md`, read: every device says what it can do.
+//! Checks the table of `docs/adding-a-device.md`: it says for every device what that supports.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use std::{fs, path::Path};
 
@@ -19,7 +19,7 @@ fn cells(line: &str) -> Vec<&str> {
     line.trim_matches('|').split('|').map(str::trim).collect()
 }
 
-/// Whether a source file under `dir` holds `text`.
+/// Whether a source file under `dir` contains `text`.
 fn said(dir: &Path, text: &str) -> bool {
     fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).any(|path| {
         match path.extension() {
@@ -51,7 +51,7 @@ fn every_device_says_what_it_can_do_and_what_refuses_the_rest() {
             let message = cell.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
             let holds = match message {
                 Some(message) => sources.iter().any(|dir| said(&root.join(dir), message)),
-                // Of no device: there is none yet.
+                // Supported by no device so far.
                 None if *column == "replication" => *cell == "not built",
                 None => *cell == "works",
             };

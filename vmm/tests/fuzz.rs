@@ -14,7 +14,7 @@ mod mutate;
 #[path = "../../fuzz/src/saved.rs"]
 mod saved;
 
-/// What the monitor makes of a stream.
+/// The result of receiving a stream.
 fn received(bytes: &[u8]) -> Result<(), ReceiveError> {
     let give = |description: &Description| {
         allocate(&description.config.memory).map_err(|e| ReceiveError::NoRoom(e.to_string()))
@@ -44,13 +44,13 @@ fn states_that_say_anything() {
     saved::last_of_stream(&saved::bytes(&stream_seed)).unwrap();
     received(&saved::bytes(&stream_seed)).unwrap();
     let mut seeds = vec![file_seed, stream_seed, bare];
-    // What released programs have saved.
+    // Files saved by released versions.
     for name in ["9d2bfdc-everything", "bd6521f-everything"] {
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../state/tests/golden");
         seeds.push(saved::frames(&std::fs::read(format!("{golden}/{name}/state")).unwrap()));
     }
     mutate::hammer("state", &seeds, 5000, saved::entry);
-    // And what the monitor makes of them.
+    // And what the monitor does with them.
     mutate::hammer("state", &seeds, 2000, |input| {
         let _ = received(&saved::bytes(input)).map_err(|e| e.to_string());
     });

@@ -1,4 +1,4 @@
-//! Where it was said what the host does not give.
+//! Error messages about what the host lacks name the place in the configuration that asked for it.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -30,12 +30,12 @@ fn run(line: &str) -> Invocation {
     invocation(&[], line)
 }
 
-/// The machine of a command line that has a kernel and a control socket anyway.
+/// The machine of a command line, to which a kernel and a control socket are added.
 fn machine(line: &str) -> MachineConfig {
     run(&format!("-kernel k -api-channel unix:s {line}")).machine
 }
 
-/// What a file says, and flags after it.
+/// The invocation with the configuration file `text`, and flags after it.
 fn file(text: &str, line: &str) -> Invocation {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vm.json");
@@ -43,10 +43,10 @@ fn file(text: &str, line: &str) -> Invocation {
     invocation(&["-config".into(), path.into()], line)
 }
 
-/// What is said of a machine that cannot be had, without the file's directory.
+/// The error messages for a machine that cannot be built, without the file's directory.
 fn explained(invocation: &Invocation) -> Vec<String> {
     let config = &invocation.machine;
-    // Any error that is about the whole machine; what KVM says does not matter here.
+    // Any error about the whole machine will do; KVM's own errors do not matter here.
     let first = BuildError::Slots(SlotsError::Disks { slots: 1, disks: 2 });
     let problems = explain(&invocation.places, preflight(config, first), config);
     let short = |line: &str| match line.split_once(".json: ") {
@@ -56,7 +56,8 @@ fn explained(invocation: &Invocation) -> Vec<String> {
     problems.iter().map(short).collect()
 }
 
-/// Each line begins with a place and goes on with words, in this order, and there are no more.
+/// There is one line for each pair, in this order: it begins with the place and continues with the
+/// text.
 fn tells(invocation: &Invocation, expected: &[(&str, &str)]) {
     let said = explained(invocation);
     assert_eq!(
@@ -151,7 +152,7 @@ fn what_is_about_a_number_names_it_too() {
     assert!(by_flag.starts_with("-m 2G: size: 1073741824 MiB"), "{by_flag}");
 }
 
-/// As people have it: the kernel beside the file, and the monitor started elsewhere.
+/// The usual case: the kernel lies beside the file, and the monitor is started elsewhere.
 #[test]
 fn what_lies_beside_the_file_is_found_there_and_told() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The system-call filter around a real monitor, and around a process that does what it must not.
+//! The system-call filters of a real monitor, and of a process that makes forbidden calls.
 #![expect(clippy::unwrap_used, reason = "a test")]
 use std::{
     env, fs,
@@ -74,7 +74,7 @@ impl Monitor {
             .arg(format!("file,path={}", at("serial").display()))
             .args(["-smp", "2", "-m", "128", "-iothread", "id=t0"])
             .args(args)
-            // What there is to say of this host is no error.
+            // Warnings about this host are no failure.
             .env("STRATOVIRT_LOG_LEVEL", "error")
             .stdin(Stdio::null())
             .spawn()
@@ -101,13 +101,13 @@ impl Monitor {
         }
     }
 
-    /// Mode and number of filters of its threads: as many entries as there are differences.
+    /// Mode and number of filters of its threads: one entry for each distinct pair.
     fn filters(&self) -> Vec<(String, String)> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         let tasks = tasks.map(|task| task.unwrap().path());
         let mut all: Vec<_> = tasks.filter(|task| !is_kernel(task)).map(|t| filters(&t)).collect();
-        // Main thread, two vCPUs, the default I/O thread and t0, one that writes the serial port's file,
-        // checkpoint, files, kernel, end.
+        // Main thread, two vCPUs, the default I/O thread and t0, the thread that writes the serial
+        // port's file, checkpoint, files, kernel, end.
         assert!(all.len() >= 10, "{all:?}");
         all.sort();
         all.dedup();
@@ -127,12 +127,12 @@ impl Drop for Monitor {
     }
 }
 
-/// Whether a thread is one of the kernel's own, for io_uring or KVM, which never runs in user mode.
+/// Whether a thread is one of the kernel's own, for io_uring or KVM, which never run in user mode.
 fn is_kernel(task: &Path) -> bool {
     /// `PF_IO_WORKER` and `PF_USER_WORKER` (linux/sched.h).
     const WORKER: u32 = 0x10 | 0x4000;
     let stat = fs::read_to_string(task.join("stat")).unwrap();
-    // The name, in parentheses, may have spaces in it; the flags are the seventh field behind it.
+    // The name, in parentheses, may contain spaces; the flags are the seventh field after it.
     let flags = stat.rsplit(')').next().unwrap().split_whitespace().nth(6).unwrap();
     flags.parse::<u32>().unwrap() & WORKER != 0
 }
@@ -172,7 +172,7 @@ fn a_confined_monitor_does_all_that_it_is_asked_to() {
     vm.ask("system_reset", json!({}));
     vm.booted(2);
     vm.ask("device_del", json!({"id": "new"}));
-    // What fails does so by its own error, not by the filter's.
+    // A failure comes from the operation's own error, not from the filter.
     let missing = json!({"driver": "file", "filename": vm.path("missing")});
     let refused = vm.qmp.execute_raw("blockdev-add", json!({"node-name": "no", "file": missing}));
     assert!(refused.unwrap_err().to_string().contains("does not exist"));
@@ -194,7 +194,7 @@ fn a_confined_monitor_ends_by_sigterm_and_takes_its_names_away() {
     let socket = vm.path("qmp");
     let process = rustix::process::Pid::from_child(&vm.child);
     rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
-    // The directory goes with the monitor, so the socket is looked at first.
+    // The directory is removed with the monitor, so the socket is checked first.
     let gone = Instant::now() + PATIENCE;
     while (socket.exists() || pid.exists()) && Instant::now() < gone {
         thread::sleep(Duration::from_millis(5));
@@ -219,12 +219,13 @@ fn disable_seccomp_leaves_the_monitor_as_free_as_its_parent() {
     assert_eq!(vm.filters(), [filters(Path::new("/proc/self"))]);
 }
 
-/// Says which crime this process, a copy of the test, is to commit, and which kind of thread.
+/// Says which forbidden operation this process, a copy of the test, is to carry out.
 const CRIME: &str = "STRATOVIRT_TEST_CRIME";
 const LOG: &str = "STRATOVIRT_TEST_LOG";
 
-/// What a thread must not do, and the call that it is caught in. Of some kinds, the C library blocks all
-/// signals before it, so that the kernel ends the process unheard.
+/// Forbidden operations for each kind of thread, and the call that the filter catches. For some of
+/// them the C library blocks all signals first, so that the kernel ends the process without a
+/// report.
 const CRIMES: [(&str, Kind, Option<i64>); 17] = [
     ("internet", Kind::Main, Some(libc::SYS_socket)),
     ("deaf", Kind::Main, Some(libc::SYS_rt_sigaction)),
@@ -266,7 +267,7 @@ fn commit(crime: &str) {
     }
 }
 
-/// Commits a crime on a thread of the kind that goes with it.
+/// Carries out a forbidden operation on a thread of the kind that belongs to it.
 fn commit_as(index: usize) {
     let (crime, kind, _) = *CRIMES.get(index).unwrap();
     let confinement = Confinement::begin(false).unwrap();

@@ -1,4 +1,4 @@
-//! Agents that do what they should, and guests that do what they like.
+//! Agents that follow the protocol, and guests that do not.
 use std::{
     io::{BufRead, BufReader},
     thread,
@@ -6,11 +6,11 @@ use std::{
 
 use super::*;
 
-/// Long enough for anything that is going to happen.
+/// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What becomes of `ask` when `guest` is on the far side. It is handed each line that it is told, and
-/// the stream to answer on; it hangs up when it says so.
+/// The result of `ask` when `guest` is at the other end. It is given each line that it receives,
+/// and the stream to answer on; it hangs up when it returns false.
 fn with(guest: impl FnMut(&[u8], &mut UnixStream) -> bool + Send + 'static) -> Outcome {
     asked_for(Mode::Reboot, ANSWER_TIMEOUT, REFUSAL, guest)
 }
@@ -46,7 +46,7 @@ struct Outcome {
 }
 
 impl Outcome {
-    /// It was not asked to shut down.
+    /// The guest was not asked to shut down.
     fn nobody(self) {
         assert!(matches!(self.result, Err(AgentError::Silent | AgentError::Io(_))));
         assert!(self.heard.iter().all(|line| !has(line, "guest-shutdown")), "{:?}", self.heard);
@@ -62,8 +62,8 @@ fn sync(line: &[u8]) -> Option<Value> {
     serde_json::from_slice::<Value>(text).ok()?.pointer("/arguments/id").cloned()
 }
 
-/// Answers the way an agent does; `before` and `after` go around it. One that says no more is not
-/// waited for at length.
+/// Answers as an agent does, with `before` and `after` around the answer. If it sends nothing more,
+/// it is not waited for at length.
 fn agent(before: &'static [u8], after: &'static str) -> Outcome {
     let patience = if after.is_empty() { REFUSAL } else { LONG };
     agent_asked_for(Mode::Reboot, patience, before, after)

@@ -1,4 +1,4 @@
-//! Listening to a domain: its console, log and events.
+//! Following a domain: its console, log and events.
 use std::{
     collections::BTreeMap,
     io::{self, Write},
@@ -25,15 +25,16 @@ use crate::{
     verbs::{Dmesg, Events},
 };
 
-/// Time between two looks at what nobody tells about.
+/// Poll interval for changes that no event reports.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long a monitor that has hung up may take to end.
 const END: Duration = Duration::from_secs(60);
-/// How long nothing may be heard before it is looked whether the monitor is there.
+/// How long a monitor may be silent before it is checked that it is still there.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Context {
-    /// The domain called `name`, which `verb` only looks at: nobody is kept from acting on it.
+    /// The domain called `name`, which `verb` only reads: other verbs are not kept from acting on
+    /// it.
     pub(super) fn see(&self, verb: Verb, name: &Name) -> anyhow::Result<(Place, Status)> {
         let (place, seen) = self.look(name);
         let Some(place) = place.filter(|_| seen.state != State::Absent) else {
@@ -68,7 +69,7 @@ pub fn attach(ctx: &Context, place: &Place, state: State) -> anyhow::Result<Answ
     match end {
         End::Left => eprintln!("\nLeft '{name}'."),
         End::HungUp => {
-            // It may take its time to give its memory back.
+            // The monitor may take its time to release its memory.
             let (_, seen) = ctx.look(name);
             if let (None, Some(process)) = (&seen.client, &seen.process) {
                 process.ends_within(END);
@@ -99,7 +100,7 @@ pub fn dmesg(ctx: &Context, args: &Dmesg) -> anyhow::Result<Answer> {
             (Some(process), true) => process.ends_within(LOOK),
             _ => true,
         };
-        // After the look: what was written last is not missed.
+        // After the state was read, so that the last output is not missed.
         if let Err(e) = log.pour(&mut out) {
             return quietly(e);
         }
@@ -128,10 +129,10 @@ pub fn events(ctx: &Context, args: &Events, as_json: bool) -> anyhow::Result<Ans
     }
 }
 
-/// The events of all domains, also of those that begin later; until somebody ends it.
+/// The events of all domains, including those that start later; until the user ends it.
 fn all_events(ctx: &Context, as_json: bool) -> anyhow::Result<Answer> {
     let (tell, told) = mpsc::channel();
-    // Socket of the monitor that is listened to, by the domain's number.
+    // The sockets of the monitors that are listened to, by the domains' numbers.
     let mut known = BTreeMap::new();
     let mut out = io::stdout().lock();
     loop {
@@ -166,7 +167,7 @@ fn all_events(ctx: &Context, as_json: bool) -> anyhow::Result<Answer> {
     }
 }
 
-/// Pass on what a monitor says, and then that it has hung up.
+/// Pass on the lines of a monitor, and finally that it has hung up.
 fn listen(mut client: Client, id: u32, tell: &Sender<(u32, Option<String>)>) {
     loop {
         let line = match client.read_line(PATIENCE) {
@@ -189,7 +190,7 @@ fn with_name(name: &Name, line: &str) -> String {
     message.to_string()
 }
 
-/// An event for people: when, who, what, and its data.
+/// An event as text: its time, domain, name and data.
 fn plain(name: &Name, line: &str) -> String {
     let Ok(event) = serde_json::from_str::<ReceivedEvent>(line) else {
         return format!("{name} says {line:?}");
@@ -203,7 +204,7 @@ fn plain(name: &Name, line: &str) -> String {
     text
 }
 
-/// A reader that has gone has read enough.
+/// A reader that has closed its end wants no more.
 pub(super) fn quietly(error: io::Error) -> anyhow::Result<Answer> {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Ok(Answer::silent()),
@@ -211,7 +212,7 @@ pub(super) fn quietly(error: io::Error) -> anyhow::Result<Answer> {
     }
 }
 
-/// Date and time (UTC) `seconds` after the beginning of 1970, as RFC 3339 has them, up to the second.
+/// Date and time (UTC) `seconds` after the beginning of 1970, in RFC 3339 format, to the second.
 fn date_time(seconds: u64) -> String {
     let seconds = i64::try_from(seconds).unwrap_or_default();
     let t = UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH);

@@ -1,4 +1,4 @@
-//! Beginning, stopping, ending.
+//! Starting, stopping and ending domains.
 use anyhow::Context as _;
 use qmp::schema::{Cont, Stop};
 use serde_json::json;
@@ -52,10 +52,10 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     Ok(answer)
 }
 
-/// What the domain is.
+/// The domain's description.
 ///
 /// # Errors
-/// When its record is damaged; says what can be done about that.
+/// When its record is damaged; the error says what can be done about that.
 pub fn described(place: &Place) -> anyhow::Result<Description> {
     place.description().map_err(|e| {
         let hint = match place.managed {
@@ -72,10 +72,10 @@ pub fn described(place: &Place) -> anyhow::Result<Description> {
     })
 }
 
-/// Start a monitor for the domain at `place`, whose lock this is.
+/// Start a monitor for the domain at `place`, whose lock the caller holds.
 ///
 /// # Errors
-/// What the monitor says; an unmanaged domain is forgotten then.
+/// The monitor's error; an unmanaged domain is forgotten then.
 pub fn begin(
     ctx: &Context,
     place: &Place,
@@ -84,7 +84,7 @@ pub fn begin(
     more: &More,
     lock: Option<Lock>,
 ) -> anyhow::Result<Answer> {
-    // Nothing may happen before there is somebody to see it.
+    // The guest must not run before its events are watched.
     let watched = restart_policy::needed(&description.policy);
     let paused = how.paused || watched;
     let started = monitor::start(&ctx.registry, &ctx.program, place, description, paused, more);
@@ -100,7 +100,7 @@ pub fn begin(
     if watched {
         let let_run = || {
             let mut seen = domain::look(&ctx.registry, place);
-            // What was saved when its guest had ended cannot go on.
+            // A state saved when the guest had ended cannot run on.
             let ended = matches!(seen.state, State::Off | State::Crashed);
             if !how.paused && !ended {
                 seen.client()?.execute(&Cont {})?;
@@ -117,8 +117,8 @@ pub fn begin(
     begun(ctx, place, how, id, lock, restored)
 }
 
-/// What there is to say of a domain that has just begun; with `-c` after its console was left. One
-/// that goes on from a saved state is told what time it is.
+/// The answer for a domain that has just started; with `-c`, after its console was left. The guest
+/// of a domain that was restored gets its clock set.
 ///
 /// # Errors
 /// When its console cannot be attached to.
@@ -130,7 +130,7 @@ pub fn begun(
     lock: Option<Lock>,
     restored: bool,
 ) -> anyhow::Result<Answer> {
-    // Whoever is attached keeps nobody from acting on it.
+    // An attached console does not keep other verbs from acting on the domain.
     drop(lock);
     let mut seen = domain::look(&ctx.registry, place);
     let state = match (seen.state, how.paused) {
@@ -170,18 +170,18 @@ pub fn unpause(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     Ok(Answer::state(name, State::Running))
 }
 
-/// Let the guest run. A suspended state that it comes from must not count any more by then: its
-/// memory would not fit what the guest writes to its disks.
+/// Let the guest run. A suspended state that it was restored from must no longer count by then: its
+/// memory would not match what the guest writes to its disks.
 ///
 /// # Errors
-/// When it does not run; its suspended state counts as before then.
+/// When it does not run; its suspended state counts again then.
 pub fn let_run(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
     let saved = held.place.managed && held.place.is_saved();
     if saved {
         ctx.registry.spend(&held.place)?;
     }
     if let Err(e) = held.seen.client()?.execute(&Cont {}) {
-        // Unless it runs all the same and only the answer was lost.
+        // Unless it does run and only the answer was lost.
         if saved && matches!(e, qmp::client::ClientError::Refused { .. }) {
             ctx.registry.unspend(&held.place)?;
         }
@@ -214,7 +214,7 @@ pub fn delete(ctx: &Context, args: &Delete) -> anyhow::Result<Answer> {
 }
 
 impl Context {
-    /// For `delete -f`: what `resume` could be done with can be discarded, too.
+    /// For `delete -f`: what `resume` could be used on can be discarded, too.
     fn hold_suspended(&self, name: &Name) -> anyhow::Result<Held> {
         match self.hold(Verb::Resume, name) {
             Ok(held) => Ok(held),
@@ -227,7 +227,7 @@ impl Context {
 pub fn rename(ctx: &Context, args: &Rename) -> anyhow::Result<Answer> {
     let (old, new) = (&args.domain, &args.new);
     if ctx.registry.find(old).is_none() {
-        // For its better words.
+        // For its more specific errors.
         ctx.hold(Verb::Rename, old)?;
     }
     let _locks = ctx.registry.lock_both(old, new)?;

@@ -1,4 +1,4 @@
-//! Looking at domains, and waiting for what becomes of them.
+//! Listing domains, and waiting for changes of their state.
 use std::{
     thread,
     time::{Duration, Instant},
@@ -21,16 +21,16 @@ use crate::{
     verbs::{List, Wait},
 };
 
-/// Most domains that are asked at the same time: as many connections.
+/// Most domains that are queried at the same time, each over a connection of its own.
 const AT_ONCE: u64 = 256;
-/// Time between two looks at a domain whose monitor does not answer.
+/// Poll interval for a domain whose monitor does not answer.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// Time between two looks at one that is being saved, of whose end not all is told by events.
+/// Poll interval for a domain that is being saved, as events do not report everything about the end
+/// of a save.
 const SAVING: Duration = Duration::from_millis(200);
-/// Time between two looks at one that tells by events what becomes of it: another monitor may take its
-/// name.
+/// Poll interval for a domain whose events report its changes: another monitor may take its name.
 const TOLD: Duration = Duration::from_secs(2);
-/// Lines of a log that are shown.
+/// Number of log lines that are shown.
 const LAST: usize = 10;
 
 /// One domain.
@@ -95,14 +95,13 @@ impl Row {
     }
 }
 
-/// The domains of these names, or all. All of a batch are asked before the first one's answer is
-/// read.
+/// The domains of these names, or all. All of a batch are queried before the first answer is read.
 fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
     let all: Vec<Name> = match names {
         [] => ctx.registry.names()?.into_iter().collect(),
         names => names.to_vec(),
     };
-    // Some descriptors are for other things.
+    // Some descriptors are needed for other purposes.
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let at_once = (files / 2).clamp(1, AT_ONCE) as usize;
     let mut rows = Vec::with_capacity(all.len());
@@ -117,7 +116,7 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
         for (name, asked) in batch.iter().zip(asked) {
             match asked.and_then(|(asked, place)| row(ctx, asked, place)) {
                 Some(row) => rows.push(row),
-                // It was there a moment ago.
+                // It existed a moment ago.
                 None if names.is_empty() => {}
                 None => return Err(ctx.absent(Verb::Info, name)),
             }
@@ -126,7 +125,7 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The domain at `place`, which was asked; nothing if it has ended.
+/// The row of the domain at `place`, which was queried; `None` if it has ended.
 fn row(ctx: &Context, asked: Query, place: Place) -> Option<Row> {
     let seen = asked.answer(&ctx.registry, &place);
     let ended = seen.state == State::Absent;
@@ -136,18 +135,18 @@ fn row(ctx: &Context, asked: Query, place: Place) -> Option<Row> {
     (!ended).then(|| Row::new(place, &seen))
 }
 
-/// Take away what a domain that has ended by itself has left, unless somebody acts on it.
+/// Remove what a domain that has ended by itself has left, unless another process acts on it.
 fn tidy(ctx: &Context, name: &Name) {
     if let Some(_lock) = ctx.registry.try_lock(name)
         && let (Some(place), seen) = ctx.look(name)
         && matches!(seen.state, State::Absent | State::Registered)
     {
-        // It can wait for another time.
+        // A later call can do it.
         let _ = ended(ctx, &place);
     }
 }
 
-/// How a domain is once what it may have left has been tidied up.
+/// The domain's state, after removing what it may have left.
 pub fn settle(ctx: &Context, name: &Name) -> State {
     let (place, seen) = ctx.look(name);
     if place.is_some_and(|place| seen.state == State::Absent || place.has_begun())
@@ -197,7 +196,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
     Ok(Answer::new(text, Value::Array(objects)))
 }
 
-/// Events that tell of another state.
+/// Events that report a change of state.
 const CHANGES: [&str; 6] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN", "RESET", "GUEST_PANICKED"];
 
 /// What can be waited for.
@@ -230,7 +229,7 @@ impl WaitFor {
 pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
     let name = &args.domain;
     let timeout = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
-    // One beyond the end of time is none.
+    // A deadline beyond the range of `Instant` is none.
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut first = true;
     loop {
@@ -254,7 +253,7 @@ pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
     }
 }
 
-/// Wait until the domain may be in another state, no longer than `left`.
+/// Wait until the domain may be in another state, for at most `left`.
 fn until_changed(seen: Status, left: Option<Duration>) {
     let within = |pause: Duration| left.map_or(pause, |left| left.min(pause));
     if let Some(mut client) = seen.client {

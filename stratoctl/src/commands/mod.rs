@@ -1,4 +1,4 @@
-//! What each verb does: lock the name, see how the domain is, ask the matrix, act.
+//! The implementation of each verb: lock the name, find the domain's state, check the matrix, act.
 mod attach;
 mod lifecycle;
 mod list;
@@ -25,10 +25,10 @@ use crate::{
     verbs::{Command, Line},
 };
 
-/// How long a monitor that was told to end may take, before it is killed.
+/// How long a monitor that was asked to end may take before it is killed.
 const END: Duration = Duration::from_secs(10);
 
-/// What every verb works with.
+/// Context of every verb.
 pub struct Context {
     pub registry: Registry,
     /// The monitor's program.
@@ -37,7 +37,7 @@ pub struct Context {
     pub root: Option<PathBuf>,
 }
 
-/// What a verb has to say.
+/// The result of a verb.
 pub struct Answer {
     pub text: String,
     pub json: Value,
@@ -46,12 +46,12 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// A verb that has done what it was asked for.
+    /// The result of a verb that has succeeded.
     pub fn new(text: impl Into<String>, json: Value) -> Self {
         Self { text: text.into(), json, status: 0 }
     }
 
-    /// A verb that has said all while it ran.
+    /// The result of a verb that has printed everything while it ran.
     pub fn silent() -> Self {
         Self::new("", Value::Null)
     }
@@ -62,10 +62,10 @@ impl Answer {
     }
 }
 
-/// Do what the command line says.
+/// Run the command line.
 ///
 /// # Errors
-/// Why it is not done, for people.
+/// Why it failed, for people.
 pub fn run(line: Line) -> anyhow::Result<Answer> {
     let ctx = Context {
         registry: Registry::open(line.global.root.as_deref())?,
@@ -102,16 +102,16 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
     }
 }
 
-/// A domain that nobody else acts on.
+/// A domain that no other process acts on.
 pub struct Held {
     pub place: Place,
     pub seen: Status,
-    /// Given up early by what takes long.
+    /// Released early by verbs that take long.
     pub lock: Option<Lock>,
 }
 
 impl Context {
-    /// How the domain called `name` is, and where.
+    /// The place and state of the domain called `name`.
     pub fn look(&self, name: &Name) -> (Option<Place>, Status) {
         match self.registry.find(name) {
             None => (None, Status::nobody()),
@@ -122,12 +122,12 @@ impl Context {
         }
     }
 
-    /// Take the domain called `name` for `verb`, which needs one.
+    /// Lock the domain called `name` for `verb`, which needs one.
     ///
     /// # Errors
-    /// When `verb` may not act on it as it is.
+    /// When `verb` may not act on it in its state.
     pub fn hold(&self, verb: Verb, name: &Name) -> anyhow::Result<Held> {
-        // Not to make the directories of a registry that has nothing in it.
+        // Without this, the directories of an empty registry would be created.
         if self.registry.find(name).is_none() {
             return Err(self.absent(verb, name));
         }
@@ -148,10 +148,10 @@ impl Context {
         Ok(Held { place, seen, lock })
     }
 
-    /// Take a name that nobody has.
+    /// Lock a name that is not in use.
     ///
     /// # Errors
-    /// When somebody has it.
+    /// When it is in use.
     pub fn take(&self, verb: Verb, name: &Name) -> anyhow::Result<Lock> {
         let lock = self.registry.lock(name)?;
         matrix::admit(verb, self.look(name).1.state, name, false)?;
@@ -186,7 +186,8 @@ fn unmanaged(verb: Verb, name: &Name) -> anyhow::Error {
     Failure::hint(format!("'{name}' is not a registered domain"), hint).into()
 }
 
-/// End the monitor, kindly or not, and tidy up. The domain is registered or gone afterwards.
+/// End the monitor, gracefully or not, and remove what it leaves. The domain is registered or gone
+/// afterwards.
 ///
 /// # Errors
 /// When it cannot be ended.
@@ -210,7 +211,7 @@ pub fn end(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
     ended(ctx, &held.place)
 }
 
-/// Tidy up after a monitor that is gone.
+/// Remove what a monitor that has ended has left.
 ///
 /// # Errors
 /// When the disk cannot be written.

@@ -1,4 +1,4 @@
-//! The control socket of a domain's monitor: one command, or a conversation.
+//! The control socket of a domain's monitor: a single command, or a session.
 use std::{
     io::{self, BufRead, Read, Write},
     path::Path,
@@ -21,11 +21,11 @@ use serde_json::{Value, json};
 use super::{Answer, Context, attach::quietly};
 use crate::{domain, failure::Failure, matrix::Verb, registry::Name, verbs::Qmp};
 
-/// Time between two looks at what nobody tells about.
+/// Poll interval for changes that no event reports.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How long a reply may take.
+/// How long an answer may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest line that is sent to a monitor, bytes.
+/// Longest line that is sent to a monitor, in bytes.
 const MAX_LINE: u64 = 1 << 20;
 
 pub fn qmp(ctx: &Context, args: &Qmp) -> anyhow::Result<Answer> {
@@ -59,8 +59,8 @@ fn arguments(text: Option<&str>) -> anyhow::Result<Value> {
     }
 }
 
-/// Lines from standard input to the monitor, and what it says to standard output. After the end of
-/// the input, until all is answered.
+/// Copy lines from standard input to the monitor, and its output to standard output. After the end
+/// of the input, this continues until all commands are answered.
 fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
     let mut to = client.stream().try_clone().context("a second handle")?;
     let asked = Arc::new(AtomicU64::new(0));
@@ -80,7 +80,7 @@ fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
                 Err(e) => break Err(e),
             }
         };
-        // Nobody listens any more when the process ends.
+        // The receiver is gone only if the process is ending.
         let _ = tell.send(done);
     });
     let mut out = io::stdout().lock();
@@ -136,8 +136,8 @@ fn next_line(input: &mut impl BufRead) -> io::Result<Option<String>> {
     Ok((n > 0).then(|| line.trim_end_matches(['\r', '\n']).to_owned()))
 }
 
-/// What is sent for a line: itself if it is JSON, else a command and its arguments; with paths that
-/// begin here.
+/// The request for a line: the line itself if it is JSON, else a command and its arguments.
+/// Relative paths refer to the working directory of this process.
 fn request(line: &str) -> String {
     let line = line.trim();
     let text = if line.starts_with(['{', '[']) {
@@ -146,7 +146,7 @@ fn request(line: &str) -> String {
         let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match rest.trim() {
             "" => json!({ "execute": command }).to_string(),
-            // As it was written: what is wrong with it is for the monitor to say.
+            // Unchanged: the monitor reports what is wrong with it.
             rest => format!("{{\"execute\":{},\"arguments\":{rest}}}", json!(command)),
         }
     };
@@ -158,8 +158,8 @@ fn request(line: &str) -> String {
     format!("{}\n", changed().unwrap_or(text))
 }
 
-/// Make the paths among `arguments` absolute, whether there are any that were not. The monitor's
-/// working directory is its own.
+/// Make the paths among `arguments` absolute; whether any was relative. The monitor has a working
+/// directory of its own.
 fn from_here(command: &str, arguments: &mut Value) -> bool {
     let (text, scheme) = match command {
         "blockdev-add" => (arguments.pointer_mut("/file/filename"), ""),
@@ -176,7 +176,7 @@ fn from_here(command: &str, arguments: &mut Value) -> bool {
     if path.is_absolute() {
         return false;
     }
-    // An empty one stays as it is, for the monitor to refuse.
+    // An empty path stays empty, and the monitor refuses it.
     let whole = std::path::absolute(path).ok();
     let Some(whole) = whole.as_deref().and_then(Path::to_str) else { return false };
     text.replace_range(begin.., whole);
@@ -219,7 +219,7 @@ mod tests {
             let whole = format!("{{\"execute\":\"{command}\",\"arguments\":{arguments}}}");
             assert_eq!(request(&whole), sent);
         }
-        // What is not JSON, and what is not this, goes as it is.
+        // Lines that are neither JSON nor this form are sent unchanged.
         assert_eq!(request("migrate {uri"), "{\"execute\":\"migrate\",\"arguments\":{uri}\n");
     }
 

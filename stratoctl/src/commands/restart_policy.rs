@@ -1,6 +1,6 @@
-//! `rename-restart`: a process for each domain whose policy asks for it, and for no other. It listens to
-//! the monitor; when the guest ends, it gives the domain another name and starts a new one under the
-//! old name. It ends with the domain. Without it (somebody killed it), the domain is preserved.
+//! `rename-restart`: a process for each domain whose policy needs it, and for no other. It listens
+//! to the monitor; when the guest ends, it gives the domain another name and starts a new one under
+//! the old name. It ends with the domain. If the process is killed, the domain is preserved.
 use std::{
     fs::{self, OpenOptions},
     io::{self, Read, Write},
@@ -27,25 +27,25 @@ use crate::{
     registry::{Description, Lock, Name, Place},
 };
 
-/// A guest that ends so soon after it was restarted is not restarted again: each that is preserved
-/// costs its memory. Stories name a longer time than any host takes.
+/// A guest that ends sooner than this after a restart is not restarted again: each preserved domain
+/// keeps its memory. Tests set a longer time than any host takes.
 fn too_soon() -> Duration {
     domain::seconds("STRATOCTL_TOO_SOON", Duration::from_secs(10))
 }
 
-/// Most domains preserved from one name.
+/// Most preserved domains for one name.
 const MOST: u32 = 1000;
 const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time between two looks at a monitor that does not answer.
+/// Poll interval for a monitor that does not answer.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Whether a domain of this policy needs the process.
+/// Whether a domain with this policy needs the process.
 pub fn needed(policy: &Policy) -> bool {
     [policy.on_poweroff, policy.on_reboot, policy.on_crash].contains(&Then::RenameRestart)
 }
 
-/// Start the process for the domain at `place`, whose monitor stands still; it listens when this
-/// returns.
+/// Start the process for the domain at `place`, whose guest does not run yet; it is listening when
+/// this returns.
 ///
 /// # Errors
 /// When it does not start.
@@ -63,7 +63,7 @@ pub fn spawn(ctx: &Context, place: &Place) -> anyhow::Result<()> {
     match said {
         Some(Ok(())) => Ok(()),
         _ => {
-            // It has ended, or does now that nobody listens to it.
+            // It has ended, or does now that its output is not read.
             let _ = child.kill();
             let status = child.wait().with_context(cannot)?;
             Err(anyhow::anyhow!(status)).with_context(cannot)
@@ -76,7 +76,8 @@ pub fn spawn(ctx: &Context, place: &Place) -> anyhow::Result<()> {
 /// # Errors
 /// When the domain is not there, or cannot be restarted.
 pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
-    // Not a part of anybody's terminal. Fails in a session of its own, which is as good.
+    // Detach from the terminal. This fails if the process leads a session already, which serves as
+    // well.
     let _ = rustix::process::setsid();
     let place = ctx.registry.find(name).context("there is no such domain")?;
     let mut kept = Kept::listen(&place)?;
@@ -103,15 +104,15 @@ pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     Ok(Answer::silent())
 }
 
-/// A domain that is listened to.
+/// A domain whose monitor is listened to.
 struct Kept {
     /// Its number.
     id: u32,
     client: Client,
     description: Description,
-    /// When it began to run.
+    /// When the guest began to run.
     since: Instant,
-    /// Why the machine went off, by the last event that said so.
+    /// Why the guest ended, as of the last event that said so.
     reason: String,
 }
 
@@ -123,7 +124,8 @@ impl Kept {
         Ok(Self { id, client, description, since: Instant::now(), reason: String::new() })
     }
 
-    /// Wait until the guest has ended in a way that asks for a restart; false when the monitor has.
+    /// Wait until the guest has ended in a way that needs a restart; false if the monitor has
+    /// ended.
     fn has_halted(&mut self, ctx: &Context) -> anyhow::Result<bool> {
         loop {
             let event = match self.client.next_event(EVENT_TIMEOUT) {
@@ -156,8 +158,8 @@ impl Kept {
         }
     }
 
-    /// What the monitor says how it is; nothing if it has ended. One that is late is asked again by
-    /// another connection: on this one its answer would be taken for an event.
+    /// The state that the monitor reports; `None` if it has ended. If the answer is late, the query
+    /// is repeated over another connection: on this one the answer would be taken for an event.
     fn status(&mut self, ctx: &Context) -> anyhow::Result<Option<RunState>> {
         loop {
             match self.client.execute(&QueryStatus {}) {
@@ -179,14 +181,14 @@ impl Kept {
 }
 
 impl Context {
-    /// Where the domain with that number is now: it may have been renamed.
+    /// The place of the domain with that number: it may have been renamed.
     fn placed(&self, id: u32) -> anyhow::Result<Option<Place>> {
         let names = self.registry.names()?;
         let mut places = names.iter().filter_map(|name| self.registry.find(name));
         Ok(places.find(|place| place.id() == Some(id)))
     }
 
-    /// Give the halted domain another name, and start one like it under its old name.
+    /// Rename the halted domain, and start one like it under its old name.
     fn rename_restart(&self, old: &Place, kept: &mut Kept) -> anyhow::Result<(Place, Kept)> {
         let name = &old.name;
         let _lock = self.registry.lock(name)?;
@@ -214,7 +216,7 @@ impl Context {
             Ok(kept) => Ok((fresh.kept, kept)),
             Err(e) => {
                 note(&fresh.kept, &format!("cannot be restarted as '{name}': {e:#}"));
-                // It may have started, and would keep the disks of one that nobody knows.
+                // The new one may have started, and would hold disks without being registered.
                 let seen = domain::look(&self.registry, place);
                 end(self, &mut Held { place: place.clone(), seen, lock: None })?;
                 Err(e)
@@ -223,23 +225,23 @@ impl Context {
     }
 }
 
-/// A domain that has made way.
+/// A domain that was renamed to make way for a new one.
 pub struct Fresh {
-    /// Where the old one is.
+    /// Place of the old one.
     pub kept: Place,
-    /// Where the new one is to be started.
+    /// Place where the new one is to be started.
     pub place: Place,
-    /// What the new one is.
+    /// Description of the new one.
     pub description: Description,
-    /// Nobody else has the name of the old one.
+    /// Lock on the old domain's new name.
     _lock: Lock,
 }
 
-/// Give the halted domain at `place` another name, so that one like it can be started in its place.
-/// The caller has its lock.
+/// Rename the halted domain at `place`, so that one like it can be started in its place. The caller
+/// holds its lock.
 ///
 /// # Errors
-/// When there is no other name left, or the disk cannot be written.
+/// When no other name is left, or the disk cannot be written.
 pub fn make_way(
     ctx: &Context,
     place: &Place,
@@ -261,11 +263,11 @@ pub fn make_way(
     Ok(Fresh { kept, place: new, description: fresh, _lock: lock })
 }
 
-/// A name that nobody has: `name-1`, or the next one.
+/// A name that is not in use: `name-1`, or the next number.
 fn spare_name(ctx: &Context, name: &Name) -> anyhow::Result<(Name, Lock)> {
     for number in 1..MOST {
         let tail = format!("-{number}");
-        // A long name gives way.
+        // A long name is shortened.
         let head: String = name.as_str().chars().take(Name::MAX_BYTES - tail.len()).collect();
         let spare: Name = format!("{head}{tail}").parse()?;
         if let Some(lock) = ctx.registry.try_lock(&spare)
@@ -278,15 +280,15 @@ fn spare_name(ctx: &Context, name: &Name) -> anyhow::Result<(Name, Lock)> {
     Err(Failure::hint(what, "`stratoctl destroy NAME-1` and so on end what is kept").into())
 }
 
-/// Take from a halted machine what only one can have: disks, taps, the sockets of its consoles. Its
-/// memory, registers and serial console stay to be looked at.
+/// Detach from a halted machine what only one machine can hold: disks, taps, the sockets of its
+/// consoles. Its memory, registers and serial console stay for inspection.
 fn release(client: &mut Client, config: &Value) {
     let each = |section: &str, key: &str| -> Vec<String> {
         let items = config.get(section).and_then(Value::as_array).into_iter().flatten();
         items.filter_map(|item| item.get(key)?.as_str().map(str::to_owned)).collect()
     };
     for id in each("drive", "drive_id").into_iter().chain(each("net", "iface_id")) {
-        // Gone already, perhaps; what is not free shows at the start of the new one.
+        // It may be gone already; what is still in use is reported when the new one starts.
         let _ = client.execute(&DeviceDel { id });
     }
     for socket in each("console", "socket_path") {
@@ -294,10 +296,10 @@ fn release(client: &mut Client, config: &Value) {
     }
 }
 
-/// A line in the domain's log, where `dmesg` shows it.
+/// Write a line to the domain's log, where `dmesg` shows it.
 fn note(place: &Place, text: &str) {
     let line = format!("stratoctl: {}\n", text.replace('\n', " "));
     let log = open_regular(&place.run.join("log"), OpenOptions::new().append(true));
-    // A log that cannot be written cannot tell so either.
+    // A failure to write the log cannot be logged.
     let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
 }

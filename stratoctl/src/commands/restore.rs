@@ -1,4 +1,4 @@
-//! Going on from a saved state.
+//! Restoring domains from saved states.
 use std::{fs::File, io::BufReader, os::unix::fs::MetadataExt, path::Path};
 
 use anyhow::Context as _;
@@ -16,7 +16,7 @@ use crate::{
     verbs::{Clock, MovedDisk, Restore, Resume},
 };
 
-/// What lies beside the monitor's own files in a saved directory.
+/// Name of the record that lies beside the monitor's own files in a saved directory.
 pub const BESIDE: &str = "domain.json";
 
 pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
@@ -31,7 +31,7 @@ pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
         .clone()
         .map_or(name, Ok)
         .map_err(|e| Failure::hint(e.to_string(), "give the domain a name: --name NAME"))?;
-    // Two that go on from one state are two domains.
+    // Two domains restored from one state are two domains.
     description.uuid = crate::configuration::uuid()?;
     let lock = ctx.take(Verb::Restore, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
@@ -52,7 +52,7 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Resume, &args.domain)?;
     let description = lifecycle::described(&held.place)?;
     let more = incoming(&held.place.saved(), false, args.clock, args.force, None)?;
-    // Paused at first: the state counts until the guest runs, and from then on no more.
+    // Paused at first: the suspended state counts until the guest runs.
     let place = held.place.clone();
     let started = monitor::start(&ctx.registry, &ctx.program, &place, &description, true, &more);
     let id = started.map_err(|e| {
@@ -81,8 +81,8 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
     lifecycle::begun(ctx, &place, &args.begin, id, held.lock, true)
 }
 
-/// What `directory` says of itself when it is not a domain that was saved there, but a monitor's
-/// own `migrate`.
+/// The name and description for a state in `directory` that was not saved by stratoctl, but by a
+/// monitor's own `migrate`.
 fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Description)> {
     let path = directory.join(STATE);
     let read =
@@ -97,7 +97,7 @@ fn by_another(directory: &Path) -> anyhow::Result<(Result<Name, BadName>, Descri
         vcpus: machine.vcpus.into(),
         memory: machine.memory.size,
         policy: Policy::default(),
-        // What it was started with is not known.
+        // The configuration that it was started with is not known.
         config: Value::Null,
     };
     Ok((machine.name.parse(), description))
@@ -128,13 +128,13 @@ fn incoming(
         let kept = disks.is_some() && name.starts_with("disk-");
         kept || verify && name == "memory"
     };
-    // Holes are not read. What it builds on counts, too, where there is such a thing.
+    // Holes are not read. The saves that it builds on are counted, too, if there are any.
     let reads = entries().filter(|entry| entry.file_name().to_str().is_some_and(read));
     let reads = reads.filter_map(|entry| Some(entry.metadata().ok()?.blocks() * 512)).sum();
     Ok(More { words, reads: Some(reads).filter(|reads| *reads > 0) })
 }
 
-/// `path` as a monitor's option.
+/// `path` as the value of a monitor's option.
 ///
 /// # Errors
 /// When it cannot be one.
@@ -149,7 +149,7 @@ pub fn text(path: &Path) -> anyhow::Result<&str> {
 /// The absolute path of a directory that is to hold a saved state.
 ///
 /// # Errors
-/// When it cannot be told to a monitor.
+/// When it cannot be passed to a monitor.
 pub fn directory(file: &Path) -> anyhow::Result<std::path::PathBuf> {
     let path = std::path::absolute(file).with_context(|| format!("{}", file.display()))?;
     text(&path)?;
@@ -159,7 +159,7 @@ pub fn directory(file: &Path) -> anyhow::Result<std::path::PathBuf> {
 pub fn check(file: &Path) -> anyhow::Result<Answer> {
     let directory = directory(file)?;
     config::saved::check(&directory)?;
-    // Beside it, and not needed by the monitor: absent in what another tool has saved.
+    // It lies beside the state, and the monitor does not need it: absent if another tool has saved.
     match registry::read::<Saved>(&directory.join(BESIDE)) {
         Err(e) if !e.is_absent() => return Err(e.into()),
         _ => {}

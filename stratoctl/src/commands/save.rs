@@ -1,4 +1,4 @@
-//! Saving a domain: into a directory of the user's, or into its own store.
+//! Saving a domain: into a directory that the user names, or into its own store.
 use std::{
     fs,
     path::Path,
@@ -24,10 +24,10 @@ use crate::{
     verbs::Save,
 };
 
-/// Longest save.
+/// Limit on the duration of a save.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
-/// What becomes of the domain afterwards.
+/// What happens to the domain afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum After {
     Ends,
@@ -58,9 +58,9 @@ pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
     })
 }
 
-/// See that `directory` is not there yet, is empty, or has an earlier save in it.
+/// Check that `directory` does not exist, is empty, or holds an earlier save.
 fn fit_for_a_save(directory: &Path) -> anyhow::Result<()> {
-    // What is there and is no directory, or cannot be read, is for the monitor to refuse.
+    // The monitor refuses what is no directory or cannot be read.
     let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
     let names: Vec<_> =
         entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
@@ -84,8 +84,8 @@ pub fn suspend(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     write_out(ctx, held, &directory, After::Ends, false, |_| Ok(()))
 }
 
-/// Save the domain into `directory`, with its disks if `disks`, then do `also`, then what `after` says. If anything fails the
-/// domain is what it was.
+/// Save the domain into `directory`, with its disks if `disks`, then do `also`, then what `after`
+/// says. If anything fails, the domain is what it was.
 fn write_out(
     ctx: &Context,
     mut held: Held,
@@ -101,7 +101,7 @@ fn write_out(
         crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
         anyhow::bail!("'{name}' is being saved");
     };
-    // It takes long. Whoever wants the domain meanwhile sees that it is being saved.
+    // This takes long. Other verbs see meanwhile that the domain is being saved.
     held.lock = None;
     let client = held.seen.client.take().context("the monitor does not answer")?;
     let command = Migrate {
@@ -117,7 +117,7 @@ fn write_out(
     let info = match written {
         Ok(info) => info,
         Err(e) => {
-            // A save that succeeded and could not be made use of has left it paused.
+            // The save has succeeded and left the domain paused, but a later step has failed.
             if ran
                 && let Ok(Ok(mut now)) = again(ctx, &held, &uuid, saving)
                 && now.seen.client.is_some()
@@ -142,7 +142,7 @@ fn write_out(
     ))
 }
 
-/// What becomes of a domain that has been saved.
+/// Do to a saved domain what is to happen to it.
 fn finish(
     ctx: &Context,
     held: &Held,
@@ -181,8 +181,8 @@ fn finish(
     })
 }
 
-/// Take the domain that was saved again. Somebody may have ended it meanwhile, and even begun another
-/// one of the same name, which is left alone: gives its state.
+/// Lock the saved domain again. It may have ended meanwhile, and another one of the same name may
+/// have started, which is left alone: its state is returned then.
 fn again(
     ctx: &Context,
     held: &Held,
@@ -191,7 +191,7 @@ fn again(
 ) -> anyhow::Result<Result<Held, State>> {
     let name = &held.place.name;
     let lock = Some(ctx.registry.lock(name)?);
-    // Now nobody else can begin.
+    // Under the lock, no other process can begin to act on it.
     drop(saving);
     let place = ctx.registry.find(name);
     let Some(place) = place.filter(|place| place.description().is_ok_and(|d| d.uuid == uuid))
@@ -207,7 +207,7 @@ fn again(
     })
 }
 
-/// Let the monitor save, show how far it is, and call it off at an interrupt.
+/// Let the monitor save, show its progress, and cancel it at an interrupt.
 fn migrate(held: &Held, mut client: Client, command: Migrate) -> anyhow::Result<MigrationInfo> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {

@@ -1,5 +1,5 @@
-//! Asking a guest to end: the agent if it answers, else the power button or Ctrl-Alt-Del. What the
-//! guest does then is its own affair.
+//! Asking a guest to end: through the agent if it answers, else by the power button or
+//! Ctrl-Alt-Del. The guest may ignore it.
 use std::{
     path::Path,
     time::{Duration, Instant, SystemTime},
@@ -23,11 +23,11 @@ use crate::{
     verbs::{Reboot, Shutdown},
 };
 
-/// How long a guest that was asked may take before `-F` does it for it.
+/// How long a guest that was asked may take before `-F` forces it.
 const FORCE_AFTER: Duration = Duration::from_secs(60);
 /// How long a monitor may take to end once it has hung up.
 const END_LIMIT: Duration = Duration::from_secs(60);
-/// How long an event is waited for before the wait is begun again, where it has no end.
+/// How long to wait for an event in one go, where the whole wait has no limit.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
@@ -46,7 +46,7 @@ pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
         return Ok(asked.answer(name));
     }
     let limit = limit(args.timeout, args.force)?;
-    // Others may act on it meanwhile.
+    // Other verbs may act on it meanwhile.
     held.lock = None;
     match wait(&mut held, limit)? {
         Some(outcome) => finished(ctx, name, &held, &asked, outcome),
@@ -125,7 +125,7 @@ fn ctrl_alt_del() -> SendKey {
 /// How a guest was asked.
 struct Means {
     way: &'static str,
-    /// Why not by the agent, where there should be one.
+    /// Why not through the agent, where there should be one.
     instead: Option<String>,
 }
 
@@ -151,8 +151,8 @@ impl Means {
     }
 }
 
-/// Have the agent of a guest that has just gone on set its clock to the host's date, and add to
-/// `answer` what became of it; nothing where the domain has no agent's console.
+/// Make the agent of a guest that has just been resumed set its clock to the host's date, and add
+/// the outcome to `answer`; does nothing if the domain has no console for the agent.
 pub fn set_clock(client: &mut Client, place: &Place, answer: &mut Answer) {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let date = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
@@ -169,7 +169,7 @@ pub fn set_clock(client: &mut Client, place: &Place, answer: &mut Answer) {
     }
 }
 
-/// Ask the agent, on the console that is its own and on no other.
+/// Ask the agent, on its own console and on no other.
 fn by_agent(client: &mut Client, place: &Place, mode: Mode) -> Result<Means, Option<AgentError>> {
     let chardevs = client.execute(&QueryChardev {}).map_err(|_| None)?;
     let console = chardevs.into_iter().find(|chardev| chardev.label == agent::CONSOLE);
@@ -180,19 +180,19 @@ fn by_agent(client: &mut Client, place: &Place, mode: Mode) -> Result<Means, Opt
     Ok(Means::by("guest agent", None))
 }
 
-/// What a guest that was asked has done, and why, by the monitor's words.
+/// The reaction of a guest that was asked, with the reason that the monitor gives.
 enum Outcome {
     /// It ended, and its domain with it.
     Ended(String),
     /// It ended, and its domain is kept.
     Halted(String),
-    /// It booted anew.
+    /// It rebooted.
     Reset(String),
 }
 
-/// Wait until it has done something about it; `None` if it has not in time.
+/// Wait for the guest's reaction; `None` if there is none in time.
 fn wait(held: &mut Held, limit: Option<Duration>) -> anyhow::Result<Option<Outcome>> {
-    // A limit beyond the end of time is none.
+    // A deadline beyond the range of `Instant` is none.
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     let client = held.seen.client()?;
     let mut why = None;
@@ -232,7 +232,7 @@ fn finished(
 ) -> anyhow::Result<Answer> {
     let (did, reason) = match outcome {
         Outcome::Ended(reason) => {
-            // It has hung up, and may take its time to give its memory back.
+            // It has hung up, and may take its time to release its memory.
             if let Some(process) = &held.seen.process {
                 process.ends_within(END_LIMIT);
             }

@@ -1,5 +1,5 @@
 //! Every change that the registry makes to the disk goes through [`Disk`], so that a test can stop
-//! between any two of them.
+//! it between any two steps.
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
@@ -10,25 +10,26 @@ use std::{
 use rustix::fs::OFlags;
 use state::regular_file::open_regular;
 
-/// The steps that changes are made of. Each is whole or has not happened, but for [`Disk::write`].
+/// The steps of which changes consist. Each is done completely or not at all, except for
+/// [`Disk::write`].
 pub trait Disk {
-    /// Make a directory, mode 0700; that it is there already is no error.
+    /// Create a directory, mode 0700; an existing one is no error.
     fn mkdir(&self, path: &Path) -> io::Result<()>;
-    /// Make a file of mode 0600 and write to it; one that is there is emptied first.
+    /// Create a file of mode 0600 and write to it; an existing one is truncated first.
     fn write(&self, path: &Path, contents: &[u8]) -> io::Result<()>;
-    /// Wait until a file's contents, or a directory's names, are on the disk.
+    /// Wait until a file's contents, or a directory's entries, are on the disk.
     fn sync(&self, path: &Path) -> io::Result<()>;
-    /// Give a file or directory another name, in place of what has that name.
+    /// Rename a file or directory; an existing one of the new name is replaced.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Make a symbolic link to `target` at `path`.
+    /// Create a symbolic link to `target` at `path`.
     fn link(&self, target: &Path, path: &Path) -> io::Result<()>;
-    /// Take a file away; that it is gone already is no error.
+    /// Remove a file; a missing one is no error.
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Take a directory away with all that is in it; that it is gone already is no error.
+    /// Remove a directory with all its contents; a missing one is no error.
     fn remove_tree(&self, path: &Path) -> io::Result<()>;
 }
 
-/// The host's.
+/// The host's disk.
 #[derive(Debug, Clone, Copy)]
 pub struct Real;
 
@@ -44,7 +45,7 @@ impl Disk for Real {
     }
 
     fn sync(&self, path: &Path) -> io::Result<()> {
-        // A file or a directory; opening a FIFO would wait.
+        // A file or a directory; opening a FIFO would block.
         let flags = OFlags::NONBLOCK.bits().cast_signed();
         File::options().read(true).custom_flags(flags).open(path)?.sync_all()
     }
@@ -73,8 +74,8 @@ fn unless_gone(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Replace the file at `path`: whoever looks, whenever the power fails, finds the old contents or
-/// the new ones.
+/// Replace the file at `path` atomically: whenever the power fails, a reader finds either the old
+/// contents or the new ones.
 pub fn replace(disk: &dyn Disk, path: &Path, contents: &[u8]) -> io::Result<()> {
     let new = path.with_extension("new");
     let written = disk
@@ -82,14 +83,14 @@ pub fn replace(disk: &dyn Disk, path: &Path, contents: &[u8]) -> io::Result<()> 
         .and_then(|()| disk.sync(&new))
         .and_then(|()| disk.rename(&new, path));
     if written.is_err() {
-        // A disk that is full has more use for the space.
+        // A full disk has better uses for the space.
         let _ = disk.remove(&new);
     }
     written?;
     sync_parent(disk, path)
 }
 
-/// Make what was renamed or removed at `path` last.
+/// Make the creation, renaming or removal of `path` durable.
 pub fn sync_parent(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), |parent| disk.sync(parent))
 }

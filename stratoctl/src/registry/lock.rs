@@ -1,5 +1,5 @@
-//! One lock a name, held by the process and gone with it. The file is of no use but to be locked,
-//! and lies outside of the directory that a rename moves.
+//! One lock for each name, held by the process and released when that ends. The file serves only
+//! for locking, and lies outside the directory that a rename moves.
 use std::{
     fs::{self, File, OpenOptions},
     io,
@@ -13,7 +13,7 @@ use rustix::{
 };
 use state::regular_file::open_regular;
 
-/// Nobody else acts on what is locked while this lives. The file goes with the lock.
+/// While this exists, no other process acts on what is locked. The file is removed with the lock.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
@@ -21,7 +21,7 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Wait until `path` is ours.
+    /// Wait until `path` is locked.
     pub fn wait(path: &Path) -> io::Result<Self> {
         loop {
             if let Some(lock) = Self::attempt(path, FlockOperation::LockExclusive)? {
@@ -30,7 +30,7 @@ impl Lock {
         }
     }
 
-    /// Take `path` unless somebody has it.
+    /// Lock `path`, unless it is locked already.
     pub fn attempt_once(path: &Path) -> io::Result<Option<Self>> {
         match Self::attempt(path, FlockOperation::NonBlockingLockExclusive) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -38,7 +38,7 @@ impl Lock {
         }
     }
 
-    /// Whether somebody has `path`.
+    /// Whether `path` is locked.
     pub fn is_held(path: &Path) -> bool {
         open_regular(path, File::options().read(true)).is_ok_and(|file| {
             flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
@@ -55,7 +55,7 @@ impl Lock {
                 other => break other?,
             }
         }
-        // Whoever had it before may have taken the file away since it was opened.
+        // The previous owner may have removed the file since it was opened.
         let ours = file.metadata()?;
         let there = fs::metadata(path);
         let same = there.is_ok_and(|m| (m.dev(), m.ino()) == (ours.dev(), ours.ino()));
@@ -65,7 +65,8 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // While it is still locked: whoever opened it sees that it has gone, and makes another.
+        // While it is still locked: a process that has opened it sees that it is gone, and creates
+        // another.
         let _ = fs::remove_file(&self.path);
     }
 }

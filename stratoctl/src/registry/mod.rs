@@ -1,23 +1,23 @@
-//! The registry: a directory for each domain, and nothing that runs.
+//! The registry: a directory for each domain, and no daemon.
 //!
 //! ```text
 //! state/NAME/            a registered domain
-//!   domain.json            what it is; while this is here, the domain is registered
-//!   saved/                 its suspended state; `saved/state` is whole, or not there
+//!   domain.json            its description; while this exists, the domain is registered
+//!   saved/                 its suspended state; `saved/state` is complete, or absent
 //!   run -> run/.managed/UUID
 //! state/.disks/UUID/     disks that were made for an unmanaged domain when it was restored
-//! run/NAME/              an unmanaged domain, all else of it
-//!   domain.json            what it is
+//! run/NAME/              all other files of an unmanaged domain
+//!   domain.json            its description
 //! run/.managed/UUID/     a registered domain's run-time part; these in both kinds:
 //!   start.json             its number
 //!   up                     its monitor has answered
 //!   config.json            what the monitor was started with
 //!   pid, log, qmp.sock, console.sock   made by the monitor, whose working directory this is
-//! run/.lock/NAME.lock    held by who acts on the name
-//! run/.lock/NAME.save    held by who saves the domain
+//! run/.lock/NAME.lock    held while a process acts on the name
+//! run/.lock/NAME.save    held while the domain is saved
 //! ```
-//! A rename is one rename of a directory, in both kinds. What state a domain is in is nowhere
-//! written down: see [`crate::domain`].
+//! A rename is one rename of a directory, for both kinds. The state of a domain is not stored
+//! anywhere: see [`crate::domain`].
 mod disk;
 mod lock;
 mod name;
@@ -45,21 +45,21 @@ pub use record::{Description, RecordError, Saved, Start};
 pub use record::{parse, text};
 pub use record::{read, write};
 
-/// Where a domain's things are.
+/// The paths of a domain.
 #[derive(Debug, Clone)]
 pub struct Place {
     /// Its name.
     pub name: Name,
-    /// Whether it is registered, rather than gone when it ends.
+    /// Whether it is registered; an unmanaged domain is gone when it ends.
     pub managed: bool,
-    /// Directory of `domain.json`.
+    /// Directory that contains `domain.json`.
     pub home: PathBuf,
-    /// Directory of what the monitor makes; may not be there.
+    /// Directory of the monitor's files; may not exist.
     pub run: PathBuf,
 }
 
 impl Place {
-    /// Its record.
+    /// Path of its record.
     pub fn record(&self) -> PathBuf {
         self.home.join(RECORD)
     }
@@ -69,12 +69,12 @@ impl Place {
         self.home.join("saved")
     }
 
-    /// Whether it has a suspended state, which is a whole one.
+    /// Whether it has a complete suspended state.
     pub fn is_saved(&self) -> bool {
         self.saved().join("state").exists()
     }
 
-    /// What it is.
+    /// Its description.
     ///
     /// # Errors
     /// When its record is damaged.
@@ -82,7 +82,7 @@ impl Place {
         read(&self.record())
     }
 
-    /// Whether a start was prepared that nobody has tidied up after.
+    /// Whether a start was prepared whose files have not been removed yet.
     pub fn has_begun(&self) -> bool {
         self.run.join(START).exists()
     }
@@ -92,23 +92,23 @@ impl Place {
         self.run.join(UP).exists()
     }
 
-    /// Its number, if it has been started.
+    /// Its number, if it was started.
     pub fn id(&self) -> Option<u32> {
         read::<Start>(&self.run.join(START)).ok().map(|start| start.id)
     }
 }
 
 const RECORD: &str = "domain.json";
-/// Beside the domains, and no name of one.
+/// Directory beside the domains' own; it is not a valid name of a domain.
 const DISKS: &str = ".disks";
 const START: &str = "start.json";
 const UP: &str = "up";
-/// More than it takes to see whether a lock is held.
+/// More time than it takes to check whether a lock is held.
 const GLANCE: Duration = Duration::from_millis(100);
 /// The monitor's configuration, in its working directory.
 pub const CONFIG: &str = "config.json";
 
-/// Both halves of the registry.
+/// Both parts of the registry.
 pub struct Registry {
     run: PathBuf,
     state: PathBuf,
@@ -116,7 +116,8 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The registry below `root`, or the system's or the user's. It is made when it is needed.
+    /// The registry below `root`, or else the system's or the user's. It is created when it is
+    /// needed.
     ///
     /// # Errors
     /// When there is no place for it.
@@ -125,12 +126,12 @@ impl Registry {
         Ok(Self { run, state, disk: Box::new(Real) })
     }
 
-    /// The disk that it changes.
+    /// The disk that it writes to.
     pub fn disk(&self) -> &dyn Disk {
         &*self.disk
     }
 
-    /// Nobody else acts on `name` while this lives.
+    /// Lock `name`: no other process acts on it while the lock exists.
     ///
     /// # Errors
     /// When the directory of locks cannot be written.
@@ -139,7 +140,7 @@ impl Registry {
         Lock::wait(&path).with_context(|| format!("cannot lock {}", path.display()))
     }
 
-    /// The same for two names, whoever else wants them in the other order.
+    /// Lock two names; no deadlock if another process locks them in the other order.
     ///
     /// # Errors
     /// See [`Self::lock`].
@@ -149,12 +150,12 @@ impl Registry {
         Ok((lock, if first == second { None } else { Some(self.lock(second)?) }))
     }
 
-    /// The lock on `name`, unless somebody has it.
+    /// The lock on `name`, unless it is held already.
     pub fn try_lock(&self, name: &Name) -> Option<Lock> {
         Lock::attempt_once(&self.lock_path(name, "lock").ok()?).ok().flatten()
     }
 
-    /// Held for as long as the domain is saved: other verbs see that it is.
+    /// Lock held for as long as the domain is saved: other verbs see that it is.
     ///
     /// # Errors
     /// See [`Self::lock`].
@@ -162,7 +163,7 @@ impl Registry {
         let path = self.lock_path(name, "save")?;
         let deadline = Instant::now() + GLANCE;
         loop {
-            // Whoever only looks whether it is held has it for a moment.
+            // A process that only checks whether the lock is held has it for a moment.
             let lock = Lock::attempt_once(&path)
                 .with_context(|| format!("cannot lock {}", path.display()))?;
             if lock.is_some() || Instant::now() >= deadline {
@@ -172,7 +173,7 @@ impl Registry {
         }
     }
 
-    /// Whether somebody saves the domain.
+    /// Whether the domain is being saved.
     pub fn is_being_saved(&self, name: &Name) -> bool {
         Lock::is_held(&self.locks().join(format!("{name}.save")))
     }
@@ -187,7 +188,7 @@ impl Registry {
         Ok(locks.join(format!("{name}.{what}")))
     }
 
-    /// Where `name` is, if there is such a domain. An unmanaged one may have ended.
+    /// The place of `name`, if there is such a domain. An unmanaged one may have ended.
     pub fn find(&self, name: &Name) -> Option<Place> {
         let managed = self.state.join(name.as_str());
         if fs::symlink_metadata(managed.join(RECORD)).is_ok() {
@@ -199,7 +200,7 @@ impl Registry {
         Some(Place { name: name.clone(), managed: false, run: home.clone(), home })
     }
 
-    /// All names, in order. Unmanaged domains of these may have ended.
+    /// All names, sorted. Unmanaged domains among them may have ended.
     ///
     /// # Errors
     /// When a directory cannot be read.
@@ -219,8 +220,8 @@ impl Registry {
         Ok(names)
     }
 
-    /// Register a domain, or put down an unmanaged one. The caller has the lock, and there is none
-    /// of that name.
+    /// Add a registered or an unmanaged domain. The caller holds the lock, and no domain of that
+    /// name exists.
     ///
     /// # Errors
     /// When the disk is full or cannot be written; nothing is registered then.
@@ -232,7 +233,7 @@ impl Registry {
     ) -> anyhow::Result<Place> {
         let home = if managed { &self.state } else { &self.run }.join(name.as_str());
         let cannot = || format!("cannot put domain {name} down in {}", home.display());
-        // What a stratoctl that was killed may have left.
+        // Left by a stratoctl that was killed.
         self.disk.remove_tree(&home).with_context(cannot)?;
         self.disk.mkdir(&home).with_context(cannot)?;
         let added = write(&*self.disk, &home.join(RECORD), description)
@@ -245,18 +246,18 @@ impl Registry {
         Ok(Place { name: name.clone(), managed, home, run })
     }
 
-    /// Directory in which the domain `uuid` may have disks of its own: it goes with the domain, and
-    /// renaming that does not move it. The one above it is made.
+    /// Directory in which the domain `uuid` may have disks of its own: it is removed with the
+    /// domain, and stays in place when that is renamed. Its parent directory is created.
     ///
     /// # Errors
-    /// When that cannot be.
+    /// When the parent cannot be created.
     pub fn place_for_disks(&self, uuid: &str) -> anyhow::Result<PathBuf> {
         let all = self.state.join(DISKS);
         self.disk.mkdir(&all).with_context(|| format!("cannot make {}", all.display()))?;
         Ok(all.join(uuid))
     }
 
-    /// The disks that were made for the domain `uuid`, in order.
+    /// The disks that were made for the domain `uuid`, sorted.
     pub fn own_disks(&self, uuid: &str) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.state.join(DISKS).join(uuid)).into_iter().flatten();
         let mut disks: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
@@ -264,7 +265,7 @@ impl Registry {
         disks
     }
 
-    /// Forget a domain that does not run, and remove the disks that were made for it.
+    /// Remove a domain that does not run, and the disks that were made for it.
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -272,7 +273,7 @@ impl Registry {
         let target = place.managed.then(|| fs::read_link(&place.run).ok()).flatten();
         let disks = place.description().ok().filter(|_| !place.managed);
         let disks = disks.map(|description| self.state.join(DISKS).join(description.uuid));
-        // First what nobody would find any more without the record.
+        // First what could no longer be found without the record.
         target
             .map_or(Ok(()), |run| self.disk.remove_tree(&run))
             .and_then(|()| disks.map_or(Ok(()), |disks| self.disk.remove_tree(&disks)))
@@ -283,7 +284,7 @@ impl Registry {
             .with_context(|| format!("cannot remove {}", place.home.display()))
     }
 
-    /// Give a domain another name. The caller has both locks, and nobody has the new name.
+    /// Rename a domain. The caller holds both locks, and the new name is not in use.
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -296,9 +297,9 @@ impl Registry {
             .with_context(|| format!("cannot rename {}", place.home.display()))
     }
 
-    /// Make the monitor of a registered domain an unmanaged domain of its own, called `to`, so that
-    /// the registered one can be started anew. The caller has both locks, and nobody has the new
-    /// name.
+    /// Turn the monitor of a registered domain into an unmanaged domain called `to`, so that the
+    /// registered one can be started again. The caller holds both locks, and the new name is not in
+    /// use.
     ///
     /// # Errors
     /// When the disk is full or cannot be written.
@@ -314,8 +315,8 @@ impl Registry {
             .with_context(|| format!("cannot rename {}", old.display()))
     }
 
-    /// Make the directory that a monitor is to be started in, with its configuration, and give the
-    /// domain a number.
+    /// Create the directory that a monitor is to be started in, with its configuration, and assign
+    /// a number to the domain.
     ///
     /// # Errors
     /// When the disk is full or cannot be written.
@@ -339,7 +340,7 @@ impl Registry {
         self.clear(place)?;
         let config = serde_json::to_vec_pretty(config)?;
         self.disk.write(&place.run.join(CONFIG), &config).with_context(cannot)?;
-        // One at a time, so that no two get the same number.
+        // One process at a time, so that numbers are unique.
         let path = self.lock_path(&place.name, "id")?.with_file_name(".id");
         let _numbers = Lock::wait(&path).with_context(cannot)?;
         let used = self.names()?.iter().filter_map(|name| self.find(name)?.id()).max();
@@ -348,7 +349,7 @@ impl Registry {
         Ok(id)
     }
 
-    /// Note that the monitor that was started answers.
+    /// Record that the monitor that was started answers.
     ///
     /// # Errors
     /// When the disk is full or cannot be written.
@@ -356,7 +357,7 @@ impl Registry {
         self.disk.write(&place.run.join(UP), b"")
     }
 
-    /// Take away what a monitor that has ended may have left: all but its log.
+    /// Remove what a monitor that has ended may have left, except its log.
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -368,8 +369,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Take away what a save that did not come to its end has left in the domain's store, and a
-    /// state that no longer counts.
+    /// Remove what an interrupted save has left in the domain's store, and a state that no longer
+    /// counts.
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -386,8 +387,7 @@ impl Registry {
         self.discard_spent(place)
     }
 
-    /// From here on the suspended state no longer counts. It is still there: see
-    /// [`Self::unspend`].
+    /// Make the suspended state no longer count. It still exists: see [`Self::unspend`].
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -400,7 +400,7 @@ impl Registry {
             .with_context(|| format!("cannot rename {}", place.saved().display()))
     }
 
-    /// Let the suspended state count again: its guest has not run.
+    /// Make the suspended state count again: its guest has not run.
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -411,7 +411,7 @@ impl Registry {
             .with_context(|| format!("cannot rename {} back", place.saved().display()))
     }
 
-    /// Take away a suspended state that no longer counts.
+    /// Remove a suspended state that no longer counts.
     ///
     /// # Errors
     /// When the disk cannot be written.
@@ -421,5 +421,5 @@ impl Registry {
     }
 }
 
-/// A suspended state that no longer counts.
+/// Name of a suspended state that no longer counts.
 const SPENT: &str = "spent";

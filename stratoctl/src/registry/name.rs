@@ -1,4 +1,4 @@
-//! Names of domains: each is the name of a directory, and what people type.
+//! Names of domains: each is also the name of a directory.
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[serde(try_from = "String", into = "String")]
 pub struct Name(String);
 
-/// Not a name.
+/// Not a valid name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
     "{0} is no name for a domain: 1 to 64 letters, digits, '_', '.', '+' and '-', the first a letter \
@@ -17,7 +17,7 @@ pub struct Name(String);
 pub struct BadName(String);
 
 impl Name {
-    /// Longest one, bytes.
+    /// Length of the longest name, in bytes.
     pub const MAX_BYTES: usize = 64;
 
     /// As text.
@@ -35,7 +35,7 @@ impl FromStr for Name {
         if first && rest && word.len() <= Self::MAX_BYTES {
             return Ok(Self(word.to_owned()));
         }
-        // Whatever it is, it must not fill or reprogram the terminal.
+        // The invalid text must not fill or control the terminal.
         let mut shown: String =
             word.chars().take(Self::MAX_BYTES).flat_map(char::escape_debug).collect();
         if word.chars().nth(Self::MAX_BYTES).is_some() {

@@ -1,4 +1,4 @@
-//! What the registry writes down: JSON with a version of its own.
+//! The registry's records: JSON with a version of their own.
 use std::{
     fs::File,
     io::{self, Read},
@@ -14,26 +14,26 @@ use crate::policy::Policy;
 
 /// The version of all records.
 const VERSION: u64 = 1;
-/// Longest record, bytes: a configuration has at most 256 KiB.
+/// Longest record, in bytes: a configuration has at most 256 KiB.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// What a domain is: written when it is made, read when it is started or saved.
+/// Description of a domain: written when it is created, read when it is started or saved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Description {
-    /// Stays the same for its whole life, renamed or not.
+    /// Constant for its whole life, also across renames.
     pub uuid: String,
-    /// vCPUs.
+    /// Number of vCPUs.
     pub vcpus: u64,
-    /// Bytes.
+    /// Memory in bytes.
     pub memory: u64,
     /// What to do when the guest ends.
     pub policy: Policy,
-    /// The monitor's configuration file, every path absolute.
+    /// The monitor's configuration file, with all paths absolute.
     pub config: Value,
 }
 
-/// What a start is: written before the monitor is started.
+/// Record of a start: written before the monitor is started.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Start {
@@ -41,13 +41,13 @@ pub struct Start {
     pub id: u32,
 }
 
-/// What lies beside a saved state.
+/// Record that lies beside a saved state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Saved {
     /// Name that the domain had.
     pub name: super::Name,
-    /// What it was.
+    /// Description of the domain.
     pub domain: Description,
 }
 
@@ -65,7 +65,7 @@ pub enum RecordError {
 }
 
 impl RecordError {
-    /// There is none.
+    /// Whether there is no such file.
     pub fn is_absent(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
@@ -81,7 +81,7 @@ struct Versioned<T> {
 /// The record at `path`.
 ///
 /// # Errors
-/// When it is not there, not whole, or of another version.
+/// When it does not exist, is damaged, or has another version.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     let failed = |source| RecordError::Io { path: path.into(), source };
     let mut text = Vec::new();
@@ -93,13 +93,13 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     parse(&text, path)
 }
 
-/// The record in `text`, which is what `path` holds.
+/// The record in `text`, the contents of the file `path`.
 ///
 /// # Errors
-/// When it is not whole, or of another version.
+/// When it is damaged, or has another version.
 pub fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, RecordError> {
     let damaged = |source| RecordError::Damaged { path: path.into(), source };
-    // The version first: of another one nothing else is known.
+    // The version first: the format of other versions is not known.
     let mut value: serde_json::Map<String, Value> =
         serde_json::from_slice(text).map_err(damaged)?;
     let found = value.shift_remove("version").unwrap_or_default();
@@ -109,7 +109,7 @@ pub fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, RecordE
     serde_json::from_value(Value::Object(value)).map_err(damaged)
 }
 
-/// Put `record` at `path`, whole or not at all.
+/// Write `record` to `path`, completely or not at all.
 ///
 /// # Errors
 /// When the disk is full or cannot be written.
@@ -117,10 +117,10 @@ pub fn write(disk: &dyn Disk, path: &Path, record: &impl Serialize) -> io::Resul
     disk::replace(disk, path, &text(record)?)
 }
 
-/// What is written of `record`.
+/// The text of `record`, as it is written.
 ///
 /// # Errors
-/// When it holds something that JSON does not have.
+/// When it contains a value that JSON cannot represent.
 pub fn text(record: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(&Versioned { version: VERSION, record })?;
     text.push(b'\n');

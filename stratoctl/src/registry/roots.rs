@@ -1,4 +1,4 @@
-//! Where the registry lies.
+//! The directories of the registry.
 use std::{
     env,
     path::{Path, PathBuf},
@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use crate::failure::Failure;
 
-/// The run-time half, gone after a reboot of the host, and the lasting half.
+/// The run-time part, which is gone after a reboot of the host, and the persistent part.
 pub fn find(root: Option<&Path>) -> anyhow::Result<(PathBuf, PathBuf)> {
     if let Some(root) = root {
         let root = std::path::absolute(root).context("--root")?;
@@ -25,7 +25,7 @@ fn choose(
     if super_user {
         return Ok(("/run/stratovirt".into(), "/var/lib/stratovirt".into()));
     }
-    // The specification has relative ones ignored.
+    // The specification requires relative ones to be ignored.
     let absolute = |name| variable(name).filter(|path| path.is_absolute());
     let run = absolute("XDG_RUNTIME_DIR").ok_or_else(|| {
         Failure::hint(

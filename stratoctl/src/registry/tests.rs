@@ -1,4 +1,4 @@
-//! The registry when its disk fails, and when its process is killed before any one step.
+//! The registry when its disk fails, and when its process is killed before any step.
 use std::{
     any,
     cell::Cell,
@@ -16,12 +16,12 @@ use serde_json::json;
 use super::*;
 use crate::policy::Policy;
 
-/// A disk that does some steps and then none: it is full, or the process is killed.
+/// A disk that does some steps and then no more: it is full, or the process is killed.
 struct Failing {
     steps: Mutex<u32>,
-    /// The step that is not done leaves half a file behind.
+    /// The failing step leaves half a file behind.
     torn: bool,
-    /// At that step the process is killed.
+    /// The process is killed at that step.
     killed: bool,
 }
 
@@ -82,7 +82,7 @@ impl Disk for Failing {
     }
 }
 
-/// Before the step: a registry in a directory of its own.
+/// A registry in a directory of its own, as it is before the step.
 struct Bench {
     dir: tempfile::TempDir,
 }
@@ -119,13 +119,13 @@ fn description(vcpus: u64) -> Description {
     }
 }
 
-/// What a process is told that is to be killed: the change, the directory, the steps that it does
-/// before, and whether the next one is torn.
+/// Environment variable of a process that is to be killed: the change, the directory, the number of
+/// steps before, and whether the next one is torn.
 const KILLED: &str = "STRATOCTL_TEST_KILLED";
 
-/// Do `change` on a disk that fails after 0, 1, 2 ... steps until it succeeds, and in processes that
-/// are killed there, each time from what `before` makes; `seen` looks at what is left, which must be
-/// as before or as after. `what` tells two changes of one test from each other.
+/// Makes `change` on a disk that fails after 0, 1, 2 ... steps until it succeeds, and in processes
+/// that are killed there, each time starting from what `before` makes. `seen` reads what is left,
+/// which must be as before or as after the change. `what` tells two changes of one test apart.
 fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
     what: &str,
     before: B,
@@ -143,7 +143,7 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
         }
         return;
     }
-    // This very test, by the name of what is written in it.
+    // This very test, by the name of a type in it.
     let test = any::type_name::<B>();
     let test = test.split("::").skip(1).filter(|part| !part.starts_with('{'));
     let test = test.collect::<Vec<_>>().join("::");
@@ -173,7 +173,7 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
             };
             let left = seen(&bench.real());
             assert!(left == old || left == new, "after {steps} steps: {left:?}");
-            // Once it is new it stays so.
+            // Once the new contents are there they stay.
             assert!(news.get() == 0 || left == new, "after {steps} steps: {left:?}");
             news.set(news.get() + u32::from(left == new));
             if done {
@@ -181,7 +181,7 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
                 assert!(steps > 1, "there are steps to fail at");
                 break;
             }
-            // Whoever tries again gets there.
+            // Trying again succeeds.
             let _held = bench.real().try_lock(&name("a")).expect("nobody has the lock");
             if left == old {
                 change(&bench.real()).expect("the second time");
@@ -327,7 +327,7 @@ fn a_start_that_was_not_prepared_to_the_end_can_be_prepared_anew() {
     );
 }
 
-/// What `list` and the verbs say of a record.
+/// Messages of `list` and other verbs about a record.
 fn said_of(contents: &[u8]) -> String {
     let bench = Bench::new();
     let registry = bench.real();
@@ -389,7 +389,7 @@ fn what_does_not_fit_on_the_disk_leaves_nothing_behind() {
     assert_eq!(left.len(), 1, "{left:?}");
 }
 
-/// A disk on which no file can be written; all else works.
+/// A disk on which no file can be written; everything else works.
 struct Full;
 
 impl Disk for Full {
@@ -454,7 +454,7 @@ fn a_lock_is_one_process_at_a_time_and_leaves_no_file() {
         .map(|entry| entry.expect("an entry").path())
         .collect();
     assert_eq!(locks, Vec::<PathBuf>::new());
-    // Many at once: whoever has it is alone.
+    // Many at once: only one at a time holds it.
     let alone = Mutex::new(());
     std::thread::scope(|scope| {
         for _ in 0..8 {

@@ -1,18 +1,20 @@
-//! A machine that comes in: the thread that takes it in, and the one that reads it where a peer sends it.
+//! An incoming machine: the thread that takes it in, and the thread that reads it where a peer
+//! sends it.
 //!
 //! ```text
 //!   main thread              incoming thread                          stream thread
 //!               ---start---> wait for a peer       ------start------> confine itself
-//!               <-Described- CPU? disks? taps?     <-----Room-------- the configuration, which is bounded
-//!                            allocate              -----memory------> fill it; then the state, to the end
+//!               <-Described- CPU? disks? taps?     <-----Room-------- bounded configuration
+//!                            allocate              -----memory------> fill it; then read the state
 //!                            build the machine     <----Machine------
 //!                                                  ------built------> Ready; wait for Go
 //!               <---Done---- take disks and taps   <----the end------
 //! ```
-//! The thread that reads what a peer sends may do nothing but read, fill that memory, answer and report:
-//! its filter is stricter than those of the monitor. What came is dropped whole when anything is wrong. Saved
-//! files of this host are read by the incoming thread itself. That one has no filter, and waits for storage
-//! in place of the main thread. It has to have ended before the guest runs.
+//! The thread that reads what a peer sends may only read, fill that memory, answer and report: its
+//! filter is stricter than those of the other threads. If anything is wrong, everything that was
+//! received is dropped. Saved files of this host are read by the incoming thread itself, which has
+//! no filter and waits for storage in place of the main thread. It has to end before the guest
+//! runs.
 use std::{
     io::{self, BufReader},
     process::Child,
@@ -49,34 +51,34 @@ use crate::{
     seccomp::{Confinement, Kind as Thread},
 };
 
-/// How long a thread that was told to end may take.
+/// How long a cancelled thread may take to end.
 const HANG_LIMIT: Duration = Duration::from_secs(1);
 
 /// What the incoming thread reports.
 pub enum Step {
-    /// A peer has said what is coming.
+    /// A peer has sent the description of its machine.
     Described,
     /// It is over.
     Done(Result<Box<Arrived>, RestoreError>),
 }
 
-/// A machine on its way in.
+/// An incoming machine.
 pub struct Arrival {
     steps: Receiver<Step>,
     cancel: Cancel,
     progress: Arc<Progress>,
     thread: Option<JoinHandle<()>>,
-    /// Where it comes from, when that is a command of its own.
+    /// The command that the stream comes from, if one was started.
     child: Option<Child>,
 }
 
 impl Arrival {
-    /// Begin to take the machine in that `incoming` names, with the disks, NICs and character devices
-    /// of `flags` in place of its own. `notify` is called after each step; its threads are confined by
-    /// `confinement`.
+    /// Begin to take in the machine that `incoming` names, with the disks, NICs and character
+    /// devices of `flags` in place of its own. `notify` is called after each step; the threads are
+    /// confined by `confinement`.
     ///
     /// # Errors
-    /// When there is nothing to read from.
+    /// When there is no stream or directory to read from.
     pub fn begin(
         incoming: &Incoming,
         flags: &config::MachineConfig,
@@ -90,7 +92,7 @@ impl Arrival {
         let assembly = Assembly::new(incoming, flags, report, confinement.clone());
         let opening = Opening::begin()?;
         let tell = move |step| {
-            // The process ends when the main thread does not listen any more.
+            // The process is ending when the main thread no longer receives.
             let _ = report_step.send(step);
             notify();
         };
@@ -141,13 +143,13 @@ impl Arrival {
         self.steps.try_recv().ok()
     }
 
-    /// Make it end as soon as it can: [`Step::Done`] comes, unless files hang.
+    /// Make it end as soon as possible: [`Step::Done`] still comes, unless a file hangs.
     pub fn cancel(&mut self) {
         self.progress.cancel();
         self.cancel.cancel();
     }
 
-    /// It is over: wait until the thread has let go of what it has, unless it hangs.
+    /// Wait, once it is over, until the thread has released what it holds, unless it hangs.
     pub fn finish(mut self) {
         let deadline = Instant::now() + HANG_LIMIT;
         let left = || deadline.saturating_duration_since(Instant::now());
@@ -165,22 +167,23 @@ impl Arrival {
 impl Drop for Arrival {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
-            // It has said all, or it is of no use.
+            // The command has sent everything, or is of no more use.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// What the thread that reads a stream asks for.
+/// What the thread that reads a stream asks the incoming thread for.
 enum Ask {
-    /// Memory for this machine, if it can run here; what its CPU has promised, if that is known yet.
+    /// Memory for this machine, if it can run here; and the CPU that its guest was promised, if
+    /// that is known yet.
     Room(Box<Description>, Option<Cpu>),
-    /// The machine. It is held if nothing more is to be said.
+    /// The machine. With true, its disks and taps are taken at once, because no dialogue follows.
     Machine(Box<Received>, bool),
 }
 
-/// What it asks, and the answers, each of which may be why not.
+/// Sends requests, and receives the answers, each of which may be the reason for a refusal.
 struct Asking {
     ask: Sender<Ask>,
     memory: Receiver<Result<Memory, String>>,
@@ -244,7 +247,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         })
     }
 
-    /// The machine is this process's: take what belongs to it.
+    /// The machine is this process's now: take its disks and taps.
     fn end(
         &self,
         (mut machine, halted): (Machine, Option<Halt>),
@@ -253,7 +256,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         match take(&mut machine) {
             Ok(()) if !self.progress.is_cancelled() => Ok(Arrived { machine, halted, answer }),
             other => {
-                // First the machine: the source takes its disks and taps again.
+                // The machine is dropped first, as the source takes its disks and taps back.
                 drop(machine);
                 let why = self.cancelled(other.err().unwrap_or(RestoreError::Cancelled));
                 answer.fail(Kind::Failed, &qmp::Error::generic(&why).to_string());
@@ -267,7 +270,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
     }
 }
 
-/// A result as the source is told of it; the error stays here.
+/// A result in the form in which it is sent to the source; the error itself is kept here.
 fn told<V>(result: Result<V, RestoreError>, error: &mut Option<RestoreError>) -> Result<V, String> {
     result.map_err(|e| {
         let text = qmp::Error::generic(&e).to_string();
@@ -284,8 +287,8 @@ struct Reader<'a, O> {
 }
 
 impl<O: Fn(&mut Description) -> Result<(), OverrideError>> Reader<'_, O> {
-    /// `confine` the thread, and read to the end of the dialogue, where there is one: the machine is this
-    /// process's then.
+    /// `confine` the thread, and read to the end of the dialogue, if there is one: after that the
+    /// machine belongs to this process.
     fn read(
         self,
         from: Peer,

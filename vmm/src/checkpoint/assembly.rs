@@ -1,4 +1,4 @@
-//! What has come in is made into a machine here. Nothing of it runs on the main thread: disks are
+//! Builds a machine from what was received or read. None of this runs on the main thread: disks are
 //! opened, and storage can hang.
 use std::path::Path;
 
@@ -24,17 +24,17 @@ use super::{
 };
 use crate::{lifecycle::Halt, seccomp::Confinement};
 
-/// A machine that has come in. It is stopped, and has what only one can have.
+/// A machine that has arrived. It is stopped, and owns its disks and taps.
 pub struct Arrived {
     /// The machine.
     pub machine: Machine,
     /// Why its guest cannot run on, if it cannot.
     pub halted: Option<Halt>,
-    /// For the source, which may wait to hear that it is here. Dropped after the machine.
+    /// For answers to the source, which may wait for one. Dropped after the machine.
     pub answer: Voice,
 }
 
-/// How a machine is to come about here.
+/// How an incoming machine is to be built here.
 pub struct Assembly {
     overrides: Overrides,
     flags: MachineConfig,
@@ -43,10 +43,10 @@ pub struct Assembly {
     confinement: Confinement,
 }
 
-/// All of a saved machine.
+/// All parts of a saved machine.
 struct Parts {
     config: Config,
-    /// What `config` is here, with disks that are there.
+    /// The description made from `config`, with disks that exist here.
     description: Description,
     sections: Sections,
     memory: Contents,
@@ -55,8 +55,8 @@ struct Parts {
 }
 
 impl Assembly {
-    /// As `incoming` asks, with the disks, NICs and character devices of `flags` in place of its own. Its
-    /// threads are confined by `confinement`.
+    /// An assembly as `incoming` asks for, with the disks, NICs and character devices of `flags` in
+    /// place of the machine's own. The machine's threads are confined by `confinement`.
     pub fn new(
         incoming: &Incoming,
         flags: &MachineConfig,
@@ -67,7 +67,7 @@ impl Assembly {
         Self { overrides, flags: flags.clone(), clock_realtime, report, confinement }
     }
 
-    /// Change `to` to what is wanted here.
+    /// Apply the overrides of the command line to `to`.
     ///
     /// # Errors
     /// When the guest would notice.
@@ -75,11 +75,11 @@ impl Assembly {
         overrides::apply(to, &self.overrides, &self.flags)
     }
 
-    /// The machine that was saved into the directory `path`. Its copies of disks that the save keeps are to
-    /// lie in `place`.
+    /// Build the machine that was saved into the directory `path`. Copies of disks that the save
+    /// keeps are made in `place`.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first error found.
     pub fn saved_into(
         &self,
         path: &Path,
@@ -109,11 +109,12 @@ impl Assembly {
         Ok(Arrived { machine, halted, answer: Voice::silent() })
     }
 
-    /// Memory for the machine `description` that a peer offers, if it can run here with the disks and taps
-    /// that are here. Nothing is taken from the peer, which may have them.
+    /// Allocate memory for the machine `description` that a peer offers, if it can run here with
+    /// the disks and taps of this host. No disk or tap is taken yet, as the peer may still hold
+    /// them.
     ///
     /// # Errors
-    /// What it lacks here.
+    /// What this host lacks for it.
     pub fn make_room(
         &self,
         description: &Description,
@@ -127,11 +128,11 @@ impl Assembly {
         Ok(memory::allocate(&description.config.memory)?)
     }
 
-    /// The machine that a peer has sent. Without `held` the peer still has its disks and taps, and
-    /// [`take`] is to follow.
+    /// Build the machine that a peer has sent. Unless `held`, the peer still has its disks and
+    /// taps, and a call of [`take`] has to follow.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first error found.
     pub fn received(
         &self,
         received: Received,
@@ -162,7 +163,7 @@ impl Assembly {
     }
 }
 
-/// Take the disks and taps that the source has let go of.
+/// Take the disks and taps that the source has released.
 ///
 /// # Errors
 /// When another process has one.

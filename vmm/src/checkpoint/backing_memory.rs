@@ -1,4 +1,4 @@
-//! Guest memory made of the files of a save: mapped, copied, or read while the guest runs.
+//! Guest memory from the files of a save: mapped, copied, or read while the guest runs.
 use std::{io, os::unix::fs::FileExt};
 
 use config::{MemoryConfig, incoming::Mapping};
@@ -18,16 +18,18 @@ use state::{
 use super::{LoadError, demand_paging};
 use crate::seccomp::Confinement;
 
-/// Most ranges of changes that are mapped, each of which is a mapping of the process; the smallest
-/// ones beyond are copied. A process may have 65,530 (vm.max_map_count).
+/// Most changed ranges that are mapped, each of which takes one mapping of the process; the
+/// smallest ranges beyond this number are copied. A process may have 65,530 mappings
+/// (vm.max_map_count).
 const MAPPINGS: usize = 16 << 10;
 
-/// The guest's memory as `chain` has it: mapped, which takes no time and trusts the files; read when it
-/// is touched, by threads that tell `report` when it is damaged and are confined by `confinement`; or
-/// copied, as memory is that is shared or has a file of its own. And where it is not zero although it says so nowhere.
+/// Guest memory with the contents of `chain`, and which ranges of it may not be zero although the
+/// guest has not touched them. It is mapped, which takes no time and trusts the files; or read on
+/// first access, by threads that are confined by `confinement` and report damage to `report`; or
+/// copied, which is the only way for memory that is shared or has a file of its own.
 ///
 /// # Errors
-/// When there is not enough of it, or a file is damaged.
+/// When there is not enough memory, or a file is damaged.
 pub fn memory(
     chain: BackingChain,
     config: &MemoryConfig,
@@ -51,7 +53,8 @@ pub fn memory(
     Ok(memory.into())
 }
 
-/// Guest memory that is the files of `chain`; and where it is not zero although it says so nowhere.
+/// Guest memory mapped from the files of `chain`, and which ranges of it may not be zero although
+/// the guest has not touched them.
 ///
 /// # Errors
 /// When the host cannot map them.

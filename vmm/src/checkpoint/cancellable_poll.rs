@@ -1,4 +1,4 @@
-//! Waiting for one descriptor until another one says to stop.
+//! Waiting for one descriptor, cancellable by a second one.
 use std::{
     io,
     os::fd::AsFd,
@@ -10,18 +10,19 @@ use rustix::{
     io::Errno,
 };
 
-/// What waiting came to.
+/// How waiting has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Waited {
     /// The descriptor is ready.
     Ready,
-    /// The other one says to stop.
+    /// The second descriptor asks to stop.
     Stop,
-    /// Neither, for as long as was asked.
+    /// Neither within the time limit.
     Nothing,
 }
 
-/// Wait until `fd` is ready for `flags`, or `stop` can be read, which counts more, or for `at_most`.
+/// Wait for at most `at_most` until `fd` is ready for `flags`, or `stop` is readable, which takes
+/// precedence.
 ///
 /// # Errors
 /// When the host cannot wait. Signals are no error.

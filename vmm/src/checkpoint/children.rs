@@ -1,5 +1,5 @@
-//! The disks of a restored machine whose save has kept them: copies of its own, so that one save can be
-//! restored as often as one likes, and by many at once.
+//! The disks of a machine restored from a save that keeps disks: copies of its own, so that one
+//! save can be restored any number of times, also concurrently.
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io,
@@ -17,10 +17,10 @@ use state::{
 
 use super::Progress;
 
-/// Bytes that are copied at once.
+/// Bytes copied in one step.
 const PIECE: u64 = 1 << 20;
 
-/// Why a machine does not get its disks.
+/// Why the disks of a restored machine cannot be made.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum ChildError {
@@ -41,7 +41,8 @@ pub enum ChildError {
     Copy { id: String, kept: PathBuf, path: PathBuf, source: io::Error },
 }
 
-/// The disks that were made for a machine. Dropped before [`Children::keep`], they go.
+/// The disks that were made for a machine. They are removed if this is dropped without
+/// [`Children::keep`].
 #[derive(Debug, Default)]
 pub struct Children {
     /// The index of the slot, and the image.
@@ -50,24 +51,24 @@ pub struct Children {
     kept: bool,
 }
 
-/// Where they come from, and where they go.
+/// Where the disks come from, and where they are made.
 pub struct Wanted<'a> {
     /// Directory of the save.
     pub save: &'a Path,
-    /// Directory of the children, if one was named.
+    /// Directory for the copies, if one was named.
     pub place: Option<&'a Path>,
-    /// Disks that come from elsewhere.
+    /// Whether the disk with this id comes from elsewhere.
     pub given: &'a dyn Fn(&str) -> bool,
-    /// The user vouches for what lies in the save.
+    /// The user vouches for the files in the save.
     pub force: bool,
 }
 
 impl Children {
-    /// Make an image for each disk that the save of `config` keeps and that is not given otherwise, and
-    /// have `description` name it.
+    /// Make an image for each disk that the save of `config` keeps and that is not given otherwise,
+    /// and put its path into `description`.
     ///
     /// # Errors
-    /// The first thing that is wrong; nothing is left of the images then.
+    /// The first error; no image is left then.
     pub fn make(
         config: &Config,
         description: &mut Description,
@@ -106,14 +107,14 @@ impl Children {
         for (slot, path) in &this.made {
             if let Some(Some(disk)) = description.occupied.disks.get_mut(*slot) {
                 disk.path.clone_from(path);
-                // It was made from what the save keeps, a moment ago.
+                // It was copied from the save just now.
                 (disk.expect, disk.probe) = (Expect::Any, false);
             }
         }
         Ok(this)
     }
 
-    /// The machine has them: they stay.
+    /// The machine uses the disks: keep them.
     pub fn keep(mut self) {
         self.kept = true;
     }
@@ -141,8 +142,7 @@ impl Drop for Children {
     }
 }
 
-/// Make `to` like `from`: of the same blocks, where the file system can share them, else a copy of them
-/// with the same holes.
+/// Copy `from` to `to`: by sharing blocks where the file system can, else with the same holes.
 fn copy(from: &File, to: &File, size: u64, progress: &Progress) -> io::Result<()> {
     if rustix::fs::ioctl_ficlone(to, from).is_ok() {
         progress.done.fetch_add(size, Ordering::Relaxed);

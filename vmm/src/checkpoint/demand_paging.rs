@@ -1,10 +1,10 @@
-//! Memory that is read while the guest runs already (`mapped=uffd`): one thread fills what the guest
-//! waits for, another one all the rest. A block is compared with its checksum before the guest sees
-//! any of it, so nothing that is damaged ever reaches it.
+//! Memory that is read while the guest already runs (`mapped=uffd`): one thread serves page faults,
+//! another one reads all the rest. A block is compared with its checksum before the guest sees any
+//! of it, so no damaged memory ever reaches the guest.
 //!
-//! Whoever touches a page that cannot be had would wait for ever. So that is the end of the machine,
-//! which the threads report; and when nobody listens, because the main thread itself waits for such a
-//! page, they end the process.
+//! A thread that touches a page which cannot be read would wait for ever. Such an error therefore
+//! ends the machine: the thread that finds it reports it. If the main thread does not handle the
+//! report, because it waits for such a page itself, the thread ends the process.
 use std::{
     io,
     ops::Range,
@@ -38,16 +38,16 @@ use crate::{
     terminal,
 };
 
-/// How long the main thread has to end the process.
+/// How long the main thread has to end the process after such a report.
 const EXIT_DELAY: Duration = Duration::from_secs(5);
 
-/// Why memory cannot be filled so.
+/// Why memory cannot be filled on demand.
 #[derive(Debug, thiserror::Error)]
 pub enum DemandPagingError {
-    /// The host does not let us.
+    /// The host does not permit it.
     #[error(transparent)]
     Fault(#[from] FaultError),
-    /// It has no thread to give.
+    /// The host has no thread to give.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
 }
@@ -55,19 +55,19 @@ pub enum DemandPagingError {
 struct DemandPager {
     contents: Contents,
     filler: Arc<Filler>,
-    /// The blocks that hold something.
+    /// The blocks that have contents.
     blocks: Vec<Range<u64>>,
-    /// Of each of them: somebody sees to it.
+    /// Whether each block is being filled, or is there already.
     taken: Vec<AtomicBool>,
-    /// Blocks that are not there yet.
+    /// Number of blocks that are not there yet.
     left: AtomicUsize,
-    /// Written to when there are none.
+    /// Becomes readable when all blocks are there.
     done: rustix::fd::OwnedFd,
     report: Report,
     failed: AtomicBool,
 }
 
-/// Memory that becomes `contents`. The threads are confined by `confinement`.
+/// Guest memory that is filled with `contents`. The threads are confined by `confinement`.
 ///
 /// # Errors
 /// When the host does not allow it.
@@ -120,7 +120,7 @@ pub fn start(
 }
 
 impl DemandPager {
-    /// Fill what somebody waits for, until all is there.
+    /// Serve page faults until all blocks are there.
     fn serve(&self, buffer: &mut [u8]) {
         while self.left.load(Ordering::Acquire) > 0 {
             match cancellable_poll::until(&self.filler, PollFlags::IN, &self.done, None) {
@@ -139,7 +139,7 @@ impl DemandPager {
         }
     }
 
-    /// Fill all of it.
+    /// Fill all blocks.
     fn fetch(&self, buffer: &mut [u8]) {
         for index in 0..self.blocks.len() {
             if self.failed.load(Ordering::Relaxed) {
@@ -149,8 +149,8 @@ impl DemandPager {
         }
     }
 
-    /// See to a block, unless the other thread does: whoever waits for it goes on when that one has
-    /// filled it.
+    /// Fill a block, unless the other thread does: a thread that waits for a page of it resumes
+    /// when that thread has filled it.
     fn fill(&self, index: usize, buffer: &mut [u8]) {
         let (Some(block), Some(taken)) = (self.blocks.get(index), self.taken.get(index)) else {
             return self.fail("a page fault where there is nothing to be filled".into());
@@ -182,7 +182,7 @@ impl DemandPager {
         }
     }
 
-    /// The machine cannot go on.
+    /// Report that the machine cannot run on, and end the process if the main thread does not.
     fn fail(&self, why: String) {
         if self.failed.swap(true, Ordering::AcqRel) {
             return;
@@ -196,7 +196,7 @@ impl DemandPager {
     }
 }
 
-/// Notices that a thread ends otherwise than it should.
+/// Notices when a thread panics.
 struct Watch<'a>(&'a DemandPager);
 
 impl Drop for Watch<'_> {

@@ -1,20 +1,21 @@
-//! What is said beside the machine itself where a stream goes both ways.
+//! Messages that are exchanged beside the machine itself where a stream has a return path.
 //!
 //! ```text
 //!   source                                             receiver
 //!   Hello Config              ------------------->     has it room, the CPU, the disks and taps?
 //!                             <-- Accept | Refuse --
-//!   (Pages | Zeros).. Section.. End ------------->     whole? build the machine
+//!   (Pages | Zeros).. Section.. End ------------->     complete? build the machine
 //!                             <--- Ready | Failed --
 //!   release disks and taps; Go ------------------>     take them
 //!                             <- Running | Failed --
 //! ```
-//! The machine is built before `Ready`, with its disks open and not locked and its taps looked at and not
-//! attached: taking these is all that is left to fail after `Go`.
+//! The machine is built before `Ready`, with its disks open but not locked and its taps checked but
+//! not attached: locking and attaching is all that can still fail after `Go`.
 //!
-//! Before `Go` whatever fails leaves the guest running at the source. After it only `Failed` gives it
-//! back: silence and the end of the stream do not, because the receiver may run it. Then the outcome
-//! is unknown, and the guest stays stopped at the source until somebody who knows says `cont`.
+//! Until `Go` is sent, the guest runs on at the source whatever fails. After that only `Failed`
+//! gives it back: silence or the end of the stream does not, because the receiver may run the
+//! guest. The outcome is unknown then, and the guest stays stopped at the source until a user who
+//! knows it sends `cont`.
 use std::{
     io::{self, BufReader, Read, Write},
     os::fd::OwnedFd,
@@ -34,12 +35,13 @@ use state::{
 
 use super::{receive::ReceiveError, save::SaveError, send::Cancel};
 
-/// How long the answer to `Hello` may take.
+/// How long the receiver may take to answer `Hello`.
 pub const ACCEPT_LIMIT: Duration = Duration::from_secs(5);
-/// How long each later answer may take.
+/// How long the receiver may take for each later answer.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// How long a receiver that is ready waits for `Go`. Less than [`ANSWER_LIMIT`]: a source whose `Go` is lost
-/// still hears `Failed`, and has its machine again, where silence would leave it in doubt.
+/// How long a receiver that is ready waits for `Go`. Less than [`ANSWER_LIMIT`]: a source whose
+/// `Go` is lost still receives `Failed` and has its machine back, where silence would leave it in
+/// doubt.
 pub const GO_LIMIT: Duration = Duration::from_secs(20);
 /// Longest body of `Hello`, in bytes.
 pub const LONGEST_HELLO: usize = 64 << 10;
@@ -47,58 +49,59 @@ pub const LONGEST_HELLO: usize = 64 << 10;
 /// Body of [`Kind::Hello`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hello {
-    /// Oldest and newest format that the sender speaks.
+    /// Oldest and newest format version that the sender supports.
     pub versions: [u32; 2],
-    /// Of this migration.
+    /// Id of this migration.
     pub id: Id,
     /// The machine's name.
     pub domain: String,
-    /// The `cpu` section, so that a receiver can tell before memory is sent. It may be missing, and is in
-    /// the state in any case.
+    /// The `cpu` section, so that a receiver can check it before memory is sent. It may be missing
+    /// here, and is in the state in any case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<Section>,
 }
 
 impl Hello {
-    /// That of the migration `id` of the machine called `domain`, which has shown its guest `cpu`.
+    /// The greeting of the migration `id` of the machine called `domain`, whose guest sees the CPU
+    /// `cpu`.
     ///
     /// # Errors
-    /// When that has no saved form.
+    /// When the CPU has no saved form.
     pub fn new(id: &Id, domain: &str, cpu: Option<&Cpu>) -> Result<Self, SectionError> {
         let cpu = cpu.map(|cpu| Section::of("", cpu)).transpose()?;
         Ok(Self { versions: [VERSION; 2], id: *id, domain: domain.into(), cpu })
     }
 }
 
-/// Answers of the receiver, as the source hears them.
+/// The receiver's answers, as the source reads them.
 pub struct Answers {
     reader: Option<Reader<BufReader<Timed>>>,
     from: Option<Timed>,
-    /// The lock, because the reader that looks at it is inside of another one.
+    /// When reading times out. Locked, because the reader that checks it is inside another reader.
     deadline: Arc<Mutex<Instant>>,
 }
 
-/// One of them.
+/// One answer.
 pub struct Said {
     /// Its kind.
     pub kind: Kind,
-    /// Why, if it says so.
+    /// The reason, if it gives one.
     pub text: String,
 }
 
 impl Answers {
-    /// What comes from `fd`.
+    /// Answers read from `fd`.
     pub fn new(fd: OwnedFd, cancel: Cancel) -> Self {
         let deadline = Arc::new(Mutex::new(Instant::now()));
         let from = Some(Timed { fd, cancel, deadline: deadline.clone() });
         Self { reader: None, from, deadline }
     }
 
-    /// The next one.
+    /// The next answer.
     ///
     /// # Errors
     /// An error of the kind `TimedOut` when none comes within `limit`, `UnexpectedEof` when the
-    /// receiver has gone; else what is wrong with what it says.
+    /// receiver has gone; else what is wrong with the answer.
     pub fn next(&mut self, limit: Duration) -> io::Result<Said> {
         *self.deadline.lock() = Instant::now() + limit;
         let failed = |e: StreamError| match e {
@@ -137,22 +140,22 @@ impl Read for Timed {
     }
 }
 
-/// The machine is whole at the receiver: all that is left is to let go of it.
+/// The machine is complete at the receiver: all that is left is to release it here.
 pub struct HandOver {
     pub(super) say: Box<dyn FnMut(Kind) -> io::Result<()>>,
     pub(super) answers: Answers,
 }
 
 impl HandOver {
-    /// Say `Go`; the source has let go of everything. How it ends.
+    /// Send `Go`, once this machine has released its disks and taps, and wait for the outcome.
     ///
     /// # Errors
-    /// [`SaveError::Refused`] when the receiver gives the machine back, [`SaveError::Unknown`] when it
-    /// may have it.
+    /// [`SaveError::Refused`] when the receiver gives the machine back, [`SaveError::Unknown`] when
+    /// it may have it.
     pub fn go(mut self) -> Result<(), SaveError> {
         let unknown = |why: io::Error| SaveError::Unknown { why };
         let went = (self.say)(Kind::Go);
-        // One that has given up before it was told has said so, and does not take the word any more.
+        // A receiver that gave up earlier has sent `Failed`, and does not read `Go` any more.
         let said = self.answers.next(ANSWER_LIMIT);
         let said = said.map_err(|e| unknown(went.err().unwrap_or(e)))?;
         match said.kind {
@@ -163,47 +166,49 @@ impl HandOver {
     }
 }
 
-/// What the receiver says. Dropped before the machine is here to stay, it gives it back.
+/// Answers of the receiver. If this is dropped before [`Voice::settle`], the machine is the
+/// source's again.
 pub struct Voice(Option<Writer<Box<dyn Write + Send>>>);
 
 impl Voice {
-    /// Say it to `to`.
+    /// Answers that are written to `to`.
     ///
     /// # Errors
-    /// When nothing can be written there.
+    /// When `to` cannot be written.
     pub fn new(to: OwnedFd) -> io::Result<Self> {
         let to: Box<dyn Write + Send> = Box::new(std::fs::File::from(to));
         Ok(Self(Some(Writer::begin(to)?)))
     }
 
-    /// The sender listens to nothing.
+    /// For a sender that reads no answers.
     pub const fn silent() -> Self {
         Self(None)
     }
 
-    /// Whether anything is heard.
+    /// Whether the sender reads answers.
     pub const fn is_heard(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Say `kind`, and `why`.
+    /// Send an answer of this `kind`, with the reason `why`.
     ///
     /// # Errors
-    /// When the source does not take it.
+    /// When it cannot be written.
     pub fn say(&mut self, kind: Kind, why: &str) -> io::Result<()> {
         let Some(to) = &mut self.0 else { return Ok(()) };
         to.frame(kind, &[why.as_bytes()])?;
         to.flush()
     }
 
-    /// The machine does not come about here, and why: it is the source's again.
+    /// Report that the machine cannot run here, and why: it is the source's again.
     pub fn fail(mut self, kind: Kind, why: &str) {
-        // A source that does not take it has gone, or finds out.
+        // If it cannot be written, the source has gone, or notices by the end of the stream.
         let _ = self.say(kind, why);
         self.0 = None;
     }
 
-    /// The machine is here: whatever becomes of it from now on, the source has no part in it.
+    /// The machine is here to stay: nothing that happens to it from now on is reported to the
+    /// source.
     pub fn settle(mut self) {
         if let Err(e) = self.say(Kind::Running, "") {
             log::warn!("the source is not told that the machine is here: {e}");
@@ -221,7 +226,7 @@ impl Drop for Voice {
 /// The greeting of a stream that begins with one, because its sender wants answers.
 ///
 /// # Errors
-/// When it cannot be read, or is none that is understood here.
+/// When it cannot be read, or is not understood here.
 pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<Option<Greeted>, ReceiveError> {
     let mut body = Vec::new();
     let kind = frames.take(&mut body)?;
@@ -241,9 +246,9 @@ pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<Option<Greeted>, Recei
     Ok(Some(Greeted { cpu }))
 }
 
-/// What a greeting has told.
+/// Contents of a greeting.
 pub struct Greeted {
-    /// What the guest has been promised, if the source says so beforehand.
+    /// The CPU that the guest was promised, if the source sends it in advance.
     pub cpu: Option<Cpu>,
 }
 
@@ -253,7 +258,7 @@ mod tests {
 
     use super::*;
 
-    /// How a source fares whose `Go` is taken or not, and which then hears this.
+    /// The result at a source whose `Go` is read or not, and which then receives these answers.
     fn gone(taken: bool, says: impl FnOnce(Voice)) -> Result<(), SaveError> {
         let (near, far) = UnixStream::pair().unwrap();
         says(Voice::new(far.into()).unwrap());
@@ -276,7 +281,7 @@ mod tests {
             let dropped = gone(taken, drop);
             assert!(matches!(dropped, Err(SaveError::Refused { .. })), "{dropped:?}");
             gone(taken, Voice::settle).unwrap();
-            // Killed, or of another mind.
+            // The receiver was killed, or does not follow the protocol.
             let silent = gone(taken, |mut voice| voice.0 = None);
             assert!(matches!(silent, Err(SaveError::Unknown { .. })), "{silent:?}");
             let strange = gone(taken, |mut voice| voice.say(Kind::Accept, "").unwrap());

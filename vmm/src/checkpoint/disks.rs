@@ -1,8 +1,9 @@
 //! Disks that a save keeps beside the memory.
 //!
-//! Each is a file of its own in the save's directory, called `disk-ID.SAVE`: after the disk, and after the
-//! id of the save that it belongs to. So the disks of an earlier save stay what they are until the new one
-//! counts, and what was killed in between leaves names behind that mean nothing.
+//! Each is a file of its own in the save's directory, called `disk-ID.SAVE` after the id of the
+//! disk and the id of the save that it belongs to. So the disks of an earlier save stay unchanged
+//! until the new save is complete, and a process killed in between leaves only files that belong to
+//! no save.
 use std::{
     fs::{self, File, OpenOptions},
     io,
@@ -20,10 +21,10 @@ use state::{
 
 use super::{Progress, SaveError};
 
-/// A clone that lets the guest's writes wait for longer shows in the log.
+/// A clone that delays the guest's writes for longer than this is logged.
 const LONG_CLONE: Duration = Duration::from_millis(5);
 
-/// The disks of one save.
+/// The disk copies of one save.
 pub struct DiskCopies {
     directory: PathBuf,
     id: Id,
@@ -32,7 +33,7 @@ pub struct DiskCopies {
 }
 
 struct Target {
-    /// Of the disk.
+    /// Id of the disk.
     id: String,
     name: String,
     path: PathBuf,
@@ -41,7 +42,7 @@ struct Target {
 }
 
 impl DiskCopies {
-    /// Make files in `directory` for copies of `disks`, each known by its id, which belong to the save `id`.
+    /// Create files in `directory` for copies of `disks`, each with its id, for the save `id`.
     ///
     /// # Errors
     /// When one cannot be made.
@@ -67,11 +68,11 @@ impl DiskCopies {
         Ok(this)
     }
 
-    /// Bring what the guest has written so far to the media: what cloning would have to do else, while the
-    /// guest's writes wait.
+    /// Flush what the guest has written so far to the media. Otherwise cloning would have to do so
+    /// while the guest's writes wait.
     ///
     /// # Errors
-    /// When one of them does not take it.
+    /// When a flush fails.
     pub fn sync(&self) -> Result<(), SaveError> {
         self.files.iter().try_for_each(|target| {
             let path = target.copy.disk().path().to_owned();
@@ -79,7 +80,7 @@ impl DiskCopies {
         })
     }
 
-    /// Copy all, as they were when the guest was captured.
+    /// Copy all disks, as they were when the guest was captured.
     ///
     /// # Errors
     /// When one cannot be read or written, or the save is cancelled.
@@ -105,10 +106,10 @@ impl DiskCopies {
         Ok(())
     }
 
-    /// Make the copies durable, and have `config` name them.
+    /// Make the copies durable, and record them in `config`.
     ///
     /// # Errors
-    /// When a medium does not take them, or a disk has gone.
+    /// When a flush fails, or a disk has gone.
     pub fn record(&self, config: &mut Config) -> Result<(), SaveError> {
         for Target { id, name, path, file, copy } in &self.files {
             let failed = |source| SaveError::File { what: "sync", path: path.clone(), source };
@@ -124,14 +125,14 @@ impl DiskCopies {
         Ok(())
     }
 
-    /// They count: remove the disks of earlier saves into this directory.
+    /// The save is complete: remove the disks of earlier saves in this directory.
     pub fn keep(mut self) {
         self.done = true;
         remove_others(&self.directory, Some(self.id));
     }
 }
 
-/// Remove the disks in `directory` that other saves than `id` have kept there.
+/// Remove the disks in `directory` that belong to other saves than `id`.
 pub fn remove_others(directory: &Path, id: Option<Id>) {
     let id = id.map(|id| id.to_string());
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -156,7 +157,7 @@ impl Drop for DiskCopies {
 
 const PREFIX: &str = "disk-";
 
-/// The save that a file of this name belongs to, if it is a kept disk.
+/// Id of the save that a file of this name belongs to, if it is a kept disk.
 fn owner(name: &str) -> Option<&str> {
     let (_, owner) = name.strip_prefix(PREFIX)?.rsplit_once('.')?;
     let id = owner.len() == 32 && owner.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));

@@ -1,13 +1,13 @@
-//! The first half of a restore, which needs neither KVM nor memory nor files of the host. Every restore
-//! begins with it, and every save ends with it, on the bytes that were just written: what could not be
-//! restored does not count as saved.
+//! The first half of a restore, which needs neither KVM nor memory nor files of the host. Every
+//! restore begins with it, and every save ends with it, on the bytes that were just written: a save
+//! that could not be restored does not count as one.
 use std::io;
 
 use config::{Description, DescriptionError};
 use machine::{BuildError, Restorable, dry_restore};
 use state::{Config, FileError, Frames, Sections};
 
-/// Why a saved machine cannot be restored, wherever that is tried.
+/// Why a saved machine cannot be restored on any host.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum DryRunError {
@@ -25,10 +25,10 @@ pub enum DryRunError {
     Io(#[source] io::Error),
 }
 
-/// Check limits, and have every device take its state, with nothing behind it.
+/// Check limits, and load the state into every device, without back-ends.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error found.
 pub fn dry_run(config: &Config, sections: Sections) -> Result<Restorable, DryRunError> {
     Ok(dry_restore(Description::try_from(config)?, sections)?)
 }
@@ -36,7 +36,7 @@ pub fn dry_run(config: &Config, sections: Sections) -> Result<Restorable, DryRun
 /// The same for the frames at the end of a stream, from its last configuration on.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error found.
 pub fn dry_run_frames(bytes: &[u8]) -> Result<(), DryRunError> {
     let mut frames = Frames::begin(bytes).map_err(FileError::from)?;
     let config = frames.config()?;

@@ -1,4 +1,4 @@
-//! Where a stream comes from: `-incoming unix:`, `fd:` and `exec:`.
+//! Sources of streams: `-incoming unix:`, `fd:` and `exec:`.
 use std::{
     io::{self, Read},
     os::fd::OwnedFd,
@@ -33,19 +33,20 @@ pub enum IncomingError {
     Wait(#[from] io::Error),
 }
 
-/// Where a stream is to come in.
+/// Where a stream is to arrive.
 pub enum Door {
-    /// The first to connect here brings it. The name is gone afterwards.
+    /// A socket: the first client to connect sends the stream. The socket file is removed
+    /// afterwards.
     Socket(OwnedFd, SocketFile),
-    /// It comes from this.
+    /// A descriptor that is open already.
     Open(OwnedFd),
 }
 
 impl Door {
-    /// Open what `from` names, and start the command that brings the stream, if one does.
+    /// Open what `from` names; start the command that produces the stream, if it is one.
     ///
     /// # Errors
-    /// When that is not possible.
+    /// When it cannot be opened or started.
     pub fn open(from: &StreamSource) -> Result<(Self, Option<Child>), IncomingError> {
         match from {
             StreamSource::Unix(path) => {
@@ -71,7 +72,7 @@ impl Door {
     /// Wait for a peer, until `cancel` is used.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no peer has connected.
     pub fn wait(self, cancel: &Cancel) -> Result<Peer, IncomingError> {
         let peer = |fd| Peer { fd, cancel: cancel.clone(), deadline: Deadline::default() };
         let (listener, _file) = match self {
@@ -81,7 +82,7 @@ impl Door {
         loop {
             cancel.wait_beside(&listener, PollFlags::IN)?;
             match accept_with(&listener, SocketFlags::CLOEXEC) {
-                // It has gone again.
+                // The peer has disconnected again.
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 other => return Ok(peer(other.map_err(io::Error::from)?)),
             }
@@ -89,21 +90,21 @@ impl Door {
     }
 }
 
-/// The process that sends a machine. Reading waits for it until that is cancelled, or until a deadline
-/// where there is one.
+/// The process that sends a machine. Reading waits for it until that is cancelled, or until the
+/// deadline if there is one.
 pub struct Peer {
     fd: OwnedFd,
     cancel: Cancel,
     deadline: Deadline,
 }
 
-/// Until when a [`Peer`] is waited for; none at first. The lock, because the reader that looks at it is inside
-/// of another one.
+/// Until when a [`Peer`] is waited for; at first there is no limit. Locked, because the reader that
+/// checks it is inside another reader.
 #[derive(Debug, Clone, Default)]
 pub struct Deadline(Arc<Mutex<Option<Instant>>>);
 
 impl Deadline {
-    /// It is `limit` from now.
+    /// Set the deadline to `limit` from now.
     pub fn set(&self, limit: Duration) {
         *self.0.lock() = Some(Instant::now() + limit);
     }
@@ -114,7 +115,7 @@ impl Deadline {
 }
 
 impl Peer {
-    /// The way back to it.
+    /// A descriptor for answers to the peer.
     ///
     /// # Errors
     /// When the host has no descriptor to give.
@@ -122,7 +123,7 @@ impl Peer {
         self.fd.try_clone()
     }
 
-    /// By which reading can be given a limit.
+    /// The deadline by which reads of this peer are limited.
     pub fn deadline(&self) -> Deadline {
         self.deadline.clone()
     }
@@ -133,7 +134,7 @@ impl Read for Peer {
         loop {
             self.cancel.wait_for(&self.fd, PollFlags::IN, self.deadline.left())?;
             match rustix::io::read(&self.fd, &mut *buf) {
-                // Nonblocking as the other side has made it, and another reader was quicker.
+                // The peer has made the socket nonblocking, and another reader was quicker.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return Ok(other?),
             }

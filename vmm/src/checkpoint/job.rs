@@ -1,22 +1,23 @@
-//! A save under way: the thread that copies and writes, and what it agrees on with the main thread.
+//! A save under way: the thread that copies and writes, and its exchange with the main thread.
 //!
 //! ```text
 //!   main thread                              checkpoint thread
-//!                            ---save---->    open what is saved into
+//!                            ---save---->    open the destination
 //!                            <--Opened---
 //!   log dirty pages          ---Copy---->    copy all memory once
 //!                            <--Round----
-//!   what has changed         --Changed-->    copy that; again and again, while it gets less
-//!                            <--Ready----    with room that was touched beforehand
+//!   what has changed         --Changed-->    copy the changes; repeat while they get fewer
+//!                            <--Ready----    with preallocated room for the rest
 //!   stop, capture, run again ---Epoch--->    write the copy
-//!                                            make it count
+//!                                            complete the save
 //!                            <--Done-----
 //! ```
-//! Where the stream goes both ways, `HandOver` and `Go` come before `Done`: see [dialogue](super::dialogue).
+//! Where the stream has a return path, `HandOver` and `Go` come before `Done`: see
+//! [dialogue](super::dialogue).
 //!
-//! A guest that is stopped already, or is not to run on, is captured at once. Its memory stays where
-//! it is then, and so does that of a guest that has changed too much to be copied aside: the thread
-//! says `Copied` when the guest may run again.
+//! A guest that is stopped already, or is not to run on, is captured at once. Its memory is then
+//! written directly instead of being copied aside first, and so is the memory of a guest that has
+//! changed too much of it: the thread reports `Copied` when the guest may run again.
 use std::{
     io,
     ops::Range,
@@ -45,41 +46,41 @@ use super::{
     send::Cancel,
 };
 
-/// How long a guest that runs on may be stopped, unless it is asked for otherwise: `downtime-limit`.
+/// How long a guest that runs on may be stopped, unless the client sets `downtime-limit`.
 pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(30);
-/// Rounds after which it is stopped whatever is left.
+/// Rounds after which the guest is stopped, however much is left.
 const MAX_ROUNDS: usize = 30;
-/// So little that another round is not worth its while.
+/// If no more than this is left, another round is not worthwhile.
 const FEW: u64 = 64 * image::PAGE_SIZE;
-/// What copying a page aside takes, at most: between 0.4 and 0.9 microseconds were measured.
+/// Longest time that copying a page aside takes: between 0.4 and 0.9 microseconds were measured.
 const STAGE_PAGE: Duration = Duration::from_micros(1);
 
 /// What the thread reports.
 pub enum Step {
-    /// There is something to save into.
+    /// The destination is open.
     Opened,
-    /// What was asked for has been copied; it wants to know what has changed meanwhile.
+    /// A round is copied; the thread needs to know what has changed meanwhile.
     Round,
-    /// The rest needs a machine that is stopped.
+    /// The rest has to be copied with the machine stopped.
     Ready(Left),
-    /// Memory in its place is not needed any more.
+    /// Guest memory is no longer needed.
     Copied,
-    /// All is at the receiver, which waits for this machine to let go of disks and taps.
+    /// The receiver has everything, and waits for this machine to release disks and taps.
     HandOver,
-    /// It is over. What a later save may build on.
+    /// The save is over. On success, with what a later save may build on.
     Done(Result<Option<Saved>, SaveError>),
 }
 
-/// What is left when the guest has to be stopped.
+/// What is left to be copied when the guest has to be stopped.
 #[derive(Default)]
 pub struct Left {
-    /// Memory that has changed and was not copied since.
+    /// Memory that has changed and has not been copied since.
     pub ranges: Vec<Range<u64>>,
     /// Room for copies of memory, if the guest is to run again at once.
     pub staging: Option<Staging>,
 }
 
-/// What the thread is told.
+/// What the thread is instructed to do.
 enum Instruction {
     Copy(First),
     Changed(Vec<Range<u64>>),
@@ -89,18 +90,19 @@ enum Instruction {
 
 /// What is copied first while the guest runs.
 pub enum First {
-    /// All that is not zero. With ranges that are not, although the guest may not have touched them.
+    /// All memory that is not zero. With ranges that may hold data although the guest has not
+    /// touched them.
     All(Arc<[Range<u64>]>),
     /// These ranges.
     These(Vec<Range<u64>>),
 }
 
 type Task = Box<dyn FnOnce() + Send>;
-/// Opens what is saved into.
+/// Opens the destination of a save.
 pub type Open = Box<dyn FnOnce(&Progress) -> Result<Box<dyn Sink>, SaveError> + Send>;
 
-/// The thread. It is there from the start, because none can be started behind the system-call
-/// filter.
+/// The handle of the thread. The thread is started at the beginning, because none can be started
+/// behind the system-call filter.
 pub struct Checkpointer {
     tasks: Sender<Task>,
     notify: Arc<dyn Fn() + Send + Sync>,
@@ -109,23 +111,24 @@ pub struct Checkpointer {
 
 /// What is saved, and how.
 pub struct Order {
-    /// Opens what is saved into. It may wait without a limit if `cancel` ends that.
+    /// Opens the destination. It may wait without a limit if `cancel` ends that.
     pub open: Open,
     /// Memory of the machine.
     pub memory: Memory,
-    /// Ends the waiting of `open`, and of what it opens.
+    /// Ends the waiting of `open`, and of the destination that it opens.
     pub cancel: Option<Cancel>,
-    /// Where to, for messages.
+    /// Name of the destination, for messages.
     pub place: String,
-    /// The guest is to run again as soon as it has been captured, so its memory is copied aside. Else
-    /// it stays stopped until all has been written.
+    /// The guest is to run again as soon as it has been captured, so its memory is copied aside.
+    /// Otherwise it stays stopped until everything has been written.
     pub resume: bool,
-    /// The guest may run on for as long as it writes memory more quickly than it can be sent.
+    /// The guest may run on for as long as it changes memory more quickly than it can be sent.
     pub patient: bool,
 }
 
 impl Checkpointer {
-    /// One, and what its thread does. `notify` is called after each step; it must not block.
+    /// The handle, and the body of the thread. `notify` is called after each step; it must not
+    /// block.
     pub fn new(notify: Arc<dyn Fn() + Send + Sync>) -> (Self, impl FnOnce() + Send + 'static) {
         let (tasks, inbox) = channel::<Task>();
         let this = Self { tasks, notify, downtime_limit: Arc::default() };
@@ -133,18 +136,18 @@ impl Checkpointer {
         (this, move || inbox.iter().for_each(|task| task()))
     }
 
-    /// How long a guest that runs on may be stopped. Also of a save under way.
+    /// Set how long a guest that runs on may be stopped. Also applies to a save under way.
     pub fn limit_downtime(&self, limit: Duration) {
         let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         self.downtime_limit.store(limit, Ordering::Relaxed);
     }
 
-    /// What [`Checkpointer::limit_downtime`] has set.
+    /// The limit set by [`Checkpointer::limit_downtime`].
     pub fn downtime_limit(&self) -> Duration {
         Duration::from_nanos(self.downtime_limit.load(Ordering::Relaxed))
     }
 
-    /// Begin a save.
+    /// Start a save.
     ///
     /// # Errors
     /// When the thread has gone.
@@ -154,13 +157,14 @@ impl Checkpointer {
         let (report, steps) = channel();
         let (notify, shared) = (self.notify.clone(), progress.clone());
         let tell = move |step| {
-            // The process ends when the main thread does not listen any more.
+            // The process is ending when the main thread no longer receives.
             let _ = report.send(step);
             notify();
         };
         let (cancel, place) = (order.cancel.clone(), order.place.clone());
         let limit = self.downtime_limit.clone();
-        // All that it holds is gone before it is told: who hears of it may look there.
+        // Everything that the save holds is dropped before this is reported: the client may then
+        // check the destination.
         let task = move || tell(Step::Done(run(order, &limit, &shared, &inbox, &tell)));
         self.tasks.send(Box::new(task)).map_err(|_| SaveError::Cancelled)?;
         let started = Instant::now();
@@ -203,7 +207,7 @@ fn run(
             }
         }
         sink.before_capture()?;
-        // Without room it is copied while the guest is stopped.
+        // Without room for a copy, memory is copied while the guest is stopped.
         let room = || Staging::touched(staging::room_for(staging::bytes(&ranges))).ok();
         let staging = order.resume.then(room).flatten();
         tell(Step::Ready(Left { ranges, staging }));
@@ -213,7 +217,7 @@ fn run(
     let (config, Epoch { mut state, pages, spot_checks }) = *last;
     match pages {
         Pages::Staged(staging) => {
-            // First, as the guest runs already and its writes may wait for this.
+            // This comes first, as the guest runs already and its writes may wait for it.
             spot_checks.add_to(&mut state).map_err(SaveError::SpotCheck)?;
             sink.copy_disks(progress)?;
             copy(&mut *sink, &Source::Staged(&staging), staging.bytes(), progress)?;
@@ -228,7 +232,8 @@ fn run(
     match sink.finish(config, state, progress)? {
         Finished::Over(saved) => Ok(saved),
         Finished::HandOver(to) => {
-            // From here on it cannot be cancelled: the main thread may have let go already.
+            // From here on the save cannot be cancelled: the main thread may have released the
+            // backends.
             progress.commit().map_err(|_| SaveError::Cancelled)?;
             tell(Step::HandOver);
             let Ok(Instruction::Go) = inbox.recv() else { return Err(SaveError::Cancelled) };
@@ -247,16 +252,16 @@ fn copy(
     sink.copy(source, progress)
 }
 
-/// When to stop a guest that changes its memory while that is copied.
+/// Decides when to stop a guest that changes its memory while it is copied.
 struct Rounds {
     resume: bool,
     patient: bool,
     made: usize,
 }
 
-/// What a round came to.
+/// The result of a round.
 struct Round {
-    /// Bytes.
+    /// Bytes copied.
     copied: u64,
     took: Duration,
     /// Bytes that the guest has changed meanwhile.
@@ -267,7 +272,7 @@ struct Round {
 enum Next {
     /// Copy what has changed.
     Round,
-    /// The same, although the last round has left about as much as there was.
+    /// The same, although the last round has left about as much as it copied.
     RoundInVain,
     /// Stop the guest and copy the rest.
     Stop,
@@ -288,7 +293,7 @@ impl Rounds {
         }
     }
 
-    /// How long the guest would be stopped if that were now.
+    /// How long the guest would be stopped now.
     fn pause(&self, round: &Round) -> Duration {
         if self.resume && round.left <= staging::MAX_BYTES {
             let pages = u32::try_from(round.left / image::PAGE_SIZE).unwrap_or(u32::MAX);
@@ -299,7 +304,7 @@ impl Rounds {
     }
 }
 
-/// A save under way, or over.
+/// A save that is under way, or over.
 pub struct Job {
     progress: Arc<Progress>,
     steps: Receiver<Step>,
@@ -316,18 +321,18 @@ impl Job {
         &self.progress
     }
 
-    /// Where it goes, for messages.
+    /// Name of the destination, for messages.
     pub fn place(&self) -> &str {
         &self.place
     }
 
-    /// How long it has taken.
+    /// How long the save has taken so far, or took.
     pub fn time(&self) -> Duration {
         self.took.unwrap_or_else(|| self.started.elapsed())
     }
 
-    /// Make it stop as soon as it can; [`Step::Done`] still comes. Whether it will not count: it may
-    /// be too late for that.
+    /// Make the save stop as soon as possible; [`Step::Done`] still comes. False if it is too late,
+    /// and the save may count.
     pub fn cancel(&self) -> bool {
         let cancelled = self.progress.cancel();
         if let Some(cancel) = self.cancel.as_ref().filter(|_| cancelled) {
@@ -336,7 +341,7 @@ impl Job {
         cancelled
     }
 
-    /// The main thread has nothing to hand over: make the save end.
+    /// Make the save end, because the main thread cannot do its part.
     pub fn give_up(&mut self) {
         self.cancel();
         self.told = None;
@@ -361,35 +366,35 @@ impl Job {
         step
     }
 
-    /// Answer [`Step::Opened`] when the guest runs meanwhile.
+    /// Answer [`Step::Opened`], if the guest runs meanwhile.
     pub fn copy(&self, first: First) {
         self.tell(Instruction::Copy(first));
     }
 
-    /// Answer [`Step::Round`]: what has changed since the last time.
+    /// Answer [`Step::Round`], with what has changed since the last time.
     pub fn changed(&self, ranges: Vec<Range<u64>>) {
         self.tell(Instruction::Changed(ranges));
     }
 
-    /// Answer [`Step::Ready`], or [`Step::Opened`]: the machine at one moment.
+    /// Answer [`Step::Ready`] or [`Step::Opened`], with the state of the machine.
     pub fn epoch(&self, config: Config, epoch: Epoch) {
         self.tell(Instruction::Epoch(Box::new((config, epoch))));
     }
 
-    /// Answer [`Step::HandOver`]: this machine has let go.
+    /// Answer [`Step::HandOver`]: this machine has released disks and taps.
     pub fn go(&self) {
         self.tell(Instruction::Go);
     }
 
     fn tell(&self, told: Instruction) {
-        // A thread that has given up says why in its last step.
+        // A thread that has given up reports the reason in its last step.
         if let Some(to) = &self.told {
             let _ = to.send(told);
         }
     }
 }
 
-/// A number that no other state has.
+/// A random number, different from that of any other save.
 ///
 /// # Errors
 /// When the host has no random numbers to give.
@@ -404,8 +409,8 @@ mod tests {
     const PAGE: u64 = image::PAGE_SIZE;
     const MS: Duration = Duration::from_millis(1);
 
-    /// What comes after each round of a guest that leaves so many pages each time. A round takes a
-    /// microsecond for each page.
+    /// The decisions after rounds that each leave this many pages. A round takes a microsecond for
+    /// each page.
     fn follow(resume: bool, patient: bool, limit: Duration, pages: &[u64]) -> Vec<Next> {
         let mut rounds = Rounds { resume, patient, made: 0 };
         let each = pages.windows(2).map(|two| {

@@ -1,4 +1,4 @@
-//! Loading from a directory. Everything that can be checked is checked before anything is made.
+//! Loading from a directory. Everything that can be checked is checked before anything is built.
 use std::path::{Path, PathBuf};
 
 use config::{Description, DescriptionError};
@@ -27,18 +27,18 @@ pub enum LoadError {
     Child(#[from] ChildError),
 }
 
-/// A state that was read and found whole.
+/// A state that was read and is complete.
 pub struct Loaded {
     pub state: State,
-    /// What it is made of.
+    /// The configuration of the machine.
     pub description: Description,
     pub memory: BackingChain,
 }
 
-/// Read the state in `directory` and find the memory that belongs to it.
+/// Read the state in `directory`, and find the memory file that belongs to it.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error found.
 pub fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let path = directory.join(STATE);
     let (mut state, _) = directory::read(&path)?;

@@ -1,4 +1,4 @@
-//! Writing the file of guest memory, and how far a save has come.
+//! Writing the memory file, and the progress of a save.
 use std::{
     fs::File,
     io,
@@ -12,54 +12,54 @@ use state::{
     memory_file::{BLOCK, trailer},
 };
 
-/// How far a save has come; written by one thread, read by others.
+/// Progress of a save; written by one thread, read by others.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes of memory to look at.
+    /// Bytes of memory to process.
     pub total: AtomicU64,
-    /// Bytes of memory looked at.
+    /// Bytes of memory processed.
     pub done: AtomicU64,
     /// Bytes written.
     pub written: AtomicU64,
-    /// Pages that were zero.
+    /// Pages of zeros.
     pub zero_pages: AtomicU64,
-    /// Bytes of disks to look at.
+    /// Bytes of disks to process.
     pub disks_total: AtomicU64,
-    /// Bytes of disks looked at.
+    /// Bytes of disks processed.
     pub disks_done: AtomicU64,
     /// Bytes of disks written.
     pub disks_written: AtomicU64,
-    /// Of the loop that copies what the guest changes: a round left about as much as the one before.
+    /// Whether the last round of copying has left about as much as the one before.
     pub diverges: AtomicBool,
     /// One of [`RUNS`], [`CANCELLED`], [`COMMITTED`].
     fate: AtomicU8,
 }
 
-/// It may be cancelled.
+/// The save can still be cancelled.
 const RUNS: u8 = 0;
-/// It is to stop as soon as it can.
+/// The save is to stop as soon as possible.
 const CANCELLED: u8 = 1;
-/// It counts from now on, whatever is asked for.
+/// The save counts, and can no longer be cancelled.
 const COMMITTED: u8 = 2;
 
 impl Progress {
-    /// Make it stop as soon as it can; whether that is still possible.
+    /// Make the save stop as soon as possible; whether that is still possible.
     pub fn cancel(&self) -> bool {
         self.settle(CANCELLED)
     }
 
-    /// Make it count: from now on it cannot be cancelled.
+    /// Make the save count: from now on it cannot be cancelled.
     ///
     /// # Errors
-    /// An error of the kind `Interrupted` when it was cancelled before.
+    /// An error of the kind `Interrupted` when it has been cancelled before.
     pub fn commit(&self) -> io::Result<()> {
         if self.settle(COMMITTED) { Ok(()) } else { self.check() }
     }
 
-    /// An error of the kind `Interrupted` once it is to stop.
+    /// Check that the save has not been cancelled.
     ///
     /// # Errors
-    /// That one.
+    /// An error of the kind `Interrupted` when it has.
     pub fn check(&self) -> io::Result<()> {
         match self.is_cancelled() {
             true => Err(io::Error::from(io::ErrorKind::Interrupted)),
@@ -67,12 +67,12 @@ impl Progress {
         }
     }
 
-    /// Whether it is to stop.
+    /// Whether the save has been cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.fate.load(Ordering::Acquire) == CANCELLED
     }
 
-    /// Whether it is `fate` that it has now.
+    /// Set the fate if it is still open; whether it is `fate` now.
     fn settle(&self, fate: u8) -> bool {
         let (is, failed) = (Ordering::AcqRel, Ordering::Acquire);
         self.fate.compare_exchange(RUNS, fate, is, failed).is_ok()
@@ -80,25 +80,27 @@ impl Progress {
     }
 }
 
-/// Copies memory into a file and keeps the checksums.
+/// Copies memory into a file and keeps its checksums.
 ///
-/// They are kept by the page, so that a page that is written again costs no more than itself: the
-/// guest may have written to the rest of its block since, and the block's own checksum follows from
-/// those of its pages. That is one thousandth of the guest's memory while it is saved.
+/// There is one checksum for each page, so that rewriting a page requires reading only that page:
+/// the guest may have changed the rest of its block since. The checksum of a block is computed from
+/// those of its pages. The checksums take one thousandth of the size of guest memory during the
+/// save.
 pub struct Writer {
     file: File,
     size: u64,
     pages: Vec<u32>,
-    /// Something has been written before: pages that are zero now may not be so in the file.
+    /// Whether pages have been written before: then a page that is zero now may not be zero in the
+    /// file.
     again: bool,
 }
 
 impl Writer {
-    /// A writer of `size` bytes of memory into the empty `file`. With `base`, the checksums of the
-    /// pages of what memory was like before, it writes what has changed since.
+    /// A writer of `size` bytes of memory into the empty `file`. With `base`, the page checksums of
+    /// the earlier save, only changes since that save are written.
     ///
     /// # Errors
-    /// When the file cannot be made as long.
+    /// When the file cannot be extended to that size.
     pub fn new(size: u64, file: File, base: Option<Vec<u32>>) -> io::Result<Self> {
         file.set_len(size.saturating_add(PAGE_SIZE))?;
         let zero = crc32fast::hash(&[0; PAGE_SIZE as usize]);
@@ -106,11 +108,11 @@ impl Writer {
         Ok(Self { file, size, pages: base.unwrap_or_else(|| vec![zero; pages]), again: false })
     }
 
-    /// Write `bytes`, whole pages of memory, to `at`. All that is never written must be zero, or as
-    /// the base has it.
+    /// Write `bytes`, whole pages of memory, at `at`. Pages that are never written must be zero, or
+    /// as in the base.
     ///
     /// # Errors
-    /// When the file does not take it, or it is not inside of memory.
+    /// When the file cannot be written, or `bytes` is outside of memory.
     pub fn write(&mut self, at: u64, bytes: &[u8], progress: &Progress) -> io::Result<()> {
         let outside = || io::Error::other("memory to be saved is no whole pages of the guest's");
         let first = usize::try_from(at / PAGE_SIZE).map_err(io::Error::other)?;
@@ -129,15 +131,15 @@ impl Writer {
         Ok(())
     }
 
-    /// From here on, what is written may have been written before.
+    /// From here on, pages may be written for a second time.
     pub fn again(&mut self) {
         self.again = true;
     }
 
-    /// Write the last page, sync, and give the checksums.
+    /// Write the last page, sync, and return the checksums.
     ///
     /// # Errors
-    /// When the file does not take it.
+    /// When the file cannot be written.
     pub fn finish(self, id: u128) -> io::Result<Sums> {
         self.file.write_all_at(&trailer(id, self.size), self.size)?;
         self.file.sync_all()?;
@@ -145,7 +147,7 @@ impl Writer {
     }
 }
 
-/// CRC-32 of all memory.
+/// CRC-32 checksums of all memory.
 pub struct Sums {
     /// Of each block.
     pub blocks: Vec<u32>,
@@ -153,10 +155,10 @@ pub struct Sums {
     pub pages: Vec<u32>,
 }
 
-/// The CRC-32 of each block whose pages have these.
+/// The CRC-32 of each block, computed from those of its pages.
 fn block_sums(pages: &[u32]) -> Vec<u32> {
-    // What becomes of a CRC when as many zeros follow as a page has bytes: linear in each bit of it,
-    // so a table for each of its bytes tells. crc32fast would count through the zeros each time.
+    // How a CRC changes when a page of zeros is appended: that is linear in each bit, so one table
+    // for each byte of the CRC is enough. crc32fast would process the zeros each time.
     let followed = |crc: u32| {
         let mut hasher = crc32fast::Hasher::new_with_initial_len(crc, 0);
         hasher.combine(&crc32fast::Hasher::new_with_initial_len(0, PAGE_SIZE));

@@ -1,27 +1,27 @@
-//! Checkpoints: a machine's whole state outside of its process.
+//! Checkpoints: a machine's whole state outside its process.
 //!
 //! ```text
 //! job               the thread that writes, and the steps that the machine must be stopped for
 //! save              into a directory: all of it or nothing
 //! memory_file       writing guest memory, with a checksum for each block of 2 MiB
 //! send              all of it into a socket, a pipe or a file
-//! dry_run           the first half of a restore; before a save counts, too
+//! dry_run           the first half of a restore; also before a save counts
 //! disks             copies of disks that a save keeps beside the memory
 //!
 //! load              out of a directory, checked before anything is touched
-//! backing_memory    guest memory made of the files of a save
+//! backing_memory    guest memory from the files of a save
 //! demand_paging     memory that is read while the guest runs
 //! children          copies of the disks of a save for a restored machine
 //! overrides         what a restored machine may have in other places: images, taps, sockets
 //!
-//! incoming          opening what a stream comes from
+//! incoming          opening the source of a stream
 //! receive           out of a stream
 //! arrival           the thread that takes a machine in, and the one that reads it from a stream
-//! assembly          what has come, made into a machine
-//! dialogue          what is said beside the machine where a stream goes both ways
-//! cancellable_poll  waiting for one descriptor until another one says to stop
+//! assembly          building a machine from what was received or read
+//! dialogue          messages beside the machine where a stream has a return path
+//! cancellable_poll  waiting for one descriptor, cancellable by another one
 //! ```
-//! What lies in a directory is read by the crate `state`.
+//! Files in a directory are read by the crate `state`.
 mod arrival;
 mod assembly;
 mod backing_memory;
@@ -85,7 +85,7 @@ pub enum RestoreError {
     Build(#[from] BuildError),
 }
 
-/// The file that the memory of a machine restored in this way is mapped from, if it is.
+/// The file that the memory of a machine restored like this is mapped from, if it is mapped.
 pub fn mapped(incoming: &Incoming) -> Option<PathBuf> {
     match &incoming.source {
         Source::Directory { path, mapping: Mapping::On, .. } => Some(path.join(MEMORY)),

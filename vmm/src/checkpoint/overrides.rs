@@ -1,6 +1,6 @@
 //! What a restored machine may have in other places than the saved one: images, taps, sockets, the
-//! kernel for its next reset. What its guest sees stays as it was; flags that ask for something
-//! else are refused.
+//! kernel for its next reset. What its guest sees stays the same; flags that ask for changes to
+//! that are refused.
 use std::{
     collections::BTreeSet,
     fmt::Display,
@@ -40,11 +40,12 @@ pub enum OverrideError {
     SpotCheck(#[from] SpotCheckError),
 }
 
-/// Change `description` to what the command line asks for: `overrides`, and the disks, NICs and character
-/// devices of `flags`.
+/// Change `description` as the command line asks: by `overrides`, and by the disks, NICs and
+/// character devices of `flags`.
 ///
 /// # Errors
-/// When it asks for what the guest would notice, or for what was not there.
+/// When the command line asks for a change that the guest would notice, or names what the saved
+/// machine did not have.
 pub fn apply(
     description: &mut Description,
     overrides: &Overrides,
@@ -100,7 +101,7 @@ pub fn apply(
     }
     disks(description, flags)?;
     for disk in description.occupied.disks.iter_mut().flatten().filter(|_| overrides.force) {
-        // The user vouches for those of the saved sizes.
+        // The user vouches for images of the saved sizes.
         (disk.expect, disk.probe) = (Expect::Any, false);
     }
     nics(description, flags)
@@ -113,7 +114,7 @@ fn disks(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideE
         if disk.readonly != wanted.readonly {
             return Err(differs("a disk with readonly", "-drive", disk.readonly, wanted.readonly));
         }
-        // What the saved machine wrote to is raw, whatever its guest has written there.
+        // An image that the saved machine wrote to is raw, whatever its guest has written there.
         let moved = disk.path != wanted.path;
         disk.probe = wanted.probe && moved;
         disk.expect = if moved { Expect::Copy } else { Expect::Saved };
@@ -152,11 +153,12 @@ fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideEr
     }
 }
 
-/// Each of `wanted` with the saved one that has its id. When none of the ids is known and there are as
-/// many as were saved, they are other names for those, in order of slots: a template is restored so.
+/// Pairs each of `wanted` with the saved one that has its id. If none of the ids is known and there
+/// are as many as were saved, they are paired in the order of slots: this is how a template is
+/// restored.
 ///
 /// # Errors
-/// The first id that is not known, and those that are.
+/// The first unknown id, and those that are known.
 #[expect(clippy::type_complexity, reason = "used twice, here")]
 fn pair<'s, 'w, T>(
     saved: impl Iterator<Item = &'s mut T>,
@@ -179,17 +181,17 @@ fn pair<'s, 'w, T>(
     Ok(pairs)
 }
 
-/// Whether the disks are there, and as large as they were.
+/// Check that the disks exist, and have the sizes that were saved.
 ///
 /// # Errors
-/// The first one that is not.
+/// The first disk that does not.
 pub fn check_disks(saved: &Description) -> Result<(), OverrideError> {
     for (disk, size_then) in saved.occupied.disks.iter().zip(&saved.disk_sizes) {
         let Some(disk) = disk else { continue };
         let (id, path) = (disk.id.clone(), disk.path.clone());
         match size(&disk.path) {
             Err(source) => return Err(OverrideError::Disk { id, path, source }),
-            // Whole sectors, as the disk shows them.
+            // Whole sectors, which is the size that the disk reports.
             Ok(found) if found / 512 * 512 != *size_then => {
                 return Err(OverrideError::DiskSize { id, path, saved: *size_then, found });
             }

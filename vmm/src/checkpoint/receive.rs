@@ -1,5 +1,5 @@
-//! Restoring from a stream. Whoever sends it is believed nothing: no byte outside of the guest's
-//! memory is written, no more is kept than the machine needs, and nothing starts before the end.
+//! Restoring from a stream. Its sender is not trusted: no byte outside guest memory is written, no
+//! more is stored than the machine needs, and nothing starts before the end of the stream.
 use std::{
     io::{self, BufReader, Read},
     sync::atomic::Ordering,
@@ -14,10 +14,10 @@ use state::{
 
 use super::{OverrideError, dialogue::GO_LIMIT, memory_file::Progress, send::PIECE};
 
-/// How often all of memory may be sent: more often than any sender has rounds.
+/// How many times all of memory may be sent: more than the rounds of any sender.
 const TIMES: u64 = 64;
 
-/// Why a machine cannot be had from a stream.
+/// Why a machine cannot be received from a stream.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum ReceiveError {
@@ -68,9 +68,9 @@ impl From<StreamError> for ReceiveError {
     }
 }
 
-/// A machine that came whole.
+/// A machine that was received completely.
 pub struct Received {
-    /// What it was made of at its end.
+    /// Its configuration at the end of the stream.
     pub config: Config,
     /// Its state.
     pub sections: Sections,
@@ -78,11 +78,11 @@ pub struct Received {
     pub memory: Memory,
 }
 
-/// Read a machine to its end. `overrides` changes what it is made of to what is wanted here; `allocate`
-/// gives its memory, once it is known what it is like.
+/// Receive a machine, to the end of the stream. `overrides` changes its configuration to what is
+/// wanted here; `allocate` gives its memory, once the configuration is known.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error found.
 pub fn receive(
     from: impl Read,
     overrides: impl Fn(&mut Description) -> Result<(), OverrideError>,
@@ -93,7 +93,7 @@ pub fn receive(
     receive_frames(&mut frames, overrides, allocate, progress)
 }
 
-/// As [`receive`], from what comes after the greeting.
+/// Like [`receive`], for a stream whose greeting has been read.
 ///
 /// # Errors
 /// As [`receive`].

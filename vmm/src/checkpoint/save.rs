@@ -1,4 +1,4 @@
-//! Saving into a directory: both files, or the old ones as they were.
+//! Saving into a directory: either both new files count, or both old ones stay as they were.
 //!
 //! ```text
 //! memory.new, state.new written and synced
@@ -41,7 +41,7 @@ use super::{
     send::PIECE,
 };
 
-/// Why a state could not be saved. What was there before is as it was.
+/// Why a state could not be saved. An earlier save is as it was.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum SaveError {
@@ -98,19 +98,19 @@ pub enum SaveError {
 
 /// Where memory is copied from.
 pub enum Source<'a> {
-    /// The guest's own, in these ranges, ascending.
+    /// Guest memory itself, in these ranges, ascending.
     Guest(&'a [Range<u64>]),
-    /// A copy of it, which does not change.
+    /// A copy of guest memory, which does not change.
     Staged(&'a Staging),
 }
 
-/// Where a save goes.
+/// Destination of a save.
 pub trait Sink: Send {
-    /// Copy memory. The first time, what is outside of it is zero, or is in the base; later, it is as
-    /// it was.
+    /// Copy memory. In the first call, memory outside of `source` is zero, or is in the base; in
+    /// later calls, it is unchanged.
     ///
     /// # Errors
-    /// When it is not taken, or the save is cancelled.
+    /// When it cannot be written, or the save is cancelled.
     fn copy(&mut self, source: &Source<'_>, progress: &Progress) -> Result<(), SaveError>;
 
     /// The guest is about to be captured: do now what would take long afterwards.
@@ -121,8 +121,8 @@ pub trait Sink: Send {
         Ok(())
     }
 
-    /// The guest was captured: copy the disks as they were then, if they belong to the save. The guest may
-    /// run meanwhile.
+    /// The guest was captured: copy the disks as they were then, if they belong to the save. The
+    /// guest may be running again.
     ///
     /// # Errors
     /// As [`Sink::copy`].
@@ -131,10 +131,10 @@ pub trait Sink: Send {
         Ok(())
     }
 
-    /// Add the rest and make it count.
+    /// Add the rest and complete the save.
     ///
     /// # Errors
-    /// When it is not taken; what was there before is as it was.
+    /// When it cannot be written; an earlier save is as it was.
     fn finish(
         self: Box<Self>,
         config: Config,
@@ -143,22 +143,22 @@ pub trait Sink: Send {
     ) -> Result<Finished, SaveError>;
 }
 
-/// What a save has come to.
+/// How a save has ended.
 pub enum Finished {
-    /// It counts. What a later save may build on.
+    /// It counts. With what a later save may build on.
     Over(Option<Saved>),
-    /// It counts when this machine lets go of what both cannot have.
+    /// It counts once this machine releases its disks and taps, which both cannot hold.
     HandOver(HandOver),
 }
 
-/// A save that is complete: what another one needs to build on it.
+/// A complete save: what another one needs to build on it.
 #[derive(Debug, Clone)]
 pub struct Saved {
-    /// Its directory and those that it builds on itself.
+    /// Its directory, and those of the saves that it builds on.
     chain: Vec<PathBuf>,
     id: Id,
     state: u32,
-    /// Of each page of memory.
+    /// The checksum of each page of memory.
     pages: Vec<u32>,
 }
 
@@ -168,7 +168,7 @@ impl Saved {
         self.chain.first().map_or(Path::new(""), PathBuf::as_path)
     }
 
-    /// Whether it lies there as it was saved.
+    /// Check that the save is still there unchanged.
     fn check(&self) -> Result<(), SaveError> {
         let (content, state) =
             directory::read(&self.path().join(STATE)).map_err(SaveError::Base)?;
@@ -188,17 +188,17 @@ pub struct Target {
 }
 
 impl Target {
-    /// Make the directory, if it is not there.
+    /// Open the directory, and create it if it does not exist.
     ///
     /// # Errors
-    /// When it cannot be made, or somebody else saves into it.
+    /// When it cannot be created, or another process saves into it.
     pub fn open(path: &Path) -> Result<Self, SaveError> {
         let made = match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => true,
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
             Err(source) => return Err(SaveError::Directory { path: path.into(), source }),
         };
-        // A FIFO would make its opener wait.
+        // Opening a FIFO would block.
         let flags = (OFlags::DIRECTORY | OFlags::NONBLOCK).bits().cast_signed();
         let directory = OpenOptions::new().read(true).custom_flags(flags).open(path);
         let directory = directory.map_err(|source| failed("save into", path, source))?;
@@ -209,7 +209,7 @@ impl Target {
         Ok(this)
     }
 
-    /// What a process killed between its two renames has left undone.
+    /// Complete what a process killed between its two renames has left undone.
     fn finish_earlier(&self) -> Result<(), SaveError> {
         let new = self.path.join(NEW_MEMORY);
         if directory::memory_of(&self.path).is_some_and(|path| path == new) {
@@ -228,10 +228,10 @@ impl Target {
         self.directory.sync_all().map_err(|source| failed("sync", &self.path, source))
     }
 
-    /// An empty file, with a name that means nothing yet.
+    /// Create an empty file under a temporary name.
     fn create(&self, name: &str) -> Result<(PathBuf, File), SaveError> {
         let path = self.path.join(name);
-        // Not opened anew with its old contents: another process may have it mapped.
+        // Not reopened with its old contents: another process may have it mapped.
         let _ = fs::remove_file(&path);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
@@ -244,7 +244,7 @@ impl Drop for Target {
     fn drop(&mut self) {
         if !self.done {
             let _ = fs::remove_file(self.path.join(NEW_STATE));
-            // Unless the state in place is the one that needs it.
+            // Unless the state that counts is the one that needs it.
             let new = self.path.join(NEW_MEMORY);
             if directory::memory_of(&self.path).is_none_or(|path| path != new) {
                 let _ = fs::remove_file(new);
@@ -258,7 +258,7 @@ impl Drop for Target {
 
 /// A save into a directory.
 pub struct Directory {
-    /// Dropped before the directory that they lie in.
+    /// Dropped before the directory that contains them.
     disks: Option<DiskCopies>,
     target: Target,
     memory: Memory,
@@ -267,18 +267,18 @@ pub struct Directory {
     buffer: Vec<u8>,
     size: u64,
     base: Option<Saved>,
-    /// What has been written, with a base.
+    /// Ranges that have been written, with a base.
     changed: Vec<Range<u64>>,
-    /// Most ranges of that while the guest's own memory is copied: a copy of it may add as many again.
+    /// Most ranges of that while guest memory itself is copied: a copy of it may add as many again.
     pub(super) most: usize,
 }
 
 impl Directory {
-    /// Begin to save `memory`, `size` bytes, into `path`; with `base`, what has changed since that
-    /// one.
+    /// Begin to save `memory`, of `size` bytes, into `path`; with `base`, only what has changed
+    /// since that save.
     ///
     /// # Errors
-    /// When the files cannot be made, or one cannot build on `base`.
+    /// When the files cannot be created, or no save can build on `base`.
     pub fn create(
         path: &Path,
         memory: Memory,
@@ -313,10 +313,10 @@ impl Directory {
         })
     }
 
-    /// Keep copies of `disks`, too, each known by its id; the save will be `id`.
+    /// Also keep copies of `disks`, each with its id; the save will have the id `id`.
     ///
     /// # Errors
-    /// When their files cannot be made.
+    /// When their files cannot be created.
     pub fn with_disks(
         mut self,
         id: u128,
@@ -326,7 +326,7 @@ impl Directory {
         Ok(self)
     }
 
-    /// Copy `ranges` of the guest's own memory.
+    /// Copy `ranges` of guest memory itself.
     fn copy_guest(&mut self, ranges: &[Range<u64>], progress: &Progress) -> io::Result<()> {
         for piece in pieces(ranges) {
             progress.check()?;
@@ -355,14 +355,14 @@ impl Sink for Directory {
                 let all = ram::union(&self.changed, ranges);
                 let many = all.len() > self.most;
                 self.changed = join(all, self.most);
-                // What joining has added must be there, too.
+                // The gaps that joining has added have to be written, too.
                 let joined = many.then(|| self.changed.clone());
                 self.copy_guest(joined.as_deref().unwrap_or(ranges), progress)
             }
             Source::Guest(ranges) => self.copy_guest(ranges, progress),
             Source::Staged(staging) => {
                 if self.base.is_some() {
-                    // Not joined: the memory in between is not in the copy any more.
+                    // Not joined: the copy does not have the memory in the gaps.
                     self.changed = ram::union(&self.changed, &staging.ranges());
                 }
                 staging.pieces().try_for_each(|piece| {
@@ -407,10 +407,11 @@ impl Sink for Directory {
         let sum = to.get_ref().sum.clone().finalize();
         drop(to);
         file.sync_all().map_err(|source| failed("sync", &path, source))?;
-        // The names of the new files before the one that replaces the old state.
+        // The names of the new files have to be durable before the rename that replaces the old
+        // state.
         target.sync()?;
         read_back(&path, sum, &memory).map_err(|why| SaveError::DryRun(Box::new(why)))?;
-        // From here on it counts, and cannot be called off.
+        // From here on the save counts, and cannot be cancelled.
         progress.commit().map_err(|_| SaveError::Cancelled)?;
         target.rename(NEW_STATE, STATE)?;
         target.done = true;
@@ -426,7 +427,7 @@ impl Sink for Directory {
     }
 }
 
-/// Whether the state in the file `path`, whose CRC-32 is `sum`, can be restored with `memory`.
+/// Check that the state in the file `path`, whose CRC-32 is `sum`, can be restored with `memory`.
 fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), DryRunError> {
     let bytes = fs::read(path).map_err(DryRunError::Io)?;
     if crc32fast::hash(&bytes) != sum {
@@ -439,7 +440,7 @@ fn read_back(path: &Path, sum: u32, memory: &Path) -> Result<(), DryRunError> {
     dry_run(&config, sections).map(drop)
 }
 
-/// `ranges`, in parts of at most [`PIECE`] bytes.
+/// `ranges`, split into parts of at most [`PIECE`] bytes.
 pub fn pieces(ranges: &[Range<u64>]) -> impl Iterator<Item = Range<u64>> {
     ranges.iter().flat_map(|range| {
         let ends = |at: u64| at..range.end.min(at.saturating_add(PIECE));
@@ -463,7 +464,7 @@ fn join(mut ranges: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>> {
     ranges
 }
 
-/// The path to `to` from the directory `from`; both absolute.
+/// The relative path to `to` from the directory `from`; both are absolute.
 fn seen_from(from: &Path, to: &Path) -> PathBuf {
     let (mut from, mut to) = (from.components().peekable(), to.components().peekable());
     while from.peek().is_some() && from.peek() == to.peek() {
@@ -473,7 +474,7 @@ fn seen_from(from: &Path, to: &Path) -> PathBuf {
     from.map(|_| Component::ParentDir).chain(to).collect()
 }
 
-/// Adds up what is written.
+/// Computes the CRC-32 of what is written.
 struct Summed<W> {
     to: W,
     sum: crc32fast::Hasher,

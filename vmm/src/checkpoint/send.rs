@@ -1,11 +1,11 @@
-//! Saving into a stream: a socket, a pipe, an open file. Without a return path there are no answers, so
-//! that a pipe will do; with one it is a [dialogue](super::dialogue).
+//! Saving into a stream: a socket, a pipe, an open file. Without a return path there are no
+//! answers, so that a pipe can be used; with one, the stream is a [dialogue](super::dialogue).
 //!
 //! ```text
 //! Config  (Pages | Zeros)..  Config Section.. End
 //! ```
-//! The first Config says what the other side has to have; the second one, what the machine is made
-//! of at its end. Pages that have never held anything are not sent.
+//! The first Config says what the receiver needs to have; the second one is the configuration of
+//! the machine at its end. Pages that have never been used are not sent.
 use std::{
     io::{self, BufWriter, Write},
     ops::Range,
@@ -41,22 +41,22 @@ use state::{
 /// Most bytes of memory in one frame.
 pub const PIECE: u64 = 1 << 20;
 
-/// The other side. Writing waits for it until the save is cancelled.
+/// The receiving process. Writing waits for it until the save is cancelled.
 pub struct Peer {
     fd: OwnedFd,
-    /// As it was handed over: others may have the same open file.
+    /// The file status flags as they were: others may share the open file description.
     flags: OFlags,
     cancel: Cancel,
-    /// It says by a byte how it has ended.
+    /// The peer is a command, which reports its exit status in one byte.
     command: bool,
 }
 
-/// Makes a [`Peer`] stop waiting, for good.
+/// Makes a [`Peer`] stop waiting, permanently.
 #[derive(Debug, Clone)]
 pub struct Cancel(Arc<OwnedFd>);
 
 impl Cancel {
-    /// One that has not been used.
+    /// A handle that has not been used.
     ///
     /// # Errors
     /// When the host has no descriptor to give.
@@ -68,22 +68,22 @@ impl Cancel {
     /// Wait until `fd` is ready for `flags`.
     ///
     /// # Errors
-    /// When it was cancelled, or the host cannot wait.
+    /// When this was cancelled, or the host cannot wait.
     pub fn wait_beside(&self, fd: impl AsFd, flags: PollFlags) -> io::Result<()> {
         self.wait_for(fd, flags, None)
     }
 
-    /// As [`Cancel::wait_beside`], for `at_most`.
+    /// Like [`Cancel::wait_beside`], for at most `at_most`.
     ///
     /// # Errors
-    /// Also when that is over: an error of the kind `TimedOut`, as when it was cancelled.
+    /// Also when that time is over: an error of the kind `TimedOut`, as when this was cancelled.
     pub fn wait_for(
         &self,
         fd: impl AsFd,
         flags: PollFlags,
         at_most: Option<Duration>,
     ) -> io::Result<()> {
-        // Not `Interrupted`: the standard library would try again.
+        // Not `Interrupted`: the standard library would retry.
         let over = |why| Err(io::Error::new(io::ErrorKind::TimedOut, why));
         match cancellable_poll::until(fd, flags, &self.0, at_most)? {
             Waited::Ready => Ok(()),
@@ -92,28 +92,28 @@ impl Cancel {
         }
     }
 
-    /// Do so. Never waits.
+    /// Cancel. Never blocks.
     pub fn cancel(&self) {
-        // It cannot be full: nobody writes to it twice so often.
+        // The counter cannot be full: it is not written nearly so often.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 }
 
-/// Which process a stream goes to, and how it is reached.
+/// The process that a stream goes to, and how it is reached.
 pub enum To {
-    /// One that listens at this socket.
+    /// The process that listens at this socket.
     Socket(PathBuf),
-    /// The one at the other end of this.
+    /// The process at the other end of this descriptor.
     Fd(OwnedFd),
-    /// A command of [`crate::spawner`], which says how it has ended.
+    /// A command of [`crate::spawner`], which reports its exit status.
     Command(OwnedFd),
 }
 
 impl Peer {
-    /// Reach the other side. Looking a socket up may take as long as its file system likes.
+    /// Connect to the peer. Looking up a socket's path may take as long as its file system takes.
     ///
     /// # Errors
-    /// When there is none.
+    /// When the peer cannot be reached.
     pub fn reach(to: To, cancel: Cancel) -> Result<Self, SaveError> {
         let command = matches!(to, To::Command(_));
         let fd = match to {
@@ -131,7 +131,7 @@ impl Peer {
         Ok(Self { fd, flags, cancel, command })
     }
 
-    /// There is nothing more to write.
+    /// Close the stream: nothing more is written.
     fn end(self) -> Result<(), SaveError> {
         if !self.command {
             return Ok(());
@@ -171,7 +171,7 @@ impl Drop for Peer {
     }
 }
 
-/// A connection to the socket at `path`. Does not wait for a listener with many others in line.
+/// A connection to the socket at `path`. Does not wait for a listener whose queue is full.
 fn connected(path: &Path) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -184,18 +184,18 @@ pub struct Stream {
     to: Writer<BufWriter<Peer>>,
     memory: Memory,
     buffer: Vec<u8>,
-    /// Something has been sent before.
+    /// Whether memory has been sent before.
     again: bool,
-    /// What the other side answers, if it does.
+    /// The peer's answers, if it sends any.
     answers: Option<Answers>,
 }
 
 impl Stream {
-    /// Begin to send `memory` of the machine `config`. With a greeting, the other side has to answer before a
-    /// page is sent.
+    /// Begin to send `memory` of the machine `config`. With a greeting, the peer has to accept it
+    /// before a page is sent.
     ///
     /// # Errors
-    /// When the other side has gone or does not want it, or the save is cancelled.
+    /// When the peer has gone or refuses, or the save is cancelled.
     pub fn begin(
         peer: Peer,
         memory: Memory,
@@ -281,7 +281,8 @@ impl Sink for Stream {
     ) -> Result<Finished, SaveError> {
         let mut to = self.to;
         let last = last_frames(&config, state).map_err(SaveError::Stream)?;
-        // Without its end the receiver does not start it, and it runs on here.
+        // Without the end of the stream the receiver does not start the machine, and it runs on
+        // here.
         dry_run_frames(&last).map_err(|why| SaveError::DryRun(Box::new(why)))?;
         forward(&last, &mut to).and_then(|()| to.end(0)).map_err(|e| failed(e, progress))?;
         if let Some(mut answers) = self.answers {
@@ -318,7 +319,7 @@ fn hear(
     }
 }
 
-/// What is sent when all memory has been, as a stream of its own.
+/// The frames that follow all memory, as a stream of its own.
 fn last_frames(config: &Config, state: MachineState) -> io::Result<Vec<u8>> {
     let mut to = Writer::begin(Vec::new())?;
     write_config(&mut to, config)?;
@@ -327,7 +328,7 @@ fn last_frames(config: &Config, state: MachineState) -> io::Result<Vec<u8>> {
     Ok(to.into_inner())
 }
 
-/// Send the frames of `stream`, but for its end.
+/// Send the frames of `stream`, except for its end.
 fn forward(stream: &[u8], to: &mut Writer<impl Write>) -> io::Result<()> {
     let mut frames = Frames::begin(stream).map_err(io::Error::other)?;
     let mut body = Vec::new();

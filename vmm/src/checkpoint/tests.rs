@@ -1,4 +1,4 @@
-//! A saved state without a machine: what its files survive and what they refuse.
+//! Saved states without a machine: which damage to their files is tolerated, and which is refused.
 use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt},
@@ -35,7 +35,7 @@ pub const SIZE: u64 = state::testing::MEMORY;
 
 pub use state::testing::config;
 
-/// A state whose clock shows that.
+/// A state whose clock is `clock`.
 pub fn state(clock: u64) -> MachineState {
     let mut sections = state::testing::sections();
     sections.clock = Clock { nanoseconds: clock, date: Some(clock + 1) };
@@ -53,7 +53,7 @@ fn memory_config() -> MemoryConfig {
     }
 }
 
-/// Memory with something at the first, a middle and the last byte.
+/// Memory with `mark` at the first, a middle and the last byte.
 pub fn memory(mark: u8) -> Memory {
     let memory = allocate(&memory_config()).unwrap();
     for at in [0, 5 * MIB + 3, SIZE - 1] {
@@ -74,7 +74,7 @@ fn save(directory: &Path, mark: u8, cancelled: bool) -> Result<(), SaveError> {
     save_on(directory, mark, cancelled, None).map(drop)
 }
 
-/// Everything; or, on a base, the first page.
+/// Saves all of memory; on a base, the first page.
 pub fn save_on(
     directory: &Path,
     mark: u8,
@@ -103,7 +103,7 @@ fn over(finished: Finished) -> Option<Saved> {
     }
 }
 
-/// What is restored from `directory`.
+/// The memory restored from `directory`.
 pub fn restored(directory: &Path, mapped: bool) -> Result<Memory, LoadError> {
     let loaded = load(directory)?;
     let mapped = if mapped { Mapping::On } else { Mapping::Off };
@@ -174,7 +174,7 @@ fn a_save_that_was_killed_at_any_step_leaves_one_that_is_whole() {
     fs::rename(old.join(NEW_STATE), old.join(STATE)).unwrap();
     check(&old).unwrap();
     assert_eq!(marks(&restored(&old, true).unwrap()), [2; 3]);
-    // The next save, itself given up, puts that right and leaves it whole.
+    // The next save, itself cancelled, repairs that and leaves it complete.
     assert!(matches!(save(&old, 3, true), Err(SaveError::Cancelled)));
     assert_eq!(names(&old), [MEMORY, STATE]);
     assert_eq!(marks(&restored(&old, true).unwrap()), [2; 3]);
@@ -225,7 +225,7 @@ fn bytes() -> Vec<u8> {
     bytes
 }
 
-/// Reads it, or says why not.
+/// Reads it, or returns the error.
 fn read(bytes: &[u8]) -> Result<(), String> {
     State::read(bytes).map(drop).map_err(|e| why(&e))
 }
@@ -247,7 +247,7 @@ fn a_state_cut_off_anywhere_is_refused_by_name() {
 fn a_state_with_any_one_bit_flipped_is_refused() {
     let mut bytes = bytes();
     for at in 0..bytes.len() {
-        // Any one of them changes the checksum.
+        // Any single flipped bit changes the checksum.
         let bit = at % 8;
         bytes[at] ^= 1 << bit;
         assert!(read(&bytes).is_err(), "byte {at}, bit {bit}");
@@ -326,7 +326,7 @@ fn an_incremental_save_holds_what_has_changed_and_is_restored_with_its_base() {
         let on_disk = fs::metadata(at(n).join(MEMORY)).unwrap().blocks() * 512;
         assert!(on_disk <= 16 << 10, "two pages, and yet it takes {on_disk} bytes");
     }
-    // All of them may be elsewhere, as long as they are beside each other.
+    // All of them may be moved, as long as they stay side by side.
     let moved = scratch.path().join("moved");
     fs::create_dir(&moved).unwrap();
     for n in 0..4 {
@@ -383,7 +383,7 @@ fn a_chain_that_is_too_long_or_leads_to_itself_is_refused() {
     let error = save_on(&at(64), 64, false, Some(base)).unwrap_err();
     assert!(matches!(error, SaveError::TooDeep), "{}", why(&error));
     assert!(!at(64).exists());
-    // A saved state that somebody has made up: it builds on itself.
+    // A forged state: it builds on itself.
     let (mut content, sum) = directory::read(&at(1).join(STATE)).unwrap();
     content.config.base =
         Some(Base { path: "../1".into(), id: content.config.id, state: Hex(sum) });
@@ -437,7 +437,7 @@ fn what_was_copied_aside_is_saved_whatever_the_guest_writes_afterwards() {
                 ram::write(&memory, page.start, &[mark; 4096]).unwrap();
             }
         };
-        // Scattered, over several blocks: some are written once, some twice, some become zero.
+        // Scattered over several blocks: some pages are written once, some twice, some become zero.
         let (first, later) = (pages(&[0, 3, 600, 601, 1200]), pages(&[3, 7, 600, 2000]));
         mark(&first, 2);
         let mut sink =
@@ -473,7 +473,7 @@ fn more_ranges_than_are_kept_are_joined_and_all_there() {
     let scratch = tempfile::tempdir().unwrap();
     let base = save_on(&scratch.path().join("base"), 1, false, None).unwrap();
     let memory = memory(2);
-    // Every second page of a few, and later every third one of them and many more.
+    // Every second page of a few, and later every third page of these and of many more.
     let pages = |to: u64, step| {
         (0..to).step_by(step).map(|page| page * 4096..(page + 1) * 4096).collect::<Vec<_>>()
     };
@@ -502,8 +502,8 @@ fn more_ranges_than_are_kept_are_joined_and_all_there() {
     assert!(first.iter().chain(&later).all(there));
 }
 
-/// What a save writes is what a restore reads: one that could not be restored does not count, and what
-/// was saved before stays.
+/// What a save writes is what a restore reads: a save that could not be restored does not count,
+/// and the earlier save stays.
 #[test]
 fn a_state_that_no_machine_would_take_is_not_saved() {
     let scratch = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The memory balloon: how much memory the guest leaves itself, and what it tells of it.
+//! The memory balloon: how much memory the guest keeps, and its memory statistics.
 use std::time::UNIX_EPOCH;
 
 use machine::Balloon as Device;
@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::invalid;
 use crate::vmm::Vmm;
 
-/// Where QEMU's objects have devices with an id.
+/// Path prefix of devices with an id, among QEMU's objects.
 const DEVICES: &str = "/machine/peripheral/";
 const STATS: &str = "guest-stats";
 const INTERVAL: &str = "guest-stats-polling-interval";
@@ -57,7 +57,7 @@ pub fn qom_set(vmm: &mut Vmm, command: QomSet) -> Result<Empty, Error> {
     }
 }
 
-/// The object at `path`: there are no others than the balloon.
+/// The object at `path`, which can only be the balloon.
 fn object<'v>(vmm: &'v Vmm, path: &str) -> Result<&'v Device, Error> {
     let id = path.strip_prefix(DEVICES).unwrap_or(path);
     vmm.machine.balloon().filter(|device| device.id == id).ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! Disks' back-ends.
+//! Back-ends of disks.
 use std::{
     collections::BTreeMap, os::unix::fs::MetadataExt, path::PathBuf, sync::atomic::Ordering,
 };
@@ -78,7 +78,7 @@ pub fn blockdev_add(
         discard: command.discard == Some(BlockdevDiscard::Unmap),
         iops,
         bps,
-        // The slot has its own.
+        // The slot has its own queues.
         queues: DiskQueues::default(),
         queue_size: DiskQueueSize::default(),
         iothread: None,
@@ -91,7 +91,7 @@ pub fn blockdev_add(
     let (id, what) = (config.id.clone(), format!("opening {}", config.path.display()));
     let add = |vmm: &mut Vmm, opened: Result<OpenDisk, PlugError>| {
         let disk = opened.map_err(|e| plug_error(&e))?;
-        // Other clients' commands were carried out meanwhile: the machine may be saved now.
+        // Other clients' commands were carried out meanwhile: the machine may be saved by now.
         let (why, disk) = match vmm.admit(BlockdevAdd::NAME, super::ALIVE) {
             Ok(()) => match vmm.machine.add_disk_backend(disk) {
                 Ok(()) => return Ok(Empty {}),
@@ -108,7 +108,7 @@ pub fn blockdev_add(
     Ok(None)
 }
 
-/// A limit per second, for which 0 means none.
+/// A limit per second; 0 means none.
 fn rate<const LEAST: u64, const MOST: u64>(
     key: &str,
     number: Option<u64>,
@@ -158,7 +158,7 @@ pub fn block_resize(
     let what = format!("resizing {}", image.path().display());
     let name = id.clone();
     let end = move |vmm: &mut Vmm, resized: Result<(), PlugError>| {
-        // Also of one that failed: the guest is to see the size that there is.
+        // Also after a failed resize: the guest is to see the actual size.
         let shown = vmm.machine.end_resize(&id);
         resized.and(shown).map(|()| Empty {}).map_err(|e| plug_error(&e))
     };
@@ -177,7 +177,7 @@ pub fn query_block(
     Ok(None)
 }
 
-/// `used`: what is known of the space that the images take up.
+/// Describe the disks; `used` is what is known of the space that their images take up.
 pub(super) fn block_info(vmm: &Vmm, used: &Used) -> Result<Vec<BlockInfo>, Error> {
     let info = |disk: PluggedDisk| BlockInfo {
         device: disk.config.id.clone(),
@@ -211,8 +211,8 @@ pub fn query_named_block_nodes(
 /// Bytes that the images of these paths take up on the host.
 pub(super) type Used = BTreeMap<PathBuf, u64>;
 
-/// Have `tell` answer `ticket`, with what the file system says of `paths`: without, where it does not
-/// answer soon.
+/// Have `tell` answer `ticket` with what the file system reports for `paths`, or without it where
+/// the file system does not answer soon.
 fn with_used_space<R: Serialize + 'static>(
     vmm: &mut Vmm,
     paths: Vec<PathBuf>,

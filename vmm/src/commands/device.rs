@@ -1,4 +1,4 @@
-//! Hot-plug: a slot gets its back-end, or loses it.
+//! Hot-plug: plugging a back-end into a slot, or unplugging it.
 use std::fmt::Display;
 
 use config::value;
@@ -9,8 +9,9 @@ use serde_json::{Map, Value};
 use super::{invalid, plug_error};
 use crate::{files::Job, vmm::Vmm};
 
-/// The driver decides what the other members mean, so one that there is not is told of before them. Its
-/// name is matched by part, as StratoVirt does it: "virtio-blk-mmio" and others.
+/// Check that the driver exists. It decides what the other members mean, so an unknown driver is
+/// reported before them. Its name is matched by part, as StratoVirt does: "virtio-blk-mmio" and
+/// others.
 pub fn known_driver(arguments: &Map<String, Value>) -> Result<(), Error> {
     match arguments.get("driver").and_then(Value::as_str) {
         Some(driver)
@@ -27,8 +28,8 @@ pub fn known_driver(arguments: &Map<String, Value>) -> Result<(), Error> {
 }
 
 /// Members that have no meaning without firmware or PCI (`bus`, `vectors`, `boot_index`,
-/// `multifunction`, `disable-modern`) are taken: StratoVirt's clients send them to every machine. All others hold, or
-/// are refused.
+/// `multifunction`, `disable-modern`) are accepted: StratoVirt's clients send them to every
+/// machine. All others are either applied or refused.
 pub fn device_add(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
     value::id(&command.id).map_err(|rule| invalid("id", &command.id, rule))?;
     refuse_everywhere(&command)?;
@@ -90,7 +91,7 @@ fn add_nic(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
     Ok(Empty {})
 }
 
-/// What no device can have.
+/// Refuse members that no device supports.
 fn refuse_everywhere(command: &DeviceAdd) -> Result<(), Error> {
     let pass_through = "passing host devices through is not built yet: leave it out";
     refuse("host", command.host.as_ref(), pass_through)?;
@@ -101,7 +102,7 @@ fn refuse_everywhere(command: &DeviceAdd) -> Result<(), Error> {
     refuse("romfile", rom, "there is no firmware that could run it; must be ''")
 }
 
-/// The driver goes on with the queues that it found at the start.
+/// The driver keeps using the queues that it found at the start.
 fn check_shape(command: &DeviceAdd, shape: &Shape, queues: usize) -> Result<(), Error> {
     let fixed = |own| format!("must be {own}, as this slot has had it since the start");
     let other = command.num_queues.filter(|asked| usize::from(*asked) != queues);
@@ -121,7 +122,7 @@ fn refuse(key: &str, value: Option<impl Display>, why: impl Display) -> Result<(
     value.map_or(Ok(()), |value| Err(invalid(key, value, why)))
 }
 
-/// The event comes first: there is nothing to wait for from the guest.
+/// The event comes before the answer: the guest is not waited for.
 pub fn device_del(
     vmm: &mut Vmm,
     command: DeviceDel,
@@ -140,13 +141,14 @@ pub fn device_del(
         Empty {}
     };
     let Some(disk) = disk else { return Ok(Some(done(vmm))) };
-    // Once it is answered another machine can have the image.
+    // After the answer another machine may use the image.
     vmm.with_files(Job::close(what, disk, done), ticket);
     Ok(None)
 }
 
-/// `addr` in decimal or, after 0x, in hexadecimal; or `lun`, one less. `None`: the first that is free, as
-/// neither is given or an address on a PCI bus, which says nothing here.
+/// The slot: `addr` in decimal or, after 0x, in hexadecimal; or `lun`, which is one less. `None`
+/// means the first free slot, if neither is given or the address is on a PCI bus, which has no
+/// meaning here.
 fn slot(command: &DeviceAdd) -> Result<Option<usize>, Error> {
     let on_pci = command.driver.ends_with("-pci")
         || command.bus.as_ref().is_some_and(|bus| bus.starts_with("pcie."));

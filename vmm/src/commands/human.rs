@@ -1,4 +1,5 @@
-//! `human-monitor-command`: the few lines of QEMU's human monitor that programs read, in its words.
+//! `human-monitor-command`: those few lines of QEMU's human monitor that programs parse, in QEMU's
+//! format.
 use std::fmt::Write;
 
 use config::Tap;
@@ -7,7 +8,7 @@ use qmp::{Error, schema::*};
 use super::{balloon::query_balloon, block, introspect, run_state};
 use crate::vmm::Vmm;
 
-/// A line of the human monitor and what answers it.
+/// A line of the human monitor, and the function that answers it.
 type Line = (&'static str, fn(&mut Vmm) -> Result<String, Error>);
 
 const LINES: [Line; 8] = [
@@ -65,7 +66,7 @@ fn snapshots(_: &mut Vmm) -> Result<String, Error> {
 fn cpus(vmm: &mut Vmm) -> Result<String, Error> {
     let cpus = introspect::query_cpus_fast(vmm, QueryCpusFast {})?;
     let line = |cpu: &CpuInfoFast| {
-        // The first one is the human monitor's own choice.
+        // The first vCPU is the human monitor's own default.
         let current = if cpu.cpu_index == 0 { '*' } else { ' ' };
         format!("{current} CPU #{}: thread_id={}\r\n", cpu.cpu_index, cpu.thread_id)
     };

@@ -1,4 +1,4 @@
-//! Commands that tell what the machine is made of.
+//! Commands that describe the machine.
 use qmp::{Error, schema::*};
 
 use crate::vmm::Vmm;
@@ -7,7 +7,7 @@ fn qom_path(index: usize) -> String {
     format!("/machine/unattached/device[{index}]")
 }
 
-/// Where vCPU `index` is, by the configured topology.
+/// Position of vCPU `index` in the configured topology.
 fn props(vmm: &Vmm, index: usize) -> CpuInstanceProperties {
     let t = vmm.machine.config().topology;
     let mut rest = u32::try_from(index).unwrap_or(u32::MAX);

@@ -74,14 +74,15 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, introspect::query_vm_generation_id)
 }
 
-/// Whether the command has the machine do something, and has to wait while it comes to rest. All others
-/// are possible while its state is saved, too: questions, `quit`, and what steers a save.
+/// Whether the command acts on the machine, and has to wait while that comes to rest. All others
+/// are possible while its state is saved, too: queries, `quit`, and the commands that control a
+/// save.
 pub(crate) fn needs_machine(table: &Table<Vmm>, name: &str) -> bool {
     table.when(name).is_some_and(|when| !when.contains(State::Saving))
 }
 
-/// The commands where there is no machine: those about one are refused, and listed for the client that
-/// asks what there is.
+/// The commands where there is no machine. Those about a machine are refused, but listed for
+/// clients that query the commands.
 pub(crate) fn bare_table() -> Table<Bare> {
     probing(true)
         .on(true, bare::quit)
@@ -91,7 +92,7 @@ pub(crate) fn bare_table() -> Table<Bare> {
         .listing(&table(), false)
 }
 
-/// The commands that need no machine, possible `always`.
+/// The commands that need no machine; they are available in the states `always`.
 pub(crate) fn probing<H: Host + 'static>(always: H::When) -> Table<H> {
     Table::new(always)
         .on(always, probe::device_list_properties)
@@ -103,12 +104,12 @@ pub(crate) fn probing<H: Host + 'static>(always: H::When) -> Table<H> {
         .on(always, probe::query_target)
 }
 
-/// A member that is not as it may be; `allowed` tells what may.
+/// An invalid member; `allowed` says what is valid.
 fn invalid(key: &str, value: impl Display, allowed: impl Display) -> Error {
     Error::text(format!("Invalid parameter '{key}': '{value}': {allowed}"))
 }
 
-/// QEMU's class for a device that is not there; the whole chain of causes.
+/// QEMU's error class for a missing device; else the whole chain of causes.
 fn plug_error(error: &PlugError) -> Error {
     match error {
         PlugError::NoDevice(_) => Error::new(ErrorClass::DeviceNotFound, error.to_string()),

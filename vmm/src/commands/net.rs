@@ -1,4 +1,4 @@
-//! Network back-ends, and descriptors handed over for them.
+//! Network back-ends, and the descriptors that clients pass for them.
 use std::{collections::BTreeMap, ops::RangeInclusive, os::fd::OwnedFd, time::Duration};
 
 use config::{
@@ -11,7 +11,7 @@ use qmp::{Error, schema::*, server::Ticket};
 use super::{invalid, plug_error};
 use crate::{announce::Schedule, vmm::Vmm};
 
-/// Most descriptors that wait under a name of one client.
+/// Most named descriptors that are kept for one client.
 const MAX_NAMED: usize = 32;
 
 pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
@@ -114,7 +114,7 @@ pub fn netdev_add(
         tap,
         mac: None,
         queue_pairs: pairs,
-        // The slot has its own.
+        // The slot has its own queues.
         queue_size: NicQueueSize::default(),
         pps: None,
         bps: None,
@@ -125,8 +125,8 @@ pub fn netdev_add(
     Ok(Some(Empty {}))
 }
 
-/// Descriptors by the names that `getfd` gave them, else by the numbers this process was started
-/// with. The named ones are used up; with one name wrong, none is.
+/// Descriptors by the names that `getfd` gave them, else by the numbers that this process was
+/// started with. The named ones are used up; if one name is wrong, none is.
 fn take_fds(
     named: Option<&mut BTreeMap<String, OwnedFd>>,
     names: &[&str],

@@ -1,4 +1,5 @@
-//! What the monitor can do, with a machine or without: for programs that ask before they start one.
+//! What the monitor supports, with a machine or without: for programs that query it before they
+//! start one.
 use config::{
     cli::{Described, Kind, models, object_kinds, options},
     types::CpuCount,

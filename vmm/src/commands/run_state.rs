@@ -1,4 +1,4 @@
-//! Commands about whether the VM runs.
+//! Commands that control whether the guest runs.
 use qmp::{Error, schema::*};
 
 use crate::{
@@ -16,7 +16,7 @@ pub fn stop(vmm: &mut Vmm, _: Stop) -> Result<Empty, Error> {
     Ok(Empty {})
 }
 
-/// The reply goes out before SHUTDOWN: the event loop ends after it has answered.
+/// The answer is sent before SHUTDOWN: the event loop ends after it has answered.
 pub fn quit(vmm: &mut Vmm, _: Quit) -> Result<Empty, Error> {
     vmm.end(Ending { guest: false, reason: ShutdownCause::HostQmpQuit, status: 0 });
     Ok(Empty {})

@@ -1,4 +1,5 @@
-//! The machine, stopped for a save and given to the checkpoint thread; and what becomes of it then.
+//! Capturing the machine, stopped for a save, for the checkpoint thread; and resuming it
+//! afterwards.
 use std::time::Instant;
 
 use machine::{Epoch, Pages, memory::image::union};
@@ -17,11 +18,11 @@ use crate::{
     vmm::{Refused, Vmm},
 };
 
-/// A capture that may have to wait until the machine is at rest.
+/// A capture, which may have to wait until the machine is at rest.
 pub(crate) struct Capturing {
-    /// What a live save has left.
+    /// What a live save has left to be copied.
     pub(super) left: Option<Left>,
-    /// When the guest began to be stopped.
+    /// When stopping the guest began.
     pub(super) asked: Instant,
 }
 
@@ -44,7 +45,7 @@ impl Vmm {
         match self.capture(capturing) {
             Ok(captured) => self.save_input(captured),
             Err(e) => {
-                // Before a client could see that it was stopped.
+                // Resumed before a client could see that it was stopped.
                 if self.state() == State::Running
                     && let Err(e) = self.machine.resume_after_own_pause()
                 {
@@ -55,8 +56,8 @@ impl Vmm {
         }
     }
 
-    /// Give the thread the machine as it is, at rest. The guest runs again when this returns, if it
-    /// is to and its memory could be copied aside.
+    /// Give the thread the state of the machine, which is at rest. The guest runs again when this
+    /// returns, if it is to and its memory could be copied aside.
     fn capture(&mut self, capturing: Capturing) -> Result<Input, Failed> {
         let Capturing { left, asked: stopped } = capturing;
         let before = self.state();
@@ -73,7 +74,7 @@ impl Vmm {
         };
         match (own_pause, runs_again) {
             (true, true) => self.machine.resume_after_own_pause()?,
-            // Too much for that: a pause that clients see after all.
+            // Too much memory for that: the pause becomes one that clients see.
             (true, false) => self.apply(lifecycle::Event::Save)?,
             (false, _) if captured.is_err() => self.go_back(before)?,
             (false, _) => {}
@@ -82,7 +83,7 @@ impl Vmm {
         let (config, epoch) = captured?;
         let terms = Terms { resume: false, receiver: Receiver::Mute };
         if self.saving.under_way().is_some_and(|save| save.terms == terms) {
-            // Before the other side can know all that it needs to resume the machine.
+            // Before the peer can have all that it needs to resume the machine.
             self.machine.release_backends();
         }
         let save = self.saving.under_way_mut().ok_or(Failed::NoSave)?;
@@ -95,7 +96,7 @@ impl Vmm {
         Ok(input)
     }
 
-    /// The machine, which stays stopped.
+    /// The state of the machine, which stays stopped.
     fn epoch(
         &mut self,
         before: State,
@@ -103,7 +104,7 @@ impl Vmm {
     ) -> Result<(state::Config, Epoch), Failed> {
         let save = self.saving.under_way().ok_or(Failed::NoSave)?;
         let (id, how) = (save.id, save.how);
-        // What was written up to this moment, so not before it is stopped.
+        // Everything written up to this moment counts, so this comes after stopping it.
         self.machine.pause()?;
         let changed = match (self.saving.log.is_on(), how.track) {
             (true, _) => self.collect()?,
@@ -128,7 +129,7 @@ impl Vmm {
         Ok((config, still.capture(id, dirty, staging)?))
     }
 
-    /// Back to what the VM was before it was stopped for the save.
+    /// Go back to what the VM was before it was stopped for the save.
     pub(super) fn go_back(&mut self, before: State) -> Result<(), Refused> {
         let held = self.machine.hold_backends();
         self.rest(before)?;
@@ -142,7 +143,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// The machine stays where the save has put it; its memory is not needed any more.
+    /// Leave the machine stopped: its memory is no longer needed by the save.
     pub(super) fn rest(&mut self, before: State) -> Result<(), Refused> {
         self.apply(lifecycle::Event::Saved)?;
         match before {

@@ -1,5 +1,4 @@
-//! What the guest has changed: logged for a save of a guest that runs, and from one save to the
-//! next.
+//! Tracking what the guest changes: during a live save, and from one save to the next.
 use std::ops::Range;
 
 use machine::{DirtyError, memory::image::union};
@@ -11,17 +10,17 @@ use crate::{
     vmm::Vmm,
 };
 
-/// Whether dirty pages are logged, and what for.
+/// Whether the dirty log is on, and what for.
 pub(super) enum DirtyLog {
-    /// They are not.
+    /// It is off.
     Off,
     /// For the save under way.
     On,
-    /// For the next one, too, which can build on the last.
+    /// Also for the next save, which can build on the last one.
     Since {
-        /// That one.
+        /// The last save.
         base: Saved,
-        /// What has changed since and is not in the log any more.
+        /// Changes since then that have been taken out of the log.
         changed: Vec<Range<u64>>,
     },
 }
@@ -39,7 +38,7 @@ impl DirtyLog {
         }
     }
 
-    /// What has changed since that one, without what is still in the log.
+    /// Changes since that save, without those that are still in the log.
     pub(super) fn since_base(&self) -> Option<&[Range<u64>]> {
         match self {
             Self::Since { changed, .. } => Some(changed),
@@ -47,7 +46,7 @@ impl DirtyLog {
         }
     }
 
-    /// A save has succeeded; the next one can build on `saved`, if it is there.
+    /// A save has succeeded; the next one can build on `saved`, if it is given.
     pub(super) fn saved(&mut self, saved: Option<Saved>) {
         *self = match (saved, self.is_on()) {
             (Some(base), _) => Self::Since { base, changed: Vec::new() },
@@ -58,7 +57,7 @@ impl DirtyLog {
 }
 
 impl Vmm {
-    /// Have memory copied while the guest runs.
+    /// Turn the log on, and have memory copied while the guest runs.
     pub(super) fn log_and_copy(&mut self) -> Result<(), Failed> {
         self.log_changes()?;
         let Some(save) = self.saving.under_way() else { return Ok(()) };
@@ -69,7 +68,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Tell the thread what has changed.
+    /// Give the thread the changes so far.
     pub(super) fn harvest(&mut self) -> Result<(), Failed> {
         let changed = self.collect()?;
         if let Some(save) = self.saving.under_way() {
@@ -78,7 +77,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Begin to note what changes.
+    /// Start logging changes.
     pub(super) fn log_changes(&mut self) -> Result<(), DirtyError> {
         if self.saving.log.is_on() {
             return self.collect().map(drop);
@@ -88,26 +87,26 @@ impl Vmm {
         Ok(())
     }
 
-    /// What has changed since this was last called, or [`Self::log_changes`].
+    /// Changes since the last call of this or of [`Self::log_changes`].
     pub(super) fn collect(&mut self) -> Result<Vec<Range<u64>>, DirtyError> {
         let dirty = match self.machine.dirty_memory() {
             Ok(dirty) => dirty,
             Err(e) => {
-                // Some of it may be lost: no later save can build on the last one.
+                // Some changes may be lost: no later save can build on the last one.
                 if self.saving.log.is_on() {
                     self.saving.log = DirtyLog::On;
                 }
                 return Err(e);
             }
         };
-        // A save that fails must not lose it.
+        // A save that fails must not lose them.
         if let DirtyLog::Since { changed, .. } = &mut self.saving.log {
             *changed = union(changed, &dirty);
         }
         Ok(dirty)
     }
 
-    /// Note no changes any more, unless the next save may want them.
+    /// Stop logging changes, unless the next save may need them.
     pub(super) fn end_log(&mut self) {
         let DirtyLog::On = self.saving.log else { return };
         self.saving.log = DirtyLog::Off;

@@ -1,4 +1,4 @@
-//! Saves that keep the guest's disks: from when on they are copied, and when that is given up.
+//! Saves that keep the guest's disks: when copying starts, and when it is given up.
 use std::sync::Arc;
 
 use machine::disk::{Disk, DiskCopy};
@@ -7,7 +7,7 @@ use qmp::Error;
 use super::{Failed, How, Saving, status::UnderWay};
 use crate::{bounds, vmm::Vmm};
 
-/// A copy in the making, and the disk's id.
+/// A disk's id, and its copy in the making.
 pub(super) type Named = (String, Arc<DiskCopy>);
 
 impl Saving {
@@ -23,14 +23,14 @@ impl Saving {
 }
 
 impl UnderWay {
-    /// Let the guest write to its disks: nothing comes of the copies that are under way.
+    /// Let the guest write to its disks freely: the copies under way are given up.
     pub(super) fn abandon_disks(&self) {
         self.disks.iter().for_each(|(_, copy)| copy.abandon());
     }
 }
 
 impl Vmm {
-    /// What is to be copied: all disks in slots that the guest can write to.
+    /// The copies to be made: of all disks in slots that the guest can write to.
     pub(super) fn copies_of_disks(&self) -> Result<Vec<Named>, Error> {
         let disks = self.machine.writable_disks();
         let copied = |(id, disk): (String, Arc<Disk>)| match disk.logical_block() {
@@ -44,7 +44,7 @@ impl Vmm {
         disks.into_iter().map(copied).collect()
     }
 
-    /// The disks are to be copied as they are now, while nothing is in flight.
+    /// Start copying the disks as they are now, while no request is in flight.
     pub(super) fn begin_disks(&mut self) -> Result<(), Failed> {
         let Some(UnderWay { disks, how: How { disks: true, .. }, .. }) = self.saving.under_way()
         else {
@@ -61,7 +61,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Give up a save whose storage keeps the guest from writing to its disks.
+    /// Give up a save whose storage blocks the guest's writes to its disks.
     pub(super) fn end_stalled_save(&mut self) {
         let Some(save) = self.saving.under_way_mut() else { return };
         let stalled = |copy: &DiskCopy| copy.stalled().is_some_and(|time| time > bounds::DISK_COPY);

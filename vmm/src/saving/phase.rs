@@ -1,26 +1,27 @@
-//! Where a save is, as the main thread sees it: what happens leads to another phase, and to what
-//! has to be done. No side effects here.
+//! The phases of a save, as the main thread sees it: an input leads to another phase, and to
+//! effects that have to be carried out. There are no side effects here.
 //!
 //! ```text
 //!            Opened, Round, Ready
 //!   Copying ----------------------+----> Finishing    the guest was captured and runs on
 //!      |                          |          |
-//!      |                          +----> Stopped      it has to wait until it is copied
+//!      |                          +----> Stopped      it stays stopped until it is copied
 //!      | Done                            |    |
 //!      +---------------------------------+----+----> Over
 //! ```
 use crate::lifecycle::State;
 
-/// Where a save is.
+/// Phase of a save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// The thread opens, or copies while the guest runs; the guest is what clients make of it.
+    /// The thread opens the destination, or copies while the guest runs; clients control the guest.
     Copying,
-    /// The machine is stopped for it. Where it was before.
+    /// The machine is stopped for the save. With its state before.
     Stopped(State),
-    /// Disks and taps were let go: the machine is the receiver's, unless that gives it back.
+    /// Disks and taps were released: the machine is the receiver's, unless the receiver gives it
+    /// back.
     Going(State),
-    /// All that the machine has to give was given: it is what clients make of it.
+    /// The save needs nothing more of the machine; clients control it.
     Finishing,
     /// The thread is done.
     Over,
@@ -31,51 +32,51 @@ pub enum Phase {
 pub struct Terms {
     /// The guest runs on here, if it ran.
     pub resume: bool,
-    /// Where the machine goes.
+    /// Where the machine is sent.
     pub receiver: Receiver,
 }
 
-/// Where a saved machine goes.
+/// Where a saved machine is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Receiver {
     /// Into a directory.
     Directory,
-    /// To another process, which may run it from then on and says nothing.
+    /// To another process, which may run it from then on and sends no answers.
     Mute,
-    /// To another process, which answers.
+    /// To another process, which sends answers.
     Answers,
 }
 
 impl Terms {
-    /// Another process may run the machine from then on.
+    /// Whether another process may run the machine from then on.
     pub fn is_stream(self) -> bool {
         self.receiver != Receiver::Directory
     }
 
-    /// Memory is copied while the guest runs, if it does.
+    /// Whether memory is copied while the guest runs, if it runs.
     pub fn live(self) -> bool {
         self.resume || self.is_stream()
     }
 }
 
-/// What happens.
+/// An input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Input {
-    /// There is something to save into, and the guest runs (or does not).
+    /// The destination is open, and the guest runs (or does not).
     Opened { live: bool },
-    /// A round has been made.
+    /// A round is complete.
     Round,
-    /// The rest needs a machine that is stopped.
+    /// The rest has to be copied with the machine stopped.
     Ready,
-    /// It was captured, and runs again already.
+    /// The machine was captured, and runs again already.
     Captured,
-    /// It was captured, and has to stay stopped. Where it was before.
+    /// The machine was captured, and has to stay stopped. With its state before.
     Held(State),
-    /// Memory is not needed any more.
+    /// Memory is no longer needed.
     Copied,
-    /// All is at the receiver, which waits.
+    /// The receiver has everything, and waits.
     HandOver,
-    /// It was cancelled before it counted; the thread may hang.
+    /// The save was cancelled before it counted; the thread may hang.
     Cancelled,
     /// The thread is done.
     Done(Outcome),
@@ -92,29 +93,30 @@ pub enum Outcome {
     Unknown,
 }
 
-/// What has to be done.
+/// An effect to be carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Log dirty pages, and have all memory copied.
+    /// Turn the dirty log on, and have all memory copied.
     LogAndCopy,
-    /// Tell the thread what has changed.
+    /// Give the thread the changes so far.
     Harvest,
-    /// Stop the machine and give the thread what it needs of it.
+    /// Stop the machine and give its state to the thread.
     Capture,
-    /// Let go of disks and taps.
+    /// Release disks and taps.
     Release,
-    /// Say so to the receiver.
+    /// Tell the receiver that they are released.
     Go,
-    /// Let the machine be what it was before it was stopped.
+    /// Go back to what the machine was before it was stopped.
     GoBack(State),
-    /// Leave it stopped. What it was before.
+    /// Leave it stopped. With its state before.
     Rest(State),
-    /// Leave it to the process that it was sent to.
+    /// Leave it to the receiving process.
     Leave,
 }
 
 impl Phase {
-    /// What `input` leads to. What makes no sense in a phase comes too late, and leads to nothing.
+    /// The phase and the effects that `input` leads to. An input that does not fit the phase is too
+    /// late, and has no effect.
     pub fn on(self, terms: Terms, input: Input) -> (Self, Vec<Effect>) {
         use {Effect as E, Input as I, Outcome as O};
         match (self, input) {
@@ -126,12 +128,12 @@ impl Phase {
             (Self::Stopped(before), I::Copied) if terms.resume => {
                 (Self::Finishing, vec![E::GoBack(before)])
             }
-            // The other side of a stream may have all of it: only the thread can tell.
+            // The peer of a stream may have everything: only the thread knows.
             (Self::Stopped(before), I::Cancelled) if !terms.is_stream() => {
                 (Self::Finishing, vec![E::GoBack(before)])
             }
             (Self::Stopped(before), I::HandOver) => (Self::Going(before), vec![E::Release, E::Go]),
-            // It is a copy that runs there.
+            // The receiver runs a copy.
             (Self::Finishing, I::HandOver) => (self, vec![E::Go]),
             (Self::Stopped(before) | Self::Going(before), I::Done(outcome)) => {
                 let then = match outcome {
@@ -159,7 +161,7 @@ mod tests {
     const FAILED: I = I::Done(Outcome::Failed);
     const UNKNOWN: I = I::Done(Outcome::Unknown);
 
-    /// All that is done, and where it ends.
+    /// All effects, and the last phase.
     fn follow(terms: Terms, inputs: &[Input]) -> (Phase, Vec<Effect>) {
         inputs.iter().fold((Phase::Copying, Vec::new()), |(phase, mut done), input| {
             let (phase, effects) = phase.on(terms, *input);

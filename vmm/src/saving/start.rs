@@ -1,4 +1,4 @@
-//! From what a client asks for to what the checkpoint thread is ordered to do. Nothing is opened
+//! Turns a client's request for a save into an order for the checkpoint thread. Nothing is opened
 //! here.
 use std::path::PathBuf;
 
@@ -16,16 +16,16 @@ use crate::{
     vmm::Vmm,
 };
 
-/// Where a save goes.
+/// Destination of a save.
 pub(crate) enum To {
     /// Into a directory.
     Directory(PathBuf),
-    /// To a process that resumes the machine, or keeps it; what it is called, and whether it
-    /// answers.
+    /// To a process that resumes the machine or stores it; with the name of the destination, and
+    /// whether the process answers.
     Stream(checkpoint::To, String, bool),
 }
 
-/// How it is made.
+/// Options of a save.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct How {
     /// The machine runs on here afterwards, if it ran.
@@ -38,7 +38,7 @@ pub(crate) struct How {
     pub disks: bool,
 }
 
-/// What was asked for, and by whom.
+/// A client's request for a save.
 pub(super) struct SaveRequest {
     pub to: To,
     pub how: How,
@@ -46,10 +46,10 @@ pub(super) struct SaveRequest {
 }
 
 impl Vmm {
-    /// Order it from the thread.
+    /// Order the save from the thread.
     ///
     /// # Errors
-    /// When it cannot begin; nothing has changed then.
+    /// When it cannot start; nothing has changed then.
     pub(super) fn start_save(
         &mut self,
         SaveRequest { to, how, by }: SaveRequest,

@@ -1,4 +1,4 @@
-//! What is known of saves: the one under way, or how the last one ended.
+//! Status of saves: of the one under way, or of the last one.
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -17,12 +17,12 @@ use crate::checkpoint::{
     job::{Checkpointer, Job},
 };
 
-/// What is known of saves.
+/// Status of saves.
 pub(crate) struct Saving {
     pub(super) thread: Checkpointer,
     pub(super) save: Save,
     pub(super) log: DirtyLog,
-    /// Whether receivers answer, if a client has said so.
+    /// Whether receivers answer, if a client has set it.
     pub(crate) return_path: Option<bool>,
 }
 
@@ -53,45 +53,45 @@ pub(super) struct UnderWay {
 pub(super) enum Fate {
     /// It is wanted.
     Wanted,
-    /// The main thread cannot do its part; why.
+    /// The main thread cannot do its part; the reason.
     Failed(String),
-    /// It is to end without a result: a client has said so, or there is a reason.
+    /// It is to end without a result, because a client has cancelled it or for another reason.
     Cancelled {
-        /// Why, if no client has cancelled it.
+        /// The reason, if no client has cancelled it.
         why: Option<String>,
-        /// The save that begins when it is over.
+        /// The save that starts when this one is over.
         next: Option<Next>,
     },
 }
 
-/// A save that waits for one that was cancelled.
+/// A save that waits for a cancelled one to end.
 pub(super) struct Next {
     pub(super) asked: SaveRequest,
     /// Until when.
     pub(super) until: Instant,
 }
 
-/// How long the guest is stopped for a save.
+/// How long the guest has been stopped for a save.
 #[derive(Clone, Copy)]
 pub(super) enum Stop {
-    /// It was not.
+    /// It was not stopped.
     Never,
-    /// It is, since then.
+    /// It has been stopped since then.
     Since(Instant),
-    /// It was, and runs on.
+    /// It was stopped for that long, and runs again.
     For(Duration),
 }
 
 /// A save that is over.
 pub(super) struct Over {
     pub(super) status: MigrationStatus,
-    /// Why it failed.
+    /// The reason, if it failed.
     pub(super) error: Option<String>,
     /// How long the guest was stopped, if it runs on.
     pub(super) downtime: Option<Duration>,
-    /// `None` of one that could not begin.
+    /// `None` if it could not start.
     pub(super) job: Option<Job>,
-    /// What was asked for while it was being cancelled.
+    /// A save requested while this one was being cancelled.
     pub(super) next: Option<SaveRequest>,
 }
 
@@ -105,7 +105,7 @@ impl Saving {
         self.log.base().map(Saved::path)
     }
 
-    /// What the thread does, or has done last.
+    /// The save under way, or else the last one.
     pub(crate) fn job(&self) -> Option<&Job> {
         match &self.save {
             Save::None => None,
@@ -129,7 +129,7 @@ impl Saving {
         }
     }
 
-    /// How long the guest was stopped, if it runs on.
+    /// How long the guest was stopped, if it runs again.
     pub(crate) fn downtime(&self) -> Option<Duration> {
         match &self.save {
             Save::None => None,
@@ -138,7 +138,7 @@ impl Saving {
         }
     }
 
-    /// The thread, and what it is limited to.
+    /// The handle of the thread.
     pub(crate) fn thread(&self) -> &Checkpointer {
         &self.thread
     }
@@ -157,7 +157,7 @@ impl Saving {
         }
     }
 
-    /// The save that waits for one that was cancelled.
+    /// The save that waits for a cancelled one to end.
     pub(super) fn next(&mut self) -> Option<&mut Option<Next>> {
         match &mut self.under_way_mut()?.fate {
             Fate::Cancelled { next, .. } => Some(next),
@@ -174,7 +174,7 @@ impl UnderWay {
         }
     }
 
-    /// It cannot succeed any more, for this reason if there was none before.
+    /// Make the save fail, for this reason if there was none before.
     pub(super) fn fail(&mut self, reason: String) {
         match &mut self.fate {
             Fate::Wanted => self.fate = Fate::Failed(reason),
@@ -183,7 +183,7 @@ impl UnderWay {
         }
     }
 
-    /// Cancel it, unless it counts already; whether it has just been cancelled.
+    /// Cancel the save, unless it counts already; whether this call has cancelled it.
     pub(super) fn cancel(&mut self) -> bool {
         if matches!(self.fate, Fate::Cancelled { .. }) || !self.job.cancel() {
             return false;
@@ -199,7 +199,7 @@ impl UnderWay {
 }
 
 impl Over {
-    /// Of a save that could not begin.
+    /// The result of a save that could not start.
     pub(super) fn at_once(why: &Error) -> Self {
         let (status, error) = (MigrationStatus::Failed, Some(why.to_string()));
         Self { status, error, downtime: None, job: None, next: None }
@@ -207,7 +207,7 @@ impl Over {
 }
 
 impl Fate {
-    /// Why it failed, without the thread's own reason; and the save that waits for it.
+    /// Why the save failed, apart from the thread's own reason; and the save that waits for it.
     pub(super) fn end(self) -> (Option<String>, Option<Next>) {
         match self {
             Self::Wanted => (None, None),
@@ -218,7 +218,7 @@ impl Fate {
 }
 
 impl Stop {
-    /// How long it took, once it is over.
+    /// How long the guest was stopped, once it runs again.
     pub(super) fn over(self) -> Option<Duration> {
         match self {
             Self::Never | Self::Since(_) => None,

@@ -1,49 +1,50 @@
-//! The program of a filter: a balanced tree over the numbers of system calls.
+//! The BPF program of a filter: a balanced tree over the numbers of system calls.
 //!
-//! When a filter is installed, the kernel translates it and runs it once for each number to learn what
-//! it need not be asked about any more; each thread installs its own, and all of that is part of every
-//! start. So programs are short: their trees end in chains of a few comparisons, which take one
-//! instruction for each number, while a tree takes two. And the program of a thread that asks the kernel
-//! for little makes the kernel's questions end at once: it begins by loading what they leave open.
+//! When a filter is installed, the kernel translates it, and evaluates it once for each call number
+//! to learn which calls are always allowed. Each thread installs its own filter, and all of that
+//! adds to the time of every start. So programs are short: their trees end in chains of a few
+//! comparisons, which take one instruction for each number, while a tree takes two. The program of
+//! a thread that makes few calls begins by loading an argument, which the kernel's evaluation
+//! cannot know, so that the evaluation ends at once.
 //!
-//! A program is made from its end, because its jumps only lead forward. All of them lead to one
-//! `ALLOW` and one `TRAP` as far as these are within reach.
+//! A program is built from its end, because its jumps only lead forward. All of them lead to one
+//! `ALLOW` and one `TRAP`, as far as these are within reach.
 use std::collections::BTreeMap;
 
 use seccompiler::{BpfProgram, sock_filter};
 
-/// What has to be true of a system call's argument, of which the kernel takes 32 bits.
+/// A condition on an argument of a system call, of which the kernel uses 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
-    /// Which one, from 0.
+    /// Index of the argument, from 0.
     pub argument: u8,
-    /// What.
+    /// The condition.
     pub test: Test,
 }
 
 /// See [`Rule`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Test {
-    /// It is this value.
+    /// The argument is this value.
     Is(u32),
-    /// It is any other.
+    /// The argument is any other value.
     IsNot(u32),
-    /// Its bits of the first value are those of the second.
+    /// The bits in the first value, a mask, are those of the second.
     Has(u32, u32),
 }
 
-/// The system calls that are allowed, by number: with any arguments where there are no rules, else if one
-/// of the rules is true.
+/// The allowed system calls, by number: with any arguments if there are no rules, else if one of
+/// the rules holds.
 pub type Calls = BTreeMap<u32, Vec<Rule>>;
 
-/// Most instructions that the kernel takes (BPF_MAXINSNS).
+/// Most instructions that the kernel accepts (BPF_MAXINSNS).
 #[cfg(test)]
 pub const MAX_LENGTH: usize = 4096;
 
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xc000_003e;
-/// From here on, no number is a system call's: where the last part of the numbers is taken to end.
+/// No call number is as large as this: where the last range of numbers is taken to end.
 const NUMBERS: u32 = 512;
 
 // linux/filter.h
@@ -59,12 +60,12 @@ const NUMBER: u32 = 0;
 const ARCH: u32 = 4;
 const ARGUMENTS: u32 = 16;
 
-/// Numbers or values that are looked for one after the other at the end of a tree.
+/// Numbers or values that are compared one after the other at the end of a tree.
 const CHAIN: usize = 4;
 
-/// The program that allows `calls`. Any other ends in a signal (SIGSYS), one of another architecture ends
-/// the process. With `cached`, the kernel finds out which calls are allowed always when the program is
-/// installed, which takes about 10 us, and saves some 20 ns for each of these calls.
+/// The program that allows `calls`. Any other call raises SIGSYS; a call of another architecture
+/// ends the process. With `cached`, the kernel determines which calls are always allowed when the
+/// program is installed, which takes about 10 us and saves some 20 ns for each of these calls.
 pub fn compile(calls: &Calls, cached: bool) -> BpfProgram {
     let mut code = Backwards::default();
     let root = code.calls(&parts(calls));
@@ -80,10 +81,12 @@ pub fn compile(calls: &Calls, cached: bool) -> BpfProgram {
     code.code
 }
 
-/// What is to be done from a number on.
+/// A range of numbers that are treated alike: its first number, and the rules if the call is
+/// allowed.
 type Part<'a> = (u32, Option<&'a [Rule]>);
 
-/// All numbers, in parts that are treated alike: each begins at its number and reaches to the next one.
+/// All numbers, in ranges that are treated alike: each begins at its number and extends to the next
+/// one.
 fn parts(calls: &Calls) -> Vec<Part<'_>> {
     let mut parts: Vec<Part<'_>> = vec![(0, None)];
     let mut free = 0;
@@ -95,7 +98,7 @@ fn parts(calls: &Calls) -> Vec<Part<'_>> {
         free = number.saturating_add(1);
     }
     parts.push((free, None));
-    // A part that begins where the next one does is empty; two alike are one.
+    // A range that begins where the next one does is empty; two alike are merged.
     parts.dedup_by(|next, before| {
         let empty = before.0 == next.0;
         if empty {
@@ -106,14 +109,15 @@ fn parts(calls: &Calls) -> Vec<Part<'_>> {
     parts
 }
 
-/// Values of which some are allowed, in parts: each begins at its value and reaches to the next one.
+/// Values, some of which are allowed, in ranges: each begins at its value and extends to the next
+/// one.
 fn values(mut allowed: Vec<u32>) -> Vec<(u32, bool)> {
     allowed.sort_unstable();
     allowed.dedup();
     let mut parts = vec![(0, false)];
     for value in allowed {
         match parts.last_mut() {
-            // It begins where the part before it ends, or where there is nothing before it.
+            // It begins where the range before it ends, or there is none before it.
             Some(last) if last.0 == value => last.1 = true,
             _ => parts.push((value, true)),
         }
@@ -125,7 +129,7 @@ fn values(mut allowed: Vec<u32>) -> Vec<(u32, bool)> {
     parts
 }
 
-/// Where a jump leads to.
+/// Target of a jump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
     /// The call is allowed.
@@ -136,7 +140,7 @@ enum Target {
     At(usize),
 }
 
-/// A program whose last instruction comes first.
+/// A program under construction, last instruction first.
 #[derive(Default)]
 struct Backwards {
     code: BpfProgram,
@@ -178,16 +182,16 @@ impl Backwards {
         }
     }
 
-    /// A comparison of the accumulator with `k`.
+    /// Compare the accumulator with `k`.
     fn compare(&mut self, code: u16, k: u32, yes: Target, no: Target) -> Target {
-        /// Conditional jumps skip 255 instructions at most. One more may come for `no`.
+        /// Conditional jumps skip at most 255 instructions. One more may be added for `no`.
         const REACH: usize = 254;
         let (yes, no) = (self.within(REACH, yes), self.within(REACH, no));
         let skip = |at| u8::try_from(self.code.len() - at).unwrap_or(u8::MAX);
         Target::At(self.push(sock_filter { code, jt: skip(yes), jf: skip(no), k }))
     }
 
-    /// Decides on the number in the accumulator.
+    /// Decide by the call number in the accumulator.
     fn calls(&mut self, parts: &[Part<'_>]) -> Target {
         let by_number = |parts: &[Part<'_>], end: u32| {
             let half = parts.first().map_or(0, |first| first.0.midpoint(end));
@@ -201,7 +205,7 @@ impl Backwards {
     }
 
     /// A tree over `parts`, each of which begins at its value, and the last of which ends at `end`.
-    /// `middle` says how many are below the root; `leaf`, what is done in a part.
+    /// `middle` says how many parts are below the root; `leaf` makes the code for a part.
     fn tree<T: PartialEq>(
         &mut self,
         parts: &[(u32, T)],
@@ -227,7 +231,7 @@ impl Backwards {
         self.compare(IF_GREATER_OR_EQUAL, *from, yes, no)
     }
 
-    /// One of `rules` has to be true. Those about the same bits of an argument are one tree.
+    /// Require that one of `rules` holds. Rules about the same bits of an argument form one tree.
     fn rules(&mut self, rules: &[Rule]) -> Target {
         let mut groups: Vec<(Bits, Vec<Test>)> = Vec::new();
         for rule in rules {
@@ -264,8 +268,8 @@ impl Backwards {
     }
 }
 
-/// If all `parts` are alike, but for at most [`CHAIN`] ones of a single value between them: these, and
-/// what the others are.
+/// If all `parts` are alike, except for at most [`CHAIN`] parts of a single value between them:
+/// these exceptions, and the value of the others.
 fn singles<T: PartialEq>(parts: &[(u32, T)]) -> Option<(Vec<&(u32, T)>, &T)> {
     let is_single = |at: usize| match (parts.get(at), parts.get(at + 1)) {
         (Some(part), Some(next)) => part.0.checked_add(1) == Some(next.0),
@@ -280,7 +284,7 @@ fn singles<T: PartialEq>(parts: &[(u32, T)]) -> Option<(Vec<&(u32, T)>, &T)> {
     Some((single.by_ref().map(|(_, part)| part).collect(), others))
 }
 
-/// Which argument, and which of its bits, if not all.
+/// Index of the argument, and a mask of its bits, if not all count.
 type Bits = (u8, Option<u32>);
 
 impl Rule {
@@ -301,7 +305,7 @@ const fn statement(code: u16, k: u32) -> sock_filter {
 mod tests {
     use super::*;
 
-    /// What the kernel does: the verdict, and how many instructions it took.
+    /// What the kernel would do: the verdict, and the number of instructions executed.
     fn run(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 6]) -> (u32, usize) {
         let (mut at, mut a, mut steps) = (0, 0, 0);
         loop {
@@ -381,7 +385,7 @@ mod tests {
     fn ends_that_are_out_of_reach_are_made_again() {
         let all: Vec<_> = (0..500).map(|k| Rule { argument: 1, test: Test::Is(k * 3) }).collect();
         check(&(0..3).map(|number| (number * 90, all.clone())).collect());
-        // Every other number, so that each is a part of its own.
+        // Every other number, so that each is a range of its own.
         check(&(0..255).map(|number| (number * 2, Vec::new())).collect());
     }
 }

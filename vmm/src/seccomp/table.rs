@@ -1,11 +1,12 @@
-//! What each thread of the monitor may ask of the host once it serves: one table for all of them.
+//! The system calls that each thread of the monitor may make once it serves: one table for all
+//! threads.
 //!
-//! Found by tracing every thread through everything it can be asked to do, and completed with what the
-//! C library and the kernel put in place of a call or do the first time only (`clock_gettime` where
-//! there is no vDSO). No thread may start another one, a
-//! program, or listen on a new socket.
+//! The table was made by tracing every thread through everything it can be asked to do. Added to
+//! that are calls that the C library and the kernel substitute, or make only the first time
+//! (`clock_gettime` where there is no vDSO). No thread may start another thread or a program, or
+//! listen on a new socket.
 //!
-//! Whoever adds a back-end, an ioctl or a thread looks here.
+//! A new back-end, ioctl or thread needs its entries here.
 use libc::*;
 use machine::memory::fault;
 
@@ -20,7 +21,7 @@ struct Group {
     calls: &'static [c_long],
 }
 
-/// A call that threads of some kinds may make where one of its arguments is as it should be.
+/// A call that threads of some kinds may make if one of its arguments is allowed.
 struct Limited {
     kinds: &'static [Kind],
     call: c_long,
@@ -28,7 +29,7 @@ struct Limited {
     allowed: Allowed,
 }
 
-/// What an argument may be.
+/// The allowed values of an argument.
 enum Allowed {
     /// One of these values.
     Values(&'static [u32]),
@@ -46,8 +47,8 @@ enum Allowed {
 const ALL: &[Kind] = &[Main, Vcpu, Io, Writer, Checkpoint, Files, Kernel, End, Memory, Stream];
 /// Threads that open files of the host by their names.
 const OPENS: &[Kind] = &[Main, Checkpoint, Files, Kernel, End];
-/// Threads that make devices or parts of them: to plug them, to set them up for a driver, or to try
-/// out whether a state can be restored.
+/// Threads that create devices or parts of them: to plug them, to set them up for a driver, or to
+/// check whether a state can be restored.
 const MAKES: &[Kind] = &[Main, Vcpu, Checkpoint, Files];
 
 const CALLS: &[Group] = &[
@@ -57,17 +58,17 @@ const CALLS: &[Group] = &[
             SYS_read,
             SYS_write,
             SYS_close,
-            // The number of a forbidden call, for the report of it.
+            // The number of a forbidden call, for its report.
             SYS_pread64,
             SYS_ppoll,
             SYS_clock_gettime,
             SYS_restart_syscall,
-            // Memory; the rest of it is below.
+            // Memory; the other calls for it are below.
             SYS_munmap,
             SYS_mremap,
             SYS_madvise,
             SYS_brk,
-            // Locks, signals, the end.
+            // Locks, signals, exit.
             SYS_futex,
             SYS_sched_yield,
             SYS_getpid,
@@ -76,14 +77,14 @@ const CALLS: &[Group] = &[
             SYS_rt_sigreturn,
             SYS_sigaltstack,
             SYS_exit,
-            // Also when a page of memory is lost, on whichever thread that touches it.
+            // Also when a page of memory is lost, on any thread that touches it.
             SYS_exit_group,
         ],
     },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Stream], calls: &[SYS_getrandom] },
     // Files: disks, the kernel on reset, saves. `open`, `stat`, `lstat` are musl's.
     Group { kinds: OPENS, calls: &[SYS_openat, SYS_open, SYS_fstat, SYS_fstatfs, SYS_lseek] },
-    // Which process has a file; what there is to give up at the end; where a save is.
+    // Which process holds a file; which descriptors to close at the end; where a save is.
     Group { kinds: &[Main, Checkpoint, Files, End], calls: &[SYS_readlink, SYS_getdents64] },
     Group { kinds: &[Main, Memory], calls: &[SYS_nanosleep, SYS_clock_nanosleep] },
     // The generation of a disk's image.
@@ -105,55 +106,55 @@ const CALLS: &[Group] = &[
             SYS_io_uring_register,
         ],
     },
-    // A disk's ring is made when it is plugged and when its driver sets it up, and tried out when the
-    // disk is opened.
+    // A disk's ring is created when it is plugged and when its driver sets it up, and tried when
+    // the disk is opened.
     Group { kinds: &[Main, Vcpu, Io, Files], calls: &[SYS_io_uring_setup] },
     Group { kinds: &[Main, Io, Files], calls: &[SYS_io_uring_enter] },
-    // Saving: the directory, its lock, and the files put in their places.
+    // Saving: the directory, its lock, and moving the files into place.
     Group {
         kinds: &[Checkpoint],
         calls: &[SYS_mkdir, SYS_rmdir, SYS_flock, SYS_rename, SYS_getcwd],
     },
-    // An I/O thread may be the last that knows a console's socket, and removes its name.
+    // An I/O thread may be the last owner of a console's socket, and removes its name.
     Group {
         kinds: &[Main, Io, Checkpoint, Files, Kernel, End],
         calls: &[SYS_statx, SYS_newfstatat, SYS_stat, SYS_lstat],
     },
     Group { kinds: &[Main, Io, Checkpoint, End], calls: &[SYS_unlink] },
-    // What is given up at the end; standard output when in the background.
+    // Descriptors released at the end; standard output when in the background.
     Group { kinds: &[Main, End], calls: &[SYS_dup2] },
     Group { kinds: &[Main, Io], calls: &[SYS_epoll_wait, SYS_epoll_pwait] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_epoll_ctl] },
     Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_timerfd_settime] },
-    // QMP and console clients. Sockets that listen were made before.
+    // QMP and console clients. Listening sockets were created before.
     Group { kinds: &[Main, Io], calls: &[SYS_accept4] },
     Group { kinds: &[Main, Io, Stream], calls: &[SYS_recvfrom] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint], calls: &[SYS_sendto] },
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_shutdown] },
-    // With a descriptor for `getfd`.
+    // Receives a descriptor for `getfd`.
     Group { kinds: &[Main], calls: &[SYS_recvmsg] },
     // Saving into a socket; only Unix sockets can be made, see below.
     Group { kinds: &[Checkpoint], calls: &[SYS_connect] },
 ];
 
-/// With `-sandbox on,spawn=allow`: another process is handed what it is to start.
+/// With `-sandbox on,spawn=allow`: commands are handed to the process that starts them.
 const SPAWN: Group = Group { kinds: &[Main], calls: &[SYS_socketpair, SYS_sendmsg] };
 
 const LIMITED: &[Limited] = &[
-    // Data never becomes code.
+    // Data never becomes executable.
     Limited { kinds: ALL, call: SYS_mmap, argument: 2, allowed: Allowed::Without(EXEC) },
     Limited { kinds: ALL, call: SYS_mprotect, argument: 2, allowed: Allowed::Without(EXEC) },
-    // The own vCPU threads, and itself to abort.
+    // The process's own vCPU threads, and the calling thread in order to abort.
     Limited { kinds: ALL, call: SYS_tgkill, argument: 0, allowed: Allowed::Itself },
-    // For kicks, and for what ends the process.
+    // For kicks, and for signals that end the process.
     Limited {
         kinds: &[Main, Vcpu],
         call: SYS_rt_sigaction,
         argument: 0,
         allowed: Allowed::Not(SIGSYS.cast_unsigned()),
     },
-    // What the standard library asks of a descriptor before it closes it, when it checks itself.
+    // The standard library's check of a descriptor before it closes it, in debug builds.
     limited(if cfg!(debug_assertions) { ALL } else { &[] }, SYS_fcntl, &[F_GETFD as u32]),
     limited(&[Main, Vcpu, Io, Checkpoint, Files], SYS_fcntl, &[F_DUPFD_CLOEXEC as u32]),
     limited(
@@ -168,7 +169,7 @@ const LIMITED: &[Limited] = &[
             F_OFD_SETLK as u32,
         ],
     ),
-    // The terminal, put back at the end, whatever that is.
+    // The terminal, restored at the end, whatever ends the process.
     limited(ALL, SYS_ioctl, &[TCSETS as u32, TCSETS2 as u32]),
     // Descriptors, as the standard library sets them up.
     limited(&[Main, Io, Checkpoint, Files], SYS_ioctl, &[FIONBIO as u32, FIOCLEX as u32]),
@@ -177,20 +178,21 @@ const LIMITED: &[Limited] = &[
     limited(&[Io], SYS_ioctl, &[BLKDISCARD]),
     // Saves that keep disks.
     limited(&[Checkpoint], SYS_ioctl, &[FICLONE as u32]),
-    // Taps: plugged by the main thread, set up as the driver wants it.
+    // Taps: plugged by the main thread, and set up as the driver wants it.
     limited(
         &[Main],
         SYS_ioctl,
         &[TUNSETIFF as u32, TUNGETIFF as u32, TUNSETVNETHDRSZ as u32, SIOCGIFINDEX as u32],
     ),
     limited(&[Main, Vcpu, Io], SYS_ioctl, &[TUNSETOFFLOAD as u32, TUNSETQUEUE as u32]),
-    // Restored memory that is filled while the guest runs, and of which a device may give some back.
+    // Restored memory that is filled while the guest runs, some of which a device may give back to
+    // the host.
     limited(
         &[Io, Memory],
         SYS_ioctl,
         &[fault::UFFDIO_COPY as u32, fault::UFFDIO_ZEROPAGE as u32, fault::UFFDIO_WAKE as u32],
     ),
-    // Runs a vCPU, and reads and writes its state.
+    // Running a vCPU, and reading and writing its state.
     Limited {
         kinds: &[Vcpu],
         call: SYS_ioctl,
@@ -212,7 +214,7 @@ const LIMITED: &[Limited] = &[
             0xbe, 0xbf, // GET_NESTED_STATE, SET_NESTED_STATE
         ]),
     },
-    // What belongs to the machine as a whole. A reset makes a new one of KVM, with its vCPUs.
+    // The machine as a whole. A reset creates a new KVM machine, with its vCPUs.
     Limited {
         kinds: &[Main],
         call: SYS_ioctl,
@@ -234,7 +236,7 @@ const LIMITED: &[Limited] = &[
             0xa3, // GET_TSC_KHZ
         ]),
     },
-    // To ask for the number of an interface, and to save into.
+    // To query the index of an interface, and to save into a socket.
     Limited {
         kinds: &[Main, Checkpoint],
         call: SYS_socket,
@@ -249,14 +251,14 @@ const BLKDISCARD: u32 = 0x1277;
 /// KVM's type of ioctl (linux/kvm.h).
 const KVM: u8 = 0xae;
 
-/// A call whose second argument says what is to be done.
+/// A call whose second argument is a command.
 const fn limited(kinds: &'static [Kind], call: c_long, commands: &'static [u32]) -> Limited {
     Limited { kinds, call, argument: 1, allowed: Allowed::Values(commands) }
 }
 
-/// The system calls of threads of this kind, and what their arguments must be: any one of the rules, or
-/// anything without rules. With `spawn`, also what hands a command to another process, which is not
-/// confined.
+/// The system calls of threads of this kind, and the rules for their arguments: one of the rules
+/// has to hold; without rules, any arguments are allowed. With `spawn`, this includes the calls
+/// that hand a command to another process, which is not confined.
 pub fn allowed(kind: Kind, spawn: bool) -> Calls {
     let mut calls = Calls::new();
     let spawn = spawn.then_some(&SPAWN);
@@ -286,7 +288,7 @@ impl Limited {
     }
 }
 
-/// Numbers of system calls have 32 bits (linux/seccomp.h).
+/// Call numbers have 32 bits (linux/seccomp.h).
 fn number(call: c_long) -> u32 {
     u32::try_from(call).unwrap_or(u32::MAX)
 }

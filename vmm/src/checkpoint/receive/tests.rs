@@ -1,4 +1,4 @@
-//! A stream and its reader: what goes in comes out, and nothing else does.
+//! Writing and reading streams: what goes in comes out, and nothing else does.
 use std::{io::Read, os::unix::net::UnixStream, sync::Arc, thread, time::Duration};
 
 use machine::memory::{allocate, image as ram};
@@ -35,8 +35,8 @@ fn refusal(bytes: &[u8]) -> String {
     read(bytes).map(|_| ()).expect_err("it was accepted")
 }
 
-/// A machine sent in two rounds: `memory(1)`, and then a page of zeros at 5 MiB and "later" at its
-/// end.
+/// A machine sent in two rounds: `memory(1)`, then a page of zeros at 5 MiB and "later" at the end
+/// of memory.
 fn sent() -> Vec<u8> {
     let (near, mut far) = UnixStream::pair().unwrap();
     let reader = thread::spawn(move || {
@@ -58,7 +58,7 @@ fn sent() -> Vec<u8> {
     reader.join().unwrap()
 }
 
-/// Where frames begin, and the end.
+/// Offsets at which frames begin, and the end.
 fn borders(bytes: &[u8]) -> Vec<usize> {
     let mut at = 16;
     let mut borders = vec![0, at];
@@ -88,11 +88,11 @@ fn what_was_sent_is_what_comes() {
     let end = expected.len();
     expected[end - 5..].copy_from_slice(b"later");
     assert!(memory_of(&received) == expected);
-    // What comes behind the end is nobody's business: a pipe may go on.
+    // What follows the end is not read: a pipe may carry more.
     read(&[&bytes[..], b"more"].concat()).unwrap();
 }
 
-/// Pseudo-random numbers, the same ones each time.
+/// A seeded PRNG.
 fn random() -> impl FnMut(usize) -> usize {
     let mut seed = 0x2545_f491_4f6c_dd1d_u64;
     move |below| {
@@ -122,7 +122,7 @@ fn a_stream_with_any_one_bit_flipped_is_refused() {
     let mut bytes = sent();
     let mut random = random();
     let borders = borders(&bytes);
-    // All of the first 40 bytes of each frame, and others.
+    // Each of the first 40 bytes of every frame, and some others.
     let heads = borders.iter().flat_map(|at| *at..at + 40).filter(|at| *at < bytes.len());
     let places: Vec<_> = heads.chain((0..300).map(|_| random(bytes.len()))).collect();
     for at in places {
@@ -138,7 +138,7 @@ fn frames_that_are_missing_come_twice_or_in_another_order_are_refused() {
     let bytes = sent();
     let borders = borders(&bytes);
     let frames: Vec<_> = borders.windows(2).map(|w| &bytes[w[0]..w[1]]).collect();
-    // Behind the header and the first configuration, up to the end.
+    // From after the header and the first configuration up to the end.
     for n in 2..frames.len() - 1 {
         let mut missing = frames.clone();
         missing.remove(n);
@@ -153,7 +153,7 @@ fn frames_that_are_missing_come_twice_or_in_another_order_are_refused() {
             assert!(read(&swapped.concat()).is_err(), "frames {n} and {}", n + 1);
         }
     }
-    // Two pieces of memory are in no order of their own: only the checksum over all tells.
+    // Two pieces of memory may come in any order: only the checksum over everything shows the swap.
     let mut swapped = frames.clone();
     swapped.swap(2, 3);
     let error = refusal(&swapped.concat());
@@ -228,7 +228,7 @@ fn lengths_that_lie_cost_nothing() {
     bytes[second + 4..second + 8].copy_from_slice(&u32::MAX.to_le_bytes());
     let error = refusal(&bytes);
     assert!(error.contains("claims 4294967295 bytes"), "{error}");
-    // More memory than there is.
+    // More memory than the machine has.
     let mut large = config(5);
     large.machine.memory.size = 1 << 51;
     let mut bytes = Vec::new();
@@ -245,8 +245,7 @@ fn a_state_without_end_has_one() {
     write_config(&mut to, &config(5)).unwrap();
     write_sections(&mut to, &state(5).into()).unwrap();
     let head = bytes.len();
-    // A part that may be skipped, again and again.
-    // Where it lies in a stream is nothing that a frame knows.
+    // A part that may be skipped, repeated. A frame does not contain its position in the stream.
     let mut one = Vec::new();
     Writer::begin(&mut one).unwrap().frame(Kind::Changed, &[&[0; 1 << 20]]).unwrap();
     let mut tail = one[16..one.len() - 4].to_vec();
@@ -257,7 +256,7 @@ fn a_state_without_end_has_one() {
     assert!(error.contains("longer than"), "{error}");
 }
 
-/// `tail` for ever, behind `head`.
+/// `head`, followed by `tail` without end.
 struct Endless {
     head: Vec<u8>,
     tail: Vec<u8>,
@@ -302,12 +301,12 @@ fn what_is_no_stream_at_all_is_refused() {
     assert!(refusal(b"").contains("it ends at byte 0"));
 }
 
-/// A save under way to the other end of a socket.
+/// A save under way to the peer at the other end of a socket.
 fn save_to(near: UnixStream) -> Job {
     let (thread, save) = Checkpointer::new(Arc::new(|| {}));
     std::thread::spawn(save);
     let (memory, config) = (memory(1), config(5));
-    // More than a socket takes.
+    // More than a socket buffers.
     ram::write(&memory, 2 * MIB, &vec![9; 8 << 20]).unwrap();
     let cancel = Cancel::new().unwrap();
     let peer = Peer::reach(To::Fd(near.into()), cancel.clone()).unwrap();
