@@ -3,7 +3,7 @@ use std::env;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// One program each, with the parts that all share.
+/// One program for each, linked with the shared parts.
 const GUESTS: [&str; 14] = [
     "hello",
     "count",
@@ -22,7 +22,7 @@ const GUESTS: [&str; 14] = [
 ];
 const SHARED: [&str; 3] = ["start.S", "runtime.c", "virtio.c"];
 
-/// General registers only: there are hosts whose KVM interprets every instruction.
+/// General registers only: some hosts' KVM interprets every instruction.
 const FLAGS: &[&str] = &[
     "-m64",
     "-O2",

@@ -39,7 +39,7 @@ static void send(u32 queue, const volatile void *address, u32 length, u16 flags)
         fail("no answer from queue", queue);
 }
 
-/* Moves the pages from `first` on. */
+/* Moves the pages from `first` on into or out of the balloon. */
 static void move(u32 queue, u32 first, u32 count)
 {
     /* From high to low, as Linux has them. */

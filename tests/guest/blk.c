@@ -1,5 +1,5 @@
-/* Drives the disk in slot 0. "works" uses it as it should be used, "hostile" and "race" as it should
-   not, "busy" and "resets" for ever, the latter with a request in flight each time it resets the device. The
+/* Drives the disk in slot 0. "works" uses it correctly, "hostile" and "race" incorrectly, "busy"
+   and "resets" without end, the latter with a request in flight at each reset of the device. The
    disk has 2048 sectors; each begins with its own number. */
 #include "disk.h"
 
@@ -18,7 +18,7 @@ static void begin(void)
         fail("the device does not begin: status", get(0, STATUS));
 }
 
-/* Everything a disk is for. `mark` tells one time from another. */
+/* Every operation of a disk. `mark` distinguishes one pass from another. */
 static void works(u64 mark)
 {
     begin();
@@ -89,7 +89,7 @@ static void batches(void)
     print("batches are done\n");
 }
 
-/* After each malformed chain the device has said something: an error, or that it needs a reset. */
+/* After each malformed chain the device has reported an error, or that it needs a reset. */
 static void answered(const char *what)
 {
     print(what);
@@ -193,7 +193,7 @@ static void rings(void)
         answered("an index that jumps");
     }
 
-    /* Going back, the ring says again that all but one of 2^16 chains are new. */
+    /* A smaller index again says that all but one of 2^16 chains are new. */
     begin();
     must(request(IN, 1, 512), OK, "status of a read");
     status = NOTHING;
@@ -201,7 +201,7 @@ static void rings(void)
     set(0, QUEUE_NOTIFY, 0);
     answered("an index that goes back");
 
-    /* The same chain twice: both are done, and nobody minds. */
+    /* The same chain twice: both are done, without an error. */
     begin();
     chain(IN, 1, 512);
     queue.available.ring[0] = queue.available.ring[1] = 0;
@@ -211,7 +211,7 @@ static void rings(void)
     if (await(0, &queue, LONG) == SILENT || await(0, &queue, LONG) == SILENT)
         fail("a chain offered twice is not answered", 0);
 
-    /* The device writes over its own rings: the guest's loss alone. */
+    /* The device writes over its own rings, which harms only the guest. */
     begin();
     chain(IN, 5, 4096);
     queue.table[1].address = (u64)&queue & ~4095ull;
@@ -224,7 +224,7 @@ static void rings(void)
     await(0, &queue, BRIEF);
     print("rings written over\n");
 
-    /* Events that never come to pass. */
+    /* Event indices that are never reached. */
     if (!drive(0, EVERY, &queue))
         fail("no event index: status", get(0, STATUS));
     for (u32 i = 0; i < 40; i++) {
@@ -248,7 +248,7 @@ static u32 chance(void)
 
 static void registers(void)
 {
-    /* After DRIVER_OK the queue's registers are closed: the device goes on with what it was given. */
+    /* After DRIVER_OK the queue's registers are closed: the device keeps its values. */
     begin();
     for (u32 select = 0; select < 3; select++) {
         set(0, QUEUE_SEL, select == 2 ? 0xffff : select);
@@ -266,13 +266,13 @@ static void registers(void)
         fail("sector 5 begins with", data[0]);
     print("registers rewritten\n");
 
-    /* But for a queue that is taken back: the device lets go of it, and needs a reset. */
+    /* Except when a queue is disabled: the device lets go of it, and needs a reset. */
     set(0, QUEUE_SEL, 0);
     set(0, QUEUE_READY, 0);
     if (get(0, QUEUE_READY) || !(get(0, STATUS) & NEEDS_RESET))
         fail("a queue that was taken back is ready: status", get(0, STATUS));
 
-    /* Rings where none can be, and sizes that no ring has: refused when the driver says it is ready. */
+    /* Invalid ring addresses and sizes: refused when the driver sets DRIVER_OK. */
     u64 places[] = {0, 1, VIRTIO, 32 << 20, 1ull << 40, ~15ull};
     for (u32 i = 0; i < 6; i++)
         for (u32 ring = QUEUE_DESC; ring <= QUEUE_DEVICE; ring += 16) {
@@ -301,7 +301,7 @@ static void registers(void)
         fail("a driver without VERSION_1 is taken", 0);
     print("impossible queues\n");
 
-    /* Registers, values and widths by chance, the status most of all. */
+    /* Random registers, values and widths, the status most often. */
     for (u32 i = 0; i < 3000; i++) {
         u32 offset = chance() % 3 == 0 ? STATUS : chance() % 0x120;
         u32 value = chance() >> chance() % 32;
@@ -330,7 +330,7 @@ static void floods(void)
     must(request(IN, 5, 512), OK, "status of a read after a flood of notifications");
     print("a flood of notifications\n");
 
-    /* Reset with requests in flight: afterwards nothing of them arrives any more. */
+    /* Reset with requests in flight: afterwards none of their data arrives. */
     for (u32 i = 0; i < 200; i++) {
         begin();
         chain(IN, i, 4096);
@@ -347,8 +347,8 @@ static void floods(void)
     print("resets in flight\n");
 }
 
-/* Another processor changes rings and descriptors while the device looks at them. Whatever the device
-   makes of that, it can write only where nothing else lies: 1 MiB from each of these addresses on. */
+/* Another processor changes rings and descriptors while the device reads them. Whatever the device
+   then does, it can write only to unused memory: 1 MiB from each of these addresses on. */
 #define SPARE_HEADER 0x800000ull
 #define SPARE_DATA 0xa00000ull
 #define SPARE_STATUS 0xc00000ull

@@ -1,4 +1,4 @@
-/* Tells what its kvm-clock shows, in nanoseconds, for each byte that it is sent. */
+/* Prints the time of its kvm-clock, in nanoseconds, for each byte that it receives. */
 #include "guest.h"
 
 /* struct pvclock_vcpu_time_info of arch/x86/include/asm/pvclock-abi.h. */

@@ -58,7 +58,7 @@ static void flood(u32 number, u64 round)
     case 3:
         expect("memory that nobody has", read64(NOWHERE + number * 4096), ~0ull);
         break;
-    case 4: /* An access of two exits: the pages belong to nobody. */
+    case 4: /* An access of two exits: the pages belong to no device. */
         expect("two pages that nobody has", read64(NOWHERE + number * 4096 + 0xffc), ~0ull);
         break;
     case 5:

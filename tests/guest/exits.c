@@ -1,5 +1,5 @@
-/* Has every part of a processor's state hold something of its own, then does one thing over and over:
-   the one that the command line names. What it reads is checked. */
+/* Gives every part of a processor's state a distinct value, then repeats the one operation that the
+   command line names. It checks what it reads. */
 #include "virtio.h"
 
 #define COUNTERS 0x400000ull
@@ -29,7 +29,7 @@ void processor(u32 number)
         count(number);
 }
 
-/* Values that a machine does not begin with. */
+/* Values that differ from the initial ones. */
 static const struct {
     u32 index;
     u64 value;

@@ -1,5 +1,5 @@
-/* Keeps the queues of all disks full of WRITE_ZEROES, each over as much of its disk as one request may
-   be for. FLUSH is not agreed on. Says "floods!" once all queues are full. */
+/* Keeps the queues of all disks full of WRITE_ZEROES, each over as much of its disk as one request
+   may be for. FLUSH is not agreed on. Says "floods!" once all queues are full. */
 #include "virtio.h"
 
 #define F_WRITE_ZEROES (1ull << 14)
@@ -51,7 +51,7 @@ static void fill(u32 disk)
     set(disk, QUEUE_NOTIFY, 0);
 }
 
-/* Offers again what the device is done with. */
+/* Offers again the requests that the device has finished. */
 static void refill(u32 disk)
 {
     struct queue *queue = &queues[disk];

@@ -1,4 +1,4 @@
-/* Tells the machine's generation id, and again whenever it is told that it is another one. */
+/* Prints the machine's generation id, and again whenever it is notified of a new one. */
 #include "virtio.h"
 
 #define ID 0xdf010ull
@@ -43,7 +43,7 @@ void guest(const char *word)
         interrupts = 0;
         u8 events = in8(EVENTS);
         __asm__ volatile("sti");
-        /* It may come once more than there are events: a restored machine repeats it. */
+        /* The interrupt may come once more than there are events: a restored machine repeats it. */
         if (events) {
             say("events", events);
             tell();

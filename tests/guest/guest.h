@@ -1,5 +1,5 @@
-/* What all guests share. They use general registers only, and short loops: there are hosts whose KVM
-   interprets every instruction. */
+/* What all guests share. They use general registers only, and short loops: there are hosts whose
+   KVM interprets every instruction. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>

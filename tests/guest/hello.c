@@ -1,7 +1,8 @@
-/* Says that it is there and ends in the way that the command line names. */
+/* Prints that it runs and ends in the way that the command line names. */
 #include "guest.h"
 
-/* Powers off by the power button, reboots by the keyboard, and says what is typed at the serial port. */
+/* Powers off by the power button, reboots by the keyboard, and echoes what is typed at the serial
+   port. */
 static void obey(void)
 {
     print("waits\n");

@@ -1,5 +1,6 @@
-/* Writes to the last 16 MiB of the disk in slot 0 without end, and keeps in memory what it has written where: a disk that is not
-   of the same moment as the memory is found out. Says "balanced" whenever it has looked at every page. */
+/* Writes to the last 16 MiB of the disk in slot 0 without end, and records in memory what it has
+   written where: so it detects a disk that is not of the same moment as the memory. Prints
+   "balanced" whenever it has checked every page. */
 #include "disk.h"
 
 /* Sectors. */

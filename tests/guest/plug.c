@@ -1,7 +1,7 @@
-/* Tells what becomes of the slots that are filled and emptied from outside: each time the interrupt for
-   a changed configuration comes it prints the slot and what is in it, for a disk the first word of
-   sector 3 and the last sector's, read by requests. "polled" looks at the registers alone. The same when
-   a digit (a disk's slot) or a letter (a NIC's) is typed. */
+/* Reports changes of the slots that are filled and emptied from outside. At each configuration
+   change interrupt it prints the slot and its contents: for a disk the first word of sector 3 and
+   that of the last sector, read by requests. "polled" only reads the registers. The same when a
+   digit (a disk's slot) or a letter (a NIC's) is typed. */
 #include "virtio.h"
 
 enum { CONFIG_CHANGED = 2 };
@@ -24,7 +24,7 @@ static volatile u8 status;
 static const u32 pins[SLOTS_MAX] = {5,  6,  7,  10, 11, 12, 14, 15, 16,
                                     17, 18, 19, 20, 21, 22, 23, 13, 3};
 
-/* A vector for each slot's next interrupt: one that is pending stays so, for nobody takes it. */
+/* A vector for each slot's next interrupt: one that is pending stays so, as it is not taken. */
 static u8 vectors[SLOTS_MAX];
 
 static void rearm(u32 slot)
@@ -138,7 +138,7 @@ void guest(const char *word)
             } else {
                 if (!pending(vectors[slot]))
                     continue;
-                /* In this order: what comes meanwhile finds the next vector. */
+                /* In this order: an interrupt that comes meanwhile uses the next vector. */
                 rearm(slot);
                 u32 why = get(slot, INTERRUPT_STATUS);
                 set(slot, INTERRUPT_ACK, why);

@@ -1,10 +1,10 @@
-/* Accesses of every width at the edges of what has registers, over and over. What lies outside reads
-   all ones, what lies inside reads as its page shows it, whichever way an access is cut. */
+/* Accesses of every width at the edges of register regions, over and over. Bytes outside read as
+   all ones, bytes inside as their page shows them, however an access is split. */
 #include "guest.h"
 
 #define SLOTS 6
 #define END (VIRTIO + SLOTS * 4096)
-/* Where the rounds are counted, for the test to see. */
+/* Counter of the rounds, for the test to read. */
 #define ROUNDS 0x400000ull
 
 static u8 shown(u64 address)
@@ -54,7 +54,8 @@ static void put(u64 address, u32 width, u64 value)
     }
 }
 
-/* Before, between and after the register pages; the first device's configuration; nobody's pages. */
+/* Before, between and after the register pages; the first device's configuration; pages of no
+   device. */
 static const u64 edges[] = {VIRTIO, VIRTIO + 4096, END, VIRTIO + 0x100, NOWHERE + 4096};
 
 /* The bytes from 8 before each edge on. */

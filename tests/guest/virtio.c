@@ -63,7 +63,7 @@ void describe(struct queue *queue, u16 number, const volatile void *address, u32
 
 void offer(u32 slot, u32 index, struct queue *queue, u16 head)
 {
-    /* Without EVENT_IDX the device does not look at it. */
+    /* Without EVENT_IDX the device does not read it. */
     queue->available.used_event = queue->used.index;
     submit(slot, index, queue, head);
 }

@@ -1,5 +1,5 @@
-/* A driver of split virtqueues over virtio-mmio (virtio 1.3, 2.7 and 4.2): enough to use a device, and
-   open enough to misuse it. Device memory is one to one with the guest's addresses. */
+/* A driver of split virtqueues over virtio-mmio (virtio 1.3, 2.7 and 4.2): enough to use a device,
+   and open enough to misuse it. Device memory is one to one with the guest's addresses. */
 #pragma once
 #include "guest.h"
 
@@ -110,8 +110,8 @@ bool drive(u32 slot, u64 features, struct queue *queue);
 void describe(struct queue *queue, u16 number, const volatile void *address, u32 length, u16 flags,
               u16 next);
 
-/* Makes the chain that begins with descriptor `head` available, asks for an interrupt when it is used,
-   and tells the device. */
+/* Makes the chain that begins with descriptor `head` available, asks for an interrupt when it is
+   used, and tells the device. */
 void offer(u32 slot, u32 index, struct queue *queue, u16 head);
 
 /* The same, but asks for no interrupt: `used_event` stays as it is. */
@@ -119,7 +119,8 @@ void submit(u32 slot, u32 index, struct queue *queue, u16 head);
 
 enum outcome { USED, GAVE_UP, SILENT };
 
-/* Waits until the device has used one more chain, or asks for a reset, or `limit` ticks are over. */
+/* Waits until the device has used one more chain, or asks for a reset, or `limit` ticks are over.
+   */
 enum outcome await(u32 slot, struct queue *queue, u64 limit);
 
 /* Leads interrupt `pin` to `vector` of the first processor; it stays pending there. */

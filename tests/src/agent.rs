@@ -1,6 +1,6 @@
-//! Stories run one after another in one process on the host ([`serve`]); the test program asks that
-//! process for one story at a time ([`Agents`]). A story that hangs costs the process, or the whole
-//! emulated host: the next story gets a new one.
+//! Tests run one after another in one process on the host ([`serve`]); the test program asks that
+//! process for one test at a time ([`Agents`]). A test that hangs loses that process, or the whole
+//! emulated host; the next test gets a new one.
 use std::fs;
 use std::io::{BufRead, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,16 +20,16 @@ use crate::host::{CONTROL, Host, Job, Running, Said, make_initramfs};
 use crate::paths::{BINARY, Paths, STRATOCTL, workspace};
 use crate::progress::Step;
 
-/// The argument that makes a story program serve.
+/// The argument that makes a test program serve.
 pub const SERVE: &str = "--serve-stories";
 /// The example configurations: their place in the workspace and in the cache.
 pub const EXAMPLES: &str = "config-examples";
 /// How long a host may take to come up, the slowest one included.
 const HOST_LIMIT: Duration = Duration::from_secs(120);
-/// How long one story may take.
+/// How long one test may take.
 const STORY_LIMIT: Duration = Duration::from_secs(300);
 
-/// What a story gets.
+/// What a test is given.
 pub struct Story {
     /// Its name.
     pub name: String,
@@ -41,9 +41,9 @@ pub struct Story {
     pub debian: Debian,
 }
 
-/// What a story does.
+/// The body of a test.
 pub type Tell = fn(&Story) -> Result<()>;
-/// A story: its name and what it does.
+/// A test: its name and its body.
 pub type Told = (String, Tell);
 
 #[derive(Serialize, Deserialize)]
@@ -59,10 +59,10 @@ enum Answer {
     Exit(i32),
 }
 
-/// Runs stories as they are asked for on standard input, until it closes or an empty line comes.
+/// Runs the tests that are requested on standard input, until it closes or an empty line comes.
 ///
 /// # Errors
-/// The paths are not told, or the one who asks has gone.
+/// The paths are not set, or the requesting process has gone.
 pub fn serve(stories: &[Told]) -> Result<()> {
     let paths = Paths::from_env()?;
     answer(&Answer::Ready(true))?;
@@ -96,10 +96,10 @@ fn run(paths: &Paths, name: &str, tell: Tell) -> Result<()> {
     fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
 
-/// Tells the program outside how the job inside ended; see [`outcome`].
+/// Reports to the program outside how the job inside ended; see [`outcome`].
 ///
 /// # Errors
-/// Nobody listens any more.
+/// The program outside no longer listens.
 pub fn tell_outcome(result: &Result<()>) -> Result<()> {
     answer(&Answer::Done(result.as_ref().err().map(|error| format!("{error:#}"))))
 }
@@ -124,44 +124,44 @@ fn answer(answer: &Answer) -> Result<()> {
     out.flush().context("nobody listens any more")
 }
 
-/// How telling a story went.
+/// How a test's run went.
 enum Outcome {
-    /// To its end, good or bad.
+    /// It ran to its end, passed or failed.
     Told(Result<()>),
     /// It was cut short.
     HostLost(anyhow::Error),
 }
 
-/// The processes that run stories, seen from outside: as many as stories are asked for at once.
-/// Each is started when it is first needed.
+/// The processes that run tests, seen from outside: as many as tests run at once. Each is started
+/// when it is first needed.
 pub struct Agents {
     show: bool,
     /// Where they run, if not where Debian's kernel does.
     host: Option<Host>,
-    /// Locked while it is being made: whoever comes second waits and finds it.
+    /// Locked while it is being made: a second thread waits and then finds it.
     ready: Mutex<Option<(Host, Paths, Debian)>>,
     idle: Mutex<Vec<Running>>,
 }
 
 impl Agents {
-    /// Agents that show what stories print at once (`show`) or only when they fail.
+    /// Agents that show what tests print at once (`show`) or only when they fail.
     #[must_use]
     pub const fn new(show: bool) -> Self {
         Self { show, host: None, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
     }
 
-    /// Agents on this machine, whatever its KVM can do: for guests that know how to run there.
+    /// Agents on this machine, whatever its KVM can do: for guests that can run there.
     #[must_use]
     pub const fn native(show: bool) -> Self {
         let host = Some(Host::Native);
         Self { show, host, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
     }
 
-    /// Runs one story. If an emulated host breaks down meanwhile, which is no fault of the story,
-    /// says so and tells the story once more in a new one.
+    /// Runs one test. If an emulated host breaks down meanwhile, which is no fault of the test,
+    /// says so and runs the test once more in a new host.
     ///
     /// # Errors
-    /// It failed, or there is no host for it; with everything that was printed meanwhile.
+    /// It failed, or there is no host for it; the error has everything that was printed meanwhile.
     pub fn run(&self, name: &str) -> Result<()> {
         for last in [false, true] {
             match self.tell(name)? {
@@ -208,10 +208,10 @@ impl Agents {
         Ok(Outcome::HostLost(anyhow::anyhow!("{}\n{error}\n{console}", printed.trim_end())))
     }
 
-    /// Lets the hosts go.
+    /// Ends the hosts.
     ///
     /// # Errors
-    /// One does not listen any more, or its files cannot be removed.
+    /// One no longer listens, or its files cannot be removed.
     pub fn finish(&self) -> Result<()> {
         for mut running in lock(&self.idle).drain(..) {
             running.tell(b"\n")?;
@@ -276,10 +276,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Everything that has to be there before a host starts: packages, guests, the monitor.
+/// Prepares everything that a host needs before it starts: packages, guests, the monitor.
 ///
 /// # Errors
-/// Something of it cannot be had.
+/// A part of it cannot be obtained.
 pub fn prepare() -> Result<(Host, Paths, Debian)> {
     let host = Host::detect()?;
     if let Some(reason) = host.reason() {
@@ -288,10 +288,10 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
     prepare_on(host)
 }
 
-/// The same with a monitor that is there already, at a path without links.
+/// The same with an existing monitor, at a path without links.
 ///
 /// # Errors
-/// Something of it cannot be had.
+/// A part of it cannot be obtained.
 pub fn prepare_with(monitor: &Path) -> Result<(Host, Paths, Debian)> {
     let (paths, debian) = artefacts()?;
     Ok((Host::detect()?, Paths { stratovirt: monitor.to_owned(), ..paths }, debian))
@@ -348,7 +348,7 @@ fn binary(name: &str, variable: &str) -> Result<PathBuf> {
         (_, true) => build.args(["build", "--workspace", "--bin", name, "--release"]),
         (_, false) => build.args(["build", "--workspace", "--bin", name]),
     };
-    // A person sees how far cargo is, and what is wrong where it is.
+    // Shows cargo's progress and errors to the user.
     if io::stderr().is_terminal() {
         eprintln!("  Building {name}");
         let status = build.stdin(Stdio::null()).status().context("cannot run cargo")?;

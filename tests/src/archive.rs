@@ -1,4 +1,5 @@
-//! What guests read: a cpio archive for an initramfs, ext4 images, and files out of such images again.
+//! What guests read: a cpio archive for an initramfs, and ext4 images; also reads files from such
+//! images.
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -29,10 +30,10 @@ impl<W: Write> Cpio<W> {
         Self { out, inode: 0 }
     }
 
-    /// A directory; the ones above it must be there already.
+    /// A directory; its parents must exist already.
     ///
     /// # Errors
-    /// Those of the writer; so do the others.
+    /// Those of the writer.
     pub fn directory(&mut self, name: &str) -> io::Result<()> {
         self.entry(name, DIRECTORY, &[])
     }
@@ -75,7 +76,8 @@ impl<W: Write> Cpio<W> {
         self.inode += 1;
         let size = u32::try_from(content.len())
             .map_err(|_| io::Error::other("a file of more than 4 GiB"))?;
-        // inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, checksum
+        // inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size,
+        // checksum
         let name_size = name.len() as u32 + 1;
         let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
         write!(self.out, "070701")?;
@@ -95,8 +97,8 @@ impl<W: Write> Cpio<W> {
     }
 }
 
-/// A copy of a disk's image that takes the image's place for a saved state: with the extended attribute
-/// by which the state knows it, as `cp --preserve=xattr` makes it.
+/// A copy of a disk's image that can replace the image for a saved state: it has the extended
+/// attribute by which the state recognises it, as `cp --preserve=xattr` makes it.
 ///
 /// # Errors
 /// The image cannot be read or the copy written, or the image has no such attribute.
@@ -109,7 +111,7 @@ pub fn copy_image(image: &Path, copy: &Path) -> Result<()> {
     Ok(rustix::fs::setxattr(copy, GENERATION, &generation, XattrFlags::empty())?)
 }
 
-/// Makes an ext4 image of `bytes` at `image`, sparse, with what lies in `content`, if given.
+/// Makes an ext4 image of `bytes` at `image`, sparse, with the files of `content`, if given.
 ///
 /// # Errors
 /// The image cannot be written or `mke2fs` fails (too small, for instance).
@@ -118,7 +120,7 @@ pub fn make_ext4(debian: &Debian, image: &Path, bytes: u64, content: Option<&Pat
     file.set_len(bytes)
         .with_context(|| format!("cannot make {} {bytes} bytes long", image.display()))?;
     let mut mke2fs = debian.program("sbin/mke2fs")?;
-    // Its own configuration file is not where it looks: say what matters.
+    // Its own configuration file is not where it looks, so the options that matter are given.
     mke2fs
         .env("MKE2FS_CONFIG", "/dev/null")
         .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0"]);
@@ -133,7 +135,7 @@ pub fn make_ext4(debian: &Debian, image: &Path, bytes: u64, content: Option<&Pat
     output(mke2fs.arg(image)).map(drop)
 }
 
-/// The content of the file `name` in an ext4 image that nobody has mounted.
+/// The content of the file `name` in an ext4 image that is not mounted.
 ///
 /// # Errors
 /// No such file, or no such image.
@@ -145,25 +147,25 @@ pub fn read_ext4(debian: &Debian, image: &Path, name: &str) -> Result<String> {
     Ok(content)
 }
 
-/// What `e2fsck` finds in an ext4 image that nobody has mounted: after `mend`, which replays the
-/// journal as the next mount would, or as it is.
+/// What `e2fsck` finds in an ext4 image that is not mounted: with `mend`, after the journal was
+/// replayed as the next mount would; otherwise as it is.
 ///
 /// # Errors
-/// The file system is damaged, or it is none.
+/// The file system is damaged, or there is none.
 pub fn check_ext4(debian: &Debian, image: &Path, mend: bool) -> Result<String> {
     let mut e2fsck = debian.program("sbin/e2fsck")?;
     e2fsck.arg("-f").arg(if mend { "-p" } else { "-n" }).arg(image);
     let out = e2fsck.output().context("cannot run e2fsck")?;
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
     let said = said + &String::from_utf8_lossy(&out.stderr);
-    // 1: mended.
+    // 1: errors were corrected.
     let good = out.status.code().is_some_and(|code| code == 0 || (mend && code == 1));
     ensure!(good, "{} is damaged ({}):\n{said}", image.display(), out.status);
     Ok(said)
 }
 
-/// Puts `from` at `to` with the directories above it, unless there is something: linked where that is
-/// possible, else copied.
+/// Puts `from` at `to`, with `to`'s parent directories, unless `to` exists: as a hard link where
+/// that is possible, else as a copy.
 ///
 /// # Errors
 /// `from` cannot be read or `to` not be written.
@@ -171,7 +173,7 @@ pub fn place(from: &Path, to: &Path) -> Result<()> {
     if to.exists() { Ok(()) } else { replace(from, to) }
 }
 
-/// As [`place`], in the place of what is there. Others may do the same at the same time.
+/// As [`place`], but replaces an existing file. Other processes may do the same at the same time.
 ///
 /// # Errors
 /// As [`place`].
@@ -181,7 +183,7 @@ pub fn replace(from: &Path, to: &Path) -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
     let from = fs::canonicalize(from).with_context(|| format!("cannot find {}", from.display()))?;
-    // Under a name of its own first: to copy onto a link to the same file would empty it.
+    // Under a temporary name first: copying onto a link to the same file would empty it.
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let name = to.file_name().context("a path without a name")?.to_string_lossy();
     let own = to.with_file_name(format!("{name}.{}.{count}", std::process::id()));

@@ -1,5 +1,5 @@
-//! Packages of Debian or Ubuntu without installing them: a kernel, busybox, QEMU and a few tools, each
-//! with the libraries it was built for, unpacked into the cache ([`crate::packages`]).
+//! Packages of Debian or Ubuntu without installing them: a kernel, busybox, QEMU and a few tools,
+//! each with the libraries it was built for, unpacked into the cache ([`crate::packages`]).
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -43,7 +43,7 @@ impl Debian {
         Ok(Self::unpacked(paths))
     }
 
-    /// The packages that are known to be there.
+    /// The packages, which are known to be in the cache.
     #[must_use]
     pub fn unpacked(paths: &Paths) -> Self {
         Self { root: paths.debian() }
@@ -61,7 +61,8 @@ impl Debian {
         }
     }
 
-    /// A program of the packages with its own dynamic linker and libraries, whatever this machine has.
+    /// A program of the packages with its own dynamic linker and libraries, independent of this
+    /// machine's.
     ///
     /// # Errors
     /// No such program.
@@ -143,7 +144,7 @@ pub fn libraries(listing: &str) -> Vec<PathBuf> {
 /// What a command prints.
 ///
 /// # Errors
-/// It cannot be started or fails; carries what it said.
+/// It cannot be started or fails; the error has its output.
 pub fn output(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let out =

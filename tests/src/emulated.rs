@@ -1,5 +1,5 @@
-//! How much of the integration tests runs in the emulated host. All of it takes many minutes; where the
-//! same is tested natively with another kernel, a sample will do.
+//! How many of the integration tests run in the emulated host. All of them take many minutes; where
+//! the same is tested natively with another kernel, a sample is enough.
 use std::env;
 
 use anyhow::{Result, bail};
@@ -9,13 +9,13 @@ use crate::paths::GUEST_KERNEL;
 
 /// Tests in a sample.
 pub const SAMPLE: usize = 4;
-/// Has all of them run: `all`.
+/// Makes all of them run: `all`.
 pub const VARIABLE: &str = "STORIES_EMULATED";
 
 /// Whether only a sample of them runs.
 ///
 /// # Errors
-/// A variable that asks for a host, or for how much is to run there, holds something else.
+/// The variable for the host, or the one for how many tests run there, has an invalid value.
 pub fn is_sampled() -> Result<bool> {
     let all = match env::var(VARIABLE).as_deref() {
         Ok("all") => true,
@@ -26,7 +26,7 @@ pub fn is_sampled() -> Result<bool> {
     Ok(emulated && !all && env::var_os(GUEST_KERNEL).is_some())
 }
 
-/// What a plain `cargo test` does not run here, and how it is run.
+/// What a plain `cargo test` does not run here, and how to run that.
 ///
 /// # Errors
 /// As [`is_sampled`].

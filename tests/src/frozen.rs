@@ -1,5 +1,5 @@
-//! A file system in a file that can be frozen: whatever is written there waits, as for storage that hangs.
-//! The kernel cannot end a process that waits so.
+//! A file system in a file that can be frozen: every write to it then waits, as with storage that
+//! hangs. The kernel cannot end a process that waits for it.
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -25,8 +25,9 @@ pub fn make_file_system(paths: &Paths, image: &Path) -> Result<()> {
     make_ext4(&debian, image, SIZE, None)
 }
 
-/// A frozen file system; thawed when dropped, for nothing could unmount it otherwise. Reached by a
-/// descriptor: the monitor's mount namespace goes when the monitor ends, even if it cannot yet.
+/// A frozen file system; thawed when dropped, as it could not be unmounted otherwise. Reached by a
+/// descriptor, because the monitor's mount namespace goes when the monitor is killed, even while
+/// the kernel cannot end it yet.
 pub struct Frozen(File);
 
 impl Frozen {
@@ -40,7 +41,7 @@ impl Frozen {
         Ok(frozen)
     }
 
-    /// Lets it continue.
+    /// Thaws it.
     ///
     /// # Errors
     /// It is not frozen.

@@ -26,7 +26,7 @@ const MODULES: &[&str] = &[
 ];
 /// Init of every guest.
 const INIT: &str = include_str!("init/guest.sh");
-/// Source of `load`, which keeps a guest busy, and what it is made of.
+/// Source of `load`, which keeps a guest busy, and of its module.
 const LOAD: &str = "tests/src/init/load.rs";
 const LOAD_SOURCE: [&str; 2] = [include_str!("init/load.rs"), include_str!("stream.rs")];
 
@@ -62,7 +62,7 @@ pub fn initramfs(paths: &Paths) -> PathBuf {
     paths.guest("initrd.cpio")
 }
 
-/// Makes kernels and initramfs from Debian's packages, unless they are there and as new.
+/// Makes kernels and initramfs from Debian's packages, unless they exist and are up to date.
 ///
 /// # Errors
 /// A package is not as expected, or the cache cannot be written.
@@ -94,8 +94,7 @@ pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
     Ok(())
 }
 
-/// Builds the Rust program in `source`, a path in the workspace, so that it needs nothing but a
-/// kernel.
+/// Builds the Rust program in `source`, a path in the workspace, so that it needs only a kernel.
 ///
 /// # Errors
 /// It does not build.
@@ -111,8 +110,8 @@ pub fn static_program(source: &str, program: &Path) -> Result<()> {
     .map(drop)
 }
 
-/// An initramfs: busybox under all its names, modules with the order to load them in, an init, empty
-/// directories, and more programs.
+/// An initramfs: busybox under all its names, modules with the order to load them in, an init,
+/// empty directories, and more programs.
 ///
 /// # Errors
 /// The packages lack something.

@@ -1,5 +1,5 @@
-//! A file system whose server answers when the story lets it: a mount of FUSE (linux/fuse.h) that holds
-//! each request of the kinds it was told to hold, as a dead NFS server would. Needs root.
+//! A file system whose server answers only when the test lets it: a FUSE mount (linux/fuse.h) that
+//! holds every request of the selected kinds, as a dead NFS server would. Needs root.
 //!
 //! The files lie in memory, in one flat directory.
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,7 +40,7 @@ const ENOSYS: i32 = 38;
 /// Longest piece of data that the kernel sends at once.
 const LONGEST_WRITE: u32 = 128 << 10;
 
-/// The mount; gone when dropped, and what it holds fails then.
+/// The mount; unmounted when dropped, and the requests that it holds fail then.
 pub struct Held {
     place: PathBuf,
     shared: Arc<Shared>,
@@ -110,7 +110,7 @@ impl Held {
         Ok(())
     }
 
-    /// Nothing is held any more: what was is answered in order.
+    /// Stops holding: the held requests are answered in order.
     ///
     /// # Errors
     /// The kernel does not take an answer.
@@ -124,13 +124,14 @@ impl Held {
         Ok(())
     }
 
-    /// Releases all when dropped: before the monitor is waited for, which may wait for what is held.
+    /// Releases all when dropped: before the test waits for the monitor, which may wait for a held
+    /// request.
     #[must_use]
     pub fn until_dropped(&self) -> Guard<'_> {
         Guard(self)
     }
 
-    /// What is in file `name`.
+    /// The contents of file `name`.
     #[must_use]
     pub fn contents(&self, name: &str) -> Vec<u8> {
         let state = self.shared.state();
@@ -151,7 +152,7 @@ impl Drop for Guard<'_> {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        // Aborts what is held; a process that waits for it gets an error.
+        // Aborts the held requests; a process that waits for one gets an error.
         let _ = self.release();
         let _ = unmount(&self.place, UnmountFlags::DETACH);
     }
@@ -162,7 +163,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers until the mount has gone.
+    /// Answers requests until the mount has gone.
     fn serve(&self) {
         let mut buffer = vec![0; LONGEST_WRITE as usize + 4096];
         while let Ok(length) = (&self.device).read(&mut buffer) {
@@ -174,7 +175,7 @@ impl Shared {
                 continue;
             }
             let answer = state.answer(&request);
-            // A request that was given up meanwhile.
+            // A request that was abandoned meanwhile.
             let _ = self.reply(&request, answer);
         }
     }
@@ -201,7 +202,7 @@ struct Request {
 }
 
 impl Request {
-    /// `struct fuse_in_header`, and what follows it.
+    /// `struct fuse_in_header`, and the body.
     fn parse(bytes: &[u8]) -> Option<Self> {
         Some(Self {
             op: Op(u32::from_le_bytes(bytes.get(4..8)?.try_into().ok()?)),
@@ -319,7 +320,7 @@ impl State {
     }
 }
 
-/// Waits for `condition`, which is looked at every millisecond.
+/// Waits for `condition`, which is checked every millisecond.
 ///
 /// # Errors
 /// It does not come true.

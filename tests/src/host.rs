@@ -1,8 +1,8 @@
-//! Where stories run. Natively when this machine's KVM runs an unmodified kernel; otherwise inside an
-//! emulated host: QEMU emulates a processor that has virtualisation, Debian's kernel on it offers a
-//! real `/dev/kvm`, and the very same program runs there. Either way the program sees the same three
-//! paths, may make tap devices without touching the machine's network, and talks over its standard
-//! input and output.
+//! Where tests run: natively when this machine's KVM runs an unmodified kernel, otherwise inside an
+//! emulated host. There QEMU emulates a processor with virtualisation, Debian's kernel on it offers
+//! a real `/dev/kvm`, and the same program runs on it. Either way the program sees the same three
+//! paths, may make tap devices without touching the machine's network, and communicates over its
+//! standard input and output.
 //!
 //! ```text
 //! this process --pipe--> [unshare -n] program                    native
@@ -34,16 +34,16 @@ const MODULES: &[&str] =
     &["virtio_pci", "virtio_blk", "virtio_console", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
 /// Init of the emulated host.
 const INIT: &str = include_str!("init/host.sh");
-/// Programs of Debian's packages that stories use.
+/// Programs of Debian's packages that tests use.
 const PROGRAMS: [&str; 4] = ["sbin/mke2fs", "sbin/e2fsck", "sbin/debugfs", "bin/ip"];
-/// What its kernel says, a file in its directory.
+/// The log of its kernel, a file in its directory.
 const CONSOLE: &str = "console.log";
-/// Begins the name of its directory; the process it belongs to and a number follow.
+/// Prefix of the name of its directory; the process id and a number follow.
 const DIRECTORY: &str = "emulated-host.";
 /// Bytes of the emulated host's scratch disk; the image is sparse.
 const SCRATCH_DISK: u64 = 8 << 30;
 
-/// Where stories run.
+/// Where tests run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
     /// On this machine.
@@ -53,7 +53,7 @@ pub enum Host {
 }
 
 impl Host {
-    /// Looks at what this machine's KVM can do.
+    /// Finds out what this machine's KVM can do.
     ///
     /// # Errors
     /// `STRATOVIRT_HOST` is neither `native` nor `emulated`.
@@ -66,7 +66,7 @@ impl Host {
         }
     }
 
-    /// One line for the person, if there is something to say.
+    /// One line for the user, if there is something to say.
     #[must_use]
     pub fn reason(&self) -> Option<String> {
         match self {
@@ -96,8 +96,8 @@ fn unable() -> Option<String> {
     if hardware_virtualisation(&cpus) {
         return None;
     }
-    // KVM without vmx or svm is PVM or the like: guests run in user mode, and what their kernels do
-    // is emulated instruction by instruction, as far as the emulator goes.
+    // KVM without vmx or svm is PVM or the like: guests run in user mode, and their kernels'
+    // privileged instructions are emulated one by one, as far as the emulator knows them.
     Some(
         "This machine's KVM cannot run an unmodified kernel (no vmx or svm, so it is PVM)"
             .to_owned(),
@@ -112,7 +112,7 @@ fn hardware_virtualisation(cpuinfo: &str) -> bool {
 /// A program to run on a host.
 #[derive(Debug, Clone, Default)]
 pub struct Job {
-    /// The program; its libraries come along.
+    /// The program; its libraries are brought with it.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
@@ -120,12 +120,12 @@ pub struct Job {
     pub env: Vec<(String, String)>,
     /// More files, each with the path it is found at under [`Paths::cache`].
     pub files: Vec<(PathBuf, String)>,
-    /// What it mounts is to go when it ends.
+    /// Whether its mounts are to go when it ends.
     pub own_mounts: bool,
 }
 
 impl Job {
-    /// This very program with other arguments.
+    /// This program with other arguments.
     ///
     /// # Errors
     /// The path of this program is not known.
@@ -145,10 +145,10 @@ impl Job {
     }
 }
 
-/// What a running job says.
+/// The output of a running job.
 #[derive(Debug)]
 pub enum Said {
-    /// For people, as it came.
+    /// For the user, unchanged.
     Text(Vec<u8>),
     /// For this program: a line after [`CONTROL`].
     Control(Value),
@@ -156,7 +156,7 @@ pub enum Said {
     End,
 }
 
-/// A job that runs. Ends with this value.
+/// A running job. Ended when dropped.
 pub struct Running {
     child: Child,
     input: Option<ChildStdin>,
@@ -190,7 +190,7 @@ impl Running {
         Ok(Self { child, input, said, emulated })
     }
 
-    /// What it says next, if it says something before `deadline`.
+    /// Its next output, if there is some before `deadline`.
     #[must_use]
     pub fn next(&self, deadline: Instant) -> Option<Said> {
         match self.said.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -200,16 +200,16 @@ impl Running {
         }
     }
 
-    /// Tells it something.
+    /// Sends it a line.
     ///
     /// # Errors
-    /// It does not listen any more.
+    /// It no longer listens.
     pub fn tell(&mut self, bytes: &[u8]) -> Result<()> {
         let input = self.input.as_mut().context("its input is closed")?;
         input.write_all(bytes).and_then(|()| input.flush()).context("it does not listen any more")
     }
 
-    /// Its input, for somebody else to write to.
+    /// Its input, for another thread to write to.
     pub const fn take_input(&mut self) -> Option<ChildStdin> {
         self.input.take()
     }
@@ -266,7 +266,8 @@ impl Drop for Running {
     }
 }
 
-/// Files of an emulated host. They stay if it has to be looked at: until the next one starts.
+/// Files of an emulated host. After a failure they are kept for inspection until the next one
+/// starts.
 struct Emulated {
     dir: PathBuf,
 }
@@ -305,7 +306,8 @@ impl Sort {
     }
 }
 
-/// In a network namespace of its own; without root in a user namespace too, which has the same effect.
+/// In a network namespace of its own; without root in a user namespace too, which has the same
+/// effect.
 fn native(paths: &Paths, job: &Job) -> Result<Running> {
     for (from, name) in &job.files {
         replace(from, &paths.cache.join(name))?;
@@ -341,10 +343,10 @@ fn emulated(paths: &Paths, debian: &Debian, job: &Job) -> Result<Running> {
         )
     };
     // One processor: with two, about every sixth guest of four vCPUs hung or crashed, the emulated
-    // host with it; with one, none did, and booting took as long.
-    // Left out: x2APIC, which QEMU 7.2 does not emulate; XSAVE, because QEMU does not intercept the
-    // XSETBV of guests, so that KVM never learns what they have switched on; virtual GIF and VMLOAD,
-    // without which two processors crashed less often.
+    // host with it; with one, none did, and booting took as long. Left out: x2APIC, which QEMU 7.2
+    // does not emulate; XSAVE, because QEMU does not intercept the XSETBV of guests, so that KVM
+    // never learns which features they have switched on; virtual GIF and VMLOAD, without which two
+    // processors crashed less often.
     let machine = "-M pc -accel tcg,tb-size=512 -cpu max,-x2apic,-xsave,-vgif,-v-vmsave-vmload \
                    -smp 1 -m 6144 -nographic -nodefaults -no-reboot";
     qemu.args(machine.split_whitespace());
@@ -378,7 +380,7 @@ fn own_directory(paths: &Paths) -> Result<PathBuf> {
     bail!("no directory is left for an emulated host")
 }
 
-/// Removes what hosts left behind whose processes are gone.
+/// Removes the files of hosts whose processes are gone.
 fn remove_dead(paths: &Paths) -> Result<()> {
     for entry in fs::read_dir(&paths.scratch)? {
         let entry = entry?;
@@ -386,7 +388,7 @@ fn remove_dead(paths: &Paths) -> Result<()> {
         let name = name.to_str().and_then(|name| name.strip_prefix(DIRECTORY));
         let process = name.and_then(|name| name.split('.').next());
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
-            // Another host that starts may be at it, too. What is left is for the next one.
+            // Another starting host may remove the same files. The next one removes what is left.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -398,7 +400,7 @@ fn initramfs(paths: &Paths) -> PathBuf {
     paths.cache.join("host/initrd.cpio")
 }
 
-/// Makes the emulated host's initramfs, unless it is there and as new.
+/// Makes the emulated host's initramfs, unless it exists and is up to date.
 ///
 /// # Errors
 /// The packages lack something, or the cache cannot be written.
@@ -415,7 +417,7 @@ pub fn make_initramfs(paths: &Paths, debian: &Debian) -> Result<()> {
     fs::write(&mark, now).context("cannot note what was made")
 }
 
-/// The disk with everything that the job reads.
+/// The disk with all files that the job reads.
 fn make_payload(paths: &Paths, debian: &Debian, job: &Job, image: &Path) -> Result<()> {
     let tree = image.with_extension("tree");
     for dir in ["bin", "dev", "proc", "sys", "tmp", "scratch", "cache"] {
@@ -463,7 +465,7 @@ fn make_payload(paths: &Paths, debian: &Debian, job: &Job, image: &Path) -> Resu
     fs::remove_dir_all(&tree).with_context(|| format!("cannot remove {}", tree.display()))
 }
 
-/// The shell script that becomes the job.
+/// The shell script that execs the job.
 fn run_me(paths: &Paths, job: &Job) -> Result<Vec<u8>> {
     let name = |path: &Path| -> Result<String> {
         let name: OsString = path.file_name().context("a program without a name")?.to_owned();

@@ -1,5 +1,5 @@
-//! A distribution's kernel in the three forms a monitor is asked to boot, and its modules in the
-//! order they load in.
+//! A distribution's kernel in the three formats that a monitor boots, and its modules in load
+//! order.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
@@ -16,7 +16,7 @@ const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// Largest block of an LZ4 legacy frame.
 const LZ4_BLOCK: usize = 8 << 20;
-/// Nothing that runs as a kernel here is larger.
+/// No kernel here is larger.
 const KERNEL_MAX: usize = 256 << 20;
 
 /// The ELF `vmlinux` inside a bzImage (Linux, Documentation/arch/x86/boot.rst, `payload_offset`).
@@ -32,7 +32,7 @@ pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>> {
         let bytes = bzimage.get(at..at + 4).context("a bzImage that ends in its header")?;
         Ok(u32::from_le_bytes(bytes.try_into()?) as usize)
     };
-    // Zero setup sectors mean four, for reasons of age.
+    // Zero setup sectors mean four, for historical reasons.
     let sectors = match bzimage.get(0x1f1) {
         Some(0) | None => 4,
         Some(&sectors) => usize::from(sectors),
@@ -78,8 +78,8 @@ fn zstd(frame: &[u8]) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// The flat image of an ELF kernel, as `objcopy -O binary` makes it: what its loadable segments put
-/// into memory, from the lowest physical address on.
+/// The flat image of an ELF kernel, as `objcopy -O binary` makes it: the contents of its loadable
+/// segments, from the lowest physical address on.
 ///
 /// # Errors
 /// Not a 64-bit ELF file, or one without anything to load.
@@ -115,8 +115,9 @@ pub fn flat(vmlinux: &[u8]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
-/// [`flat`] for those who enter an image where it begins: if the kernel's 64-bit entry lies elsewhere, a
-/// jump there is put over the beginning, which then is another entry's code (Xen's, for PVH).
+/// [`flat`] for monitors that enter an image at its beginning. If the kernel's 64-bit entry lies
+/// elsewhere, a jump to it overwrites the beginning, which then holds another entry's code (Xen's,
+/// for PVH).
 ///
 /// # Errors
 /// As with [`flat`], or the entry lies outside of the image.
@@ -146,8 +147,8 @@ pub struct Module {
     pub content: Vec<u8>,
 }
 
-/// The modules of `names` and of what they depend on, in an order they can be loaded in; without those
-/// that are part of the kernel.
+/// The modules of `names` and of what they depend on, in an order in which they can be loaded,
+/// without those that are built into the kernel.
 ///
 /// # Errors
 /// A module is missing or is not an ELF file.
@@ -161,7 +162,7 @@ pub fn modules(dir: &Path, names: &[&str]) -> Result<Vec<Module>> {
     Ok(order)
 }
 
-/// The modules that there are.
+/// All modules in the directory.
 struct There {
     files: BTreeMap<String, PathBuf>,
     builtin: BTreeSet<String>,

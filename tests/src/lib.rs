@@ -1,8 +1,8 @@
-//! The harness: gets guests, finds or emulates a host they run on, starts the monitor, speaks QMP to
-//! it, looks inside the guest.
+//! The harness: fetches guests, finds or emulates a host for them, starts the monitor, speaks QMP
+//! to it, and inspects the guest.
 pub mod agent;
 pub mod archive;
-/// The monitor's own bounds: the numbers have one home.
+/// The monitor's own bounds, so that the numbers are defined once.
 #[path = "../../vmm/src/bounds.rs"]
 pub mod bounds;
 pub mod debian;

@@ -4,14 +4,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// The device; gone when dropped.
+/// The device; detached when dropped.
 pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
     /// One whose content is `file`'s.
     ///
     /// # Errors
-    /// When the host has none to give.
+    /// The host has no free one.
     pub fn new(file: &Path) -> Result<Self> {
         let out = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
         let out = out.context("cannot run losetup")?;

@@ -1,4 +1,5 @@
-//! A monitor under test: its configuration, its process, the guest's console and the control socket.
+//! A monitor under test: its configuration, its process, the guest's console and the control
+//! socket.
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -14,14 +15,14 @@ use crate::guest::{Kernel, initramfs};
 use crate::output::{Output, Show};
 use crate::paths::Paths;
 
-/// How long a Linux guest may take to its init, in the slowest host.
+/// How long a Linux guest may take to reach its init, on the slowest host.
 pub const BOOT: Duration = Duration::from_secs(120);
 /// How long anything else may take.
 pub const SOON: Duration = Duration::from_secs(60);
-/// What every guest is told: where its console is, and to end rather than hang.
+/// Kernel arguments of every guest: its console, and to end rather than hang.
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 
-/// A virtual machine to be started: the configuration file in the making.
+/// A virtual machine to be started: the builder of its configuration file.
 #[derive(Debug, Clone)]
 pub struct Vm {
     config: Value,
@@ -162,8 +163,9 @@ fn set(config: &mut Value, table: &str, key: &str, value: Value) {
     }
 }
 
-/// Makes a program of a script, by another process: a child that another thread of this one has just
-/// made holds all that is open for writing here, and what anybody may write to cannot be run.
+/// Copies `script` to `program` and makes it executable, in another process. A child that another
+/// thread of this process has just forked holds every file that is open for writing here, and a
+/// file that is open for writing cannot be executed.
 ///
 /// # Errors
 /// It cannot be written.
@@ -179,11 +181,11 @@ pub struct Monitor {
     input: ChildStdin,
     console: Arc<Output>,
     log: Arc<Output>,
-    /// How much of the console was waited for already.
+    /// How much of the console's output earlier waits have consumed.
     seen: usize,
     commands: usize,
     socket: PathBuf,
-    /// It waits for a machine.
+    /// It was started with `-incoming`.
     incoming: bool,
     started: Instant,
 }
@@ -232,8 +234,8 @@ impl Monitor {
         self.started
     }
 
-    /// Connects to the control socket, as soon as it is there, and so is the machine if one is to come
-    /// in.
+    /// Connects to the control socket as soon as it exists; with `-incoming`, waits for the
+    /// machine, too.
     ///
     /// # Errors
     /// It does not appear in time, or the monitor ends.
@@ -247,7 +249,7 @@ impl Monitor {
             thread::sleep(Duration::from_micros(200));
         }
         let mut client = Client::connect(&self.socket, SOON)?;
-        // A save waits for the host's disk, which others are busy with.
+        // A save waits for the host's disk, which other processes keep busy.
         client.set_patience(SOON * 3);
         while self.incoming
             && client.execute_raw("query-status", json!({}))?.get("status")
@@ -259,8 +261,8 @@ impl Monitor {
         Ok(client)
     }
 
-    /// Waits until the console shows `text`, after what was waited for before. Returns what came
-    /// up to its end.
+    /// Waits until the console shows `text`, after what was waited for before. Returns the output
+    /// up to the end of `text`.
     ///
     /// # Errors
     /// It does not come in time, or the monitor ends.
@@ -278,12 +280,12 @@ impl Monitor {
     /// Waits until the guest takes commands.
     ///
     /// # Errors
-    /// It does not come to that.
+    /// It does not get that far.
     pub fn wait_ready(&mut self) -> Result<()> {
         self.wait_for("guest: ready", BOOT).map(drop)
     }
 
-    /// Runs a command in the guest; gives what it printed.
+    /// Runs a command in the guest and returns its output.
     ///
     /// # Errors
     /// It does not end in time, or ends with a status other than 0.
@@ -328,7 +330,7 @@ impl Monitor {
             .context("cannot type into the console")
     }
 
-    /// Everything on the console since the last thing waited for.
+    /// All console output since the last wait.
     #[must_use]
     pub fn unseen(&self) -> String {
         self.console.text().get(self.seen..).unwrap_or_default().to_owned()
@@ -343,18 +345,20 @@ impl Monitor {
     /// Everything that the console has shown, once the monitor has ended.
     ///
     /// # Errors
-    /// Somebody else holds its output open.
+    /// Another process holds its output open.
     pub fn shown_to_its_end(&self) -> Result<String> {
         self.console.to_its_end(SOON)
     }
 
-    /// What the monitor itself has said so far: its standard error, where no guest's console is.
+    /// The monitor's own output so far: its standard error, which is separate from the guest's
+    /// console.
     #[must_use]
     pub fn said(&self) -> String {
         self.log.text()
     }
 
-    /// Waits until the monitor itself has said `text`. Returns what it has said up to its end.
+    /// Waits until the monitor itself has printed `text`. Returns its output up to the end of
+    /// `text`.
     ///
     /// # Errors
     /// It does not come in time, or the monitor ends.
@@ -365,12 +369,12 @@ impl Monitor {
     /// Everything that the monitor itself has said, once it has ended.
     ///
     /// # Errors
-    /// Somebody else holds its output open.
+    /// Another process holds its output open.
     pub fn said_to_its_end(&self) -> Result<String> {
         self.log.to_its_end(SOON)
     }
 
-    /// Forgets what is on the console so far.
+    /// Skips the console output so far.
     pub fn forget(&mut self) {
         self.seen = self.console.length();
     }
@@ -378,7 +382,7 @@ impl Monitor {
     /// Waits for the monitor's end.
     ///
     /// # Errors
-    /// It goes on.
+    /// It does not end.
     pub fn wait_exit(&mut self) -> Result<ExitStatus> {
         let deadline = Instant::now() + SOON;
         while Instant::now() < deadline {
@@ -399,7 +403,7 @@ impl Drop for Monitor {
     }
 }
 
-/// What each thread of a process is doing, to find out why it does not go on.
+/// What each thread of a process is doing, to find out why it makes no progress.
 fn threads(pid: u32) -> String {
     let mut told = String::new();
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();

@@ -1,10 +1,10 @@
-//! Tap devices for stories. Stories run in a network namespace of their own (or in an emulated host),
+//! Tap devices for tests. Tests run in a network namespace of their own (or in an emulated host),
 //! so the names and addresses are free.
 use anyhow::Result;
 
 use crate::debian::{Debian, output};
 
-/// A tap device with an address; goes when dropped.
+/// A tap device with an address; removed when dropped.
 pub struct Tap {
     name: String,
     debian: Debian,

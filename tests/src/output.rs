@@ -1,4 +1,4 @@
-//! One of a process's outputs, collected as it comes.
+//! One output of a process, collected as it arrives.
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -29,7 +29,7 @@ struct Text {
 }
 
 impl Output {
-    /// Collects from `source` and shows at once; whoever waits for it finds it shown already.
+    /// Collects from `source` and shows the output at once, before a waiting thread is woken.
     pub fn of(mut source: impl Read + Send + 'static, show: Show) -> Arc<Self> {
         let output = Arc::new(Self::default());
         let collected = Arc::clone(&output);
@@ -40,7 +40,8 @@ impl Output {
                 let bytes = buffer.get(..length).unwrap_or_default();
                 let text = String::from_utf8_lossy(bytes);
                 match show {
-                    // By print!, so that a test harness can keep it back. Nobody may be looking.
+                    // By print!, so that a test harness can capture it. Standard output may be
+                    // closed.
                     Show::AsItIs => {
                         print!("{text}");
                         let _ = io::stdout().flush();
@@ -66,20 +67,20 @@ impl Output {
         self.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Everything so far.
+    /// All output so far.
     pub fn text(&self) -> String {
         self.lock().shown.clone()
     }
 
-    /// How many bytes have come.
+    /// How many bytes have arrived.
     pub fn length(&self) -> usize {
         self.lock().shown.len()
     }
 
-    /// Everything, once nothing more can come.
+    /// All output, once it is at its end.
     ///
     /// # Errors
-    /// Somebody holds it open for longer than `limit`.
+    /// A process holds it open for longer than `limit`.
     pub fn to_its_end(&self, limit: Duration) -> Result<String> {
         let wait = self.changed.wait_timeout_while(self.lock(), limit, |text| !text.ended);
         let (text, waited) = wait.unwrap_or_else(PoisonError::into_inner);
@@ -87,7 +88,8 @@ impl Output {
         Ok(text.shown.clone())
     }
 
-    /// Waits for `text` after `from`; gives what comes up to its end, and where that is.
+    /// Waits for `text` after `from`; returns the output up to the end of `text`, and that
+    /// position.
     ///
     /// # Errors
     /// It does not come within `limit`, or the output ends.

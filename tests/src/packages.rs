@@ -1,6 +1,6 @@
-//! Where guests and tools come from: packages of Debian or Ubuntu, fetched and unpacked, not installed.
-//! apt does the fetching and checks the signatures, with a state directory of its own: nothing of the
-//! machine's is read but its sources, and nothing is changed.
+//! Where guests and tools come from: packages of Debian or Ubuntu, fetched and unpacked, not
+//! installed. apt does the fetching and checks the signatures, with a state directory of its own:
+//! of the machine's own files it reads only the sources, and it changes none.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,11 +19,11 @@ struct Distribution {
     /// Always depends on the newest kernel for virtual machines, a package whose name begins with
     /// [`IMAGE`].
     kernel: &'static str,
-    /// What the kernel's name begins with instead in the packages that belong to it.
+    /// What replaces that prefix in the names of packages that belong to the kernel.
     companions: &'static [&'static str],
 }
 
-/// The first whose kernel apt's sources have is taken.
+/// The first one whose kernel is in apt's sources is used.
 const DISTRIBUTIONS: [Distribution; 2] = [
     Distribution { name: "Debian", kernel: "linux-image-cloud-amd64", companions: &[] },
     Distribution {
@@ -33,9 +33,9 @@ const DISTRIBUTIONS: [Distribution; 2] = [
     },
 ];
 const IMAGE: &str = "linux-image-";
-/// Fetched with everything they depend on; both distributions have them under the same names.
+/// Fetched with all their dependencies; both distributions use the same names.
 const TOOLS: [&str; 5] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "xfsprogs", "iproute2"];
-/// What apt says when it reaches no archive.
+/// apt's message when it reaches no archive.
 const UNREACHABLE: [&str; 9] = [
     "Could not resolve",
     "Temporary failure",
@@ -48,14 +48,14 @@ const UNREACHABLE: [&str; 9] = [
     "Network is unreachable",
 ];
 
-/// Tells one choice of packages from another.
+/// Identifies a choice of packages.
 #[must_use]
 pub fn wanted() -> String {
     format!("{DISTRIBUTIONS:?} {TOOLS:?}\n")
 }
 
-/// Fills `home` with the unpacked packages, from `sources` (a file as `/etc/apt/sources.list`) instead
-/// of this machine's, if given.
+/// Fills `home` with the unpacked packages, from `sources` (a file as `/etc/apt/sources.list`)
+/// instead of this machine's, if given.
 ///
 /// # Errors
 /// No network, or no sources that have the packages; says which.
@@ -129,8 +129,8 @@ impl Apt {
         command
     }
 
-    /// Fetches the package lists. Returns what apt complained of: lists that it could not fetch are no
-    /// failure to it.
+    /// Fetches the package lists. Returns apt's warnings: it does not fail when it cannot fetch a
+    /// list.
     fn update(&self) -> Result<String> {
         let out = self.command("apt-get", &["update", "-qq"]).stdin(Stdio::null()).output();
         let out = out.context("cannot run apt-get")?;
@@ -139,7 +139,7 @@ impl Apt {
         Ok(complaints)
     }
 
-    /// The newest kernel, and whose it is.
+    /// The newest kernel, and its distribution.
     fn kernel(&self, complaints: &str) -> Result<(&'static Distribution, String)> {
         for distribution in &DISTRIBUTIONS {
             let depends = self.command("apt-cache", &["depends", distribution.kernel]).output();
@@ -200,7 +200,7 @@ impl Apt {
     }
 }
 
-/// What failed, and whose fault it is as far as apt's own words tell; these follow.
+/// What failed, and the cause as far as apt's messages show it; the messages follow.
 fn failure(what: &str, said: &str) -> String {
     let said = said.trim();
     if UNREACHABLE.iter().any(|words| said.contains(words)) {

@@ -1,38 +1,38 @@
-//! Where things lie. On the person's machine under `target/stories`; inside the emulated host where
-//! [`crate::host`] has put them, told by three environment variables.
+//! Where files lie: on the user's machine under `target/stories`, inside the emulated host where
+//! [`crate::host`] has put them. Three environment variables name the latter.
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// Names the cache inside a host that a story runs on.
+/// Names the cache inside a host that a test runs on.
 pub const CACHE: &str = "STORIES_CACHE";
-/// Names the scratch directory inside a host that a story runs on.
+/// Names the scratch directory inside a host that a test runs on.
 pub const SCRATCH: &str = "STORIES_SCRATCH";
 /// Names the monitor's binary; wins over building one.
 pub const BINARY: &str = "STRATOVIRT_BIN";
 /// Names `stratoctl`'s binary; wins over building one.
 pub const STRATOCTL: &str = "STRATOCTL_BIN";
-/// Names one more guest kernel for the stories that Debian's kernel cannot tell.
+/// Names one more guest kernel, for the tests that Debian's kernel cannot run.
 pub const GUEST_KERNEL: &str = "STRATOVIRT_GUEST_KERNEL";
 
-/// Repeats what stories do by chance: the number that one has told.
+/// Seed of the tests' random choices: the number that an earlier run has printed.
 pub const SEED: &str = "STORIES_SEED";
 
-/// The three places a story needs.
+/// The three places a test needs.
 #[derive(Debug, Clone)]
 pub struct Paths {
-    /// Artefacts: Debian's files and the guests made of them. Only read by stories.
+    /// Artefacts: Debian's files and the guests made of them. Only read by tests.
     pub cache: PathBuf,
-    /// What stories write: sockets, disk images, logs. Supports `O_DIRECT`.
+    /// What tests write: sockets, disk images, logs. Supports `O_DIRECT`.
     pub scratch: PathBuf,
     /// The monitor.
     pub stratovirt: PathBuf,
 }
 
 impl Paths {
-    /// The places as the environment tells them: how a story finds out.
+    /// The places that the environment names, for use in a test.
     ///
     /// # Errors
     /// One of the three variables is missing.
@@ -43,7 +43,7 @@ impl Paths {
         Ok(Self { cache: path(CACHE)?, scratch: path(SCRATCH)?, stratovirt: path(BINARY)? })
     }
 
-    /// The places on the person's machine, made if missing. The monitor is not looked for here.
+    /// The places on the user's machine, made if missing. Does not look for the monitor.
     ///
     /// # Errors
     /// The directories cannot be made.
@@ -72,7 +72,7 @@ impl Paths {
         self.cache.join("guest").join(name)
     }
 
-    /// An empty directory for one story.
+    /// An empty directory for one test.
     ///
     /// # Errors
     /// It cannot be emptied or made.

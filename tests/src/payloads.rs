@@ -1,6 +1,6 @@
 //! Bare-metal guests of `tests/guest` for programs outside this crate, as ELF files to boot.
 
-/// Tells that it runs, and halts.
+/// Reports that it runs, and halts.
 pub const HELLO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
 /// Uses its disk as a driver should, or should not; with `busy` on its command line, without end.
 pub const BLK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"));

@@ -1,4 +1,4 @@
-//! How long steps show themselves: a spinner or a bar, then one quiet line with the time it took.
+//! Shows the progress of long steps: a spinner or a bar, then one line with the time that it took.
 use std::time::Duration;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};

@@ -1,11 +1,11 @@
-//! What the host keeps of a guest's memory.
+//! How much of a guest's memory is resident on the host.
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
 
-/// Bytes of the `mib` MiB of guest memory of process `pid` that the host keeps: what lies in the
-/// largest run of writable mappings without a gap. The process's own count would do, if the host
-/// took nothing back by itself meanwhile.
+/// How many bytes of the `mib` MiB of guest memory of process `pid` are resident: those of the
+/// largest run of writable mappings without a gap. The process's own count would do if the host
+/// reclaimed nothing meanwhile.
 ///
 /// # Errors
 /// The process has no such mappings.

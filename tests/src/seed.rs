@@ -1,4 +1,4 @@
-//! The seed of what integration tests choose by chance.
+//! The seed of the integration tests' random choices.
 use std::env;
 use std::hash::{BuildHasher, RandomState};
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::paths::SEED;
 
-/// The one that `STORIES_SEED` names, or another each time.
+/// The one that `STORIES_SEED` names, or a different one each time.
 ///
 /// # Errors
 /// The variable holds no number.

@@ -1,6 +1,6 @@
-//! A connection on which both ends send without end, and each byte tells its place in the stream: a
-//! byte that is lost, doubled or moved shows at once. The host's end of it and, as a module of
-//! `init/load.rs`, the guest's.
+//! A connection on which both ends send without end. Each byte encodes its position in the stream,
+//! so that a lost, repeated or moved byte is noticed at once. This is the host's end and, as a
+//! module of `init/load.rs`, the guest's.
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// Bytes sent at a time.
 const PIECE: usize = 4096;
-/// How many times longer than a step of `load` the pause after a piece is.
+/// The pause after a piece, in steps of `load`.
 pub const PACE: u32 = 20;
 
 /// What has gone through one end of a connection.
@@ -24,8 +24,8 @@ pub struct Tally {
     pub ended: OnceLock<String>,
 }
 
-/// Sends and receives on `stream`, in two threads, until it ends; sends a piece each `pause`, so that
-/// something is on its way and yet there is time for other things.
+/// Sends and receives on `stream`, in two threads, until it ends; sends a piece each `pause`, so
+/// that something is on its way and yet there is time for other things.
 ///
 /// # Errors
 /// The connection cannot be used twice.

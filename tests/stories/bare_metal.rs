@@ -1,5 +1,5 @@
-//! Stories of bare-metal guests: a few instructions each, on this host's own `/dev/kvm`, even where it
-//! cannot run Linux. Without `/dev/kvm` they fail, and the monitor's message says what to do.
+//! Tests with bare-metal guests: a few instructions each, on this host's own `/dev/kvm`, even where
+//! it cannot run Linux. Without `/dev/kvm` they fail, and the monitor's message says what to do.
 #[path = "bare_metal/balloon.rs"]
 mod balloon;
 #[path = "bare_metal/blk.rs"]

@@ -1,5 +1,5 @@
-//! Stories of domains: `stratoctl` and bare-metal guests on this host's own `/dev/kvm`, each story with
-//! a registry of its own.
+//! Tests of domains: `stratoctl` and bare-metal guests on this host's own `/dev/kvm`, each test
+//! with a registry of its own.
 #[path = "ctl/ask.rs"]
 mod ask;
 #[path = "ctl/at_once.rs"]

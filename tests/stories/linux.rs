@@ -1,5 +1,5 @@
-//! Integration tests with real Linux guests: an unmodified Debian kernel boots, its devices work, and QMP steers
-//! it. Each story starts a monitor of its own.
+//! Integration tests with real Linux guests: an unmodified Debian kernel boots, its devices work,
+//! and QMP steers it. Each test starts a monitor of its own.
 #[path = "linux/balloon.rs"]
 mod balloon;
 #[path = "linux/boot.rs"]
@@ -32,8 +32,8 @@ const SMALL: Shape = Shape { native: false, cpus: 1, mib: 256, restores: 1 };
 /// The given kernel has one vCPU on PVM.
 const NATIVE: Shape = Shape { native: true, cpus: 1, mib: 256, restores: 10 };
 
-/// What needs Debian's kernel, or something that the given one has not: several processors, a stopped
-/// clock, a keyboard, a power button, a panic that is reported.
+/// Tests that need Debian's kernel, or something that the given one lacks: several processors, a
+/// stopped clock, a keyboard, a power button, a panic that is reported.
 const STORIES: &[(&str, Tell)] = &[
     ("an_elf_kernel_boots", boot::elf),
     ("a_bzimage_boots", boot::bzimage),
@@ -49,8 +49,8 @@ const STORIES: &[(&str, Tell)] = &[
     }),
 ];
 
-/// What needs no more than some Linux: the same is tested [`NATIVELY`] where a kernel is given, and only
-/// a sample of these runs in the emulated host then.
+/// Tests that any Linux will do for: where a kernel is given, the same is tested [`NATIVELY`], and
+/// only a sample of these runs in the emulated host.
 const SAMPLED: &[(&str, Tell)] = &[
     ("the_root_file_system_lies_on_a_disk", |story| boot::root_on_a_disk(story, SMALL)),
     ("memory_reaches_above_4_gib", |story| boot::memory_above_4_gib(story, SMALL)),
@@ -78,7 +78,7 @@ const SAMPLED: &[(&str, Tell)] = &[
     }),
 ];
 
-/// Told by a given kernel on this machine's own KVM, which does not run Debian's.
+/// Run with a given kernel on this machine's own KVM, which does not run Debian's.
 const NATIVELY: &[(&str, Tell)] = &[
     ("natively_a_busy_guest_is_saved_and_goes_on_ten_times", |story| {
         snapshot::stopped(story, Shape { mib: 5120, ..NATIVE })
@@ -113,7 +113,7 @@ const NATIVELY: &[(&str, Tell)] = &[
     ("natively_virtio_works_without_acpi", boot::virtio_without_acpi),
 ];
 
-/// All of `all` but most of [`SAMPLED`], other ones each time.
+/// All of `all` except most of [`SAMPLED`], chosen differently each time.
 fn sample(all: Vec<Told>) -> Result<Vec<Told>> {
     let is_sampled = |(name, _): &Told| SAMPLED.iter().any(|(known, _)| known == name);
     let (mut sampled, mut chosen): (Vec<_>, Vec<_>) = all.into_iter().partition(is_sampled);

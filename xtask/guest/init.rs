@@ -1,10 +1,11 @@
-//! Init of the guests that `cargo compare` measures: one static program, no crates. It tells that it
-//! runs, measures what its environment (the kernel's command line) asks for, and says each figure as
-//! a line `bench NAME VALUE` through /dev/kmsg, which reaches the serial port whatever the console is.
+//! Init of the guests that `cargo compare` measures: one static program, no crates. It reports that
+//! it runs, measures what its environment (the kernel's command line) asks for, and prints each
+//! figure as a line `bench NAME VALUE` through /dev/kmsg, which reaches the serial port whatever
+//! the console is.
 //!
-//! `bench=` is `init` (nothing more), `busy` (every processor spins), `all` (disk, network, then `busy`)
-//! or `scatter` (touches memory, then writes to pages all over it, without an end); `seconds=` is how
-//! long each figure is measured.
+//! `bench=` is `init` (nothing more), `busy` (every processor spins), `all` (disk, network, then
+//! `busy`) or `scatter` (touches memory, then writes to pages all over it, without an end);
+//! `seconds=` is how long each figure is measured.
 #![no_main]
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::{self, File, OpenOptions};
@@ -59,8 +60,8 @@ const PROT_READ_WRITE: c_int = 3;
 const MAP_PRIVATE_ANONYMOUS_NORESERVE: c_int = 0x4022;
 const MADV_NOHUGEPAGE: c_int = 15;
 
-/// Pages that `scatter` writes again and again, how far they are apart, how much of what lies between
-/// them it touches once, and how often it writes.
+/// Pages that `scatter` writes again and again, how far they are apart, how much of what lies
+/// between them it touches once, and how often it writes.
 const SCATTERED: usize = 2000;
 const DISTANCE: usize = 512 << 10;
 const TOUCHED: usize = (700 << 20) / SCATTERED;
@@ -74,10 +75,10 @@ const DEPTH: usize = 32;
 #[repr(align(4096))]
 struct Aligned([u8; LARGE]);
 
-/// `main` rather than Rust's own start, which wants standard input and output to be there.
+/// `main` rather than Rust's own start, which expects standard input and output to be open.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> c_int {
-    // Nothing but a report can come of an error here; the kernel panics when init ends.
+    // An error here can only be reported; the kernel panics when init ends.
     let _ = fs::create_dir("/dev");
     attach(c"devtmpfs", c"/dev");
     let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") else { return 1 };
@@ -391,8 +392,8 @@ fn configure(request: c_ulong, value: &[u8]) -> io::Result<()> {
     let mut interface = Interface { name: [0; 16], value: [0; 24] };
     interface.name[..4].copy_from_slice(b"eth0");
     interface.value[..value.len()].copy_from_slice(value);
-    // SAFETY: AF_INET, SOCK_DGRAM; then `interface` is a whole `struct ifreq`. The socket stays open
-    // for good: there are three of them.
+    // SAFETY: AF_INET, SOCK_DGRAM; then `interface` is a whole `struct ifreq`. The socket stays
+    // open for good: there are three of them.
     let result = unsafe {
         let fd = socket(2, 2, 0);
         if fd < 0 { fd } else { ioctl(fd, request, (&raw mut interface).cast()) }

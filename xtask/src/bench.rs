@@ -1,8 +1,8 @@
-//! Compares this monitor with others, and with other builds of itself: the same guests under each of
-//! them, in turns, and how long things take.
+//! Compares this monitor with others, and with other builds of itself: runs the same guests under
+//! each of them, in turns, and measures times.
 //!
-//! The program that a person runs ([`stories::host`] says where) starts itself where the guests run
-//! ([`measure`]); what comes out of it are [`Message`]s.
+//! The program that the user runs starts itself where the guests run ([`stories::host`] says where,
+//! [`measure`] what it does there); that process sends [`Message`]s.
 pub mod about;
 pub mod builds;
 pub mod chart;
@@ -42,15 +42,15 @@ pub enum Metric {
     Stop,
     /// From `cont` to its answer.
     Cont,
-    /// From asking for a save of a guest of 256 MiB, [`guests::FILL`] of it not zero, until all of it
-    /// is on the disk.
+    /// From asking for a save of a guest of 256 MiB, [`guests::FILL`] of it not zero, until all of
+    /// it is on the disk.
     SaveSynced,
     /// The same as a multiple of the time that `dd` takes to write as many bytes and sync them.
     SaveRatio,
     /// How long it is stopped for a save while it runs on.
     LivePause,
-    /// How long Linux is stopped for a save into a directory, while it writes to pages scattered over
-    /// its memory ([`scattered`]).
+    /// How long Linux is stopped for a save into a directory, while it writes to pages scattered
+    /// over its memory ([`scattered`]).
     ScatteredDirectory,
     /// The same into a stream.
     ScatteredStream,
@@ -122,9 +122,9 @@ impl Metric {
 pub enum Scenario {
     /// A few instructions, on this machine's own KVM.
     Payload,
-    /// Saving and restoring a guest that does nothing but tell that it runs.
+    /// Saving and restoring a guest that only reports that it runs.
     Snapshots,
-    /// Many domains of `stratoctl`: of this monitor alone.
+    /// Many domains of `stratoctl`: for this monitor only.
     Domains,
     /// Linux on this machine's own KVM.
     Linux,
@@ -149,14 +149,14 @@ impl Scenario {
     }
 }
 
-/// One thing that the measuring process says.
+/// One message of the measuring process.
 #[expect(missing_docs, reason = "the fields' names say it")]
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Message {
     /// How many steps there will be.
     Plan(usize),
-    /// A monitor that takes part, and what it says it is.
+    /// A monitor that takes part, and its version.
     Monitor { name: String, version: String },
     /// What is being done now.
     Step(String),
@@ -164,10 +164,10 @@ pub enum Message {
     Sample { scenario: Scenario, metric: Metric, monitor: String, value: f64 },
     /// A monitor could not do one part of a scenario in one run.
     Failed { scenario: Scenario, part: String, monitor: String, error: String },
-    /// How a monitor of which something was held answered.
+    /// How a monitor answered while something was held.
     Held { hold: held::Hold, question: held::Question, answer: held::Answer },
     /// What could not be held here, and why.
     NotHeld { hold: held::Hold, error: String },
-    /// The measuring is over; why, if too early.
+    /// The measuring is over; with the reason, if it ended early.
     Done(Option<String>),
 }

@@ -1,5 +1,5 @@
 //! The rules of this workspace that no compiler checks: which crate may depend on which, how long a
-//! file may get, where unsafe code may be; and that the links between its pages lead somewhere.
+//! file may get, where unsafe code may be; and that the links between its pages have targets.
 mod links;
 
 use std::env;
@@ -48,7 +48,7 @@ pub fn workspace() -> &'static Path {
 /// Every rule that is broken under `workspace`, one line each.
 ///
 /// # Errors
-/// cargo or the file system does not answer.
+/// cargo or the file system fails.
 pub fn check(workspace: &Path) -> Result<Vec<String>> {
     let metadata = metadata(workspace)?;
     let packages: Vec<Package> =
@@ -71,7 +71,7 @@ pub fn check(workspace: &Path) -> Result<Vec<String>> {
     Ok(broken)
 }
 
-/// What cargo tells about a member of the workspace.
+/// cargo's metadata of a member of the workspace.
 struct Package<'a> {
     name: &'a str,
     /// Where its manifest is.

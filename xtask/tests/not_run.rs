@@ -1,11 +1,11 @@
-//! The last thing that `cargo test` does: says what it has not run. cargo runs packages and their tests
+//! The last step of `cargo test`: reports what it has not run. cargo runs packages and their tests
 //! in alphabetical order, and integration tests last.
 use std::env;
 
 use anyhow::Result;
 
 fn main() -> Result<()> {
-    // With a filter or an option it is not about everything.
+    // With a filter or an option, not everything was meant to run.
     if env::args().len() == 1 {
         println!("\n{}", stories::emulated::not_run()?);
     }

@@ -1,7 +1,7 @@
-//! What keeps a guest busy while it is saved: `load FILE PEER PACE`. It counts, each PACE milliseconds;
-//! writes records to FILE and says each once it is on the disk, reads them back past the page cache,
-//! and exchanges a stream with PEER (`10.9.0.1:7000`). It checks all it can: what is not as it must be
-//! is told as WRONG.
+//! What keeps a guest busy while it is saved: `load FILE PEER PACE`. Every PACE milliseconds it
+//! counts. It writes records to FILE and reports each once it is on the disk, reads them back past
+//! the page cache, and exchanges a stream with PEER (`10.9.0.1:7000`). It checks all it can, and
+//! reports every error as WRONG.
 //!
 //! ```text
 //! load: count 120 clock 3500 sent 81920 received 73728    now and then; milliseconds, bytes
@@ -56,9 +56,9 @@ fn main() {
     count(&tally, pace);
 }
 
-/// One line at once, whoever else is writing.
+/// Writes one line at once, even if other threads write, too.
 fn say(what: &str) {
-    // Without a console there is nobody to tell.
+    // Without a console the line is lost.
     let _ = io::stdout().write_all(format!("load: {what}\n").as_bytes());
 }
 
@@ -112,7 +112,7 @@ fn write(file: &str, written: &AtomicU64, pause: Duration) -> io::Result<()> {
     Ok(())
 }
 
-/// Any record at all must be there, whatever is in the page cache.
+/// Every record must be on the disk, whatever is in the page cache.
 fn read(file: &str, written: &AtomicU64, pause: Duration) -> io::Result<()> {
     #[repr(align(4096))]
     struct Aligned([u8; RECORD]);

@@ -1,5 +1,6 @@
-//! A guest puts memory into its balloon and takes it out again, reports what it has freed, and is saved
-//! and restored with all that. It looks at every page itself: one in the balloon reads as zero.
+//! A guest puts memory into its balloon and takes it out again, reports what it has freed, and is
+//! saved and restored with all that. The guest checks every page itself: a page in the balloon
+//! reads as zero.
 use std::path::Path;
 use std::time::Instant;
 
@@ -41,7 +42,7 @@ impl Here {
         Ok(Self { stage, monitor, qmp })
     }
 
-    /// Asks the guest to leave itself `bytes`, and waits until it says so.
+    /// Asks the guest to keep `bytes`, and waits until it reports that.
     fn fill(&mut self, bytes: u64, shown: &str) -> Result<()> {
         let asked = self.qmp.execute_raw("balloon", json!({ "value": bytes }))?;
         ensure!(asked == json!({}), "{asked}");
@@ -55,7 +56,7 @@ impl Here {
         info.get("actual").and_then(Value::as_u64).with_context(|| format!("{info}"))
     }
 
-    /// Has the guest look at all of its pages.
+    /// Makes the guest check all of its pages.
     fn checks(&mut self) -> Result<()> {
         self.types("c", "checked")
     }
@@ -87,7 +88,7 @@ impl Here {
         Ok(())
     }
 
-    /// Ends, and goes on from `source` in another process.
+    /// Ends it, and resumes from `source` in another process.
     fn moves(mut self, source: &str) -> Result<Self> {
         quits(&self.stage, &mut self.monitor, &mut self.qmp)?;
         Self::restored(self.stage, source)
@@ -130,7 +131,7 @@ fn clients_are_told_of_the_balloon_s_size() -> Result<()> {
         let told = here.qmp.wait_event(name, SOON)?;
         ensure!(told.data.get("actual") == Some(&json!(HALF)), "{told:?}");
     }
-    // More than there is means all there is, and nothing is no size.
+    // More than all memory means all of it; zero is invalid.
     here.qmp.execute_raw("balloon", json!({ "value": 1u64 << 60 }))?;
     here.monitor.wait_for("balloon 0\n", SOON)?;
     let refused = here.qmp.execute_raw("balloon", json!({ "value": 0 })).unwrap_err().to_string();
@@ -269,7 +270,7 @@ fn a_balloon_is_empty_after_a_reset_and_is_filled_again() -> Result<()> {
     here.fill(HALF, HALF_SHOWN)?;
     patiently(&mut here.qmp, "system_reset", &json!({}))?;
     here.monitor.wait_for("filled", SOON)?;
-    // What it is to be is as it was.
+    // The requested size is as it was.
     here.monitor.wait_for(HALF_SHOWN, SOON)?;
     here.checks()?;
     here.ends()

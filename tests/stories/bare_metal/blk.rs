@@ -1,4 +1,4 @@
-//! A disk, driven by a guest that knows how, and by one that does everything wrong.
+//! A disk, driven by a correct guest and by one that does everything wrong.
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -44,8 +44,8 @@ fn marked(mut contents: Vec<u8>, mark: u64) -> Result<Vec<u8>> {
     Ok(contents)
 }
 
-/// Waits until the guest has done what it wanted, with a client that asks all the time and always
-/// gets its answer. Gives what the guest printed.
+/// Waits until the guest is done, while a client asks all the time and always gets its answer.
+/// Returns the guest's output.
 fn done(stage: &Stage, monitor: &mut Monitor) -> Result<String> {
     let over = AtomicBool::new(false);
     let mut asking = Client::connect(&stage.socket(), SOON)?;
@@ -173,7 +173,7 @@ fn a_saved_state_does_not_go_on_with_a_disk_that_has_gone_on() -> Result<()> {
     ensure!(said.contains(SAYS) && said.contains("has been changed since"), "{said}");
     ensure!(said.contains(&*image.to_string_lossy()) && said.contains("force=on"), "{said}");
 
-    // As often as one likes, as long as the guest does not run.
+    // Any number of times, as long as the guest does not run.
     for _ in 0..2 {
         let (mut monitor, mut qmp) = restore(&stage, &late, &[])?;
         quits(&stage, &mut monitor, &mut qmp)?;
@@ -195,7 +195,7 @@ fn a_saved_state_does_not_go_on_with_a_disk_that_has_gone_on() -> Result<()> {
     let said = refusal(&stage, &late, &[])?;
     ensure!(said.contains(SAYS), "{said}");
 
-    // What another program has written counts, too; and who knows better may say so.
+    // Writes of another program count, too; `force=on` overrides that.
     fs::OpenOptions::new().write(true).open(&copy)?.write_all_at(&[1], 4096)?;
     copied(&copy, &image, &["--preserve=xattr"])?;
     let said = refusal(&stage, &late, &[])?;
@@ -236,7 +236,7 @@ fn an_image_of_another_format_needs_to_be_called_raw() -> Result<()> {
     qmp.execute_raw("blockdev-add", raw)?;
     qmp.execute_raw("blockdev-del", json!({ "node-name": "copy" }))?;
 
-    // What a machine has written to is known to be raw; what takes its place is not.
+    // An image that a machine has written to is known to be raw; its replacement is not.
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;

@@ -1,4 +1,4 @@
-//! A guest's kvm-clock goes on where it stood, or as if it had not stood: as it was asked for.
+//! A guest's kvm-clock continues from where it stopped, or as if it had not stopped, as requested.
 use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::snapshot::save;
 use crate::stage::{Stage, cont, quits, stop};
 use crate::stream::{getfd, inherited};
 
-/// How long the guest lies in a file.
+/// How long the guest stays saved.
 const GAP: Duration = Duration::from_secs(2);
 
 /// What the guest's clock shows.
@@ -45,7 +45,7 @@ fn a_guests_clock_goes_on_where_it_stood_or_catches_up() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)?;
     thread::sleep(GAP);
 
-    // Restored, and saved again before it runs: it stands since the first save.
+    // Restored, and saved again before it runs: the clock stands since the first save.
     let (mut monitor, mut qmp) =
         restore(&stage, &format!("file:{},clock=realtime", saved.display()))?;
     let again = stage.file("again");
@@ -70,7 +70,7 @@ fn a_guests_clock_goes_on_where_it_stood_or_catches_up() -> Result<()> {
         println!("{incoming}: {ahead:?} ahead after {most:?}");
         ensure!(ahead <= if catches_up { most } else { most - GAP }, "{incoming}: {ahead:?}");
         ensure!(!catches_up || ahead >= GAP, "{incoming}: {ahead:?} after {most:?}");
-        // From then on it stands with the machine.
+        // From then on it stops with the machine.
         stop(&mut qmp)?;
         thread::sleep(GAP);
         cont(&mut qmp)?;

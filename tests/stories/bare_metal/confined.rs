@@ -1,5 +1,5 @@
-//! Every thread of a monitor whose guest may run is behind a system-call filter, however its machine came
-//! about and whatever is plugged meanwhile.
+//! Every thread of a monitor whose guest may run is behind a system-call filter, however its
+//! machine was started and whatever is hot-plugged meanwhile.
 use std::fs;
 use std::path::Path;
 
@@ -104,7 +104,7 @@ fn every_thread_is_confined_when_disks_are_plugged_and_the_machine_is_restored()
     for mapped in ["on", "off", "uffd"] {
         let from = format!("{},mapped={mapped}", saved.display());
         let (mut monitor, mut qmp) = restore(&stage, Path::new(&from), &[])?;
-        // The first answer comes when the machine is there.
+        // The first answer comes when the machine is complete.
         simple(&mut qmp, "cont")?;
         let names = confined(&monitor)?;
         has(&names, &USUAL)?;

@@ -1,4 +1,4 @@
-//! Guests that count in memory which the story sees from outside.
+//! Guests that count in memory, which the test reads from outside.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::thread;
@@ -30,7 +30,7 @@ impl Counters {
             .collect()
     }
 
-    /// Waits until every one has gone on.
+    /// Waits until every counter has moved.
     pub fn wait_past(&self, before: &[u64]) -> Result<()> {
         // A busy host's disk can stand still for long.
         let deadline = Instant::now() + SOON * 3;
@@ -62,7 +62,7 @@ pub fn storm(qmp: &mut Client, counters: &Counters, times: usize) -> Result<()> 
     for time in 0..times {
         stop(qmp)?;
         let stopped = counters.read()?;
-        // Asking gives a processor that goes on the time to show it.
+        // The query gives a processor that still runs the time to count.
         ensure!(status(qmp)? == "paused");
         ensure!(counters.read()? == stopped, "stop {time} did not stop all");
         cont(qmp)?;
@@ -74,7 +74,7 @@ pub fn storm(qmp: &mut Client, counters: &Counters, times: usize) -> Result<()> 
     Ok(())
 }
 
-/// The guest has found nothing wrong, and the monitor ends as it should.
+/// The guest has found no error, and the monitor ends as it should.
 pub fn all_is_well(stage: &Stage, mut monitor: Monitor, mut qmp: Client) -> Result<()> {
     let shown = monitor.unseen();
     ensure!(!shown.contains("WRONG"), "{shown}");

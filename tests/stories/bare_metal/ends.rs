@@ -1,4 +1,4 @@
-//! Every way in which a guest ends is told by the right event and exit status.
+//! Every way in which a guest ends gives the right event and exit status.
 use anyhow::{Result, ensure};
 use qmp::client::Client;
 use serde_json::json;
@@ -6,7 +6,7 @@ use stories::monitor::{Monitor, SOON};
 
 use crate::stage::{Stage, cont, ends, quits, simple, status, stop};
 
-/// Starts the guest called `hello`, which ends in the given way, and sees it begin.
+/// Starts the guest `hello`, which ends in the given way, and waits until it runs.
 fn hello(stage: &Stage, way: &str, args: &[&str]) -> Result<(Monitor, Client)> {
     let (mut monitor, qmp) = stage.start(stage.vm("hello", way)?.args(args))?;
     monitor.wait_for("hello\n", SOON)?;
@@ -33,8 +33,8 @@ fn reset_by_keyboard_controller_acpi_or_triple_fault() -> Result<()> {
     Ok(())
 }
 
-/// A kernel that cannot panic in a way that is heard resets the machine: whoever must know takes each
-/// reset for a failure.
+/// A kernel that cannot report its panic resets the machine. A user who must notice treats every
+/// reset as a failure.
 #[test]
 fn a_reset_is_a_failure_where_that_is_asked_for() -> Result<()> {
     let stage = Stage::new("failure")?;

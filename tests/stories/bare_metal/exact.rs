@@ -1,5 +1,6 @@
-//! What is restored is what was saved, bit for bit: a guest is saved at each kind of exit, restored,
-//! saved again at once, and both states and memories are compared. What may differ is named here.
+//! What is restored is what was saved, bit for bit: a guest is saved at each kind of exit,
+//! restored, saved again at once, and both states and memories are compared. The differences that
+//! are allowed are listed here.
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
@@ -20,7 +21,7 @@ const MEMORY: usize = 32 << 20;
 
 /// Where a saved state differs from the one it was restored from. `#` is any number.
 const DIFFERS: [&str; 7] = [
-    // Each save has its own.
+    // Each save has its own id.
     "config/id",
     // The TSC, on a host whose guests read the host's.
     "vcpu #/msrs/0x10",
@@ -28,7 +29,7 @@ const DIFFERS: [&str; 7] = [
     "vcpu #/timer",
     // When the counts of the PIT's channels were set, by the host's clock.
     "interrupt-controllers/pit/channels/#/count_load_time",
-    // The generation id is another one: the event, and its interrupt at both PICs.
+    // The generation id is new: the event, and its interrupt at both PICs.
     "acpi-power power/events",
     "interrupt-controllers/pic_master/irr",
     "interrupt-controllers/pic_slave/irr",
@@ -42,7 +43,7 @@ const BYTES: [Range<usize>; 4] = [
     // it runs again.
     0x50_0000..0x50_0004,
     0x50_001d..0x50_001e,
-    // The wall clock that the guest has asked for: the time when its clock showed 0.
+    // The wall clock that the guest has requested: the time when its clock showed 0.
     0x50_1000..0x50_100c,
 ];
 
@@ -70,7 +71,7 @@ fn sections(saved: &Path) -> Result<BTreeMap<String, Value>> {
     Ok(sections)
 }
 
-/// Gives names to what may differ.
+/// Names the allowed differences.
 fn readable(section: &mut Value) -> Result<()> {
     if let Some(Value::Array(pairs)) = section.get("msrs") {
         let named = pairs.iter().map(|pair| {
@@ -105,7 +106,7 @@ fn differences(path: &str, one: &Value, other: &Value, found: &mut Vec<String>) 
     }
 }
 
-/// Whether the difference is one of those that may be.
+/// Whether the difference is an allowed one.
 fn allowed(difference: &str) -> bool {
     let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
     let parts = |text: &str| text.split(['/', ' ']).map(str::to_owned).collect::<Vec<_>>();
@@ -145,7 +146,7 @@ fn same(before: &Path, after: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Saved, restored, saved again at once, twice over; then it still goes on.
+/// Saved, restored, saved again at once, twice over; then it still runs.
 fn again_and_again(
     stage: &Stage,
     mut monitor: Monitor,

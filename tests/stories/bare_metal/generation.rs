@@ -1,5 +1,5 @@
-//! A machine that goes on from a saved state is another one: its generation id says so, and its
-//! network hears where it is.
+//! A machine that resumes from a saved state is a new one: it has a new generation id, and
+//! announces itself to its network.
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,7 +18,7 @@ use crate::plug::with_taps;
 use crate::snapshot::{restore, save};
 use crate::stage::{Stage, quits, simple};
 
-/// What the guest reads, in the words of `query-vm-generation-id`.
+/// What the guest reads, in the format of `query-vm-generation-id`.
 fn told(monitor: &mut Monitor) -> Result<String> {
     let line = monitor.wait_for("\n", SOON)?;
     let words = line.strip_prefix("generation ").with_context(|| line.clone())?;
@@ -62,7 +62,7 @@ fn each_machine_that_goes_on_from_a_state_is_another_one_and_is_told() -> Result
         let now = told(&mut monitor)?;
         ensure!(now == asked(&mut qmp)?, "{now}");
         ensure!(seen.insert(now), "the same as before");
-        // And from its own state, before it is told of it.
+        // And from its own state, before it is notified.
         quits(&stage, &mut monitor, &mut qmp)?;
     }
     Ok(())
@@ -90,12 +90,12 @@ fn news_that_were_saved_unread_arrive() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Hears all frames in the monitor's network namespace.
+/// Receives all frames in the monitor's network namespace.
 fn listen(monitor: &Monitor) -> Result<OwnedFd> {
     /// ETH_P_ALL of linux/if_ether.h, in network order.
     const ALL: u32 = (3_u16.to_be()) as u32;
     let namespace = File::open(format!("/proc/{}/ns/net", monitor.pid()))?;
-    // A thread's own affair, and this one ends.
+    // This changes one thread only, and this one ends.
     let there = thread::spawn(move || -> Result<OwnedFd> {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         let all = Protocol::from_raw(ALL.try_into()?);

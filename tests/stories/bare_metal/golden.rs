@@ -1,6 +1,6 @@
-//! States that released programs have saved are restored and run here. What belongs to the CPU of the host
-//! that they were saved on is taken from this one; the guests use no more of it than the registers that
-//! every CPU has.
+//! States that released programs have saved are restored and run here. The parts that depend on the
+//! CPU of the saving host are replaced by this host's; the guests use only registers that every CPU
+//! has.
 use std::fs::{self, File};
 use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,8 @@ use crate::plug::{found, marked, with_taps};
 use crate::snapshot::{counters, restore, save};
 use crate::stage::{Stage, quits, simple};
 
-/// The directories of golden files whose names end so: one for each release that has made one.
+/// The directories of golden files whose names have that suffix: one for each release that has made
+/// one.
 fn golden(name: &str) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     for entry in fs::read_dir(workspace().join("state/tests/golden"))? {
@@ -48,7 +49,7 @@ fn unpack(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Gives the state in `saved` the CPU that a machine of this host has.
+/// Gives the state in `saved` the CPU of a machine on this host.
 fn with_the_cpu_of(here: &State, saved: &Path) -> Result<()> {
     let path = saved.join("state");
     let mut state = State::read(BufReader::new(File::open(&path)?))?;
@@ -96,7 +97,7 @@ fn a_machine_with_everything_in_it_is_restored_as_it_was_released() -> Result<()
             ["-device", "virtio-serial-device"],
             ["-device", "virtconsole,chardev=console,id=console"],
         ];
-        // The images are made here and have not the marks of those that were saved.
+        // The images are made here and lack the marks of the saved ones.
         let mut saved = format!("{},force=on", saved.display());
         if keeps {
             saved.push_str(&format!(",disks={}", stage.file("own").display()));

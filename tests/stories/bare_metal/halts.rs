@@ -1,5 +1,5 @@
-//! A guest that has come to its end, and whose machine is kept: it can be looked at, saved and reset,
-//! and nothing else.
+//! A guest that has ended, and whose machine is kept: it can be inspected, saved and reset, and
+//! nothing else.
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
@@ -40,7 +40,7 @@ fn is_halted(qmp: &mut Client, state: &str) -> Result<()> {
     Ok(())
 }
 
-/// Boots anew from being halted: paused at first, as QEMU has it.
+/// Boots again from being halted: paused at first, as with QEMU.
 fn is_reset(monitor: &mut Monitor, qmp: &mut Client) -> Result<()> {
     simple(qmp, "system_reset")?;
     ensure!(qmp.wait_event("RESET", SOON)?.data.get("guest") == Some(&json!(false)));
@@ -178,7 +178,7 @@ fn as_the_file_says_for_domains() -> Result<()> {
         let (guest, reason, status) = match (key, state) {
             ("on_poweroff", _) => (true, "guest-shutdown", 0),
             ("on_reboot", _) => (true, "guest-reset", 0),
-            // A reboot, where nobody wants to look into crashes.
+            // A reboot, where crashes are not kept.
             _ if way == "triple-fault" => (true, "guest-reset", 0),
             (_, "guest-panicked") => (true, "guest-panic", 1),
             _ => (false, "host-error", 1),
@@ -205,7 +205,7 @@ fn it_can_be_saved_and_is_still_over_when_it_is_restored() -> Result<()> {
     let mut monitor = vm.args(&args).start(&stage.paths, &stage.dir)?;
     let mut qmp = monitor.qmp()?;
     ensure!(status(&mut qmp)? == "guest-panicked");
-    // One that connects early hears that the machine has come in.
+    // A client that connects early gets the event that the machine has arrived.
     qmp.take_events();
     is_halted(&mut qmp, "guest-panicked")?;
     is_reset(&mut monitor, &mut qmp)?;
@@ -230,7 +230,7 @@ fn its_last_words_can_still_be_read() -> Result<()> {
     }
     quits(&stage, &mut monitor, &mut qmp)?;
     ensure!(!crate::stage::exists(&socket));
-    // And a machine that was stopped in time loses nothing by it.
+    // A machine that was stopped in time loses nothing.
     let (mut monitor, mut qmp) = hello(&stage, "halt", &["-action", "panic=pause"])?;
     stop(&mut qmp)?;
     cont(&mut qmp)?;

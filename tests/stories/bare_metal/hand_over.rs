@@ -1,5 +1,5 @@
-//! Before a machine is handed over, its receiver has tried all that can be tried: what cannot be is told
-//! before a page is sent, or at least before the source lets go of anything.
+//! Before a machine is handed over, its receiver has tried all that can be tried: a problem is
+//! reported before a page is sent, or at least before the source lets go of anything.
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -24,9 +24,9 @@ const GO: u32 = 12;
 /// Changes a frame on its way, or waits.
 type Edit = Box<dyn FnMut(u32, &mut Vec<u8>) + Send>;
 
-/// Passes on what the source says, frame by frame, and what the receiver answers.
+/// Passes on the source's stream, frame by frame, and the receiver's answers.
 struct Relay {
-    /// Where the source finds it.
+    /// Its socket, for the source.
     uri: String,
     /// The kinds of frames that the source has sent.
     source: JoinHandle<io::Result<Vec<u32>>>,
@@ -54,7 +54,7 @@ impl Relay {
         Ok(Self { uri: format!("unix:{}", path.display()), source })
     }
 
-    /// What the source has sent, once it is over.
+    /// What the source has sent, once the move is over.
     fn kinds(self) -> Result<Vec<u32>> {
         Ok(self.source.join().map_err(|_| anyhow!("the relay has panicked"))??)
     }
@@ -79,7 +79,7 @@ fn frames(from: &mut UnixStream, mut to: &UnixStream, edit: &mut Edit) -> io::Re
         frame.extend(body);
         frame.extend(crc32fast::hash(&frame).to_le_bytes());
         if to.write_all(&frame).is_err() {
-            // The receiver has gone; the source finds out.
+            // The receiver has gone; the source notices.
             break;
         }
     }
@@ -109,8 +109,8 @@ impl There {
         Ok(Self { stage, monitor, socket })
     }
 
-    /// It refuses the machine, which stays at its source; what the source has sent until then, and what it is
-    /// told.
+    /// It refuses the machine, which stays at its source; returns what the source has sent until
+    /// then, and its error.
     fn refuses(mut self, qmp: &mut Client, edit: Edit) -> Result<(Vec<u32>, String)> {
         let relay = Relay::start(&self.stage, self.socket.clone(), edit)?;
         let said = migrate(qmp, &relay.uri).err().context("it was taken")?.to_string();
@@ -187,7 +187,7 @@ fn what_is_not_there_is_told_before_a_page_is_sent() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The source says what its guest's CPU promises before anything else; here with one promise more.
+/// The source first sends the CPU features that its guest was promised; here with one feature more.
 #[test]
 fn a_cpu_that_the_receiver_has_not_is_told_before_a_page_is_sent() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("lesser")?;
@@ -215,7 +215,7 @@ fn with_every_feature(hello: &[u8]) -> Option<Vec<u8>> {
     serde_json::to_vec(&hello).ok()
 }
 
-/// Built and tried before the source lets go: what fails then costs nothing.
+/// Built and tried before the source lets go: a failure then costs nothing.
 #[test]
 fn a_machine_that_cannot_be_built_is_told_before_the_source_lets_go() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("unbuilt")?;
@@ -240,8 +240,8 @@ fn a_machine_that_cannot_be_built_is_told_before_the_source_lets_go() -> Result<
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// What another process has can only be found out by taking it. The machine comes back, and the message
-/// names the process.
+/// Whether another process holds something shows only when it is taken. The machine comes back, and
+/// the message names the process.
 #[test]
 fn a_tap_that_another_process_has_is_told_with_that_process() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("busy-tap")?;
@@ -263,8 +263,8 @@ fn a_tap_that_another_process_has_is_told_with_that_process() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// `Go` is lost on its way. The receiver does not wait for it without end, and gives the machine
-/// back; when the word comes after all, there is nobody to take it.
+/// `Go` is lost on its way. The receiver's wait for it is bounded, and it gives the machine back;
+/// when `Go` comes after all, no receiver is left to take it.
 #[test]
 fn a_receiver_that_is_not_told_to_go_on_gives_the_machine_back() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("lost-go")?;
@@ -288,7 +288,8 @@ fn a_receiver_that_is_not_told_to_go_on_gives_the_machine_back() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// What both see is what this file is about, so it is tried with nothing in the way, too.
+/// The tests of this file depend on the proxy, so the move is also tested through one that changes
+/// nothing.
 #[test]
 fn a_machine_that_can_be_taken_is() -> Result<()> {
     let (_stage, monitor, mut qmp) = source("taken")?;

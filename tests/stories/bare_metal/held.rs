@@ -1,5 +1,5 @@
-//! Something is held until the story is over: a file system whose server does not answer. All other
-//! clients get answers meanwhile.
+//! A file system's server does not answer until the test is over. All other clients get answers
+//! meanwhile.
 use std::fs;
 use std::process::Command;
 
@@ -58,7 +58,7 @@ fn an_image_whose_opening_hangs_holds_no_other_client() -> Result<()> {
         refused(&mut other, "blockdev-add", add("sound", &sound), &hangs)?;
         refused(&mut other, "blockdev-add", add("late", &sound), "'late' is busy: opening")?;
         held.release()?;
-        // In order: the one that was sent second finds what the first one has done.
+        // In order: the second command finds what the first one has done.
         ensure!(answer(&mut client)? == json!({ "return": {} }), "{op:?}");
         let nodes = answer(&mut client)?;
         ensure!(nodes.pointer("/return/0/node-name") == Some(&json!("late")), "{nodes}");
@@ -95,7 +95,7 @@ fn an_image_whose_resizing_and_closing_hang_holds_no_other_client() -> Result<()
     let disks = other.execute_raw("query-block", json!({}))?;
     ensure!(disks.pointer("/0/inserted/image/virtual-size") == Some(&json!(2 * MIB)), "{disks}");
 
-    // For the guest it is gone at once, whatever its file does.
+    // For the guest the disk is gone at once, even while its file hangs.
     held.hold(Op::FLUSH);
     other.execute_raw("device_del", json!({ "id": "disk" }))?;
     ensure!(other.wait_event("DEVICE_DELETED", SOON)?.data["device"] == json!("disk"));
@@ -105,7 +105,7 @@ fn an_image_whose_resizing_and_closing_hang_holds_no_other_client() -> Result<()
     quits(&stage, &mut monitor, &mut other)
 }
 
-/// Whether `text` is one beginning of `whole` after the other.
+/// Whether `text` consists of prefixes of `whole`, one after another.
 fn is_made_of_beginnings(mut text: &str, whole: &str) -> bool {
     while !text.is_empty() {
         let same = text.bytes().zip(whole.bytes()).take_while(|(one, other)| one == other);
@@ -147,7 +147,7 @@ fn a_log_and_a_serial_port_s_file_that_hang_hold_no_client() -> Result<()> {
         all.len() > said.len() && all.ends_with(said.as_bytes())
     })?;
     quits(&stage, &mut monitor, &mut qmp)?;
-    // Of each run all that it said until the next one began.
+    // Of each run, all output until the next one began.
     let all = String::from_utf8(held.contents("serial"))?;
     ensure!(all.len() > said.len() && is_made_of_beginnings(&all, said), "{all}");
     let log = String::from_utf8(held.contents("log"))?;

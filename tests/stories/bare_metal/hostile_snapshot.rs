@@ -1,5 +1,6 @@
-//! Saved states that were damaged, moved to another host or made up, and files that change while a
-//! machine lives on them: each is told by name. Machines that are saved in the middle of what they do.
+//! Saved states that were damaged, moved to another host or forged, and files that change while a
+//! machine uses them: each is reported by name. Machines that are saved in the middle of their
+//! work.
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
@@ -47,7 +48,7 @@ impl State {
         Ok(Self { version, frames })
     }
 
-    /// With all its checksums right, whatever it says.
+    /// With all its checksums correct, whatever the contents.
     fn write(&self, saved: &Path) -> Result<()> {
         let mut bytes = b"STRATOCP".to_vec();
         bytes.extend(self.version.to_le_bytes());
@@ -78,8 +79,8 @@ impl State {
         borders
     }
 
-    /// Changes one value in the section of that kind and id; the configuration is "config". The value is
-    /// the one that follows `path`: each word in it is looked for behind the one before.
+    /// Changes one value in the section of that kind and id; the configuration is "config". The
+    /// value is the one that follows `path`: each word of it is searched for after the one before.
     fn edit(&mut self, name: &str, path: &[&str], change: impl Fn(&str) -> String) -> Result<()> {
         let (kind, id) = name.split_once(' ').unwrap_or((name, ""));
         let begins = format!(r#"{{"kind":"{kind}","id":"{id}""#);
@@ -105,7 +106,7 @@ impl State {
     }
 }
 
-/// A state of a guest that counts, and where it lies.
+/// A saved state of a guest that counts, and its directory.
 fn saved(story: &str) -> Result<(Stage, PathBuf)> {
     let (stage, mut monitor, mut qmp) = counting(story, 1)?;
     let saved = stage.file("saved");
@@ -124,7 +125,7 @@ pub fn contents(saved: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
         .collect()
 }
 
-/// It goes on from `saved`, and nothing is lost since `before`.
+/// It resumes from `saved`, and nothing is lost since `before`.
 pub fn goes_on(stage: &Stage, saved: &Path, before: &[u64]) -> Result<()> {
     let (mut monitor, mut qmp) = restore(stage, saved, &[])?;
     simple(&mut qmp, "cont")?;
@@ -135,7 +136,7 @@ pub fn goes_on(stage: &Stage, saved: &Path, before: &[u64]) -> Result<()> {
     quits(stage, &mut monitor, &mut qmp)
 }
 
-/// Refused, in words that hold all of `says`.
+/// Refused, with a message that contains all of `says`.
 fn refused(stage: &Stage, saved: &Path, args: &[&str], says: &[&str]) -> Result<()> {
     let said = refusal(stage, saved, args)?;
     for words in says {
@@ -151,7 +152,7 @@ fn checked(saved: &Path) -> PathBuf {
     saved.into()
 }
 
-/// Numbers by chance.
+/// Pseudo-random numbers.
 struct Chance(u64);
 
 impl Chance {
@@ -320,8 +321,8 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
     Ok(())
 }
 
-/// Whatever numbers a state holds, it is refused, or there is a machine that answers and ends as it is
-/// told to: the guest may be good for nothing then.
+/// Whatever numbers a state holds, it is refused, or gives a machine that answers and ends when
+/// told to; its guest may be unusable.
 #[test]
 fn numbers_made_up_harm_nobody() -> Result<()> {
     let (stage, saved) = saved("hostile-numbers")?;
@@ -384,7 +385,7 @@ fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
     fs::create_dir(&memory)?;
     refused(&stage, &saved, &[], &["cannot open", "memory", "not a regular file"])?;
     fs::remove_dir(&memory)?;
-    // Without its holes, or with more of them, it is the same.
+    // The file is valid without its holes, or with more of them.
     fs::write(&memory, fs::read(&aside)?)?;
     goes_on(&stage, &saved, &before)?;
     let length = fs::metadata(&memory)?.len();
@@ -393,14 +394,14 @@ fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
         let said = [format!("it has {other} bytes"), format!("{length} belong")];
         refused(&stage, &saved, &[], &["memory cannot be used", &said[0], &said[1]])?;
     }
-    // As long, and empty.
+    // Of the same length, and all holes.
     File::create(&memory)?.set_len(length)?;
     refused(&stage, &saved, &[], &["memory cannot be used", "another state"])?;
     fs::rename(&aside, &memory)?;
     goes_on(&stage, &saved, &before)
 }
 
-/// A machine that lives on the memory of a state, and that memory's file cut off after `left` bytes.
+/// A machine that has the memory file of a state mapped, and that file truncated to `left` bytes.
 fn on_a_file_cut_off(stage: &Stage, left: u64) -> Result<(Monitor, Client, PathBuf)> {
     let image = stage.file("image");
     File::create(&image)?.set_len(1 << 20)?;
@@ -425,7 +426,7 @@ fn a_memory_file_cut_off_under_a_vcpu_ends_the_machine_with_a_word() -> Result<(
     let status = monitor.wait_exit()?;
     let said = monitor.said_to_its_end()?;
     ensure!(status.code() == Some(1), "it ended with {status}: {said}");
-    // Whoever touches it first says so: KVM for the vCPU, or a signal for its devices.
+    // The first access reports it: KVM for the vCPU, or a signal for its devices.
     ensure!(said.contains("guest memory") && said.contains("was cut off"), "{said}");
     Ok(())
 }
@@ -433,7 +434,7 @@ fn a_memory_file_cut_off_under_a_vcpu_ends_the_machine_with_a_word() -> Result<(
 #[test]
 fn a_memory_file_cut_off_under_a_device_ends_the_machine_with_a_word() -> Result<()> {
     let stage = Stage::new("hostile-cut-device")?;
-    // The guest's SPARE_HEADER is where only the disk looks.
+    // Only the disk reads the guest's SPARE_HEADER.
     let (mut monitor, mut qmp, memory) = on_a_file_cut_off(&stage, 8 << 20)?;
     let _ = qmp.execute_raw("cont", json!({}));
     let status = monitor.wait_exit()?;
@@ -468,10 +469,10 @@ fn a_memory_file_overwritten_under_a_machine_harms_the_guest_alone() -> Result<(
     let memory = File::options().write(true).open(saved.join("memory"))?;
     memory.write_all_at(&vec![0xff; 32 << 20], 0)?;
     let _ = qmp.execute_raw("cont", json!({}));
-    // It runs into nonsense: a triple fault or an instruction that nobody knows.
+    // It executes garbage: a triple fault or an instruction that cannot be emulated.
     let status = monitor.wait_exit()?;
     ensure!(matches!(status.code(), Some(0 | 1)), "it ended with {status}: {}", monitor.said());
-    // And the next one is told, where memory is looked at.
+    // The next restore that checks memory reports it.
     refused(&stage, &checked(&saved), &[], &["memory cannot be used", "damaged"])
 }
 
@@ -568,7 +569,7 @@ fn a_guest_that_prints_is_saved_in_the_middle_of_its_lines() -> Result<()> {
         (monitor, qmp) = restore(&stage, &saved, &[])?;
         simple(&mut qmp, "cont")?;
     }
-    // And goes on: to the end of a line, whichever it is.
+    // It runs on, to the end of some line.
     monitor.wait_for("xyz\n", SOON)?;
     quits(&stage, &mut monitor, &mut qmp)?;
     printed.push_str(&monitor.shown_to_its_end()?);

@@ -1,5 +1,5 @@
-//! A disk whose storage hangs, as a dead NFS server's does: here a file system that somebody has frozen.
-//! It may cost the guest its disk, but nobody else anything.
+//! A disk whose storage hangs, as on a dead NFS server: here a frozen file system. The guest may
+//! lose its disk, but nothing else may suffer.
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use crate::stage::{Stage, cont, exists, patiently, quits, simple, status, stop};
 
 pub const SAYS: &str = "disk vda has requests that the host has not finished";
 
-/// A file system that only the monitor's own mount namespace has, so that it goes when the monitor does.
+/// A file system in the monitor's own mount namespace only, so that it goes when the monitor does.
 pub fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
     with_a_file_system_and(stage, "-m", "")
 }
@@ -82,14 +82,14 @@ fn hangs_and_comes_back(direct: bool) -> Result<()> {
         refused(&mut qmp, command, arguments, SAYS)?;
         ensure!(status(&mut qmp)? == "running", "after {command}");
     }
-    // Whoever asks is answered.
+    // Queries are answered.
     let mut other = Client::connect(&stage.socket(), SOON)?;
     let disks = other.execute_raw("query-block", json!({}))?;
     ensure!(disks.pointer("/0/device") == Some(&json!("vda")), "{disks}");
     let held = rounds.read()?;
     frozen.thaw()?;
 
-    // Nothing is lost: it goes on, stops and goes on again.
+    // Nothing is lost: it runs on, stops and runs on again.
     rounds.wait_past(&held)?;
     qmp.take_events();
     stop(&mut qmp)?;
@@ -148,8 +148,8 @@ fn told_finished(qmp: &mut Client) -> Result<u64> {
     Ok(disks.iter().map(|disk| disk.stats.wr_operations).sum())
 }
 
-/// Stops the guest; how many requests its disks finish meanwhile. All is asked at once, so that the
-/// monitor is not waited for in between.
+/// Stops the guest; returns how many requests its disks finish meanwhile. All commands are sent at
+/// once, so that no round trip lies in between.
 fn stops_after(qmp: &mut Client) -> Result<u64> {
     let look = r#"{"execute":"query-blockstats"}"#;
     qmp.send_line(&format!(r#"{look}{{"execute":"stop"}}{look}"#))?;
@@ -162,7 +162,7 @@ fn stops_after(qmp: &mut Client) -> Result<u64> {
 fn flooded(name: &str, aio: &str) -> Result<()> {
     const DISKS: usize = 8;
     const QUEUE: u64 = 256;
-    /// What has to be done before an order is looked at is much less than all that is queued. How much
+    /// An I/O thread checks its messages after much less work than all that is queued. How much
     /// depends on the storage: each disk's turn is limited by time.
     const SOME: u64 = DISKS as u64 * QUEUE / 2;
     let stage = Stage::new(name)?;
@@ -179,7 +179,7 @@ fn flooded(name: &str, aio: &str) -> Result<()> {
     let mut other = Client::connect(&stage.socket(), SOON)?;
     let mut seen = 0;
     for time in 0..10 {
-        // The flood has got past what was in the queues when it last ran on.
+        // The flood has got past the requests that were queued when it last resumed.
         while finished(&mut other)? < seen + QUEUE {}
         ensure!(status(&mut qmp)? == "running");
         let waited = stops_after(&mut qmp)?;
@@ -246,7 +246,7 @@ fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() ->
             && !exists(&stage.socket())
             && !exists(&stage.file("pid"))
     })?;
-    // What is left of it is the thread that waits.
+    // Only the thread that waits is left of it.
     let tasks = || fs::read_dir(format!("/proc/{}/task", monitor.pid())).map_or(0, Iterator::count);
     until("the other threads end", || tasks() == 2)?;
     frozen.thaw()?;
@@ -254,8 +254,8 @@ fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() ->
     Ok(())
 }
 
-/// A save whose target hangs: others are answered, the guest stops and runs, the next save is told what
-/// it would wait for, and the monitor ends.
+/// A save whose target hangs: other clients are answered, the guest stops and runs, the next save
+/// fails with the name of what hangs, and the monitor ends.
 #[test]
 fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_end() -> Result<()> {
     let mut stage = Stage::new("hung_save")?;
@@ -298,7 +298,7 @@ fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_en
         let said = told(save(other.clone(), resume)?)?.context("a second save got through")?;
         ensure!(said.contains(&hanging) && said.contains("cancelled and hangs"), "{said}");
         ensure!(is(&mut qmp, "cancelling")? && !caller.is_finished());
-        // One that has the patience is made when the storage answers.
+        // A save with enough patience succeeds when the storage answers.
         let waiting = save(other, true)?;
         frozen.thaw()?;
         let said = told(caller)?.context("it was saved although it was cancelled")?;
@@ -326,8 +326,8 @@ fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_en
     Ok(())
 }
 
-/// What is no directory, and what has got into the place of a saved state, is looked at and not waited
-/// for.
+/// A target that is no directory, and a file that has replaced a part of a saved state, is reported
+/// and not waited for.
 #[test]
 fn a_fifo_in_the_place_of_a_save_is_refused_by_name() -> Result<()> {
     let stage = Stage::new("fifo_save")?;

@@ -1,5 +1,5 @@
-//! Saves that keep the guest's disks with its memory. The guest keeps in memory what it has written to its
-//! disk, page by page, so it finds out when the two are not of one moment.
+//! Saves that keep the guest's disks with its memory. The guest records in memory what it has
+//! written to its disk, page by page, so it notices when the two are not of the same moment.
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::stage::{Stage, cont, patiently, quits, status, stop};
 /// Bytes of the guest's disk.
 const DISK: u64 = 16 << 20;
 
-/// A file system of the story's own; gone with it.
+/// A file system of the test's own, which goes with it.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -80,7 +80,8 @@ fn kept(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// A process that resumes from `saved` with disks of its own in `place`, and a control socket there.
+/// A process that resumes from `saved` with disks of its own in `place`, and a control socket
+/// there.
 fn child(stage: &Stage, saved: &Path, place: &Path, more: &str) -> Result<(Monitor, Client)> {
     let incoming = format!("file:{},disks={}{more}", saved.display(), place.display());
     let own =
@@ -92,7 +93,7 @@ fn child(stage: &Stage, saved: &Path, place: &Path, more: &str) -> Result<(Monit
     Ok((monitor, qmp))
 }
 
-/// What it has on its disk is what it remembers, again and again.
+/// Its disk holds what its memory has recorded, on every check.
 fn balances(monitor: &mut Monitor) -> Result<()> {
     for _ in 0..2 {
         monitor.wait_for("balanced", SOON)?;
@@ -206,7 +207,7 @@ fn a_kept_disk_needs_a_place_and_has_to_be_what_was_kept() -> Result<()> {
 
     let said = refusal(&stage, &saved, &[])?;
     ensure!(said.contains("disks=PLACE") && said.contains("'root'"), "{said}");
-    // Its own image is still as it was, and can be said to be meant.
+    // Its own image is unchanged, and can be given explicitly.
     let image = stage.file("image").display().to_string();
     let drive = format!("id=root,file={image},direct=off");
     let (mut monitor, mut qmp) = crate::snapshot::restore(
@@ -288,7 +289,7 @@ fn a_save_whose_target_hangs_holds_the_guest_up_for_a_moment_only() -> Result<()
     let stage = Stage::new("kept-hung")?;
     let mounted = Mounted::new(&stage, "ext4")?;
     let (image, saved) = (stage.file("image"), mounted.0.join("saved"));
-    // What is read first is much, and what the guest writes to comes last.
+    // Much is read first, and the guest writes to the part that is read last.
     fs::write(&image, vec![7; 192 << 20])?;
     let (mut monitor, mut qmp) = ledger(&stage, &image)?;
     stop(&mut qmp)?;

@@ -1,5 +1,5 @@
-//! A disk hangs, and one client's command has to wait for it: all other clients are answered before that
-//! one is, and what it asked for is refused by the name of the disk, or done when the storage answers.
+//! A disk hangs, and one client's command has to wait for it. All other clients are answered first.
+//! The command fails and names the disk, or is carried out when the storage answers.
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,10 +14,10 @@ use crate::held::{answer, send};
 use crate::hung::{SAYS, until_it_hangs, with_a_file_system};
 use crate::stage::{Stage, ends, exists, simple, status};
 
-/// How many questions are asked while a command waits. A monitor whose main thread waits with it answers
-/// one at most, which it may have read before.
+/// How many questions are asked while a command waits. A monitor whose main thread waited, too,
+/// would answer at most one, which it may have read before.
 pub const QUESTIONS: usize = 5;
-/// Long enough to see an answer that has come already.
+/// Long enough to read an answer that has already arrived.
 const A_LOOK: Duration = Duration::from_millis(1);
 
 /// A machine whose disk hangs.
@@ -95,7 +95,7 @@ pub fn why(answer: &Value) -> &str {
     answer.pointer("/error/desc").and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Nothing but events has come so far.
+/// Only events have come so far.
 pub fn is_unanswered(client: &mut Client) -> Result<()> {
     loop {
         match client.read_line(A_LOOK) {
@@ -136,7 +136,7 @@ fn other_clients_are_answered_while_a_command_waits_for_an_i_o_thread() -> Resul
     others_are_answered_meanwhile("meanwhile", false)
 }
 
-/// Its processor waits for the disk, and with it the device that the main thread would look at.
+/// Its vCPU waits for the disk, and holds the device that the main thread would read.
 #[test]
 fn other_clients_are_answered_while_a_guest_resets_a_disk_that_hangs() -> Result<()> {
     for direct in [true, false] {
@@ -165,8 +165,8 @@ fn a_save_that_waits_for_a_disk_can_be_cancelled() -> Result<()> {
     ends_by_quit(hung)
 }
 
-/// Commands that need the machine wait for the one that has it, in order; a stop that the storage lets
-/// through in time is as any other.
+/// Commands that need the machine wait for the one that has it, in order; a stop that the storage
+/// lets finish in time is like any other.
 #[test]
 fn what_needs_the_machine_waits_for_its_turn() -> Result<()> {
     let mut hung = Hung::new("meanwhile_turn", true, "busy")?;
@@ -180,7 +180,7 @@ fn what_needs_the_machine_waits_for_its_turn() -> Result<()> {
     let stopped = answer(&mut stops)?;
     ensure!(answer(&mut continues)? == json!({ "return": {} }));
     if stopped == json!({ "return": {} }) {
-        // All see it in the order in which it was done.
+        // All clients see the same order, that of execution.
         for event in ["STOP", "RESUME"] {
             ensure!(hung.qmp.next_event(SOON)?.event == event);
         }
@@ -190,7 +190,7 @@ fn what_needs_the_machine_waits_for_its_turn() -> Result<()> {
     ends_by_quit(hung)
 }
 
-/// Each waits for as long as if it were the first: one after the other, these would take three times as
+/// Each has its own time limit from the start: one after the other, they would take three times as
 /// long.
 #[test]
 fn commands_that_wait_behind_each_other_are_refused_in_their_own_time() -> Result<()> {
@@ -213,7 +213,7 @@ fn commands_that_wait_behind_each_other_are_refused_in_their_own_time() -> Resul
     ends_by_quit(hung)
 }
 
-/// Nor do questions wait for a monitor that is ending, as long as it has not said so.
+/// Queries do not wait for a monitor that is ending, either, until it has announced its end.
 #[test]
 fn quit_does_not_wait_for_another_client_s_stop() -> Result<()> {
     let mut hung = Hung::new("meanwhile_quit", true, "busy")?;

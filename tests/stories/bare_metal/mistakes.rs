@@ -1,4 +1,4 @@
-//! What people get wrong with the monitor's files and flags, and what its standard error tells them.
+//! Mistakes in the monitor's files and flags, and the messages on its standard error.
 use std::fs;
 
 use anyhow::{Result, ensure};
@@ -8,7 +8,7 @@ use stories::monitor::Vm;
 use crate::snapshot::{restore, save};
 use crate::stage::{Stage, quits, simple};
 
-/// What is said by a machine that does not start.
+/// The messages of a machine that does not start.
 fn refusal(stage: &Stage, vm: Vm) -> Result<String> {
     let mut monitor = vm.start(&stage.paths, &stage.dir)?;
     let status = monitor.wait_exit()?;
@@ -76,8 +76,8 @@ fn a_host_that_does_not_run_every_kernel() -> Result<()> {
     Ok(())
 }
 
-/// `:INFO: VmConfig` and one `:INFO: Vcpu` a vCPU, with times before them, are what StratoVirt's own
-/// suite measures a restore by.
+/// `:INFO: VmConfig` and one `:INFO: Vcpu` a vCPU, with times before them, are what StratoVirt's
+/// own suite measures a restore by.
 #[test]
 fn the_log_tells_when_a_restore_began_and_when_each_vcpu_ran() -> Result<()> {
     let mut stage = Stage::new("lines")?;
@@ -112,7 +112,7 @@ fn the_log_tells_when_a_restore_began_and_when_each_vcpu_ran() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The working directory is the story's own nowhere: it must not matter for absolute paths.
+/// The working directory is an unrelated one: it must not matter for absolute paths.
 #[test]
 fn an_absolute_path_is_not_looked_for_beside_the_file() -> Result<()> {
     let stage = Stage::new("absolute")?;

@@ -1,5 +1,5 @@
-// UNSAFETY: two system calls that no safe library has: one gives the story a network namespace of its
-// own, the other opens a tap device as whoever starts a monitor would, to hand it over.
+// UNSAFETY: two system calls that no safe library has: one gives the test a network namespace of
+// its own, the other opens a tap device as a monitor's launcher would, to hand it over.
 #![expect(unsafe_code)]
 //! A NIC on a tap: datagrams go in and come back, through both queues.
 use std::collections::HashSet;
@@ -28,11 +28,11 @@ fn ip(arguments: &str) -> Result<()> {
     output(Command::new("ip").args(arguments.split_whitespace())).map(drop)
 }
 
-/// Tells `story` in a thread, and what it starts, with a tap `tap0` that nobody else sees. The host is
-/// 10.9.0.1 there, the guest 10.9.0.2.
+/// Runs `story` in a thread, and the processes that it starts, with a tap `tap0` of its own. The
+/// host is 10.9.0.1 there, the guest 10.9.0.2.
 fn with_a_tap(story: fn() -> Result<()>) -> Result<()> {
     let told = thread::spawn(move || {
-        // SAFETY: changes this thread alone, which ends with the story.
+        // SAFETY: changes this thread alone, which ends with the test.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
             return Err(io::Error::last_os_error()).context("this needs root (CAP_SYS_ADMIN)");
         }
@@ -45,8 +45,8 @@ fn with_a_tap(story: fn() -> Result<()>) -> Result<()> {
     told.join().map_err(|_| anyhow!("the story has panicked"))?
 }
 
-/// Waits until the host sends what it is told to: it notices in the background that somebody has opened
-/// the tap, and drops without a word what it has to send until then.
+/// Waits until the host really sends: it notices in the background that a process has opened the
+/// tap, and silently drops packets until then.
 fn carries() -> Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
@@ -102,7 +102,7 @@ impl Echo {
         Ok(())
     }
 
-    /// They come back as they were sent, each once.
+    /// They come back unchanged, each once.
     fn receive(&self, numbers: Range<usize>) -> Result<()> {
         let mut missing: HashSet<_> = numbers.map(datagram).collect();
         let mut bytes = [0; 2048];
@@ -133,7 +133,7 @@ fn datagrams_go_in_and_come_back() -> Result<()> {
             echo.send(numbers.clone())?;
             echo.receive(numbers)?;
         }
-        // What comes while the machine stands still is there afterwards.
+        // Packets that arrive while the machine is stopped are delivered afterwards.
         for time in 0..20 {
             let first = time * 8;
             echo.send(first..first + 4)?;

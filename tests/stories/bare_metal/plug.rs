@@ -1,5 +1,5 @@
-//! Slots are filled and emptied while the guest runs; it learns of that by the interrupt for a changed
-//! configuration, and what it then reads is there.
+//! Slots are filled and emptied while the guest runs; it learns of that by the configuration change
+//! interrupt, and then reads the new contents.
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -71,7 +71,7 @@ pub fn unplug(qmp: &mut Client, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// The command fails and says that.
+/// The command fails with that message.
 pub fn refused(qmp: &mut Client, command: &str, arguments: Value, says: &str) -> Result<()> {
     let error = match qmp.execute_raw(command, arguments) {
         Ok(returned) => anyhow::bail!("{command} returned {returned}"),
@@ -91,7 +91,8 @@ fn has_open(monitor: &Monitor, file: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// Kata Containers' own lines, in its order: see how `stratovirt.go` of its Go runtime plugs a volume.
+/// The commands of Kata Containers, in its order: see how `stratovirt.go` of its Go runtime plugs a
+/// volume.
 #[test]
 fn the_way_kata_plugs_a_volume() -> Result<()> {
     let stage = Stage::new("kata")?;
@@ -104,7 +105,7 @@ fn the_way_kata_plugs_a_volume() -> Result<()> {
         drop(monitor.qmp()?);
         monitor.wait_for("ready\n", SOON)?;
 
-        // One connection to see that it is there, another for the rest of its life.
+        // One connection to see whether it is up, another for the rest of its life.
         let mut ncat = Ncat::connect(&stage)?;
         let greeting: Value = serde_json::from_str(&ncat.sees()?)?;
         let version = greeting.pointer("/QMP/version/qemu").context("no version")?;
@@ -194,7 +195,8 @@ fn a_machine_without_slots_has_no_place_for_a_device() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// A saved machine has the slots it was started with, whatever is usual where it is restored.
+/// A saved machine has the slots it was started with, whatever the defaults are where it is
+/// restored.
 #[test]
 fn slots_are_saved_with_the_machine() -> Result<()> {
     let stage = Stage::new("kept")?;
@@ -227,7 +229,7 @@ fn fill_every_slot(stage: &Stage, vm: Vm, count: usize) -> Result<()> {
     let disks = qmp.execute_raw("query-block", json!({}))?;
     ensure!(disks.as_array().is_some_and(|disks| disks.len() == count), "{disks}");
 
-    // What makes no sense is refused, and nothing changes.
+    // Invalid requests are refused, and change nothing.
     let file = json!({ "driver": "file", "filename": images.first() });
     let backend = |name: &str| json!({ "node-name": name, "file": file, "read-only": true });
     refused(&mut qmp, "blockdev-add", backend("drive-0"), "drive-0 is already registered")?;
@@ -430,7 +432,7 @@ fn a_tap_that_does_not_fit_one_slot_waits_for_another() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Kuasar's own exchange: the back-end has a name of its own and outlives the device.
+/// The exchange of Kuasar: the back-end has a name of its own and outlives the device.
 #[test]
 fn the_way_kuasar_plugs_a_volume() -> Result<()> {
     let stage = Stage::new("kuasar")?;
@@ -456,7 +458,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
         ensure!(stats.pointer("/0/device") == Some(&json!("virtio-drive-0")), "{stats}");
         ensure!(stats.pointer("/0/node-name") == Some(&json!("drive-0")), "{stats}");
 
-        // Neither name can be had again, and the back-end stays while its device is there.
+        // Neither name can be taken again, and the back-end stays while its device exists.
         let taken = "is already registered";
         refused(&mut qmp, "blockdev-add", backend(0, &other), taken)?;
         let clash = |name: &str| json!({ "node-name": name, "file": { "filename": other } });
@@ -473,7 +475,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
 
         unplug(&mut qmp, "virtio-drive-0")?;
         expect(&mut monitor, &empty(0))?;
-        // It waits, and is still this machine's.
+        // It stays, and still belongs to this machine.
         ensure!(has_open(&monitor, &image)?, "the image was closed");
         does(&mut qmp, "device_add", device(0))?;
         expect(&mut monitor, &found(0, 0xc3, 128))?;
@@ -492,7 +494,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Both names of a disk go through a save, and so does what they mean.
+/// A save keeps both names of a disk, and their meaning.
 #[test]
 fn a_saved_machine_keeps_the_names_of_back_ends() -> Result<()> {
     let stage = Stage::new("names")?;
@@ -536,7 +538,7 @@ fn with(arguments: &Value, member: &str, value: &Value) -> Value {
     arguments
 }
 
-/// What a command of hot-plug cannot do it refuses by name, and what it was for waits on.
+/// A hot-plug command that cannot be carried out fails with the cause, and its back-end stays.
 #[test]
 fn what_a_disk_cannot_be_is_refused() -> Result<()> {
     let stage = Stage::new("refusals")?;
@@ -604,7 +606,7 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
         ("drive", json!("y"), "no back-end 'y' waits"),
     ] {
         refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;
-        // It waits on.
+        // It stays.
         let again = json!({ "node-name": "x", "file": { "filename": image } });
         refused(&mut qmp, "blockdev-add", again, "x is already registered")?;
     }
@@ -615,7 +617,7 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
     unplug(&mut qmp, "x")?;
     expect(&mut monitor, &empty(1))?;
 
-    // What is so anyway may be said.
+    // Members that state the default are accepted.
     unplug(&mut qmp, "first")?;
     expect(&mut monitor, &empty(0))?;
     ensure!(qmp.execute_raw("blockdev-add", backend)? == json!({}));
@@ -688,7 +690,7 @@ fn what_a_nic_cannot_be_is_refused() -> Result<()> {
     ensure!(monitor.unseen().is_empty(), "the guest noticed '{}'", monitor.unseen());
     ensure!(qmp.execute_raw("device_add", plain)? == json!({}));
     expect(&mut monitor, "nic 1 is up 525400000003\n")?;
-    // The tap waits after its device, for the next one.
+    // The tap outlives its device, for the next one.
     unplug(&mut qmp, "front")?;
     expect_down(&mut monitor, 1)?;
     let pci = json!({ "id": "front", "driver": "virtio-net-pci", "bus": "pcie.3", "addr": "0x0", "netdev": "back", "mac": mac, "mq": true, "vectors": 4 });

@@ -1,7 +1,7 @@
-//! What is done to the slots of a running or stopped machine is so after it was saved in any way and
-//! restored in any way: {replaced, unplugged, resized, plugged, limited, link set} x {running, stopped} x
-//! {saved, suspended, incremental, streamed} x {mapped, copied, uffd}. The guest's drivers have taken
-//! every feature that their slots offered at the start, as Linux's do.
+//! A change to the slots of a running or stopped machine survives every way of saving and of
+//! restoring it: {replaced, unplugged, resized, plugged, limited, link set} x {running, stopped} x
+//! {saved, suspended, incremental, streamed} x {mapped, copied, uffd}. The guest's drivers have
+//! taken every feature that their slots offered at the start, as Linux's do.
 use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
@@ -23,15 +23,14 @@ enum Way {
     Save,
     /// It is stopped with the save.
     Suspend,
-    /// What has changed since a save before the slots were changed.
+    /// Incremental: the changes since a save that was made before the slots were changed.
     Incremental,
     Stream,
 }
 
 const WAYS: [Way; 4] = [Way::Save, Way::Suspend, Way::Incremental, Way::Stream];
 
-/// A slot after its change: what was done to it, what is typed to have the guest look at it, and what it
-/// then says.
+/// A slot after its change: the change, what is typed to make the guest check it, and its report.
 type Change = (&'static str, &'static str, String);
 
 fn with(mut value: Value, members: &Value) -> Value {
@@ -76,9 +75,9 @@ fn put(
     Ok(())
 }
 
-/// One change of each kind, to slots that do not know of each other.
+/// One change of each kind, to independent slots.
 fn change(stage: &Stage, qmp: &mut Client) -> Result<Vec<Change>> {
-    // Where one was that could not be written, and did not discard.
+    // In the place of a read-only disk without discard.
     unplug(qmp, "replaced")?;
     let how = json!({ "read-only": false, "discard": "unmap" });
     put(stage, qmp, "replacement", 0xb0, "0", &how)?;
@@ -110,7 +109,7 @@ fn change(stage: &Stage, qmp: &mut Client) -> Result<Vec<Change>> {
     ])
 }
 
-/// What `-incoming` is given to restore it, in each way that there is.
+/// The argument of `-incoming`, for each way of restoring.
 fn save(stage: &Stage, qmp: &mut Client, way: Way) -> Result<Vec<String>> {
     let saved = stage.file("saved");
     let uri = format!("file:{}", saved.display());
@@ -132,7 +131,7 @@ fn save(stage: &Stage, qmp: &mut Client, way: Way) -> Result<Vec<String>> {
     })
 }
 
-/// The guest is asked to look at its slots, and finds them as they were left.
+/// The guest is asked to check its slots, and finds them as they were left.
 fn finds(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     for (what, key, says) in changes {
         monitor.type_in(key)?;
@@ -142,7 +141,7 @@ fn finds(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     Ok(())
 }
 
-/// The guest notices by itself, in whatever order.
+/// The guest notices by itself, in any order.
 fn is_told(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     let mut shown = String::new();
     while let Some(untold) = changes.iter().find(|(_, _, says)| !shown.contains(says)) {
@@ -196,8 +195,8 @@ fn slots_changed_while_the_guest_is_stopped_are_restored_so() -> Result<()> {
     WAYS.into_iter().try_for_each(|way| cell(way, true).with_context(|| format!("{way:?}")))
 }
 
-/// A template is restored as machines whose disks and NICs have names of their own: as many as were saved,
-/// none of them known, in the order of slots.
+/// A template is restored as machines whose disks and NICs have names of their own: as many as were
+/// saved, none of them known, in the order of slots.
 #[test]
 fn a_template_is_restored_under_other_names() -> Result<()> {
     let mut stage = Stage::new("slots-names")?;
@@ -230,7 +229,7 @@ fn a_template_is_restored_under_other_names() -> Result<()> {
     unplug(&mut qmp, "b")?;
     monitor.wait_for(&empty(2), SOON)?;
     quits(&stage, &mut monitor, &mut qmp)?;
-    // Fewer, or one of them known: they are names, and wrong.
+    // Fewer, or one of them known: then they are taken as names, and are wrong.
     let said = refusal(&stage, &saved, flags.get(..4).unwrap_or_default())?;
     ensure!(said.contains("no disk 'a'") && said.contains("replacement, resized"), "{said}");
     let mut mixed = flags.clone();

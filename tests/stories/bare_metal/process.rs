@@ -1,4 +1,4 @@
-//! The process: what it says when it cannot start, and how it goes into the background.
+//! The process: its messages when it cannot start, and `-daemonize`.
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
@@ -129,7 +129,8 @@ fn all_errors_of_a_file_come_at_once() -> Result<()> {
     refuses(&stage, &["-kernel", "k"], &["api-channel", "qmp"])
 }
 
-/// What it says when it is refused, line by line, each of which begins and goes on with words.
+/// It is refused with one line for each of `expected`: the line begins with the place and contains
+/// the words. It leaves no files behind.
 fn refuses_all(stage: &Stage, args: &[&str], expected: &[(&str, &[&str])]) -> Result<()> {
     let before = names(&stage.dir)?;
     let out = run(stage, args)?;
@@ -182,7 +183,8 @@ fn all_that_a_file_names_and_that_cannot_be_had_comes_at_once() -> Result<()> {
     refuses_all(&stage, &START, &[&boot[..], &devices].concat())?;
     ensure!(fs::read(stage.file("notes"))? == b"not to be lost");
 
-    // What flags replace is the flags' fault. Memory and the serial port could be had: they go again.
+    // Errors in values that flags replace name the flags. Memory and the serial port were available
+    // and are released.
     let kernel = stage.kernel("hello")?;
     let flags = ["-kernel", kernel.to_str().context("no text")?, "-initrd", "vm\n.json"];
     let flags = [&flags[..], &["-mem-path", "ram", "-serial", "socket,path=serial,server,nowait"]];
@@ -324,7 +326,7 @@ fn nobody_who_listens_to_a_refusal() -> Result<()> {
     Ok(())
 }
 
-/// The kernel's number of huge pages, as many more as a story needs; given back in the end.
+/// Raises the kernel's number of huge pages by what a test needs; restored when dropped.
 struct HugePages(u64);
 
 impl HugePages {
@@ -338,7 +340,7 @@ impl HugePages {
     fn reserve(count: u64) -> Result<Option<Self>> {
         let before = Self::read()?;
         let reserved = Self(before);
-        // It takes what it can, or says that we may not.
+        // The kernel allocates what it can, or refuses for lack of rights.
         if fs::write(Self::POOL, (before + count).to_string()).is_err() {
             return Ok(None);
         }

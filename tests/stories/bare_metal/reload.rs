@@ -1,4 +1,5 @@
-//! A reset reads the kernel again, and its file system hangs, or something else has taken the file's place.
+//! A reset reads the kernel file again, while its file system hangs or something else has replaced
+//! the file.
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -60,7 +61,7 @@ fn a_kernel_whose_reading_hangs_holds_no_other_client() -> Result<()> {
             cont(&mut other)?;
         }
         held.release()?;
-        // What was asked for too late is not done later.
+        // A reset that has timed out is not carried out later.
         ensure!(monitor.unseen().is_empty());
         other.take_events();
         simple(&mut client, "system_reset")?;
@@ -70,7 +71,7 @@ fn a_kernel_whose_reading_hangs_holds_no_other_client() -> Result<()> {
     quits(&stage, &mut monitor, &mut other)
 }
 
-/// It cannot run on, so it waits; but no client waits with it, and it does not wait without end.
+/// The guest cannot run on, so it waits; but no client waits with it, and the wait is bounded.
 #[test]
 fn a_guest_that_resets_itself_waits_for_its_kernel_alone() -> Result<()> {
     let stage = Stage::new("reload_guest")?;
@@ -132,7 +133,7 @@ fn a_kernel_that_is_no_file_any_more_leaves_the_guest_as_it_is() -> Result<()> {
     fs::write(&path, &image)?;
     simple(&mut qmp, "system_reset")?;
     monitor.wait_for("waits\n", SOON)?;
-    // A guest that resets itself has nothing that it could go on with.
+    // A guest that resets itself cannot continue without its kernel.
     fs::remove_file(&path)?;
     output(Command::new("mkfifo").arg(&path))?;
     qmp.take_events();

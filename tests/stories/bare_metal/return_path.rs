@@ -1,5 +1,5 @@
-//! A machine moves to a process that answers: it runs in one of the two, whichever of them is killed, and
-//! at whatever moment.
+//! A machine moves to a process that answers: it runs in exactly one of the two, whichever of them
+//! is killed, at any moment.
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -75,7 +75,7 @@ fn a_machine_with_a_disk_and_a_tap_moves_inside_one_host() -> Result<()> {
     ensure!(status(&mut qmp)? == "postmigrate");
     let mut other = there.qmp()?;
     ensure!(status(&mut other)? == "running");
-    // Both are held over there: this one says so, and stays.
+    // Both are held by the receiver: this monitor says so, and stays.
     let said = qmp.execute_raw("cont", json!({})).err().map(|e| e.to_string()).unwrap_or_default();
     ensure!(said.contains("in use by another"), "{said}");
     ensure!(status(&mut qmp)? == "postmigrate");
@@ -152,14 +152,14 @@ fn pass(mut from: UnixStream, mut to: UnixStream, last: u32, passed: bool) -> io
     }
 }
 
-/// Which one dies.
+/// Which process is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Dies {
     Source,
     Receiver,
 }
 
-/// A move in which one of both is killed at the frame `kind`, before it arrives or after it.
+/// A move in which one process is killed at the frame `kind`, before or after it arrives.
 fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
     let (stage, mut here, mut qmp) = source(story)?;
     // The namespace has to outlive the source.
@@ -200,7 +200,7 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
     match dies {
         Dies::Source => {
             here.wait_exit()?;
-            // Told to go on, it has the machine; else it never had it, and ends.
+            // If it was sent `Go`, it has the machine; else it never had it, and ends.
             let has_it = (kind == GO && arrives) || kind == RUNNING;
             // `Ready` may have been answered by `Go` before the source was dead.
             let either = kind == READY && arrives;
@@ -222,11 +222,12 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
             if arrives && (kind == RUNNING || (kind == GO && said.is_none())) {
                 ensure!(said.is_none(), "{said:?}");
                 ensure!(status(&mut qmp)? == "postmigrate");
-                // `End` may have been answered by `Ready`, and that by `Go`, before the receiver was dead.
+                // `End` may have been answered by `Ready`, and that by `Go`, before the receiver
+                // was dead.
             } else if matches!(kind, GO | RUNNING)
                 || (matches!(kind, END | READY) && arrives && status(&mut qmp)? == "postmigrate")
             {
-                // It may have run there: who knows that it does not any more says so.
+                // It may have run there: a user who knows that it no longer does says so.
                 let said = said.context("it has heard of an end that was not told")?;
                 ensure!(said.contains("outcome unknown") && said.contains("cont lets"), "{said}");
                 ensure!(status(&mut qmp)? == "postmigrate");

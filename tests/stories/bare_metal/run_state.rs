@@ -1,4 +1,4 @@
-//! `stop` means stopped, whatever the processors are in the middle of, and `cont` loses nothing.
+//! `stop` really stops the processors, whatever they are doing, and `cont` loses nothing.
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;

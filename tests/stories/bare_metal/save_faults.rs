@@ -1,5 +1,5 @@
-//! Hosts that fail in the middle of a save, at every step of it: the answer says where, the guest runs
-//! on, and the older save is as it was.
+//! Hosts that fail in the middle of a save, at every step of it: the error says where, the guest
+//! runs on, and the older save is intact.
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::snapshot::{counters, counting, save};
 use crate::stage::{Stage, quits, status};
 use crate::stream::getfd;
 
-/// A save that fails: the answer says where, the guest runs on, the older save is as it was.
+/// A save that fails: the error says where, the guest runs on, the older save is intact.
 fn fails(qmp: &mut Client, saved: &Path, live: bool, says: &str) -> Result<()> {
     let before = contents(saved)?;
     let uri = format!("file:{}", saved.display());
@@ -39,7 +39,7 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
     fs::write(&library, include_bytes!(concat!(env!("OUT_DIR"), "/fail.so")))?;
     fs::write(&plan, "")?;
     stage.run_by(&format!("env FAIL='{}' LD_PRELOAD='{}'", plan.display(), library.display()))?;
-    // What the library does to find out what to do is not what the filter expects of a monitor.
+    // The preloaded library makes system calls that the monitor's filter does not allow.
     let vm = stage.vm("count", "registers 1")?.args(&["-disable-seccomp"]);
     let (mut monitor, mut qmp) = stage.start(vm)?;
     monitor.wait_for("processors 1", SOON)?;
@@ -58,7 +58,7 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
             fs::write(&plan, "")?;
         }
     }
-    // The new state is in its place already: whatever fails now, it is the one that counts.
+    // The new state is in place already: whatever fails now, the new state is the valid one.
     for step in ["rename 5 1", "fsync 5 3"] {
         fs::write(&plan, step)?;
         let uri = format!("file:{}", saved.display());
@@ -75,8 +75,8 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
     goes_on(&own, &saved, &before)
 }
 
-/// A state is tried on every device before it counts. One of them refuses it, for a reason that is not in
-/// the bytes.
+/// A state is tried on every device before the save succeeds. One device refuses it, for a reason
+/// that is not in the bytes.
 #[test]
 fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
     let mut stage = Stage::new("hostile-refuse")?;
@@ -120,7 +120,7 @@ fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
             fs::write(&refuses, "")?;
         }
     }
-    // The stream has no end that anything could be started from.
+    // The stream has no `End`, so nothing can be started from it.
     let incoming = format!("exec:cat {}", stage.file("stream").display());
     let args = ["-S", "-incoming", &incoming];
     let mut there = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;

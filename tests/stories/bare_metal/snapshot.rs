@@ -1,5 +1,5 @@
-//! A machine is saved, and goes on in other processes: as often as one likes, with what was plugged
-//! in, and not at all when what it needs is not there.
+//! A machine is saved and restored in other processes: any number of times, with its hot-plugged
+//! devices, and not at all when something that it needs is missing.
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -37,7 +37,7 @@ pub fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     Ok(info)
 }
 
-/// A process that goes on from `saved`, paused at first.
+/// A process that resumes from `saved`, paused at first.
 pub fn restore(stage: &Stage, saved: &Path, args: &[&str]) -> Result<(Monitor, Client)> {
     let incoming = format!("file:{}", saved.display());
     let args = [&["-S", "-incoming", &incoming], args].concat();
@@ -46,7 +46,7 @@ pub fn restore(stage: &Stage, saved: &Path, args: &[&str]) -> Result<(Monitor, C
     Ok((monitor, qmp))
 }
 
-/// What a process says that does not get as far as a control socket.
+/// The messages of a process that fails before it has a control socket.
 pub fn refusal(stage: &Stage, saved: &Path, args: &[&str]) -> Result<String> {
     let incoming = format!("file:{}", saved.display());
     let args = [&["-S", "-incoming", &incoming], args].concat();
@@ -66,8 +66,8 @@ pub fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
     Ok((stage, monitor, qmp))
 }
 
-/// Saved while all its processors are in the middle of accesses, again and again; each time it goes
-/// on, no counter has gone back and nothing that a processor read was wrong.
+/// Saved while all its processors are in the middle of accesses, again and again; each time it
+/// resumes, no counter has gone back and every value that a processor read was right.
 fn goes_on(story: &str, cpus: u64, mapped: &str) -> Result<()> {
     let (stage, mut monitor, mut qmp) = counting(story, cpus)?;
     let mut before = vec![0; usize::try_from(cpus)?];
@@ -88,7 +88,7 @@ fn goes_on(story: &str, cpus: u64, mapped: &str) -> Result<()> {
         qmp = monitor.qmp()?;
         simple(&mut qmp, "cont")?;
     }
-    // They all do go on.
+    // They all run on.
     let deadline = Instant::now() + SOON;
     let last = stage.file("last");
     loop {
@@ -154,8 +154,8 @@ fn a_guest_that_runs_on_during_its_save_stops_for_the_rest_only() -> Result<()> 
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The guest writes to pages all over its memory, each in another block of the saved file; what it
-/// wrote while they were copied aside and written must not show.
+/// The guest writes to pages all over its memory, each in another block of the saved file. Writes
+/// that it made while they were copied aside and written must not show.
 #[test]
 fn a_guest_that_dirties_scattered_pages_is_saved_as_it_was_at_one_moment() -> Result<()> {
     let stage = Stage::new("snap-scattered")?;
@@ -255,7 +255,7 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     ensure!(said.contains("leave -m out"), "{said}");
     let said = refusal(&stage, &saved, &["-machine", "disk-slots=8"])?;
     ensure!(said.contains("has 4 slots for disks") && said.contains("asks for 8"), "{said}");
-    // Were it as many as were saved, it would be another name for that one.
+    // If it were as many as were saved, it would rename that one.
     let other = format!("id=other,file={}", moved.display());
     let said = refusal(&stage, &saved, &["-drive", &other, "-drive", &drive])?;
     ensure!(said.contains("no disk 'other'") && said.contains("extra"), "{said}");
@@ -273,8 +273,8 @@ fn a_save_that_cannot_be_leaves_the_guest_running() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Saved in full, then again and again what has changed, live and stopped; each of them goes on by
-/// itself with all that was before it.
+/// Saved in full, then incrementally again and again, live and stopped; each save can be restored
+/// together with its bases.
 fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
     let stage = Stage::new(story)?;
     let vm = stage.vm("count", &format!("{word} 2"))?;
@@ -297,7 +297,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
         if status(&mut qmp)? == "paused" {
             simple(&mut qmp, "cont")?;
         }
-        // One that does not come about loses nothing of what the next one needs.
+        // A save that fails loses nothing that the next one needs.
         let lost = format!("file:{}", stage.file("no/such/place").display());
         let lost = json!({ "uri": lost, "incremental": true, "track": true });
         ensure!(qmp.execute_raw("migrate", lost).is_err());
@@ -323,7 +323,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
             let mut monitor = vm.start(&stage.paths, &stage.dir)?;
             let mut qmp = monitor.qmp()?;
             simple(&mut qmp, "cont")?;
-            // Saved in full: what nobody has touched yet is in it, too.
+            // Saved in full: pages that were not touched yet are in it, too.
             let (one, whole) = (stage.file("one"), stage.file("whole"));
             save(&mut qmp, &one, true)?;
             let deadline = Instant::now() + SOON;
@@ -344,7 +344,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
             quits(&stage, &mut monitor, &mut qmp)?;
         }
     }
-    // What is at the bottom is saved anew: nothing above it is restored any more.
+    // The base is saved again: no save above it can be restored any more.
     let (mut monitor, mut qmp) = restore(&stage, &at(0), &[])?;
     save(&mut qmp, &at(0), false)?;
     quits(&stage, &mut monitor, &mut qmp)?;

@@ -1,5 +1,5 @@
-//! A block device of the host has no mark, so a saved state knows it again by what is in some of its
-//! blocks.
+//! A block device of the host has no mark, so a saved state recognises it by the contents of some
+//! of its blocks.
 use std::fs::{self, File};
 use std::io::BufReader;
 use std::os::unix::fs::FileExt;
@@ -45,7 +45,7 @@ fn goes_on(stage: &Stage, saved: &Path) -> Result<()> {
     quits(stage, &mut monitor, &mut qmp)
 }
 
-/// Another program writes one byte, past the page cache or through it; gives what was there.
+/// Another program writes one byte, past the page cache or through it; returns the old one.
 fn change(stage: &Stage, device: &LoopDevice, at: u64, byte: u8, direct: bool) -> Result<u8> {
     let mut page = [0; 4096];
     let start = at - at % 4096;
@@ -95,7 +95,7 @@ fn a_block_device_that_was_changed_is_recognised_where_it_was_looked_at() -> Res
         // As it was: nothing but its content counts.
         goes_on(&stage, &saved).with_context(|| format!("after a change at {at}"))?;
     }
-    // A spot check is not all of it.
+    // A spot check does not cover the whole disk.
     let other = (MIB..15 * MIB).step_by(4096).find(|at| !chosen.contains(at));
     change(&stage, &device, other.context("all are chosen")?, 0x5a, true)?;
     goes_on(&stage, &saved)?;
@@ -160,7 +160,7 @@ fn a_stream_knows_its_block_device_too() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// All of its disk is looked at, and it writes there all the time.
+/// All of its disk is checked, and it writes there all the time.
 #[test]
 fn a_guest_that_writes_meanwhile_runs_on() -> Result<()> {
     for direct in [true, false] {
@@ -185,7 +185,7 @@ fn a_guest_that_writes_meanwhile_runs_on() -> Result<()> {
             let disk = slot.device.read::<state::device::Disk>()?;
             ensure!(disk.spot_check.is_some() && disk.mark.is_none(), "{disk:?}");
             ensure!(status(&mut qmp)? == "running");
-            // Until it has written once more: what has waited for the spot check does so no longer.
+            // Until it has written once more: writes that waited for the spot check no longer do.
             loop {
                 save(&mut qmp, &stage.file("later"), true)?;
                 let now = counters(&stage.file("later"), 1)?.first().copied().unwrap_or_default();

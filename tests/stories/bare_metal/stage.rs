@@ -1,4 +1,4 @@
-//! What each story begins with: a directory, the monitor's binary, a guest.
+//! The set-up of each test: a directory, the monitor's binary, a guest.
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ const GUESTS: [(&str, &[u8]); 13] = [
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 
-/// A directory of the story's own, gone afterwards.
+/// A directory of the test's own, gone afterwards.
 pub struct Stage {
     pub paths: Paths,
     pub dir: PathBuf,
@@ -84,7 +84,7 @@ impl Stage {
     }
 
     /// Runs `commands` before the monitor, in a namespace of their own (`-n` network, `-m` mounts):
-    /// what they make goes when the monitor goes.
+    /// what they create goes when the monitor does.
     pub fn prepare(&mut self, namespace: &str, commands: &str) -> Result<()> {
         self.run_by(&format!("unshare {namespace} sh -ec '\n{commands}\nexec \"$0\" \"$@\"'"))
     }

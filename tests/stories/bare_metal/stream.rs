@@ -1,5 +1,5 @@
-//! A machine goes on in another process that it is sent to, over a socket, a pipe or a file; or it
-//! stays where it is, because the other side is gone, mad or deaf.
+//! A machine is sent to another process over a socket, a pipe or a file, and resumes there; or it
+//! stays where it is, because the peer has gone, sends garbage or does not read.
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
@@ -26,7 +26,7 @@ struct Here {
 }
 
 impl Here {
-    /// Two processors that go through rings of memory, in `mib` of it.
+    /// Two processors that walk rings of memory, in `mib` of it.
     fn start(story: &str, word: &str, mib: u64) -> Result<Self> {
         let stage = Stage::new(story)?;
         let vm = stage.vm("count", &format!("{word} 2"))?;
@@ -80,13 +80,13 @@ fn with(mut arguments: Value, more: &Value) -> Value {
     arguments
 }
 
-/// Waits until a process listens at `socket`. Its name is there a moment before that: /proc/net/unix
-/// tells, by a flag.
+/// Waits until a process listens at `socket`. Its name exists a moment before that; a flag in
+/// /proc/net/unix shows when it listens.
 pub fn until_it_listens(socket: &Path) -> Result<()> {
     until_it_listens_by("/proc/net/unix", socket)
 }
 
-/// As [`until_it_listens`], as `table` tells.
+/// As [`until_it_listens`], with the sockets listed in `table`.
 pub fn until_it_listens_by(table: &str, socket: &Path) -> Result<()> {
     let deadline = Instant::now() + SOON;
     let ends = format!(" {}", socket.display());
@@ -375,7 +375,7 @@ fn nonsense_starts_nothing() -> Result<()> {
         let (there, uri) = There::listen(&format!("nonsense{n}"))?;
         let path = uri.strip_prefix("unix:").unwrap_or_default();
         let mut to = UnixStream::connect(Path::new(path))?;
-        // It may have heard enough before the end.
+        // The receiver may have ended before the end of the stream.
         let _ = to.write_all(nonsense);
         drop(to);
         let said = there.gives_up()?;
@@ -384,7 +384,7 @@ fn nonsense_starts_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Asks a monitor that waits for its machine, whose control socket is there before that.
+/// Queries a monitor that waits for its machine; its control socket exists before the machine does.
 fn waiting(there: &There) -> Result<Client> {
     let deadline = Instant::now() + SOON;
     while !exists(&there.stage.socket()) {
@@ -411,7 +411,7 @@ fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()>
     };
     let (there, uri) = There::listen("waits")?;
     let mut qmp = waiting(&there)?;
-    // What needs a machine is refused; what there is is listed all the same.
+    // Commands that need a machine are refused; the lists are available all the same.
     let said = qmp.execute_raw("query-cpus", json!({})).err().map(|e| e.to_string());
     ensure!(said.as_ref().is_some_and(|s| s.contains("has not come in yet")), "{said:?}");
     let commands = qmp.execute_raw("query-commands", json!({}))?;
@@ -437,8 +437,8 @@ fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()>
     Ok(())
 }
 
-/// What clients say while it comes in counts when it is there; and it answers all that time, however
-/// slowly a peer sends.
+/// Commands that clients send while the machine arrives take effect when it is complete; the
+/// monitor answers all that time, however slowly the peer sends.
 #[test]
 fn a_machine_that_comes_in_runs_or_not_as_it_was_said_meanwhile() -> Result<()> {
     let mut here = Here::start("meanwhile", "rings", 64)?;
@@ -480,7 +480,7 @@ fn a_machine_that_comes_in_runs_or_not_as_it_was_said_meanwhile() -> Result<()> 
     Ok(())
 }
 
-/// The starter of a monitor in the background ends when the machine is there, or with the reason.
+/// With `-daemonize`, the command returns when the machine is complete, or fails with the reason.
 #[test]
 fn a_monitor_in_the_background_is_ready_when_its_machine_is() -> Result<()> {
     let stage = Stage::new("behind1")?;

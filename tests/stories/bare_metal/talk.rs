@@ -113,7 +113,7 @@ fn commands_split_joined_and_with_any_id() -> Result<()> {
     let refused: Value = serde_json::from_str(&ncat.sees()?)?;
     ensure!(refused.pointer("/error/class") == Some(&json!("CommandNotFound")), "{refused}");
     ensure!(refused.get("id") == Some(&json!([])), "{refused}");
-    // A client that goes in the middle of a word costs nobody anything.
+    // A client that disconnects in the middle of a word disturbs no other client.
     ncat.types("{\"exec")?;
     drop(ncat);
     quits(&stage, &mut monitor, &mut client)

@@ -1,4 +1,4 @@
-//! What clients of StratoVirt and QEMU say beyond the machine's life, and the words that answer them.
+//! Commands of StratoVirt's and QEMU's clients beyond the machine's life cycle, and their answers.
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -93,7 +93,7 @@ fn questions_about_disks_may_say_how_they_are_meant() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Whoever has the image is named, and it is no other machine.
+/// The process that has the image is named, and it is not a machine.
 #[test]
 fn an_image_that_this_machine_has_itself() -> Result<()> {
     let stage = Stage::new("own")?;
@@ -177,7 +177,7 @@ fn without_a_machine_it_tells_what_there_can_be() -> Result<()> {
     ensure!(accelerators == json!({ "enabled": "kvm", "present": ["kvm"] }), "{accelerators}");
     ensure!(qmp.execute_raw("query-status", json!({}))?["running"] == false);
 
-    // All commands are told, also those that need a machine; they say so.
+    // All commands are listed, also those that need a machine; these fail and say so.
     let commands = qmp.execute_raw("query-commands", json!({}))?;
     let has =
         |name: &str| commands.as_array().is_some_and(|all| all.contains(&json!({ "name": name })));
@@ -223,7 +223,7 @@ fn without_a_machine_it_tells_what_there_can_be() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// What those answers are without a machine they are with one.
+/// Those answers are the same with a machine.
 #[test]
 fn a_machine_answers_a_prober_in_the_same_way() -> Result<()> {
     let stage = Stage::new("same")?;
@@ -261,7 +261,7 @@ fn without_server_the_monitor_connects_to_its_client() -> Result<()> {
         command.arg("-qmp").arg(format!("unix:{}", socket.display())).stderr(Stdio::piped());
         Ok(command.spawn()?)
     };
-    // Nobody listens: how the monitor is made to is told.
+    // No client listens: the message says how to make the monitor listen.
     let nobody = start(&socket)?.wait_with_output()?;
     let said = String::from_utf8(nobody.stderr)?;
     ensure!(nobody.status.code() == Some(1) && said.contains(",server,nowait"), "{said}");

@@ -103,7 +103,7 @@ fn an_agent_that_does_not_answer_costs_a_second_and_nothing_is_sent_to_other_con
         std::fs::write(&path, config.to_string())?;
         rig.ok(&["create", "web.json"])?;
         said(&rig, "web", "waits\n")?;
-        // In the place of the monitor's end, one that says what nobody has asked for.
+        // A server in the place of the monitor that sends what was not asked for.
         std::fs::remove_file(&socket)?;
         let listener = UnixListener::bind(&socket)?;
         listener.set_nonblocking(!is_agent)?;

@@ -13,7 +13,7 @@ fn spawn(rig: &Rig, args: &[&str]) -> Result<Child> {
     Ok(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
 }
 
-/// Runs both at once; gives how many succeeded, and what the others said.
+/// Runs both at once; returns how many succeeded, and the messages of the others.
 fn both(rig: &Rig, one: &[&str], other: &[&str]) -> Result<(usize, String)> {
     let children = [spawn(rig, one)?, spawn(rig, other)?];
     let mut done = 0;
@@ -54,7 +54,7 @@ fn of_two_at_once_one_wins_and_the_other_says_why() -> Result<()> {
         ensure!(rig.state("vm")? == "suspended");
         let (done, said) = both(&rig, &["resume", "vm"], &["resume", "vm"])?;
         ensure!(done == 1 && said.contains("running already"), "{done}: {said}");
-        // The plug may be pulled at any time; a save that it ends has not been.
+        // `destroy` is allowed at any time; a save that it interrupts does not exist.
         both(&rig, &["suspend", "vm"], &["destroy", "vm"])?;
         let state = rig.state("vm")?;
         ensure!(["registered", "suspended"].contains(&state.as_str()), "it is {state}");

@@ -48,7 +48,7 @@ impl Heard {
         Self { all, reader }
     }
 
-    /// All of it, once nobody says any more.
+    /// All of it, once the output is at its end.
     pub fn whole(self) -> Result<String> {
         self.reader.join().map_err(|_| anyhow!("the reader has panicked"))?;
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,7 +102,7 @@ impl AtTerminal {
         Ok(!modes.intersects(cooked))
     }
 
-    /// It ends with that status, and the terminal is what it was.
+    /// It ends with that status, and the terminal is as it was.
     fn ends(&mut self, status: i32) -> Result<()> {
         let ended = self.child.wait()?;
         ensure!(ended.code() == Some(status), "{ended}: {}", self.screen.text());
@@ -124,7 +124,7 @@ fn a_terminal_is_raw_while_it_is_attached_and_ctrl_bracket_leaves() -> Result<()
     first.keys.write_all(b"\x1dnot for the guest\n")?;
     first.ends(0)?;
     ensure!(rig.state("web")? == "running");
-    // The next one is told what there was.
+    // The next one gets the earlier output.
     let mut second = AtTerminal::start(rig.command(&["console", "web"]))?;
     second.screen.wait_for("hello\nwaits\n\x03typed")?;
     ensure!(!second.screen.text().contains("not for the guest"));

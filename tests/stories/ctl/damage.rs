@@ -79,7 +79,7 @@ fn a_fifo_in_the_registry_holds_nobody() -> Result<()> {
         fs::remove_file(&path)?;
         let _ = fs::rename(aside, &path);
     }
-    // Nor does one in place of what a restore reads.
+    // Nor does a FIFO in place of a file that a restore reads.
     rig.ok(&["suspend", "a"])?;
     let state = rig.file("r/state/a/saved/state");
     let aside = fifo(&state)?;
@@ -104,7 +104,7 @@ fn a_verb_that_is_killed_leaves_what_the_next_one_can_use() -> Result<()> {
             break;
         }
         ensure!(Instant::now() < deadline, "nothing came of it: {seen:?}");
-        // Whatever state it is in, each of these does something in some of them.
+        // In some of the states, each of these verbs does something.
         let verbs: [&[&str]; 6] = [
             &["new", config, "--name", "vm"],
             &["start", "vm"],
@@ -124,7 +124,7 @@ fn a_verb_that_is_killed_leaves_what_the_next_one_can_use() -> Result<()> {
             ensure!(state != "killed", "after {verb:?} it is {state}");
             seen.push(state);
         }
-        // Both at once would be two of one.
+        // Both at once would be one domain under two names.
         let here = |name| Ok::<_, anyhow::Error>(rig.state(name)? != "absent");
         ensure!(!(here("vm")? && here("other")?), "after {verb:?} there are two");
         if here("other")? {
@@ -174,7 +174,7 @@ fn an_unmanaged_domain_whose_creator_was_killed_is_whole_or_gone() -> Result<()>
 fn a_monitor_whose_starter_fails_does_not_go_on_unseen() -> Result<()> {
     let mut rig = Rig::new("starter")?;
     rig.config("vm.json", "hello", "halt")?;
-    // As if somebody had killed the process that waits until it is in the background.
+    // As if the process that waits for it to go into the background had been killed.
     rig.by_script("\"$MONITOR\" \"$@\"; exit 1")?;
     let (what, _) = rig.refused(&["create", "vm.json"])?;
     ensure!(what.contains("'vm' does not start"), "{what}");
@@ -189,7 +189,7 @@ fn a_monitor_whose_starter_fails_does_not_go_on_unseen() -> Result<()> {
 pub fn monitors_in(rig: &Rig) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir("/proc")? {
-        // Some end meanwhile; others are no processes.
+        // Some end meanwhile; other entries are no processes.
         if let Ok(directory) = fs::read_link(entry?.path().join("cwd")) {
             count += usize::from(directory.starts_with(rig.file("r")));
         }
@@ -201,7 +201,7 @@ pub fn monitors_in(rig: &Rig) -> Result<usize> {
 fn a_registry_that_cannot_be_written_says_so() -> Result<()> {
     let rig = Rig::new("read-only")?;
     rig.config("vm.json", "hello", "halt")?;
-    // A file where a directory has to be is in everybody's way, the super-user's too.
+    // A file in the place of a directory stops every user, root included.
     fs::create_dir_all(rig.file("r"))?;
     fs::write(rig.file("r/state"), "in the way")?;
     let (what, _) = rig.refused(&["new", "vm.json"])?;
@@ -214,8 +214,8 @@ fn a_registry_that_cannot_be_written_says_so() -> Result<()> {
     Ok(())
 }
 
-/// What a script in [`in_a_namespace`] has at hand: `refused WORDS VERB..` is a verb that is refused
-/// in these words.
+/// What a script in [`in_a_namespace`] has at hand: `refused WORDS VERB..` is a verb that is
+/// refused in these words.
 const SHELL: &str = r#"
     refused() {
         words=$1
@@ -311,7 +311,7 @@ fn a_socket_is_taken_over_from_the_dead_and_not_from_the_living() -> Result<()> 
     rig.kill("a")?;
     ensure!(rig.file("c.sock").exists() && rig.state("a")? == "killed");
     rig.ok(&["create", "vm.json", "--name", "b"])?;
-    // So it is with the domain's own sockets.
+    // The same holds for the domain's own sockets.
     rig.ok(&["new", "vm.json", "--name", "c"])?;
     rig.ok(&["destroy", "b"])?;
     rig.ok(&["start", "c"])?;

@@ -1,5 +1,4 @@
-//! The disks of a saved domain: as they were, copies of them in another place, or such as the user
-//! vouches for.
+//! The disks of a saved domain: unchanged, copied to another place, or forced by the user.
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -37,7 +36,7 @@ fn change(disk: &Path) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-/// It is refused as it is, with the words that help, and resumes by force.
+/// It is refused as it is, with a message that helps, and resumes with `--force`.
 fn by_force_only(rig: &Rig, disk: &Path, says: &str) -> Result<()> {
     let path = disk.display().to_string();
     rig.ok(&["create", "vm.json"])?;
@@ -82,7 +81,7 @@ fn a_block_device_that_was_changed_since_is_taken_by_force_only() -> Result<()> 
     })?;
     let device = device.context("no device")?;
     by_force_only(&rig, device.path(), "spot check")?;
-    // The device can go when nobody has it open.
+    // The device can be detached when no process has it open.
     rig.clean("vm")
 }
 

@@ -111,7 +111,7 @@ fn a_managed_domain_stays_until_it_is_deleted() -> Result<()> {
             ensure!(rig.state("db")? == "killed");
             let (_, hint) = rig.refused(&["pause", "db"])?;
             ensure!(hint.contains("info db"), "{hint}");
-            // It can be started again without more ado.
+            // It can be started again at once.
             rig.ok(&["start", "db"])?;
         }
         rig.ok(&["destroy", "db"])?;
@@ -297,7 +297,7 @@ fn what_is_kept_makes_way_for_a_fresh_start() -> Result<()> {
             if make == "new" {
                 rig.ok(&["start", "vm"])?;
             }
-            // Restarted by itself, it ends again too soon, and is kept until somebody starts it.
+            // Restarted by itself, it ends again too soon, and is kept until it is started by hand.
             rig.wait_state("vm-1", state)?;
             rig.wait_state("vm", state)?;
             let pid = rig.pid("vm")?;

@@ -1,4 +1,4 @@
-//! What monitors tell: logs, events, answers; and what `stratoctl` tells of itself.
+//! The output of monitors: logs, events, answers; and of `stratoctl` itself.
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Stdio};
@@ -92,7 +92,7 @@ fn a_monitor_answers_one_command_or_as_many_as_are_typed() -> Result<()> {
     ensure!(paused.pointer("/return/status") == Some(&json!("paused")), "{paused}");
     ensure!(answers.iter().any(|m| m.pointer("/error/class") == Some(&json!("CommandNotFound"))));
     rig.ok(&["unpause", "web"])?;
-    // The end of the domain is the end of the talk.
+    // The connection ends with the domain.
     let mut child = rig
         .command(&["qmp", "web"])
         .stdin(Stdio::piped())

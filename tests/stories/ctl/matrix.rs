@@ -1,5 +1,5 @@
-//! Every verb in every state, as the documentation's table has it: done, or refused in the words that
-//! it gives, with nothing changed.
+//! Every verb in every state, compared with the documentation's table: done, or refused with the
+//! message given there, and nothing changed.
 use std::fs::{self, File, OpenOptions};
 use std::path::PathBuf;
 
@@ -45,7 +45,7 @@ fn table() -> Result<(Vec<String>, Vec<Row>)> {
     Ok((states, rows))
 }
 
-/// What a story needs to bring a domain into any state.
+/// What a test needs to bring a domain into any state.
 struct Stage {
     rig: Rig,
     config: String,
@@ -150,7 +150,7 @@ impl Stage {
     }
 }
 
-/// What is told in another story: they need a guest that answers, or a terminal.
+/// Verbs that have tests of their own: they need a guest that answers, or a terminal.
 const ELSEWHERE: [&str; 6] = ["reboot", "shutdown", "console", "dmesg", "events", "qmp"];
 
 fn column(state: &str) -> Result<()> {

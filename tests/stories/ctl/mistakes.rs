@@ -1,4 +1,4 @@
-//! What people get wrong with `stratoctl`, and what they are told.
+//! Mistakes with `stratoctl`, and its messages.
 use std::fs;
 use std::process::Stdio;
 
@@ -18,7 +18,7 @@ fn a_program_that_is_no_monitor() -> Result<()> {
         ensure!(hint.contains("--monitor FILE"), "{hint}");
     }
     ensure!(rig.state("other")? == "absent" && rig.state("vm")? == "registered");
-    // A guest that has ended before anybody has looked was no mistake.
+    // A guest that has ended before the first query is no error.
     rig.config("off.json", "hello", "poweroff")?;
     rig.ok(&["create", "off.json"])?;
     Ok(())
@@ -110,7 +110,7 @@ fn a_time_limit_is_a_wait() -> Result<()> {
     Ok(())
 }
 
-/// It listens; it does not knock over and over.
+/// It waits for events; it does not poll.
 #[test]
 fn a_wait_costs_the_monitor_next_to_nothing() -> Result<()> {
     let rig = Rig::new("waits")?;

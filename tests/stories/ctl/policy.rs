@@ -157,7 +157,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
 fn a_new_one_that_cannot_be_let_run_does_not_go_on_unseen() -> Result<()> {
     let mut rig = Rig::new("unheard")?;
     rig.patience = "2";
-    // From the second one on nobody can talk to it.
+    // From the second one on no client can reach it.
     let first = rig.file("first");
     let script = format!(
         "\"$MONITOR\" \"$@\" || exit\nif [ -e '{0}' ]; then rm qmp.sock; fi\n: >'{0}'",
@@ -191,7 +191,7 @@ fn the_new_name_is_one_that_nobody_has_and_a_renamed_domain_is_found() -> Result
     ensure!(rig.pid("other-2")? == pid && rig.pid("other")? != pid);
     ensure!(rig.state("other-1")? == "running");
     said(&rig, "other", "hello\nwaits\n")?;
-    // Reboots are not what it was for.
+    // The policy does not cover reboots.
     rig.ok(&["reboot", "-F", "other"])?;
     ensure!(rig.state("other-3")? == "absent");
     Ok(())
@@ -213,7 +213,7 @@ fn a_domain_that_was_suspended_is_still_restarted() -> Result<()> {
         Ok(rig.listed(name)?.and_then(|row| row.get("managed").cloned()))
     };
     ensure!(managed("web")? == Some(json!(true)) && managed("web-1")? == Some(json!(false)));
-    // Somebody who kills what restarts it has a domain that is kept.
+    // If the process that restarts the domain is killed, the domain is kept.
     said(&rig, "web", "waits\n")?;
     for entry in fs::read_dir("/proc")?.flatten() {
         let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What each story begins with: a registry, `stratoctl`, guests.
+//! The set-up of each test: a registry, `stratoctl`, guests.
 use std::env;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
@@ -27,13 +27,13 @@ const GUESTS: [(&str, &[u8]); 4] = [
 /// Where `count` counts.
 const COUNTER: u64 = 4 << 20;
 
-/// A registry of the story's own; its domains are ended and its files gone afterwards.
+/// A registry of the test's own; its domains are ended and its files gone afterwards.
 pub struct Rig {
     pub paths: Paths,
     pub dir: PathBuf,
     monitor: PathBuf,
     stratoctl: PathBuf,
-    /// Seconds after which a monitor counts as hung. Many, unless the story is about such: on a busy
+    /// Seconds after which a monitor counts as hung. Many, unless the test is about such: on a busy
     /// host any process may stand still for a while.
     pub patience: &'static str,
 }
@@ -49,7 +49,7 @@ impl Rig {
         Ok(Self { paths, dir, monitor, stratoctl, patience: "30" })
     }
 
-    /// Has monitors started by a shell's script from here on, which knows `$MONITOR`.
+    /// From here on, starts monitors by a shell script, which has `$MONITOR`.
     pub fn by_script(&mut self, script: &str) -> Result<()> {
         let (text, program) = (self.file("monitor.sh"), self.file("monitor"));
         fs::write(&text, format!("#!/bin/sh\nMONITOR='{}'\n{script}\n", self.monitor.display()))?;
@@ -58,8 +58,8 @@ impl Rig {
         Ok(())
     }
 
-    /// Has monitors wait before they start, for as long as there is a file called `hold`, which is
-    /// there now.
+    /// Makes monitors wait before they start, as long as there is a file `hold`, which this
+    /// creates.
     pub fn hold(&mut self) -> Result<()> {
         let hold = self.file("hold");
         fs::write(&hold, "")?;
@@ -122,7 +122,7 @@ impl Rig {
         Ok(out)
     }
 
-    /// It does it; gives its JSON.
+    /// Runs a verb that succeeds; returns its JSON.
     pub fn ok(&self, args: &[&str]) -> Result<Value> {
         let out = self.run(&[&["--json"], args].concat())?;
         let said = String::from_utf8_lossy(&out.stderr);
@@ -130,7 +130,7 @@ impl Rig {
         serde_json::from_slice(&out.stdout).with_context(|| format!("{args:?}"))
     }
 
-    /// It does not; gives its reason and its hint.
+    /// Runs a verb that fails; returns its reason and its hint.
     pub fn refused(&self, args: &[&str]) -> Result<(String, String)> {
         let out = self.run(&[&["--json"], args].concat())?;
         let said = String::from_utf8_lossy(&out.stderr);
@@ -198,7 +198,7 @@ impl Rig {
         Ok(())
     }
 
-    /// End whatever is called `name`.
+    /// End every process called `name`.
     pub fn clean(&self, name: &str) -> Result<()> {
         if let Ok(pid) = self.pid(name) {
             self.signal(pid, Signal::CONT)?;

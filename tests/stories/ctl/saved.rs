@@ -1,4 +1,4 @@
-//! Domains go on from where they were saved.
+//! Domains resume from where they were saved.
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
@@ -72,7 +72,7 @@ fn a_save_with_its_disks_begets_domains_with_disks_of_their_own() -> Result<()> 
     };
     for name in ["one", "two"] {
         rig.ok(&["restore", "kept", "--name", name])?;
-        // It finds out when its disk is not of one moment with its memory.
+        // It notices when its disk and its memory are not of the same moment.
         rig.says(name, "balanced\nbalanced")?;
         ensure!(disks(name)?.len() == 1, "{:?}", disks(name)?);
     }
@@ -109,7 +109,7 @@ fn a_restored_guest_is_told_the_time_where_it_has_an_agent() -> Result<()> {
         std::fs::write(&path, config.to_string())?;
         rig.ok(&["create", "vm.json"])?;
         rig.ok(&["save", "vm", "kept"])?;
-        // Nobody answers there.
+        // No monitor answers there.
         let said = rig.ok(&["restore", "kept", "--clock", "realtime"])?;
         ensure!(said.get("state") == Some(&json!("running")), "{said}");
         ensure!(said.get("clock_set") == told, "{said}");
@@ -184,7 +184,7 @@ fn what_a_monitor_has_saved_by_itself_is_restored() -> Result<()> {
         ensure!(shown == [json!(state), json!(1), json!(16 << 20)].map(Some), "{row}");
     }
     rig.ok(&["info"])?;
-    // From here on it is as any other.
+    // From here on it is like any other.
     rig.ok(&["save", "vm", "again"])?;
     ensure!(rig.counted(&rig.file("again"))? >= rig.counted(&kept)?);
     rig.ok(&["restore", "again"])?;
@@ -212,7 +212,7 @@ fn a_guest_that_has_ended_is_kept_as_it_is() -> Result<()> {
                 rig.file("kept/domain.json"),
                 record.replace("\"preserve\"", &format!("\"{then}\"")),
             )?;
-            // Not even whoever restarts what ends takes it for one that ends now.
+            // Not even the process that restarts ended domains takes it for one that ends now.
             for how in [&["restore", "kept"][..], &["restore", "kept", "-p"]] {
                 let said = rig.ok(how)?;
                 ensure!(said.get("state") == Some(&json!(state)), "{said}");
@@ -239,7 +239,7 @@ fn a_restore_that_takes_long_is_shown_as_a_start() -> Result<()> {
     };
     let mut child = begin()?;
     rig.wait_state("slow", "starting")?;
-    // Whoever acts on it waits for it; the plug can be pulled once nobody starts it any more.
+    // Verbs that act on it wait for it; `destroy` works once no process is starting it any more.
     child.kill()?;
     child.wait()?;
     ensure!(rig.state("slow")? == "starting");
@@ -275,7 +275,8 @@ fn a_suspended_domain_stays_listed_and_goes_on() -> Result<()> {
         let (_, hint) = rig.refused(&["start", "vm"])?;
         ensure!(hint.contains("resume vm"), "{hint}");
         if round == 2 {
-            // The state counts until the guest runs: a monitor that dies before costs nothing.
+            // The state is valid until the guest runs: a monitor that dies before that costs
+            // nothing.
             rig.ok(&["resume", "vm", "-p"])?;
             ensure!(rig.state("vm")? == "paused" && store.exists());
             rig.kill("vm")?;
@@ -289,7 +290,7 @@ fn a_suspended_domain_stays_listed_and_goes_on() -> Result<()> {
             rig.ok(&["resume", "vm"])?;
         }
         ensure!(rig.state("vm")? == "running" && !store.exists(), "the state still counts");
-        // From here on it would not fit the disks.
+        // From here on it would not match the disks.
         if round == 3 {
             rig.kill("vm")?;
             ensure!(rig.state("vm")? == "killed");
@@ -337,14 +338,15 @@ fn the_plug_of_a_suspended_domain_can_be_pulled() -> Result<()> {
     Ok(())
 }
 
-/// A guest whose save takes a minute unless [`hurry`] is told, and a `stratoctl` in the middle of it.
+/// A guest whose save takes a minute unless [`hurry`] is called, and a `stratoctl` in the middle of
+/// it.
 fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
     let mut rig = Rig::new(story)?;
     let (plan, library) = (rig.file("plan"), rig.file("fail.so"));
     fs::write(&library, include_bytes!(concat!(env!("OUT_DIR"), "/fail.so")))?;
     fs::write(&plan, "pwrite 0 0")?;
     let prefix = format!("FAIL='{}' LD_PRELOAD='{}'", plan.display(), library.display());
-    // What the library does to find out what to do is not what the filter expects of a monitor.
+    // The preloaded library makes system calls that the monitor's filter does not allow.
     rig.by_script(&format!("{prefix} exec \"$MONITOR\" \"$@\" -disable-seccomp"))?;
     let path = rig.config("vm.json", "fill", "248")?;
     let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
@@ -355,7 +357,7 @@ fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
     rig.says("vm", "filled")?;
     let child = rig.command(verb).stderr(Stdio::piped()).spawn()?;
     rig.wait_state("vm", "saving")?;
-    // It counts as such from before its monitor has been told.
+    // It is `saving` even before its monitor gets the command.
     let deadline = Instant::now() + SOON;
     loop {
         let save = rig.ok(&["qmp", "vm", "query-migrate"])?;
@@ -366,7 +368,7 @@ fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
     }
 }
 
-/// Lets a save go on as fast as it can.
+/// Lets a save run as fast as it can.
 fn hurry(rig: &Rig) -> Result<()> {
     Ok(fs::write(rig.file("plan"), "")?)
 }
@@ -395,7 +397,7 @@ fn a_save_goes_on_without_the_one_who_asked_for_it() -> Result<()> {
     child.wait()?;
     hurry(&rig)?;
     rig.ok(&["wait", "vm", "saved"])?;
-    // Saved and not ended: it may go on, and what was saved counts no more then.
+    // Saved and not ended: it may run on, and the saved state is no longer valid then.
     ensure!(rig.state("vm")? == "paused");
     rig.ok(&["unpause", "vm"])?;
     ensure!(!rig.file("r/state/vm/saved").exists());
@@ -420,7 +422,7 @@ fn a_machine_that_was_begun_in_place_of_the_saved_one_is_left_alone() -> Result<
         let (rig, child) = in_the_middle_of_a_save(story, &["suspend", "vm"])?;
         let pid = i32::try_from(child.id())?;
         if !fails {
-            // What it is told by the monitor it only reads afterwards.
+            // It reads the monitor's messages only afterwards.
             rig.signal(pid, Signal::STOP)?;
             hurry(&rig)?;
             let deadline = Instant::now() + SOON;

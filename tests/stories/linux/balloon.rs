@@ -1,4 +1,4 @@
-//! Linux's own driver fills the balloon, reports what is freed, and tells its statistics.
+//! Linux's own driver fills the balloon, reports freed memory, and gives its statistics.
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,21 +11,21 @@ use stories::resident::guest_memory;
 
 use crate::snapshot::Shape;
 
-/// Has the guest write `mib` MiB to a file system in its memory.
+/// Makes the guest write `mib` MiB to a file system in its memory.
 fn write(guest: &mut Monitor, mib: u64) -> Result<()> {
     guest.sh("mount -t tmpfs -o size=90% none /mnt")?;
     guest.sh(&format!("head -c {mib}m /dev/urandom > /mnt/file"))?;
     Ok(())
 }
 
-/// Has the guest touch nearly all of its memory: what it writes is freed again.
+/// Makes the guest touch nearly all of its memory, and free it again.
 fn touch(guest: &mut Monitor, mib: u64) -> Result<()> {
     write(guest, mib / 4 * 3)?;
     guest.sh("umount /mnt")?;
     Ok(())
 }
 
-/// Waits until the guest has left itself `bytes`.
+/// Waits until the guest keeps only `bytes`.
 fn fill(qmp: &mut Client, bytes: u64) -> Result<()> {
     qmp.execute_raw("balloon", json!({ "value": bytes }))?;
     let deadline = Instant::now() + SOON;
@@ -49,8 +49,8 @@ fn gives_half_back(guest: &mut Monitor, qmp: &mut Client, mib: u64) -> Result<()
     fill(qmp, all)
 }
 
-/// Half of the memory goes into the balloon, also after the machine was restored from a file that its
-/// memory is mapped from.
+/// Half of the memory goes into the balloon, also after the machine was restored from a file that
+/// its memory is mapped from.
 pub fn half(story: &Story, shape: Shape) -> Result<()> {
     let vm = shape.vm(story)?.args(&["-balloon", "deflate-on-oom=on"]);
     let mut guest = vm.start(&story.paths, &story.dir)?;
@@ -88,7 +88,7 @@ pub fn half(story: &Story, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// What the guest has freed goes back to the host without anybody's asking.
+/// Memory that the guest has freed goes back to the host without a request.
 pub fn freed(story: &Story, shape: Shape) -> Result<()> {
     let reporting = ["-balloon", "free-page-reporting=on"];
     let mut guest = shape.vm(story)?.args(&reporting).start(&story.paths, &story.dir)?;

@@ -7,7 +7,7 @@ use stories::monitor::{Monitor, Vm};
 
 use crate::snapshot::Shape;
 
-/// Boots to the shell and looks at what every guest has to have.
+/// Boots to the shell and checks what every guest has to have.
 fn boots(story: &Story, kernel: Kernel) -> Result<Monitor> {
     let vm = Vm::linux(&story.paths, kernel).append("one=1=1 rootflags=data=ordered");
     let cmdline = vm.cmdline().to_owned();
@@ -84,8 +84,8 @@ pub fn memory_above_4_gib(story: &Story, shape: Shape) -> Result<()> {
     Ok(())
 }
 
-/// Debian's kernel has neither MP tables nor `virtio_mmio.device=`: without ACPI it has one processor
-/// and the devices of a PC of old. What is left has to work.
+/// Debian's kernel has neither MP tables nor `virtio_mmio.device=`: without ACPI it has one
+/// processor and the devices of an old PC. What is left has to work.
 pub fn without_acpi(story: &Story) -> Result<()> {
     let vm = Vm::linux(&story.paths, Kernel::Elf).append("acpi=off");
     let mut guest = vm.start(&story.paths, &story.dir)?;

@@ -1,4 +1,4 @@
-//! Disks and networks do what a guest expects, and the host finds it done.
+//! Disks and networks do what a guest expects, and the host sees the results.
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -69,7 +69,7 @@ pub fn ping_and_tcp(story: &Story, shape: Shape) -> Result<()> {
         let (mut stream, _) = listener.accept()?;
         let mut sending = stream.try_clone()?;
         let sender = thread::spawn(move || -> std::io::Result<()> {
-            // Not closed by itself: busybox's nc stops sending when the other side has ended.
+            // Not closed by itself: busybox's nc stops sending when the peer has ended.
             sending.write_all(&numbers())
         });
         let mut received = Vec::new();

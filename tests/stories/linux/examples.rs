@@ -9,10 +9,10 @@ use stories::guest::{Kernel, initramfs, root_disk};
 use stories::monitor::{BOOT, Vm};
 use stories::net::Tap;
 
-/// Begins the names of these stories; the name of the file ends them.
+/// Prefix of the names of these tests; the file's name follows.
 const NAME: &str = "the_example_boots_";
 
-/// One story for each file in `dir`.
+/// One test for each file in `dir`.
 pub fn stories(dir: &Path) -> Result<Vec<Told>> {
     let mut stories: Vec<Told> = Vec::new();
     for entry in fs::read_dir(dir).with_context(|| format!("no {}", dir.display()))? {
@@ -33,7 +33,8 @@ fn boots(story: &Story, text: &str) -> Result<()> {
     let mut taps = Vec::new();
     if let Some(boot) = config.get_mut("boot-source") {
         put(boot, "kernel_image_path", json!(Kernel::Elf.path(&story.paths)));
-        // Debian's drivers are modules: they come in the initramfs, whatever the root file system is.
+        // Debian's drivers are modules: they come in the initramfs, whatever the root file system
+        // is.
         if let Value::Object(boot) = boot {
             boot.insert("initrd_fs_path".to_owned(), json!(initramfs(&story.paths)));
         }

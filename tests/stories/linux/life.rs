@@ -1,4 +1,4 @@
-//! QMP and the guest decide when a machine runs and how it ends; both are told the truth about it.
+//! QMP and the guest decide when a machine runs and how it ends; both get correct reports of it.
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ fn started(story: &Story, shape: Shape) -> Result<Monitor> {
 
 fn uptime(guest: &mut Monitor) -> Result<Duration> {
     let shown = guest.sh("cut -d ' ' -f 1 /proc/uptime")?;
-    // What runs in the background may have its lines in between.
+    // Background programs may print lines in between.
     let seconds = shown.split_whitespace().find_map(|word| word.parse().ok());
     Ok(Duration::from_secs_f64(seconds.with_context(|| format!("uptime {shown}"))?))
 }
@@ -98,7 +98,7 @@ pub fn reboot(story: &Story, shape: Shape) -> Result<()> {
     };
     guest.type_in("reboot -f\n")?;
     boots_again(&mut guest, &mut qmp)?;
-    // With no program asking to be told, the kernel itself acts on these keys.
+    // When no program listens for these keys, the kernel itself acts on them.
     let key = |name: &str| json!({ "type": "qcode", "data": name });
     let keys = json!({ "keys": [key("ctrl"), key("alt"), key("delete")] });
     ensure!(qmp.execute_raw("send-key", keys)? == json!({}));

@@ -1,6 +1,6 @@
-//! What is done to the slots of a Linux guest is so after it was saved in any way and restored in any way:
-//! {plugged, unplugged, replaced, resized, link set, limited} x {running, stopped} x {saved, suspended,
-//! incremental, streamed} x {mapped, copied, uffd}, the file system checked after each.
+//! A change to the slots of a Linux guest survives every way of saving and of restoring it:
+//! {plugged, unplugged, replaced, resized, link set, limited} x {running, stopped} x {saved,
+//! suspended, incremental, streamed} x {mapped, copied, uffd}, the file system checked after each.
 //!
 //! One guest goes through all of it: each restored machine is the next one's beginning.
 use std::fmt;
@@ -48,12 +48,12 @@ enum Way {
     Stream,
 }
 
-/// What `-incoming` says behind the path, for each way. A stream is read in one way only.
+/// The options of `-incoming` after the path, for each way. A stream is read in one way only.
 const WAYS: [(Way, &[&str]); 4] =
     [(Way::Save, MAPPED), (Way::Suspend, MAPPED), (Way::Incremental, MAPPED), (Way::Stream, &[""])];
 const MAPPED: &[&str] = &[",mapped=on", ",mapped=off", ",mapped=uffd"];
 
-/// One of all the ways.
+/// A random one of all the ways.
 #[derive(Debug, Clone, Copy)]
 struct Cell {
     change: Change,
@@ -82,7 +82,8 @@ fn cells() -> Vec<Cell> {
     cells
 }
 
-/// The guest's disks by slot: one that comes and goes, the one with the file system, one that grows.
+/// The guest's disks by slot: one that comes and goes, the one with the file system, one that
+/// grows.
 const FIRST: &str = "vda";
 const GROWS: &str = "vdc";
 const EXTRA: &str = "vdd";
@@ -168,7 +169,7 @@ impl<'a> Guest<'a> {
         plug_with(&mut self.qmp, &id, &path, &addr.to_string(), how)
     }
 
-    /// What `change` needs to be there, while the guest runs.
+    /// Prepares what `change` needs, while the guest runs.
     fn prepare(&mut self, change: Change) -> Result<()> {
         let there = match change {
             Change::Plug => false,
@@ -271,7 +272,8 @@ impl<'a> Guest<'a> {
             let uri = format!("file:{}", base.display());
             self.migrate(json!({ "uri": uri, "track": true, "resume": true }))?;
         }
-        // A guest that runs on after its save must not write: it is its disk of that moment that counts.
+        // A guest that runs on after its save must not write: the restore needs its disk as of that
+        // moment.
         self.monitor.sh("fsfreeze --freeze /mnt")?;
         if stopped {
             self.qmp.execute_raw("stop", json!({}))?;
@@ -307,7 +309,7 @@ impl<'a> Guest<'a> {
         self.monitor.sh("fsfreeze --unfreeze /mnt")?;
         self.looks()?;
         holds(&mut self.monitor, "after")?;
-        // Its memory may be mapped still.
+        // Its memory file may still be mapped.
         for old in [saved, base] {
             let _ = if old.is_dir() { fs::remove_dir_all(old) } else { fs::remove_file(old) };
         }
@@ -338,7 +340,7 @@ pub fn whole(story: &Story, shape: Shape, stopped: bool) -> Result<()> {
     go(story, shape, &cells)
 }
 
-/// `number` of these, others each time.
+/// `number` of these, chosen at random.
 pub fn sample(story: &Story, shape: Shape, stopped: bool, number: usize) -> Result<()> {
     let seed = stories::seed::get()?;
     println!("{SEED}={seed}: {number} of sixty ways");

@@ -1,5 +1,6 @@
-//! Disks that come, grow and go under a Linux guest, through every way of saving it and of restoring it.
-//! Linux takes every feature that a slot offers, and checks what it reads by its file system.
+//! Disks are plugged, resized and unplugged under a Linux guest, in every way of saving and
+//! restoring it. Linux takes every feature that a slot offers, and checks what it reads by its file
+//! system.
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -14,7 +15,7 @@ use stories::monitor::{Monitor, Vm};
 
 use crate::snapshot::Shape;
 
-/// How the guest is saved, and what `-incoming` says behind the path.
+/// How the guest is saved, and the options of `-incoming` after the path.
 const WAYS: [(&str, &str); 10] = [
     ("suspend", ",mapped=on"),
     ("suspend", ",mapped=off"),
@@ -84,7 +85,8 @@ pub fn sees(guest: &mut Monitor, disk: &str, sectors: u64) -> Result<()> {
     guest.sh(&format!("until [ $(cat {size}) = {sectors} ]; do usleep 10000; done")).map(drop)
 }
 
-/// The file system holds what it should, `file` can be written to it, and its free blocks be given back.
+/// The file system holds what it should, `file` can be written to it, and its free blocks be given
+/// back.
 pub fn holds(guest: &mut Monitor, file: &str) -> Result<()> {
     guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
     guest.sh(HOLDS)?;
@@ -110,8 +112,8 @@ fn tools(story: &Story) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A slot that was empty offers everything to Linux, whatever comes into it; `mke2fs` then asks for all of the
-/// disk to be discarded.
+/// A slot that was empty offers everything to Linux, whatever comes into it; `mke2fs` then asks for
+/// all of the disk to be discarded.
 pub fn made_by_the_guest(story: &Story, shape: Shape) -> Result<()> {
     let tools = tools(story)?;
     let mut guest = shape.vm(story)?.start(&story.paths, &story.dir)?;
@@ -163,8 +165,8 @@ pub fn slots(story: &Story) -> Result<()> {
     guest.sh("mount -o discard /dev/vdb /mnt && seq 1 20000 > /mnt/plugged && sync")?;
     for (number, (way, how)) in WAYS.into_iter().enumerate() {
         let name = format!("{way}{how}");
-        // Something else in another slot each time: a disk that can be written where a read-only one
-        // was, one that has grown, an empty slot.
+        // Something else in another slot each time: a disk that can be written where a read-only
+        // one was, one that has grown, an empty slot.
         let (id, other) = (format!("disk{number}"), image(&format!("other{number}.img")));
         File::create(&other)?.set_len(1 << 20)?;
         if number == 0 {

@@ -1,5 +1,5 @@
-//! A guest at work is saved and goes on in other processes: nothing that it acknowledged is lost,
-//! its file system is whole, its clocks and counters go on, its connections last.
+//! A busy guest is saved and resumes in other processes: nothing that it acknowledged is lost, its
+//! file system is intact, its clocks and counters continue, its connections survive.
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use stories::net::Tap;
 use stories::paths::SEED;
 use stories::stream::{PACE, Tally, exchange};
 
-/// The guest's and its machine's.
+/// The parameters of the guest and its machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
     /// With the given kernel on this machine's own KVM; else Debian's.
@@ -42,7 +42,7 @@ impl Shape {
 const MAC: &str = "52:54:00:12:34:56";
 const HOST: &str = "10.9.0.1/24";
 const PEER: &str = "10.9.0.1:7000";
-/// What a kernel says when something has gone wrong.
+/// Kernel messages when something has gone wrong.
 const BAD: &str = "soft lockup|BUG:|Oops|Call Trace|I/O error|EXT4-fs error|detected stall|\
                    blocked for more than|clocksource: Marking|NETDEV WATCHDOG";
 
@@ -57,7 +57,7 @@ impl Shape {
     }
 }
 
-/// How far `load` has come in the guest.
+/// The progress of `load` in the guest.
 #[derive(Debug, Clone, Copy, Default)]
 struct Done {
     count: u64,
@@ -67,7 +67,7 @@ struct Done {
     record: u64,
 }
 
-/// Reads what `load` has said. Lines that a save cut in two do not count.
+/// Parses the output of `load`. Lines that a save cut in two do not count.
 fn done(console: &str) -> Result<Done> {
     let mut done = Done::default();
     let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
@@ -159,7 +159,7 @@ impl Busy {
     }
 }
 
-/// Saves into `directory`; gives how long the guest stood still, if it runs on.
+/// Saves into `directory`; returns how long the guest was stopped, if it runs on.
 fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     let uri = format!("file:{}", directory.display());
     qmp.execute_raw("migrate", json!({ "uri": uri, "resume": resume }))?;
@@ -168,7 +168,7 @@ fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     Ok(info)
 }
 
-/// A new process that goes on from `saved`, with `image` for a disk and on the tap named.
+/// A new process that resumes from `saved`, with `image` for a disk and on the tap named.
 fn restore(story: &Story, saved: &Path, number: usize, image: &Path, tap: &str) -> Result<Monitor> {
     let dir = story.dir.join(number.to_string());
     fs::create_dir_all(&dir)?;
@@ -203,7 +203,7 @@ fn is_whole(story: &Story, image: &Path, unmounted: bool) -> Result<()> {
     check_ext4(&story.debian, image, false).map(drop)
 }
 
-/// Nothing in the guest has noticed but the clock on the wall.
+/// Nothing in the guest has noticed, except for the wall clock.
 fn is_well(guest: &mut Monitor, name: &str) -> Result<()> {
     let log = ask(guest, &format!("dmesg | grep -E '{BAD}' || true"))?;
     ensure!(log.is_empty(), "{name}: the kernel says\n{log}");
@@ -212,8 +212,8 @@ fn is_well(guest: &mut Monitor, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Goes on from `saved` as often as `shape` says; each time with a copy of `image` and on another tap.
-/// With a peer, the first one finds it still there; each does `prepare` first.
+/// Resumes from `saved` as often as `shape` says; each time with a copy of `image` and on another
+/// tap. With a peer, the first one is still connected to it; each runs `prepare` first.
 fn again_and_again(
     story: &Story,
     shape: Shape,
@@ -228,7 +228,7 @@ fn again_and_again(
         let own = story.dir.join("own.img");
         copy_image(image, &own)?;
         let tap_name = format!("again{number}");
-        // Only one of them can have the peer's address; the others talk to nobody.
+        // Only one of them can have the peer's address; the others have no peer.
         let address = if number == 0 { HOST.to_owned() } else { format!("10.8.{number}.1/24") };
         let tap = Tap::create(&story.debian, &tap_name, &address)?;
         let guest = restore(story, saved, number, &own, &tap_name)?;
@@ -247,7 +247,7 @@ fn again_and_again(
         }
         let after = until(&mut busy.guest, &name, |d| d.record > before.record + 5)?;
         is_well(&mut busy.guest, &name)?;
-        // Every other one loses its power.
+        // Every second one is killed without an unmount.
         let unmounted = number % 2 == 0;
         if unmounted {
             let stop = "killall load; while pidof load > /dev/null; do usleep 10000; done";
@@ -261,7 +261,7 @@ fn again_and_again(
     Ok(())
 }
 
-/// Saved the plain way: it stands still from then on, and the first that goes on takes its place.
+/// A plain save: it is stopped from then on, and the first restored one takes its place.
 pub fn stopped(story: &Story, shape: Shape) -> Result<()> {
     let mut busy = Busy::start(story, shape)?;
     let mut qmp = busy.guest.qmp()?;
@@ -281,8 +281,8 @@ pub fn stopped(story: &Story, shape: Shape) -> Result<()> {
     again_and_again(story, shape, &saved, &image, before, Some(tally), "")
 }
 
-/// Saved while it runs on. Its file system is frozen as whoever copies a disk in use has to do it;
-/// reads, the network and the counting go on.
+/// Saved while it runs on. Its file system is frozen, as is necessary to copy a disk in use; reads,
+/// the network and the counting continue.
 pub fn live(story: &Story, shape: Shape) -> Result<()> {
     let mut busy = Busy::start(story, shape)?;
     let mut qmp = busy.guest.qmp()?;
@@ -305,7 +305,8 @@ pub fn live(story: &Story, shape: Shape) -> Result<()> {
     again_and_again(story, shape, &saved, &image, before, None, "fsfreeze --unfreeze /mnt")
 }
 
-/// Saved at any moment of its boot, `times` times; whatever it was at, it comes up in another process.
+/// Saved at any moment of its boot, `times` times; whatever it was doing, it finishes booting in
+/// another process.
 pub fn any_moment(story: &Story, shape: Shape, times: usize) -> Result<()> {
     let image = story.dir.join("data.img");
     make_ext4(&story.debian, &image, 16 << 20, None)?;

@@ -1,4 +1,4 @@
-//! Two builds of this monitor, in turns: what has become slower, and how sure that is.
+//! Two builds of this monitor, in turns: what has become slower, and how certain that is.
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{fs, thread};
@@ -24,11 +24,11 @@ pub const TIMES: usize = 200;
 pub const IO_TIMES: usize = 20;
 /// A build is worse if an interval lies wholly above this.
 pub const TOLERANCE: f64 = 1.03;
-/// Fewer runs give no verdict: not even the least and the greatest of them hold the true median between
-/// them with a probability of 95 %.
+/// Fewer runs give no verdict: even the interval from the least to the greatest does not contain
+/// the true median with a probability of 95 %.
 const FEWEST: usize = 6;
-/// How often one save is restored. How its file lies in the page cache decides by some 15 % how quickly it
-/// is mapped: two builds that each restored one save would differ by chance.
+/// How often one save is restored. The layout of its file in the page cache changes the time to map
+/// it by some 15 %, so two builds that each restored one save would differ by chance.
 const TURNS_OF_A_SAVE: usize = 10;
 /// What is compared.
 const FIGURES: [(Scenario, Metric); 10] = [
@@ -55,7 +55,7 @@ pub struct Plan {
     pub io_times: usize,
 }
 
-/// The monitor that `named` means: a program, or a directory that has one.
+/// The monitor that `named` refers to: a program, or a directory that contains one.
 ///
 /// # Errors
 /// There is none.
@@ -74,7 +74,7 @@ pub fn program(named: &Path) -> Result<PathBuf> {
 /// Measures both.
 ///
 /// # Errors
-/// One of them fails: the other has nothing to be compared with then.
+/// One of them fails, so that the other cannot be compared.
 pub fn measure(rig: &Rig, plan: &Plan) -> Result<()> {
     let [first, second] = &plan.programs;
     let [a, b] = NAMES;
@@ -108,9 +108,9 @@ pub fn measure(rig: &Rig, plan: &Plan) -> Result<()> {
     in_turns(rig, &builds, plan.io_times, Scenario::Linux, |turn| turn.devices())
 }
 
-/// A copy of `program`. How a program came into the page cache decides how many of its pages are mapped
-/// at once, and what another process maps, too, is not private: two copies of one program that came
-/// there in different ways differ by 2 % of private memory.
+/// A copy of `program`. The way in which a program was read into the page cache decides how many of
+/// its pages are mapped at once, and pages that another process maps, too, are not private. So two
+/// copies of one program that were read in different ways differ by 2 % of private memory.
 fn build(rig: &Rig, name: &str, program: &Path) -> Result<Found> {
     let copy = rig.dir.join(format!("build-{name}"));
     fs::copy(program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
@@ -118,7 +118,7 @@ fn build(rig: &Rig, name: &str, program: &Path) -> Result<Found> {
     Ok(Found::build(name, copy))
 }
 
-/// Lets both do something `times` times, the one that begins alternating.
+/// Runs a step `times` times for both; which one begins alternates.
 fn in_turns(
     rig: &Rig,
     builds: &[Found; 2],
@@ -158,7 +158,7 @@ impl Row {
     }
 }
 
-/// What both come to; figures that were not measured are left out.
+/// The results of both; figures that were not measured are left out.
 #[must_use]
 pub fn rows(figures: &Figures) -> Vec<Row> {
     let row = |(scenario, metric): (Scenario, Metric)| {
@@ -170,7 +170,7 @@ pub fn rows(figures: &Figures) -> Vec<Row> {
     FIGURES.into_iter().filter_map(row).collect()
 }
 
-/// The table that people read.
+/// The table for people.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
     let [a, b] = NAMES;
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn an_interval_that_reaches_below_the_tolerance_is_no_verdict() {
-        // 5 % more in the middle, and so much noise that it may be nothing.
+        // A median 5 % higher, and so much noise that it may mean nothing.
         let noisy: Vec<f64> = (0..20).map(|turn| 53.0 + f64::from(turn * 7 % 20 - 10)).collect();
         let rows = rows(&figures(Metric::FirstByte, &around(50.0), &noisy));
         assert!(rows[0].cost.ratio > TOLERANCE && !rows[0].is_worse(), "{:?}", rows[0]);

@@ -1,5 +1,5 @@
-//! The figures as a picture (SVG): what was compared where and when, then a panel for each metric with
-//! a bar for each monitor.
+//! The figures as a picture (SVG): what was compared where and when, then a panel for each metric
+//! with a bar for each monitor.
 use std::fmt::Write;
 
 use super::figures::{Figures, Row, Summary, short};
@@ -106,8 +106,8 @@ fn samples(row: &Row) -> String {
     }
 }
 
-/// A bar as long as the median, a whisker from the least to the greatest; the median and, for all but
-/// this monitor, the ratio in figures.
+/// A bar as long as the median, a whisker from the least to the greatest; the median and, for all
+/// but this monitor, the ratio in figures.
 fn bar(
     body: &mut String,
     cell: &Summary,
@@ -149,7 +149,7 @@ fn text(body: &mut String, x: f64, y: f64, style: &str, words: &str) {
     let _ = writeln!(body, "<text x=\"{x:.1}\" y=\"{y:.1}\" {style}>{}</text>", escaped(words));
 }
 
-/// As XML takes it: without what steers a terminal, which a monitor's last words may have.
+/// Escaped for XML, without terminal control characters, which a monitor's last messages may have.
 fn escaped(words: &str) -> String {
     let words = words.replace('&', "&amp;").replace('<', "&lt;");
     words.chars().filter(|&c| c == '\n' || !c.is_control()).collect()

@@ -1,4 +1,4 @@
-//! How a monitor is steered: QMP, or HTTP over a Unix socket.
+//! How a monitor is controlled: by QMP, or by HTTP over a Unix socket.
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -20,7 +20,7 @@ pub enum Protocol {
     Qmp,
     /// Requests of HTTP.
     Http {
-        /// Answers as soon as anything does.
+        /// Answers as soon as the monitor answers any request.
         ready: Request,
         /// The nearest to `query-status`.
         status: Request,
@@ -47,7 +47,7 @@ pub enum Connection {
     },
 }
 
-/// What can be asked of a monitor.
+/// A request to a monitor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
     /// The run state.
@@ -59,10 +59,10 @@ pub enum Verb {
 }
 
 impl Connection {
-    /// Connects, and waits for the first sign that requests are answered. Gives that moment too.
+    /// Connects, and waits for the first sign that requests are answered. Returns that moment, too.
     ///
     /// # Errors
-    /// Nobody listens (yet), or what answers is something else.
+    /// No monitor listens (yet), or the answer is not a monitor's.
     pub fn open(protocol: Protocol, socket: &Path) -> Result<(Self, Instant)> {
         match protocol {
             Protocol::Qmp => {
@@ -106,7 +106,7 @@ impl Connection {
         }
     }
 
-    /// Sends a command of QMP with a file that goes under `name` in the monitor.
+    /// Sends a command of QMP with a descriptor, which gets the name `name` in the monitor.
     ///
     /// # Errors
     /// The monitor refuses, or speaks HTTP.
@@ -131,7 +131,7 @@ impl Connection {
         }
     }
 
-    /// Asks for something; how long it took to get the answer.
+    /// Sends a request; returns how long the answer took.
     ///
     /// # Errors
     /// The monitor refuses, or does not answer.
@@ -213,7 +213,7 @@ mod tests {
         cont: ("PATCH", "/vm", r#"{"state":"Resumed"}"#),
     };
 
-    /// Answers one request after another with what `answers` has, and gives what was asked.
+    /// Answers one request after another from `answers`, and returns the requests.
     fn server(answers: &'static [&'static str]) -> (tempdir::Dir, thread::JoinHandle<String>) {
         let dir = tempdir::Dir::new();
         let listener = UnixListener::bind(dir.socket()).unwrap();

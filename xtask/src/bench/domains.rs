@@ -1,4 +1,4 @@
-//! `stratoctl` with many domains, as a person has them: each verb a process of its own.
+//! `stratoctl` with many domains, used as by a person: each verb in a process of its own.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -44,7 +44,7 @@ pub fn lists(stratoctl: &Path, monitor: &Path, kernel: &Path, dir: &Path) -> Res
             .collect()
     };
     let times = measure();
-    // Whatever has become of the others.
+    // Even if ending another one has failed.
     let ended: Vec<_> = names.iter().map(|name| rig.verb(&["destroy", name])).collect();
     let times = times?;
     ended.into_iter().try_for_each(|ended| ended.map(drop))?;

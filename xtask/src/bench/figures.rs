@@ -1,4 +1,4 @@
-//! What was measured: samples by scenario, metric and monitor; what they come to; as a table and as
+//! The measurements: samples by scenario, metric and monitor, and their summary, as a table and as
 //! JSON.
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -19,9 +19,9 @@ pub struct Figures {
     pub runs: usize,
     /// Name and version, in the order they take turns; the first is the one to compare with.
     pub monitors: Vec<(String, String)>,
-    /// What was looked for and not found.
+    /// The monitors that were not found.
     pub missing: Vec<String>,
-    /// What went wrong, as often as it did.
+    /// Every failure, repeated ones included.
     pub failed: Vec<Failure>,
     samples: BTreeMap<(Scenario, Metric), BTreeMap<String, Vec<f64>>>,
 }
@@ -39,7 +39,7 @@ pub struct Failure {
     pub error: String,
 }
 
-/// What some samples come to.
+/// The summary of some samples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Summary {
     /// How many they are.
@@ -68,7 +68,7 @@ pub struct Row {
 }
 
 impl Figures {
-    /// Takes note of a monitor, once.
+    /// Records a monitor, once.
     pub fn monitor(&mut self, name: String, version: String) {
         if !self.monitors.iter().any(|(known, _)| *known == name) {
             self.monitors.push((name, version));
@@ -80,7 +80,7 @@ impl Figures {
         self.samples.entry((scenario, metric)).or_default().entry(monitor).or_default().push(value);
     }
 
-    /// What was measured, in the order it came; nothing if it was not.
+    /// The samples, in the order of measurement; none if it was not measured.
     #[must_use]
     pub fn samples(&self, scenario: Scenario, metric: Metric, monitor: &str) -> &[f64] {
         let by_monitor = self.samples.get(&(scenario, metric));
@@ -119,7 +119,7 @@ impl Figures {
         self.samples.iter().map(row).collect()
     }
 
-    /// The table that people read.
+    /// The table for people.
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = String::new();

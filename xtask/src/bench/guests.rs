@@ -1,4 +1,5 @@
-//! What the monitors boot: a program of a few instructions, and Linux with an init that measures.
+//! The guests that the monitors boot: a program of a few instructions, and Linux with an init that
+//! measures.
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -20,7 +21,7 @@ pub const HOST_ADDRESS: &str = "10.0.0.1/24";
 const PEER_PORT: u16 = 5001;
 /// What a distribution's kernel needs for disks and NICs on either bus.
 const MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net"];
-/// Source of the init.
+/// Source of that init.
 const INIT: &str = "xtask/guest/init.rs";
 
 /// Where the payload is loaded and entered.
@@ -93,7 +94,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
 }
 
 /// Builds the init and an initramfs with it into `dir`: bare, and with the modules of Debian's
-/// kernel. Gives the paths in this order.
+/// kernel. Returns the paths in this order.
 ///
 /// # Errors
 /// rustc fails, or Debian's kernel lacks a module.

@@ -1,5 +1,5 @@
-//! How this monitor answers while something that it needs is held: a save that never gets on, storage
-//! that hangs, a guest that floods its disks.
+//! How this monitor answers while something that it needs is held: a save that makes no progress,
+//! storage that hangs, a guest that floods its disks.
 pub mod answers;
 
 use std::fs;
@@ -36,7 +36,8 @@ const DISKS: usize = 8;
 const DISK: u64 = 512 << 20;
 /// Bytes of the file system that is frozen.
 const FILE_SYSTEM: u64 = 64 << 20;
-/// The guests: one that halts, one that writes to its disk without an end, one that floods its disks.
+/// The guests: one that halts, one that writes to its disk without an end, one that floods its
+/// disks.
 const HALTS: &[u8] = payloads::HELLO;
 const WRITES: &[u8] = payloads::BLK;
 const FLOODS: &[u8] = payloads::FLOOD;
@@ -120,7 +121,7 @@ pub enum Answer {
     Done(f64),
     /// It was refused, after so many seconds.
     Refused(f64),
-    /// Nothing came as long as it was waited for.
+    /// No answer came in the time allowed.
     Silence,
 }
 
@@ -137,7 +138,7 @@ impl Answer {
 /// Holds everything that can be held, and asks everything `times` times.
 ///
 /// # Errors
-/// The process that asked for it has gone; what cannot be held here is told.
+/// The process that asked for it has gone; what cannot be held here is only reported.
 pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     let found = Found::build(OURS.name, rig.paths.stratovirt.clone());
     introduce(std::slice::from_ref(&found))?;
@@ -145,7 +146,7 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     for hold in Hold::ALL {
         let asked = Stage::new(rig, debian, &found, hold).and_then(|stage| {
             for _ in 0..times {
-                // What has been stopped floods no more, and what has ended is not held.
+                // A stopped guest no longer floods, and an ended monitor holds nothing.
                 for questions in [
                     &[Question::Status, Question::Stop][..],
                     &[Question::Quit],
@@ -164,7 +165,7 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     Ok(())
 }
 
-/// What one kind of hold needs, for all its turns.
+/// What one kind of hold needs, for all its runs.
 struct Stage<'a> {
     rig: &'a Rig,
     found: &'a Found,
@@ -207,8 +208,8 @@ impl<'a> Stage<'a> {
 
     /// Starts a machine, holds what is to be held, and asks.
     fn ask(&self, questions: &[Question]) -> Result<()> {
-        // Other files each time: the kernel ends a killed process's io_uring when it gets to it, and the
-        // locks on its disks last until then.
+        // Other files each time: the kernel ends a killed process's io_uring when it gets to it,
+        // and the locks on its disks last until then.
         for disk in &self.disks {
             let _ = fs::remove_file(disk);
             let bytes = if self.file_system.is_some() { 1 << 20 } else { DISK };
@@ -235,7 +236,7 @@ impl<'a> Stage<'a> {
         answers
     }
 
-    /// Asks one question, and tells the answer.
+    /// Asks one question, and reports the answer.
     fn one(&self, question: Question, clients: &mut [Client; 2], pid: u32) -> Result<()> {
         let [client, other] = clients;
         let tell = |question, answer| tell(&Message::Held { hold: self.hold, question, answer });

@@ -35,7 +35,7 @@ const RESTORES: usize = 3;
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Round trips measured in each run.
 const ROUND_TRIPS: usize = 20;
-/// Lets a monitor settle: what it does after the guest's first sign of life is not measured.
+/// Lets a monitor settle: its work right after the guest's first output is not measured.
 pub const SETTLE: Duration = Duration::from_millis(30);
 /// A part of a scenario that has failed so often is not tried any more.
 const ATTEMPTS: usize = 2;
@@ -61,10 +61,10 @@ pub enum Subject {
     Held(usize),
 }
 
-/// Does `task` and says what comes of it.
+/// Runs `task` and reports the results.
 ///
 /// # Errors
-/// The process that asked for it has gone; everything else is only told.
+/// The process that asked for it has gone; all other errors are only reported.
 pub fn measure(task: &Task) -> Result<()> {
     let error = all(task).err();
     tell(&Message::Done(error.map(|error| format!("{error:#}"))))
@@ -88,7 +88,7 @@ fn all(task: &Task) -> Result<()> {
     done
 }
 
-/// Tells which monitors take part.
+/// Reports which monitors take part.
 ///
 /// # Errors
 /// The process that asked for it has gone.
@@ -99,7 +99,7 @@ pub fn introduce(monitors: &[Found]) -> Result<()> {
     })
 }
 
-/// Says something to the process that asked for it.
+/// Sends a message to the process that asked for the measurement.
 ///
 /// # Errors
 /// It has gone.
@@ -139,7 +139,7 @@ fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -
     Ok(())
 }
 
-/// An error, and what the monitor said last: it may have ended for a reason of its own.
+/// An error, with the monitor's last messages: it may have ended for a reason of its own.
 pub fn with_last_words(rig: &Rig, error: &anyhow::Error) -> String {
     match last_words(&rig.dir).as_str() {
         "" => format!("{error:#}"),
@@ -187,7 +187,7 @@ impl<'a> Turn<'a> {
         Run::start(self.found, guest, &self.rig.dir)
     }
 
-    /// Tells a figure.
+    /// Reports a figure.
     ///
     /// # Errors
     /// The process that asked for it has gone.
@@ -196,7 +196,7 @@ impl<'a> Turn<'a> {
         tell(&Message::Sample { scenario, metric, monitor, value })
     }
 
-    /// Tells a time.
+    /// Reports a time.
     ///
     /// # Errors
     /// The process that asked for it has gone.
@@ -228,7 +228,7 @@ impl<'a> Turn<'a> {
         self.round_trips(&mut connection, &[(Verb::Status, Metric::Status)])
     }
 
-    /// A guest of `mib` that has told that it runs, and a connection to its monitor.
+    /// A guest of `mib` that has reported that it runs, and a connection to its monitor.
     ///
     /// # Errors
     /// It does not start.

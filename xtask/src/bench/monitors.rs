@@ -1,4 +1,4 @@
-//! The monitors that are compared: what each is called, and how it is told to run a guest.
+//! The monitors that are compared: the name of each, and its arguments to run a guest.
 mod configure;
 
 use std::os::unix::fs::PermissionsExt;
@@ -59,7 +59,7 @@ pub enum Form {
     Flat,
 }
 
-/// What there is to know about a monitor.
+/// Everything that the comparison needs to know about a monitor.
 #[derive(Debug)]
 pub struct Monitor {
     /// Its name in tables.
@@ -68,7 +68,7 @@ pub struct Monitor {
     program: &'static str,
     /// The argument that makes it say its version.
     version: &'static str,
-    /// How it is steered.
+    /// How it is controlled.
     pub protocol: Protocol,
     /// What it boots.
     pub form: Form,
@@ -158,7 +158,7 @@ enum Program {
     DebianQemu(Debian),
 }
 
-/// A monitor that is there.
+/// A monitor that was found.
 #[derive(Debug)]
 pub struct Found {
     /// Its name in this comparison.
@@ -195,7 +195,7 @@ impl Found {
         Ok(command)
     }
 
-    /// What it says it is.
+    /// Its version, as it prints it.
     ///
     /// # Errors
     /// It cannot be run.
@@ -207,7 +207,7 @@ impl Found {
     /// The program without arguments.
     ///
     /// # Errors
-    /// QEMU out of Debian's packages is not whole.
+    /// QEMU from Debian's packages is incomplete.
     pub fn program(&self) -> Result<Command> {
         match &self.program {
             Program::File(file) => Ok(Command::new(file)),
@@ -221,8 +221,8 @@ impl Found {
     }
 }
 
-/// This monitor and every other that is on PATH or was carried here; QEMU out of Debian's packages if
-/// PATH has none. Gives the names of those not found too.
+/// This monitor and every other that is on PATH or was carried here; QEMU out of Debian's packages
+/// if PATH has none. Also returns the names of those that were not found.
 #[must_use]
 pub fn find(paths: &Paths, debian: &Debian) -> (Vec<Found>, Vec<&'static str>) {
     let mut found = vec![Found::new(OURS, Program::File(paths.stratovirt.clone()))];
@@ -281,7 +281,8 @@ pub fn files(paths: &Paths, debian: &Debian) -> Result<Vec<(PathBuf, String)>> {
     Ok(files)
 }
 
-/// Another program that PATH has under the monitor's name; this monitor has the same as one of them.
+/// Another program that PATH has under the monitor's name; this monitor has the same as one of
+/// them.
 fn on_path(monitor: &Monitor, paths: &Paths) -> Option<PathBuf> {
     let ours = fs::canonicalize(&paths.stratovirt).ok();
     let version = |program: &Path, argument: &str| {

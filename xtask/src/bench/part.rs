@@ -1,8 +1,8 @@
 //! The parts of a scenario.
 use super::{Metric, Scenario};
 
-/// What a scenario consists of. Each part starts its own guests, so that one that fails takes nothing
-/// else with it.
+/// What a scenario consists of. Each part starts its own guests, so that one that fails takes
+/// nothing else with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     /// A guest of a few instructions starts.

@@ -1,4 +1,5 @@
-//! What all measuring needs: a disk, a tap, a peer that answers there, kernels in every form.
+//! The set-up of every measurement: a disk, a tap, a peer that answers there, kernels in every
+//! format.
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -15,16 +16,16 @@ use stories::{guest, kernel};
 
 /// RAM of every guest but the large ones, MiB.
 pub const MIB: u64 = 256;
-/// What every Linux is told: where its console is, and to end rather than hang.
+/// Kernel arguments of every Linux guest: its console, and to end rather than hang.
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 /// Bytes of the disk; all of it fits into the host's page cache.
 const DISK: u64 = 256 << 20;
 /// The tap.
 const TAP: &str = "compare0";
-/// What this namespace's TCP is to send with, and where that is said.
+/// The congestion control of this namespace's TCP, and the file that sets it.
 const CONGESTION_CONTROL: (&str, &str) = ("/proc/sys/net/ipv4/tcp_congestion_control", "reno");
 
-/// Everything there is to measure with.
+/// Everything that a measurement uses.
 pub struct Rig {
     /// The paths of this process.
     pub paths: Paths,
@@ -52,8 +53,8 @@ impl Rig {
         }
         file.sync_all()?;
         let tap = Tap::create(debian, TAP, HOST_ADDRESS)?;
-        // BBR, where it is the host's default, sends by a timer: the timer would be measured then,
-        // at less than half of what the monitors can receive.
+        // BBR, where it is the host's default, paces by a timer: the timer would be measured, at
+        // less than half of the rate that the monitors can receive.
         let (file, reno) = CONGESTION_CONTROL;
         fs::write(file, reno).with_context(|| format!("cannot write {reno} to {file}"))?;
         serve_peer()?;
@@ -68,7 +69,7 @@ impl Rig {
         fs::remove_dir_all(&self.dir).context("cannot clean up")
     }
 
-    /// The guest that tells that it runs, and nothing more; with disk and NIC.
+    /// The guest that reports that it runs, and does nothing more; with disk and NIC.
     ///
     /// # Errors
     /// Its file cannot be written.
@@ -77,7 +78,7 @@ impl Rig {
         Ok(Guest { devices, ..self.bare(found, self.payload_elf()?)? })
     }
 
-    /// The guest that tells again and again that it runs; without devices.
+    /// The guest that reports again and again that it runs; without devices.
     ///
     /// # Errors
     /// Its file cannot be written.
@@ -101,8 +102,8 @@ impl Rig {
         })
     }
 
-    /// Linux with one processor and without devices, that does `what`: Debian's (`distribution`), or
-    /// the one that was given.
+    /// Linux with one processor and without devices, that does `what`: Debian's (`distribution`),
+    /// or the one that was given.
     ///
     /// # Errors
     /// It is not there.
@@ -112,12 +113,12 @@ impl Rig {
         let (kernel, initramfs, cmdline) = if distribution {
             (guest::Kernel::Elf, modules, common)
         } else {
-            // What a kernel without kvm-clock has to be told; harmless for others.
+            // Needed by a kernel without kvm-clock; harmless for others.
             let khz = tsc_khz().context("this host's KVM does not tell the TSC's frequency")?;
             let told = format!("{common} tsc_early_khz={khz} tsc=reliable idle=halt nopti");
             (guest::Kernel::Given, bare, told)
         };
-        // What comes from a disk for the first time is not measured.
+        // So that the first read from the host's disk is not measured.
         fs::read(&initramfs)?;
         Ok(Guest {
             kernel: self.kernel(found, kernel.path(&self.paths))?,
@@ -142,8 +143,8 @@ impl Rig {
         Ok(elf)
     }
 
-    /// Brings the disk into the page cache in the same way for every guest: how the one before
-    /// wrote it decides otherwise in how large pieces it lies there, and so how fast it is read.
+    /// Reads the disk into the page cache in the same way for every guest. Otherwise the writes of
+    /// the guest before would decide the size of its pieces there, and so how fast it is read.
     ///
     /// # Errors
     /// It cannot be read.
@@ -157,7 +158,8 @@ impl Rig {
         (self.disk.clone(), TAP.to_owned())
     }
 
-    /// A kernel in the form that a monitor takes, made when it is first asked for; in the page cache.
+    /// A kernel in the form that a monitor takes, made when it is first asked for; in the page
+    /// cache.
     fn kernel(&self, found: &Found, elf: PathBuf) -> Result<PathBuf> {
         let image = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
         if found.monitor.form == Form::Elf {
@@ -174,7 +176,7 @@ impl Rig {
     }
 }
 
-/// Reads a file into the page cache from its beginning to its end, whatever was there of it before.
+/// Reads a file into the page cache from its beginning to its end, even if parts of it were cached.
 ///
 /// # Errors
 /// It cannot be read.

@@ -1,4 +1,4 @@
-//! One monitor that runs one guest, watched with a clock.
+//! One monitor that runs one guest, and its times.
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
@@ -21,10 +21,10 @@ use super::snapshots;
 
 /// How long the control socket may take to answer.
 const API_LIMIT: Duration = Duration::from_secs(20);
-/// Between two looks whether the control socket is there.
+/// Time between two checks for the control socket.
 const LOOK: Duration = Duration::from_micros(100);
 
-/// What a monitor says on standard error, a file in its directory.
+/// The monitor's standard error, a file in its directory.
 const ERRORS: &str = "stderr";
 
 /// A running monitor. Killed when dropped.
@@ -55,7 +55,7 @@ impl Run {
         Self::launch(found, dir, |socket| snapshots::command(found, guest, saved, socket, dir))
     }
 
-    /// Starts `found` by what `command` makes for a control socket.
+    /// Starts `found` with the command that `command` makes for a control socket.
     ///
     /// # Errors
     /// It cannot be started.
@@ -82,7 +82,8 @@ impl Run {
         }
         let started = Instant::now();
         let mut child = command.spawn().with_context(|| format!("cannot start {}", found.name))?;
-        // Its side of the terminal must not stay open here: it would never read as closed.
+        // The monitor's end of the terminal must not stay open here: this end would never see it
+        // closed.
         drop(command);
         let mut out: Box<dyn Read + Send> = match (terminal, child.stdout.take()) {
             (Some(terminal), _) => Box::new(terminal),
@@ -103,7 +104,7 @@ impl Run {
         Ok(Self { child, started, output, seen, at, protocol, socket })
     }
 
-    /// Waits until the control socket answers; how long after exec that is.
+    /// Waits until the control socket answers; returns the time since exec.
     ///
     /// # Errors
     /// It does not, or the monitor ends.
@@ -121,7 +122,7 @@ impl Run {
         }
     }
 
-    /// Waits for a byte of the guest's; how long after exec it came.
+    /// Waits for a byte of the guest's; returns the time since exec.
     ///
     /// # Errors
     /// It does not come within `limit`.
@@ -136,7 +137,7 @@ impl Run {
     /// Waits for the guest's next `bench NAME VALUE`; name, value and how long after exec it came.
     ///
     /// # Errors
-    /// It does not come within `limit`, or it tells of a failure.
+    /// It does not come within `limit`, or it reports a failure.
     pub fn wait_figure(&mut self, limit: Duration) -> Result<(String, f64, Duration)> {
         let deadline = Instant::now() + limit;
         loop {
@@ -149,7 +150,7 @@ impl Run {
             let Some((_, said)) = line.trim_end().split_once("bench ") else { continue };
             match said.split_once(' ') {
                 Some(("failed", why)) => bail!("in the guest: {why}"),
-                // The kernel's own lines may have the word too: its echo of the command line.
+                // The kernel's own lines may contain the word, too, as it prints its command line.
                 Some((name, value)) => {
                     if let Ok(value) = value.parse() {
                         return Ok((name.to_owned(), value, self.at - self.started));
@@ -240,9 +241,9 @@ fn terminal() -> Result<(File, File)> {
     Ok((ours.into(), its))
 }
 
-/// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: one that is at least as
-/// large as it (`ram_kib`), or several in a row that are exactly as large. No monitor maps anything else of
-/// that size.
+/// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: one that is at
+/// least as large as it (`ram_kib`), or several in a row that are exactly as large. No monitor maps
+/// anything else of that size.
 pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
     let maps = mappings(smaps).context("a line of smaps that cannot be read")?;
     let in_a_row = |maps: &[Mapping]| {
@@ -252,7 +253,7 @@ pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
         [one] => one.kib >= ram_kib,
         several => several.iter().map(|m| m.kib).sum::<u64>() == ram_kib && in_a_row(several),
     };
-    // Memory that was advised about in parts is in as many mappings.
+    // Memory with madvise calls on parts of it is split into as many mappings.
     let ram = (1..=MOST_PARTS).find_map(|parts| {
         let all = maps.windows(parts).enumerate().filter(|(_, maps)| is_ram(maps));
         let found: Vec<_> = all.map(|(at, _)| at..at + parts).collect();

@@ -1,5 +1,6 @@
 //! How long a save stops Linux while it writes to pages scattered over its memory: a guest of 1 GiB
-//! has touched 700 MiB, and writes 2,000 pages, 512 KiB apart, every 100 ms (`xtask/guest/init.rs`).
+//! has touched 700 MiB, and writes 2,000 pages, 512 KiB apart, every 100 ms
+//! (`xtask/guest/init.rs`).
 use super::figures::Figures;
 use super::measure::{LIMIT, Turn};
 use super::monitors::{Guest, OURS};
@@ -15,11 +16,11 @@ pub const SAVES: usize = 10;
 /// Runs that give as many pauses of either kind as the bounds are meant for: 50.
 pub const RUNS: usize = 5;
 
-/// The median of the pauses is not to be longer, ms.
+/// Upper bound of the median pause, ms.
 const MEDIAN: f64 = 5.0;
-/// 95 % of the pauses are not to be longer, ms.
+/// Upper bound of 95 % of the pauses, ms.
 const P95: f64 = 10.0;
-/// The medians of the two kinds are not to differ by more than this factor.
+/// The greatest factor between the medians of the two kinds.
 const FACTOR: f64 = 1.3;
 
 /// Boots it, and saves it again and again into a directory and into a stream, in turns.
@@ -44,7 +45,7 @@ pub fn pauses(turn: &Turn<'_>) -> Result<()> {
     Ok(())
 }
 
-/// This monitor's pauses beside what they are to be, a line each; nothing if they were not measured.
+/// This monitor's pauses beside their bounds, a line each; nothing if they were not measured.
 #[must_use]
 pub fn verdict(figures: &Figures) -> Vec<String> {
     let of = |metric| figures.samples(Scenario::Scattered, metric, OURS.name);

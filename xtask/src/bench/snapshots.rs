@@ -17,7 +17,7 @@ use stories::debian::output;
 
 /// How long a save may take: 4 GiB on a slow, busy disk.
 const LIMIT: Duration = Duration::from_secs(240);
-/// Between two looks whether something has happened.
+/// Time between two checks of a condition.
 const LOOK: Duration = Duration::from_micros(500);
 
 /// How a monitor keeps a guest in files.
@@ -43,7 +43,7 @@ impl Way {
     }
 }
 
-/// Where a guest goes that is saved while it runs on.
+/// The target of a save while the guest runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target<'a> {
     /// Files in this directory.
@@ -52,8 +52,8 @@ pub enum Target<'a> {
     Stream,
 }
 
-/// Saves a running guest into `saved`, emptied before; how long it takes until all of it is on the
-/// disk. It stays stopped.
+/// Saves a running guest into `saved`, emptied before; returns how long it takes until all of it is
+/// on the disk. The guest stays stopped.
 ///
 /// # Errors
 /// It cannot be saved.
@@ -107,7 +107,7 @@ fn sync(dir: &Path) -> Result<()> {
     File::open(dir)?.sync_all().with_context(|| format!("cannot sync {}", dir.display()))
 }
 
-/// Saves a running guest while it runs on; how long it was stopped.
+/// Saves a guest while it runs on; returns how long it was stopped.
 ///
 /// # Errors
 /// It cannot be saved; the monitor's [`Way`] is not live.
@@ -159,7 +159,8 @@ fn live(connection: &mut Connection, uri: &str) -> Result<()> {
     finished(connection)
 }
 
-/// How long the guest was stopped, by `query-migrate`'s answer: QEMU's milliseconds, or what is finer.
+/// How long the guest was stopped, by `query-migrate`'s answer: in QEMU's milliseconds, or a finer
+/// value if there is one.
 fn downtime(answer: &Value) -> Result<Duration> {
     let told = |name: &str| answer.get(name).and_then(Value::as_f64);
     match (told("downtime-us"), told("downtime")) {
@@ -240,7 +241,7 @@ pub fn command(
     }
 }
 
-/// Does what a monitor that was started with [`command`] needs before the guest runs.
+/// Carries out the steps that a monitor started with [`command`] needs before the guest runs.
 ///
 /// # Errors
 /// It does not answer, or refuses.
@@ -249,7 +250,7 @@ pub fn resume(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
         Way::Ours => Ok(()),
         Way::StratoVirt | Way::Qemu => {
             let (mut connection, _) = run.connect()?;
-            // QEMU refuses `cont` as long as the guest is coming in.
+            // QEMU refuses `cont` while the guest is arriving.
             let arrived = |status: &str| status != "inmigrate";
             if until(&mut connection, "query-status", arrived)? != "running" {
                 connection.ask(Verb::Cont)?;

@@ -1,10 +1,11 @@
-//! What samples come to: medians, quantiles, and how sure a ratio of two medians is.
+//! Statistics of samples: medians, quantiles, and the confidence interval of a ratio of two
+//! medians.
 use fastrand::Rng;
 use serde::Serialize;
 
-/// How often the turns are drawn again for an interval.
+/// Number of bootstrap resamples for an interval.
 const RESAMPLES: usize = 10_000;
-/// Lets the same samples always give the same interval.
+/// Fixed seed: the same samples always give the same interval.
 const SEED: u64 = 0x5eed;
 
 /// A ratio of two medians with its 95 % interval.
@@ -24,8 +25,8 @@ pub fn median(samples: &[f64]) -> Option<f64> {
     quantile(samples, 0.5)
 }
 
-/// The value that `part` (0 to 1) of the samples do not exceed, interpolated linearly between the two
-/// samples next to it; none of no samples.
+/// The value that `part` (0 to 1) of the samples do not exceed, interpolated linearly between the
+/// two samples next to it; none of no samples.
 #[must_use]
 pub fn quantile(samples: &[f64], part: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
@@ -38,10 +39,10 @@ pub fn quantile(samples: &[f64], part: f64) -> Option<f64> {
 
 /// median(`above`) / median(`below`), with the 95 % percentile interval of a paired bootstrap.
 ///
-/// Sample `i` of either comes from turn `i`. Whole turns are drawn again, with replacement: what has
-/// slowed the machine down during a turn has slowed both, and must not widen the interval.
+/// Sample `i` of either comes from turn `i`. Whole turns are resampled, with replacement: a
+/// disturbance during a turn has slowed both, and must not widen the interval.
 ///
-/// None without samples, or if the two differ in number.
+/// `None` without samples, or if the two differ in number.
 #[must_use]
 pub fn ratio_of_medians(above: &[f64], below: &[f64]) -> Option<Ratio> {
     bootstrap(above, below, RESAMPLES)

@@ -1,5 +1,5 @@
-//! `cargo compare`: this monitor beside the others that this machine has, and beside other builds of
-//! itself.
+//! `cargo compare`: this monitor beside the others that this machine has, and beside other builds
+//! of itself.
 use std::collections::VecDeque;
 use std::fs;
 use std::io::Write;
@@ -265,7 +265,7 @@ fn report_held(results: &Results, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What the measuring process has told.
+/// The messages of the measuring process so far.
 #[derive(Default)]
 struct Results {
     figures: Figures,

@@ -1,5 +1,5 @@
 //! `cargo demo`: one machine from its configuration file to its end. Boots Linux, mounts a disk,
-//! pings over the network, and steers it all over QMP as a person would.
+//! pings over the network, and controls it over QMP as a user would.
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -29,7 +29,7 @@ Usage: cargo demo [-- OPTION]
 ";
 /// The argument that makes this program the one that runs on the host.
 const INSIDE: &str = "--inside";
-/// Follows it where there is to be a shell.
+/// Follows it to request a shell.
 const SHELL: &str = "shell";
 /// The guest's RAM, MiB.
 const RAM_MIB: u64 = 256;
@@ -58,7 +58,7 @@ fn main() -> Result<ExitCode> {
     }
 }
 
-/// Gets everything ready and passes on what the program on the host says.
+/// Prepares everything and passes on the output of the program on the host.
 fn outside(shell: bool) -> Result<ExitCode> {
     let (host, paths, debian) = prepare()?;
     let size = window_size().map(|size| format!("rows={} cols={}", size.ws_row, size.ws_col));
@@ -67,7 +67,8 @@ fn outside(shell: bool) -> Result<ExitCode> {
         false => Job::this_program(&[INSIDE])?,
     };
     if shell {
-        // Now: what is printed behind a terminal that passes every key on has to move it by itself.
+        // Before the terminal is switched to raw mode, where a newline no longer returns the
+        // cursor.
         heading("A shell in the guest. Ctrl-a x ends the machine, so does poweroff -f. To try:");
         println!("  mount /dev/vda /mnt; cat /mnt/hello.txt");
         println!("  ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; ping -c 3 10.9.0.1\n");
@@ -78,7 +79,7 @@ fn outside(shell: bool) -> Result<ExitCode> {
     let mut input = if shell { Some(running.take_input().context("no input")?) } else { None };
     let mut raw = None;
     let result = loop {
-        // A person in a shell may think for as long as they like.
+        // The user of a shell may be idle for any time.
         let patience = if shell { Duration::from_secs(24 * 3600) } else { PATIENCE };
         let said = running.next(Instant::now() + patience);
         if let Some(step) = booting.take() {
@@ -109,8 +110,8 @@ fn outside(shell: bool) -> Result<ExitCode> {
     }
 }
 
-/// Passes what is typed on to the program on the host. The terminal is back as it was when the value
-/// returned is dropped.
+/// Passes what is typed on to the program on the host. The terminal is back as it was when the
+/// value returned is dropped.
 fn forward(mut input: ChildStdin) -> Result<Option<Raw>> {
     let raw = if io::stdin().is_terminal() { Some(Raw::enter()?) } else { None };
     thread::spawn(move || {
@@ -147,13 +148,13 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // There is nobody left to tell.
+        // The error cannot be reported any more.
         let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
     }
 }
 
-/// The demonstration, on a host that runs Linux guests: what there is to see, or a shell in the guest
-/// whose kernel is told so much more.
+/// The demonstration, on a host that runs Linux guests: the presentation, or a shell in the guest,
+/// with additional kernel arguments.
 fn inside(what: &[&str]) -> Result<()> {
     let paths = Paths::from_env()?;
     let debian = Debian::unpacked(&paths);
@@ -252,7 +253,7 @@ fn guest_line(line: &str) {
     }
 }
 
-/// Types a command into the guest's console and shows what comes of it.
+/// Types a command into the guest's console and shows its output.
 fn run(guest: &mut Monitor, command: &str) -> Result<()> {
     println!("  $ {command}");
     guest.sh(command).map(drop)

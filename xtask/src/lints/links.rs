@@ -1,4 +1,4 @@
-//! Links between the pages of the project: what they lead to has to exist, headings included.
+//! Links between the pages of the project: their targets have to exist, headings included.
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! What all answers come to, as a table and as JSON.
+//! The summary of all answers, as a table and as JSON.
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -29,7 +29,7 @@ impl Answers {
         self.answers.iter().map(late).sum()
     }
 
-    /// The table that people read.
+    /// The table for people.
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = String::new();
@@ -98,7 +98,7 @@ fn late(question: Question, answers: &[Answer]) -> usize {
     answers.iter().filter(|answer| answer.seconds() > bound).count()
 }
 
-/// Seconds for people. Between an answer and none there is no middle: that is none.
+/// Seconds, as text for people. A median between an answer and none counts as none.
 fn shown(seconds: f64) -> String {
     if seconds.is_finite() { format!("{:.1} ms", seconds * 1e3) } else { "none".to_owned() }
 }

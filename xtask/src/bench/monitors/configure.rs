@@ -1,4 +1,4 @@
-//! What each monitor is told so that it runs a guest.
+//! The configuration of each monitor to run a guest.
 use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
@@ -123,7 +123,7 @@ pub fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, dir: &Pat
             command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
             command.args(["-append", &guest.cmdline]);
         }
-        // It starts nothing without one or a root disk, even what will not look for either.
+        // It starts no guest without one or a root disk, even a guest that needs neither.
         None => {
             let nothing = dir.join("nothing.cpio");
             fs::write(&nothing, [0; 512])?;
