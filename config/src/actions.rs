@@ -1,35 +1,35 @@
 //! What the VM does when its guest powers off, reboots or crashes.
 
-/// What becomes of the machine.
+/// What happens to the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// The VM ends.
     End,
-    /// It boots anew.
+    /// It reboots.
     Reset,
-    /// It stays as it is, halted.
+    /// It stays halted.
     Stay,
 }
 
-/// What the VM does of its own accord.
+/// The VM's reactions to guest events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Actions {
     /// After a power-off.
     pub shutdown: Action,
     /// After a reboot.
     pub reboot: Action,
-    /// The process's exit status where a reboot ends it.
+    /// The process's exit status when a reboot ends it.
     pub reboot_status: u8,
-    /// After a panic. KVM's failures count as such where it does not mean to end.
+    /// After a panic. A KVM failure counts as one unless the action for it is to end.
     pub panic: Action,
-    /// The process's exit status where a panic ends it.
+    /// The process's exit status when a panic ends it.
     pub panic_status: u8,
-    /// A triple fault is a crash, not a reboot. Kernels use it for both.
+    /// A triple fault counts as a crash, not a reboot. Kernels use it for both.
     pub triple_fault_panics: bool,
 }
 
 impl Default for Actions {
-    /// As StratoVirt's microVM: whatever happens is the end.
+    /// As StratoVirt's microVM: each of these events ends the VM.
     fn default() -> Self {
         let end = Action::End;
         Self {

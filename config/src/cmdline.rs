@@ -1,4 +1,4 @@
-//! The kernel command line: what can be passed on.
+//! The kernel command line: what can be passed to a kernel.
 use thiserror::Error;
 
 use crate::limits::MAX_CMDLINE;
@@ -6,24 +6,24 @@ use crate::limits::MAX_CMDLINE;
 /// Why a command line cannot be used.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum CmdlineError {
-    /// Longer than the kernel would read.
+    /// Longer than the kernel reads.
     #[error("it has {len} bytes{}; the kernel takes at most {max}", devices(*added))]
     TooLong {
         /// Its length.
         len: usize,
-        /// Bytes that are not the user's.
+        /// Bytes added to the user's.
         added: usize,
-        /// Longest one.
+        /// Longest allowed.
         max: usize,
     },
-    /// A byte that would end it early, or that the kernel has no meaning for.
+    /// A byte that would end it early, or that has no meaning to the kernel.
     #[error(
         "it has {what} at byte {at}; only printable ASCII is passed on, because a kernel reads bytes, up to the first zero"
     )]
     Byte {
         /// Which byte.
         what: String,
-        /// Where, from 0.
+        /// Its offset, from 0.
         at: usize,
     },
 }
@@ -35,15 +35,15 @@ fn devices(added: usize) -> String {
     }
 }
 
-/// Whether some kernel could take `user`, what the user says.
+/// Check that some kernel could accept `user`, the user's command line.
 ///
 /// # Errors
-/// When it has a byte that is not passed on, or is longer than there is room for.
+/// When it has a byte that is not passed on, or is too long.
 pub fn check_user(user: &str) -> Result<(), CmdlineError> {
     check(user, 0, MAX_CMDLINE)
 }
 
-/// Whether a kernel that takes `max` bytes could take `user` and `added` more of them, in bytes.
+/// Check that a kernel that accepts `max` bytes could take `user` and `added` more bytes.
 ///
 /// # Errors
 /// As [`check_user`].

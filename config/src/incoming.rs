@@ -1,5 +1,5 @@
-//! What `-incoming` says: where a saved state is, how its memory becomes the guest's, and what of
-//! the machine is to be other than it was saved.
+//! `-incoming`: where a saved state is, how its memory becomes the guest's, and which settings
+//! differ from the saved ones.
 use std::path::PathBuf;
 
 use crate::{
@@ -7,14 +7,14 @@ use crate::{
     types::{CpuCount, MemorySize},
 };
 
-/// A machine that resumes where a saved one stopped.
+/// A machine to restore from a saved state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incoming {
     /// Where its state is.
     pub source: Source,
     /// The guest's clock continues as if it had not been stopped since the save.
     pub clock_realtime: bool,
-    /// What of the machine is other than it was saved.
+    /// Settings that replace the saved ones.
     pub overrides: Overrides,
 }
 
@@ -27,28 +27,28 @@ pub enum Source {
         path: PathBuf,
         /// How its memory becomes the guest's.
         mapping: Mapping,
-        /// Directory of the machine's own copies of the disks that the save keeps.
+        /// Directory for the machine's own copies of the disks in the save.
         disks: Option<PathBuf>,
     },
-    /// It is sent.
+    /// Received as a stream.
     Stream(StreamSource),
 }
 
 /// How saved memory becomes the guest's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
-    /// Copied, and compared with its checksums, before the guest runs.
+    /// Copied, and checked against its checksums, before the guest runs.
     Off,
-    /// Mapped, and trusted.
+    /// Mapped, without a check.
     On,
-    /// Copied and compared while the guest runs, what it touches first.
+    /// Copied and checked while the guest runs; pages that it touches come first.
     Uffd,
 }
 
 /// Where a stream comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StreamSource {
-    /// From the first one to connect to this socket, which is made for it.
+    /// From the first client that connects to this socket, which is created for it.
     Unix(PathBuf),
     /// From an inherited descriptor.
     Fd(i32),
@@ -56,7 +56,7 @@ pub enum StreamSource {
     Exec(String),
 }
 
-/// Single values that replace the saved ones: what is not given is as it was saved.
+/// Single values that replace the saved ones; values not given stay as saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[expect(missing_docs, reason = "named as in the machine's configuration")]
 pub struct Overrides {
@@ -71,6 +71,6 @@ pub struct Overrides {
     pub cmdline: Option<String>,
     pub disk_slots: Option<usize>,
     pub nic_slots: Option<usize>,
-    /// Its disks may be other ones than were saved: the user vouches for them.
+    /// Its disks may differ from the saved ones: the user vouches for them.
     pub force: bool,
 }

@@ -1,16 +1,16 @@
-//! What a machine is to be: [`MachineConfig`], and the three ways to one, each checked where it
-//! comes in. Data only: no KVM, no devices, nothing of the host but the file that is read.
+//! The configuration of a machine: [`MachineConfig`], and the three sources of one, each checked at
+//! its entry. Data only: no KVM, no devices, and of the host only the file that is read.
 //!
 //! ```text
 //! cli       the command line and the JSON file
-//! device    what there is one of: console, source of randomness, balloon
-//! saved     the saved form, and the way back
-//! types     values that cannot be wrong        value     what a word may be otherwise
-//! limits    how much and how long everything else may be
+//! device    devices of one per machine: console, source of randomness, balloon
+//! saved     the saved form, and the conversion back
+//! types     values that are valid by construction    value     parsing of single words
+//! limits    all other limits
 //! slots     how many slots for virtio devices there are    places    where each one is
-//! topology  sockets, cores, threads and their APIC ids     cmdline   what a kernel can be told
-//! incoming  what a restored machine comes from and what is replaced in it
-//! actions   what follows the guest's own end
+//! topology  sockets, cores, threads and their APIC ids     cmdline   what a kernel accepts
+//! incoming  the source of a restored machine and its overrides
+//! actions   reactions to the guest's power-off, reboot or crash
 //! ```
 #![forbid(unsafe_code)]
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ use types::{
     PerSecond, TapName,
 };
 
-/// What of a configuration an error is about.
+/// The part of a configuration that an error is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(
     missing_docs,
@@ -56,8 +56,8 @@ pub enum Part {
     Device(&'static str),
 }
 
-/// One virtual machine. Limits are checked where it is made; the builder trusts nothing that
-/// could hurt it.
+/// One virtual machine. Limits are checked where it is made; the builder checks again whatever
+/// could harm it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
     /// Name shown by `query-name`.
@@ -66,7 +66,7 @@ pub struct MachineConfig {
     pub uuid: String,
     /// Number of vCPUs.
     pub cpus: CpuCount,
-    /// How the vCPUs are shown.
+    /// The topology that the guest sees.
     pub topology: Topology,
     /// Guest RAM.
     pub memory: MemoryConfig,
@@ -76,13 +76,13 @@ pub struct MachineConfig {
     pub slots: SlotCounts,
     /// I/O thread ids, in addition to the default one.
     pub iothreads: Vec<String>,
-    /// Where the first serial port leads; `None`: nowhere.
+    /// Back-end of the first serial port; `None`: no back-end.
     pub serial: Option<CharBackend>,
     /// Disks present at start.
     pub disks: Vec<DiskConfig>,
     /// NICs present at start.
     pub nics: Vec<NicConfig>,
-    /// All other devices, one of a kind, in the order of their slots.
+    /// All other devices, at most one of each kind, in the order of their slots.
     pub devices: Vec<DeviceConfig>,
 }
 
@@ -103,24 +103,24 @@ impl MachineConfig {
         })
     }
 
-    /// Where the serial port and other devices with characters lead.
+    /// Back-ends of the serial port and of other character devices.
     pub fn chars(&self) -> impl Iterator<Item = &CharBackend> {
         self.serial.iter().chain(self.devices.iter().filter_map(|device| device.facts().chars()))
     }
 }
 
-/// What is in the slots for disks and NICs, by slot. At the start what the configuration lists;
-/// later what hot-plug has made of it.
+/// The contents of the slots for disks and NICs, by slot: at the start as the configuration lists
+/// them, later as changed by hot-plug.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Occupancy {
-    /// Disks; slots from the end of the list on are empty.
+    /// Disks; slots beyond the end of the list are empty.
     pub disks: Vec<Option<DiskConfig>>,
     /// NICs, likewise.
     pub nics: Vec<Option<NicConfig>>,
 }
 
 impl Occupancy {
-    /// That of a machine that starts.
+    /// The contents when a machine starts.
     pub fn at_start(config: &MachineConfig) -> Self {
         Self {
             disks: config.disks.iter().cloned().map(Some).collect(),
@@ -134,27 +134,27 @@ impl Occupancy {
 pub struct MemoryConfig {
     /// How much.
     pub size: MemorySize,
-    /// Shareable with other processes (memfd) rather than anonymous.
+    /// Shared with other processes (memfd) rather than anonymous.
     pub shared: bool,
     /// File, or directory of a hugetlbfs, behind guest memory.
     pub path: Option<PathBuf>,
     /// Touch all of it before the guest runs.
     pub prealloc: bool,
-    /// Part of the monitor's core dumps.
+    /// Included in the monitor's core dumps.
     pub dump: bool,
-    /// Whether it comes in transparent huge pages. Not part of a saved state: it is the host's affair.
+    /// Whether it uses transparent huge pages. Not part of a saved state: it is up to the host.
     pub thp: Thp,
 }
 
-/// Whether guest memory without a file of its own comes in transparent huge pages of the host, of 2 MiB.
+/// Whether guest memory without its own file uses transparent huge pages of the host, of 2 MiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Thp {
-    /// But for the first 2 MiB, and for what is loaded of an image that is smaller than one.
+    /// Except for the first 2 MiB, and for loading a kernel that is smaller than a huge page.
     #[default]
     Auto,
     /// All of it but the first 2 MiB.
     On,
-    /// None of it: least memory for a guest that uses little of it.
+    /// None: least memory use for a guest that touches little of it.
     Off,
 }
 
@@ -184,7 +184,7 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// How requests are carried out.
     pub aio: Aio,
-    /// Pass discards on.
+    /// Pass discards to the host.
     pub discard: bool,
     /// Requests per second; `None`: unlimited.
     pub iops: Option<DiskIops>,
@@ -192,16 +192,16 @@ pub struct DiskConfig {
     pub bps: Option<PerSecond>,
     /// Queues.
     pub queues: DiskQueues,
-    /// Descriptors a queue.
+    /// Descriptors per queue.
     pub queue_size: DiskQueueSize,
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
     pub backend: Option<String>,
-    /// Refuse an image that begins like one of another format, as nobody has said that it is raw.
-    /// Not kept in a saved state: its guest may have written such a beginning.
+    /// Refuse an image that looks like another format, because raw was not stated explicitly. Not
+    /// kept in a saved state: the guest may have written such a header.
     pub probe: bool,
-    /// What the image has to be, when a saved state is restored.
+    /// Required identity of the image when a saved state is restored.
     pub expect: Expect,
 }
 
@@ -212,19 +212,19 @@ impl DiskConfig {
     }
 }
 
-/// What the image of a restored disk has to be.
+/// Required identity of the image of a restored disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Expect {
-    /// The one that was saved.
+    /// The image that was saved.
     #[default]
     Saved,
-    /// A copy of it, or itself in another place.
+    /// A copy of it, or the image itself at another path.
     Copy,
-    /// Any of the saved size: the user vouches for it.
+    /// Any image of the saved size: the user vouches for it.
     Any,
 }
 
-/// The name of a back-end where it is not that of its device, for `backend` of a disk or NIC.
+/// The back-end's name if it differs from that of its device, for `backend` of a disk or NIC.
 pub fn separate(backend: &str, device: &str) -> Option<String> {
     (backend != device).then(|| backend.to_owned())
 }
@@ -245,13 +245,13 @@ pub enum Aio {
 pub struct NicConfig {
     /// Id for `device_del`, unique among all devices.
     pub id: String,
-    /// Where its frames go.
+    /// The tap that carries its frames.
     pub tap: Tap,
     /// Six bytes; `None`: a random one, locally administered.
     pub mac: Option<[u8; 6]>,
     /// Queue pairs.
     pub queue_pairs: NicQueuePairs,
-    /// Descriptors a queue.
+    /// Descriptors per queue.
     pub queue_size: NicQueueSize,
     /// Packets per second in each direction; `None`: unlimited.
     pub pps: Option<PerSecond>,
@@ -279,7 +279,7 @@ pub enum Tap {
     Fds(Vec<i32>),
 }
 
-/// Where characters go to and come from.
+/// A character back-end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CharBackend {
     /// This process's standard input and output.
@@ -290,9 +290,9 @@ pub enum CharBackend {
     File(PathBuf),
     /// A Unix socket that this process listens on; one connection at a time.
     Socket {
-        /// Where.
+        /// Its path.
         path: PathBuf,
-        /// Each connection gets the last this many bytes of output first, up to 1 MiB.
+        /// How many bytes of past output each new connection gets first, up to 1 MiB.
         replay: u32,
     },
 }

@@ -1,14 +1,14 @@
-//! What a configuration may ask for, whoever makes it: command line, JSON file, QMP, saved state.
+//! Limits of a configuration, whichever source it has: command line, JSON file, QMP, saved state.
 use std::ops::RangeInclusive;
 
 use crate::places::VIRTIO_IRQS;
 
-/// Virtio devices of all kinds, empty slots for disks and NICs included: each has an interrupt.
+/// Virtio devices of all kinds, including empty slots for disks and NICs: each has an interrupt.
 pub const VIRTIO_SLOTS: usize = VIRTIO_IRQS.len();
-/// Slots for disks when nothing is said and no more disks are there: as many as StratoVirt's microVM
+/// Default number of slots for disks, unless there are more disks: as many as StratoVirt's microVM
 /// has. Each one costs a Linux guest almost a millisecond of its boot.
 pub const DISK_SLOTS: usize = 4;
-/// Slots for NICs when nothing is said and no more NICs are there.
+/// Default number of slots for NICs, unless there are more NICs.
 pub const NIC_SLOTS: usize = 2;
 /// I/O threads in addition to the default one.
 pub const MAX_IOTHREADS: usize = 8;
@@ -24,7 +24,7 @@ pub const REPLAY: RangeInclusive<u32> = 0..=1 << 20;
 pub const MAX_DISK_SERIAL: usize = 20;
 /// Bytes of a kernel command line, without the terminator.
 pub const MAX_CMDLINE: usize = 0xffff;
-/// Machine name when nothing is said.
+/// Default machine name.
 pub const DEFAULT_NAME: &str = "StratoVirt";
-/// UUID when nothing is said.
+/// Default UUID.
 pub const NIL_UUID: &str = "00000000-0000-0000-0000-000000000000";

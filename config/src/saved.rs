@@ -1,5 +1,5 @@
-//! What a machine is made of in its saved form, and the way back, where the limits of a
-//! configuration are checked.
+//! The saved form of a machine's configuration, and the conversion back, which checks a
+//! configuration's limits.
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -20,22 +20,22 @@ use crate::{
     types::{self, CpuCount, DiskIops, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
 };
 
-/// What a saved machine is made of. Everything in it is within its limits.
+/// The configuration of a saved machine. Everything in it is within its limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
-    /// Without the disks and NICs that were there at the start: what the guest has seen of those is
-    /// in `places`.
+    /// Without the disks and NICs from the start: their slots, as the guest has seen them, are in
+    /// `places`.
     pub config: MachineConfig,
-    /// What is in its slots.
+    /// The contents of its slots.
     pub occupied: Occupancy,
-    /// Bytes of the disks in the slots; 0 for an empty slot.
+    /// Sizes in bytes of the disks in the slots; 0 for an empty slot.
     pub disk_sizes: Vec<u64>,
-    /// Where its slots are, as its guest has seen them; in the builder's order: disks, NICs, all
-    /// other devices.
+    /// Its slots, as its guest has seen them, in the builder's order: disks, NICs, all other
+    /// devices.
     pub places: Vec<Place>,
 }
 
-/// Why a machine cannot be made of what a saved state says.
+/// Why a saved state does not describe a valid machine.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum DescriptionError {
@@ -53,7 +53,7 @@ pub enum DescriptionError {
     Slots(#[from] SlotsError),
 }
 
-/// Why what is saved in a directory cannot be restored.
+/// Why the save in a directory cannot be restored.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum CheckError {
@@ -65,10 +65,10 @@ pub enum CheckError {
     Disk(#[from] KeptDiskError),
 }
 
-/// Compare all that is saved in `directory`, and in those that it builds on, with its checksums.
+/// Check the save in `directory`, and those that it builds on, against their checksums.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first mismatch or failure.
 pub fn check(directory: &Path) -> Result<(), CheckError> {
     let path = directory.join(directory::STATE);
     let (mut state, _) = directory::read(&path)?;
@@ -81,7 +81,7 @@ pub fn check(directory: &Path) -> Result<(), CheckError> {
 }
 
 impl Description {
-    /// The saved form, of the save `id`. `halted` says why the guest cannot run on.
+    /// The saved form, of the save `id`. `halted` says why the guest cannot run any more.
     pub fn saved(self, id: u128, halted: Option<saved::Halted>) -> saved::Config {
         let Self { config, occupied: Occupancy { disks, nics }, disk_sizes, places } = self;
         let disks = disks.into_iter().zip(disk_sizes).enumerate().map(|(slot, (disk, size))| {
@@ -159,7 +159,7 @@ impl TryFrom<&saved::Config> for Description {
     }
 }
 
-/// Where a slot comes in the builder's order.
+/// A slot's position in the builder's order.
 fn order(slot: &saved::Slot) -> Result<(u8, usize), DescriptionError> {
     let number = |prefix: &str| {
         let number = slot.id.strip_prefix(prefix)?.parse().ok()?;
@@ -175,7 +175,7 @@ fn order(slot: &saved::Slot) -> Result<(u8, usize), DescriptionError> {
     order.ok_or_else(|| failed(slot, "no such slot can hold what is in it".into()))
 }
 
-/// Each slot is there once, none is missing, and no two are in one place.
+/// Check that each slot exists once, none is missing, and no two are at one address.
 fn check_places(slots: &[((u8, usize), &saved::Slot)]) -> Result<(), DescriptionError> {
     let mut before: Option<(u8, usize)> = None;
     for (order @ (kind, number), slot) in slots {
@@ -213,7 +213,7 @@ fn place(slot: &saved::Slot) -> Result<Place, DescriptionError> {
     Ok(Place { id: slot.id.clone(), at, queue_sizes })
 }
 
-/// The queues of a slot for disks, as if a disk had been there at the start.
+/// The queues of a slot for disks, as those of a disk that was there at the start.
 fn disk_shape(slot: &saved::Slot) -> Result<DiskConfig, DescriptionError> {
     let (queues, queue_size) = same_size(slot, &slot.queue_sizes)?;
     let queues = checked("queues of a disk", queues)?;
@@ -259,7 +259,7 @@ fn nic_shape(slot: &saved::Slot) -> Result<NicConfig, DescriptionError> {
     })
 }
 
-/// How many queues there are, all of the same size.
+/// The number of queues, and their size, which must be the same for all.
 fn same_size(slot: &saved::Slot, sizes: &[u16]) -> Result<(u16, u16), DescriptionError> {
     let count = u16::try_from(sizes.len()).ok();
     match (sizes.first(), count) {
@@ -272,7 +272,7 @@ fn failed(slot: &saved::Slot, what: String) -> DescriptionError {
     DescriptionError::Slot { id: slot.id.clone(), what }
 }
 
-/// `value`, as what it has to be.
+/// Convert `value` to the type that checks it.
 pub(crate) fn checked<V, T>(what: &'static str, value: V) -> Result<T, DescriptionError>
 where
     V: Clone + fmt::Display,
@@ -282,7 +282,7 @@ where
     T::try_from(value.clone()).map_err(limit)
 }
 
-/// See that `ids` can be ids, or names.
+/// Check that `ids` are valid ids, or names.
 pub(crate) fn check_ids<'a>(
     what: &'static str,
     ids: impl IntoIterator<Item = &'a str>,
@@ -293,7 +293,7 @@ pub(crate) fn check_ids<'a>(
     })
 }
 
-/// `rate`, a limit per second; none is no limit.
+/// Convert `rate`, a limit per second; `None` means unlimited.
 fn rate<const LEAST: u64, const MOST: u64>(
     what: &'static str,
     rate: Option<u64>,
@@ -319,7 +319,7 @@ fn save_machine(config: &MachineConfig) -> saved::Machine {
     }
 }
 
-/// A machine that has no slots yet.
+/// The machine, without its slots yet.
 fn restore_machine(from: &saved::Machine) -> Result<MachineConfig, DescriptionError> {
     check_ids("name", [from.name.as_str()])?;
     check_ids("I/O thread", from.iothreads.iter().map(String::as_str))?;
@@ -391,7 +391,7 @@ fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> Result<DiskConfig, De
         queue_size,
         iothread,
         backend,
-        // Its guest may have written what begins like another format.
+        // The guest may have written a header that looks like another format.
         probe: false,
         expect: Expect::Saved,
     })
@@ -445,7 +445,7 @@ mod tests {
 
     use super::*;
 
-    /// A machine with everything in it.
+    /// A machine that uses every field.
     fn everything() -> saved::Config {
         let mut config = state::testing::config(7);
         config.machine.iothreads = vec!["t".into()];
@@ -467,7 +467,7 @@ mod tests {
             "bps": 4,
         });
         let socket = json!({"socket": {"path": "p", "replay": 9}});
-        // Not where this program would put them.
+        // Not at this program's usual addresses.
         config.slots = vec![
             slot("disk0", 0xf010_3000, 23, json!([256, 256]), json!({"disk": disk})),
             slot("disk1", 0xf010_1000, 6, json!([64]), json!({"disk": null})),

@@ -1,5 +1,5 @@
-//! How many slots for disks and NICs a machine has. A slot takes one of the interrupts for virtio, as
-//! does every other virtio device, so all of them share one budget.
+//! The number of slots for disks and NICs of a machine. A slot takes one of the interrupts for
+//! virtio, as does every other virtio device, so all of them share one budget.
 use std::fmt;
 
 use super::{
@@ -7,18 +7,18 @@ use super::{
     limits::{DISK_SLOTS, NIC_SLOTS, VIRTIO_SLOTS},
 };
 
-/// Slots for disks and for NICs, made from [`Wanted`]: at least as many as there are devices for them,
-/// and no more than there are interrupts.
+/// Slots for disks and for NICs, made from [`Wanted`]: at least one for each device, and no more
+/// than there are interrupts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotCounts {
     disks: usize,
     nics: usize,
 }
 
-/// What takes slots.
+/// The slots and devices that need interrupts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// Slots for disks; `None`: as many as usual, or as there are disks.
+    /// Slots for disks; `None`: the default number, or as many as there are disks.
     pub disk_slots: Option<usize>,
     /// Slots for NICs, likewise.
     pub nic_slots: Option<usize>,
@@ -26,7 +26,7 @@ pub struct Wanted {
     pub disks: usize,
     /// NICs.
     pub nics: usize,
-    /// Devices that have a slot of their own which nothing else can take.
+    /// Devices that have a slot of their own, which no other device can use.
     pub others: Vec<&'static str>,
 }
 
@@ -49,12 +49,12 @@ pub enum SlotsError {
         /// NICs.
         nics: usize,
     },
-    /// More than there are interrupts.
+    /// More slots than interrupts.
     #[error("{0}")]
     NoRoom(NoRoom),
 }
 
-/// All that takes interrupts, which are too few.
+/// All users of interrupts, when there are too few.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoRoom {
     wanted: Wanted,
@@ -79,7 +79,7 @@ impl SlotCounts {
 }
 
 impl Wanted {
-    /// What `config` says, and what is in its slots now.
+    /// The requirements of `config` with the current contents of its slots.
     pub fn of(config: &MachineConfig, occupied: &Occupancy) -> Self {
         Self {
             disk_slots: Some(config.slots.disks),

@@ -1,7 +1,7 @@
-//! How the vCPUs are shown to the guest, and the APIC ids that follow from it.
+//! The vCPU topology that the guest sees, and the APIC ids that follow from it.
 use crate::types::CpuCount;
 
-/// `-smp`: sockets x dies x clusters x cores x threads. The product equals the vCPUs.
+/// `-smp`: sockets x dies x clusters x cores x threads. The product equals the number of vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the field's own words")]
 pub struct Topology {
@@ -20,14 +20,14 @@ pub struct ApicIds;
 /// The APIC ids of `cpus` vCPUs.
 ///
 /// # Errors
-/// When one would be above 254; 255 is for all.
+/// When one would be above 254; 255 is the broadcast id.
 pub fn apic_ids(topology: &Topology, cpus: CpuCount) -> Result<Vec<u8>, ApicIds> {
     let id = |index| u8::try_from(apic_id(topology, index)).ok().filter(|id| *id < 255);
     (0..cpus.get()).map(id).collect::<Option<_>>().ok_or(ApicIds)
 }
 
-/// APIC id of vCPU `index`: socket, core and thread in bit fields of their own, as the guest takes
-/// them apart again.
+/// APIC id of vCPU `index`: socket, core and thread in separate bit fields, as the guest decodes
+/// them.
 fn apic_id(topology: &Topology, index: u8) -> u32 {
     let shape = Shape::new(topology);
     let (index, per_package) = (u16::from(index), shape.per_package.max(1));
@@ -41,9 +41,9 @@ fn apic_id(topology: &Topology, index: u8) -> u32 {
 /// Widths of the parts of an APIC id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Threads of a package.
+    /// Threads per package.
     pub per_package: u16,
-    /// Threads of a core.
+    /// Threads per core.
     pub threads: u16,
     /// Bits of the thread's number.
     pub thread_bits: u32,
@@ -52,9 +52,9 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Those of `t`.
+    /// The widths for `t`.
     pub fn new(t: &Topology) -> Self {
-        // The width of 0..n; a shape that is no machine's must not overflow.
+        // The width of 0..n; an invalid topology must not overflow.
         let bits = |n: u16| u16::BITS - n.saturating_sub(1).leading_zeros();
         let threads = u16::from(t.threads.max(1));
         let cores = [t.dies, t.clusters, t.cores]

@@ -1,8 +1,8 @@
-//! Values that cannot be wrong: each is checked where it comes in, whether the command line, the
-//! JSON file, QMP or a saved state says it, and nowhere again.
+//! Values that are valid by construction: each is checked once, where it enters, whether from the
+//! command line, the JSON file, QMP or a saved state.
 use std::{fmt, num::ParseIntError, str::FromStr};
 
-/// Why a value cannot be had, as the end of a sentence that names place and value.
+/// Why a value is invalid, worded as the end of a sentence that names place and value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ValueError {
     /// Not a decimal number.
@@ -11,19 +11,19 @@ pub enum ValueError {
     /// Below the first or above the second.
     #[error("not in {0}..={1}")]
     OutOfRange(u64, u64),
-    /// Within the limits, and not one of those between them.
+    /// Within the limits, but not a power of two.
     #[error("not a power of two: {}", powers(*.0, *.1))]
     NotAPowerOfTwo(u16, u16),
     /// Nothing at all.
     #[error("must not be empty")]
     Empty,
-    /// More bytes than the second.
+    /// Longer than the second number of bytes.
     #[error("{0} bytes long, at most {1} are allowed")]
     TooLong(usize, usize),
-    /// A reader that stops at NUL would see less of it.
+    /// NUL: a reader that stops there would see only a part.
     #[error("must not contain a NUL character")]
     Nul,
-    /// Linux takes no such name for an interface (`dev_valid_name`).
+    /// Not a valid name for a Linux network interface (`dev_valid_name`).
     #[error("not an interface name: no '/', ':', '%' or space")]
     NoInterfaceName,
 }
@@ -33,7 +33,7 @@ fn powers(least: u16, most: u16) -> String {
     all.map(|size| size.to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// The number that `word` is, in decimal digits alone.
+/// Parse `word` as a number of decimal digits only.
 fn number<N: FromStr<Err = ParseIntError>>(
     word: &str,
     least: u64,
@@ -46,7 +46,7 @@ fn number<N: FromStr<Err = ParseIntError>>(
     }
 }
 
-/// A number of things from `LEAST` to `MOST`; one if nothing is said.
+/// A count from `LEAST` to `MOST`; one by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Count<const LEAST: u16, const MOST: u16>(u16);
 
@@ -56,7 +56,7 @@ pub type DiskQueues = Count<1, 32>;
 pub type NicQueuePairs = Count<1, 16>;
 
 impl<const LEAST: u16, const MOST: u16> Count<LEAST, MOST> {
-    /// The most there can be.
+    /// The maximum.
     pub const MOST: u16 = MOST;
 
     /// The number.
@@ -105,7 +105,7 @@ impl<const LEAST: u16, const MOST: u16> fmt::Display for Count<LEAST, MOST> {
     }
 }
 
-/// Descriptors of a virtqueue: a power of two from `LEAST` to `MOST`; 256 if nothing is said.
+/// Descriptors of a virtqueue: a power of two from `LEAST` to `MOST`; 256 by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QueueSize<const LEAST: u16, const MOST: u16>(u16);
 
@@ -171,10 +171,10 @@ impl<const LEAST: u64, const MOST: u64> Rate<LEAST, MOST> {
         self.0
     }
 
-    /// The limit that `number` is where 0 stands for none.
+    /// Convert `number` to a limit; 0 stands for none.
     ///
     /// # Errors
-    /// When it is none that can be set.
+    /// When it is not a valid limit.
     pub fn or_unlimited(number: u64) -> Result<Option<Self>, ValueError> {
         match number {
             0 => Ok(None),
@@ -209,14 +209,15 @@ impl<const LEAST: u64, const MOST: u64> fmt::Display for Rate<LEAST, MOST> {
     }
 }
 
-/// Number of vCPUs: x2APIC ids would allow more, the MP table and CPU masks of old guests do not.
+/// Number of vCPUs: x2APIC ids would allow more, but the MP table and CPU masks of old guests do
+/// not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CpuCount(u8);
 
 impl CpuCount {
     /// One.
     pub const MIN: Self = Self(1);
-    /// The most there can be.
+    /// The maximum.
     pub const MAX: Self = Self(254);
 
     /// The number.
@@ -252,11 +253,11 @@ impl fmt::Display for CpuCount {
     }
 }
 
-/// Guest RAM in bytes: a multiple of 1 MiB, from 16 MiB on; 256 MiB if nothing is said.
+/// Guest RAM in bytes: a multiple of 1 MiB, at least 16 MiB; 256 MiB by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct MemorySize(u64);
 
-/// Why there cannot be so much guest RAM, or so little.
+/// Why a size of guest RAM is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MemorySizeError {
     /// Less than a guest can boot in.
@@ -265,16 +266,16 @@ pub enum MemorySizeError {
     /// More than can be addressed.
     #[error("{0} bytes, at most {max}G can be addressed", max = MemorySize::MAX.0 >> 30)]
     TooLarge(u64),
-    /// Not whole in KVM's and the guest's large pages.
+    /// Not a multiple of KVM's and the guest's large pages.
     #[error("unaligned with {unit} for memory", unit = MemorySize::UNIT)]
     Unaligned(u64),
 }
 
 impl MemorySize {
-    /// The least there can be.
+    /// The minimum.
     pub const MIN: Self = Self(16 << 20);
-    /// The most there can be: physical addresses have 52 bits (Intel SDM 3A, 4.1.4), and 1 GiB of
-    /// them is the hole. What the host has is far less and seen when it is asked for.
+    /// The maximum: physical addresses have 52 bits (Intel SDM 3A, 4.1.4), and 1 GiB of them is the
+    /// hole. The host has far less, which shows when memory is allocated.
     pub const MAX: Self = Self((1 << 52) - (1 << 30));
     /// It is a multiple of this many bytes.
     pub const UNIT: u64 = 1 << 20;
@@ -310,7 +311,7 @@ impl fmt::Display for MemorySize {
     }
 }
 
-/// Name of a tap, as Linux has names of network interfaces (`dev_valid_name`): 1 to 15 bytes.
+/// Name of a tap, valid for a Linux network interface (`dev_valid_name`): 1 to 15 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TapName(String);
 
@@ -360,7 +361,7 @@ impl fmt::Display for TapName {
 /// A text of 1 to `most` bytes.
 ///
 /// # Errors
-/// When it is none, or has a NUL character.
+/// When it is empty or too long, or has a NUL character.
 pub fn text(word: &str, most: usize) -> Result<&str, ValueError> {
     match word.len() {
         0 => Err(ValueError::Empty),

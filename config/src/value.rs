@@ -1,4 +1,4 @@
-//! Single values: what a word may be. Each function answers the value, or says what is allowed.
+//! Parsing of single values. Each function returns the value, or says what is allowed.
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use crate::{
     types::{self, MemorySize, NicQueuePairs},
 };
 
-/// What is allowed instead, as the end of a sentence that names place and value.
+/// What is allowed, worded as the end of a sentence that names place and value.
 pub type Rule = String;
 
 /// Any text without NUL.
@@ -59,7 +59,7 @@ pub fn boolean(word: &str) -> Result<bool, Rule> {
     }
 }
 
-/// `unmap` or `ignore`, or a truth value.
+/// `unmap` or `ignore`, or a boolean.
 pub fn discard(word: &str) -> Result<bool, Rule> {
     match word {
         "unmap" => Ok(true),
@@ -93,8 +93,8 @@ pub fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
     })
 }
 
-/// Guest RAM in bytes: `N[K|M|G|T]`. A bare number counts bytes from 1048576 on, as the first
-/// StratoVirt had it, and MiB below, as the second has it: less than 1 MiB is no machine.
+/// Guest RAM in bytes: `N[K|M|G|T]`. A bare number is in bytes if it is at least 1048576, as in the
+/// first StratoVirt, and otherwise in MiB, as in the second: a machine has at least 1 MiB.
 pub fn memory_size(word: &str) -> Result<MemorySize, Rule> {
     let malformed = || {
         "must be a number with K, M, G or T behind it; a bare number counts MiB below 1048576, \
@@ -153,7 +153,7 @@ pub fn descriptors(word: &str) -> Result<Vec<i32>, Rule> {
     Ok(fds)
 }
 
-/// A UUID in its 36 characters.
+/// A UUID in the usual 36 characters.
 pub fn uuid(word: &str) -> Result<String, Rule> {
     let dash = |at: usize| matches!(at, 8 | 13 | 18 | 23);
     let well_formed = word.len() == 36

@@ -1,5 +1,5 @@
-//! What is behind devices: back-ends of this host, or ones that do nothing, for devices that are only
-//! to take a saved state.
+//! The back-ends of devices: those of this host, or null ones for devices that only load a saved
+//! state.
 use std::{io, sync::Arc};
 
 use config::{CharBackend, DiskConfig, NicConfig, types::PerSecond};
@@ -17,8 +17,9 @@ use crate::{BuildError, Callbacks, Event, Report, Told, backends, legacy};
 /// Where back-ends come from.
 #[derive(Clone, Copy)]
 pub(crate) enum Backing<'a> {
-    /// They are opened; they call those. Without `held`, another process has the disks and the taps
-    /// that have a name, and is to give them up: disks are opened and not locked, taps are awaited.
+    /// Back-ends are opened and report through `callbacks`. Without `held`, another process still
+    /// has the disks and the named taps and will release them: disks are opened without their
+    /// locks, and taps are attached later.
     Host { callbacks: &'a Callbacks, held: bool },
     /// Nothing is opened. The disks, by slot, have these sizes in bytes.
     Nothing(&'a [u64]),
@@ -33,8 +34,8 @@ impl Backing<'_> {
         }
     }
 
-    /// A slot for disks: its queues are those of the disk that it had at the start, `shape`, whatever
-    /// `disk` is in it now.
+    /// The device of a disk slot. Its queues are those of the disk it had at the start, `shape`,
+    /// whichever `disk` is in it now.
     pub(crate) fn block(
         self,
         slot: usize,
@@ -74,7 +75,7 @@ impl Backing<'_> {
             .map_err(|source| BuildError::DiskSettings { id, source })
     }
 
-    /// A slot for NICs, as [`Backing::block`].
+    /// The device of a NIC slot, as [`Backing::block`].
     pub(crate) fn interface(
         self,
         slot: usize,

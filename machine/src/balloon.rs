@@ -1,4 +1,4 @@
-//! The balloon of a machine, as the monitor steers it.
+//! The balloon of a machine, as the monitor controls it.
 use std::sync::Arc;
 
 use devices::virtio::{
@@ -32,14 +32,14 @@ impl Balloon {
         Self { id: id.to_owned(), control, ram, device }
     }
 
-    /// Ask the guest to leave itself `bytes` of memory, or all that it has if that is less. The guest
-    /// hears of it by [`Machine::show_balloon`].
+    /// Ask the guest to keep `bytes` of memory, or all of its memory if that is less. The guest is
+    /// notified by [`Machine::show_balloon`].
     pub fn set_target(&self, bytes: u64) {
         let pages = self.ram.saturating_sub(bytes) / BALLOON_PAGE;
         self.control.set_target(u32::try_from(pages).unwrap_or(u32::MAX));
     }
 
-    /// Bytes that the guest has not put into the balloon, by what it says.
+    /// Bytes that are not in the balloon, as the guest reports.
     pub fn actual(&self) -> u64 {
         self.ram.saturating_sub(u64::from(self.control.actual()) * BALLOON_PAGE)
     }
@@ -51,10 +51,11 @@ impl Machine {
         self.balloon.as_ref()
     }
 
-    /// Show the guest what the balloon's size is to be.
+    /// Notify the guest of the balloon's target size.
     pub fn show_balloon(&self) {
         if let Some(balloon) = &self.balloon {
-            // Else its guest is resetting it, and reads everything again after that.
+            // If the lock is not free, the guest is resetting the balloon and reads everything
+            // again after that.
             if let Some(mut transport) = balloon.device.try_lock_for(DEVICE_LOCK_LIMIT) {
                 transport.update(|_| ());
             }

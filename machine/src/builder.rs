@@ -55,7 +55,7 @@ use crate::{
     vcpu,
 };
 
-/// Why there is no machine.
+/// Why the machine could not be built.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum BuildError {
@@ -111,33 +111,33 @@ pub enum BuildError {
 
 /// What a saved machine is built from.
 pub struct Saved {
-    /// Everything but its memory, of which it is known that devices can be restored from it.
+    /// Everything but its memory; the devices have been checked to restore from it.
     pub restorable: Restorable,
-    /// What it is to run on.
+    /// The KVM that it is to run on.
     pub opening: Opening,
-    /// Its memory, contents and all.
+    /// Its memory with its contents.
     pub memory: Contents,
-    /// Its kvm-clock goes on as if it had not stood since it was saved.
+    /// Its kvm-clock continues as if it had not been stopped since the save.
     pub clock_realtime: bool,
-    /// Its disks and taps can be had at once. Else another machine has them: all else is made and
-    /// tried, and [`Machine::hold_backends`] takes them.
+    /// Its disks and taps are free. Otherwise another machine still has them: everything else is
+    /// built and checked, and [`Machine::hold_backends`] takes them later.
     pub held: bool,
 }
 
-/// Whether disks and taps are the machine's at once.
+/// Whether the machine takes its disks and taps at once.
 struct Held(bool);
 
-/// How the guest begins.
+/// How the guest starts.
 enum Begin {
     Boot,
     GoOn(Opening, Contents, CpuFeatures, Held),
 }
 
 impl Machine {
-    /// Build the machine that `config` describes; it stands still until [`Machine::resume`].
+    /// Build the machine that `config` describes; it is paused until [`Machine::resume`].
     ///
     /// # Errors
-    /// When the host or a file does not give what the configuration asks for.
+    /// When the host or a file does not provide what the configuration asks for.
     pub fn new(config: &MachineConfig, callbacks: Callbacks) -> Result<Self, BuildError> {
         let guard = CleanupGuard::before(config);
         let occupied = Occupancy::at_start(config);
@@ -147,7 +147,7 @@ impl Machine {
         Ok(built)
     }
 
-    /// Build a machine that goes on where a saved one stood, once [`Machine::resume`] is called.
+    /// Build a machine from a saved state; it resumes from there with [`Machine::resume`].
     ///
     /// # Errors
     /// As [`Machine::new`]; when the state does not fit the configuration or this host.
@@ -195,7 +195,7 @@ impl Machine {
         let vm = Vm::new(&kvm, fd, &memory, &window)?;
         let io_threads =
             start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
-        // Beside each other: what the kernel does for vCPUs, and what opens and reads files.
+        // In parallel: KVM creates the vCPUs while files are opened and read.
         let features = seen.as_ref();
         let boot = seen.is_none();
         let (fds, parts) = thread::scope(|scope| {
@@ -269,7 +269,7 @@ impl Machine {
     }
 }
 
-/// Whether the guest's image is smaller than a huge page, and nobody insists on these.
+/// Whether kernel and initrd are each smaller than a huge page, and huge pages are not asked for.
 fn is_small(config: &MachineConfig) -> bool {
     let MachineConfig { memory, boot, .. } = config;
     let small = |path: &PathBuf| path.metadata().is_ok_and(|f| f.len() < memory::HUGE_PAGE);
@@ -282,7 +282,7 @@ fn check_count(kvm: &Kvm, cpus: u8) -> Result<(), KvmError> {
     if usize::from(cpus) > max { Err(KvmError::TooManyCpus { cpus, max }) } else { Ok(()) }
 }
 
-/// All devices, on their buses; KVM does not know of them yet.
+/// All devices, on their buses; not yet connected to KVM.
 pub(crate) struct Parts {
     pub legacy: Legacy,
     pub slots: Slots,
@@ -300,7 +300,7 @@ pub(crate) struct MadeOf<'a> {
     pub config: &'a MachineConfig,
     /// What is in the slots now.
     pub occupied: &'a Occupancy,
-    /// Where the slots are: for disks, for NICs, and those of all other devices.
+    /// Where the slots are: those for disks, those for NICs, and those of all other devices.
     pub places: &'a [Place],
 }
 
@@ -311,11 +311,11 @@ impl<'a> From<&'a Description> for MadeOf<'a> {
     }
 }
 
-/// Threads that carry workers, by id; the first one is the default.
+/// I/O threads, which run device workers, by id; the first one is the default.
 pub(crate) type IoThreads = [(String, Arc<io_thread::Handle>)];
 
 impl Parts {
-    /// Make them, with what `backing` has behind them.
+    /// Build them, with back-ends from `backing`.
     pub(crate) fn new(
         made_of: &MadeOf<'_>,
         backing: Backing<'_>,
@@ -420,8 +420,8 @@ impl Threads<'_> {
     }
 }
 
-/// Why the disk in slot `slot` cannot be had, by what the machine is: the image may be that of a disk
-/// before it, and an empty image is no root disk.
+/// Make `error` about the disk in slot `slot` more specific: the image may already be in use by an
+/// earlier disk of this machine, and a missing image may be that of the root disk.
 pub(crate) fn explained(
     error: BuildError,
     slot: usize,

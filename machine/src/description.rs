@@ -1,12 +1,12 @@
-//! What a machine is made of now, for its saved form.
+//! The current make-up of a machine, in its saved form.
 use config::{Description, places::Place};
 use state::config as saved;
 
 use crate::Machine;
 
 impl Machine {
-    /// What the machine is made of now, in its saved form. `halted` says why its guest cannot run
-    /// on.
+    /// The machine's current devices and configuration, in their saved form. `halted` says why its
+    /// guest cannot run any more.
     pub fn description(&self, id: u128, halted: Option<saved::Halted>) -> saved::Config {
         let places = self.slots.places().map(|(place, sizes)| {
             let queue_sizes = Some(sizes.to_vec());

@@ -1,15 +1,15 @@
-//! Which memory is written: by vCPUs, as KVM notes it; by devices, in the bitmap of guest memory;
-//! and by processes beside this one, in logs of theirs.
+//! Dirty page tracking: writes by vCPUs, as KVM logs them; by devices, in the bitmap of guest
+//! memory; and by other processes, in their own logs.
 use std::{io, ops::Range, sync::Arc};
 
 use devices::backend::dirty_log::DirtyLog;
 
 use crate::{Machine, kvm::KvmError, memory::image};
 
-/// Why it is not known what was written. A save must not go on then.
+/// Why the dirty pages could not be found. A save must then not continue.
 #[derive(Debug, thiserror::Error)]
 pub enum DirtyError {
-    /// KVM does not tell.
+    /// KVM did not report them.
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// A log does not belong to this machine's memory.
@@ -18,10 +18,10 @@ pub enum DirtyError {
 }
 
 impl Machine {
-    /// Begin to note which pages are written, or end it.
+    /// Start or stop logging dirty pages.
     ///
     /// # Errors
-    /// When KVM refuses, or a log of another process cannot be reached.
+    /// When KVM refuses, or the log of another process cannot be reached.
     pub fn log_dirty(&mut self, on: bool) -> Result<(), DirtyError> {
         self.vm.log_dirty(on)?;
         self.logging = on;
@@ -31,11 +31,12 @@ impl Machine {
         Ok(())
     }
 
-    /// The ranges of the memory's image that have been written since [`Machine::log_dirty`] or the
-    /// last call. What is written meanwhile may be in it or in the next one.
+    /// The ranges of guest memory, as offsets in the memory file, that were written since
+    /// [`Machine::log_dirty`] or the last call. A write during the call is in this result or in the
+    /// next one.
     ///
     /// # Errors
-    /// When KVM does not tell, or a log of another process cannot be read.
+    /// When KVM does not report them, or the log of another process cannot be read.
     pub fn dirty_memory(&mut self) -> Result<Vec<Range<u64>>, DirtyError> {
         let mut written = self.vm.dirty()?;
         self.dirty_logs.move_into(&self.memory, &mut written).map_err(DirtyError::Log)?;
@@ -43,13 +44,13 @@ impl Machine {
         Ok(image::union(&std::mem::take(&mut self.cleared), &dirty))
     }
 
-    /// Have `log` count, in which another process notes what it writes to this machine's memory.
+    /// Include `log`, in which another process logs what it writes to this machine's memory.
     pub fn add_dirty_log(&mut self, log: Arc<DirtyLog>) {
         self.dirty_logs.add(log);
     }
 
-    /// The other process has gone, or writes to memory no more: what is in its log counts, and what
-    /// comes does not.
+    /// Remove the log of a process that has ended or no longer writes to memory: what is in it
+    /// still counts, later entries do not.
     ///
     /// # Errors
     /// When the log cannot be read, or was not made for this machine's memory.

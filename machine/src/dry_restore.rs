@@ -1,5 +1,5 @@
-//! The first half of every restore: all that can be found out about a saved machine without KVM,
-//! without files of the host and without its memory. A save runs it, too, before it counts.
+//! The first half of every restore: all checks of a saved machine that need no KVM, no host files
+//! and none of its memory. A save runs them, too, before it is complete.
 use std::sync::Arc;
 
 use config::Description;
@@ -17,20 +17,19 @@ use crate::{
     slots::Slots,
 };
 
-/// A saved machine, checked down to each device. [`Machine::restored`](crate::Machine::restored)
+/// A saved machine, checked device by device. [`Machine::restored`](crate::Machine::restored)
 /// builds it.
 pub struct Restorable {
-    /// What it is made of.
+    /// Its configuration and devices.
     pub description: Description,
-    /// What is restored into it.
+    /// The state to restore.
     pub state: MachineState,
 }
 
-/// Build the devices of `description` with nothing behind them and have each take its state from
-/// `sections`.
+/// Build the devices of `description` without back-ends and load the state of each from `sections`.
 ///
 /// # Errors
-/// When one cannot be built or does not take it, or when the parts do not belong together.
+/// When one cannot be built or refuses its state, or when the parts do not belong together.
 pub fn dry_restore(description: Description, sections: Sections) -> Result<Restorable, BuildError> {
     let state = MachineState::try_from(sections)?;
     let (saved, configured) = (state.vcpus.len(), usize::from(description.config.cpus.get()));
@@ -38,7 +37,7 @@ pub fn dry_restore(description: Description, sections: Sections) -> Result<Resto
         return Err(RestoreError::Count { what: "vCPUs", saved, configured }.into());
     }
     let made_of = MadeOf::from(&description);
-    // Queues have to lie in guest memory; nothing is read from it.
+    // Queues must lie in guest memory; its contents are not read.
     let memory = memory::addresses(made_of.config.memory.size)?;
     let window = Slots::window(made_of.places).map_err(BuildError::Window)?;
     let thread = Arc::new(io_thread::Handle::without_thread().map_err(BuildError::Thread)?);
@@ -51,7 +50,7 @@ pub fn dry_restore(description: Description, sections: Sections) -> Result<Resto
     Ok(Restorable { description, state })
 }
 
-/// Give each device its section, which is known by its id; every section has to have its device.
+/// Restore each device from the section with its id; every section must have its device.
 pub(crate) fn restore_devices(
     legacy: &Legacy,
     slots: &Slots,
@@ -80,8 +79,8 @@ pub(crate) fn restore_devices(
     }
 }
 
-/// Whether a test has this device refuse every state: it is named in a file, which may change while
-/// the monitor runs. In debug builds only.
+/// Whether a test makes this device refuse every state: a file names it, which may change while the
+/// monitor runs. In debug builds only.
 fn refuses(id: &str) -> bool {
     let file = || std::env::var_os("STRATOVIRT_TEST_REFUSE").filter(|_| cfg!(debug_assertions));
     file().is_some_and(|file| std::fs::read_to_string(file).is_ok_and(|named| named == id))

@@ -1,4 +1,4 @@
-//! What a machine reports to whoever runs it.
+//! What a machine reports to the program that runs it.
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
@@ -8,38 +8,38 @@ use devices::threads::ThreadStart;
 
 use crate::vcpu::Stopped;
 
-/// Something that the machine cannot decide by itself.
+/// Something that the machine cannot handle by itself.
 #[derive(Debug)]
 pub enum Event {
     /// A vCPU stopped by itself; the others still run.
     Vcpu(usize, Stopped),
-    /// A part of guest memory cannot be had; whoever touches it waits for ever. Why.
+    /// A part of guest memory is lost, for this reason; a thread that touches it waits for ever.
     MemoryLost(String),
-    /// The person at the console typed `Ctrl-a x`.
+    /// The user at the console typed `Ctrl-a x`.
     Escape,
-    /// The guest has changed the size of its balloon. To be dropped when that has been noted: no other
-    /// change is reported until then.
+    /// The guest has changed the size of its balloon. Drop the value once that has been handled: no
+    /// other change is reported until then.
     BalloonChanged(Told),
-    /// A disk could not do what the guest asked.
+    /// A disk could not carry out a request of the guest.
     DiskError {
         /// The disk's id.
         id: String,
-        /// Writing, not reading.
+        /// The request was a write, not a read.
         write: bool,
-        /// Why.
+        /// The error.
         error: std::io::Error,
-        /// To be dropped when the event has been dealt with: the disk reports no other until then,
-        /// so a guest on a failing disk cannot fill the queue of events.
+        /// Drop it once the event has been handled: the disk reports no other until then, so a
+        /// guest on a failing disk cannot fill the event queue.
         told: Told,
     },
 }
 
-/// Whether an event of one source is under way; one at a time is.
+/// Whether an event of one source is pending; only one may be.
 #[derive(Debug, Default)]
 pub struct Told(Arc<AtomicBool>);
 
 impl Told {
-    /// The right to report one, if none is under way.
+    /// The right to report an event, if none is pending.
     pub(crate) fn begin(&self) -> Option<Self> {
         (!self.0.swap(true, Ordering::AcqRel)).then(|| Self(self.0.clone()))
     }
@@ -54,17 +54,18 @@ impl Drop for Told {
 /// Where events go. Called on vCPU and I/O threads: must not block.
 pub type Report = Arc<dyn Fn(Event) + Send + Sync>;
 
-/// What a machine calls of the program that it runs in.
+/// The machine's callbacks into the program that it runs in.
 #[derive(Clone)]
 pub struct Callbacks {
     /// Where its events go.
     pub report: Report,
-    /// What its threads do before they serve. One that must not serve ends, and the machine is unusable.
+    /// What its threads do before they serve. If it fails, the thread ends and the machine is
+    /// unusable.
     pub start: ThreadStart,
 }
 
 impl From<Report> for Callbacks {
-    /// Threads have nothing to do first.
+    /// Threads do nothing first.
     fn from(report: Report) -> Self {
         Self { report, start: ThreadStart::default() }
     }

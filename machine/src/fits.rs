@@ -1,5 +1,5 @@
-//! Whether a machine that is offered to this host can run here, as far as that can be told before
-//! its memory and its state are there, and without taking anything from the machine that it is.
+//! Whether this host can run a machine that is offered to it, as far as that can be checked before
+//! its memory and state arrive, and without taking anything from the running machine.
 use config::{Description, MachineConfig, Tap as TapConfig, topology};
 use devices::backend::net::tap::Tap;
 use kvm_ioctls::Kvm;
@@ -11,21 +11,21 @@ use crate::{
     kvm,
 };
 
-/// Whether this host's CPU has what `cpu` promises to the guest of `description`.
+/// Check that this host's CPU has every feature that `cpu` promises to the guest of `description`.
 ///
 /// # Errors
-/// [`BuildError::Cpu`] with the first thing missing; when KVM does not tell.
+/// [`BuildError::Cpu`] with the first feature missing; when KVM does not report its features.
 pub fn check_cpu(description: &Description, cpu: &Cpu) -> Result<(), BuildError> {
     let kvm = kvm::open()?;
     let supported = CpuFeatures::supported(&kvm)?;
     check_model(&kvm, &supported, &description.config, &CpuModel::from(cpu))
 }
 
-/// Whether the taps of `description` that have a name are there, and are such as their NICs need.
-/// Another machine may have them.
+/// Check that the named taps of `description` exist and suit their NICs. Another machine may have
+/// them.
 ///
 /// # Errors
-/// [`BuildError::Tap`] for the first one that is not.
+/// [`BuildError::Tap`] for the first one that does not.
 pub fn check_taps(description: &Description) -> Result<(), BuildError> {
     for nic in description.occupied.nics.iter().flatten() {
         if let TapConfig::Name(name) = &nic.tap {
@@ -36,7 +36,8 @@ pub fn check_taps(description: &Description) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// Whether vCPUs of `config` show all that a guest has seen, on a host that can show `supported`.
+/// Check that vCPUs of `config` have all features that the guest has seen, on a host with
+/// `supported`.
 pub(crate) fn check_model(
     kvm: &Kvm,
     supported: &CpuFeatures,

@@ -1,6 +1,6 @@
 //! The generation id (Microsoft, "Virtual Machine Generation ID", 2012): 16 bytes of guest memory
-//! that are others each time a machine goes on from a saved state, so that two guests that go on
-//! from the same one do not hand out the same random numbers. A reset keeps them.
+//! that change each time a machine is restored, so that two guests restored from the same save do
+//! not produce the same random numbers. A reset keeps them.
 use std::{fmt, io};
 
 use devices::{Memory, random};
@@ -13,10 +13,10 @@ use crate::{boot::BootError, layout};
 pub struct GenerationId([u8; 16]);
 
 impl GenerationId {
-    /// One that nobody else has.
+    /// A new, unique id.
     ///
     /// # Errors
-    /// When the host has no random numbers to give.
+    /// When the host cannot provide random numbers.
     pub(crate) fn random() -> io::Result<Self> {
         let mut bytes: [u8; 16] = random::bytes()?;
         bytes[6] = bytes[6] & 0x0f | 0x40;
@@ -24,7 +24,7 @@ impl GenerationId {
         Ok(Self(bytes))
     }
 
-    /// Put it where the guest looks for it.
+    /// Write it where the guest looks for it.
     ///
     /// # Errors
     /// When there is no memory there.
@@ -35,7 +35,7 @@ impl GenerationId {
             .map_err(|source| BootError::Tables { address, source })
     }
 
-    /// As a GUID lies in memory: its first three fields are little-endian.
+    /// The memory layout of a GUID: its first three fields are little-endian.
     fn in_memory(self) -> [u8; 16] {
         let Self([a, b, c, d, e, f, g, h, rest @ ..]) = self;
         let [i, j, k, l, m, n, o, p] = rest;
@@ -43,7 +43,7 @@ impl GenerationId {
     }
 }
 
-/// The usual 36 characters.
+/// The usual form of 36 characters.
 impl fmt::Display for GenerationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, byte) in self.0.iter().enumerate() {

@@ -3,12 +3,12 @@
 //! ```text
 //!            hold              all workers are quiet
 //!   running ------> asked -----------------------------> held
-//!    ^  ^             |                                   | workers come and go without a message
-//!    |  +-------------+ not within the limit, or go       |
-//!    +------------------- go: those that are here --------+
+//!    ^  ^             |                                   | workers move without a message
+//!    |  +-------------+ limit exceeded, or go             |
+//!    +------------------- go: workers at the desk --------+
 //! ```
-//! A thread that is asked may be in a system call that waits for storage, so nothing here waits for it
-//! longer than it is told to. What was asked stays asked between two looks at it.
+//! The thread may be in a system call that waits for storage when a hold is requested, so no caller
+//! waits longer than its deadline. A request stays pending between two checks of it.
 #[cfg(test)]
 mod tests;
 
@@ -42,12 +42,12 @@ type Residents = BTreeMap<usize, Resident>;
 enum Order {
     Adopt(Residents),
     Release(usize, Sender<Option<Resident>>),
-    /// The number of the hold, and the time that all workers together have to come to rest.
+    /// The number of the hold, and the time limit for all workers together to become quiet.
     Hold(u64, Duration),
     Exit,
 }
 
-/// The handle other threads hold.
+/// The handle that other threads use.
 pub struct Handle {
     orders: Sender<Order>,
     waker: Waker,
@@ -55,14 +55,14 @@ pub struct Handle {
     /// Key of the next worker.
     next: AtomicUsize,
     counter: Arc<Counter>,
-    /// Told by the thread once it runs; nobody has to wait for that before it has work.
+    /// Sent by the thread once it runs; no caller waits for that before it needs the number.
     tid: Mutex<Receiver<u32>>,
     known_tid: OnceLock<u32>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Handle {
-    /// Start a thread called `name`, as `start` wants it.
+    /// Start a thread called `name`, set up by `start`.
     ///
     /// # Errors
     /// When the host refuses the thread or its descriptors.
@@ -99,7 +99,7 @@ impl Handle {
         })
     }
 
-    /// One without a thread, for devices that never run. What it is given is lost.
+    /// A handle without a thread, for devices that never run. Workers given to it are lost.
     ///
     /// # Errors
     /// When the host refuses its descriptors.
@@ -118,14 +118,15 @@ impl Handle {
         })
     }
 
-    /// The kernel's number of the thread; waits for it to have started. 0 if it ended at once.
+    /// The kernel's thread id; waits for the thread to have started. 0 if it ended at once.
     pub fn thread(&self) -> u32 {
         *self.known_tid.get_or_init(|| self.tid.lock().recv().unwrap_or(0))
     }
 
-    /// Ask for all workers at once; nothing runs on the thread then until [`Handle::go`]. Ask all
-    /// threads first, then wait for each. The thread gives up when what is in flight has not ended
-    /// within `limit`; asking again while it is asked or held changes nothing.
+    /// Request all workers; once they are held, nothing runs on the thread until [`Handle::go`].
+    /// Send the request to all threads first, then wait for each. The thread gives up when requests
+    /// in flight have not ended within `limit`; a request while one is pending or held changes
+    /// nothing.
     pub fn hold(&self, limit: Duration) {
         let mut desk = self.counter.desk.lock();
         if let Hold::No = desk.hold
@@ -140,7 +141,7 @@ impl Handle {
     /// Whether the thread is held; waits until `deadline` for it to be.
     ///
     /// # Errors
-    /// When it never will be: the thread has ended.
+    /// When the thread has ended and so never will be held.
     pub fn is_held(&self, deadline: Instant) -> Result<bool, Ended> {
         let mut desk = self.counter.desk.lock();
         while let Hold::Asked(_) = desk.hold
@@ -153,9 +154,10 @@ impl Handle {
         }
     }
 
-    /// Let the workers that are here run again, or take back that they were asked for.
+    /// Let the workers at the desk run again, or withdraw a pending hold.
     pub fn go(&self) {
-        // The lock covers the sending: whoever looks for a worker finds it here or on the thread.
+        // The lock is held while sending: a caller that looks for a worker finds it either here or
+        // on the thread.
         let mut desk = self.counter.desk.lock();
         if let Hold::Held(residents) = std::mem::take(&mut desk.hold)
             && !residents.is_empty()
@@ -165,8 +167,8 @@ impl Handle {
         self.counter.changed.notify_all();
     }
 
-    /// The desk, once it is certain where workers are. The main thread must not call this while it
-    /// waits for a thread that it has asked.
+    /// The desk, once no hold is pending, so that each worker's place is certain. The main thread
+    /// must not call this while it waits for a thread that it has asked to hold.
     fn settled(&self) -> MutexGuard<'_, Desk> {
         let mut desk = self.counter.desk.lock();
         while let Hold::Asked(_) = desk.hold {
@@ -198,7 +200,7 @@ impl Handle {
     }
 
     fn tell(&self, order: Order) {
-        // A thread that has gone shows as an answer that never comes.
+        // If the thread has ended, the caller sees that by the missing answer.
         let _ = self.orders.send(order);
         if let Err(e) = self.waker.wake() {
             log::error!("cannot wake an I/O thread: {e}");
@@ -207,8 +209,8 @@ impl Handle {
 }
 
 impl IoThread for Handle {
-    /// Does not wait for the thread: what can fail is done here, and events for a worker that the
-    /// thread has not seen yet are made up for when it takes the worker in.
+    /// Does not wait for the thread: all steps that can fail are done here, and events for a worker
+    /// that the thread has not seen yet are made up for when the thread adopts it.
     fn adopt(&self, worker: Box<dyn Worker>) -> Result<usize, Refused> {
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         let sources = worker.sources();
@@ -216,7 +218,7 @@ impl IoThread for Handle {
             let token = Token(key << SOURCE_BITS | i);
             match self.registry.register(&mut SourceFd(fd), token, Interest::READABLE) {
                 Ok(()) => {}
-                // A regular file cannot be waited on, and need not be: it is always ready.
+                // epoll refuses a regular file, which is always ready and needs no waiting.
                 Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
                 Err(e) => {
                     deregister(&self.registry, sources.get(..i).unwrap_or_default());
@@ -255,26 +257,26 @@ impl IoThread for Handle {
     }
 }
 
-/// Where workers change hands.
+/// Where the handle and the thread exchange workers.
 #[derive(Default)]
 struct Counter {
-    /// A lock and not a message: the main thread and the vCPU threads take workers of a held thread
-    /// and bring them without waking it; and the thread leaves all of them here at once, so that they
-    /// are either here or still the thread's, also if the hold was taken back meanwhile.
+    /// A lock rather than messages: the main thread and the vCPU threads take workers of a held
+    /// thread and return them without waking it. The thread moves all its workers here at once, so
+    /// that they are either here or still on the thread, even if the hold was withdrawn meanwhile.
     desk: Mutex<Desk>,
     /// A hold was answered or taken back.
     changed: Condvar,
 }
 
-/// What is known of workers that the thread does not drive just now.
+/// The workers that the thread does not drive at the moment.
 #[derive(Default)]
 struct Desk {
     hold: Hold,
     /// Number of the last hold.
     last: u64,
-    /// The thread is not there any more.
+    /// The thread has ended.
     ended: bool,
-    /// The descriptors of those that are lent out.
+    /// The descriptors of workers that are lent out.
     lent: BTreeMap<usize, Vec<RawFd>>,
 }
 
@@ -283,13 +285,13 @@ struct Desk {
 enum Hold {
     #[default]
     No,
-    /// The hold of this number was asked for.
+    /// The hold of this number is pending.
     Asked(u64),
-    /// It does. The workers that have not been taken away.
+    /// The thread is paused. Holds the workers that have not been taken away.
     Held(Residents),
 }
 
-/// The I/O thread is not there any more.
+/// The I/O thread has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended;
 
@@ -312,7 +314,7 @@ struct Loop {
     poll: Poll,
     inbox: Receiver<Order>,
     workers: Residents,
-    /// Sources that have fired, or may have, and whose workers have not been told.
+    /// Sources that have fired, or may have, and whose workers have not been called yet.
     due: VecDeque<Token>,
     counter: Arc<Counter>,
 }
@@ -338,8 +340,8 @@ impl Loop {
                 Err(e) => return log::error!("an I/O thread cannot wait for work: {e}"),
             }
             self.due.extend(events.iter().map(|e| e.token()));
-            // An order waits for one worker's turn at most. What is due for a worker that leaves
-            // meanwhile is made up for when it comes back.
+            // An order waits at most for one worker's turn. Events for a worker that leaves
+            // meanwhile are made up for when it comes back.
             while let Some(token) = self.due.pop_front() {
                 if let Some(r) = self.workers.get_mut(&(token.0 >> SOURCE_BITS)) {
                     r.worker.ready(token.0 & ((1 << SOURCE_BITS) - 1));
@@ -357,14 +359,14 @@ impl Loop {
     }
 
     fn adopt(&mut self, mut residents: Residents) {
-        // Work may have arrived while the worker was away, or before it was here.
+        // Events may have arrived while the worker was away or before it was adopted.
         self.due.extend(residents.iter().flat_map(|(key, resident)| resident.tokens(*key)));
         self.workers.append(&mut residents);
     }
 
     fn hold(&mut self, number: u64, limit: Duration) {
         let is_asked = |desk: &Desk| matches!(desk.hold, Hold::Asked(asked) if asked == number);
-        // It may have been taken back while the thread waited for storage.
+        // The hold may have been withdrawn while the thread waited for storage.
         if !is_asked(&self.counter.desk.lock()) {
             return;
         }
@@ -392,7 +394,7 @@ impl Loop {
 }
 
 impl Resident {
-    /// Its sources, for an I/O thread that knows it by `key`.
+    /// The tokens of its sources, for an I/O thread that knows it by `key`.
     fn tokens(&self, key: usize) -> impl Iterator<Item = Token> + use<> {
         (0..self.sources.len()).map(move |index| Token(key << SOURCE_BITS | index))
     }
@@ -400,7 +402,7 @@ impl Resident {
 
 fn deregister(registry: &Registry, sources: &[RawFd]) {
     for fd in sources {
-        // Fails for a descriptor that could not be waited on, or that the kernel has taken away.
+        // Fails for a descriptor that epoll refused, or that the kernel has removed already.
         let _ = registry.deregister(&mut SourceFd(fd));
     }
 }

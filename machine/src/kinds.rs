@@ -1,5 +1,5 @@
-//! What a machine makes of the devices of each kind that have a slot of their own: a kind's row is its
-//! arm in [`Backing::device`].
+//! How the machine builds each kind of device that has a slot of its own: each kind has an arm in
+//! [`Backing::device`].
 use std::sync::Arc;
 
 use config::{BalloonConfig, ConsoleConfig, DeviceConfig, RngConfig, types::RngBps};
@@ -17,16 +17,16 @@ use vm_memory::GuestAddress;
 
 use crate::{BuildError, Event, Told, backing::Backing, legacy::Outside};
 
-/// A device, and what the machine keeps of it.
+/// A device, and what the machine keeps for it.
 pub(crate) struct Built {
     pub device: Box<dyn VirtioDevice>,
     pub kept: Kept,
 }
 
-/// By what the machine reaches a device, whatever that is busy with.
+/// A handle by which the machine reaches a device even while the device is busy.
 pub(crate) enum Kept {
     Nothing,
-    /// The outer end of its characters, and their label.
+    /// The back-end side of its character stream, and its label.
     Chars(String, Outside),
     Balloon(Arc<balloon::Control>),
 }
@@ -34,7 +34,7 @@ pub(crate) enum Kept {
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 impl Backing<'_> {
-    /// The device that `config` describes. `memory` takes what the guest gives back.
+    /// The device that `config` describes. `memory` reclaims what the guest gives back.
     pub(crate) fn device(
         self,
         config: &DeviceConfig,
@@ -89,7 +89,7 @@ impl Backing<'_> {
     }
 }
 
-/// Memory of a machine that is not to run.
+/// The reclaimer of a machine that never runs.
 pub(crate) struct NoReclaim;
 
 impl Reclaim for NoReclaim {

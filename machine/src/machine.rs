@@ -1,4 +1,4 @@
-//! The machine: what it is made of, and how all of it stops, goes on and starts anew.
+//! The machine: its parts, and how they are stopped, resumed and reset together.
 use std::{io, ops::Range, sync::Arc, time::Duration};
 
 use config::MachineConfig;
@@ -28,13 +28,13 @@ use crate::{
     vcpu::{Gone, Handle},
 };
 
-/// How long the last output may take to arrive in its file.
+/// How long to wait for the last output to reach its file.
 const OUTPUT_DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// A built machine. All its vCPUs are parked until [`Machine::resume`].
 ///
-/// The order of the fields is the order of their end: vCPUs before devices, devices before the
-/// I/O threads that carry their workers, and KVM last.
+/// The fields are dropped in this order: vCPUs before devices, devices before the I/O threads that
+/// run their workers, and KVM last.
 pub struct Machine {
     pub(crate) vcpus: Vec<Handle<KvmCpu>>,
     pub(crate) legacy: Legacy,
@@ -56,63 +56,64 @@ pub struct Machine {
     pub(crate) backends: Backends,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) generation: GenerationId,
-    /// What the guest has seen of its CPUs, when it was restored; else it is what this host has.
+    /// The CPU features that the guest of a restored machine has seen; otherwise those of this
+    /// host.
     pub(crate) seen: Option<CpuFeatures>,
-    /// The same as it is saved, once it is known.
+    /// The same in saved form, once it is known.
     pub(crate) cpu_model: Option<CpuModel>,
-    /// Ranges of the memory's image that are not zero although nobody may have touched them.
+    /// Ranges of guest memory that are not zero although they may not have been touched.
     pub(crate) filled: Arc<[Range<u64>]>,
     /// Gives memory back to the host, for devices.
     pub(crate) reclaimer: Arc<Reclaimer>,
-    /// What processes beside this one write.
+    /// Pages written by other processes.
     pub(crate) dirty_logs: DirtyLogs,
-    /// It is noted which pages are written.
+    /// Dirty page logging is on.
     pub(crate) logging: bool,
-    /// What a reset has cleared since they were last asked for.
+    /// Ranges that a reset has cleared since they were last queried.
     pub(crate) cleared: Vec<Range<u64>>,
     /// Other machines may have the disks.
     pub(crate) disks_released: bool,
 }
 
-/// The moment at which the guest's clocks stood still.
+/// The moment at which the guest's clocks were stopped.
 pub(crate) struct Parked {
-    /// What the host's counter showed, in ticks.
+    /// The host's TSC, in ticks.
     pub ticks: u64,
     /// The guest's paravirtual clock.
     pub clock: Clock,
-    /// It is to go on as if it had not stood.
+    /// The clock is to continue as if it had not been stopped.
     pub advance: bool,
 }
 
-/// Why the machine could not be stopped, continued or reset.
+/// Why the machine could not be paused, resumed or reset.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// A vCPU thread ended; the VM cannot go on.
+    /// A vCPU thread ended; the VM cannot run any more.
     #[error(transparent)]
     Gone(#[from] Gone),
     /// KVM refused a step.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// What tells the guest of this machine could not be written.
+    /// The boot data that describe this machine to the guest could not be written.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A disk was handed over, and whoever has it now keeps it.
+    /// A disk was handed over, and its new owner keeps it.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// A tap was handed over, and is in use now.
+    /// A tap was handed over and is still in use.
     #[error("NIC {id}")]
     #[expect(missing_docs, reason = "shown by the message")]
     Tap { id: String, source: TapError },
-    /// The host refused something.
+    /// The host refused a system call.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// A disk's storage does not answer, and what was asked for has to wait for it.
+    /// A disk's storage does not answer, and the operation has to wait for it.
     #[error(
         "disk {0} has requests that the host has not finished in time: its storage is slow or hangs. \
          The machine is as it was; try again when the storage answers"
     )]
     Hung(String),
-    /// A vCPU, an I/O thread or a device does not come to rest.
+    /// A vCPU, an I/O thread or a device does not become quiet.
     #[error(
         "{0} has not come to rest in time: the host is overloaded, or a file that it waits for hangs. \
          The machine is as it was; try again"
@@ -124,12 +125,12 @@ pub enum RunError {
 }
 
 impl Machine {
-    /// What it was made from.
+    /// The configuration that it was built from.
     pub fn config(&self) -> &MachineConfig {
         &self.config
     }
 
-    /// The kernel's numbers of the vCPU threads, in order of vCPUs.
+    /// The kernel's thread ids of the vCPU threads, in order of vCPUs.
     pub fn vcpu_threads(&self) -> Vec<u32> {
         self.vcpus.iter().map(Handle::thread).collect()
     }
@@ -144,14 +145,14 @@ impl Machine {
         &self.chardevs
     }
 
-    /// What tells it from other machines that go on from the same state.
+    /// The id that distinguishes it from other machines restored from the same state.
     pub fn generation_id(&self) -> GenerationId {
         self.generation
     }
 
-    /// What is left to be done for a machine that was stopped for good, on a thread that may wait for
-    /// storage: its output arrives, its sockets' names and what is in the file of its memory go. The
-    /// machine itself is to be forgotten: its threads may still use it.
+    /// What remains to be done for a machine that was stopped for good, on a thread that may wait
+    /// for storage: flush its output, remove its sockets' names and empty its memory file. The
+    /// machine itself must be leaked: its threads may still use it.
     pub fn leave(&self, quiet: bool) -> impl FnOnce() + Send + use<> {
         let outputs = self.outputs.clone();
         let memory = quiet.then(|| (self.memory.clone(), self.config.memory.clone()));
@@ -168,16 +169,16 @@ impl Machine {
         self.legacy.press_power_button();
     }
 
-    /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
+    /// Type Ctrl-Alt-Del; false when the guest has not enabled its keyboard.
     pub fn send_ctrl_alt_del(&self) -> bool {
         self.legacy.send_ctrl_alt_del()
     }
 
-    /// Let it run: devices first, then vCPUs. The guest's clocks go on from where they stood,
-    /// unless it was restored as [`Saved::clock_realtime`](crate::Saved).
+    /// Let it run: devices first, then vCPUs. The guest's clocks continue from where they stopped,
+    /// unless it was restored with [`Saved::clock_realtime`](crate::Saved).
     ///
     /// # Errors
-    /// When KVM refuses the clock, or another machine has a disk that was given away.
+    /// When KVM refuses the clock, or another machine has a disk that was released.
     pub fn resume(&mut self) -> Result<(), RunError> {
         self.hold_backends()?;
         let ticks = self.restart_clocks()?;
@@ -185,17 +186,17 @@ impl Machine {
         Ok(())
     }
 
-    /// Let the guest's clock resume from where it stood; for how many ticks of the host's counter
-    /// that was.
+    /// Let the guest's clock resume from where it was stopped; returns for how many ticks of the
+    /// host's counter that was.
     pub(crate) fn restart_clocks(&mut self) -> Result<u64, KvmError> {
         let Some(parked) = self.parked.take() else { return Ok(0) };
         self.vm.set_clock(parked.clock, parked.advance)?;
         Ok(host_ticks().saturating_sub(parked.ticks))
     }
 
-    /// Let it run again after a pause that only the monitor wanted, of some milliseconds. The guest's
-    /// clocks have gone on meanwhile, as they do when the host takes a CPU away: held back again and
-    /// again, they would fall behind the world's.
+    /// Let it run again after a pause of some milliseconds that the monitor itself needed. The
+    /// guest's clocks have advanced meanwhile, as they do when the host preempts a vCPU: stopped
+    /// again and again, they would fall behind real time.
     ///
     /// # Errors
     /// As [`Machine::resume`].
@@ -216,24 +217,24 @@ impl Machine {
         self.running = true;
     }
 
-    /// Let the serial port's other end be served although the machine stands still: whoever connects
-    /// there is told what the guest has said. What is typed goes no further than the port's FIFO.
+    /// Serve the serial port's back-end although the machine is paused: a client that connects
+    /// there gets the guest's past output. Its input gets no further than the port's FIFO.
     pub fn serve_serial(&mut self) {
         if let Some(serial) = self.legacy.serial() {
             self.rest.ends();
             serial.lock().resume();
-            // All other workers are with their devices.
+            // All other workers are with their devices, so only this one runs.
             self.io_threads.iter().for_each(|(_, thread)| thread.go());
         }
     }
 
-    /// Go back to the state before the first instruction, with the kernel that was loaded again. The
-    /// machine is paused before and after.
+    /// Return to the state before the first instruction, with a freshly loaded kernel. The machine
+    /// is paused before and after.
     ///
-    /// KVM gets a new virtual machine for it, behind the same devices, memory and threads: it has no
-    /// reset, and does not tell all that a guest may have changed in a vCPU.
+    /// This makes a new KVM virtual machine behind the same devices, memory and threads: KVM has no
+    /// reset, and does not report all that a guest may have changed in a vCPU.
     ///
-    /// # Errors
+    /// When the host's memory does not suffice or KVM refuses: the machine is then unusable.
     /// When the host's memory does not suffice or KVM refuses: the machine cannot be used then.
     pub fn reset(&mut self, kernel: &Reloaded) -> Result<(), RunError> {
         self.pause()?;
@@ -263,13 +264,13 @@ impl Machine {
         if self.logging {
             self.vm.log_dirty(true)?;
         }
-        // A machine that has not run yet has no pause to make up for.
+        // A machine that has not run yet has no pause to compensate for.
         self.parked = None;
         Ok(())
     }
 
-    /// Let other machines have the disks and the taps that have a name, until this one runs again. The
-    /// machine is paused.
+    /// Let other machines have the disks and the named taps until this one runs again. The machine
+    /// is paused.
     pub fn release_backends(&mut self) {
         self.disks_released = true;
         self.each_disk(|disk| {
@@ -280,7 +281,7 @@ impl Machine {
         self.release_taps();
     }
 
-    /// Have the disks and taps again that were released.
+    /// Take back the disks and taps that were released.
     ///
     /// # Errors
     /// When another machine has one.

@@ -1,4 +1,4 @@
-//! Guest memory: where it comes from and how it is laid out.
+//! Guest memory: its allocation and layout.
 // UNSAFETY: advice about the mappings goes to the kernel by address.
 #![expect(unsafe_code, reason = "madvise, and mappings with flags of our own")]
 use std::{
@@ -71,13 +71,13 @@ pub fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
-/// Bytes of a huge page, the larger of the two sizes that memory comes in by itself.
+/// Bytes of a huge page, the larger of the two page sizes that the kernel picks without hugetlbfs.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
-/// Get guest memory as `config` asks.
+/// Allocate guest memory as `config` asks.
 ///
 /// # Errors
-/// When the host has not got it. More than is available is refused here, loudly, rather than by
+/// When the host does not have it. A request for more than is available fails here, rather than by
 /// the kernel's out-of-memory killer later.
 pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     let memory = allocate_for_little(config)?;
@@ -85,8 +85,8 @@ pub fn allocate(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     Ok(memory)
 }
 
-/// As [`allocate`], but what is written comes in small pages, until [`populate`]: a guest whose image is
-/// smaller than a huge page would have two or three of those zeroed at each start and never fill them.
+/// As [`allocate`], but with small pages until [`populate`]: a guest whose kernel is smaller than a
+/// huge page would have two or three of those zeroed at each start and never fill them.
 ///
 /// # Errors
 /// As [`allocate`].
@@ -101,8 +101,8 @@ pub(crate) fn allocate_for_little(config: &MemoryConfig) -> Result<Memory, Memor
     map(config)
 }
 
-/// As much memory as a kernel may be loaded into on a machine that has `size` bytes. There may be
-/// less on this host.
+/// As much memory as a kernel may be loaded into on a machine of `size` bytes. The host may have
+/// less.
 pub(crate) fn scratch(size: MemorySize) -> Result<Memory, MemoryError> {
     let size = MemorySize::try_from(layout::HOLE_START).map_or(size, |below| size.min(below));
     map(&MemoryConfig {
@@ -115,7 +115,8 @@ pub(crate) fn scratch(size: MemorySize) -> Result<Memory, MemoryError> {
     })
 }
 
-/// The addresses of `size` bytes of guest memory, with nothing at them: for what only compares.
+/// The address ranges of `size` bytes of guest memory, without usable contents: for comparisons
+/// only.
 pub(crate) fn addresses(size: MemorySize) -> Result<Memory, MemoryError> {
     map(&MemoryConfig {
         size,
@@ -143,7 +144,7 @@ fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
         let size = usize::try_from(len).map_err(|_| MemoryError::Layout)?;
         let mut builder = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, PAGE))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-        // What a path promises is reserved now: huge pages that are missing later would end the VM.
+        // For a path, pages are reserved now: a huge page that is missing later would end the VM.
         let reserve = if config.path.is_some() { 0 } else { libc::MAP_NORESERVE };
         builder = match &file {
             Some(file) => builder
@@ -165,18 +166,18 @@ fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
     Memory::from_regions(regions).map_err(|_| MemoryError::Layout)
 }
 
-/// Make all of `memory`, which was made from `config`, zero again and give its pages back to the
-/// host.
+/// Zero all of `memory`, which was made from `config`, and give its pages back to the host.
 ///
 /// # Errors
 /// When the kernel refuses; memory may be partly cleared then.
 pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
-    // Pages of a shared mapping live in its file: they go only when a hole is punched there.
+    // Pages of a shared mapping live in its file: only punching a hole there frees them.
     let advice = if config.shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     for region in memory.iter() {
         let (address, size) = (region.as_ptr(), region.size());
         if !config.shared && config.path.is_none() {
-            // Not given back, because pages that are filled from a saved state would be so again.
+            // Replaced, not given back: pages that are filled from a saved state would be filled
+            // again.
             // SAFETY: the region's own mapping; the guest is paused, and what it loses is what the
             // caller asked for.
             unsafe { replace(address, size) }?;
@@ -192,20 +193,21 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     populate(memory, config).map_err(io::Error::other)
 }
 
-/// Let anonymous memory that is zero take the place of what is mapped at `address`.
+/// Replace the mapping at `address` by anonymous memory, which is zero.
 ///
-/// # Safety All `size` bytes there must be memory of the guest, and whoever accesses them must
-/// expect that their contents change.
+/// # Safety
+/// All `size` bytes there must be guest memory, and code that accesses them must expect their
+/// contents to change.
 unsafe fn replace(address: *mut u8, size: usize) -> io::Result<()> {
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: what takes the place of the mapping is as large and as accessible; all else is the
-    // caller's to see to.
+    // SAFETY: the new mapping is as large and as accessible as the old one; the caller ensures the
+    // rest.
     let to = unsafe { libc::mmap(address.cast(), size, protection, flags, -1, 0) };
     if to == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Leave the file that a machine's memory was in as it was found, empty: another machine may use it.
+/// Empty the file behind a machine's memory, as it was at the start: another machine may use it.
 /// The machine does not run any more.
 pub fn leave_empty(memory: &Memory, config: &MemoryConfig) {
     if config.path.is_none() || !config.shared {
@@ -221,11 +223,11 @@ pub fn size(memory: &Memory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-/// Have what is written to `memory` from now on come in pages of the size that `config` wants, and be there
-/// already if it is to be.
+/// From now on, use pages of the size that `config` wants for `memory`, and populate it if it is to
+/// be preallocated.
 ///
 /// # Errors
-/// When the host does not give what is to be there.
+/// When the host cannot provide the pages.
 pub(crate) fn populate(memory: &Memory, config: &MemoryConfig) -> Result<(), MemoryError> {
     for region in memory.iter() {
         advise_huge_pages(region, config, 0..region.size());
@@ -237,16 +239,16 @@ pub(crate) fn populate(memory: &Memory, config: &MemoryConfig) -> Result<(), Mem
     Ok(())
 }
 
-/// Have these bytes of `region` come in huge pages, where the configuration does not say what else they
-/// come in.
+/// Advise huge pages for these bytes of `region`, unless the configuration names a file, which
+/// decides that.
 fn advise_huge_pages(
     region: &GuestRegionMmap<AtomicBitmap>,
     config: &MemoryConfig,
     bytes: Range<usize>,
 ) {
     if config.path.is_none() {
-        // Fewer, larger page faults; a host without transparent huge pages says EINVAL. The first
-        // page holds tables, and little of a guest.
+        // Fewer, larger page faults; a host without transparent huge pages returns EINVAL. The
+        // first huge page holds tables, and little of a guest.
         let low = match config.thp {
             Thp::Off => bytes.end,
             Thp::Auto | Thp::On if region.start_addr().0 == 0 => HUGE_PAGE as usize,
@@ -257,15 +259,16 @@ fn advise_huge_pages(
     }
 }
 
-/// Advise the kernel about these bytes of `region`; whether it takes it.
+/// Advise the kernel about these bytes of `region`; returns whether it accepts.
 fn advise(region: &MmapRegion<AtomicBitmap>, bytes: Range<usize>, advice: i32) -> bool {
     let end = bytes.end.min(region.size());
     let Some(size) = end.checked_sub(bytes.start).filter(|size| *size > 0) else { return true };
-    // SAFETY: the range is this region's own mapping, and none of these advices changes its contents.
+    // SAFETY: the range is this region's own mapping, and none of these advices changes its
+    // contents.
     unsafe { libc::madvise(region.as_ptr().wrapping_add(bytes.start).cast(), size, advice) == 0 }
 }
 
-/// What the host could still give, by its own estimate.
+/// Memory that the host could still provide, by its own estimate.
 fn available() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
@@ -282,7 +285,7 @@ fn memfd(size: u64) -> Result<File, MemoryError> {
 /// all zero.
 fn backing_file(path: &Path, size: u64) -> Result<File, MemoryError> {
     let open_error = |source| MemoryError::Open { path: path.into(), source };
-    // Before it is opened: a device may do something then.
+    // Check before opening: opening a device may have effects.
     let file = match std::fs::metadata(path) {
         Ok(found) if found.is_dir() => unnamed_file(path).map_err(open_error)?,
         Ok(found) if !found.is_file() => return Err(MemoryError::Kind { path: path.into() }),
@@ -303,10 +306,10 @@ fn backing_file(path: &Path, size: u64) -> Result<File, MemoryError> {
     Ok(file)
 }
 
-/// Nothing has been written to the file, whatever its length.
+/// Whether no data has been written to the file, whatever its length.
 pub(crate) fn is_zero(file: &File) -> io::Result<bool> {
     let metadata = file.metadata()?;
-    // hugetlbfs knows nothing of holes, but counts its pages.
+    // hugetlbfs does not report holes, but counts its pages.
     let counted = rustix::fs::fstatfs(file)?.f_type == libc::HUGETLBFS_MAGIC;
     Ok(metadata.len() == 0
         || (counted && metadata.blocks() == 0)
@@ -318,7 +321,7 @@ fn grow_error(path: &Path, size: u64) -> impl Fn(io::Error) -> MemoryError {
     move |source| MemoryError::Grow { path: path.clone(), mib, pages, source }
 }
 
-/// hugetlbfs has no O_TMPFILE: a name for a moment, then none.
+/// hugetlbfs has no O_TMPFILE: make a named file and unlink it at once.
 fn unnamed_file(directory: &Path) -> io::Result<File> {
     let number = u64::from_be_bytes(random::bytes()?);
     let path = directory.join(format!("stratovirt.{number:016x}"));
@@ -377,7 +380,7 @@ mod tests {
             let begin = memory.iter().next().unwrap().as_ptr();
             for (at, wanted) in [(0, low), (8 << 20, high)] {
                 let found = advice(begin.wrapping_add(at));
-                // A host without transparent huge pages takes neither.
+                // A host without transparent huge pages accepts neither.
                 assert!(found == wanted || found == "any", "{thp:?} at {at:#x}: {found}");
             }
         }

@@ -1,5 +1,6 @@
-//! Why there is no machine, all of it: a build ends at the first thing that this host does not give,
-//! and the user wants to hear of each. Looked at only after that, so it costs a good start nothing.
+//! All reasons why a machine cannot be built: a build ends at the first thing that this host
+//! refuses, and the user wants to know all of them. Checked only after a failure, so it costs a
+//! good start nothing.
 use std::{
     fs::{self, File},
     path::PathBuf,
@@ -22,7 +23,7 @@ use crate::{
 };
 
 impl BuildError {
-    /// What of the configuration it is about; `None` when of no single part.
+    /// The part of the configuration that it is about; `None` when of no single part.
     pub fn part(&self) -> Option<Part> {
         Some(match self {
             Self::Boot(BootError::Kernel { .. }) => Part::Kernel,
@@ -48,8 +49,8 @@ impl BuildError {
     }
 }
 
-/// Everything that keeps `config` from becoming a machine, once [`crate::Machine::new`] has ended
-/// with `first`, which is among it. Each part is tried by itself and let go again.
+/// Every error that keeps `config` from becoming a machine, once [`crate::Machine::new`] has failed
+/// with `first`, which is included. Each part is tried separately and released again.
 pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     let _guard = CleanupGuard::before(config);
     let callbacks = Callbacks::from(Arc::new(|_| {}) as Report);
@@ -58,7 +59,7 @@ pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     if let Ok(memory) = memory::scratch(config.memory.size) {
         faults.extend(boot::preflight(&memory, &config.boot).into_iter().map(BuildError::from));
     }
-    // What cannot be touched in advance is known from `first`.
+    // What preallocation would have found is known from `first`.
     let memory = MemoryConfig { prealloc: false, ..config.memory.clone() };
     faults.extend(memory::allocate(&memory).err().map(BuildError::from));
     let occupied = Occupancy::at_start(config);
@@ -81,7 +82,7 @@ pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     let reclaim: Arc<dyn Reclaim> = Arc::new(NoReclaim);
     faults.extend(config.devices.iter().filter_map(|d| backing.device(d, &reclaim).err()));
 
-    // As it was said first: what has been tried since may have been something else.
+    // Keep `first` as it was reported: a later try may have failed differently.
     if let Some(first) = first {
         match faults.iter_mut().find(|fault| part.is_some() && fault.part() == part) {
             Some(again) => *again = first,
@@ -91,8 +92,8 @@ pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     faults
 }
 
-/// The NICs whose inherited descriptors are still there after a build that has failed at `part`: it
-/// takes them over as it comes to each NIC, after the disks.
+/// The NICs whose inherited descriptors are still open after a build that failed at `part`: a build
+/// takes them over NIC by NIC, after the disks.
 fn untouched<'a>(config: &'a MachineConfig, part: Option<&Part>) -> &'a [NicConfig] {
     let failed = |nic: &NicConfig| part == Some(&Part::Nic(nic.id.clone()));
     match part {
@@ -104,7 +105,8 @@ fn untouched<'a>(config: &'a MachineConfig, part: Option<&Part>) -> &'a [NicConf
     }
 }
 
-/// Files that a build makes and that were not there before: dropped, they go again.
+/// Files that a build creates and that did not exist before; on drop, those still empty are
+/// removed.
 pub(crate) struct CleanupGuard(Vec<PathBuf>);
 
 impl CleanupGuard {
@@ -125,7 +127,7 @@ impl CleanupGuard {
 impl Drop for CleanupGuard {
     fn drop(&mut self) {
         for path in &self.0 {
-            // What somebody else has put there in the meantime stays.
+            // A file that another program has put there in the meantime stays.
             let regular = fs::symlink_metadata(path).is_ok_and(|found| found.is_file());
             if regular && File::open(path).is_ok_and(|file| memory::is_zero(&file).unwrap_or(false))
             {

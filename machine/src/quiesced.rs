@@ -1,4 +1,4 @@
-//! A machine that stands still as a whole: the only one whose state can be read and replaced.
+//! A machine that is paused as a whole: only then can its state be read and replaced.
 use std::{io, ops::Range, sync::Arc};
 
 use config::places::DISK;
@@ -16,10 +16,10 @@ use crate::{
     vcpu::Gone,
 };
 
-/// Everything of a machine but its configuration and its memory. Plain data.
+/// The whole state of a machine but its configuration and its memory. Plain data.
 #[derive(Clone)]
 pub struct MachineState {
-    /// What its CPUs promise.
+    /// The CPU features that its guest relies on.
     pub cpu: CpuModel,
     /// vCPUs, in order.
     pub vcpus: Vec<VcpuState>,
@@ -27,7 +27,7 @@ pub struct MachineState {
     pub chips: ChipState,
     /// The guest's paravirtual clock when it was stopped.
     pub clock: Clock,
-    /// All devices. Slots are known by their ids, others by their own.
+    /// All devices. Those in slots are identified by the slot's id, others by their own.
     pub devices: Vec<Section>,
 }
 
@@ -51,7 +51,7 @@ impl TryFrom<Sections> for MachineState {
     fn try_from(sections: Sections) -> Result<Self, RestoreError> {
         let Sections { cpu, vcpus, chips, clock, devices } = sections;
         let cpu = CpuModel::from(&cpu);
-        // As many as KVM takes.
+        // Checks that KVM takes that many.
         CpuFeatures::try_from(&cpu)?;
         let vcpu = |(index, vcpu): (usize, cpu::Vcpu)| {
             vcpu.try_into().map_err(|source| RestoreError::VcpuForm { index, source })
@@ -67,13 +67,13 @@ impl TryFrom<Sections> for MachineState {
     }
 }
 
-/// A machine at one moment: its state, and what has become of the memory that belongs to it.
+/// A machine at one moment: its state, and the memory that belongs to it.
 pub struct Epoch {
-    /// All but memory.
+    /// The whole state but memory.
     pub state: MachineState,
     /// The memory.
     pub pages: Pages,
-    /// To be added to the state.
+    /// To be added to the state once they are made.
     pub spot_checks: SpotChecks,
 }
 
@@ -81,7 +81,8 @@ pub struct Epoch {
 pub enum Pages {
     /// Copied aside: the machine may run again.
     Staged(Staging),
-    /// Still in its place, in these ranges: the machine must not run until they have been copied.
+    /// Still in guest memory, in these ranges: the machine must stay paused until they have been
+    /// copied.
     InPlace(Vec<Range<u64>>),
 }
 
@@ -99,7 +100,7 @@ pub enum SaveError {
     Staging(#[source] io::Error),
 }
 
-/// Why a state could not be taken over.
+/// Why a state could not be restored.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum RestoreError {
@@ -130,11 +131,11 @@ pub enum RestoreError {
     Gone(#[from] Gone),
 }
 
-/// Proof that all vCPUs are parked and all devices are quiet, with nothing in flight.
+/// Proof that all vCPUs are parked and all devices are quiet, with no request in flight.
 pub struct Quiesced<'m>(&'m mut Machine);
 
 impl Machine {
-    /// Stop everything, as [`Machine::pause`] does, and give access to the state.
+    /// Pause everything, as [`Machine::pause`] does, and give access to the state.
     ///
     /// # Errors
     /// As [`Machine::pause`].
@@ -143,10 +144,10 @@ impl Machine {
         Ok(Quiesced(self))
     }
 
-    /// Find out what takes long and does not change, before the machine is stopped to be saved.
+    /// Query what takes long and does not change, before the machine is stopped to be saved.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// When KVM does not report it.
     pub fn prepare_to_save(&mut self) -> Result<(), KvmError> {
         if self.cpu_model.is_none() {
             self.cpu_model = Some(self.find_cpu_model()?);
@@ -154,12 +155,13 @@ impl Machine {
         Ok(())
     }
 
-    /// What its CPUs promise to the guest, in its saved form, once [`Machine::prepare_to_save`] was called.
+    /// The CPU model that its guest relies on, in saved form, once [`Machine::prepare_to_save`] was
+    /// called.
     pub fn cpu(&self) -> Option<cpu::Cpu> {
         self.cpu_model.clone().map(cpu::Cpu::from)
     }
 
-    /// As the boot vCPU shows it. Asking KVM for it takes milliseconds on some hosts.
+    /// As the boot vCPU reports it. Asking KVM for it takes milliseconds on some hosts.
     fn find_cpu_model(&self) -> Result<CpuModel, KvmError> {
         if let Some(seen) = &self.seen {
             return Ok(seen.model());
@@ -169,7 +171,7 @@ impl Machine {
         Ok(here.of_vcpu(&self.kvm, first, &self.config.topology).model())
     }
 
-    /// Of its block devices, while no request is under way.
+    /// The spot checks of its block devices, while no request is in flight.
     fn spot_checks(&self, id: u128) -> SpotChecks {
         let each = self.backends.block_devices().enumerate().filter_map(|(slot, device)| {
             let check = device.lock().device().disk()?.spot_check(id)?;
@@ -188,7 +190,7 @@ impl Machine {
         &self.reclaimer
     }
 
-    /// Ranges of the memory's image that are not zero although nobody may have touched them: see
+    /// Ranges of guest memory that are not zero although they may not have been touched: see
     /// [`image::used`].
     pub fn filled(&self) -> Arc<[Range<u64>]> {
         self.filled.clone()
@@ -199,10 +201,11 @@ impl Quiesced<'_> {
     /// Read the whole state but memory.
     ///
     /// # Errors
-    /// When a device or KVM does not tell it.
+    /// When a device or KVM cannot report its state.
     pub fn save(&self) -> Result<MachineState, SaveError> {
         let machine = &*self.0;
-        // Devices before chips and vCPUs: what they raised while they became quiet is in those.
+        // Devices before chips and vCPUs: interrupts that they raised while becoming quiet are in
+        // those.
         let devices = machine
             .legacy
             .devices()
@@ -212,13 +215,13 @@ impl Quiesced<'_> {
                 let device = device.lock();
                 let failed = |source| SaveError::Device { id: device.id().into(), source };
                 let section = device.save().map_err(failed)?;
-                // A slot's is known by the slot, whatever is in it.
+                // A slot's section has the slot's id, whichever device is in it.
                 let id = slot.map_or_else(|| section.id.clone(), str::to_owned);
                 Ok(Section { id, ..section })
             })
             .collect::<Result<_, SaveError>>()?;
         let chips = ChipState::save(&machine.vm)?;
-        // The guest's counter has run on since it was stopped.
+        // The guest's TSC has run on since it was stopped.
         let ticks = machine.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
         let answers: Vec<_> = machine.vcpus.iter().map(|vcpu| vcpu.save()).collect();
         let mut vcpus = Vec::with_capacity(answers.len());
@@ -238,10 +241,10 @@ impl Quiesced<'_> {
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
 
-    /// The machine as it is now, for the save `id`: its state, and `dirty`, ascending ranges of its memory. They are
-    /// copied into `staging` if there is one and it takes them; else they stay in their place, and
-    /// the machine has to wait until somebody has copied them. The only step of a save for which the
-    /// guest has to be stopped.
+    /// Capture the machine's current state for the save `id`, and `dirty`, ascending ranges of its
+    /// memory. They are copied into `staging` if there is one and they fit; otherwise they stay in
+    /// guest memory, and the machine must stay paused until they have been copied. This is the only
+    /// step of a save for which the guest has to be paused.
     ///
     /// # Errors
     /// As [`Quiesced::save`]; when memory cannot be copied.
@@ -261,11 +264,11 @@ impl Quiesced<'_> {
         Ok(Epoch { state: self.save()?, pages, spot_checks: self.0.spot_checks(id) })
     }
 
-    /// Replace the whole state but memory, which holds what belongs to `state` already. With
-    /// `clock_realtime`, kvm-clock goes on as if it had not stood since then.
+    /// Replace the whole state but memory, whose contents must already match `state`. With
+    /// `clock_realtime`, kvm-clock continues as if it had not been stopped since the save.
     ///
     /// # Errors
-    /// When it does not fit this machine; the machine is then good for nothing.
+    /// When it does not fit this machine; the machine is then unusable.
     pub fn restore(
         &mut self,
         state: &MachineState,
@@ -281,24 +284,24 @@ impl Quiesced<'_> {
             return Err(RestoreError::NoDate);
         }
         state.chips.restore(&machine.vm).map_err(RestoreError::Chips)?;
-        // Before the vCPUs, whose registers have KVM write the wall clock into guest memory: the
-        // time at which this clock showed 0.
+        // Before the vCPUs: setting their registers makes KVM write the wall clock, the time at
+        // which this clock showed 0, into guest memory.
         machine.vm.set_clock(state.clock, clock_realtime).map_err(RestoreError::Clock)?;
         let each = machine.vcpus.iter().zip(state.vcpus.iter().cloned());
         let answers: Vec<_> = each.map(|(vcpu, state)| vcpu.restore(state)).collect();
         for (index, answer) in answers.into_iter().enumerate() {
             answer.wait()?.map_err(|source| RestoreError::Vcpu { index, source })?;
         }
-        // Its clocks stand from now on, at what they showed when it was saved.
+        // Its clocks are stopped from now on, at the values of the save.
         let (ticks, clock) = (host_ticks(), state.clock);
         machine.parked = Some(Parked { ticks, clock, advance: clock_realtime });
         restore_devices(&machine.legacy, &machine.slots, &state.devices)
     }
 
-    /// The ranges of the memory's image that may hold something else than zero.
+    /// The ranges of guest memory that may not be zero, as offsets in the memory file.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not report them.
     pub fn used_memory(&self) -> io::Result<Vec<Range<u64>>> {
         image::used(&self.0.memory, &self.0.filled)
     }

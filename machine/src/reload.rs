@@ -1,7 +1,7 @@
-//! A kernel that is loaded again for a reset, on a thread that may wait for its files.
+//! Loading the kernel again for a reset, on a thread that may wait for its files.
 //!
-//! It goes into memory of its own, which no guest sees; the main thread then copies what was written,
-//! while the machine is paused.
+//! The kernel is loaded into separate memory, which no guest sees; the main thread then copies what
+//! was written, while the machine is paused.
 use std::{
     io,
     ops::Range,
@@ -20,10 +20,10 @@ use crate::{
     slots::Slots,
 };
 
-/// Bytes that are copied at a time.
+/// Bytes copied at a time.
 const CHUNK: usize = 1 << 20;
 
-/// What a kernel is told of its machine, and where its files are.
+/// What a kernel needs to know of its machine, and where its files are.
 #[derive(Debug, Clone)]
 pub(crate) struct BootPlan {
     boot: BootConfig,
@@ -43,7 +43,7 @@ impl BootPlan {
         }
     }
 
-    /// Put the kernel into guest memory, and what tells it of this machine.
+    /// Load the kernel into guest memory, and the boot data that describe this machine.
     pub(crate) fn load(&self, memory: &Memory, read: &AtomicU64) -> Result<Entry, BootError> {
         let platform = Platform {
             cpu_ids: &self.cpu_ids,
@@ -58,20 +58,20 @@ impl BootPlan {
 /// Why a kernel could not be loaded again.
 #[derive(Debug, thiserror::Error)]
 pub enum ReloadError {
-    /// Its files are not what they were, or cannot be read.
+    /// Its files have changed or cannot be read.
     #[error("cannot load the kernel again")]
     Boot(#[from] BootError),
-    /// The host has no room to load it into.
+    /// The host has no memory to load it into.
     #[error("cannot load the kernel again: there is no room for it")]
     Memory(#[from] MemoryError),
-    /// The host does not tell what was written.
+    /// The host does not report which pages were written.
     #[error(
         "cannot load the kernel again: the host does not tell where it lies (/proc/self/pagemap)"
     )]
     Used(#[source] io::Error),
 }
 
-/// A kernel that was loaded, for [`Machine::reset`].
+/// A loaded kernel, for [`Machine::reset`].
 pub struct Reloaded {
     pub(crate) entry: Entry,
     memory: Memory,
@@ -95,8 +95,9 @@ impl Reloaded {
 }
 
 impl Machine {
-    /// Load the kernel again, on a thread that may wait for storage: the machine may run meanwhile, and
-    /// is not touched. `read` counts the beginnings and the ends of calls that may wait: it is odd during one.
+    /// Load the kernel again, on a thread that may wait for storage: the machine may run meanwhile
+    /// and is not touched. `read` counts the starts and ends of calls that may wait: it is odd
+    /// during one.
     pub fn reload(
         &self,
         read: Arc<AtomicU64>,

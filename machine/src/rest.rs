@@ -1,4 +1,4 @@
-//! Coming to rest: all vCPUs are parked, all devices are quiet, and nothing is in flight.
+//! Coming to rest: all vCPUs parked, all devices quiet, no request in flight.
 //!
 //! ```text
 //!   running -------> vCPUs asked -------> I/O threads asked -------> at rest
@@ -6,11 +6,11 @@
 //!      +------------------+-----------------------+--------------------+
 //!                      give_up                                 resume
 //! ```
-//! A vCPU that resets a device, and an I/O thread, may wait for storage that hangs. So no call here waits
-//! for longer than [`AT_ONCE`], within which almost every machine is at rest. A call that fails for want
-//! of time leaves the attempt as it stands: the next call of the same operation continues it, and
-//! [`Machine::give_up`] lets the machine run on as if nothing had been asked. There is only one attempt:
-//! whatever is asked of the machine meanwhile waits for it.
+//! A vCPU that resets a device, and an I/O thread, may wait for storage that hangs. So no call here
+//! waits longer than [`AT_ONCE`], within which almost every machine is at rest. A call that times
+//! out leaves the attempt pending: the next call of the same operation continues it, and
+//! [`Machine::give_up`] lets the machine run on as if it had not been asked. There is only one
+//! attempt: every other operation on the machine waits for it.
 use std::time::{Duration, Instant};
 
 use devices::{backend::disk::DISK_STALL_LIMIT, virtio::VirtioDevice};
@@ -24,39 +24,39 @@ use crate::{
     vcpu::{self, Answer, Gone},
 };
 
-/// How long the first try of an operation waits for what most often comes at once. Later ones only look.
+/// How long the first try of an operation waits; most are done by then. Later tries only poll.
 pub const AT_ONCE: Duration = Duration::from_millis(20);
-/// How long a machine that has not run yet may take: its threads are just being started.
+/// Time limit for a machine that has not run yet: its threads are just being started.
 const START_LIMIT: Duration = Duration::from_secs(5);
-/// How often a machine that has not run yet is looked at.
+/// Interval at which a machine that has not run yet is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// How the machine stands.
+/// How far the machine is at rest.
 #[derive(Default)]
 pub(crate) struct Rest {
     /// All of it is at rest.
     whole: bool,
-    /// It is coming to rest: the vCPUs that were asked and have not parked.
+    /// It is coming to rest: the vCPUs that were asked to park and have not yet.
     attempt: Option<Vec<(usize, Answer<()>)>>,
-    /// An operation was tried in vain, and is to be tried again or given up.
+    /// An operation has timed out, and is to be tried again or given up.
     trying: bool,
-    /// How often any was.
+    /// How many tries have timed out.
     vain_tries: u64,
 }
 
 impl Rest {
-    /// It begins to do something again.
+    /// The machine starts to do something again.
     pub(crate) fn ends(&mut self) {
         (self.whole, self.attempt, self.trying) = (false, None, false);
     }
 
-    /// Until when this try may wait.
+    /// Deadline of this try.
     fn deadline(&self) -> Instant {
         Instant::now() + if self.trying { Duration::ZERO } else { AT_ONCE }
     }
 }
 
-/// What a step of an attempt has come to.
+/// The result of one step of an attempt.
 enum Step {
     Done,
     /// What it waits for, such as `vCPU 0`.
@@ -64,23 +64,23 @@ enum Step {
 }
 
 impl Machine {
-    /// How often operations were tried in vain so far. One that fails and makes this number larger has
-    /// changed nothing so far: it is to be tried again, or given up.
+    /// How many tries of operations have timed out so far. An operation that fails and increases
+    /// this number has changed nothing yet: it is to be tried again, or given up.
     pub fn vain_tries(&self) -> u64 {
         self.rest.vain_tries
     }
 
-    /// Whether there is such an operation.
+    /// Whether an operation has timed out and is pending.
     pub fn is_trying(&self) -> bool {
         self.rest.trying
     }
 
-    /// Stop it: every vCPU has left KVM, then every device worker is quiet and has nothing in
-    /// flight. Doing it twice changes nothing.
+    /// Pause it: every vCPU has left KVM, then every device worker is quiet and has no request in
+    /// flight. Pausing it twice changes nothing.
     ///
     /// # Errors
-    /// When it is not at rest yet: see [`Machine::vain_tries`]. When a thread has ended or KVM does not tell
-    /// the clock; a machine that was running runs on.
+    /// When it is not at rest yet: see [`Machine::vain_tries`]. When a thread has ended or KVM does
+    /// not report the clock; a machine that was running runs on.
     pub fn pause(&mut self) -> Result<(), RunError> {
         if self.rest.whole {
             return Ok(());
@@ -125,7 +125,7 @@ impl Machine {
             let clock = self.vm.clock()?;
             self.parked = Some(Parked { ticks: host_ticks(), clock, advance: false });
         }
-        // Again, if one has given up meanwhile.
+        // Ask again, in case a thread has given up meanwhile.
         self.io_threads.iter().for_each(|(_, thread)| thread.hold(DISK_STALL_LIMIT));
         for (id, thread) in &self.io_threads {
             if !thread.is_held(deadline)? {
@@ -135,7 +135,7 @@ impl Machine {
         Ok(Step::Done)
     }
 
-    /// Give up the operation that was tried in vain: a machine that was running runs on.
+    /// Give up the pending operation: a machine that was running runs on.
     pub fn give_up(&mut self) {
         if self.rest.whole {
             return;
@@ -152,7 +152,7 @@ impl Machine {
         }
     }
 
-    /// Stop a machine that has not run yet, and whose threads may not run yet either.
+    /// Pause a machine that has not run yet, and whose threads may not have started either.
     ///
     /// # Errors
     /// As [`Machine::pause`]; when its threads do not start within 5 seconds.
@@ -168,11 +168,11 @@ impl Machine {
         }
     }
 
-    /// Change `device` in slot `index`, whose I/O thread is paused meanwhile; its driver learns of
-    /// it.
+    /// Change `device` in slot `index`, whose I/O thread is paused meanwhile; the guest's driver is
+    /// notified.
     ///
     /// # Errors
-    /// When the device or its thread cannot be had: nothing has changed then. It can be tried again, see
+    /// When the device or its thread is busy: nothing has changed then. It can be tried again, see
     /// [`Machine::vain_tries`].
     pub(crate) fn change<D: VirtioDevice, R>(
         &mut self,
@@ -204,8 +204,8 @@ impl Machine {
         Ok(changed)
     }
 
-    /// The operation has to be tried again, because of the disks that requests are in flight to, or else
-    /// because of `thread`.
+    /// The error for an operation that has to be tried again, because of disks with requests in
+    /// flight, or otherwise because of `thread`.
     fn not_yet(&mut self, thread: String) -> RunError {
         self.rest.trying = true;
         self.rest.vain_tries = self.rest.vain_tries.saturating_add(1);
@@ -213,9 +213,9 @@ impl Machine {
         if busy.is_empty() { RunError::Restless(thread) } else { RunError::Hung(busy.join(", ")) }
     }
 
-    /// Stop it for good: whatever its disks do, the guest does not run any more. False when some of its
-    /// threads still wait for storage after `patience`; nothing can be done to the machine then but
-    /// [`Machine::leave`].
+    /// Stop it for good: whatever its disks do, the guest does not run any more. False when some of
+    /// its threads still wait for storage after `patience`; then only [`Machine::leave`] can be
+    /// called.
     pub fn stop_for_good(&mut self, patience: Duration) -> bool {
         if self.rest.whole {
             return true;
@@ -223,7 +223,7 @@ impl Machine {
         let deadline = Instant::now() + patience;
         self.rest.attempt = None;
         let answers: Vec<_> = self.vcpus.iter().map(vcpu::Handle::park).collect();
-        // One that does not answer waits for a device, and not in the guest.
+        // A vCPU that does not answer waits for a device and is not in the guest.
         let left = || deadline.saturating_duration_since(Instant::now());
         let parked = answers.iter().filter(|answer| answer.wait_for(left()).is_ok()).count();
         self.io_threads.iter().for_each(|(_, thread)| thread.hold(patience));

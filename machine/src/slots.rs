@@ -1,5 +1,5 @@
 //! The virtio-mmio slots. All of them exist from the start and never move: a hot-plugged disk or
-//! NIC fills one that is empty, as StratoVirt's microVM does it.
+//! NIC fills an empty one, as in StratoVirt's microVM.
 use std::{io, sync::Arc, time::Duration};
 
 use config::{
@@ -36,16 +36,16 @@ pub enum SlotError {
     /// There are no more interrupts for virtio-mmio.
     #[error("too many virtio devices: at most {VIRTIO_SLOTS}")]
     TooMany,
-    /// A slot that was saved with queues that its device does not have.
+    /// A saved slot has other queues than its device here.
     #[error(
         "slot {id} was saved with queues of {seen:?} descriptors; this program gives it {has:?}"
     )]
     Queues {
         /// The slot.
         id: String,
-        /// What its guest has seen.
+        /// The queue sizes that its guest has seen.
         seen: Vec<u16>,
-        /// What its device has here.
+        /// The queue sizes of its device here.
         has: Vec<u16>,
     },
     /// Two slots at one address.
@@ -62,11 +62,11 @@ pub enum SlotError {
 /// All virtio devices, by slot.
 pub struct Slots {
     slots: Vec<Slot>,
-    /// Where the next ones are.
+    /// Places of the slots still to be added.
     places: std::vec::IntoIter<Place>,
     window: Arc<MmapRegion>,
     memory: Memory,
-    /// Takes the acknowledgements of used-buffer interrupts, which mean nothing: see
+    /// Receives the acknowledgements of used-buffer interrupts, which need no action: see
     /// [`devices::virtio::mmio::registers`]. It is never read.
     acknowledged: EventFd,
 }
@@ -80,10 +80,10 @@ struct Slot {
     thread: Arc<io_thread::Handle>,
 }
 
-/// How long a device is waited for that its guest may be resetting.
+/// How long to wait for a device that its guest may be resetting.
 pub(crate) const DEVICE_LOCK_LIMIT: Duration = Duration::from_millis(20);
 
-/// A device in a slot, for those who know its type.
+/// A device in a slot, for code that knows its type.
 pub(crate) type Handle<D> = Arc<Mutex<Transport<D>>>;
 
 impl Slots {
@@ -98,7 +98,7 @@ impl Slots {
         Ok(Self { slots: Vec::new(), places, window, memory, acknowledged })
     }
 
-    /// A window with a register page for each of `places`, and one page at least: KVM maps no empty
+    /// A window with a register page for each of `places`, and at least one page: KVM maps no empty
     /// range.
     pub(crate) fn window(places: &[Place]) -> io::Result<Arc<MmapRegion>> {
         let pages = places.iter().map(|place| page(place.at) + 1).max().unwrap_or(1);
@@ -130,7 +130,7 @@ impl Slots {
         Ok(transport)
     }
 
-    /// Let `vm` carry notifications and interrupts of all slots.
+    /// Connect notifications and interrupts of all slots to `vm`.
     pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
         for slot in &self.slots {
             let base = u64::from(slot.place.at.address);
@@ -143,7 +143,7 @@ impl Slots {
         Ok(())
     }
 
-    /// The end of [`Slots::bind`], as far as another machine could not be bound otherwise.
+    /// Undo [`Slots::bind`] as far as needed to bind another machine.
     pub(crate) fn unbind(&self, vm: &Vm) -> Result<(), KvmError> {
         let unbind = |s: &Slot| vm.unbind_line(&s.line, s.place.at.irq);
         self.slots.iter().try_for_each(unbind)
@@ -154,7 +154,7 @@ impl Slots {
         &self.window
     }
 
-    /// What the guest is told of them.
+    /// The slots as the guest's boot data list them.
     pub(crate) fn boot_list(&self) -> Vec<VirtioSlot> {
         self.slots.iter().map(|s| s.place.at).collect()
     }
@@ -174,13 +174,13 @@ impl Slots {
         self.slots.get(index).map_or(&[], |slot| &slot.queue_sizes)
     }
 
-    /// The thread that carries the worker of slot `index`.
+    /// The thread that runs the worker of slot `index`.
     pub(crate) fn thread(&self, index: usize) -> Option<&io_thread::Handle> {
         self.slots.get(index).map(|s| &*s.thread)
     }
 }
 
-/// Which page of the window belongs to a slot there.
+/// Index of the slot's page in the window.
 fn page(at: VirtioSlot) -> usize {
     let offset = u64::from(at.address).saturating_sub(VIRTIO_MMIO);
     usize::try_from(offset / VIRTIO_MMIO_STEP).unwrap_or(usize::MAX)

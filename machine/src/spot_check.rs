@@ -1,5 +1,5 @@
-//! Spot checks of a machine's block devices: ordered when it is captured, made afterwards, and
-//! compared before it is restored.
+//! Spot checks of a machine's block devices: ordered when the machine is captured, made afterwards,
+//! and compared before it is restored.
 use config::{Description, Expect, places::DISK};
 use devices::backend::disk::{DiskError, SpotCheck};
 use state::{
@@ -10,23 +10,23 @@ use state::{
 
 use crate::MachineState;
 
-/// The spot checks that belong to a captured machine, by slots.
+/// The spot checks that belong to a captured machine, by slot.
 #[derive(Debug, Default)]
 pub struct SpotChecks(pub(crate) Vec<(String, SpotCheck)>);
 
-/// Why a disk is not taken for the one that was saved.
+/// Why a disk is not accepted as the one that was saved.
 #[derive(Debug, thiserror::Error)]
 #[error("disk '{id}'")]
 pub struct SpotCheckError {
     /// The disk.
     pub id: String,
-    /// Why not.
+    /// The error.
     pub source: DiskError,
 }
 
 impl SpotChecks {
-    /// Make them and add them to `state`. Waits for storage; until then changes of what has not
-    /// been looked at wait. A disk that cannot be read is left without, as the log says.
+    /// Make them and add them to `state`. Waits for storage; until then, writes to blocks not yet
+    /// read wait. A disk that cannot be read gets no spot check, and a log line says so.
     ///
     /// # Errors
     /// When `state` is not that of the machine that they were ordered for.
@@ -53,11 +53,11 @@ impl SpotChecks {
     }
 }
 
-/// Compare the disks of `description` with the spot checks in `sections` of the save `id`, but for
+/// Compare the disks of `description` with the spot checks in `sections` of the save `id`, except
 /// those that are not written and those that the user vouches for. Waits for storage.
 ///
 /// # Errors
-/// The first disk that is not as it was, or cannot be read.
+/// The first disk that has changed or cannot be read.
 pub fn check_spots(
     description: &Description,
     id: u128,
@@ -72,7 +72,7 @@ pub fn check_spots(
         let slot = format!("{DISK}{slot}");
         let section = sections.iter().find(|section| section.id == slot);
         let transport = section.and_then(|section| section.read::<VirtioMmio>().ok());
-        // What is no disk is refused where devices take their states.
+        // A section that is no disk's is refused where devices load their states.
         let saved = transport.and_then(|transport| transport.device.read::<Disk>().ok());
         let Some(HexArray(seen)) = saved.and_then(|saved| saved.spot_check) else { continue };
         SpotCheck::verify(&disk.path, *size, id, &seen)

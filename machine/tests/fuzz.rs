@@ -17,7 +17,7 @@ fn put(file: &mut [u8], fields: &[(usize, &[u8])]) {
     }
 }
 
-/// A 64-bit ELF file of one page, to be loaded at 2 MiB, with that note.
+/// A 64-bit ELF file of one page, to be loaded at 2 MiB, with this note.
 fn elf(owner: &[u8], kind: u32, desc: &[u8]) -> Vec<u8> {
     let at = 0x20_0000u64.to_le_bytes();
     let mut file = vec![0x90; 4096];
@@ -82,7 +82,7 @@ fn files_that_are_nearly_kernels() {
     let with = |with: u8, kernel: &[u8]| [&[with][..], kernel].concat();
     let pvh = elf(b"Xen\0", 18, &0x20_0000u64.to_le_bytes());
     let linux = elf(b"Linux\0", 0x100, b"x\0\0\0");
-    // The seeds are kernels.
+    // The seeds are valid kernels.
     for (kernel, protocol) in
         [(&pvh, Protocol::Pvh), (&linux, Protocol::Linux64), (&bzimage(), Protocol::Linux64)]
     {
@@ -97,7 +97,7 @@ fn states_that_are_nearly_a_machines() {
     let mut file = Vec::new();
     state::testing::state().write(&mut file).unwrap();
     let mut seeds = vec![saved::frames(&file)];
-    // What released programs have saved, with every device there is.
+    // States saved by released programs, with every device.
     for name in ["9d2bfdc-everything", "bd6521f-everything"] {
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../state/tests/golden");
         seeds.push(saved::frames(&std::fs::read(format!("{golden}/{name}/state")).unwrap()));

@@ -19,19 +19,19 @@ use crate::{
     schema::{Command, Timestamp, VersionInfo},
 };
 
-/// How long to wait for an answer unless told otherwise.
+/// Default time to wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Longest line taken from a server, bytes.
+/// Longest line accepted from a server, bytes.
 const MAX_LINE: usize = 16 << 20;
 
 /// Pause between attempts to connect.
 const RETRY: Duration = Duration::from_millis(2);
 
-/// Why a conversation failed.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody answers there.
+    /// No server answers there.
     #[error("cannot connect to QMP socket '{}'", path.display())]
     Connect {
         /// The socket.
@@ -39,10 +39,10 @@ pub enum ClientError {
         /// The last attempt's error.
         source: io::Error,
     },
-    /// The server did not say it in time.
+    /// The server did not answer in time.
     #[error("no {what} from the QMP server within {patience:?}")]
     Timeout {
-        /// What was waited for.
+        /// What the client waited for.
         what: String,
         /// How long.
         patience: Duration,
@@ -50,7 +50,7 @@ pub enum ClientError {
     /// The server has hung up.
     #[error("the QMP server has hung up while {what} was expected")]
     Closed {
-        /// What was waited for.
+        /// What the client waited for.
         what: String,
     },
     /// The server does not speak QMP.
@@ -69,7 +69,7 @@ pub enum ClientError {
     Io(#[from] io::Error),
 }
 
-/// An event as it came.
+/// An event as received.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct ReceivedEvent {
     /// Its name.
@@ -86,7 +86,7 @@ pub struct ReceivedEvent {
 pub struct Client {
     stream: UnixStream,
     input: Vec<u8>,
-    /// How much of `input` has no line end in it.
+    /// How many bytes of `input` are known to have no line end.
     searched: usize,
     events: VecDeque<ReceivedEvent>,
     version: VersionInfo,
@@ -94,8 +94,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the socket at `path`, which may take up to `timeout` to appear, and reads the
-    /// greeting. `qmp_capabilities` is left to the caller.
+    /// Connect to the socket at `path`, which may take up to `timeout` to appear, and read the
+    /// greeting. The caller sends `qmp_capabilities`.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
         let deadline = Instant::now() + timeout;
         let stream = loop {
@@ -110,7 +110,7 @@ impl Client {
         Self::greeted(stream, deadline.max(Instant::now() + RETRY), timeout)
     }
 
-    /// Goes on from a connected socket: reads the greeting, which may take up to `timeout`.
+    /// Use a connected socket: read the greeting, which may take up to `timeout`.
     pub fn on(stream: UnixStream, timeout: Duration) -> Result<Self, ClientError> {
         Self::greeted(stream, Instant::now() + timeout, timeout)
     }
@@ -145,38 +145,38 @@ impl Client {
         Ok(client)
     }
 
-    /// The server's version, by its greeting.
+    /// The server's version, from its greeting.
     pub fn version(&self) -> &VersionInfo {
         &self.version
     }
 
-    /// Wait this long for answers from now on (30 s unless told).
+    /// Set how long to wait for answers from now on (30 s by default).
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
     }
 
-    /// Runs `command`.
+    /// Run `command`.
     pub fn execute<C: Command>(&mut self, command: &C) -> Result<C::Return, ClientError> {
         let unfit = |e: serde_json::Error| ClientError::NotQmp(format!("{}: {e}", C::NAME));
         let mut arguments = serde_json::to_value(command).map_err(unfit)?;
-        // A member that is not there is left out, in what the command contains, too.
+        // Absent members are left out, also in nested values.
         without_null(&mut arguments);
         let reply = self.execute_raw(C::NAME, arguments)?;
         serde_json::from_value(reply).map_err(unfit)
     }
 
-    /// Reads the answer to a `C` that was sent already. Answers come in the order of their commands.
+    /// Read the answer to a `C` that was already sent. Answers come in the order of their commands.
     pub fn receive<C: Command>(&mut self) -> Result<C::Return, ClientError> {
         let unfit = |e: serde_json::Error| ClientError::NotQmp(format!("{}: {e}", C::NAME));
         serde_json::from_value(self.receive_raw(C::NAME)?).map_err(unfit)
     }
 
-    /// Runs a command by its name.
+    /// Run a command by its name.
     pub fn execute_raw(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
         self.execute_with_fds(command, arguments, &[])
     }
 
-    /// Runs a command that descriptors go with.
+    /// Run a command with descriptors.
     pub fn execute_with_fds(
         &mut self,
         command: &str,
@@ -198,7 +198,7 @@ impl Client {
         Err(ClientError::Refused { command: command.into(), error })
     }
 
-    /// The next message that is not an event; events on the way are kept.
+    /// The next message that is not an event; events before it are kept.
     fn read_reply(&mut self, what: &str) -> Result<Map<String, Value>, ClientError> {
         let deadline = Instant::now() + self.patience;
         let what = format!("reply to {what}");
@@ -212,7 +212,7 @@ impl Client {
         }
     }
 
-    /// Waits for the event called `name`; others stay for later. Events that have come already count,
+    /// Wait for the event called `name`; other events are kept. Events received already count,
     /// oldest first.
     pub fn wait_event(
         &mut self,
@@ -233,7 +233,7 @@ impl Client {
         }
     }
 
-    /// The oldest event that has come and was not waited for, or the next one.
+    /// The oldest event that was kept, or the next one.
     pub fn next_event(&mut self, timeout: Duration) -> Result<ReceivedEvent, ClientError> {
         match self.events.pop_front() {
             Some(event) => Ok(event),
@@ -241,22 +241,22 @@ impl Client {
         }
     }
 
-    /// The events that have come and were not waited for.
+    /// The events that were kept.
     pub fn take_events(&mut self) -> Vec<ReceivedEvent> {
         self.events.drain(..).collect()
     }
 
-    /// Sends bytes as they are.
+    /// Send bytes unchanged.
     pub fn send_raw(&mut self, bytes: &[u8]) -> Result<(), ClientError> {
         Ok(self.stream.write_all(bytes)?)
     }
 
-    /// Sends a line as typed, with a line feed.
+    /// Send a line unchanged, with a line feed.
     pub fn send_line(&mut self, text: &str) -> Result<(), ClientError> {
         self.send_raw(format!("{text}\n").as_bytes())
     }
 
-    /// Sends bytes and, with the first of them, descriptors.
+    /// Send bytes and, with the first of them, descriptors.
     pub fn send_with_fds(
         &mut self,
         bytes: &[u8],
@@ -274,13 +274,13 @@ impl Client {
         self.send_raw(bytes.get(sent..).unwrap_or_default())
     }
 
-    /// The next line as it came, less its line end; events are no exception.
+    /// The next line as received, without its line end; may be an event.
     pub fn read_line(&mut self, timeout: Duration) -> Result<String, ClientError> {
         let line = self.line_by("line", Instant::now() + timeout, timeout)?;
         String::from_utf8(line).map_err(|_| ClientError::NotQmp("a line is not UTF-8".into()))
     }
 
-    /// Waits until the server hangs up; what it says until then is kept if it is an event.
+    /// Wait until the server hangs up; events until then are kept.
     pub fn wait_closed(&mut self, timeout: Duration) -> Result<(), ClientError> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -295,7 +295,7 @@ impl Client {
         }
     }
 
-    /// The stream, for what this client does not do.
+    /// The stream, for operations that this client does not have.
     pub fn stream(&self) -> &UnixStream {
         &self.stream
     }
@@ -322,7 +322,7 @@ impl Client {
                 return Err(ClientError::NotQmp(format!("a line is longer than {MAX_LINE} bytes")));
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            // One more look after the end: this process may have stood still until then.
+            // Check once more after the deadline: this process may have been stopped until then.
             if left.is_zero() && std::mem::replace(&mut looked, true) {
                 return Err(late());
             }

@@ -1,8 +1,8 @@
-//! Arguments of a request into the command's own type.
+//! Decoding of a request's arguments into the command's own type.
 //!
 //! Differs from `serde_json::from_value` in four ways: an array is no struct; `1.0` is an integer
-//! (generic JSON writers send it); `"on"` and `"off"` are booleans (StratoVirt's habit); and errors
-//! are worded as QEMU's, with the path of the parameter.
+//! (generic JSON writers send it); `"on"` and `"off"` are booleans (as in StratoVirt); and errors
+//! are worded as in QEMU, with the path of the parameter.
 use std::fmt::{self, Display};
 
 use serde::{
@@ -16,12 +16,12 @@ use serde_json::{Map, Value};
 
 use crate::Error;
 
-/// The command that `arguments` are.
+/// Decode `arguments` into the command.
 pub fn decode<T: DeserializeOwned>(arguments: Map<String, Value>) -> Result<T, Error> {
     T::deserialize(Decoder(Value::Object(arguments))).map_err(|e| Error::text(e.to_string()))
 }
 
-/// What is wrong, and with which parameter (path inside the arguments; empty while unknown).
+/// The error, and the parameter that it is about (path inside the arguments; empty while unknown).
 #[derive(Debug)]
 struct DecodeError {
     path: String,
@@ -105,10 +105,10 @@ impl de::Error for DecodeError {
 struct Decoder(Value);
 
 impl Decoder {
-    /// The value with a number that is whole in an integer's form.
+    /// The value, with a whole number in integer form.
     fn whole(self) -> Self {
         let Some(float) = self.0.as_f64().filter(|_| self.0.is_f64()) else { return self };
-        // 2^53: up to here a double says exactly which integer was meant.
+        // 2^53: up to here a double determines the integer exactly.
         if float.fract() != 0.0 || float.abs() > 9_007_199_254_740_992.0 {
             return self;
         }

@@ -1,4 +1,4 @@
-//! What a command may fail with.
+//! The error of a command.
 use serde::{Deserialize, Serialize};
 
 /// QMP error classes.
@@ -12,7 +12,7 @@ pub enum ErrorClass {
     KVMMissingCap,
 }
 
-/// Longest description, bytes: what a client sent is quoted, not returned in full.
+/// Longest description, bytes: a client's input is quoted, not returned in full.
 const MAX_DESC: usize = 1024;
 
 /// The one error type a handler may return.
@@ -34,12 +34,12 @@ impl Error {
         Self { class, desc }
     }
 
-    /// An error that clients need not tell apart from others.
+    /// An error of the generic class.
     pub fn text(desc: impl Into<String>) -> Self {
         Self::new(ErrorClass::GenericError, desc)
     }
 
-    /// [`Error::text`] from any failure, with the whole chain of causes.
+    /// [`Error::text`] from any error, with the whole chain of causes.
     pub fn generic(error: &dyn std::error::Error) -> Self {
         let mut desc = error.to_string();
         let mut source = error.source();

@@ -7,10 +7,10 @@
 //!  bytes <----------------------- server (one output queue a client) <-- reply, events
 //! ```
 //!
-//! The server is pulled by the caller's event loop: [`server::Server::ready`] takes an mio event,
-//! [`server::Server::next_request`] hands out one request, [`table::Table::dispatch`] runs it, and
-//! [`server::Server::reply`] answers. What the caller broadcasts before the reply reaches clients
-//! before it.
+//! The server is driven by the caller's event loop: [`server::Server::ready`] takes an mio event,
+//! [`server::Server::next_request`] returns one request, [`table::Table::dispatch`] runs it, and
+//! [`server::Server::reply`] answers. Clients receive what the caller broadcasts before the reply
+//! ahead of it.
 #![forbid(unsafe_code)]
 
 pub mod client;

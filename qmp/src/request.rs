@@ -1,11 +1,11 @@
-//! One message from a client, and one message to it.
+//! Requests from a client, and messages to it.
 use json::Tree;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::Error;
 
-/// A well-formed request: which command, with what.
+/// A well-formed request: command and arguments.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
     /// Command name.
@@ -14,11 +14,12 @@ pub struct Request {
     pub arguments: Map<String, Value>,
 }
 
-/// Echoed back whatever JSON value it is.
+/// Any JSON value; it is echoed.
 pub type Id = Option<Value>;
 
 impl Request {
-    /// Reads one object. The id is found wherever the text is JSON at all, so that errors carry it.
+    /// Parse one object. The id is found whenever the text is JSON at all, so that errors include
+    /// it.
     pub fn parse(text: &[u8]) -> (Result<Self, Error>, Id) {
         match Tree::read_strict(text).map(Value::from) {
             Ok(Value::Object(mut message)) => {
@@ -27,7 +28,7 @@ impl Request {
             }
             Ok(_) => (Err(Error::text("QMP input must be a JSON object")), None),
             Err(error) => {
-                // What is refused below is still JSON to a laxer reader.
+                // Text that is refused below may still be JSON to a laxer reader.
                 let lax = serde_json::from_slice::<Map<String, Value>>(text);
                 let id = lax.ok().and_then(|mut message| message.shift_remove("id"));
                 (Err(Error::text(format!("JSON parse error, {error}"))), id)

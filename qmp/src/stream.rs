@@ -1,8 +1,8 @@
-//! Cuts a byte stream into JSON objects, however the bytes arrive.
+//! Splits a byte stream into JSON objects, independent of how the bytes arrive.
 //!
-//! The nesting grammar of JSON is checked here byte by byte, so that a mistake is reported where it
-//! happens and memory, depth and time are bounded before any parser sees the message. What a string
-//! or a scalar holds is left to the parser.
+//! JSON's nesting grammar is checked here byte by byte, so that a mistake is reported where it
+//! occurs, and memory, depth and time are bounded before any parser sees the message. Strings and
+//! scalars are checked by the parser.
 //!
 //! ```text
 //!           '{'                      balanced
@@ -12,9 +12,9 @@
 //!     +---------> Skipping --- newline, balanced --> Between
 //! ```
 //!
-//! Recovery follows QEMU's lexer (line ends and structure are where a sender starts afresh): a newline
-//! always ends it; a broken object also ends where its braces balance or at a byte that JSON never
-//! has, and rubbish between objects also ends where the next object begins.
+//! Recovery follows QEMU's lexer (line ends and structure show where a sender starts again): a
+//! newline always ends it; a broken object also ends where its braces balance or at a byte that
+//! never occurs in JSON, and invalid bytes between objects also end where the next object begins.
 
 /// Longest message, in bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -22,16 +22,16 @@ pub const MAX_MESSAGE: usize = 1 << 20;
 /// Deepest nesting of objects and arrays in a message.
 pub const MAX_DEPTH: u32 = 64;
 
-/// One thing cut out of the stream.
+/// One item of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Item {
     /// A balanced object.
     Object(Vec<u8>),
-    /// What is wrong with the input; everything up to a point of recovery is passed over.
+    /// An error in the input; everything up to a point of recovery is skipped.
     Malformed(String),
 }
 
-/// Where in the grammar the stream is.
+/// What the grammar expects next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Want {
     /// An object, between messages.
@@ -48,9 +48,9 @@ enum Want {
     String { key: bool, escaped: bool },
     /// The rest of a number, `true`, `false` or `null`.
     Scalar,
-    /// The end of rubbish between messages.
+    /// The end of invalid bytes between messages.
     Recovery,
-    /// The end of a broken message, with what is still open in it.
+    /// The end of a broken message, with its open nesting.
     Skip { open: u64, string: bool, escaped: bool },
 }
 
@@ -65,17 +65,18 @@ pub struct Splitter {
 }
 
 impl Splitter {
-    /// At the beginning of a stream.
+    /// The state at the beginning of a stream.
     pub fn new() -> Self {
         Self { want: Want::Message, stack: 0, depth: 0, message: Vec::new() }
     }
 
-    /// Bytes of memory that it occupies.
+    /// Bytes of memory in use.
     pub fn memory(&self) -> usize {
         self.message.capacity()
     }
 
-    /// Reads up to the end of the next item: how many bytes were used, and the item if there is one.
+    /// Read up to the end of the next item; returns how many bytes were used, and the item if there
+    /// is one.
     pub fn read(&mut self, input: &[u8]) -> (usize, Option<Item>) {
         let mut used = 0;
         for &byte in input {
@@ -122,7 +123,7 @@ impl Splitter {
         })
     }
 
-    /// A byte between messages.
+    /// Process a byte between messages.
     fn between(&mut self, byte: u8) -> Option<Item> {
         match byte {
             b' ' | b'\t' | b'\r' | b'\n' => None,
@@ -140,7 +141,7 @@ impl Splitter {
         }
     }
 
-    /// A byte inside a message.
+    /// Process a byte inside a message.
     fn grammar(&mut self, byte: u8) -> Result<(), String> {
         match (self.want, byte) {
             (Want::String { key, escaped: true }, _) if !starts_afresh(byte) => {
@@ -201,7 +202,7 @@ impl Splitter {
         self.want = Want::More;
     }
 
-    /// Gives the message up at `byte`.
+    /// Give up the message at `byte`.
     fn broken(&mut self, byte: u8, wrong: &str) -> Option<Item> {
         let (string, escaped) = match self.want {
             Want::String { escaped, .. } => (true, escaped),
@@ -236,8 +237,8 @@ impl Splitter {
     }
 }
 
-/// Whether `byte` is one that a client sends to have a message forgotten, whatever is open in it: no
-/// JSON has it (QMP specification, "Forcing the JSON parser into known-good state").
+/// Whether `byte` is one that a client sends to discard a message, whatever is open in it: it never
+/// occurs in JSON (QMP specification, "Forcing the JSON parser into known-good state").
 fn starts_afresh(byte: u8) -> bool {
     matches!(byte, 0..0x20 | 0xfe..) && !matches!(byte, b'\t' | b'\r' | b'\n')
 }

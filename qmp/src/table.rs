@@ -1,4 +1,4 @@
-//! Command name to handler.
+//! The table from command names to handlers.
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
@@ -14,15 +14,15 @@ use crate::{
     server::Ticket,
 };
 
-/// A host that may refuse a command in its present state.
+/// A host that may refuse a command in its current state.
 pub trait Host {
-    /// When a command may run.
+    /// Condition under which a command may run.
     type When: Copy;
     /// `Ok` if commands marked `when` may run now.
     fn admit(&self, name: &str, when: Self::When) -> Result<(), Error>;
 }
 
-/// A handler's answer; `None`: it has kept the ticket and will answer later.
+/// A handler's answer; `None`: it has kept the ticket and answers later.
 type Answer = Result<Option<Value>, Error>;
 
 /// A handler for [`Table::on_ticket`].
@@ -31,7 +31,7 @@ pub type TicketHandler<H, C> =
 
 type Run<H> = Box<dyn Fn(&Table<H>, &mut H, Request, &Ticket) -> Answer>;
 
-/// A first look at arguments as they were sent.
+/// A check of arguments as they were sent.
 pub type Look = fn(&Map<String, Value>) -> Result<(), Error>;
 
 struct Row<H: Host> {
@@ -44,7 +44,7 @@ struct Row<H: Host> {
 pub struct Table<H: Host>(BTreeMap<&'static str, Row<H>>);
 
 impl<H: Host + 'static> Table<H> {
-    /// The commands about the protocol itself, which may run `always`.
+    /// A table with the commands of the protocol itself, which may run `always`.
     pub fn new(always: H::When) -> Self {
         Self(BTreeMap::new())
             .row::<QmpCapabilities>(always, |_, _, command, _| {
@@ -67,7 +67,7 @@ impl<H: Host + 'static> Table<H> {
             })
     }
 
-    /// Handle command `C`, named by the handler's own argument type.
+    /// Handle command `C`, determined by the type of the handler's argument.
     #[must_use]
     pub fn on<C: Command + 'static>(
         self,
@@ -77,8 +77,8 @@ impl<H: Host + 'static> Table<H> {
         self.row::<C>(when, move |_, host, command, _| f(host, command).map(Some))
     }
 
-    /// As [`Table::on`], with a look at the arguments before each of them is read: what they are for
-    /// may be the one thing that is to be said about them.
+    /// As [`Table::on`], with a check of the raw arguments before they are decoded: their purpose
+    /// may be the only error worth reporting.
     #[must_use]
     pub fn on_after<C: Command + 'static>(
         self,
@@ -89,16 +89,16 @@ impl<H: Host + 'static> Table<H> {
         self.looked_row::<C>(when, look, move |_, host, command, _| f(host, command).map(Some))
     }
 
-    /// As [`Table::on`], for a handler that needs to know who asks (to take the descriptors that came
-    /// with the command) or that answers later: it returns `None` and keeps a clone of the ticket for
-    /// [`crate::server::Server::reply`]. Until then that client's next command waits.
+    /// As [`Table::on`], for a handler that needs the client (to take the descriptors that came
+    /// with the command) or that answers later: it returns `None` and keeps a clone of the ticket
+    /// for [`crate::server::Server::reply`]. Until then that client's next command waits.
     #[must_use]
     pub fn on_ticket<C: Command + 'static>(self, when: H::When, f: TicketHandler<H, C>) -> Self {
         self.row::<C>(when, move |_, host, command, ticket| f(host, command, ticket))
     }
 
-    /// Also list and describe the commands of `other` that are not here. They run `when` the host
-    /// admits them, which it must never do.
+    /// Also list and describe the commands of `other` that are missing here. They run `when` the
+    /// host admits them, which must be never.
     #[must_use]
     pub fn listing<G: Host>(mut self, other: &Table<G>, when: H::When) -> Self {
         for (name, row) in &other.0 {
@@ -112,7 +112,7 @@ impl<H: Host + 'static> Table<H> {
         self
     }
 
-    /// When a command may run, if there is one of that name.
+    /// When the command `name` may run, if it exists.
     pub fn when(&self, name: &str) -> Option<H::When> {
         self.0.get(name).map(|row| row.when)
     }

@@ -1,4 +1,4 @@
-//! What clients send, without a socket: for fuzzers.
+//! Client input without a socket: for fuzzers.
 use crate::{
     Request,
     decode::decode,
@@ -7,11 +7,11 @@ use crate::{
     stream::{Item, Splitter},
 };
 
-/// Cut `bytes` into messages and take those for commands that are some. How they arrive makes no
+/// Split `bytes` into messages and decode those that are commands. How the bytes are split makes no
 /// difference.
 ///
 /// # Panics
-/// When something is wrong with this crate.
+/// When this crate has a bug.
 pub fn messages(bytes: &[u8]) {
     let whole = items(bytes, bytes.len());
     let piece = usize::from(bytes.first().copied().unwrap_or(0) % 7) + 1;
@@ -42,12 +42,13 @@ fn items(bytes: &[u8], piece: usize) -> Vec<Item> {
     items
 }
 
-/// Takes its arguments for those of each command of that name.
+/// Decodes the request's arguments as those of each command of that name.
 struct Decode(Request);
 
 impl EachCommand for Decode {
     fn command<C: Command>(&mut self) {
-        // Names that differ in case and the like are no commands, but have arguments all the same.
+        // Names that differ in case or punctuation are no commands, but their arguments are
+        // decoded, too.
         if self.0.execute.eq_ignore_ascii_case(C::NAME)
             && let Err(error) = decode::<C>(self.0.arguments.clone())
         {

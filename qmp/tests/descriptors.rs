@@ -1,4 +1,4 @@
-//! A server short of descriptors. In a process of its own: the limit is the process's.
+//! A server short of descriptors, in a separate process: the limit applies to a process.
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests, too")]
 mod host;
 
@@ -15,7 +15,7 @@ fn a_server_without_descriptors_neither_dies_nor_spins() {
         setrlimit(Resource::Nofile, Rlimit { current: Some(soft), maximum: hard }).unwrap();
     };
 
-    // Clients get half of what there is, in this process of server and clients.
+    // Clients get half of the descriptors, in this process of server and clients.
     limit(4096);
     let host = Host::start();
     let mut clients: Vec<Client> = (0..1000).map(|_| host.client()).collect();
@@ -24,13 +24,13 @@ fn a_server_without_descriptors_neither_dies_nor_spins() {
     }
     clients.truncate(2);
     let mut client = clients.pop().unwrap();
-    // The server lets go of the others in its own time.
+    // The server closes the others later.
     let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     while open() > 100 {
         thread::yield_now();
     }
 
-    // Nothing left: whoever connects has to wait.
+    // None left: a client that connects has to wait.
     limit(512);
     let mut ballast = Vec::new();
     while let Ok(file) = File::open("/dev/null") {
@@ -43,7 +43,7 @@ fn a_server_without_descriptors_neither_dies_nor_spins() {
     host.settle();
     assert!(!waiting.is_finished());
 
-    // Somebody leaves: the one that waited comes in.
+    // One client leaves: the waiting one is accepted.
     drop(ballast);
     drop(clients);
     waiting.join().unwrap().execute(&QueryStatus {}).unwrap();

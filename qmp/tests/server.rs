@@ -1,4 +1,4 @@
-//! What clients can do to a server, and what it owes them.
+//! What clients can do to a server, and what it guarantees them.
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests, too")]
 mod host;
 
@@ -27,7 +27,7 @@ fn ask(client: &mut Client, line: &str) -> String {
     client.read_line(LONG).unwrap()
 }
 
-/// `line` with the digits of its timestamp taken out.
+/// `line` without the digits of its timestamp.
 fn timeless(line: &str) -> String {
     let (head, tail) = line.split_once("\"timestamp\"").unwrap();
     format!("{head}\"timestamp\"{}", tail.replace(|c: char| c.is_ascii_digit(), ""))
@@ -139,7 +139,7 @@ fn mistakes_are_answered_and_forgiven() {
     for _ in 0..2 {
         assert!(client.read_line(LONG).unwrap().contains("JSON parse error"));
     }
-    // None of it has stopped the machine.
+    // None of these requests has stopped the machine.
     assert!(client.execute(&QueryStatus {}).unwrap().running);
     assert_eq!(client.take_events(), []);
 }
@@ -157,7 +157,7 @@ fn the_protocol_tells_about_itself() {
     let described = |kind| -> Vec<String> {
         schema.iter().filter(|e| e.meta_type == kind).map(|e| e.name.clone()).collect()
     };
-    // What has no handler is not in the schema.
+    // Commands without a handler are not in the schema.
     assert_eq!(described(SchemaMetaType::Command), commands);
     assert_eq!(described(SchemaMetaType::Event), events);
     assert_eq!(&client.execute(&QueryVersion {}).unwrap(), client.version());
@@ -188,7 +188,7 @@ fn two_clients_that_race_see_one_history() {
             for _ in 0..200 {
                 client.execute_raw(name, json!({})).unwrap();
             }
-            // A last word that both must hear.
+            // A last event that both must receive.
             client.execute_raw(other, json!({})).unwrap();
             client.execute(&QueryStatus {}).unwrap();
             client
@@ -206,7 +206,7 @@ fn two_clients_that_race_see_one_history() {
     let [first, second] = &mut heard;
     assert_eq!(first, second);
     let names: Vec<_> = first.iter().map(|e| e.event.as_str()).collect();
-    // They alternate: no client has seen a change that was none.
+    // They alternate: no client has seen a change that did not happen.
     for (n, name) in names.iter().enumerate() {
         assert_eq!(*name, if n % 2 == 0 { "STOP" } else { "RESUME" });
     }
@@ -219,10 +219,10 @@ fn who_sends_without_reading_waits_and_loses_nothing() {
     let mut eager = host.client();
     let mut pen = eager.stream().try_clone().unwrap();
     let id = "x".repeat(1000);
-    // 5 MB of answers, far more than is kept for one who does not read.
+    // 5 MB of answers, far more than is kept for a client that does not read.
     let many = format!(r#"{{"execute":"qmp_capabilities","id":"{id}"}}"#).repeat(COUNT);
     let writer = thread::spawn(move || pen.write_all(many.as_bytes()));
-    // Both directions are full and everything stands still; another is served.
+    // Both directions are full and blocked; another client is served.
     host.settle();
     assert!(!writer.is_finished());
     host.client().execute(&QueryStatus {}).unwrap();
@@ -264,7 +264,7 @@ fn who_never_reads_is_dropped_and_the_others_are_not() {
         other.execute(&Stop {}).unwrap();
         other.execute(&Cont {}).unwrap();
         assert_eq!(other.take_events().len(), 2);
-        // A hang-up can be seen without reading what is before it.
+        // A hang-up can be detected without reading the input before it.
         let mut poll = [rustix::event::PollFd::new(deaf.stream(), rustix::event::PollFlags::RDHUP)];
         rustix::event::poll(&mut poll, Some(&Default::default())).unwrap() > 0
     });
@@ -305,12 +305,12 @@ fn all_clients_together_have_a_bound_on_memory() {
     const MOST: usize = 16 << 20;
     let host = Host::start();
     let mut client = host.client();
-    // Each message is shorter than one may be, and never ends.
+    // Each message is shorter than the limit, and never ends.
     let half = format!("{{\"execute\":\"{}", "x".repeat(1_000_000));
     let mut others: Vec<_> = (0..40).map(|_| UnixStream::connect(&host.path).unwrap()).collect();
     for other in &mut others {
         other.set_write_timeout(Some(LONG)).unwrap();
-        // An error: it is dropped already.
+        // An error means that it was dropped already.
         let _ = other.write_all(half.as_bytes());
         assert_eq!(
             ask(&mut client, r#"{"execute":"query-status"}"#),
@@ -339,7 +339,7 @@ fn who_has_said_all_still_gets_all_answers() {
     let host = Host::start();
     let id = "x".repeat(30_000);
     let command = format!(r#"{{"execute":"qmp_capabilities","id":"{id}"}}"#);
-    // From what the kernel holds to more than the server takes before somebody reads.
+    // From less than the kernel buffers to more than the server accepts before the client reads.
     for count in 1..15 {
         let mut client = host.client();
         let mut pen = client.stream().try_clone().unwrap();
@@ -390,18 +390,18 @@ fn an_answer_may_come_later() {
             r#"{"execute":"system_powerdown","id":"first"}{"execute":"query-kvm","id":"second"}"#,
         )
         .unwrap();
-    // Until the job is there, nothing else happens to the patient one, but to others.
+    // Until the job exists, the patient client is not affected, only the others.
     while let Err(e) = other.execute(&SystemReset {}) {
         assert!(e.to_string().contains("nobody waits"), "{e}");
     }
     assert_eq!(patient.read_line(LONG).unwrap(), r#"{"return":"late","id":"first"}"#);
     assert!(patient.read_line(LONG).unwrap().ends_with(r#""id":"second"}"#));
 
-    // An answer to somebody who has left goes nowhere, not to whoever came after.
+    // The answer to a client that has left is discarded, and does not go to the next one.
     patient.send_line(r#"{"execute":"system_powerdown"}{"execute":"stop"}"#).unwrap();
     other.execute_raw("query-status", json!({})).unwrap();
     drop(patient);
-    // The server sees that when it has something to say.
+    // The server notices when it sends something.
     other.execute(&Stop {}).unwrap();
     let mut next = host.client();
     while let Err(e) = next.execute(&SystemReset {}) {
@@ -414,7 +414,7 @@ fn an_answer_may_come_later() {
 fn the_last_words_reach_everybody_who_listens() {
     let host = Host::start();
     let (mut slow, mut deaf, mut other) = (host.client(), host.client(), host.client());
-    // More than the kernel holds for a reader that has not begun yet.
+    // More than the kernel buffers for a client that does not read yet.
     for _ in 0..3000 {
         other.execute(&Stop {}).unwrap();
         other.execute(&Cont {}).unwrap();
@@ -452,7 +452,7 @@ fn descriptors_come_with_their_command() {
         let (reader, writer) = std::io::pipe().unwrap();
         (reader, OwnedFd::from(writer))
     };
-    // What arrives at the other end of a pipe, once the server has let go of this end.
+    // What arrives at the other end of a pipe, once the server has closed this end.
     let said = |mut reader: std::io::PipeReader, length: usize| {
         let mut text = vec![0; length];
         reader.read_exact(&mut text).unwrap();
@@ -465,14 +465,14 @@ fn descriptors_come_with_their_command() {
     drop(writer);
     assert_eq!(said(reader, 3), "one");
 
-    // Of several the last counts, the others are closed.
+    // Of several, the last one counts; the others are closed.
     let ((unused, a), (reader, b)) = (pipe(), pipe());
     client.execute_with_fds("getfd", json!({"fdname": "two"}), &[a.as_fd(), b.as_fd()]).unwrap();
     drop((a, b));
     assert_eq!(said(reader, 3), "two");
     closed(unused);
 
-    // Joined to a command that does not want it, and two in a row.
+    // Sent with a command that does not use it, and two in a row.
     let ((first, a), (second, b)) = (pipe(), pipe());
     let joined = format!("{}{}", r#"{"execute":"query-kvm"}"#, getfd("three"));
     client.send_with_fds(joined.as_bytes(), &[a.as_fd()]).unwrap();
@@ -484,21 +484,21 @@ fn descriptors_come_with_their_command() {
     }
     assert_eq!((said(first, 5), said(second, 4)), ("three".into(), "four".into()));
 
-    // One that nobody wanted is not given to a later command, but closed.
+    // An unused descriptor is closed, and not given to a later command.
     let (unused, a) = pipe();
     client.execute_with_fds("query-status", json!({}), &[a.as_fd()]).unwrap();
     drop(a);
     client.execute_raw("getfd", json!({"fdname": "five"})).unwrap_err();
     closed(unused);
 
-    // As QEMU's own clients do it: ahead of the command, with a byte that says nothing.
+    // As QEMU's own clients do it: ahead of the command, with a meaningless byte.
     let (reader, a) = pipe();
     client.send_with_fds(b" ", &[a.as_fd()]).unwrap();
     client.execute_raw("getfd", json!({"fdname": "six"})).unwrap();
     drop(a);
     assert_eq!(said(reader, 3), "six");
 
-    // As many as the kernel lets through.
+    // As many as the kernel allows.
     let ((reader, a), (unused, b)) = (pipe(), pipe());
     let mut many = [b.as_fd(); 253];
     many[252] = a.as_fd();

@@ -1,30 +1,30 @@
-//! What to do when the guest powers off, reboots or crashes: `-action`, and the file's `domain`.
+//! The reactions to the guest's power-off, reboot or crash: `-action`, and the file's `domain`.
 use crate::actions::{Action, Actions};
 
 use super::draft::Draft;
 use super::fields::Fields;
 
-/// What has been said so far.
+/// The settings given so far.
 #[derive(Debug, Default)]
 pub(crate) struct Wanted {
     shutdown: Option<Action>,
     reboot: Option<Outcome>,
     panic: Option<Outcome>,
-    /// The file wants to keep the machine after a crash.
+    /// The file asks to keep the machine after a crash.
     crash: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Follow {
     Do(Action),
-    /// As if the guest had powered off.
+    /// As after a power-off by the guest.
     Shutdown,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Outcome {
     Follow(Follow),
-    /// The end, and a failure.
+    /// End with a failure status.
     Failure,
 }
 
@@ -78,7 +78,7 @@ pub(crate) fn no_shutdown(draft: &mut Draft, _: &mut Fields) {
 
 /// `domain`.
 pub(crate) fn domain(draft: &mut Draft, f: &mut Fields) {
-    // To have it under another name is the business of whoever keeps the domains.
+    // Renaming the domain is up to the program that manages it.
     let choices = [
         ("destroy", Ok(Action::End)),
         ("restart", Ok(Action::Reset)),

@@ -1,4 +1,4 @@
-//! Character devices and what hangs on them: serial port, console, control sockets.
+//! Character back-ends and what uses them: serial port, console, control sockets.
 use std::path::PathBuf;
 
 use crate::{CharBackend, limits};
@@ -23,7 +23,7 @@ pub(crate) const KINDS: &[(&str, Result<Kind, &str>)] = &[
     ("socket", Ok(Kind::Socket)),
 ];
 
-/// `-api-channel unix:PATH`; what follows a comma never had a meaning.
+/// `-api-channel unix:PATH`; anything after a comma has always been ignored.
 pub(crate) fn api_channel(draft: &mut Draft, f: &mut Fields) {
     let path = f.text("", |word| unix(word.split_once(',').map_or(word, |(path, _)| path)));
     draft.control = path.map(|path| (f.place().clone(), Control { path, connects: false }));
@@ -47,7 +47,7 @@ pub(crate) fn mon(draft: &mut Draft, f: &mut Fields) {
     draft.monitors.extend(chardev.map(|id| (f.place().clone(), id)));
 }
 
-/// `-chardev`, both generations.
+/// `-chardev`, in both forms.
 pub(crate) fn chardev(draft: &mut Draft, f: &mut Fields) {
     f.require(&["id"]);
     let id = f.id("id");
@@ -59,7 +59,7 @@ pub(crate) fn chardev(draft: &mut Draft, f: &mut Fields) {
         backend(f)
     };
     let Some(id) = id else { return };
-    // Kept even when it leads nowhere, so that what names it finds it.
+    // Kept even without a valid back-end, so that references to it resolve.
     let backend = backend.unwrap_or(CharBackend::File(PathBuf::new()));
     draft.chardevs.push(Chardev { place: f.place().clone(), id, backend, console });
 }
@@ -128,8 +128,8 @@ fn socket(f: &mut Fields) -> Option<CharBackend> {
     f.text("path", value::socket_path).map(|path| CharBackend::Socket { path, replay })
 }
 
-/// `server` and `nowait`, also in the longer spelling `server=on,wait=off`; or neither, where it may
-/// be `without`.
+/// `server` and `nowait`, also in the longer form `server=on,wait=off`; or neither, if `without`
+/// allows that.
 fn listening(f: &mut Fields, without: bool) {
     let (server, nowait) = (f.switch("server"), f.switch("nowait"));
     let waits = f.boolean("wait").map_or(nowait != Some(true), |wait| wait);

@@ -1,5 +1,5 @@
-//! What can be said at all, for programs that ask before they say it. There is no list of it: each
-//! reader of flags and devices is let ask for its keys where nothing is given.
+//! The accepted flags and keys, for programs that query them first. There is no separate list: each
+//! reader of flags and devices runs on empty input and records the keys that it asks for.
 use super::draft::Draft;
 use super::fields::{Fields, Kind, Raw};
 use super::flags::flags;
@@ -13,7 +13,7 @@ use super::{chars, device, objects};
 pub struct Described {
     /// Its name, without a dash.
     pub name: &'static str,
-    /// Its keys, and what each takes.
+    /// Its keys, and the type of each.
     pub keys: Vec<(&'static str, Kind)>,
 }
 
@@ -48,7 +48,7 @@ fn option(flag: &Flag) -> Option<Described> {
         Shape::OptionalProperties(_) => None,
         _ => return Some(Described { name, keys: vec![] }),
     };
-    // Which keys there are may depend on the first word.
+    // The keys may depend on the first word.
     let words = match name {
         "device" => kinds::models().map(|model| model.name).collect(),
         "chardev" | "serial" => names(chars::KINDS),

@@ -5,7 +5,7 @@ use super::kinds::models;
 use super::problem::did_you_mean;
 use crate::value;
 
-/// Models of StratoVirt that cannot be had yet, by the beginnings of their names.
+/// Models of StratoVirt that are not supported yet, by prefix of their names.
 const REFUSED: &[(&str, &str)] = &[
     ("vhost-vsock", "virtio-vsock"),
     ("vsock", "virtio-vsock"),
@@ -59,7 +59,7 @@ pub(crate) fn device(draft: &mut Draft, f: &mut Fields) {
     draft.devices.push(Device { place: f.place().clone(), id, kind });
 }
 
-/// What is told of a model that is not built.
+/// The message for an unknown model.
 fn unknown(f: &mut Fields, driver: &str) {
     let known = || models().map(|model| model.name);
     match REFUSED.iter().find(|(prefix, _)| driver.starts_with(prefix)) {

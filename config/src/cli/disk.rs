@@ -1,4 +1,4 @@
-//! Disks: `-drive`, the file's `drive`, and the guest's side in `-device virtio-blk-device`.
+//! Disks: `-drive`, the file's `drive`, and the front-end in `-device virtio-blk-device`.
 use crate::Aio;
 
 use super::draft::{BlkFront, DeviceKind, Draft, Drive};
@@ -36,12 +36,12 @@ pub(crate) const KIND: Kind = Kind {
     resolve: |r, draft, devices| devices.disks = r.disks(draft),
 };
 
-/// `-drive`, both generations: which one it is decides the `-device` that names it, or does not.
+/// `-drive`, in both forms: which one it is depends on whether a `-device` names it.
 pub(crate) fn drive(draft: &mut Draft, f: &mut Fields) {
     let interface =
         f.choice("if", &[("none", Ok(())), ("pflash", Err("a firmware flash (pflash)"))]);
     if f.has("if") && interface.is_none() {
-        // A flash has other keys than a disk.
+        // A flash drive has other keys than a disk.
         f.abandon();
         return;
     }
@@ -60,7 +60,7 @@ pub(crate) fn drive(draft: &mut Draft, f: &mut Fields) {
         .choice(
             "aio",
             &[
-                // What Linux AIO is asked for, asynchronous requests, io_uring does as well.
+                // Linux AIO is requested for asynchronous I/O, which io_uring does as well.
                 ("native", Ok(Aio::Auto)),
                 ("io_uring", Ok(Aio::IoUring)),
                 ("off", Ok(Aio::Off)),
@@ -98,12 +98,12 @@ pub(crate) fn drive(draft: &mut Draft, f: &mut Fields) {
     });
 }
 
-/// What kind of drive it is: a disk.
+/// The kind of drive: only a disk.
 pub fn media(word: &str) -> Result<(), Rule> {
     choose(word, &[("disk", Ok(())), ("cdrom", Err("media 'cdrom'"))])
 }
 
-/// What becomes of writes of zeroes: nothing else than of others.
+/// Handling of writes of zeroes: no special one.
 pub fn detect_zeroes(word: &str) -> Result<(), Rule> {
     let looking = Err("looking for zeroes in writes");
     choose(word, &[("off", Ok(())), ("on", looking), ("unmap", looking)])

@@ -1,4 +1,4 @@
-//! What file and command line have said so far. Names are not yet looked up.
+//! What file and command line have given so far. Names are not resolved yet.
 use std::path::PathBuf;
 
 use crate::{Aio, CharBackend, DeviceConfig, Tap, Thp, Topology};
@@ -13,11 +13,11 @@ use crate::types::{
     PerSecond, RngBps,
 };
 
-/// Everything said so far.
+/// All settings so far.
 #[derive(Debug, Default)]
 pub(crate) struct Draft {
     pub(crate) problems: Problems,
-    /// Of what is said but once; the devices have their own.
+    /// Places of settings that occur once; each device has its own.
     pub(crate) places: Places,
 
     pub(crate) name: Option<String>,
@@ -43,7 +43,7 @@ pub(crate) struct Draft {
     pub(crate) chardevs: Vec<Chardev>,
     pub(crate) rng_sources: Vec<RngSource>,
     pub(crate) devices: Vec<Device>,
-    /// Devices that one flag or section says all of; their ids are made up.
+    /// Devices that one flag or section defines completely; their ids are generated.
     pub(crate) whole: Vec<(Place, DeviceConfig)>,
     pub(crate) serial: Option<Serial>,
 
@@ -64,7 +64,7 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// There is to be `device`, in place of one of its kind that the file has.
+    /// Add `device`, replacing one of its kind from the file.
     pub(crate) fn say(&mut self, place: Place, device: DeviceConfig) {
         self.whole.retain(|(_, other)| other.part() != device.part());
         self.whole.push((place, device));
@@ -81,14 +81,14 @@ pub(crate) struct Drive {
     pub(crate) direct: bool,
     pub(crate) aio: Aio,
     pub(crate) discard: bool,
-    /// Its format is not said.
+    /// Its format is not given.
     pub(crate) probe: bool,
     pub(crate) iops: Option<DiskIops>,
     pub(crate) bps: Option<PerSecond>,
     pub(crate) front: BlkFront,
 }
 
-/// The guest's side of a disk.
+/// The front-end of a disk.
 #[derive(Debug, Default)]
 pub(crate) struct BlkFront {
     pub(crate) serial: Option<String>,
@@ -109,7 +109,7 @@ pub(crate) struct Net {
     pub(crate) front: NetFront,
 }
 
-/// The guest's side of a NIC.
+/// The front-end of a NIC.
 #[derive(Debug, Default)]
 pub(crate) struct NetFront {
     pub(crate) mac: Option<[u8; 6]>,
@@ -124,7 +124,7 @@ pub(crate) struct Chardev {
     pub(crate) place: Place,
     pub(crate) id: String,
     pub(crate) backend: CharBackend,
-    /// The older form, `-chardev id=ID,path=PATH`: a console by itself.
+    /// The older form, `-chardev id=ID,path=PATH`, which is a console by itself.
     pub(crate) console: bool,
 }
 
@@ -148,12 +148,12 @@ pub(crate) enum Serial {
 #[derive(Debug)]
 pub(crate) struct Device {
     pub(crate) place: Place,
-    /// Empty when missing: a problem of its own, or one is made up.
+    /// Empty when missing: then it is reported, or generated.
     pub(crate) id: String,
     pub(crate) kind: DeviceKind,
 }
 
-/// What a `-device` is and which backend it names (empty when missing).
+/// The kind of a `-device` and the back-end that it names (empty when missing).
 #[derive(Debug)]
 pub(crate) enum DeviceKind {
     Blk {
@@ -174,9 +174,9 @@ pub(crate) enum DeviceKind {
         source: String,
         bps: Option<RngBps>,
     },
-    /// One that names nothing else.
+    /// One that names no back-end.
     Whole(DeviceConfig),
-    /// Known and refused; what it names is spoken for.
+    /// Known and refused; the back-end that it names counts as used.
     Refused {
         backends: Vec<String>,
     },

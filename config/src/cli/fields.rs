@@ -1,7 +1,7 @@
 //! Keys with values: what follows a flag (`key=value,key=value`) and an object of the JSON file.
 //!
-//! A reader asks for each key it knows. What it never asked for is unknown, and what it asked for
-//! is the list of allowed keys: there is no second list to keep.
+//! A reader asks for each key it knows. Keys that it never asks for are unknown, and those it asks
+//! for make up the list of allowed keys: there is no second list to maintain.
 use std::collections::HashSet;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -10,12 +10,12 @@ use super::problem::{Place, Problems, did_you_mean};
 use crate::types::{MemorySize, Rate, ValueError};
 use crate::value::{self, Rule};
 
-/// A value as it stands there.
+/// A value as given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Raw {
-    /// Words of the command line, strings of JSON.
+    /// Text: words of the command line, strings of JSON.
     Text(String),
-    /// Number or truth value of JSON.
+    /// Number or boolean of JSON.
     Scalar(&'static str, String),
     /// A key without a value, such as `server` in `-qmp unix:PATH,server,nowait`.
     Bare,
@@ -23,7 +23,7 @@ pub(crate) enum Raw {
     Other(&'static str),
 }
 
-/// What a key takes.
+/// The type of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Text.
@@ -32,26 +32,26 @@ pub enum Kind {
     Number,
     /// A number of bytes.
     Size,
-    /// A truth value.
+    /// A boolean.
     Bool,
 }
 
-/// Keys with values, and what turned out wrong with them.
+/// Keys with values, and the problems found in them.
 #[derive(Debug)]
 pub(crate) struct Fields {
     place: Place,
     items: Vec<(String, Raw)>,
-    /// Keys asked for, in order, and what each takes.
+    /// Keys asked for, in order, and the type of each.
     known: Vec<(&'static str, Kind)>,
     /// Keys that exist elsewhere and are refused by name.
     refused: Vec<&'static str>,
-    /// Unknown keys do not matter any more.
+    /// Unknown keys are not reported any more.
     abandoned: bool,
     problems: Problems,
 }
 
 impl Fields {
-    /// Of the given items; a repeated key is a problem, the first one counts.
+    /// From the given items; a repeated key is a problem, and its first value counts.
     pub(crate) fn new(place: Place, given: Vec<(String, Raw)>) -> Self {
         let mut problems = Problems::default();
         let mut items: Vec<(String, Raw)> = Vec::with_capacity(given.len());
@@ -66,14 +66,14 @@ impl Fields {
         Self { place, items, known: vec![], refused: vec![], abandoned: false, problems }
     }
 
-    /// Of a flag with one plain value; its key is empty.
+    /// From a flag with one plain value, whose key is empty.
     pub(crate) fn plain(place: Place, word: Option<&str>) -> Self {
         let items = word.map(|w| (String::new(), Raw::Text(w.to_owned())));
         Self::new(place, items.into_iter().collect())
     }
 
-    /// Of `[value,]key=value,...`: a first word without `=`, or with one behind a colon only (as in
-    /// `unix:/a=b`), is the value of `lead`, if there is one.
+    /// From `[value,]key=value,...`: a first word without `=`, or with one only after a colon (as
+    /// in `unix:/a=b`), is the value of `lead`, if there is one.
     pub(crate) fn properties(place: Place, text: &str, lead: Option<&str>) -> Self {
         let mut items = vec![];
         let mut problems = Problems::default();
@@ -96,12 +96,12 @@ impl Fields {
         fields
     }
 
-    /// Where these stand.
+    /// Where they were given.
     pub(crate) fn place(&self) -> &Place {
         &self.place
     }
 
-    /// The key is there, whatever its value.
+    /// Whether the key is given, with any value.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.items.iter().any(|(k, _)| k == key)
     }
@@ -143,7 +143,7 @@ impl Fields {
         })
     }
 
-    /// A limit per second, for which 0 means none.
+    /// A limit per second; 0 means unlimited.
     pub(crate) fn rate<const LEAST: u64, const MOST: u64>(
         &mut self,
         key: &'static str,
@@ -159,7 +159,7 @@ impl Fields {
         self.get(key, Kind::Size, "a number or a string", &["a number"], value::memory_size)
     }
 
-    /// A truth value.
+    /// A boolean.
     pub(crate) fn boolean(&mut self, key: &'static str) -> Option<bool> {
         self.get(key, Kind::Bool, "true or false", &["a truth value"], value::boolean)
     }
@@ -169,7 +169,7 @@ impl Fields {
         self.get(key, Kind::Text, "true, false or a string", &["a truth value"], value::discard)
     }
 
-    /// A key that stands alone or has a truth value.
+    /// A key that stands alone or has a boolean value.
     pub(crate) fn switch(&mut self, key: &'static str) -> Option<bool> {
         if self.items.iter().any(|(k, raw)| k == key && *raw == Raw::Bare) {
             self.know(key, Kind::Bool);
@@ -178,7 +178,7 @@ impl Fields {
         self.boolean(key)
     }
 
-    /// One of `choices`; another is a problem.
+    /// One of `choices`; any other value is a problem.
     pub(crate) fn choice<T: Copy>(
         &mut self,
         key: &'static str,
@@ -187,7 +187,7 @@ impl Fields {
         self.text(key, |word| choose(word, choices))
     }
 
-    /// `key` exists in StratoVirt and not here: say so if it is given.
+    /// Report that `key` exists in StratoVirt and is not supported, if it is given.
     pub(crate) fn refuse(&mut self, key: &'static str, what: &str) {
         self.refused.push(key);
         if self.has(key) {
@@ -195,7 +195,7 @@ impl Fields {
         }
     }
 
-    /// `key` switches on what is not built yet; off is how it is anyway.
+    /// `key` enables an unsupported feature; only off is accepted, which is the default.
     pub(crate) fn only_off(&mut self, key: &'static str, what: &str) {
         if self.boolean(key) == Some(true) {
             self.problem(key, format!("{what} is not built yet; use off"));
@@ -211,18 +211,18 @@ impl Fields {
         }
     }
 
-    /// A problem with `key`, or with the whole for an empty one.
+    /// A problem with `key`, or with the whole if `key` is empty.
     pub(crate) fn problem(&mut self, key: &str, rule: impl std::fmt::Display) {
         let place = self.place.key(key);
         self.problems.add(&place, rule);
     }
 
-    /// Nothing more is to be said about the other keys.
+    /// Report no problems about the other keys.
     pub(crate) fn abandon(&mut self) {
         self.abandoned = true;
     }
 
-    /// What was wrong, unknown keys included.
+    /// The problems, including unknown keys.
     pub(crate) fn done(mut self) -> Problems {
         if self.abandoned {
             return self.problems;
@@ -256,7 +256,7 @@ impl Fields {
         self.known.iter().map(|(key, _)| *key)
     }
 
-    /// The keys that were asked for, and what each takes.
+    /// The keys that were asked for, and the type of each.
     pub(crate) fn known(&self) -> impl Iterator<Item = (&'static str, Kind)> {
         self.known.iter().copied()
     }
@@ -291,7 +291,7 @@ impl Fields {
     }
 }
 
-/// The choice that `word` names; `Err` in a choice: why it cannot be had.
+/// The choice that `word` names; an `Err` in a choice says why it is not supported.
 pub(crate) fn choose<T: Copy>(word: &str, choices: &[(&str, Result<T, &str>)]) -> Result<T, Rule> {
     let known = choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(word));
     let allowed: Vec<_> =

@@ -10,7 +10,7 @@ pub(crate) fn flags() -> impl Iterator<Item = &'static Flag> {
     TABLE.iter().chain(KINDS.iter().flat_map(|kind| kind.flags))
 }
 
-/// The flags that are not about one kind of devices.
+/// The flags that do not belong to one kind of device.
 #[rustfmt::skip]
 pub(crate) static TABLE: &[Flag] = &[
     flag(&["config"], Plain("FILE"), Control, json::config,

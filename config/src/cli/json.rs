@@ -1,4 +1,4 @@
-//! The JSON file: its tree, then its sections. A key that comes twice is a problem to be told.
+//! The JSON file: its tree, then its sections. A repeated key is reported as a problem.
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -11,10 +11,10 @@ use super::kinds::{KINDS, Section};
 use super::problem::{Place, did_you_mean};
 use super::{action, chars, objects, system};
 
-/// Most bytes of a file; a full description has two thousand.
+/// Largest file in bytes; a full description has two thousand.
 const MAX_FILE: u64 = 256 << 10;
 
-/// Sections that are not about a kind of devices.
+/// Sections that do not belong to one kind of device.
 const SECTIONS: &[(&str, Section)] = &[
     ("boot-source", Section::Object(system::boot_source)),
     ("machine-config", Section::Object(system::machine_config)),
@@ -40,7 +40,7 @@ pub(crate) fn config(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-/// What the file would have said is not known: no second complaint that the kernel is missing.
+/// The file's contents are unknown: do not also report that the kernel is missing.
 fn unread(draft: &mut Draft) {
     draft.kernel.get_or_insert_default();
 }
@@ -56,7 +56,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
     Ok(text)
 }
 
-/// Takes what a file says; `file` is its name for messages.
+/// Apply the contents of a file; `file` is its name for messages.
 pub(crate) fn read_text(draft: &mut Draft, file: &str, text: &[u8]) {
     let root = Place::Json { file: file.to_owned(), path: String::new() };
     match Tree::read(text) {
@@ -128,7 +128,7 @@ fn object(
     draft.problems.extend(fields.done());
 }
 
-/// What `tree` is, for messages.
+/// The type of `tree`, for messages.
 fn kind(tree: &Tree) -> &'static str {
     match tree {
         Tree::Null => "null",

@@ -1,6 +1,6 @@
-//! The table of the kinds of devices: all that the command line and the file can say of each. Flags,
-//! models of `-device`, sections of the file, the paths in them and what becomes of all that derive
-//! from it.
+//! The table of the kinds of devices: the syntax of each on the command line and in the file.
+//! Flags, models of `-device`, sections of the file, the paths in them and the conversion to
+//! devices all derive from it.
 use super::draft::{DeviceKind, Draft};
 use super::fields::Fields;
 use super::resolve::Resolver;
@@ -19,7 +19,8 @@ pub(crate) struct Kind {
     pub(crate) flags: &'static [Flag],
     /// Its models of `-device`.
     pub(crate) models: &'static [Model],
-    /// From what was said to devices; in the order of the rows, which is that of their slots.
+    /// Converts the draft to devices; called in the order of the rows, which is that of their
+    /// slots.
     pub(crate) resolve: fn(&mut Resolver, &Draft, &mut Devices),
 }
 
@@ -27,7 +28,7 @@ pub(crate) struct Kind {
 pub(crate) static KINDS: [Kind; 5] =
     [disk::KIND, net::KIND, console::KIND, rng::KIND, balloon::KIND];
 
-/// What a section of the file holds and who reads it.
+/// The form of a section of the file, and its reader.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Section {
     Object(fn(&mut Draft, &mut Fields)),
@@ -35,22 +36,22 @@ pub(crate) enum Section {
     Refused(&'static str),
 }
 
-/// A key that names a file of the host.
+/// A key that names a host file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileKey {
     /// The key.
     pub key: &'static str,
-    /// The file has to be there before the start.
+    /// The file must exist before the start.
     pub needed: bool,
 }
 
-/// A model of `-device` that can be had.
+/// A supported model of `-device`.
 #[derive(Debug)]
 pub(crate) struct Model {
     pub(crate) name: &'static str,
     /// Its keys, for the help text.
     pub(crate) form: &'static str,
-    /// Its id, for the help text: in brackets where one is made up, since nothing ever names it.
+    /// Its id, for the help text: in brackets where one is generated, since nothing ever names it.
     pub(crate) id: &'static str,
     pub(crate) make: fn(&mut Fields) -> DeviceKind,
 }
@@ -68,7 +69,7 @@ pub(super) fn models() -> impl Iterator<Item = &'static Model> {
     KINDS.iter().flat_map(|kind| kind.models)
 }
 
-/// Files of the host that a configuration file names: section, and key in it.
+/// Host files that a configuration file names: section, and key in it.
 pub fn files() -> impl Iterator<Item = (&'static str, FileKey)> {
     let boot = [("kernel_image_path", true), ("initrd_fs_path", true)];
     let boot = boot.map(|(key, needed)| ("boot-source", FileKey { key, needed }));

@@ -1,5 +1,5 @@
-//! The command line and the JSON file: both generations of StratoVirt's flags and its file, into
-//! one [`MachineConfig`] and what the process itself is asked to do.
+//! The command line and the JSON file: the flags of both StratoVirt generations and the file,
+//! converted into one [`MachineConfig`] and the settings of the process itself.
 //!
 //! ```text
 //! arguments --tokens--> flags with values --table--> Draft <--json-- file
@@ -9,8 +9,8 @@
 //!                                          Invocation, or all Problems
 //! ```
 //!
-//! Only syntax and agreement are checked here; whether files exist is for the builder to see: for its errors, [`Places`] knows who
-//! asked for what.
+//! Only syntax and consistency are checked here; whether files exist is for the builder to find
+//! out. For its errors, [`Places`] records where each part was requested.
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -58,14 +58,14 @@ pub enum Action {
     PrintVersion(String),
 }
 
-/// A machine to run and how.
+/// A machine to run, and the settings of the process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invocation {
     /// The machine.
     pub machine: MachineConfig,
     /// Sockets to serve QMP on, at least one.
     pub control: Vec<Control>,
-    /// `-machine none`: there is no machine, only what can be told without one.
+    /// `-machine none`: there is no machine, and only commands that need none work.
     pub no_machine: bool,
     /// Where to write the process id.
     pub pidfile: Option<PathBuf>,
@@ -79,11 +79,11 @@ pub struct Invocation {
     pub disable_seccomp: bool,
     /// Programs may be started while the guest runs.
     pub spawn: bool,
-    /// The saved state to go on from.
+    /// The saved state to restore.
     pub incoming: Option<Incoming>,
-    /// What was accepted and has no effect, to be logged.
+    /// Settings that were accepted and have no effect, to be logged.
     pub warnings: Vec<String>,
-    /// Where the machine's parts were said, for what turns out not to be had.
+    /// Where the machine's parts were requested, for errors of the builder.
     pub places: Places,
 }
 
@@ -92,7 +92,7 @@ pub struct Invocation {
 pub struct Control {
     /// Where it is.
     pub path: PathBuf,
-    /// A client listens there and is connected to; else the monitor listens.
+    /// A client listens there and the monitor connects; otherwise the monitor listens.
     pub connects: bool,
 }
 
@@ -107,17 +107,17 @@ pub enum Log {
     File(PathBuf),
 }
 
-/// Whether a command line asks for the background: `-daemonize`, without `-h` or `-V`.
+/// Whether a command line requests the background: `-daemonize`, without `-h` or `-V`.
 pub fn daemonizes(args: impl Iterator<Item = OsString>) -> bool {
     let (given, _) = tokens::scan(args);
     let has = |name| given.iter().any(|g| g.flag.is(name));
     has("daemonize") && !has("help") && !has("version")
 }
 
-/// Reads a command line without the program's name, and the file it may name.
+/// Parse a command line without the program's name, and the file it may name.
 ///
 /// # Errors
-/// All that is wrong in both at once.
+/// All problems of both at once.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Action, Problems> {
     let (given, problems) = tokens::scan(args);
     if given.iter().any(|g| g.flag.is("help")) {

@@ -1,4 +1,4 @@
-//! NICs: `-netdev`, the file's `net`, and the guest's side in `-device virtio-net-device`.
+//! NICs: `-netdev`, the file's `net`, and the front-end in `-device virtio-net-device`.
 use crate::Tap;
 use crate::types::{NicQueuePairs, TapName, ValueError};
 
@@ -37,7 +37,7 @@ pub(crate) const KIND: Kind = Kind {
     resolve: |r, draft, devices| devices.nics = r.nics(draft),
 };
 
-/// `-netdev`, both generations: which one it is decides the `-device` that names it, or does not.
+/// `-netdev`, in both forms: which one it is depends on whether a `-device` names it.
 pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
     let kind = f.choice("type", &[("tap", Ok(())), ("vhost-user", Err("a vhost-user back-end"))]);
     if f.has("type") && kind.is_none() {
@@ -65,14 +65,14 @@ pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
     } else if ways == 0 && !f.has("netdev") {
         f.problem("", MISSING);
     }
-    // The older form names the tap even where it passes the descriptors.
+    // The older form names the tap even if it also passes descriptors.
     let tap = fd.or(fds).map(Tap::Fds).or(ifname.or(name).map(Tap::Name));
     if let (Some(Tap::Fds(fds)), Some(queues)) = (&tap, queues)
         && fds.len() != usize::from(queues.get())
     {
         f.problem("queues", format!("{queues}, but there are {} descriptors", fds.len()));
     }
-    // Kept even when its tap is wrong, so that what names it finds it.
+    // Kept even when its tap is wrong, so that references to it resolve.
     let Some(id) = id else { return };
     let tap = tap.unwrap_or(Tap::Fds(vec![]));
     draft.nets.push(Net { place: f.place().clone(), id, tap, queues, pps, bps, front });
@@ -101,7 +101,7 @@ pub(crate) fn json_net(draft: &mut Draft, f: &mut Fields) {
         f.problem("queues", "must be 1 with tap_fd, which is one descriptor");
     }
     let tap = fd.map(|fd| Tap::Fds(vec![fd])).or(name.map(Tap::Name));
-    // Kept even when its tap is wrong, so that what names it finds it.
+    // Kept even when its tap is wrong, so that references to it resolve.
     let Some(id) = id else { return };
     let tap = tap.unwrap_or(Tap::Fds(vec![]));
     draft.nets.push(Net { place: f.place().clone(), id, tap, queues, pps, bps, front });
@@ -109,7 +109,7 @@ pub(crate) fn json_net(draft: &mut Draft, f: &mut Fields) {
 
 /// The keys of `-device virtio-net-device` behind `id` and `netdev`.
 pub(crate) fn front(f: &mut Fields) -> NetFront {
-    // Vectors are of PCI; Kuasar sends them to every machine.
+    // Only PCI has vectors, but Kuasar gives them for every machine.
     let _ = f.number("vectors", 0..=u32::MAX);
     f.refuse("rx-iothread", "an I/O thread for one direction");
     f.refuse("tx-iothread", "an I/O thread for one direction");

@@ -1,23 +1,23 @@
-//! What is wrong with a command line or a file: where, which value, what is allowed.
+//! Problems of a command line or a file: place, value, and what is allowed.
 use std::fmt;
 use std::path::{Path, absolute};
 
 use crate::{DeviceConfig, MachineConfig, Part};
 
-/// Longest part of a user's text that is shown back, in characters.
+/// Longest part of a user's text that a message quotes, in characters.
 const SHOWN: usize = 160;
 
-/// Where a value stands: a flag or a key of the JSON file.
+/// Where a value was given: a flag or a key of the JSON file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// A flag with what followed it, and perhaps one of its keys.
+    /// A flag with its value, and perhaps one of its keys.
     Flag(String),
     /// A file and the path of a key in it; the path is empty for the file as a whole.
     Json { file: String, path: String },
 }
 
 impl Place {
-    /// The place of `key` inside this one; of the whole for an empty key.
+    /// The place of `key` inside this one; this place itself for an empty key.
     pub(crate) fn key(&self, key: &str) -> Self {
         let key = shortened(key);
         match self {
@@ -30,7 +30,7 @@ impl Place {
         }
     }
 
-    /// The place of what the file calls `json` and flags `flag`.
+    /// The place of a key that the file calls `json` and flags call `flag`.
     pub(crate) fn key_of(&self, json: &str, flag: &str) -> Self {
         self.key(if matches!(self, Self::Flag(_)) { flag } else { json })
     }
@@ -56,18 +56,19 @@ impl fmt::Display for Place {
     }
 }
 
-/// Where each part of a machine was said.
+/// Where each part of a machine was requested.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Places(Vec<(Part, Place)>);
 
 impl Places {
-    /// `part` was said at `place`, whatever was said of it before.
+    /// Record that `part` was given at `place`, replacing any earlier place.
     pub(crate) fn note(&mut self, part: Part, place: Place) {
         self.0.push((part, place));
     }
 
-    /// What keeps the machine that `config` describes from being made, each with where it was asked for:
-    /// `errors`, and the part of the configuration that each is about, where it is about a single one.
+    /// The problems that keep the machine that `config` describes from being built, each with the
+    /// place of its part: `errors`, each with the part of the configuration that it is about, if a
+    /// single one.
     pub fn explain(
         &self,
         errors: impl IntoIterator<Item = (Option<Part>, String)>,
@@ -88,8 +89,8 @@ impl Places {
     }
 }
 
-/// What is told of a relative path in a file that leads nowhere from the working directory, and would
-/// from the file's own.
+/// A hint for a relative path in a file that does not exist from the working directory, but does
+/// from the file's own directory.
 fn beside(place: &Place, part: &Part, config: &MachineConfig) -> Option<String> {
     let Place::Json { file, .. } = place else { return None };
     let path = match part {
@@ -112,17 +113,17 @@ fn beside(place: &Place, part: &Part, config: &MachineConfig) -> Option<String> 
     })
 }
 
-/// All that is wrong, one line each.
+/// All problems, one line each.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Problems(Vec<String>);
 
 impl Problems {
-    /// Nothing is wrong.
+    /// Whether there are no problems.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The problems in the order in which they were met, each one line.
+    /// The problems in the order in which they were found, each one line.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
@@ -159,7 +160,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// `text` cut to a length that can be read.
+/// `text` cut to a readable length.
 pub(crate) fn shortened(text: &str) -> String {
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
@@ -167,7 +168,7 @@ pub(crate) fn shortened(text: &str) -> String {
     }
 }
 
-/// Control characters escaped: what is shown must not steer the terminal.
+/// Escape control characters: a message must not control the terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() })
@@ -176,7 +177,7 @@ fn printable(text: &str) -> String {
 
 /// `; did you mean 'x'?` when one of `known` is close to `word`, else nothing.
 pub(crate) fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    // Long words are nobody's typing error, and the distance costs their product.
+    // Long words are not typing errors, and the distance costs the product of the lengths.
     if word.len() > 64 {
         return String::new();
     }

@@ -25,7 +25,7 @@ pub(crate) fn disable_seccomp(draft: &mut Draft, _: &mut Fields) {
     draft.disable_seccomp = true;
 }
 
-/// `-sandbox on|off[,spawn=allow|deny]`. What else QEMU has there is denied here in any case.
+/// `-sandbox on|off[,spawn=allow|deny]`. QEMU's other keys name what is always denied here.
 pub(crate) fn sandbox(draft: &mut Draft, f: &mut Fields) {
     let on = f.text("enable", value::boolean).unwrap_or(true);
     draft.disable_seccomp |= !on;
@@ -35,8 +35,8 @@ pub(crate) fn sandbox(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-/// `-incoming file:DIR[,mapped=on|off|uffd][,disks=DIR]`, `unix:SOCKET`, `fd:NUMBER` or `exec:COMMAND`; all but
-/// the last with `,clock=continue|realtime` and `,force=on|off`.
+/// `-incoming file:DIR[,mapped=on|off|uffd][,disks=DIR]`, `unix:SOCKET`, `fd:NUMBER` or
+/// `exec:COMMAND`; all but the last with `,clock=continue|realtime` and `,force=on|off`.
 pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
     let incoming = f.text("", |word| match word.split_once(':') {
         Some(("file", rest)) => directory(rest),
@@ -46,17 +46,17 @@ pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
         Some(("fd", rest)) => {
             stream(rest, |number| value::number(number, 3..=i32::MAX).map(StreamSource::Fd))
         }
-        // All of the rest: commands have commas.
+        // The whole rest of the value: commands may contain commas.
         Some(("exec", command)) if !command.is_empty() => value::text(command)
             .map(|command| (Source::Stream(StreamSource::Exec(command)), How::default())),
         Some(("tcp", _)) => Err("streams over TCP are not built; use unix:, fd: or exec:".into()),
         _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
     });
-    // Kept even when it is wrong, so that nobody asks for a kernel.
+    // Kept even when it is wrong, so that no missing kernel is reported.
     draft.incoming = incoming.or(Some((Source::Stream(StreamSource::Fd(0)), How::default())));
 }
 
-/// How a saved machine is resumed.
+/// How a saved machine is restored.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct How {
     /// See [`crate::incoming::Incoming`].
@@ -66,7 +66,7 @@ pub(crate) struct How {
 }
 
 impl How {
-    /// Take in `key=word`; false when that is nothing of it.
+    /// Apply `key=word`; false when the key is unknown.
     fn take(&mut self, key: &str, word: &str) -> Result<bool, Rule> {
         match key {
             "clock" => self.clock_realtime = is_realtime(word)?,
@@ -108,7 +108,7 @@ fn stream(
     from: impl FnOnce(&str) -> Result<StreamSource, Rule>,
 ) -> Result<(Source, How), Rule> {
     let mut how = How::default();
-    // A socket's path may have commas.
+    // A socket's path may contain commas.
     while let Some((rest, (key, word))) =
         text.rsplit_once(',').and_then(|(rest, last)| Some((rest, last.split_once('=')?)))
         && how.take(key, word)?

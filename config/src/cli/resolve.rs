@@ -1,4 +1,4 @@
-//! The draft to the machine: names are looked up, agreement between parts is checked.
+//! Converts the draft to the machine: names are resolved, and the parts checked for consistency.
 //!
 //! A `-drive` or `-netdev` that no `-device` names is a device by itself, as in the first
 //! StratoVirt; one that is named is the back-end of that device, as in the second.
@@ -18,7 +18,7 @@ use crate::types::CpuCount;
 mod chars;
 mod virtio;
 
-/// The invocation, or everything that was wrong up to here and now.
+/// The invocation, or all problems found so far and here.
 pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     let (problems, places) = (draft.problems.clone(), draft.places.clone());
     let mut r = Resolver { problems, places, ..Default::default() };
@@ -127,14 +127,14 @@ pub(crate) struct Resolver {
     pub(crate) problems: Problems,
     places: Places,
     pub(crate) warnings: Vec<String>,
-    /// Chardevs that something leads to.
+    /// Chardevs that are used.
     pub(crate) used: HashSet<String>,
     /// Ids of the devices.
     devices: HashSet<String>,
 }
 
 impl Resolver {
-    /// Each kind of thing has names of its own; I/O threads and sources of randomness share theirs.
+    /// Each kind of object has its own namespace; I/O threads and sources of randomness share one.
     fn check_ids(&mut self, d: &Draft) {
         self.unique("drive", d.drives.iter().map(|x| (&x.place, &x.id)));
         self.unique("netdev", d.nets.iter().map(|x| (&x.place, &x.id)));
@@ -161,7 +161,7 @@ impl Resolver {
         }
     }
 
-    /// A device without a `-device` has its back-end's id, which must be no other device's.
+    /// A device without a `-device` has its back-end's id, which no other device may have.
     fn claim_id(&mut self, place: &Place, id: &str) {
         if !self.devices.insert(id.to_owned()) {
             let rule = format!("Input id '{id}' for device repeat: another device has it");
@@ -169,7 +169,7 @@ impl Resolver {
         }
     }
 
-    /// An id that no device has: `word`, if need be with zeros behind it.
+    /// An id that no device has: `word`, with zeros appended if needed.
     pub(crate) fn fresh_id(&self, word: &str) -> String {
         let mut id = word.to_owned();
         while self.devices.contains(&id) {
@@ -193,7 +193,7 @@ impl Resolver {
         }
     }
 
-    /// Slots for what is there and for what is to come; a restored machine has those it was saved with.
+    /// Slots for the devices and for hot-plug; a restored machine has those it was saved with.
     fn slots(&mut self, d: &Draft, wanted: Wanted) -> Option<SlotCounts> {
         let error = match SlotCounts::try_from(wanted) {
             Ok(slots) => return Some(slots),
@@ -211,7 +211,8 @@ impl Resolver {
         None
     }
 
-    /// The devices of one kind that are said whole; `word` is an id for one that has none.
+    /// The devices of one kind that one flag or section defines completely; `word` is the id for
+    /// one without.
     pub(crate) fn whole(&self, d: &Draft, word: &str, is: fn(&DeviceConfig) -> bool) -> Vec<Found> {
         let models = d.devices.iter().filter_map(|device| match &device.kind {
             DeviceKind::Whole(whole) => Some((&device.place, whole, device.id.as_str())),
@@ -227,7 +228,7 @@ impl Resolver {
         found.collect()
     }
 
-    /// The first of `found`; that there are more is against `rule`.
+    /// The first of `found`; more than one breaks `rule`.
     pub(crate) fn only_one(&mut self, found: Vec<Found>, rule: &str) -> Option<DeviceConfig> {
         if let [_, second, ..] = found.as_slice() {
             self.problems.add(&second.place, rule);
@@ -238,11 +239,11 @@ impl Resolver {
     }
 }
 
-/// A device that was found.
+/// A device found in the draft.
 pub(crate) struct Found {
-    /// Where it was asked for.
+    /// Where it was requested.
     pub(crate) place: Place,
-    /// Where that is said which may turn out not to be had.
+    /// Where the setting is that may turn out to be unavailable.
     pub(crate) said: Place,
     pub(crate) device: DeviceConfig,
 }

@@ -18,7 +18,7 @@ const THP: &[(&str, Result<Thp, &str>)] =
 const ACCELERATORS: &[(&str, Result<(), &str>)] =
     &[("kvm", Ok(())), ("kvm:tcg", Ok(())), ("tcg", Err("accelerator 'tcg'"))];
 
-/// `part` stands at `key`, if it is given.
+/// Record the place of `part` as `key`, if it is given.
 fn note(draft: &mut Draft, f: &Fields, part: Part, key: &str) {
     if f.has(key) {
         draft.places.note(part, f.place().key(key));
@@ -33,7 +33,7 @@ pub(crate) fn uuid(draft: &mut Draft, f: &mut Fields) {
     draft.uuid = f.text("", value::uuid);
 }
 
-/// `disk-slots` and `nic-slots`, which the flag and the file call the same.
+/// `disk-slots` and `nic-slots`, which have the same names in the flag and the file.
 fn slots(draft: &mut Draft, f: &mut Fields) {
     let mut number = |key| f.number(key, 0..=limits::VIRTIO_SLOTS).map(|n| (f.place().key(key), n));
     draft.disk_slots = number("disk-slots").or(draft.disk_slots.take());
@@ -76,8 +76,8 @@ pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
     if most.is_some_and(|most| most != cpus) {
         f.problem("maxcpus", format!("adding vCPUs later is not built yet; must be {cpus}"));
     }
-    // What is not given becomes 1, but for the first of cores, sockets and threads: that takes
-    // what is needed to make the product right.
+    // Factors not given become 1, except the first missing one of cores, sockets and threads: that
+    // gets the value that makes the product right.
     let given: u64 = [sockets, dies, clusters, cores, threads]
         .iter()
         .flatten()
@@ -140,7 +140,7 @@ pub(crate) fn omit_vm_memory(draft: &mut Draft, _: &mut Fields) {
 }
 
 pub(crate) fn kernel(draft: &mut Draft, f: &mut Fields) {
-    // Kept even when wrong: it is not missing.
+    // Kept even when wrong: it must not be reported as missing.
     draft.kernel = Some(f.path("").unwrap_or_default());
     note(draft, f, Part::Kernel, "");
 }
@@ -158,7 +158,7 @@ pub(crate) fn initrd(draft: &mut Draft, f: &mut Fields) {
 /// `boot-source`.
 pub(crate) fn boot_source(draft: &mut Draft, f: &mut Fields) {
     if f.has("kernel_image_path") {
-        // Kept even when wrong: it is not missing.
+        // Kept even when wrong: it must not be reported as missing.
         draft.kernel = Some(PathBuf::new());
     }
     draft.kernel = f.path("kernel_image_path").or(draft.kernel.take());

@@ -1,4 +1,4 @@
-//! What the table of flags is made of, and the checks that need no more than the table.
+//! The types of the table of flags, and the checks that need only the table.
 use super::draft::Draft;
 use super::fields::Fields;
 use super::flags::{TABLE, flags};
@@ -18,12 +18,12 @@ pub(crate) struct Flag {
     pub(crate) need: Option<Need>,
     /// Flags that cannot be given together with this one.
     pub(crate) conflicts: &'static [&'static str],
-    /// For a refused or ignored flag nothing.
+    /// Empty for a refused or ignored flag.
     pub(crate) help: &'static str,
     pub(crate) effect: Effect,
 }
 
-/// What follows a flag.
+/// The form of a flag's value.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Shape {
     /// Nothing.
@@ -32,13 +32,13 @@ pub(crate) enum Shape {
     Plain(&'static str),
     /// One value or none.
     Optional(&'static str),
-    /// Any number of words, joined by a space.
+    /// Any number of words, joined by spaces.
     Words(&'static str),
-    /// `key=value,...`, and which key a first word without `=` stands for.
+    /// `key=value,...`, and the key that a first word without `=` stands for.
     Properties(&'static str, Option<&'static str>),
     /// `key=value,...` or nothing.
     OptionalProperties(&'static str),
-    /// Anything: it is not looked at.
+    /// Anything: it is not read.
     Any,
 }
 
@@ -60,7 +60,7 @@ pub(crate) enum Group {
     Refused,
 }
 
-/// Which StratoVirt knows the flag.
+/// The StratoVirt generation that knows the flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Era {
     Both,
@@ -70,22 +70,22 @@ pub(crate) enum Era {
     New,
 }
 
-/// Something without which nothing runs.
+/// A requirement of every run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Need {
     ControlSocket,
 }
 
-/// What a flag does.
+/// The effect of a flag.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Effect {
-    /// Its values go into the draft.
+    /// Its values are added to the draft.
     Apply(fn(&mut Draft, &mut Fields)),
-    /// Looked for by the caller.
+    /// The caller handles it.
     Action,
     /// Nothing.
     Ignore,
-    /// It names something that is not built yet.
+    /// It names something that is not supported yet.
     Refuse(&'static str),
 }
 
@@ -118,7 +118,7 @@ pub(crate) const fn flag(
     Flag { help, ..row(names, shape, group, Effect::Apply(apply)) }
 }
 
-/// May be repeated and has no effect: other programs give it out of habit.
+/// A flag that may be repeated and has no effect: other programs give it by habit.
 pub(crate) const fn ignored(names: &'static [&'static str], era: Era) -> Flag {
     Flag { repeat: true, era, ..row(names, Shape::Any, Group::Ignored, Effect::Ignore) }
 }
@@ -144,13 +144,13 @@ impl Flag {
         Self { conflicts, ..self }
     }
 
-    /// The flag has this name.
+    /// Whether the flag has this name.
     pub(crate) fn is(&self, name: &str) -> bool {
         self.names.contains(&name)
     }
 }
 
-/// The row of a name and the table's own copy of the name.
+/// The row for a name, and the table's own copy of the name.
 pub(crate) fn find(name: &str) -> Option<(&'static Flag, &'static str)> {
     flags().find_map(|flag| {
         flag.names.iter().find(|known| **known == name).map(|known| (flag, *known))

@@ -1,4 +1,4 @@
-//! What people and programs type, and what comes of it.
+//! Command lines of users and programs, and their results.
 use std::ffi::OsString;
 
 use crate::{CharBackend, MachineConfig, Tap};
@@ -33,7 +33,7 @@ fn run(line: &str) -> Invocation {
     }
 }
 
-/// The machine of a command line that has a kernel and a control socket anyway.
+/// The machine of a command line, with a kernel and a control socket added.
 fn machine(line: &str) -> MachineConfig {
     run(&format!("-kernel k -api-channel unix:s {line}")).machine
 }
@@ -45,14 +45,14 @@ fn problems(line: &str) -> Vec<String> {
     }
 }
 
-/// The only problem of a command line that has a kernel and a control socket anyway.
+/// The only problem of a command line, with a kernel and a control socket added.
 fn problem(line: &str) -> String {
     let all = problems(&format!("-kernel k -api-channel unix:s {line}"));
     assert_eq!(all.len(), 1, "{line}: {all:#?}");
     all.into_iter().next().unwrap()
 }
 
-/// What a file says, with a control socket given by flag.
+/// The result of a file, with a control socket given by flag.
 fn file(text: &str, line: &str) -> Result<Invocation, Problems> {
     let path = std::env::temp_dir().join(format!(
         "stratovirt-cli-{}-{:?}.json",

@@ -14,7 +14,7 @@ pub(crate) struct Given {
     /// The name that was used, without the dash.
     name: &'static str,
     words: Vec<String>,
-    /// One of its words is no text, which is said.
+    /// One of its words is not valid text, which has been reported.
     unreadable: bool,
 }
 
@@ -22,7 +22,7 @@ pub(crate) struct Given {
 pub(crate) fn scan(args: impl Iterator<Item = OsString>) -> (Vec<Given>, Problems) {
     let mut problems = Problems::default();
     let mut given: Vec<Given> = vec![];
-    // Words behind an unknown flag are its own: no second complaint.
+    // Words after an unknown flag belong to it: report nothing about them.
     let mut unknown = false;
     for arg in args {
         let word = match arg.into_string() {
@@ -78,7 +78,8 @@ fn unexpected(word: &str) -> String {
     )
 }
 
-/// Repeated flags: words run together (`-append`), the rest one after the other where it may be.
+/// Merges repeated flags: words are joined (`-append`), other values kept in order where repetition
+/// is allowed.
 fn merge(given: Vec<Given>, problems: &mut Problems) -> Vec<Given> {
     let mut merged: Vec<Given> = vec![];
     for g in given {
@@ -133,14 +134,14 @@ impl Given {
             return;
         };
         if self.unreadable {
-            // What it would have said is not known: no second complaint that it is missing.
+            // The flag's values are unknown: do not also report that the kernel is missing.
             draft.kernel.get_or_insert_default();
             return;
         }
         let place = Place::Flag(self.shown());
         let first = self.words.first();
         let mut fields = match (self.flag.shape, first) {
-            // Said already by `check_shape`.
+            // Reported already by `check_shape`.
             (Shape::Plain(_) | Shape::Words(_) | Shape::Properties(..), None) => return,
             (Shape::Words(_), _) => {
                 let place = Place::Flag(format!("-{}", self.name));

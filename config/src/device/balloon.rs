@@ -45,7 +45,7 @@ impl BalloonConfig {
         Self { id, deflate_on_oom, free_page_reporting }
     }
 
-    /// The guest has seen what it is.
+    /// Only equal settings: the guest has seen them.
     pub(super) fn replace(&mut self, wanted: &Self) -> Result<(), Differs> {
         let shown = |balloon: &Self| {
             let Self { deflate_on_oom, free_page_reporting, .. } = balloon;

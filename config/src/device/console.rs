@@ -1,5 +1,5 @@
-//! The console: `-device virtconsole` on `-device virtio-serial-device`, `console` of the file, and the
-//! older form of `-chardev`.
+//! The console: `-device virtconsole` on `-device virtio-serial-device`, `console` of the file, and
+//! the older form of `-chardev`.
 use state::config as saved;
 
 use super::{DeviceConfig, Facts};
@@ -20,7 +20,7 @@ use crate::{
 pub struct ConsoleConfig {
     /// Its character device's id, the label in `query-chardev`.
     pub id: String,
-    /// Where it leads.
+    /// Its character back-end.
     pub backend: CharBackend,
     /// Which I/O thread; `None`: the default one.
     pub iothread: Option<String>,
@@ -130,7 +130,7 @@ fn resolve(r: &mut Resolver, d: &Draft) -> Vec<Found> {
     if let ([(_, iothread), ..], [(_, console), ..]) = (&*buses, &mut *consoles) {
         console.iothread.clone_from(iothread);
     }
-    // Spoken for by -serial or -mon: not a console by itself.
+    // Used by -serial or -mon: not a console of its own.
     let elsewhere: Vec<&String> = d
         .monitors
         .iter()

@@ -1,8 +1,8 @@
-//! Devices that have a slot of their own which nothing else can take: one at most of each kind. Each
-//! kind has a file with all that a configuration knows of it: its type, how file and command line spell
-//! it, its saved form, and what may be another one where it is restored.
+//! Devices that have a slot of their own, which no other device can use: at most one of each kind.
+//! Each kind has a file with everything that a configuration needs: its type, its syntax in file
+//! and command line, its saved form, and which settings may change when it is restored.
 //!
-//! A new kind is a file here, a variant of [`DeviceConfig`] with its place in [`DeviceConfig::facts`]
+//! A new kind is a file here, a variant of [`DeviceConfig`], its place in [`DeviceConfig::facts`]
 //! and [`DeviceConfig::restored`], and a row of the table in `cli/kinds.rs`.
 use std::path::Path;
 
@@ -30,23 +30,23 @@ pub enum DeviceConfig {
     Balloon(BalloonConfig),
 }
 
-/// What is asked of a device of any kind.
+/// Properties of a device of any kind.
 pub trait Facts {
-    /// Its kind, in messages, and the id of its slot in saved states.
+    /// Name of its kind, in messages, and id of its slot in saved states.
     fn slot(&self) -> &'static str;
-    /// The flag that tells a restored machine of another one.
+    /// The flag that overrides it for a restored machine.
     fn flag(&self) -> &'static str;
     /// Its id, unique among all devices.
     fn id(&self) -> &str;
-    /// Which I/O thread carries it; `None`: the default one.
+    /// Its I/O thread; `None`: the default one.
     fn iothread(&self) -> Option<&str> {
         None
     }
-    /// The file of the host that it begins with, if it needs one.
+    /// The host file that it needs at the start, if any.
     fn path(&self) -> Option<&Path> {
         None
     }
-    /// Where its characters go to and come from, if it has any.
+    /// Its character back-end, if any.
     fn chars(&self) -> Option<&CharBackend> {
         None
     }
@@ -54,22 +54,22 @@ pub trait Facts {
     fn saved(&self) -> saved::Contents;
 }
 
-/// A restored device cannot be as it was asked for: its guest would notice.
+/// A restored device cannot be changed as requested: its guest would notice.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the saved machine has {saved} {what}, and {flag} asks for {asked}: leave {flag} out")]
 pub struct Differs {
-    /// What.
+    /// The setting.
     pub what: &'static str,
-    /// The flag that asks for it.
+    /// The flag that requests the change.
     pub flag: &'static str,
-    /// As it was saved.
+    /// The saved value.
     pub saved: String,
-    /// As it was asked for.
+    /// The requested value.
     pub asked: String,
 }
 
 impl DeviceConfig {
-    /// What is asked of all kinds.
+    /// Its properties.
     pub fn facts(&self) -> &dyn Facts {
         match self {
             Self::Console(console) => console,
@@ -78,8 +78,8 @@ impl DeviceConfig {
         }
     }
 
-    /// The one that was saved as `contents` in a slot on `iothread`; `None` for what is in a slot for
-    /// disks or NICs.
+    /// The device that was saved as `contents` in a slot on `iothread`; `None` for the contents of
+    /// a slot for disks or NICs.
     ///
     /// # Errors
     /// When it is outside of its limits.
@@ -99,10 +99,10 @@ impl DeviceConfig {
         Ok(Some(device))
     }
 
-    /// Take over what a restored device may have in another place than the saved one, from `wanted`;
-    /// `None` when that is of another kind.
+    /// Take from `wanted` the settings that may differ for a restored device; `None` when `wanted`
+    /// is of another kind.
     ///
-    /// # Errors
+    /// When the guest would notice the change.
     /// When the guest would notice.
     pub fn replace(&mut self, wanted: &Self) -> Option<Result<(), Differs>> {
         match (self, wanted) {
@@ -123,7 +123,7 @@ impl DeviceConfig {
         }
     }
 
-    /// Its place among the slots, behind those for disks and NICs.
+    /// Its position among the slots, after those for disks and NICs.
     pub(crate) fn order(&self) -> u8 {
         match self {
             Self::Console(_) => 0,
@@ -132,7 +132,7 @@ impl DeviceConfig {
         }
     }
 
-    /// What of a configuration it is.
+    /// The part of a configuration that it is.
     pub fn part(&self) -> Part {
         Part::Device(self.facts().slot())
     }

@@ -98,7 +98,7 @@ fn rng(draft: &mut Draft, f: &mut Fields) {
     }
 }
 
-/// `max-bytes` each `period` milliseconds, both or neither.
+/// `max-bytes` per `period` milliseconds, both or neither.
 fn model(f: &mut Fields) -> DeviceKind {
     f.require(&["rng"]);
     let source = f.id("rng").unwrap_or_default();

@@ -1,5 +1,5 @@
-//! What differs between architectures of processors. Each is a folder that has what is named here;
-//! all else of this crate is the same for every one of them.
+//! Code that differs between processor architectures. Each is a folder that provides the items
+//! named here; the rest of this crate is the same for all of them.
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 

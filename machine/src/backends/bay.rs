@@ -6,18 +6,18 @@ use devices::virtio::VirtioDevice;
 use super::PlugError;
 use crate::{backends::Backends, slots::Handle};
 
-/// Back-ends of a kind that may wait for a device.
+/// Most back-ends of a kind that may wait for a device.
 pub(super) const MAX_WAITING: usize = 16;
 
 /// A kind of device that can be plugged while the machine runs.
 pub(super) trait Kind: Sized {
-    /// What its user says of a device and its back-end.
+    /// The configuration of a device and its back-end.
     type Config: Clone;
-    /// What is behind a device.
+    /// The back-end of a device.
     type Backend;
     /// The device in each slot.
     type Device: VirtioDevice;
-    /// What can be told of a device without asking it.
+    /// What can be reported of a device without locking it.
     type Status;
 
     /// StratoVirt's word for its slots.
@@ -34,14 +34,14 @@ pub(super) trait Kind: Sized {
     fn backend_name(config: &Self::Config) -> &str;
     /// Name the device, and its back-end if that is called differently.
     fn rename(config: &mut Self::Config, id: &str, backend: Option<String>);
-    /// The device is gone: what is left is the back-end's, if that has a name of its own. False if
-    /// it has not, and goes with its device.
+    /// The device is gone: keep what belongs to the back-end, if that has a name of its own. False
+    /// if it has none, and goes with its device.
     fn detach(config: &mut Self::Config) -> bool;
 
-    /// `backend` as `config` wants it to be used.
+    /// `backend` set up as `config` says.
     fn refit(backend: Self::Backend, config: &Self::Config) -> Self::Backend;
 
-    /// What can be told of `device` from now on.
+    /// The status of `device` from now on.
     fn status(device: &Self::Device) -> Self::Status;
     /// Whether `device` can have `backend`.
     fn accepts(device: &Self::Device, backend: &Self::Backend) -> Result<(), PlugError>;
@@ -55,7 +55,7 @@ pub(super) trait Kind: Sized {
     fn unplug(device: &mut Self::Device, id: &str) -> Result<Option<Self::Backend>, PlugError>;
 }
 
-/// An open back-end, and what it was made from.
+/// An open back-end, and its configuration.
 pub(super) struct Open<K: Kind> {
     pub config: K::Config,
     pub backend: K::Backend,
@@ -63,7 +63,7 @@ pub(super) struct Open<K: Kind> {
 
 /// The slots for devices of a kind.
 pub(super) struct Bay<K: Kind> {
-    /// Where the first one is among all slots of the machine.
+    /// Index of the first slot among all slots of the machine.
     first: usize,
     waiting: BTreeMap<String, Open<K>>,
     slots: Vec<Slot<K>>,
@@ -71,7 +71,7 @@ pub(super) struct Bay<K: Kind> {
 
 struct Slot<K: Kind> {
     device: Handle<K::Device>,
-    /// What is in it.
+    /// The device in the slot.
     config: Option<K::Config>,
     status: K::Status,
 }
@@ -84,7 +84,8 @@ pub(super) struct Occupied<'a, K: Kind> {
 }
 
 impl<K: Kind> Bay<K> {
-    /// `devices`, the first of which is slot `first` of the machine, and what is in them.
+    /// A bay with `devices`, the first of which is slot `first` of the machine, and their
+    /// configurations.
     pub fn new(
         first: usize,
         devices: Vec<Handle<K::Device>>,
@@ -98,12 +99,12 @@ impl<K: Kind> Bay<K> {
         Self { first, waiting: BTreeMap::new(), slots: slots.collect() }
     }
 
-    /// What is in each slot.
+    /// The configuration in each slot.
     pub fn configs(&self) -> Vec<Option<K::Config>> {
         self.slots.iter().map(|slot| slot.config.clone()).collect()
     }
 
-    /// What can be told of each slot.
+    /// The status of each slot.
     pub fn statuses(&self) -> impl Iterator<Item = &K::Status> {
         self.slots.iter().map(|slot| &slot.status)
     }
@@ -125,12 +126,12 @@ impl<K: Kind> Bay<K> {
         &self.waiting
     }
 
-    /// Have no back-end wait any more.
+    /// Take all waiting back-ends out.
     pub fn take_waiting(&mut self) -> BTreeMap<String, Open<K>> {
         std::mem::take(&mut self.waiting)
     }
 
-    /// How many slots there are, if any.
+    /// The number of slots, if any.
     fn count(&self) -> Result<usize, PlugError> {
         match self.slots.len() {
             0 => Err(PlugError::NoSlots { what: K::NAME }),
@@ -143,12 +144,12 @@ impl<K: Kind> Bay<K> {
         self.slots.get(slot).ok_or(PlugError::NoSlot { what: K::NAME, max })
     }
 
-    /// Where slot `slot` is among all slots of the machine, and its device.
+    /// The index of slot `slot` among all slots of the machine, and its device.
     pub fn locate(&self, slot: usize) -> Result<(usize, &Handle<K::Device>), PlugError> {
         Ok((self.first + slot, &self.slot(slot)?.device))
     }
 
-    /// The first slot that is empty.
+    /// The first empty slot.
     pub fn first_free(&self) -> Result<usize, PlugError> {
         let max = self.count()?;
         let free = self.slots.iter().position(|slot| slot.config.is_none());
@@ -169,25 +170,25 @@ impl<K: Kind> Bay<K> {
         self.slots.iter().position(|slot| slot.config.as_ref().is_some_and(&is))
     }
 
-    /// Whether `name` is that of a device in a slot, or of a back-end. They share one space of
-    /// names, so that a name says which of them is meant.
+    /// Whether `name` is that of a device in a slot, or of a back-end. Both share one namespace, so
+    /// that a name is unambiguous.
     pub fn knows(&self, name: &str) -> bool {
         self.waiting.contains_key(name)
             || self.find(name).is_some()
             || self.find_backend(name).is_some()
     }
 
-    /// Whether another back-end may wait: there are not descriptors without end.
+    /// Whether another back-end may wait: descriptors are limited.
     pub fn has_room(&self) -> Result<(), PlugError> {
         if self.waiting.len() < MAX_WAITING { Ok(()) } else { Err(PlugError::TooManyWait) }
     }
 
-    /// Have a back-end wait.
+    /// Add a waiting back-end.
     pub fn add(&mut self, open: Open<K>) {
         self.waiting.insert(K::id(&open.config).to_owned(), open);
     }
 
-    /// Take the back-end `name` away; `None` if there is none.
+    /// Remove the back-end `name`; `None` if there is none.
     pub fn remove(&mut self, name: &str) -> Result<Option<Open<K>>, PlugError> {
         match self.waiting.remove(name) {
             None if self.find_backend(name).is_some() => Err(PlugError::InUse(name.into())),
@@ -195,7 +196,7 @@ impl<K: Kind> Bay<K> {
         }
     }
 
-    /// The back-end `name`, if slot `slot` is free for it.
+    /// Take the back-end `name`, if slot `slot` is free for it.
     pub fn take(&mut self, name: &str, slot: usize) -> Result<Open<K>, PlugError> {
         let free = self.slot(slot)?.config.is_none();
         if free {
@@ -205,14 +206,14 @@ impl<K: Kind> Bay<K> {
         Err(if waits { PlugError::Occupied(slot) } else { PlugError::NoBackend(name.into()) })
     }
 
-    /// Slot `slot` holds a device now.
+    /// Record that slot `slot` holds a device.
     pub fn occupy(&mut self, slot: usize, config: K::Config, status: K::Status) {
         if let Some(slot) = self.slots.get_mut(slot) {
             (slot.config, slot.status) = (Some(config), status);
         }
     }
 
-    /// Slot `slot` does not hold a device any more; the one that it did.
+    /// Record that slot `slot` is empty; returns the configuration of the device that it held.
     pub fn vacate(&mut self, slot: usize, status: K::Status) -> Option<K::Config> {
         let slot = self.slots.get_mut(slot)?;
         slot.status = status;

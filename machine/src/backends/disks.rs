@@ -32,20 +32,20 @@ pub(super) struct Disks;
 
 /// A disk in a slot.
 pub struct PluggedDisk {
-    /// What it was made from.
+    /// Its configuration.
     pub config: DiskConfig,
     /// Bytes that the guest sees.
     pub size: u64,
-    /// What it has done.
+    /// Its I/O statistics.
     pub stats: Arc<BlockStats>,
 }
 
-/// What can be told of the disk in a slot without its device, which a vCPU may hold for as long as
-/// its storage hangs.
+/// What can be reported of the disk in a slot without its device, which a vCPU may lock for as long
+/// as its storage hangs.
 pub(super) struct DiskStatus {
-    /// What the device has done.
+    /// The device's I/O statistics.
     stats: Arc<BlockStats>,
-    /// The device's own.
+    /// The device's open image.
     image: Weak<Disk>,
 }
 
@@ -55,7 +55,7 @@ impl DiskStatus {
         self.image.upgrade().map_or(0, |disk| disk.size())
     }
 
-    /// Requests are in flight.
+    /// Whether requests are in flight.
     fn is_busy(&self) -> bool {
         self.stats.in_flight.load(Ordering::Relaxed) > 0
     }
@@ -121,8 +121,8 @@ impl Kind for Disks {
     }
 }
 
-/// A disk whose image is open, and what it was made from. Dropping it closes the image, which can
-/// wait for the storage.
+/// A disk whose image is open, and its configuration. Dropping it closes the image, which may wait
+/// for the storage.
 #[derive(Debug)]
 pub struct OpenDisk {
     config: DiskConfig,
@@ -130,11 +130,11 @@ pub struct OpenDisk {
 }
 
 impl OpenDisk {
-    /// Open the image that `config` names; the machine has `own` ones open, see
+    /// Open the image that `config` names; `own` lists those that the machine has open, see
     /// [`Machine::own_images`]. Waits for its storage.
     ///
     /// # Errors
-    /// When it cannot be opened, or another machine or this one has it.
+    /// When it cannot be opened, or is in use by another machine or this one.
     pub fn open(config: DiskConfig, own: &[(PathBuf, String)]) -> Result<Self, PlugError> {
         match Disk::open(&config.path, &options(&config)) {
             Ok(disk) => Ok(Self { backend: limited(Arc::new(disk), &config), config }),
@@ -179,7 +179,7 @@ pub(crate) fn options(config: &DiskConfig) -> OpenOptions {
     }
 }
 
-/// An open disk, as `config` wants it to be used.
+/// An open disk with the limits of `config`.
 pub(crate) fn limited(disk: Arc<Disk>, config: &DiskConfig) -> blk::Backend {
     blk::Backend {
         name: Some(config.id.clone()),
@@ -191,7 +191,7 @@ pub(crate) fn limited(disk: Arc<Disk>, config: &DiskConfig) -> blk::Backend {
     }
 }
 
-/// How a disk's requests are carried out, in the words of its back-end.
+/// The back-end's value for how a disk's requests are carried out.
 fn aio(aio: config::Aio) -> disk::Aio {
     match aio {
         config::Aio::Auto => disk::Aio::Auto,
@@ -200,7 +200,7 @@ fn aio(aio: config::Aio) -> disk::Aio {
     }
 }
 
-/// What the image of a restored disk has to be, in the words of its device.
+/// The device's value for what the image of a restored disk has to be.
 fn expect(expect: config::Expect) -> blk::Expect {
     match expect {
         config::Expect::Saved => blk::Expect::Saved,
@@ -231,7 +231,7 @@ impl Machine {
         self.backends.disks.first_free()
     }
 
-    /// What slot `slot` for disks is like.
+    /// The shape of slot `slot` for disks.
     ///
     /// # Errors
     /// When there is none.
@@ -240,20 +240,20 @@ impl Machine {
         self.shape::<Disks>(slot, start.and_then(|disk| disk.iothread.as_deref()))
     }
 
-    /// Logical and physical block size in bytes of the disk `backend`, which waits.
+    /// Logical and physical block size in bytes of the waiting disk `backend`.
     ///
     /// # Errors
-    /// When it does not.
+    /// When no such disk waits.
     pub fn waiting_disk_blocks(&self, backend: &str) -> Result<(u32, u32), PlugError> {
         let waiting = self.backends.disks.waiting().get(backend);
         let disk = &waiting.ok_or_else(|| PlugError::NoBackend(backend.into()))?.backend.disk;
         Ok((disk.logical_block(), disk.physical_block()))
     }
 
-    /// Whether a disk's back-end of this name can be added.
+    /// Check that a disk's back-end of this name can be added.
     ///
     /// # Errors
-    /// When the name is taken, or as many wait as may.
+    /// When the name is taken, or too many back-ends wait.
     pub fn admits_disk_backend(&self, name: &str) -> Result<(), PlugError> {
         self.admits::<Disks>(name)
     }
@@ -277,22 +277,22 @@ impl Machine {
         all.map(|config| (config.path.clone(), config.id.clone())).collect()
     }
 
-    /// Let go of the disks that no requests are in flight to, for a machine that was stopped for
-    /// good: on a thread that may wait for storage. Others keep their locks until the kernel has
-    /// finished.
+    /// Release the disks that have no requests in flight, for a machine that was stopped for good;
+    /// to be called on a thread that may wait for storage. Others keep their locks until the kernel
+    /// has finished.
     pub fn leave_idle_disks(&mut self) -> impl FnOnce() + Send + use<> {
         let waiting = self.backends.disks.take_waiting();
         let mut idle = Vec::new();
         for Occupied { status, device, .. } in self.backends.disks.occupied() {
             if !status.is_busy()
-                // A guest that resets a disk waits for it.
+                // A vCPU that resets a disk holds its lock.
                 && let Some(transport) = device.try_lock()
             {
                 idle.extend(transport.device().shared_disk());
             }
         }
         move || {
-            // Closing a file can wait for its storage even where giving up a lock does not.
+            // Closing a file can wait for its storage even where releasing a lock does not.
             idle.iter().for_each(|disk| disk.release());
             for disk in idle {
                 let _ = release::give_up(&disk.descriptors().collect::<Vec<_>>());
@@ -315,7 +315,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Take away a disk's back-end that no device uses: it is to be dropped.
+    /// Remove a disk's back-end that no device uses; the caller drops it.
     ///
     /// # Errors
     /// When there is none, or a device uses it.
@@ -328,9 +328,9 @@ impl Machine {
     /// once.
     ///
     /// # Errors
-    /// When there is no such back-end or slot, another device has the id, or the device cannot take
-    /// the back-end: it then waits on. When the host does not give what the disk needs: the
-    /// back-end is closed then.
+    /// When there is no such back-end or slot, another device has the id, or the device cannot use
+    /// the back-end: it then still waits. When the host lacks a resource that the disk needs: the
+    /// back-end is then closed.
     pub fn plug_disk(
         &mut self,
         id: &str,
@@ -343,8 +343,8 @@ impl Machine {
         })
     }
 
-    /// The image of disk `id`, which is about to be made `size` bytes long. From here on the guest
-    /// cannot reach what lies beyond. Until the image is dropped the disk cannot be closed.
+    /// The image of disk `id`, which is about to be resized to `size` bytes. From here on the guest
+    /// cannot access anything beyond. Until the image is dropped the disk cannot be closed.
     ///
     /// # Errors
     /// When no slot holds it, it is read-only, or its storage hangs.
@@ -354,14 +354,14 @@ impl Machine {
         self.change_slot::<Disks, _>(slot, |block| block.begin_resize(size))??.ok_or_else(missing)
     }
 
-    /// Show the guest the size that disk `id` has now.
+    /// Show the guest the current size of disk `id`.
     ///
     /// # Errors
     /// When no slot holds it.
     pub fn end_resize(&mut self, id: &str) -> Result<(), PlugError> {
         let bay = &self.backends.disks;
         let slot = bay.find(id).ok_or_else(|| PlugError::NoDevice(id.into()))?;
-        // Else its guest is resetting it, and will see the size after that.
+        // If the lock is not free, the guest is resetting the disk and sees the size after that.
         if let Some(mut transport) = bay.locate(slot)?.1.try_lock_for(DEVICE_LOCK_LIMIT) {
             transport.update(|_| ());
         }
@@ -382,7 +382,7 @@ impl Machine {
         })
     }
 
-    /// Bytes of the disks in the slots, 0 for an empty one.
+    /// Sizes in bytes of the disks in the slots, 0 for an empty one.
     pub fn disk_sizes(&self) -> Vec<u64> {
         self.backends.disks.statuses().map(DiskStatus::size).collect()
     }

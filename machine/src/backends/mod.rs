@@ -1,7 +1,7 @@
-//! Back-ends of devices that can be plugged: opened, waiting for a slot, or in one.
+//! Back-ends of hot-pluggable devices: opened, waiting for a slot, or in one.
 //!
-//! Each kind of device has a [`Bay`]; what plugging and unplugging is for all of them is here, and
-//! what is special to a kind in its own file.
+//! Each kind of device has a [`Bay`]. Plugging and unplugging for all kinds is here; what is
+//! specific to a kind is in its own file.
 mod bay;
 mod disks;
 mod nics;
@@ -84,7 +84,7 @@ pub enum PlugError {
     Run(#[from] RunError),
 }
 
-/// What the driver of a slot has seen since it started, whatever is plugged into it.
+/// What the driver of a slot has seen since it started, whichever device is plugged in.
 pub struct Shape {
     /// Descriptors of each queue.
     pub queue_sizes: Vec<u16>,
@@ -92,15 +92,15 @@ pub struct Shape {
     pub iothread: Option<String>,
 }
 
-/// What is where.
+/// The bays, one per kind.
 pub(crate) struct Backends {
     disks: Bay<Disks>,
     nics: Bay<Nics>,
 }
 
 impl Backends {
-    /// The slots of a machine, which begin with those for disks and then those for NICs, and what
-    /// is in them.
+    /// The slots of a machine, which begin with those for disks, then those for NICs, and their
+    /// contents.
     pub fn new(occupied: &Occupancy, disks: Vec<Handle<Block>>, nics: Vec<Handle<Net>>) -> Self {
         let first_nic = disks.len();
         Self {
@@ -109,7 +109,7 @@ impl Backends {
         }
     }
 
-    /// What is in the slots.
+    /// The current contents of the slots.
     pub fn occupancy(&self) -> Occupancy {
         Occupancy { disks: self.disks.configs(), nics: self.nics.configs() }
     }
@@ -119,7 +119,7 @@ impl Backends {
     }
 }
 
-/// The key that says how many slots for `what` there are.
+/// The configuration key that sets the number of slots for `what`.
 fn key(what: &str) -> &'static str {
     if what == BLOCK { "disk-slots" } else { "nic-slots" }
 }
@@ -131,7 +131,7 @@ impl Machine {
         self.backends.knows(name) || others.any(|device| device.facts().id() == name)
     }
 
-    /// The id of a device to come: its back-end's name, or a new one.
+    /// Check the id of a new device: it must be its back-end's name, or unused.
     fn check_id(&self, id: &str, backend: &str) -> Result<(), PlugError> {
         match id != backend && self.knows(id) {
             true => Err(PlugError::Duplicate(id.into())),
@@ -139,7 +139,7 @@ impl Machine {
         }
     }
 
-    /// Whether a back-end of this name can be added.
+    /// Check that a back-end of this name can be added.
     fn admits<K: Kind>(&self, name: &str) -> Result<(), PlugError> {
         if self.knows(name) {
             return Err(PlugError::Duplicate(name.into()));
@@ -164,12 +164,13 @@ impl Machine {
         Ok(self.change(index, &device, change)?)
     }
 
-    /// Put the back-end `backend` into slot `slot`, as the device `id`, which `edit` says more of.
+    /// Put the back-end `backend` into slot `slot`, as the device `id`; `edit` completes its
+    /// configuration.
     ///
     /// # Errors
-    /// When there is no such back-end or slot, another device has the id, or the device cannot take
-    /// the back-end: it then waits on. When the host does not give what the device needs: the
-    /// back-end is closed then.
+    /// When there is no such back-end or slot, another device has the id, or the device cannot use
+    /// the back-end: it then still waits. When the host lacks a resource that the device needs: the
+    /// back-end is then closed.
     fn plug<K: Kind>(
         &mut self,
         id: &str,
@@ -222,8 +223,9 @@ impl Machine {
         Ok(None)
     }
 
-    /// Take the device `id` out of its slot. Its back-end goes with it if it has the same name,
-    /// else it waits again. What is in flight is finished first. A disk that goes is to be dropped.
+    /// Take the device `id` out of its slot. Its back-end goes with it if it has the same name;
+    /// otherwise it waits again. Requests in flight are finished first. The caller drops a disk
+    /// that is returned.
     ///
     /// # Errors
     /// When no slot holds it, or its storage hangs.

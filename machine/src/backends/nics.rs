@@ -93,12 +93,12 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
 }
 
 impl Machine {
-    /// Detach the taps that have a name, of a paused machine: they can be attached again by it.
+    /// Detach the named taps of a paused machine: they can be attached again by name.
     pub(crate) fn release_taps(&mut self) {
         self.each_named_tap(|net, _| net.unplug().map(drop).map_err(RunError::from)).ok();
     }
 
-    /// Attach those again that [`Machine::release_taps`] has detached.
+    /// Attach the taps again that [`Machine::release_taps`] has detached.
     pub(crate) fn hold_taps(&mut self) -> Result<(), RunError> {
         self.each_named_tap(|net, config| {
             if net.backend().is_some() {
@@ -130,7 +130,7 @@ impl Machine {
         self.backends.nics.first_free()
     }
 
-    /// What slot `slot` for NICs is like.
+    /// The shape of slot `slot` for NICs.
     ///
     /// # Errors
     /// As [`Machine::disk_shape`].
@@ -142,7 +142,7 @@ impl Machine {
     /// Open a NIC's back-end, for [`Machine::plug_nic`].
     ///
     /// # Errors
-    /// When the id is taken or the tap device cannot be had.
+    /// When the id is taken or the tap device cannot be opened.
     pub fn add_nic_backend(
         &mut self,
         config: NicConfig,
@@ -163,8 +163,8 @@ impl Machine {
         removed.map(drop).ok_or_else(|| PlugError::NoDevice(name.into()))
     }
 
-    /// Put the NIC `backend` into slot `slot`, as the device `id`. The guest sees link and address
-    /// at once.
+    /// Put the NIC `backend` into slot `slot`, as the device `id`. The guest sees its link and
+    /// address at once.
     ///
     /// # Errors
     /// As [`Machine::plug_disk`].
@@ -178,8 +178,8 @@ impl Machine {
         self.plug::<Nics>(id, backend, slot, |config| config.mac = mac.or(config.mac))
     }
 
-    /// Plug the cable of NIC `id`, or of the NIC whose back-end is called so, in or out; the guest
-    /// sees it at once.
+    /// Connect or disconnect the cable of NIC `id`, or of the NIC whose back-end has that name; the
+    /// guest sees it at once.
     ///
     /// # Errors
     /// When no slot holds it.
@@ -196,8 +196,8 @@ impl Machine {
         self.backends.nics.find(id).is_some()
     }
 
-    /// Tell the networks of the NICs `ids`, or of all, where they are now. A tap that does not take
-    /// it shows in the log: the machine can do without. So does a NIC that its guest is resetting.
+    /// Announce the NICs `ids`, or all of them, to their networks. If a tap refuses or the guest is
+    /// resetting a NIC, only a log line says so: the machine works without.
     pub fn announce(&self, ids: Option<&[String]>) {
         for Occupied { config: NicConfig { id, .. }, device, .. } in self.backends.nics.occupied() {
             if ids.is_some_and(|ids| !ids.contains(id)) {
@@ -213,7 +213,7 @@ impl Machine {
     /// The NICs that are in slots, in order, each with the address that the guest sees.
     ///
     /// # Errors
-    /// When the guest resets one that does not answer.
+    /// When a NIC is being reset by its guest and does not answer.
     pub fn nics(&self) -> Result<Vec<(NicConfig, [u8; 6])>, RunError> {
         let deadline = Instant::now() + DEVICE_LOCK_LIMIT;
         let each = self.backends.nics.occupied().map(|Occupied { config, device, .. }| {

@@ -1,4 +1,4 @@
-//! Little-endian numbers out of bytes that may be too few.
+//! Reading little-endian numbers from bytes that may be too few.
 
 fn array<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..offset.checked_add(N)?)?.try_into().ok()

@@ -1,4 +1,4 @@
-//! The initial RAM disk: as high as the kernel can reach it.
+//! The initial RAM disk, placed as high as the kernel can reach.
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 
@@ -18,10 +18,10 @@ pub enum InitrdError {
     /// The file cannot be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// Nothing in it.
+    /// The file is empty.
     #[error("it is empty; leave -initrd out, or make one with `cpio -o -H newc`")]
     Empty,
-    /// More than there is room for.
+    /// Larger than the available room.
     #[error(
         "it has {size} bytes, but between the kernel's end ({start:#x}) and the highest address it may reach ({end:#x}) there are {}: give the machine more memory (-m), or make the initrd smaller",
         end.saturating_sub(*start)
@@ -31,7 +31,7 @@ pub enum InitrdError {
         size: u64,
         /// First address after the kernel.
         start: u64,
-        /// First address it may not have.
+        /// First address that it may not use.
         end: u64,
     },
 }
@@ -42,7 +42,7 @@ pub(crate) struct Initrd {
     pub(crate) size: u64,
 }
 
-/// The file, which has something in it.
+/// The file, which must not be empty.
 pub(crate) fn open<'a>(path: &Path, read: &'a AtomicU64) -> Result<Source<'a>, InitrdError> {
     let file = Source::open(path, read)?;
     if file.len == 0 { Err(InitrdError::Empty) } else { Ok(file) }
@@ -59,7 +59,7 @@ pub(crate) fn load(
     let size = file.len;
     let low = ram.low();
     let end = low.end.min(layout::HOLE_START).min(kernel.initrd_max.saturating_add(1));
-    // A kernel that lies above (it may be linked there) leaves all of it.
+    // A kernel that lies above (it may be linked there) leaves the whole range free.
     let start = if kernel.start < end { kernel.end } else { low.start };
     let start = start.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
     match end.checked_sub(size).map(|address| address & !(PAGE - 1)) {

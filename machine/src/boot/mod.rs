@@ -1,5 +1,5 @@
-//! Boot: puts a kernel and what it wants to find into guest memory, and says where to enter it. Here
-//! are the parts that need not know the processor; [`arch`](crate::arch) has the rest.
+//! Boot: loads a kernel and its boot data into guest memory, and determines its entry point. This
+//! module is independent of the processor; [`arch`](crate::arch) has the rest.
 pub(crate) mod bytes;
 pub(crate) mod initrd;
 pub(crate) mod ram;

@@ -1,4 +1,4 @@
-//! Where RAM is, which of it a kernel may use, and the memory map that says so.
+//! Where RAM is, which part a kernel may use, and the memory map that describes it.
 use std::ops::Range;
 
 use devices::Memory;
@@ -10,7 +10,7 @@ use crate::arch::layout;
 /// Guest RAM: ranges in ascending order, none touching the next.
 pub(crate) struct Ram(Vec<Range<u64>>);
 
-/// What a range of the memory map is; the values of e820 and of PVH.
+/// Type of a range of the memory map; the values of e820 and of PVH.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Ram = 1,
@@ -38,8 +38,8 @@ impl Ram {
         Ram(ranges)
     }
 
-    /// From the first megabyte to the hole: where kernels and initrds are put. The boot page tables
-    /// and 32-bit addresses reach all of it.
+    /// From the first megabyte to the hole: kernels and initrds are loaded here. The boot page
+    /// tables and 32-bit addresses reach all of it.
     pub(crate) fn low(&self) -> Range<u64> {
         let start = layout::HIGH_RAM;
         let end =
@@ -47,7 +47,7 @@ impl Ram {
         start..end.min(layout::HOLE_START)
     }
 
-    /// The end of `len` bytes at `start`, if a kernel may have them.
+    /// The end of `len` bytes at `start`, if a kernel may use them.
     pub(crate) fn check(&self, part: &str, start: u64, len: u64) -> Result<u64, KernelError> {
         let low = self.low();
         let end = start.saturating_add(len);
@@ -77,7 +77,7 @@ impl Ram {
                 map.push(Area { range: high, kind: Kind::Ram });
             }
         }
-        // KVM's own pages: the guest must not put a device there.
+        // KVM's own pages: the guest must not place a device there.
         let kvm = layout::KVM_IDENTITY..layout::KVM_TSS.saturating_add(3 * 4096);
         map.push(Area { range: kvm, kind: Kind::Reserved });
         map.sort_by_key(|area| area.range.start);

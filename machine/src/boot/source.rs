@@ -9,7 +9,7 @@ use devices::Memory;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-/// Bytes that are enough to tell what a file is.
+/// Bytes that suffice to identify a file's type.
 const HEAD: u64 = 4096;
 /// Most bytes that are read at a time.
 const PIECE: u64 = 1 << 20;
@@ -17,7 +17,7 @@ const PIECE: u64 = 1 << 20;
 /// Why a file cannot be read.
 #[derive(Debug, Error)]
 pub enum SourceError {
-    /// Missing, or not ours to read.
+    /// Missing, or not readable for this process.
     #[error("it cannot be opened")]
     Open(#[source] io::Error),
     /// A directory, FIFO, device or socket.
@@ -30,7 +30,7 @@ pub enum SourceError {
         offset: u64,
         /// How many.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// It failed while being read into guest memory, or became shorter.
@@ -42,7 +42,7 @@ pub enum SourceError {
         len: u64,
         /// Where to.
         address: u64,
-        /// What guest memory said.
+        /// The error of guest memory.
         source: GuestMemoryError,
     },
 }
@@ -53,7 +53,7 @@ pub(crate) struct Source<'a> {
     calls: &'a Calls,
 }
 
-/// Counts the beginnings and the ends of calls that may wait for storage: it is odd while one does.
+/// Counts the starts and ends of calls that may wait for storage: it is odd during one.
 pub(crate) type Calls = AtomicU64;
 
 fn waiting<T>(calls: &Calls, call: impl FnOnce() -> T) -> T {
@@ -91,12 +91,12 @@ impl<'a> Source<'a> {
         }))
     }
 
-    /// The first bytes: 4096, or all there are.
+    /// The first bytes: 4096, or the whole file if that is shorter.
     pub(crate) fn head(&self) -> Result<Vec<u8>, SourceError> {
         self.read(0, self.len.min(HEAD))
     }
 
-    /// A part that is small enough to be kept. The caller has bounded `len`.
+    /// Read a part that is small enough to be kept. The caller has bounded `len`.
     pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, SourceError> {
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
         waiting(self.calls, || self.file.read_exact_at(&mut bytes, offset))
@@ -104,7 +104,7 @@ impl<'a> Source<'a> {
         Ok(bytes)
     }
 
-    /// Reads a part straight into guest memory.
+    /// Read a part straight into guest memory.
     pub(crate) fn load(
         &self,
         memory: &Memory,

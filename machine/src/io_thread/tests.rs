@@ -19,7 +19,7 @@ struct Count {
     from: UnixStream,
     bytes: usize,
     seen: Sender<usize>,
-    /// Whether it comes to rest, asked each time.
+    /// Whether it becomes quiet, evaluated each time.
     rests: Box<dyn FnMut() -> bool + Send>,
 }
 
@@ -39,7 +39,8 @@ impl Worker for Count {
     }
 }
 
-/// A device with a worker on `thread`, the way to send it bytes, and how many it has seen.
+/// A device with a worker on `thread`, the sender of its bytes, and the count of those it has
+/// received.
 fn device(
     thread: &Arc<Handle>,
     rests: impl FnMut() -> bool + Send + 'static,
@@ -56,7 +57,7 @@ fn thread() -> Arc<Handle> {
     Arc::new(Handle::spawn("io0", &ThreadStart::default()).unwrap())
 }
 
-/// Whether the thread comes to rest soon.
+/// Whether the thread is held soon.
 fn holds(thread: &Handle) -> bool {
     thread.hold(SOON);
     thread.is_held(Instant::now() + SOON).unwrap()
@@ -110,7 +111,7 @@ fn workers_start_and_end_while_the_thread_is_held() {
     assert!(old.stop().unwrap().is_some());
     let (mut parked, mut to, answer) = device(&thread, || true);
     parked.park().unwrap();
-    // What it waits on changes: the next place is a new one, for the descriptor may be the same.
+    // Its source is replaced; the number may be the same, so it must be registered again.
     let change = parked.change(|worker| {
         let (new_to, from) = UnixStream::pair().unwrap();
         from.set_nonblocking(true).unwrap();
@@ -156,7 +157,7 @@ fn a_hold_that_was_taken_back_is_as_if_it_had_never_been() {
     rest.send(()).unwrap();
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3));
-    // One that is asked for while the thread has not even noticed that is another one.
+    // A new hold, requested while the thread has not noticed that the first was withdrawn.
     thread.hold(SOON);
     asked.recv_timeout(SOON).unwrap();
     thread.go();
@@ -221,12 +222,12 @@ fn a_worker_that_is_called_home_during_a_hold_is_found_wherever_it_is_then() {
     }
 }
 
-/// Has always more to do, and takes its time for each piece.
+/// Always has more work, and takes its time for each piece.
 struct Busy {
     more: UnixStream,
     _keeps: UnixStream,
     turns: Arc<AtomicUsize>,
-    /// Its first turn says that it has begun, and waits for leave to end.
+    /// Its first turn reports that it has begun, and waits for permission to end.
     first: Option<(SyncSender<()>, Receiver<()>)>,
 }
 
@@ -254,7 +255,7 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
     let (begun, has_begun) = sync_channel(0);
     let (leave, may_end) = channel();
     let mut first = Some((begun, may_end));
-    // All have something to do as soon as they are there, which is at the same time.
+    // All have work as soon as they are adopted, which is at the same time.
     assert!(holds(&thread));
     let slots: Vec<_> = (0..WORKERS)
         .map(|_| {
@@ -282,7 +283,7 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
 
 #[test]
 fn all_workers_together_have_no_more_time_to_rest_than_was_given() {
-    /// Needs a while to rest, and says how much it was given.
+    /// Needs a while to become quiet, and reports how much time it was given.
     struct Slow(UnixStream, Sender<Duration>);
     impl Worker for Slow {
         fn sources(&self) -> Vec<RawFd> {

@@ -1,7 +1,7 @@
 //! KVM: opening it, and the virtual machine's own descriptor.
 //!
-//! The order of set-up is the cheap one: memory slots first, then the interrupt controllers, then
-//! vCPUs. A slot that is set later costs milliseconds.
+//! Set-up in the cheapest order: memory slots first, then the interrupt controllers, then vCPUs. A
+//! slot that is set later costs milliseconds.
 // UNSAFETY: guest memory is handed to KVM by address, and some ioctls have no safe wrapper.
 #![expect(unsafe_code, reason = "KVM ioctls")]
 pub mod opening;
@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{layout, vm};
 
-/// What this monitor cannot do without, and what for.
+/// KVM capabilities that this monitor requires, and what for.
 const REQUIRED: [(Cap, &str, &str); 6] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP", "in-kernel interrupt controllers"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
@@ -76,10 +76,10 @@ pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> K
     move |source| KvmError::Ioctl { what, source }
 }
 
-/// Open /dev/kvm and check that it can do what is needed.
+/// Open /dev/kvm and check that it has all required capabilities.
 ///
 /// # Errors
-/// When it is not there, not permitted, or lacks something; the message names the fix.
+/// When it is missing, not permitted, or lacks a capability; the message names the fix.
 pub fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
@@ -88,7 +88,7 @@ pub fn open() -> Result<Kvm, KvmError> {
     })?;
     match kvm.get_api_version() {
         v if u32::try_from(v) == Ok(KVM_API_VERSION) => {}
-        // The file does not know the question.
+        // The file does not support this ioctl.
         ..0 => return Err(KvmError::NotKvm),
         v => return Err(KvmError::ApiVersion(v)),
     }
@@ -100,13 +100,13 @@ pub fn open() -> Result<Kvm, KvmError> {
     Ok(kvm)
 }
 
-/// A virtual machine that has nothing yet.
+/// A new, empty virtual machine.
 ///
 /// # Errors
 /// When KVM refuses.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     loop {
-        // Interrupted by a signal: nothing was made, so try again.
+        // Interrupted by a signal: nothing was created, so try again.
         match kvm.create_vm() {
             Err(e) if e.errno() == libc::EINTR => {}
             other => return other.map_err(refused("create a virtual machine")),
@@ -121,7 +121,7 @@ pub struct Vm {
     memory: Memory,
     /// As `memory`: the register pages of the virtio-mmio slots.
     _window: Arc<MmapRegion>,
-    /// What only this architecture has.
+    /// What is specific to this architecture.
     pub(crate) own: vm::Own,
 }
 
@@ -149,7 +149,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Begin or end to note which pages of guest memory the vCPUs write.
+    /// Start or stop logging the pages of guest memory that vCPUs write.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -162,11 +162,11 @@ impl Vm {
         Ok(())
     }
 
-    /// The pages that the vCPUs have written since the last time, for each region of memory a bit
-    /// a page; then forget them.
+    /// The pages that the vCPUs have written since the last call, with a bit per page for each
+    /// region of memory; clears the log.
     ///
     /// # Errors
-    /// When KVM refuses, as it does when it does not note them.
+    /// When KVM refuses, as it does when logging is off.
     pub fn dirty(&self) -> Result<Vec<Vec<u64>>, KvmError> {
         (0..)
             .zip(self.memory.iter())
@@ -188,7 +188,7 @@ impl Vm {
             .map_err(refused("map guest memory (is enough memory free?)"))
     }
 
-    /// Let an edge on `line` raise `gsi` in the guest.
+    /// Make an edge on `line` raise `gsi` in the guest.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -196,7 +196,7 @@ impl Vm {
         self.fd.register_irqfd(line.eventfd(), gsi).map_err(refused("bind an interrupt line"))
     }
 
-    /// Take `line` from `gsi` again: an eventfd can belong to one machine at a time.
+    /// Unbind `line` from `gsi`: an eventfd can belong to one machine at a time.
     ///
     /// # Errors
     /// When it was not bound.
@@ -204,7 +204,7 @@ impl Vm {
         self.fd.unregister_irqfd(line.eventfd(), gsi).map_err(refused("unbind an interrupt line"))
     }
 
-    /// Let a 32-bit guest write of `value` to `address` signal `eventfd` without an exit.
+    /// Make a 32-bit guest write of `value` to `address` signal `eventfd` without an exit.
     ///
     /// # Errors
     /// When KVM refuses.

@@ -1,5 +1,5 @@
-//! KVM, opened for a machine that is still on its way in: what takes long and is the same for every
-//! machine is done while that is read.
+//! Opening KVM for an incoming machine: steps that take long and are the same for every machine are
+//! done while its state is read.
 use std::{
     io,
     thread::{Builder, JoinHandle},
@@ -10,22 +10,22 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::{KvmError, create_vm, open};
 use crate::arch::CpuFeatures;
 
-/// KVM, and a virtual machine that has nothing yet.
+/// KVM, and a new, empty virtual machine.
 pub(crate) struct Opened {
     pub kvm: Kvm,
     pub vm: VmFd,
-    /// What vCPUs can show on this host.
+    /// The CPU features that vCPUs can have on this host.
     pub supported: CpuFeatures,
 }
 
-/// It is being opened, by a thread that ends when it is.
+/// A KVM being opened, by a thread that ends when it is done.
 pub struct Opening(JoinHandle<Result<Opened, KvmError>>);
 
 impl Opening {
-    /// Begin.
+    /// Start opening.
     ///
     /// # Errors
-    /// When the host has no thread to give.
+    /// When the host refuses the thread.
     pub fn begin() -> io::Result<Self> {
         let opened = || {
             let kvm = open()?;
@@ -35,7 +35,7 @@ impl Opening {
         Ok(Self(Builder::new().name("kvm".into()).stack_size(256 << 10).spawn(opened)?))
     }
 
-    /// Wait for it.
+    /// Wait for the result.
     pub(crate) fn finish(self) -> io::Result<Result<Opened, KvmError>> {
         self.0.join().map_err(|_| io::Error::other("it has panicked"))
     }

@@ -1,4 +1,4 @@
-//! How somebody who may not open /dev/kvm comes to it.
+//! How a user who may not open /dev/kvm gets permission.
 use std::{fs, os::unix::fs::MetadataExt};
 
 /// Read and write for the group.
@@ -12,7 +12,8 @@ pub(super) fn fix() -> String {
     command(mode, gid, &groups)
 }
 
-/// By membership where a group has access, and is not root's own; else by an entry for the user alone.
+/// By membership if a group other than root's has access; otherwise by an ACL entry for the user
+/// alone.
 fn command(mode: u32, gid: u32, groups: &str) -> String {
     let name = groups.lines().find_map(|line| {
         let mut fields = line.split(':');

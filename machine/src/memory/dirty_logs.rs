@@ -1,4 +1,4 @@
-//! Logs of pages that processes beside this one write, such as back-ends of vhost-user.
+//! Dirty page logs of other processes, such as vhost-user back-ends.
 use std::{io, sync::Arc};
 
 use devices::{Memory, backend::dirty_log::DirtyLog};
@@ -9,18 +9,17 @@ use vm_memory::{
 
 use super::image::PAGE_SIZE;
 
-/// The logs of a machine.
+/// The logs for one machine.
 #[derive(Default)]
 pub(crate) struct DirtyLogs(Vec<Arc<DirtyLog>>);
 
 impl DirtyLogs {
-    /// From now on `log`, made for the machine's memory, counts.
+    /// Add `log`, made for the machine's memory; it counts from now on.
     pub fn add(&mut self, log: Arc<DirtyLog>) {
         self.0.push(log);
     }
 
-    /// `log` does not count any more. What is in it is noted as written by devices. Nobody may
-    /// write to it by now.
+    /// Remove `log`. Its pages are marked as written by devices. No process may write to it by now.
     ///
     /// # Errors
     /// When it does not belong to `memory`.
@@ -44,7 +43,7 @@ impl DirtyLogs {
         Ok(())
     }
 
-    /// Move what is in them into `bitmaps`, of each region of `memory` a bit a page.
+    /// Move their contents into `bitmaps`, one per region of `memory`, with a bit per page.
     ///
     /// # Errors
     /// When a log does not belong to `memory`.
@@ -52,7 +51,7 @@ impl DirtyLogs {
         self.0.iter().try_for_each(|log| log.move_into(memory, bitmaps))
     }
 
-    /// Forget what is in them.
+    /// Discard their contents.
     ///
     /// # Errors
     /// When one cannot be reached.
@@ -84,7 +83,7 @@ mod tests {
         let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
         let by_vcpus = || vec![vec![1u64 << 63; 64]];
         let log = || Arc::new(DirtyLog::new(&memory).unwrap());
-        // What another process does by its own mapping.
+        // Sets a bit as another process does through its own mapping.
         let set = |log: &DirtyLog, page: u64| {
             let file = File::from(log.as_fd().try_clone_to_owned().unwrap());
             file.write_all_at(&[1 << (page % 8)], page / 8).unwrap();

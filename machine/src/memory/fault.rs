@@ -1,8 +1,8 @@
-//! Memory that is filled when it is first touched, by whoever answers its page faults
-//! (Linux, Documentation/admin-guide/mm/userfaultfd).
+//! Memory that is filled when it is first touched, by a thread that answers its page faults (Linux,
+//! Documentation/admin-guide/mm/userfaultfd).
 //!
-//! KVM and the kernel's own reads and writes fault, too, so a descriptor for faults from user mode
-//! alone would not do; and such a one is all that an unprivileged process gets by itself.
+//! KVM and the kernel's own reads and writes fault, too, so a descriptor for user-mode faults only
+//! would not do; and an unprivileged process gets only such a one by default.
 // UNSAFETY: ioctls that take addresses of guest memory.
 #![expect(unsafe_code, reason = "userfaultfd has no safe interface")]
 use std::{
@@ -24,7 +24,7 @@ const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
-/// Wake those who wait for a range.
+/// Wake the threads that wait for a range.
 pub const UFFDIO_WAKE: libc::Ioctl = 0x8010_aa02;
 /// Fill pages.
 pub const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03;
@@ -64,21 +64,21 @@ struct Zeros {
     filled: i64,
 }
 
-/// Why there is no such memory.
+/// Why missing memory could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum FaultError {
-    /// The kernel has no userfaultfd, or not for us.
+    /// The kernel has no userfaultfd, or denies it to this process.
     #[error(
         "the host does not let this program fill the guest's memory page by page (userfaultfd): {how}, \
          or use mapped=on"
     )]
     Refused {
-        /// What helps.
+        /// How the user can help it.
         how: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// It does not take this memory.
+    /// userfaultfd does not support this memory.
     #[error("userfaultfd does not take the guest's memory; use mapped=on")]
     Register(#[source] io::Error),
     /// There is not enough memory.
@@ -86,18 +86,18 @@ pub enum FaultError {
     Memory(#[from] MemoryError),
 }
 
-/// Fills memory that is not there yet.
+/// Fills missing memory.
 pub struct Filler {
     faults: File,
-    /// Keeps the mappings, and knows where they are.
+    /// Keeps the mappings alive, and knows their addresses.
     memory: Memory,
 }
 
-/// Memory of which `missing`, ranges of its image in whole pages, ascending, must be filled; whoever
-/// touches them waits for it. All else is zero.
+/// Allocate memory of which `missing`, ascending ranges of whole pages, must be filled; a thread
+/// that touches them waits until they are. All else is zero.
 ///
 /// # Errors
-/// When the host has not got it.
+/// When the host does not have it.
 pub fn allocate_missing(
     config: &MemoryConfig,
     missing: &[Range<u64>],
@@ -106,7 +106,7 @@ pub fn allocate_missing(
     let mut api = Api { api: UFFD_API, features: 0, ioctls: 0 };
     ioctl(&faults, UFFDIO_API, &mut api)
         .map_err(|source| FaultError::Refused { how: "update the host's kernel", source })?;
-    // Filled before it could be wanted, it would not be missing.
+    // Preallocated pages would not be missing.
     let memory = allocate(&MemoryConfig { prealloc: false, ..config.clone() })?;
     let filler = Filler { faults, memory: memory.clone() };
     for range in missing {
@@ -121,7 +121,7 @@ pub fn allocate_missing(
 
 fn open() -> Result<File, FaultError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // Since Linux 6.1: permission is that of a file.
+    // Since Linux 6.1: file permissions decide who may open it.
     let fd = match File::options().read(true).write(true).open("/dev/userfaultfd") {
         // SAFETY: this ioctl takes flags and no pointer.
         Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
@@ -131,7 +131,7 @@ fn open() -> Result<File, FaultError> {
     if fd < 0 {
         return Err(refused(io::Error::last_os_error()));
     }
-    // SAFETY: just made, and owned by nobody else.
+    // SAFETY: the descriptor was just made, and has no other owner.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
@@ -144,10 +144,11 @@ fn refused(source: io::Error) -> FaultError {
 }
 
 impl Filler {
-    /// The next page that somebody waits for: where in the image. `None` when nobody does.
+    /// The next page that a thread waits for, as an offset in guest memory; `None` when no thread
+    /// waits.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not report it.
     pub fn fault(&self) -> io::Result<Option<u64>> {
         let mut message = [0; 32];
         loop {
@@ -168,17 +169,17 @@ impl Filler {
                 }
                 base += region.len();
             }
-            // Who waits there would do so for ever.
+            // The thread that waits there would do so for ever.
             let text = format!("a page fault at {address:#x}, outside of guest memory");
             return Err(io::Error::other(text));
         }
     }
 
-    /// Put `bytes`, whole pages, into the image at `offset`, and let whoever waits for them go on.
-    /// Pages that are there already, or have been replaced by a reset, stay as they are.
+    /// Copy `bytes`, whole pages, into guest memory at `offset`, and wake the threads that wait for
+    /// them. Pages that are there already, or were replaced by a reset, stay as they are.
     ///
     /// # Errors
-    /// When the kernel does not take them.
+    /// When the kernel refuses.
     pub fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut rest = bytes;
         self.each_part(&(offset..offset.saturating_add(bytes.len() as u64)), |to, len| {
@@ -193,10 +194,10 @@ impl Filler {
         })
     }
 
-    /// The same with zeros, which take no memory.
+    /// Fill with zeros, which take no memory.
     ///
     /// # Errors
-    /// When the kernel does not take them.
+    /// When the kernel refuses.
     pub fn fill_zeros(&self, range: &Range<u64>) -> io::Result<()> {
         self.each_part(range, |to, len| {
             self.piecemeal(to, len, |start, len| {
@@ -206,16 +207,18 @@ impl Filler {
         })
     }
 
-    /// Make `range` of the image zero, whether it was filled or not, and give its pages back to the
-    /// host. It is not filled any more. Where memory was replaced by a reset, only the pages go.
+    /// Zero `range` of guest memory, whether it was filled or not, and give its pages back to the
+    /// host. It need not be filled any more. Where memory was replaced by a reset, only the pages
+    /// go.
     ///
     /// # Errors
-    /// When the kernel refuses. Who touches the range waits for ever then.
+    /// When the kernel refuses. A thread that touches the range then waits for ever.
     pub fn discard(&self, range: &Range<u64>) -> io::Result<()> {
         self.each_part(range, |to, len| {
             let mut done = 0;
             while done < len {
-                // From here on who touches it waits: the threads that fill memory do so once.
+                // From here on a thread that touches it waits: the threads that fill memory do so
+                // only once.
                 drop_pages(to + done, len - done)?;
                 done += self.zeros_from(to + done, len - done)?;
             }
@@ -223,8 +226,8 @@ impl Filler {
         })
     }
 
-    /// Fill `len` missing bytes at `to` with zeros; how many it was. They are not all when another
-    /// thread has filled what comes next.
+    /// Fill `len` missing bytes at `to` with zeros; returns how many were filled. They are fewer
+    /// when another thread has filled the next page.
     fn zeros_from(&self, to: u64, len: u64) -> io::Result<u64> {
         let (mut done, mut step) = (0, len);
         while done < len {
@@ -235,12 +238,12 @@ impl Filler {
                 Err(e) => match e.raw_os_error() {
                     Some(libc::EAGAIN) => {}
                     Some(libc::EEXIST) => return Ok(done),
-                    // Memory with other advice is another mapping, and a call takes only one.
+                    // Memory with other advice is another mapping, and a call covers only one.
                     Some(libc::ENOENT) if step > PAGE_SIZE => {
                         step = (step / 2).next_multiple_of(PAGE_SIZE);
                         continue;
                     }
-                    // Nothing is missing there: it was never to be filled, or a reset replaced it.
+                    // Nothing is missing there: the page never was, or a reset replaced it.
                     Some(libc::ENOENT) => done += PAGE_SIZE,
                     _ => return Err(e),
                 },
@@ -250,8 +253,8 @@ impl Filler {
         Ok(done)
     }
 
-    /// Repeat `act`, which says how many bytes it has done if not all, until `len` bytes at `to` are
-    /// there.
+    /// Repeat `act`, which returns its result and the count if partial, until `len` bytes at `to`
+    /// are there.
     fn piecemeal(
         &self,
         to: u64,
@@ -278,7 +281,7 @@ impl Filler {
         Ok(())
     }
 
-    /// The host's addresses and lengths of the parts of `range` of the image.
+    /// Calls `act` with the host addresses and lengths of the parts of `range`.
     fn each_part<E: From<io::Error>>(
         &self,
         range: &Range<u64>,
@@ -307,7 +310,7 @@ impl From<io::Error> for FaultError {
 }
 
 impl AsFd for Filler {
-    /// Readable when somebody waits for a page.
+    /// Readable when a thread waits for a page.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.faults.as_fd()
     }
@@ -321,8 +324,8 @@ fn host(region: &MmapRegion<AtomicBitmap>) -> u64 {
 fn drop_pages(address: u64, len: u64) -> io::Result<()> {
     let len = usize::try_from(len).map_err(io::Error::other)?;
     let address = std::ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap_or(0));
-    // SAFETY: only `Filler` calls it, with parts of guest memory that it keeps mapped; that is gone
-    // is what its caller asked for, and guest memory is only accessed as volatile.
+    // SAFETY: only `Filler` calls it, with parts of guest memory that it keeps mapped; the caller
+    // wants their contents gone, and guest memory is only accessed as volatile.
     match unsafe { libc::madvise(address, len, libc::MADV_DONTNEED) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -330,8 +333,8 @@ fn drop_pages(address: u64, len: u64) -> io::Result<()> {
 }
 
 fn ioctl<T>(fd: &File, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
-    // SAFETY: each request of this file takes the structure that its caller passes. What `Copy`
-    // writes to is guest memory that `Filler` keeps mapped, and only where nothing is yet.
+    // SAFETY: each request in this file gets the structure that it takes. `Copy` writes to guest
+    // memory that `Filler` keeps mapped, and only to missing pages.
     match unsafe { libc::ioctl(fd.as_raw_fd(), request, argument) } {
         0.. => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -363,7 +366,7 @@ mod tests {
         let missing = [MIB..2 * MIB, high - MIB..high + MIB];
         let (memory, filler) = match allocate_missing(&config, &missing) {
             Ok(both) => both,
-            // Where it is not allowed, that is what is said.
+            // Where it is not permitted, the error must say so.
             Err(error) => {
                 let text = error.to_string();
                 assert!(text.contains("userfaultfd") && text.contains("mapped=on"), "{text}");
@@ -386,7 +389,7 @@ mod tests {
             poll(&mut [PollFd::new(&filler, PollFlags::IN)], None).unwrap();
             let page = at / PAGE_SIZE * PAGE_SIZE;
             assert_eq!(filler.fault().unwrap(), Some(page));
-            // Pages around it come along, and one that is there already does no harm.
+            // Neighbouring pages are filled, too, and one that is there already does no harm.
             let start = page.saturating_sub(PAGE_SIZE).max(MIB);
             filler.fill(start, &vec![7; 4 * 4096]).unwrap();
             filler.fill(start, &vec![8; 4 * 4096]).unwrap();

@@ -1,5 +1,5 @@
-//! Guest memory as one flat image: the guest's ranges of RAM one after the other, holes in the
-//! address space left out. Saved states keep it in a file.
+//! Guest memory as one flat memory file: the guest's RAM ranges one after another, without the
+//! holes in the address space. Saved states store it in this form.
 use std::{
     fs::File,
     io,
@@ -20,12 +20,12 @@ use super::{MemoryError, PAGE, advise, populate, ranges};
 /// Bytes of a page.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Guest memory that begins as the image in `file` and is private to this process: pages are read
-/// when the guest first touches them, so this takes as long for a large guest as for a small one.
-/// The file must stay as it is for as long as the machine lives.
+/// Map guest memory from `file`, private to this process: pages are read when the guest first
+/// touches them, so this takes no longer for a large guest than for a small one. The file must not
+/// change for as long as the machine lives.
 ///
-/// Each range of `overlays` begins as the same range of its own file instead; they consist of whole
-/// pages, and a later one counts more.
+/// Each range of `overlays` is mapped from the same range of its own file instead. The ranges
+/// consist of whole pages; a later one takes precedence.
 ///
 /// # Errors
 /// When the host cannot map it.
@@ -64,7 +64,7 @@ pub fn map(
     Ok(memory)
 }
 
-/// Let the bytes of `region` from `at` on begin as `range` of `file`.
+/// Map the bytes of `region` from `at` on to `range` of `file`.
 fn overlay(
     region: &MmapRegion<AtomicBitmap>,
     at: u64,
@@ -79,8 +79,8 @@ fn overlay(
     }
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: at..at + len is inside of the region's own mapping, of which nobody has a part yet;
-    // what takes its place is as accessible and goes when the region does.
+    // SAFETY: at..at + len is inside of the region's own mapping, and nothing refers to it yet; the
+    // new mapping is as accessible and is unmapped with the region.
     let to = unsafe {
         let address = region.as_ptr().add(at);
         libc::mmap(address.cast(), len, protection, flags, file.as_raw_fd(), offset)
@@ -88,10 +88,10 @@ fn overlay(
     if to == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Copy `buf.len()` bytes out of the image, from `offset` on.
+/// Copy `buf.len()` bytes from guest memory, from `offset` in the memory file on.
 ///
 /// # Errors
-/// When that is not all inside.
+/// When the range is not all inside.
 pub fn read(memory: &Memory, offset: u64, buf: &mut [u8]) -> io::Result<()> {
     let mut rest = buf;
     each_piece(memory, offset, rest.len(), |region, at, len| {
@@ -101,10 +101,10 @@ pub fn read(memory: &Memory, offset: u64, buf: &mut [u8]) -> io::Result<()> {
     })
 }
 
-/// Copy `buf` into the image, from `offset` on.
+/// Copy `buf` into guest memory, from `offset` in the memory file on.
 ///
 /// # Errors
-/// When that is not all inside.
+/// When the range is not all inside.
 pub fn write(memory: &Memory, offset: u64, buf: &[u8]) -> io::Result<()> {
     let mut rest = buf;
     each_piece(memory, offset, rest.len(), |region, at, len| {
@@ -116,7 +116,7 @@ pub fn write(memory: &Memory, offset: u64, buf: &[u8]) -> io::Result<()> {
 
 type Region = GuestRegionMmap<AtomicBitmap>;
 
-/// The parts of `offset..offset + len` by region.
+/// Split `offset..offset + len` by region.
 fn each_piece(
     memory: &Memory,
     offset: u64,
@@ -138,12 +138,12 @@ fn each_piece(
     if left > 0 { Err(io::Error::from(io::ErrorKind::UnexpectedEof)) } else { Ok(()) }
 }
 
-/// The page ranges of the image that may hold something: those that this process has touched, those
-/// with data in the file behind them, and `filled`, which are not zero although nobody may have
-/// touched them. All others read as zero. Ascending, none empty.
+/// The page ranges of the memory file that may not be zero: pages that this process has touched,
+/// those with data in the file behind them, and `filled`, which are not zero although they may not
+/// have been touched. All others read as zero. Ascending, none empty.
 ///
 /// # Errors
-/// When the kernel does not tell.
+/// When the kernel does not report them.
 pub fn used(memory: &Memory, filled: &[Range<u64>]) -> io::Result<Vec<Range<u64>>> {
     check_files(memory)?;
     let pagemap = File::open("/proc/self/pagemap")?;
@@ -164,7 +164,7 @@ pub fn used(memory: &Memory, filled: &[Range<u64>]) -> io::Result<Vec<Range<u64>
     Ok(union(&used, filled))
 }
 
-/// What is in `a` or in `b`, both ascending.
+/// The union of `a` and `b`, both ascending.
 pub fn union(a: &[Range<u64>], b: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut all: Vec<_> = a.iter().chain(b).collect();
     all.sort_unstable_by_key(|r| r.start);
@@ -173,11 +173,11 @@ pub fn union(a: &[Range<u64>], b: &[Range<u64>]) -> Vec<Range<u64>> {
     joined
 }
 
-/// Whether the files that memory is mapped from are as long as they have to be: what is cut off them
-/// is gone for the guest too, and does not read as zero.
+/// Check that the files that memory is mapped from have not been truncated: pages cut off are lost
+/// to the guest, too, and do not read as zero.
 ///
 /// # Errors
-/// When one is not.
+/// When one is too short.
 pub fn check_files(memory: &Memory) -> io::Result<()> {
     for behind in memory.iter().filter_map(|region| Some((region.file_offset()?, region.len()))) {
         let (there, end) = (behind.0.file().metadata()?.len(), behind.0.start() + behind.1);
@@ -190,11 +190,11 @@ pub fn check_files(memory: &Memory) -> io::Result<()> {
     Ok(())
 }
 
-/// The page ranges of the image that `by_vcpus` names, with a bit a page for each region, and those
-/// that devices have written since the last time. Ascending, none empty.
+/// The dirty page ranges of the memory file: those in `by_vcpus`, which has a bit per page for each
+/// region, and those that devices have written since the last call. Ascending, none empty.
 ///
 /// # Errors
-/// When `by_vcpus` does not name all pages of `memory`.
+/// When `by_vcpus` does not cover all pages of `memory`.
 pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> io::Result<Vec<Range<u64>>> {
     let words = memory.iter().map(|region| (region.len() / PAGE_SIZE).div_ceil(64));
     if !by_vcpus.iter().map(|words| words.len() as u64).eq(words) {
@@ -219,7 +219,7 @@ pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> io::Result<Vec<Range<u64
     Ok(dirty)
 }
 
-/// Forget what devices have written.
+/// Clear the bitmap of pages written by devices.
 pub fn forget_dirty(memory: &Memory) {
     for region in memory.iter() {
         let mapping: &MmapRegion<AtomicBitmap> = region;
@@ -227,7 +227,7 @@ pub fn forget_dirty(memory: &Memory) {
     }
 }
 
-/// Add a range that does not begin before the last one.
+/// Append a range that does not begin before the last one.
 fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     match ranges.last_mut() {
         Some(last) if range.start <= last.end => last.end = last.end.max(range.end),

@@ -1,19 +1,19 @@
-//! Where guest memory has the contents that a machine begins with.
+//! Where the initial contents of guest memory come from.
 use std::{ops::Range, sync::Weak};
 
 use devices::Memory;
 
 use super::fault::Filler;
 
-/// Where guest memory has its contents from.
+/// Where guest memory gets its contents from.
 #[derive(Default)]
 pub enum Origin {
-    /// It began as zero, and was written to.
+    /// It started as zero, and was written to.
     #[default]
     Written,
     /// It is mapped from the files of a save.
     Mapped,
-    /// Ranges of its image are filled when they are touched, until the filler is gone.
+    /// These ranges are filled when they are touched, until the filler is dropped.
     Missing(Vec<Range<u64>>, Weak<Filler>),
 }
 
@@ -21,7 +21,7 @@ pub enum Origin {
 pub struct Contents {
     /// The memory.
     pub memory: Memory,
-    /// Ranges of its image that are not zero although nobody may have touched them yet.
+    /// Ranges that are not zero although they may not have been touched yet.
     pub filled: Vec<Range<u64>>,
     /// Where they come from.
     pub origin: Origin,

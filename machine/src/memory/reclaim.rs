@@ -8,9 +8,9 @@
 //! | mapped from a save | replaced by anonymous memory, once; then MADV_DONTNEED | 64 KiB |
 //! | filled when it is touched (userfaultfd) | MADV_DONTNEED, then filled with zeros | page |
 //!
-//! Memory that is mapped from a save would have the file's contents again after MADV_DONTNEED. What
-//! replaces it is another mapping of the process, of which there may be 65,530 (vm.max_map_count):
-//! so there is a limit, and beyond it nothing is replaced that would be a further piece.
+//! Memory that is mapped from a save would read as the file's contents again after MADV_DONTNEED.
+//! Its replacement is a further mapping of the process, which may have 65,530 (vm.max_map_count):
+//! so the number of pieces is limited, and beyond that nothing is replaced that would add a piece.
 mod mappings;
 #[cfg(test)]
 mod tests;
@@ -41,26 +41,26 @@ use super::{advise, advise_huge_pages, fault::Filler, image::PAGE_SIZE, origin::
 
 /// Bytes of a unit of memory that is mapped from a save.
 const MAPPED_UNIT: u64 = 64 << 10;
-/// Most pieces of it that are replaced.
+/// Most pieces of such memory that are replaced.
 const MAX_PIECES: usize = 4096;
 
-/// What has become of the memory that was to be given back, in bytes.
+/// What was done with memory to be given back, in bytes.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     /// Given back.
     pub taken: u64,
-    /// Not, for the host refused or there would have been too many pieces.
+    /// Not given back: the host refused, or there would have been too many pieces.
     pub refused: u64,
 }
 
 /// Gives memory of one machine back to the host, for its devices.
 pub struct Reclaimer {
     memory: Memory,
-    /// Where its regions are in this process.
+    /// Addresses of its regions in this process.
     addresses: Vec<Range<u64>>,
     config: MemoryConfig,
-    /// Devices of several I/O threads may give memory back at the same time, and none of them could
-    /// own what they have to agree on.
+    /// A lock: devices on several I/O threads may give memory back at the same time, and share this
+    /// state.
     method: Mutex<Method>,
     taken: AtomicU64,
     refused: AtomicU64,
@@ -68,13 +68,13 @@ pub struct Reclaimer {
 
 /// How memory is given back.
 enum Method {
-    /// With this advice, each page by itself.
+    /// With this advice, page by page.
     Pages(i32),
-    /// With this advice, in units of so many bytes. The units of each region, once they are needed.
+    /// With this advice, in units of so many bytes. Each region's units, filled in when needed.
     HugePages(i32, u64, Vec<Units>),
-    /// It is replaced. The units of each region, once they are needed.
+    /// By replacing it. Each region's units, filled in when needed.
     Mapped(Mappings, Vec<Units>),
-    /// These ranges of the image are the filler's.
+    /// These ranges are filled by the filler.
     Missing(Vec<Range<u64>>, Weak<Filler>),
 }
 
@@ -102,18 +102,19 @@ impl Reclaimer {
         }
     }
 
-    /// What has been done so far.
+    /// Bytes given back and refused so far.
     pub fn counts(&self) -> Counts {
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Counts { taken: load(&self.taken), refused: load(&self.refused) }
     }
 
-    /// All of the memory was cleared, as [`super::clear`] does, and nothing of its origin is left.
+    /// Record that all of the memory was cleared, as by [`super::clear`], so that its origin does
+    /// not matter any more.
     pub fn note_cleared(&self) {
         *self.method.lock() = Method::of_written(&self.memory, &self.config);
     }
 
-    /// Act on the parts of the whole pages in a range of guest addresses.
+    /// Call `act` for each part of a range of guest addresses, reduced to whole pages.
     fn each_part(&self, at: GuestAddress, len: u64, mut act: impl FnMut(Part<'_>)) {
         let start = at.0.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);
         let end = at.0.saturating_add(len) / PAGE_SIZE * PAGE_SIZE;
@@ -141,7 +142,8 @@ impl Reclaimer {
                 let len = bytes.end - bytes.start;
                 match result {
                     Ok(()) => {
-                        // Afterwards: who has read what was there before is told so.
+                        // Marked after the discard, so that a copy of the earlier contents is known
+                        // to be stale.
                         mark_dirty(part.region, &bytes);
                         self.taken.fetch_add(len, Ordering::Relaxed);
                     }
@@ -167,7 +169,7 @@ impl Reclaim for Reclaimer {
 
     fn release(&self, at: GuestAddress, len: u64) {
         let mut method = self.method.lock();
-        // What is in part in the range is in use.
+        // Pages that are only partly in the range are in use, too.
         let start = at.0 / PAGE_SIZE * PAGE_SIZE;
         let len = len.saturating_add(at.0 - start).checked_next_multiple_of(PAGE_SIZE);
         self.each_part(GuestAddress(start), len.unwrap_or(u64::MAX), |part| {
@@ -188,28 +190,28 @@ impl Reclaim for Reclaimer {
 /// A part of a range of guest memory.
 struct Part<'m> {
     region: &'m Region,
-    /// The region's number.
+    /// The region's index.
     index: usize,
-    /// Where the region begins in the memory's image.
+    /// Offset of the region in the memory file.
     base: u64,
-    /// From the region's start.
+    /// Offsets from the region's start.
     bytes: Range<u64>,
-    /// Where all regions are in this process.
+    /// Addresses of all regions in this process.
     addresses: &'m [Range<u64>],
 }
 
 impl Part<'_> {
-    /// It is not taken, as nothing is known of its region.
+    /// The result for a part whose region is unknown: not taken.
     fn unknown(&self) -> Vec<Taken> {
         vec![(self.bytes.clone(), Err(io::Error::other("a region of memory is not known")))]
     }
 }
 
-/// Bytes from a region's start, and whether they could be given back.
+/// Offsets from a region's start, and whether they could be given back.
 type Taken = (Range<u64>, io::Result<()>);
 
 impl Method {
-    /// For memory that is not mapped from a save, and that nobody fills.
+    /// The method for memory that is not mapped from a save and has no filler.
     fn of_written(memory: &Memory, config: &MemoryConfig) -> Self {
         let advice = match config.shared {
             true => libc::MADV_REMOVE,
@@ -221,7 +223,7 @@ impl Method {
         }
     }
 
-    /// Know all units there are.
+    /// Set up the units of all regions.
     fn prepare(&mut self, memory: &Memory) {
         let (all, unit, whole) = match self {
             Self::HugePages(_, unit, all) => (all, *unit, true),
@@ -241,7 +243,7 @@ impl Method {
         }
     }
 
-    /// Give back what can be of a part; what that was, and what the host has refused.
+    /// Give back as much of a part as possible; returns what was taken and what the host refused.
     fn take(&mut self, part: &Part<'_>, config: &MemoryConfig) -> Vec<Taken> {
         let Part { region, bytes, .. } = part;
         match self {
@@ -260,7 +262,7 @@ impl Method {
             Self::Mapped(mappings, all) => take_mapped(part, config, mappings, all),
             Self::Missing(ranges, filler) => {
                 let Some(filler) = filler.upgrade() else {
-                    // All is there.
+                    // All missing memory has been filled.
                     *self = Self::Pages(libc::MADV_DONTNEED);
                     return self.take(part, config);
                 };
@@ -305,7 +307,7 @@ fn take_mapped(
     taken
 }
 
-/// In what is missing the filler has to know; all else is plain memory.
+/// The filler has to discard its ranges itself; all else is plain memory.
 fn take_missing(part: &Part<'_>, ranges: &[Range<u64>], filler: &Filler) -> Vec<Taken> {
     let Part { region, base, bytes, .. } = part;
     let (mut at, end) = (base + bytes.start, base + bytes.end);
@@ -329,7 +331,7 @@ fn take_missing(part: &Part<'_>, ranges: &[Range<u64>], filler: &Filler) -> Vec<
     taken
 }
 
-/// Bytes of a page of the file behind `region`, if it is a hugetlbfs's.
+/// Bytes of a page of the file behind `region`, if that is on a hugetlbfs.
 fn huge_page(region: &Region) -> Option<u64> {
     let status = rustix::fs::fstatfs(region.file_offset()?.file()).ok()?;
     if status.f_type != libc::HUGETLBFS_MAGIC {
@@ -347,27 +349,27 @@ fn mark_dirty(region: &Region, bytes: &Range<u64>) {
     }
 }
 
-/// Advise the kernel to forget what is in these bytes of `region`.
+/// Advise the kernel to discard these bytes of `region`.
 fn give_back(region: &Region, bytes: &Range<u64>, advice: i32) -> io::Result<()> {
     let (address, size) = within(region, bytes)?;
-    // SAFETY: the bytes are the region's own mapping, which stays; that their contents go is what
-    // the guest has asked for, and all of the monitor accesses guest memory as volatile.
+    // SAFETY: the bytes are the region's own mapping, which stays; the guest has asked for their
+    // contents to go, and the monitor only accesses guest memory as volatile.
     match unsafe { libc::madvise(address.cast(), size, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Let anonymous memory take the place of these bytes of `region`, with the advice that they had.
+/// Replace these bytes of `region` by anonymous memory with the same advice.
 fn replace_with_zeros(
     region: &Region,
     bytes: &Range<u64>,
     config: &MemoryConfig,
 ) -> io::Result<()> {
     let (address, size) = within(region, bytes)?;
-    // SAFETY: the bytes are the region's own mapping; what takes their place is as large and as
-    // accessible, and goes when the region does. That their contents go is what the guest has asked
-    // for, and all of the monitor accesses guest memory as volatile.
+    // SAFETY: the bytes are the region's own mapping; the replacement is as large and as
+    // accessible, and is unmapped with the region. The guest has asked for their contents to go,
+    // and the monitor only accesses guest memory as volatile.
     unsafe { replace(address, size) }?;
     let start = usize::try_from(bytes.start).map_err(io::Error::other)?;
     advise_huge_pages(region, config, start..start + size);
@@ -377,7 +379,7 @@ fn replace_with_zeros(
     Ok(())
 }
 
-/// The address and the length of these bytes of `region`, which are inside of it.
+/// Address and length of these bytes of `region`, which must be inside of it.
 fn within(region: &Region, bytes: &Range<u64>) -> io::Result<(*mut u8, usize)> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
     if bytes.start >= bytes.end || bytes.end > region.len() {

@@ -1,27 +1,28 @@
-//! Pages of guest memory copied aside, so that the guest can run again before they are written
-//! anywhere.
+//! Staged pages: copies of guest memory, so that the guest can run again before they are written
+//! out.
 use std::{io, ops::Range};
 
 use devices::Memory;
 
 use super::image::{self, PAGE_SIZE};
 
-/// Most bytes that are copied aside.
+/// Most bytes that are staged.
 pub const MAX_BYTES: u64 = 256 << 20;
-/// Most ranges of them.
+/// Most ranges that are staged.
 pub const MAX_RANGES: usize = 32 << 10;
 
-/// Copies of ranges of the memory's image. The room for them is touched before the guest is stopped:
-/// its first page faults would be part of the pause.
+/// Copies of ranges of guest memory. Their buffer is touched before the guest is stopped: its first
+/// page faults would prolong the pause.
 #[derive(Debug, Default)]
 pub struct Staging {
     room: Vec<u8>,
-    /// Ascending, and how far into `room` each begins.
+    /// Ascending, each with its offset in `room`.
     ranges: Vec<(Range<u64>, usize)>,
 }
 
 impl Staging {
-    /// Room for `bytes` of memory, at most [`MAX_BYTES`], that costs no page fault when it is filled.
+    /// A buffer for `bytes` of memory, at most [`MAX_BYTES`], that causes no page faults when it is
+    /// filled.
     ///
     /// # Errors
     /// When the host does not have it.
@@ -31,16 +32,17 @@ impl Staging {
         Ok(staging)
     }
 
-    /// Whether `ranges` are few enough to be copied aside.
+    /// Whether `ranges` are small enough to be staged.
     pub fn takes(ranges: &[Range<u64>]) -> bool {
         ranges.len() <= MAX_RANGES && bytes(ranges) <= MAX_BYTES
     }
 
-    /// Copy `ranges` of `memory`, ascending, in place of what it holds. What is more than was touched
-    /// before costs page faults, and nothing else.
+    /// Replace the contents by `ranges` of `memory`, ascending. Bytes beyond those touched before
+    /// cost page faults, but do no harm.
     ///
     /// # Errors
-    /// When [`Staging::takes`] says no, the host has no room, or a range is not inside of `memory`.
+    /// When [`Staging::takes`] returns false, the host has no memory, or a range is not inside of
+    /// `memory`.
     pub fn fill(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
         if !Self::takes(ranges) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -59,10 +61,10 @@ impl Staging {
         Ok(())
     }
 
-    /// The ranges that were copied, with their contents.
+    /// The copied ranges, with their contents.
     ///
     /// # Errors
-    /// When the copies do not have the size of their ranges, which would be a mistake of ours.
+    /// When the copies do not have the size of their ranges, which would be a bug.
     pub fn pieces(&self) -> impl Iterator<Item = io::Result<(u64, &[u8])>> {
         self.ranges.iter().map(|(range, at)| {
             let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
@@ -71,12 +73,12 @@ impl Staging {
         })
     }
 
-    /// The ranges that were copied, ascending.
+    /// The copied ranges, ascending.
     pub fn ranges(&self) -> Vec<Range<u64>> {
         self.ranges.iter().map(|(range, _)| range.clone()).collect()
     }
 
-    /// Bytes of memory in it.
+    /// Bytes copied.
     pub fn bytes(&self) -> u64 {
         self.ranges.iter().map(|(range, _)| range.end - range.start).sum()
     }
@@ -94,8 +96,8 @@ pub fn bytes(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
 }
 
-/// How many bytes to touch when `left` bytes are left to be copied: the guest writes to others until
-/// it is stopped.
+/// How many bytes to touch when `left` bytes are left to be copied: the guest dirties more until it
+/// is stopped.
 pub fn room_for(left: u64) -> u64 {
     left.saturating_mul(2).max(1024 * PAGE_SIZE)
 }
@@ -130,7 +132,7 @@ mod tests {
             }
         };
         mark(1);
-        // Both when there was room enough and when there was not.
+        // Once with enough room, once without.
         for mut staging in [Staging::touched(16 << 20).unwrap(), Staging::default()] {
             mark(1);
             staging.fill(&memory, &ranges).unwrap();

@@ -1,4 +1,4 @@
-//! What is told, and what is left behind.
+//! The errors that are reported, and the files that are left behind.
 use std::{error::Error, path::Path};
 
 use config::{
@@ -9,7 +9,7 @@ use config::{
 
 use super::*;
 
-/// A machine of files in `dir`, none of which is there.
+/// A machine whose files in `dir` are all missing.
 fn config(dir: &Path) -> MachineConfig {
     let disk = |id: &str| DiskConfig {
         id: id.into(),
@@ -28,7 +28,7 @@ fn config(dir: &Path) -> MachineConfig {
         probe: false,
         expect: Expect::default(),
     };
-    // Numbers that are no descriptors: a process has not got so many.
+    // Numbers of no open descriptors: a process does not have so many.
     let nic = |id: &str, fd| NicConfig {
         id: id.into(),
         tap: Tap::Fds(vec![fd]),
@@ -104,7 +104,7 @@ fn each_part_is_told_once_in_the_machines_order_and_nothing_stays() {
     assert_eq!(parts(&config, whole()), [&[None], &files[..]].concat(), "its own error stays");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 
-    // What was there before is still there.
+    // Files that existed before still exist.
     for name in ["serial", "ram"] {
         fs::write(dir.path().join(name), "").unwrap();
     }

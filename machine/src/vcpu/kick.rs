@@ -1,8 +1,8 @@
 //! Interrupting KVM_RUN from another thread.
 //!
 //! A kick sets `immediate_exit` in the vCPU's run page and then signals its thread. Whether the
-//! signal arrives inside KVM_RUN or before it, KVM_RUN returns EINTR: nothing is lost, and a vCPU
-//! that has not been kicked pays nothing.
+//! signal arrives inside KVM_RUN or before it, KVM_RUN returns EINTR: no kick is lost, and a vCPU
+//! that is not kicked has no overhead.
 // UNSAFETY: the run page is memory shared with the kernel, and signals go to threads by number.
 #![expect(unsafe_code, reason = "run page and signals")]
 use std::{
@@ -18,7 +18,7 @@ use std::{
 
 use kvm_bindings::kvm_run;
 
-/// A second view of a vCPU's run page, kept mapped for as long as anybody holds it.
+/// A second mapping of a vCPU's run page, kept for as long as anything refers to it.
 struct RunPage(NonNull<libc::c_void>);
 
 const PAGE: usize = 4096;
@@ -27,7 +27,7 @@ const IMMEDIATE_EXIT: usize = offset_of!(kvm_run, immediate_exit);
 const IO_SIZE: usize = offset_of!(kvm_run, __bindgen_anon_1) + 1;
 const _: () = assert!(IMMEDIATE_EXIT < PAGE && IO_SIZE < PAGE);
 
-// SAFETY: the mapping belongs to the process, and only atomic accesses go through it.
+// SAFETY: the mapping belongs to the process, and is only accessed atomically.
 unsafe impl Send for RunPage {}
 // SAFETY: as above.
 unsafe impl Sync for RunPage {}
@@ -53,17 +53,17 @@ impl RunPage {
 
 impl Drop for RunPage {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map`, and nobody holds a reference any more.
+        // SAFETY: mapped by `map`, and no reference is left.
         unsafe { libc::munmap(self.0.as_ptr(), PAGE) };
     }
 }
 
-/// The vCPU thread's end: takes the kick back.
+/// The vCPU thread's end: clears the kick.
 pub struct Kicked(Arc<RunPage>);
 
 impl Kicked {
     /// Bytes of one access of the PIO exit that KVM_RUN has just returned with: a string
-    /// instruction brings several accesses at once, and their total does not tell.
+    /// instruction causes several accesses at once, and their total does not give the size of one.
     pub fn io_size(&self) -> usize {
         usize::from(self.0.byte(IO_SIZE).load(Ordering::Relaxed))
     }
@@ -74,7 +74,7 @@ impl Kicked {
     }
 }
 
-/// Kicks one vCPU; works from any thread, and after the vCPU has gone.
+/// Kicks one vCPU; works from any thread, and after the vCPU has ended.
 #[derive(Clone)]
 pub struct Kicker {
     page: Arc<RunPage>,
@@ -89,7 +89,7 @@ impl Kicker {
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.thread, signal()) };
     }
 
-    /// The kernel's number of the vCPU's thread.
+    /// The kernel's thread id of the vCPU's thread.
     pub fn thread(&self) -> u32 {
         self.thread.cast_unsigned()
     }
@@ -98,7 +98,7 @@ impl Kicker {
 /// Both ends, for the vCPU that will run on the calling thread.
 ///
 /// # Errors
-/// When the run page cannot be mapped or the signal handler not be set.
+/// When the run page cannot be mapped or the signal handler cannot be set.
 pub fn pair(vcpu: &impl AsRawFd) -> io::Result<(Kicker, Kicked)> {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     // Without SA_RESTART, so that KVM_RUN returns; the handler itself has nothing to do.
@@ -109,7 +109,7 @@ pub fn pair(vcpu: &impl AsRawFd) -> io::Result<(Kicker, Kicked)> {
     Ok((Kicker { page: page.clone(), thread }, Kicked(page)))
 }
 
-/// The kernel's number of the calling thread.
+/// The kernel's thread id of the calling thread.
 pub fn thread_number() -> u32 {
     rustix::thread::gettid().as_raw_pid().cast_unsigned()
 }

@@ -1,4 +1,4 @@
-//! A vCPU thread and the handle that steers it.
+//! A vCPU thread and the handle that controls it.
 //!
 //! ```text
 //!            resume            kick, then EINTR
@@ -7,10 +7,10 @@
 //!     |                   +-----------------------> |
 //!     +------------------- exit --------------------+
 //! ```
-//! Requests are served only while parked, and the thread parks only on `EINTR` out of KVM_RUN:
-//! by then KVM has completed any half-done PIO or MMIO, so the registers are consistent. (An
-//! access across a page takes two entries; each returns to the run loop as an exit of its own.)
-//! A kick says "look at your requests", never "stop": a late one finds none, and is forgotten.
+//! Requests are served only while parked, and the thread parks only on `EINTR` out of KVM_RUN: by
+//! then KVM has completed any pending PIO or MMIO, so the registers are consistent. (An access
+//! across a page takes two entries; each returns to the run loop as an exit of its own.) A kick
+//! means "check your requests", never "stop": a late one finds none and has no effect.
 pub mod kick;
 
 use std::{
@@ -26,22 +26,22 @@ use devices::{
     threads::{ThreadKind, ThreadStart},
 };
 
-/// What one entry into the guest came to. `Cpu::run` handles plain PIO and MMIO by itself.
+/// The result of one entry into the guest. `Cpu::run` handles plain PIO and MMIO by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
     /// Handled; enter again.
     Handled,
     /// Kicked: EINTR from KVM_RUN, all pending work complete.
     Kicked,
-    /// The vCPU cannot go on by itself.
+    /// The vCPU has stopped by itself.
     Stopped(Stopped),
 }
 
 /// Why a vCPU stopped by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stopped {
-    /// It wrote to a register that asks for a reset or a power-off, or says that the guest has
-    /// crashed: on real hardware, nothing is executed after that.
+    /// It wrote to a register that requests a reset or a power-off, or reports a guest crash: on
+    /// real hardware, nothing is executed after that.
     Power(PowerEvent),
     /// It has met an error that it cannot handle (x86: a triple fault): on real hardware, a reset.
     Fault,
@@ -53,19 +53,18 @@ pub enum Stopped {
 pub trait Cpu: Send + 'static {
     /// Saved registers.
     type State: Send + 'static;
-    /// Why they could not be read or written.
+    /// Why the registers could not be read or written.
     type Error: Send + 'static;
-    /// Interrupts a running `run` from any thread.
+    /// Interrupts `run` from any thread.
     type Kicker: Kick;
     /// A kicker for this CPU, made on its own thread.
     ///
     /// # Errors
-    /// When the host refuses what it takes.
+    /// When the host refuses a resource for it.
     fn kicker(&mut self) -> io::Result<Self::Kicker>;
     /// Enter the guest once.
     fn run(&mut self) -> Exit;
-    /// Called before the first `run` after a pause, which took `ticks` of the host's
-    /// counter.
+    /// Called before the first `run` after a pause, which took `ticks` of the host's counter.
     fn resumed(&mut self, ticks: u64);
     /// Registers of a parked CPU.
     ///
@@ -83,7 +82,7 @@ pub trait Cpu: Send + 'static {
 pub trait Kick: Send + 'static {
     /// Make `run` return [`Exit::Kicked`], now or at its next call.
     fn kick(&self);
-    /// The kernel's number of the vCPU's thread.
+    /// The kernel's thread id of the vCPU's thread.
     fn thread(&self) -> u32;
 }
 
@@ -96,7 +95,7 @@ impl Kick for kick::Kicker {
     }
 }
 
-/// The answer to a request, when it comes.
+/// The pending answer to a request.
 #[must_use = "a request is done when its answer arrives"]
 pub struct Answer<T>(Receiver<T>);
 
@@ -104,12 +103,12 @@ impl<T> Answer<T> {
     /// Wait for it.
     ///
     /// # Errors
-    /// When the thread is not there any more.
+    /// When the thread has ended.
     pub fn wait(self) -> Result<T, Gone> {
         self.0.recv().map_err(|_| Gone)
     }
 
-    /// Wait for it for a while.
+    /// Wait for it, at most for `patience`.
     ///
     /// # Errors
     /// `Timeout` when it has not come within `patience`, `Disconnected` when it never will.
@@ -118,7 +117,7 @@ impl<T> Answer<T> {
     }
 }
 
-/// The vCPU thread is not there any more.
+/// The vCPU thread has ended.
 #[derive(Debug, thiserror::Error)]
 #[error("vCPU thread has exited")]
 pub struct Gone;
@@ -132,21 +131,21 @@ enum Request<C: Cpu> {
     Exit,
 }
 
-/// Steers one vCPU thread.
+/// Controls one vCPU thread.
 pub struct Handle<C: Cpu> {
     requests: Sender<Request<C>>,
-    /// Sent by the thread once it runs; only who wants to kick it has to wait for that.
+    /// Sent by the thread once it runs; only a caller that wants to kick it has to wait for that.
     kicker: Receiver<io::Result<C::Kicker>>,
     known_kicker: OnceCell<Option<C::Kicker>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl<C: Cpu> Handle<C> {
-    /// Start the thread of a parked vCPU, as `start` wants it. What stops the vCPU by itself goes to
-    /// `report`; it is parked then.
+    /// Start the thread of a parked vCPU, set up by `start`. When the vCPU stops by itself, the
+    /// cause goes to `report`, and it is parked.
     ///
     /// # Errors
-    /// When the host refuses the thread or what kicking it takes.
+    /// When the host refuses the thread or a resource for kicking it.
     pub fn spawn(
         index: usize,
         mut cpu: C,
@@ -172,7 +171,7 @@ impl<C: Cpu> Handle<C> {
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
                     Left::Parked(reply) => drop(reply.send(())),
-                    // Parked until the VM has decided what to do about it.
+                    // Parked until the VM has decided how to react.
                     Left::Stopped(why) => report(index, why),
                     Left::Exit => break,
                 }
@@ -181,7 +180,7 @@ impl<C: Cpu> Handle<C> {
         Ok(Self { requests, kicker, known_kicker: OnceCell::new(), thread: Some(thread) })
     }
 
-    /// `None` if the thread could not set up what kicking takes; it has ended then.
+    /// `None` if the thread could not set up kicking; it has ended then.
     fn kicker(&self) -> Option<&C::Kicker> {
         let receive = || match self.kicker.recv() {
             Ok(Ok(kicker)) => Some(kicker),
@@ -200,7 +199,8 @@ impl<C: Cpu> Handle<C> {
         }
     }
 
-    /// Ask for a stop at the next consistent point. Ask all vCPUs first, then wait for each.
+    /// Request a stop at the next consistent point. Send the request to all vCPUs first, then wait
+    /// for each.
     pub fn park(&self) -> Answer<()> {
         let answer = self.ask(Request::Park);
         self.kick();
@@ -218,24 +218,24 @@ impl<C: Cpu> Handle<C> {
     pub fn restore(&self, state: C::State) -> Answer<Result<(), C::Error>> {
         self.ask(|reply| Request::Restore(Box::new(state), reply))
     }
-    /// Let the thread of a parked vCPU carry `cpu` from now on; the old one is dropped.
+    /// Let the thread of a parked vCPU run `cpu` from now on; the old one is dropped.
     ///
     /// # Errors
-    /// When the thread has ended, or the host refuses what kicking takes.
+    /// When the thread has ended, or the host refuses a resource for kicking it.
     pub fn replace(&mut self, cpu: C) -> io::Result<()> {
         let answer = self.ask(|reply| Request::Replace(Box::new(cpu), reply));
         let kicker = answer.wait().map_err(io::Error::other)??;
         self.known_kicker = OnceCell::from(Some(kicker));
         Ok(())
     }
-    /// The kernel's number of the thread; 0 if it has ended.
+    /// The kernel's thread id of the thread; 0 if it has ended.
     pub fn thread(&self) -> u32 {
         self.kicker().map_or(0, Kick::thread)
     }
 
     fn ask<T>(&self, request: impl FnOnce(Sender<T>) -> Request<C>) -> Answer<T> {
         let (reply, answer) = channel();
-        // A vanished thread shows as a closed answer.
+        // If the thread has ended, the answer is closed.
         let _ = self.requests.send(request(reply));
         Answer(answer)
     }
@@ -281,7 +281,7 @@ enum Left {
 
 /// Enter the guest until it stops or a request stops it.
 fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
-    // One kick may stand for several requests, where a device has held the thread meanwhile.
+    // One kick may stand for several requests if a device has blocked the thread meanwhile.
     if let Some(left) = asked(inbox) {
         return left;
     }
@@ -298,13 +298,13 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
     }
 }
 
-/// What stops a vCPU, if anything was asked of it that does.
+/// The pending request that stops a vCPU, if any.
 fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
     loop {
         match inbox.try_recv() {
             Ok(Request::Park(reply)) => return Some(Left::Parked(reply)),
             Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
-            // State is asked of parked vCPUs only: dropping the reply shows as `Gone`.
+            // State requests need a parked vCPU: dropping the reply shows as `Gone`.
             Ok(
                 Request::Resume(_) | Request::Save(_) | Request::Restore(..) | Request::Replace(..),
             ) => {}
@@ -366,7 +366,7 @@ mod tests {
         while entries.load(Ordering::SeqCst) == 0 {
             std::thread::yield_now();
         }
-        // Given up by the one that has asked, and asked for again.
+        // The caller gives up one request and sends another.
         let given_up = vcpu.park();
         vcpu.resume(3);
         let last = vcpu.park();
@@ -402,11 +402,11 @@ mod tests {
         vcpu.park().wait().unwrap();
     }
 
-    /// A guest that does nothing but count how often it is entered.
+    /// A guest that only counts how often it is entered.
     struct Counter {
         entries: Arc<AtomicU64>,
         kicked: Arc<AtomicBool>,
-        /// A device that holds its first entry until it is told to let go.
+        /// A device that blocks its first entry until it is released.
         device: Option<Receiver<()>>,
     }
     impl From<u64> for Counter {

@@ -92,7 +92,7 @@ fn errors_name_the_parameter_as_qemu_does() {
     );
 }
 
-/// Word for word what the runtimes and the documentation send.
+/// Verbatim requests of the runtimes and the documentation.
 #[test]
 fn known_clients_are_understood() {
     let kata: BlockdevAdd = read(json!({"driver":"raw","file":{"aio":"native","driver":"file",

@@ -6,16 +6,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 super::plain! {
-    /// Ask how much memory the guest has, as its balloon leaves it.
+    /// Ask how much memory the guest has outside of its balloon.
     QueryBalloon
 }
 
-/// Ask the guest to leave itself this much memory, by putting the rest into its balloon. It takes its
-/// time, and may not do it: BALLOON_CHANGE tells how far it is.
+/// Ask the guest to keep only this much memory, by inflating its balloon. This takes time, and the
+/// guest may not comply: BALLOON_CHANGE reports the progress.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
-    /// Bytes; more than the guest has means all it has.
+    /// Bytes; more than the guest has means all of it.
     pub value: u64,
 }
 
@@ -26,8 +26,8 @@ pub struct BalloonInfo {
     pub actual: u64,
 }
 
-/// Ask for a property of an object. There are `guest-stats` and `guest-stats-polling-interval` of a
-/// balloon.
+/// Ask for a property of an object. Supported are `guest-stats` and `guest-stats-polling-interval`
+/// of a balloon.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QomGet {
@@ -53,8 +53,8 @@ pub struct QomSet {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct GuestStats {
-    /// Each by its name; 2^64 - 1 when the guest does not tell it.
+    /// Each value by its name; 2^64 - 1 when the guest does not report it.
     pub stats: BTreeMap<String, u64>,
-    /// When the guest told them, in seconds since 1970; 0: it has told nothing yet.
+    /// When the guest reported them, in seconds since 1970; 0: not yet.
     pub last_update: u64,
 }

@@ -1,4 +1,4 @@
-//! Disks' back-ends.
+//! Back-ends of disks.
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -8,11 +8,11 @@ super::plain! {
     QueryBlock
 }
 
-/// Ask what the disks have done.
+/// Ask for the disks' I/O statistics.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct QueryBlockstats {
-    /// By back-ends rather than devices. A disk is one of each, and the answer the same.
+    /// By back-ends rather than devices. A disk is one of each, so the answer is the same.
     pub query_nodes: Option<bool>,
 }
 
@@ -20,7 +20,7 @@ pub struct QueryBlockstats {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QueryNamedBlockNodes {
-    /// Without those behind them, of which there are none.
+    /// Without the back-ends below them, of which there are none.
     pub flat: Option<bool>,
 }
 
@@ -30,18 +30,18 @@ pub struct QueryNamedBlockNodes {
 pub struct BlockdevAdd {
     /// Unique name, 1 to 255 bytes.
     pub node_name: String,
-    /// Where the bytes are.
+    /// Where its data is stored.
     pub file: BlockdevFile,
-    /// Image format: `raw`. Absent, it is also meant, but an image that begins like one of another
-    /// format is refused.
+    /// Image format: `raw`, which is also the default; but without it, an image that looks like
+    /// another format is refused.
     pub driver: Option<String>,
     /// Refuse writes.
     pub read_only: Option<bool>,
-    /// How the host caches.
+    /// The host's caching.
     pub cache: Option<BlockdevCache>,
-    /// What becomes of discards.
+    /// Handling of discards.
     pub discard: Option<BlockdevDiscard>,
-    /// What becomes of writes of zeroes: only `off`.
+    /// Handling of writes of zeroes: only `off`.
     pub detect_zeroes: Option<BlockdevDetectZeroes>,
     /// Requests per second, up to 1000000; 0 is unlimited.
     #[serde(rename = "throttling.iops-total")]
@@ -51,11 +51,11 @@ pub struct BlockdevAdd {
     pub throttling_bps_total: Option<u64>,
     /// Only `disk`.
     pub media: Option<String>,
-    /// The name again, as StratoVirt takes it.
+    /// The name again, as in StratoVirt.
     pub id: Option<String>,
     /// Backing file of a format that has one; refused.
     pub backing: Option<Value>,
-    /// Free for the format; refused.
+    /// Format-specific options; refused.
     pub options: Option<Value>,
     /// Cache of a qcow2 image, bytes; refused.
     pub l2_cache_size: Option<u64>,
@@ -63,11 +63,11 @@ pub struct BlockdevAdd {
     pub refcount_cache_size: Option<u64>,
 }
 
-/// Where a back-end's bytes are.
+/// Where a back-end's data is stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BlockdevFile {
-    /// `file` or `host_device`; both mean either.
+    /// `file` or `host_device`; each accepts both.
     pub driver: Option<String>,
     /// Path of a file or block device.
     pub filename: String,
@@ -86,17 +86,17 @@ pub enum BlockdevAio {
     Off,
 }
 
-/// How the host caches a back-end.
+/// The host's caching of a back-end.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct BlockdevCache {
-    /// Go around the page cache.
+    /// Bypass the page cache.
     pub direct: Option<bool>,
     /// Ignore flushes.
     pub no_flush: Option<bool>,
 }
 
-/// What becomes of discards.
+/// Handling of discards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -105,7 +105,7 @@ pub enum BlockdevDiscard {
     Unmap,
 }
 
-/// What becomes of writes of zeroes.
+/// Handling of writes of zeroes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -123,7 +123,7 @@ pub struct BlockdevDel {
     pub node_name: String,
 }
 
-/// Change a disk's size while it is in use. One of the names is needed.
+/// Change a disk's size while it is in use. One of the two names is required.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct BlockResize {
@@ -140,12 +140,12 @@ pub struct BlockResize {
 pub struct BlockInfo {
     /// Id of the disk.
     pub device: String,
-    /// Id or path of the device in front.
+    /// Id or path of the front-end device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qdev: Option<String>,
     /// Always `unknown`, as in QEMU.
     pub r#type: String,
-    /// Whether the medium can be taken out.
+    /// Whether the medium can be removed.
     pub removable: bool,
     /// Whether the guest has locked the tray.
     pub locked: bool,
@@ -157,7 +157,7 @@ pub struct BlockInfo {
     pub io_status: Option<BlockDeviceIoStatus>,
 }
 
-/// Whether a disk is in order.
+/// Whether a disk works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -183,9 +183,9 @@ pub struct BlockDeviceInfo {
     pub backing_file_depth: u64,
     /// Encrypted.
     pub encrypted: bool,
-    /// What becomes of writes of zeroes.
+    /// Handling of writes of zeroes.
     pub detect_zeroes: BlockdevDetectZeroes,
-    /// Limits, a second; 0 is unlimited.
+    /// Limits per second; 0 is unlimited.
     pub bps: u64,
     /// Of reads alone.
     pub bps_rd: u64,
@@ -197,7 +197,7 @@ pub struct BlockDeviceInfo {
     pub iops_rd: u64,
     /// Of writes alone.
     pub iops_wr: u64,
-    /// How the host caches.
+    /// The host's caching.
     pub cache: BlockdevCacheInfo,
     /// Always 0: no threshold.
     pub write_threshold: u64,
@@ -205,13 +205,13 @@ pub struct BlockDeviceInfo {
     pub image: ImageInfo,
 }
 
-/// How the host caches a back-end.
+/// The host's caching of a back-end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct BlockdevCacheInfo {
-    /// Writes wait for a flush.
+    /// Writes are volatile until a flush.
     pub writeback: bool,
-    /// Around the page cache.
+    /// Bypasses the page cache.
     pub direct: bool,
     /// Flushes are ignored.
     pub no_flush: bool,
@@ -239,7 +239,7 @@ pub struct BlockStats {
     /// Id of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// Id or path of the device in front.
+    /// Id or path of the front-end device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qdev: Option<String>,
     /// Name of its back-end.
@@ -249,7 +249,7 @@ pub struct BlockStats {
     pub stats: BlockDeviceStats,
 }
 
-/// What a disk has done since it was plugged in.
+/// I/O statistics of a disk since it was plugged in.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[expect(
     missing_docs,

@@ -3,15 +3,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 super::plain! {
-    /// Ask for the vCPUs, as QEMU did before version 6 and container runtimes still do.
+    /// Ask for the vCPUs, as in QEMU before version 6; container runtimes still use it.
     QueryCpus
     /// Ask for the vCPUs.
     QueryCpusFast
-    /// Ask for the places where vCPUs are or could be.
+    /// Ask for the places of present and possible vCPUs.
     QueryHotpluggableCpus
 }
 
-/// Where a vCPU is.
+/// The place of a vCPU.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CpuInstanceProperties {
@@ -40,11 +40,11 @@ pub struct CpuInfo {
     pub cpu: u32,
     /// Architecture.
     pub arch: CpuInfoArch,
-    /// Whether it is the monitor's default vCPU; true for all, as StratoVirt has it.
+    /// Whether it is the monitor's default vCPU; true for all, as in StratoVirt.
     pub current: bool,
     /// Whether the guest has halted it, as far as the monitor knows.
     pub halted: bool,
-    /// Where it is.
+    /// Its place.
     pub props: CpuInstanceProperties,
     /// Path in the object tree.
     pub qom_path: String,
@@ -70,7 +70,7 @@ pub struct CpuInfoFast {
     pub qom_path: String,
     /// Host thread id.
     pub thread_id: u64,
-    /// Where it is.
+    /// Its place.
     pub props: CpuInstanceProperties,
     /// Architecture.
     pub target: SysEmuTarget,
@@ -88,13 +88,13 @@ pub enum SysEmuTarget {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct HotpluggableCpu {
-    /// Where it is.
+    /// Its place.
     pub props: CpuInstanceProperties,
     /// Path in the object tree; absent while there is no vCPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub qom_path: Option<String>,
     /// Driver for `device_add`.
     pub r#type: String,
-    /// How many vCPUs one `device_add` would bring.
+    /// How many vCPUs one `device_add` would add.
     pub vcpus_count: u32,
 }

@@ -1,8 +1,9 @@
 //! The types of commands and events in the form of `query-qmp-schema`.
 //!
 //! schemars knows the members, names and optionality of a type from the same serde attributes that
-//! read and write it; what is here only puts that in QEMU's words. Types keep their own names
-//! (QEMU numbers them). Where a reader is laxer than its type (see `decode`), the type is told.
+//! read and write it; this module only converts that to QEMU's form. Types keep their own names
+//! (QEMU numbers them). Where a reader accepts more than its type (see `decode`), the type is
+//! described.
 use std::collections::{BTreeMap, BTreeSet};
 
 use schemars::{JsonSchema, generate::SchemaSettings};
@@ -10,17 +11,17 @@ use serde_json::{Map, Value};
 
 use super::{Command, Event, EventInfo, SchemaInfo, SchemaMember, SchemaMetaType};
 
-/// Collects entries, each type once.
+/// Collects entries; each type only once.
 pub struct Describer {
     generator: schemars::SchemaGenerator,
     entries: Vec<SchemaInfo>,
     types: BTreeMap<String, SchemaInfo>,
-    /// Types on the way, to end recursion.
+    /// Types seen so far, to end recursion.
     seen: BTreeSet<String>,
 }
 
 impl Describer {
-    /// With every event in it, and no command yet.
+    /// A describer with all events, and no commands yet.
     pub fn with_events() -> Self {
         let generator = SchemaSettings::draft2020_12().into_generator();
         let mut this =
@@ -46,7 +47,7 @@ impl Describer {
         self.entries.push(entry);
     }
 
-    /// Everything: commands and events, then types.
+    /// All entries: commands and events, then types.
     pub fn finish(mut self) -> Vec<SchemaInfo> {
         self.entries.extend(self.types.into_values());
         self.entries
@@ -57,7 +58,7 @@ impl Describer {
         self.reference(&schema)
     }
 
-    /// Name of the type that `schema` is, described on first sight.
+    /// Name of the type `schema`, which is described when first seen.
     fn reference(&mut self, schema: &Value) -> String {
         if let Some(name) = schema["$ref"].as_str().and_then(|path| path.rsplit('/').next()) {
             if self.seen.insert(name.into()) {
@@ -174,7 +175,7 @@ fn variants(schema: &Value) -> impl Iterator<Item = (&str, &Value)> {
     })
 }
 
-/// Values of an enum of strings, with documentation on the values (`oneOf`) or without (`enum`).
+/// Values of an enum of strings, with documentation on each value (`oneOf`) or without (`enum`).
 fn enum_values(body: &Value) -> Vec<String> {
     let plain = body["enum"].as_array().into_iter().flatten();
     let documented = body["oneOf"].as_array().into_iter().flatten().map(|one| &one["const"]);

@@ -1,8 +1,8 @@
-//! Devices in front of a back-end.
+//! Front-end devices.
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Plug a device in. Which members mean something depends on the driver.
+/// Plug a device in. The driver determines which members are used.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DeviceAdd {
@@ -10,17 +10,17 @@ pub struct DeviceAdd {
     pub id: String,
     /// Model.
     pub driver: String,
-    /// Slot: hexadecimal with `0x`, else decimal; the first free one if absent. On a PCI bus, which a
-    /// microVM has not (a driver that ends in `-pci`, a bus that begins with `pcie.`), it says nothing:
-    /// the first free slot is taken.
+    /// Slot: hexadecimal with `0x`, else decimal; the first free one if absent. Ignored for a PCI
+    /// bus, which a microVM does not have (a driver that ends in `-pci`, a bus that begins with
+    /// `pcie.`): the first free slot is then used.
     pub addr: Option<String>,
-    /// Slot less one, in place of `addr`.
+    /// Slot minus one, instead of `addr`.
     pub lun: Option<u32>,
-    /// Bus it sits on.
+    /// Its bus.
     pub bus: Option<String>,
     /// Whether it shares its slot.
     pub multifunction: Option<bool>,
-    /// Expansion ROM: empty.
+    /// Expansion ROM: only the empty string.
     pub romfile: Option<String>,
     /// Node name of a disk's back-end; the id if absent.
     pub drive: Option<String>,
@@ -28,10 +28,10 @@ pub struct DeviceAdd {
     pub share_rw: Option<bool>,
     /// Serial number of a disk, up to 20 bytes.
     pub serial: Option<String>,
-    /// Sector size shown to the guest, bytes: only that of the back-end.
+    /// Sector size shown to the guest, bytes: must be that of the back-end.
     #[serde(rename = "logical_block_size")]
     pub logical_block_size: Option<u32>,
-    /// Sector size of the medium shown to the guest, bytes: only that of the back-end.
+    /// Sector size of the medium shown to the guest, bytes: must be that of the back-end.
     #[serde(rename = "physical_block_size")]
     pub physical_block_size: Option<u32>,
     /// Place in the boot order.
@@ -47,13 +47,13 @@ pub struct DeviceAdd {
     pub vectors: Option<u32>,
     /// Character device of a vhost-user device; refused.
     pub chardev: Option<String>,
-    /// Whether to hide the modern interface. It says nothing: there is no other one.
+    /// Whether to hide the modern interface. Ignored: there is no other one.
     pub disable_modern: Option<bool>,
-    /// I/O thread: only the one that the slot has.
+    /// I/O thread: must be that of the slot.
     pub iothread: Option<String>,
-    /// Queues: as many as the slot has.
+    /// Queues: must be as many as the slot has.
     pub num_queues: Option<u16>,
-    /// Descriptors a queue: as many as the slot has.
+    /// Descriptors per queue: must be as many as the slot has.
     pub queue_size: Option<u16>,
     /// Host device to pass through; refused.
     pub host: Option<String>,
@@ -61,8 +61,8 @@ pub struct DeviceAdd {
     pub sysfsdev: Option<String>,
 }
 
-/// Unplug a device; `DEVICE_DELETED` tells when it is gone. Its back-end goes with it if it has the
-/// device's id, else it waits for another device or for its own removal.
+/// Unplug a device; `DEVICE_DELETED` is sent when it is gone. Its back-end goes with it if it has
+/// the device's id; otherwise it waits for another device or for its own removal.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceDel {

@@ -1,4 +1,4 @@
-//! Events: what the monitor tells every client unasked.
+//! Events, which the monitor sends to every client without a request.
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use schemars::JsonSchema;
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::MigrationStatus;
 
-/// An event and its data. The data is always there, `{}` if empty, as StratoVirt has it.
+/// An event and its data. The data is always there, `{}` if empty, as in StratoVirt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Event {
@@ -14,7 +14,7 @@ pub enum Event {
     Stop {},
     /// The guest runs again.
     Resume {},
-    /// The machine is off; the process ends next, or the machine stays as it is.
+    /// The machine is off; the process ends next, or the machine stays halted.
     Shutdown {
         /// Whether the guest asked for it.
         guest: bool,
@@ -37,33 +37,33 @@ pub enum Event {
         /// Its path in the object tree.
         path: String,
     },
-    /// The guest said that it has crashed.
+    /// The guest reported that it has crashed.
     GuestPanicked {
-        /// What the monitor did about it.
+        /// The monitor's reaction.
         action: GuestPanicAction,
     },
-    /// A save has begun, or has come to its end.
+    /// A save has changed its status.
     Migration {
-        /// Where it is in its life.
+        /// The new status.
         status: MigrationStatus,
     },
     /// A part of the guest's memory is lost.
     MemoryFailure {
-        /// Who was told.
+        /// Who was notified.
         recipient: MemoryFailureRecipient,
-        /// What was done about it.
+        /// The monitor's reaction.
         action: MemoryFailureAction,
-        /// How it came about.
+        /// How it happened.
         flags: MemoryFailureFlags,
-        /// Which part, and why, for people.
+        /// Which part, and why, in readable form.
         reason: String,
     },
-    /// The guest has put memory into its balloon, or taken it out: told once a second at most.
+    /// The guest has inflated or deflated its balloon; sent once a second at most.
     BalloonChange {
         /// Bytes that are not in the balloon.
         actual: u64,
     },
-    /// The same, as StratoVirt calls it.
+    /// The same, under StratoVirt's name.
     BalloonChanged {
         /// Bytes that are not in the balloon.
         actual: u64,
@@ -75,19 +75,19 @@ pub enum Event {
         /// Node name of its back-end.
         #[serde(rename = "node-name", default, skip_serializing_if = "Option::is_none")]
         node_name: Option<String>,
-        /// What the guest wanted.
+        /// The guest's request.
         operation: IoOperationType,
-        /// What the guest got.
+        /// The guest's result.
         action: BlockErrorAction,
         /// Whether the host's storage is full.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         nospace: Option<bool>,
-        /// The host's error, for people.
+        /// The host's error, in readable form.
         reason: String,
     },
 }
 
-/// Why a machine went off or was reset.
+/// Why a machine was shut down or reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -101,7 +101,7 @@ pub enum ShutdownCause {
     GuestPanic,
 }
 
-/// What was done about a guest's crash.
+/// The reaction to a guest's crash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -111,7 +111,7 @@ pub enum GuestPanicAction {
     Run,
 }
 
-/// Who was told that memory is lost.
+/// Who was notified of lost memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -120,7 +120,7 @@ pub enum MemoryFailureRecipient {
     Guest,
 }
 
-/// What was done about lost memory.
+/// The reaction to lost memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -131,13 +131,13 @@ pub enum MemoryFailureAction {
     Reset,
 }
 
-/// How memory was lost.
+/// Circumstances of lost memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MemoryFailureFlags {
-    /// Whether the guest was just using it.
+    /// Whether the guest was accessing it.
     pub action_required: bool,
-    /// Whether it happened while another loss was dealt with.
+    /// Whether it happened during the handling of another loss.
     pub recursive: bool,
 }
 
@@ -150,7 +150,7 @@ pub enum IoOperationType {
     Write,
 }
 
-/// What was done about a disk error.
+/// The reaction to a disk error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -170,7 +170,7 @@ pub struct Timestamp {
 }
 
 impl Timestamp {
-    /// This moment; zero if the host's clock is before 1970.
+    /// The current time; zero if the host's clock is before 1970.
     pub fn now() -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self { seconds: now.as_secs(), microseconds: now.subsec_micros() }

@@ -2,13 +2,13 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Press keys together and let them go. The keyboard has one combination: ctrl, alt, delete.
+/// Press keys together and release them. The only supported combination is ctrl, alt, delete.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SendKey {
     /// The keys.
     pub keys: Vec<KeyValue>,
-    /// How long they are held, milliseconds; they are let go at once.
+    /// How long they are held, milliseconds; ignored, they are released at once.
     pub hold_time: Option<u64>,
 }
 

@@ -1,4 +1,4 @@
-//! What the monitor is and can do.
+//! Properties and features of the monitor.
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,8 +16,7 @@ super::plain! {
     QueryName
     /// Ask for the VM's UUID.
     QueryUuid
-    /// Ask for the generation id, which is another one each time the machine goes on from a saved
-    /// state.
+    /// Ask for the generation id, which changes each time the machine is restored.
     QueryVmGenerationId
     /// Ask for the architecture.
     QueryTarget
@@ -31,36 +30,36 @@ super::plain! {
     QueryChardev
 }
 
-/// A line for QEMU's human monitor; the answer is text. Known are `info balloon`, `info block`, `info
-/// cpus`, `info name`, `info network`, `info snapshots`, `info status` and `info version`.
+/// A line for QEMU's human monitor; the reply is text. Supported are `info balloon`, `info block`,
+/// `info cpus`, `info name`, `info network`, `info snapshots`, `info status` and `info version`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct HumanMonitorCommand {
     /// The line.
     pub command_line: String,
-    /// The vCPU that it is about; no line is about one.
+    /// The vCPU that it is about; ignored, as no line is about one.
     pub cpu_index: Option<u64>,
 }
 
-/// Begin. Optional here, and may be repeated.
+/// Negotiate capabilities. Optional here, and may be repeated.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QmpCapabilities {
-    /// Capabilities to switch on, out of the greeting's (which has none).
+    /// Capabilities to enable, out of the greeting's (which has none).
     pub enable: Option<Vec<String>>,
 }
 
 /// Reply to [`QueryVersion`], and part of the greeting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VersionInfo {
-    /// The QEMU whose protocol this is.
+    /// The QEMU version whose protocol this is.
     pub qemu: VersionTriple,
     /// This program.
     pub package: String,
 }
 
 impl VersionInfo {
-    /// This program's. Clients (Kata Containers) insist on major 5 or newer.
+    /// This program's version. Clients (Kata Containers) require major 5 or newer.
     pub fn own() -> Self {
         Self {
             qemu: VersionTriple { micro: 0, minor: 0, major: 9 },
@@ -92,14 +91,14 @@ pub struct EventInfo {
     pub name: String,
 }
 
-/// One item of the reply to [`QueryQmpSchema`]: a command, an event or a type. Which members are
-/// there depends on `meta-type`.
+/// One item of the reply to [`QueryQmpSchema`]: a command, an event or a type. Its members depend
+/// on `meta-type`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct SchemaInfo {
-    /// Its name; others refer to it by that.
+    /// Its name, by which others refer to it.
     pub name: String,
-    /// What it is.
+    /// Its kind.
     pub meta_type: SchemaMetaType,
     /// Of a command or event: type of the arguments or data.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,7 +106,7 @@ pub struct SchemaInfo {
     /// Of a command: type of the reply.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ret_type: Option<String>,
-    /// Of a builtin: how it looks in JSON.
+    /// Of a builtin: its JSON type.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub json_type: Option<String>,
     /// Of an array: type of the items.
@@ -134,7 +133,7 @@ pub enum SchemaMetaType {
     Event,
 }
 
-/// A member of an object, or a value of an enum (then only the name is there).
+/// A member of an object, or a value of an enum (which only has a name).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SchemaMember {
     /// Its name.
@@ -148,7 +147,7 @@ pub struct SchemaMember {
     pub default: Option<Value>,
 }
 
-/// A member that is there, be it null.
+/// Distinguishes a member that is null from an absent one.
 fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
     Value::deserialize(deserializer).map(Some)
 }
@@ -188,7 +187,7 @@ pub struct TargetInfo {
 pub struct KvmInfo {
     /// In use.
     pub enabled: bool,
-    /// Could be.
+    /// KVM is available.
     pub present: bool,
 }
 
@@ -207,7 +206,7 @@ pub struct MachineInfo {
     pub hotpluggable_cpus: bool,
     /// Whether `-numa` works.
     pub numa_mem_supported: bool,
-    /// Whether it will go away.
+    /// Whether it is deprecated.
     pub deprecated: bool,
     /// Whether the guest finds ACPI tables.
     pub acpi: bool,
@@ -227,7 +226,7 @@ pub struct IoThreadInfo {
     pub poll_grow: u64,
     /// How it shrinks.
     pub poll_shrink: u64,
-    /// Most requests a batch; 0 is the engine's choice.
+    /// Most requests per batch; 0 is the engine's choice.
     pub aio_max_batch: u64,
 }
 
@@ -237,8 +236,8 @@ pub struct IoThreadInfo {
 pub struct ChardevInfo {
     /// Its id.
     pub label: String,
-    /// Where it leads, for people: `pty:/dev/pts/3`.
+    /// Its back-end, in readable form: `pty:/dev/pts/3`.
     pub filename: String,
-    /// Whether a device is in front.
+    /// Whether a front-end device is attached.
     pub frontend_open: bool,
 }

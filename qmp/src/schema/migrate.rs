@@ -5,29 +5,29 @@ use serde::{Deserialize, Serialize};
 use super::MigrationCapabilityStatus;
 
 super::plain! {
-    /// Ask how far the save is.
+    /// Ask for the progress of the save.
     QueryMigrate
-    /// Give up the save that is under way.
+    /// Cancel the save that is under way.
     MigrateCancel
-    /// Ask for what `migrate-set-parameters` sets.
+    /// Ask for the settings of `migrate-set-parameters`.
     QueryMigrateParameters
 }
 
-/// Set how saves are made, those under way included. What is left out stays as it is.
+/// Set parameters of saves, including those under way. Parameters left out stay as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct MigrateSetParameters {
-    /// Milliseconds for which a guest that runs on, or moves, may be stopped: a stream goes on to copy
-    /// what the guest changes until the rest takes no longer. 30 at first.
+    /// Milliseconds for which a guest that runs on, or moves, may be stopped: a stream keeps
+    /// copying what the guest changes until the rest takes no longer. Initially 30.
     pub downtime_limit: Option<u64>,
 }
 
-/// Set what saves into streams can do.
+/// Set capabilities of saves into streams.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateSetCapabilities {
-    /// What is to be on or off: `return-path`, with which the receiver answers, and hands the machine
-    /// back if it cannot run it. On by default for `unix:`, off for `fd:` and `exec:`.
+    /// Capabilities to switch on or off: with `return-path`, the receiver answers, and returns the
+    /// machine if it cannot run it. On by default for `unix:`, off for `fd:` and `exec:`.
     pub capabilities: Vec<MigrationCapabilityStatus>,
 }
 
@@ -39,27 +39,28 @@ pub struct MigrationParameters {
     pub downtime_limit: u64,
 }
 
-/// Save the machine's state. The answer comes when it has been saved. After a save into a directory
-/// the guest stays paused; after one into a stream, somebody else goes on with it (`postmigrate`).
+/// Save the machine's state. The reply comes when it has been saved. After a save into a directory
+/// the guest stays paused; after one into a stream, the receiver resumes it (`postmigrate`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Migrate {
-    /// Where to: `file:DIRECTORY`, `unix:SOCKET`, `fd:NAME` (of getfd) or `fd:NUMBER`,
+    /// Destination: `file:DIRECTORY`, `unix:SOCKET`, `fd:NAME` (of getfd) or `fd:NUMBER`,
     /// `exec:COMMAND`.
     pub uri: String,
-    /// Let a running guest run on: it stops only for what it changes while its memory is copied.
+    /// Keep a running guest running: it is stopped only to copy what it changed meanwhile.
     pub resume: Option<bool>,
-    /// Save only what has changed since the save before, which had `track`.
+    /// Save only what has changed since the previous save, which had `track`.
     pub incremental: Option<bool>,
-    /// Note what the guest changes from now on, so that the next save can be incremental.
+    /// Track what the guest changes from now on, so that the next save can be incremental.
     pub track: Option<bool>,
-    /// Keep copies of the disks that the guest can write to with the memory, as they are at that moment:
-    /// the save can be restored as often as one likes. Their blocks are shared where the file system can
-    /// (FICLONE); elsewhere they are copied while the guest runs. For `file:DIRECTORY`.
+    /// With the memory, keep copies of the disks that the guest can write to, as they are at that
+    /// moment: the save can be restored any number of times. Their blocks are shared if the file
+    /// system supports that (FICLONE); otherwise they are copied while the guest runs. For
+    /// `file:DIRECTORY`.
     pub disks: Option<bool>,
 }
 
-/// Where a save is in its life. `setup` is told before the first one, too, as StratoVirt does it.
+/// Status of a save. `setup` is also reported before the first one, as in StratoVirt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -77,25 +78,25 @@ pub enum MigrationStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrationInfo {
-    /// Where the last save is in its life.
+    /// Status of the last save.
     pub status: MigrationStatus,
-    /// What has become of guest memory; absent before the first save.
+    /// Progress of guest memory; absent before the first save.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ram: Option<MigrationStats>,
-    /// What has become of the disks, in bytes of images; absent when they are not kept.
+    /// Progress of the disks, in bytes of images; absent when they are not kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<MigrationStats>,
-    /// Milliseconds since the save began, or that it took.
+    /// Milliseconds since the save began, or its total duration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total_time: Option<u64>,
-    /// Milliseconds for which the guest stood still, when it runs on.
+    /// Milliseconds for which the guest was stopped, if it runs on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
     /// The same in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_us: Option<u64>,
-    /// False while the guest changes memory as quickly as it is copied, and the save waits for that to
-    /// end.
+    /// False while the guest changes memory as fast as it is copied, so that the save cannot
+    /// finish.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub converging: Option<bool>,
     /// Directory of the save that an incremental one would build on; absent when none is possible.
@@ -112,9 +113,9 @@ pub struct MigrationInfo {
 pub struct MigrationStats {
     /// Bytes written.
     pub transferred: u64,
-    /// Bytes still to be looked at.
+    /// Bytes still to be processed.
     pub remaining: u64,
-    /// Bytes to look at in all; grows with what the guest changes meanwhile.
+    /// Bytes to process in total; grows with what the guest changes meanwhile.
     pub total: u64,
     /// Pages that are zero and not written.
     pub duplicate: u64,

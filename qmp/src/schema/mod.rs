@@ -1,6 +1,6 @@
 //! Commands, their replies and the events, one struct each: the arguments *are* the command.
 //!
-//! The types are the single home of every name on the wire: serde reads and writes by them, and
+//! The types are the only definition of the names on the wire: serde reads and writes by them, and
 //! `query-qmp-schema` is derived from them (see [`describe`]).
 mod balloon;
 mod block;
@@ -47,7 +47,7 @@ macro_rules! commands {
         /// Every command of the schema, in alphabetical order.
         pub const NAMES: &[&str] = &[$($name),*];
 
-        /// Something done to every command.
+        /// An operation applied to every command.
         #[cfg(any(test, feature = "testing"))]
         pub(crate) trait EachCommand {
             fn command<C: Command>(&mut self);

@@ -1,4 +1,4 @@
-//! Network back-ends and descriptors handed over.
+//! Network back-ends, and descriptors passed by clients.
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 pub struct NetdevAdd {
     /// Unique id, 1 to 255 bytes.
     pub id: String,
-    /// Kind of back-end: `tap`, which is also meant if absent.
+    /// Kind of back-end: `tap`, which is also the default.
     pub r#type: Option<String>,
     /// Name of an existing tap device.
     pub ifname: Option<String>,
-    /// A descriptor of a tap device: its number, or its name by [`Getfd`].
+    /// A descriptor of a tap device: its number, or its name from [`Getfd`].
     pub fd: Option<String>,
     /// Several descriptors, joined by `:`.
     pub fds: Option<String>,
@@ -44,17 +44,17 @@ pub struct NetdevDel {
     pub id: String,
 }
 
-/// Plug a NIC's cable in or out.
+/// Connect or disconnect a NIC's cable.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetLink {
     /// Id of the NIC.
     pub name: String,
-    /// In.
+    /// Connected.
     pub up: bool,
 }
 
-/// Close a descriptor that [`Getfd`] gave a name and nobody has used.
+/// Close a descriptor that [`Getfd`] named and that is still unused.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Closefd {
@@ -62,8 +62,8 @@ pub struct Closefd {
     pub fdname: String,
 }
 
-/// Give a name to the descriptor that came with this command or ahead of it (SCM_RIGHTS). At most 32
-/// wait under a name.
+/// Name the descriptor that came with this command or ahead of it (SCM_RIGHTS). At most 32 named
+/// descriptors are kept.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Getfd {
@@ -71,18 +71,18 @@ pub struct Getfd {
     pub fdname: String,
 }
 
-/// Have the NICs announce where they are, so that switches learn it: `rounds` times, the first time
-/// at once. Takes the place of announcements that are under way.
+/// Make the NICs announce themselves, so that switches learn their location: `rounds` times, the
+/// first time at once. Replaces announcements that are under way.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AnnounceSelf {
-    /// Milliseconds between the first two.
+    /// Milliseconds between the first two rounds.
     pub initial: u32,
-    /// Milliseconds between any two, at most.
+    /// Most milliseconds between two rounds.
     pub max: u32,
-    /// How many times.
+    /// Number of rounds.
     pub rounds: u32,
-    /// Milliseconds by which the time between two grows.
+    /// Milliseconds by which the interval grows each time.
     pub step: u32,
     /// Ids of NICs; all if absent.
     pub interfaces: Option<Vec<String>>,

@@ -1,13 +1,13 @@
-//! What the monitor's programs and devices take: asked by clients before they use them.
+//! Supported options, devices and types, which clients query before they use them.
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 super::plain! {
-    /// Ask what a migration can be told to do.
+    /// Ask for the migration capabilities.
     QueryMigrateCapabilities
     /// Ask for the CPU models.
     QueryCpuDefinitions
-    /// Ask what can run vCPUs.
+    /// Ask for the accelerators.
     QueryAccelerators
 }
 
@@ -15,9 +15,9 @@ super::plain! {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QomListTypes {
-    /// Only those under this one.
+    /// Only those derived from this one.
     pub implements: Option<String>,
-    /// Those of which there are no instances, too; they are not told.
+    /// Abstract types, too; they are not listed.
     pub r#abstract: Option<bool>,
 }
 
@@ -26,12 +26,12 @@ pub struct QomListTypes {
 pub struct ObjectTypeInfo {
     /// Its name.
     pub name: String,
-    /// The type above it.
+    /// Its parent type.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
 }
 
-/// Ask what a type of device takes.
+/// Ask for the properties of a type of device.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceListProperties {
@@ -44,15 +44,15 @@ pub struct DeviceListProperties {
 pub struct ObjectPropertyInfo {
     /// Its name.
     pub name: String,
-    /// What it takes: `str`, `uint64`, `size` or `bool`.
+    /// Its type: `str`, `uint64`, `size` or `bool`.
     pub r#type: String,
 }
 
-/// Ask what the flags of the command line take.
+/// Ask for the keys of the command line's flags.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QueryCommandLineOptions {
-    /// Only this one.
+    /// Only this flag.
     pub option: Option<String>,
 }
 
@@ -70,11 +70,11 @@ pub struct CommandLineOptionInfo {
 pub struct CommandLineParameterInfo {
     /// Its name.
     pub name: String,
-    /// What it takes.
+    /// The type of its value.
     pub r#type: CommandLineParameterType,
 }
 
-/// What a key of a flag takes.
+/// Type of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "named by the protocol")]
@@ -85,7 +85,7 @@ pub enum CommandLineParameterType {
     Size,
 }
 
-/// One item of the reply to [`QueryMigrateCapabilities`], and of what sets them.
+/// One item of the reply to [`QueryMigrateCapabilities`], and of the command that sets them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationCapabilityStatus {
@@ -105,11 +105,11 @@ pub struct CpuDefinitionInfo {
     pub typename: String,
     /// Whether it is the same on all hosts.
     pub r#static: bool,
-    /// Whether its guests can go to any other host.
+    /// Whether its guests can migrate to any other host.
     pub migration_safe: bool,
-    /// What this host lacks for it.
+    /// Features that this host lacks for it.
     pub unavailable_features: Vec<String>,
-    /// Whether it will go away.
+    /// Whether it is deprecated.
     pub deprecated: bool,
 }
 
@@ -118,7 +118,7 @@ pub struct CpuDefinitionInfo {
 pub struct AcceleratorInfo {
     /// The one in use.
     pub enabled: Accelerator,
-    /// All that this monitor knows.
+    /// All that this monitor supports.
     pub present: Vec<Accelerator>,
 }
 

@@ -1,4 +1,4 @@
-//! Whether the machine runs, and making it run or not.
+//! The run state, and commands that change it.
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

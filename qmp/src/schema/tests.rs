@@ -34,7 +34,7 @@ impl Schema {
         entry.members.as_deref().unwrap()
     }
 
-    /// A value of type `name`, objects with all members or with the mandatory ones alone.
+    /// A value of type `name`; objects with all members, or only with the mandatory ones.
     fn sample(&self, name: &str, optional: bool) -> Value {
         let entry = &self.0[name];
         match entry.meta_type {
@@ -78,7 +78,7 @@ fn names_are_in_order() {
     assert!(NAMES.is_sorted());
 }
 
-/// The schema against the reader of the arguments.
+/// Compares the schema with the reader of the arguments.
 struct Arguments(Schema);
 
 impl Arguments {
@@ -126,7 +126,7 @@ fn the_schema_tells_exactly_which_arguments_are_read() {
     Arguments(Schema::new()).all();
 }
 
-/// The schema against the writer of the replies.
+/// Compares the schema with the writer of the replies.
 struct Replies(Schema);
 
 impl EachCommand for Replies {

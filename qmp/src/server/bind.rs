@@ -25,16 +25,16 @@ use rustix::{
 /// Longest path of a unix socket: `sun_path` less its NUL.
 const MAX_PATH: usize = 107;
 
-/// How long to wait for other monitors that look at paths in the same directory.
+/// How long to wait for other monitors that check paths in the same directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Connections the kernel keeps waiting for us.
+/// Length of the kernel's queue of waiting connections.
 const BACKLOG: i32 = 128;
 
-/// Why there is no control socket.
+/// Why the control socket could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The path cannot be one of a socket.
+    /// The path is not valid for a socket.
     #[error("control socket path '{}' is {wrong}", path.display())]
     Path {
         /// The path.
@@ -42,12 +42,12 @@ pub enum BindError {
         /// What is wrong with it.
         wrong: &'static str,
     },
-    /// Something else has the name.
+    /// The path exists and is not a socket.
     #[error("control socket '{}' cannot be made: a {kind} is there; remove it or choose another path", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
-        /// What is there.
+        /// The type of the file there.
         kind: &'static str,
     },
     /// Another program listens there.
@@ -56,7 +56,7 @@ pub enum BindError {
         /// The path.
         path: PathBuf,
     },
-    /// It is to be connected to, and cannot.
+    /// A socket to connect to refuses.
     #[error(
         "cannot connect to control socket '{}', as -qmp does without ,server,nowait; with them the monitor \
          listens there itself",
@@ -65,26 +65,26 @@ pub enum BindError {
     Connect {
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         source: io::Error,
     },
-    /// The operating system refuses.
+    /// The operating system refuses a step.
     #[error("cannot {action} control socket '{}'", path.display())]
     Os {
         /// What was tried.
         action: &'static str,
         /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         source: io::Error,
     },
 }
 
-/// A name in the file system that is a socket of ours; taken away on drop.
+/// The name of a socket that this process created; removed on drop.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode, to leave alone what somebody else may have put in its place.
+    /// Device and inode, to recognize another program's file in its place.
     identity: (u64, u64),
 }
 
@@ -92,14 +92,14 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let ours = |m: &fs::Metadata| (m.dev(), m.ino()) == self.identity;
         if fs::symlink_metadata(&self.path).is_ok_and(|m| ours(&m)) {
-            // Nothing more can be done about a directory that has become read-only.
+            // If the directory has become read-only, the name stays.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Listens at `path` with mode 0600. A socket there that nobody listens on is replaced; anything
-/// else is left alone and refused.
+/// Listen at `path` with mode 0600. A socket without a listener is replaced; anything else is left
+/// alone and refused.
 pub fn claim(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
     claim_within(path, LOCK_PATIENCE)
 }
@@ -111,7 +111,7 @@ pub(super) fn claim_within(
     check(path)?;
     let os = |action| move |e: Errno| BindError::Os { action, path: path.into(), source: e.into() };
     let address = SocketAddrUnix::new(path).map_err(os("name"))?;
-    // Two monitors that start at once must not each take the other's fresh socket for a stale one.
+    // Of two monitors that start at once, neither may take the other's new socket for a stale one.
     let _lock = lock_directory(path, patience);
     make_room(path, &address)?;
 
@@ -129,7 +129,7 @@ pub(super) fn claim_within(
     Ok((socket, file))
 }
 
-/// A connection to who listens at `path`.
+/// Connect to the program that listens at `path`.
 pub(super) fn connected(path: &Path) -> Result<OwnedFd, BindError> {
     check(path)?;
     let failed = |e: Errno| BindError::Connect { path: path.into(), source: e.into() };
@@ -149,7 +149,7 @@ fn check(path: &Path) -> Result<(), BindError> {
     Err(BindError::Path { path: path.into(), wrong })
 }
 
-/// Sees to it that nothing is at `path`.
+/// Make sure that nothing exists at `path`.
 fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     let os = |action, source| BindError::Os { action, path: path.into(), source };
     let kind = match fs::symlink_metadata(path) {
@@ -164,7 +164,7 @@ fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
     match connect(&probe, address) {
         Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(|e| os("remove the stale", e)),
         Err(Errno::NOENT) => Ok(()),
-        // AGAIN: its queue of waiting clients is full. PROTOTYPE: it is of another kind than ours.
+        // AGAIN: its queue of waiting clients is full. PROTOTYPE: it is of another type than ours.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::Live { path: path.into() }),
         Err(e) => Err(os("ask who listens on", e.into())),
     }
@@ -185,8 +185,9 @@ fn name(kind: FileType) -> &'static str {
     }
 }
 
-/// Held while the path is looked at and bound. Only monitors that start at the same moment meet
-/// here; one that cannot have it (unreadable directory, a stranger's lock) goes on without.
+/// A lock held while the path is checked and bound. Only monitors that start at the same moment
+/// contend for it; one that cannot get it (unreadable directory, another program's lock) continues
+/// without.
 fn lock_directory(path: &Path, patience: Duration) -> Option<File> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;

@@ -1,4 +1,4 @@
-//! One client: its bytes in, its bytes out, the descriptors it sent.
+//! One client: its input, its output, and the descriptors it sent.
 use std::{
     collections::{BTreeMap, VecDeque},
     io::IoSliceMut,
@@ -24,23 +24,23 @@ use crate::{
 /// Bytes taken from the kernel at a time; also the bound on the work of one [`Connection::step`].
 const CHUNK: usize = 4096;
 
-/// Unread output, in bytes, at which no more commands are taken: answers wait for the client.
+/// Unread output, in bytes, from which on no more commands are taken: answers wait for the client.
 const HIGH_WATER: usize = 64 << 10;
 
-/// Unread output, in bytes, beyond which the client is dropped: events wait for nobody.
+/// Unread output, in bytes, beyond which the client is dropped: events do not wait.
 const MAX_OUTPUT: usize = 1 << 20;
 
-/// Memory, in bytes, that the input and output of all clients together may occupy; beyond it the client
-/// that occupies the most is dropped.
+/// Most memory, in bytes, for the input and output of all clients together; beyond it the client
+/// that uses the most is dropped.
 pub const MAX_MEMORY: usize = 16 << 20;
 
 /// Most descriptors that the kernel sends with one message (`SCM_MAX_FD`).
 const MAX_SENT: usize = 253;
 
-/// Most descriptors kept for a client, of as many messages.
+/// Most descriptors kept for a client, one per message.
 const MAX_FDS: usize = 8;
 
-/// The client is of no more use: it hung up, or does not read.
+/// The client is lost: it hung up, or does not read.
 #[derive(Debug, thiserror::Error)]
 pub enum Gone {
     #[error("it has hung up")]
@@ -55,30 +55,30 @@ pub enum Gone {
 
 pub struct Connection {
     pub id: ClientId,
-    /// In the server's queue of those with work to do.
+    /// It is in the server's queue of connections with work.
     pub queued: bool,
     fd: OwnedFd,
     splitter: Splitter,
-    /// Bytes received and how many of them are used.
+    /// Bytes received, and how many of them were processed.
     chunk: Vec<u8>,
     used: usize,
-    /// Bytes received in all.
+    /// Total bytes received.
     received: u64,
-    /// The kernel may have more.
+    /// The kernel may have more input.
     readable: bool,
     /// The client will send no more.
     ended: bool,
-    /// A request is out and not answered.
+    /// A request has not been answered yet.
     busy: bool,
     output: VecDeque<u8>,
-    /// Where in the stream the last message ended.
+    /// Offset in the stream at which the last message ended.
     taken: u64,
-    /// The last descriptor that each receive brought, with the stream offset of the end of the bytes
-    /// it came with.
+    /// The last descriptor of each receive, with the stream offset of the end of the bytes that it
+    /// came with.
     fds: VecDeque<(u64, OwnedFd)>,
-    /// Descriptors that it has given names; they go with it.
+    /// Descriptors that it has named; closed with the connection.
     pub named: BTreeMap<String, OwnedFd>,
-    /// Bytes of memory that the server has counted for it.
+    /// Bytes of memory that the server has accounted to it.
     pub counted: usize,
 }
 
@@ -103,7 +103,7 @@ impl Connection {
         }
     }
 
-    /// Bytes of memory that its input and output occupy.
+    /// Bytes of memory used by its input and output.
     pub fn memory(&self) -> usize {
         self.splitter.memory() + self.chunk.capacity() + self.output.capacity()
     }
@@ -116,18 +116,18 @@ impl Connection {
         self.fd.as_fd()
     }
 
-    /// The kernel has something to read.
+    /// Note that the kernel has input.
     pub fn readable(&mut self) {
         self.readable = true;
     }
 
-    /// Whether [`Connection::step`] would do something.
+    /// Whether [`Connection::step`] has work.
     pub fn has_work(&self) -> bool {
         let input = self.used < self.chunk.len() || (self.readable && !self.ended);
         input && !self.busy && self.output.len() < HIGH_WATER
     }
 
-    /// Whether it has had everything it asked for and asks for no more.
+    /// Whether all its requests were answered and it sends no more.
     pub fn finished(&self) -> bool {
         self.ended && !self.busy && self.output.is_empty() && self.used == self.chunk.len()
     }
@@ -136,7 +136,7 @@ impl Connection {
         !self.output.is_empty()
     }
 
-    /// A bounded piece of work: at most one receive and one request, which then waits for
+    /// One bounded piece of work: at most one receive and one request, which then waits for
     /// [`Connection::answer`].
     pub fn step(&mut self) -> Result<Option<(Request, Id)>, Gone> {
         if !self.has_work() || (self.used == self.chunk.len() && !self.receive()?) {
@@ -145,9 +145,10 @@ impl Connection {
         let (used, item) = self.splitter.read(self.chunk.get(self.used..).unwrap_or_default());
         self.used += used;
         if item.is_some() {
-            // What came before the end of the last message was for that one, which did not want it.
+            // Descriptors from before the end of the last message belonged to that message, and
+            // were not used.
             self.fds.retain(|(end, _)| *end > self.taken);
-            // The end of its line is its own.
+            // The line end belongs to the message.
             let rest = self.chunk.get(self.used..).unwrap_or_default().trim_ascii_start();
             self.taken = self.received.saturating_sub(rest.len() as u64);
         }
@@ -168,7 +169,7 @@ impl Connection {
         }
     }
 
-    /// Whether bytes came.
+    /// Receive; returns whether bytes came.
     fn receive(&mut self) -> Result<bool, Gone> {
         self.chunk.resize(CHUNK, 0);
         self.used = CHUNK;
@@ -180,7 +181,7 @@ impl Connection {
             Err(Errno::INTR) => return Ok(false),
             Err(Errno::AGAIN) => {
                 self.readable = false;
-                // There may be many clients that say nothing.
+                // Free the buffer: there may be many idle clients.
                 (self.chunk, self.used) = (Vec::new(), 0);
                 return Ok(false);
             }
@@ -195,7 +196,7 @@ impl Connection {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
             _ => None,
         });
-        // The others are closed.
+        // All but the last one are closed.
         self.fds.extend(fds.flatten().last().map(|fd| (self.received, fd)));
         if self.fds.len() > MAX_FDS {
             self.fds.pop_front();
@@ -203,25 +204,25 @@ impl Connection {
         Ok(length > 0)
     }
 
-    /// The descriptor that came with the request that is out, or since the one before: the last of
-    /// its message, if there were several.
+    /// The descriptor that came with the current request, or after the previous one; the last one
+    /// of a message with several.
     pub fn take_fd(&mut self) -> Option<OwnedFd> {
         Some(self.fds.pop_front()?.1)
     }
 
-    /// Answers the request that is out.
+    /// Answer the current request.
     pub fn answer(&mut self, line: &[u8]) -> Result<(), Gone> {
         self.busy = false;
         self.queue(line)
     }
 
-    /// Sends `line`, as far as possible at once.
+    /// Send `line`, as far as possible at once.
     pub fn queue(&mut self, line: &[u8]) -> Result<(), Gone> {
         self.hold(line)?;
         self.flush()
     }
 
-    /// Sends `line` with what comes next.
+    /// Send `line` with the next output.
     pub fn hold(&mut self, line: &[u8]) -> Result<(), Gone> {
         if self.output.len() > MAX_OUTPUT {
             return Err(Gone::Overflow);
@@ -230,9 +231,9 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends what the kernel takes.
+    /// Send as much as the kernel accepts.
     pub fn flush(&mut self) -> Result<(), Gone> {
-        // In one piece: some clients take what they read at once for one message and its answer.
+        // In one piece: some clients take the bytes of one read for one message and its answer.
         while let front @ [_, ..] = &*self.output.make_contiguous() {
             match send(&self.fd, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(sent) => drop(self.output.drain(..sent)),
@@ -248,7 +249,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Says goodbye. Input nobody will read would turn the end of the stream into a reset.
+    /// Close the connection. Unread input would turn the end of the stream into a reset.
     pub fn hang_up(self) {
         let mut scrap = [0; CHUNK];
         for _ in 0..HIGH_WATER / CHUNK {

@@ -6,13 +6,14 @@
 //!     +------- None -------------+    +----------------------------+
 //! ```
 //!
-//! Clients take turns, one request each; a client's next request waits for the answer to its last.
-//! One round of [`Server::next_request`] is bounded: when it ends with [`Server::has_work`] true, the
-//! caller polls with a zero timeout, so that the rest of its sources get their turn.
+//! Clients take turns, one request each; a client's next request waits for the answer to its
+//! previous one. One round of [`Server::next_request`] is bounded: when it ends with
+//! [`Server::has_work`] true, the caller polls with a zero timeout, so that its other event sources
+//! get their turn.
 //!
-//! Nothing a client does costs another more than its turn: input is bounded by the length of a
-//! message, answers wait while 64 KiB are unread, events drop who leaves 1 MiB unread. All clients
-//! together have a bound on memory, too.
+//! A client can delay another only by one turn: input is bounded by the length of a message,
+//! answers wait while 64 KiB are unread, and a client with 1 MiB unread is dropped at the next
+//! event. The memory of all clients together is bounded, too.
 mod bind;
 mod connection;
 mod servers;
@@ -66,22 +67,22 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// Who asks.
+    /// The client that sent the request.
     pub fn client(&self) -> ClientId {
         self.client
     }
 
-    /// One that belongs to nobody.
+    /// A ticket without a client.
     #[cfg(test)]
     pub(crate) fn for_test() -> Self {
         Self { server: 0, client: ClientId { slot: 0, serial: 0 }, id: None }
     }
 }
 
-/// The server. Dropping it disconnects everybody and removes the socket; [`Server::shutdown`] first
-/// delivers what is queued.
+/// The server. Dropping it disconnects all clients and removes the socket; [`Server::shutdown`]
+/// first delivers the queued output.
 pub struct Server {
-    /// None of a server that has connected to its one client itself.
+    /// `None` for a server that has connected to its one client itself.
     listener: Option<OwnedFd>,
     file: Option<SocketFile>,
     registry: Registry,
@@ -89,28 +90,28 @@ pub struct Server {
     base: usize,
     /// A client may be waiting to be accepted.
     acceptable: bool,
-    /// One had to wait for want of descriptors or memory.
+    /// A client had to wait for lack of descriptors or memory.
     starved: bool,
     connections: Vec<Option<Connection>>,
     /// Most connections at once.
     most: usize,
     last_serial: u64,
-    /// Connections with work to do, in turn.
+    /// Connections with work, in turn.
     queue: VecDeque<usize>,
-    /// What is left of this round.
+    /// Pieces of work left in this round.
     round: usize,
-    /// Bytes of memory that all connections occupy, and may.
+    /// Bytes of memory that all connections use, and their limit.
     memory: usize,
     most_memory: usize,
-    /// Events wait for what is sent with them.
+    /// Events are held until the next send.
     holding: bool,
 }
 
 impl Server {
-    /// Listens at `path` and registers with `registry` under `base` and all tokens above it.
+    /// Listen at `path` and register with `registry` under `base` and all tokens above it.
     ///
-    /// The socket has mode 0600. A stale one (nobody listens) is replaced, a live one and anything
-    /// that is not a socket refused.
+    /// The socket has mode 0600. A stale one (without a listener) is replaced; a live one and
+    /// anything that is not a socket are refused.
     pub fn bind(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
         let (listener, file) = bind::claim(path)?;
         let os = |source| BindError::Os { action: "watch", path: path.into(), source };
@@ -119,7 +120,7 @@ impl Server {
         Self::new(Some(listener), Some(file), registry, base).map_err(os)
     }
 
-    /// Connects to the one client, which listens at `path`. Once it has hung up there is none.
+    /// Connect to the one client, which listens at `path`. Once it has hung up, there is no client.
     pub fn connect(path: &Path, registry: &Registry, base: Token) -> Result<Self, BindError> {
         let client = bind::connected(path)?;
         let mut this = Self::new(None, None, registry, base).map_err(|source| BindError::Os {
@@ -158,7 +159,8 @@ impl Server {
         })
     }
 
-    /// One of `servers` that share the descriptors and the memory that clients get.
+    /// Reduce the limits to those of one of `servers` that share descriptors and memory for
+    /// clients.
     #[must_use]
     pub fn one_of(self, servers: usize) -> Self {
         let servers = servers.max(1);
@@ -166,12 +168,12 @@ impl Server {
         Self { most, most_memory, ..self }
     }
 
-    /// Events are not sent from now on, so that those of one command go out with its answer.
+    /// Hold events from now on, so that those of one command are sent with its answer.
     pub fn hold_events(&mut self) {
         self.holding = true;
     }
 
-    /// Send what was held.
+    /// Send the held events.
     pub fn send_events(&mut self) {
         if std::mem::take(&mut self.holding) {
             for slot in 0..self.connections.len() {
@@ -180,14 +182,14 @@ impl Server {
         }
     }
 
-    /// Takes note of an event of the poll; whether it was this server's.
+    /// Handle an event of the poll; returns whether it was for this server.
     pub fn ready(&mut self, event: &mio::event::Event) -> bool {
         let Some(index) = event.token().0.checked_sub(self.base) else { return false };
         let Some(slot) = index.checked_sub(1) else {
             self.acceptable = true;
             return true;
         };
-        // Descriptors may have become free for one that waits.
+        // Descriptors may have become free for a waiting client.
         self.acceptable |= self.starved;
         self.with(slot, |connection| {
             if event.is_readable() || event.is_read_closed() || event.is_error() {
@@ -198,12 +200,13 @@ impl Server {
         true
     }
 
-    /// Whether [`Server::next_request`] has something to do without another event.
+    /// Whether [`Server::next_request`] has work without another event.
     pub fn has_work(&self) -> bool {
         self.acceptable || !self.queue.is_empty()
     }
 
-    /// The next request. It must be answered by [`Server::reply`], now or later. `None` ends a round.
+    /// The next request. It must be answered by [`Server::reply`], now or later. `None` ends a
+    /// round.
     pub fn next_request(&mut self) -> Option<(Request, Ticket)> {
         while self.round > 0 && self.has_work() {
             self.round -= 1;
@@ -226,7 +229,7 @@ impl Server {
         None
     }
 
-    /// Answers a request; nothing happens if the client is gone.
+    /// Answer a request; does nothing if the client is gone.
     pub fn reply(&mut self, ticket: &Ticket, result: Result<Value, Error>) {
         let line = answer(result, &ticket.id);
         if self.connection(ticket.client).is_some() {
@@ -234,7 +237,7 @@ impl Server {
         }
     }
 
-    /// Tells every client of `event`, after what they have been told so far.
+    /// Send `event` to every client, after everything sent to it so far.
     pub fn broadcast(&mut self, event: &Event) {
         #[derive(Serialize)]
         struct Message<'a> {
@@ -252,19 +255,19 @@ impl Server {
         }
     }
 
-    /// The descriptors that `client` has given names.
+    /// The descriptors that `client` has named.
     pub fn named_fds(&mut self, client: ClientId) -> Option<&mut BTreeMap<String, OwnedFd>> {
         self.connection(client).map(|connection| &mut connection.named)
     }
 
-    /// The descriptor that came with the request that `client` waits for (SCM_RIGHTS).
+    /// The descriptor that came with the current request of `client` (SCM_RIGHTS).
     pub fn take_fd(&mut self, client: ClientId) -> Option<OwnedFd> {
         self.connection(client)?.take_fd()
     }
 
-    /// Ends servers: no new clients, everything queued is delivered to those who take it within
-    /// `patience`, then everybody is disconnected. The sockets' names go when what comes back is dropped,
-    /// which may wait for a file system.
+    /// End servers: no new clients; queued output is delivered to clients that read it within
+    /// `patience`, then all are disconnected. The sockets' names are removed when the returned
+    /// values are dropped, which may wait for a file system.
     pub fn shutdown(servers: Vec<Self>, patience: Duration) -> Vec<SocketFile> {
         let deadline = Instant::now() + patience;
         let (mut files, mut waiting) = (Vec::new(), Vec::new());
@@ -299,8 +302,7 @@ impl Server {
         self.connections.get_mut(client.slot)?.as_mut().filter(|c| c.id == client)
     }
 
-    /// Does `act` to the connection in `slot`, then puts it where it belongs: in the queue, to wait,
-    /// or out.
+    /// Call `act` for the connection in `slot`, then queue it, let it wait, or drop it.
     fn with(&mut self, slot: usize, act: impl FnOnce(&mut Connection) -> Result<(), Gone>) {
         let Some(Some(connection)) = self.connections.get_mut(slot) else { return };
         match act(connection) {
@@ -336,14 +338,14 @@ impl Server {
         if connection.queued {
             self.queue.retain(|queued| *queued != slot);
         }
-        // Closing it would do as well, unless somebody had a duplicate.
+        // Closing would suffice, unless there is a duplicate of the descriptor.
         let _ = self.registry.deregister(&mut SourceFd(&connection.raw_fd()));
         self.memory = self.memory.saturating_sub(connection.counted);
         *place = None;
         self.acceptable |= self.starved;
     }
 
-    /// Lets whoever waits to be accepted wait on.
+    /// Leave waiting clients unaccepted for now.
     fn starve(&mut self, why: &dyn Display) -> bool {
         if !self.starved {
             log::warn!("QMP clients have to wait: {why}");
@@ -352,7 +354,7 @@ impl Server {
         false
     }
 
-    /// Takes one client in; whether another may be waiting.
+    /// Accept one client; returns whether another may be waiting.
     fn accept(&mut self) -> bool {
         let Some(listener) = &self.listener else { return false };
         let free = self.connections.iter().position(Option::is_none);
@@ -374,7 +376,7 @@ impl Server {
         true
     }
 
-    /// Greets the client at the other end of `fd`, from now on in `slot`.
+    /// Greet the client at the other end of `fd`, which gets `slot`.
     fn admit(&mut self, slot: usize, fd: OwnedFd) {
         self.last_serial += 1;
         let connection = Connection::new(ClientId { slot, serial: self.last_serial }, fd);

@@ -1,5 +1,5 @@
-//! All control sockets of one process, as one server: a [`Ticket`] knows which of them it belongs
-//! to.
+//! All control sockets of one process, as one server: a [`Ticket`] identifies the socket it came
+//! from.
 use std::{collections::BTreeMap, os::fd::OwnedFd, path::Path, time::Duration};
 
 use mio::{Registry, Token};
@@ -8,10 +8,10 @@ use serde_json::Value;
 use super::{BindError, Server, SocketFile, Ticket};
 use crate::{Error, Request, schema::Event};
 
-/// Each server has this many tokens; the first one's begin there.
+/// Tokens per server; the first server's begin at this number.
 const TOKENS: usize = 1 << 32;
 
-/// Where a client is found.
+/// How to reach clients.
 #[derive(Debug, Clone, Copy)]
 pub enum Socket<'a> {
     /// Clients connect here.
@@ -25,16 +25,16 @@ pub enum Socket<'a> {
 #[derive(Default)]
 pub struct Servers {
     servers: Vec<Server>,
-    /// Whose requests come next in this round.
+    /// The server whose requests come next in this round.
     turn: usize,
 }
 
 impl Servers {
-    /// A server for each of `sockets`, which share the descriptors and the memory that clients get.
-    /// Tokens from 2^32 on are theirs.
+    /// Open a server for each of `sockets`; they share the limits of descriptors and memory for
+    /// clients. They use the tokens from 2^32 on.
     ///
     /// # Errors
-    /// The first socket that cannot be had.
+    /// The first socket that cannot be opened.
     pub fn open(sockets: &[Socket<'_>], registry: &Registry) -> Result<Self, BindError> {
         let open = |(index, socket): (usize, &Socket<'_>)| {
             let base = Token((index + 1) * TOKENS);
@@ -48,14 +48,14 @@ impl Servers {
         Ok(Self { servers, turn: 0 })
     }
 
-    /// Takes note of an event of the poll; whether it was one of theirs.
+    /// Handle an event of the poll; returns whether it was for one of the servers.
     pub fn ready(&mut self, event: &mio::event::Event) -> bool {
         let index = (event.token().0 / TOKENS).checked_sub(1);
         let server = index.and_then(|index| self.servers.get_mut(index));
         server.is_some_and(|server| server.ready(event))
     }
 
-    /// Whether [`Servers::next_request`] has something to do without another event.
+    /// Whether [`Servers::next_request`] has work without another event.
     pub fn has_work(&self) -> bool {
         self.servers.iter().any(Server::has_work)
     }
@@ -73,29 +73,29 @@ impl Servers {
         None
     }
 
-    /// Answers a request; nothing happens if the client is gone.
+    /// Answer a request; does nothing if the client is gone.
     pub fn reply(&mut self, ticket: &Ticket, result: Result<Value, Error>) {
         if let Some(server) = self.of(ticket) {
             server.reply(ticket, result);
         }
     }
 
-    /// Tells every client of `event`, after what they have been told so far.
+    /// Send `event` to every client, after everything sent to it so far.
     pub fn broadcast(&mut self, event: &Event) {
         self.servers.iter_mut().for_each(|server| server.broadcast(event));
     }
 
-    /// Events are not sent from now on, so that those of one command go out with its answer.
+    /// Hold events from now on, so that those of one command are sent with its answer.
     pub fn hold_events(&mut self) {
         self.servers.iter_mut().for_each(Server::hold_events);
     }
 
-    /// Send what was held.
+    /// Send the held events.
     pub fn send_events(&mut self) {
         self.servers.iter_mut().for_each(Server::send_events);
     }
 
-    /// The descriptors that the client that holds `ticket` has given names.
+    /// The named descriptors of the client that holds `ticket`.
     pub fn named_fds(&mut self, ticket: &Ticket) -> Option<&mut BTreeMap<String, OwnedFd>> {
         self.of(ticket)?.named_fds(ticket.client())
     }
@@ -105,7 +105,7 @@ impl Servers {
         self.of(ticket)?.take_fd(ticket.client())
     }
 
-    /// Ends them, as [`Server::shutdown`].
+    /// End all servers, as [`Server::shutdown`].
     pub fn shutdown(self, patience: Duration) -> Vec<SocketFile> {
         Server::shutdown(self.servers, patience)
     }
@@ -148,7 +148,7 @@ mod tests {
                 asked.push(ticket);
             }
         }
-        // The first client of each has the same number there.
+        // The first client has the same number on each server.
         assert_eq!(asked[0].client(), asked[1].client());
         asked.sort_by_key(|ticket| ticket.server);
         for (number, ticket) in asked.iter().enumerate() {

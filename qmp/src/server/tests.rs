@@ -1,4 +1,4 @@
-//! The path of the socket. What goes over it is told in `tests/server.rs`.
+//! The path of the socket. Tests of the traffic are in `tests/server.rs`.
 use std::{
     fs,
     os::unix::{
@@ -36,7 +36,7 @@ fn the_socket_is_private_and_goes_with_the_server() {
     assert!(!path.exists());
 
     let server = bind(&path).unwrap();
-    // Somebody else's file in its place is not ours to remove.
+    // Another program's file in its place must not be removed.
     fs::remove_file(&path).unwrap();
     fs::write(&path, "precious").unwrap();
     drop(Server::shutdown(vec![server], Duration::ZERO));
@@ -56,7 +56,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     assert!(path.exists());
     drop(server);
 
-    // Also if it takes no more clients, or is of another kind.
+    // Also if its queue is full, or it is of another type.
     let full = UnixListener::bind(&path).unwrap();
     rustix::net::listen(&full, 0).unwrap();
     let _waiting = std::os::unix::net::UnixStream::connect(&path).unwrap();
@@ -105,14 +105,15 @@ fn a_path_that_cannot_be_is_refused_with_the_reason() {
     assert!(refused(&missing).contains("No such file or directory"));
     fs::write(directory.path().join("file"), "").unwrap();
     assert!(refused(&directory.path().join("file/s")).contains("Not a directory"));
-    // A directory where not even root may make files.
+    // A directory in which not even root may create files.
     let text = refused(Path::new("/proc/self/s"));
     assert!(text.contains("cannot bind control socket '/proc/self/s': "), "{text}");
 }
 
 #[test]
 fn of_many_that_start_at_once_over_a_stale_socket_one_wins() {
-    // Monitors wait for each other for so long; one that is not scheduled may take more than usual.
+    // The time limit for monitors that wait for each other; a descheduled one may need more than
+    // usual.
     let claim = |path: &Path| bind::claim_within(path, Duration::from_secs(60));
     let directory = tempfile::tempdir().unwrap();
     for round in 0..20 {
@@ -123,7 +124,7 @@ fn of_many_that_start_at_once_over_a_stale_socket_one_wins() {
             starts.into_iter().map(|start| start.join().unwrap()).collect()
         });
         assert_eq!(servers.iter().filter(|server| server.is_ok()).count(), 1);
-        // The winner is the one that is reached.
+        // Clients connect to the winner.
         std::os::unix::net::UnixStream::connect(&path).unwrap();
     }
 }

@@ -1,6 +1,6 @@
 use super::*;
 
-/// Everything that comes out of `chunks`, read one after the other.
+/// All items of `chunks`, read one after the other.
 fn cut<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<Item> {
     let mut splitter = Splitter::new();
     let mut items = Vec::new();
@@ -133,7 +133,7 @@ fn a_million_open_brackets_are_refused_at_the_65th() {
 fn a_line_of_64_mib_stays_bounded() {
     let line = vec![b'x'; 1 << 20];
     let begin = &br#"{"execute":""#[..];
-    // `cut` looks at the memory after each piece.
+    // `cut` checks the memory after each piece.
     let pieces = [begin].into_iter().chain(std::iter::repeat_n(&line[..], 64));
     let items = cut(pieces.chain([&b"\"}{}"[..]]));
     assert_eq!(
@@ -151,7 +151,7 @@ fn the_longest_message_passes() {
     assert_eq!(texts(longest.as_bytes()), [longest]);
 }
 
-/// Random bytes, heavy on structure: whatever came before, the third line from there is heard (the
+/// Random bytes, mostly structural: after any input, the third line from there is understood (the
 /// first may complete what was open, the second breaks it).
 #[test]
 fn rubbish_never_wedges_the_stream() {

@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 use crate::schema::{BlockResize, Quit, Stop};
 
-/// Counts what was done to it; refuses once it is locked.
+/// Counts the calls; refuses them once it is locked.
 #[derive(Default)]
 struct Counter {
     done: u64,

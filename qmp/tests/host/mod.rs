@@ -1,4 +1,4 @@
-//! A host of the protocol: the event loop a monitor would have, and a machine that only pretends.
+//! A host of the protocol: the event loop of a monitor, and a simulated machine.
 #![allow(dead_code, reason = "each test binary uses its part")]
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ use qmp::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Long enough for anything that is going to happen.
+/// Long enough for anything that must happen.
 pub const LONG: Duration = Duration::from_secs(20);
 
 struct Machine {
@@ -67,14 +67,14 @@ fn commands() -> Table<Machine> {
         .on_ticket((), |m: &mut Machine, command: Getfd, ticket| {
             let fd = m.server.take_fd(ticket.client());
             let fd = fd.ok_or_else(|| Error::text("No file descriptor supplied via SCM_RIGHTS"))?;
-            // Proof that it is the right one.
+            // Shows that it is the right one.
             std::fs::File::from(fd.try_clone().unwrap())
                 .write_all(command.fdname.as_bytes())
                 .unwrap();
             m.fds.insert(command.fdname, fd);
             Ok(Some(Empty {}))
         })
-        // Answered by the next system_reset, whoever sends it.
+        // Answered by the next system_reset, from any client.
         .on_ticket((), |m: &mut Machine, _: SystemPowerdown, ticket| {
             m.unanswered = Some(ticket.clone());
             Ok(None)
@@ -100,7 +100,7 @@ impl Host {
         Self::with_patience(LONG)
     }
 
-    /// One that gives its clients `patience` to take what it has to say in the end.
+    /// A host that gives its clients `patience` to read the last output.
     pub fn with_patience(patience: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp.sock");
@@ -112,7 +112,7 @@ impl Host {
         Self { path, rounds, thread: Some(thread), _directory: directory }
     }
 
-    /// Waits until the event loop stands still; one that spins never does.
+    /// Wait until the event loop is idle; one that spins never is.
     pub fn settle(&self) {
         let deadline = Instant::now() + LONG;
         let (mut quiet, mut before) = (0, 0);
@@ -129,7 +129,7 @@ impl Host {
         connect(&self.path)
     }
 
-    /// Waits for the end that a client has asked for.
+    /// Wait for the end that a client has requested.
     pub fn join(mut self) {
         self.thread.take().unwrap().join().unwrap();
         assert!(!self.path.exists(), "the socket is left over");
@@ -159,7 +159,7 @@ fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, patience: Duration)
     loop {
         let timeout = machine.server.has_work().then_some(Duration::ZERO);
         match poll.poll(&mut events, timeout) {
-            // As after a freeze of the whole machine.
+            // As after a suspend of the whole host.
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
             polled => polled.unwrap(),
         }

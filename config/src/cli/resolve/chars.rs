@@ -1,4 +1,4 @@
-//! What character devices lead to: console, serial port, control sockets.
+//! The users of character back-ends: console, serial port, control sockets.
 use std::collections::HashSet;
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::cli::draft::{Draft, Serial};
 use crate::cli::problem::Place;
 
 impl Resolver {
-    /// Where a chardev leads; it is spoken for from now on.
+    /// The back-end of a chardev, which counts as used from now on.
     pub(crate) fn chardev(&mut self, d: &Draft, place: &Place, id: &str) -> Option<CharBackend> {
         let Some(chardev) = d.chardevs.iter().find(|chardev| chardev.id == id) else {
             self.missing(place, "chardev", "chardev", id);
@@ -38,7 +38,7 @@ impl Resolver {
         }
     }
 
-    /// All control sockets, and no path twice among them and the other sockets.
+    /// All control sockets; no path may occur twice among them and the other sockets.
     pub(crate) fn control(&mut self, d: &Draft) -> Vec<Control> {
         let mut control: Vec<_> = d.control.iter().map(|(_, control)| control.clone()).collect();
         for (place, id) in &d.monitors {
@@ -76,7 +76,7 @@ impl Resolver {
         control
     }
 
-    /// One thing can have the standard streams, and nothing of a process in the background.
+    /// Only one device can use the standard streams, and none in a background process.
     pub(crate) fn check_daemon(
         &mut self,
         d: &Draft,

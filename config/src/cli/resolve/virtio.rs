@@ -1,4 +1,4 @@
-//! Disks and NICs: two halves, the image or tap and the guest's side, or one for both.
+//! Disks and NICs: the back-end (image or tap) and the front-end, or both in one.
 use std::collections::{HashMap, HashSet};
 
 use crate::Part;
@@ -31,7 +31,7 @@ impl Resolver {
                 _ => {}
             }
         }
-        // The file's disks and those of the older form first: the root disk stays the first.
+        // Disks of the file and of the older form first: the root disk stays first.
         let mut disks = vec![];
         let mut claimed = HashSet::new();
         for drive in d.drives.iter().filter(|drive| !named.contains(&drive.id)) {
@@ -93,12 +93,12 @@ impl Resolver {
 
     fn nic(&mut self, net: &Net, id: &str, front: &NetFront) -> NicConfig {
         let key = if matches!(net.tap, Tap::Name(_)) { "host_dev_name" } else { "tap_fd" };
-        // A flag says the tap in one of four ways, and is short.
+        // A flag names the tap in one of four ways, and is short.
         self.places.note(Part::Nic(id.to_owned()), net.place.key_of(key, ""));
         nic(net, id, front)
     }
 
-    /// A tap, and a descriptor, serves one NIC.
+    /// A tap, or a descriptor, serves only one NIC.
     fn check_taps(&mut self, d: &Draft) {
         let (mut names, mut fds) = (HashSet::new(), HashSet::new());
         for net in &d.nets {
@@ -141,7 +141,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
 
 fn queue_pairs(net: &Net) -> NicQueuePairs {
     match &net.tap {
-        // A wrong tap has none, and is a problem already.
+        // A wrong tap has no descriptors, and was reported already.
         Tap::Fds(fds) => NicQueuePairs::try_from(fds.len()).unwrap_or_default(),
         Tap::Name(_) => net.queues.unwrap_or_default(),
     }

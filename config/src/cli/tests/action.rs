@@ -1,4 +1,4 @@
-//! What is to happen when a guest powers off, reboots or crashes.
+//! Reactions to the guest's power-off, reboot or crash.
 use crate::actions::{
     Action::{End, Reset, Stay},
     Actions,

@@ -1,4 +1,4 @@
-//! Command lines as documents and container runtimes have them, word for word.
+//! Command lines of documents and container runtimes, verbatim.
 use crate::Aio;
 
 use super::*;

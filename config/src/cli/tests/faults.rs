@@ -1,4 +1,4 @@
-//! What is said when something is wrong.
+//! Messages for wrong input.
 use super::*;
 
 #[test]

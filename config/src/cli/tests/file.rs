@@ -13,7 +13,7 @@ fn the_documented_file_is_the_documented_command_line() {
          tsc=reliable ipv6.disable=1 root=/dev/vda -smp 1 -m 268435456 \
          -drive id=rootfs,file=/path/to/rootfs/image,direct=off,readonly=off -serial stdio \
          -api-channel unix:s");
-    // They differ in where it was said alone.
+    // They differ only in the place of the request.
     assert_ne!(by_file.places, by_flags.places);
     assert_eq!(Invocation { places: by_flags.places.clone(), ..by_file }, by_flags);
 }

@@ -1,11 +1,11 @@
-//! Whatever is typed or written: an answer, never a panic, and nothing that steers a terminal.
+//! Any input gives a result, never a panic, and no message controls a terminal.
 
 use super::*;
 use crate::cli::draft::Draft;
 use crate::cli::flags::TABLE;
 use crate::cli::{json, resolve};
 
-/// A seeded PRNG (xorshift64): the same tries in every run.
+/// A seeded PRNG (xorshift64): the same inputs in every run.
 struct Rng(u64);
 
 impl Rng {

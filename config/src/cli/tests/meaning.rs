@@ -1,4 +1,4 @@
-//! What values mean.
+//! The meaning of values.
 use crate::{Aio, BalloonConfig, DeviceConfig, Thp, Topology};
 
 use super::*;
@@ -334,7 +334,7 @@ fn a_device_that_nothing_names_needs_no_id() {
     let made = machine(line);
     assert_eq!(made.rng().unwrap().id, "rng0");
     assert_eq!(made.console().unwrap().id, "c");
-    // Whatever comes later has its own id in any case.
+    // A device of a later flag keeps its own id in any case.
     let line = format!("{line} -drive id=rng0,file=f");
     assert_eq!(machine(&line).rng().unwrap().id, "rng00");
     assert!(
@@ -358,7 +358,7 @@ fn without_server_the_monitor_connects() {
     }
 }
 
-/// As libvirt asks a monitor what it can do.
+/// libvirt queries a monitor's features this way.
 #[test]
 fn no_machine_needs_no_kernel() {
     let i = run("-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg \

@@ -1,15 +1,14 @@
-//! The guest's address map (x86_64): the one place where an address, port or interrupt number is
-//! decided.
+//! The guest's address map (x86_64): the only definition of its addresses, ports and interrupts.
 //!
 //! ```text
 //! 0x0000_0000 .. 0x0009_fc00   RAM: zero page, boot GDT, page tables, command line
-//! 0x0009_fc00 .. 0x0010_0000   RAM for the guest's eyes reserved: generation id, ACPI and MP tables
+//! 0x0009_fc00 .. 0x0010_0000   reserved in the memory map: generation id, ACPI and MP tables
 //! 0x0010_0000 .. 0xc000_0000   RAM: kernel, initrd
 //! 0xc000_0000 .. 0x1_0000_0000 hole: virtio-mmio, IOAPIC, LAPIC, TSS, identity map
 //! 0x1_0000_0000 ..             RAM above the hole
 //! ```
 
-// Where the virtio-mmio slots are: a saved configuration is checked against it.
+// The addresses of the virtio-mmio slots: a saved configuration is checked against them.
 pub use config::places::{VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP};
 
 /// First byte of the hole below 4 GiB.
@@ -27,7 +26,7 @@ pub const PVH_MODULES: u64 = 0x6040;
 pub const PVH_MEMORY_MAP: u64 = 0x6080;
 /// Linux's zero page (`struct boot_params`).
 pub const ZERO_PAGE: u64 = 0x7000;
-/// Initial stack pointer; the stack has the page below it.
+/// Initial stack pointer; the stack is the page below it.
 pub const BOOT_STACK: u64 = 0x8ff0;
 /// Boot page tables: one PML4, one PDPT, four page directories of 2 MiB pages; six pages.
 pub const BOOT_PML4: u64 = 0x9000;
@@ -35,15 +34,16 @@ pub const BOOT_PML4: u64 = 0x9000;
 pub const CMDLINE: u64 = 0x20000;
 /// Bytes for the command line, terminator included.
 pub const CMDLINE_MAX: usize = config::limits::MAX_CMDLINE + 1;
-/// Extended BIOS data area, empty: from here to the end of the first megabyte nothing is free RAM.
+/// Extended BIOS data area, empty: from here to the end of the first megabyte no RAM is free.
 pub const EBDA: u64 = 0x9fc00;
-/// The generation id's 16 bytes, in a page of its own that is reserved. Not at the page's beginning,
+/// The generation id's 16 bytes, in a reserved page of their own. Not at the page's beginning,
 /// where Linux looks for ROMs.
 pub const GENERATION_ID: u64 = 0xdf010;
-/// ACPI tables, the RSDP first; an operating system looks for it from here on (ACPI 6.5, 5.2.5.1).
+/// ACPI tables, the RSDP first; an operating system searches for it from here on (ACPI 6.5,
+/// 5.2.5.1).
 pub const BIOS_AREA: u64 = 0xe0000;
-/// MP floating pointer and table. Not in the EBDA: its 1 KiB holds 40 processors. An operating
-/// system looks here too (MultiProcessor Specification 1.4, 4.1).
+/// MP floating pointer and table. Not in the EBDA, whose 1 KiB holds 40 processors. An operating
+/// system searches here, too (MultiProcessor Specification 1.4, 4.1).
 pub const MP_TABLE: u64 = 0xf0000;
 /// End of the first megabyte.
 pub const HIGH_RAM: u64 = 0x10_0000;
@@ -65,8 +65,8 @@ pub const GED_IRQ: u32 = 9;
 pub const KEYBOARD_IRQ: u32 = 1;
 /// Interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
-/// Pins of the IOAPIC. KVM's default routing connects interrupt n to pin n, the timer's 0 too, so
-/// neither table needs an exception.
+/// Pins of the IOAPIC. KVM's default routing connects interrupt n to pin n, including the timer's
+/// 0, so neither table needs an exception.
 pub const IOAPIC_PINS: u32 = 24;
 
 /// First serial port, eight ports.

@@ -32,10 +32,10 @@ use crate::{
     machine::Shared,
 };
 
-/// Why they could not be made.
+/// Why the devices could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum LegacyError {
-    /// Two of them at one port.
+    /// Two devices at one port.
     #[error(transparent)]
     Bus(#[from] BusError),
     /// The serial port's back-end.
@@ -46,10 +46,10 @@ pub enum LegacyError {
     Io(#[from] io::Error),
 }
 
-/// All of them. Those that the monitor itself acts on keep their own type.
+/// All of them. Those that the monitor itself controls keep their own type.
 pub struct Legacy {
     all: Vec<Shared>,
-    /// With the interrupts that they raise.
+    /// The devices' interrupt lines, each with its interrupt.
     lines: Vec<(Line, u32)>,
     serial: Option<Shared>,
     keyboard: Arc<Mutex<I8042>>,
@@ -57,8 +57,8 @@ pub struct Legacy {
 }
 
 impl Legacy {
-    /// Make them and put them on the port bus. The second part is what `query-chardev` calls the
-    /// serial port's back-end.
+    /// Build them and attach them to the port bus. The second value is the name of the serial
+    /// port's back-end in `query-chardev`.
     pub(crate) fn new(
         config: &MachineConfig,
         pio: &mut BusBuilder,
@@ -94,7 +94,7 @@ impl Legacy {
 
         let keyboard = I8042::new("i8042", line(KEYBOARD_IRQ)?, sink.clone());
         let keyboard = Arc::new(Mutex::new(keyboard));
-        // Data and command; the ports between them belong to nobody here.
+        // Data and command; the ports between them are unused here.
         attach(I8042_PORT, 5, keyboard.clone())?;
         all.push(keyboard.clone());
 
@@ -114,12 +114,12 @@ impl Legacy {
         Ok((Self { all, lines, serial: port, keyboard, power }, chardev))
     }
 
-    /// Let `vm` carry their interrupts.
+    /// Connect their interrupts to `vm`.
     pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
         self.lines.iter().try_for_each(|(line, gsi)| vm.bind_line(line, *gsi))
     }
 
-    /// The end of [`Legacy::bind`].
+    /// Undo [`Legacy::bind`].
     pub(crate) fn unbind(&self, vm: &Vm) -> Result<(), KvmError> {
         self.lines.iter().try_for_each(|(line, gsi)| vm.unbind_line(line, *gsi))
     }
@@ -138,20 +138,20 @@ impl Legacy {
         self.power.lock().press_power_button();
     }
 
-    /// Tell the guest that its generation id is another one.
+    /// Notify the guest that its generation id has changed.
     pub(crate) fn generation_changed(&self) {
         self.power.lock().generation_changed();
     }
 
-    /// Type Ctrl-Alt-Del; false when the guest does not listen to its keyboard.
+    /// Type Ctrl-Alt-Del; false when the guest has not enabled its keyboard.
     pub fn send_ctrl_alt_del(&self) -> bool {
         self.keyboard.lock().send_ctrl_alt_del()
     }
 }
 
-/// The outer end of a serial port or console.
+/// The back-end side of a serial port or console.
 pub(crate) struct Outside {
-    /// Where it leads, such as `pty:/dev/pts/3`.
+    /// Its back-end, such as `pty:/dev/pts/3`.
     pub name: String,
     pub sink: CharSink,
 }

@@ -1,23 +1,22 @@
-//! How many mappings of the process guest memory takes.
+//! The number of the process's mappings that guest memory takes.
 //!
-//! Ranges that are replaced side by side become one mapping, unless the guest has touched both
-//! before what lay between them was replaced (the kernel then has an `anon_vma` for each). A guest
-//! can have that happen again and again, so now and then the kernel's own list is counted.
+//! Adjacent ranges that are replaced become one mapping, unless the guest has touched both before
+//! the range between them was replaced (the kernel then has an `anon_vma` for each). A guest can
+//! cause that repeatedly, so from time to time the mappings in the kernel's list are counted.
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use super::MAX_PIECES;
 
-/// After how many replaced ranges the list is counted.
+/// Number of replaced ranges after which the list is counted.
 const COUNT_AFTER: usize = 1024;
 
 /// The process's list of mappings.
 pub(super) struct Mappings {
-    /// Opened beforehand, as it has to be counted behind the system-call filter. A host may not
-    /// have it.
+    /// Opened in advance, as it is read under the system-call filter. `None` if the host lacks it.
     list: Option<File>,
-    /// Ranges that were replaced since it was counted last.
+    /// Ranges replaced since the last count.
     since: usize,
-    /// How many more mappings there were than pieces.
+    /// How many more mappings than pieces there were at the last count.
     excess: usize,
 }
 
@@ -26,17 +25,17 @@ impl Mappings {
         Self { list: File::open("/proc/self/maps").ok(), since: 0, excess: 0 }
     }
 
-    /// A range was replaced.
+    /// Note that a range was replaced.
     pub fn note_made(&mut self) {
         self.since += 1;
     }
 
-    /// Whether guest memory, at these addresses, may not be in `pieces` pieces. May count its
+    /// Whether `pieces` pieces are too many for guest memory at these addresses. May count its
     /// mappings.
     pub fn are_too_many(&mut self, memory: &[Range<u64>], pieces: usize) -> bool {
         if self.since >= COUNT_AFTER || (self.since > 0 && pieces + self.excess > MAX_PIECES) {
             let mappings = self.list.as_ref().and_then(|list| count(list, memory).ok());
-            // Where nothing tells, each may have become one of its own.
+            // Without a count, assume that each has become a mapping of its own.
             let worst = self.excess + self.since;
             self.excess = mappings.map_or(worst, |mappings| mappings.saturating_sub(pieces));
             self.since = 0;
@@ -45,10 +44,10 @@ impl Mappings {
     }
 }
 
-/// How many mappings without a file begin at these addresses (Linux,
+/// The number of anonymous mappings that begin at these addresses (Linux,
 /// Documentation/filesystems/proc).
 fn count(list: &File, memory: &[Range<u64>]) -> io::Result<usize> {
-    // By pread alone: an I/O thread, whose filter has neither seeks nor questions about files.
+    // Only by pread: the filter of an I/O thread allows neither seek nor stat.
     let (mut text, mut piece) = (Vec::new(), vec![0; 64 << 10]);
     loop {
         let read = list.read_at(&mut piece, text.len() as u64)?;

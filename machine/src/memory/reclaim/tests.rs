@@ -49,13 +49,13 @@ fn is_all(memory: &Memory, range: Range<u64>, value: u8) -> bool {
     bytes.iter().all(|byte| *byte == value)
 }
 
-/// What devices have written since the last time.
+/// The ranges that devices have written since the last call.
 fn dirty(memory: &Memory) -> Vec<Range<u64>> {
     let words = |r: &Region| vec![0; (r.len() / PAGE_SIZE).div_ceil(64) as usize];
     image::dirty(memory, &memory.iter().map(words).collect::<Vec<_>>()).unwrap()
 }
 
-/// Bytes of `memory` that are in memory, by the kernel's list of mappings.
+/// Bytes of `memory` that are resident, according to the kernel's list of mappings.
 fn resident(memory: &Memory) -> u64 {
     let list = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut inside, mut bytes) = (false, 0);
@@ -83,7 +83,8 @@ fn file_of(size: u64, value: u8) -> File {
     file
 }
 
-/// `memory`, all of it 7, gives 4 MiB back, which begins and ends in the middle of a page.
+/// Gives back 4 MiB of `memory`, which is filled with 7; the range begins and ends in the middle of
+/// a page.
 fn gives_back(kind: &str, memory: &Memory, config: &MemoryConfig, origin: Origin) {
     let reclaimer = Reclaimer::new(memory, config, origin);
     image::forget_dirty(memory);
@@ -94,14 +95,14 @@ fn gives_back(kind: &str, memory: &Memory, config: &MemoryConfig, origin: Origin
     assert!(is_all(memory, range.end..range.end + MIB, 7), "{kind}");
     assert_eq!(dirty(memory), std::slice::from_ref(&range), "{kind}");
     assert_eq!(reclaimer.counts(), Counts { taken: 4 * MIB, refused: 0 }, "{kind}");
-    // It is memory like any other, again and again.
+    // It is ordinary memory afterwards, also the second time.
     for _ in 0..2 {
         image::write(memory, range.start, &[9; 8192]).unwrap();
         assert_eq!(byte(memory, range.start + 8191), 9, "{kind}");
         reclaimer.discard(GuestAddress(range.start), 2 * MIB);
         assert!(is_all(memory, range.clone(), 0), "{kind}");
     }
-    // Nothing is there, and that is no mistake.
+    // There is no memory, which is not an error.
     reclaimer.discard(GuestAddress(SIZE - 100), u64::MAX);
     reclaimer.discard(GuestAddress(u64::MAX), u64::MAX);
     reclaimer.withhold(GuestAddress(SIZE), PAGE_SIZE);
@@ -137,7 +138,7 @@ fn memory_of_each_kind_reads_as_zero_afterwards_and_is_noted_as_written() {
     assert_eq!(std::fs::read(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()[5 << 20], 7);
 }
 
-/// Reserves huge pages of 2 MiB, and gives them back.
+/// Reserves huge pages of 2 MiB; releases them on drop.
 struct HugePages(u64);
 
 impl HugePages {
@@ -159,7 +160,7 @@ impl Drop for HugePages {
 
 #[test]
 fn huge_pages_are_given_back_when_all_of_one_is_withheld() {
-    // For the shared one, and for a private one of which the file takes as many.
+    // For the shared memory, and for a private one, whose file takes as many.
     let Some(_pages) = HugePages::reserve(2 * SIZE / (2 * MIB)) else {
         println!("This host gives no huge pages: not run.");
         return;
@@ -180,7 +181,7 @@ fn huge_pages_are_given_back_when_all_of_one_is_withheld() {
             reclaimer.withhold(GuestAddress(12 * MIB + page * PAGE_SIZE), PAGE_SIZE);
         }
         assert!(is_all(&memory, 12 * MIB..14 * MIB, 0));
-        // One page that is used again takes all of them, until it is withheld again.
+        // One page in use blocks its whole unit, until it is withheld again.
         reclaimer.release(GuestAddress(13 * MIB), PAGE_SIZE);
         image::write(&memory, 13 * MIB, &[9]).unwrap();
         reclaimer.withhold(GuestAddress(12 * MIB), PAGE_SIZE);
@@ -195,7 +196,7 @@ fn half_of_a_mapped_memory_withheld_page_by_page_is_given_back() {
     let file = file_of(2 * SIZE, 7);
     let config = MemoryConfig { dump: false, ..config(2 * SIZE) };
     let memory = image::map(&config, &file, &[]).unwrap();
-    // Half of it a copy of its own, the other one the file's.
+    // One half is a private copy, the other the file's.
     for at in (0..2 * SIZE).step_by(2 * MIB as usize) {
         image::write(&memory, at, &vec![8; MIB as usize]).unwrap();
         assert_eq!(byte(&memory, at + MIB), 7);
@@ -214,7 +215,7 @@ fn half_of_a_mapped_memory_withheld_page_by_page_is_given_back() {
     assert!(is_all(&memory, withheld.clone(), 0));
     assert_eq!((byte(&memory, withheld.start - 1), byte(&memory, withheld.end)), (7, 8));
 
-    // What takes its place is no part of core dumps, and comes in huge pages, as the rest of it.
+    // The replacement is excluded from core dumps and uses huge pages, as the rest does.
     let list = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let first = memory.iter().next().unwrap().as_ptr().addr() as u64;
     let mut flags = Vec::new();
@@ -239,27 +240,27 @@ fn a_page_that_is_used_again_keeps_its_unit() {
     let reclaimer = Reclaimer::new(&memory, &config(SIZE), Origin::Mapped);
     let page = |n: u64| GuestAddress(4 * MIB + n * PAGE_SIZE);
     (0..15).for_each(|n| reclaimer.withhold(page(n), PAGE_SIZE));
-    // One byte of it is enough.
+    // One byte of the page suffices.
     reclaimer.release(GuestAddress(page(3).0 + 17), 1);
     image::write(&memory, page(3).0, &[9]).unwrap();
     reclaimer.withhold(page(15), PAGE_SIZE);
     assert_eq!((byte(&memory, page(3).0), byte(&memory, page(15).0)), (9, 7));
-    // Pages that were only discarded are used again without a word.
+    // Pages that were only discarded may be used again without a release.
     (0..16).for_each(|n| reclaimer.discard(page(n), PAGE_SIZE));
     assert_eq!(byte(&memory, page(3).0), 9);
-    // The device was reset: nothing is withheld.
+    // The device was reset: no page is withheld.
     reclaimer.release_all();
     reclaimer.withhold(page(3), PAGE_SIZE);
     assert_eq!(byte(&memory, page(3).0), 9);
     (0..16).for_each(|n| reclaimer.withhold(page(n), PAGE_SIZE));
     assert!(is_all(&memory, page(0).0..page(16).0, 0));
-    // By now it is memory of which each page goes by itself.
+    // By now it is memory that is given back page by page.
     image::write(&memory, page(0).0, &[9; 16 * PAGE_SIZE as usize]).unwrap();
     reclaimer.discard(page(5), PAGE_SIZE);
     assert_eq!([4, 5, 6].map(|n| byte(&memory, page(n).0)), [9, 0, 9]);
 }
 
-/// Mappings without a file that `memory` has.
+/// Number of anonymous mappings in `memory`.
 fn anonymous_mappings(memory: &Memory) -> usize {
     let list = std::fs::read_to_string("/proc/self/maps").unwrap();
     let is_ours = |line: &&str| {
@@ -286,7 +287,7 @@ fn a_guest_cannot_use_up_the_mappings_of_the_process() {
         image::write(&memory, unit(n).0, &[9]).unwrap();
         reclaimer.discard(unit(n), MAPPED_UNIT);
     }
-    // 8,192 were wanted.
+    // 8,192 were requested.
     let taken = MAX_PIECES as u64 * MAPPED_UNIT;
     assert_eq!(reclaimer.counts().taken, taken);
     assert_eq!(reclaimer.counts().refused, taken);
@@ -295,7 +296,7 @@ fn a_guest_cannot_use_up_the_mappings_of_the_process() {
     assert!(!dirty(&memory).iter().any(|r| r.contains(&(first.0 + PAGE_SIZE))));
     assert!(anonymous_mappings(&memory) <= MAX_PIECES + 1);
 
-    // What makes no piece more is taken; touched on both sides before, it does not make one less.
+    // A range that adds no piece is taken; touched on both sides before, it does not merge them.
     for n in every_other(0) {
         image::write(&memory, unit(n).0, &[9]).unwrap();
     }
@@ -310,7 +311,7 @@ fn a_guest_cannot_use_up_the_mappings_of_the_process() {
         reclaimer.discard(unit(n), MAPPED_UNIT);
     }
     assert!(anonymous_mappings(&memory) <= most, "{}", anonymous_mappings(&memory));
-    // A reset makes one piece of all.
+    // A reset merges all pieces into one.
     clear(&memory, &config(size)).unwrap();
     reclaimer.note_cleared();
     let refused = reclaimer.counts().refused;
@@ -325,7 +326,7 @@ fn saves_have_what_was_given_back_and_not_what_the_file_has() {
     let reclaimer = Reclaimer::new(&memory, &config(SIZE), Origin::Mapped);
     image::forget_dirty(&memory);
     reclaimer.discard(GuestAddress(4 * MIB), 4 * MIB);
-    // A whole one, or a stream: what is used is copied.
+    // A full save, or a stream: the used pages are copied.
     let copy = |ranges: &[Range<u64>]| {
         let file = tempfile::tempfile().unwrap();
         file.set_len(SIZE).unwrap();
@@ -338,7 +339,7 @@ fn saves_have_what_was_given_back_and_not_what_the_file_has() {
     };
     let whole = copy(&image::used(&memory, &[]).unwrap());
     let whole = image::map(&config(SIZE), &whole, &[]).unwrap();
-    // One that builds on the base: what is noted as written lies over it.
+    // An incremental save: the dirty pages are overlaid on the base.
     let written = dirty(&memory);
     let changed = copy(&written);
     let overlays: Vec<_> = written.iter().map(|range| (range.clone(), &changed)).collect();
@@ -346,7 +347,7 @@ fn saves_have_what_was_given_back_and_not_what_the_file_has() {
     for restored in [whole, layered] {
         assert!(is_all(&restored, 4 * MIB..8 * MIB, 0));
         assert!(is_all(&restored, 8 * MIB..SIZE, 7));
-        // In the restored machine, too.
+        // Also in the restored machine.
         let reclaimer = Reclaimer::new(&restored, &config(SIZE), Origin::Mapped);
         reclaimer.discard(GuestAddress(6 * MIB), 4 * MIB);
         assert!(is_all(&restored, 4 * MIB..10 * MIB, 0));
@@ -355,15 +356,14 @@ fn saves_have_what_was_given_back_and_not_what_the_file_has() {
 }
 
 fn missing(config: &MemoryConfig, ranges: &[Range<u64>]) -> Option<(Memory, Arc<fault::Filler>)> {
-    // Where the host does not allow it, another test shows what is said.
+    // If the host does not permit it, another test checks the message.
     let (memory, filler) = fault::allocate_missing(config, ranges).ok()?;
     Some((memory, Arc::new(filler)))
 }
 
 #[test]
 fn memory_that_is_filled_when_touched_stays_zero_whether_it_was_filled_or_not() {
-    // On both sides of where the advice about huge pages changes, which makes mappings of their
-    // own.
+    // On both sides of the boundary of the huge page advice, which splits mappings.
     let ranges = [MIB..6 * MIB, 7 * MIB..12 * MIB];
     let Some((memory, filler)) = missing(&config(SIZE), &ranges) else { return };
     let origin = Origin::Missing(ranges.to_vec(), Arc::downgrade(&filler));
@@ -386,7 +386,7 @@ fn memory_that_is_filled_when_touched_stays_zero_whether_it_was_filled_or_not() 
     reclaimer.discard(GuestAddress(4 * MIB + PAGE_SIZE), PAGE_SIZE);
     let bytes = [0, 1, 2].map(|page| byte(&memory, 4 * MIB + page * PAGE_SIZE));
     assert_eq!(bytes, [7, 0, 7], "it is memory like any other");
-    // All is there.
+    // All missing memory was filled.
     drop(filler);
     reclaimer.discard(GuestAddress(4 * MIB), 6 * MIB);
     assert!(is_all(&memory, 4 * MIB..10 * MIB, 0));
@@ -403,7 +403,7 @@ fn memory_that_is_being_filled_meanwhile_stays_zero() {
         let origin = Origin::Missing(vec![whole.clone()], Arc::downgrade(&filler));
         let reclaimer = Reclaimer::new(&memory, &config(SIZE), origin);
         let filling = thread::spawn(move || {
-            // Gone when all is there.
+            // Dropped when all is filled.
             let filler = filler;
             let block = vec![7; MIB as usize / 2];
             for at in (0..SIZE).step_by(block.len()) {

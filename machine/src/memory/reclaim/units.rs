@@ -1,25 +1,25 @@
-//! Which parts of a region of memory can be taken from it, where that takes whole units: what is
-//! withheld of each unit, and which units are memory of another kind already.
+//! Which parts of a region can be given back, where that requires whole units: the number of
+//! withheld pages of each unit, and which units have already been replaced.
 use std::ops::Range;
 
 use super::super::image::PAGE_SIZE;
 
-/// What can be done for a range.
+/// What to do for a range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
-    /// These bytes are memory that can be given back as it is.
+    /// These bytes are memory that can be given back directly.
     Release(Range<u64>),
-    /// These whole units have to be replaced by memory of that kind.
+    /// These whole units have to be replaced by such memory.
     Replace(Range<u64>),
 }
 
 /// The units of one region. Offsets and lengths in bytes, from the region's start.
 pub(super) struct Units {
-    /// Bytes of a unit: a multiple of the page.
+    /// Bytes of a unit: a multiple of the page size.
     unit: u64,
     /// Bytes of the region.
     size: u64,
-    /// Whole units can be given back without replacing them.
+    /// Whole units can be given back without being replaced.
     whole: bool,
     replaced: Bits,
     withheld: Bits,
@@ -29,8 +29,8 @@ pub(super) struct Units {
 }
 
 impl Units {
-    /// Of a region of `size` bytes. With `whole` its units are given back as they are; else they
-    /// are replaced first, each of them once, and any page can be given back after that.
+    /// The units of a region of `size` bytes. With `whole`, units are given back directly;
+    /// otherwise each is replaced once, after which any page can be given back.
     pub fn new(size: u64, unit: u64, whole: bool) -> Self {
         let count = usize::try_from(size.div_ceil(unit)).unwrap_or(usize::MAX);
         Self {
@@ -44,12 +44,12 @@ impl Units {
         }
     }
 
-    /// Ranges of units that are replaced, with something between any two of them.
+    /// Number of contiguous runs of replaced units.
     pub fn pieces(&self) -> usize {
         self.pieces
     }
 
-    /// Note that the pages in `range` are withheld, or that they are not any more.
+    /// Note whether the pages in `range` are withheld.
     pub fn withhold(&mut self, range: &Range<u64>, on: bool) {
         for page in range.start / PAGE_SIZE..range.end.min(self.size) / PAGE_SIZE {
             let index = usize::try_from(page * PAGE_SIZE / self.unit).ok();
@@ -60,15 +60,15 @@ impl Units {
         }
     }
 
-    /// No page is withheld any more.
+    /// Note that no page is withheld any more.
     pub fn release_all(&mut self) {
         self.withheld = Bits::new(self.size.div_ceil(PAGE_SIZE));
-        // New ones, which take no memory, whatever the region's size.
+        // A new vector takes no memory until it is touched, whatever the region's size.
         self.counts = vec![0; self.counts.len()];
     }
 
-    /// What can be done for `range`, which consists of whole pages: for units that are all in it,
-    /// and for those of which all that is not in it is withheld. Ascending.
+    /// What to do for `range`, which consists of whole pages: for units that are all in it, and for
+    /// units whose pages outside of it are all withheld. Ascending.
     pub fn steps(&self, range: &Range<u64>) -> Vec<Step> {
         let mut steps = Vec::new();
         let end = range.end.min(self.size);
@@ -95,7 +95,7 @@ impl Units {
         count.is_some_and(|count| u64::from(*count) * PAGE_SIZE == unit.end - unit.start)
     }
 
-    /// How many pieces there would be if `range`, of [`Step::Replace`], were replaced.
+    /// How many pieces there would be if `range`, of a [`Step::Replace`], were replaced.
     pub fn pieces_with(&self, range: &Range<u64>) -> usize {
         let before = (range.start / self.unit).checked_sub(1);
         let neighbours = [before, Some(range.end.div_ceil(self.unit))];
@@ -103,7 +103,7 @@ impl Units {
         (self.pieces + 1).saturating_sub(joined.count())
     }
 
-    /// `range`, of [`Step::Replace`], is replaced.
+    /// Note that `range`, of a [`Step::Replace`], was replaced.
     pub fn note_replaced(&mut self, range: &Range<u64>) {
         self.pieces = self.pieces_with(range);
         for unit in range.start / self.unit..range.end.div_ceil(self.unit) {
@@ -112,7 +112,7 @@ impl Units {
     }
 }
 
-/// Add a step, to the last one if it continues that.
+/// Append a step, merged with the last one if they are adjacent.
 fn push(steps: &mut Vec<Step>, step: Step) {
     match (steps.last_mut(), &step) {
         (Some(Step::Release(last)), Step::Release(next))
@@ -125,7 +125,7 @@ fn push(steps: &mut Vec<Step>, step: Step) {
     }
 }
 
-/// Bits that take memory where some have been set.
+/// A bitmap that takes memory only where bits have been set.
 struct Bits(Vec<u64>);
 
 impl Bits {
@@ -138,7 +138,7 @@ impl Bits {
         word.is_some_and(|word| word & (1 << (bit % 64)) != 0)
     }
 
-    /// Whether that was a change.
+    /// Sets `bit`; returns whether that was a change.
     fn set(&mut self, bit: u64, on: bool) -> bool {
         let word = usize::try_from(bit / 64).ok().and_then(|word| self.0.get_mut(word));
         let Some(word) = word else { return false };

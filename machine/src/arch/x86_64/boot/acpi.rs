@@ -1,7 +1,8 @@
 //! ACPI tables of a hardware-reduced platform (ACPI 6.5, 4.1): RSDP, XSDT, FADT, MADT, DSDT.
 //!
-//! No ACPI hardware but four byte-wide ports ([`layout::ACPI_POWER_PORT`]): sleep control, sleep
-//! status, reset and event status. Events come by a generic event device that reads the last one.
+//! The only ACPI hardware is four byte-wide ports ([`layout::ACPI_POWER_PORT`]): sleep control,
+//! sleep status, reset and event status. Events arrive through a generic event device that reads
+//! the last one.
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     And, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
@@ -28,7 +29,7 @@ const OEM_REVISION: u32 = 1;
 const HEADER_SIZE: u32 = 36;
 
 /// FADT boot architecture flags (ACPI 6.5, 5.2.9.3): devices on ISA, 8042, no VGA, no MSI before
-/// there is PCI, no ASPM. "CMOS RTC not present" is not among them: there is one.
+/// there is PCI, no ASPM. "CMOS RTC not present" is not set, as there is one.
 const BOOT_ARCHITECTURE: u16 = 1 | 1 << 1 | 1 << 2;
 /// Event status bits.
 const POWER_BUTTON: u8 = 1;
@@ -36,7 +37,7 @@ const GENERATION: u8 = 2;
 /// Notification values: power button pressed; generation id changed.
 const NOTIFY: u8 = 0x80;
 
-/// Why there are no ACPI tables.
+/// Why the ACPI tables could not be written.
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// More devices than the reserved area has room for.
@@ -47,12 +48,12 @@ pub enum AcpiError {
         /// Bytes of the reserved area.
         max: u64,
     },
-    /// The first megabyte is not there.
+    /// There is no memory in the first megabyte.
     #[error("they cannot be written at {:#x}", layout::BIOS_AREA)]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-/// Writes the tables; the RSDP, which is first, is found by its address or by searching.
+/// Write the tables; the RSDP, which comes first, is found by its address or by searching.
 ///
 /// # Errors
 /// When they do not fit into the reserved area.
@@ -79,13 +80,13 @@ pub(super) fn write(memory: &Memory, platform: &Platform) -> Result<GuestAddress
     Ok(GuestAddress(layout::BIOS_AREA))
 }
 
-/// Tables one after the other.
+/// Tables, one after another.
 struct Blob {
     bytes: Vec<u8>,
 }
 
 impl Blob {
-    /// Adds a table and says where the guest sees it.
+    /// Append a table; returns its address for the guest.
     fn push(&mut self, table: &dyn Aml) -> u64 {
         self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
         let address = layout::BIOS_AREA + self.bytes.len() as u64;
@@ -106,7 +107,7 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
-        // Set means: not fixed hardware.
+        // If set: not fixed hardware.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
@@ -120,8 +121,8 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-/// MADT (ACPI 6.5, 5.2.12). ISA interrupts are where KVM has them, on the pin of the same number, so
-/// there are no overrides.
+/// MADT (ACPI 6.5, 5.2.12). KVM connects each ISA interrupt to the pin of the same number, so there
+/// are no overrides.
 fn madt(apic_ids: &[u8]) -> impl Aml {
     /// There is a dual 8259.
     const PCAT_COMPAT: u32 = 1;
@@ -131,7 +132,7 @@ fn madt(apic_ids: &[u8]) -> impl Aml {
         ProcessorLocalApic::new(uid, *id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
     }
     IoApic::new(super::ioapic_id(apic_ids), low32(layout::IOAPIC), 0).to_aml_bytes(&mut body);
-    // Local APIC NMI: type 4, length 6, all processors, flags as the bus has them, LINT1.
+    // Local APIC NMI: type 4, length 6, all processors, flags as on the bus, LINT1.
     body.extend([4, 6, 0xff, 0, 0, 1]);
     let mut madt = Sdt::new(*b"APIC", HEADER_SIZE, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     madt.append_slice(&body);
@@ -153,7 +154,7 @@ fn dsdt(platform: &Platform) -> impl Aml {
     dsdt
 }
 
-/// An edge-triggered, active-high interrupt of its own.
+/// An exclusive edge-triggered, active-high interrupt.
 fn edge(irq: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, irq)
 }
@@ -207,8 +208,8 @@ fn legacy(platform: &Platform, out: &mut Vec<u8>) {
     device("PEVT", &"QEMU0001", vec![&ports(layout::PVPANIC_PORT, 1)]);
 }
 
-/// The power button, the generation id, and the generic event device (ACPI 6.5, 5.6.9) that tells
-/// of them.
+/// The power button, the generation id, and the generic event device (ACPI 6.5, 5.6.9) that reports
+/// their events.
 fn events(platform: &Platform, out: &mut Vec<u8>) {
     Device::new(Path::new("PWRB"), vec![&Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C"))])
         .to_aml_bytes(out);
@@ -240,7 +241,7 @@ fn events(platform: &Platform, out: &mut Vec<u8>) {
         FieldUpdateRule::WriteAsZeroes,
         vec![FieldEntry::Named(*b"ESTS", 8)],
     );
-    // Reading takes the events away, so once.
+    // Reading clears the events, so read once.
     let read = Store::new(&Local(0), &status);
     let (button, generation) = (Path::new("PWRB"), Path::new("VGEN"));
     let notify_button = Notify::new(&button, &NOTIFY);

@@ -14,10 +14,10 @@ use crate::boot::source::Source;
 const HEADER: usize = 0x1f1;
 /// Offset of its magic.
 const MAGIC: usize = 0x202;
-/// Offset of the byte that says how far beyond `MAGIC` the header goes.
+/// Offset of the byte that gives the header's end, relative to `MAGIC`.
 const JUMP: usize = 0x201;
 const SECTOR: u64 = 512;
-/// Sectors of real-mode code when the field says 0.
+/// Sectors of real-mode code when the field is 0.
 const SETUP_SECTORS: u8 = 4;
 /// First version with `xloadflags`: 2.12.
 const VERSION_64: u16 = 0x020c;
@@ -30,7 +30,7 @@ const ENTRY_64: u64 = 0x200;
 /// Why a bzImage cannot be booted.
 #[derive(Debug, Error)]
 pub enum BzImageError {
-    /// The file ends before something that its header says it has.
+    /// The file ends before a part that its header describes.
     #[error("it is a truncated bzImage: {what} ends at byte {end}, the file at {len}")]
     Truncated {
         /// What is missing.
@@ -50,7 +50,7 @@ pub enum BzImageError {
         /// Its boot protocol.
         version: u16,
     },
-    /// The kind before bzImage.
+    /// A zImage, the predecessor of bzImage.
     #[error("it is a zImage, which loads below 1 MiB; make a bzImage")]
     LoadedLow,
     /// The payload is not where the header says.
@@ -86,14 +86,14 @@ pub(super) fn load(
     let sectors = if header.setup_sects == 0 { SETUP_SECTORS } else { header.setup_sects };
     let setup = (u64::from(sectors) + 1) * SECTOR;
     let size = code_size(file, &header, setup)?;
-    // Where the kernel unpacks to, too: loading it elsewhere would not need less memory.
+    // The kernel also unpacks to this address: loading it elsewhere would not need less memory.
     let start = header.pref_address;
     let end =
         ram.check("its init_size at pref_address", start, size.max(u64::from(header.init_size)))?;
     file.load(memory, setup, size, start)?;
     let limit = usize::try_from(header.cmdline_size).unwrap_or(usize::MAX);
     let mut header = header;
-    // The 64-bit entry does not use it; the field says where the code is all the same.
+    // The 64-bit entry does not use it; set it to the code's address anyway.
     header.code32_start = u32::try_from(start).unwrap_or(0);
     header.setup_data = 0;
     Ok(Loaded {
@@ -108,7 +108,7 @@ pub(super) fn load(
     })
 }
 
-/// The header, as long as this kernel's version of the protocol has it.
+/// The header, with the length of this kernel's protocol version.
 fn read_header(file: &Source<'_>, head: &[u8]) -> Result<setup_header, BzImageError> {
     let jump = head.get(JUMP).copied().unwrap_or(0);
     let end = MAGIC + usize::from(jump);
@@ -125,14 +125,14 @@ fn read_header(file: &Source<'_>, head: &[u8]) -> Result<setup_header, BzImageEr
     Ok(header)
 }
 
-/// Bytes of protected-mode code, which begins at byte `setup` of the file. What a signer has added
-/// behind it is not loaded.
+/// Bytes of protected-mode code, which begins at byte `setup` of the file. A signature appended to
+/// it is not loaded.
 fn code_size(file: &Source<'_>, header: &setup_header, setup: u64) -> Result<u64, BzImageError> {
     let promised = u64::from(header.syssize) * 16;
     let truncated = |what, end| BzImageError::Truncated { what, end, len: file.len };
     let there = file.len.checked_sub(setup);
     let there = there.ok_or_else(|| truncated("the real-mode code", setup))?;
-    // `syssize` counts paragraphs of 16 bytes: the last one may be cut.
+    // `syssize` counts paragraphs of 16 bytes: the last one may be incomplete.
     let size = promised.min(there);
     if promised - size > 15 || size <= ENTRY_64 {
         let end = setup + promised.max(ENTRY_64 + 1);

@@ -1,16 +1,16 @@
-//! The kernel command line, and by which way the guest is told of its virtio-mmio devices.
+//! The kernel command line, and how the guest learns of its virtio-mmio devices.
 //!
-//! A device is told of in the ACPI tables or on the command line, never both: the second driver
-//! instance would find the registers taken. The rule, in [`tell`]:
+//! A device is described in the ACPI tables or on the command line, never both: the second driver
+//! instance would find the registers in use. The rule, in [`tell`]:
 //!
 //! 1. `acpi=off` on the command line: no ACPI tables, every device on the command line.
 //! 2. A kernel that can be searched (ELF, flat) has no code that looks for ACPI tables but knows
 //!    `virtio_mmio.device=`, and the command line does not say `acpi=force`: the same.
 //! 3. Otherwise: ACPI tables with every device.
 //!
-//! A device for which the command line has `virtio_mmio.device=` already is left to that.
+//! A device for which the command line already has `virtio_mmio.device=` is not added.
 //!
-//! The MP table is always there: Linux looks at it only when there is no ACPI.
+//! The MP table is always present: Linux reads it only if there is no ACPI.
 use std::ops::Range;
 
 use config::{
@@ -28,7 +28,7 @@ const PARAMETER: &str = "virtio_mmio.device=";
 /// Separates the kernel's parameters from those of init.
 const END: &str = "--";
 
-/// What a kernel image in memory shows of the kernel's abilities.
+/// The kernel's abilities, as found in its image in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct KernelWords {
     /// It looks for ACPI tables.
@@ -37,7 +37,7 @@ pub(super) struct KernelWords {
     virtio_mmio: bool,
 }
 
-/// Searches an uncompressed kernel. `None` when there is nothing to search.
+/// Search an uncompressed kernel. `None` when there is nothing to search.
 pub(super) fn kernel_words(memory: &Memory, image: &[Range<u64>]) -> Option<KernelWords> {
     if image.is_empty() {
         return None;
@@ -61,14 +61,14 @@ fn contains(memory: &Memory, image: &[Range<u64>], word: &[u8]) -> bool {
             if finder.find(part).is_some() {
                 return true;
             }
-            // A word may lie across two parts.
+            // A word may cross two parts.
             at += if at + len as u64 == range.end { len } else { len + 1 - word.len() } as u64;
         }
         false
     })
 }
 
-/// How the guest is told of its devices.
+/// How the guest learns of its devices.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Told<'a> {
     pub(super) cmdline: Composed<'a>,
@@ -76,14 +76,14 @@ pub(super) struct Told<'a> {
     pub(super) acpi: Option<Vec<VirtioSlot>>,
 }
 
-/// The user's command line and what is added to it.
+/// The user's command line and additions to it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Composed<'a> {
     user: &'a str,
     added: String,
 }
 
-/// Decides how the guest is told of its devices; the rule is at the top of this module.
+/// Decide how the guest learns of its devices; the rule is at the top of this module.
 pub(super) fn tell<'a>(
     user: &'a str,
     slots: &[VirtioSlot],
@@ -106,7 +106,7 @@ pub(super) fn tell<'a>(
     Told { cmdline: Composed { user, added }, acpi: acpi.then_some(slots) }
 }
 
-/// A number as Linux reads one: decimal, 0x for hexadecimal, 0 for octal.
+/// Parse a number as Linux does: decimal, 0x for hexadecimal, 0 for octal.
 fn number(text: &str) -> Option<u64> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(digits) => u64::from_str_radix(digits, 16).ok(),
@@ -124,8 +124,8 @@ fn cmdline_devices(slots: &[VirtioSlot]) -> String {
         .collect()
 }
 
-/// The command line for a kernel that takes `max` bytes of it. What is added goes before the
-/// parameters of init.
+/// The command line for a kernel that accepts `max` bytes of it. Additions go before the parameters
+/// of init.
 pub(super) fn check(line: Composed, max: usize) -> Result<String, CmdlineError> {
     let Composed { user, added } = line;
     cmdline::check(user, added.len(), max)?;
@@ -149,7 +149,7 @@ fn init_parameters(line: &str) -> usize {
     line.len()
 }
 
-/// Puts the command line and its terminator into guest memory.
+/// Write the command line and its terminator to guest memory.
 pub(super) fn write(memory: &Memory, line: &str) -> Result<(), BootError> {
     let mut bytes = line.as_bytes().to_vec();
     bytes.push(0);

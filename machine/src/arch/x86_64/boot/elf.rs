@@ -1,7 +1,6 @@
-//! ELF kernels: `vmlinux`, and whatever else has a PVH note or a 64-bit entry.
+//! ELF kernels: `vmlinux`, and any other file with a PVH note or a 64-bit entry.
 //!
-//! Everything in the file is taken for a lie until checked; segments are read straight into guest
-//! memory.
+//! Nothing in the file is trusted until checked; segments are read straight into guest memory.
 use std::ops::Range;
 
 use devices::Memory;
@@ -14,9 +13,9 @@ use crate::boot::ram::Ram;
 use crate::boot::source::Source;
 
 const MAGIC: &[u8] = b"\x7fELF";
-/// Program headers that are read; a kernel has about five.
+/// Most program headers that are read; a kernel has about five.
 const PROGRAM_HEADERS_MAX: u16 = 128;
-/// Bytes of a note segment that are read; a kernel's has some hundred.
+/// Most bytes of a note segment that are read; a kernel's has some hundred.
 const NOTES_MAX: u64 = 64 << 10;
 
 const PT_LOAD: u32 = 1;
@@ -30,7 +29,7 @@ const XEN_GUEST_OS: u32 = 6;
 /// Why an ELF file cannot be booted.
 #[derive(Debug, Error)]
 pub enum ElfError {
-    /// The file ends before something that it says it has.
+    /// The file ends before a part that its headers describe.
     #[error("it is a truncated ELF file: {what} ends at byte {end}, the file at {len}")]
     Truncated {
         /// What is missing.
@@ -40,19 +39,19 @@ pub enum ElfError {
         /// Bytes of the file.
         len: u64,
     },
-    /// A field has a value that cannot be.
+    /// A field has an impossible value.
     #[error("it is a damaged ELF file: {0}")]
     Damaged(String),
-    /// Two segments want the same memory.
+    /// Two segments overlap in memory.
     #[error("it is a damaged ELF file: segments overlap at {at:#x}")]
     Overlap {
-        /// First address that both have.
+        /// First address of the overlap.
         at: u64,
     },
     /// A well-formed file for another purpose.
     #[error("it is {0}, not an x86-64 kernel")]
     Other(String),
-    /// 32-bit code without the one entry that starts it.
+    /// 32-bit code without a PVH entry, the only one that can start it.
     #[error(
         "it is a 32-bit ELF file without a PVH entry (Xen's PHYS32_ENTRY note), not an x86-64 kernel"
     )]
@@ -76,7 +75,7 @@ impl Segment {
     }
 }
 
-/// What the notes say.
+/// The contents of the notes.
 #[derive(Default)]
 struct Notes {
     linux: bool,
@@ -138,7 +137,7 @@ pub(super) fn load(
     })
 }
 
-/// Whether the file is 64-bit; an error where it is not for this processor or not executable.
+/// Whether the file is 64-bit; an error if it is for another processor or not executable.
 fn check_identity(file: &Source<'_>, head: &[u8]) -> Result<bool, ElfError> {
     let truncated =
         || ElfError::Truncated { what: "the ELF header".into(), end: 64, len: file.len };
@@ -228,7 +227,7 @@ fn check_end(file: &Source<'_>, what: &str, offset: u64, len: u64) -> Result<(),
     Ok(())
 }
 
-/// Sorts the segments and says from where to where they reach.
+/// Sort the segments and return the range that they cover.
 fn check_segments(
     ram: &Ram,
     file: &Source<'_>,
@@ -255,7 +254,8 @@ fn check_segments(
     range.ok_or_else(|| ElfError::Damaged("it has no segments to load".into()).into())
 }
 
-/// The entry point as a physical address. Linux gives that; others may give the virtual one.
+/// The entry point as a physical address. Linux gives the physical one; others may give the virtual
+/// one.
 fn physical(segments: &[Segment], entry: u64) -> Option<u64> {
     if segments.iter().any(|s| (s.phys..s.end()).contains(&entry)) {
         return Some(entry);
@@ -266,8 +266,8 @@ fn physical(segments: &[Segment], entry: u64) -> Option<u64> {
     })
 }
 
-/// Walks the notes of a segment (System V ABI, "Note Section"). Each step moves forward by at least
-/// the twelve bytes of a note's header, so lies cost an error and never the loop's end.
+/// Walk the notes of a segment (System V ABI, "Note Section"). Each step moves forward by at least
+/// the twelve bytes of a note's header, so the loop always ends; invalid lengths cause an error.
 fn read_notes(file: &Source<'_>, segment: &Segment, notes: &mut Notes) -> Result<(), KernelError> {
     if segment.file_size > NOTES_MAX {
         let what = format!(

@@ -1,7 +1,7 @@
-//! Flat images (`objcopy -O binary vmlinux vmlinux.bin`), and what is no kernel at all.
+//! Flat images (`objcopy -O binary vmlinux vmlinux.bin`), and files that are not kernels.
 //!
-//! A flat image has no mark of its own, so everything that has one is named and refused, and the
-//! rest is taken for code.
+//! A flat image has no signature, so every file with a known signature is named and refused, and
+//! the rest is assumed to be code.
 use devices::Memory;
 
 use super::{KernelError, Loaded, Protocol, linux};
@@ -9,17 +9,18 @@ use crate::arch::layout;
 use crate::boot::ram::Ram;
 use crate::boot::source::Source;
 
-/// Shorter than any code that does something.
+/// Shorter than any useful code.
 const MIN: u64 = 8;
 
-/// How a kernel of Linux 6.2 or newer with `CONFIG_PVH` may begin: `pvh_start_xen`, which the linker
-/// puts before `startup_64` there. `cld`, then loading the boot GDT or saving the word at `ebx`.
+/// First bytes of a kernel of Linux 6.2 or newer with `CONFIG_PVH`: `pvh_start_xen`, which the
+/// linker puts before `startup_64` there. `cld`, then loading the boot GDT or saving the word at
+/// `ebx`.
 const PVH_BEGINNINGS: [&[u8]; 2] = [b"\xfc\x0f\x01\x15", b"\xfc\x8b\x03\x8d\x63\x04\xe8"];
 
 const UNPACK: &str = "; unpack it first";
 const NOTHING: &str = "";
 
-/// What begins so, or has these bytes at this offset.
+/// Signatures: offset and bytes.
 const MARKS: &[(usize, &[u8], &str, &str)] = &[
     (0x38, b"ARM\x64", "an aarch64 kernel Image", NOTHING),
     (0x38, b"RSC\x05", "a RISC-V kernel Image", NOTHING),
@@ -73,7 +74,7 @@ pub(super) fn load(
     })
 }
 
-/// What the file is, if it is recognizably not a flat image.
+/// The file's type, if it is recognizably not a flat image.
 fn other(len: u64, head: &[u8]) -> Option<(String, &'static str)> {
     if len == 0 {
         return Some(("an empty file".into(), NOTHING));
@@ -81,7 +82,8 @@ fn other(len: u64, head: &[u8]) -> Option<(String, &'static str)> {
     if len < MIN {
         return Some((format!("a file of {len} byte{}", if len == 1 { "" } else { "s" }), NOTHING));
     }
-    // Two bytes far from the beginning may be chance in code, but code does not begin with zeros.
+    // Two bytes far from the beginning may occur in code by chance, but code does not begin with
+    // zeros.
     let mark = MARKS.iter().find(|(offset, mark, ..)| {
         head.get(*offset..).is_some_and(|rest| rest.starts_with(mark))
             && (*offset == 0 || mark.len() > 2 || begins_with_zeros(head))
@@ -102,7 +104,7 @@ fn begins_with_zeros(head: &[u8]) -> bool {
     head.iter().take(16).all(|byte| *byte == 0)
 }
 
-/// UTF-8 without control characters; the last character may be cut.
+/// UTF-8 without control characters; the last character may be incomplete.
 fn is_text(head: &[u8]) -> bool {
     let text = match std::str::from_utf8(head) {
         Ok(text) => Some(text),

@@ -14,14 +14,14 @@ const BOOT_FLAG: u16 = 0xaa55;
 pub(super) const MAGIC: u32 = 0x5372_6448;
 /// Newest version of the boot protocol that this module was written for: 2.15.
 const VERSION: u16 = 0x020f;
-/// Type of a loader without a number of its own.
+/// Type of a loader without an assigned number.
 const UNDEFINED_LOADER: u8 = 0xff;
 /// "Normal" text mode.
 const VIDEO_NORMAL: u16 = 0xffff;
 
-/// Longest command line of a kernel that does not say (`COMMAND_LINE_SIZE` without terminator).
+/// Longest command line if the kernel does not give one (`COMMAND_LINE_SIZE` without terminator).
 pub(super) const CMDLINE_MAX: usize = 2047;
-/// Last byte of an initrd for a kernel that does not say.
+/// Last byte of an initrd if the kernel does not give a limit.
 pub(super) const INITRD_MAX: u64 = 0x7fff_ffff;
 
 pub(super) fn write(
@@ -44,7 +44,7 @@ pub(super) fn write(
     }
     params.hdr.type_of_loader = UNDEFINED_LOADER;
     params.hdr.vid_mode = VIDEO_NORMAL;
-    // Addresses below 4 GiB: the layout's, and below the initrd's limit of 32 bits.
+    // Addresses below 4 GiB: the layout's, and below the initrd's 32-bit limit.
     params.hdr.cmd_line_ptr = low32(layout::CMDLINE);
     if let Some(initrd) = initrd {
         params.hdr.ramdisk_image = low32(initrd.address);

@@ -1,4 +1,4 @@
-//! Boot: puts a kernel and what it wants to find into guest memory, and says where to enter it.
+//! Boot: loads a kernel and its boot data into guest memory, and determines its entry point.
 //!
 //! | kernel file | entered by |
 //! |---|---|
@@ -8,8 +8,8 @@
 //! | bzImage | 64-bit Linux boot protocol |
 //! | flat `vmlinux.bin` | 64-bit Linux boot protocol, or PVH where its first instructions are that |
 //!
-//! Linux has both entries; the 64-bit one is preferred because it spares the guest its 32-bit
-//! start-up code, and because every kernel has it, whatever its `CONFIG_PVH`.
+//! Linux has both entries; the 64-bit one is preferred because it skips the guest's 32-bit start-up
+//! code, and because every kernel has it, whatever its `CONFIG_PVH`.
 //!
 //! References: Linux `Documentation/arch/x86/boot.rst` ("the boot protocol" in this module), Xen
 //! `docs/misc/pvh.pandoc` with `arch-x86/hvm/start_info.h` ("PVH").
@@ -38,7 +38,7 @@ pub use registers::{Registers, Segment};
 
 use crate::boot::{InitrdError, SourceError, initrd, ram::Ram, source::Source};
 
-/// The hardware to tell the guest of.
+/// The hardware to describe to the guest.
 #[derive(Debug, Clone, Copy)]
 pub struct Platform<'a> {
     /// APIC ids of the vCPUs, the boot vCPU's first. At most 254, none above 254.
@@ -47,7 +47,7 @@ pub struct Platform<'a> {
     pub slots: &'a [VirtioSlot],
     /// Whether there is a first serial port.
     pub serial: bool,
-    /// Where the 16 bytes of the generation id lie, if there are any.
+    /// Address of the 16 bytes of the generation id, if there is one.
     pub vmgenid: Option<GuestAddress>,
 }
 
@@ -70,7 +70,7 @@ pub enum Protocol {
 pub struct Entry {
     /// How the kernel is entered.
     pub protocol: Protocol,
-    /// What the boot vCPU starts with.
+    /// Initial registers of the boot vCPU.
     pub registers: Registers,
     /// The command line as the guest sees it.
     pub cmdline: String,
@@ -86,7 +86,7 @@ pub enum BootError {
     Kernel {
         /// The file.
         path: PathBuf,
-        /// What is the matter with it.
+        /// Why it cannot be booted.
         source: KernelError,
     },
     /// The initrd file.
@@ -94,7 +94,7 @@ pub enum BootError {
     Initrd {
         /// The file.
         path: PathBuf,
-        /// What is the matter with it.
+        /// Why it cannot be loaded.
         source: InitrdError,
     },
     /// The kernel command line.
@@ -108,9 +108,9 @@ pub enum BootError {
         "cannot write the boot tables at {address:#x}: guest RAM must begin at 0 and hold at least 16 MiB"
     )]
     Tables {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What guest memory said.
+        /// The error of guest memory.
         source: vm_memory::GuestMemoryError,
     },
 }
@@ -121,7 +121,7 @@ pub enum KernelError {
     /// The file cannot be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// Something else than a kernel.
+    /// Not a kernel.
     #[error(
         "it is {what}; a kernel is an x86-64 ELF vmlinux, a bzImage or a flat vmlinux.bin{hint}"
     )]
@@ -131,13 +131,13 @@ pub enum KernelError {
         /// What to do about it; may be empty.
         hint: &'static str,
     },
-    /// An ELF file that lies or asks for the impossible.
+    /// An ELF file that is inconsistent or cannot be loaded.
     #[error(transparent)]
     Elf(#[from] ElfError),
-    /// A bzImage that lies or is too old.
+    /// A bzImage that is inconsistent or too old.
     #[error(transparent)]
     BzImage(#[from] BzImageError),
-    /// A part of the kernel lies where there is no RAM for it.
+    /// A part of the kernel lies outside of the RAM for it.
     #[error(
         "{part} wants {start:#x} to {end:#x}, and the RAM for kernels is {:#x} to {:#x}: {hint}",
         ram.start,
@@ -150,21 +150,21 @@ pub enum KernelError {
         start: u64,
         /// The byte after it.
         end: u64,
-        /// What there is.
+        /// The RAM for kernels.
         ram: std::ops::Range<u64>,
         /// What to do about it.
         hint: &'static str,
     },
 }
 
-/// A kernel in guest memory, not yet told anything.
+/// A kernel in guest memory, without its boot data yet.
 pub(crate) struct Loaded {
     protocol: Protocol,
     entry: u64,
-    /// Everything the kernel occupies before it has looked at the memory map.
+    /// Everything that the kernel occupies before it reads the memory map.
     pub(crate) start: u64,
     pub(crate) end: u64,
-    /// Longest command line it takes, terminator excluded.
+    /// Longest command line that it accepts, without the terminator.
     cmdline_max: usize,
     /// Last byte an initrd may have.
     pub(crate) initrd_max: u64,
@@ -174,14 +174,14 @@ pub(crate) struct Loaded {
     image: Vec<std::ops::Range<u64>>,
 }
 
-/// Loads kernel, initrd, command line, ACPI or MP tables and boot parameters into `memory`.
+/// Load kernel, initrd, command line, ACPI or MP tables and boot parameters into `memory`.
 ///
-/// `memory` must be zero, as it is when it is new; before a reset, drop its pages (`madvise`,
-/// `fallocate`). What a kernel expects to be zero is not written: that would only touch pages.
+/// `memory` must be zero, as it is when new; before a reset, drop its pages (`madvise`,
+/// `fallocate`). Zeros that a kernel expects are not written: that would only touch pages.
 ///
 /// # Errors
-/// When a file cannot be read, is not what it should be or does not fit. Memory may be partly
-/// written then.
+/// When a file cannot be read, has the wrong format or does not fit. Memory may then be partly
+/// written.
 pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<Entry, BootError> {
     load_counting(memory, boot, platform, &AtomicU64::new(0))
 }
@@ -229,8 +229,8 @@ pub(crate) fn load_counting(
     Ok(Entry { protocol: loaded.protocol, registers, cmdline, acpi: rsdp.is_some() })
 }
 
-/// All that is wrong with the files of `boot` and its command line, by loading them into `memory`,
-/// which no guest will ever see.
+/// All errors of the files of `boot` and its command line, found by loading them into `memory`,
+/// which no guest uses.
 pub(crate) fn preflight(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
     let ram = Ram::of(memory);
     let count = AtomicU64::new(0);

@@ -14,7 +14,7 @@ const IOAPIC_VERSION: u8 = 0x11;
 /// Processor flags.
 const ENABLED: u8 = 1;
 const BOOT: u8 = 2;
-/// Family 6, model 0, stepping 0; FPU and on-chip APIC. Systems ask CPUID instead.
+/// Family 6, model 0, stepping 0; FPU and on-chip APIC. Operating systems use CPUID instead.
 const SIGNATURE: u32 = 0x600;
 const FEATURES: u32 = 0x201;
 /// The ISA bus.
@@ -26,7 +26,7 @@ const EXT_INT: u8 = 3;
 /// All local APICs.
 const ALL: u8 = 0xff;
 
-/// Writes the table for the processors with these APIC ids, the boot processor first.
+/// Write the table for the processors with these APIC ids, the boot processor first.
 pub(super) fn write(memory: &Memory, apic_ids: &[u8]) -> Result<(), BootError> {
     let mut bytes = pointer();
     bytes.extend(table(apic_ids));
@@ -35,7 +35,7 @@ pub(super) fn write(memory: &Memory, apic_ids: &[u8]) -> Result<(), BootError> {
         .map_err(|source| BootError::Tables { address: layout::MP_TABLE, source })
 }
 
-/// The floating pointer, and behind it the table that it points to.
+/// The floating pointer, followed by the table that it points to.
 fn pointer() -> Vec<u8> {
     let table = u32::try_from(layout::MP_TABLE + POINTER_SIZE).unwrap_or(0);
     let mut bytes = b"_MP_".to_vec();
@@ -88,8 +88,8 @@ fn table(apic_ids: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// An interrupt (type 3) or local interrupt (type 4) entry; polarity and trigger as the ISA bus has
-/// them: active high, edge.
+/// An interrupt (type 3) or local interrupt (type 4) entry; polarity and trigger as on the ISA bus:
+/// active high, edge.
 fn interrupt(entry: u8, kind: u8, irq: u8, apic: u8, pin: u8) -> [u8; 8] {
     [entry, kind, 0, 0, BUS, irq, apic, pin]
 }
@@ -98,7 +98,7 @@ fn low32(address: u64) -> u32 {
     u32::try_from(address).unwrap_or(0)
 }
 
-/// Makes all bytes add up to zero.
+/// Set the checksum so that all bytes add up to zero.
 fn set_checksum(bytes: &mut [u8], at: usize) {
     let sum = bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
     if let Some(checksum) = bytes.get_mut(at) {

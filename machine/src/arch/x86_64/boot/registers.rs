@@ -1,4 +1,4 @@
-//! What the boot vCPU starts with, and the tables in guest memory that it points to.
+//! Initial registers of the boot vCPU, and the tables in guest memory that they point to.
 use devices::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -39,8 +39,8 @@ pub struct Segment {
     pub g: u8,
 }
 
-/// What the boot vCPU starts with. General registers that are not here are zero, interrupts are
-/// off, the IDT is empty.
+/// Initial registers of the boot vCPU. General registers not listed here are zero, interrupts are
+/// off, and the IDT is empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the processor's names")]
 pub struct Registers {
@@ -63,7 +63,7 @@ pub struct Registers {
     pub gdt_limit: u16,
 }
 
-/// `__BOOT_CS`, `__BOOT_DS` (the boot protocol, "64-bit boot protocol") and the one after.
+/// `__BOOT_CS`, `__BOOT_DS` (the boot protocol, "64-bit boot protocol") and the next one.
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
@@ -73,7 +73,7 @@ fn flat(selector: u16, type_: u8, db: u8, l: u8) -> Segment {
 }
 
 fn task() -> Segment {
-    // KVM wants a busy TSS (type 11); the limit is that of a TSS without I/O map.
+    // KVM requires a busy TSS (type 11); the limit is that of a TSS without I/O map.
     let task = flat(TASK, 11, 0, 0);
     Segment { limit: 0x67, s: 0, g: 0, ..task }
 }
@@ -134,7 +134,7 @@ fn protected_mode() -> Registers {
         data: flat(DATA, 3, 1, 0),
         tr: task(),
         gdt_base: layout::BOOT_GDT,
-        // Two null descriptors, code, data, and 16 bytes for the task: in 64-bit mode it has two.
+        // Two null descriptors, code, data, and 16 bytes for the task: in 64-bit mode it takes two.
         gdt_limit: 6 * 8 - 1,
     }
 }

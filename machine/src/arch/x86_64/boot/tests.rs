@@ -1,5 +1,5 @@
-//! What all kernels have in common: initrd, memory map, command line, layout. The kernels are made
-//! by the tests of their formats.
+//! What all kernel formats have in common: initrd, memory map, command line, layout. The tests of
+//! the formats provide the kernels.
 use std::fmt::Write as _;
 use std::io::Write as _;
 
@@ -82,7 +82,7 @@ fn with_initrd(size: u64, ram: u64, kernel: &[u8]) -> (Memory, Result<Entry, Boo
 fn an_initrd_lies_at_the_top_of_the_ram_that_the_kernel_can_reach() {
     let cases = [
         (64 * MIB, 64 * MIB),
-        // Above 2 GiB this kernel cannot reach, and RAM above 4 GiB is none at all for it.
+        // Above 2 GiB this kernel cannot reach, and it cannot use RAM above 4 GiB at all.
         (5 << 30, 0x8000_0000),
     ];
     for (ram, top) in cases {
@@ -169,7 +169,7 @@ fn a_kernel_without_acpi_gets_its_devices_on_the_command_line() {
     let acpi_in = |words: &[&[u8]]| {
         let mut code = vec![0x90; 0x2_0000];
         for (number, word) in words.iter().enumerate() {
-            // Across the border of what is searched at a time.
+            // Across the boundary of a search block.
             let at = 0x1_0000 - 3 + number * 100;
             code[at..at + word.len()].copy_from_slice(word);
         }
@@ -193,7 +193,7 @@ fn a_command_line_is_as_long_as_the_kernel_allows() {
     assert!(text.ends_with("it has 2048 bytes; the kernel takes at most 2047"), "{text}");
     assert_eq!(line(255, &changed(0x238, &[255, 0, 0, 0])), Ok(()));
     assert!(line(256, &changed(0x238, &[255, 0, 0, 0])).is_err());
-    // A hostile limit does not get past the area.
+    // A hostile limit does not exceed the area.
     let most = layout::CMDLINE_MAX - 1;
     assert_eq!(line(most, &changed(0x238, &[0xff; 4])), Ok(()));
     assert!(line(most + 1, &changed(0x238, &[0xff; 4])).is_err());
@@ -222,7 +222,7 @@ fn nothing_in_the_first_megabyte_lies_on_anything_else() {
         let ((a, start, len), (b, next, _)) = (pair[0], pair[1]);
         assert!(start + len <= next, "{a} reaches into {b}");
     }
-    // Room for any memory map that a machine has: two pieces of RAM, five entries.
+    // Room for any machine's memory map: two pieces of RAM, five entries.
     const { assert!((layout::ZERO_PAGE - layout::PVH_MEMORY_MAP) / 24 > 100) };
 }
 
@@ -268,7 +268,7 @@ fn no_interrupt_and_no_port_is_given_twice() {
     }
 }
 
-/// `STRATOVIRT_GUEST_KERNEL` may name a kernel to take for the made one.
+/// `STRATOVIRT_GUEST_KERNEL` may name a kernel to use instead of the generated one.
 #[test]
 fn a_linux_kernel_lies_at_its_entry_when_it_is_loaded() {
     let made = file(&elf(true, LOAD_AT, &linux_note()));

@@ -7,7 +7,7 @@ use state::{chips as saved, hex::Hex};
 
 use crate::kvm::{KvmError, Vm, refused};
 
-/// Both PICs, the IOAPIC and the PIT. Plain data: what it holds is checked by KVM on restore.
+/// Both PICs, the IOAPIC and the PIT. Plain data: KVM checks its values on restore.
 #[derive(Clone)]
 pub struct ChipState {
     pics: [kvm_pic_state; 2],
@@ -37,7 +37,7 @@ impl ChipState {
         Ok(Self { pics, ioapic, pit })
     }
 
-    /// Give them to a machine that is not running.
+    /// Restore them into a machine that is not running.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -66,7 +66,7 @@ impl From<ChipState> for saved::Chips {
                 ioregsel: ioapic.ioregsel,
                 id: ioapic.id,
                 irr: Hex(ioapic.irr),
-                // SAFETY: every bit pattern is a value of it, and it is the same 64 bits either way.
+                // SAFETY: every bit pattern is valid, and both fields are the same 64 bits.
                 redirtbl: ioapic.redirtbl.map(|entry| Hex(unsafe { entry.bits })),
             },
             pit: saved::Pit { channels: pit.channels.map(save_channel), flags: Hex(pit.flags) },

@@ -1,18 +1,18 @@
-//! Clocks: the time stamp counter (TSC), and kvm-clock, by which a guest is told of it.
+//! Clocks: the time stamp counter (TSC), and kvm-clock, which gives a guest the time.
 use std::time::SystemTime;
 
-/// A guest's paravirtual clock (kvm-clock) that stands.
+/// The value of a stopped paravirtual clock (kvm-clock).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Clock {
-    /// What it shows, in nanoseconds.
+    /// Its time, in nanoseconds.
     pub nanoseconds: u64,
-    /// The host's date when it showed this, in nanoseconds since 1970 (UTC).
+    /// The host's date at that time, in nanoseconds since 1970 (UTC).
     pub date: Option<u64>,
 }
 
 impl Clock {
-    /// What it would show at `date` had it not stood. A date before its own is no gap, and neither
-    /// is one where its own is not known.
+    /// The time at `date` if the clock had not been stopped. Without a date of its own, or if
+    /// `date` is earlier, its time is unchanged.
     pub fn at(self, date: u64) -> u64 {
         self.nanoseconds.saturating_add(date.saturating_sub(self.date.unwrap_or(date)))
     }
@@ -24,21 +24,21 @@ pub(super) fn date() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What the host's time stamp counter shows, in ticks.
+/// The host's time stamp counter, in ticks.
 pub fn host_ticks() -> u64 {
-    // SAFETY: every CPU that has KVM has the instruction, and it touches no memory.
+    // SAFETY: every CPU that has KVM has the instruction, and it accesses no memory.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Whether a guest sees its own TSC. On a host CPU without hardware virtualization (KVM then runs
-/// guests as user processes do, as PVM does) the guest's RDTSC reads the host's counter itself, and
-/// an offset would only shift the guest's timers away from the clock that it sees.
+/// Whether a guest has a TSC of its own. On a host CPU without hardware virtualization (where KVM
+/// runs guests like user processes, as PVM does) the guest's RDTSC reads the host's counter, and an
+/// offset would only shift the guest's timers away from the clock that it sees.
 pub fn guest_tsc_is_its_own() -> bool {
     has_hardware_virtualization()
 }
 
-/// Whether this host's CPU can run guests itself. Where it cannot and there is a KVM nevertheless,
-/// that runs only kernels made for it.
+/// Whether this host's CPU has hardware virtualization. A KVM without it runs only kernels made for
+/// it.
 pub fn has_hardware_virtualization() -> bool {
     use core::arch::x86_64::__cpuid;
     static ANSWER: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {

@@ -1,4 +1,4 @@
-//! What CPUs promise to a guest: the leaves of CPUID.
+//! The CPU features that a guest relies on: the leaves of CPUID.
 use config::Topology;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
@@ -10,25 +10,25 @@ use super::{
 };
 use crate::kvm::KvmError;
 
-/// What vCPUs can show, or are to show, to a guest.
+/// CPU features that vCPUs can have, or are to have.
 #[derive(Clone)]
 pub struct CpuFeatures(CpuId);
 
 impl CpuFeatures {
-    /// What this host has.
+    /// The features of this host.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// When KVM does not report them.
     pub fn supported(kvm: &Kvm) -> Result<Self, KvmError> {
         cpuid::supported(kvm).map(Self)
     }
 
-    /// The same, as vCPU `id` of a machine with `topology` shows it.
+    /// The same for vCPU `id` of a machine with `topology`.
     pub fn of_vcpu(&self, kvm: &Kvm, id: u8, topology: &Topology) -> Self {
         Self(cpuid::for_vcpu(kvm, &self.0, id, topology))
     }
 
-    /// As it is saved.
+    /// The saved form.
     pub fn model(&self) -> CpuModel {
         CpuModel { leaves: features::leaves(&self.0) }
     }
@@ -47,14 +47,15 @@ impl TryFrom<&CpuModel> for CpuFeatures {
     }
 }
 
-/// What the guest's CPUs promise to it, as the boot vCPU shows it.
+/// The CPU features that the guest relies on, as the boot vCPU reports them.
 #[derive(Debug, Clone)]
 pub struct CpuModel {
     leaves: Vec<Leaf>,
 }
 
 impl CpuModel {
-    /// What a guest that has seen `seen` would miss on CPUs like this one, if anything.
+    /// The first feature that a guest that has seen `seen` would miss on CPUs like this one, if
+    /// any.
     pub fn lacks(&self, seen: &Self) -> Option<String> {
         features::missing(&self.leaves, &seen.leaves)
     }

@@ -1,11 +1,11 @@
-//! What the guest's CPUs announce: what KVM supports on this host, with this machine's topology.
+//! The guest's CPUID: what KVM supports on this host, with this machine's topology.
 use config::{Topology, topology::Shape};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::kvm::{KvmError, refused};
 
-/// Leaf 1 EDX: several logical processors a package.
+/// Leaf 1 EDX: several logical processors per package.
 const HTT: u32 = 1 << 28;
 /// Leaf 1 ECX: TSC deadline timer.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -15,12 +15,12 @@ const HYPERVISOR: u32 = 1 << 31;
 /// The CPUID leaves that all vCPUs share.
 ///
 /// # Errors
-/// When KVM does not say what it supports.
+/// When KVM does not report what it supports.
 pub fn supported(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("list its CPUID leaves"))
 }
 
-/// `base` as vCPU `id` of a machine with `topology` shows it.
+/// `base` for vCPU `id` of a machine with `topology`.
 pub fn for_vcpu(kvm: &Kvm, base: &CpuId, id: u8, topology: &Topology) -> CpuId {
     shown(base, id, topology, kvm.check_extension(Cap::TscDeadlineTimer))
 }
@@ -32,7 +32,7 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
     for e in cpuid.as_mut_slice() {
         match e.function {
             1 => {
-                // Initial APIC id, logical processors a package, CLFLUSH line of 64 bytes.
+                // Initial APIC id, logical processors per package, CLFLUSH line of 64 bytes.
                 let per_package = u32::from(shape.per_package).next_power_of_two().min(255);
                 e.ebx = u32::from(id) << 24 | per_package << 16 | e.ebx & 0xffff;
                 e.ecx |= HYPERVISOR;
@@ -41,7 +41,7 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
                 }
                 e.edx = if shape.per_package > 1 { e.edx | HTT } else { e.edx & !HTT };
             }
-            // Deterministic cache parameters: who shares which cache.
+            // Deterministic cache parameters: how many threads share each cache.
             4 | 0x8000_001d if e.eax & 0x1f != 0 => {
                 let level = e.eax >> 5 & 7;
                 let shared = if level >= 3 { shape.package_bits } else { shape.thread_bits };
@@ -55,12 +55,12 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
                 topology_leaf(&shape, e, id);
                 levels.extend((e.index == 0).then_some(*e));
             }
-            // AMD: processors a package, and bits of the APIC id.
+            // AMD: processors per package, and bits of the APIC id.
             0x8000_0008 => {
                 let count = u32::from(shape.per_package).saturating_sub(1);
                 e.ecx = e.ecx & !0xf0ff | shape.package_bits << 12 | count.min(255);
             }
-            // AMD: extended APIC id, threads a core, node.
+            // AMD: extended APIC id, threads per core, node.
             0x8000_001e => {
                 e.eax = u32::from(id);
                 e.ebx = (u32::from(id) >> shape.thread_bits) & 0xff
@@ -70,14 +70,14 @@ fn shown(base: &CpuId, id: u8, topology: &Topology, tsc_deadline: bool) -> CpuId
             _ => {}
         }
     }
-    // KVM lists subleaf 0 alone on some hosts: the core level and the end follow it.
+    // KVM lists only subleaf 0 on some hosts: add the core level and the end after it.
     for first in levels {
         for index in 1..=2 {
             let is_this = |e: &kvm_cpuid_entry2| (e.function, e.index) == (first.function, index);
             if !cpuid.as_slice().iter().any(is_this) {
                 let mut e = kvm_cpuid_entry2 { index, ..first };
                 topology_leaf(&shape, &mut e, id);
-                // A full table keeps what it has: the guest then sees one level less.
+                // If the table is full, nothing is added: the guest then sees one level less.
                 let _ = cpuid.push(e);
             }
         }
@@ -120,7 +120,7 @@ mod tests {
             assert_eq!(level(1), (2, 4, 2 << 8 | 1, 3), "{function:#x}: cores");
             assert_eq!(level(2), (0, 0, 2, 3), "{function:#x}: the end");
         }
-        // What has all levels already stays as it is.
+        // A table that has all levels already stays as it is.
         assert_eq!(shown(&cpuid, 3, &four, true).as_slice(), cpuid.as_slice());
     }
 

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::kvm::{KvmError, refused};
 
-/// General registers that enter the guest where `registers` say.
+/// The general registers of `registers`, in KVM's form.
 pub fn general(registers: &Registers) -> kvm_regs {
     kvm_regs {
         rip: registers.rip,
@@ -20,7 +20,7 @@ pub fn general(registers: &Registers) -> kvm_regs {
     }
 }
 
-/// Make the system registers of a new vCPU those that `registers` ask for.
+/// Set the system registers of a new vCPU to those of `registers`.
 pub fn system(sregs: &mut kvm_sregs, registers: &Registers) {
     let data = segment(&registers.data);
     sregs.cs = segment(&registers.cs);
@@ -35,9 +35,8 @@ pub fn system(sregs: &mut kvm_sregs, registers: &Registers) {
     sregs.efer = registers.efer;
 }
 
-/// What firmware does on each processor before a kernel runs, where this KVM has it: string
-/// instructions are fast, and memory is cached (Intel SDM 4, IA32_MISC_ENABLE and
-/// IA32_MTRR_DEF_TYPE).
+/// What firmware sets up on each processor before a kernel runs, as far as this KVM has it: fast
+/// string instructions, and cached memory (Intel SDM 4, IA32_MISC_ENABLE and IA32_MTRR_DEF_TYPE).
 ///
 /// # Errors
 /// When KVM refuses.
@@ -55,7 +54,7 @@ pub fn as_firmware_leaves_it(fd: &VcpuFd) -> Result<(), KvmError> {
     set_msrs(fd, &there.into_iter().map(with).collect::<Vec<_>>())
 }
 
-/// Make `fd`, a new vCPU, enter the guest where `registers` say.
+/// Make `fd`, a new vCPU, enter the guest with `registers`.
 ///
 /// # Errors
 /// When KVM refuses.

@@ -1,4 +1,4 @@
-//! What a saved guest needs of a host's CPU: the CPUID leaves that it has seen.
+//! The CPU features that a saved guest needs: the CPUID leaves that it has seen.
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use state::{cpu as saved, hex::Hex};
 
@@ -60,7 +60,7 @@ pub fn leaves(cpuid: &CpuId) -> Vec<Leaf> {
     cpuid.as_slice().iter().map(leaf).collect()
 }
 
-/// The leaves as KVM takes them.
+/// The leaves in KVM's form.
 ///
 /// # Errors
 /// When there are more than KVM takes.
@@ -110,16 +110,16 @@ impl Word {
     }
 }
 
-/// Words in which each bit is a feature that a guest may use once it has seen it. Bits that
-/// describe rather than promise are left out by the mask.
+/// Words in which each bit is a feature that a guest may use once it has seen it. The mask excludes
+/// bits that describe the CPU without promising a feature.
 const FEATURES: [(u32, u32, Word, u32); 13] = [
-    // OSXSAVE (27) shows what the guest has set in CR4.
+    // OSXSAVE (27) mirrors the guest's CR4.
     (1, 0, Word::Ecx, !(1 << 27)),
     // HTT (28) describes the topology.
     (1, 0, Word::Edx, !(1 << 28)),
-    // CPUID 7: FDP_EXCPTN_ONLY (6) and no FPU CS/DS (13) are the absence of a feature.
+    // CPUID 7: FDP_EXCPTN_ONLY (6) and no FPU CS/DS (13) mean the absence of a feature.
     (7, 0, Word::Ebx, !(1 << 6 | 1 << 13)),
-    // OSPKE (4) shows CR4; MAWAU (17 to 21) is a number.
+    // OSPKE (4) mirrors CR4; MAWAU (17 to 21) is a number.
     (7, 0, Word::Ecx, !(1 << 4 | 0x1f << 17)),
     (7, 0, Word::Edx, !0),
     (7, 1, Word::Eax, !0),
@@ -133,7 +133,7 @@ const FEATURES: [(u32, u32, Word, u32); 13] = [
     (0x4000_0001, 0, Word::Eax, !0),
 ];
 
-/// Names of the features that are asked for most; the others are told by leaf and bit.
+/// Names of the most common features; others are reported by leaf and bit.
 #[rustfmt::skip]
 const NAMES: [(u32, u32, &str, u32, &str); 50] = [
     (1, 0, "ECX", 0, "sse3"), (1, 0, "ECX", 1, "pclmulqdq"), (1, 0, "ECX", 3, "monitor"),
@@ -156,7 +156,7 @@ const NAMES: [(u32, u32, &str, u32, &str); 50] = [
     (0x8000_0001, 0, "EDX", 29, "lm"),
 ];
 
-/// Why a guest that has seen `saved` cannot run where vCPUs show `host`: the first thing missing.
+/// Why a guest that has seen `saved` cannot run on vCPUs with `host`: the first feature missing.
 pub fn missing(host: &[Leaf], saved: &[Leaf]) -> Option<String> {
     let find = |leaves: &[Leaf], function, index| {
         leaves.iter().find(|l| l.function == function && l.index == index).copied()

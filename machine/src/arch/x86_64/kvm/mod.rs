@@ -1,4 +1,4 @@
-//! What KVM has for this architecture alone.
+//! The parts of KVM that only this architecture has.
 // UNSAFETY: some ioctls have no safe wrapper.
 #![expect(unsafe_code, reason = "KVM ioctls, RDTSC")]
 pub mod chips;

@@ -1,5 +1,5 @@
-//! A vCPU's state in its saved form, and the way back. KVM's structs have padding and change with the
-//! kernel's headers; the saved form has neither.
+//! The saved form of a vCPU's state, and the conversion back. KVM's structs have padding and change
+//! with the kernel's headers; the saved form has neither problem.
 use kvm_bindings::{
     kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
     kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
@@ -12,7 +12,7 @@ use state::{
 
 use super::state::VcpuState;
 
-/// Why a saved vCPU cannot be one of KVM's.
+/// Why a saved vCPU cannot be converted to KVM's form.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum VcpuError {
@@ -24,7 +24,7 @@ pub enum VcpuError {
     Nested(usize),
 }
 
-/// Bytes of the XSAVE area of a guest that uses no feature which has to be enabled first.
+/// Bytes of the XSAVE area of a guest without dynamically enabled features.
 const XSAVE: usize = size_of::<kvm_xsave>();
 const NESTED: usize = size_of::<KvmNestedStateBuffer>();
 
@@ -287,7 +287,7 @@ fn restore_events(e: &saved::Events) -> kvm_vcpu_events {
 mod tests {
     use super::*;
 
-    /// A vCPU in which no two fields of a kind are equal, so that none can take another's place.
+    /// A vCPU in which all fields of a type differ, so that no two can be swapped unnoticed.
     #[test]
     fn every_field_comes_back_to_its_place() {
         let mut value = serde_json::to_value(&state::testing::sections().vcpus[0]).unwrap();

@@ -1,4 +1,4 @@
-//! The whole state of one vCPU, as KVM gives it and takes it.
+//! The whole state of one vCPU, as KVM reads and writes it.
 use kvm_bindings::{
     KVM_MAX_MSR_ENTRIES, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -13,11 +13,11 @@ use crate::kvm::{KvmError, refused};
 pub const MSR_IA32_TSC: u32 = 0x10;
 /// MSR of the TSC deadline timer: armed only in deadline mode, so restored after the LAPIC.
 const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// MSR that allows VMX.
+/// MSR that permits VMX.
 const MSR_IA32_FEATURE_CONTROL: u32 = 0x3a;
 
-/// What a guest can set, KVM gives and takes, and its list leaves out: memory types (MTRRs; eight
-/// variable ones), TSC_AUX (on the list only of some KVMs).
+/// MSRs that a guest can set and KVM reads and writes, but does not list: memory types (MTRRs;
+/// eight variable ones), TSC_AUX (which only some KVMs list).
 const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
     0x200..=0x20f,
     0x250..=0x250,
@@ -25,15 +25,15 @@ const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
     0x268..=0x26f,
     0x2ff..=0x2ff,
     0xc000_0103..=0xc000_0103,
-    // Four registers each of the 32 machine check banks that KVM has at most.
+    // Four registers for each of the up to 32 machine check banks of KVM.
     0x400..=0x47f,
 ];
 
 /// Address of the page through which a guest of PVM masks interrupts. PVM does not list it; other
-/// KVMs do not have it, and reading it there gives nothing to save.
+/// KVMs do not have it, and reading it there fails, so it is not saved.
 const MSR_PVM_VIF: u32 = 0x4b56_4d10;
 
-/// Everything that makes a vCPU what it is. Plain data: what it holds is checked by KVM on restore.
+/// The complete state of a vCPU. Plain data: KVM checks its values on restore.
 #[derive(Debug, Clone)]
 pub struct VcpuState {
     pub(crate) regs: kvm_regs,
@@ -47,16 +47,16 @@ pub struct VcpuState {
     pub(super) events: kvm_vcpu_events,
     /// Pairs of index and value.
     pub(super) msrs: Vec<(u32, u64)>,
-    /// Ticks a millisecond of the TSC.
+    /// Frequency of the TSC in ticks per millisecond.
     pub(super) tsc_khz: u32,
-    /// The host's, when it was saved.
+    /// The same of the host that saved it.
     pub(super) host_khz: u32,
-    /// Of a guest that runs guests, as `KVM_GET_NESTED_STATE` gives it; empty where KVM has none.
+    /// Nested virtualization state, as `KVM_GET_NESTED_STATE` returns it; empty if KVM has none.
     pub(super) nested: Vec<u8>,
 }
 
-/// How many ticks a guest's TSC makes while the host's makes `ticks`, at these ticks a millisecond.
-/// KVM does not scale a difference of less than its tolerance of 250 ppm.
+/// How many ticks a guest's TSC advances while the host's advances by `ticks`, at these frequencies
+/// in ticks per millisecond. KVM does not scale differences below its tolerance of 250 ppm.
 pub fn guest_ticks(ticks: u64, guest_khz: u32, host_khz: u32) -> u64 {
     let (guest, host) = (u128::from(guest_khz), u128::from(host_khz));
     if host == 0 || guest.abs_diff(host) * 1_000_000 <= host * 250 {
@@ -66,10 +66,10 @@ pub fn guest_ticks(ticks: u64, guest_khz: u32, host_khz: u32) -> u64 {
 }
 
 /// The MSRs that belong to a vCPU's state: those that this host's KVM lists, and a few more. Others
-/// are not touched: some KVMs announce an MSR in CPUID that they do not let anybody set.
+/// are not touched: some KVMs announce an MSR in CPUID that cannot be set.
 ///
 /// # Errors
-/// When KVM does not say.
+/// When KVM does not list them.
 pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
     let mut list = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec();
     for index in UNLISTED.into_iter().flatten().chain([MSR_PVM_VIF]) {
@@ -81,7 +81,7 @@ pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
 }
 
 impl VcpuState {
-    /// Take `ticks` of the host's back from the time stamp counter.
+    /// Subtract `ticks` of the host from the time stamp counter.
     pub fn hold_back(&mut self, ticks: u64) {
         let ticks = guest_ticks(ticks, self.tsc_khz, self.host_khz);
         for (index, value) in &mut self.msrs {
@@ -91,10 +91,10 @@ impl VcpuState {
         }
     }
 
-    /// Read a vCPU that is not running and has no access half done.
+    /// Read a vCPU that is not running and has no access pending.
     ///
     /// # Errors
-    /// When KVM refuses a part.
+    /// When KVM refuses to read a part.
     pub fn save(fd: &VcpuFd, msr_list: &[u32], host_khz: u32) -> Result<Self, KvmError> {
         Ok(Self {
             // First, because reading it makes KVM settle pending INIT and SIPI.
@@ -109,16 +109,16 @@ impl VcpuState {
             tsc_khz: fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?,
             host_khz,
             nested: get_nested(fd)?,
-            // Last, after everything that may still raise one.
+            // Last, after all steps that may still raise an event.
             events: fd.get_vcpu_events().map_err(refused("read a vCPU's pending events"))?,
         })
     }
 
-    /// Give this state to a vCPU that is not running. Returns the ticks a millisecond of its TSC and
-    /// of the host's.
+    /// Restore this state into a vCPU that is not running. Returns the frequencies, in ticks per
+    /// millisecond, of its TSC and of the host's.
     ///
     /// # Errors
-    /// When KVM refuses a part; the vCPU is then good for nothing but another restore.
+    /// When KVM refuses a part; the vCPU is then unusable until another restore.
     pub fn restore(&self, fd: &VcpuFd) -> Result<(u32, u32), KvmError> {
         let here = fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?;
         if here != self.tsc_khz {
@@ -132,12 +132,13 @@ impl VcpuState {
         fd.set_regs(&self.regs).map_err(refused("set a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(refused("set a vCPU's system registers"))?;
         if !self.nested.is_empty() {
-            // VMX is on only where it is allowed to be, and system registers say that it is.
+            // Nested state needs VMX, which is on only if this MSR permits it and the system registers
+            // enable it.
             let feature_control = self.msrs.iter().filter(|(i, _)| *i == MSR_IA32_FEATURE_CONTROL);
             set_msrs(fd, &feature_control.copied().collect::<Vec<_>>())?;
             set_nested(fd, &self.nested)?;
         }
-        // None on a host without XSAVE; KVM then refuses to set none.
+        // Empty on a host without XSAVE, where KVM would refuse an empty list.
         if self.xcrs.nr_xcrs > 0 {
             fd.set_xcrs(&self.xcrs).map_err(refused("set a vCPU's XCRs"))?;
         }
@@ -160,7 +161,7 @@ impl VcpuState {
     }
 }
 
-/// What a guest that runs guests has there (KVM API, 4.114).
+/// The nested virtualization state (KVM API, 4.114).
 fn get_nested(fd: &VcpuFd) -> Result<Vec<u8>, KvmError> {
     let mut state = KvmNestedStateBuffer::empty();
     match fd.nested_state(&mut state) {
@@ -168,20 +169,20 @@ fn get_nested(fd: &VcpuFd) -> Result<Vec<u8>, KvmError> {
             let length = usize::try_from(state.size).unwrap_or(usize::MAX);
             Ok(state.as_bytes().iter().take(length).copied().collect())
         }
-        // This KVM's guests cannot run any.
+        // This KVM has no nested virtualization.
         Err(e) if [libc::EINVAL, libc::ENOTTY].contains(&e.errno()) => Ok(Vec::new()),
         Err(e) => Err(refused("read a vCPU's nested state")(e)),
     }
 }
 
-/// KVM reads no more than a whole buffer, whatever the state says about its own length.
+/// KVM reads no more than a whole buffer, whatever length the state claims.
 fn set_nested(fd: &VcpuFd, bytes: &[u8]) -> Result<(), KvmError> {
     let mut state = KvmNestedStateBuffer::empty();
     state.as_mut_bytes().iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     fd.set_nested_state(&state).map_err(refused("set a vCPU's nested state"))
 }
 
-/// Read MSRs, however many there are; those that KVM cannot read here are left out.
+/// Read any number of MSRs; those that KVM cannot read here are left out.
 pub(crate) fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut values = Vec::with_capacity(list.len());
     let mut rest = list;
@@ -190,14 +191,14 @@ pub(crate) fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, Kvm
         let mut msrs = entries(batch.iter().map(|index| (*index, 0)))?;
         let n = fd.get_msrs(&mut msrs).map_err(refused("read a vCPU's MSRs"))?;
         values.extend(msrs.as_slice().iter().take(n).map(|e| (e.index, e.data)));
-        // KVM stops at the first one that it does not know: step over it.
+        // KVM stops at the first one that it does not know: skip it.
         let stopped = usize::from(n < batch.len());
         rest = rest.get(n + stopped..).ok_or_else(more_than_asked)?;
     }
     Ok(values)
 }
 
-/// Write MSRs; those that KVM does not take are reported and left as they are.
+/// Write MSRs; those that KVM refuses are logged and stay unchanged.
 pub(crate) fn set_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmError> {
     let mut rest = values;
     while !rest.is_empty() {
@@ -237,7 +238,7 @@ mod tests {
     fn a_guest_of_another_frequency_counts_a_pause_in_its_own_ticks() {
         assert_eq!(guest_ticks(30_000, 2_000_000, 3_000_000), 20_000);
         assert_eq!(guest_ticks(20_000, 3_000_000, 2_000_000), 30_000);
-        // Not scaled: never restored, the same, or as good as the same.
+        // Not scaled: never restored, equal, or within the tolerance.
         for (guest, host) in [(0, 0), (2_000_000, 2_000_000), (2_000_400, 2_000_000)] {
             assert_eq!(guest_ticks(30_000, guest, host), 30_000);
         }

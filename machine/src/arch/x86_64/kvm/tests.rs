@@ -41,7 +41,7 @@ impl BusDevice for Port {
 /// Offset and bytes of each write.
 type Writes = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
 
-/// Remembers what was written to the register window.
+/// Records writes to the register window.
 #[derive(Default)]
 struct Trap(Writes);
 impl BusDevice for Trap {
@@ -53,7 +53,7 @@ impl BusDevice for Trap {
     }
 }
 
-/// A vCPU that begins at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
+/// A vCPU that starts at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
 fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
     let fd = vm.create_vcpus(kvm, &[0], &one, None).unwrap().pop().unwrap();
@@ -125,12 +125,12 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         assert!(hear.try_recv().is_err(), "a parked vCPU is silent");
         assert_eq!(bound.read().unwrap(), 1, "the bound write was counted in the kernel");
         assert_eq!(written.lock().drain(..).collect::<Vec<_>>(), [(0x64, vec![3, 0, 0, 0])]);
-        // Running on from where it was saved is the same as starting anew.
+        // Running on from the saved state is the same as starting again.
         vcpu.restore(begin.clone()).wait().unwrap().unwrap();
     }
 }
 
-/// Of each kind that KVM may not notice by itself to be replaced, with 7 in all of it.
+/// Memory of each kind whose replacement KVM may not notice by itself, filled with 7.
 fn memories(config: &MemoryConfig) -> Vec<(Memory, Origin)> {
     let full = vec![7; usize::try_from(config.size.bytes()).unwrap()];
     let mut file = tempfile::tempfile().unwrap();
@@ -219,7 +219,7 @@ fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
-    // By KVM, if it does that, and by this program.
+    // By KVM, if it can do that, and by this program.
     for takes_date in [vm.own.takes_date, false] {
         vm.own.takes_date = takes_date;
         let now = vm.clock().unwrap().date.unwrap();

@@ -1,4 +1,4 @@
-//! A KVM vCPU: enters the guest and carries its port and memory-mapped accesses to the buses.
+//! A KVM vCPU: enters the guest and forwards its port and memory-mapped accesses to the buses.
 use std::{
     io,
     sync::{
@@ -23,18 +23,18 @@ use crate::{
     },
 };
 
-/// Where accesses go; shared by all vCPUs.
+/// The buses that accesses go to; shared by all vCPUs.
 #[derive(Clone)]
 pub struct Buses {
     /// Ports.
     pub pio: Arc<Bus>,
     /// Memory-mapped registers.
     pub mmio: Arc<Bus>,
-    /// Set by the devices behind the ports, looked at after each write to one.
+    /// Set by the devices behind the ports, checked after each write to one.
     pub power: Arc<PowerLatch>,
 }
 
-/// What a write to a port asked of the machine as a whole.
+/// The machine-wide event that a write to a port requested.
 #[derive(Debug, Default)]
 pub struct PowerLatch(AtomicU8);
 
@@ -57,13 +57,13 @@ impl PowerLatch {
             1 => Some(PowerEvent::Reset),
             2 => Some(PowerEvent::Shutdown),
             3 => Some(PowerEvent::Panicked),
-            // Another vCPU was quicker.
+            // Another vCPU was faster.
             _ => None,
         }
     }
 }
 
-/// What vCPUs are made with.
+/// Makes vCPUs.
 #[derive(Clone)]
 pub struct VcpuFactory {
     buses: Buses,
@@ -72,10 +72,10 @@ pub struct VcpuFactory {
 }
 
 impl VcpuFactory {
-    /// One for vCPUs whose accesses go to `buses`.
+    /// A factory for vCPUs whose accesses go to `buses`.
     ///
     /// # Errors
-    /// When KVM does not tell what belongs to the state of a vCPU.
+    /// When KVM does not list the MSRs of a vCPU's state.
     pub fn new(kvm: &Kvm, buses: Buses) -> Result<Self, KvmError> {
         Ok(Self { buses, msr_list: Arc::new(state::msr_list(kvm)?) })
     }
@@ -93,8 +93,8 @@ pub struct KvmCpu {
     buses: Buses,
     msr_list: Arc<Vec<u32>>,
     kicked: Option<Kicked>,
-    /// Ticks a millisecond of the TSC: the guest's own, and the host's. Equal but for a guest that
-    /// was restored on another host.
+    /// Frequencies of the TSC in ticks per millisecond: the guest's and the host's. They differ
+    /// only for a guest that was restored on another host.
     khz: (u32, u32),
 }
 
@@ -106,7 +106,7 @@ impl KvmCpu {
     }
 }
 
-/// An unclaimed read floats high, as on an empty bus.
+/// An unclaimed read returns ones, as on an empty bus.
 fn or_ones(claimed: bool, data: &mut [u8]) {
     if !claimed {
         data.fill(0xff);
@@ -180,7 +180,7 @@ impl Cpu for KvmCpu {
             log::debug!("the guest's TSC went on during the pause: {e}");
         }
         // Tells a guest that uses kvm-clock that it was paused, so that its watchdog does not
-        // report a soft lock-up. A guest that does not use it: EINVAL, nothing to tell.
+        // report a soft lock-up. For a guest without kvm-clock: EINVAL, nothing to do.
         let _ = self.fd.kvmclock_ctrl();
     }
 
@@ -194,7 +194,7 @@ impl Cpu for KvmCpu {
     }
 }
 
-/// The guest's TSC runs on while its vCPUs are parked; its offset takes the pause back.
+/// The guest's TSC runs on while its vCPUs are parked; the offset compensates for the pause.
 mod tsc {
     use vmm_sys_util::ioctl::ioctl_with_ref;
 
@@ -206,7 +206,7 @@ mod tsc {
     vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xae, 0xe1, kvm_device_attr);
     vmm_sys_util::ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, 0xae, 0xe2, kvm_device_attr);
 
-    /// Let the vCPU's TSC show `ticks` less. All vCPUs take the same, so they stay in step.
+    /// Reduce the vCPU's TSC by `ticks`. All vCPUs get the same, so they stay in step.
     pub fn hold_back(fd: &VcpuFd, ticks: u64) -> io::Result<()> {
         let mut offset = 0u64;
         let attr = |addr: *mut u64| kvm_device_attr {

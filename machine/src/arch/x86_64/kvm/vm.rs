@@ -1,4 +1,4 @@
-//! What a virtual machine of KVM has on x86 alone: interrupt controllers and timer, CPUID,
+//! The parts of a KVM virtual machine that only x86 has: interrupt controllers and timer, CPUID,
 //! kvm-clock.
 use config::Topology;
 use kvm_bindings::{KVM_CLOCK_REALTIME, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
@@ -14,19 +14,19 @@ use crate::{
     kvm::{KvmError, Vm, refused},
 };
 
-/// What this monitor cannot do without, and what for.
+/// KVM capabilities that this monitor requires on x86, and what for.
 pub(crate) const REQUIRED: [(Cap, &str, &str); 2] = [
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "real mode on Intel CPUs"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "choosing what the guest's CPUs announce"),
 ];
 
-/// What is known of one.
+/// Features of a virtual machine's KVM.
 pub(crate) struct Own {
-    /// KVM_SET_CLOCK takes the date that a clock belongs to (Linux 5.16).
+    /// KVM_SET_CLOCK accepts the date that a clock belongs to (Linux 5.16).
     pub(super) takes_date: bool,
 }
 
-/// What has to be done before it has memory.
+/// Set-up that must precede the memory slots.
 ///
 /// # Errors
 /// When KVM refuses a step.
@@ -40,7 +40,7 @@ pub(crate) fn before_memory(kvm: &Kvm, fd: &VmFd) -> Result<Own, KvmError> {
     Ok(Own { takes_date })
 }
 
-/// What has to be done once it has memory: a slot that is set later costs milliseconds.
+/// Set-up that must follow the memory slots: a slot that is set later costs milliseconds.
 ///
 /// # Errors
 /// When KVM refuses.
@@ -49,9 +49,9 @@ pub(crate) fn after_memory(fd: &VmFd) -> Result<(), KvmError> {
 }
 
 impl Vm {
-    /// The timer, and the vCPUs with these APIC ids. They show the CPUID leaves `seen`, else what
-    /// this host has. KVM starts a kernel thread
-    /// for the timer and waits for it, so this is best done beside other work.
+    /// Create the timer, and the vCPUs with these APIC ids. They have the CPUID leaves `seen`, or
+    /// otherwise those of this host. KVM starts a kernel thread for the timer and waits for it, so
+    /// this is best done in parallel with other work.
     ///
     /// # Errors
     /// When KVM refuses a step.
@@ -84,13 +84,13 @@ impl Vm {
     /// When KVM refuses.
     pub fn clock(&self) -> Result<Clock, KvmError> {
         let now = self.fd.get_clock().map_err(refused("read the guest's clock"))?;
-        // KVM tells the date only where the host's own clock is its TSC.
+        // KVM reports the date only if the host's own clock is its TSC.
         let date = if now.flags & KVM_CLOCK_REALTIME == 0 { date() } else { now.realtime };
         Ok(Clock { nanoseconds: now.clock, date: Some(date) })
     }
 
-    /// Set the guest's paravirtual clock to `clock`; with `advance`, and where its date is known,
-    /// to what it would show by now had it gone on since. It never goes back.
+    /// Set the guest's paravirtual clock to `clock`; with `advance`, and if its date is known, to
+    /// the time that it would show by now had it not been stopped. It never goes back.
     ///
     /// # Errors
     /// When KVM refuses.

@@ -16,7 +16,7 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
 }
 
-/// All tables by signature, reached from the RSDP; checksums, lengths and places checked.
+/// All tables by signature, reached from the RSDP; checksums, lengths and addresses are checked.
 fn tables(platform: &Platform) -> BTreeMap<String, Vec<u8>> {
     let memory = memory(16 << 20);
     let rsdp = write(&memory, platform).unwrap();
@@ -67,7 +67,7 @@ fn the_fadt_describes_hardware_reduced_acpi_with_three_ports() {
 
 #[test]
 fn the_madt_lists_every_processor_and_one_ioapic() {
-    // One, many, and with gaps as three cores a socket leave them.
+    // One, many, and with gaps, as with three cores per socket.
     let many: Vec<u8> = (0..254).collect();
     for (apic_ids, ioapic) in [(&[0][..], 1), (&many, 254), (&[0, 1, 2, 4, 5, 6], 7)] {
         let madt = &tables(&Platform { cpu_ids: apic_ids, ..PLATFORM })["APIC"];
@@ -91,7 +91,7 @@ fn the_madt_lists_every_processor_and_one_ioapic() {
     }
 }
 
-/// Whether these bytes are somewhere in those.
+/// Whether `bytes` contain `part`.
 fn has(bytes: &[u8], part: &[u8]) -> bool {
     memchr::memmem::find(bytes, part).is_some()
 }

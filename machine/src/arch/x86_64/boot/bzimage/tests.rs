@@ -1,4 +1,4 @@
-//! bzImages, honest and hostile.
+//! bzImages, valid and hostile.
 use super::super::tests::{MIB, PLATFORM, config, file, memory, read, refusal, zero_page};
 use crate::arch::layout;
 use crate::boot::{self, Protocol};
@@ -43,7 +43,7 @@ fn a_bzimage_is_loaded_where_it_wants_to_be_and_entered_at_0x200() {
     assert_eq!((entry.protocol, entry.registers.rip), (Protocol::Linux64, 16 * MIB + 0x200));
     assert_eq!(read(&memory, 16 * MIB, CODE_SIZE), [0xf4; CODE_SIZE]);
     assert_eq!(read(&memory, 16 * MIB + CODE_SIZE as u64, 4096), [0; 4096]);
-    // The header is the kernel's own, with the loader's answers in it.
+    // The header is the kernel's own, with the loader's values filled in.
     let params = zero_page(&memory);
     let (version, size, loader) =
         (params.hdr.version, params.hdr.init_size, params.hdr.type_of_loader);
@@ -60,11 +60,11 @@ fn a_bzimage_may_have_odd_but_true_fields() {
     };
     // 0 setup sectors mean 4.
     assert_eq!(loads(&changed(0x1f1, &[0])).unwrap(), 16 * MIB + 0x200);
-    // 255 are all there.
+    // All 255 sectors are there.
     let mut long = changed(0x1f1, &[255]);
     long.splice(SETUP..SETUP, vec![0; 251 * 512]);
     assert_eq!(loads(&long).unwrap(), 16 * MIB + 0x200);
-    // A signature behind the code; the last paragraph cut.
+    // A signature after the code; the last paragraph incomplete.
     assert!(loads(&[bzimage(), vec![1; 1500]].concat()).is_ok());
     assert!(loads(&bzimage()[..SETUP + CODE_SIZE - 15]).is_ok());
 }
@@ -75,7 +75,7 @@ fn any_byte_of_the_header_may_be_wrong() {
     for offset in 0x1f1..0x268 {
         for value in [0, 1, 0x7f, 0x80, 0xff] {
             let kernel = file(&changed(offset, &[value]));
-            // It loads or it is refused; it never does harm.
+            // It is loaded or refused, and never does harm.
             if let Ok(entry) = boot::load(&memory, &config(&kernel), &PLATFORM) {
                 assert!((MIB..32 * MIB).contains(&entry.registers.rip), "{offset:#x} {value:#x}");
             }
@@ -110,7 +110,7 @@ fn a_bzimage_that_lies_is_refused_with_the_lie() {
     says(&changed(0x206, &[0, 0]), "boot protocol 0.00");
     says(&changed(0x236, &[0x3e]), "without a 64-bit entry point (boot protocol 2.15)");
     says(&changed(0x211, &[0]), "it is a zImage");
-    // The second byte of the jump cuts the header off before what is needed.
+    // The second byte of the jump ends the header before the required fields.
     says(&changed(0x201, &[0x10]), "without a 64-bit entry point");
     says(&bzimage()[..0x210], "truncated bzImage: the setup header");
     says(&changed(0x258, &[0; 8]), "wants 0x0 to 0x800000");

@@ -1,4 +1,4 @@
-//! By which way a guest is told of its devices.
+//! How a guest learns of its devices.
 use super::super::tests::SLOTS;
 use super::*;
 
@@ -8,7 +8,7 @@ const LINUX_WITHOUT_ACPI: Option<KernelWords> =
 const PAYLOAD: Option<KernelWords> = Some(KernelWords { acpi: false, virtio_mmio: false });
 const BOTH: &str = " virtio_mmio.device=4K@0xf0100000:5 virtio_mmio.device=4K@0xf0101000:6";
 
-/// What is added to the command line, and how many devices the ACPI tables have.
+/// The additions to the command line, and the number of devices in the ACPI tables.
 fn told(user: &str, kernel: Option<KernelWords>) -> (String, Option<usize>) {
     let told = tell(user, &SLOTS, || kernel);
     (told.cmdline.added, told.acpi.map(|slots| slots.len()))
@@ -26,10 +26,10 @@ fn every_device_is_told_of_by_exactly_one_way() {
         ("acpi=force", LINUX_WITHOUT_ACPI, &acpi),
         ("acpi=off", LINUX, &line),
         ("quiet acpi=off panic=1", None, &line),
-        // The last one counts.
+        // The last one takes precedence.
         ("acpi=off acpi=force", None, &acpi),
         ("acpi=force acpi=off", None, &line),
-        // Not the word, or not the kernel's.
+        // Not the exact word, or not among the kernel's parameters.
         ("xacpi=off acpi=offline acpi=of", None, &acpi),
         ("quiet -- acpi=off", None, &acpi),
     ];

@@ -1,4 +1,4 @@
-//! ELF kernels, honest and hostile.
+//! ELF kernels, valid and hostile.
 use config::BootConfig;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -53,7 +53,7 @@ fn code_header() -> Header {
     }
 }
 
-/// A segment of just this code.
+/// A segment that consists of this code.
 pub(in crate::arch::x86_64::boot) fn segment_of(code: &[u8]) -> Header {
     let size = code.len() as u64;
     Header { file_size: size, mem_size: size, ..code_header() }
@@ -227,7 +227,7 @@ fn an_elf_without_notes_is_entered_at_its_64_bit_entry_virtual_or_physical() {
         let entry = boot::load(&memory(64 * MIB), &config(&kernel), &PLATFORM).unwrap();
         assert_eq!((entry.protocol, entry.registers.rip), (Protocol::Linux64, LOAD_AT + 16));
     }
-    // Linux of the time before its own notes says so in Xen's.
+    // Older Linux, before it had notes of its own, identifies itself in Xen's.
     let notes = [note(b"Xen\0", 6, b"linux\0"), pvh_note(LOAD_AT)].concat();
     let kernel = file(&elf(true, LOAD_AT, &notes));
     let entry = boot::load(&memory(64 * MIB), &config(&kernel), &PLATFORM).unwrap();
@@ -304,10 +304,10 @@ fn notes_that_lie_are_refused_and_never_loop() {
     says(&note(b"Xen\0", 18, &[0; 12]), "its PVH note has 12 bytes");
     says(&pvh_note(1 << 32), "its PVH entry point 0x100000000 is above 4 GiB");
     says(&pvh_note(0x10), "its entry point is in none of its segments");
-    // Only zeros: notes without name and description, one after the other. They say nothing.
+    // Only zeros: notes without name and description, one after another. They have no effect.
     let kernel = file(&elf(true, LOAD_AT, &[0; 1200]));
     assert!(boot::load(&memory(64 * MIB), &config(&kernel), &PLATFORM).is_ok());
-    // A segment that claims more than there is, and more than is looked at.
+    // A segment that claims more than the file has, and more than is read.
     let note = Header { kind: 4, offset: 0x800, file_size: 0x1_0000, ..code_header() };
     let text = refusal(&elf_of(true, LOAD_AT, &[code_header(), note], &[], &[0; 0x1000]));
     assert!(text.contains("its note segment ends at byte 67584"), "{text}");
@@ -326,7 +326,7 @@ fn any_byte_of_the_headers_and_notes_may_be_wrong() {
             for value in [0, 1, 0x7f, 0x80, 0xff] {
                 let mut kernel = honest.clone();
                 kernel[offset] = value;
-                // It loads or it is refused; it never does harm.
+                // It is loaded or refused, and never does harm.
                 if let Ok(entry) = boot::load(&memory, &config(&file(&kernel)), &PLATFORM) {
                     let rip = entry.registers.rip;
                     assert!((MIB..32 * MIB).contains(&rip), "{offset:#x} {value:#x}");

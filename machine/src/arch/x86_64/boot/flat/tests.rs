@@ -1,4 +1,4 @@
-//! Flat images, and files that are no kernels.
+//! Flat images, and files that are not kernels.
 use std::path::Path;
 
 use config::BootConfig;
@@ -54,7 +54,7 @@ fn what_is_no_kernel_is_called_by_its_name() {
         assert!(text.contains(what), "{what:?} not in {text:?}");
         assert!(text.starts_with("cannot boot the kernel /"), "{text}");
     }
-    // Two bytes that happen to be in code are no mark.
+    // Two bytes that happen to occur in code are not a signature.
     let kernel = file(&at(510, b"\x55\xaa", 0x90));
     assert!(boot::load(&memory(64 * MIB), &config(&kernel), &PLATFORM).is_ok());
 }

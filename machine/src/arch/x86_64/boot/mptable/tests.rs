@@ -6,7 +6,7 @@ fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
 }
 
-/// The table that is found by searching where the specification says.
+/// The table, found by searching where the specification says.
 fn find(apic_ids: &[u8]) -> Vec<u8> {
     let memory = memory(16 << 20);
     write(&memory, apic_ids).unwrap();
@@ -24,7 +24,7 @@ fn find(apic_ids: &[u8]) -> Vec<u8> {
 
 #[test]
 fn every_number_of_processors_fits_and_is_listed() {
-    // One, many, and with gaps as three cores a socket leave them.
+    // One, many, and with gaps, as with three cores per socket.
     let many: Vec<u8> = (0..254).collect();
     for (apic_ids, ioapic) in [(&[0][..], 1), (&many, 254), (&[0, 1, 2, 4, 5, 6], 7)] {
         let table = find(apic_ids);
