@@ -341,6 +341,11 @@ fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     let target = profile.parent().context("a profile without a target directory")?;
     let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
+    let is_watched = io::stderr().is_terminal();
+    if !is_watched {
+        // In front: what follows an alias goes to the compiler.
+        build.arg("--quiet");
+    }
     // For the whole workspace, as `cargo test` does it: with other features the dependencies would
     // be built once more.
     match (name, profile.ends_with("release")) {
@@ -349,13 +354,13 @@ fn binary(name: &str, variable: &str) -> Result<PathBuf> {
         (_, false) => build.args(["build", "--workspace", "--bin", name]),
     };
     // Shows cargo's progress and errors to the user.
-    if io::stderr().is_terminal() {
+    if is_watched {
         eprintln!("  Building {name}");
         let status = build.stdin(Stdio::null()).status().context("cannot run cargo")?;
         ensure!(status.success(), "{name} does not build");
     } else {
         let step = Step::spinner(&format!("Building {name}"));
-        output(build.arg("--quiet")).with_context(|| format!("{name} does not build"))?;
+        output(&mut build).with_context(|| format!("{name} does not build"))?;
         step.done();
     }
     Ok(profile.join(name))
