@@ -146,6 +146,13 @@ pub struct MemoryConfig {
     pub thp: Thp,
 }
 
+impl MemoryConfig {
+    /// `size` bytes, and all else as it is when nothing else is asked for.
+    pub fn new(size: MemorySize) -> Self {
+        Self { size, shared: false, path: None, prealloc: false, dump: true, thp: Thp::default() }
+    }
+}
+
 /// Whether guest memory without its own file uses transparent huge pages of the host, of 2 MiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Thp {

@@ -105,27 +105,13 @@ pub(crate) fn allocate_for_little(config: &MemoryConfig) -> Result<Memory, Memor
 /// less.
 pub(crate) fn scratch(size: MemorySize) -> Result<Memory, MemoryError> {
     let size = MemorySize::try_from(layout::HOLE_START).map_or(size, |below| size.min(below));
-    map(&MemoryConfig {
-        size,
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: false,
-        thp: Thp::Auto,
-    })
+    map(&MemoryConfig { dump: false, ..MemoryConfig::new(size) })
 }
 
 /// The address ranges of `size` bytes of guest memory, without usable contents: for comparisons
 /// only.
 pub(crate) fn addresses(size: MemorySize) -> Result<Memory, MemoryError> {
-    map(&MemoryConfig {
-        size,
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: false,
-        thp: Thp::Auto,
-    })
+    map(&MemoryConfig { dump: false, ..MemoryConfig::new(size) })
 }
 
 fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
@@ -374,8 +360,7 @@ mod tests {
             [(Thp::Auto, "small", "huge"), (Thp::On, "small", "huge"), (Thp::Off, "small", "small")]
         {
             let (size, path) = (MemorySize::MIN, None);
-            let config =
-                MemoryConfig { size, shared: false, path, prealloc: false, dump: true, thp };
+            let config = MemoryConfig { path, thp, ..MemoryConfig::new(size) };
             let memory = allocate(&config).unwrap();
             let begin = memory.iter().next().unwrap().as_ptr();
             for (at, wanted) in [(0, low), (8 << 20, high)] {
@@ -388,14 +373,7 @@ mod tests {
 
     #[test]
     fn more_than_the_host_has_is_refused_before_anything_is_mapped() {
-        let config = MemoryConfig {
-            size: MemorySize::MAX,
-            shared: false,
-            path: None,
-            prealloc: false,
-            dump: true,
-            thp: Thp::Auto,
-        };
+        let config = MemoryConfig::new(MemorySize::MAX);
         let error = allocate(&config).unwrap_err();
         assert!(error.to_string().contains("give less with -m"), "{error}");
     }
@@ -405,14 +383,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| {
             let path = Some(dir.path().join(name));
-            MemoryConfig {
-                size: MemorySize::MIN,
-                shared: true,
-                path,
-                prealloc: false,
-                dump: true,
-                thp: Thp::Auto,
-            }
+            MemoryConfig { shared: true, path, ..MemoryConfig::new(MemorySize::MIN) }
         };
         let path = |config: &MemoryConfig| config.path.clone().unwrap();
         for contents in [&b"x"[..], &[0; 8192]] {

@@ -71,14 +71,8 @@ mod tests {
 
     #[test]
     fn pages_of_all_logs_are_among_those_that_were_written_even_when_one_goes() {
-        let config = MemoryConfig {
-            size: (16 << 20).try_into().unwrap(),
-            shared: true,
-            path: None,
-            prealloc: false,
-            dump: true,
-            thp: config::Thp::Auto,
-        };
+        let config =
+            MemoryConfig { shared: true, ..MemoryConfig::new((16 << 20).try_into().unwrap()) };
         let memory = allocate(&config).unwrap();
         let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
         let by_vcpus = || vec![vec![1u64 << 63; 64]];

@@ -356,12 +356,8 @@ mod tests {
     fn pages_come_when_they_are_touched_on_both_sides_of_the_hole() {
         let high = 3 * 1024 * MIB;
         let config = MemoryConfig {
-            size: (high + 4 * MIB).try_into().unwrap(),
-            shared: false,
-            path: None,
             prealloc: true,
-            dump: true,
-            thp: config::Thp::Auto,
+            ..MemoryConfig::new((high + 4 * MIB).try_into().unwrap())
         };
         let missing = [MIB..2 * MIB, high - MIB..high + MIB];
         let (memory, filler) = match allocate_missing(&config, &missing) {

@@ -271,14 +271,7 @@ mod tests {
 
     fn config(size: u64) -> MemoryConfig {
         let size = size.try_into().unwrap();
-        MemoryConfig {
-            size,
-            shared: false,
-            path: None,
-            prealloc: false,
-            dump: true,
-            thp: config::Thp::Auto,
-        }
+        MemoryConfig::new(size)
     }
 
     #[test]

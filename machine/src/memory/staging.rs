@@ -114,14 +114,7 @@ mod tests {
 
     #[test]
     fn what_was_copied_stays_whatever_becomes_of_the_memory() {
-        let config = MemoryConfig {
-            size: MemorySize::MIN,
-            shared: false,
-            path: None,
-            prealloc: false,
-            dump: true,
-            thp: config::Thp::Auto,
-        };
+        let config = MemoryConfig::new(MemorySize::MIN);
         let memory = allocate(&config).unwrap();
         let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
         let ranges = [page(1), page(7).start..page(8).end, page(4095)];
@@ -151,14 +144,7 @@ mod tests {
 
     #[test]
     fn too_much_is_refused_and_not_cut_off() {
-        let config = MemoryConfig {
-            size: MemorySize::MIN,
-            shared: false,
-            path: None,
-            prealloc: false,
-            dump: true,
-            thp: config::Thp::Auto,
-        };
+        let config = MemoryConfig::new(MemorySize::MIN);
         let memory = allocate(&config).unwrap();
         let all = std::slice::from_ref(&(0..MAX_BYTES + PAGE_SIZE));
         assert!(!Staging::takes(all) && Staging::default().fill(&memory, all).is_err());

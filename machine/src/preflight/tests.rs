@@ -46,14 +46,7 @@ fn config(dir: &Path) -> MachineConfig {
         uuid: String::new(),
         cpus: CpuCount::MIN,
         topology: Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
-        memory: MemoryConfig {
-            size: MemorySize::MIN,
-            shared: false,
-            path: Some(dir.join("ram")),
-            prealloc: false,
-            dump: true,
-            thp: config::Thp::Auto,
-        },
+        memory: MemoryConfig { path: Some(dir.join("ram")), ..MemoryConfig::new(MemorySize::MIN) },
         boot: BootConfig {
             kernel: dir.join("kernel"),
             initrd: Some(dir.join("initrd")),

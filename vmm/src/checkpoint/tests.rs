@@ -43,14 +43,7 @@ pub fn state(clock: u64) -> MachineState {
 }
 
 fn memory_config() -> MemoryConfig {
-    MemoryConfig {
-        size: SIZE.try_into().unwrap(),
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: true,
-        thp: config::Thp::Auto,
-    }
+    MemoryConfig::new(SIZE.try_into().unwrap())
 }
 
 /// Memory with `mark` at the first, a middle and the last byte.

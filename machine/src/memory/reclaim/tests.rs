@@ -19,14 +19,7 @@ const SIZE: u64 = 16 * MIB;
 
 fn config(size: u64) -> MemoryConfig {
     let size = size.try_into().unwrap();
-    MemoryConfig {
-        size,
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: true,
-        thp: config::Thp::Auto,
-    }
+    MemoryConfig::new(size)
 }
 
 fn fill(memory: &Memory, with: u8) {

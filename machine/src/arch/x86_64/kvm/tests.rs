@@ -83,14 +83,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         0xeb, 0xfd, // jmp to the out
     ];
     let kvm = open().unwrap();
-    let config = MemoryConfig {
-        size: MemorySize::MIN,
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: true,
-        thp: config::Thp::Auto,
-    };
+    let config = MemoryConfig::new(MemorySize::MIN);
     let memory = memory::allocate(&config).unwrap();
     memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
@@ -153,14 +146,7 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         0x67, 0xa2, 0x00, 0x00, 0x40, 0x00, // mov [0x400000], al
         0xeb, 0xec, // jmp to the first one
     ];
-    let config = MemoryConfig {
-        size: MemorySize::MIN,
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: true,
-        thp: config::Thp::Auto,
-    };
+    let config = MemoryConfig::new(MemorySize::MIN);
     let kvm = open().unwrap();
     for (memory, origin) in memories(&config) {
         memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
@@ -208,14 +194,7 @@ fn a_clock_that_stood_is_ahead_by_the_gap_and_never_back() {
 fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
     const MINUTE: u64 = 60_000_000_000;
     let kvm = open().unwrap();
-    let config = MemoryConfig {
-        size: MemorySize::MIN,
-        shared: false,
-        path: None,
-        prealloc: false,
-        dump: true,
-        thp: config::Thp::Auto,
-    };
+    let config = MemoryConfig::new(MemorySize::MIN);
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
