@@ -268,6 +268,21 @@ fn statistics_may_say_anything() {
 }
 
 #[test]
+fn buffers_that_cannot_be_read_do_not_keep_the_thread() {
+    let (mut g, _outside) = guest();
+    let at = g.room(16);
+    for _ in 0..100 {
+        let head = g.queues[2].chain(&[(at, 0, false)]);
+        g.queues[2].publish(head);
+    }
+    g.transport.notifiers()[usize::from(STATS_QUEUE)].write(1).unwrap();
+    g.thread.turn(std::time::Duration::ZERO);
+    assert_eq!(g.queues[2].used_index(), 64, "others have their turn");
+    g.thread.settle();
+    assert_eq!(g.queues[2].used_index(), 100);
+}
+
+#[test]
 fn it_moves_with_its_sizes_and_the_buffer_that_is_lent() {
     let (mut g, outside) = guest();
     let at = g.bytes(&entry(4, 1));

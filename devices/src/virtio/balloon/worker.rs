@@ -148,9 +148,8 @@ impl BalloonWorker {
     /// Reclaim the pages that the guest puts into the balloon.
     fn inflate(&mut self) -> Result<(), Broken> {
         let Self { queues, memory, tells_host, chain, pages, interrupt, .. } = self;
-        let ram = queues.inflate.memory().clone();
-        serve(&mut queues.inflate, chain, interrupt, |chain| {
-            pages.each_run(&ram, chain, |start, len| match tells_host {
+        serve(&mut queues.inflate, chain, interrupt, |ram, chain| {
+            pages.each_run(ram, chain, |start, len| match tells_host {
                 true => memory.withhold(start, len),
                 false => memory.discard(start, len),
             });
@@ -160,9 +159,8 @@ impl BalloonWorker {
     /// Return pages to the guest.
     fn deflate(&mut self) -> Result<(), Broken> {
         let Self { queues, memory, chain, pages, interrupt, .. } = self;
-        let ram = queues.deflate.memory().clone();
-        serve(&mut queues.deflate, chain, interrupt, |chain| {
-            pages.each_run(&ram, chain, |start, len| memory.release(start, len));
+        serve(&mut queues.deflate, chain, interrupt, |ram, chain| {
+            pages.each_run(ram, chain, |start, len| memory.release(start, len));
         })
     }
 
@@ -170,20 +168,24 @@ impl BalloonWorker {
     fn report(&mut self, queue: usize) -> Result<(), Broken> {
         let Self { queues, memory, chain, interrupt, .. } = self;
         let Some(ring) = queues.reporting.get_mut(queue) else { return Ok(()) };
-        serve(ring, chain, interrupt, |chain| {
+        serve(ring, chain, interrupt, |_, chain| {
             for range in chain.writable() {
                 memory.discard(range.addr, range.len.into());
             }
         })
     }
 
-    /// Read statistics, and keep the buffer for the next ones.
+    /// Read statistics, and keep the buffer for the next ones. Buffers that cannot be read go back,
+    /// for at most one turn.
     fn take_stats(&mut self) -> Result<(), Broken> {
         let Some(ring) = &mut self.queues.stats else { return Ok(()) };
-        while self.lent.is_none() {
+        for _ in 0..TURN {
+            if self.lent.is_some() {
+                return Ok(());
+            }
             match ring.pop(&mut self.chain)? {
                 Popped::Nothing if ring.listen()? => ring.ignore()?,
-                Popped::Nothing => break,
+                Popped::Nothing => return Ok(()),
                 Popped::Malformed => give_back(ring, self.chain.head(), &self.interrupt)?,
                 Popped::Chain => {
                     let mut bytes = [0; MAX_STATS];
@@ -193,6 +195,7 @@ impl BalloonWorker {
                 }
             }
         }
+        ring.come_back();
         Ok(())
     }
 
@@ -230,7 +233,7 @@ fn serve(
     ring: &mut Ring,
     chain: &mut Chain,
     interrupt: &Interrupt,
-    mut each: impl FnMut(&Chain),
+    mut each: impl FnMut(&Memory, &Chain),
 ) -> Result<(), Broken> {
     ring.ignore()?;
     let mut left = TURN;
@@ -242,7 +245,7 @@ fn serve(
             }
             Popped::Nothing => break,
             Popped::Malformed => {}
-            Popped::Chain => each(chain),
+            Popped::Chain => each(ring.memory(), chain),
         }
         ring.put_used(0, chain.head(), 0)?;
         ring.publish(1)?;
