@@ -87,22 +87,6 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
-    /// The console, if there is one.
-    pub fn console(&self) -> Option<&ConsoleConfig> {
-        self.devices.iter().find_map(|device| match device {
-            DeviceConfig::Console(console) => Some(console),
-            _ => None,
-        })
-    }
-
-    /// The source of randomness, if there is one.
-    pub fn rng(&self) -> Option<&RngConfig> {
-        self.devices.iter().find_map(|device| match device {
-            DeviceConfig::Rng(rng) => Some(rng),
-            _ => None,
-        })
-    }
-
     /// Back-ends of the serial port and of other character devices.
     pub fn chars(&self) -> impl Iterator<Item = &CharBackend> {
         self.serial.iter().chain(self.devices.iter().filter_map(|device| device.facts().chars()))

@@ -3,7 +3,7 @@
 //! A bucket is kept as the instant at which everything let through so far is paid for, so there is
 //! no refilling and no remainder to lose: a request passes while that instant is near enough, and
 //! advances it by its own cost. So a request larger than the bucket also passes and is paid for
-//! afterwards, instead of waiting for ever for a fill level that is never reached.
+//! afterwards, instead of waiting for a fill level that is never reached.
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},

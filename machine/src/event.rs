@@ -13,7 +13,7 @@ use crate::vcpu::Stopped;
 pub enum Event {
     /// A vCPU stopped by itself; the others still run.
     Vcpu(usize, Stopped),
-    /// A part of guest memory is lost, for this reason; a thread that touches it waits for ever.
+    /// A part of guest memory is lost, for this reason; a thread that touches it never continues.
     MemoryLost(String),
     /// The user at the console typed `Ctrl-a x`.
     Escape,

@@ -37,7 +37,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// Whether a domain kept in `state` is renamed to make way for a new start.
+    /// Whether a domain kept in `state` is renamed, so that a new start can have its name.
     pub fn renames(self, state: State) -> bool {
         let then: &[Then] = match state {
             State::Off => &[self.on_poweroff, self.on_reboot],

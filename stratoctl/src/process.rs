@@ -136,7 +136,7 @@ impl Process {
         stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'))
     }
 
-    /// Kill it, whatever it is doing.
+    /// Kill it, even if it is busy.
     ///
     /// # Errors
     /// When it belongs to another user.

@@ -1,7 +1,7 @@
 //! Command lines of users and programs, and their results.
 use std::ffi::OsString;
 
-use crate::{CharBackend, MachineConfig, Tap};
+use crate::{CharBackend, ConsoleConfig, DeviceConfig, MachineConfig, RngConfig, Tap};
 
 use super::{Action, Control, Invocation, Log, Problems, parse};
 
@@ -11,6 +11,24 @@ mod faults;
 mod file;
 mod hostile;
 mod meaning;
+
+impl MachineConfig {
+    /// The console, if there is one.
+    fn console(&self) -> Option<&ConsoleConfig> {
+        self.devices.iter().find_map(|device| match device {
+            DeviceConfig::Console(console) => Some(console),
+            _ => None,
+        })
+    }
+
+    /// The source of randomness, if there is one.
+    fn rng(&self) -> Option<&RngConfig> {
+        self.devices.iter().find_map(|device| match device {
+            DeviceConfig::Rng(rng) => Some(rng),
+            _ => None,
+        })
+    }
+}
 
 /// A command line as a shell splits it, with double quotes.
 fn words(line: &str) -> Vec<OsString> {

@@ -169,7 +169,7 @@ impl Filler {
                 }
                 base += region.len();
             }
-            // The thread that waits there would do so for ever.
+            // The thread that waits there would never continue.
             let text = format!("a page fault at {address:#x}, outside of guest memory");
             return Err(io::Error::other(text));
         }
@@ -212,7 +212,7 @@ impl Filler {
     /// go.
     ///
     /// # Errors
-    /// When the kernel refuses. A thread that touches the range then waits for ever.
+    /// When the kernel refuses. A thread that touches the range then never continues.
     pub fn discard(&self, range: &Range<u64>) -> io::Result<()> {
         self.each_part(range, |to, len| {
             let mut done = 0;

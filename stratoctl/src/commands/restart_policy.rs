@@ -225,7 +225,7 @@ impl Context {
     }
 }
 
-/// A domain that was renamed to make way for a new one.
+/// A domain that was renamed so that a new one can have its name.
 pub struct Fresh {
     /// Place of the old one.
     pub kept: Place,

@@ -24,7 +24,7 @@ fn until_stop(qmp: &mut Client) -> Result<Vec<(String, Value)>> {
     Ok(events)
 }
 
-/// The machine stands still as `state`, and does only what makes sense.
+/// The machine has stopped in `state`, and accepts only the commands that make sense there.
 fn is_halted(qmp: &mut Client, state: &str) -> Result<()> {
     ensure!(status(qmp)? == state, "it is {}", status(qmp)?);
     for command in ["cont", "system_powerdown"] {

@@ -411,7 +411,7 @@ fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()>
     };
     let (there, uri) = There::listen("waits")?;
     let mut qmp = waiting(&there)?;
-    // Commands that need a machine are refused; the lists are available all the same.
+    // Commands that need a machine are refused, but the lists name them.
     let said = qmp.execute_raw("query-cpus", json!({})).err().map(|e| e.to_string());
     ensure!(said.as_ref().is_some_and(|s| s.contains("has not come in yet")), "{said:?}");
     let commands = qmp.execute_raw("query-commands", json!({}))?;

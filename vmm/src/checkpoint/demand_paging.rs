@@ -2,7 +2,7 @@
 //! another one reads all the rest. A block is compared with its checksum before the guest sees any
 //! of it, so no damaged memory ever reaches the guest.
 //!
-//! A thread that touches a page which cannot be read would wait for ever. Such an error therefore
+//! A thread that touches a page which cannot be read would never continue. Such an error therefore
 //! ends the machine: the thread that finds it reports it. If the main thread does not handle the
 //! report, because it waits for such a page itself, the thread ends the process.
 use std::{

@@ -202,7 +202,7 @@ impl Disk {
 
     fn opened(path: &Path, options: &OpenOptions, held: bool) -> Result<Self, DiskError> {
         let OpenOptions { readonly, direct, discard, aio, probe } = *options;
-        // Checked before it is opened, because opening alone can wait for ever (a FIFO) or have an
+        // Checked before it is opened, because opening alone can wait without end (a FIFO) or have an
         // effect (a watchdog); and again afterwards, because it may have been replaced.
         let seen = path.metadata().map_err(|source| open_error(path, readonly, source))?;
         check_kind(path, &seen)?;

@@ -130,7 +130,7 @@ impl Tx {
         }
         let Some(backend) = &shared.backend else { return Sent::Done };
         // Refused again although the back-end signalled that it accepts more: drop the frame, as
-        // that could repeat for ever.
+        // that could repeat without end.
         match backend.write(pair, &mut self.frame) {
             Ok(_) => shared.stats.tx.passed(bytes),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && !again => {
