@@ -11,8 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::{Value, json};
 use stories::agent;
 use stories::monitor::{SOON, install};
@@ -188,14 +189,24 @@ impl Rig {
         self.gone(pid)
     }
 
-    /// Wait until a process has ended.
+    /// Wait until a process has ended with all its threads: the first one leaves `/proc/PID/exe`
+    /// before the last one has closed the files.
     pub fn gone(&self, pid: i32) -> Result<()> {
+        let number = Pid::from_raw(pid).context("no process id")?;
+        let fd = match pidfd_open(number, PidfdFlags::empty()) {
+            Err(Errno::SRCH) => return Ok(()),
+            other => other?,
+        };
         let deadline = Instant::now() + SOON;
-        while Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok() {
-            ensure!(Instant::now() < deadline, "process {pid} goes on");
-            thread::sleep(Duration::from_millis(1));
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left.try_into()?)) {
+                Err(Errno::INTR) => {}
+                Ok(0) => bail!("process {pid} goes on"),
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(e.into()),
+            }
         }
-        Ok(())
     }
 
     /// End every process called `name`.
