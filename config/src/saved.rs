@@ -37,7 +37,7 @@ pub struct Description {
 
 /// Why a saved state does not describe a valid machine.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum DescriptionError {
     #[error("{what} {value}, {source}")]
     Limit { what: &'static str, value: String, source: ValueError },
@@ -55,7 +55,7 @@ pub enum DescriptionError {
 
 /// Why the save in a directory cannot be restored.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum CheckError {
     #[error(transparent)]
     Directory(#[from] DirectoryError),

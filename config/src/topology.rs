@@ -3,7 +3,7 @@ use crate::types::CpuCount;
 
 /// `-smp`: sockets x dies x clusters x cores x threads. The product equals the number of vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the field's own words")]
+#[expect(missing_docs, reason = "standard terms")]
 pub struct Topology {
     pub sockets: u8,
     pub dies: u8,

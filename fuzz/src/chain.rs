@@ -8,7 +8,7 @@ use std::{
 use state::{
     State,
     config::Base,
-    directory::{self, DEEPEST, DirectoryError, MEMORY, STATE},
+    directory::{self, DirectoryError, MAX_CHAIN, MEMORY, STATE},
     hex::Hex,
     memory_file::{BLOCK, blocks, trailer},
     testing::{self, MEMORY as SIZE},
@@ -100,7 +100,7 @@ pub fn entry(input: &[u8]) {
         save(&place(n), n as u128 + 1, base, &mut input);
     }
     match read(&place(count - 1)) {
-        Ok(layers) => assert!((1..=DEEPEST).contains(&layers)),
+        Ok(layers) => assert!((1..=MAX_CHAIN).contains(&layers)),
         Err(error) => assert!(!error.to_string().is_empty()),
     }
 }

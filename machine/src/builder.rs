@@ -57,7 +57,7 @@ use crate::{
 
 /// Why the machine could not be built.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum BuildError {
     #[error(transparent)]
     Kvm(#[from] KvmError),

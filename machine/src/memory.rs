@@ -31,7 +31,7 @@ const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(
 
 /// Why guest memory could not be had.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum MemoryError {
     #[error(
         "{asked} MiB of guest memory asked for; this host has {available} MiB available: give less \

@@ -88,7 +88,7 @@ pub enum Pages {
 
 /// Why the state could not be read.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum SaveError {
     #[error("cannot save device {id}")]
     Device { id: String, source: StateError },
@@ -102,7 +102,7 @@ pub enum SaveError {
 
 /// Why a state could not be restored.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum RestoreError {
     #[error("the saved state has {saved} {what}, its configuration {configured}")]
     Count { what: &'static str, saved: usize, configured: usize },

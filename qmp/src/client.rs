@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Default time to wait for an answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest line accepted from a server, bytes.
 const MAX_LINE: usize = 16 << 20;
@@ -40,12 +40,12 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The server did not answer in time.
-    #[error("no {what} from the QMP server within {patience:?}")]
+    #[error("no {what} from the QMP server within {timeout:?}")]
     Timeout {
         /// What the client waited for.
         what: String,
         /// How long.
-        patience: Duration,
+        timeout: Duration,
     },
     /// The server has hung up.
     #[error("the QMP server has hung up while {what} was expected")]
@@ -90,7 +90,7 @@ pub struct Client {
     searched: usize,
     events: VecDeque<ReceivedEvent>,
     version: VersionInfo,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Client {
@@ -120,7 +120,7 @@ impl Client {
         deadline: Instant,
         timeout: Duration,
     ) -> Result<Self, ClientError> {
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(DEFAULT_TIMEOUT))?;
         #[derive(Deserialize)]
         struct Greeting {
             #[serde(rename = "QMP")]
@@ -137,7 +137,7 @@ impl Client {
             searched: 0,
             events: VecDeque::new(),
             version: nothing,
-            patience: PATIENCE,
+            timeout: DEFAULT_TIMEOUT,
         };
         let line = client.line_by("greeting", deadline, timeout)?;
         let greeting: Greeting = parse(&line)?;
@@ -151,8 +151,8 @@ impl Client {
     }
 
     /// Set how long to wait for answers from now on (30 s by default).
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
     }
 
     /// Run `command`.
@@ -200,10 +200,10 @@ impl Client {
 
     /// The next message that is not an event; events before it are kept.
     fn read_reply(&mut self, what: &str) -> Result<Map<String, Value>, ClientError> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         let what = format!("reply to {what}");
         loop {
-            let line = self.line_by(&what, deadline, self.patience)?;
+            let line = self.line_by(&what, deadline, self.timeout)?;
             let message: Map<String, Value> = parse(&line)?;
             match message.contains_key("event") {
                 true => self.events.push_back(parse(&line)?),
@@ -304,9 +304,9 @@ impl Client {
         &mut self,
         what: &str,
         deadline: Instant,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Vec<u8>, ClientError> {
-        let late = || ClientError::Timeout { what: what.into(), patience };
+        let late = || ClientError::Timeout { what: what.into(), timeout };
         let mut looked = false;
         loop {
             let fresh = self.input.get(self.searched..).unwrap_or_default();

@@ -1,6 +1,6 @@
 //! Decoding of a request's arguments into the command's own type.
 //!
-//! Differs from `serde_json::from_value` in four ways: an array is no struct; `1.0` is an integer
+//! Differs from `serde_json::from_value` in four ways: an array is not a struct; `1.0` is an integer
 //! (generic JSON writers send it); `"on"` and `"off"` are booleans (as in StratoVirt); and errors
 //! are worded as in QEMU, with the path of the parameter.
 use std::fmt::{self, Display};

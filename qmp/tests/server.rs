@@ -302,7 +302,7 @@ fn a_huge_line_or_a_half_one_costs_nobody_else_anything() {
 
 #[test]
 fn all_clients_together_have_a_bound_on_memory() {
-    const MOST: usize = 16 << 20;
+    const MAX_MEMORY: usize = 16 << 20;
     let host = Host::start();
     let mut client = host.client();
     // Each message is shorter than the limit, and never ends.
@@ -328,7 +328,7 @@ fn all_clients_together_have_a_bound_on_memory() {
         let left = others.iter_mut().map(is_open).filter(|open| *open).count();
         assert!(left > 0 && begin.elapsed() < LONG, "{left} of 40 are left");
         // The server may not have read all yet.
-        if left <= MOST / half.len() {
+        if left <= MAX_MEMORY / half.len() {
             break;
         }
     }
@@ -433,7 +433,7 @@ fn the_last_words_reach_everybody_who_listens() {
 
 #[test]
 fn a_server_does_not_wait_for_ever_for_somebody_who_does_not_listen() {
-    let host = Host::with_patience(Duration::from_millis(100));
+    let host = Host::with_timeout(Duration::from_millis(100));
     let (_deaf, mut other) = (host.client(), host.client());
     for _ in 0..3000 {
         other.execute(&Stop {}).unwrap();

@@ -22,7 +22,7 @@ pub struct Config {
     pub id: Id,
     /// Everything but the contents of slots.
     pub machine: Machine,
-    /// Every virtio-mmio slot that the guest was told of when it booted, in any order.
+    /// Every virtio-mmio slot that was described to the guest when it booted, in any order.
     pub slots: Vec<Slot>,
     /// Why the guest cannot resume, if it cannot.
     #[serde(deserialize_with = "required")]
@@ -101,7 +101,7 @@ pub struct Machine {
 /// The product equals the number of vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the field's own words")]
+#[expect(missing_docs, reason = "standard terms")]
 pub struct Topology {
     pub sockets: u8,
     pub dies: u8,

@@ -24,11 +24,11 @@ pub const NEW_STATE: &str = "state.new";
 /// before the process was killed.
 pub const NEW_MEMORY: &str = "memory.new";
 /// Most saves that may build on each other, including the full one at the end.
-pub const DEEPEST: usize = 64;
+pub const MAX_CHAIN: usize = 64;
 
 /// Why a saved state cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum DirectoryError {
     #[error("cannot open {}", path.display())]
     Open { path: PathBuf, source: io::Error },
@@ -38,15 +38,15 @@ pub enum DirectoryError {
     Sums { path: PathBuf, found: u64, needed: u64 },
     #[error("{} cannot be used", path.display())]
     Memory { path: PathBuf, source: MemoryFileError },
-    #[error("{} holds changes only, and what it builds on cannot be used", path.display())]
+    #[error("{} is incremental, and the save that it builds on cannot be used", path.display())]
     Base { path: PathBuf, source: Box<Self> },
-    #[error("{} has been saved anew since", path.display())]
+    #[error("{} has been replaced by a later save", path.display())]
     BaseChanged { path: PathBuf },
-    #[error("{} has another amount of memory", path.display())]
+    #[error("{} has a different memory size", path.display())]
     BaseSize { path: PathBuf },
     #[error("{} builds on itself", path.display())]
     Loop { path: PathBuf },
-    #[error("more than {DEEPEST} saves build on each other, down to {}", path.display())]
+    #[error("more than {MAX_CHAIN} saves build on each other, down to {}", path.display())]
     TooDeep { path: PathBuf },
 }
 
@@ -111,7 +111,7 @@ fn layers(
         if seen.contains(&base.id) {
             return Err(under(DirectoryError::Loop { path: below }));
         }
-        if seen.len() >= DEEPEST {
+        if seen.len() >= MAX_CHAIN {
             return Err(under(DirectoryError::TooDeep { path: below }));
         }
         seen.push(base.id);

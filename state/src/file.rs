@@ -55,25 +55,27 @@ pub struct Sections {
 
 /// Why a saved machine cannot be read.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum FileError {
     #[error(transparent)]
     Stream(#[from] StreamError),
-    #[error("{what} comes where {expected} should be")]
+    #[error("found {what} where {expected} was expected")]
     Order { what: String, expected: &'static str },
     #[error("{what} cannot be used")]
     Section { what: String, source: SectionError },
-    #[error("it has no section {what:?}")]
+    #[error("section {what:?} is missing")]
     Missing { what: String },
-    #[error("it has section {what:?} twice")]
+    #[error("section {what:?} is duplicated")]
     Twice { what: String },
-    #[error("the checksums of memory are {bytes} bytes long: no multiple of 4")]
+    #[error("the checksums of memory are {bytes} bytes long, which is not a multiple of 4")]
     Sums { bytes: usize },
-    #[error("range {index} of the list of changes is none of {pages} pages in ascending order")]
+    #[error(
+        "range {index} of the list of changes is outside of the {pages} pages, or not in ascending order"
+    )]
     Changed { index: usize, pages: u64 },
-    #[error("it changes {0} ranges of memory, and {RANGES} are the most")]
+    #[error("it changes {0} ranges of memory; at most {RANGES} are allowed")]
     Ranges(usize),
-    #[error("there is more after its end")]
+    #[error("there is more data after its end")]
     Trailing,
 }
 
@@ -258,7 +260,7 @@ impl<R: Read> Frames<R> {
             if !seen.insert(section.name()) {
                 return Err(FileError::Twice { what: section.name() });
             }
-            // One spelling for each number: "01" would be a second vCPU 1.
+            // Only the canonical form of each number: "01" would be a second vCPU 1.
             let index = section.id.parse::<u8>().ok().filter(|n| n.to_string() == section.id);
             match (section.kind.as_str(), section.id.as_str(), index) {
                 (Cpu::KIND, "", _) => cpu = Some(section.read().map_err(failed)?),

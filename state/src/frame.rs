@@ -22,9 +22,9 @@ const MAGIC: &[u8; 8] = b"STRATOCP";
 /// [`Saved::VERSION`](crate::Saved::VERSION).
 pub const VERSION: u32 = 3;
 /// Longest body. The largest is the list of checksums of 512 GiB of memory, 1 MiB.
-const LONGEST: u32 = 16 << 20;
+const MAX_BODY: u32 = 16 << 20;
 /// Most bytes of all frames except those with memory in them. 254 vCPUs take about 10 MiB.
-const MOST: u64 = 128 << 20;
+const MAX_STATE: u64 = 128 << 20;
 /// Bytes of a frame in addition to its body.
 const AROUND: u64 = 12;
 /// Kinds with this bit may be skipped.
@@ -51,7 +51,7 @@ pub enum Kind {
     Hello,
     /// The receiver can run the described machine: memory may follow.
     Accept,
-    /// It cannot, and why.
+    /// It cannot; the reason.
     Refuse,
     /// Everything has arrived intact; nothing runs yet.
     Ready,
@@ -59,7 +59,7 @@ pub enum Kind {
     Go,
     /// The machine runs, or is stopped, at the receiver.
     Running,
-    /// It will never run there, and why: the sender owns it again.
+    /// It will never run there; the reason. The sender owns it again.
     Failed,
 }
 
@@ -75,8 +75,8 @@ const KINDS: [(Kind, u32, &str); 14] = [
     (Kind::Hello, 8, "the sender's greeting"),
     (Kind::Accept, 9, "the answer to the greeting"),
     (Kind::Refuse, 10, "the answer to the greeting"),
-    (Kind::Ready, 11, "the word that all is there"),
-    (Kind::Go, 12, "the word to go on"),
+    (Kind::Ready, 11, "the readiness message"),
+    (Kind::Go, 12, "the hand-over message"),
     (Kind::Running, 13, "the outcome"),
     (Kind::Failed, 14, "the outcome"),
 ];
@@ -111,9 +111,9 @@ impl Kind {
 
 /// Why a stream cannot be read.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum StreamError {
-    #[error("it is no saved state: it does not begin with {:?}", str::from_utf8(MAGIC).unwrap_or(""))]
+    #[error("it is not a saved state: it does not begin with {:?}", str::from_utf8(MAGIC).unwrap_or(""))]
     NotAState,
     #[error("its header is damaged (checksum)")]
     Header,
@@ -130,13 +130,13 @@ pub enum StreamError {
     Newer(u32),
     #[error("it ends at byte {at}, in the middle of {what}")]
     Truncated { at: u64, what: String },
-    #[error("{what} is damaged: it claims {length} bytes, and {LONGEST} is the most")]
+    #[error("{what} is damaged: it claims {length} bytes; at most {MAX_BODY} are allowed")]
     TooLong { what: String, length: u32 },
-    #[error("{what} would make its state longer than {MOST} bytes")]
+    #[error("{what} would make its state longer than {MAX_STATE} bytes")]
     TooMuch { what: String },
     #[error("{what} is damaged (checksum)")]
     Checksum { what: String },
-    #[error("parts are missing, come twice or in another order (checksum over all)")]
+    #[error("parts are missing, duplicated or reordered (checksum over all)")]
     Whole,
     #[error("{what} is of an unknown kind, {kind}")]
     Kind { what: String, kind: u32 },
@@ -170,7 +170,7 @@ impl<W: Write> Writer<W> {
     /// When it cannot be written, or is too long.
     pub fn frame(&mut self, kind: Kind, pieces: &[&[u8]]) -> io::Result<()> {
         let length: usize = pieces.iter().map(|piece| piece.len()).sum();
-        let length = u32::try_from(length).ok().filter(|n| *n <= LONGEST);
+        let length = u32::try_from(length).ok().filter(|n| *n <= MAX_BODY);
         let length = length.ok_or_else(|| io::Error::other("a part of the state is too long"))?;
         let mut crc = Hasher::new();
         let (kind, length) = (kind.row().0.to_le_bytes(), length.to_le_bytes());
@@ -262,13 +262,13 @@ impl<R: Read> Reader<R> {
         let what = format!("the part after {}", self.last);
         let (number, length): ([u8; 4], [u8; 4]) = (self.array(&what)?, self.array(&what)?);
         let claimed = u32::from_le_bytes(length);
-        if claimed > LONGEST {
+        if claimed > MAX_BODY {
             return Err(StreamError::TooLong { what, length: claimed });
         }
         let kind = Kind::of(u32::from_le_bytes(number));
         if kind != Some(Kind::Pages) {
             self.state = self.state.saturating_add(AROUND + u64::from(claimed));
-            if self.state > MOST {
+            if self.state > MAX_STATE {
                 return Err(StreamError::TooMuch { what });
             }
         }

@@ -51,7 +51,7 @@ impl<'de, const N: usize> Deserialize<'de> for HexArray<N> {
         let length = bytes.len();
         let array = bytes
             .try_into()
-            .map_err(|_| D::Error::custom(format_args!("{length} bytes where {N} belong")))?;
+            .map_err(|_| D::Error::custom(format_args!("{length} bytes; {N} were expected")))?;
         Ok(Self(array))
     }
 }

@@ -14,14 +14,14 @@ use crate::{
 
 /// Why a kept disk cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum KeptDiskError {
-    #[error("disk '{id}': {name:?} is no name of a file in the save's directory")]
+    #[error("disk '{id}': {name:?} is not a file name in the save's directory")]
     Name { id: String, name: String },
     #[error("disk '{id}': cannot open {}, which the save keeps", path.display())]
     Open { id: String, path: PathBuf, source: io::Error },
     #[error(
-        "disk '{id}': {} is not as it was saved: {what}. If it is the right one nevertheless, say so with \
+        "disk '{id}': {} is not as it was saved: {what}. If it is the right one nevertheless, confirm with \
          --force (-incoming ...,force=on)",
         path.display()
     )]
@@ -69,7 +69,7 @@ pub fn open(
         () if found.size != then.size => Some("it has another size"),
         () if force => None,
         () if found.mtime_ns != then.mtime_ns => {
-            Some("it has been written since, or lost its date")
+            Some("it has been written since, or its modification time was lost")
         }
         // If the file system has no extended attributes now, there is nothing to compare.
         () if found.generation.is_some() && found.generation != then.generation => {

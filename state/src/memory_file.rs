@@ -70,9 +70,9 @@ pub fn belongs(file: &File, id: u128, size: u64) -> Result<(), MemoryFileError> 
 
 /// Why a memory file cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum MemoryFileError {
-    #[error("it has {length} bytes; {expected} belong to this state")]
+    #[error("it has {length} bytes; this state needs {expected}")]
     Length { length: u64, expected: u64 },
     #[error("it belongs to another state, or its last page is damaged")]
     Other,

@@ -4,7 +4,7 @@ use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use serde_json::{Value, value::RawValue};
 
 /// Deepest nesting of JSON in a section. Nothing written here comes close.
-pub const DEEPEST: usize = 64;
+pub const MAX_DEPTH: usize = 64;
 
 /// The saved form of a component. It is never the component's run-time type, even where the fields
 /// are equal today: the saved form may only change together with its version.
@@ -42,9 +42,9 @@ pub struct Section {
 
 /// Why a part cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum SectionError {
-    #[error("it is of kind {found:?}, and {expected:?} belongs here")]
+    #[error("it is of kind {found:?}; {expected:?} was expected")]
     Kind { found: String, expected: &'static str },
     #[error(
         "{kind} is of version {found}, and this program knows versions up to {known}: it was \
@@ -53,9 +53,9 @@ pub enum SectionError {
     Newer { kind: String, found: u32, known: u32 },
     #[error("{kind} is of version {found}; no program wrote such a version (this one: {known})")]
     Version { kind: String, found: u32, known: u32 },
-    #[error("it says something that no machine can be like")]
+    #[error("its contents are not valid")]
     Malformed(#[from] serde_json::Error),
-    #[error("its values lie more than {DEEPEST} levels deep in each other")]
+    #[error("its values are nested more than {MAX_DEPTH} levels deep")]
     TooDeep,
 }
 
@@ -162,7 +162,7 @@ fn check_depth(bytes: &[u8]) -> Result<(), SectionError> {
             b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
             _ => {}
         }
-        if depth > DEEPEST {
+        if depth > MAX_DEPTH {
             return Err(SectionError::TooDeep);
         }
     }
@@ -226,9 +226,9 @@ mod tests {
     #[test]
     fn what_no_version_wrote_is_refused() {
         for (version, state, says) in [
-            (3, json!({ "khz": 5 }), "says something"),
-            (3, json!({ "khz": 5, "scaled": false, "more": 1 }), "says something"),
-            (2, json!({ "khz": 5, "more": 1 }), "says something"),
+            (3, json!({ "khz": 5 }), "not valid"),
+            (3, json!({ "khz": 5, "scaled": false, "more": 1 }), "not valid"),
+            (2, json!({ "khz": 5, "more": 1 }), "not valid"),
             (4, json!({ "khz": 5, "scaled": false }), "newer"),
             (0, json!({}), "no program wrote"),
         ] {
@@ -243,9 +243,9 @@ mod tests {
             let state = format!("{}{}", "[".repeat(levels), "]".repeat(levels));
             format!(r#"{{"kind":"k","id":"","version":1,"state":{state}}}"#)
         };
-        let section = Section::from_bytes(nested(DEEPEST - 1).as_bytes()).unwrap();
-        assert_eq!(serde_json::to_string(&section).unwrap(), nested(DEEPEST - 1));
-        for levels in [DEEPEST, 100_000] {
+        let section = Section::from_bytes(nested(MAX_DEPTH - 1).as_bytes()).unwrap();
+        assert_eq!(serde_json::to_string(&section).unwrap(), nested(MAX_DEPTH - 1));
+        for levels in [MAX_DEPTH, 100_000] {
             let error = Section::from_bytes(nested(levels).as_bytes()).unwrap_err();
             assert!(matches!(error, SectionError::TooDeep), "{error}");
         }

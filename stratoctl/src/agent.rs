@@ -46,7 +46,7 @@ impl Mode {
     }
 
     /// How long it may take to answer the command.
-    fn patience(self) -> Duration {
+    fn limit(self) -> Duration {
         match self {
             Self::Powerdown | Self::Reboot => REFUSAL,
             Self::SetTime(_) => ANSWER_TIMEOUT,
@@ -71,7 +71,7 @@ pub enum AgentError {
 /// # Errors
 /// When no agent answers, or the agent refuses.
 pub fn ask(stream: UnixStream, mode: Mode) -> Result<(), AgentError> {
-    ask_within(stream, mode, ANSWER_TIMEOUT, mode.patience())
+    ask_within(stream, mode, ANSWER_TIMEOUT, mode.limit())
 }
 
 /// Ask an agent that may take `hello` to report that it is there, and `answer` to answer the

@@ -26,7 +26,7 @@ pub fn read(described: &Described) -> anyhow::Result<(Name, Description)> {
     let words = ["-config".into(), path.into(), "-api-channel".into(), "unix:qmp.sock".into()];
     let machine = match cli::parse(words.into_iter().map(|word: OsString| word)) {
         Ok(Action::Run(invocation)) => invocation.machine,
-        Ok(_) => anyhow::bail!(Failure::new(format!("{} is no configuration", path.display()))),
+        Ok(_) => anyhow::bail!(Failure::new(format!("{} is not a configuration", path.display()))),
         Err(problems) => anyhow::bail!(Failure::new(problems.to_string())),
     };
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;

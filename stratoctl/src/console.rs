@@ -23,11 +23,11 @@ use signal_hook::{
 /// The signals that end an attachment.
 const ENDING: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 /// `Ctrl-]`.
-const LEAVE: u8 = 0x1d;
+const ESCAPE: u8 = 0x1d;
 /// Most typed bytes that wait for the guest; until it takes some, no more are read.
-const TYPED: usize = 4096;
+const MAX_TYPED: usize = 4096;
 /// How long a console may be silent at the beginning before a hint is shown.
-const SILENCE: Duration = Duration::from_secs(2);
+const HINT_AFTER: Duration = Duration::from_secs(2);
 
 /// How an attachment ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,30 +77,30 @@ impl Attachment {
             }
             let mut to_console = PollFlags::IN;
             to_console.set(PollFlags::OUT, !self.typed.is_empty());
-            let listens = self.open && !self.leaving && self.typed.len() < TYPED;
+            let listens = self.open && !self.leaving && self.typed.len() < MAX_TYPED;
             let mut fds = vec![
                 PollFd::new(&self.console, to_console),
-                PollFd::new(&signals.told, PollFlags::IN),
+                PollFd::new(&signals.wakeup, PollFlags::IN),
             ];
             if listens {
                 fds.push(PollFd::new(&stdin, PollFlags::IN));
             }
-            let wonder = SILENCE.saturating_sub(begin.elapsed());
-            let timeout = (!self.heard && !self.leaving).then_some(wonder);
+            let until_hint = HINT_AFTER.saturating_sub(begin.elapsed());
+            let timeout = (!self.heard && !self.leaving).then_some(until_hint);
             let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
             match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,
                 other => other?,
             };
             let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            let (from_console, told, from_stdin) = (ready(0), ready(1), ready(2));
-            if told && let Some(signal) = signals.number() {
+            let (from_console, wakeup, from_stdin) = (ready(0), ready(1), ready(2));
+            if wakeup && let Some(signal) = signals.number() {
                 return Ok(End::Signal(signal));
             }
-            if !self.heard && begin.elapsed() >= SILENCE {
+            if !self.heard && begin.elapsed() >= HINT_AFTER {
                 self.heard = true;
                 if stdin.is_terminal() {
-                    eprint!("(nothing so far; one at a time can be attached)\r\n");
+                    eprint!("(no output yet; only one client can be attached at a time)\r\n");
                 }
             }
             if from_stdin {
@@ -119,7 +119,7 @@ impl Attachment {
             Ok(0) => self.open = false,
             Ok(n) => {
                 let bytes = bytes.get(..n).unwrap_or_default();
-                let end = bytes.iter().position(|byte| *byte == LEAVE);
+                let end = bytes.iter().position(|byte| *byte == ESCAPE);
                 self.leaving = end.is_some();
                 self.typed.extend(bytes.iter().take(end.unwrap_or(n)));
             }
@@ -168,20 +168,20 @@ impl Attachment {
 
 /// Signals that would end the process, caught while this exists.
 struct Signals {
-    told: UnixStream,
+    wakeup: UnixStream,
     last: Arc<AtomicUsize>,
     ids: Vec<SigId>,
 }
 
 impl Signals {
     fn catch() -> io::Result<Self> {
-        let (told, tell) = UnixStream::pair()?;
-        let mut this = Self { told, last: Arc::default(), ids: Vec::new() };
+        let (wakeup, waker) = UnixStream::pair()?;
+        let mut this = Self { wakeup, last: Arc::default(), ids: Vec::new() };
         for signal in ENDING {
             let number = usize::try_from(signal).unwrap_or_default();
             // In this order: a reader that is woken finds the number.
             let flag = signal_hook::flag::register_usize(signal, this.last.clone(), number)?;
-            let pipe = signal_hook::low_level::pipe::register(signal, tell.try_clone()?)?;
+            let pipe = signal_hook::low_level::pipe::register(signal, waker.try_clone()?)?;
             this.ids.extend([flag, pipe]);
         }
         Ok(this)

@@ -22,8 +22,8 @@ use crate::{
 
 /// How long a monitor may take to report its state. Tests that are not about hanging monitors set a
 /// longer time: where many processes share a processor, any of them may be delayed by seconds.
-pub fn patience() -> Duration {
-    seconds("STRATOCTL_PATIENCE", Duration::from_secs(2))
+pub fn limit() -> Duration {
+    seconds("STRATOCTL_QUERY_TIMEOUT", Duration::from_secs(2))
 }
 
 /// A time in seconds, which an environment variable may override.
@@ -36,7 +36,7 @@ pub fn seconds(variable: &str, usual: Duration) -> Duration {
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A start or an end that takes longer is shown as one, and is not waited for.
-const START: Duration = Duration::from_millis(100);
+const SHOWN_AFTER: Duration = Duration::from_millis(100);
 
 /// The monitor's control socket, in its directory. A starting monitor creates it last.
 const SOCKET: &str = "qmp.sock";
@@ -57,7 +57,7 @@ impl Status {
     }
 
     /// There is no domain.
-    pub fn nobody() -> Self {
+    pub fn absent() -> Self {
         Self::without_monitor(State::Absent)
     }
 
@@ -75,34 +75,34 @@ impl Status {
 /// # Errors
 /// When it does not answer.
 pub fn qmp(place: &Place) -> anyhow::Result<Client> {
-    let cannot = || format!("cannot talk to the monitor of '{}'", place.name);
+    let cannot = || format!("cannot connect to the monitor of '{}'", place.name);
     let stream = dial(&place.run, Path::new(SOCKET)).with_context(cannot)?;
-    Client::on(stream, patience()).with_context(cannot)
+    Client::on(stream, limit()).with_context(cannot)
 }
 
 /// Find the state of the domain at `place`.
-pub fn look(registry: &Registry, place: &Place) -> Status {
+pub fn query(registry: &Registry, place: &Place) -> Status {
     Query::new(place).answer(registry, place)
 }
 
 /// A domain whose monitor has been queried. Many are queried before the first answer is read.
 pub struct Query {
-    call: io::Result<UnixStream>,
+    connect: io::Result<UnixStream>,
     since: Instant,
 }
 
 impl Query {
     /// Query the monitor of the domain at `place`, if there is one.
     pub fn new(place: &Place) -> Self {
-        Self { call: call(place), since: Instant::now() }
+        Self { connect: connect(place), since: Instant::now() }
     }
 
     /// The state of the domain at `place`, which was queried.
     pub fn answer(mut self, registry: &Registry, place: &Place) -> Status {
-        let deadline = self.since + patience();
+        let deadline = self.since + limit();
         loop {
-            let absent = matches!(&self.call, Err(e) if e.kind() == io::ErrorKind::NotFound);
-            let answer = self.call.ok().map(|stream| listen(stream, deadline));
+            let absent = matches!(&self.connect, Err(e) if e.kind() == io::ErrorKind::NotFound);
+            let answer = self.connect.ok().map(|stream| listen(stream, deadline));
             let late = matches!(answer, Some(Err(ClientError::Timeout { .. })));
             if let Some(Ok(answer)) = answer {
                 return answered(registry, place, answer);
@@ -117,7 +117,7 @@ impl Query {
                 Found::Gone => return Status::without_monitor(State::Killed),
             };
             // A monitor that does not listen, or that hangs up, may be starting or ending.
-            let slow = absent && self.since.elapsed() >= START;
+            let slow = absent && self.since.elapsed() >= SHOWN_AFTER;
             let starting = slow && !place.has_been_up();
             let ending = slow && place.has_been_up() || process.is_only_a_number();
             if starting || ending || late || Instant::now() >= deadline {
@@ -129,7 +129,7 @@ impl Query {
                 return Status { state, process: Some(process), client: None };
             }
             process.ends_within(POLL_INTERVAL);
-            self.call = call(place);
+            self.connect = connect(place);
         }
     }
 }
@@ -146,7 +146,7 @@ fn answered(registry: &Registry, place: &Place, answer: Answer) -> Status {
             State::Paused
         }
     };
-    client.set_patience(Duration::from_secs(30));
+    client.set_timeout(Duration::from_secs(30));
     let process = match find(&place.run) {
         Found::Alive(process) => Some(process),
         Found::Nobody | Found::Gone => search(&place.run),
@@ -175,7 +175,7 @@ fn found(place: &Place) -> Found {
 type Answer = (Client, RunState, MigrationStatus);
 
 /// Connect to the monitor and send all queries at once.
-fn call(place: &Place) -> io::Result<UnixStream> {
+fn connect(place: &Place) -> io::Result<UnixStream> {
     let mut stream = dial(&place.run, Path::new(SOCKET))?;
     let commands = [QueryStatus::NAME, QueryMigrate::NAME];
     stream.write_all(
@@ -189,7 +189,7 @@ fn listen(stream: UnixStream, deadline: Instant) -> Result<Answer, ClientError> 
     // Answers that have arrived by now count, however long it took to query all the others.
     let left = || deadline.saturating_duration_since(Instant::now()).max(POLL_INTERVAL);
     let mut client = Client::on(stream, left())?;
-    client.set_patience(left());
+    client.set_timeout(left());
     let status = client.receive::<QueryStatus>()?.status;
     let migration = client.receive::<QueryMigrate>()?.status;
     Ok((client, status, migration))

@@ -56,14 +56,14 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             let hint = failure::hint_of(&error);
-            let told = match (as_json, hint) {
+            let message = match (as_json, hint) {
                 (true, _) => {
                     format!("{:#}", json!({ "error": format!("{error:#}"), "hint": hint }))
                 }
                 (false, Some(hint)) => format!("stratoctl: {error:#}\nhint: {hint}"),
                 (false, None) => format!("stratoctl: {error:#}"),
             };
-            let _ = writeln!(io::stderr(), "{told}");
+            let _ = writeln!(io::stderr(), "{message}");
             ExitCode::FAILURE
         }
     }

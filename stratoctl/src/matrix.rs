@@ -8,7 +8,7 @@ use crate::{failure::Failure, registry::Name};
 /// State of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// There is none of that name.
+    /// No domain has that name.
     Absent,
     /// Registered, and not running.
     Registered,
@@ -20,11 +20,11 @@ pub enum State {
     Paused,
     /// Its state is being written.
     Saving,
-    /// Its state is in its own store.
+    /// Its state is saved in the registry.
     Suspended,
-    /// Its guest has powered off or rebooted, and it is kept.
+    /// Its guest has powered off or rebooted, and it is preserved.
     Off,
-    /// Its guest has crashed, and it is kept.
+    /// Its guest has crashed, and it is preserved.
     Crashed,
     /// Its monitor has ended without removing what it leaves.
     Killed,
@@ -51,7 +51,7 @@ impl State {
         Self::Ending,
     ];
 
-    /// The word that is shown to people.
+    /// The word that is shown to the user.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Absent => "absent",
@@ -108,9 +108,9 @@ pub enum Cell {
 
 use Cell::{Kept, No, Yes};
 
-const ABSENT: Cell = No("there is no domain '{}'", "`stratoctl list` shows all there are");
+const ABSENT: Cell = No("there is no domain '{}'", "`stratoctl list` shows all domains");
 const TAKEN: Cell =
-    No("there is a domain '{}' already", "choose another name, or look at it: `stratoctl info {}`");
+    No("there is a domain '{}' already", "choose another name, or inspect it: `stratoctl info {}`");
 const IDLE: Cell = No("'{}' is not running", "`stratoctl start {}` boots it");
 const STARTING: Cell = No(
     "'{}' is still starting",
@@ -120,51 +120,50 @@ const RUNS: Cell = No(
     "'{}' is running",
     "`stratoctl shutdown -w {}` asks its guest to end, `stratoctl destroy {}` ends it at once",
 );
-const RUNS_ALREADY: Cell = No("'{}' is running already", "`stratoctl info {}` tells more");
-const PAUSED: Cell = No("'{}' is paused", "`stratoctl unpause {}` lets it run");
+const RUNS_ALREADY: Cell = No("'{}' is running already", "`stratoctl info {}` shows more");
+const PAUSED: Cell = No("'{}' is paused", "`stratoctl unpause {}` resumes it");
 const PAUSED_DELETE: Cell =
     No("'{}' is paused, not ended", "`stratoctl destroy {}` ends it at once");
 const SAVING: Cell = No(
     "'{}' is being saved",
-    "wait until that is over: `stratoctl wait {} saved`; `stratoctl destroy {}` ends it at once",
+    "wait for the save to end: `stratoctl wait {} saved`; `stratoctl destroy {}` ends it at once",
 );
-const SUSPENDED: Cell = No("'{}' is suspended", "`stratoctl resume {}` lets it go on");
+const SUSPENDED: Cell = No("'{}' is suspended", "`stratoctl resume {}` continues it");
 const SUSPENDED_DELETE: Cell = No(
     "'{}' is suspended",
-    "`stratoctl resume {}` lets it go on, `stratoctl delete -f {}` discards its state with it",
+    "`stratoctl resume {}` continues it, `stratoctl delete -f {}` removes it and its saved state",
 );
 const OFF: Cell = No(
-    "the guest of '{}' has ended, and the domain is kept to be looked at",
+    "the guest of '{}' has ended; the domain is preserved for inspection",
     "`stratoctl destroy {}` ends it",
 );
 const CRASHED: Cell = No(
-    "the guest of '{}' has crashed, and the domain is kept to be looked at",
+    "the guest of '{}' has crashed; the domain is preserved for inspection",
     "`stratoctl destroy {}` ends it",
 );
 const OFF_START: Cell = Kept(
-    "the guest of '{}' has ended, and the domain is kept to be looked at",
+    "the guest of '{}' has ended; the domain is preserved for inspection",
     "`stratoctl destroy {}` ends it; then it can be started",
 );
 const CRASHED_START: Cell = Kept(
-    "the guest of '{}' has crashed, and the domain is kept to be looked at",
+    "the guest of '{}' has crashed; the domain is preserved for inspection",
     "`stratoctl destroy {}` ends it; then it can be started",
 );
 const KILLED: Cell = No(
-    "the monitor of '{}' is gone",
-    "`stratoctl info {}` shows its last words, `stratoctl destroy {}` clears it away",
+    "the monitor of '{}' has ended unexpectedly",
+    "`stratoctl info {}` shows the end of its log, `stratoctl destroy {}` cleans up",
 );
 const HUNG: Cell = No(
     "the monitor of '{}' does not answer",
-    "`stratoctl destroy {}` ends it; `stratoctl info {}` tells which process it is",
+    "`stratoctl destroy {}` ends it; `stratoctl info {}` shows its process",
 );
 const ENDING: Cell = No(
     "'{}' is still ending: the kernel cannot end its monitor's process yet",
-    "it ends when the storage that it waits for answers; `stratoctl info {}` tells which process it is",
+    "it ends when the storage that it waits for answers; `stratoctl info {}` shows its process",
 );
-const NOT_SUSPENDED: Cell =
-    No("'{}' is not suspended", "`stratoctl start {}` boots it from the beginning");
+const NOT_SUSPENDED: Cell = No("'{}' is not suspended", "`stratoctl start {}` boots it");
 const ENDED_ALREADY: Cell =
-    No("'{}' is not running", "`stratoctl delete {}` forgets a registered domain");
+    No("'{}' is not running", "`stratoctl delete {}` removes a registered domain");
 
 type Row = (Verb, [Cell; 12]);
 

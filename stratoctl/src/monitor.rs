@@ -31,7 +31,7 @@ pub fn program(named: Option<&Path>) -> PathBuf {
 }
 
 /// How long a monitor that was killed may take to end.
-const END: Duration = Duration::from_secs(10);
+const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a monitor needs beyond the domain's description.
 #[derive(Debug, Default)]
@@ -46,7 +46,7 @@ pub struct More {
 /// `paused`.
 ///
 /// # Errors
-/// The monitor's messages; only its log is left then.
+/// The monitor's messages; of its files, only the log is left.
 pub fn start(
     registry: &Registry,
     program: &Path,
@@ -77,7 +77,7 @@ pub fn start(
     let said = match done {
         Ok(done) if done.status.success() && !is_monitor(program, place) => {
             let what = format!(
-                "'{}' does not start: {} has ended without a word, and is no stratovirt",
+                "'{}' does not start: {} exited without output, so it is not stratovirt",
                 place.name,
                 program.display()
             );
@@ -140,7 +140,10 @@ fn end_left(place: &Place) -> anyhow::Result<()> {
     while let Some(process) = left() {
         let pid = process.pid();
         process.kill().with_context(|| format!("cannot kill process {pid}"))?;
-        anyhow::ensure!(process.ends_within(END), "process {pid} was killed and has not ended");
+        anyhow::ensure!(
+            process.ends_within(KILL_LIMIT),
+            "process {pid} was killed and has not ended"
+        );
     }
     Ok(())
 }
@@ -153,7 +156,7 @@ fn watched(
 ) -> anyhow::Result<io::Result<Output>> {
     let what = format!("Starting {}", place.name);
     let shown = if reads.is_some() { progress::bar(&what) } else { progress::spinner(&what) };
-    let look = || match (reads, process::find(&place.run)) {
+    let poll = || match (reads, process::find(&place.run)) {
         (Some(total), Found::Alive(process)) => {
             shown.set_length(total);
             shown.set_position(process.read().unwrap_or(0).min(total));
@@ -161,7 +164,7 @@ fn watched(
         (Some(_), _) => {}
         (None, _) => progress::turn(&shown),
     };
-    let done = progress::during(move || command.output(), look);
+    let done = progress::during(move || command.output(), poll);
     shown.finish_and_clear();
     done
 }

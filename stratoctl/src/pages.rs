@@ -11,14 +11,14 @@ use crate::{commands::Answer, verbs::Line};
 /// Completions for `shell`.
 pub fn completions(shell: Shell) -> Answer {
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut for_people(), "stratoctl", &mut text);
+    clap_complete::generate(shell, &mut public(), "stratoctl", &mut text);
     let text = String::from_utf8_lossy(&text).into_owned();
     let json = json!({ "shell": shell.to_string(), "script": text });
     Answer::new(text, json)
 }
 
 /// The command line without stratoctl's internal verbs.
-fn for_people() -> Command {
+fn public() -> Command {
     let line = Line::command();
     let verbs: Vec<_> =
         line.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
@@ -51,7 +51,7 @@ fn write(directory: &Path) -> io::Result<usize> {
 
 /// The names of the verbs that are not internal.
 fn verbs() -> impl Iterator<Item = String> {
-    let line = for_people();
+    let line = public();
     let verbs: Vec<_> = line.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
     verbs.into_iter()
 }

@@ -10,9 +10,9 @@ use crate::matrix::State;
 pub enum Then {
     /// The domain ends.
     Destroy,
-    /// It boots anew in place.
+    /// It reboots in place.
     Restart,
-    /// It stays as it is, paused, to be looked at.
+    /// It stays as it is, paused, for inspection.
     Preserve,
     /// It gets another name, NAME-1 or so, and stays; a new one is started under its name.
     RenameRestart,

@@ -15,11 +15,11 @@ use rustix::{
 use state::regular_file::open_regular;
 
 /// Ticks per second of the times in `/proc/PID/stat`; the same on every x86_64 (`USER_HZ`).
-const TICKS: f64 = 100.0;
+const TICKS_PER_SECOND: f64 = 100.0;
 /// Longest pid file, in bytes: a number and the end of its line.
-const LONGEST_PID: u64 = 12;
+const MAX_PID_FILE: u64 = 12;
 /// Bytes of a page in `/proc/PID/statm`.
-const PAGE: u64 = 4096;
+const PAGE_SIZE: u64 = 4096;
 
 /// A running monitor.
 pub struct Process {
@@ -42,7 +42,7 @@ pub fn find(run: &Path) -> Found {
     let read = || {
         let mut text = String::new();
         let file = open_regular(&run.join("pid"), File::options().read(true)).ok()?;
-        file.take(LONGEST_PID).read_to_string(&mut text).ok()?;
+        file.take(MAX_PID_FILE).read_to_string(&mut text).ok()?;
         (!text.trim().is_empty()).then_some(text)
     };
     let mut now = read();
@@ -115,9 +115,9 @@ impl Process {
         self.pid
     }
 
-    /// Whether it has ended, or ends within `patience`.
-    pub fn ends_within(&self, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    /// Whether it has ended, or ends within `limit`.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Ok(timeout) = Timespec::try_from(left) else { return false };
@@ -150,7 +150,7 @@ impl Process {
     /// Bytes of memory that it occupies.
     pub fn rss(&self) -> Option<u64> {
         let text = fs::read_to_string(format!("/proc/{}/statm", self.pid)).ok()?;
-        text.split_whitespace().nth(1)?.parse::<u64>().ok().map(|pages| pages * PAGE)
+        text.split_whitespace().nth(1)?.parse::<u64>().ok().map(|pages| pages * PAGE_SIZE)
     }
 
     /// Bytes that it has read until now.
@@ -166,6 +166,6 @@ impl Process {
         let started: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
         let now = fs::read_to_string("/proc/uptime").ok()?;
         let now: f64 = now.split_whitespace().next()?.parse().ok()?;
-        Some((now - started / TICKS).max(0.0))
+        Some((now - started / TICKS_PER_SECOND).max(0.0))
     }
 }

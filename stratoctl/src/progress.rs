@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// Poll interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// An operation that is over sooner is not shown if only a spinner could be shown.
-const SOON: Duration = Duration::from_millis(500);
+const SPINNER_DELAY: Duration = Duration::from_millis(500);
 
 /// A progress bar that counts bytes.
 pub fn bar(what: &str) -> ProgressBar {
@@ -25,7 +25,7 @@ pub fn spinner(what: &str) -> ProgressBar {
 
 /// Turn a spinner that has existed for a while.
 pub fn turn(spinner: &ProgressBar) {
-    if spinner.elapsed() >= SOON {
+    if spinner.elapsed() >= SPINNER_DELAY {
         spinner.tick();
     }
 }
@@ -38,21 +38,21 @@ fn shown(what: &str, template: &str) -> ProgressBar {
     bar.with_message(what.to_owned())
 }
 
-/// Run `work` in a thread of its own, and call `look` at intervals until it is done.
+/// Run `work` in a thread of its own, and call `poll` at intervals until it is done.
 ///
 /// # Errors
 /// When the thread panics.
 pub fn during<T: Send>(
     work: impl FnOnce() -> T + Send,
-    mut look: impl FnMut(),
+    mut poll: impl FnMut(),
 ) -> anyhow::Result<T> {
     thread::scope(|scope| {
-        let (tell, told) = mpsc::channel();
-        let job = scope.spawn(move || tell.send(work()));
+        let (sender, receiver) = mpsc::channel();
+        let job = scope.spawn(move || sender.send(work()));
         loop {
-            match told.recv_timeout(POLL_INTERVAL) {
+            match receiver.recv_timeout(POLL_INTERVAL) {
                 Ok(done) => return Ok(done),
-                Err(RecvTimeoutError::Timeout) => look(),
+                Err(RecvTimeoutError::Timeout) => poll(),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }

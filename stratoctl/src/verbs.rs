@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{policy::Then, registry::Name};
 
-/// Create, watch, save and end virtual machines of stratovirt. There is no daemon: a domain is a
+/// Create, watch, save and end stratovirt virtual machines. There is no daemon: a domain is a
 /// directory and a running monitor.
 #[derive(Debug, Parser)]
 #[command(name = "stratoctl", version, max_term_width = 100, arg_required_else_help = true)]
@@ -16,54 +16,54 @@ pub struct Line {
     pub verb: Command,
 }
 
-/// What goes with every verb.
+/// Options of every verb.
 #[derive(Debug, Args)]
 pub struct Global {
-    /// Keep the registry in DIR/run and DIR/state rather than in the system's or the user's place
+    /// Keep the registry in DIR/run and DIR/state, not in the system's or the user's directories
     #[arg(long, global = true, env = "STRATOCTL_ROOT", value_name = "DIR")]
     pub root: Option<PathBuf>,
     /// The monitor's program, if it is neither beside this one nor on PATH
     #[arg(long, global = true, env = "STRATOVIRT_BIN", value_name = "FILE")]
     pub monitor: Option<PathBuf>,
-    /// Answer in JSON
+    /// Print results as JSON
     #[arg(long, global = true)]
     pub json: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start a domain from a configuration; it is forgotten when it ends
+    /// Start a domain from a configuration file; it is removed when it ends
     Create(Create),
     /// Register a domain without starting it
     New(New),
     /// Boot a registered domain
     Start(Start),
-    /// Show domains
+    /// List domains
     #[command(visible_alias = "ls")]
     List(List),
-    /// Show all that is known of domains
+    /// Show details of domains
     Info(List),
     /// Stop the vCPUs; memory, devices and connections stay
     Pause(Domain),
-    /// Let the vCPUs run again
+    /// Resume the vCPUs
     Unpause(Domain),
-    /// Save a domain into a directory; it ends, unless -c or -p
+    /// Save a snapshot of a domain to a directory; the domain ends, unless -c or -p
     Save(Save),
-    /// Go on from a directory made by save
+    /// Restore a domain from a snapshot made by save
     Restore(Restore),
-    /// Save a registered domain into its own store; it ends and stays registered
+    /// Save a registered domain in the registry; it ends, and resume continues it
     Suspend(Domain),
-    /// Go on from the domain's own store
+    /// Continue a suspended domain
     Resume(Resume),
-    /// Pull the plug: the same as losing power
+    /// End a domain at once, as a power failure would
     Destroy(Domain),
-    /// Forget a registered domain
+    /// Remove a registered domain
     Delete(Delete),
-    /// Give a domain another name
+    /// Rename a domain
     Rename(Rename),
-    /// Wait until a domain is in a state
+    /// Wait until a domain reaches a state
     Wait(Wait),
-    /// Compare a directory made by save with its checksums
+    /// Verify a snapshot against its checksums
     Check(Check),
     /// Ask the guest to power off, by the guest agent if it answers, else by the power button
     Shutdown(Shutdown),
@@ -73,13 +73,13 @@ pub enum Command {
     Console(Domain),
     /// Show the log of a domain's monitor
     Dmesg(Dmesg),
-    /// Show what monitors tell as it happens
+    /// Show the QMP events of monitors as they happen
     Events(Events),
-    /// Talk to a domain's monitor
+    /// Send QMP commands to a domain's monitor
     Qmp(Qmp),
-    /// Print completions for a shell
+    /// Print shell completions
     Completions(Completions),
-    /// Print the manual page, or write a page for each verb into a directory
+    /// Print the manual page, or write the pages of all verbs to a directory
     Man(Man),
     /// Restart a domain under its name when its guest ends; started by the verbs that need it
     #[command(hide = true)]
@@ -93,12 +93,12 @@ pub struct Domain {
     pub domain: Name,
 }
 
-/// What a configuration is and becomes.
+/// A configuration file, and what overrides it.
 #[derive(Debug, Args)]
 pub struct Described {
     /// Configuration file of the monitor (JSON), with an optional object "domain"
     pub config: PathBuf,
-    /// Name of the domain, if not machine-config.name of the file or the file's own name
+    /// Name of the domain; by default machine-config.name of the file, or the file's own name
     #[arg(long)]
     pub name: Option<Name>,
     /// What happens when the guest powers off (destroy)
@@ -123,7 +123,7 @@ pub struct Create {
     pub dry_run: bool,
 }
 
-/// How a domain begins to run.
+/// How a domain starts.
 #[derive(Debug, Args)]
 pub struct Begin {
     /// Leave it paused
@@ -150,7 +150,7 @@ pub struct Start {
 
 #[derive(Debug, Args)]
 pub struct List {
-    /// Names of domains; all of them if none is given
+    /// Names of domains (default: all)
     pub domains: Vec<Name>,
 }
 
@@ -158,43 +158,42 @@ pub struct List {
 pub struct Save {
     /// Name of the domain
     pub domain: Name,
-    /// Directory to save into; what an earlier save left there is replaced once this one is whole
+    /// Directory to save to; an earlier save in it is replaced once this one is complete
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Let the domain go on running
+    /// Leave the domain running
     #[arg(short = 'c', long = "continue")]
-    pub go_on: bool,
+    pub keep_running: bool,
     /// Leave the domain paused
-    #[arg(short, long, conflicts_with = "go_on")]
+    #[arg(short, long, conflicts_with = "keep_running")]
     pub paused: bool,
-    /// Keep the disks that it can write to with its memory: such a save can be restored as often as one
-    /// likes, and each time the domain gets disks of its own
+    /// Save its writable disks with its memory: such a snapshot can be restored any number of times, each
+    /// time with disks of its own
     #[arg(long)]
     pub disks: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct Restore {
-    /// Directory made by save
+    /// Directory written by save
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// Name of the new domain, if not that of the saved one
+    /// Name of the new domain (default: that of the saved one)
     #[arg(long)]
     pub name: Option<Name>,
-    /// A disk that is in another place now; with format=raw also if it looks like an image of another
-    /// format
+    /// New path of a disk; format=raw accepts a raw disk whose content looks like another format
     #[arg(long, value_name = "ID=PATH[,format=raw]", value_parser = moved_disk)]
     pub disk: Vec<MovedDisk>,
-    /// A NIC that has another tap device now
+    /// New tap device of a NIC
     #[arg(long, value_name = "ID=TAP", value_parser = pair)]
     pub tap: Vec<(String, String)>,
-    /// Copy the memory and compare it with its checksums, rather than map it unchecked
+    /// Copy the memory and verify its checksums, instead of mapping it unchecked
     #[arg(long)]
     pub verify: bool,
-    /// Take the disks as they are, even if they have changed since: the guest may destroy them
+    /// Use the disks even if they have changed since the save: the guest may corrupt them
     #[arg(long)]
     pub force: bool,
-    /// Where the guest's kvm-clock goes on
+    /// The time at which the guest's kvm-clock resumes
     #[arg(long, value_enum, default_value_t = Clock::Continue)]
     pub clock: Clock,
     #[command(flatten)]
@@ -210,12 +209,12 @@ pub struct MovedDisk {
     pub raw: bool,
 }
 
-/// Where a restored guest's clock goes on.
+/// The time at which a restored guest's clock resumes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Clock {
-    /// Where it stood
+    /// The time of the save
     Continue,
-    /// Ahead by the time since it was saved
+    /// The time of the save plus the time passed since then
     Realtime,
 }
 
@@ -223,10 +222,10 @@ pub enum Clock {
 pub struct Resume {
     /// Name of the domain
     pub domain: Name,
-    /// Take the disks as they are, even if they have changed since: the guest may destroy them
+    /// Use the disks even if they have changed since the save: the guest may corrupt them
     #[arg(long)]
     pub force: bool,
-    /// Where the guest's kvm-clock goes on
+    /// The time at which the guest's kvm-clock resumes
     #[arg(long, value_enum, default_value_t = Clock::Continue)]
     pub clock: Clock,
     #[command(flatten)]
@@ -237,16 +236,16 @@ pub struct Resume {
 pub struct Delete {
     /// Name of the domain
     pub domain: Name,
-    /// Also when it is suspended or its record is damaged: discard what is there
+    /// Even if it is suspended or its record is damaged; its saved state is discarded
     #[arg(short, long)]
     pub force: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct Rename {
-    /// Name that the domain has
+    /// Current name of the domain
     pub domain: Name,
-    /// Name that it gets
+    /// New name
     pub new: Name,
 }
 
@@ -257,14 +256,14 @@ pub struct Wait {
     /// State to wait for
     #[arg(value_enum, default_value = "ended")]
     pub state: crate::commands::WaitFor,
-    /// Longest wait, seconds; for ever if not given
+    /// Longest wait in seconds (default: no limit)
     #[arg(short, long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
 }
 
 #[derive(Debug, Args)]
 pub struct Check {
-    /// Directory made by save
+    /// Directory written by save
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 }
@@ -273,13 +272,13 @@ pub struct Check {
 pub struct Shutdown {
     /// Name of the domain
     pub domain: Name,
-    /// Wait until the guest has done it
+    /// Wait until the guest has powered off
     #[arg(short, long)]
     pub wait: bool,
-    /// Destroy the domain if it has not done it in time
+    /// Destroy the domain if the guest has not powered off in time
     #[arg(short = 'F', long)]
     pub force: bool,
-    /// Wait so many seconds at most; with -F 60 if not given
+    /// Longest wait in seconds; 60 by default with -F
     #[arg(short, long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
 }
@@ -288,10 +287,10 @@ pub struct Shutdown {
 pub struct Reboot {
     /// Name of the domain
     pub domain: Name,
-    /// Wait until the guest has done it, and reset the machine if it has not in time
+    /// Wait until the guest has rebooted, and reset the machine if it has not in time
     #[arg(short = 'F', long)]
     pub force: bool,
-    /// Wait so many seconds at most; with -F 60 if not given
+    /// Longest wait in seconds; 60 by default with -F
     #[arg(short, long, value_name = "SECONDS")]
     pub timeout: Option<f64>,
 }
@@ -303,14 +302,14 @@ pub struct Dmesg {
     /// Only the last lines
     #[arg(short = 'n', long, value_name = "LINES")]
     pub lines: Option<usize>,
-    /// Go on until the domain ends
+    /// Keep printing new lines until the domain ends
     #[arg(short, long)]
     pub follow: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct Events {
-    /// Name of the domain, until it ends; all domains if not given, also those to come
+    /// Name of the domain, followed until it ends (default: all domains, also later ones)
     pub domain: Option<Name>,
 }
 
@@ -318,7 +317,7 @@ pub struct Events {
 pub struct Qmp {
     /// Name of the domain
     pub domain: Name,
-    /// Command of the protocol; lines from standard input if not given
+    /// QMP command (default: commands from standard input, one per line)
     pub command: Option<String>,
     /// Its arguments, a JSON object
     #[arg(value_name = "JSON")]
@@ -327,27 +326,27 @@ pub struct Qmp {
 
 #[derive(Debug, Args)]
 pub struct Completions {
-    /// Shell to complete in
+    /// Shell to complete for
     #[arg(value_enum)]
     pub shell: clap_complete::Shell,
 }
 
 #[derive(Debug, Args)]
 pub struct Man {
-    /// Directory to write the pages into
+    /// Directory to write the pages to
     #[arg(value_name = "DIR")]
     pub directory: Option<PathBuf>,
 }
 
 fn moved_disk(word: &str) -> Result<MovedDisk, String> {
     let (id, place) = pair(word)?;
-    // As in the monitor's -drive: whatever else is guessed or asked for, a disk is raw.
+    // As in the monitor's -drive: every disk is raw, so no other format can be named.
     let (path, raw) = match place.split_once(',') {
         None => (place.as_str(), false),
         Some((path, "format=raw")) if !path.is_empty() => (path, true),
         Some((_, rest)) => {
             return Err(format!(
-                "must be ID=PATH or ID=PATH,format=raw, where PATH is without commas; not '{rest}'"
+                "must be ID=PATH or ID=PATH,format=raw, where PATH has no comma; not '{rest}'"
             ));
         }
     };

@@ -250,7 +250,7 @@ impl Monitor {
         }
         let mut client = Client::connect(&self.socket, SOON)?;
         // A save waits for the host's disk, which other processes keep busy.
-        client.set_patience(SOON * 3);
+        client.set_timeout(SOON * 3);
         while self.incoming
             && client.execute_raw("query-status", json!({}))?.get("status")
                 == Some(&json!("inmigrate"))

@@ -37,7 +37,7 @@ const NET: &str = "net";
 
 /// Why a back-end or device could not be added or removed.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum PlugError {
     #[error("{0} is already registered.")]
     Duplicate(String),

@@ -31,7 +31,7 @@ const REQUIRED: [(Cap, &str, &str); 6] = [
 
 /// Why KVM cannot be used, and what to do about it.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum KvmError {
     #[error(
         "/dev/kvm does not exist: load the module (modprobe kvm_amd or modprobe kvm_intel); if that \

@@ -28,8 +28,8 @@ fn any_id_comes_back_and_comes_back_last() {
     {
         let (request, found) = parse(&format!(r#"{{"execute":"stop","id":{id}}}"#));
         request.unwrap();
-        let told = String::from_utf8(answer(Ok(json!({})), &found)).unwrap();
-        assert_eq!(told, format!("{{\"return\":{{}},\"id\":{id}}}\r\n"));
+        let answer_text = String::from_utf8(answer(Ok(json!({})), &found)).unwrap();
+        assert_eq!(answer_text, format!("{{\"return\":{{}},\"id\":{id}}}\r\n"));
     }
 }
 
@@ -57,9 +57,9 @@ fn what_is_wrong_with_a_request_is_named_and_keeps_its_id() {
             "JSON parse error, NUL in a string",
         ),
     ] {
-        let (told, id) = refused(text);
-        let told = told.split(" at line").next().unwrap();
-        assert_eq!((told, id), (wrong, Some(json!(1))), "{text}");
+        let (answer_text, id) = refused(text);
+        let answer_text = answer_text.split(" at line").next().unwrap();
+        assert_eq!((answer_text, id), (wrong, Some(json!(1))), "{text}");
     }
 }
 

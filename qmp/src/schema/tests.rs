@@ -102,8 +102,9 @@ impl EachCommand for Arguments {
         let known =
             wrong.split_once("known here: ").map_or("", |(_, list)| list.trim_end_matches(')'));
         let known: BTreeSet<&str> = known.split(", ").filter(|name| !name.is_empty()).collect();
-        let told: BTreeSet<&str> = schema.members(object).iter().map(|m| m.name.as_str()).collect();
-        assert_eq!(known, told, "{}", C::NAME);
+        let described: BTreeSet<&str> =
+            schema.members(object).iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(known, described, "{}", C::NAME);
 
         for member in schema.members(object) {
             let name = &member.name;
@@ -149,15 +150,15 @@ fn the_schema_tells_exactly_what_is_replied() {
 #[test]
 fn the_schema_tells_exactly_which_events_there_are() {
     let schema = Schema::new();
-    let told: BTreeSet<_> = schema
+    let described: BTreeSet<_> = schema
         .0
         .values()
         .filter(|e| e.meta_type == SchemaMetaType::Event)
         .map(|e| e.name.clone())
         .collect();
-    assert_eq!(told, event_names().into_iter().map(|n| n.name).collect());
-    assert!(told.len() >= 8);
-    for name in told {
+    assert_eq!(described, event_names().into_iter().map(|n| n.name).collect());
+    assert!(described.len() >= 8);
+    for name in described {
         for optional in [true, false] {
             let data = schema.sample(schema.0[&name].arg_type.as_deref().unwrap(), optional);
             let message = json!({"event": name, "data": data});

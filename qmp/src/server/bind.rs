@@ -26,7 +26,7 @@ use rustix::{
 const MAX_PATH: usize = 107;
 
 /// How long to wait for other monitors that check paths in the same directory.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Length of the kernel's queue of waiting connections.
 const BACKLOG: i32 = 128;
@@ -43,7 +43,7 @@ pub enum BindError {
         wrong: &'static str,
     },
     /// The path exists and is not a socket.
-    #[error("control socket '{}' cannot be made: a {kind} is there; remove it or choose another path", path.display())]
+    #[error("control socket '{}' cannot be created: a {kind} is there; remove it or choose another path", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
@@ -101,18 +101,18 @@ impl Drop for SocketFile {
 /// Listen at `path` with mode 0600. A socket without a listener is replaced; anything else is left
 /// alone and refused.
 pub fn claim(path: &Path) -> Result<(OwnedFd, SocketFile), BindError> {
-    claim_within(path, LOCK_PATIENCE)
+    claim_within(path, LOCK_TIMEOUT)
 }
 
 pub(super) fn claim_within(
     path: &Path,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<(OwnedFd, SocketFile), BindError> {
     check(path)?;
     let os = |action| move |e: Errno| BindError::Os { action, path: path.into(), source: e.into() };
     let address = SocketAddrUnix::new(path).map_err(os("name"))?;
     // Of two monitors that start at once, neither may take the other's new socket for a stale one.
-    let _lock = lock_directory(path, patience);
+    let _lock = lock_directory(path, timeout);
     make_room(path, &address)?;
 
     let socket = socket().map_err(os("create"))?;
@@ -142,8 +142,8 @@ fn check(path: &Path) -> Result<(), BindError> {
     let bytes = path.as_os_str().as_bytes();
     let wrong = match bytes {
         [] => "empty",
-        _ if bytes.contains(&0) => "not a path: it has a NUL byte",
-        _ if bytes.len() > MAX_PATH => "longer than 107 bytes, the most a unix socket can have",
+        _ if bytes.contains(&0) => "not a path: it contains a NUL byte",
+        _ if bytes.len() > MAX_PATH => "longer than 107 bytes, the limit for a Unix socket",
         _ => return Ok(()),
     };
     Err(BindError::Path { path: path.into(), wrong })
@@ -166,7 +166,7 @@ fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
         Err(Errno::NOENT) => Ok(()),
         // AGAIN: its queue of waiting clients is full. PROTOTYPE: it is of another type than ours.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(BindError::Live { path: path.into() }),
-        Err(e) => Err(os("ask who listens on", e.into())),
+        Err(e) => Err(os("check for a listener on", e.into())),
     }
 }
 
@@ -188,10 +188,10 @@ fn name(kind: FileType) -> &'static str {
 /// A lock held while the path is checked and bound. Only monitors that start at the same moment
 /// contend for it; one that cannot get it (unreadable directory, another program's lock) continues
 /// without.
-fn lock_directory(path: &Path, patience: Duration) -> Option<File> {
+fn lock_directory(path: &Path, timeout: Duration) -> Option<File> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
     let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     loop {
         match directory.try_lock() {
             Ok(()) => return Some(directory),

@@ -45,9 +45,9 @@ const MAX_FDS: usize = 8;
 pub enum Gone {
     #[error("it has hung up")]
     HungUp,
-    #[error("it leaves more than {MAX_OUTPUT} bytes unread")]
+    #[error("it has left more than {MAX_OUTPUT} bytes unread")]
     Overflow,
-    #[error("all clients together need more than {MAX_MEMORY} bytes, and this one the most")]
+    #[error("all clients together need more than {MAX_MEMORY} bytes, and this one needs the most")]
     TooMuch,
     #[error(transparent)]
     Io(#[from] Errno),

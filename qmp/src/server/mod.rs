@@ -266,10 +266,10 @@ impl Server {
     }
 
     /// End servers: no new clients; queued output is delivered to clients that read it within
-    /// `patience`, then all are disconnected. The sockets' names are removed when the returned
+    /// `timeout`, then all are disconnected. The sockets' names are removed when the returned
     /// values are dropped, which may wait for a file system.
-    pub fn shutdown(servers: Vec<Self>, patience: Duration) -> Vec<SocketFile> {
-        let deadline = Instant::now() + patience;
+    pub fn shutdown(servers: Vec<Self>, timeout: Duration) -> Vec<SocketFile> {
+        let deadline = Instant::now() + timeout;
         let (mut files, mut waiting) = (Vec::new(), Vec::new());
         for Self { file, connections, .. } in servers {
             files.extend(file);
@@ -384,7 +384,7 @@ impl Server {
         let interest = Interest::READABLE | Interest::WRITABLE;
         let fd = connection.raw_fd();
         if let Err(e) = self.registry.register(&mut SourceFd(&fd), token, interest) {
-            log::warn!("a QMP client is turned away: {e}");
+            log::warn!("a QMP client was rejected: {e}");
             return;
         }
         match self.connections.get_mut(slot) {

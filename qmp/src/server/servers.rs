@@ -106,8 +106,8 @@ impl Servers {
     }
 
     /// End all servers, as [`Server::shutdown`].
-    pub fn shutdown(self, patience: Duration) -> Vec<SocketFile> {
-        Server::shutdown(self.servers, patience)
+    pub fn shutdown(self, timeout: Duration) -> Vec<SocketFile> {
+        Server::shutdown(self.servers, timeout)
     }
 
     fn of(&mut self, ticket: &Ticket) -> Option<&mut Server> {

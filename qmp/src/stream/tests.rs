@@ -80,7 +80,7 @@ fn whatever_serde_reads_as_an_object_is_passed_whole() {
 #[test]
 fn a_mistake_is_told_once_and_the_next_line_is_heard() {
     let good = r#"{"execute":"stop"}"#;
-    for (bad, told) in [
+    for (bad, expected) in [
         ("nonsense", "expecting an object, got 'n'"),
         ("[1,2]", "expecting an object, got '['"),
         ("}}}]]]", "expecting an object, got '}'"),
@@ -99,22 +99,26 @@ fn a_mistake_is_told_once_and_the_next_line_is_heard() {
         ("{\"a\":\"never ends", "control character 0x0a in a string"),
         ("{\"a\":{{{{", "expecting a key in double quotes, got '{'"),
     ] {
-        let told = format!("JSON parse error, {told}");
-        assert_eq!(texts(format!("{bad}\n{good}\n").as_bytes()), [&told, good], "{bad:?}");
+        let expected = format!("JSON parse error, {expected}");
+        assert_eq!(texts(format!("{bad}\n{good}\n").as_bytes()), [&expected, good], "{bad:?}");
     }
 }
 
 #[test]
 fn a_line_that_was_not_finished_costs_the_next_one_only() {
-    let told = texts(b"{\"execute\":\"stop\"\n{\"execute\":\"stop\"}\n{\"execute\":\"cont\"}\n");
-    assert_eq!(told, ["JSON parse error, expecting ',' or '}', got '{'", r#"{"execute":"cont"}"#]);
+    let expected =
+        texts(b"{\"execute\":\"stop\"\n{\"execute\":\"stop\"}\n{\"execute\":\"cont\"}\n");
+    assert_eq!(
+        expected,
+        ["JSON parse error, expecting ',' or '}', got '{'", r#"{"execute":"cont"}"#]
+    );
 }
 
 #[test]
 fn nothing_inside_a_broken_message_is_taken_for_a_command() {
-    let told = texts(br#"{"execute":"x"; "arguments":{"execute":"quit"}}{"execute":"cont"}"#);
-    assert_eq!(told.len(), 2);
-    assert_eq!(told[1], r#"{"execute":"cont"}"#);
+    let expected = texts(br#"{"execute":"x"; "arguments":{"execute":"quit"}}{"execute":"cont"}"#);
+    assert_eq!(expected.len(), 2);
+    assert_eq!(expected[1], r#"{"execute":"cont"}"#);
 }
 
 #[test]

@@ -97,18 +97,18 @@ pub struct Host {
 
 impl Host {
     pub fn start() -> Self {
-        Self::with_patience(LONG)
+        Self::with_timeout(LONG)
     }
 
-    /// A host that gives its clients `patience` to read the last output.
-    pub fn with_patience(patience: Duration) -> Self {
+    /// A host that gives its clients `drain` to read the last output.
+    pub fn with_timeout(drain: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp.sock");
         let rounds = Arc::new(AtomicU64::new(0));
         let (at, count) = (path.clone(), rounds.clone());
         let poll = Poll::new().unwrap();
         let server = Server::bind(&at, poll.registry(), Token(10)).unwrap();
-        let thread = thread::spawn(move || serve(poll, server, &count, patience));
+        let thread = thread::spawn(move || serve(poll, server, &count, drain));
         Self { path, rounds, thread: Some(thread), _directory: directory }
     }
 
@@ -151,7 +151,7 @@ pub fn connect(path: &Path) -> Client {
     Client::connect(path, LONG).unwrap()
 }
 
-fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, patience: Duration) {
+fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, drain: Duration) {
     let table = commands();
     let mut machine =
         Machine { server, running: true, quitting: false, fds: BTreeMap::new(), unanswered: None };
@@ -174,7 +174,7 @@ fn serve(mut poll: Poll, server: Server, rounds: &AtomicU64, patience: Duration)
             if machine.quitting {
                 let reason = ShutdownCause::HostQmpQuit;
                 machine.server.broadcast(&Event::Shutdown { guest: false, reason });
-                return drop(Server::shutdown(vec![machine.server], patience));
+                return drop(Server::shutdown(vec![machine.server], drain));
             }
         }
     }

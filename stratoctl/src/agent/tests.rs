@@ -47,7 +47,7 @@ struct Outcome {
 
 impl Outcome {
     /// The guest was not asked to shut down.
-    fn nobody(self) {
+    fn assert_silent(self) {
         assert!(matches!(self.result, Err(AgentError::Silent | AgentError::Io(_))));
         assert!(self.heard.iter().all(|line| !has(line, "guest-shutdown")), "{:?}", self.heard);
     }
@@ -65,17 +65,17 @@ fn sync(line: &[u8]) -> Option<Value> {
 /// Answers as an agent does, with `before` and `after` around the answer. If it sends nothing more,
 /// it is not waited for at length.
 fn agent(before: &'static [u8], after: &'static str) -> Outcome {
-    let patience = if after.is_empty() { REFUSAL } else { LONG };
-    agent_asked_for(Mode::Reboot, patience, before, after)
+    let limit = if after.is_empty() { REFUSAL } else { LONG };
+    agent_asked_for(Mode::Reboot, limit, before, after)
 }
 
 fn agent_asked_for(
     mode: Mode,
-    patience: Duration,
+    limit: Duration,
     before: &'static [u8],
     after: &'static str,
 ) -> Outcome {
-    asked_for(mode, LONG, patience, move |line, to| {
+    asked_for(mode, LONG, limit, move |line, to| {
         let answer = match sync(line) {
             Some(id) => [before, b"\xff", format!("{{\"return\": {id}}}\n").as_bytes()].concat(),
             None => after.into(),
@@ -125,7 +125,7 @@ fn an_agent_that_refuses_is_taken_at_its_word_but_not_at_its_length() {
 #[test]
 fn a_clock_is_set_when_the_agent_says_so() {
     let time = Mode::SetTime(1_700_000_000_123_456_789);
-    let set = |patience, after| agent_asked_for(time, patience, b"", after);
+    let set = |limit, after| agent_asked_for(time, limit, b"", after);
     let outcome = set(LONG, "{\"return\": {}}\n");
     assert!(outcome.result.is_ok(), "{:?}", outcome.result);
     let asked: Value = serde_json::from_slice(&outcome.heard[1]).expect("JSON");
@@ -140,14 +140,14 @@ fn a_clock_is_set_when_the_agent_says_so() {
 
 #[test]
 fn silence_is_no_agent() {
-    with(|_, _| true).nobody();
-    with(|_, _| false).nobody();
+    with(|_, _| true).assert_silent();
+    with(|_, _| false).assert_silent();
 }
 
 #[test]
 fn an_echo_is_no_agent() {
     // A shell, or a terminal without raw mode.
-    with(|line, to| to.write_all(&[line, b"\n"].concat()).is_ok()).nobody();
+    with(|line, to| to.write_all(&[line, b"\n"].concat()).is_ok()).assert_silent();
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn garbage_is_no_agent() {
         b"\xff\xff\xff\n\n\n",
         b"\0\0\0\0\xfe\xff\xc3\x28\n",
     ] {
-        with(move |_, to| to.write_all(said).is_ok()).nobody();
+        with(move |_, to| to.write_all(said).is_ok()).assert_silent();
     }
 }
 
@@ -173,7 +173,7 @@ fn a_line_without_an_end_costs_its_time_and_no_memory() {
         while to.write_all(&junk).is_ok() {}
         false
     });
-    outcome.nobody();
+    outcome.assert_silent();
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn a_flood_of_lines_costs_its_time() {
         while to.write_all(&junk).is_ok() {}
         false
     })
-    .nobody();
+    .assert_silent();
 }
 
 #[test]

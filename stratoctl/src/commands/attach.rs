@@ -26,28 +26,28 @@ use crate::{
 };
 
 /// Poll interval for changes that no event reports.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a monitor that has hung up may take to end.
-const END: Duration = Duration::from_secs(60);
+const END_LIMIT: Duration = Duration::from_secs(60);
 /// How long a monitor may be silent before it is checked that it is still there.
-const PATIENCE: Duration = Duration::from_secs(30);
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 impl Context {
     /// The domain called `name`, which `verb` only reads: other verbs are not kept from acting on
     /// it.
-    pub(super) fn see(&self, verb: Verb, name: &Name) -> anyhow::Result<(Place, Status)> {
-        let (place, seen) = self.look(name);
-        let Some(place) = place.filter(|_| seen.state != State::Absent) else {
+    pub(super) fn inspect(&self, verb: Verb, name: &Name) -> anyhow::Result<(Place, Status)> {
+        let (place, status) = self.query(name);
+        let Some(place) = place.filter(|_| status.state != State::Absent) else {
             return Err(self.absent(verb, name));
         };
-        admit(verb, seen.state, name, false)?;
-        Ok((place, seen))
+        admit(verb, status.state, name, false)?;
+        Ok((place, status))
     }
 }
 
 pub fn console(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
-    let (place, seen) = ctx.see(Verb::Console, name)?;
-    attach(ctx, &place, seen.state)
+    let (place, status) = ctx.inspect(Verb::Console, name)?;
+    attach(ctx, &place, status.state)
 }
 
 /// Attach to the console of the domain at `place`. The caller has no lock on it.
@@ -59,7 +59,7 @@ pub fn attach(ctx: &Context, place: &Place, state: State) -> anyhow::Result<Answ
     let console = dial(&place.run, Path::new("console.sock"))
         .with_context(|| format!("cannot attach to the console of '{name}'"))?;
     let note = match state {
-        State::Paused => format!("'{name}' is paused; its console goes on when it does. "),
+        State::Paused => format!("'{name}' is paused; its console continues when it resumes.  "),
         State::Off | State::Crashed => format!("'{name}' is {}. ", state.word()),
         _ => String::new(),
     };
@@ -70,11 +70,11 @@ pub fn attach(ctx: &Context, place: &Place, state: State) -> anyhow::Result<Answ
         End::Left => eprintln!("\nLeft '{name}'."),
         End::HungUp => {
             // The monitor may take its time to release its memory.
-            let (_, seen) = ctx.look(name);
-            if let (None, Some(process)) = (&seen.client, &seen.process) {
-                process.ends_within(END);
+            let (_, status) = ctx.query(name);
+            if let (None, Some(process)) = (&status.client, &status.process) {
+                process.ends_within(END_LIMIT);
             }
-            drop(seen);
+            drop(status);
             let state = list::settle(ctx, name);
             eprintln!("\n'{name}' has ended: it is {}.", state.word());
         }
@@ -86,18 +86,18 @@ pub fn attach(ctx: &Context, place: &Place, state: State) -> anyhow::Result<Answ
 
 pub fn dmesg(ctx: &Context, args: &Dmesg) -> anyhow::Result<Answer> {
     let name = &args.domain;
-    let (place, seen) = ctx.see(Verb::Dmesg, name)?;
+    let (place, status) = ctx.inspect(Verb::Dmesg, name)?;
     let mut log = Log::open(&place.run.join("log"), args.lines).map_err(|e| {
         let what = match e.kind() {
             io::ErrorKind::NotFound => format!("'{name}' has no log: it was never started"),
             _ => format!("cannot read the log of '{name}': {e}"),
         };
-        Failure::hint(what, format!("`stratoctl info {name}` tells more"))
+        Failure::hint(what, format!("`stratoctl info {name}` shows more"))
     })?;
     let mut out = io::stdout().lock();
     loop {
-        let over = match (&seen.process, args.follow) {
-            (Some(process), true) => process.ends_within(LOOK),
+        let over = match (&status.process, args.follow) {
+            (Some(process), true) => process.ends_within(POLL_INTERVAL),
             _ => true,
         };
         // After the state was read, so that the last output is not missed.
@@ -112,11 +112,11 @@ pub fn dmesg(ctx: &Context, args: &Dmesg) -> anyhow::Result<Answer> {
 
 pub fn events(ctx: &Context, args: &Events, as_json: bool) -> anyhow::Result<Answer> {
     let Some(name) = &args.domain else { return all_events(ctx, as_json) };
-    let (place, _) = ctx.see(Verb::Events, name)?;
+    let (place, _) = ctx.inspect(Verb::Events, name)?;
     let mut client = domain::qmp(&place)?;
     let mut out = io::stdout().lock();
     loop {
-        let line = match client.read_line(PATIENCE) {
+        let line = match client.read_line(SILENCE_LIMIT) {
             Ok(line) => line,
             Err(ClientError::Timeout { .. }) => continue,
             Err(ClientError::Closed { .. } | ClientError::Io(_)) => return Ok(Answer::silent()),
@@ -131,7 +131,7 @@ pub fn events(ctx: &Context, args: &Events, as_json: bool) -> anyhow::Result<Ans
 
 /// The events of all domains, including those that start later; until the user ends it.
 fn all_events(ctx: &Context, as_json: bool) -> anyhow::Result<Answer> {
-    let (tell, told) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     // The sockets of the monitors that are listened to, by the domains' numbers.
     let mut known = BTreeMap::new();
     let mut out = io::stdout().lock();
@@ -144,12 +144,12 @@ fn all_events(ctx: &Context, as_json: bool) -> anyhow::Result<Answer> {
             }
             if let Ok(client) = domain::qmp(&place) {
                 known.insert(id, name.clone());
-                let tell = tell.clone();
-                thread::spawn(move || listen(client, id, &tell));
+                let sender = sender.clone();
+                thread::spawn(move || listen(client, id, &sender));
             }
         }
         loop {
-            let (id, line) = match told.recv_timeout(LOOK) {
+            let (id, line) = match receiver.recv_timeout(POLL_INTERVAL) {
                 Ok(heard) => heard,
                 Err(RecvTimeoutError::Timeout) => break,
                 Err(RecvTimeoutError::Disconnected) => return Ok(Answer::silent()),
@@ -168,15 +168,15 @@ fn all_events(ctx: &Context, as_json: bool) -> anyhow::Result<Answer> {
 }
 
 /// Pass on the lines of a monitor, and finally that it has hung up.
-fn listen(mut client: Client, id: u32, tell: &Sender<(u32, Option<String>)>) {
+fn listen(mut client: Client, id: u32, sender: &Sender<(u32, Option<String>)>) {
     loop {
-        let line = match client.read_line(PATIENCE) {
+        let line = match client.read_line(SILENCE_LIMIT) {
             Ok(line) => Some(line),
             Err(ClientError::Timeout { .. }) => continue,
             Err(_) => None,
         };
         let over = line.is_none();
-        if tell.send((id, line)).is_err() || over {
+        if sender.send((id, line)).is_err() || over {
             return;
         }
     }
@@ -193,7 +193,7 @@ fn with_name(name: &Name, line: &str) -> String {
 /// An event as text: its time, domain, name and data.
 fn plain(name: &Name, line: &str) -> String {
     let Ok(event) = serde_json::from_str::<ReceivedEvent>(line) else {
-        return format!("{name} says {line:?}");
+        return format!("{name} sent {line:?}");
     };
     let (when, micros) = (date_time(event.timestamp.seconds), event.timestamp.microseconds);
     let mut text = format!("{when}.{micros:06} {name} {}", event.event);
@@ -204,7 +204,7 @@ fn plain(name: &Name, line: &str) -> String {
     text
 }
 
-/// A reader that has closed its end wants no more.
+/// A reader that has closed its end wants no more output.
 pub(super) fn quietly(error: io::Error) -> anyhow::Result<Answer> {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Ok(Answer::silent()),
@@ -231,7 +231,7 @@ mod tests {
             "timestamp":{"seconds":0,"microseconds":7}}"#;
         let shown = "1970-01-01T00:00:00.000007 web SHUTDOWN guest=true reason=guest-\\u{1b}";
         assert_eq!(plain(&name, line), shown);
-        assert_eq!(plain(&name, "\x1b"), "web says \"\\u{1b}\"");
+        assert_eq!(plain(&name, "\x1b"), "web sent \"\\u{1b}\"");
         let never = line.replace("\"seconds\":0", "\"seconds\":18446744073709551615");
         assert!(plain(&name, &never).contains("SHUTDOWN"));
         assert!(with_name(&name, line).contains(r#""domain":"web""#));

@@ -3,7 +3,7 @@ use anyhow::Context as _;
 use qmp::schema::{Cont, Stop};
 use serde_json::json;
 
-use super::{Answer, Context, Held, attach, end, ended, restart_policy, shutdown};
+use super::{Answer, Context, LockedDomain, attach, end, ended, restart_policy, shutdown};
 use crate::{
     configuration, domain,
     failure::Failure,
@@ -36,16 +36,16 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
     let description = described(&held.place)?;
     let mut held = held;
-    if held.seen.client.is_none() {
+    if held.status.client.is_none() {
         return begin(ctx, &held.place, &description, &args.begin, &More::default(), held.lock);
     }
     // `rename-restart`: its monitor is kept, under another name.
-    let fresh = restart_policy::make_way(ctx, &held.place, &description, held.seen.client()?)?;
+    let fresh = restart_policy::make_way(ctx, &held.place, &description, held.status.client()?)?;
     let kept = fresh.kept.name.clone();
     let description = &fresh.description;
     let mut answer =
         begin(ctx, &fresh.place, description, &args.begin, &More::default(), held.lock)?;
-    answer.text = format!("what was '{}' is kept as '{kept}'", args.domain);
+    answer.text = format!("the previous '{}' is preserved as '{kept}'", args.domain);
     if let Some(members) = answer.json.as_object_mut() {
         members.insert("kept".into(), json!(kept));
     }
@@ -55,16 +55,16 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
 /// The domain's description.
 ///
 /// # Errors
-/// When its record is damaged; the error says what can be done about that.
+/// When its record is damaged; the error says what to do about it.
 pub fn described(place: &Place) -> anyhow::Result<Description> {
     place.description().map_err(|e| {
         let hint = match place.managed {
             true => format!(
-                "put the file right, or `stratoctl delete -f {}` and register it anew",
+                "repair the file, or `stratoctl delete -f {}` and register the domain again",
                 place.name
             ),
             false => {
-                format!("`stratoctl destroy {}` ends it, and then it is forgotten", place.name)
+                format!("`stratoctl destroy {}` ends it, which also removes it", place.name)
             }
         };
         let what = anyhow::Error::from(e);
@@ -75,7 +75,7 @@ pub fn described(place: &Place) -> anyhow::Result<Description> {
 /// Start a monitor for the domain at `place`, whose lock the caller holds.
 ///
 /// # Errors
-/// The monitor's error; an unmanaged domain is forgotten then.
+/// The monitor's error; an unmanaged domain is then removed.
 pub fn begin(
     ctx: &Context,
     place: &Place,
@@ -99,17 +99,17 @@ pub fn begin(
     };
     if watched {
         let let_run = || {
-            let mut seen = domain::look(&ctx.registry, place);
+            let mut status = domain::query(&ctx.registry, place);
             // A state saved when the guest had ended cannot run on.
-            let ended = matches!(seen.state, State::Off | State::Crashed);
+            let ended = matches!(status.state, State::Off | State::Crashed);
             if !how.paused && !ended {
-                seen.client()?.execute(&Cont {})?;
+                status.client()?.execute(&Cont {})?;
             }
             Ok(())
         };
         if let Err(e) = restart_policy::spawn(ctx, place).and_then(|()| let_run()) {
-            let seen = domain::look(&ctx.registry, place);
-            end(ctx, &mut Held { place: place.clone(), seen, lock: None })?;
+            let status = domain::query(&ctx.registry, place);
+            end(ctx, &mut LockedDomain { place: place.clone(), status, lock: None })?;
             return Err(e);
         }
     }
@@ -132,8 +132,8 @@ pub fn begun(
 ) -> anyhow::Result<Answer> {
     // An attached console does not keep other verbs from acting on the domain.
     drop(lock);
-    let mut seen = domain::look(&ctx.registry, place);
-    let state = match (seen.state, how.paused) {
+    let mut status = domain::query(&ctx.registry, place);
+    let state = match (status.state, how.paused) {
         (ended @ (State::Off | State::Crashed), _) => ended,
         (_, true) => State::Paused,
         (_, false) => State::Running,
@@ -142,11 +142,11 @@ pub fn begun(
     let mut answer = Answer::new("", json);
     if restored
         && state == State::Running
-        && let Ok(client) = seen.client()
+        && let Ok(client) = status.client()
     {
         shutdown::set_clock(client, place, &mut answer);
     }
-    drop(seen);
+    drop(status);
     match how.console {
         true => {
             if !answer.text.is_empty() {
@@ -160,7 +160,7 @@ pub fn begun(
 
 pub fn pause(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let mut held = ctx.hold(Verb::Pause, name)?;
-    held.seen.client()?.execute(&Stop {})?;
+    held.status.client()?.execute(&Stop {})?;
     Ok(Answer::state(name, State::Paused))
 }
 
@@ -175,26 +175,26 @@ pub fn unpause(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
 ///
 /// # Errors
 /// When it does not run; its suspended state counts again then.
-pub fn let_run(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
+pub fn let_run(ctx: &Context, held: &mut LockedDomain) -> anyhow::Result<()> {
     let saved = held.place.managed && held.place.is_saved();
     if saved {
-        ctx.registry.spend(&held.place)?;
+        ctx.registry.invalidate(&held.place)?;
     }
-    if let Err(e) = held.seen.client()?.execute(&Cont {}) {
+    if let Err(e) = held.status.client()?.execute(&Cont {}) {
         // Unless it does run and only the answer was lost.
         if saved && matches!(e, qmp::client::ClientError::Refused { .. }) {
-            ctx.registry.unspend(&held.place)?;
+            ctx.registry.revalidate(&held.place)?;
         }
         return Err(e.into());
     }
-    if saved { ctx.registry.discard_spent(&held.place) } else { Ok(()) }
+    if saved { ctx.registry.discard_invalid(&held.place) } else { Ok(()) }
 }
 
 pub fn destroy(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let mut held = ctx.hold(Verb::Destroy, name)?;
     end(ctx, &mut held)?;
     if held.place.managed && held.place.is_saved() {
-        ctx.registry.spend(&held.place)?;
+        ctx.registry.invalidate(&held.place)?;
         ctx.registry.clear_store(&held.place)?;
     }
     let state = if held.place.managed { State::Registered } else { State::Absent };
@@ -214,8 +214,8 @@ pub fn delete(ctx: &Context, args: &Delete) -> anyhow::Result<Answer> {
 }
 
 impl Context {
-    /// For `delete -f`: what `resume` could be used on can be discarded, too.
-    fn hold_suspended(&self, name: &Name) -> anyhow::Result<Held> {
+    /// For `delete -f`: a state that `resume` could use can also be discarded.
+    fn hold_suspended(&self, name: &Name) -> anyhow::Result<LockedDomain> {
         match self.hold(Verb::Resume, name) {
             Ok(held) => Ok(held),
             // The reason why it cannot be deleted is of more use.
@@ -231,11 +231,11 @@ pub fn rename(ctx: &Context, args: &Rename) -> anyhow::Result<Answer> {
         ctx.hold(Verb::Rename, old)?;
     }
     let _locks = ctx.registry.lock_both(old, new)?;
-    let (place, seen) = ctx.look(old);
-    crate::matrix::admit(Verb::Rename, seen.state, old, false)?;
+    let (place, status) = ctx.query(old);
+    crate::matrix::admit(Verb::Rename, status.state, old, false)?;
     if old != new {
-        crate::matrix::admit(Verb::New, ctx.look(new).1.state, new, false)?;
+        crate::matrix::admit(Verb::New, ctx.query(new).1.state, new, false)?;
         ctx.registry.rename(&place.context("there is no such domain")?, new)?;
     }
-    Ok(Answer::new("", json!({ "name": new, "was": old, "state": seen.state.word() })))
+    Ok(Answer::new("", json!({ "name": new, "was": old, "state": status.state.word() })))
 }

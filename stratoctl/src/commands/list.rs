@@ -22,16 +22,16 @@ use crate::{
 };
 
 /// Most domains that are queried at the same time, each over a connection of its own.
-const AT_ONCE: u64 = 256;
+const MAX_QUERIES: u64 = 256;
 /// Poll interval for a domain whose monitor does not answer.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Poll interval for a domain that is being saved, as events do not report everything about the end
 /// of a save.
-const SAVING: Duration = Duration::from_millis(200);
+const SAVING_POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Poll interval for a domain whose events report its changes: another monitor may take its name.
-const TOLD: Duration = Duration::from_secs(2);
+const EVENTS_POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// Number of log lines that are shown.
-const LAST: usize = 10;
+const LOG_LINES: usize = 10;
 
 /// One domain.
 struct Row {
@@ -47,11 +47,11 @@ struct Row {
 }
 
 impl Row {
-    fn new(place: Place, seen: &Status) -> Self {
-        let process = seen.process.as_ref();
+    fn new(place: Place, status: &Status) -> Self {
+        let process = status.process.as_ref();
         Self {
             name: place.name.clone(),
-            state: seen.state,
+            state: status.state,
             managed: place.managed,
             id: process.and_then(|_| place.id()),
             pid: process.map(Process::pid),
@@ -103,18 +103,18 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
     };
     // Some descriptors are needed for other purposes.
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let at_once = (files / 2).clamp(1, AT_ONCE) as usize;
+    let at_once = (files / 2).clamp(1, MAX_QUERIES) as usize;
     let mut rows = Vec::with_capacity(all.len());
     for batch in all.chunks(at_once) {
-        let asked: Vec<_> = batch
+        let query: Vec<_> = batch
             .iter()
             .map(|name| {
                 let place = ctx.registry.find(name)?;
                 Some((Query::new(&place), place))
             })
             .collect();
-        for (name, asked) in batch.iter().zip(asked) {
-            match asked.and_then(|(asked, place)| row(ctx, asked, place)) {
+        for (name, query) in batch.iter().zip(query) {
+            match query.and_then(|(query, place)| row(ctx, query, place)) {
                 Some(row) => rows.push(row),
                 // It existed a moment ago.
                 None if names.is_empty() => {}
@@ -126,35 +126,35 @@ fn rows(ctx: &Context, names: &[Name]) -> anyhow::Result<Vec<Row>> {
 }
 
 /// The row of the domain at `place`, which was queried; `None` if it has ended.
-fn row(ctx: &Context, asked: Query, place: Place) -> Option<Row> {
-    let seen = asked.answer(&ctx.registry, &place);
-    let ended = seen.state == State::Absent;
-    if ended || seen.state == State::Registered && place.has_begun() {
+fn row(ctx: &Context, query: Query, place: Place) -> Option<Row> {
+    let status = query.answer(&ctx.registry, &place);
+    let ended = status.state == State::Absent;
+    if ended || status.state == State::Registered && place.has_begun() {
         tidy(ctx, &place.name);
     }
-    (!ended).then(|| Row::new(place, &seen))
+    (!ended).then(|| Row::new(place, &status))
 }
 
-/// Remove what a domain that has ended by itself has left, unless another process acts on it.
+/// Remove what a domain that has ended by itself left behind, unless another process acts on it.
 fn tidy(ctx: &Context, name: &Name) {
     if let Some(_lock) = ctx.registry.try_lock(name)
-        && let (Some(place), seen) = ctx.look(name)
-        && matches!(seen.state, State::Absent | State::Registered)
+        && let (Some(place), status) = ctx.query(name)
+        && matches!(status.state, State::Absent | State::Registered)
     {
-        // A later call can do it.
+        // A later call will retry.
         let _ = ended(ctx, &place);
     }
 }
 
 /// The domain's state, after removing what it may have left.
 pub fn settle(ctx: &Context, name: &Name) -> State {
-    let (place, seen) = ctx.look(name);
-    if place.is_some_and(|place| seen.state == State::Absent || place.has_begun())
-        && matches!(seen.state, State::Absent | State::Registered)
+    let (place, status) = ctx.query(name);
+    if place.is_some_and(|place| status.state == State::Absent || place.has_begun())
+        && matches!(status.state, State::Absent | State::Registered)
     {
         tidy(ctx, name);
     }
-    seen.state
+    status.state
 }
 
 pub fn list(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
@@ -172,7 +172,7 @@ pub fn info(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
         let description = row.description.as_ref().ok();
         let last = match row.state {
             State::Killed | State::Hung | State::Ending | State::Crashed | State::Off => {
-                show::last_lines(&row.place.run.join("log"), LAST)
+                show::last_lines(&row.place.run.join("log"), LOG_LINES)
             }
             _ => Vec::new(),
         };
@@ -202,9 +202,9 @@ const CHANGES: [&str; 6] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN", "RESET", 
 /// What can be waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WaitFor {
-    /// Its guest does not run any more, in whatever way it ended
+    /// Its guest has ended, for any reason
     Ended,
-    /// It runs
+    /// It is running
     Running,
     /// It is paused
     Paused,
@@ -233,31 +233,35 @@ pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut first = true;
     loop {
-        let (_, seen) = ctx.look(name);
-        if first && admit(Verb::Wait, seen.state, name, false).is_err() {
+        let (_, status) = ctx.query(name);
+        if first && admit(Verb::Wait, status.state, name, false).is_err() {
             return Err(ctx.absent(Verb::Wait, name));
         }
         first = false;
-        if args.state.is_there(seen.state) {
-            return Ok(Answer::state(name, seen.state));
+        if args.state.is_there(status.state) {
+            return Ok(Answer::state(name, status.state));
         }
-        if seen.state == State::Absent {
+        if status.state == State::Absent {
             return Err(Failure::new(format!("'{name}' has ended")).into());
         }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left == Some(Duration::ZERO) {
-            let what = format!("'{name}' is still {}", seen.state.word());
+            let what = format!("'{name}' is still {}", status.state.word());
             return Err(Failure::new(what).into());
         }
-        until_changed(seen, left);
+        until_changed(status, left);
     }
 }
 
 /// Wait until the domain may be in another state, for at most `left`.
-fn until_changed(seen: Status, left: Option<Duration>) {
+fn until_changed(status: Status, left: Option<Duration>) {
     let within = |pause: Duration| left.map_or(pause, |left| left.min(pause));
-    if let Some(mut client) = seen.client {
-        let pause = within(if seen.state == State::Saving { SAVING } else { TOLD });
+    if let Some(mut client) = status.client {
+        let pause = within(if status.state == State::Saving {
+            SAVING_POLL_INTERVAL
+        } else {
+            EVENTS_POLL_INTERVAL
+        });
         let deadline = Instant::now() + pause;
         loop {
             match client.next_event(deadline.saturating_duration_since(Instant::now())) {
@@ -269,7 +273,7 @@ fn until_changed(seen: Status, left: Option<Duration>) {
             }
         }
     }
-    match seen.process {
+    match status.process {
         Some(process) => drop(process.ends_within(within(POLL_INTERVAL))),
         None => thread::sleep(within(POLL_INTERVAL)),
     }

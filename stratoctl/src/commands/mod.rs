@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long a monitor that was asked to end may take before it is killed.
-const END: Duration = Duration::from_secs(10);
+const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Context of every verb.
 pub struct Context {
@@ -65,7 +65,7 @@ impl Answer {
 /// Run the command line.
 ///
 /// # Errors
-/// Why it failed, for people.
+/// Why it failed, as a message for the user.
 pub fn run(line: Line) -> anyhow::Result<Answer> {
     let ctx = Context {
         registry: Registry::open(line.global.root.as_deref())?,
@@ -103,21 +103,21 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
 }
 
 /// A domain that no other process acts on.
-pub struct Held {
+pub struct LockedDomain {
     pub place: Place,
-    pub seen: Status,
+    pub status: Status,
     /// Released early by verbs that take long.
     pub lock: Option<Lock>,
 }
 
 impl Context {
     /// The place and state of the domain called `name`.
-    pub fn look(&self, name: &Name) -> (Option<Place>, Status) {
+    pub fn query(&self, name: &Name) -> (Option<Place>, Status) {
         match self.registry.find(name) {
-            None => (None, Status::nobody()),
+            None => (None, Status::absent()),
             Some(place) => {
-                let seen = domain::look(&self.registry, &place);
-                (Some(place), seen)
+                let status = domain::query(&self.registry, &place);
+                (Some(place), status)
             }
         }
     }
@@ -126,26 +126,26 @@ impl Context {
     ///
     /// # Errors
     /// When `verb` may not act on it in its state.
-    pub fn hold(&self, verb: Verb, name: &Name) -> anyhow::Result<Held> {
+    pub fn hold(&self, verb: Verb, name: &Name) -> anyhow::Result<LockedDomain> {
         // Without this, the directories of an empty registry would be created.
         if self.registry.find(name).is_none() {
             return Err(self.absent(verb, name));
         }
         let lock = Some(self.registry.lock(name)?);
-        let (place, seen) = self.look(name);
-        if seen.state == State::Absent {
+        let (place, status) = self.query(name);
+        if status.state == State::Absent {
             return Err(self.absent(verb, name));
         }
         let place = place.context("there is no such domain")?;
         let registered_only =
             matches!(verb, Verb::Start | Verb::Suspend | Verb::Resume | Verb::Delete);
-        let renames = || place.description().is_ok_and(|d| d.policy.renames(seen.state));
+        let renames = || place.description().is_ok_and(|d| d.policy.renames(status.state));
         let renames = verb == Verb::Start && renames();
         if registered_only && !place.managed && !renames {
             return Err(unmanaged(verb, name));
         }
-        matrix::admit(verb, seen.state, name, renames)?;
-        Ok(Held { place, seen, lock })
+        matrix::admit(verb, status.state, name, renames)?;
+        Ok(LockedDomain { place, status, lock })
     }
 
     /// Lock a name that is not in use.
@@ -154,7 +154,7 @@ impl Context {
     /// When it is in use.
     pub fn take(&self, verb: Verb, name: &Name) -> anyhow::Result<Lock> {
         let lock = self.registry.lock(name)?;
-        matrix::admit(verb, self.look(name).1.state, name, false)?;
+        matrix::admit(verb, self.query(name).1.state, name, false)?;
         Ok(lock)
     }
 
@@ -179,9 +179,13 @@ impl Context {
 
 fn unmanaged(verb: Verb, name: &Name) -> anyhow::Error {
     let hint = match verb {
-        Verb::Suspend => format!("`stratoctl save {name} FILE` saves it into a directory of yours"),
-        Verb::Delete => format!("`stratoctl destroy {name}` ends it, and then it is forgotten"),
-        _ => format!("it is what `create` or `restore` made: `stratoctl info {name}`"),
+        Verb::Suspend => {
+            format!("`stratoctl save {name} FILE` saves it to a directory of your choice")
+        }
+        Verb::Delete => format!("`stratoctl destroy {name}` ends it, which also removes it"),
+        _ => format!(
+            "`create` or `restore` started it without registering it: `stratoctl info {name}`"
+        ),
     };
     Failure::hint(format!("'{name}' is not a registered domain"), hint).into()
 }
@@ -191,20 +195,20 @@ fn unmanaged(verb: Verb, name: &Name) -> anyhow::Error {
 ///
 /// # Errors
 /// When it cannot be ended.
-pub fn end(ctx: &Context, held: &mut Held) -> anyhow::Result<()> {
-    let asked = held.seen.client.as_mut().is_some_and(|client| {
-        client.set_patience(domain::patience());
+pub fn end(ctx: &Context, held: &mut LockedDomain) -> anyhow::Result<()> {
+    let asked = held.status.client.as_mut().is_some_and(|client| {
+        client.set_timeout(domain::limit());
         client.execute(&Quit {}).is_ok()
     });
-    if let Some(process) = &held.seen.process
-        && !(asked && process.ends_within(END))
+    if let Some(process) = &held.status.process
+        && !(asked && process.ends_within(KILL_LIMIT))
     {
         process.kill().with_context(|| format!("cannot kill process {}", process.pid()))?;
-        if !process.ends_within(END) {
+        if !process.ends_within(KILL_LIMIT) {
             let pid = process.pid();
             anyhow::bail!(Failure::hint(
                 format!("process {pid} was killed and has not ended"),
-                format!("the kernel holds it up: `cat /proc/{pid}/stack` tells where"),
+                format!("it is blocked in the kernel: `cat /proc/{pid}/stack` shows where"),
             ));
         }
     }

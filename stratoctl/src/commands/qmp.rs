@@ -29,7 +29,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_LINE: u64 = 1 << 20;
 
 pub fn qmp(ctx: &Context, args: &Qmp) -> anyhow::Result<Answer> {
-    let (place, _) = ctx.see(Verb::Qmp, &args.domain)?;
+    let (place, _) = ctx.inspect(Verb::Qmp, &args.domain)?;
     let mut client = domain::qmp(&place)?;
     let Some(command) = &args.command else { return converse(client, &args.domain) };
     let mut arguments = arguments(args.arguments.as_deref())?;
@@ -51,7 +51,10 @@ pub fn qmp(ctx: &Context, args: &Qmp) -> anyhow::Result<Answer> {
 fn arguments(text: Option<&str>) -> anyhow::Result<Value> {
     let Some(text) = text else { return Ok(json!({})) };
     let value: Value = serde_json::from_str(text).map_err(|e| {
-        Failure::hint(format!("the arguments are not JSON: {e}"), "such as '{\"id\": \"net1\"}'")
+        Failure::hint(
+            format!("the arguments are not JSON: {e}"),
+            "for example '{\"id\": \"net1\"}'",
+        )
     })?;
     match value {
         Value::Object(_) => Ok(value),
@@ -84,7 +87,7 @@ fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
         let _ = tell.send(done);
     });
     let mut out = io::stdout().lock();
-    let (mut answered, mut patience, mut ended) = (0, ANSWER_TIMEOUT, false);
+    let (mut answered, mut limit, mut ended) = (0, ANSWER_TIMEOUT, false);
     loop {
         if !ended && let Ok(done) = over.try_recv() {
             done.context("standard input")?;
@@ -97,9 +100,9 @@ fn converse(mut client: Client, name: &Name) -> anyhow::Result<Answer> {
             Ok(line) => line,
             Err(ClientError::Timeout { .. }) => {
                 if ended {
-                    patience = patience.saturating_sub(POLL_INTERVAL);
+                    limit = limit.saturating_sub(POLL_INTERVAL);
                 }
-                if patience.is_zero() {
+                if limit.is_zero() {
                     anyhow::bail!("no answer within {ANSWER_TIMEOUT:?}");
                 }
                 continue;

@@ -17,7 +17,7 @@ use qmp::{
 use serde_json::Value;
 use state::regular_file::open_regular;
 
-use super::{Answer, Context, Held, end};
+use super::{Answer, Context, LockedDomain, end};
 use crate::{
     configuration, domain,
     failure::Failure,
@@ -34,7 +34,7 @@ fn too_soon() -> Duration {
 }
 
 /// Most preserved domains for one name.
-const MOST: u32 = 1000;
+const MAX_PRESERVED: u32 = 1000;
 const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Poll interval for a monitor that does not answer.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -85,18 +85,18 @@ pub fn watch(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     out.write_all(b"\n").and_then(|()| out.flush())?;
     let mut restarted = false;
     while kept.has_halted(ctx)? {
-        let Some(place) = ctx.placed(kept.id)? else { break };
+        let Some(place) = ctx.place_of(kept.id)? else { break };
         if restarted && kept.since.elapsed() < too_soon() {
-            note(&place, "it has ended again too soon: it is preserved and not restarted");
+            log(&place, "the guest has ended again too soon: it is preserved and not restarted");
             continue;
         }
         match ctx.rename_restart(&place, &mut kept) {
             Ok((as_what, new)) => {
-                note(&as_what, &format!("restarted; this one is '{}' now", as_what.name));
+                log(&as_what, &format!("restarted; this instance is now '{}'", as_what.name));
                 (kept, restarted) = (new, true);
             }
             Err(e) => {
-                note(&place, &format!("cannot be restarted: {e:#}"));
+                log(&place, &format!("cannot be restarted: {e:#}"));
                 return Err(e);
             }
         }
@@ -168,9 +168,9 @@ impl Kept {
                 Err(_) => return Ok(None),
             }
             self.client = loop {
-                let Some(place) = ctx.placed(self.id)? else { return Ok(None) };
-                let seen = domain::look(&ctx.registry, &place);
-                match (seen.client, seen.process) {
+                let Some(place) = ctx.place_of(self.id)? else { return Ok(None) };
+                let status = domain::query(&ctx.registry, &place);
+                match (status.client, status.process) {
                     (Some(client), _) => break client,
                     (None, Some(process)) => drop(process.ends_within(POLL_INTERVAL)),
                     (None, None) => return Ok(None),
@@ -182,7 +182,7 @@ impl Kept {
 
 impl Context {
     /// The place of the domain with that number: it may have been renamed.
-    fn placed(&self, id: u32) -> anyhow::Result<Option<Place>> {
+    fn place_of(&self, id: u32) -> anyhow::Result<Option<Place>> {
         let names = self.registry.names()?;
         let mut places = names.iter().filter_map(|name| self.registry.find(name));
         Ok(places.find(|place| place.id() == Some(id)))
@@ -192,10 +192,13 @@ impl Context {
     fn rename_restart(&self, old: &Place, kept: &mut Kept) -> anyhow::Result<(Place, Kept)> {
         let name = &old.name;
         let _lock = self.registry.lock(name)?;
-        let (there, seen) = self.look(name);
+        let (there, status) = self.query(name);
         let same = there.is_some_and(|place| place.id() == Some(kept.id));
-        if !same || !matches!(seen.state, State::Off | State::Crashed) {
-            anyhow::bail!("somebody else has acted on it: '{name}' is {} now", seen.state.word());
+        if !same || !matches!(status.state, State::Off | State::Crashed) {
+            anyhow::bail!(
+                "another command has changed it: '{name}' is now {}",
+                status.state.word()
+            );
         }
         let fresh = make_way(self, old, &kept.description, &mut kept.client)?;
         let (place, description) = (&fresh.place, &fresh.description);
@@ -215,10 +218,10 @@ impl Context {
         match begun {
             Ok(kept) => Ok((fresh.kept, kept)),
             Err(e) => {
-                note(&fresh.kept, &format!("cannot be restarted as '{name}': {e:#}"));
+                log(&fresh.kept, &format!("cannot be restarted as '{name}': {e:#}"));
                 // The new one may have started, and would hold disks without being registered.
-                let seen = domain::look(&self.registry, place);
-                end(self, &mut Held { place: place.clone(), seen, lock: None })?;
+                let status = domain::query(&self.registry, place);
+                end(self, &mut LockedDomain { place: place.clone(), status, lock: None })?;
                 Err(e)
             }
         }
@@ -259,25 +262,25 @@ pub fn make_way(
             ctx.registry.add(&place.name, false, &fresh)?
         }
     };
-    let kept = ctx.registry.find(&name).context("what is kept has gone")?;
+    let kept = ctx.registry.find(&name).context("the preserved domain no longer exists")?;
     Ok(Fresh { kept, place: new, description: fresh, _lock: lock })
 }
 
 /// A name that is not in use: `name-1`, or the next number.
 fn spare_name(ctx: &Context, name: &Name) -> anyhow::Result<(Name, Lock)> {
-    for number in 1..MOST {
+    for number in 1..MAX_PRESERVED {
         let tail = format!("-{number}");
         // A long name is shortened.
         let head: String = name.as_str().chars().take(Name::MAX_BYTES - tail.len()).collect();
         let spare: Name = format!("{head}{tail}").parse()?;
         if let Some(lock) = ctx.registry.try_lock(&spare)
-            && ctx.look(&spare).1.state == State::Absent
+            && ctx.query(&spare).1.state == State::Absent
         {
             return Ok((spare, lock));
         }
     }
-    let what = format!("there is no other name left for what is kept of '{name}'");
-    Err(Failure::hint(what, "`stratoctl destroy NAME-1` and so on end what is kept").into())
+    let what = format!("no name is left to preserve '{name}' under");
+    Err(Failure::hint(what, "`stratoctl destroy NAME-1` and so on end preserved domains").into())
 }
 
 /// Detach from a halted machine what only one machine can hold: disks, taps, the sockets of its
@@ -297,7 +300,7 @@ fn release(client: &mut Client, config: &Value) {
 }
 
 /// Write a line to the domain's log, where `dmesg` shows it.
-fn note(place: &Place, text: &str) {
+fn log(place: &Place, text: &str) {
     let line = format!("stratoctl: {}\n", text.replace('\n', " "));
     let log = open_regular(&place.run.join("log"), OpenOptions::new().append(true));
     // A failure to write the log cannot be logged.

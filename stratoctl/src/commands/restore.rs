@@ -5,7 +5,7 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 use state::{State, directory::STATE, regular_file::open_regular};
 
-use super::{Answer, Context, Held, end, lifecycle, restart_policy};
+use super::{Answer, Context, LockedDomain, end, lifecycle, restart_policy};
 use crate::{
     domain,
     failure::Failure,
@@ -17,11 +17,11 @@ use crate::{
 };
 
 /// Name of the record that lies beside the monitor's own files in a saved directory.
-pub const BESIDE: &str = "domain.json";
+pub const RECORD_FILE: &str = "domain.json";
 
 pub fn restore(ctx: &Context, args: &Restore) -> anyhow::Result<Answer> {
     let directory = directory(&args.file)?;
-    let (name, mut description) = match registry::read::<Saved>(&directory.join(BESIDE)) {
+    let (name, mut description) = match registry::read::<Saved>(&directory.join(RECORD_FILE)) {
         Ok(saved) => (Ok(saved.name), saved.domain),
         Err(e) if e.is_absent() => by_another(&directory)?,
         Err(e) => return Err(Failure::new(format!("{:#}", anyhow::Error::from(e))).into()),
@@ -65,7 +65,7 @@ pub fn resume(ctx: &Context, args: &Resume) -> anyhow::Result<Answer> {
             false => e,
         }
     })?;
-    let mut held = Held { seen: domain::look(&ctx.registry, &place), ..held };
+    let mut held = LockedDomain { status: domain::query(&ctx.registry, &place), ..held };
     let watched = match restart_policy::needed(&description.policy) {
         true => restart_policy::spawn(ctx, &place),
         false => Ok(()),
@@ -141,8 +141,8 @@ fn incoming(
 pub fn text(path: &Path) -> anyhow::Result<&str> {
     let text = path.to_str().filter(|text| !text.contains(','));
     text.ok_or_else(|| {
-        let what = format!("{} cannot be told to a monitor", path.display());
-        Failure::hint(what, "use a path of UTF-8 without commas").into()
+        let what = format!("{} cannot be passed to a monitor", path.display());
+        Failure::hint(what, "use a path in UTF-8 without commas").into()
     })
 }
 
@@ -160,10 +160,10 @@ pub fn check(file: &Path) -> anyhow::Result<Answer> {
     let directory = directory(file)?;
     config::saved::check(&directory)?;
     // It lies beside the state, and the monitor does not need it: absent if another tool has saved.
-    match registry::read::<Saved>(&directory.join(BESIDE)) {
+    match registry::read::<Saved>(&directory.join(RECORD_FILE)) {
         Err(e) if !e.is_absent() => return Err(e.into()),
         _ => {}
     }
-    let text = format!("{} is whole", file.display());
+    let text = format!("{} is intact", file.display());
     Ok(Answer::new(text, json!({ "file": directory, "whole": true })))
 }

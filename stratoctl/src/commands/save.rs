@@ -13,7 +13,7 @@ use qmp::{
 };
 use serde_json::json;
 
-use super::{Answer, Context, Held, end, lifecycle, restore};
+use super::{Answer, Context, LockedDomain, end, lifecycle, restore};
 use crate::{
     domain::{self, Status},
     failure::Failure,
@@ -39,7 +39,7 @@ pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Save, &args.domain)?;
     let directory = restore::directory(&args.file)?;
     fit_for_a_save(&directory)?;
-    let after = match (args.go_on, args.paused) {
+    let after = match (args.keep_running, args.paused) {
         (true, _) => After::GoesOn,
         (_, true) => After::Paused,
         _ => After::Ends,
@@ -47,11 +47,12 @@ pub fn save(ctx: &Context, args: &Save) -> anyhow::Result<Answer> {
     let saved = Saved { name: args.domain.clone(), domain: lifecycle::described(&held.place)? };
     let own = ctx.registry.own_disks(&saved.domain.uuid);
     if after == After::Ends && !args.disks && !own.is_empty() {
-        let what = format!("the disks of '{}' were made for it, and go when it ends", args.domain);
-        let hint = "--disks keeps them with the save; -c and --paused let the domain live on";
+        let what =
+            format!("the disks of '{}' were made for it and are removed when it ends", args.domain);
+        let hint = "--disks saves them, too; with -c or --paused the domain does not end";
         return Err(Failure::hint(what, hint).into());
     }
-    let beside = directory.join(restore::BESIDE);
+    let beside = directory.join(restore::RECORD_FILE);
     write_out(ctx, held, &directory, after, args.disks, |ctx| {
         registry::write(ctx.registry.disk(), &beside, &saved)
             .with_context(|| format!("cannot write {}", beside.display()))
@@ -64,13 +65,14 @@ fn fit_for_a_save(directory: &Path) -> anyhow::Result<()> {
     let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
     let names: Vec<_> =
         entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-    let own = ["state", "memory", "disk-", restore::BESIDE];
+    let own = ["state", "memory", "disk-", restore::RECORD_FILE];
     let of_a_save = |name: &str| own.iter().any(|own| name.starts_with(own));
     let is_save = names.iter().any(|name| name == "state");
     match names.iter().find(|name| !of_a_save(name)) {
         Some(other) if !is_save => {
-            let what = format!("{} has other things in it, such as '{other}'", directory.display());
-            let hint = "a save is a directory of its own: name one that is not there yet, or an earlier save";
+            let what = format!("{} contains other files, such as '{other}'", directory.display());
+            let hint =
+                "a save needs a directory of its own: name a new one, or one with an earlier save";
             Err(Failure::hint(what, hint).into())
         }
         _ => Ok(()),
@@ -85,10 +87,10 @@ pub fn suspend(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
 }
 
 /// Save the domain into `directory`, with its disks if `disks`, then do `also`, then what `after`
-/// says. If anything fails, the domain is what it was.
+/// says. If anything fails, the domain is unchanged.
 fn write_out(
     ctx: &Context,
-    mut held: Held,
+    mut held: LockedDomain,
     directory: &Path,
     after: After,
     disks: bool,
@@ -96,14 +98,14 @@ fn write_out(
 ) -> anyhow::Result<Answer> {
     let name = held.place.name.clone();
     let uuid = lifecycle::described(&held.place)?.uuid;
-    let ran = held.seen.state == State::Running;
+    let ran = held.status.state == State::Running;
     let Some(saving) = ctx.registry.lock_save(&name)? else {
         crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
         anyhow::bail!("'{name}' is being saved");
     };
     // This takes long. Other verbs see meanwhile that the domain is being saved.
     held.lock = None;
-    let client = held.seen.client.take().context("the monitor does not answer")?;
+    let client = held.status.client.take().context("the monitor does not answer")?;
     let command = Migrate {
         uri: format!("file:{}", restore::text(directory)?),
         resume: Some(after == After::GoesOn && ran),
@@ -120,7 +122,7 @@ fn write_out(
             // The save has succeeded and left the domain paused, but a later step has failed.
             if ran
                 && let Ok(Ok(mut now)) = again(ctx, &held, &uuid, saving)
-                && now.seen.client.is_some()
+                && now.status.client.is_some()
             {
                 let _ = lifecycle::let_run(ctx, &mut now);
             }
@@ -142,15 +144,15 @@ fn write_out(
     ))
 }
 
-/// Do to a saved domain what is to happen to it.
+/// Do what is to happen to the domain after the save.
 fn finish(
     ctx: &Context,
-    held: &Held,
+    held: &LockedDomain,
     uuid: &str,
     saving: Lock,
     after: After,
 ) -> anyhow::Result<State> {
-    match (after, held.seen.state) {
+    match (after, held.status.state) {
         (After::Paused, State::Running) => return Ok(State::Paused),
         (After::Paused | After::GoesOn, was) => return Ok(was),
         (After::Ends, _) => {}
@@ -159,16 +161,16 @@ fn finish(
         Ok(now) => now,
         Err(state) => return Ok(state),
     };
-    if let Some(client) = &mut now.seen.client
+    if let Some(client) = &mut now.status.client
         && client.execute(&QueryStatus {})?.running
     {
         let place = &now.place;
         if place.is_saved() {
-            ctx.registry.spend(place)?;
+            ctx.registry.invalidate(place)?;
             ctx.registry.clear_store(place)?;
         }
         let what = format!(
-            "'{}' was saved, but somebody has let it run on, so it is not ended",
+            "'{}' was saved, but it has been resumed meanwhile, so it is not ended",
             place.name
         );
         return Err(Failure::new(what).into());
@@ -185,10 +187,10 @@ fn finish(
 /// have started, which is left alone: its state is returned then.
 fn again(
     ctx: &Context,
-    held: &Held,
+    held: &LockedDomain,
     uuid: &str,
     saving: Lock,
-) -> anyhow::Result<Result<Held, State>> {
+) -> anyhow::Result<Result<LockedDomain, State>> {
     let name = &held.place.name;
     let lock = Some(ctx.registry.lock(name)?);
     // Under the lock, no other process can begin to act on it.
@@ -198,27 +200,31 @@ fn again(
     else {
         return Ok(Err(State::Absent));
     };
-    let seen = domain::look(&ctx.registry, &place);
-    let pid = |seen: &Status| seen.process.as_ref().map(Process::pid);
-    let ended = held.seen.process.as_ref().is_some_and(|old| old.ends_within(Duration::ZERO));
-    Ok(match pid(&seen) {
-        Some(_) if ended || pid(&seen) != pid(&held.seen) => Err(seen.state),
-        _ => Ok(Held { place, seen, lock }),
+    let status = domain::query(&ctx.registry, &place);
+    let pid = |status: &Status| status.process.as_ref().map(Process::pid);
+    let ended = held.status.process.as_ref().is_some_and(|old| old.ends_within(Duration::ZERO));
+    Ok(match pid(&status) {
+        Some(_) if ended || pid(&status) != pid(&held.status) => Err(status.state),
+        _ => Ok(LockedDomain { place, status, lock }),
     })
 }
 
 /// Let the monitor save, show its progress, and cancel it at an interrupt.
-fn migrate(held: &Held, mut client: Client, command: Migrate) -> anyhow::Result<MigrationInfo> {
+fn migrate(
+    held: &LockedDomain,
+    mut client: Client,
+    command: Migrate,
+) -> anyhow::Result<MigrationInfo> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .context("cannot listen for an interrupt")?;
     }
     let mut watcher = domain::qmp(&held.place)?;
-    client.set_patience(SAVE_TIMEOUT);
+    client.set_timeout(SAVE_TIMEOUT);
     let bar = progress::bar(&format!("Saving {}", held.place.name));
     let mut cancelled = false;
-    let look = || {
+    let poll = || {
         if interrupted.load(Ordering::Relaxed) && !cancelled {
             cancelled = watcher.execute(&MigrateCancel {}).is_ok();
         }
@@ -229,21 +235,21 @@ fn migrate(held: &Held, mut client: Client, command: Migrate) -> anyhow::Result<
             bar.set_position(total.saturating_sub(parts().map(|part| part.remaining).sum()));
         }
     };
-    let done = progress::during(move || client.execute(&command), look);
+    let done = progress::during(move || client.execute(&command), poll);
     bar.finish_and_clear();
     let name = &held.place.name;
     match done? {
         Ok(_) => Ok(watcher.execute(&QueryMigrate {})?),
         Err(ClientError::Refused { .. }) if interrupted.load(Ordering::Relaxed) => {
-            Err(Failure::new(format!("interrupted: '{name}' is not saved and goes on")).into())
+            Err(Failure::new(format!("interrupted: '{name}' was not saved and continues")).into())
         }
         Err(ClientError::Refused { error, .. }) => {
-            Err(Failure::new(format!("'{name}' is not saved and goes on: {error}")).into())
+            Err(Failure::new(format!("'{name}' was not saved and continues: {error}")).into())
         }
         Err(e) => {
             let e = anyhow::Error::from(e);
             Err(e.context(format!(
-                "'{name}' is not saved: its monitor has ended or does not answer"
+                "'{name}' was not saved: its monitor has ended or does not answer"
             )))
         }
     }

@@ -13,7 +13,7 @@ use qmp::{
 };
 use serde_json::{Value, json};
 
-use super::{Answer, Context, Held, end, list};
+use super::{Answer, Context, LockedDomain, end, list};
 use crate::{
     agent::{self, AgentError, Mode},
     dial::dial,
@@ -34,7 +34,7 @@ pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
     let name = &args.domain;
     let mut held = ctx.hold(Verb::Shutdown, name)?;
     let place = held.place.clone();
-    let client = held.seen.client()?;
+    let client = held.status.client()?;
     let asked = match by_agent(client, &place, Mode::Powerdown) {
         Ok(asked) => asked,
         Err(why) => {
@@ -54,7 +54,10 @@ pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
             let mut held = ctx.hold(Verb::Destroy, name)?;
             end(ctx, &mut held)?;
             let state = if held.place.managed { State::Registered } else { State::Absent };
-            let text = format!("asked by the {}; it did not, and '{name}' is destroyed", asked.way);
+            let text = format!(
+                "asked by the {}; the guest did not power off in time, and '{name}' was destroyed",
+                asked.way
+            );
             Ok(asked.done(text, json!({ "name": name, "state": state.word(), "forced": true })))
         }
         None => Err(still_there(name, &asked, "shutdown", "ends")),
@@ -65,7 +68,7 @@ pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
     let name = &args.domain;
     let mut held = ctx.hold(Verb::Reboot, name)?;
     let place = held.place.clone();
-    let client = held.seen.client()?;
+    let client = held.status.client()?;
     let asked = match by_agent(client, &place, Mode::Reboot) {
         Ok(asked) => asked,
         Err(why) => match client.execute(&ctrl_alt_del()) {
@@ -76,7 +79,7 @@ pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
             Err(ClientError::Refused { error, .. }) => {
                 return Err(Failure::hint(
                     format!("'{name}' cannot be asked: {error}"),
-                    format!("`stratoctl reboot -F {name}` resets it all the same"),
+                    format!("`stratoctl reboot -F {name}` resets it anyway"),
                 )
                 .into());
             }
@@ -93,8 +96,8 @@ pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
         None if !args.force => Err(still_there(name, &asked, "reboot", "resets")),
         None => {
             let mut held = ctx.hold(Verb::Reboot, name)?;
-            let why = format!("asked by the {}; it did not", asked.way);
-            reset(held.seen.client()?, name, &why)
+            let why = format!("asked by the {}; the guest did not reboot in time", asked.way);
+            reset(held.status.client()?, name, &why)
         }
     }
 }
@@ -102,7 +105,7 @@ pub fn reboot(ctx: &Context, args: &Reboot) -> anyhow::Result<Answer> {
 fn reset(client: &mut Client, name: &Name, why: &str) -> anyhow::Result<Answer> {
     client.execute(&SystemReset {})?;
     let json = json!({ "name": name, "state": State::Running.word(), "forced": true });
-    Ok(Answer::new(format!("{why}, and '{name}' is reset"), json))
+    Ok(Answer::new(format!("{why}, and '{name}' was reset"), json))
 }
 
 fn limit(timeout: Option<f64>, force: bool) -> anyhow::Result<Option<Duration>> {
@@ -135,7 +138,7 @@ impl Means {
     }
 
     fn answer(&self, name: &Name) -> Answer {
-        let text = format!("asked by the {}; the guest has not answered yet", self.way);
+        let text = format!("asked by the {}; the guest has not reacted yet", self.way);
         self.done(text, json!({ "name": name, "state": State::Running.word() }))
     }
 
@@ -191,10 +194,10 @@ enum Outcome {
 }
 
 /// Wait for the guest's reaction; `None` if there is none in time.
-fn wait(held: &mut Held, limit: Option<Duration>) -> anyhow::Result<Option<Outcome>> {
+fn wait(held: &mut LockedDomain, limit: Option<Duration>) -> anyhow::Result<Option<Outcome>> {
     // A deadline beyond the range of `Instant` is none.
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-    let client = held.seen.client()?;
+    let client = held.status.client()?;
     let mut why = None;
     let reason = |event: &ReceivedEvent| {
         event.data.get("reason").and_then(Value::as_str).unwrap_or("unknown").to_owned()
@@ -226,20 +229,20 @@ fn wait(held: &mut Held, limit: Option<Duration>) -> anyhow::Result<Option<Outco
 fn finished(
     ctx: &Context,
     name: &Name,
-    held: &Held,
+    held: &LockedDomain,
     asked: &Means,
     outcome: Outcome,
 ) -> anyhow::Result<Answer> {
     let (did, reason) = match outcome {
         Outcome::Ended(reason) => {
             // It has hung up, and may take its time to release its memory.
-            if let Some(process) = &held.seen.process {
+            if let Some(process) = &held.status.process {
                 process.ends_within(END_LIMIT);
             }
             ("has ended", reason)
         }
-        Outcome::Halted(reason) => ("has ended and is kept", reason),
-        Outcome::Reset(reason) => ("has booted anew", reason),
+        Outcome::Halted(reason) => ("has ended and is preserved", reason),
+        Outcome::Reset(reason) => ("has rebooted", reason),
     };
     let state = list::settle(ctx, name);
     let text = format!("asked by the {}; '{name}' {did} ({reason})", asked.way);
@@ -249,8 +252,8 @@ fn finished(
 
 fn still_there(name: &Name, asked: &Means, verb: &str, does: &str) -> anyhow::Error {
     Failure::hint(
-        format!("asked by the {}; '{name}' still runs", asked.way),
-        format!("`stratoctl {verb} -F {name}` {does} it in any case"),
+        format!("asked by the {}; '{name}' is still running", asked.way),
+        format!("`stratoctl {verb} -F {name}` {does} it anyway"),
     )
     .into()
 }

@@ -83,7 +83,7 @@ pub fn replace(disk: &dyn Disk, path: &Path, contents: &[u8]) -> io::Result<()> 
         .and_then(|()| disk.sync(&new))
         .and_then(|()| disk.rename(&new, path));
     if written.is_err() {
-        // A full disk has better uses for the space.
+        // The space may be needed: the disk may be full.
         let _ = disk.remove(&new);
     }
     written?;

@@ -104,7 +104,7 @@ const DISKS: &str = ".disks";
 const START: &str = "start.json";
 const UP: &str = "up";
 /// More time than it takes to check whether a lock is held.
-const GLANCE: Duration = Duration::from_millis(100);
+const LOCK_CHECK: Duration = Duration::from_millis(100);
 /// The monitor's configuration, in its working directory.
 pub const CONFIG: &str = "config.json";
 
@@ -161,7 +161,7 @@ impl Registry {
     /// See [`Self::lock`].
     pub fn lock_save(&self, name: &Name) -> anyhow::Result<Option<Lock>> {
         let path = self.lock_path(name, "save")?;
-        let deadline = Instant::now() + GLANCE;
+        let deadline = Instant::now() + LOCK_CHECK;
         loop {
             // A process that only checks whether the lock is held has it for a moment.
             let lock = Lock::attempt_once(&path)
@@ -169,7 +169,7 @@ impl Registry {
             if lock.is_some() || Instant::now() >= deadline {
                 return Ok(lock);
             }
-            thread::sleep(GLANCE / 50);
+            thread::sleep(LOCK_CHECK / 50);
         }
     }
 
@@ -232,7 +232,7 @@ impl Registry {
         description: &Description,
     ) -> anyhow::Result<Place> {
         let home = if managed { &self.state } else { &self.run }.join(name.as_str());
-        let cannot = || format!("cannot put domain {name} down in {}", home.display());
+        let cannot = || format!("cannot register domain {name} in {}", home.display());
         // Left by a stratoctl that was killed.
         self.disk.remove_tree(&home).with_context(cannot)?;
         self.disk.mkdir(&home).with_context(cannot)?;
@@ -384,15 +384,15 @@ impl Registry {
                 .remove_tree(&saved)
                 .with_context(|| format!("cannot remove {}", saved.display()))?;
         }
-        self.discard_spent(place)
+        self.discard_invalid(place)
     }
 
-    /// Make the suspended state no longer count. It still exists: see [`Self::unspend`].
+    /// Make the suspended state no longer count. It still exists: see [`Self::revalidate`].
     ///
     /// # Errors
     /// When the disk cannot be written.
-    pub fn spend(&self, place: &Place) -> anyhow::Result<()> {
-        let spent = place.home.join(SPENT);
+    pub fn invalidate(&self, place: &Place) -> anyhow::Result<()> {
+        let spent = place.home.join(INVALID);
         self.disk
             .remove_tree(&spent)
             .and_then(|()| self.disk.rename(&place.saved(), &spent))
@@ -404,9 +404,9 @@ impl Registry {
     ///
     /// # Errors
     /// When the disk cannot be written.
-    pub fn unspend(&self, place: &Place) -> anyhow::Result<()> {
+    pub fn revalidate(&self, place: &Place) -> anyhow::Result<()> {
         self.disk
-            .rename(&place.home.join(SPENT), &place.saved())
+            .rename(&place.home.join(INVALID), &place.saved())
             .and_then(|()| self.disk.sync(&place.home))
             .with_context(|| format!("cannot rename {} back", place.saved().display()))
     }
@@ -415,11 +415,11 @@ impl Registry {
     ///
     /// # Errors
     /// When the disk cannot be written.
-    pub fn discard_spent(&self, place: &Place) -> anyhow::Result<()> {
-        let spent = place.home.join(SPENT);
+    pub fn discard_invalid(&self, place: &Place) -> anyhow::Result<()> {
+        let spent = place.home.join(INVALID);
         self.disk.remove_tree(&spent).with_context(|| format!("cannot remove {}", spent.display()))
     }
 }
 
 /// Name of a suspended state that no longer counts.
-const SPENT: &str = "spent";
+const INVALID: &str = "spent";

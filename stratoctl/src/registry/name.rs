@@ -11,7 +11,7 @@ pub struct Name(String);
 /// Not a valid name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "{0} is no name for a domain: 1 to 64 letters, digits, '_', '.', '+' and '-', the first a letter \
+    "{0} is not a valid domain name: 1 to 64 letters, digits, '_', '.', '+' and '-', the first a letter \
      or digit"
 )]
 pub struct BadName(String);
@@ -78,7 +78,7 @@ mod tests {
         let long = "x".repeat(10_240);
         for word in bad.into_iter().chain([long.as_str()]) {
             let said = word.parse::<Name>().expect_err("not a name").to_string();
-            assert!(said.contains("no name") && said.len() < 512, "{said}");
+            assert!(said.contains("not a valid domain name") && said.len() < 512, "{said}");
             assert!(!said.contains(['\0', '\n', '\x1b']), "{said:?}");
         }
     }

@@ -29,8 +29,8 @@ fn choose(
     let absolute = |name| variable(name).filter(|path| path.is_absolute());
     let run = absolute("XDG_RUNTIME_DIR").ok_or_else(|| {
         Failure::hint(
-            "there is no place for run-time files: XDG_RUNTIME_DIR is not set to a full path",
-            "log in by a session that sets it, or give --root DIR",
+            "no directory for run-time files: XDG_RUNTIME_DIR is not set to an absolute path",
+            "log in with a session that sets it, or give --root DIR",
         )
     })?;
     let state = absolute("XDG_STATE_HOME")

@@ -124,13 +124,13 @@ fn description(vcpus: u64) -> Description {
 const KILLED: &str = "STRATOCTL_TEST_KILLED";
 
 /// Makes `change` on a disk that fails after 0, 1, 2 ... steps until it succeeds, and in processes
-/// that are killed there, each time starting from what `before` makes. `seen` reads what is left,
+/// that are killed there, each time starting from what `before` makes. `status` reads what is left,
 /// which must be as before or as after the change. `what` tells two changes of one test apart.
 fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
     what: &str,
     before: B,
     change: impl Fn(&Registry) -> anyhow::Result<()>,
-    seen: impl Fn(&Registry) -> T,
+    status: impl Fn(&Registry) -> T,
 ) {
     if let Ok(task) = env::var(KILLED) {
         let words: Vec<&str> = task.split_whitespace().collect();
@@ -149,9 +149,9 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
     let test = test.collect::<Vec<_>>().join("::");
     let plain = Bench::new();
     before(&plain.real());
-    let old = seen(&plain.real());
+    let old = status(&plain.real());
     change(&plain.real()).expect("it works on a disk that does");
-    let new = seen(&plain.real());
+    let new = status(&plain.real());
     assert_ne!(old, new, "it changes something");
     for (torn, killed) in [(false, false), (true, false), (false, true), (true, true)] {
         let news = Cell::new(0);
@@ -171,7 +171,7 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
                 let steps = Mutex::new(steps);
                 change(&bench.registry(Failing { steps, torn, killed })).is_ok()
             };
-            let left = seen(&bench.real());
+            let left = status(&bench.real());
             assert!(left == old || left == new, "after {steps} steps: {left:?}");
             // Once the new contents are there they stay.
             assert!(news.get() == 0 || left == new, "after {steps} steps: {left:?}");
@@ -185,7 +185,7 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
             let _held = bench.real().try_lock(&name("a")).expect("nobody has the lock");
             if left == old {
                 change(&bench.real()).expect("the second time");
-                assert_eq!(seen(&bench.real()), new);
+                assert_eq!(status(&bench.real()), new);
             }
         }
     }
@@ -237,7 +237,7 @@ fn a_domain_is_forgotten_or_not_whenever_it_is_killed() {
 
 #[test]
 fn a_domain_has_the_old_name_or_the_new_one_and_its_monitor_with_it() {
-    let seen = |registry: &Registry| {
+    let status = |registry: &Registry| {
         let with_ids = |(name, managed, _): (Name, bool, Description)| {
             let id = registry.find(&name).expect("a place").id();
             (name, managed, id)
@@ -255,7 +255,7 @@ fn a_domain_has_the_old_name_or_the_new_one_and_its_monitor_with_it() {
                 let place = registry.find(&name("a"));
                 place.map_or(Ok(()), |place| registry.rename(&place, &name("b")))
             },
-            seen,
+            status,
         );
     }
 }
@@ -267,29 +267,29 @@ fn a_suspended_state_counts_or_not_whenever_it_is_killed() {
         fs::create_dir(place.saved()).expect("a directory");
         fs::write(place.saved().join("state"), "whole").expect("a state");
     };
-    let seen = |registry: &Registry| registry.find(&name("a")).expect("a place").is_saved();
+    let status = |registry: &Registry| registry.find(&name("a")).expect("a place").is_saved();
     let place = |registry: &Registry| registry.find(&name("a")).expect("a place");
     at_every_step(
         "spend",
         suspended,
-        |registry| match seen(registry) {
-            true => registry.spend(&place(registry)),
+        |registry| match status(registry) {
+            true => registry.invalidate(&place(registry)),
             false => Ok(()),
         },
-        seen,
+        status,
     );
     let spent = |registry: &Registry| {
         suspended(registry);
-        registry.spend(&place(registry)).expect("spent");
+        registry.invalidate(&place(registry)).expect("spent");
     };
     at_every_step(
         "unspend",
         spent,
-        |registry| match seen(registry) {
+        |registry| match status(registry) {
             true => Ok(()),
-            false => registry.unspend(&place(registry)),
+            false => registry.revalidate(&place(registry)),
         },
-        seen,
+        status,
     );
 }
 

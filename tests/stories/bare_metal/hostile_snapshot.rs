@@ -301,7 +301,7 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
     for (change, says) in [
         (0, "\"vcpu 0\" twice"),
         (1, "no section for nic1"),
-        (2, "comes where"),
+        (2, "was expected"),
         (3, "no section \"cpu\""),
         (4, "checksums"),
     ] {

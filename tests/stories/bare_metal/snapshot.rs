@@ -349,7 +349,10 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
     save(&mut qmp, &at(0), false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
     let said = refusal(&stage, &at(1), &[])?;
-    ensure!(said.contains("saved0") && said.contains("has been saved anew"), "{said}");
+    ensure!(
+        said.contains("saved0") && said.contains("has been replaced by a later save"),
+        "{said}"
+    );
     Ok(())
 }
 

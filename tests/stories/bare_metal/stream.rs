@@ -364,10 +364,10 @@ fn somebody_who_goes_away_or_was_never_there_is_told_of() -> Result<()> {
 #[test]
 fn nonsense_starts_nothing() -> Result<()> {
     for (n, (nonsense, says)) in [
-        (&b"GET / HTTP/1.1\r\n\r\n"[..], "it is no saved state"),
+        (&b"GET / HTTP/1.1\r\n\r\n"[..], "it is not a saved state"),
         (b"", "it ends at byte 0"),
         (b"STRATOCP", "it ends at byte 8"),
-        (&[0xff; 1 << 16], "it is no saved state"),
+        (&[0xff; 1 << 16], "it is not a saved state"),
     ]
     .into_iter()
     .enumerate()

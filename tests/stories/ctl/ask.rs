@@ -36,7 +36,7 @@ fn a_guest_that_obeys_the_power_button_ends() -> Result<()> {
     said(&rig, "web", "waits\n")?;
     let out = rig.run(&["shutdown", "web"])?;
     let line = String::from_utf8(out.stdout)?;
-    ensure!(line == "asked by the power button; the guest has not answered yet\n", "{line}");
+    ensure!(line == "asked by the power button; the guest has not reacted yet\n", "{line}");
     rig.wait_state("web", "registered")
 }
 
@@ -46,7 +46,7 @@ fn a_guest_that_does_not_is_destroyed_only_when_that_is_asked_for() -> Result<()
     begins(&rig, "halt")?;
     rig.ok(&["shutdown", "web"])?;
     let (what, hint) = rig.refused(&["shutdown", "-w", "-t", "0.2", "web"])?;
-    ensure!(what.contains("power button") && what.contains("still runs"), "{what}");
+    ensure!(what.contains("power button") && what.contains("is still running"), "{what}");
     ensure!(hint.contains("shutdown -F web"), "{hint}");
     ensure!(rig.state("web")? == "running");
     let told = rig.ok(&["shutdown", "-F", "-t", "0.2", "web"])?;

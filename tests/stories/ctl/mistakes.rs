@@ -35,7 +35,7 @@ fn a_directory_with_other_things_in_it_is_no_place_for_a_save() -> Result<()> {
     fs::write(etc.join("memory"), "of somebody")?;
     for flags in [&["save", "vm", "etc"][..], &["save", "-c", "vm", "etc"]] {
         let (what, hint) = rig.refused(flags)?;
-        ensure!(what.contains("has other things in it, such as 'passwd'"), "{what}");
+        ensure!(what.contains("contains other files, such as 'passwd'"), "{what}");
         ensure!(hint.contains("a directory of its own"), "{hint}");
     }
     ensure!(fs::read_dir(&etc)?.count() == 2 && rig.state("vm")? == "running");
@@ -104,7 +104,7 @@ fn a_time_limit_is_a_wait() -> Result<()> {
     rig.says("web", "halts\n")?;
     for verb in ["reboot", "shutdown"] {
         let (what, hint) = rig.refused(&[verb, "-t", "0.2", "web"])?;
-        ensure!(what.contains("'web' still runs"), "{what}");
+        ensure!(what.contains("'web' is still running"), "{what}");
         ensure!(hint.contains(&format!("stratoctl {verb} -F web")), "{hint}");
     }
     Ok(())

@@ -128,7 +128,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
         said(&rig, "web", "hello\n")?;
         said(&rig, "web-1", "hello\n")?;
         // Written once the new one runs.
-        logged(&rig, "web-1", "restarted; this one is 'web-1' now")?;
+        logged(&rig, "web-1", "restarted; this instance is now 'web-1'")?;
         let kept = rig.listed("web-1")?.context("not listed")?;
         ensure!(kept.get("managed") == Some(&json!(false)), "it is registered twice");
         // What listens ends with them.

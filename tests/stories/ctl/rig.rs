@@ -111,7 +111,7 @@ impl Rig {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.stratoctl);
         command.env("STRATOCTL_ROOT", self.file("r")).env("STRATOVIRT_BIN", &self.monitor);
-        command.env("STRATOCTL_PATIENCE", self.patience).env("STRATOCTL_TOO_SOON", "3600");
+        command.env("STRATOCTL_QUERY_TIMEOUT", self.patience).env("STRATOCTL_TOO_SOON", "3600");
         command.args(args).stdin(Stdio::null()).current_dir(&self.dir);
         command
     }

@@ -127,7 +127,10 @@ fn a_save_that_cannot_be_leaves_the_domain_running() -> Result<()> {
     rig.config("vm.json", "count", "plain 1")?;
     rig.ok(&["create", "vm.json"])?;
     let (what, _) = rig.refused(&["save", "vm", "no/such/place"])?;
-    ensure!(what.contains("'vm' is not saved and goes on") && what.contains("above it"), "{what}");
+    ensure!(
+        what.contains("'vm' was not saved and continues") && what.contains("above it"),
+        "{what}"
+    );
     fs::write(rig.file("file"), "precious")?;
     rig.refused(&["save", "vm", "file"])?;
     rig.refused(&["save", "vm", "a,b"])?;

@@ -22,7 +22,7 @@ const PIECE: u64 = 1 << 20;
 
 /// Why the disks of a restored machine cannot be made.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum ChildError {
     #[error(
         "the save keeps disk '{id}' itself: say where this machine's own copies are to lie with \

@@ -9,7 +9,7 @@ use state::{Config, FileError, Frames, Sections};
 
 /// Why a saved machine cannot be restored on any host.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum DryRunError {
     #[error("the saved state cannot be restored")]
     Read(#[from] FileError),

@@ -21,7 +21,7 @@ use super::send::Cancel;
 
 /// Why there is no stream to read.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum IncomingError {
     #[error("cannot listen for the stream")]
     Bind(#[from] BindError),

@@ -13,7 +13,7 @@ use super::{ChildError, demand_paging::DemandPagingError};
 
 /// Why a saved state cannot be restored.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum LoadError {
     #[error(transparent)]
     Directory(#[from] DirectoryError),

@@ -16,7 +16,7 @@ use rustix::fs::OFlags;
 
 /// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum OverrideError {
     #[error(transparent)]
     Differs(#[from] Differs),

@@ -19,7 +19,7 @@ const TIMES: u64 = 64;
 
 /// Why a machine cannot be received from a stream.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum ReceiveError {
     #[error("the stream cannot be restored")]
     Read(#[from] FileError),

@@ -26,7 +26,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use state::{
     Config, SectionError, State,
     config::{Base, Id},
-    directory::{self, DEEPEST, DirectoryError, MEMORY, NEW_MEMORY, NEW_STATE, STATE},
+    directory::{self, DirectoryError, MAX_CHAIN, MEMORY, NEW_MEMORY, NEW_STATE, STATE},
     file::RANGES,
     hex::Hex,
     memory_file,
@@ -43,7 +43,7 @@ use super::{
 
 /// Why a state could not be saved. An earlier save is as it was.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum SaveError {
     #[error("cannot make the directory {}: the one above it must exist", path.display())]
     Directory { path: PathBuf, source: io::Error },
@@ -65,7 +65,7 @@ pub enum SaveError {
     BaseChanged { path: PathBuf },
     #[error("{} is needed by the save to build on: give another directory", path.display())]
     Needed { path: PathBuf },
-    #[error("{DEEPEST} saves build on each other, and that is the most: leave incremental out")]
+    #[error("{MAX_CHAIN} saves build on each other, which is the limit: leave incremental out")]
     TooDeep,
     #[error("cannot save the spot check of a block device")]
     SpotCheck(#[source] SectionError),
@@ -287,7 +287,7 @@ impl Directory {
     ) -> Result<Self, SaveError> {
         if let Some(base) = &base {
             base.check()?;
-            if base.chain.len() >= DEEPEST {
+            if base.chain.len() >= MAX_CHAIN {
                 return Err(SaveError::TooDeep);
             }
             if path.canonicalize().is_ok_and(|path| base.chain.contains(&path)) {

@@ -233,7 +233,7 @@ fn a_state_cut_off_anywhere_is_refused_by_name() {
     }
     let error = read(&whole[..whole.len() - 1]).unwrap_err();
     assert!(error.contains("the checksums of memory"), "what came before is named: {error}");
-    assert!(read(&[&whole[..], b"x"].concat()).unwrap_err().contains("more after its end"));
+    assert!(read(&[&whole[..], b"x"].concat()).unwrap_err().contains("more data after its end"));
 }
 
 #[test]
@@ -273,7 +273,7 @@ fn another_version_and_another_kind_of_file_are_told_apart() {
     let error = read(&bytes).unwrap_err();
     assert!(error.contains("version 2; this program reads version 3"), "{error}");
     let error = read(b"#!/bin/sh\nexit 1\n").unwrap_err();
-    assert!(error.contains("it is no saved state"), "{error}");
+    assert!(error.contains("it is not a saved state"), "{error}");
 }
 
 #[test]
@@ -353,7 +353,7 @@ fn a_base_that_has_changed_or_gone_or_is_none_is_refused_by_name() {
     save_on(&at("base"), 9, false, None).unwrap();
     for name in ["middle", "top"] {
         let error = why(&check(&at(name)).unwrap_err());
-        assert!(error.contains("base has been saved anew"), "{error}");
+        assert!(error.contains("base has been replaced by a later save"), "{error}");
         assert!(error.contains("middle"), "what builds on it is named: {error}");
     }
     let error = save_on(&at("other"), 4, false, Some(base)).unwrap_err();

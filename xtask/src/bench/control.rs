@@ -67,7 +67,7 @@ impl Connection {
         match protocol {
             Protocol::Qmp => {
                 let mut client = Client::connect(socket, Duration::ZERO)?;
-                client.set_patience(LIMIT);
+                client.set_timeout(LIMIT);
                 let ready = Instant::now();
                 client.execute_raw("qmp_capabilities", json!({}))?;
                 Ok((Self::Qmp(client), ready))
@@ -89,7 +89,7 @@ impl Connection {
     /// The connection is closed.
     pub fn set_limit(&mut self, limit: Duration) -> Result<()> {
         match self {
-            Self::Qmp(client) => client.set_patience(limit),
+            Self::Qmp(client) => client.set_timeout(limit),
             Self::Http { stream, .. } => stream.get_ref().set_read_timeout(Some(limit))?,
         }
         Ok(())

@@ -307,7 +307,7 @@ impl Drop for Stage<'_> {
 fn connect(socket: &Path) -> Result<Client> {
     let mut client = Client::connect(socket, SILENCE)?;
     client.execute_raw("qmp_capabilities", json!({}))?;
-    client.set_patience(SILENCE);
+    client.set_timeout(SILENCE);
     Ok(client)
 }
 

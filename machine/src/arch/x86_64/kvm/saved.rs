@@ -14,7 +14,7 @@ use super::state::VcpuState;
 
 /// Why a saved vCPU cannot be converted to KVM's form.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum VcpuError {
     #[error("an XSAVE area of {0} bytes; it has {XSAVE}")]
     Xsave(usize),
