@@ -18,7 +18,7 @@ pub enum CmdlineError {
     },
     /// A byte that would end it early, or that has no meaning to the kernel.
     #[error(
-        "it has {what} at byte {at}; only printable ASCII is passed on, because a kernel reads bytes, up to the first zero"
+        "it has {what} at byte {at}; only printable ASCII is allowed, because kernels read plain bytes up to the first NUL"
     )]
     Byte {
         /// Which byte.

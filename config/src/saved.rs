@@ -172,7 +172,7 @@ fn order(slot: &saved::Slot) -> Result<(u8, usize), DescriptionError> {
             .filter(|device| device.facts().slot() == slot.id)
             .map(|device| (2 + device.order(), 0)),
     };
-    order.ok_or_else(|| failed(slot, "no such slot can hold what is in it".into()))
+    order.ok_or_else(|| failed(slot, "this kind of slot cannot hold its contents".into()))
 }
 
 /// Check that each slot exists once, none is missing, and no two are at one address.
@@ -184,7 +184,7 @@ fn check_places(slots: &[((u8, usize), &saved::Slot)]) -> Result<(), Description
             _ => 0,
         };
         if *number != expected {
-            return Err(failed(slot, "it comes twice, or the one before it is missing".into()));
+            return Err(failed(slot, "it is duplicated, or the one before it is missing".into()));
         }
         before = Some(*order);
     }
@@ -193,7 +193,10 @@ fn check_places(slots: &[((u8, usize), &saved::Slot)]) -> Result<(), Description
         let shared = others
             .find(|(_, other)| other.address == slot.address || other.interrupt == slot.interrupt);
         if let Some((_, other)) = shared {
-            return Err(failed(slot, format!("its address or interrupt is that of {}", other.id)));
+            return Err(failed(
+                slot,
+                format!("its address or interrupt is also that of {}", other.id),
+            ));
         }
     }
     Ok(())
@@ -294,10 +297,10 @@ pub(crate) fn check_ids<'a>(
 }
 
 /// Convert `rate`, a limit per second; `None` means unlimited.
-fn rate<const LEAST: u64, const MOST: u64>(
+fn rate<const MIN: u64, const MAX: u64>(
     what: &'static str,
     rate: Option<u64>,
-) -> Result<Option<Rate<LEAST, MOST>>, DescriptionError> {
+) -> Result<Option<Rate<MIN, MAX>>, DescriptionError> {
     let value = rate.unwrap_or(0);
     let limit = |source| DescriptionError::Limit { what, value: value.to_string(), source };
     Rate::or_unlimited(value).map_err(limit)
@@ -512,10 +515,10 @@ mod tests {
             ("disk1: no slot is at address 0xf0101001", |c| c.slots[1].address.0 += 1),
             ("disk1: no slot is at address 0xf0112000", |c| c.slots[1].address.0 = 0xf011_2000),
             ("with interrupt 9", |c| c.slots[1].interrupt = 9),
-            ("disk1: it comes twice, or", |c| drop(c.slots.remove(0))),
-            ("disk0: it comes twice, or", |c| c.slots[1].id = "disk0".into()),
-            ("nic: no such slot", |c| c.slots[1].id = "nic".into()),
-            ("disk01: no such slot", |c| c.slots[1].id = "disk01".into()),
+            ("disk1: it is duplicated, or", |c| drop(c.slots.remove(0))),
+            ("disk0: it is duplicated, or", |c| c.slots[1].id = "disk0".into()),
+            ("nic: this kind of slot", |c| c.slots[1].id = "nic".into()),
+            ("disk01: this kind of slot", |c| c.slots[1].id = "disk01".into()),
             ("queue size of a disk 4096", |c| c.slots[1].queue_sizes = vec![4096]),
             ("queue size of a disk 100, not a power", |c| c.slots[1].queue_sizes = vec![100]),
             ("vCPUs 0, not in 1..=254", |c| c.machine.vcpus = 0),

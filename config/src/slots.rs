@@ -126,8 +126,8 @@ impl fmt::Display for NoRoom {
         }
         let configured = wanted.disks.saturating_add(wanted.nics) + wanted.others.len();
         match configured <= VIRTIO_SLOTS {
-            true => f.write_str("; -machine disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"),
-            false => f.write_str("; leave some devices out"),
+            true => f.write_str("; -machine disk-slots=N,nic-slots=N, or keys of these names in machine-config, set lower numbers"),
+            false => f.write_str("; remove some devices"),
         }
     }
 }
@@ -169,13 +169,13 @@ mod tests {
             counts(many.clone()).unwrap_err(),
             "20 virtio devices and slots, at most 18 are allowed: 16 for disks (16 configured), 2 for \
              NICs (0 configured), 1 for the console, 1 for the rng; -machine \
-             disk-slots=N,nic-slots=N, or keys of these names in machine-config, make fewer"
+             disk-slots=N,nic-slots=N, or keys of these names in machine-config, set lower numbers"
         );
         assert_eq!(counts(Wanted { nic_slots: Some(0), ..many.clone() }), Ok((16, 0)));
         assert!(
             counts(Wanted { disks: 19, ..many.clone() })
                 .unwrap_err()
-                .ends_with("leave some devices out")
+                .ends_with("remove some devices")
         );
         let few = Wanted { disk_slots: Some(1), disks: 2, ..Wanted::default() };
         assert_eq!(

@@ -46,18 +46,18 @@ fn number<N: FromStr<Err = ParseIntError>>(
     }
 }
 
-/// A count from `LEAST` to `MOST`; one by default.
+/// A count from `MIN` to `MAX`; one by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Count<const LEAST: u16, const MOST: u16>(u16);
+pub struct Count<const MIN: u16, const MAX: u16>(u16);
 
 /// Queues of a disk.
 pub type DiskQueues = Count<1, 32>;
 /// Queue pairs of a NIC, one for each direction.
 pub type NicQueuePairs = Count<1, 16>;
 
-impl<const LEAST: u16, const MOST: u16> Count<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> Count<MIN, MAX> {
     /// The maximum.
-    pub const MOST: u16 = MOST;
+    pub const MAX: u16 = MAX;
 
     /// The number.
     pub fn get(self) -> u16 {
@@ -65,98 +65,98 @@ impl<const LEAST: u16, const MOST: u16> Count<LEAST, MOST> {
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> Default for Count<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> Default for Count<MIN, MAX> {
     fn default() -> Self {
-        Self(LEAST)
+        Self(MIN)
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> TryFrom<u16> for Count<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> TryFrom<u16> for Count<MIN, MAX> {
     type Error = ValueError;
 
     fn try_from(number: u16) -> Result<Self, ValueError> {
-        match (LEAST..=MOST).contains(&number) {
+        match (MIN..=MAX).contains(&number) {
             true => Ok(Self(number)),
-            false => Err(ValueError::OutOfRange(LEAST.into(), MOST.into())),
+            false => Err(ValueError::OutOfRange(MIN.into(), MAX.into())),
         }
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> TryFrom<usize> for Count<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> TryFrom<usize> for Count<MIN, MAX> {
     type Error = ValueError;
 
     fn try_from(number: usize) -> Result<Self, ValueError> {
         let number = u16::try_from(number);
-        number.map_err(|_| ValueError::OutOfRange(LEAST.into(), MOST.into()))?.try_into()
+        number.map_err(|_| ValueError::OutOfRange(MIN.into(), MAX.into()))?.try_into()
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> FromStr for Count<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> FromStr for Count<MIN, MAX> {
     type Err = ValueError;
 
     fn from_str(word: &str) -> Result<Self, ValueError> {
-        number::<u16>(word, LEAST.into(), MOST.into())?.try_into()
+        number::<u16>(word, MIN.into(), MAX.into())?.try_into()
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> fmt::Display for Count<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> fmt::Display for Count<MIN, MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
 }
 
-/// Descriptors of a virtqueue: a power of two from `LEAST` to `MOST`; 256 by default.
+/// Descriptors of a virtqueue: a power of two from `MIN` to `MAX`; 256 by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct QueueSize<const LEAST: u16, const MOST: u16>(u16);
+pub struct QueueSize<const MIN: u16, const MAX: u16>(u16);
 
 /// Descriptors of a disk's queue.
 pub type DiskQueueSize = QueueSize<2, 1024>;
 /// Descriptors of a NIC's queue.
 pub type NicQueueSize = QueueSize<256, 4096>;
 
-impl<const LEAST: u16, const MOST: u16> QueueSize<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> QueueSize<MIN, MAX> {
     /// The number.
     pub fn get(self) -> u16 {
         self.0
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> Default for QueueSize<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> Default for QueueSize<MIN, MAX> {
     fn default() -> Self {
-        const { assert!(LEAST <= 256 && 256 <= MOST) };
+        const { assert!(MIN <= 256 && 256 <= MAX) };
         Self(256)
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> TryFrom<u16> for QueueSize<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> TryFrom<u16> for QueueSize<MIN, MAX> {
     type Error = ValueError;
 
     fn try_from(size: u16) -> Result<Self, ValueError> {
-        match ((LEAST..=MOST).contains(&size), size.is_power_of_two()) {
+        match ((MIN..=MAX).contains(&size), size.is_power_of_two()) {
             (true, true) => Ok(Self(size)),
-            (true, false) => Err(ValueError::NotAPowerOfTwo(LEAST, MOST)),
-            (false, _) => Err(ValueError::OutOfRange(LEAST.into(), MOST.into())),
+            (true, false) => Err(ValueError::NotAPowerOfTwo(MIN, MAX)),
+            (false, _) => Err(ValueError::OutOfRange(MIN.into(), MAX.into())),
         }
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> FromStr for QueueSize<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> FromStr for QueueSize<MIN, MAX> {
     type Err = ValueError;
 
     fn from_str(word: &str) -> Result<Self, ValueError> {
-        number::<u16>(word, LEAST.into(), MOST.into())?.try_into()
+        number::<u16>(word, MIN.into(), MAX.into())?.try_into()
     }
 }
 
-impl<const LEAST: u16, const MOST: u16> fmt::Display for QueueSize<LEAST, MOST> {
+impl<const MIN: u16, const MAX: u16> fmt::Display for QueueSize<MIN, MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
 }
 
-/// A limit per second, from `LEAST` to `MOST`.
+/// A limit per second, from `MIN` to `MAX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Rate<const LEAST: u64, const MOST: u64>(u64);
+pub struct Rate<const MIN: u64, const MAX: u64>(u64);
 
 /// A disk's requests per second.
 pub type DiskIops = Rate<1, 1_000_000>;
@@ -165,7 +165,7 @@ pub type PerSecond = Rate<1, { u64::MAX }>;
 /// virtio-rng's bytes per second.
 pub type RngBps = Rate<64, 1_000_000_000>;
 
-impl<const LEAST: u64, const MOST: u64> Rate<LEAST, MOST> {
+impl<const MIN: u64, const MAX: u64> Rate<MIN, MAX> {
     /// The number.
     pub fn get(self) -> u64 {
         self.0
@@ -178,32 +178,32 @@ impl<const LEAST: u64, const MOST: u64> Rate<LEAST, MOST> {
     pub fn or_unlimited(number: u64) -> Result<Option<Self>, ValueError> {
         match number {
             0 => Ok(None),
-            _ if (LEAST..=MOST).contains(&number) => Ok(Some(Self(number))),
-            _ => Err(ValueError::OutOfRange(0, MOST)),
+            _ if (MIN..=MAX).contains(&number) => Ok(Some(Self(number))),
+            _ => Err(ValueError::OutOfRange(0, MAX)),
         }
     }
 }
 
-impl<const LEAST: u64, const MOST: u64> TryFrom<u64> for Rate<LEAST, MOST> {
+impl<const MIN: u64, const MAX: u64> TryFrom<u64> for Rate<MIN, MAX> {
     type Error = ValueError;
 
     fn try_from(number: u64) -> Result<Self, ValueError> {
-        match (LEAST..=MOST).contains(&number) {
+        match (MIN..=MAX).contains(&number) {
             true => Ok(Self(number)),
-            false => Err(ValueError::OutOfRange(LEAST, MOST)),
+            false => Err(ValueError::OutOfRange(MIN, MAX)),
         }
     }
 }
 
-impl<const LEAST: u64, const MOST: u64> FromStr for Rate<LEAST, MOST> {
+impl<const MIN: u64, const MAX: u64> FromStr for Rate<MIN, MAX> {
     type Err = ValueError;
 
     fn from_str(word: &str) -> Result<Self, ValueError> {
-        number::<u64>(word, LEAST, MOST)?.try_into()
+        number::<u64>(word, MIN, MAX)?.try_into()
     }
 }
 
-impl<const LEAST: u64, const MOST: u64> fmt::Display for Rate<LEAST, MOST> {
+impl<const MIN: u64, const MAX: u64> fmt::Display for Rate<MIN, MAX> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
@@ -261,7 +261,7 @@ pub struct MemorySize(u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MemorySizeError {
     /// Less than a guest can boot in.
-    #[error("{0} bytes, at least {min}M are needed", min = MemorySize::MIN.0 >> 20)]
+    #[error("{0} bytes, at least {min}M are required", min = MemorySize::MIN.0 >> 20)]
     TooSmall(u64),
     /// More than can be addressed.
     #[error("{0} bytes, at most {max}G can be addressed", max = MemorySize::MAX.0 >> 30)]

@@ -89,7 +89,10 @@ pub fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
     };
     let size = number(digits, 0..=u32::MAX).ok().and_then(|count| count.checked_mul(unit));
     size.filter(|size| range.contains(size)).ok_or_else(|| {
-        format!("must be bytes, with K or M behind them or not, at most {}K", range.end() >> 10)
+        format!(
+            "must be a number of bytes, optionally with the suffix K or M, at most {}K",
+            range.end() >> 10
+        )
     })
 }
 
@@ -97,8 +100,8 @@ pub fn size(word: &str, range: RangeInclusive<u32>) -> Result<u32, Rule> {
 /// first StratoVirt, and otherwise in MiB, as in the second: a machine has at least 1 MiB.
 pub fn memory_size(word: &str) -> Result<MemorySize, Rule> {
     let malformed = || {
-        "must be a number with K, M, G or T behind it; a bare number counts MiB below 1048576, \
-         bytes from there on"
+        "must be a number with the suffix K, M, G or T; a bare number is in MiB below 1048576, \
+         otherwise in bytes"
             .to_owned()
     };
     let (digits, unit) = match word.char_indices().last() {
@@ -111,7 +114,7 @@ pub fn memory_size(word: &str) -> Result<MemorySize, Rule> {
     let digits = digits
         .filter(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
         .ok_or_else(malformed)?;
-    let too_large = || "more than 64 bits can count".to_owned();
+    let too_large = || "does not fit into 64 bits".to_owned();
     let count: u64 = digits.parse().map_err(|_| too_large())?;
     let unit = unit.unwrap_or(if count < 1 << 20 { 1 << 20 } else { 1 });
     let bytes = count.checked_mul(unit).ok_or_else(too_large)?;
@@ -142,11 +145,12 @@ pub fn mac(word: &str) -> Result<[u8; 6], Rule> {
 
 /// Inherited descriptors, `4` or `4:5:6`. Those below 3 are the standard streams.
 pub fn descriptors(word: &str) -> Result<Vec<i32>, Rule> {
-    let fds: Vec<i32> =
-        word.split(':').map(|fd| number(fd, 3..=i32::MAX)).collect::<Result<_, _>>().map_err(
-            |_| "must be descriptor numbers from 3 on, with ':' between them".to_owned(),
-        )?;
-    let most = NicQueuePairs::MOST;
+    let fds: Vec<i32> = word
+        .split(':')
+        .map(|fd| number(fd, 3..=i32::MAX))
+        .collect::<Result<_, _>>()
+        .map_err(|_| "must be descriptor numbers of 3 or more, separated by ':'".to_owned())?;
+    let most = NicQueuePairs::MAX;
     if fds.len() > usize::from(most) {
         return Err(format!("{} descriptors, at most {most}", fds.len()));
     }

@@ -52,7 +52,7 @@ impl Display for LeftOut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             0 => Ok(()),
-            n => write!(f, " ({n} such lines left out)"),
+            n => write!(f, " ({n} similar lines suppressed)"),
         }
     }
 }
@@ -68,9 +68,9 @@ mod tests {
         let said = |ms| limit.pass(begin + Duration::from_millis(ms)).map(|l| l.to_string());
         assert_eq!(said(0).unwrap(), "");
         assert!([1, 500, 999].into_iter().all(|ms| said(ms).is_none()));
-        assert_eq!(said(1000).unwrap(), " (3 such lines left out)");
+        assert_eq!(said(1000).unwrap(), " (3 similar lines suppressed)");
         assert!(said(1999).is_none());
-        assert_eq!(said(5000).unwrap(), " (1 such lines left out)");
+        assert_eq!(said(5000).unwrap(), " (1 similar lines suppressed)");
         assert_eq!(said(6000).unwrap(), "");
     }
 }

@@ -36,7 +36,7 @@ impl<D: Model> Device for D {
 
     fn resume(&mut self) {
         if let Some(Err(e)) = self.worker_mut().map(WorkerControl::unpark) {
-            log::error!("{}: the I/O thread does not take its worker back: {e}", Model::id(self));
+            log::error!("{}: the I/O thread does not accept its worker: {e}", Model::id(self));
         }
     }
 

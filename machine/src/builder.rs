@@ -71,11 +71,12 @@ pub enum BuildError {
     Slot(#[from] SlotError),
     #[error("disk {id}")]
     Disk { id: String, source: DiskError },
-    #[error("disk {id}: {} is the image of disk {other}, too; have both read-only, or each its own", path.display())]
+    #[error("disk {id}: {} is also the image of disk {other}; make both read-only, or give each \
+             its own", path.display())]
     SameImage { id: String, other: String, path: PathBuf },
     #[error(
-        "disk {id}: {} does not exist; it is the guest's root disk, for there is no initrd: give the path \
-         of an image with a system in it",
+        "disk {id}: {} does not exist; it is the guest's root disk, as there is no initrd: give \
+         the path of an image with a root file system",
         path.display()
     )]
     RootDisk { id: String, path: PathBuf },
@@ -87,7 +88,7 @@ pub enum BuildError {
     NicSettings { id: String, source: net::PlugError },
     #[error("{kind} {id}")]
     Device { kind: &'static str, id: String, source: Box<dyn std::error::Error + Send + Sync> },
-    #[error("{id}: no descriptor is left")]
+    #[error("{id}: out of file descriptors")]
     Descriptor { id: String, source: io::Error },
     #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
     NoIoThread { what: &'static str, id: String, iothread: String },
@@ -103,7 +104,7 @@ pub enum BuildError {
     Restore(#[from] RestoreError),
     #[error(transparent)]
     Run(#[from] RunError),
-    #[error("cannot make the register window")]
+    #[error("cannot create the register window")]
     Window(#[source] io::Error),
     #[error("the host has no random numbers for the generation id")]
     Random(#[source] io::Error),
@@ -214,7 +215,12 @@ impl Machine {
             });
             (fds.join(), parts)
         });
-        let fds = fds.map_err(|_| BuildError::Thread(io::Error::other("it has panicked")))??;
+        let fds = fds.map_err(|_| {
+            BuildError::Thread(io::Error::other(
+                "its thread has \
+                                                                       panicked",
+            ))
+        })??;
         if small {
             memory::populate(&memory, &config.memory)?;
         }

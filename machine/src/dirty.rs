@@ -13,7 +13,7 @@ pub enum DirtyError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// A log does not belong to this machine's memory.
-    #[error("cannot tell which pages of guest memory were written")]
+    #[error("cannot find out which pages of guest memory were written")]
     Log(#[source] io::Error),
 }
 

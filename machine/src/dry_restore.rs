@@ -68,7 +68,7 @@ pub(crate) fn restore_devices(
         };
         let section = left.swap_remove(at);
         let restored = match refuses(&id) {
-            true => Err(StateError::Invalid("a test has it refused")),
+            true => Err(StateError::Invalid("refused for a test")),
             false => device.lock().restore(section),
         };
         restored.map_err(|source| RestoreError::Device { id, source })?;

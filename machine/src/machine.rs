@@ -109,14 +109,14 @@ pub enum RunError {
     Io(#[from] io::Error),
     /// A disk's storage does not answer, and the operation has to wait for it.
     #[error(
-        "disk {0} has requests that the host has not finished in time: its storage is slow or hangs. \
-         The machine is as it was; try again when the storage answers"
+        "disk {0} has requests that the host has not finished in time: its storage is slow or \
+         hangs. The machine is unchanged; try again when the storage answers"
     )]
     Hung(String),
     /// A vCPU, an I/O thread or a device does not become quiet.
     #[error(
-        "{0} has not come to rest in time: the host is overloaded, or a file that it waits for hangs. \
-         The machine is as it was; try again"
+        "{0} has not come to rest in time: the host is overloaded, or a file that it waits for \
+         hangs. The machine is unchanged; try again"
     )]
     Restless(String),
     /// An I/O thread ended.

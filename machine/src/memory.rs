@@ -34,30 +34,30 @@ const PAGE: std::num::NonZeroUsize = std::num::NonZeroUsize::MIN.saturating_add(
 #[expect(missing_docs, reason = "the error messages describe them")]
 pub enum MemoryError {
     #[error(
-        "{asked} MiB of guest memory asked for; this host has {available} MiB available: give less \
-         with -m"
+        "{asked} MiB of guest memory requested; this host has {available} MiB available: request \
+         less with -m"
     )]
     TooMuch { asked: u64, available: u64 },
     #[error("cannot open {path} for guest memory")]
     Open { path: PathBuf, source: io::Error },
     #[error(
-        "cannot have all of the guest's memory in {path} ({mib} MiB); for hugetlbfs, reserve \
+        "cannot allocate all of the guest's memory in {path} ({mib} MiB); for hugetlbfs, reserve \
          pages: sysctl vm.nr_hugepages={pages}"
     )]
     Grow { path: PathBuf, mib: u64, pages: u64, source: io::Error },
     #[error(
         "{path} is neither a file nor a directory: guest memory can be in a file that is empty or \
-         not there yet, or in a directory, such as that of a hugetlbfs"
+         does not exist yet, or in a directory, such as a hugetlbfs mount"
     )]
     Kind { path: PathBuf },
     #[error(
-        "{path} has contents, and guest memory begins empty: name a file that is empty or not there \
-         yet, or a directory; if nobody needs what is in it: rm {path}"
+        "{path} is not empty, and guest memory starts empty: name a file that is empty or does not \
+         exist yet, or a directory; if its contents are not needed: rm {path}"
     )]
     Contents { path: PathBuf },
     #[error("cannot map {mib} MiB of guest memory")]
     Map { mib: u64, source: io::Error },
-    #[error("guest memory does not fit together")]
+    #[error("guest memory has inconsistent regions")]
     Layout,
 }
 
@@ -200,7 +200,7 @@ pub fn leave_empty(memory: &Memory, config: &MemoryConfig) {
         return;
     }
     if let Err(e) = clear(memory, &MemoryConfig { prealloc: false, ..config.clone() }) {
-        log::warn!("the file of guest memory keeps its contents: {e}");
+        log::warn!("cannot discard the contents of the guest memory file: {e}");
     }
 }
 
@@ -375,7 +375,7 @@ mod tests {
     fn more_than_the_host_has_is_refused_before_anything_is_mapped() {
         let config = MemoryConfig::new(MemorySize::MAX);
         let error = allocate(&config).unwrap_err();
-        assert!(error.to_string().contains("give less with -m"), "{error}");
+        assert!(error.to_string().contains("request less with -m"), "{error}");
     }
 
     #[test]
@@ -390,7 +390,7 @@ mod tests {
             let full = at("full");
             std::fs::write(path(&full), contents).unwrap();
             let error = allocate(&full).unwrap_err().to_string();
-            assert!(error.contains("full") && error.contains("has contents"), "{error}");
+            assert!(error.contains("full") && error.contains("is not empty"), "{error}");
             assert_eq!(std::fs::read(path(&full)).unwrap(), contents);
         }
         for length in [0, 5, 64 << 20] {

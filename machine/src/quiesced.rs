@@ -96,7 +96,7 @@ pub enum SaveError {
     Kvm(#[from] KvmError),
     #[error(transparent)]
     Gone(#[from] Gone),
-    #[error("cannot copy guest memory aside")]
+    #[error("cannot copy guest memory")]
     Staging(#[source] io::Error),
 }
 
@@ -123,8 +123,8 @@ pub enum RestoreError {
     #[error("cannot restore the guest's clock")]
     Clock(#[source] KvmError),
     #[error(
-        "clock=realtime: the saved state, of an older version, does not tell when it was saved; \
-         leave clock=realtime out, and the guest's clock goes on where it stood"
+        "clock=realtime: the saved state, of an older version, does not say when it was saved; \
+         leave clock=realtime out, and the guest's clock resumes at the time of the save"
     )]
     NoDate,
     #[error(transparent)]

@@ -59,15 +59,13 @@ impl BootPlan {
 #[derive(Debug, thiserror::Error)]
 pub enum ReloadError {
     /// Its files have changed or cannot be read.
-    #[error("cannot load the kernel again")]
+    #[error("cannot reload the kernel")]
     Boot(#[from] BootError),
     /// The host has no memory to load it into.
-    #[error("cannot load the kernel again: there is no room for it")]
+    #[error("cannot reload the kernel: there is no room for it")]
     Memory(#[from] MemoryError),
     /// The host does not report which pages were written.
-    #[error(
-        "cannot load the kernel again: the host does not tell where it lies (/proc/self/pagemap)"
-    )]
+    #[error("cannot reload the kernel: the host does not report its location (/proc/self/pagemap)")]
     Used(#[source] io::Error),
 }
 

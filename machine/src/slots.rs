@@ -55,7 +55,7 @@ pub enum SlotError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// The process has no descriptors left.
-    #[error("cannot make an eventfd")]
+    #[error("cannot create an eventfd")]
     EventFd(#[from] io::Error),
 }
 

@@ -35,7 +35,7 @@ impl SpotChecks {
             let hash = match check.take() {
                 Ok(hash) => hash,
                 Err(e) => {
-                    log::warn!("{slot}: no spot check is made: {e}");
+                    log::warn!("{slot}: cannot make a spot check: {e}");
                     continue;
                 }
             };

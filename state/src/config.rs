@@ -309,7 +309,7 @@ pub struct Rng {
 pub struct Balloon {
     /// Id of the device.
     pub id: String,
-    /// The guest takes pages out of it rather than run out of memory.
+    /// The guest deflates it rather than run out of memory.
     pub deflate_on_oom: bool,
     /// The guest reports the pages that it has freed.
     pub free_page_reporting: bool,

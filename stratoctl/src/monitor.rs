@@ -186,8 +186,8 @@ mod tests {
     fn a_restore_speaks_of_its_own_flags() {
         for (said, shown) in [
             (
-                "disk 'a': cannot open /x; give its place with -drive id=a,file=PATH: No such file",
-                "disk 'a': cannot open /x; give its place with --disk a=PATH: No such file",
+                "disk 'a': cannot open /x; give its path with -drive id=a,file=PATH: No such file",
+                "disk 'a': cannot open /x; give its path with --disk a=PATH: No such file",
             ),
             (
                 "/x is a QCOW2 image; say so with format=raw (\"driver\": \"raw\" in blockdev-add)",

@@ -144,8 +144,8 @@ impl Host for Arriving {
         match when {
             true => Ok(()),
             false => Err(Error::text(format!(
-                "{name} is not possible now: the machine has not come in yet (inmigrate); \
-                 query-migrate tells how far it is, migrate_cancel and quit end this monitor"
+                "{name} is not possible now: the incoming machine has not arrived yet (inmigrate); \
+                 query-migrate shows the progress, migrate_cancel and quit end this monitor"
             ))),
         }
     }

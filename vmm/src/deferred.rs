@@ -136,7 +136,7 @@ impl Vmm {
         let queued = self.is_deferring() || !self.deferrals.waiting.is_empty();
         let needs_machine = commands::needs_machine(table, &pending.request.execute);
         if needs_machine && self.ending().is_some() {
-            let why = "the monitor is ending: it waits for what is in flight";
+            let why = "the monitor is ending: it waits for requests in flight";
             self.answer(&pending, Err(Error::text(why)));
         } else if needs_machine && queued {
             self.deferrals.waiting.push_back(pending);
@@ -219,7 +219,7 @@ impl Vmm {
             && let Some(pending) =
                 self.deferrals.waiting.pop_front_if(|pending| pending.until <= Instant::now())
         {
-            let desc = format!("{} has to wait for its turn: {why}", pending.request.execute);
+            let desc = format!("{} has to wait: {why}", pending.request.execute);
             self.answer(&pending, Err(Error::text(desc)));
         }
     }
@@ -261,7 +261,7 @@ impl Vmm {
     }
 
     fn cannot_be_kept(&mut self, why: &Refused) {
-        log::error!("the machine cannot be kept: {}", Error::generic(why));
+        log::error!("the machine cannot be halted: {}", Error::generic(why));
         self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
     }
 

@@ -102,7 +102,7 @@ impl Vmm {
             leave();
         });
         if !left {
-            log::warn!("storage hangs: what was written last may be lost");
+            log::warn!("storage hangs: the last writes may be lost");
         }
         logging::finish(LOG.min(deadline.saturating_duration_since(Instant::now())));
         // On an error the kernel releases them when the process ends, as it usually does.

@@ -180,7 +180,7 @@ impl Files {
         match self.jobs().find(|job| job.name.as_deref() == Some(name)) {
             None => Ok(()),
             Some(job) => {
-                let why = format!("'{name}' is busy: {}; try again when that is over", job.what);
+                let why = format!("'{name}' is busy: {}; try again afterwards", job.what);
                 Err(Error::text(why))
             }
         }
@@ -194,7 +194,7 @@ impl Files {
         match self.jobs().find(|job| job.resizes) {
             None => Ok(()),
             Some(job) => {
-                let why = format!("{} is under way: try again when that is over", job.what);
+                let why = format!("{} is in progress: try again afterwards", job.what);
                 Err(Error::text(why))
             }
         }

@@ -131,7 +131,7 @@ impl State {
     pub fn hint(self) -> String {
         match self {
             Self::Halted(why) => {
-                format!("{why}; system_reset makes the machine boot anew, quit ends it")
+                format!("{why}; system_reset resets the machine, quit ends it")
             }
             _ => format!("the VM is {self:?}"),
         }

@@ -96,7 +96,7 @@ impl Out {
         }
         if self.left_out > 0 {
             text.push_str(&format!(
-                "{} lines left out: the log did not take them\n",
+                "{} lines dropped: the log could not be written\n",
                 self.left_out
             ));
         }
@@ -171,7 +171,7 @@ pub fn start(file: Option<&Path>, start: &ThreadStart) -> io::Result<()> {
     log::set_boxed_logger(Box::new(Logger { paces: Mutex::default() }))
         .map_err(io::Error::other)?;
     if let Some(word) = wrong {
-        log::warn!("{LEVEL}: '{word}': must be error, warn, info, debug or trace; it is warn now");
+        log::warn!("{LEVEL}: '{word}': must be error, warn, info, debug or trace; warn is used");
     }
     Ok(())
 }
@@ -225,7 +225,7 @@ impl Log for Logger {
                 source.or_insert_with(|| Pace::new(now)).admit(now)
             };
             if missed > 0 {
-                let lines = format_args!("{missed} lines left out");
+                let lines = format_args!("{missed} lines dropped");
                 self.write(record.level(), record.target(), &lines);
             }
             if !admitted {
@@ -276,7 +276,7 @@ mod tests {
         drop(out);
         let mut rest = String::new();
         io::Read::read_to_string(&mut reader, &mut rest).unwrap();
-        assert_eq!(rest, "3 lines left out: the log did not take them\nmore\nand more\n");
+        assert_eq!(rest, "3 lines dropped: the log could not be written\nmore\nand more\n");
     }
 
     #[test]

@@ -47,7 +47,7 @@ fn main() -> ExitCode {
         match daemon::split() {
             Ok(Side::Starter(code)) => return code,
             Ok(Side::Daemon(side)) => ready = Some(side),
-            Err(e) => return fails(format_args!("stratovirt: cannot go into the background: {e}")),
+            Err(e) => return fails(format_args!("stratovirt: cannot run in the background: {e}")),
         }
     }
     let invocation = match cli::parse(env::args_os().skip(1)) {
@@ -95,7 +95,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         bare::run(&invocation.control, ready)?;
         return Ok(ExitCode::SUCCESS);
     }
-    signals::handle_those_of_files().context("cannot handle the signals of files")?;
+    signals::handle_those_of_files().context("cannot handle SIGBUS")?;
     let mut events = EventLoop::new().context("cannot set up the main loop")?;
     let threads =
         Starting::begin(&events.notify(), &confinement).context("cannot start a thread")?;
@@ -113,8 +113,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let machine = built.map_err(|e| explain(places, preflight(config, e), config))?;
             if !machine::arch::has_hardware_virtualization() {
                 log::warn!(
-                    "this host's CPU has neither vmx nor svm, so its KVM runs only kernels made for that: \
-                     a distribution's kernel may hang before its first word"
+                    "this host's CPU has neither vmx nor svm, so its KVM only runs kernels built \
+                     for it: a distribution's kernel may hang before any output"
                 );
             }
             (machine, None, bind(&events)?, Vec::new(), invocation.paused)
@@ -177,7 +177,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         }
     }
     if let Some(ready) = ready {
-        ready.tell().context("cannot let go of the terminal")?;
+        ready.tell().context("cannot detach from the terminal")?;
     }
     events.answer(&mut vmm, held);
     own::forget_start();

@@ -29,7 +29,8 @@ pub enum PidFileError {
         pid: u32,
     },
     /// Something that is no pid file has the name.
-    #[error("{} exists and is no pid file; remove it or choose another with -pidfile", path.display())]
+    #[error("{} exists and is not a pid file; remove it or choose another with \
+             -pidfile", path.display())]
     NotOne {
         /// Its path.
         path: PathBuf,

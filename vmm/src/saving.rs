@@ -67,7 +67,7 @@ enum Failed {
     Run(#[from] RunError),
     #[error(transparent)]
     Dirty(#[from] DirtyError),
-    #[error("there is no save to stop the machine for")]
+    #[error("there is no save in progress")]
     NoSave,
     #[error("a disk was plugged or unplugged while the machine was being saved with its disks")]
     Disks,
@@ -142,7 +142,7 @@ impl Vmm {
     /// Log that an abandoned save hangs, if one does.
     pub(crate) fn leave_save_behind(&self) {
         if let Some(save) = self.saving.under_way() {
-            log::warn!("the save to {} hangs and is left behind", save.job.place());
+            log::warn!("the save to {} hangs and is abandoned", save.job.place());
         }
     }
 
@@ -249,7 +249,7 @@ impl Vmm {
     /// Fail the save, as the main thread cannot do its part: the thread gives up.
     fn fail_save(&mut self, why: &Failed) {
         let why = Error::generic(why).to_string();
-        log::error!("cannot go on with a save: {why}");
+        log::error!("cannot continue a save: {why}");
         if let Some(save) = self.saving.under_way_mut() {
             save.job.give_up();
             save.fail(why);
@@ -300,7 +300,7 @@ impl Vmm {
                 log::info!("saved in {took:?}; the guest was stopped for {pause:?}")
             }
             (None, None) => log::info!("saved in {took:?}"),
-            (Some(why), _) => log::warn!("not saved: {why}"),
+            (Some(why), _) => log::warn!("the save failed: {why}"),
         }
         let reply = error.clone().map_or(Ok(Empty {}), |why| Err(Error::text(why)));
         let next = next.map(|next| next.asked);

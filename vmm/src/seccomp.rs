@@ -45,10 +45,10 @@ const LIMIT: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// The handler of SIGSYS cannot be set.
-    #[error("cannot watch for forbidden system calls")]
+    #[error("cannot catch forbidden system calls")]
     Handler(#[source] io::Error),
     /// The kernel refuses it.
-    #[error("the host refuses the system-call filter; to run without one, use -disable-seccomp")]
+    #[error("the host rejects the system-call filter; to run without one, use -disable-seccomp")]
     Refused(#[source] seccompiler::Error),
     /// It did not install one in time.
     #[error("the thread {0} has no system-call filter")]

@@ -56,7 +56,7 @@ static LINE: OnceLock<String> = OnceLock::new();
 pub fn memory_is(path: &Path) {
     LINE.get_or_init(|| {
         format!(
-            "stratovirt: a page of guest memory cannot be had from {} (SIGBUS): it was cut off, or \
+            "stratovirt: cannot read a page of guest memory from {} (SIGBUS): it was truncated, or \
              its disk is full or fails\n",
             path.display()
         )
@@ -64,7 +64,7 @@ pub fn memory_is(path: &Path) {
 }
 
 extern "C" fn lost(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    let anywhere = "stratovirt: the host cannot give a page of memory (SIGBUS)\n";
+    let anywhere = "stratovirt: the host cannot provide a page of memory (SIGBUS)\n";
     last_words::say(LINE.get().map_or(anywhere, String::as_str).as_bytes());
     signal_hook::low_level::exit(1);
 }

@@ -42,7 +42,7 @@ pub enum SpawnError {
     #[error("the command is longer than {MAX_COMMAND} bytes")]
     TooLong,
     /// The process that starts programs has gone.
-    #[error("the process that starts programs has gone")]
+    #[error("the process that starts programs has ended")]
     Gone(#[source] io::Error),
 }
 

@@ -74,7 +74,7 @@ impl Starting {
     /// When the host has no thread to give.
     pub fn finish(self) -> anyhow::Result<Threads> {
         let Self { checkpointer, files, end, started } = self;
-        let started = started.recv().context("a thread has ended before it began")?;
+        let started = started.recv().context("a thread ended before it was ready")?;
         started.context("cannot start a thread")?;
         Ok(Threads { checkpointer, files, end })
     }

@@ -74,8 +74,8 @@ pub enum Refused {
     Kernel(#[from] ReloadError),
     /// A file that has to be read first cannot be read in time.
     #[error(
-        "reading {0} has not finished: its storage is slow or hangs. The machine is as it was; try again \
-         when the storage answers"
+        "reading {0} has not finished: its storage is slow or hangs. The machine is unchanged; try \
+         again when the storage answers"
     )]
     Reading(String),
 }
@@ -223,7 +223,7 @@ impl Vmm {
         if let M::Vcpu(index, S::Fault | S::Failed) = event
             && let Err(e) = machine::memory::image::check_files(self.machine.memory())
         {
-            log::error!("vCPU {index} has stopped for good: {e}");
+            log::error!("vCPU {index} has stopped: {e}");
             return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
         }
         match event {
@@ -241,7 +241,7 @@ impl Vmm {
             }
             M::Vcpu(_, S::Power(P::Panicked)) => self.guest_panicked(),
             M::Vcpu(index, S::Failed) => {
-                log::error!("vCPU {index} has stopped for good");
+                log::error!("vCPU {index} has stopped");
                 let (cause, action) = (ShutdownCause::HostError, self.actions.panic);
                 self.halt(Halt::InternalError, false, cause, action, 1);
             }

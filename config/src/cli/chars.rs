@@ -137,10 +137,10 @@ fn listening(f: &mut Fields, without: bool) {
         return;
     }
     if server != Some(true) {
-        f.problem("server", "must be given: connecting to a socket is not built yet");
+        f.problem("server", "must be given: connecting to a socket is not supported");
     }
     if waits {
-        f.problem("nowait", "must be given: waiting for a client is not built yet");
+        f.problem("nowait", "must be given: waiting for a client is not supported");
     }
 }
 

@@ -5,7 +5,7 @@ use super::kinds::models;
 use super::problem::did_you_mean;
 use crate::value;
 
-/// Models of StratoVirt that are not supported yet, by prefix of their names.
+/// Models of StratoVirt that are not supported, by prefix of their names.
 const REFUSED: &[(&str, &str)] = &[
     ("vhost-vsock", "virtio-vsock"),
     ("vsock", "virtio-vsock"),
@@ -20,7 +20,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("virtio-gpu", "virtio-gpu"),
     ("virtio-scsi", "virtio-scsi"),
     ("scsi-", "SCSI"),
-    ("virtserialport", "a serial port on virtio-serial other than the console"),
+    ("virtserialport", "a virtio-serial port other than the console"),
     ("virtio-blk-pci", "PCI (use virtio-blk-device)"),
     ("virtio-net-pci", "PCI (use virtio-net-device)"),
     ("virtio-serial-pci", "PCI (use virtio-serial-device)"),
@@ -63,7 +63,7 @@ pub(crate) fn device(draft: &mut Draft, f: &mut Fields) {
 fn unknown(f: &mut Fields, driver: &str) {
     let known = || models().map(|model| model.name);
     match REFUSED.iter().find(|(prefix, _)| driver.starts_with(prefix)) {
-        Some((_, what)) => f.problem("", format!("{what} is not built yet: leave it out")),
+        Some((_, what)) => f.problem("", format!("{what} is not supported: leave it out")),
         None => f.problem(
             "",
             format!(

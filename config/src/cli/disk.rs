@@ -18,9 +18,9 @@ pub(crate) const KIND: Kind = Kind {
         Properties("id=ID,file=PATH[,readonly=on|off][,direct=on|off]", None),
         Storage,
         drive,
-        "raw image: readonly (off), direct (on) for O_DIRECT; a disk by itself unless a -device \
-          uses it; also [,serial=TEXT] [,iothread=ID] [,discard=unmap|ignore] \
-          [,aio=io_uring|native|off] [,throttling.iops-total=N] [,throttling.bps-total=N]",
+        "raw image: readonly (off), direct (on): O_DIRECT; a disk by itself unless a -device uses \
+         it; also [,serial=TEXT] [,iothread=ID] [,discard=unmap|ignore] [,aio=io_uring|native|off] \
+         [,throttling.iops-total=N] [,throttling.bps-total=N]",
     )
     .repeatable()],
     models: &[Model {
@@ -105,7 +105,7 @@ pub fn media(word: &str) -> Result<(), Rule> {
 
 /// Handling of writes of zeroes: no special one.
 pub fn detect_zeroes(word: &str) -> Result<(), Rule> {
-    let looking = Err("looking for zeroes in writes");
+    let looking = Err("detecting zeroes in writes");
     choose(word, &[("off", Ok(())), ("on", looking), ("unmap", looking)])
 }
 

@@ -81,7 +81,7 @@ impl Fields {
             let pair = word.split_once('=').filter(|(key, _)| index > 0 || !key.contains(':'));
             match (pair, lead) {
                 _ if word.is_empty() => {
-                    problems.add(&place, "a comma with nothing before or behind it");
+                    problems.add(&place, "a comma with nothing before or after it");
                 }
                 (Some(("", _)), _) => problems.add_value(&place, word, "must be key=value"),
                 (Some((key, word)), _) => items.push((key.into(), Raw::Text(word.into()))),
@@ -144,12 +144,12 @@ impl Fields {
     }
 
     /// A limit per second; 0 means unlimited.
-    pub(crate) fn rate<const LEAST: u64, const MOST: u64>(
+    pub(crate) fn rate<const MIN: u64, const MAX: u64>(
         &mut self,
         key: &'static str,
-    ) -> Option<Rate<LEAST, MOST>> {
+    ) -> Option<Rate<MIN, MAX>> {
         let rate = self.get(key, Kind::Number, "a number", &["a number"], |word| {
-            Rate::or_unlimited(value::number(word, 0..=MOST)?).map_err(|e| e.to_string())
+            Rate::or_unlimited(value::number(word, 0..=MAX)?).map_err(|e| e.to_string())
         });
         rate.flatten()
     }
@@ -191,14 +191,14 @@ impl Fields {
     pub(crate) fn refuse(&mut self, key: &'static str, what: &str) {
         self.refused.push(key);
         if self.has(key) {
-            self.problem(key, format!("{what} is not built yet: leave it out"));
+            self.problem(key, format!("{what} is not supported: leave it out"));
         }
     }
 
     /// `key` enables an unsupported feature; only off is accepted, which is the default.
     pub(crate) fn only_off(&mut self, key: &'static str, what: &str) {
         if self.boolean(key) == Some(true) {
-            self.problem(key, format!("{what} is not built yet; use off"));
+            self.problem(key, format!("{what} is not supported; use off"));
         }
     }
 
@@ -298,7 +298,7 @@ pub(crate) fn choose<T: Copy>(word: &str, choices: &[(&str, Result<T, &str>)]) -
         choices.iter().filter(|(_, c)| c.is_ok()).map(|(name, _)| *name).collect();
     match known {
         Some((_, Ok(choice))) => Ok(*choice),
-        Some((_, Err(what))) => Err(format!("{what} is not built yet; use {}", allowed.join("|"))),
+        Some((_, Err(what))) => Err(format!("{what} is not supported; use {}", allowed.join("|"))),
         None => {
             let hint = did_you_mean(word, allowed.iter().copied());
             Err(format!("must be {}{hint}", allowed.join("|")))

@@ -14,7 +14,7 @@ pub(crate) fn flags() -> impl Iterator<Item = &'static Flag> {
 #[rustfmt::skip]
 pub(crate) static TABLE: &[Flag] = &[
     flag(&["config"], Plain("FILE"), Control, json::config,
-         "JSON file that describes the machine; flags replace its values and add to its lists").only(Era::Old),
+         "JSON file that describes the machine; flags override its values and add to its lists").only(Era::Old),
     flag(&["api-channel"], Plain("unix:PATH"), Control, chars::api_channel,
          "serve QMP on this Unix socket").only(Era::Old).needed(Need::ControlSocket).against(&["qmp"]),
     flag(&["qmp"], Properties("unix:PATH[,server,nowait]", Some("address")), Control, chars::qmp,
@@ -30,9 +30,9 @@ pub(crate) static TABLE: &[Flag] = &[
     flag(&["machine"],
          Properties("[type=]microvm|none[,dump-guest-core=on|off][,mem-share=on|off][,disk-slots=N][,nic-slots=N]", Some("type")),
          Machine, system::machine,
-         "machine type; guest memory in core dumps (on), shareable with other processes (off); slots for \
-          disks (4, or as many as there are) and NICs (2, likewise), those for hot-plug included; none: no \
-          machine, only answers about what there can be"),
+         "machine type; dump-guest-core (on): guest memory in core dumps; mem-share (off): memory \
+          that other processes can map; slots for disks (4, or as many as are configured) and NICs \
+          (2, likewise), hot-plug included; none: no machine, only queries that need none"),
     flag(&["accel"], Plain("kvm"), Machine, system::accel,
          "accelerator").only(Era::New),
     flag(&["cpu"], Properties("host", Some("model")), Machine, system::cpu,
@@ -42,9 +42,9 @@ pub(crate) static TABLE: &[Flag] = &[
          Machine, system::smp,
          "vCPUs, 1 to 254 (1)"),
     flag(&["m"], Properties("[size=]N[K|M|G][,thp=on|off|auto]", Some("size")), Machine, system::memory,
-         "memory, 16M and more (256M); a bare number counts MiB, from 1048576 on bytes; thp (auto): in transparent huge pages; auto: unless the guest's image is smaller than one"),
+         "guest memory, at least 16M (256M); a bare number is in MiB, from 1048576 on in bytes; thp (auto): use transparent huge pages; auto: unless the guest's image is smaller than one"),
     flag(&["mem-path"], Plain("PATH"), Machine, system::mem_path,
-         "file, or directory of a hugetlbfs, behind guest memory"),
+         "file, or directory of a hugetlbfs mount, that backs guest memory"),
     flag(&["mem-prealloc"], Switch, Machine, system::mem_prealloc,
          "touch all guest memory before the guest runs").only(Era::New),
     flag(&["omit_vm_memory"], Switch, Machine, system::omit_vm_memory,
@@ -52,7 +52,7 @@ pub(crate) static TABLE: &[Flag] = &[
     flag(&["kernel"], Plain("FILE"), Boot, system::kernel,
          "ELF vmlinux, bzImage or flat vmlinux.bin"),
     flag(&["append"], Words("WORDS"), Boot, system::append,
-         "kernel command line; all words up to the next flag").repeatable(),
+         "kernel command line: all words up to the next flag").repeatable(),
     flag(&["initrd"], Plain("FILE"), Boot, system::initrd,
          "initial RAM disk"),
     flag(&["device"], Properties("MODEL,id=ID[,...]", Some("driver")), Other, device::device,
@@ -60,12 +60,12 @@ pub(crate) static TABLE: &[Flag] = &[
     flag(&["chardev"],
          Properties("stdio|pty|file|socket,id=ID[,path=PATH][,server,nowait][,replay=SIZE]", Some("backend")),
          Characters, chars::chardev,
-         "character device; older form id=ID,path=SOCKET, a console by itself; replay=N[K|M], at \
-          most 1M: who connects gets the last output first").repeatable(),
+         "character device; older form id=ID,path=SOCKET: a console by itself; replay=N[K|M], at \
+          most 1M: each new connection gets the last N bytes of output first").repeatable(),
     flag(&["serial"],
          Properties("stdio|pty|chardev:ID|file,path=PATH|socket,path=PATH,server,nowait[,replay=SIZE]", Some("backend")),
          Characters, chars::serial,
-         "where the first serial port leads"),
+         "back-end of the first serial port"),
     flag(&["object"],
          Properties("iothread,id=ID | rng-random,id=ID,filename=PATH", Some("qom-type")),
          Other, objects::object,
@@ -73,25 +73,27 @@ pub(crate) static TABLE: &[Flag] = &[
     flag(&["iothread"], Properties("id=ID", None), Other, objects::iothread,
          "I/O thread, up to 8").repeatable().only(Era::Old),
     flag(&["pidfile"], Plain("FILE"), Process, process::pidfile,
-         "write the process id there"),
+         "write the process id to this file"),
     flag(&["daemonize"], Switch, Process, process::daemonize,
-         "go into the background"),
+         "run in the background"),
     flag(&["S", "freeze"], Switch, Process, process::freeze,
-         "do not start the vCPUs before QMP's cont"),
-    flag(&["incoming"], Plain("file:DIR[,mapped=on|off|uffd][,disks=PLACE][,HOW] | unix:SOCKET[,HOW] | fd:NUMBER[,HOW] | exec:COMMAND"),
+         "do not start the vCPUs until QMP's cont"),
+    flag(&["incoming"], Plain("file:DIR[,mapped=on|off|uffd][,disks=DIR][,HOW] | unix:SOCKET[,HOW] \
+                               | fd:NUMBER[,HOW] | exec:COMMAND"),
          Process, process::incoming,
-         "go on from the state saved in this directory, or sent in this stream; mapped (on): use its \
-          memory in place, unchecked; off: a copy; uffd: a copy made while the guest runs; disks: where \
-          the machine's own copies of disks that the save keeps are to lie; \
-          HOW: clock=realtime: kvm-clock advances by the time since the save, else it goes on where it \
-          stood; force=on: take the disks although they have changed since; other flags may give new paths and taps").only(Era::New),
+         "restore the snapshot in this directory, or receive a live migration from this stream; \
+          mapped (on): map its memory, unchecked; off: copy and verify it; uffd: the same while \
+          the guest runs; disks: directory for the machine's own copies of the disks in the \
+          snapshot; HOW: clock=realtime: kvm-clock advances by the time since the save (by default \
+          it resumes at the time of the save); force=on: use the disks even if they have changed \
+          since; other flags may give new paths and taps").only(Era::New),
     flag(&["action"],
          Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|exit-failure|pause|reset]\
                      [,panic=shutdown|exit-failure|pause|reset]", None),
          Process, action::action,
-         "what follows a guest's power-off (poweroff), reboot (the end) and panic (exit-failure): the \
-          end, a halted machine (pause), or boot anew (reset); reboot=shutdown and panic=shutdown: \
-          what shutdown says; exit-failure: the end, with exit status 1").repeatable(),
+         "reaction to a guest's power-off (poweroff), reboot (exit) and panic (exit-failure): \
+          poweroff: exit; pause: keep the halted machine; reset: reboot; reboot=shutdown and \
+          panic=shutdown: as for shutdown; exit-failure: exit with status 1").repeatable(),
     flag(&["no-shutdown"], Switch, Process, action::no_shutdown,
          "the same as -action shutdown=pause"),
     flag(&["D"], Optional("FILE"), Process, process::log,

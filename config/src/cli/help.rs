@@ -13,10 +13,9 @@ pub(crate) fn version() -> String {
 /// `-h`.
 pub(crate) fn text() -> String {
     let mut out = format!(
-        "{}\nusage: stratovirt -config FILE -api-channel unix:PATH [FLAG ...]\n       \
-         stratovirt -kernel FILE -qmp unix:PATH,server,nowait [FLAG ...]\n\n\
-         A flag takes all words up to the next one that begins with '-'. [0.x] and [2.x]: flag of \
-         that StratoVirt only.\n",
+        "{}\nusage: stratovirt -config FILE -api-channel unix:PATH [FLAG ...]\n       stratovirt \
+         -kernel FILE -qmp unix:PATH,server,nowait [FLAG ...]\n\nA flag takes all words up to the \
+         next one that begins with '-'. [0.x] and [2.x]: only in that StratoVirt.\n",
         version()
     );
     let groups = [
@@ -47,7 +46,7 @@ pub(crate) fn text() -> String {
     }
     for (group, heading) in [
         (Group::Ignored, "Accepted without effect"),
-        (Group::Refused, "Known to StratoVirt, not built yet"),
+        (Group::Refused, "Known to StratoVirt, not supported"),
     ] {
         let names: Vec<_> = flags().filter(|flag| flag.group == group).map(names).collect();
         let _ = writeln!(out, "\n{heading}:");

@@ -90,7 +90,7 @@ fn sections_of(draft: &mut Draft, root: &Place, sections: Vec<(String, Tree)>) {
         }
         match (*section, tree) {
             (Section::Refused(what), _) => {
-                draft.problems.add(&place, format!("{what} is not built yet: leave it out"));
+                draft.problems.add(&place, format!("{what} is not supported: leave it out"));
             }
             (Section::Object(take), Tree::Object(items)) => object(draft, place, items, take),
             (Section::List(take), Tree::List(list)) => {

@@ -61,7 +61,7 @@ pub(crate) fn netdev(draft: &mut Draft, f: &mut Fields) {
     refuse_vhost(f);
     let ways = ["ifname", "fd", "fds"].into_iter().filter(|key| f.has(key)).count();
     if ways > 1 || (f.has("ifname") && f.has("netdev")) {
-        f.problem("", "ifname, fd and fds exclude each other; give one of them");
+        f.problem("", "ifname, fd and fds are mutually exclusive; give one of them");
     } else if ways == 0 && !f.has("netdev") {
         f.problem("", MISSING);
     }

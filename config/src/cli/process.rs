@@ -49,7 +49,9 @@ pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
         // The whole rest of the value: commands may contain commas.
         Some(("exec", command)) if !command.is_empty() => value::text(command)
             .map(|command| (Source::Stream(StreamSource::Exec(command)), How::default())),
-        Some(("tcp", _)) => Err("streams over TCP are not built; use unix:, fd: or exec:".into()),
+        Some(("tcp", _)) => {
+            Err("streams over TCP are not supported; use unix:, fd: or exec:".into())
+        }
         _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
     });
     // Kept even when it is wrong, so that no missing kernel is reported.
@@ -94,7 +96,7 @@ fn directory(text: &str) -> Result<(Source, How), Rule> {
             Some(("disks", place)) => disks = Some(value::path(place)?),
             Some((key, word)) if how.take(key, word)? => {}
             _ => {
-                return Err("behind the directory, only ,mapped=on|off|uffd, ,disks=DIR, \
+                return Err("after the directory, only ,mapped=on|off|uffd, ,disks=DIR, \
                             ,clock=continue|realtime and ,force=on|off are allowed"
                     .into());
             }

@@ -31,12 +31,12 @@ pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     let console = others.iter().find_map(|device| device.facts().chars());
     r.check_daemon(&draft, serial.as_ref(), console);
     for chardev in draft.chardevs.iter().filter(|c| !c.console && !r.used.contains(&c.id)) {
-        r.warnings.push(format!("{}: used by nothing", chardev.place));
+        r.warnings.push(format!("{}: not used", chardev.place));
     }
     if serial.is_none() && console.is_none() && draft.incoming.is_none() && !draft.no_machine {
         r.warnings.push(
-            "no serial port and no console: nothing shows what the guest says; -serial stdio (serial.stdio \
-             in the file) does"
+            "no serial port and no console: the guest's output is not shown; use -serial stdio \
+             (serial.stdio in the file)"
                 .into(),
         );
     }
@@ -156,7 +156,7 @@ impl Resolver {
         for (place, id) in ids {
             if !seen.insert(id) {
                 self.problems
-                    .add(place, format!("Input id '{id}' for {kind} repeat: each has its own"));
+                    .add(place, format!("Input id '{id}' for {kind} repeat: ids must be unique"));
             }
         }
     }

@@ -60,9 +60,9 @@ pub(crate) fn accel(_: &mut Draft, f: &mut Fields) {
 
 pub(crate) fn cpu(_: &mut Draft, f: &mut Fields) {
     let _ = f.choice("model", &[("host", Ok(()))]);
-    f.only_off("pmu", "switching on performance counters");
+    f.only_off("pmu", "enabling performance counters");
     f.only_off("sve", "aarch64");
-    f.refuse("kvm-steal-time", "choosing this CPU feature");
+    f.refuse("kvm-steal-time", "selecting this CPU feature");
 }
 
 pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
@@ -74,7 +74,7 @@ pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
         [part("sockets"), part("dies"), part("clusters"), part("cores"), part("threads")];
     let Some(cpus) = cpus else { return };
     if most.is_some_and(|most| most != cpus) {
-        f.problem("maxcpus", format!("adding vCPUs later is not built yet; must be {cpus}"));
+        f.problem("maxcpus", format!("vCPU hot-plug is not supported; must be {cpus}"));
     }
     // Factors not given become 1, except the first missing one of cores, sockets and threads: that
     // gets the value that makes the product right.
@@ -122,7 +122,7 @@ pub(crate) fn memory(draft: &mut Draft, f: &mut Fields) {
     if let (Some(most), Some(size)) = (f.memory_size("maxmem"), draft.memory)
         && most != size
     {
-        f.problem("maxmem", format!("adding memory later is not built yet; must be {size}"));
+        f.problem("maxmem", format!("memory hot-plug is not supported; must be {size}"));
     }
 }
 
@@ -193,7 +193,7 @@ pub(crate) fn machine_config(draft: &mut Draft, f: &mut Fields) {
     slots(draft, f);
     if f.boolean("omit_vm_memory") == Some(true) {
         if draft.dump_guest_core == Some(true) {
-            f.problem("omit_vm_memory", "dump_guest_core says the opposite; give one of them");
+            f.problem("omit_vm_memory", "dump_guest_core contradicts it; give one of them");
         }
         draft.dump_guest_core = Some(false);
     }

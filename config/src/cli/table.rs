@@ -180,8 +180,8 @@ pub(crate) fn check(given: &[Given], draft: &mut Draft) {
             })
             .collect();
         draft.problems.add_line(format!(
-            "Argument 'api-channel' or 'qmp' required, but not found: a control socket is needed, \
-             one of {}",
+            "Argument 'api-channel' or 'qmp' required, but not found: a control socket is \
+             required, one of {}",
             forms.join(" | ")
         ));
     }

@@ -128,7 +128,7 @@ impl Given {
     pub(crate) fn apply(&self, draft: &mut Draft) {
         let Effect::Apply(apply) = self.flag.effect else {
             if let Effect::Refuse(what) = self.flag.effect {
-                let rule = format!("{what} is not built yet: leave it out");
+                let rule = format!("{what} is not supported: leave it out");
                 draft.problems.add(&Place::Flag(self.shown()), rule);
             }
             return;

@@ -14,7 +14,7 @@ use crate::cli::{
 pub struct BalloonConfig {
     /// Id, unique among all devices.
     pub id: String,
-    /// The guest takes pages out of it rather than run out of memory.
+    /// The guest deflates it rather than run out of memory.
     pub deflate_on_oom: bool,
     /// The guest reports the pages that it has freed.
     pub free_page_reporting: bool,
@@ -69,9 +69,9 @@ pub(crate) const KIND: Kind = Kind {
         Shape::OptionalProperties("deflate-on-oom=on|off[,free-page-reporting=on|off]"),
         Group::Other,
         balloon,
-        "virtio-balloon, which the QMP command balloon fills; deflate-on-oom (off): the guest takes \
-         pages out of it rather than run out of memory; free-page-reporting (off): the guest gives \
-         back what it frees",
+        "virtio-balloon, which the QMP command balloon fills; deflate-on-oom (off): the guest \
+         deflates it rather than run out of memory; free-page-reporting (off): freed pages return \
+         to the host",
     )],
     models: &[Model {
         name: "virtio-balloon-device",

@@ -105,7 +105,7 @@ fn model(f: &mut Fields) -> DeviceKind {
     let (most, period) =
         (f.number("max-bytes", 1..=u64::MAX), f.number("period", 1..=u64::from(u32::MAX)));
     if f.has("max-bytes") != f.has("period") {
-        f.problem("max-bytes", "max-bytes and period (in milliseconds) go together");
+        f.problem("max-bytes", "max-bytes and period (in milliseconds) must be given together");
     }
     let bps = most.zip(period).and_then(|(most, period)| {
         let bps = most.saturating_mul(1000).checked_div(period)?;

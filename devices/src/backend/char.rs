@@ -53,7 +53,7 @@ pub enum CharError {
     Open { what: String, source: io::Error },
     #[error("{path} exists and is not a socket; choose another path or remove it: rm {path}")]
     NotASocket { path: PathBuf },
-    #[error("another process listens on {path}; choose another path or end it: fuser -k {path}")]
+    #[error("another process listens on {path}; choose another path or kill it: fuser -k {path}")]
     InUse { path: PathBuf },
 }
 

@@ -110,7 +110,7 @@ impl AsFd for DirtyLog {
 }
 
 fn not_whole() -> io::Error {
-    io::Error::other("a log of written pages does not have the size of guest memory")
+    io::Error::other("a dirty log does not match the size of guest memory")
 }
 
 #[cfg(test)]

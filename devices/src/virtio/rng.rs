@@ -42,7 +42,7 @@ pub enum RngError {
     Open { path: PathBuf, source: io::Error },
     #[error("{path} is not a character device or FIFO; use /dev/urandom")]
     NotASource { path: PathBuf },
-    #[error("no descriptor is left for a source of randomness")]
+    #[error("out of file descriptors for a source of randomness")]
     Descriptor(#[source] io::Error),
 }
 

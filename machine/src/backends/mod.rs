@@ -41,18 +41,18 @@ const NET: &str = "net";
 pub enum PlugError {
     #[error("{0} is already registered.")]
     Duplicate(String),
-    #[error("Failed to find device configuration: no back-end '{0}' waits for a device")]
+    #[error("Failed to find device configuration: no unused back-end is called '{0}'")]
     NoBackend(String),
     #[error("Device {0} not found")]
     NoDevice(String),
-    #[error("'{0}' is in use; take its device out first, with device_del")]
+    #[error("'{0}' is in use; unplug its device first, with device_del")]
     InUse(String),
     #[error("The slot {0} is occupied already.")]
     Occupied(usize),
     #[error("A maximum of {max} {what} replaceable devices are supported: addr is 0 to {}", max - 1)]
     NoSlot { what: &'static str, max: usize },
     #[error(
-        "All {max} {what} slots are occupied; take a device out first, with device_del, or start the \
+        "All {max} {what} slots are occupied; unplug a device first, with device_del, or start the \
          machine with more: -machine {}=N",
         key(what)
     )]
@@ -60,13 +60,12 @@ pub enum PlugError {
     #[error("This machine has no {what} slots; start it with some: -machine {}=N", key(what))]
     NoSlots { what: &'static str },
     #[error(
-        "{MAX_WAITING} back-ends wait for a device already; take some away with blockdev-del or \
-         netdev_del"
+        "{MAX_WAITING} back-ends are unused already; remove some with blockdev-del or netdev_del"
     )]
     TooManyWait,
     #[error(
-        "{} is the image of '{id}' in this machine already; take that away first, with device_del or \
-         blockdev-del, or have both read-only",
+        "{} is already the image of '{id}' in this machine; remove that first, with device_del or \
+         blockdev-del, or make both read-only",
         path.display()
     )]
     OwnImage { path: PathBuf, id: String },

@@ -19,11 +19,13 @@ pub enum InitrdError {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// The file is empty.
-    #[error("it is empty; leave -initrd out, or make one with `cpio -o -H newc`")]
+    #[error("it is empty; leave -initrd out, or create one with `cpio -o -H newc`")]
     Empty,
     /// Larger than the available room.
     #[error(
-        "it has {size} bytes, but between the kernel's end ({start:#x}) and the highest address it may reach ({end:#x}) there are {}: give the machine more memory (-m), or make the initrd smaller",
+        "it has {size} bytes, but between the kernel's end ({start:#x}) and the highest address \
+         allowed for it ({end:#x}) there are {}: give the machine more memory (-m), or make the \
+         initrd smaller",
         end.saturating_sub(*start)
     )]
     TooBig {

@@ -44,15 +44,15 @@ pub enum KvmError {
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
     #[error(
-        "/dev/kvm is there but is not KVM: make it anew, as root: rm /dev/kvm && mknod /dev/kvm c 10 \
-         232; a container is given the host's (--device /dev/kvm)"
+        "/dev/kvm is there but is not KVM: recreate it, as root: rm /dev/kvm && mknod /dev/kvm c \
+         10 232; give a container the host's (--device /dev/kvm)"
     )]
     NotKvm,
     #[error("/dev/kvm speaks API version {0}; version 12 is needed (Linux 2.6.22 or newer)")]
     ApiVersion(i32),
     #[error("this host's KVM lacks {name}, needed for {what}: update the host's kernel")]
     MissingCapability { name: &'static str, what: &'static str },
-    #[error("{cpus} vCPUs asked for; this host's KVM allows at most {max}")]
+    #[error("{cpus} vCPUs requested; this host's KVM allows at most {max}")]
     TooManyCpus { cpus: u8, max: usize },
     #[error(
         "the guest's TSC ticks at {saved} kHz, this host's at {here} kHz, and its KVM cannot scale it"
@@ -63,7 +63,7 @@ pub enum KvmError {
         #[source]
         source: kvm_ioctls::Error,
     },
-    #[error("KVM refuses to {what}")]
+    #[error("KVM failed to {what}")]
     Ioctl {
         what: &'static str,
         #[source]
@@ -172,7 +172,7 @@ impl Vm {
             .zip(self.memory.iter())
             .map(|(slot, region)| self.fd.get_dirty_log(slot, region.size()))
             .collect::<Result<_, _>>()
-            .map_err(refused("tell which pages the guest has written"))
+            .map_err(refused("report which pages the guest has written"))
     }
 
     fn map(&self, slot: u32, at: u64, host: *mut u8, len: u64, flags: u32) -> Result<(), KvmError> {

@@ -37,6 +37,6 @@ impl Opening {
 
     /// Wait for the result.
     pub(crate) fn finish(self) -> io::Result<Result<Opened, KvmError>> {
-        self.0.join().map_err(|_| io::Error::other("it has panicked"))
+        self.0.join().map_err(|_| io::Error::other("its thread has panicked"))
     }
 }

@@ -22,9 +22,7 @@ fn command(mode: u32, gid: u32, groups: &str) -> String {
     });
     match name.filter(|_| gid != 0 && mode & GROUP == GROUP) {
         Some(name) => format!("sudo usermod -aG {name} $USER, then log in again"),
-        None => {
-            "sudo setfacl -m u:$USER:rw /dev/kvm, which holds until the host's next start".into()
-        }
+        None => "sudo setfacl -m u:$USER:rw /dev/kvm, which lasts until the host reboots".into(),
     }
 }
 

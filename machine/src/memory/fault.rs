@@ -68,10 +68,7 @@ struct Zeros {
 #[derive(Debug, thiserror::Error)]
 pub enum FaultError {
     /// The kernel has no userfaultfd, or denies it to this process.
-    #[error(
-        "the host does not let this program fill the guest's memory page by page (userfaultfd): {how}, \
-         or use mapped=on"
-    )]
+    #[error("the host does not allow this program to use userfaultfd: {how}, or use mapped=on")]
     Refused {
         /// How the user can help it.
         how: &'static str,
@@ -79,7 +76,7 @@ pub enum FaultError {
         source: io::Error,
     },
     /// userfaultfd does not support this memory.
-    #[error("userfaultfd does not take the guest's memory; use mapped=on")]
+    #[error("userfaultfd does not accept the guest's memory; use mapped=on")]
     Register(#[source] io::Error),
     /// There is not enough memory.
     #[error(transparent)]

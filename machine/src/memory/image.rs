@@ -183,7 +183,8 @@ pub fn check_files(memory: &Memory) -> io::Result<()> {
         let (there, end) = (behind.0.file().metadata()?.len(), behind.0.start() + behind.1);
         if there < end {
             return Err(io::Error::other(format!(
-                "the file that guest memory is mapped from was cut off: {there} of {end} bytes are left"
+                "the file that guest memory is mapped from was truncated: {there} of {end} bytes \
+                 are left"
             )));
         }
     }
@@ -198,7 +199,7 @@ pub fn check_files(memory: &Memory) -> io::Result<()> {
 pub fn dirty(memory: &Memory, by_vcpus: &[Vec<u64>]) -> io::Result<Vec<Range<u64>>> {
     let words = memory.iter().map(|region| (region.len() / PAGE_SIZE).div_ceil(64));
     if !by_vcpus.iter().map(|words| words.len() as u64).eq(words) {
-        return Err(io::Error::other("the log of written pages does not have the size of memory"));
+        return Err(io::Error::other("the dirty log does not match the size of memory"));
     }
     let mut dirty = Vec::new();
     let mut base = 0;

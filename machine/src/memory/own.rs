@@ -31,7 +31,7 @@ pub fn forget_start() {
         if unsafe { libc::madvise(begin.cast::<c_void>().cast_mut(), length, libc::MADV_DONTNEED) }
             != 0
         {
-            log::debug!("cannot let go of code: {}", std::io::Error::last_os_error());
+            log::debug!("cannot unmap unused code: {}", std::io::Error::last_os_error());
         }
     }
 }

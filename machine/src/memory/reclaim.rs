@@ -149,7 +149,10 @@ impl Reclaimer {
                     }
                     Err(e) => {
                         if self.refused.fetch_add(len, Ordering::Relaxed) == 0 {
-                            log::warn!("cannot give all memory of the guest back to the host: {e}");
+                            log::warn!(
+                                "cannot return all of the guest's unused memory to the \
+                                        host: {e}"
+                            );
                         }
                     }
                 }
@@ -203,7 +206,7 @@ struct Part<'m> {
 impl Part<'_> {
     /// The result for a part whose region is unknown: not taken.
     fn unknown(&self) -> Vec<Taken> {
-        vec![(self.bytes.clone(), Err(io::Error::other("a region of memory is not known")))]
+        vec![(self.bytes.clone(), Err(io::Error::other("unknown memory region")))]
     }
 }
 

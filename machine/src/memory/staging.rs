@@ -103,7 +103,7 @@ pub fn room_for(left: u64) -> u64 {
 }
 
 fn short() -> io::Error {
-    io::Error::other("a copy of guest memory has another size than its ranges")
+    io::Error::other("a copy of guest memory does not match the size of its ranges")
 }
 
 #[cfg(test)]

@@ -142,7 +142,7 @@ fn a_kernel_is_judged_by_the_machines_size_even_where_the_host_has_less() {
             None => fault.to_string(),
         })
         .collect();
-    for (line, words) in said.iter().zip(["it is", "it is empty", "give less with -m"]) {
+    for (line, words) in said.iter().zip(["it is", "it is empty", "request less with -m"]) {
         assert!(line.contains(words), "{said:?}");
     }
     assert_eq!(said.len(), 3, "{said:?}");

@@ -158,7 +158,7 @@ fn until_it_writes(qmp: &mut Client, image: &Path) -> Result<()> {
 
 #[test]
 fn a_saved_state_does_not_go_on_with_a_disk_that_has_gone_on() -> Result<()> {
-    const SAYS: &str = "is not as it was when its machine was saved";
+    const SAYS: &str = "has changed since its machine was saved";
     let stage = Stage::new("blk_generation")?;
     let (vm, image, _) = driving(&stage, "busy", false)?;
     let (mut monitor, mut qmp) = stage.start(vm)?;

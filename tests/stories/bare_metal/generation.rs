@@ -101,7 +101,7 @@ fn listen(monitor: &Monitor) -> Result<OwnedFd> {
         let all = Protocol::from_raw(ALL.try_into()?);
         Ok(socket(AddressFamily::PACKET, SocketType::RAW, Some(all))?)
     });
-    let socket = there.join().ok().context("it has panicked")??;
+    let socket = there.join().ok().context("its thread has panicked")??;
     set_socket_timeout(&socket, Timeout::Recv, Some(SOON))?;
     Ok(socket)
 }

@@ -181,7 +181,7 @@ fn what_is_not_there_is_told_before_a_page_is_sent() -> Result<()> {
     {
         let there = There::start(&format!("untold{number}"), monitor.pid(), "", &args)?;
         let (kinds, said) = there.refuses(&mut qmp, as_it_is())?;
-        ensure!(said.contains("does not take the machine") && said.contains(says), "{said}");
+        ensure!(said.contains("refused the machine") && said.contains(says), "{said}");
         ensure!(!kinds.contains(&PAGES), "{says}: {kinds:?}");
     }
     quits(&stage, &mut monitor, &mut qmp)
@@ -233,7 +233,7 @@ fn a_machine_that_cannot_be_built_is_told_before_the_source_lets_go() -> Result<
     ] {
         let there = There::start(story, monitor.pid(), env, &args)?;
         let (kinds, said) = there.refuses(&mut qmp, as_it_is())?;
-        ensure!(said.contains("does not take the machine") && said.contains(says), "{said}");
+        ensure!(said.contains("refused the machine") && said.contains(says), "{said}");
         ensure!(!kinds.contains(&GO), "{story}: {kinds:?}");
     }
     ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
@@ -277,7 +277,7 @@ fn a_receiver_that_is_not_told_to_go_on_gives_the_machine_back() -> Result<()> {
     };
     let relay = Relay::start(&there.stage, there.socket.clone(), Box::new(edit))?;
     let said = migrate(&mut qmp, &relay.uri).err().context("it was taken")?.to_string();
-    ensure!(said.contains("does not take the machine") && said.contains("20 seconds"), "{said}");
+    ensure!(said.contains("refused the machine") && said.contains("20 seconds"), "{said}");
     ensure!(status(&mut qmp)? == "running", "{said}");
     let There { monitor: mut other, stage: _there, .. } = there;
     ensure!(other.wait_exit()?.code() == Some(1));

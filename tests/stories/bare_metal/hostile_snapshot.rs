@@ -427,7 +427,7 @@ fn a_memory_file_cut_off_under_a_vcpu_ends_the_machine_with_a_word() -> Result<(
     let said = monitor.said_to_its_end()?;
     ensure!(status.code() == Some(1), "it ended with {status}: {said}");
     // The first access reports it: KVM for the vCPU, or a signal for its devices.
-    ensure!(said.contains("guest memory") && said.contains("was cut off"), "{said}");
+    ensure!(said.contains("guest memory") && said.contains("was truncated"), "{said}");
     Ok(())
 }
 
@@ -440,7 +440,7 @@ fn a_memory_file_cut_off_under_a_device_ends_the_machine_with_a_word() -> Result
     let status = monitor.wait_exit()?;
     let said = monitor.said_to_its_end()?;
     ensure!(status.code() == Some(1), "it ended with {status}: {said}");
-    let from = format!("page of guest memory cannot be had from {}", memory.display());
+    let from = format!("cannot read a page of guest memory from {}", memory.display());
     ensure!(said.contains(&from), "{said}");
     Ok(())
 }

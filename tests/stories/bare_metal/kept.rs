@@ -206,7 +206,7 @@ fn a_kept_disk_needs_a_place_and_has_to_be_what_was_kept() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)?;
 
     let said = refusal(&stage, &saved, &[])?;
-    ensure!(said.contains("disks=PLACE") && said.contains("'root'"), "{said}");
+    ensure!(said.contains("disks=DIR") && said.contains("'root'"), "{said}");
     // Its own image is unchanged, and can be given explicitly.
     let image = stage.file("image").display().to_string();
     let drive = format!("id=root,file={image},direct=off");
@@ -222,10 +222,10 @@ fn a_kept_disk_needs_a_place_and_has_to_be_what_was_kept() -> Result<()> {
     fs::write(taken.join("root.img"), "precious")?;
     let at = |place: &Path| format!("{},disks={}", saved.display(), place.display());
     let said = refusal(&stage, Path::new(&at(&taken)), &[])?;
-    ensure!(said.contains("a place (disks=) of its own"), "{said}");
+    ensure!(said.contains("a directory (disks=) of its own"), "{said}");
     ensure!(fs::read(taken.join("root.img"))? == b"precious");
     let said = refusal(&stage, Path::new(&at(&stage.file("no/such"))), &[])?;
-    ensure!(said.contains("the one above it must exist"), "{said}");
+    ensure!(said.contains("its parent must exist"), "{said}");
 
     let copy = kept(&saved)?.pop().context("none")?;
     File::options().write(true).open(&copy)?.write_all_at(b"x", 4096)?;

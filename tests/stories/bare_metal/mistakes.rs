@@ -47,7 +47,7 @@ fn a_log_level_that_there_is_not() -> Result<()> {
     let mut stage = Stage::new("level")?;
     stage.run_by("env STRATOVIRT_LOG_LEVEL=loud")?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("hello", "halt")?)?;
-    let said = monitor.wait_said("it is warn now\n")?;
+    let said = monitor.wait_said("warn is used\n")?;
     ensure!(said.contains("STRATOVIRT_LOG_LEVEL: 'loud': must be error, warn, info"), "{said}");
     quits(&stage, &mut monitor, &mut qmp)
 }

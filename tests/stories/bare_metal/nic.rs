@@ -157,7 +157,7 @@ fn a_tap_that_is_handed_over_through_the_control_socket() -> Result<()> {
         let before = descriptors(&monitor)?;
         refused(&mut qmp, "getfd", json!({ "fdname": "tap" }), "no descriptor came")?;
         let backend = json!({ "id": "net-0", "fd": "tap" });
-        refused(&mut qmp, "netdev_add", backend.clone(), "hand it over with getfd first")?;
+        refused(&mut qmp, "netdev_add", backend.clone(), "pass it with getfd first")?;
         let nothing = File::open("/dev/null")?;
         let handed =
             qmp.execute_with_fds("getfd", json!({ "fdname": "tap" }), &[nothing.as_fd()])?;

@@ -368,7 +368,7 @@ fn nobody_takes_all_descriptors() -> Result<()> {
     }
     let backend = json!({ "node-name": "d16", "read-only": true,
         "file": { "driver": "file", "filename": image } });
-    refused(&mut qmp, "blockdev-add", backend, "16 back-ends wait for a device already")?;
+    refused(&mut qmp, "blockdev-add", backend, "16 back-ends are unused already")?;
     quits(&stage, &mut monitor, &mut qmp)
 }
 
@@ -592,14 +592,14 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
         ("queue-size", json!(7), "'queue-size': '7': must be 256"),
         ("logical_block_size", json!(4096), "'logical_block_size': '4096': must be 512"),
         ("physical_block_size", json!(512), "'physical_block_size': '512': must be 4096"),
-        ("host", json!("0000:00:01.0"), "'host': '0000:00:01.0': passing host devices"),
-        ("sysfsdev", json!("/sys/x"), "'sysfsdev': '/sys/x': passing host devices"),
+        ("host", json!("0000:00:01.0"), "'host': '0000:00:01.0': device passthrough"),
+        ("sysfsdev", json!("/sys/x"), "'sysfsdev': '/sys/x': device passthrough"),
         ("chardev", json!("zz"), "'chardev': 'zz': vhost-user"),
         ("romfile", json!("x.rom"), "'romfile': 'x.rom'"),
         ("serial", json!(long), "'serial'"),
-        ("mac", json!("52:54:00:00:00:01"), "'mac': '52:54:00:00:00:01': a disk has none"),
-        ("netdev", json!("x"), "'netdev': 'x': a disk has none"),
-        ("mq", json!(true), "'mq': 'true': a disk has none"),
+        ("mac", json!("52:54:00:00:00:01"), "'mac': '52:54:00:00:00:01': not available for a disk"),
+        ("netdev", json!("x"), "'netdev': 'x': not available for a disk"),
+        ("mq", json!(true), "'mq': 'true': not available for a disk"),
         ("lun", json!(5), "'lun': '5': addr is 0x1"),
         ("id", json!(""), "'id': '': must not be empty"),
         ("driver", json!("vhost-user-blk-pci"), "Unsupported replaceable device type"),
@@ -654,7 +654,7 @@ fn what_a_nic_cannot_be_is_refused() -> Result<()> {
         ("vhostfd", json!("7"), "vhost-net"),
         ("vhostfds", json!("7:8"), "vhost-net"),
         ("chardev", json!("c"), "vhost-user"),
-        ("type", json!("user"), "'user' is not built yet"),
+        ("type", json!("user"), "'user' is not supported"),
     ] {
         refused(&mut qmp, "netdev_add", with(&backend, member, &value), says)?;
     }
@@ -680,9 +680,9 @@ fn what_a_nic_cannot_be_is_refused() -> Result<()> {
         ("mac", json!("01:00:00:00:00:00"), "'mac': '01:00:00:00:00:00'"),
         ("host", json!("0000:00:01.0"), "'host'"),
         ("chardev", json!("zz"), "'chardev': 'zz'"),
-        ("drive", json!("back"), "'drive': 'back': a NIC has none"),
-        ("serial", json!("s"), "'serial': 's': a NIC has none"),
-        ("logical_block_size", json!(512), "'logical_block_size': '512': a NIC has none"),
+        ("drive", json!("back"), "'drive': 'back': not available for a NIC"),
+        ("serial", json!("s"), "'serial': 's': not available for a NIC"),
+        ("logical_block_size", json!(512), "'logical_block_size': '512': not available for a NIC"),
         ("netdev", json!("y"), "no back-end 'y' waits"),
     ] {
         refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;

@@ -129,7 +129,7 @@ fn a_kernel_that_is_no_file_any_more_leaves_the_guest_as_it_is() -> Result<()> {
     is_refused(&mut qmp, "a FIFO, not a regular file")?;
     fs::remove_file(&path)?;
     fs::write(&path, "no kernel")?;
-    is_refused(&mut qmp, "cannot load the kernel again")?;
+    is_refused(&mut qmp, "cannot reload the kernel")?;
     fs::write(&path, &image)?;
     simple(&mut qmp, "system_reset")?;
     monitor.wait_for("waits\n", SOON)?;

@@ -99,7 +99,7 @@ fn a_machine_with_a_disk_and_a_tap_moves_inside_one_host() -> Result<()> {
         until_it_listens_in(&there, &stage.file("in"))?;
         let said = qmp.execute_raw("migrate", json!({ "uri": uri })).err().map(|e| e.to_string());
         let said = said.context("it was taken")?;
-        ensure!(said.contains("does not take the machine") && said.contains(says), "{said}");
+        ensure!(said.contains("refused the machine") && said.contains(says), "{said}");
         ensure!(status(&mut qmp)? == "running");
         ensure!(there.wait_exit()?.code() == Some(1));
     }
@@ -229,7 +229,8 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
             {
                 // It may have run there: a user who knows that it no longer does says so.
                 let said = said.context("it has heard of an end that was not told")?;
-                ensure!(said.contains("outcome unknown") && said.contains("cont lets"), "{said}");
+                ensure!(said.contains("outcome unknown") && said.contains("cont \
+                                                                           resumes"), "{said}");
                 ensure!(status(&mut qmp)? == "postmigrate");
                 let info = qmp.execute_raw("query-migrate", json!({}))?;
                 let why = info.get("error-desc").and_then(Value::as_str).unwrap_or_default();

@@ -285,7 +285,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
     let uri = |n: usize| format!("file:{}", at(n).display());
     let refused = qmp.execute_raw("migrate", json!({ "uri": uri(0), "incremental": true }));
     let said = refused.err().map(|e| e.to_string()).unwrap_or_default();
-    ensure!(said.contains("no save to build on") && said.contains("track"), "{said}");
+    ensure!(said.contains("there is no base save") && said.contains("track"), "{said}");
     for n in 0..5 {
         let arguments = json!({
             "uri": uri(n), "incremental": n > 0, "track": true, "resume": n % 2 == 0,

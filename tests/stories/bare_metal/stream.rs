@@ -413,7 +413,7 @@ fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()>
     let mut qmp = waiting(&there)?;
     // Commands that need a machine are refused, but the lists name them.
     let said = qmp.execute_raw("query-cpus", json!({})).err().map(|e| e.to_string());
-    ensure!(said.as_ref().is_some_and(|s| s.contains("has not come in yet")), "{said:?}");
+    ensure!(said.as_ref().is_some_and(|s| s.contains("has not arrived yet")), "{said:?}");
     let commands = qmp.execute_raw("query-commands", json!({}))?;
     ensure!(commands.as_array().is_some_and(|all| all.len() > 40), "{commands}");
     kill(&there)?;

@@ -104,7 +104,7 @@ fn an_image_that_this_machine_has_itself() -> Result<()> {
     let (mut monitor, mut qmp) = stage.start(vm)?;
     for path in [&image, &link] {
         let again = json!({ "node-name": "again", "file": { "filename": path } });
-        let says = format!("{} is the image of 'data' in this machine already", path.display());
+        let says = format!("{} is already the image of 'data' in this machine", path.display());
         refused(&mut qmp, "blockdev-add", again, &says)?;
     }
     let unplug = json!({ "id": "data" });
@@ -112,7 +112,7 @@ fn an_image_that_this_machine_has_itself() -> Result<()> {
     let waits = json!({ "node-name": "waits", "file": { "filename": image } });
     ensure!(qmp.execute_raw("blockdev-add", waits)? == json!({}));
     let again = json!({ "node-name": "again", "file": { "filename": image } });
-    refused(&mut qmp, "blockdev-add", again, "the image of 'waits' in this machine already")?;
+    refused(&mut qmp, "blockdev-add", again, "already the image of 'waits' in this machine")?;
     quits(&stage, &mut monitor, &mut qmp)?;
 
     let twice = stage.vm("hello", "halt")?.disk("a", &image, false).disk("b", &link, false);

@@ -237,7 +237,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
                 }
             }
             let ended = reader.join().unwrap_or_else(|_| {
-                Err(IncomingError::Wait(io::Error::other("its reader has panicked")).into())
+                Err(IncomingError::Wait(io::Error::other("its reader thread has panicked")).into())
             });
             match (refused, ended, machine) {
                 (Some(why), _, _) | (None, Err(why), _) => Err(self.cancelled(why)),
@@ -313,7 +313,7 @@ impl<O: Fn(&mut Description) -> Result<(), OverrideError>> Reader<'_, O> {
         answer: &mut Voice,
     ) -> Result<(), ReceiveError> {
         let Self { asking, overrides, progress } = self;
-        let gone = || ReceiveError::NoRoom("it was given up".into());
+        let gone = || ReceiveError::NoRoom("it was abandoned".into());
         let deadline = from.deadline();
         let mut frames = Frames::begin(BufReader::with_capacity(64 << 10, from))?;
         let mut cpu = None;

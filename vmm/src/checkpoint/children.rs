@@ -25,16 +25,17 @@ const PIECE: u64 = 1 << 20;
 #[expect(missing_docs, reason = "the error messages describe them")]
 pub enum ChildError {
     #[error(
-        "the save keeps disk '{id}' itself: say where this machine's own copies are to lie with \
-         -incoming file:DIR,disks=PLACE, or give an image with -drive id={id},file=PATH"
+        "disk '{id}' is part of the save: name a directory for this machine's own copies with \
+         -incoming file:DIR,disks=DIR, or give an image with -drive id={id},file=PATH"
     )]
     NoPlace { id: String },
     #[error(transparent)]
     Kept(#[from] KeptDiskError),
-    #[error("cannot make the directory {}: the one above it must exist", path.display())]
+    #[error("cannot create the directory {}: its parent must exist", path.display())]
     Directory { path: PathBuf, source: io::Error },
     #[error(
-        "disk '{id}': cannot make {}; each machine needs a place (disks=) of its own", path.display()
+        "disk '{id}': cannot create {}; each machine needs a directory (disks=) of its \
+         own", path.display()
     )]
     Create { id: String, path: PathBuf, source: io::Error },
     #[error("disk '{id}': cannot copy {} to {}", kept.display(), path.display())]

@@ -153,7 +153,7 @@ impl DemandPager {
     /// when that thread has filled it.
     fn fill(&self, index: usize, buffer: &mut [u8]) {
         let (Some(block), Some(taken)) = (self.blocks.get(index), self.taken.get(index)) else {
-            return self.fail("a page fault where there is nothing to be filled".into());
+            return self.fail("a page fault outside of the memory to restore".into());
         };
         if taken.swap(true, Ordering::AcqRel) {
             return;
@@ -202,7 +202,7 @@ struct Watch<'a>(&'a DemandPager);
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.fail("a thread that fills memory has panicked".into());
+            self.0.fail("a thread that restores memory has panicked".into());
         }
     }
 }

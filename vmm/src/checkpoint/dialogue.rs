@@ -161,7 +161,7 @@ impl HandOver {
         match said.kind {
             Kind::Running => Ok(()),
             Kind::Failed => Err(SaveError::Refused { why: said.text }),
-            other => Err(unknown(io::Error::other(format!("it answers with {}", other.name())))),
+            other => Err(unknown(io::Error::other(format!("it answered with {}", other.name())))),
         }
     }
 }
@@ -211,7 +211,7 @@ impl Voice {
     /// source.
     pub fn settle(mut self) {
         if let Err(e) = self.say(Kind::Running, "") {
-            log::warn!("the source is not told that the machine is here: {e}");
+            log::warn!("cannot report to the source that the machine has arrived: {e}");
         }
         self.0 = None;
     }
@@ -241,7 +241,7 @@ pub fn greeted<R: Read>(frames: &mut Frames<R>) -> Result<Option<Greeted>, Recei
     if !(oldest..=newest).contains(&VERSION) {
         return Err(ReceiveError::Versions { oldest, newest });
     }
-    log::info!("machine {domain:?} comes in, migration {id:?}");
+    log::info!("machine {domain:?} is arriving, migration {id:?}");
     let cpu = cpu.map(|section| section.read()).transpose().map_err(ReceiveError::Cpu)?;
     Ok(Some(Greeted { cpu }))
 }

@@ -19,7 +19,7 @@ pub enum DryRunError {
     Build(#[from] BuildError),
     #[error("the memory that was saved does not belong to the state")]
     Memory(#[source] state::memory_file::MemoryFileError),
-    #[error("what was written is not what is there")]
+    #[error("the written data does not read back the same")]
     Changed,
     #[error("cannot read back what was saved")]
     Io(#[source] io::Error),

@@ -25,7 +25,7 @@ use super::send::Cancel;
 pub enum IncomingError {
     #[error("cannot listen for the stream")]
     Bind(#[from] BindError),
-    #[error("cannot take the stream")]
+    #[error("cannot accept the stream")]
     Fd(#[source] io::Error),
     #[error("cannot start /bin/sh -c {command:?}")]
     Exec { command: String, source: io::Error },

@@ -114,7 +114,12 @@ impl Writer {
     /// # Errors
     /// When the file cannot be written, or `bytes` is outside of memory.
     pub fn write(&mut self, at: u64, bytes: &[u8], progress: &Progress) -> io::Result<()> {
-        let outside = || io::Error::other("memory to be saved is no whole pages of the guest's");
+        let outside = || {
+            io::Error::other(
+                "memory to be saved does not consist of whole guest \
+                                           pages",
+            )
+        };
         let first = usize::try_from(at / PAGE_SIZE).map_err(io::Error::other)?;
         let (pages, rest) = bytes.as_chunks::<{ PAGE_SIZE as usize }>();
         let sums = first.checked_add(pages.len()).and_then(|end| self.pages.get_mut(first..end));

@@ -63,7 +63,7 @@ use state::directory::MEMORY;
 
 /// Why a machine could not be restored.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each says it itself")]
+#[expect(missing_docs, reason = "each describes itself")]
 pub enum RestoreError {
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -79,9 +79,9 @@ pub enum RestoreError {
     DryRun(#[from] DryRunError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    #[error("the machine was not taken in: that was cancelled")]
+    #[error("the restore was cancelled")]
     Cancelled,
-    #[error("the saved machine cannot go on here")]
+    #[error("the saved machine cannot run here")]
     Build(#[from] BuildError),
 }
 

@@ -30,9 +30,10 @@ pub enum OverrideError {
         "NIC '{id}' used inherited descriptors: give it a tap with -netdev tap,id={id},ifname=TAP"
     )]
     NoTap { id: String },
-    #[error("NIC '{id}' has {saved} queue pairs, and {asked} descriptors are given for it")]
+    #[error("NIC '{id}' has {saved} queue pairs, but {asked} descriptors were given for it")]
     Descriptors { id: String, saved: u16, asked: usize },
-    #[error("disk '{id}': cannot open {}; give its place with -drive id={id},file=PATH", path.display())]
+    #[error("disk '{id}': cannot open {}; give its path with -drive \
+             id={id},file=PATH", path.display())]
     Disk { id: String, path: PathBuf, source: io::Error },
     #[error("disk '{id}' had {saved} bytes when it was saved; {} has {found}", path.display())]
     DiskSize { id: String, path: PathBuf, saved: u64, found: u64 },

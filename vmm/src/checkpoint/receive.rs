@@ -29,32 +29,32 @@ pub enum ReceiveError {
         "the stream cannot be restored: it has pages at {at:#x}, {length} bytes, in {size} bytes of memory"
     )]
     Pages { at: u64, length: u64, size: u64 },
-    #[error("the stream cannot be restored: it has sent memory {TIMES} times over")]
+    #[error("the stream cannot be restored: it has sent all of memory more than {TIMES} times")]
     Endless,
-    #[error("the stream cannot be restored: it ends as another machine than it began")]
+    #[error("the stream cannot be restored: its second configuration describes another machine")]
     Other,
-    #[error("the stream cannot be restored: it holds changes only")]
+    #[error("the stream cannot be restored: it is incremental")]
     Incremental,
     #[error("{0}")]
     NoRoom(String),
-    #[error("the stream cannot be restored: its greeting is not understood")]
+    #[error("the stream cannot be restored: its Hello message is malformed")]
     Greeting,
     #[error(
-        "the stream cannot be restored: its sender speaks formats {oldest} to {newest}, and this \
-         program another one"
+        "the stream cannot be restored: its sender supports formats {oldest} to {newest}, and this \
+         program none of them"
     )]
     Versions { oldest: u32, newest: u32 },
-    #[error("the stream cannot be restored: its greeting is not understood")]
+    #[error("the stream cannot be restored: its Hello message is malformed")]
     Cpu(#[source] SectionError),
     #[error(
-        "the machine is still at its source, which has not handed it over within {} seconds after all was \
-         ready here",
+        "the machine is still at its source, which has not handed it over within {} seconds of the \
+         receiver being ready",
         GO_LIMIT.as_secs()
     )]
     NoGo,
-    #[error("the machine is still at its source, which does not hand it over: it says {said}")]
+    #[error("the machine is still at its source, which did not hand it over: it sent {said}")]
     NotHandedOver { said: &'static str },
-    #[error("the source does not listen to answers")]
+    #[error("the source does not read answers")]
     Deaf(#[source] io::Error),
     #[error("cannot write guest memory")]
     Write(#[source] io::Error),

@@ -45,7 +45,7 @@ use super::{
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the error messages describe them")]
 pub enum SaveError {
-    #[error("cannot make the directory {}: the one above it must exist", path.display())]
+    #[error("cannot create the directory {}: its parent must exist", path.display())]
     Directory { path: PathBuf, source: io::Error },
     #[error("another save into {} is under way", path.display())]
     Busy { path: PathBuf },
@@ -59,11 +59,11 @@ pub enum SaveError {
         "disk '{id}' was plugged or unplugged while the machine was being saved with its disks: save it again"
     )]
     DisksChanged { id: String },
-    #[error("the save to build on cannot be used; leave incremental out")]
+    #[error("the base save cannot be used; leave incremental out")]
     Base(#[source] DirectoryError),
-    #[error("the save to build on, {}, has been changed; leave incremental out", path.display())]
+    #[error("the base save, {}, has been changed; leave incremental out", path.display())]
     BaseChanged { path: PathBuf },
-    #[error("{} is needed by the save to build on: give another directory", path.display())]
+    #[error("{} is part of the base save: give another directory", path.display())]
     Needed { path: PathBuf },
     #[error("{MAX_CHAIN} saves build on each other, which is the limit: leave incremental out")]
     TooDeep,
@@ -71,25 +71,25 @@ pub enum SaveError {
     SpotCheck(#[source] SectionError),
     #[error("cannot connect to {}", path.display())]
     Connect { path: PathBuf, source: io::Error },
-    #[error("the other side of the stream has gone")]
+    #[error("the peer has closed the stream")]
     Closed(#[source] io::Error),
     #[error("the command ended with status {status}")]
     Command { status: u8 },
     #[error("cannot write to the stream")]
     Stream(#[source] io::Error),
-    #[error("what was saved could not be restored, so it does not count")]
+    #[error("what was saved could not be restored, so the save has failed")]
     DryRun(#[source] Box<DryRunError>),
     #[error(
         "the receiver does not answer; the capability return-path off sends one way \
          (migrate-set-capabilities)"
     )]
     NoAnswer,
-    #[error("the receiver does not take the machine: {why}")]
+    #[error("the receiver refused the machine: {why}")]
     Refused { why: String },
     #[error(
-        "outcome unknown: the receiver was told to go on, and there is no answer ({why}). Ask it with \
-         query-status: if it has the machine, quit this one; if it has not, or has ended, cont lets the \
-         guest run on here, unless the receiver still holds a disk or tap"
+        "outcome unknown: the machine was handed over to the receiver, which does not answer \
+         ({why}). Ask it with query-status: if it has the machine, quit this one; if it has not, \
+         or has ended, cont resumes the guest here, unless the receiver still holds a disk or tap"
     )]
     Unknown { why: io::Error },
     #[error("cancelled")]
@@ -221,7 +221,7 @@ impl Target {
 
     fn rename(&self, from: &str, to: &str) -> Result<(), SaveError> {
         let (from, to) = (self.path.join(from), self.path.join(to));
-        fs::rename(&from, &to).map_err(|source| failed("put in its place", &to, source))
+        fs::rename(&from, &to).map_err(|source| failed("rename into place", &to, source))
     }
 
     fn sync(&self) -> Result<(), SaveError> {

@@ -309,7 +309,7 @@ fn hear(
             Err(SaveError::Refused { why: text })
         }
         Ok(said) => {
-            let why = format!("it answers with {}", said.kind.name());
+            let why = format!("it answered with {}", said.kind.name());
             Err(SaveError::Stream(io::Error::other(why)))
         }
         Err(_) if progress.is_cancelled() => Err(SaveError::Cancelled),

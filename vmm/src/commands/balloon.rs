@@ -15,7 +15,7 @@ const INTERVAL: &str = "guest-stats-polling-interval";
 
 pub fn balloon(vmm: &mut Vmm, command: Balloon) -> Result<Empty, Error> {
     if command.value == 0 {
-        return Err(invalid("value", 0, "must be at least 1: no guest lives without memory"));
+        return Err(invalid("value", 0, "must be at least 1: no guest can run without memory"));
     }
     let device = vmm.machine.balloon().ok_or_else(not_active)?;
     device.set_target(command.value);
@@ -62,8 +62,8 @@ fn object<'v>(vmm: &'v Vmm, path: &str) -> Result<&'v Device, Error> {
     let id = path.strip_prefix(DEVICES).unwrap_or(path);
     vmm.machine.balloon().filter(|device| device.id == id).ok_or_else(|| {
         let known = match vmm.machine.balloon() {
-            Some(device) => format!("known is {DEVICES}{}, the balloon", device.id),
-            None => "known are balloons, and this machine has none".into(),
+            Some(device) => format!("only {DEVICES}{}, the balloon, is available", device.id),
+            None => "only balloons are available, and this machine has none".into(),
         };
         Error::new(ErrorClass::DeviceNotFound, format!("Device '{path}' not found; {known}"))
     })

@@ -29,7 +29,7 @@ pub fn blockdev_add(
     let filename = &command.file.filename;
     let path = value::path(filename).map_err(|rule| invalid("file.filename", filename, rule))?;
     if let Some(driver) = command.driver.as_deref().filter(|d| *d != "raw") {
-        return refuse("driver", driver, "only 'raw' images are built yet");
+        return refuse("driver", driver, "only 'raw' images are supported");
     }
     let kinds = ["file", "host_device"];
     if let Some(driver) = command.file.driver.as_deref().filter(|d| !kinds.contains(d)) {
@@ -39,14 +39,19 @@ pub fn blockdev_add(
         return refuse("backing", "...", "raw images have no backing file");
     }
     if let Some(options) = &command.options {
-        return refuse("options", &options.to_string(), "raw images have none: leave it out");
+        return refuse(
+            "options",
+            &options.to_string(),
+            "not available for raw images: leave it \
+                                                        out",
+        );
     }
     let qcow2 = [
         ("l2-cache-size", command.l2_cache_size),
         ("refcount-cache-size", command.refcount_cache_size),
     ];
     if let Some((key, Some(bytes))) = qcow2.into_iter().find(|(_, bytes)| bytes.is_some()) {
-        return refuse(key, &bytes.to_string(), "format 'qcow2' is not built yet: leave it out");
+        return refuse(key, &bytes.to_string(), "format 'qcow2' is not supported: leave it out");
     }
     if let Some(media) = &command.media {
         cli::media(media).map_err(|rule| invalid("media", media, rule))?;
@@ -99,7 +104,7 @@ pub fn blockdev_add(
             },
             Err(why) => (why, disk),
         };
-        vmm.close_file("closing a disk that was not added".into(), disk);
+        vmm.close_file("closing a rejected disk".into(), disk);
         Err(why)
     };
     let own = vmm.machine.own_images();
@@ -109,10 +114,10 @@ pub fn blockdev_add(
 }
 
 /// A limit per second; 0 means none.
-fn rate<const LEAST: u64, const MOST: u64>(
+fn rate<const MIN: u64, const MAX: u64>(
     key: &str,
     number: Option<u64>,
-) -> Result<Option<Rate<LEAST, MOST>>, Error> {
+) -> Result<Option<Rate<MIN, MAX>>, Error> {
     let number = number.unwrap_or(0);
     Rate::or_unlimited(number).map_err(|rule| invalid(key, number, rule))
 }
@@ -137,7 +142,7 @@ pub fn block_resize(
 ) -> Result<Option<Empty>, Error> {
     let BlockResize { device, node_name, size } = command;
     let Some(name) = device.as_ref().or(node_name.as_ref()) else {
-        return Err(Error::text("Parameter 'device' or 'node-name' is needed"));
+        return Err(Error::text("Parameter 'device' or 'node-name' is required"));
     };
     if size % 512 != 0 {
         return Err(invalid("size", size, "must be a multiple of 512"));
@@ -151,7 +156,7 @@ pub fn block_resize(
     let id = id.map_err(|e| plug_error(&e))?;
     vmm.files.check_idle(&id)?;
     if vmm.saving().status() == MigrationStatus::Active {
-        let why = "the machine is being saved; resize its disk when that is over";
+        let why = "the machine is being saved; resize its disk after the save";
         return Err(Error::text(format!("'{id}' cannot be resized now: {why}")));
     }
     let image = vmm.machine.begin_resize(&id, size).map_err(|e| plug_error(&e))?;
@@ -228,7 +233,7 @@ fn with_used_space<R: Serialize + 'static>(
             .collect()
     };
     let without = tell.clone();
-    let job = Job::new("looking at the images of disks".into(), look, tell);
+    let job = Job::new("checking the images of disks".into(), look, tell);
     vmm.with_files(job.or_without(move |vmm| without(vmm, Used::new())), ticket);
 }
 

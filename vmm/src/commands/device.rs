@@ -40,9 +40,14 @@ pub fn device_add(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
 }
 
 fn add_disk(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
-    refuse("netdev", command.netdev.as_ref(), "a disk has none: leave it out")?;
-    refuse("mac", command.mac.as_ref(), "a disk has none: leave it out")?;
-    refuse("mq", command.mq, "a disk has none: leave it out; num-queues counts its queues")?;
+    refuse("netdev", command.netdev.as_ref(), "not available for a disk: leave it out")?;
+    refuse("mac", command.mac.as_ref(), "not available for a disk: leave it out")?;
+    refuse(
+        "mq",
+        command.mq,
+        "not available for a disk, whose queues are set by num-queues: leave \
+                              it out",
+    )?;
     let serial = command.serial.as_deref().filter(|s| !s.is_empty()).map(value::disk_serial);
     let serial = serial
         .transpose()
@@ -67,7 +72,7 @@ fn add_disk(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
 }
 
 fn add_nic(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
-    const NONE: &str = "a NIC has none: leave it out";
+    const NONE: &str = "not available for a NIC: leave it out";
     refuse("drive", command.drive.as_ref(), NONE)?;
     refuse("serial", command.serial.as_ref(), NONE)?;
     refuse("share-rw", command.share_rw, NONE)?;
@@ -93,10 +98,10 @@ fn add_nic(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
 
 /// Refuse members that no device supports.
 fn refuse_everywhere(command: &DeviceAdd) -> Result<(), Error> {
-    let pass_through = "passing host devices through is not built yet: leave it out";
+    let pass_through = "device passthrough is not supported: leave it out";
     refuse("host", command.host.as_ref(), pass_through)?;
     refuse("sysfsdev", command.sysfsdev.as_ref(), pass_through)?;
-    let vhost = "vhost-user is not built yet: leave it out";
+    let vhost = "vhost-user is not supported: leave it out";
     refuse("chardev", command.chardev.as_ref(), vhost)?;
     let rom = command.romfile.as_ref().filter(|rom| !rom.is_empty());
     refuse("romfile", rom, "there is no firmware that could run it; must be ''")
@@ -104,7 +109,7 @@ fn refuse_everywhere(command: &DeviceAdd) -> Result<(), Error> {
 
 /// The driver keeps using the queues that it found at the start.
 fn check_shape(command: &DeviceAdd, shape: &Shape, queues: usize) -> Result<(), Error> {
-    let fixed = |own| format!("must be {own}, as this slot has had it since the start");
+    let fixed = |own| format!("must be {own}, which this slot has had since the start");
     let other = command.num_queues.filter(|asked| usize::from(*asked) != queues);
     refuse("num-queues", other, fixed(queues))?;
     let size = shape.queue_sizes.first().copied().unwrap_or_default();
@@ -131,7 +136,8 @@ pub fn device_del(
     let id = command.id;
     vmm.files.check_idle(&id)?;
     if vmm.saving().copies(&id) {
-        let why = "it is being copied by a save; try again when that is over, or end it with migrate_cancel";
+        let why = "it is being copied by a save; try again afterwards, or end the save with \
+                   migrate_cancel";
         return Err(Error::text(format!("'{id}' cannot be unplugged now: {why}")));
     }
     let disk = vmm.machine.unplug(&id).map_err(|e| plug_error(&e))?;
@@ -153,7 +159,7 @@ fn slot(command: &DeviceAdd) -> Result<Option<usize>, Error> {
     let on_pci = command.driver.ends_with("-pci")
         || command.bus.as_ref().is_some_and(|bus| bus.starts_with("pcie."));
     if on_pci {
-        refuse("lun", command.lun, "a device on a PCI bus has none: leave it out")?;
+        refuse("lun", command.lun, "not available for a device on a PCI bus: leave it out")?;
         return Ok(None);
     }
     let lun = command.lun.map(|lun| usize::try_from(lun).unwrap_or(usize::MAX).saturating_add(1));

@@ -30,7 +30,7 @@ pub fn human_monitor_command(vmm: &mut Vmm, command: HumanMonitorCommand) -> Res
         None => {
             let known: Vec<_> = LINES.iter().map(|(known, _)| *known).collect();
             let known = known.join(", ");
-            Err(Error::text(format!("Unsupported command: {line}; known are: {known}")))
+            Err(Error::text(format!("Unsupported command: {line}; supported are: {known}")))
         }
     }
 }

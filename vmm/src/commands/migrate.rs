@@ -47,7 +47,7 @@ pub fn migrate(vmm: &mut Vmm, command: Migrate, ticket: &Ticket) -> Result<Optio
                 }
                 (None, Err(_)) => {
                     let desc =
-                        format!("no descriptor is called '{name}': hand it over with getfd first");
+                        format!("no descriptor is called '{name}': pass it with getfd first");
                     return Err(Error::text(desc));
                 }
             }

@@ -21,12 +21,12 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
     let name = command.fdname;
     value::id(&name).map_err(|rule| invalid("fdname", &name, rule))?;
     if name.starts_with(|first: char| first.is_ascii_digit()) || name.contains(':') {
-        return Err(invalid("fdname", &name, "must not begin with a digit nor contain ':'"));
+        return Err(invalid("fdname", &name, "must not begin with a digit or contain ':'"));
     }
     let Some(named) = vmm.servers.named_fds(ticket) else { return Ok(None) };
     if named.len() >= MAX_NAMED && !named.contains_key(&name) {
         return Err(Error::text(format!(
-            "{MAX_NAMED} descriptors have a name already; close some with closefd"
+            "{MAX_NAMED} descriptors are named already; close some with closefd"
         )));
     }
     named.insert(name, fd);
@@ -47,7 +47,7 @@ pub fn netdev_add(
 ) -> Result<Option<Empty>, Error> {
     if let Some(other) = command.r#type.as_deref().filter(|t| *t != "tap") {
         return Err(Error::text(format!(
-            "Invalid parameter 'type': '{other}' is not built yet; only 'tap'"
+            "Invalid parameter 'type': '{other}' is not supported; only 'tap'"
         )));
     }
     let vhost = command.vhost == Some(true)
@@ -55,7 +55,7 @@ pub fn netdev_add(
         || command.vhostfds.is_some()
         || command.chardev.is_some();
     if vhost {
-        return Err(Error::text("vhost-net and vhost-user are not built yet: leave vhost out"));
+        return Err(Error::text("vhost-net and vhost-user are not supported: leave vhost out"));
     }
     let id = &command.id;
     value::id(id).map_err(|rule| invalid("id", id, rule))?;
@@ -70,11 +70,11 @@ pub fn netdev_add(
         }
     }
     if command.macnat == Some(true) {
-        let allowed = "MAC address translation is not built yet; must be false";
+        let allowed = "MAC address translation is not supported; must be false";
         return Err(invalid("macnat", true, allowed));
     }
     if let Some(domains) = &command.dnssearch {
-        return Err(invalid("dnssearch", domains, "a tap device has none: leave it out"));
+        return Err(invalid("dnssearch", domains, "not available for a tap device: leave it out"));
     }
     let queues = command.queues.map(|queues| {
         NicQueuePairs::try_from(queues).map_err(|rule| invalid("queues", queues, rule))
@@ -146,7 +146,7 @@ fn take_fds(
     let numbers = names.iter().map(|name| name.parse::<i32>()).collect::<Result<Vec<_>, _>>();
     numbers.map(|numbers| (Tap::Fds(numbers), Vec::new())).map_err(|_| {
         Error::text(format!(
-            "no descriptor is called '{}': hand it over with getfd first",
+            "no descriptor is called '{}': pass it with getfd first",
             names.join(":")
         ))
     })

@@ -41,7 +41,7 @@ pub fn send_key(vmm: &mut Vmm, command: SendKey) -> Result<Empty, Error> {
         return Err(Error::text("Invalid parameter 'keys': must be ctrl, alt and delete"));
     }
     if !vmm.machine.send_ctrl_alt_del() {
-        return Err(Error::text("the guest does not listen to its keyboard"));
+        return Err(Error::text("the guest does not read its keyboard"));
     }
     Ok(Empty {})
 }

@@ -36,8 +36,8 @@ impl Vmm {
         let copied = |(id, disk): (String, Arc<Disk>)| match disk.logical_block() {
             512 => Ok((id, DiskCopy::new(disk))),
             block => Err(Error::text(format!(
-                "disk '{id}' has blocks of {block} bytes, and what a save keeps is an image file with blocks \
-                 of 512: leave 'disks' out, and keep {} by other means",
+                "disk '{id}' has blocks of {block} bytes, but a copy in a save has blocks of 512: \
+                 leave 'disks' out, and copy {} by other means",
                 disk.path().display()
             ))),
         };
@@ -71,7 +71,7 @@ impl Vmm {
              of the save or of the disk is too slow, or hangs",
             bounds::DISK_COPY.as_secs()
         );
-        log::error!("the save is given up: {why}");
+        log::error!("the save is abandoned: {why}");
         save.fail(why);
         self.cancel_save();
     }

@@ -58,7 +58,7 @@ impl Vmm {
             (Some(base), true) => Some(base.clone()),
             (None, true) => {
                 return Err(Error::text(
-                    "Parameter 'incremental': no save to build on; give track to the one before",
+                    "Parameter 'incremental': there is no base save; give track to the save before",
                 ));
             }
             (_, false) => None,

@@ -18,7 +18,7 @@ impl Resolver {
             return None;
         };
         if !self.used.insert(id.to_owned()) {
-            self.problems.add_value(&place.key("chardev"), id, "in use by something else");
+            self.problems.add_value(&place.key("chardev"), id, "already in use");
         }
         Some(chardev.backend.clone())
     }
@@ -47,7 +47,11 @@ impl Resolver {
                     control.push(Control { path, connects: false });
                 }
                 Some(CharBackend::Socket { .. }) => {
-                    self.problems.add_value(&place.key("chardev"), id, "QMP has no replay");
+                    self.problems.add_value(
+                        &place.key("chardev"),
+                        id,
+                        "replay is not available for QMP",
+                    );
                 }
                 Some(_) => {
                     let rule = "must be a -chardev socket";
@@ -69,7 +73,7 @@ impl Resolver {
         let own = d.control.iter().map(|(place, control)| (place, &control.path));
         for (place, path) in own.chain(others) {
             if !taken.insert(path) {
-                let rule = "another socket has this path";
+                let rule = "another socket uses this path";
                 self.problems.add_value(place, &path.to_string_lossy(), rule);
             }
         }
@@ -86,7 +90,7 @@ impl Resolver {
         let on_serial = serial == Some(&CharBackend::Stdio);
         let on_console = console == Some(&CharBackend::Stdio);
         if on_serial && on_console {
-            self.problems.add_line("-serial and the console both want stdio: one can have it");
+            self.problems.add_line("-serial and the console both use stdio: only one can");
         }
         if d.daemonize && on_serial {
             self.problems.add_line(

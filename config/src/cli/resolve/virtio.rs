@@ -18,7 +18,7 @@ impl Resolver {
                 DeviceKind::Blk { drive, front } => match by_id.get(drive) {
                     Some(found) => {
                         if !named.insert(drive) {
-                            let rule = "another -device has this drive";
+                            let rule = "another -device uses this drive";
                             self.problems.add_value(&device.place.key("drive"), drive, rule);
                         }
                         behind.push(self.disk(found, &device.id, front));
@@ -54,7 +54,7 @@ impl Resolver {
                 DeviceKind::Net { netdev, front } => match by_id.get(netdev) {
                     Some(found) => {
                         if !named.insert(netdev) {
-                            let rule = "another -device has this netdev";
+                            let rule = "another -device uses this netdev";
                             self.problems.add_value(&device.place.key("netdev"), netdev, rule);
                         }
                         if front.mq == Some(false) && queue_pairs(found).get() > 1 {
@@ -108,7 +108,7 @@ impl Resolver {
                 }
                 Tap::Fds(numbers) => {
                     for fd in numbers.iter().filter(|fd| !fds.insert(**fd)) {
-                        let rule = "this descriptor is another queue's";
+                        let rule = "another queue uses this descriptor";
                         self.problems.add_value(&net.place, &fd.to_string(), rule);
                     }
                 }

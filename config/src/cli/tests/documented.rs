@@ -101,9 +101,9 @@ fn kata_with_vsock_and_shared_directories_is_refused_by_name_all_at_once() {
         all,
         [
             "-device vhost-vsock-device,id=vsock-id,guest-cid=3,vhostfd=3: virtio-vsock is not \
-             built yet: leave it out",
+             supported: leave it out",
             "-device vhost-user-fs-device,chardev=virtio_fs,tag=kataShared,id=virtio-fs0: \
-             vhost-user-fs is not built yet: leave it out",
+             vhost-user-fs is not supported: leave it out",
         ]
     );
 }
@@ -149,14 +149,14 @@ fn kuasar_on_a_standard_machine_is_told_every_reason() {
     assert_eq!(
         all,
         [
-            "-machine q35,mem-share=on: type: 'q35': machine type 'q35' is not built yet; use \
+            "-machine q35,mem-share=on: type: 'q35': machine type 'q35' is not supported; use \
              microvm",
             "-drive file=OVMF_CODE.fd,if=pflash,format=raw,unit=0,readonly=on: if: 'pflash': a \
-             firmware flash (pflash) is not built yet; use none",
-            "-device pcie-root-port,port=0x0,addr=0x1.0x0,bus=pcie.0,id=pcie.1: PCI is not built \
-             yet: leave it out",
-            "-device vhost-vsock-pci,id=vsock-5,guest-cid=5,vhostfd=3: virtio-vsock is not built \
-             yet: leave it out",
+             firmware flash (pflash) is not supported; use none",
+            "-device pcie-root-port,port=0x0,addr=0x1.0x0,bus=pcie.0,id=pcie.1: PCI is not \
+             supported: leave it out",
+            "-device vhost-vsock-pci,id=vsock-5,guest-cid=5,vhostfd=3: virtio-vsock is not \
+             supported: leave it out",
         ]
     );
 }

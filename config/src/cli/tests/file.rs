@@ -88,7 +88,7 @@ fn the_first_generations_core_dump_key() {
             r#"{"boot-source":{"kernel_image_path":"k"},
                 "machine-config":{"omit_vm_memory":true,"dump_guest_core":true}}"#
         ),
-        ["machine-config.omit_vm_memory: dump_guest_core says the opposite; give one of them"]
+        ["machine-config.omit_vm_memory: dump_guest_core contradicts it; give one of them"]
     );
 }
 
@@ -146,7 +146,7 @@ fn an_id_of_the_file_is_taken() {
     let e = file(MINIMAL, "-api-channel unix:s -drive id=rootfs,file=x").unwrap_err().to_string();
     assert!(
         e.ends_with(
-            "-drive id=rootfs,file=x: Input id 'rootfs' for drive repeat: each has its own"
+            "-drive id=rootfs,file=x: Input id 'rootfs' for drive repeat: ids must be unique"
         ),
         "{e}"
     );
@@ -176,7 +176,7 @@ fn problems_of_file_and_flags_come_together_with_their_places() {
             "boot-source.bootargs: unknown; did you mean 'boot_args'? allowed: kernel_image_path, \
              boot_args, initrd_fs_path",
             "machine-config.name: null; must be a string",
-            "machine-config.type: 'q35': machine type 'q35' is not built yet; use microvm",
+            "machine-config.type: 'q35': machine type 'q35' is not supported; use microvm",
             "machine-config.vcpu_count: '255': not in 1..=254",
             "machine-config.mem_size: 'true': a truth value; must be a number or a string",
             "drive[0].direct: missing",
@@ -187,7 +187,7 @@ fn problems_of_file_and_flags_come_together_with_their_places() {
              iothread, num_queues, queue_size, iops, bps, discard, format",
             "drive[2]: a number; must be an object",
             "net: an object; must be a list of objects",
-            "vsock: virtio-vsock is not built yet: leave it out",
+            "vsock: virtio-vsock is not supported: leave it out",
             "balloon.deflate_on_oom: missing",
             "balloon.deflate-on-oom: unknown; did you mean 'deflate_on_oom'? allowed: deflate_on_oom, \
              free_page_reporting",
@@ -226,8 +226,8 @@ fn vhost_is_refused_by_name() {
     assert_eq!(
         all,
         [
-            "net[0].vhost_type: vhost-net is not built yet: leave it out",
-            "net[0].vhost_fd: vhost-net is not built yet: leave it out",
+            "net[0].vhost_type: vhost-net is not supported: leave it out",
+            "net[0].vhost_fd: vhost-net is not supported: leave it out",
         ]
     );
 }

@@ -81,7 +81,7 @@ impl Output {
             return Ok(Self::Plain(file.into()));
         }
         let failed = |error: &io::Error, bytes| {
-            log_seldom!(warn, "console output: {bytes} bytes are lost: {error}");
+            log_seldom!(warn, "console output: {bytes} bytes were lost: {error}");
         };
         Ok(Self::File(Writer::spawn("output", file, start, failed)?))
     }
@@ -281,7 +281,7 @@ impl State {
 
     fn drop_bytes(&mut self, bytes: usize) {
         if self.dropped == 0 && bytes > 0 {
-            log::warn!("console output is dropped: its reader does not keep up");
+            log::warn!("console output is dropped: its reader is too slow");
         }
         self.dropped = self.dropped.saturating_add(bytes as u64);
         self.untold = self.untold.saturating_add(bytes as u64);
@@ -302,7 +302,7 @@ impl State {
         if let Output::File(writer) = output
             && !writer.finish(left())
         {
-            log::warn!("console output: its file does not take the last of it");
+            log::warn!("console output: the end could not be written to its file");
         }
     }
 

@@ -221,7 +221,7 @@ impl DiskCopy {
         if let Some(generation) = self.state.lock().generation
             && let Err(e) = generation::write(to, generation)
         {
-            log::info!("the copy of {} keeps no generation ({e})", self.disk.path.display());
+            log::info!("the copy of {} has no generation mark ({e})", self.disk.path.display());
         }
         to.sync_all()?;
         DiskMark::of(to)

@@ -452,7 +452,7 @@ impl<T> Engine<T> {
                 return;
             }
             if !self.enter(0, None) {
-                log_seldom!(error, "{}: io_uring takes no requests", self.disk.path.display());
+                log_seldom!(error, "{}: io_uring accepts no requests", self.disk.path.display());
                 return;
             }
         }
@@ -532,7 +532,7 @@ impl<T> Drop for Engine<T> {
         // The owner has waited already.
         if self.in_flight > 0 {
             // Better leak the memory than let the kernel write to memory that has been reused.
-            log_seldom!(error, "{}: requests never ended", self.disk.path.display());
+            log_seldom!(error, "{}: requests were never completed", self.disk.path.display());
             mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
         }
     }

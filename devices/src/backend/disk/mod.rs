@@ -94,9 +94,9 @@ pub enum DiskError {
     #[error("{path} is {kind}; a disk is a regular file or a block device", path = path.display())]
     NotADisk { path: PathBuf, kind: &'static str },
     #[error(
-        "{path} is a {format} image, and a disk is raw; convert it with: \
-         qemu-img convert -f {qemu_name} -O raw {path} {path}.raw; or, if it is a raw disk that only \
-         looks like one, say so with format=raw (\"driver\": \"raw\" in blockdev-add)",
+        "{path} is a {format} image, but disks must be raw; convert it with: qemu-img convert -f \
+         {qemu_name} -O raw {path} {path}.raw; or, if it is a raw disk that only looks like one, \
+         confirm with format=raw (\"driver\": \"raw\" in blockdev-add)",
         path = path.display()
     )]
     Format { path: PathBuf, format: &'static str, qemu_name: &'static str },
@@ -107,7 +107,8 @@ pub enum DiskError {
         path = path.display()
     )]
     InUse { path: PathBuf, holder: Option<u32> },
-    #[error("the file system of {path} has no O_DIRECT; use direct=off", path = path.display())]
+    #[error("the file system of {path} does not support O_DIRECT; use \
+             direct=off", path = path.display())]
     NoDirect { path: PathBuf, source: io::Error },
     #[error(
         "the host refuses io_uring (sysctl kernel.io_uring_disabled, or a seccomp filter); \
@@ -115,11 +116,11 @@ pub enum DiskError {
         path = path.display()
     )]
     NoIoUring { path: PathBuf, source: io::Error },
-    #[error("cannot find out the size of {path}", path = path.display())]
+    #[error("cannot determine the size of {path}", path = path.display())]
     Size { path: PathBuf, source: io::Error },
-    #[error("{path} was opened with readonly=on: its size stays as it is", path = path.display())]
+    #[error("{path} was opened with readonly=on: it cannot be resized", path = path.display())]
     ReadOnly { path: PathBuf },
-    #[error("cannot make {path} {bytes} bytes long", path = path.display())]
+    #[error("cannot resize {path} to {bytes} bytes", path = path.display())]
     Resize { path: PathBuf, bytes: u64, source: io::Error },
     #[error(
         "{path} cannot be resized now: its storage has not answered for a second; try again when \
@@ -128,25 +129,25 @@ pub enum DiskError {
     )]
     Stalled { path: PathBuf },
     #[error(
-        "{path} is not as it was when its machine was saved: {what} (its last change was at \
-         {written}). With memory of then and a disk of now, the guest would destroy its file \
-         system. Restore the save that was made last; or give the copy of the image that belongs to \
-         this save with -drive id=ID,file=COPY (cp --preserve=xattr keeps its mark); or, if this is \
-         the right one nevertheless, say so with --force (-incoming ...,force=on)",
+        "{path} has changed since its machine was saved: {what} (its last change was at \
+         {written}). With old memory and a newer disk, the guest would corrupt its file system. \
+         Restore the save that was made last; or give the copy of the image that belongs to this \
+         save with -drive id=ID,file=COPY (cp --preserve=xattr keeps its mark); or, if this is the \
+         right one nevertheless, confirm with --force (-incoming ...,force=on)",
         path = path.display()
     )]
     Changed { path: PathBuf, what: String, written: String },
     #[error(
-        "{path} is not as it was when its machine was saved: its first or last MiB or one of 64 blocks in \
-         between is another one. This was a spot check, as a block device has no mark: the rest may \
-         differ, too. With memory of then and a disk of now, the guest would destroy its file system. \
-         Restore the save that was made last; or give a copy of the device that belongs to this save \
-         with -drive id=ID,file=COPY; or, if this is the right one nevertheless, say so with --force \
-         (-incoming ...,force=on)",
+        "{path} has changed since its machine was saved: its first or last MiB, or one of 64 \
+         blocks in between, differs. This was a spot check, as a block device has no mark: the \
+         rest may differ, too. With old memory and a newer disk, the guest would corrupt its file \
+         system. Restore the save that was made last; or give a copy of the device that belongs to \
+         this save with -drive id=ID,file=COPY; or, if this is the right one nevertheless, confirm \
+         with --force (-incoming ...,force=on)",
         path = path.display()
     )]
     SpotCheck { path: PathBuf },
-    #[error("no descriptor is left for {path}", path = path.display())]
+    #[error("out of file descriptors for {path}", path = path.display())]
     NoDescriptor { path: PathBuf, source: io::Error },
 }
 
@@ -244,7 +245,7 @@ impl Disk {
         if !readonly && !device {
             match Generation::of(&file, observers.waker(), io_uring) {
                 Ok(of_the_image) => generation = Some(Arc::new(of_the_image)),
-                Err(e) => log::info!("{}: keeps no generation there ({e})", path.display()),
+                Err(e) => log::info!("{}: cannot store a generation mark ({e})", path.display()),
             }
         }
         let disk = Self {
@@ -382,7 +383,7 @@ impl Disk {
                 format!("it has {} bytes instead of {}", found.size, mark.size)
             }
             () if copy && mark.generation.is_none() => {
-                "it lies elsewhere, and the saved one could not be marked".to_owned()
+                "it is at another path, and the saved one could not be marked".to_owned()
             }
             () if copy && generation.is_none() => "it has no mark".to_owned(),
             () if mark.generation.is_some()
@@ -558,7 +559,12 @@ fn open_error(path: &Path, readonly: bool, source: io::Error) -> DiskError {
     match source.kind() {
         io::ErrorKind::NotFound => DiskError::Missing { path, source },
         _ => {
-            let purpose = if readonly { "reading" } else { "writing (readonly=on only reads)" };
+            let purpose = if readonly {
+                "reading"
+            } else {
+                "writing (readonly=on opens it for \
+                                                            reading)"
+            };
             DiskError::Open { path, purpose, source }
         }
     }
@@ -586,7 +592,11 @@ fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
             Err(DiskError::InUse { path: path.into(), holder: holder::of(file) })
         }
         Err(e) => {
-            log::warn!("{}: no locks there ({e}); do not share it", path.display());
+            log::warn!(
+                "{}: the file system has no locks ({e}); do not share the \
+                        image",
+                path.display()
+            );
             Ok(())
         }
     }

@@ -42,37 +42,37 @@ pub struct Tap {
 #[expect(missing_docs, reason = "shown by the message")]
 pub enum TapError {
     /// No interface of that name can exist.
-    #[error("'{0}' is no name of a network interface: 1 to 15 bytes, no '/' and no space")]
+    #[error("'{0}' is not a network interface name: 1 to 15 bytes, no '/' and no space")]
     Name(String),
     /// There is no such interface.
-    #[error("tap device '{name}' does not exist. Make it with:{}", recipe(.name, *.queues))]
+    #[error("tap device '{name}' does not exist. Create it with:{}", recipe(.name, *.queues))]
     Missing { name: String, queues: usize },
     /// Another process uses it.
     #[error(
-        "tap device '{name}' is in use by another process{}. Give each machine one of its own:{}",
+        "tap device '{name}' is in use by another process{}. Give each machine its own:{}",
         holder.map_or_else(String::new, |pid| format!(" ({pid})")),
         recipe("NAME", *.queues)
     )]
     Busy { name: String, queues: usize, holder: Option<u32> },
     /// A network interface, but not a tap device.
     #[error(
-        "network interface '{name}' is not a tap device (tun, bridge, or hardware). Make one \
-         under another name:{}",
+        "network interface '{name}' is not a tap device (tun, bridge, or hardware). Create one \
+         with another name:{}",
         recipe("NAME", *.queues)
     )]
     NotTap { name: String, queues: usize },
     /// One queue where several were asked for.
     #[error(
-        "tap device '{name}' has one queue, {queues} are asked for. Make it anew: \
-         ip link del {name} &&{}",
+        "tap device '{name}' has one queue, but {queues} are required. Recreate it: ip link del \
+         {name} &&{}",
         recipe(.name, *.queues)
     )]
     NotMultiQueue { name: String, queues: usize },
     /// This process may not use it.
     #[error(
-        "no permission to use tap device '{name}'. As root, make it over to the user who runs \
-         this: ip link del {name} && ip tuntap add dev {name} mode tap user \"$USER\" vnet_hdr && \
-         ip link set {name} up"
+        "no permission to use tap device '{name}'. As root, recreate it for the current user: ip \
+         link del {name} && ip tuntap add dev {name} mode tap user \"$USER\" vnet_hdr && ip link \
+         set {name} up"
     )]
     Permission { name: String },
     /// The tun driver is missing or not accessible.
@@ -85,7 +85,7 @@ pub enum TapError {
     #[error("descriptor {fd} of '{name}' {what}")]
     Mode { fd: RawFd, name: String, what: &'static str },
     /// No descriptor was passed.
-    #[error("no descriptor of a tap device")]
+    #[error("not a descriptor of a tap device")]
     NoDescriptor,
     /// The host refused one step of the set-up.
     #[error("tap device '{name}': cannot {what}")]
@@ -155,7 +155,7 @@ impl Tap {
                 Err(TapError::NotMultiQueue { name: owned(), queues })
             }
             Ok(Kind::Tap { .. }) => Ok(()),
-            Err(source) => Err(TapError::Host { name: owned(), what: "ask for its kind", source }),
+            Err(source) => Err(TapError::Host { name: owned(), what: "query its type", source }),
         }
     }
 
@@ -215,7 +215,7 @@ impl Tap {
             }
             let uso = libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6;
             let uso = tap.set_tun_offloads(uso).is_ok();
-            tap.set_tun_offloads(0).map_err(failed("switch offloads off"))?;
+            tap.set_tun_offloads(0).map_err(failed("disable offloads"))?;
             tap.uso = uso;
         }
         Ok(tap)

@@ -116,10 +116,10 @@ impl From<Disk> for Backend {
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// The slot has a disk already.
-    #[error("{0} has a disk already; take it out first")]
+    #[error("{0} already has a disk; unplug it first")]
     Occupied(String),
     /// The host refused something.
-    #[error("cannot put a disk into {id}")]
+    #[error("cannot plug a disk into {id}")]
     Host {
         /// The device.
         id: String,
@@ -132,7 +132,7 @@ pub enum PlugError {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SettingsError {
     /// See [`Settings::queues`].
-    #[error("{0} queues; a disk has 1 to {MAX_QUEUES}")]
+    #[error("{0} queues; a disk must have 1 to {MAX_QUEUES}")]
     Queues(u16),
     /// See [`Settings::queue_size`].
     #[error("queue size {0}; it must be a power of two from 2 to 1024")]

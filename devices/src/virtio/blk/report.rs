@@ -32,7 +32,7 @@ impl Reporter {
     /// The driver made a mistake.
     pub fn invalid(&self, stats: &BlockStats, what: &dyn Display) {
         count(&stats.invalid_operations, 1);
-        log_seldom!(warn, "{}: the guest's driver made a mistake: {what}", self.name);
+        log_seldom!(warn, "{}: error of the guest's driver: {what}", self.name);
     }
 
     /// The host could not carry out a request.

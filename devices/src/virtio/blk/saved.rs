@@ -57,14 +57,19 @@ impl Snapshot for Block {
                 // A quiesced device has nothing in flight.
                 let quiet = positions.iter().all(|p| p.next_avail == p.next_used);
                 if !same || !quiet {
-                    return Err(StateError::Invalid("disk queues that a quiet disk cannot have"));
+                    return Err(StateError::Invalid("disk queues with requests in flight"));
                 }
                 for (queue, position) in queues.iter_mut().zip(&positions) {
                     queue.ring.set_next_avail(position.next_avail);
                     queue.ring.set_next_used(position.next_used);
                 }
             }
-            _ => return Err(StateError::Invalid("disk active in one place only")),
+            _ => {
+                return Err(StateError::Invalid(
+                    "disk active only in the transport or only in the \
+                                                 device",
+                ));
+            }
         }
         self.writeback.store(state.writeback, Ordering::Relaxed);
         Ok(())

@@ -438,8 +438,7 @@ impl BlockWorker {
         if let Some(queue) = self.queues.get_mut(index)
             && !std::mem::replace(&mut queue.broken, true)
         {
-            self.reporter
-                .invalid(&self.stats, &"queue that cannot be followed; device needs a reset");
+            self.reporter.invalid(&self.stats, &"broken queue; device needs a reset");
             self.interrupt.needs_reset();
         }
     }
@@ -534,7 +533,7 @@ impl Worker for BlockWorker {
             let left = limit.map(|limit| limit.saturating_sub(begin.elapsed()));
             if left == Some(Duration::ZERO) || !storage.wait(left) {
                 let path = storage.disk().path().display();
-                log_seldom!(error, "{path}: the host does not finish requests");
+                log_seldom!(error, "{path}: the host does not complete requests");
                 return limit.is_none();
             }
         }

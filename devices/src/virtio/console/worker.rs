@@ -216,7 +216,7 @@ impl ConsoleWorker {
         if self.held_since.is_none_or(|since| since.elapsed() < STALL_LIMIT) {
             return Ok(());
         }
-        log::warn!("{}: output is dropped until its reader goes on", self.id);
+        log::warn!("{}: output is dropped until its reader continues", self.id);
         self.hold(false);
         self.stalled = true;
         self.transmit()

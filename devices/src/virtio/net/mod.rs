@@ -88,15 +88,15 @@ pub enum PlugError {
     NoHeader,
     /// The driver was offered USO by the source machine.
     #[error(
-        "the tap device takes no UDP segments (USO), which the guest was offered: that needs Linux 6.2 \
-         or later on the host"
+        "the tap device does not support UDP segmentation offload (USO), which the guest was \
+         offered: it needs Linux 6.2 or later on the host"
     )]
     NoUso,
     /// The host has no random numbers for a MAC address.
-    #[error("the host has no random numbers to make up a MAC address: give one with mac=")]
+    #[error("the host has no random numbers to generate a MAC address: give one with mac=")]
     NoAddress,
     /// The I/O thread is gone.
-    #[error("the device's I/O thread does not take it")]
+    #[error("the device's I/O thread does not accept it")]
     Thread,
 }
 

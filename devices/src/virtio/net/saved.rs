@@ -38,7 +38,7 @@ impl Snapshot for Net {
                     return Err(StateError::Invalid("other queues of a network interface"));
                 }
                 if active.queues.iter().any(|q| q.next_avail != q.next_used) {
-                    return Err(StateError::Invalid("queues that a quiet interface cannot have"));
+                    return Err(StateError::Invalid("network queues with frames in flight"));
                 }
                 let (pairs, Hex(offloads)) = (active.queue_pairs, active.offloads);
                 if !worker.accepts(pairs, offloads) {

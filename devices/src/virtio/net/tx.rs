@@ -117,7 +117,7 @@ impl Tx {
         self.frame.clear();
         let bytes = total(self.chain.readable());
         if bytes <= HEADER as u64 || !self.frame.push(self.chain.readable()) {
-            shared.drop_tx(pair, &"no frame, or one in too many pieces");
+            shared.drop_tx(pair, &"no frame, or one in too many buffers");
             return Sent::Done;
         }
         let bytes = self.frame.bytes() - HEADER;

@@ -265,7 +265,12 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         let changed = self.generation_seen != Some(self.interrupt.generation());
         self.interrupt.driver_ok(DRIVER_OK);
         if let Err(refused) = self.activate(self.thread.clone()) {
-            log_seldom!(warn, "{}: driver's set-up refused: {refused}", self.device.id());
+            log_seldom!(
+                warn,
+                "{}: the driver's configuration was rejected: \
+                               {refused}",
+                self.device.id()
+            );
             // This returns what a worker that was not started holds.
             self.device.reset();
             return self.interrupt.needs_reset();

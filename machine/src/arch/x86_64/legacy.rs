@@ -42,7 +42,7 @@ pub enum LegacyError {
     #[error("cannot connect the serial port")]
     Char(#[from] CharError),
     /// The process has no descriptors or threads left.
-    #[error("cannot make a device")]
+    #[error("cannot create a device")]
     Io(#[from] io::Error),
 }
 

@@ -41,7 +41,7 @@ const NOTIFY: u8 = 0x80;
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// More devices than the reserved area has room for.
-    #[error("they have {size} bytes, and there is room for {max}: give the machine fewer devices")]
+    #[error("they need {size} bytes, and there is room for {max}: remove some devices")]
     TooBig {
         /// Bytes of all tables.
         size: u64,

@@ -42,7 +42,8 @@ pub enum BzImageError {
     },
     /// No 64-bit entry point.
     #[error(
-        "it is a bzImage without a 64-bit entry point (boot protocol {}.{:02}): take an x86-64 kernel, Linux 3.8 or newer",
+        "it is a bzImage without a 64-bit entry point (boot protocol {}.{:02}): use an x86-64 \
+         kernel, Linux 3.8 or newer",
         version >> 8,
         version & 0xff
     )]

@@ -271,7 +271,7 @@ fn physical(segments: &[Segment], entry: u64) -> Option<u64> {
 fn read_notes(file: &Source<'_>, segment: &Segment, notes: &mut Notes) -> Result<(), KernelError> {
     if segment.file_size > NOTES_MAX {
         let what = format!(
-            "its notes have {} bytes, more than the {NOTES_MAX} that are looked at",
+            "its notes have {} bytes, more than the limit of {NOTES_MAX}",
             segment.file_size
         );
         return Err(ElfError::Damaged(what).into());

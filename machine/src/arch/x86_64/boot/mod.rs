@@ -101,7 +101,7 @@ pub enum BootError {
     #[error("cannot use the kernel command line")]
     Cmdline(#[from] CmdlineError),
     /// The ACPI tables.
-    #[error("cannot make the ACPI tables")]
+    #[error("cannot create the ACPI tables")]
     Acpi(#[from] AcpiError),
     /// The first megabyte is not all there, or the memory has too many pieces.
     #[error(
@@ -139,7 +139,7 @@ pub enum KernelError {
     BzImage(#[from] BzImageError),
     /// A part of the kernel lies outside of the RAM for it.
     #[error(
-        "{part} wants {start:#x} to {end:#x}, and the RAM for kernels is {:#x} to {:#x}: {hint}",
+        "{part} needs {start:#x} to {end:#x}, but the RAM for kernels is {:#x} to {:#x}: {hint}",
         ram.start,
         ram.end
     )]

@@ -77,7 +77,7 @@ pub fn cpuid(leaves: &[Leaf]) -> Result<CpuId, KvmError> {
     };
     let entries: Vec<_> = leaves.iter().map(entry).collect();
     CpuId::from_entries(&entries).map_err(|_| KvmError::Ioctl {
-        what: "take so many CPUID leaves",
+        what: "accept so many CPUID leaves",
         source: kvm_ioctls::Error::new(libc::E2BIG),
     })
 }

@@ -18,9 +18,9 @@ use super::state::VcpuState;
 pub enum VcpuError {
     #[error("an XSAVE area of {0} bytes; it has {XSAVE}")]
     Xsave(usize),
-    #[error("{0} extended control registers, and 16 are the most")]
+    #[error("{0} extended control registers; at most 16 are allowed")]
     Xcrs(usize),
-    #[error("a nested state of {0} bytes, and {NESTED} are the most")]
+    #[error("a nested state of {0} bytes; at most {NESTED} are allowed")]
     Nested(usize),
 }
 

@@ -106,7 +106,7 @@ impl VcpuState {
             debug: fd.get_debug_regs().map_err(refused("read a vCPU's debug registers"))?,
             lapic: fd.get_lapic().map_err(refused("read a vCPU's local APIC"))?,
             msrs: get_msrs(fd, msr_list)?,
-            tsc_khz: fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?,
+            tsc_khz: fd.get_tsc_khz().map_err(refused("report the guest's TSC frequency"))?,
             host_khz,
             nested: get_nested(fd)?,
             // Last, after all steps that may still raise an event.
@@ -120,7 +120,7 @@ impl VcpuState {
     /// # Errors
     /// When KVM refuses a part; the vCPU is then unusable until another restore.
     pub fn restore(&self, fd: &VcpuFd) -> Result<(u32, u32), KvmError> {
-        let here = fd.get_tsc_khz().map_err(refused("tell the guest's TSC frequency"))?;
+        let here = fd.get_tsc_khz().map_err(refused("report the guest's TSC frequency"))?;
         if here != self.tsc_khz {
             fd.set_tsc_khz(self.tsc_khz).map_err(|source| KvmError::TscFrequency {
                 saved: self.tsc_khz,
@@ -206,7 +206,7 @@ pub(crate) fn set_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmErro
         let msrs = entries(batch.iter().copied())?;
         let n = fd.set_msrs(&msrs).map_err(refused("set a vCPU's MSRs"))?;
         if let Some((index, value)) = batch.get(n) {
-            log::warn!("KVM does not take {value:#x} for MSR {index:#x}");
+            log::warn!("KVM does not accept {value:#x} for MSR {index:#x}");
         }
         let stopped = usize::from(n < batch.len());
         rest = rest.get(n + stopped..).ok_or_else(more_than_asked)?;
@@ -216,7 +216,7 @@ pub(crate) fn set_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmErro
 
 fn more_than_asked() -> KvmError {
     KvmError::Ioctl {
-        what: "handle the MSRs that it was asked for, and no more",
+        what: "handle exactly the MSRs that it was given",
         source: kvm_ioctls::Error::new(libc::EOVERFLOW),
     }
 }
@@ -225,7 +225,7 @@ fn entries(values: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {
     let list: Vec<_> =
         values.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
     Msrs::from_entries(&list).map_err(|_| KvmError::Ioctl {
-        what: "take so many MSRs",
+        what: "accept so many MSRs",
         source: kvm_ioctls::Error::new(libc::E2BIG),
     })
 }

@@ -101,7 +101,7 @@ pub struct KvmCpu {
 impl KvmCpu {
     fn failed(&mut self, what: &str) -> Exit {
         let rip = self.fd.get_regs().map_or(0, |r| r.rip);
-        log::error!("the guest cannot go on: {what} at rip {rip:#x}");
+        log::error!("the guest cannot continue: {what} at rip {rip:#x}");
         Exit::Stopped(Stopped::Failed)
     }
 }
@@ -163,8 +163,8 @@ impl Cpu for KvmCpu {
             Err(e) if e.errno() == libc::EAGAIN => {}
             Err(e) if e.errno() == libc::EFAULT => {
                 return self.failed(
-                    "the host cannot give a page of guest memory: the file that it is mapped from \
-                     was cut off, or its disk is full or fails (KVM_RUN: EFAULT)",
+                    "the host cannot provide a page of guest memory: the file that it is mapped \
+                     from was truncated, or its disk is full or fails (KVM_RUN: EFAULT)",
                 );
             }
             Err(e) => return self.failed(&format!("KVM_RUN: {e}")),
@@ -177,7 +177,7 @@ impl Cpu for KvmCpu {
             && guest_tsc_is_its_own()
             && let Err(e) = tsc::hold_back(&self.fd, guest_ticks(ticks, self.khz.0, self.khz.1))
         {
-            log::debug!("the guest's TSC went on during the pause: {e}");
+            log::debug!("the guest's TSC ran during the pause: {e}");
         }
         // Tells a guest that uses kvm-clock that it was paused, so that its watchdog does not
         // report a soft lock-up. For a guest without kvm-clock: EINVAL, nothing to do.

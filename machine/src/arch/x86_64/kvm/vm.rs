@@ -17,7 +17,7 @@ use crate::{
 /// KVM capabilities that this monitor requires on x86, and what for.
 pub(crate) const REQUIRED: [(Cap, &str, &str); 2] = [
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "real mode on Intel CPUs"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "choosing what the guest's CPUs announce"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "selecting the features of the guest's CPUs"),
 ];
 
 /// Features of a virtual machine's KVM.

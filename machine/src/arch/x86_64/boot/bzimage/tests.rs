@@ -113,10 +113,10 @@ fn a_bzimage_that_lies_is_refused_with_the_lie() {
     // The second byte of the jump ends the header before the required fields.
     says(&changed(0x201, &[0x10]), "without a 64-bit entry point");
     says(&bzimage()[..0x210], "truncated bzImage: the setup header");
-    says(&changed(0x258, &[0; 8]), "wants 0x0 to 0x800000");
-    says(&changed(0x258, &[0xff; 8]), "its init_size at pref_address wants 0xffffffffffffffff");
+    says(&changed(0x258, &[0; 8]), "needs 0x0 to 0x800000");
+    says(&changed(0x258, &[0xff; 8]), "its init_size at pref_address needs 0xffffffffffffffff");
     says(
         &changed(0x260, &[0xff; 4]),
-        "wants 0x1000000 to 0x100ffffff, and the RAM for kernels is 0x100000 to 0x4000000",
+        "needs 0x1000000 to 0x100ffffff, but the RAM for kernels is 0x100000 to 0x4000000",
     );
 }

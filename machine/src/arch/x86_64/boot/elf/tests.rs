@@ -275,11 +275,12 @@ fn an_elf_that_lies_is_refused_with_the_lie() {
     says(header(|h| h.offset = u64::MAX), "its segment 0 ends at byte 18446744073709551615");
     says(
         header(|h| h.phys = 0x8000),
-        "wants 0x8000 to 0xa000, and the RAM for kernels is 0x100000 to 0x4000000: link it at 1 MiB or above",
+        "needs 0x8000 to 0xa000, but the RAM for kernels is 0x100000 to 0x4000000: link it at 1 \
+         MiB or above",
     );
-    says(header(|h| h.phys = u64::MAX - 4), "wants 0xfffffffffffffffb to 0xffffffffffffffff");
+    says(header(|h| h.phys = u64::MAX - 4), "needs 0xfffffffffffffffb to 0xffffffffffffffff");
     says(header(|h| h.phys = 64 * MIB - 0x1000), "give the machine more memory (-m)");
-    says(header(|h| h.mem_size = u64::MAX), "its segment 0 wants 0x200000 to 0xffffffffffffffff");
+    says(header(|h| h.mem_size = u64::MAX), "its segment 0 needs 0x200000 to 0xffffffffffffffff");
     let overlap = [code_header(), Header { phys: LOAD_AT + 0x1fff, ..code_header() }];
     says(
         refusal(&elf_of(true, LOAD_AT, &overlap, &[], &[0; 0x1000])),

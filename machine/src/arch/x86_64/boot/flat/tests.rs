@@ -63,7 +63,7 @@ fn what_is_no_kernel_is_called_by_its_name() {
 fn a_flat_image_that_is_bigger_than_ram_is_refused() {
     let kernel = file(&[0x90; 4096]);
     let text = chain(&boot::load(&memory(16 * MIB), &config(&kernel), &PLATFORM).unwrap_err());
-    assert!(text.contains("the flat image wants 0x1000000 to 0x1001000"), "{text}");
+    assert!(text.contains("the flat image needs 0x1000000 to 0x1001000"), "{text}");
     assert!(text.contains("is 0x100000 to 0x1000000: give the machine more memory (-m)"), "{text}");
 }
 
