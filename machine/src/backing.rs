@@ -12,7 +12,7 @@ use devices::{
     virtio::{blk, net},
 };
 
-use crate::{BuildError, Callbacks, Event, Report, Told, backends, legacy};
+use crate::{BuildError, Callbacks, Event, Report, ReportToken, backends, legacy};
 
 /// Where back-ends come from.
 #[derive(Clone, Copy)]
@@ -115,10 +115,10 @@ impl Backing<'_> {
 }
 
 fn on_error(report: Report) -> blk::OnError {
-    let told = Told::default();
+    let token = ReportToken::default();
     Arc::new(move |id, error, write| {
-        let Some(told) = told.begin() else { return };
+        let Some(token) = token.begin() else { return };
         let error = io::Error::new(error.kind(), error.to_string());
-        report(Event::DiskError { id: id.into(), write, error, told });
+        report(Event::DiskError { id: id.into(), write, error, token });
     })
 }

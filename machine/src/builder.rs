@@ -126,12 +126,12 @@ pub struct Saved {
 }
 
 /// Whether the machine takes its disks and taps at once.
-struct Held(bool);
+struct BackendsHeld(bool);
 
 /// How the guest starts.
-enum Begin {
+enum Start {
     Boot,
-    GoOn(Opening, Contents, CpuFeatures, Held),
+    Resume(Opening, Contents, CpuFeatures, BackendsHeld),
 }
 
 impl Machine {
@@ -143,7 +143,7 @@ impl Machine {
         let guard = CleanupGuard::before(config);
         let occupied = Occupancy::at_start(config);
         let made_of = MadeOf { config, occupied: &occupied, places: &places::at_start(config) };
-        let built = Self::build(&made_of, Begin::Boot, callbacks)?;
+        let built = Self::build(&made_of, Start::Boot, callbacks)?;
         guard.keep();
         Ok(built)
     }
@@ -155,8 +155,8 @@ impl Machine {
     pub fn restored(saved: Saved, callbacks: Callbacks) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
         let seen = CpuFeatures::try_from(&state.cpu)?;
-        let begin = Begin::GoOn(saved.opening, saved.memory, seen, Held(saved.held));
-        let mut machine = Self::build(&MadeOf::from(description), begin, callbacks)?;
+        let start = Start::Resume(saved.opening, saved.memory, seen, BackendsHeld(saved.held));
+        let mut machine = Self::build(&MadeOf::from(description), start, callbacks)?;
         machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
         // Before the guest runs, and after the interrupt controllers have their state.
@@ -164,14 +164,14 @@ impl Machine {
         Ok(machine)
     }
 
-    fn build(made_of: &MadeOf<'_>, begin: Begin, callbacks: Callbacks) -> Result<Self, BuildError> {
+    fn build(made_of: &MadeOf<'_>, start: Start, callbacks: Callbacks) -> Result<Self, BuildError> {
         let MadeOf { config, occupied, places } = *made_of;
         SlotCounts::try_from(Wanted::of(config, occupied))?;
         let cpu_ids = topology::apic_ids(&config.topology, config.cpus)?;
 
-        let small = matches!(begin, Begin::Boot) && is_small(config);
-        let (kvm, fd, contents, seen, Held(held)) = match begin {
-            Begin::Boot => {
+        let small = matches!(start, Start::Boot) && is_small(config);
+        let (kvm, fd, contents, seen, BackendsHeld(held)) = match start {
+            Start::Boot => {
                 let kvm = kvm::open()?;
                 check_count(&kvm, config.cpus.get())?;
                 let memory = match small {
@@ -179,9 +179,9 @@ impl Machine {
                     false => memory::allocate(&config.memory)?,
                 };
                 let fd = kvm::create_vm(&kvm)?;
-                (kvm, fd, memory.into(), None, Held(true))
+                (kvm, fd, memory.into(), None, BackendsHeld(true))
             }
-            Begin::GoOn(opening, memory, seen, held) => {
+            Start::Resume(opening, memory, seen, held) => {
                 let opened = opening.finish().map_err(BuildError::Thread)??;
                 let Opened { kvm, vm, supported } = opened;
                 check_count(&kvm, config.cpus.get())?;

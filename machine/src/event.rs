@@ -19,7 +19,7 @@ pub enum Event {
     Escape,
     /// The guest has changed the size of its balloon. Drop the value once that has been handled: no
     /// other change is reported until then.
-    BalloonChanged(Told),
+    BalloonChanged(ReportToken),
     /// A disk could not carry out a request of the guest.
     DiskError {
         /// The disk's id.
@@ -30,22 +30,22 @@ pub enum Event {
         error: std::io::Error,
         /// Drop it once the event has been handled: the disk reports no other until then, so a
         /// guest on a failing disk cannot fill the event queue.
-        told: Told,
+        token: ReportToken,
     },
 }
 
 /// Whether an event of one source is pending; only one may be.
 #[derive(Debug, Default)]
-pub struct Told(Arc<AtomicBool>);
+pub struct ReportToken(Arc<AtomicBool>);
 
-impl Told {
+impl ReportToken {
     /// The right to report an event, if none is pending.
     pub(crate) fn begin(&self) -> Option<Self> {
         (!self.0.swap(true, Ordering::AcqRel)).then(|| Self(self.0.clone()))
     }
 }
 
-impl Drop for Told {
+impl Drop for ReportToken {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }

@@ -133,8 +133,8 @@ impl Handle {
             && !desk.ended
         {
             desk.last += 1;
-            desk.hold = Hold::Asked(desk.last);
-            self.tell(Order::Hold(desk.last, limit));
+            desk.hold = Hold::Requested(desk.last);
+            self.send(Order::Hold(desk.last, limit));
         }
     }
 
@@ -144,13 +144,13 @@ impl Handle {
     /// When the thread has ended and so never will be held.
     pub fn is_held(&self, deadline: Instant) -> Result<bool, Ended> {
         let mut desk = self.counter.desk.lock();
-        while let Hold::Asked(_) = desk.hold
+        while let Hold::Requested(_) = desk.hold
             && !self.counter.changed.wait_until(&mut desk, deadline).timed_out()
         {}
         match desk.hold {
             Hold::Held(_) => Ok(true),
             _ if desk.ended => Err(Ended),
-            Hold::No | Hold::Asked(_) => Ok(false),
+            Hold::No | Hold::Requested(_) => Ok(false),
         }
     }
 
@@ -162,7 +162,7 @@ impl Handle {
         if let Hold::Held(residents) = std::mem::take(&mut desk.hold)
             && !residents.is_empty()
         {
-            self.tell(Order::Adopt(residents));
+            self.send(Order::Adopt(residents));
         }
         self.counter.changed.notify_all();
     }
@@ -171,7 +171,7 @@ impl Handle {
     /// must not call this while it waits for a thread that it has asked to hold.
     fn settled(&self) -> MutexGuard<'_, Desk> {
         let mut desk = self.counter.desk.lock();
-        while let Hold::Asked(_) = desk.hold {
+        while let Hold::Requested(_) = desk.hold {
             self.counter.changed.wait(&mut desk);
         }
         desk
@@ -180,8 +180,8 @@ impl Handle {
     fn put(&self, desk: &mut Desk, key: usize, resident: Resident) {
         match &mut desk.hold {
             Hold::Held(residents) => drop(residents.insert(key, resident)),
-            Hold::No | Hold::Asked(_) => {
-                self.tell(Order::Adopt(BTreeMap::from([(key, resident)])));
+            Hold::No | Hold::Requested(_) => {
+                self.send(Order::Adopt(BTreeMap::from([(key, resident)])));
             }
         }
     }
@@ -193,13 +193,13 @@ impl Handle {
                 return residents.remove(&key);
             }
             let (reply, answer) = channel();
-            self.tell(Order::Release(key, reply));
+            self.send(Order::Release(key, reply));
             answer
         };
         answer.recv().ok().flatten()
     }
 
-    fn tell(&self, order: Order) {
+    fn send(&self, order: Order) {
         // If the thread has ended, the caller sees that by the missing answer.
         let _ = self.orders.send(order);
         if let Err(e) = self.waker.wake() {
@@ -286,7 +286,7 @@ enum Hold {
     #[default]
     No,
     /// The hold of this number is pending.
-    Asked(u64),
+    Requested(u64),
     /// The thread is paused. Holds the workers that have not been taken away.
     Held(Residents),
 }
@@ -297,7 +297,7 @@ pub struct Ended;
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.tell(Order::Exit);
+        self.send(Order::Exit);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -323,7 +323,7 @@ impl Drop for Loop {
     fn drop(&mut self) {
         let mut desk = self.counter.desk.lock();
         desk.ended = true;
-        if let Hold::Asked(_) = desk.hold {
+        if let Hold::Requested(_) = desk.hold {
             desk.hold = Hold::No;
         }
         self.counter.changed.notify_all();
@@ -365,16 +365,17 @@ impl Loop {
     }
 
     fn hold(&mut self, number: u64, limit: Duration) {
-        let is_asked = |desk: &Desk| matches!(desk.hold, Hold::Asked(asked) if asked == number);
+        let is_requested =
+            |desk: &Desk| matches!(desk.hold, Hold::Requested(requested) if requested == number);
         // The hold may have been withdrawn while the thread waited for storage.
-        if !is_asked(&self.counter.desk.lock()) {
+        if !is_requested(&self.counter.desk.lock()) {
             return;
         }
         let deadline = Instant::now() + limit;
         let left = || deadline.saturating_duration_since(Instant::now());
         let quiet = self.workers.values_mut().all(|r| r.worker.quiesce(Some(left())));
         let mut desk = self.counter.desk.lock();
-        if is_asked(&desk) {
+        if is_requested(&desk) {
             desk.hold = match quiet {
                 true => Hold::Held(std::mem::take(&mut self.workers)),
                 false => Hold::No,

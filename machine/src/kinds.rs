@@ -15,7 +15,7 @@ use devices::{
 
 use vm_memory::GuestAddress;
 
-use crate::{BuildError, Event, Told, backing::Backing, legacy::Outside};
+use crate::{BuildError, Event, ReportToken, backing::Backing, legacy::Outside};
 
 /// A device, and what the machine keeps for it.
 pub(crate) struct Built {
@@ -74,10 +74,10 @@ impl Backing<'_> {
         };
         let on_change: balloon::OnChange = match self {
             Self::Host { callbacks, .. } => {
-                let (report, told) = (callbacks.report.clone(), Told::default());
+                let (report, token) = (callbacks.report.clone(), ReportToken::default());
                 Box::new(move || {
-                    if let Some(told) = told.begin() {
-                        report(Event::BalloonChanged(told));
+                    if let Some(token) = token.begin() {
+                        report(Event::BalloonChanged(token));
                     }
                 })
             }

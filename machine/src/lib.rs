@@ -36,7 +36,7 @@ pub use devices::{
 };
 pub use dirty::DirtyError;
 pub use dry_restore::{Restorable, dry_restore};
-pub use event::{Callbacks, Event, Report, Told};
+pub use event::{Callbacks, Event, Report, ReportToken};
 pub use fits::{check_cpu, check_taps};
 pub use generation::GenerationId;
 pub use machine::{Machine, RunError};

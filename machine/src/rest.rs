@@ -35,24 +35,24 @@ const POLL_INTERVAL: Duration = Duration::from_millis(1);
 #[derive(Default)]
 pub(crate) struct Rest {
     /// All of it is at rest.
-    whole: bool,
+    at_rest: bool,
     /// It is coming to rest: the vCPUs that were asked to park and have not yet.
     attempt: Option<Vec<(usize, Answer<()>)>>,
     /// An operation has timed out, and is to be tried again or given up.
-    trying: bool,
+    pending: bool,
     /// How many tries have timed out.
-    vain_tries: u64,
+    rest_timeouts: u64,
 }
 
 impl Rest {
     /// The machine starts to do something again.
     pub(crate) fn ends(&mut self) {
-        (self.whole, self.attempt, self.trying) = (false, None, false);
+        (self.at_rest, self.attempt, self.pending) = (false, None, false);
     }
 
     /// Deadline of this try.
     fn deadline(&self) -> Instant {
-        Instant::now() + if self.trying { Duration::ZERO } else { AT_ONCE }
+        Instant::now() + if self.pending { Duration::ZERO } else { AT_ONCE }
     }
 }
 
@@ -66,23 +66,23 @@ enum Step {
 impl Machine {
     /// How many tries of operations have timed out so far. An operation that fails and increases
     /// this number has changed nothing yet: it is to be tried again, or given up.
-    pub fn vain_tries(&self) -> u64 {
-        self.rest.vain_tries
+    pub fn rest_timeouts(&self) -> u64 {
+        self.rest.rest_timeouts
     }
 
     /// Whether an operation has timed out and is pending.
     pub fn is_trying(&self) -> bool {
-        self.rest.trying
+        self.rest.pending
     }
 
     /// Pause it: every vCPU has left KVM, then every device worker is quiet and has no request in
     /// flight. Pausing it twice changes nothing.
     ///
     /// # Errors
-    /// When it is not at rest yet: see [`Machine::vain_tries`]. When a thread has ended or KVM does
+    /// When it is not at rest yet: see [`Machine::rest_timeouts`]. When a thread has ended or KVM does
     /// not report the clock; a machine that was running runs on.
     pub fn pause(&mut self) -> Result<(), RunError> {
-        if self.rest.whole {
+        if self.rest.at_rest {
             return Ok(());
         }
         let deadline = self.rest.deadline();
@@ -96,10 +96,10 @@ impl Machine {
                 self.each_device(|d| d.pause());
                 self.running = false;
                 self.rest.ends();
-                self.rest.whole = true;
+                self.rest.at_rest = true;
                 Ok(())
             }
-            Ok(Step::Waits(thread)) => Err(self.not_yet(thread)),
+            Ok(Step::Waits(thread)) => Err(self.not_at_rest(thread)),
             Err(e) => {
                 self.give_up();
                 Err(e)
@@ -137,11 +137,11 @@ impl Machine {
 
     /// Give up the pending operation: a machine that was running runs on.
     pub fn give_up(&mut self) {
-        if self.rest.whole {
+        if self.rest.at_rest {
             return;
         }
         let attempt = self.rest.attempt.take();
-        self.rest.trying = false;
+        self.rest.pending = false;
         self.io_threads.iter().for_each(|(_, thread)| thread.go());
         if attempt.is_some() && self.running {
             let ticks = self.restart_clocks().unwrap_or_else(|e| {
@@ -160,7 +160,7 @@ impl Machine {
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match self.pause() {
-                Err(_) if self.rest.trying && Instant::now() < deadline => {
+                Err(_) if self.rest.pending && Instant::now() < deadline => {
                     std::thread::sleep(POLL_INTERVAL)
                 }
                 other => return other,
@@ -173,7 +173,7 @@ impl Machine {
     ///
     /// # Errors
     /// When the device or its thread is busy: nothing has changed then. It can be tried again, see
-    /// [`Machine::vain_tries`].
+    /// [`Machine::rest_timeouts`].
     pub(crate) fn change<D: VirtioDevice, R>(
         &mut self,
         index: usize,
@@ -198,35 +198,35 @@ impl Machine {
             }
         }
         let Some(changed) = changed else {
-            return Err(self.not_yet(format!("the device in slot {index}")));
+            return Err(self.not_at_rest(format!("the device in slot {index}")));
         };
-        self.rest.trying = false;
+        self.rest.pending = false;
         Ok(changed)
     }
 
     /// The error for an operation that has to be tried again, because of disks with requests in
     /// flight, or otherwise because of `thread`.
-    fn not_yet(&mut self, thread: String) -> RunError {
-        self.rest.trying = true;
-        self.rest.vain_tries = self.rest.vain_tries.saturating_add(1);
+    fn not_at_rest(&mut self, thread: String) -> RunError {
+        self.rest.pending = true;
+        self.rest.rest_timeouts = self.rest.rest_timeouts.saturating_add(1);
         let busy: Vec<&str> = self.backends.busy_disks().collect();
         if busy.is_empty() { RunError::Restless(thread) } else { RunError::Hung(busy.join(", ")) }
     }
 
     /// Stop it for good: whatever its disks do, the guest does not run any more. False when some of
-    /// its threads still wait for storage after `patience`; then only [`Machine::leave`] can be
+    /// its threads still wait for storage after `limit`; then only [`Machine::leave`] can be
     /// called.
-    pub fn stop_for_good(&mut self, patience: Duration) -> bool {
-        if self.rest.whole {
+    pub fn stop_for_good(&mut self, limit: Duration) -> bool {
+        if self.rest.at_rest {
             return true;
         }
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + limit;
         self.rest.attempt = None;
         let answers: Vec<_> = self.vcpus.iter().map(vcpu::Handle::park).collect();
         // A vCPU that does not answer waits for a device and is not in the guest.
         let left = || deadline.saturating_duration_since(Instant::now());
         let parked = answers.iter().filter(|answer| answer.wait_for(left()).is_ok()).count();
-        self.io_threads.iter().for_each(|(_, thread)| thread.hold(patience));
+        self.io_threads.iter().for_each(|(_, thread)| thread.hold(limit));
         let held = self.io_threads.iter().filter(|(_, t)| t.is_held(deadline) == Ok(true)).count();
         let quiet = parked == answers.len() && held == self.io_threads.len();
         if quiet {

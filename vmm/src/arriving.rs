@@ -29,13 +29,13 @@ pub struct Arriving {
     paused: bool,
     /// Requests that need the machine wait for it.
     patient: bool,
-    held: Vec<Held>,
+    waiting: Vec<WaitingRequest>,
     status: MigrationStatus,
     over: Option<Over>,
 }
 
 /// A request that waits for the machine.
-pub struct Held {
+pub struct WaitingRequest {
     /// The request.
     pub request: Request,
     /// For its reply.
@@ -59,15 +59,15 @@ pub struct Handed {
     /// The machine is to stay stopped.
     pub paused: bool,
     /// Requests of clients that have waited for the machine.
-    pub held: Vec<Held>,
+    pub waiting: Vec<WaitingRequest>,
 }
 
 impl Arriving {
     /// A monitor that waits for `arrival`. The machine is `paused` afterwards unless clients say
     /// otherwise; if `patient`, requests that need the machine wait for it.
     pub fn new(servers: Servers, arrival: Arrival, paused: bool, patient: bool) -> Self {
-        let (held, status, over) = (Vec::new(), MigrationStatus::Setup, None);
-        Self { servers, arrival, paused, patient, held, status, over }
+        let (waiting, status, over) = (Vec::new(), MigrationStatus::Setup, None);
+        Self { servers, arrival, paused, patient, waiting, status, over }
     }
 
     /// Commands that are served meanwhile; all others are known, and refused.
@@ -87,15 +87,15 @@ impl Arriving {
         self.patient && table.when(&request.execute) == Some(false)
     }
 
-    pub(crate) fn hold(&mut self, held: Held) {
-        self.held.push(held);
+    pub(crate) fn hold(&mut self, waiting: WaitingRequest) {
+        self.waiting.push(waiting);
     }
 
     /// Handle what the incoming thread has reported.
     pub(crate) fn follow(&mut self) {
         while let Some(step) = self.arrival.step() {
             match step {
-                ArrivalStep::Described => self.tell(MigrationStatus::Active),
+                ArrivalStep::Described => self.set_status(MigrationStatus::Active),
                 ArrivalStep::Done(Ok(arrived)) => self.end(Over::Arrived(arrived)),
                 ArrivalStep::Done(Err(e)) => self.end(Over::Failed(e)),
             }
@@ -123,15 +123,15 @@ impl Arriving {
 
     /// What the monitor keeps after `over`.
     pub(crate) fn finish(mut self, over: &Over) -> Handed {
-        self.tell(match over {
+        self.set_status(match over {
             Over::Arrived(_) => MigrationStatus::Completed,
             Over::Failed(_) | Over::Ended(_) => MigrationStatus::Failed,
         });
         self.arrival.finish();
-        Handed { servers: self.servers, paused: self.paused, held: self.held }
+        Handed { servers: self.servers, paused: self.paused, waiting: self.waiting }
     }
 
-    fn tell(&mut self, status: MigrationStatus) {
+    fn set_status(&mut self, status: MigrationStatus) {
         self.status = status;
         self.servers.broadcast(&Event::Migration { status });
     }

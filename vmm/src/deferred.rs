@@ -80,7 +80,7 @@ pub(crate) struct Deferrals {
     waiting: VecDeque<Pending>,
     reload: Option<Reload>,
     /// How often a kernel was asked for in vain so far.
-    vain_reads: u64,
+    read_timeouts: u64,
 }
 
 /// A kernel that is read again for a reset.
@@ -106,9 +106,9 @@ impl Vmm {
         self.deferrals.deferred.is_some()
     }
 
-    /// As [`machine::Machine::vain_tries`], counting everything that an operation may wait for.
-    pub(crate) fn vain_tries(&self) -> u64 {
-        self.machine.vain_tries().saturating_add(self.deferrals.vain_reads)
+    /// As [`machine::Machine::rest_timeouts`], counting everything that an operation may wait for.
+    pub(crate) fn rest_timeouts(&self) -> u64 {
+        self.machine.rest_timeouts().saturating_add(self.deferrals.read_timeouts)
     }
 
     /// Whether an operation was tried in vain and has since been neither done nor given up.
@@ -146,12 +146,12 @@ impl Vmm {
     }
 
     fn carry_out(&mut self, table: &Table<Self>, pending: Pending) {
-        let before = self.vain_tries();
+        let before = self.rest_timeouts();
         self.in_one_piece(|vmm| {
             let result = table.dispatch(vmm, pending.request.clone(), &pending.ticket);
             match result {
                 Some(Err(e))
-                    if vmm.vain_tries() > before
+                    if vmm.rest_timeouts() > before
                         && !vmm.is_deferring()
                         && Instant::now() < vmm.tried_until(pending.until) =>
                 {
@@ -230,7 +230,7 @@ impl Vmm {
         if action == Action::End {
             return self.end(Ending { guest, reason, status });
         }
-        let before = self.vain_tries();
+        let before = self.rest_timeouts();
         // Real hardware would execute nothing any more.
         let rests = self.machine.pause().map_err(Refused::from);
         let done = rests.and_then(|()| match action {
@@ -242,16 +242,16 @@ impl Vmm {
                 // QEMU's order with `-action shutdown=pause`. The other two have an event of their
                 // own, or none.
                 if why == Halt::Shutdown {
-                    self.tell(&Event::Shutdown { guest, reason });
+                    self.broadcast(&Event::Shutdown { guest, reason });
                 }
                 if let Err(e) = self.apply(lifecycle::Event::Halt(why)) {
                     self.cannot_be_kept(&e);
                 }
             }
-            (Ok(()), Action::Reset) => self.tell(&Event::Reset { guest, reason }),
+            (Ok(()), Action::Reset) => self.broadcast(&Event::Reset { guest, reason }),
             (Ok(()), Action::End) => {}
             (Err(e), _)
-                if self.vain_tries() > before && Instant::now() < self.tried_until(until) =>
+                if self.rest_timeouts() > before && Instant::now() < self.tried_until(until) =>
             {
                 let halting = Halting { until: self.tried_until(until), ..halting };
                 self.defer(Operation::Halt(halting), Error::generic(&e).to_string());
@@ -268,7 +268,7 @@ impl Vmm {
     /// The kernel for a reset, which the thread `kernel` reads, as storage may make it wait.
     ///
     /// # Errors
-    /// When it cannot be loaded, or has not been read yet: see [`Vmm::vain_tries`].
+    /// When it cannot be loaded, or has not been read yet: see [`Vmm::rest_timeouts`].
     pub(crate) fn reload(&mut self) -> Result<Box<Reloaded>, Refused> {
         let mut reading = match self.deferrals.reload.take() {
             Some(Reload::Read(kernel)) => return Ok(kernel),
@@ -283,8 +283,8 @@ impl Vmm {
             }
         };
         // Most often the kernel is in the host's page cache.
-        let patience = if reading.waited_for { Duration::ZERO } else { machine::AT_ONCE };
-        match reading.inbox.recv_timeout(patience) {
+        let limit = if reading.waited_for { Duration::ZERO } else { machine::AT_ONCE };
+        match reading.inbox.recv_timeout(limit) {
             Ok(read) => Ok(Box::new(read?)),
             Err(why) => {
                 let calls = reading.calls.load(Ordering::Relaxed);
@@ -297,7 +297,7 @@ impl Vmm {
                 }
                 reading.waited_for = true;
                 self.deferrals.reload = Some(Reload::Reading(reading));
-                self.deferrals.vain_reads = self.deferrals.vain_reads.saturating_add(1);
+                self.deferrals.read_timeouts = self.deferrals.read_timeouts.saturating_add(1);
                 let boot = &self.machine.config().boot;
                 let initrd = boot.initrd.iter().map(|path| format!(" or {}", path.display()));
                 let files = boot.kernel.display().to_string() + &initrd.collect::<String>();

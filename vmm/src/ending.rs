@@ -74,8 +74,8 @@ impl Vmm {
             return true;
         }
         let abandoned = self.abandons_save();
-        let before = self.vain_tries();
-        let rests = self.machine.pause().is_ok() || self.vain_tries() == before;
+        let before = self.rest_timeouts();
+        let rests = self.machine.pause().is_ok() || self.rest_timeouts() == before;
         abandoned && rests || self.ends_since().elapsed() >= bounds::REST
     }
 
@@ -90,7 +90,7 @@ impl Vmm {
             log::error!("ended with the guest running: {e}");
         }
         let quiet = !self.is_stuck();
-        self.tell(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
+        self.broadcast(&Event::Shutdown { guest: ending.guest, reason: ending.reason });
         let names = std::mem::take(&mut self.servers).shutdown(DELIVERY);
         terminal::put_back();
         let (leave, leave_disks) = (self.machine.leave(quiet), self.machine.leave_idle_disks());

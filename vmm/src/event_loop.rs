@@ -14,7 +14,7 @@ use qmp::{schema::ShutdownCause, server::Servers};
 use signal_hook_mio::v1_0::Signals;
 
 use crate::{
-    arriving::{Arriving, Handed, Held, Over},
+    arriving::{Arriving, Handed, Over, WaitingRequest},
     commands, signals,
     vmm::{Ending, Vmm},
 };
@@ -89,7 +89,7 @@ impl EventLoop {
                 && let Some((request, ticket)) = arriving.servers.next_request()
             {
                 if arriving.holds(&table, &request) {
-                    arriving.hold(Held { request, ticket });
+                    arriving.hold(WaitingRequest { request, ticket });
                     continue;
                 }
                 if let Some(result) = table.dispatch(&mut arriving, request, &ticket) {
@@ -122,9 +122,9 @@ impl EventLoop {
     }
 
     /// Answer the requests that came before there was a machine.
-    pub fn answer(&mut self, vmm: &mut Vmm, held: Vec<Held>) {
+    pub fn answer(&mut self, vmm: &mut Vmm, waiting: Vec<WaitingRequest>) {
         let table = commands::table();
-        for Held { request, ticket } in held {
+        for WaitingRequest { request, ticket } in waiting {
             vmm.serve(&table, request, ticket);
         }
     }

@@ -8,6 +8,6 @@ use machine::BuildError;
 /// What keeps the machine that `config` describes from being built, each error with the place in
 /// the configuration that asked for it.
 pub fn explain(places: &Places, errors: Vec<BuildError>, config: &MachineConfig) -> Problems {
-    let told = |error: BuildError| (error.part(), format!("{:#}", anyhow::Error::from(error)));
-    places.explain(errors.into_iter().map(told), config)
+    let described = |error: BuildError| (error.part(), format!("{:#}", anyhow::Error::from(error)));
+    places.explain(errors.into_iter().map(described), config)
 }

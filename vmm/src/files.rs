@@ -114,7 +114,7 @@ struct Entry {
 }
 
 impl Entry {
-    fn patience(&self) -> Duration {
+    fn limit(&self) -> Duration {
         match self.job.overdue {
             Overdue::AnswerWithout(_) => bounds::FILE_QUESTION,
             Overdue::Fail | Overdue::AnswerDone(_) => bounds::FILE,
@@ -222,13 +222,12 @@ impl Files {
         let fails = |entry: &&Entry| matches!(entry.job.overdue, Overdue::Fail);
         let running = self.running.iter().map(|running| &running.entry).filter(|e| !fails(e));
         let waiting = running.chain(&self.queue).filter(|entry| entry.asked.is_some());
-        waiting.map(|e| e.patience().saturating_sub(e.since.elapsed())).min()
+        waiting.map(|e| e.limit().saturating_sub(e.since.elapsed())).min()
     }
 
     /// A job that has waited too long, and how to answer it.
     fn take_overdue(&mut self) -> Option<(Ticket, Finish)> {
-        let late =
-            |entry: &Entry| entry.asked.is_some() && entry.since.elapsed() >= entry.patience();
+        let late = |entry: &Entry| entry.asked.is_some() && entry.since.elapsed() >= entry.limit();
         let running = self.running.as_mut()?;
         let (busy, seconds) = (&running.entry.job.what, running.begun.elapsed().as_secs());
         let why = format!(

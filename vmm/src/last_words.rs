@@ -31,8 +31,8 @@ pub(crate) fn say(line: &[u8]) {
     terminal::put_back();
     // Not through `Stderr`, which has a lock; and a reader that has stopped reading must not block
     // us.
-    let told = LOG.get().is_some_and(|log| log.is_stderr);
-    if !told && logging::writable() {
+    let to_stderr = LOG.get().is_some_and(|log| log.is_stderr);
+    if !to_stderr && logging::writable() {
         let _ = rustix::io::write(rustix::stdio::stderr(), line);
     }
 }

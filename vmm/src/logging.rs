@@ -176,13 +176,13 @@ pub fn start(file: Option<&Path>, start: &ThreadStart) -> io::Result<()> {
     Ok(())
 }
 
-/// End logging: wait for at most `patience` until what has been logged is in the file. Nothing is
+/// End logging: wait for at most `limit` until what has been logged is in the file. Nothing is
 /// logged afterwards.
-pub fn finish(patience: Duration) {
+pub fn finish(limit: Duration) {
     if let Some(log) = LOG.get()
         && let To::File(writer) = std::mem::replace(&mut log.lock().to, To::Nothing)
     {
-        writer.finish(patience);
+        writer.finish(limit);
     }
 }
 

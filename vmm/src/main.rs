@@ -104,7 +104,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     log::info!(target: "VmConfig", "{}", what(invocation));
     // Dropped after the machine: only then its source is told to take it back.
     let mut answer = Voice::silent();
-    let (machine, halted, servers, held, paused) = match &invocation.incoming {
+    let (machine, halted, servers, waiting, paused) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
             let start = confinement.thread_start();
@@ -128,12 +128,12 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let arriving = Arriving::new(bind(&events)?, arrival, invocation.paused, patient);
             let waited = events.wait_for_machine(arriving);
             let (handed, over) = waited.context("the main loop cannot wait for events")?;
-            let Handed { servers, paused, held } = handed;
+            let Handed { servers, paused, waiting } = handed;
             match over {
                 Over::Arrived(arrived) => {
                     let Arrived { machine, halted, answer: to_the_source } = *arrived;
                     answer = to_the_source;
-                    (machine, halted, servers, held, paused)
+                    (machine, halted, servers, waiting, paused)
                 }
                 Over::Ended(ending) => {
                     last_event(servers, ending);
@@ -179,7 +179,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     if let Some(ready) = ready {
         ready.tell().context("cannot detach from the terminal")?;
     }
-    events.answer(&mut vmm, held);
+    events.answer(&mut vmm, waiting);
     own::forget_start();
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
     vmm.shut_down(ending, &end, pidfile);

@@ -162,14 +162,14 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
-        let (tell, told) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         let thread = thread::spawn(move || {
             let this = fs::read_link("/proc/thread-self").unwrap();
-            tell.send(this.file_name().unwrap().to_str().unwrap().to_owned()).unwrap();
+            sender.send(this.file_name().unwrap().to_str().unwrap().to_owned()).unwrap();
             let _ = ended.recv();
         });
-        let thread_id = told.recv().unwrap();
+        let thread_id = receiver.recv().unwrap();
         let cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
         let mut cat = cat.unwrap();
         // No process has the last id; another program is no monitor, and a thread is no process.

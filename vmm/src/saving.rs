@@ -99,7 +99,7 @@ impl Vmm {
         match self.start_save(asked) {
             Ok(save) => {
                 self.saving.save = Save::UnderWay(Box::new(save));
-                self.tell(&Event::Migration { status: MigrationStatus::Active });
+                self.broadcast(&Event::Migration { status: MigrationStatus::Active });
                 Ok(())
             }
             Err(e) => {
@@ -306,7 +306,7 @@ impl Vmm {
         let next = next.map(|next| next.asked);
         self.saving.save =
             Save::Over(Box::new(Over { status, error, downtime, job: Some(job), next }));
-        self.tell(&Event::Migration { status });
+        self.broadcast(&Event::Migration { status });
         self.reply_to(&by, reply);
     }
 

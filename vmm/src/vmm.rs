@@ -117,7 +117,7 @@ impl Vmm {
     ///
     /// # Errors
     /// When the event is not possible now, or the machine cannot follow; the state is as before. It
-    /// can be retried if the machine has merely not come to rest yet: see [`Vmm::vain_tries`].
+    /// can be retried if the machine has merely not come to rest yet: see [`Vmm::rest_timeouts`].
     pub fn apply(&mut self, event: lifecycle::Event) -> Result<(), Refused> {
         let before = self.state;
         let after = before.on(event)?;
@@ -161,10 +161,10 @@ impl Vmm {
         self.state = after;
         match (before, after) {
             (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
-                self.tell(&Event::Resume {});
+                self.broadcast(&Event::Resume {});
             }
             (State::Running, State::Paused | State::Saving | State::Halted(_)) => {
-                self.tell(&Event::Stop {});
+                self.broadcast(&Event::Stop {});
             }
             _ => {}
         }
@@ -186,7 +186,7 @@ impl Vmm {
     }
 
     /// Send an event to every client.
-    pub fn tell(&mut self, event: &Event) {
+    pub fn broadcast(&mut self, event: &Event) {
         self.servers.broadcast(event);
     }
 
@@ -252,7 +252,7 @@ impl Vmm {
                     flags: MemoryFailureFlags::default(),
                     reason,
                 };
-                self.tell(&event);
+                self.broadcast(&event);
                 self.stuck = true;
                 self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
             }
@@ -260,7 +260,9 @@ impl Vmm {
                 self.end(Ending { guest: false, reason: ShutdownCause::HostSignal, status: 0 })
             }
             M::BalloonChanged(_) => self.balloon.changed(),
-            M::DiskError { id, write, error, told: _ } => self.tell(&disk_error(id, write, &error)),
+            M::DiskError { id, write, error, token: _ } => {
+                self.broadcast(&disk_error(id, write, &error))
+            }
         }
     }
 
@@ -273,12 +275,12 @@ impl Vmm {
 
     fn guest_panicked(&mut self) {
         let action = self.actions.panic;
-        let told = match action {
+        let reaction = match action {
             Action::End => GuestPanicAction::Poweroff,
             Action::Reset => GuestPanicAction::Run,
             Action::Stay => GuestPanicAction::Pause,
         };
-        self.tell(&Event::GuestPanicked { action: told });
+        self.broadcast(&Event::GuestPanicked { action: reaction });
         let status = self.actions.panic_status;
         self.halt(Halt::GuestPanicked, true, ShutdownCause::GuestPanic, action, status);
     }

@@ -165,10 +165,10 @@ fn what_lies_beside_the_file_is_found_there_and_told() {
     std::fs::write(&path, text).unwrap();
     let invocation = run(&format!("-config {} -api-channel unix:s", path.display()));
     let said = explained(&invocation);
-    for (name, told) in [("kernel", true), ("root", true), ("initrd", false)] {
+    for (name, hinted) in [("kernel", true), ("root", true), ("initrd", false)] {
         let there = dir.path().join(name);
         let beside = format!("and the file is beside this one: {}", there.display());
         let line = said.iter().find(|line| line.contains(&format!("{name} "))).unwrap();
-        assert_eq!(line.ends_with(&beside), told, "{line}");
+        assert_eq!(line.ends_with(&beside), hinted, "{line}");
     }
 }

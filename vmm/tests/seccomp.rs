@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm::seccomp::{Confinement, Kind};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A 64-bit ELF kernel that writes `!` to the first serial port and halts.
 fn kernel() -> Vec<u8> {
@@ -79,7 +79,7 @@ impl Monitor {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let mut qmp = Client::connect(&at("qmp"), PATIENCE).unwrap();
+        let mut qmp = Client::connect(&at("qmp"), TIMEOUT).unwrap();
         qmp.execute_raw("qmp_capabilities", json!({})).unwrap();
         Self { dir, child, qmp }
     }
@@ -94,7 +94,7 @@ impl Monitor {
 
     /// Waits until the kernel has started `times` times.
     fn booted(&self, times: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while fs::read(self.path("serial")).unwrap_or_default() != b"!".repeat(times) {
             assert!(Instant::now() < deadline, "the kernel has not started {times} times");
             thread::sleep(Duration::from_millis(5));
@@ -115,7 +115,7 @@ impl Monitor {
     }
 
     fn ended(mut self) -> ExitStatus {
-        self.qmp.wait_closed(PATIENCE).unwrap();
+        self.qmp.wait_closed(TIMEOUT).unwrap();
         self.child.wait().unwrap()
     }
 }
@@ -195,7 +195,7 @@ fn a_confined_monitor_ends_by_sigterm_and_takes_its_names_away() {
     let process = rustix::process::Pid::from_child(&vm.child);
     rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
     // The directory is removed with the monitor, so the socket is checked first.
-    let gone = Instant::now() + PATIENCE;
+    let gone = Instant::now() + TIMEOUT;
     while (socket.exists() || pid.exists()) && Instant::now() < gone {
         thread::sleep(Duration::from_millis(5));
     }
@@ -338,7 +338,7 @@ fn a_forbidden_call_ends_the_process_and_is_named() {
         let line = format!("Received a bad system call, number: {number}.");
         assert!(said.contains(&line), "{crime} by {kind:?}: {said}");
         let logged = fs::read_to_string(&log).unwrap();
-        let told = logged.starts_with("before\n") && logged.contains(&line);
-        assert!(told, "{crime} by {kind:?}: {logged}");
+        let complete = logged.starts_with("before\n") && logged.contains(&line);
+        assert!(complete, "{crime} by {kind:?}: {logged}");
     }
 }

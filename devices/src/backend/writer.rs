@@ -151,9 +151,9 @@ mod tests {
 
     #[test]
     fn what_the_file_does_not_take_is_told() {
-        let (told, failures) = channel();
+        let (sender, failures) = channel();
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let failed = move |e: &io::Error, n| told.send((e.kind(), n)).unwrap();
+        let failed = move |e: &io::Error, n| sender.send((e.kind(), n)).unwrap();
         let writer = Writer::spawn("test", full, &ThreadStart::default(), failed).unwrap();
         rustix::io::write(&writer, b"lost").unwrap();
         assert_eq!(failures.recv_timeout(SOON), Ok((io::ErrorKind::StorageFull, 4)));

@@ -71,11 +71,11 @@ impl<W: Worker> VirtioWorker<W> {
     /// As [`WorkerSlot::change`].
     pub fn change<T>(&mut self, change: impl FnOnce(&mut W) -> T) -> io::Result<Option<T>> {
         let changed = self.slot.change(change);
-        self.told(changed)
+        self.or_notify(changed)
     }
 
     /// `result`; on an error the driver has been notified.
-    fn told<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
+    fn or_notify<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
         if let (Err(_), Some(interrupt)) = (&result, &self.interrupt) {
             interrupt.needs_reset();
         }
@@ -86,12 +86,12 @@ impl<W: Worker> VirtioWorker<W> {
 impl<W: Worker> WorkerControl for VirtioWorker<W> {
     fn park(&mut self) -> Result<(), Lost> {
         let parked = self.slot.park();
-        self.told(parked)
+        self.or_notify(parked)
     }
 
     fn unpark(&mut self) -> io::Result<()> {
         let unparked = self.slot.unpark();
-        self.told(unparked)
+        self.or_notify(unparked)
     }
 
     fn is_lost(&self) -> bool {

@@ -177,7 +177,7 @@ fn a_thread_that_has_ended_holds_up_nothing() {
     thread.hold(SOON);
     asked.recv_timeout(SOON).unwrap();
     thread.go();
-    thread.tell(Order::Exit);
+    thread.send(Order::Exit);
     thread.hold(SOON);
     rest.send(()).unwrap();
     assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended));

@@ -228,13 +228,13 @@ impl Method {
 
     /// Set up the units of all regions.
     fn prepare(&mut self, memory: &Memory) {
-        let (all, unit, whole) = match self {
+        let (all, unit, direct) = match self {
             Self::HugePages(_, unit, all) => (all, *unit, true),
             Self::Mapped(_, all) => (all, MAPPED_UNIT, false),
             _ => return,
         };
         if all.is_empty() {
-            all.extend(memory.iter().map(|region| Units::new(region.len(), unit, whole)));
+            all.extend(memory.iter().map(|region| Units::new(region.len(), unit, direct)));
         }
     }
 

@@ -229,8 +229,10 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
             {
                 // It may have run there: a user who knows that it no longer does says so.
                 let said = said.context("it has heard of an end that was not told")?;
-                ensure!(said.contains("outcome unknown") && said.contains("cont \
-                                                                           resumes"), "{said}");
+                ensure!(
+                    said.contains("outcome unknown") && said.contains("cont resumes"),
+                    "{said}"
+                );
                 ensure!(status(&mut qmp)? == "postmigrate");
                 let info = qmp.execute_raw("query-migrate", json!({}))?;
                 let why = info.get("error-desc").and_then(Value::as_str).unwrap_or_default();

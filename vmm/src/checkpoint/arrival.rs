@@ -226,12 +226,12 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
                     Ask::Room(description, cpu) => {
                         (self.tell)(Step::Described);
                         let room = assembly.make_room(&description, cpu.as_ref());
-                        let _ = give.send(told(room, &mut refused));
+                        let _ = give.send(for_source(room, &mut refused));
                     }
                     Ask::Machine(received, held) => {
                         let Some(opening) = opening.take() else { break };
                         let new = assembly.received(*received, opening, held);
-                        let new = told(new, &mut refused).map(|new| machine = Some(new));
+                        let new = for_source(new, &mut refused).map(|new| machine = Some(new));
                         let _ = verdict.send(new);
                     }
                 }
@@ -271,7 +271,10 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
 }
 
 /// A result in the form in which it is sent to the source; the error itself is kept here.
-fn told<V>(result: Result<V, RestoreError>, error: &mut Option<RestoreError>) -> Result<V, String> {
+fn for_source<V>(
+    result: Result<V, RestoreError>,
+    error: &mut Option<RestoreError>,
+) -> Result<V, String> {
     result.map_err(|e| {
         let text = qmp::Error::generic(&e).to_string();
         *error = Some(e);

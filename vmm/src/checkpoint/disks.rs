@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use machine::disk::{DiskCopy, Made, Step};
+use machine::disk::{CopyMethod, DiskCopy, Step};
 use state::{
     Config,
     config::{Contents, Id, KeptDisk},
@@ -94,13 +94,13 @@ impl DiskCopies {
                 progress.check()
             });
             match made.map_err(|source| failed(path, copy.disk().size(), source))? {
-                Made::Cloned(took) if took > LONG_CLONE => {
+                CopyMethod::Cloned(took) if took > LONG_CLONE => {
                     log::warn!(
                         "disk '{id}' was cloned; writes of its guest waited {took:?} for it"
                     );
                 }
-                Made::Cloned(took) => log::info!("disk '{id}' was cloned in {took:?}"),
-                Made::Copied => log::info!("disk '{id}' was copied"),
+                CopyMethod::Cloned(took) => log::info!("disk '{id}' was cloned in {took:?}"),
+                CopyMethod::Copied => log::info!("disk '{id}' was copied"),
             }
         }
         Ok(())

@@ -153,10 +153,10 @@ impl Checkpointer {
     /// When the thread has gone.
     pub fn save(&self, order: Order) -> Result<Job, SaveError> {
         let progress = Arc::new(Progress::default());
-        let (told, inbox) = channel::<Instruction>();
+        let (instructions, inbox) = channel::<Instruction>();
         let (report, steps) = channel();
         let (notify, shared) = (self.notify.clone(), progress.clone());
-        let tell = move |step| {
+        let report = move |step| {
             // The process is ending when the main thread no longer receives.
             let _ = report.send(step);
             notify();
@@ -165,10 +165,18 @@ impl Checkpointer {
         let limit = self.downtime_limit.clone();
         // Everything that the save holds is dropped before this is reported: the client may then
         // check the destination.
-        let task = move || tell(Step::Done(run(order, &limit, &shared, &inbox, &tell)));
+        let task = move || report(Step::Done(run(order, &limit, &shared, &inbox, &report)));
         self.tasks.send(Box::new(task)).map_err(|_| SaveError::Cancelled)?;
         let started = Instant::now();
-        Ok(Job { progress, steps, told: Some(told), cancel, place, started, took: None })
+        Ok(Job {
+            progress,
+            steps,
+            instructions: Some(instructions),
+            cancel,
+            place,
+            started,
+            took: None,
+        })
     }
 }
 
@@ -177,14 +185,14 @@ fn run(
     limit: &AtomicU64,
     progress: &Progress,
     inbox: &Receiver<Instruction>,
-    tell: &impl Fn(Step),
+    report: &impl Fn(Step),
 ) -> Result<Option<Saved>, SaveError> {
     let mut sink = (order.open)(progress)?;
     sink.before_capture()?;
     progress.check().map_err(|_| SaveError::Cancelled)?;
-    tell(Step::Opened);
-    let mut told = inbox.recv();
-    if let Ok(Instruction::Copy(first)) = told {
+    report(Step::Opened);
+    let mut instruction = inbox.recv();
+    if let Ok(Instruction::Copy(first)) = instruction {
         let mut ranges = match first {
             First::All(filled) => image::used(&order.memory, &filled).map_err(SaveError::Memory)?,
             First::These(ranges) => ranges,
@@ -194,7 +202,7 @@ fn run(
             let (began, copied) = (Instant::now(), staging::bytes(&ranges));
             copy(&mut *sink, &Source::Guest(&ranges), copied, progress)?;
             let took = began.elapsed();
-            tell(Step::Round);
+            report(Step::Round);
             let Ok(Instruction::Changed(changed)) = inbox.recv() else {
                 return Err(SaveError::Cancelled);
             };
@@ -210,10 +218,10 @@ fn run(
         // Without room for a copy, memory is copied while the guest is stopped.
         let room = || Staging::touched(staging::room_for(staging::bytes(&ranges))).ok();
         let staging = order.resume.then(room).flatten();
-        tell(Step::Ready(Left { ranges, staging }));
-        told = inbox.recv();
+        report(Step::Ready(Left { ranges, staging }));
+        instruction = inbox.recv();
     }
-    let Ok(Instruction::Epoch(last)) = told else { return Err(SaveError::Cancelled) };
+    let Ok(Instruction::Epoch(last)) = instruction else { return Err(SaveError::Cancelled) };
     let (config, Epoch { mut state, pages, spot_checks }) = *last;
     match pages {
         Pages::Staged(staging) => {
@@ -224,7 +232,7 @@ fn run(
         }
         Pages::InPlace(ranges) => {
             copy(&mut *sink, &Source::Guest(&ranges), staging::bytes(&ranges), progress)?;
-            tell(Step::Copied);
+            report(Step::Copied);
             spot_checks.add_to(&mut state).map_err(SaveError::SpotCheck)?;
             sink.copy_disks(progress)?;
         }
@@ -235,7 +243,7 @@ fn run(
             // From here on the save cannot be cancelled: the main thread may have released the
             // backends.
             progress.commit().map_err(|_| SaveError::Cancelled)?;
-            tell(Step::HandOver);
+            report(Step::HandOver);
             let Ok(Instruction::Go) = inbox.recv() else { return Err(SaveError::Cancelled) };
             to.go().map(|()| None)
         }
@@ -308,7 +316,7 @@ impl Rounds {
 pub struct Job {
     progress: Arc<Progress>,
     steps: Receiver<Step>,
-    told: Option<Sender<Instruction>>,
+    instructions: Option<Sender<Instruction>>,
     cancel: Option<Cancel>,
     place: String,
     started: Instant,
@@ -344,7 +352,7 @@ impl Job {
     /// Make the save end, because the main thread cannot do its part.
     pub fn give_up(&mut self) {
         self.cancel();
-        self.told = None;
+        self.instructions = None;
     }
 
     /// The next step, if it has been made.
@@ -368,28 +376,28 @@ impl Job {
 
     /// Answer [`Step::Opened`], if the guest runs meanwhile.
     pub fn copy(&self, first: First) {
-        self.tell(Instruction::Copy(first));
+        self.instruct(Instruction::Copy(first));
     }
 
     /// Answer [`Step::Round`], with what has changed since the last time.
     pub fn changed(&self, ranges: Vec<Range<u64>>) {
-        self.tell(Instruction::Changed(ranges));
+        self.instruct(Instruction::Changed(ranges));
     }
 
     /// Answer [`Step::Ready`] or [`Step::Opened`], with the state of the machine.
     pub fn epoch(&self, config: Config, epoch: Epoch) {
-        self.tell(Instruction::Epoch(Box::new((config, epoch))));
+        self.instruct(Instruction::Epoch(Box::new((config, epoch))));
     }
 
     /// Answer [`Step::HandOver`]: this machine has released disks and taps.
     pub fn go(&self) {
-        self.tell(Instruction::Go);
+        self.instruct(Instruction::Go);
     }
 
-    fn tell(&self, told: Instruction) {
+    fn instruct(&self, instruction: Instruction) {
         // A thread that has given up reports the reason in its last step.
-        if let Some(to) = &self.told {
-            let _ = to.send(told);
+        if let Some(to) = &self.instructions {
+            let _ = to.send(instruction);
         }
     }
 }

@@ -143,7 +143,7 @@ pub fn device_del(
     let disk = vmm.machine.unplug(&id).map_err(|e| plug_error(&e))?;
     let what = format!("closing '{id}'");
     let done = move |vmm: &mut Vmm| {
-        vmm.tell(&Event::DeviceDeleted { device: id.clone(), path: id });
+        vmm.broadcast(&Event::DeviceDeleted { device: id.clone(), path: id });
         Empty {}
     };
     let Some(disk) = disk else { return Ok(Some(done(vmm))) };

@@ -62,13 +62,13 @@ pub fn query_command_line_options<H>(
             Kind::Bool => CommandLineParameterType::Boolean,
         },
     };
-    let told = |option: Described| CommandLineOptionInfo {
+    let info = |option: Described| CommandLineOptionInfo {
         option: option.name.into(),
         parameters: option.keys.into_iter().map(parameter).collect(),
     };
     let all = options().into_iter();
-    let Some(name) = command.option else { return Ok(all.map(told).collect()) };
-    let found: Vec<_> = all.filter(|option| option.name == name).map(told).collect();
+    let Some(name) = command.option else { return Ok(all.map(info).collect()) };
+    let found: Vec<_> = all.filter(|option| option.name == name).map(info).collect();
     match found.is_empty() {
         true => Err(Error::text(format!("invalid option name: {name}"))),
         false => Ok(found),

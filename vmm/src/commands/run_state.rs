@@ -24,13 +24,13 @@ pub fn quit(vmm: &mut Vmm, _: Quit) -> Result<Empty, Error> {
 
 pub fn system_reset(vmm: &mut Vmm, _: SystemReset) -> Result<Empty, Error> {
     vmm.apply(lifecycle::Event::Reset)?;
-    vmm.tell(&Event::Reset { guest: false, reason: ShutdownCause::HostQmpSystemReset });
+    vmm.broadcast(&Event::Reset { guest: false, reason: ShutdownCause::HostQmpSystemReset });
     Ok(Empty {})
 }
 
 pub fn system_powerdown(vmm: &mut Vmm, _: SystemPowerdown) -> Result<Empty, Error> {
     vmm.machine.press_power_button();
-    vmm.tell(&Event::Powerdown {});
+    vmm.broadcast(&Event::Powerdown {});
     Ok(Empty {})
 }
 

@@ -33,9 +33,9 @@ impl Vmm {
             self.give_up();
             return self.saving.under_way_mut().into_iter().for_each(|save| save.job.give_up());
         }
-        let before = self.vain_tries();
+        let before = self.rest_timeouts();
         if let Err(e) = self.machine.pause() {
-            if self.vain_tries() > before && capturing.asked.elapsed() < bounds::REST {
+            if self.rest_timeouts() > before && capturing.asked.elapsed() < bounds::REST {
                 let why = Error::generic(&e).to_string();
                 return self.defer(Operation::Capture(capturing), why);
             }

@@ -43,7 +43,7 @@ struct State {
     replay: Option<Replay>,
     dropped: u64,
     /// Of those, how many have not been reported yet.
-    untold: u64,
+    unreported: u64,
     /// What to remove at the end.
     name: Option<SocketName>,
     /// The output is in the epoll: the worker flushes when it becomes writable.
@@ -260,9 +260,12 @@ impl State {
             let Some(output) = &self.output else { return bytes.len() };
             match output.write(bytes) {
                 Ok(n) => {
-                    if self.untold > 0 {
-                        let untold = std::mem::take(&mut self.untold);
-                        log_seldom!(warn, "console output resumes; {untold} bytes were dropped");
+                    if self.unreported > 0 {
+                        let unreported = std::mem::take(&mut self.unreported);
+                        log_seldom!(
+                            warn,
+                            "console output resumes; {unreported} bytes were dropped"
+                        );
                     }
                     return n;
                 }
@@ -284,7 +287,7 @@ impl State {
             log::warn!("console output is dropped: its reader is too slow");
         }
         self.dropped = self.dropped.saturating_add(bytes as u64);
-        self.untold = self.untold.saturating_add(bytes as u64);
+        self.unreported = self.unreported.saturating_add(bytes as u64);
     }
 
     /// Waits for a file only: any other output has a reader, which may never read.

@@ -1,7 +1,7 @@
 //! A point-in-time copy of a disk, made while its guest keeps writing.
 //!
 //! ```text
-//!   Idle --begin--> Held -------------------cloned------------------> Over
+//!   Idle --begin--> Delaying ---------------cloned------------------> Over
 //!                    |  every change waits                             ^
 //!                    +-> Copying ---------------copied-----------------+
 //!                        a change waits until what it replaces has been copied
@@ -55,14 +55,14 @@ struct State {
 enum Phase {
     #[default]
     Idle,
-    Held,
+    Delaying,
     Copying(Clusters),
     Over,
 }
 
 /// How a copy was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Made {
+pub enum CopyMethod {
     /// It shares the blocks of the image. Changes waited for this long.
     Cloned(Duration),
     /// By reading the image.
@@ -105,7 +105,7 @@ impl DiskCopy {
         let generation = self.disk.mark().and_then(|mark| mark.generation);
         let mut state = self.state.lock();
         if let Phase::Idle = state.phase {
-            (state.phase, state.generation) = (Phase::Held, generation);
+            (state.phase, state.generation) = (Phase::Delaying, generation);
             drop(state);
             self.disk.observe(self.clone());
         }
@@ -122,7 +122,7 @@ impl DiskCopy {
         &self,
         to: &File,
         progress: impl FnMut(Step) -> io::Result<()>,
-    ) -> io::Result<Made> {
+    ) -> io::Result<CopyMethod> {
         let made = self.make_while_held(to, progress);
         self.abandon();
         made
@@ -132,7 +132,7 @@ impl DiskCopy {
         &self,
         to: &File,
         mut progress: impl FnMut(Step) -> io::Result<()>,
-    ) -> io::Result<Made> {
+    ) -> io::Result<CopyMethod> {
         let begin = Instant::now();
         let size = self.disk.bytes_of_image()?;
         // Most file systems refuse it, and so does any pair of different ones: then the image is
@@ -144,20 +144,22 @@ impl DiskCopy {
         };
         {
             let mut state = self.state.lock();
-            let Phase::Held = state.phase else { return Err(io::ErrorKind::Interrupted.into()) };
+            let Phase::Delaying = state.phase else {
+                return Err(io::ErrorKind::Interrupted.into());
+            };
             (state.phase, state.waiting) = (next, None);
         }
         self.waker.wake();
         if cloned.is_ok() {
             progress(Step { done: size, written: 0 })?;
-            return Ok(Made::Cloned(begin.elapsed()));
+            return Ok(CopyMethod::Cloned(begin.elapsed()));
         }
         to.set_len(size)?;
         let mut buffer = vec![0; (PIECE * CLUSTER) as usize];
         loop {
             let Next { range, hole } = match self.next()? {
                 Some(next) => next,
-                None => return Ok(Made::Copied),
+                None => return Ok(CopyMethod::Copied),
             };
             let length = range.end - range.start;
             let (done, written) = if hole {
@@ -234,7 +236,7 @@ impl Observer for DiskCopy {
         let State { phase, waiting, .. } = &mut *state;
         let waits = match phase {
             Phase::Idle | Phase::Over => return Ok(Verdict::Retire),
-            Phase::Held => true,
+            Phase::Delaying => true,
             Phase::Copying(clusters) => clusters.want(&change.range),
         };
         if !waits {

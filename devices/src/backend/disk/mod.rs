@@ -34,7 +34,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use state::mark;
 
 pub use self::{
-    copy::{DiskCopy, Made, Step, data_after},
+    copy::{CopyMethod, DiskCopy, Step, data_after},
     engine::Op,
     generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},

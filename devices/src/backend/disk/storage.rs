@@ -17,7 +17,7 @@ pub enum Outcome {
     Pending,
     /// An observer of the disk delays it: nothing has been started. Start it again when
     /// [`Storage::wake_source`] is readable.
-    Held,
+    Delayed,
 }
 
 /// The requests of one guest on a disk. `T` is the caller's tag for a request.
@@ -42,12 +42,12 @@ impl<T> Storage<T> {
         self.engine.source()
     }
 
-    /// Readable when held requests may be started; [`Storage::woken`] consumes the signal.
+    /// Readable when delayed requests may be started; [`Storage::woken`] consumes the signal.
     pub fn wake_source(&self) -> RawFd {
         self.disk().observers.source()
     }
 
-    /// Call before held requests are started again.
+    /// Call before delayed requests are started again.
     pub fn woken(&self) {
         self.disk().observers.heard();
     }
@@ -75,7 +75,7 @@ impl<T> Storage<T> {
         };
         let permit = match permit {
             Ok(Some(permit)) => permit,
-            Ok(None) => return Outcome::Held,
+            Ok(None) => return Outcome::Delayed,
             Err(refused) => return Outcome::Done(Err(refused)),
         };
         match self.engine.start(op, offset, segments, (tag, permit)) {

@@ -157,7 +157,7 @@ pub(super) fn run(
         match storage.start(op, at, &parts, 7) {
             Outcome::Done(result) => return result,
             Outcome::Pending => break,
-            Outcome::Held => {
+            Outcome::Delayed => {
                 let observers = &storage.disk().observers;
                 assert!(observers.wait(Duration::from_secs(60)).unwrap(), "held for ever");
             }

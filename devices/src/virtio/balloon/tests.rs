@@ -18,21 +18,26 @@ const STATS_QUEUE: u16 = STATS;
 
 /// A call on guest memory, in pages: the first one, and how many.
 #[derive(Debug, PartialEq, Eq)]
-enum Asked {
+enum Reclaimed {
     Discard(u64, u64),
     Withhold(u64, u64),
     Release(u64, u64),
     ReleaseAll,
 }
 
-use Asked::*;
+use Reclaimed::*;
 
 /// Records the calls.
 #[derive(Default)]
-struct Notes(Mutex<Vec<Asked>>);
+struct Notes(Mutex<Vec<Reclaimed>>);
 
 impl Notes {
-    fn note(&self, as_what: fn(u64, u64) -> Asked, GuestAddress(start): GuestAddress, len: u64) {
+    fn note(
+        &self,
+        as_what: fn(u64, u64) -> Reclaimed,
+        GuestAddress(start): GuestAddress,
+        len: u64,
+    ) {
         assert!(start.is_multiple_of(BALLOON_PAGE) && len.is_multiple_of(BALLOON_PAGE));
         self.0.lock().push(as_what(start / BALLOON_PAGE, len / BALLOON_PAGE));
     }
@@ -64,7 +69,7 @@ struct Outside {
 }
 
 impl Outside {
-    fn asked(&self) -> Vec<Asked> {
+    fn asked(&self) -> Vec<Reclaimed> {
         std::mem::take(&mut *self.notes.0.lock())
     }
 }

@@ -366,7 +366,7 @@ impl BlockWorker {
                 Some(Cost { moved, waited })
             }
             Outcome::Pending => Some(Cost::default()),
-            Outcome::Held => {
+            Outcome::Delayed => {
                 count(&self.stats.in_flight, u64::MAX);
                 if let Some(queue) = self.queues.get_mut(ticket.queue) {
                     queue.held = true;

@@ -172,8 +172,8 @@ fn a_change_while_the_driver_begins_is_told_once_it_is_ready() {
         assert!(!g.interrupted(), "a driver that is not ready is not interrupted");
         g.store(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         assert_eq!(g.interrupted(), changes);
-        let told = if changes { INT_CONFIG } else { 0 };
-        assert_eq!(g.load(INTERRUPT_STATUS), INT_USED | told);
+        let config = if changes { INT_CONFIG } else { 0 };
+        assert_eq!(g.load(INTERRUPT_STATUS), INT_USED | config);
     }
 }
 

@@ -69,7 +69,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         if state.active {
             self.interrupt.store_status(state.status);
             self.interrupt.store_causes(state.causes);
-            let held = Arc::new(Held::new(self.thread.clone()));
+            let held = Arc::new(HoldingThread::new(self.thread.clone()));
             let activated = self.activate(held.clone());
             self.device.pause();
             held.open();
@@ -131,7 +131,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
 
 /// Holds the workers of a device that is being restored, so that none processes its queues before
 /// its position in them is restored. Once opened, it forwards to the thread itself.
-struct Held {
+struct HoldingThread {
     thread: Arc<dyn IoThread>,
     open: AtomicBool,
     workers: Mutex<Vec<Place>>,
@@ -145,7 +145,7 @@ enum Place {
     There(usize),
 }
 
-impl Held {
+impl HoldingThread {
     fn new(thread: Arc<dyn IoThread>) -> Self {
         Self { thread, open: AtomicBool::new(false), workers: Mutex::default() }
     }
@@ -155,7 +155,7 @@ impl Held {
     }
 }
 
-impl IoThread for Held {
+impl IoThread for HoldingThread {
     fn adopt(&self, worker: Box<dyn Worker>) -> Result<usize, Refused> {
         let place = match self.open.load(Ordering::Acquire) {
             true => Place::There(self.thread.adopt(worker)?),

@@ -20,7 +20,7 @@ pub(super) struct Units {
     /// Bytes of the region.
     size: u64,
     /// Whole units can be given back without being replaced.
-    whole: bool,
+    direct: bool,
     replaced: Bits,
     withheld: Bits,
     /// How many pages of each unit are withheld.
@@ -29,15 +29,15 @@ pub(super) struct Units {
 }
 
 impl Units {
-    /// The units of a region of `size` bytes. With `whole`, units are given back directly;
+    /// The units of a region of `size` bytes. With `direct`, units are given back directly;
     /// otherwise each is replaced once, after which any page can be given back.
-    pub fn new(size: u64, unit: u64, whole: bool) -> Self {
+    pub fn new(size: u64, unit: u64, direct: bool) -> Self {
         let count = usize::try_from(size.div_ceil(unit)).unwrap_or(usize::MAX);
         Self {
             unit,
             size,
-            whole,
-            replaced: Bits::new(if whole { 0 } else { size.div_ceil(unit) }),
+            direct,
+            replaced: Bits::new(if direct { 0 } else { size.div_ceil(unit) }),
             withheld: Bits::new(size.div_ceil(PAGE_SIZE)),
             counts: vec![0; count],
             pieces: 0,
@@ -83,7 +83,7 @@ impl Units {
             } else if part == unit || self.is_withheld(index, &unit) {
                 push(
                     &mut steps,
-                    if self.whole { Step::Release(unit) } else { Step::Replace(unit) },
+                    if self.direct { Step::Release(unit) } else { Step::Replace(unit) },
                 );
             }
         }

@@ -71,7 +71,7 @@ fn a_copy_is_of_its_moment_whatever_the_guest_does_meanwhile() {
             run(&mut storage, op, at, if op == WRITE { PAGE } else { &[] }).unwrap();
             changes += 1;
         }
-        assert_eq!(made.join().unwrap().unwrap(), Made::Copied, "no reflink where tests run");
+        assert_eq!(made.join().unwrap().unwrap(), CopyMethod::Copied, "no reflink where tests run");
         assert!(fs::read(&to).unwrap() == then, "seed {seed}");
         assert!(fs::read(disk.path()).unwrap() != then, "the guest has changed it since");
         assert_eq!(steps.iter().sum::<u64>(), IMAGE as u64 + 100);
@@ -105,7 +105,7 @@ fn changes_wait_until_what_they_replace_is_copied_and_no_longer() {
     assert!(copy.stalled().is_some());
     let parts =
         [crate::virtio::chain::Segment { addr: vm_memory::GuestAddress(0x10_0000), len: 4096 }];
-    assert!(matches!(storage.start(WRITE, last, &parts, 7), Outcome::Held));
+    assert!(matches!(storage.start(WRITE, last, &parts, 7), Outcome::Delayed));
     let mut seen = Vec::new();
     copy.make(&file, |step| {
         seen.push((step.done, copy.before(&change(last))?, copy.before(&change(1 << 20))?));

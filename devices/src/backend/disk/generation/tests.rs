@@ -81,7 +81,7 @@ fn no_change_is_made_before_the_new_generation_is_on_the_image() {
     let before = on_image(&path);
     let page =
         [crate::virtio::chain::Segment { addr: vm_memory::GuestAddress(0x10_0000), len: 4096 }];
-    assert!(matches!(storage.start(WRITE, 0, &page, 1), Outcome::Held));
+    assert!(matches!(storage.start(WRITE, 0, &page, 1), Outcome::Delayed));
     assert!(fs::read(&path).unwrap() == vec![7; 1 << 20]);
     // Just saved: the generation being written is the saved one, and the write that waits for it
     // needs another.

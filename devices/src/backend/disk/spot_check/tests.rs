@@ -106,7 +106,7 @@ fn a_change_waits_until_what_it_touches_has_been_read() {
     let check = ordered(&disk, 7);
     let looked_at: Vec<u64> = ranges(SIZE, 7).iter().map(|r| r.start).collect();
     for at in &looked_at {
-        assert!(matches!(storage.start(WRITE, *at, &PAGE, 1), Outcome::Held), "{at}");
+        assert!(matches!(storage.start(WRITE, *at, &PAGE, 1), Outcome::Delayed), "{at}");
     }
     run(&mut storage, WRITE, elsewhere, &[(0x10_0000, 4096)]).unwrap();
     assert!(!disk.observers.wait(std::time::Duration::ZERO).unwrap(), "woken for nothing");
@@ -129,7 +129,7 @@ fn what_is_given_up_or_closed_holds_nothing_up_and_is_no_proof() {
     let disk = Arc::new(Disk::open(&path, &OpenOptions::default()).unwrap());
     let (_, mut storage) = storage(&disk);
     let check = ordered(&disk, 7);
-    assert!(matches!(storage.start(WRITE, 0, &PAGE, 1), Outcome::Held));
+    assert!(matches!(storage.start(WRITE, 0, &PAGE, 1), Outcome::Delayed));
     drop(check);
     run(&mut storage, WRITE, 0, &[(0x10_0000, 4096)]).unwrap();
 

@@ -206,7 +206,7 @@ fn an_observer_can_let_a_change_wait() {
         let page = [Segment { addr: GuestAddress(DATA), len: 4096 }];
         for _ in 0..3 {
             let outcome = storage.start(WRITE, 0, &page, 5);
-            assert!(matches!(outcome, Outcome::Held), "{way:?}");
+            assert!(matches!(outcome, Outcome::Delayed), "{way:?}");
             assert_eq!(storage.in_flight(), 0, "a pause does not wait for it");
         }
         run(&mut storage, Op::Read, 0, PAGE).unwrap();

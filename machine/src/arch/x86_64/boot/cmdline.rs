@@ -1,7 +1,7 @@
 //! The kernel command line, and how the guest learns of its virtio-mmio devices.
 //!
 //! A device is described in the ACPI tables or on the command line, never both: the second driver
-//! instance would find the registers in use. The rule, in [`tell`]:
+//! instance would find the registers in use. The rule, in [`discover`]:
 //!
 //! 1. `acpi=off` on the command line: no ACPI tables, every device on the command line.
 //! 2. A kernel that can be searched (ELF, flat) has no code that looks for ACPI tables but knows
@@ -70,7 +70,7 @@ fn contains(memory: &Memory, image: &[Range<u64>], word: &[u8]) -> bool {
 
 /// How the guest learns of its devices.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Told<'a> {
+pub(super) struct Discovery<'a> {
     pub(super) cmdline: Composed<'a>,
     /// The slots for the ACPI tables; `None`: no tables.
     pub(super) acpi: Option<Vec<VirtioSlot>>,
@@ -84,11 +84,11 @@ pub(super) struct Composed<'a> {
 }
 
 /// Decide how the guest learns of its devices; the rule is at the top of this module.
-pub(super) fn tell<'a>(
+pub(super) fn discover<'a>(
     user: &'a str,
     slots: &[VirtioSlot],
     kernel: impl FnOnce() -> Option<KernelWords>,
-) -> Told<'a> {
+) -> Discovery<'a> {
     let words = || user.split_ascii_whitespace().take_while(|word| *word != END);
     let wish = words().filter(|word| matches!(*word, "acpi=off" | "acpi=force")).last();
     let acpi = match wish {
@@ -103,7 +103,7 @@ pub(super) fn tell<'a>(
     let slots: Vec<VirtioSlot> =
         slots.iter().filter(|slot| !given.contains(&u64::from(slot.address))).copied().collect();
     let added = if acpi { String::new() } else { cmdline_devices(&slots) };
-    Told { cmdline: Composed { user, added }, acpi: acpi.then_some(slots) }
+    Discovery { cmdline: Composed { user, added }, acpi: acpi.then_some(slots) }
 }
 
 /// Parse a number as Linux does: decimal, 0x for hexadecimal, 0 for octal.

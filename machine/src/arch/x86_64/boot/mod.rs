@@ -199,10 +199,10 @@ pub(crate) fn load_counting(
 ) -> Result<Entry, BootError> {
     let ram = Ram::of(memory);
     let loaded = load_kernel(memory, &ram, &boot.kernel, read)?;
-    let told = cmdline::tell(&boot.cmdline, platform.slots, || {
+    let discovery = cmdline::discover(&boot.cmdline, platform.slots, || {
         cmdline::kernel_words(memory, &loaded.image)
     });
-    let cmdline = cmdline::check(told.cmdline, loaded.cmdline_max)?;
+    let cmdline = cmdline::check(discovery.cmdline, loaded.cmdline_max)?;
     let initrd = match &boot.initrd {
         None => None,
         Some(path) => {
@@ -210,7 +210,7 @@ pub(crate) fn load_counting(
         }
     };
     mptable::write(memory, platform.cpu_ids)?;
-    let rsdp = match told.acpi {
+    let rsdp = match discovery.acpi {
         None => None,
         Some(slots) => Some(acpi::write(memory, &Platform { slots: &slots, ..*platform })?),
     };
@@ -243,8 +243,8 @@ pub(crate) fn preflight(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
         read.map_err(initrd_error(path)).err()
     });
     let cmdline = kernel.as_ref().ok().and_then(|loaded| {
-        let told = cmdline::tell(&boot.cmdline, &[], || None);
-        cmdline::check(told.cmdline, loaded.cmdline_max).err()
+        let discovery = cmdline::discover(&boot.cmdline, &[], || None);
+        cmdline::check(discovery.cmdline, loaded.cmdline_max).err()
     });
     kernel.err().into_iter().chain(initrd).chain(cmdline.map(BootError::from)).collect()
 }

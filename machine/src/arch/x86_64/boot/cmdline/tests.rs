@@ -9,9 +9,9 @@ const PAYLOAD: Option<KernelWords> = Some(KernelWords { acpi: false, virtio_mmio
 const BOTH: &str = " virtio_mmio.device=4K@0xf0100000:5 virtio_mmio.device=4K@0xf0101000:6";
 
 /// The additions to the command line, and the number of devices in the ACPI tables.
-fn told(user: &str, kernel: Option<KernelWords>) -> (String, Option<usize>) {
-    let told = tell(user, &SLOTS, || kernel);
-    (told.cmdline.added, told.acpi.map(|slots| slots.len()))
+fn discovery(user: &str, kernel: Option<KernelWords>) -> (String, Option<usize>) {
+    let discovery = discover(user, &SLOTS, || kernel);
+    (discovery.cmdline.added, discovery.acpi.map(|slots| slots.len()))
 }
 
 #[test]
@@ -34,7 +34,7 @@ fn every_device_is_told_of_by_exactly_one_way() {
         ("quiet -- acpi=off", None, &acpi),
     ];
     for (user, kernel, expected) in cases {
-        assert_eq!(&told(user, kernel), expected, "{user} {kernel:?}");
+        assert_eq!(&discovery(user, kernel), expected, "{user} {kernel:?}");
     }
 }
 
@@ -46,17 +46,22 @@ fn a_device_that_the_user_declares_is_left_to_him() {
         "virtio_mmio.device=0x1000@0XF0100000:5:7",
         "virtio_mmio.device=512@4027580416:5",
     ] {
-        assert_eq!(told(&format!("acpi=off {first}"), None), (second.clone(), None), "{first}");
-        assert_eq!(told(first, None), (String::new(), Some(1)), "{first}");
+        assert_eq!(
+            discovery(&format!("acpi=off {first}"), None),
+            (second.clone(), None),
+            "{first}"
+        );
+        assert_eq!(discovery(first, None), (String::new(), Some(1)), "{first}");
     }
     for nothing in ["virtio_mmio.device=", "virtio_mmio.device=4K@:5", "virtio_mmio.device=4K@0x"] {
-        assert_eq!(told(nothing, None), (String::new(), Some(2)), "{nothing}");
+        assert_eq!(discovery(nothing, None), (String::new(), Some(2)), "{nothing}");
     }
 }
 
 #[test]
 fn the_users_words_stay_as_they_are() {
-    let composed = |user: &str, kernel| check(tell(user, &SLOTS, || kernel).cmdline, 2047).unwrap();
+    let composed =
+        |user: &str, kernel| check(discover(user, &SLOTS, || kernel).cmdline, 2047).unwrap();
     for user in ["", " ", "a  b=\"c d\"\tx", "root=UUID=1-2 rootflags=data=ordered -- s"] {
         assert_eq!(composed(user, LINUX), user);
         assert!(composed(user, LINUX_WITHOUT_ACPI).contains(BOTH.trim()));
@@ -69,7 +74,8 @@ fn the_users_words_stay_as_they_are() {
 
 #[test]
 fn bytes_that_a_kernel_would_not_read_are_refused() {
-    let error = |user: &str| check(tell(user, &[], || None).cmdline, 2047).unwrap_err().to_string();
+    let error =
+        |user: &str| check(discover(user, &[], || None).cmdline, 2047).unwrap_err().to_string();
     assert!(error("a\0b").starts_with("it has a zero byte at byte 1; only printable ASCII"));
     assert!(error("a\n").contains("a line break at byte 1"));
     assert!(error("\u{1b}[0m").contains("a control character (0x1b) at byte 0"));
@@ -78,10 +84,10 @@ fn bytes_that_a_kernel_would_not_read_are_refused() {
 
 #[test]
 fn what_is_added_counts() {
-    let told = tell("acpi=off", &SLOTS, || None);
+    let discovery = discover("acpi=off", &SLOTS, || None);
     let len = "acpi=off".len() + BOTH.len();
     assert_eq!(
-        check(told.cmdline, len - 1),
+        check(discovery.cmdline, len - 1),
         Err(CmdlineError::TooLong { len, added: BOTH.len(), max: len - 1 })
     );
 }
