@@ -2,6 +2,7 @@
 pub mod char;
 pub mod dirty_log;
 pub mod disk;
+pub mod gate;
 pub(crate) mod holder;
 pub mod inherited;
 pub mod net;

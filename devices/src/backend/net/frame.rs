@@ -4,7 +4,7 @@
 //! Guest buffers in the form the kernel takes: one list of pieces for one readv or writev.
 use std::{io, os::fd::RawFd};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
 
 use crate::{Memory, virtio::chain::Segment};
 
@@ -120,6 +120,20 @@ impl Frame {
         // SAFETY: as in `read_from`, without the spill buffer, and the kernel only reads.
         let n = unsafe { libc::writev(fd, self.pieces.as_ptr().cast(), self.pieces.len() as i32) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Copy the buffers, which are [`Frame::bytes`] long, to `to`.
+    ///
+    /// # Errors
+    /// When `to` has another length.
+    pub fn copy_to(&self, mut to: &mut [u8]) -> io::Result<()> {
+        for segment in &self.segments {
+            let wrong = io::ErrorKind::InvalidInput;
+            let (piece, rest) = to.split_at_mut_checked(segment.len as usize).ok_or(wrong)?;
+            self.memory.read_slice(piece, segment.addr).map_err(io::Error::other)?;
+            to = rest;
+        }
+        if to.is_empty() { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
     }
 
     /// Mark the first `n` bytes of the buffers dirty: readv has written them without vm-memory's

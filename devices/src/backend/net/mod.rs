@@ -1,5 +1,6 @@
 //! Back-ends of network devices: the host's end of an interface.
 pub mod frame;
+pub mod gated;
 mod link;
 pub mod tap;
 
@@ -14,6 +15,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_GUEST_USO6,
 };
+use vmm_sys_util::epoll::EventSet;
 
 use self::frame::Frame;
 
@@ -56,6 +58,10 @@ pub trait NetBackend: Send + Sync + 'static {
     fn queues(&self) -> usize;
     /// Readable when queue `queue` has a frame, writable when it takes one.
     fn fd(&self, queue: usize) -> RawFd;
+    /// What to wait for, and on which descriptor, after [`NetBackend::write`] has found no room.
+    fn room(&self, queue: usize) -> (RawFd, EventSet) {
+        (self.fd(queue), EventSet::OUT)
+    }
     /// Whether the header is exchanged with the host. Without that, a header is made up, and
     /// offloads are not possible.
     fn has_header(&self) -> bool;

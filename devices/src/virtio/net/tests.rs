@@ -1,3 +1,4 @@
+mod gated;
 mod hostile;
 mod lifecycle;
 mod link;
@@ -37,8 +38,17 @@ struct Lan {
 
 impl Lan {
     fn new(settings: NetSettings, header: bool) -> Self {
+        Self::over(settings, header, |wire| wire)
+    }
+
+    /// With a back-end that is made from the wire.
+    fn over(
+        settings: NetSettings,
+        header: bool,
+        make: impl FnOnce(Arc<dyn NetBackend>) -> Arc<dyn NetBackend>,
+    ) -> Self {
         let (wire, peers, switches) = Wire::new(settings.queue_pairs.into(), header);
-        let net = Net::new("net0", settings, Some(Arc::new(wire))).unwrap();
+        let net = Net::new("net0", settings, Some(make(Arc::new(wire)))).unwrap();
         let stats = net.stats();
         Self { guest: Guest::new(Box::new(net)), peers, switches, stats }
     }

@@ -62,8 +62,8 @@ impl Shared {
     /// impossible: the frame is then lost.
     pub(super) fn wait_writable(&self, pair: usize) -> bool {
         let Some(backend) = &self.backend else { return false };
-        let (fd, once) = (backend.fd(pair), EventSet::OUT | EventSet::ONE_SHOT);
-        let event = EpollEvent::new(once, pair as u64);
+        let (fd, room) = backend.room(pair);
+        let event = EpollEvent::new(room | EventSet::ONE_SHOT, pair as u64);
         let waits = self
             .writable
             .ctl(ControlOperation::Modify, fd, event)

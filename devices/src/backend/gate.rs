@@ -1,0 +1,281 @@
+//! Output that nobody may see before the checkpoint that covers it is acknowledged.
+//!
+//! A machine that is replicated produces output from a state which its backup does not have yet. A
+//! gate keeps that output, in the order in which it was produced, and knows which checkpoint
+//! covers which part:
+//!
+//! ```text
+//!   guest --hold--> [ filling ] --mark(e)--> [ epoch e ] .. [ oldest ] --release(e)--> the outside
+//! ```
+//!
+//! It works on bytes; what the pieces are (frames of a NIC, output of a console) and how they are
+//! written is the caller's business. The decorators around back-ends are its callers, so that no
+//! device knows of it.
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// How much a gate keeps before it takes no more.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Bytes of all pieces.
+    pub bytes: usize,
+    /// Pieces.
+    pub pieces: usize,
+}
+
+/// Memory of empty buffers that is kept for the next checkpoints, in bytes for each buffer.
+const SPARE: usize = 1 << 20;
+
+/// What [`Gate::hold`] did with a piece of output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// Nothing: the gate is open, and the caller writes it.
+    Open,
+    /// It was copied.
+    Kept,
+    /// Nothing: there is no room. [`Gate::room_fd`] becomes readable when there is.
+    Full,
+}
+
+/// What a gate keeps at the moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Bytes of all pieces.
+    pub bytes: usize,
+    /// Pieces.
+    pub pieces: usize,
+    /// How long the oldest piece has waited.
+    pub oldest: Duration,
+}
+
+/// The outer side of a gate: whoever marks, releases and opens. There is one, so that pieces are
+/// written in one order only.
+pub struct Keeper(Arc<Gate>);
+
+/// The inner side of a gate, where the output of one back-end arrives.
+pub struct Gate {
+    /// Whether output is kept. Changed only under the lock; read without it on the way of every
+    /// piece.
+    shut: AtomicBool,
+    kept: Mutex<Kept>,
+    room: Room,
+    /// Readable once there is room again after [`Held::Full`].
+    has_room: EventFd,
+}
+
+#[derive(Default)]
+struct Kept {
+    /// Output since the last mark.
+    filling: Batch,
+    /// Marked output, oldest first. Epochs ascend.
+    marked: VecDeque<(u64, Batch)>,
+    /// An emptied buffer, so that a machine in its stride allocates nothing.
+    spare: Option<Batch>,
+    bytes: usize,
+    pieces: usize,
+    /// Somebody was refused.
+    refused: bool,
+}
+
+/// Pieces of output, one after the other.
+#[derive(Default)]
+struct Batch {
+    bytes: Vec<u8>,
+    /// Where each piece ends.
+    ends: Vec<usize>,
+    /// When the first one came.
+    since: Option<Instant>,
+}
+
+impl Batch {
+    fn push(
+        &mut self,
+        length: usize,
+        copy: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (begin, end) = (self.bytes.len(), self.bytes.len() + length);
+        self.bytes.resize(end, 0);
+        let copied = self.bytes.get_mut(begin..).map_or(Ok(()), copy);
+        if copied.is_err() {
+            self.bytes.truncate(begin);
+            return copied;
+        }
+        self.ends.push(end);
+        self.since.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        let begins = std::iter::once(0).chain(self.ends.iter().copied());
+        begins.zip(&self.ends).filter_map(|(from, to)| self.bytes.get(from..*to))
+    }
+
+    /// Empty it, and keep its memory within reason.
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(SPARE);
+        self.ends.clear();
+        self.ends.shrink_to(SPARE / size_of::<usize>());
+        self.since = None;
+    }
+}
+
+impl Gate {
+    /// An open gate, and its only keeper.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn new(room: Room) -> io::Result<(Arc<Self>, Keeper)> {
+        let has_room = EventFd::new(EFD_NONBLOCK)?;
+        let shut = AtomicBool::new(false);
+        let gate = Arc::new(Self { shut, kept: Mutex::default(), room, has_room });
+        Ok((gate.clone(), Keeper(gate)))
+    }
+
+    /// Keep a piece of output of `length` bytes, which `copy` writes, if the gate is shut.
+    ///
+    /// # Errors
+    /// That of `copy`; nothing is kept then.
+    pub fn hold(
+        &self,
+        length: usize,
+        copy: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<Held> {
+        if !self.shut.load(Ordering::Acquire) {
+            return Ok(Held::Open);
+        }
+        let kept = &mut *self.kept.lock();
+        // It may have been opened meanwhile.
+        if !self.shut.load(Ordering::Acquire) {
+            return Ok(Held::Open);
+        }
+        // A piece larger than the room is taken alone; otherwise it would never get through.
+        let fits = kept.bytes + length <= self.room.bytes && kept.pieces < self.room.pieces;
+        if !fits && kept.pieces > 0 {
+            kept.refused = true;
+            return Ok(Held::Full);
+        }
+        kept.filling.push(length, copy)?;
+        kept.bytes += length;
+        kept.pieces += 1;
+        Ok(Held::Kept)
+    }
+
+    /// What is kept now.
+    pub fn backlog(&self) -> Backlog {
+        let kept = self.kept.lock();
+        let oldest = kept.marked.iter().map(|(_, batch)| batch).chain([&kept.filling]);
+        let since = oldest.filter_map(|batch| batch.since).next();
+        let oldest = since.map_or(Duration::ZERO, |since| since.elapsed());
+        Backlog { bytes: kept.bytes, pieces: kept.pieces, oldest }
+    }
+
+    /// Whether output is kept.
+    pub fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::Acquire)
+    }
+
+    /// Readable when there may be room again after [`Held::Full`]; cleared by [`Gate::take_room`].
+    pub fn room_fd(&self) -> RawFd {
+        self.has_room.as_raw_fd()
+    }
+
+    /// Clear the readiness of [`Gate::room_fd`].
+    pub fn take_room(&self) {
+        // Fails only when it is clear already.
+        let _ = self.has_room.read();
+    }
+
+    /// Remove the oldest output, if `chosen` says so of the epoch that covers it.
+    fn oldest(&self, chosen: impl Fn(u64) -> bool) -> Option<Batch> {
+        self.kept.lock().marked.pop_front_if(|(epoch, _)| chosen(*epoch)).map(|(_, batch)| batch)
+    }
+
+    /// `batch` has been written, or is not wanted any more.
+    fn done_with(&self, mut batch: Batch) {
+        let mut kept = self.kept.lock();
+        kept.bytes -= batch.bytes.len();
+        kept.pieces -= batch.ends.len();
+        batch.clear();
+        kept.spare.get_or_insert(batch);
+        if std::mem::take(&mut kept.refused) {
+            // Fails only when it is readable already.
+            let _ = self.has_room.write(1);
+        }
+    }
+}
+
+impl Keeper {
+    /// Its gate.
+    pub fn gate(&self) -> &Gate {
+        &self.0
+    }
+
+    /// Keep output from now on. Called while nothing produces any.
+    pub fn shut(&mut self) {
+        let _kept = self.0.kept.lock();
+        self.0.shut.store(true, Ordering::Release);
+    }
+
+    /// The checkpoint `epoch` covers all output until now. Epochs ascend; nothing produces output
+    /// meanwhile.
+    pub fn mark(&mut self, epoch: u64) {
+        let kept = &mut *self.0.kept.lock();
+        if !kept.filling.ends.is_empty() {
+            let next = kept.spare.take().unwrap_or_default();
+            kept.marked.push_back((epoch, std::mem::replace(&mut kept.filling, next)));
+        }
+    }
+
+    /// Give what the checkpoints through `epoch` cover to `write`, piece by piece and in order.
+    /// `write` may wait: what is produced meanwhile is kept as before.
+    pub fn release(&mut self, epoch: u64, mut write: impl FnMut(&[u8])) {
+        while let Some(batch) = self.0.oldest(|of| of <= epoch) {
+            batch.pieces().for_each(&mut write);
+            self.0.done_with(batch);
+        }
+    }
+
+    /// Give everything to `write`, whatever covers it, and keep no output any more.
+    pub fn open(&mut self, mut write: impl FnMut(&[u8])) {
+        self.release(u64::MAX, &mut write);
+        while let Some(batch) = self.last() {
+            batch.pieces().for_each(&mut write);
+            self.0.done_with(batch);
+        }
+    }
+
+    /// Discard what is kept. The gate stays as it is, shut or open.
+    pub fn discard(&mut self) {
+        while let Some(batch) = self.0.oldest(|_| true) {
+            self.0.done_with(batch);
+        }
+        let filling = std::mem::take(&mut self.0.kept.lock().filling);
+        self.0.done_with(filling);
+    }
+
+    /// The output since the last mark; where there is none, the gate is opened instead. Both under
+    /// one lock, so that nothing overtakes what was kept.
+    fn last(&self) -> Option<Batch> {
+        let mut kept = self.0.kept.lock();
+        if kept.filling.ends.is_empty() {
+            self.0.shut.store(false, Ordering::Release);
+            return None;
+        }
+        Some(std::mem::take(&mut kept.filling))
+    }
+}
+
+#[cfg(test)]
+mod tests;
