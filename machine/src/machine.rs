@@ -234,8 +234,8 @@ impl Machine {
     /// This makes a new KVM virtual machine behind the same devices, memory and threads: KVM has no
     /// reset, and does not report all that a guest may have changed in a vCPU.
     ///
+    /// # Errors
     /// When the host's memory does not suffice or KVM refuses: the machine is then unusable.
-    /// When the host's memory does not suffice or KVM refuses: the machine cannot be used then.
     pub fn reset(&mut self, kernel: &Reloaded) -> Result<(), RunError> {
         self.pause()?;
         self.each_device(|d| d.reset());
