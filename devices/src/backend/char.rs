@@ -5,6 +5,7 @@
 //! The [`CharSource`] belongs to a worker on an I/O thread; it passes input on as fast as the guest
 //! takes it, and flushes the backlog.
 mod escape;
+pub mod gated;
 mod output;
 mod socket;
 #[cfg(test)]

@@ -14,7 +14,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -23,7 +23,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use rustix::event::{EventfdFlags, eventfd};
 
 /// How much a gate keeps before it takes no more.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +44,7 @@ pub enum Held {
     Open,
     /// It was copied.
     Kept,
-    /// Nothing: there is no room. [`Gate::room_fd`] becomes readable when there is.
+    /// Nothing: there is no room. The gate's descriptor becomes readable when there is.
     Full,
 }
 
@@ -64,14 +64,15 @@ pub struct Backlog {
 pub struct Keeper(Arc<Gate>);
 
 /// The inner side of a gate, where the output of one back-end arrives.
+///
+/// Its descriptor is readable when there may be room again, until [`Gate::take_room`].
 pub struct Gate {
     /// Whether output is kept. Changed only under the lock; read without it on the way of every
     /// piece.
     shut: AtomicBool,
     kept: Mutex<Kept>,
     room: Room,
-    /// Readable once there is room again after [`Held::Full`].
-    has_room: EventFd,
+    has_room: OwnedFd,
 }
 
 #[derive(Default)]
@@ -137,7 +138,7 @@ impl Gate {
     /// # Errors
     /// When the process has no descriptor left.
     pub fn new(room: Room) -> io::Result<(Arc<Self>, Keeper)> {
-        let has_room = EventFd::new(EFD_NONBLOCK)?;
+        let has_room = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         let shut = AtomicBool::new(false);
         let gate = Arc::new(Self { shut, kept: Mutex::default(), room, has_room });
         Ok((gate.clone(), Keeper(gate)))
@@ -181,20 +182,24 @@ impl Gate {
         Backlog { bytes: kept.bytes, pieces: kept.pieces, oldest }
     }
 
+    /// Bytes that it still takes, if it is shut. None counts as [`Held::Full`].
+    pub fn room_left(&self) -> Option<usize> {
+        let mut kept = self.kept.lock();
+        let full = kept.pieces >= self.room.pieces;
+        let left = if full { 0 } else { self.room.bytes.saturating_sub(kept.bytes) };
+        kept.refused |= left == 0;
+        self.is_shut().then_some(left)
+    }
+
     /// Whether output is kept.
     pub fn is_shut(&self) -> bool {
         self.shut.load(Ordering::Acquire)
     }
 
-    /// Readable when there may be room again after [`Held::Full`]; cleared by [`Gate::take_room`].
-    pub fn room_fd(&self) -> RawFd {
-        self.has_room.as_raw_fd()
-    }
-
-    /// Clear the readiness of [`Gate::room_fd`].
+    /// Clear the readiness of its descriptor.
     pub fn take_room(&self) {
         // Fails only when it is clear already.
-        let _ = self.has_room.read();
+        let _ = rustix::io::read(&self.has_room, &mut [0; 8]);
     }
 
     /// Remove the oldest output, if `chosen` says so of the epoch that covers it.
@@ -211,8 +216,20 @@ impl Gate {
         kept.spare.get_or_insert(batch);
         if std::mem::take(&mut kept.refused) {
             // Fails only when it is readable already.
-            let _ = self.has_room.write(1);
+            let _ = rustix::io::write(&self.has_room, &1u64.to_ne_bytes());
         }
+    }
+}
+
+impl AsRawFd for Gate {
+    fn as_raw_fd(&self) -> RawFd {
+        self.has_room.as_raw_fd()
+    }
+}
+
+impl AsFd for Gate {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.has_room.as_fd()
     }
 }
 

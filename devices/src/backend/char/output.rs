@@ -17,7 +17,14 @@ use rustix::{
 };
 
 use super::socket::SocketName;
-use crate::{backend::writer::Writer, log_limit::log_seldom, threads::ThreadStart};
+use crate::{
+    backend::{
+        gate::{Gate, Held},
+        writer::Writer,
+    },
+    log_limit::log_seldom,
+    threads::ThreadStart,
+};
 
 /// Bytes kept for a slow reader; more than that is dropped.
 pub(super) const BACKLOG: usize = 256 << 10;
@@ -39,6 +46,8 @@ pub struct CharSink {
 #[derive(Default)]
 struct State {
     output: Option<Output>,
+    /// Holds output back before it gets here.
+    gate: Option<Arc<Gate>>,
     backlog: VecDeque<u8>,
     replay: Option<Replay>,
     dropped: u64,
@@ -144,6 +153,20 @@ impl CharSink {
 
     /// Send `bytes`; returns at once.
     pub fn send(&self, bytes: &[u8]) {
+        let copy = |to: &mut [u8]| {
+            to.copy_from_slice(bytes);
+            Ok(())
+        };
+        let gate = self.state.lock().gate.clone();
+        match gate.map_or(Ok(Held::Open), |gate| gate.hold(bytes.len(), copy)) {
+            Ok(Held::Open) => self.pass(bytes),
+            Ok(Held::Kept) => {}
+            Ok(Held::Full) | Err(_) => self.drop_bytes(bytes.len()),
+        }
+    }
+
+    /// Send `bytes`, whatever a gate says; returns at once.
+    pub(super) fn pass(&self, bytes: &[u8]) {
         let mut state = self.state.lock();
         if let Some(replay) = &mut state.replay {
             replay.keep(bytes);
@@ -170,6 +193,9 @@ impl CharSink {
     /// room. The source's descriptor fires when there is more room.
     pub fn room(&self) -> usize {
         let state = self.state.lock();
+        if let Some(room) = state.gate.as_ref().and_then(|gate| gate.room_left()) {
+            return room;
+        }
         match &state.output {
             Some(_) => state.room(),
             None => usize::MAX,
@@ -194,6 +220,20 @@ impl CharSink {
         state.name = None;
     }
 
+    /// Put a gate before everything that is sent from now on; `None` removes it. What waits for
+    /// room is woken when the gate has some.
+    pub(super) fn set_gate(&self, gate: Option<Arc<Gate>>) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if let Some(new) = &gate {
+            let data = epoll::EventData::new_u64(2);
+            epoll::add(&*self.epoll, &**new, data, epoll::EventFlags::IN)?;
+        }
+        if let Some(old) = std::mem::replace(&mut state.gate, gate) {
+            epoll::delete(&*self.epoll, &*old)?;
+        }
+        Ok(())
+    }
+
     /// Set the name of the socket that clients connect to.
     pub(super) fn listens_at(&self, name: SocketName) {
         self.state.lock().name = Some(name);
@@ -201,6 +241,8 @@ impl CharSink {
 
     pub(super) fn flush(&self) {
         let mut state = self.state.lock();
+        // Before the caller finds out how much room there is.
+        state.gate.iter().for_each(|gate| gate.take_room());
         state.flush();
         state.watch(&self.epoll);
     }

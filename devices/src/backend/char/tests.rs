@@ -10,7 +10,7 @@ use std::{
 
 use vmm_sys_util::tempdir::TempDir;
 
-use super::{output::BACKLOG, *};
+use super::{gated::CharKeeper, output::BACKLOG, *};
 use crate::{backend::writer::Writer, threads::ThreadStart};
 
 fn read_all(source: &mut CharSource) -> Vec<u8> {
@@ -365,4 +365,65 @@ fn a_socket_has_its_mode_from_the_first_moment_on() {
         over.store(true, Ordering::Relaxed);
         assert!(watcher.join().unwrap() > 0, "the socket was never seen");
     });
+}
+
+/// What has arrived, if anything has.
+fn arrived(reader: &mut std::fs::File) -> String {
+    let mut buffer = [0; 1 << 12];
+    let n = match events(reader.as_fd()).contains(PollFlags::IN) {
+        true => reader.read(&mut buffer).unwrap(),
+        false => 0,
+    };
+    String::from_utf8(buffer[..n].to_vec()).unwrap()
+}
+
+#[test]
+fn output_behind_a_gate_leaves_with_its_checkpoint() {
+    let (char, mut reader) = pipe_as(false);
+    let mut keeper = CharKeeper::new(char.sink.clone()).unwrap();
+    char.sink.send(b"before, ");
+    keeper.shut();
+    char.sink.send(b"first, ");
+    keeper.mark(1);
+    char.sink.send(b"second, ");
+    assert_eq!(arrived(&mut reader), "before, ");
+    keeper.release(1);
+    assert_eq!(arrived(&mut reader), "first, ");
+    keeper.discard();
+    char.sink.send(b"third, ");
+    assert_eq!(arrived(&mut reader), "");
+    drop(keeper);
+    char.sink.send(b"last");
+    assert_eq!(arrived(&mut reader), "third, last");
+    assert_eq!(char.sink.dropped(), 0);
+}
+
+#[test]
+fn who_waits_for_room_behind_a_gate_is_woken_when_there_is_some() {
+    let (char, mut reader) = pipe_as(false);
+    let mut source = char.source;
+    let mut keeper = CharKeeper::new(char.sink.clone()).unwrap();
+    keeper.shut();
+    char.sink.send(&[b'a'; BACKLOG]);
+    assert_eq!(char.sink.room(), 0);
+    assert!(!fires(&source));
+    keeper.mark(1);
+    // The reader takes what it gets.
+    let reading = std::thread::spawn(move || {
+        let mut all = vec![0; BACKLOG];
+        reader.read_exact(&mut all).unwrap();
+        reader
+    });
+    keeper.release(1);
+    assert!(fires(&source));
+    source.read(&mut []);
+    assert_eq!(char.sink.room(), BACKLOG);
+    while !reading.is_finished() {
+        source.read(&mut []);
+    }
+    source.read(&mut []);
+    assert!(!fires(&source));
+    drop(keeper);
+    char.sink.send(b"end");
+    assert_eq!(arrived(&mut reading.join().unwrap()), "end");
 }

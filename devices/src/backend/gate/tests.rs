@@ -29,7 +29,7 @@ fn released(keeper: &mut Keeper, epoch: u64) -> Vec<String> {
 fn has_room(gate: &Gate) -> bool {
     let (epoll, mut event) = (Epoll::new().unwrap(), [EpollEvent::default()]);
     let wanted = EpollEvent::new(EventSet::IN, 0);
-    epoll.ctl(ControlOperation::Add, gate.room_fd(), wanted).unwrap();
+    epoll.ctl(ControlOperation::Add, gate.as_raw_fd(), wanted).unwrap();
     epoll.wait(0, &mut event).unwrap() == 1
 }
 

@@ -1,7 +1,7 @@
 //! A network back-end whose output passes a [gate](crate::backend::gate).
 use std::{
     io,
-    os::fd::RawFd,
+    os::fd::{AsRawFd, RawFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -157,7 +157,7 @@ impl NetBackend for Gated {
 
     fn room(&self, queue: usize) -> (RawFd, EventSet) {
         match self.gate.is_shut() {
-            true => (self.gate.room_fd(), EventSet::IN),
+            true => (self.gate.as_raw_fd(), EventSet::IN),
             false => self.inner.room(queue),
         }
     }
