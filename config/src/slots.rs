@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_told_with_all_that_takes_the_room() {
+    fn what_does_not_fit_is_reported_with_all_that_takes_up_slots() {
         let many = Wanted { disks: 16, others: vec!["console", "rng"], ..Wanted::default() };
         assert_eq!(
             counts(many.clone()).unwrap_err(),

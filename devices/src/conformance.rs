@@ -192,7 +192,7 @@ fn keeps_its_queues_to_itself(make: &impl Make) {
     g.store(QUEUE_SEL, 0);
     g.store(QUEUE_READY, 0);
     assert_eq!(g.load(QUEUE_READY), 0, "a queue that is taken back is given back");
-    assert!(g.needs_reset() && g.thread.workers() == 0, "and the device stands still");
+    assert!(g.needs_reset() && g.thread.workers() == 0, "and the device is stopped");
     recovers(&mut g, "writes to the registers of live queues");
 }
 
@@ -256,7 +256,7 @@ fn pauses_resumes_and_resets_at_any_time(make: &impl Make) {
         for _ in 0..3 {
             g.transport.pause();
             g.transport.pause();
-            assert_eq!(g.thread.workers(), 0, "paused, nobody works");
+            assert_eq!(g.thread.workers(), 0, "paused: no worker runs");
             let saved = g.transport.save().unwrap();
             assert_eq!(g.transport.save().unwrap(), saved, "looking changes nothing");
             g.transport.resume();
@@ -307,7 +307,7 @@ fn moves_without_losing_anything(make: &impl Make) {
         let mut to = Guest::with_memory(make(), g.memory.clone());
         to.transport.pause();
         to.transport.restore(&section).unwrap();
-        assert_eq!(to.thread.workers(), 0, "nobody works before resume");
+        assert_eq!(to.thread.workers(), 0, "no worker runs before resume");
         assert_eq!(to.transport.save().unwrap(), section);
         // Over an active device as well as over a fresh one.
         to.transport.restore(&section).unwrap();
@@ -340,7 +340,7 @@ fn survives_a_thread_that_refuses_its_worker(make: &impl Make) {
     g.thread.fail(ThreadFault::Refuses);
     g.transport.resume();
     assert!(g.needs_reset() && g.thread.workers() == 0, "its worker was refused after a pause");
-    assert!(g.interrupted(), "the driver is told");
+    assert!(g.interrupted(), "the driver is notified");
     g.transport.pause();
     assert_eq!(device_section(&g.transport.save().unwrap()), device_section(&saved));
     let mut to = Guest::with_memory(make(), g.memory.clone());
@@ -354,7 +354,7 @@ fn survives_a_thread_that_loses_its_worker(make: &impl Make) {
     let mut g = live(make);
     g.thread.fail(ThreadFault::Loses);
     g.transport.pause();
-    assert!(g.needs_reset() && g.interrupted(), "the driver is told of a lost worker");
+    assert!(g.needs_reset() && g.interrupted(), "the driver is notified of a lost worker");
     assert!(g.transport.save().is_err(), "where it stood in its queues is not known");
     g.transport.resume();
     g.thread.fail(None);

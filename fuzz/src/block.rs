@@ -21,7 +21,7 @@ const HEADERS: u64 = 8 << 20;
 const DATA: u64 = 9 << 20;
 const SLOTS: u64 = 16;
 /// Most bytes of data in a request.
-const MOST: u64 = 64 * SECTOR;
+const MAX_BYTES: u64 = 64 * SECTOR;
 
 fn work(guest: &Guest) {
     for _ in 0..16 {
@@ -39,7 +39,7 @@ fn publish(guest: &mut Guest, slot: u64, kind: u32, sector: u64, count: u64, pie
     words[..4].copy_from_slice(&kind.to_le_bytes());
     words[8..].copy_from_slice(&sector.to_le_bytes());
     guest.memory.write_slice(&words, GuestAddress(header)).unwrap();
-    let data = DATA + slot * MOST;
+    let data = DATA + slot * MAX_BYTES;
     let mut chain = vec![(header, 16, false)];
     match kind {
         // Discard and write zeroes: the range.
@@ -93,8 +93,8 @@ pub fn entry(input: &[u8]) {
     guest.place_all();
     // The contents of guest memory, and so of what it writes.
     for slot in 0..SLOTS {
-        let bytes = vec![slot as u8 + 1; MOST as usize];
-        guest.memory.write_slice(&bytes, GuestAddress(DATA + slot * MOST)).unwrap();
+        let bytes = vec![slot as u8 + 1; MAX_BYTES as usize];
+        guest.memory.write_slice(&bytes, GuestAddress(DATA + slot * MAX_BYTES)).unwrap();
     }
     guest.memory.write_slice(&[7; 512], GuestAddress(HIGH)).unwrap();
     for _ in 0..200 {

@@ -145,7 +145,7 @@ fn mistakes_are_answered_and_forgiven() {
 }
 
 #[test]
-fn the_protocol_tells_about_itself() {
+fn the_protocol_describes_itself() {
     let host = Host::start();
     let mut client = host.client();
     let commands: Vec<String> =
@@ -276,7 +276,7 @@ fn who_never_reads_is_dropped_and_the_others_are_not() {
 }
 
 #[test]
-fn a_huge_line_or_a_half_one_costs_nobody_else_anything() {
+fn a_huge_or_incomplete_line_costs_other_clients_nothing() {
     let host = Host::start();
     let mut half = host.client();
     half.send_raw(br#"{"execute":"st"#).unwrap();
@@ -432,7 +432,7 @@ fn the_last_words_reach_everybody_who_listens() {
 }
 
 #[test]
-fn a_server_does_not_wait_for_ever_for_somebody_who_does_not_listen() {
+fn a_server_does_not_wait_forever_for_a_client_that_does_not_read() {
     let host = Host::with_timeout(Duration::from_millis(100));
     let (_deaf, mut other) = (host.client(), host.client());
     for _ in 0..3000 {

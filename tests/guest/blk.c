@@ -132,7 +132,7 @@ static void chains(void)
     WRONG("a sector after the last", header.sector = SECTORS);
     WRONG("a sector that wraps", header.sector = ~0ull);
     WRONG("a sector whose byte wraps", header.sector = 1ull << 55);
-    WRONG("a type that nobody knows", header.type = 77);
+    WRONG("an unknown type", header.type = 77);
     WRONG("a SCSI command", header.type = 2);
     if (!drive(0, EVERY & ~F_INDIRECT, &queue))
         fail("the device does not begin: status", get(0, STATUS));

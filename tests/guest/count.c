@@ -56,17 +56,17 @@ static void flood(u32 number, u64 round)
         expect("VERSION_1", read32(slot + 0x10) & 1, 1);
         break;
     case 3:
-        expect("memory that nobody has", read64(NOWHERE + number * 4096), ~0ull);
+        expect("unclaimed memory", read64(NOWHERE + number * 4096), ~0ull);
         break;
     case 4: /* An access of two exits: the pages belong to no device. */
-        expect("two pages that nobody has", read64(NOWHERE + number * 4096 + 0xffc), ~0ull);
+        expect("two unclaimed pages", read64(NOWHERE + number * 4096 + 0xffc), ~0ull);
         break;
     case 5:
         if (number == 0) {
             out8(SERIAL + 7, (u8)(round >> 3));
             expect("the scratch register", in8(SERIAL + 7), (u8)(round >> 3));
         } else {
-            expect("a port that nobody has", in32(0x300), ~0u);
+            expect("an unclaimed port", in32(0x300), ~0u);
         }
         break;
     case 6: /* Ignored: the magic value, and an access of two exits that ends in it. */
@@ -79,7 +79,7 @@ static void flood(u32 number, u64 round)
         u64 to = (u64)&words;
         u64 count = 4;
         __asm__ volatile("rep insw" : "+D"(to), "+c"(count) : "d"(0x300) : "memory");
-        expect("four words of a port that nobody has", words, ~0ull);
+        expect("four words of an unclaimed port", words, ~0ull);
         break;
     }
     }

@@ -127,7 +127,7 @@ enum outcome await(u32 slot, struct queue *queue, u64 limit);
 void route(u32 pin, u8 vector);
 bool pending(u8 vector);
 
-/* Half a minute, in ticks, more or less: a busy host's disk can stand still for long. */
+/* Half a minute, in ticks, more or less: a busy host's disk can stall for long. */
 #define LONG 100000000000ull
 /* Some milliseconds. */
 #define BRIEF 20000000ull

@@ -42,9 +42,9 @@ pub struct Story {
 }
 
 /// The body of a test.
-pub type Tell = fn(&Story) -> Result<()>;
+pub type Test = fn(&Story) -> Result<()>;
 /// A test: its name and its body.
-pub type Told = (String, Tell);
+pub type NamedTest = (String, Test);
 
 #[derive(Serialize, Deserialize)]
 struct Request {
@@ -63,7 +63,7 @@ enum Answer {
 ///
 /// # Errors
 /// The paths are not set, or the requesting process has gone.
-pub fn serve(stories: &[Told]) -> Result<()> {
+pub fn serve(stories: &[NamedTest]) -> Result<()> {
     let paths = Paths::from_env()?;
     answer(&Answer::Ready(true))?;
     for line in io::stdin().lock().lines() {
@@ -73,15 +73,15 @@ pub fn serve(stories: &[Told]) -> Result<()> {
         }
         let request: Request = serde_json::from_str(&line).context("cannot read what to run")?;
         let error = match stories.iter().find(|(name, _)| *name == request.run) {
-            Some((name, tell)) => run(&paths, name, *tell).err().map(|error| format!("{error:#}")),
-            None => Some("no such story".to_owned()),
+            Some((name, body)) => run(&paths, name, *body).err().map(|error| format!("{error:#}")),
+            None => Some("no such test".to_owned()),
         };
         answer(&Answer::Done(error))?;
     }
     Ok(())
 }
 
-fn run(paths: &Paths, name: &str, tell: Tell) -> Result<()> {
+fn run(paths: &Paths, name: &str, body: Test) -> Result<()> {
     let dir = paths.fresh_scratch(name)?;
     let story = Story {
         name: name.to_owned(),
@@ -89,9 +89,9 @@ fn run(paths: &Paths, name: &str, tell: Tell) -> Result<()> {
         dir: dir.clone(),
         debian: Debian::unpacked(paths),
     };
-    match catch_unwind(AssertUnwindSafe(|| tell(&story))) {
+    match catch_unwind(AssertUnwindSafe(|| body(&story))) {
         Ok(result) => result?,
-        Err(_) => bail!("the story panicked"),
+        Err(_) => bail!("the test panicked"),
     }
     fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
@@ -121,13 +121,13 @@ fn answer(answer: &Answer) -> Result<()> {
     out.write_all(&[CONTROL])?;
     serde_json::to_writer(&mut out, answer)?;
     out.write_all(b"\n")?;
-    out.flush().context("nobody listens any more")
+    out.flush().context("the channel is closed")
 }
 
 /// How a test's run went.
 enum Outcome {
     /// It ran to its end, passed or failed.
-    Told(Result<()>),
+    Finished(Result<()>),
     /// It was cut short.
     HostLost(anyhow::Error),
 }
@@ -164,10 +164,10 @@ impl Agents {
     /// It failed, or there is no host for it; the error has everything that was printed meanwhile.
     pub fn run(&self, name: &str) -> Result<()> {
         for last in [false, true] {
-            match self.tell(name)? {
-                Outcome::Told(result) => return result,
+            match self.attempt(name)? {
+                Outcome::Finished(result) => return result,
                 Outcome::HostLost(_) if !last && self.emulates() => {
-                    eprintln!("  The emulated host broke down: telling {name} in a new one");
+                    eprintln!("  The emulated host broke down: running {name} in a new one");
                 }
                 Outcome::HostLost(error) => return Err(error),
             }
@@ -179,7 +179,7 @@ impl Agents {
         matches!(*lock(&self.ready), Some((Host::Emulated(_), ..)))
     }
 
-    fn tell(&self, name: &str) -> Result<Outcome> {
+    fn attempt(&self, name: &str) -> Result<Outcome> {
         let idle = lock(&self.idle).pop();
         let mut running = match idle {
             Some(running) => running,
@@ -187,22 +187,22 @@ impl Agents {
         };
         let mut request = serde_json::to_vec(&Request { run: name.to_owned() })?;
         request.push(b'\n');
-        running.tell(&request)?;
+        running.send(&request)?;
         let mut printed = Vec::new();
         let answer = self.wait(&running, Instant::now() + STORY_LIMIT, &mut printed);
         let error = match answer {
             Ok(Answer::Done(None)) => {
                 lock(&self.idle).push(running);
-                return Ok(Outcome::Told(Ok(())));
+                return Ok(Outcome::Finished(Ok(())));
             }
             Ok(Answer::Done(Some(ref error))) => error.clone(),
-            Ok(Answer::Ready(_) | Answer::Exit(_)) => "the host ended".to_owned(),
+            Ok(Answer::Ready(_) | Answer::Exit(_)) => "the emulated host ended".to_owned(),
             Err(ref error) => format!("{error:#}"),
         };
         let printed = String::from_utf8_lossy(&printed);
         if matches!(answer, Ok(Answer::Done(_))) && !running.is_broken() {
             lock(&self.idle).push(running);
-            return Ok(Outcome::Told(Err(anyhow::anyhow!("{}\n{error}", printed.trim_end()))));
+            return Ok(Outcome::Finished(Err(anyhow::anyhow!("{}\n{error}", printed.trim_end()))));
         }
         let console = running.console();
         Ok(Outcome::HostLost(anyhow::anyhow!("{}\n{error}\n{console}", printed.trim_end())))
@@ -214,7 +214,7 @@ impl Agents {
     /// One no longer listens, or its files cannot be removed.
     pub fn finish(&self) -> Result<()> {
         for mut running in lock(&self.idle).drain(..) {
-            running.tell(b"\n")?;
+            running.send(b"\n")?;
             running.finish(Instant::now() + Duration::from_secs(20))?;
         }
         Ok(())
@@ -246,7 +246,7 @@ impl Agents {
         let mut printed = Vec::new();
         match self.wait(&running, Instant::now() + HOST_LIMIT, &mut printed) {
             Ok(Answer::Ready(true)) => {}
-            Ok(_) => bail!("the host did not come up\n{}", running.console()),
+            Ok(_) => bail!("the emulated host did not boot\n{}", running.console()),
             Err(error) => {
                 bail!("{error}\n{}{}", String::from_utf8_lossy(&printed), running.console())
             }
@@ -265,8 +265,8 @@ impl Agents {
                     }
                     printed.extend(text);
                 }
-                Some(Said::End) => bail!("the process that runs the stories has ended"),
-                None => bail!("nothing more came in time"),
+                Some(Said::End) => bail!("the process that runs the tests has ended"),
+                None => bail!("no more output came in time"),
             }
         }
     }

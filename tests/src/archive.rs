@@ -118,7 +118,7 @@ pub fn copy_image(image: &Path, copy: &Path) -> Result<()> {
 pub fn make_ext4(debian: &Debian, image: &Path, bytes: u64, content: Option<&Path>) -> Result<()> {
     let file = File::create(image).with_context(|| format!("cannot make {}", image.display()))?;
     file.set_len(bytes)
-        .with_context(|| format!("cannot make {} {bytes} bytes long", image.display()))?;
+        .with_context(|| format!("cannot extend {} to {bytes} bytes", image.display()))?;
     let mut mke2fs = debian.program("sbin/mke2fs")?;
     // Its own configuration file is not where it looks, so the options that matter are given.
     mke2fs

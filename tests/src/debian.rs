@@ -38,7 +38,7 @@ impl Debian {
         }
         atomically(&home, |home| {
             packages::fetch(home, None)?;
-            fs::write(home.join("packages"), &wanted).context("cannot note what was fetched")
+            fs::write(home.join("packages"), &wanted).context("cannot record what was fetched")
         })?;
         Ok(Self::unpacked(paths))
     }

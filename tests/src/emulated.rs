@@ -19,7 +19,7 @@ pub const VARIABLE: &str = "STORIES_EMULATED";
 pub fn is_sampled() -> Result<bool> {
     let all = match env::var(VARIABLE).as_deref() {
         Ok("all") => true,
-        Ok(other) => bail!("{VARIABLE}={other}: it can be all"),
+        Ok(other) => bail!("{VARIABLE}={other}: must be all"),
         Err(_) => false,
     };
     let emulated = matches!(Host::detect()?, Host::Emulated(_));

@@ -327,7 +327,7 @@ impl State {
 pub fn until(what: &str, mut condition: impl FnMut() -> bool) -> Result<()> {
     let deadline = Instant::now() + SOON;
     while !condition() {
-        ensure!(Instant::now() < deadline, "{what}: not so");
+        ensure!(Instant::now() < deadline, "{what}: it did not");
         thread::sleep(Duration::from_millis(1));
     }
     Ok(())

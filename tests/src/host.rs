@@ -61,7 +61,7 @@ impl Host {
         match env::var(OVERRIDE).as_deref() {
             Ok("native") => Ok(Self::Native),
             Ok("emulated") => Ok(Self::Emulated(format!("{OVERRIDE}=emulated asks for it"))),
-            Ok(other) => bail!("{OVERRIDE}={other}: it can be native or emulated"),
+            Ok(other) => bail!("{OVERRIDE}={other}: must be native or emulated"),
             Err(_) => Ok(unable().map_or(Self::Native, Self::Emulated)),
         }
     }
@@ -130,7 +130,7 @@ impl Job {
     /// # Errors
     /// The path of this program is not known.
     pub fn this_program(args: &[&str]) -> Result<Self> {
-        let program = env::current_exe().context("cannot tell where this program lies")?;
+        let program = env::current_exe().context("cannot determine the path of this program")?;
         let mut job = Self {
             program,
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
@@ -204,9 +204,12 @@ impl Running {
     ///
     /// # Errors
     /// It no longer listens.
-    pub fn tell(&mut self, bytes: &[u8]) -> Result<()> {
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
         let input = self.input.as_mut().context("its input is closed")?;
-        input.write_all(bytes).and_then(|()| input.flush()).context("it does not listen any more")
+        input.write_all(bytes).and_then(|()| input.flush()).context(
+            "it does not read its input \
+                                                                     any more",
+        )
     }
 
     /// Its input, for another thread to write to.
@@ -414,7 +417,7 @@ pub fn make_initramfs(paths: &Paths, debian: &Debian) -> Result<()> {
     atomically(&initramfs(paths), |part| {
         Ok(fs::write(part, guest::system(debian, INIT, MODULES, &["host"], &[])?)?)
     })?;
-    fs::write(&mark, now).context("cannot note what was made")
+    fs::write(&mark, now).context("cannot record what was built")
 }
 
 /// The disk with all files that the job reads.

@@ -95,7 +95,7 @@ pub fn flat(vmlinux: &[u8]) -> Result<Vec<u8>> {
         .iter()
         .map(|segment| segment.p_paddr(endian))
         .min()
-        .context("an ELF file with nothing to load")?;
+        .context("an ELF file without loadable segments")?;
     let mut image = Vec::new();
     for segment in segments {
         let Ok(data) = segment.data(endian, vmlinux) else {
@@ -219,7 +219,13 @@ fn load(name: &str, there: &There, order: &mut Vec<Module>) -> Result<()> {
         }
         _ => {}
     }
-    for needed in depends(&content).with_context(|| format!("{} is no module", path.display()))? {
+    for needed in depends(&content).with_context(|| {
+        format!(
+            "{} is not a \
+                                                             module",
+            path.display()
+        )
+    })? {
         load(&needed, there, order)?;
     }
     order.push(Module { file, content });

@@ -255,7 +255,7 @@ impl Monitor {
             && client.execute_raw("query-status", json!({}))?.get("status")
                 == Some(&json!("inmigrate"))
         {
-            ensure!(Instant::now() < deadline, "the machine does not come in");
+            ensure!(Instant::now() < deadline, "the machine does not arrive");
             thread::sleep(Duration::from_micros(200));
         }
         Ok(client)
@@ -391,7 +391,7 @@ impl Monitor {
             }
             thread::sleep(Duration::from_millis(2));
         }
-        bail!("the monitor goes on")
+        bail!("the monitor has not ended")
     }
 }
 
@@ -405,7 +405,7 @@ impl Drop for Monitor {
 
 /// What each thread of a process is doing, to find out why it makes no progress.
 fn threads(pid: u32) -> String {
-    let mut told = String::new();
+    let mut text = String::new();
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     for task in tasks {
         let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
@@ -416,11 +416,11 @@ fn threads(pid: u32) -> String {
         let field = |index: usize| fields.get(index).copied().unwrap_or("?");
         let (state, user, system) = (field(0), field(11), field(12));
         let stack: Vec<_> = read("stack").lines().take(4).map(str::to_owned).collect();
-        told.push_str(&format!(
+        text.push_str(&format!(
             "  {} {state}, ticks {user}+{system}, {}\n",
             read("comm").trim(),
             stack.join(" < ")
         ));
     }
-    told
+    text
 }

@@ -100,10 +100,10 @@ impl Paths {
 
 /// Cargo's target directory: the one above this executable with cargo's tag in it.
 fn target_dir() -> Result<PathBuf> {
-    let exe = env::current_exe().context("cannot tell where this executable lies")?;
+    let exe = env::current_exe().context("cannot determine the path of this executable")?;
     match exe.ancestors().find(|dir| dir.join("CACHEDIR.TAG").exists()) {
         Some(dir) => Ok(dir.to_owned()),
-        None => bail!("{} does not lie in a cargo target directory", exe.display()),
+        None => bail!("{} is not in a cargo target directory", exe.display()),
     }
 }
 

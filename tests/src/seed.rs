@@ -12,7 +12,7 @@ use crate::paths::SEED;
 /// The variable holds no number.
 pub fn get() -> Result<u64> {
     match env::var(SEED) {
-        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is no number")),
+        Ok(seed) => seed.parse().with_context(|| format!("{SEED}={seed} is not a number")),
         Err(_) => Ok(RandomState::new().hash_one(0)),
     }
 }

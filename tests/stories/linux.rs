@@ -23,7 +23,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
 use snapshot::Shape;
-use stories::agent::{Agents, EXAMPLES, SERVE, Tell, Told, serve};
+use stories::agent::{Agents, EXAMPLES, NamedTest, SERVE, Test, serve};
 use stories::paths::{GUEST_KERNEL, Paths, SEED, workspace};
 use stories::{emulated, seed};
 
@@ -34,7 +34,7 @@ const NATIVE: Shape = Shape { native: true, cpus: 1, mib: 256, restores: 10 };
 
 /// Tests that need Debian's kernel, or something that the given one lacks: several processors, a
 /// stopped clock, a keyboard, a power button, a panic that is reported.
-const STORIES: &[(&str, Tell)] = &[
+const STORIES: &[(&str, Test)] = &[
     ("an_elf_kernel_boots", boot::elf),
     ("a_bzimage_boots", boot::bzimage),
     ("a_flat_kernel_boots", boot::flat),
@@ -51,7 +51,7 @@ const STORIES: &[(&str, Tell)] = &[
 
 /// Tests that any Linux will do for: where a kernel is given, the same is tested [`NATIVELY`], and
 /// only a sample of these runs in the emulated host.
-const SAMPLED: &[(&str, Tell)] = &[
+const SAMPLED: &[(&str, Test)] = &[
     ("the_root_file_system_lies_on_a_disk", |story| boot::root_on_a_disk(story, SMALL)),
     ("memory_reaches_above_4_gib", |story| boot::memory_above_4_gib(story, SMALL)),
     ("a_file_written_in_the_guest_is_in_the_image", |story| {
@@ -79,7 +79,7 @@ const SAMPLED: &[(&str, Tell)] = &[
 ];
 
 /// Run with a given kernel on this machine's own KVM, which does not run Debian's.
-const NATIVELY: &[(&str, Tell)] = &[
+const NATIVELY: &[(&str, Test)] = &[
     ("natively_a_busy_guest_is_saved_and_goes_on_ten_times", |story| {
         snapshot::stopped(story, Shape { mib: 5120, ..NATIVE })
     }),
@@ -114,8 +114,8 @@ const NATIVELY: &[(&str, Tell)] = &[
 ];
 
 /// All of `all` except most of [`SAMPLED`], chosen differently each time.
-fn sample(all: Vec<Told>) -> Result<Vec<Told>> {
-    let is_sampled = |(name, _): &Told| SAMPLED.iter().any(|(known, _)| known == name);
+fn sample(all: Vec<NamedTest>) -> Result<Vec<NamedTest>> {
+    let is_sampled = |(name, _): &NamedTest| SAMPLED.iter().any(|(known, _)| known == name);
     let (mut sampled, mut chosen): (Vec<_>, Vec<_>) = all.into_iter().partition(is_sampled);
     let seed = seed::get()?;
     fastrand::Rng::with_seed(seed).shuffle(&mut sampled);
@@ -138,12 +138,13 @@ fn main() -> Result<()> {
         all.extend(NATIVELY);
     } else if !serving {
         eprintln!(
-            "Debian's kernel has no virtio_mmio.device= parameter: \
-             {GUEST_KERNEL}=VMLINUX adds the story of virtio without ACPI, and saves and restores \
-             that kernel on this machine's own KVM."
+            "Debian's kernel has no virtio_mmio.device= parameter: {GUEST_KERNEL}=VMLINUX adds the \
+             test of virtio without ACPI, and saves and restores that kernel on this machine's own \
+             KVM."
         );
     }
-    let mut all: Vec<Told> = all.into_iter().map(|(name, tell)| (name.to_owned(), tell)).collect();
+    let mut all: Vec<NamedTest> =
+        all.into_iter().map(|(name, body)| (name.to_owned(), body)).collect();
     let home = if serving { Paths::from_env()?.cache } else { workspace().to_owned() };
     all.extend(examples::stories(&home.join(EXAMPLES))?);
     if serving {
@@ -157,7 +158,7 @@ fn main() -> Result<()> {
     }
     let agents = Arc::new(Agents::new(args.nocapture));
     let natively = Arc::new(Agents::native(args.nocapture));
-    let trial = |(name, _): Told| {
+    let trial = |(name, _): NamedTest| {
         let native = NATIVELY.iter().any(|(known, _)| *known == name);
         let agents = Arc::clone(if native { &natively } else { &agents });
         Trial::test(name.clone(), move || {

@@ -154,7 +154,7 @@ fn what_is_about_a_number_names_it_too() {
 
 /// The usual case: the kernel lies beside the file, and the monitor is started elsewhere.
 #[test]
-fn what_lies_beside_the_file_is_found_there_and_told() {
+fn what_is_beside_the_file_is_found_there_and_suggested() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["kernel", "root"] {
         std::fs::write(dir.path().join(name), "").unwrap();

@@ -150,7 +150,7 @@ impl Scenario {
 }
 
 /// One message of the measuring process.
-#[expect(missing_docs, reason = "the fields' names say it")]
+#[expect(missing_docs, reason = "the fields' names describe them")]
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Message {

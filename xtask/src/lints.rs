@@ -105,7 +105,7 @@ fn list<'a>(value: &'a Value, name: &str) -> &'a [Value] {
 }
 
 fn text<'a>(value: &'a Value, name: &str) -> Result<&'a str> {
-    value.get(name).and_then(Value::as_str).with_context(|| format!("cargo tells no {name}"))
+    value.get(name).and_then(Value::as_str).with_context(|| format!("cargo metadata has no {name}"))
 }
 
 fn wrong_arrows(package: &str, siblings: &[&str]) -> Vec<String> {
@@ -113,13 +113,13 @@ fn wrong_arrows(package: &str, siblings: &[&str]) -> Vec<String> {
         ARROWS.iter().find(|(name, _)| *name == package).map_or(&[][..], |(_, allowed)| allowed);
     let wrong = siblings.iter().filter(|name| !allowed.contains(name));
     wrong
-        .map(|name| format!("{package} depends on {name}; it may depend {}", names(allowed)))
+        .map(|name| format!("{package} depends on {name}; it may only depend {}", names(allowed)))
         .collect()
 }
 
 fn names(names: &[&str]) -> String {
     if names.is_empty() {
-        "on no sibling".to_owned()
+        "on no other crate of the workspace".to_owned()
     } else {
         format!("only on {}", names.join(" and "))
     }

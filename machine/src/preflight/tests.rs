@@ -83,7 +83,7 @@ fn nic(id: &str) -> Option<Part> {
 }
 
 #[test]
-fn each_part_is_told_once_in_the_machines_order_and_nothing_stays() {
+fn each_part_is_reported_once_in_order_and_nothing_stays() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
     let files = [Some(Part::Kernel), Some(Part::Initrd), disk("a"), disk("b")];

@@ -348,7 +348,7 @@ mod tests {
         vcpu.resume(0);
         vcpu.park().wait().unwrap();
         let save = || vcpu.save().wait().unwrap().unwrap();
-        assert_eq!(save(), save(), "a parked vCPU stands still");
+        assert_eq!(save(), save(), "a parked vCPU does not run");
         vcpu.restore(1_000_000_000).wait().unwrap().unwrap();
         vcpu.resume(0);
         vcpu.park().wait().unwrap();
@@ -373,7 +373,7 @@ mod tests {
         held.send(()).unwrap();
         last.wait_for(Duration::from_secs(20)).unwrap();
         drop(given_up);
-        assert_eq!(entries.load(Ordering::SeqCst), 1, "it stands still");
+        assert_eq!(entries.load(Ordering::SeqCst), 1, "it does not run");
     }
 
     #[test]

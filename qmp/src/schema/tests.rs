@@ -123,7 +123,7 @@ impl EachCommand for Arguments {
 }
 
 #[test]
-fn the_schema_tells_exactly_which_arguments_are_read() {
+fn the_schema_describes_exactly_which_arguments_are_read() {
     Arguments(Schema::new()).all();
 }
 
@@ -143,12 +143,12 @@ impl EachCommand for Replies {
 }
 
 #[test]
-fn the_schema_tells_exactly_what_is_replied() {
+fn the_schema_describes_exactly_what_is_replied() {
     Replies(Schema::new()).all();
 }
 
 #[test]
-fn the_schema_tells_exactly_which_events_there_are() {
+fn the_schema_describes_exactly_which_events_there_are() {
     let schema = Schema::new();
     let described: BTreeSet<_> = schema
         .0

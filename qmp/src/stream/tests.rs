@@ -78,7 +78,7 @@ fn whatever_serde_reads_as_an_object_is_passed_whole() {
 }
 
 #[test]
-fn a_mistake_is_told_once_and_the_next_line_is_heard() {
+fn a_mistake_is_reported_once_and_the_next_line_is_read() {
     let good = r#"{"execute":"stop"}"#;
     for (bad, expected) in [
         ("nonsense", "expecting an object, got 'n'"),

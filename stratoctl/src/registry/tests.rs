@@ -182,7 +182,7 @@ fn at_every_step<T: PartialEq + std::fmt::Debug, B: Fn(&Registry)>(
                 break;
             }
             // Trying again succeeds.
-            let _held = bench.real().try_lock(&name("a")).expect("nobody has the lock");
+            let _held = bench.real().try_lock(&name("a")).expect("the lock is free");
             if left == old {
                 change(&bench.real()).expect("the second time");
                 assert_eq!(status(&bench.real()), new);
@@ -216,7 +216,7 @@ fn a_domain_is_registered_or_not_whenever_it_is_killed() {
 }
 
 #[test]
-fn a_domain_is_forgotten_or_not_whenever_it_is_killed() {
+fn a_domain_is_removed_or_not_whenever_it_is_killed() {
     for managed in [true, false] {
         at_every_step(
             if managed { "managed" } else { "unmanaged" },
@@ -228,7 +228,7 @@ fn a_domain_is_forgotten_or_not_whenever_it_is_killed() {
             |registry| {
                 let left = fs::read_dir(registry.run.join(".managed")).into_iter().flatten();
                 let listed = everything(registry);
-                assert!(!listed.is_empty() || left.count() == 0, "nobody finds it any more");
+                assert!(!listed.is_empty() || left.count() == 0, "it is not listed any more");
                 listed
             },
         );
@@ -313,7 +313,7 @@ fn what_is_kept_belongs_to_one_domain_whenever_it_is_killed() {
 }
 
 #[test]
-fn a_start_that_was_not_prepared_to_the_end_can_be_prepared_anew() {
+fn a_start_that_was_not_prepared_to_the_end_can_be_prepared_again() {
     at_every_step(
         "prepare",
         |registry| {
@@ -341,7 +341,7 @@ fn said_of(contents: &[u8]) -> String {
 }
 
 #[test]
-fn a_record_cut_anywhere_is_refused_by_its_name_and_can_be_forgotten() {
+fn a_record_truncated_anywhere_is_refused_by_name_and_can_be_removed() {
     let bench = Bench::new();
     let place = bench.real().add(&name("a"), true, &description(1)).expect("added");
     let whole = fs::read(place.record()).expect("a record");
@@ -424,7 +424,7 @@ impl Disk for Full {
 }
 
 #[test]
-fn numbers_are_small_and_nobody_has_one_twice() {
+fn numbers_are_small_and_unique() {
     let bench = Bench::new();
     let registry = bench.real();
     let ids: Vec<u32> = ["a", "b", "c"]
@@ -461,7 +461,7 @@ fn a_lock_is_one_process_at_a_time_and_leaves_no_file() {
             scope.spawn(|| {
                 for _ in 0..100 {
                     let _held = registry.lock(&name("a")).expect("a lock");
-                    drop(alone.try_lock().expect("nobody else has it"));
+                    drop(alone.try_lock().expect("the lock is free"));
                 }
             });
         }

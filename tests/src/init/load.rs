@@ -35,7 +35,7 @@ fn main() {
         exit(2);
     };
     let Ok(pace) = pace.parse().map(Duration::from_millis) else {
-        eprintln!("load: {pace} is no number of milliseconds");
+        eprintln!("load: {pace} is not a number of milliseconds");
         exit(2);
     };
     let tally = Arc::new(Tally::default());
@@ -65,7 +65,7 @@ fn say(what: &str) {
 /// Step by step; neither the clock nor anything else ever goes back.
 fn count(tally: &Tally, pace: Duration) {
     let began = Instant::now();
-    let (mut last, mut told) = (began, Duration::ZERO);
+    let (mut last, mut next_report) = (began, Duration::ZERO);
     let mut ended = false;
     for step in 1_u64.. {
         thread::sleep(pace);
@@ -78,8 +78,8 @@ fn count(tally: &Tally, pace: Duration) {
             ended = true;
             say(&format!("connection: {why}"));
         }
-        if now - began >= told {
-            told = now - began + pace * 25;
+        if now - began >= next_report {
+            next_report = now - began + pace * 25;
             // The machine's own clock, not this program's.
             let clock = fs::read_to_string("/proc/uptime").unwrap_or_default();
             let clock = clock.split_whitespace().next().unwrap_or("?").replace('.', "");
@@ -125,7 +125,7 @@ fn read(file: &str, written: &AtomicU64, pause: Duration) -> io::Result<()> {
         let number = step.wrapping_mul(0x9e37_79b9) % written.load(Ordering::Acquire) + 1;
         file.read_exact_at(&mut found.0, (number - 1) * RECORD as u64)?;
         if found.0 != record(number) {
-            return Err(io::Error::other(format!("record {number} is not there")));
+            return Err(io::Error::other(format!("record {number} is missing")));
         }
         thread::sleep(pause);
     }

@@ -112,7 +112,7 @@ fn ubuntus_kernel_has_another_name_and_its_modules_in_other_packages() {
 }
 
 #[test]
-fn sources_without_a_kernel_are_told_what_they_lack() {
+fn sources_without_a_kernel_are_refused_with_what_they_lack() {
     let archive = Archive::new("without");
     archive.add_tools();
     let error = archive.fetch().unwrap_err().to_string();
@@ -124,7 +124,7 @@ fn sources_without_a_kernel_are_told_what_they_lack() {
 }
 
 #[test]
-fn sources_without_a_tool_are_told_which() {
+fn sources_without_a_tool_are_refused_with_its_name() {
     let archive = Archive::new("tools");
     archive.add("linux-image-cloud-amd64", "linux-image-6.1-cloud-amd64", "doc");
     archive.add("linux-image-6.1-cloud-amd64", "", "boot/vmlinuz-6.1");
@@ -144,13 +144,13 @@ fn an_archive_that_cannot_be_reached_is_the_networks_fault_not_the_sources() {
 }
 
 #[test]
-fn apt_tells_how_much_there_is_to_fetch() {
+fn apt_reports_how_much_there_is_to_fetch() {
     let listing = "Reading package lists...\n'http://x/a.deb' a.deb 1000 SHA256:0\n'http://x/b.deb' b.deb 24 SHA256:0\n";
     assert_eq!(sizes(listing), 1024);
 }
 
 #[test]
-fn apt_tells_what_it_would_install() {
+fn apt_reports_what_it_would_install() {
     let line = "Inst libc6 (2.36-9+deb12u10 Debian:12.11/oldstable [amd64])";
     assert_eq!(to_install(line).as_deref(), Some("libc6=2.36-9+deb12u10"));
     assert_eq!(to_install("Conf libc6 (2.36 Debian [amd64])"), None);

@@ -123,13 +123,13 @@ fn half_of_the_memory_goes_into_the_balloon_and_back() -> Result<()> {
 }
 
 #[test]
-fn clients_are_told_of_the_balloon_s_size() -> Result<()> {
+fn clients_are_notified_of_the_balloons_size() -> Result<()> {
     let mut here = Here::start("balloon-events", &plain(), &[])?;
     here.fill(HALF, HALF_SHOWN)?;
     // StratoVirt's own word for it is the second one.
     for name in ["BALLOON_CHANGE", "BALLOON_CHANGED"] {
-        let told = here.qmp.wait_event(name, SOON)?;
-        ensure!(told.data.get("actual") == Some(&json!(HALF)), "{told:?}");
+        let reported = here.qmp.wait_event(name, SOON)?;
+        ensure!(reported.data.get("actual") == Some(&json!(HALF)), "{reported:?}");
     }
     // More than all memory means all of it; zero is invalid.
     here.qmp.execute_raw("balloon", json!({ "value": 1u64 << 60 }))?;
@@ -256,7 +256,7 @@ fn statistics_are_there_for_who_asks_as_qemu_s_users_do() -> Result<()> {
     let value = |name: &str| stats.pointer(&format!("/stats/{name}")).and_then(Value::as_u64);
     ensure!(value("stat-free-memory") == Some(5 << 20), "{stats}");
     ensure!(value("stat-total-memory") == Some(MIB << 20), "{stats}");
-    ensure!(value("stat-swap-in") == Some(u64::MAX), "the guest does not tell: {stats}");
+    ensure!(value("stat-swap-in") == Some(u64::MAX), "the guest reports no statistics: {stats}");
     ensure!(stats.get("last-update").and_then(Value::as_u64) > Some(1_700_000_000), "{stats}");
     let wrong = json!({ "path": "balloon1", "property": "guest-stats" });
     let refused = here.qmp.execute_raw("qom-get", wrong).unwrap_err().to_string();

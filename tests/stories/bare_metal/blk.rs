@@ -93,7 +93,7 @@ fn what_is_read_only_stays_as_it_is() -> Result<()> {
 }
 
 #[test]
-fn a_hostile_driver_harms_nobody_and_the_disk_works_afterwards() -> Result<()> {
+fn a_hostile_driver_does_no_harm_and_the_disk_works_afterwards() -> Result<()> {
     let stage = Stage::new("blk_hostile")?;
     let (vm, image, contents) = driving(&stage, "hostile", false)?;
     let (mut monitor, mut qmp) = stage.start(vm)?;
@@ -107,7 +107,7 @@ fn a_hostile_driver_harms_nobody_and_the_disk_works_afterwards() -> Result<()> {
 }
 
 #[test]
-fn rings_that_change_while_they_are_read_harm_nobody() -> Result<()> {
+fn rings_that_change_while_they_are_read_do_no_harm() -> Result<()> {
     let stage = Stage::new("blk_race")?;
     let (vm, image, contents) = driving(&stage, "race", true)?;
     let (mut monitor, mut qmp) = stage.start(vm.machine("vcpu_count", 2))?;
@@ -157,7 +157,7 @@ fn until_it_writes(qmp: &mut Client, image: &Path) -> Result<()> {
 }
 
 #[test]
-fn a_saved_state_does_not_go_on_with_a_disk_that_has_gone_on() -> Result<()> {
+fn a_saved_state_is_not_restored_with_a_disk_that_has_changed_since() -> Result<()> {
     const SAYS: &str = "has changed since its machine was saved";
     let stage = Stage::new("blk_generation")?;
     let (vm, image, _) = driving(&stage, "busy", false)?;

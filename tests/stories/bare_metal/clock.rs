@@ -16,7 +16,7 @@ use crate::stream::{getfd, inherited};
 const GAP: Duration = Duration::from_secs(2);
 
 /// What the guest's clock shows.
-fn told(monitor: &mut Monitor) -> Result<Duration> {
+fn guest_time(monitor: &mut Monitor) -> Result<Duration> {
     let line = monitor.wait_for("\n", SOON)?;
     let number = line.trim().strip_prefix("clock ").with_context(|| line.clone())?;
     Ok(Duration::from_nanos(u64::from_str_radix(number, 16)?))
@@ -30,13 +30,13 @@ fn restore(stage: &Stage, incoming: &str) -> Result<(Monitor, Client)> {
 }
 
 #[test]
-fn a_guests_clock_goes_on_where_it_stood_or_catches_up() -> Result<()> {
+fn a_guests_clock_continues_from_the_save_or_catches_up() -> Result<()> {
     let stage = Stage::new("clock")?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("clock", "")?)?;
-    told(&mut monitor)?;
+    guest_time(&mut monitor)?;
     let begin = Instant::now();
     monitor.type_in("x")?;
-    let before = told(&mut monitor)?;
+    let before = guest_time(&mut monitor)?;
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     let stream = stage.file("stream");
@@ -65,7 +65,7 @@ fn a_guests_clock_goes_on_where_it_stood_or_catches_up() -> Result<()> {
         cont(&mut qmp)?;
         let asked = begin.elapsed();
         monitor.type_in("x")?;
-        let ahead = told(&mut monitor)?.checked_sub(before).context("it went back")?;
+        let ahead = guest_time(&mut monitor)?.checked_sub(before).context("it went back")?;
         let most = begin.elapsed();
         println!("{incoming}: {ahead:?} ahead after {most:?}");
         ensure!(ahead <= if catches_up { most } else { most - GAP }, "{incoming}: {ahead:?}");
@@ -75,7 +75,7 @@ fn a_guests_clock_goes_on_where_it_stood_or_catches_up() -> Result<()> {
         thread::sleep(GAP);
         cont(&mut qmp)?;
         monitor.type_in("x")?;
-        let now = told(&mut monitor)? - before;
+        let now = guest_time(&mut monitor)? - before;
         ensure!(now >= ahead && now - ahead <= begin.elapsed() - asked - GAP, "{now:?}");
         quits(&stage, &mut monitor, &mut qmp)?;
     }

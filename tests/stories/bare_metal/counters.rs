@@ -32,7 +32,7 @@ impl Counters {
 
     /// Waits until every counter has moved.
     pub fn wait_past(&self, before: &[u64]) -> Result<()> {
-        // A busy host's disk can stand still for long.
+        // A busy host's disk can stall for long.
         let deadline = Instant::now() + SOON * 3;
         while Instant::now() < deadline {
             if self.read()?.iter().zip(before).all(|(now, before)| now > before) {

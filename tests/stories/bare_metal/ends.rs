@@ -18,7 +18,7 @@ fn power_off() -> Result<()> {
     let stage = Stage::new("power_off")?;
     let (mut monitor, mut qmp) = hello(&stage, "poweroff", &[])?;
     ends(&mut monitor, &mut qmp, true, "guest-shutdown", 0)?;
-    ensure!(monitor.unseen().is_empty(), "it went on after the power was off");
+    ensure!(monitor.unseen().is_empty(), "it ran after the power was off");
     Ok(())
 }
 
@@ -28,7 +28,7 @@ fn reset_by_keyboard_controller_acpi_or_triple_fault() -> Result<()> {
     for way in ["keyboard-reset", "acpi-reset", "triple-fault"] {
         let (mut monitor, mut qmp) = hello(&stage, way, &[])?;
         ends(&mut monitor, &mut qmp, true, "guest-reset", 0)?;
-        ensure!(monitor.unseen().is_empty(), "it went on after the reset");
+        ensure!(monitor.unseen().is_empty(), "it ran after the reset");
     }
     Ok(())
 }
@@ -47,7 +47,7 @@ fn a_reset_is_a_failure_where_that_is_asked_for() -> Result<()> {
 }
 
 #[test]
-fn reset_boots_anew_where_that_is_asked_for() -> Result<()> {
+fn reset_reboots_where_that_is_configured() -> Result<()> {
     let stage = Stage::new("reboot")?;
     for way in ["keyboard-reset", "acpi-reset", "triple-fault"] {
         let (mut monitor, mut qmp) = hello(&stage, way, &["-action", "reboot=reset"])?;
@@ -90,7 +90,7 @@ fn panic() -> Result<()> {
 }
 
 #[test]
-fn an_instruction_that_nobody_can_run() -> Result<()> {
+fn an_instruction_that_kvm_cannot_run() -> Result<()> {
     let stage = Stage::new("nowhere")?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("hello", "nowhere")?)?;
     ends(&mut monitor, &mut qmp, false, "host-error", 1)?;
@@ -98,7 +98,7 @@ fn an_instruction_that_nobody_can_run() -> Result<()> {
 }
 
 #[test]
-fn a_guest_that_sleeps_for_ever_still_stops_and_ends() -> Result<()> {
+fn a_guest_that_sleeps_forever_still_stops_and_ends() -> Result<()> {
     let stage = Stage::new("asleep")?;
     let (mut monitor, mut qmp) = hello(&stage, "halt", &[])?;
     monitor.wait_for("halts\n", SOON)?;

@@ -173,7 +173,7 @@ fn again_and_again(
         if counters(&last, 1)? > before {
             break;
         }
-        ensure!(Instant::now() < deadline, "it does not go on");
+        ensure!(Instant::now() < deadline, "it does not continue");
     }
     ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
     quits(stage, &mut monitor, &mut qmp)

@@ -19,7 +19,7 @@ use crate::snapshot::{restore, save};
 use crate::stage::{Stage, quits, simple};
 
 /// What the guest reads, in the format of `query-vm-generation-id`.
-fn told(monitor: &mut Monitor) -> Result<String> {
+fn generation_id(monitor: &mut Monitor) -> Result<String> {
     let line = monitor.wait_for("\n", SOON)?;
     let words = line.strip_prefix("generation ").with_context(|| line.clone())?;
     let bytes = words.split_whitespace().map(|word| u8::from_str_radix(word, 16));
@@ -39,27 +39,27 @@ fn asked(qmp: &mut Client) -> Result<String> {
 }
 
 #[test]
-fn each_machine_that_goes_on_from_a_state_is_another_one_and_is_told() -> Result<()> {
+fn each_restored_machine_has_a_new_generation_id_and_is_notified() -> Result<()> {
     let stage = Stage::new("generation")?;
     let vm = stage.vm("generation", "")?.args(&["-action", "reboot=reset"]);
     let (mut monitor, mut qmp) = stage.start(vm)?;
-    let first = told(&mut monitor)?;
+    let first = generation_id(&mut monitor)?;
     ensure!(first == asked(&mut qmp)?, "{first}");
     simple(&mut qmp, "system_reset")?;
-    ensure!(told(&mut monitor)? == first, "a reset is no other generation");
+    ensure!(generation_id(&mut monitor)? == first, "a reset keeps the generation");
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     simple(&mut qmp, "cont")?;
-    ensure!(asked(&mut qmp)? == first, "it has gone on here");
+    ensure!(asked(&mut qmp)? == first, "it has run on here");
     quits(&stage, &mut monitor, &mut qmp)?;
-    ensure!(monitor.unseen().is_empty(), "told without need: {}", monitor.unseen());
+    ensure!(monitor.unseen().is_empty(), "notified without need: {}", monitor.unseen());
 
     let mut seen = BTreeSet::from([first]);
     for _ in 0..3 {
         let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
         simple(&mut qmp, "cont")?;
         monitor.wait_for("events 2\n", SOON)?;
-        let now = told(&mut monitor)?;
+        let now = generation_id(&mut monitor)?;
         ensure!(now == asked(&mut qmp)?, "{now}");
         ensure!(seen.insert(now), "the same as before");
         // And from its own state, before it is notified.
@@ -72,7 +72,7 @@ fn each_machine_that_goes_on_from_a_state_is_another_one_and_is_told() -> Result
 fn news_that_were_saved_unread_arrive() -> Result<()> {
     let stage = Stage::new("generation-twice")?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("generation", "")?)?;
-    let first = told(&mut monitor)?;
+    let first = generation_id(&mut monitor)?;
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
@@ -85,7 +85,7 @@ fn news_that_were_saved_unread_arrive() -> Result<()> {
     let (mut monitor, mut qmp) = restore(&stage, &again, &[])?;
     simple(&mut qmp, "cont")?;
     monitor.wait_for("events 2\n", SOON)?;
-    let third = told(&mut monitor)?;
+    let third = generation_id(&mut monitor)?;
     ensure!(BTreeSet::from([&first, &second, &third]).len() == 3, "{first} {second} {third}");
     quits(&stage, &mut monitor, &mut qmp)
 }
@@ -130,7 +130,7 @@ fn its_network_hears_where_it_is_now() -> Result<()> {
     let mac = "52:54:00:00:00:01";
     let (mut monitor, mut qmp) =
         stage.start(stage.vm("generation", "")?.nic("net0", "tap0", mac))?;
-    told(&mut monitor)?;
+    generation_id(&mut monitor)?;
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
@@ -145,7 +145,7 @@ fn its_network_hears_where_it_is_now() -> Result<()> {
         arguments[key] = value;
         arguments
     };
-    ensure!(qmp.execute_raw("announce-self", twice.clone()).is_err(), "it stands still");
+    ensure!(qmp.execute_raw("announce-self", twice.clone()).is_err(), "the guest is paused");
     simple(&mut qmp, "cont")?;
     for _ in 0..5 {
         ensure!(announcement(&socket)? == [0x52, 0x54, 0, 0, 0, 1]);

@@ -11,7 +11,7 @@ use state::cpu::Vcpu;
 use stories::monitor::SOON;
 use stories::paths::workspace;
 
-use crate::hostile_snapshot::goes_on;
+use crate::hostile_snapshot::resumes;
 use crate::plug::{found, marked, with_taps};
 use crate::snapshot::{counters, restore, save};
 use crate::stage::{Stage, quits, simple};
@@ -131,7 +131,7 @@ fn a_save_that_builds_on_another_is_restored_as_it_was_released() -> Result<()> 
         let top = stage.file("chain/top");
         with_the_cpu_of(&here, &top)?;
         let before = counters(&top, 1)?;
-        goes_on(&stage, &top, &before).with_context(|| format!("{}", from.display()))?;
+        resumes(&stage, &top, &before).with_context(|| format!("{}", from.display()))?;
     }
     Ok(())
 }

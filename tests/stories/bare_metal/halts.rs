@@ -45,7 +45,7 @@ fn is_reset(monitor: &mut Monitor, qmp: &mut Client) -> Result<()> {
     simple(qmp, "system_reset")?;
     ensure!(qmp.wait_event("RESET", SOON)?.data.get("guest") == Some(&json!(false)));
     ensure!(status(qmp)? == "paused");
-    ensure!(monitor.unseen().is_empty(), "it ran although nobody let it");
+    ensure!(monitor.unseen().is_empty(), "it ran although it was not resumed");
     cont(qmp)?;
     monitor.wait_for("hello\n", SOON).map(drop)
 }
@@ -106,7 +106,7 @@ fn after_a_panic() -> Result<()> {
 }
 
 #[test]
-fn after_an_instruction_that_nobody_can_run() -> Result<()> {
+fn after_an_instruction_that_kvm_cannot_run() -> Result<()> {
     let stage = Stage::new("halt_kvm")?;
     let (mut monitor, mut qmp) =
         stage.start(stage.vm("hello", "nowhere")?.args(&["-action", "panic=pause"]))?;
@@ -121,7 +121,7 @@ fn after_an_instruction_that_nobody_can_run() -> Result<()> {
 }
 
 #[test]
-fn boots_anew_whatever_it_was_that_ended_it() -> Result<()> {
+fn reset_reboots_it_whatever_has_ended_it() -> Result<()> {
     let stage = Stage::new("restarts")?;
     for (way, action, reason) in [
         ("poweroff", "shutdown=reset", "guest-shutdown"),
@@ -214,7 +214,7 @@ fn it_can_be_saved_and_is_still_over_when_it_is_restored() -> Result<()> {
 }
 
 #[test]
-fn its_last_words_can_still_be_read() -> Result<()> {
+fn its_last_output_can_still_be_read() -> Result<()> {
     let stage = Stage::new("last_words")?;
     let socket = stage.file("console.sock");
     let serial = format!("socket,path={},server,nowait,replay=4K", socket.display());

@@ -163,7 +163,7 @@ impl Drop for Holder {
 }
 
 #[test]
-fn what_is_not_there_is_told_before_a_page_is_sent() -> Result<()> {
+fn what_is_missing_is_reported_before_a_page_is_sent() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("untold")?;
     in_namespace_of(&monitor, "ip tuntap add dev tun0 mode tun")?;
     let image = stage.file("other");
@@ -189,7 +189,7 @@ fn what_is_not_there_is_told_before_a_page_is_sent() -> Result<()> {
 
 /// The source first sends the CPU features that its guest was promised; here with one feature more.
 #[test]
-fn a_cpu_that_the_receiver_has_not_is_told_before_a_page_is_sent() -> Result<()> {
+fn a_cpu_that_the_receiver_lacks_is_reported_before_a_page_is_sent() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("lesser")?;
     let there = There::start("lesser1", monitor.pid(), "", &[])?;
     let edit = |kind, body: &mut Vec<u8>| {
@@ -217,7 +217,7 @@ fn with_every_feature(hello: &[u8]) -> Option<Vec<u8>> {
 
 /// Built and tried before the source lets go: a failure then costs nothing.
 #[test]
-fn a_machine_that_cannot_be_built_is_told_before_the_source_lets_go() -> Result<()> {
+fn a_machine_that_cannot_be_built_is_reported_before_the_source_lets_go() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("unbuilt")?;
     let refuse = stage.file("refuse");
     fs::write(&refuse, "nic0")?;
@@ -243,7 +243,7 @@ fn a_machine_that_cannot_be_built_is_told_before_the_source_lets_go() -> Result<
 /// Whether another process holds something shows only when it is taken. The machine comes back, and
 /// the message names the process.
 #[test]
-fn a_tap_that_another_process_has_is_told_with_that_process() -> Result<()> {
+fn a_tap_in_use_is_reported_with_the_process_that_uses_it() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("busy-tap")?;
     in_namespace_of(&monitor, "ip tuntap add dev t1 mode tap vnet_hdr")?;
     let holder = Holder::of("t1", &monitor)?;
@@ -266,7 +266,7 @@ fn a_tap_that_another_process_has_is_told_with_that_process() -> Result<()> {
 /// `Go` is lost on its way. The receiver's wait for it is bounded, and it gives the machine back;
 /// when `Go` comes after all, no receiver is left to take it.
 #[test]
-fn a_receiver_that_is_not_told_to_go_on_gives_the_machine_back() -> Result<()> {
+fn a_receiver_that_gets_no_go_gives_the_machine_back() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("lost-go")?;
     let there = There::start("lost-go1", monitor.pid(), "", &[])?;
     let (release, held): (Sender<()>, Receiver<()>) = channel();

@@ -87,7 +87,7 @@ fn an_image_whose_resizing_and_closing_hang_holds_no_other_client() -> Result<()
     ensure!(disks.pointer("/0/inserted/image/virtual-size") == Some(&json!(MIB)), "{disks}");
     refused(&mut other, "device_del", json!({ "id": "disk" }), "'disk' is busy: resizing")?;
     let save = json!({ "uri": format!("file:{}", stage.file("saved").display()) });
-    refused(&mut other, "migrate", save, "is under way")?;
+    refused(&mut other, "migrate", save, "is in progress")?;
     simple(&mut other, "system_reset")?;
     held.release()?;
     ensure!(answer(&mut client)? == json!({ "return": {} }));

@@ -126,7 +126,7 @@ pub fn contents(saved: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
 }
 
 /// It resumes from `saved`, and nothing is lost since `before`.
-pub fn goes_on(stage: &Stage, saved: &Path, before: &[u64]) -> Result<()> {
+pub fn resumes(stage: &Stage, saved: &Path, before: &[u64]) -> Result<()> {
     let (mut monitor, mut qmp) = restore(stage, saved, &[])?;
     simple(&mut qmp, "cont")?;
     let again = stage.file("again");
@@ -214,7 +214,7 @@ fn what_another_host_or_version_has_saved_is_refused_by_name() -> Result<()> {
         let mut state = State::read(&saved)?;
         slower(&mut state)?;
         state.write(&saved)?;
-        goes_on(&stage, &saved, &counters(&saved, 1)?)?;
+        resumes(&stage, &saved, &counters(&saved, 1)?)?;
     } else {
         refuses(&slower, &["TSC ticks at", "kHz", "cannot scale"])?;
     }
@@ -254,7 +254,7 @@ fn a_state_cut_off_at_any_border_or_with_a_bit_flipped_is_refused_by_name() -> R
         refused(&stage, &checked(&saved), &[], &["memory cannot be used", "damaged"])?;
         memory.write_all_at(&byte, at)?;
     }
-    goes_on(&stage, &saved, &counters(&saved, 1)?)
+    resumes(&stage, &saved, &counters(&saved, 1)?)
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
         (0, "\"vcpu 0\" twice"),
         (1, "no section for nic1"),
         (2, "was expected"),
-        (3, "no section \"cpu\""),
+        (3, "section \"cpu\" is missing"),
         (4, "checksums"),
     ] {
         let mut state = State { version: whole.version, frames: whole.frames.clone() };
@@ -324,7 +324,7 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
 /// Whatever numbers a state holds, it is refused, or gives a machine that answers and ends when
 /// told to; its guest may be unusable.
 #[test]
-fn numbers_made_up_harm_nobody() -> Result<()> {
+fn made_up_numbers_do_no_harm() -> Result<()> {
     let (stage, saved) = saved("hostile-numbers")?;
     let whole = State::read(&saved)?;
     let mut chance = Chance::new();
@@ -387,7 +387,7 @@ fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
     fs::remove_dir(&memory)?;
     // The file is valid without its holes, or with more of them.
     fs::write(&memory, fs::read(&aside)?)?;
-    goes_on(&stage, &saved, &before)?;
+    resumes(&stage, &saved, &before)?;
     let length = fs::metadata(&memory)?.len();
     for other in [0, 1, length - 4096, length - 1, length + 1, 1 << 40] {
         File::options().write(true).open(&memory)?.set_len(other)?;
@@ -398,7 +398,7 @@ fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
     File::create(&memory)?.set_len(length)?;
     refused(&stage, &saved, &[], &["memory cannot be used", "another state"])?;
     fs::rename(&aside, &memory)?;
-    goes_on(&stage, &saved, &before)
+    resumes(&stage, &saved, &before)
 }
 
 /// A machine that has the memory file of a state mapped, and that file truncated to `left` bytes.
@@ -456,7 +456,7 @@ fn a_memory_file_cut_off_is_not_taken_for_memory_of_zeros() -> Result<()> {
             Ok(_) => bail!("memory that has gone was saved"),
             Err(error) => error.to_string(),
         };
-        ensure!(error.contains("cut off: 8388608 of 33554432 bytes are left"), "{error}");
+        ensure!(error.contains("truncated: 8388608 of 33554432 bytes are left"), "{error}");
         ensure!(!other.exists() && status(&mut qmp)? == "paused");
     }
     quits(&stage, &mut monitor, &mut qmp)
@@ -519,8 +519,8 @@ fn one_file_carries_several_machines_at_once() -> Result<()> {
         ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
         quits(own, monitor, qmp)?;
     }
-    ensure!(contents(&saved)? == before.0, "somebody wrote to the template");
-    goes_on(&stage, &saved, &before.1)
+    ensure!(contents(&saved)? == before.0, "the template was written to");
+    resumes(&stage, &saved, &before.1)
 }
 
 #[test]

@@ -140,10 +140,10 @@ fn storage_that_is_slow_is_waited_for() -> Result<()> {
 /// Requests that the guest's disks have finished.
 fn finished(qmp: &mut Client) -> Result<u64> {
     qmp.send_line(r#"{"execute":"query-blockstats"}"#)?;
-    told_finished(qmp)
+    finished_event(qmp)
 }
 
-fn told_finished(qmp: &mut Client) -> Result<u64> {
+fn finished_event(qmp: &mut Client) -> Result<u64> {
     let disks = qmp.receive::<QueryBlockstats>()?;
     Ok(disks.iter().map(|disk| disk.stats.wr_operations).sum())
 }
@@ -153,9 +153,9 @@ fn told_finished(qmp: &mut Client) -> Result<u64> {
 fn stops_after(qmp: &mut Client) -> Result<u64> {
     let look = r#"{"execute":"query-blockstats"}"#;
     qmp.send_line(&format!(r#"{look}{{"execute":"stop"}}{look}"#))?;
-    let before = told_finished(qmp)?;
+    let before = finished_event(qmp)?;
     qmp.receive::<Stop>()?;
-    Ok(told_finished(qmp)? - before)
+    Ok(finished_event(qmp)? - before)
 }
 
 /// A guest that keeps its queues full of ranges to zero, each of which has to be on the medium.
@@ -232,7 +232,7 @@ fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() ->
         || output(Command::new("nsenter").args([&network, "ip", "-o", "link", "show", "tap0"]));
     let attached = || tap().is_ok_and(|link| !link.contains("NO-CARRIER"));
     until("the tap is attached", attached)?;
-    ensure!(!can_be_locked(&sound), "nobody holds the other disk");
+    ensure!(!can_be_locked(&sound), "the other disk is free");
 
     let frozen = Frozen::new(monitor.pid(), &place)?;
     until_it_hangs(&mut qmp)?;
@@ -271,7 +271,7 @@ fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_en
             client.execute_raw("migrate", arguments).err().map(|e| e.to_string())
         }))
     };
-    let told = |caller: JoinHandle<Option<String>>| {
+    let result_of = |caller: JoinHandle<Option<String>>| {
         caller.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))
     };
     let is = |qmp: &mut Client, status: &str| -> Result<bool> {
@@ -295,15 +295,15 @@ fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_en
         ensure!(is(&mut qmp, "cancelling")?);
         ensure!(status(&mut qmp)? == "running");
         let other = format!("file:{}", stage.file("other").display());
-        let said = told(save(other.clone(), resume)?)?.context("a second save got through")?;
+        let said = result_of(save(other.clone(), resume)?)?.context("a second save got through")?;
         ensure!(said.contains(&hanging) && said.contains("cancelled and hangs"), "{said}");
         ensure!(is(&mut qmp, "cancelling")? && !caller.is_finished());
         // A save with enough patience succeeds when the storage answers.
         let waiting = save(other, true)?;
         frozen.thaw()?;
-        let said = told(caller)?.context("it was saved although it was cancelled")?;
+        let said = result_of(caller)?.context("it was saved although it was cancelled")?;
         ensure!(said.contains("cancelled"), "{said}");
-        if let Some(said) = told(waiting)? {
+        if let Some(said) = result_of(waiting)? {
             ensure!(said.contains("cancelled and hangs"), "{said}");
         }
     }

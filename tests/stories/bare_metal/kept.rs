@@ -198,7 +198,7 @@ fn a_stopped_guest_and_one_that_changes_too_much_keep_their_disks_too() -> Resul
 }
 
 #[test]
-fn a_kept_disk_needs_a_place_and_has_to_be_what_was_kept() -> Result<()> {
+fn a_kept_disk_needs_a_directory_and_must_be_unchanged() -> Result<()> {
     let stage = Stage::new("kept-place")?;
     let (mut monitor, mut qmp) = ledger(&stage, &stage.file("image"))?;
     let saved = stage.file("saved");

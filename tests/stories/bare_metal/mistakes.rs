@@ -53,7 +53,7 @@ fn a_log_level_that_there_is_not() -> Result<()> {
 }
 
 #[test]
-fn a_machine_that_nobody_can_hear() -> Result<()> {
+fn a_machine_without_output_is_warned_about() -> Result<()> {
     let stage = Stage::new("deaf")?;
     let mut config = stage.config("hello", "halt")?;
     config.as_object_mut().map(|members| members.remove("serial"));
@@ -79,7 +79,7 @@ fn a_host_that_does_not_run_every_kernel() -> Result<()> {
 /// `:INFO: VmConfig` and one `:INFO: Vcpu` a vCPU, with times before them, are what StratoVirt's
 /// own suite measures a restore by.
 #[test]
-fn the_log_tells_when_a_restore_began_and_when_each_vcpu_ran() -> Result<()> {
+fn the_log_shows_when_a_restore_began_and_when_each_vcpu_ran() -> Result<()> {
     let mut stage = Stage::new("lines")?;
     stage.run_by("env STRATOVIRT_LOG_LEVEL=info")?;
     let vm = stage.vm("count", "plain 2")?.machine("vcpu_count", 2);

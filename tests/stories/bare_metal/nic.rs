@@ -31,7 +31,7 @@ fn ip(arguments: &str) -> Result<()> {
 /// Runs `story` in a thread, and the processes that it starts, with a tap `tap0` of its own. The
 /// host is 10.9.0.1 there, the guest 10.9.0.2.
 fn with_a_tap(story: fn() -> Result<()>) -> Result<()> {
-    let told = thread::spawn(move || {
+    let reported = thread::spawn(move || {
         // SAFETY: changes this thread alone, which ends with the test.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
             return Err(io::Error::last_os_error()).context("this needs root (CAP_SYS_ADMIN)");
@@ -42,7 +42,7 @@ fn with_a_tap(story: fn() -> Result<()>) -> Result<()> {
         ip(&format!("neigh replace 10.9.0.2 lladdr {MAC} dev tap0 nud permanent"))?;
         story()
     });
-    told.join().map_err(|_| anyhow!("the story has panicked"))?
+    reported.join().map_err(|_| anyhow!("the test has panicked"))?
 }
 
 /// Waits until the host really sends: it notices in the background that a process has opened the
@@ -54,7 +54,7 @@ fn carries() -> Result<()> {
         if link.contains(" state UP ") {
             return Ok(());
         }
-        ensure!(Instant::now() < deadline, "nobody has opened the tap: {link}");
+        ensure!(Instant::now() < deadline, "the tap is not open: {link}");
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -293,7 +293,7 @@ fn a_slot_filled_and_emptied_again_and_again() -> Result<()> {
 }
 
 #[test]
-fn a_slot_filled_while_the_guest_stands_still() -> Result<()> {
+fn a_slot_filled_while_the_guest_is_paused() -> Result<()> {
     let stage = Stage::new("still")?;
     let image = marked(&stage, "image", 7, 64)?;
     let (mut monitor, mut qmp) = watching(&stage, "watch")?;
@@ -347,7 +347,7 @@ fn each_kind_of_back_end_is_taken_away_by_its_own_command() -> Result<()> {
 }
 
 #[test]
-fn nobody_takes_all_descriptors() -> Result<()> {
+fn no_client_takes_all_descriptors() -> Result<()> {
     let stage = Stage::new("descriptors")?;
     let image = marked(&stage, "image", 7, 64)?;
     let (mut monitor, mut qmp) = watching(&stage, "watch")?;
@@ -485,7 +485,7 @@ fn the_way_kuasar_plugs_a_volume() -> Result<()> {
             expect(&mut monitor, &empty(usize::try_from(slot)?))?;
             let name = json!({ "node-name": format!("drive-{slot}") });
             does(&mut qmp, "blockdev-del", name.clone())?;
-            refused(&mut qmp, "blockdev-del", name, "waits for a device")?;
+            refused(&mut qmp, "blockdev-del", name, "no unused back-end is called")?;
         }
         ensure!(!has_open(&monitor, &image)?, "the image is still open");
     }
@@ -603,7 +603,7 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
         ("lun", json!(5), "'lun': '5': addr is 0x1"),
         ("id", json!(""), "'id': '': must not be empty"),
         ("driver", json!("vhost-user-blk-pci"), "Unsupported replaceable device type"),
-        ("drive", json!("y"), "no back-end 'y' waits"),
+        ("drive", json!("y"), "no unused back-end is called 'y'"),
     ] {
         refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;
         // It stays.
@@ -683,7 +683,7 @@ fn what_a_nic_cannot_be_is_refused() -> Result<()> {
         ("drive", json!("back"), "'drive': 'back': not available for a NIC"),
         ("serial", json!("s"), "'serial': 's': not available for a NIC"),
         ("logical_block_size", json!(512), "'logical_block_size': '512': not available for a NIC"),
-        ("netdev", json!("y"), "no back-end 'y' waits"),
+        ("netdev", json!("y"), "no unused back-end is called 'y'"),
     ] {
         refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;
     }

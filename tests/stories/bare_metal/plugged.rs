@@ -142,11 +142,11 @@ fn finds(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
 }
 
 /// The guest notices by itself, in any order.
-fn is_told(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
+fn is_notified(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     let mut shown = String::new();
-    while let Some(untold) = changes.iter().find(|(_, _, says)| !shown.contains(says)) {
+    while let Some(missing) = changes.iter().find(|(_, _, says)| !shown.contains(says)) {
         let line = monitor.wait_for("\n", SOON);
-        shown += &line.with_context(|| format!("the guest is not told that {}", untold.0))?;
+        shown += &line.with_context(|| format!("the guest is not notified that {}", missing.0))?;
     }
     Ok(())
 }
@@ -177,7 +177,7 @@ fn cell(way: Way, stopped: bool) -> Result<()> {
         let mut qmp = monitor.qmp()?;
         simple(&mut qmp, "cont")?;
         if stopped {
-            is_told(&mut monitor, &changes).context(incoming.clone())?;
+            is_notified(&mut monitor, &changes).context(incoming.clone())?;
         }
         finds(&mut monitor, &changes).context(incoming)?;
         quits(&stage, &mut monitor, &mut qmp)?;

@@ -52,7 +52,7 @@ fn help_and_version() -> Result<()> {
         let text = String::from_utf8(out.stdout)?;
         ensure!(out.status.success() && out.stderr.is_empty());
         for flag in ["-config", "-api-channel", "-qmp", "-kernel", "-daemonize", "-pidfile"] {
-            ensure!(text.contains(flag), "the help does not tell of {flag}");
+            ensure!(text.contains(flag), "the help does not mention {flag}");
         }
     }
     for word in ["-V", "-version"] {
@@ -178,7 +178,7 @@ fn all_that_a_file_names_and_that_cannot_be_had_comes_at_once() -> Result<()> {
     let boot: [(&str, &[&str]); 3] = [
         ("vm.json: boot-source.kernel_image_path", &["no-kernel", "No such file"]),
         ("vm.json: boot-source.initrd_fs_path", &["no-initrd", "No such file"]),
-        ("vm.json: machine-config.mem_path", &["notes has contents", "rm notes"]),
+        ("vm.json: machine-config.mem_path", &["notes is not empty", "rm notes"]),
     ];
     refuses_all(&stage, &START, &[&boot[..], &devices].concat())?;
     ensure!(fs::read(stage.file("notes"))? == b"not to be lost");
@@ -208,7 +208,7 @@ fn files_that_the_monitor_makes_go_again_when_there_is_no_machine() -> Result<()
 }
 
 #[test]
-fn a_kvm_that_is_none_is_told_beside_what_the_file_names() -> Result<()> {
+fn a_broken_kvm_is_reported_together_with_errors_of_the_file() -> Result<()> {
     let mut stage = Stage::new("no_kvm")?;
     stage.prepare("-m", "mount --bind /dev/null /dev/kvm")?;
     written(&stage, "boot-source", json!({ "kernel_image_path": "no-kernel" }))?;
@@ -279,7 +279,7 @@ fn in_the_background() -> Result<()> {
 }
 
 #[test]
-fn what_fails_in_the_background_is_told_in_the_foreground() -> Result<()> {
+fn what_fails_in_the_background_is_reported_in_the_foreground() -> Result<()> {
     let stage = Stage::new("no_daemon")?;
     let mut config = stage.config("hello", "halt")?;
     config.as_object_mut().context("no object")?.remove("serial");
@@ -312,7 +312,7 @@ fn a_configuration_from_a_pipe_in_the_background() -> Result<()> {
 }
 
 #[test]
-fn nobody_who_listens_to_a_refusal() -> Result<()> {
+fn no_client_that_reads_a_refusal() -> Result<()> {
     let stage = Stage::new("unheard")?;
     fs::write(stage.file("vm.json"), stage.config("hello", "halt")?.to_string())?;
     fs::remove_file(stage.file("hello"))?;

@@ -114,7 +114,7 @@ fn simple_migrate(qmp: &mut Client, uri: &str) -> Result<()> {
 }
 
 #[test]
-fn a_receiver_that_does_not_answer_is_told_of() -> Result<()> {
+fn a_receiver_that_does_not_answer_is_reported() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("mute")?;
     let path = stage.file("mute");
     let listener = UnixListener::bind(&path)?;
@@ -228,7 +228,7 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
                 || (matches!(kind, END | READY) && arrives && status(&mut qmp)? == "postmigrate")
             {
                 // It may have run there: a user who knows that it no longer does says so.
-                let said = said.context("it has heard of an end that was not told")?;
+                let said = said.context("it has got an outcome that was not reported")?;
                 ensure!(
                     said.contains("outcome unknown") && said.contains("cont resumes"),
                     "{said}"
@@ -259,7 +259,7 @@ fn runs(mut qmp: Client) -> Result<Option<Client>> {
 }
 
 /// Every message, before and after it arrives, each several times.
-fn whoever_is_killed(dies: Dies, times: usize) -> Result<()> {
+fn whichever_side_is_killed(dies: Dies, times: usize) -> Result<()> {
     for time in 0..times {
         for kind in [HELLO, CONFIG, PAGES, END, GO, ACCEPT, READY, RUNNING] {
             for arrives in [false, true] {
@@ -278,10 +278,10 @@ fn whoever_is_killed(dies: Dies, times: usize) -> Result<()> {
 
 #[test]
 fn a_receiver_killed_at_any_message_leaves_the_machine_to_its_source() -> Result<()> {
-    whoever_is_killed(Dies::Receiver, 2)
+    whichever_side_is_killed(Dies::Receiver, 2)
 }
 
 #[test]
-fn a_source_killed_at_any_message_leaves_one_machine_or_none_that_is_told() -> Result<()> {
-    whoever_is_killed(Dies::Source, 2)
+fn a_source_killed_at_any_message_leaves_one_machine_or_a_reported_loss() -> Result<()> {
+    whichever_side_is_killed(Dies::Source, 2)
 }

@@ -105,7 +105,7 @@ fn query_cpus_names_the_threads_that_run_the_guest() -> Result<()> {
         ensure!(cpu.get("CPU") == Some(&json!(number)), "{cpu}");
         let thread = cpu.get("thread_id").and_then(Value::as_u64).context("no thread")?;
         let same = fast.pointer(&format!("/{number}/thread-id")).and_then(Value::as_u64);
-        ensure!(same == Some(thread), "query-cpus-fast tells something else");
+        ensure!(same == Some(thread), "query-cpus-fast reports something else");
         ensure!(threads.insert(thread), "one thread for two processors");
     }
     let task = |thread: &u64| format!("/proc/{}/task/{thread}", monitor.pid());

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
 use stories::monitor::{SOON, Vm};
 
-use crate::hostile_snapshot::{contents, goes_on};
+use crate::hostile_snapshot::{contents, resumes};
 use crate::snapshot::{counters, counting, save};
 use crate::stage::{Stage, quits, status};
 use crate::stream::getfd;
@@ -23,11 +23,11 @@ fn fails(qmp: &mut Client, saved: &Path, live: bool, says: &str) -> Result<()> {
         Err(error) => error.to_string(),
     };
     ensure!(error.contains("saved") && error.contains(says), "{error}");
-    ensure!(status(qmp)? == "running", "the guest stands still");
+    ensure!(status(qmp)? == "running", "the guest is paused");
     let info = qmp.execute_raw("query-migrate", json!({}))?;
     ensure!(info.get("status") == Some(&json!("failed")), "{info}");
-    let told = info.get("error-desc").and_then(Value::as_str).context("no reason")?;
-    ensure!(told.contains(says), "{info}");
+    let reported = info.get("error-desc").and_then(Value::as_str).context("no reason")?;
+    ensure!(reported.contains(says), "{info}");
     ensure!(contents(saved)? == before, "the older save has changed");
     Ok(())
 }
@@ -63,16 +63,16 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
         fs::write(&plan, step)?;
         let uri = format!("file:{}", saved.display());
         let result = qmp.execute_raw("migrate", json!({ "uri": uri }));
-        ensure!(result.is_err(), "{step}: the failure is not told");
+        ensure!(result.is_err(), "{step}: the failure is not reported");
         ensure!(status(&mut qmp)? == "running");
         fs::write(&plan, "")?;
     }
     let own = Stage::new("hostile-fail-on")?;
-    goes_on(&own, &saved, &before)?;
+    resumes(&own, &saved, &before)?;
     save(&mut qmp, &saved, true)?;
     ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
     quits(&stage, &mut monitor, &mut qmp)?;
-    goes_on(&own, &saved, &before)
+    resumes(&own, &saved, &before)
 }
 
 /// A state is tried on every device before the save succeeds. One device refuses it, for a reason
@@ -114,7 +114,7 @@ fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
             };
             ensure!(error.contains("could not be restored"), "{way}: {error}");
             ensure!(error.contains(device), "{way}: {error}");
-            ensure!(status(&mut qmp)? == "running", "{way}: the guest stands still");
+            ensure!(status(&mut qmp)? == "running", "{way}: the guest is paused");
             ensure!(contents(&saved)? == older, "{way}: the older save has changed");
             ensure!(!next.exists(), "{way}: a save that does not count is left behind");
             fs::write(&refuses, "")?;
@@ -129,7 +129,7 @@ fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
     let before = counters(&saved, 1)?;
     qmp.execute_raw("migrate", incremental)?;
     quits(&stage, &mut monitor, &mut qmp)?;
-    goes_on(&stage, &next, &before)
+    resumes(&stage, &next, &before)
 }
 
 /// The same behind the system-call filter, on a file system that really is too small.
@@ -192,5 +192,5 @@ fn a_limit_on_files_leaves_the_guest_running_and_the_older_save_whole() -> Resul
     save(&mut qmp, &saved, true)?;
     ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
     quits(&stage, &mut monitor, &mut qmp)?;
-    goes_on(&stage, &saved, &before)
+    resumes(&stage, &saved, &before)
 }

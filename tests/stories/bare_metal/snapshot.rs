@@ -68,7 +68,7 @@ pub fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
 
 /// Saved while all its processors are in the middle of accesses, again and again; each time it
 /// resumes, no counter has gone back and every value that a processor read was right.
-fn goes_on(story: &str, cpus: u64, mapped: &str) -> Result<()> {
+fn resumes(story: &str, cpus: u64, mapped: &str) -> Result<()> {
     let (stage, mut monitor, mut qmp) = counting(story, cpus)?;
     let mut before = vec![0; usize::try_from(cpus)?];
     for round in 0..10u64 {
@@ -104,13 +104,13 @@ fn goes_on(story: &str, cpus: u64, mapped: &str) -> Result<()> {
 }
 
 #[test]
-fn one_processor_goes_on_in_ten_processes() -> Result<()> {
-    goes_on("snap-one", 1, "on")
+fn one_processor_resumes_in_ten_processes() -> Result<()> {
+    resumes("snap-one", 1, "on")
 }
 
 #[test]
-fn two_processors_go_on_in_ten_processes_from_memory_that_was_checked() -> Result<()> {
-    goes_on("snap-two", 2, "off")
+fn two_processors_resume_in_ten_processes_from_verified_memory() -> Result<()> {
+    resumes("snap-two", 2, "off")
 }
 
 #[test]
@@ -191,10 +191,10 @@ fn a_guest_that_dirties_scattered_pages_is_saved_as_it_was_at_one_moment() -> Re
             ensure!(rest.iter().all(|page| page + 1 == done[0]), "{pages:?}");
         }
     }
-    let told: Vec<_> = qmp.take_events().into_iter().map(|event| event.event).collect();
+    let reported: Vec<_> = qmp.take_events().into_iter().map(|event| event.event).collect();
     ensure!(
-        told.iter().all(|name| name == "MIGRATION"),
-        "a pause of the monitor's own is told: {told:?}"
+        reported.iter().all(|name| name == "MIGRATION"),
+        "an internal pause of the monitor is reported: {reported:?}"
     );
     ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
     quits(&stage, &mut monitor, &mut qmp)?;
@@ -212,7 +212,7 @@ fn a_guest_that_dirties_scattered_pages_is_saved_as_it_was_at_one_moment() -> Re
         while counters(&whole, 1)
             .map_or(true, |now| counters(&one, 1).is_ok_and(|one| now[0] < one[0] + 3))
         {
-            ensure!(Instant::now() < deadline, "it does not go on");
+            ensure!(Instant::now() < deadline, "it does not continue");
             save(&mut qmp, &whole, true)?;
         }
         ensure!(!monitor.unseen().contains("WRONG"), "{n}: {}", monitor.unseen());
@@ -250,7 +250,11 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
 
     File::options().write(true).open(&moved)?.set_len(2 << 20)?;
     let said = refusal(&stage, &saved, &["-drive", &drive])?;
-    ensure!(said.contains("1048576") && said.contains("2097152"), "both sizes are told: {said}");
+    ensure!(
+        said.contains("1048576") && said.contains("2097152"),
+        "both sizes are reported: \
+                                                                   {said}"
+    );
     let said = refusal(&stage, &saved, &["-m", "64M"])?;
     ensure!(said.contains("leave -m out"), "{said}");
     let said = refusal(&stage, &saved, &["-machine", "disk-slots=8"])?;
@@ -367,7 +371,7 @@ fn saves_build_on_each_other_above_four_gibibytes() -> Result<()> {
 }
 
 #[test]
-fn a_guest_that_boots_anew_is_saved_as_it_is_then() -> Result<()> {
+fn a_guest_that_has_rebooted_is_saved_as_it_is_then() -> Result<()> {
     let stage = Stage::new("builds-reset")?;
     let vm = stage.vm("count", "rings 1")?;
     let (mut monitor, mut qmp) = stage.start(vm)?;
@@ -398,7 +402,7 @@ fn a_guest_that_boots_anew_is_saved_as_it_is_then() -> Result<()> {
             save(&mut qmp, &other, true)?;
             counters(&other, 1)?
         } {
-            ensure!(Instant::now() < deadline, "it stands still");
+            ensure!(Instant::now() < deadline, "the guest is paused");
         }
         ensure!(!monitor.unseen().contains("WRONG"), "{}", monitor.unseen());
         quits(&stage, &mut monitor, &mut qmp)?;

@@ -37,7 +37,7 @@ fn saved(story: &str, direct: bool, readonly: bool) -> Result<(Stage, LoopDevice
 }
 
 /// The machine resumes from there, and finds its disk.
-fn goes_on(stage: &Stage, saved: &Path) -> Result<()> {
+fn resumes(stage: &Stage, saved: &Path) -> Result<()> {
     let (mut monitor, mut qmp) = restore(stage, saved, &[])?;
     simple(&mut qmp, "cont")?;
     monitor.type_in("0")?;
@@ -78,7 +78,7 @@ fn chosen(saved: &Path) -> Result<Vec<u64>> {
 #[test]
 fn a_block_device_that_was_changed_is_recognised_where_it_was_looked_at() -> Result<()> {
     let (stage, device, saved) = saved("spot", true, false)?;
-    goes_on(&stage, &saved)?;
+    resumes(&stage, &saved)?;
     let chosen = chosen(&saved)?;
     let middle = |at: &u64| (MIB..15 * MIB).contains(at);
     let one = *chosen.iter().find(|at| middle(at)).context("none is in the middle")?;
@@ -93,15 +93,15 @@ fn a_block_device_that_was_changed_is_recognised_where_it_was_looked_at() -> Res
         }
         change(&stage, &device, at, before, direct)?;
         // As it was: nothing but its content counts.
-        goes_on(&stage, &saved).with_context(|| format!("after a change at {at}"))?;
+        resumes(&stage, &saved).with_context(|| format!("after a change at {at}"))?;
     }
     // A spot check does not cover the whole disk.
     let other = (MIB..15 * MIB).step_by(4096).find(|at| !chosen.contains(at));
     change(&stage, &device, other.context("all are chosen")?, 0x5a, true)?;
-    goes_on(&stage, &saved)?;
+    resumes(&stage, &saved)?;
     change(&stage, &device, MIB / 2, 0x5a, true)?;
     ensure!(refusal(&stage, &saved, &[])?.contains("spot check"));
-    goes_on(&stage, &PathBuf::from(format!("{},force=on", saved.display())))
+    resumes(&stage, &PathBuf::from(format!("{},force=on", saved.display())))
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn a_copy_of_a_block_device_is_known_by_its_content() -> Result<()> {
 fn a_block_device_that_is_only_read_is_not_looked_at() -> Result<()> {
     let (stage, device, saved) = saved("spot-read", true, true)?;
     change(&stage, &device, 8192, 0x5a, true)?;
-    goes_on(&stage, &saved)
+    resumes(&stage, &saved)
 }
 
 /// A machine that is sent takes the check with it.

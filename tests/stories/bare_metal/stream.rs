@@ -92,7 +92,7 @@ pub fn until_it_listens_by(table: &str, socket: &Path) -> Result<()> {
     let ends = format!(" {}", socket.display());
     let listens = |line: &str| line.ends_with(&ends) && line.contains(" 00010000 ");
     while !fs::read_to_string(table)?.lines().any(listens) {
-        ensure!(Instant::now() < deadline, "nobody listens at {}", socket.display());
+        ensure!(Instant::now() < deadline, "no process listens at {}", socket.display());
         thread::sleep(Duration::from_millis(1));
     }
     Ok(())
@@ -124,7 +124,7 @@ impl There {
     }
 
     /// It has the machine, and lets it run.
-    fn goes_on(mut self) -> Result<Here> {
+    fn resumes(mut self) -> Result<Here> {
         let mut qmp = self.monitor.qmp()?;
         ensure!(!exists(&self.stage.file("in")), "its socket is left behind");
         ensure!(status(&mut qmp)? == "paused");
@@ -149,7 +149,7 @@ fn moves(story: &str, word: &str, mib: u64) -> Result<()> {
         let (there, uri) = There::listen(&format!("{story}{n}"))?;
         let info = here.migrate(&uri, &json!({}))?;
         ensure!(status(&mut here.qmp)? == "postmigrate", "{info}");
-        let next = there.goes_on()?;
+        let next = there.resumes()?;
         here.quits()?;
         here = next;
         let now = here.runs_on()?;
@@ -170,7 +170,7 @@ fn a_running_machine_moves_with_memory_above_four_gibibytes() -> Result<()> {
 }
 
 #[test]
-fn a_stopped_machine_moves_and_goes_on_where_nobody_else_has_its_disk() -> Result<()> {
+fn a_stopped_machine_moves_and_resumes_where_its_disk_is_free() -> Result<()> {
     let stage = Stage::new("moves-disk")?;
     let image = stage.file("image");
     File::create(&image)?.set_len(1 << 20)?;
@@ -183,7 +183,7 @@ fn a_stopped_machine_moves_and_goes_on_where_nobody_else_has_its_disk() -> Resul
     let (there, uri) = There::listen("moves-disk1")?;
     here.migrate(&uri, &json!({}))?;
     ensure!(status(&mut here.qmp)? == "postmigrate");
-    let there = there.goes_on()?;
+    let there = there.resumes()?;
     let refused = here.qmp.execute_raw("cont", json!({})).err().map(|e| e.to_string());
     ensure!(refused.as_ref().is_some_and(|e| e.contains("in use by another")), "{refused:?}");
     ensure!(status(&mut here.qmp)? == "postmigrate");
@@ -194,12 +194,12 @@ fn a_stopped_machine_moves_and_goes_on_where_nobody_else_has_its_disk() -> Resul
 }
 
 #[test]
-fn a_machine_that_is_sent_may_go_on_where_it_is_too() -> Result<()> {
+fn a_machine_that_is_sent_may_also_continue_where_it_is() -> Result<()> {
     let mut here = Here::start("copies", "rings", 64)?;
     let (there, uri) = There::listen("copies1")?;
     here.migrate(&uri, &json!({ "resume": true }))?;
     ensure!(status(&mut here.qmp)? == "running");
-    let mut copy = there.goes_on()?;
+    let mut copy = there.resumes()?;
     copy.runs_on()?;
     here.runs_on()?;
     copy.quits()?;
@@ -229,7 +229,7 @@ fn a_machine_goes_through_a_pipe() -> Result<()> {
     getfd(&mut here.qmp, "out", &write)?;
     drop(write);
     here.migrate("fd:out", &json!({}))?;
-    let mut there = there.goes_on()?;
+    let mut there = there.resumes()?;
     here.quits()?;
     there.runs_on()?;
     there.quits()
@@ -246,14 +246,14 @@ fn a_machine_lies_in_a_file_as_a_stream() -> Result<()> {
     for n in 0..2 {
         let file = File::open(&path)?;
         let there = There::start(&format!("file{n}"), &inherited(&file)?, &[])?;
-        let mut there = there.goes_on()?;
+        let mut there = there.resumes()?;
         there.runs_on()?;
         there.quits()?;
     }
     // A command may bring it, too.
     let command = format!("exec:cat {} | cat; : a,b=c", path.display());
     let there = There::start("file2", &command, &[])?;
-    there.goes_on()?.quits()?;
+    there.resumes()?.quits()?;
 
     // Cut off, it starts nothing.
     let length = fs::metadata(&path)?.len();
@@ -304,7 +304,7 @@ fn a_program_takes_it_where_programs_are_allowed() -> Result<()> {
         ensure!(crate::stage::status(&mut here.qmp)? == "running");
         here.migrate(&uri, &json!({}))?;
         let file = File::open(&path)?;
-        let there = There::start(&format!("exec-{n}"), &inherited(&file)?, &[])?.goes_on()?;
+        let there = There::start(&format!("exec-{n}"), &inherited(&file)?, &[])?.resumes()?;
         there.quits()?;
         here.quits()?;
     }
@@ -312,7 +312,7 @@ fn a_program_takes_it_where_programs_are_allowed() -> Result<()> {
 }
 
 #[test]
-fn somebody_who_never_reads_keeps_nothing_from_going_on() -> Result<()> {
+fn a_client_that_never_reads_blocks_nothing() -> Result<()> {
     let mut here = Here::start("deaf", "rings", 64)?;
     let deaf = here.stage.file("deaf");
     let uri = json!({ "uri": format!("unix:{}", deaf.display()) });
@@ -341,7 +341,7 @@ fn somebody_who_never_reads_keeps_nothing_from_going_on() -> Result<()> {
 }
 
 #[test]
-fn somebody_who_goes_away_or_was_never_there_is_told_of() -> Result<()> {
+fn a_peer_that_goes_away_or_was_never_there_is_reported() -> Result<()> {
     let mut here = Here::start("gone", "rings", 64)?;
     let gone = here.stage.file("gone");
     let uri = json!({ "uri": format!("unix:{}", gone.display()) });
@@ -432,7 +432,7 @@ fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()>
     let to = UnixStream::connect(Path::new(uri.strip_prefix("unix:").unwrap_or_default()))?;
     simple(&mut qmp, "migrate_cancel")?;
     qmp.wait_closed(SOON)?;
-    ensure!(there.gives_up()?.contains("that was cancelled"));
+    ensure!(there.gives_up()?.contains("the restore was cancelled"));
     drop(to);
     Ok(())
 }

@@ -120,7 +120,7 @@ fn commands_split_joined_and_with_any_id() -> Result<()> {
 }
 
 #[test]
-fn started_frozen_it_runs_when_told_to() -> Result<()> {
+fn started_frozen_it_runs_after_cont() -> Result<()> {
     let stage = Stage::new("frozen")?;
     let mut monitor = stage.vm("hello", "halt")?.args(&["-S"]).start(&stage.paths, &stage.dir)?;
     let mut qmp = monitor.qmp()?;
@@ -148,7 +148,7 @@ fn a_signal_ends_it_in_good_order() -> Result<()> {
 }
 
 #[test]
-fn the_guests_end_tells_every_client() -> Result<()> {
+fn the_guests_end_is_reported_to_every_client() -> Result<()> {
     let stage = Stage::new("all_told")?;
     let vm = stage.vm("hello", "poweroff")?.args(&["-S"]);
     let mut monitor = vm.start(&stage.paths, &stage.dir)?;
@@ -173,7 +173,7 @@ fn the_guests_end_tells_every_client() -> Result<()> {
 }
 
 #[test]
-fn killed_it_leaves_nothing_that_keeps_the_next_one_from_starting() -> Result<()> {
+fn when_killed_it_leaves_nothing_that_keeps_the_next_one_from_starting() -> Result<()> {
     let stage = Stage::new("killed")?;
     let image = stage.file("disk");
     fs::write(&image, [0; 4096])?;

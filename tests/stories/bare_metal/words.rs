@@ -68,7 +68,7 @@ fn the_lines_of_the_human_monitor_that_programs_read() -> Result<()> {
         format!("* CPU #0: thread_id={}\r\n  CPU #1: thread_id={}\r\n", thread(0)?, thread(1)?);
     ensure!(hmp(&mut qmp, "info cpus")? == cpus);
     for line in ["info registers", "savevm x", ""] {
-        let says = format!("Unsupported command: {line}; known are: info balloon, info block");
+        let says = format!("Unsupported command: {line}; supported are: info balloon, info block");
         refused(&mut qmp, "human-monitor-command", json!({ "command-line": line }), &says)?;
     }
     quits(&stage, &mut monitor, &mut qmp)
@@ -119,7 +119,7 @@ fn an_image_that_this_machine_has_itself() -> Result<()> {
     let mut monitor = twice.start(&stage.paths, &stage.dir)?;
     ensure!(monitor.wait_exit()?.code() == Some(1));
     let said = monitor.said_to_its_end()?;
-    ensure!(said.contains("disk b: ") && said.contains("is the image of disk a, too"), "{said}");
+    ensure!(said.contains("disk b: ") && said.contains("is also the image of disk a"), "{said}");
     ensure!(!said.contains("another machine"), "{said}");
     Ok(())
 }
@@ -163,7 +163,7 @@ fn the_driver_is_looked_at_before_what_is_said_to_it() -> Result<()> {
 
 /// As libvirt learns what a QEMU can do: by `-machine none`, before there is any kernel or disk.
 #[test]
-fn without_a_machine_it_tells_what_there_can_be() -> Result<()> {
+fn without_a_machine_it_describes_what_is_supported() -> Result<()> {
     let stage = Stage::new("probe")?;
     let vm =
         Vm::described(json!({})).args(&["-S", "-nodefaults", "-machine", "none,accel=kvm:tcg"]);

@@ -23,11 +23,11 @@ fn text(value: &Value, key: &str) -> String {
 fn a_guest_that_obeys_the_power_button_ends() -> Result<()> {
     let rig = Rig::new("asked")?;
     begins(&rig, "obey")?;
-    let told = rig.ok(&["shutdown", "-w", "web"])?;
-    ensure!(text(&told, "asked") == "power button", "{told}");
+    let reported = rig.ok(&["shutdown", "-w", "web"])?;
+    ensure!(text(&reported, "asked") == "power button", "{reported}");
     ensure!(
-        text(&told, "reason") == "guest-shutdown" && text(&told, "state") == "absent",
-        "{told}"
+        text(&reported, "reason") == "guest-shutdown" && text(&reported, "state") == "absent",
+        "{reported}"
     );
     ensure!(rig.state("web")? == "absent");
     // A registered one stays registered; and without -w the answer is that there is none yet.
@@ -49,8 +49,8 @@ fn a_guest_that_does_not_is_destroyed_only_when_that_is_asked_for() -> Result<()
     ensure!(what.contains("power button") && what.contains("is still running"), "{what}");
     ensure!(hint.contains("shutdown -F web"), "{hint}");
     ensure!(rig.state("web")? == "running");
-    let told = rig.ok(&["shutdown", "-F", "-t", "0.2", "web"])?;
-    ensure!(told.get("forced") == Some(&json!(true)), "{told}");
+    let reported = rig.ok(&["shutdown", "-F", "-t", "0.2", "web"])?;
+    ensure!(reported.get("forced") == Some(&json!(true)), "{reported}");
     ensure!(rig.state("web")? == "absent");
     let (what, _) = rig.refused(&["shutdown", "web"])?;
     ensure!(what.contains("no domain 'web'"), "{what}");
@@ -62,10 +62,13 @@ fn a_guest_reboots_by_its_keyboard_in_place() -> Result<()> {
     let rig = Rig::new("keys")?;
     begins(&rig, "obey")?;
     let pid = rig.pid("web")?;
-    let told = rig.ok(&["reboot", "-F", "web"])?;
-    ensure!(text(&told, "asked") == "Ctrl-Alt-Del key", "{told}");
-    ensure!(text(&told, "reason") == "guest-reset" && text(&told, "state") == "running", "{told}");
-    ensure!(told.get("forced") == Some(&json!(false)), "{told}");
+    let reported = rig.ok(&["reboot", "-F", "web"])?;
+    ensure!(text(&reported, "asked") == "Ctrl-Alt-Del key", "{reported}");
+    ensure!(
+        text(&reported, "reason") == "guest-reset" && text(&reported, "state") == "running",
+        "{reported}"
+    );
+    ensure!(reported.get("forced") == Some(&json!(false)), "{reported}");
     said(&rig, "web", "keys\nhello\nwaits\n")?;
     ensure!(rig.pid("web")? == pid, "in another process");
     Ok(())
@@ -76,15 +79,15 @@ fn a_guest_that_does_not_reboot_is_reset_only_when_that_is_asked_for() -> Result
     let rig = Rig::new("reset")?;
     begins(&rig, "halt")?;
     let pid = rig.pid("web")?;
-    let told = rig.ok(&["reboot", "-F", "-t", "0.2", "web"])?;
-    ensure!(told.get("forced") == Some(&json!(true)), "{told}");
+    let reported = rig.ok(&["reboot", "-F", "-t", "0.2", "web"])?;
+    ensure!(reported.get("forced") == Some(&json!(true)), "{reported}");
     said(&rig, "web", "halts\nhello\nhalts\n")?;
     // Keys that are not taken fill the keyboard's buffer.
     let full = (0..4).find_map(|_| rig.refused(&["reboot", "web"]).ok());
     let (what, hint) = full.context("its keyboard takes any number of keys")?;
     ensure!(what.contains("cannot be asked") && hint.contains("reboot -F web"), "{what}: {hint}");
-    let told = rig.ok(&["reboot", "-F", "web"])?;
-    ensure!(told.get("forced") == Some(&json!(true)), "{told}");
+    let reported = rig.ok(&["reboot", "-F", "web"])?;
+    ensure!(reported.get("forced") == Some(&json!(true)), "{reported}");
     said(&rig, "web", "halts\nhello\nhalts\nhello\nhalts\n")?;
     ensure!(rig.pid("web")? == pid && rig.state("web")? == "running");
     Ok(())
@@ -107,20 +110,20 @@ fn an_agent_that_does_not_answer_costs_a_second_and_nothing_is_sent_to_other_con
         std::fs::remove_file(&socket)?;
         let listener = UnixListener::bind(&socket)?;
         listener.set_nonblocking(!is_agent)?;
-        let told = thread::scope(|scope| -> Result<Value> {
+        let reported = thread::scope(|scope| -> Result<Value> {
             let far = scope.spawn(move || {
                 let (mut stream, _) = listener.accept()?;
                 // It has hung up if this thread is late.
                 let _ = stream.write_all(b"\xff{\"return\": 1}\nlogin: \xff\xff{\"ret");
                 Ok::<_, std::io::Error>(stream)
             });
-            let told = rig.ok(&["shutdown", "-w", "web"]);
+            let reported = rig.ok(&["shutdown", "-w", "web"]);
             let asked = far.join().map_err(|_| anyhow::anyhow!("a panic"))?;
             ensure!(asked.is_ok() == is_agent, "{id}: {asked:?}");
-            told
+            reported
         })?;
-        ensure!(text(&told, "asked") == "power button", "{told}");
-        ensure!(text(&told, "instead").contains("does not answer") == is_agent, "{told}");
+        ensure!(text(&reported, "asked") == "power button", "{reported}");
+        ensure!(text(&reported, "instead").contains("does not answer") == is_agent, "{reported}");
         std::fs::remove_file(&socket)?;
     }
     Ok(())

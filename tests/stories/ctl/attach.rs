@@ -180,8 +180,8 @@ fn a_pipe_is_a_console_too() -> Result<()> {
     let out = child.wait_with_output()?;
     let heard = heard.whole()?;
     ensure!(out.status.success() && heard.ends_with("button\n"), "{heard}");
-    let told = String::from_utf8(out.stderr)?;
-    ensure!(told.contains("'web' has ended: it is absent"), "{told}");
+    let reported = String::from_utf8(out.stderr)?;
+    ensure!(reported.contains("'web' has ended: it is absent"), "{reported}");
     Ok(())
 }
 

@@ -50,7 +50,7 @@ fn a_damaged_record_is_shown_and_does_not_hide_the_others() -> Result<()> {
 }
 
 #[test]
-fn a_fifo_in_the_registry_holds_nobody() -> Result<()> {
+fn a_fifo_in_the_registry_blocks_no_verb() -> Result<()> {
     let rig = Rig::new("fifo")?;
     rig.config("vm.json", "hello", "halt")?;
     for name in ["a", "b"] {
@@ -171,7 +171,7 @@ fn an_unmanaged_domain_whose_creator_was_killed_is_whole_or_gone() -> Result<()>
 }
 
 #[test]
-fn a_monitor_whose_starter_fails_does_not_go_on_unseen() -> Result<()> {
+fn a_monitor_whose_starter_fails_does_not_run_on_unseen() -> Result<()> {
     let mut rig = Rig::new("starter")?;
     rig.config("vm.json", "hello", "halt")?;
     // As if the process that waits for it to go into the background had been killed.
@@ -246,7 +246,7 @@ fn in_a_namespace(rig: &Rig, script: &str) -> Result<()> {
 }
 
 #[test]
-fn a_full_disk_is_told_and_costs_nothing() -> Result<()> {
+fn a_full_disk_is_reported_and_costs_nothing() -> Result<()> {
     let rig = Rig::new("full")?;
     rig.config("vm.json", "hello", "halt")?;
     in_a_namespace(

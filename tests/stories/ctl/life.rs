@@ -15,7 +15,7 @@ use stories::monitor::SOON;
 use crate::rig::Rig;
 
 #[test]
-fn an_unmanaged_domain_is_forgotten_when_it_ends() -> Result<()> {
+fn an_unmanaged_domain_is_removed_when_it_ends() -> Result<()> {
     let rig = Rig::new("unmanaged")?;
     rig.config("web.json", "count", "plain 1")?;
     let checked = rig.ok(&["create", "-n", "web.json"])?;
@@ -79,7 +79,7 @@ fn a_guest_that_powers_off_ends_its_domain() -> Result<()> {
 }
 
 #[test]
-fn a_guest_that_reboots_goes_on_in_the_same_monitor() -> Result<()> {
+fn a_guest_that_reboots_continues_in_the_same_monitor() -> Result<()> {
     let rig = Rig::new("reboots")?;
     rig.config("again.json", "hello", "keyboard-reset")?;
     rig.ok(&["create", "again.json"])?;

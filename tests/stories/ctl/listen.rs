@@ -13,8 +13,8 @@ use crate::rig::Rig;
 
 fn out(rig: &Rig, args: &[&str]) -> Result<String> {
     let out = rig.run(args)?;
-    let told = String::from_utf8_lossy(&out.stderr);
-    ensure!(out.status.success(), "{args:?} ended with {}: {told}", out.status);
+    let reported = String::from_utf8_lossy(&out.stderr);
+    ensure!(out.status.success(), "{args:?} ended with {}: {reported}", out.status);
     Ok(String::from_utf8(out.stdout)?)
 }
 
@@ -36,7 +36,7 @@ fn events_are_lines_and_end_with_the_domain() -> Result<()> {
     let paused_until = |name: &str, heard: &dyn Fn() -> bool| -> Result<()> {
         let deadline = Instant::now() + SOON;
         while !heard() {
-            ensure!(Instant::now() < deadline, "somebody does not hear '{name}'");
+            ensure!(Instant::now() < deadline, "a client does not get '{name}'");
             rig.ok(&["pause", name])?;
             rig.ok(&["unpause", name])?;
         }
@@ -100,9 +100,9 @@ fn a_monitor_answers_one_command_or_as_many_as_are_typed() -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()?;
     child.stdin.as_mut().context("no input")?.write_all(b"quit\n")?;
-    let mut told = String::new();
-    BufReader::new(child.stderr.take().context("no output")?).read_line(&mut told)?;
-    ensure!(told == "'web' has ended.\n", "{told}");
+    let mut reported = String::new();
+    BufReader::new(child.stderr.take().context("no output")?).read_line(&mut reported)?;
+    ensure!(reported == "'web' has ended.\n", "{reported}");
     ensure!(child.wait()?.success());
     Ok(())
 }

@@ -14,7 +14,7 @@ fn a_program_that_is_no_monitor() -> Result<()> {
     rig.ok(&["new", "vm.json"])?;
     for start in [&["create", "vm.json", "--name", "other"][..], &["start", "vm"]] {
         let (what, hint) = rig.refused(&[&["--monitor", "/bin/true"], start].concat())?;
-        ensure!(what.contains("/bin/true has ended without a word"), "{what}");
+        ensure!(what.contains("/bin/true exited without output"), "{what}");
         ensure!(hint.contains("--monitor FILE"), "{hint}");
     }
     ensure!(rig.state("other")? == "absent" && rig.state("vm")? == "registered");

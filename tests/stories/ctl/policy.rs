@@ -33,7 +33,7 @@ fn a_domain_ends() -> Result<()> {
 }
 
 #[test]
-fn a_domain_boots_anew_in_place() -> Result<()> {
+fn a_domain_reboots_in_place() -> Result<()> {
     let rig = Rig::new("restarted")?;
     for (way, policy, _) in WAYS {
         rig.config("web.json", "hello", way)?;
@@ -146,7 +146,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
         rig.clean("web-1")?;
         let deadline = Instant::now() + SOON;
         while listeners()? > 0 {
-            ensure!(Instant::now() < deadline, "one listens for ever");
+            ensure!(Instant::now() < deadline, "one listens forever");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }
@@ -154,7 +154,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
 }
 
 #[test]
-fn a_new_one_that_cannot_be_let_run_does_not_go_on_unseen() -> Result<()> {
+fn a_new_one_that_cannot_be_resumed_does_not_run_on_unseen() -> Result<()> {
     let mut rig = Rig::new("unheard")?;
     rig.patience = "2";
     // From the second one on no client can reach it.
@@ -176,7 +176,7 @@ fn a_new_one_that_cannot_be_let_run_does_not_go_on_unseen() -> Result<()> {
 }
 
 #[test]
-fn the_new_name_is_one_that_nobody_has_and_a_renamed_domain_is_found() -> Result<()> {
+fn the_new_name_is_a_free_one_and_a_renamed_domain_is_found() -> Result<()> {
     let rig = Rig::new("renamed")?;
     rig.config("other-1.json", "count", "plain 1")?;
     rig.ok(&["create", "other-1.json"])?;

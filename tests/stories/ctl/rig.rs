@@ -35,7 +35,7 @@ pub struct Rig {
     monitor: PathBuf,
     stratoctl: PathBuf,
     /// Seconds after which a monitor counts as hung. Many, unless the test is about such: on a busy
-    /// host any process may stand still for a while.
+    /// host any process may stall for a while.
     pub patience: &'static str,
 }
 
@@ -202,7 +202,7 @@ impl Rig {
             let left = deadline.saturating_duration_since(Instant::now());
             match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left.try_into()?)) {
                 Err(Errno::INTR) => {}
-                Ok(0) => bail!("process {pid} goes on"),
+                Ok(0) => bail!("process {pid} has not ended"),
                 Ok(_) => return Ok(()),
                 Err(e) => return Err(e.into()),
             }

@@ -12,7 +12,7 @@ use stories::monitor::SOON;
 use crate::rig::Rig;
 
 #[test]
-fn saved_domains_are_gone_go_on_or_stay_paused() -> Result<()> {
+fn saved_domains_end_continue_or_stay_paused() -> Result<()> {
     let rig = Rig::new("save")?;
     rig.config("vm.json", "count", "registers 1")?;
     rig.ok(&["create", "vm.json"])?;
@@ -50,7 +50,7 @@ fn saved_domains_are_gone_go_on_or_stay_paused() -> Result<()> {
 }
 
 #[test]
-fn a_save_with_its_disks_begets_domains_with_disks_of_their_own() -> Result<()> {
+fn domains_restored_from_a_save_with_disks_have_disks_of_their_own() -> Result<()> {
     let rig = Rig::new("kept")?;
     let path = rig.config("vm.json", "ledger", "")?;
     let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
@@ -81,7 +81,7 @@ fn a_save_with_its_disks_begets_domains_with_disks_of_their_own() -> Result<()> 
     rig.ok(&["rename", "one", "uno"])?;
     ensure!(disks("uno")? == one);
     let (what, hint) = rig.refused(&["save", "uno", "mine"])?;
-    ensure!(what.contains("go when it ends") && hint.contains("--disks"), "{what}: {hint}");
+    ensure!(what.contains("removed when it ends") && hint.contains("--disks"), "{what}: {hint}");
     rig.ok(&["save", "uno", "mine", "--disks"])?;
     ensure!(rig.state("uno")? == "absent" && !one.iter().any(|disk| disk.exists()));
     rig.ok(&["restore", "mine"])?;
@@ -99,9 +99,9 @@ fn a_save_with_its_disks_begets_domains_with_disks_of_their_own() -> Result<()> 
 }
 
 #[test]
-fn a_restored_guest_is_told_the_time_where_it_has_an_agent() -> Result<()> {
+fn a_restored_guest_gets_the_time_if_it_has_an_agent() -> Result<()> {
     let rig = Rig::new("told")?;
-    for (id, told) in [("org.qemu.guest_agent.0", Some(&json!(false))), ("console0", None)] {
+    for (id, reported) in [("org.qemu.guest_agent.0", Some(&json!(false))), ("console0", None)] {
         let path = rig.config("vm.json", "count", "registers 1")?;
         let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
         let console = json!([{ "console_id": id, "socket_path": rig.file("agent.sock") }]);
@@ -112,7 +112,7 @@ fn a_restored_guest_is_told_the_time_where_it_has_an_agent() -> Result<()> {
         // No monitor answers there.
         let said = rig.ok(&["restore", "kept", "--clock", "realtime"])?;
         ensure!(said.get("state") == Some(&json!("running")), "{said}");
-        ensure!(said.get("clock_set") == told, "{said}");
+        ensure!(said.get("clock_set") == reported, "{said}");
         rig.ok(&["save", "vm", "kept"])?;
         let said = rig.ok(&["restore", "kept", "-p"])?;
         ensure!(said.get("clock_set").is_none(), "{said}");
@@ -262,7 +262,7 @@ fn a_restore_that_takes_long_is_shown_as_a_start() -> Result<()> {
 }
 
 #[test]
-fn a_suspended_domain_stays_listed_and_goes_on() -> Result<()> {
+fn a_suspended_domain_stays_listed_and_resumes() -> Result<()> {
     let rig = Rig::new("suspend")?;
     rig.config("vm.json", "count", "registers 1")?;
     rig.ok(&["new", "vm.json"])?;
@@ -394,7 +394,7 @@ fn an_interrupted_save_leaves_the_domain_running() -> Result<()> {
 }
 
 #[test]
-fn a_save_goes_on_without_the_one_who_asked_for_it() -> Result<()> {
+fn a_save_continues_without_the_client_that_asked_for_it() -> Result<()> {
     let (rig, mut child) = in_the_middle_of_a_save("sigkill", &["suspend", "vm"])?;
     child.kill()?;
     child.wait()?;
@@ -414,7 +414,7 @@ fn the_plug_can_be_pulled_in_the_middle_of_a_save() -> Result<()> {
     rig.ok(&["destroy", "vm"])?;
     let out = child.wait_with_output()?;
     let said = String::from_utf8(out.stderr)?;
-    ensure!(out.status.code() == Some(1) && said.contains("'vm' is not saved"), "{said}");
+    ensure!(out.status.code() == Some(1) && said.contains("'vm' was not saved"), "{said}");
     ensure!(rig.state("vm")? == "registered" && !rig.file("r/state/vm/saved").exists());
     Ok(())
 }

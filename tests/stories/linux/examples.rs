@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use stories::agent::{EXAMPLES, Story, Told};
+use stories::agent::{EXAMPLES, NamedTest, Story};
 use stories::guest::{Kernel, initramfs, root_disk};
 use stories::monitor::{BOOT, Vm};
 use stories::net::Tap;
@@ -13,8 +13,8 @@ use stories::net::Tap;
 const NAME: &str = "the_example_boots_";
 
 /// One test for each file in `dir`.
-pub fn stories(dir: &Path) -> Result<Vec<Told>> {
-    let mut stories: Vec<Told> = Vec::new();
+pub fn stories(dir: &Path) -> Result<Vec<NamedTest>> {
+    let mut stories: Vec<NamedTest> = Vec::new();
     for entry in fs::read_dir(dir).with_context(|| format!("no {}", dir.display()))? {
         stories.push((format!("{NAME}{}", entry?.file_name().display()), example));
     }

@@ -323,7 +323,7 @@ pub fn any_moment(story: &Story, shape: Shape, times: usize) -> Result<()> {
         // The first one before the first instruction, the others up to a while after the last line.
         let part = if number == 0 { 0.0 } else { (random >> 40) as f64 / f64::from(1 << 24) };
         let moment = boot.mul_f64(part * 1.1);
-        goes_on(story, shape, &image, number, moment)
+        resumes(story, shape, &image, number, moment)
             .with_context(|| format!("moment {number}: {moment:?} of {boot:?}, {SEED}={seed}"))?;
     }
     Ok(())
@@ -335,7 +335,7 @@ fn boots(story: &Story, shape: Shape, image: &Path) -> Result<(Tap, Monitor)> {
     Ok((tap, vm.start(&story.paths, &story.dir)?))
 }
 
-fn goes_on(
+fn resumes(
     story: &Story,
     shape: Shape,
     image: &Path,

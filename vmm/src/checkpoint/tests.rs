@@ -253,7 +253,7 @@ fn a_state_with_any_one_bit_flipped_is_refused() {
 }
 
 #[test]
-fn a_length_that_lies_costs_nothing() {
+fn a_false_length_costs_nothing() {
     let mut bytes = bytes();
     // The length of the first frame, behind header and kind.
     bytes[20..24].copy_from_slice(&u32::MAX.to_le_bytes());
@@ -298,7 +298,7 @@ fn the_thread_ends_a_save_that_is_given_up() {
     let Some(Step::Ready(left)) = job.wait(wait) else { panic!("it is not ready") };
     assert!(left.staging.is_some() && left.ranges.len() == 1);
     job.give_up();
-    let Some(Step::Done(result)) = job.wait(wait) else { panic!("it goes on") };
+    let Some(Step::Done(result)) = job.wait(wait) else { panic!("it is still running") };
     assert!(matches!(result, Err(SaveError::Cancelled)));
     assert!(!directory.exists());
 }
@@ -388,7 +388,7 @@ fn a_chain_that_is_too_long_or_leads_to_itself_is_refused() {
 }
 
 #[test]
-fn a_list_of_changes_that_lies_is_refused() {
+fn a_false_list_of_changes_is_refused() {
     let page = 4096;
     let many = (0..RANGES as u64 + 1).map(|n| (n * 2 * page, (n * 2 + 1) * page));
     let many: Vec<_> = many.collect();

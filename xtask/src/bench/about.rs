@@ -51,8 +51,8 @@ mod tests {
     fn a_host_is_its_processors_its_kernel_and_its_kind_of_kvm() {
         let cpus = "processor\t: 0\nmodel name\t: A CPU @ 2 GHz\nflags\t\t: fpu vmx sse\n";
         assert_eq!(host(2, cpus, "6.1"), "2 x A CPU @ 2 GHz, Linux 6.1");
-        let told = host(1, "", "6.1");
-        assert_eq!(told, "1 x x86-64, Linux 6.1, KVM without hardware virtualization (PVM)");
+        let text = host(1, "", "6.1");
+        assert_eq!(text, "1 x x86-64, Linux 6.1, KVM without hardware virtualization (PVM)");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::figures::{Figures, short};
 use super::guests::FIRST_BYTE;
-use super::measure::{LIMIT, SETTLE, Turn, introduce, tell};
+use super::measure::{LIMIT, SETTLE, Turn, introduce, send};
 use super::monitors::Found;
 use super::rig::{self, MIB, Rig};
 use super::run::Run;
@@ -18,9 +18,10 @@ use super::{Message, Metric, Scenario, snapshots};
 
 /// The names of the two builds.
 pub const NAMES: [&str; 2] = ["A", "B"];
-/// Runs of each for figures that take milliseconds, unless told otherwise.
+/// Runs of each for figures that take milliseconds, unless the command line says otherwise.
 pub const TIMES: usize = 200;
-/// Runs of each for figures that a guest measures by moving data, unless told otherwise.
+/// Runs of each for figures that a guest measures by moving data, unless the command line says
+/// otherwise.
 pub const IO_TIMES: usize = 20;
 /// A build is worse if an interval lies wholly above this.
 pub const TOLERANCE: f64 = 1.03;
@@ -67,7 +68,7 @@ pub fn program(named: &Path) -> Result<PathBuf> {
             path.display()
         )
     })?;
-    anyhow::ensure!(found.is_file(), "{} is no program", found.display());
+    anyhow::ensure!(found.is_file(), "{} is not a program", found.display());
     Ok(found)
 }
 
@@ -80,7 +81,7 @@ pub fn measure(rig: &Rig, plan: &Plan) -> Result<()> {
     let [a, b] = NAMES;
     let builds = [build(rig, a, first)?, build(rig, b, second)?];
     introduce(&builds)?;
-    tell(&Message::Plan(2 * (plan.times * 2 + plan.io_times)))?;
+    send(&Message::Plan(2 * (plan.times * 2 + plan.io_times)))?;
 
     in_turns(rig, &builds, plan.times, Scenario::Payload, |turn| {
         let mut run = turn.start(&rig.payload(turn.found)?)?;
@@ -129,7 +130,7 @@ fn in_turns(
     let [a, b] = builds;
     for number in 0..times {
         for found in if number % 2 == 0 { [a, b] } else { [b, a] } {
-            tell(&Message::Step(format!("{}: {}", scenario.title(), found.name)))?;
+            send(&Message::Step(format!("{}: {}", scenario.title(), found.name)))?;
             act(&Turn::new(rig, found, scenario))
                 .with_context(|| format!("{}, build {}", scenario.title(), found.name))?;
         }

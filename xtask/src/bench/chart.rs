@@ -182,7 +182,7 @@ mod tests {
         assert_eq!(svg.matches("<rect").count(), 4);
         assert!(svg.contains("a&lt;b") && svg.contains(">4.00 (x2.00)<"), "{svg}");
         assert!(svg.contains(">2.00<"), "{svg}");
-        assert_eq!(svg.matches("has to be stopped for a save</text>").count(), 1);
+        assert_eq!(svg.matches("must be stopped for a save</text>").count(), 1);
         assert_eq!(svg.matches("less is better, n = 1").count(), 2);
     }
 

@@ -102,7 +102,7 @@ impl Connection {
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
         match self {
             Self::Qmp(client) => Ok(client.execute_raw(name, arguments)?),
-            Self::Http { .. } => bail!("{name} is no request of HTTP"),
+            Self::Http { .. } => bail!("{name} has no HTTP request"),
         }
     }
 
@@ -116,7 +116,7 @@ impl Connection {
                 client.execute_with_fds("getfd", json!({ "fdname": name }), &[file])?;
                 Ok(())
             }
-            Self::Http { .. } => bail!("files are not handed over by HTTP"),
+            Self::Http { .. } => bail!("files cannot be passed by HTTP"),
         }
     }
 
@@ -127,7 +127,7 @@ impl Connection {
     pub fn request(&mut self, method: &str, path: &str, body: &Value) -> Result<()> {
         match self {
             Self::Http { stream, .. } => exchange(stream, (method, path, &body.to_string())),
-            Self::Qmp(_) => bail!("{method} {path} is no command of QMP"),
+            Self::Qmp(_) => bail!("{method} {path} has no QMP command"),
         }
     }
 
@@ -175,7 +175,7 @@ fn exchange(stream: &mut BufReader<UnixStream>, request: (&str, &str, &str)) -> 
     let mut bytes = 0;
     loop {
         let mut line = String::new();
-        ensure!(stream.read_line(&mut line)? > 0, "{}: the answer breaks off", about());
+        ensure!(stream.read_line(&mut line)? > 0, "{}: the answer is truncated", about());
         let line = line.trim_end();
         if line.is_empty() {
             break;

@@ -98,7 +98,7 @@ impl Figures {
             (Some(failure), _) => format!("failed: {}", failure.error),
             (None, Metric::List) => "has no stratoctl".to_owned(),
             (None, Metric::LivePause | Metric::ScatteredDirectory | Metric::ScatteredStream) => {
-                "has to be stopped for a save".to_owned()
+                "must be stopped for a save".to_owned()
             }
             (None, _) => "not measured".to_owned(),
         }
@@ -277,7 +277,7 @@ mod tests {
         figures.failed.push(Failure { scenario, part, monitor, error });
         let why = |metric| figures.why_missing(Scenario::Snapshots, metric, "other");
         assert_eq!(why(Metric::SaveRatio), "failed: no space");
-        assert_eq!(why(Metric::LivePause), "has to be stopped for a save");
+        assert_eq!(why(Metric::LivePause), "must be stopped for a save");
         assert_eq!(why(Metric::Restore), "not measured");
     }
 

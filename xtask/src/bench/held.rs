@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Message;
-use super::measure::{LIMIT, SETTLE, introduce, tell, with_last_words};
+use super::measure::{LIMIT, SETTLE, introduce, send, with_last_words};
 use super::monitors::{Found, OURS};
 use super::rig::Rig;
 use super::run::Run;
@@ -25,7 +25,8 @@ use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
 use stories::{bounds, payloads};
 
-/// Times that each question is asked while each thing is held, unless told otherwise.
+/// Times that each question is asked while each thing is held, unless the command line says
+/// otherwise.
 pub const TIMES: usize = 50;
 /// An answer that has not come by then counts as none.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -142,7 +143,7 @@ impl Answer {
 pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     let found = Found::build(OURS.name, rig.paths.stratovirt.clone());
     introduce(std::slice::from_ref(&found))?;
-    tell(&Message::Plan(Hold::ALL.len() * times * 3))?;
+    send(&Message::Plan(Hold::ALL.len() * times * 3))?;
     for hold in Hold::ALL {
         let asked = Stage::new(rig, debian, &found, hold).and_then(|stage| {
             for _ in 0..times {
@@ -152,14 +153,14 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
                     &[Question::Quit],
                     &[Question::Signal],
                 ] {
-                    tell(&Message::Step(hold.title().to_owned()))?;
+                    send(&Message::Step(hold.title().to_owned()))?;
                     stage.ask(questions)?;
                 }
             }
             Ok(())
         });
         if let Err(error) = asked {
-            tell(&Message::NotHeld { hold, error: with_last_words(rig, &error) })?;
+            send(&Message::NotHeld { hold, error: with_last_words(rig, &error) })?;
         }
     }
     Ok(())
@@ -239,9 +240,9 @@ impl<'a> Stage<'a> {
     /// Asks one question, and reports the answer.
     fn one(&self, question: Question, clients: &mut [Client; 2], pid: u32) -> Result<()> {
         let [client, other] = clients;
-        let tell = |question, answer| tell(&Message::Held { hold: self.hold, question, answer });
+        let send = |question, answer| send(&Message::Held { hold: self.hold, question, answer });
         if question != Question::Stop {
-            return tell(question, ask(client, question, pid)?);
+            return send(question, ask(client, question, pid)?);
         }
         let (stop, meanwhile) = thread::scope(|scope| {
             let stop = scope.spawn(|| ask(client, question, pid));
@@ -249,8 +250,8 @@ impl<'a> Stage<'a> {
             let meanwhile = ask(other, Question::Meanwhile, pid);
             (stop.join().unwrap_or_else(|_| Err(anyhow!("the client panicked"))), meanwhile)
         });
-        tell(Question::Stop, stop?)?;
-        tell(Question::Meanwhile, meanwhile?)
+        send(Question::Stop, stop?)?;
+        send(Question::Meanwhile, meanwhile?)
     }
 
     /// Asks for a save, by a client that does not wait for the answer.

@@ -67,7 +67,7 @@ pub enum Subject {
 /// The process that asked for it has gone; all other errors are only reported.
 pub fn measure(task: &Task) -> Result<()> {
     let error = all(task).err();
-    tell(&Message::Done(error.map(|error| format!("{error:#}"))))
+    send(&Message::Done(error.map(|error| format!("{error:#}"))))
 }
 
 fn all(task: &Task) -> Result<()> {
@@ -95,7 +95,7 @@ fn all(task: &Task) -> Result<()> {
 pub fn introduce(monitors: &[Found]) -> Result<()> {
     monitors.iter().try_for_each(|found| {
         let version = found.version().unwrap_or_else(|error| format!("{error:#}"));
-        tell(&Message::Monitor { name: found.name.clone(), version })
+        send(&Message::Monitor { name: found.name.clone(), version })
     })
 }
 
@@ -103,17 +103,17 @@ pub fn introduce(monitors: &[Found]) -> Result<()> {
 ///
 /// # Errors
 /// It has gone.
-pub fn tell(message: &Message) -> Result<()> {
+pub fn send(message: &Message) -> Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(&[CONTROL])?;
     serde_json::to_writer(&mut out, message)?;
     out.write_all(b"\n")?;
-    out.flush().context("the process that asked has gone")
+    out.flush().context("the process that asked has ended")
 }
 
 fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -> Result<()> {
     let parts: usize = scenarios.iter().map(|&scenario| Part::of(scenario).len()).sum();
-    tell(&Message::Plan(parts * runs * monitors.len()))?;
+    send(&Message::Plan(parts * runs * monitors.len()))?;
     for &scenario in scenarios {
         let parts = Part::of(scenario);
         let mut failures = vec![0; parts.len() * monitors.len()];
@@ -123,7 +123,7 @@ fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -
                 parts.iter().flat_map(|part| monitors.iter().map(move |found| (part, found)));
             for ((part, found), failures) in turns.zip(&mut failures) {
                 let label = part.label();
-                tell(&Message::Step(format!("{}, {label}: {}", scenario.title(), found.name)))?;
+                send(&Message::Step(format!("{}, {label}: {}", scenario.title(), found.name)))?;
                 if *failures >= ATTEMPTS {
                     continue;
                 }
@@ -131,7 +131,7 @@ fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -
                     *failures += 1;
                     let (part, monitor) = (label.to_owned(), found.name.clone());
                     let error = with_last_words(rig, &error);
-                    tell(&Message::Failed { scenario, part, monitor, error })?;
+                    send(&Message::Failed { scenario, part, monitor, error })?;
                 }
             }
         }
@@ -193,7 +193,7 @@ impl<'a> Turn<'a> {
     /// The process that asked for it has gone.
     pub fn sample(&self, metric: Metric, value: f64) -> Result<()> {
         let (scenario, monitor) = (self.scenario, self.found.name.clone());
-        tell(&Message::Sample { scenario, metric, monitor, value })
+        send(&Message::Sample { scenario, metric, monitor, value })
     }
 
     /// Reports a time.
@@ -318,7 +318,7 @@ impl<'a> Turn<'a> {
                 "busy" => return Ok(()),
                 name => {
                     let metric = serde_json::from_value(name.into())
-                        .with_context(|| format!("the guest tells of {name}"))?;
+                        .with_context(|| format!("the guest reports {name}"))?;
                     self.sample(metric, value)?;
                 }
             }

@@ -114,9 +114,9 @@ impl Rig {
             (guest::Kernel::Elf, modules, common)
         } else {
             // Needed by a kernel without kvm-clock; harmless for others.
-            let khz = tsc_khz().context("this host's KVM does not tell the TSC's frequency")?;
-            let told = format!("{common} tsc_early_khz={khz} tsc=reliable idle=halt nopti");
-            (guest::Kernel::Given, bare, told)
+            let khz = tsc_khz().context("this host's KVM does not report the TSC frequency")?;
+            let cmdline = format!("{common} tsc_early_khz={khz} tsc=reliable idle=halt nopti");
+            (guest::Kernel::Given, bare, cmdline)
         };
         // So that the first read from the host's disk is not measured.
         fs::read(&initramfs)?;

@@ -22,7 +22,7 @@ use super::snapshots;
 /// How long the control socket may take to answer.
 const API_LIMIT: Duration = Duration::from_secs(20);
 /// Time between two checks for the control socket.
-const LOOK: Duration = Duration::from_micros(100);
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
 
 /// The monitor's standard error, a file in its directory.
 const ERRORS: &str = "stderr";
@@ -118,7 +118,7 @@ impl Run {
             if self.child.try_wait()?.is_some() || Instant::now() > deadline {
                 return Err(self.explained("the control socket does not answer").context(error));
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -129,7 +129,7 @@ impl Run {
     pub fn wait_byte(&mut self, byte: u8, limit: Duration) -> Result<Duration> {
         let deadline = Instant::now() + limit;
         while !self.seen.contains(&byte) {
-            self.more(deadline).context("the guest's first byte did not come")?;
+            self.more(deadline).context("the guest's first byte did not arrive")?;
         }
         Ok(self.at - self.started)
     }
@@ -142,7 +142,7 @@ impl Run {
         let deadline = Instant::now() + limit;
         loop {
             let Some(end) = self.seen.iter().position(|&byte| byte == b'\n') else {
-                self.more(deadline).context("the guest says nothing")?;
+                self.more(deadline).context("the guest prints nothing")?;
                 continue;
             };
             let line: Vec<u8> = self.seen.drain(..=end).collect();
@@ -191,7 +191,7 @@ impl Run {
                 self.seen.extend(bytes);
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout) => Err(self.explained("nothing more came in time")),
+            Err(RecvTimeoutError::Timeout) => Err(self.explained("no more output came in time")),
             Err(RecvTimeoutError::Disconnected) => {
                 let status = self.child.wait()?;
                 Err(self.explained(&format!("the monitor has ended ({status})")))
@@ -245,7 +245,7 @@ fn terminal() -> Result<(File, File)> {
 /// least as large as it (`ram_kib`), or several in a row that are exactly as large. No monitor maps
 /// anything else of that size.
 pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
-    let maps = mappings(smaps).context("a line of smaps that cannot be read")?;
+    let maps = mappings(smaps).context("an invalid line of smaps")?;
     let in_a_row = |maps: &[Mapping]| {
         maps.iter().zip(maps.iter().skip(1)).all(|(one, next)| one.end == next.start)
     };
@@ -260,7 +260,10 @@ pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
         (!found.is_empty()).then_some(found)
     });
     let Some(ram) = ram else {
-        bail!("no mapping of {ram_kib} KiB: cannot tell the guest's RAM from the monitor's own");
+        bail!(
+            "no mapping of {ram_kib} KiB: cannot distinguish the guest's RAM from the monitor's \
+               own memory"
+        );
     };
     let own = maps.iter().enumerate().filter(|(at, _)| !ram.iter().any(|ram| ram.contains(at)));
     Ok(own.map(|(_, mapping)| mapping.private).sum())

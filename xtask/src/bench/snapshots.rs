@@ -18,7 +18,7 @@ use stories::debian::output;
 /// How long a save may take: 4 GiB on a slow, busy disk.
 const LIMIT: Duration = Duration::from_secs(240);
 /// Time between two checks of a condition.
-const LOOK: Duration = Duration::from_micros(500);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 /// How a monitor keeps a guest in files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,7 +131,7 @@ pub fn save_live(
             // It ends when the monitor has closed its side.
             let read =
                 reading.join().map_err(|_| anyhow!("the reader of the stream panicked"))??;
-            ensure!(read > 0, "nothing came through the stream");
+            ensure!(read > 0, "no data came through the stream");
         }
         (Way::Qemu, target) => {
             // As fast as it can, as it is the case with all others.
@@ -145,7 +145,7 @@ pub fn save_live(
                 Target::Stream => qemu_save(connection, Path::new("/dev/null"))?,
             }
         }
-        _ => bail!("{} does not save a guest that runs on", found.name),
+        _ => bail!("{} cannot save a running guest", found.name),
     }
     let pause = downtime(&connection.command("query-migrate", json!({}))?)?;
     if found.monitor.way == Way::Qemu {
@@ -162,11 +162,11 @@ fn live(connection: &mut Connection, uri: &str) -> Result<()> {
 /// How long the guest was stopped, by `query-migrate`'s answer: in QEMU's milliseconds, or a finer
 /// value if there is one.
 fn downtime(answer: &Value) -> Result<Duration> {
-    let told = |name: &str| answer.get(name).and_then(Value::as_f64);
-    match (told("downtime-us"), told("downtime")) {
+    let number = |name: &str| answer.get(name).and_then(Value::as_f64);
+    match (number("downtime-us"), number("downtime")) {
         (Some(microseconds), _) => Ok(Duration::from_secs_f64(microseconds / 1e6)),
         (None, Some(milliseconds)) => Ok(Duration::from_secs_f64(milliseconds / 1e3)),
-        (None, None) => bail!("no downtime told: {answer}"),
+        (None, None) => bail!("no downtime reported: {answer}"),
     }
 }
 
@@ -197,7 +197,7 @@ fn until(
         match answer.get("status").and_then(Value::as_str) {
             Some(status) if awaited(status) => return Ok(status.to_owned()),
             _ if Instant::now() > deadline => bail!("{command} still answers {answer}"),
-            _ => thread::sleep(LOOK),
+            _ => thread::sleep(POLL_INTERVAL),
         }
     }
 }
@@ -263,7 +263,7 @@ pub fn resume(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
             // Its API answers before there is a machine.
             while let Err(error) = connection.ask(Verb::Cont) {
                 ensure!(Instant::now() < deadline, error);
-                thread::sleep(LOOK);
+                thread::sleep(POLL_INTERVAL);
             }
             Ok(())
         }

@@ -42,7 +42,7 @@ The figures go to target/compare: figures.json and chart.svg, builds.json, held.
 ";
 
 /// How long the measuring may be silent.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// What is compared.
 #[derive(PartialEq, Eq)]
@@ -96,14 +96,18 @@ impl Options {
                 "-h" | "--help" => return Ok(None),
                 // The alias ends with one already.
                 "--" => {}
-                _ => bail!("{word} is no option\n\n{USAGE}"),
+                _ => bail!("{word} is not an option\n\n{USAGE}"),
             }
         }
         Ok(Some(options))
     }
 
     fn only(&mut self, what: What) -> Result<()> {
-        ensure!(self.what == What::Monitors, "--scattered, --builds and --held exclude each other");
+        ensure!(
+            self.what == What::Monitors,
+            "--scattered, --builds and --held are mutually \
+                                              exclusive"
+        );
         self.what = what;
         Ok(())
     }
@@ -139,7 +143,8 @@ fn main() -> Result<()> {
     let with_linux = host == Host::Native || env::var_os(GUEST_KERNEL).is_some();
     if !with_linux && options.what != What::Held {
         eprintln!(
-            "{GUEST_KERNEL} names no kernel that runs natively here: no Linux on this machine's own KVM."
+            "{GUEST_KERNEL} is not set to a kernel that runs natively here: Linux is not measured \
+             on this machine's own KVM."
         );
     }
     let mut run = Run { paths: &paths, debian: &debian, initramfs: &initramfs, stratoctl: None };
@@ -260,8 +265,8 @@ fn report_held(results: &Results, out: &Path) -> Result<()> {
         println!("{}: not held: {error}", hold.title());
     }
     let late = results.held.late();
-    ensure!(late == 0, "{late} answers came later than they may, or not at all");
-    ensure!(results.held.not_held.is_empty(), "not everything could be held");
+    ensure!(late == 0, "{late} answers came too late, or not at all");
+    ensure!(results.held.not_held.is_empty(), "not everything could be measured");
     Ok(())
 }
 
@@ -299,7 +304,7 @@ impl Run<'_> {
         let running = host.start(self.paths, self.debian, &job)?;
         let mut step = Step::spinner("Starting");
         loop {
-            let said = running.next(Instant::now() + PATIENCE);
+            let said = running.next(Instant::now() + TIMEOUT);
             let message = match said {
                 Some(Said::Text(text)) => {
                     io::stderr().write_all(&text)?;
@@ -307,7 +312,7 @@ impl Run<'_> {
                 }
                 Some(Said::Control(value)) => serde_json::from_value(value)?,
                 Some(Said::End) => bail!("the measuring process ended\n{}", running.console()),
-                None => bail!("nothing more came in time\n{}", running.console()),
+                None => bail!("no more output came in time\n{}", running.console()),
             };
             match message {
                 Message::Plan(steps) => step = Step::count("Measuring", steps),

@@ -21,7 +21,7 @@ use stories::progress::Step;
 use xtask::bench::run::private_kib;
 
 const USAGE: &str = "\
-Boots an unmodified Linux with a disk and a network, and steers it over QMP.
+Boots an unmodified Linux with a disk and a network, and controls it over QMP.
 
 Usage: cargo demo [-- OPTION]
   --shell   stay in the guest's shell instead
@@ -33,10 +33,10 @@ const INSIDE: &str = "--inside";
 const SHELL: &str = "shell";
 /// The guest's RAM, MiB.
 const RAM_MIB: u64 = 256;
-/// How long the machine stands still.
+/// How long the machine is paused.
 const PAUSE: Duration = Duration::from_secs(3);
 /// How long the program inside may be silent.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> Result<ExitCode> {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -80,8 +80,8 @@ fn outside(shell: bool) -> Result<ExitCode> {
     let mut raw = None;
     let result = loop {
         // The user of a shell may be idle for any time.
-        let patience = if shell { Duration::from_secs(24 * 3600) } else { PATIENCE };
-        let said = running.next(Instant::now() + patience);
+        let timeout = if shell { Duration::from_secs(24 * 3600) } else { TIMEOUT };
+        let said = running.next(Instant::now() + timeout);
         if let Some(step) = booting.take() {
             step.done();
         }
@@ -99,7 +99,7 @@ fn outside(shell: bool) -> Result<ExitCode> {
                 }
             }
             Some(Said::End) => break Err(format!("the host ended early\n{}", running.console())),
-            None => break Err(format!("nothing more came in time\n{}", running.console())),
+            None => break Err(format!("no more output came in time\n{}", running.console())),
         }
     };
     drop(raw);
@@ -296,7 +296,7 @@ impl Typed {
     /// Shows the next line, if one comes before the end.
     fn hears(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
-        if self.stream.read_line(&mut line).context("the monitor says nothing")? == 0 {
+        if self.stream.read_line(&mut line).context("the monitor prints nothing")? == 0 {
             return Ok(None);
         }
         println!("{}", line.trim_end());

@@ -16,7 +16,7 @@ fn domain(text: &str, line: &str) -> Actions {
 }
 
 #[test]
-fn whatever_happens_is_the_end_unless_told() {
+fn every_event_is_the_end_unless_configured() {
     let default = Actions::default();
     assert_eq!(actions(""), default);
     assert_eq!(domain("{}", ""), default);

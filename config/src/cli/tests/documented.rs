@@ -56,7 +56,7 @@ fn kata(devices: &str) -> String {
 }
 
 #[test]
-fn kata_without_what_is_not_built_yet() {
+fn kata_without_what_is_not_supported() {
     let i = run(&kata(""));
     let m = &i.machine;
     assert_eq!(m.boot.cmdline, KATA_PARAMETERS, "kernel parameters pass through untouched");
@@ -139,7 +139,7 @@ fn kuasar_on_a_microvm() {
 }
 
 #[test]
-fn kuasar_on_a_standard_machine_is_told_every_reason() {
+fn kuasar_on_a_standard_machine_gets_every_reason() {
     let all = problems(&kuasar(
         "q35",
         "-drive file=OVMF_CODE.fd,if=pflash,format=raw,unit=0,readonly=on \

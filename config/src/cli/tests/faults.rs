@@ -77,7 +77,7 @@ fn flags_that_exclude_each_other() {
 }
 
 #[test]
-fn not_built_yet_is_said_by_name() {
+fn what_is_not_supported_is_named() {
     for (line, name) in [
         ("-numa node,nodeid=0", "NUMA"),
         ("-vnc 0.0.0.0:0", "VNC"),

@@ -40,7 +40,7 @@ fn pipe_as(read_by_us: bool) -> (Char, std::fs::File) {
 }
 
 #[test]
-fn a_dead_reader_blocks_nobody_and_costs_a_bounded_backlog() {
+fn a_dead_reader_blocks_no_thread_and_costs_a_bounded_backlog() {
     let (char, mut reader) = pipe_as(false);
     let chunk = [b'z'; 1024];
     for _ in 0..10 << 10 {
@@ -190,7 +190,7 @@ fn a_socket_serves_one_connection_after_the_other() {
     let path = dir.as_path().join("console");
     let mut char = Char::socket(&path, 0).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions_mode() & 0o777, 0o600);
-    char.sink.send(b"nobody listens");
+    char.sink.send(b"no reader");
     let mut first = UnixStream::connect(&path).unwrap();
     let mut second = UnixStream::connect(&path).unwrap();
     first.write_all(b"1").unwrap();
@@ -250,7 +250,7 @@ fn take(stream: &mut UnixStream, source: &mut CharSource, len: usize) -> Vec<u8>
 }
 
 #[test]
-fn each_connection_is_told_what_it_has_missed() {
+fn each_connection_gets_the_output_that_it_has_missed() {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("console");
     let mut char = Char::socket(&path, 8).unwrap();
@@ -294,7 +294,7 @@ fn a_long_replay_is_whole_however_slowly_it_is_read() {
 }
 
 #[test]
-fn a_guest_that_reads_nothing_keeps_nobody_out() {
+fn a_guest_that_reads_nothing_blocks_no_client() {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("console");
     let mut char = Char::socket(&path, 16).unwrap();
@@ -322,7 +322,7 @@ fn a_guest_that_reads_nothing_keeps_nobody_out() {
 }
 
 #[test]
-fn a_file_that_hangs_costs_output_and_holds_nobody() {
+fn a_file_that_hangs_costs_output_and_blocks_no_thread() {
     let (reader, writer) = std::io::pipe().unwrap();
     let (mut reader, hung) = (reader, std::fs::File::from(OwnedFd::from(writer)));
     let writer = Writer::spawn("test", hung, &ThreadStart::default(), |_, _| ()).unwrap();

@@ -159,7 +159,7 @@ pub(super) fn run(
             Outcome::Pending => break,
             Outcome::Delayed => {
                 let observers = &storage.disk().observers;
-                assert!(observers.wait(Duration::from_secs(60)).unwrap(), "held for ever");
+                assert!(observers.wait(Duration::from_secs(60)).unwrap(), "delayed forever");
             }
         }
     }

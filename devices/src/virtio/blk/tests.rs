@@ -216,7 +216,7 @@ fn data_read_is_marked_dirty_for_a_migration() {
 }
 
 #[test]
-fn tells_its_size_layout_and_serial_number() {
+fn reports_its_size_layout_and_serial_number() {
     let dir = TempDir::new().unwrap();
     let disk = Disk::open(&image(&dir, MIB + 700), &rw()).unwrap();
     let backend = Backend { serial: "a serial number of more than 20 bytes".into(), ..disk.into() };
@@ -418,7 +418,7 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
         while r.guest.interrupted() {}
         let backend = Backend { serial: "hot".into(), ..disk.into() };
         r.guest.update(|b: &mut Block| b.plug(backend)).unwrap().unwrap();
-        assert!(r.guest.interrupted(), "the driver is told");
+        assert!(r.guest.interrupted(), "the driver is notified");
         assert_eq!(r.guest.load(0x100), 2048);
         assert_eq!(r.read(1, 512), (OK, r.image()[512..1024].to_vec()));
         assert_eq!(&r.request(VIRTIO_BLK_T_GET_ID, 0, &[], 20).1[..4], b"hot\0");
@@ -586,7 +586,7 @@ fn reset_and_pause_wait_for_what_is_in_flight() {
 }
 
 #[test]
-fn a_saved_disk_goes_on_where_it_stood() {
+fn a_saved_disk_continues_where_it_stopped() {
     let mut r = Rig::with(rw(), USUAL | 1 << VIRTIO_BLK_F_CONFIG_WCE, Settings::default());
     assert_eq!(r.write(0, &[1; 512]), OK);
     r.guest.transport.write(0x120, &[0]);

@@ -97,7 +97,7 @@ fn output_without_a_reader_costs_nothing() {
     assert_eq!(terminal.printed(), 300);
     let mut stream = terminal.connect();
     terminal.print(b"now");
-    assert_eq!(read(&mut stream), b"now", "what nobody was there for is gone");
+    assert_eq!(read(&mut stream), b"now", "output without a client is dropped");
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn a_reset_console_starts_over_with_the_same_connection() {
 }
 
 #[test]
-fn a_saved_console_goes_on_in_the_middle_of_a_text() {
+fn a_saved_console_continues_in_the_middle_of_a_text() {
     let mut terminal = Terminal::started(0);
     let mut stream = terminal.connect();
     let text: Vec<u8> = (0..1_500_000u32).map(|n| (n % 253) as u8).collect();

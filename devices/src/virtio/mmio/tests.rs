@@ -161,7 +161,7 @@ fn acknowledging_leaves_bit_0_and_clears_bit_1() {
 }
 
 #[test]
-fn a_change_while_the_driver_begins_is_told_once_it_is_ready() {
+fn a_change_while_the_driver_starts_is_reported_once_it_is_ready() {
     for changes in [false, true] {
         let mut g = guest();
         assert!(g.negotiate(F_VERSION_1));
@@ -185,7 +185,7 @@ fn a_queue_that_is_taken_back_is_given_back() {
     assert_eq!(g.load(QUEUE_READY), 1);
     g.store(QUEUE_READY, 0);
     assert_eq!(g.load(QUEUE_READY), 0);
-    assert_eq!(g.thread.workers(), 0, "nobody touches its memory any more");
+    assert_eq!(g.thread.workers(), 0, "no worker accesses its memory any more");
     assert!(g.needs_reset());
     g.store(STATUS, 0);
     g.start(0);
@@ -202,7 +202,7 @@ fn shows_the_configuration_and_its_changes() {
     g.update(|p: &mut Probe| p.config = vec![0xee; 3]).unwrap();
     assert_eq!([g.load(0x100), g.load(0x104), g.load(0x108)], [0x00ee_eeee, 0, 0]);
     assert_ne!(g.load(CONFIG_GENERATION), before);
-    assert!(!g.interrupted(), "nobody listens before DRIVER_OK");
+    assert!(!g.interrupted(), "no interrupt before DRIVER_OK");
 }
 
 /// A type other than the device's.

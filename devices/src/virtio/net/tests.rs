@@ -335,7 +335,7 @@ fn rates_are_limited_in_each_direction() {
 }
 
 #[test]
-fn a_frame_that_waits_for_the_host_is_charged_once_and_goes_on() {
+fn a_frame_that_waits_for_the_host_is_charged_once_and_sent_later() {
     let mut lan = Lan::new(NetSettings { pps: Some(20), ..settings(1) }, true);
     lan.guest.start(0);
     lan.send(&Lan::frame(60, 0));

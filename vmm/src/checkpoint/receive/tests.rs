@@ -328,9 +328,9 @@ fn save_to(near: UnixStream) -> Job {
 fn a_save_to_somebody_who_never_reads_can_be_cancelled() {
     let (near, far) = UnixStream::pair().unwrap();
     let mut job = save_to(near);
-    assert!(job.wait(Duration::from_millis(50)).is_none(), "nobody has read it");
+    assert!(job.wait(Duration::from_millis(50)).is_none(), "it has not been read");
     job.cancel();
-    let Some(Step::Done(result)) = job.wait(WAIT) else { panic!("it goes on") };
+    let Some(Step::Done(result)) = job.wait(WAIT) else { panic!("it is still running") };
     assert!(matches!(result, Err(SaveError::Cancelled)));
     drop(far);
 }
@@ -340,6 +340,6 @@ fn a_save_to_somebody_who_goes_fails_by_name() {
     let (near, far) = UnixStream::pair().unwrap();
     let mut job = save_to(near);
     drop(far);
-    let Some(Step::Done(Err(error))) = job.wait(WAIT) else { panic!("it goes on") };
+    let Some(Step::Done(Err(error))) = job.wait(WAIT) else { panic!("it is still running") };
     assert!(why(&error).contains("the peer has closed the stream"), "{}", why(&error));
 }

@@ -38,7 +38,7 @@ fn a_few_large_requests_fill_an_engine_as_many_small_ones_do() {
     let dir = TempDir::new().unwrap();
     let mut engine = engine(&dir);
     assert!(engine.start(PUNCH_64_MIB, 0, &[], 1).is_none());
-    assert!(!engine.has_room(), "whoever pauses or resets waits for what is in flight");
+    assert!(!engine.has_room(), "a pause or reset waits for requests in flight");
     assert_eq!(one(&mut engine), 1);
     assert!(engine.has_room());
 }

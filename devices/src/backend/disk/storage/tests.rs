@@ -159,7 +159,7 @@ fn a_change_that_takes_several_calls_is_one_change() {
 }
 
 #[test]
-fn a_change_that_fails_is_told_with_its_error() {
+fn a_change_that_fails_is_reported_with_its_error() {
     // No file is that long.
     let at = (i64::MAX as u64) & !4095;
     for way in every_way() {

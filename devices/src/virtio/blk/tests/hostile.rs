@@ -89,7 +89,7 @@ fn requests_without_room_for_a_status_come_back_and_are_counted() {
 }
 
 #[test]
-fn malformed_chains_come_back_unused_and_the_queue_goes_on() {
+fn malformed_chains_are_returned_unused_and_the_queue_works_on() {
     let mut r = Rig::new(rw());
     let header_at = r.guest.bytes(&header(VIRTIO_BLK_T_IN, 0));
     let q = r.guest.queues[0].clone();

@@ -195,7 +195,7 @@ fn a_slot_takes_no_tap_that_does_not_fit() {
 }
 
 #[test]
-fn a_saved_interface_goes_on_elsewhere() {
+fn a_saved_interface_continues_elsewhere() {
     let mut lan = Lan::new(settings(1), true);
     lan.guest.start(MERGEABLE | CONTROL | CSUM | TSO4 | F_EVENT_IDX);
     let first = lan.refill(100, 1526);

@@ -175,7 +175,7 @@ fn datagrams_travel_both_ways() {
 }
 
 #[test]
-fn checksums_are_left_to_whoever_has_offered() {
+fn checksums_are_computed_by_the_side_that_has_offered() {
     make_tap(libc::IFF_VNET_HDR);
     let mut guest = nic(1, open_tap(1));
     guest.start(MERGEABLE | CSUM | GUEST_CSUM);
@@ -354,7 +354,7 @@ fn a_tap_deleted_while_live_costs_frames_only() {
 }
 
 #[test]
-fn what_is_wrong_with_a_tap_is_said_with_the_cure() {
+fn an_unusable_tap_is_reported_with_the_fix() {
     make_tap(libc::IFF_VNET_HDR);
     add_tap("u0", libc::IFF_TUN);
     add_tap("m0", libc::IFF_TAP | libc::IFF_MULTI_QUEUE);

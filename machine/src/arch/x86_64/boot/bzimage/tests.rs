@@ -84,7 +84,7 @@ fn any_byte_of_the_header_may_be_wrong() {
 }
 
 #[test]
-fn a_bzimage_that_lies_is_refused_with_the_lie() {
+fn a_bzimage_with_false_fields_is_refused_and_they_are_named() {
     let says = |kernel: &[u8], what: &str| {
         let text = refusal(kernel);
         assert!(text.contains(what), "{what:?} not in {text:?}");

@@ -15,7 +15,7 @@ fn discovery(user: &str, kernel: Option<KernelWords>) -> (String, Option<usize>)
 }
 
 #[test]
-fn every_device_is_told_of_by_exactly_one_way() {
+fn every_device_is_described_in_exactly_one_way() {
     let acpi = (String::new(), Some(2));
     let line = (BOTH.to_owned(), None);
     let cases = [

@@ -190,7 +190,7 @@ fn an_elf_with_only_a_pvh_entry_is_entered_by_it_in_either_width() {
 }
 
 #[test]
-fn pvh_is_told_of_all_ram_and_of_the_initrd() {
+fn pvh_gets_all_ram_and_the_initrd() {
     let kernel = file(&elf(true, LOAD_AT, &pvh_note(LOAD_AT)));
     let initrd = file(&[7; 5000]);
     let config = BootConfig { initrd: Some(initrd.as_path().to_owned()), ..config(&kernel) };
@@ -235,7 +235,7 @@ fn an_elf_without_notes_is_entered_at_its_64_bit_entry_virtual_or_physical() {
 }
 
 #[test]
-fn an_elf_that_lies_is_refused_with_the_lie() {
+fn an_elf_with_false_fields_is_refused_and_they_are_named() {
     let with = |offset: usize, bytes: &[u8]| {
         let mut kernel = elf(true, LOAD_AT, &linux_note());
         kernel[offset..offset + bytes.len()].copy_from_slice(bytes);

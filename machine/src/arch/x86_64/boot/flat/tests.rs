@@ -24,7 +24,7 @@ fn a_flat_image_that_begins_with_the_pvh_entry_is_entered_so() {
 }
 
 #[test]
-fn what_is_no_kernel_is_called_by_its_name() {
+fn what_is_not_a_kernel_is_named() {
     let at = |offset: usize, mark: &[u8], fill: u8| {
         let mut bytes = vec![fill; 8192];
         bytes[offset..offset + mark.len()].copy_from_slice(mark);
