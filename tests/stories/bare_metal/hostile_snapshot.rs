@@ -278,7 +278,7 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
         ("cpu", &["\"cpuid\":"], &leaves, "CPUID leaves"),
         ("cpu", &["\"cpuid\":"], "[]", "CPU by"),
         ("vcpu 0", &["\"msrs\":"], "[[\"0x1\"]]", vcpu),
-        ("vcpu 0", &["\"lapic\":"], "\"00\"", "1024 belong"),
+        ("vcpu 0", &["\"lapic\":"], "\"00\"", "1024 were expected"),
         ("vcpu 0", &["\"lapic\":"], "[1,2]", vcpu),
         ("vcpu 0", &["\"xcrs\":"], "\"x\"", vcpu),
         ("vcpu 0", &["\"xsave\":"], "\"000102\"", "XSAVE area of 3 bytes"),
@@ -289,7 +289,7 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
         (serial, &["\"version\":"], "77", "of version 77, and this program knows versions up to"),
         (serial, &["\"kind\":"], "\"toaster\"", "toaster"),
         (serial, &["\"state\":"], "[]", serial),
-        ("cmos cmos", &["\"ram\":"], "\"00\"", "128 belong"),
+        ("cmos cmos", &["\"ram\":"], "\"00\"", "128 were expected"),
     ];
     for (section, path, lie, says) in lies {
         let mut state = State { version: whole.version, frames: whole.frames.clone() };
@@ -299,7 +299,7 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
     }
     // One part more, one less, and sections before what they belong to.
     for (change, says) in [
-        (0, "\"vcpu 0\" twice"),
+        (0, "section \"vcpu 0\" is duplicated"),
         (1, "no section for nic1"),
         (2, "was expected"),
         (3, "section \"cpu\" is missing"),
@@ -391,7 +391,7 @@ fn memory_that_is_not_as_it_was_saved_is_refused_by_name() -> Result<()> {
     let length = fs::metadata(&memory)?.len();
     for other in [0, 1, length - 4096, length - 1, length + 1, 1 << 40] {
         File::options().write(true).open(&memory)?.set_len(other)?;
-        let said = [format!("it has {other} bytes"), format!("{length} belong")];
+        let said = [format!("it has {other} bytes"), format!("needs {length}")];
         refused(&stage, &saved, &[], &["memory cannot be used", &said[0], &said[1]])?;
     }
     // Of the same length, and all holes.

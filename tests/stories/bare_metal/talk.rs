@@ -236,7 +236,7 @@ fn an_event_and_the_answer_that_it_belongs_to_come_in_one_piece() -> Result<()> 
     raw.set_read_timeout(Some(SOON))?;
     let mut piece = [0; 4096];
     let mut read = |raw: &mut UnixStream| -> Result<String> {
-        let length = raw.read(&mut piece)?;
+        let length = rustix::io::retry_on_intr(|| rustix::io::read(&*raw, &mut piece))?;
         Ok(String::from_utf8_lossy(piece.get(..length).unwrap_or_default()).into_owned())
     };
     read(&mut raw)?;

@@ -128,7 +128,7 @@ fn a_save_that_cannot_be_leaves_the_domain_running() -> Result<()> {
     rig.ok(&["create", "vm.json"])?;
     let (what, _) = rig.refused(&["save", "vm", "no/such/place"])?;
     ensure!(
-        what.contains("'vm' was not saved and continues") && what.contains("above it"),
+        what.contains("'vm' was not saved and continues") && what.contains("its parent must exist"),
         "{what}"
     );
     fs::write(rig.file("file"), "precious")?;
