@@ -113,7 +113,7 @@ fn wrong_arrows(package: &str, siblings: &[&str]) -> Vec<String> {
         ARROWS.iter().find(|(name, _)| *name == package).map_or(&[][..], |(_, allowed)| allowed);
     let wrong = siblings.iter().filter(|name| !allowed.contains(name));
     wrong
-        .map(|name| format!("{package} depends on {name}; it may only depend {}", names(allowed)))
+        .map(|name| format!("{package} depends on {name}; it may depend {}", names(allowed)))
         .collect()
 }
 
