@@ -79,7 +79,7 @@ pub(crate) struct Deferrals {
     /// Requests that wait, at most one for each client.
     waiting: VecDeque<Pending>,
     reload: Option<Reload>,
-    /// How often a kernel was asked for in vain so far.
+    /// How many reads of a kernel have timed out so far.
     read_timeouts: u64,
 }
 
@@ -111,7 +111,7 @@ impl Vmm {
         self.machine.rest_timeouts().saturating_add(self.deferrals.read_timeouts)
     }
 
-    /// Whether an operation was tried in vain and has since been neither done nor given up.
+    /// Whether an operation has timed out and has since been neither done nor given up.
     fn is_trying(&self) -> bool {
         let reads = match &self.deferrals.reload {
             Some(Reload::Reading(reading)) => reading.waited_for,
@@ -178,7 +178,7 @@ impl Vmm {
         self.deferrals.deferred = Some(Deferred { operation, why });
     }
 
-    /// Let the machine run on as if the operation tried in vain had not been asked for.
+    /// Let the machine run on as if the operation that timed out had not been asked for.
     pub(crate) fn give_up(&mut self) {
         self.machine.give_up();
         // A kernel that is being read may serve the next reset: there is never more than one job.
