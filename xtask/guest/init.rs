@@ -4,7 +4,7 @@
 //! the console is.
 //!
 //! `bench=` is `init` (nothing more), `busy` (every processor spins), `all` (disk, network, then
-//! `busy`) or `scatter` (touches memory, then writes to pages all over it, without an end);
+//! `busy`), `small` (the same with no more of the disk than one request of 4 KiB at a time) or `scatter` (touches memory, then writes to pages all over it, without an end);
 //! `seconds=` is how long each figure is measured.
 #![no_main]
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
@@ -101,10 +101,10 @@ fn measure(log: &mut File) -> io::Result<()> {
     if wanted == "scatter" {
         return scatter(log);
     }
-    if wanted == "all" {
+    if wanted == "all" || wanted == "small" {
         load_modules()?;
         let mut buffer = Box::new(Aligned([0x5a; LARGE]));
-        disk(log, time, &mut buffer.0).map_err(|error| in_step("disk", &error))?;
+        disk(log, time, &mut buffer.0, wanted == "all").map_err(|error| in_step("disk", &error))?;
         network(log, time, &mut buffer.0).map_err(|error| in_step("network", &error))?;
     }
     let processors = thread::available_parallelism()?.get();
@@ -193,7 +193,7 @@ fn until<T>(mut ready: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<()> {
+fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE], all: bool) -> io::Result<()> {
     let disk =
         until(|| OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(DISK))?;
     let size = io::Seek::seek(&mut &disk, io::SeekFrom::End(0))?;
@@ -202,10 +202,12 @@ fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<
     for block in 0..large.min(32) {
         disk.read_exact_at(buffer, block * LARGE as u64)?;
     }
-    let rate = repeat(time, |count| {
-        disk.read_exact_at(buffer, count % large * LARGE as u64).map(|()| LARGE)
-    })?;
-    say(log, "seq_read", rate / 1e6);
+    if all {
+        let rate = repeat(time, |count| {
+            disk.read_exact_at(buffer, count % large * LARGE as u64).map(|()| LARGE)
+        })?;
+        say(log, "seq_read", rate / 1e6);
+    }
 
     let mut random = Random(88_172_645_463_325_252);
     let rate = repeat(time, |_| {
@@ -213,9 +215,19 @@ fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<
         disk.read_exact_at(&mut buffer[..SMALL], at).map(|()| 1)
     })?;
     say(log, "rand_read_1", rate);
-    say(log, "rand_read_32", deep(&disk, size, time, buffer, &mut random)?);
+    if all {
+        say(log, "rand_read_32", deep(&disk, size, time, buffer, &mut random)?);
+    }
 
     // The first block stays as it is: some monitors protect it in images of a format not declared.
+    let rate = repeat(time, |_| {
+        let at = (1 + random.below(size / SMALL as u64 - 1)) * SMALL as u64;
+        disk.write_all_at(&buffer[..SMALL], at).map(|()| 1)
+    })?;
+    say(log, "rand_write_1", rate);
+    if !all {
+        return Ok(());
+    }
     let rate = repeat(time, |count| {
         disk.write_all_at(buffer, (1 + count % (large - 1)) * LARGE as u64).map(|()| LARGE)
     })?;
@@ -361,6 +373,7 @@ fn network(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Resu
 
     // Until the peer has read everything.
     let mut peer = connect(b'S')?;
+    say(log, "begin", 1.0);
     let started = Instant::now();
     let mut bytes = 0_u64;
     while started.elapsed() < time {
@@ -372,6 +385,7 @@ fn network(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Resu
     say(log, "tcp_out", bytes as f64 * 8.0 / 1e9 / started.elapsed().as_secs_f64());
 
     let mut peer = connect(b'R')?;
+    say(log, "begin", 1.0);
     let rate = repeat(time, |_| match peer.read(&mut buffer[..])? {
         0 => Err(io::ErrorKind::UnexpectedEof.into()),
         bytes => Ok(bytes),
@@ -380,6 +394,7 @@ fn network(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Resu
     say(log, "tcp_in", rate * 8.0 / 1e9);
 
     let mut peer = connect(b'P')?;
+    say(log, "begin", 1.0);
     let rate = repeat(time, |_| {
         peer.write_all(&buffer[..64])?;
         peer.read_exact(&mut buffer[..64]).map(|()| 1)

@@ -7,16 +7,22 @@ pub mod about;
 pub mod builds;
 pub mod chart;
 pub mod control;
+pub mod cpu;
+pub mod density;
 pub mod domains;
 pub mod figures;
+pub mod goals;
 pub mod guests;
 pub mod held;
+pub mod interrupt;
 pub mod measure;
 pub mod monitors;
+pub mod options;
 pub mod part;
 pub mod rig;
 pub mod run;
 pub mod scattered;
+pub mod smaps;
 pub mod snapshots;
 pub mod statistics;
 
@@ -60,6 +66,32 @@ pub enum Metric {
     RestoreLarge,
     /// `stratoctl list` of 100 domains.
     List,
+    /// Many machines at once ([`density`]): from the first exec to the last guest's first byte.
+    ManyWall,
+    /// Processor time of each monitor, from its exec until the kernel has cleared it away.
+    ManyCpu,
+    /// Private memory of each beyond its guest's RAM.
+    ManyPrivate,
+    /// Proportional share of each beyond its guest's RAM.
+    ManyPss,
+    /// What each guest's RAM occupies beyond the page that the guest touches.
+    ManyGuest,
+    /// The same, in this order, of many machines that are restored from one save.
+    ClonesWall,
+    /// See [`Self::ManyCpu`].
+    ClonesCpu,
+    /// See [`Self::ManyPrivate`].
+    ClonesPrivate,
+    /// See [`Self::ManyPss`].
+    ClonesPss,
+    /// See [`Self::ManyGuest`].
+    ClonesGuest,
+    /// Processor time of the monitor, its guest's included, for each byte of [`Self::TcpOut`].
+    TcpOutCpu,
+    /// The same for [`Self::TcpIn`].
+    TcpInCpu,
+    /// The same for each of [`Self::TcpRoundTrips`].
+    TcpRoundTripCpu,
     /// Sequential reads of 1 MiB.
     SeqRead,
     /// Sequential writes of 1 MiB.
@@ -67,6 +99,9 @@ pub enum Metric {
     /// Random reads of 4 KiB, one at a time.
     #[serde(rename = "rand_read_1")]
     RandRead1,
+    /// Random writes of 4 KiB, one at a time.
+    #[serde(rename = "rand_write_1")]
+    RandWrite1,
     /// Random reads of 4 KiB, 32 at a time.
     #[serde(rename = "rand_read_32")]
     RandRead32,
@@ -99,13 +134,41 @@ impl Metric {
             Self::Restore => ("restore 256 MiB, exec to byte", "ms"),
             Self::RestoreLarge => ("restore 4 GiB, exec to byte", "ms"),
             Self::List => ("stratoctl list, 100 domains", "ms"),
+            Self::ManyWall => ("machines, first exec to last byte", "ms"),
+            Self::ManyCpu => ("machines, CPU of each", "ms"),
+            Self::ManyPrivate => ("machines, private memory", "KiB"),
+            Self::ManyPss => ("machines, PSS beyond guest's", "KiB"),
+            Self::ManyGuest => ("machines, guest's untouched", "KiB"),
+            Self::ClonesWall => ("clones, first exec to last byte", "ms"),
+            Self::ClonesCpu => ("clones, CPU of each", "ms"),
+            Self::ClonesPrivate => ("clones, private memory", "KiB"),
+            Self::ClonesPss => ("clones, PSS beyond guest's", "KiB"),
+            Self::ClonesGuest => ("clones, guest's untouched", "KiB"),
+            Self::TcpOutCpu => ("TCP guest to host, CPU", "ns/B"),
+            Self::TcpInCpu => ("TCP host to guest, CPU", "ns/B"),
+            Self::TcpRoundTripCpu => ("TCP round trip, CPU", "us"),
             Self::SeqRead => ("sequential read, 1 MiB", "MB/s"),
             Self::SeqWrite => ("sequential write, 1 MiB", "MB/s"),
             Self::RandRead1 => ("random read 4 KiB, depth 1", "IOPS"),
+            Self::RandWrite1 => ("random write 4 KiB, depth 1", "IOPS"),
             Self::RandRead32 => ("random read 4 KiB, depth 32", "IOPS"),
             Self::TcpOut => ("TCP guest to host", "Gbit/s"),
             Self::TcpIn => ("TCP host to guest", "Gbit/s"),
             Self::TcpRoundTrips => ("TCP round trips of 64 bytes", "1/s"),
+        }
+    }
+
+    /// The figure that tells what this rate costs in processor time, and the factor from processor
+    /// seconds per second, divided by this rate, to its unit.
+    #[must_use]
+    pub const fn cost(self) -> Option<(Self, f64)> {
+        match self {
+            // Nanoseconds a byte, at Gbit/s.
+            Self::TcpOut => Some((Self::TcpOutCpu, 8.0)),
+            Self::TcpIn => Some((Self::TcpInCpu, 8.0)),
+            // Microseconds a round trip.
+            Self::TcpRoundTrips => Some((Self::TcpRoundTripCpu, 1e6)),
+            _ => None,
         }
     }
 
@@ -132,6 +195,14 @@ pub enum Scenario {
     Scattered,
     /// Linux in the emulated host.
     Emulated,
+    /// Many machines at once.
+    Density,
+    /// A few instructions, without devices.
+    Start,
+    /// Linux without devices.
+    Boot,
+    /// Small reads and writes of Linux, and TCP.
+    Io,
 }
 
 impl Scenario {
@@ -145,6 +216,10 @@ impl Scenario {
             Self::Linux => "Linux",
             Self::Scattered => "Save with 2,000 scattered pages",
             Self::Emulated => "Linux in the emulated host",
+            Self::Density => "Many machines at once",
+            Self::Start => "A payload, without devices",
+            Self::Boot => "Linux, without devices",
+            Self::Io => "Linux, 4 KiB and TCP",
         }
     }
 }

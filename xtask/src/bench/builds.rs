@@ -106,7 +106,7 @@ pub fn measure(rig: &Rig, plan: &Plan) -> Result<()> {
             turn.time(Metric::Restore, run.wait_byte(FIRST_BYTE, LIMIT)?)
         })?;
     }
-    in_turns(rig, &builds, plan.io_times, Scenario::Linux, |turn| turn.devices())
+    in_turns(rig, &builds, plan.io_times, Scenario::Linux, |turn| turn.devices("all"))
 }
 
 /// A copy of `program`. The way in which a program was read into the page cache decides how many of

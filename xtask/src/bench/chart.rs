@@ -4,7 +4,6 @@ use std::fmt::Write;
 
 use super::figures::{Figures, Row, Summary, short};
 
-const TITLE: &str = "stratovirt beside other monitors";
 const LEGEND: &str = "Bars are medians, lines reach from the least to the greatest value. \
                       xN: the median divided by this monitor's.";
 const COLUMNS: usize = 3;
@@ -56,16 +55,18 @@ pub fn draw(figures: &Figures) -> String {
 /// What was compared, when and where. Returns where the panels begin.
 fn header(body: &mut String, figures: &Figures) -> f64 {
     let about = &figures.about;
-    let mut lines = vec![
-        format!("{}; {}; n = {} runs of each, in turns", about.date, about.host, figures.runs),
-        LEGEND.to_owned(),
-    ];
+    let runs = match figures.runs {
+        0 => String::new(),
+        runs => format!("n = {runs} runs of each, "),
+    };
+    let mut lines =
+        vec![format!("{}; {}; {runs}in turns", about.date, about.host), LEGEND.to_owned()];
     lines.extend(figures.monitors.iter().map(|(name, version)| format!("{name}: {version}")));
     if !figures.missing.is_empty() {
         lines.push(format!("Not on this host: {}", figures.missing.join(", ")));
     }
     let mut y = MARGIN + 20.0;
-    text(body, MARGIN, y, "font-size=\"22\" font-weight=\"bold\"", TITLE);
+    text(body, MARGIN, y, "font-size=\"22\" font-weight=\"bold\"", &figures.title);
     y += 8.0;
     for line in lines {
         y += LINE;
@@ -164,6 +165,7 @@ mod tests {
     fn figures() -> Figures {
         let mut figures = Figures::default();
         figures.about = About { date: "2026-01-02".to_owned(), host: "2 x CPU".to_owned() };
+        figures.title = "this & that".to_owned();
         figures.runs = 5;
         figures.missing.push("other".to_owned());
         for (name, version) in [("ours", "1.0"), ("a<b", "2.0")] {
@@ -189,6 +191,7 @@ mod tests {
     #[test]
     fn it_says_what_was_compared_when_and_where() {
         let svg = draw(&figures());
+        assert!(svg.contains(">this &amp; that<"), "{svg}");
         assert!(svg.contains("2026-01-02; 2 x CPU; n = 5 runs of each"), "{svg}");
         assert!(svg.contains("ours: 1.0") && svg.contains("a&lt;b: 2.0"), "{svg}");
         assert!(svg.contains("Not on this host: other"), "{svg}");

@@ -1,5 +1,5 @@
 //! How a monitor is controlled: by QMP, or by HTTP over a Unix socket.
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -72,13 +72,29 @@ impl Connection {
                 client.execute_raw("qmp_capabilities", json!({}))?;
                 Ok((Self::Qmp(client), ready))
             }
-            Protocol::Http { ready, status, stop, cont } => {
+            Protocol::Http { ready, .. } => {
+                let mut connection = Self::connect(protocol, socket)?;
+                if let Self::Http { stream, .. } = &mut connection {
+                    exchange(stream, ready)?;
+                }
+                Ok((connection, Instant::now()))
+            }
+        }
+    }
+
+    /// Connects. QMP has the monitor speak first; by HTTP it need not answer anything yet.
+    ///
+    /// # Errors
+    /// No monitor listens (yet), or it does not speak QMP.
+    pub fn connect(protocol: Protocol, socket: &Path) -> Result<Self> {
+        match protocol {
+            Protocol::Qmp => Self::open(protocol, socket).map(|(connection, _)| connection),
+            Protocol::Http { status, stop, cont, .. } => {
                 let stream = UnixStream::connect(socket)
                     .with_context(|| format!("cannot connect to {}", socket.display()))?;
                 stream.set_read_timeout(Some(LIMIT))?;
-                let mut stream = BufReader::new(stream);
-                exchange(&mut stream, ready)?;
-                Ok((Self::Http { stream, requests: [status, stop, cont] }, Instant::now()))
+                let stream = BufReader::new(stream);
+                Ok(Self::Http { stream, requests: [status, stop, cont] })
             }
         }
     }
@@ -175,7 +191,9 @@ fn exchange(stream: &mut BufReader<UnixStream>, request: (&str, &str, &str)) -> 
     let mut bytes = 0;
     loop {
         let mut line = String::new();
-        ensure!(stream.read_line(&mut line)? > 0, "{}: the answer is truncated", about());
+        if stream.read_line(&mut line)? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).with_context(about);
+        }
         let line = line.trim_end();
         if line.is_empty() {
             break;

@@ -13,9 +13,11 @@ use super::{Metric, Scenario};
 /// Everything that was measured.
 #[derive(Debug, Default)]
 pub struct Figures {
+    /// What was compared, in a few words.
+    pub title: String,
     /// When and where.
     pub about: About,
-    /// Runs of each monitor that were asked for.
+    /// Runs of each monitor that were asked for; 0 if not as many of each scenario.
     pub runs: usize,
     /// Name and version, in the order they take turns; the first is the one to compare with.
     pub monitors: Vec<(String, String)>,
@@ -112,7 +114,9 @@ impl Figures {
             let mut cells: Vec<_> = self.monitors.iter().map(|(name, _)| summary(name)).collect();
             let ours = cells.first().copied().flatten();
             for cell in cells.iter_mut().flatten() {
-                cell.ratio = ours.map(|ours| cell.median / ours.median);
+                // None to a median of nothing.
+                let ratio = ours.map(|ours| cell.median / ours.median);
+                cell.ratio = ratio.filter(|ratio| ratio.is_finite());
             }
             Row { scenario, metric, cells }
         };
@@ -180,6 +184,7 @@ impl Figures {
             .map(|(name, version)| serde_json::json!({ "name": name, "version": version }))
             .collect();
         serde_json::json!({
+            "title": self.title,
             "about": self.about,
             "runs": self.runs,
             "monitors": monitors,

@@ -30,26 +30,36 @@ const PAYLOAD_ADDRESS: u32 = 0x100_0000;
 /// and 64-bit mode, so that it does not matter how a monitor enters it.
 const PAYLOAD: [u8; 10] = [0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xf4, 0xeb, 0xfd];
 
-/// Bytes that the [`TALKER`] fills.
+/// Bytes that [`talker_elf`] fills.
 pub const FILL: u32 = 64 << 20;
 /// Where it fills them.
 const FILLED: u32 = 0x200_0000;
-/// Fills memory, and then writes [`FIRST_BYTE`] again and again, some 20 us apart: `mov edi,
-/// FILLED; mov ecx, FILL / 4; mov eax, 0x5a5a5a5a; cld; rep stosd; mov dx, 0x3f8; mov al,
-/// FIRST_BYTE`, and over and over `out dx, al; mov ecx, 10000; loop $`. In either mode as well.
-const TALKER: [u8; 35] = {
+/// Fills memory: `mov edi, FILLED; mov ecx, FILL / 4; mov eax, 0x5a5a5a5a; cld; rep stosd`. In
+/// either mode as well.
+const FILLING: [u8; 18] = {
     let ([a, b, c, d], [e, f, g, h]) = (FILLED.to_le_bytes(), (FILL / 4).to_le_bytes());
-    [
-        0xbf, a, b, c, d, 0xb9, e, f, g, h, 0xb8, 0x5a, 0x5a, 0x5a, 0x5a, 0xfc, 0xf3, 0xab, 0x66,
-        0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xb9, 0x10, 0x27, 0, 0, 0xe2, 0xfe, 0xeb, 0xf6,
-        0x90,
-    ]
+    [0xbf, a, b, c, d, 0xb9, e, f, g, h, 0xb8, 0x5a, 0x5a, 0x5a, 0x5a, 0xfc, 0xf3, 0xab]
 };
+/// Writes [`FIRST_BYTE`] again and again, some 20 us apart: `mov dx, 0x3f8; mov al, FIRST_BYTE`, and
+/// over and over `out dx, al; mov ecx, 10000; loop $`. In either mode as well.
+const TALKING: [u8; 17] = [
+    0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xb9, 0x10, 0x27, 0, 0, 0xe2, 0xfe, 0xeb, 0xf6,
+    0x90,
+];
+
+/// Memory of its guest that the payload touches, KiB: the page it lies in.
+pub const TOUCHED_KIB: u64 = 4;
 
 /// The guest that [`super::snapshots`] saves and restores, as [`payload_elf`].
 #[must_use]
 pub fn talker_elf() -> Vec<u8> {
-    elf(&TALKER)
+    elf(&[&FILLING[..], &TALKING].concat())
+}
+
+/// The same without the memory that it fills.
+#[must_use]
+pub fn small_talker_elf() -> Vec<u8> {
+    elf(&TALKING)
 }
 
 /// The payload as an ELF file with a 64-bit entry and Xen's note for PVH's 32-bit one.

@@ -7,13 +7,17 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::control::{Connection, Verb};
+use super::density::Counts;
 use super::guests::FIRST_BYTE;
+use super::interrupt::Interrupt;
 use super::monitors::{Found, Guest, find};
 use super::part::Part;
 use super::rig::{MIB, Rig};
 use super::run::{Run, last_words};
 use super::snapshots::Target;
-use super::{Message, Metric, Scenario, builds, domains, held, scattered, snapshots};
+use super::{
+    Message, Metric, Scenario, builds, cpu, density, domains, goals, held, scattered, snapshots,
+};
 use stories::debian::Debian;
 use stories::host::CONTROL;
 use stories::paths::{GUEST_KERNEL, Paths};
@@ -47,6 +51,10 @@ pub struct Task {
     pub subject: Subject,
     /// Seconds for each figure that the guest measures.
     pub seconds: f64,
+    /// How many machines there are where many run at once.
+    pub counts: Counts,
+    /// The other monitors that take part, by the names of their programs; all, if there are none.
+    pub peers: Vec<String>,
 }
 
 /// What is compared.
@@ -57,6 +65,8 @@ pub enum Subject {
     Monitors(Vec<Scenario>, usize),
     /// Two builds of this monitor.
     Builds(builds::Plan),
+    /// What there are goals for.
+    Goals(goals::Plan),
     /// How often this monitor is asked while something that it needs is held.
     Held(usize),
 }
@@ -73,13 +83,25 @@ pub fn measure(task: &Task) -> Result<()> {
 fn all(task: &Task) -> Result<()> {
     let paths = Paths::from_env()?;
     let debian = Debian::unpacked(&paths);
-    let rig = Rig::new(&paths, &debian, task.seconds)?;
+    let interrupt = match &task.subject {
+        Subject::Monitors(scenarios, _) if scenarios.contains(&Scenario::Density) => {
+            Interrupt::watch()?
+        }
+        Subject::Goals(_) => Interrupt::watch()?,
+        _ => Interrupt::default(),
+    };
+    let rig = Rig::new(&paths, &debian, task, interrupt)?;
     let done = match &task.subject {
         Subject::Monitors(scenarios, runs) => {
-            let (monitors, _) = find(&paths, &debian);
+            let (mut monitors, _) = find(&paths, &debian);
+            monitors.retain(|found| {
+                let program = found.monitor.program;
+                task.peers.is_empty() || found.is_ours() || task.peers.iter().any(|p| p == program)
+            });
             introduce(&monitors)?;
-            compare(&rig, &monitors, scenarios, *runs)
+            compare(&rig, &monitors.iter().collect::<Vec<_>>(), scenarios, *runs)
         }
+        Subject::Goals(plan) => goals::measure(&rig, find(&paths, &debian).0, plan),
         Subject::Builds(plan) => builds::measure(&rig, plan)
             .map_err(|error| anyhow::anyhow!(with_last_words(&rig, &error))),
         Subject::Held(times) => held::measure(&rig, &debian, *times),
@@ -111,7 +133,11 @@ pub fn send(message: &Message) -> Result<()> {
     out.flush().context("the process that asked has ended")
 }
 
-fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -> Result<()> {
+/// Measures `scenarios` with `monitors`, `runs` times with each.
+///
+/// # Errors
+/// The process that asked for it has gone, or it is time to end.
+pub fn compare(rig: &Rig, monitors: &[&Found], scenarios: &[Scenario], runs: usize) -> Result<()> {
     let parts: usize = scenarios.iter().map(|&scenario| Part::of(scenario).len()).sum();
     send(&Message::Plan(parts * runs * monitors.len()))?;
     for &scenario in scenarios {
@@ -122,6 +148,7 @@ fn compare(rig: &Rig, monitors: &[Found], scenarios: &[Scenario], runs: usize) -
             let turns =
                 parts.iter().flat_map(|part| monitors.iter().map(move |found| (part, found)));
             for ((part, found), failures) in turns.zip(&mut failures) {
+                rig.interrupt.check()?;
                 let label = part.label();
                 send(&Message::Step(format!("{}, {label}: {}", scenario.title(), found.name)))?;
                 if *failures >= ATTEMPTS {
@@ -173,9 +200,13 @@ impl<'a> Turn<'a> {
             Part::List if self.found.is_ours() => self.list(),
             Part::List => Ok(()),
             Part::Init => self.init(),
-            Part::Devices => self.devices(),
+            Part::Devices => self.devices("all"),
+            Part::Start => self.start_alone(),
+            Part::Io => self.devices("small"),
             Part::Busy => self.busy(),
             Part::Scattered => scattered::pauses(self),
+            Part::Machines => density::machines(self),
+            Part::Clones => density::clones(self),
         }
     }
 
@@ -228,6 +259,12 @@ impl<'a> Turn<'a> {
         self.round_trips(&mut connection, &[(Verb::Status, Metric::Status)])
     }
 
+    /// Starts for the time alone.
+    fn start_alone(&self) -> Result<()> {
+        let mut run = self.start(&self.rig.halting(self.found)?)?;
+        self.time(Metric::FirstByte, run.wait_byte(FIRST_BYTE, LIMIT)?)
+    }
+
     /// A guest of `mib` that has reported that it runs, and a connection to its monitor.
     ///
     /// # Errors
@@ -267,7 +304,10 @@ impl<'a> Turn<'a> {
         drop(run);
         for _ in 0..RESTORES {
             let mut run = Run::restore(self.found, &guest, &saved, &self.rig.dir)?;
-            snapshots::resume(self.found, &mut run, &saved)?;
+            if self.found.monitor.way.is_told_to_resume() {
+                let (mut connection, _) = run.connect()?;
+                snapshots::resume(self.found, &mut connection, &saved)?;
+            }
             self.time(metric, run.wait_byte(FIRST_BYTE, LIMIT)?)?;
         }
         Ok(())
@@ -298,16 +338,17 @@ impl<'a> Turn<'a> {
         self.time(Metric::Init, init)
     }
 
-    /// Boots with disk and NIC, for most figures.
+    /// Boots with disk and NIC, for most figures; `what` says for which.
     ///
     /// # Errors
     /// It does not boot, or the guest cannot measure.
-    pub fn devices(&self) -> Result<()> {
+    pub fn devices(&self, what: &str) -> Result<()> {
         self.rig.cache_disk()?;
-        let guest = Guest { devices: Some(self.rig.devices()), ..self.linux("all")? };
+        let guest = Guest { devices: Some(self.rig.devices()), ..self.linux(what)? };
         let mut run = self.start(&guest)?;
         let (_, ready) = run.connect()?;
         self.time(Metric::Api, ready)?;
+        let mut began = None;
         loop {
             let (name, value, at) = run.wait_figure(LIMIT)?;
             match name.as_str() {
@@ -315,11 +356,19 @@ impl<'a> Turn<'a> {
                     self.time(Metric::InitDevices, at)?;
                     self.sample(Metric::Private, run.private_kib(MIB)? as f64)?;
                 }
+                "begin" => began = Some((cpu::of(run.pid())?, at)),
                 "busy" => return Ok(()),
                 name => {
-                    let metric = serde_json::from_value(name.into())
+                    let metric: Metric = serde_json::from_value(name.into())
                         .with_context(|| format!("the guest reports {name}"))?;
                     self.sample(metric, value)?;
+                    if let (Some((cost, factor)), Some((before, since))) =
+                        (metric.cost(), began.take())
+                    {
+                        let used = cpu::of(run.pid())? - before;
+                        let share = used.as_secs_f64() / (at - since).as_secs_f64();
+                        self.sample(cost, share / value * factor)?;
+                    }
                 }
             }
         }

@@ -65,7 +65,7 @@ pub struct Monitor {
     /// Its name in tables.
     pub name: &'static str,
     /// What it is called on PATH.
-    program: &'static str,
+    pub program: &'static str,
     /// The argument that makes it say its version.
     version: &'static str,
     /// How it is controlled.
@@ -92,6 +92,24 @@ pub const OURS: Monitor = Monitor {
     terminal: false,
     configure: configure::ours,
 };
+
+/// This monitor with one slot for disks and one for NICs.
+pub const FEW_SLOTS: Monitor =
+    Monitor { name: "this monitor, 1 + 1 slots", configure: configure::few_slots, ..OURS };
+
+/// `bare.c`: no monitor, but the least that one can do.
+pub const BARE: Monitor = Monitor {
+    name: "bare C program",
+    program: "bare",
+    version: "--version",
+    protocol: Protocol::Qmp,
+    form: Form::Flat,
+    way: Way::None,
+    terminal: false,
+    configure: configure::bare,
+};
+/// Its source.
+const BARE_SOURCE: &str = include_str!("bare.c");
 
 /// The others.
 pub const PEERS_KNOWN: [Monitor; 4] = [
@@ -177,6 +195,24 @@ impl Found {
     #[must_use]
     pub fn build(name: &str, file: PathBuf) -> Self {
         Self { name: name.to_owned(), monitor: OURS, program: Program::File(file) }
+    }
+
+    /// This monitor with one slot for disks and one for NICs.
+    #[must_use]
+    pub fn few_slots(paths: &Paths) -> Self {
+        Self::new(FEW_SLOTS, Program::File(paths.stratovirt.clone()))
+    }
+
+    /// `bare.c`, compiled into `dir`.
+    ///
+    /// # Errors
+    /// There is no C compiler, or no header of KVM's.
+    pub fn bare(dir: &Path) -> Result<Self> {
+        let (source, program) = (dir.join("bare.c"), dir.join("bare"));
+        fs::write(&source, BARE_SOURCE)?;
+        output(Command::new("cc").args(["-O2", "-o"]).arg(&program).arg(&source))
+            .context("bare.c does not build (this needs cc and Linux's headers)")?;
+        Ok(Self::new(BARE, Program::File(program)))
     }
 
     /// Whether it is this monitor.

@@ -25,6 +25,14 @@ pub enum Part {
     Busy,
     /// Linux that writes all over its memory is saved.
     Scattered,
+    /// A guest of a few instructions starts, without devices.
+    Start,
+    /// Linux boots with disk and NIC, and measures small requests and TCP.
+    Io,
+    /// Many machines start at once.
+    Machines,
+    /// Many machines are restored at once.
+    Clones,
 }
 
 impl Part {
@@ -42,6 +50,10 @@ impl Part {
             Self::Devices => "boot with disk and NIC",
             Self::Busy => "stop and cont",
             Self::Scattered => "saves",
+            Self::Start => "start without devices",
+            Self::Io => "4 KiB and TCP",
+            Self::Machines => "machines at once",
+            Self::Clones => "clones at once",
         }
     }
 
@@ -54,6 +66,10 @@ impl Part {
             Scenario::Domains => &[Self::List],
             Scenario::Linux | Scenario::Emulated => &[Self::Init, Self::Devices, Self::Busy],
             Scenario::Scattered => &[Self::Scattered],
+            Scenario::Start => &[Self::Start],
+            Scenario::Boot => &[Self::Init],
+            Scenario::Io => &[Self::Io],
+            Scenario::Density => &[Self::Machines, Self::Clones],
         }
     }
 
@@ -69,14 +85,23 @@ impl Part {
             M::List => Self::List,
             M::Init => Self::Init,
             M::ScatteredDirectory | M::ScatteredStream => Self::Scattered,
+            M::ManyWall | M::ManyCpu | M::ManyPrivate | M::ManyPss | M::ManyGuest => Self::Machines,
+            M::ClonesWall | M::ClonesCpu | M::ClonesPrivate | M::ClonesPss | M::ClonesGuest => {
+                Self::Clones
+            }
             M::Stop | M::Cont => Self::Busy,
             M::Status if scenario != Scenario::Payload => Self::Busy,
+            M::FirstByte if scenario == Scenario::Start => Self::Start,
             M::Api | M::FirstByte | M::Private | M::Status if scenario == Scenario::Payload => {
                 Self::Payload
             }
+            _ if scenario == Scenario::Io => Self::Io,
             M::Api | M::FirstByte | M::Private | M::Status | M::InitDevices => Self::Devices,
-            M::SeqRead | M::SeqWrite | M::RandRead1 | M::RandRead32 => Self::Devices,
+            M::SeqRead | M::SeqWrite | M::RandRead1 | M::RandWrite1 | M::RandRead32 => {
+                Self::Devices
+            }
             M::TcpOut | M::TcpIn | M::TcpRoundTrips => Self::Devices,
+            M::TcpOutCpu | M::TcpInCpu | M::TcpRoundTripCpu => Self::Devices,
         };
         Self::of(scenario).contains(&part).then_some(part)
     }

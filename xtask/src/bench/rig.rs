@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::guests::{HOST_ADDRESS, payload_elf, serve_peer, talker_elf};
-use super::measure::INITRAMFS;
+use super::density::Counts;
+use super::guests::{HOST_ADDRESS, payload_elf, serve_peer, small_talker_elf, talker_elf};
+use super::interrupt::Interrupt;
+use super::measure::{INITRAMFS, Task};
 use super::monitors::{FLAT_MIN, Form, Found, Guest};
 use stories::debian::Debian;
 use stories::net::Tap;
@@ -33,6 +35,10 @@ pub struct Rig {
     pub dir: PathBuf,
     /// Seconds for each figure that a guest measures.
     pub seconds: f64,
+    /// How many machines there are where many run at once.
+    pub counts: Counts,
+    /// Whether to end early.
+    pub interrupt: Interrupt,
     disk: PathBuf,
     _tap: Tap,
 }
@@ -42,7 +48,7 @@ impl Rig {
     ///
     /// # Errors
     /// No room for the disk, or no right to make a tap.
-    pub fn new(paths: &Paths, debian: &Debian, seconds: f64) -> Result<Self> {
+    pub fn new(paths: &Paths, debian: &Debian, task: &Task, interrupt: Interrupt) -> Result<Self> {
         let dir = paths.fresh_scratch("compare")?;
         let disk = dir.join("disk.raw");
         // Written, not sparse: what is read later comes from the page cache.
@@ -58,7 +64,8 @@ impl Rig {
         let (file, reno) = CONGESTION_CONTROL;
         fs::write(file, reno).with_context(|| format!("cannot write {reno} to {file}"))?;
         serve_peer()?;
-        Ok(Self { paths: paths.clone(), dir, seconds, disk, _tap: tap })
+        let &Task { seconds, counts, .. } = task;
+        Ok(Self { paths: paths.clone(), dir, seconds, counts, interrupt, disk, _tap: tap })
     }
 
     /// Removes the files.
@@ -74,8 +81,15 @@ impl Rig {
     /// # Errors
     /// Its file cannot be written.
     pub fn payload(&self, found: &Found) -> Result<Guest> {
-        let devices = Some(self.devices());
-        Ok(Guest { devices, ..self.bare(found, self.payload_elf()?)? })
+        Ok(Guest { devices: Some(self.devices()), ..self.halting(found)? })
+    }
+
+    /// The same without devices.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
+    pub fn halting(&self, found: &Found) -> Result<Guest> {
+        self.bare(found, self.payload_elf()?)
     }
 
     /// The guest that reports again and again that it runs; without devices.
@@ -83,11 +97,15 @@ impl Rig {
     /// # Errors
     /// Its file cannot be written.
     pub fn talker(&self, found: &Found) -> Result<Guest> {
-        let elf = self.dir.join("talker.elf");
-        if !elf.exists() {
-            fs::write(&elf, talker_elf())?;
-        }
-        self.bare(found, elf)
+        self.bare(found, self.written("talker.elf", talker_elf)?)
+    }
+
+    /// The same with next to no memory of its own.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
+    pub fn small_talker(&self, found: &Found) -> Result<Guest> {
+        self.bare(found, self.written("small-talker.elf", small_talker_elf)?)
     }
 
     fn bare(&self, found: &Found, elf: PathBuf) -> Result<Guest> {
@@ -136,11 +154,16 @@ impl Rig {
     /// # Errors
     /// It cannot be written.
     pub fn payload_elf(&self) -> Result<PathBuf> {
-        let elf = self.dir.join("payload.elf");
-        if !elf.exists() {
-            fs::write(&elf, payload_elf())?;
+        self.written("payload.elf", payload_elf)
+    }
+
+    /// What `make` makes, as a file, from when it is first asked for.
+    fn written(&self, name: &str, make: fn() -> Vec<u8>) -> Result<PathBuf> {
+        let path = self.dir.join(name);
+        if !path.exists() {
+            fs::write(&path, make()).with_context(|| format!("cannot write {}", path.display()))?;
         }
-        Ok(elf)
+        Ok(path)
     }
 
     /// Reads the disk into the page cache in the same way for every guest. Otherwise the writes of

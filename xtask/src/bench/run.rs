@@ -2,6 +2,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::control::{Connection, Protocol};
 use super::monitors::{Found, Guest};
-use super::snapshots;
+use super::{smaps, snapshots};
 
 /// How long the control socket may take to answer.
 const API_LIMIT: Duration = Duration::from_secs(20);
@@ -69,26 +70,7 @@ impl Run {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
-        let mut command = command(&socket)?;
-        let errors = dir.join(ERRORS);
-        command.stderr(File::create(&errors)?);
-        let mut terminal = None;
-        if found.monitor.terminal {
-            let (ours, its) = self::terminal().context("cannot make a terminal")?;
-            command.stdin(its.try_clone()?).stdout(its);
-            terminal = Some(ours);
-        } else {
-            command.stdin(Stdio::null()).stdout(Stdio::piped());
-        }
-        let started = Instant::now();
-        let mut child = command.spawn().with_context(|| format!("cannot start {}", found.name))?;
-        // The monitor's end of the terminal must not stay open here: this end would never see it
-        // closed.
-        drop(command);
-        let mut out: Box<dyn Read + Send> = match (terminal, child.stdout.take()) {
-            (Some(terminal), _) => Box::new(terminal),
-            (None, out) => Box::new(out.context("a child without output")?),
-        };
+        let Started { child, mut out, at: started } = spawn(found, command(&socket)?, dir)?;
         let (sender, output) = channel();
         thread::spawn(move || {
             let mut buffer = [0; 4096];
@@ -179,7 +161,7 @@ impl Run {
     /// The process has gone, or none of its mappings is the guest's RAM.
     pub fn private_kib(&self, mib: u64) -> Result<u64> {
         let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
-        private_kib(&smaps, mib << 10)
+        Ok(smaps::shares(&smaps, mib << 10)?.private)
     }
 
     /// More output.
@@ -205,6 +187,42 @@ impl Run {
     }
 }
 
+/// A monitor that has been started.
+pub struct Started {
+    /// Its process.
+    pub child: Child,
+    /// What it writes to standard output.
+    pub out: File,
+    /// The moment before its exec.
+    pub at: Instant,
+}
+
+/// Starts `command`, which is `found`'s; its standard error is a file in `dir`.
+///
+/// # Errors
+/// It cannot be started.
+pub fn spawn(found: &Found, mut command: Command, dir: &Path) -> Result<Started> {
+    command.stderr(File::create(dir.join(ERRORS))?);
+    let mut terminal = None;
+    if found.monitor.terminal {
+        let (ours, its) = self::terminal().context("cannot make a terminal")?;
+        command.stdin(its.try_clone()?).stdout(its);
+        terminal = Some(ours);
+    } else {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+    }
+    let at = Instant::now();
+    let mut child = command.spawn().with_context(|| format!("cannot start {}", found.name))?;
+    // The monitor's end of the terminal must not stay open here: this end would never see it
+    // closed.
+    drop(command);
+    let out = match (terminal, child.stdout.take()) {
+        (Some(terminal), _) => terminal,
+        (None, out) => OwnedFd::from(out.context("a child without output")?).into(),
+    };
+    Ok(Started { child, out, at })
+}
+
 /// The last of what the monitor that was started last with files in `dir` said on standard error.
 #[must_use]
 pub fn last_words(dir: &Path) -> String {
@@ -212,7 +230,9 @@ pub fn last_words(dir: &Path) -> String {
     tail(&fs::read(dir.join(ERRORS)).unwrap_or_default())
 }
 
-fn tail(bytes: &[u8]) -> String {
+/// The last lines of `bytes`, as one.
+#[must_use]
+pub fn tail(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes).trim().to_owned();
     let lines: Vec<_> = text.lines().collect();
     lines.get(lines.len().saturating_sub(4)..).unwrap_or_default().join(" | ")
@@ -241,64 +261,6 @@ fn terminal() -> Result<(File, File)> {
     Ok((ours.into(), its))
 }
 
-/// Sums `Private_Clean` and `Private_Dirty` over all mappings but the guest's RAM: one that is at
-/// least as large as it (`ram_kib`), or several in a row that are exactly as large. No monitor maps
-/// anything else of that size.
-pub fn private_kib(smaps: &str, ram_kib: u64) -> Result<u64> {
-    let maps = mappings(smaps).context("an invalid line of smaps")?;
-    let in_a_row = |maps: &[Mapping]| {
-        maps.iter().zip(maps.iter().skip(1)).all(|(one, next)| one.end == next.start)
-    };
-    let is_ram = |maps: &[Mapping]| match maps {
-        [one] => one.kib >= ram_kib,
-        several => several.iter().map(|m| m.kib).sum::<u64>() == ram_kib && in_a_row(several),
-    };
-    // Memory with madvise calls on parts of it is split into as many mappings.
-    let ram = (1..=MOST_PARTS).find_map(|parts| {
-        let all = maps.windows(parts).enumerate().filter(|(_, maps)| is_ram(maps));
-        let found: Vec<_> = all.map(|(at, _)| at..at + parts).collect();
-        (!found.is_empty()).then_some(found)
-    });
-    let Some(ram) = ram else {
-        bail!(
-            "no mapping of {ram_kib} KiB: cannot distinguish the guest's RAM from the monitor's \
-               own memory"
-        );
-    };
-    let own = maps.iter().enumerate().filter(|(at, _)| !ram.iter().any(|ram| ram.contains(at)));
-    Ok(own.map(|(_, mapping)| mapping.private).sum())
-}
-
-/// Most mappings that one piece of the guest's RAM is in.
-const MOST_PARTS: usize = 4;
-
-struct Mapping {
-    start: u64,
-    end: u64,
-    kib: u64,
-    private: u64,
-}
-
-fn mappings(smaps: &str) -> Option<Vec<Mapping>> {
-    let mut maps: Vec<Mapping> = Vec::new();
-    for line in smaps.lines() {
-        let (word, rest) = line.split_once(' ')?;
-        if let Some((start, end)) = word.split_once('-') {
-            let [start, end] = [start, end].map(|n| u64::from_str_radix(n, 16).ok());
-            maps.push(Mapping { start: start?, end: end?, kib: 0, private: 0 });
-            continue;
-        }
-        let kib = || rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok();
-        let mapping = maps.last_mut()?;
-        match word {
-            "Size:" => mapping.kib = kib()?,
-            "Private_Clean:" | "Private_Dirty:" => mapping.private += kib()?,
-            _ => {}
-        }
-    }
-    Some(maps)
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -315,44 +277,5 @@ mod tests {
         assert_eq!(came[..], bytes);
         drop(its);
         assert!(ours.read(&mut came).is_err(), "no end when its side is closed");
-    }
-
-    const SMAPS: &str = "\
-55d0a000-55d0b000 r-xp 00000000 fe:00 1 /bin/monitor
-Size:                  8 kB
-Private_Clean:         4 kB
-Private_Dirty:         3 kB
-Private_Hugetlb:       0 kB
-7f0000000000-7f0010000000 rw-p 00000000 00:00 0
-Size:             262144 kB
-Private_Clean:         0 kB
-Private_Dirty:      9000 kB
-7fff0000-7fff1000 rw-p 00000000 00:00 0 [stack]
-Size:                132 kB
-Private_Clean:         0 kB
-Private_Dirty:        12 kB
-";
-
-    #[test]
-    fn the_guests_ram_does_not_count() {
-        assert_eq!(private_kib(SMAPS, 262_144).unwrap(), 19);
-    }
-
-    #[test]
-    fn ram_in_several_mappings_does_not_count_either() {
-        let (first, rest) =
-            ("7f0000000000-7f0000200000 rw-p 0 00:00 0", "7f0000200000-7f0010000000");
-        let parts = SMAPS.replace(
-            "7f0000000000-7f0010000000 rw-p 00000000 00:00 0\nSize:             262144 kB",
-            &format!("{first}\nSize: 2048 kB\nPrivate_Dirty: 40 kB\n{rest} rw-p 0 00:00 0\nSize: 260096 kB"),
-        );
-        assert_eq!(private_kib(&parts, 262_144).unwrap(), 19);
-        let apart = parts.replace(rest, "7f0000300000-7f0010100000");
-        assert!(private_kib(&apart, 262_144).is_err());
-    }
-
-    #[test]
-    fn without_a_mapping_for_ram_there_is_no_figure() {
-        assert!(private_kib(SMAPS, 262_145).is_err());
     }
 }

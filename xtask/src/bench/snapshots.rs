@@ -12,7 +12,6 @@ use serde_json::{Value, json};
 
 use super::control::{Connection, Verb};
 use super::monitors::{Found, Guest};
-use super::run::Run;
 use stories::debian::output;
 
 /// How long a save may take: 4 GiB on a slow, busy disk.
@@ -33,6 +32,8 @@ pub enum Way {
     Firecracker,
     /// Cloud Hypervisor's requests.
     CloudHypervisor,
+    /// It cannot.
+    None,
 }
 
 impl Way {
@@ -40,6 +41,12 @@ impl Way {
     #[must_use]
     pub const fn is_live(self) -> bool {
         matches!(self, Self::Ours | Self::Qemu)
+    }
+
+    /// Whether a monitor that restores has to be told to, or to let the guest run ([`resume`]).
+    #[must_use]
+    pub const fn is_told_to_resume(self) -> bool {
+        !matches!(self, Self::Ours | Self::None)
     }
 }
 
@@ -86,6 +93,7 @@ pub fn save(found: &Found, connection: &mut Connection, saved: &Path) -> Result<
             let body = json!({ "destination_url": format!("file://{}", saved.display()) });
             connection.request("PUT", "/api/v1/vm.snapshot", &body)?;
         }
+        Way::None => bail!("{} saves nothing", found.name),
     }
     // Some monitors have done so already, and pay nothing here.
     sync(saved)?;
@@ -238,31 +246,32 @@ pub fn command(
             command.arg("--restore").arg(format!("source_url=file://{}", saved.display()));
             Ok(command)
         }
+        Way::None => bail!("{} restores nothing", found.name),
     }
 }
 
-/// Carries out the steps that a monitor started with [`command`] needs before the guest runs.
+/// Carries out the steps that a monitor started with [`command`] needs before the guest runs, if
+/// its [`Way`] has any.
 ///
 /// # Errors
 /// It does not answer, or refuses.
-pub fn resume(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
+pub fn resume(found: &Found, connection: &mut Connection, saved: &Path) -> Result<()> {
     match found.monitor.way {
-        Way::Ours => Ok(()),
+        Way::Ours | Way::None => Ok(()),
         Way::StratoVirt | Way::Qemu => {
-            let (mut connection, _) = run.connect()?;
             // QEMU refuses `cont` while the guest is arriving.
             let arrived = |status: &str| status != "inmigrate";
-            if until(&mut connection, "query-status", arrived)? != "running" {
+            if until(connection, "query-status", arrived)? != "running" {
                 connection.ask(Verb::Cont)?;
             }
             Ok(())
         }
         Way::CloudHypervisor => {
-            let (mut connection, _) = run.connect()?;
             let deadline = Instant::now() + LIMIT;
             // Its API answers before there is a machine.
             while let Err(error) = connection.ask(Verb::Cont) {
-                ensure!(Instant::now() < deadline, error);
+                let gone = error.chain().any(|cause| cause.is::<io::Error>());
+                ensure!(!gone && Instant::now() < deadline, error);
                 thread::sleep(POLL_INTERVAL);
             }
             Ok(())
@@ -273,7 +282,6 @@ pub fn resume(found: &Found, run: &mut Run, saved: &Path) -> Result<()> {
                 "mem_backend": { "backend_type": "File", "backend_path": saved.join("memory") },
                 "resume_vm": true,
             });
-            let (mut connection, _) = run.connect()?;
             connection.set_limit(LIMIT)?;
             connection.request("PUT", "/snapshot/load", &body)
         }

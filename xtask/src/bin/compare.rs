@@ -14,109 +14,17 @@ use stories::host::{Host, Job, Said};
 use stories::paths::{GUEST_KERNEL, Paths};
 use stories::progress::Step;
 use xtask::bench::about::About;
+use xtask::bench::density;
 use xtask::bench::figures::{Failure, Figures};
 use xtask::bench::held::answers::Answers;
 use xtask::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
-use xtask::bench::{Message, Scenario, builds, chart, guests, held, monitors, scattered};
+use xtask::bench::options::{Options, USAGE, What};
+use xtask::bench::{Message, Scenario, builds, chart, goals, guests, held, monitors, scattered};
 
-const USAGE: &str = "\
-Runs the same guests under this monitor and under every other one on PATH, in turns.
-
-Usage: cargo compare [-- OPTIONS]
-  -n RUNS      runs of each monitor on this machine's own KVM (default 7)
-  --quick      two short runs
-  --native     only on this machine's own KVM
-  --emulated   only in the emulated host
-  --payload    no Linux: only payloads of a few instructions
-  --scattered  only the pauses of saves while Linux writes all over its memory (10 of each kind
-               in a run, 5 runs)
-  --builds A B only two builds of this monitor: programs, or directories with a `stratovirt`; 200
-               runs of each for what takes milliseconds, 20 for block and network, or RUNS.
-               Fails if B is certainly slower or larger than A by more than 3 %.
-  --held       only how this monitor answers (50 times, or RUNS) while a file, a disk or the guest
-               holds what it needs. Needs root. Fails if an answer comes too late.
-  -h           this text
-
-STRATOVIRT_GUEST_KERNEL names a kernel that runs natively where an unmodified one does not.
-The figures go to target/compare: figures.json and chart.svg, builds.json, held.json.
-";
-
+/// The names of the files with figures and chart, unless something particular is compared.
+const FILES: [&str; 2] = ["figures.json", "chart.svg"];
 /// How long the measuring may be silent.
 const TIMEOUT: Duration = Duration::from_secs(300);
-
-/// What is compared.
-#[derive(PartialEq, Eq)]
-enum What {
-    Monitors,
-    Scattered,
-    Builds([PathBuf; 2]),
-    Held,
-}
-
-struct Options {
-    what: What,
-    runs: Option<usize>,
-    quick: bool,
-    native: bool,
-    emulated: bool,
-    payload: bool,
-}
-
-impl Options {
-    /// What the command line asks for; none if it asks for help.
-    fn parse(mut words: VecDeque<String>) -> Result<Option<Self>> {
-        let mut options = Self {
-            what: What::Monitors,
-            runs: None,
-            quick: false,
-            native: true,
-            emulated: true,
-            payload: false,
-        };
-        while let Some(word) = words.pop_front() {
-            match word.as_str() {
-                "-n" => {
-                    let runs = words.pop_front().and_then(|runs| runs.parse().ok());
-                    let runs = runs.filter(|&runs| runs > 0);
-                    options.runs = Some(runs.context("-n takes a number of runs, 1 or more")?);
-                }
-                "--quick" => options.quick = true,
-                "--native" => options.emulated = false,
-                "--emulated" => options.native = false,
-                "--payload" => (options.payload, options.emulated) = (true, false),
-                "--scattered" => options.only(What::Scattered)?,
-                "--builds" => {
-                    let (a, b) = words.pop_front().zip(words.pop_front()).context(
-                        "--builds takes two builds of stratovirt, each a program or the directory that it is in",
-                    )?;
-                    let [a, b] = [a, b].map(|build| builds::program(Path::new(&build)));
-                    options.only(What::Builds([a?, b?]))?;
-                }
-                "--held" => options.only(What::Held)?,
-                "-h" | "--help" => return Ok(None),
-                // The alias ends with one already.
-                "--" => {}
-                _ => bail!("{word} is not an option\n\n{USAGE}"),
-            }
-        }
-        Ok(Some(options))
-    }
-
-    fn only(&mut self, what: What) -> Result<()> {
-        ensure!(
-            self.what == What::Monitors,
-            "--scattered, --builds and --held are mutually \
-                                              exclusive"
-        );
-        self.what = what;
-        Ok(())
-    }
-
-    /// Runs, where `usual` ones are enough for a sound figure.
-    fn runs(&self, usual: usize) -> usize {
-        self.runs.unwrap_or(if self.quick { 2 } else { usual })
-    }
-}
 
 fn main() -> Result<()> {
     let mut words: VecDeque<String> = env::args().skip(1).collect();
@@ -131,7 +39,9 @@ fn main() -> Result<()> {
     let (host, paths, debian) = match &options.what {
         What::Monitors => agent::prepare()?,
         What::Builds([a, _]) => agent::prepare_with(a)?,
-        What::Scattered | What::Held => agent::prepare_with(&agent::monitor()?)?,
+        What::Scattered | What::Density | What::Goals | What::Held => {
+            agent::prepare_with(&agent::monitor()?)?
+        }
     };
     let out = paths.cache.join("../../compare");
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
@@ -141,16 +51,20 @@ fn main() -> Result<()> {
     step.done();
 
     let with_linux = host == Host::Native || env::var_os(GUEST_KERNEL).is_some();
-    if !with_linux && options.what != What::Held {
+    if !with_linux && !matches!(options.what, What::Held | What::Density) {
         eprintln!(
             "{GUEST_KERNEL} is not set to a kernel that runs natively here: Linux is not measured \
              on this machine's own KVM."
         );
     }
     let mut run = Run { paths: &paths, debian: &debian, initramfs: &initramfs, stratoctl: None };
-    let seconds = if options.quick { 0.5 } else { 1.0 };
-    let task = |subject| Task { subject, seconds };
+    // Twenty turns of the goals' figures are more than long ones.
+    let short = options.quick || options.what == What::Goals;
+    let seconds = if short { 0.5 } else { 1.0 };
+    let counts = options.counts;
+    let task = |subject| Task { subject, seconds, counts, peers: options.peers.clone() };
     let mut results = Results::default();
+    results.figures.title = "stratovirt beside other monitors".to_owned();
     results.figures.about = About::here_and_now();
     match options.what {
         What::Monitors => {}
@@ -160,7 +74,24 @@ fn main() -> Result<()> {
             results.figures.runs = runs;
             let subject = Subject::Monitors(vec![Scenario::Scattered], runs);
             run.run(&Host::Native, &task(subject), &mut results)?;
-            return report(&results.figures, &out);
+            return report(&results.figures, &out, FILES);
+        }
+        What::Density => {
+            counts.check()?;
+            let runs = options.runs(density::RUNS);
+            results.figures.runs = runs;
+            results.figures.title = counts.title();
+            note_missing(&mut results.figures, &paths, &debian);
+            let subject = Subject::Monitors(vec![Scenario::Density], runs);
+            run.run(&Host::Native, &task(subject), &mut results)?;
+            return report(&results.figures, &out, ["density.json", "density.svg"]);
+        }
+        What::Goals => {
+            counts.check()?;
+            results.figures.title = format!("{}; single ones; Linux's I/O", counts.title());
+            let plan = goals::Plan { runs: options.runs, linux: with_linux };
+            run.run(&Host::Native, &task(Subject::Goals(plan)), &mut results)?;
+            return report_goals(&results.figures, &out);
         }
         What::Builds(ref programs) => {
             let plan = builds::Plan {
@@ -182,11 +113,7 @@ fn main() -> Result<()> {
         }
     }
 
-    let missing = monitors::find(&paths, &debian).1;
-    for name in &missing {
-        eprintln!("{name}: not found on PATH.");
-    }
-    results.figures.missing = missing.into_iter().map(str::to_owned).collect();
+    note_missing(&mut results.figures, &paths, &debian);
     let stratoctl = agent::stratoctl()?;
     run.stratoctl = Some(&stratoctl);
     let runs = options.runs(7);
@@ -204,10 +131,19 @@ fn main() -> Result<()> {
         let subject = Subject::Monitors(vec![Scenario::Emulated], runs.div_ceil(2));
         run.run(&host, &task(subject), &mut results)?;
     }
-    report(&results.figures, &out)
+    report(&results.figures, &out, FILES)
 }
 
-fn report(figures: &Figures, out: &Path) -> Result<()> {
+/// The monitors that this machine has not got.
+fn note_missing(figures: &mut Figures, paths: &Paths, debian: &Debian) {
+    let missing = monitors::find(paths, debian).1;
+    for name in &missing {
+        eprintln!("{name}: not found on PATH.");
+    }
+    figures.missing = missing.into_iter().map(str::to_owned).collect();
+}
+
+fn report(figures: &Figures, out: &Path, [json, svg]: [&str; 2]) -> Result<()> {
     for (name, version) in &figures.monitors {
         println!("{name}: {version}");
     }
@@ -222,11 +158,29 @@ fn report(figures: &Figures, out: &Path) -> Result<()> {
         let Failure { scenario, part, monitor, error } = failure;
         println!("{}, {part}: {monitor} failed: {error}", scenario.title());
     }
-    let json = out.join("figures.json");
+    let json = out.join(json);
     fs::write(&json, serde_json::to_string_pretty(&figures.json())?)?;
-    let svg = out.join("chart.svg");
+    let svg = out.join(svg);
     fs::write(&svg, chart::draw(figures))?;
     println!("{}\n{}", json.display(), svg.display());
+    Ok(())
+}
+
+fn report_goals(figures: &Figures, out: &Path) -> Result<()> {
+    for (name, version) in &figures.monitors {
+        println!("{name}: {version}");
+    }
+    print!("{}", figures.table());
+    let rows = goals::rows(figures);
+    print!("{}", goals::table(&rows));
+    let [json, svg, page] =
+        ["json", "svg", "md"].map(|kind| out.join("goals").with_extension(kind));
+    fs::write(&json, serde_json::to_string_pretty(&goals::json(figures, &rows))?)?;
+    fs::write(&svg, chart::draw(figures))?;
+    fs::write(&page, goals::page(figures, &rows))?;
+    println!("\n{}\n{}\n{}", json.display(), svg.display(), page.display());
+    let not_met = goals::not_met(&rows);
+    ensure!(not_met == 0, "{not_met} of {} goals are missed or were not measured", rows.len());
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use stories::monitor::{BOOT, Monitor, SOON, Vm};
 use stories::net::Tap;
 use stories::paths::Paths;
 use stories::progress::Step;
-use xtask::bench::run::private_kib;
+use xtask::bench::smaps::shares;
 
 const USAGE: &str = "\
 Boots an unmodified Linux with a disk and a network, and controls it over QMP.
@@ -228,7 +228,7 @@ fn show(paths: &Paths, dir: &Path, vm: &Vm) -> Result<()> {
     guest.wait_for("clock", SOON)?;
     guest.wait_for("clock", SOON)?;
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", guest.pid()))?;
-    let beyond = private_kib(&smaps, RAM_MIB << 10)?;
+    let beyond = shares(&smaps, RAM_MIB << 10)?.private;
     qmp.types("quit")?;
     qmp.hears_the_end()?;
     let status = guest.wait_exit()?;

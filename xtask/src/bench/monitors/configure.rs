@@ -41,6 +41,19 @@ pub fn ours(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> 
     Ok(())
 }
 
+/// [`ours`] with the fewest slots to plug devices into that leave one for each kind.
+pub fn few_slots(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
+    ours(command, guest, socket, dir)?;
+    command.args(["-machine", "microvm,disk-slots=1,nic-slots=1"]);
+    Ok(())
+}
+
+/// `bare.c`, which has neither devices nor a control socket.
+pub fn bare(command: &mut Command, guest: &Guest, _: &Path, _: &Path) -> Result<()> {
+    command.arg(&guest.kernel).arg(guest.mib.to_string());
+    Ok(())
+}
+
 pub fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Result<()> {
     // KVM without hardware virtualisation announces a register that it does not let be set.
     let machine = "-cpu host,-arch-capabilities -nodefaults -no-user-config -nographic -no-reboot -serial stdio";
