@@ -16,6 +16,7 @@
 //!
 //! What a filter cannot see: the path given to `openat`, and the requests given to an io_uring. A
 //! ring can open files and sockets, but can neither start programs nor trace processes.
+mod calls;
 mod program;
 mod table;
 
@@ -30,8 +31,9 @@ use std::{
 use libc::{c_int, c_void, siginfo_t};
 use machine::{FirstStep, Refused, ThreadKind, ThreadStart};
 use parking_lot::{Condvar, Mutex};
-use seccompiler::BpfProgram;
+use seccompiler::sock_filter;
 
+use self::{program::Program, table::Table};
 use crate::{last_words, signals};
 
 /// This process's memory, to read the siginfo of the signal; opened before it can be needed.
@@ -103,8 +105,6 @@ struct Filters {
     /// call.
     threads: Mutex<Threads>,
     changed: Condvar,
-    /// Shared by the machine's vCPUs; compiled when the first of them needs it.
-    vcpu: OnceLock<BpfProgram>,
 }
 
 #[derive(Default)]
@@ -126,7 +126,7 @@ impl Confinement {
     pub fn begin(spawn: bool) -> Result<Self, SeccompError> {
         report_forbidden_calls()?;
         let (threads, changed) = Default::default();
-        Ok(Self(Some(Arc::new(Filters { spawn, threads, changed, vcpu: OnceLock::new() }))))
+        Ok(Self(Some(Arc::new(Filters { spawn, threads, changed }))))
     }
 
     /// What the thread called `name`, which is about to be started, has to run before it serves.
@@ -209,15 +209,35 @@ impl Filters {
 
     /// Confine the calling thread, permanently.
     fn install(&self, kind: Kind) -> Result<(), SeccompError> {
-        // I/O threads make calls for each packet and request; a vCPU's KVM_RUN is always filtered
-        // by its arguments.
-        let cached = kind == Kind::Io;
-        let made = || program::compile(&table::allowed(kind, self.spawn), cached);
-        let installed = match kind {
-            Kind::Vcpu => seccompiler::apply_filter(self.vcpu.get_or_init(made)),
-            _ => seccompiler::apply_filter(&made()),
-        };
-        installed.map_err(SeccompError::Refused)
+        let program = program::for_process(program(kind, self.spawn), std::process::id());
+        seccompiler::apply_filter(&program).map_err(SeccompError::Refused)
+    }
+}
+
+/// The program of a kind's filter. Only the main thread's depends on `spawn`.
+fn program(kind: Kind, spawn: bool) -> &'static [sock_filter] {
+    macro_rules! compiled {
+        ($kind:expr, $spawn:expr) => {{
+            // I/O threads make calls for each packet and request; a vCPU's KVM_RUN is always
+            // filtered by its arguments.
+            const CACHED: bool = matches!($kind, Kind::Io);
+            const PROGRAM: Program = program::compile(Table::of($kind, $spawn).calls(), CACHED);
+            static INSTRUCTIONS: [sock_filter; PROGRAM.len()] = PROGRAM.instructions();
+            &INSTRUCTIONS
+        }};
+    }
+    match kind {
+        Kind::Main if spawn => compiled!(Kind::Main, true),
+        Kind::Main => compiled!(Kind::Main, false),
+        Kind::Vcpu => compiled!(Kind::Vcpu, false),
+        Kind::Io => compiled!(Kind::Io, false),
+        Kind::Writer => compiled!(Kind::Writer, false),
+        Kind::Checkpoint => compiled!(Kind::Checkpoint, false),
+        Kind::Files => compiled!(Kind::Files, false),
+        Kind::Kernel => compiled!(Kind::Kernel, false),
+        Kind::End => compiled!(Kind::End, false),
+        Kind::Memory => compiled!(Kind::Memory, false),
+        Kind::Stream => compiled!(Kind::Stream, false),
     }
 }
 
@@ -319,8 +339,12 @@ mod tests {
     #[test]
     fn the_programs_are_short() {
         for kind in KINDS {
-            let length = program::compile(&table::allowed(kind, true), false).len();
+            let program = program(kind, true);
+            let length = program.len();
             assert!((1..140).contains(&length), "{kind:?}: {length} instructions");
+            // The process's number stands in one place, which is an argument of one call.
+            let itself = program.iter().filter(|i| i.k == program::ITSELF).count();
+            assert_eq!(itself, 1, "{kind:?}");
         }
     }
 

@@ -1,45 +1,28 @@
 //! The BPF program of a filter: a balanced tree over the numbers of system calls.
 //!
-//! When a filter is installed, the kernel translates it, and evaluates it once for each call number
-//! to learn which calls are always allowed. Each thread installs its own filter, and all of that
-//! adds to the time of every start. So programs are short: their trees end in chains of a few
+//! Programs are made while the monitor is compiled, so everything here is `const`. When a filter is
+//! installed, the kernel translates its program, and evaluates it once for each call number to
+//! learn which calls are always allowed. Each thread installs its own filter, and all of that adds
+//! to the time of every start. So programs are short: their trees end in chains of a few
 //! comparisons, which take one instruction for each number, while a tree takes two. The program of
 //! a thread that makes few calls begins by loading an argument, which the kernel's evaluation
 //! cannot know, so that the evaluation ends at once.
 //!
 //! A program is built from its end, because its jumps only lead forward. All of them lead to one
 //! `ALLOW` and one `TRAP`, as far as these are within reach.
-use std::collections::BTreeMap;
+#![expect(clippy::indexing_slicing, reason = "evaluated by the compiler, which then fails")]
+#[cfg(test)]
+mod tests;
 
 use seccompiler::{BpfProgram, sock_filter};
 
-/// A condition on an argument of a system call, of which the kernel uses 32 bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rule {
-    /// Index of the argument, from 0.
-    pub argument: u8,
-    /// The condition.
-    pub test: Test,
-}
-
-/// See [`Rule`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Test {
-    /// The argument is this value.
-    Is(u32),
-    /// The argument is any other value.
-    IsNot(u32),
-    /// The bits in the first value, a mask, are those of the second.
-    Has(u32, u32),
-}
-
-/// The allowed system calls, by number: with any arguments if there are no rules, else if one of
-/// the rules holds.
-pub type Calls = BTreeMap<u32, Vec<Rule>>;
+use super::calls::{Calls, Rule, Test};
 
 /// Most instructions that the kernel accepts (BPF_MAXINSNS).
-#[cfg(test)]
 pub const MAX_LENGTH: usize = 4096;
+
+/// In place of the process's number, which [`for_process`] puts in. No process has this one.
+pub const ITSELF: u32 = i32::MAX.cast_unsigned();
 
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
 #[cfg(target_arch = "x86_64")]
@@ -60,73 +43,120 @@ const NUMBER: u32 = 0;
 const ARCH: u32 = 4;
 const ARGUMENTS: u32 = 16;
 
+const NOTHING: sock_filter = sock_filter { code: 0, jt: 0, jf: 0, k: 0 };
+
 /// Numbers or values that are compared one after the other at the end of a tree.
 const CHAIN: usize = 4;
 
 /// The program that allows `calls`. Any other call raises SIGSYS; a call of another architecture
 /// ends the process. With `cached`, the kernel determines which calls are always allowed when the
 /// program is installed, which takes about 10 us and saves some 20 ns for each of these calls.
-pub fn compile(calls: &Calls, cached: bool) -> BpfProgram {
-    let mut code = Backwards::default();
-    let root = code.calls(&parts(calls));
-    code.within(0, root);
-    code.push(statement(LOAD, NUMBER));
-    code.push(statement(RETURN, libc::SECCOMP_RET_KILL_PROCESS));
-    code.push(sock_filter { code: IF_EQUAL, jt: 1, jf: 0, k: ARCHITECTURE });
-    code.push(statement(LOAD, ARCH));
+pub const fn compile(calls: Calls<'_>, cached: bool) -> Program {
+    let mut program = Program { code: [NOTHING; MAX_LENGTH], length: 0, allow: None, trap: None };
+    let root = program.tree(&calls, Parts::of_calls(&calls).all(), Some(NUMBERS));
+    program.within(0, root);
+    program.push(LOAD, NUMBER);
+    program.push(RETURN, libc::SECCOMP_RET_KILL_PROCESS);
+    program.push_jump(IF_EQUAL, ARCHITECTURE, 1, 0);
+    program.push(LOAD, ARCH);
     if !cached {
-        code.push(statement(LOAD, ARGUMENTS));
+        program.push(LOAD, ARGUMENTS);
     }
-    code.code.reverse();
-    code.code
+    program
 }
 
-/// A range of numbers that are treated alike: its first number, and the rules if the call is
-/// allowed.
-type Part<'a> = (u32, Option<&'a [Rule]>);
-
-/// All numbers, in ranges that are treated alike: each begins at its number and extends to the next
-/// one.
-fn parts(calls: &Calls) -> Vec<Part<'_>> {
-    let mut parts: Vec<Part<'_>> = vec![(0, None)];
-    let mut free = 0;
-    for (number, rules) in calls {
-        if *number > free {
-            parts.push((free, None));
-        }
-        parts.push((*number, Some(rules)));
-        free = number.saturating_add(1);
+/// `program`, for the process with the number `this`.
+pub fn for_process(program: &[sock_filter], this: u32) -> BpfProgram {
+    let mut program = program.to_vec();
+    for instruction in program.iter_mut().filter(|instruction| instruction.k == ITSELF) {
+        instruction.k = this;
     }
-    parts.push((free, None));
-    // A range that begins where the next one does is empty; two alike are merged.
-    parts.dedup_by(|next, before| {
-        let empty = before.0 == next.0;
-        if empty {
-            before.1 = next.1;
-        }
-        empty || before.1 == next.1
-    });
-    parts
+    program
 }
 
-/// Values, some of which are allowed, in ranges: each begins at its value and extends to the next
-/// one.
-fn values(mut allowed: Vec<u32>) -> Vec<(u32, bool)> {
-    allowed.sort_unstable();
-    allowed.dedup();
-    let mut parts = vec![(0, false)];
-    for value in allowed {
-        match parts.last_mut() {
-            // It begins where the range before it ends, or there is none before it.
-            Some(last) if last.0 == value => last.1 = true,
-            _ => parts.push((value, true)),
+/// What becomes of a call, or of an argument's value.
+#[derive(Clone, Copy)]
+enum Leaf {
+    Verdict(Target),
+    /// The rules of the call with this number decide.
+    Rules(u32),
+}
+
+impl Leaf {
+    const fn is(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Verdict(this), Self::Verdict(other)) => this.is(other),
+            (Self::Rules(this), Self::Rules(other)) => this == other,
+            _ => false,
         }
+    }
+}
+
+/// A range of numbers or values that are treated alike: it begins at the first one, and extends to
+/// the next range.
+type Part = (u32, Leaf);
+
+/// All numbers or values, in ranges.
+struct Parts {
+    parts: [Part; 1024],
+    count: usize,
+}
+
+impl Parts {
+    /// All of them are treated alike.
+    const fn new(all: Target) -> Self {
+        Self { parts: [(0, Leaf::Verdict(all)); 1024], count: 1 }
+    }
+
+    const fn of_calls(calls: &Calls<'_>) -> Self {
+        let mut parts = Self::new(Target::Trap);
+        let mut at = 0;
+        while at < calls.numbers.len() {
+            let number = calls.numbers[at];
+            let leaf = match parts.leaf_before(number) {
+                // The same rules as those of the call before.
+                Some(Leaf::Rules(before)) if calls.has_rules_of(before, number) => {
+                    Leaf::Rules(before)
+                }
+                _ if calls.rule(number, 0) < calls.rules.len() => Leaf::Rules(number),
+                _ => Leaf::Verdict(Target::Allow),
+            };
+            parts.single(number, leaf, Leaf::Verdict(Target::Trap));
+            at += 1;
+        }
+        parts
+    }
+
+    /// What becomes of the number before `next`, if one was given.
+    const fn leaf_before(&self, next: u32) -> Option<Leaf> {
+        match self.count {
+            2.. if self.parts[self.count - 1].0 == next => Some(self.parts[self.count - 2].1),
+            _ => None,
+        }
+    }
+
+    /// Treat `value`, which is above all that were given before, as `leaf` says, and those above it
+    /// as `others`.
+    const fn single(&mut self, value: u32, leaf: Leaf, others: Leaf) {
+        self.push(value, leaf);
         if let Some(end) = value.checked_add(1) {
-            parts.push((end, false));
+            self.push(end, others);
         }
     }
-    parts.dedup_by(|next, before| next.1 == before.1);
-    parts
+
+    const fn push(&mut self, from: u32, leaf: Leaf) {
+        if self.parts[self.count - 1].0 == from {
+            self.count -= 1;
+        }
+        if self.count == 0 || !self.parts[self.count - 1].1.is(leaf) {
+            self.parts[self.count] = (from, leaf);
+            self.count += 1;
+        }
+    }
+
+    const fn all(&self) -> &[Part] {
+        self.parts.split_at(self.count).0
+    }
 }
 
 /// Target of a jump.
@@ -140,252 +170,206 @@ enum Target {
     At(usize),
 }
 
-/// A program under construction, last instruction first.
-#[derive(Default)]
-struct Backwards {
-    code: BpfProgram,
+impl Target {
+    const fn is(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Allow, Self::Allow) | (Self::Trap, Self::Trap) => true,
+            (Self::At(this), Self::At(other)) => this == other,
+            _ => false,
+        }
+    }
+}
+
+/// A program under construction, from its end.
+pub struct Program {
+    /// Filled from the end.
+    code: [sock_filter; MAX_LENGTH],
+    length: usize,
     /// The last return of each verdict.
     allow: Option<usize>,
     trap: Option<usize>,
 }
 
-impl Backwards {
-    fn push(&mut self, instruction: sock_filter) -> usize {
-        self.code.push(instruction);
-        self.code.len()
+impl Program {
+    /// Number of its instructions.
+    pub const fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Its instructions.
+    pub const fn instructions<const LENGTH: usize>(&self) -> [sock_filter; LENGTH] {
+        let mut all = [NOTHING; LENGTH];
+        let mut at = 0;
+        while at < LENGTH {
+            let sock_filter { code, jt, jf, k } = self.code[MAX_LENGTH - self.length + at];
+            all[at] = sock_filter { code, jt, jf, k };
+            at += 1;
+        }
+        all
+    }
+
+    const fn push(&mut self, code: u16, k: u32) -> usize {
+        self.push_jump(code, k, 0, 0)
+    }
+
+    const fn push_jump(&mut self, code: u16, k: u32, jt: u8, jf: u8) -> usize {
+        self.length += 1;
+        self.code[MAX_LENGTH - self.length] = sock_filter { code, jt, jf, k };
+        self.length
     }
 
     /// The number of an instruction that does what `target` does, with at most `reach` instructions
     /// between it and the one that is pushed next.
-    fn within(&mut self, reach: usize, target: Target) -> usize {
+    const fn within(&mut self, reach: usize, target: Target) -> usize {
         let known = match target {
             Target::At(at) => Some(at),
             Target::Allow => self.allow,
             Target::Trap => self.trap,
         };
-        if let Some(at) = known.filter(|at| self.code.len() <= at + reach) {
-            return at;
-        }
-        match target {
-            Target::At(at) => {
-                let far = u32::try_from(self.code.len().saturating_sub(at)).unwrap_or(u32::MAX);
-                self.push(statement(JUMP, far))
+        match (known, target) {
+            (Some(at), _) if self.length <= at + reach => at,
+            (_, Target::At(at)) => self.push(JUMP, (self.length - at) as u32),
+            (_, Target::Allow) => {
+                let at = self.push(RETURN, libc::SECCOMP_RET_ALLOW);
+                self.allow = Some(at);
+                at
             }
-            Target::Allow => {
-                let at = self.push(statement(RETURN, libc::SECCOMP_RET_ALLOW));
-                *self.allow.insert(at)
-            }
-            Target::Trap => {
-                let at = self.push(statement(RETURN, libc::SECCOMP_RET_TRAP));
-                *self.trap.insert(at)
+            (_, Target::Trap) => {
+                let at = self.push(RETURN, libc::SECCOMP_RET_TRAP);
+                self.trap = Some(at);
+                at
             }
         }
     }
 
     /// Compare the accumulator with `k`.
-    fn compare(&mut self, code: u16, k: u32, yes: Target, no: Target) -> Target {
+    const fn compare(&mut self, code: u16, k: u32, yes: Target, no: Target) -> Target {
         /// Conditional jumps skip at most 255 instructions. One more may be added for `no`.
         const REACH: usize = 254;
         let (yes, no) = (self.within(REACH, yes), self.within(REACH, no));
-        let skip = |at| u8::try_from(self.code.len() - at).unwrap_or(u8::MAX);
-        Target::At(self.push(sock_filter { code, jt: skip(yes), jf: skip(no), k }))
+        let (jt, jf) = (self.length - yes, self.length - no);
+        Target::At(self.push_jump(code, k, jt as u8, jf as u8))
     }
 
-    /// Decide by the call number in the accumulator.
-    fn calls(&mut self, parts: &[Part<'_>]) -> Target {
-        let by_number = |parts: &[Part<'_>], end: u32| {
-            let half = parts.first().map_or(0, |first| first.0.midpoint(end));
-            parts.partition_point(|part| part.0 <= half)
-        };
-        self.tree(parts, NUMBERS, &by_number, &|code, rules| match rules {
-            Some([]) => Target::Allow,
-            Some(rules) => code.rules(rules),
-            None => Target::Trap,
-        })
-    }
-
-    /// A tree over `parts`, each of which begins at its value, and the last of which ends at `end`.
-    /// `middle` says how many parts are below the root; `leaf` makes the code for a part.
-    fn tree<T: PartialEq>(
-        &mut self,
-        parts: &[(u32, T)],
-        end: u32,
-        middle: &impl Fn(&[(u32, T)], u32) -> usize,
-        leaf: &impl Fn(&mut Self, &T) -> Target,
-    ) -> Target {
+    /// A tree over `parts`. With `end`, where the last part ends, each root is in the middle between
+    /// the first value and the end, else in the middle of the parts.
+    const fn tree(&mut self, calls: &Calls<'_>, parts: &[Part], end: Option<u32>) -> Target {
         if let [(_, only)] = parts {
-            return leaf(self, only);
+            return self.leaf(calls, *only);
         }
-        if let Some((single, others)) = singles(parts) {
-            let others = leaf(self, others);
-            return single.iter().rev().fold(others, |otherwise, (value, part)| {
-                let found = leaf(self, part);
-                self.compare(IF_EQUAL, *value, found, otherwise)
-            });
+        if let Some(Singles { at, mut count, others }) = Singles::of(parts) {
+            let mut otherwise = self.leaf(calls, others);
+            while count > 0 {
+                count -= 1;
+                let (value, leaf) = parts[at[count]];
+                let found = self.leaf(calls, leaf);
+                otherwise = self.compare(IF_EQUAL, value, found, otherwise);
+            }
+            return otherwise;
         }
-        let most = parts.len().saturating_sub(1);
-        let (below, above) = parts.split_at(middle(parts, end).min(most).max(1.min(most)));
-        let Some((from, _)) = above.first() else { return Target::Trap };
-        let yes = self.tree(above, end, middle, leaf);
-        let no = self.tree(below, *from, middle, leaf);
-        self.compare(IF_GREATER_OR_EQUAL, *from, yes, no)
+        let mut middle = parts.len() / 2;
+        if let Some(end) = end {
+            let half = parts[0].0.midpoint(end);
+            middle = 1;
+            while middle + 1 < parts.len() && parts[middle].0 <= half {
+                middle += 1;
+            }
+        }
+        let (below, above) = parts.split_at(middle);
+        let from = above[0].0;
+        let yes = self.tree(calls, above, end);
+        let no = self.tree(calls, below, if end.is_some() { Some(from) } else { None });
+        self.compare(IF_GREATER_OR_EQUAL, from, yes, no)
     }
 
-    /// Require that one of `rules` holds. Rules about the same bits of an argument form one tree.
-    fn rules(&mut self, rules: &[Rule]) -> Target {
-        let mut groups: Vec<(Bits, Vec<Test>)> = Vec::new();
-        for rule in rules {
-            match groups.iter_mut().find(|(bits, _)| *bits == rule.bits()) {
-                Some((_, alike)) => alike.push(rule.test),
-                None => groups.push((rule.bits(), vec![rule.test])),
-            }
+    const fn leaf(&mut self, calls: &Calls<'_>, leaf: Leaf) -> Target {
+        match leaf {
+            Leaf::Verdict(target) => target,
+            Leaf::Rules(number) => self.rules(calls, number),
         }
+    }
+
+    /// Require that one of the rules of a call holds. Rules about the same bits of an argument form
+    /// one tree.
+    const fn rules(&mut self, calls: &Calls<'_>, number: u32) -> Target {
         let mut otherwise = Target::Trap;
-        for ((argument, mask), tests) in groups.into_iter().rev() {
-            let (mut allowed, mut excluded) = (Vec::new(), Vec::new());
-            for test in tests {
-                match test {
-                    Test::Is(k) | Test::Has(_, k) => allowed.push(k),
-                    Test::IsNot(k) => excluded.push(k),
-                }
+        let mut at = calls.rules.len();
+        while at > 0 {
+            at -= 1;
+            let (call, rule) = calls.rules[at];
+            if call == number && calls.is_first(at) {
+                otherwise = self.alike(calls, number, rule, otherwise);
             }
-            let half = |parts: &[(u32, bool)], _| parts.len() / 2;
-            let tree = self.tree(&values(allowed), u32::MAX, &half, &|_, allow| match allow {
-                true => Target::Allow,
-                false => otherwise,
-            });
-            let first = excluded
-                .iter()
-                .fold(tree, |equal, k| self.compare(IF_EQUAL, *k, equal, Target::Allow));
-            self.within(0, first);
-            if let Some(mask) = mask {
-                self.push(statement(AND, mask));
-            }
-            let load = statement(LOAD, ARGUMENTS + 8 * u32::from(argument));
-            otherwise = Target::At(self.push(load));
         }
         otherwise
     }
-}
 
-/// If all `parts` are alike, except for at most [`CHAIN`] parts of a single value between them:
-/// these exceptions, and the value of the others.
-fn singles<T: PartialEq>(parts: &[(u32, T)]) -> Option<(Vec<&(u32, T)>, &T)> {
-    let is_single = |at: usize| match (parts.get(at), parts.get(at + 1)) {
-        (Some(part), Some(next)) => part.0.checked_add(1) == Some(next.0),
-        _ => false,
-    };
-    let (_, (_, others)) = parts.iter().enumerate().find(|(at, _)| !is_single(*at))?;
-    let differs = |(_, part): &(usize, &(u32, T))| part.1 != *others;
-    let mut single = parts.iter().enumerate().filter(differs);
-    if !single.clone().all(|(at, _)| is_single(at)) || single.clone().count() > CHAIN {
-        return None;
-    }
-    Some((single.by_ref().map(|(_, part)| part).collect(), others))
-}
-
-/// Index of the argument, and a mask of its bits, if not all count.
-type Bits = (u8, Option<u32>);
-
-impl Rule {
-    const fn bits(&self) -> Bits {
-        let mask = match self.test {
-            Test::Has(mask, _) => Some(mask),
-            Test::Is(_) | Test::IsNot(_) => None,
-        };
-        (self.argument, mask)
-    }
-}
-
-const fn statement(code: u16, k: u32) -> sock_filter {
-    sock_filter { code, jt: 0, jf: 0, k }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What the kernel would do: the verdict, and the number of instructions executed.
-    fn run(program: &[sock_filter], arch: u32, number: u32, arguments: [u32; 6]) -> (u32, usize) {
-        let (mut at, mut a, mut steps) = (0, 0, 0);
-        loop {
-            let sock_filter { code, jt, jf, k } = program[at];
-            (at, steps) = (at + 1, steps + 1);
-            match code {
-                LOAD if k == NUMBER => a = number,
-                LOAD if k == ARCH => a = arch,
-                LOAD => a = arguments[((k - ARGUMENTS) / 8) as usize],
-                AND => a &= k,
-                JUMP => at += k as usize,
-                IF_EQUAL => at += usize::from(if a == k { jt } else { jf }),
-                IF_GREATER_OR_EQUAL => at += usize::from(if a >= k { jt } else { jf }),
-                RETURN => return (k, steps),
-                other => panic!("code {other:#x}"),
-            }
+    /// Require that one of those rules of a call holds that are about the same bits as `like`.
+    const fn alike(
+        &mut self,
+        calls: &Calls<'_>,
+        number: u32,
+        like: Rule,
+        otherwise: Target,
+    ) -> Target {
+        let mut parts = Parts::new(otherwise);
+        let mut from = Some(0);
+        while let Some(least) = from
+            && let Some(value) = calls.allowed_from(number, like, least)
+        {
+            parts.single(value, Leaf::Verdict(Target::Allow), Leaf::Verdict(otherwise));
+            from = value.checked_add(1);
         }
-    }
-
-    fn allowed(calls: &Calls, number: u32, arguments: [u32; 6]) -> bool {
-        let holds = |rule: &Rule| {
-            let value = arguments[usize::from(rule.argument)];
-            match rule.test {
-                Test::Is(k) => value == k,
-                Test::IsNot(k) => value != k,
-                Test::Has(mask, k) => value & mask == k,
+        let mut first = self.tree(calls, parts.all(), None);
+        let mut at = calls.rule(number, 0);
+        while at < calls.rules.len() {
+            let rule = calls.rules[at].1;
+            if let Test::IsNot(k) = rule.test
+                && rule.is_about_bits_of(like)
+            {
+                first = self.compare(IF_EQUAL, k, first, Target::Allow);
             }
-        };
-        calls.get(&number).is_some_and(|rules| rules.is_empty() || rules.iter().any(holds))
+            at = calls.rule(number, at + 1);
+        }
+        self.within(0, first);
+        if let Some(mask) = like.mask() {
+            self.push(AND, mask);
+        }
+        Target::At(self.push(LOAD, ARGUMENTS + 8 * like.argument as u32))
     }
+}
 
-    fn check(calls: &Calls) {
-        check_program(calls, &compile(calls, true));
-        check_program(calls, &compile(calls, false));
-    }
+/// Parts that are all alike, except for at most [`CHAIN`] of a single value between them.
+struct Singles {
+    /// Indices of these exceptions.
+    at: [usize; CHAIN],
+    count: usize,
+    others: Leaf,
+}
 
-    fn check_program(calls: &Calls, program: &[sock_filter]) {
-        assert!(program.len() < MAX_LENGTH);
-        let values = [0, 1, 2, 3, 0xae80, 0xdead_ae80, 0xffff_0001, u32::MAX];
-        let numbers = (0..600).chain([0x4000_0000, 0x4000_0001, u32::MAX]);
-        for number in numbers {
-            for (value, other) in values.iter().zip(values.iter().rev()) {
-                let arguments = [*value, *other, *value, *other, *value, *other];
-                let (verdict, steps) = run(program, ARCHITECTURE, number, arguments);
-                let allow = verdict == libc::SECCOMP_RET_ALLOW;
-                assert_eq!(allow, allowed(calls, number, arguments), "{number} {arguments:?}");
-                assert!(allow || verdict == libc::SECCOMP_RET_TRAP);
-                if calls.get(&number).is_none_or(Vec::is_empty) {
-                    assert!(steps <= 5 + 12 + CHAIN, "{steps} steps for {number}");
+impl Singles {
+    /// `None` if there are more exceptions, or one that is a range.
+    const fn of(parts: &[Part]) -> Option<Self> {
+        let mut other = 0;
+        while Self::is_single(parts, other) {
+            other += 1;
+        }
+        let mut singles = Self { at: [0; CHAIN], count: 0, others: parts[other].1 };
+        let mut at = 0;
+        while at < parts.len() {
+            if !parts[at].1.is(singles.others) {
+                if singles.count == CHAIN || !Self::is_single(parts, at) {
+                    return None;
                 }
+                singles.at[singles.count] = at;
+                singles.count += 1;
             }
-            let (verdict, _) = run(program, 0x4000_0003, number, [0; 6]);
-            assert_eq!(verdict, libc::SECCOMP_RET_KILL_PROCESS, "of another architecture");
+            at += 1;
         }
+        Some(singles)
     }
 
-    #[test]
-    fn a_program_allows_what_the_table_allows() {
-        check(&Calls::new());
-        check(&Calls::from([(0, Vec::new())]));
-        check(&(0..500).map(|number| (number, Vec::new())).collect());
-        let rule = |argument, test| Rule { argument, test };
-        let many = (0..300).map(|k| rule(1, Test::Is(k * 7))).collect();
-        check(&Calls::from([
-            (1, vec![rule(0, Test::Is(2))]),
-            (2, vec![rule(5, Test::IsNot(3)), rule(0, Test::IsNot(0))]),
-            (5, vec![rule(1, Test::Has(0xffff, 0xae80)), rule(1, Test::Is(3))]),
-            (6, many),
-            (7, vec![rule(2, Test::Has(4, 0)), rule(3, Test::Has(4, 0)), rule(2, Test::Is(9))]),
-            (8, Vec::new()),
-            (9, Vec::new()),
-            (599, vec![rule(0, Test::Is(1))]),
-        ]));
-    }
-
-    #[test]
-    fn ends_that_are_out_of_reach_are_made_again() {
-        let all: Vec<_> = (0..500).map(|k| Rule { argument: 1, test: Test::Is(k * 3) }).collect();
-        check(&(0..3).map(|number| (number * 90, all.clone())).collect());
-        // Every other number, so that each is a range of its own.
-        check(&(0..255).map(|number| (number * 2, Vec::new())).collect());
+    const fn is_single(parts: &[Part], at: usize) -> bool {
+        at + 1 < parts.len() && parts[at + 1].0 - parts[at].0 == 1
     }
 }

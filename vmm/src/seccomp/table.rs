@@ -7,12 +7,14 @@
 //! listen on a new socket.
 //!
 //! A new back-end, ioctl or thread needs its entries here.
+#![expect(clippy::indexing_slicing, reason = "evaluated by the compiler, which then fails")]
 use libc::*;
 use machine::memory::fault;
 
 use super::{
     Kind::{self, *},
-    program::{Calls, Rule, Test},
+    calls::{Calls, Rule, Test},
+    program::ITSELF,
 };
 
 /// Calls that threads of some kinds may make with any arguments.
@@ -256,41 +258,118 @@ const fn limited(kinds: &'static [Kind], call: c_long, commands: &'static [u32])
     Limited { kinds, call, argument: 1, allowed: Allowed::Values(commands) }
 }
 
-/// The system calls of threads of this kind, and the rules for their arguments: one of the rules
-/// has to hold; without rules, any arguments are allowed. With `spawn`, this includes the calls
-/// that hand a command to another process, which is not confined.
-pub fn allowed(kind: Kind, spawn: bool) -> Calls {
-    let mut calls = Calls::new();
-    let spawn = spawn.then_some(&SPAWN);
-    for group in CALLS.iter().chain(spawn).filter(|group| group.kinds.contains(&kind)) {
-        calls.extend(group.calls.iter().map(|call| (number(*call), Vec::new())));
-    }
-    for limited in LIMITED.iter().filter(|limited| limited.kinds.contains(&kind)) {
-        calls.entry(number(limited.call)).or_default().extend(limited.rules());
-    }
-    calls
+/// Most calls, and most rules, that a table has room for.
+const MOST: usize = 256;
+
+/// The system calls of one kind of threads.
+pub struct Table {
+    numbers: [u32; MOST],
+    count: usize,
+    rules: [(u32, Rule); MOST],
+    rule_count: usize,
 }
 
-impl Limited {
-    fn rules(&self) -> Vec<Rule> {
-        let argument = self.argument;
-        let rule = |test| Rule { argument, test };
-        match self.allowed {
-            Allowed::Values(values) => values.iter().map(|v| rule(Test::Is(*v))).collect(),
-            Allowed::Kvm(numbers) => {
-                let request = |n: &u8| u16::from_be_bytes([KVM, *n]).into();
-                numbers.iter().map(|n| rule(Test::Has(0xffff, request(n)))).collect()
+impl Table {
+    /// The system calls of threads of this kind, and the rules for their arguments. With `spawn`,
+    /// this includes the calls that hand a command to another process, which is not confined.
+    pub const fn of(kind: Kind, spawn: bool) -> Self {
+        let rule = (0, Rule { argument: 0, test: Test::Is(0) });
+        let mut table = Self { numbers: [0; MOST], count: 0, rules: [rule; MOST], rule_count: 0 };
+        let mut at = 0;
+        while at < CALLS.len() {
+            table.allow_group(kind, &CALLS[at]);
+            at += 1;
+        }
+        if spawn {
+            table.allow_group(kind, &SPAWN);
+        }
+        at = 0;
+        while at < LIMITED.len() {
+            if contains(LIMITED[at].kinds, kind) {
+                table.limit(&LIMITED[at]);
             }
-            Allowed::Without(bits) => vec![rule(Test::Has(bits, 0))],
-            Allowed::Not(value) => vec![rule(Test::IsNot(value))],
-            Allowed::Itself => vec![rule(Test::Is(std::process::id()))],
+            at += 1;
+        }
+        table
+    }
+
+    /// The same as slices.
+    pub const fn calls(&self) -> Calls<'_> {
+        Calls {
+            numbers: self.numbers.split_at(self.count).0,
+            rules: self.rules.split_at(self.rule_count).0,
         }
     }
+
+    const fn allow_group(&mut self, kind: Kind, group: &Group) {
+        let mut at = 0;
+        while contains(group.kinds, kind) && at < group.calls.len() {
+            self.allow(group.calls[at]);
+            at += 1;
+        }
+    }
+
+    /// Insert a call in the order of numbers.
+    const fn allow(&mut self, call: c_long) {
+        let number = number(call);
+        let mut at = self.count;
+        while at > 0 && self.numbers[at - 1] > number {
+            at -= 1;
+        }
+        if at > 0 && self.numbers[at - 1] == number {
+            return;
+        }
+        let mut end = self.count;
+        while end > at {
+            self.numbers[end] = self.numbers[end - 1];
+            end -= 1;
+        }
+        self.numbers[at] = number;
+        self.count += 1;
+    }
+
+    const fn limit(&mut self, limited: &Limited) {
+        self.allow(limited.call);
+        match limited.allowed {
+            Allowed::Values(values) => {
+                let mut at = 0;
+                while at < values.len() {
+                    self.rule(limited, Test::Is(values[at]));
+                    at += 1;
+                }
+            }
+            Allowed::Kvm(numbers) => {
+                let mut at = 0;
+                while at < numbers.len() {
+                    let request = u16::from_be_bytes([KVM, numbers[at]]);
+                    self.rule(limited, Test::Has(0xffff, request as u32));
+                    at += 1;
+                }
+            }
+            Allowed::Without(bits) => self.rule(limited, Test::Has(bits, 0)),
+            Allowed::Not(value) => self.rule(limited, Test::IsNot(value)),
+            Allowed::Itself => self.rule(limited, Test::Is(ITSELF)),
+        }
+    }
+
+    const fn rule(&mut self, limited: &Limited, test: Test) {
+        let rule = Rule { argument: limited.argument, test };
+        self.rules[self.rule_count] = (number(limited.call), rule);
+        self.rule_count += 1;
+    }
+}
+
+const fn contains(kinds: &[Kind], kind: Kind) -> bool {
+    let mut at = 0;
+    while at < kinds.len() && kinds[at] as u8 != kind as u8 {
+        at += 1;
+    }
+    at < kinds.len()
 }
 
 /// Call numbers have 32 bits (linux/seccomp.h).
-fn number(call: c_long) -> u32 {
-    u32::try_from(call).unwrap_or(u32::MAX)
+const fn number(call: c_long) -> u32 {
+    call as u32
 }
 
 #[cfg(test)]
