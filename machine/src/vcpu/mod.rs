@@ -256,8 +256,8 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
     while let Ok(request) = inbox.recv() {
         match request {
             Request::Park(reply) => drop(reply.send(())),
-            Request::Save(reply) => drop(reply.send(cpu.save())),
-            Request::Restore(state, reply) => drop(reply.send(cpu.restore(*state))),
+            Request::Save(reply) => save(cpu, &reply),
+            Request::Restore(state, reply) => restore(cpu, state, &reply),
             Request::Replace(new, reply) => {
                 *cpu = *new;
                 drop(reply.send(cpu.kicker()));
@@ -270,6 +270,20 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
         }
     }
     false
+}
+
+// A vCPU's state takes some pages. Only the stack of a thread that moves one has to have them: as
+// parts of `parked`, these two would have every thread touch them.
+
+#[inline(never)]
+fn save<C: Cpu>(cpu: &C, reply: &Sender<Result<C::State, C::Error>>) {
+    let _ = reply.send(cpu.save());
+}
+
+#[inline(never)]
+#[expect(clippy::boxed_local, reason = "taken out of its box on this stack, not on the caller's")]
+fn restore<C: Cpu>(cpu: &mut C, state: Box<C::State>, reply: &Sender<Result<(), C::Error>>) {
+    let _ = reply.send(cpu.restore(*state));
 }
 
 /// Why the run loop was left.
