@@ -138,6 +138,11 @@ impl MemoryConfig {
 }
 
 /// Whether guest memory without its own file uses transparent huge pages of the host, of 2 MiB.
+///
+/// `Auto` is the default because it is best or close to it for both ends. Linux, which touches its
+/// memory all over, takes 15 % less time to its init with huge pages, and a quarter less to fill its
+/// memory, for some 6 MiB more of the host's. A guest of a few instructions would have megabytes
+/// zeroed that it never fills: with small pages, a hundred of them start 10 % faster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Thp {
     /// Except for the first 2 MiB, and for loading a kernel that is smaller than a huge page.
