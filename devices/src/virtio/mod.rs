@@ -14,6 +14,7 @@ pub mod mmio;
 pub mod net;
 mod ring;
 pub mod rng;
+mod spin;
 mod transport;
 mod worker;
 

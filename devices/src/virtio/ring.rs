@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     ActiveQueue, Interrupt,
-    chain::{Chain, ChainError},
+    chain::{self, Chain, ChainError},
 };
 use crate::{Memory, log_limit::log_seldom};
 
@@ -102,6 +102,11 @@ impl Ring {
             Err(ChainError::Ring) => Err(Broken),
             Err(_) => Ok(Popped::Malformed),
         }
+    }
+
+    /// Whether [`Ring::pop`] would return something, though nothing was requested.
+    pub(crate) fn is_pending(&self) -> bool {
+        chain::pending(&self.queue, &self.memory) != Some(0)
     }
 
     /// Put back the last `n` chains taken: they are available again.

@@ -7,7 +7,6 @@
 mod report;
 mod request;
 mod saved;
-mod spin;
 mod stats;
 #[cfg(test)]
 mod tests;

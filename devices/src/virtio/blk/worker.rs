@@ -21,7 +21,6 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{
     report::Reporter,
     request::{self, Request},
-    spin::Spin,
     stats::{BlockStats, count},
 };
 use crate::{
@@ -32,6 +31,7 @@ use crate::{
     virtio::{
         ActiveQueue, Interrupt,
         chain::{self, Chain, ChainError, Segment},
+        spin::Spin,
     },
     worker::Worker,
 };

@@ -6,6 +6,7 @@
 //! A device without a back-end is an empty slot: its link is down until [`Net::plug`].
 mod announce;
 mod ctrl;
+mod pair;
 mod rx;
 mod saved;
 mod stats;

@@ -94,17 +94,14 @@ impl Rx {
         (self.held, self.placed) = (0, 0);
     }
 
-    /// Receive available frames, at most a queue's worth. True when there may be more.
+    /// Receive available frames, at most a queue's worth. True when there may be more. The
+    /// caller decides on an interrupt.
     pub(super) fn run(&mut self, pair: usize, shared: &mut Shared) -> Result<bool, Broken> {
         let Some(backend) = shared.backend.clone() else { return Ok(false) };
         self.ring.ignore()?;
         self.budget = self.ring.size();
         loop {
-            let stop = self.batch(pair, &*backend, shared)?;
-            if self.ring.wants_interrupt()? {
-                shared.interrupt.used(self.ring.index());
-            }
-            match stop {
+            match self.batch(pair, &*backend, shared)? {
                 Stop::Turn => return Ok(true),
                 Stop::Drained | Stop::Wait => return Ok(false),
                 Stop::NoBuffers if self.budget == 0 => return Ok(true),

@@ -50,47 +50,26 @@ impl Tx {
         &mut self,
         pair: usize,
         shared: &mut Shared,
-    ) -> Result<bool, Broken> {
+    ) -> Result<Stop, Broken> {
         match std::mem::take(&mut self.waiting) {
             true => self.work(pair, shared, true),
-            false => Ok(false),
+            false => Ok(Stop::Wait),
         }
     }
 
-    /// Send what the driver has made available, at most a queue's worth. True when there is more.
-    pub(super) fn run(&mut self, pair: usize, shared: &mut Shared) -> Result<bool, Broken> {
+    /// Send what the driver has made available, at most a queue's worth, with its notifications
+    /// off. The caller decides on an interrupt.
+    pub(super) fn run(&mut self, pair: usize, shared: &mut Shared) -> Result<Stop, Broken> {
         match self.waiting {
-            true => Ok(false),
+            true => Ok(Stop::Wait),
             false => self.work(pair, shared, false),
         }
     }
 
     /// `again`: the first frame has been refused before.
-    fn work(&mut self, pair: usize, shared: &mut Shared, mut again: bool) -> Result<bool, Broken> {
+    fn work(&mut self, pair: usize, shared: &mut Shared, mut again: bool) -> Result<Stop, Broken> {
         self.ring.ignore()?;
-        let mut budget = self.ring.size();
-        loop {
-            let stop = self.batch(pair, shared, &mut budget, std::mem::take(&mut again))?;
-            if self.ring.wants_interrupt()? {
-                shared.interrupt.used(self.ring.index());
-            }
-            match stop {
-                Stop::Turn => return Ok(true),
-                Stop::Wait => return Ok(false),
-                Stop::Drained if self.ring.listen()? => self.ring.ignore()?,
-                Stop::Drained => return Ok(false),
-            }
-        }
-    }
-
-    fn batch(
-        &mut self,
-        pair: usize,
-        shared: &mut Shared,
-        budget: &mut u16,
-        mut again: bool,
-    ) -> Result<Stop, Broken> {
-        while *budget > 0 {
+        for _ in 0..self.ring.size() {
             match self.ring.pop(&mut self.chain)? {
                 Popped::Nothing => return Ok(Stop::Drained),
                 Popped::Malformed => shared.drop_tx(pair, &"malformed descriptor chain"),
@@ -102,7 +81,6 @@ impl Tx {
                 }
             }
             again = false;
-            *budget -= 1;
             self.ring.put_used(0, self.chain.head(), 0)?;
             self.ring.publish(1)?;
         }

@@ -12,6 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::{
     NetStats,
     ctrl::{Command, Control},
+    pair::Pair,
     rx::Rx,
     tx::Tx,
 };
@@ -22,6 +23,7 @@ use crate::{
     virtio::{
         Interrupt,
         ring::{Broken, Ring},
+        spin::Spin,
     },
     worker::Worker,
 };
@@ -36,11 +38,15 @@ pub(super) struct Shared {
     pub(super) tx_limit: Option<RateLimiter>,
     pub(super) interrupt: Interrupt,
     pub(super) stats: Arc<NetStats>,
+    /// Queue pairs that receive.
+    pub(super) active_pairs: u16,
     /// Limits log lines about dropped frames.
     rx_drops: Limit,
     tx_drops: Limit,
     /// Back-end queues that accepted no more, watched for writability.
     writable: Epoll,
+    /// All queues of the back-end. Where one could not be added, frames are not looked for.
+    readable: Epoll,
 }
 
 impl Shared {
@@ -56,6 +62,15 @@ impl Shared {
         if let Some(left_out) = self.rx_drops.pass(Instant::now()) {
             log::warn!("{}: receive queue {pair}: frame dropped: {why}{left_out}", self.id);
         }
+    }
+
+    /// Whether the back-end has a frame for `pair`.
+    pub(super) fn has_frame(&self, pair: usize) -> bool {
+        let mut events = [EpollEvent::default(); 16];
+        let n = self.readable.wait(0, &mut events).unwrap_or(0);
+        let is_ours =
+            |e: &EpollEvent| e.data() == pair as u64 && e.event_set().contains(EventSet::IN);
+        events.iter().take(n).any(is_ours)
     }
 
     /// Run the transmit queue of `pair` again when the back-end accepts frames. False when that is
@@ -75,11 +90,6 @@ impl Shared {
     }
 }
 
-struct Pair {
-    rx: Rx,
-    tx: Tx,
-}
-
 /// What a descriptor that the worker waits on is for.
 #[derive(Debug, Clone, Copy)]
 enum Source {
@@ -96,8 +106,6 @@ pub(super) struct NetWorker {
     shared: Shared,
     pairs: Vec<Pair>,
     control: Option<Control>,
-    /// Queue pairs that receive.
-    active_pairs: u16,
     /// Offloads that the driver has negotiated, and those in force.
     negotiated: Offloads,
     offloads: Offloads,
@@ -135,16 +143,21 @@ impl NetWorker {
             tx_limit: limiter()?,
             interrupt: args.interrupt,
             stats: args.stats,
+            active_pairs: 1,
             rx_drops: Limit::new(),
             tx_drops: Limit::new(),
             writable: Epoll::new()?,
+            readable: Epoll::new()?,
         };
-        let pair = |(rx, tx)| Pair { rx: Rx::new(rx, args.mergeable), tx: Tx::new(tx) };
+        let pair = |(rx, tx)| Pair {
+            rx: Rx::new(rx, args.mergeable),
+            tx: Tx::new(tx),
+            spin: Spin::default(),
+        };
         let mut worker = Self {
             shared,
             pairs: args.pairs.into_iter().map(pair).collect(),
             control: args.control.map(Control::new),
-            active_pairs: 1,
             negotiated: args.negotiated,
             offloads: args.negotiated,
             sources: Vec::new(),
@@ -160,7 +173,9 @@ impl NetWorker {
             pair.rx.forget();
             pair.tx.forget();
         }
+        self.watch(|| ControlOperation::Delete);
         self.shared.backend = backend;
+        self.watch(|| ControlOperation::Add);
         self.apply();
         let mut sources = vec![Source::Writable];
         for n in 0..self.pairs.len() {
@@ -181,12 +196,33 @@ impl NetWorker {
         self.sources = sources;
     }
 
+    /// Begin or end to watch the back-end's queues for frames.
+    fn watch(&self, operation: fn() -> ControlOperation) {
+        let Some(backend) = &self.shared.backend else { return };
+        for n in 0..backend.queues() {
+            let event = EpollEvent::new(EventSet::IN, n as u64);
+            let _ = self.shared.readable.ctl(operation(), backend.fd(n), event);
+        }
+    }
+
+    /// Look this long for the next answer.
+    #[cfg(test)]
+    pub(super) fn look_for(&mut self, window: Duration) {
+        self.pairs.iter_mut().for_each(|pair| pair.spin = Spin::with_window(window));
+    }
+
+    /// As a notification of the first transmit queue.
+    #[cfg(test)]
+    pub(super) fn ready_to_send(&mut self) {
+        self.run_tx(0).unwrap();
+    }
+
     pub(super) fn set_link(&mut self, up: bool) {
         self.shared.link = up;
     }
 
     pub(super) fn active_pairs(&self) -> u16 {
-        self.active_pairs
+        self.shared.active_pairs
     }
 
     pub(super) fn offloads(&self) -> Offloads {
@@ -215,7 +251,7 @@ impl NetWorker {
     }
 
     pub(super) fn restore(&mut self, pairs: u16, offloads: u64, broken: bool) {
-        self.active_pairs = pairs;
+        self.shared.active_pairs = pairs;
         self.offloads = Offloads(offloads);
         self.broken = broken;
         for pair in &mut self.pairs {
@@ -228,7 +264,7 @@ impl NetWorker {
     fn apply(&self) {
         let Some(backend) = &self.shared.backend else { return };
         let offloads = backend.set_offloads(self.offloads);
-        let pairs = backend.set_active_queues(self.active_pairs.into());
+        let pairs = backend.set_active_queues(self.shared.active_pairs.into());
         if let Err(e) = offloads.and(pairs) {
             log_seldom!(
                 error,
@@ -240,31 +276,27 @@ impl NetWorker {
 
     fn run_rx(&mut self, n: usize) -> Result<(), Broken> {
         // An inactive queue has nothing to read, and reports that as an error.
-        let Some(pair) = self.pairs.get_mut(n).filter(|_| n < self.active_pairs.into()) else {
+        let Some(pair) = self.pairs.get_mut(n).filter(|_| n < self.shared.active_pairs.into())
+        else {
             return Ok(());
         };
-        if pair.rx.run(n, &mut self.shared)? {
-            pair.rx.ring.come_back();
-        }
-        Ok(())
+        pair.receive(n, &mut self.shared)
     }
 
     fn run_tx(&mut self, n: usize) -> Result<(), Broken> {
         let Some(pair) = self.pairs.get_mut(n) else { return Ok(()) };
-        if pair.tx.run(n, &mut self.shared)? {
-            pair.tx.ring.come_back();
-        }
-        Ok(())
+        let stop = pair.tx.run(n, &mut self.shared)?;
+        pair.send(n, &mut self.shared, stop)
     }
 
     fn run_control(&mut self) -> Result<(), Broken> {
         let Some(control) = &mut self.control else { return Ok(()) };
-        let pairs = self.active_pairs;
+        let pairs = self.shared.active_pairs;
         let more = control.run(|command| match (command, &self.shared.backend) {
             (Command::Pairs(n), backend) if (1..=self.pairs.len()).contains(&n.into()) => {
                 let set = backend.as_ref().map_or(Ok(()), |b| b.set_active_queues(n.into()));
                 if set.is_ok() {
-                    self.active_pairs = n;
+                    self.shared.active_pairs = n;
                 }
                 set.is_ok()
             }
@@ -284,7 +316,7 @@ impl NetWorker {
             control.ring.come_back();
         }
         // Frames may have arrived on a queue before it became active.
-        for n in pairs..self.active_pairs {
+        for n in pairs..self.shared.active_pairs {
             self.run_rx(n.into())?;
         }
         Ok(())
@@ -296,9 +328,8 @@ impl NetWorker {
         for event in events.iter().take(n) {
             let n = usize::try_from(event.data()).unwrap_or(usize::MAX);
             let Some(pair) = self.pairs.get_mut(n) else { continue };
-            if pair.tx.run_writable(n, &mut self.shared)? {
-                pair.tx.ring.come_back();
-            }
+            let stop = pair.tx.run_writable(n, &mut self.shared)?;
+            pair.send(n, &mut self.shared, stop)?;
         }
         Ok(())
     }
@@ -315,7 +346,10 @@ impl NetWorker {
             Source::Control => self.control.iter().for_each(|c| c.ring.drain()),
             Source::RxTimer => self.shared.rx_limit.iter_mut().for_each(RateLimiter::replenish),
             Source::TxTimer => self.shared.tx_limit.iter_mut().for_each(RateLimiter::replenish),
-            Source::Backend(_) | Source::Writable => {}
+            Source::Backend(n) => {
+                self.pairs.get_mut(n).into_iter().for_each(|p| p.spin.woken(Instant::now()));
+            }
+            Source::Writable => {}
         }
     }
 

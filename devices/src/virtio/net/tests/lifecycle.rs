@@ -1,4 +1,6 @@
 //! Queue pairs, link, hot-plug, saved state.
+use std::time::Duration;
+
 use super::*;
 use crate::{conformance, virtio::mmio::registers::CONFIG};
 
@@ -274,4 +276,50 @@ fn states_that_no_interface_can_be_in_are_refused() {
     net.restore(&good).unwrap();
     let net_state = Device::save(net).unwrap();
     assert_eq!(net_state, good, "refusals have changed nothing");
+}
+
+/// Let `act` have the device's worker while it is off its thread.
+fn with_worker(lan: &mut Lan, act: impl FnOnce(&mut NetWorker)) {
+    let net = lan.guest.device::<Net>().unwrap();
+    net.pause();
+    act(net.worker.parked_mut().unwrap());
+    net.resume();
+}
+
+#[test]
+fn one_interrupt_serves_a_frame_and_its_answer() {
+    for features in [MERGEABLE, MERGEABLE | F_EVENT_IDX] {
+        let mut lan = Lan::started(features);
+        lan.refill(64, 1526);
+        lan.guest.interrupted();
+        let (at, answer) = (lan.guest.bytes(&Lan::frame(60, 1)), Lan::frame(60, 2));
+        let queue = &mut lan.guest.queues[usize::from(TX)];
+        let head = queue.chain(&[(at, 72, false)]);
+        queue.publish(head);
+        lan.peers[0].send(&answer).unwrap();
+        // The answer arrives while the worker looks for it, not by its own event.
+        with_worker(&mut lan, |worker| {
+            worker.look_for(Duration::from_secs(20));
+            worker.ready_to_send();
+        });
+        assert_eq!(lan.guest.transport.line().eventfd().read().ok(), Some(1));
+        assert_eq!((lan.tx_done(), lan.used()), (1, vec![72]));
+    }
+}
+
+#[test]
+fn without_an_answer_the_look_ends_and_the_driver_learns_that_its_frame_was_sent() {
+    let mut lan = Lan::started(MERGEABLE);
+    lan.refill(64, 1526);
+    with_worker(&mut lan, |worker| worker.look_for(Duration::from_millis(2)));
+    lan.guest.thread.settle();
+    lan.guest.interrupted();
+    for seed in [1, 2] {
+        lan.send(&Lan::frame(60, seed));
+        lan.guest.thread.settle();
+        assert_eq!(lan.tx_done(), 1, "each notification arrives");
+        assert!(lan.guest.interrupted());
+    }
+    lan.host_sends(&Lan::frame(60, 3));
+    assert_eq!(lan.used(), [72]);
 }

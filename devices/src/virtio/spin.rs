@@ -1,5 +1,5 @@
-//! Polls briefly for the next request before sleeping, which saves the guest an exit and the thread
-//! a wake-up.
+//! Polls briefly for the next request, or for the answer to a frame, before sleeping. That saves
+//! the guest an exit and the thread a wake-up.
 use std::{
     hint,
     time::{Duration, Instant},
@@ -10,7 +10,7 @@ use std::{
 /// after the longest window, or when another thread needs the CPU, perhaps a vCPU of the very
 /// guest.
 #[derive(Default)]
-pub(super) struct Spin {
+pub(crate) struct Spin {
     window: Duration,
     /// Consecutive polls in vain at the longest window.
     futile: u8,
@@ -36,8 +36,14 @@ impl Spin {
     /// window in each such period is lost.
     const REST: Duration = Duration::from_millis(1);
 
+    /// One that will poll for `window` at first.
+    #[cfg(test)]
+    pub(crate) fn with_window(window: Duration) -> Self {
+        Self { window, ..Self::default() }
+    }
+
     /// Poll for a request; whether one has arrived.
-    pub(super) fn wait(&mut self, has_come: impl Fn() -> bool) -> bool {
+    pub(crate) fn wait(&mut self, mut has_come: impl FnMut() -> bool) -> bool {
         let begin = Instant::now();
         let mut last = begin;
         while last.duration_since(begin) < self.window {
@@ -74,7 +80,7 @@ impl Spin {
     }
 
     /// The driver had to send a notification.
-    pub(super) fn woken(&mut self, now: Instant) {
+    pub(crate) fn woken(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         let resting = self.rest_until.is_some_and(|until| now < until);
         self.window = if !resting && now.duration_since(since) <= Self::SOON {
