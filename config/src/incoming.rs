@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::{
     Topology,
-    types::{CpuCount, MemorySize},
+    types::{CpuCount, Id, MemorySize},
 };
 
 /// A machine to restore from a saved state.
@@ -60,7 +60,7 @@ pub enum StreamSource {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[expect(missing_docs, reason = "named as in the machine's configuration")]
 pub struct Overrides {
-    pub name: Option<String>,
+    pub name: Option<Id>,
     pub uuid: Option<String>,
     pub smp: Option<(CpuCount, Topology)>,
     pub memory: Option<MemorySize>,

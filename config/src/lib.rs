@@ -33,7 +33,7 @@ pub use saved::{Description, DescriptionError};
 use slots::SlotCounts;
 pub use topology::Topology;
 use types::{
-    CpuCount, DiskIops, DiskQueueSize, DiskQueues, MemorySize, NicQueuePairs, NicQueueSize,
+    CpuCount, DiskIops, DiskQueueSize, DiskQueues, Id, MemorySize, NicQueuePairs, NicQueueSize,
     PerSecond, TapName,
 };
 
@@ -61,7 +61,7 @@ pub enum Part {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
     /// Name shown by `query-name`.
-    pub name: String,
+    pub name: Id,
     /// UUID shown by `query-uuid`, in the usual 36 characters; all zero when not given.
     pub uuid: String,
     /// Number of vCPUs.
@@ -75,7 +75,7 @@ pub struct MachineConfig {
     /// Slots for disks and NICs, those for hot-plug included.
     pub slots: SlotCounts,
     /// I/O thread ids, in addition to the default one.
-    pub iothreads: Vec<String>,
+    pub iothreads: Vec<Id>,
     /// Back-end of the first serial port; `None`: no back-end.
     pub serial: Option<CharBackend>,
     /// Disks present at start.
@@ -169,7 +169,7 @@ pub struct BootConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
     /// Id for `device_del`, unique among all devices.
-    pub id: String,
+    pub id: Id,
     /// Image file or block device.
     pub path: PathBuf,
     /// Refuse writes.
@@ -191,9 +191,9 @@ pub struct DiskConfig {
     /// Descriptors per queue.
     pub queue_size: DiskQueueSize,
     /// Which I/O thread; `None`: the default one.
-    pub iothread: Option<String>,
+    pub iothread: Option<Id>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
-    pub backend: Option<String>,
+    pub backend: Option<Id>,
     /// Refuse an image that looks like another format, because raw was not stated explicitly. Not
     /// kept in a saved state: the guest may have written such a header.
     pub probe: bool,
@@ -221,8 +221,8 @@ pub enum Expect {
 }
 
 /// The back-end's name if it differs from that of its device, for `backend` of a disk or NIC.
-pub fn separate(backend: &str, device: &str) -> Option<String> {
-    (backend != device).then(|| backend.to_owned())
+pub fn separate(backend: Id, device: &Id) -> Option<Id> {
+    (backend != *device).then_some(backend)
 }
 
 /// How a disk's requests are carried out.
@@ -240,7 +240,7 @@ pub enum Aio {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NicConfig {
     /// Id for `device_del`, unique among all devices.
-    pub id: String,
+    pub id: Id,
     /// The tap that carries its frames.
     pub tap: Tap,
     /// Six bytes; `None`: a random one, locally administered.
@@ -254,9 +254,9 @@ pub struct NicConfig {
     /// Bytes per second in each direction; `None`: unlimited.
     pub bps: Option<PerSecond>,
     /// Which I/O thread; `None`: the default one.
-    pub iothread: Option<String>,
+    pub iothread: Option<Id>,
     /// The back-end's name when it is not the device's id: it then outlives the device.
-    pub backend: Option<String>,
+    pub backend: Option<Id>,
 }
 
 impl NicConfig {

@@ -1,7 +1,7 @@
 //! Limits of a configuration, whichever source it has: command line, JSON file, QMP, saved state.
 use std::ops::RangeInclusive;
 
-use crate::places::VIRTIO_IRQS;
+use crate::{places::VIRTIO_IRQS, types::Id};
 
 /// Virtio devices of all kinds, including empty slots for disks and NICs: each has an interrupt.
 pub const VIRTIO_SLOTS: usize = VIRTIO_IRQS.len();
@@ -12,8 +12,6 @@ pub const DISK_SLOTS: usize = 4;
 pub const NIC_SLOTS: usize = 2;
 /// I/O threads in addition to the default one.
 pub const MAX_IOTHREADS: usize = 8;
-/// Bytes of a name or an id.
-pub const MAX_ID: usize = 255;
 /// Bytes of a path (`PATH_MAX`).
 pub const MAX_PATH: usize = 4096;
 /// Bytes of a Unix socket's path: `sockaddr_un` less the terminator.
@@ -25,6 +23,6 @@ pub const MAX_DISK_SERIAL: usize = 20;
 /// Bytes of a kernel command line, without the terminator.
 pub const MAX_CMDLINE: usize = 0xffff;
 /// Default machine name.
-pub const DEFAULT_NAME: &str = "StratoVirt";
+pub const DEFAULT_NAME: Id = Id::fixed("StratoVirt");
 /// Default UUID.
 pub const NIL_UUID: &str = "00000000-0000-0000-0000-000000000000";

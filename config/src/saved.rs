@@ -17,7 +17,7 @@ use crate::{
     NicConfig, Occupancy, Tap, Thp, Topology, limits,
     places::{DISK, NIC, Place, VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP, VirtioSlot},
     slots::{SlotCounts, SlotsError, Wanted},
-    types::{self, CpuCount, DiskIops, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
+    types::{CpuCount, DiskIops, Id, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
 };
 
 /// The configuration of a saved machine. Everything in it is within its limits.
@@ -94,7 +94,7 @@ impl Description {
         });
         let others = config.devices.iter().map(|device| {
             let facts = device.facts();
-            (facts.iothread().map(str::to_owned), facts.saved())
+            (facts.iothread().cloned(), facts.saved())
         });
         // In the builder's order.
         let contents = disks.chain(nics).chain(others);
@@ -105,7 +105,7 @@ impl Description {
                 address: Hex(at.address.into()),
                 interrupt: at.irq,
                 queue_sizes: queue_sizes.unwrap_or_default(),
-                iothread,
+                iothread: iothread.map(String::from),
                 contents,
             }
         });
@@ -141,8 +141,8 @@ impl TryFrom<&saved::Config> for Description {
                     config.nics.push(shape);
                 }
                 other => {
-                    let iothread = slot.iothread.as_deref();
-                    config.devices.extend(DeviceConfig::restored(other, iothread)?);
+                    let iothread = iothread(slot)?;
+                    config.devices.extend(DeviceConfig::restored(other, iothread.as_ref())?);
                 }
             }
         }
@@ -222,7 +222,7 @@ fn disk_shape(slot: &saved::Slot) -> Result<DiskConfig, DescriptionError> {
     let queues = checked("queues of a disk", queues)?;
     let queue_size = checked("queue size of a disk", queue_size)?;
     Ok(DiskConfig {
-        id: slot.id.clone(),
+        id: checked("slot", slot.id.clone())?,
         path: PathBuf::new(),
         readonly: false,
         direct: false,
@@ -233,7 +233,7 @@ fn disk_shape(slot: &saved::Slot) -> Result<DiskConfig, DescriptionError> {
         bps: None,
         queues,
         queue_size,
-        iothread: slot.iothread.clone(),
+        iothread: iothread(slot)?,
         backend: None,
         probe: false,
         expect: Expect::Saved,
@@ -250,16 +250,20 @@ fn nic_shape(slot: &saved::Slot) -> Result<NicConfig, DescriptionError> {
     let queue_pairs = checked("queue pairs of a NIC", queues / 2)?;
     let queue_size = checked("queue size of a NIC", queue_size)?;
     Ok(NicConfig {
-        id: slot.id.clone(),
+        id: checked("slot", slot.id.clone())?,
         tap: Tap::Fds(Vec::new()),
         mac: None,
         queue_pairs,
         queue_size,
         pps: None,
         bps: None,
-        iothread: slot.iothread.clone(),
+        iothread: iothread(slot)?,
         backend: None,
     })
+}
+
+fn iothread(slot: &saved::Slot) -> Result<Option<Id>, DescriptionError> {
+    slot.iothread.clone().map(|id| checked("I/O thread", id)).transpose()
 }
 
 /// The number of queues, and their size, which must be the same for all.
@@ -281,19 +285,8 @@ where
     V: Clone + fmt::Display,
     T: TryFrom<V, Error = ValueError>,
 {
-    let limit = |source| DescriptionError::Limit { what, value: value.to_string(), source };
+    let limit = |source| DescriptionError::Limit { what, value: format!("{value:.99}"), source };
     T::try_from(value.clone()).map_err(limit)
-}
-
-/// Check that `ids` are valid ids, or names.
-pub(crate) fn check_ids<'a>(
-    what: &'static str,
-    ids: impl IntoIterator<Item = &'a str>,
-) -> Result<(), DescriptionError> {
-    ids.into_iter().try_for_each(|id| {
-        let limit = |source| DescriptionError::Limit { what, value: format!("{id:.99}"), source };
-        types::text(id, limits::MAX_ID).map(drop).map_err(limit)
-    })
 }
 
 /// Convert `rate`, a limit per second; `None` means unlimited.
@@ -311,21 +304,19 @@ fn save_machine(config: &MachineConfig) -> saved::Machine {
     let MemoryConfig { size, shared, path, prealloc, dump, thp: _ } = config.memory.clone();
     let BootConfig { kernel, initrd, cmdline } = config.boot.clone();
     saved::Machine {
-        name: config.name.clone(),
+        name: config.name.clone().into(),
         uuid: config.uuid.clone(),
         vcpus: config.cpus.get(),
         topology: saved::Topology { sockets, dies, clusters, cores, threads },
         memory: saved::Memory { size: size.bytes(), shared, path, prealloc, dump },
         boot: saved::Boot { kernel, initrd, cmdline },
-        iothreads: config.iothreads.clone(),
+        iothreads: config.iothreads.iter().cloned().map(String::from).collect(),
         serial: config.serial.clone().map(save_char),
     }
 }
 
 /// The machine, without its slots yet.
 fn restore_machine(from: &saved::Machine) -> Result<MachineConfig, DescriptionError> {
-    check_ids("name", [from.name.as_str()])?;
-    check_ids("I/O thread", from.iothreads.iter().map(String::as_str))?;
     let cpus = checked("vCPUs", from.vcpus)?;
     let saved::Topology { sockets, dies, clusters, cores, threads } = from.topology;
     let product: u64 = [sockets, dies, clusters, cores, threads].map(u64::from).iter().product();
@@ -338,16 +329,17 @@ fn restore_machine(from: &saved::Machine) -> Result<MachineConfig, DescriptionEr
     let saved::Memory { size, shared, path, prealloc, dump } = from.memory.clone();
     let size = MemorySize::try_from(size)?;
     let saved::Boot { kernel, initrd, cmdline } = from.boot.clone();
+    let iothreads = from.iothreads.iter().map(|id| checked("I/O thread", id.clone()));
     let none = Wanted { disk_slots: Some(0), nic_slots: Some(0), ..Wanted::default() };
     Ok(MachineConfig {
-        name: from.name.clone(),
+        name: checked("name", from.name.clone())?,
         uuid: from.uuid.clone(),
         cpus,
         topology: Topology { sockets, dies, clusters, cores, threads },
         memory: MemoryConfig { size, shared, path, prealloc, dump, thp: Thp::default() },
         boot: BootConfig { kernel, initrd, cmdline },
         slots: SlotCounts::try_from(none)?,
-        iothreads: from.iothreads.clone(),
+        iothreads: iothreads.collect::<Result<_, _>>()?,
         serial: from.serial.clone().map(restore_char),
         disks: Vec::new(),
         nics: Vec::new(),
@@ -362,7 +354,7 @@ fn save_disk(disk: DiskConfig, size: u64) -> saved::Disk {
         Aio::IoUring => saved::Aio::IoUring,
         Aio::Off => saved::Aio::Off,
     };
-    let (backend, kept) = (disk.backend, None);
+    let (id, backend, kept) = (id.into(), disk.backend.map(String::from), None);
     let (iops, bps) = (iops.map(DiskIops::get), bps.map(PerSecond::get));
     saved::Disk { id, backend, path, size, readonly, direct, aio, discard, serial, iops, bps, kept }
 }
@@ -377,7 +369,8 @@ fn restore_disk(disk: &saved::Disk, shape: &DiskConfig) -> Result<DiskConfig, De
         saved::Aio::Off => Aio::Off,
     };
     let (queues, queue_size, iothread) = (shape.queues, shape.queue_size, shape.iothread.clone());
-    check_ids("disk", [id.as_str()].into_iter().chain(backend.as_deref()))?;
+    let id = checked("disk", id)?;
+    let backend = backend.map(|name| checked("disk", name)).transpose()?;
     let iops = rate("requests per second of a disk", iops)?;
     let bps = rate("bytes per second of a disk", bps)?;
     Ok(DiskConfig {
@@ -407,7 +400,8 @@ fn save_nic(nic: NicConfig) -> saved::Nic {
         Tap::Fds(numbers) => saved::Tap::Fds(numbers),
     };
     let (pps, bps) = (pps.map(PerSecond::get), bps.map(PerSecond::get));
-    saved::Nic { id, backend, tap, mac: mac.map(HexArray), pps, bps }
+    let backend = backend.map(String::from);
+    saved::Nic { id: id.into(), backend, tap, mac: mac.map(HexArray), pps, bps }
 }
 
 /// `nic` with the queues of its slot.
@@ -418,7 +412,8 @@ fn restore_nic(nic: &saved::Nic, shape: &NicConfig) -> Result<NicConfig, Descrip
         saved::Tap::Fds(numbers) => Tap::Fds(numbers),
     };
     let mac = mac.map(|mac| mac.0);
-    check_ids("NIC", [id.as_str()].into_iter().chain(backend.as_deref()))?;
+    let id = checked("NIC", id)?;
+    let backend = backend.map(|name| checked("NIC", name)).transpose()?;
     let pps = rate("packets per second of a NIC", pps)?;
     let bps = rate("bytes per second of a NIC", bps)?;
     Ok(NicConfig { id, tap, mac, pps, bps, backend, ..shape.clone() })

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use crate::{
     cmdline, limits,
-    types::{self, MemorySize, NicQueuePairs},
+    types::{self, Id, MemorySize, NicQueuePairs, ValueError},
 };
 
 /// What is allowed, worded as the end of a sentence that names place and value.
@@ -27,8 +27,8 @@ pub fn cmdline(word: &str) -> Result<String, Rule> {
 }
 
 /// A name or id: 1 to 255 bytes.
-pub fn id(word: &str) -> Result<String, Rule> {
-    bounded(word, limits::MAX_ID)
+pub fn id(word: &str) -> Result<Id, Rule> {
+    word.parse().map_err(|e: ValueError| e.to_string())
 }
 
 /// A path: 1 to 4096 bytes.

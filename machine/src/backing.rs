@@ -51,7 +51,7 @@ impl Backing<'_> {
             queue_size: shape.map(|s| s.queue_size).unwrap_or_default().get(),
             on_error,
         };
-        let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.clone());
+        let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.to_string());
         let open = |config: &DiskConfig| match self {
             Self::Host { held: true, .. } => Disk::open(&config.path, &backends::options(config)),
             Self::Host { held: false, .. } => {
@@ -82,7 +82,7 @@ impl Backing<'_> {
         shape: Option<&NicConfig>,
         nic: Option<&NicConfig>,
     ) -> Result<net::Net, BuildError> {
-        let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.clone());
+        let id = nic.or(shape).map_or_else(|| format!("nic{slot}"), |n| n.id.to_string());
         let settings = net::NetSettings {
             mac: nic.or(shape).and_then(|n| n.mac),
             queue_pairs: shape.map(|s| s.queue_pairs).unwrap_or_default().get(),

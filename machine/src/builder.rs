@@ -1,6 +1,6 @@
 //! From configuration to machine.
 use std::{
-    io,
+    io, iter,
     path::PathBuf,
     sync::{Arc, atomic::AtomicU64},
     thread,
@@ -11,6 +11,7 @@ use config::{
     places::{self, Place},
     slots::{SlotCounts, SlotsError, Wanted},
     topology,
+    types::Id,
 };
 use devices::{
     Memory,
@@ -386,12 +387,12 @@ impl Parts {
 
 /// The default I/O thread first, then the configured ones.
 fn start_threads(
-    ids: &[String],
+    ids: &[Id],
     start: &ThreadStart,
 ) -> io::Result<Vec<(String, Arc<io_thread::Handle>)>> {
-    std::iter::once(&"io0".to_owned())
-        .chain(ids)
-        .map(|id| Ok((id.clone(), Arc::new(io_thread::Handle::spawn(id, start)?))))
+    iter::once("io0")
+        .chain(ids.iter().map(Id::as_str))
+        .map(|id| Ok((id.to_owned(), Arc::new(io_thread::Handle::spawn(id, start)?))))
         .collect()
 }
 
@@ -401,7 +402,7 @@ impl Threads<'_> {
     fn find_for(
         &self,
         what: &'static str,
-        owner: Option<(&String, &Option<String>)>,
+        owner: Option<(&Id, &Option<Id>)>,
     ) -> Result<Arc<io_thread::Handle>, BuildError> {
         match owner {
             Some((id, Some(iothread))) => self.find(what, id, Some(iothread)),
@@ -413,14 +414,14 @@ impl Threads<'_> {
         &self,
         what: &'static str,
         id: &str,
-        iothread: Option<&str>,
+        iothread: Option<&Id>,
     ) -> Result<Arc<io_thread::Handle>, BuildError> {
         let found = match iothread {
             None => self.0.first(),
-            Some(name) => self.0.iter().skip(1).find(|(id, _)| id == name),
+            Some(name) => self.0.iter().skip(1).find(|(id, _)| *name == *id),
         };
         found.map(|(_, thread)| thread.clone()).ok_or_else(|| {
-            let iothread = iothread.unwrap_or_default().to_owned();
+            let iothread = iothread.map_or_else(String::new, Id::to_string);
             BuildError::NoIoThread { what, id: id.into(), iothread }
         })
     }
@@ -438,7 +439,7 @@ pub(crate) fn explained(
         BuildError::Disk { id, source: DiskError::InUse { path, holder } } => {
             let mut before = occupied.disks.iter().take(slot).flatten();
             match before.find(|disk| backends::same_file(&disk.path, &path)) {
-                Some(disk) => BuildError::SameImage { id, other: disk.id.clone(), path },
+                Some(disk) => BuildError::SameImage { id, other: disk.id.to_string(), path },
                 None => BuildError::Disk { id, source: DiskError::InUse { path, holder } },
             }
         }

@@ -2,7 +2,7 @@
 //! and none of its memory. A save runs them, too, before it is complete.
 use std::sync::Arc;
 
-use config::Description;
+use config::{Description, types::Id};
 use devices::{reclaim::Reclaim, state::StateError};
 use state::{Section, Sections};
 
@@ -41,7 +41,7 @@ pub fn dry_restore(description: Description, sections: Sections) -> Result<Resto
     let memory = memory::addresses(made_of.config.memory.size)?;
     let window = Slots::window(made_of.places).map_err(BuildError::Window)?;
     let thread = Arc::new(io_thread::Handle::without_thread().map_err(BuildError::Thread)?);
-    let ids = std::iter::once("io0").chain(made_of.config.iothreads.iter().map(String::as_str));
+    let ids = std::iter::once("io0").chain(made_of.config.iothreads.iter().map(Id::as_str));
     let threads: Vec<_> = ids.map(|id| (id.to_owned(), thread.clone())).collect();
     let backing = Backing::Nothing(&description.disk_sizes);
     let reclaim: Arc<dyn Reclaim> = Arc::new(NoReclaim);

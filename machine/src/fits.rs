@@ -30,7 +30,7 @@ pub fn check_taps(description: &Description) -> Result<(), BuildError> {
     for nic in description.occupied.nics.iter().flatten() {
         if let TapConfig::Name(name) = &nic.tap {
             Tap::look(name.as_str(), nic.queue_pairs.get().into())
-                .map_err(|source| BuildError::Tap { id: nic.id.clone(), source })?;
+                .map_err(|source| BuildError::Tap { id: nic.id.to_string(), source })?;
         }
     }
     Ok(())

@@ -46,23 +46,23 @@ impl Backing<'_> {
             DeviceConfig::Balloon(config) => self.balloon(config, memory),
         };
         built.map_err(|source| {
-            let (kind, id) = (config.facts().slot(), config.facts().id().to_owned());
+            let (kind, id) = (config.facts().slot(), config.facts().id().to_string());
             BuildError::Device { kind, id, source }
         })
     }
 
     fn console(self, config: &ConsoleConfig) -> Result<Built, Failure> {
         let char = self.char(&config.backend)?;
-        let kept = Kept::Chars(config.id.clone(), Outside::of(&char));
-        Ok(Built { device: Box::new(Console::new(config.id.clone(), char)), kept })
+        let id = config.id.to_string();
+        let kept = Kept::Chars(id.clone(), Outside::of(&char));
+        Ok(Built { device: Box::new(Console::new(id, char)), kept })
     }
 
     fn rng(self, config: &RngConfig) -> Result<Built, Failure> {
+        let (id, bps) = (config.id.to_string(), config.bps.map(RngBps::get));
         let rng = match self {
-            Self::Host { .. } => {
-                Rng::new(config.id.clone(), &config.path, config.bps.map(RngBps::get))
-            }
-            Self::Nothing(_) => Rng::without_source(config.id.clone(), config.bps.map(RngBps::get)),
+            Self::Host { .. } => Rng::new(id, &config.path, bps),
+            Self::Nothing(_) => Rng::without_source(id, bps),
         };
         Ok(Built { device: Box::new(rng?), kept: Kept::Nothing })
     }
@@ -83,7 +83,7 @@ impl Backing<'_> {
             }
             Self::Nothing(_) => Box::new(|| ()),
         };
-        let balloon = Balloon::new(config.id.clone(), settings, memory.clone(), on_change)?;
+        let balloon = Balloon::new(config.id.to_string(), settings, memory.clone(), on_change)?;
         let kept = Kept::Balloon(balloon.control());
         Ok(Built { device: Box::new(balloon), kept })
     }

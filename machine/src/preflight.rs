@@ -72,7 +72,7 @@ pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
     for (slot, nic) in config.nics.iter().enumerate() {
         if matches!(nic.tap, Tap::Name(_)) || untouched.contains(nic) {
             faults.extend(backing.interface(slot, Some(nic), Some(nic)).err());
-        } else if part == Some(Part::Nic(nic.id.clone())) {
+        } else if part == Some(Part::Nic(nic.id.to_string())) {
             faults.extend(first.take());
         }
     }
@@ -95,7 +95,7 @@ pub fn preflight(config: &MachineConfig, first: BuildError) -> Vec<BuildError> {
 /// The NICs whose inherited descriptors are still open after a build that failed at `part`: a build
 /// takes them over NIC by NIC, after the disks.
 fn untouched<'a>(config: &'a MachineConfig, part: Option<&Part>) -> &'a [NicConfig] {
-    let failed = |nic: &NicConfig| part == Some(&Part::Nic(nic.id.clone()));
+    let failed = |nic: &NicConfig| part == Some(&Part::Nic(nic.id.to_string()));
     match part {
         Some(Part::Cpus | Part::MemorySize | Part::MemoryPath | Part::Serial | Part::Disk(_)) => {
             &config.nics

@@ -76,7 +76,7 @@ pub fn check_spots(
         let saved = transport.and_then(|transport| transport.device.read::<Disk>().ok());
         let Some(HexArray(seen)) = saved.and_then(|saved| saved.spot_check) else { continue };
         SpotCheck::verify(&disk.path, *size, id, &seen)
-            .map_err(|source| SpotCheckError { id: disk.id.clone(), source })?;
+            .map_err(|source| SpotCheckError { id: disk.id.to_string(), source })?;
     }
     Ok(())
 }

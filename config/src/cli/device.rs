@@ -46,7 +46,7 @@ pub(crate) fn device(draft: &mut Draft, f: &mut Fields) {
         Some(_) => {}
         None => unknown(f, &driver),
     }
-    let id = f.id("id").unwrap_or_default();
+    let id = f.id("id");
     let kind = match model {
         Some(model) => (model.make)(f),
         None => {

@@ -29,7 +29,7 @@ pub(crate) const KIND: Kind = Kind {
         form: ",drive=ID[,serial=TEXT][,iothread=ID][,num-queues=N][,queue-size=N]",
         make: |f| {
             f.require(&["drive"]);
-            let drive = f.id("drive").unwrap_or_default();
+            let drive = f.id("drive");
             DeviceKind::Blk { drive, front: front(f) }
         },
     }],

@@ -9,7 +9,7 @@ use super::process::How;
 use super::{Control, Log};
 use crate::incoming::Source;
 use crate::types::{
-    CpuCount, DiskIops, DiskQueueSize, DiskQueues, MemorySize, NicQueuePairs, NicQueueSize,
+    CpuCount, DiskIops, DiskQueueSize, DiskQueues, Id, MemorySize, NicQueuePairs, NicQueueSize,
     PerSecond, RngBps,
 };
 
@@ -20,7 +20,7 @@ pub(crate) struct Draft {
     /// Places of settings that occur once; each device has its own.
     pub(crate) places: Places,
 
-    pub(crate) name: Option<String>,
+    pub(crate) name: Option<Id>,
     pub(crate) uuid: Option<String>,
     pub(crate) smp: Option<(CpuCount, Topology)>,
     pub(crate) memory: Option<MemorySize>,
@@ -37,7 +37,7 @@ pub(crate) struct Draft {
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: Option<String>,
 
-    pub(crate) iothreads: Vec<(Place, String)>,
+    pub(crate) iothreads: Vec<(Place, Id)>,
     pub(crate) drives: Vec<Drive>,
     pub(crate) nets: Vec<Net>,
     pub(crate) chardevs: Vec<Chardev>,
@@ -51,7 +51,7 @@ pub(crate) struct Draft {
     /// `-machine none`.
     pub(crate) no_machine: bool,
     /// `-mon`: chardev ids.
-    pub(crate) monitors: Vec<(Place, String)>,
+    pub(crate) monitors: Vec<(Place, Id)>,
     pub(crate) pidfile: Option<PathBuf>,
     pub(crate) daemonize: bool,
     pub(crate) paused: bool,
@@ -75,7 +75,7 @@ impl Draft {
 #[derive(Debug)]
 pub(crate) struct Drive {
     pub(crate) place: Place,
-    pub(crate) id: String,
+    pub(crate) id: Id,
     pub(crate) path: PathBuf,
     pub(crate) readonly: bool,
     pub(crate) direct: bool,
@@ -92,7 +92,7 @@ pub(crate) struct Drive {
 #[derive(Debug, Default)]
 pub(crate) struct BlkFront {
     pub(crate) serial: Option<String>,
-    pub(crate) iothread: Option<String>,
+    pub(crate) iothread: Option<Id>,
     pub(crate) queues: Option<DiskQueues>,
     pub(crate) queue_size: Option<DiskQueueSize>,
 }
@@ -101,7 +101,7 @@ pub(crate) struct BlkFront {
 #[derive(Debug)]
 pub(crate) struct Net {
     pub(crate) place: Place,
-    pub(crate) id: String,
+    pub(crate) id: Id,
     pub(crate) tap: Tap,
     pub(crate) queues: Option<NicQueuePairs>,
     pub(crate) pps: Option<PerSecond>,
@@ -113,7 +113,7 @@ pub(crate) struct Net {
 #[derive(Debug, Default)]
 pub(crate) struct NetFront {
     pub(crate) mac: Option<[u8; 6]>,
-    pub(crate) iothread: Option<String>,
+    pub(crate) iothread: Option<Id>,
     pub(crate) mq: Option<bool>,
     pub(crate) queue_size: Option<NicQueueSize>,
 }
@@ -122,7 +122,7 @@ pub(crate) struct NetFront {
 #[derive(Debug)]
 pub(crate) struct Chardev {
     pub(crate) place: Place,
-    pub(crate) id: String,
+    pub(crate) id: Id,
     pub(crate) backend: CharBackend,
     /// The older form, `-chardev id=ID,path=PATH`, which is a console by itself.
     pub(crate) console: bool,
@@ -132,7 +132,7 @@ pub(crate) struct Chardev {
 #[derive(Debug)]
 pub(crate) struct RngSource {
     pub(crate) place: Place,
-    pub(crate) id: String,
+    pub(crate) id: Id,
     pub(crate) path: PathBuf,
 }
 
@@ -141,43 +141,43 @@ pub(crate) struct RngSource {
 pub(crate) enum Serial {
     Off,
     Backend(Place, CharBackend),
-    Chardev(Place, String),
+    Chardev(Place, Id),
 }
 
 /// `-device`.
 #[derive(Debug)]
 pub(crate) struct Device {
     pub(crate) place: Place,
-    /// Empty when missing: then it is reported, or generated.
-    pub(crate) id: String,
+    /// When missing, it is reported or generated.
+    pub(crate) id: Option<Id>,
     pub(crate) kind: DeviceKind,
 }
 
-/// The kind of a `-device` and the back-end that it names (empty when missing).
+/// The kind of a `-device` and the back-end that it names; a missing name was reported.
 #[derive(Debug)]
 pub(crate) enum DeviceKind {
     Blk {
-        drive: String,
+        drive: Option<Id>,
         front: BlkFront,
     },
     Net {
-        netdev: String,
+        netdev: Option<Id>,
         front: NetFront,
     },
     SerialBus {
-        iothread: Option<String>,
+        iothread: Option<Id>,
     },
     Console {
-        chardev: String,
+        chardev: Option<Id>,
     },
     Rng {
-        source: String,
+        source: Option<Id>,
         bps: Option<RngBps>,
     },
     /// One that names no back-end.
     Whole(DeviceConfig),
     /// Known and refused; the back-end that it names counts as used.
     Refused {
-        backends: Vec<String>,
+        backends: Vec<Id>,
     },
 }

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use super::problem::{Place, Problems, did_you_mean};
-use crate::types::{MemorySize, Rate, ValueError};
+use crate::types::{Id, MemorySize, Rate, ValueError};
 use crate::value::{self, Rule};
 
 /// A value as given.
@@ -116,7 +116,7 @@ impl Fields {
     }
 
     /// An id or name.
-    pub(crate) fn id(&mut self, key: &'static str) -> Option<String> {
+    pub(crate) fn id(&mut self, key: &'static str) -> Option<Id> {
         self.text(key, value::id)
     }
 

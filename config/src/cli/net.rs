@@ -30,7 +30,7 @@ pub(crate) const KIND: Kind = Kind {
         form: ",netdev=ID[,mac=MAC][,iothread=ID][,mq=on|off][,queue-size=N]",
         make: |f| {
             f.require(&["netdev"]);
-            let netdev = f.id("netdev").unwrap_or_default();
+            let netdev = f.id("netdev");
             DeviceKind::Net { netdev, front: front(f) }
         },
     }],

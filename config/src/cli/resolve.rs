@@ -2,7 +2,7 @@
 //!
 //! A `-drive` or `-netdev` that no `-device` names is a device by itself, as in the first
 //! StratoVirt; one that is named is the back-end of that device, as in the second.
-use std::collections::HashSet;
+use std::{collections::HashSet, iter};
 
 use crate::slots::{SlotCounts, SlotsError, Wanted};
 use crate::{BootConfig, DeviceConfig, MachineConfig, MemoryConfig, Topology, limits};
@@ -13,7 +13,7 @@ use super::problem::{Place, Places, Problems};
 use super::process::How;
 use super::{Invocation, Log};
 use crate::incoming::{Incoming, Overrides};
-use crate::types::CpuCount;
+use crate::types::{CpuCount, Id};
 
 mod chars;
 mod virtio;
@@ -80,7 +80,7 @@ pub(crate) fn resolve(draft: Draft) -> Result<Invocation, Problems> {
     });
     let (cpus, topology) = draft.smp.unwrap_or((CpuCount::MIN, ONE_CPU));
     let machine = MachineConfig {
-        name: draft.name.unwrap_or_else(|| limits::DEFAULT_NAME.to_owned()),
+        name: draft.name.unwrap_or(limits::DEFAULT_NAME),
         uuid: draft.uuid.unwrap_or_else(|| limits::NIL_UUID.to_owned()),
         cpus,
         topology,
@@ -128,9 +128,9 @@ pub(crate) struct Resolver {
     places: Places,
     pub(crate) warnings: Vec<String>,
     /// Chardevs that are used.
-    pub(crate) used: HashSet<String>,
+    pub(crate) used: HashSet<Id>,
     /// Ids of the devices.
-    devices: HashSet<String>,
+    devices: HashSet<Id>,
 }
 
 impl Resolver {
@@ -142,7 +142,7 @@ impl Resolver {
         let objects = d.rng_sources.iter().map(|x| (&x.place, &x.id));
         let objects = d.iothreads.iter().map(|(place, id)| (place, id)).chain(objects);
         self.unique("object", objects);
-        let named = d.devices.iter().filter(|x| !x.id.is_empty()).map(|x| (&x.place, &x.id));
+        let named = d.devices.iter().filter_map(|x| Some((&x.place, x.id.as_ref()?)));
         self.unique("device", named.clone());
         self.devices = named.map(|(_, id)| id.clone()).collect();
         if let Some((place, _)) = d.iothreads.get(limits::MAX_IOTHREADS) {
@@ -151,7 +151,7 @@ impl Resolver {
         }
     }
 
-    fn unique<'a>(&mut self, kind: &str, ids: impl Iterator<Item = (&'a Place, &'a String)>) {
+    fn unique<'a>(&mut self, kind: &str, ids: impl Iterator<Item = (&'a Place, &'a Id)>) {
         let mut seen = HashSet::new();
         for (place, id) in ids {
             if !seen.insert(id) {
@@ -162,31 +162,28 @@ impl Resolver {
     }
 
     /// A device without a `-device` has its back-end's id, which no other device may have.
-    fn claim_id(&mut self, place: &Place, id: &str) {
-        if !self.devices.insert(id.to_owned()) {
+    fn claim_id(&mut self, place: &Place, id: &Id) {
+        if !self.devices.insert(id.clone()) {
             let rule = format!("Input id '{id}' for device repeat: another device has it");
             self.problems.add(place, rule);
         }
     }
 
     /// An id that no device has: `word`, with zeros appended if needed.
-    pub(crate) fn fresh_id(&self, word: &str) -> String {
-        let mut id = word.to_owned();
-        while self.devices.contains(&id) {
-            id.push('0');
-        }
-        id
+    pub(crate) fn fresh_id(&self, word: &Id) -> Id {
+        let longer = |id: &Id| format!("{id}0").parse().ok();
+        let mut ids = iter::successors(Some(word.clone()), longer);
+        // There is one: a machine has fewer slots than an id has bytes.
+        ids.find(|id| !self.devices.contains(id)).unwrap_or_else(|| word.clone())
     }
 
     pub(crate) fn missing(&mut self, place: &Place, key: &str, kind: &str, id: &str) {
-        if !id.is_empty() {
-            self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
-        }
+        self.problems.add_value(&place.key(key), id, format!("no -{kind} has this id"));
     }
 
-    pub(crate) fn check_iothread(&mut self, d: &Draft, place: &Place, id: Option<&str>) {
-        if let Some(id) = id.filter(|id| !d.iothreads.iter().any(|(_, known)| known == id)) {
-            let known: Vec<_> = d.iothreads.iter().map(|(_, id)| id.as_str()).collect();
+    pub(crate) fn check_iothread(&mut self, d: &Draft, place: &Place, id: Option<&Id>) {
+        if let Some(id) = id.filter(|id| !d.iothreads.iter().any(|(_, known)| known == *id)) {
+            let known: Vec<&str> = d.iothreads.iter().map(|(_, id)| &**id).collect();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
             let rule = format!("no I/O thread has this id; there are: {known}");
             self.problems.add_value(&place.key("iothread"), id, rule);
@@ -211,18 +208,17 @@ impl Resolver {
         None
     }
 
-    /// The devices of one kind that one flag or section defines completely; `word` is the id for
-    /// one without.
-    pub(crate) fn whole(&self, d: &Draft, word: &str, is: fn(&DeviceConfig) -> bool) -> Vec<Found> {
+    /// The devices of one kind that one flag or section defines completely.
+    pub(crate) fn whole(&self, d: &Draft, is: fn(&DeviceConfig) -> bool) -> Vec<Found> {
         let models = d.devices.iter().filter_map(|device| match &device.kind {
-            DeviceKind::Whole(whole) => Some((&device.place, whole, device.id.as_str())),
+            DeviceKind::Whole(whole) => Some((&device.place, whole, device.id.as_ref())),
             _ => None,
         });
-        let said = d.whole.iter().map(|(place, device)| (place, device, ""));
+        let said = d.whole.iter().map(|(place, device)| (place, device, None));
         let all = models.chain(said).filter(|(_, device, _)| is(device));
         let found = all.map(|(place, device, id)| {
             let mut device = device.clone();
-            device.set_id(if id.is_empty() { self.fresh_id(word) } else { id.to_owned() });
+            device.set_id(id.cloned().unwrap_or_else(|| self.fresh_id(device.facts().id())));
             Found { place: place.clone(), said: place.clone(), device }
         });
         found.collect()

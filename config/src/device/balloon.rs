@@ -2,18 +2,25 @@
 use state::config as saved;
 
 use super::{DeviceConfig, Differs, Facts};
-use crate::cli::{
-    draft::{DeviceKind, Draft},
-    fields::Fields,
-    kinds::{Kind, Model, Section},
-    table::{Group, Shape, flag},
+use crate::{
+    cli::{
+        draft::{DeviceKind, Draft},
+        fields::Fields,
+        kinds::{Kind, Model, Section},
+        table::{Group, Shape, flag},
+    },
+    saved::{DescriptionError, checked},
+    types::Id,
 };
+
+/// Where none is given.
+const DEFAULT_ID: Id = Id::fixed("balloon0");
 
 /// A memory balloon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BalloonConfig {
     /// Id, unique among all devices.
-    pub id: String,
+    pub id: Id,
     /// The guest deflates it rather than run out of memory.
     pub deflate_on_oom: bool,
     /// The guest reports the pages that it has freed.
@@ -29,20 +36,24 @@ impl Facts for BalloonConfig {
         "-balloon"
     }
 
-    fn id(&self) -> &str {
+    fn id(&self) -> &Id {
         &self.id
     }
 
     fn saved(&self) -> saved::Contents {
         let Self { id, deflate_on_oom, free_page_reporting } = self.clone();
-        saved::Contents::Balloon(saved::Balloon { id, deflate_on_oom, free_page_reporting })
+        saved::Contents::Balloon(saved::Balloon {
+            id: id.into(),
+            deflate_on_oom,
+            free_page_reporting,
+        })
     }
 }
 
 impl BalloonConfig {
-    pub(super) fn restored(saved: &saved::Balloon) -> Self {
+    pub(super) fn restored(saved: &saved::Balloon) -> Result<Self, DescriptionError> {
         let saved::Balloon { id, deflate_on_oom, free_page_reporting } = saved.clone();
-        Self { id, deflate_on_oom, free_page_reporting }
+        Ok(Self { id: checked("balloon", id)?, deflate_on_oom, free_page_reporting })
     }
 
     /// Only equal settings: the guest has seen them.
@@ -86,8 +97,7 @@ pub(crate) const KIND: Kind = Kind {
         },
     }],
     resolve: |r, draft, devices| {
-        let balloons =
-            r.whole(draft, "balloon0", |device| matches!(device, DeviceConfig::Balloon(_)));
+        let balloons = r.whole(draft, |device| matches!(device, DeviceConfig::Balloon(_)));
         let rule =
             "there can be one virtio-balloon (-device virtio-balloon-device, -balloon, balloon)";
         devices.others.extend(r.only_one(balloons, rule));
@@ -113,7 +123,7 @@ fn read(
     free_page_reporting: &'static str,
 ) -> BalloonConfig {
     BalloonConfig {
-        id: String::new(),
+        id: DEFAULT_ID,
         deflate_on_oom: f.boolean(deflate_on_oom).unwrap_or(false),
         free_page_reporting: f.boolean(free_page_reporting).unwrap_or(false),
     }

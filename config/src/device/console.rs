@@ -12,18 +12,19 @@ use crate::{
         problem::Place,
         resolve::{Found, Resolver},
     },
-    saved::{restore_char, save_char},
+    saved::{DescriptionError, checked, restore_char, save_char},
+    types::Id,
 };
 
 /// virtio-console with one port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsoleConfig {
     /// Its character device's id, the label in `query-chardev`.
-    pub id: String,
+    pub id: Id,
     /// Its character back-end.
     pub backend: CharBackend,
     /// Which I/O thread; `None`: the default one.
-    pub iothread: Option<String>,
+    pub iothread: Option<Id>,
 }
 
 impl Facts for ConsoleConfig {
@@ -35,12 +36,12 @@ impl Facts for ConsoleConfig {
         "-chardev"
     }
 
-    fn id(&self) -> &str {
+    fn id(&self) -> &Id {
         &self.id
     }
 
-    fn iothread(&self) -> Option<&str> {
-        self.iothread.as_deref()
+    fn iothread(&self) -> Option<&Id> {
+        self.iothread.as_ref()
     }
 
     fn chars(&self) -> Option<&CharBackend> {
@@ -49,14 +50,18 @@ impl Facts for ConsoleConfig {
 
     fn saved(&self) -> saved::Contents {
         let backend = save_char(self.backend.clone());
-        saved::Contents::Console(saved::Console { id: self.id.clone(), backend })
+        saved::Contents::Console(saved::Console { id: self.id.clone().into(), backend })
     }
 }
 
 impl ConsoleConfig {
-    pub(super) fn restored(saved: &saved::Console, iothread: Option<&str>) -> Self {
+    pub(super) fn restored(
+        saved: &saved::Console,
+        iothread: Option<&Id>,
+    ) -> Result<Self, DescriptionError> {
         let saved::Console { id, backend } = saved.clone();
-        Self { id, backend: restore_char(backend), iothread: iothread.map(str::to_owned) }
+        let (id, backend) = (checked("console", id)?, restore_char(backend));
+        Ok(Self { id, backend, iothread: iothread.cloned() })
     }
 
     pub(super) fn replace(&mut self, wanted: &Self) {
@@ -88,7 +93,7 @@ pub(crate) const KIND: Kind = Kind {
             make: |f| {
                 f.require(&["chardev"]);
                 let _ = f.number("nr", 0..=0u32);
-                DeviceKind::Console { chardev: f.id("chardev").unwrap_or_default() }
+                DeviceKind::Console { chardev: f.id("chardev") }
             },
         },
     ],
@@ -104,11 +109,13 @@ fn resolve(r: &mut Resolver, d: &Draft) -> Vec<Found> {
     for device in &d.devices {
         match &device.kind {
             DeviceKind::SerialBus { iothread } => {
-                r.check_iothread(d, &device.place, iothread.as_deref());
+                r.check_iothread(d, &device.place, iothread.as_ref());
                 buses.push((&device.place, iothread.clone()));
             }
             DeviceKind::Console { chardev } => {
-                if let Some(backend) = r.chardev(d, &device.place, chardev) {
+                if let Some(chardev) = chardev
+                    && let Some(backend) = r.chardev(d, &device.place, chardev)
+                {
                     let console = ConsoleConfig { id: chardev.clone(), backend, iothread: None };
                     consoles.push((&device.place, console));
                 }
@@ -131,7 +138,7 @@ fn resolve(r: &mut Resolver, d: &Draft) -> Vec<Found> {
         console.iothread.clone_from(iothread);
     }
     // Used by -serial or -mon: not a console of its own.
-    let elsewhere: Vec<&String> = d
+    let elsewhere: Vec<&Id> = d
         .monitors
         .iter()
         .map(|(_, id)| id)

@@ -8,10 +8,7 @@ use std::path::Path;
 
 use state::config as saved;
 
-use crate::{
-    CharBackend, Part,
-    saved::{DescriptionError, check_ids},
-};
+use crate::{CharBackend, Part, saved::DescriptionError, types::Id};
 
 pub mod balloon;
 pub mod console;
@@ -37,9 +34,9 @@ pub trait Facts {
     /// The flag that overrides it for a restored machine.
     fn flag(&self) -> &'static str;
     /// Its id, unique among all devices.
-    fn id(&self) -> &str;
+    fn id(&self) -> &Id;
     /// Its I/O thread; `None`: the default one.
-    fn iothread(&self) -> Option<&str> {
+    fn iothread(&self) -> Option<&Id> {
         None
     }
     /// The host file that it needs at the start, if any.
@@ -85,25 +82,20 @@ impl DeviceConfig {
     /// When it is outside of its limits.
     pub(crate) fn restored(
         contents: &saved::Contents,
-        iothread: Option<&str>,
+        iothread: Option<&Id>,
     ) -> Result<Option<Self>, DescriptionError> {
-        let device = match contents {
+        Ok(Some(match contents {
             saved::Contents::Disk(_) | saved::Contents::Nic(_) => return Ok(None),
             saved::Contents::Console(saved) => {
-                Self::Console(ConsoleConfig::restored(saved, iothread))
+                Self::Console(ConsoleConfig::restored(saved, iothread)?)
             }
             saved::Contents::Rng(saved) => Self::Rng(RngConfig::restored(saved)?),
-            saved::Contents::Balloon(saved) => Self::Balloon(BalloonConfig::restored(saved)),
-        };
-        check_ids(device.facts().slot(), [device.facts().id()])?;
-        Ok(Some(device))
+            saved::Contents::Balloon(saved) => Self::Balloon(BalloonConfig::restored(saved)?),
+        }))
     }
 
     /// Take from `wanted` the settings that may differ for a restored device; `None` when `wanted`
-    /// is of another kind.
-    ///
-    /// When the guest would notice the change.
-    /// When the guest would notice.
+    /// is of another kind, an error when the guest would notice the change.
     pub fn replace(&mut self, wanted: &Self) -> Option<Result<(), Differs>> {
         match (self, wanted) {
             (Self::Console(saved), Self::Console(wanted)) => saved.replace(wanted),
@@ -115,7 +107,7 @@ impl DeviceConfig {
     }
 
     /// Give it this id.
-    pub(crate) fn set_id(&mut self, id: String) {
+    pub(crate) fn set_id(&mut self, id: Id) {
         match self {
             Self::Console(console) => console.id = id,
             Self::Rng(rng) => rng.id = id,

@@ -14,14 +14,17 @@ use crate::{
         table::{Era, Group, Shape, flag},
     },
     saved::{DescriptionError, checked},
-    types::RngBps,
+    types::{Id, RngBps},
 };
+
+/// Where none is given.
+const DEFAULT_ID: Id = Id::fixed("rng0");
 
 /// virtio-rng.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RngConfig {
     /// Id, unique among all devices.
-    pub id: String,
+    pub id: Id,
     /// Source of randomness.
     pub path: PathBuf,
     /// Bytes per second; `None`: unlimited.
@@ -37,7 +40,7 @@ impl Facts for RngConfig {
         "-rng"
     }
 
-    fn id(&self) -> &str {
+    fn id(&self) -> &Id {
         &self.id
     }
 
@@ -47,7 +50,7 @@ impl Facts for RngConfig {
 
     fn saved(&self) -> saved::Contents {
         let Self { id, path, bps } = self.clone();
-        saved::Contents::Rng(saved::Rng { id, path, bps: bps.map(RngBps::get) })
+        saved::Contents::Rng(saved::Rng { id: id.into(), path, bps: bps.map(RngBps::get) })
     }
 }
 
@@ -55,7 +58,7 @@ impl RngConfig {
     pub(super) fn restored(saved: &saved::Rng) -> Result<Self, DescriptionError> {
         let saved::Rng { id, path, bps } = saved.clone();
         let limit = |bps| checked("bytes per second of the rng", bps);
-        Ok(Self { id, path, bps: bps.map(limit).transpose()? })
+        Ok(Self { id: checked("rng", id)?, path, bps: bps.map(limit).transpose()? })
     }
 
     pub(super) fn replace(&mut self, wanted: &Self) {
@@ -93,7 +96,7 @@ fn rng(draft: &mut Draft, f: &mut Fields) {
     f.require(&["random_file"]);
     let bps = f.parsed("bytes_per_sec");
     if let Some(path) = f.path("random_file") {
-        let rng = RngConfig { id: String::new(), path, bps };
+        let rng = RngConfig { id: DEFAULT_ID, path, bps };
         draft.say(f.place().key("random_file"), DeviceConfig::Rng(rng));
     }
 }
@@ -101,7 +104,7 @@ fn rng(draft: &mut Draft, f: &mut Fields) {
 /// `max-bytes` per `period` milliseconds, both or neither.
 fn model(f: &mut Fields) -> DeviceKind {
     f.require(&["rng"]);
-    let source = f.id("rng").unwrap_or_default();
+    let source = f.id("rng");
     let (most, period) =
         (f.number("max-bytes", 1..=u64::MAX), f.number("period", 1..=u64::from(u32::MAX)));
     if f.has("max-bytes") != f.has("period") {
@@ -118,13 +121,10 @@ fn model(f: &mut Fields) -> DeviceKind {
 fn resolve(r: &mut Resolver, d: &Draft) -> Vec<Found> {
     let mut rngs = vec![];
     for device in &d.devices {
-        let DeviceKind::Rng { source, bps } = &device.kind else { continue };
+        let DeviceKind::Rng { source: Some(source), bps } = &device.kind else { continue };
         match d.rng_sources.iter().find(|known| known.id == *source) {
             Some(found) => {
-                let id = match device.id.as_str() {
-                    "" => r.fresh_id("rng0"),
-                    id => id.to_owned(),
-                };
+                let id = device.id.clone().unwrap_or_else(|| r.fresh_id(&DEFAULT_ID));
                 let rng = RngConfig { id, path: found.path.clone(), bps: *bps };
                 let (place, said) = (device.place.clone(), found.place.key("filename"));
                 rngs.push(Found { place, said, device: DeviceConfig::Rng(rng) });
@@ -132,6 +132,6 @@ fn resolve(r: &mut Resolver, d: &Draft) -> Vec<Found> {
             None => r.missing(&device.place, "rng", "object rng-random", source),
         }
     }
-    rngs.extend(r.whole(d, "rng0", |device| matches!(device, DeviceConfig::Rng(_))));
+    rngs.extend(r.whole(d, |device| matches!(device, DeviceConfig::Rng(_))));
     rngs
 }

@@ -1,6 +1,7 @@
 //! A bay: the slots for one kind of device, and the back-ends that wait for one of them.
 use std::{collections::BTreeMap, iter};
 
+use config::types::Id;
 use devices::virtio::VirtioDevice;
 
 use super::PlugError;
@@ -32,8 +33,8 @@ pub(super) trait Kind: Sized {
     fn id(config: &Self::Config) -> &str;
     /// The back-end's name: the id, if it has none of its own.
     fn backend_name(config: &Self::Config) -> &str;
-    /// Name the device, and its back-end if that is called differently.
-    fn rename(config: &mut Self::Config, id: &str, backend: Option<String>);
+    /// Name the device `id`; its back-end, from which it had its name, keeps that.
+    fn rename(config: &mut Self::Config, id: Id);
     /// The device is gone: keep what belongs to the back-end, if that has a name of its own. False
     /// if it has none, and goes with its device.
     fn detach(config: &mut Self::Config) -> bool;

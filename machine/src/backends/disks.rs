@@ -1,14 +1,14 @@
 //! Disks in their bay.
 use std::{
-    fs,
+    fs, mem,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Weak, atomic::Ordering},
 };
 
 use config::{
-    DiskConfig,
-    types::{DiskIops, PerSecond},
+    DiskConfig, separate,
+    types::{DiskIops, Id, PerSecond},
 };
 use devices::{
     backend::{
@@ -85,8 +85,9 @@ impl Kind for Disks {
         config.backend()
     }
 
-    fn rename(config: &mut DiskConfig, id: &str, backend: Option<String>) {
-        (config.id, config.backend) = (id.to_owned(), backend);
+    fn rename(config: &mut DiskConfig, id: Id) {
+        let backend = mem::replace(&mut config.id, id);
+        config.backend = separate(backend, &config.id);
     }
 
     fn detach(config: &mut DiskConfig) -> bool {
@@ -182,7 +183,7 @@ pub(crate) fn options(config: &DiskConfig) -> OpenOptions {
 /// An open disk with the limits of `config`.
 pub(crate) fn limited(disk: Arc<Disk>, config: &DiskConfig) -> blk::Backend {
     blk::Backend {
-        name: Some(config.id.clone()),
+        name: Some(config.id.to_string()),
         disk,
         serial: config.serial.clone().unwrap_or_default(),
         ops_per_second: config.iops.map(DiskIops::get),
@@ -237,7 +238,7 @@ impl Machine {
     /// When there is none.
     pub fn disk_shape(&self, slot: usize) -> Result<Shape, PlugError> {
         let start = self.config.disks.get(slot);
-        self.shape::<Disks>(slot, start.and_then(|disk| disk.iothread.as_deref()))
+        self.shape::<Disks>(slot, start.and_then(|disk| disk.iothread.as_ref()))
     }
 
     /// Logical and physical block size in bytes of the waiting disk `backend`.
@@ -263,7 +264,7 @@ impl Machine {
         let writable = self.backends.disks.occupied().filter(|disk| !disk.config.readonly);
         writable
             .filter_map(|Occupied { config, status, .. }| {
-                Some((config.id.clone(), status.image.upgrade()?))
+                Some((config.id.to_string(), status.image.upgrade()?))
             })
             .collect()
     }
@@ -274,7 +275,7 @@ impl Machine {
         let bay = &self.backends.disks;
         let waiting = bay.waiting().values().map(|disk| &disk.config);
         let all = bay.occupied().map(|disk| disk.config).chain(waiting);
-        all.map(|config| (config.path.clone(), config.id.clone())).collect()
+        all.map(|config| (config.path.clone(), config.id.to_string())).collect()
     }
 
     /// Release the disks that have no requests in flight, for a machine that was stopped for good;
@@ -333,7 +334,7 @@ impl Machine {
     /// back-end is then closed.
     pub fn plug_disk(
         &mut self,
-        id: &str,
+        id: &Id,
         backend: &str,
         slot: usize,
         serial: Option<String>,

@@ -10,7 +10,7 @@ mod tests;
 
 use std::{io, path::PathBuf};
 
-use config::{Occupancy, separate};
+use config::{Occupancy, types::Id};
 use devices::{
     backend::{disk::DiskError, net::tap::TapError},
     virtio::{
@@ -88,7 +88,7 @@ pub struct Shape {
     /// Descriptors of each queue.
     pub queue_sizes: Vec<u16>,
     /// The I/O thread by its configured name; `None`: the default one.
-    pub iothread: Option<String>,
+    pub iothread: Option<Id>,
 }
 
 /// The bays, one per kind.
@@ -127,7 +127,7 @@ impl Machine {
     /// Whether a device or back-end has this name.
     fn knows(&self, name: &str) -> bool {
         let mut others = self.config.devices.iter();
-        self.backends.knows(name) || others.any(|device| device.facts().id() == name)
+        self.backends.knows(name) || others.any(|device| *device.facts().id() == *name)
     }
 
     /// Check the id of a new device: it must be its back-end's name, or unused.
@@ -146,10 +146,10 @@ impl Machine {
         K::bay(&self.backends).has_room()
     }
 
-    fn shape<K: Kind>(&self, slot: usize, iothread: Option<&str>) -> Result<Shape, PlugError> {
+    fn shape<K: Kind>(&self, slot: usize, iothread: Option<&Id>) -> Result<Shape, PlugError> {
         let (index, _) = K::bay(&self.backends).locate(slot)?;
         let queue_sizes = self.slots.queue_sizes(index).to_vec();
-        Ok(Shape { queue_sizes, iothread: iothread.map(str::to_owned) })
+        Ok(Shape { queue_sizes, iothread: iothread.cloned() })
     }
 
     /// Change the device in slot `slot` of a kind, as [`Machine::change`] does.
@@ -172,7 +172,7 @@ impl Machine {
     /// back-end is then closed.
     fn plug<K: Kind>(
         &mut self,
-        id: &str,
+        id: &Id,
         backend: &str,
         slot: usize,
         edit: impl FnOnce(&mut K::Config),
@@ -185,7 +185,7 @@ impl Machine {
             }
             let Some(Open { mut config, backend: open }) = waiting.take() else { return Ok(None) };
             edit(&mut config);
-            K::rename(&mut config, id, separate(backend, id));
+            K::rename(&mut config, id.clone());
             K::plug(device, &config, open)?;
             Ok::<_, PlugError>(Some((config, K::status(device))))
         });

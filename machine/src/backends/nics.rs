@@ -1,7 +1,7 @@
 //! NICs in their bay.
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Instant};
+use std::{io, mem, os::fd::OwnedFd, sync::Arc, time::Instant};
 
-use config::{NicConfig, Tap as TapConfig};
+use config::{NicConfig, Tap as TapConfig, separate, types::Id};
 use devices::{
     backend::{
         inherited,
@@ -46,8 +46,9 @@ impl Kind for Nics {
         config.backend()
     }
 
-    fn rename(config: &mut NicConfig, id: &str, backend: Option<String>) {
-        (config.id, config.backend) = (id.to_owned(), backend);
+    fn rename(config: &mut NicConfig, id: Id) {
+        let backend = mem::replace(&mut config.id, id);
+        config.backend = separate(backend, &config.id);
     }
 
     fn detach(config: &mut NicConfig) -> bool {
@@ -104,7 +105,7 @@ impl Machine {
             if net.backend().is_some() {
                 return Ok(());
             }
-            let failed = |source| RunError::Tap { id: config.id.clone(), source };
+            let failed = |source| RunError::Tap { id: config.id.to_string(), source };
             let tap = tap(config).map_err(failed)?;
             net.plug(Arc::new(tap), None).map_err(|e| RunError::Io(io::Error::other(e)))
         })
@@ -136,7 +137,7 @@ impl Machine {
     /// As [`Machine::disk_shape`].
     pub fn nic_shape(&self, slot: usize) -> Result<Shape, PlugError> {
         let start = self.config.nics.get(slot);
-        self.shape::<Nics>(slot, start.and_then(|nic| nic.iothread.as_deref()))
+        self.shape::<Nics>(slot, start.and_then(|nic| nic.iothread.as_ref()))
     }
 
     /// Open a NIC's back-end, for [`Machine::plug_nic`].
@@ -170,7 +171,7 @@ impl Machine {
     /// As [`Machine::plug_disk`].
     pub fn plug_nic(
         &mut self,
-        id: &str,
+        id: &Id,
         backend: &str,
         slot: usize,
         mac: Option<[u8; 6]>,
@@ -200,7 +201,7 @@ impl Machine {
     /// resetting a NIC, only a log line says so: the machine works without.
     pub fn announce(&self, ids: Option<&[String]>) {
         for Occupied { config: NicConfig { id, .. }, device, .. } in self.backends.nics.occupied() {
-            if ids.is_some_and(|ids| !ids.contains(id)) {
+            if ids.is_some_and(|ids| !ids.iter().any(|one| id == one)) {
                 continue;
             }
             let transport = device.try_lock().ok_or(io::ErrorKind::WouldBlock.into());

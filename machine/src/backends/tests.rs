@@ -23,7 +23,7 @@ use crate::{
 
 fn config(id: &str, backend: Option<&str>) -> NicConfig {
     NicConfig {
-        id: id.into(),
+        id: id.parse().unwrap(),
         tap: Tap::Fds(Vec::new()),
         mac: Some([2, 0, 0, 0, 0, 1]),
         queue_pairs: NicQueuePairs::default(),
@@ -31,7 +31,7 @@ fn config(id: &str, backend: Option<&str>) -> NicConfig {
         pps: None,
         bps: None,
         iothread: None,
-        backend: backend.map(str::to_owned),
+        backend: backend.map(|name| name.parse().unwrap()),
     }
 }
 
@@ -78,7 +78,7 @@ fn a_bay_says_what_is_free_and_what_is_in_the_way() {
     assert!(matches!(bay.take("dmz", 0), Err(PlugError::NoBackend(_))));
     assert!(matches!(bay.take("wan", 0), Err(PlugError::Occupied(0))));
     let mut taken = bay.take("wan", 1).unwrap();
-    Nics::rename(&mut taken.config, "eth1", Some("wan".into()));
+    Nics::rename(&mut taken.config, "eth1".parse().unwrap());
     bay.occupy(1, taken.config, ());
     assert!(matches!(bay.first_free(), Err(PlugError::Full { what: "net", max: 2 })));
     assert_eq!((bay.find("eth1"), bay.find_backend("wan")), (Some(1), Some(1)));

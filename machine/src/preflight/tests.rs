@@ -12,7 +12,7 @@ use super::*;
 /// A machine whose files in `dir` are all missing.
 fn config(dir: &Path) -> MachineConfig {
     let disk = |id: &str| DiskConfig {
-        id: id.into(),
+        id: id.parse().unwrap(),
         path: dir.join(id),
         readonly: false,
         direct: false,
@@ -30,7 +30,7 @@ fn config(dir: &Path) -> MachineConfig {
     };
     // Numbers of no open descriptors: a process does not have so many.
     let nic = |id: &str, fd| NicConfig {
-        id: id.into(),
+        id: id.parse().unwrap(),
         tap: Tap::Fds(vec![fd]),
         mac: None,
         queue_pairs: NicQueuePairs::default(),
@@ -42,7 +42,7 @@ fn config(dir: &Path) -> MachineConfig {
     };
     let file = |name| CharBackend::File(dir.join(name));
     MachineConfig {
-        name: "n".into(),
+        name: "n".parse().unwrap(),
         uuid: String::new(),
         cpus: CpuCount::MIN,
         topology: Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 },
@@ -58,7 +58,7 @@ fn config(dir: &Path) -> MachineConfig {
         disks: vec![disk("a"), disk("b")],
         nics: vec![nic("m", i32::MAX), nic("n", i32::MAX - 1)],
         devices: vec![DeviceConfig::Console(ConsoleConfig {
-            id: "c".into(),
+            id: "c".parse().unwrap(),
             backend: file("console"),
             iothread: None,
         })],

@@ -81,7 +81,7 @@ impl Children {
         for (slot, _, kept) in kept_disks::kept(config) {
             let disk = description.occupied.disks.get(slot).and_then(Option::as_ref);
             let Some(disk) = disk.filter(|disk| !(wanted.given)(&disk.id)) else { continue };
-            let id = disk.id.clone();
+            let id = disk.id.to_string();
             let Some(place) = wanted.place else { return Err(ChildError::NoPlace { id }) };
             let (path, file) = kept_disks::open(&id, kept, wanted.save, wanted.force)?;
             progress.total.fetch_add(kept.mark.size, Ordering::Relaxed);

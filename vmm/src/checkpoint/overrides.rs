@@ -10,7 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use config::{Description, Expect, MachineConfig, Tap, device::Differs, incoming::Overrides};
+use config::{
+    Description, Expect, MachineConfig, Tap, device::Differs, incoming::Overrides, types::Id,
+};
 use machine::SpotCheckError;
 use rustix::fs::OFlags;
 
@@ -63,7 +65,10 @@ pub fn apply(
     }
     let threads: BTreeSet<_> = flags.iothreads.iter().collect();
     if !threads.is_empty() && threads != saved.iothreads.iter().collect() {
-        let list = |ids: &[String]| format!("'{}'", ids.join("', '"));
+        let list = |ids: &[Id]| {
+            let ids: Vec<&str> = ids.iter().map(Id::as_str).collect();
+            format!("'{}'", ids.join("', '"))
+        };
         let (had, wanted) = (list(&saved.iothreads), list(&flags.iothreads));
         return Err(differs("the I/O threads", "-object iothread", had, wanted));
     }
@@ -137,7 +142,7 @@ fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideEr
         if let Tap::Fds(fds) = &wanted.tap
             && fds.len() != usize::from(nic.queue_pairs.get())
         {
-            let (id, asked) = (wanted.id.clone(), fds.len());
+            let (id, asked) = (wanted.id.to_string(), fds.len());
             return Err(OverrideError::Descriptors { id, saved: nic.queue_pairs.get(), asked });
         }
         nic.tap.clone_from(&wanted.tap);
@@ -149,7 +154,7 @@ fn nics(saved: &mut Description, flags: &MachineConfig) -> Result<(), OverrideEr
     }
     let mut numbers = saved.occupied.nics.iter().flatten();
     match numbers.find(|nic| matches!(nic.tap, Tap::Fds(_)) && !given.contains(&nic.id)) {
-        Some(nic) => Err(OverrideError::NoTap { id: nic.id.clone() }),
+        Some(nic) => Err(OverrideError::NoTap { id: nic.id.to_string() }),
         None => Ok(()),
     }
 }
@@ -189,7 +194,7 @@ fn pair<'s, 'w, T>(
 pub fn check_disks(saved: &Description) -> Result<(), OverrideError> {
     for (disk, size_then) in saved.occupied.disks.iter().zip(&saved.disk_sizes) {
         let Some(disk) = disk else { continue };
-        let (id, path) = (disk.id.clone(), disk.path.clone());
+        let (id, path) = (disk.id.to_string(), disk.path.clone());
         match size(&disk.path) {
             Err(source) => return Err(OverrideError::Disk { id, path, source }),
             // Whole sectors, which is the size that the disk reports.

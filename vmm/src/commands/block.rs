@@ -22,7 +22,7 @@ pub fn blockdev_add(
 ) -> Result<Option<Empty>, Error> {
     let refuse = |key, value: &str, allowed| Err(invalid(key, value, allowed));
     let name = &command.node_name;
-    value::id(name).map_err(|rule| invalid("node-name", name, rule))?;
+    let id = super::id("node-name", name)?;
     if let Some(id) = command.id.as_ref().filter(|id| *id != name) {
         return refuse("id", id, "must be as node-name: leave it out");
     }
@@ -69,7 +69,7 @@ pub fn blockdev_add(
         return refuse("cache.no-flush", "true", "a guest's flush always reaches the disk");
     }
     let config = DiskConfig {
-        id: command.node_name,
+        id,
         path,
         readonly: command.read_only.unwrap_or(false),
         direct: cache.direct.unwrap_or(true),
@@ -148,11 +148,11 @@ pub fn block_resize(
         return Err(invalid("size", size, "must be a multiple of 512"));
     }
     let meant = |disk: &PluggedDisk| {
-        device.as_ref().is_none_or(|id| *id == disk.config.id)
+        device.as_ref().is_none_or(|id| disk.config.id == *id)
             && node_name.as_ref().is_none_or(|name| name == disk.config.backend())
     };
     let disk = vmm.machine.disks().find(meant);
-    let id = disk.map(|disk| disk.config.id).ok_or(PlugError::NoDevice(name.clone()));
+    let id = disk.map(|disk| disk.config.id.to_string()).ok_or(PlugError::NoDevice(name.clone()));
     let id = id.map_err(|e| plug_error(&e))?;
     vmm.files.check_idle(&id)?;
     if vmm.saving().status() == MigrationStatus::Active {
@@ -185,8 +185,8 @@ pub fn query_block(
 /// Describe the disks; `used` is what is known of the space that their images take up.
 pub(super) fn block_info(vmm: &Vmm, used: &Used) -> Result<Vec<BlockInfo>, Error> {
     let info = |disk: PluggedDisk| BlockInfo {
-        device: disk.config.id.clone(),
-        qdev: Some(disk.config.id.clone()),
+        device: disk.config.id.to_string(),
+        qdev: Some(disk.config.id.to_string()),
         r#type: "unknown".into(),
         removable: false,
         locked: false,
@@ -265,8 +265,8 @@ pub fn query_blockstats(vmm: &mut Vmm, _: QueryBlockstats) -> Result<Vec<BlockSt
         let count = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
         let s = &disk.stats;
         BlockStats {
-            device: Some(disk.config.id.clone()),
-            qdev: Some(disk.config.id.clone()),
+            device: Some(disk.config.id.to_string()),
+            qdev: Some(disk.config.id.to_string()),
             node_name: Some(disk.config.backend().to_owned()),
             stats: BlockDeviceStats {
                 rd_bytes: count(&s.rd_bytes),

@@ -1,7 +1,7 @@
 //! Hot-plug: plugging a back-end into a slot, or unplugging it.
 use std::fmt::Display;
 
-use config::value;
+use config::{types::Id, value};
 use machine::Shape;
 use qmp::{Error, schema::*, server::Ticket};
 use serde_json::{Map, Value};
@@ -31,15 +31,15 @@ pub fn known_driver(arguments: &Map<String, Value>) -> Result<(), Error> {
 /// `multifunction`, `disable-modern`) are accepted: StratoVirt's clients send them to every
 /// machine. All others are either applied or refused.
 pub fn device_add(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
-    value::id(&command.id).map_err(|rule| invalid("id", &command.id, rule))?;
+    let id = super::id("id", &command.id)?;
     refuse_everywhere(&command)?;
     match command.driver.contains("blk") {
-        true => add_disk(vmm, command),
-        false => add_nic(vmm, command),
+        true => add_disk(vmm, &id, &command),
+        false => add_nic(vmm, &id, &command),
     }
 }
 
-fn add_disk(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
+fn add_disk(vmm: &mut Vmm, id: &Id, command: &DeviceAdd) -> Result<Empty, Error> {
     refuse("netdev", command.netdev.as_ref(), "not available for a disk: leave it out")?;
     refuse("mac", command.mac.as_ref(), "not available for a disk: leave it out")?;
     refuse(
@@ -52,12 +52,12 @@ fn add_disk(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
     let serial = serial
         .transpose()
         .map_err(|rule| invalid("serial", command.serial.as_deref().unwrap_or_default(), rule))?;
-    let slot = match slot(&command)? {
+    let slot = match slot(command)? {
         Some(slot) => slot,
         None => vmm.machine.free_disk_slot().map_err(|e| plug_error(&e))?,
     };
     let shape = vmm.machine.disk_shape(slot).map_err(|e| plug_error(&e))?;
-    check_shape(&command, &shape, shape.queue_sizes.len())?;
+    check_shape(command, &shape, shape.queue_sizes.len())?;
     let backend = command.drive.as_ref().unwrap_or(&command.id);
     let blocks = vmm.machine.waiting_disk_blocks(backend).map_err(|e| plug_error(&e))?;
     for (key, asked, own) in [
@@ -67,11 +67,11 @@ fn add_disk(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
         let other = asked.filter(|asked| *asked != own);
         refuse(key, other, format!("must be {own}, as the back-end has it"))?;
     }
-    vmm.machine.plug_disk(&command.id, backend, slot, serial).map_err(|e| plug_error(&e))?;
+    vmm.machine.plug_disk(id, backend, slot, serial).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
 }
 
-fn add_nic(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
+fn add_nic(vmm: &mut Vmm, id: &Id, command: &DeviceAdd) -> Result<Empty, Error> {
     const NONE: &str = "not available for a NIC: leave it out";
     refuse("drive", command.drive.as_ref(), NONE)?;
     refuse("serial", command.serial.as_ref(), NONE)?;
@@ -81,18 +81,18 @@ fn add_nic(vmm: &mut Vmm, command: DeviceAdd) -> Result<Empty, Error> {
     let mac =
         command.mac.as_deref().map(|mac| value::mac(mac).map_err(|rule| invalid("mac", mac, rule)));
     let mac = mac.transpose()?;
-    let slot = match slot(&command)? {
+    let slot = match slot(command)? {
         Some(slot) => slot,
         None => vmm.machine.free_nic_slot().map_err(|e| plug_error(&e))?,
     };
     let shape = vmm.machine.nic_shape(slot).map_err(|e| plug_error(&e))?;
     // The control queue is the last one.
     let pairs = shape.queue_sizes.len() / 2;
-    check_shape(&command, &shape, pairs)?;
+    check_shape(command, &shape, pairs)?;
     let single = command.mq.filter(|mq| !mq && pairs > 1);
     refuse("mq", single, format!("must be true, this slot has {pairs} queue pairs"))?;
     let backend = command.netdev.as_ref().unwrap_or(&command.id);
-    vmm.machine.plug_nic(&command.id, backend, slot, mac).map_err(|e| plug_error(&e))?;
+    vmm.machine.plug_nic(id, backend, slot, mac).map_err(|e| plug_error(&e))?;
     Ok(Empty {})
 }
 
@@ -119,7 +119,7 @@ fn check_shape(command: &DeviceAdd, shape: &Shape, queues: usize) -> Result<(), 
         Some(own) => format!("must be '{own}', which this slot has had since the start"),
         None => "this slot has been on the common I/O thread since the start: leave it out".into(),
     };
-    let other = command.iothread.as_ref().filter(|asked| shape.iothread.as_ref() != Some(*asked));
+    let other = command.iothread.as_ref().filter(|asked| shape.iothread.as_deref() != Some(asked));
     refuse("iothread", other, allowed)
 }
 

@@ -98,7 +98,7 @@ pub fn query_kvm(_: &mut Vmm, _: QueryKvm) -> Result<KvmInfo, Error> {
 }
 
 pub fn query_name(vmm: &mut Vmm, _: QueryName) -> Result<NameInfo, Error> {
-    Ok(NameInfo { name: Some(vmm.machine.config().name.clone()) })
+    Ok(NameInfo { name: Some(vmm.machine.config().name.to_string()) })
 }
 
 pub fn query_vm_generation_id(vmm: &mut Vmm, _: QueryVmGenerationId) -> Result<GuidInfo, Error> {

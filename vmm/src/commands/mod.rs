@@ -11,6 +11,7 @@ mod run_state;
 
 use std::fmt::Display;
 
+use config::types::{Id, ValueError};
 use machine::PlugError;
 use qmp::{
     Error, ErrorClass,
@@ -107,6 +108,11 @@ pub(crate) fn probing<H: Host + 'static>(always: H::When) -> Table<H> {
 /// An invalid member; `allowed` says what is valid.
 fn invalid(key: &str, value: impl Display, allowed: impl Display) -> Error {
     Error::text(format!("Invalid parameter '{key}': '{value}': {allowed}"))
+}
+
+/// Parse `word`, the value of `key`, as an id.
+fn id(key: &str, word: &str) -> Result<Id, Error> {
+    word.parse().map_err(|rule: ValueError| invalid(key, word, rule))
 }
 
 /// QEMU's error class for a missing device; else the whole chain of causes.

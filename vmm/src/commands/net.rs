@@ -4,7 +4,6 @@ use std::{collections::BTreeMap, ops::RangeInclusive, os::fd::OwnedFd, time::Dur
 use config::{
     NicConfig, Tap,
     types::{NicQueuePairs, NicQueueSize, TapName},
-    value,
 };
 use qmp::{Error, schema::*, server::Ticket};
 
@@ -19,7 +18,7 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
         return Err(Error::text("Invalid SCM message: no descriptor came with this command"));
     };
     let name = command.fdname;
-    value::id(&name).map_err(|rule| invalid("fdname", &name, rule))?;
+    super::id("fdname", &name)?;
     if name.starts_with(|first: char| first.is_ascii_digit()) || name.contains(':') {
         return Err(invalid("fdname", &name, "must not begin with a digit or contain ':'"));
     }
@@ -57,8 +56,7 @@ pub fn netdev_add(
     if vhost {
         return Err(Error::text("vhost-net and vhost-user are not supported: leave vhost out"));
     }
-    let id = &command.id;
-    value::id(id).map_err(|rule| invalid("id", id, rule))?;
+    let id = super::id("id", &command.id)?;
     let ifname = command
         .ifname
         .as_deref()
@@ -110,7 +108,7 @@ pub fn netdev_add(
         }
     };
     let config = NicConfig {
-        id: command.id,
+        id,
         tap,
         mac: None,
         queue_pairs: pairs,

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::CharBackend;
 use crate::Part;
+use crate::types::Id;
 
 use super::Resolver;
 use crate::cli::Control;
@@ -12,12 +13,12 @@ use crate::cli::problem::Place;
 
 impl Resolver {
     /// The back-end of a chardev, which counts as used from now on.
-    pub(crate) fn chardev(&mut self, d: &Draft, place: &Place, id: &str) -> Option<CharBackend> {
-        let Some(chardev) = d.chardevs.iter().find(|chardev| chardev.id == id) else {
+    pub(crate) fn chardev(&mut self, d: &Draft, place: &Place, id: &Id) -> Option<CharBackend> {
+        let Some(chardev) = d.chardevs.iter().find(|chardev| chardev.id == *id) else {
             self.missing(place, "chardev", "chardev", id);
             return None;
         };
-        if !self.used.insert(id.to_owned()) {
+        if !self.used.insert(id.clone()) {
             self.problems.add_value(&place.key("chardev"), id, "already in use");
         }
         Some(chardev.backend.clone())

@@ -2,7 +2,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::Part;
-use crate::types::NicQueuePairs;
+use crate::types::{Id, NicQueuePairs};
 use crate::{DiskConfig, Expect, NicConfig, Tap, separate};
 
 use super::Resolver;
@@ -15,14 +15,14 @@ impl Resolver {
         let mut behind = vec![];
         for device in &d.devices {
             match &device.kind {
-                DeviceKind::Blk { drive, front } => match by_id.get(drive) {
+                DeviceKind::Blk { drive: Some(drive), front } => match by_id.get(drive) {
                     Some(found) => {
                         if !named.insert(drive) {
                             let rule = "another -device uses this drive";
                             self.problems.add_value(&device.place.key("drive"), drive, rule);
                         }
-                        behind.push(self.disk(found, &device.id, front));
-                        let iothread = behind.last().and_then(|disk| disk.iothread.as_deref());
+                        behind.push(self.disk(found, device.id.as_ref(), front));
+                        let iothread = behind.last().and_then(|disk| disk.iothread.as_ref());
                         self.check_iothread(d, &device.place, iothread);
                     }
                     None => self.missing(&device.place, "drive", "drive", drive),
@@ -38,8 +38,8 @@ impl Resolver {
             if claimed.insert(&drive.id) {
                 self.claim_id(&drive.place, &drive.id);
             }
-            self.check_iothread(d, &drive.place, drive.front.iothread.as_deref());
-            disks.push(self.disk(drive, &drive.id, &BlkFront::default()));
+            self.check_iothread(d, &drive.place, drive.front.iothread.as_ref());
+            disks.push(self.disk(drive, None, &BlkFront::default()));
         }
         disks.extend(behind);
         disks
@@ -51,7 +51,7 @@ impl Resolver {
         let mut behind = vec![];
         for device in &d.devices {
             match &device.kind {
-                DeviceKind::Net { netdev, front } => match by_id.get(netdev) {
+                DeviceKind::Net { netdev: Some(netdev), front } => match by_id.get(netdev) {
                     Some(found) => {
                         if !named.insert(netdev) {
                             let rule = "another -device uses this netdev";
@@ -62,8 +62,8 @@ impl Resolver {
                             let rule = format!("must be on with {pairs} queues");
                             self.problems.add(&device.place.key("mq"), rule);
                         }
-                        behind.push(self.nic(found, &device.id, front));
-                        let iothread = behind.last().and_then(|nic| nic.iothread.as_deref());
+                        behind.push(self.nic(found, device.id.as_ref(), front));
+                        let iothread = behind.last().and_then(|nic| nic.iothread.as_ref());
                         self.check_iothread(d, &device.place, iothread);
                     }
                     None => self.missing(&device.place, "netdev", "netdev", netdev),
@@ -78,23 +78,25 @@ impl Resolver {
             if claimed.insert(&net.id) {
                 self.claim_id(&net.place, &net.id);
             }
-            self.check_iothread(d, &net.place, net.front.iothread.as_deref());
-            nics.push(self.nic(net, &net.id, &NetFront::default()));
+            self.check_iothread(d, &net.place, net.front.iothread.as_ref());
+            nics.push(self.nic(net, None, &NetFront::default()));
         }
         nics.extend(behind);
         self.check_taps(d);
         nics
     }
 
-    fn disk(&mut self, drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
-        self.places.note(Part::Disk(id.to_owned()), drive.place.key_of("path_on_host", "file"));
+    fn disk(&mut self, drive: &Drive, id: Option<&Id>, front: &BlkFront) -> DiskConfig {
+        let id = id.unwrap_or(&drive.id);
+        self.places.note(Part::Disk(id.to_string()), drive.place.key_of("path_on_host", "file"));
         disk(drive, id, front)
     }
 
-    fn nic(&mut self, net: &Net, id: &str, front: &NetFront) -> NicConfig {
+    fn nic(&mut self, net: &Net, id: Option<&Id>, front: &NetFront) -> NicConfig {
+        let id = id.unwrap_or(&net.id);
         let key = if matches!(net.tap, Tap::Name(_)) { "host_dev_name" } else { "tap_fd" };
         // A flag names the tap in one of four ways, and is short.
-        self.places.note(Part::Nic(id.to_owned()), net.place.key_of(key, ""));
+        self.places.note(Part::Nic(id.to_string()), net.place.key_of(key, ""));
         nic(net, id, front)
     }
 
@@ -118,10 +120,10 @@ impl Resolver {
     }
 }
 
-fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
+fn disk(drive: &Drive, id: &Id, front: &BlkFront) -> DiskConfig {
     let back = &drive.front;
     DiskConfig {
-        id: id.to_owned(),
+        id: id.clone(),
         path: drive.path.clone(),
         readonly: drive.readonly,
         direct: drive.direct,
@@ -133,7 +135,7 @@ fn disk(drive: &Drive, id: &str, front: &BlkFront) -> DiskConfig {
         queues: front.queues.or(back.queues).unwrap_or_default(),
         queue_size: front.queue_size.or(back.queue_size).unwrap_or_default(),
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: separate(&drive.id, id),
+        backend: separate(drive.id.clone(), id),
         probe: drive.probe,
         expect: Expect::default(),
     }
@@ -147,10 +149,10 @@ fn queue_pairs(net: &Net) -> NicQueuePairs {
     }
 }
 
-fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
+fn nic(net: &Net, id: &Id, front: &NetFront) -> NicConfig {
     let back = &net.front;
     NicConfig {
-        id: id.to_owned(),
+        id: id.clone(),
         tap: net.tap.clone(),
         mac: front.mac.or(back.mac),
         queue_pairs: queue_pairs(net),
@@ -158,6 +160,6 @@ fn nic(net: &Net, id: &str, front: &NetFront) -> NicConfig {
         pps: net.pps,
         bps: net.bps,
         iothread: front.iothread.clone().or_else(|| back.iothread.clone()),
-        backend: separate(&net.id, id),
+        backend: separate(net.id.clone(), id),
     }
 }

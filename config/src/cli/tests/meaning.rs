@@ -225,7 +225,7 @@ fn a_balloon_in_every_way() {
         other => panic!("{line}: {other:?}"),
     };
     let made = |id: &str, deflate_on_oom, free_page_reporting| BalloonConfig {
-        id: id.into(),
+        id: id.parse().unwrap(),
         deflate_on_oom,
         free_page_reporting,
     };
