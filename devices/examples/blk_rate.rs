@@ -78,7 +78,7 @@ fn main() {
 
 fn run(load: &Load, disk: Disk) {
     let blocks = disk.size() / u64::from(load.len);
-    let block = Block::new("disk", Settings::default(), Some(disk.into())).expect("good settings");
+    let block = Block::new("disk", Settings::default(), Some(disk.into()));
     let mut guest = Guest::new(Box::new(block));
     guest.start(F_INDIRECT_DESC | F_EVENT_IDX | 1 << 9);
     let stop = Arc::new(AtomicBool::new(false));

@@ -73,7 +73,7 @@ fn requests_allocate_nothing() {
         std::fs::write(&path, vec![1; 4 << 20]).unwrap();
         let options = OpenOptions { direct, aio, ..OpenOptions::default() };
         let disk = Disk::open(&path, &options).unwrap();
-        let block = Block::new("disk", Settings::default(), Some(disk.into())).unwrap();
+        let block = Block::new("disk", Settings::default(), Some(disk.into()));
         let stats = block.stats();
         let mut guest = Guest::new(Box::new(block));
         guest.start(F_INDIRECT_DESC | F_EVENT_IDX | 1 << 9);

@@ -38,7 +38,7 @@ fn a_storm_of_mistakes_is_a_line_a_second() {
     log::set_max_level(log::LevelFilter::Trace);
     let settings = NetSettings { queue_pairs: 1, queue_size: 256, ..NetSettings::default() };
     let devices: [Box<dyn VirtioDevice>; 4] = [
-        Box::new(Block::new("disk", Settings::default(), None).unwrap()),
+        Box::new(Block::new("disk", Settings::default(), None)),
         Box::new(Console::new("console", Char::null().unwrap())),
         Box::new(Net::new("net", settings, None).unwrap()),
         Box::new(Rng::new("rng", "/dev/urandom".as_ref(), None).unwrap()),

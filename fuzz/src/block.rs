@@ -87,7 +87,7 @@ pub fn entry(input: &[u8]) {
         ..Disk::open(image.as_path(), &options).unwrap().into()
     };
     let settings = Settings { queues: 1, queue_size: 64, on_error: None };
-    let mut guest = Guest::new(Box::new(Block::new("vda", settings, Some(backend)).unwrap()));
+    let mut guest = Guest::new(Box::new(Block::new("vda", settings, Some(backend))));
     let features = guest.offered();
     guest.start(features & !(u64::from(input.u8()) << 28) | 1 << 32);
     guest.place_all();

@@ -61,7 +61,7 @@ impl Host {
                 let limited = (kind & 0x20 != 0).then_some(5);
                 let backend = blk::Backend { ops_per_second: limited, ..disk.into() };
                 let settings = blk::Settings { queues: 2, queue_size: 16, on_error: None };
-                Box::new(blk::Block::new("vda", settings, Some(backend)).unwrap())
+                Box::new(blk::Block::new("vda", settings, Some(backend)))
             }
             3 => {
                 let (ours, theirs) = UnixDatagram::pair().unwrap();

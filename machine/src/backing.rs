@@ -71,8 +71,7 @@ impl Backing<'_> {
         });
         let backend =
             backend.transpose().map_err(|source| BuildError::Disk { id: id.clone(), source })?;
-        blk::Block::new(&id, settings, backend)
-            .map_err(|source| BuildError::DiskSettings { id, source })
+        Ok(blk::Block::new(id, settings, backend))
     }
 
     /// The device of a NIC slot, as [`Backing::block`].

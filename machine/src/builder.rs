@@ -20,7 +20,7 @@ use devices::{
     reclaim::Reclaim,
     threads::ThreadStart,
     virtio::{
-        blk::{self, Block},
+        blk::Block,
         net::{self, Net},
     },
 };
@@ -81,8 +81,6 @@ pub enum BuildError {
         path.display()
     )]
     RootDisk { id: String, path: PathBuf },
-    #[error("disk {id}")]
-    DiskSettings { id: String, source: blk::SettingsError },
     #[error("NIC {id}")]
     Tap { id: String, source: TapError },
     #[error("NIC {id}")]

@@ -37,10 +37,9 @@ impl BuildError {
                 | MemoryError::Contents { .. }
                 | MemoryError::Grow { .. },
             ) => Part::MemoryPath,
-            Self::Disk { id, .. }
-            | Self::DiskSettings { id, .. }
-            | Self::SameImage { id, .. }
-            | Self::RootDisk { id, .. } => Part::Disk(id.clone()),
+            Self::Disk { id, .. } | Self::SameImage { id, .. } | Self::RootDisk { id, .. } => {
+                Part::Disk(id.clone())
+            }
             Self::Tap { id, .. } | Self::NicSettings { id, .. } => Part::Nic(id.clone()),
             Self::Legacy(LegacyError::Char(_)) => Part::Serial,
             Self::Device { kind, .. } => Part::Device(kind),

@@ -44,10 +44,6 @@ use crate::{
 };
 
 const DEVICE_TYPE: u32 = 2;
-/// Most queues of a device.
-pub const MAX_QUEUES: u16 = 32;
-/// Fewest and most descriptors of a queue; the size must be a power of two.
-pub const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 2..=1024;
 
 /// Offset of `writeback`, the only field of the configuration space that the driver may write.
 const WRITEBACK: u64 = 32;
@@ -55,9 +51,9 @@ const WRITEBACK: u64 = 32;
 /// Guest-visible settings of a device. Fixed for the lifetime of the machine.
 #[derive(Clone)]
 pub struct Settings {
-    /// 1 to [`MAX_QUEUES`].
+    /// Queues, 1 to 32.
     pub queues: u16,
-    /// Within [`QUEUE_SIZES`], a power of two.
+    /// Descriptors a queue, a power of two, 2 to 1024.
     pub queue_size: u16,
     /// Called for requests that the host could not carry out, at a limited rate.
     pub on_error: Option<OnError>,
@@ -127,17 +123,6 @@ pub enum PlugError {
     },
 }
 
-/// Settings that no device can have.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum SettingsError {
-    /// See [`Settings::queues`].
-    #[error("{0} queues; a disk must have 1 to {MAX_QUEUES}")]
-    Queues(u16),
-    /// See [`Settings::queue_size`].
-    #[error("queue size {0}; it must be a power of two from 2 to 1024")]
-    QueueSize(u16),
-}
-
 /// A virtio block device.
 pub struct Block {
     id: String,
@@ -152,31 +137,17 @@ pub struct Block {
 
 impl Block {
     /// A device with a disk, or an empty slot.
-    ///
-    /// # Errors
-    /// When `settings` are out of their ranges.
-    pub fn new(
-        id: &str,
-        settings: Settings,
-        backend: Option<Backend>,
-    ) -> Result<Self, SettingsError> {
-        if settings.queues == 0 || settings.queues > MAX_QUEUES {
-            return Err(SettingsError::Queues(settings.queues));
-        }
-        let size = settings.queue_size;
-        if !QUEUE_SIZES.contains(&size) || !size.is_power_of_two() {
-            return Err(SettingsError::QueueSize(size));
-        }
-        Ok(Self {
+    pub fn new(id: impl Into<String>, settings: Settings, backend: Option<Backend>) -> Self {
+        Self {
             id: id.into(),
-            sizes: vec![size; settings.queues.into()],
+            sizes: vec![settings.queue_size; settings.queues.into()],
             features: offered(&settings, backend.as_ref().map(|b| &*b.disk)),
             settings,
             backend,
             writeback: Arc::new(AtomicBool::new(true)),
             stats: Arc::default(),
             worker: VirtioWorker::default(),
-        })
+        }
     }
 
     /// Put a disk into an empty slot. The transport must then show the new configuration.

@@ -164,7 +164,7 @@ fn overlapping_buffers_of_gibibytes_are_refused_quickly() {
     let path = dir.as_path().join("sparse");
     fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
     let disk = Disk::open(&path, &rw()).unwrap();
-    let block = Block::new("disk", Settings::default(), Some(disk.into())).unwrap();
+    let block = Block::new("disk", Settings::default(), Some(disk.into()));
     let mut r = Rig { guest: Guest::new(Box::new(block)), dir };
     r.guest.start(USUAL);
     let header_at = r.guest.bytes(&header(VIRTIO_BLK_T_IN, 0));
