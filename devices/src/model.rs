@@ -14,9 +14,7 @@ pub trait Model: Snapshot + Send {
     fn id(&self) -> &str;
     /// Its worker. `None` for a device that acts only when the guest or the monitor accesses it: a
     /// pause changes nothing.
-    fn worker(&self) -> Option<&dyn WorkerControl>;
-    /// As [`Model::worker`].
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl>;
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl>;
     /// See [`Device::reset`].
     fn reset(&mut self);
 }
@@ -29,13 +27,13 @@ impl<D: Model> Device for D {
     }
 
     fn pause(&mut self) {
-        if let Some(Err(lost)) = self.worker_mut().map(WorkerControl::park) {
+        if let Some(Err(lost)) = self.worker().map(WorkerControl::park) {
             log::error!("{}: {lost}", Model::id(self));
         }
     }
 
     fn resume(&mut self) {
-        if let Some(Err(e)) = self.worker_mut().map(WorkerControl::unpark) {
+        if let Some(Err(e)) = self.worker().map(WorkerControl::unpark) {
             log::error!("{}: the I/O thread does not accept its worker: {e}", Model::id(self));
         }
     }
@@ -45,10 +43,7 @@ impl<D: Model> Device for D {
     }
 
     fn save(&self) -> Result<Section, StateError> {
-        match self.worker() {
-            Some(worker) if worker.is_lost() => Err(StateError::WorkerLost),
-            _ => state::save(Model::id(self), self),
-        }
+        state::save(Model::id(self), self)
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), StateError> {

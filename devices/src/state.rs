@@ -2,7 +2,7 @@
 pub use ::state::Section;
 use ::state::{Saved, SectionError};
 
-use crate::backend::disk::DiskError;
+use crate::{backend::disk::DiskError, worker::Lost};
 
 /// A component whose whole run-time state is one saved struct.
 pub trait Snapshot {
@@ -10,7 +10,10 @@ pub trait Snapshot {
     type State: Saved;
 
     /// Return the state of a component that is not running.
-    fn save(&self) -> Self::State;
+    ///
+    /// # Errors
+    /// When its worker is lost, and what that knew.
+    fn save(&self) -> Result<Self::State, StateError>;
     /// Validate and apply a state. It is untrusted input.
     ///
     /// # Errors
@@ -21,9 +24,9 @@ pub trait Snapshot {
 /// Save `from` into a section called `id`.
 ///
 /// # Errors
-/// When it cannot be encoded as JSON.
+/// When its worker is lost, or it cannot be encoded as JSON.
 pub fn save<S: Snapshot>(id: &str, from: &S) -> Result<Section, StateError> {
-    Ok(Section::of(id, &from.save())?)
+    Ok(Section::of(id, &from.save()?)?)
 }
 
 /// Restore `into` from `section`, whatever its id.
@@ -47,7 +50,7 @@ pub enum StateError {
     #[error(
         "the I/O thread that had the device's worker has ended; the guest has to reset the device"
     )]
-    WorkerLost,
+    WorkerLost(#[from] Lost),
     /// A disk is not the one that was saved.
     #[error(transparent)]
     Disk(#[from] DiskError),

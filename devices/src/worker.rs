@@ -156,10 +156,14 @@ impl<W: Worker> WorkerSlot<W> {
     }
 
     /// The parked worker, if there is one.
-    pub fn parked(&self) -> Option<&W> {
+    ///
+    /// # Errors
+    /// When it is lost.
+    pub fn parked(&self) -> Result<Option<&W>, Lost> {
         match self {
-            Self::Parked(worker, _) => Some(worker),
-            _ => None,
+            Self::Parked(worker, _) => Ok(Some(worker)),
+            Self::Lost => Err(Lost),
+            Self::Empty | Self::Running(_) => Ok(None),
         }
     }
 
@@ -204,8 +208,6 @@ pub trait WorkerControl {
     /// # Errors
     /// When the I/O thread refuses it: it stays parked.
     fn unpark(&mut self) -> io::Result<()>;
-    /// Whether its thread failed to return it.
-    fn is_lost(&self) -> bool;
 }
 
 impl<W: Worker> WorkerControl for WorkerSlot<W> {
@@ -250,9 +252,5 @@ impl<W: Worker> WorkerControl for WorkerSlot<W> {
                 Err(error)
             }
         }
-    }
-
-    fn is_lost(&self) -> bool {
-        matches!(self, Self::Lost)
     }
 }

@@ -134,11 +134,7 @@ impl Model for Cmos {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        None
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         None
     }
 
@@ -152,8 +148,8 @@ impl Snapshot for Cmos {
     type State = saved::Cmos;
 
     // The time is the host's.
-    fn save(&self) -> saved::Cmos {
-        saved::Cmos { index: self.index, ram: HexArray(self.ram) }
+    fn save(&self) -> Result<saved::Cmos, StateError> {
+        Ok(saved::Cmos { index: self.index, ram: HexArray(self.ram) })
     }
 
     fn restore(&mut self, state: saved::Cmos) -> Result<(), StateError> {

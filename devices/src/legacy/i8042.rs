@@ -252,11 +252,7 @@ impl Model for I8042 {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        None
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         None
     }
 
@@ -268,9 +264,9 @@ impl Model for I8042 {
 impl Snapshot for I8042 {
     type State = saved::I8042;
 
-    fn save(&self) -> saved::I8042 {
+    fn save(&self) -> Result<saved::I8042, StateError> {
         let r = &self.registers;
-        saved::I8042 {
+        Ok(saved::I8042 {
             control: r.control,
             answer: r.answer,
             command: r.command,
@@ -278,7 +274,7 @@ impl Snapshot for I8042 {
             sent: HexBytes(r.keyboard.sent.iter().copied().collect()),
             keyboard_command: r.keyboard.command,
             scanning: r.keyboard.scanning,
-        }
+        })
     }
 
     fn restore(&mut self, s: saved::I8042) -> Result<(), StateError> {

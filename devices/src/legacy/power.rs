@@ -93,11 +93,7 @@ impl Model for Power {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        None
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         None
     }
 
@@ -109,8 +105,8 @@ impl Model for Power {
 impl Snapshot for Power {
     type State = saved::Power;
 
-    fn save(&self) -> saved::Power {
-        saved::Power { events: self.events }
+    fn save(&self) -> Result<saved::Power, StateError> {
+        Ok(saved::Power { events: self.events })
     }
 
     fn restore(&mut self, state: saved::Power) -> Result<(), StateError> {

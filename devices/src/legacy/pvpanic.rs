@@ -45,11 +45,7 @@ impl Model for Pvpanic {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        None
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         None
     }
 
@@ -59,8 +55,8 @@ impl Model for Pvpanic {
 impl Snapshot for Pvpanic {
     type State = saved::Pvpanic;
 
-    fn save(&self) -> saved::Pvpanic {
-        saved::Pvpanic {}
+    fn save(&self) -> Result<saved::Pvpanic, StateError> {
+        Ok(saved::Pvpanic {})
     }
 
     fn restore(&mut self, _: saved::Pvpanic) -> Result<(), StateError> {

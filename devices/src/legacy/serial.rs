@@ -144,11 +144,7 @@ impl Model for Serial {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        Some(&self.input)
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         Some(&mut self.input)
     }
 
@@ -161,9 +157,9 @@ impl Model for Serial {
 impl Snapshot for Serial {
     type State = saved::Serial;
 
-    fn save(&self) -> saved::Serial {
+    fn save(&self) -> Result<saved::Serial, StateError> {
         let s = self.uart.lock().state();
-        saved::Serial {
+        Ok(saved::Serial {
             baud_divisor_low: s.baud_divisor_low,
             baud_divisor_high: s.baud_divisor_high,
             interrupt_enable: s.interrupt_enable,
@@ -174,7 +170,7 @@ impl Snapshot for Serial {
             modem_status: s.modem_status,
             scratch: s.scratch,
             input: HexBytes(s.in_buffer),
-        }
+        })
     }
 
     fn restore(&mut self, s: saved::Serial) -> Result<(), StateError> {

@@ -90,11 +90,7 @@ impl Model for Rng {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        Some(&self.worker)
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         Some(&mut self.worker)
     }
 
@@ -143,12 +139,12 @@ impl VirtioDevice for Rng {
 impl Snapshot for Rng {
     type State = saved::Rng;
 
-    fn save(&self) -> saved::Rng {
-        let worker = self.worker.parked();
-        saved::Rng {
+    fn save(&self) -> Result<saved::Rng, StateError> {
+        let worker = self.worker.parked()?;
+        Ok(saved::Rng {
             next_avail: worker.map(|w| w.ring.position()),
             needs_reset: worker.is_some_and(|w| w.broken),
-        }
+        })
     }
 
     fn restore(&mut self, state: saved::Rng) -> Result<(), StateError> {

@@ -56,7 +56,10 @@ impl<W: Worker> VirtioWorker<W> {
     }
 
     /// The worker of a paused device whose driver is ready.
-    pub fn parked(&self) -> Option<&W> {
+    ///
+    /// # Errors
+    /// When it is lost.
+    pub fn parked(&self) -> Result<Option<&W>, Lost> {
         self.slot.parked()
     }
 
@@ -92,9 +95,5 @@ impl<W: Worker> WorkerControl for VirtioWorker<W> {
     fn unpark(&mut self) -> io::Result<()> {
         let unparked = self.slot.unpark();
         self.or_notify(unparked)
-    }
-
-    fn is_lost(&self) -> bool {
-        self.slot.is_lost()
     }
 }

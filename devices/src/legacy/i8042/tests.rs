@@ -166,7 +166,7 @@ fn moves_in_the_middle_of_a_command() {
     Device::reset(&mut to);
     let (fresh, _) = controller();
     assert_eq!(Device::save(&to).unwrap(), Device::save(&fresh).unwrap());
-    let mut state = Snapshot::save(&k);
+    let mut state = Snapshot::save(&k).unwrap();
     state.sent.0 = vec![0; BUFFER + 1];
     assert!(Snapshot::restore(&mut to, state).is_err());
 }

@@ -198,7 +198,7 @@ fn reset_empties_it() {
 #[test]
 fn hostile_sections_are_refused() {
     let b = bench();
-    let mut state = Snapshot::save(&b.serial);
+    let mut state = Snapshot::save(&b.serial).unwrap();
     state.input.0 = vec![0; 65];
     let section = Section::of("serial0", &state).unwrap();
     let mut to = bench();

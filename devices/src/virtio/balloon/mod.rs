@@ -106,11 +106,7 @@ impl Model for Balloon {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        Some(&self.worker)
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         Some(&mut self.worker)
     }
 

@@ -7,8 +7,8 @@ use crate::state::{Snapshot, StateError};
 impl Snapshot for Balloon {
     type State = saved::Balloon;
 
-    fn save(&self) -> saved::Balloon {
-        let active = self.worker.parked().map(|worker| {
+    fn save(&self) -> Result<saved::Balloon, StateError> {
+        let active = self.worker.parked()?.map(|worker| {
             let position = |ring: &super::Ring| saved::QueuePosition {
                 index: ring.index(),
                 next_avail: ring.position(),
@@ -19,12 +19,12 @@ impl Snapshot for Balloon {
                 needs_reset: worker.broken,
             }
         });
-        saved::Balloon {
+        Ok(saved::Balloon {
             target: self.control.target(),
             actual: self.control.actual(),
             polling_interval: self.control.polling_interval(),
             active,
-        }
+        })
     }
 
     fn restore(&mut self, state: saved::Balloon) -> Result<(), StateError> {

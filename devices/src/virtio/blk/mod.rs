@@ -263,11 +263,7 @@ impl Model for Block {
         &self.id
     }
 
-    fn worker(&self) -> Option<&dyn WorkerControl> {
-        Some(&self.worker)
-    }
-
-    fn worker_mut(&mut self) -> Option<&mut dyn WorkerControl> {
+    fn worker(&mut self) -> Option<&mut dyn WorkerControl> {
         Some(&mut self.worker)
     }
 

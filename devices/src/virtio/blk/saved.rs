@@ -14,8 +14,8 @@ use crate::{
 impl Snapshot for Block {
     type State = saved::Disk;
 
-    fn save(&self) -> saved::Disk {
-        let queues = self.worker.parked().map(|worker| {
+    fn save(&self) -> Result<saved::Disk, StateError> {
+        let queues = self.worker.parked()?.map(|worker| {
             let queues = worker.queues.iter();
             let position = queues.map(|queue| saved::QueuePosition {
                 index: queue.index,
@@ -24,7 +24,7 @@ impl Snapshot for Block {
             });
             position.collect()
         });
-        saved::Disk {
+        Ok(saved::Disk {
             size: self.disk().map_or(0, Disk::size),
             writeback: self.writeback.load(Ordering::Relaxed),
             queues,
@@ -32,7 +32,7 @@ impl Snapshot for Block {
             mark: self.disk().and_then(Disk::mark).map(saved::Mark::from),
             // Added later: see `Disk::spot_check`.
             spot_check: None,
-        }
+        })
     }
 
     fn restore(&mut self, state: saved::Disk) -> Result<(), StateError> {

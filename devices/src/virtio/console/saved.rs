@@ -7,13 +7,13 @@ use crate::state::{Snapshot, StateError};
 impl Snapshot for Console {
     type State = saved::Console;
 
-    fn save(&self) -> saved::Console {
-        let active = self.worker.parked().map(|worker| {
+    fn save(&self) -> Result<saved::Console, StateError> {
+        let active = self.worker.parked()?.map(|worker| {
             let (rx, tx, sent, needs_reset) = worker.position();
             let (receive, transmit) = (rx.position(), tx.position());
             saved::ActiveConsole { receive, transmit, sent, needs_reset }
         });
-        saved::Console { active }
+        Ok(saved::Console { active })
     }
 
     fn restore(&mut self, state: saved::Console) -> Result<(), StateError> {

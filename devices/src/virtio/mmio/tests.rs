@@ -63,7 +63,7 @@ impl Device for Probe {
         self.resets += 1;
     }
     fn save(&self) -> Result<Section, StateError> {
-        let next = self.worker.parked().map(|w| w.queues[0].queue.next_avail());
+        let next = self.worker.parked()?.map(|w| w.queues[0].queue.next_avail());
         let state = serde_json::value::to_raw_value(&next).unwrap();
         Ok(Section { kind: "probe".into(), id: "probe".into(), version: 1, state })
     }

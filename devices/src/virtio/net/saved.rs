@@ -14,19 +14,19 @@ use crate::{
 impl Snapshot for Net {
     type State = saved::Nic;
 
-    fn save(&self) -> saved::Nic {
+    fn save(&self) -> Result<saved::Nic, StateError> {
         // Nothing is in flight: every chain taken has been used.
         let position = |r: &Ring| {
             let (index, next) = (r.index(), r.position());
             saved::QueuePosition { index, next_avail: next, next_used: next }
         };
-        let active = self.worker.parked().map(|worker| saved::ActiveNic {
+        let active = self.worker.parked()?.map(|worker| saved::ActiveNic {
             queue_pairs: worker.active_pairs(),
             offloads: Hex(worker.offloads().0),
             needs_reset: worker.broken(),
             queues: worker.rings().map(position).collect(),
         });
-        saved::Nic { mac: HexArray(self.mac), link: self.link, active }
+        Ok(saved::Nic { mac: HexArray(self.mac), link: self.link, active })
     }
 
     fn restore(&mut self, state: saved::Nic) -> Result<(), StateError> {
