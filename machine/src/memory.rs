@@ -157,6 +157,14 @@ fn map(config: &MemoryConfig) -> Result<Memory, MemoryError> {
 /// # Errors
 /// When the kernel refuses; memory may be partly cleared then.
 pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
+    empty(memory, config)?;
+    if config.shared && config.path.is_some() {
+        memory.iter().try_for_each(reserve_again)?;
+    }
+    populate(memory, config).map_err(io::Error::other)
+}
+
+fn empty(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     // Pages of a shared mapping live in its file: only punching a hole there frees them.
     let advice = if config.shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     for region in memory.iter() {
@@ -176,7 +184,20 @@ pub fn clear(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
             advise(region, 0..region.size(), libc::MADV_DONTDUMP);
         }
     }
-    populate(memory, config).map_err(io::Error::other)
+    Ok(())
+}
+
+/// In a hugetlbfs, a hole in a file has no pages reserved any more, and the guest's next access would
+/// end the machine if there were none. A new shared mapping reserves them, for as long as there is
+/// the file.
+fn reserve_again(region: &GuestRegionMmap<AtomicBitmap>) -> io::Result<()> {
+    let Some(at) = region.file_offset() else { return Ok(()) };
+    let at = FileOffset::new(at.file().try_clone()?, at.start());
+    let mapping = MmapRegionBuilder::<()>::new(region.size())
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_file_offset(at);
+    mapping.build().map(drop).map_err(io::Error::other)
 }
 
 /// Replace the mapping at `address` by anonymous memory, which is zero.
@@ -199,7 +220,7 @@ pub fn leave_empty(memory: &Memory, config: &MemoryConfig) {
     if config.path.is_none() || !config.shared {
         return;
     }
-    if let Err(e) = clear(memory, &MemoryConfig { prealloc: false, ..config.clone() }) {
+    if let Err(e) = empty(memory, config) {
         log::warn!("cannot discard the contents of the guest memory file: {e}");
     }
 }

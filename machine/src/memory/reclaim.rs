@@ -4,9 +4,14 @@
 //! |---|---|---|
 //! | anonymous, or private to this process over an empty file | MADV_DONTNEED | page |
 //! | shared: a memfd or a file | MADV_REMOVE | page |
-//! | either of huge pages | the same | huge page |
+//! | in a hugetlbfs | not at all | |
 //! | mapped from a save | replaced by anonymous memory, once; then MADV_DONTNEED | 64 KiB |
 //! | filled when it is touched (userfaultfd) | MADV_DONTNEED, then filled with zeros | page |
+//!
+//! A page of a hugetlbfs that was given back would have to come from the pool again when the guest
+//! touches it, and if another process has emptied the pool meanwhile, that kills the monitor. Where
+//! the kernel keeps a page reserved against that (a private mapping, since Linux 6.8), nobody else
+//! can use it either.
 //!
 //! Memory that is mapped from a save would read as the file's contents again after MADV_DONTNEED.
 //! Its replacement is a further mapping of the process, which may have 65,530 (vm.max_map_count):
@@ -70,8 +75,8 @@ pub struct Reclaimer {
 enum Method {
     /// With this advice, page by page.
     Pages(i32),
-    /// With this advice, in units of so many bytes. Each region's units, filled in when needed.
-    HugePages(i32, u64, Vec<Units>),
+    /// It is in a hugetlbfs and stays there.
+    Kept,
     /// By replacing it. Each region's units, filled in when needed.
     Mapped(Mappings, Vec<Units>),
     /// These ranges are filled by the filler.
@@ -183,8 +188,7 @@ impl Reclaim for Reclaimer {
     }
 
     fn release_all(&self) {
-        if let Method::HugePages(_, _, units) | Method::Mapped(_, units) = &mut *self.method.lock()
-        {
+        if let Method::Mapped(_, units) = &mut *self.method.lock() {
             units.iter_mut().for_each(Units::release_all);
         }
     }
@@ -220,28 +224,25 @@ impl Method {
             true => libc::MADV_REMOVE,
             false => libc::MADV_DONTNEED,
         };
-        match memory.iter().find_map(huge_page).filter(|_| config.path.is_some()) {
-            Some(unit) => Self::HugePages(advice, unit, Vec::new()),
-            None => Self::Pages(advice),
+        match config.path.is_some() && memory.iter().any(is_in_hugetlbfs) {
+            true => Self::Kept,
+            false => Self::Pages(advice),
         }
     }
 
     /// Set up the units of all regions.
     fn prepare(&mut self, memory: &Memory) {
-        let (all, unit, direct) = match self {
-            Self::HugePages(_, unit, all) => (all, *unit, true),
-            Self::Mapped(_, all) => (all, MAPPED_UNIT, false),
-            _ => return,
-        };
-        if all.is_empty() {
-            all.extend(memory.iter().map(|region| Units::new(region.len(), unit, direct)));
+        if let Self::Mapped(_, all) = self
+            && all.is_empty()
+        {
+            all.extend(memory.iter().map(|region| Units::new(region.len(), MAPPED_UNIT)));
         }
     }
 
     /// The units of a region, if memory is given back in units.
     fn units(&mut self, index: usize) -> Option<&mut Units> {
         match self {
-            Self::HugePages(_, _, all) | Self::Mapped(_, all) => all.get_mut(index),
+            Self::Mapped(_, all) => all.get_mut(index),
             _ => None,
         }
     }
@@ -251,16 +252,9 @@ impl Method {
         let Part { region, bytes, .. } = part;
         match self {
             Self::Pages(advice) => vec![(bytes.clone(), give_back(region, bytes, *advice))],
-            Self::HugePages(advice, _, all) => {
-                let Some(units) = all.get(part.index) else { return part.unknown() };
-                let steps = units.steps(bytes);
-                let take = |step| match step {
-                    Step::Release(bytes) | Step::Replace(bytes) => {
-                        let result = give_back(region, &bytes, *advice);
-                        (bytes, result)
-                    }
-                };
-                steps.into_iter().map(take).collect()
+            Self::Kept => {
+                let why = "it is in a hugetlbfs, whose pages stay with the machine";
+                vec![(bytes.clone(), Err(io::Error::other(why)))]
             }
             Self::Mapped(mappings, all) => take_mapped(part, config, mappings, all),
             Self::Missing(ranges, filler) => {
@@ -334,13 +328,10 @@ fn take_missing(part: &Part<'_>, ranges: &[Range<u64>], filler: &Filler) -> Vec<
     taken
 }
 
-/// Bytes of a page of the file behind `region`, if that is on a hugetlbfs.
-fn huge_page(region: &Region) -> Option<u64> {
-    let status = rustix::fs::fstatfs(region.file_offset()?.file()).ok()?;
-    if status.f_type != libc::HUGETLBFS_MAGIC {
-        return None;
-    }
-    u64::try_from(status.f_bsize).ok().filter(|size| *size >= PAGE_SIZE)
+/// Whether the file behind `region` is in a hugetlbfs.
+fn is_in_hugetlbfs(region: &Region) -> bool {
+    let status = region.file_offset().and_then(|at| rustix::fs::fstatfs(at.file()).ok());
+    status.is_some_and(|status| status.f_type == libc::HUGETLBFS_MAGIC)
 }
 
 fn mark_dirty(region: &Region, bytes: &Range<u64>) {

@@ -1,5 +1,5 @@
-//! Which parts of a region can be given back, where that requires whole units: the number of
-//! withheld pages of each unit, and which units have already been replaced.
+//! Which parts of a region can be given back, where whole units have to be replaced first: the number
+//! of withheld pages of each unit, and which units have already been replaced.
 use std::ops::Range;
 
 use super::super::image::PAGE_SIZE;
@@ -19,8 +19,6 @@ pub(super) struct Units {
     unit: u64,
     /// Bytes of the region.
     size: u64,
-    /// Whole units can be given back without being replaced.
-    direct: bool,
     replaced: Bits,
     withheld: Bits,
     /// How many pages of each unit are withheld.
@@ -29,15 +27,14 @@ pub(super) struct Units {
 }
 
 impl Units {
-    /// The units of a region of `size` bytes. With `direct`, units are given back directly;
-    /// otherwise each is replaced once, after which any page can be given back.
-    pub fn new(size: u64, unit: u64, direct: bool) -> Self {
+    /// The units of a region of `size` bytes. Each is replaced once, after which any page of it can
+    /// be given back.
+    pub fn new(size: u64, unit: u64) -> Self {
         let count = usize::try_from(size.div_ceil(unit)).unwrap_or(usize::MAX);
         Self {
             unit,
             size,
-            direct,
-            replaced: Bits::new(if direct { 0 } else { size.div_ceil(unit) }),
+            replaced: Bits::new(size.div_ceil(unit)),
             withheld: Bits::new(size.div_ceil(PAGE_SIZE)),
             counts: vec![0; count],
             pieces: 0,
@@ -81,10 +78,7 @@ impl Units {
             if self.replaced.get(index) {
                 push(&mut steps, Step::Release(part));
             } else if part == unit || self.is_withheld(index, &unit) {
-                push(
-                    &mut steps,
-                    if self.direct { Step::Release(unit) } else { Step::Replace(unit) },
-                );
+                push(&mut steps, Step::Replace(unit));
             }
         }
         steps
@@ -167,7 +161,7 @@ mod tests {
 
     #[test]
     fn only_whole_units_are_replaced_and_then_any_page_is_released() {
-        let mut all = Units::new(1 << 20, UNIT, false);
+        let mut all = Units::new(1 << 20, UNIT);
         assert_eq!(all.steps(&pages(1..16)), []);
         assert_eq!(all.steps(&pages(1..63)), [Step::Replace(units(1..3))]);
         all.note_replaced(&units(1..3));
@@ -180,7 +174,7 @@ mod tests {
 
     #[test]
     fn pages_that_are_withheld_add_up_and_what_is_released_is_missing() {
-        let mut all = Units::new(1 << 20, UNIT, false);
+        let mut all = Units::new(1 << 20, UNIT);
         for page in (16..32).rev() {
             assert_eq!(all.steps(&pages(page..page + 1)), [], "{page}");
             all.withhold(&pages(page..page + 1), true);
@@ -198,20 +192,8 @@ mod tests {
     }
 
     #[test]
-    fn units_that_need_not_be_replaced_are_released_again_and_again() {
-        let mut all = Units::new(3 << 20, 2 << 20, true);
-        assert_eq!(all.steps(&pages(0..511)), []);
-        assert_eq!(all.steps(&pages(0..768)), [Step::Release(pages(0..768))], "the last is short");
-        all.withhold(&pages(0..512), true);
-        for page in [0, 511, 0] {
-            assert_eq!(all.steps(&pages(page..page + 1)), [Step::Release(pages(0..512))]);
-        }
-        assert_eq!(all.pieces(), 0);
-    }
-
-    #[test]
     fn pieces_are_counted_by_what_lies_between_them() {
-        let mut all = Units::new(1 << 20, UNIT, false);
+        let mut all = Units::new(1 << 20, UNIT);
         for (unit, pieces) in [(0, 1), (2, 2), (15, 3), (14, 3), (1, 2), (3, 2)] {
             assert_eq!(all.pieces_with(&units(unit..unit + 1)), pieces);
             all.note_replaced(&units(unit..unit + 1));
