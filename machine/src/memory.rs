@@ -187,9 +187,9 @@ fn empty(memory: &Memory, config: &MemoryConfig) -> io::Result<()> {
     Ok(())
 }
 
-/// In a hugetlbfs, a hole in a file has no pages reserved any more, and the guest's next access would
-/// end the machine if there were none. A new shared mapping reserves them, for as long as there is
-/// the file.
+/// In a hugetlbfs, a hole in a file has no pages reserved any more, and the guest's next access
+/// would end the machine if there were none. A new shared mapping reserves them, for as long as
+/// there is the file.
 fn reserve_again(region: &GuestRegionMmap<AtomicBitmap>) -> io::Result<()> {
     let Some(at) = region.file_offset() else { return Ok(()) };
     let at = FileOffset::new(at.file().try_clone()?, at.start());

@@ -2,9 +2,9 @@
 //! Flags, models of `-device`, sections of the file, the paths in them and the conversion to
 //! devices all derive from it.
 //!
-//! Not in it: the serial port, which every machine has, in no slot and with no `-device`, so that a
-//! row would be empty but for its flag; `-chardev`, a back-end that the serial port, the console and
-//! `-mon` share; and `-object`, which makes I/O threads and the source behind an rng.
+//! Not in it: the serial port, which every machine has, in no slot and with no `-device`, so that
+//! a row would be empty but for its flag; `-chardev`, a back-end that the serial port, the console
+//! and `-mon` share; and `-object`, which makes I/O threads and the source behind an rng.
 use super::draft::{DeviceKind, Draft};
 use super::fields::Fields;
 use super::resolve::Resolver;

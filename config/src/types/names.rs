@@ -8,8 +8,8 @@ use std::{
 
 use super::ValueError;
 
-/// Id of a device, a back-end, an I/O thread or another object, or the name of the machine: 1 to 255
-/// bytes.
+/// Id of a device, a back-end, an I/O thread or another object, or the name of the machine: 1 to
+/// 255 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id(Cow<'static, str>);
 

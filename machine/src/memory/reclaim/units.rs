@@ -1,5 +1,5 @@
-//! Which parts of a region can be given back, where whole units have to be replaced first: the number
-//! of withheld pages of each unit, and which units have already been replaced.
+//! Which parts of a region can be given back, where whole units have to be replaced first: the
+//! number of withheld pages of each unit, and which units have already been replaced.
 use std::ops::Range;
 
 use super::super::image::PAGE_SIZE;
