@@ -1,5 +1,5 @@
-//! Measures the speed of a disk's worker with a driver that sleeps between interrupts as a guest
-//! does, but without a guest's exits. Run it with: cargo run --release --example blk_rate [IMAGE]
+//! Measures the speed of a disk's worker with a driver that sleeps between interrupts like a guest,
+//! but without VM exits. Run it with: cargo run --release --example blk_rate [IMAGE]
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,

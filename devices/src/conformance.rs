@@ -59,7 +59,7 @@ fn guest(make: &impl Make) -> Guest {
     Guest::new(make())
 }
 
-/// A guest whose driver takes everything that is offered.
+/// A guest whose driver accepts every offered feature.
 fn live(make: &impl Make) -> Guest {
     let mut g = guest(make);
     let offered = g.offered();
@@ -178,7 +178,7 @@ fn keeps_its_queues_to_itself(make: &impl Make) {
     g.store(QUEUE_SEL, 0);
     for value in [0, 1, 3, 0xffff, u32::MAX] {
         for offset in (0x38..0x50).chain(0x80..0xfc).step_by(4) {
-            // Taking a queue back is covered elsewhere.
+            // Disabling a queue is covered elsewhere.
             if (offset, value) != (QUEUE_READY, 0) {
                 g.store(offset, value);
             }
@@ -215,7 +215,7 @@ fn ignores_stray_notifications(make: &impl Make) {
         g.thread.settle();
         assert_eq!(g.load(STATUS), status);
     }
-    // A flood while paused is one notification afterwards.
+    // Many notifications while paused count as one afterwards.
     g.transport.pause();
     for _ in 0..1000 {
         g.transport.notifiers().iter().for_each(|n| n.write(1 << 40).unwrap());
@@ -309,7 +309,7 @@ fn moves_without_losing_anything(make: &impl Make) {
         to.transport.restore(&section).unwrap();
         assert_eq!(to.thread.workers(), 0, "no worker runs before resume");
         assert_eq!(to.transport.save().unwrap(), section);
-        // Over an active device as well as over a fresh one.
+        // Into an active device as well as into a fresh one.
         to.transport.restore(&section).unwrap();
         assert_eq!(to.transport.save().unwrap(), section);
         to.transport.resume();

@@ -26,7 +26,7 @@ pub mod worker;
 /// The bitmap is the device side of dirty tracking; vCPU writes are tracked by KVM.
 pub type Memory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
 
-/// What the VM requires of every device, whatever bus it is on.
+/// What the VM requires of every device, on any bus.
 ///
 /// No method has a default body: a device author must *decide* what pausing or saving means,
 /// because a silent `Ok(())` is how state gets lost.
@@ -51,7 +51,7 @@ pub trait Device: Send {
     fn restore(&mut self, section: &state::Section) -> Result<(), state::StateError>;
 }
 
-/// A guest request that concerns the machine as a whole.
+/// A guest request that affects the whole machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PowerEvent {
     /// Reboot: i8042 command 0xfe, the ACPI reset register.

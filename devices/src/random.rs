@@ -6,7 +6,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 /// `N` unpredictable bytes.
 ///
 /// # Errors
-/// When the host has none to give: its kernel is older than 3.17, or a filter forbids the call.
+/// When the host provides none: its kernel is older than 3.17, or a filter forbids the call.
 pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;

@@ -1,9 +1,9 @@
 //! Limits on operations and bytes per second, for disks and network interfaces.
 //!
-//! A bucket is kept as the instant at which everything let through so far is paid for, so there is
-//! no refilling and no remainder to lose: a request passes while that instant is near enough, and
-//! advances it by its own cost. So a request larger than the bucket also passes and is paid for
-//! afterwards, instead of waiting for a fill level that is never reached.
+//! A token bucket is stored as the instant at which everything passed so far is paid for, so
+//! nothing is refilled and no remainder is lost. A request passes while that instant is less than
+//! [`BURST`] ahead, and advances it by its own cost. So a request larger than the bucket also
+//! passes, and is paid for afterwards, instead of waiting for a fill level that is never reached.
 use std::{
     io,
     os::fd::{AsRawFd, RawFd},
@@ -22,7 +22,7 @@ type Nanos = u64;
 #[derive(Debug)]
 struct Bucket {
     per_second: u64,
-    /// When everything let through is paid for.
+    /// When everything passed so far is paid for.
     paid_at: Nanos,
 }
 
@@ -122,7 +122,7 @@ impl RateLimiter {
     }
 
     fn replenish_at(&mut self, now: Nanos) {
-        // Setting or clearing the timer also takes back its readiness, so it is never read.
+        // Setting or clearing the timer also clears its readiness, so it is never read.
         match self.wait(now) {
             wait if wait > 0 && self.waiting => self.arm(wait),
             _ => {

@@ -1,4 +1,4 @@
-//! Device state that leaves the process, in the form that the crate `state` defines.
+//! Saving and restoring of device state, in the format that the crate `state` defines.
 pub use ::state::Section;
 use ::state::{Saved, SectionError};
 

@@ -109,12 +109,12 @@ impl InlineThread {
         fired
     }
 
-    /// Take turns until nothing fires any more.
+    /// Handle events until nothing fires any more.
     pub fn settle(&self) {
         self.until("the workers are quiet", || self.turn(Duration::ZERO) == 0);
     }
 
-    /// Take turns until `done`; panics when that does not happen.
+    /// Handle events until `done` returns true; panics if it never does.
     pub fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
         let begin = Instant::now();
         while !done() {
@@ -248,7 +248,7 @@ impl DriverQueue {
         self.memory.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).unwrap();
     }
 
-    /// Lay out a chain in descriptors not used lately; its head.
+    /// Lay out a chain in the least recently used descriptors; returns its head.
     pub fn chain(&mut self, buffers: &[Buffer]) -> u16 {
         let head = self.next_descriptor;
         for (n, (addr, len, write)) in buffers.iter().enumerate() {
@@ -365,8 +365,8 @@ impl Guest {
         u64::from(self.load(0x10)) << 32 | u64::from(low)
     }
 
-    /// Reset, then proceed to FEATURES_OK with exactly `features`; whether the device accepted
-    /// them.
+    /// Reset, then proceed to FEATURES_OK with exactly `features`; returns whether the device
+    /// accepted them.
     pub fn negotiate(&mut self, features: u64) -> bool {
         for status in [0, 1, 3] {
             self.store(0x70, status);
@@ -459,7 +459,7 @@ impl Guest {
         self.thread.settle();
     }
 
-    /// Make a chain available on queue `index` and notify; its head.
+    /// Make a chain available on queue `index` and notify; returns its head.
     pub fn request(&mut self, index: u16, buffers: &[Buffer]) -> u16 {
         let queue = &mut self.queues[usize::from(index)];
         let head = queue.chain(buffers);

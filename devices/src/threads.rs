@@ -15,15 +15,16 @@ pub enum ThreadKind {
     Writer,
 }
 
-/// The thread must end without serving. The step that refused knows the cause, and reports it.
+/// The thread must end without doing its work. The step that refused knows the cause and reports
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused;
 
-/// What a new thread calls once it is set up, right before it serves.
+/// What a new thread calls once it is set up, right before it begins its work.
 pub type FirstStep = Box<dyn FnOnce() -> Result<(), Refused> + Send>;
 
-/// Asked, on the starting thread, before each thread is started: the first step of the new thread,
-/// by its kind and name. The default does nothing.
+/// Provides the first step of each new thread, by the thread's kind and name. It is called on the
+/// starting thread, before the new one exists. The default step does nothing.
 #[derive(Clone)]
 pub struct ThreadStart(Arc<FirstSteps>);
 

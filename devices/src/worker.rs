@@ -14,13 +14,13 @@
 //! ```
 //! Two things can go wrong. A worker that its thread does not return, because the thread has ended,
 //! is lost. A worker that its thread refuses, for lack of descriptors, is parked: its state can
-//! still be saved, and its resources can be taken back.
+//! still be saved, and its resources can be reused.
 use std::{any::Any, fmt, io, marker::PhantomData, os::fd::RawFd, sync::Arc, time::Duration};
 
 /// Work driven by file descriptors.
 pub trait Worker: Any + Send {
-    /// The descriptors to wait on for reading; [`Worker::ready`] receives the index of the one
-    /// that fired. Asked once at each adoption. A worker that waits for something else as well
+    /// The descriptors to wait on for reading; [`Worker::ready`] receives the index of the one that
+    /// fired. Called once at each adoption. A worker that waits for something else as well
     /// (writability, descriptors that come and go) puts those into an epoll of its own and lists
     /// that epoll here.
     fn sources(&self) -> Vec<RawFd>;
@@ -47,7 +47,7 @@ pub trait IoThread: Send + Sync {
     /// # Errors
     /// As [`IoThread::adopt`].
     fn take_back(&self, key: usize, worker: Box<dyn Worker>) -> Result<(), Refused>;
-    /// Quiesce a worker and give it up with its registration; `None` if it is not on this thread.
+    /// Quiesce a worker, remove its registration and return it; `None` if it is not on this thread.
     fn release(&self, key: usize) -> Option<Box<dyn Worker>>;
 }
 
@@ -137,7 +137,7 @@ impl<W: Worker> WorkerSlot<W> {
         self.unpark()
     }
 
-    /// Take the worker back for good: it is quiesced, and the caller drops or reuses it. `None`
+    /// Take the worker back permanently: it is quiesced, and the caller drops or reuses it. `None`
     /// when there is none.
     ///
     /// # Errors
@@ -180,8 +180,8 @@ impl<W: Worker> WorkerSlot<W> {
     /// restarted. `None` when there is no worker.
     ///
     /// # Errors
-    /// As [`WorkerControl::park`], nothing has changed then; as [`WorkerControl::unpark`], the
-    /// change is made then.
+    /// Those of [`WorkerControl::park`]: then nothing has changed. Those of
+    /// [`WorkerControl::unpark`]: then the change is made.
     pub fn change<T>(&mut self, change: impl FnOnce(&mut W) -> T) -> io::Result<Option<T>> {
         let running = matches!(self, Self::Running(_));
         self.park()?;

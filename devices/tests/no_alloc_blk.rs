@@ -1,6 +1,5 @@
-//! The data path of a disk allocates nothing for a request, once it has seen the longest one.
-//!
-//! A test binary of its own, because it counts every allocation of the process.
+//! The data path of a disk allocates nothing for a request, once it has seen the longest one. This
+//! is a test binary of its own, because it counts every allocation of the process.
 // UNSAFETY: a global allocator cannot be written without.
 #![expect(unsafe_code)]
 use std::{

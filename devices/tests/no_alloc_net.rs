@@ -1,7 +1,7 @@
 // UNSAFETY: a global allocator that counts.
 #![expect(unsafe_code)]
-//! The data path of a network device allocates nothing, and resets leave no descriptors open. A
-//! test binary of its own, because both are counted for the whole process.
+//! The data path of a network device allocates nothing, and resets leave no descriptors open. This
+//! is a test binary of its own, because both are counted for the whole process.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use std::{
     alloc::{GlobalAlloc, Layout, System},

@@ -1,5 +1,5 @@
-//! Repeated driver mistakes do not flood the log. A test binary of its own, because a process has
-//! one log.
+//! Repeated driver errors do not flood the log. This is a test binary of its own, because a process
+//! has one log.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use std::{
     sync::atomic::{AtomicUsize, Ordering},

@@ -33,7 +33,7 @@ pub use self::output::CharSink;
 use self::{escape::Escape, output::Output, socket::Listener};
 use crate::{log_limit::log_seldom, threads::ThreadStart};
 
-/// Most bytes kept of what disconnected clients sent while the guest was not reading.
+/// Most bytes of input kept from disconnected clients while the guest is not reading.
 const LEFT: usize = 64 << 10;
 
 /// A character back-end.
@@ -94,7 +94,7 @@ impl Char {
     /// A new pseudo-terminal in raw mode; its path is in `name`.
     ///
     /// # Errors
-    /// When the host has no pseudo-terminal to give.
+    /// When the host has no pseudo-terminal left.
     pub fn pty() -> Result<Self, CharError> {
         let open = || {
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -119,8 +119,8 @@ impl Char {
     }
 
     /// A file, created (mode 0600) if missing and appended to. Output only. A regular file is
-    /// written by a thread of its own, started by `start`: its storage may hang, and then what
-    /// exceeds the backlog is dropped.
+    /// written by a thread of its own, started by `start`: its storage may hang. Output that
+    /// exceeds the backlog is then dropped.
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -218,7 +218,7 @@ impl CharSource {
             let there = events(input.as_fd());
             let gone = there.intersects(PollFlags::HUP | PollFlags::ERR);
             if buffer.is_empty() && gone {
-                // A guest that reads nothing must not keep the next client out.
+                // A guest that reads nothing must not block the next client.
                 self.keep_rest();
                 self.hang_up();
                 continue;
@@ -286,7 +286,7 @@ impl CharSource {
 }
 
 impl AsRawFd for CharSource {
-    /// To be waited on for reading; it also fires when output can continue.
+    /// Poll it for reading; it is also readable when output can continue.
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }

@@ -23,7 +23,7 @@ const PAGE: u64 = 4096;
 /// Bytes of guest memory that a word of the log covers.
 const WORD: u64 = 64 * PAGE;
 
-/// A log that another process writes.
+/// A dirty log written by another process.
 pub struct DirtyLog {
     file: File,
     map: MmapRegion<()>,
@@ -174,7 +174,7 @@ mod tests {
         let pages = 16 * MIB / PAGE;
         let (start, done) = (Barrier::new(2), AtomicBool::new(false));
         thread::scope(|scope| {
-            // With a mapping of its own, byte by byte, as another program does.
+            // Through a mapping of its own, byte by byte, as another program would.
             scope.spawn(|| {
                 let file = File::from(log.as_fd().try_clone_to_owned().unwrap());
                 let size = usize::try_from(log.size()).unwrap();

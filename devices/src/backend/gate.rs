@@ -1,16 +1,14 @@
-//! Output that nobody may see before the checkpoint that covers it is acknowledged.
+//! Holds a machine's output back until the checkpoint that covers it is acknowledged.
 //!
-//! A machine that is replicated produces output from a state which its backup does not have yet. A
-//! gate keeps that output, in the order in which it was produced, and knows which checkpoint
-//! covers which part:
+//! A replicated machine must not show output to the outside before its backup has the state that
+//! produced it. A gate buffers that output in order, and knows which checkpoint covers which part:
 //!
 //! ```text
 //!   guest --hold--> [ filling ] --mark(e)--> [ epoch e ] .. [ oldest ] --release(e)--> the outside
 //! ```
 //!
-//! It works on bytes; what the pieces are (frames of a NIC, output of a console) and how they are
-//! written is the caller's business. The decorators around back-ends are its callers, so that no
-//! device knows of it.
+//! It works on pieces of bytes; what these are (frames of a NIC, output of a console) and how they
+//! are written is up to its callers, the decorators around back-ends. Devices do not know of it.
 use std::{
     collections::VecDeque,
     io,
@@ -25,7 +23,7 @@ use std::{
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
-/// How much a gate keeps before it takes no more.
+/// The capacity of a gate.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
     /// Bytes of all pieces.
@@ -34,21 +32,21 @@ pub struct Room {
     pub pieces: usize,
 }
 
-/// Memory of empty buffers that is kept for the next checkpoints, in bytes for each buffer.
+/// Capacity that an emptied buffer keeps for later checkpoints, in bytes.
 const SPARE: usize = 1 << 20;
 
 /// What [`Gate::hold`] did with a piece of output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Held {
-    /// Nothing: the gate is open, and the caller writes it.
+    /// Nothing: the gate is open, and the caller writes the piece itself.
     Open,
-    /// It was copied.
+    /// It was copied into the gate.
     Kept,
     /// Nothing: there is no room. The gate's descriptor becomes readable when there is.
     Full,
 }
 
-/// What a gate keeps at the moment.
+/// What a gate holds at the moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Backlog {
     /// Bytes of all pieces.
@@ -59,16 +57,14 @@ pub struct Backlog {
     pub oldest: Duration,
 }
 
-/// The outer side of a gate: whoever marks, releases and opens. There is one, so that pieces are
-/// written in one order only.
+/// The outer side of a gate, which marks, releases and opens. There is only one, so that pieces are
+/// written in order.
 pub struct Keeper(Arc<Gate>);
 
-/// The inner side of a gate, where the output of one back-end arrives.
-///
-/// Its descriptor is readable when there may be room again, until [`Gate::take_room`].
+/// The inner side of a gate, where the output of one back-end arrives. Its descriptor becomes
+/// readable when there may be room again; [`Gate::take_room`] clears it.
 pub struct Gate {
-    /// Whether output is kept. Changed only under the lock; read without it on the way of every
-    /// piece.
+    /// Whether output is held. Changed only under the lock; read without it for every piece.
     shut: AtomicBool,
     kept: Mutex<Kept>,
     room: Room,
@@ -81,11 +77,11 @@ struct Kept {
     filling: Batch,
     /// Marked output, oldest first. Epochs ascend.
     marked: VecDeque<(u64, Batch)>,
-    /// An emptied buffer, so that a machine in its stride allocates nothing.
+    /// An emptied buffer, so that a gate in steady use allocates nothing.
     spare: Option<Batch>,
     bytes: usize,
     pieces: usize,
-    /// Somebody was refused.
+    /// [`Gate::hold`] has returned [`Held::Full`] since room was last announced.
     refused: bool,
 }
 
@@ -95,7 +91,7 @@ struct Batch {
     bytes: Vec<u8>,
     /// Where each piece ends.
     ends: Vec<usize>,
-    /// When the first one came.
+    /// When the first one was added.
     since: Option<Instant>,
 }
 
@@ -122,7 +118,7 @@ impl Batch {
         begins.zip(&self.ends).filter_map(|(from, to)| self.bytes.get(from..*to))
     }
 
-    /// Empty it, and keep its memory within reason.
+    /// Remove all pieces, and keep at most [`SPARE`] bytes of capacity.
     fn clear(&mut self) {
         self.bytes.clear();
         self.bytes.shrink_to(SPARE);
@@ -144,10 +140,11 @@ impl Gate {
         Ok((gate.clone(), Keeper(gate)))
     }
 
-    /// Keep a piece of output of `length` bytes, which `copy` writes, if the gate is shut.
+    /// Hold a piece of output of `length` bytes, which `copy` writes into the buffer, if the gate
+    /// is shut.
     ///
     /// # Errors
-    /// That of `copy`; nothing is kept then.
+    /// Those of `copy`; then nothing is held.
     pub fn hold(
         &self,
         length: usize,
@@ -161,7 +158,8 @@ impl Gate {
         if !self.shut.load(Ordering::Acquire) {
             return Ok(Held::Open);
         }
-        // A piece larger than the room is taken alone; otherwise it would never get through.
+        // A piece larger than the capacity is accepted when the gate is empty; otherwise it would
+        // never pass.
         let fits = kept.bytes + length <= self.room.bytes && kept.pieces < self.room.pieces;
         if !fits && kept.pieces > 0 {
             kept.refused = true;
@@ -173,7 +171,7 @@ impl Gate {
         Ok(Held::Kept)
     }
 
-    /// What is kept now.
+    /// What is held now.
     pub fn backlog(&self) -> Backlog {
         let kept = self.kept.lock();
         let oldest = kept.marked.iter().map(|(_, batch)| batch).chain([&kept.filling]);
@@ -182,7 +180,7 @@ impl Gate {
         Backlog { bytes: kept.bytes, pieces: kept.pieces, oldest }
     }
 
-    /// Bytes that it still takes, if it is shut. None counts as [`Held::Full`].
+    /// Bytes of free capacity, if it is shut. 0 counts as a [`Held::Full`].
     pub fn room_left(&self) -> Option<usize> {
         let mut kept = self.kept.lock();
         let full = kept.pieces >= self.room.pieces;
@@ -191,7 +189,7 @@ impl Gate {
         self.is_shut().then_some(left)
     }
 
-    /// Whether output is kept.
+    /// Whether output is held.
     pub fn is_shut(&self) -> bool {
         self.shut.load(Ordering::Acquire)
     }
@@ -207,7 +205,7 @@ impl Gate {
         self.kept.lock().marked.pop_front_if(|(epoch, _)| chosen(*epoch)).map(|(_, batch)| batch)
     }
 
-    /// `batch` has been written, or is not wanted any more.
+    /// Call when `batch` has been written or discarded.
     fn done_with(&self, mut batch: Batch) {
         let mut kept = self.kept.lock();
         kept.bytes -= batch.bytes.len();
@@ -239,13 +237,13 @@ impl Keeper {
         &self.0
     }
 
-    /// Keep output from now on. Called while nothing produces any.
+    /// Hold output from now on. Call while nothing produces any.
     pub fn shut(&mut self) {
         let _kept = self.0.kept.lock();
         self.0.shut.store(true, Ordering::Release);
     }
 
-    /// The checkpoint `epoch` covers all output until now. Epochs ascend; nothing produces output
+    /// The checkpoint `epoch` covers all output so far. Epochs ascend; nothing may produce output
     /// meanwhile.
     pub fn mark(&mut self, epoch: u64) {
         let kept = &mut *self.0.kept.lock();
@@ -255,8 +253,8 @@ impl Keeper {
         }
     }
 
-    /// Give what the checkpoints through `epoch` cover to `write`, piece by piece and in order.
-    /// `write` may wait: what is produced meanwhile is kept as before.
+    /// Pass the output covered by checkpoints up to and including `epoch` to `write`, piece by
+    /// piece and in order. `write` may wait: output produced meanwhile is held as before.
     pub fn release(&mut self, epoch: u64, mut write: impl FnMut(&[u8])) {
         while let Some(batch) = self.0.oldest(|of| of <= epoch) {
             batch.pieces().for_each(&mut write);
@@ -264,7 +262,7 @@ impl Keeper {
         }
     }
 
-    /// Give everything to `write`, whatever covers it, and keep no output any more.
+    /// Pass everything to `write`, covered or not, and open the gate.
     pub fn open(&mut self, mut write: impl FnMut(&[u8])) {
         self.release(u64::MAX, &mut write);
         while let Some(batch) = self.last() {
@@ -273,7 +271,7 @@ impl Keeper {
         }
     }
 
-    /// Discard what is kept. The gate stays as it is, shut or open.
+    /// Discard what is held. The gate stays as it is, shut or open.
     pub fn discard(&mut self) {
         while let Some(batch) = self.0.oldest(|_| true) {
             self.0.done_with(batch);
@@ -282,8 +280,8 @@ impl Keeper {
         self.0.done_with(filling);
     }
 
-    /// The output since the last mark; where there is none, the gate is opened instead. Both under
-    /// one lock, so that nothing overtakes what was kept.
+    /// The output since the last mark. If there is none, opens the gate, under the same lock, so
+    /// that new output cannot overtake held output.
     fn last(&self) -> Option<Batch> {
         let mut kept = self.0.kept.lock();
         if kept.filling.ends.is_empty() {

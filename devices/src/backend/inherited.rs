@@ -11,8 +11,8 @@ use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 /// Take ownership of descriptor `number`.
 ///
 /// # Errors
-/// When no such descriptor was inherited. One that is close-on-exec was not: it is this process's
-/// own, or has been taken before, because taking it sets that flag.
+/// When no such descriptor was inherited. A close-on-exec descriptor was not inherited: this
+/// process has opened it, or has taken it before, because taking one sets that flag.
 pub fn take(number: RawFd) -> io::Result<OwnedFd> {
     let refused = |why: &str| io::Error::other(format!("descriptor {number} {why}"));
     if number <= 2 {

@@ -42,7 +42,7 @@ impl Writer {
     /// bytes lost.
     ///
     /// # Errors
-    /// When the host has no thread or descriptor to give.
+    /// When the host has no thread or descriptor left.
     pub fn spawn(
         name: &str,
         file: File,

@@ -152,7 +152,7 @@ impl I8042 {
             Some(0xd2 | 0xd3) => r.answer = Some(byte),
             Some(_) => {}
             None => {
-                // Section "Sending to the keyboard" of any i8042 manual: this enables its clock.
+                // Sending to the keyboard enables its clock.
                 r.control &= !CTR_DISABLE;
                 r.keyboard.receive(byte, r.control & CTR_TRANSLATE != 0);
             }

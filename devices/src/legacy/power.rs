@@ -19,7 +19,7 @@ use crate::{
 };
 use ::state::device as saved;
 
-/// Ports that the block takes.
+/// Number of ports in the block.
 pub const PORTS: u64 = 4;
 
 const SLEEP_CONTROL: u64 = 0;

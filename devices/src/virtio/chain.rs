@@ -125,7 +125,7 @@ impl Chain {
     }
 
     /// Readable and writable buffers. Asserts what [`Chain::pop`] has ensured: with buffers other
-    /// than the driver's, a request would be reported as done that was not.
+    /// than the driver's, a request that was not carried out would be reported as done.
     fn split(&self) -> (&[Segment], &[Segment]) {
         self.segments.split_at(self.readable)
     }

@@ -79,8 +79,8 @@ pub trait VirtioDevice: Device + Any {
     /// when its guest started. They belong to the slot, whatever has been plugged into it since.
     ///
     /// # Errors
-    /// When the device, with its present back-end, does not support one of them. It then offers
-    /// what it did before.
+    /// When the device, with its current back-end, does not support one of them. It then offers the
+    /// same as before.
     fn offer(&mut self, features: u64) -> Result<(), StateError> {
         match features == self.features() & !F_VERSION_1 {
             true => Ok(()),
@@ -113,7 +113,7 @@ pub enum ActivateError {
     /// The driver has not set up a queue that the device requires.
     #[error("queue {0} is not ready")]
     MissingQueue(u16),
-    /// The host refused something.
+    /// A host operation failed.
     #[error("cannot {what}")]
     Host {
         /// The operation that failed.

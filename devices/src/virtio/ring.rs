@@ -26,7 +26,7 @@ const NO_INTERRUPT: u16 = 1;
 pub(crate) struct Broken;
 
 impl Broken {
-    /// Report that the device `id` leaves its queues alone from now on, until its driver resets it.
+    /// Log that the device `id` stops processing its queues until its driver resets it.
     pub(crate) fn report(self, id: &str, interrupt: &Interrupt) {
         log_seldom!(error, "{id}: the driver has broken a virtqueue");
         interrupt.needs_reset();
@@ -104,7 +104,7 @@ impl Ring {
         }
     }
 
-    /// Whether [`Ring::pop`] would return something, though nothing was requested.
+    /// Whether [`Ring::pop`] would return something, even without a notification.
     pub(crate) fn is_pending(&self) -> bool {
         chain::pending(&self.queue, &self.memory) != Some(0)
     }

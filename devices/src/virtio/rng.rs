@@ -59,7 +59,7 @@ impl Rng {
     /// only this guest waits.
     ///
     /// # Errors
-    /// When `path` cannot be opened, or has an end, as regular files do.
+    /// When `path` cannot be opened, or is neither a character device nor a FIFO.
     pub fn new(id: impl Into<String>, path: &Path, bps: Option<u64>) -> Result<Self, RngError> {
         let failed = |source| RngError::Open { path: path.into(), source };
         let source = File::options()
@@ -246,7 +246,7 @@ impl RngWorker {
         if want == 0 {
             return Some(0);
         }
-        // Whether the limit refuses depends on what was given before; only what is given is
+        // The limiter refuses based on what was returned before; only what is returned now is
         // charged.
         if !self.limiter.take(0, 0) {
             return None;

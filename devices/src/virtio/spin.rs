@@ -7,12 +7,12 @@ use std::{
 
 /// How long to poll. The window grows while requests arrive soon after the last one was served. It
 /// drops to zero when they do not (as KVM does for a halted vCPU), when they always arrive a little
-/// after the longest window, or when another thread needs the CPU, perhaps a vCPU of the very
+/// after the longest window, or when another thread needs the CPU, perhaps a vCPU of the same
 /// guest.
 #[derive(Default)]
 pub(crate) struct Spin {
     window: Duration,
-    /// Consecutive polls in vain at the longest window.
+    /// Consecutive unsuccessful polls at the longest window.
     futile: u8,
     idle_since: Option<Instant>,
     rest_until: Option<Instant>,
@@ -25,7 +25,7 @@ impl Spin {
     /// exceeds the longest window by the time that the notification itself and the wake-up take,
     /// which differs between hosts: on a fast one the indication can be wrong.
     const SOON: Duration = Duration::from_micros(100);
-    /// This many polls in vain show that it is wrong here.
+    /// After this many unsuccessful polls it is taken to be wrong.
     const FUTILE: u8 = 8;
     /// No polling for this long after that.
     const LONG_REST: Duration = Duration::from_millis(20);
@@ -36,7 +36,7 @@ impl Spin {
     /// window in each such period is lost.
     const REST: Duration = Duration::from_millis(1);
 
-    /// One that will poll for `window` at first.
+    /// Polls for `window` at first.
     #[cfg(test)]
     pub(crate) fn with_window(window: Duration) -> Self {
         Self { window, ..Self::default() }

@@ -4,18 +4,18 @@ use std::io;
 use super::{CharSink, output::BACKLOG};
 use crate::backend::gate::{Backlog, Gate, Keeper, Room};
 
-/// Output kept for one back-end: as much as for a reader that is slow.
+/// Output held for one back-end: as much as the backlog for a slow reader.
 const ROOM: Room = Room { bytes: BACKLOG, pieces: BACKLOG };
 
-/// The outer side of the gate, which sends to the back-end. When it is dropped, what is kept is
-/// sent, and there is no gate any more.
+/// The outer side of the gate, which sends to the back-end. Dropping it sends what is held and
+/// removes the gate.
 pub struct CharKeeper {
     keeper: Keeper,
     sink: CharSink,
 }
 
 impl CharKeeper {
-    /// Put a gate, which is open, before the output end `sink`.
+    /// Put an open gate in front of the output end `sink`.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -50,7 +50,7 @@ impl CharKeeper {
         self.keeper.discard();
     }
 
-    /// What is kept now.
+    /// What is held now.
     pub fn backlog(&self) -> Backlog {
         self.keeper.gate().backlog()
     }
@@ -59,7 +59,7 @@ impl CharKeeper {
 impl Drop for CharKeeper {
     fn drop(&mut self) {
         self.open();
-        // Fails only when its descriptor is not waited for, which is what is wanted.
+        // Fails only if its descriptor is not being watched, which is the goal.
         let _ = self.sink.set_gate(None);
     }
 }

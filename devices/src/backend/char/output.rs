@@ -33,7 +33,7 @@ const AT_THE_END: Duration = Duration::from_secs(1);
 /// Bytes written at once where poll only says that some can be written.
 const CAREFUL: usize = 256;
 
-/// The output end of a character back-end; clones lead to the same place.
+/// The output end of a character back-end; clones write to the same place.
 ///
 /// The lock is needed because a vCPU writes while the worker on the I/O thread flushes and
 /// connects; no thread blocks while holding it.
@@ -46,7 +46,7 @@ pub struct CharSink {
 #[derive(Default)]
 struct State {
     output: Option<Output>,
-    /// Holds output back before it gets here.
+    /// Holds output back before it is written here.
     gate: Option<Arc<Gate>>,
     backlog: VecDeque<u8>,
     replay: Option<Replay>,
@@ -165,7 +165,7 @@ impl CharSink {
         }
     }
 
-    /// Send `bytes`, whatever a gate says; returns at once.
+    /// Send `bytes`, bypassing any gate; returns at once.
     pub(super) fn pass(&self, bytes: &[u8]) {
         let mut state = self.state.lock();
         if let Some(replay) = &mut state.replay {
@@ -220,8 +220,8 @@ impl CharSink {
         state.name = None;
     }
 
-    /// Put a gate before everything that is sent from now on; `None` removes it. What waits for
-    /// room is woken when the gate has some.
+    /// Put a gate in front of everything that is sent from now on; `None` removes it. Senders that
+    /// wait for room are woken when the gate has some.
     pub(super) fn set_gate(&self, gate: Option<Arc<Gate>>) -> io::Result<()> {
         let mut state = self.state.lock();
         if let Some(new) = &gate {
@@ -241,7 +241,7 @@ impl CharSink {
 
     pub(super) fn flush(&self) {
         let mut state = self.state.lock();
-        // Before the caller finds out how much room there is.
+        // Before the caller asks how much room there is.
         state.gate.iter().for_each(|gate| gate.take_room());
         state.flush();
         state.watch(&self.epoll);
@@ -287,7 +287,7 @@ impl State {
     fn flush(&mut self) {
         while !self.backlog.is_empty() {
             let (front, _) = self.backlog.as_slices();
-            // Cannot be a borrow of `self` while writing; a backlog is rare.
+            // Moved out, because `self` cannot be borrowed while writing; a backlog is rare.
             let front = front.get(..4096).unwrap_or(front).to_vec();
             match self.write(&front) {
                 0 => break,
@@ -296,7 +296,7 @@ impl State {
         }
     }
 
-    /// How many of `bytes` are done with: written, or lost for good because of an error.
+    /// How many of `bytes` are dealt with: written, or lost because of an error.
     fn write(&mut self, bytes: &[u8]) -> usize {
         loop {
             let Some(output) = &self.output else { return bytes.len() };
@@ -332,7 +332,7 @@ impl State {
         self.unreported = self.unreported.saturating_add(bytes as u64);
     }
 
-    /// Waits for a file only: any other output has a reader, which may never read.
+    /// Waits for files only: any other output has a reader, which may never read.
     fn finish(&mut self, patience: Duration) {
         let Some(Output::File(writer)) = self.output.take() else { return };
         let deadline = Instant::now() + patience;

@@ -283,7 +283,7 @@ fn a_long_replay_is_whole_however_slowly_it_is_read() {
     let got = take(&mut client, &mut char.source, SIZE + 8);
     assert!(got[..SIZE] == text[2 * SIZE..] && got[SIZE..] == *b"and then");
     assert_eq!(char.sink.dropped(), 0);
-    // A reader that takes nothing costs no more than the replay and the backlog.
+    // A reader that reads nothing costs no more memory than the replay and the backlog.
     let dead = UnixStream::connect(&path).unwrap();
     drop(client);
     char.source.read(&mut []);

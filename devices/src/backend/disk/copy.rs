@@ -34,7 +34,8 @@ const CLUSTER: u64 = 64 << 10;
 /// Clusters that are read at once: a change waits for at most these and its own.
 const PIECE: u64 = 4;
 
-/// A copy of a disk in progress. One thread begins it and may abandon it, another one makes it.
+/// A copy of a disk in progress. One thread begins it and may abandon it, another one does the
+/// copying.
 pub struct DiskCopy {
     disk: Arc<Disk>,
     waker: Waker,
@@ -99,8 +100,8 @@ impl DiskCopy {
         self.disk.file.sync_all()
     }
 
-    /// Begin the copy: this is the moment that it shows. No request may be under way. Changes wait
-    /// from here on, until [`DiskCopy::make`] lets them pass.
+    /// Begin the copy, which will show the disk as it is at this moment. No request may be under
+    /// way. Changes wait from here on, until [`DiskCopy::make`] lets them pass.
     pub fn begin(self: &Arc<Self>) {
         let generation = self.disk.mark().and_then(|mark| mark.generation);
         let mut state = self.state.lock();
@@ -112,8 +113,8 @@ impl DiskCopy {
     }
 
     /// Copy the disk, as it was when [`DiskCopy::begin`] was called, into `to`, which is empty.
-    /// `progress` is called after each step, and an error from it ends the copying. Afterwards
-    /// changes pass, whether it succeeded or not.
+    /// `progress` is called after each step; an error from it ends the copying. Afterwards, also
+    /// after an error, changes pass.
     ///
     /// # Errors
     /// When the image cannot be read or the copy cannot be written. An error of the kind

@@ -66,7 +66,7 @@ pub enum Op {
     /// `len` bytes are no longer needed.
     #[expect(missing_docs, reason = "said above")]
     Discard { len: u64 },
-    /// `len` bytes shall read as zeroes, and may be given back to the host if `unmap`.
+    /// `len` bytes shall read as zeroes, and may be deallocated if `unmap`.
     #[expect(missing_docs, reason = "said above")]
     WriteZeroes { len: u64, unmap: bool, durable: bool },
 }
@@ -93,7 +93,7 @@ struct Transfer {
     first: usize,
     /// Bytes not transferred yet.
     left: u64,
-    /// How often the kernel has refused it for the time being.
+    /// How often the kernel has asked to try again.
     tries: usize,
 }
 
@@ -531,7 +531,8 @@ impl<T> Drop for Engine<T> {
     fn drop(&mut self) {
         // The owner has waited already.
         if self.in_flight > 0 {
-            // Better leak the memory than let the kernel write to memory that has been reused.
+            // Better to leak the memory than to let the kernel write to memory that has been
+            // reused.
             log_seldom!(error, "{}: requests were never completed", self.disk.path.display());
             mem::forget((self.memory.clone(), mem::take(&mut self.slots)));
         }

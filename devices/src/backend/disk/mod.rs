@@ -58,7 +58,7 @@ pub const DISK_STALL_LIMIT: Duration = Duration::from_secs(1);
 /// How requests that have to wait for the medium are carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Aio {
-    /// By io_uring where the host allows it, else as with [`Aio::Off`].
+    /// By io_uring where the host allows it, else as [`Aio::Off`].
     #[default]
     Auto,
     /// By io_uring; opening fails where the host refuses it.
@@ -74,7 +74,7 @@ pub struct OpenOptions {
     pub readonly: bool,
     /// Bypass the host's page cache (`O_DIRECT`).
     pub direct: bool,
-    /// Give space that the guest discards back to the host.
+    /// Deallocate space that the guest discards.
     pub discard: bool,
     /// How to wait for the medium.
     pub aio: Aio,
@@ -170,7 +170,7 @@ pub struct Disk {
     file: Arc<File>,
     direct: Option<Direct>,
     device: bool,
-    /// Reads and writes never wait for a medium (but there is no way to request that).
+    /// On tmpfs: reads and writes never wait for a medium, but `RWF_NOWAIT` is not supported.
     in_memory: bool,
     readonly: bool,
     discard: bool,
@@ -477,7 +477,7 @@ impl Disk {
         self.readonly
     }
 
-    /// Whether discarded space is given back to the host.
+    /// Whether discarded space is deallocated.
     pub fn discard(&self) -> bool {
         self.discard
     }
@@ -516,7 +516,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Closing is not enough while a child process that is just being started has the descriptor
+        // Closing is not enough while a child process between fork and exec has the descriptor,
         // too.
         self.release();
     }

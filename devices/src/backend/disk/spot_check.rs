@@ -2,8 +2,8 @@
 //!
 //! A block device has neither extended attributes nor a modification time that reflects its
 //! content, so it cannot be marked as an image is. Instead a save hashes its first and its last
-//! MiB, where partition tables, superblocks and logs lie, and 64 blocks chosen by the save's id, so
-//! that each save checks others.
+//! MiB, where partition tables, superblocks and journals are, and 64 blocks chosen by the save's
+//! id, so that each save checks different ones.
 //!
 //! The hash must cover what the disk held when the machine was captured, but the guest must not be
 //! stopped for it, nor may the main thread wait for storage. So nothing is read during the pause. A
@@ -42,7 +42,8 @@ const ALIGN: usize = 64 << 10;
 /// SHA-256 of the checked ranges.
 pub type SpotHash = [u8; 32];
 
-/// A spot check of a fixed moment, still to be carried out. Once dropped, it delays no change.
+/// A pending spot check of the disk as it was at one moment. Dropping it stops it from delaying
+/// changes.
 #[derive(Debug)]
 pub struct SpotCheck {
     file: Arc<File>,
@@ -95,8 +96,8 @@ impl SpotCheck {
     /// been changed since.
     pub fn take(self) -> io::Result<SpotHash> {
         let hash = hash(&self.file, self.size, &self.hold.ranges, || self.hold.next())?;
-        // The disk holds one reference until a change has found nothing left to wait for. Without
-        // the disk, nothing has delayed changes.
+        // The disk's observer list holds one reference, until a change finds nothing left to wait
+        // for. If the disk is gone, changes were not delayed.
         if Arc::strong_count(&self.hold) == 1 && !self.hold.state.lock().retired {
             return Err(io::Error::other("it has been closed"));
         }
@@ -126,7 +127,7 @@ struct State {
     read: usize,
     /// A change is waiting.
     waited: bool,
-    /// The disk no longer asks this observer.
+    /// This observer is no longer attached to the disk.
     retired: bool,
 }
 

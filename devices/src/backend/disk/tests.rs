@@ -144,7 +144,7 @@ pub(super) fn storage(disk: &Arc<Disk>) -> (crate::Memory, Storage<u32>) {
     (memory, storage)
 }
 
-/// Carry a request out, however long an observer holds it.
+/// Carry a request out, however long an observer delays it.
 pub(super) fn run(
     storage: &mut Storage<u32>,
     op: Op,

@@ -74,7 +74,7 @@ fn a_full_gate_says_when_it_has_room_again() {
     assert!(has_room(&gate));
     gate.take_room();
     assert!(!has_room(&gate));
-    // Nobody has been refused since, so nobody is told.
+    // Nothing has been refused since, so there is no notification.
     assert_eq!(say(&gate, "a"), Held::Kept);
     keeper.discard();
     assert!(!has_room(&gate));

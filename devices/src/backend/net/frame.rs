@@ -1,7 +1,7 @@
 // UNSAFETY: readv and writev take raw pointers into guest memory; a slice would claim that the
 // guest does not change it meanwhile.
 #![expect(unsafe_code)]
-//! Guest buffers in the form the kernel takes: one list of pieces for one readv or writev.
+//! Guest buffers in the form that the kernel accepts: one list of pieces for one readv or writev.
 use std::{io, os::fd::RawFd};
 
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, bitmap::Bitmap};
@@ -36,7 +36,7 @@ impl Frame {
         Self { memory, segments, pieces, bytes: 0 }
     }
 
-    /// Forget all buffers.
+    /// Remove all buffers.
     pub fn clear(&mut self) {
         self.segments.clear();
         self.pieces.clear();

@@ -11,13 +11,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::{NetBackend, Offloads, frame::Frame};
 use crate::backend::gate::{Backlog, Gate, Held, Keeper, Room};
 
-/// Frames kept for one back-end: what a machine that sends 10 Gbit/s produces in 50 ms.
+/// Frames held for one back-end: 50 ms of output at 10 Gbit/s.
 const ROOM: Room = Room { bytes: 64 << 20, pieces: 65_536 };
-/// How long a release, however many frames it has, waits for an interface that takes no more of
-/// them. It then drops frames, as any network may.
+/// How long a release waits, in all, for an interface that accepts no more frames. It then drops
+/// the rest, as any network may.
 const INTERFACE_STALL_LIMIT: Duration = Duration::from_millis(20);
 
-/// A back-end behind a gate. What it receives is not kept: peers send again what was lost.
+/// A back-end behind a gate. Received frames are not held: peers retransmit what is lost.
 pub struct Gated {
     inner: Arc<dyn NetBackend>,
     gate: Arc<Gate>,
@@ -31,7 +31,7 @@ pub struct NetKeeper {
 
 struct Outside {
     inner: Arc<dyn NetBackend>,
-    /// Ready when the back-end takes frames.
+    /// Ready when the back-end accepts frames.
     writable: Epoll,
     dropped: u64,
 }
@@ -57,11 +57,11 @@ impl Gated {
         Ok((Self { inner, gate }, NetKeeper { keeper, out }))
     }
 
-    /// Keep a frame if the gate is shut. False: it is open.
+    /// Hold a frame if the gate is shut; false if it is open.
     fn hold(&self, length: usize, copy: impl Fn(&mut [u8]) -> io::Result<()>) -> io::Result<bool> {
         let mut held = self.gate.hold(length, &copy)?;
         if held == Held::Full {
-            // Room that was made before this attempt is no news, and must not end the next wait.
+            // Clear earlier signals of room, which must not end the next wait.
             self.gate.take_room();
             held = self.gate.hold(length, &copy)?;
         }
@@ -101,12 +101,12 @@ impl NetKeeper {
         self.keeper.discard();
     }
 
-    /// What is kept now.
+    /// What is held now.
     pub fn backlog(&self) -> Backlog {
         self.keeper.gate().backlog()
     }
 
-    /// Frames that the interface has not taken when they were released.
+    /// Frames dropped because the interface did not accept them when they were released.
     pub fn dropped(&self) -> u64 {
         self.out.dropped
     }
@@ -123,10 +123,10 @@ impl Outside {
                 let began = Instant::now();
                 let left = (INTERFACE_STALL_LIMIT - waited).as_millis();
                 let mut event = [EpollEvent::default()];
-                // Whether it is ready now shows when it is written to.
+                // The next write shows whether it is ready.
                 let _ = self.writable.wait(i32::try_from(left).unwrap_or(0), &mut event);
                 sent = self.inner.write_buffer(frame);
-                // One that is ready and takes nothing counts as stalled.
+                // An interface that is ready but accepts nothing counts as stalled.
                 waited =
                     if refused(&sent) { INTERFACE_STALL_LIMIT } else { waited + began.elapsed() };
             }

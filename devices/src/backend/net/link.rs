@@ -11,7 +11,7 @@ use crate::backend::holder::{entries, find};
 /// The kind of an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// There is none of that name.
+    /// There is no interface of that name.
     Missing,
     /// A tap device, with one queue or several; `None`: a kernel older than 4.17, which does not
     /// report it.

@@ -25,7 +25,7 @@ pub const HEADER: usize = 12;
 /// must provide (virtio 1.3, section 5.1.6.3.1).
 pub const FRAME_MAX: usize = 65_562;
 
-/// What the guest takes from the back-end beyond plain, complete frames: the feature bits
+/// What the guest accepts from the back-end beyond plain, complete frames: the feature bits
 /// `VIRTIO_NET_F_GUEST_*`, which are also the words of the control queue's offload command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Offloads(pub u64);
@@ -62,8 +62,8 @@ pub trait NetBackend: Send + Sync + 'static {
     fn room(&self, queue: usize) -> (RawFd, EventSet) {
         (self.fd(queue), EventSet::OUT)
     }
-    /// Whether the header is exchanged with the host. Without that, a header is made up, and
-    /// offloads are not possible.
+    /// Whether the header is exchanged with the host. Otherwise a header is made up, and offloads
+    /// are not possible.
     fn has_header(&self) -> bool;
     /// Whether it supports UDP segmentation offload.
     fn has_uso(&self) -> bool;

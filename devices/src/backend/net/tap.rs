@@ -61,14 +61,14 @@ pub enum TapError {
         recipe("NAME", *.queues)
     )]
     NotTap { name: String, queues: usize },
-    /// One queue where several were asked for.
+    /// It has one queue where several are needed.
     #[error(
         "tap device '{name}' has one queue, but {queues} are required. Recreate it: ip link del \
          {name} &&{}",
         recipe(.name, *.queues)
     )]
     NotMultiQueue { name: String, queues: usize },
-    /// This process may not use it.
+    /// This process has no permission to use it.
     #[error(
         "no permission to use tap device '{name}'. As root, recreate it for the current user: ip \
          link del {name} && ip tuntap add dev {name} mode tap user \"$USER\" vnet_hdr && ip link \

@@ -84,7 +84,7 @@ fn more_input_than_the_fifo_holds_waits_for_room() {
 }
 
 /// Linux reads at most 256 bytes at a time (`serial8250_rx_chars`), and then checks whether the
-/// port still raises the interrupt. Input arrives meanwhile, and not only when the FIFO is empty.
+/// port still raises the interrupt. Input arrives meanwhile, also while the FIFO is not empty.
 #[test]
 fn what_a_driver_leaves_in_the_fifo_is_still_announced() {
     const TYPED: usize = 266;

@@ -18,8 +18,8 @@ pub struct Control {
     interval: AtomicU32,
     /// Signals a new interval to the worker.
     changed: EventFd,
-    /// Written by the worker, read by the monitor, and locked only as long as a copy takes. A
-    /// message for each update would often be sent for nothing.
+    /// Written by the worker, read by the monitor, and locked only for the time of a copy. Messages
+    /// would not do: most updates are never read.
     stats: Mutex<Option<Stats>>,
 }
 
@@ -53,7 +53,7 @@ impl Control {
         self.actual.store(pages, Ordering::Relaxed);
     }
 
-    /// Seconds between two statistics; 0: none are requested.
+    /// Seconds between two requests for statistics; 0: none.
     pub fn polling_interval(&self) -> u32 {
         self.interval.load(Ordering::Relaxed)
     }

@@ -1,9 +1,9 @@
 //! The memory balloon (virtio 1.3, section 5.5).
 //!
-//! The guest gives pages up by putting them into the balloon, as many as the monitor asks for, and
-//! they return to the host. Before the guest uses such a page again, it notifies the device; it
-//! then finds zeroes in the page. With free page reporting the guest also reports, unasked, which
-//! pages it has freed.
+//! The guest returns pages to the host by putting them into the balloon, as many as the monitor
+//! requests. Before the guest uses such a page again, it notifies the device; it then finds zeroes
+//! in the page. With free page reporting the guest also reports on its own which pages it has
+//! freed.
 //!
 //! ```text
 //!   monitor: target --num_pages--> guest --inflate queue----> worker: Reclaim::withhold
@@ -53,7 +53,7 @@ pub const BALLOON_PAGE: u64 = 4096;
 /// The settings of a balloon.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// The guest takes pages out of the balloon rather than run out of memory.
+    /// The guest takes pages out of the balloon before it runs out of memory.
     pub deflate_on_oom: bool,
     /// The guest reports the pages that it has freed.
     pub page_reporting: bool,
@@ -94,8 +94,8 @@ impl Balloon {
         })
     }
 
-    /// The handle by which the monitor controls the balloon, whatever the device is busy with. A
-    /// new target becomes visible when the transport next updates the configuration space.
+    /// The handle by which the monitor controls the balloon, also while the device is busy. A new
+    /// target becomes visible when the transport next updates the configuration space.
     pub fn control(&self) -> Arc<Control> {
         self.control.clone()
     }

@@ -1,9 +1,8 @@
 //! virtio-console with one port (virtio 1.3, section 5.3).
 //!
 //! Output is passed on as fast as the peer takes it, and the rest is held back in the queue, so
-//! that a slow reader loses nothing. A reader that takes nothing at all for a second loses output:
-//! Linux waits for its console with interrupts off, and a guest must not hang on a stopped
-//! terminal.
+//! that a slow reader loses nothing. A reader that reads nothing at all for a second loses output:
+//! Linux waits for its console with interrupts off, and a stopped terminal must not hang the guest.
 mod saved;
 #[cfg(test)]
 mod tests;

@@ -17,7 +17,7 @@ use crate::{
     worker::Worker,
 };
 
-/// How long output waits for a reader that takes nothing.
+/// How long output waits for a reader that reads nothing.
 pub(super) const STALL_LIMIT: Duration = Duration::from_secs(1);
 /// Bytes moved at once.
 const CHUNK: usize = 4096;
@@ -38,7 +38,7 @@ pub(super) struct ConsoleWorker {
     /// Runs while output is held back.
     stall_timer: TimerFd,
     held_since: Option<Instant>,
-    /// The timer has expired: output is dropped until the reader takes some again.
+    /// The timer has expired: output is dropped until the reader continues.
     stalled: bool,
     /// The driver has broken a ring and has to reset the device.
     broken: bool,

@@ -1,11 +1,10 @@
-//! The register page: a device's virtio-mmio registers as guest-readable memory.
-//!
-//! Every register of virtio-mmio (virtio 1.3, section 4.2.2) reads as a plain value, so the page
-//! holds those values and the guest may read them without leaving guest mode: the machine maps the
-//! pages of all slots as one read-only memory slot, and only writes exit. Interrupts are
-//! edge-triggered and not shared, so InterruptStatus bit 0 (used buffer) stays set while the device
-//! lives; an acknowledgement of that bit alone changes nothing and can be swallowed in the kernel.
-//! So interrupt handling needs no exit to user space at all.
+//! The register page: a device's virtio-mmio registers as guest-readable memory. Reading a register
+//! of virtio-mmio (virtio 1.3, section 4.2.2) has no side effects, so the page holds their values,
+//! and the guest reads them without leaving guest mode: the machine maps the pages of all slots as
+//! one read-only memory slot, and only writes exit. Interrupts are edge-triggered and not shared,
+//! so InterruptStatus bit 0 (used buffer) stays set while the device lives; an acknowledgement of
+//! that bit alone changes nothing and can be swallowed in the kernel. So interrupt handling needs
+//! no exit to user space at all.
 use std::sync::{
     Arc,
     atomic::{AtomicU32, Ordering},
@@ -72,9 +71,9 @@ impl Registers {
 
     /// Show `config` as the device-specific configuration space, which has `shown` bytes so far. A
     /// driver that reads it meanwhile finds that the generation has changed (section 4.2.2.1),
-    /// unless its whole read falls between the two steps: it reads memory, so it cannot be held up.
-    /// If it is ready, it is interrupted afterwards, and reads again. False when `config` has not
-    /// changed.
+    /// unless its whole read falls between the two steps: it reads memory, so it cannot be delayed.
+    /// If the driver is ready, it is interrupted afterwards, and reads again. False when `config`
+    /// has not changed.
     pub(crate) fn show_config(&self, config: &[u8], shown: usize) -> bool {
         let same = |(n, byte): (usize, &u8)| self.byte(CONFIG + n) == *byte;
         if config.len() == shown && config.iter().enumerate().all(same) {

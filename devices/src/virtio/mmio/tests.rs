@@ -389,7 +389,7 @@ fn queue_registers_are_closed_while_the_device_runs() {
     for value in [0, 1, 3, u32::MAX] {
         for offset in (QUEUE_SIZE..0xfc).step_by(4).filter(|at| ![0x50, 0x64, 0x70].contains(at)) {
             g.store(QUEUE_SEL, 0);
-            // Taking a queue back is tested elsewhere.
+            // Disabling a queue is tested elsewhere.
             if (offset, value) != (QUEUE_READY, 0) {
                 g.store(offset, value);
             }

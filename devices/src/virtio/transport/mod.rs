@@ -10,8 +10,7 @@
 //!   ^                        features       queue registers       |   or NEEDS_RESET is set
 //!   +-------- writing 0, from anywhere: worker stopped first -----+
 //! ```
-//!
-//! A write that is not valid in the present state is ignored.
+//! A write that is not valid in the current state is ignored.
 mod driver;
 mod queue;
 mod saved;
@@ -183,7 +182,7 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
     }
 
-    /// The driver makes the selected queue ready, or takes it back.
+    /// The driver enables the selected queue, or disables it.
     pub fn write_queue_ready(&mut self, ready: bool) {
         if self.active && !ready {
             return self.end_selected();
@@ -194,8 +193,8 @@ impl<D: VirtioDevice + ?Sized> TransportCore<D> {
         }
     }
 
-    /// The driver takes a queue back while the device runs (section 4.2.2.2): it owns the queue
-    /// again when QueueReady reads 0. A single queue cannot be stopped here.
+    /// The driver disables a queue while the device runs (section 4.2.2.2): it owns the queue again
+    /// when QueueReady reads 0. A single queue cannot be stopped here.
     fn end_selected(&mut self) {
         let Some(queue) = self.driver.selected_mut().filter(|q| q.ready) else { return };
         queue.ready = false;

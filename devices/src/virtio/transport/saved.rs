@@ -137,7 +137,7 @@ struct HoldingThread {
     workers: Mutex<Vec<Place>>,
 }
 
-/// Where a worker is that was adopted while this was closed.
+/// The place of a worker that was adopted while this was closed.
 enum Place {
     Here(Box<dyn Worker>),
     LentOut,

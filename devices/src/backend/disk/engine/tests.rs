@@ -47,7 +47,7 @@ fn a_few_large_requests_fill_an_engine_as_many_small_ones_do() {
 fn ranges_and_large_requests_are_left_to_the_ring() {
     const LEN: u64 = 512 << 10;
     let dir = TempDir::new().unwrap();
-    // A tmpfs can only make zeroes by writing them.
+    // On tmpfs zeroes have to be written.
     let in_memory = TempDir::new_in(Path::new("/dev/shm")).unwrap();
     for dir in [&dir, &in_memory] {
         let path = dir.as_path().join("image");

@@ -93,7 +93,7 @@ fn no_change_is_made_before_the_new_generation_is_on_the_image() {
     assert!(disk.check_mark(&saved, false).is_err());
 }
 
-/// The same, once the write under way has ended, without any change.
+/// The same, once the pending write of the generation has ended; the disk is not changed.
 fn differs_now(disk: &Disk, mark: &DiskMark) -> Option<String> {
     while on_image(disk.path()) != mark.generation {
         std::thread::yield_now();
@@ -113,7 +113,7 @@ fn an_image_that_was_changed_after_it_was_saved_is_recognised() {
         (disk, storage, mark)
     };
 
-    // By the machine itself, so soon that the file system's clock has not advanced.
+    // Written by the machine itself, so soon that the file system's clock has not advanced.
     let (disk, mut storage, mut mark) = saved();
     run(&mut storage, WRITE, 0, PAGE).unwrap();
     mark.mtime_ns = ::state::mark::mtime_ns(&fs::metadata(&path).unwrap());
@@ -124,7 +124,7 @@ fn an_image_that_was_changed_after_it_was_saved_is_recognised() {
     }
     drop((disk, storage));
 
-    // By another program, which knows nothing of marks.
+    // Written by another program, which knows nothing of marks.
     for direct in [0, libc::O_DIRECT] {
         let (disk, storage, mark) = saved();
         drop((disk, storage));

@@ -15,7 +15,7 @@ const WRITE: Op = Op::Write { durable: false };
 const PAGE: [Segment; 1] = [Segment { addr: vm_memory::GuestAddress(0x10_0000), len: 4096 }];
 const SIZE: u64 = 64 << 20;
 
-/// An image in place of a block device; only the file system tells them apart.
+/// An image in place of a block device; the spot check treats both alike.
 fn image(dir: &TempDir) -> std::path::PathBuf {
     let path = dir.as_path().join("device");
     fs::write(&path, []).unwrap();

@@ -160,7 +160,7 @@ fn a_change_that_takes_several_calls_is_one_change() {
 
 #[test]
 fn a_change_that_fails_is_reported_with_its_error() {
-    // No file is that long.
+    // Files cannot be that long.
     let at = (i64::MAX as u64) & !4095;
     for way in every_way() {
         let (_dir, disk, mut storage) = open(way);
