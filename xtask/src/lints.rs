@@ -11,8 +11,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 /// Each crate and the siblings it may depend on; what is not listed may depend on none.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("json", &[]),
+    ("replication", &[]),
     ("state", &[]),
     ("config", &["json", "state"]),
     ("devices", &["state"]),

@@ -1,0 +1,279 @@
+//! The backup: holds the guest's last whole epoch, and runs it when the term is its own.
+//!
+//! ```text
+//!             Hello            End(first) held           Armed, sidecar
+//!   Listening -----> Syncing ----------------> Ready ------------------> Standby <---------.
+//!                       |  silence, EOF          |  silence, EOF            |              |
+//!                       v                        v                suspicion |   reconnected, nobody
+//!                      Over  (nothing runs)     Over                Release v   has claimed|
+//!                                                                      Suspecting ---------'
+//!            higher term, from the owner           Denied              |    |
+//!   Syncing <--------------------------- Abandoned <-------------------'    | Granted
+//!                                          ^    yielded                     v
+//!   Unfit: claims nothing -- term closed --+---------------------------- Promoting --> Promoted
+//! ```
+//! `link` has the connection and the epochs, `term` what closes a term.
+mod link;
+mod term;
+
+use std::collections::VecDeque;
+
+use crate::{
+    base::{Base, Identity},
+    identity::{Digest, Epoch, Incarnation, Pair, Side, Term},
+    interface::{Bond, Event, Exit, Input, Mark, Output, Why},
+    rules::{Rule, Rules},
+    settings::Settings,
+    timers::{Time, Timer},
+};
+
+/// Where a backup is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Waits for a primary.
+    Listening,
+    /// Is being filled.
+    Syncing,
+    /// Holds a whole epoch, and may not promote.
+    Ready,
+    /// May promote, and has no reason to.
+    Standby,
+    /// Prepares to run the guest, and asks.
+    Suspecting,
+    /// The term is its own: on the way to run.
+    Promoting,
+    /// Could not run the guest, and says so.
+    Unfit,
+    /// The term is somebody else's; its memory is the base of the next one.
+    Abandoned,
+    /// The guest runs here: see [`Primary::owner`](crate::Primary::owner).
+    Promoted,
+    /// Nothing more happens here.
+    Over,
+}
+
+/// The machine of a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Backup {
+    base: Base,
+    state: State,
+    /// The term that an earlier process of this host was part of, while it may be that process's.
+    past: Option<Bond>,
+    /// Who fills it.
+    primary: Option<Incarnation>,
+    /// The last epoch that memory and journal hold.
+    whole: Epoch,
+    digest: Digest,
+    /// Epochs whose `End` has come, and which are not yet held.
+    coming: VecDeque<(Epoch, Digest)>,
+    /// Everything that can fail was done.
+    prepared: bool,
+    /// It has waited its turn, or need not.
+    turn: bool,
+    /// Without a witness: `Release` has come, which is the grant.
+    released: bool,
+    /// The guest could not run here.
+    unfit: bool,
+}
+
+impl Backup {
+    /// A backup over images whose sidecar says `word`, and whose locks it holds: no earlier process
+    /// of this host lives. It takes a primary of any term that the word leaves possible. If an
+    /// earlier process may have been granted a term that it never ran in, that is given back.
+    #[must_use]
+    pub fn new(me: Identity, word: Mark, settings: Settings, rules: Rules) -> (Self, Vec<Output>) {
+        let (floor, past) = match word {
+            Mark::Protected(bond) | Mark::Fencing(bond) => (bond.term.next(), Some(bond)),
+            Mark::Free { term }
+            | Mark::Running { term, .. }
+            | Mark::Outdated { term }
+            | Mark::Inconsistent { term } => (term, None),
+        };
+        let mut this = Self {
+            base: Base::new(me, Side::Backup, floor, settings, rules),
+            state: State::Listening,
+            past: past.filter(|bond| bond.side == Side::Backup),
+            primary: None,
+            whole: Epoch::default(),
+            digest: Digest::default(),
+            coming: VecDeque::new(),
+            prepared: false,
+            turn: false,
+            released: false,
+            unfit: false,
+        };
+        this.look();
+        let outputs = this.base.take_outputs();
+        (this, outputs)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// The term that it is in, or the first that it would take.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        self.base.term
+    }
+
+    /// The last whole epoch.
+    #[must_use]
+    pub fn whole(&self) -> Epoch {
+        self.whole
+    }
+
+    /// When it wants an [`Input::Tick`].
+    #[must_use]
+    pub fn deadline(&self) -> Option<Time> {
+        self.base.timers.next()
+    }
+
+    /// Take one input, and say what is to be done.
+    pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
+        self.base.now = self.base.now.max(now);
+        if !matches!(self.state, State::Over | State::Promoted) {
+            self.take(input);
+        }
+        self.base.take_outputs()
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Tick => {
+                while let Some((timer, due)) = self.base.timers.take_due(self.base.now) {
+                    self.expired(timer, due);
+                }
+            }
+            Input::Received(connection, frame) if Some(connection) == self.base.connection => {
+                self.base.heard();
+                self.received(frame);
+            }
+            Input::Received(connection, frame) => self.greeted(connection, frame),
+            Input::Heard(connection) if Some(connection) == self.base.connection => {
+                self.base.heard();
+            }
+            Input::Closed(connection) if Some(connection) == self.base.connection => {
+                self.base.connection = None;
+                self.suspect(Why::Closed);
+            }
+            Input::Answered { nonce, answer } => {
+                if let Some((question, answer)) = self.base.answered(nonce, answer) {
+                    self.answered(question, answer);
+                }
+            }
+            Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
+            Input::Held(epoch) => self.held(epoch),
+            Input::NotHeld(epoch, fault) => self.not_held(epoch, fault),
+            Input::NotApplied => self.become_unfit(),
+            Input::Prepared if self.state == State::Suspecting && !self.prepared => {
+                self.prepared = true;
+                self.try_claim();
+            }
+            Input::CannotRun => self.cannot_run(),
+            _ => {}
+        }
+    }
+
+    fn expired(&mut self, timer: Timer, due: Time) {
+        match timer {
+            Timer::Silence if self.base.settings.stood_still(due, self.base.now) => {
+                self.base.heard();
+            }
+            Timer::Silence => self.suspect(Why::Silence),
+            // This side stood still: what waits in its sockets comes first.
+            Timer::Turn if self.base.settings.stood_still(due, self.base.now) => {
+                self.base.timers.set(Timer::Turn, self.base.now + self.base.settings.grace());
+            }
+            Timer::Turn => {
+                self.turn = true;
+                self.try_claim();
+            }
+            Timer::Beat => self.beat(),
+            Timer::Ask => self.base.ask_again(),
+            Timer::Look => self.look(),
+            Timer::Patience => self.end(Exit::Nothing),
+            _ => {}
+        }
+    }
+
+    /// A sidecar word is durable: what waited for it may happen.
+    fn marked(&mut self, mark: Mark) {
+        match (self.state, mark) {
+            (State::Syncing, Mark::Outdated { .. }) => self.acknowledge_first(),
+            (State::Ready, Mark::Protected(_)) => self.stand_by(),
+            (State::Suspecting, Mark::Fencing(_)) => self.fence(),
+            (State::Promoting, Mark::Running { .. }) => self.run(),
+            (State::Promoting, Mark::Protected(_)) => self.give_back(),
+            (State::Standby | State::Suspecting, Mark::Outdated { .. }) => self.ended(),
+            _ => {}
+        }
+    }
+
+    fn enter(&mut self, state: State, why: Why) {
+        self.state = state;
+        self.base.tell(Event::State(why));
+    }
+
+    fn end(&mut self, exit: Exit) {
+        self.base.hang_up();
+        self.base.forget_question();
+        self.state = State::Over;
+        self.base.output(Output::Exit(exit));
+    }
+
+    fn bond(&self) -> Option<Bond> {
+        let pair = Pair { primary: self.primary?, backup: self.base.me.incarnation };
+        Some(Bond { term: self.base.term, pair, side: Side::Backup })
+    }
+
+    /// Rule `arm`: a backup that is only Ready may neither promote nor fence.
+    fn may_promote(&self) -> bool {
+        match self.state {
+            State::Standby | State::Suspecting => true,
+            State::Ready => !self.base.rules.hold(Rule::Arm),
+            _ => false,
+        }
+    }
+}
+
+/// For searches: see [`Rules`].
+#[cfg(feature = "controls")]
+impl Backup {
+    /// Make states comparable that differ only in clocks and in the numbers of questions and
+    /// connections.
+    pub fn normalise(&mut self, connection: impl Fn(crate::Connection) -> crate::Connection) {
+        self.base.normalise(connection);
+    }
+
+    /// The timers that are set. After [`normalise`](Self::normalise) any of them may be next.
+    #[must_use]
+    pub fn armed(&self) -> Vec<Timer> {
+        self.base.timers.armed()
+    }
+
+    /// Let `timer` be due now.
+    pub fn make_due(&mut self, timer: Timer) {
+        self.base.timers.set(timer, self.base.now);
+    }
+
+    /// The nonce of the question that it waits for.
+    #[must_use]
+    pub fn nonce(&self) -> Option<u64> {
+        self.base.nonce()
+    }
+
+    /// The connection that it uses.
+    #[must_use]
+    pub fn connection(&self) -> Option<crate::Connection> {
+        self.base.connection
+    }
+
+    /// Whether it has claimed this term.
+    #[must_use]
+    pub fn has_claimed(&self) -> bool {
+        self.base.claimed
+    }
+}

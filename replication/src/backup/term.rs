@@ -1,0 +1,204 @@
+//! What closes a term for a backup: its own claim, or what it hears of others'.
+use std::time::Duration;
+
+use super::{Backup, State};
+use crate::{
+    interface::{Exit, From, Mark, Output, Why},
+    message::Message,
+    record::{Answer, Question, Reading, Record, Settled, Word},
+    rules::Rule,
+    settings::Arbiter,
+    timers::Timer,
+};
+
+/// How long memory is kept as the base of a warm resync.
+const KEPT: Duration = Duration::from_secs(600);
+/// How often an unfit backup reads the record.
+const LOOK: Duration = Duration::from_secs(1);
+
+impl Backup {
+    fn has_witness(&self) -> bool {
+        matches!(self.base.settings.agreement.arbiter, Arbiter::Witness(_))
+    }
+
+    /// Claim, once it is this side's turn and all that can fail has been done.
+    pub(super) fn try_claim(&mut self) {
+        let ready = self.state == State::Suspecting && self.turn && self.prepared;
+        if !ready || self.base.asked().is_some() || self.base.marking.is_some() {
+            return;
+        }
+        let rules = self.base.rules;
+        match self.base.settings.agreement.arbiter {
+            _ if self.released => self.granted(),
+            Arbiter::Witness(_) if rules.hold(Rule::Gran) && rules.hold(Rule::Wit) => {
+                self.base.claimed = true;
+                self.beat();
+                let (term, party) = (self.base.term, self.base.party());
+                self.base.ask(Question::Claim { term, word: Word::Promote, party });
+            }
+            Arbiter::Witness(_) => self.granted(),
+            Arbiter::Fence(_) => {
+                self.base.claimed = true;
+                self.beat();
+                if let Some(bond) = self.bond() {
+                    self.base.mark(Mark::Fencing(bond));
+                }
+            }
+            // Only by hand.
+            Arbiter::Nobody => {}
+        }
+    }
+
+    /// `fencing` is durable.
+    pub(super) fn fence(&mut self) {
+        self.base.ask(Question::Fence { term: self.base.term });
+    }
+
+    /// The primary has given the guest away.
+    pub(super) fn release_came(&mut self) {
+        self.turn = true;
+        self.released = !self.has_witness() || !self.base.rules.hold(Rule::Hand);
+        self.base.timers.clear(Timer::Turn);
+        if self.state == State::Standby {
+            self.enter(State::Suspecting, Why::Command);
+            self.drop_coming();
+            self.prepare();
+        }
+        self.try_claim();
+    }
+
+    pub(super) fn answered(&mut self, question: Question, answer: Answer) {
+        if self.state == State::Listening {
+            return self.learnt(question, answer);
+        }
+        match (self.state, question, answer) {
+            (State::Suspecting, Question::Fence { .. }, Answer::Down) => self.granted(),
+            (_, Question::Settle { .. }, _) => self.abandon(),
+            (State::Suspecting | State::Unfit, _, Answer::Record(Some(record))) => {
+                self.decided(record);
+            }
+            (State::Suspecting | State::Unfit, _, Answer::Superseded) => self.abandon(),
+            (State::Unfit, _, _) => self.base.timers.set(Timer::Look, self.base.now + LOOK),
+            _ => {}
+        }
+    }
+
+    fn decided(&mut self, record: Record) {
+        match record.reading(self.base.party(), self.base.rules) {
+            Reading::Mine if self.state == State::Unfit => {
+                self.state = State::Promoting;
+                self.give_back();
+            }
+            Reading::Mine => self.granted(),
+            Reading::Undecided | Reading::Lost => self.abandon(),
+        }
+    }
+
+    /// The term is this side's own. Its sidecar says so before the guest's first step.
+    fn granted(&mut self) {
+        self.enter(State::Promoting, Why::Won);
+        let (term, me) = (self.base.term.next(), self.base.me.incarnation);
+        self.base.mark(Mark::Running { term, promoted: Some(me) });
+    }
+
+    /// Everything is durable.
+    pub(super) fn run(&mut self) {
+        let term = self.base.term.next();
+        self.state = State::Promoted;
+        let (from, promoted) = (From::Epoch(self.whole), Some(self.base.me.incarnation));
+        self.base.output(Output::Run { term, from, promoted });
+        self.base.send(self.whole, Message::Running);
+        self.base.hang_up();
+    }
+
+    /// The guest cannot run here. Before the claim that makes this side unfit; after the grant the
+    /// term is given back.
+    pub(super) fn cannot_run(&mut self) {
+        match (self.state, self.bond()) {
+            (State::Promoting, Some(bond))
+                if self.has_witness() && self.base.rules.hold(Rule::Yield) =>
+            {
+                // Should it die here, its next process is to give the term back: so its word must
+                // not be `running` any more.
+                self.base.mark(Mark::Protected(bond));
+            }
+            (State::Promoting, _) => {}
+            _ => self.become_unfit(),
+        }
+    }
+
+    /// Say at the witness that the guest never ran here: it is the primary's.
+    pub(super) fn give_back(&mut self) {
+        if let Some(primary) = self.primary {
+            let (term, winner) = (self.base.term, self.base.me.incarnation);
+            self.base.ask(Question::Settle { term, winner, to: Settled::Yielded { to: primary } });
+        }
+    }
+
+    pub(super) fn become_unfit(&mut self) {
+        if matches!(self.state, State::Standby | State::Suspecting) && !self.base.claimed {
+            self.unfit = true;
+            self.enter(State::Unfit, Why::Unfit);
+            self.beat();
+            self.look();
+        }
+    }
+
+    /// An unfit backup waits for others to close the term; a listening one looks whether an earlier
+    /// process was granted it.
+    pub(super) fn look(&mut self) {
+        let past = self.past.map(|bond| bond.term);
+        let term = match self.state {
+            State::Unfit => self.base.term,
+            State::Listening => match past {
+                Some(term) => term,
+                None => return,
+            },
+            _ => return,
+        };
+        if self.has_witness() {
+            self.base.ask(Question::Look { term });
+        }
+    }
+
+    /// How the term stands that an earlier process of this host was part of. If it was granted
+    /// that term, it never ran the guest, or its images would say so.
+    fn learnt(&mut self, question: Question, answer: Answer) {
+        let Some(bond) = self.past else { return };
+        let settling = matches!(question, Question::Settle { .. });
+        match (answer, bond.unused(answer)) {
+            (_, Some(settle)) if !settling && self.base.rules.hold(Rule::Yield) => {
+                self.base.ask(settle);
+            }
+            (Answer::Record(None), _) => self.base.timers.set(Timer::Look, self.base.now + LOOK),
+            _ => self.past = None,
+        }
+    }
+
+    /// The term is somebody else's.
+    fn abandon(&mut self) {
+        self.enter(State::Abandoned, Why::Lost);
+        self.base.hang_up();
+        self.base.forget_question();
+        for timer in [Timer::Silence, Timer::Turn, Timer::Look] {
+            self.base.timers.clear(timer);
+        }
+        self.base.timers.set(Timer::Patience, self.base.now + KEPT);
+        self.base.mark(Mark::Outdated { term: self.base.term });
+    }
+
+    /// `Bye(end)`: leave the term for good, if no claim was sent.
+    pub(super) fn leave(&mut self) {
+        if !self.base.claimed && self.base.marking.is_none() {
+            self.base.mark(Mark::Outdated { term: self.base.term });
+        } else {
+            self.suspect(Why::Bye);
+        }
+    }
+
+    /// The images are outdated, durably: never to claim again.
+    pub(super) fn ended(&mut self) {
+        self.base.send(self.whole, Message::Ended);
+        self.end(Exit::Nothing);
+    }
+}

@@ -1,0 +1,206 @@
+//! What all machines share: who they are, their connection, the question that is being asked, the
+//! sidecar word that is being written, their timers, and the outputs of the step in progress.
+use std::time::Duration;
+
+use crate::{
+    identity::{Connection, Epoch, Incarnation, Lineage, Party, Side, Term},
+    interface::{Event, Mark, Output},
+    message::{Frame, Message},
+    record::{Answer, Question},
+    rules::Rules,
+    settings::Settings,
+    timers::{Time, Timer, Timers},
+};
+
+/// First and longest time between two attempts.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// Who a process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Its domain.
+    pub lineage: Lineage,
+    /// The process.
+    pub incarnation: Incarnation,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Base {
+    pub me: Identity,
+    pub settings: Settings,
+    pub rules: Rules,
+    pub side: Side,
+    pub term: Term,
+    pub now: Time,
+    /// The connection in use.
+    pub connection: Option<Connection>,
+    /// A claim of this term was sent, or a fence begun: the term is burnt.
+    pub claimed: bool,
+    /// The question that is asked until it is answered.
+    asking: Option<Asking>,
+    nonce: u64,
+    /// The word that is being written.
+    pub marking: Option<Mark>,
+    /// Time until the next attempt to connect.
+    redial: Duration,
+    pub timers: Timers,
+    out: Vec<Output>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Asking {
+    nonce: u64,
+    question: Question,
+    again: Duration,
+}
+
+impl Base {
+    pub fn new(me: Identity, side: Side, term: Term, settings: Settings, rules: Rules) -> Self {
+        Self {
+            me,
+            settings,
+            rules,
+            side,
+            term,
+            now: Time::ZERO,
+            connection: None,
+            claimed: false,
+            asking: None,
+            nonce: 0,
+            marking: None,
+            redial: BACK_OFF.0,
+            timers: Timers::default(),
+            out: Vec::new(),
+        }
+    }
+
+    /// This process, as it stands in records.
+    pub fn party(&self) -> Party {
+        Party { side: self.side, incarnation: self.me.incarnation }
+    }
+
+    pub fn output(&mut self, output: Output) {
+        self.out.push(output);
+    }
+
+    pub fn tell(&mut self, event: Event) {
+        self.output(Output::Tell(event));
+    }
+
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.out)
+    }
+
+    /// Send over the connection in use, if there is one.
+    pub fn send(&mut self, epoch: Epoch, message: Message) {
+        if let Some(connection) = self.connection {
+            self.output(Output::Send(connection, Frame { term: self.term, epoch, message }));
+        }
+    }
+
+    /// Leave the connection in use.
+    pub fn hang_up(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            self.output(Output::Close(connection));
+        }
+        self.timers.clear(Timer::Beat);
+    }
+
+    /// A byte of the peer has come.
+    pub fn heard(&mut self) {
+        self.timers.set(Timer::Silence, self.now + self.settings.timeout);
+    }
+
+    /// Begin to write a word. The last one that was begun is the one that is waited for.
+    pub fn mark(&mut self, mark: Mark) {
+        self.marking = Some(mark);
+        self.output(Output::Mark(mark));
+    }
+
+    /// Whether `mark` is the word that is waited for; then it is no longer.
+    pub fn marked(&mut self, mark: Mark) -> bool {
+        self.marking.take_if(|waited| *waited == mark).is_some()
+    }
+
+    /// Ask until there is an answer. A question that was being asked is forgotten.
+    pub fn ask(&mut self, question: Question) {
+        if self.asked() == Some(question) {
+            return;
+        }
+        self.nonce += 1;
+        self.asking = Some(Asking { nonce: self.nonce, question, again: BACK_OFF.0 });
+        self.ask_again();
+    }
+
+    /// The question that waits for its answer.
+    pub fn asked(&self) -> Option<Question> {
+        self.asking.map(|asking| asking.question)
+    }
+
+    /// Ask the question in progress once more.
+    pub fn ask_again(&mut self) {
+        let Some(asking) = &mut self.asking else { return };
+        let Asking { nonce, question, again } = *asking;
+        asking.again = (again * 2).min(BACK_OFF.1);
+        if again == BACK_OFF.1 {
+            self.tell(Event::NoAnswer);
+        }
+        self.timers.set(Timer::Ask, self.now + again);
+        self.output(Output::Ask { nonce, question });
+    }
+
+    /// Take the question that `nonce` belongs to, with its answer. Any other nonce is that of a
+    /// question which no longer matters. An open record does not answer a claim: it is as if
+    /// nobody knew.
+    pub fn answered(&mut self, nonce: u64, answer: Answer) -> Option<(Question, Answer)> {
+        let asking = self.asking.filter(|asking| asking.nonce == nonce)?;
+        let fits = match asking.question {
+            Question::Look { .. } => answer != Answer::Down,
+            Question::Claim { .. } | Question::Settle { .. } => {
+                !matches!(answer, Answer::Record(None) | Answer::Down)
+            }
+            Question::Fence { .. } => answer == Answer::Down,
+        };
+        if !fits {
+            return None;
+        }
+        self.forget_question();
+        Some((asking.question, answer))
+    }
+
+    pub fn forget_question(&mut self) {
+        self.asking = None;
+        self.timers.clear(Timer::Ask);
+    }
+
+    /// Connect, now or after the back-off.
+    pub fn dial_again(&mut self, at_once: bool) {
+        if at_once {
+            self.redial = BACK_OFF.0;
+            self.output(Output::Dial);
+        }
+        self.timers.set(Timer::Dial, self.now + self.redial);
+        self.redial = (self.redial * 2).min(BACK_OFF.1);
+    }
+
+    /// Make states comparable that differ only in their clocks and in the numbers of questions and
+    /// connections: every timer that is set may be due next, and numbers keep only their order.
+    #[cfg(feature = "controls")]
+    pub fn normalise(&mut self, connection: impl Fn(Connection) -> Connection) {
+        self.now = Time::ZERO;
+        self.timers.forget();
+        self.redial = BACK_OFF.0;
+        self.nonce = 0;
+        if let Some(asking) = &mut self.asking {
+            (asking.nonce, self.nonce) = (1, 1);
+            asking.again = BACK_OFF.0;
+        }
+        self.connection = self.connection.map(connection);
+    }
+
+    /// The nonce of the question in progress.
+    #[cfg(feature = "controls")]
+    pub fn nonce(&self) -> Option<u64> {
+        self.asking.map(|asking| asking.nonce)
+    }
+}

@@ -1,0 +1,301 @@
+//! What goes into a state machine and what comes out of it.
+//!
+//! Whoever drives a machine carries out its outputs one after another, in order; what takes time
+//! (a durable write, a question, the capture of an epoch) is begun in order and reported by an
+//! input. It may stop at any point: what was not carried out is as if the process had died there.
+use crate::{
+    identity::{Connection, Digest, Epoch, Incarnation, Pair, Party, Side, Term},
+    message::{Fault, Frame, Refusal},
+    record::{Answer, Question, Record, Settled, Word},
+};
+
+/// What happens to a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// The time that [`deadline`](crate::Primary::deadline) named has come, or any other. Sockets
+    /// are drained before: what has arrived is given to the machine first.
+    Tick,
+    /// Primary: the connection asked for by [`Output::Dial`] is there.
+    Connected(Connection),
+    /// A frame has come whole. A backup is given the first frame of any connection.
+    Received(Connection, Frame),
+    /// Bytes of a frame have come.
+    Heard(Connection),
+    /// A connection has ended, or something came that is no frame.
+    Closed(Connection),
+    /// The answer to the [`Output::Ask`] of this nonce.
+    Answered {
+        /// Of the question.
+        nonce: u64,
+        /// The answer.
+        answer: Answer,
+    },
+    /// This sidecar word is durable on every disk.
+    Marked(Mark),
+    /// Primary: steps 1 to 4 of the epoch are done, and its pages wait in staging.
+    Captured {
+        /// As in [`Output::Capture`].
+        epoch: Epoch,
+        /// Of its contents, chained to the one before.
+        digest: Digest,
+    },
+    /// Backup: memory and journal hold the epoch of [`Output::Hold`].
+    Held(Epoch),
+    /// Backup: they cannot.
+    NotHeld(Epoch, Fault),
+    /// Backup: an epoch that is acknowledged cannot be applied.
+    NotApplied,
+    /// Backup: all that can fail has been done, as [`Output::Prepare`] asks.
+    Prepared,
+    /// Backup: it has failed, before the guest's first step.
+    CannotRun,
+    /// Somebody wants something.
+    Command(Command),
+}
+
+/// What somebody wants of a primary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Command {
+    /// Protect the guest.
+    Start,
+    /// Stop protecting it.
+    Unprotect,
+    /// End the process, or the guest has ended: nobody is to run it.
+    Quit,
+    /// Move the guest to the backup.
+    Failover,
+}
+
+/// What a machine wants done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// Send a frame. Before an `End`, all of its epoch that this connection has not had.
+    Send(Connection, Frame),
+    /// Open a connection to the backup.
+    Dial,
+    /// Close a connection.
+    Close(Connection),
+    /// Ask; the answer, whenever it comes, is an [`Input::Answered`] with the same nonce.
+    Ask {
+        /// Of the question. The same question asked again has the same.
+        nonce: u64,
+        /// The question.
+        question: Question,
+    },
+    /// Write a word into the sidecar of every disk, durably; then [`Input::Marked`].
+    Mark(Mark),
+    /// Primary: do steps 1 to 4 of this epoch; then [`Input::Captured`]. For the first epoch of a
+    /// term, after the rounds of memory and disks.
+    Capture {
+        /// Its number.
+        epoch: Epoch,
+        /// Whether the gates shut at its end: output of later epochs is held.
+        shut: bool,
+    },
+    /// Primary: let out what the gates hold of epochs up to this one, in order.
+    ReleaseThrough(Epoch),
+    /// Primary: let out everything, in order, and leave the gates open.
+    OpenGates,
+    /// Primary: close the taps and throw away held frames of the network.
+    CloseTaps,
+    /// Park the vCPUs. Nothing is lost.
+    Park,
+    /// Let them run again.
+    Unpark,
+    /// Backup: see that memory and journal hold this epoch, whose `End` has come; then
+    /// [`Input::Held`].
+    Hold(Epoch),
+    /// Backup: drop what has come of epochs after this one.
+    DropAfter(Epoch),
+    /// Backup: do everything that can fail, to run from this epoch; then [`Input::Prepared`].
+    Prepare(Epoch),
+    /// Backup: put back what [`Output::Prepare`] has touched.
+    Unprepare,
+    /// The guest runs here from now on, in this term, from this epoch (or from its disk).
+    Run {
+        /// The first term that this process may protect it in.
+        term: Term,
+        /// From where.
+        from: From,
+        /// The incarnation whose promotion it rests on, for [`Primary::owner`](crate::Primary::owner).
+        promoted: Option<Incarnation>,
+    },
+    /// Tell people.
+    Tell(Event),
+    /// End the process.
+    Exit(Exit),
+}
+
+/// From where a guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum From {
+    /// From memory: the last whole epoch.
+    Epoch(Epoch),
+    /// From its disk.
+    Disk,
+}
+
+/// The word in the sidecar of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mark {
+    /// Starts.
+    Free {
+        /// The first term that may be used.
+        term: Term,
+    },
+    /// Starts only after a won claim.
+    Protected(Bond),
+    /// As `Protected`: a fence of the peer was begun.
+    Fencing(Bond),
+    /// Starts, as primary of `term`.
+    Running {
+        /// The term.
+        term: Term,
+        /// The promotion that it rests on, to be settled at the witness.
+        promoted: Option<Incarnation>,
+    },
+    /// Does not start.
+    Outdated {
+        /// The term that was lost, or is being filled.
+        term: Term,
+    },
+    /// Does not start: it is being filled.
+    Inconsistent {
+        /// The term.
+        term: Term,
+    },
+}
+
+/// What a sidecar says of the armed term that its image is part of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Bond {
+    /// The term.
+    pub term: Term,
+    /// Who is bound. The backup's later process needs the primary's name, to give the term back.
+    pub pair: Pair,
+    /// Whose image it is.
+    pub side: Side,
+}
+
+impl Bond {
+    /// The one of the pair whose image this is.
+    #[must_use]
+    pub fn own(&self) -> Party {
+        let incarnation = match self.side {
+            Side::Primary => self.pair.primary,
+            Side::Backup => self.pair.backup,
+        };
+        Party { side: self.side, incarnation }
+    }
+
+    /// If this image's process was granted the term and nobody has said yet what became of it: how
+    /// a later process gives it back.
+    pub(crate) fn unused(&self, answer: Answer) -> Option<Question> {
+        let Answer::Record(Some(record)) = answer else { return None };
+        let open = record.word == Word::Promote && record.settled.is_none();
+        let to = Settled::Yielded { to: self.pair.primary };
+        (open && record.winner.incarnation == self.own().incarnation).then_some(Question::Settle {
+            term: self.term,
+            winner: record.winner.incarnation,
+            to,
+        })
+    }
+}
+
+/// What people are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The state has changed, and why.
+    State(Why),
+    /// The peer refuses.
+    Refused(Refusal),
+    /// A command could not be carried out; nothing has changed.
+    Failed(Command, Why),
+    /// The record of the term that this side owns alone is not as it was.
+    RecordChanged(Option<Record>),
+    /// A question has had no answer for a while.
+    NoAnswer,
+}
+
+/// Why something happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Why {
+    /// The connection has ended.
+    #[error("the connection has ended")]
+    Closed,
+    /// Nothing was heard for the time-out.
+    #[error("nothing was heard for the time-out")]
+    Silence,
+    /// A frame was refused.
+    #[error("a frame was damaged or out of order")]
+    BadFrame,
+    /// An epoch was refused.
+    #[error("the backup could not hold an epoch")]
+    Nack,
+    /// The backup could not run the guest.
+    #[error("the backup is not fit to run the guest")]
+    Unfit,
+    /// The peer has claimed the term.
+    #[error("the peer has claimed the term")]
+    PeerClaimed,
+    /// The peer speaks of a later term.
+    #[error("the peer speaks of a later term")]
+    HigherTerm,
+    /// Output was held for too long.
+    #[error("output was held for longer than ack-limit")]
+    AckLimit,
+    /// The peer has said good-bye.
+    #[error("the peer has ended the connection")]
+    Bye,
+    /// A command asked for it.
+    #[error("a command asked for it")]
+    Command,
+    /// Not possible in this state.
+    #[error("not possible in this state")]
+    WrongState,
+    /// Nobody answered.
+    #[error("nobody answered in time")]
+    NoAnswer,
+    /// The term was won.
+    #[error("the term was won")]
+    Won,
+    /// The term was lost.
+    #[error("the term was lost")]
+    Lost,
+    /// All is as agreed.
+    #[error("both sides are ready")]
+    Paired,
+}
+
+/// How a process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Exit {
+    /// As somebody wanted.
+    Done,
+    /// Nothing ran here.
+    Nothing,
+    /// The guest runs elsewhere; status 3.
+    Fenced,
+    /// A start was refused.
+    Refused(Denial),
+}
+
+/// Why a start from an image is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Denial {
+    /// The other side has the guest, or had it last.
+    #[error("the other side owns the guest: start it there, or resync this image")]
+    Outdated,
+    /// An earlier process of this side has it, and its memory may still be somewhere.
+    #[error("an earlier process of this side has won the term; --force starts from the disk")]
+    Earlier,
+    /// The image was part of a protected term, and there is nobody to ask about it.
+    #[error("it was protected, and there is neither witness nor fence: --force starts it")]
+    NobodyToAsk,
+    /// It was being filled.
+    #[error("the image was being filled and is of no use")]
+    Inconsistent,
+    /// It was given back: the primary goes on.
+    #[error("the guest was given back to its primary")]
+    Yielded,
+}

@@ -1,0 +1,89 @@
+//! Who may run a replicated guest: a primary, a backup and a witness as state machines without
+//! threads, sockets, files, clocks or chance. Whoever drives one gives it what happens and the time,
+//! and carries out what it says: `step(now, input) -> outputs`. The monitor and the searches under
+//! `tests/` drive the same code.
+//!
+//! The promise: when one host, process or link fails, the guest goes on at the other side from a
+//! state that no outsider can tell from the one before; and there are never two copies whose output
+//! can be seen.
+//!
+//! # An epoch
+//!
+//! ```text
+//!            guest runs in epoch e         guest runs in epoch e+1
+//!   primary ---------------------[pause]------------------------------------------------------
+//!                Capture(e) -----'   | pages, End(e)            ^ Ack(e)   | ReleaseThrough(e):
+//!                                    v                          |          v the output of e
+//!   backup  ------------------------ Hold(e): memory, journal --'            leaves the gates
+//! ```
+//! Output is let out only when the backup could go on from a state that has produced it. At most two
+//! epochs are on their way; then the guest runs on, and the epoch grows.
+//!
+//! # Who owns a term
+//!
+//! A *term* is one ownership of the guest. It binds two incarnations (processes), and is closed
+//! exactly once, at the [`Witness`], by a compare-and-swap ([`Record`]): `solo`, `promote`, `cold`
+//! or `end`. The winner is the primary of the next term. No time-out decides anything: it only makes
+//! somebody ask.
+//!
+//! **Rule R.** Output leaves the primary only if (a) the backup has acknowledged its epoch in this
+//! term, or (b) the term is the primary's alone. A guest runs at the backup only if the term is the
+//! backup's.
+//!
+//! The states are drawn in [`primary`], [`backup`] and, for a start from disk, in [`Start`]'s module.
+//! Each rule that the promise rests on has a name, and lies in one place:
+//!
+//! | rule | says | where |
+//! |---|---|---|
+//! | arm | gates shut before the first `End`; a backup may promote only once `Armed` | `primary/epochs.rs` `begin_epoch`, `acknowledged`; `backup/mod.rs` `may_promote` |
+//! | burn | a claim sent ends the term for both | `primary/link.rs` `may_reconnect`; `backup/link.rs` `judge` |
+//! | pair | a term binds two incarnations, and a record names one | `record.rs` `reading`; `primary/link.rs` `accepted`; `backup/link.rs` `judge` |
+//! | close | an armed term is left by a claim only | `primary/term.rs` `leave` |
+//! | hand | the primary claims for the backup before `Release` | `primary/epochs.rs` `give_away` |
+//! | cold | a start from an image that says `protected` asks | `start.rs` `claim` |
+//! | ack | output waits for the acknowledgement | `primary/epochs.rs` `release` |
+//! | wit | the witness decides | `primary/term.rs` `claim`; `backup/term.rs` `try_claim` |
+//! | gran | the backup asks before it runs | `backup/term.rs` `try_claim` |
+//! | yield | who was granted a term and never ran gives it back; a Fenced primary keeps the guest | `witness.rs`; `primary/term.rs` `wait_for_backup`; `interface.rs` `unused` |
+//! | durable, sync, void | the order of journal and image at the backup | `journal.rs` |
+//!
+//! # How it is checked
+//!
+//! `tests/search.rs` visits every order of events of these machines within small bounds. With the
+//! feature `controls` it switches each rule off alone, and has to find what breaks.
+//! `tests/simulator.rs` runs them against virtual time, with links that delay, processes that are
+//! killed or stand still, and a guest whose client remembers what it was told.
+//!
+//! # What whoever drives them has to do
+//!
+//! - Carry out outputs in order. A process that dies between two is something the machines expect.
+//! - Give inputs one at a time; drain sockets before a [`Input::Tick`].
+//! - Take frames for whole only if they are: checksums, and the digests of epochs, are checked before.
+//! - Repeat nothing: questions are asked again by [`Output::Ask`], with the same nonce.
+#![forbid(unsafe_code)]
+
+pub mod backup;
+mod base;
+mod identity;
+mod interface;
+mod message;
+pub mod primary;
+mod record;
+mod rules;
+mod settings;
+mod start;
+mod timers;
+mod witness;
+
+pub use backup::Backup;
+pub use base::Identity;
+pub use identity::{Connection, Digest, Epoch, Incarnation, Lineage, Pair, Party, Side, Term};
+pub use interface::{Bond, Command, Denial, Event, Exit, From, Input, Mark, Output, Why};
+pub use message::{Accept, Fault, Frame, Hello, Message, Refusal};
+pub use primary::Primary;
+pub use record::{Answer, Question, Reading, Record, Settled, Word};
+pub use rules::{Rule, Rules};
+pub use settings::{Agreement, Arbiter, OnLoss, Settings, SettingsError};
+pub use start::Start;
+pub use timers::{Time, Timer};
+pub use witness::{Reply, Witness};

@@ -1,0 +1,165 @@
+//! The epoch loop, and the planned failover that ends it.
+use super::{Handing, Primary, State};
+use crate::{
+    identity::{Digest, Epoch, Party, Side},
+    interface::{Command, Output, Why},
+    message::Message,
+    record::{Question, Word},
+    rules::Rule,
+    timers::Timer,
+};
+
+impl Primary {
+    /// Begin the next epoch, if it is time and there is room. With the first one of a term the
+    /// gates shut, before its `End` is sent (rule `arm`).
+    pub(super) fn begin_epoch(&mut self) {
+        let first = self.state == State::Syncing;
+        if !first && self.state != State::Protected {
+            return;
+        }
+        if !first {
+            self.base.timers.set(Timer::Period, self.base.now + self.base.settings.period);
+        }
+        if let Some(epoch) = self.window.begin() {
+            let shut = !first || self.base.rules.hold(Rule::Arm);
+            self.shut |= shut;
+            self.base.output(Output::Capture { epoch, shut });
+        }
+    }
+
+    /// Steps 1 to 4 of an epoch are done.
+    pub(super) fn captured(&mut self, epoch: Epoch, digest: Digest) {
+        if !self.window.captured(epoch, digest) {
+            return;
+        }
+        if self.base.timers.get(Timer::AckLimit).is_none() {
+            self.base.timers.set(Timer::AckLimit, self.base.now + self.base.settings.ack_limit);
+        }
+        match self.state {
+            State::Syncing | State::Protected | State::HandingOver(_) => {
+                self.base.send(epoch, Message::End { digest });
+            }
+            // In staging, until the backup is back.
+            _ => return,
+        }
+        if self.state != State::Syncing && !self.base.rules.hold(Rule::Ack) {
+            self.base.output(Output::ReleaseThrough(epoch));
+        }
+        self.hand_on();
+    }
+
+    /// The backup holds `epoch`. Whether that can be.
+    pub(super) fn acknowledged(&mut self, epoch: Epoch) -> bool {
+        if !self.window.ack(epoch) {
+            return false;
+        }
+        self.base.timers.clear(Timer::AckLimit);
+        if !self.window.is_clear() {
+            self.base.timers.set(Timer::AckLimit, self.base.now + self.base.settings.ack_limit);
+        }
+        match self.state {
+            State::Syncing if self.base.marking.is_none() => {
+                if let (Some(bond), true) = (self.bond(), self.base.rules.hold(Rule::Arm)) {
+                    self.base.mark(crate::interface::Mark::Protected(bond));
+                } else {
+                    self.protect();
+                }
+            }
+            State::Protected | State::Stalled | State::HandingOver(_) => self.release(),
+            _ => {}
+        }
+        self.hand_on();
+        true
+    }
+
+    /// Rule R (a): what the backup has acknowledged may leave.
+    fn release(&mut self) {
+        self.base.output(Output::ReleaseThrough(self.window.acked()));
+    }
+
+    /// The sidecar says `protected`: from here the term is left only by a claim.
+    pub(super) fn arm(&mut self) {
+        if let Some(bond) = self.bond() {
+            self.window.arm();
+            self.base.send(self.window.last(), Message::Armed(bond.pair));
+        }
+        self.protect();
+    }
+
+    fn protect(&mut self) {
+        self.enter(State::Protected, Why::Paired);
+        self.alone = None;
+        self.base.forget_question();
+        self.shut = true;
+        self.release();
+        self.base.timers.clear(Timer::Look);
+        self.base.timers.set(Timer::Period, self.base.now + self.base.settings.period);
+    }
+
+    /// The backup is back with its last whole epoch, and nobody has claimed.
+    pub(super) fn resume(&mut self) {
+        self.protect();
+        for (epoch, digest) in self.window.staged().collect::<Vec<_>>() {
+            self.base.send(epoch, Message::End { digest });
+        }
+    }
+
+    /// Output has waited for `ack-limit` although the backup is heard.
+    pub(super) fn too_slow(&mut self) {
+        if self.state == State::Protected && self.base.settings.leave_slow {
+            self.stall(Why::AckLimit);
+            self.backup_lost();
+        }
+    }
+
+    /// Begin a planned failover: nothing runs from here on until it has ended one way or another.
+    pub(super) fn hand_over(&mut self) {
+        self.intent = None;
+        self.enter(State::HandingOver(Handing::Parked), Why::Command);
+        self.park();
+        self.hand_on();
+    }
+
+    /// The next step of a planned failover, if it can be taken.
+    fn hand_on(&mut self) {
+        match self.state {
+            State::HandingOver(Handing::Parked) => {
+                if let Some(epoch) = self.window.begin() {
+                    self.state = State::HandingOver(Handing::Last(epoch));
+                    self.base.output(Output::Capture { epoch, shut: true });
+                }
+            }
+            State::HandingOver(Handing::Last(epoch)) if self.window.acked() == epoch => {
+                self.give_away();
+            }
+            _ => {}
+        }
+    }
+
+    /// The backup has the last epoch. The term is claimed for it before it is told (rule `hand`).
+    fn give_away(&mut self) {
+        let Some(backup) = self.backup else { return };
+        if self.has_witness() && self.base.rules.hold(Rule::Hand) {
+            self.state = State::HandingOver(Handing::Claiming);
+            self.base.claimed = true;
+            let party = Party { side: Side::Backup, incarnation: backup };
+            let term = self.base.term;
+            self.base.ask(Question::Claim { term, word: Word::Promote, party });
+        } else {
+            // Without a witness, `Release` itself is the grant.
+            self.base.claimed = true;
+            self.released();
+        }
+    }
+
+    /// The guest is the backup's.
+    pub(super) fn released(&mut self) {
+        self.state = State::HandingOver(Handing::Released);
+        self.base.send(self.window.acked(), Message::Release);
+    }
+
+    /// Whether a planned failover may begin.
+    pub(super) fn can_hand_over(&self) -> bool {
+        self.is_protected() && self.intent.is_none_or(|intent| intent == Command::Failover)
+    }
+}

@@ -1,0 +1,251 @@
+//! The connection to the backup: greeting, frames, and what a disturbance leads to.
+use std::time::Duration;
+
+use super::{Handing, Primary, State};
+use crate::{
+    identity::{Connection, Incarnation},
+    interface::{Event, Mark, Output, Why},
+    message::{Accept, Frame, Hello, Message, Refusal},
+    rules::Rule,
+    settings::OnLoss,
+    timers::Timer,
+};
+
+/// How long the backup may take to answer `Hello`.
+const GREETING: Duration = Duration::from_secs(5);
+
+impl Primary {
+    /// Begin to protect the guest.
+    pub(super) fn connect(&mut self) {
+        self.enter(State::Connecting, Why::Command);
+        self.base.dial_again(true);
+        self.base.timers.set(Timer::Greeting, self.base.now + GREETING);
+    }
+
+    /// There is a connection. An old one is closed before the new one is read.
+    pub(super) fn connected(&mut self, connection: Connection) {
+        let wanted = self.state == State::Connecting || self.may_reconnect();
+        if !wanted || self.base.connection.is_some_and(|old| old >= connection) {
+            self.base.output(Output::Close(connection));
+            return;
+        }
+        self.base.hang_up();
+        self.base.connection = Some(connection);
+        self.base.timers.clear(Timer::Dial);
+        self.base.timers.set(Timer::Greeting, self.base.now + GREETING);
+        let hello = Hello {
+            lineage: self.base.me.lineage,
+            incarnation: self.base.me.incarnation,
+            bound: self.backup,
+            claimed: self.base.claimed,
+            agreement: self.base.settings.agreement,
+        };
+        self.base.send(self.window.last(), Message::Hello(hello));
+    }
+
+    /// Whether this term may go on over a new connection (rule `burn`).
+    fn may_reconnect(&self) -> bool {
+        let burnt = self.base.claimed && self.base.rules.hold(Rule::Burn);
+        self.state == State::Stalled && !burnt && self.base.marking.is_none()
+    }
+
+    pub(super) fn redial(&mut self) {
+        if self.state == State::Connecting || self.may_reconnect() {
+            self.base.output(Output::Dial);
+            self.base.dial_again(false);
+        }
+    }
+
+    pub(super) fn not_greeted(&mut self) {
+        match self.state {
+            State::Connecting => self.fall_back(Why::NoAnswer),
+            State::Stalled => self.disturbed(Why::NoAnswer),
+            _ => {}
+        }
+    }
+
+    pub(super) fn beat(&mut self) {
+        self.base
+            .send(self.window.last(), Message::Beat { claimed: self.base.claimed, unfit: false });
+        if self.base.connection.is_some() {
+            self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
+        }
+    }
+
+    /// A frame of the connection in use.
+    pub(super) fn received(&mut self, frame: Frame) {
+        if let Message::Refuse(refusal) = frame.message {
+            return self.refused(refusal);
+        }
+        if frame.term > self.base.term {
+            return self.later_term();
+        }
+        if frame.term < self.base.term {
+            return;
+        }
+        match frame.message {
+            Message::Accept(accept) if self.base.timers.get(Timer::Greeting).is_some() => {
+                self.accepted(frame, accept);
+            }
+            Message::Ack => {
+                if !self.acknowledged(frame.epoch) {
+                    self.disturbed(Why::BadFrame);
+                }
+            }
+            Message::Nack(_) => self.disturbed(Why::Nack),
+            Message::Beat { claimed, unfit } => {
+                if claimed {
+                    self.given_up(Why::PeerClaimed);
+                } else if unfit {
+                    self.given_up(Why::Unfit);
+                }
+            }
+            Message::Running => self.runs_there(),
+            Message::Ended => self.ended(),
+            Message::Bye { .. } => self.disturbed(Why::Bye),
+            _ => self.disturbed(Why::BadFrame),
+        }
+    }
+
+    fn refused(&mut self, refusal: Refusal) {
+        self.base.tell(Event::Refused(refusal));
+        match self.state {
+            State::Connecting => self.fall_back(Why::Closed),
+            State::Stalled => {
+                self.disturbed(Why::Closed);
+                if refusal != Refusal::Busy {
+                    self.backup_lost();
+                }
+            }
+            _ => self.disturbed(Why::BadFrame),
+        }
+    }
+
+    fn accepted(&mut self, frame: Frame, accept: Accept) {
+        let Accept { incarnation, digest, agreement } = accept;
+        self.base.timers.clear(Timer::Greeting);
+        if agreement != self.base.settings.agreement {
+            return self.refused(Refusal::Agreement);
+        }
+        self.base.heard();
+        self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
+        match self.state {
+            State::Connecting => self.sync(incarnation),
+            State::Stalled if self.backup == Some(incarnation) => {
+                if self.window.holds(frame.epoch, digest) && self.acknowledged(frame.epoch) {
+                    self.resume();
+                } else {
+                    self.refused(Refusal::Stranger);
+                }
+            }
+            State::Stalled if self.base.rules.hold(Rule::Pair) => self.refused(Refusal::Stranger),
+            State::Stalled => {
+                self.window.abandon();
+                self.sync(incarnation);
+            }
+            _ => {}
+        }
+    }
+
+    /// Bind the term to this backup, and copy everything to it.
+    fn sync(&mut self, backup: Incarnation) {
+        self.backup = Some(backup);
+        self.enter(State::Syncing, Why::Paired);
+        self.begin_epoch();
+    }
+
+    /// Not a byte for the time-out.
+    pub(super) fn silent(&mut self) {
+        match self.state {
+            State::Syncing => self.fall_back(Why::Silence),
+            State::Protected | State::Stalled | State::HandingOver(_) => {
+                self.given_up(Why::Silence);
+            }
+            _ => {}
+        }
+    }
+
+    /// The connection is of no use any more. That proves nothing about the backup: while the
+    /// term is not burnt, another connection is tried.
+    pub(super) fn disturbed(&mut self, why: Why) {
+        self.base.timers.clear(Timer::Greeting);
+        match self.state {
+            State::Connecting | State::Syncing => self.fall_back(why),
+            State::Protected | State::HandingOver(Handing::Parked | Handing::Last(_)) => {
+                self.base.hang_up();
+                self.stall(why);
+                self.base.dial_again(true);
+            }
+            State::Stalled => {
+                self.base.hang_up();
+                self.base.dial_again(false);
+            }
+            _ => self.base.hang_up(),
+        }
+    }
+
+    /// The backup will not serve in this term, or is not heard any more.
+    fn given_up(&mut self, why: Why) {
+        match self.state {
+            State::Syncing => return self.fall_back(why),
+            State::Protected | State::HandingOver(Handing::Parked | Handing::Last(_)) => {
+                self.stall(why);
+            }
+            State::Stalled => {}
+            _ => return,
+        }
+        self.backup_lost();
+    }
+
+    /// A frame of a later term: park at once, and ask.
+    fn later_term(&mut self) {
+        match self.state {
+            State::Protected | State::Stalled | State::HandingOver(_) => {
+                let handing = self.state;
+                self.given_up(Why::HigherTerm);
+                if self.state != handing || handing == State::Stalled {
+                    self.park();
+                }
+            }
+            _ => self.disturbed(Why::HigherTerm),
+        }
+    }
+
+    /// The backup is suspected: output is held, the guest runs.
+    pub(super) fn stall(&mut self, why: Why) {
+        self.enter(State::Stalled, why);
+        self.unpark();
+        self.base.timers.clear(Timer::Period);
+        self.base.timers.clear(Timer::AckLimit);
+    }
+
+    /// What [`OnLoss`] says.
+    pub(super) fn backup_lost(&mut self) {
+        match self.base.settings.on_loss {
+            OnLoss::Claim => self.claim(crate::record::Word::Solo),
+            OnLoss::Stop => {
+                self.park();
+                self.claim(crate::record::Word::End);
+            }
+            OnLoss::Continue => self.won(),
+            OnLoss::Stall => self.look(),
+        }
+    }
+
+    /// An attempt has failed before `Armed`: the term stays unused, and the guest unharmed.
+    pub(super) fn fall_back(&mut self, why: Why) {
+        self.base.hang_up();
+        for timer in [Timer::Silence, Timer::Dial, Timer::Greeting, Timer::AckLimit] {
+            self.base.timers.clear(timer);
+        }
+        if matches!(self.base.marking, Some(Mark::Protected(_))) {
+            self.base.mark(Mark::Free { term: self.base.term });
+        }
+        self.backup = None;
+        self.window.abandon();
+        let home = if self.alone.is_some() { State::Degraded } else { State::Off };
+        self.enter(home, why);
+        self.open_gates();
+        self.watch();
+    }
+}

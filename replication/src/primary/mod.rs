@@ -1,0 +1,320 @@
+//! The primary: runs the guest, and holds its output until the backup could go on from there.
+//!
+//! ```text
+//!              Start             Accept              Ack(first), sidecar, Armed
+//!   Off ----------------> Connecting -----> Syncing ------------------------> Protected <--.
+//!    ^  <--- Refuse, 5 s -----' <--- any failure ---'       suspicion, Nack, |     |       |
+//!    | Unprotect                                            Unfit, ack-limit |     |       |
+//!    |                                  Solo                                 v     |  reconnected,
+//!   Degraded <--------------------------------------------------------- Stalled ---+- nobody has
+//!    |   ^                                                       Denied      |     |  claimed
+//!    |   |  yielded          running, solo, cold, end                        v     |
+//!    |   '-----------------  Over <---------------------------------- Fenced       | Failover
+//!    |                        ^                                              |     v
+//!    `-> Connecting, term+1   '----------------------------------------- HandingOver
+//! ```
+//! `link` has the connection, `epochs` the epoch loop, `term` everything that closes a term.
+mod epochs;
+mod link;
+mod term;
+mod window;
+
+pub use window::UNACKNOWLEDGED;
+
+use window::Window;
+
+use crate::{
+    base::{Base, Identity},
+    identity::{Epoch, Incarnation, Pair, Side, Term},
+    interface::{Bond, Command, Event, Exit, Input, Mark, Output, Why},
+    record::{Question, Settled},
+    rules::Rules,
+    settings::Settings,
+    timers::{Time, Timer},
+};
+
+/// Where a primary is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Nothing is protected; the gates are open.
+    Off,
+    /// Dialling, greeting.
+    Connecting,
+    /// Memory and disks are being copied.
+    Syncing,
+    /// Every output is held until its epoch is acknowledged.
+    Protected,
+    /// The backup is suspected: output is held, the guest runs.
+    Stalled,
+    /// The last term was won alone; the gates are open.
+    Degraded,
+    /// The term was granted to the backup, of whom it is not known whether it runs: taps closed,
+    /// vCPUs parked, the guest kept.
+    Fenced,
+    /// The guest is being given away.
+    HandingOver(Handing),
+    /// Nothing more happens here.
+    Over,
+}
+
+/// How far a planned failover is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Handing {
+    /// The vCPUs are parked; the last epoch has not begun.
+    Parked,
+    /// The last epoch is being captured and acknowledged.
+    Last(Epoch),
+    /// The term is being claimed for the backup.
+    Claiming,
+    /// It was: the guest is the backup's, if it can run it.
+    Released,
+}
+
+/// The machine of a primary.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Primary {
+    base: Base,
+    state: State,
+    /// The term that this side has won alone, while a witness may be asked about it.
+    alone: Option<Term>,
+    /// The backup that this term is bound to.
+    backup: Option<Incarnation>,
+    window: Window,
+    shut: bool,
+    parked: bool,
+    /// The command that is being carried out.
+    intent: Option<Command>,
+}
+
+impl Primary {
+    /// A primary whose guest is unprotected and has never been part of `term` or a later one.
+    #[must_use]
+    pub fn new(me: Identity, term: Term, settings: Settings, rules: Rules) -> Self {
+        Self {
+            base: Base::new(me, Side::Primary, term, settings, rules),
+            state: State::Off,
+            alone: None,
+            backup: None,
+            window: Window::default(),
+            shut: false,
+            parked: false,
+            intent: None,
+        }
+    }
+
+    /// The primary of `term`, as whom a guest goes on that was promoted or started from its disk.
+    /// `promoted` is the incarnation whose promotion is to be settled at the witness: the
+    /// primary of the term before keeps the guest until it is.
+    #[must_use]
+    pub fn owner(
+        me: Identity,
+        term: Term,
+        promoted: Option<Incarnation>,
+        settings: Settings,
+        rules: Rules,
+    ) -> (Self, Vec<Output>) {
+        let mut this = Self::new(me, term, settings, rules);
+        this.state = State::Degraded;
+        if let (Some(winner), Some(closed), true) =
+            (promoted, term.0.checked_sub(1), this.has_witness())
+        {
+            let term = Term(closed);
+            this.base.ask(Question::Settle { term, winner, to: Settled::Running });
+        }
+        let outputs = this.base.take_outputs();
+        (this, outputs)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// The term that it is in, or that its next protection will run as.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        self.base.term
+    }
+
+    /// Whether one more fault loses nothing, as far as this side can know.
+    #[must_use]
+    pub fn is_protected(&self) -> bool {
+        self.state == State::Protected && self.window.is_proven() && !self.base.claimed
+    }
+
+    /// When it wants an [`Input::Tick`].
+    #[must_use]
+    pub fn deadline(&self) -> Option<Time> {
+        self.base.timers.next()
+    }
+
+    /// Take one input, and say what is to be done.
+    pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
+        self.base.now = self.base.now.max(now);
+        if self.state != State::Over {
+            self.take(input);
+        }
+        self.base.take_outputs()
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Tick => {
+                while let Some((timer, due)) = self.base.timers.take_due(self.base.now) {
+                    self.expired(timer, due);
+                }
+            }
+            Input::Connected(connection) => self.connected(connection),
+            Input::Received(connection, frame) if Some(connection) == self.base.connection => {
+                self.heard();
+                self.received(frame);
+            }
+            Input::Heard(connection) if Some(connection) == self.base.connection => self.heard(),
+            Input::Closed(connection) if Some(connection) == self.base.connection => {
+                self.base.connection = None;
+                self.disturbed(Why::Closed);
+            }
+            Input::Answered { nonce, answer } => {
+                if let Some((question, answer)) = self.base.answered(nonce, answer) {
+                    self.answered(question, answer);
+                }
+            }
+            Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
+            Input::Captured { epoch, digest } => self.captured(epoch, digest),
+            Input::Command(command) => self.command(command),
+            // An old connection, an old word, or a backup's business.
+            _ => {}
+        }
+    }
+
+    /// A byte has come. From whom is known once the greeting is answered.
+    fn heard(&mut self) {
+        if self.base.timers.get(Timer::Greeting).is_none() {
+            self.base.heard();
+        }
+    }
+
+    fn expired(&mut self, timer: Timer, due: Time) {
+        match timer {
+            Timer::Silence if self.base.settings.stood_still(due, self.base.now) => {
+                self.base.heard();
+            }
+            Timer::Silence => self.silent(),
+            Timer::Beat => self.beat(),
+            Timer::Dial => self.redial(),
+            Timer::Greeting => self.not_greeted(),
+            Timer::Ask => self.base.ask_again(),
+            Timer::Look => self.look(),
+            Timer::Period => self.begin_epoch(),
+            Timer::AckLimit => self.too_slow(),
+            Timer::Patience => self.out_of_patience(),
+            Timer::Turn => {}
+        }
+    }
+
+    /// A sidecar word is durable: what waited for it may happen.
+    fn marked(&mut self, mark: Mark) {
+        match (self.state, mark) {
+            (State::Syncing, Mark::Protected(_)) => self.arm(),
+            (State::Over, _) => {}
+            (_, Mark::Fencing(_)) => {
+                self.base.ask(Question::Fence { term: self.base.term });
+            }
+            (_, Mark::Running { .. }) => self.degrade(State::Degraded),
+            (State::Fenced | State::HandingOver(_), Mark::Outdated { .. }) => {
+                self.end(Exit::Fenced);
+            }
+            (_, Mark::Free { .. }) if self.intent == Some(Command::Quit) => self.end(Exit::Done),
+            (State::Stalled | State::Degraded, Mark::Free { .. }) => self.degrade(State::Off),
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, exit: Exit) {
+        self.base.hang_up();
+        self.base.forget_question();
+        self.state = State::Over;
+        self.base.output(Output::Exit(exit));
+    }
+
+    fn enter(&mut self, state: State, why: Why) {
+        self.state = state;
+        self.base.tell(Event::State(why));
+    }
+
+    fn park(&mut self) {
+        if !std::mem::replace(&mut self.parked, true) {
+            self.base.output(Output::Park);
+        }
+    }
+
+    fn unpark(&mut self) {
+        if std::mem::take(&mut self.parked) {
+            self.base.output(Output::Unpark);
+        }
+    }
+
+    fn open_gates(&mut self) {
+        if std::mem::take(&mut self.shut) {
+            self.base.output(Output::OpenGates);
+        }
+    }
+
+    /// What the sidecar says of the term that is armed, or about to be.
+    fn bond(&self) -> Option<Bond> {
+        let pair = Pair { primary: self.base.me.incarnation, backup: self.backup? };
+        Some(Bond { term: self.base.term, pair, side: Side::Primary })
+    }
+}
+
+/// For searches: see [`Rules`].
+#[cfg(feature = "controls")]
+impl Primary {
+    /// Make states comparable that differ only in clocks and in the numbers of questions and
+    /// connections.
+    pub fn normalise(&mut self, connection: impl Fn(crate::Connection) -> crate::Connection) {
+        self.base.normalise(connection);
+    }
+
+    /// The timers that are set. After [`normalise`](Self::normalise) any of them may be next.
+    #[must_use]
+    pub fn armed(&self) -> Vec<Timer> {
+        self.base.timers.armed()
+    }
+
+    /// Let `timer` be due now.
+    pub fn make_due(&mut self, timer: Timer) {
+        self.base.timers.set(timer, self.base.now);
+    }
+
+    /// The nonce of the question that it waits for.
+    #[must_use]
+    pub fn nonce(&self) -> Option<u64> {
+        self.base.nonce()
+    }
+
+    /// The connection that it uses.
+    #[must_use]
+    pub fn connection(&self) -> Option<crate::Connection> {
+        self.base.connection
+    }
+
+    /// The last epoch that was begun.
+    #[must_use]
+    pub fn begun(&self) -> Epoch {
+        self.window.begun()
+    }
+
+    /// Whether it has claimed this term.
+    #[must_use]
+    pub fn has_claimed(&self) -> bool {
+        self.base.claimed
+    }
+
+    /// The backup that this term is bound to.
+    #[must_use]
+    pub fn bound(&self) -> Option<Incarnation> {
+        self.backup
+    }
+}

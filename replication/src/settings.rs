@@ -1,0 +1,112 @@
+//! What the user decides, and what both sides have to have alike.
+use std::time::Duration;
+
+use crate::{identity::Digest, timers::Time};
+
+/// Who decides when the two sides do not hear each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Arbiter {
+    /// A witness, by its identity. If there is a fence, too, it only frees what the loser holds.
+    Witness(Digest),
+    /// A fence, by its kind: who has brought the peer down has won.
+    Fence(Digest),
+    /// Nobody: a backup never promotes by itself.
+    Nobody,
+}
+
+/// What has to be the same at both sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Agreement {
+    /// Who decides.
+    pub arbiter: Arbiter,
+    /// The machine: memory, CPU, disks and taps, as one checksum.
+    pub machine: Digest,
+}
+
+/// What a primary does that has lost its backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OnLoss {
+    /// Ask the arbiter for the term, and go on alone.
+    Claim,
+    /// Hold output until somebody decides.
+    Stall,
+    /// Park the guest, end the term, end.
+    Stop,
+    /// Go on alone without asking: only where nobody promotes by itself.
+    Continue,
+}
+
+/// All settings of one side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Settings {
+    /// What both sides have to have alike.
+    pub agreement: Agreement,
+    /// How long not one byte may come before the peer is suspected; at least 10 ms.
+    pub timeout: Duration,
+    /// Time from one epoch to the next.
+    pub period: Duration,
+    /// How long output may be held although the backup is heard.
+    pub ack_limit: Duration,
+    /// What a primary does that has lost its backup.
+    pub on_loss: OnLoss,
+    /// Whether a primary whose output was held for `ack_limit` leaves its backup.
+    pub leave_slow: bool,
+}
+
+/// Why settings are refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SettingsError {
+    /// It would have two owners.
+    #[error(
+        "on-backup-loss=continue goes on without asking, but this backup may promote by itself: \
+         leave out the witness and the fence, or choose another on-backup-loss"
+    )]
+    Continue,
+    /// There is nobody to ask.
+    #[error("on-backup-loss={0} needs a witness or a fence")]
+    NobodyToAsk(&'static str),
+    /// The time-out is too short for any host.
+    #[error("heartbeat-timeout is {0:?}; 10 ms is the least")]
+    Timeout(Duration),
+}
+
+impl Settings {
+    /// Check what no single value can say.
+    ///
+    /// # Errors
+    /// What contradicts what.
+    pub fn check(&self) -> Result<(), SettingsError> {
+        let nobody = self.agreement.arbiter == Arbiter::Nobody;
+        match self.on_loss {
+            OnLoss::Continue if !nobody => Err(SettingsError::Continue),
+            OnLoss::Claim if nobody => Err(SettingsError::NobodyToAsk("witness")),
+            OnLoss::Stop if nobody => Err(SettingsError::NobodyToAsk("stop")),
+            _ if self.timeout < Duration::from_millis(10) => {
+                Err(SettingsError::Timeout(self.timeout))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Time from one beat to the next.
+    #[must_use]
+    pub fn heartbeat(&self) -> Duration {
+        self.timeout / 10
+    }
+
+    /// How much longer than the primary a backup waits before it claims: a living primary wins.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        match self.agreement.arbiter {
+            // A fence does not ask first: the primary has to be done by then.
+            Arbiter::Fence(_) => self.timeout,
+            _ => (self.timeout / 2).max(Duration::from_millis(100)),
+        }
+    }
+
+    /// Whether a timer that was due at `due` comes so late at `now` that this side itself stood
+    /// still: then silence says nothing about the peer.
+    pub(crate) fn stood_still(&self, due: Time, now: Time) -> bool {
+        now.saturating_sub(due) > self.timeout / 4
+    }
+}

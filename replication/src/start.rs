@@ -1,0 +1,195 @@
+//! A start from an image on disk, when nothing of the guest is in memory (a cold start).
+//!
+//! ```text
+//!                    protected               Granted, sidecar
+//!   what does the   ------------> Claiming ------------------> Run, as primary of term+1
+//!   sidecar say?                     |  `--> Settling (gives back what its predecessor was
+//!      |  free, running              |           |     granted and never ran)
+//!      v                      Denied v           v
+//!     Run                           Exit(Refused)
+//! ```
+//! Whoever starts holds the locks of the images: no earlier process of this side lives.
+use crate::{
+    base::{Base, Identity},
+    identity::{Incarnation, Side, Term},
+    interface::{Bond, Denial, Exit, From, Input, Mark, Output},
+    record::{Answer, Question, Reading, Record, Settled, Word},
+    rules::{Rule, Rules},
+    settings::{Arbiter, Settings},
+    timers::{Time, Timer},
+};
+
+/// The machine of a cold start.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Start {
+    base: Base,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum State {
+    Claiming(Bond),
+    /// The predecessor's promotion is being given back.
+    Settling(Bond),
+    /// The term is won.
+    Marking(Bond),
+    /// The start was refused; the word that says so is being written.
+    Refusing(Denial),
+    Over,
+}
+
+impl Start {
+    /// Begin a start from an image whose sidecar says `word`.
+    #[must_use]
+    pub fn new(me: Identity, word: Mark, settings: Settings, rules: Rules) -> (Self, Vec<Output>) {
+        let base = Base::new(me, Side::Primary, Term(0), settings, rules);
+        let mut this = Self { base, state: State::Over };
+        match word {
+            Mark::Free { term } => this.run(term, None),
+            Mark::Running { term, promoted } => this.run(term, promoted),
+            Mark::Protected(bond) | Mark::Fencing(bond) => {
+                this.base.side = bond.side;
+                this.base.term = bond.term;
+                this.state = State::Claiming(bond);
+                this.claim(bond);
+            }
+            Mark::Outdated { .. } => this.refuse(Denial::Outdated),
+            Mark::Inconsistent { .. } => this.refuse(Denial::Inconsistent),
+        }
+        let outputs = this.base.take_outputs();
+        (this, outputs)
+    }
+
+    /// When it wants an [`Input::Tick`].
+    #[must_use]
+    pub fn deadline(&self) -> Option<Time> {
+        self.base.timers.next()
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+
+    /// Take one input, and say what is to be done.
+    pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
+        self.base.now = self.base.now.max(now);
+        match input {
+            Input::Tick => {
+                while let Some((timer, _)) = self.base.timers.take_due(self.base.now) {
+                    if timer == Timer::Ask {
+                        self.base.ask_again();
+                    }
+                }
+            }
+            Input::Answered { nonce, answer } => {
+                if let Some((_, answer)) = self.base.answered(nonce, answer) {
+                    self.answered(answer);
+                }
+            }
+            Input::Marked(mark) if self.base.marked(mark) => match self.state {
+                State::Marking(bond) if matches!(mark, Mark::Fencing(_)) => {
+                    self.state = State::Claiming(bond);
+                    self.base.ask(Question::Fence { term: bond.term });
+                }
+                State::Marking(bond) => self.run(bond.term.next(), None),
+                State::Refusing(denial) => self.refuse(denial),
+                _ => {}
+            },
+            _ => {}
+        }
+        self.base.take_outputs()
+    }
+
+    /// Rule `cold`.
+    fn claim(&mut self, bond: Bond) {
+        match self.base.settings.agreement.arbiter {
+            _ if !self.base.rules.hold(Rule::Cold) => self.won(bond),
+            Arbiter::Witness(_) => {
+                let party = self.base.party();
+                self.base.ask(Question::Claim { term: bond.term, word: Word::Cold, party });
+            }
+            Arbiter::Fence(_) => {
+                self.state = State::Marking(bond);
+                self.base.mark(Mark::Fencing(bond));
+            }
+            Arbiter::Nobody => self.refuse(Denial::NobodyToAsk),
+        }
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        match (self.state, answer) {
+            (State::Claiming(bond), Answer::Down) => self.won(bond),
+            (State::Claiming(bond), Answer::Record(Some(record))) => self.decided(bond, record),
+            (State::Claiming(_), Answer::Superseded) => self.outdated(Denial::Outdated),
+            (State::Settling(_), _) => self.outdated(Denial::Yielded),
+            _ => {}
+        }
+    }
+
+    fn decided(&mut self, bond: Bond, record: Record) {
+        if record.reading(self.base.party(), self.base.rules) == Reading::Mine {
+            return self.won(bond);
+        }
+        // The predecessor was granted the term and died before its sidecar said `running`: the
+        // guest never ran here, and its primary still has it.
+        let settle = bond.unused(Answer::Record(Some(record)));
+        if let (Some(settle), true) = (settle, self.base.rules.hold(Rule::Yield)) {
+            self.state = State::Settling(bond);
+            return self.base.ask(settle);
+        }
+        let side = record.winner.side;
+        if side == bond.side && !matches!(record.settled, Some(Settled::Yielded { .. })) {
+            self.refuse(Denial::Earlier);
+        } else {
+            self.outdated(Denial::Outdated);
+        }
+    }
+
+    fn won(&mut self, bond: Bond) {
+        self.state = State::Marking(bond);
+        self.base.mark(Mark::Running { term: bond.term.next(), promoted: None });
+    }
+
+    fn run(&mut self, term: Term, promoted: Option<Incarnation>) {
+        self.state = State::Over;
+        self.base.output(Output::Run { term, from: From::Disk, promoted });
+    }
+
+    fn outdated(&mut self, denial: Denial) {
+        self.state = State::Refusing(denial);
+        self.base.mark(Mark::Outdated { term: self.base.term });
+    }
+
+    fn refuse(&mut self, denial: Denial) {
+        self.state = State::Over;
+        self.base.output(Output::Exit(Exit::Refused(denial)));
+    }
+}
+
+/// For searches: see [`Rules`].
+#[cfg(feature = "controls")]
+impl Start {
+    /// Make states comparable that differ only in clocks and in the numbers of questions.
+    pub fn normalise(&mut self) {
+        self.base.normalise(|connection| connection);
+    }
+
+    /// The timers that are set. After [`normalise`](Self::normalise) any of them may be next.
+    #[must_use]
+    pub fn armed(&self) -> Vec<Timer> {
+        self.base.timers.armed()
+    }
+
+    /// Let `timer` be due now.
+    pub fn make_due(&mut self, timer: Timer) {
+        self.base.timers.set(timer, self.base.now);
+    }
+
+    /// The nonce of the question that it waits for.
+    #[must_use]
+    pub fn nonce(&self) -> Option<u64> {
+        self.base.nonce()
+    }
+}
