@@ -149,23 +149,24 @@ impl Base {
         self.output(Output::Ask { nonce, question });
     }
 
-    /// Take the question that `nonce` belongs to, with its answer. Any other nonce is that of a
-    /// question which no longer matters. An open record does not answer a claim: it is as if
-    /// nobody knew.
-    pub fn answered(&mut self, nonce: u64, answer: Answer) -> Option<(Question, Answer)> {
-        let asking = self.asking.filter(|asking| asking.nonce == nonce)?;
-        let fits = match asking.question {
-            Question::Look { .. } => answer != Answer::Down,
-            Question::Claim { .. } | Question::Settle { .. } => {
-                !matches!(answer, Answer::Record(None) | Answer::Down)
+    /// Whether `answer` answers the question in progress; then it is no longer. Any other question
+    /// or nonce no longer matters. An open record does not answer a claim, nor does an unsettled one
+    /// answer [`Question::Settle`]: it is as if nobody knew.
+    pub fn answered(&mut self, nonce: u64, question: Question, answer: Answer) -> bool {
+        let asked = |asking: Asking| asking.nonce == nonce && asking.question == question;
+        let fits = match (question, answer) {
+            (Question::Settle { .. }, Answer::Record(record)) => {
+                record.is_some_and(|record| record.settled.is_some())
             }
-            Question::Fence { .. } => answer == Answer::Down,
+            (Question::Claim { .. }, Answer::Record(record)) => record.is_some(),
+            (Question::Fence { .. }, answer) => answer == Answer::Down,
+            (_, answer) => answer != Answer::Down,
         };
-        if !fits {
-            return None;
+        let ours = fits && self.asking.is_some_and(asked);
+        if ours {
+            self.forget_question();
         }
-        self.forget_question();
-        Some((asking.question, answer))
+        ours
     }
 
     pub fn forget_question(&mut self) {

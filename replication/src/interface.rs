@@ -23,10 +23,13 @@ pub enum Input {
     Heard(Connection),
     /// A connection has ended, or something came that is no frame.
     Closed(Connection),
-    /// The answer to the [`Output::Ask`] of this nonce.
+    /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is a
+    /// primary now may still be answered what it asked before, under the same nonce.
     Answered {
         /// Of the question.
         nonce: u64,
+        /// The question.
+        question: Question,
         /// The answer.
         answer: Answer,
     },
@@ -147,6 +150,11 @@ pub enum Mark {
     Protected(Bond),
     /// As `Protected`: a fence of the peer was begun.
     Fencing(Bond),
+    /// Does not start: the peer's fence has brought this side down in this term.
+    Fenced {
+        /// The term.
+        term: Term,
+    },
     /// Starts, as primary of `term`.
     Running {
         /// The term.

@@ -103,7 +103,8 @@ pub enum Question {
         /// What became of it.
         to: Settled,
     },
-    /// Where there is no witness: make sure that the peer of this term does not run any more.
+    /// Where there is no witness: make sure that the peer of this term does not run any more. Where
+    /// the fence refuses, or cannot know, there is no answer, and a person has to decide.
     Fence {
         /// The term.
         term: Term,

@@ -53,7 +53,7 @@ impl Start {
                 this.state = State::Claiming(bond);
                 this.claim(bond);
             }
-            Mark::Outdated { .. } => this.refuse(Denial::Outdated),
+            Mark::Outdated { .. } | Mark::Fenced { .. } => this.refuse(Denial::Outdated),
             Mark::Inconsistent { .. } => this.refuse(Denial::Inconsistent),
         }
         let outputs = this.base.take_outputs();
@@ -83,10 +83,10 @@ impl Start {
                     }
                 }
             }
-            Input::Answered { nonce, answer } => {
-                if let Some((_, answer)) = self.base.answered(nonce, answer) {
-                    self.answered(answer);
-                }
+            Input::Answered { nonce, question, answer }
+                if self.base.answered(nonce, question, answer) =>
+            {
+                self.answered(answer);
             }
             Input::Marked(mark) if self.base.marked(mark) => match self.state {
                 State::Marking(bond) if matches!(mark, Mark::Fencing(_)) => {

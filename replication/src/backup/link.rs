@@ -225,6 +225,19 @@ impl Backup {
         }
     }
 
+    /// A byte of a primary that was suspected: it lives, but what it sends over this connection is
+    /// dropped already. It is made to connect again, and has a whole time-out to do so.
+    pub(super) fn back_again(&mut self) {
+        let waits = self.state == State::Suspecting && !self.turn && !self.base.claimed;
+        if waits && self.base.connection.is_some() && self.base.marking.is_none() {
+            self.base.hang_up();
+            self.base.timers.clear(Timer::Silence);
+            let settings = self.base.settings;
+            let turn = self.base.now + settings.timeout + settings.grace();
+            self.base.timers.set(Timer::Turn, turn);
+        }
+    }
+
     pub(super) fn prepare(&mut self) {
         self.prepared = false;
         self.base.output(Output::Prepare(self.whole));

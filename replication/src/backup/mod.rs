@@ -84,6 +84,7 @@ impl Backup {
     pub fn new(me: Identity, word: Mark, settings: Settings, rules: Rules) -> (Self, Vec<Output>) {
         let (floor, past) = match word {
             Mark::Protected(bond) | Mark::Fencing(bond) => (bond.term.next(), Some(bond)),
+            Mark::Fenced { term } => (term.next(), None),
             Mark::Free { term }
             | Mark::Running { term, .. }
             | Mark::Outdated { term }
@@ -150,19 +151,21 @@ impl Backup {
             Input::Received(connection, frame) if Some(connection) == self.base.connection => {
                 self.base.heard();
                 self.received(frame);
+                self.back_again();
             }
             Input::Received(connection, frame) => self.greeted(connection, frame),
             Input::Heard(connection) if Some(connection) == self.base.connection => {
                 self.base.heard();
+                self.back_again();
             }
             Input::Closed(connection) if Some(connection) == self.base.connection => {
                 self.base.connection = None;
                 self.suspect(Why::Closed);
             }
-            Input::Answered { nonce, answer } => {
-                if let Some((question, answer)) = self.base.answered(nonce, answer) {
-                    self.answered(question, answer);
-                }
+            Input::Answered { nonce, question, answer }
+                if self.base.answered(nonce, question, answer) =>
+            {
+                self.answered(question, answer);
             }
             Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
             Input::Held(epoch) => self.held(epoch),

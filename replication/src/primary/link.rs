@@ -40,7 +40,12 @@ impl Primary {
             claimed: self.base.claimed,
             agreement: self.base.settings.agreement,
         };
-        self.base.send(self.window.last(), Message::Hello(hello));
+        // The first `End` of a new backup is the one after this; attempts that have failed leave gaps.
+        let epoch = match self.state {
+            State::Connecting => self.window.begun(),
+            _ => self.window.last(),
+        };
+        self.base.send(epoch, Message::Hello(hello));
     }
 
     /// Whether this term may go on over a new connection (rule `burn`).
@@ -126,6 +131,10 @@ impl Primary {
         self.base.timers.clear(Timer::Greeting);
         if agreement != self.base.settings.agreement {
             return self.refused(Refusal::Agreement);
+        }
+        if self.state == State::Stalled && !self.may_reconnect() {
+            // Claimed since `Hello` was sent.
+            return self.disturbed(Why::Closed);
         }
         self.base.heard();
         self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());

@@ -175,10 +175,10 @@ impl Primary {
                 self.base.connection = None;
                 self.disturbed(Why::Closed);
             }
-            Input::Answered { nonce, answer } => {
-                if let Some((question, answer)) = self.base.answered(nonce, answer) {
-                    self.answered(question, answer);
-                }
+            Input::Answered { nonce, question, answer }
+                if self.base.answered(nonce, question, answer) =>
+            {
+                self.answered(question, answer);
             }
             Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
             Input::Captured { epoch, digest } => self.captured(epoch, digest),

@@ -76,7 +76,6 @@ impl Window {
     }
 
     /// The last epoch that was begun.
-    #[cfg(feature = "controls")]
     pub fn begun(&self) -> Epoch {
         self.begun
     }

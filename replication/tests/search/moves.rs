@@ -214,12 +214,12 @@ impl World {
             Move::Decide(n) => {
                 let (i, incarnation, nonce, question) = self.questions.remove(n);
                 let reply = self.witness.step(GUEST, question);
-                self.answers.push((i, incarnation, nonce, reply.answer));
+                self.answers.push((i, incarnation, nonce, question, reply.answer));
                 return None;
             }
             Move::Answer(n) => {
-                let (i, _, nonce, answer) = self.answers.remove(n);
-                (i, Input::Answered { nonce, answer })
+                let (i, _, nonce, question, answer) = self.answers.remove(n);
+                (i, Input::Answered { nonce, question, answer })
             }
             Move::Lose(n) => {
                 self.answers.remove(n);

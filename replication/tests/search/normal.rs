@@ -63,8 +63,8 @@ impl World {
         });
         self.questions.sort_by_key(order);
         self.questions.dedup();
-        self.answers.retain(|(i, incarnation, nonce, _)| waited(*i, *incarnation, *nonce));
-        for (_, _, nonce, _) in &mut self.answers {
+        self.answers.retain(|(i, incarnation, nonce, ..)| waited(*i, *incarnation, *nonce));
+        for (_, _, nonce, ..) in &mut self.answers {
             *nonce = 1;
         }
         self.answers.sort_by_key(order);

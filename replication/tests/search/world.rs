@@ -91,7 +91,7 @@ pub struct World {
     pub witness: Witness,
     /// On their way to the witness, and back.
     pub questions: Vec<(usize, Incarnation, u64, Question)>,
-    pub answers: Vec<(usize, Incarnation, u64, Answer)>,
+    pub answers: Vec<(usize, Incarnation, u64, Question, Answer)>,
     pub wires: Vec<Wire>,
     /// Frames from one process to another, in order.
     pub frames: BTreeMap<(usize, usize), VecDeque<(Connection, Frame)>>,

@@ -1,0 +1,137 @@
+//! Any inputs in any order, as no peer and no driver should give them: the machines neither panic
+//! nor grow, and a primary never lets out what was not acknowledged.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
+use replication::{
+    Accept, Agreement, Answer, Arbiter, Backup, Bond, Command, Connection, Digest, Epoch, Fault,
+    Frame, Hello, Identity, Incarnation, Input, Lineage, Mark, Message, OnLoss, Output, Pair,
+    Party, Primary, Question, Record, Refusal, Rules, Settings, Settled, Side, Start, Term, Time,
+    Word,
+};
+
+const ME: Identity = Identity { lineage: Lineage(1), incarnation: Incarnation(1) };
+
+/// Small numbers, so that many of them fit; now and then the largest.
+fn number(random: &mut fastrand::Rng) -> u64 {
+    if random.u8(..20) == 0 { u64::MAX } else { random.u64(..4) }
+}
+
+fn agreement() -> Agreement {
+    Agreement { arbiter: Arbiter::Witness(Digest(1)), machine: Digest(1) }
+}
+
+fn message(random: &mut fastrand::Rng) -> Message {
+    let incarnation = Incarnation(number(random).into());
+    let digest = Digest(number(random));
+    match random.u8(..13) {
+        0 => Message::Hello(Hello {
+            lineage: Lineage(1),
+            incarnation,
+            bound: random.bool().then_some(ME.incarnation),
+            claimed: random.u8(..5) == 0,
+            agreement: agreement(),
+        }),
+        1 => Message::Accept(Accept { incarnation, digest, agreement: agreement() }),
+        2 => Message::Refuse(Refusal::Claimed),
+        3 | 4 => Message::End { digest },
+        5 => Message::Ack,
+        6 => Message::Nack(Fault::Disk),
+        7 => Message::Armed(Pair { primary: incarnation, backup: ME.incarnation }),
+        8 => Message::Beat { claimed: random.u8(..5) == 0, unfit: random.u8(..5) == 0 },
+        9 => Message::Release,
+        10 => Message::Running,
+        11 => Message::Bye { end: random.bool() },
+        _ => Message::Ended,
+    }
+}
+
+/// An input; often one that the machine waits for.
+fn input(random: &mut fastrand::Rng, asked: &mut Vec<Output>) -> Input {
+    let (epoch, digest) = (Epoch(number(random)), Digest(number(random)));
+    let connection = Connection(number(random));
+    if !asked.is_empty() && random.u8(..3) > 0 {
+        match asked.remove(0) {
+            Output::Mark(mark) => return Input::Marked(mark),
+            Output::Capture { epoch, .. } => return Input::Captured { epoch, digest },
+            Output::Hold(epoch) => return Input::Held(epoch),
+            Output::Prepare(_) => return Input::Prepared,
+            Output::Dial => return Input::Connected(connection),
+            Output::Ask { nonce, question } => {
+                let side = if random.bool() { Side::Primary } else { Side::Backup };
+                let winner = Party { side, incarnation: Incarnation(number(random).into()) };
+                let words = [Word::Solo, Word::Promote, Word::Cold, Word::End];
+                let to = Settled::Yielded { to: Incarnation(number(random).into()) };
+                let settled = [None, Some(Settled::Running), Some(to)][random.usize(..3)];
+                let record = Record { word: words[random.usize(..4)], winner, settled };
+                let answers = [
+                    Answer::Record(None),
+                    Answer::Record(Some(record)),
+                    Answer::Superseded,
+                    Answer::Down,
+                ];
+                return Input::Answered { nonce, question, answer: answers[random.usize(..4)] };
+            }
+            _ => {}
+        }
+    }
+    let term = Term(number(random));
+    match random.u8(..16) {
+        0..=5 => Input::Received(connection, Frame { term, epoch, message: message(random) }),
+        6 | 7 => Input::Tick,
+        8 => Input::Connected(connection),
+        9 => Input::Closed(connection),
+        10 => Input::Captured { epoch, digest },
+        11 => Input::Marked(Mark::Free { term }),
+        12 => Input::Answered { nonce: 1, question: Question::Look { term }, answer: Answer::Down },
+        13 => [Input::NotApplied, Input::CannotRun, Input::NotHeld(epoch, Fault::Disk)]
+            [random.usize(..3)],
+        14 => Input::Held(epoch),
+        _ => Input::Command(
+            [Command::Start, Command::Unprotect, Command::Quit, Command::Failover]
+                [random.usize(..4)],
+        ),
+    }
+}
+
+#[test]
+fn any_inputs_in_any_order() {
+    let settings = Settings {
+        agreement: agreement(),
+        timeout: Time::from_millis(200),
+        period: Time::from_millis(50),
+        ack_limit: Time::from_secs(1),
+        on_loss: OnLoss::Claim,
+        leave_slow: true,
+    };
+    for seed in 0..3000 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let rules = Rules::default();
+        let pair = Pair { primary: Incarnation(2), backup: ME.incarnation };
+        let bond = Bond { term: Term(1), pair, side: Side::Backup };
+        let mut primary = Primary::new(ME, Term(1), settings, rules);
+        let mut backup = Backup::new(ME, Mark::Outdated { term: Term(0) }, settings, rules).0;
+        let mut start = Start::new(ME, Mark::Protected(bond), settings, rules).0;
+        let (mut asked, mut now, mut acked) = (Vec::new(), Time::ZERO, Epoch(0));
+        for _ in 0..300 {
+            now += Time::from_millis(random.u64(..300));
+            let input = input(&mut random, &mut asked);
+            if let Input::Received(_, Frame { epoch, message, .. }) = input
+                && matches!(message, Message::Ack | Message::Accept(_))
+            {
+                acked = acked.max(epoch);
+            }
+            let outputs = match seed % 3 {
+                0 => primary.step(now, input),
+                1 => backup.step(now, input),
+                _ => start.step(now, input),
+            };
+            assert!(outputs.len() < 100, "{input:?} led to {} outputs", outputs.len());
+            for output in outputs {
+                if let Output::ReleaseThrough(epoch) = output {
+                    assert!(epoch <= acked, "{epoch:?} was let out, {acked:?} acknowledged");
+                }
+                asked.push(output);
+            }
+            asked.truncate(50);
+        }
+    }
+}
