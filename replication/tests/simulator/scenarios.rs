@@ -1,0 +1,271 @@
+//! Named faults, with what must come of each. The numbers are those of the specification's table.
+use replication::{Command, Input, Rules, backup, primary};
+
+use crate::sim::{Sim, ms};
+
+type Outcome = Result<(), String>;
+
+/// Two sides, protected.
+fn protected(seed: u64) -> Result<Sim, String> {
+    let mut sim = Sim::new(seed, false, Rules::ALL);
+    sim.input(0, Input::Command(Command::Start))?;
+    sim.until(ms(2000), Sim::is_protected)?;
+    Ok(sim)
+}
+
+fn owned_by(i: usize) -> impl Fn(&Sim) -> bool {
+    move |sim| sim.owner() == Some(i)
+}
+
+#[test]
+fn row_1_a_primary_that_dies_while_it_syncs_leaves_a_backup_that_runs_nothing() -> Outcome {
+    for outputs in 0..6 {
+        let mut sim = Sim::new(1, false, Rules::ALL);
+        sim.nodes[0].doom = Some(outputs);
+        sim.input(0, Input::Command(Command::Start))?;
+        sim.run(ms(2000))?;
+        assert!(sim.owner() != Some(1) || outputs > 5, "{}", sim.describe());
+    }
+    Ok(())
+}
+
+#[test]
+fn row_3_a_primary_that_dies_at_any_output_is_followed_by_its_backup() -> Outcome {
+    for outputs in 0..12 {
+        let mut sim = protected(3)?;
+        sim.nodes[0].doom = Some(outputs);
+        sim.until(ms(1500), owned_by(1))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn row_4_a_primary_that_stood_still_is_fenced_when_it_wakes() -> Outcome {
+    let mut sim = protected(4)?;
+    sim.nodes[0].frozen = sim.now + ms(10_000);
+    sim.until(ms(500), owned_by(1))?;
+    sim.run(ms(12_000))?;
+    assert_eq!(sim.owner(), Some(1));
+    assert!(!sim.nodes[0].owns());
+    Ok(())
+}
+
+#[test]
+fn row_5_a_host_without_power_is_followed_within_half_a_second() -> Outcome {
+    let mut sim = protected(5)?;
+    sim.kill(0, false);
+    sim.until(ms(500), owned_by(1))
+}
+
+#[test]
+fn row_6_hosts_that_start_again_find_one_owner() -> Outcome {
+    for (delay, who) in [(0, 0), (150, 0), (400, 0), (0, 1), (150, 1), (400, 1)] {
+        let mut sim = protected(6)?;
+        sim.kill(who, false);
+        sim.run(ms(delay))?;
+        sim.restart(who, true)?;
+        sim.until(ms(2000), |sim| sim.owner().is_some())?;
+        sim.run(ms(8000))?;
+        assert!(sim.owner().is_some(), "{}", sim.describe());
+    }
+    Ok(())
+}
+
+#[test]
+fn row_7_a_lost_backup_leaves_a_primary_alone_within_the_timeout() -> Outcome {
+    let mut sim = protected(7)?;
+    sim.kill(1, true);
+    sim.until(ms(250 + 20), owned_by(0))?;
+    assert_eq!(sim.nodes[0].primary_state(), Some(primary::State::Degraded));
+    Ok(())
+}
+
+#[test]
+fn row_8_a_backup_that_stood_still_gets_nothing() -> Outcome {
+    let mut sim = protected(8)?;
+    sim.nodes[1].frozen = sim.now + ms(10_000);
+    sim.until(ms(300), owned_by(0))?;
+    sim.run(ms(12_000))?;
+    assert_eq!(sim.nodes[1].backup_state(), Some(backup::State::Abandoned));
+    Ok(())
+}
+
+#[test]
+fn row_9_another_process_on_the_backups_port_waits_for_the_next_term() -> Outcome {
+    let mut sim = protected(9)?;
+    sim.nodes[1].frozen = sim.now + ms(3000);
+    sim.port[1] = 2;
+    sim.until(ms(400), owned_by(0))?;
+    sim.input(0, Input::Command(Command::Start))?;
+    sim.until(ms(1000), |sim| sim.nodes[2].backup_state() == Some(backup::State::Standby))?;
+    sim.run(ms(5000))?;
+    assert!(sim.is_protected(), "{}", sim.describe());
+    Ok(())
+}
+
+#[test]
+fn row_10_a_short_stall_is_no_loss() -> Outcome {
+    for who in 0..2 {
+        for stall in [100, 150, 190] {
+            let mut sim = protected(10)?;
+            sim.nodes[who].frozen = sim.now + ms(stall);
+            sim.run(ms(3000))?;
+            assert!(sim.is_protected(), "{who} {stall}: {}", sim.describe());
+            assert_eq!((sim.promotions, sim.solos), (0, 0));
+        }
+    }
+    // Longer than the time-out, but back before the backup's turn.
+    let mut sim = protected(10)?;
+    sim.nodes[0].frozen = sim.now + ms(240);
+    sim.run(ms(3000))?;
+    assert!(sim.is_protected(), "{}", sim.describe());
+    assert_eq!((sim.promotions, sim.solos), (0, 0));
+    Ok(())
+}
+
+#[test]
+fn row_11_a_cut_link_has_exactly_one_winner() -> Outcome {
+    for directions in [&[(0, 1), (1, 0)][..], &[(0, 1)], &[(1, 0)]] {
+        let mut sim = protected(11)?;
+        sim.cut(directions);
+        sim.until(ms(1000), |sim| sim.owner().is_some())?;
+        sim.run(ms(3000))?;
+        sim.heal();
+        sim.run(ms(3000))?;
+        assert_eq!(sim.promotions + sim.solos, 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn row_12_who_reaches_the_witness_wins() -> Outcome {
+    for cut_off in 0..2 {
+        let mut sim = protected(12)?;
+        sim.cut(&[(0, 1), (1, 0)]);
+        sim.nodes[cut_off].agent = false;
+        sim.until(ms(1500), owned_by(1 - cut_off))?;
+    }
+    let mut sim = protected(12)?;
+    sim.cut(&[(0, 1), (1, 0)]);
+    sim.serving = false;
+    sim.run(ms(5000))?;
+    assert_eq!(sim.owner(), None, "both stall");
+    sim.serving = true;
+    sim.until(ms(6000), |sim| sim.owner().is_some())
+}
+
+#[test]
+fn row_14_a_claim_that_is_answered_after_the_link_is_back_still_ends_the_term() -> Outcome {
+    let mut sim = protected(14)?;
+    sim.cut(&[(0, 1), (1, 0)]);
+    sim.serving = false;
+    sim.run(ms(1000))?;
+    sim.heal();
+    sim.run(ms(1000))?;
+    assert!(!sim.is_protected(), "burnt");
+    sim.serving = true;
+    sim.until(ms(6000), |sim| sim.owner().is_some())?;
+    sim.run(ms(6000))?;
+    assert_eq!(sim.promotions + sim.solos, 1);
+    Ok(())
+}
+
+#[test]
+fn row_15_a_promotion_that_fails_gives_the_guest_back() -> Outcome {
+    let mut sim = protected(15)?;
+    sim.cut(&[(0, 1)]);
+    sim.nodes[0].agent = false;
+    sim.until(ms(1000), |sim| sim.nodes[1].backup_state() == Some(backup::State::Promoting))?;
+    sim.input(1, Input::CannotRun)?;
+    sim.nodes[0].agent = true;
+    sim.heal();
+    sim.until(ms(10_000), owned_by(0))?;
+    assert_eq!(sim.promotions, 0);
+    // The same where it dies there, and only its host's next process knows.
+    let mut sim = protected(15)?;
+    sim.cut(&[(0, 1)]);
+    sim.nodes[0].agent = false;
+    sim.until(ms(1000), |sim| sim.nodes[1].backup_state() == Some(backup::State::Promoting))?;
+    sim.kill(1, true);
+    sim.nodes[0].agent = true;
+    sim.restart(1, false)?;
+    sim.until(ms(10_000), owned_by(0))
+}
+
+#[test]
+fn row_16_leaving_by_command_lets_nothing_come_back() -> Outcome {
+    for lost in [false, true] {
+        let mut sim = protected(16)?;
+        sim.input(0, Input::Command(Command::Unprotect))?;
+        if lost {
+            sim.cut(&[(0, 1)]);
+        }
+        sim.until(ms(1000), owned_by(0))?;
+        sim.run(ms(5000))?;
+        assert_eq!(sim.nodes[0].primary_state(), Some(primary::State::Off));
+        assert_eq!((sim.owner(), sim.promotions), (Some(0), 0));
+    }
+    let mut sim = protected(16)?;
+    sim.input(0, Input::Command(Command::Quit))?;
+    sim.run(ms(5000))?;
+    assert_eq!((sim.owner(), sim.promotions), (None, 0));
+    Ok(())
+}
+
+#[test]
+fn row_17_a_planned_failover_has_one_owner_whatever_dies() -> Outcome {
+    let mut sim = protected(17)?;
+    sim.input(0, Input::Command(Command::Failover))?;
+    sim.until(ms(500), owned_by(1))?;
+    for who in 0..2 {
+        for outputs in 0..12 {
+            let mut sim = protected(17)?;
+            sim.input(0, Input::Command(Command::Failover))?;
+            sim.nodes[who].doom = Some(outputs);
+            sim.run(ms(3000))?;
+            sim.restart(who, false)?;
+            sim.until(ms(8000), |sim| sim.owner().is_some() || sim.is_protected())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn row_19_a_primary_whose_record_is_gone_stands_still() -> Outcome {
+    let mut sim = protected(19)?;
+    sim.kill(1, true);
+    sim.until(ms(500), owned_by(0))?;
+    sim.witness = replication::Witness::new(Rules::ALL);
+    sim.run(ms(6000))?;
+    assert!(sim.nodes[0].parked);
+    Ok(())
+}
+
+#[test]
+fn row_21_fences_that_cross_have_one_winner() -> Outcome {
+    for seed in 0..50 {
+        let mut sim = Sim::new(seed, true, Rules::ALL);
+        sim.input(0, Input::Command(Command::Start))?;
+        sim.until(ms(2000), Sim::is_protected)?;
+        sim.cut(&[(0, 1), (1, 0)]);
+        sim.run(ms(3000))?;
+        assert_eq!(sim.owner(), Some(0), "{}", sim.describe());
+    }
+    Ok(())
+}
+
+#[test]
+fn row_28_failover_and_back_a_hundred_times() -> Outcome {
+    let mut sim = protected(28)?;
+    for _ in 0..100 {
+        let owner = usize::from(sim.nodes[0].primary().is_none());
+        sim.kill(owner, false);
+        sim.until(ms(600), owned_by(1 - owner))?;
+        sim.restart(owner, false)?;
+        sim.run(ms(50))?;
+        sim.input(1 - owner, Input::Command(Command::Start))?;
+        sim.until(ms(2000), Sim::is_protected)?;
+    }
+    assert_eq!(sim.promotions, 100);
+    Ok(())
+}
