@@ -204,6 +204,11 @@ impl Primary {
             _ => return,
         }
         self.backup_lost();
+        // Where nobody claims, the term goes on as soon as the backup is back: over a new connection,
+        // since the backup has dropped what came over this one.
+        if self.may_reconnect() && self.base.timers.get(Timer::Dial).is_none() {
+            self.base.dial_again(true);
+        }
     }
 
     /// A frame of a later term: park at once, and ask.

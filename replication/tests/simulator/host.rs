@@ -1,5 +1,8 @@
 //! What a host does for its process: carries out what the machine says, and checks it.
-use replication::{Digest, From, Identity, Incarnation, Input, Message, Output, Primary, Term};
+use replication::{
+    Backup, Connection, Digest, From, Identity, Incarnation, Input, Mark, Message, Output, Primary,
+    Start, Term,
+};
 
 use super::{Event, GUEST, Sim};
 use crate::{guest::Guest, node::Role};
@@ -142,5 +145,50 @@ impl Sim {
             None => Ok(()),
             Some(other) => Err(format!("{term} was closed by {other} and by {how} (I3)")),
         }
+    }
+
+    fn hang_up(&mut self, i: usize, over: Connection) {
+        if let Some(ends) = self.ends.get(&over).copied() {
+            let to = if ends[0] == i { ends[1] } else { ends[0] };
+            self.along(i, to, Event::Closed { from: i, to, over });
+        }
+    }
+
+    /// A process dies. Where its host lives on, its connections end.
+    pub fn kill(&mut self, i: usize, host_lives: bool) {
+        self.victims[i] = true;
+        self.end(i, host_lives);
+    }
+
+    fn end(&mut self, i: usize, host_lives: bool) {
+        self.nodes[i].die();
+        let mine: Vec<Connection> =
+            self.ends.iter().filter(|(_, ends)| ends.contains(&i)).map(|(over, _)| *over).collect();
+        for over in mine {
+            if host_lives {
+                self.hang_up(i, over);
+            }
+            self.ends.remove(&over);
+        }
+    }
+
+    /// Start a dead process again: from its disk if that may be, else to listen.
+    pub fn restart(&mut self, i: usize, from_disk: bool) -> Result<(), String> {
+        if self.nodes[i].is_alive() {
+            return Ok(());
+        }
+        let (word, incarnation) = (self.nodes[i].sidecar, self.nodes[i].incarnation);
+        let me = Identity { lineage: GUEST, incarnation };
+        let runs = matches!(word, Mark::Running { .. } | Mark::Free { .. });
+        let outputs = if runs || from_disk {
+            let (start, outputs) = Start::new(me, word, self.settings, self.rules);
+            self.nodes[i].role = Role::Start(start);
+            outputs
+        } else {
+            let (backup, outputs) = Backup::new(me, word, self.settings, self.rules);
+            self.nodes[i].role = Role::Backup(backup);
+            outputs
+        };
+        self.carry_out(i, None, outputs)
     }
 }

@@ -1,5 +1,5 @@
 //! Named faults, with what must come of each. The numbers are those of the specification's table.
-use replication::{Command, Input, Rules, backup, primary};
+use replication::{Arbiter, Command, Input, OnLoss, Rules, backup, primary};
 
 use crate::sim::{Sim, ms};
 
@@ -77,6 +77,23 @@ fn row_7_a_lost_backup_leaves_a_primary_alone_within_the_timeout() -> Outcome {
     sim.kill(1, true);
     sim.until(ms(250 + 20), owned_by(0))?;
     assert_eq!(sim.nodes[0].primary_state(), Some(primary::State::Degraded));
+    Ok(())
+}
+
+#[test]
+fn row_7_without_an_arbiter_nobody_promotes_and_the_policy_decides() -> Outcome {
+    for (on_loss, owner) in [(OnLoss::Stall, None), (OnLoss::Continue, Some(0))] {
+        let mut sim = Sim::with(7, Arbiter::Nobody, on_loss, Rules::ALL);
+        sim.input(0, Input::Command(Command::Start))?;
+        sim.until(ms(2000), Sim::is_protected)?;
+        sim.cut(&[(0, 1), (1, 0)]);
+        sim.run(ms(5000))?;
+        assert_eq!((sim.owner(), sim.promotions), (owner, 0), "{}", sim.describe());
+        if on_loss == OnLoss::Stall {
+            sim.heal();
+            sim.until(ms(10_000), Sim::is_protected)?;
+        }
+    }
     Ok(())
 }
 
@@ -209,6 +226,18 @@ fn row_16_leaving_by_command_lets_nothing_come_back() -> Outcome {
     sim.input(0, Input::Command(Command::Quit))?;
     sim.run(ms(5000))?;
     assert_eq!((sim.owner(), sim.promotions), (None, 0));
+    Ok(())
+}
+
+#[test]
+fn row_16_without_an_arbiter_the_backups_word_closes_the_term() -> Outcome {
+    let mut sim = Sim::with(16, Arbiter::Nobody, OnLoss::Stall, Rules::ALL);
+    sim.input(0, Input::Command(Command::Start))?;
+    sim.until(ms(2000), Sim::is_protected)?;
+    sim.input(0, Input::Command(Command::Unprotect))?;
+    sim.until(ms(1000), owned_by(0))?;
+    assert_eq!(sim.nodes[0].primary_state(), Some(primary::State::Off));
+    assert!(!sim.nodes[1].is_alive(), "{}", sim.describe());
     Ok(())
 }
 

@@ -6,8 +6,8 @@ use std::{
 
 use replication::{
     Agreement, Answer, Arbiter, Backup, Connection, Digest, Epoch, Frame, Identity, Incarnation,
-    Input, Lineage, Mark, OnLoss, Primary, Question, Rules, Settings, Side, Start, Term, Time,
-    Witness, backup, primary,
+    Input, Lineage, Mark, OnLoss, Primary, Question, Rules, Settings, Side, Term, Time, Witness,
+    backup, primary,
 };
 
 #[path = "host.rs"]
@@ -71,14 +71,20 @@ pub struct Sim {
 }
 
 impl Sim {
+    /// Two hosts with a witness or a fence.
     pub fn new(seed: u64, fence: bool, rules: Rules) -> Self {
         let arbiter = if fence { Arbiter::Fence(Digest(1)) } else { Arbiter::Witness(Digest(1)) };
+        Self::with(seed, arbiter, OnLoss::Claim, rules)
+    }
+
+    /// Two hosts and a spare process on the second.
+    pub fn with(seed: u64, arbiter: Arbiter, on_loss: OnLoss, rules: Rules) -> Self {
         let settings = Settings {
             agreement: Agreement { arbiter, machine: Digest(1) },
             timeout: ms(200),
             period: ms(50),
             ack_limit: ms(10_000),
-            on_loss: OnLoss::Claim,
+            on_loss,
             leave_slow: true,
         };
         settings.check().unwrap();
@@ -313,51 +319,6 @@ impl Sim {
             println!("{:?} process {i}: {input:?}\n    {outputs:?}", self.now);
         }
         self.carry_out(i, before, outputs)
-    }
-
-    fn hang_up(&mut self, i: usize, over: Connection) {
-        if let Some(ends) = self.ends.get(&over).copied() {
-            let to = if ends[0] == i { ends[1] } else { ends[0] };
-            self.along(i, to, Event::Closed { from: i, to, over });
-        }
-    }
-
-    /// A process dies. Where its host lives on, its connections end.
-    pub fn kill(&mut self, i: usize, host_lives: bool) {
-        self.victims[i] = true;
-        self.end(i, host_lives);
-    }
-
-    fn end(&mut self, i: usize, host_lives: bool) {
-        self.nodes[i].die();
-        let mine: Vec<Connection> =
-            self.ends.iter().filter(|(_, ends)| ends.contains(&i)).map(|(over, _)| *over).collect();
-        for over in mine {
-            if host_lives {
-                self.hang_up(i, over);
-            }
-            self.ends.remove(&over);
-        }
-    }
-
-    /// Start a dead process again: from its disk if that may be, else to listen.
-    pub fn restart(&mut self, i: usize, from_disk: bool) -> Result<(), String> {
-        if self.nodes[i].is_alive() {
-            return Ok(());
-        }
-        let (word, incarnation) = (self.nodes[i].sidecar, self.nodes[i].incarnation);
-        let me = Identity { lineage: GUEST, incarnation };
-        let runs = matches!(word, Mark::Running { .. } | Mark::Free { .. });
-        let outputs = if runs || from_disk {
-            let (start, outputs) = Start::new(me, word, self.settings, self.rules);
-            self.nodes[i].role = Role::Start(start);
-            outputs
-        } else {
-            let (backup, outputs) = Backup::new(me, word, self.settings, self.rules);
-            self.nodes[i].role = Role::Backup(backup);
-            outputs
-        };
-        self.carry_out(i, None, outputs)
     }
 
     pub fn cut(&mut self, directions: &[(usize, usize)]) {
