@@ -197,7 +197,10 @@ fn reserve_again(region: &GuestRegionMmap<AtomicBitmap>) -> io::Result<()> {
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_SHARED)
         .with_file_offset(at);
-    mapping.build().map(drop).map_err(io::Error::other)
+    mapping.build().map(drop).map_err(|e| {
+        let lost = "no huge pages are left for the guest after a reset; raise vm.nr_hugepages";
+        io::Error::other(format!("{lost}: {e}"))
+    })
 }
 
 /// Replace the mapping at `address` by anonymous memory, which is zero.

@@ -26,6 +26,8 @@ mod hand_over;
 mod held;
 #[path = "bare_metal/hostile_snapshot.rs"]
 mod hostile_snapshot;
+#[path = "bare_metal/huge_pages.rs"]
+mod huge_pages;
 #[path = "bare_metal/hung.rs"]
 mod hung;
 #[path = "bare_metal/kept.rs"]

@@ -13,7 +13,7 @@ use qmp::client::Client;
 use serde_json::{Value, json};
 use stories::monitor::SOON;
 
-use crate::stage::{Stage, exists, quits, simple, status};
+use crate::stage::{Stage, exists, simple, status};
 
 /// Runs the monitor to its end.
 fn run(stage: &Stage, args: &[&str]) -> Result<Output> {
@@ -324,57 +324,4 @@ fn no_client_that_reads_a_refusal() -> Result<()> {
         ensure!(status.code() == Some(1), "{args:?} ended with {status}");
     }
     Ok(())
-}
-
-/// Raises the kernel's number of huge pages by what a test needs; restored when dropped.
-struct HugePages(u64);
-
-impl HugePages {
-    const POOL: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn read() -> Result<u64> {
-        Ok(fs::read_to_string(Self::POOL)?.trim().parse()?)
-    }
-
-    /// `None` when the host has not got as many.
-    fn reserve(count: u64) -> Result<Option<Self>> {
-        let before = Self::read()?;
-        let reserved = Self(before);
-        // The kernel allocates what it can, or refuses for lack of rights.
-        if fs::write(Self::POOL, (before + count).to_string()).is_err() {
-            return Ok(None);
-        }
-        Ok((Self::read()? == before + count).then_some(reserved))
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::POOL, self.0.to_string());
-    }
-}
-
-#[test]
-fn memory_of_huge_pages() -> Result<()> {
-    let mut stage = Stage::new("huge")?;
-    let dir = stage.file("pages");
-    fs::create_dir(&dir)?;
-    stage.prepare("-m", &format!("mount -t hugetlbfs none {}", dir.display()))?;
-    let vm = stage.vm("hello", "halt")?.machine("mem_path", dir.to_string_lossy());
-    // 32 MiB, in pages of 2 MiB. Without them the monitor does not start.
-    let Some(_pages) = HugePages::reserve(16)? else {
-        println!("This host gives no 32 MiB of huge pages: only the refusal is shown.");
-        let mut monitor = vm.start(&stage.paths, &stage.dir)?;
-        monitor.wait_said("sysctl vm.nr_hugepages=16")?;
-        ensure!(monitor.wait_exit()?.code() == Some(1));
-        return Ok(());
-    };
-    let (mut monitor, mut qmp) = stage.start(vm)?;
-    monitor.wait_for("halts\n", SOON)?;
-    let maps = fs::read_to_string(format!("/proc/{}/smaps", monitor.pid()))?;
-    let huge = maps.split("VmFlags").filter(|map| map.contains("KernelPageSize:     2048 kB"));
-    let sizes: Vec<_> =
-        huge.filter_map(|map| map.lines().find(|l| l.starts_with("Size:"))).collect();
-    ensure!(sizes == ["Size:              32768 kB"], "{sizes:?}");
-    quits(&stage, &mut monitor, &mut qmp)
 }

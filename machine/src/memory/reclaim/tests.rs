@@ -132,21 +132,27 @@ fn memory_of_each_kind_reads_as_zero_afterwards_and_is_noted_as_written() {
 }
 
 /// Reserves huge pages of 2 MiB; releases them on drop.
-struct HugePages(u64);
+struct HugePages {
+    before: u64,
+    /// One test at a time changes the number, whichever process it is in.
+    _lock: std::fs::File,
+}
 
 impl HugePages {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
     fn reserve(count: u64) -> Option<Self> {
         let read = || std::fs::read_to_string(Self::POOL).ok()?.trim().parse::<u64>().ok();
-        let this = Self(read()?);
+        let lock = std::fs::File::open(Self::POOL).ok()?;
+        lock.lock().ok()?;
+        let this = Self { before: read()?, _lock: lock };
         this.add(count);
-        (read()? == this.0 + count).then_some(this)
+        (read()? == this.before + count).then_some(this)
     }
 
     /// Add `count` pages to those that were there before.
     fn add(&self, count: u64) {
-        let _ = std::fs::write(Self::POOL, (self.0 + count).to_string());
+        let _ = std::fs::write(Self::POOL, (self.before + count).to_string());
     }
 
     /// Take away all pages that are neither used nor reserved.
@@ -157,7 +163,7 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        let _ = std::fs::write(Self::POOL, self.0.to_string());
+        let _ = std::fs::write(Self::POOL, self.before.to_string());
     }
 }
 
