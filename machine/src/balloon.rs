@@ -8,6 +8,7 @@ use devices::virtio::{
 
 use crate::{
     Machine,
+    memory::reclaim::Counts,
     slots::{DEVICE_LOCK_LIMIT, Handle},
 };
 
@@ -49,6 +50,12 @@ impl Machine {
     /// The balloon, if there is one.
     pub fn balloon(&self) -> Option<&Balloon> {
         self.balloon.as_ref()
+    }
+
+    /// Bytes of memory that were given back to the host since this process began, and that could
+    /// not be, however the guest has offered them.
+    pub fn reclaimed(&self) -> Counts {
+        self.reclaimer.counts()
     }
 
     /// Notify the guest of the balloon's target size.

@@ -11,7 +11,7 @@ use crate::{
     dry_restore::restore_devices,
     kvm::KvmError,
     machine::Parked,
-    memory::{image, reclaim::Reclaimer, staging::Staging},
+    memory::{image, staging::Staging},
     spot_check::SpotChecks,
     vcpu::Gone,
 };
@@ -183,11 +183,6 @@ impl Machine {
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
-    }
-
-    /// Gives its memory back to the host.
-    pub fn reclaimer(&self) -> &Arc<Reclaimer> {
-        &self.reclaimer
     }
 
     /// Ranges of guest memory that are not zero although they may not have been touched: see

@@ -26,8 +26,8 @@ pub struct BalloonInfo {
     pub actual: u64,
 }
 
-/// Ask for a property of an object. Supported are `guest-stats` and `guest-stats-polling-interval`
-/// of a balloon.
+/// Ask for a property of an object. Supported are `guest-stats`, `guest-stats-polling-interval` and
+/// `reclaimed-memory` of a balloon.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QomGet {
@@ -57,4 +57,14 @@ pub struct GuestStats {
     pub stats: BTreeMap<String, u64>,
     /// When the guest reported them, in seconds since 1970; 0: not yet.
     pub last_update: u64,
+}
+
+/// The value of `reclaimed-memory`: what has become of the memory that the guest did not use, in
+/// bytes since this process began.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ReclaimedMemory {
+    /// Given back to the host. The same memory counts again when it is given back again.
+    pub returned: u64,
+    /// Still occupied: in a hugetlbfs, in too many pieces, or refused by the host.
+    pub refused: u64,
 }

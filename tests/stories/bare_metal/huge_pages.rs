@@ -113,5 +113,9 @@ fn a_guest_outlives_a_pool_of_huge_pages_that_others_have_emptied() -> Result<()
             patiently(&mut qmp, "system_reset", &json!({}))?;
         }
     }
+    let property = json!({ "path": "balloon0", "property": "reclaimed-memory" });
+    let reclaimed = qmp.execute_raw("qom-get", property)?;
+    // What was in the balloon, before the reset and after it.
+    ensure!(reclaimed == json!({ "returned": 0, "refused": 16 << 20 }), "{reclaimed}");
     quits(&stage, &mut monitor, &mut qmp)
 }

@@ -12,6 +12,8 @@ use crate::vmm::Vmm;
 const DEVICES: &str = "/machine/peripheral/";
 const STATS: &str = "guest-stats";
 const INTERVAL: &str = "guest-stats-polling-interval";
+/// Not known to QEMU.
+const RECLAIMED: &str = "reclaimed-memory";
 
 pub fn balloon(vmm: &mut Vmm, command: Balloon) -> Result<Empty, Error> {
     if command.value == 0 {
@@ -37,6 +39,11 @@ pub fn qom_get(vmm: &mut Vmm, command: QomGet) -> Result<Value, Error> {
     match command.property.as_str() {
         STATS => serde_json::to_value(stats(device)).map_err(|e| Error::generic(&e)),
         INTERVAL => Ok(device.control.polling_interval().into()),
+        RECLAIMED => {
+            let counts = vmm.machine.reclaimed();
+            let reclaimed = ReclaimedMemory { returned: counts.taken, refused: counts.refused };
+            serde_json::to_value(reclaimed).map_err(|e| Error::generic(&e))
+        }
         other => Err(unknown(device, other)),
     }
 }
@@ -52,7 +59,9 @@ pub fn qom_set(vmm: &mut Vmm, command: QomSet) -> Result<Empty, Error> {
             device.control.set_polling_interval(seconds);
             Ok(Empty {})
         }
-        STATS => Err(Error::text(format!("Property '{STATS}' is not writable; {INTERVAL} is"))),
+        name @ (STATS | RECLAIMED) => {
+            Err(Error::text(format!("Property '{name}' is not writable; {INTERVAL} is")))
+        }
         other => Err(unknown(device, other)),
     }
 }
@@ -71,7 +80,8 @@ fn object<'v>(vmm: &'v Vmm, path: &str) -> Result<&'v Device, Error> {
 
 fn unknown(device: &Device, property: &str) -> Error {
     let text = format!(
-        "Property 'virtio-balloon-device.{property}' not found; '{}' has {STATS} and {INTERVAL}",
+        "Property 'virtio-balloon-device.{property}' not found; '{}' has {STATS}, {INTERVAL} and \
+         {RECLAIMED}",
         device.id
     );
     Error::text(text)
