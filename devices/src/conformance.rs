@@ -191,7 +191,7 @@ fn keeps_its_queues_to_itself(make: &impl Make) {
     g.transport.resume();
     g.store(QUEUE_SEL, 0);
     g.store(QUEUE_READY, 0);
-    assert_eq!(g.load(QUEUE_READY), 0, "a queue that is taken back is given back");
+    assert_eq!(g.load(QUEUE_READY), 0, "a disabled queue belongs to the driver");
     assert!(g.needs_reset() && g.thread.workers() == 0, "and the device is stopped");
     recovers(&mut g, "writes to the registers of live queues");
 }
@@ -242,7 +242,7 @@ fn keeps_its_configuration_space_in_bounds(make: &impl Make) {
         g.transport.write(u64::MAX - 2, &[0; 8]);
         let mut past = [0xee; 8];
         g.transport.read((CONFIG + len) as u64, &mut past);
-        assert_eq!(past, [0; 8], "nothing lies behind the configuration space");
+        assert_eq!(past, [0; 8], "reads beyond the configuration space are zero");
         g.thread.settle();
         recovers(&mut g, "writes all over the configuration space");
     }
@@ -258,7 +258,7 @@ fn pauses_resumes_and_resets_at_any_time(make: &impl Make) {
             g.transport.pause();
             assert_eq!(g.thread.workers(), 0, "paused: no worker runs");
             let saved = g.transport.save().unwrap();
-            assert_eq!(g.transport.save().unwrap(), saved, "looking changes nothing");
+            assert_eq!(g.transport.save().unwrap(), saved, "saving changes nothing");
             g.transport.resume();
             g.transport.resume();
         }
@@ -355,7 +355,7 @@ fn survives_a_thread_that_loses_its_worker(make: &impl Make) {
     g.thread.fail(ThreadFault::Loses);
     g.transport.pause();
     assert!(g.needs_reset() && g.interrupted(), "the driver is notified of a lost worker");
-    assert!(g.transport.save().is_err(), "where it stood in its queues is not known");
+    assert!(g.transport.save().is_err(), "its position in the queues is unknown");
     g.transport.resume();
     g.thread.fail(None);
     g.store(STATUS, 0);

@@ -271,7 +271,7 @@ pub(super) fn changing_rings(make: &impl Make) {
     stop.store(true, Ordering::Relaxed);
     rewriter.join().unwrap();
     g.thread.settle();
-    recovers(&mut g, "rings that changed underneath");
+    recovers(&mut g, "rings that changed concurrently");
 }
 
 /// A seeded PRNG (splitmix64).

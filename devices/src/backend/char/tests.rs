@@ -98,7 +98,7 @@ fn end_of_input_is_quiet() {
     drop(writer);
     assert!(fires(&char.source));
     assert_eq!(read_all(&mut char.source), b"last words");
-    assert!(!fires(&char.source), "no spinning on the hang-up");
+    assert!(!fires(&char.source), "a hang-up causes no busy loop");
     assert_eq!(char.source.read(&mut [0; 9]), 0);
 }
 

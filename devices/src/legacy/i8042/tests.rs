@@ -60,7 +60,7 @@ fn linux_finds_a_controller_a_keyboard_and_no_mouse() {
     assert_eq!(k.receive(), [quiet]);
     while k.interrupted() {}
     assert_ne!(k.status() & STATUS_UNLOCKED, 0);
-    // i8042_check_aux: the loop answers without the mouse's bit, the port test fails.
+    // i8042_check_aux: the loop-back answer lacks the mouse's bit, the port test fails.
     k.command(0xd3);
     k.send(0x5a);
     assert_eq!(k.status() & 0x20, 0);

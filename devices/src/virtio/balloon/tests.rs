@@ -159,7 +159,7 @@ fn page_numbers_may_be_split_over_buffers() {
     let (mut g, outside) = guest();
     let pages = g.bytes(&numbers(&[5, 6, 7]));
     g.request(INFLATE, &[(pages, 6, false), (pages + 6, 6, false), (pages, 3, false)]);
-    assert_eq!(outside.asked(), [Withhold(5, 3)], "a piece of a number is none");
+    assert_eq!(outside.asked(), [Withhold(5, 3)], "an incomplete number is ignored");
 }
 
 #[test]
@@ -221,7 +221,7 @@ fn the_driver_sees_the_target_and_says_what_it_has_done() {
     assert_eq!((outside.control.actual(), g.load(0x104)), (900, 900));
     assert_eq!(outside.changes.load(Ordering::Relaxed), 1);
     g.store(0x100, 7);
-    assert_eq!(outside.control.target(), 1000, "not the driver's to write");
+    assert_eq!(outside.control.target(), 1000, "read-only for the driver");
     g.store(0x70, 0);
     assert_eq!((outside.control.target(), outside.control.actual()), (1000, 0));
 }
@@ -240,7 +240,7 @@ fn statistics_are_read_when_they_are_lent_and_when_they_are_asked_for() {
     assert_eq!(value("stat-free-memory"), Some(2 << 20), "the last one counts");
     assert_eq!(value("stat-total-memory"), Some(16 << 20));
     assert_eq!(value("stat-swap-in"), None);
-    assert_eq!(g.queues[2].next_used(), None, "the buffer is lent");
+    assert_eq!(g.queues[2].next_used(), None, "the device keeps the buffer");
 
     outside.control.set_polling_interval(1);
     assert_eq!(g.completion(STATS_QUEUE), (head, 0));
@@ -249,7 +249,7 @@ fn statistics_are_read_when_they_are_lent_and_when_they_are_asked_for() {
     g.queues[2].publish(head);
     g.kick(STATS_QUEUE);
     assert_eq!(value("stat-free-memory"), Some(3 << 20));
-    assert_eq!(g.completion(STATS_QUEUE), (head, 0), "asked for again");
+    assert_eq!(g.completion(STATS_QUEUE), (head, 0), "returned for new statistics");
 
     outside.control.set_polling_interval(0);
     g.queues[2].publish(head);
@@ -282,7 +282,7 @@ fn buffers_that_cannot_be_read_do_not_keep_the_thread() {
     }
     g.transport.notifiers()[usize::from(STATS_QUEUE)].write(1).unwrap();
     g.thread.turn(std::time::Duration::ZERO);
-    assert_eq!(g.queues[2].used_index(), 64, "others have their turn");
+    assert_eq!(g.queues[2].used_index(), 64, "other workers get a turn");
     g.thread.settle();
     assert_eq!(g.queues[2].used_index(), 100);
 }
@@ -300,7 +300,7 @@ fn it_moves_with_its_sizes_and_the_buffer_that_is_lent() {
     g.thread.settle();
     assert_eq!((outside.control.target(), outside.control.actual()), (50, 40));
     assert_eq!((g.load(0x100), g.load(0x104)), (50, 40));
-    assert_eq!(g.completion(STATS_QUEUE), (head, 0), "lent there, too, and asked for");
+    assert_eq!(g.completion(STATS_QUEUE), (head, 0), "kept after the migration, too, and returned");
 }
 
 #[test]

@@ -47,7 +47,7 @@ impl Bench {
         );
         self.queue.add_used(&self.memory, 0, 0).unwrap();
         self.driver.descriptor(0, BUFFER, 1, 0, 0);
-        assert_eq!(self.pop_first(indirect), Ok(true), "one bad chain is not the end");
+        assert_eq!(self.pop_first(indirect), Ok(true), "the queue works after a bad chain");
         error
     }
 }
@@ -85,7 +85,7 @@ fn walks_a_chain_and_copies_through_it() {
     assert_eq!(&back, b"\x00123");
     assert_eq!(b.memory.read_obj::<u8>(GuestAddress(BUFFER + 200)).unwrap(), b'4');
     assert_eq!(b.pop(false), Ok(false));
-    assert_eq!(total(b.chain.readable()), 0, "nothing is left of the last one");
+    assert_eq!(total(b.chain.readable()), 0, "no buffers of the previous chain are left");
 }
 
 #[test]
@@ -287,7 +287,8 @@ fn a_driver_that_publishes_while_we_look_breaks_nothing() {
     });
     let mut seen = 0;
     while seen < 20_000 {
-        if chain.pop(&mut queue, &memory, false).expect("no honest driver breaks the ring") {
+        if chain.pop(&mut queue, &memory, false).expect("a correct driver does not break the ring")
+        {
             queue.add_used(&memory, chain.head(), 0).unwrap();
             seen += 1;
         }

@@ -140,7 +140,7 @@ fn a_reader_that_stops_for_good_does_not_stop_the_guest() {
     let mut printed = terminal.printed();
     assert!(printed < 20);
     let thread = terminal.guest.thread.clone();
-    thread.until("patience has run out", || {
+    thread.until("the time limit has expired", || {
         printed += terminal.printed();
         printed == 20
     });
@@ -224,7 +224,7 @@ fn a_saved_console_continues_in_the_middle_of_a_text() {
     });
     assert!(text.ends_with(&rest));
     let kept = text.len() - first.len() - rest.len();
-    assert!(kept <= 256 << 10, "what the first process had taken on is its own to deliver");
+    assert!(kept <= 256 << 10, "output that the first process accepted is delivered by it");
 }
 
 #[test]

@@ -460,7 +460,7 @@ fn a_storm_of_resets_leaks_nothing() {
         assert_eq!(
             probe(&mut g).kicks.load(Ordering::Relaxed),
             0,
-            "old notifications are forgotten"
+            "old notifications are discarded"
         );
     });
 }
@@ -492,7 +492,7 @@ fn saved_state_survives_at_every_stage() {
         assert_eq!(shown(&mut to), shown(&mut g), "stage {stage}");
         assert!(!to.interrupted());
         to.transport.resume();
-        assert_eq!(to.interrupted(), stage == 5, "an edge may have been lost on the way");
+        assert_eq!(to.interrupted(), stage == 5, "an edge may have been lost in the migration");
     }
 }
 
@@ -564,5 +564,5 @@ fn reset_returns_to_power_on() {
     g.transport.pause();
     g.transport.reset();
     assert_eq!(g.transport.save().unwrap(), fresh);
-    assert_eq!(probe(&mut g).resets, 1 + 1, "negotiating resets too");
+    assert_eq!(probe(&mut g).resets, 1 + 1, "negotiation begins with a reset");
 }

@@ -63,7 +63,7 @@ fn hostile_chains_come_back_empty() {
         assert_eq!(g.completion(0), (head, 0));
     }
     let head = g.request(0, &[(room, 16, true)]);
-    assert_eq!(g.completion(0), (head, 16), "still at work");
+    assert_eq!(g.completion(0), (head, 16), "still not done");
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn a_copy_that_is_given_up_or_fails_holds_nothing() {
     let why = copy.make(&file, |_| Err(full())).unwrap_err();
     assert_eq!(why.kind(), io::ErrorKind::StorageFull);
     run(&mut storage, WRITE, 0, PAGE).unwrap();
-    assert!(!disk.observers.any(), "it is asked no more");
+    assert!(!disk.observers.any(), "it is detached");
 }
 
 #[test]

@@ -52,7 +52,7 @@ fn both_ends_and_blocks_that_the_id_chooses_are_looked_at() {
     };
     assert!((50..=64).contains(&middle(7).len()), "{:?}", middle(7));
     assert_eq!(middle(7), middle(7));
-    assert_ne!(middle(7), middle(8), "another save looks elsewhere");
+    assert_ne!(middle(7), middle(8), "another save checks other blocks");
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn a_change_waits_until_what_it_touches_has_been_read() {
         assert!(matches!(storage.start(WRITE, *at, &PAGE, 1), Outcome::Delayed), "{at}");
     }
     run(&mut storage, WRITE, elsewhere, &[(0x10_0000, 4096)]).unwrap();
-    assert!(!disk.observers.wait(std::time::Duration::ZERO).unwrap(), "woken for nothing");
+    assert!(!disk.observers.wait(std::time::Duration::ZERO).unwrap(), "woken without need");
     let seen = std::thread::scope(|scope| {
         let seen = scope.spawn(|| check.take().unwrap());
         for at in &looked_at {

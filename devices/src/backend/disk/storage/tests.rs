@@ -189,7 +189,7 @@ fn an_observer_can_refuse_a_change() {
         for op in [Op::Write { durable: false }, Op::Discard { len: 4096 }] {
             let error = run(&mut storage, op, 0, PAGE).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{way:?}");
-            assert!(matches!(recorder.heard()[..], [Heard::Before(..)]), "it was not made");
+            assert!(matches!(recorder.heard()[..], [Heard::Before(..)]), "the change was not made");
         }
         assert!(matches!(disk.resize(0), Err(DiskError::Resize { .. })));
         assert!(fs::read(disk.path()).unwrap() == [7; IMAGE]);
