@@ -1,7 +1,9 @@
-/* Writes to every page from 16 MiB up to where the first word says (MiB), and drives the balloon: puts as many of these pages into
-   it as it is asked for, from the first one on, and takes the last ones out again. Says "balloon" and its pages when it has done
-   so. Typed at it: "c" looks at every page, a page in the balloon has to be zero; "r" reports the upper half of all pages as
-   free, which are zero from then on; "u" puts every second 64 KiB into the balloon; "s" lends a buffer with statistics. */
+/* Writes to every page from 16 MiB up to the number of MiB in the first word, and drives the
+   balloon: puts as many of these pages into it as the device requests, beginning with the first,
+   and takes the last ones out again. Then prints "balloon" and the number of pages in it. Commands
+   on the serial port: "c" checks every page (a page in the balloon has to be zero); "r" reports the
+   upper half of all pages as free, which are zero from then on; "u" puts every second 64 KiB into
+   the balloon; "s" provides a buffer with statistics. */
 #include "virtio.h"
 
 #define FROM (16ull << 20)

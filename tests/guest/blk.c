@@ -1,6 +1,6 @@
-/* Drives the disk in slot 0. "works" uses it correctly, "hostile" and "race" incorrectly, "busy"
-   and "resets" without end, the latter with a request in flight at each reset of the device. The
-   disk has 2048 sectors; each begins with its own number. */
+/* Drives the disk in slot 0: "works" correctly, "hostile" and "race" incorrectly, "busy" and
+   "resets" endlessly, the latter with a request in flight at each reset of the device. The disk has
+   2048 sectors; each begins with its own number. */
 #include "disk.h"
 
 #define SECTORS 2048
@@ -113,7 +113,8 @@ static void chains(void)
 {
     static volatile struct descriptor table[4] __attribute__((aligned(16)));
     WRONG("a descriptor that follows itself", queue.table[1].next = 1);
-    WRONG("two that follow each other", queue.table[2].flags = WRITE | NEXT; queue.table[2].next = 1);
+    WRONG("two that follow each other", queue.table[2].flags = WRITE | NEXT;
+          queue.table[2].next = 1);
     WRONG("a next one outside the table", queue.table[1].next = SIZE);
     WRONG("a next one far outside", queue.table[1].next = 0xffff);
     WRONG("data beyond RAM", queue.table[1].address = 1ull << 40);
@@ -142,7 +143,7 @@ static void chains(void)
     offer(0, 0, &queue, 0);
     answered("an indirect table not agreed on");
 
-    /* With indirect tables agreed on. */
+    /* With indirect descriptors negotiated. */
     struct {
         const char *what;
         u32 length;
@@ -193,7 +194,7 @@ static void rings(void)
         answered("an index that jumps");
     }
 
-    /* A smaller index again says that all but one of 2^16 chains are new. */
+    /* A smaller index again means that all but one of 2^16 chains are new. */
     begin();
     must(request(IN, 1, 512), OK, "status of a read");
     status = NOTHING;
@@ -201,7 +202,7 @@ static void rings(void)
     set(0, QUEUE_NOTIFY, 0);
     answered("an index that goes back");
 
-    /* The same chain twice: both are done, without an error. */
+    /* The same chain twice: both requests complete, without an error. */
     begin();
     chain(IN, 1, 512);
     queue.available.ring[0] = queue.available.ring[1] = 0;
@@ -266,7 +267,7 @@ static void registers(void)
         fail("sector 5 begins with", data[0]);
     print("registers rewritten\n");
 
-    /* Except when a queue is disabled: the device lets go of it, and needs a reset. */
+    /* Except that a queue can be disabled: the device stops using it, and needs a reset. */
     set(0, QUEUE_SEL, 0);
     set(0, QUEUE_READY, 0);
     if (get(0, QUEUE_READY) || !(get(0, STATUS) & NEEDS_RESET))
@@ -384,11 +385,11 @@ void processor(u32 number)
         case 4:
             queue.available.ring[random >> 12 & 15] = random >> 16 & 31;
             break;
-        case 5: /* Seldom: afterwards only a reset helps. */
+        case 5: /* Rarely: afterwards only a reset helps. */
             if ((random >> 12 & 127) == 0)
                 queue.available.index = (u16)(random >> 16);
             break;
-        default: /* Sound again, for a moment. */
+        default: /* Valid again, for a moment. */
             spare_chain();
         }
     }
@@ -436,7 +437,7 @@ void guest(const char *word)
     if (same(word, "race"))
         race();
     for (u64 round = 0; same(word, "busy"); round++) {
-        /* With flushes agreed on, a write need not wait for the medium. */
+        /* With flushes negotiated, a write need not wait for the medium. */
         if (round % 50 == 0 && !drive(0, EVERY, &queue))
             fail("the device does not begin: status", get(0, STATUS));
         for (u32 i = 0; i < 64; i++)
@@ -452,7 +453,8 @@ void guest(const char *word)
         begin();
         chain(OUT, 9, 512);
         offer(0, 0, &queue, 0);
-        /* On a busy host the device would never have taken the request before it is reset. */
+        /* Otherwise, on a busy host, the device would never have taken the request before the
+           reset. */
         for (u64 since = ticks(); ticks() - since < round % 8 * 2000000;)
             relax();
         set(0, STATUS, 0);

@@ -1,18 +1,18 @@
-/* Every processor counts, and floods the monitor with port and register accesses whose results it
-   checks. Counters lie where the test can see them from outside: see `counter`.
-   Words: "registers" floods, "plain" only counts, "rings" also goes through pages of memory and
-   checks what it wrote there before, "far" does so above 4 GiB, too; "scattered" does it with pages 512
-   KiB apart, 448 of them, and "strewn" with 2,000, all of them every 100 ms; "wide" writes to every
-   second mebibyte of 2 GiB first. The second word is how many processors. */
+/* Every processor counts; the test reads the counters in memory from outside: see `counter`. The
+   first word of the command line says what else it does: "registers" floods the monitor with port
+   and register accesses and checks their results; "plain" does nothing else; "rings" goes through
+   pages of memory and checks what it wrote there before, "far" above 4 GiB, too; "scattered" does
+   so with 448 pages that are 512 KiB apart, and "strewn" with 2,000, all of them every 100 ms;
+   "wide" first writes to every second MiB of 2 GiB. The second word is the number of processors. */
 #include "guest.h"
 
-/* One page a processor, from 4 MiB on. */
+/* One page for each processor, from 4 MiB on. */
 #define COUNTERS 0x400000ull
 
-/* Pages that each processor goes through, a mebibyte for each; and the same above 4 GiB. */
+/* The pages that each processor goes through, 1 MiB for each; and the same above 4 GiB. */
 #define RINGS 0x600000ull
 #define FAR 0x100000000ull
-/* A page directory for what lies there. */
+/* A page directory for the memory there. */
 #define FAR_TABLE 0x500000ull
 #define PAGES 256
 
@@ -85,7 +85,7 @@ static void flood(u32 number, u64 round)
     }
 }
 
-/* The next page holds the number of the round in which it had its turn. */
+/* Checks that the next page holds the number of the round in which it was written. */
 static void go_round(u64 ring, u32 number, u64 round)
 {
     u64 page = ring + number * 0x100000ull + round % PAGES * 4096;

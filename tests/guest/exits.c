@@ -91,7 +91,7 @@ static void furnish(void)
                                   {0xa0, 0x11}, {0xa1, 0x28}, {0xa1, 2}, {0xa1, 1}, {0xa1, 0x5a}};
     for (u32 at = 0; at < sizeof words / sizeof *words; at++)
         out8(words[at][0], words[at][1]);
-    /* PIT: channel 0 once, to a count that is never reached; channel 2 a square wave. */
+    /* PIT: channel 0 one-shot, with a count that is never reached; channel 2 a square wave. */
     out8(0x43, 0x30);
     out8(0x40, 0xff);
     out8(0x40, 0xff);
@@ -107,7 +107,7 @@ static void furnish(void)
     write32(LAPIC + 0x370, 0x100fe);
 }
 
-/* Entered again and again; stays inside for a while each time. */
+/* Called repeatedly; runs for a while each time. */
 __attribute__((interrupt)) static void tick(struct frame *frame)
 {
     (void)frame;

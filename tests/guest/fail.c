@@ -1,7 +1,7 @@
-/* Makes the host fail: a library to be preloaded. The file that FAIL names says which call fails, with
-   which error, and how often it may succeed before, as in "fsync 5 1"; empty, all is well. With error 0
-   each call takes half a second, or until the file says something else. Only calls on files with "saved" in
-   their names count. */
+/* A preloaded library that makes system calls fail. The file named by FAIL says which call fails,
+   with which error, and how often it succeeds before, as in "fsync 5 1"; if it is empty, none
+   fails. With error 0 each call takes half a second, or until the file's contents change. Only
+   calls on files with "saved" in their names are affected. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

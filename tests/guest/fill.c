@@ -1,4 +1,4 @@
-/* Writes to every page from 16 MiB up to where the first word says (MiB), then counts there. */
+/* Writes to every page from 16 MiB up to the number of MiB in the first word, then counts there. */
 #include "guest.h"
 
 #define FROM (16ull << 20)

@@ -1,5 +1,5 @@
-/* Keeps the queues of all disks full of WRITE_ZEROES, each over as much of its disk as one request
-   may be for. FLUSH is not agreed on. Says "floods!" once all queues are full. */
+/* Keeps the queues of all disks full of WRITE_ZEROES, each of the largest size allowed. FLUSH is
+   not negotiated. Prints "floods!" once all queues are full. */
 #include "virtio.h"
 
 #define F_WRITE_ZEROES (1ull << 14)
@@ -20,7 +20,7 @@ static volatile struct {
     u32 flags;
 } ranges[DISKS];
 static volatile u8 status[DISKS][SIZE];
-/* A request is one descriptor of the queue, so that as many fit as it has. */
+/* A request takes only one descriptor of the queue, so that as many as possible fit. */
 static volatile struct descriptor tables[DISKS][SIZE][3] __attribute__((aligned(16)));
 
 static u32 least(u32 one, u32 other)
@@ -51,7 +51,7 @@ static void fill(u32 disk)
     set(disk, QUEUE_NOTIFY, 0);
 }
 
-/* Offers again the requests that the device has finished. */
+/* Makes the requests that the device has finished available again. */
 static void refill(u32 disk)
 {
     struct queue *queue = &queues[disk];

@@ -28,7 +28,7 @@ static void tell(void)
 void guest(const char *word)
 {
     (void)word;
-    /* By the IOAPIC alone. */
+    /* Routed by the IOAPIC alone. */
     out8(0x21, 0xff);
     out8(0xa1, 0xff);
     on_interrupt(VECTOR, happened);

@@ -22,7 +22,7 @@ typedef uint64_t u64;
 #define PVPANIC 0x505
 #define POWER 0x600
 
-/* Each guest's own: begins with the first word of the command line and what follows it. */
+/* Each guest defines it: called with the first word of the command line and what follows it. */
 void guest(const char *word);
 
 /* Runs on the other processors. */
@@ -59,7 +59,7 @@ static inline u32 in32(u16 port)
     return value;
 }
 
-/* One access of exactly this width, wherever it lies. */
+/* One access of exactly this width, aligned or not. */
 #define ACCESS(bits, suffix)                                                                       \
     static inline u##bits read##bits(u64 address)                                                  \
     {                                                                                              \
@@ -122,5 +122,5 @@ char take(void);
 /* Whether the command line's first word is this one. */
 bool same(const char *word, const char *other);
 
-/* Begins the other processors, up to `count` in all; waits until they run. */
+/* Starts the other processors, up to `count` in all, and waits until they run. */
 void start_others(u32 count);

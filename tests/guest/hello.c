@@ -1,4 +1,4 @@
-/* Prints that it runs and ends in the way that the command line names. */
+/* Prints that it runs, and ends in the way that the command line names. */
 #include "guest.h"
 
 /* Powers off by the power button, reboots by the keyboard, and echoes what is typed at the serial
@@ -42,7 +42,7 @@ void guest(const char *word)
     }
     if (same(word, "nowhere"))
         ((void (*)(void))NOWHERE)();
-    /* Text by a string instruction. */
+    /* Text written by a string instruction. */
     if (same(word, "string")) {
         const char *text = "all at once\n";
         u64 count = 12;

@@ -1,5 +1,5 @@
-/* Writes to the last 16 MiB of the disk in slot 0 without end, and records in memory what it has
-   written where: so it detects a disk that is not of the same moment as the memory. Prints
+/* Writes to the last 16 MiB of the disk in slot 0 endlessly, and records in memory what it has
+   written where: so it detects a disk that is not from the same moment as the memory. Prints
    "balanced" whenever it has checked every page. */
 #include "disk.h"
 
@@ -8,7 +8,7 @@
 #define PAGES 1024ull
 #define APART (PART / PAGES)
 
-/* What each page begins and ends with; 0 before it was written first. */
+/* What each page begins and ends with; 0 before the first write to it. */
 static u64 ledger[PAGES];
 static u64 first;
 

@@ -1,5 +1,5 @@
-/* Sends every UDP datagram that comes to NIC 0 back to where it came from, once the NIC's link is
-   up. Swapping two addresses does not change a checksum. */
+/* Echoes every UDP datagram that arrives at NIC 0, once its link is up. Swapping two addresses does
+   not change a checksum. */
 #include "virtio.h"
 
 /* The first NIC's, behind the slots for disks. */

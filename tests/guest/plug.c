@@ -1,7 +1,7 @@
-/* Reports changes of the slots that are filled and emptied from outside. At each configuration
-   change interrupt it prints the slot and its contents: for a disk the first word of sector 3 and
-   that of the last sector, read by requests. "polled" only reads the registers. The same when a
-   digit (a disk's slot) or a letter (a NIC's) is typed. */
+/* Reports hot-plug of disks and NICs. At each configuration change interrupt it prints the slot and
+   its contents: for a disk the first word of sector 3 and that of the last sector, read by
+   requests. It does the same when a digit (a disk's slot) or a letter (a NIC's) is typed. "polled"
+   only reads the registers. */
 #include "virtio.h"
 
 enum { CONFIG_CHANGED = 2 };
@@ -9,7 +9,7 @@ enum { CONFIG_CHANGED = 2 };
 static struct queue queues[SLOTS_MAX];
 static struct queue transmit[SLOTS_MAX];
 
-/* Slots for disks, the first ones, and all of them. */
+/* The number of slots for disks, which come first, and of all slots. */
 static u32 disks, slots;
 
 static volatile struct {
@@ -36,7 +36,7 @@ static void rearm(u32 slot)
 
 static u64 capacity(u32 slot)
 {
-    /* Two words that belong together (virtio 1.3, 4.2.2.2). */
+    /* Two halves of one value (virtio 1.3, 4.2.2.2). */
     for (;;) {
         u32 generation = get(slot, GENERATION);
         u64 sectors = get(slot, CONFIG) | (u64)get(slot, CONFIG + 4) << 32;

@@ -1,7 +1,7 @@
 /* What all guests share: see guest.h. */
 #include "guest.h"
 
-/* The compiler may call these by itself. */
+/* The compiler may generate calls of these. */
 void *memset(void *to, int byte, size_t count)
 {
     for (volatile u8 *at = to; count--;)

@@ -1,5 +1,5 @@
-/* Accesses of every width at the edges of register regions, over and over. Bytes outside read as
-   all ones, bytes inside as their page shows them, however an access is split. */
+/* Accesses of every width at the edges of register regions, repeatedly. Bytes outside read as all
+   ones, bytes inside as the page has them, however an access is split. */
 #include "guest.h"
 
 #define SLOTS 6

@@ -1,5 +1,5 @@
-/* Prints numbered lines without end, each byte once the port has room for it. As long as there are
-   vectors, each line ends with an interrupt that must arrive. */
+/* Prints numbered lines endlessly, each byte once the port has room for it. As long as there are
+   unused vectors, each line ends with an interrupt that must arrive. */
 #include "virtio.h"
 
 enum { IER = 1, IIR = 2, LSR = 5, PIN = 4 };

@@ -3,7 +3,7 @@
 #pragma once
 #include "guest.h"
 
-/* Of a queue, in descriptors; the build may say otherwise for a guest. */
+/* Size of a queue in descriptors, unless the build defines another for a guest. */
 #ifndef SIZE
 #define SIZE 16
 #endif
@@ -20,7 +20,7 @@
 #define F_INDIRECT (1ull << 28)
 #define F_EVENT_IDX (1ull << 29)
 #define F_VERSION_1 (1ull << 32)
-/* All that the device offers, as a full driver takes them. */
+/* All features that the device offers, as a complete driver accepts them. */
 #define EVERY (~0ull)
 
 enum {
@@ -98,32 +98,31 @@ enum { NIC = 1, DISK = 2 };
 
 u64 offered(u32 slot);
 
-/* Resets the device, agrees on `features` as far as they are offered, up to FEATURES_OK. */
+/* Resets the device and negotiates `features` as far as they are offered, up to FEATURES_OK. */
 bool negotiate(u32 slot, u64 features);
 
 /* Gives the device an empty queue `index`. */
 void place(u32 slot, u32 index, struct queue *queue);
 
-/* All of it for a device of one queue, up to DRIVER_OK. */
+/* The whole initialisation of a device with one queue, up to DRIVER_OK. */
 bool drive(u32 slot, u64 features, struct queue *queue);
 
 void describe(struct queue *queue, u16 number, const volatile void *address, u32 length, u16 flags,
               u16 next);
 
-/* Makes the chain that begins with descriptor `head` available, asks for an interrupt when it is
-   used, and tells the device. */
+/* Makes the chain that begins with descriptor `head` available, requests an interrupt when it is
+   used, and notifies the device. */
 void offer(u32 slot, u32 index, struct queue *queue, u16 head);
 
-/* The same, but asks for no interrupt: `used_event` stays as it is. */
+/* The same without requesting an interrupt: `used_event` stays as it is. */
 void submit(u32 slot, u32 index, struct queue *queue, u16 head);
 
 enum outcome { USED, GAVE_UP, SILENT };
 
-/* Waits until the device has used one more chain, or asks for a reset, or `limit` ticks are over.
-   */
+/* Waits until the device has used one more chain or needs a reset, for at most `limit` ticks. */
 enum outcome await(u32 slot, struct queue *queue, u64 limit);
 
-/* Leads interrupt `pin` to `vector` of the first processor; it stays pending there. */
+/* Routes interrupt `pin` to `vector` of the first processor, where it stays pending. */
 void route(u32 pin, u8 vector);
 bool pending(u8 vector);
 

@@ -1,6 +1,6 @@
 //! Tests run one after another in one process on the host ([`serve`]); the test program asks that
-//! process for one test at a time ([`Agents`]). A test that hangs loses that process, or the whole
-//! emulated host; the next test gets a new one.
+//! process for one test at a time ([`Agents`]). If a test hangs, that process, or the whole
+//! emulated host, is replaced for the next test.
 use std::fs;
 use std::io::{BufRead, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,7 +33,7 @@ const STORY_LIMIT: Duration = Duration::from_secs(300);
 pub struct Story {
     /// Its name.
     pub name: String,
-    /// Where things lie.
+    /// Where files are.
     pub paths: Paths,
     /// An empty directory of its own.
     pub dir: PathBuf,
@@ -62,7 +62,7 @@ enum Answer {
 /// Runs the tests that are requested on standard input, until it closes or an empty line comes.
 ///
 /// # Errors
-/// The paths are not set, or the requesting process has gone.
+/// The paths are not set, or the requesting process has ended.
 pub fn serve(stories: &[NamedTest]) -> Result<()> {
     let paths = Paths::from_env()?;
     answer(&Answer::Ready(true))?;
@@ -96,15 +96,15 @@ fn run(paths: &Paths, name: &str, body: Test) -> Result<()> {
     fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))
 }
 
-/// Reports to the program outside how the job inside ended; see [`outcome`].
+/// Reports to the program outside the host how the job inside has ended; see [`outcome`].
 ///
 /// # Errors
-/// The program outside no longer listens.
+/// The program outside no longer reads.
 pub fn tell_outcome(result: &Result<()>) -> Result<()> {
     answer(&Answer::Done(result.as_ref().err().map(|error| format!("{error:#}"))))
 }
 
-/// What a control message says about how the job inside ended, if it is about that.
+/// The end of the job inside as a control message reports it; `None` for other messages.
 #[must_use]
 pub fn outcome(message: &Value) -> Option<Result<(), String>> {
     match serde_json::from_value(message.clone()) {
@@ -128,7 +128,7 @@ fn answer(answer: &Answer) -> Result<()> {
 enum Outcome {
     /// It ran to its end, passed or failed.
     Finished(Result<()>),
-    /// It was cut short.
+    /// It was interrupted.
     HostLost(anyhow::Error),
 }
 
@@ -136,9 +136,9 @@ enum Outcome {
 /// when it is first needed.
 pub struct Agents {
     show: bool,
-    /// Where they run, if not where Debian's kernel does.
+    /// Where they run, if not where Debian's kernel runs.
     host: Option<Host>,
-    /// Locked while it is being made: a second thread waits and then finds it.
+    /// Locked while it is being started: a second thread waits and then uses it.
     ready: Mutex<Option<(Host, Paths, Debian)>>,
     idle: Mutex<Vec<Running>>,
 }
@@ -157,11 +157,11 @@ impl Agents {
         Self { show, host, ready: Mutex::new(None), idle: Mutex::new(Vec::new()) }
     }
 
-    /// Runs one test. If an emulated host breaks down meanwhile, which is no fault of the test,
-    /// says so and runs the test once more in a new host.
+    /// Runs one test. If the emulated host breaks down meanwhile, which is not the test's fault,
+    /// reports that and runs the test once more in a new host.
     ///
     /// # Errors
-    /// It failed, or there is no host for it; the error has everything that was printed meanwhile.
+    /// It failed, or there is no host for it; the error includes all output.
     pub fn run(&self, name: &str) -> Result<()> {
         for last in [false, true] {
             match self.attempt(name)? {
@@ -211,7 +211,7 @@ impl Agents {
     /// Ends the hosts.
     ///
     /// # Errors
-    /// One no longer listens, or its files cannot be removed.
+    /// One no longer reads, or its files cannot be removed.
     pub fn finish(&self) -> Result<()> {
         for mut running in lock(&self.idle).drain(..) {
             running.send(b"\n")?;
@@ -288,7 +288,7 @@ pub fn prepare() -> Result<(Host, Paths, Debian)> {
     prepare_on(host)
 }
 
-/// The same with an existing monitor, at a path without links.
+/// The same with an existing monitor, whose path has no symbolic links.
 ///
 /// # Errors
 /// A part of it cannot be obtained.
@@ -343,11 +343,11 @@ fn binary(name: &str, variable: &str) -> Result<PathBuf> {
     build.current_dir(workspace()).env("CARGO_TARGET_DIR", target);
     let is_watched = io::stderr().is_terminal();
     if !is_watched {
-        // In front: what follows an alias goes to the compiler.
+        // First, because what follows an alias goes to the compiler.
         build.arg("--quiet");
     }
-    // For the whole workspace, as `cargo test` does it: with other features the dependencies would
-    // be built once more.
+    // For the whole workspace, as in `cargo test`: with other features the dependencies would be
+    // built again.
     match (name, profile.ends_with("release")) {
         ("stratovirt", true) => build.arg("monitor"),
         (_, true) => build.args(["build", "--workspace", "--bin", name, "--release"]),

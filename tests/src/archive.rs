@@ -1,5 +1,5 @@
-//! What guests read: a cpio archive for an initramfs, and ext4 images; also reads files from such
-//! images.
+//! Makes what guests read: cpio archives for an initramfs, and ext4 images. Also reads files from
+//! such images.
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ const PROGRAM: u32 = 0o100_755;
 const PLAIN: u32 = 0o100_644;
 const LINK: u32 = 0o120_777;
 
-/// Writes a cpio archive of the "newc" form (Linux,
+/// Writes a cpio archive in the "newc" format (Linux,
 /// Documentation/driver-api/early-userspace/buffer-format.rst).
 pub struct Cpio<W> {
     out: W,
@@ -120,7 +120,7 @@ pub fn make_ext4(debian: &Debian, image: &Path, bytes: u64, content: Option<&Pat
     file.set_len(bytes)
         .with_context(|| format!("cannot extend {} to {bytes} bytes", image.display()))?;
     let mut mke2fs = debian.program("sbin/mke2fs")?;
-    // Its own configuration file is not where it looks, so the options that matter are given.
+    // It does not find its configuration file, so the options that matter are given.
     mke2fs
         .env("MKE2FS_CONFIG", "/dev/null")
         .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0"]);
@@ -147,8 +147,8 @@ pub fn read_ext4(debian: &Debian, image: &Path, name: &str) -> Result<String> {
     Ok(content)
 }
 
-/// What `e2fsck` finds in an ext4 image that is not mounted: with `mend`, after the journal was
-/// replayed as the next mount would; otherwise as it is.
+/// What `e2fsck` finds in an ext4 image that is not mounted: with `mend`, after replaying the
+/// journal as the next mount would; otherwise in the image as it is.
 ///
 /// # Errors
 /// The file system is damaged, or there is none.
@@ -164,8 +164,8 @@ pub fn check_ext4(debian: &Debian, image: &Path, mend: bool) -> Result<String> {
     Ok(said)
 }
 
-/// Puts `from` at `to`, with `to`'s parent directories, unless `to` exists: as a hard link where
-/// that is possible, else as a copy.
+/// Links or copies `from` to `to`, creating `to`'s parent directories, unless `to` exists. Makes a
+/// hard link where that is possible.
 ///
 /// # Errors
 /// `from` cannot be read or `to` not be written.
@@ -198,7 +198,7 @@ pub fn replace(from: &Path, to: &Path) -> Result<()> {
     }
 }
 
-/// The names under which a busybox can be called.
+/// The names of a busybox's applets.
 ///
 /// # Errors
 /// It cannot be run.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::packages;
 use crate::paths::{Paths, atomically};
 
-/// Where both put libraries; the second only matters before the `/usr` merge.
+/// Where both put libraries; the second is only needed before the `/usr` merge.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
 /// Unpacked packages.
@@ -43,7 +43,7 @@ impl Debian {
         Ok(Self::unpacked(paths))
     }
 
-    /// The packages, which are known to be in the cache.
+    /// The packages in the cache, which must be there already.
     #[must_use]
     pub fn unpacked(paths: &Paths) -> Self {
         Self { root: paths.debian() }
@@ -116,7 +116,7 @@ impl Debian {
     }
 
     fn linker(&self) -> Result<PathBuf> {
-        // The link in /lib64 is absolute and would lead to this machine's.
+        // The link in /lib64 is absolute and would lead to this machine's linker.
         let name = "ld-linux-x86-64.so.2";
         LIBRARIES
             .iter()

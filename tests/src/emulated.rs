@@ -1,5 +1,5 @@
 //! How many of the integration tests run in the emulated host. All of them take many minutes; where
-//! the same is tested natively with another kernel, a sample is enough.
+//! the same tests run natively with another kernel, a sample is enough.
 use std::env;
 
 use anyhow::{Result, bail};

@@ -25,13 +25,13 @@ pub fn make_file_system(paths: &Paths, image: &Path) -> Result<()> {
     make_ext4(&debian, image, SIZE, None)
 }
 
-/// A frozen file system; thawed when dropped, as it could not be unmounted otherwise. Reached by a
-/// descriptor, because the monitor's mount namespace goes when the monitor is killed, even while
-/// the kernel cannot end it yet.
+/// A frozen file system; thawed when dropped, as it could not be unmounted otherwise. Accessed
+/// through a descriptor, because the monitor's mount namespace disappears when the monitor is
+/// killed, even while the kernel cannot end the process yet.
 pub struct Frozen(File);
 
 impl Frozen {
-    /// Freezes the one that process `pid` sees at `place`.
+    /// Freezes the file system that process `pid` sees at `place`.
     ///
     /// # Errors
     /// It cannot be frozen: this needs root.
@@ -59,7 +59,7 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        // An error says that it is thawed already.
+        // An error means that it is thawed already.
         let _ = self.fsfreeze("-u").output();
     }
 }

@@ -1,4 +1,4 @@
-//! The guests: Debian's kernel in three forms, an initramfs, and disks with an ext4 on them.
+//! The guests: Debian's kernel in three formats, an initramfs, and disks with ext4 file systems.
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::kernel;
 use crate::paths::{Paths, atomically, workspace};
 use crate::progress::Step;
 
-/// What a guest's kernel needs beyond itself.
+/// The kernel modules that a guest needs.
 const MODULES: &[&str] = &[
     "virtio_mmio",
     "virtio_blk",
@@ -30,7 +30,7 @@ const INIT: &str = include_str!("init/guest.sh");
 const LOAD: &str = "tests/src/init/load.rs";
 const LOAD_SOURCE: [&str; 2] = [include_str!("init/load.rs"), include_str!("stream.rs")];
 
-/// A form that a kernel comes in.
+/// The format of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
     /// ELF `vmlinux`.
@@ -44,7 +44,7 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    /// Where it lies.
+    /// Its path.
     #[must_use]
     pub fn path(self, paths: &Paths) -> PathBuf {
         paths.guest(match self {
@@ -94,7 +94,7 @@ pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
     Ok(())
 }
 
-/// Builds the Rust program in `source`, a path in the workspace, so that it needs only a kernel.
+/// Builds the Rust program in `source`, a path in the workspace, as a static program.
 ///
 /// # Errors
 /// It does not build.
@@ -110,8 +110,8 @@ pub fn static_program(source: &str, program: &Path) -> Result<()> {
     .map(drop)
 }
 
-/// An initramfs: busybox under all its names, modules with the order to load them in, an init,
-/// empty directories, and more programs.
+/// An initramfs: busybox with all its applets, modules and their load order, an init, empty
+/// directories, and more programs.
 ///
 /// # Errors
 /// The packages lack something.
@@ -145,7 +145,7 @@ pub fn system(
     Ok(cpio.finish()?)
 }
 
-/// An ext4 image with a whole small system on it, to be a root disk.
+/// An ext4 image with a small system, for a root disk.
 ///
 /// # Errors
 /// The image cannot be made.

@@ -1,7 +1,6 @@
 //! A file system whose server answers only when the test lets it: a FUSE mount (linux/fuse.h) that
-//! holds every request of the selected kinds, as a dead NFS server would. Needs root.
-//!
-//! The files lie in memory, in one flat directory.
+//! holds every request of the selected kinds, as a dead NFS server would. Needs root. The files are
+//! in memory, in one flat directory.
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -163,7 +162,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers requests until the mount has gone.
+    /// Answers requests until the file system is unmounted.
     fn serve(&self) {
         let mut buffer = vec![0; LONGEST_WRITE as usize + 4096];
         while let Ok(length) = (&self.device).read(&mut buffer) {

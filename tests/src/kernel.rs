@@ -10,9 +10,9 @@ use object::read::elf::{ElfFile64, FileHeader, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, elf};
 use ruzstd::decoding::StreamingDecoder;
 
-/// Magic of the LZ4 "legacy" frame, in which Debian's kernels have their payload.
+/// Magic number of the LZ4 "legacy" frame, the format of the payload of Debian's kernels.
 const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
-/// Magic of a Zstandard frame, in which Ubuntu's have it.
+/// Magic number of a Zstandard frame, the format of Ubuntu's.
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// Largest block of an LZ4 legacy frame.
 const LZ4_BLOCK: usize = 8 << 20;
@@ -54,7 +54,7 @@ pub fn vmlinux(bzimage: &[u8]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
-/// Blocks of a four-byte length each; the kernel's build adds the unpacked size at the very end.
+/// Each block has its length in front, in four bytes; the kernel's build appends the unpacked size.
 fn lz4(mut rest: &[u8]) -> Result<Vec<u8>> {
     let mut image = Vec::new();
     while rest.len() > 4 {
@@ -68,7 +68,7 @@ fn lz4(mut rest: &[u8]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
-/// One frame; what follows it does not count.
+/// Unpacks one frame and ignores what follows it.
 fn zstd(frame: &[u8]) -> Result<Vec<u8>> {
     let unpacked = StreamingDecoder::new_with_max_window_size(frame, KERNEL_MAX as u64)
         .context("a broken Zstandard frame")?;
@@ -147,8 +147,8 @@ pub struct Module {
     pub content: Vec<u8>,
 }
 
-/// The modules of `names` and of what they depend on, in an order in which they can be loaded,
-/// without those that are built into the kernel.
+/// The modules `names` and their dependencies in load order, without those that are built into the
+/// kernel.
 ///
 /// # Errors
 /// A module is missing or is not an ELF file.
@@ -192,7 +192,7 @@ fn module_name(path: &str) -> Option<String> {
     Some(plain(file.split_once(".ko")?.0))
 }
 
-/// Module names mean the same with `-` as with `_`.
+/// In module names `-` and `_` are equivalent.
 fn plain(name: &str) -> String {
     name.replace('-', "_")
 }
@@ -253,7 +253,7 @@ mod tests {
         assert!(flat(b"\x7fELF").is_err());
     }
 
-    /// A bzImage with that payload and the size that the kernel's build adds to it.
+    /// A bzImage with that payload and the size that the kernel's build appends to it.
     fn bzimage(payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 1024];
         image[0x1f1] = 1;

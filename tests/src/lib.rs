@@ -2,7 +2,7 @@
 //! to it, and inspects the guest.
 pub mod agent;
 pub mod archive;
-/// The monitor's own bounds, so that the numbers are defined once.
+/// The monitor's own time limits, so that the numbers are defined once.
 #[path = "../../vmm/src/bounds.rs"]
 pub mod bounds;
 pub mod debian;

@@ -1,4 +1,4 @@
-//! A block device of the host that is a file. Needs root and `losetup`.
+//! A block device of the host backed by a file. Needs root and `losetup`.
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// One whose content is `file`'s.
+    /// A loop device on `file`.
     ///
     /// # Errors
     /// The host has no free one.
@@ -19,7 +19,7 @@ impl LoopDevice {
         Ok(Self(PathBuf::from(String::from_utf8(out.stdout)?.trim_end())))
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0

@@ -19,7 +19,7 @@ use crate::paths::Paths;
 pub const BOOT: Duration = Duration::from_secs(120);
 /// How long anything else may take.
 pub const SOON: Duration = Duration::from_secs(60);
-/// Kernel arguments of every guest: its console, and to end rather than hang.
+/// Kernel arguments of every guest: its console, and to reboot on a panic instead of hanging.
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 
 /// A virtual machine to be started: the builder of its configuration file.
@@ -47,8 +47,9 @@ impl Vm {
         }
     }
 
-    /// The given kernel, as it runs on this machine whatever its KVM can do: the kernel is told the
-    /// TSC's frequency, and the console is virtio's. One vCPU; 256 MiB and the initramfs.
+    /// The kernel that `STRATOVIRT_GUEST_KERNEL` names, set up to run natively on any KVM: with the
+    /// TSC's frequency on its command line, and a virtio console. One vCPU, 256 MiB, and the
+    /// initramfs.
     ///
     /// # Errors
     /// No KVM.
@@ -66,7 +67,7 @@ impl Vm {
         Ok(vm.append(&words).args(&console.split_whitespace().collect::<Vec<_>>()))
     }
 
-    /// A machine as a configuration file describes it.
+    /// A machine described by a configuration file.
     #[must_use]
     pub fn described(config: Value) -> Self {
         let cmdline =
@@ -112,7 +113,7 @@ impl Vm {
         self
     }
 
-    /// Adds words to the monitor's command line.
+    /// Adds arguments to the monitor's command line.
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().map(|&arg| arg.to_owned()));
@@ -126,7 +127,7 @@ impl Vm {
         self
     }
 
-    /// The kernel's command line as it will be.
+    /// The resulting kernel command line.
     #[must_use]
     pub fn cmdline(&self) -> &str {
         &self.cmdline
@@ -181,7 +182,7 @@ pub struct Monitor {
     input: ChildStdin,
     console: Arc<Output>,
     log: Arc<Output>,
-    /// How much of the console's output earlier waits have consumed.
+    /// How much of the console's output earlier calls have consumed.
     seen: usize,
     commands: usize,
     socket: PathBuf,
@@ -249,7 +250,7 @@ impl Monitor {
             thread::sleep(Duration::from_micros(200));
         }
         let mut client = Client::connect(&self.socket, SOON)?;
-        // A save waits for the host's disk, which other processes keep busy.
+        // A save waits for the host's disk, which other processes may keep busy.
         client.set_timeout(SOON * 3);
         while self.incoming
             && client.execute_raw("query-status", json!({}))?.get("status")
@@ -261,7 +262,7 @@ impl Monitor {
         Ok(client)
     }
 
-    /// Waits until the console shows `text`, after what was waited for before. Returns the output
+    /// Waits until the console shows `text`, after the output consumed so far. Returns the output
     /// up to the end of `text`.
     ///
     /// # Errors
@@ -280,7 +281,7 @@ impl Monitor {
     /// Waits until the guest takes commands.
     ///
     /// # Errors
-    /// It does not get that far.
+    /// It does not in time, or the monitor ends.
     pub fn wait_ready(&mut self) -> Result<()> {
         self.wait_for("guest: ready", BOOT).map(drop)
     }
@@ -293,7 +294,7 @@ impl Monitor {
         self.sh_within(command, BOOT)
     }
 
-    /// Runs a command in the guest that may take `limit`.
+    /// Runs a command in the guest, which may take `limit`.
     ///
     /// # Errors
     /// See [`Self::sh`].
@@ -309,7 +310,7 @@ impl Monitor {
         let shown =
             self.wait_for(&mark, limit).with_context(|| format!("in the guest: {command}"))?;
         let status = self.wait_for(">", SOON)?;
-        // The end of a line that was waited for before may come first.
+        // The rest of a line consumed before may come first.
         let shown = shown.strip_suffix(&mark).unwrap_or_default().trim();
         ensure!(
             status == "0>",
@@ -330,7 +331,7 @@ impl Monitor {
             .context("cannot type into the console")
     }
 
-    /// All console output since the last wait.
+    /// All console output that was not consumed yet.
     #[must_use]
     pub fn unseen(&self) -> String {
         self.console.text().get(self.seen..).unwrap_or_default().to_owned()
@@ -366,7 +367,7 @@ impl Monitor {
         Ok(self.log.wait_for(text, 0, SOON)?.0)
     }
 
-    /// Everything that the monitor itself has said, once it has ended.
+    /// Everything that the monitor itself has printed, once it has ended.
     ///
     /// # Errors
     /// Another process holds its output open.
@@ -397,7 +398,7 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // An error here means that it has gone already.
+        // An error here means that it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -14,11 +14,12 @@ impl Tap {
     /// Makes tap device `name` with `address` (`10.0.0.1/24`) on the host's side.
     ///
     /// # Errors
-    /// No right to make one, or the name is taken.
+    /// This process may not create one, or the name is taken.
     pub fn create(debian: &Debian, name: &str, address: &str) -> Result<Self> {
         let tap = Self { name: name.to_owned(), debian: debian.clone() };
         tap.ip(&["tuntap", "add", "mode", "tap", "name", name])?;
-        // As behind a bridge: a guest that is restored on another tap finds the neighbour it knows.
+        // The same MAC address for all, as behind a bridge: a guest that is restored on another tap
+        // finds the neighbour that it knows.
         tap.ip(&["link", "set", name, "address", "02:00:00:00:00:01"])?;
         tap.ip(&["addr", "add", address, "dev", name])?;
         tap.ip(&["link", "set", name, "up"])?;

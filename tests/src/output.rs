@@ -9,13 +9,13 @@ use anyhow::{Result, ensure};
 /// How an output is shown while it is collected.
 #[derive(Debug, Clone, Copy)]
 pub enum Show {
-    /// On standard output, as it comes.
+    /// On standard output, as it arrives.
     AsItIs,
     /// Line by line, without the ends of the lines.
     Lines(fn(&str)),
 }
 
-/// What has come so far.
+/// What has arrived so far.
 #[derive(Default)]
 pub struct Output {
     text: Mutex<Text>,
@@ -40,7 +40,7 @@ impl Output {
                 let bytes = buffer.get(..length).unwrap_or_default();
                 let text = String::from_utf8_lossy(bytes);
                 match show {
-                    // By print!, so that a test harness can capture it. Standard output may be
+                    // With print!, so that a test harness can capture it. Standard output may be
                     // closed.
                     Show::AsItIs => {
                         print!("{text}");
@@ -77,7 +77,7 @@ impl Output {
         self.lock().shown.len()
     }
 
-    /// All output, once it is at its end.
+    /// All output, once it has ended.
     ///
     /// # Errors
     /// A process holds it open for longer than `limit`.

@@ -1,6 +1,6 @@
 //! Where guests and tools come from: packages of Debian or Ubuntu, fetched and unpacked, not
-//! installed. apt does the fetching and checks the signatures, with a state directory of its own:
-//! of the machine's own files it reads only the sources, and it changes none.
+//! installed. apt fetches them and checks the signatures, with a state directory of its own: of the
+//! machine's files it reads only the sources, and it changes none.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,18 +12,18 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::debian::output;
 use crate::progress::Step;
 
-/// What a distribution calls the packages.
+/// A distribution's names of the packages.
 #[derive(Debug)]
 struct Distribution {
     name: &'static str,
-    /// Always depends on the newest kernel for virtual machines, a package whose name begins with
-    /// [`IMAGE`].
+    /// The metapackage that depends on the newest kernel for virtual machines, a package whose name
+    /// begins with [`IMAGE`].
     kernel: &'static str,
     /// What replaces that prefix in the names of packages that belong to the kernel.
     companions: &'static [&'static str],
 }
 
-/// The first one whose kernel is in apt's sources is used.
+/// The first distribution whose kernel is in apt's sources is used.
 const DISTRIBUTIONS: [Distribution; 2] = [
     Distribution { name: "Debian", kernel: "linux-image-cloud-amd64", companions: &[] },
     Distribution {
@@ -87,7 +87,7 @@ pub fn fetch(home: &Path, sources: Option<&Path>) -> Result<()> {
     fs::remove_dir_all(home.join("apt")).context("cannot remove apt's state")
 }
 
-/// apt with a state of its own under one directory.
+/// apt with its state under a directory of our own.
 struct Apt {
     config: PathBuf,
     archives: PathBuf,
@@ -165,7 +165,8 @@ impl Apt {
         kernel: &str,
         complaints: &str,
     ) -> Result<Vec<String>> {
-        // Only simulated: what is in a local archive (file:) would not be copied.
+        // The names come from a simulation, because packages in a local archive (file:) would not
+        // be copied.
         let mut install = vec!["install", "-s", "-qq", "--no-install-recommends"];
         install.extend(TOOLS);
         let out = self.command("apt-get", &install).stdin(Stdio::null()).output();

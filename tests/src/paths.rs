@@ -1,29 +1,29 @@
-//! Where files lie: on the user's machine under `target/stories`, inside the emulated host where
-//! [`crate::host`] has put them. Three environment variables name the latter.
+//! Where files are: on the user's machine under `target/stories`; inside the emulated host where
+//! [`crate::host`] has put them, which three environment variables name.
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// Names the cache inside a host that a test runs on.
+/// Names the cache on the host that tests run on.
 pub const CACHE: &str = "STORIES_CACHE";
-/// Names the scratch directory inside a host that a test runs on.
+/// Names the scratch directory on the host that tests run on.
 pub const SCRATCH: &str = "STORIES_SCRATCH";
-/// Names the monitor's binary; wins over building one.
+/// Names the monitor's binary, which is built otherwise.
 pub const BINARY: &str = "STRATOVIRT_BIN";
-/// Names `stratoctl`'s binary; wins over building one.
+/// Names `stratoctl`'s binary, which is built otherwise.
 pub const STRATOCTL: &str = "STRATOCTL_BIN";
 /// Names one more guest kernel, for the tests that Debian's kernel cannot run.
 pub const GUEST_KERNEL: &str = "STRATOVIRT_GUEST_KERNEL";
 
-/// Seed of the tests' random choices: the number that an earlier run has printed.
+/// Seed of the tests' random choices: a number that an earlier run has printed.
 pub const SEED: &str = "STORIES_SEED";
 
 /// The three places a test needs.
 #[derive(Debug, Clone)]
 pub struct Paths {
-    /// Artefacts: Debian's files and the guests made of them. Only read by tests.
+    /// Artefacts: Debian's files and the guests made from them. Tests only read them.
     pub cache: PathBuf,
     /// What tests write: sockets, disk images, logs. Supports `O_DIRECT`.
     pub scratch: PathBuf,
@@ -114,7 +114,7 @@ pub fn workspace() -> &'static Path {
     package.parent().unwrap_or(package)
 }
 
-/// Puts `make`'s result at `path`, whole or not at all.
+/// Puts `make`'s result at `path`, atomically.
 ///
 /// # Errors
 /// `make` fails, or the file system does.

@@ -2,7 +2,7 @@
 
 /// Reports that it runs, and halts.
 pub const HELLO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"));
-/// Uses its disk as a driver should, or should not; with `busy` on its command line, without end.
+/// Uses its disk correctly or incorrectly; with `busy` on its command line, endlessly.
 pub const BLK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blk.elf"));
 /// Keeps the queues of its disks full of WRITE_ZEROES.
 pub const FLOOD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flood.elf"));

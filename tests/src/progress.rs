@@ -37,22 +37,22 @@ impl Step {
         Self { bar, what: what.to_owned() }
     }
 
-    /// Where it has got to.
+    /// Sets the position.
     pub fn at(&self, position: u64) {
         self.bar.set_position(position);
     }
 
-    /// One further.
+    /// Advances by one.
     pub fn advance(&self) {
         self.bar.inc(1);
     }
 
-    /// What it is at now.
+    /// Shows what is being done now.
     pub fn say(&self, what: &str) {
         self.bar.set_message(what.to_owned());
     }
 
-    /// Done: leaves one line behind.
+    /// Ends the step and leaves one line behind.
     pub fn done(self) {
         self.bar.finish_and_clear();
         eprintln!("  {} ({})", self.what, seconds(self.bar.elapsed()));

@@ -4,8 +4,8 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 
 /// How many bytes of the `mib` MiB of guest memory of process `pid` are resident: those of the
-/// largest run of writable mappings without a gap. The process's own count would do if the host
-/// reclaimed nothing meanwhile.
+/// largest run of writable mappings without a gap. The process's total would be enough if the host
+/// never reclaimed memory.
 ///
 /// # Errors
 /// The process has no such mappings.
@@ -25,7 +25,7 @@ pub fn guest_memory(pid: u32, mib: u64) -> Result<u64> {
             runs.last_mut().context("none")?.0 += to - from;
             end = to;
         } else if range.is_some() {
-            // Neither this mapping nor what is counted of it belongs to a run.
+            // This mapping does not belong to a run and is not counted.
             runs.push((0, 0));
             end = 0;
         } else if let Some(kib) = kib {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::paths::SEED;
 
-/// The one that `STORIES_SEED` names, or a different one each time.
+/// The number in `STORIES_SEED`, or a different one each time.
 ///
 /// # Errors
 /// The variable holds no number.

@@ -1,4 +1,4 @@
-//! A connection on which both ends send without end. Each byte encodes its position in the stream,
+//! A connection on which both ends send continuously. Each byte encodes its position in the stream,
 //! so that a lost, repeated or moved byte is noticed at once. This is the host's end and, as a
 //! module of `init/load.rs`, the guest's.
 use std::io::{self, Read, Write};
@@ -13,19 +13,19 @@ const PIECE: usize = 4096;
 /// The pause after a piece, in steps of `load`.
 pub const PACE: u32 = 20;
 
-/// What has gone through one end of a connection.
+/// The state of one end of a connection.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Bytes that were sent.
     pub sent: AtomicU64,
-    /// Bytes that came and were right.
+    /// Bytes that were received, and were right.
     pub received: AtomicU64,
-    /// Why nothing more goes through it.
+    /// Why it has ended.
     pub ended: OnceLock<String>,
 }
 
 /// Sends and receives on `stream`, in two threads, until it ends; sends a piece each `pause`, so
-/// that something is on its way and yet there is time for other things.
+/// that data is always in flight and yet there is time for other work.
 ///
 /// # Errors
 /// The connection cannot be used twice.
@@ -69,7 +69,7 @@ fn receive(mut stream: TcpStream, tally: &Tally, _: Duration) -> io::Result<()> 
     }
 }
 
-/// What the stream has from byte `at` on.
+/// The stream's contents from byte `at` on.
 fn fill(at: u64, piece: &mut [u8]) {
     for (place, byte) in (at..).zip(piece) {
         // A word's number, in its eight bytes.

@@ -1,5 +1,5 @@
 //! Integration tests with real Linux guests: an unmodified Debian kernel boots, its devices work,
-//! and QMP steers it. Each test starts a monitor of its own.
+//! and QMP controls it. Each test starts a monitor of its own.
 #[path = "linux/balloon.rs"]
 mod balloon;
 #[path = "linux/boot.rs"]
@@ -27,9 +27,9 @@ use stories::agent::{Agents, EXAMPLES, NamedTest, SERVE, Test, serve};
 use stories::paths::{GUEST_KERNEL, Paths, SEED, workspace};
 use stories::{emulated, seed};
 
-/// What an emulated host saves and restores in seconds.
+/// A machine that an emulated host saves and restores in seconds.
 const SMALL: Shape = Shape { native: false, cpus: 1, mib: 256, restores: 1 };
-/// The given kernel has one vCPU on PVM.
+/// A kernel given by the user supports only one vCPU on PVM.
 const NATIVE: Shape = Shape { native: true, cpus: 1, mib: 256, restores: 10 };
 
 /// Tests that need Debian's kernel, or something that the given one lacks: several processors, a
@@ -49,7 +49,7 @@ const STORIES: &[(&str, Test)] = &[
     }),
 ];
 
-/// Tests that any Linux will do for: where a kernel is given, the same is tested [`NATIVELY`], and
+/// Tests that need no particular kernel: where one is given, the same is tested [`NATIVELY`], and
 /// only a sample of these runs in the emulated host.
 const SAMPLED: &[(&str, Test)] = &[
     ("the_root_file_system_lies_on_a_disk", |story| boot::root_on_a_disk(story, SMALL)),
@@ -109,7 +109,7 @@ const NATIVELY: &[(&str, Test)] = &[
     ("natively_poweroff_in_the_guest_ends_the_monitor", |story| life::poweroff(story, NATIVE)),
     ("natively_half_of_the_memory_goes_into_the_balloon", |story| balloon::half(story, NATIVE)),
     ("natively_what_the_guest_frees_goes_back", |story| balloon::freed(story, NATIVE)),
-    // Debian's kernel takes no virtio-mmio devices from its command line.
+    // Debian's kernel does not support virtio-mmio devices on its command line.
     ("natively_virtio_works_without_acpi", boot::virtio_without_acpi),
 ];
 

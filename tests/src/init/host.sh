@@ -1,6 +1,6 @@
 #!/bin/sh
-# Init of the emulated host: loads KVM, mounts the payload and the scratch disk, and runs what it was
-# booted for on the console that leads outside.
+# Init of the emulated host: loads KVM, mounts the payload and the scratch disk, and runs its
+# job on the console that leads outside.
 export PATH=/bin HOME=/
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -12,7 +12,7 @@ mkdir -p /dev/net
 [ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200
 mount -t tmpfs tmpfs /host/tmp
 ip link set lo up
-# Bytes pass as they are in both directions, for as long as somebody holds the terminal open.
+# Bytes pass unchanged in both directions, as long as a process holds the terminal open.
 exec 3<> /dev/hvc0
 stty raw -echo < /dev/hvc0
 setsid chroot /host /bin/sh -c 'exec /bin/sh /run-me < /dev/hvc0 > /dev/hvc0 2>&1'

@@ -1,7 +1,7 @@
 //! What keeps a guest busy while it is saved: `load FILE PEER PACE`. Every PACE milliseconds it
 //! counts. It writes records to FILE and reports each once it is on the disk, reads them back past
-//! the page cache, and exchanges a stream with PEER (`10.9.0.1:7000`). It checks all it can, and
-//! reports every error as WRONG.
+//! the page cache, and exchanges a stream with PEER (`10.9.0.1:7000`). It checks everything that it
+//! can, and reports every error as WRONG.
 //!
 //! ```text
 //! load: count 120 clock 3500 sent 81920 received 73728    now and then; milliseconds, bytes
@@ -56,13 +56,13 @@ fn main() {
     count(&tally, pace);
 }
 
-/// Writes one line at once, even if other threads write, too.
+/// Writes one line in one piece, even if other threads write, too.
 fn say(what: &str) {
     // Without a console the line is lost.
     let _ = io::stdout().write_all(format!("load: {what}\n").as_bytes());
 }
 
-/// Step by step; neither the clock nor anything else ever goes back.
+/// Counts step by step, and checks that no clock goes backwards.
 fn count(tally: &Tally, pace: Duration) {
     let began = Instant::now();
     let (mut last, mut next_report) = (began, Duration::ZERO);

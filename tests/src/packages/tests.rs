@@ -1,4 +1,4 @@
-//! Archives of a few packages, made here, stand for those of the distributions.
+//! Small archives made here replace those of the distributions.
 use sha2::{Digest, Sha256};
 
 use super::*;

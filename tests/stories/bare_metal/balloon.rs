@@ -80,7 +80,7 @@ impl Here {
         Ok(())
     }
 
-    /// Half of the memory goes into the balloon and back, and with it to the host and back.
+    /// Half of the memory goes into the balloon, and so to the host, and back.
     fn gives_half_back(&mut self) -> Result<()> {
         self.checks()?;
         let before = self.returned()?;
@@ -104,7 +104,7 @@ impl Here {
         Ok(())
     }
 
-    /// Ends it, and resumes from `source` in another process.
+    /// Ends this machine, and resumes from `source` in another process.
     fn moves(mut self, source: &str) -> Result<Self> {
         quits(&self.stage, &mut self.monitor, &mut self.qmp)?;
         Self::restored(self.stage, source)
@@ -142,7 +142,7 @@ fn half_of_the_memory_goes_into_the_balloon_and_back() -> Result<()> {
 fn clients_are_notified_of_the_balloons_size() -> Result<()> {
     let mut here = Here::start("balloon-events", &plain(), &[])?;
     here.fill(HALF, HALF_SHOWN)?;
-    // StratoVirt's own word for it is the second one.
+    // The second one is StratoVirt's name for it.
     for name in ["BALLOON_CHANGE", "BALLOON_CHANGED"] {
         let reported = here.qmp.wait_event(name, SOON)?;
         ensure!(reported.data.get("actual") == Some(&json!(HALF)), "{reported:?}");
@@ -239,7 +239,7 @@ fn what_a_guest_reports_as_free_goes_back_at_once() -> Result<()> {
     let balloon = json!({ "deflate_on_oom": false, "free_page_reporting": true });
     let mut here = Here::start("balloon-report", &balloon, &[])?;
     here.types("r", "reported")?;
-    // Half of what lies above 16 MiB.
+    // Half of the memory above 16 MiB.
     let reported = ((MIB - 16) << 20) / 2;
     let kept = guest_memory(here.monitor.pid(), MIB)?;
     ensure!(kept <= (MIB << 20) - reported / 100 * 95, "{kept} bytes are kept");

@@ -1,4 +1,4 @@
-//! A disk, driven by a correct guest and by one that does everything wrong.
+//! A disk, driven by a correct guest and by one that makes every mistake.
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -44,8 +44,8 @@ fn marked(mut contents: Vec<u8>, mark: u64) -> Result<Vec<u8>> {
     Ok(contents)
 }
 
-/// Waits until the guest is done, while a client asks all the time and always gets its answer.
-/// Returns the guest's output.
+/// Waits until the guest is done, while a client sends queries continuously, all of which are
+/// answered. Returns the guest's output.
 fn done(stage: &Stage, monitor: &mut Monitor) -> Result<String> {
     let over = AtomicBool::new(false);
     let mut asking = Client::connect(&stage.socket(), SOON)?;
@@ -173,7 +173,7 @@ fn a_saved_state_is_not_restored_with_a_disk_that_has_changed_since() -> Result<
     ensure!(said.contains(SAYS) && said.contains("has been changed since"), "{said}");
     ensure!(said.contains(&*image.to_string_lossy()) && said.contains("force=on"), "{said}");
 
-    // Any number of times, as long as the guest does not run.
+    // It can be restored any number of times, as long as the guest does not run.
     for _ in 0..2 {
         let (mut monitor, mut qmp) = restore(&stage, &late, &[])?;
         quits(&stage, &mut monitor, &mut qmp)?;
@@ -187,7 +187,7 @@ fn a_saved_state_is_not_restored_with_a_disk_that_has_changed_since() -> Result<
     let said = refusal(&stage, &late, &["-drive", &drive(&plain)])?;
     ensure!(said.contains(SAYS), "{said}");
 
-    // Once it has run, its disk belongs to no save.
+    // Once it has run, its disk no longer matches any save.
     let (mut monitor, mut qmp) = restore(&stage, &late, &[])?;
     cont(&mut qmp)?;
     until_it_writes(&mut qmp, &image)?;
@@ -236,7 +236,7 @@ fn an_image_of_another_format_needs_to_be_called_raw() -> Result<()> {
     qmp.execute_raw("blockdev-add", raw)?;
     qmp.execute_raw("blockdev-del", json!({ "node-name": "copy" }))?;
 
-    // An image that a machine has written to is known to be raw; its replacement is not.
+    // An image that a machine has written to is accepted as raw; one that replaces it is not.
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;

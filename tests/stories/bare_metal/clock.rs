@@ -45,7 +45,7 @@ fn a_guests_clock_continues_from_the_save_or_catches_up() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)?;
     thread::sleep(GAP);
 
-    // Restored, and saved again before it runs: the clock stands since the first save.
+    // Restored, and saved again before it runs: the clock has not advanced since the first save.
     let (mut monitor, mut qmp) =
         restore(&stage, &format!("file:{},clock=realtime", saved.display()))?;
     let again = stage.file("again");

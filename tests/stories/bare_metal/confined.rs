@@ -54,7 +54,7 @@ fn has(names: &[String], wanted: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A disk comes and goes, and the guest reads it.
+/// A disk is plugged, read by the guest, and unplugged.
 fn plugs(stage: &Stage, monitor: &mut Monitor, qmp: &mut Client) -> Result<()> {
     let image = marked(stage, "image", 7, 64)?;
     plug(qmp, "drive", &image, "1")?;

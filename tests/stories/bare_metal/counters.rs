@@ -62,7 +62,7 @@ pub fn storm(qmp: &mut Client, counters: &Counters, times: usize) -> Result<()> 
     for time in 0..times {
         stop(qmp)?;
         let stopped = counters.read()?;
-        // The query gives a processor that still runs the time to count.
+        // Meanwhile a processor that still runs would count.
         ensure!(status(qmp)? == "paused");
         ensure!(counters.read()? == stopped, "stop {time} did not stop all");
         cont(qmp)?;

@@ -33,7 +33,7 @@ fn reset_by_keyboard_controller_acpi_or_triple_fault() -> Result<()> {
     Ok(())
 }
 
-/// A kernel that cannot report its panic resets the machine. A user who must notice treats every
+/// A kernel that cannot report its panic resets the machine. Users who must notice can treat every
 /// reset as a failure.
 #[test]
 fn a_reset_is_a_failure_where_that_is_asked_for() -> Result<()> {

@@ -39,8 +39,8 @@ const DIFFERS: [&str; 7] = [
 const BYTES: [Range<usize>; 4] = [
     // The generation id.
     0xdf010..0xdf020,
-    // Version and flags of the guest's clock: KVM takes back that it is the same on all CPUs, until
-    // it runs again.
+    // Version and flags of the guest's clock: KVM withdraws its promise that the clock is the same
+    // on all CPUs, until it runs again.
     0x50_0000..0x50_0004,
     0x50_001d..0x50_001e,
     // The wall clock that the guest has requested: the time when its clock showed 0.
@@ -81,7 +81,7 @@ fn readable(section: &mut Value) -> Result<()> {
         section["msrs"] = named.collect::<Result<serde_json::Map<_, _>>>()?.into();
     }
     if let Some(Value::String(registers)) = section.get_mut("lapic") {
-        // Two digits a byte.
+        // Two digits for each byte.
         let timer = registers.get(0x390 * 2..0x394 * 2).context("a short page")?.to_owned();
         registers.replace_range(0x390 * 2..0x394 * 2, "");
         section["timer"] = timer.into();
@@ -146,7 +146,7 @@ fn same(before: &Path, after: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Saved, restored, saved again at once, twice over; then it still runs.
+/// Saved, restored and saved again at once, twice; afterwards the guest still runs.
 fn again_and_again(
     stage: &Stage,
     mut monitor: Monitor,
@@ -184,7 +184,7 @@ fn exact(story: &str, words: &str, cpus: u64) -> Result<()> {
     let vm = stage.vm("exits", words)?.machine("vcpu_count", cpus);
     let (mut monitor, qmp) = stage.start(vm)?;
     monitor.wait_for("stands\n", SOON)?;
-    // Into the middle of it.
+    // Into the middle of the operation.
     std::thread::sleep(Duration::from_millis(5));
     again_and_again(&stage, monitor, qmp, words)
 }

@@ -62,7 +62,7 @@ fn each_restored_machine_has_a_new_generation_id_and_is_notified() -> Result<()>
         let now = generation_id(&mut monitor)?;
         ensure!(now == asked(&mut qmp)?, "{now}");
         ensure!(seen.insert(now), "the same as before");
-        // And from its own state, before it is notified.
+        // Restored again from its own state, before it is notified.
         quits(&stage, &mut monitor, &mut qmp)?;
     }
     Ok(())
@@ -106,7 +106,7 @@ fn listen(monitor: &Monitor) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Waits for a RARP broadcast, and gives its sender.
+/// Waits for a RARP broadcast, and returns its sender.
 fn announcement(socket: &OwnedFd) -> Result<[u8; 6]> {
     let mut frame = [0; 2048];
     loop {

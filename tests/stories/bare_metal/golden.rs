@@ -16,8 +16,8 @@ use crate::plug::{found, marked, with_taps};
 use crate::snapshot::{counters, restore, save};
 use crate::stage::{Stage, quits, simple};
 
-/// The directories of golden files whose names have that suffix: one for each release that has made
-/// one.
+/// The directories of golden files whose names have that suffix, one for each release that saved
+/// them.
 fn golden(name: &str) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     for entry in fs::read_dir(workspace().join("state/tests/golden"))? {
@@ -62,7 +62,7 @@ fn with_the_cpu_of(here: &State, saved: &Path) -> Result<()> {
     Ok(state.write(BufWriter::new(File::create(&path)?))?)
 }
 
-/// A state that was saved here and now.
+/// A state saved on this host by this build.
 fn state_of_this_host(story: &str) -> Result<State> {
     let stage = Stage::new(story)?;
     let (mut monitor, mut qmp) = stage.start(stage.vm("count", "registers 1")?)?;

@@ -1,5 +1,5 @@
-//! A guest that has ended, and whose machine is kept: it can be inspected, saved and reset, and
-//! nothing else.
+//! A machine that is kept after its guest has ended can be inspected, saved and reset, and nothing
+//! else.
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
@@ -172,7 +172,7 @@ fn as_the_file_says_for_domains() -> Result<()> {
             qmp.wait_event("RESET", SOON)?;
         }
         simple(&mut qmp, "quit")?;
-        // Else the next one's client may meet this one's socket.
+        // Otherwise the next one's client may connect to this one's socket.
         monitor.wait_exit()?;
         let (mut monitor, mut qmp) = domain(way, key, "destroy")?;
         let (guest, reason, status) = match (key, state) {
@@ -230,7 +230,7 @@ fn its_last_output_can_still_be_read() -> Result<()> {
     }
     quits(&stage, &mut monitor, &mut qmp)?;
     ensure!(!crate::stage::exists(&socket));
-    // A machine that was stopped in time loses nothing.
+    // A machine that was stopped before loses nothing.
     let (mut monitor, mut qmp) = hello(&stage, "halt", &["-action", "panic=pause"])?;
     stop(&mut qmp)?;
     cont(&mut qmp)?;

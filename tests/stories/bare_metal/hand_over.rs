@@ -1,5 +1,5 @@
-//! Before a machine is handed over, its receiver has tried all that can be tried: a problem is
-//! reported before a page is sent, or at least before the source lets go of anything.
+//! Before a machine is handed over, its receiver has checked everything that can be checked:
+//! problems are reported before a page is sent, or at least before the source releases anything.
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,7 +21,7 @@ const PAGES: u32 = 5;
 const HELLO: u32 = 8;
 const GO: u32 = 12;
 
-/// Changes a frame on its way, or waits.
+/// Changes a frame in transit, or delays it.
 type Edit = Box<dyn FnMut(u32, &mut Vec<u8>) + Send>;
 
 /// Passes on the source's stream, frame by frame, and the receiver's answers.
@@ -54,7 +54,7 @@ impl Relay {
         Ok(Self { uri: format!("unix:{}", path.display()), source })
     }
 
-    /// What the source has sent, once the move is over.
+    /// What the source has sent, once the migration has ended.
     fn kinds(self) -> Result<Vec<u32>> {
         Ok(self.source.join().map_err(|_| anyhow!("the relay has panicked"))??)
     }
@@ -79,7 +79,7 @@ fn frames(from: &mut UnixStream, mut to: &UnixStream, edit: &mut Edit) -> io::Re
         frame.extend(body);
         frame.extend(crc32fast::hash(&frame).to_le_bytes());
         if to.write_all(&frame).is_err() {
-            // The receiver has gone; the source notices.
+            // The receiver has ended; the source notices.
             break;
         }
     }
@@ -109,8 +109,8 @@ impl There {
         Ok(Self { stage, monitor, socket })
     }
 
-    /// It refuses the machine, which stays at its source; returns what the source has sent until
-    /// then, and its error.
+    /// The receiver refuses the machine, which stays at its source; returns what the source has
+    /// sent until then, and its error.
     fn refuses(mut self, qmp: &mut Client, edit: Edit) -> Result<(Vec<u32>, String)> {
         let relay = Relay::start(&self.stage, self.socket.clone(), edit)?;
         let said = migrate(qmp, &relay.uri).err().context("it was taken")?.to_string();
@@ -135,7 +135,7 @@ fn in_namespace_of(monitor: &Monitor, commands: &str) -> Result<()> {
     Ok(())
 }
 
-/// Another process in the namespace of `monitor` that has a tap; gone when dropped.
+/// Another process in the namespace of `monitor` that holds a tap; killed when dropped.
 struct Holder(Child);
 
 impl Holder {
@@ -187,7 +187,7 @@ fn what_is_missing_is_reported_before_a_page_is_sent() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The source first sends the CPU features that its guest was promised; here with one feature more.
+/// The source first sends the CPU features that its guest may use; here with one more feature.
 #[test]
 fn a_cpu_that_the_receiver_lacks_is_reported_before_a_page_is_sent() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("lesser")?;
@@ -215,7 +215,7 @@ fn with_every_feature(hello: &[u8]) -> Option<Vec<u8>> {
     serde_json::to_vec(&hello).ok()
 }
 
-/// Built and tried before the source lets go: a failure then costs nothing.
+/// The machine is built and checked before the source releases it: a failure then costs nothing.
 #[test]
 fn a_machine_that_cannot_be_built_is_reported_before_the_source_lets_go() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("unbuilt")?;
@@ -240,8 +240,8 @@ fn a_machine_that_cannot_be_built_is_reported_before_the_source_lets_go() -> Res
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Whether another process holds something shows only when it is taken. The machine comes back, and
-/// the message names the process.
+/// Whether another process holds a resource shows only when it is acquired. The machine returns to
+/// its source, and the message names the process.
 #[test]
 fn a_tap_in_use_is_reported_with_the_process_that_uses_it() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("busy-tap")?;
@@ -251,11 +251,11 @@ fn a_tap_in_use_is_reported_with_the_process_that_uses_it() -> Result<()> {
     let there = There::start("busy-tap1", monitor.pid(), "", &netdev)?;
     let (kinds, said) = there.refuses(&mut qmp, as_it_is())?;
     ensure!(kinds.last() == Some(&GO), "{kinds:?}");
-    // `nsenter` has become what it was to start.
+    // `nsenter` has executed the program by now.
     let pid = holder.0.id();
     let names = format!("'t1' is in use by another process ({pid})");
     ensure!(said.contains(&names), "{said}");
-    // So it is to a machine that runs, behind its filter.
+    // The same message comes from a running machine, behind its filter.
     let netdev = json!({ "id": "n1", "ifname": "t1" });
     let said = qmp.execute_raw("netdev_add", netdev).err().context("it was taken")?.to_string();
     ensure!(said.contains(&names), "{said}");
@@ -263,8 +263,8 @@ fn a_tap_in_use_is_reported_with_the_process_that_uses_it() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// `Go` is lost on its way. The receiver's wait for it is bounded, and it gives the machine back;
-/// when `Go` comes after all, no receiver is left to take it.
+/// `Go` is lost. The receiver's wait for it is bounded, and it returns the machine; when `Go`
+/// arrives after all, the receiver no longer exists.
 #[test]
 fn a_receiver_that_gets_no_go_gives_the_machine_back() -> Result<()> {
     let (stage, mut monitor, mut qmp) = source("lost-go")?;

@@ -24,7 +24,7 @@ pub fn send(qmp: &mut Client, command: &str, arguments: &Value) -> Result<()> {
     Ok(qmp.send_line(&json!({ "execute": command, "arguments": arguments }).to_string())?)
 }
 
-/// The next line that is no event.
+/// The next line that is not an event.
 pub fn answer(qmp: &mut Client) -> Result<Value> {
     loop {
         let line: Value = serde_json::from_str(&qmp.read_line(SOON)?)?;
@@ -95,7 +95,7 @@ fn an_image_whose_resizing_and_closing_hang_holds_no_other_client() -> Result<()
     let disks = other.execute_raw("query-block", json!({}))?;
     ensure!(disks.pointer("/0/inserted/image/virtual-size") == Some(&json!(2 * MIB)), "{disks}");
 
-    // For the guest the disk is gone at once, even while its file hangs.
+    // The guest sees the disk removed at once, even while its file hangs.
     held.hold(Op::FLUSH);
     other.execute_raw("device_del", json!({ "id": "disk" }))?;
     ensure!(other.wait_event("DEVICE_DELETED", SOON)?.data["device"] == json!("disk"));
@@ -105,7 +105,7 @@ fn an_image_whose_resizing_and_closing_hang_holds_no_other_client() -> Result<()
     quits(&stage, &mut monitor, &mut other)
 }
 
-/// Whether `text` consists of prefixes of `whole`, one after another.
+/// Whether `text` is a concatenation of prefixes of `whole`.
 fn is_made_of_beginnings(mut text: &str, whole: &str) -> bool {
     while !text.is_empty() {
         let same = text.bytes().zip(whole.bytes()).take_while(|(one, other)| one == other);
@@ -147,7 +147,7 @@ fn a_log_and_a_serial_port_s_file_that_hang_hold_no_client() -> Result<()> {
         all.len() > said.len() && all.ends_with(said.as_bytes())
     })?;
     quits(&stage, &mut monitor, &mut qmp)?;
-    // Of each run, all output until the next one began.
+    // All output of each run, until the next one began.
     let all = String::from_utf8(held.contents("serial"))?;
     ensure!(all.len() > said.len() && is_made_of_beginnings(&all, said), "{all}");
     let log = String::from_utf8(held.contents("log"))?;

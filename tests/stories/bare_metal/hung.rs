@@ -24,7 +24,7 @@ use crate::stage::{Stage, cont, exists, patiently, quits, simple, status, stop};
 
 pub const SAYS: &str = "disk vda has requests that the host has not finished";
 
-/// A file system in the monitor's own mount namespace only, so that it goes when the monitor does.
+/// A file system in the monitor's own mount namespace only, so that it disappears with the monitor.
 pub fn with_a_file_system(stage: &mut Stage) -> Result<PathBuf> {
     with_a_file_system_and(stage, "-m", "")
 }
@@ -89,7 +89,7 @@ fn hangs_and_comes_back(direct: bool) -> Result<()> {
     let held = rounds.read()?;
     frozen.thaw()?;
 
-    // Nothing is lost: it runs on, stops and runs on again.
+    // Nothing is lost: the guest runs on, stops and runs on again.
     rounds.wait_past(&held)?;
     qmp.take_events();
     stop(&mut qmp)?;
@@ -149,7 +149,7 @@ fn finished_event(qmp: &mut Client) -> Result<u64> {
 }
 
 /// Stops the guest; returns how many requests its disks finish meanwhile. All commands are sent at
-/// once, so that no round trip lies in between.
+/// once, so that there is no round trip in between.
 fn stops_after(qmp: &mut Client) -> Result<u64> {
     let look = r#"{"execute":"query-blockstats"}"#;
     qmp.send_line(&format!(r#"{look}{{"execute":"stop"}}{look}"#))?;
@@ -179,7 +179,7 @@ fn flooded(name: &str, aio: &str) -> Result<()> {
     let mut other = Client::connect(&stage.socket(), SOON)?;
     let mut seen = 0;
     for time in 0..10 {
-        // The flood has got past the requests that were queued when it last resumed.
+        // The flood has processed the requests that were queued when it last resumed.
         while finished(&mut other)? < seen + QUEUE {}
         ensure!(status(&mut qmp)? == "running");
         let waited = stops_after(&mut qmp)?;
@@ -205,7 +205,7 @@ fn a_flood_that_the_io_thread_carries_out_itself_holds_them_no_more() -> Result<
     flooded("flood_off", "off")
 }
 
-/// A lock as other monitors would want it; `false` while another process has it.
+/// Takes a lock as other monitors would; `false` while another process has it.
 fn can_be_locked(disk: &Path) -> bool {
     let file = fs::File::options().write(true).open(disk);
     file.is_ok_and(|file| fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_ok())
@@ -246,7 +246,7 @@ fn a_process_that_the_kernel_cannot_end_holds_nothing_but_what_it_waits_for() ->
             && !exists(&stage.socket())
             && !exists(&stage.file("pid"))
     })?;
-    // Only the thread that waits is left of it.
+    // Of the process, only the thread that waits is left.
     let tasks = || fs::read_dir(format!("/proc/{}/task", monitor.pid())).map_or(0, Iterator::count);
     until("the other threads end", || tasks() == 2)?;
     frozen.thaw()?;
@@ -286,7 +286,7 @@ fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_en
         while !is(&mut qmp, "active")? {
             ensure!(Instant::now() < deadline, "it does not begin");
         }
-        // All this while it hangs.
+        // All of this while the target hangs.
         ensure!(status(&mut qmp)? == "running");
         stop(&mut qmp)?;
         ensure!(status(&mut qmp)? == "paused");
@@ -326,8 +326,8 @@ fn a_save_into_storage_that_hangs_holds_neither_the_guest_nor_clients_nor_the_en
     Ok(())
 }
 
-/// A target that is no directory, and a file that has replaced a part of a saved state, is reported
-/// and not waited for.
+/// A target that is not a directory, or a file that has replaced part of a saved state, is
+/// reported, and the monitor does not wait for it.
 #[test]
 fn a_fifo_in_the_place_of_a_save_is_refused_by_name() -> Result<()> {
     let stage = Stage::new("fifo_save")?;
@@ -349,7 +349,7 @@ fn a_fifo_in_the_place_of_a_save_is_refused_by_name() -> Result<()> {
     for name in ["state", "memory"] {
         fs::remove_file(base.join(name))?;
         fifo(&base.join(name))?;
-        // By the first of them.
+        // Replaced by the first of them.
         let error = qmp.execute_raw("migrate", more.clone()).err().map(|e| e.to_string());
         let error = error.context("a save builds on a FIFO")?;
         ensure!(error.contains("base/state") && error.contains("not a regular file"), "{error}");

@@ -1,5 +1,5 @@
-//! Saves that keep the guest's disks with its memory. The guest records in memory what it has
-//! written to its disk, page by page, so it notices when the two are not of the same moment.
+//! Saves that include the guest's disks. The guest records in memory what it has written to its
+//! disk, page by page, so it notices when the two are not of the same moment.
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::stage::{Stage, cont, patiently, quits, status, stop};
 /// Bytes of the guest's disk.
 const DISK: u64 = 16 << 20;
 
-/// A file system of the test's own, which goes with it.
+/// A file system for one test, removed with it.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -32,7 +32,7 @@ impl Mounted {
         let debian = Debian::get(&stage.paths)?;
         drop(lock);
         if kind == "xfs" {
-            // Its smallest; the file is sparse.
+            // The smallest size allowed; the file is sparse.
             File::create(&image)?.set_len(320 << 20)?;
             output(debian.program("sbin/mkfs.xfs")?.arg("-q").arg(&image))?;
         } else {
@@ -72,7 +72,7 @@ fn save(qmp: &mut Client, directory: &Path, more: &Value) -> Result<Value> {
     Ok(qmp.execute_raw("query-migrate", json!({}))?)
 }
 
-/// The disks that a save has kept.
+/// The disks in a save.
 fn kept(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
     let mut all: Vec<PathBuf> = entries.collect::<Result<_>>()?;
@@ -80,8 +80,7 @@ fn kept(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// A process that resumes from `saved` with disks of its own in `place`, and a control socket
-/// there.
+/// A process that resumes from `saved`, with its own disks and control socket in `place`.
 fn child(stage: &Stage, saved: &Path, place: &Path, more: &str) -> Result<(Monitor, Client)> {
     let incoming = format!("file:{},disks={}{more}", saved.display(), place.display());
     let own =
@@ -93,7 +92,7 @@ fn child(stage: &Stage, saved: &Path, place: &Path, more: &str) -> Result<(Monit
     Ok((monitor, qmp))
 }
 
-/// Its disk holds what its memory has recorded, on every check.
+/// The disk holds what the guest's memory has recorded, on every check.
 fn balances(monitor: &mut Monitor) -> Result<()> {
     for _ in 0..2 {
         monitor.wait_for("balanced", SOON)?;
@@ -136,7 +135,7 @@ fn restored_as_often_as_one_likes(kind: &str) -> Result<()> {
         stop(&mut qmp)?;
         children.push((monitor, qmp));
     }
-    // A child is saved and restored as any other machine.
+    // A child is saved and restored like any other machine.
     let (monitor, qmp) = children.first_mut().context("none")?;
     cont(qmp)?;
     save(qmp, &place("again"), &json!({ "resume": true }))?;
@@ -289,7 +288,7 @@ fn a_save_whose_target_hangs_holds_the_guest_up_for_a_moment_only() -> Result<()
     let stage = Stage::new("kept-hung")?;
     let mounted = Mounted::new(&stage, "ext4")?;
     let (image, saved) = (stage.file("image"), mounted.0.join("saved"));
-    // Much is read first, and the guest writes to the part that is read last.
+    // Much of the disk is read first, and the guest writes to the part that is read last.
     fs::write(&image, vec![7; 192 << 20])?;
     let (mut monitor, mut qmp) = ledger(&stage, &image)?;
     stop(&mut qmp)?;

@@ -14,8 +14,8 @@ use crate::held::{answer, send};
 use crate::hung::{SAYS, until_it_hangs, with_a_file_system};
 use crate::stage::{Stage, ends, exists, simple, status};
 
-/// How many questions are asked while a command waits. A monitor whose main thread waited, too,
-/// would answer at most one, which it may have read before.
+/// How many queries are sent while a command waits. A monitor whose main thread waited, too, would
+/// answer at most one, which it may have read before.
 pub const QUESTIONS: usize = 5;
 /// Long enough to read an answer that has already arrived.
 const A_LOOK: Duration = Duration::from_millis(1);
@@ -31,8 +31,8 @@ struct Hung {
 }
 
 impl Hung {
-    /// `direct`: its writes wait in io_uring; else they hold the I/O thread itself. The guest does
-    /// `work` with it.
+    /// With `direct` its writes wait in io_uring; otherwise they block the I/O thread itself. The
+    /// guest runs `work` on it.
     fn new(story: &str, direct: bool, work: &str) -> Result<Self> {
         let mut stage = Stage::new(story)?;
         let disk = with_a_file_system(&mut stage)?;
@@ -52,7 +52,7 @@ impl Hung {
         Ok(Client::connect(&self.stage.socket(), SOON)?)
     }
 
-    /// A client has sent a command. Another one gets its answers before that one gets any.
+    /// One client has sent a command. Another client is answered before it.
     fn asks(&mut self, command: &str, arguments: &Value) -> Result<Client> {
         let mut client = self.client()?;
         send(&mut client, command, arguments)?;
@@ -66,7 +66,7 @@ impl Hung {
         Ok(client)
     }
 
-    /// The same, and in the end it is refused because of the disk; the guest runs on.
+    /// The same, and the command finally fails because of the disk; the guest runs on.
     fn waits_and_is_refused(&mut self, command: &str, arguments: &Value) -> Result<()> {
         let mut client = self.asks(command, arguments)?;
         let said = answer(&mut client)?;
@@ -95,7 +95,7 @@ pub fn why(answer: &Value) -> &str {
     answer.pointer("/error/desc").and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Only events have come so far.
+/// Only events have arrived so far.
 pub fn is_unanswered(client: &mut Client) -> Result<()> {
     loop {
         match client.read_line(A_LOOK) {
@@ -165,8 +165,8 @@ fn a_save_that_waits_for_a_disk_can_be_cancelled() -> Result<()> {
     ends_by_quit(hung)
 }
 
-/// Commands that need the machine wait for the one that has it, in order; a stop that the storage
-/// lets finish in time is like any other.
+/// Commands that need the machine wait, in order, for the one that is using it; if the storage
+/// recovers in time, a stop succeeds as usual.
 #[test]
 fn what_needs_the_machine_waits_for_its_turn() -> Result<()> {
     let mut hung = Hung::new("meanwhile_turn", true, "busy")?;

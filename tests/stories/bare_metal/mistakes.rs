@@ -76,8 +76,8 @@ fn a_host_that_does_not_run_every_kernel() -> Result<()> {
     Ok(())
 }
 
-/// `:INFO: VmConfig` and one `:INFO: Vcpu` a vCPU, with times before them, are what StratoVirt's
-/// own suite measures a restore by.
+/// StratoVirt's own test suite measures restores by the log lines `:INFO: VmConfig` and, for each
+/// vCPU, `:INFO: Vcpu`, with times in front.
 #[test]
 fn the_log_shows_when_a_restore_began_and_when_each_vcpu_ran() -> Result<()> {
     let mut stage = Stage::new("lines")?;
@@ -112,7 +112,7 @@ fn the_log_shows_when_a_restore_began_and_when_each_vcpu_ran() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The working directory is an unrelated one: it must not matter for absolute paths.
+/// The working directory must not matter for absolute paths.
 #[test]
 fn an_absolute_path_is_not_looked_for_beside_the_file() -> Result<()> {
     let stage = Stage::new("absolute")?;

@@ -1,7 +1,7 @@
 // UNSAFETY: two system calls that no safe library has: one gives the test a network namespace of
 // its own, the other opens a tap device as a monitor's launcher would, to hand it over.
 #![expect(unsafe_code)]
-//! A NIC on a tap: datagrams go in and come back, through both queues.
+//! A NIC on a tap: datagrams are sent to the guest and echoed, through both queues.
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -21,7 +21,7 @@ use crate::plug::refused;
 use crate::stage::{Stage, cont, descriptors, quits, status, stop};
 
 const MAC: &str = "52:54:00:00:00:07";
-/// The most that a frame of 1500 bytes holds.
+/// The largest payload for an MTU of 1500 bytes.
 const LARGEST: usize = 1500 - 20 - 8;
 
 fn ip(arguments: &str) -> Result<()> {
@@ -45,8 +45,8 @@ fn with_a_tap(story: fn() -> Result<()>) -> Result<()> {
     reported.join().map_err(|_| anyhow!("the test has panicked"))?
 }
 
-/// Waits until the host really sends: it notices in the background that a process has opened the
-/// tap, and silently drops packets until then.
+/// Waits until the host really sends: the kernel notices asynchronously that a process has opened
+/// the tap, and silently drops packets until then.
 fn carries() -> Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
@@ -86,7 +86,7 @@ fn datagram(number: usize) -> Vec<u8> {
 struct Echo(UdpSocket);
 
 impl Echo {
-    /// Once a monitor has opened the tap.
+    /// Call it once a monitor has opened the tap.
     fn new() -> Result<Self> {
         carries()?;
         let socket = UdpSocket::bind("10.9.0.1:7000")?;
@@ -164,7 +164,7 @@ fn a_tap_that_is_handed_over_through_the_control_socket() -> Result<()> {
         ensure!(handed == json!({}));
         refused(&mut qmp, "netdev_add", backend.clone(), "is not an open tap device")?;
 
-        // Twice: what was handed over is used up, and closed in the end.
+        // Twice: the descriptors are consumed, and finally closed.
         for _ in 0..2 {
             let tap = open_tap()?;
             let handed =

@@ -19,9 +19,9 @@ const MACS: [&str; 2] = ["52:54:00:00:00:09", "52:54:00:00:00:0a"];
 /// How a machine is saved.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
-    /// It runs on, or stays stopped.
+    /// The guest runs on, or stays stopped.
     Save,
-    /// It is stopped with the save.
+    /// The save stops it.
     Suspend,
     /// Incremental: the changes since a save that was made before the slots were changed.
     Incremental,
@@ -77,7 +77,7 @@ fn put(
 
 /// One change of each kind, to independent slots.
 fn change(stage: &Stage, qmp: &mut Client) -> Result<Vec<Change>> {
-    // In the place of a read-only disk without discard.
+    // Replaces a read-only disk without discard.
     unplug(qmp, "replaced")?;
     let how = json!({ "read-only": false, "discard": "unmap" });
     put(stage, qmp, "replacement", 0xb0, "0", &how)?;
@@ -88,7 +88,7 @@ fn change(stage: &Stage, qmp: &mut Client) -> Result<Vec<Change>> {
     ensure!(qmp.execute_raw("block_resize", size)? == json!({}));
     let grown = "disk 2 has 80 sectors sector 3 begins with a200000003 sector 7f begins with 0\n";
 
-    // An empty slot offers to discard and to be written; this disk does neither.
+    // An empty slot offers discarding and writing; this disk supports neither.
     let how = json!({ "read-only": true, "discard": "ignore", "throttling.iops-total": 1000 });
     put(stage, qmp, "plugged", 0xb3, "3", &how)?;
 
@@ -131,7 +131,7 @@ fn save(stage: &Stage, qmp: &mut Client, way: Way) -> Result<Vec<String>> {
     })
 }
 
-/// The guest is asked to check its slots, and finds them as they were left.
+/// The guest checks its slots on request, and finds them as they were left.
 fn finds(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     for (what, key, says) in changes {
         monitor.type_in(key)?;
@@ -141,7 +141,7 @@ fn finds(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     Ok(())
 }
 
-/// The guest notices by itself, in any order.
+/// The guest notices the changes by itself, in any order.
 fn is_notified(monitor: &mut Monitor, changes: &[Change]) -> Result<()> {
     let mut shown = String::new();
     while let Some(missing) = changes.iter().find(|(_, _, says)| !shown.contains(says)) {
@@ -195,8 +195,8 @@ fn slots_changed_while_the_guest_is_stopped_are_restored_so() -> Result<()> {
     WAYS.into_iter().try_for_each(|way| cell(way, true).with_context(|| format!("{way:?}")))
 }
 
-/// A template is restored as machines whose disks and NICs have names of their own: as many as were
-/// saved, none of them known, in the order of slots.
+/// A template is restored as machines whose disks and NICs have other names: if there are as many
+/// as were saved, all with new names, they are matched in the order of slots.
 #[test]
 fn a_template_is_restored_under_other_names() -> Result<()> {
     let mut stage = Stage::new("slots-names")?;
@@ -229,7 +229,7 @@ fn a_template_is_restored_under_other_names() -> Result<()> {
     unplug(&mut qmp, "b")?;
     monitor.wait_for(&empty(2), SOON)?;
     quits(&stage, &mut monitor, &mut qmp)?;
-    // Fewer, or one of them known: then they are taken as names, and are wrong.
+    // Fewer, or one with a known name: then they are looked up by name, and not found.
     let said = refusal(&stage, &saved, flags.get(..4).unwrap_or_default())?;
     ensure!(said.contains("no disk 'a'") && said.contains("replacement, resized"), "{said}");
     let mut mixed = flags.clone();

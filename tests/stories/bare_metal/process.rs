@@ -22,7 +22,8 @@ fn run(stage: &Stage, args: &[&str]) -> Result<Output> {
     command.output().context("cannot run the monitor")
 }
 
-/// Started with `args` it ends with 1 and says all of `says`, on standard error alone.
+/// Started with `args`, the monitor exits with status 1 and prints all of `says`, on standard error
+/// only.
 fn refuses(stage: &Stage, args: &[&str], says: &[&str]) -> Result<()> {
     let out = run(stage, args)?;
     let text = String::from_utf8(out.stderr)?;
@@ -129,8 +130,8 @@ fn all_errors_of_a_file_come_at_once() -> Result<()> {
     refuses(&stage, &["-kernel", "k"], &["api-channel", "qmp"])
 }
 
-/// It is refused with one line for each of `expected`: the line begins with the place and contains
-/// the words. It leaves no files behind.
+/// The monitor refuses to start, with one line for each of `expected`: the line begins with the
+/// place and contains the words. No files are left behind.
 fn refuses_all(stage: &Stage, args: &[&str], expected: &[(&str, &[&str])]) -> Result<()> {
     let before = names(&stage.dir)?;
     let out = run(stage, args)?;
@@ -242,7 +243,7 @@ fn in_the_background() -> Result<()> {
     let began = Instant::now();
     let out = run(&stage, &background)?;
     ensure!(out.status.code() == Some(0), "{}", String::from_utf8_lossy(&out.stderr));
-    // At once, not by trying until it works: the first process ends when the second one answers.
+    // At once, without retries: the first process exits when the second one answers.
     let mut qmp = Client::connect(&stage.socket(), SOON)?;
     ensure!(status(&mut qmp)? == "running");
 

@@ -19,7 +19,7 @@ use crate::meanwhile::{QUESTIONS, is_unanswered, why};
 use crate::plug::refused;
 use crate::stage::{Stage, cont, ends, quits, simple, status, stop};
 
-/// A guest whose kernel lies in a file system that can be held.
+/// A guest whose kernel is in a file system that can be blocked.
 fn obeying(stage: &Stage, kernel: &Path) -> Result<(Monitor, Client)> {
     let mut config = stage.config("hello", "obey")?;
     *config.pointer_mut("/boot-source/kernel_image_path").context("no kernel")? = json!(kernel);
@@ -71,7 +71,7 @@ fn a_kernel_whose_reading_hangs_holds_no_other_client() -> Result<()> {
     quits(&stage, &mut monitor, &mut other)
 }
 
-/// The guest cannot run on, so it waits; but no client waits with it, and the wait is bounded.
+/// The guest cannot run on, so it waits; but clients do not wait, and the wait is bounded.
 #[test]
 fn a_guest_that_resets_itself_waits_for_its_kernel_alone() -> Result<()> {
     let stage = Stage::new("reload_guest")?;

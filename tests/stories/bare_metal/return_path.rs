@@ -1,5 +1,5 @@
-//! A machine moves to a process that answers: it runs in exactly one of the two, whichever of them
-//! is killed, at any moment.
+//! A machine migrates with a return path: whichever process is killed, and whenever, the machine
+//! runs in exactly one of them.
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -46,7 +46,7 @@ pub fn source(story: &str) -> Result<(Stage, Monitor, Client)> {
     Ok((stage, monitor, qmp))
 }
 
-/// A process in the namespace of `pid` that waits for a machine, and where.
+/// A process in the namespace of `pid` that waits for a machine, and its socket.
 fn receiver(story: &str, pid: u32) -> Result<(Stage, Monitor, String)> {
     let mut stage = Stage::new(story)?;
     stage.run_by(&format!("nsenter -t {pid} -n"))?;
@@ -75,7 +75,7 @@ fn a_machine_with_a_disk_and_a_tap_moves_inside_one_host() -> Result<()> {
     ensure!(status(&mut qmp)? == "postmigrate");
     let mut other = there.qmp()?;
     ensure!(status(&mut other)? == "running");
-    // Both are held by the receiver: this monitor says so, and stays.
+    // The receiver holds both: this monitor says so, and stays.
     let said = qmp.execute_raw("cont", json!({})).err().map(|e| e.to_string()).unwrap_or_default();
     ensure!(said.contains("in use by another"), "{said}");
     ensure!(status(&mut qmp)? == "postmigrate");
@@ -85,7 +85,8 @@ fn a_machine_with_a_disk_and_a_tap_moves_inside_one_host() -> Result<()> {
     ensure!(there.wait_exit()?.code() == Some(0));
     simple(&mut qmp, "cont")?;
     ensure!(status(&mut qmp)? == "running");
-    // A receiver that cannot take it gives it back, before a page is sent or at the last moment.
+    // A receiver that cannot run the machine returns it, before a page is sent or at the last
+    // moment.
     drop(stage);
     for (story, args, says) in [
         ("return2", vec!["-m", "64M"], "leave -m out"),
@@ -126,7 +127,7 @@ fn a_receiver_that_does_not_answer_is_reported() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Passes frames on until one of the kind `last` comes, which it passes on or not.
+/// Passes frames on until one of the kind `last` arrives, which it passes on or drops.
 fn pass(mut from: UnixStream, mut to: UnixStream, last: u32, passed: bool) -> io::Result<bool> {
     let mut header = [0; 16];
     if from.read_exact(&mut header).is_err() {
@@ -159,7 +160,7 @@ enum Dies {
     Receiver,
 }
 
-/// A move in which one process is killed at the frame `kind`, before or after it arrives.
+/// A migration in which one process is killed at the frame `kind`, before or after it arrives.
 fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
     let (stage, mut here, mut qmp) = source(story)?;
     // The namespace has to outlive the source.
@@ -187,7 +188,7 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
     ensure!(found, "no such frame came");
     let pid = if dies == Dies::Source { here.pid() } else { there.pid() };
     if arrives && kind == GO && dies == Dies::Source {
-        // It is on its way to the guest's first step there.
+        // The machine is about to run there.
         let mut qmp = there.qmp()?;
         ensure!(status(&mut qmp)? == "running");
     }
@@ -227,7 +228,7 @@ fn killed(story: &str, dies: Dies, kind: u32, arrives: bool) -> Result<()> {
             } else if matches!(kind, GO | RUNNING)
                 || (matches!(kind, END | READY) && arrives && status(&mut qmp)? == "postmigrate")
             {
-                // It may have run there: a user who knows that it no longer does says so.
+                // It may have run there: a user who knows that it no longer does resumes it here.
                 let said = said.context("it has got an outcome that was not reported")?;
                 ensure!(
                     said.contains("outcome unknown") && said.contains("cont resumes"),

@@ -1,4 +1,4 @@
-//! `stop` really stops the processors, whatever they are doing, and `cont` loses nothing.
+//! `stop` really stops the vCPUs, whatever they are doing, and `cont` loses nothing.
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
@@ -45,7 +45,7 @@ fn accesses_across_edges_come_out_right_however_often_they_are_interrupted() -> 
     for time in 0..300_u32 {
         stop(&mut qmp)?;
         cont(&mut qmp)?;
-        // Moments that follow no pattern of the guest's.
+        // Moments unrelated to the guest's own rhythm.
         thread::sleep(Duration::from_micros(u64::from(time * 37 % 1009)));
     }
     rounds.wait_past(&rounds.read()?)?;
@@ -62,7 +62,7 @@ fn two_clients_see_the_same_life() -> Result<()> {
         stop(&mut first)?;
         ensure!(second.wait_event("STOP", SOON)?.data == json!({}));
         ensure!(status(&mut second)? == "paused");
-        // Doing it again is no event.
+        // Repeating the command causes no event.
         ensure!(second.execute_raw("stop", json!({}))? == json!({}));
         cont(&mut second)?;
         ensure!(first.wait_event("RESUME", SOON)?.data == json!({}));

@@ -1,5 +1,5 @@
-//! Hosts that fail in the middle of a save, at every step of it: the error says where, the guest
-//! runs on, and the older save is intact.
+//! The host fails at each step of a save: the error says where, the guest runs on, and the older
+//! save is intact.
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -58,7 +58,7 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
             fs::write(&plan, "")?;
         }
     }
-    // The new state is in place already: whatever fails now, the new state is the valid one.
+    // The new state is in place already, and is the valid one whatever fails now.
     for step in ["rename 5 1", "fsync 5 3"] {
         fs::write(&plan, step)?;
         let uri = format!("file:{}", saved.display());
@@ -75,8 +75,8 @@ fn a_host_that_fails_at_any_step_of_a_save_leaves_the_older_one() -> Result<()> 
     resumes(&own, &saved, &before)
 }
 
-/// A state is tried on every device before the save succeeds. One device refuses it, for a reason
-/// that is not in the bytes.
+/// Before a save succeeds, every device checks its state. Here one device refuses a state whose
+/// bytes are valid.
 #[test]
 fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
     let mut stage = Stage::new("hostile-refuse")?;
@@ -125,14 +125,14 @@ fn what_could_not_be_restored_does_not_count_as_saved() -> Result<()> {
     let args = ["-S", "-incoming", &incoming];
     let mut there = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
     ensure!(there.wait_exit()?.code() == Some(1));
-    // Nothing of what the next one needs is lost.
+    // Nothing that the next save needs is lost.
     let before = counters(&saved, 1)?;
     qmp.execute_raw("migrate", incremental)?;
     quits(&stage, &mut monitor, &mut qmp)?;
     resumes(&stage, &next, &before)
 }
 
-/// The same behind the system-call filter, on a file system that really is too small.
+/// The same behind the system-call filter, on a file system that is really too small.
 #[test]
 fn a_full_file_system_leaves_the_guest_running_and_the_older_save_whole() -> Result<()> {
     let mut stage = Stage::new("hostile-full")?;
@@ -146,7 +146,7 @@ fn a_full_file_system_leaves_the_guest_running_and_the_older_save_whole() -> Res
     let saves = |qmp: &mut Client| {
         qmp.execute_raw("migrate", json!({ "uri": uri, "resume": true })).map_err(|e| e.to_string())
     };
-    // Seen from here, through the monitor's own view of its files.
+    // Accessed through the monitor's own mount namespace.
     let inside = PathBuf::from(format!("/proc/{}/root", monitor.pid()));
     let inside = inside.join(small.strip_prefix("/")?);
     saves(&mut qmp).map_err(anyhow::Error::msg)?;

@@ -1,5 +1,5 @@
-//! A machine is saved and restored in other processes: any number of times, with its hot-plugged
-//! devices, and not at all when something that it needs is missing.
+//! A machine is saved, and restored in other processes: any number of times, with its hot-plugged
+//! devices. If something that it needs is missing, the restore fails.
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -17,7 +17,7 @@ use crate::stage::{Stage, patiently, quits, simple, status};
 /// The guests' `COUNTERS`.
 const COUNTERS: u64 = 4 << 20;
 
-/// The counters in a saved memory: RAM below 3 GiB is in its place there.
+/// The counters in a saved memory file, where RAM below 3 GiB is at its own address.
 pub fn counters(saved: &Path, count: u64) -> Result<Vec<u64>> {
     let memory = File::open(saved.join("memory"))?;
     (0..count)
@@ -67,8 +67,8 @@ pub fn counting(story: &str, cpus: u64) -> Result<(Stage, Monitor, Client)> {
     Ok((stage, monitor, qmp))
 }
 
-/// Saved while all its processors are in the middle of accesses, again and again; each time it
-/// resumes, no counter has gone back and every value that a processor read was right.
+/// Saved repeatedly while all its processors are in the middle of accesses; each time it resumes,
+/// no counter has gone back and every value that a processor read was right.
 fn resumes(story: &str, cpus: u64, mapped: &str) -> Result<()> {
     let (stage, mut monitor, mut qmp) = counting(story, cpus)?;
     let mut before = vec![0; usize::try_from(cpus)?];
@@ -145,7 +145,8 @@ fn a_guest_that_runs_on_during_its_save_stops_for_the_rest_only() -> Result<()> 
         ensure!(status(&mut qmp)? == "running");
     }
     quits(&stage, &mut monitor, &mut qmp)?;
-    // Checked: what was copied while the guest ran and what was copied afterwards fit together.
+    // With checksums: what was copied while the guest ran and what was copied afterwards must be
+    // consistent.
     let (mut monitor, mut qmp) = restore(&stage, &saved, &[])?;
     simple(&mut qmp, "cont")?;
     let again = stage.file("again");
@@ -155,8 +156,8 @@ fn a_guest_that_runs_on_during_its_save_stops_for_the_rest_only() -> Result<()> 
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// The guest writes to pages all over its memory, each in another block of the saved file. Writes
-/// that it made while they were copied aside and written must not show.
+/// The guest writes to pages all over its memory, each in another block of the saved file. Its
+/// writes during the buffering and writing of these pages must not show in the save.
 #[test]
 fn a_guest_that_dirties_scattered_pages_is_saved_as_it_was_at_one_moment() -> Result<()> {
     let stage = Stage::new("snap-scattered")?;
@@ -260,7 +261,7 @@ fn a_disk_that_was_plugged_in_is_there_and_may_lie_elsewhere() -> Result<()> {
     ensure!(said.contains("leave -m out"), "{said}");
     let said = refusal(&stage, &saved, &["-machine", "disk-slots=8"])?;
     ensure!(said.contains("has 4 slots for disks") && said.contains("asks for 8"), "{said}");
-    // If it were as many as were saved, it would rename that one.
+    // If the numbers were equal, it would replace the saved one.
     let other = format!("id=other,file={}", moved.display());
     let said = refusal(&stage, &saved, &["-drive", &other, "-drive", &drive])?;
     ensure!(said.contains("no disk 'other'") && said.contains("extra"), "{said}");
@@ -278,7 +279,7 @@ fn a_save_that_cannot_be_leaves_the_guest_running() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// Saved in full, then incrementally again and again, live and stopped; each save can be restored
+/// Saved in full, then repeatedly incrementally, live and stopped; each save can be restored
 /// together with its bases.
 fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
     let stage = Stage::new(story)?;
@@ -313,7 +314,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
         });
         let caller = thread::spawn(move || other.execute_raw("migrate", cancelled).is_ok());
         simple(&mut qmp, "migrate_cancel")?;
-        // It may have been quicker: then the next one builds on it.
+        // It may have succeeded before: then the next one builds on it.
         caller.join().map_err(|_| anyhow::anyhow!("the caller has panicked"))?;
         thread::sleep(Duration::from_millis(20));
     }
@@ -328,7 +329,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
             let mut monitor = vm.start(&stage.paths, &stage.dir)?;
             let mut qmp = monitor.qmp()?;
             simple(&mut qmp, "cont")?;
-            // Saved in full: pages that were not touched yet are in it, too.
+            // Saved in full, including pages that were not touched yet.
             let (one, whole) = (stage.file("one"), stage.file("whole"));
             save(&mut qmp, &one, true)?;
             let deadline = Instant::now() + SOON;
@@ -349,7 +350,7 @@ fn builds_on(story: &str, word: &str, mib: u64) -> Result<()> {
             quits(&stage, &mut monitor, &mut qmp)?;
         }
     }
-    // The base is saved again: no save above it can be restored any more.
+    // The base is saved again: saves that build on it can no longer be restored.
     let (mut monitor, mut qmp) = restore(&stage, &at(0), &[])?;
     save(&mut qmp, &at(0), false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
@@ -420,7 +421,7 @@ fn memory_that_is_damaged_never_reaches_a_guest_that_runs_already() -> Result<()
     let saved = stage.file("saved");
     save(&mut qmp, &saved, false)?;
     quits(&stage, &mut monitor, &mut qmp)?;
-    // The last block: it takes a while to get there.
+    // The last block is filled last.
     let memory = File::options().read(true).write(true).open(saved.join("memory"))?;
     memory.write_all_at(b"damage", (2 << 30) - 4096)?;
     let says = "0x7fe00000 to 0x80000000 is damaged";
@@ -436,7 +437,7 @@ fn memory_that_is_damaged_never_reaches_a_guest_that_runs_already() -> Result<()
     crate::stage::ends(&mut monitor, &mut qmp, false, "host-error", 1)?;
     let said = monitor.said_to_its_end()?;
     ensure!(said.contains(says), "{said}");
-    // The same at once, when the guest itself runs into it.
+    // Detected at once when the guest itself touches it.
     memory.write_all_at(&[0; 6], (2 << 30) - 4096)?;
     memory.write_all_at(b"damage", COUNTERS + 8)?;
     let mut monitor = Vm::described(json!({})).args(&args).start(&stage.paths, &stage.dir)?;
@@ -445,7 +446,7 @@ fn memory_that_is_damaged_never_reaches_a_guest_that_runs_already() -> Result<()
     let said = monitor.said_to_its_end()?;
     ensure!(said.contains("0x400000 to 0x600000 is damaged"), "{said}");
     ensure!(!monitor.shown().contains("WRONG"), "{}", monitor.shown());
-    // And a file that is cut off while it is in use. Where all of it has been read by then, again.
+    // A file that is truncated while it is in use; repeated where all of it has been read by then.
     memory.write_all_at(&[0; 6], COUNTERS + 8)?;
     let mut end = Vec::new();
     (&memory).seek(SeekFrom::Start((2 << 30) - 4096))?;
@@ -460,7 +461,7 @@ fn memory_that_is_damaged_never_reaches_a_guest_that_runs_already() -> Result<()
         quits(&stage, &mut monitor, &mut qmp)?;
         memory.write_all_at(&end, (2 << 30) - 4096)?;
     }
-    bail!("memory was always read before the file was cut off");
+    bail!("memory was always read before the file was truncated");
 }
 
 /// Whether the monitor reports lost memory, or else has read all of it.

@@ -45,7 +45,7 @@ fn resumes(stage: &Stage, saved: &Path) -> Result<()> {
     quits(stage, &mut monitor, &mut qmp)
 }
 
-/// Another program writes one byte, past the page cache or through it; returns the old one.
+/// Another program writes one byte, bypassing the page cache or not; returns the old one.
 fn change(stage: &Stage, device: &LoopDevice, at: u64, byte: u8, direct: bool) -> Result<u8> {
     let mut page = [0; 4096];
     let start = at - at % 4096;
@@ -92,7 +92,7 @@ fn a_block_device_that_was_changed_is_recognised_where_it_was_looked_at() -> Res
             ensure!(said.contains(part), "{at}: {part} is not in: {said}");
         }
         change(&stage, &device, at, before, direct)?;
-        // As it was: nothing but its content counts.
+        // Only the content counts, which is as it was.
         resumes(&stage, &saved).with_context(|| format!("after a change at {at}"))?;
     }
     // A spot check does not cover the whole disk.
@@ -129,7 +129,7 @@ fn a_block_device_that_is_only_read_is_not_looked_at() -> Result<()> {
     resumes(&stage, &saved)
 }
 
-/// A machine that is sent takes the check with it.
+/// The spot check is part of a machine that is sent.
 #[test]
 fn a_stream_knows_its_block_device_too() -> Result<()> {
     let stage = Stage::new("spot-stream")?;
@@ -160,7 +160,7 @@ fn a_stream_knows_its_block_device_too() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// All of its disk is checked, and it writes there all the time.
+/// The whole disk is checked while the guest writes to it.
 #[test]
 fn a_guest_that_writes_meanwhile_runs_on() -> Result<()> {
     for direct in [true, false] {
@@ -185,7 +185,7 @@ fn a_guest_that_writes_meanwhile_runs_on() -> Result<()> {
             let disk = slot.device.read::<state::device::Disk>()?;
             ensure!(disk.spot_check.is_some() && disk.mark.is_none(), "{disk:?}");
             ensure!(status(&mut qmp)? == "running");
-            // Until it has written once more: writes that waited for the spot check no longer do.
+            // Wait for one more write: the spot check delays none any more.
             loop {
                 save(&mut qmp, &stage.file("later"), true)?;
                 let now = counters(&stage.file("later"), 1)?.first().copied().unwrap_or_default();

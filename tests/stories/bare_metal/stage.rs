@@ -12,7 +12,7 @@ use stories::agent;
 use stories::monitor::{Monitor, SOON, Vm, install};
 use stories::paths::{Paths, SCRATCH};
 
-/// The guests, part of this program: it may be copied to another host.
+/// The guests, embedded in this program, which may be copied to another host.
 const GUESTS: [(&str, &[u8]); 13] = [
     ("hello", include_bytes!(concat!(env!("OUT_DIR"), "/hello.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
@@ -29,7 +29,7 @@ const GUESTS: [(&str, &[u8]); 13] = [
     ("net", include_bytes!(concat!(env!("OUT_DIR"), "/net.elf"))),
 ];
 
-/// A directory of the test's own, gone afterwards.
+/// A directory for one test, removed afterwards.
 pub struct Stage {
     pub paths: Paths,
     pub dir: PathBuf,
@@ -83,8 +83,8 @@ impl Stage {
         Ok((monitor, qmp))
     }
 
-    /// Runs `commands` before the monitor, in a namespace of their own (`-n` network, `-m` mounts):
-    /// what they create goes when the monitor does.
+    /// Runs `commands` before the monitor, in a new namespace (`-n` network, `-m` mounts): what
+    /// they create disappears with the monitor.
     pub fn prepare(&mut self, namespace: &str, commands: &str) -> Result<()> {
         self.run_by(&format!("unshare {namespace} sh -ec '\n{commands}\nexec \"$0\" \"$@\"'"))
     }
@@ -125,7 +125,8 @@ pub fn simple(qmp: &mut Client, command: &str) -> Result<()> {
     Ok(())
 }
 
-/// A command that waits for the disks: this host's may be busy for longer than the monitor waits.
+/// A command that waits for the disks: those of this host may be busy for longer than the monitor
+/// waits, so it is repeated.
 pub fn patiently(qmp: &mut Client, command: &str, arguments: &Value) -> Result<Value> {
     let deadline = Instant::now() + SOON * 3;
     loop {
@@ -160,7 +161,7 @@ pub fn status(qmp: &mut Client) -> Result<String> {
     Ok(status)
 }
 
-/// The monitor says SHUTDOWN for that reason, closes the connection and ends with that status.
+/// The monitor sends SHUTDOWN with that reason, closes the connection and exits with that status.
 pub fn ends(
     monitor: &mut Monitor,
     qmp: &mut Client,

@@ -1,5 +1,5 @@
 //! A machine is sent to another process over a socket, a pipe or a file, and resumes there; or it
-//! stays where it is, because the peer has gone, sends garbage or does not read.
+//! stays where it is, because the peer has ended, sends garbage or does not read.
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
@@ -26,7 +26,7 @@ struct Here {
 }
 
 impl Here {
-    /// Two processors that walk rings of memory, in `mib` of it.
+    /// Two processors that write through rings of pages, in `mib` MiB of memory.
     fn start(story: &str, word: &str, mib: u64) -> Result<Self> {
         let stage = Stage::new(story)?;
         let vm = stage.vm("count", &format!("{word} 2"))?;
@@ -44,7 +44,7 @@ impl Here {
         Ok(info)
     }
 
-    /// Lets it run for a while, and finds that it does, and that its memory is what it wrote.
+    /// Lets it run for a while, and checks that it runs and finds in memory what it wrote.
     fn runs_on(&mut self) -> Result<Vec<u64>> {
         let (one, other) = (self.stage.file("one"), self.stage.file("other"));
         save(&mut self.qmp, &one, true)?;
@@ -53,7 +53,7 @@ impl Here {
             save(&mut self.qmp, &other, true)?;
             let (before, now) = (counters(&one, 2)?, counters(&other, 2)?);
             self.all_is_well()?;
-            // All of the rings have been gone through.
+            // Every page of the rings has been visited.
             if now.iter().zip(&before).all(|(now, before)| *now > before + 300) {
                 return Ok(now);
             }
@@ -112,7 +112,7 @@ impl There {
         Ok(Self { stage, monitor })
     }
 
-    /// It listens at a socket, which is there already.
+    /// It listens at a socket, which exists already.
     fn listen(story: &str) -> Result<(Self, String)> {
         let stage = Stage::new(story)?;
         let socket = stage.file("in");
@@ -123,7 +123,7 @@ impl There {
         Ok((Self { stage, monitor }, uri))
     }
 
-    /// It has the machine, and lets it run.
+    /// It has received the machine, and resumes it.
     fn resumes(mut self) -> Result<Here> {
         let mut qmp = self.monitor.qmp()?;
         ensure!(!exists(&self.stage.file("in")), "its socket is left behind");
@@ -132,7 +132,7 @@ impl There {
         Ok(Here { stage: self.stage, monitor: self.monitor, qmp })
     }
 
-    /// It ends without having started anything; what it says.
+    /// It exits without having started anything; returns its messages.
     fn gives_up(mut self) -> Result<String> {
         let status = self.monitor.wait_exit()?;
         ensure!(status.code() == Some(1), "it ended with {status}");
@@ -214,7 +214,7 @@ pub fn getfd(qmp: &mut Client, name: &str, fd: impl AsFd) -> Result<()> {
     Ok(())
 }
 
-/// Lets processes that are started now have it, by its number.
+/// Makes the descriptor inheritable by processes that are started from now on.
 pub fn inherited(fd: &(impl AsFd + AsRawFd)) -> Result<String> {
     fcntl_setfd(fd, FdFlags::empty())?;
     Ok(format!("fd:{}", fd.as_raw_fd()))
@@ -250,12 +250,12 @@ fn a_machine_lies_in_a_file_as_a_stream() -> Result<()> {
         there.runs_on()?;
         there.quits()?;
     }
-    // A command may bring it, too.
+    // A command may provide it, too.
     let command = format!("exec:cat {} | cat; : a,b=c", path.display());
     let there = There::start("file2", &command, &[])?;
     there.resumes()?.quits()?;
 
-    // Cut off, it starts nothing.
+    // A truncated stream starts nothing.
     let length = fs::metadata(&path)?.len();
     File::options().write(true).open(&path)?.set_len(length - 1)?;
     let file = File::open(&path)?;
@@ -421,7 +421,7 @@ fn one_who_waits_answers_and_ends_by_a_signal_and_leaves_nothing() -> Result<()>
     ensure!(commands.as_array().is_some_and(|all| all.len() > 40), "{commands}");
     kill(&there)?;
     ends(there, qmp, "host-signal")?;
-    // And while it is in the middle of it.
+    // And in the middle of the transfer.
     let (there, again) = There::listen("waits1")?;
     ensure!(uri != again);
     let mut qmp = waiting(&there)?;

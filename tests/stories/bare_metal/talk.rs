@@ -1,4 +1,4 @@
-//! The control socket as a person or a manager uses it, to the letter.
+//! The control socket as people and managers use it, byte for byte.
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
@@ -15,7 +15,7 @@ use stories::monitor::{Monitor, SOON};
 use crate::plug::refused;
 use crate::stage::{Stage, descriptors, ends, exists, quits, simple, status};
 
-/// What a person sees in `ncat -U`.
+/// A connection as `ncat -U` shows it.
 pub struct Ncat(BufReader<UnixStream>);
 
 impl Ncat {
@@ -36,7 +36,7 @@ impl Ncat {
         Ok(text.to_owned())
     }
 
-    /// The next line is that event, word for word but for the time, which is the present one.
+    /// The next line is exactly that event, with the current time.
     pub fn sees_event(&mut self, name: &str, data: &str) -> Result<()> {
         let line = self.sees()?;
         let start = format!(r#"{{"event":"{name}","data":{data},"timestamp":{{"#);
@@ -156,7 +156,7 @@ fn the_guests_end_is_reported_to_every_client() -> Result<()> {
     for _ in 0..20 {
         clients.push(Client::connect(&stage.socket(), SOON)?);
     }
-    // One that says nothing and reads nothing, and one that has gone.
+    // One that sends and reads nothing, and one that has disconnected.
     let silent = UnixStream::connect(stage.socket())?;
     drop(UnixStream::connect(stage.socket())?);
     clients.first_mut().context("no client")?.execute_raw("cont", json!({}))?;
@@ -194,7 +194,7 @@ fn somebody_elses_socket_or_file_is_left_alone() -> Result<()> {
     let stage = Stage::new("taken")?;
     let listener = UnixListener::bind(stage.socket())?;
     refuses(&stage, "another program listens there")?;
-    // It connects to find out, and that is all.
+    // The monitor only connects, to find out.
     drop(listener);
     fs::remove_file(stage.socket())?;
 
@@ -209,7 +209,7 @@ fn somebody_elses_socket_or_file_is_left_alone() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// A monitor that is started now says that about the socket, and ends with 1.
+/// A monitor started now prints that about the socket, and exits with status 1.
 fn refuses(stage: &Stage, why: &str) -> Result<()> {
     let mut monitor = stage.vm("hello", "halt")?.start(&stage.paths, &stage.dir)?;
     let status = monitor.wait_exit()?;

@@ -161,7 +161,7 @@ fn the_driver_is_looked_at_before_what_is_said_to_it() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// As libvirt learns what a QEMU can do: by `-machine none`, before there is any kernel or disk.
+/// As libvirt probes QEMU's capabilities: with `-machine none`, without kernel and disks.
 #[test]
 fn without_a_machine_it_describes_what_is_supported() -> Result<()> {
     let stage = Stage::new("probe")?;
@@ -246,7 +246,7 @@ fn a_machine_answers_a_prober_in_the_same_way() -> Result<()> {
     quits(&stage, &mut monitor, &mut qmp)
 }
 
-/// A client that listens, as QEMU's `-qmp unix:PATH` has it.
+/// A client that listens, as for QEMU's `-qmp unix:PATH`.
 #[test]
 fn without_server_the_monitor_connects_to_its_client() -> Result<()> {
     let stage = Stage::new("dials")?;
@@ -262,9 +262,9 @@ fn without_server_the_monitor_connects_to_its_client() -> Result<()> {
         Ok(command.spawn()?)
     };
     // No client listens: the message says how to make the monitor listen.
-    let nobody = start(&socket)?.wait_with_output()?;
-    let said = String::from_utf8(nobody.stderr)?;
-    ensure!(nobody.status.code() == Some(1) && said.contains(",server,nowait"), "{said}");
+    let unconnected = start(&socket)?.wait_with_output()?;
+    let said = String::from_utf8(unconnected.stderr)?;
+    ensure!(unconnected.status.code() == Some(1) && said.contains(",server,nowait"), "{said}");
 
     let listener = UnixListener::bind(&socket)?;
     let mut monitor = start(&socket)?;

@@ -1,4 +1,4 @@
-//! Guests that are asked to end: those that do, and those that do not.
+//! Guests that are asked to shut down: some do, and some do not.
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::thread;
@@ -30,7 +30,8 @@ fn a_guest_that_obeys_the_power_button_ends() -> Result<()> {
         "{reported}"
     );
     ensure!(rig.state("web")? == "absent");
-    // A registered one stays registered; and without -w the answer is that there is none yet.
+    // A registered one stays registered; without -w the command reports that the guest has not
+    // reacted yet.
     rig.ok(&["new", "web.json"])?;
     rig.ok(&["start", "web"])?;
     said(&rig, "web", "waits\n")?;
@@ -82,7 +83,7 @@ fn a_guest_that_does_not_reboot_is_reset_only_when_that_is_asked_for() -> Result
     let reported = rig.ok(&["reboot", "-F", "-t", "0.2", "web"])?;
     ensure!(reported.get("forced") == Some(&json!(true)), "{reported}");
     said(&rig, "web", "halts\nhello\nhalts\n")?;
-    // Keys that are not taken fill the keyboard's buffer.
+    // Keys that the guest does not read fill the keyboard's buffer.
     let full = (0..4).find_map(|_| rig.refused(&["reboot", "web"]).ok());
     let (what, hint) = full.context("its keyboard takes any number of keys")?;
     ensure!(what.contains("cannot be asked") && hint.contains("reboot -F web"), "{what}: {hint}");
@@ -106,14 +107,14 @@ fn an_agent_that_does_not_answer_costs_a_second_and_nothing_is_sent_to_other_con
         std::fs::write(&path, config.to_string())?;
         rig.ok(&["create", "web.json"])?;
         said(&rig, "web", "waits\n")?;
-        // A server in the place of the monitor that sends what was not asked for.
+        // A server in place of the monitor, which sends unsolicited data.
         std::fs::remove_file(&socket)?;
         let listener = UnixListener::bind(&socket)?;
         listener.set_nonblocking(!is_agent)?;
         let reported = thread::scope(|scope| -> Result<Value> {
             let far = scope.spawn(move || {
                 let (mut stream, _) = listener.accept()?;
-                // It has hung up if this thread is late.
+                // If this thread is late, the client has already disconnected.
                 let _ = stream.write_all(b"\xff{\"return\": 1}\nlogin: \xff\xff{\"ret");
                 Ok::<_, std::io::Error>(stream)
             });

@@ -107,7 +107,7 @@ fn a_hundred_domains() -> Result<()> {
     ids.sort_unstable();
     ids.dedup();
     ensure!(ids.len() == DOMAINS && ids.last().context("none")? < &1000, "{ids:?}");
-    // However few files it may have open.
+    // With a low limit on open files.
     let list = rig.command(&[]);
     let mut few = Command::new("sh");
     few.args(["-c", "ulimit -n 32; exec \"$0\" list"]).arg(list.get_program());

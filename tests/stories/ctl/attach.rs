@@ -1,4 +1,4 @@
-//! Consoles: by a terminal, by a pipe, before and after the guest's end.
+//! Consoles: on a terminal and on a pipe, before and after the guest has ended.
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ use stories::monitor::SOON;
 
 use crate::rig::Rig;
 
-/// Wait until the domain's guest has said `text`, from its beginning on.
+/// Wait until the domain's guest has printed `text` since it started.
 pub fn said(rig: &Rig, name: &str, text: &str) -> Result<()> {
     let mut command = rig.command(&["console", name]);
     let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -28,7 +28,7 @@ pub fn said(rig: &Rig, name: &str, text: &str) -> Result<()> {
     result
 }
 
-/// What has been read from somewhere so far.
+/// What a thread has read so far.
 pub struct Heard {
     all: Arc<Mutex<Vec<u8>>>,
     reader: JoinHandle<()>,
@@ -48,7 +48,7 @@ impl Heard {
         Self { all, reader }
     }
 
-    /// All of it, once the output is at its end.
+    /// All of it, once the output has ended.
     pub fn whole(self) -> Result<String> {
         self.reader.join().map_err(|_| anyhow!("the reader has panicked"))?;
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
@@ -70,7 +70,7 @@ impl Heard {
     }
 }
 
-/// A program at a terminal of its own.
+/// A program on a terminal of its own.
 struct AtTerminal {
     child: Child,
     keys: File,
@@ -94,7 +94,7 @@ impl AtTerminal {
         Ok(Self { child, keys, screen, line })
     }
 
-    /// Whether the terminal passes every key on.
+    /// Whether the terminal is in raw mode.
     fn is_raw(&self) -> Result<bool> {
         let modes = tcgetattr(&self.line)?.local_modes;
         let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
@@ -102,7 +102,7 @@ impl AtTerminal {
         Ok(!modes.intersects(cooked))
     }
 
-    /// It ends with that status, and the terminal is as it was.
+    /// The program exits with that status, and the terminal is as it was.
     fn ends(&mut self, status: i32) -> Result<()> {
         let ended = self.child.wait()?;
         ensure!(ended.code() == Some(status), "{ended}: {}", self.screen.text());
@@ -118,13 +118,13 @@ fn a_terminal_is_raw_while_it_is_attached_and_ctrl_bracket_leaves() -> Result<()
     let mut first = AtTerminal::start(rig.command(&["create", "-c", "web.json"]))?;
     first.screen.wait_for("waits\n")?;
     ensure!(first.is_raw()?);
-    // Ctrl-C is the guest's, which says it again.
+    // Ctrl-C goes to the guest, which echoes it.
     first.keys.write_all(b"\x03typed")?;
     first.screen.wait_for("\x03typed")?;
     first.keys.write_all(b"\x1dnot for the guest\n")?;
     first.ends(0)?;
     ensure!(rig.state("web")? == "running");
-    // The next one gets the earlier output.
+    // The next console begins with the earlier output.
     let mut second = AtTerminal::start(rig.command(&["console", "web"]))?;
     second.screen.wait_for("hello\nwaits\n\x03typed")?;
     ensure!(!second.screen.text().contains("not for the guest"));
@@ -173,7 +173,7 @@ fn a_pipe_is_a_console_too() -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()?;
     child.stdin.take().context("no input")?.write_all(text.as_bytes())?;
-    // The input is at its end, the domain is not: the guest says it again, a byte at a time.
+    // The input has ended, but the domain has not: the guest echoes the input, a byte at a time.
     let heard = Heard::by(child.stdout.take().context("no output")?);
     heard.wait_for(&text)?;
     rig.ok(&["shutdown", "-w", "web"])?;

@@ -1,4 +1,4 @@
-//! A registry that was damaged or cannot be written, and verbs that are killed half-way.
+//! A registry that is damaged or cannot be written, and commands that are killed half-way.
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -35,7 +35,7 @@ fn a_damaged_record_is_shown_and_does_not_hide_the_others() -> Result<()> {
         ensure!(row.get("state") == Some(&json!("running")), "{row}");
         ensure!(row.get("damaged").is_some_and(|said| said.to_string().contains(says)), "{row}");
         ensure!(rig.state("b")? == "registered");
-        // What does not need the record works.
+        // Commands that do not need the record work.
         rig.ok(&["pause", "a"])?;
         rig.ok(&["unpause", "a"])?;
         let (what, hint) = rig.refused(&["suspend", "a"])?;
@@ -79,7 +79,7 @@ fn a_fifo_in_the_registry_blocks_no_verb() -> Result<()> {
         fs::remove_file(&path)?;
         let _ = fs::rename(aside, &path);
     }
-    // Nor does a FIFO in place of a file that a restore reads.
+    // A FIFO in place of a file that a restore reads does not block it either.
     rig.ok(&["suspend", "a"])?;
     let state = rig.file("r/state/a/saved/state");
     let aside = fifo(&state)?;
@@ -104,7 +104,7 @@ fn a_verb_that_is_killed_leaves_what_the_next_one_can_use() -> Result<()> {
             break;
         }
         ensure!(Instant::now() < deadline, "nothing came of it: {seen:?}");
-        // In some of the states, each of these verbs does something.
+        // Each of these verbs is allowed in some of the states.
         let verbs: [&[&str]; 6] = [
             &["new", config, "--name", "vm"],
             &["start", "vm"],
@@ -115,7 +115,7 @@ fn a_verb_that_is_killed_leaves_what_the_next_one_can_use() -> Result<()> {
         ];
         let verb = verbs.get(usize::try_from(round)? % verbs.len()).context("a verb")?;
         let mut child = rig.command(verb).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        // Later and later, so that verbs come to their end on a slow host, too.
+        // Killed later and later, so that verbs complete even on a slow host.
         thread::sleep(Duration::from_micros(round * 7919 % (40_000 + 2_000 * round)));
         child.kill()?;
         child.wait()?;
@@ -124,7 +124,7 @@ fn a_verb_that_is_killed_leaves_what_the_next_one_can_use() -> Result<()> {
             ensure!(state != "killed", "after {verb:?} it is {state}");
             seen.push(state);
         }
-        // Both at once would be one domain under two names.
+        // Both at once would mean one domain under two names.
         let here = |name| Ok::<_, anyhow::Error>(rig.state(name)? != "absent");
         ensure!(!(here("vm")? && here("other")?), "after {verb:?} there are two");
         if here("other")? {
@@ -155,7 +155,7 @@ fn an_unmanaged_domain_whose_creator_was_killed_is_whole_or_gone() -> Result<()>
             ["absent", "starting", "running", "hung"].contains(&state.as_str()),
             "it is {state}"
         );
-        // One that was on its way comes up, and is never forgotten meanwhile.
+        // A monitor that was starting comes up, and its domain is known all the time.
         let deadline = Instant::now() + SOON;
         while monitors_in(&rig)? > 0 {
             ensure!(
@@ -174,7 +174,7 @@ fn an_unmanaged_domain_whose_creator_was_killed_is_whole_or_gone() -> Result<()>
 fn a_monitor_whose_starter_fails_does_not_run_on_unseen() -> Result<()> {
     let mut rig = Rig::new("starter")?;
     rig.config("vm.json", "hello", "halt")?;
-    // As if the process that waits for it to go into the background had been killed.
+    // As if the process that waits for the monitor to daemonize had been killed.
     rig.by_script("\"$MONITOR\" \"$@\"; exit 1")?;
     let (what, _) = rig.refused(&["create", "vm.json"])?;
     ensure!(what.contains("'vm' does not start"), "{what}");
@@ -189,7 +189,7 @@ fn a_monitor_whose_starter_fails_does_not_run_on_unseen() -> Result<()> {
 pub fn monitors_in(rig: &Rig) -> Result<usize> {
     let mut count = 0;
     for entry in fs::read_dir("/proc")? {
-        // Some end meanwhile; other entries are no processes.
+        // Some processes end meanwhile; other entries are not processes.
         if let Ok(directory) = fs::read_link(entry?.path().join("cwd")) {
             count += usize::from(directory.starts_with(rig.file("r")));
         }
@@ -201,7 +201,7 @@ pub fn monitors_in(rig: &Rig) -> Result<usize> {
 fn a_registry_that_cannot_be_written_says_so() -> Result<()> {
     let rig = Rig::new("read-only")?;
     rig.config("vm.json", "hello", "halt")?;
-    // A file in the place of a directory stops every user, root included.
+    // A file in place of a directory stops every user, even root.
     fs::create_dir_all(rig.file("r"))?;
     fs::write(rig.file("r/state"), "in the way")?;
     let (what, _) = rig.refused(&["new", "vm.json"])?;
@@ -214,8 +214,8 @@ fn a_registry_that_cannot_be_written_says_so() -> Result<()> {
     Ok(())
 }
 
-/// What a script in [`in_a_namespace`] has at hand: `refused WORDS VERB..` is a verb that is
-/// refused in these words.
+/// A function for scripts in [`in_a_namespace`]: `refused WORDS VERB..` checks that the verb is
+/// refused with these words.
 const SHELL: &str = r#"
     refused() {
         words=$1
@@ -226,7 +226,7 @@ const SHELL: &str = r#"
     }
 "#;
 
-/// Runs `script` by a shell in a mount namespace of its own, with `$ctl` for `stratoctl`.
+/// Runs `script` with a shell in a new mount namespace, where `$ctl` is `stratoctl`.
 fn in_a_namespace(rig: &Rig, script: &str) -> Result<()> {
     let ctl = rig.command(&[]);
     let mut command = Command::new("unshare");
@@ -326,7 +326,7 @@ fn a_socket_is_taken_over_from_the_dead_and_not_from_the_living() -> Result<()> 
 fn a_clock_that_has_jumped_back_changes_nothing() -> Result<()> {
     let rig = Rig::new("clock")?;
     rig.config("vm.json", "count", "plain 1")?;
-    // All that was written before the jump seems to come from the future.
+    // Everything that was written before the jump seems to come from the future.
     let jump = || -> Result<()> {
         let find = ["r", "kept", "-exec", "touch", "-hd", "2100-01-01", "{}", "+"];
         ensure!(Command::new("find").args(find).current_dir(&rig.dir).status()?.success());

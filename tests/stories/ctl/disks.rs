@@ -10,7 +10,7 @@ use stories::loop_device::LoopDevice;
 
 use crate::rig::Rig;
 
-/// A registry, and in it `vm.json` with this disk.
+/// A registry, and `vm.json` with this disk in its directory.
 fn with_disk(story: &str, disk: impl FnOnce(&Rig) -> Result<Value>) -> Result<Rig> {
     let rig = Rig::new(story)?;
     let path = rig.config("vm.json", "count", "registers 1")?;
@@ -36,7 +36,7 @@ fn change(disk: &Path) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-/// It is refused as it is, with a message that helps, and resumes with `--force`.
+/// The restore is refused with a helpful message, and succeeds with `--force`.
 fn by_force_only(rig: &Rig, disk: &Path, says: &str) -> Result<()> {
     let path = disk.display().to_string();
     rig.ok(&["create", "vm.json"])?;

@@ -70,7 +70,7 @@ fn a_guest_that_powers_off_ends_its_domain() -> Result<()> {
     rig.ok(&["start", "off"])?;
     rig.wait_state("off", "registered")?;
     fs::remove_file(off)?;
-    // What was registered is the configuration as it was.
+    // The registered configuration is a copy, which later changes of the file do not affect.
     rig.ok(&["start", "off", "-p"])?;
     rig.ok(&["unpause", "off"])?;
     rig.ok(&["wait", "off"])?;
@@ -198,7 +198,7 @@ fn a_monitor_that_hangs_is_shown_as_hung_and_can_be_ended() -> Result<()> {
     rig.ok(&["destroy", "vm"])?;
     rig.gone(pid)?;
     ensure!(rig.state("vm")? == "absent");
-    // One whose socket has gone may take long to end, but does not start any more.
+    // A monitor that has removed its socket may take long to end, but it is not starting.
     rig.ok(&["create", "vm.json"])?;
     fs::remove_file(rig.file("r/run/vm/qmp.sock"))?;
     ensure!(rig.state("vm")? == "ending");
@@ -219,7 +219,7 @@ fn a_monitor_that_the_kernel_cannot_end_is_shown_as_ending() -> Result<()> {
     rig.ok(&["start", "vm"])?;
     let pid = rig.pid("vm")?;
     let _guard = held.until_dropped();
-    // What closing a file waits for.
+    // Closing a file waits for this.
     held.hold(Op::FLUSH);
     rig.signal(pid, Signal::TERM)?;
     rig.wait_state("vm", "ending")?;
@@ -229,7 +229,7 @@ fn a_monitor_that_the_kernel_cannot_end_is_shown_as_ending() -> Result<()> {
     ensure!(rig.state("vm")? == "ending" && rig.pid("vm")? == pid);
     let (what, hint) = rig.refused(&["start", "vm"])?;
     ensure!(what.contains("is still ending") && hint.contains("`stratoctl info vm`"), "{what}");
-    // Nothing is in flight to its disk, so another machine can have it.
+    // Its disk has no requests in flight, so another machine can use it.
     rig.ok(&["create", "vm.json", "--name", "other"])?;
     held.release()?;
     rig.ok(&["destroy", "other"])?;
@@ -297,7 +297,8 @@ fn what_is_kept_makes_way_for_a_fresh_start() -> Result<()> {
             if make == "new" {
                 rig.ok(&["start", "vm"])?;
             }
-            // Restarted by itself, it ends again too soon, and is kept until it is started by hand.
+            // After the automatic restart it ends again too soon, and is kept until the user starts
+            // it.
             rig.wait_state("vm-1", state)?;
             rig.wait_state("vm", state)?;
             let pid = rig.pid("vm")?;

@@ -32,7 +32,8 @@ fn events_are_lines_and_end_with_the_domain() -> Result<()> {
     let (mut plain, plain_heard) = listen(&["events", "web"])?;
     let (mut raw, raw_heard) = listen(&["events", "--json", "web"])?;
     let (mut all, all_heard) = listen(&["events"])?;
-    // Once all of them listen each shows one of these. One that begins later is heard, too.
+    // Once all of them listen, each receives one of these. Events of a domain that starts later
+    // arrive, too.
     let paused_until = |name: &str, heard: &dyn Fn() -> bool| -> Result<()> {
         let deadline = Instant::now() + SOON;
         while !heard() {

@@ -1,5 +1,5 @@
-//! Every verb in every state, compared with the documentation's table: done, or refused with the
-//! message given there, and nothing changed.
+//! Every verb in every state, compared with the table in the documentation: it is carried out, or
+//! refused with the message given there, and nothing changes.
 use std::fs::{self, File, OpenOptions};
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use crate::rig::Rig;
 const DOCUMENT: &str = include_str!("../../../docs/stratoctl.md");
 const NAME: &str = "dom";
 
-/// A verb, and for each state whether it is done or the reason why not.
+/// A verb, and for each state `None` if it is allowed, or the reason why not.
 type Row = (String, Vec<Option<String>>);
 
 fn table() -> Result<(Vec<String>, Vec<Row>)> {
@@ -50,7 +50,7 @@ struct Stage {
     rig: Rig,
     config: String,
     saved: PathBuf,
-    /// As another `stratoctl` holds it while it saves.
+    /// The lock that another `stratoctl` holds while it saves.
     saving: Option<File>,
 }
 
@@ -101,7 +101,7 @@ impl Stage {
                 self.rig.hold()?;
                 let mut child = self.rig.command(&["start", NAME]).spawn()?;
                 self.rig.wait_state(NAME, state)?;
-                // It would keep the others waiting.
+                // It would make the others wait.
                 child.kill()?;
                 child.wait()?;
             }

@@ -18,7 +18,7 @@ fn a_program_that_is_no_monitor() -> Result<()> {
         ensure!(hint.contains("--monitor FILE"), "{hint}");
     }
     ensure!(rig.state("other")? == "absent" && rig.state("vm")? == "registered");
-    // A guest that has ended before the first query is no error.
+    // A guest that ends before the first query is not an error.
     rig.config("off.json", "hello", "poweroff")?;
     rig.ok(&["create", "off.json"])?;
     Ok(())
@@ -39,7 +39,7 @@ fn a_directory_with_other_things_in_it_is_no_place_for_a_save() -> Result<()> {
         ensure!(hint.contains("a directory of its own"), "{hint}");
     }
     ensure!(fs::read_dir(&etc)?.count() == 2 && rig.state("vm")? == "running");
-    // One that is empty will do, and so will an earlier save.
+    // An empty directory is accepted, and so is an earlier save.
     fs::create_dir(rig.file("empty"))?;
     for _ in 0..2 {
         rig.ok(&["save", "-c", "vm", "empty"])?;
@@ -115,7 +115,7 @@ fn a_time_limit_is_a_wait() -> Result<()> {
 fn a_wait_costs_the_monitor_next_to_nothing() -> Result<()> {
     let rig = Rig::new("waits")?;
     rig.config("vm.json", "count", "plain 1")?;
-    // Registered: one that comes late to its end still finds the domain.
+    // Registered, so that a `wait` that begins after its end still finds the domain.
     rig.ok(&["new", "vm.json"])?;
     let made = rig.command(&["start", "vm"]).env("STRATOVIRT_LOG_LEVEL", "debug").status()?;
     ensure!(made.success());

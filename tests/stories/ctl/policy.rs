@@ -1,4 +1,4 @@
-//! What becomes of a domain when its guest powers off, reboots or crashes.
+//! What happens to a domain when its guest powers off, reboots or crashes.
 use std::fs;
 use std::time::Instant;
 
@@ -75,7 +75,7 @@ fn a_triple_fault_is_a_reboot_unless_crashes_are_looked_into() -> Result<()> {
     rig.wait_state("web", "crashed")
 }
 
-/// Two names, in order, and their states.
+/// The names of two domains, in order, and their states.
 fn listed(rig: &Rig) -> Result<Vec<(String, String)>> {
     let Value::Array(rows) = rig.ok(&["list"])? else { anyhow::bail!("no list") };
     let text = |row: &Value, key: &str| -> Result<String> {
@@ -102,7 +102,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
     for managed in [false, true] {
         let path = rig.config("web.json", "hello", "panic")?;
         let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
-        // What only one machine at a time can have.
+        // Resources that only one machine at a time can have.
         fs::write(rig.file("disk.img"), vec![0; 1 << 20])?;
         let members = config.as_object_mut().context("no object")?;
         members.insert("domain".into(), json!({ "on_crash": "rename-restart" }));
@@ -131,7 +131,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
         logged(&rig, "web-1", "restarted; this instance is now 'web-1'")?;
         let kept = rig.listed("web-1")?.context("not listed")?;
         ensure!(kept.get("managed") == Some(&json!(false)), "it is registered twice");
-        // What listens ends with them.
+        // The processes that listen end with them.
         let listeners = || -> Result<usize> {
             let root = rig.file("r");
             let of = |pid: &fs::DirEntry| {
@@ -157,7 +157,7 @@ fn a_crashed_domain_is_kept_under_another_name_and_a_new_one_has_its_own() -> Re
 fn a_new_one_that_cannot_be_resumed_does_not_run_on_unseen() -> Result<()> {
     let mut rig = Rig::new("unheard")?;
     rig.patience = "2";
-    // From the second one on no client can reach it.
+    // From the second monitor on no client can connect.
     let first = rig.file("first");
     let script = format!(
         "\"$MONITOR\" \"$@\" || exit\nif [ -e '{0}' ]; then rm qmp.sock; fi\n: >'{0}'",

@@ -25,17 +25,17 @@ const GUESTS: [(&str, &[u8]); 4] = [
     ("ledger", include_bytes!(concat!(env!("OUT_DIR"), "/ledger.elf"))),
     ("count", include_bytes!(concat!(env!("OUT_DIR"), "/count.elf"))),
 ];
-/// Where `count` counts.
+/// Address of the counter of the guest `count`.
 const COUNTER: u64 = 4 << 20;
 
-/// A registry of the test's own; its domains are ended and its files gone afterwards.
+/// A registry for one test; afterwards its domains are ended and its files removed.
 pub struct Rig {
     pub paths: Paths,
     pub dir: PathBuf,
     monitor: PathBuf,
     stratoctl: PathBuf,
-    /// Seconds after which a monitor counts as hung. Many, unless the test is about such: on a busy
-    /// host any process may stall for a while.
+    /// Seconds after which a monitor counts as hung. Large unless the test is about hung monitors:
+    /// on a busy host any process may stall for a while.
     pub patience: &'static str,
 }
 
@@ -91,7 +91,7 @@ impl Rig {
         Ok(path)
     }
 
-    /// Wait until a guest has said `text`; it may have done so before.
+    /// Wait until a guest has printed `text`, which may be the case already.
     pub fn says(&self, name: &str, text: &str) -> Result<()> {
         let info = self.ok(&["info", name])?;
         let run = info.pointer("/0/run").and_then(Value::as_str).context("no directory")?;
@@ -189,8 +189,8 @@ impl Rig {
         self.gone(pid)
     }
 
-    /// Wait until a process has ended with all its threads: the first one leaves `/proc/PID/exe`
-    /// before the last one has closed the files.
+    /// Wait until a process has ended with all its threads: `/proc/PID/exe` disappears with the
+    /// first one, before the last one has closed the files.
     pub fn gone(&self, pid: i32) -> Result<()> {
         let number = Pid::from_raw(pid).context("no process id")?;
         let fd = match pidfd_open(number, PidfdFlags::empty()) {

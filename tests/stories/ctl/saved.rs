@@ -72,7 +72,7 @@ fn domains_restored_from_a_save_with_disks_have_disks_of_their_own() -> Result<(
     };
     for name in ["one", "two"] {
         rig.ok(&["restore", "kept", "--name", name])?;
-        // It notices when its disk and its memory are not of the same moment.
+        // It detects a disk that is not from the same moment as its memory.
         rig.says(name, "balanced\nbalanced")?;
         ensure!(disks(name)?.len() == 1, "{:?}", disks(name)?);
     }
@@ -215,7 +215,8 @@ fn a_guest_that_has_ended_is_kept_as_it_is() -> Result<()> {
                 rig.file("kept/domain.json"),
                 record.replace("\"preserve\"", &format!("\"{then}\"")),
             )?;
-            // Not even the process that restarts ended domains takes it for one that ends now.
+            // The process that restarts ended domains does not mistake it for one that has just
+            // ended.
             for how in [&["restore", "kept"][..], &["restore", "kept", "-p"]] {
                 let said = rig.ok(how)?;
                 ensure!(said.get("state") == Some(&json!(state)), "{said}");
@@ -234,7 +235,7 @@ fn a_restore_that_takes_long_is_shown_as_a_start() -> Result<()> {
     rig.config("vm.json", "count", "plain 1")?;
     rig.ok(&["create", "vm.json"])?;
     rig.ok(&["save", "vm", "kept"])?;
-    // However fast this host is: it takes as long as the rest of this needs.
+    // On every host it takes as long as the rest of this test.
     rig.hold()?;
     let begin = || {
         let mut command = rig.command(&["restore", "kept", "--verify", "--name", "slow"]);
@@ -278,8 +279,8 @@ fn a_suspended_domain_stays_listed_and_resumes() -> Result<()> {
         let (_, hint) = rig.refused(&["start", "vm"])?;
         ensure!(hint.contains("resume vm"), "{hint}");
         if round == 2 {
-            // The state is valid until the guest runs: a monitor that dies before that costs
-            // nothing.
+            // The state is valid until the guest runs: if the monitor dies before that, nothing is
+            // lost.
             rig.ok(&["resume", "vm", "-p"])?;
             ensure!(rig.state("vm")? == "paused" && store.exists());
             rig.kill("vm")?;
@@ -341,7 +342,7 @@ fn the_plug_of_a_suspended_domain_can_be_pulled() -> Result<()> {
     Ok(())
 }
 
-/// A guest whose save takes a minute unless [`hurry`] is called, and a `stratoctl` in the middle of
+/// A guest whose save takes a minute unless [`hurry`] is called, and a `stratoctl` that is saving
 /// it.
 fn in_the_middle_of_a_save(story: &str, verb: &[&str]) -> Result<(Rig, Child)> {
     let mut rig = Rig::new(story)?;
@@ -400,7 +401,7 @@ fn a_save_continues_without_the_client_that_asked_for_it() -> Result<()> {
     child.wait()?;
     hurry(&rig)?;
     rig.ok(&["wait", "vm", "saved"])?;
-    // Saved and not ended: it may run on, and the saved state is no longer valid then.
+    // Saved but not ended: the guest may run on, which makes the saved state invalid.
     ensure!(rig.state("vm")? == "paused");
     rig.ok(&["unpause", "vm"])?;
     ensure!(!rig.file("r/state/vm/saved").exists());
@@ -425,7 +426,7 @@ fn a_machine_that_was_begun_in_place_of_the_saved_one_is_left_alone() -> Result<
         let (rig, child) = in_the_middle_of_a_save(story, &["suspend", "vm"])?;
         let pid = i32::try_from(child.id())?;
         if !fails {
-            // It reads the monitor's messages only afterwards.
+            // `stratoctl` reads the monitor's messages only afterwards.
             rig.signal(pid, Signal::STOP)?;
             hurry(&rig)?;
             let deadline = Instant::now() + SOON;

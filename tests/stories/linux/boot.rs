@@ -1,4 +1,4 @@
-//! Kernels in every form come up with the processors and the memory they were given.
+//! Kernels in every format boot with the processors and the memory that they were given.
 use anyhow::{Result, ensure};
 use serde_json::json;
 use stories::agent::Story;
@@ -7,7 +7,7 @@ use stories::monitor::{Monitor, Vm};
 
 use crate::snapshot::Shape;
 
-/// Boots to the shell and checks what every guest has to have.
+/// Boots to the shell and checks what every guest must have.
 fn boots(story: &Story, kernel: Kernel) -> Result<Monitor> {
     let vm = Vm::linux(&story.paths, kernel).append("one=1=1 rootflags=data=ordered");
     let cmdline = vm.cmdline().to_owned();
@@ -61,7 +61,7 @@ pub fn four_vcpus(story: &Story) -> Result<()> {
     let cores = guest
         .sh("cat /sys/devices/system/cpu/cpu*/topology/thread_siblings_list | sort -u | wc -l")?;
     ensure!(cores.trim() == "4", "{cores} cores instead of 4");
-    // Each of them gets work and timer interrupts.
+    // Each of them runs tasks and gets timer interrupts.
     guest.sh("for cpu in 0 1 2 3; do taskset -c $cpu sleep 0.05 & done; wait")?;
     let online = guest.sh("cat /sys/devices/system/cpu/online")?;
     ensure!(online == "0-3", "online are {online}");
@@ -77,7 +77,7 @@ pub fn memory_above_4_gib(story: &Story, shape: Shape) -> Result<()> {
     ensure!(total * 1024 > size / 100 * 95, "the guest sees {total} KiB");
     let map = guest.sh("grep 'System RAM' /proc/iomem")?;
     ensure!(map.contains("100000000-"), "no memory at 4 GiB:\n{map}");
-    // Linux hands out the highest memory first: what is written here lies above the hole.
+    // Linux allocates the highest memory first: this data is above the hole.
     let sum = guest.sh("seq 1 200000 > /tmp/numbers && md5sum < /tmp/numbers")?;
     let again = guest.sh("seq 1 200000 | md5sum")?;
     ensure!(sum == again, "memory does not keep what is written");
@@ -85,7 +85,7 @@ pub fn memory_above_4_gib(story: &Story, shape: Shape) -> Result<()> {
 }
 
 /// Debian's kernel has neither MP tables nor `virtio_mmio.device=`: without ACPI it has one
-/// processor and the devices of an old PC. What is left has to work.
+/// processor and the devices of an old PC. These have to work.
 pub fn without_acpi(story: &Story) -> Result<()> {
     let vm = Vm::linux(&story.paths, Kernel::Elf).append("acpi=off");
     let mut guest = vm.start(&story.paths, &story.dir)?;

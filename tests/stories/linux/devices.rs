@@ -69,7 +69,7 @@ pub fn ping_and_tcp(story: &Story, shape: Shape) -> Result<()> {
         let (mut stream, _) = listener.accept()?;
         let mut sending = stream.try_clone()?;
         let sender = thread::spawn(move || -> std::io::Result<()> {
-            // Not closed by itself: busybox's nc stops sending when the peer has ended.
+            // Kept open: busybox's nc stops sending when the peer closes the connection.
             sending.write_all(&numbers())
         });
         let mut received = Vec::new();

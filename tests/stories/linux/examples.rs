@@ -33,7 +33,7 @@ fn boots(story: &Story, text: &str) -> Result<()> {
     let mut taps = Vec::new();
     if let Some(boot) = config.get_mut("boot-source") {
         put(boot, "kernel_image_path", json!(Kernel::Elf.path(&story.paths)));
-        // Debian's drivers are modules: they come in the initramfs, whatever the root file system
+        // Debian's drivers are modules: they are in the initramfs, whatever the root file system
         // is.
         if let Value::Object(boot) = boot {
             boot.insert("initrd_fs_path".to_owned(), json!(initramfs(&story.paths)));

@@ -1,4 +1,4 @@
-//! QMP and the guest decide when a machine runs and how it ends; both get correct reports of it.
+//! Clients and the guest stop, resume and end the machine, and each sees what the other has done.
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,7 +40,7 @@ pub fn stop_and_cont(story: &Story, shape: Shape) -> Result<()> {
             && status.get("status") == Some(&json!("paused")),
         "{status}"
     );
-    // What had left the guest before it stopped may still be on its way to us.
+    // Output from before the guest stopped may still be in transit.
     for _ in 0..30 {
         guest.forget();
         thread::sleep(Duration::from_secs(1));

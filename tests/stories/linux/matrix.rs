@@ -1,8 +1,7 @@
 //! A change to the slots of a Linux guest survives every way of saving and of restoring it:
 //! {plugged, unplugged, replaced, resized, link set, limited} x {running, stopped} x {saved,
 //! suspended, incremental, streamed} x {mapped, copied, uffd}, the file system checked after each.
-//!
-//! One guest goes through all of it: each restored machine is the next one's beginning.
+//! One guest goes through all of these: each round begins with the machine restored by the last.
 use std::fmt;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -27,11 +26,11 @@ const MIB: u64 = 1 << 20;
 enum Change {
     Plug,
     Unplug,
-    /// A disk that can be written takes the place of one that cannot, and the other way round.
+    /// A writable disk replaces a read-only one, and the other way round.
     Replace,
     Resize,
     SetLink,
-    /// The disk comes back with other limits.
+    /// The disk is plugged again with other limits.
     Limit,
 }
 
@@ -41,7 +40,7 @@ const CHANGES: [Change; 6] =
 /// How the guest is saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// It runs on, or stays stopped.
+    /// The guest runs on, or stays stopped.
     Save,
     Suspend,
     Incremental,
@@ -53,7 +52,7 @@ const WAYS: [(Way, &[&str]); 4] =
     [(Way::Save, MAPPED), (Way::Suspend, MAPPED), (Way::Incremental, MAPPED), (Way::Stream, &[""])];
 const MAPPED: &[&str] = &[",mapped=on", ",mapped=off", ",mapped=uffd"];
 
-/// A random one of all the ways.
+/// A random combination.
 #[derive(Debug, Clone, Copy)]
 struct Cell {
     change: Change,
@@ -82,7 +81,7 @@ fn cells() -> Vec<Cell> {
     cells
 }
 
-/// The guest's disks by slot: one that comes and goes, the one with the file system, one that
+/// The guest's disks by slot: one that is plugged and unplugged, one with the file system, one that
 /// grows.
 const FIRST: &str = "vda";
 const GROWS: &str = "vdc";
@@ -94,7 +93,7 @@ struct Guest<'a> {
     _tap: Tap,
     monitor: Monitor,
     qmp: Client,
-    /// Each image has a name of its own.
+    /// Numbers the images, so that each has its own name.
     images: u64,
     /// MiB of the disks in the first, third and fourth slot; 0 for an empty one.
     first: u64,
@@ -102,7 +101,7 @@ struct Guest<'a> {
     extra: u64,
     link: bool,
     writable: bool,
-    /// What the disk in the fourth slot is limited to.
+    /// The limits of the disk in the fourth slot.
     limit: u64,
 }
 
@@ -150,13 +149,13 @@ impl<'a> Guest<'a> {
         Ok((id, path))
     }
 
-    /// Takes the disk in slot `addr` out, if there is one.
+    /// Unplugs the disk in slot `addr`, if there is one.
     fn unplug(&mut self, addr: u64) -> Result<()> {
         let all = self.qmp.execute_raw("query-block", json!({}))?;
         let all = all.as_array().context("no list")?;
         let id = |disk: &Value| disk.get("device").and_then(Value::as_str).map(str::to_owned);
         let names: Vec<String> = all.iter().filter_map(id).collect();
-        // By the order of slots, of which the second and third are never empty.
+        // In the order of slots, of which the second and third are never empty.
         let first = u64::from(self.first > 0);
         let at = if addr == 0 { 0 } else { usize::try_from(addr - 1 + first)? };
         let name = names.get(at).with_context(|| format!("{names:?} has no disk {addr}"))?;
@@ -228,7 +227,7 @@ impl<'a> Guest<'a> {
         for (disk, mib) in [(FIRST, self.first), (GROWS, self.grows), (EXTRA, self.extra)] {
             sees(&mut self.monitor, disk, mib * MIB / 512)?;
         }
-        // The last sector of each can be read, and that of the first be written if that is so.
+        // The last sector of each can be read, and the first disk can be written if it is writable.
         let mut commands = vec![format!(
             "until [ $(cat /sys/class/net/eth0/carrier) = {} ]; do usleep 10000; done",
             u8::from(self.link)
@@ -333,14 +332,14 @@ fn go(story: &Story, shape: Shape, cells: &[Cell]) -> Result<()> {
     guest.end()
 }
 
-/// All changes of slots of a guest that runs, or that is stopped.
+/// All changes to the slots of a running guest, or of a stopped one.
 pub fn whole(story: &Story, shape: Shape, stopped: bool) -> Result<()> {
     let cells: Vec<_> = cells().into_iter().filter(|cell| cell.stopped == stopped).collect();
     ensure!(cells.len() == 60, "{}", cells.len());
     go(story, shape, &cells)
 }
 
-/// `number` of these, chosen at random.
+/// `number` of these combinations, chosen at random.
 pub fn sample(story: &Story, shape: Shape, stopped: bool, number: usize) -> Result<()> {
     let seed = stories::seed::get()?;
     println!("{SEED}={seed}: {number} of sixty ways");

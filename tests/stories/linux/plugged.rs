@@ -1,6 +1,6 @@
 //! Disks are plugged, resized and unplugged under a Linux guest, in every way of saving and
-//! restoring it. Linux takes every feature that a slot offers, and checks what it reads by its file
-//! system.
+//! restoring it. Linux accepts every feature that a slot offers, and its file system checks what it
+//! reads.
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -46,7 +46,7 @@ pub fn plug_with(qmp: &mut Client, id: &str, image: &Path, addr: &str, more: &Va
     Ok(())
 }
 
-/// Saves the guest, which stays stopped; what `-incoming` is to be.
+/// Saves the guest, which stays stopped; returns the argument of `-incoming`.
 fn save(qmp: &mut Client, directory: &Path, way: &str) -> Result<String> {
     let uri = format!("file:{}", directory.display());
     let migrate = |qmp: &mut Client, arguments: Value| -> Result<()> {
@@ -76,7 +76,7 @@ fn save(qmp: &mut Client, directory: &Path, way: &str) -> Result<String> {
     Ok(uri)
 }
 
-/// What a disk's file system holds, in so many words.
+/// What each disk's file system contains.
 const HOLDS: &str = "for f in /mnt/*; do [ $f = /mnt/lost+found ] || seq 1 20000 | cmp - $f; done";
 
 /// The guest has a disk of that many sectors.
@@ -85,8 +85,8 @@ pub fn sees(guest: &mut Monitor, disk: &str, sectors: u64) -> Result<()> {
     guest.sh(&format!("until [ $(cat {size}) = {sectors} ]; do usleep 10000; done")).map(drop)
 }
 
-/// The file system holds what it should, `file` can be written to it, and its free blocks be given
-/// back.
+/// The file system holds what it should, `file` can be written to it, and its free blocks can be
+/// discarded.
 pub fn holds(guest: &mut Monitor, file: &str) -> Result<()> {
     guest.sh("echo 3 > /proc/sys/vm/drop_caches")?;
     guest.sh(HOLDS)?;
@@ -101,7 +101,7 @@ fn is_quiet(guest: &mut Monitor) -> Result<()> {
     Ok(())
 }
 
-/// A disk for a guest with `mke2fs` and what that needs, all in one directory.
+/// A disk for a guest, with `mke2fs` and the files that it needs in one directory.
 fn tools(story: &Story) -> Result<PathBuf> {
     let (tree, image) = (story.dir.join("tools"), story.dir.join("tools.img"));
     for file in story.debian.program_files("sbin/mke2fs")? {
@@ -112,8 +112,8 @@ fn tools(story: &Story) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A slot that was empty offers everything to Linux, whatever comes into it; `mke2fs` then asks for
-/// all of the disk to be discarded.
+/// A slot that was empty at boot offers every feature to Linux, whatever is plugged into it;
+/// `mke2fs` then discards the whole disk.
 pub fn made_by_the_guest(story: &Story, shape: Shape) -> Result<()> {
     let tools = tools(story)?;
     let mut guest = shape.vm(story)?.start(&story.paths, &story.dir)?;
@@ -127,7 +127,7 @@ pub fn made_by_the_guest(story: &Story, shape: Shape) -> Result<()> {
     {
         let (id, size) = (format!("disk{number}"), 32 << 20);
         let image = story.dir.join(format!("{id}.img"));
-        // Nothing of it is a hole.
+        // The image has no holes.
         fs::write(&image, vec![0x5a; size])?;
         let how = json!({ "discard": discard, "cache": { "direct": direct } });
         plug_with(&mut qmp, &id, &image, "1", &how)?;
@@ -143,7 +143,7 @@ pub fn made_by_the_guest(story: &Story, shape: Shape) -> Result<()> {
         sees(&mut guest, "vdb", 0)?;
         is_quiet(&mut guest).with_context(|| name.clone())?;
         check_ext4(&story.debian, &image, false).with_context(|| name.clone())?;
-        // What the guest discards is given back to the host, or is not.
+        // Space that the guest discards is deallocated, or not.
         let blocks = fs::metadata(&image)?.blocks() * 512;
         let given_back = blocks < size as u64 / 2;
         ensure!(given_back == (*discard == "unmap"), "{name}: {blocks} bytes of {size} are used");

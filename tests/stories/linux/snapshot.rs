@@ -1,5 +1,5 @@
-//! A busy guest is saved and resumes in other processes: nothing that it acknowledged is lost, its
-//! file system is intact, its clocks and counters continue, its connections survive.
+//! A busy guest is saved and resumes in other processes: no record that it acknowledged is lost,
+//! its file system is intact, its clocks and counters continue, its connections survive.
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,7 @@ fn done(console: &str) -> Result<Done> {
     Ok(done)
 }
 
-/// Waits until the guest has come as far as `enough` wants.
+/// Waits until the guest's progress satisfies `enough`.
 fn until(guest: &mut Monitor, what: &str, enough: impl Fn(Done) -> bool) -> Result<Done> {
     let deadline = Instant::now() + SOON;
     loop {
@@ -101,7 +101,7 @@ fn until(guest: &mut Monitor, what: &str, enough: impl Fn(Done) -> bool) -> Resu
     }
 }
 
-/// Runs a command in a guest that talks all the time.
+/// Runs a command in a guest that prints all the time.
 fn ask(guest: &mut Monitor, command: &str) -> Result<String> {
     let shown = guest.sh(&format!(
         "({command}) > /tmp/said 2>&1; status=$?; sed 's/^/said: /' /tmp/said; (exit $status)"
@@ -110,7 +110,7 @@ fn ask(guest: &mut Monitor, command: &str) -> Result<String> {
     Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
-/// A guest that counts, writes, reads and talks, on a tap of its own.
+/// A guest that counts, writes, reads and has a connection, on a tap of its own.
 struct Busy {
     guest: Monitor,
     image: PathBuf,
@@ -168,7 +168,7 @@ fn save(qmp: &mut Client, directory: &Path, resume: bool) -> Result<Value> {
     Ok(info)
 }
 
-/// A new process that resumes from `saved`, with `image` for a disk and on the tap named.
+/// A new process that resumes from `saved`, with `image` as its disk and on the given tap.
 fn restore(story: &Story, saved: &Path, number: usize, image: &Path, tap: &str) -> Result<Monitor> {
     let dir = story.dir.join(number.to_string());
     fs::create_dir_all(&dir)?;
@@ -179,13 +179,13 @@ fn restore(story: &Story, saved: &Path, number: usize, image: &Path, tap: &str) 
     Vm::described(json!({})).args(&args).start(&story.paths, &dir)
 }
 
-/// All that the guest acknowledged up to `last` is in the image, each in its place.
+/// Every record that the guest acknowledged, up to `last`, is in its place in the image.
 fn has_records(story: &Story, image: &Path, last: u64) -> Result<()> {
     let records = read_ext4(&story.debian, image, "/records")?;
     let mut found = 0;
     for (number, record) in (1..).zip(records.lines()) {
         let text = format!("record {number:>10}");
-        // The last ones may have been on their way: complete, or zero.
+        // The last records may have been in flight: they are complete, or zero.
         if record.trim_end_matches('.') != text {
             break;
         }
@@ -195,7 +195,7 @@ fn has_records(story: &Story, image: &Path, last: u64) -> Result<()> {
     Ok(())
 }
 
-/// The file system in `image` is whole, at once or once its journal has been replayed.
+/// The file system in `image` is consistent, as it is or after its journal has been replayed.
 fn is_whole(story: &Story, image: &Path, unmounted: bool) -> Result<()> {
     if !unmounted {
         check_ext4(&story.debian, image, true)?;
@@ -203,7 +203,7 @@ fn is_whole(story: &Story, image: &Path, unmounted: bool) -> Result<()> {
     check_ext4(&story.debian, image, false).map(drop)
 }
 
-/// Nothing in the guest has noticed, except for the wall clock.
+/// The guest has noticed nothing, except from the wall clock.
 fn is_well(guest: &mut Monitor, name: &str) -> Result<()> {
     let log = ask(guest, &format!("dmesg | grep -E '{BAD}' || true"))?;
     ensure!(log.is_empty(), "{name}: the kernel says\n{log}");
@@ -261,7 +261,7 @@ fn again_and_again(
     Ok(())
 }
 
-/// A plain save: it is stopped from then on, and the first restored one takes its place.
+/// A plain save: the guest stays stopped, and the first restored one replaces it.
 pub fn stopped(story: &Story, shape: Shape) -> Result<()> {
     let mut busy = Busy::start(story, shape)?;
     let mut qmp = busy.guest.qmp()?;
@@ -281,7 +281,7 @@ pub fn stopped(story: &Story, shape: Shape) -> Result<()> {
     again_and_again(story, shape, &saved, &image, before, Some(tally), "")
 }
 
-/// Saved while it runs on. Its file system is frozen, as is necessary to copy a disk in use; reads,
+/// Saved while it runs on. Its file system is frozen, which copying a disk in use requires; reads,
 /// the network and the counting continue.
 pub fn live(story: &Story, shape: Shape) -> Result<()> {
     let mut busy = Busy::start(story, shape)?;
@@ -292,7 +292,7 @@ pub fn live(story: &Story, shape: Shape) -> Result<()> {
     let info = save(&mut qmp, &saved, true)?;
     println!("saved: {info}");
     let downtime = info.get("downtime").and_then(Value::as_u64).context("no downtime")?;
-    println!("the guest stood still for {downtime} ms");
+    println!("the guest was stopped for {downtime} ms");
     copy_image(&busy.image, &image)?;
     busy.talks("after the save")?;
     ask(&mut busy.guest, "fsfreeze --unfreeze /mnt")?;
@@ -305,8 +305,8 @@ pub fn live(story: &Story, shape: Shape) -> Result<()> {
     again_and_again(story, shape, &saved, &image, before, None, "fsfreeze --unfreeze /mnt")
 }
 
-/// Saved at any moment of its boot, `times` times; whatever it was doing, it finishes booting in
-/// another process.
+/// Saved at `times` moments of its boot; whatever it was doing, it finishes booting in another
+/// process.
 pub fn any_moment(story: &Story, shape: Shape, times: usize) -> Result<()> {
     let image = story.dir.join("data.img");
     make_ext4(&story.debian, &image, 16 << 20, None)?;
@@ -320,7 +320,7 @@ pub fn any_moment(story: &Story, shape: Shape, times: usize) -> Result<()> {
     let mut random = seed;
     for number in 0..times {
         random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        // The first one before the first instruction, the others up to a while after the last line.
+        // The first save is before the first instruction, the last some time after the last line.
         let part = if number == 0 { 0.0 } else { (random >> 40) as f64 / f64::from(1 << 24) };
         let moment = boot.mul_f64(part * 1.1);
         resumes(story, shape, &image, number, moment)
