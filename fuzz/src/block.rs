@@ -70,7 +70,7 @@ fn publish(guest: &mut Guest, slot: u64, kind: u32, sector: u64, count: u64, pie
     guest.queues[0] = queue;
 }
 
-/// No input may cause a panic or a wait.
+/// No input may cause a panic or an unbounded wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let image = TempFile::new().unwrap();
@@ -91,7 +91,7 @@ pub fn entry(input: &[u8]) {
     let features = guest.offered();
     guest.start(features & !(u64::from(input.u8()) << 28) | 1 << 32);
     guest.place_all();
-    // The contents of guest memory, and so of what it writes.
+    // The contents of guest memory, and so of the data that it writes.
     for slot in 0..SLOTS {
         let bytes = vec![slot as u8 + 1; MAX_BYTES as usize];
         guest.memory.write_slice(&bytes, GuestAddress(DATA + slot * MAX_BYTES)).unwrap();
@@ -119,7 +119,8 @@ pub fn entry(input: &[u8]) {
             6 => {
                 guest.transport.pause();
                 let section = guest.transport.save().unwrap();
-                // Unmodified, or nearly. A disk that has been written to since is refused.
+                // Unmodified, or with small changes. A disk that has been written to since is
+                // refused.
                 let section = match input.u8() & 1 {
                     0 => Some(section),
                     _ => input.change(&section),

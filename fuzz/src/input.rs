@@ -1,4 +1,4 @@
-//! Decodes an input's bytes, for entry functions that take them as steps.
+//! Decodes an input's bytes, for entry functions that interpret them as steps.
 #![allow(dead_code, reason = "each target needs a part of it")]
 use state::Section;
 

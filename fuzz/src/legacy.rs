@@ -44,7 +44,7 @@ impl Ports {
     }
 }
 
-/// No input may cause a panic or a wait.
+/// No input may cause a panic or an unbounded wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let sink: PowerSink = Arc::new(|_| {});

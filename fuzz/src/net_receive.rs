@@ -62,7 +62,7 @@ fn work(guest: &Guest) {
     }
 }
 
-/// No input may cause a panic, an access outside of RAM or a wait.
+/// No input may cause a panic, an access outside of RAM or an unbounded wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let (ours, theirs) = UnixDatagram::pair().unwrap();

@@ -22,7 +22,7 @@ pub fn stream(mut input: &[u8]) -> Vec<u8> {
     to.into_inner()
 }
 
-/// The bytes of the file or stream that `input` stands for.
+/// The bytes of the file or stream that `input` describes.
 pub fn bytes(input: &[u8]) -> Vec<u8> {
     match input.split_first() {
         Some((framed, input)) if framed & 1 != 0 => stream(input),

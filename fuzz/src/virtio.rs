@@ -131,7 +131,7 @@ fn queue(guest: &mut Guest, input: &mut Input) -> Option<(u16, DriverQueue)> {
     guest.queues.get(index).map(|queue| (index as u16, queue.clone()))
 }
 
-/// A request as a correct driver makes it, or nearly: its header, and the first bytes of its data.
+/// A request like a correct driver's, or nearly: its header, and the first bytes of its data.
 fn request(kind: u8, input: &mut Input) -> (Vec<u8>, Vec<u8>) {
     let [number, class, command, value, sector, count, flags] = input.bytes();
     if kind % 6 == 3 {
@@ -144,7 +144,7 @@ fn request(kind: u8, input: &mut Input) -> (Vec<u8>, Vec<u8>) {
     (header.to_vec(), range.to_vec())
 }
 
-/// No input may cause a panic, an access outside of RAM or a wait.
+/// No input may cause a panic, an access outside of RAM or an unbounded wait.
 pub fn entry(input: &[u8]) {
     let mut input = Input(input);
     let mut host = Host::new();

@@ -1,11 +1,12 @@
 //! Init of the guests that `cargo compare` measures: one static program, no crates. It reports that
-//! it runs, measures what its environment (the kernel's command line) asks for, and prints each
-//! figure as a line `bench NAME VALUE` through /dev/kmsg, which reaches the serial port whatever
-//! the console is.
+//! it runs, measures what its environment (from the kernel's command line) specifies, and prints
+//! each figure as a line `bench NAME VALUE` through /dev/kmsg, which reaches the serial port
+//! whatever the console is.
 //!
 //! `bench=` is `init` (nothing more), `busy` (every processor spins), `all` (disk, network, then
-//! `busy`), `small` (the same with no more of the disk than one request of 4 KiB at a time) or `scatter` (touches memory, then writes to pages all over it, without an end);
-//! `seconds=` is how long each figure is measured.
+//! `busy`), `small` (the same, but of the disk only requests of 4 KiB, one at a time) or `scatter`
+//! (touches memory, then endlessly writes to pages all over it); `seconds=` is how long each figure
+//! is measured.
 #![no_main]
 use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::{self, File, OpenOptions};
@@ -39,7 +40,7 @@ unsafe extern "C" {
 }
 
 const DISK: &str = "/dev/vda";
-/// What listens on the host's side of the tap, and this side's address.
+/// The address of the server on the host's side of the tap, and this side's address.
 const PEER: &str = "10.0.0.1:5001";
 const ADDRESS: [u8; 4] = [10, 0, 0, 2];
 const NETMASK: [u8; 4] = [255, 255, 255, 0];
@@ -56,12 +57,12 @@ const SIOCSIFFLAGS: c_ulong = 0x8914;
 const IFF_UP: u8 = 1;
 
 const PROT_READ_WRITE: c_int = 3;
-/// Without a reservation: the kernel would refuse to promise nearly all of its memory.
+/// MAP_NORESERVE: the kernel would refuse to reserve nearly all of its memory.
 const MAP_PRIVATE_ANONYMOUS_NORESERVE: c_int = 0x4022;
 const MADV_NOHUGEPAGE: c_int = 15;
 
-/// Pages that `scatter` writes again and again, how far they are apart, how much of what lies
-/// between them it touches once, and how often it writes.
+/// The number of pages that `scatter` writes repeatedly, the distance between them, how much memory
+/// it touches once, and how often it writes.
 const SCATTERED: usize = 2000;
 const DISTANCE: usize = 512 << 10;
 const TOUCHED: usize = (700 << 20) / SCATTERED;
@@ -71,7 +72,7 @@ const SMALL: usize = 4096;
 const LARGE: usize = 1 << 20;
 const DEPTH: usize = 32;
 
-/// Memory that O_DIRECT takes.
+/// Memory aligned for O_DIRECT.
 #[repr(align(4096))]
 struct Aligned([u8; LARGE]);
 
@@ -121,7 +122,7 @@ fn spin() -> ! {
     }
 }
 
-/// Says `scattered` when all is touched and every page has been written once more.
+/// Prints `scattered` when all memory is touched and every page has been written once more.
 fn scatter(log: &mut File) -> io::Result<()> {
     let length = SCATTERED * DISTANCE;
     // SAFETY: new, private memory; huge pages would touch what lies between the pages, too.
@@ -168,7 +169,7 @@ fn attach(kind: &CStr, target: &CStr) {
     unsafe { mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
 }
 
-/// A distribution's kernel has its drivers in modules, which lie beside this program then.
+/// A distribution's kernel has its drivers in modules, which are then beside this program.
 fn load_modules() -> io::Result<()> {
     let Ok(order) = fs::read_to_string("/modules/order") else { return Ok(()) };
     for name in order.lines() {
@@ -235,7 +236,7 @@ fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE], all: bool) -> 
     Ok(())
 }
 
-/// Repeats `step` for `time`; the sum of what it returns, per second.
+/// Repeats `step` for `time`; returns the sum of its results per second.
 fn repeat(time: Duration, mut step: impl FnMut(u64) -> io::Result<usize>) -> io::Result<f64> {
     let started = Instant::now();
     let mut sum = 0;

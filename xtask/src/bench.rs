@@ -42,18 +42,18 @@ pub enum Metric {
     InitDevices,
     /// Private memory beyond the guest's RAM.
     Private,
-    /// Asking for the run state and getting it.
+    /// From `query-status` to its answer.
     Status,
     /// From `stop` to its answer.
     Stop,
     /// From `cont` to its answer.
     Cont,
-    /// From asking for a save of a guest of 256 MiB, [`guests::FILL`] of it not zero, until all of
+    /// From the request to save a guest of 256 MiB, [`guests::FILL`] of it not zero, until all of
     /// it is on the disk.
     SaveSynced,
     /// The same as a multiple of the time that `dd` takes to write as many bytes and sync them.
     SaveRatio,
-    /// How long it is stopped for a save while it runs on.
+    /// How long a guest that runs on is stopped for a save.
     LivePause,
     /// How long Linux is stopped for a save into a directory, while it writes to pages scattered
     /// over its memory ([`scattered`]).
@@ -68,13 +68,13 @@ pub enum Metric {
     List,
     /// Many machines at once ([`density`]): from the first exec to the last guest's first byte.
     ManyWall,
-    /// Processor time of each monitor, from its exec until the kernel has cleared it away.
+    /// CPU time of each monitor, from its exec until the kernel has removed it.
     ManyCpu,
     /// Private memory of each beyond its guest's RAM.
     ManyPrivate,
     /// Proportional share of each beyond its guest's RAM.
     ManyPss,
-    /// What each guest's RAM occupies beyond the page that the guest touches.
+    /// Guest RAM in use beyond the page that each guest touches.
     ManyGuest,
     /// The same, in this order, of many machines that are restored from one save.
     ClonesWall,
@@ -86,7 +86,7 @@ pub enum Metric {
     ClonesPss,
     /// See [`Self::ManyGuest`].
     ClonesGuest,
-    /// Processor time of the monitor, its guest's included, for each byte of [`Self::TcpOut`].
+    /// CPU time of the monitor, its guest's included, for each byte of [`Self::TcpOut`].
     TcpOutCpu,
     /// The same for [`Self::TcpIn`].
     TcpInCpu,
@@ -114,7 +114,7 @@ pub enum Metric {
 }
 
 impl Metric {
-    /// For people: what it is, and its unit.
+    /// A label for people, and the unit.
     #[must_use]
     pub const fn label(self) -> (&'static str, &'static str) {
         match self {
@@ -158,8 +158,8 @@ impl Metric {
         }
     }
 
-    /// The figure that tells what this rate costs in processor time, and the factor from processor
-    /// seconds per second, divided by this rate, to its unit.
+    /// The figure for the CPU time that this rate costs, and the factor from CPU seconds per
+    /// second, divided by this rate, to its unit.
     #[must_use]
     pub const fn cost(self) -> Option<(Self, f64)> {
         match self {
@@ -172,14 +172,14 @@ impl Metric {
         }
     }
 
-    /// Whether more is better.
+    /// Whether higher is better.
     #[must_use]
     pub const fn more_is_better(self) -> bool {
         self as u8 >= Self::SeqRead as u8
     }
 }
 
-/// What a monitor is measured with, and where.
+/// The guests and places of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scenario {
@@ -191,7 +191,7 @@ pub enum Scenario {
     Domains,
     /// Linux on this machine's own KVM.
     Linux,
-    /// Saves of such a Linux while it writes all over its memory.
+    /// Saves of a native Linux while it writes all over its memory.
     Scattered,
     /// Linux in the emulated host.
     Emulated,
@@ -237,12 +237,12 @@ pub enum Message {
     Step(String),
     /// A figure.
     Sample { scenario: Scenario, metric: Metric, monitor: String, value: f64 },
-    /// A monitor could not do one part of a scenario in one run.
+    /// One part of a scenario failed under a monitor in one run.
     Failed { scenario: Scenario, part: String, monitor: String, error: String },
-    /// How a monitor answered while something was held.
+    /// How a monitor answered while something was blocked.
     Held { hold: held::Hold, question: held::Question, answer: held::Answer },
-    /// What could not be held here, and why.
+    /// What could not be blocked here, and why.
     NotHeld { hold: held::Hold, error: String },
-    /// The measuring is over; with the reason, if it ended early.
+    /// The measurement has ended; with the reason, if it ended early.
     Done(Option<String>),
 }

@@ -1,5 +1,6 @@
-//! The rules of this workspace that no compiler checks: which crate may depend on which, how long a
-//! file may get, where unsafe code may be; and that the links between its pages have targets.
+//! The rules of this workspace that compiler and clippy do not check: which crate may depend on
+//! which, how long a file may be, where unsafe code may be, and that the links between its pages
+//! have targets.
 mod links;
 
 use std::env;
@@ -10,7 +11,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-/// Each crate and the siblings it may depend on; what is not listed may depend on none.
+/// Each crate and the siblings that it may depend on; a crate that is not listed may depend on
+/// none.
 const ARROWS: [(&str, &[&str]); 11] = [
     ("json", &[]),
     ("replication", &[]),
@@ -191,7 +193,7 @@ fn opts_in(line: &str) -> bool {
     })
 }
 
-/// Tests are free to be long, and to be unsafe where they like.
+/// Tests may be long, and unsafe anywhere.
 fn is_test(name: &str) -> bool {
     name.starts_with("tests/") || name.ends_with("/tests.rs") || name.contains("/tests/")
 }

@@ -1,4 +1,4 @@
-//! Where and when figures were made: without that they mean little.
+//! Where and when figures were measured: without that they mean little.
 use std::fs;
 use std::thread::available_parallelism;
 use std::time::{SystemTime, UNIX_EPOCH};

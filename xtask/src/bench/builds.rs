@@ -1,4 +1,4 @@
-//! Two builds of this monitor, in turns: what has become slower, and how certain that is.
+//! Compares two builds of this monitor, in turns: what has become slower, and how certain that is.
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{fs, thread};
@@ -25,8 +25,8 @@ pub const TIMES: usize = 200;
 pub const IO_TIMES: usize = 20;
 /// A build is worse if an interval lies wholly above this.
 pub const TOLERANCE: f64 = 1.03;
-/// Fewer runs give no verdict: even the interval from the least to the greatest does not contain
-/// the true median with a probability of 95 %.
+/// Fewer runs give no verdict: even the interval from the lowest to the highest value does not
+/// contain the true median with a probability of 95 %.
 const FEWEST: usize = 6;
 /// How often one save is restored. The layout of its file in the page cache changes the time to map
 /// it by some 15 %, so two builds that each restored one save would differ by chance.
@@ -45,14 +45,14 @@ const FIGURES: [(Scenario, Metric); 10] = [
     (Scenario::Linux, Metric::TcpRoundTrips),
 ];
 
-/// Which builds, and how often.
+/// The two builds and the numbers of runs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
     /// The two programs.
     pub programs: [PathBuf; 2],
     /// Runs of each for figures that take milliseconds.
     pub times: usize,
-    /// Runs of each for block and network; none where no Linux runs.
+    /// Runs of each for block and network; `None` where no Linux runs.
     pub io_times: usize,
 }
 
@@ -91,7 +91,7 @@ pub fn measure(rig: &Rig, plan: &Plan) -> Result<()> {
         turn.sample(Metric::Private, run.private_kib(MIB)? as f64)
     })?;
 
-    // Each restores what it has saved: formats may differ.
+    // Each restores its own save: formats may differ.
     let saved = |found: &Found| rig.dir.join(format!("saved-{}", found.name));
     for first in (0..plan.times).step_by(TURNS_OF_A_SAVE) {
         for found in &builds {
@@ -109,9 +109,9 @@ pub fn measure(rig: &Rig, plan: &Plan) -> Result<()> {
     in_turns(rig, &builds, plan.io_times, Scenario::Linux, |turn| turn.devices("all"))
 }
 
-/// A copy of `program`. The way in which a program was read into the page cache decides how many of
-/// its pages are mapped at once, and pages that another process maps, too, are not private. So two
-/// copies of one program that were read in different ways differ by 2 % of private memory.
+/// A copy of `program`. How a program was read into the page cache decides how many of its pages
+/// are mapped at once, and pages that another process maps, too, are not private. So two copies of
+/// one program that were read in different ways differ by 2 % in private memory.
 fn build(rig: &Rig, name: &str, program: &Path) -> Result<Found> {
     let copy = rig.dir.join(format!("build-{name}"));
     fs::copy(program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
@@ -119,7 +119,7 @@ fn build(rig: &Rig, name: &str, program: &Path) -> Result<Found> {
     Ok(Found::build(name, copy))
 }
 
-/// Runs a step `times` times for both; which one begins alternates.
+/// Runs a step `times` times for both; which one goes first alternates.
 fn in_turns(
     rig: &Rig,
     builds: &[Found; 2],
@@ -147,7 +147,8 @@ pub struct Row {
     pub times: usize,
     /// The medians.
     pub medians: [f64; 2],
-    /// What B costs more than A: above 1, B is worse, whatever is better for this figure.
+    /// B's cost relative to A's: above 1, B is worse, whether higher or lower is better for this
+    /// figure.
     pub cost: Ratio,
 }
 
@@ -257,7 +258,7 @@ mod tests {
 
     #[test]
     fn an_interval_that_reaches_below_the_tolerance_is_no_verdict() {
-        // A median 5 % higher, and so much noise that it may mean nothing.
+        // A median that is 5 % higher, with so much noise that it is not significant.
         let noisy: Vec<f64> = (0..20).map(|turn| 53.0 + f64::from(turn * 7 % 20 - 10)).collect();
         let rows = rows(&figures(Metric::FirstByte, &around(50.0), &noisy));
         assert!(rows[0].cost.ratio > TOLERANCE && !rows[0].is_worse(), "{:?}", rows[0]);

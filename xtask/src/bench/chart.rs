@@ -16,7 +16,7 @@ const STEP: f64 = 26.0;
 const HEADING: f64 = 40.0;
 /// A line of text below the title.
 const LINE: f64 = 17.0;
-/// Characters of a reason that fit a panel.
+/// How many characters of a reason fit into a panel.
 const REASON: usize = 42;
 /// This monitor's colour first.
 const COLOURS: [&str; 5] = ["#1b6ca8", "#9aa5b1", "#b8b08d", "#8fb3a3", "#b39bb0"];
@@ -98,7 +98,7 @@ fn panel(body: &mut String, figures: &Figures, row: &Row, left: f64, top: f64) {
     }
 }
 
-/// How many values each monitor has; from and to, if not as many.
+/// How many values each monitor has; a range if the numbers differ.
 fn samples(row: &Row) -> String {
     let counts = || row.cells.iter().flatten().map(|cell| cell.samples);
     match (counts().min(), counts().max()) {
@@ -107,8 +107,8 @@ fn samples(row: &Row) -> String {
     }
 }
 
-/// A bar as long as the median, a whisker from the least to the greatest; the median and, for all
-/// but this monitor, the ratio in figures.
+/// A bar as long as the median, a whisker from the lowest to the highest value, the median as a
+/// number and, for all but this monitor, the ratio.
 fn bar(
     body: &mut String,
     cell: &Summary,
@@ -134,7 +134,7 @@ fn bar(
     text(body, max + 6.0, y + 13.0, SMALL, &format!("{}{ratio}", short(cell.median)));
 }
 
-/// Why there is no bar: as much as fits, and all of it where the pointer rests.
+/// Why there is no bar: as much as fits, and all of it as a tooltip.
 fn missing(body: &mut String, x: f64, y: f64, why: &str) {
     let line = why.lines().next().unwrap_or_default();
     let mut shown: String = line.chars().take(REASON).collect();

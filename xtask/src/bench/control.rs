@@ -22,7 +22,7 @@ pub enum Protocol {
     Http {
         /// Answers as soon as the monitor answers any request.
         ready: Request,
-        /// The nearest to `query-status`.
+        /// The nearest equivalent of `query-status`.
         status: Request,
         /// Stops the vCPUs.
         stop: Request,
@@ -59,7 +59,7 @@ pub enum Verb {
 }
 
 impl Connection {
-    /// Connects, and waits for the first sign that requests are answered. Returns that moment, too.
+    /// Connects, and waits until requests are answered. Also returns that moment.
     ///
     /// # Errors
     /// No monitor listens (yet), or the answer is not a monitor's.
@@ -82,7 +82,8 @@ impl Connection {
         }
     }
 
-    /// Connects. QMP has the monitor speak first; by HTTP it need not answer anything yet.
+    /// Connects. With QMP it waits for the greeting; with HTTP the monitor may not answer requests
+    /// yet.
     ///
     /// # Errors
     /// No monitor listens (yet), or it does not speak QMP.
@@ -99,7 +100,7 @@ impl Connection {
         }
     }
 
-    /// Lets every later answer take as long as `limit`.
+    /// Sets the time limit of every later answer to `limit`.
     ///
     /// # Errors
     /// The connection is closed.
@@ -301,7 +302,7 @@ mod tests {
             let mut buffer = [0; 4096];
             assert!(stream.read(&mut buffer).unwrap() > 0);
             stream.write_all(b"HTTP/1.1 200 \r\n\r\n").unwrap();
-            // The second request is read and never answered, until the client gives up.
+            // The second request is read but not answered, until the client times out.
             while stream.read(&mut buffer).unwrap() > 0 {}
         });
         let (mut connection, _) = Connection::open(HTTP, &dir.socket()).unwrap();

@@ -1,27 +1,26 @@
-//! Processor time of monitors, by `/proc/PID/stat`: all threads, in user and kernel mode, the
-//! guest's instructions included.
+//! CPU time of monitors, from `/proc/PID/stat`: all threads, in user and kernel mode, the guest's
+//! instructions included.
 use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// What the kernel counts in, whatever its own clock: 1 / `USER_HZ`.
+/// The kernel's unit, whatever its own clock: 1 / `USER_HZ`.
 const TICK: Duration = Duration::from_millis(10);
 
 /// What process `pid` has used.
 ///
 /// # Errors
-/// It has gone.
+/// It has ended.
 pub fn of(pid: u32) -> Result<Duration> {
     read(&pid.to_string()).map(|[own, _]| own)
 }
 
-/// What the children of this process have used, and the children that they have waited for; only
-/// of those that this process has waited for. The kernel adds them up exactly and rounds the sums
-/// down to 10 ms each.
+/// CPU time of the children that this process has waited for, and of those that these have waited
+/// for. The kernel adds the times up exactly and rounds each sum down to 10 ms.
 ///
 /// # Errors
-/// The kernel does not tell.
+/// The kernel does not report it.
 pub fn of_ended_children() -> Result<Duration> {
     read("self").map(|[_, children]| children)
 }

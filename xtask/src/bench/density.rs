@@ -17,16 +17,16 @@ use super::smaps::Shares;
 use super::{Metric, snapshots};
 use crowd::{Crowd, Launch};
 
-/// RAM of each guest, MiB: what the monitor with the highest minimum takes.
+/// RAM of each guest, MiB: the highest minimum of all monitors.
 const MIB: u64 = 128;
-/// Free memory that there has to be for each machine, MiB. Guests touch next to nothing; the
-/// largest of the monitors needs 40.
+/// Free memory required for each machine, MiB. Guests touch hardly any; the largest monitor needs
+/// 40.
 const NEEDED_MIB: u64 = 64;
-/// Most machines at once: as many fit into the usual limit of open files.
+/// Most machines at once: as many as the usual limit of open files allows.
 const MOST: usize = 300;
-/// Lets all monitors settle before their memory is looked at.
+/// Lets all monitors settle before their memory is measured.
 const REST: Duration = Duration::from_millis(200);
-/// Turns, unless told otherwise.
+/// The default number of turns.
 pub const RUNS: usize = 7;
 
 /// How many machines at once.
@@ -45,10 +45,10 @@ impl Default for Counts {
 }
 
 impl Counts {
-    /// The number that `option` is followed by.
+    /// The number after `option`.
     ///
     /// # Errors
-    /// It is not one of those that are allowed.
+    /// It is not a number in the allowed range.
     pub fn parse(option: &str, word: Option<&str>) -> Result<usize> {
         let count = word.and_then(|word| word.parse().ok());
         let count = count.filter(|count| (1..=MOST).contains(count));
@@ -58,7 +58,7 @@ impl Counts {
     /// Checks that this host has the memory.
     ///
     /// # Errors
-    /// It has not.
+    /// It does not have enough.
     pub fn check(self) -> Result<()> {
         let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
         let free = available_mib(&meminfo).context("/proc/meminfo tells no MemAvailable")?;
@@ -83,8 +83,8 @@ fn available_mib(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? >> 10)
 }
 
-/// The figures of a crowd, by what it does: wall, processor time, private memory, proportional
-/// share, memory of the guest.
+/// The metrics for started machines or for clones: wall-clock time, CPU time, private memory,
+/// proportional share, memory of the guest.
 type Metrics = [Metric; 5];
 const MACHINES: Metrics =
     [Metric::ManyWall, Metric::ManyCpu, Metric::ManyPrivate, Metric::ManyPss, Metric::ManyGuest];
@@ -113,15 +113,15 @@ pub fn machines(turn: &Turn<'_>) -> Result<()> {
     measure(turn, &launch, turn.rig.counts.machines, MACHINES)
 }
 
-/// Saves a guest that reports again and again that it runs, and restores it many times at once.
-/// Each clone is frozen when it has reported: the others are measured, not its loop.
+/// Saves a guest that reports repeatedly that it runs, and restores it many times at once. Each
+/// clone is frozen when it has reported: the others are measured, not its loop.
 ///
 /// # Errors
 /// It cannot be saved, or a clone does not run.
 pub fn clones(turn: &Turn<'_>) -> Result<()> {
     let (found, saved) = (turn.found, turn.rig.dir.join("saved"));
     let guest = Guest { mib: MIB, ..turn.rig.small_talker(found)? };
-    // Saved anew each time: how a file lies in the page cache changes the time to map it.
+    // Saved again each time: the layout of a file in the page cache changes the time to map it.
     let mut run = Run::start(found, &guest, &turn.rig.dir)?;
     let (mut connection, _) = run.connect()?;
     run.wait_byte(FIRST_BYTE, LIMIT)?;
@@ -152,8 +152,8 @@ fn measure(turn: &Turn<'_>, launch: &Launch<'_>, count: usize, metrics: Metrics)
     Ok(())
 }
 
-/// Milliseconds until the last guest had reported and of processor time for each machine; KiB of
-/// each, as the mean of all.
+/// Milliseconds until the last guest had reported, milliseconds of CPU time for each machine, and
+/// the mean of each kind of memory in KiB.
 fn values(wall: Duration, cpu: Duration, shares: &[Shares]) -> [f64; 5] {
     let count = shares.len().max(1) as f64;
     let mean = |part: fn(&Shares) -> u64| shares.iter().map(part).sum::<u64>() as f64 / count;
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn sums_are_for_all_and_means_for_each() {
         let one = Shares { private: 2000, pss: 2500, guest: 44 };
-        // A clone whose pages of the guest are all shared with the others.
+        // A clone whose guest pages are all shared with the others.
         let other = Shares { private: 3000, pss: 3500, guest: 2 };
         let values = values(Duration::from_millis(250), Duration::from_millis(12), &[one, other]);
         assert_eq!(values, [250.0, 6.0, 2500.0, 3000.0, 20.0]);

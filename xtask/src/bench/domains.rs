@@ -1,4 +1,4 @@
-//! `stratoctl` with many domains, used as by a person: each verb in a process of its own.
+//! `stratoctl` with many domains, used as people do: each command is a process of its own.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,12 +9,12 @@ use serde_json::json;
 
 /// Domains that are listed.
 const DOMAINS: usize = 100;
-/// RAM of each: the guest lies behind its first 16 MiB.
+/// RAM of each: the guest is loaded at 16 MiB.
 const MEMORY: &str = "32M";
 /// Times that they are listed.
 const LISTS: usize = 10;
 
-/// Starts domains of the guest `kernel`, takes the time of `list` again and again, and ends them.
+/// Starts domains with the guest `kernel`, measures `list` repeatedly, and ends them.
 ///
 /// # Errors
 /// A verb fails.
@@ -44,7 +44,7 @@ pub fn lists(stratoctl: &Path, monitor: &Path, kernel: &Path, dir: &Path) -> Res
             .collect()
     };
     let times = measure();
-    // Even if ending another one has failed.
+    // End them all, even if one of them fails to end.
     let ended: Vec<_> = names.iter().map(|name| rig.verb(&["destroy", name])).collect();
     let times = times?;
     ended.into_iter().try_for_each(|ended| ended.map(drop))?;

@@ -17,7 +17,7 @@ pub struct Figures {
     pub title: String,
     /// When and where.
     pub about: About,
-    /// Runs of each monitor that were asked for; 0 if not as many of each scenario.
+    /// The requested runs of each monitor; 0 if the number differs between scenarios.
     pub runs: usize,
     /// Name and version, in the order they take turns; the first is the one to compare with.
     pub monitors: Vec<(String, String)>,
@@ -28,12 +28,12 @@ pub struct Figures {
     samples: BTreeMap<(Scenario, Metric), BTreeMap<String, Vec<f64>>>,
 }
 
-/// A monitor could not do one part of a scenario in one run.
+/// One part of a scenario failed under a monitor in one run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Failure {
     /// Where.
     pub scenario: Scenario,
-    /// What it could not do.
+    /// The part that failed.
     pub part: String,
     /// Which one.
     pub monitor: String,
@@ -44,15 +44,15 @@ pub struct Failure {
 /// The summary of some samples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Summary {
-    /// How many they are.
+    /// How many samples there are.
     pub samples: usize,
-    /// The least.
+    /// The lowest.
     pub min: f64,
     /// The middle one, or between the two middle ones.
     pub median: f64,
-    /// 95 % are not greater.
+    /// The 95th percentile.
     pub p95: f64,
-    /// The greatest.
+    /// The highest.
     pub max: f64,
     /// The median divided by this monitor's; none without one.
     pub ratio: Option<f64>,
@@ -65,7 +65,7 @@ pub struct Row {
     pub scenario: Scenario,
     /// What.
     pub metric: Metric,
-    /// By monitor, in their order; none for one that has no figure.
+    /// By monitor, in their order; `None` for one without a figure.
     pub cells: Vec<Option<Summary>>,
 }
 
@@ -114,7 +114,7 @@ impl Figures {
             let mut cells: Vec<_> = self.monitors.iter().map(|(name, _)| summary(name)).collect();
             let ours = cells.first().copied().flatten();
             for cell in cells.iter_mut().flatten() {
-                // None to a median of nothing.
+                // There is no ratio to a median of zero.
                 let ratio = ours.map(|ours| cell.median / ours.median);
                 cell.ratio = ratio.filter(|ratio| ratio.is_finite());
             }
@@ -206,7 +206,7 @@ fn summarise(samples: &[f64]) -> Option<Summary> {
     })
 }
 
-/// Three digits or all before the point.
+/// Three significant digits, or all digits before the point.
 #[must_use]
 pub fn short(value: f64) -> String {
     match value.abs() {

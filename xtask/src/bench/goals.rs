@@ -1,4 +1,5 @@
-//! What this monitor is to reach beside others, measured in one run, and whether it does.
+//! The performance goals of this monitor relative to others: measures them in one run and says
+//! which are met.
 use std::fmt::Write;
 
 use anyhow::Result;
@@ -15,7 +16,7 @@ use super::{Metric, Scenario, density};
 const FIRECRACKER: &Monitor = &PEERS_KNOWN[1];
 const CLOUD_HYPERVISOR: &Monitor = &PEERS_KNOWN[2];
 
-/// The scenarios, the monitors beside this one in each, and turns of each unless told otherwise.
+/// The scenarios, the other monitors in each, and the default number of turns.
 const MEASURED: [(Scenario, &[&Monitor], usize); 4] = [
     (Scenario::Density, &[FIRECRACKER], density::RUNS),
     (Scenario::Start, &[CLOUD_HYPERVISOR, &BARE], 40),
@@ -26,7 +27,7 @@ const MEASURED: [(Scenario, &[&Monitor], usize); 4] = [
 /// What is measured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
-    /// Turns of each, if not the usual ones.
+    /// Turns of each, if not the default.
     pub runs: Option<usize>,
     /// Whether there is a Linux that runs here.
     pub linux: bool,
@@ -48,13 +49,13 @@ impl Limit {
     }
 }
 
-/// A figure that is to be reached.
+/// A figure to reach.
 struct Goal {
-    /// For people, with what it is compared with.
+    /// The label for people, which names what it is compared with.
     figure: &'static str,
     measured: (Scenario, Metric),
     ours: &'static Monitor,
-    /// The other monitor; none for a figure that has its goal in its own unit.
+    /// The other monitor; `None` for a goal in the figure's own unit.
     other: Option<&'static Monitor>,
     limit: Limit,
 }
@@ -118,10 +119,10 @@ const GOALS: [Goal; 17] = {
     ]
 };
 
-/// Measures everything that there are goals for, with those of `found` that are needed.
+/// Measures all figures that have goals, with those of `found` that are needed.
 ///
 /// # Errors
-/// The process that asked for it has gone, there is no C compiler, or it is time to end.
+/// The requesting process has ended, there is no C compiler, or the user has interrupted it.
 pub fn measure(rig: &Rig, mut found: Vec<Found>, plan: &Plan) -> Result<()> {
     found.push(Found::few_slots(&rig.paths));
     found.push(Found::bare(&rig.dir)?);
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn every_goal_is_measured_and_stands_in_the_documentation() {
+    fn every_goal_is_measured_and_is_in_the_documentation() {
         let workspace = stories::paths::workspace();
         let page = fs::read_to_string(workspace.join("docs/compare.md")).unwrap();
         let rows: Vec<_> = page

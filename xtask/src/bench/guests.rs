@@ -13,13 +13,13 @@ use stories::debian::Debian;
 use stories::guest::static_program;
 use stories::kernel;
 
-/// The byte that the payload writes: no monitor's own output has it.
+/// The byte that the payload writes: it is not in the output of any monitor.
 pub const FIRST_BYTE: u8 = 0xa5;
 /// The host's side of the tap.
 pub const HOST_ADDRESS: &str = "10.0.0.1/24";
-/// Where the guest finds its peer.
+/// The address of the guest's peer.
 const PEER_PORT: u16 = 5001;
-/// What a distribution's kernel needs for disks and NICs on either bus.
+/// The modules that a distribution's kernel needs for disks and NICs on either bus.
 const MODULES: &[&str] = &["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net"];
 /// Source of that init.
 const INIT: &str = "xtask/guest/init.rs";
@@ -34,20 +34,20 @@ const PAYLOAD: [u8; 10] = [0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xf4,
 pub const FILL: u32 = 64 << 20;
 /// Where it fills them.
 const FILLED: u32 = 0x200_0000;
-/// Fills memory: `mov edi, FILLED; mov ecx, FILL / 4; mov eax, 0x5a5a5a5a; cld; rep stosd`. In
-/// either mode as well.
+/// Fills memory: `mov edi, FILLED; mov ecx, FILL / 4; mov eax, 0x5a5a5a5a; cld; rep stosd`. It is
+/// also the same in both modes.
 const FILLING: [u8; 18] = {
     let ([a, b, c, d], [e, f, g, h]) = (FILLED.to_le_bytes(), (FILL / 4).to_le_bytes());
     [0xbf, a, b, c, d, 0xb9, e, f, g, h, 0xb8, 0x5a, 0x5a, 0x5a, 0x5a, 0xfc, 0xf3, 0xab]
 };
-/// Writes [`FIRST_BYTE`] again and again, some 20 us apart: `mov dx, 0x3f8; mov al, FIRST_BYTE`, and
-/// over and over `out dx, al; mov ecx, 10000; loop $`. In either mode as well.
+/// Writes [`FIRST_BYTE`] repeatedly, some 20 us apart: `mov dx, 0x3f8; mov al, FIRST_BYTE`, and in a
+/// loop `out dx, al; mov ecx, 10000; loop $`. It is also the same in both modes.
 const TALKING: [u8; 17] = [
     0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xb9, 0x10, 0x27, 0, 0, 0xe2, 0xfe, 0xeb, 0xf6,
     0x90,
 ];
 
-/// Memory of its guest that the payload touches, KiB: the page it lies in.
+/// Guest memory that the payload touches, KiB: the page that it is in.
 pub const TOUCHED_KIB: u64 = 4;
 
 /// The guest that [`super::snapshots`] saves and restores, as [`payload_elf`].
@@ -133,8 +133,8 @@ pub fn make_initramfs(debian: &Debian, dir: &Path) -> Result<[PathBuf; 2]> {
     Ok(paths)
 }
 
-/// Serves the guests' network measurements for as long as this process lives: reads all, writes for
-/// ever, or echoes, as the first byte asks.
+/// Serves the guests' network measurements for as long as this process lives: reads everything,
+/// writes endlessly, or echoes, depending on the first byte.
 ///
 /// # Errors
 /// The port is taken.
@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(elf[24..32], u64::from(PAYLOAD_ADDRESS).to_le_bytes());
         let flat = kernel::flat(&elf).unwrap();
         assert_eq!(flat, PAYLOAD);
-        // Its entry is its beginning: no jump is needed. One that lies 8 bytes on is jumped to.
+        // Its entry is at its beginning, so no jump is needed. An entry 8 bytes further needs one.
         assert_eq!(kernel::flat_entered_at_start(&elf).unwrap(), PAYLOAD);
         let mut later = elf.clone();
         later[24] += 8;
@@ -202,7 +202,7 @@ mod tests {
         static_program(INIT, &init).unwrap();
         let elf = fs::read(&init).unwrap();
         fs::remove_file(&init).unwrap();
-        // An executable (not one to be relocated), and nowhere in it the name of a dynamic linker.
+        // An executable at fixed addresses, without the name of a dynamic linker.
         assert_eq!(elf[16..18], 2_u16.to_le_bytes());
         assert!(!elf.windows(9).any(|bytes| bytes == b"/lib64/ld"));
     }

@@ -1,5 +1,5 @@
-//! How this monitor answers while something that it needs is held: a save that makes no progress,
-//! storage that hangs, a guest that floods its disks.
+//! How fast this monitor answers while something is blocked: a save that makes no progress, storage
+//! that hangs, a guest that floods its disks.
 pub mod answers;
 
 use std::fs;
@@ -25,25 +25,23 @@ use stories::archive::make_ext4;
 use stories::debian::{Debian, output};
 use stories::{bounds, payloads};
 
-/// Times that each question is asked while each thing is held, unless the command line says
-/// otherwise.
+/// How often each question is asked in each situation, unless the command line says otherwise.
 pub const TIMES: usize = 50;
-/// An answer that has not come by then counts as none.
+/// An answer that takes longer counts as missing.
 const SILENCE: Duration = Duration::from_secs(10);
-/// How long `stop` has been under way when another client asks.
+/// How long `stop` has been pending when another client asks.
 const HEAD_START: Duration = Duration::from_millis(10);
 /// Disks that the guest floods, and bytes of each; the images are sparse.
 const DISKS: usize = 8;
 const DISK: u64 = 512 << 20;
 /// Bytes of the file system that is frozen.
 const FILE_SYSTEM: u64 = 64 << 20;
-/// The guests: one that halts, one that writes to its disk without an end, one that floods its
-/// disks.
+/// The guests: one that halts, one that writes to its disk endlessly, one that floods its disks.
 const HALTS: &[u8] = payloads::HELLO;
 const WRITES: &[u8] = payloads::BLK;
 const FLOODS: &[u8] = payloads::FLOOD;
 
-/// What is held.
+/// What is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hold {
@@ -51,7 +49,7 @@ pub enum Hold {
     Fifo,
     /// A save into a file system that is frozen.
     FrozenSave,
-    /// A disk whose image lies in a file system that is frozen.
+    /// A disk whose image is in a file system that is frozen.
     FrozenDisk,
     /// A guest that keeps the queues of its disks full of WRITE_ZEROES.
     Flood,
@@ -114,11 +112,11 @@ impl Question {
     }
 }
 
-/// What came of a question.
+/// The outcome of a question.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// It was done, after so many seconds.
+    /// It succeeded, after so many seconds.
     Done(f64),
     /// It was refused, after so many seconds.
     Refused(f64),
@@ -127,7 +125,7 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// Seconds; silence counts as without a limit.
+    /// Seconds; infinite without an answer.
     const fn seconds(self) -> f64 {
         match self {
             Self::Done(seconds) | Self::Refused(seconds) => seconds,
@@ -136,10 +134,10 @@ impl Answer {
     }
 }
 
-/// Holds everything that can be held, and asks everything `times` times.
+/// Creates every situation that it can, and asks everything `times` times in each.
 ///
 /// # Errors
-/// The process that asked for it has gone; what cannot be held here is only reported.
+/// The requesting process has ended. A situation that cannot be created here is only reported.
 pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     let found = Found::build(OURS.name, rig.paths.stratovirt.clone());
     introduce(std::slice::from_ref(&found))?;
@@ -147,7 +145,7 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     for hold in Hold::ALL {
         let asked = Stage::new(rig, debian, &found, hold).and_then(|stage| {
             for _ in 0..times {
-                // A stopped guest no longer floods, and an ended monitor holds nothing.
+                // A stopped guest no longer floods, and a monitor that has ended is not blocked.
                 for questions in [
                     &[Question::Status, Question::Stop][..],
                     &[Question::Quit],
@@ -166,14 +164,14 @@ pub fn measure(rig: &Rig, debian: &Debian, times: usize) -> Result<()> {
     Ok(())
 }
 
-/// What one kind of hold needs, for all its runs.
+/// What all runs of one situation share.
 struct Stage<'a> {
     rig: &'a Rig,
     found: &'a Found,
     hold: Hold,
     kernel: PathBuf,
     disks: Vec<PathBuf>,
-    /// Where a save goes.
+    /// The target of the save.
     target: PathBuf,
     file_system: Option<PathBuf>,
 }
@@ -207,10 +205,10 @@ impl<'a> Stage<'a> {
         Ok(Self { rig, found, hold, kernel, disks, target, file_system })
     }
 
-    /// Starts a machine, holds what is to be held, and asks.
+    /// Starts a machine, creates the situation, and asks.
     fn ask(&self, questions: &[Question]) -> Result<()> {
-        // Other files each time: the kernel ends a killed process's io_uring when it gets to it,
-        // and the locks on its disks last until then.
+        // Other files each time: the kernel ends a killed process's io_uring asynchronously, and
+        // the locks on its disks last until then.
         for disk in &self.disks {
             let _ = fs::remove_file(disk);
             let bytes = if self.file_system.is_some() { 1 << 20 } else { DISK };
@@ -231,7 +229,7 @@ impl<'a> Stage<'a> {
         thread::sleep(SETTLE);
         let answers =
             questions.iter().try_for_each(|&question| self.one(question, &mut clients, run.pid()));
-        // The kernel keeps a process until its writes have ended: first of all that.
+        // First thaw the file system: the kernel keeps a process until its writes have ended.
         drop(frozen);
         drop((saving, run));
         answers
@@ -254,7 +252,7 @@ impl<'a> Stage<'a> {
         send(Question::Meanwhile, meanwhile?)
     }
 
-    /// Asks for a save, by a client that does not wait for the answer.
+    /// Requests a save, with a client that does not wait for the answer.
     fn begin_save(&self, socket: &Path) -> Result<Client> {
         let mut client = connect(socket)?;
         let uri = format!("file:{}", self.target.display());
@@ -297,10 +295,10 @@ impl<'a> Stage<'a> {
 impl Drop for Stage<'_> {
     fn drop(&mut self) {
         if let Some(place) = &self.file_system {
-            // Otherwise it goes with this process's mount namespace.
+            // Otherwise it disappears with this process's mount namespace.
             let _ = output(Command::new("umount").arg(place));
         }
-        // For the next kind; an error shows when that is made.
+        // For the next situation; an error shows when that is created.
         let _ = fs::remove_dir_all(self.rig.dir.join("held"));
     }
 }
@@ -377,7 +375,7 @@ impl Frozen {
 impl Drop for Frozen {
     fn drop(&mut self) {
         if let Some(mut input) = self.0.stdin.take() {
-            // If it has gone, it has thawed.
+            // If it has ended, it has thawed the file system.
             let _ = input.write_all(b"\n");
         }
         let _ = self.0.wait();

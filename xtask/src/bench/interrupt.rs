@@ -1,4 +1,4 @@
-//! Ending early: after Ctrl-C, a signal, or the end of the process that asked for the measurement.
+//! Ending early: after Ctrl-C, a signal, or the end of the process that requested the measurement.
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,13 +8,13 @@ use anyhow::{Context, Result, ensure};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// Whether to end early; never, unless it watches.
+/// Whether to end early; never, unless made by [`Self::watch`].
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
     /// From now on signals do not end this process: it has to [`Self::check`], and to clean up. The
-    /// end of its standard input counts as one, as that is where the process that asked is.
+    /// end of its standard input, which comes from the requesting process, counts as a signal.
     ///
     /// # Errors
     /// The kernel refuses a handler.
@@ -23,19 +23,19 @@ impl Interrupt {
         for signal in [SIGINT, SIGTERM, SIGHUP] {
             flag::register(signal, Arc::clone(&watched.0)).context("cannot handle signals")?;
         }
-        let told = Arc::clone(&watched.0);
+        let interrupted = Arc::clone(&watched.0);
         thread::spawn(move || {
-            // An error is an end as well.
+            // An error counts as the end, too.
             let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
-            told.store(true, Ordering::Relaxed);
+            interrupted.store(true, Ordering::Relaxed);
         });
         Ok(watched)
     }
 
-    /// Goes on, or not.
+    /// Checks whether to continue.
     ///
     /// # Errors
-    /// It is time to end.
+    /// The measurement has to end early.
     pub fn check(&self) -> Result<()> {
         ensure!(!self.0.load(Ordering::Relaxed), "interrupted");
         Ok(())

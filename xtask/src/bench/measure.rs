@@ -1,4 +1,4 @@
-//! The measuring itself, in the process that runs where the guests do.
+//! The measurement itself, in the process that runs where the guests run.
 use std::io::{self, Write};
 use std::time::Duration;
 use std::{env, thread};
@@ -22,26 +22,26 @@ use stories::debian::Debian;
 use stories::host::CONTROL;
 use stories::paths::{GUEST_KERNEL, Paths};
 
-/// The argument that makes `compare` measure; a [`Task`] follows.
+/// The argument that makes `compare` the measuring process; a [`Task`] follows.
 pub const MEASURE: &str = "--measure";
 /// The initramfs without and with modules, by their names under [`Paths::cache`].
 pub const INITRAMFS: [&str; 2] = ["compare/bare.cpio", "compare/modules.cpio"];
 /// `stratoctl`, likewise.
 pub const STRATOCTL: &str = "compare/stratoctl";
 
-/// Processors that spin when the time to stop them is measured.
+/// Busy processors when the time to stop them is measured.
 const BUSY_VCPUS: u32 = 4;
 /// RAM of a large guest, MiB.
 const LARGE_MIB: u64 = 4096;
 /// Times that each save is restored.
 const RESTORES: usize = 3;
-/// How long a guest may take to say the next thing, the slowest host included.
+/// How long a guest may take until its next output, even on the slowest host.
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Round trips measured in each run.
 const ROUND_TRIPS: usize = 20;
 /// Lets a monitor settle: its work right after the guest's first output is not measured.
 pub const SETTLE: Duration = Duration::from_millis(30);
-/// A part of a scenario that has failed so often is not tried any more.
+/// After so many failures a part of a scenario is skipped.
 const ATTEMPTS: usize = 2;
 
 /// What to measure.
@@ -49,7 +49,7 @@ const ATTEMPTS: usize = 2;
 pub struct Task {
     /// What is compared.
     pub subject: Subject,
-    /// Seconds for each figure that the guest measures.
+    /// Seconds for each figure measured by the guest.
     pub seconds: f64,
     /// How many machines there are where many run at once.
     pub counts: Counts,
@@ -65,16 +65,16 @@ pub enum Subject {
     Monitors(Vec<Scenario>, usize),
     /// Two builds of this monitor.
     Builds(builds::Plan),
-    /// What there are goals for.
+    /// The figures that have goals.
     Goals(goals::Plan),
-    /// How often this monitor is asked while something that it needs is held.
+    /// This monitor while something is blocked, and how often it is asked.
     Held(usize),
 }
 
 /// Runs `task` and reports the results.
 ///
 /// # Errors
-/// The process that asked for it has gone; all other errors are only reported.
+/// The requesting process has ended; all other errors are only reported.
 pub fn measure(task: &Task) -> Result<()> {
     let error = all(task).err();
     send(&Message::Done(error.map(|error| format!("{error:#}"))))
@@ -113,7 +113,7 @@ fn all(task: &Task) -> Result<()> {
 /// Reports which monitors take part.
 ///
 /// # Errors
-/// The process that asked for it has gone.
+/// The requesting process has ended.
 pub fn introduce(monitors: &[Found]) -> Result<()> {
     monitors.iter().try_for_each(|found| {
         let version = found.version().unwrap_or_else(|error| format!("{error:#}"));
@@ -121,10 +121,10 @@ pub fn introduce(monitors: &[Found]) -> Result<()> {
     })
 }
 
-/// Sends a message to the process that asked for the measurement.
+/// Sends a message to the requesting process.
 ///
 /// # Errors
-/// It has gone.
+/// It has ended.
 pub fn send(message: &Message) -> Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(&[CONTROL])?;
@@ -136,7 +136,7 @@ pub fn send(message: &Message) -> Result<()> {
 /// Measures `scenarios` with `monitors`, `runs` times with each.
 ///
 /// # Errors
-/// The process that asked for it has gone, or it is time to end.
+/// The requesting process has ended, or the measurement is interrupted.
 pub fn compare(rig: &Rig, monitors: &[&Found], scenarios: &[Scenario], runs: usize) -> Result<()> {
     let parts: usize = scenarios.iter().map(|&scenario| Part::of(scenario).len()).sum();
     send(&Message::Plan(parts * runs * monitors.len()))?;
@@ -176,7 +176,7 @@ pub fn with_last_words(rig: &Rig, error: &anyhow::Error) -> String {
 
 /// One monitor at its turn.
 pub struct Turn<'a> {
-    /// With this.
+    /// Shared by all.
     pub rig: &'a Rig,
     /// Which one.
     pub found: &'a Found,
@@ -221,7 +221,7 @@ impl<'a> Turn<'a> {
     /// Reports a figure.
     ///
     /// # Errors
-    /// The process that asked for it has gone.
+    /// The requesting process has ended.
     pub fn sample(&self, metric: Metric, value: f64) -> Result<()> {
         let (scenario, monitor) = (self.scenario, self.found.name.clone());
         send(&Message::Sample { scenario, metric, monitor, value })
@@ -230,7 +230,7 @@ impl<'a> Turn<'a> {
     /// Reports a time.
     ///
     /// # Errors
-    /// The process that asked for it has gone.
+    /// The requesting process has ended.
     pub fn time(&self, metric: Metric, time: Duration) -> Result<()> {
         let unit = match metric.label().1 {
             "us" => 1e6,
@@ -259,13 +259,14 @@ impl<'a> Turn<'a> {
         self.round_trips(&mut connection, &[(Verb::Status, Metric::Status)])
     }
 
-    /// Starts for the time alone.
+    /// Starts a guest only to measure the time.
     fn start_alone(&self) -> Result<()> {
         let mut run = self.start(&self.rig.halting(self.found)?)?;
         self.time(Metric::FirstByte, run.wait_byte(FIRST_BYTE, LIMIT)?)
     }
 
-    /// A guest of `mib` that has reported that it runs, and a connection to its monitor.
+    /// Starts a guest of `mib` MiB; returns it once it has reported that it runs, with a connection
+    /// to its monitor.
     ///
     /// # Errors
     /// It does not start.
@@ -319,10 +320,10 @@ impl<'a> Turn<'a> {
         times.into_iter().try_for_each(|time| self.time(Metric::List, time))
     }
 
-    /// Linux that does `what`: Debian's, or the one that was given.
+    /// Debian's or the given Linux kernel, with the init's task `what`.
     ///
     /// # Errors
-    /// It is not there.
+    /// Its file does not exist.
     pub fn linux(&self, what: &str) -> Result<Guest> {
         self.rig.linux(self.found, self.distribution(), what)
     }
@@ -331,14 +332,14 @@ impl<'a> Turn<'a> {
         self.scenario == Scenario::Emulated || env::var_os(GUEST_KERNEL).is_none()
     }
 
-    /// Boots for the time alone.
+    /// Boots Linux only to measure the time.
     fn init(&self) -> Result<()> {
         let mut run = self.start(&self.linux("init")?)?;
         let (_, _, init) = run.wait_figure(LIMIT)?;
         self.time(Metric::Init, init)
     }
 
-    /// Boots with disk and NIC, for most figures; `what` says for which.
+    /// Boots Linux with disk and NIC, for most figures; `what` says which.
     ///
     /// # Errors
     /// It does not boot, or the guest cannot measure.
@@ -374,7 +375,7 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Boots with as many processors as the kernel can have, all of them busy, to stop them.
+    /// Boots Linux with as many processors as the kernel supports, all busy, to measure `stop`.
     fn busy(&self) -> Result<()> {
         let vcpus = if self.distribution() { BUSY_VCPUS } else { 1 };
         let mut run = self.start(&Guest { vcpus, ..self.linux("busy")? })?;

@@ -13,7 +13,7 @@ use super::snapshots::Way;
 use stories::debian::{Debian, libraries, output};
 use stories::paths::Paths;
 
-/// Where the peers lie under [`Paths::cache`] inside an emulated host.
+/// Where the other monitors are under [`Paths::cache`] inside an emulated host.
 const PEERS: &str = "compare/peers";
 /// QEMU's firmware: what `-M microvm` reads.
 const FIRMWARE: [&str; 6] = [
@@ -27,13 +27,14 @@ const FIRMWARE: [&str; 6] = [
 /// Where Debian's packages have QEMU.
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
 
-/// The shortest flat image, bytes: StratoVirt reads as much to find out whether it is a bzImage.
+/// Minimum length of a flat image in bytes: StratoVirt reads as many to find out whether it is a
+/// bzImage.
 pub const FLAT_MIN: usize = 8 << 10;
 
 /// A guest to run.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    /// The kernel, in the form that the monitor takes.
+    /// The kernel, in the format that the monitor boots.
     pub kernel: PathBuf,
     /// Its initramfs.
     pub initramfs: Option<PathBuf>,
@@ -43,19 +44,20 @@ pub struct Guest {
     pub vcpus: u32,
     /// RAM in MiB.
     pub mib: u64,
-    /// The kernel finds its devices by ACPI, not on its command line. For the monitors that have
-    /// to be told.
+    /// Whether the kernel finds its devices by ACPI and not on its command line. Some monitors need
+    /// to know.
     pub acpi: bool,
     /// A raw image to write to, and a tap.
     pub devices: Option<(PathBuf, String)>,
 }
 
-/// The forms of a kernel.
+/// Kernel formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// An ELF file.
     Elf,
-    /// A flat image for 16 MiB that is entered where it begins, not shorter than [`FLAT_MIN`].
+    /// A flat image for address 16 MiB that is entered at its beginning, at least [`FLAT_MIN`]
+    /// long.
     Flat,
 }
 
@@ -64,15 +66,15 @@ pub enum Form {
 pub struct Monitor {
     /// Its name in tables.
     pub name: &'static str,
-    /// What it is called on PATH.
+    /// The name of its program on PATH.
     pub program: &'static str,
-    /// The argument that makes it say its version.
+    /// The argument that makes it print its version.
     version: &'static str,
     /// How it is controlled.
     pub protocol: Protocol,
     /// What it boots.
     pub form: Form,
-    /// How it keeps a guest in files.
+    /// How it saves a guest.
     pub way: Way,
     /// Its standard input and output have to be a terminal.
     pub terminal: bool,
@@ -97,7 +99,7 @@ pub const OURS: Monitor = Monitor {
 pub const FEW_SLOTS: Monitor =
     Monitor { name: "this monitor, 1 + 1 slots", configure: configure::few_slots, ..OURS };
 
-/// `bare.c`: no monitor, but the least that one can do.
+/// `bare.c`: not a monitor, but the minimum that any monitor has to do.
 pub const BARE: Monitor = Monitor {
     name: "bare C program",
     program: "bare",
@@ -111,7 +113,7 @@ pub const BARE: Monitor = Monitor {
 /// Its source.
 const BARE_SOURCE: &str = include_str!("bare.c");
 
-/// The others.
+/// The other monitors.
 pub const PEERS_KNOWN: [Monitor; 4] = [
     Monitor {
         name: "QEMU microvm",
@@ -172,7 +174,7 @@ enum Program {
     File(PathBuf),
     /// A file with the dynamic linker and libraries beside it.
     Carried { file: PathBuf, libraries: PathBuf },
-    /// QEMU out of Debian's packages.
+    /// QEMU from Debian's packages.
     DebianQemu(Debian),
 }
 
@@ -181,7 +183,7 @@ enum Program {
 pub struct Found {
     /// Its name in this comparison.
     pub name: String,
-    /// What it is.
+    /// The monitor.
     pub monitor: Monitor,
     program: Program,
 }
@@ -206,7 +208,7 @@ impl Found {
     /// `bare.c`, compiled into `dir`.
     ///
     /// # Errors
-    /// There is no C compiler, or no header of KVM's.
+    /// There is no C compiler, or the KVM headers are missing.
     pub fn bare(dir: &Path) -> Result<Self> {
         let (source, program) = (dir.join("bare.c"), dir.join("bare"));
         fs::write(&source, BARE_SOURCE)?;
@@ -257,8 +259,8 @@ impl Found {
     }
 }
 
-/// This monitor and every other that is on PATH or was carried here; QEMU out of Debian's packages
-/// if PATH has none. Also returns the names of those that were not found.
+/// This monitor and every other that is on PATH or was copied into this host; QEMU from Debian's
+/// packages if PATH has none. Also returns the names of those that were not found.
 #[must_use]
 pub fn find(paths: &Paths, debian: &Debian) -> (Vec<Found>, Vec<&'static str>) {
     let mut found = vec![Found::new(OURS, Program::File(paths.stratovirt.clone()))];
@@ -284,8 +286,8 @@ pub fn find(paths: &Paths, debian: &Debian) -> (Vec<Found>, Vec<&'static str>) {
     (found, missing)
 }
 
-/// The files that take the peers of this machine into an emulated host, each with its name under
-/// [`Paths::cache`]. QEMU is always Debian's there: another one's firmware may lie anywhere.
+/// The files of this machine's other monitors that an emulated host needs, each with its name under
+/// [`Paths::cache`]. QEMU is always Debian's there: the firmware of another one may be anywhere.
 ///
 /// # Errors
 /// Debian's packages lack a part of QEMU.
@@ -295,7 +297,7 @@ pub fn files(paths: &Paths, debian: &Debian) -> Result<Vec<(PathBuf, String)>> {
         let name = found.monitor.program;
         match found.program {
             Program::File(file) if file != paths.stratovirt && name != "qemu-system-x86_64" => {
-                // A static program has no libraries: ldd says so by failing.
+                // ldd fails for a static program, which has no libraries.
                 let needed = output(Command::new("ldd").arg(&file)).unwrap_or_default();
                 for library in libraries(&needed) {
                     let base = library.file_name().unwrap_or_default().to_string_lossy();
@@ -317,8 +319,8 @@ pub fn files(paths: &Paths, debian: &Debian) -> Result<Vec<(PathBuf, String)>> {
     Ok(files)
 }
 
-/// Another program that PATH has under the monitor's name; this monitor has the same as one of
-/// them.
+/// Another program that PATH has under the monitor's name: this monitor's is also called
+/// `stratovirt`.
 fn on_path(monitor: &Monitor, paths: &Paths) -> Option<PathBuf> {
     let ours = fs::canonicalize(&paths.stratovirt).ok();
     let version = |program: &Path, argument: &str| {

@@ -47,11 +47,11 @@ pub enum What {
     Scattered,
     /// Many machines at once.
     Density,
-    /// What there are goals for.
+    /// The figures that have goals.
     Goals,
     /// Two builds of this monitor.
     Builds([PathBuf; 2]),
-    /// How this monitor answers while something is held.
+    /// How this monitor answers while something is blocked.
     Held,
 }
 
@@ -60,7 +60,7 @@ pub enum What {
 pub struct Options {
     /// What is compared.
     pub what: What,
-    /// Runs, if not the usual ones.
+    /// Runs, if not the default.
     pub runs: Option<usize>,
     /// Two short runs.
     pub quick: bool,
@@ -77,10 +77,10 @@ pub struct Options {
 }
 
 impl Options {
-    /// What the command line asks for; none if it asks for help.
+    /// Parses the command line; `None` if it asks for help.
     ///
     /// # Errors
-    /// It asks for what there is not.
+    /// It is invalid.
     pub fn parse(mut words: VecDeque<String>) -> Result<Option<Self>> {
         let mut options = Self {
             what: What::Monitors,
@@ -128,7 +128,7 @@ impl Options {
                 }
                 "--held" => options.only(What::Held)?,
                 "-h" | "--help" => return Ok(None),
-                // The alias ends with one already.
+                // The alias ends with -- already.
                 "--" => {}
                 _ => bail!("{word} is not an option\n\n{USAGE}"),
             }
@@ -145,7 +145,7 @@ impl Options {
         Ok(())
     }
 
-    /// Runs, where `usual` ones are enough for a sound figure.
+    /// The number of runs; `usual` by default.
     #[must_use]
     pub fn runs(&self, usual: usize) -> usize {
         self.runs.unwrap_or(if self.quick { 2 } else { usual })

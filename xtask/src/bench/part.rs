@@ -1,8 +1,8 @@
 //! The parts of a scenario.
 use super::{Metric, Scenario};
 
-/// What a scenario consists of. Each part starts its own guests, so that one that fails takes
-/// nothing else with it.
+/// A part of a scenario. Each part starts its own guests, so that a failure does not affect the
+/// others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     /// A guest of a few instructions starts.
@@ -36,7 +36,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// For people.
+    /// A label for people.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

@@ -18,7 +18,7 @@ use stories::{guest, kernel};
 
 /// RAM of every guest but the large ones, MiB.
 pub const MIB: u64 = 256;
-/// Kernel arguments of every Linux guest: its console, and to end rather than hang.
+/// Kernel arguments of every Linux guest: its console, and to reboot on a panic instead of hanging.
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 /// Bytes of the disk; all of it fits into the host's page cache.
 const DISK: u64 = 256 << 20;
@@ -44,14 +44,14 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Makes all of it, in this network namespace.
+    /// Sets everything up, in this network namespace.
     ///
     /// # Errors
-    /// No room for the disk, or no right to make a tap.
+    /// There is no room for the disk, or this process may not create a tap.
     pub fn new(paths: &Paths, debian: &Debian, task: &Task, interrupt: Interrupt) -> Result<Self> {
         let dir = paths.fresh_scratch("compare")?;
         let disk = dir.join("disk.raw");
-        // Written, not sparse: what is read later comes from the page cache.
+        // Written, not sparse, so that later reads come from the page cache.
         let mut file = File::create(&disk)?;
         let block = vec![0x5a; 1 << 20];
         for _ in 0..DISK >> 20 {
@@ -59,8 +59,8 @@ impl Rig {
         }
         file.sync_all()?;
         let tap = Tap::create(debian, TAP, HOST_ADDRESS)?;
-        // BBR, where it is the host's default, paces by a timer: the timer would be measured, at
-        // less than half of the rate that the monitors can receive.
+        // BBR, where it is the host's default, paces with a timer: the result would measure that
+        // timer, at less than half of the rate that the monitors can receive.
         let (file, reno) = CONGESTION_CONTROL;
         fs::write(file, reno).with_context(|| format!("cannot write {reno} to {file}"))?;
         serve_peer()?;
@@ -92,7 +92,7 @@ impl Rig {
         self.bare(found, self.payload_elf()?)
     }
 
-    /// The guest that reports again and again that it runs; without devices.
+    /// The guest that reports repeatedly that it runs; without devices.
     ///
     /// # Errors
     /// Its file cannot be written.
@@ -100,7 +100,7 @@ impl Rig {
         self.bare(found, self.written("talker.elf", talker_elf)?)
     }
 
-    /// The same with next to no memory of its own.
+    /// The same without filling memory.
     ///
     /// # Errors
     /// Its file cannot be written.
@@ -120,11 +120,11 @@ impl Rig {
         })
     }
 
-    /// Linux with one processor and without devices, that does `what`: Debian's (`distribution`),
-    /// or the one that was given.
+    /// Linux with one processor, without devices, with the init's task `what`: Debian's kernel
+    /// (`distribution`), or the given one.
     ///
     /// # Errors
-    /// It is not there.
+    /// Its file does not exist.
     pub fn linux(&self, found: &Found, distribution: bool, what: &str) -> Result<Guest> {
         let [bare, modules] = INITRAMFS.map(|name| self.paths.cache.join(name));
         let common = format!("{CMDLINE} printk.devkmsg=on bench={what} seconds={}", self.seconds);
@@ -157,7 +157,7 @@ impl Rig {
         self.written("payload.elf", payload_elf)
     }
 
-    /// What `make` makes, as a file, from when it is first asked for.
+    /// The output of `make` as a file, written at the first call.
     fn written(&self, name: &str, make: fn() -> Vec<u8>) -> Result<PathBuf> {
         let path = self.dir.join(name);
         if !path.exists() {
@@ -166,8 +166,8 @@ impl Rig {
         Ok(path)
     }
 
-    /// Reads the disk into the page cache in the same way for every guest. Otherwise the writes of
-    /// the guest before would decide the size of its pieces there, and so how fast it is read.
+    /// Reads the disk into the page cache in the same way for every guest. Otherwise the previous
+    /// guest's writes would decide the size of its folios there, and so how fast it is read.
     ///
     /// # Errors
     /// It cannot be read.
@@ -181,8 +181,7 @@ impl Rig {
         (self.disk.clone(), TAP.to_owned())
     }
 
-    /// A kernel in the form that a monitor takes, made when it is first asked for; in the page
-    /// cache.
+    /// A kernel in the format that a monitor boots, made at the first call, and in the page cache.
     fn kernel(&self, found: &Found, elf: PathBuf) -> Result<PathBuf> {
         let image = fs::read(&elf).with_context(|| format!("cannot read {}", elf.display()))?;
         if found.monitor.form == Form::Elf {

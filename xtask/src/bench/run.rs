@@ -1,4 +1,4 @@
-//! One monitor that runs one guest, and its times.
+//! One monitor that runs one guest, and its timing.
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
@@ -104,7 +104,7 @@ impl Run {
         }
     }
 
-    /// Waits for a byte of the guest's; returns the time since exec.
+    /// Waits for the guest's first byte; returns the time since exec.
     ///
     /// # Errors
     /// It does not come within `limit`.
@@ -116,7 +116,7 @@ impl Run {
         Ok(self.at - self.started)
     }
 
-    /// Waits for the guest's next `bench NAME VALUE`; name, value and how long after exec it came.
+    /// Waits for the guest's next `bench NAME VALUE`; returns name, value and the time since exec.
     ///
     /// # Errors
     /// It does not come within `limit`, or it reports a failure.
@@ -132,7 +132,8 @@ impl Run {
             let Some((_, said)) = line.trim_end().split_once("bench ") else { continue };
             match said.split_once(' ') {
                 Some(("failed", why)) => bail!("in the guest: {why}"),
-                // The kernel's own lines may contain the word, too, as it prints its command line.
+                // The kernel's own lines may contain the word, too, because it prints its command
+                // line.
                 Some((name, value)) => {
                     if let Ok(value) = value.parse() {
                         return Ok((name.to_owned(), value, self.at - self.started));
@@ -158,7 +159,7 @@ impl Run {
     /// KiB of private memory beyond the guest's RAM of `mib`.
     ///
     /// # Errors
-    /// The process has gone, or none of its mappings is the guest's RAM.
+    /// The process has ended, or none of its mappings is the guest's RAM.
     pub fn private_kib(&self, mib: u64) -> Result<u64> {
         let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
         Ok(smaps::shares(&smaps, mib << 10)?.private)
@@ -181,7 +182,7 @@ impl Run {
         }
     }
 
-    /// An error with the last of what the guest said.
+    /// An error with the last output of the guest.
     fn explained(&self, what: &str) -> anyhow::Error {
         anyhow::anyhow!("{what}: {}", tail(&self.seen))
     }
@@ -197,7 +198,7 @@ pub struct Started {
     pub at: Instant,
 }
 
-/// Starts `command`, which is `found`'s; its standard error is a file in `dir`.
+/// Starts `command` of the monitor `found`; its standard error is a file in `dir`.
 ///
 /// # Errors
 /// It cannot be started.
@@ -213,7 +214,7 @@ pub fn spawn(found: &Found, mut command: Command, dir: &Path) -> Result<Started>
     }
     let at = Instant::now();
     let mut child = command.spawn().with_context(|| format!("cannot start {}", found.name))?;
-    // The monitor's end of the terminal must not stay open here: this end would never see it
+    // The monitor's end of the terminal must not stay open here, or this end would never see it
     // closed.
     drop(command);
     let out = match (terminal, child.stdout.take()) {
@@ -223,10 +224,10 @@ pub fn spawn(found: &Found, mut command: Command, dir: &Path) -> Result<Started>
     Ok(Started { child, out, at })
 }
 
-/// The last of what the monitor that was started last with files in `dir` said on standard error.
+/// The end of the standard error of the monitor that was last started with files in `dir`.
 #[must_use]
 pub fn last_words(dir: &Path) -> String {
-    // Without the file none was started.
+    // Without the file, no monitor was started.
     tail(&fs::read(dir.join(ERRORS)).unwrap_or_default())
 }
 
@@ -240,13 +241,13 @@ pub fn tail(bytes: &[u8]) -> String {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // An error here means that it has gone already.
+        // An error here means that it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A terminal that changes no bytes: this side of it, and the monitor's.
+/// A terminal in raw mode: this side of it, and the monitor's.
 fn terminal() -> Result<(File, File)> {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
     grantpt(&ours)?;

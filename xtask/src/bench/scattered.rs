@@ -11,19 +11,19 @@ use anyhow::Result;
 
 /// RAM of the guest, MiB.
 const MIB: u64 = 1024;
-/// Saves of either kind in each run.
+/// Saves of each kind in each run.
 pub const SAVES: usize = 10;
-/// Runs that give as many pauses of either kind as the bounds are meant for: 50.
+/// Runs that give 50 pauses of each kind, the number that the bounds are meant for.
 pub const RUNS: usize = 5;
 
 /// Upper bound of the median pause, ms.
 const MEDIAN: f64 = 5.0;
-/// Upper bound of 95 % of the pauses, ms.
+/// Upper bound of the 95th percentile of the pauses, ms.
 const P95: f64 = 10.0;
-/// The greatest factor between the medians of the two kinds.
+/// The largest factor allowed between the medians of the two kinds.
 const FACTOR: f64 = 1.3;
 
-/// Boots it, and saves it again and again into a directory and into a stream, in turns.
+/// Boots it, and saves it repeatedly, in turns into a directory and into a stream.
 ///
 /// # Errors
 /// It does not boot, or cannot be saved.
@@ -45,7 +45,8 @@ pub fn pauses(turn: &Turn<'_>) -> Result<()> {
     Ok(())
 }
 
-/// This monitor's pauses beside their bounds, a line each; nothing if they were not measured.
+/// This monitor's pauses and their bounds, one line for each kind; nothing if they were not
+/// measured.
 #[must_use]
 pub fn verdict(figures: &Figures) -> Vec<String> {
     let of = |metric| figures.samples(Scenario::Scattered, metric, OURS.name);

@@ -1,7 +1,7 @@
-//! What of a monitor's memory is its guest's and what its own, by `/proc/PID/smaps`.
+//! Divides a monitor's memory into its guest's RAM and its own, from `/proc/PID/smaps`.
 use anyhow::{Context, Result, bail};
 
-/// Most mappings that one piece of the guest's RAM is in.
+/// The maximum number of mappings that one piece of the guest's RAM may consist of.
 const MOST_PARTS: usize = 4;
 
 /// KiB of memory that a monitor occupies.
@@ -15,9 +15,9 @@ pub struct Shares {
     pub guest: u64,
 }
 
-/// Tells the guest's RAM from everything else: it is a mapping at least as large as it
-/// (`ram_kib`), or several in a row that are exactly as large. No monitor maps anything else of
-/// that size, but for addresses that are reserved.
+/// Distinguishes the guest's RAM from everything else: it is a mapping of at least its size
+/// (`ram_kib`), or several adjacent ones of exactly its size. No monitor maps anything else of that
+/// size, except reserved address space.
 ///
 /// # Errors
 /// No mapping is the guest's RAM.
@@ -62,7 +62,7 @@ struct Mapping {
     pss: u64,
 }
 
-/// All mappings but those that only reserve addresses.
+/// All mappings except those that only reserve address space.
 fn mappings(smaps: &str) -> Option<Vec<Mapping>> {
     let mut maps: Vec<Mapping> = Vec::new();
     let mut reserved = false;

@@ -19,10 +19,10 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// Time between two checks of a condition.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
-/// How a monitor keeps a guest in files.
+/// How a monitor saves a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// `migrate` to `file:DIR`, of a running guest; all of it is on the disk with the answer.
+    /// `migrate` to `file:DIR`, of a running guest; when it is answered, everything is on the disk.
     Ours,
     /// `migrate` to `file:DIR`, of a stopped guest.
     StratoVirt,
@@ -43,7 +43,7 @@ impl Way {
         matches!(self, Self::Ours | Self::Qemu)
     }
 
-    /// Whether a monitor that restores has to be told to, or to let the guest run ([`resume`]).
+    /// Whether a restore needs further commands after the start ([`resume`]).
     #[must_use]
     pub const fn is_told_to_resume(self) -> bool {
         !matches!(self, Self::Ours | Self::None)
@@ -55,12 +55,12 @@ impl Way {
 pub enum Target<'a> {
     /// Files in this directory.
     Directory(&'a Path),
-    /// A stream that is read as fast as it comes, and thrown away.
+    /// A stream that is read as fast as it arrives, and discarded.
     Stream,
 }
 
-/// Saves a running guest into `saved`, emptied before; returns how long it takes until all of it is
-/// on the disk. The guest stays stopped.
+/// Saves a running guest into `saved`, which is emptied before; returns how long it takes until
+/// everything is on the disk. The guest stays stopped.
 ///
 /// # Errors
 /// It cannot be saved.
@@ -95,7 +95,7 @@ pub fn save(found: &Found, connection: &mut Connection, saved: &Path) -> Result<
         }
         Way::None => bail!("{} saves nothing", found.name),
     }
-    // Some monitors have done so already, and pay nothing here.
+    // For monitors that have done so already, this takes no time.
     sync(saved)?;
     Ok(started.elapsed())
 }
@@ -105,7 +105,7 @@ fn to_directory(connection: &mut Connection, saved: &Path) -> Result<()> {
     finished(connection)
 }
 
-/// Brings the files in `dir`, and their names, to the disk.
+/// Syncs the files in `dir` and the directory itself.
 fn sync(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -142,7 +142,7 @@ pub fn save_live(
             ensure!(read > 0, "no data came through the stream");
         }
         (Way::Qemu, target) => {
-            // As fast as it can, as it is the case with all others.
+            // Without a bandwidth limit, like all others.
             let unlimited = json!({ "max-bandwidth": 10_u64 << 30, "downtime-limit": 20 });
             connection.command("migrate-set-parameters", unlimited)?;
             match target {
@@ -193,7 +193,7 @@ fn finished(connection: &mut Connection) -> Result<()> {
     }
 }
 
-/// Asks again and again until the answer's `status` is one to wait for; which one it is.
+/// Repeats the command until the answer's `status` is one to wait for; returns which one.
 fn until(
     connection: &mut Connection,
     command: &str,
@@ -326,7 +326,7 @@ mod tests {
     use super::*;
     use crate::bench::control::Protocol;
 
-    /// Answers QMP commands with `answers`, in turn; which commands they were.
+    /// Answers QMP commands with `answers`, in order; returns the commands.
     fn scripted(answers: &'static [&'static str]) -> (Connection, thread::JoinHandle<Vec<String>>) {
         let path = std::env::temp_dir().join(format!("snapshots.{}", std::process::id()));
         let _ = fs::remove_file(&path);

@@ -19,14 +19,14 @@ pub struct Ratio {
     pub high: f64,
 }
 
-/// The middle sample, or the mean of the two middle ones; none of no samples.
+/// The middle sample, or the mean of the two middle ones; `None` without samples.
 #[must_use]
 pub fn median(samples: &[f64]) -> Option<f64> {
     quantile(samples, 0.5)
 }
 
 /// The value that `part` (0 to 1) of the samples do not exceed, interpolated linearly between the
-/// two samples next to it; none of no samples.
+/// two samples next to it; `None` without samples.
 #[must_use]
 pub fn quantile(samples: &[f64], part: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
@@ -70,7 +70,7 @@ fn bootstrap(above: &[f64], below: &[f64], resamples: usize) -> Option<Ratio> {
 mod tests {
     use super::*;
 
-    /// Around 100, with a tail to the right as times have it.
+    /// Around 100, with a tail to the right, as is usual for times.
     fn times(count: usize, seed: u64, factor: f64) -> Vec<f64> {
         let mut random = Rng::with_seed(seed);
         let time = |random: &mut Rng| 100.0 * factor * (1.0 + 0.1 * random.f64().powi(3));
@@ -103,7 +103,7 @@ mod tests {
                 ratio.low <= 1.0 && 1.0 <= ratio.high
             })
             .count();
-        // 95 are expected; a percentile interval of a median errs on the wide side.
+        // 95 are expected; percentile intervals of a median tend to be too wide.
         assert!((90..=100).contains(&hits), "1 lies in {hits} of 100 intervals");
     }
 
@@ -117,7 +117,8 @@ mod tests {
 
     #[test]
     fn what_slows_both_of_a_turn_does_not_count() {
-        // The machine gets slower and slower, to three times the time; one is always 2 % behind.
+        // The machine becomes slower and slower, up to three times the time; one build is always 2
+        // % slower.
         let drift: Vec<f64> = (0..100).map(|turn| 100.0 + 2.0 * f64::from(turn)).collect();
         let behind: Vec<f64> = drift.iter().map(|time| time * 1.02).collect();
         let ratio = ratio_of_medians(&behind, &drift).unwrap();

@@ -1,5 +1,5 @@
-//! `cargo compare`: this monitor beside the others that this machine has, and beside other builds
-//! of itself.
+//! `cargo compare`: compares this monitor with the others on this machine, and with other builds of
+//! itself.
 use std::collections::VecDeque;
 use std::fs;
 use std::io::Write;
@@ -21,9 +21,9 @@ use xtask::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measur
 use xtask::bench::options::{Options, USAGE, What};
 use xtask::bench::{Message, Scenario, builds, chart, goals, guests, held, monitors, scattered};
 
-/// The names of the files with figures and chart, unless something particular is compared.
+/// The names of the files with figures and chart for the default comparison.
 const FILES: [&str; 2] = ["figures.json", "chart.svg"];
-/// How long the measuring may be silent.
+/// How long the measuring process may be silent.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
 fn main() -> Result<()> {
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
         );
     }
     let mut run = Run { paths: &paths, debian: &debian, initramfs: &initramfs, stratoctl: None };
-    // Twenty turns of the goals' figures are more than long ones.
+    // With twenty turns of the goals' figures, short ones are enough.
     let short = options.quick || options.what == What::Goals;
     let seconds = if short { 0.5 } else { 1.0 };
     let counts = options.counts;
@@ -134,7 +134,7 @@ fn main() -> Result<()> {
     report(&results.figures, &out, FILES)
 }
 
-/// The monitors that this machine has not got.
+/// The monitors that this machine does not have.
 fn note_missing(figures: &mut Figures, paths: &Paths, debian: &Debian) {
     let missing = monitors::find(paths, debian).1;
     for name in &missing {
@@ -236,7 +236,7 @@ struct Run<'a> {
     paths: &'a Paths,
     debian: &'a Debian,
     initramfs: &'a [PathBuf; 2],
-    /// Only for domains.
+    /// Only needed for domains.
     stratoctl: Option<&'a Path>,
 }
 

@@ -27,20 +27,20 @@ Usage: cargo demo [-- OPTION]
   --shell   stay in the guest's shell instead
   -h        this text
 ";
-/// The argument that makes this program the one that runs on the host.
+/// The argument of the part of this program that runs on the host.
 const INSIDE: &str = "--inside";
-/// Follows it to request a shell.
+/// The argument after it that requests a shell.
 const SHELL: &str = "shell";
 /// The guest's RAM, MiB.
 const RAM_MIB: u64 = 256;
 /// How long the machine is paused.
 const PAUSE: Duration = Duration::from_secs(3);
-/// How long the program inside may be silent.
+/// How long the program on the host may be silent.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> Result<ExitCode> {
     let args: Vec<String> = env::args().skip(1).collect();
-    // The alias ends with a -- already: one more is what cargo's users are used to.
+    // The alias ends with -- already; cargo's users are used to giving one themselves.
     let args: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--").collect();
     match args.as_slice() {
         [] => outside(false),
@@ -110,8 +110,8 @@ fn outside(shell: bool) -> Result<ExitCode> {
     }
 }
 
-/// Passes what is typed on to the program on the host. The terminal is back as it was when the
-/// value returned is dropped.
+/// Passes what is typed on to the program on the host. Dropping the returned value restores the
+/// terminal.
 fn forward(mut input: ChildStdin) -> Result<Option<Raw>> {
     let raw = if io::stdin().is_terminal() { Some(Raw::enter()?) } else { None };
     thread::spawn(move || {
@@ -131,7 +131,7 @@ fn window_size() -> Option<Winsize> {
     tcgetwinsize(io::stdout()).ok().filter(|size| size.ws_row > 0 && size.ws_col > 0)
 }
 
-/// This program's terminal, passing every key on.
+/// This program's terminal, in raw mode.
 struct Raw {
     before: Termios,
 }
@@ -246,7 +246,7 @@ fn heading(text: &str) {
     println!("\n\x1b[1m{text}\x1b[0m\n");
 }
 
-/// A line of the guest's console; the marks that end commands are not for people.
+/// A line of the guest's console, without the marks that end commands.
 fn guest_line(line: &str) {
     if !(line.starts_with('<') && line.ends_with(":0>")) {
         println!("  | {line}");
@@ -259,7 +259,7 @@ fn run(guest: &mut Monitor, command: &str) -> Result<()> {
     guest.sh(command).map(drop)
 }
 
-/// A conversation on the control socket, as ncat has it: bytes, shown line by line.
+/// A conversation on the control socket as in ncat: bytes, shown line by line.
 struct Typed {
     stream: BufReader<UnixStream>,
 }
@@ -287,7 +287,7 @@ impl Typed {
         }
     }
 
-    /// Shows what still comes until the server hangs up.
+    /// Shows the remaining output until the server disconnects.
     fn hears_the_end(&mut self) -> Result<()> {
         while self.hears()?.is_some() {}
         Ok(())

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// Where pages are, beside those at the top.
+/// Where pages are, besides those at the top.
 const PAGES: &str = "docs";
 
-/// Every link under `workspace` that leads nowhere.
+/// Every broken link under `workspace`.
 ///
 /// # Errors
 /// A page cannot be read.

@@ -1,5 +1,5 @@
-//! Monitors that are started together, each as soon as the one before it has been started. Two
-//! threads: one starts them, one waits for all of them at once.
+//! Monitors that are started together, one right after the other. One thread starts them, another
+//! waits for all of them at once.
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -26,11 +26,11 @@ use crate::bench::snapshots;
 
 /// How long all of them may take together.
 const LIMIT: Duration = Duration::from_secs(100);
-/// How long a control socket that exists may not answer: it is bound before it listens.
+/// How long a control socket that exists may refuse connections: it is bound before it listens.
 const LISTENS: Duration = Duration::from_secs(5);
-/// How often an interrupt is looked for.
+/// How often to check for an interrupt.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-/// The number of the event that there are new sockets; the monitors' outputs have their own.
+/// The epoll token for new sockets; the monitors' outputs have their own.
 const SOCKETS: u64 = u64::MAX;
 
 /// How a crowd is started.
@@ -39,11 +39,11 @@ pub struct Launch<'a> {
     pub found: &'a Found,
     /// A directory for all of its files; removed with the crowd.
     pub dir: PathBuf,
-    /// Ends it early.
+    /// Ends the measurement early.
     pub interrupt: &'a Interrupt,
-    /// Makes the command of one, for a control socket and a directory of its own.
+    /// Makes the command of one monitor, for its control socket and its directory.
     pub command: &'a (dyn Fn(&Path, &Path) -> Result<Command> + Sync),
-    /// Where the save lies, if each has to be told to restore it or to let the guest run.
+    /// Where the save is, if each monitor needs commands to restore it or to let the guest run.
     pub resume: Option<&'a PathBuf>,
     /// Stop each (SIGSTOP) at its guest's first byte.
     pub freeze: bool,
@@ -58,7 +58,7 @@ impl Launch<'_> {
         self.dir.join(number.to_string())
     }
 
-    /// An error of one of them, with its last words on standard error.
+    /// An error of one of them, with the end of its standard error.
     fn explained(&self, number: usize, what: &str) -> anyhow::Error {
         anyhow!("number {number}: {what}: {}", last_words(&self.own_dir(number)))
     }
@@ -75,18 +75,18 @@ pub struct Crowd<'a> {
 struct Member {
     child: Child,
     out: File,
-    /// The last of its output: Firecracker's log is part of it.
+    /// The end of its output: Firecracker's log is part of it.
     said: Vec<u8>,
-    /// Its guest's first byte has come.
+    /// Its guest's first byte has arrived.
     heard: bool,
 }
 
 impl<'a> Crowd<'a> {
-    /// Starts `count` monitors, waits until every guest has reported that it runs, has them
-    /// inspected, and ends them: none is left afterwards, even if this fails.
+    /// Starts `count` monitors, waits until every guest has reported that it runs, inspects them,
+    /// and ends them: none is left afterwards, even if this fails.
     ///
     /// # Errors
-    /// One of them fails or takes too long, or it is time to end.
+    /// One of them fails or takes too long, or the user has interrupted it.
     pub fn gather<T>(
         launch: &'a Launch<'a>,
         count: usize,
@@ -109,16 +109,17 @@ impl<'a> Crowd<'a> {
             let met = crowd.meet(count, (&epoll, sockets.as_mut()), &started, scope);
             let inspected = met.and_then(|()| inspect(&mut crowd));
             halt.store(true, Ordering::Relaxed);
-            // Also for the threads that still wait for an answer, which a frozen one does not give.
+            // Also ends the threads that still wait for an answer, which a frozen monitor does not
+            // give.
             crowd.kill();
             inspected
         });
-        // What was started while the others were killed.
+        // Kill those that were started meanwhile.
         crowd.members.extend(started.try_iter().flatten().map(Member::new));
         inspected
     }
 
-    /// Waits for all first bytes, and takes the time.
+    /// Waits for all first bytes, and measures the time.
     fn meet<'scope>(
         &mut self,
         count: usize,
@@ -153,7 +154,7 @@ impl<'a> Crowd<'a> {
                     (SOCKETS, Some(sockets)) => sockets.resume_new(launch, &answer, scope)?,
                     (number, _) => {
                         let number = usize::try_from(number)?;
-                        // One that has not been announced yet stays readable.
+                        // The output of one that has not been announced yet stays readable.
                         let Some(member) = self.members.get_mut(number) else { continue };
                         if member.listen(launch, number, epoll)? {
                             (last, heard) = (Instant::now(), heard + 1);
@@ -187,7 +188,7 @@ impl<'a> Crowd<'a> {
     }
 
     fn kill(&mut self) {
-        // An error here means that it has gone already.
+        // An error here means that it has ended already.
         for member in &mut self.members {
             let _ = member.child.kill();
         }
@@ -200,7 +201,7 @@ impl<'a> Crowd<'a> {
 impl Drop for Crowd<'_> {
     fn drop(&mut self) {
         self.kill();
-        // Otherwise it goes with the directory that it is in.
+        // Otherwise it is removed with its directory.
         let _ = fs::remove_dir_all(&self.launch.dir);
     }
 }
@@ -223,7 +224,7 @@ fn start_all(
             Ok(started)
         });
         let failed = started.is_err();
-        // It is the other thread's to end what has been started.
+        // The other thread ends those that have been started.
         if sender.send(started).is_err() || failed {
             return;
         }
@@ -235,10 +236,10 @@ impl Member {
         Self { child: started.child, out: started.out, said: Vec::new(), heard: false }
     }
 
-    /// Reads what it has written; whether its guest's first byte is there now.
+    /// Reads its output; returns whether its guest's first byte has arrived now.
     fn listen(&mut self, launch: &Launch<'_>, number: usize, epoll: &OwnedFd) -> Result<bool> {
         let mut buffer = [0; 4096];
-        // The end of a terminal is an error.
+        // A terminal that is closed gives an error.
         let length = self.out.read(&mut buffer).unwrap_or(0);
         if length == 0 {
             epoll::delete(epoll, &self.out)?;
@@ -302,7 +303,7 @@ impl Sockets {
             let answer = answer.clone();
             scope.spawn(move || {
                 let resumed = resume(launch, number);
-                // Nobody listens when all guests have reported, or it has failed.
+                // The receiver no longer exists if all guests have reported, or if it has failed.
                 let _ = answer
                     .send(resumed.map_err(|error| launch.explained(number, &format!("{error:#}"))));
             });

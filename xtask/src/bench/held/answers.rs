@@ -11,7 +11,7 @@ use crate::bench::statistics::quantile;
 #[derive(Debug, Default)]
 pub struct Answers {
     answers: BTreeMap<(Hold, Question), Vec<Answer>>,
-    /// What could not be held, and why.
+    /// What could not be blocked, and why.
     pub not_held: Vec<(Hold, String)>,
 }
 
@@ -21,7 +21,7 @@ impl Answers {
         self.answers.entry((hold, question)).or_default().push(answer);
     }
 
-    /// How many answers took longer than they may.
+    /// How many answers exceeded their time limits.
     #[must_use]
     pub fn late(&self) -> usize {
         let late =
@@ -98,7 +98,7 @@ fn late(question: Question, answers: &[Answer]) -> usize {
     answers.iter().filter(|answer| answer.seconds() > bound).count()
 }
 
-/// Seconds, as text for people. A median between an answer and none counts as none.
+/// Seconds, as text for people. A median between an answer and a missing one counts as missing.
 fn shown(seconds: f64) -> String {
     if seconds.is_finite() { format!("{:.1} ms", seconds * 1e3) } else { "none".to_owned() }
 }

@@ -55,7 +55,7 @@ pub fn bare(command: &mut Command, guest: &Guest, _: &Path, _: &Path) -> Result<
 }
 
 pub fn qemu(command: &mut Command, guest: &Guest, socket: &Path, _dir: &Path) -> Result<()> {
-    // KVM without hardware virtualisation announces a register that it does not let be set.
+    // KVM without hardware virtualization lists a register that it does not allow to be set.
     let machine = "-cpu host,-arch-capabilities -nodefaults -no-user-config -nographic -no-reboot -serial stdio";
     command.args(machine.split(' '));
     let acpi = if guest.acpi { "on" } else { "off" };
@@ -126,7 +126,8 @@ pub fn cloud_hypervisor(
 }
 
 pub fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, dir: &Path) -> Result<()> {
-    // Its filter ends it at `stop` where it was built by a Rust that sleeps with clock_nanosleep.
+    // Its system-call filter kills it at `stop` if it was built by a Rust version whose sleep is
+    // clock_nanosleep.
     command.args(["-machine", "microvm", "-serial", "stdio", "-disable-seccomp"]);
     command.args(["-smp", &guest.vcpus.to_string(), "-m", &guest.mib.to_string()]);
     command.arg("-qmp").arg(format!("unix:{},server,nowait", socket.display()));
@@ -136,7 +137,7 @@ pub fn stratovirt(command: &mut Command, guest: &Guest, socket: &Path, dir: &Pat
             command.args([OsStr::new("-initrd"), initramfs.as_os_str()]);
             command.args(["-append", &guest.cmdline]);
         }
-        // It starts no guest without one or a root disk, even a guest that needs neither.
+        // It requires an initrd or a root disk, even for a guest that needs neither.
         None => {
             let nothing = dir.join("nothing.cpio");
             fs::write(&nothing, [0; 512])?;
