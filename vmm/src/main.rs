@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     let invocation = match cli::parse(env::args_os().skip(1)) {
         Ok(Action::Run(invocation)) => invocation,
         Ok(Action::PrintHelp(text) | Action::PrintVersion(text)) => {
-            // A reader that has closed its end wants no more.
+            // A reader that has closed its end does not want more.
             let _ = writeln!(io::stdout(), "{}", text.trim_end());
             return ExitCode::SUCCESS;
         }
@@ -82,7 +82,8 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         Log::Off | Log::Stderr => None,
     };
     let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
-    // No thread serves yet. Every thread that is started from here on is registered with this.
+    // No other thread has started yet. Every thread that starts from here on is registered with
+    // this.
     let confinement = match invocation.disable_seccomp || invocation.no_machine {
         true => Confinement::default(),
         false => Confinement::begin(invocation.spawn)?,
@@ -102,7 +103,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     // A client that can connect gets an answer. A machine that is built here exists by then.
     let bind = |events: &EventLoop| bare::servers(&invocation.control, events.registry());
     log::info!(target: "VmConfig", "{}", what(invocation));
-    // Dropped after the machine: only then its source is told to take it back.
+    // Dropped after the machine: only then is its source notified that it may resume.
     let mut answer = Voice::silent();
     let (machine, halted, servers, waiting, paused) = match &invocation.incoming {
         None => {

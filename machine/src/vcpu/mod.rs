@@ -251,7 +251,7 @@ impl<C: Cpu> Drop for Handle<C> {
     }
 }
 
-/// Serve requests until told to run (true) or to exit (false).
+/// Serve requests until one asks to run (true) or to exit (false).
 fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
     while let Ok(request) = inbox.recv() {
         match request {

@@ -80,7 +80,7 @@ fn commands() -> Table<Machine> {
             Ok(None)
         })
         .on((), |m: &mut Machine, _: SystemReset| {
-            let ticket = m.unanswered.take().ok_or_else(|| Error::text("nobody waits"))?;
+            let ticket = m.unanswered.take().ok_or_else(|| Error::text("no request is pending"))?;
             m.server.reply(&ticket, Ok(Value::from("late")));
             Ok(Empty {})
         })
