@@ -215,7 +215,7 @@ mod tests {
         );
         assert_eq!(
             wrong_arrows("a-new-crate", &["vmm"]),
-            ["a-new-crate depends on vmm; it may depend on no sibling"]
+            ["a-new-crate depends on vmm; it may depend on no other crate of the workspace"]
         );
     }
 
