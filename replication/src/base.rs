@@ -150,8 +150,8 @@ impl Base {
     }
 
     /// Whether `answer` answers the question in progress; then it is no longer. Any other question
-    /// or nonce no longer matters. An open record does not answer a claim, nor does an unsettled one
-    /// answer [`Question::Settle`]: it is as if nobody knew.
+    /// or nonce no longer matters. An open record does not answer a claim, nor does an unsettled
+    /// one answer [`Question::Settle`]: it is as if nobody knew.
     pub fn answered(&mut self, nonce: u64, question: Question, answer: Answer) -> bool {
         let asked = |asking: Asking| asking.nonce == nonce && asking.question == question;
         let fits = match (question, answer) {

@@ -9,7 +9,8 @@ pub struct Lineage(pub u128);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Incarnation(pub u128);
 
-/// One ownership of the guest. It is closed exactly once, and the winner is the primary of the next.
+/// One ownership of the guest. It is closed exactly once, and the winner is the primary of the
+/// next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Term(pub u64);
 

@@ -23,8 +23,8 @@ pub enum Input {
     Heard(Connection),
     /// A connection has ended, or something came that is no frame.
     Closed(Connection),
-    /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is a
-    /// primary now may still be answered what it asked before, under the same nonce.
+    /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is
+    /// a primary now may still be answered what it asked before, under the same nonce.
     Answered {
         /// Of the question.
         nonce: u64,
@@ -120,7 +120,8 @@ pub enum Output {
         term: Term,
         /// From where.
         from: From,
-        /// The incarnation whose promotion it rests on, for [`Primary::owner`](crate::Primary::owner).
+        /// The incarnation whose promotion it rests on, for
+        /// [`Primary::owner`](crate::Primary::owner).
         promoted: Option<Incarnation>,
     },
     /// Tell people.

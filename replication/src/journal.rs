@@ -3,8 +3,8 @@
 //! ```text
 //!   append(e) -> journal sync -> apply(e) to the images -> image sync -> trim(e)
 //! ```
-//! Epochs wait in the journal until the images hold them durably, so a power cut at any point leaves
-//! images that, after a replay, are crash-consistent at one epoch:
+//! Epochs wait in the journal until the images hold them durably, so a power cut at any point
+//! leaves images that, after a replay, are crash-consistent at one epoch:
 //!
 //! 1. no epoch is applied before its journal is durable (rule `durable`),
 //! 2. none is trimmed before a sync of the images that covers it (rule `sync`),

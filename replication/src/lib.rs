@@ -1,9 +1,9 @@
-//! Who may run a replicated guest: a primary, a backup and a witness as state machines without
-//! threads, sockets, files, clocks or chance. Whoever drives one gives it what happens and the time,
-//! and carries out what it says: `step(now, input) -> outputs`. The monitor and the searches under
-//! `tests/` drive the same code.
+//! The protocol of replication: state machines of a primary, a backup and a witness that decide who
+//! may run a guest, without threads, sockets, files, clocks or randomness. The caller passes in each
+//! event with the time, and carries out the outputs: `step(now, input) -> outputs`. The monitor and
+//! the searches under `tests/` drive the same code.
 //!
-//! The promise: when one host, process or link fails, the guest goes on at the other side from a
+//! The promise: when one host, process or link fails, the guest continues at the other side from a
 //! state that no outsider can tell from the one before; and there are never two copies whose output
 //! can be seen.
 //!
@@ -16,22 +16,22 @@
 //!                                    v                          |          v the output of e
 //!   backup  ------------------------ Hold(e): memory, journal --'            leaves the gates
 //! ```
-//! Output is let out only when the backup could go on from a state that has produced it. At most two
-//! epochs are on their way; then the guest runs on, and the epoch grows.
+//! Output is released only when the backup could continue from a state that has produced it. At most
+//! two epochs are unacknowledged; beyond that the guest runs on, and the epoch grows.
 //!
 //! # Who owns a term
 //!
 //! A *term* is one ownership of the guest. It binds two incarnations (processes), and is closed
 //! exactly once, at the [`Witness`], by a compare-and-swap ([`Record`]): `solo`, `promote`, `cold`
-//! or `end`. The winner is the primary of the next term. No time-out decides anything: it only makes
-//! somebody ask.
+//! or `end`. The winner is the primary of the next term. No time-out decides anything: it only
+//! leads to a question.
 //!
 //! **Rule R.** Output leaves the primary only if (a) the backup has acknowledged its epoch in this
 //! term, or (b) the term is the primary's alone. A guest runs at the backup only if the term is the
 //! backup's.
 //!
-//! The states are drawn in [`primary`], [`backup`] and, for a start from disk, in [`Start`]'s module.
-//! Each rule that the promise rests on has a name, and lies in one place:
+//! The states are drawn in [`primary`], [`backup`] and, for a start from disk, in [`Start`]'s
+//! module. Each rule that the promise rests on has a name, and lies in one place:
 //!
 //! | rule | says | where |
 //! |---|---|---|
@@ -54,11 +54,11 @@
 //! `tests/simulator.rs` runs them against virtual time, with links that delay, processes that are
 //! killed or stand still, and a guest whose client remembers what it was told.
 //!
-//! # What whoever drives them has to do
+//! # What the caller has to do
 //!
 //! - Carry out outputs in order. A process that dies between two is something the machines expect.
 //! - Give inputs one at a time; drain sockets before a [`Input::Tick`].
-//! - Take frames for whole only if they are: checksums, and the digests of epochs, are checked before.
+//! - Pass in complete, undamaged frames only: checksums and digests of epochs are checked before.
 //! - Repeat nothing: questions are asked again by [`Output::Ask`], with the same nonce.
 #![forbid(unsafe_code)]
 

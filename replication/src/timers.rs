@@ -26,7 +26,7 @@ pub enum Timer {
     /// Output has been held for too long.
     AckLimit,
     /// A command has waited too long, or memory was kept long enough.
-    Patience,
+    GiveUp,
 }
 
 const COUNT: usize = 10;
@@ -42,7 +42,7 @@ const ALL: [Timer; COUNT] = [
     Timer::Look,
     Timer::Period,
     Timer::AckLimit,
-    Timer::Patience,
+    Timer::GiveUp,
 ];
 
 /// The timers of one machine.

@@ -1,6 +1,7 @@
-//! Every order of events of the real state machines, within bounds: processes that are slow, frozen,
-//! killed at every output and started again, claims that arrive late, answers that are lost, a second
-//! process of the backup's host, failback, cold starts, planned failover and closing commands.
+//! Every order of events of the real state machines, within bounds: processes that are slow,
+//! frozen, killed at every output and started again, claims that arrive late, answers that are
+//! lost, a second process of the backup's host, failback, cold starts, planned failover and closing
+//! commands.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 #[path = "search/explore.rs"]
 mod explore;

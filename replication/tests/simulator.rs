@@ -1,6 +1,6 @@
 //! The state machines against virtual time: links that delay and are cut, processes that are killed
-//! at any output, stand still and start again, a second process of the backup's host, a witness that
-//! does not answer, fences; a guest that counts, and a client that keeps what it was told.
+//! at any output, stand still and start again, a second process of the backup's host, a witness
+//! that does not answer, fences; a guest that counts, and a client that keeps what it was told.
 //!
 //! `SEED=n` runs one seed, `SEEDS=n` that many; `TELL=1` prints what happens.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]

@@ -97,7 +97,7 @@ impl Backup {
         self.base.term = frame.term;
         self.base.claimed = false;
         self.base.forget_question();
-        self.base.timers.clear(Timer::Patience);
+        self.base.timers.clear(Timer::GiveUp);
         self.base.timers.clear(Timer::Look);
         self.past = None;
         self.primary = Some(hello.incarnation);

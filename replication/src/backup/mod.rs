@@ -197,7 +197,7 @@ impl Backup {
             Timer::Beat => self.beat(),
             Timer::Ask => self.base.ask_again(),
             Timer::Look => self.look(),
-            Timer::Patience => self.end(Exit::Nothing),
+            Timer::GiveUp => self.end(Exit::Nothing),
             _ => {}
         }
     }

@@ -14,7 +14,7 @@ use crate::{
 /// How long memory is kept as the base of a warm resync.
 const KEPT: Duration = Duration::from_secs(600);
 /// How often an unfit backup reads the record.
-const LOOK: Duration = Duration::from_secs(1);
+const OUTCOME_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Backup {
     fn has_witness(&self) -> bool {
@@ -78,7 +78,9 @@ impl Backup {
                 self.decided(record);
             }
             (State::Suspecting | State::Unfit, _, Answer::Superseded) => self.abandon(),
-            (State::Unfit, _, _) => self.base.timers.set(Timer::Look, self.base.now + LOOK),
+            (State::Unfit, _, _) => {
+                self.base.timers.set(Timer::Look, self.base.now + OUTCOME_INTERVAL)
+            }
             _ => {}
         }
     }
@@ -170,7 +172,9 @@ impl Backup {
             (_, Some(settle)) if !settling && self.base.rules.hold(Rule::Yield) => {
                 self.base.ask(settle);
             }
-            (Answer::Record(None), _) => self.base.timers.set(Timer::Look, self.base.now + LOOK),
+            (Answer::Record(None), _) => {
+                self.base.timers.set(Timer::Look, self.base.now + OUTCOME_INTERVAL)
+            }
             _ => self.past = None,
         }
     }
@@ -183,7 +187,7 @@ impl Backup {
         for timer in [Timer::Silence, Timer::Turn, Timer::Look] {
             self.base.timers.clear(timer);
         }
-        self.base.timers.set(Timer::Patience, self.base.now + KEPT);
+        self.base.timers.set(Timer::GiveUp, self.base.now + KEPT);
         self.base.mark(Mark::Outdated { term: self.base.term });
     }
 

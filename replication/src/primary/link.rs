@@ -12,14 +12,14 @@ use crate::{
 };
 
 /// How long the backup may take to answer `Hello`.
-const GREETING: Duration = Duration::from_secs(5);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Primary {
     /// Begin to protect the guest.
     pub(super) fn connect(&mut self) {
         self.enter(State::Connecting, Why::Command);
         self.base.dial_again(true);
-        self.base.timers.set(Timer::Greeting, self.base.now + GREETING);
+        self.base.timers.set(Timer::Greeting, self.base.now + GREETING_TIMEOUT);
     }
 
     /// There is a connection. An old one is closed before the new one is read.
@@ -32,7 +32,7 @@ impl Primary {
         self.base.hang_up();
         self.base.connection = Some(connection);
         self.base.timers.clear(Timer::Dial);
-        self.base.timers.set(Timer::Greeting, self.base.now + GREETING);
+        self.base.timers.set(Timer::Greeting, self.base.now + GREETING_TIMEOUT);
         let hello = Hello {
             lineage: self.base.me.lineage,
             incarnation: self.base.me.incarnation,
@@ -40,7 +40,8 @@ impl Primary {
             claimed: self.base.claimed,
             agreement: self.base.settings.agreement,
         };
-        // The first `End` of a new backup is the one after this; attempts that have failed leave gaps.
+        // The first `End` of a new backup is the one after this; attempts that have failed leave
+        // gaps.
         let epoch = match self.state {
             State::Connecting => self.window.begun(),
             _ => self.window.last(),
@@ -204,8 +205,8 @@ impl Primary {
             _ => return,
         }
         self.backup_lost();
-        // Where nobody claims, the term goes on as soon as the backup is back: over a new connection,
-        // since the backup has dropped what came over this one.
+        // Where nobody claims, the term goes on as soon as the backup is back: over a new
+        // connection, since the backup has dropped what came over this one.
         if self.may_reconnect() && self.base.timers.get(Timer::Dial).is_none() {
             self.base.dial_again(true);
         }

@@ -208,7 +208,7 @@ impl Primary {
             Timer::Look => self.look(),
             Timer::Period => self.begin_epoch(),
             Timer::AckLimit => self.too_slow(),
-            Timer::Patience => self.out_of_patience(),
+            Timer::GiveUp => self.command_timed_out(),
             Timer::Turn => {}
         }
     }

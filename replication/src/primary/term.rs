@@ -12,10 +12,11 @@ use crate::{
 };
 
 /// How long a command waits for the witness before it fails with nothing changed.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How often a record is read that may change: while it decides about this guest, and while the
-/// guest runs on the strength of it.
-const LOOK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+const WITNESS_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often an undecided record that concerns this guest is read.
+const OUTCOME_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the record is checked that this primary's ownership rests on.
+const RECORD_INTERVAL: Duration = Duration::from_secs(5);
 
 impl Primary {
     pub(super) fn has_witness(&self) -> bool {
@@ -67,7 +68,7 @@ impl Primary {
         }
         self.intent = Some(command);
         if self.has_witness() {
-            self.base.timers.set(Timer::Patience, self.base.now + PATIENCE);
+            self.base.timers.set(Timer::GiveUp, self.base.now + WITNESS_TIMEOUT);
             self.base.ask(Question::Look { term: self.base.term });
         } else if command == Command::Failover {
             self.hand_over();
@@ -81,7 +82,7 @@ impl Primary {
     }
 
     /// The witness has not answered: the command fails, and nothing has changed.
-    pub(super) fn out_of_patience(&mut self) {
+    pub(super) fn command_timed_out(&mut self) {
         if self.state != State::Protected {
             return;
         }
@@ -93,7 +94,7 @@ impl Primary {
 
     /// Nobody has closed the term, and the witness answers: do what was asked for.
     fn proceed(&mut self, command: Command) {
-        self.base.timers.clear(Timer::Patience);
+        self.base.timers.clear(Timer::GiveUp);
         if command == Command::Failover {
             return self.hand_over();
         }
@@ -163,7 +164,7 @@ impl Primary {
                 }
             }
             (_, Answer::Record(None)) => {
-                self.base.timers.set(Timer::Look, self.base.now + LOOK.0);
+                self.base.timers.set(Timer::Look, self.base.now + OUTCOME_INTERVAL);
             }
         }
     }
@@ -187,7 +188,7 @@ impl Primary {
             _ => self.fence_off(),
         }
         if self.base.rules.hold(Rule::Yield) || !matches!(self.state, State::Fenced) {
-            self.base.timers.set(Timer::Look, self.base.now + LOOK.0);
+            self.base.timers.set(Timer::Look, self.base.now + OUTCOME_INTERVAL);
         } else {
             self.lost();
         }
@@ -199,7 +200,7 @@ impl Primary {
         self.park();
         self.base.claimed = true;
         self.base.hang_up();
-        for timer in [Timer::Period, Timer::AckLimit, Timer::Dial, Timer::Patience] {
+        for timer in [Timer::Period, Timer::AckLimit, Timer::Dial, Timer::GiveUp] {
             self.base.timers.clear(timer);
         }
         if let Some(command) = self.intent.take() {
@@ -266,7 +267,7 @@ impl Primary {
                 self.base.timers.clear(timer);
             }
             self.base.timers.clear(Timer::Greeting);
-            self.base.timers.clear(Timer::Patience);
+            self.base.timers.clear(Timer::GiveUp);
         }
         if home == State::Off {
             self.alone = None;
@@ -282,7 +283,7 @@ impl Primary {
     /// While the guest runs on the strength of a record, see that the record stays.
     pub(super) fn watch(&mut self) {
         if self.alone.is_some() {
-            self.base.timers.set(Timer::Look, self.base.now + LOOK.1);
+            self.base.timers.set(Timer::Look, self.base.now + RECORD_INTERVAL);
         }
     }
 
