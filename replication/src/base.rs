@@ -122,7 +122,7 @@ impl Base {
         self.marking.take_if(|waited| *waited == mark).is_some()
     }
 
-    /// Ask until there is an answer. A question that was being asked is forgotten.
+    /// Ask until there is an answer. This replaces any earlier question.
     pub fn ask(&mut self, question: Question) {
         if self.asked() == Some(question) {
             return;
@@ -151,7 +151,7 @@ impl Base {
 
     /// Whether `answer` answers the question in progress; then it is no longer. Any other question
     /// or nonce no longer matters. An open record does not answer a claim, nor does an unsettled
-    /// one answer [`Question::Settle`]: it is as if nobody knew.
+    /// one answer [`Question::Settle`]: they count as no answer.
     pub fn answered(&mut self, nonce: u64, question: Question, answer: Answer) -> bool {
         let asked = |asking: Asking| asking.nonce == nonce && asking.question == question;
         let fits = match (question, answer) {

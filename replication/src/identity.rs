@@ -42,11 +42,11 @@ impl Epoch {
 }
 
 /// What identifies the contents of an epoch: its checksums, chained to those of the epoch before.
-/// Opaque here; made by whoever moves the pages.
+/// Opaque here; made by the caller, which moves the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Digest(pub u64);
 
-/// A connection to a peer, numbered by whoever opens or accepts it, upwards.
+/// A connection to a peer, numbered upwards by the side that opens or accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Connection(pub u64);
 

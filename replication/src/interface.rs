@@ -1,6 +1,6 @@
 //! What goes into a state machine and what comes out of it.
 //!
-//! Whoever drives a machine carries out its outputs one after another, in order; what takes time
+//! The caller of a machine carries out its outputs one after another, in order; what takes time
 //! (a durable write, a question, the capture of an epoch) is begun in order and reported by an
 //! input. It may stop at any point: what was not carried out is as if the process had died there.
 use crate::{
@@ -24,7 +24,7 @@ pub enum Input {
     /// A connection has ended, or something came that is no frame.
     Closed(Connection),
     /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is
-    /// a primary now may still be answered what it asked before, under the same nonce.
+    /// a primary now may still get the answer to an earlier question, under the same nonce.
     Answered {
         /// Of the question.
         nonce: u64,
@@ -52,18 +52,18 @@ pub enum Input {
     Prepared,
     /// Backup: it has failed, before the guest's first step.
     CannotRun,
-    /// Somebody wants something.
+    /// A command of a client.
     Command(Command),
 }
 
-/// What somebody wants of a primary.
+/// A client's command to a primary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Protect the guest.
     Start,
     /// Stop protecting it.
     Unprotect,
-    /// End the process, or the guest has ended: nobody is to run it.
+    /// End the process, or the guest has ended: it must not run anywhere.
     Quit,
     /// Move the guest to the backup.
     Failover,
@@ -95,9 +95,9 @@ pub enum Output {
         /// Whether the gates shut at its end: output of later epochs is held.
         shut: bool,
     },
-    /// Primary: let out what the gates hold of epochs up to this one, in order.
+    /// Primary: release what the gates hold of epochs up to this one, in order.
     ReleaseThrough(Epoch),
-    /// Primary: let out everything, in order, and leave the gates open.
+    /// Primary: release everything, in order, and leave the gates open.
     OpenGates,
     /// Primary: close the taps and throw away held frames of the network.
     CloseTaps,
@@ -124,7 +124,7 @@ pub enum Output {
         /// [`Primary::owner`](crate::Primary::owner).
         promoted: Option<Incarnation>,
     },
-    /// Tell people.
+    /// Report to clients and in the log.
     Tell(Event),
     /// End the process.
     Exit(Exit),
@@ -197,7 +197,7 @@ impl Bond {
         Party { side: self.side, incarnation }
     }
 
-    /// If this image's process was granted the term and nobody has said yet what became of it: how
+    /// If this image's process was granted the term and its outcome is not recorded yet: how
     /// a later process gives it back.
     pub(crate) fn unused(&self, answer: Answer) -> Option<Question> {
         let Answer::Record(Some(record)) = answer else { return None };
@@ -211,7 +211,7 @@ impl Bond {
     }
 }
 
-/// What people are told.
+/// What is reported to clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Event {
     /// The state has changed, and why.
@@ -253,17 +253,17 @@ pub enum Why {
     /// Output was held for too long.
     #[error("output was held for longer than ack-limit")]
     AckLimit,
-    /// The peer has said good-bye.
+    /// The peer has sent `Bye`.
     #[error("the peer has ended the connection")]
     Bye,
-    /// A command asked for it.
-    #[error("a command asked for it")]
+    /// A command requested it.
+    #[error("a command requested it")]
     Command,
     /// Not possible in this state.
     #[error("not possible in this state")]
     WrongState,
-    /// Nobody answered.
-    #[error("nobody answered in time")]
+    /// There was no answer.
+    #[error("there was no answer in time")]
     NoAnswer,
     /// The term was won.
     #[error("the term was won")]
@@ -279,7 +279,7 @@ pub enum Why {
 /// How a process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Exit {
-    /// As somebody wanted.
+    /// As a command requested.
     Done,
     /// Nothing ran here.
     Nothing,
@@ -298,13 +298,13 @@ pub enum Denial {
     /// An earlier process of this side has it, and its memory may still be somewhere.
     #[error("an earlier process of this side has won the term; --force starts from the disk")]
     Earlier,
-    /// The image was part of a protected term, and there is nobody to ask about it.
+    /// The image was part of a protected term, and there is no arbiter to ask.
     #[error("it was protected, and there is neither witness nor fence: --force starts it")]
     NobodyToAsk,
     /// It was being filled.
-    #[error("the image was being filled and is of no use")]
+    #[error("the image was being filled and cannot be used")]
     Inconsistent,
-    /// It was given back: the primary goes on.
+    /// It was given back: the primary continues.
     #[error("the guest was given back to its primary")]
     Yielded,
 }

@@ -14,7 +14,7 @@ use crate::{
     rules::{Rule, Rules},
 };
 
-/// How far each epoch is. Appending, syncing and applying are somebody else's work; this says what
+/// How far each epoch is. Appending, syncing and applying are the caller's work; this says what
 /// may be done next.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Journal {

@@ -1,7 +1,7 @@
 //! The protocol of replication: state machines of a primary, a backup and a witness that decide who
-//! may run a guest, without threads, sockets, files, clocks or randomness. The caller passes in each
-//! event with the time, and carries out the outputs: `step(now, input) -> outputs`. The monitor and
-//! the searches under `tests/` drive the same code.
+//! may run a guest, without threads, sockets, files, clocks or randomness. The caller passes in
+//! each event with the time, and carries out the outputs: `step(now, input) -> outputs`. The
+//! monitor and the searches under `tests/` drive the same code.
 //!
 //! The promise: when one host, process or link fails, the guest continues at the other side from a
 //! state that no outsider can tell from the one before; and there are never two copies whose output
@@ -16,8 +16,8 @@
 //!                                    v                          |          v the output of e
 //!   backup  ------------------------ Hold(e): memory, journal --'            leaves the gates
 //! ```
-//! Output is released only when the backup could continue from a state that has produced it. At most
-//! two epochs are unacknowledged; beyond that the guest runs on, and the epoch grows.
+//! Output is released only when the backup could continue from a state that has produced it. At
+//! most two epochs are unacknowledged; beyond that the guest runs on, and the epoch grows.
 //!
 //! # Who owns a term
 //!
@@ -52,7 +52,7 @@
 //! `tests/search.rs` visits every order of events of these machines within small bounds. With the
 //! feature `controls` it switches each rule off alone, and has to find what breaks.
 //! `tests/simulator.rs` runs them against virtual time, with links that delay, processes that are
-//! killed or stand still, and a guest whose client remembers what it was told.
+//! killed or stopped, and a guest whose client remembers every answer.
 //!
 //! # What the caller has to do
 //!

@@ -48,9 +48,9 @@ pub enum Message {
     Release,
     /// Backup: the guest runs here.
     Running,
-    /// Primary: this connection ends. With `end`, the backup is asked to leave the term for good.
+    /// Primary: this connection ends. With `end`, the backup is to leave the term for good.
     Bye {
-        /// Whether [`Message::Ended`] is asked for.
+        /// Whether [`Message::Ended`] is requested.
         end: bool,
     },
     /// Backup: its images are durably outdated, and it will never claim this term.

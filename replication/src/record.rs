@@ -6,7 +6,7 @@
 //!        `-------> promote ------------> running | yielded
 //! ```
 //! A record only grows along these arrows. So the answer to every question is the record itself:
-//! it stays true however late it arrives, and who asks twice learns the same.
+//! it stays true however late it arrives, and a second query gets the same answer.
 use crate::{
     identity::{Incarnation, Party, Term},
     rules::{Rule, Rules},
@@ -15,7 +15,7 @@ use crate::{
 /// By which word a term is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Word {
-    /// The primary goes on without a backup.
+    /// The primary continues without a backup.
     Solo,
     /// The backup runs the guest from its last whole epoch.
     Promote,
@@ -48,7 +48,7 @@ pub struct Record {
     pub settled: Option<Settled>,
 }
 
-/// How a record reads to somebody who was in the term.
+/// What a record means to a process of the term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reading {
     /// The term is this party's.
@@ -56,7 +56,7 @@ pub enum Reading {
     /// A backup was granted it and has not said yet whether it runs: the guest's last copy may be
     /// the reader's.
     Undecided,
-    /// It is somebody else's for good.
+    /// It is the other side's for good.
     Lost,
 }
 
@@ -77,7 +77,7 @@ impl Record {
     }
 }
 
-/// What a process asks its agent, who asks the witness or the other host.
+/// A question to the agent, which asks the witness or the other host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Question {
     /// What does the record of this term say?
@@ -85,7 +85,7 @@ pub enum Question {
         /// The term.
         term: Term,
     },
-    /// Close the term, if nobody has closed it yet.
+    /// Close the term, if it is open.
     Claim {
         /// The term.
         term: Term,
@@ -124,7 +124,7 @@ impl Question {
     }
 }
 
-/// The answer to a [`Question`]. That nobody knows is not an answer: it is asked again.
+/// The answer to a [`Question`]. `Unknown` is not an answer: the question is repeated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Answer {
     /// To a question to the witness: the record as it is now, durable; `None` while it is open.

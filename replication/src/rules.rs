@@ -11,7 +11,7 @@ pub enum Rule {
     Burn,
     /// A term binds two incarnations; the witness answers an incarnation, not a side.
     Pair,
-    /// An armed term is closed by a claim before the primary goes on without its backup.
+    /// An armed term is closed by a claim before the primary continues without its backup.
     Close,
     /// The primary claims the term for the backup before it sends `Release`.
     Hand,

@@ -10,8 +10,8 @@ pub enum Arbiter {
     Witness(Digest),
     /// A fence, by its kind: who has brought the peer down has won.
     Fence(Digest),
-    /// Nobody: a backup never promotes by itself.
-    Nobody,
+    /// None: a backup never promotes by itself.
+    None,
 }
 
 /// What has to be the same at both sides.
@@ -26,9 +26,9 @@ pub struct Agreement {
 /// What a primary does that has lost its backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OnLoss {
-    /// Ask the arbiter for the term, and go on alone.
+    /// Claim the term at the arbiter, and continue alone.
     Claim,
-    /// Hold output until somebody decides.
+    /// Hold output until an operator decides.
     Stall,
     /// Park the guest, end the term, end.
     Stop,
@@ -76,7 +76,7 @@ impl Settings {
     /// # Errors
     /// What contradicts what.
     pub fn check(&self) -> Result<(), SettingsError> {
-        let nobody = self.agreement.arbiter == Arbiter::Nobody;
+        let nobody = self.agreement.arbiter == Arbiter::None;
         match self.on_loss {
             OnLoss::Continue if !nobody => Err(SettingsError::Continue),
             OnLoss::Claim if nobody => Err(SettingsError::NobodyToAsk("witness")),

@@ -114,7 +114,7 @@ impl Start {
                 self.state = State::Marking(bond);
                 self.base.mark(Mark::Fencing(bond));
             }
-            Arbiter::Nobody => self.refuse(Denial::NobodyToAsk),
+            Arbiter::None => self.refuse(Denial::NobodyToAsk),
         }
     }
 

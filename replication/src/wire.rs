@@ -165,7 +165,7 @@ fn agreement(body: &mut Vec<u8>, agreement: Agreement) {
     let (kind, identity) = match agreement.arbiter {
         Arbiter::Witness(identity) => (1, identity),
         Arbiter::Fence(identity) => (2, identity),
-        Arbiter::Nobody => (0, Digest(0)),
+        Arbiter::None => (0, Digest(0)),
     };
     body.push(kind);
     put(body, identity.0);
@@ -213,7 +213,7 @@ impl Bytes<'_> {
     fn agreement(&mut self) -> Option<Agreement> {
         let (kind, identity) = (self.byte()?, Digest(self.u64()?));
         let arbiter = match kind {
-            0 if identity == Digest(0) => Arbiter::Nobody,
+            0 if identity == Digest(0) => Arbiter::None,
             1 => Arbiter::Witness(identity),
             2 => Arbiter::Fence(identity),
             _ => return None,
@@ -269,7 +269,7 @@ mod tests {
 
     fn any(random: &mut fastrand::Rng) -> Frame {
         let arbiters =
-            [Arbiter::Nobody, Arbiter::Witness(Digest(random.u64(..))), Arbiter::Fence(Digest(7))];
+            [Arbiter::None, Arbiter::Witness(Digest(random.u64(..))), Arbiter::Fence(Digest(7))];
         let arbiter = arbiters[random.usize(..3)];
         let agreement = Agreement { arbiter, machine: Digest(random.u64(..)) };
         let incarnation = Incarnation(random.u128(..));

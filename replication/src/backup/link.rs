@@ -34,7 +34,7 @@ impl Backup {
         }
     }
 
-    /// Whether this greeting is taken: `true` if it goes on with the term that it is in.
+    /// Whether this greeting is accepted: `true` if it continues the current term.
     fn judge(&self, frame: Frame, hello: Hello) -> Result<bool, Refusal> {
         if hello.lineage != self.base.me.lineage {
             return Err(Refusal::Lineage);

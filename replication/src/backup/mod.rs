@@ -44,7 +44,7 @@ pub enum State {
     Promoting,
     /// Could not run the guest, and says so.
     Unfit,
-    /// The term is somebody else's; its memory is the base of the next one.
+    /// The term is the other side's; its memory is the base of the next one.
     Abandoned,
     /// The guest runs here: see [`Primary::owner`](crate::Primary::owner).
     Promoted,

@@ -45,7 +45,7 @@ impl Backup {
                 }
             }
             // Only by hand.
-            Arbiter::Nobody => {}
+            Arbiter::None => {}
         }
     }
 
@@ -179,7 +179,7 @@ impl Backup {
         }
     }
 
-    /// The term is somebody else's.
+    /// The term is the other side's.
     fn abandon(&mut self) {
         self.enter(State::Abandoned, Why::Lost);
         self.base.hang_up();

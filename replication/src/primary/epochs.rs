@@ -96,7 +96,7 @@ impl Primary {
         self.base.timers.set(Timer::Period, self.base.now + self.base.settings.period);
     }
 
-    /// The backup is back with its last whole epoch, and nobody has claimed.
+    /// The backup is back with its last whole epoch, and neither side has claimed.
     pub(super) fn resume(&mut self) {
         self.protect();
         for (epoch, digest) in self.window.staged().collect::<Vec<_>>() {
@@ -136,7 +136,8 @@ impl Primary {
         }
     }
 
-    /// The backup has the last epoch. The term is claimed for it before it is told (rule `hand`).
+    /// The backup has the last epoch. The term is claimed for it before the backup is informed
+    /// (rule `hand`).
     fn give_away(&mut self) {
         let Some(backup) = self.backup else { return };
         if self.has_witness() && self.base.rules.hold(Rule::Hand) {

@@ -49,7 +49,7 @@ impl Primary {
         self.base.send(epoch, Message::Hello(hello));
     }
 
-    /// Whether this term may go on over a new connection (rule `burn`).
+    /// Whether this term may continue over a new connection (rule `burn`).
     fn may_reconnect(&self) -> bool {
         let burnt = self.base.claimed && self.base.rules.hold(Rule::Burn);
         self.state == State::Stalled && !burnt && self.base.marking.is_none()
@@ -175,7 +175,7 @@ impl Primary {
         }
     }
 
-    /// The connection is of no use any more. That proves nothing about the backup: while the
+    /// The connection cannot be used any more. That proves nothing about the backup: while the
     /// term is not burnt, another connection is tried.
     pub(super) fn disturbed(&mut self, why: Why) {
         self.base.timers.clear(Timer::Greeting);
@@ -205,7 +205,7 @@ impl Primary {
             _ => return,
         }
         self.backup_lost();
-        // Where nobody claims, the term goes on as soon as the backup is back: over a new
+        // Where neither side claims, the term continues as soon as the backup is back: over a new
         // connection, since the backup has dropped what came over this one.
         if self.may_reconnect() && self.base.timers.get(Timer::Dial).is_none() {
             self.base.dial_again(true);

@@ -1,4 +1,4 @@
-//! The primary: runs the guest, and holds its output until the backup could go on from there.
+//! The primary: runs the guest, and holds its output until the backup could continue from there.
 //!
 //! ```text
 //!              Start             Accept              Ack(first), sidecar, Armed
@@ -102,7 +102,7 @@ impl Primary {
         }
     }
 
-    /// The primary of `term`, as whom a guest goes on that was promoted or started from its disk.
+    /// The primary of `term`, whose guest was promoted or started from its disk.
     /// `promoted` is the incarnation whose promotion is to be settled at the witness: the
     /// primary of the term before keeps the guest until it is.
     #[must_use]

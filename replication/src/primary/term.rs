@@ -92,7 +92,7 @@ impl Primary {
         }
     }
 
-    /// Nobody has closed the term, and the witness answers: do what was asked for.
+    /// The term is open, and the witness answers: carry out the command.
     fn proceed(&mut self, command: Command) {
         self.base.timers.clear(Timer::GiveUp);
         if command == Command::Failover {
@@ -102,7 +102,7 @@ impl Primary {
         self.claim(closing_word(command));
     }
 
-    /// Close the term, by whoever decides. From here it is burnt: there is no way back to
+    /// Close the term at the arbiter. From here it is burnt: there is no way back to
     /// Protected in it, whatever the answer and however late.
     pub(super) fn claim(&mut self, word: Word) {
         let asked =
@@ -110,7 +110,7 @@ impl Primary {
         if self.state != State::Stalled || asked || self.base.marking.is_some() {
             return;
         }
-        if self.base.settings.agreement.arbiter == Arbiter::Nobody {
+        if self.base.settings.agreement.arbiter == Arbiter::None {
             return;
         }
         let term = self.base.term;
@@ -209,7 +209,7 @@ impl Primary {
         self.enter(State::Fenced, Why::Lost);
     }
 
-    /// The guest is somebody else's for good.
+    /// The guest is the other side's for good.
     fn lost(&mut self) {
         if !matches!(self.state, State::Fenced | State::HandingOver(_)) {
             self.fence_off();
@@ -245,14 +245,14 @@ impl Primary {
         }
     }
 
-    /// Nobody runs this guest until somebody starts it.
+    /// The guest runs nowhere until it is started again.
     fn won_end(&mut self) {
         self.park();
         self.intent = Some(Command::Quit);
         self.base.mark(Mark::Free { term: self.base.term.next() });
     }
 
-    /// The won term ends here, and the guest goes on alone.
+    /// The won term ends here, and the guest continues alone.
     pub(super) fn degrade(&mut self, home: State) {
         if self.state != State::Degraded {
             self.base.send(self.window.last(), Message::Bye { end: false });
@@ -305,7 +305,7 @@ impl Primary {
         }
     }
 
-    /// A witness that was restored from an old copy may grant the term again: stand still.
+    /// A witness that was restored from an old copy may grant the term again: park.
     fn record_changed(&mut self, record: Option<Record>) {
         self.park();
         self.base.tell(Event::RecordChanged(record));

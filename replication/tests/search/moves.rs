@@ -26,7 +26,7 @@ pub enum Move {
     /// The answer arrives; or is lost.
     Answer(usize),
     Lose(usize),
-    /// Somebody wants something.
+    /// A command of a client.
     Command(usize, Command),
     /// A backup cannot run what it was granted.
     CannotRun(usize),

@@ -83,7 +83,7 @@ fn row_7_a_lost_backup_leaves_a_primary_alone_within_the_timeout() -> Outcome {
 #[test]
 fn row_7_without_an_arbiter_nobody_promotes_and_the_policy_decides() -> Outcome {
     for (on_loss, owner) in [(OnLoss::Stall, None), (OnLoss::Continue, Some(0))] {
-        let mut sim = Sim::with(7, Arbiter::Nobody, on_loss, Rules::ALL);
+        let mut sim = Sim::with(7, Arbiter::None, on_loss, Rules::ALL);
         sim.input(0, Input::Command(Command::Start))?;
         sim.until(ms(2000), Sim::is_protected)?;
         sim.cut(&[(0, 1), (1, 0)]);
@@ -231,7 +231,7 @@ fn row_16_leaving_by_command_lets_nothing_come_back() -> Outcome {
 
 #[test]
 fn row_16_without_an_arbiter_the_backups_word_closes_the_term() -> Outcome {
-    let mut sim = Sim::with(16, Arbiter::Nobody, OnLoss::Stall, Rules::ALL);
+    let mut sim = Sim::with(16, Arbiter::None, OnLoss::Stall, Rules::ALL);
     sim.input(0, Input::Command(Command::Start))?;
     sim.until(ms(2000), Sim::is_protected)?;
     sim.input(0, Input::Command(Command::Unprotect))?;
