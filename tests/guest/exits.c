@@ -171,7 +171,7 @@ void guest(const char *word)
         begin_ticks();
     out8(SERIAL + 7, 0x5a);
     check();
-    print("stands\n");
+    print("ready\n");
     for (u64 n = 0;; n++) {
         once(word);
         count(0);

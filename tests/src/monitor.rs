@@ -281,7 +281,7 @@ impl Monitor {
     /// Waits until the guest takes commands.
     ///
     /// # Errors
-    /// It does not in time, or the monitor ends.
+    /// It does not do so in time, or the monitor ends.
     pub fn wait_ready(&mut self) -> Result<()> {
         self.wait_for("guest: ready", BOOT).map(drop)
     }

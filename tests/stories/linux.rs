@@ -29,7 +29,7 @@ use stories::{emulated, seed};
 
 /// A machine that an emulated host saves and restores in seconds.
 const SMALL: Shape = Shape { native: false, cpus: 1, mib: 256, restores: 1 };
-/// A kernel given by the user supports only one vCPU on PVM.
+/// The given kernel supports only one vCPU on PVM.
 const NATIVE: Shape = Shape { native: true, cpus: 1, mib: 256, restores: 10 };
 
 /// Tests that need Debian's kernel, or something that the given one lacks: several processors, a

@@ -183,7 +183,7 @@ fn exact(story: &str, words: &str, cpus: u64) -> Result<()> {
     let stage = Stage::new(story)?;
     let vm = stage.vm("exits", words)?.machine("vcpu_count", cpus);
     let (mut monitor, qmp) = stage.start(vm)?;
-    monitor.wait_for("stands\n", SOON)?;
+    monitor.wait_for("ready\n", SOON)?;
     // Into the middle of the operation.
     std::thread::sleep(Duration::from_millis(5));
     again_and_again(&stage, monitor, qmp, words)

@@ -117,8 +117,8 @@ mod tests {
 
     #[test]
     fn what_slows_both_of_a_turn_does_not_count() {
-        // The machine becomes slower and slower, up to three times the time; one build is always 2
-        // % slower.
+        // The machine becomes slower and slower, up to three times the time; one is always slower
+        // by 2 %.
         let drift: Vec<f64> = (0..100).map(|turn| 100.0 + 2.0 * f64::from(turn)).collect();
         let behind: Vec<f64> = drift.iter().map(|time| time * 1.02).collect();
         let ratio = ratio_of_medians(&behind, &drift).unwrap();

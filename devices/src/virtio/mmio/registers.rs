@@ -1,10 +1,10 @@
 //! The register page: a device's virtio-mmio registers as guest-readable memory. Reading a register
-//! of virtio-mmio (virtio 1.3, section 4.2.2) has no side effects, so the page holds their values,
-//! and the guest reads them without leaving guest mode: the machine maps the pages of all slots as
-//! one read-only memory slot, and only writes exit. Interrupts are edge-triggered and not shared,
-//! so InterruptStatus bit 0 (used buffer) stays set while the device lives; an acknowledgement of
-//! that bit alone changes nothing and can be swallowed in the kernel. So interrupt handling needs
-//! no exit to user space at all.
+//! of virtio-mmio (virtio 1.3, section 4.2.2) has no side effects, so the page holds the registers'
+//! values, and the guest reads them without leaving guest mode: the machine maps the pages of all
+//! slots as one read-only memory slot, and only writes exit. Interrupts are edge-triggered and not
+//! shared, so InterruptStatus bit 0 (used buffer) stays set while the device lives; an
+//! acknowledgement of that bit alone changes nothing and can be swallowed in the kernel. So
+//! interrupt handling needs no exit to user space at all.
 use std::sync::{
     Arc,
     atomic::{AtomicU32, Ordering},
