@@ -25,7 +25,7 @@ pub struct Actions {
     /// The process's exit status when a panic ends it.
     pub panic_status: u8,
     /// A triple fault counts as a crash, not a reboot. Kernels use it for both.
-    pub triple_fault_panics: bool,
+    pub fault_panics: bool,
 }
 
 impl Default for Actions {
@@ -38,7 +38,7 @@ impl Default for Actions {
             reboot_status: 0,
             panic: end,
             panic_status: 1,
-            triple_fault_panics: false,
+            fault_panics: false,
         }
     }
 }

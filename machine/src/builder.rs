@@ -10,13 +10,12 @@ use config::{
     Description, MachineConfig, Occupancy, Thp,
     places::{self, Place},
     slots::{SlotCounts, SlotsError, Wanted},
-    topology,
+    topology::{self, TopologyError},
     types::Id,
 };
 use devices::{
     Memory,
     backend::{char::CharSink, disk::DiskError, net::tap::TapError},
-    bus::BusBuilder,
     reclaim::Reclaim,
     threads::ThreadStart,
     virtio::{
@@ -30,7 +29,7 @@ use vm_memory::MmapRegion;
 
 use crate::{
     Machine,
-    arch::{Buses, CpuFeatures, VcpuFactory, entry},
+    arch::{Buses, BusesBuilder, CpuFeatures, VcpuFactory, entry},
     backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
@@ -94,7 +93,7 @@ pub enum BuildError {
     #[error(transparent)]
     Slots(#[from] SlotsError),
     #[error(transparent)]
-    ApicIds(#[from] topology::ApicIds),
+    Topology(#[from] TopologyError),
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("{0}")]
@@ -166,7 +165,7 @@ impl Machine {
     fn build(made_of: &MadeOf<'_>, start: Start, callbacks: Callbacks) -> Result<Self, BuildError> {
         let MadeOf { config, occupied, places } = *made_of;
         SlotCounts::try_from(Wanted::of(config, occupied))?;
-        let cpu_ids = topology::apic_ids(&config.topology, config.cpus)?;
+        let cpu_ids = topology::cpu_ids(&config.topology, config.cpus)?;
 
         let small = matches!(start, Start::Boot) && is_small(config);
         let (kvm, fd, contents, seen, BackendsHeld(held)) = match start {
@@ -332,12 +331,11 @@ impl Parts {
         let MadeOf { config, occupied, places } = *made_of;
         let threads = Threads(io_threads);
 
-        let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
+        let mut buses = BusesBuilder::default();
         let (mut chardevs, mut outputs) = (Vec::new(), Vec::new());
         let (mut disks, mut nics, mut balloon) = (Vec::new(), Vec::new(), None);
         let default = threads.find("", "", None)?;
-        let power = Arc::default();
-        let (legacy, serial) = Legacy::new(config, &mut pio, default.clone(), &power, backing)?;
+        let (legacy, serial) = Legacy::new(config, &mut buses, default.clone(), backing)?;
         if let Some(Outside { name, sink }) = serial {
             chardevs.push(("serial0".to_owned(), name));
             outputs.push(sink);
@@ -351,20 +349,20 @@ impl Parts {
             let block = backing
                 .block(slot, shape, disk)
                 .map_err(|e| explained(e, slot, config, occupied))?;
-            disks.push(slots.add(&mut mmio, Box::new(block), thread)?);
+            disks.push(slots.add(&mut buses.mmio, Box::new(block), thread)?);
         }
         for slot in 0..config.slots.nics() {
             let shape = config.nics.get(slot);
             let nic = occupied.nics.get(slot).and_then(Option::as_ref);
             let thread = threads.find_for("NIC", shape.map(|n| (&n.id, &n.iothread)))?;
             let net = backing.interface(slot, shape, nic)?;
-            nics.push(slots.add(&mut mmio, Box::new(net), thread)?);
+            nics.push(slots.add(&mut buses.mmio, Box::new(net), thread)?);
         }
         for config in &config.devices {
             let facts = config.facts();
             let thread = threads.find(facts.slot(), facts.id(), facts.iothread())?;
             let Built { device, kept } = backing.device(config, reclaim)?;
-            let device = slots.add(&mut mmio, device, thread)?;
+            let device = slots.add(&mut buses.mmio, device, thread)?;
             match kept {
                 Kept::Nothing => {}
                 Kept::Chars(label, Outside { name, sink }) => {
@@ -378,7 +376,7 @@ impl Parts {
             }
         }
 
-        let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power };
+        let buses = buses.freeze();
         Ok(Self { legacy, slots, buses, chardevs, outputs, disks, nics, balloon })
     }
 }

@@ -44,7 +44,7 @@ pub(crate) fn check_model(
     config: &MachineConfig,
     seen: &CpuModel,
 ) -> Result<(), BuildError> {
-    let ids = topology::apic_ids(&config.topology, config.cpus)?;
+    let ids = topology::cpu_ids(&config.topology, config.cpus)?;
     let first = ids.first().copied().unwrap_or(0);
     match supported.of_vcpu(kvm, first, &config.topology).model().lacks(seen) {
         Some(why) => Err(BuildError::Cpu(why)),

@@ -77,7 +77,7 @@ pub struct Machine {
 
 /// The moment at which the guest's clocks were stopped.
 pub(crate) struct Parked {
-    /// The host's TSC, in ticks.
+    /// [`host_ticks`] at that moment.
     pub ticks: u64,
     /// The guest's paravirtual clock.
     pub clock: Clock,

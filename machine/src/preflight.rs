@@ -29,7 +29,7 @@ impl BuildError {
             Self::Boot(BootError::Kernel { .. }) => Part::Kernel,
             Self::Boot(BootError::Initrd { .. }) => Part::Initrd,
             Self::Boot(BootError::Cmdline(_)) => Part::Cmdline,
-            Self::Kvm(KvmError::TooManyCpus { .. }) | Self::ApicIds(_) => Part::Cpus,
+            Self::Kvm(KvmError::TooManyCpus { .. }) | Self::Topology(_) => Part::Cpus,
             Self::Memory(MemoryError::TooMuch { .. } | MemoryError::Map { .. }) => Part::MemorySize,
             Self::Memory(
                 MemoryError::Open { .. }

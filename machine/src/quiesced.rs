@@ -216,7 +216,7 @@ impl Quiesced<'_> {
             })
             .collect::<Result<_, SaveError>>()?;
         let chips = ChipState::save(&machine.vm)?;
-        // The guest's TSC has run on since it was stopped.
+        // The guest's counter of ticks has run on since it was stopped.
         let ticks = machine.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
         let answers: Vec<_> = machine.vcpus.iter().map(|vcpu| vcpu.save()).collect();
         let mut vcpus = Vec::with_capacity(answers.len());

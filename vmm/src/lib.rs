@@ -2,6 +2,7 @@
 //! out.
 #![forbid(unsafe_code)]
 pub mod announce;
+mod arch;
 pub mod arriving;
 mod balloon;
 pub mod bare;

@@ -230,7 +230,7 @@ impl Vmm {
             // Another vCPU than the one that halted the machine, at the same moment.
             M::Vcpu(..) if matches!(self.state, State::Halted(_)) => {}
             M::Vcpu(_, S::Power(_) | S::Fault) if self.state == State::Prelaunch => {}
-            M::Vcpu(_, S::Fault) if self.actions.triple_fault_panics => self.guest_panicked(),
+            M::Vcpu(_, S::Fault) if self.actions.fault_panics => self.guest_panicked(),
             M::Vcpu(_, S::Power(P::Reset) | S::Fault) => {
                 let (cause, action) = (ShutdownCause::GuestReset, self.actions.reboot);
                 self.halt(Halt::Shutdown, true, cause, action, self.actions.reboot_status);

@@ -43,14 +43,7 @@ impl Wanted {
         };
         let (reboot, reboot_status) = outcome(self.reboot, (default.reboot, default.reboot_status));
         let (panic, panic_status) = outcome(self.panic, (default.panic, default.panic_status));
-        Actions {
-            shutdown,
-            reboot,
-            reboot_status,
-            panic,
-            panic_status,
-            triple_fault_panics: self.crash,
-        }
+        Actions { shutdown, reboot, reboot_status, panic, panic_status, fault_panics: self.crash }
     }
 }
 

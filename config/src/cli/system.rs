@@ -105,7 +105,7 @@ pub(crate) fn smp(draft: &mut Draft, f: &mut Fields) {
                  equal cpus {cpus}"
             ),
         );
-    } else if let Err(rule) = topology::apic_ids(&topology, cpus) {
+    } else if let Err(rule) = topology::cpu_ids(&topology, cpus) {
         f.problem("", rule);
     }
     note(draft, f, Part::Cpus, "cpus");

@@ -8,11 +8,11 @@ pub use x86_64::{
     boot,
     kvm::{
         chips::ChipState,
-        clock::{Clock, has_hardware_virtualization, host_ticks},
+        clock::{Clock, ClockError, has_hardware_virtualization, host_ticks},
         cpu_model::{CpuFeatures, CpuModel},
         saved::VcpuError,
         state::VcpuState,
-        vcpu::{Buses, KvmCpu, VcpuFactory},
+        vcpu::{Buses, BusesBuilder, KvmCpu, VcpuFactory},
     },
     layout,
 };

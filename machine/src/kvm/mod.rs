@@ -17,7 +17,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::{layout, vm};
+use crate::arch::{ClockError, layout, vm};
 
 /// KVM capabilities that this monitor requires, and what for.
 const REQUIRED: [(Cap, &str, &str); 6] = [
@@ -54,15 +54,8 @@ pub enum KvmError {
     MissingCapability { name: &'static str, what: &'static str },
     #[error("{cpus} vCPUs requested; this host's KVM allows at most {max}")]
     TooManyCpus { cpus: u8, max: usize },
-    #[error(
-        "the guest's TSC ticks at {saved} kHz, this host's at {here} kHz, and its KVM cannot scale it"
-    )]
-    TscFrequency {
-        saved: u32,
-        here: u32,
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Clock(#[from] ClockError),
     #[error("KVM failed to {what}")]
     Ioctl {
         what: &'static str,

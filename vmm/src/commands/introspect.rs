@@ -1,7 +1,7 @@
 //! Commands that describe the machine.
 use qmp::{Error, schema::*};
 
-use crate::vmm::Vmm;
+use crate::{arch, vmm::Vmm};
 
 fn qom_path(index: usize) -> String {
     format!("/machine/unattached/device[{index}]")
@@ -31,7 +31,7 @@ pub fn query_cpus(vmm: &mut Vmm, _: QueryCpus) -> Result<Vec<CpuInfo>, Error> {
     Ok(threads
         .map(|(index, thread)| CpuInfo {
             cpu: u32::try_from(index).unwrap_or(u32::MAX),
-            arch: CpuInfoArch::X86,
+            arch: arch::CPU_INFO,
             current: true,
             halted: false,
             props: props(vmm, index),
@@ -49,7 +49,7 @@ pub fn query_cpus_fast(vmm: &mut Vmm, _: QueryCpusFast) -> Result<Vec<CpuInfoFas
             qom_path: qom_path(index),
             thread_id: u64::from(thread),
             props: props(vmm, index),
-            target: SysEmuTarget::X86_64,
+            target: arch::TARGET,
         })
         .collect())
 }
@@ -63,7 +63,7 @@ pub fn query_hotpluggable_cpus(
         .map(|index| HotpluggableCpu {
             props: props(vmm, index),
             qom_path: Some(qom_path(index)),
-            r#type: "host-x86-cpu".into(),
+            r#type: arch::HOTPLUGGABLE_CPU.into(),
             vcpus_count: 1,
         })
         .collect())

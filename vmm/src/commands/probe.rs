@@ -6,7 +6,7 @@ use config::{
 };
 use qmp::{Error, ErrorClass, schema::*};
 
-const CPU: &str = "host-x86_64-cpu";
+use crate::arch;
 
 pub fn qom_list_types<H>(_: &mut H, command: QomListTypes) -> Result<Vec<ObjectTypeInfo>, Error> {
     let machines = machines().into_iter().map(|machine| format!("{}-machine", machine.name));
@@ -18,7 +18,7 @@ pub fn qom_list_types<H>(_: &mut H, command: QomListTypes) -> Result<Vec<ObjectT
         .map(under("device"))
         .chain(objects.map(under("user-creatable")))
         .chain(machines.map(under("machine")))
-        .chain([CPU.to_owned()].map(under("cpu")))
+        .chain([arch::CPU_MODEL.to_owned()].map(under("cpu")))
         .chain(["kvm-accel".to_owned()].map(under("accel")))
         .collect();
     if let Some(parent) = command.implements {
@@ -93,7 +93,7 @@ pub fn query_cpu_definitions<H>(
 ) -> Result<Vec<CpuDefinitionInfo>, Error> {
     Ok(vec![CpuDefinitionInfo {
         name: "host".into(),
-        typename: CPU.into(),
+        typename: arch::CPU_MODEL.into(),
         r#static: false,
         migration_safe: false,
         unavailable_features: Vec::new(),
@@ -130,5 +130,5 @@ fn machines() -> Vec<MachineInfo> {
 }
 
 pub fn query_target<H>(_: &mut H, _: QueryTarget) -> Result<TargetInfo, Error> {
-    Ok(TargetInfo { arch: SysEmuTarget::X86_64 })
+    Ok(TargetInfo { arch: arch::TARGET })
 }

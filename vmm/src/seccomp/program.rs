@@ -17,6 +17,7 @@ mod tests;
 use seccompiler::{BpfProgram, sock_filter};
 
 use super::calls::{Calls, Rule, Test};
+use crate::arch::AUDIT_ARCH;
 
 /// Most instructions that the kernel accepts (BPF_MAXINSNS).
 pub const MAX_LENGTH: usize = 4096;
@@ -24,9 +25,6 @@ pub const MAX_LENGTH: usize = 4096;
 /// In place of the process's number, which [`for_process`] puts in. No process has this one.
 pub const ITSELF: u32 = i32::MAX.cast_unsigned();
 
-/// `AUDIT_ARCH_X86_64` (linux/audit.h).
-#[cfg(target_arch = "x86_64")]
-const ARCHITECTURE: u32 = 0xc000_003e;
 /// No call number is as large as this: where the last range of numbers is taken to end.
 const NUMBERS: u32 = 512;
 
@@ -57,7 +55,7 @@ pub const fn compile(calls: Calls<'_>, cached: bool) -> Program {
     program.within(0, root);
     program.push(LOAD, NUMBER);
     program.push(RETURN, libc::SECCOMP_RET_KILL_PROCESS);
-    program.push_jump(IF_EQUAL, ARCHITECTURE, 1, 0);
+    program.push_jump(IF_EQUAL, AUDIT_ARCH, 1, 0);
     program.push(LOAD, ARCH);
     if !cached {
         program.push(LOAD, ARGUMENTS);

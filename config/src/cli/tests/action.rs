@@ -33,7 +33,7 @@ fn each_is_chosen_by_itself() {
     assert_eq!((a.shutdown, a.reboot, a.panic), (Stay, Reset, Stay));
     let a = actions("-action shutdown=reset -action reboot=pause -action panic=reset");
     assert_eq!((a.shutdown, a.reboot, a.panic), (Reset, Stay, Reset));
-    assert!(!a.triple_fault_panics);
+    assert!(!a.fault_panics);
     assert_eq!(
         problem("-action reboot=restart"),
         "-action reboot=restart: reboot: 'restart': must be shutdown|exit-failure|pause|reset"
@@ -55,9 +55,9 @@ fn shutdown_as_an_action_is_what_a_shutdown_does() {
 fn the_file_says_it_as_domains_do() {
     let a = domain(r#"{"on_poweroff":"preserve","on_reboot":"restart","on_crash":"destroy"}"#, "");
     assert_eq!((a.shutdown, a.reboot, a.panic, a.panic_status), (Stay, Reset, End, 1));
-    assert!(!a.triple_fault_panics);
+    assert!(!a.fault_panics);
     let a = domain(r#"{"on_poweroff":"rename-restart","on_crash":"rename-restart"}"#, "");
-    assert!(a.triple_fault_panics, "a crash, where crashes are looked into");
+    assert!(a.fault_panics, "a crash, where crashes are looked into");
     assert_eq!((a.shutdown, a.reboot, a.panic), (Stay, End, Stay));
     let flags = "-action shutdown=poweroff,panic=reset";
     let a = domain(r#"{"on_poweroff":"preserve","on_reboot":"preserve"}"#, flags);

@@ -5,7 +5,7 @@ use config::{CharBackend, MachineConfig};
 use devices::{
     PowerSink,
     backend::char::{Char, CharError, CharSink},
-    bus::{BusBuilder, BusDevice, BusError},
+    bus::{BusDevice, BusError},
     irq::Line,
     legacy::{
         cmos::Cmos,
@@ -19,7 +19,7 @@ use devices::{
 use parking_lot::Mutex;
 
 use super::{
-    kvm::vcpu::PowerLatch,
+    kvm::vcpu::BusesBuilder,
     layout::{
         ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
         SERIAL_IRQ, SERIAL_PORT,
@@ -61,18 +61,17 @@ impl Legacy {
     /// port's back-end in `query-chardev`.
     pub(crate) fn new(
         config: &MachineConfig,
-        pio: &mut BusBuilder,
+        buses: &mut BusesBuilder,
         thread: Arc<dyn IoThread>,
-        latch: &Arc<PowerLatch>,
         backing: Backing<'_>,
     ) -> Result<(Self, Option<Outside>), LegacyError> {
         let sink: PowerSink = {
-            let latch = latch.clone();
+            let latch = buses.power.clone();
             Arc::new(move |event| latch.set(event))
         };
         let mut all: Vec<Shared> = Vec::new();
         let mut attach = |port: u16, ports: u64, device: Arc<Mutex<dyn BusDevice>>| {
-            pio.attach(u64::from(port), ports, device)
+            buses.pio.attach(u64::from(port), ports, device)
         };
         let mut lines = Vec::new();
         let mut line = |gsi| -> io::Result<Line> {

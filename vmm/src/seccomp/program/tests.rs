@@ -55,7 +55,7 @@ fn check_program(calls: &Wanted, program: &[sock_filter]) {
     for number in numbers {
         for (value, other) in values.iter().zip(values.iter().rev()) {
             let arguments = [*value, *other, *value, *other, *value, *other];
-            let (verdict, steps) = run(program, ARCHITECTURE, number, arguments);
+            let (verdict, steps) = run(program, AUDIT_ARCH, number, arguments);
             let allow = verdict == libc::SECCOMP_RET_ALLOW;
             assert_eq!(allow, allowed(calls, number, arguments), "{number} {arguments:?}");
             assert!(allow || verdict == libc::SECCOMP_RET_TRAP);

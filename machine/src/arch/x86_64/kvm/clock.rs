@@ -1,6 +1,20 @@
 //! Clocks: the time stamp counter (TSC), and kvm-clock, which gives a guest the time.
 use std::time::SystemTime;
 
+/// The guest's clock cannot tick here as it has ticked.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the guest's TSC ticks at {saved} kHz, this host's at {here} kHz, and its KVM cannot scale it"
+)]
+pub struct ClockError {
+    /// Ticks per millisecond, as saved.
+    pub saved: u32,
+    /// Ticks per millisecond of this host.
+    pub here: u32,
+    /// KVM's answer.
+    pub source: kvm_ioctls::Error,
+}
+
 /// The value of a stopped paravirtual clock (kvm-clock).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Clock {

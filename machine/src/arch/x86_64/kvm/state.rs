@@ -6,7 +6,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, KvmNestedStateBuffer, VcpuFd};
 use zerocopy::IntoBytes;
 
-use super::clock::guest_tsc_is_its_own;
+use super::clock::{ClockError, guest_tsc_is_its_own};
 use crate::kvm::{KvmError, refused};
 
 /// MSR of the time stamp counter.
@@ -122,7 +122,7 @@ impl VcpuState {
     pub fn restore(&self, fd: &VcpuFd) -> Result<(u32, u32), KvmError> {
         let here = fd.get_tsc_khz().map_err(refused("report the guest's TSC frequency"))?;
         if here != self.tsc_khz {
-            fd.set_tsc_khz(self.tsc_khz).map_err(|source| KvmError::TscFrequency {
+            fd.set_tsc_khz(self.tsc_khz).map_err(|source| ClockError {
                 saved: self.tsc_khz,
                 here,
                 source,

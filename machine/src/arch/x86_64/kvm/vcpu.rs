@@ -7,7 +7,10 @@ use std::{
     },
 };
 
-use devices::{PowerEvent, bus::Bus};
+use devices::{
+    PowerEvent,
+    bus::{Bus, BusBuilder},
+};
 use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
@@ -32,6 +35,23 @@ pub struct Buses {
     pub mmio: Arc<Bus>,
     /// Set by the devices behind the ports, checked after each write to one.
     pub power: Arc<PowerLatch>,
+}
+
+/// The buses while devices are attached to them.
+#[derive(Default)]
+pub struct BusesBuilder {
+    /// Ports.
+    pub(in crate::arch::x86_64) pio: BusBuilder,
+    /// Memory-mapped registers.
+    pub mmio: BusBuilder,
+    pub(in crate::arch::x86_64) power: Arc<PowerLatch>,
+}
+
+impl BusesBuilder {
+    /// The buses, to which nothing can be attached any more.
+    pub fn freeze(self) -> Buses {
+        Buses { pio: self.pio.freeze(), mmio: self.mmio.freeze(), power: self.power }
+    }
 }
 
 /// The machine-wide event that a write to a port requested.
