@@ -3,7 +3,7 @@ use std::{
     io,
     os::fd::{AsRawFd, OwnedFd, RawFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::time::{
@@ -25,13 +25,20 @@ use crate::{
     worker::Worker,
 };
 
-/// Most page numbers read from one request; Linux sends 256. Further pages stay with the guest, and
-/// a guest that overlaps descriptors cannot occupy the thread.
+/// Most page numbers read from one request; Linux and the BSDs send 256, Windows 512. Further pages
+/// stay with the guest, and a guest that overlaps descriptors cannot occupy the thread.
 const MAX_PAGES: usize = 16 << 10;
+/// Most runs of adjacent pages that one request puts into the balloon: each takes the host up to
+/// four microseconds. Further ones stay with the guest.
+const MAX_RUNS: usize = 1 << 10;
+/// Most bytes given back for one report; Linux reports 32 blocks of up to 4 MiB. Further ones stay
+/// with the guest, so that ranges that overlap cannot occupy the thread.
+const MAX_REPORTED: u64 = 1 << 30;
 /// Most bytes of statistics that are read.
 const MAX_STATS: usize = 64 * ENTRY;
-/// Requests of one queue that are answered before the other queues get their turn.
-const TURN: usize = 64;
+/// Time after which the thread's other workers, and messages to it, get their turn. A queue that
+/// has requests is served one even then, so that none waits for the others.
+const TURN: Duration = Duration::from_micros(500);
 
 /// The queues of an active balloon.
 pub(super) struct Queues {
@@ -91,9 +98,9 @@ struct PageNumbers {
 }
 
 impl PageNumbers {
-    /// Read the page numbers of `chain`, and call `each` for every run of adjacent pages, with its
-    /// start address and length in bytes.
-    fn each_run(&mut self, ram: &Memory, chain: &Chain, mut each: impl FnMut(GuestAddress, u64)) {
+    /// Read the page numbers of `chain`: every run of adjacent pages, as its start address and its
+    /// length in bytes.
+    fn runs(&mut self, ram: &Memory, chain: &Chain) -> impl Iterator<Item = (GuestAddress, u64)> {
         let Self { bytes, numbers } = self;
         let wanted = chain::total(chain.readable());
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(4 * MAX_PAGES);
@@ -104,12 +111,11 @@ impl PageNumbers {
         numbers.clear();
         numbers.extend(words.iter().map(|word| u32::from_le_bytes(*word)));
         numbers.sort_unstable();
-        for run in numbers.chunk_by(|a, b| b.wrapping_sub(*a) <= 1) {
-            if let (Some(first), Some(last)) = (run.first(), run.last()) {
-                let start = u64::from(*first) * BALLOON_PAGE;
-                each(GuestAddress(start), (u64::from(*last) + 1) * BALLOON_PAGE - start);
-            }
-        }
+        numbers.chunk_by(|a, b| b.wrapping_sub(*a) <= 1).filter_map(|run| {
+            let start = u64::from(*run.first()?) * BALLOON_PAGE;
+            let end = (u64::from(*run.last()?) + 1) * BALLOON_PAGE;
+            Some((GuestAddress(start), end - start))
+        })
     }
 }
 
@@ -137,56 +143,68 @@ impl BalloonWorker {
     }
 
     fn work(&mut self) -> Result<(), Broken> {
-        self.inflate()?;
-        self.deflate()?;
+        let begin = Instant::now();
+        self.inflate(begin)?;
+        self.deflate(begin)?;
         for queue in 0..self.queues.reporting.len() {
-            self.report(queue)?;
+            self.report(queue, begin)?;
         }
-        self.take_stats()
+        self.take_stats(begin)
     }
 
     /// Reclaim the pages that the guest puts into the balloon.
-    fn inflate(&mut self) -> Result<(), Broken> {
+    fn inflate(&mut self, begin: Instant) -> Result<(), Broken> {
         let Self { queues, memory, tells_host, chain, pages, interrupt, .. } = self;
-        serve(&mut queues.inflate, chain, interrupt, |ram, chain| {
-            pages.each_run(ram, chain, |start, len| match tells_host {
-                true => memory.withhold(start, len),
-                false => memory.discard(start, len),
-            });
+        serve(&mut queues.inflate, chain, interrupt, begin, |ram, chain| {
+            for (start, len) in pages.runs(ram, chain).take(MAX_RUNS) {
+                match tells_host {
+                    true => memory.withhold(start, len),
+                    false => memory.discard(start, len),
+                }
+            }
         })
     }
 
-    /// Return pages to the guest.
-    fn deflate(&mut self) -> Result<(), Broken> {
+    /// Return pages to the guest. Where a request has more than are read, any may be among them.
+    fn deflate(&mut self, begin: Instant) -> Result<(), Broken> {
         let Self { queues, memory, chain, pages, interrupt, .. } = self;
-        serve(&mut queues.deflate, chain, interrupt, |ram, chain| {
-            pages.each_run(ram, chain, |start, len| memory.release(start, len));
+        serve(&mut queues.deflate, chain, interrupt, begin, |ram, chain| {
+            match chain::total(chain.readable()) > 4 * MAX_PAGES as u64 {
+                true => memory.release_all(),
+                false => pages.runs(ram, chain).for_each(|(at, len)| memory.release(at, len)),
+            }
         })
     }
 
     /// Return the ranges that the guest reports as free to the host.
-    fn report(&mut self, queue: usize) -> Result<(), Broken> {
+    fn report(&mut self, queue: usize, begin: Instant) -> Result<(), Broken> {
         let Self { queues, memory, chain, interrupt, .. } = self;
         let Some(ring) = queues.reporting.get_mut(queue) else { return Ok(()) };
-        serve(ring, chain, interrupt, |_, chain| {
+        serve(ring, chain, interrupt, begin, |_, chain| {
+            let mut left = MAX_REPORTED;
             for range in chain.writable() {
-                memory.discard(range.addr, range.len.into());
+                let len = left.min(range.len.into());
+                memory.discard(range.addr, len);
+                left -= len;
             }
         })
     }
 
     /// Read statistics, and keep the buffer for the next ones. Buffers that cannot be read go back,
     /// for at most one turn.
-    fn take_stats(&mut self) -> Result<(), Broken> {
+    fn take_stats(&mut self, begin: Instant) -> Result<(), Broken> {
         let Some(ring) = &mut self.queues.stats else { return Ok(()) };
-        for _ in 0..TURN {
-            if self.lent.is_some() {
-                return Ok(());
-            }
+        while self.lent.is_none() {
             match ring.pop(&mut self.chain)? {
                 Popped::Nothing if ring.listen()? => ring.ignore()?,
                 Popped::Nothing => return Ok(()),
-                Popped::Malformed => give_back(ring, self.chain.head(), &self.interrupt)?,
+                Popped::Malformed => {
+                    give_back(ring, self.chain.head(), &self.interrupt)?;
+                    if begin.elapsed() > TURN {
+                        ring.come_back();
+                        break;
+                    }
+                }
                 Popped::Chain => {
                     let mut bytes = [0; MAX_STATS];
                     let read = chain::read(ring.memory(), self.chain.readable(), 0, &mut bytes);
@@ -195,7 +213,6 @@ impl BalloonWorker {
                 }
             }
         }
-        ring.come_back();
         Ok(())
     }
 
@@ -228,16 +245,17 @@ impl BalloonWorker {
     }
 }
 
-/// Serve requests of one queue, returning each with 0 bytes written, for at most one turn.
+/// Serve requests of one queue, returning each with 0 bytes written, until the turn that began at
+/// `begin` is over.
 fn serve(
     ring: &mut Ring,
     chain: &mut Chain,
     interrupt: &Interrupt,
+    begin: Instant,
     mut each: impl FnMut(&Memory, &Chain),
 ) -> Result<(), Broken> {
     ring.ignore()?;
-    let mut left = TURN;
-    while left > 0 {
+    loop {
         match ring.pop(chain)? {
             Popped::Nothing if ring.listen()? => {
                 ring.ignore()?;
@@ -249,13 +267,13 @@ fn serve(
         }
         ring.put_used(0, chain.head(), 0)?;
         ring.publish(1)?;
-        left -= 1;
+        if begin.elapsed() > TURN {
+            ring.come_back();
+            break;
+        }
     }
     if ring.wants_interrupt()? {
         interrupt.used(ring.index());
-    }
-    if left == 0 {
-        ring.come_back();
     }
     Ok(())
 }
@@ -275,6 +293,7 @@ impl Worker for BalloonWorker {
         rings.chain([self.timer.as_raw_fd(), self.control.fd()]).collect()
     }
 
+    /// Whichever descriptor it was, all are read (seven at most), and all queues get their turn.
     fn ready(&mut self, _: usize) {
         self.queues.each().for_each(Ring::drain);
         self.control.drain();
