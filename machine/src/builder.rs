@@ -1,8 +1,10 @@
 //! From configuration to machine.
 use std::{
+    borrow::Cow,
     io, iter,
+    ops::Range,
     path::PathBuf,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, atomic::AtomicU64, mpsc},
     thread,
 };
 
@@ -24,7 +26,7 @@ use devices::{
     },
 };
 
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::MmapRegion;
 
 use crate::{
@@ -33,7 +35,7 @@ use crate::{
     backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
-    boot::BootError,
+    boot::{BootError, Entry},
     dry_restore::Restorable,
     event::{Callbacks, Event},
     fits,
@@ -163,67 +165,39 @@ impl Machine {
     }
 
     fn build(made_of: &MadeOf<'_>, start: Start, callbacks: Callbacks) -> Result<Self, BuildError> {
-        let MadeOf { config, occupied, places } = *made_of;
+        let MadeOf { config, occupied, .. } = *made_of;
         SlotCounts::try_from(Wanted::of(config, occupied))?;
         let cpu_ids = topology::cpu_ids(&config.topology, config.cpus)?;
 
         let small = matches!(start, Start::Boot) && is_small(config);
-        let (kvm, fd, contents, seen, BackendsHeld(held)) = match start {
-            Start::Boot => {
-                let kvm = kvm::open()?;
-                check_count(&kvm, config.cpus.get())?;
-                let memory = match small {
-                    true => memory::allocate_for_little(&config.memory)?,
-                    false => memory::allocate(&config.memory)?,
-                };
-                let fd = kvm::create_vm(&kvm)?;
-                (kvm, fd, memory.into(), None, BackendsHeld(true))
-            }
+        let (kvm, made, seen, BackendsHeld(held)) = match start {
+            Start::Boot => (kvm::open()?, None, None, BackendsHeld(true)),
             Start::Resume(opening, memory, seen, held) => {
                 let opened = opening.finish().map_err(BuildError::Thread)??;
                 let Opened { kvm, vm, supported } = opened;
-                check_count(&kvm, config.cpus.get())?;
                 fits::check_model(&kvm, &supported, config, &seen.model())?;
-                (kvm, vm, memory, Some(seen), held)
+                (kvm, Some((vm, memory)), Some(seen), held)
             }
         };
-        let Contents { memory, filled, origin } = contents;
-        let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
-        let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
-        let window = Slots::window(places).map_err(BuildError::Window)?;
-        let vm = Vm::new(&kvm, fd, &memory, &window)?;
-        let io_threads =
-            start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
-        // In parallel: KVM creates the vCPUs while files are opened and read.
-        let features = seen.as_ref();
-        let boot = seen.is_none();
-        let (fds, parts) = thread::scope(|scope| {
-            let topology = &config.topology;
-            let fds = scope.spawn(|| vm.create_vcpus(&kvm, &cpu_ids, topology, features));
-            let backing = Backing::Host { callbacks: &callbacks, held };
-            let parts = Parts::new(made_of, backing, &memory, &reclaim, window, &io_threads);
-            let parts = parts.and_then(|parts| {
-                let kernel = || {
-                    BootPlan::new(config, &parts.slots, &cpu_ids).load(&memory, &AtomicU64::new(0))
-                };
-                let boot = boot.then(kernel).transpose()?;
-                parts.legacy.bind(&vm)?;
-                parts.slots.bind(&vm)?;
-                Ok((parts, boot))
-            });
-            (fds.join(), parts)
+        check_count(&kvm, config.cpus.get())?;
+        // In parallel: KVM reports the CPU features while memory is allocated and the virtual
+        // machine is created, and creates the vCPUs while files are opened and read.
+        let (fds, assembled) = thread::scope(|scope| {
+            let (to_vcpus, created) = mpsc::channel();
+            let fds = scope.spawn(|| create_vcpus(&kvm, config, &cpu_ids, seen.as_ref(), created));
+            let setting = Setting { kvm: &kvm, cpu_ids: &cpu_ids, callbacks: &callbacks, held };
+            let assembled = Assembled::new(made_of, made, small, &setting, to_vcpus);
+            (fds.join(), assembled)
         });
-        let fds = fds.map_err(|_| {
-            BuildError::Thread(io::Error::other(
-                "its thread has \
-                                                                       panicked",
-            ))
-        })??;
+        let fds = fds.map_err(|_| thread_panicked())?;
+        // Without the virtual machine there are no vCPUs: what has prevented it is the cause.
+        let Assembled { vm, memory, filled, reclaimer, io_threads, parts, boot } = assembled?;
+        let fds = fds?;
+        let vm = Arc::into_inner(vm).ok_or_else(thread_panicked)?;
         if small {
             memory::populate(&memory, &config.memory)?;
         }
-        let (Parts { legacy, slots, buses, chardevs, outputs, disks, nics, balloon }, boot) =
-            parts?;
+        let Parts { legacy, slots, buses, chardevs, outputs, disks, nics, balloon } = parts;
         if let (Some(first), Some(boot)) = (fds.first(), boot) {
             entry::set(first, &boot.registers)?;
         }
@@ -271,6 +245,94 @@ impl Machine {
             disks_released: !held,
         })
     }
+}
+
+/// Everything of a machine but its vCPUs.
+struct Assembled {
+    /// Shared with the thread that creates the vCPUs until that ends.
+    vm: Arc<Vm>,
+    memory: Memory,
+    filled: Vec<Range<u64>>,
+    reclaimer: Arc<Reclaimer>,
+    io_threads: Vec<(String, Arc<io_thread::Handle>)>,
+    parts: Parts,
+    /// How the boot vCPU starts, if the guest is to boot.
+    boot: Option<Entry>,
+}
+
+/// What a machine is assembled with.
+struct Setting<'a> {
+    kvm: &'a Kvm,
+    cpu_ids: &'a [u8],
+    callbacks: &'a Callbacks,
+    /// Disks and taps are taken at once.
+    held: bool,
+}
+
+impl Assembled {
+    /// With a virtual machine and memory that are `made` already, or else new ones, and then a
+    /// kernel to boot. The virtual machine is given `to_vcpus` as soon as it can have vCPUs.
+    fn new(
+        made_of: &MadeOf<'_>,
+        made: Option<(VmFd, Contents)>,
+        small: bool,
+        setting: &Setting<'_>,
+        to_vcpus: mpsc::Sender<Arc<Vm>>,
+    ) -> Result<Self, BuildError> {
+        let MadeOf { config, places, .. } = *made_of;
+        let Setting { kvm, cpu_ids, callbacks, held } = *setting;
+        let boots = made.is_none();
+        let (fd, contents) = match made {
+            Some(made) => made,
+            None => {
+                let memory = match small {
+                    true => memory::allocate_for_little(&config.memory)?,
+                    false => memory::allocate(&config.memory)?,
+                };
+                (kvm::create_vm(kvm)?, memory.into())
+            }
+        };
+        let Contents { memory, filled, origin } = contents;
+        let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
+        let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
+        let window = Slots::window(places).map_err(BuildError::Window)?;
+        let vm = Arc::new(Vm::new(kvm, fd, &memory, &window)?);
+        // The thread waits for it, or has failed: its result shows that.
+        let _ = to_vcpus.send(vm.clone());
+        let io_threads =
+            start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
+        let backing = Backing::Host { callbacks, held };
+        let parts = Parts::new(made_of, backing, &memory, &reclaim, window, &io_threads)?;
+        let load =
+            || BootPlan::new(config, &parts.slots, cpu_ids).load(&memory, &AtomicU64::new(0));
+        let boot = boots.then(load).transpose()?;
+        parts.legacy.bind(&vm)?;
+        parts.slots.bind(&vm)?;
+        Ok(Self { vm, memory, filled, reclaimer, io_threads, parts, boot })
+    }
+}
+
+/// Create the vCPUs once their virtual machine is `created`; none if it is not. They have the
+/// features `seen`, or else those of this host, which KVM takes long to report.
+fn create_vcpus(
+    kvm: &Kvm,
+    config: &MachineConfig,
+    cpu_ids: &[u8],
+    seen: Option<&CpuFeatures>,
+    created: mpsc::Receiver<Arc<Vm>>,
+) -> Result<Vec<VcpuFd>, KvmError> {
+    let features = match seen {
+        Some(features) => Cow::Borrowed(features),
+        None => Cow::Owned(CpuFeatures::supported(kvm)?),
+    };
+    match created.recv() {
+        Ok(vm) => vm.create_vcpus(kvm, cpu_ids, &config.topology, &features),
+        Err(mpsc::RecvError) => Ok(Vec::new()),
+    }
+}
+
+fn thread_panicked() -> BuildError {
+    BuildError::Thread(io::Error::other("its thread has panicked"))
 }
 
 /// Whether kernel and initrd are each smaller than a huge page, and huge pages are not asked for.

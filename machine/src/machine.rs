@@ -252,8 +252,11 @@ impl Machine {
         let vm = Vm::new(&self.kvm, fd, &self.memory, self.slots.register_window())?;
         self.legacy.bind(&vm)?;
         self.slots.bind(&vm)?;
-        let seen = self.seen.as_ref();
-        let fds = vm.create_vcpus(&self.kvm, &self.cpu_ids, &self.config.topology, seen)?;
+        let features = match &self.seen {
+            Some(features) => features.clone(),
+            None => CpuFeatures::supported(&self.kvm)?,
+        };
+        let fds = vm.create_vcpus(&self.kvm, &self.cpu_ids, &self.config.topology, &features)?;
         if let Some(first) = fds.first() {
             entry::set(first, &kernel.entry.registers)?;
         }

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     clock::Clock,
+    cpu_model::CpuFeatures,
     vcpu::{Buses, KvmCpu, VcpuFactory},
 };
 use crate::{
@@ -56,7 +57,8 @@ impl BusDevice for Trap {
 /// A vCPU that starts at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
 fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
-    let fd = vm.create_vcpus(kvm, &[0], &one, None).unwrap().pop().unwrap();
+    let features = CpuFeatures::supported(kvm).unwrap();
+    let fd = vm.create_vcpus(kvm, &[0], &one, &features).unwrap().pop().unwrap();
     let mut sregs = fd.get_sregs().unwrap();
     sregs.cs.base = 0;
     sregs.cs.selector = 0;

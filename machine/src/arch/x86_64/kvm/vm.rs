@@ -49,8 +49,8 @@ pub(crate) fn after_memory(fd: &VmFd) -> Result<(), KvmError> {
 }
 
 impl Vm {
-    /// Create the timer, and the vCPUs with these APIC ids. They have the CPUID leaves `seen`, or
-    /// otherwise those of this host. KVM starts a kernel thread for the timer and waits for it, so
+    /// Create the timer, and the vCPUs with these APIC ids and the CPUID leaves of `features`. KVM
+    /// starts a kernel thread for the timer and waits for it, so
     /// this is best done in parallel with other work.
     ///
     /// # Errors
@@ -60,17 +60,13 @@ impl Vm {
         kvm: &Kvm,
         cpu_ids: &[u8],
         topology: &Topology,
-        seen: Option<&CpuFeatures>,
+        features: &CpuFeatures,
     ) -> Result<Vec<VcpuFd>, KvmError> {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         self.fd.create_pit2(pit).map_err(refused("create the timer (PIT)"))?;
-        let leaves = match seen {
-            Some(leaves) => leaves.clone(),
-            None => CpuFeatures::supported(kvm)?,
-        };
         let create = |id: &u8| {
             let fd = self.fd.create_vcpu(u64::from(*id)).map_err(refused("create a vCPU"))?;
-            let shown = leaves.of_vcpu(kvm, *id, topology);
+            let shown = features.of_vcpu(kvm, *id, topology);
             fd.set_cpuid2(shown.as_kvm()).map_err(refused("set a vCPU's CPUID"))?;
             entry::as_firmware_leaves_it(&fd)?;
             Ok(fd)
