@@ -14,11 +14,12 @@ use devices::{
         VirtioDevice,
         interrupt::INT_USED,
         mmio::{
-            INTERRUPT_ACK, QUEUE_NOTIFY, Transport,
+            INTERRUPT_ACK, QUEUE_NOTIFY, REMEMBERED, Transport,
             registers::{PAGE, Registers},
         },
     },
 };
+use kvm_ioctls::IoEventAddress;
 use parking_lot::Mutex;
 use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -135,6 +136,9 @@ impl Slots {
         for slot in &self.slots {
             let base = u64::from(slot.place.at.address);
             vm.bind_line(&slot.line, slot.place.at.irq)?;
+            for (offset, len) in REMEMBERED {
+                vm.keep_writes(IoEventAddress::Mmio(base + offset as u64), len)?;
+            }
             vm.bind_write(base + INTERRUPT_ACK as u64, INT_USED, &self.acknowledged)?;
             for (queue, notifier) in (0u32..).zip(&*slot.notifiers) {
                 vm.bind_write(base + QUEUE_NOTIFY as u64, queue, notifier)?;

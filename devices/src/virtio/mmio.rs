@@ -48,6 +48,13 @@ const QUEUE_DRIVER_LOW: usize = 0x90;
 const QUEUE_DRIVER_HIGH: usize = 0x94;
 const QUEUE_DEVICE_LOW: usize = 0xa0;
 const QUEUE_DEVICE_HIGH: usize = 0xa4;
+/// Registers that only remember what is written: first byte and number of bytes of each group.
+/// Until the driver accesses another register, it cannot tell whether the write has been made.
+pub const REMEMBERED: [(usize, u32); 3] = [
+    (DRIVER_FEATURES, (DRIVER_FEATURES_SEL + 4 - DRIVER_FEATURES) as u32),
+    (QUEUE_SIZE, 4),
+    (QUEUE_DESC_LOW, (QUEUE_DEVICE_HIGH + 4 - QUEUE_DESC_LOW) as u32),
+];
 /// SHMLenLow, SHMLenHigh, SHMBaseLow, SHMBaseHigh: all ones where there is no such region.
 const SHM: [usize; 4] = [0xb0, 0xb4, 0xb8, 0xbc];
 

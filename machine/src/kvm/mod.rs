@@ -4,8 +4,10 @@
 //! slot that is set later costs milliseconds.
 // UNSAFETY: guest memory is handed to KVM by address, and some ioctls have no safe wrapper.
 #![expect(unsafe_code, reason = "KVM ioctls")]
+pub(crate) mod coalesced;
 pub mod opening;
 mod permission;
+pub(crate) mod shared_page;
 
 use std::{io, sync::Arc};
 
@@ -114,6 +116,8 @@ pub struct Vm {
     memory: Memory,
     /// As `memory`: the register pages of the virtio-mmio slots.
     _window: Arc<MmapRegion>,
+    /// KVM can keep writes to ports and registers, see [`coalesced`] (Linux 5.0).
+    pub(crate) coalesces: bool,
     /// What is specific to this architecture.
     pub(crate) own: vm::Own,
 }
@@ -130,7 +134,8 @@ impl Vm {
         window: &Arc<MmapRegion>,
     ) -> Result<Self, KvmError> {
         let own = vm::before_memory(kvm, &fd)?;
-        let vm = Self { fd, memory: memory.clone(), _window: window.clone(), own };
+        let coalesces = kvm.check_extension(Cap::CoalescedPio);
+        let vm = Self { fd, memory: memory.clone(), _window: window.clone(), coalesces, own };
         let mut slot = 0;
         for region in memory.iter() {
             vm.map(slot, region.start_addr().raw_value(), region.as_ptr(), region.len(), 0)?;
@@ -205,5 +210,17 @@ impl Vm {
         self.fd
             .register_ioevent(eventfd, &IoEventAddress::Mmio(address), value)
             .map_err(refused("bind a notification register"))
+    }
+
+    /// Keep guest writes to the `len` bytes of ports or addresses from `at` on, see [`coalesced`].
+    /// Where KVM cannot do that, they exit as all others do.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn keep_writes(&self, at: IoEventAddress, len: u32) -> Result<(), KvmError> {
+        if !self.coalesces {
+            return Ok(());
+        }
+        self.fd.register_coalesced_mmio(at, len).map_err(refused("keep writes to a register"))
     }
 }

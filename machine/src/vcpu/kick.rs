@@ -3,88 +3,53 @@
 //! A kick sets `immediate_exit` in the vCPU's run page and then signals its thread. Whether the
 //! signal arrives inside KVM_RUN or before it, KVM_RUN returns EINTR: no kick is lost, and a vCPU
 //! that is not kicked has no overhead.
-// UNSAFETY: the run page is memory shared with the kernel, and signals go to threads by number.
-#![expect(unsafe_code, reason = "run page and signals")]
+// UNSAFETY: signals go to threads by number.
+#![expect(unsafe_code, reason = "signals")]
 use std::{
     io,
     mem::offset_of,
-    os::fd::{AsRawFd, RawFd},
-    ptr::NonNull,
-    sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
-    },
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
 };
 
 use kvm_bindings::kvm_run;
 
-/// A second mapping of a vCPU's run page, kept for as long as anything refers to it.
-struct RunPage(NonNull<libc::c_void>);
+use crate::kvm::shared_page::SharedPage;
 
-const PAGE: usize = 4096;
 const IMMEDIATE_EXIT: usize = offset_of!(kvm_run, immediate_exit);
 /// `io.size`, the second byte of the exit's own fields.
 const IO_SIZE: usize = offset_of!(kvm_run, __bindgen_anon_1) + 1;
-const _: () = assert!(IMMEDIATE_EXIT < PAGE && IO_SIZE < PAGE);
-
-// SAFETY: the mapping belongs to the process, and is only accessed atomically.
-unsafe impl Send for RunPage {}
-// SAFETY: as above.
-unsafe impl Sync for RunPage {}
-
-impl RunPage {
-    fn map(vcpu: RawFd) -> io::Result<Self> {
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new shared mapping at an address of the kernel's choice.
-        let at =
-            unsafe { libc::mmap(std::ptr::null_mut(), PAGE, access, libc::MAP_SHARED, vcpu, 0) };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(at).map(Self).ok_or_else(io::Error::last_os_error)
-    }
-
-    /// `offset` is one of the two constants above.
-    fn byte(&self, offset: usize) -> &AtomicU8 {
-        // SAFETY: both are inside the page, and the mapping lives as long as `self`.
-        unsafe { AtomicU8::from_ptr(self.0.as_ptr().cast::<u8>().add(offset)) }
-    }
-}
-
-impl Drop for RunPage {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `map`, and no reference is left.
-        unsafe { libc::munmap(self.0.as_ptr(), PAGE) };
-    }
-}
+/// The run page's number in a vCPU's descriptor.
+const RUN_PAGE: u32 = 0;
 
 /// The vCPU thread's end: clears the kick.
-pub struct Kicked(Arc<RunPage>);
+/// It has a second mapping of the run page.
+pub struct Kicked(Arc<SharedPage>);
 
 impl Kicked {
     /// Bytes of one access of the PIO exit that KVM_RUN has just returned with: a string
     /// instruction causes several accesses at once, and their total does not give the size of one.
     pub fn io_size(&self) -> usize {
-        usize::from(self.0.byte(IO_SIZE).load(Ordering::Relaxed))
+        usize::from(self.0.byte::<IO_SIZE>().load(Ordering::Relaxed))
     }
 
     /// After EINTR: later kicks count again.
     pub fn clear(&self) {
-        self.0.byte(IMMEDIATE_EXIT).store(0, Ordering::SeqCst);
+        self.0.byte::<IMMEDIATE_EXIT>().store(0, Ordering::SeqCst);
     }
 }
 
 /// Kicks one vCPU; works from any thread, and after the vCPU has ended.
 #[derive(Clone)]
 pub struct Kicker {
-    page: Arc<RunPage>,
+    page: Arc<SharedPage>,
     thread: libc::pid_t,
 }
 
 impl Kicker {
     /// Make KVM_RUN on the vCPU return EINTR, now or at its next entry.
     pub fn kick(&self) {
-        self.page.byte(IMMEDIATE_EXIT).store(1, Ordering::SeqCst);
+        self.page.byte::<IMMEDIATE_EXIT>().store(1, Ordering::SeqCst);
         // SAFETY: signals a thread of this process, by number; the handler does nothing.
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.thread, signal()) };
     }
@@ -104,7 +69,7 @@ pub fn pair(vcpu: &impl AsRawFd) -> io::Result<(Kicker, Kicked)> {
     // Without SA_RESTART, so that KVM_RUN returns; the handler itself has nothing to do.
     vmm_sys_util::signal::register_signal_handler(signal(), nothing)
         .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-    let page = Arc::new(RunPage::map(vcpu.as_raw_fd())?);
+    let page = Arc::new(SharedPage::map(vcpu, RUN_PAGE)?);
     let thread = thread_number().cast_signed();
     Ok((Kicker { page: page.clone(), thread }, Kicked(page)))
 }

@@ -16,13 +16,14 @@ use devices::{
     },
     worker::IoThread,
 };
+use kvm_ioctls::IoEventAddress;
 use parking_lot::Mutex;
 
 use super::{
     kvm::vcpu::BusesBuilder,
     layout::{
-        ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ, PVPANIC_PORT,
-        SERIAL_IRQ, SERIAL_PORT,
+        ACPI_POWER_PORT, CMOS_PORT, GED_IRQ, HOLE_START, I8042_PORT, KEYBOARD_IRQ,
+        PCI_ADDRESS_PORT, PVPANIC_PORT, SERIAL_IRQ, SERIAL_PORT,
     },
 };
 use crate::{
@@ -113,8 +114,12 @@ impl Legacy {
         Ok((Self { all, lines, serial: port, keyboard, power }, chardev))
     }
 
-    /// Connect their interrupts to `vm`.
+    /// Connect their interrupts to `vm`, which may keep writes that only select what is accessed
+    /// next.
     pub(crate) fn bind(&self, vm: &Vm) -> Result<(), KvmError> {
+        for (port, ports) in [(CMOS_PORT, 1), (PCI_ADDRESS_PORT, 4)] {
+            vm.keep_writes(IoEventAddress::Pio(port.into()), ports)?;
+        }
         self.lines.iter().try_for_each(|(line, gsi)| vm.bind_line(line, *gsi))
     }
 

@@ -2,6 +2,7 @@
 use std::{
     io::Write,
     sync::{Arc, mpsc::channel},
+    time::{Duration, Instant},
 };
 
 use config::{MemoryConfig, Topology, types::MemorySize};
@@ -11,7 +12,7 @@ use devices::{
     reclaim::Reclaim,
     threads::ThreadStart,
 };
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{IoEventAddress, Kvm};
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -52,6 +53,11 @@ impl BusDevice for Trap {
     fn write(&mut self, offset: u64, data: &[u8]) {
         self.0.lock().push((offset, data.to_vec()));
     }
+}
+
+fn buses(pio: BusBuilder, mmio: BusBuilder) -> Buses {
+    let (pio, mmio) = (pio.freeze(), mmio.freeze());
+    Buses { pio, mmio, power: Arc::default(), applying: Arc::default() }
 }
 
 /// A vCPU that starts at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
@@ -101,14 +107,13 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
     let mut mmio = BusBuilder::default();
     mmio.attach(layout::VIRTIO_MMIO, 4096, Arc::new(Mutex::new(trap))).unwrap();
-    let buses = Buses { pio: pio.freeze(), mmio: mmio.freeze(), power: Arc::default() };
-    let mut cpu = vcpu(&kvm, &vm, buses);
+    let mut cpu = vcpu(&kvm, &vm, buses(pio, mmio));
     let begin = cpu.save().unwrap();
     cpu.restore(begin.clone()).unwrap();
 
     let vcpu = Handle::spawn(0, cpu, &ThreadStart::default(), |_, why: Stopped| panic!("{why:?}"))
         .unwrap();
-    let wait = std::time::Duration::from_secs(10);
+    let wait = Duration::from_secs(10);
     for round in 0..20 {
         vcpu.resume(0);
         let word = hear.recv_timeout(wait).unwrap();
@@ -123,6 +128,74 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         // Running on from the saved state is the same as starting again.
         vcpu.restore(begin.clone()).wait().unwrap().unwrap();
     }
+}
+
+/// Records the writes to several ranges in one list, each with where its range is.
+struct Log(u64, Writes);
+impl BusDevice for Log {
+    fn read(&mut self, _: u64, _: &mut [u8]) {}
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.1.lock().push((self.0 + offset, data.to_vec()));
+    }
+}
+
+#[test]
+fn writes_that_kvm_keeps_are_made_in_order_before_the_next_access_and_before_a_pause() {
+    let code = [
+        0xb0, 0x0a, // mov al, 10
+        0xe6, 0x70, // out 0x70, al: kept
+        0x67, 0x66, 0xa3, 0x20, 0x00, 0x10, 0xf0, // mov [0xf0100020], eax: kept
+        0xe6, 0x71, // out 0x71, al
+        0xb0, 0x0b, // mov al, 11
+        0xb9, 200, 0, // mov cx, 200: more than the ring holds
+        0xe6, 0x70, // out 0x70, al: kept
+        0xe2, 0xfc, // loop to the out
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xee, // out dx, al
+        0xb0, 0x0c, // mov al, 12
+        0xe6, 0x70, // out 0x70, al: kept
+        0xa2, 0x00, 0x20, // mov [0x2000], al
+        0xf4, // hlt
+    ];
+    let kvm = open().unwrap();
+    let memory = memory::allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
+    memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
+    let window = Arc::new(MmapRegion::new(4096).unwrap());
+    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    vm.keep_writes(IoEventAddress::Pio(0x70), 1).unwrap();
+    vm.keep_writes(IoEventAddress::Mmio(layout::VIRTIO_MMIO + 0x20), 8).unwrap();
+
+    let written = Writes::default();
+    let (said, hear) = channel();
+    let log = |base| Arc::new(Mutex::new(Log(base, written.clone())));
+    let (mut pio, mut mmio) = (BusBuilder::default(), BusBuilder::default());
+    pio.attach(0x70, 2, log(0x70)).unwrap();
+    pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
+    mmio.attach(layout::VIRTIO_MMIO, 4096, log(layout::VIRTIO_MMIO)).unwrap();
+    let vcpu = Handle::spawn(
+        0,
+        vcpu(&kvm, &vm, buses(pio, mmio)),
+        &ThreadStart::default(),
+        |_, why: Stopped| panic!("{why:?}"),
+    )
+    .unwrap();
+    let wait = Duration::from_secs(10);
+    vcpu.resume(0);
+    hear.recv_timeout(wait).unwrap();
+    let before =
+        [(0x70, vec![10]), (layout::VIRTIO_MMIO + 0x20, vec![10, 0, 0, 0]), (0x71, vec![10])];
+    let mut made: Vec<_> = written.lock().drain(..).collect();
+    assert_eq!(made.split_off(3), vec![(0x70, vec![11]); 200]);
+    assert_eq!(made, before);
+    // The last write is kept until something has the vCPU leave KVM_RUN.
+    let deadline = Instant::now() + wait;
+    while memory.read_obj::<u8>(GuestAddress(0x2000)).unwrap() != 12 {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    assert_eq!(written.lock().is_empty(), vm.coalesces);
+    vcpu.park().wait().unwrap();
+    assert_eq!(*written.lock(), [(0x70, vec![12])]);
 }
 
 /// Memory of each kind whose replacement KVM may not notice by itself, filled with 7.
@@ -160,12 +233,13 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         let mut pio = BusBuilder::default();
         pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
         let mmio = BusBuilder::default().freeze();
-        let buses = Buses { pio: pio.freeze(), mmio, power: Arc::default() };
+        let buses =
+            Buses { pio: pio.freeze(), mmio, power: Arc::default(), applying: Arc::default() };
         let cpu = vcpu(&kvm, &vm, buses);
         let vcpu =
             Handle::spawn(0, cpu, &ThreadStart::default(), |_, why: Stopped| panic!("{why:?}"))
                 .unwrap();
-        let wait = std::time::Duration::from_secs(10);
+        let wait = Duration::from_secs(10);
         vcpu.resume(0);
         assert_eq!(hear.recv_timeout(wait).unwrap(), [7; 4]);
         memory::image::forget_dirty(&memory);

@@ -13,13 +13,14 @@ use devices::{
 };
 use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use parking_lot::Mutex;
 
 use super::{
     clock::guest_tsc_is_its_own,
     state::{self, VcpuState, guest_ticks},
 };
 use crate::{
-    kvm::KvmError,
+    kvm::{KvmError, coalesced::Ring},
     vcpu::{
         Cpu, Exit, Stopped,
         kick::{self, Kicked, Kicker},
@@ -35,6 +36,23 @@ pub struct Buses {
     pub mmio: Arc<Bus>,
     /// Set by the devices behind the ports, checked after each write to one.
     pub power: Arc<PowerLatch>,
+    /// Held while the writes that KVM has kept are applied. A lock, as any vCPU may have to apply
+    /// those of another one, and the others must not overtake them.
+    pub applying: Arc<Mutex<()>>,
+}
+
+impl Buses {
+    /// Apply the writes that KVM has kept in `ring`.
+    fn apply(&self, ring: &Ring) {
+        if ring.is_empty() {
+            return;
+        }
+        let _applying = self.applying.lock();
+        ring.drain(|write| {
+            let bus = if write.pio { &self.pio } else { &self.mmio };
+            bus.write(write.at, write.data());
+        });
+    }
 }
 
 /// The buses while devices are attached to them.
@@ -50,7 +68,8 @@ pub struct BusesBuilder {
 impl BusesBuilder {
     /// The buses, to which nothing can be attached any more.
     pub fn freeze(self) -> Buses {
-        Buses { pio: self.pio.freeze(), mmio: self.mmio.freeze(), power: self.power }
+        let (pio, mmio) = (self.pio.freeze(), self.mmio.freeze());
+        Buses { pio, mmio, power: self.power, applying: Arc::default() }
     }
 }
 
@@ -103,7 +122,7 @@ impl VcpuFactory {
     /// The vCPU of `fd`.
     pub fn make(&self, fd: VcpuFd) -> KvmCpu {
         let (buses, msr_list) = (self.buses.clone(), self.msr_list.clone());
-        KvmCpu { fd, buses, msr_list, kicked: None, khz: (0, 0) }
+        KvmCpu { fd, buses, msr_list, kicked: None, kept: None, khz: (0, 0) }
     }
 }
 
@@ -113,6 +132,8 @@ pub struct KvmCpu {
     buses: Buses,
     msr_list: Arc<Vec<u32>>,
     kicked: Option<Kicked>,
+    /// Writes that KVM has kept. `None` until the vCPU has a thread.
+    kept: Option<Ring>,
     /// Frequencies of the TSC in ticks per millisecond: the guest's and the host's. They differ
     /// only for a guest that was restored on another host.
     khz: (u32, u32),
@@ -141,13 +162,17 @@ impl Cpu for KvmCpu {
     fn kicker(&mut self) -> io::Result<Kicker> {
         let (kicker, kicked) = kick::pair(&self.fd)?;
         self.kicked = Some(kicked);
+        self.kept = Some(Ring::map(&self.fd)?);
         Ok(kicker)
     }
 
     fn run(&mut self) -> Exit {
-        let Self { fd, buses, kicked, .. } = self;
+        let Self { fd, buses, kicked, kept, .. } = self;
         let size = || kicked.as_ref().map_or(1, Kicked::io_size).max(1);
-        match fd.run() {
+        let exit = fd.run();
+        // Before the access that ended the run, and before a kicked vCPU parks.
+        kept.iter().for_each(|ring| buses.apply(ring));
+        match exit {
             Ok(VcpuExit::MmioRead(at, data)) => or_ones(buses.mmio.read(at, data), data),
             Ok(VcpuExit::MmioWrite(at, data)) => drop(buses.mmio.write(at, data)),
             Ok(VcpuExit::IoIn(port, data)) => {
