@@ -206,7 +206,7 @@ impl Machine {
         let vcpu_factory = VcpuFactory::new(&kvm, buses)?;
         let vcpus = fds
             .into_iter()
-            .map(|fd| vcpu_factory.make(fd))
+            .map(|fd| vcpu_factory.make(&vm, fd))
             .enumerate()
             .map(|(index, cpu)| {
                 let report = callbacks.report.clone();

@@ -261,7 +261,7 @@ impl Machine {
             entry::set(first, &kernel.entry.registers)?;
         }
         for (vcpu, fd) in self.vcpus.iter_mut().zip(fds) {
-            vcpu.replace(self.vcpu_factory.make(fd))?;
+            vcpu.replace(self.vcpu_factory.make(&vm, fd))?;
         }
         self.vm = vm;
         if self.logging {

@@ -111,7 +111,7 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
 
 /// The virtual machine as KVM sees it.
 pub struct Vm {
-    pub(crate) fd: VmFd,
+    pub(crate) fd: Arc<VmFd>,
     /// Kept because KVM uses its pages for as long as `fd` lives.
     memory: Memory,
     /// As `memory`: the register pages of the virtio-mmio slots.
@@ -135,6 +135,7 @@ impl Vm {
     ) -> Result<Self, KvmError> {
         let own = vm::before_memory(kvm, &fd)?;
         let coalesces = kvm.check_extension(Cap::CoalescedPio);
+        let fd = Arc::new(fd);
         let vm = Self { fd, memory: memory.clone(), _window: window.clone(), coalesces, own };
         let mut slot = 0;
         for region in memory.iter() {

@@ -3,13 +3,14 @@
 //! A kick sets `immediate_exit` in the vCPU's run page and then signals its thread. Whether the
 //! signal arrives inside KVM_RUN or before it, KVM_RUN returns EINTR: no kick is lost, and a vCPU
 //! that is not kicked has no overhead.
-// UNSAFETY: signals go to threads by number.
-#![expect(unsafe_code, reason = "signals")]
+// UNSAFETY: signals go to threads by number, and timers send them.
+#![expect(unsafe_code, reason = "signals and timers")]
 use std::{
     io,
     mem::offset_of,
     os::fd::AsRawFd,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use kvm_bindings::kvm_run;
@@ -33,9 +34,9 @@ impl Kicked {
         usize::from(self.0.byte::<IO_SIZE>().load(Ordering::Relaxed))
     }
 
-    /// After EINTR: later kicks count again.
-    pub fn clear(&self) {
-        self.0.byte::<IMMEDIATE_EXIT>().store(0, Ordering::SeqCst);
+    /// After EINTR: later kicks count again. Whether there was a kick, and not a tick alone.
+    pub fn clear(&self) -> bool {
+        self.0.byte::<IMMEDIATE_EXIT>().swap(0, Ordering::SeqCst) != 0
     }
 }
 
@@ -72,6 +73,54 @@ pub fn pair(vcpu: &impl AsRawFd) -> io::Result<(Kicker, Kicked)> {
     let page = Arc::new(SharedPage::map(vcpu, RUN_PAGE)?);
     let thread = thread_number().cast_signed();
     Ok((Kicker { page: page.clone(), thread }, Kicked(page)))
+}
+
+/// Interrupts KVM_RUN of the thread that made it again and again. A tick that arrives outside of
+/// KVM_RUN is lost.
+pub struct Ticks(libc::timer_t);
+
+// SAFETY: a timer's id is the process's, not a thread's.
+unsafe impl Send for Ticks {}
+
+impl Ticks {
+    /// Ticks for the calling thread, which has called [`pair`]; none yet.
+    ///
+    /// # Errors
+    /// When the host refuses a timer.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: all its fields are numbers and pointers, which may be zero.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = signal();
+        event.sigev_notify_thread_id = thread_number().cast_signed();
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: reads `event`, and writes `timer`.
+        match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } {
+            0 => Ok(Self(timer)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Tick once each `period`; never if it is zero.
+    ///
+    /// # Errors
+    /// When the period is a second or more.
+    pub fn every(&self, period: Duration) -> io::Result<()> {
+        let period = libc::timespec { tv_sec: 0, tv_nsec: period.as_nanos() as i64 };
+        let setting = libc::itimerspec { it_interval: period, it_value: period };
+        // SAFETY: `self` has the timer, and the call reads `setting`.
+        match unsafe { libc::timer_settime(self.0, 0, &raw const setting, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Ticks {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and not used any more.
+        unsafe { libc::timer_delete(self.0) };
+    }
 }
 
 /// The kernel's thread id of the calling thread.

@@ -16,6 +16,7 @@ pub const AUDIT_ARCH: u32 = 0xc000_003e;
 /// KVM's ioctls of a vCPU's thread: to run it, and to read and write its state.
 pub const VCPU_IOCTLS: &[u8] = &[
     0x80, // RUN
+    0x67, 0x68, // REGISTER_COALESCED_MMIO, UNREGISTER_COALESCED_MMIO
     0xad, // KVMCLOCK_CTRL
     0xe1, 0xe2, // SET_DEVICE_ATTR, GET_DEVICE_ATTR
     0xa2, 0xa3, // SET_TSC_KHZ, GET_TSC_KHZ

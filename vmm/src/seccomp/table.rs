@@ -130,6 +130,8 @@ const CALLS: &[Group] = &[
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_epoll_ctl] },
     Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_timerfd_settime] },
+    // Bursts of console output.
+    Group { kinds: &[Vcpu], calls: &[SYS_timer_create, SYS_timer_settime, SYS_timer_delete] },
     // QMP and console clients. Listening sockets were created before.
     Group { kinds: &[Main, Io], calls: &[SYS_accept4] },
     Group { kinds: &[Main, Io, Stream], calls: &[SYS_recvfrom] },

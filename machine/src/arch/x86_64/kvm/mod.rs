@@ -1,6 +1,7 @@
 //! The parts of KVM that only this architecture has.
 // UNSAFETY: some ioctls have no safe wrapper.
 #![expect(unsafe_code, reason = "KVM ioctls, RDTSC")]
+mod bursts;
 pub mod chips;
 pub mod clock;
 pub mod cpu_model;

@@ -73,7 +73,7 @@ fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
     fd.set_sregs(&sregs).unwrap();
     let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
     fd.set_regs(&regs).unwrap();
-    VcpuFactory::new(kvm, buses).unwrap().make(fd)
+    VcpuFactory::new(kvm, buses).unwrap().make(vm, fd)
 }
 
 #[test]
@@ -196,6 +196,52 @@ fn writes_that_kvm_keeps_are_made_in_order_before_the_next_access_and_before_a_p
     assert_eq!(written.lock().is_empty(), vm.coalesces);
     vcpu.park().wait().unwrap();
     assert_eq!(*written.lock(), [(0x70, vec![12])]);
+}
+
+#[test]
+fn a_burst_of_output_arrives_although_the_guest_does_not_exit_after_it() {
+    let code = [
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xb9, 100, 0,    // mov cx, 100
+        0xee, // out dx, al
+        0x40, // inc ax
+        0xe2, 0xfc, // loop to the out
+        0xa2, 0x00, 0x20, // mov [0x2000], al
+        0xf4, // hlt
+    ];
+    let kvm = open().unwrap();
+    let memory = memory::allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
+    memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
+    let window = Arc::new(MmapRegion::new(4096).unwrap());
+    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    let (said, hear) = channel();
+    let mut pio = BusBuilder::default();
+    pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
+    let cpu = vcpu(&kvm, &vm, buses(pio, BusBuilder::default()));
+    let begin = cpu.save().unwrap();
+    let vcpu = Handle::spawn(0, cpu, &ThreadStart::default(), |_, why: Stopped| panic!("{why:?}"))
+        .unwrap();
+    let heard = |count| {
+        let next = || hear.recv_timeout(Duration::from_secs(10)).unwrap();
+        (0..count).map(|_| next()).collect::<Vec<_>>()
+    };
+    for pause in [false, true, false] {
+        vcpu.resume(0);
+        let mut bytes = heard(if pause { 10 } else { 100 });
+        vcpu.park().wait().unwrap();
+        if pause {
+            // Nothing is kept while the machine is paused.
+            bytes.extend(hear.try_iter());
+            let written = bytes.len();
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(hear.try_recv().is_err());
+            vcpu.resume(0);
+            bytes.extend(heard(100 - written));
+            vcpu.park().wait().unwrap();
+        }
+        assert_eq!(bytes, (0..100).map(|byte| vec![byte]).collect::<Vec<_>>());
+        vcpu.restore(begin.clone()).wait().unwrap().unwrap();
+    }
 }
 
 /// Memory of each kind whose replacement KVM may not notice by itself, filled with 7.

@@ -5,6 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    time::Instant,
 };
 
 use devices::{
@@ -16,11 +17,13 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use parking_lot::Mutex;
 
 use super::{
+    bursts::Bursts,
     clock::guest_tsc_is_its_own,
     state::{self, VcpuState, guest_ticks},
 };
 use crate::{
-    kvm::{KvmError, coalesced::Ring},
+    arch::layout::SERIAL_PORT,
+    kvm::{KvmError, Vm, coalesced::Ring},
     vcpu::{
         Cpu, Exit, Stopped,
         kick::{self, Kicked, Kicker},
@@ -42,16 +45,19 @@ pub struct Buses {
 }
 
 impl Buses {
-    /// Apply the writes that KVM has kept in `ring`.
-    fn apply(&self, ring: &Ring) {
+    /// Apply the writes that KVM has kept in `ring`; whether there is console output among them.
+    fn apply(&self, ring: &Ring) -> bool {
         if ring.is_empty() {
-            return;
+            return false;
         }
+        let mut output = false;
         let _applying = self.applying.lock();
         ring.drain(|write| {
+            output |= write.pio && write.at == u64::from(SERIAL_PORT);
             let bus = if write.pio { &self.pio } else { &self.mmio };
             bus.write(write.at, write.data());
         });
+        output
     }
 }
 
@@ -119,10 +125,11 @@ impl VcpuFactory {
         Ok(Self { buses, msr_list: Arc::new(state::msr_list(kvm)?) })
     }
 
-    /// The vCPU of `fd`.
-    pub fn make(&self, fd: VcpuFd) -> KvmCpu {
+    /// The vCPU `fd` of `vm`.
+    pub fn make(&self, vm: &Vm, fd: VcpuFd) -> KvmCpu {
         let (buses, msr_list) = (self.buses.clone(), self.msr_list.clone());
-        KvmCpu { fd, buses, msr_list, kicked: None, kept: None, khz: (0, 0) }
+        let bursts = Bursts::new(vm, SERIAL_PORT);
+        KvmCpu { fd, buses, msr_list, kicked: None, kept: None, bursts, khz: (0, 0) }
     }
 }
 
@@ -134,6 +141,7 @@ pub struct KvmCpu {
     kicked: Option<Kicked>,
     /// Writes that KVM has kept. `None` until the vCPU has a thread.
     kept: Option<Ring>,
+    bursts: Bursts,
     /// Frequencies of the TSC in ticks per millisecond: the guest's and the host's. They differ
     /// only for a guest that was restored on another host.
     khz: (u32, u32),
@@ -144,6 +152,68 @@ impl KvmCpu {
         let rip = self.fd.get_regs().map_or(0, |r| r.rip);
         log::error!("the guest cannot continue: {what} at rip {rip:#x}");
         Exit::Stopped(Stopped::Failed)
+    }
+
+    /// Enter the guest once.
+    fn enter(&mut self) -> Exit {
+        let Self { fd, buses, kicked, kept, bursts, .. } = self;
+        let size = || kicked.as_ref().map_or(1, Kicked::io_size).max(1);
+        let exit = fd.run();
+        let apply = |bursts: &mut Bursts| {
+            if kept.as_ref().is_some_and(|ring| buses.apply(ring)) {
+                bursts.kept();
+            }
+        };
+        // Before the access that ended the run, and before a kicked vCPU parks.
+        apply(bursts);
+        match exit {
+            Ok(VcpuExit::MmioRead(at, data)) => or_ones(buses.mmio.read(at, data), data),
+            Ok(VcpuExit::MmioWrite(at, data)) => drop(buses.mmio.write(at, data)),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                for item in data.chunks_mut(size()) {
+                    or_ones(buses.pio.read(u64::from(port), item), item);
+                }
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                for item in data.chunks(size()) {
+                    buses.pio.write(u64::from(port), item);
+                }
+                if port == SERIAL_PORT {
+                    bursts.exited(Instant::now());
+                }
+                if let Some(event) = buses.power.take() {
+                    return Exit::Stopped(Stopped::Power(event));
+                }
+            }
+            Ok(VcpuExit::Shutdown) => return Exit::Stopped(Stopped::Fault),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return self.failed(&format!("KVM cannot enter it (hardware reason {reason:#x})"));
+            }
+            Ok(VcpuExit::InternalError) => {
+                return self.failed("KVM internal error (an instruction it cannot emulate)");
+            }
+            Ok(other) => {
+                let what = format!("KVM exit {other:?}");
+                return self.failed(&what);
+            }
+            Err(e) if e.errno() == libc::EINTR => {
+                let kick = kicked.as_ref().is_none_or(Kicked::clear);
+                let ended = if kick { bursts.end() } else { bursts.tick() };
+                if ended {
+                    apply(bursts);
+                }
+                return Exit::Kicked;
+            }
+            Err(e) if e.errno() == libc::EAGAIN => {}
+            Err(e) if e.errno() == libc::EFAULT => {
+                return self.failed(
+                    "the host cannot provide a page of guest memory: the file that it is mapped \
+                     from was truncated, or its disk is full or fails (KVM_RUN: EFAULT)",
+                );
+            }
+            Err(e) => return self.failed(&format!("KVM_RUN: {e}")),
+        }
+        Exit::Handled
     }
 }
 
@@ -163,58 +233,16 @@ impl Cpu for KvmCpu {
         let (kicker, kicked) = kick::pair(&self.fd)?;
         self.kicked = Some(kicked);
         self.kept = Some(Ring::map(&self.fd)?);
+        self.bursts.on_this_thread()?;
         Ok(kicker)
     }
 
     fn run(&mut self) -> Exit {
-        let Self { fd, buses, kicked, kept, .. } = self;
-        let size = || kicked.as_ref().map_or(1, Kicked::io_size).max(1);
-        let exit = fd.run();
-        // Before the access that ended the run, and before a kicked vCPU parks.
-        kept.iter().for_each(|ring| buses.apply(ring));
-        match exit {
-            Ok(VcpuExit::MmioRead(at, data)) => or_ones(buses.mmio.read(at, data), data),
-            Ok(VcpuExit::MmioWrite(at, data)) => drop(buses.mmio.write(at, data)),
-            Ok(VcpuExit::IoIn(port, data)) => {
-                for item in data.chunks_mut(size()) {
-                    or_ones(buses.pio.read(u64::from(port), item), item);
-                }
-            }
-            Ok(VcpuExit::IoOut(port, data)) => {
-                for item in data.chunks(size()) {
-                    buses.pio.write(u64::from(port), item);
-                }
-                if let Some(event) = buses.power.take() {
-                    return Exit::Stopped(Stopped::Power(event));
-                }
-            }
-            Ok(VcpuExit::Shutdown) => return Exit::Stopped(Stopped::Fault),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                return self.failed(&format!("KVM cannot enter it (hardware reason {reason:#x})"));
-            }
-            Ok(VcpuExit::InternalError) => {
-                return self.failed("KVM internal error (an instruction it cannot emulate)");
-            }
-            Ok(other) => {
-                let what = format!("KVM exit {other:?}");
-                return self.failed(&what);
-            }
-            Err(e) if e.errno() == libc::EINTR => {
-                if let Some(kicked) = kicked {
-                    kicked.clear();
-                }
-                return Exit::Kicked;
-            }
-            Err(e) if e.errno() == libc::EAGAIN => {}
-            Err(e) if e.errno() == libc::EFAULT => {
-                return self.failed(
-                    "the host cannot provide a page of guest memory: the file that it is mapped \
-                     from was truncated, or its disk is full or fails (KVM_RUN: EFAULT)",
-                );
-            }
-            Err(e) => return self.failed(&format!("KVM_RUN: {e}")),
+        let exit = self.enter();
+        if matches!(exit, Exit::Stopped(_)) {
+            self.bursts.end();
         }
-        Exit::Handled
+        exit
     }
 
     fn resumed(&mut self, ticks: u64) {

@@ -1,0 +1,107 @@
+//! Bursts of console output, whose bytes KVM keeps (see [`crate::kvm::coalesced`]).
+//!
+//! A driver that polls asks before each byte whether the port takes one. So the byte before need
+//! not leave the guest by itself: it is written when the question leaves. But a kept byte would
+//! stay unseen if no question came, and KVM does not tell that it has kept one. So bytes are kept
+//! only during a burst:
+//!
+//! ```text
+//!           ENOUGH bytes exited within WINDOW
+//!   exits ----------------------------------> kept, with a tick each PERIOD
+//!     ^                                         |
+//!     +--- a tick after which none was kept, or a kick
+//! ```
+//! A tick interrupts KVM_RUN, and then all bytes are written. It may be lost when it falls between
+//! two entries; the next one is not.
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use crate::{kvm::Vm, vcpu::kick::Ticks};
+
+/// So many bytes within [`WINDOW`] begin a burst.
+const ENOUGH: u32 = 8;
+const WINDOW: Duration = Duration::from_millis(2);
+/// A byte is written one period late at most, two if a tick is lost.
+const PERIOD: Duration = Duration::from_millis(4);
+
+/// What a vCPU knows of the bursts that it has begun.
+pub struct Bursts {
+    /// `None` where KVM cannot keep writes.
+    vm: Option<Arc<VmFd>>,
+    port: u16,
+    ticks: Option<Ticks>,
+    /// Bytes that exited since `since`.
+    exits: u32,
+    since: Instant,
+    lasts: bool,
+    /// A byte was kept since the last tick.
+    busy: bool,
+}
+
+impl Bursts {
+    /// Bursts of bytes written to `port` of `vm`.
+    pub fn new(vm: &Vm, port: u16) -> Self {
+        let vm = vm.coalesces.then(|| vm.fd.clone());
+        let since = Instant::now();
+        Self { vm, port, ticks: None, exits: 0, since, lasts: false, busy: false }
+    }
+
+    /// Let ticks interrupt the calling thread.
+    ///
+    /// # Errors
+    /// When the host refuses a timer.
+    pub fn on_this_thread(&mut self) -> io::Result<()> {
+        self.ticks = Some(Ticks::new()?);
+        Ok(())
+    }
+
+    /// The guest has exited to write a byte. A burst begins if there were enough of them.
+    pub fn exited(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.since) > WINDOW {
+            (self.since, self.exits) = (now, 0);
+        }
+        self.exits += 1;
+        let (Some(vm), Some(ticks)) = (&self.vm, &self.ticks) else { return };
+        if self.exits < ENOUGH || self.lasts || ticks.every(PERIOD).is_err() {
+            return;
+        }
+        self.lasts = true;
+        self.busy = true;
+        // Otherwise the bytes exit as before, and the burst ends at the second tick.
+        let _ = vm.register_coalesced_mmio(self.place(), 1);
+    }
+
+    /// A byte was kept, and has been written now.
+    pub fn kept(&mut self) {
+        self.busy = true;
+    }
+
+    /// A tick; true if the burst has ended. Then apply what other vCPUs may have added meanwhile.
+    pub fn tick(&mut self) -> bool {
+        if std::mem::take(&mut self.busy) { false } else { self.end() }
+    }
+
+    /// End the burst; true if there was one. Then apply what other vCPUs may have added meanwhile.
+    pub fn end(&mut self) -> bool {
+        if !std::mem::take(&mut self.lasts) {
+            return false;
+        }
+        self.exits = 0;
+        if let Some(vm) = &self.vm {
+            let _ = vm.unregister_coalesced_mmio(self.place(), 1);
+        }
+        if let Some(ticks) = &self.ticks {
+            let _ = ticks.every(Duration::ZERO);
+        }
+        true
+    }
+
+    fn place(&self) -> IoEventAddress {
+        IoEventAddress::Pio(self.port.into())
+    }
+}
