@@ -2,7 +2,10 @@
 //! store numbers as floating point, such as jq.
 use std::fmt::{self, LowerHex, Write};
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{Error, Visitor},
+};
 
 /// A number, as `"0x1f"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, PartialOrd, Ord)]
@@ -22,16 +25,13 @@ impl<T: LowerHex> Serialize for Hex<T> {
 
 impl<'de, T: TryFrom<u128>> Deserialize<'de> for Hex<T> {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        let digits = text.strip_prefix("0x").filter(|digits| digits.bytes().all(is_digit));
-        let value = digits.and_then(|digits| u128::from_str_radix(digits, 16).ok());
-        let value = value.and_then(|value| T::try_from(value).ok());
-        let bits = size_of::<T>() * 8;
-        value.map(Self).ok_or_else(|| {
-            D::Error::custom(format_args!(
-                "{text:.40?} is not a number of {bits} bits like \"0x1f\""
-            ))
-        })
+        from.deserialize_str(Text(|text: &str| {
+            let value = number(text).and_then(|value| T::try_from(value).ok());
+            let bits = size_of::<T>() * 8;
+            value
+                .map(Self)
+                .ok_or_else(|| format!("{text:.40?} is not a number of {bits} bits like \"0x1f\""))
+        }))
     }
 }
 
@@ -86,22 +86,51 @@ impl Serialize for HexBytes {
 
 impl<'de> Deserialize<'de> for HexBytes {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        let byte = |pair: &[u8; 2]| {
-            let text = str::from_utf8(pair).ok().filter(|pair| pair.bytes().all(is_digit))?;
-            u8::from_str_radix(text, 16).ok()
-        };
-        let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
-            return Err(D::Error::custom("an odd number of hexadecimal digits"));
-        };
-        let bytes: Option<Vec<u8>> = pairs.iter().map(byte).collect();
-        bytes.map(Self).ok_or_else(|| D::Error::custom("bytes that are not lower-case hexadecimal"))
+        from.deserialize_str(Text(|text: &str| {
+            let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
+                return Err("an odd number of hexadecimal digits".to_owned());
+            };
+            let mut bytes = Vec::with_capacity(pairs.len());
+            for [high, low] in pairs {
+                let byte = digit(*high).zip(digit(*low)).map(|(high, low)| high << 4 | low);
+                bytes.push(byte.ok_or("bytes that are not lower-case hexadecimal")?);
+            }
+            Ok(Self(bytes))
+        }))
     }
 }
 
+/// Reads a string where it lies, without a copy: a saved vCPU has hundreds of numbers.
+struct Text<F>(F);
+
+impl<T, F: FnOnce(&str) -> Result<T, String>> Visitor<'_> for Text<F> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
+        (self.0)(text).map_err(E::custom)
+    }
+}
+
+/// The number written as `text`; `None` if it has more than 128 bits.
+fn number(text: &str) -> Option<u128> {
+    let digits = text.strip_prefix("0x").filter(|digits| !digits.is_empty())?;
+    digits.bytes().try_fold(0, |value: u128, byte| {
+        let digit = u128::from(digit(byte)?);
+        (value >> 124 == 0).then_some(value << 4 | digit)
+    })
+}
+
 /// One spelling for each value: lower case only.
-fn is_digit(byte: u8) -> bool {
-    matches!(byte, b'0'..=b'9' | b'a'..=b'f')
+fn digit(byte: u8) -> Option<u8> {
+    match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    }
 }
 
 fn digits(bytes: &[u8]) -> String {
@@ -134,6 +163,10 @@ mod tests {
         for text in ["1", "\"1\"", "\"0x\"", "\"0xg\"", "\"0x+1\"", "\"0xFF\"", "\"0x100\"", "null"]
         {
             assert!(serde_json::from_str::<Hex<u8>>(text).is_err(), "{text}");
+        }
+        for (digits, fits) in [("f".repeat(32), true), ("1".repeat(33), false)] {
+            let read = serde_json::from_str::<Hex<u128>>(&format!("\"0x{digits}\""));
+            assert_eq!(read.is_ok(), fits, "{digits}");
         }
         for text in ["\"0\"", "\"+1\"", "\"FF\"", "\"ffff\"", "\"\"", "[255]"] {
             assert!(serde_json::from_str::<HexArray<1>>(text).is_err(), "{text}");
