@@ -1,5 +1,9 @@
 //! The saved form of a machine's configuration, and the conversion back, which checks a
 //! configuration's limits.
+mod slots;
+#[cfg(test)]
+mod tests;
+
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -12,12 +16,13 @@ use state::{
     kept_disks::{self, KeptDiskError},
 };
 
+use self::slots::{check_places, disk_shape, iothread, nic_shape, order, place};
 use crate::{
     Aio, BootConfig, CharBackend, DeviceConfig, DiskConfig, Expect, MachineConfig, MemoryConfig,
     NicConfig, Occupancy, Tap, Thp, Topology, limits,
-    places::{DISK, NIC, Place, VIRTIO_IRQS, VIRTIO_MMIO, VIRTIO_MMIO_STEP, VirtioSlot},
+    places::Place,
     slots::{SlotCounts, SlotsError, Wanted},
-    types::{CpuCount, DiskIops, Id, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
+    types::{CpuCount, DiskIops, MemorySize, MemorySizeError, PerSecond, Rate, ValueError},
 };
 
 /// The configuration of a saved machine. Everything in it is within its limits.
@@ -157,126 +162,6 @@ impl TryFrom<&saved::Config> for Description {
         let places = numbered.iter().map(|(_, slot)| place(slot)).collect::<Result<_, _>>()?;
         Ok(Self { config, occupied: Occupancy { disks, nics }, disk_sizes, places })
     }
-}
-
-/// A slot's position in the builder's order.
-fn order(slot: &saved::Slot) -> Result<(u8, usize), DescriptionError> {
-    let number = |prefix: &str| {
-        let number = slot.id.strip_prefix(prefix)?.parse().ok()?;
-        (slot.id == format!("{prefix}{number}")).then_some(number)
-    };
-    let order = match &slot.contents {
-        saved::Contents::Disk(_) => number(DISK).map(|n| (0, n)),
-        saved::Contents::Nic(_) => number(NIC).map(|n| (1, n)),
-        other => DeviceConfig::restored(other, None)?
-            .filter(|device| device.facts().slot() == slot.id)
-            .map(|device| (2 + device.order(), 0)),
-    };
-    order.ok_or_else(|| failed(slot, "this kind of slot cannot hold its contents".into()))
-}
-
-/// Check that each slot exists once, none is missing, and no two are at one address.
-fn check_places(slots: &[((u8, usize), &saved::Slot)]) -> Result<(), DescriptionError> {
-    let mut before: Option<(u8, usize)> = None;
-    for (order @ (kind, number), slot) in slots {
-        let expected = match before {
-            Some((same, last)) if same == *kind => last + 1,
-            _ => 0,
-        };
-        if *number != expected {
-            return Err(failed(slot, "it is duplicated, or the one before it is missing".into()));
-        }
-        before = Some(*order);
-    }
-    for (index, (_, slot)) in slots.iter().enumerate() {
-        let mut others = slots.iter().take(index);
-        let shared = others
-            .find(|(_, other)| other.address == slot.address || other.interrupt == slot.interrupt);
-        if let Some((_, other)) = shared {
-            return Err(failed(
-                slot,
-                format!("its address or interrupt is also that of {}", other.id),
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn place(slot: &saved::Slot) -> Result<Place, DescriptionError> {
-    let Hex(address) = slot.address;
-    let end = VIRTIO_MMIO + VIRTIO_IRQS.len() as u64 * VIRTIO_MMIO_STEP;
-    let inside = (VIRTIO_MMIO..end).contains(&address) && address.is_multiple_of(VIRTIO_MMIO_STEP);
-    if !inside || !VIRTIO_IRQS.contains(&slot.interrupt) {
-        let what = format!("no slot is at address {address:#x} with interrupt {}", slot.interrupt);
-        return Err(failed(slot, what));
-    }
-    let address = u32::try_from(address).map_err(|_| failed(slot, "address".into()))?;
-    let at = VirtioSlot { address, irq: slot.interrupt };
-    let queue_sizes = Some(slot.queue_sizes.clone());
-    Ok(Place { id: slot.id.clone(), at, queue_sizes })
-}
-
-/// The queues of a slot for disks, as those of a disk that was there at the start.
-fn disk_shape(slot: &saved::Slot) -> Result<DiskConfig, DescriptionError> {
-    let (queues, queue_size) = same_size(slot, &slot.queue_sizes)?;
-    let queues = checked("queues of a disk", queues)?;
-    let queue_size = checked("queue size of a disk", queue_size)?;
-    Ok(DiskConfig {
-        id: checked("slot", slot.id.clone())?,
-        path: PathBuf::new(),
-        readonly: false,
-        direct: false,
-        serial: None,
-        aio: Aio::Auto,
-        discard: false,
-        iops: None,
-        bps: None,
-        queues,
-        queue_size,
-        iothread: iothread(slot)?,
-        backend: None,
-        probe: false,
-        expect: Expect::Saved,
-    })
-}
-
-/// The queues of a slot for NICs: two for each pair, and one for control.
-fn nic_shape(slot: &saved::Slot) -> Result<NicConfig, DescriptionError> {
-    let data = slot.queue_sizes.split_last().map_or(&[][..], |(_, data)| data);
-    let (queues, queue_size) = same_size(slot, data)?;
-    if !queues.is_multiple_of(2) {
-        return Err(failed(slot, format!("{} queues", slot.queue_sizes.len())));
-    }
-    let queue_pairs = checked("queue pairs of a NIC", queues / 2)?;
-    let queue_size = checked("queue size of a NIC", queue_size)?;
-    Ok(NicConfig {
-        id: checked("slot", slot.id.clone())?,
-        tap: Tap::Fds(Vec::new()),
-        mac: None,
-        queue_pairs,
-        queue_size,
-        pps: None,
-        bps: None,
-        iothread: iothread(slot)?,
-        backend: None,
-    })
-}
-
-fn iothread(slot: &saved::Slot) -> Result<Option<Id>, DescriptionError> {
-    slot.iothread.clone().map(|id| checked("I/O thread", id)).transpose()
-}
-
-/// The number of queues, and their size, which must be the same for all.
-fn same_size(slot: &saved::Slot, sizes: &[u16]) -> Result<(u16, u16), DescriptionError> {
-    let count = u16::try_from(sizes.len()).ok();
-    match (sizes.first(), count) {
-        (Some(size), Some(count)) if sizes.iter().all(|other| other == size) => Ok((count, *size)),
-        _ => Err(failed(slot, format!("queues of {:.99?} descriptors", slot.queue_sizes))),
-    }
-}
-
-fn failed(slot: &saved::Slot, what: String) -> DescriptionError {
-    DescriptionError::Slot { id: slot.id.clone(), what }
 }
 
 /// Convert `value` to the type that checks it.
@@ -434,106 +319,5 @@ pub(crate) fn restore_char(backend: saved::CharBackend) -> CharBackend {
         saved::CharBackend::Pty => CharBackend::Pty,
         saved::CharBackend::File(path) => CharBackend::File(path),
         saved::CharBackend::Socket { path, replay } => CharBackend::Socket { path, replay },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
-
-    use super::*;
-
-    /// A machine that uses every field.
-    fn everything() -> saved::Config {
-        let mut config = state::testing::config(7);
-        config.machine.iothreads = vec!["t".into()];
-        config.machine.serial = Some(saved::CharBackend::File("log".into()));
-        let slot = |id: &str, address: u64, interrupt: u32, queue_sizes: Value, contents: Value| {
-            let slot = json!({
-                "id": id, "address": format!("{address:#x}"), "interrupt": interrupt,
-                "queue_sizes": queue_sizes, "iothread": null, "contents": contents,
-            });
-            serde_json::from_value::<saved::Slot>(slot).unwrap()
-        };
-        let disk = json!({
-            "id": "root", "backend": "back", "path": "image", "size": 4096, "readonly": true,
-            "direct": true, "aio": "io-uring", "discard": true, "serial": "s", "iops": 1, "bps": 2,
-            "kept": null,
-        });
-        let nic = json!({
-            "id": "eth", "backend": null, "tap": {"fds": [3, 4]}, "mac": "525400000001", "pps": 3,
-            "bps": 4,
-        });
-        let socket = json!({"socket": {"path": "p", "replay": 9}});
-        // Not at this program's usual addresses.
-        config.slots = vec![
-            slot("disk0", 0xf010_3000, 23, json!([256, 256]), json!({"disk": disk})),
-            slot("disk1", 0xf010_1000, 6, json!([64]), json!({"disk": null})),
-            slot("nic0", 0xf010_2000, 7, json!([512, 512, 512, 512, 64]), json!({"nic": nic})),
-            slot("nic1", 0xf010_0000, 5, json!([256, 256, 64]), json!({"nic": null})),
-            slot(
-                "console",
-                0xf010_4000,
-                10,
-                json!([64, 64]),
-                json!({"console": {"id": "c", "backend": socket}}),
-            ),
-            slot(
-                "rng",
-                0xf010_5000,
-                11,
-                json!([256]),
-                json!({"rng": {"id": "r", "path": "/dev/urandom", "bps": 64}}),
-            ),
-        ];
-        config.slots[0].iothread = Some("t".into());
-        config
-    }
-
-    #[test]
-    fn what_was_saved_is_described_and_saved_again_as_it_was() {
-        let config = everything();
-        let description = Description::try_from(&config).unwrap();
-        assert_eq!(description.disk_sizes, [4096, 0]);
-        assert_eq!(description.clone().saved(7, None), config);
-        let mut other = config;
-        other.slots.reverse();
-        assert_eq!(Description::try_from(&other).unwrap(), description, "order means nothing");
-    }
-
-    #[test]
-    fn slots_that_no_machine_has_are_refused_by_name() {
-        type Change = fn(&mut saved::Config);
-        let change: [(&str, Change); 17] = [
-            ("disk1: its address or interrupt", |c| c.slots[1].interrupt = 23),
-            ("disk1: its address or interrupt", |c| c.slots[1].address = c.slots[0].address),
-            ("disk1: no slot is at address 0xf0101001", |c| c.slots[1].address.0 += 1),
-            ("disk1: no slot is at address 0xf0112000", |c| c.slots[1].address.0 = 0xf011_2000),
-            ("with interrupt 9", |c| c.slots[1].interrupt = 9),
-            ("disk1: it is duplicated, or", |c| drop(c.slots.remove(0))),
-            ("disk0: it is duplicated, or", |c| c.slots[1].id = "disk0".into()),
-            ("nic: this kind of slot", |c| c.slots[1].id = "nic".into()),
-            ("disk01: this kind of slot", |c| c.slots[1].id = "disk01".into()),
-            ("queue size of a disk 4096", |c| c.slots[1].queue_sizes = vec![4096]),
-            ("queue size of a disk 100, not a power", |c| c.slots[1].queue_sizes = vec![100]),
-            ("vCPUs 0, not in 1..=254", |c| c.machine.vcpus = 0),
-            ("bytes of memory: 1048576 bytes", |c| c.machine.memory.size = 1 << 20),
-            ("I/O thread , must not be empty", |c| c.machine.iothreads[0].clear()),
-            ("tap a/b, not an interface name", |c| {
-                let saved::Contents::Nic(Some(nic)) = &mut c.slots[2].contents else { panic!() };
-                nic.tap = saved::Tap::Name("a/b".into());
-            }),
-            ("disk , must not be empty", |c| {
-                let saved::Contents::Disk(Some(disk)) = &mut c.slots[0].contents else { panic!() };
-                disk.id.clear();
-            }),
-            ("nic1: queues of [256, 512, 64]", |c| c.slots[3].queue_sizes[1] = 512),
-        ];
-        for (says, change) in change {
-            let mut config = everything();
-            change(&mut config);
-            let error = Description::try_from(&config).unwrap_err().to_string();
-            assert!(error.contains(says), "{says}: {error}");
-        }
     }
 }

@@ -1,4 +1,6 @@
 //! From configuration to machine.
+mod error;
+
 use std::{
     borrow::Cow,
     io, iter,
@@ -11,31 +13,29 @@ use std::{
 use config::{
     Description, MachineConfig, Occupancy, Thp,
     places::{self, Place},
-    slots::{SlotCounts, SlotsError, Wanted},
-    topology::{self, TopologyError},
+    slots::{SlotCounts, Wanted},
+    topology,
     types::Id,
 };
 use devices::{
     Memory,
-    backend::{char::CharSink, disk::DiskError, net::tap::TapError},
+    backend::{char::CharSink, disk::DiskError},
     reclaim::Reclaim,
     threads::ThreadStart,
-    virtio::{
-        blk::Block,
-        net::{self, Net},
-    },
+    virtio::{blk::Block, net::Net},
 };
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::MmapRegion;
 
+pub use self::error::BuildError;
 use crate::{
     Machine,
     arch::{Buses, BusesBuilder, CpuFeatures, VcpuFactory, entry},
     backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
-    boot::{BootError, Entry},
+    boot::Entry,
     dry_restore::Restorable,
     event::{Callbacks, Event},
     fits,
@@ -46,69 +46,14 @@ use crate::{
         self, KvmError, Vm,
         opening::{Opened, Opening},
     },
-    legacy::{Legacy, LegacyError, Outside},
-    machine::RunError,
-    memory::{self, MemoryError, dirty_logs::DirtyLogs, origin::Contents, reclaim::Reclaimer},
+    legacy::{Legacy, Outside},
+    memory::{self, dirty_logs::DirtyLogs, origin::Contents, reclaim::Reclaimer},
     preflight::CleanupGuard,
-    quiesced::RestoreError,
     reload::BootPlan,
     rest::Rest,
-    slots::{Handle, SlotError, Slots},
+    slots::{Handle, Slots},
     vcpu,
 };
-
-/// Why the machine could not be built.
-#[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the error messages describe them")]
-pub enum BuildError {
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error(transparent)]
-    Legacy(#[from] LegacyError),
-    #[error(transparent)]
-    Slot(#[from] SlotError),
-    #[error("disk {id}")]
-    Disk { id: String, source: DiskError },
-    #[error("disk {id}: {} is also the image of disk {other}; make both read-only, or give each \
-             its own", path.display())]
-    SameImage { id: String, other: String, path: PathBuf },
-    #[error(
-        "disk {id}: {} does not exist; it is the guest's root disk, as there is no initrd: give \
-         the path of an image with a root file system",
-        path.display()
-    )]
-    RootDisk { id: String, path: PathBuf },
-    #[error("NIC {id}")]
-    Tap { id: String, source: TapError },
-    #[error("NIC {id}")]
-    NicSettings { id: String, source: net::PlugError },
-    #[error("{kind} {id}")]
-    Device { kind: &'static str, id: String, source: Box<dyn std::error::Error + Send + Sync> },
-    #[error("{id}: out of file descriptors")]
-    Descriptor { id: String, source: io::Error },
-    #[error("{what} {id} names the I/O thread {iothread}, which does not exist")]
-    NoIoThread { what: &'static str, id: String, iothread: String },
-    #[error(transparent)]
-    Slots(#[from] SlotsError),
-    #[error(transparent)]
-    Topology(#[from] TopologyError),
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
-    #[error("{0}")]
-    Cpu(String),
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
-    #[error(transparent)]
-    Run(#[from] RunError),
-    #[error("cannot create the register window")]
-    Window(#[source] io::Error),
-    #[error("the host has no random numbers for the generation id")]
-    Random(#[source] io::Error),
-}
 
 /// What a saved machine is built from.
 pub struct Saved {

@@ -18,6 +18,8 @@
 //! A guest that is stopped already, or is not to run on, is captured at once. Its memory is then
 //! written directly instead of being copied aside first, and so is the memory of a guest that has
 //! changed too much of it: the thread reports `Copied` when the guest may run again.
+mod rounds;
+
 use std::{
     io,
     ops::Range,
@@ -40,6 +42,7 @@ use machine::{
 
 use state::Config;
 
+use self::rounds::{Next, Round, Rounds};
 pub use super::memory_file::Progress;
 use super::{
     save::{Finished, SaveError, Saved, Sink, Source},
@@ -48,12 +51,6 @@ use super::{
 
 /// How long a guest that runs on may be stopped, unless the client sets `downtime-limit`.
 pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(30);
-/// Rounds after which the guest is stopped, however much is left.
-const MAX_ROUNDS: usize = 30;
-/// If no more than this is left, another round is not worthwhile.
-const FEW: u64 = 64 * image::PAGE_SIZE;
-/// Longest time that copying a page aside takes: between 0.4 and 0.9 microseconds were measured.
-const STAGE_PAGE: Duration = Duration::from_micros(1);
 
 /// What the thread reports.
 pub enum Step {
@@ -260,58 +257,6 @@ fn copy(
     sink.copy(source, progress)
 }
 
-/// Decides when to stop a guest that changes its memory while it is copied.
-struct Rounds {
-    resume: bool,
-    patient: bool,
-    made: usize,
-}
-
-/// The result of a round.
-struct Round {
-    /// Bytes copied.
-    copied: u64,
-    took: Duration,
-    /// Bytes that the guest has changed meanwhile.
-    left: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// Copy what has changed.
-    Round,
-    /// The same, although the last round has left about as much as it copied.
-    RoundInVain,
-    /// Stop the guest and copy the rest.
-    Stop,
-}
-
-impl Rounds {
-    fn after(&mut self, round: &Round, limit: Duration) -> Next {
-        self.made += 1;
-        if round.left <= FEW || self.made >= MAX_ROUNDS {
-            return Next::Stop;
-        }
-        if round.left < round.copied / 4 * 3 {
-            return Next::Round;
-        }
-        match self.patient && self.pause(round) > limit {
-            true => Next::RoundInVain,
-            false => Next::Stop,
-        }
-    }
-
-    /// How long the guest would be stopped now.
-    fn pause(&self, round: &Round) -> Duration {
-        if self.resume && round.left <= staging::MAX_BYTES {
-            let pages = u32::try_from(round.left / image::PAGE_SIZE).unwrap_or(u32::MAX);
-            return STAGE_PAGE * pages;
-        }
-        let time = round.took.as_nanos() * u128::from(round.left) / u128::from(round.copied.max(1));
-        Duration::from_nanos(u64::try_from(time).unwrap_or(u64::MAX))
-    }
-}
-
 /// A save that is under way, or over.
 pub struct Job {
     progress: Arc<Progress>,
@@ -408,52 +353,4 @@ impl Job {
 /// When the host has no random numbers to give.
 pub fn new_id() -> io::Result<u128> {
     random::bytes().map(u128::from_be_bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PAGE: u64 = image::PAGE_SIZE;
-    const MS: Duration = Duration::from_millis(1);
-
-    /// The decisions after rounds that each leave this many pages. A round takes a microsecond for
-    /// each page.
-    fn follow(resume: bool, patient: bool, limit: Duration, pages: &[u64]) -> Vec<Next> {
-        let mut rounds = Rounds { resume, patient, made: 0 };
-        let each = pages.windows(2).map(|two| {
-            let took = Duration::from_micros(two[0]);
-            rounds.after(&Round { copied: two[0] * PAGE, took, left: two[1] * PAGE }, limit)
-        });
-        each.collect()
-    }
-
-    #[test]
-    fn rounds_are_made_while_they_get_shorter() {
-        use Next::{Round, Stop};
-        let limit = Duration::ZERO;
-        assert_eq!(
-            follow(true, false, limit, &[100_000, 10_000, 1_000, 740, 600]),
-            [Round, Round, Round, Stop],
-            "740 is less than 3/4 of 1,000, and 600 is more than that of 740"
-        );
-        assert_eq!(follow(true, false, limit, &[100_000, 65, 64]), [Round, Stop], "64 are few");
-        assert_eq!(follow(false, true, limit, &[100_000, 0]), [Stop]);
-    }
-
-    #[test]
-    fn a_stream_waits_until_the_pause_is_short_enough_and_not_without_a_limit() {
-        use Next::{Round, RoundInVain, Stop};
-        // 40,000 pages take 40 ms.
-        let pages = [100_000, 40_000, 40_000, 35_000, 30_000];
-        assert_eq!(follow(false, true, 30 * MS, &pages), [Round, RoundInVain, RoundInVain, Stop]);
-        assert_eq!(
-            follow(false, false, 30 * MS, &pages[..3]),
-            [Round, Stop],
-            "a directory does not"
-        );
-        let (always, each) = ([40_000; 31], follow(false, true, MS, &[40_000; 31]));
-        assert_eq!(each.len(), always.len() - 1);
-        assert!(each[..29].iter().all(|next| *next == RoundInVain) && each[29] == Stop);
-    }
 }

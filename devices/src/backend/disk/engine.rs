@@ -15,6 +15,7 @@
 #![expect(unsafe_code)]
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use std::{
     io, mem,
@@ -26,6 +27,7 @@ use std::{
 use io_uring::{IoUring, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
 
+use self::transfer::{RETRY_LIMIT, Transfer, cut_short};
 use super::{Disk, sys};
 use crate::{
     Memory,
@@ -40,17 +42,9 @@ const RING: usize = 256;
 /// Once this many bytes are in flight, nothing more is started. A pause or reset of the device
 /// waits for them, and a guest could have hundreds of requests of the largest size.
 const BYTES: u64 = 64 << 20;
-/// How often a call is retried at once when the kernel lacks memory or is busy.
-const RETRY_LIMIT: usize = 1000;
-
 /// A read or write of at least this many bytes goes to io_uring even if it would not wait, because
 /// this thread serves other queues too.
 const LARGE: u64 = 4 << 20;
-
-/// A source of zeroes where the host has no better way to write them; aligned for `O_DIRECT`.
-#[repr(align(4096))]
-struct Zeroes([u8; 64 << 10]);
-static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
 
 /// An operation at an offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -79,130 +73,6 @@ impl Op {
             Self::Flush => 0,
             Self::Discard { len } | Self::WriteZeroes { len, .. } => len,
         }
-    }
-}
-
-/// One request's progress. The lists are kept for the next request.
-#[derive(Default)]
-struct Transfer {
-    op: Op,
-    offset: u64,
-    segments: Vec<Segment>,
-    buffers: Vec<libc::iovec>,
-    /// The first buffer that is not finished.
-    first: usize,
-    /// Bytes not transferred yet.
-    left: u64,
-    /// How often the kernel has asked to try again.
-    tries: usize,
-}
-
-// SAFETY: the pointers are addresses of guest memory. Only the kernel dereferences them, and for it
-// the submitting thread does not matter.
-unsafe impl Send for Transfer {}
-
-impl Transfer {
-    fn prepare(
-        &mut self,
-        op: Op,
-        offset: u64,
-        segments: &[Segment],
-        memory: &Memory,
-    ) -> io::Result<()> {
-        (self.op, self.offset, self.first, self.left, self.tries) = (op, offset, 0, 0, 0);
-        self.segments.clear();
-        self.buffers.clear();
-        for s in segments {
-            let slice = memory
-                .get_slice(s.addr, s.len as usize)
-                .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
-            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-            self.buffers.push(libc::iovec { iov_base, iov_len: slice.len() });
-            self.left += u64::from(s.len);
-        }
-        if op == Op::Read {
-            self.segments.extend_from_slice(segments);
-        }
-        Ok(())
-    }
-
-    fn buffers(&self) -> &[libc::iovec] {
-        self.buffers.get(self.first..).unwrap_or_default()
-    }
-
-    fn advance(&mut self, bytes: usize) {
-        self.offset = self.offset.saturating_add(bytes as u64);
-        self.left = self.left.saturating_sub(bytes as u64);
-        let mut bytes = bytes;
-        while let Some(b) = self.buffers.get_mut(self.first) {
-            if bytes < b.iov_len {
-                b.iov_base = b.iov_base.cast::<u8>().wrapping_add(bytes).cast();
-                b.iov_len -= bytes;
-                return;
-            }
-            bytes -= b.iov_len;
-            self.first += 1;
-        }
-    }
-
-    /// Process the result of a call; `None` when something is left to do.
-    fn progress(&mut self, said: io::Result<usize>) -> Option<io::Result<()>> {
-        match (self.op, said) {
-            (Op::Read | Op::Write { .. }, Ok(0)) => Some(Err(cut_short(self.op))),
-            (Op::Read | Op::Write { .. }, Ok(n)) => {
-                self.advance(n);
-                (self.left == 0).then_some(Ok(()))
-            }
-            (Op::WriteZeroes { len, durable, .. }, Err(e))
-                if e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
-            {
-                self.write_zeroes(len, durable);
-                None
-            }
-            (Op::WriteZeroes { durable: true, .. }, Ok(_)) => {
-                self.op = Op::Flush;
-                None
-            }
-            (_, result) => Some(result.map(drop)),
-        }
-    }
-
-    /// Process a completion from io_uring; `None` when the rest must be submitted.
-    fn completed(&mut self, said: i32) -> Option<io::Result<()>> {
-        let said = match usize::try_from(said) {
-            Ok(n) => Ok(n),
-            Err(_) if said == -libc::EINTR => return None,
-            // Does not occur for a request that may wait, except with some host drivers.
-            Err(_) if said == -libc::EAGAIN && self.tries < RETRY_LIMIT => {
-                self.tries += 1;
-                return None;
-            }
-            Err(_) => Err(io::Error::from_raw_os_error(said.wrapping_neg())),
-        };
-        self.progress(said)
-    }
-
-    /// Write `len` zeroes from a buffer, where the host has no better way.
-    fn write_zeroes(&mut self, len: u64, durable: bool) {
-        self.op = Op::Write { durable };
-        (self.first, self.left) = (0, len);
-        self.buffers.clear();
-        let mut left = len;
-        while left > 0 {
-            let iov_len = left.min(ZEROES.0.len() as u64) as usize;
-            // Only read, like all buffers of a write.
-            let iov_base = ZEROES.0.as_ptr().cast_mut().cast();
-            self.buffers.push(libc::iovec { iov_base, iov_len });
-            left -= iov_len as u64;
-        }
-    }
-
-    /// Whether `O_DIRECT` can do it.
-    fn aligned(&self, memory: u64, offset: u64) -> bool {
-        let unaligned = self.buffers().iter().fold(0, |bits, b| {
-            bits | (b.iov_base as u64 & (memory - 1)) | (b.iov_len as u64 & (offset - 1))
-        });
-        (unaligned | (self.offset & (offset - 1))) == 0
     }
 }
 
@@ -551,15 +421,6 @@ impl Disk {
 
 fn write_flags(durable: bool) -> i32 {
     if durable { libc::RWF_DSYNC } else { 0 }
-}
-
-/// The error for a transfer of no bytes: the file has become shorter than the size reported to the
-/// guest.
-fn cut_short(op: Op) -> io::Error {
-    match op {
-        Op::Read => io::ErrorKind::UnexpectedEof.into(),
-        _ => io::ErrorKind::WriteZero.into(),
-    }
 }
 
 /// Whether the host lets this process use io_uring.

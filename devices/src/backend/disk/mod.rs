@@ -5,10 +5,12 @@
 //! an image that begins like another format can be refused ([`OpenOptions::probe`]).
 mod copy;
 mod engine;
+mod error;
 mod format;
 mod generation;
 mod holder;
 mod observer;
+mod opening;
 mod spot_check;
 mod storage;
 mod sys;
@@ -16,11 +18,11 @@ mod sys;
 mod tests;
 
 use std::{
-    fs::{File, Metadata},
+    fs::File,
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, RawFd},
-        unix::fs::{FileTypeExt, OpenOptionsExt},
+        unix::fs::FileTypeExt,
     },
     path::{Path, PathBuf},
     sync::{
@@ -36,6 +38,7 @@ use state::mark;
 pub use self::{
     copy::{CopyMethod, DiskCopy, Step, data_after},
     engine::Op,
+    error::DiskError,
     generation::{ATTRIBUTE, DiskMark},
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
     spot_check::{SpotCheck, SpotHash},
@@ -46,6 +49,7 @@ use time::OffsetDateTime;
 use self::{
     generation::Generation,
     observer::{Observers, Permit},
+    opening::{check_kind, lock, open, open_direct, open_error},
     sys::{FileSystem, Lock},
 };
 
@@ -81,74 +85,6 @@ pub struct OpenOptions {
     /// Refuse an image that looks like another format: its guest would see an empty disk, and
     /// format it.
     pub probe: bool,
-}
-
-/// Why a disk cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "shown by the messages")]
-pub enum DiskError {
-    #[error("{path} does not exist; make an empty image with: truncate -s 1G {path}", path = path.display())]
-    Missing { path: PathBuf, source: io::Error },
-    #[error("cannot open {path} for {purpose}", path = path.display())]
-    Open { path: PathBuf, purpose: &'static str, source: io::Error },
-    #[error("{path} is {kind}; a disk is a regular file or a block device", path = path.display())]
-    NotADisk { path: PathBuf, kind: &'static str },
-    #[error(
-        "{path} is a {format} image, but disks must be raw; convert it with: qemu-img convert -f \
-         {qemu_name} -O raw {path} {path}.raw; or, if it is a raw disk that only looks like one, \
-         confirm with format=raw (\"driver\": \"raw\" in blockdev-add)",
-        path = path.display()
-    )]
-    Format { path: PathBuf, format: &'static str, qemu_name: &'static str },
-    #[error(
-        "{path} is in use by another machine ({}); stop that one, \
-         or open the image with readonly=on in both",
-        holder.map_or("lslocks shows which".to_owned(), |pid| format!("process {pid}")),
-        path = path.display()
-    )]
-    InUse { path: PathBuf, holder: Option<u32> },
-    #[error("the file system of {path} does not support O_DIRECT; use \
-             direct=off", path = path.display())]
-    NoDirect { path: PathBuf, source: io::Error },
-    #[error(
-        "the host refuses io_uring (sysctl kernel.io_uring_disabled, or a seccomp filter); \
-         use aio=off for {path}",
-        path = path.display()
-    )]
-    NoIoUring { path: PathBuf, source: io::Error },
-    #[error("cannot determine the size of {path}", path = path.display())]
-    Size { path: PathBuf, source: io::Error },
-    #[error("{path} was opened with readonly=on: it cannot be resized", path = path.display())]
-    ReadOnly { path: PathBuf },
-    #[error("cannot resize {path} to {bytes} bytes", path = path.display())]
-    Resize { path: PathBuf, bytes: u64, source: io::Error },
-    #[error(
-        "{path} cannot be resized now: its storage has not answered for a second; try again when \
-         it does",
-        path = path.display()
-    )]
-    Stalled { path: PathBuf },
-    #[error(
-        "{path} has changed since its machine was saved: {what} (its last change was at \
-         {written}). With old memory and a newer disk, the guest would corrupt its file system. \
-         Restore the save that was made last; or give the copy of the image that belongs to this \
-         save with -drive id=ID,file=COPY (cp --preserve=xattr keeps its mark); or, if this is the \
-         right one nevertheless, confirm with --force (-incoming ...,force=on)",
-        path = path.display()
-    )]
-    Changed { path: PathBuf, what: String, written: String },
-    #[error(
-        "{path} has changed since its machine was saved: its first or last MiB, or one of 64 \
-         blocks in between, differs. This was a spot check, as a block device has no mark: the \
-         rest may differ, too. With old memory and a newer disk, the guest would corrupt its file \
-         system. Restore the save that was made last; or give a copy of the device that belongs to \
-         this save with -drive id=ID,file=COPY; or, if this is the right one nevertheless, confirm \
-         with --force (-incoming ...,force=on)",
-        path = path.display()
-    )]
-    SpotCheck { path: PathBuf },
-    #[error("out of file descriptors for {path}", path = path.display())]
-    NoDescriptor { path: PathBuf, source: io::Error },
 }
 
 /// The part of a disk that bypasses the page cache.
@@ -522,29 +458,6 @@ impl Drop for Disk {
     }
 }
 
-fn open(path: &Path, readonly: bool, flags: i32) -> io::Result<File> {
-    // O_NONBLOCK in case it has become a FIFO since it was checked.
-    let file = File::options()
-        .read(true)
-        .write(!readonly)
-        .custom_flags(libc::O_NONBLOCK | flags)
-        .open(path)?;
-    // io_uring would fail requests instead of waiting.
-    sys::clear_nonblock(&file)?;
-    Ok(file)
-}
-
-fn open_direct(path: &Path, readonly: bool, buffered: &File) -> Result<Direct, DiskError> {
-    let file =
-        open(path, readonly, libc::O_DIRECT).map_err(|source| match source.raw_os_error() {
-            Some(libc::EINVAL) => DiskError::NoDirect { path: path.into(), source },
-            _ => open_error(path, readonly, source),
-        })?;
-    let (memory_align, offset_align) = sys::direct_alignment(buffered);
-    let file = Arc::new(file);
-    Ok(Direct { file, memory_align, offset_align })
-}
-
 /// A date for people, in UTC.
 fn date(ns: i64) -> String {
     let Ok(at) = OffsetDateTime::from_unix_timestamp_nanos(ns.into()) else {
@@ -552,52 +465,4 @@ fn date(ns: i64) -> String {
     };
     let (hour, minute, second) = at.to_hms();
     format!("{}T{hour:02}:{minute:02}:{second:02}.{:09}Z", at.date(), at.nanosecond())
-}
-
-fn open_error(path: &Path, readonly: bool, source: io::Error) -> DiskError {
-    let path = path.into();
-    match source.kind() {
-        io::ErrorKind::NotFound => DiskError::Missing { path, source },
-        _ => {
-            let purpose = if readonly {
-                "reading"
-            } else {
-                "writing (readonly=on opens it for \
-                                                            reading)"
-            };
-            DiskError::Open { path, purpose, source }
-        }
-    }
-}
-
-fn check_kind(path: &Path, found: &Metadata) -> Result<(), DiskError> {
-    let found = found.file_type();
-    let kind = match () {
-        () if found.is_file() || found.is_block_device() => return Ok(()),
-        () if found.is_dir() => "a directory",
-        () if found.is_fifo() => "a FIFO",
-        () if found.is_socket() => "a socket",
-        () if found.is_char_device() => "a character device",
-        () => "something unknown",
-    };
-    Err(DiskError::NotADisk { path: path.into(), kind })
-}
-
-/// Lock the file for one writer or any number of readers. The lock belongs to the open file, so it
-/// is released with it, however the process ends.
-fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
-    match sys::lock(file, if readonly { Lock::Shared } else { Lock::Exclusive }) {
-        Ok(()) => Ok(()),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(DiskError::InUse { path: path.into(), holder: holder::of(file) })
-        }
-        Err(e) => {
-            log::warn!(
-                "{}: the file system has no locks ({e}); do not share the \
-                        image",
-                path.display()
-            );
-            Ok(())
-        }
-    }
 }
