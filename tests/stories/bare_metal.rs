@@ -4,6 +4,8 @@
 mod balloon;
 #[path = "bare_metal/blk.rs"]
 mod blk;
+#[path = "bare_metal/busy_snapshot.rs"]
+mod busy_snapshot;
 #[path = "bare_metal/clock.rs"]
 mod clock;
 #[path = "bare_metal/confined.rs"]
@@ -40,6 +42,8 @@ mod mistakes;
 mod nic;
 #[path = "bare_metal/plug.rs"]
 mod plug;
+#[path = "bare_metal/plug_refused.rs"]
+mod plug_refused;
 #[path = "bare_metal/plugged.rs"]
 mod plugged;
 #[path = "bare_metal/process.rs"]
