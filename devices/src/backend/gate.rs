@@ -200,7 +200,7 @@ impl Gate {
         let _ = rustix::io::read(&self.has_room, &mut [0; 8]);
     }
 
-    /// Remove the oldest output, if `chosen` says so of the epoch that covers it.
+    /// Remove the oldest output, if `chosen` accepts the epoch that covers it.
     fn oldest(&self, chosen: impl Fn(u64) -> bool) -> Option<Batch> {
         self.kept.lock().marked.pop_front_if(|(epoch, _)| chosen(*epoch)).map(|(_, batch)| batch)
     }

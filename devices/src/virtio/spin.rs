@@ -25,7 +25,7 @@ impl Spin {
     /// exceeds the longest window by the time that the notification itself and the wake-up take,
     /// which differs between hosts: on a fast one the indication can be wrong.
     const SOON: Duration = Duration::from_micros(100);
-    /// After this many unsuccessful polls it is taken to be wrong.
+    /// After this many unsuccessful polls the indication is taken to be wrong.
     const FUTILE: u8 = 8;
     /// No polling for this long after that.
     const LONG_REST: Duration = Duration::from_millis(20);

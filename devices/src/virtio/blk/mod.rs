@@ -163,7 +163,7 @@ impl Block {
         let shown = self.show_worker();
         shown.map_err(|source| {
             self.backend = None;
-            // A worker that its thread has refused has the disk already.
+            // If the I/O thread has not taken the worker back, the worker has the disk already.
             let _ = self.show_worker();
             PlugError::Host { id: self.id.clone(), source }
         })

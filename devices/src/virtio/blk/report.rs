@@ -4,10 +4,10 @@ use std::{fmt::Display, io, sync::Arc, time::Instant};
 use super::stats::{BlockStats, count};
 use crate::log_limit::{Limit, log_seldom};
 
-/// Called on the I/O thread with the disk's name, the error, and whether it was a write, for a
-/// request that the host could not carry out. It is called at most once a second for reads and once
-/// for writes, as a guest can cause any number of errors. The log has the number left out, and the
-/// disk's counters include them all. Must not block.
+/// Called on the I/O thread for a request that the host could not carry out, with the disk's name,
+/// the error, and whether the request was a write. A guest can cause any number of errors, so it is
+/// called at most once a second for reads, and once a second for writes. The log says how many
+/// errors were left out, and the disk's counters include all of them. Must not block.
 pub type OnError = Arc<dyn Fn(&str, &io::Error, bool) + Send + Sync>;
 
 /// Reports for one device.
@@ -74,7 +74,7 @@ mod tests {
             full.failed_at(begin + Duration::from_millis(ms), &error, true);
         }
         assert_eq!(*heard.lock(), vec![(String::from("vda"), true); 3]);
-        // It suppresses no other report.
+        // Neither other errors of this disk nor those of another disk are suppressed.
         let soon = begin + Duration::from_millis(3000 - 1);
         full.failed_at(soon, &error, false);
         other.failed_at(soon, &error, true);

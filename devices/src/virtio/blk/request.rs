@@ -16,7 +16,7 @@ const HEADER: u64 = 16;
 /// One range of a discard or write-zeroes request.
 const RANGE: usize = 16;
 /// Most bytes of one read or write. The specification sets no limit, but buffers may overlap: a
-/// chain of 1024 could ask for 4 TiB. Drivers stay at a few MiB.
+/// chain of 1024 could request 4 TiB. Drivers stay at a few MiB.
 const MAX_TRANSFER: u64 = 256 << 20;
 /// Most sectors of one discard or write-zeroes request: 64 MiB, which does not take long even where
 /// the zeroes have to be written out.

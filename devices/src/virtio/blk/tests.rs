@@ -161,7 +161,7 @@ fn every_rule_of_virtio_is_kept() {
         let path = dir.as_path().join(made.fetch_add(1, Ordering::Relaxed).to_string());
         let file = fs::File::create(&path).unwrap();
         file.set_len(MIB).unwrap();
-        // Copies of one, so that a device can take over from another.
+        // Copies of one image, so that a device can take over from another.
         rustix::fs::fsetxattr(&file, ATTRIBUTE, &[1; 16], rustix::fs::XattrFlags::empty()).unwrap();
         file.set_modified(std::time::UNIX_EPOCH).unwrap();
         Some(Backend::from(Disk::open(&path, &OpenOptions { aio, ..rw() }).unwrap()))
@@ -371,7 +371,7 @@ fn one_interrupt_is_decided_for_a_batch() {
         r.guest.queues[0].publish(*head);
     }
     r.guest.kick(0);
-    assert!(!r.guest.interrupted(), "the driver wants to hear of the eighth");
+    assert!(!r.guest.interrupted(), "the driver has requested it for the eighth");
     r.guest.queues[0].publish(heads[7]);
     r.guest.kick(0);
     assert!(r.guest.interrupted());
@@ -417,7 +417,7 @@ fn an_empty_slot_is_filled_and_emptied_while_the_guest_runs() {
         assert_eq!(disk.unwrap().disk.path(), path);
         assert_eq!(r.guest.load(0x100), 0);
         assert_eq!(r.read(0, 512).0, IOERR);
-        assert_eq!(descriptors_of(&path), 0, "the machine has let go of it");
+        assert_eq!(descriptors_of(&path), 0, "the machine has closed it");
     }
     assert!(r.block().unplug().is_none());
 }
@@ -432,7 +432,7 @@ fn resized(r: &mut Rig, bytes: u64) -> Result<u64, DiskError> {
 #[test]
 fn the_guest_sees_a_resized_image() {
     let mut r = Rig::new(rw());
-    assert_eq!(r.read(8192, 512).0, IOERR, "not before it is there");
+    assert_eq!(r.read(8192, 512).0, IOERR, "the image has not grown yet");
     while r.guest.interrupted() {}
     // The open image, even if its name now refers to another file.
     fs::rename(r.path(), r.path().with_extension("moved")).unwrap();

@@ -54,7 +54,7 @@ pub(super) struct Queue {
     pub index: u16,
     pub ring: virtio_queue::Queue,
     notify: vmm_sys_util::eventfd::EventFd,
-    /// The ring is invalid. It is left alone until the driver resets the device.
+    /// The ring is invalid. It is ignored until the driver resets the device.
     broken: bool,
     /// Its next request has to wait until the disk's observers allow it.
     held: bool,
@@ -97,7 +97,7 @@ struct Cost {
     waited: bool,
 }
 
-/// Why a round over the available ring ended.
+/// Why a round over the available ring has ended.
 enum Round {
     /// Nothing is left.
     Drained,
@@ -337,7 +337,7 @@ impl BlockWorker {
         let end = sector.checked_mul(SECTOR).and_then(|at| at.checked_add(ticket.bytes));
         let refused = match op {
             Op::Read | Op::Flush => false,
-            // Whether or not the driver knows VIRTIO_BLK_F_RO.
+            // Even if the driver has not negotiated VIRTIO_BLK_F_RO.
             _ => disk.readonly(),
         };
         if refused || end.is_none_or(|end| end > disk.size()) {

@@ -31,9 +31,9 @@ impl Control {
         Self { ring, chain }
     }
 
-    /// Carry one command out by `obey`, which returns whether it succeeded. Only one, because the
-    /// host can take milliseconds for it, under a lock that all its interfaces share. True when
-    /// there may be more.
+    /// Carry out one command with `obey`, which returns whether it has succeeded. Only one, because
+    /// the host can take milliseconds for it, under a lock that all its interfaces share. Returns
+    /// true when there may be more.
     pub(super) fn run(&mut self, obey: impl FnOnce(Command) -> bool) -> Result<bool, Broken> {
         self.ring.ignore()?;
         let used = match self.ring.pop(&mut self.chain)? {

@@ -197,7 +197,7 @@ impl Net {
         self.accepts(&*backend)?;
         self.mac = mac.unwrap_or(self.mac);
         self.set_backend(Some(backend)).map_err(|_| {
-            // A worker that its thread has refused has the back-end already.
+            // If the I/O thread has not taken the worker back, the worker has the back-end already.
             let _ = self.set_backend(None);
             PlugError::Thread
         })
@@ -252,7 +252,7 @@ impl Net {
         self.backend.as_deref()
     }
 
-    /// The counters, which are live.
+    /// The counters, which the device keeps updating.
     pub fn stats(&self) -> Arc<NetStats> {
         self.stats.clone()
     }

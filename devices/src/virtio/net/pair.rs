@@ -22,7 +22,7 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    /// Receive what is available, then let the driver know of it and of frames that were sent.
+    /// Receive what is available, then notify the driver of these and of sent frames.
     pub(super) fn receive(&mut self, n: usize, shared: &mut Shared) -> Result<(), Broken> {
         if self.rx.run(n, shared)? {
             self.rx.ring.come_back();
@@ -40,7 +40,7 @@ impl Pair {
         Ok(())
     }
 
-    /// Send what is available; `stop` says how far that went already.
+    /// Send what is available; `stop` is why the last batch has ended.
     pub(super) fn send(
         &mut self,
         n: usize,
@@ -73,9 +73,9 @@ impl Pair {
         self.signal(shared)
     }
 
-    /// Wait briefly for an answer to what was sent, or for more to send, with the driver's
-    /// notifications and the interrupt still to come: one interrupt then serves both directions,
-    /// and this thread sleeps less often.
+    /// Wait briefly for an answer to what was sent, or for more to send. The driver's notifications
+    /// are still off, and it has not been interrupted yet: one interrupt then serves both
+    /// directions, and this thread sleeps less often.
     fn look(&mut self, n: usize, shared: &mut Shared) -> Result<(), Broken> {
         let mut answered = false;
         self.spin.wait(|| {

@@ -52,7 +52,7 @@ pub(super) struct Rx {
 enum Stop {
     Drained,
     Turn,
-    /// Until the driver makes buffers available.
+    /// Wait until the driver makes buffers available.
     NoBuffers,
     Wait,
 }

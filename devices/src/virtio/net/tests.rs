@@ -175,7 +175,7 @@ fn frames_wait_on_the_host_while_the_driver_has_no_buffers() {
             lan.host_sends(&Lan::frame(1000, n));
         }
         assert_eq!(lan.used().len(), 0);
-        assert_eq!(lan.switches.calls.load(SeqCst), 0, "nothing is read that has no place");
+        assert_eq!(lan.switches.calls.load(SeqCst), 0, "no frame is read without room for it");
         let addresses = lan.refill(2, 1526);
         assert_eq!(lan.used(), [1012, 1012]);
         let more = lan.refill(2, 1526);

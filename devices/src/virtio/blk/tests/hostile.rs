@@ -136,7 +136,7 @@ fn a_broken_ring_needs_a_reset_and_gets_well_by_it() {
         r.guest.kick(0);
         assert!(r.guest.needs_reset(), "{jump}");
         r.guest.kick(0);
-        assert_eq!(r.stat(|s| &s.invalid_operations), 1, "looked at once");
+        assert_eq!(r.stat(|s| &s.invalid_operations), 1, "examined only once");
         r.guest.start(USUAL);
         assert_eq!(r.read(0, 512).0, OK);
     }

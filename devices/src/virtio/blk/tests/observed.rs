@@ -84,14 +84,14 @@ fn a_change_that_has_to_wait_stays_in_its_queue() {
         assert_eq!(r.guest.queues[0].used_index(), 0, "{way:?}");
         assert_eq!(r.stat(|s| &s.in_flight), 0, "nothing that a pause would wait for");
 
-        // A queue of its own is not held up, unless by a change of its own.
+        // Another queue is held up only by changes of its own.
         let header = r.guest.bytes(&header(VIRTIO_BLK_T_IN, 0));
         let (data, status) = (r.guest.room(512), r.guest.bytes(&[0xff]));
         r.guest.request(1, &[(header, 16, false), (data, 512, true), (status, 1, true)]);
         r.guest.completion(1);
         assert_eq!(r.guest.peek(data, 512), &before[..512]);
 
-        // Pausing and resuming asks again; no change is lost.
+        // After a pause, the observer is asked again; no change is lost.
         r.guest.transport.pause();
         r.guest.transport.resume();
         r.guest.thread.settle();
@@ -143,7 +143,7 @@ fn a_driver_that_resets_its_disk_has_taken_back_what_was_held() {
     r.guest.start(USUAL);
     gate.open(&mut r);
     r.guest.thread.settle();
-    assert!(r.image() == before, "a new driver has not asked for it");
+    assert!(r.image() == before, "a new driver has not requested it");
     assert_eq!(r.write(0, &[2; 512]), OK);
 }
 

@@ -68,7 +68,7 @@ fn chains_that_loop_or_lead_nowhere_are_given_back() {
     assert!(!lan.guest.needs_reset());
     lan.guest.queues[0].set_available_index(6);
     lan.refill(10, 1526);
-    assert_eq!(lan.guest.completion(RX).1, 72, "the frame was not lost over it");
+    assert_eq!(lan.guest.completion(RX).1, 72, "the frame was not lost");
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn a_malformed_chain_waits_its_turn_behind_good_ones() {
     lan.host_sends(&Lan::frame(5000, 0));
     assert_eq!((lan.used(), lan.drops().0), (vec![], 1), "it does not fit before the bad one");
     lan.host_sends(&Lan::frame(2000, 0));
-    assert_eq!(lan.used(), [1526, 486, 0], "and now the bad one is through");
+    assert_eq!(lan.used(), [1526, 486, 0], "the bad one is returned");
     lan.host_sends(&Lan::frame(3000, 0));
     assert_eq!(lan.used(), [1526, 1486]);
 }
@@ -128,7 +128,7 @@ fn a_broken_ring_costs_the_driver_its_device_until_it_resets() {
             lan.guest.kick(queue);
             lan.host_sends(&Lan::frame(60, 0));
         }
-        assert_eq!(lan.switches.calls.load(SeqCst), calls, "it is left alone");
+        assert_eq!(lan.switches.calls.load(SeqCst), calls, "it is ignored");
         lan.guest.start(CONTROL);
         lan.send(&Lan::frame(60, 0));
         assert!(lan.at_host().is_some());
@@ -146,7 +146,7 @@ fn commands_that_make_no_sense_are_refused() {
     let at = lan.guest.bytes(&[4, 0, 2, 0]);
     lan.guest.request(4, &[(at, 4, false)]);
     assert_eq!(lan.guest.completion(4).1, 0);
-    assert_eq!(lan.switches.active.load(SeqCst), 1, "no place for an answer: not done");
+    assert_eq!(lan.switches.active.load(SeqCst), 1, "no room for an answer: not carried out");
     // The command in several pieces is fine.
     let status = lan.guest.room(1);
     let pieces = [(at, 1, false), (at + 1, 2, false), (at + 3, 1, false), (status, 1, true)];
@@ -187,7 +187,7 @@ fn faults_of_the_host_lose_frames_and_nothing_else() {
         assert_eq!(lan.switches.calls.load(SeqCst), calls + 2, "no spinning on {fault}");
         lan.switches.fault.store(0, SeqCst);
         lan.host_sends(&Lan::frame(61, 1));
-        assert_eq!(lan.used(), [72, 73], "what had waited comes through afterwards");
+        assert_eq!(lan.used(), [72, 73], "waiting frames arrive afterwards");
     }
     assert!(!lan.guest.needs_reset());
 }

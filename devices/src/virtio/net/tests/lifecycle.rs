@@ -51,7 +51,7 @@ fn made_up_addresses_are_local_and_differ() {
 fn the_driver_chooses_its_queue_pairs() {
     let mut lan = Lan::new(settings(3), true);
     lan.guest.start(MQ | CONTROL);
-    assert_eq!(lan.switches.active.load(SeqCst), 1, "one until it says more");
+    assert_eq!(lan.switches.active.load(SeqCst), 1, "one until it enables more");
     assert_eq!(lan.command(6, &[4, 0, 3, 0]), (0, 1));
     assert_eq!(lan.switches.active.load(SeqCst), 3);
     for pairs in [0u16, 4, 0x8000, 0xffff] {
@@ -105,7 +105,7 @@ fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
     };
     link(&mut lan, false);
     assert_eq!(status(&mut lan.guest), 0);
-    assert!(lan.guest.interrupted(), "the driver hears of it");
+    assert!(lan.guest.interrupted(), "the driver is notified");
     lan.host_sends(&Lan::frame(60, 1));
     lan.send(&Lan::frame(60, 1));
     assert_eq!((lan.used(), lan.tx_done(), lan.at_host()), (vec![], 1, None));
@@ -113,7 +113,7 @@ fn a_pulled_cable_carries_nothing_and_keeps_nothing() {
     link(&mut lan, true);
     assert_eq!(status(&mut lan.guest), 1);
     lan.host_sends(&Lan::frame(70, 1));
-    assert_eq!(lan.used(), [82], "and not the frame from before");
+    assert_eq!(lan.used(), [82], "and not the earlier frame");
 }
 
 #[test]

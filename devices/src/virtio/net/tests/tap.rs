@@ -109,7 +109,7 @@ fn received(guest: &mut Guest, queue: u16) -> Vec<Vec<u8>> {
     frames
 }
 
-/// Wait for a frame that `wanted` accepts, skipping others (IPv6 sends frames unasked).
+/// Wait for a frame that `wanted` accepts, skipping others (IPv6 sends unsolicited frames).
 fn await_frame(guest: &mut Guest, queue: u16, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
     let thread = guest.thread.clone();
     let mut found = None;
@@ -166,7 +166,7 @@ fn datagrams_travel_both_ways() {
     host.send_to(b"hello guest", "10.0.0.2:7").unwrap();
     let frame = await_frame(&mut guest, RX, |f| f.ends_with(b"hello guest"));
     assert_eq!(frame[12..18], GUEST_MAC);
-    assert_eq!(frame[0], 0, "the checksum is done, the driver did not offer to do without");
+    assert_eq!(frame[0], 0, "the host computed the checksum: the driver has no GUEST_CSUM");
 
     send(&mut guest, TX, &udp_frame([0; 12], link::mac("t0"), 5000, b"hello host"));
     let mut bytes = [0; 100];
@@ -243,7 +243,7 @@ fn segments_of_64_kib_arrive_whole_only_if_the_driver_takes_them() {
     refill(&mut guest, RX, 200, 1526);
     big_segment_to("t0");
     let frame = await_frame(&mut guest, RX, |f| f.ends_with(&[0x5a; 100]));
-    assert!(frame.len() < 1600, "the host has cut it up: {}", frame.len());
+    assert!(frame.len() < 1600, "the host has segmented it: {}", frame.len());
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn several_queues_share_the_work() {
         });
         count
     };
-    assert_eq!(total(&mut guest, 32), [32, 0], "one pair until the driver asks for more");
+    assert_eq!(total(&mut guest, 32), [32, 0], "one pair until the driver enables more");
     let command = guest.bytes(&[4, 0, 2, 0]);
     let status = guest.bytes(&[0xee]);
     guest.request(4, &[(command, 4, false), (status, 1, true)]);
@@ -417,7 +417,7 @@ fn inherited_descriptors_are_used_as_they_are() {
     assert_eq!((tap.name(), tap.has_header(), tap.fd(0)), ("t0", true, raw));
     let mut buffer = [0; 2000];
     while let Ok(n) = tap.read_buffer(0, &mut buffer) {
-        assert!(n > 12, "what the host's IPv6 said by itself");
+        assert!(n > 12, "an unsolicited frame of the host's IPv6");
     }
     drop(tap);
 
