@@ -83,7 +83,7 @@ impl Machine {
     /// Build the machine that `config` describes; it is paused until [`Machine::resume`].
     ///
     /// # Errors
-    /// When the host or a file does not provide what the configuration asks for.
+    /// When the host or a file does not provide what the configuration requires.
     pub fn new(config: &MachineConfig, callbacks: Callbacks) -> Result<Self, BuildError> {
         let guard = CleanupGuard::before(config);
         let occupied = Occupancy::at_start(config);
@@ -135,7 +135,7 @@ impl Machine {
             (fds.join(), assembled)
         });
         let fds = fds.map_err(|_| thread_panicked())?;
-        // Without the virtual machine there are no vCPUs: what has prevented it is the cause.
+        // Without the virtual machine there are no vCPUs, so its error is the one to report.
         let Assembled { vm, memory, filled, reclaimer, io_threads, parts, boot } = assembled?;
         let fds = fds?;
         let vm = Arc::into_inner(vm).ok_or_else(thread_panicked)?;
@@ -194,7 +194,7 @@ impl Machine {
 
 /// Everything of a machine but its vCPUs.
 struct Assembled {
-    /// Shared with the thread that creates the vCPUs until that ends.
+    /// Shared with the thread that creates the vCPUs until that thread ends.
     vm: Arc<Vm>,
     memory: Memory,
     filled: Vec<Range<u64>>,
@@ -215,8 +215,9 @@ struct Setting<'a> {
 }
 
 impl Assembled {
-    /// With a virtual machine and memory that are `made` already, or else new ones, and then a
-    /// kernel to boot. The virtual machine is given `to_vcpus` as soon as it can have vCPUs.
+    /// Assemble the machine, with the virtual machine and memory that are `made` already, or else
+    /// with new ones and a kernel to boot. The virtual machine is sent to `to_vcpus` as soon as it
+    /// can have vCPUs.
     fn new(
         made_of: &MadeOf<'_>,
         made: Option<(VmFd, Contents)>,
@@ -280,7 +281,7 @@ fn thread_panicked() -> BuildError {
     BuildError::Thread(io::Error::other("its thread has panicked"))
 }
 
-/// Whether kernel and initrd are each smaller than a huge page, and huge pages are not asked for.
+/// Whether kernel and initrd are each smaller than a huge page, and huge pages are not requested.
 fn is_small(config: &MachineConfig) -> bool {
     let MachineConfig { memory, boot, .. } = config;
     let small = |path: &PathBuf| path.metadata().is_ok_and(|f| f.len() < memory::HUGE_PAGE);

@@ -1,12 +1,11 @@
 //! Writes that KVM keeps in a ring instead of leaving the guest for each ("coalesced" MMIO and
 //! PIO).
 //!
-//! An exit to user space costs the guest tens of microseconds, and for some registers it is only
-//! made to remember a value: an index, an address, half of a mask. Nothing that the guest could
-//! observe depends on such a write until it accesses another register, and that access exits. So
-//! the writes are applied, in their order, by the next vCPU that leaves KVM_RUN, before its own
-//! access. A vCPU that is kicked does the same before it parks: a machine that is paused has none
-//! pending.
+//! An exit to user space costs the guest tens of microseconds, and for some registers it only
+//! stores a value: an index, an address, half of a mask. Nothing that the guest could observe
+//! depends on such a write until it accesses another register, and that access exits. So the writes
+//! are applied, in order, by the next vCPU that leaves KVM_RUN, before its own access. A vCPU that
+//! is kicked also applies them before it parks, so a paused machine has none pending.
 //!
 //! The ring belongs to the virtual machine; every vCPU's descriptor maps it.
 use std::{io, mem::offset_of, os::fd::AsRawFd, sync::atomic::Ordering};
@@ -60,10 +59,10 @@ impl Ring {
     }
 
     /// Apply, in order, the writes that are pending now. Only one thread of the machine may do so
-    /// at a time. A write leaves the ring once it has been applied, so [`Ring::is_empty`] holds
-    /// for no one before.
+    /// at a time. A write leaves the ring only once it has been applied, so [`Ring::is_empty`] is
+    /// false until then.
     pub fn drain(&self, mut apply: impl FnMut(&Write)) {
-        // Not those that other vCPUs add meanwhile: they might add more and more.
+        // Not those that other vCPUs add meanwhile: they might never stop adding.
         let last = self.0.word(LAST).load(Ordering::Acquire) % COUNT;
         let mut first = self.0.word(FIRST).load(Ordering::Acquire) % COUNT;
         while first != last {
@@ -119,7 +118,7 @@ mod tests {
             put(&file, (index + 1) % COUNT, 0x70, true, 1);
             let mut seen = Vec::new();
             ring.drain(|write| {
-                assert!(!ring.is_empty(), "nobody overtakes a write that is being applied");
+                assert!(!ring.is_empty(), "a write that is being applied is still in the ring");
                 seen.push((write.at, write.pio, write.data().to_vec()));
             });
             assert_eq!(

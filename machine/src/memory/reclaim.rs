@@ -10,8 +10,8 @@
 //!
 //! A page of a hugetlbfs that was given back would have to come from the pool again when the guest
 //! touches it, and if another process has emptied the pool meanwhile, that kills the monitor. Where
-//! the kernel keeps a page reserved against that (a private mapping, since Linux 6.8), nobody else
-//! can use it either.
+//! the kernel keeps a page reserved against that (a private mapping, since Linux 6.8), no other
+//! process can use it either.
 //!
 //! Memory that is mapped from a save would read as the file's contents again after MADV_DONTNEED.
 //! Its replacement is a further mapping of the process, which may have 65,530 (vm.max_map_count):
@@ -77,7 +77,7 @@ enum Method {
     Pages(i32),
     /// It is in a hugetlbfs and stays there.
     Kept,
-    /// By replacing it. Each region's units, filled in when needed.
+    /// By replacing it. With the units of each region, which are set up when first needed.
     Mapped(Mappings, Vec<Units>),
     /// These ranges are filled by the filler.
     Missing(Vec<Range<u64>>, Weak<Filler>),
@@ -346,8 +346,8 @@ fn mark_dirty(region: &Region, bytes: &Range<u64>) {
 /// Advise the kernel to discard these bytes of `region`.
 fn give_back(region: &Region, bytes: &Range<u64>, advice: i32) -> io::Result<()> {
     let (address, size) = within(region, bytes)?;
-    // SAFETY: the bytes are the region's own mapping, which stays; the guest has asked for their
-    // contents to go, and the monitor only accesses guest memory as volatile.
+    // SAFETY: the bytes are the region's own mapping, which stays; the guest has requested that
+    // their contents be discarded, and the monitor only accesses guest memory as volatile.
     match unsafe { libc::madvise(address.cast(), size, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -362,8 +362,8 @@ fn replace_with_zeros(
 ) -> io::Result<()> {
     let (address, size) = within(region, bytes)?;
     // SAFETY: the bytes are the region's own mapping; the replacement is as large and as
-    // accessible, and is unmapped with the region. The guest has asked for their contents to go,
-    // and the monitor only accesses guest memory as volatile.
+    // accessible, and is unmapped with the region. The guest has requested that their contents be
+    // discarded, and the monitor only accesses guest memory as volatile.
     unsafe { replace(address, size) }?;
     let start = usize::try_from(bytes.start).map_err(io::Error::other)?;
     advise_huge_pages(region, config, start..start + size);

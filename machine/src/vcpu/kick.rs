@@ -23,8 +23,7 @@ const IO_SIZE: usize = offset_of!(kvm_run, __bindgen_anon_1) + 1;
 /// The run page's number in a vCPU's descriptor.
 const RUN_PAGE: u32 = 0;
 
-/// The vCPU thread's end: clears the kick.
-/// It has a second mapping of the run page.
+/// The vCPU thread's end of a pair: clears kicks. It has a second mapping of the run page.
 pub struct Kicked(Arc<SharedPage>);
 
 impl Kicked {
@@ -34,7 +33,7 @@ impl Kicked {
         usize::from(self.0.byte::<IO_SIZE>().load(Ordering::Relaxed))
     }
 
-    /// After EINTR: later kicks count again. Whether there was a kick, and not a tick alone.
+    /// After EINTR: later kicks count again. Returns whether there was a kick, not only a tick.
     pub fn clear(&self) -> bool {
         self.0.byte::<IMMEDIATE_EXIT>().swap(0, Ordering::SeqCst) != 0
     }
@@ -75,8 +74,8 @@ pub fn pair(vcpu: &impl AsRawFd) -> io::Result<(Kicker, Kicked)> {
     Ok((Kicker { page: page.clone(), thread }, Kicked(page)))
 }
 
-/// Interrupts KVM_RUN of the thread that made it again and again. A tick that arrives outside of
-/// KVM_RUN is lost.
+/// Interrupts KVM_RUN repeatedly, on the thread that created the ticks. A tick that arrives outside
+/// of KVM_RUN is lost.
 pub struct Ticks(libc::timer_t);
 
 // SAFETY: a timer's id is the process's, not a thread's.

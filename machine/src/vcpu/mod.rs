@@ -212,7 +212,7 @@ impl<C: Cpu> Handle<C> {
     pub fn resume(&self, ticks: u64) {
         let _ = self.requests.send(Request::Resume(ticks));
     }
-    /// Ask a parked vCPU for its registers.
+    /// Request the registers of a parked vCPU.
     pub fn save(&self) -> Answer<Result<C::State, C::Error>> {
         self.ask(Request::Save)
     }
@@ -274,8 +274,8 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
     false
 }
 
-// A vCPU's state takes some pages. Only the stack of a thread that moves one has to have them: as
-// parts of `parked`, these two would have every thread touch them.
+// A vCPU's state takes several pages of stack. As parts of `parked`, these two functions would make
+// every vCPU thread touch them; like this, only a thread that saves or restores a state does.
 
 #[inline(never)]
 fn save<C: Cpu>(cpu: &C, reply: &Sender<Result<C::State, C::Error>>) {
@@ -320,7 +320,7 @@ fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
         match inbox.try_recv() {
             Ok(Request::Park(reply)) => return Some(Left::Parked(reply)),
             Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
-            // State requests need a parked vCPU: dropping the reply shows as `Gone`.
+            // State requests need a parked vCPU: the caller sees the dropped reply as `Gone`.
             Ok(
                 Request::Resume(_) | Request::Save(_) | Request::Restore(..) | Request::Replace(..),
             ) => {}

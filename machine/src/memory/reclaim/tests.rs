@@ -186,7 +186,7 @@ fn huge_pages_are_not_given_back_and_stay_reserved_when_they_are_cleared() {
         assert_eq!(reclaimer.counts(), Counts { taken: 0, refused: 8 * MIB });
         assert!(is_all(&memory, 0..SIZE, 7));
         clear(&memory, &config).unwrap();
-        // What nobody has reserved leaves the pool; touching a page that is gone would be SIGBUS.
+        // Unreserved pages leave the pool; touching a page that is gone would be SIGBUS.
         pages.take_away();
         fill(&memory, 8);
         assert!(is_all(&memory, 0..SIZE, 8), "shared: {shared}");

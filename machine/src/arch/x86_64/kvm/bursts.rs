@@ -1,9 +1,9 @@
 //! Bursts of console output, whose bytes KVM keeps (see [`crate::kvm::coalesced`]).
 //!
-//! A driver that polls asks before each byte whether the port takes one. So the byte before need
-//! not leave the guest by itself: it is written when the question leaves. But a kept byte would
-//! stay unseen if no question came, and KVM does not tell that it has kept one. So bytes are kept
-//! only during a burst:
+//! A driver that polls reads the port's status before each byte. That read exits, and the byte
+//! before can be written then: it need not exit by itself. But if no read followed, a kept byte
+//! would never be written, as KVM does not report that it has kept one. So bytes are kept only
+//! during a burst:
 //!
 //! ```text
 //!           ENOUGH bytes exited within WINDOW
@@ -23,13 +23,13 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 
 use crate::{kvm::Vm, vcpu::kick::Ticks};
 
-/// So many bytes within [`WINDOW`] begin a burst.
+/// This many bytes within [`WINDOW`] begin a burst.
 const ENOUGH: u32 = 8;
 const WINDOW: Duration = Duration::from_millis(2);
 /// A byte is written one period late at most, two if a tick is lost.
 const PERIOD: Duration = Duration::from_millis(4);
 
-/// What a vCPU knows of the bursts that it has begun.
+/// A vCPU's record of the bursts that it has begun.
 pub struct Bursts {
     /// `None` where KVM cannot keep writes.
     vm: Option<Arc<VmFd>>,
@@ -81,12 +81,14 @@ impl Bursts {
         self.busy = true;
     }
 
-    /// A tick; true if the burst has ended. Then apply what other vCPUs may have added meanwhile.
+    /// A tick; true if the burst has ended. The caller then has to apply what other vCPUs may have
+    /// added meanwhile.
     pub fn tick(&mut self) -> bool {
         if std::mem::take(&mut self.busy) { false } else { self.end() }
     }
 
-    /// End the burst; true if there was one. Then apply what other vCPUs may have added meanwhile.
+    /// End the burst; true if there was one. The caller then has to apply what other vCPUs may have
+    /// added meanwhile.
     pub fn end(&mut self) -> bool {
         if !std::mem::take(&mut self.lasts) {
             return false;

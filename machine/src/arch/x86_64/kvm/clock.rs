@@ -1,7 +1,7 @@
 //! Clocks: the time stamp counter (TSC), and kvm-clock, which gives a guest the time.
 use std::time::SystemTime;
 
-/// The guest's clock cannot tick here as it has ticked.
+/// The guest's time stamp counter cannot run at its frequency on this host.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the guest's TSC ticks at {saved} kHz, this host's at {here} kHz, and its KVM cannot scale it"

@@ -35,8 +35,9 @@ pub fn system(sregs: &mut kvm_sregs, registers: &Registers) {
     sregs.efer = registers.efer;
 }
 
-/// What firmware sets up on each processor before a kernel runs, as far as this KVM has it: fast
-/// string instructions, and cached memory (Intel SDM 4, IA32_MISC_ENABLE and IA32_MTRR_DEF_TYPE).
+/// What firmware sets up on each processor before a kernel runs, as far as this KVM supports it:
+/// fast string instructions, and cached memory (Intel SDM 4, IA32_MISC_ENABLE and
+/// IA32_MTRR_DEF_TYPE).
 ///
 /// # Errors
 /// When KVM refuses.

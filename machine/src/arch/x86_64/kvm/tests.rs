@@ -125,12 +125,12 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
         assert!(hear.try_recv().is_err(), "a parked vCPU is silent");
         assert_eq!(bound.read().unwrap(), 1, "the bound write was counted in the kernel");
         assert_eq!(written.lock().drain(..).collect::<Vec<_>>(), [(0x64, vec![3, 0, 0, 0])]);
-        // Running on from the saved state is the same as starting again.
+        // Resuming from the saved state is the same as starting again.
         vcpu.restore(begin.clone()).wait().unwrap().unwrap();
     }
 }
 
-/// Records the writes to several ranges in one list, each with where its range is.
+/// Records the writes to several ranges in one list, each with the start of its range.
 struct Log(u64, Writes);
 impl BusDevice for Log {
     fn read(&mut self, _: u64, _: &mut [u8]) {}
@@ -187,7 +187,7 @@ fn writes_that_kvm_keeps_are_made_in_order_before_the_next_access_and_before_a_p
     let mut made: Vec<_> = written.lock().drain(..).collect();
     assert_eq!(made.split_off(3), vec![(0x70, vec![11]); 200]);
     assert_eq!(made, before);
-    // The last write is kept until something has the vCPU leave KVM_RUN.
+    // The last write is kept until something makes the vCPU leave KVM_RUN.
     let deadline = Instant::now() + wait;
     while memory.read_obj::<u8>(GuestAddress(0x2000)).unwrap() != 12 {
         assert!(Instant::now() < deadline);
@@ -320,7 +320,7 @@ fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
-    // By KVM, if it can do that, and by this program.
+    // Advanced by KVM, if it can do that, and by this program.
     for takes_date in [vm.own.takes_date, false] {
         vm.own.takes_date = takes_date;
         let now = vm.clock().unwrap().date.unwrap();

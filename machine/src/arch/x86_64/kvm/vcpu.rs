@@ -164,7 +164,7 @@ impl KvmCpu {
                 bursts.kept();
             }
         };
-        // Before the access that ended the run, and before a kicked vCPU parks.
+        // Before the access that ended the run is carried out, and before a kicked vCPU parks.
         apply(bursts);
         match exit {
             Ok(VcpuExit::MmioRead(at, data)) => or_ones(buses.mmio.read(at, data), data),
@@ -252,7 +252,7 @@ impl Cpu for KvmCpu {
         {
             log::debug!("the guest's TSC ran during the pause: {e}");
         }
-        // Tells a guest that uses kvm-clock that it was paused, so that its watchdog does not
+        // Informs a guest that uses kvm-clock that it was paused, so that its watchdog does not
         // report a soft lock-up. For a guest without kvm-clock: EINVAL, nothing to do.
         let _ = self.fd.kvmclock_ctrl();
     }
@@ -267,7 +267,7 @@ impl Cpu for KvmCpu {
     }
 }
 
-/// The guest's TSC runs on while its vCPUs are parked; the offset compensates for the pause.
+/// The guest's TSC keeps counting while its vCPUs are parked; the offset compensates for the pause.
 mod tsc {
     use vmm_sys_util::ioctl::ioctl_with_ref;
 

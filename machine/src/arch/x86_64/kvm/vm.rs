@@ -40,7 +40,7 @@ pub(crate) fn before_memory(kvm: &Kvm, fd: &VmFd) -> Result<Own, KvmError> {
     Ok(Own { takes_date })
 }
 
-/// Set-up that must follow the memory slots: a slot that is set later costs milliseconds.
+/// Set-up that must follow the memory slots: a slot that is set after this costs milliseconds.
 ///
 /// # Errors
 /// When KVM refuses.
@@ -50,8 +50,8 @@ pub(crate) fn after_memory(fd: &VmFd) -> Result<(), KvmError> {
 
 impl Vm {
     /// Create the timer, and the vCPUs with these APIC ids and the CPUID leaves of `features`. KVM
-    /// starts a kernel thread for the timer and waits for it, so
-    /// this is best done in parallel with other work.
+    /// starts a kernel thread for the timer and waits for it, so this is best done in parallel with
+    /// other work.
     ///
     /// # Errors
     /// When KVM refuses a step.
