@@ -92,7 +92,7 @@ impl Arrival {
         let assembly = Assembly::new(incoming, flags, report, confinement.clone());
         let opening = Opening::begin()?;
         let tell = move |step| {
-            // The process is ending when the main thread no longer receives.
+            // If the main thread no longer receives, the process is ending.
             let _ = report_step.send(step);
             notify();
         };
@@ -133,7 +133,7 @@ impl Arrival {
         Ok(Self { steps, cancel, progress, thread, child })
     }
 
-    /// How far it is.
+    /// Its progress.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
@@ -167,14 +167,14 @@ impl Arrival {
 impl Drop for Arrival {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
-            // The command has sent everything, or is of no more use.
+            // The command has sent everything, or is no longer needed.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// What the thread that reads a stream asks the incoming thread for.
+/// What the thread that reads a stream requests of the incoming thread.
 enum Ask {
     /// Memory for this machine, if it can run here; and the CPU that its guest was promised, if
     /// that is known yet.
@@ -247,7 +247,7 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         })
     }
 
-    /// The machine is this process's now: take its disks and taps.
+    /// The machine belongs to this process now: take its disks and taps.
     fn end(
         &self,
         (mut machine, halted): (Machine, Option<Halt>),

@@ -28,7 +28,7 @@ use crate::{lifecycle::Halt, seccomp::Confinement};
 pub struct Arrived {
     /// The machine.
     pub machine: Machine,
-    /// Why its guest cannot run on, if it cannot.
+    /// Why its guest cannot continue, if it cannot.
     pub halted: Option<Halt>,
     /// For answers to the source, which may wait for one. Dropped after the machine.
     pub answer: Voice,
@@ -55,8 +55,8 @@ struct Parts {
 }
 
 impl Assembly {
-    /// An assembly as `incoming` asks for, with the disks, NICs and character devices of `flags` in
-    /// place of the machine's own. The machine's threads are confined by `confinement`.
+    /// An assembly as `incoming` specifies, with the disks, NICs and character devices of `flags`
+    /// in place of the machine's own. The machine's threads are confined by `confinement`.
     pub fn new(
         incoming: &Incoming,
         flags: &MachineConfig,

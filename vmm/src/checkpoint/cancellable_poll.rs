@@ -15,9 +15,9 @@ use rustix::{
 pub enum Waited {
     /// The descriptor is ready.
     Ready,
-    /// The second descriptor asks to stop.
+    /// The second descriptor is readable.
     Stop,
-    /// Neither within the time limit.
+    /// Neither was ready within the time limit.
     Nothing,
 }
 

@@ -47,7 +47,7 @@ pub enum DemandPagingError {
     /// The host does not permit it.
     #[error(transparent)]
     Fault(#[from] FaultError),
-    /// The host has no thread to give.
+    /// The host cannot start a thread.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
 }
@@ -182,7 +182,7 @@ impl DemandPager {
         }
     }
 
-    /// Report that the machine cannot run on, and end the process if the main thread does not.
+    /// Report that the machine cannot continue, and end the process if the main thread does not.
     fn fail(&self, why: String) {
         if self.failed.swap(true, Ordering::AcqRel) {
             return;

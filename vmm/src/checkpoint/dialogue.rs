@@ -12,9 +12,9 @@
 //! The machine is built before `Ready`, with its disks open but not locked and its taps checked but
 //! not attached: locking and attaching is all that can still fail after `Go`.
 //!
-//! Until `Go` is sent, the guest runs on at the source whatever fails. After that only `Failed`
-//! gives it back: silence or the end of the stream does not, because the receiver may run the
-//! guest. The outcome is unknown then, and the guest stays stopped at the source until a user who
+//! Until `Go` is sent, the guest continues at the source whatever fails. After that only `Failed`
+//! gives it back. Silence or the end of the stream does not, because the receiver may run the
+//! guest: the outcome is unknown then, and the guest stays stopped at the source until a user who
 //! knows it sends `cont`.
 use std::{
     io::{self, BufReader, Read, Write},
@@ -207,8 +207,7 @@ impl Voice {
         self.0 = None;
     }
 
-    /// The machine is here to stay: nothing that happens to it from now on is reported to the
-    /// source.
+    /// The machine stays here: from now on nothing that happens to it is reported to the source.
     pub fn settle(mut self) {
         if let Err(e) = self.say(Kind::Running, "") {
             log::warn!("cannot report to the source that the machine has arrived: {e}");
@@ -258,7 +257,7 @@ mod tests {
 
     use super::*;
 
-    /// The result at a source whose `Go` is read or not, and which then receives these answers.
+    /// The result at a source that receives these answers, after its `Go` was read if `taken`.
     fn gone(taken: bool, says: impl FnOnce(Voice)) -> Result<(), SaveError> {
         let (near, far) = UnixStream::pair().unwrap();
         says(Voice::new(far.into()).unwrap());

@@ -118,7 +118,7 @@ impl Peer {
     /// A descriptor for answers to the peer.
     ///
     /// # Errors
-    /// When the host has no descriptor to give.
+    /// When the host has no free descriptor.
     pub fn way_back(&self) -> io::Result<OwnedFd> {
         self.fd.try_clone()
     }

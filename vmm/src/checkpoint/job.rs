@@ -15,9 +15,9 @@
 //! Where the stream has a return path, `HandOver` and `Go` come before `Done`: see
 //! [dialogue](super::dialogue).
 //!
-//! A guest that is stopped already, or is not to run on, is captured at once. Its memory is then
-//! written directly instead of being copied aside first, and so is the memory of a guest that has
-//! changed too much of it: the thread reports `Copied` when the guest may run again.
+//! A guest that is stopped already, or is to stay stopped, is captured at once. Its memory is then
+//! written directly instead of being copied aside first. So is the memory of a running guest that
+//! has changed too much of it for a copy: the thread reports `Copied` when the guest may run again.
 mod rounds;
 
 use std::{
@@ -49,7 +49,7 @@ use super::{
     send::Cancel,
 };
 
-/// How long a guest that runs on may be stopped, unless the client sets `downtime-limit`.
+/// How long a running guest may be stopped, unless the client sets `downtime-limit`.
 pub const DOWNTIME_LIMIT: Duration = Duration::from_millis(30);
 
 /// What the thread reports.
@@ -119,7 +119,8 @@ pub struct Order {
     /// The guest is to run again as soon as it has been captured, so its memory is copied aside.
     /// Otherwise it stays stopped until everything has been written.
     pub resume: bool,
-    /// The guest may run on for as long as it changes memory more quickly than it can be sent.
+    /// The guest may keep running for as long as it changes memory more quickly than it can be
+    /// sent.
     pub patient: bool,
 }
 
@@ -133,7 +134,7 @@ impl Checkpointer {
         (this, move || inbox.iter().for_each(|task| task()))
     }
 
-    /// Set how long a guest that runs on may be stopped. Also applies to a save under way.
+    /// Set how long a running guest may be stopped. Also applies to a save under way.
     pub fn limit_downtime(&self, limit: Duration) {
         let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         self.downtime_limit.store(limit, Ordering::Relaxed);
@@ -154,7 +155,7 @@ impl Checkpointer {
         let (report, steps) = channel();
         let (notify, shared) = (self.notify.clone(), progress.clone());
         let report = move |step| {
-            // The process is ending when the main thread no longer receives.
+            // If the main thread no longer receives, the process is ending.
             let _ = report.send(step);
             notify();
         };
@@ -212,7 +213,7 @@ fn run(
             }
         }
         sink.before_capture()?;
-        // Without room for a copy, memory is copied while the guest is stopped.
+        // Without room for a copy, memory is written while the guest is stopped.
         let room = || Staging::touched(staging::room_for(staging::bytes(&ranges))).ok();
         let staging = order.resume.then(room).flatten();
         report(Step::Ready(Left { ranges, staging }));
@@ -269,7 +270,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// How far it is.
+    /// Its progress.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
@@ -350,7 +351,7 @@ impl Job {
 /// A random number, different from that of any other save.
 ///
 /// # Errors
-/// When the host has no random numbers to give.
+/// When the host cannot provide random numbers.
 pub fn new_id() -> io::Result<u128> {
     random::bytes().map(u128::from_be_bytes)
 }

@@ -1,6 +1,6 @@
 //! What a restored machine may have in other places than the saved one: images, taps, sockets, the
-//! kernel for its next reset. What its guest sees stays the same; flags that ask for changes to
-//! that are refused.
+//! kernel for its next reset. What its guest sees stays the same; flags that would change that are
+//! refused.
 use std::{
     collections::BTreeSet,
     fmt::Display,
@@ -16,7 +16,8 @@ use config::{
 use machine::SpotCheckError;
 use rustix::fs::OFlags;
 
-/// Why a machine cannot be restored as the command line asks, or with the host's files as they are.
+/// Why a machine cannot be restored as the command line specifies, or with the host's files as they
+/// are.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the error messages describe them")]
 pub enum OverrideError {
@@ -43,11 +44,11 @@ pub enum OverrideError {
     SpotCheck(#[from] SpotCheckError),
 }
 
-/// Change `description` as the command line asks: by `overrides`, and by the disks, NICs and
+/// Change `description` as the command line specifies: by `overrides`, and by the disks, NICs and
 /// character devices of `flags`.
 ///
 /// # Errors
-/// When the command line asks for a change that the guest would notice, or names what the saved
+/// When the command line requests a change that the guest would notice, or names what the saved
 /// machine did not have.
 pub fn apply(
     description: &mut Description,

@@ -148,7 +148,7 @@ pub trait Sink: Send {
 pub enum Finished {
     /// It counts. With what a later save may build on.
     Over(Option<Saved>),
-    /// It counts once this machine releases its disks and taps, which both cannot hold.
+    /// It counts once this machine releases its disks and taps, which only one machine can hold.
     HandOver(HandOver),
 }
 
@@ -193,7 +193,8 @@ pub struct Directory {
     base: Option<Saved>,
     /// Ranges that have been written, with a base.
     changed: Vec<Range<u64>>,
-    /// Most ranges of that while guest memory itself is copied: a copy of it may add as many again.
+    /// Most ranges in `changed` while guest memory itself is copied; those of a staged copy may be
+    /// as many again.
     pub(super) most: usize,
 }
 

@@ -5,7 +5,7 @@
 //! Config  (Pages | Zeros)..  Config Section.. End
 //! ```
 //! The first Config says what the receiver needs to have; the second one is the configuration of
-//! the machine at its end. Pages that have never been used are not sent.
+//! the machine at the end of the stream. Pages that have never been used are not sent.
 use std::{
     io::{self, BufWriter, Write},
     ops::Range,
@@ -59,7 +59,7 @@ impl Cancel {
     /// A handle that has not been used.
     ///
     /// # Errors
-    /// When the host has no descriptor to give.
+    /// When the host has no free descriptor.
     pub fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Self(Arc::new(fd)))
@@ -281,8 +281,8 @@ impl Sink for Stream {
     ) -> Result<Finished, SaveError> {
         let mut to = self.to;
         let last = last_frames(&config, state).map_err(SaveError::Stream)?;
-        // Without the end of the stream the receiver does not start the machine, and it runs on
-        // here.
+        // If this fails, the end of the stream is not sent: the receiver does not start the
+        // machine, which continues here.
         dry_run_frames(&last).map_err(|why| SaveError::DryRun(Box::new(why)))?;
         forward(&last, &mut to).and_then(|()| to.end(0)).map_err(|e| failed(e, progress))?;
         if let Some(mut answers) = self.answers {

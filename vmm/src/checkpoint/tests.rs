@@ -143,7 +143,7 @@ fn a_save_that_fails_leaves_the_old_one() {
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().join("saved");
     assert!(matches!(save(&directory, 1, true), Err(SaveError::Cancelled)));
-    assert!(!directory.exists(), "what the failed save has made is gone again");
+    assert!(!directory.exists(), "what the failed save has created is removed");
     save(&directory, 1, false).unwrap();
     assert!(matches!(save(&directory, 2, true), Err(SaveError::Cancelled)));
     assert_eq!(names(&directory), [MEMORY, STATE]);
@@ -345,7 +345,7 @@ fn a_base_that_has_changed_or_gone_or_is_none_is_refused_by_name() {
     let base = save_on(&at("base"), 1, false, None).unwrap();
     let middle = save_on(&at("middle"), 2, false, Some(base.clone())).unwrap();
     save_on(&at("top"), 3, false, Some(middle.clone())).unwrap();
-    // What is needed is not overwritten.
+    // A save that another one builds on is not overwritten.
     for needed in ["base", "middle"] {
         let error = save_on(&at(needed), 4, false, Some(middle.clone())).unwrap_err();
         assert!(matches!(error, SaveError::Needed { .. }), "{}", why(&error));

@@ -22,10 +22,10 @@ use crate::arch::AUDIT_ARCH;
 /// Most instructions that the kernel accepts (BPF_MAXINSNS).
 pub const MAX_LENGTH: usize = 4096;
 
-/// In place of the process's number, which [`for_process`] puts in. No process has this one.
+/// Placeholder for the process id, which [`for_process`] inserts. No process has this id.
 pub const ITSELF: u32 = i32::MAX.cast_unsigned();
 
-/// No call number is as large as this: where the last range of numbers is taken to end.
+/// Above all call numbers: the end of the last range of numbers.
 const NUMBERS: u32 = 512;
 
 // linux/filter.h
@@ -63,7 +63,7 @@ pub const fn compile(calls: Calls<'_>, cached: bool) -> Program {
     program
 }
 
-/// `program`, for the process with the number `this`.
+/// `program`, for the process with the id `this`.
 pub fn for_process(program: &[sock_filter], this: u32) -> BpfProgram {
     let mut program = program.to_vec();
     for instruction in program.iter_mut().filter(|instruction| instruction.k == ITSELF) {

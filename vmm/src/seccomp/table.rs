@@ -347,7 +347,7 @@ mod tests {
             let all = calls.len();
             calls.sort_unstable();
             calls.dedup();
-            assert_eq!(calls.len(), all, "{kind:?}: a call stands there twice");
+            assert_eq!(calls.len(), all, "{kind:?}: a call is listed twice");
             let limited = LIMITED.iter().filter(|limited| limited.kinds.contains(kind));
             for limited in limited {
                 assert!(!calls.contains(&&limited.call), "{kind:?}: {}", limited.call);
