@@ -100,7 +100,7 @@ impl<'de> Deserialize<'de> for HexBytes {
     }
 }
 
-/// Reads a string where it lies, without a copy: a saved vCPU has hundreds of numbers.
+/// Reads a string in place, without a copy: a saved vCPU has hundreds of numbers.
 struct Text<F>(F);
 
 impl<T, F: FnOnce(&str) -> Result<T, String>> Visitor<'_> for Text<F> {

@@ -120,7 +120,7 @@ pub struct Job {
     pub env: Vec<(String, String)>,
     /// More files, each with the path it is found at under [`Paths::cache`].
     pub files: Vec<(PathBuf, String)>,
-    /// Whether its mounts are to go when it ends.
+    /// Whether its mounts are removed when it ends.
     pub own_mounts: bool,
 }
 
@@ -203,7 +203,7 @@ impl Running {
     /// Sends it a line.
     ///
     /// # Errors
-    /// It no longer listens.
+    /// It no longer reads its input.
     pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
         let input = self.input.as_mut().context("its input is closed")?;
         input.write_all(bytes).and_then(|()| input.flush()).context(
@@ -430,7 +430,7 @@ fn make_payload(paths: &Paths, debian: &Debian, job: &Job, image: &Path) -> Resu
     for program in [&job.program, &paths.stratovirt] {
         let name = program.file_name().context("a program without a name")?;
         place(program, &tree.join("bin").join(name))?;
-        // A static program has no libraries: ldd says so by failing.
+        // A static program has no libraries: ldd fails then.
         let needed = output(Command::new("ldd").arg(program)).unwrap_or_default();
         for library in libraries(&needed) {
             place(&library, &inside(&library))?;

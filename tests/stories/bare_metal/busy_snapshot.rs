@@ -80,7 +80,7 @@ fn a_guest_that_prints_is_saved_in_the_middle_of_its_lines() -> Result<()> {
         (monitor, qmp) = restore(&stage, &saved, &[])?;
         simple(&mut qmp, "cont")?;
     }
-    // It runs on, to the end of some line.
+    // It continues, to the end of a line.
     monitor.wait_for("xyz\n", SOON)?;
     quits(&stage, &mut monitor, &mut qmp)?;
     printed.push_str(&monitor.shown_to_its_end()?);

@@ -45,7 +45,7 @@ impl State {
         Ok(Self { version, frames })
     }
 
-    /// With all its checksums correct, whatever the contents.
+    /// Writes it with correct checksums, whatever the contents.
     fn write(&self, saved: &Path) -> Result<()> {
         let mut bytes = b"STRATOCP".to_vec();
         bytes.extend(self.version.to_le_bytes());
@@ -133,7 +133,7 @@ pub fn resumes(stage: &Stage, saved: &Path, before: &[u64]) -> Result<()> {
     quits(stage, &mut monitor, &mut qmp)
 }
 
-/// Refused, with a message that contains all of `says`.
+/// The restore is refused, with a message that contains all of `says`.
 fn refused(stage: &Stage, saved: &Path, args: &[&str], says: &[&str]) -> Result<()> {
     let said = refusal(stage, saved, args)?;
     for words in says {
@@ -202,7 +202,8 @@ fn what_another_host_or_version_has_saved_is_refused_by_name() -> Result<()> {
     let foreign =
         |state: &mut State| state.edit("vcpu 0", &["\"state\":"], |_| r#"{"x0":0,"pc":0}"#.into());
     refuses(&foreign, &["section \"vcpu 0\"", "unknown field `x0`"])?;
-    // KVM takes a faster clock than the host's anywhere; a slower one, where it can scale.
+    // KVM accepts a guest clock faster than the host's everywhere, a slower one only where it can
+    // scale.
     let slower = |state: &mut State| {
         let half = |khz: &str| (khz.parse().unwrap_or(0) / 2).to_string();
         state.edit("vcpu 0", &["\"tsc_khz\":"], half)
@@ -318,8 +319,8 @@ fn counts_and_lengths_that_lie_are_refused_by_name() -> Result<()> {
     Ok(())
 }
 
-/// Whatever numbers a state holds, it is refused, or gives a machine that answers and ends when
-/// told to; its guest may be unusable.
+/// Whatever numbers a state holds, it is refused, or gives a machine that answers and ends on
+/// request; its guest may be unusable.
 #[test]
 fn made_up_numbers_do_no_harm() -> Result<()> {
     let (stage, saved) = saved("hostile-numbers")?;

@@ -21,7 +21,7 @@ impl HugePages {
         Ok(fs::read_to_string(Self::POOL)?.trim().parse()?)
     }
 
-    /// `None` when the host has not got as many.
+    /// `None` when the host cannot provide that many.
     fn reserve(count: u64) -> Result<Option<Self>> {
         let lock = File::open(Self::POOL)?;
         lock.lock()?;
@@ -34,12 +34,12 @@ impl HugePages {
         Ok((Self::read()? == before + count).then_some(reserved))
     }
 
-    /// As many as there were before, and `count` more.
+    /// Adds `count` pages to those that were there before.
     fn add(&self, count: u64) -> Result<()> {
         Ok(fs::write(Self::POOL, (self.before + count).to_string())?)
     }
 
-    /// Takes away all that are neither used nor reserved.
+    /// Removes all pages that are neither used nor reserved.
     fn take_away(&self) -> Result<()> {
         Ok(fs::write(Self::POOL, "0")?)
     }

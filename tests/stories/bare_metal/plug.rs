@@ -1,4 +1,4 @@
-//! Slots are filled and emptied while the guest runs; it learns of that by the configuration change
+//! Slots are filled and emptied while the guest runs; it is notified by the configuration change
 //! interrupt, and then reads the new contents.
 use std::fs;
 use std::os::fd::AsFd;
@@ -13,7 +13,7 @@ use crate::snapshot::{restore, save};
 use crate::stage::{Stage, descriptors, quits, simple};
 use crate::talk::Ncat;
 
-/// An image of so many sectors, each beginning with `mark` and its own number.
+/// An image of this many sectors, each beginning with `mark` and its own number.
 pub fn marked(stage: &Stage, name: &str, mark: u64, sectors: u64) -> Result<PathBuf> {
     let sector = |number: u64| (mark << 32 | number).to_le_bytes().into_iter().chain([0; 504]);
     let contents: Vec<u8> = (0..sectors).flat_map(sector).collect();
@@ -105,7 +105,7 @@ fn the_way_kata_plugs_a_volume() -> Result<()> {
         drop(monitor.qmp()?);
         monitor.wait_for("ready\n", SOON)?;
 
-        // One connection to see whether it is up, another for the rest of its life.
+        // One connection tests whether the monitor is up, and another one is used from then on.
         let mut ncat = Ncat::connect(&stage)?;
         let greeting: Value = serde_json::from_str(&ncat.sees()?)?;
         let version = greeting.pointer("/QMP/version/qemu").context("no version")?;
@@ -241,7 +241,7 @@ fn fill_every_slot(stage: &Stage, vm: Vm, count: usize) -> Result<()> {
         add("drive-x", "virtio-blk-mmio", "0"),
         "Failed to find device configuration",
     )?;
-    // Read-only and shared with drive-0, it still meets drive-0's lock.
+    // Read-only and shared with drive-0, it still conflicts with drive-0's lock.
     refused(&mut qmp, "blockdev-add", backend("drive-x"), "image0")?;
     let spare = marked(stage, "spare", 0x99, 64)?;
     let backend =

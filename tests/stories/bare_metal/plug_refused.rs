@@ -76,7 +76,7 @@ fn what_a_disk_cannot_be_is_refused() -> Result<()> {
         ("drive", json!("y"), "no unused back-end is called 'y'"),
     ] {
         refused(&mut qmp, "device_add", with(&plain, member, &value), says)?;
-        // It stays.
+        // The back-end stays.
         let again = json!({ "node-name": "x", "file": { "filename": image } });
         refused(&mut qmp, "blockdev-add", again, "x is already registered")?;
     }
