@@ -15,7 +15,7 @@ use crate::{
 /// First and longest time between two attempts.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
-/// Who a process is.
+/// The identity of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// Its domain.
@@ -74,7 +74,7 @@ impl Base {
         }
     }
 
-    /// This process, as it stands in records.
+    /// This process, as records name it.
     pub fn party(&self) -> Party {
         Party { side: self.side, incarnation: self.me.incarnation }
     }
@@ -106,18 +106,18 @@ impl Base {
         self.timers.clear(Timer::Beat);
     }
 
-    /// A byte of the peer has come.
+    /// A byte of the peer has arrived.
     pub fn heard(&mut self) {
         self.timers.set(Timer::Silence, self.now + self.settings.timeout);
     }
 
-    /// Begin to write a word. The last one that was begun is the one that is waited for.
+    /// Begin to write a word. If several are begun, only the last one is waited for.
     pub fn mark(&mut self, mark: Mark) {
         self.marking = Some(mark);
         self.output(Output::Mark(mark));
     }
 
-    /// Whether `mark` is the word that is waited for; then it is no longer.
+    /// If `mark` is the word that is waited for, stop waiting and return true.
     pub fn marked(&mut self, mark: Mark) -> bool {
         self.marking.take_if(|waited| *waited == mark).is_some()
     }
@@ -149,9 +149,9 @@ impl Base {
         self.output(Output::Ask { nonce, question });
     }
 
-    /// Whether `answer` answers the question in progress; then it is no longer. Any other question
-    /// or nonce no longer matters. An open record does not answer a claim, nor does an unsettled
-    /// one answer [`Question::Settle`]: they count as no answer.
+    /// If `answer` answers the question in progress, finish that question and return true. Answers
+    /// to any other question or nonce are ignored. An open record does not answer a claim, nor does
+    /// an unsettled one answer [`Question::Settle`]: they count as no answer.
     pub fn answered(&mut self, nonce: u64, question: Question, answer: Answer) -> bool {
         let asked = |asking: Asking| asking.nonce == nonce && asking.question == question;
         let fits = match (question, answer) {

@@ -12,16 +12,16 @@ use crate::{
 /// What happens to a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// The time that [`deadline`](crate::Primary::deadline) named has come, or any other. Sockets
-    /// are drained before: what has arrived is given to the machine first.
+    /// The time that [`deadline`](crate::Primary::deadline) named has come; an earlier tick is
+    /// harmless. Sockets are drained before: what has arrived is given to the machine first.
     Tick,
-    /// Primary: the connection asked for by [`Output::Dial`] is there.
+    /// Primary: the connection requested by [`Output::Dial`] is established.
     Connected(Connection),
-    /// A frame has come whole. A backup is given the first frame of any connection.
+    /// A whole frame has arrived. A backup is given the first frame of any connection.
     Received(Connection, Frame),
-    /// Bytes of a frame have come.
+    /// Bytes of a frame have arrived.
     Heard(Connection),
-    /// A connection has ended, or something came that is no frame.
+    /// A connection has ended, or has carried something that is not a frame.
     Closed(Connection),
     /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is
     /// a primary now may still get the answer to an earlier question, under the same nonce.
@@ -44,13 +44,13 @@ pub enum Input {
     },
     /// Backup: memory and journal hold the epoch of [`Output::Hold`].
     Held(Epoch),
-    /// Backup: they cannot.
+    /// Backup: memory and journal cannot hold it.
     NotHeld(Epoch, Fault),
     /// Backup: an epoch that is acknowledged cannot be applied.
     NotApplied,
     /// Backup: all that can fail has been done, as [`Output::Prepare`] asks.
     Prepared,
-    /// Backup: it has failed, before the guest's first step.
+    /// Backup: preparing has failed, before the guest's first step.
     CannotRun,
     /// A command of a client.
     Command(Command),
@@ -72,7 +72,8 @@ pub enum Command {
 /// What a machine wants done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Output {
-    /// Send a frame. Before an `End`, all of its epoch that this connection has not had.
+    /// Send a frame. Before an `End`, send all of its epoch that this connection has not carried
+    /// yet.
     Send(Connection, Frame),
     /// Open a connection to the backup.
     Dial,
@@ -80,7 +81,7 @@ pub enum Output {
     Close(Connection),
     /// Ask; the answer, whenever it comes, is an [`Input::Answered`] with the same nonce.
     Ask {
-        /// Of the question. The same question asked again has the same.
+        /// Of the question. A repeated question has the same nonce.
         nonce: u64,
         /// The question.
         question: Question,
@@ -105,10 +106,10 @@ pub enum Output {
     Park,
     /// Let them run again.
     Unpark,
-    /// Backup: see that memory and journal hold this epoch, whose `End` has come; then
+    /// Backup: make sure that memory and journal hold this epoch, whose `End` has arrived; then
     /// [`Input::Held`].
     Hold(Epoch),
-    /// Backup: drop what has come of epochs after this one.
+    /// Backup: drop what has arrived of epochs after this one.
     DropAfter(Epoch),
     /// Backup: do everything that can fail, to run from this epoch; then [`Input::Prepared`].
     Prepare(Epoch),
@@ -139,7 +140,7 @@ pub enum From {
     Disk,
 }
 
-/// The word in the sidecar of an image.
+/// The word in the sidecar of an image: whether a guest starts from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mark {
     /// Starts.
@@ -220,7 +221,7 @@ pub enum Event {
     Refused(Refusal),
     /// A command could not be carried out; nothing has changed.
     Failed(Command, Why),
-    /// The record of the term that this side owns alone is not as it was.
+    /// The record of the term that this side owns alone has changed.
     RecordChanged(Option<Record>),
     /// A question has had no answer for a while.
     NoAnswer,
@@ -232,7 +233,7 @@ pub enum Why {
     /// The connection has ended.
     #[error("the connection has ended")]
     Closed,
-    /// Nothing was heard for the time-out.
+    /// Nothing was received for the time-out.
     #[error("nothing was heard for the time-out")]
     Silence,
     /// A frame was refused.
@@ -271,7 +272,7 @@ pub enum Why {
     /// The term was lost.
     #[error("the term was lost")]
     Lost,
-    /// All is as agreed.
+    /// Both sides are ready.
     #[error("both sides are ready")]
     Paired,
 }

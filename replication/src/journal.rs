@@ -50,8 +50,8 @@ impl Journal {
         self.appended = self.appended.next();
     }
 
-    /// The last epoch that a sync of the journal which begins now makes durable: to be given to
-    /// [`journal_synced`](Self::journal_synced) when it has ended.
+    /// The last epoch that a sync of the journal makes durable if it begins now. Pass it to
+    /// [`journal_synced`](Self::journal_synced) when that sync has ended.
     #[must_use]
     pub fn last(&self) -> Epoch {
         self.appended
@@ -68,7 +68,7 @@ impl Journal {
         self.durable
     }
 
-    /// The epoch to be written to the images next; `None` while there is none that may be.
+    /// The epoch to be written to the images next; `None` while none may be written.
     #[must_use]
     pub fn to_apply(&self) -> Option<Epoch> {
         let bound = if self.rules.hold(Rule::Durable) { self.durable } else { self.appended };
@@ -83,7 +83,7 @@ impl Journal {
         }
     }
 
-    /// The last epoch that a sync of the images which begins now covers.
+    /// The last epoch that a sync of the images covers if it begins now.
     #[must_use]
     pub fn last_applied(&self) -> Epoch {
         self.applied
@@ -94,7 +94,8 @@ impl Journal {
         self.synced = self.synced.max(epoch.min(self.applied));
     }
 
-    /// The last epoch that may be cut off the beginning of the journal; `None` while there is none.
+    /// The last epoch that may be cut off the beginning of the journal; `None` while none may be
+    /// cut off.
     #[must_use]
     pub fn to_trim(&self) -> Option<Epoch> {
         let bound = if self.rules.hold(Rule::Sync) { self.synced } else { self.applied };

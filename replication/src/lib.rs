@@ -17,7 +17,7 @@
 //!   backup  ------------------------ Hold(e): memory, journal --'            leaves the gates
 //! ```
 //! Output is released only when the backup could continue from a state that has produced it. At
-//! most two epochs are unacknowledged; beyond that the guest runs on, and the epoch grows.
+//! most two epochs are unacknowledged; beyond that the guest continues, and the epoch grows.
 //!
 //! # Who owns a term
 //!

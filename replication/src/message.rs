@@ -1,4 +1,4 @@
-//! What primary and backup say to each other. Pages, sections and disk writes travel between these
+//! The messages between primary and backup. Pages, sections and disk writes travel between these
 //! messages and are opaque here: an [`Message::End`] stands for all that came before it.
 use crate::{
     identity::{Digest, Epoch, Incarnation, Lineage, Pair, Term},
@@ -22,9 +22,9 @@ pub struct Frame {
 pub enum Message {
     /// Primary: the first frame of a connection.
     Hello(Hello),
-    /// Backup: the connection serves.
+    /// Backup: the connection is accepted.
     Accept(Accept),
-    /// Backup: it does not, and why.
+    /// Backup: the connection is refused, and why.
     Refuse(Refusal),
     /// Primary: all of this epoch has been sent.
     End {
@@ -33,11 +33,11 @@ pub enum Message {
     },
     /// Backup: memory and journal hold this epoch and all before.
     Ack,
-    /// Backup: this epoch cannot be had over this connection, or at all.
+    /// Backup: this epoch cannot be received over this connection, or at all.
     Nack(Fault),
     /// Primary, once a term: the backup may promote from now on.
     Armed(Pair),
-    /// Both, all the time.
+    /// Both, periodically.
     Beat {
         /// A claim of this term was sent, or a fence begun.
         claimed: bool,
@@ -68,7 +68,7 @@ pub struct Hello {
     pub bound: Option<Incarnation>,
     /// A claim of this term was sent, or a fence begun.
     pub claimed: bool,
-    /// What both sides have to have alike.
+    /// What both sides have to agree on.
     pub agreement: Agreement,
 }
 
@@ -79,11 +79,11 @@ pub struct Accept {
     pub incarnation: Incarnation,
     /// Of the last whole epoch.
     pub digest: Digest,
-    /// What both sides have to have alike.
+    /// What both sides have to agree on.
     pub agreement: Agreement,
 }
 
-/// Why a connection does not serve. Nothing has changed at either side, but for
+/// Why a connection is refused. Nothing has changed at either side, except for
 /// [`Refusal::Claimed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Refusal {

@@ -21,7 +21,7 @@ pub enum Word {
     Promote,
     /// A later process of either side starts the guest from its disk.
     Cold,
-    /// Nobody runs the guest until somebody starts it.
+    /// The guest runs nowhere until it is started again.
     End,
 }
 
@@ -53,15 +53,15 @@ pub struct Record {
 pub enum Reading {
     /// The term is this party's.
     Mine,
-    /// A backup was granted it and has not said yet whether it runs: the guest's last copy may be
-    /// the reader's.
+    /// A backup was granted it and has not reported yet whether it runs: the guest's last copy may
+    /// be the reader's.
     Undecided,
     /// It is the other side's for good.
     Lost,
 }
 
 impl Record {
-    /// How it reads to `party`.
+    /// What it means to `party`.
     #[must_use]
     pub fn reading(&self, party: Party, rules: Rules) -> Reading {
         let own = match self.settled {
@@ -94,7 +94,7 @@ pub enum Question {
         /// For whom. The primary may claim [`Word::Promote`] for its backup.
         party: Party,
     },
-    /// Say what became of a promotion.
+    /// Record what became of a promotion.
     Settle {
         /// The term.
         term: Term,
@@ -129,7 +129,7 @@ impl Question {
 pub enum Answer {
     /// To a question to the witness: the record as it is now, durable; `None` while it is open.
     Record(Option<Record>),
-    /// A higher term is decided: this one is history.
+    /// A higher term is decided: this one no longer matters.
     Superseded,
     /// To [`Question::Fence`]: the peer certainly does not run.
     Down,

@@ -1,6 +1,6 @@
 //! The rules that the promise rests on, by name. With the feature `controls` a test may switch one
-//! off, to see that the searches find what it prevents; without that feature none can be, and
-//! asking costs nothing.
+//! off, to see that the searches find what it prevents; without that feature none can be, and the
+//! checks cost nothing.
 
 /// A rule of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

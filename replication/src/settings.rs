@@ -1,20 +1,20 @@
-//! What the user decides, and what both sides have to have alike.
+//! What the user decides, and what both sides have to agree on.
 use std::time::Duration;
 
 use crate::{identity::Digest, timers::Time};
 
-/// Who decides when the two sides do not hear each other.
+/// Who decides when the two sides do not receive anything from each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Arbiter {
     /// A witness, by its identity. If there is a fence, too, it only frees what the loser holds.
     Witness(Digest),
-    /// A fence, by its kind: who has brought the peer down has won.
+    /// A fence, by its kind: the side that has brought its peer down has won.
     Fence(Digest),
     /// None: a backup never promotes by itself.
     None,
 }
 
-/// What has to be the same at both sides.
+/// What both sides have to agree on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Agreement {
     /// Who decides.
@@ -23,7 +23,7 @@ pub struct Agreement {
     pub machine: Digest,
 }
 
-/// What a primary does that has lost its backup.
+/// What a primary does when it has lost its backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OnLoss {
     /// Claim the term at the arbiter, and continue alone.
@@ -32,22 +32,22 @@ pub enum OnLoss {
     Stall,
     /// Park the guest, end the term, end.
     Stop,
-    /// Go on alone without asking: only where nobody promotes by itself.
+    /// Continue alone without a claim: only where no backup promotes by itself.
     Continue,
 }
 
 /// All settings of one side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Settings {
-    /// What both sides have to have alike.
+    /// What both sides have to agree on.
     pub agreement: Agreement,
-    /// How long not one byte may come before the peer is suspected; at least 10 ms.
+    /// How long nothing may arrive from the peer before it is suspected; at least 10 ms.
     pub timeout: Duration,
     /// Time from one epoch to the next.
     pub period: Duration,
-    /// How long output may be held although the backup is heard.
+    /// How long output may be held while the backup still sends.
     pub ack_limit: Duration,
-    /// What a primary does that has lost its backup.
+    /// What a primary does when it has lost its backup.
     pub on_loss: OnLoss,
     /// Whether a primary whose output was held for `ack_limit` leaves its backup.
     pub leave_slow: bool,
@@ -62,7 +62,7 @@ pub enum SettingsError {
          leave out the witness and the fence, or choose another on-backup-loss"
     )]
     Continue,
-    /// There is nobody to ask.
+    /// There is no arbiter to ask.
     #[error("on-backup-loss={0} needs a witness or a fence")]
     NobodyToAsk(&'static str),
     /// The time-out is too short for any host.
@@ -71,10 +71,10 @@ pub enum SettingsError {
 }
 
 impl Settings {
-    /// Check what no single value can say.
+    /// Check the settings against each other.
     ///
     /// # Errors
-    /// What contradicts what.
+    /// Which of them contradict each other.
     pub fn check(&self) -> Result<(), SettingsError> {
         let nobody = self.agreement.arbiter == Arbiter::None;
         match self.on_loss {
@@ -104,8 +104,8 @@ impl Settings {
         }
     }
 
-    /// Whether a timer that was due at `due` comes so late at `now` that this side itself stood
-    /// still: then silence says nothing about the peer.
+    /// Whether a timer that was due at `due` expires so late, at `now`, that this process itself
+    /// was stopped: then silence says nothing about the peer.
     pub(crate) fn stood_still(&self, due: Time, now: Time) -> bool {
         now.saturating_sub(due) > self.timeout / 4
     }

@@ -8,7 +8,8 @@
 //!      v                      Denied v           v
 //!     Run                           Exit(Refused)
 //! ```
-//! Whoever starts holds the locks of the images: no earlier process of this side lives.
+//! The process that starts the guest holds the locks of the images: no earlier one of this side
+//! lives.
 use crate::{
     base::{Base, Identity},
     identity::{Incarnation, Side, Term},
@@ -72,7 +73,7 @@ impl Start {
         self.state == State::Over
     }
 
-    /// Take one input, and say what is to be done.
+    /// Take one input, and return what is to be done.
     pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
         self.base.now = self.base.now.max(now);
         match input {

@@ -89,7 +89,7 @@ impl Timers {
         ALL.into_iter().filter(|timer| self.get(*timer).is_some()).collect()
     }
 
-    /// Put off every timer that is set to one moment, far away.
+    /// Postpone every timer that is set to one distant moment.
     #[cfg(feature = "controls")]
     pub fn forget(&mut self) {
         const FAR: Time = Time::from_secs(1 << 40);

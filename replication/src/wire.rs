@@ -4,8 +4,8 @@
 //! kind u32  length u32  term u64  epoch u64  body  crc u32
 //! ```
 //! Little-endian; the length is that of term, epoch and body together, and bounds reading, never an
-//! allocation; the crc is a CRC-32 (ISO-HDLC) of everything before it. Pages,
-//! sections and disk writes have frames of their own, and are not read here.
+//! allocation; the crc is a CRC-32 (ISO-HDLC) of everything before it. Pages, sections and disk
+//! writes have frames of their own, and are not read here.
 use std::ops::RangeInclusive;
 
 use crate::{
@@ -39,7 +39,7 @@ pub enum WireError {
     /// The kind is none of these.
     #[error("a frame is of an unknown kind, {0}")]
     Kind(u32),
-    /// The body is too short, too long, or has a value that means nothing.
+    /// The body is too short, too long, or has an invalid value.
     #[error("the body of a frame of kind {0} makes no sense")]
     Body(u32),
 }
@@ -60,7 +60,7 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
     bytes
 }
 
-/// Read one frame from the beginning of `bytes`, and say how long it is.
+/// Read one frame from the beginning of `bytes`, and return its length, too.
 ///
 /// # Errors
 /// [`WireError::Truncated`] when more bytes are needed, else what is wrong with these.

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The records of a witness. The real ones are files or keys elsewhere, with the same rules; this
-/// one is what they are held against.
+/// one is their reference.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Witness {
     records: BTreeMap<(Lineage, Term), Record>,
@@ -37,8 +37,8 @@ impl Witness {
         self.records.get(&(lineage, term)).copied()
     }
 
-    /// Answer a question. The first claim of a term closes it; everybody, the winner and who asks
-    /// again included, is told the record. Nothing is ever deleted.
+    /// Answer a question. The first claim of a term closes it, and every later question, also from
+    /// the winner, is answered with that record. Nothing is ever deleted.
     pub fn step(&mut self, lineage: Lineage, question: Question) -> Reply {
         let term = question.term();
         let known = self.record(lineage, term);

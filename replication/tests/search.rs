@@ -89,8 +89,8 @@ fn everything_at_once() {
     holds("second process", &Bounds { hosts: &[0, 1, 1], ..bounds }, false);
 }
 
-/// No world within `bounds` is wrong; and if asked for, none where the guest is lost although only
-/// one process has died.
+/// No world within `bounds` is wrong; and with `liveness`, there is none where the guest is lost
+/// although only one process has died.
 fn holds(name: &str, bounds: &Bounds, liveness: bool) {
     let start = std::time::Instant::now();
     let found = explore(bounds, MOST, liveness);

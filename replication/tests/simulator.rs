@@ -1,6 +1,6 @@
 //! The state machines against virtual time: links that delay and are cut, processes that are killed
 //! at any output, stand still and start again, a second process of the backup's host, a witness
-//! that does not answer, fences; a guest that counts, and a client that keeps what it was told.
+//! that does not answer, fences; a guest that counts, and a client that remembers every reply.
 //!
 //! `SEED=n` runs one seed, `SEEDS=n` that many; `TELL=1` prints what happens.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
@@ -206,7 +206,7 @@ fn any_seed() {
     assert!(shown.promotions * 10 > count && shown.solos * 10 > count, "too little happened");
 }
 
-/// Each rule that is missing is found by seeds, around faults that give it work.
+/// Each rule that is missing is found by seeds, with faults that exercise it.
 #[test]
 fn seeds_find_what_a_missing_rule_breaks() {
     let any = &[][..];

@@ -125,7 +125,7 @@ impl Backup {
             return self.bad_frame();
         }
         match (self.state, frame.message) {
-            // What comes over a connection that is suspected already may not be promoted from.
+            // An epoch that arrives over a suspected connection must not be promoted from.
             (State::Suspecting, Message::End { .. }) => {}
             (State::Syncing | State::Ready | State::Standby, Message::End { digest }) => {
                 self.end_came(frame.epoch, digest);
@@ -144,7 +144,7 @@ impl Backup {
                 self.suspect(Why::PeerClaimed);
             }
             (_, Message::Beat { .. }) => {}
-            // Nothing to say to each other any more.
+            // There is nothing left to exchange.
             (State::Promoting | State::Unfit | State::Abandoned, _) => {}
             _ => self.bad_frame(),
         }
@@ -165,7 +165,7 @@ impl Backup {
         self.base.output(Output::Hold(epoch));
     }
 
-    /// Memory and journal hold an epoch. Whether it is one that is waited for, and in order.
+    /// Memory and journal hold an epoch. Ignored unless it is the next one that is awaited.
     pub(super) fn held(&mut self, epoch: Epoch) {
         let Some((_, digest)) = self.coming.pop_front_if(|(coming, _)| *coming == epoch) else {
             return;
@@ -192,7 +192,7 @@ impl Backup {
         }
     }
 
-    /// Only what is whole counts from here.
+    /// Drop what is not yet a whole epoch.
     pub(super) fn drop_coming(&mut self) {
         self.coming.clear();
         self.base.output(Output::DropAfter(self.whole));
@@ -225,8 +225,9 @@ impl Backup {
         }
     }
 
-    /// A byte of a primary that was suspected: it lives, but what it sends over this connection is
-    /// dropped already. It is made to connect again, and has a whole time-out to do so.
+    /// A byte has arrived from a suspected primary: it is alive, but what it sends over this
+    /// connection is already being dropped. It has to connect again, and has a whole time-out to do
+    /// so.
     pub(super) fn back_again(&mut self) {
         let waits = self.state == State::Suspecting && !self.turn && !self.base.claimed;
         if waits && self.base.connection.is_some() && self.base.marking.is_none() {

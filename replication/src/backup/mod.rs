@@ -4,8 +4,8 @@
 //!             Hello            End(first) held           Armed, sidecar
 //!   Listening -----> Syncing ----------------> Ready ------------------> Standby <---------.
 //!                       |  silence, EOF          |  silence, EOF            |              |
-//!                       v                        v                suspicion |   reconnected, nobody
-//!                      Over  (nothing runs)     Over                Release v   has claimed|
+//!                       v                        v                suspicion |   reconnected|
+//!                      Over  (nothing runs)     Over                Release v   unclaimed  |
 //!                                                                      Suspecting ---------'
 //!            higher term, from the owner           Denied              |    |
 //!   Syncing <--------------------------- Abandoned <-------------------'    | Granted
@@ -27,7 +27,7 @@ use crate::{
     timers::{Time, Timer},
 };
 
-/// Where a backup is.
+/// The state of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
     /// Waits for a primary.
@@ -38,11 +38,11 @@ pub enum State {
     Ready,
     /// May promote, and has no reason to.
     Standby,
-    /// Prepares to run the guest, and asks.
+    /// Prepares to run the guest, and asks the arbiter.
     Suspecting,
-    /// The term is its own: on the way to run.
+    /// The term is its own, and it is about to run the guest.
     Promoting,
-    /// Could not run the guest, and says so.
+    /// Could not run the guest, and reports that.
     Unfit,
     /// The term is the other side's; its memory is the base of the next one.
     Abandoned,
@@ -59,18 +59,18 @@ pub struct Backup {
     state: State,
     /// The term that an earlier process of this host was part of, while it may be that process's.
     past: Option<Bond>,
-    /// Who fills it.
+    /// The primary that fills it.
     primary: Option<Incarnation>,
     /// The last epoch that memory and journal hold.
     whole: Epoch,
     digest: Digest,
-    /// Epochs whose `End` has come, and which are not yet held.
+    /// Epochs whose `End` has arrived, and which are not yet held.
     coming: VecDeque<(Epoch, Digest)>,
     /// Everything that can fail was done.
     prepared: bool,
     /// It has waited its turn, or need not.
     turn: bool,
-    /// Without a witness: `Release` has come, which is the grant.
+    /// Without a witness: `Release` has arrived, which is the grant.
     released: bool,
     /// The guest could not run here.
     unfit: bool,
@@ -108,13 +108,13 @@ impl Backup {
         (this, outputs)
     }
 
-    /// Where it is.
+    /// Its state.
     #[must_use]
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// The term that it is in, or the first that it would take.
+    /// The term that it is in, or the first that it would accept.
     #[must_use]
     pub fn term(&self) -> Term {
         self.base.term
@@ -132,7 +132,7 @@ impl Backup {
         self.base.timers.next()
     }
 
-    /// Take one input, and say what is to be done.
+    /// Take one input, and return what is to be done.
     pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
         self.base.now = self.base.now.max(now);
         if !matches!(self.state, State::Over | State::Promoted) {
@@ -186,7 +186,7 @@ impl Backup {
                 self.base.heard();
             }
             Timer::Silence => self.suspect(Why::Silence),
-            // This side stood still: what waits in its sockets comes first.
+            // This process was stopped: what has arrived in its sockets meanwhile comes first.
             Timer::Turn if self.base.settings.stood_still(due, self.base.now) => {
                 self.base.timers.set(Timer::Turn, self.base.now + self.base.settings.grace());
             }

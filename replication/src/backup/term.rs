@@ -1,4 +1,4 @@
-//! What closes a term for a backup: its own claim, or what it hears of others'.
+//! What closes a term for a backup: its own claim, or that of another process.
 use std::time::Duration;
 
 use super::{Backup, State};
@@ -44,7 +44,7 @@ impl Backup {
                     self.base.mark(Mark::Fencing(bond));
                 }
             }
-            // Only by hand.
+            // Without an arbiter, only the primary's `Release` permits it.
             Arbiter::None => {}
         }
     }
@@ -120,8 +120,8 @@ impl Backup {
             (State::Promoting, Some(bond))
                 if self.has_witness() && self.base.rules.hold(Rule::Yield) =>
             {
-                // Should it die here, its next process is to give the term back: so its word must
-                // not be `running` any more.
+                // If this process dies here, its successor has to give the term back, so the
+                // sidecar must not say `running` any more.
                 self.base.mark(Mark::Protected(bond));
             }
             (State::Promoting, _) => {}
@@ -129,7 +129,7 @@ impl Backup {
         }
     }
 
-    /// Say at the witness that the guest never ran here: it is the primary's.
+    /// Report to the witness that the guest never ran here: it is the primary's.
     pub(super) fn give_back(&mut self) {
         if let Some(primary) = self.primary {
             let (term, winner) = (self.base.term, self.base.me.incarnation);
@@ -163,8 +163,8 @@ impl Backup {
         }
     }
 
-    /// How the term stands that an earlier process of this host was part of. If it was granted
-    /// that term, it never ran the guest, or its images would say so.
+    /// The record of the term that an earlier process of this host was part of. If that process was
+    /// granted the term, it never ran the guest: otherwise its images would say so.
     fn learnt(&mut self, question: Question, answer: Answer) {
         let Some(bond) = self.past else { return };
         let settling = matches!(question, Question::Settle { .. });

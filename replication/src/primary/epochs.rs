@@ -48,7 +48,7 @@ impl Primary {
         self.hand_on();
     }
 
-    /// The backup holds `epoch`. Whether that can be.
+    /// The backup acknowledges `epoch`. Returns whether that is possible.
     pub(super) fn acknowledged(&mut self, epoch: Epoch) -> bool {
         if !self.window.ack(epoch) {
             return false;
@@ -104,7 +104,7 @@ impl Primary {
         }
     }
 
-    /// Output has waited for `ack-limit` although the backup is heard.
+    /// Output has waited for `ack-limit` while the backup still sends.
     pub(super) fn too_slow(&mut self) {
         if self.state == State::Protected && self.base.settings.leave_slow {
             self.stall(Why::AckLimit);

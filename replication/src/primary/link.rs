@@ -164,7 +164,7 @@ impl Primary {
         self.begin_epoch();
     }
 
-    /// Not a byte for the time-out.
+    /// Nothing was received for the time-out.
     pub(super) fn silent(&mut self) {
         match self.state {
             State::Syncing => self.fall_back(Why::Silence),
@@ -194,7 +194,7 @@ impl Primary {
         }
     }
 
-    /// The backup will not serve in this term, or is not heard any more.
+    /// The backup will not serve in this term, or no longer sends anything.
     fn given_up(&mut self, why: Why) {
         match self.state {
             State::Syncing => return self.fall_back(why),
@@ -212,7 +212,7 @@ impl Primary {
         }
     }
 
-    /// A frame of a later term: park at once, and ask.
+    /// A frame of a later term: the backup is lost, and the guest is parked at once.
     fn later_term(&mut self) {
         match self.state {
             State::Protected | State::Stalled | State::HandingOver(_) => {
@@ -234,7 +234,7 @@ impl Primary {
         self.base.timers.clear(Timer::AckLimit);
     }
 
-    /// What [`OnLoss`] says.
+    /// Do what [`OnLoss`] says.
     pub(super) fn backup_lost(&mut self) {
         match self.base.settings.on_loss {
             OnLoss::Claim => self.claim(crate::record::Word::Solo),

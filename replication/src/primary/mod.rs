@@ -6,7 +6,7 @@
 //!    ^  <--- Refuse, 5 s -----' <--- any failure ---'       suspicion, Nack, |     |       |
 //!    | Unprotect                                            Unfit, ack-limit |     |       |
 //!    |                                  Solo                                 v     |  reconnected,
-//!   Degraded <--------------------------------------------------------- Stalled ---+- nobody has
+//!   Degraded <--------------------------------------------------------- Stalled ---+- neither has
 //!    |   ^                                                       Denied      |     |  claimed
 //!    |   |  yielded          running, solo, cold, end                        v     |
 //!    |   '-----------------  Over <---------------------------------- Fenced       | Failover
@@ -33,7 +33,7 @@ use crate::{
     timers::{Time, Timer},
 };
 
-/// Where a primary is.
+/// The state of a primary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
     /// Nothing is protected; the gates are open.
@@ -48,8 +48,8 @@ pub enum State {
     Stalled,
     /// The last term was won alone; the gates are open.
     Degraded,
-    /// The term was granted to the backup, of whom it is not known whether it runs: taps closed,
-    /// vCPUs parked, the guest kept.
+    /// The term was granted to the backup, and it is not known whether the guest runs there: taps
+    /// closed, vCPUs parked, the guest kept.
     Fenced,
     /// The guest is being given away.
     HandingOver(Handing),
@@ -66,7 +66,7 @@ pub enum Handing {
     Last(Epoch),
     /// The term is being claimed for the backup.
     Claiming,
-    /// It was: the guest is the backup's, if it can run it.
+    /// It was claimed: the guest is the backup's, if it can run it.
     Released,
 }
 
@@ -125,13 +125,13 @@ impl Primary {
         (this, outputs)
     }
 
-    /// Where it is.
+    /// Its state.
     #[must_use]
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// The term that it is in, or that its next protection will run as.
+    /// The term that it is in, or that its next protection will use.
     #[must_use]
     pub fn term(&self) -> Term {
         self.base.term
@@ -149,7 +149,7 @@ impl Primary {
         self.base.timers.next()
     }
 
-    /// Take one input, and say what is to be done.
+    /// Take one input, and return what is to be done.
     pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
         self.base.now = self.base.now.max(now);
         if self.state != State::Over {
@@ -183,12 +183,12 @@ impl Primary {
             Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
             Input::Captured { epoch, digest } => self.captured(epoch, digest),
             Input::Command(command) => self.command(command),
-            // An old connection, an old word, or a backup's business.
+            // An old connection, an old word, or an input for a backup.
             _ => {}
         }
     }
 
-    /// A byte has come. From whom is known once the greeting is answered.
+    /// A byte has arrived. Its sender is known once the greeting is answered.
     fn heard(&mut self) {
         if self.base.timers.get(Timer::Greeting).is_none() {
             self.base.heard();

@@ -57,8 +57,8 @@ impl Primary {
         }
     }
 
-    /// Leave an armed term by command. A witness is asked first whether it answers at all: a claim
-    /// that was sent cannot be taken back.
+    /// Leave an armed term by command. A witness first has to show that it answers: a claim that
+    /// was sent cannot be taken back.
     fn leave(&mut self, command: Command) {
         if command == Command::Failover && !self.can_hand_over() {
             return self.base.tell(Event::Failed(command, Why::WrongState));
@@ -75,7 +75,7 @@ impl Primary {
         } else if self.base.settings.on_loss == OnLoss::Continue {
             self.won();
         } else {
-            // The backup's own word closes the term, if it comes.
+            // The backup's `Ended` closes the term, if it arrives.
             self.base.send(self.window.last(), Message::Bye { end: true });
             self.stall(Why::Command);
         }
@@ -179,7 +179,7 @@ impl Primary {
         }
     }
 
-    /// The term is the backup's, who may be about to run the guest, or dead.
+    /// The term is the backup's, which may be about to run the guest, or dead.
     fn wait_for_backup(&mut self, record: Record) {
         let granted = Some(record.winner.incarnation) == self.backup;
         match self.state {
@@ -280,7 +280,7 @@ impl Primary {
         self.watch();
     }
 
-    /// While the guest runs on the strength of a record, see that the record stays.
+    /// While the guest runs on the strength of a record, check that the record stays.
     pub(super) fn watch(&mut self) {
         if self.alone.is_some() {
             self.base.timers.set(Timer::Look, self.base.now + RECORD_INTERVAL);

@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 
 use crate::identity::{Digest, Epoch};
 
-/// Most epochs without an acknowledgement. At the bound the guest runs on and the epoch grows.
+/// Most epochs without an acknowledgement. At the bound the guest continues and the epoch grows.
 pub const UNACKNOWLEDGED: usize = 2;
 
 /// What was captured, what is in staging, and what was acknowledged.
@@ -31,7 +31,7 @@ impl Window {
         Some(self.begun)
     }
 
-    /// The epoch in progress was captured. Whether it was that one.
+    /// The epoch in progress was captured. Returns whether it was that one.
     pub fn captured(&mut self, epoch: Epoch, digest: Digest) -> bool {
         if !self.capturing || epoch != self.begun {
             return false;
@@ -41,8 +41,8 @@ impl Window {
         true
     }
 
-    /// The backup holds `epoch` and all before. Whether it can: it was captured, and not
-    /// overtaken by a later acknowledgement.
+    /// The backup holds `epoch` and all before. Returns whether that is possible: it was captured,
+    /// and not overtaken by a later acknowledgement.
     pub fn ack(&mut self, epoch: Epoch) -> bool {
         if epoch == self.acked {
             return true;

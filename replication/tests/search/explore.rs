@@ -15,13 +15,13 @@ pub type Path = Vec<(Move, bool)>;
 /// What a search has found.
 pub struct Found {
     pub states: usize,
-    /// The first violation, with what leads to it.
+    /// The first violation, and the path to it.
     pub broken: Option<(String, Path)>,
     pub ran: usize,
     pub solo: usize,
     pub cold: usize,
-    /// Worlds from which no process ever owns the guest again, although its primary never died
-    /// and nobody else ever ran it.
+    /// Worlds from which no process ever owns the guest again, although its primary never died and
+    /// no other process ever ran it.
     pub lost: Vec<Path>,
 }
 
@@ -156,7 +156,7 @@ fn owned_by_any(world: &World) -> bool {
     world.nodes.iter().any(|node| node.free && !node.parked)
 }
 
-/// Whether the guest's first process has never died and nobody else has run it.
+/// Whether the guest's first process has never died and no other one has run it.
 fn keeps(world: &World) -> bool {
     let alive = world.nodes[0].incarnation.0 == 10 && world.nodes[0].role != Role::Dead;
     alive && world.facts.values().all(|facts| facts.ran.is_none() && !facts.cold)

@@ -143,8 +143,8 @@ fn of_process(world: &World, bounds: &Bounds, i: usize, moves: &mut Vec<Move>) {
     }
 }
 
-/// The world after `step`, in which every process carries out at most `most` outputs; then the one
-/// that was at it dies. `None` if it has carried out all.
+/// The world after `step`, in which every process carries out at most `most` outputs; then the
+/// process that acted dies. `None` if it has carried out all.
 pub fn after(world: &World, bounds: &Bounds, step: Move, most: Option<usize>) -> Option<World> {
     let mut next = world.clone();
     let mut left = most.unwrap_or(usize::MAX);
@@ -192,8 +192,8 @@ impl World {
             }
             Move::Connect(i, j) => {
                 self.nodes[i].dialling = false;
-                // At most one greeting is on its way: an earlier one that nobody has read is gone
-                // with its connection. It could have been read before.
+                // At most one greeting is on its way: an earlier one that was not read is gone with
+                // its connection. That it was read before is another path.
                 if let Some(queue) = self.frames.get_mut(&(i, j)) {
                     let greets =
                         |(_, frame): &(_, Frame)| matches!(frame.message, Message::Hello(_));

@@ -1,6 +1,6 @@
-//! Which worlds are the same. A search over the real machines would not end if it told worlds apart
-//! that differ only in their clocks, in the numbers of connections and questions, or in what nobody
-//! will ever look at again.
+//! Which worlds are the same. A search over the real machines would not end if it distinguished
+//! worlds that differ only in their clocks, in the numbers of connections and questions, or in what
+//! is never read again.
 use std::{
     collections::BTreeSet,
     hash::{DefaultHasher, Hash, Hasher},
@@ -19,7 +19,7 @@ fn order(thing: &impl Hash) -> u64 {
 
 impl World {
     /// Make worlds equal that differ only in clocks, numbers of connections and questions, or in
-    /// what nobody will ever look at again.
+    /// what is never read again.
     pub fn normalise(&mut self) {
         // Frames to the dead, and over connections that their reader has left, are never read.
         let dead: Vec<bool> = self.nodes.iter().map(|n| n.role == Role::Dead).collect();
@@ -49,7 +49,7 @@ impl World {
         for (over, _) in self.frames.values_mut().flatten() {
             *over = number(*over);
         }
-        // A question that nobody waits for any more still reaches the witness.
+        // A question whose answer is no longer awaited still reaches the witness.
         let nonces: Vec<_> = (0..self.nodes.len()).map(|i| self.nonce(i)).collect();
         let nodes = &self.nodes;
         let waited = |i: usize, incarnation: Incarnation, nonce: u64| {

@@ -23,8 +23,8 @@ pub struct Bounds {
     pub lost: u8,
     /// Commands that leave a term.
     pub commands: u8,
-    /// Whether durable writes, captures and the like take any time: else they are done within
-    /// the step that asks for them.
+    /// Whether durable writes, captures and the like take any time: else they are done within the
+    /// step that requests them.
     pub slow: bool,
 }
 
@@ -77,7 +77,7 @@ pub struct Wire {
 pub struct Facts {
     /// Highest epoch whose output was let out because of an acknowledgement.
     pub released: Epoch,
-    /// The primary went on alone.
+    /// The primary continued alone.
     pub solo: bool,
     /// The backup ran, from this epoch.
     pub ran: Option<Epoch>,
@@ -225,7 +225,7 @@ impl World {
         true
     }
 
-    /// What was begun is done. `None` where the bounds do not let it be.
+    /// What was begun is done. `None` where the bounds do not allow it.
     pub fn complete(&mut self, bounds: &Bounds, i: usize, done: Input) -> Option<Input> {
         match done {
             Input::Marked(mark) => {
@@ -242,7 +242,7 @@ impl World {
         Some(done)
     }
 
-    /// Whether the bounds let it be done. The last epoch of a planned failover is one more.
+    /// Whether the bounds allow it. The last epoch of a planned failover is one more.
     pub fn is_possible(&self, bounds: &Bounds, i: usize, done: &Input) -> bool {
         let Input::Captured { epoch: Epoch(epoch), .. } = *done else { return true };
         let last = primary::State::HandingOver(primary::Handing::Last(Epoch(epoch)));
@@ -363,7 +363,7 @@ impl World {
     }
 
     /// A term that is closed at the witness, while both sides call it protected and nothing is on
-    /// its way that would tell them (I11).
+    /// its way that would inform them (I11).
     fn given_away(&self, i: usize) -> Option<String> {
         let primary = self.primary(i)?;
         let term = primary.term();

@@ -1,4 +1,4 @@
-//! A toy guest, and a client that keeps what it was told.
+//! A toy guest, and a client that remembers every reply.
 use std::{
     collections::HashSet,
     hash::{DefaultHasher, Hash, Hasher},
@@ -44,8 +44,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// A reply has arrived. A number that comes twice was given by a guest that had lost what
-    /// others were told, or by two guests at once.
+    /// A reply has arrived. A number that comes twice was given by a guest that had lost an earlier
+    /// reply, or by two guests at once.
     pub fn told(&mut self, reply: u64) -> Result<(), String> {
         if self.told.insert(reply) {
             return Ok(());

@@ -18,7 +18,7 @@ pub struct Node {
     pub role: Role,
     pub incarnation: Incarnation,
     pub sidecar: Mark,
-    /// Until when it stands still.
+    /// Until when it is stopped.
     pub frozen: Time,
     /// Whether its agent reaches the witness.
     pub agent: bool,

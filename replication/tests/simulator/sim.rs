@@ -185,7 +185,7 @@ impl Sim {
     }
 
     fn happen(&mut self, event: Event) -> Result<(), String> {
-        // A process that stands still takes nothing before it is back; then its sockets first.
+        // A stopped process takes no input before it continues; then it reads its sockets first.
         let process = match &event {
             Event::Tick(i) | Event::Input(i, ..) | Event::Dialled(i, _) => Some(*i),
             Event::Frame { to, .. } | Event::Closed { to, .. } => Some(*to),
@@ -294,8 +294,8 @@ impl Sim {
         Ok(())
     }
 
-    /// `stratoctl fence`, on the other host: refused where that side is the primary and at it
-    /// itself, or has gone on already.
+    /// `stratoctl fence`, on the other host: refused if that side is the primary and is fencing,
+    /// too, or if it has continued already.
     fn fence(&mut self, by: usize, of: Term) -> Option<Answer> {
         for i in (0..3).filter(|i| Self::host(*i) != Self::host(by)) {
             match self.nodes[i].sidecar {
@@ -334,7 +334,7 @@ impl Sim {
         }
     }
 
-    /// Whether somebody is protected by somebody who stands by.
+    /// Whether a primary is protected by a backup that stands by.
     pub fn is_protected(&self) -> bool {
         let primary = self.nodes.iter().any(|n| n.primary().is_some_and(Primary::is_protected));
         primary && self.nodes.iter().any(|n| n.backup_state() == Some(backup::State::Standby))
