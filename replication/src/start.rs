@@ -8,8 +8,8 @@
 //!      v                      Denied v           v
 //!     Run                           Exit(Refused)
 //! ```
-//! The process that starts the guest holds the locks of the images: no earlier one of this side
-//! lives.
+//! The process that starts the guest holds the locks of the images: no earlier one of this side is
+//! alive.
 use crate::{
     base::{Base, Identity},
     identity::{Incarnation, Side, Term},

@@ -1,4 +1,4 @@
-//! The connection to the primary, and the epochs that come over it.
+//! The connection to the primary, and the epochs that arrive over it.
 use super::{Backup, State};
 use crate::{
     identity::{Connection, Digest, Epoch},
@@ -178,7 +178,7 @@ impl Backup {
         }
     }
 
-    /// The image is whole, and marked so.
+    /// The first epoch is held, and the sidecar no longer says `inconsistent`.
     pub(super) fn acknowledge_first(&mut self) {
         self.enter(State::Ready, Why::Paired);
         self.base.send(self.whole, Message::Ack);

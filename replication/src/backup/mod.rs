@@ -57,7 +57,8 @@ pub enum State {
 pub struct Backup {
     base: Base,
     state: State,
-    /// The term that an earlier process of this host was part of, while it may be that process's.
+    /// The term that an earlier process of this host was part of, while it may have been granted to
+    /// that process.
     past: Option<Bond>,
     /// The primary that fills it.
     primary: Option<Incarnation>,
@@ -78,8 +79,9 @@ pub struct Backup {
 
 impl Backup {
     /// A backup over images whose sidecar says `word`, and whose locks it holds: no earlier process
-    /// of this host lives. It takes a primary of any term that the word leaves possible. If an
-    /// earlier process may have been granted a term that it never ran in, that is given back.
+    /// of this host is alive. It accepts a primary of any term that the word leaves possible. If an
+    /// earlier process may have been granted a term in which it never ran the guest, that term is
+    /// given back.
     #[must_use]
     pub fn new(me: Identity, word: Mark, settings: Settings, rules: Rules) -> (Self, Vec<Output>) {
         let (floor, past) = match word {

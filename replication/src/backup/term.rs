@@ -146,8 +146,8 @@ impl Backup {
         }
     }
 
-    /// An unfit backup waits for others to close the term; a listening one looks whether an earlier
-    /// process was granted it.
+    /// An unfit backup waits for others to close the term; a listening one checks whether an
+    /// earlier process was granted it.
     pub(super) fn look(&mut self) {
         let past = self.past.map(|bond| bond.term);
         let term = match self.state {
@@ -200,7 +200,7 @@ impl Backup {
         }
     }
 
-    /// The images are outdated, durably: never to claim again.
+    /// The images are durably outdated: this side never claims again.
     pub(super) fn ended(&mut self) {
         self.base.send(self.whole, Message::Ended);
         self.end(Exit::Nothing);

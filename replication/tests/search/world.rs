@@ -326,7 +326,7 @@ impl World {
         }
     }
 
-    /// End a connection. What is on its way to `reader` will not be read.
+    /// End a connection. What is on its way to `reader` is never read.
     pub fn sever(&mut self, connection: Connection, reader: Option<usize>) {
         for wire in &mut self.wires {
             wire.broken |= wire.connection == connection;

@@ -154,7 +154,7 @@ impl Sim {
         }
     }
 
-    /// A process dies. Where its host lives on, its connections end.
+    /// A process dies. If its host survives, its connections end.
     pub fn kill(&mut self, i: usize, host_lives: bool) {
         self.victims[i] = true;
         self.end(i, host_lives);
@@ -172,7 +172,7 @@ impl Sim {
         }
     }
 
-    /// Start a dead process again: from its disk if that may be, else to listen.
+    /// Start a dead process again: from its disk if that is allowed, else to listen.
     pub fn restart(&mut self, i: usize, from_disk: bool) -> Result<(), String> {
         if self.nodes[i].is_alive() {
             return Ok(());

@@ -31,7 +31,7 @@ pub struct Node {
     pub held: VecDeque<(Epoch, u64)>,
     /// The epoch that is running.
     pub epoch: Epoch,
-    /// The guest's output goes straight out.
+    /// The guest's output is not held.
     pub free: bool,
     pub parked: bool,
     pub runs: bool,

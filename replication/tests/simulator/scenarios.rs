@@ -198,7 +198,7 @@ fn row_15_a_promotion_that_fails_gives_the_guest_back() -> Outcome {
     sim.heal();
     sim.until(ms(10_000), owned_by(0))?;
     assert_eq!(sim.promotions, 0);
-    // The same where it dies there, and only its host's next process knows.
+    // The same if the process dies then, and only the next process of its host knows of the grant.
     let mut sim = protected(15)?;
     sim.cut(&[(0, 1)]);
     sim.nodes[0].agent = false;
