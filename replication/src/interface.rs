@@ -301,7 +301,7 @@ pub enum Denial {
     Earlier,
     /// The image was part of a protected term, and there is no arbiter to ask.
     #[error("it was protected, and there is neither witness nor fence: --force starts it")]
-    NobodyToAsk,
+    NoArbiter,
     /// It was being filled.
     #[error("the image was being filled and cannot be used")]
     Inconsistent,

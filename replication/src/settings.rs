@@ -58,13 +58,13 @@ pub struct Settings {
 pub enum SettingsError {
     /// It would have two owners.
     #[error(
-        "on-backup-loss=continue goes on without asking, but this backup may promote by itself: \
+        "on-backup-loss=continue asks no arbiter, but this backup may promote by itself: \
          leave out the witness and the fence, or choose another on-backup-loss"
     )]
     Continue,
     /// There is no arbiter to ask.
     #[error("on-backup-loss={0} needs a witness or a fence")]
-    NobodyToAsk(&'static str),
+    NoArbiter(&'static str),
     /// The time-out is too short for any host.
     #[error("heartbeat-timeout is {0:?}; 10 ms is the least")]
     Timeout(Duration),
@@ -79,8 +79,8 @@ impl Settings {
         let nobody = self.agreement.arbiter == Arbiter::None;
         match self.on_loss {
             OnLoss::Continue if !nobody => Err(SettingsError::Continue),
-            OnLoss::Claim if nobody => Err(SettingsError::NobodyToAsk("witness")),
-            OnLoss::Stop if nobody => Err(SettingsError::NobodyToAsk("stop")),
+            OnLoss::Claim if nobody => Err(SettingsError::NoArbiter("witness")),
+            OnLoss::Stop if nobody => Err(SettingsError::NoArbiter("stop")),
             _ if self.timeout < Duration::from_millis(10) => {
                 Err(SettingsError::Timeout(self.timeout))
             }

@@ -115,7 +115,7 @@ impl Start {
                 self.state = State::Marking(bond);
                 self.base.mark(Mark::Fencing(bond));
             }
-            Arbiter::None => self.refuse(Denial::NobodyToAsk),
+            Arbiter::None => self.refuse(Denial::NoArbiter),
         }
     }
 

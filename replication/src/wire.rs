@@ -40,7 +40,7 @@ pub enum WireError {
     #[error("a frame is of an unknown kind, {0}")]
     Kind(u32),
     /// The body is too short, too long, or has an invalid value.
-    #[error("the body of a frame of kind {0} makes no sense")]
+    #[error("the body of a frame of kind {0} is not valid")]
     Body(u32),
 }
 

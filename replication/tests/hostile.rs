@@ -135,3 +135,61 @@ fn any_inputs_in_any_order() {
         }
     }
 }
+
+/// Without an arbiter, an operator can force the backup to run the guest. A primary that continues
+/// without asking must not do so once it hears of that: there would be two.
+#[test]
+fn a_primary_that_continues_without_asking_stops_when_the_backup_may_run() {
+    let agreement = Agreement { arbiter: Arbiter::None, machine: Digest(1) };
+    let settings = Settings {
+        agreement,
+        timeout: Time::from_millis(200),
+        period: Time::from_millis(50),
+        ack_limit: Time::from_secs(1),
+        on_loss: OnLoss::Continue,
+        leave_slow: false,
+    };
+    let beat = |term, claimed| Frame {
+        term: Term(term),
+        epoch: Epoch(1),
+        message: Message::Beat { claimed, unfit: false },
+    };
+    for last in [beat(2, false), beat(1, true)] {
+        let mut primary = Primary::new(ME, Term(1), settings, Rules::default());
+        let mut now = Time::ZERO;
+        let mut seen = Vec::new();
+        let mut step = |input| {
+            now += Time::from_millis(1);
+            let outputs = primary.step(now, input);
+            seen.extend(outputs.clone());
+            outputs
+        };
+        let link = Connection(1);
+        let frame = |message| Frame { term: Term(1), epoch: Epoch(1), message };
+        let accept = Accept { incarnation: Incarnation(2), digest: Digest(0), agreement };
+        step(Input::Command(Command::Start));
+        step(Input::Connected(link));
+        let greeted = Frame { epoch: Epoch(0), ..frame(Message::Accept(accept)) };
+        step(Input::Received(link, greeted));
+        step(Input::Captured { epoch: Epoch(1), digest: Digest(1) });
+        let marks = step(Input::Received(link, frame(Message::Ack)));
+        let mark = marks.iter().find_map(|output| match output {
+            Output::Mark(mark) => Some(*mark),
+            _ => None,
+        });
+        let armed = step(Input::Marked(mark.unwrap()));
+        assert!(armed.contains(&Output::ReleaseThrough(Epoch(1))), "{armed:?}");
+        let mut after = step(Input::Received(link, last));
+        for _ in 0..1000 {
+            after.extend(step(Input::Tick));
+        }
+        assert!(after.contains(&Output::Park) && after.contains(&Output::CloseTaps), "{after:?}");
+        let runs = |output: &Output| {
+            matches!(
+                output,
+                Output::OpenGates | Output::Unpark | Output::Mark(_) | Output::ReleaseThrough(_)
+            )
+        };
+        assert!(!after.iter().any(runs), "{after:?}");
+    }
+}

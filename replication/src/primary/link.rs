@@ -101,7 +101,7 @@ impl Primary {
             Message::Nack(_) => self.disturbed(Why::Nack),
             Message::Beat { claimed, unfit } => {
                 if claimed {
-                    self.given_up(Why::PeerClaimed);
+                    self.may_run_there(Why::PeerClaimed);
                 } else if unfit {
                     self.given_up(Why::Unfit);
                 }
@@ -212,17 +212,29 @@ impl Primary {
         }
     }
 
-    /// A frame of a later term: the backup is lost, and the guest is parked at once.
+    /// A frame of a later term: the guest is parked at once.
     fn later_term(&mut self) {
         match self.state {
             State::Protected | State::Stalled | State::HandingOver(_) => {
                 let handing = self.state;
-                self.given_up(Why::HigherTerm);
+                self.may_run_there(Why::HigherTerm);
                 if self.state != handing || handing == State::Stalled {
                     self.park();
                 }
             }
             _ => self.disturbed(Why::HigherTerm),
+        }
+    }
+
+    /// The backup may be running the guest. A primary that would continue without asking keeps the
+    /// guest parked instead, as there is no arbiter that could say which of the two it is.
+    fn may_run_there(&mut self, why: Why) {
+        let continues = self.base.settings.on_loss == OnLoss::Continue;
+        match self.state {
+            State::Protected | State::Stalled | State::HandingOver(_) if continues => {
+                self.fence_off();
+            }
+            _ => self.given_up(why),
         }
     }
 

@@ -195,7 +195,7 @@ impl Primary {
     }
 
     /// Nothing leaves any more, and the guest is kept.
-    fn fence_off(&mut self) {
+    pub(super) fn fence_off(&mut self) {
         self.base.output(Output::CloseTaps);
         self.park();
         self.base.claimed = true;
