@@ -24,8 +24,9 @@ pub struct Identity {
     pub incarnation: Incarnation,
 }
 
+/// What all machines share.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Base {
+pub struct Base {
     pub me: Identity,
     pub settings: Settings,
     pub rules: Rules,
@@ -43,7 +44,7 @@ pub(crate) struct Base {
     pub marking: Option<Mark>,
     /// Time until the next attempt to connect.
     redial: Duration,
-    pub timers: Timers,
+    pub(crate) timers: Timers,
     out: Vec<Output>,
 }
 

@@ -71,6 +71,8 @@ mod message;
 pub mod primary;
 mod record;
 mod rules;
+#[cfg(feature = "controls")]
+mod searched;
 mod settings;
 mod start;
 mod timers;
@@ -86,6 +88,8 @@ pub use message::{Accept, Fault, Frame, Hello, Message, Refusal};
 pub use primary::Primary;
 pub use record::{Answer, Question, Reading, Record, Settled, Word};
 pub use rules::{Rule, Rules};
+#[cfg(feature = "controls")]
+pub use searched::Searched;
 pub use settings::{Agreement, Arbiter, OnLoss, Settings, SettingsError};
 pub use start::Start;
 pub use timers::{Time, Timer};

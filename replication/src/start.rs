@@ -169,28 +169,13 @@ impl Start {
     }
 }
 
-/// For searches: see [`Rules`].
 #[cfg(feature = "controls")]
-impl Start {
-    /// Make states comparable that differ only in clocks and in the numbers of questions.
-    pub fn normalise(&mut self) {
-        self.base.normalise(|connection| connection);
+impl crate::Searched for Start {
+    fn base(&self) -> &Base {
+        &self.base
     }
 
-    /// The timers that are set. After [`normalise`](Self::normalise) any of them may be next.
-    #[must_use]
-    pub fn armed(&self) -> Vec<Timer> {
-        self.base.timers.armed()
-    }
-
-    /// Let `timer` be due now.
-    pub fn make_due(&mut self, timer: Timer) {
-        self.base.timers.set(timer, self.base.now);
-    }
-
-    /// The nonce of the question that it waits for.
-    #[must_use]
-    pub fn nonce(&self) -> Option<u64> {
-        self.base.nonce()
+    fn base_mut(&mut self) -> &mut Base {
+        &mut self.base
     }
 }

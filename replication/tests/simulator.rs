@@ -1,5 +1,5 @@
 //! The state machines against virtual time: links that delay and are cut, processes that are killed
-//! at any output, stand still and start again, a second process of the backup's host, a witness
+//! at any output, stop for a while and resume, a second process of the backup's host, a witness
 //! that does not answer, fences; a guest that counts, and a client that remembers every reply.
 //!
 //! `SEED=n` runs one seed, `SEEDS=n` that many; `TELL=1` prints what happens.

@@ -268,48 +268,24 @@ impl Primary {
     }
 }
 
+#[cfg(feature = "controls")]
+impl crate::Searched for Primary {
+    fn base(&self) -> &Base {
+        &self.base
+    }
+
+    fn base_mut(&mut self) -> &mut Base {
+        &mut self.base
+    }
+}
+
 /// For searches: see [`Rules`].
 #[cfg(feature = "controls")]
 impl Primary {
-    /// Make states comparable that differ only in clocks and in the numbers of questions and
-    /// connections.
-    pub fn normalise(&mut self, connection: impl Fn(crate::Connection) -> crate::Connection) {
-        self.base.normalise(connection);
-    }
-
-    /// The timers that are set. After [`normalise`](Self::normalise) any of them may be next.
-    #[must_use]
-    pub fn armed(&self) -> Vec<Timer> {
-        self.base.timers.armed()
-    }
-
-    /// Let `timer` be due now.
-    pub fn make_due(&mut self, timer: Timer) {
-        self.base.timers.set(timer, self.base.now);
-    }
-
-    /// The nonce of the question that it waits for.
-    #[must_use]
-    pub fn nonce(&self) -> Option<u64> {
-        self.base.nonce()
-    }
-
-    /// The connection that it uses.
-    #[must_use]
-    pub fn connection(&self) -> Option<crate::Connection> {
-        self.base.connection
-    }
-
     /// The last epoch that was begun.
     #[must_use]
     pub fn begun(&self) -> Epoch {
         self.window.begun()
-    }
-
-    /// Whether it has claimed this term.
-    #[must_use]
-    pub fn has_claimed(&self) -> bool {
-        self.base.claimed
     }
 
     /// The backup that this term is bound to.

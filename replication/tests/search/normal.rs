@@ -6,7 +6,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-use replication::{Connection, Incarnation, Question};
+use replication::{Connection, Incarnation, Question, Searched};
 
 use crate::world::{Role, World};
 
@@ -74,7 +74,7 @@ impl World {
                 Role::Dead => {}
                 Role::Primary(primary) => primary.normalise(number),
                 Role::Backup(backup) => backup.normalise(number),
-                Role::Start(start) => start.normalise(),
+                Role::Start(start) => start.normalise(|connection| connection),
             }
         }
     }

@@ -3,8 +3,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use replication::{
     Agreement, Answer, Arbiter, Backup, Connection, Digest, Epoch, Frame, From, Identity,
-    Incarnation, Input, Lineage, Mark, OnLoss, Output, Primary, Question, Rules, Settings, Start,
-    Term, Time, Timer, Witness, primary,
+    Incarnation, Input, Lineage, Mark, OnLoss, Output, Primary, Question, Rules, Searched,
+    Settings, Start, Term, Time, Timer, Witness, primary,
 };
 
 pub const GUEST: Lineage = Lineage(1);

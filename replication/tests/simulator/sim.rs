@@ -6,8 +6,8 @@ use std::{
 
 use replication::{
     Agreement, Answer, Arbiter, Backup, Connection, Digest, Epoch, Frame, Identity, Incarnation,
-    Input, Lineage, Mark, OnLoss, Primary, Question, Rules, Settings, Side, Term, Time, Witness,
-    backup, primary,
+    Input, Lineage, Mark, OnLoss, Primary, Question, Rules, Searched, Settings, Side, Term, Time,
+    Witness, backup, primary,
 };
 
 #[path = "host.rs"]
