@@ -60,6 +60,16 @@ fn buses(pio: BusBuilder, mmio: BusBuilder) -> Buses {
     Buses { pio, mmio, power: Arc::default(), applying: Arc::default() }
 }
 
+/// A virtual machine with `code` at 0x1000.
+fn machine(code: &[u8]) -> (Kvm, Memory, Vm) {
+    let kvm = open().unwrap();
+    let memory = memory::allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
+    memory.write_slice(code, GuestAddress(0x1000)).unwrap();
+    let window = Arc::new(MmapRegion::new(4096).unwrap());
+    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    (kvm, memory, vm)
+}
+
 /// A vCPU that starts at 0x1000, in "unreal" mode: its data may lie above 64 KiB.
 fn vcpu(kvm: &Kvm, vm: &Vm, buses: Buses) -> KvmCpu {
     let one = Topology { sockets: 1, dies: 1, clusters: 1, cores: 1, threads: 1 };
@@ -157,11 +167,7 @@ fn writes_that_kvm_keeps_are_made_in_order_before_the_next_access_and_before_a_p
         0xa2, 0x00, 0x20, // mov [0x2000], al
         0xf4, // hlt
     ];
-    let kvm = open().unwrap();
-    let memory = memory::allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
-    memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
-    let window = Arc::new(MmapRegion::new(4096).unwrap());
-    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    let (kvm, memory, vm) = machine(&code);
     vm.keep_writes(IoEventAddress::Pio(0x70), 1).unwrap();
     vm.keep_writes(IoEventAddress::Mmio(layout::VIRTIO_MMIO + 0x20), 8).unwrap();
 
@@ -209,11 +215,7 @@ fn a_burst_of_output_arrives_although_the_guest_does_not_exit_after_it() {
         0xa2, 0x00, 0x20, // mov [0x2000], al
         0xf4, // hlt
     ];
-    let kvm = open().unwrap();
-    let memory = memory::allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
-    memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
-    let window = Arc::new(MmapRegion::new(4096).unwrap());
-    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    let (kvm, _, vm) = machine(&code);
     let (said, hear) = channel();
     let mut pio = BusBuilder::default();
     pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
