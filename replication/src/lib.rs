@@ -1,7 +1,8 @@
 //! The protocol of replication: state machines of a primary, a backup and a witness that decide who
 //! may run a guest, without threads, sockets, files, clocks or randomness. The caller passes in
 //! each event with the time, and carries out the outputs: `step(now, input) -> outputs`. The
-//! monitor and the searches under `tests/` drive the same code.
+//! monitor and the searches under `tests/` drive the same code. What an epoch contains is bytes to
+//! them; [`contents`] has its form.
 //!
 //! The promise: when one host, process or link fails, the guest continues at the other side from a
 //! state that no outsider can tell from the one before; and there are never two copies whose output
@@ -64,6 +65,7 @@
 
 pub mod backup;
 mod base;
+pub mod contents;
 mod identity;
 mod interface;
 mod journal;
