@@ -32,6 +32,28 @@ pub enum Source {
     },
     /// Received as a stream.
     Stream(StreamSource),
+    /// A backup of a replicated machine, which arrives here only by a failover.
+    Replica(Replica),
+}
+
+/// A backup of a replicated machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replica {
+    /// Path of the socket, created for it, at which the primary connects.
+    pub socket: PathBuf,
+    /// Who decides which side may run the guest.
+    pub arbiter: Arbiter,
+}
+
+/// Who decides which side of a replicated machine may run the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Arbiter {
+    /// The witness of this identity.
+    Witness(String),
+    /// A fence of this kind.
+    Fence(String),
+    /// A person.
+    None,
 }
 
 /// How saved memory becomes the guest's.

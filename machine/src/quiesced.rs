@@ -193,6 +193,11 @@ impl Machine {
 }
 
 impl Quiesced<'_> {
+    /// The paused machine.
+    pub(crate) fn machine(&mut self) -> &mut Machine {
+        self.0
+    }
+
     /// Read the whole state but memory.
     ///
     /// # Errors

@@ -9,7 +9,8 @@ use qmp::{
     Error, Request,
     schema::{
         Cont, Empty, Event, MigrateCancel, MigrationInfo, MigrationStats, MigrationStatus,
-        QueryMigrate, QueryStatus, Quit, RunState, ShutdownCause, StatusInfo, Stop,
+        QueryMigrate, QueryReplication, QueryStatus, Quit, ReplicationAnswer, ReplicationInfo,
+        RunState, ShutdownCause, StatusInfo, Stop,
     },
     server::{Servers, Ticket},
     table::{Host, Table},
@@ -18,6 +19,10 @@ use qmp::{
 use crate::{
     checkpoint::{Arrival, ArrivalStep, Arrived, RestoreError},
     commands,
+    replication::{
+        changed,
+        standby::{Tell, ToStandby},
+    },
     vmm::Ending,
 };
 
@@ -79,6 +84,8 @@ impl Arriving {
             .on(true, migrate_cancel)
             .on(true, query_migrate)
             .on(true, query_status)
+            .on(true, query_replication)
+            .on(true, replication_answer)
             .listing(&commands::table(), false)
     }
 
@@ -96,6 +103,7 @@ impl Arriving {
         while let Some(step) = self.arrival.step() {
             match step {
                 ArrivalStep::Described => self.set_status(MigrationStatus::Active),
+                ArrivalStep::Replica(told) => self.tell(told),
                 ArrivalStep::Done(Ok(arrived)) => self.end(Over::Arrived(arrived)),
                 ArrivalStep::Done(Err(e)) => self.end(Over::Failed(e)),
             }
@@ -129,6 +137,17 @@ impl Arriving {
         });
         self.arrival.finish();
         Handed { servers: self.servers, paused: self.paused, waiting: self.waiting }
+    }
+
+    fn tell(&mut self, told: Tell) {
+        match told {
+            Tell::Ask(query, lineage) => self.servers.broadcast(&query.event(lineage)),
+            Tell::State { previous, told } => {
+                let Some(replica) = self.arrival.replica() else { return };
+                let info = replica.status.lock().clone();
+                self.servers.broadcast(&changed(&info, previous, told));
+            }
+        }
     }
 
     fn set_status(&mut self, status: MigrationStatus) {
@@ -170,6 +189,20 @@ fn quit(arriving: &mut Arriving, _: Quit) -> Result<Empty, Error> {
 /// Without its machine the monitor is unusable, so it ends and reports that.
 fn migrate_cancel(arriving: &mut Arriving, _: MigrateCancel) -> Result<Empty, Error> {
     arriving.arrival.cancel();
+    Ok(Empty {})
+}
+
+fn query_replication(
+    arriving: &mut Arriving,
+    _: QueryReplication,
+) -> Result<ReplicationInfo, Error> {
+    Ok(arriving.arrival.replica().map_or_else(Default::default, |r| r.status.lock().clone()))
+}
+
+fn replication_answer(arriving: &mut Arriving, answer: ReplicationAnswer) -> Result<Empty, Error> {
+    if let Some(replica) = arriving.arrival.replica() {
+        replica.give(ToStandby::Answer(answer));
+    }
     Ok(Empty {})
 }
 

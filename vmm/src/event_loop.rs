@@ -150,6 +150,7 @@ impl EventLoop {
             if vmm.ending().is_none() {
                 vmm.follow_deferred(&table);
                 vmm.in_one_piece(Vmm::follow_save);
+                vmm.follow_replication();
                 vmm.follow_announcements();
                 vmm.follow_balloon();
             }

@@ -19,6 +19,7 @@ pub mod last_words;
 pub mod lifecycle;
 pub mod logging;
 pub mod pidfile;
+pub mod replication;
 mod saving;
 pub mod seccomp;
 pub mod signals;

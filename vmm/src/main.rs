@@ -105,6 +105,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     log::info!(target: "VmConfig", "{}", what(invocation));
     // Dropped after the machine: only then is its source notified that it may resume.
     let mut answer = Voice::silent();
+    let mut promotion = None;
     let (machine, halted, servers, waiting, paused) = match &invocation.incoming {
         None => {
             let (config, places) = (&invocation.machine, &invocation.places);
@@ -132,8 +133,9 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             let Handed { servers, paused, waiting } = handed;
             match over {
                 Over::Arrived(arrived) => {
-                    let Arrived { machine, halted, answer: to_the_source } = *arrived;
-                    answer = to_the_source;
+                    let Arrived { machine, halted, answer: to_the_source, promotion: by } =
+                        *arrived;
+                    (answer, promotion) = (to_the_source, by);
                     (machine, halted, servers, waiting, paused)
                 }
                 Over::Ended(ending) => {
@@ -177,6 +179,9 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
             vmm.log_vcpus();
         }
     }
+    if let Some(promotion) = promotion {
+        vmm.promoted(*promotion).context("the guest runs, but cannot be protected again")?;
+    }
     if let Some(ready) = ready {
         ready.tell().context("cannot detach from the terminal")?;
     }
@@ -202,6 +207,7 @@ fn what(invocation: &Invocation) -> String {
         Some(incoming) => match &incoming.source {
             Source::Directory { path, .. } => format!("from the directory {}", path.display()),
             Source::Stream(_) => "from a stream".to_owned(),
+            Source::Replica(_) => "as a backup".to_owned(),
         },
         None => {
             let config = &invocation.machine;

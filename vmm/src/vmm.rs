@@ -21,6 +21,7 @@ use crate::{
     deferred::{Deferrals, Halting},
     files::Files,
     lifecycle::{self, Denied, Halt, State, States},
+    replication::Replication,
     saving::Saving,
     spawner::Spawner,
 };
@@ -37,6 +38,7 @@ pub struct Vmm {
     pub(crate) winds_up: bool,
     actions: Actions,
     pub(crate) saving: Saving,
+    pub(crate) replication: Replication,
     pub(crate) announcing: Option<Announcing>,
     pub(crate) balloon: BalloonEvents,
     pub(crate) files: Files,
@@ -98,6 +100,7 @@ impl Vmm {
             winds_up: false,
             actions,
             saving: Saving::new(checkpointer),
+            replication: Replication::default(),
             announcing: None,
             balloon: BalloonEvents::default(),
             files,
@@ -208,7 +211,7 @@ impl Vmm {
     /// How long until something is due that no event reports.
     pub(crate) fn until_due(&self) -> Option<std::time::Duration> {
         let (save, files) = (self.until_save(), self.files.until_overdue());
-        let events = [self.until_announcement(), self.until_balloon()];
+        let events = [self.until_announcement(), self.until_balloon(), self.until_epoch()];
         [save, files, self.until_retry()].into_iter().chain(events).flatten().min()
     }
 
@@ -315,10 +318,13 @@ impl Host for Vmm {
     type When = States;
 
     fn admit(&self, name: &str, when: States) -> Result<(), Error> {
-        if when.contains(self.state) {
+        let desc = if !when.contains(self.state) {
+            format!("{name} is not possible now: {}", self.state.hint())
+        } else if let Some(why) = self.replication_forbids(name) {
+            format!("{name} is not possible now: {why}")
+        } else {
             return Ok(());
-        }
-        let desc = format!("{name} is not possible now: {}", self.state.hint());
+        };
         Err(Error::new(ErrorClass::GenericError, desc))
     }
 }

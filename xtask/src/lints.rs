@@ -21,7 +21,7 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("devices", &["state"]),
     ("qmp", &["json"]),
     ("machine", &["config", "devices", "state"]),
-    ("vmm", &["machine", "qmp", "config", "state"]),
+    ("vmm", &["machine", "qmp", "config", "state", "replication"]),
     ("stratoctl", &["qmp", "state", "config"]),
     ("stories", &["qmp", "state"]),
     ("xtask", &["qmp", "stories"]),

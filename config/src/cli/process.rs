@@ -2,7 +2,7 @@
 use super::Log;
 use super::draft::Draft;
 use super::fields::Fields;
-use crate::incoming::{Mapping, Source, StreamSource};
+use crate::incoming::{Arbiter, Mapping, Replica, Source, StreamSource};
 use crate::value::{self, Rule};
 
 pub(crate) fn pidfile(draft: &mut Draft, f: &mut Fields) {
@@ -46,13 +46,16 @@ pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
         Some(("fd", rest)) => {
             stream(rest, |number| value::number(number, 3..=i32::MAX).map(StreamSource::Fd))
         }
+        Some(("replicate", rest)) => replica(rest).map(|backup| (backup, How::default())),
         // The whole rest of the value: commands may contain commas.
         Some(("exec", command)) if !command.is_empty() => value::text(command)
             .map(|command| (Source::Stream(StreamSource::Exec(command)), How::default())),
         Some(("tcp", _)) => {
             Err("streams over TCP are not supported; use unix:, fd: or exec:".into())
         }
-        _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER or exec:COMMAND".into()),
+        _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER, exec:COMMAND or \
+                  replicate:unix:SOCKET"
+            .into()),
     });
     // Kept even when it is wrong, so that no missing kernel is reported.
     draft.incoming = incoming.or(Some((Source::Stream(StreamSource::Fd(0)), How::default())));
@@ -118,6 +121,26 @@ fn stream(
         text = rest;
     }
     Ok((Source::Stream(from(text)?), how))
+}
+
+/// `unix:SOCKET[,witness=ID|,fence=KIND]`.
+fn replica(text: &str) -> Result<Source, Rule> {
+    const FORM: &str = "must be replicate:unix:SOCKET, with ,witness=ID or ,fence=KIND if the backup may promote \
+         itself";
+    let mut rest = text.strip_prefix("unix:").ok_or(FORM)?;
+    let mut arbiter = Arbiter::None;
+    // A socket's path may contain commas.
+    if let Some((path, (key, word))) =
+        rest.rsplit_once(',').and_then(|(path, last)| Some((path, last.split_once('=')?)))
+    {
+        match key {
+            "witness" => arbiter = Arbiter::Witness(value::text(word)?),
+            "fence" => arbiter = Arbiter::Fence(value::text(word)?),
+            _ => return Err(FORM.into()),
+        }
+        rest = path;
+    }
+    Ok(Source::Replica(Replica { socket: value::socket_path(rest)?, arbiter }))
 }
 
 fn is_realtime(word: &str) -> Result<bool, Rule> {

@@ -57,9 +57,13 @@ pub struct Backlog {
     pub oldest: Duration,
 }
 
-/// The outer side of a gate, which marks, releases and opens. There is only one, so that pieces are
+/// The outer side of a gate, which releases and opens. There is only one, so that pieces are
 /// written in order.
 pub struct Keeper(Arc<Gate>);
+
+/// Shuts a gate and marks its epochs. Apart from the [`Keeper`], as the thread that stops the guest
+/// for a checkpoint must not wait while another one writes what is released.
+pub struct Marker(Arc<Gate>);
 
 /// The inner side of a gate, where the output of one back-end arrives. Its descriptor becomes
 /// readable when there may be room again; [`Gate::take_room`] clears it.
@@ -237,20 +241,9 @@ impl Keeper {
         &self.0
     }
 
-    /// Hold output from now on. Call while nothing produces any.
-    pub fn shut(&mut self) {
-        let _kept = self.0.kept.lock();
-        self.0.shut.store(true, Ordering::Release);
-    }
-
-    /// The checkpoint `epoch` covers all output so far. Epochs ascend; nothing may produce output
-    /// meanwhile.
-    pub fn mark(&mut self, epoch: u64) {
-        let kept = &mut *self.0.kept.lock();
-        if !kept.filling.ends.is_empty() {
-            let next = kept.spare.take().unwrap_or_default();
-            kept.marked.push_back((epoch, std::mem::replace(&mut kept.filling, next)));
-        }
+    /// The handle that marks its epochs.
+    pub fn marker(&self) -> Marker {
+        Marker(self.0.clone())
     }
 
     /// Pass the output covered by checkpoints up to and including `epoch` to `write`, piece by
@@ -289,6 +282,24 @@ impl Keeper {
             return None;
         }
         Some(std::mem::take(&mut kept.filling))
+    }
+}
+
+impl Marker {
+    /// Hold output from now on. Call while nothing produces any.
+    pub fn shut(&self) {
+        let _kept = self.0.kept.lock();
+        self.0.shut.store(true, Ordering::Release);
+    }
+
+    /// The checkpoint `epoch` covers all output so far. Epochs ascend; nothing may produce output
+    /// meanwhile.
+    pub fn mark(&self, epoch: u64) {
+        let kept = &mut *self.0.kept.lock();
+        if !kept.filling.ends.is_empty() {
+            let next = kept.spare.take().unwrap_or_default();
+            kept.marked.push_back((epoch, std::mem::replace(&mut kept.filling, next)));
+        }
     }
 }
 

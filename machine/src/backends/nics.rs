@@ -7,6 +7,7 @@ use devices::{
         inherited,
         net::{
             NetBackend,
+            gated::NetKeeper,
             tap::{Tap, TapError},
         },
     },
@@ -17,7 +18,7 @@ use super::{
     Backends, PlugError, Shape,
     bay::{Bay, Kind, Occupied, Open},
 };
-use crate::{Machine, RunError, slots::DEVICE_LOCK_LIMIT};
+use crate::{Machine, Quiesced, RunError, slots::DEVICE_LOCK_LIMIT};
 
 /// The kind.
 pub(super) struct Nics;
@@ -90,6 +91,18 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
             };
             Tap::from_fds(numbers.iter().map(take).collect::<Result<_, _>>()?)
         }
+    }
+}
+
+impl Quiesced<'_> {
+    /// Put a new, open gate in front of each NIC's back-end.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub(crate) fn gate_nics(&mut self) -> Result<Vec<NetKeeper>, RunError> {
+        let each = self.machine().backends.nics.occupied();
+        let keepers = each.map(|nic| nic.device.lock().device_mut().gate());
+        Ok(keepers.collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 }
 

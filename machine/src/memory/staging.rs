@@ -66,11 +66,21 @@ impl Staging {
     /// # Errors
     /// When the copies do not have the size of their ranges, which would be a bug.
     pub fn pieces(&self) -> impl Iterator<Item = io::Result<(u64, &[u8])>> {
-        self.ranges.iter().map(|(range, at)| {
-            let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
-            let end = at.checked_add(len).ok_or_else(short)?;
-            Ok((range.start, self.room.get(*at..end).ok_or_else(short)?))
-        })
+        self.ranges.iter().map(|range| self.contents(range))
+    }
+
+    fn contents(&self, (range, at): &(Range<u64>, usize)) -> io::Result<(u64, &[u8])> {
+        let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+        let end = at.checked_add(len).ok_or_else(short)?;
+        Ok((range.start, self.room.get(*at..end).ok_or_else(short)?))
+    }
+
+    /// The copied range at place `index`, with its contents; `None` after the last.
+    ///
+    /// # Errors
+    /// As [`Staging::pieces`].
+    pub fn piece(&self, index: usize) -> io::Result<Option<(u64, &[u8])>> {
+        self.ranges.get(index).map(|range| self.contents(range)).transpose()
     }
 
     /// The copied ranges, ascending.

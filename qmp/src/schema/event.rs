@@ -4,7 +4,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::MigrationStatus;
+use super::{
+    FailoverTimes, MigrationStatus, ReplicationNeed, ReplicationOutcome, ReplicationSide,
+    ReplicationStatus, ReplicationWord,
+};
 
 /// An event and its data. The data is always there, `{}` if empty, as in StratoVirt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -67,6 +70,59 @@ pub enum Event {
     BalloonChanged {
         /// Bytes that are not in the balloon.
         actual: u64,
+    },
+    /// Replication has changed its state.
+    ReplicationState {
+        /// The new state.
+        state: ReplicationStatus,
+        /// The state before.
+        previous: ReplicationStatus,
+        /// The term.
+        term: u64,
+        /// The last checkpoint.
+        epoch: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A side of replication asks its agent, which answers with `replication-answer`. The question
+    /// comes again, under the same number, until it is answered.
+    ReplicationNeeds {
+        /// Number of the question.
+        nonce: u64,
+        /// What is needed.
+        need: ReplicationNeed,
+        /// UUID of the domain.
+        lineage: String,
+        /// The term that it is about.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        term: Option<u64>,
+        /// With `claim`: how the term is to be closed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        word: Option<ReplicationWord>,
+        /// With `claim`: for which side.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        side: Option<ReplicationSide>,
+        /// With `claim`: UUID of the process for which it is closed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        incarnation: Option<String>,
+        /// With `settle`: UUID of the process that was promoted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        winner: Option<String>,
+        /// With `settle`: what became of it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        to: Option<ReplicationOutcome>,
+        /// With `settle` and `yielded`: UUID of the process that has the guest.
+        #[serde(rename = "yielded-to", default, skip_serializing_if = "Option::is_none")]
+        yielded_to: Option<String>,
+    },
+    /// The guest runs here now, from the last checkpoint of another process.
+    ReplicationFailover {
+        /// The first term that it may be protected in from here.
+        term: u64,
+        /// The checkpoint.
+        epoch: u64,
+        /// How long it took.
+        times: FailoverTimes,
     },
     /// A disk failed a request.
     BlockIoError {

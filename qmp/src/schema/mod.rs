@@ -13,6 +13,7 @@ mod introspect;
 mod migrate;
 mod net;
 mod probe;
+mod replication;
 mod run_state;
 
 pub use balloon::*;
@@ -25,6 +26,7 @@ pub use introspect::*;
 pub use migrate::*;
 pub use net::*;
 pub use probe::*;
+pub use replication::*;
 pub use run_state::*;
 
 use schemars::JsonSchema;
@@ -103,12 +105,17 @@ commands! {
     "query-name"               QueryName              -> NameInfo;
     "query-named-block-nodes"  QueryNamedBlockNodes   -> Vec<BlockDeviceInfo>;
     "query-qmp-schema"         QueryQmpSchema         -> Vec<SchemaInfo>;
+    "query-replication"        QueryReplication       -> ReplicationInfo;
     "query-status"             QueryStatus            -> StatusInfo;
     "query-target"             QueryTarget            -> TargetInfo;
     "query-uuid"               QueryUuid              -> UuidInfo;
     "query-version"            QueryVersion           -> VersionInfo;
     "query-vm-generation-id"   QueryVmGenerationId    -> GuidInfo;
     "quit"                     Quit                   -> Empty;
+    "replication-answer"       ReplicationAnswer      -> Empty;
+    "replication-failover"     ReplicationFailover    -> Empty;
+    "replication-start"        ReplicationStart       -> Empty;
+    "replication-stop"         ReplicationStop        -> Empty;
     "send-key"                 SendKey                -> Empty;
     "set_link"                 SetLink                -> Empty;
     "stop"                     Stop                   -> Empty;

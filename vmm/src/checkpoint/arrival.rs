@@ -28,9 +28,10 @@ use std::{
 
 use config::{
     Description,
-    incoming::{Incoming, Source},
+    incoming::{Incoming, Replica, Source},
 };
 use machine::{Machine, Memory, Refused, Report, kvm::opening::Opening};
+use qmp::server::claim;
 use state::{
     Frames,
     cpu::Cpu,
@@ -48,6 +49,8 @@ use super::{
 };
 use crate::{
     lifecycle::Halt,
+    replication::host::{Host as BackupHost, Shared, incarnation},
+    replication::standby::{Task, Tell, ToStandby},
     seccomp::{Confinement, Kind as Thread},
 };
 
@@ -58,6 +61,8 @@ const HANG_LIMIT: Duration = Duration::from_secs(1);
 pub enum Step {
     /// A peer has sent the description of its machine.
     Described,
+    /// What a backup tells.
+    Replica(Tell),
     /// It is over.
     Done(Result<Box<Arrived>, RestoreError>),
 }
@@ -68,6 +73,8 @@ pub struct Arrival {
     cancel: Cancel,
     progress: Arc<Progress>,
     thread: Option<JoinHandle<()>>,
+    /// Where it is a backup.
+    replica: Option<Shared>,
     /// The command that the stream comes from, if one was started.
     child: Option<Child>,
 }
@@ -90,7 +97,6 @@ impl Arrival {
         let cancel = Cancel::new()?;
         let progress = Arc::new(Progress::default());
         let assembly = Assembly::new(incoming, flags, report, confinement.clone());
-        let opening = Opening::begin()?;
         let tell = move |step| {
             // If the main thread no longer receives, the process is ending.
             let _ = report_step.send(step);
@@ -101,9 +107,10 @@ impl Arrival {
             tell(Step::Done(result.map(Box::new)));
             drop(passing);
         };
-        let mut child = None;
+        let (mut child, mut replica) = (None, None);
         let task: Box<dyn FnOnce() + Send> = match &incoming.source {
             Source::Directory { path, mapping, disks } => {
+                let opening = Opening::begin()?;
                 let (path, mapping, place) = (path.clone(), *mapping, disks.clone());
                 let progress = progress.clone();
                 Box::new(move || {
@@ -112,7 +119,27 @@ impl Arrival {
                     end(machine, &tell);
                 })
             }
+            Source::Replica(Replica { socket, arbiter }) => {
+                let (listener, file) = claim(socket)?;
+                let (shared, orders) = Shared::new()?;
+                let task = Task {
+                    listener,
+                    arbiter: arbiter.clone(),
+                    incarnation: incarnation()?,
+                    orders,
+                    wake: shared.wake.clone(),
+                    status: shared.status.clone(),
+                };
+                replica = Some(shared);
+                let host = BackupHost { assembly, task, confinement: confinement.clone() };
+                Box::new(move || {
+                    let _file = file;
+                    let result = host.serve(|told| tell(Step::Replica(told)));
+                    end(result, &tell);
+                })
+            }
             Source::Stream(stream) => {
+                let opening = Opening::begin()?;
                 let door;
                 (door, child) = Door::open(stream)?;
                 let (cancel, progress) = (cancel.clone(), progress.clone());
@@ -130,12 +157,17 @@ impl Arrival {
             }
         };
         let thread = Some(Builder::new().name("incoming".into()).spawn(task)?);
-        Ok(Self { steps, cancel, progress, thread, child })
+        Ok(Self { steps, cancel, progress, thread, replica, child })
     }
 
     /// Its progress.
     pub fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    /// The backup, if it is one.
+    pub fn replica(&self) -> Option<&Shared> {
+        self.replica.as_ref()
     }
 
     /// The next step, if it has been made.
@@ -147,6 +179,7 @@ impl Arrival {
     pub fn cancel(&mut self) {
         self.progress.cancel();
         self.cancel.cancel();
+        self.replica.iter().for_each(|replica| replica.give(ToStandby::End));
     }
 
     /// Wait, once it is over, until the thread has released what it holds, unless it hangs.
@@ -254,7 +287,9 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
         answer: Voice,
     ) -> Result<Arrived, RestoreError> {
         match take(&mut machine) {
-            Ok(()) if !self.progress.is_cancelled() => Ok(Arrived { machine, halted, answer }),
+            Ok(()) if !self.progress.is_cancelled() => {
+                Ok(Arrived { machine, halted, answer, promotion: None })
+            }
             other => {
                 // The machine is dropped first, as the source takes its disks and taps back.
                 drop(machine);

@@ -22,7 +22,7 @@ use super::{
     overrides,
     receive::Received,
 };
-use crate::{lifecycle::Halt, seccomp::Confinement};
+use crate::{lifecycle::Halt, replication::Promotion, seccomp::Confinement};
 
 /// A machine that has arrived. It is stopped, and owns its disks and taps.
 pub struct Arrived {
@@ -32,6 +32,8 @@ pub struct Arrived {
     pub halted: Option<Halt>,
     /// For answers to the source, which may wait for one. Dropped after the machine.
     pub answer: Voice,
+    /// The failover by which it has arrived, if it is replicated.
+    pub promotion: Option<Box<Promotion>>,
 }
 
 /// How an incoming machine is to be built here.
@@ -106,7 +108,7 @@ impl Assembly {
         )?;
         let parts = Parts { config, description, sections, memory, children, opening };
         let (machine, halted) = self.build(parts, true)?;
-        Ok(Arrived { machine, halted, answer: Voice::silent() })
+        Ok(Arrived { machine, halted, answer: Voice::silent(), promotion: None })
     }
 
     /// Allocate memory for the machine `description` that a peer offers, if it can run here with

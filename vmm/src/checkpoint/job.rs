@@ -94,7 +94,8 @@ pub enum First {
     These(Vec<Range<u64>>),
 }
 
-type Task = Box<dyn FnOnce() + Send>;
+/// Something for the thread to do.
+pub type Task = Box<dyn FnOnce() + Send>;
 /// Opens the destination of a save.
 pub type Open = Box<dyn FnOnce(&Progress) -> Result<Box<dyn Sink>, SaveError> + Send>;
 
@@ -132,6 +133,19 @@ impl Checkpointer {
         let this = Self { tasks, notify, downtime_limit: Arc::default() };
         this.limit_downtime(DOWNTIME_LIMIT);
         (this, move || inbox.iter().for_each(|task| task()))
+    }
+
+    /// Called by the thread when it has something to report.
+    pub fn notify(&self) -> Arc<dyn Fn() + Send + Sync> {
+        self.notify.clone()
+    }
+
+    /// Have the thread do something else than a save.
+    ///
+    /// # Errors
+    /// When the thread has gone.
+    pub fn run(&self, task: Task) -> Result<(), SaveError> {
+        self.tasks.send(task).map_err(|_| SaveError::Cancelled)
     }
 
     /// Set how long a running guest may be stopped. Also applies to a save under way.

@@ -44,6 +44,7 @@ mod tests;
 
 pub use arrival::{Arrival, Step as ArrivalStep};
 pub use assembly::Arrived;
+pub(crate) use assembly::{Assembly, take};
 pub use children::{ChildError, Children};
 pub use dialogue::{Hello, Voice};
 pub use dry_run::DryRunError;
@@ -53,7 +54,7 @@ pub use memory_file::Progress;
 pub use overrides::OverrideError;
 pub use receive::{ReceiveError, Received, receive};
 pub use save::{Directory, SaveError, Saved, Sink};
-pub use send::{Cancel, Peer, Stream, To};
+pub use send::{Cancel, Peer, Stream, To, last_frames};
 
 use std::path::PathBuf;
 

@@ -58,6 +58,8 @@ pub enum ReceiveError {
     Deaf(#[source] io::Error),
     #[error("cannot write guest memory")]
     Write(#[source] io::Error),
+    #[error("the backup of a replicated machine has ended: {0}")]
+    Replica(String),
     #[error(transparent)]
     Override(#[from] OverrideError),
 }

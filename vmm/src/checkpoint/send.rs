@@ -320,7 +320,10 @@ fn hear(
 }
 
 /// The frames that follow all memory, as a stream of its own.
-fn last_frames(config: &Config, state: MachineState) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// When a part of the state has no saved form.
+pub fn last_frames(config: &Config, state: MachineState) -> io::Result<Vec<u8>> {
     let mut to = Writer::begin(Vec::new())?;
     write_config(&mut to, config)?;
     write_sections(&mut to, &state.into())?;

@@ -7,6 +7,7 @@ mod introspect;
 mod migrate;
 mod net;
 mod probe;
+mod replication;
 mod run_state;
 
 use std::fmt::Display;
@@ -41,6 +42,11 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, migrate::query_migrate)
         .on(ANY, migrate::query_migrate_capabilities)
         .on(ANY, migrate::query_migrate_parameters)
+        .on(States::of(&[State::Running, State::Paused]), replication::replication_start)
+        .on(ANY, replication::replication_stop)
+        .on(ANY, replication::replication_failover)
+        .on_ticket(ANY, replication::replication_answer)
+        .on(ANY, replication::query_replication)
         .on(ALIVE, run_state::system_reset)
         .on(GUEST, run_state::system_powerdown)
         .on(ANY, run_state::query_status)

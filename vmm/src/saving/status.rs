@@ -138,6 +138,11 @@ impl Saving {
         }
     }
 
+    /// Whether a save is under way, or changes are tracked for the next one.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.under_way().is_some() || self.log.is_on()
+    }
+
     /// The handle of the thread.
     pub(crate) fn thread(&self) -> &Checkpointer {
         &self.thread

@@ -126,14 +126,14 @@ const CALLS: &[Group] = &[
     Group { kinds: &[Main, Io, Checkpoint, End], calls: &[SYS_unlink] },
     // Descriptors released at the end; standard output when in the background.
     Group { kinds: &[Main, End], calls: &[SYS_dup2] },
-    Group { kinds: &[Main, Io], calls: &[SYS_epoll_wait, SYS_epoll_pwait] },
+    Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_epoll_wait, SYS_epoll_pwait] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_epoll_ctl] },
     Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_timerfd_settime] },
     // Bursts of console output.
     Group { kinds: &[Vcpu], calls: &[SYS_timer_create, SYS_timer_settime, SYS_timer_delete] },
-    // QMP and console clients. Listening sockets were created before.
-    Group { kinds: &[Main, Io], calls: &[SYS_accept4] },
+    // QMP and console clients, primaries of a backup. Listening sockets were created before.
+    Group { kinds: &[Main, Io, Stream], calls: &[SYS_accept4] },
     Group { kinds: &[Main, Io, Stream], calls: &[SYS_recvfrom] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint], calls: &[SYS_sendto] },
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_shutdown] },

@@ -2,7 +2,7 @@
 use std::io;
 
 use super::{CharSink, output::BACKLOG};
-use crate::backend::gate::{Backlog, Gate, Keeper, Room};
+use crate::backend::gate::{Backlog, Gate, Keeper, Marker, Room};
 
 /// Output held for one back-end: as much as the backlog for a slow reader.
 const ROOM: Room = Room { bytes: BACKLOG, pieces: BACKLOG };
@@ -25,14 +25,9 @@ impl CharKeeper {
         Ok(Self { keeper, sink })
     }
 
-    /// As [`Keeper::shut`].
-    pub fn shut(&mut self) {
-        self.keeper.shut();
-    }
-
-    /// As [`Keeper::mark`].
-    pub fn mark(&mut self, epoch: u64) {
-        self.keeper.mark(epoch);
+    /// As [`Keeper::marker`]. It is used while the device's worker is off its thread.
+    pub fn marker(&self) -> Marker {
+        self.keeper.marker()
     }
 
     /// As [`Keeper::release`], to the reader.

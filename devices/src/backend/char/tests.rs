@@ -382,9 +382,9 @@ fn output_behind_a_gate_leaves_with_its_checkpoint() {
     let (char, mut reader) = pipe_as(false);
     let mut keeper = CharKeeper::new(char.sink.clone()).unwrap();
     char.sink.send(b"before, ");
-    keeper.shut();
+    keeper.marker().shut();
     char.sink.send(b"first, ");
-    keeper.mark(1);
+    keeper.marker().mark(1);
     char.sink.send(b"second, ");
     assert_eq!(arrived(&mut reader), "before, ");
     keeper.release(1);
@@ -403,11 +403,11 @@ fn who_waits_for_room_behind_a_gate_is_woken_when_there_is_some() {
     let (char, mut reader) = pipe_as(false);
     let mut source = char.source;
     let mut keeper = CharKeeper::new(char.sink.clone()).unwrap();
-    keeper.shut();
+    keeper.marker().shut();
     char.sink.send(&[b'a'; BACKLOG]);
     assert_eq!(char.sink.room(), 0);
     assert!(!fires(&source));
-    keeper.mark(1);
+    keeper.marker().mark(1);
     // The reader takes what it gets.
     let reading = std::thread::spawn(move || {
         let mut all = vec![0; BACKLOG];

@@ -7,8 +7,8 @@ use super::*;
 const ROOM: Room = Room { bytes: 100, pieces: 10 };
 
 fn gate() -> (Arc<Gate>, Keeper) {
-    let (gate, mut keeper) = Gate::new(ROOM).unwrap();
-    keeper.shut();
+    let (gate, keeper) = Gate::new(ROOM).unwrap();
+    keeper.marker().shut();
     (gate, keeper)
 }
 
@@ -44,10 +44,10 @@ fn an_open_gate_keeps_nothing() {
 fn output_leaves_with_the_checkpoint_that_covers_it_and_in_order() {
     let (gate, mut keeper) = gate();
     assert_eq!([say(&gate, "a"), say(&gate, "bb")], [Held::Kept; 2]);
-    keeper.mark(1);
+    keeper.marker().mark(1);
     say(&gate, "c");
-    keeper.mark(2);
-    keeper.mark(3);
+    keeper.marker().mark(2);
+    keeper.marker().mark(3);
     say(&gate, "d");
     assert_eq!(released(&mut keeper, 0), [""; 0]);
     assert_eq!(released(&mut keeper, 1), ["a", "bb"]);
@@ -56,7 +56,7 @@ fn output_leaves_with_the_checkpoint_that_covers_it_and_in_order() {
     // No checkpoint covers the rest yet.
     assert_eq!(released(&mut keeper, u64::MAX), [""; 0]);
     assert_eq!(gate.backlog().pieces, 1);
-    keeper.mark(4);
+    keeper.marker().mark(4);
     assert_eq!(released(&mut keeper, 4), ["d"]);
     assert_eq!(gate.backlog(), Backlog::default());
 }
@@ -69,7 +69,7 @@ fn a_full_gate_says_when_it_has_room_again() {
     }
     assert_eq!(say(&gate, "a"), Held::Full);
     assert!(!has_room(&gate));
-    keeper.mark(1);
+    keeper.marker().mark(1);
     assert_eq!(released(&mut keeper, 1).len(), ROOM.pieces);
     assert!(has_room(&gate));
     gate.take_room();
@@ -99,7 +99,7 @@ fn a_piece_that_cannot_be_copied_is_not_kept() {
     assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::InvalidInput);
     say(&gate, "b");
     assert_eq!(gate.backlog().bytes, 2);
-    keeper.mark(1);
+    keeper.marker().mark(1);
     assert_eq!(released(&mut keeper, 1), ["a", "b"]);
 }
 
@@ -107,10 +107,10 @@ fn a_piece_that_cannot_be_copied_is_not_kept() {
 fn what_is_discarded_never_leaves() {
     let (gate, mut keeper) = gate();
     say(&gate, "a");
-    keeper.mark(1);
+    keeper.marker().mark(1);
     say(&gate, "b");
     keeper.discard();
-    keeper.mark(2);
+    keeper.marker().mark(2);
     assert_eq!(released(&mut keeper, 2), [""; 0]);
     assert_eq!(gate.backlog(), Backlog::default());
     assert_eq!(say(&gate, "c"), Held::Kept);
@@ -144,10 +144,10 @@ fn nothing_overtakes_what_was_kept() {
     let write = |piece: &[u8]| out.lock().push(u32::from_le_bytes(piece.try_into().unwrap()));
     let mut epoch = 0;
     while !producer.is_finished() {
-        keeper.shut();
+        keeper.marker().shut();
         for _ in 0..3 {
             epoch += 1;
-            keeper.mark(epoch);
+            keeper.marker().mark(epoch);
             keeper.release(epoch, write);
         }
         keeper.open(write);

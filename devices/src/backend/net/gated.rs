@@ -9,7 +9,7 @@ use std::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{NetBackend, Offloads, frame::Frame};
-use crate::backend::gate::{Backlog, Gate, Held, Keeper, Room};
+use crate::backend::gate::{Backlog, Gate, Held, Keeper, Marker, Room};
 
 /// Frames held for one back-end: 50 ms of output at 10 Gbit/s.
 const ROOM: Room = Room { bytes: 64 << 20, pieces: 65_536 };
@@ -74,14 +74,9 @@ impl Gated {
 }
 
 impl NetKeeper {
-    /// As [`Keeper::shut`]. Called while the device's worker is off its thread.
-    pub fn shut(&mut self) {
-        self.keeper.shut();
-    }
-
-    /// As [`Keeper::mark`].
-    pub fn mark(&mut self, epoch: u64) {
-        self.keeper.mark(epoch);
+    /// As [`Keeper::marker`]. It is used while the device's worker is off its thread.
+    pub fn marker(&self) -> Marker {
+        self.keeper.marker()
     }
 
     /// As [`Keeper::release`], to the interface.

@@ -31,7 +31,10 @@ use super::{
     VirtioDevice, VirtioWorker, ring::Ring,
 };
 use crate::{
-    backend::net::{NetBackend, Offloads},
+    backend::net::{
+        NetBackend, Offloads,
+        gated::{Gated, NetKeeper},
+    },
     log_limit::log_seldom,
     model::Model,
     random,
@@ -108,6 +111,8 @@ pub struct Net {
     mac: [u8; 6],
     link: bool,
     backend: Option<Arc<dyn NetBackend>>,
+    /// The back-end behind the gate, if there is one.
+    behind: Option<Arc<dyn NetBackend>>,
     /// A back-end will be plugged in before the guest runs, so the driver sees it already.
     awaited: bool,
     features: u64,
@@ -146,6 +151,7 @@ impl Net {
             settings,
             link: true,
             backend: None,
+            behind: None,
             awaited: false,
             features,
             queue_sizes,
@@ -211,7 +217,22 @@ impl Net {
     pub fn unplug(&mut self) -> io::Result<Option<Arc<dyn NetBackend>>> {
         let backend = self.backend.take();
         self.set_backend(None)?;
-        Ok(backend)
+        Ok(self.behind.take().or(backend))
+    }
+
+    /// Put a new, open gate in front of the back-end, in place of one that is there already; `None`
+    /// for an empty slot. Called while the device is paused.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn gate(&mut self) -> io::Result<Option<NetKeeper>> {
+        let Some(backend) = self.behind.clone().or_else(|| self.backend.clone()) else {
+            return Ok(None);
+        };
+        let (gated, keeper) = Gated::new(backend.clone())?;
+        self.set_backend(Some(Arc::new(gated)))?;
+        self.behind = Some(backend);
+        Ok(Some(keeper))
     }
 
     /// Set the link up or down.

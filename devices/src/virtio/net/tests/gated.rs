@@ -8,8 +8,8 @@ use crate::backend::{
 fn shut(features: u64, room: Room, header: bool) -> (Lan, NetKeeper) {
     let mut outside = None;
     let mut lan = Lan::over(settings(1), header, |wire| {
-        let (gated, mut keeper) = Gated::with_room(wire, room).unwrap();
-        keeper.shut();
+        let (gated, keeper) = Gated::with_room(wire, room).unwrap();
+        keeper.marker().shut();
         outside = Some(keeper);
         Arc::new(gated)
     });
@@ -28,9 +28,9 @@ fn frames_leave_only_with_their_checkpoint_while_the_guest_goes_on() {
         lan.send(&Lan::frame(100, 1));
         lan.send(&Lan::frame(100, 2));
         assert_eq!(lan.tx_done(), 2, "to the guest they are sent");
-        keeper.mark(1);
+        keeper.marker().mark(1);
         lan.send(&Lan::frame(100, 3));
-        keeper.mark(2);
+        keeper.marker().mark(2);
         assert_eq!(seen(&lan), None);
         assert_eq!(keeper.backlog().pieces, 3);
         keeper.release(1);
@@ -47,7 +47,7 @@ fn frames_leave_only_with_their_checkpoint_while_the_guest_goes_on() {
 fn frames_that_are_discarded_are_never_seen() {
     let (mut lan, mut keeper) = shut(0, WIDE, true);
     lan.send(&Lan::frame(100, 1));
-    keeper.mark(1);
+    keeper.marker().mark(1);
     lan.send(&Lan::frame(100, 2));
     keeper.discard();
     keeper.open();
@@ -71,7 +71,7 @@ fn a_full_gate_keeps_the_guest_waiting_and_loses_nothing() {
     assert_eq!(lan.tx_done(), 2);
     let mut seen = Vec::new();
     for epoch in 1..=3 {
-        keeper.mark(epoch);
+        keeper.marker().mark(epoch);
         keeper.release(epoch);
         lan.guest.thread.settle();
         seen.extend(std::iter::from_fn(|| lan.at_host()));
@@ -87,7 +87,7 @@ fn an_interface_that_takes_nothing_costs_frames_and_a_bounded_time() {
     for seed in 0..100 {
         lan.send(&Lan::frame(100, seed));
     }
-    keeper.mark(1);
+    keeper.marker().mark(1);
     lan.switches.fault.store(libc::EAGAIN, SeqCst);
     keeper.release(1);
     assert_eq!(keeper.dropped(), 100);

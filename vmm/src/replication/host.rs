@@ -1,0 +1,197 @@
+//! The incoming thread of a backup: it builds the machine, which the thread that reads what a
+//! primary sends must not do.
+use std::{
+    io,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, TryRecvError, channel},
+    },
+    thread::{self, Builder as Thread},
+};
+
+use config::Description;
+use machine::{Machine, Memory, Refused, kvm::opening::Opening};
+use parking_lot::Mutex;
+use qmp::schema::ReplicationInfo;
+use replication::Incarnation;
+
+use super::{
+    Wake,
+    standby::{Builder, Promotion, Standby, Task, Tell, ToStandby},
+};
+use crate::{
+    checkpoint::{
+        Arrived, Assembly, IncomingError, ReceiveError, Received, RestoreError, Voice, take,
+    },
+    lifecycle::Halt,
+    seccomp::{Confinement, Kind},
+};
+
+/// What the thread needs.
+pub struct Host {
+    /// How the machine is built.
+    pub assembly: Assembly,
+    /// The socket at which primaries connect, and who decides.
+    pub task: Task,
+    /// Confines the thread that reads.
+    pub confinement: Confinement,
+}
+
+enum Ask {
+    Room(Box<Description>),
+    Build(Box<Received>),
+    Forget,
+    Take,
+}
+
+/// The reading thread's end.
+struct Asking {
+    ask: Sender<Ask>,
+    memory: Receiver<Result<Memory, String>>,
+    answers: Receiver<Result<(), String>>,
+}
+
+impl Builder for Asking {
+    fn room(&mut self, description: Description) -> Result<Memory, String> {
+        self.send(Ask::Room(Box::new(description)));
+        self.memory.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    fn build(&mut self, received: Received) {
+        self.send(Ask::Build(Box::new(received)));
+    }
+
+    fn forget(&mut self) {
+        self.send(Ask::Forget);
+    }
+
+    fn take(&mut self) {
+        self.send(Ask::Take);
+    }
+
+    fn answer(&mut self) -> Option<Result<(), String>> {
+        match self.answers.try_recv() {
+            Ok(answer) => Some(answer),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(gone())),
+        }
+    }
+}
+
+impl Asking {
+    fn send(&self, ask: Ask) {
+        // That thread ends after this one.
+        let _ = self.ask.send(ask);
+    }
+}
+
+fn gone() -> String {
+    "the thread that builds it has ended".into()
+}
+
+impl Host {
+    /// Be the backup, until the guest runs here or never will.
+    ///
+    /// # Errors
+    /// Why it never will.
+    pub fn serve(self, tell: impl Fn(Tell) + Send) -> Result<Arrived, RestoreError> {
+        let Self { assembly, task, confinement } = self;
+        let wake = task.wake.clone();
+        let (ask, asked) = channel();
+        let (give, memory) = channel();
+        let (answer, answers) = channel();
+        let asking = Asking { ask, memory, answers };
+        thread::scope(|scope| {
+            let first_step = confinement.first_step(Kind::Stream, "stream");
+            let checked = &confinement;
+            let confine =
+                move || first_step().or_else(|Refused| checked.check().map_err(io::Error::other));
+            let read = move || {
+                confine().map_err(IncomingError::Wait)?;
+                Ok::<_, RestoreError>(Standby::new(task, asking, tell).run()?)
+            };
+            let reader = Thread::new().name("stream".into()).spawn_scoped(scope, read);
+            let reader = reader.map_err(IncomingError::Wait)?;
+            let mut machine: Option<(Machine, Option<Halt>)> = None;
+            for ask in asked {
+                match ask {
+                    Ask::Room(description) => {
+                        let room = assembly.make_room(&description, None);
+                        let _ = give.send(room.map_err(|e| text(&e)));
+                        continue;
+                    }
+                    Ask::Forget => {
+                        machine = None;
+                        continue;
+                    }
+                    Ask::Build(received) => {
+                        let opening = Opening::begin().map_err(IncomingError::Wait);
+                        let built = opening
+                            .map_err(RestoreError::from)
+                            .and_then(|opening| assembly.received(*received, opening, false));
+                        let _ =
+                            answer.send(built.map(|new| machine = Some(new)).map_err(|e| text(&e)));
+                    }
+                    Ask::Take => {
+                        let taken = match &mut machine {
+                            Some((machine, _)) => take(machine).map_err(|e| text(&e)),
+                            None => Err("it was not built".into()),
+                        };
+                        let _ = answer.send(taken);
+                    }
+                }
+                wake.wake();
+            }
+            let promotion = reader.join().unwrap_or_else(|_| {
+                Err(IncomingError::Wait(io::Error::other("its reader thread has panicked")).into())
+            })?;
+            let Some((machine, halted)) = machine else {
+                return Err(ReceiveError::Replica("it was not built".into()).into());
+            };
+            let promotion = Some(Box::new(promotion));
+            Ok(Arrived { machine, halted, answer: Voice::silent(), promotion })
+        })
+    }
+}
+
+fn text(error: &RestoreError) -> String {
+    qmp::Error::generic(error).to_string()
+}
+
+/// What main and standby share.
+pub struct Shared {
+    /// To the thread.
+    pub orders: Sender<ToStandby>,
+    /// Wakes it.
+    pub wake: Wake,
+    /// What it shows.
+    pub status: Arc<Mutex<ReplicationInfo>>,
+}
+
+impl Shared {
+    /// The ends of a new backup, and what is left for its task.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn new() -> io::Result<(Self, Receiver<ToStandby>)> {
+        let (orders, inbox) = channel();
+        Ok((Self { orders, wake: Wake::new()?, status: Arc::default() }, inbox))
+    }
+
+    /// Give the thread an order. One that has ended has said so.
+    pub fn give(&self, order: ToStandby) {
+        let _ = self.orders.send(order);
+        self.wake.wake();
+    }
+}
+
+/// A new process.
+///
+/// # Errors
+/// When the host cannot provide random numbers.
+pub fn incarnation() -> io::Result<Incarnation> {
+    crate::checkpoint::job::new_id().map(Incarnation)
+}
+
+/// The failover that a machine arrived by, if it did.
+pub type Arrival = Option<Box<Promotion>>;

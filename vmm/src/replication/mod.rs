@@ -1,0 +1,34 @@
+//! Protecting a machine by a backup: the crate `replication` decides, and this carries it out.
+//!
+//! ```text
+//!   primary                                        backup
+//!   main thread       checkpoint thread            stream thread      incoming thread
+//!   (protection)      (protector)                  (standby)          (arrival)
+//!       | <--Harvest-- rounds of memory ---------> filled
+//!       | --Changed-->
+//!   [pause] <-Capture-- every period
+//!       | --Captured-> pages, state, End --------> kept
+//!       |              release <------------ Ack   applied
+//!       |
+//!      (dies)                                      suspects, asks --Machine-> builds it
+//!                                                  is granted it  --Take----> disks, taps; runs
+//! ```
+//! The state machines live on the threads that have the connection, so that no wait for the guest
+//! or for a file keeps back a sign of life.
+mod connection;
+pub mod host;
+mod offer;
+mod outgoing;
+mod protection;
+mod protector;
+mod questions;
+mod received;
+mod rounds;
+mod settings;
+pub mod standby;
+mod wake;
+
+pub(crate) use protection::Replication;
+pub use questions::{Query, changed, uuid};
+pub use standby::{Promotion, ToStandby};
+pub use wake::Wake;

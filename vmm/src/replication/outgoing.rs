@@ -1,0 +1,188 @@
+//! What a primary has still to send, in order: a little of it is encoded whenever the connection
+//! takes more, so that memory stays bounded and signs of life are not late.
+use std::{
+    collections::VecDeque,
+    io,
+    ops::Range,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use machine::{
+    Memory,
+    memory::{
+        image::{self, PAGE_SIZE},
+        staging::{self, Staging},
+    },
+};
+use replication::{
+    Epoch, Term,
+    contents::{self, Encoder, PAGE},
+};
+
+/// The one section of a machine: its configuration and its state, as a stream.
+pub const MACHINE: &str = "machine";
+/// Most pages that are encoded at once.
+const AT_ONCE: usize = 256;
+
+/// An epoch that was captured and is not acknowledged yet.
+pub struct Staged {
+    /// Its number.
+    pub epoch: Epoch,
+    /// What has changed in memory.
+    pub pages: Staging,
+    /// The machine.
+    pub state: Vec<u8>,
+}
+
+enum Item {
+    Frame(Vec<u8>),
+    /// Guest memory, of a guest that runs.
+    Round {
+        epoch: Epoch,
+        pieces: VecDeque<Range<u64>>,
+        begun: bool,
+    },
+    RoundOver,
+    Epoch {
+        staged: Arc<Staged>,
+        /// The next piece, and how much of it was sent.
+        piece: usize,
+        offset: usize,
+        begun: bool,
+    },
+}
+
+/// The queue.
+pub struct Outgoing {
+    term: Term,
+    memory: Memory,
+    encoder: Encoder,
+    items: VecDeque<Item>,
+    buffer: Vec<u8>,
+}
+
+/// What [`Outgoing::next`] gives.
+pub enum Next {
+    /// Bytes to be sent.
+    Bytes(Vec<u8>),
+    /// A round of the first copy has been sent.
+    RoundOver,
+}
+
+impl Outgoing {
+    /// An empty queue for a machine with this memory.
+    pub fn new(memory: Memory, compress: bool) -> Self {
+        Self {
+            term: Term(0),
+            memory,
+            encoder: Encoder::new(compress, contents::CACHE),
+            items: VecDeque::new(),
+            buffer: vec![0; AT_ONCE * PAGE],
+        }
+    }
+
+    /// A new connection, in `term`: nothing was sent on it.
+    pub fn restart(&mut self, term: Term) {
+        self.term = term;
+        self.encoder.forget();
+        self.items.clear();
+    }
+
+    /// Send a message.
+    pub fn frame(&mut self, bytes: Vec<u8>) {
+        self.items.push_back(Item::Frame(bytes));
+    }
+
+    /// Send these ranges of guest memory.
+    pub fn round(&mut self, epoch: Epoch, ranges: Vec<Range<u64>>) {
+        self.items.push_back(Item::Round { epoch, pieces: ranges.into(), begun: false });
+    }
+
+    /// Send an epoch.
+    pub fn epoch(&mut self, staged: Arc<Staged>) {
+        self.items.push_back(Item::Epoch { staged, piece: 0, offset: 0, begun: false });
+    }
+
+    /// The next bytes, in order; `None` when nothing is left.
+    ///
+    /// # Errors
+    /// When guest memory cannot be read, or the state of the machine is too long.
+    pub fn next(&mut self) -> io::Result<Option<Next>> {
+        let Some(item) = self.items.pop_front() else { return Ok(None) };
+        let mut to = Vec::new();
+        let next = match item {
+            Item::Frame(bytes) => Next::Bytes(bytes),
+            Item::Round { epoch, mut pieces, begun } => {
+                if !begun {
+                    let pages = pieces.iter().map(|range| (range.end - range.start) / PAGE_SIZE);
+                    self.encoder.begin((self.term, epoch), pages.sum(), now(), &mut to);
+                }
+                self.round_piece(&mut pieces, &mut to)?;
+                self.items.push_front(match pieces.is_empty() {
+                    true => Item::RoundOver,
+                    false => Item::Round { epoch, pieces, begun: true },
+                });
+                Next::Bytes(to)
+            }
+            Item::RoundOver => Next::RoundOver,
+            Item::Epoch { staged, mut piece, mut offset, begun } => {
+                if !begun {
+                    let pages = staging::bytes(&staged.pages.ranges()) / PAGE_SIZE;
+                    self.encoder.begin((self.term, staged.epoch), pages, now(), &mut to);
+                }
+                match staged.pages.piece(piece)? {
+                    Some((at, bytes)) => {
+                        let rest = bytes.get(offset..).unwrap_or_default();
+                        let part = rest.get(..rest.len().min(AT_ONCE * PAGE)).unwrap_or_default();
+                        encode(&mut self.encoder, at + offset as u64, part, &mut to);
+                        offset += part.len();
+                        if part.len() == rest.len() {
+                            (piece, offset) = (piece + 1, 0);
+                        }
+                        self.items.push_front(Item::Epoch { staged, piece, offset, begun: true });
+                    }
+                    None => {
+                        let section = self.encoder.section(MACHINE, &staged.state, &mut to);
+                        section.map_err(io::Error::other)?;
+                        self.encoder.close(&mut to);
+                    }
+                }
+                Next::Bytes(to)
+            }
+        };
+        Ok(Some(next))
+    }
+
+    /// Encode a little of the first of `pieces`, and take that away.
+    fn round_piece(
+        &mut self,
+        pieces: &mut VecDeque<Range<u64>>,
+        to: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let Some(range) = pieces.front_mut() else { return Ok(()) };
+        let length = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        let length = length.min(self.buffer.len());
+        let buffer = self.buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidInput)?;
+        image::read(&self.memory, range.start, buffer)?;
+        encode(&mut self.encoder, range.start, buffer, to);
+        range.start += length as u64;
+        if range.is_empty() {
+            pieces.pop_front();
+        }
+        Ok(())
+    }
+}
+
+fn encode(encoder: &mut Encoder, address: u64, bytes: &[u8], to: &mut Vec<u8>) {
+    let (pages, _) = bytes.as_chunks::<PAGE>();
+    for (page, address) in pages.iter().zip((address..).step_by(PAGE)) {
+        encoder.page(address, page, to);
+    }
+}
+
+/// The host's date, in ns since 1970.
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,500 @@
+//! The main thread's part of a primary: it stops the guest for each epoch.
+use std::{
+    ops::Range,
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, channel},
+    },
+    time::{Duration, Instant},
+};
+
+use machine::{
+    Gates, Markers, RunError,
+    memory::{image::union, staging::Staging},
+};
+use parking_lot::Mutex;
+use qmp::{
+    Error,
+    schema::{
+        Event, FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationNeed,
+        ReplicationResult, ReplicationStart, ReplicationStatus, ShutdownCause,
+    },
+    server::Ticket,
+};
+use replication::{
+    Command, Epoch, Event as Told, Exit, Identity, Incarnation, Lineage, Primary, Rules, Term,
+};
+
+use super::{
+    Promotion,
+    connection::Connection,
+    offer::Offer,
+    protector::{Order, Orders, Protector, Report, Task},
+    questions::{Query, changed, parse_uuid, uuid},
+    settings,
+    wake::Wake,
+};
+use crate::{
+    bounds,
+    checkpoint::job::new_id,
+    lifecycle::{self, State},
+    vmm::{Ending, Vmm},
+};
+
+/// Commands that would change the machine itself, or need the thread that replicates it.
+const CHANGES: &[&str] = &[
+    "block_resize",
+    "blockdev-add",
+    "blockdev-del",
+    "device_add",
+    "device_del",
+    "migrate",
+    "netdev_add",
+    "netdev_del",
+];
+/// Exit status of a primary whose guest runs elsewhere.
+const FENCED: u8 = 3;
+
+/// What this process knows of the replication of its machine.
+pub(crate) struct Replication {
+    /// The domain, once it was protected here or came here by a failover.
+    lineage: Option<Lineage>,
+    /// The first term that was not used yet.
+    term: Term,
+    protection: Option<Protection>,
+    last: ReplicationInfo,
+}
+
+impl Default for Replication {
+    fn default() -> Self {
+        Self { lineage: None, term: Term(1), protection: None, last: ReplicationInfo::default() }
+    }
+}
+
+/// A protection, or an ownership of a term.
+struct Protection {
+    orders: Orders,
+    reports: Receiver<Report>,
+    status: Arc<Mutex<ReplicationInfo>>,
+    incarnation: Incarnation,
+    markers: Option<Markers>,
+    query: Option<Query>,
+    /// The agent was asked for a connection.
+    connecting: bool,
+    /// The guest was stopped, and is not to run.
+    parked: bool,
+    capture: Option<Capture>,
+}
+
+/// An epoch that is to be captured once the machine is at rest.
+struct Capture {
+    epoch: Epoch,
+    shut: bool,
+    left: Vec<Range<u64>>,
+    staging: Staging,
+    asked: Instant,
+}
+
+impl Vmm {
+    /// Protect the machine.
+    ///
+    /// # Errors
+    /// When that is not possible; nothing has changed then.
+    pub(crate) fn protect(&mut self, start: &ReplicationStart) -> Result<(), Error> {
+        let settings = settings::of_primary(start)?;
+        let peer = start.uri.as_deref().map(|uri| match uri.split_once(':') {
+            Some(("unix", path)) if !path.is_empty() => Ok(PathBuf::from(path)),
+            _ => Err(Error::text(format!("Invalid parameter 'uri': '{uri}': must be unix:SOCKET"))),
+        });
+        let peer = peer.transpose()?;
+        let lineage = match (&start.lineage, self.replication.lineage) {
+            (Some(text), Some(known)) if uuid(known.0) != *text => {
+                return Err(Error::text(format!(
+                    "Invalid parameter 'lineage': '{text}': this machine's is {}",
+                    uuid(known.0)
+                )));
+            }
+            (_, Some(known)) => known,
+            (Some(text), None) => Lineage(parse_uuid("lineage", text)?),
+            (None, None) => Lineage(random()?),
+        };
+        if !self.machine.config().disks.is_empty() {
+            return Err(Error::text("a machine with disks cannot be protected"));
+        }
+        if self.saving().is_busy() {
+            return Err(Error::text(
+                "a save is under way or tracks changes for the next one: wait for its end, or save \
+                 without 'track'",
+            ));
+        }
+        if let Some(protection) = &self.replication.protection {
+            let (state, term) = {
+                let shown = protection.status.lock();
+                (shown.state, shown.term)
+            };
+            if state != ReplicationStatus::Degraded || protection.query.is_some() {
+                return Err(Error::text(
+                    "the machine is protected already: replication-stop ends that",
+                ));
+            }
+            let me = Identity { lineage, incarnation: protection.incarnation };
+            let (primary, _) = Primary::owner(me, Term(term), None, settings, Rules::ALL);
+            protection.orders.give(Order::Again(Box::new(primary), peer));
+            return Ok(());
+        }
+        let incarnation = Incarnation(random()?);
+        let me = Identity { lineage, incarnation };
+        let primary = Primary::new(me, self.replication.term, settings, Rules::ALL);
+        self.begin_protection(primary, me, settings.timeout, peer, true)
+    }
+
+    /// Continue as the owner of a term that was won by a failover.
+    ///
+    /// # Errors
+    /// When the host has no descriptor to give.
+    pub fn promoted(&mut self, promotion: Promotion) -> Result<(), Error> {
+        let Promotion { me, term, promoted, settings, epoch, times, decided } = promotion;
+        let run_us = u64::try_from(decided.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let times = FailoverTimes { run_us, ..times };
+        (self.replication.lineage, self.replication.term) = (Some(me.lineage), term);
+        self.replication.last.last_failover = Some(times);
+        let (primary, outputs) = Primary::owner(me, term, promoted, settings, Rules::ALL);
+        self.begin_protection(primary, me, settings.timeout, None, false)?;
+        for output in outputs {
+            if let replication::Output::Ask { nonce, question } = output {
+                self.replication_asks(Query { nonce, question });
+            }
+        }
+        self.broadcast(&Event::ReplicationFailover { term: term.0, epoch: epoch.0, times });
+        Ok(())
+    }
+
+    fn begin_protection(
+        &mut self,
+        primary: Primary,
+        me: Identity,
+        timeout: Duration,
+        peer: Option<PathBuf>,
+        start: bool,
+    ) -> Result<(), Error> {
+        let failed = |e: std::io::Error| Error::generic(&e);
+        self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
+        let config = self.machine.description(random()?, None);
+        let wake = Wake::new().map_err(failed)?;
+        let (to, orders) = channel();
+        let (reports, inbox) = channel();
+        let status = Arc::new(Mutex::new(ReplicationInfo {
+            last_failover: self.replication.last.last_failover,
+            ..Default::default()
+        }));
+        let task = Task {
+            primary,
+            lineage: me.lineage,
+            incarnation: me.incarnation.0,
+            offer: Offer { timeout, config },
+            peer,
+            memory: self.machine.memory().clone(),
+            compress: true,
+            start,
+            orders,
+            wake: wake.clone(),
+            status: status.clone(),
+        };
+        let notify = self.saving().thread().notify();
+        let report = move |report| {
+            // If the main thread no longer receives, the process is ending.
+            let _ = reports.send(report);
+            notify();
+        };
+        let run = Box::new(move || Protector::new(task, report).run());
+        self.saving().thread().run(run).map_err(|e| Error::generic(&e))?;
+        self.replication.lineage = Some(me.lineage);
+        self.replication.protection = Some(Protection {
+            orders: Orders { to, wake },
+            reports: inbox,
+            status,
+            incarnation: me.incarnation,
+            markers: None,
+            query: None,
+            connecting: false,
+            parked: false,
+            capture: None,
+        });
+        Ok(())
+    }
+
+    /// Give the thread a client's command.
+    ///
+    /// # Errors
+    /// When the machine is not protected.
+    pub(crate) fn replication_command(&mut self, command: Command) -> Result<(), Error> {
+        let none =
+            || Error::text("the machine is not protected: start that with replication-start");
+        self.replication.protection.as_ref().ok_or_else(none)?.orders.give(Order::Command(command));
+        Ok(())
+    }
+
+    /// Take an agent's answer.
+    ///
+    /// # Errors
+    /// When it is malformed. One that nobody waits for is dropped.
+    pub(crate) fn replication_answer(
+        &mut self,
+        answer: &ReplicationAnswer,
+        ticket: &Ticket,
+    ) -> Result<(), Error> {
+        let named = answer
+            .fd
+            .as_deref()
+            .and_then(|name| self.servers.named_fds(ticket).and_then(|fds| fds.remove(name)));
+        let Some(protection) = &mut self.replication.protection else { return Ok(()) };
+        if answer.need == ReplicationNeed::Connect {
+            if !std::mem::take(&mut protection.connecting)
+                || answer.result != ReplicationResult::Connected
+            {
+                return Ok(());
+            }
+            let fd = named.ok_or_else(|| {
+                Error::text("Parameter 'fd': no descriptor of that name: pass it with getfd first")
+            })?;
+            let connection = Connection::new(fd).map_err(|e| Error::generic(&e))?;
+            protection.orders.give(Order::Connected(connection));
+            return Ok(());
+        }
+        if let Some(query) = protection.query
+            && let Some(given) = query.answer(answer)?
+        {
+            protection.query = None;
+            let Query { nonce, question } = query;
+            protection.orders.give(Order::Answered { nonce, question, answer: given });
+        }
+        Ok(())
+    }
+
+    /// The state of replication.
+    pub(crate) fn replication_info(&self) -> ReplicationInfo {
+        let last = &self.replication.last;
+        match &self.replication.protection {
+            Some(protection) => {
+                let shown = protection.status.lock().clone();
+                let ReplicationInfo { epoch, pause_us, dirty_pages, .. } = *last;
+                ReplicationInfo { epoch, pause_us, dirty_pages, ..shown }
+            }
+            None => last.clone(),
+        }
+    }
+
+    /// Why the command `name` is not possible now, if replication forbids it.
+    pub(crate) fn replication_forbids(&self, name: &str) -> Option<&'static str> {
+        self.replication.protection.as_ref()?;
+        match name {
+            "cont" if self.is_fenced() => {
+                Some("the guest may run at its backup; query-replication shows what is waited for")
+            }
+            _ if CHANGES.contains(&name) => Some(
+                "the machine is replicated, and its backup would not follow; use replication-stop first",
+            ),
+            _ => None,
+        }
+    }
+
+    /// Whether the guest must not run, as it may run elsewhere.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.replication.protection.as_ref().is_some_and(|protection| protection.parked)
+    }
+
+    /// Handle what the thread has reported.
+    pub(crate) fn follow_replication(&mut self) {
+        while !self.is_deferring()
+            && let Some(report) = self.next_report()
+        {
+            match report {
+                Report::Log => {
+                    let logged = self.machine.log_dirty(true);
+                    self.give(logged.map(|()| Order::Logging(self.machine.filled())));
+                }
+                Report::Harvest => {
+                    let changed = self.machine.dirty_memory();
+                    self.give(changed.map(Order::Changed));
+                }
+                Report::Capture { epoch, shut, left, staging } => {
+                    let asked = Instant::now();
+                    if let Some(protection) = &mut self.replication.protection {
+                        protection.capture = Some(Capture { epoch, shut, left, staging, asked });
+                    }
+                }
+                Report::Park(park) => self.park(park),
+                Report::Ask(query) => self.replication_asks(query),
+                Report::Connect => self.ask_for_connection(),
+                Report::Tell { event, previous } => self.tell(event, previous),
+                Report::Over(exit) => self.protection_over(exit),
+            }
+        }
+        self.try_epoch();
+    }
+
+    fn next_report(&mut self) -> Option<Report> {
+        self.replication.protection.as_ref()?.reports.try_recv().ok()
+    }
+
+    fn give(&self, order: Result<Order, machine::DirtyError>) {
+        let order = order.unwrap_or_else(|e| Order::Failed(Error::generic(&e).to_string()));
+        if let Some(protection) = &self.replication.protection {
+            protection.orders.give(order);
+        }
+    }
+
+    /// How long until an epoch is tried again.
+    pub(crate) fn until_epoch(&self) -> Option<Duration> {
+        let waits = self.replication.protection.as_ref()?.capture.is_some();
+        waits.then_some(bounds::RETRY)
+    }
+
+    /// Capture an epoch, if one waits and the machine can be brought to rest.
+    fn try_epoch(&mut self) {
+        if self.is_deferring() {
+            return;
+        }
+        let Some(protection) = &mut self.replication.protection else { return };
+        let Some(capture) = protection.capture.take() else { return };
+        let (asked, before) = (capture.asked, self.rest_timeouts());
+        let began = Instant::now();
+        if let Err(e) = self.machine.pause() {
+            let waits = self.rest_timeouts() > before;
+            self.give_up();
+            if let Some(protection) = &mut self.replication.protection {
+                match waits && asked.elapsed() < bounds::REST {
+                    true => protection.capture = Some(capture),
+                    false => protection.orders.give(Order::Failed(Error::generic(&e).to_string())),
+                }
+            }
+            return;
+        }
+        let captured = self.epoch_at_rest(capture);
+        if self.state() == State::Running
+            && !self.is_fenced()
+            && let Err(e) = self.machine.resume_after_own_pause()
+        {
+            log::error!("{}", Error::generic(&e));
+            return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
+        }
+        let pause = began.elapsed();
+        self.replication.last.pause_us = u64::try_from(pause.as_micros()).unwrap_or(u64::MAX);
+        let order = captured.unwrap_or_else(|e| Order::Failed(Error::generic(&e).to_string()));
+        if let Some(protection) = &self.replication.protection {
+            protection.orders.give(order);
+        }
+    }
+
+    /// Steps 2 and 3 of an epoch: the machine is at rest.
+    fn epoch_at_rest(&mut self, capture: Capture) -> Result<Order, EpochError> {
+        let Capture { epoch, shut, left, staging, .. } = capture;
+        let dirty = union(&left, &self.machine.dirty_memory()?);
+        let config = Box::new(self.machine.description(0, None));
+        let mut still = self.machine.quiesced()?;
+        let captured = Box::new(still.capture(0, dirty, Some(staging))?);
+        let protection = self.replication.protection.as_mut().ok_or(EpochError::Over)?;
+        let mut made: Option<Gates> = None;
+        if shut && protection.markers.is_none() {
+            let (gates, markers) = still.gates()?;
+            (made, protection.markers) = (Some(gates), Some(markers));
+        }
+        if let Some(markers) = &protection.markers {
+            markers.mark(epoch.0);
+            if shut {
+                markers.shut();
+            }
+        }
+        let pages = match &captured.pages {
+            machine::Pages::Staged(staging) => staging.bytes() / 4096,
+            machine::Pages::InPlace(_) => 0,
+        };
+        (self.replication.last.dirty_pages, self.replication.last.epoch) = (pages, epoch.0);
+        Ok(Order::Captured { epoch, config, captured, gates: made })
+    }
+
+    fn park(&mut self, park: bool) {
+        let Some(protection) = &mut self.replication.protection else { return };
+        protection.parked = park;
+        let event = match (park, self.state()) {
+            (true, State::Running) => lifecycle::Event::Pause,
+            (false, State::Paused) => lifecycle::Event::Resume,
+            _ => return,
+        };
+        if let Err(e) = self.apply(event) {
+            log::error!("{}", Error::generic(&e));
+        }
+    }
+
+    fn replication_asks(&mut self, query: Query) {
+        let Some(lineage) = self.replication.lineage else { return };
+        if let Some(protection) = &mut self.replication.protection {
+            protection.query = Some(query);
+        }
+        self.broadcast(&query.event(lineage));
+    }
+
+    fn ask_for_connection(&mut self) {
+        let Some(lineage) = self.replication.lineage else { return };
+        if let Some(protection) = &mut self.replication.protection {
+            protection.connecting = true;
+        }
+        self.broadcast(&Event::ReplicationNeeds {
+            nonce: 0,
+            need: ReplicationNeed::Connect,
+            lineage: uuid(lineage.0),
+            term: None,
+            word: None,
+            side: None,
+            incarnation: None,
+            winner: None,
+            to: None,
+            yielded_to: None,
+        });
+    }
+
+    fn tell(&mut self, event: Told, previous: ReplicationStatus) {
+        let info = self.replication_info();
+        self.broadcast(&changed(&info, previous, event));
+    }
+
+    fn protection_over(&mut self, exit: Option<Exit>) {
+        let info = self.replication_info();
+        self.replication.term = Term(info.term);
+        self.replication.last = ReplicationInfo { held_bytes: 0, oldest_us: 0, ..info };
+        let was = self.replication.protection.take();
+        if let Err(e) = self.machine.log_dirty(false) {
+            log::warn!("{}", Error::generic(&e));
+        }
+        let status = match exit {
+            None => {
+                if was.is_some_and(|was| was.parked) {
+                    log::warn!("replication has ended; the guest is stopped: cont lets it run");
+                }
+                return;
+            }
+            Some(Exit::Fenced) => FENCED,
+            Some(Exit::Done) => 0,
+            Some(Exit::Nothing | Exit::Refused(_)) => 1,
+        };
+        self.end(Ending { guest: false, reason: ShutdownCause::HostQmpQuit, status });
+    }
+}
+
+/// Why an epoch was not captured.
+#[derive(Debug, thiserror::Error)]
+enum EpochError {
+    #[error(transparent)]
+    Dirty(#[from] machine::DirtyError),
+    #[error(transparent)]
+    State(#[from] machine::SaveError),
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error("the protection has ended")]
+    Over,
+}
+
+fn random() -> Result<u128, Error> {
+    new_id().map_err(|e| Error::generic(&e))
+}

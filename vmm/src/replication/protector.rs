@@ -1,0 +1,532 @@
+//! The thread of a primary: it has the connection, moves pages, releases output, and drives
+//! [`Primary`].
+use std::{
+    collections::VecDeque,
+    io,
+    ops::Range,
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender},
+    },
+    time::{Duration, Instant},
+};
+
+use machine::{
+    Epoch as Captured, Gates, Memory, Pages,
+    memory::{
+        image,
+        staging::{self, Staging},
+    },
+};
+use parking_lot::Mutex;
+use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
+use replication::{
+    Answer, Command, Connection as Number, Epoch, Event, Exit, Frame, Input, Lineage, Message,
+    Output, Primary, Question, Term, contents, primary::State, wire,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
+use state::Config;
+
+use super::{
+    connection::Connection,
+    offer::Offer,
+    outgoing::{Next, Outgoing, Staged},
+    questions::uuid,
+    rounds::Rounds,
+    wake::Wake,
+};
+use crate::checkpoint::last_frames;
+
+/// Bytes that may wait in a connection before more are encoded.
+const HIGH_WATER: usize = 1 << 20;
+
+/// What the thread needs of the main thread.
+pub enum Report {
+    /// Log what changes in memory from now on, and answer with [`Order::Logging`].
+    Log,
+    /// Answer with [`Order::Changed`].
+    Harvest,
+    /// Steps 1 to 4 of an epoch; answer with [`Order::Captured`].
+    Capture {
+        /// Its number.
+        epoch: Epoch,
+        /// Output is held from its end on.
+        shut: bool,
+        /// What has changed before, and was not sent.
+        left: Vec<Range<u64>>,
+        /// Room for copies of memory.
+        staging: Staging,
+    },
+    /// Stop the guest, or let it run again.
+    Park(bool),
+    /// Ask the agent.
+    Ask(super::Query),
+    /// Ask the agent for a connection.
+    Connect,
+    /// The state has changed, or something is to be told.
+    Tell {
+        /// What.
+        event: Event,
+        /// The state before.
+        previous: ReplicationStatus,
+    },
+    /// It is over.
+    Over(Option<Exit>),
+}
+
+/// What the main thread answers, or wants.
+pub enum Order {
+    /// To [`Report::Log`]: ranges that may hold data although the guest has not touched them.
+    Logging(Arc<[Range<u64>]>),
+    /// To [`Report::Harvest`].
+    Changed(Vec<Range<u64>>),
+    /// To [`Report::Capture`].
+    Captured {
+        /// Its number.
+        epoch: Epoch,
+        /// The configuration.
+        config: Box<Config>,
+        /// The state.
+        captured: Box<Captured>,
+        /// The gates, if they have just been made.
+        gates: Option<Gates>,
+    },
+    /// The main thread cannot do its part: the protection ends.
+    Failed(String),
+    /// To [`Report::Ask`].
+    Answered {
+        /// Of the question.
+        nonce: u64,
+        /// The question.
+        question: Question,
+        /// The answer.
+        answer: Answer,
+    },
+    /// To [`Report::Connect`].
+    Connected(Connection),
+    /// Of a client.
+    Command(Command),
+    /// Protect the guest again, by another backup.
+    Again(Box<Primary>, Option<PathBuf>),
+}
+
+/// What a new thread is given.
+pub struct Task {
+    /// The state machine.
+    pub primary: Primary,
+    /// The domain.
+    pub lineage: Lineage,
+    /// This process, as the status shows it.
+    pub incarnation: u128,
+    /// The offer.
+    pub offer: Offer,
+    /// Where the backup listens; `None`: the agent connects.
+    pub peer: Option<PathBuf>,
+    /// The machine's memory.
+    pub memory: Memory,
+    /// Whether contents are packed.
+    pub compress: bool,
+    /// Protect at once.
+    pub start: bool,
+    /// From the main thread.
+    pub orders: Receiver<Order>,
+    /// Woken by it.
+    pub wake: Wake,
+    /// What it shows to clients.
+    pub status: Arc<Mutex<ReplicationInfo>>,
+}
+
+/// The thread.
+pub struct Protector<R> {
+    task: Task,
+    report: R,
+    began: Instant,
+    connection: Option<(Number, Connection)>,
+    /// Connections so far.
+    connections: u64,
+    reader: Incoming,
+    outgoing: Outgoing,
+    /// Epochs that are not acknowledged, oldest first.
+    staged: VecDeque<Arc<Staged>>,
+    last_digest: replication::Digest,
+    /// Buffers of epochs that were.
+    spare: Vec<Staging>,
+    first_copy: Option<FirstCopy>,
+    gates: Option<Gates>,
+    inputs: VecDeque<Input>,
+    told: ReplicationStatus,
+    over: Option<Option<Exit>>,
+}
+
+/// The copy of memory before the first epoch of a term.
+struct FirstCopy {
+    epoch: Epoch,
+    shut: bool,
+    rounds: Rounds,
+}
+
+/// Messages of the backup.
+#[derive(Default)]
+struct Incoming(Vec<u8>);
+
+impl<R: Fn(Report)> Protector<R> {
+    /// A thread that reports by `report`.
+    pub fn new(task: Task, report: R) -> Self {
+        let outgoing = Outgoing::new(task.memory.clone(), task.compress);
+        let mut inputs = VecDeque::new();
+        if task.start {
+            inputs.push_back(Input::Command(Command::Start));
+        }
+        Self {
+            task,
+            report,
+            began: Instant::now(),
+            connection: None,
+            connections: 0,
+            reader: Incoming::default(),
+            outgoing,
+            staged: VecDeque::new(),
+            last_digest: replication::Digest::default(),
+            spare: Vec::new(),
+            first_copy: None,
+            gates: None,
+            inputs,
+            told: ReplicationStatus::Off,
+            over: None,
+        }
+    }
+
+    /// Run until the guest is not protected any more, and this process not its owner by a term.
+    pub fn run(mut self) {
+        let exit = loop {
+            self.take_inputs();
+            self.pump();
+            self.show();
+            if let Some(exit) = self.over.take() {
+                break exit;
+            }
+            if let Err(e) = self.wait() {
+                log::error!("replication: cannot wait for events: {e}");
+                break None;
+            }
+            self.take_orders();
+            self.read();
+            self.inputs.push_back(Input::Tick);
+        };
+        if let Some(gates) = &mut self.gates {
+            match exit {
+                // What it has held was never seen, and must not be.
+                Some(Exit::Fenced) => gates.discard(),
+                _ => gates.open(),
+            }
+        }
+        drop(self.connection.take());
+        (self.report)(Report::Over(exit));
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let left = self.task.primary.deadline().map(|at| at.saturating_sub(self.now()));
+        let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+        let mut fds = vec![PollFd::new(&self.task.wake, PollFlags::IN)];
+        if let Some((_, connection)) = &self.connection {
+            fds.push(PollFd::new(connection, connection.interest()));
+        }
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {
+                self.task.wake.clear();
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn take_inputs(&mut self) {
+        while let Some(input) = self.inputs.pop_front() {
+            for output in self.task.primary.step(self.now(), input) {
+                self.carry_out(output);
+            }
+        }
+        if self.task.primary.state() == State::Off && self.over.is_none() {
+            self.over = Some(None);
+        }
+    }
+
+    fn carry_out(&mut self, output: Output) {
+        match output {
+            Output::Send(number, frame) => self.send(number, &frame),
+            Output::Dial => self.dial(),
+            Output::Close(number) => {
+                if self.connection.as_ref().is_some_and(|(current, _)| *current == number) {
+                    self.disconnect();
+                }
+            }
+            Output::Ask { nonce, question } => {
+                (self.report)(Report::Ask(super::Query { nonce, question }));
+            }
+            // No disk is replicated, so there is nothing to be marked.
+            Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
+            Output::Capture { epoch, shut } => self.capture(epoch, shut),
+            Output::ReleaseThrough(epoch) => self.release(epoch),
+            Output::OpenGates => self.gates.iter_mut().for_each(Gates::open),
+            Output::CloseTaps => self.gates.iter_mut().for_each(Gates::discard_frames),
+            Output::Park => (self.report)(Report::Park(true)),
+            Output::Unpark => (self.report)(Report::Park(false)),
+            Output::Tell(event) => {
+                let state = self.status();
+                let previous = std::mem::replace(&mut self.told, state);
+                self.show();
+                (self.report)(Report::Tell { event, previous });
+            }
+            Output::Exit(exit) => self.over = Some(Some(exit)),
+            // A backup's.
+            Output::Hold(_)
+            | Output::DropAfter(_)
+            | Output::Prepare(_)
+            | Output::Unprepare
+            | Output::Run { .. } => {}
+        }
+    }
+
+    fn send(&mut self, number: Number, frame: &Frame) {
+        let Some((current, connection)) = &mut self.connection else { return };
+        if *current != number {
+            return;
+        }
+        let bytes = wire::encode(frame);
+        match frame.message {
+            // A sign of life does not wait behind pages.
+            Message::Beat { .. } => connection.send(bytes),
+            Message::End { .. } => {
+                if let Some(staged) = self.staged.iter().find(|one| one.epoch == frame.epoch) {
+                    self.outgoing.epoch(staged.clone());
+                }
+                self.outgoing.frame(bytes);
+            }
+            _ => self.outgoing.frame(bytes),
+        }
+    }
+
+    fn dial(&mut self) {
+        match &self.task.peer {
+            Some(path) => match Connection::to(path) {
+                Ok(connection) => self.connected(connection),
+                Err(e) => log::info!("replication: cannot connect to {}: {e}", path.display()),
+            },
+            None => (self.report)(Report::Connect),
+        }
+    }
+
+    fn connected(&mut self, mut connection: Connection) {
+        match self.task.offer.encode() {
+            Ok(offer) => connection.send(offer),
+            Err(e) => return log::error!("replication: {e}"),
+        }
+        self.disconnect();
+        self.connections += 1;
+        let number = Number(self.connections);
+        self.connection = Some((number, connection));
+        self.outgoing.restart(self.task.primary.term());
+        self.inputs.push_back(Input::Connected(number));
+    }
+
+    fn disconnect(&mut self) {
+        self.connection = None;
+        self.reader = Incoming::default();
+        self.first_copy = None;
+    }
+
+    /// The connection has ended by itself, or carries nonsense.
+    fn lost(&mut self, why: &dyn std::fmt::Display) {
+        if let Some((number, _)) = &self.connection {
+            log::info!("replication: {why}");
+            self.inputs.push_back(Input::Closed(*number));
+            self.disconnect();
+        }
+    }
+
+    fn capture(&mut self, epoch: Epoch, shut: bool) {
+        if self.task.primary.state() == State::Syncing {
+            self.staged.clear();
+            self.first_copy = Some(FirstCopy { epoch, shut, rounds: Rounds::default() });
+            return (self.report)(Report::Log);
+        }
+        let staging = self.spare.pop().unwrap_or_default();
+        (self.report)(Report::Capture { epoch, shut, left: Vec::new(), staging });
+    }
+
+    fn release(&mut self, epoch: Epoch) {
+        if let Some(gates) = &mut self.gates {
+            gates.release(epoch.0);
+        }
+        while let Some(staged) = self.staged.pop_front_if(|staged| staged.epoch <= epoch) {
+            // Unless it is still being sent, which an acknowledgement makes impossible.
+            if let Ok(Staged { pages, .. }) = Arc::try_unwrap(staged) {
+                self.spare.push(pages);
+            }
+        }
+    }
+
+    fn take_orders(&mut self) {
+        while let Ok(order) = self.task.orders.try_recv() {
+            self.take(order);
+        }
+    }
+
+    fn take(&mut self, order: Order) {
+        match order {
+            Order::Logging(filled) => {
+                let Some(copy) = &self.first_copy else { return };
+                match image::used(&self.task.memory, &filled) {
+                    Ok(ranges) => self.outgoing.round(copy.epoch, ranges),
+                    Err(e) => self.lost(&format_args!("cannot find out what memory is used: {e}")),
+                }
+            }
+            Order::Changed(changed) => {
+                let Some(copy) = &mut self.first_copy else { return };
+                if copy.rounds.again(&changed) {
+                    return self.outgoing.round(copy.epoch, changed);
+                }
+                let (epoch, shut) = (copy.epoch, copy.shut);
+                self.first_copy = None;
+                let room = staging::room_for(staging::bytes(&changed));
+                match Staging::touched(room) {
+                    Ok(staging) => {
+                        (self.report)(Report::Capture { epoch, shut, left: changed, staging });
+                    }
+                    Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
+                }
+            }
+            Order::Captured { epoch, config, captured, gates } => {
+                self.gates = gates.or(self.gates.take());
+                match self.stage(epoch, *config, *captured) {
+                    Ok(input) => self.inputs.push_back(input),
+                    Err(e) => self.lost(&format_args!("cannot encode {epoch:?}: {e}")),
+                }
+            }
+            Order::Failed(why) => self.lost(&why),
+            Order::Answered { nonce, question, answer } => {
+                self.inputs.push_back(Input::Answered { nonce, question, answer });
+            }
+            Order::Connected(connection) => self.connected(connection),
+            Order::Command(command) => self.inputs.push_back(Input::Command(command)),
+            Order::Again(primary, peer) => {
+                (self.task.primary, self.task.peer) = (*primary, peer);
+                self.inputs.push_back(Input::Command(Command::Start));
+            }
+        }
+    }
+
+    fn stage(&mut self, epoch: Epoch, config: Config, captured: Captured) -> io::Result<Input> {
+        let Captured { state, pages, .. } = captured;
+        let Pages::Staged(pages) = pages else {
+            return Err(io::Error::other("the guest has changed too much memory"));
+        };
+        let state = last_frames(&config, state)?;
+        let digest = contents::chain(self.last_digest, [crc32fast::hash(&state)]);
+        self.last_digest = digest;
+        self.staged.push_back(Arc::new(Staged { epoch, pages, state }));
+        Ok(Input::Captured { epoch, digest })
+    }
+
+    fn read(&mut self) {
+        let Some((number, connection)) = &mut self.connection else { return };
+        let number = *number;
+        loop {
+            match connection.receive() {
+                Ok([]) => break,
+                Ok(bytes) => {
+                    self.reader.0.extend_from_slice(bytes);
+                    self.inputs.push_back(Input::Heard(number));
+                }
+                Err(e) => return self.lost(&format_args!("the connection has ended: {e}")),
+            }
+            let mut at = 0;
+            loop {
+                match wire::decode(self.reader.0.get(at..).unwrap_or_default()) {
+                    Ok((frame, length)) => {
+                        at += length;
+                        self.inputs.push_back(Input::Received(number, frame));
+                    }
+                    Err(wire::WireError::Truncated) => break,
+                    Err(e) => return self.lost(&e),
+                }
+            }
+            self.reader.0.drain(..at);
+        }
+    }
+
+    /// Encode and send as much as the connection takes.
+    fn pump(&mut self) {
+        loop {
+            let Some((_, connection)) = &mut self.connection else { return };
+            if connection.queued() >= HIGH_WATER {
+                break;
+            }
+            match self.outgoing.next() {
+                Ok(Some(Next::Bytes(bytes))) => connection.send(bytes),
+                Ok(Some(Next::RoundOver)) => (self.report)(Report::Harvest),
+                Ok(None) => break,
+                Err(e) => return self.lost(&format_args!("cannot send memory: {e}")),
+            }
+        }
+        if let Some((_, connection)) = &mut self.connection
+            && let Err(e) = connection.flush()
+        {
+            self.lost(&format_args!("the connection has ended: {e}"));
+        }
+    }
+
+    fn status(&self) -> ReplicationStatus {
+        match self.task.primary.state() {
+            State::Off => ReplicationStatus::Off,
+            State::Connecting => ReplicationStatus::Connecting,
+            State::Syncing => ReplicationStatus::Syncing,
+            State::Protected if self.task.primary.is_protected() => ReplicationStatus::Protected,
+            State::Protected => ReplicationStatus::Arming,
+            State::Stalled => ReplicationStatus::Stalled,
+            State::Degraded => ReplicationStatus::Degraded,
+            State::Fenced => ReplicationStatus::Fenced,
+            State::HandingOver(_) => ReplicationStatus::HandingOver,
+            State::Over => ReplicationStatus::Over,
+        }
+    }
+
+    /// Show clients how it stands.
+    fn show(&self) {
+        let held = self.gates.as_ref().map(Gates::backlog).unwrap_or_default();
+        let mut shown = self.task.status.lock();
+        shown.state = self.status();
+        shown.role = Some(ReplicationSide::Primary);
+        shown.lineage = Some(uuid(self.task.lineage.0));
+        shown.incarnation = Some(uuid(self.task.incarnation));
+        let Term(term) = self.task.primary.term();
+        shown.term = term;
+        shown.held_bytes = held.bytes as u64;
+        shown.oldest_us = u64::try_from(held.oldest.as_micros()).unwrap_or(u64::MAX);
+        shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, c)| c.total());
+    }
+}
+
+/// Sends orders to the thread.
+pub struct Orders {
+    /// To it.
+    pub to: Sender<Order>,
+    /// Wakes it.
+    pub wake: Wake,
+}
+
+impl Orders {
+    /// Give it an order. One that has ended has said so.
+    pub fn give(&self, order: Order) {
+        let _ = self.to.send(order);
+        self.wake.wake();
+    }
+}

@@ -1,0 +1,181 @@
+//! The protocol's questions and answers as QMP has them.
+use qmp::{
+    Error,
+    schema::{
+        Event, OnBackupLoss, OnBackupSlow, ReplicationAnswer, ReplicationInfo, ReplicationNeed,
+        ReplicationOutcome, ReplicationRecord, ReplicationResult, ReplicationSide,
+        ReplicationStatus, ReplicationWord,
+    },
+};
+use replication::{
+    Answer, Event as Told, Incarnation, Lineage, OnLoss, Party, Question, Record, Settled, Side,
+    Word,
+};
+
+/// A question that waits for its answer.
+#[derive(Debug, Clone, Copy)]
+pub struct Query {
+    /// Its number.
+    pub nonce: u64,
+    /// The question.
+    pub question: Question,
+}
+
+/// The event that reports a change of state, or something else that is to be told.
+pub fn changed(info: &ReplicationInfo, previous: ReplicationStatus, told: Told) -> Event {
+    let reason = match told {
+        Told::State(why) => why.to_string(),
+        Told::Refused(refusal) => format!("the backup refuses: {refusal}"),
+        Told::Failed(_, why) => format!("the command failed: {why}"),
+        Told::RecordChanged(_) => "the witness's record has changed".to_owned(),
+        Told::NoAnswer => "a question has had no answer for a while".to_owned(),
+    };
+    let ReplicationInfo { state, term, epoch, .. } = *info;
+    log::info!("replication: {state:?} in term {term}: {reason}");
+    Event::ReplicationState { state, previous, term, epoch, reason }
+}
+
+/// The usual form of a UUID, of 36 characters.
+pub fn uuid(id: u128) -> String {
+    let hex = format!("{id:032x}");
+    let field = |range| hex.get(range).unwrap_or_default();
+    [field(0..8), field(8..12), field(12..16), field(16..20), field(20..32)].join("-")
+}
+
+/// A UUID in its usual form.
+///
+/// # Errors
+/// When `text`, the value of `key`, is none.
+pub fn parse_uuid(key: &str, text: &str) -> Result<u128, Error> {
+    let digits: String = text.split('-').collect();
+    let parsed = u128::from_str_radix(&digits, 16).ok().filter(|id| uuid(*id) == text);
+    parsed.ok_or_else(|| {
+        Error::text(format!(
+            "Invalid parameter '{key}': '{text}': must be a UUID of 36 characters, in lower case"
+        ))
+    })
+}
+
+impl Query {
+    /// The event that asks it.
+    pub fn event(&self, lineage: Lineage) -> Event {
+        let (mut word, mut side, mut incarnation) = (None, None, None);
+        let (mut winner, mut to, mut yielded_to) = (None, None, None);
+        let need = match self.question {
+            Question::Look { .. } => ReplicationNeed::Look,
+            Question::Claim { word: how, party, .. } => {
+                word = Some(word_of(how));
+                side = Some(side_of(party.side));
+                incarnation = Some(uuid(party.incarnation.0));
+                ReplicationNeed::Claim
+            }
+            Question::Settle { winner: who, to: outcome, .. } => {
+                winner = Some(uuid(who.0));
+                let (outcome, whose) = outcome_of(outcome);
+                (to, yielded_to) = (Some(outcome), whose);
+                ReplicationNeed::Settle
+            }
+            Question::Fence { .. } => ReplicationNeed::Fence,
+        };
+        Event::ReplicationNeeds {
+            nonce: self.nonce,
+            need,
+            lineage: uuid(lineage.0),
+            term: Some(self.question.term().0),
+            word,
+            side,
+            incarnation,
+            winner,
+            to,
+            yielded_to,
+        }
+    }
+
+    /// What an agent's answer means; `None` if it does not answer this question, or not yet.
+    ///
+    /// # Errors
+    /// When it is not a possible answer.
+    pub fn answer(&self, answer: &ReplicationAnswer) -> Result<Option<Answer>, Error> {
+        let Event::ReplicationNeeds { need, .. } = self.event(Lineage(0)) else { return Ok(None) };
+        if answer.nonce != self.nonce || answer.need != need {
+            return Ok(None);
+        }
+        let impossible = || {
+            let desc = "Invalid parameter 'result': it does not answer that question";
+            Err(Error::text(desc))
+        };
+        match (answer.result, need) {
+            (ReplicationResult::Unknown, _) => Ok(None),
+            (ReplicationResult::Down, ReplicationNeed::Fence) => Ok(Some(Answer::Down)),
+            (ReplicationResult::Connected | ReplicationResult::Down, _)
+            | (_, ReplicationNeed::Fence | ReplicationNeed::Connect) => impossible(),
+            (ReplicationResult::Superseded, _) => Ok(Some(Answer::Superseded)),
+            (ReplicationResult::Record, _) => {
+                Ok(Some(Answer::Record(answer.record.as_ref().map(record).transpose()?)))
+            }
+        }
+    }
+}
+
+fn record(record: &ReplicationRecord) -> Result<Record, Error> {
+    let incarnation = Incarnation(parse_uuid("record.incarnation", &record.incarnation)?);
+    let side = match record.side {
+        ReplicationSide::Primary => Side::Primary,
+        ReplicationSide::Backup => Side::Backup,
+    };
+    let word = match record.word {
+        ReplicationWord::Solo => Word::Solo,
+        ReplicationWord::Promote => Word::Promote,
+        ReplicationWord::Cold => Word::Cold,
+        ReplicationWord::End => Word::End,
+    };
+    let settled = match (record.settled, &record.yielded_to) {
+        (None, _) => None,
+        (Some(ReplicationOutcome::Running), _) => Some(Settled::Running),
+        (Some(ReplicationOutcome::Yielded), Some(to)) => {
+            Some(Settled::Yielded { to: Incarnation(parse_uuid("record.yielded-to", to)?) })
+        }
+        (Some(ReplicationOutcome::Yielded), None) => {
+            return Err(Error::text("Parameter 'record.yielded-to' is missing"));
+        }
+    };
+    Ok(Record { word, winner: Party { side, incarnation }, settled })
+}
+
+fn word_of(word: Word) -> ReplicationWord {
+    match word {
+        Word::Solo => ReplicationWord::Solo,
+        Word::Promote => ReplicationWord::Promote,
+        Word::Cold => ReplicationWord::Cold,
+        Word::End => ReplicationWord::End,
+    }
+}
+
+fn side_of(side: Side) -> ReplicationSide {
+    match side {
+        Side::Primary => ReplicationSide::Primary,
+        Side::Backup => ReplicationSide::Backup,
+    }
+}
+
+fn outcome_of(settled: Settled) -> (ReplicationOutcome, Option<String>) {
+    match settled {
+        Settled::Running => (ReplicationOutcome::Running, None),
+        Settled::Yielded { to } => (ReplicationOutcome::Yielded, Some(uuid(to.0))),
+    }
+}
+
+/// What a primary does without its backup.
+pub fn on_loss(wanted: OnBackupLoss) -> OnLoss {
+    match wanted {
+        OnBackupLoss::Witness => OnLoss::Claim,
+        OnBackupLoss::Stall => OnLoss::Stall,
+        OnBackupLoss::Stop => OnLoss::Stop,
+        OnBackupLoss::Continue => OnLoss::Continue,
+    }
+}
+
+/// Whether a primary leaves a slow backup.
+pub fn leaves(wanted: OnBackupSlow) -> bool {
+    wanted == OnBackupSlow::Solo
+}

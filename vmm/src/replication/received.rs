@@ -1,0 +1,112 @@
+//! An epoch as it arrives at a backup: kept aside until it is whole, then applied to memory.
+use std::io;
+
+use machine::{Memory, memory::image};
+use replication::contents::{Event, PAGE};
+
+/// What becomes of memory.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    /// A page has these contents.
+    Page(u64),
+    /// A page becomes the exclusive or with these.
+    Difference(u64),
+    /// Pages become zero.
+    Zeros { address: u64, pages: u64 },
+}
+
+/// The epoch.
+#[derive(Default)]
+pub struct Received {
+    changes: Vec<Change>,
+    /// The contents of pages and differences, in order.
+    contents: Vec<u8>,
+    /// The state of the machine.
+    state: Vec<u8>,
+}
+
+impl Received {
+    /// Take what has come, unless it is a message. With `at_once`, memory changes now: nobody
+    /// relies on it before the first epoch is whole.
+    ///
+    /// # Errors
+    /// When memory cannot be written.
+    pub fn take(&mut self, event: &Event<'_>, at_once: Option<&Memory>) -> io::Result<()> {
+        let (change, bytes): (_, &[u8]) = match event {
+            Event::Page { address, page } => (Change::Page(*address), *page),
+            Event::Delta { address, difference } => (Change::Difference(*address), *difference),
+            Event::Zeros { address, pages } => {
+                (Change::Zeros { address: *address, pages: *pages }, &[])
+            }
+            Event::Section { offset, bytes, .. } => {
+                if *offset == 0 {
+                    self.state.clear();
+                }
+                self.state.extend_from_slice(bytes);
+                return Ok(());
+            }
+            Event::Message(_) | Event::Begin { .. } | Event::Disk(_) | Event::Close(_) => {
+                return Ok(());
+            }
+        };
+        match at_once {
+            Some(memory) => apply(memory, change, bytes),
+            None => {
+                self.changes.push(change);
+                self.contents.extend_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Drop what has come.
+    pub fn clear(&mut self) {
+        self.changes.clear();
+        self.contents.clear();
+        self.state.clear();
+    }
+
+    /// The epoch is whole: change memory, and give the state of the machine.
+    ///
+    /// # Errors
+    /// When memory cannot be written: it is of no use then.
+    pub fn apply(&mut self, memory: &Memory) -> io::Result<Vec<u8>> {
+        let mut rest = self.contents.as_slice();
+        for change in self.changes.drain(..) {
+            let bytes = match change {
+                Change::Page(_) | Change::Difference(_) => {
+                    let (page, after) =
+                        rest.split_at_checked(PAGE).ok_or(io::ErrorKind::UnexpectedEof)?;
+                    rest = after;
+                    page
+                }
+                Change::Zeros { .. } => &[],
+            };
+            apply(memory, change, bytes)?;
+        }
+        self.contents.clear();
+        Ok(std::mem::take(&mut self.state))
+    }
+}
+
+fn apply(memory: &Memory, change: Change, bytes: &[u8]) -> io::Result<()> {
+    match change {
+        Change::Page(address) => image::write(memory, address, bytes),
+        Change::Difference(address) => {
+            let mut page = [0; PAGE];
+            image::read(memory, address, &mut page)?;
+            page.iter_mut().zip(bytes).for_each(|(byte, difference)| *byte ^= difference);
+            image::write(memory, address, &page)
+        }
+        Change::Zeros { address, pages } => {
+            let zeros = [0; PAGE];
+            (0..pages).try_for_each(|page| {
+                let address = address + page * PAGE as u64;
+                // A page that was never touched stays so.
+                let mut now = [0; PAGE];
+                image::read(memory, address, &mut now)?;
+                if now == zeros { Ok(()) } else { image::write(memory, address, &zeros) }
+            })
+        }
+    }
+}
