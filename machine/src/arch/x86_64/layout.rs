@@ -76,7 +76,7 @@ pub const I8042_PORT: u16 = 0x60;
 /// CMOS index port; data port is +1.
 pub const CMOS_PORT: u16 = 0x70;
 /// Where a PC has the address register of its PCI configuration space, four ports. There is none
-/// here, but Linux looks for more than a hundred devices that way (unless it is told `pci=off`).
+/// here, but Linux looks for devices that way unless it is told `pci=off`.
 pub const PCI_ADDRESS_PORT: u16 = 0xcf8;
 /// pvpanic, one port (the port QEMU uses).
 pub const PVPANIC_PORT: u16 = 0x505;

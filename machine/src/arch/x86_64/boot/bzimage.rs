@@ -100,6 +100,7 @@ pub(super) fn load(
     Ok(Loaded {
         protocol: Protocol::Linux64,
         entry: start + ENTRY_64,
+        linux: true,
         start,
         end,
         cmdline_max: limit.min(layout::CMDLINE_MAX - 1),

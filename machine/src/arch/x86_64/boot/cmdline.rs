@@ -10,6 +10,9 @@
 //!
 //! A device for which the command line already has `virtio_mmio.device=` is not added.
 //!
+//! A kernel that is known to be Linux is also told that there is no PCI, unless the command line
+//! says something about PCI: see [`NO_PCI`].
+//!
 //! The MP table is always present: Linux reads it only if there is no ACPI.
 use std::ops::Range;
 
@@ -25,6 +28,9 @@ use super::BootError;
 use crate::arch::layout;
 
 const PARAMETER: &str = "virtio_mmio.device=";
+/// Linux has no other way to learn that there is no PCI, and looks for more than a hundred devices
+/// by accesses to ports that exit to the monitor. Added only if there is room.
+const NO_PCI: &str = " pci=off";
 /// Separates the kernel's parameters from those of init.
 const END: &str = "--";
 
@@ -89,7 +95,7 @@ pub(super) fn discover<'a>(
     slots: &[VirtioSlot],
     kernel: impl FnOnce() -> Option<KernelWords>,
 ) -> Discovery<'a> {
-    let words = || user.split_ascii_whitespace().take_while(|word| *word != END);
+    let words = || kernel_parameters(user);
     let wish = words().filter(|word| matches!(*word, "acpi=off" | "acpi=force")).last();
     let acpi = match wish {
         Some(wish) => wish == "acpi=force",
@@ -104,6 +110,11 @@ pub(super) fn discover<'a>(
         slots.iter().filter(|slot| !given.contains(&u64::from(slot.address))).copied().collect();
     let added = if acpi { String::new() } else { cmdline_devices(&slots) };
     Discovery { cmdline: Composed { user, added }, acpi: acpi.then_some(slots) }
+}
+
+/// The words of `line` that the kernel reads.
+fn kernel_parameters(line: &str) -> impl Iterator<Item = &str> {
+    line.split_ascii_whitespace().take_while(|word| *word != END)
 }
 
 /// Parse a number as Linux does: decimal, 0x for hexadecimal, 0 for octal.
@@ -124,11 +135,16 @@ fn cmdline_devices(slots: &[VirtioSlot]) -> String {
         .collect()
 }
 
-/// The command line for a kernel that accepts `max` bytes of it. Additions go before the parameters
-/// of init.
-pub(super) fn check(line: Composed, max: usize) -> Result<String, CmdlineError> {
-    let Composed { user, added } = line;
+/// The command line for a kernel, which may be known to be Linux, that accepts `max` bytes of it.
+/// Additions go before the parameters of init.
+pub(super) fn check(line: Composed, linux: bool, max: usize) -> Result<String, CmdlineError> {
+    let Composed { user, mut added } = line;
     cmdline::check(user, added.len(), max)?;
+    let room = max - user.len() - added.len();
+    let unsaid = || !kernel_parameters(user).any(|word| word.starts_with("pci="));
+    if linux && room >= NO_PCI.len() && unsaid() {
+        added.push_str(NO_PCI);
+    }
     let (kernel, init) = user.split_at(init_parameters(user));
     Ok(match (added.trim_start(), init) {
         ("", _) => user.to_owned(),

@@ -124,6 +124,7 @@ pub(super) fn load(
     Ok(Loaded {
         protocol,
         entry,
+        linux: notes.linux,
         start: range.start,
         end: range.end,
         cmdline_max: match protocol {

@@ -65,6 +65,7 @@ pub(super) fn load(
     Ok(Loaded {
         protocol: if pvh { Protocol::Pvh } else { Protocol::Linux64 },
         entry: start,
+        linux: pvh,
         start,
         end,
         cmdline_max: linux::CMDLINE_MAX,

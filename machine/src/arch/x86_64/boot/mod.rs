@@ -161,6 +161,8 @@ pub enum KernelError {
 pub(crate) struct Loaded {
     protocol: Protocol,
     entry: u64,
+    /// It is known to be Linux.
+    linux: bool,
     /// Everything that the kernel occupies before it reads the memory map.
     pub(crate) start: u64,
     pub(crate) end: u64,
@@ -202,7 +204,7 @@ pub(crate) fn load_counting(
     let discovery = cmdline::discover(&boot.cmdline, platform.slots, || {
         cmdline::kernel_words(memory, &loaded.image)
     });
-    let cmdline = cmdline::check(discovery.cmdline, loaded.cmdline_max)?;
+    let cmdline = cmdline::check(discovery.cmdline, loaded.linux, loaded.cmdline_max)?;
     let initrd = match &boot.initrd {
         None => None,
         Some(path) => {
@@ -244,7 +246,7 @@ pub(crate) fn preflight(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
     });
     let cmdline = kernel.as_ref().ok().and_then(|loaded| {
         let discovery = cmdline::discover(&boot.cmdline, &[], || None);
-        cmdline::check(discovery.cmdline, loaded.cmdline_max).err()
+        cmdline::check(discovery.cmdline, loaded.linux, loaded.cmdline_max).err()
     });
     kernel.err().into_iter().chain(initrd).chain(cmdline.map(BootError::from)).collect()
 }

@@ -156,7 +156,7 @@ fn acpi_off_means_no_acpi_tables_at_all() {
     let entry = load(&memory, &config, &PLATFORM).unwrap();
     assert!(!entry.acpi);
     let devices = "virtio_mmio.device=4K@0xf0100000:5 virtio_mmio.device=4K@0xf0101000:6";
-    assert_eq!(entry.cmdline, format!("quiet acpi=off {devices} -- -x"));
+    assert_eq!(entry.cmdline, format!("quiet acpi=off {devices} pci=off -- -x"));
     let rsdp = zero_page(&memory).acpi_rsdp_addr;
     assert_eq!(rsdp, 0);
     let tables = (layout::MP_TABLE - layout::BIOS_AREA) as usize;
@@ -279,5 +279,5 @@ fn a_linux_kernel_lies_at_its_entry_when_it_is_loaded() {
     let entry = load(&memory, &config, &PLATFORM).unwrap();
     assert_eq!(entry.protocol, Protocol::Linux64);
     assert_ne!(read(&memory, entry.registers.rip, 16), [0; 16]);
-    assert_eq!(read(&memory, layout::CMDLINE, 14), b"console=ttyS0\0");
+    assert_eq!(read(&memory, layout::CMDLINE, 22), b"console=ttyS0 pci=off\0");
 }

@@ -61,7 +61,7 @@ fn a_device_that_the_user_declares_is_left_to_him() {
 #[test]
 fn the_users_words_stay_as_they_are() {
     let composed =
-        |user: &str, kernel| check(discover(user, &SLOTS, || kernel).cmdline, 2047).unwrap();
+        |user: &str, kernel| check(discover(user, &SLOTS, || kernel).cmdline, false, 2047).unwrap();
     for user in ["", " ", "a  b=\"c d\"\tx", "root=UUID=1-2 rootflags=data=ordered -- s"] {
         assert_eq!(composed(user, LINUX), user);
         assert!(composed(user, LINUX_WITHOUT_ACPI).contains(BOTH.trim()));
@@ -74,8 +74,9 @@ fn the_users_words_stay_as_they_are() {
 
 #[test]
 fn bytes_that_a_kernel_would_not_read_are_refused() {
-    let error =
-        |user: &str| check(discover(user, &[], || None).cmdline, 2047).unwrap_err().to_string();
+    let error = |user: &str| {
+        check(discover(user, &[], || None).cmdline, false, 2047).unwrap_err().to_string()
+    };
     assert!(error("a\0b").starts_with("it has a zero byte at byte 1; only printable ASCII"));
     assert!(error("a\n").contains("a line break at byte 1"));
     assert!(error("\u{1b}[0m").contains("a control character (0x1b) at byte 0"));
@@ -87,7 +88,24 @@ fn what_is_added_counts() {
     let discovery = discover("acpi=off", &SLOTS, || None);
     let len = "acpi=off".len() + BOTH.len();
     assert_eq!(
-        check(discovery.cmdline, len - 1),
+        check(discovery.cmdline, true, len - 1),
         Err(CmdlineError::TooLong { len, added: BOTH.len(), max: len - 1 })
     );
+}
+
+#[test]
+fn linux_is_told_that_there_is_no_pci() {
+    let line =
+        |user: &str, linux, max| check(discover(user, &[], || LINUX).cmdline, linux, max).unwrap();
+    assert_eq!(line("quiet", true, 2047), "quiet pci=off");
+    assert_eq!(line("quiet -- pci=x", true, 2047), "quiet pci=off -- pci=x");
+    assert_eq!(line("", true, 2047), " pci=off");
+    // Something else, or a user who has decided.
+    assert_eq!(line("quiet", false, 2047), "quiet");
+    for decided in ["pci=off", "quiet pci=noearly,nocrs"] {
+        assert_eq!(line(decided, true, 2047), decided);
+    }
+    // As long as the kernel reads.
+    assert_eq!(line("quiet", true, 13), "quiet pci=off");
+    assert_eq!(line("quiet", true, 12), "quiet");
 }

@@ -130,7 +130,7 @@ fn a_linux_elf_is_entered_in_64_bit_mode_even_if_it_has_pvh() {
     assert_eq!((magic, flag, u64::from(line)), (0x5372_6448, 0xaa55, layout::CMDLINE));
     let rsdp = params.acpi_rsdp_addr;
     assert_eq!(rsdp, layout::BIOS_AREA);
-    assert_eq!(read(&memory, layout::CMDLINE, 14), b"console=ttyS0\0");
+    assert_eq!(read(&memory, layout::CMDLINE, 22), b"console=ttyS0 pci=off\0");
     assert!(entry.acpi);
 }
 
