@@ -2,9 +2,7 @@
 mod error;
 
 use std::{
-    borrow::Cow,
     io, iter,
-    ops::Range,
     path::PathBuf,
     sync::{Arc, atomic::AtomicU64, mpsc},
     thread,
@@ -110,7 +108,7 @@ impl Machine {
     }
 
     fn build(made_of: &MadeOf<'_>, start: Start, callbacks: Callbacks) -> Result<Self, BuildError> {
-        let MadeOf { config, occupied, .. } = *made_of;
+        let MadeOf { config, occupied, places } = *made_of;
         SlotCounts::try_from(Wanted::of(config, occupied))?;
         let cpu_ids = topology::cpu_ids(&config.topology, config.cpus)?;
 
@@ -125,19 +123,38 @@ impl Machine {
             }
         };
         check_count(&kvm, config.cpus.get())?;
-        // In parallel: KVM reports the CPU features while memory is allocated and the virtual
-        // machine is created, and creates the vCPUs while files are opened and read.
-        let (fds, assembled) = thread::scope(|scope| {
-            let (to_vcpus, created) = mpsc::channel();
-            let fds = scope.spawn(|| create_vcpus(&kvm, config, &cpu_ids, seen.as_ref(), created));
-            let setting = Setting { kvm: &kvm, cpu_ids: &cpu_ids, callbacks: &callbacks, held };
-            let assembled = Assembled::new(made_of, made, small, &setting, to_vcpus);
-            (fds.join(), assembled)
+        let boots = made.is_none();
+        let (fd, contents) = match made {
+            Some((fd, contents)) => (Some(fd), contents),
+            None if small => (None, memory::allocate_for_little(&config.memory)?.into()),
+            None => (None, memory::allocate(&config.memory)?.into()),
+        };
+        let Contents { memory, filled, origin } = contents;
+        let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
+        let window = Slots::window(places).map_err(BuildError::Window)?;
+        let setting = Setting {
+            made_of,
+            kvm: &kvm,
+            cpu_ids: &cpu_ids,
+            memory: &memory,
+            window: &window,
+            reclaimer: &reclaimer,
+            callbacks: &callbacks,
+        };
+        // In parallel: this thread has KVM create the virtual machine and its vCPUs, while the
+        // other one asks KVM for the CPU features, builds the devices and loads the kernel.
+        let (vm, devices) = thread::scope(|scope| {
+            let (to_vcpus, features) = mpsc::channel();
+            let (to_devices, created) = mpsc::channel();
+            let (setting, seen) = (&setting, seen.as_ref());
+            let devices =
+                scope.spawn(move || setting.devices(boots, held, seen, to_vcpus, created));
+            (setting.virtual_machine(fd, features, to_devices), devices.join())
         });
-        let fds = fds.map_err(|_| thread_panicked())?;
-        // Without the virtual machine there are no vCPUs, so its error is the one to report.
-        let Assembled { vm, memory, filled, reclaimer, io_threads, parts, boot } = assembled?;
-        let fds = fds?;
+        let devices = devices.map_err(|_| thread_panicked())?;
+        let (vm, fds) = vm?;
+        // It has no vCPUs if the other thread has failed.
+        let Devices { io_threads, parts, boot } = devices?;
         let vm = Arc::into_inner(vm).ok_or_else(thread_panicked)?;
         if small {
             memory::populate(&memory, &config.memory)?;
@@ -192,88 +209,78 @@ impl Machine {
     }
 }
 
-/// Everything of a machine but its vCPUs.
-struct Assembled {
-    /// Shared with the thread that creates the vCPUs until that thread ends.
-    vm: Arc<Vm>,
-    memory: Memory,
-    filled: Vec<Range<u64>>,
-    reclaimer: Arc<Reclaimer>,
+/// What the parts of a machine are made with.
+struct Setting<'a> {
+    made_of: &'a MadeOf<'a>,
+    kvm: &'a Kvm,
+    cpu_ids: &'a [u8],
+    memory: &'a Memory,
+    window: &'a Arc<MmapRegion>,
+    reclaimer: &'a Arc<Reclaimer>,
+    callbacks: &'a Callbacks,
+}
+
+/// Everything of a machine that is not KVM's.
+struct Devices {
     io_threads: Vec<(String, Arc<io_thread::Handle>)>,
     parts: Parts,
     /// How the boot vCPU starts, if the guest is to boot.
     boot: Option<Entry>,
 }
 
-/// What a machine is assembled with.
-struct Setting<'a> {
-    kvm: &'a Kvm,
-    cpu_ids: &'a [u8],
-    callbacks: &'a Callbacks,
-    /// Disks and taps are taken at once.
-    held: bool,
-}
-
-impl Assembled {
-    /// Assemble the machine, with the virtual machine and memory that are `made` already, or else
-    /// with new ones and a kernel to boot. The virtual machine is sent to `to_vcpus` as soon as it
-    /// can have vCPUs.
-    fn new(
-        made_of: &MadeOf<'_>,
-        made: Option<(VmFd, Contents)>,
-        small: bool,
-        setting: &Setting<'_>,
-        to_vcpus: mpsc::Sender<Arc<Vm>>,
-    ) -> Result<Self, BuildError> {
-        let MadeOf { config, places, .. } = *made_of;
-        let Setting { kvm, cpu_ids, callbacks, held } = *setting;
-        let boots = made.is_none();
-        let (fd, contents) = match made {
-            Some(made) => made,
-            None => {
-                let memory = match small {
-                    true => memory::allocate_for_little(&config.memory)?,
-                    false => memory::allocate(&config.memory)?,
-                };
-                (kvm::create_vm(kvm)?, memory.into())
-            }
-        };
-        let Contents { memory, filled, origin } = contents;
-        let reclaimer = Arc::new(Reclaimer::new(&memory, &config.memory, origin));
-        let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
-        let window = Slots::window(places).map_err(BuildError::Window)?;
-        let vm = Arc::new(Vm::new(kvm, fd, &memory, &window)?);
+impl Setting<'_> {
+    /// Create the virtual machine, or complete the empty one `fd`, and create its vCPUs when their
+    /// `features` arrive; none if they never do. The virtual machine goes to `to_devices` as soon as
+    /// devices can be bound to it.
+    fn virtual_machine(
+        &self,
+        fd: Option<VmFd>,
+        features: mpsc::Receiver<CpuFeatures>,
+        to_devices: mpsc::Sender<Arc<Vm>>,
+    ) -> Result<(Arc<Vm>, Vec<VcpuFd>), KvmError> {
+        let fd = fd.map_or_else(|| kvm::create_vm(self.kvm), Ok)?;
+        let vm = Arc::new(Vm::new(self.kvm, fd, self.memory, self.window)?);
         // The thread waits for it, or has failed: its result shows that.
-        let _ = to_vcpus.send(vm.clone());
+        let _ = to_devices.send(vm.clone());
+        let topology = &self.made_of.config.topology;
+        let vcpus = match features.recv() {
+            Ok(features) => vm.create_vcpus(self.kvm, self.cpu_ids, topology, &features)?,
+            Err(mpsc::RecvError) => Vec::new(),
+        };
+        Ok((vm, vcpus))
+    }
+
+    /// Build the devices, load the kernel if the guest `boots`, and bind the devices to the virtual
+    /// machine when it is `created`. First, the CPU features go to `to_vcpus`: those `seen`, or else
+    /// those of this host, which KVM takes long to report.
+    fn devices(
+        &self,
+        boots: bool,
+        held: bool,
+        seen: Option<&CpuFeatures>,
+        to_vcpus: mpsc::Sender<CpuFeatures>,
+        created: mpsc::Receiver<Arc<Vm>>,
+    ) -> Result<Devices, BuildError> {
+        let Setting { made_of, kvm, cpu_ids, memory, window, reclaimer, callbacks } = *self;
+        let MadeOf { config, .. } = *made_of;
+        let features = match seen {
+            Some(features) => features.clone(),
+            None => CpuFeatures::supported(kvm)?,
+        };
+        // The thread waits for them, or has failed: its result shows that.
+        let _ = to_vcpus.send(features);
         let io_threads =
             start_threads(&config.iothreads, &callbacks.start).map_err(BuildError::Thread)?;
         let backing = Backing::Host { callbacks, held };
-        let parts = Parts::new(made_of, backing, &memory, &reclaim, window, &io_threads)?;
-        let load =
-            || BootPlan::new(config, &parts.slots, cpu_ids).load(&memory, &AtomicU64::new(0));
+        let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
+        let parts = Parts::new(made_of, backing, memory, &reclaim, window.clone(), &io_threads)?;
+        let load = || BootPlan::new(config, &parts.slots, cpu_ids).load(memory, &AtomicU64::new(0));
         let boot = boots.then(load).transpose()?;
-        parts.legacy.bind(&vm)?;
-        parts.slots.bind(&vm)?;
-        Ok(Self { vm, memory, filled, reclaimer, io_threads, parts, boot })
-    }
-}
-
-/// Create the vCPUs once their virtual machine is `created`; none if it is not. They have the
-/// features `seen`, or else those of this host, which KVM takes long to report.
-fn create_vcpus(
-    kvm: &Kvm,
-    config: &MachineConfig,
-    cpu_ids: &[u8],
-    seen: Option<&CpuFeatures>,
-    created: mpsc::Receiver<Arc<Vm>>,
-) -> Result<Vec<VcpuFd>, KvmError> {
-    let features = match seen {
-        Some(features) => Cow::Borrowed(features),
-        None => Cow::Owned(CpuFeatures::supported(kvm)?),
-    };
-    match created.recv() {
-        Ok(vm) => vm.create_vcpus(kvm, cpu_ids, &config.topology, &features),
-        Err(mpsc::RecvError) => Ok(Vec::new()),
+        if let Ok(vm) = created.recv() {
+            parts.legacy.bind(&vm)?;
+            parts.slots.bind(&vm)?;
+        }
+        Ok(Devices { io_threads, parts, boot })
     }
 }
 
