@@ -6,9 +6,10 @@ use std::{
         Arc,
         mpsc::{Receiver, Sender, channel},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use machine::memory::own;
 use mio::{Events, Poll, Token, Waker};
 use qmp::{schema::ShutdownCause, server::Servers};
 use signal_hook_mio::v1_0::Signals;
@@ -21,6 +22,9 @@ use crate::{
 
 const WAKE: Token = Token(0);
 const SIGNALS: Token = Token(1);
+/// When a machine has run for this long, the memory that only its start needed is given back: not
+/// earlier, because that would delay the guest's first steps and the starts of other machines.
+const STARTED: Duration = Duration::from_secs(1);
 
 /// The poll and what is always registered with it.
 pub struct EventLoop {
@@ -136,9 +140,16 @@ impl EventLoop {
     pub fn run(&mut self, vmm: &mut Vmm) -> io::Result<Ending> {
         let table = commands::table();
         let mut events = Events::with_capacity(64);
+        let mut starts_until = Some(Instant::now() + STARTED);
         loop {
             let more = vmm.servers.has_work();
-            let at_most = if more { Some(Duration::ZERO) } else { vmm.until_due() };
+            let started = starts_until.map(|end| end.saturating_duration_since(Instant::now()));
+            if started.is_some_and(|left| left.is_zero()) {
+                own::forget_start();
+                starts_until = None;
+            }
+            let due = vmm.until_due().into_iter().chain(started).min();
+            let at_most = if more { Some(Duration::ZERO) } else { due };
             if let Some(signal) = self.turn(&mut events, &mut vmm.servers, at_most)? {
                 log::info!("ended by signal {signal}");
                 let reason = ShutdownCause::HostSignal;

@@ -186,7 +186,6 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
         ready.tell().context("cannot detach from the terminal")?;
     }
     events.answer(&mut vmm, waiting);
-    own::forget_start();
     let ending = events.run(&mut vmm).context("the main loop cannot wait for events")?;
     vmm.shut_down(ending, &end, pidfile);
     Ok(ExitCode::from(ending.status))

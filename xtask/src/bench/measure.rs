@@ -41,6 +41,9 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 const ROUND_TRIPS: usize = 20;
 /// Lets a monitor settle: its work right after the guest's first output is not measured.
 pub const SETTLE: Duration = Duration::from_millis(30);
+/// How long after a guest's first output a monitor's memory is measured: by then this one has given
+/// back what only its start needed.
+pub const STARTED: Duration = Duration::from_millis(1200);
 /// After so many failures a part of a scenario is skipped.
 const ATTEMPTS: usize = 2;
 
@@ -254,7 +257,7 @@ impl<'a> Turn<'a> {
         let first = run.wait_byte(FIRST_BYTE, LIMIT)?;
         self.time(Metric::Api, ready)?;
         self.time(Metric::FirstByte, first)?;
-        thread::sleep(SETTLE);
+        thread::sleep(STARTED);
         self.sample(Metric::Private, run.private_kib(MIB)? as f64)?;
         self.round_trips(&mut connection, &[(Verb::Status, Metric::Status)])
     }
