@@ -1,4 +1,5 @@
 //! A 16550A serial port, eight ports wide (`vm-superio`'s model).
+mod output;
 #[cfg(test)]
 mod tests;
 
@@ -13,8 +14,9 @@ use parking_lot::Mutex;
 use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use self::output::Output;
 use crate::{
-    backend::char::{Char, CharSink, CharSource},
+    backend::char::{Char, CharSource},
     bus::BusDevice,
     irq::Line,
     model::Model,
@@ -23,7 +25,7 @@ use crate::{
 };
 use ::state::{device as saved, hex::HexBytes};
 
-type Uart = vm_superio::Serial<Line, Room, CharSink>;
+type Uart = vm_superio::Serial<Line, Room, Output>;
 
 /// Interrupt enable register, and its bit for received data; while [`LCR_DLAB`] is set, the
 /// divisor's upper half is in its place.
@@ -51,7 +53,7 @@ pub struct Serial {
     uart: Arc<Mutex<Uart>>,
     line: Line,
     room: Room,
-    sink: CharSink,
+    output: Output,
     input: WorkerSlot<SerialInput>,
 }
 
@@ -82,16 +84,23 @@ impl Serial {
     ) -> io::Result<Self> {
         let room = Room(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
         let Char { source, sink, .. } = char;
-        let uart = Uart::with_events(line.clone(), room.clone(), sink.clone());
+        let output = Output::new(sink);
+        let uart = Uart::with_events(line.clone(), room.clone(), output.clone());
         let uart = Arc::new(Mutex::new(uart));
         let mut input = WorkerSlot::default();
         let worker = SerialInput { source, uart: uart.clone(), room: room.clone() };
         input.start(worker, thread)?;
-        Ok(Self { id: id.into(), uart, line, room, sink, input })
+        Ok(Self { id: id.into(), uart, line, room, output, input })
+    }
+
+    /// The port's output.
+    pub fn output(&self) -> &Output {
+        &self.output
     }
 
     fn replace(&mut self, state: &SerialState) -> Result<(), StateError> {
-        let uart = Uart::from_state(state, self.line.clone(), self.room.clone(), self.sink.clone())
+        let (line, room) = (self.line.clone(), self.room.clone());
+        let uart = Uart::from_state(state, line, room, self.output.clone())
             .map_err(|_| StateError::Invalid("serial input of more bytes than the FIFO has"))?;
         *self.uart.lock() = uart;
         // There may be room for input again.

@@ -208,3 +208,37 @@ fn hostile_sections_are_refused() {
         assert!(Device::restore(&mut to.serial, &bad).is_err());
     }
 }
+
+#[test]
+fn output_that_is_held_arrives_line_by_line() {
+    let mut bench = bench();
+    let output = bench.serial.output().clone();
+    let arrived = |bench: &mut Bench| {
+        bench.terminal.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 1024];
+        bench.terminal.read(&mut bytes).map_or(Vec::new(), |n| bytes[..n].to_vec())
+    };
+    let say = |bench: &mut Bench, bytes: &[u8]| {
+        bytes.iter().for_each(|byte| bench.serial.write(DATA, &[*byte]));
+    };
+    say(&mut bench, b"a");
+    assert_eq!(arrived(&mut bench), b"a");
+    output.hold();
+    say(&mut bench, b"bc");
+    assert_eq!(arrived(&mut bench), b"");
+    say(&mut bench, b"\nd");
+    assert_eq!(arrived(&mut bench), b"bc\n");
+    output.pass_on();
+    assert_eq!(arrived(&mut bench), b"d");
+    // Another vCPU holds it, too.
+    output.hold();
+    say(&mut bench, b"e");
+    output.release();
+    assert_eq!(arrived(&mut bench), b"e");
+    say(&mut bench, &[b'f'; 300]);
+    assert_eq!(arrived(&mut bench), [b'f'; 256]);
+    output.release();
+    assert_eq!(arrived(&mut bench), [b'f'; 44]);
+    say(&mut bench, b"g");
+    assert_eq!(arrived(&mut bench), b"g");
+}

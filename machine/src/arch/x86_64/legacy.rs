@@ -86,6 +86,7 @@ impl Legacy {
             let char = backing.char(backend)?;
             chardev = Some(Outside::of(&char));
             let serial = Serial::new("serial0", line(SERIAL_IRQ)?, char, thread)?;
+            buses.console = Some(serial.output().clone());
             let serial = Arc::new(Mutex::new(serial));
             attach(SERIAL_PORT, 8, serial.clone())?;
             port = Some(serial.clone() as Shared);

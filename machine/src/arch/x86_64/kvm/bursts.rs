@@ -12,13 +12,15 @@
 //!     +--- a tick after which none was kept, or a kick
 //! ```
 //! A tick interrupts KVM_RUN, and then all bytes are written. It may be lost when it falls between
-//! two entries; the next one is not.
+//! two entries; the next one is not. Until then, bytes that have left the ring are passed on to the
+//! back-end line by line (see [`Output`]).
 use std::{
     io,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use devices::legacy::serial::Output;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use crate::{kvm::Vm, vcpu::kick::Ticks};
@@ -34,6 +36,8 @@ pub struct Bursts {
     /// `None` where KVM cannot keep writes.
     vm: Option<Arc<VmFd>>,
     port: u16,
+    /// What the bytes are written to, if it can hold them.
+    output: Option<Output>,
     ticks: Option<Ticks>,
     /// Bytes that exited since `since`.
     exits: u32,
@@ -44,11 +48,11 @@ pub struct Bursts {
 }
 
 impl Bursts {
-    /// Bursts of bytes written to `port` of `vm`.
-    pub fn new(vm: &Vm, port: u16) -> Self {
+    /// Bursts of bytes written to `port` of `vm`, and from there to `output`.
+    pub fn new(vm: &Vm, port: u16, output: Option<Output>) -> Self {
         let vm = vm.coalesces.then(|| vm.fd.clone());
         let since = Instant::now();
-        Self { vm, port, ticks: None, exits: 0, since, lasts: false, busy: false }
+        Self { vm, port, output, ticks: None, exits: 0, since, lasts: false, busy: false }
     }
 
     /// Let ticks interrupt the calling thread.
@@ -72,6 +76,7 @@ impl Bursts {
         }
         self.lasts = true;
         self.busy = true;
+        self.output.iter().for_each(Output::hold);
         // Otherwise the bytes exit as before, and the burst ends at the second tick.
         let _ = vm.register_coalesced_mmio(self.place(), 1);
     }
@@ -87,6 +92,13 @@ impl Bursts {
         if std::mem::take(&mut self.busy) { false } else { self.end() }
     }
 
+    /// Pass on the bytes that the output holds.
+    pub fn pass_on(&self) {
+        if self.lasts {
+            self.output.iter().for_each(Output::pass_on);
+        }
+    }
+
     /// End the burst; true if there was one. The caller then has to apply what other vCPUs may have
     /// added meanwhile.
     pub fn end(&mut self) -> bool {
@@ -100,6 +112,7 @@ impl Bursts {
         if let Some(ticks) = &self.ticks {
             let _ = ticks.every(Duration::ZERO);
         }
+        self.output.iter().for_each(Output::release);
         true
     }
 

@@ -57,7 +57,7 @@ impl BusDevice for Trap {
 
 fn buses(pio: BusBuilder, mmio: BusBuilder) -> Buses {
     let (pio, mmio) = (pio.freeze(), mmio.freeze());
-    Buses { pio, mmio, power: Arc::default(), applying: Arc::default() }
+    Buses { pio, mmio, power: Arc::default(), console: None, applying: Arc::default() }
 }
 
 /// A virtual machine with `code` at 0x1000.
@@ -280,10 +280,7 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         let (said, hear) = channel();
         let mut pio = BusBuilder::default();
         pio.attach(0x3f8, 8, Arc::new(Mutex::new(Port(said)))).unwrap();
-        let mmio = BusBuilder::default().freeze();
-        let buses =
-            Buses { pio: pio.freeze(), mmio, power: Arc::default(), applying: Arc::default() };
-        let cpu = vcpu(&kvm, &vm, buses);
+        let cpu = vcpu(&kvm, &vm, buses(pio, BusBuilder::default()));
         let vcpu =
             Handle::spawn(0, cpu, &ThreadStart::default(), |_, why: Stopped| panic!("{why:?}"))
                 .unwrap();

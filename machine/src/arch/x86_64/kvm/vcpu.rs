@@ -1,6 +1,7 @@
 //! A KVM vCPU: enters the guest and forwards its port and memory-mapped accesses to the buses.
 use std::{
     io,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -11,6 +12,7 @@ use std::{
 use devices::{
     PowerEvent,
     bus::{Bus, BusBuilder},
+    legacy::serial::Output,
 };
 use kvm_bindings::kvm_device_attr;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
@@ -30,6 +32,9 @@ use crate::{
     },
 };
 
+/// The ports of the serial port.
+const SERIAL: Range<u16> = SERIAL_PORT..SERIAL_PORT + 8;
+
 /// The buses that accesses go to; shared by all vCPUs.
 #[derive(Clone)]
 pub struct Buses {
@@ -39,6 +44,8 @@ pub struct Buses {
     pub mmio: Arc<Bus>,
     /// Set by the devices behind the ports, checked after each write to one.
     pub power: Arc<PowerLatch>,
+    /// Output of the serial port, if there is one.
+    pub console: Option<Output>,
     /// Held while the writes that KVM has kept are applied. A lock, as any vCPU may have to apply
     /// those of another one, and the others must not overtake them.
     pub applying: Arc<Mutex<()>>,
@@ -69,13 +76,15 @@ pub struct BusesBuilder {
     /// Memory-mapped registers.
     pub mmio: BusBuilder,
     pub(in crate::arch::x86_64) power: Arc<PowerLatch>,
+    pub(in crate::arch::x86_64) console: Option<Output>,
 }
 
 impl BusesBuilder {
     /// The buses, to which nothing can be attached any more.
     pub fn freeze(self) -> Buses {
         let (pio, mmio) = (self.pio.freeze(), self.mmio.freeze());
-        Buses { pio, mmio, power: self.power, applying: Arc::default() }
+        let (power, console) = (self.power, self.console);
+        Buses { pio, mmio, power, console, applying: Arc::default() }
     }
 }
 
@@ -128,7 +137,7 @@ impl VcpuFactory {
     /// The vCPU `fd` of `vm`.
     pub fn make(&self, vm: &Vm, fd: VcpuFd) -> KvmCpu {
         let (buses, msr_list) = (self.buses.clone(), self.msr_list.clone());
-        let bursts = Bursts::new(vm, SERIAL_PORT);
+        let bursts = Bursts::new(vm, SERIAL_PORT, buses.console.clone());
         KvmCpu { fd, buses, msr_list, kicked: None, kept: None, bursts, khz: (0, 0) }
     }
 }
@@ -166,6 +175,14 @@ impl KvmCpu {
         };
         // Before the access that ended the run is carried out, and before a kicked vCPU parks.
         apply(bursts);
+        // Any access but one to the port may block.
+        let at_port = match &exit {
+            Ok(VcpuExit::IoIn(port, _) | VcpuExit::IoOut(port, _)) => SERIAL.contains(port),
+            _ => false,
+        };
+        if !at_port {
+            bursts.pass_on();
+        }
         match exit {
             Ok(VcpuExit::MmioRead(at, data)) => or_ones(buses.mmio.read(at, data), data),
             Ok(VcpuExit::MmioWrite(at, data)) => drop(buses.mmio.write(at, data)),
