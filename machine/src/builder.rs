@@ -4,7 +4,7 @@ mod error;
 use std::{
     io, iter,
     path::PathBuf,
-    sync::{Arc, atomic::AtomicU64, mpsc},
+    sync::{Arc, mpsc},
     thread,
 };
 
@@ -33,7 +33,7 @@ use crate::{
     backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
-    boot::Entry,
+    boot::{Entry, source::Reading},
     dry_restore::Restorable,
     event::{Callbacks, Event},
     fits,
@@ -274,7 +274,7 @@ impl Setting<'_> {
         let backing = Backing::Host { callbacks, held };
         let reclaim: Arc<dyn Reclaim> = reclaimer.clone();
         let parts = Parts::new(made_of, backing, memory, &reclaim, window.clone(), &io_threads)?;
-        let load = || BootPlan::new(config, &parts.slots, cpu_ids).load(memory, &AtomicU64::new(0));
+        let load = || BootPlan::new(config, &parts.slots, cpu_ids).load(memory, Reading::AtStart);
         let boot = boots.then(load).transpose()?;
         if let Ok(vm) = created.recv() {
             parts.legacy.bind(&vm)?;

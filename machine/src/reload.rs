@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 
 use crate::{
     Machine,
-    boot::{self, BootError, Entry, Platform},
+    boot::{self, BootError, Entry, Platform, source::Reading},
     layout,
     memory::{self, MemoryError, image},
     slots::Slots,
@@ -44,14 +44,14 @@ impl BootPlan {
     }
 
     /// Load the kernel into guest memory, and the boot data that describe this machine.
-    pub(crate) fn load(&self, memory: &Memory, read: &AtomicU64) -> Result<Entry, BootError> {
+    pub(crate) fn load(&self, memory: &Memory, reading: Reading<'_>) -> Result<Entry, BootError> {
         let platform = Platform {
             cpu_ids: &self.cpu_ids,
             slots: &self.slots,
             serial: self.serial,
             vmgenid: Some(GuestAddress(layout::GENERATION_ID)),
         };
-        boot::load_counting(memory, &self.boot, &platform, read)
+        boot::load_reading(memory, &self.boot, &platform, reading)
     }
 }
 
@@ -104,7 +104,7 @@ impl Machine {
         let size = self.config.memory.size;
         move || {
             let memory = memory::addresses(size)?;
-            let entry = plan.load(&memory, &read)?;
+            let entry = plan.load(&memory, Reading::Counted(&read))?;
             let used = image::used(&memory, &[]).map_err(ReloadError::Used)?;
             Ok(Reloaded { entry, memory, used })
         }

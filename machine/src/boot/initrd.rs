@@ -1,12 +1,11 @@
 //! The initial RAM disk, placed as high as the kernel can reach.
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 
 use devices::Memory;
 use thiserror::Error;
 
 use super::ram::Ram;
-use super::source::{Source, SourceError};
+use super::source::{Reading, Source, SourceError};
 use crate::arch::boot::Loaded;
 use crate::arch::layout;
 
@@ -45,8 +44,8 @@ pub(crate) struct Initrd {
 }
 
 /// The file, which must not be empty.
-pub(crate) fn open<'a>(path: &Path, read: &'a AtomicU64) -> Result<Source<'a>, InitrdError> {
-    let file = Source::open(path, read)?;
+pub(crate) fn open<'a>(path: &Path, reading: Reading<'a>) -> Result<Source<'a>, InitrdError> {
+    let file = Source::open(path, reading)?;
     if file.len == 0 { Err(InitrdError::Empty) } else { Ok(file) }
 }
 
@@ -55,9 +54,9 @@ pub(crate) fn load(
     ram: &Ram,
     path: &Path,
     kernel: &Loaded,
-    read: &AtomicU64,
+    reading: Reading<'_>,
 ) -> Result<Initrd, InitrdError> {
-    let file = open(path, read)?;
+    let file = open(path, reading)?;
     let size = file.len;
     let low = ram.low();
     let end = low.end.min(layout::HOLE_START).min(kernel.initrd_max.saturating_add(1));

@@ -7,4 +7,4 @@ pub(crate) mod source;
 
 pub use self::{initrd::InitrdError, source::SourceError};
 pub use crate::arch::boot::{BootError, Entry, KernelError, Platform, Protocol, load};
-pub(crate) use crate::arch::boot::{load_counting, preflight};
+pub(crate) use crate::arch::boot::{load_reading, preflight};

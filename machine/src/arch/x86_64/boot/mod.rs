@@ -14,7 +14,6 @@
 //! References: Linux `Documentation/arch/x86/boot.rst` ("the boot protocol" in this module), Xen
 //! `docs/misc/pvh.pandoc` with `arch-x86/hvm/start_info.h` ("PVH").
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 
 use config::{BootConfig, cmdline::CmdlineError, places::VirtioSlot};
 use devices::Memory;
@@ -36,7 +35,11 @@ pub use bzimage::BzImageError;
 pub use elf::ElfError;
 pub use registers::{Registers, Segment};
 
-use crate::boot::{InitrdError, SourceError, initrd, ram::Ram, source::Source};
+use crate::boot::{
+    InitrdError, SourceError, initrd,
+    ram::Ram,
+    source::{Reading, Source},
+};
 
 /// The hardware to describe to the guest.
 #[derive(Debug, Clone, Copy)]
@@ -185,22 +188,21 @@ pub(crate) struct Loaded {
 /// When a file cannot be read, has the wrong format or does not fit. Memory may then be partly
 /// written.
 pub fn load(memory: &Memory, boot: &BootConfig, platform: &Platform) -> Result<Entry, BootError> {
-    load_counting(memory, boot, platform, &AtomicU64::new(0))
+    load_reading(memory, boot, platform, Reading::AtStart)
 }
 
-/// As [`load`]; `read` counts the calls that may wait for the files' storage, see
-/// [`crate::boot::source::Calls`].
+/// As [`load`], and its files are read as `reading` says.
 ///
 /// # Errors
 /// As [`load`].
-pub(crate) fn load_counting(
+pub(crate) fn load_reading(
     memory: &Memory,
     boot: &BootConfig,
     platform: &Platform,
-    read: &AtomicU64,
+    reading: Reading<'_>,
 ) -> Result<Entry, BootError> {
     let ram = Ram::of(memory);
-    let loaded = load_kernel(memory, &ram, &boot.kernel, read)?;
+    let loaded = load_kernel(memory, &ram, &boot.kernel, reading)?;
     let discovery = cmdline::discover(&boot.cmdline, platform.slots, || {
         cmdline::kernel_words(memory, &loaded.image)
     });
@@ -208,7 +210,7 @@ pub(crate) fn load_counting(
     let initrd = match &boot.initrd {
         None => None,
         Some(path) => {
-            Some(initrd::load(memory, &ram, path, &loaded, read).map_err(initrd_error(path))?)
+            Some(initrd::load(memory, &ram, path, &loaded, reading).map_err(initrd_error(path))?)
         }
     };
     mptable::write(memory, platform.cpu_ids)?;
@@ -235,12 +237,12 @@ pub(crate) fn load_counting(
 /// which no guest uses.
 pub(crate) fn preflight(memory: &Memory, boot: &BootConfig) -> Vec<BootError> {
     let ram = Ram::of(memory);
-    let count = AtomicU64::new(0);
-    let kernel = load_kernel(memory, &ram, &boot.kernel, &count);
+    let reading = Reading::AtStart;
+    let kernel = load_kernel(memory, &ram, &boot.kernel, reading);
     let initrd = boot.initrd.as_deref().and_then(|path| {
         let read = match &kernel {
-            Ok(loaded) => initrd::load(memory, &ram, path, loaded, &count).map(drop),
-            Err(_) => initrd::open(path, &count).map(drop),
+            Ok(loaded) => initrd::load(memory, &ram, path, loaded, reading).map(drop),
+            Err(_) => initrd::open(path, reading).map(drop),
         };
         read.map_err(initrd_error(path)).err()
     });
@@ -259,10 +261,10 @@ fn load_kernel(
     memory: &Memory,
     ram: &Ram,
     path: &Path,
-    read: &AtomicU64,
+    reading: Reading<'_>,
 ) -> Result<Loaded, BootError> {
     let load = || {
-        let file = Source::open(path, read)?;
+        let file = Source::open(path, reading)?;
         let head = file.head()?;
         if elf::is(&head) {
             elf::load(memory, ram, &file, &head)
