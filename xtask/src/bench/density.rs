@@ -27,7 +27,7 @@ const MOST: usize = 300;
 /// Lets all monitors settle before their memory is measured.
 const REST: Duration = Duration::from_millis(200);
 /// The default number of turns.
-pub const RUNS: usize = 7;
+pub const RUNS: usize = 15;
 
 /// How many machines at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

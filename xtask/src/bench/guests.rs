@@ -40,11 +40,17 @@ const FILLING: [u8; 18] = {
     let ([a, b, c, d], [e, f, g, h]) = (FILLED.to_le_bytes(), (FILL / 4).to_le_bytes());
     [0xbf, a, b, c, d, 0xb9, e, f, g, h, 0xb8, 0x5a, 0x5a, 0x5a, 0x5a, 0xfc, 0xf3, 0xab]
 };
-/// Writes [`FIRST_BYTE`] repeatedly, some 20 us apart: `mov dx, 0x3f8; mov al, FIRST_BYTE`, and in a
-/// loop `out dx, al; mov ecx, 10000; loop $`. It is also the same in both modes.
-const TALKING: [u8; 17] = [
-    0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0xb9, 0x10, 0x27, 0, 0, 0xe2, 0xfe, 0xeb, 0xf6,
-    0x90,
+/// Writes [`FIRST_BYTE`] repeatedly, 65,536 ticks of the TSC apart, which is some 20 us: in a loop,
+/// `mov dx, 0x3f8; mov al, FIRST_BYTE; out dx, al; rdtsc; mov esi, eax`, and until it is time
+/// `rdtsc; sub eax, esi; cmp eax, 65536; jb` back to this `rdtsc`. It is also the same in both
+/// modes.
+///
+/// A number of iterations would take milliseconds on a KVM that emulates 32-bit code. A restored
+/// guest continues at an instruction that depends on when it was saved, and the time from there to
+/// its next byte is measured as part of the restore.
+const TALKING: [u8; 24] = [
+    0x66, 0xba, 0xf8, 0x03, 0xb0, FIRST_BYTE, 0xee, 0x0f, 0x31, 0x89, 0xc6, 0x0f, 0x31, 0x29, 0xf0,
+    0x3d, 0, 0, 1, 0, 0x72, 0xf5, 0xeb, 0xe8,
 ];
 
 /// Guest memory that the payload touches, KiB: the page that it is in.

@@ -23,11 +23,11 @@ Usage: cargo compare [-- OPTIONS]
   --builds A B only two builds of this monitor: programs, or directories with a `stratovirt`; 200
                runs of each for what takes milliseconds, 20 for block and network, or RUNS.
                Fails if B is certainly slower or larger than A by more than 3 %.
-  --density    only many machines at once: 100 that start, 50 that are restored from one save (7
-               runs). Needs 64 MiB of free memory for each
+  --density    only many machines at once: 100 that start, 50 that are restored from one save
+               (15 runs). Needs 64 MiB of free memory for each
   --machines N, --clones N
                so many, 1 to 300, instead
-  --goals      only what docs/compare.md has goals for (20 to 40 turns, 7 of --density, or RUNS;
+  --goals      only what docs/compare.md has goals for (20 to 40 turns, 15 of --density, or RUNS;
                4 minutes). Fails if one is missed, or cannot be measured here
   --held       only how this monitor answers (50 times, or RUNS) while a file, a disk or the guest
                holds what it needs. Needs root. Fails if an answer comes too late.

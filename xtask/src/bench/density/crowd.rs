@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::event::{Timespec, epoll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getpriority_process, kill_process, setpriority_process};
 
 use crate::bench::control::Connection;
 use crate::bench::guests::FIRST_BYTE;
@@ -106,7 +106,9 @@ impl<'a> Crowd<'a> {
         let (sender, started) = channel();
         let inspected = thread::scope(|scope| {
             scope.spawn(|| start_all(launch, commands, &epoll, &sender, &halt));
+            let prompt = Prompt::begin();
             let met = crowd.meet(count, (&epoll, sockets.as_mut()), &started, scope);
+            drop(prompt);
             let inspected = met.and_then(|()| inspect(&mut crowd));
             halt.store(true, Ordering::Relaxed);
             // Also ends the threads that still wait for an answer, which a frozen monitor does not
@@ -270,6 +272,29 @@ impl Member {
     fn ended(&self, launch: &Launch<'_>, number: usize, status: ExitStatus) -> anyhow::Error {
         let said = tail(&self.said);
         launch.explained(number, &format!("it has ended ({status}), and said: {said}"))
+    }
+}
+
+/// While this exists, the calling thread, and those that it starts, run before all others:
+/// otherwise a guest that has reported would run on, and take CPU time, until this thread gets its
+/// turn to freeze it. Without the permission for that nothing changes.
+struct Prompt {
+    /// The nice value before.
+    before: i32,
+}
+
+impl Prompt {
+    fn begin() -> Option<Self> {
+        // `None` stands for the calling thread here.
+        let before = getpriority_process(None).ok()?;
+        setpriority_process(None, -20).ok()?;
+        Some(Self { before })
+    }
+}
+
+impl Drop for Prompt {
+    fn drop(&mut self) {
+        let _ = setpriority_process(None, self.before);
     }
 }
 
