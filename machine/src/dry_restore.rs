@@ -82,6 +82,7 @@ pub(crate) fn restore_devices(
 /// Whether a test makes this device refuse every state: a file names it, which may change while the
 /// monitor runs. In debug builds only.
 fn refuses(id: &str) -> bool {
-    let file = || std::env::var_os("STRATOVIRT_TEST_REFUSE").filter(|_| cfg!(debug_assertions));
-    file().is_some_and(|file| std::fs::read_to_string(file).is_ok_and(|named| named == id))
+    let file = || std::env::var_os("STRATOVIRT_TEST_REFUSE");
+    cfg!(debug_assertions)
+        && file().is_some_and(|file| std::fs::read_to_string(file).is_ok_and(|named| named == id))
 }

@@ -144,10 +144,12 @@ pub fn name(kind: &str, id: &str) -> String {
 
 /// Kind and id of a section whose bytes may be damaged, for the error message.
 pub fn peek(bytes: &[u8]) -> Option<String> {
-    let text = bytes.utf8_chunks().next()?.valid();
+    const LONGEST: usize = 255;
+    let begin = bytes.get(..2 * LONGEST + 64).unwrap_or(bytes);
+    let text = begin.utf8_chunks().next()?.valid();
     let (kind, rest) = text.strip_prefix("{\"kind\":\"")?.split_once('"')?;
     let (id, _) = rest.strip_prefix(",\"id\":\"")?.split_once('"')?;
-    let plain = |word: &str| word.len() <= 255 && !word.contains(char::is_control);
+    let plain = |word: &str| word.len() <= LONGEST && !word.contains(char::is_control);
     (plain(kind) && plain(id)).then(|| name(kind, id))
 }
 

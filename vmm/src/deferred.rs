@@ -13,6 +13,7 @@
 //! order, but none waits longer than if it were the first. Queries and `quit` are answered at once.
 //! Reports of the machine and of the checkpoint thread wait, too.
 use std::{
+    cell::LazyCell,
     collections::VecDeque,
     sync::{
         Arc,
@@ -200,7 +201,7 @@ impl Vmm {
     }
 
     /// Retry what was deferred, or else the request that has waited longest.
-    pub(crate) fn follow_deferred(&mut self, table: &Table<Self>) {
+    pub(crate) fn follow_deferred(&mut self, table: &LazyCell<Table<Self>>) {
         if let Some(Deferred { operation, .. }) = self.deferrals.deferred.take() {
             match operation {
                 Operation::Request(pending) => self.carry_out(table, pending),

@@ -1,5 +1,7 @@
-//! The main thread's event loop: QMP clients, signals and reports of the machine.
+//! The main thread's event loop: QMP clients, signals and reports of the machine. The tables of
+//! commands are made at the first request: most clones of a save never get one.
 use std::{
+    cell::LazyCell,
     ffi::c_int,
     io,
     sync::{
@@ -77,7 +79,7 @@ impl EventLoop {
     /// # Errors
     /// When the host refuses to wait for events.
     pub fn wait_for_machine(&mut self, mut arriving: Arriving) -> io::Result<(Handed, Over)> {
-        let table = Arriving::table();
+        let table: LazyCell<_> = LazyCell::new(Arriving::table);
         let mut events = Events::with_capacity(64);
         loop {
             let more = arriving.servers.has_work();
@@ -127,7 +129,7 @@ impl EventLoop {
 
     /// Answer the requests that came before there was a machine.
     pub fn answer(&mut self, vmm: &mut Vmm, waiting: Vec<WaitingRequest>) {
-        let table = commands::table();
+        let table: LazyCell<_> = LazyCell::new(commands::table);
         for WaitingRequest { request, ticket } in waiting {
             vmm.serve(&table, request, ticket);
         }
@@ -138,7 +140,7 @@ impl EventLoop {
     /// # Errors
     /// When the host refuses to wait for events.
     pub fn run(&mut self, vmm: &mut Vmm) -> io::Result<Ending> {
-        let table = commands::table();
+        let table: LazyCell<_> = LazyCell::new(commands::table);
         let mut events = Events::with_capacity(64);
         let mut starts_until = Some(Instant::now() + STARTED);
         loop {

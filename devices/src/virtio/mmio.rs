@@ -12,7 +12,7 @@ use std::{io, sync::Arc};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use self::registers::{CONFIG, INTERRUPT_STATUS, PAGE, Registers, STATUS};
+use self::registers::{CONFIG, INTERRUPT_STATUS, Registers, STATUS};
 use super::{
     Interrupt, VirtioDevice,
     interrupt::INT_CONFIG,
@@ -73,7 +73,8 @@ pub struct Transport<D: VirtioDevice + ?Sized = dyn VirtioDevice> {
 }
 
 impl<D: VirtioDevice + ?Sized> Transport<D> {
-    /// Attach `device` to `registers`. Its worker will run on `thread` and interrupt by `line`.
+    /// Attach `device` to `registers`, which are all zero. Its worker will run on `thread` and
+    /// interrupt by `line`.
     ///
     /// # Errors
     /// When the process has no descriptors left for the queues' notifications.
@@ -84,9 +85,6 @@ impl<D: VirtioDevice + ?Sized> Transport<D> {
         line: Line,
         thread: Arc<dyn IoThread>,
     ) -> io::Result<Self> {
-        for offset in (0..PAGE).step_by(4) {
-            registers.store(offset, 0);
-        }
         registers.store(MAGIC, MAGIC_VALUE);
         registers.store(VERSION, MMIO_VERSION);
         registers.store(DEVICE_ID, device.device_type());

@@ -71,12 +71,11 @@ pub fn guest_ticks(ticks: u64, guest_khz: u32, host_khz: u32) -> u64 {
 /// # Errors
 /// When KVM does not list them.
 pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
-    let mut list = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?.as_slice().to_vec();
-    let mut listed = list.clone();
-    listed.sort_unstable();
+    let listed = kvm.get_msr_index_list().map_err(refused("list its MSRs"))?;
+    let listed = listed.as_slice();
     let others = UNLISTED.into_iter().flatten().chain([MSR_PVM_VIF]);
-    list.extend(others.filter(|index| listed.binary_search(index).is_err()));
-    Ok(list)
+    let others = others.filter(|index| !listed.contains(index));
+    Ok(listed.iter().copied().chain(others).collect())
 }
 
 impl VcpuState {
