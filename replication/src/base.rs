@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use crate::{
+    hearing::Hearing,
     identity::{Connection, Epoch, Incarnation, Lineage, Party, Side, Term},
     interface::{Event, Mark, Output},
     message::{Frame, Message},
-    record::{Answer, Question},
+    record::{Answer, Question, Settled, Word},
     rules::Rules,
     settings::Settings,
     timers::{Time, Timer, Timers},
@@ -42,6 +43,10 @@ pub struct Base {
     nonce: u64,
     /// The word that is being written.
     pub marking: Option<Mark>,
+    /// When the peer was heard.
+    pub(crate) hearing: Hearing,
+    /// How often the peer was suspected.
+    pub stalls: u64,
     /// Time until the next attempt to connect.
     redial: Duration,
     pub(crate) timers: Timers,
@@ -69,6 +74,8 @@ impl Base {
             asking: None,
             nonce: 0,
             marking: None,
+            hearing: Hearing::default(),
+            stalls: 0,
             redial: BACK_OFF.0,
             timers: Timers::default(),
             out: Vec::new(),
@@ -104,12 +111,33 @@ impl Base {
         if let Some(connection) = self.connection.take() {
             self.output(Output::Close(connection));
         }
-        self.timers.clear(Timer::Beat);
     }
 
     /// A byte of the peer has arrived.
     pub fn heard(&mut self) {
         self.timers.set(Timer::Silence, self.now + self.settings.timeout);
+        if let Some(gap) = self.hearing.heard(self.now, &self.settings) {
+            self.tell(Event::Gap(gap));
+        }
+    }
+
+    /// Send a beat, also on the second path while `beside`, and again after a heart-beat's time.
+    pub fn beat(&mut self, epoch: Epoch, unfit: bool, probe: u64, beside: bool) {
+        self.send(epoch, Message::Beat { claimed: self.claimed, unfit, probe });
+        if beside {
+            self.output(Output::BeatBeside);
+        }
+        if beside || self.connection.is_some() {
+            self.timers.set(Timer::Beat, self.now + self.settings.heartbeat());
+        } else {
+            self.timers.clear(Timer::Beat);
+        }
+    }
+
+    /// Whether this process has been stopped for so long, up to `now`, that what it reads may be
+    /// old.
+    pub fn stood_still(&self, now: Time) -> bool {
+        self.timers.next().is_some_and(|due| self.settings.stood_still(due, now))
     }
 
     /// Begin to write a word. If several are begun, only the last one is waited for.
@@ -152,10 +180,17 @@ impl Base {
 
     /// If `answer` answers the question in progress, finish that question and return true. Answers
     /// to any other question or nonce are ignored. An open record does not answer a claim, nor does
-    /// an unsettled one answer [`Question::Settle`]: they count as no answer.
+    /// an unsettled one answer [`Question::Settle`]: they count as no answer. But who runs the guest
+    /// has to know of a record that is still open, or another's.
     pub fn answered(&mut self, nonce: u64, question: Question, answer: Answer) -> bool {
         let asked = |asking: Asking| asking.nonce == nonce && asking.question == question;
         let fits = match (question, answer) {
+            (Question::Settle { winner, to: Settled::Running, .. }, Answer::Record(record)) => {
+                record.is_none_or(|record| {
+                    let open = record.word == Word::Promote && record.settled.is_none();
+                    !open || record.winner.incarnation != winner
+                })
+            }
             (Question::Settle { .. }, Answer::Record(record)) => {
                 record.is_some_and(|record| record.settled.is_some())
             }
@@ -190,6 +225,12 @@ impl Base {
     #[cfg(feature = "controls")]
     pub fn normalise(&mut self, connection: impl Fn(Connection) -> Connection) {
         self.now = Time::ZERO;
+        self.hearing = Hearing::default();
+        self.stalls = 0;
+        // Beats say nothing new: what they would say of a claim is sent with the claim. The limit
+        // on acknowledgements ends as silence does.
+        self.timers.clear(Timer::Beat);
+        self.timers.clear(Timer::AckLimit);
         self.timers.forget();
         self.redial = BACK_OFF.0;
         self.nonce = 0;

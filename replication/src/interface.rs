@@ -3,6 +3,8 @@
 //! The caller of a machine carries out its outputs one after another, in order; what takes time
 //! (a durable write, a question, the capture of an epoch) is begun in order and reported by an
 //! input. It may stop at any point: what was not carried out is as if the process had died there.
+use std::time::Duration;
+
 use crate::{
     identity::{Connection, Digest, Epoch, Incarnation, Pair, Party, Side, Term},
     message::{Fault, Frame, Refusal},
@@ -21,6 +23,8 @@ pub enum Input {
     Received(Connection, Frame),
     /// Bytes of a frame have arrived.
     Heard(Connection),
+    /// A beat of the peer's has arrived on the second path, authenticated as one of this session.
+    HeardBeside,
     /// A connection has ended, or has carried something that is not a frame.
     Closed(Connection),
     /// The answer to an [`Output::Ask`]. It names its question: a process that was a backup and is
@@ -42,6 +46,11 @@ pub enum Input {
         /// Of its contents, chained to the one before.
         digest: Digest,
     },
+    /// Primary: how full the fullest is of staging, held output and memory that is dirty. Given
+    /// after each capture and each release, and whenever a cap is reached.
+    Room(Room),
+    /// Primary: what [`Output::Track`] asks for has grown too large to be worth it, and was dropped.
+    Untracked,
     /// Backup: memory and journal hold the epoch of [`Output::Hold`].
     Held(Epoch),
     /// Backup: memory and journal cannot hold it.
@@ -54,9 +63,23 @@ pub enum Input {
     CannotRun,
     /// A command of a client.
     Command(Command),
+    /// A command of a client with `--force`: it is carried out even where it may lead to two
+    /// owners, unless the witness is known to name the other side.
+    Forced(Command),
 }
 
-/// A client's command to a primary.
+/// How much room is left for what cannot be dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Room {
+    /// Enough.
+    Ample,
+    /// A cap is near: the guest has to be slowed down.
+    Scarce,
+    /// A cap is reached: the guest must not run.
+    None,
+}
+
+/// A client's command. A backup knows [`Failover`](Self::Failover) alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Protect the guest.
@@ -65,7 +88,8 @@ pub enum Command {
     Unprotect,
     /// End the process, or the guest has ended: it must not run anywhere.
     Quit,
-    /// Move the guest to the backup.
+    /// To a primary: move the guest to the backup. To a backup: take it over, without the
+    /// primary's help.
     Failover,
 }
 
@@ -75,6 +99,8 @@ pub enum Output {
     /// Send a frame. Before an `End`, send all of its epoch that this connection has not carried
     /// yet.
     Send(Connection, Frame),
+    /// Send a beat on the second path, if there is one. It says only that this process is alive.
+    BeatBeside,
     /// Open a connection to the backup.
     Dial,
     /// Close a connection.
@@ -88,6 +114,20 @@ pub enum Output {
     },
     /// Write a word into the sidecar of every disk, durably; then [`Input::Marked`].
     Mark(Mark),
+    /// Primary: send memory and disks before the first capture of the term: everything, or with a
+    /// `base` only what was written since that epoch of the term before. Ends [`Output::Track`].
+    Sync {
+        /// What the backup holds.
+        base: Option<Epoch>,
+    },
+    /// Primary: keep what was written since this epoch of the term that has just ended: what its
+    /// staged epochs have carried, the dirty log, and the pieces of disks.
+    Track {
+        /// The last epoch that the backup has acknowledged.
+        since: Epoch,
+    },
+    /// Primary: stop that.
+    Untrack,
     /// Primary: do steps 1 to 4 of this epoch; then [`Input::Captured`]. For the first epoch of a
     /// term, after the rounds of memory and disks.
     Capture {
@@ -102,10 +142,18 @@ pub enum Output {
     OpenGates,
     /// Primary: close the taps and throw away held frames of the network.
     CloseTaps,
+    /// Keep each vCPU parked for so many percent of the time, from 0 to 90.
+    Throttle(u8),
     /// Park the vCPUs. Nothing is lost.
     Park,
     /// Let them run again.
     Unpark,
+    /// Backup: memory and disks are being filled from here on. With a `base` what they hold is kept
+    /// where nothing arrives, else forgotten.
+    Fill {
+        /// The epoch that they hold.
+        base: Option<Epoch>,
+    },
     /// Backup: make sure that memory and journal hold this epoch, whose `End` has arrived; then
     /// [`Input::Held`].
     Hold(Epoch),
@@ -225,6 +273,11 @@ pub enum Event {
     RecordChanged(Option<Record>),
     /// A question has had no answer for a while.
     NoAnswer,
+    /// The peer was silent for so long, over a third of the time-out: false suspicions are near.
+    /// Told once a minute.
+    Gap(Duration),
+    /// Backup: the primary sends beats, but has captured no epoch for this long.
+    EpochsStandStill(Duration),
 }
 
 /// Why something happens.
@@ -263,6 +316,9 @@ pub enum Why {
     /// Not possible in this state.
     #[error("not possible in this state")]
     WrongState,
+    /// Nobody could tell which side has the guest.
+    #[error("there is neither witness nor fence: only --force does this")]
+    NoArbiter,
     /// There was no answer.
     #[error("there was no answer in time")]
     NoAnswer,

@@ -37,9 +37,9 @@
 //! | rule | says | where |
 //! |---|---|---|
 //! | arm | gates shut before the first `End`; a backup may promote only once `Armed` | `primary/epochs.rs` `begin_epoch`, `acknowledged`; `backup/mod.rs` `may_promote` |
-//! | burn | a claim sent ends the term for both | `primary/link.rs` `may_reconnect`; `backup/link.rs` `judge` |
-//! | pair | a term binds two incarnations, and a record names one | `record.rs` `reading`; `primary/link.rs` `accepted`; `backup/link.rs` `judge` |
-//! | close | an armed term is left by a claim only | `primary/term.rs` `leave` |
+//! | burn | a claim sent ends the term for both | `primary/link.rs` `may_reconnect`; `backup/greeting.rs` `judge` |
+//! | pair | a term binds two incarnations, and a record names one | `record.rs` `reading`; `primary/link.rs` `accepted`; `backup/greeting.rs` `judge` |
+//! | close | an armed term is left by a claim only | `primary/command.rs` `leave` |
 //! | hand | the primary claims for the backup before `Release` | `primary/epochs.rs` `give_away` |
 //! | cold | a start from an image that says `protected` asks | `start.rs` `claim` |
 //! | ack | output waits for the acknowledgement | `primary/epochs.rs` `release` |
@@ -61,11 +61,16 @@
 //! - Give inputs one at a time; drain sockets before a [`Input::Tick`].
 //! - Pass in complete, undamaged frames only: checksums and digests of epochs are checked before.
 //! - Repeat nothing: questions are asked again by [`Output::Ask`], with the same nonce.
+//! - Report how full staging and gates are ([`Input::Room`]), and drop nothing of what is held.
+//! - A second path for beats is its own: send one at each [`Output::BeatBeside`], and give each
+//!   authentic one that arrives as [`Input::HeardBeside`]. It counts as a sign of life, and says
+//!   nothing else.
 #![forbid(unsafe_code)]
 
 pub mod backup;
 mod base;
 pub mod contents;
+mod hearing;
 mod identity;
 mod interface;
 mod journal;
@@ -77,6 +82,7 @@ mod rules;
 mod searched;
 mod settings;
 mod start;
+mod status;
 mod timers;
 pub mod wire;
 mod witness;
@@ -84,9 +90,9 @@ mod witness;
 pub use backup::Backup;
 pub use base::Identity;
 pub use identity::{Connection, Digest, Epoch, Incarnation, Lineage, Pair, Party, Side, Term};
-pub use interface::{Bond, Command, Denial, Event, Exit, From, Input, Mark, Output, Why};
+pub use interface::{Bond, Command, Denial, Event, Exit, From, Input, Mark, Output, Room, Why};
 pub use journal::Journal;
-pub use message::{Accept, Fault, Frame, Hello, Message, Refusal};
+pub use message::{Accept, Fault, Frame, Hello, Memory, Message, Refusal};
 pub use primary::Primary;
 pub use record::{Answer, Question, Reading, Record, Settled, Word};
 pub use rules::{Rule, Rules};
@@ -94,5 +100,6 @@ pub use rules::{Rule, Rules};
 pub use searched::Searched;
 pub use settings::{Agreement, Arbiter, OnLoss, Settings, SettingsError};
 pub use start::Start;
+pub use status::{Status, Waiting};
 pub use timers::{Time, Timer};
 pub use witness::{Reply, Witness};

@@ -26,6 +26,12 @@ pub enum Message {
     Accept(Accept),
     /// Backup: the connection is refused, and why.
     Refuse(Refusal),
+    /// Primary, once a term, after `Accept`: memory and disks follow, up to the first `End`.
+    /// Everything, or only what was written since what the backup holds.
+    Sync {
+        /// The backup's epoch, if that is the base.
+        base: Option<Epoch>,
+    },
     /// Primary: all of this epoch has been sent.
     End {
         /// Of the epoch, chained to the one before.
@@ -43,6 +49,8 @@ pub enum Message {
         claimed: bool,
         /// Backup: it could not promote.
         unfit: bool,
+        /// Primary: the number of its last probe. Backup: the last one that it has received.
+        probe: u64,
     },
     /// Primary: the term was claimed for the backup, and the primary's vCPUs are parked.
     Release,
@@ -79,8 +87,21 @@ pub struct Accept {
     pub incarnation: Incarnation,
     /// Of the last whole epoch.
     pub digest: Digest,
+    /// In a new term: what its memory and disks hold of an earlier one.
+    pub memory: Option<Memory>,
     /// What both sides have to agree on.
     pub agreement: Agreement,
+}
+
+/// A whole epoch that a backup holds of a term that has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Memory {
+    /// The term.
+    pub term: Term,
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Of its contents.
+    pub digest: Digest,
 }
 
 /// Why a connection is refused. Nothing has changed at either side, except for

@@ -10,12 +10,12 @@ use std::ops::RangeInclusive;
 
 use crate::{
     identity::{Digest, Epoch, Incarnation, Lineage, Pair, Term},
-    message::{Accept, Fault, Frame, Hello, Message, Refusal},
+    message::{Accept, Fault, Frame, Hello, Memory, Message, Refusal},
     settings::{Agreement, Arbiter},
 };
 
 /// Longest frame that is one of these messages, in bytes.
-pub const LONGEST: usize = 128;
+pub const LONGEST: usize = 160;
 /// Kind, length and crc.
 const AROUND: usize = 12;
 
@@ -90,7 +90,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, usize), WireError> {
 }
 
 /// The kinds of these messages.
-const KINDS: RangeInclusive<u32> = 8..=19;
+const KINDS: RangeInclusive<u32> = 8..=20;
 
 fn put(bytes: &mut Vec<u8>, number: u64) {
     bytes.extend(number.to_le_bytes());
@@ -115,6 +115,9 @@ fn message(body: &mut Vec<u8>, message: Message) -> u32 {
         Message::Accept(accept) => {
             put_id(body, accept.incarnation.0);
             put(body, accept.digest.0);
+            let held = accept.memory.map_or([0; 3], |m| [m.term.0, m.epoch.0, m.digest.0]);
+            body.push(u8::from(accept.memory.is_some()));
+            held.iter().for_each(|number| put(body, *number));
             agreement(body, accept.agreement);
             9
         }
@@ -136,8 +139,9 @@ fn message(body: &mut Vec<u8>, message: Message) -> u32 {
             put_id(body, pair.backup.0);
             14
         }
-        Message::Beat { claimed, unfit } => {
+        Message::Beat { claimed, unfit, probe } => {
             body.extend([u8::from(claimed), u8::from(unfit)]);
+            put(body, probe);
             15
         }
         Message::Release => 16,
@@ -147,6 +151,11 @@ fn message(body: &mut Vec<u8>, message: Message) -> u32 {
             18
         }
         Message::Ended => 19,
+        Message::Sync { base } => {
+            body.push(u8::from(base.is_some()));
+            put(body, base.map_or(0, |epoch| epoch.0));
+            20
+        }
     }
 }
 
@@ -234,6 +243,13 @@ impl Bytes<'_> {
         Some(Hello { lineage, incarnation, bound, claimed, agreement })
     }
 
+    fn memory(&mut self) -> Option<Option<Memory>> {
+        let (is_some, term, epoch, digest) = (self.flag()?, self.u64()?, self.u64()?, self.u64()?);
+        let held = Memory { term: Term(term), epoch: Epoch(epoch), digest: Digest(digest) };
+        let empty = [term, epoch, digest] == [0; 3];
+        (is_some || empty).then_some(is_some.then_some(held))
+    }
+
     /// The whole body; nothing may be left.
     fn frame(&mut self, kind: u32) -> Option<Frame> {
         let (term, epoch) = (Term(self.u64()?), Epoch(self.u64()?));
@@ -242,6 +258,7 @@ impl Bytes<'_> {
             9 => Message::Accept(Accept {
                 incarnation: self.incarnation()?,
                 digest: Digest(self.u64()?),
+                memory: self.memory()?,
                 agreement: self.agreement()?,
             }),
             10 => Message::Refuse(self.one_of(&REFUSALS)?),
@@ -252,11 +269,16 @@ impl Bytes<'_> {
                 let primary = self.incarnation()?;
                 Message::Armed(Pair { primary, backup: self.incarnation()? })
             }
-            15 => Message::Beat { claimed: self.flag()?, unfit: self.flag()? },
+            15 => Message::Beat { claimed: self.flag()?, unfit: self.flag()?, probe: self.u64()? },
             16 => Message::Release,
             17 => Message::Running,
             18 => Message::Bye { end: self.flag()? },
             19 => Message::Ended,
+            20 => {
+                let (is_some, epoch) = (self.flag()?, self.u64()?);
+                (is_some || epoch == 0).then_some(())?;
+                Message::Sync { base: is_some.then_some(Epoch(epoch)) }
+            }
             _ => return None,
         };
         self.0.is_empty().then_some(Frame { term, epoch, message })
@@ -274,7 +296,12 @@ mod tests {
         let agreement = Agreement { arbiter, machine: Digest(random.u64(..)) };
         let incarnation = Incarnation(random.u128(..));
         let digest = Digest(random.u64(..));
-        let message = match random.u8(..12) {
+        let memory = random.bool().then(|| Memory {
+            term: Term(random.u64(..)),
+            epoch: Epoch(random.u64(..)),
+            digest: Digest(random.u64(..)),
+        });
+        let message = match random.u8(..13) {
             0 => Message::Hello(Hello {
                 lineage: Lineage(random.u128(..)),
                 incarnation,
@@ -282,17 +309,22 @@ mod tests {
                 claimed: random.bool(),
                 agreement,
             }),
-            1 => Message::Accept(Accept { incarnation, digest, agreement }),
+            1 => Message::Accept(Accept { incarnation, digest, memory, agreement }),
             2 => Message::Refuse(REFUSALS[random.usize(..REFUSALS.len())]),
             3 => Message::End { digest },
             4 => Message::Ack,
             5 => Message::Nack(FAULTS[random.usize(..FAULTS.len())]),
             6 => Message::Armed(Pair { primary: incarnation, backup: Incarnation(3) }),
-            7 => Message::Beat { claimed: random.bool(), unfit: random.bool() },
+            7 => Message::Beat {
+                claimed: random.bool(),
+                unfit: random.bool(),
+                probe: random.u64(..),
+            },
             8 => Message::Release,
             9 => Message::Running,
             10 => Message::Bye { end: random.bool() },
-            _ => Message::Ended,
+            11 => Message::Ended,
+            _ => Message::Sync { base: random.bool().then(|| Epoch(random.u64(..))) },
         };
         Frame { term: Term(random.u64(..)), epoch: Epoch(random.u64(..)), message }
     }
@@ -318,8 +350,9 @@ mod tests {
     fn a_right_checksum_makes_no_message_of_any_bytes() {
         let mut random = fastrand::Rng::with_seed(2);
         for _ in 0..100_000 {
-            let body: Vec<u8> = (0..random.usize(..110)).map(|_| random.u8(..4)).collect();
-            let kind = random.u32(0..24);
+            let body: Vec<u8> =
+                (0..random.usize(..LONGEST - AROUND)).map(|_| random.u8(..4)).collect();
+            let kind = random.u32(0..26);
             let mut bytes = [kind.to_le_bytes(), (body.len() as u32).to_le_bytes()].concat();
             bytes.extend(body);
             bytes.extend(crc32fast::hash(&bytes).to_le_bytes());

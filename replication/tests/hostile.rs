@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, missing_docs, reason = "a test")]
 use replication::{
     Accept, Agreement, Answer, Arbiter, Backup, Bond, Command, Connection, Digest, Epoch, Fault,
-    Frame, Hello, Identity, Incarnation, Input, Lineage, Mark, Message, OnLoss, Output, Pair,
-    Party, Primary, Question, Record, Refusal, Rules, Settings, Settled, Side, Start, Term, Time,
-    Word,
+    Frame, Hello, Identity, Incarnation, Input, Lineage, Mark, Memory, Message, OnLoss, Output,
+    Pair, Party, Primary, Question, Record, Refusal, Room, Rules, Settings, Settled, Side, Start,
+    Term, Time, Word,
 };
 
 const ME: Identity = Identity { lineage: Lineage(1), incarnation: Incarnation(1) };
@@ -22,7 +22,7 @@ fn agreement() -> Agreement {
 fn message(random: &mut fastrand::Rng) -> Message {
     let incarnation = Incarnation(number(random).into());
     let digest = Digest(number(random));
-    match random.u8(..13) {
+    match random.u8(..14) {
         0 => Message::Hello(Hello {
             lineage: Lineage(1),
             incarnation,
@@ -30,19 +30,32 @@ fn message(random: &mut fastrand::Rng) -> Message {
             claimed: random.u8(..5) == 0,
             agreement: agreement(),
         }),
-        1 => Message::Accept(Accept { incarnation, digest, agreement: agreement() }),
+        1 => {
+            let held = Memory { term: Term(number(random)), epoch: Epoch(number(random)), digest };
+            let memory = random.bool().then_some(held);
+            Message::Accept(Accept { incarnation, digest, memory, agreement: agreement() })
+        }
         2 => Message::Refuse(Refusal::Claimed),
         3 | 4 => Message::End { digest },
         5 => Message::Ack,
         6 => Message::Nack(Fault::Disk),
         7 => Message::Armed(Pair { primary: incarnation, backup: ME.incarnation }),
-        8 => Message::Beat { claimed: random.u8(..5) == 0, unfit: random.u8(..5) == 0 },
+        8 => Message::Beat {
+            claimed: random.u8(..5) == 0,
+            unfit: random.u8(..5) == 0,
+            probe: number(random),
+        },
         9 => Message::Release,
         10 => Message::Running,
         11 => Message::Bye { end: random.bool() },
-        _ => Message::Ended,
+        12 => Message::Ended,
+        _ => Message::Sync { base: random.bool().then(|| Epoch(number(random))) },
     }
 }
+
+const COMMANDS: [Command; 4] =
+    [Command::Start, Command::Unprotect, Command::Quit, Command::Failover];
+const ROOMS: [Room; 3] = [Room::Ample, Room::Scarce, Room::None];
 
 /// An input; often one that the machine waits for.
 fn input(random: &mut fastrand::Rng, asked: &mut Vec<Output>) -> Input {
@@ -74,7 +87,7 @@ fn input(random: &mut fastrand::Rng, asked: &mut Vec<Output>) -> Input {
         }
     }
     let term = Term(number(random));
-    match random.u8(..16) {
+    match random.u8(..18) {
         0..=5 => Input::Received(connection, Frame { term, epoch, message: message(random) }),
         6 | 7 => Input::Tick,
         8 => Input::Connected(connection),
@@ -85,10 +98,10 @@ fn input(random: &mut fastrand::Rng, asked: &mut Vec<Output>) -> Input {
         13 => [Input::NotApplied, Input::CannotRun, Input::NotHeld(epoch, Fault::Disk)]
             [random.usize(..3)],
         14 => Input::Held(epoch),
-        _ => Input::Command(
-            [Command::Start, Command::Unprotect, Command::Quit, Command::Failover]
-                [random.usize(..4)],
-        ),
+        15 => Input::Forced(COMMANDS[random.usize(..4)]),
+        16 => [Input::HeardBeside, Input::Untracked, Input::Room(ROOMS[random.usize(..3)])]
+            [random.usize(..3)],
+        _ => Input::Command(COMMANDS[random.usize(..4)]),
     }
 }
 
@@ -152,7 +165,7 @@ fn a_primary_that_continues_without_asking_stops_when_the_backup_may_run() {
     let beat = |term, claimed| Frame {
         term: Term(term),
         epoch: Epoch(1),
-        message: Message::Beat { claimed, unfit: false },
+        message: Message::Beat { claimed, unfit: false, probe: 0 },
     };
     for last in [beat(2, false), beat(1, true)] {
         let mut primary = Primary::new(ME, Term(1), settings, Rules::default());
@@ -166,7 +179,8 @@ fn a_primary_that_continues_without_asking_stops_when_the_backup_may_run() {
         };
         let link = Connection(1);
         let frame = |message| Frame { term: Term(1), epoch: Epoch(1), message };
-        let accept = Accept { incarnation: Incarnation(2), digest: Digest(0), agreement };
+        let accept =
+            Accept { incarnation: Incarnation(2), digest: Digest(0), memory: None, agreement };
         step(Input::Command(Command::Start));
         step(Input::Connected(link));
         let greeted = Frame { epoch: Epoch(0), ..frame(Message::Accept(accept)) };

@@ -1,118 +1,27 @@
 //! The connection to the primary, and the epochs that arrive over it.
 use super::{Backup, State};
 use crate::{
-    identity::{Connection, Digest, Epoch},
-    interface::{Exit, Mark, Output, Why},
-    message::{Accept, Fault, Frame, Hello, Message, Refusal},
+    identity::{Digest, Epoch},
+    interface::{Event, Exit, Mark, Output, Why},
+    message::{Fault, Frame, Message},
     primary::UNACKNOWLEDGED,
-    rules::Rule,
     timers::Timer,
 };
 
 impl Backup {
-    /// The first frame of a connection that is not in use.
-    pub(super) fn greeted(&mut self, connection: Connection, frame: Frame) {
-        let (Message::Hello(hello), true) =
-            (frame.message, Some(connection) > self.base.connection)
-        else {
-            // Left over from an old connection, or no greeting.
-            return self.base.output(Output::Close(connection));
-        };
-        match self.judge(frame, hello) {
-            Ok(again) => self.accept(connection, frame, hello, again),
-            Err(refusal) => {
-                let frame = Frame {
-                    term: self.base.term,
-                    epoch: self.whole,
-                    message: Message::Refuse(refusal),
-                };
-                self.base.output(Output::Send(connection, frame));
-                if refusal == Refusal::Claimed {
-                    self.suspect(Why::PeerClaimed);
-                }
-            }
-        }
-    }
-
-    /// Whether this greeting is accepted: `true` if it continues the current term.
-    fn judge(&self, frame: Frame, hello: Hello) -> Result<bool, Refusal> {
-        if hello.lineage != self.base.me.lineage {
-            return Err(Refusal::Lineage);
-        }
-        if hello.agreement != self.base.settings.agreement {
-            return Err(Refusal::Agreement);
-        }
-        let own = self.primary == Some(hello.incarnation) && frame.term == self.base.term;
-        let burnt = self.base.claimed || hello.claimed;
-        match self.state {
-            State::Listening if frame.term < self.base.term => Err(Refusal::Term),
-            State::Abandoned if frame.term <= self.base.term => Err(Refusal::Term),
-            State::Listening | State::Abandoned
-                if hello.bound.is_some() && self.base.rules.hold(Rule::Pair) =>
-            {
-                Err(Refusal::Stranger)
-            }
-            State::Listening | State::Abandoned => Ok(false),
-            State::Standby | State::Suspecting if !own => Err(Refusal::Busy),
-            State::Standby | State::Suspecting if burnt && self.base.rules.hold(Rule::Burn) => {
-                Err(Refusal::Claimed)
-            }
-            State::Standby | State::Suspecting
-                if self.base.asked().is_some() || self.base.marking.is_some() =>
-            {
-                Err(Refusal::Claimed)
-            }
-            State::Standby | State::Suspecting => Ok(true),
-            _ => Err(Refusal::Busy),
-        }
-    }
-
-    /// The connection is taken; an old one ends.
-    fn accept(&mut self, connection: Connection, frame: Frame, hello: Hello, again: bool) {
-        self.base.hang_up();
-        self.base.connection = Some(connection);
-        self.base.heard();
-        self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
-        if again {
-            self.drop_coming();
-            if self.state == State::Suspecting {
-                self.base.output(Output::Unprepare);
-                (self.prepared, self.turn) = (false, false);
-                self.base.timers.clear(Timer::Turn);
-            }
-            self.enter(State::Standby, Why::Paired);
-        } else {
-            self.begin_term(frame, hello);
-        }
-        let accept = Accept {
-            incarnation: self.base.me.incarnation,
-            digest: self.digest,
-            agreement: self.base.settings.agreement,
-        };
-        self.base.send(self.whole, Message::Accept(accept));
-    }
-
-    /// A primary of a new term: everything of the old one is forgotten.
-    fn begin_term(&mut self, frame: Frame, hello: Hello) {
-        self.base.term = frame.term;
-        self.base.claimed = false;
-        self.base.forget_question();
-        self.base.timers.clear(Timer::GiveUp);
-        self.base.timers.clear(Timer::Look);
-        self.past = None;
-        self.primary = Some(hello.incarnation);
-        (self.whole, self.digest) = (frame.epoch, Digest::default());
-        self.coming.clear();
-        (self.prepared, self.turn, self.released, self.unfit) = (false, false, false, false);
-        self.enter(State::Syncing, Why::Paired);
-        self.base.marking = None;
-        self.base.output(Output::Mark(Mark::Inconsistent { term: frame.term }));
-    }
-
     pub(super) fn beat(&mut self) {
-        self.base.send(self.whole, Message::Beat { claimed: self.base.claimed, unfit: self.unfit });
-        if self.base.connection.is_some() {
-            self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
+        let paired = matches!(self.state, State::Ready | State::Standby | State::Suspecting);
+        self.base.beat(self.whole, self.unfit, self.echo, paired && !self.base.claimed);
+    }
+
+    /// A beat of the primary. A new probe is answered at once: the primary holds output until then.
+    fn beat_came(&mut self, captured: Epoch, probe: u64) {
+        if std::mem::replace(&mut self.echo, probe) != probe {
+            self.beat();
+        }
+        let (now, limit) = (self.base.now, self.base.settings.ack_limit);
+        if let Some(stands) = self.base.hearing.captured(captured, now, limit) {
+            self.base.tell(Event::EpochsStandStill(stands));
         }
     }
 
@@ -127,6 +36,7 @@ impl Backup {
         match (self.state, frame.message) {
             // An epoch that arrives over a suspected connection must not be promoted from.
             (State::Suspecting, Message::End { .. }) => {}
+            (State::Syncing, Message::End { .. }) if !self.filling => self.bad_frame(),
             (State::Syncing | State::Ready | State::Standby, Message::End { digest }) => {
                 self.end_came(frame.epoch, digest);
             }
@@ -143,14 +53,15 @@ impl Backup {
             (State::Standby, Message::Beat { claimed: true, .. }) => {
                 self.suspect(Why::PeerClaimed);
             }
-            (_, Message::Beat { .. }) => {}
+            (_, Message::Beat { probe, .. }) => self.beat_came(frame.epoch, probe),
+            (State::Syncing, Message::Sync { base }) => self.fill(base),
             // There is nothing left to exchange.
             (State::Promoting | State::Unfit | State::Abandoned, _) => {}
             _ => self.bad_frame(),
         }
     }
 
-    fn bad_frame(&mut self) {
+    pub(super) fn bad_frame(&mut self) {
         self.base.send(self.whole, Message::Nack(Fault::Frame));
         self.base.hang_up();
         self.suspect(Why::BadFrame);
@@ -211,8 +122,14 @@ impl Backup {
         let arming = matches!(self.base.marking, Some(Mark::Protected(_)));
         match self.state {
             State::Ready if arming => {}
+            State::Syncing if self.memory.is_some() => {
+                if let Some(memory) = self.memory {
+                    self.fall_back(memory, why);
+                }
+            }
             State::Syncing | State::Ready if !self.may_promote() => self.end(Exit::Nothing),
             State::Standby | State::Ready => {
+                self.base.stalls += 1;
                 self.enter(State::Suspecting, why);
                 self.drop_coming();
                 self.prepare();
@@ -236,6 +153,19 @@ impl Backup {
             let settings = self.base.settings;
             let turn = self.base.now + settings.timeout + settings.grace();
             self.base.timers.set(Timer::Turn, turn);
+        }
+    }
+
+    /// A beat on the second path: the primary is alive, and may be back.
+    pub(super) fn heard_beside(&mut self) {
+        match self.state {
+            State::Ready | State::Standby => self.base.heard(),
+            State::Suspecting if !self.turn && !self.base.claimed => {
+                let settings = self.base.settings;
+                let turn = self.base.now + settings.timeout + settings.grace();
+                self.base.timers.set(Timer::Turn, turn);
+            }
+            _ => {}
         }
     }
 

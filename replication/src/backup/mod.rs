@@ -12,8 +12,11 @@
 //!                                          ^    yielded                     v
 //!   Unfit: claims nothing -- term closed --+---------------------------- Promoting --> Promoted
 //! ```
-//! `link` has the connection and the epochs, `term` what closes a term.
+//! `greeting` begins a connection, `link` has the epochs that arrive over it, `term` what closes a
+//! term.
+mod greeting;
 mod link;
+mod status;
 mod term;
 
 use std::collections::VecDeque;
@@ -22,6 +25,7 @@ use crate::{
     base::{Base, Identity},
     identity::{Digest, Epoch, Incarnation, Pair, Side, Term},
     interface::{Bond, Event, Exit, Input, Mark, Output, Why},
+    message::Memory,
     rules::{Rule, Rules},
     settings::Settings,
     timers::{Time, Timer},
@@ -60,6 +64,12 @@ pub struct Backup {
     /// The term that an earlier process of this host was part of, while it may have been granted to
     /// that process.
     past: Option<Bond>,
+    /// The first term that it accepts.
+    floor: Term,
+    /// What memory and disks hold of a term that has ended, untouched so far.
+    memory: Option<Memory>,
+    /// Memory and disks are being filled, or were: they hold nothing older.
+    filling: bool,
     /// The primary that fills it.
     primary: Option<Incarnation>,
     /// The last epoch that memory and journal hold.
@@ -75,6 +85,12 @@ pub struct Backup {
     released: bool,
     /// The guest could not run here.
     unfit: bool,
+    /// A command has ordered it to take over: there is no way back to Standby. With `--force`, also
+    /// without an answer.
+    ordered: bool,
+    forced: bool,
+    /// The last probe that was received.
+    echo: u64,
 }
 
 impl Backup {
@@ -96,6 +112,9 @@ impl Backup {
             base: Base::new(me, Side::Backup, floor, settings, rules),
             state: State::Listening,
             past: past.filter(|bond| bond.side == Side::Backup),
+            floor,
+            memory: None,
+            filling: false,
             primary: None,
             whole: Epoch::default(),
             digest: Digest::default(),
@@ -104,6 +123,9 @@ impl Backup {
             turn: false,
             released: false,
             unfit: false,
+            ordered: false,
+            forced: false,
+            echo: 0,
         };
         this.look();
         let outputs = this.base.take_outputs();
@@ -160,6 +182,7 @@ impl Backup {
                 self.base.heard();
                 self.back_again();
             }
+            Input::HeardBeside => self.heard_beside(),
             Input::Closed(connection) if Some(connection) == self.base.connection => {
                 self.base.connection = None;
                 self.suspect(Why::Closed);
@@ -178,6 +201,8 @@ impl Backup {
                 self.try_claim();
             }
             Input::CannotRun => self.cannot_run(),
+            Input::Command(command) => self.command(command, false),
+            Input::Forced(command) => self.command(command, true),
             _ => {}
         }
     }
@@ -199,7 +224,7 @@ impl Backup {
             Timer::Beat => self.beat(),
             Timer::Ask => self.base.ask_again(),
             Timer::Look => self.look(),
-            Timer::GiveUp => self.end(Exit::Nothing),
+            Timer::GiveUp => self.gave_up(),
             _ => {}
         }
     }

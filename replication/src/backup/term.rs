@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use super::{Backup, State};
 use crate::{
-    interface::{Exit, From, Mark, Output, Why},
+    interface::{Command, Event, Exit, From, Mark, Output, Why},
     message::Message,
     record::{Answer, Question, Reading, Record, Settled, Word},
     rules::Rule,
@@ -13,11 +13,13 @@ use crate::{
 
 /// How long memory is kept as the base of a warm resync.
 const KEPT: Duration = Duration::from_secs(600);
+/// How long a forced take-over waits for the arbiter.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often an unfit backup reads the record.
 const OUTCOME_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Backup {
-    fn has_witness(&self) -> bool {
+    pub(super) fn has_witness(&self) -> bool {
         matches!(self.base.settings.agreement.arbiter, Arbiter::Witness(_))
     }
 
@@ -27,25 +29,79 @@ impl Backup {
         if !ready || self.base.asked().is_some() || self.base.marking.is_some() {
             return;
         }
+        if self.forced {
+            self.base.timers.set(Timer::GiveUp, self.base.now + ANSWER_TIMEOUT);
+        }
         let rules = self.base.rules;
         match self.base.settings.agreement.arbiter {
             _ if self.released => self.granted(),
-            Arbiter::Witness(_) if rules.hold(Rule::Gran) && rules.hold(Rule::Wit) => {
+            Arbiter::None if self.forced => {
                 self.base.claimed = true;
-                self.beat();
+                self.granted();
+            }
+            Arbiter::Witness(_) if rules.hold(Rule::Gran) && rules.hold(Rule::Wit) => {
+                self.announce_claim();
                 let (term, party) = (self.base.term, self.base.party());
                 self.base.ask(Question::Claim { term, word: Word::Promote, party });
             }
             Arbiter::Witness(_) => self.granted(),
             Arbiter::Fence(_) => {
-                self.base.claimed = true;
-                self.beat();
+                self.announce_claim();
                 if let Some(bond) = self.bond() {
                     self.base.mark(Mark::Fencing(bond));
                 }
             }
             // Without an arbiter, only the primary's `Release` permits it.
             Arbiter::None => {}
+        }
+    }
+
+    /// The term is burnt. A primary that is alive hears of it at once and claims, too; where a person
+    /// has ordered the claim, it hears of it with the next beat.
+    fn announce_claim(&mut self) {
+        self.base.claimed = true;
+        if !self.ordered {
+            self.beat();
+        }
+    }
+
+    /// Take the guest over, as soon as everything that can fail has been done. The arbiter is asked
+    /// without a suspicion; a primary that is alive and answers it wins or loses there. With `forced`
+    /// the guest runs here even where nobody answers, which is unsafe: it may run there, too.
+    pub(super) fn command(&mut self, command: Command, forced: bool) {
+        let nobody = self.base.settings.agreement.arbiter == Arbiter::None;
+        let why = match (self.state, command) {
+            (State::Standby | State::Suspecting, Command::Failover) if nobody && !forced => {
+                Why::NoArbiter
+            }
+            (State::Standby | State::Suspecting, Command::Failover) => {
+                return self.take_over(forced);
+            }
+            _ => Why::WrongState,
+        };
+        self.base.tell(Event::Failed(command, why));
+    }
+
+    fn take_over(&mut self, forced: bool) {
+        (self.turn, self.ordered) = (true, true);
+        self.forced |= forced;
+        self.base.timers.clear(Timer::Turn);
+        if self.state == State::Standby {
+            self.enter(State::Suspecting, Why::Command);
+            self.drop_coming();
+            self.prepare();
+        } else if self.forced && self.base.claimed {
+            self.base.timers.set(Timer::GiveUp, self.base.now + ANSWER_TIMEOUT);
+        }
+        self.try_claim();
+    }
+
+    /// Nobody has answered a forced take-over; or memory was kept for long enough.
+    pub(super) fn gave_up(&mut self) {
+        match self.state {
+            State::Suspecting if self.forced => self.granted(),
+            State::Abandoned => self.end(Exit::Nothing),
+            _ => self.memory = None,
         }
     }
 
@@ -88,7 +144,7 @@ impl Backup {
     fn decided(&mut self, record: Record) {
         match record.reading(self.base.party(), self.base.rules) {
             Reading::Mine if self.state == State::Unfit => {
-                self.state = State::Promoting;
+                self.enter(State::Promoting, Why::Won);
                 self.give_back();
             }
             Reading::Mine => self.granted(),
@@ -99,6 +155,7 @@ impl Backup {
     /// The term is this side's own. Its sidecar says so before the guest's first step.
     fn granted(&mut self) {
         self.enter(State::Promoting, Why::Won);
+        self.base.timers.clear(Timer::GiveUp);
         let (term, me) = (self.base.term.next(), self.base.me.incarnation);
         self.base.mark(Mark::Running { term, promoted: Some(me) });
     }
@@ -181,14 +238,27 @@ impl Backup {
 
     /// The term is the other side's.
     fn abandon(&mut self) {
+        self.memory = self.held_memory();
+        self.floor = self.base.term.next();
+        if std::mem::take(&mut self.ordered) {
+            self.base.tell(Event::Failed(Command::Failover, Why::Lost));
+        }
+        self.stand_back();
         self.enter(State::Abandoned, Why::Lost);
         self.base.hang_up();
         self.base.forget_question();
         for timer in [Timer::Silence, Timer::Turn, Timer::Look] {
             self.base.timers.clear(timer);
         }
-        self.base.timers.set(Timer::GiveUp, self.base.now + KEPT);
+        self.keep_memory();
         self.base.mark(Mark::Outdated { term: self.base.term });
+    }
+
+    /// Not for ever: it is as much as a guest.
+    pub(super) fn keep_memory(&mut self) {
+        if self.base.timers.get(Timer::GiveUp).is_none() {
+            self.base.timers.set(Timer::GiveUp, self.base.now + KEPT);
+        }
     }
 
     /// `Bye(end)`: leave the term for good, if no claim was sent.

@@ -32,9 +32,7 @@ impl Primary {
         if !self.window.captured(epoch, digest) {
             return;
         }
-        if self.base.timers.get(Timer::AckLimit).is_none() {
-            self.base.timers.set(Timer::AckLimit, self.base.now + self.base.settings.ack_limit);
-        }
+        self.limit_acks();
         match self.state {
             State::Syncing | State::Protected | State::HandingOver(_) => {
                 self.base.send(epoch, Message::End { digest });
@@ -48,14 +46,24 @@ impl Primary {
         self.hand_on();
     }
 
+    /// Output is held from here on, if it was not before: not for ever.
+    pub(super) fn limit_acks(&mut self) {
+        if self.base.timers.get(Timer::AckLimit).is_none() {
+            self.base.timers.set(Timer::AckLimit, self.base.now + self.base.settings.ack_limit);
+        }
+    }
+
     /// The backup acknowledges `epoch`. Returns whether that is possible.
     pub(super) fn acknowledged(&mut self, epoch: Epoch) -> bool {
+        let before = self.window.acked();
         if !self.window.ack(epoch) {
             return false;
         }
-        self.base.timers.clear(Timer::AckLimit);
+        if epoch > before || self.window.is_clear() {
+            self.base.timers.clear(Timer::AckLimit);
+        }
         if !self.window.is_clear() {
-            self.base.timers.set(Timer::AckLimit, self.base.now + self.base.settings.ack_limit);
+            self.limit_acks();
         }
         match self.state {
             State::Syncing if self.base.marking.is_none() => {
@@ -65,16 +73,37 @@ impl Primary {
                     self.protect();
                 }
             }
-            State::Protected | State::Stalled | State::HandingOver(_) => self.release(),
+            State::Protected | State::HandingOver(_) => self.release(),
+            // A suspected backup may have said that long ago: see `resume`.
             _ => {}
         }
         self.hand_on();
         true
     }
 
-    /// Rule R (a): what the backup has acknowledged may leave.
+    /// Rule R (a): what the backup has acknowledged may leave. If that word may be old, the backup
+    /// first has to show that it is still there: where it runs the guest by now, late frames of
+    /// this side would be harmless to TCP, but move the guest's address back in every switch.
     fn release(&mut self) {
-        self.base.output(Output::ReleaseThrough(self.window.acked()));
+        let fresh = self.base.hearing.is_fresh(self.base.now, &self.base.settings);
+        self.owed = !fresh;
+        if fresh {
+            self.base.output(Output::ReleaseThrough(self.window.acked()));
+        } else {
+            if !self.base.hearing.is_doubtful() {
+                self.base.hearing.doubt();
+            }
+            self.beat();
+        }
+    }
+
+    /// The backup has answered a probe.
+    pub(super) fn echoed(&mut self, probe: u64) {
+        self.base.hearing.echo(probe);
+        let releases = matches!(self.state, State::Protected | State::HandingOver(_));
+        if self.owed && releases && !self.base.hearing.is_doubtful() {
+            self.release();
+        }
     }
 
     /// The sidecar says `protected`: from here the term is left only by a claim.
@@ -98,17 +127,27 @@ impl Primary {
 
     /// The backup is back with its last whole epoch, and neither side has claimed.
     pub(super) fn resume(&mut self) {
+        self.fail(Why::NoAnswer);
         self.protect();
         for (epoch, digest) in self.window.staged().collect::<Vec<_>>() {
             self.base.send(epoch, Message::End { digest });
         }
     }
 
-    /// Output has waited for `ack-limit` while the backup still sends.
+    /// Output has waited for `ack-limit` although the backup is heard.
     pub(super) fn too_slow(&mut self) {
-        if self.state == State::Protected && self.base.settings.leave_slow {
-            self.stall(Why::AckLimit);
-            self.backup_lost();
+        let leaves = self.base.settings.leave_slow;
+        match self.state {
+            // The guest is parked for an acknowledgement that does not come.
+            State::HandingOver(Handing::Parked | Handing::Last(_)) => {
+                self.disturbed(Why::AckLimit);
+            }
+            State::Protected if leaves => {
+                self.stall(Why::AckLimit);
+                self.backup_lost();
+            }
+            State::Stalled if leaves => self.backup_lost(),
+            _ => {}
         }
     }
 

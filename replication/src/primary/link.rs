@@ -4,8 +4,8 @@ use std::time::Duration;
 use super::{Handing, Primary, State};
 use crate::{
     identity::{Connection, Incarnation},
-    interface::{Event, Mark, Output, Why},
-    message::{Accept, Frame, Hello, Message, Refusal},
+    interface::{Command, Event, Mark, Output, Why},
+    message::{Accept, Frame, Hello, Memory, Message, Refusal},
     rules::Rule,
     settings::OnLoss,
     timers::Timer,
@@ -71,11 +71,13 @@ impl Primary {
     }
 
     pub(super) fn beat(&mut self) {
-        self.base
-            .send(self.window.last(), Message::Beat { claimed: self.base.claimed, unfit: false });
-        if self.base.connection.is_some() {
-            self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
-        }
+        // A primary that has claimed does not come back: that it is alive is no reason to wait.
+        let paired = matches!(
+            self.state,
+            State::Syncing | State::Protected | State::Stalled | State::HandingOver(_)
+        );
+        let beside = paired && !self.base.claimed;
+        self.base.beat(self.window.last(), false, self.base.hearing.probe(), beside);
     }
 
     /// A frame of the connection in use.
@@ -99,13 +101,9 @@ impl Primary {
                 }
             }
             Message::Nack(_) => self.disturbed(Why::Nack),
-            Message::Beat { claimed, unfit } => {
-                if claimed {
-                    self.may_run_there(Why::PeerClaimed);
-                } else if unfit {
-                    self.given_up(Why::Unfit);
-                }
-            }
+            Message::Beat { claimed: true, .. } => self.may_run_there(Why::PeerClaimed),
+            Message::Beat { unfit: true, .. } => self.given_up(Why::Unfit),
+            Message::Beat { probe, .. } => self.echoed(probe),
             Message::Running => self.runs_there(),
             Message::Ended => self.ended(),
             Message::Bye { .. } => self.disturbed(Why::Bye),
@@ -128,7 +126,7 @@ impl Primary {
     }
 
     fn accepted(&mut self, frame: Frame, accept: Accept) {
-        let Accept { incarnation, digest, agreement } = accept;
+        let Accept { incarnation, digest, memory, agreement } = accept;
         self.base.timers.clear(Timer::Greeting);
         if agreement != self.base.settings.agreement {
             return self.refused(Refusal::Agreement);
@@ -137,10 +135,11 @@ impl Primary {
             // Claimed since `Hello` was sent.
             return self.disturbed(Why::Closed);
         }
+        self.base.hearing.restart(self.base.now);
         self.base.heard();
         self.base.timers.set(Timer::Beat, self.base.now + self.base.settings.heartbeat());
         match self.state {
-            State::Connecting => self.sync(incarnation),
+            State::Connecting => self.sync(incarnation, memory),
             State::Stalled if self.backup == Some(incarnation) => {
                 if self.window.holds(frame.epoch, digest) && self.acknowledged(frame.epoch) {
                     self.resume();
@@ -151,16 +150,19 @@ impl Primary {
             State::Stalled if self.base.rules.hold(Rule::Pair) => self.refused(Refusal::Stranger),
             State::Stalled => {
                 self.window.abandon();
-                self.sync(incarnation);
+                self.sync(incarnation, None);
             }
             _ => {}
         }
     }
 
-    /// Bind the term to this backup, and copy everything to it.
-    fn sync(&mut self, backup: Incarnation) {
+    /// Bind the term to this backup, and copy to it what it does not have.
+    fn sync(&mut self, backup: Incarnation, memory: Option<Memory>) {
+        let base = self.base(backup, memory);
         self.backup = Some(backup);
         self.enter(State::Syncing, Why::Paired);
+        self.base.send(self.window.begun(), Message::Sync { base });
+        self.base.output(Output::Sync { base });
         self.begin_epoch();
     }
 
@@ -240,10 +242,14 @@ impl Primary {
 
     /// The backup is suspected: output is held, the guest runs.
     pub(super) fn stall(&mut self, why: Why) {
+        if matches!(self.state, State::HandingOver(_)) {
+            self.base.tell(Event::Failed(Command::Failover, why));
+        }
         self.enter(State::Stalled, why);
+        self.base.stalls += 1;
         self.unpark();
         self.base.timers.clear(Timer::Period);
-        self.base.timers.clear(Timer::AckLimit);
+        self.limit_acks();
     }
 
     /// Do what [`OnLoss`] says.
@@ -269,7 +275,9 @@ impl Primary {
             self.base.mark(Mark::Free { term: self.base.term });
         }
         self.backup = None;
+        self.owed = false;
         self.window.abandon();
+        self.relieve();
         let home = if self.alone.is_some() { State::Degraded } else { State::Off };
         self.enter(home, why);
         self.open_gates();

@@ -13,19 +13,25 @@
 //!    |                        ^                                              |     v
 //!    `-> Connecting, term+1   '----------------------------------------- HandingOver
 //! ```
-//! `link` has the connection, `epochs` the epoch loop, `term` everything that closes a term.
+//! `link` has the connection, `epochs` the epoch loop, `room` its limits, `command` the commands,
+//! `term` everything that closes a term, `resync` what is kept of the one before.
+mod command;
 mod epochs;
 mod link;
+mod resync;
+mod room;
+mod status;
 mod term;
 mod window;
 
 pub use window::UNACKNOWLEDGED;
 
+use resync::Past;
 use window::Window;
 
 use crate::{
     base::{Base, Identity},
-    identity::{Epoch, Incarnation, Pair, Side, Term},
+    identity::{Connection, Epoch, Incarnation, Pair, Side, Term},
     interface::{Bond, Command, Event, Exit, Input, Mark, Output, Why},
     record::{Question, Settled},
     rules::Rules,
@@ -80,10 +86,20 @@ pub struct Primary {
     /// The backup that this term is bound to.
     backup: Option<Incarnation>,
     window: Window,
+    /// What the backup of the term before may hold, while the changes since are kept.
+    past: Option<Past>,
     shut: bool,
+    /// What was acknowledged is released once the backup is known to be still there.
+    owed: bool,
+    /// The protocol keeps the guest parked.
     parked: bool,
-    /// The command that is being carried out.
+    /// A cap is reached.
+    full: bool,
+    /// For how many percent of the time each vCPU is parked.
+    throttle: u8,
+    /// The command that is being carried out, and whether it was given with `--force`.
     intent: Option<Command>,
+    forced: bool,
 }
 
 impl Primary {
@@ -96,9 +112,14 @@ impl Primary {
             alone: None,
             backup: None,
             window: Window::default(),
+            past: None,
             shut: false,
+            owed: false,
             parked: false,
+            full: false,
+            throttle: 0,
             intent: None,
+            forced: false,
         }
     }
 
@@ -151,6 +172,9 @@ impl Primary {
 
     /// Take one input, and return what is to be done.
     pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
+        if self.base.stood_still(now) {
+            self.base.hearing.doubt();
+        }
         self.base.now = self.base.now.max(now);
         if self.state != State::Over {
             self.take(input);
@@ -171,6 +195,9 @@ impl Primary {
                 self.received(frame);
             }
             Input::Heard(connection) if Some(connection) == self.base.connection => self.heard(),
+            Input::HeardBeside if matches!(self.state, State::Protected | State::Stalled) => {
+                self.base.heard();
+            }
             Input::Closed(connection) if Some(connection) == self.base.connection => {
                 self.base.connection = None;
                 self.disturbed(Why::Closed);
@@ -182,7 +209,10 @@ impl Primary {
             }
             Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
             Input::Captured { epoch, digest } => self.captured(epoch, digest),
+            Input::Room(room) => self.room(room),
+            Input::Untracked => self.past = None,
             Input::Command(command) => self.command(command),
+            Input::Forced(command) => self.force(command),
             // An old connection, an old word, or an input for a backup.
             _ => {}
         }
@@ -208,7 +238,7 @@ impl Primary {
             Timer::Look => self.look(),
             Timer::Period => self.begin_epoch(),
             Timer::AckLimit => self.too_slow(),
-            Timer::GiveUp => self.command_timed_out(),
+            Timer::GiveUp => self.gave_up(),
             Timer::Turn => {}
         }
     }
@@ -243,18 +273,6 @@ impl Primary {
         self.base.tell(Event::State(why));
     }
 
-    fn park(&mut self) {
-        if !std::mem::replace(&mut self.parked, true) {
-            self.base.output(Output::Park);
-        }
-    }
-
-    fn unpark(&mut self) {
-        if std::mem::take(&mut self.parked) {
-            self.base.output(Output::Unpark);
-        }
-    }
-
     fn open_gates(&mut self) {
         if std::mem::take(&mut self.shut) {
             self.base.output(Output::OpenGates);
@@ -276,6 +294,14 @@ impl crate::Searched for Primary {
 
     fn base_mut(&mut self) -> &mut Base {
         &mut self.base
+    }
+
+    /// What memory holds decides only how much is sent.
+    fn normalise(&mut self, connection: impl Fn(Connection) -> Connection) {
+        self.base.normalise(connection);
+        if self.past.take().is_some() {
+            self.base.timers.clear(Timer::GiveUp);
+        }
     }
 }
 

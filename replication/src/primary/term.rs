@@ -1,18 +1,17 @@
-//! Everything that closes a term: commands, claims, and what their answers lead to.
+//! What closes a term: claims, and what their answers lead to.
 use std::time::Duration;
 
 use super::{Handing, Primary, State};
 use crate::{
+    identity::{Party, Side},
     interface::{Command, Event, Mark, Output, Why},
     message::Message,
-    record::{Answer, Question, Reading, Record, Word},
+    record::{Answer, Question, Reading, Record, Settled, Word},
     rules::Rule,
-    settings::{Arbiter, OnLoss},
+    settings::Arbiter,
     timers::Timer,
 };
 
-/// How long a command waits for the witness before it fails with nothing changed.
-const WITNESS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often an undecided record that concerns this guest is read.
 const OUTCOME_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the record is checked that this primary's ownership rests on.
@@ -21,85 +20,6 @@ const RECORD_INTERVAL: Duration = Duration::from_secs(5);
 impl Primary {
     pub(super) fn has_witness(&self) -> bool {
         matches!(self.base.settings.agreement.arbiter, Arbiter::Witness(_))
-    }
-
-    pub(super) fn command(&mut self, command: Command) {
-        let settling = matches!(self.base.asked(), Some(Question::Settle { .. }));
-        match (self.state, command) {
-            (State::Off | State::Degraded, Command::Start)
-                if !settling && !self.parked && self.base.marking.is_none() =>
-            {
-                self.connect();
-            }
-            (State::Connecting | State::Syncing, Command::Unprotect) => {
-                self.fall_back(Why::Command);
-            }
-            (State::Degraded, Command::Unprotect) if !self.parked && !settling => {
-                self.base.mark(Mark::Free { term: self.base.term });
-            }
-            (State::Off | State::Degraded | State::Connecting | State::Syncing, Command::Quit) => {
-                if matches!(self.state, State::Connecting | State::Syncing) {
-                    self.fall_back(Why::Command);
-                }
-                self.intent = Some(Command::Quit);
-                self.base.mark(Mark::Free { term: self.base.term });
-            }
-            (State::Protected, Command::Unprotect | Command::Quit | Command::Failover)
-                if self.intent.is_none() =>
-            {
-                self.leave(command);
-            }
-            (State::Stalled, Command::Unprotect | Command::Quit) => {
-                self.intent = Some(command);
-                self.claim(closing_word(command));
-            }
-            _ => self.base.tell(Event::Failed(command, Why::WrongState)),
-        }
-    }
-
-    /// Leave an armed term by command. A witness first has to show that it answers: a claim that
-    /// was sent cannot be taken back.
-    fn leave(&mut self, command: Command) {
-        if command == Command::Failover && !self.can_hand_over() {
-            return self.base.tell(Event::Failed(command, Why::WrongState));
-        }
-        if command == Command::Unprotect && !self.base.rules.hold(Rule::Close) {
-            return self.won();
-        }
-        self.intent = Some(command);
-        if self.has_witness() {
-            self.base.timers.set(Timer::GiveUp, self.base.now + WITNESS_TIMEOUT);
-            self.base.ask(Question::Look { term: self.base.term });
-        } else if command == Command::Failover {
-            self.hand_over();
-        } else if self.base.settings.on_loss == OnLoss::Continue {
-            self.won();
-        } else {
-            // The backup's `Ended` closes the term, if it arrives.
-            self.base.send(self.window.last(), Message::Bye { end: true });
-            self.stall(Why::Command);
-        }
-    }
-
-    /// The witness has not answered: the command fails, and nothing has changed.
-    pub(super) fn command_timed_out(&mut self) {
-        if self.state != State::Protected {
-            return;
-        }
-        if let Some(command) = self.intent.take() {
-            self.base.forget_question();
-            self.base.tell(Event::Failed(command, Why::NoAnswer));
-        }
-    }
-
-    /// The term is open, and the witness answers: carry out the command.
-    fn proceed(&mut self, command: Command) {
-        self.base.timers.clear(Timer::GiveUp);
-        if command == Command::Failover {
-            return self.hand_over();
-        }
-        self.stall(Why::Command);
-        self.claim(closing_word(command));
     }
 
     /// Close the term at the arbiter. From here it is burnt: there is no way back to
@@ -147,9 +67,8 @@ impl Primary {
     }
 
     pub(super) fn answered(&mut self, question: Question, answer: Answer) {
-        if let Question::Settle { term, .. } = question {
-            self.alone = Some(term);
-            return self.watch();
+        if self.state == State::Degraded && !matches!(question, Question::Look { .. }) {
+            return self.settled(question, answer);
         }
         if Some(question.term()) == self.alone {
             return self.watched(answer);
@@ -166,6 +85,31 @@ impl Primary {
             (_, Answer::Record(None)) => {
                 self.base.timers.set(Timer::Look, self.base.now + OUTCOME_INTERVAL);
             }
+        }
+    }
+
+    /// The outcome of the promotion that this ownership rests on. Where it was forced, or the
+    /// witness has forgotten it, the claim comes late.
+    fn settled(&mut self, question: Question, answer: Answer) {
+        match (question, answer) {
+            (Question::Settle { term, winner, .. }, Answer::Record(None)) => {
+                let party = Party { side: Side::Backup, incarnation: winner };
+                self.base.ask(Question::Claim { term, word: Word::Promote, party });
+            }
+            (Question::Settle { term, winner, .. }, Answer::Record(Some(record)))
+                if record.winner.incarnation == winner =>
+            {
+                self.alone = Some(term);
+                self.watch();
+            }
+            (Question::Claim { term, party, .. }, Answer::Record(Some(record)))
+                if record.winner == party =>
+            {
+                let (winner, to) = (party.incarnation, Settled::Running);
+                self.base.ask(Question::Settle { term, winner, to });
+            }
+            (_, Answer::Record(record)) => self.record_changed(record),
+            _ => self.record_changed(None),
         }
     }
 
@@ -200,12 +144,12 @@ impl Primary {
         self.park();
         self.base.claimed = true;
         self.base.hang_up();
-        for timer in [Timer::Period, Timer::AckLimit, Timer::Dial, Timer::GiveUp] {
+        self.relieve();
+        self.owed = false;
+        for timer in [Timer::Period, Timer::AckLimit, Timer::Dial] {
             self.base.timers.clear(timer);
         }
-        if let Some(command) = self.intent.take() {
-            self.base.tell(Event::Failed(command, Why::Lost));
-        }
+        self.fail(Why::Lost);
         self.enter(State::Fenced, Why::Lost);
     }
 
@@ -217,9 +161,15 @@ impl Primary {
         self.base.mark(Mark::Outdated { term: self.base.term });
     }
 
-    /// The backup says that it runs.
+    /// The backup says that it runs. It does so only once the term is its own, or by force: unless
+    /// this side has won, nothing more leaves.
     pub(super) fn runs_there(&mut self) {
-        if matches!(self.state, State::Fenced | State::HandingOver(Handing::Released)) {
+        let won = matches!(self.base.marking, Some(Mark::Running { .. } | Mark::Free { .. }));
+        let paired = matches!(
+            self.state,
+            State::Protected | State::Stalled | State::Fenced | State::HandingOver(_)
+        );
+        if paired && !won {
             self.lost();
         }
     }
@@ -238,7 +188,9 @@ impl Primary {
         match self.intent {
             Some(Command::Quit) => self.won_end(),
             Some(Command::Unprotect) => {
-                self.state = State::Stalled;
+                if self.state != State::Stalled {
+                    self.enter(State::Stalled, Why::Command);
+                }
                 self.base.mark(Mark::Free { term });
             }
             _ => self.base.mark(Mark::Running { term, promoted: None }),
@@ -259,24 +211,27 @@ impl Primary {
             self.base.hang_up();
             self.base.forget_question();
             self.alone = (home == State::Degraded && self.has_witness()).then_some(self.base.term);
-            self.base.term = self.base.term.next();
-            self.base.claimed = false;
-            self.backup = None;
-            self.window = super::Window::default();
             for timer in [Timer::Silence, Timer::Period, Timer::AckLimit, Timer::Dial] {
                 self.base.timers.clear(timer);
             }
             self.base.timers.clear(Timer::Greeting);
             self.base.timers.clear(Timer::GiveUp);
+            let window = std::mem::take(&mut self.window);
+            self.track(window);
+            self.base.term = self.base.term.next();
+            self.base.claimed = false;
+            self.backup = None;
         }
         if home == State::Off {
             self.alone = None;
             self.base.timers.clear(Timer::Look);
+            self.untrack();
         }
-        self.intent = None;
+        (self.intent, self.forced, self.owed) = (None, false, false);
         self.enter(home, Why::Won);
         self.open_gates();
         self.unpark();
+        self.relieve();
         self.watch();
     }
 
@@ -309,12 +264,5 @@ impl Primary {
     fn record_changed(&mut self, record: Option<Record>) {
         self.park();
         self.base.tell(Event::RecordChanged(record));
-    }
-}
-
-const fn closing_word(command: Command) -> Word {
-    match command {
-        Command::Quit => Word::End,
-        _ => Word::Solo,
     }
 }

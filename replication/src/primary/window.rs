@@ -85,6 +85,16 @@ impl Window {
         self.staged.is_empty()
     }
 
+    /// Whether an epoch is being captured.
+    pub fn is_capturing(&self) -> bool {
+        self.capturing
+    }
+
+    /// Whether `Armed` was sent.
+    pub fn is_armed(&self) -> bool {
+        self.armed_at.is_some()
+    }
+
     /// `Armed` is sent.
     pub fn arm(&mut self) {
         self.armed_at = Some(self.begun);

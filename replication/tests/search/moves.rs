@@ -77,9 +77,6 @@ fn of_process(world: &World, bounds: &Bounds, i: usize, moves: &mut Vec<Move>) {
     let node = &world.nodes[i];
     for timer in world.armed(i) {
         let idle = match timer {
-            // Beats say nothing new: what they would say of a claim is sent with the claim. The
-            // limit on acknowledgements ends as silence does.
-            Timer::Beat | Timer::AckLimit => true,
             Timer::Period => {
                 world.primary(i).is_none_or(|primary| primary.begun().0 >= bounds.epochs)
             }

@@ -311,7 +311,14 @@ impl World {
                 }
             }
             Output::Exit(_) => self.die(i),
-            Output::Tell(_) => {}
+            // What memory holds, time, and how full it is, are not part of the search.
+            Output::Tell(_)
+            | Output::BeatBeside
+            | Output::Sync { .. }
+            | Output::Track { .. }
+            | Output::Untrack
+            | Output::Throttle(_)
+            | Output::Fill { .. } => {}
         }
     }
 

@@ -1,11 +1,17 @@
 //! What a host does for its process: carries out what the machine says, and checks it.
 use replication::{
-    Backup, Connection, Digest, From, Identity, Incarnation, Input, Mark, Message, Output, Primary,
-    Start, Term,
+    Backup, Connection, Digest, Epoch, Frame, From, Identity, Incarnation, Input, Mark, Message,
+    Output, Primary, Room, Start, Term,
 };
 
-use super::{Event, GUEST, Sim};
-use crate::{guest::Guest, node::Role};
+use super::{Event, GUEST, Sim, ms};
+use crate::{
+    guest::{Guest, Pages, Seen},
+    node::{Journal, Role},
+};
+
+/// How much may be held.
+const CAP: usize = 200;
 
 impl Sim {
     pub(super) fn carry_out(
@@ -37,31 +43,107 @@ impl Sim {
     fn done(&mut self, i: usize, least: u64, most: u64, input: Input) {
         let delay = self.jitter(least, most);
         let incarnation = self.nodes[i].incarnation;
+        self.nodes[i].pending += 1;
         self.after(delay, Event::Input(i, incarnation, input));
+    }
+
+    /// What the guest lets others see: at once, or held.
+    pub(super) fn let_out(&mut self, i: usize, seen: Seen) -> Result<(), String> {
+        let node = &mut self.nodes[i];
+        if node.free {
+            return self.show(i, seen);
+        }
+        node.held.push_back((node.epoch, seen));
+        self.measure(i, false)
+    }
+
+    /// The world sees it. The host of a guest that has powered itself off ends the process.
+    fn show(&mut self, i: usize, seen: Seen) -> Result<(), String> {
+        match seen {
+            Seen::Reply(reply) => self.client.told(reply),
+            Seen::Off => {
+                self.client.off = true;
+                let incarnation = self.nodes[i].incarnation;
+                let quit = Input::Command(replication::Command::Quit);
+                self.after(ms(1), Event::Input(i, incarnation, quit));
+                Ok(())
+            }
+        }
+    }
+
+    /// Inform the process of how full it is.
+    fn measure(&mut self, i: usize, again: bool) -> Result<(), String> {
+        let node = &mut self.nodes[i];
+        let room = match node.held.len() {
+            0..100 => Room::Ample,
+            100..CAP => Room::Scarce,
+            _ => Room::None,
+        };
+        if node.held.len() > CAP {
+            return Err(format!("process {i} holds {} (I5)", node.held.len()));
+        }
+        let changed = std::mem::replace(&mut node.room, room) != room;
+        let eases = again && (room == Room::Scarce || node.throttle > 0);
+        if changed || eases { self.input(i, Input::Room(room)) } else { Ok(()) }
+    }
+
+    /// Send a frame; with an `End`, its pages.
+    fn send(&mut self, i: usize, over: Connection, frame: Frame) {
+        let Some(ends) = self.ends.get(&over).copied() else { return };
+        let to = if ends[0] == i { ends[1] } else { ends[0] };
+        let mut pages = None;
+        if let (Message::End { .. }, Some(guest)) =
+            (frame.message, self.nodes[i].staged.get(&frame.epoch))
+        {
+            pages = Some(match &self.nodes[i].base {
+                Some((first, base)) if *first == frame.epoch => guest.since(base),
+                _ => Pages::All(Box::new(guest.clone())),
+            });
+        }
+        let slow = if pages.is_some() { self.slow } else { 0 };
+        // Its pages are heard while they arrive; what is sent behind them waits.
+        let begin = self.last.get(&(i, to)).map_or(self.now, |last| self.now.max(*last));
+        for piece in (0..slow).step_by(50) {
+            let at = begin - self.now + ms(piece + self.delay);
+            self.after(at, Event::Piece { from: i, to, over });
+        }
+        let slow = if slow > 0 { slow + (begin - self.now).as_millis() as u64 } else { 0 };
+        self.along(i, to, slow, Event::Frame { from: i, to, over, frame, pages });
+    }
+
+    fn capture(&mut self, i: usize, before: Option<Term>, epoch: Epoch, shut: bool) {
+        let node = &mut self.nodes[i];
+        let digest = Digest(node.guest.digest());
+        node.free &= !shut;
+        node.epoch = epoch.next();
+        node.staged.insert(epoch, node.guest.clone());
+        node.staged.retain(|staged, _| staged.0 + 4 > epoch.0);
+        if let Some((first, _)) = &mut node.base
+            && *first == Epoch(0)
+        {
+            *first = epoch;
+        }
+        if let Some(term) = before {
+            self.truth.insert((term, epoch), digest.0);
+        }
+        self.done(i, 300, 2000, Input::Captured { epoch, digest });
     }
 
     fn perform(&mut self, i: usize, before: Option<Term>, output: Output) -> Result<(), String> {
         let incarnation = self.nodes[i].incarnation;
         match output {
             Output::Send(over, frame) => {
-                if let Some(ends) = self.ends.get(&over).copied() {
-                    let to = if ends[0] == i { ends[1] } else { ends[0] };
-                    let end = matches!(frame.message, Message::End { .. });
-                    let guest = self.nodes[i]
-                        .staged
-                        .get(&frame.epoch)
-                        .filter(|_| end)
-                        .cloned()
-                        .map(Box::new);
-                    self.along(i, to, Event::Frame { from: i, to, over, frame, guest });
-                }
+                self.check_armed(frame)?;
+                self.send(i, over, frame);
             }
+            Output::BeatBeside => self.beat_beside(i),
             Output::Close(over) => self.hang_up(i, over),
             Output::Dial => {
                 let delay = self.jitter(200, 3000);
                 self.after(delay, Event::Dialled(i, incarnation));
             }
             Output::Ask { nonce, question } => {
+                self.asked.push((nonce, question));
                 if self.nodes[i].agent {
                     let delay = self.jitter(500, 5000);
                     self.after(delay, Event::Asked { by: i, incarnation, nonce, question });
@@ -69,46 +151,72 @@ impl Sim {
             }
             // Marks become durable in order: always after the same time.
             Output::Mark(mark) => self.done(i, 1000, 1000, Input::Marked(mark)),
-            Output::Capture { epoch, shut } => {
+            Output::Sync { base } => {
+                let kept = std::mem::take(&mut self.nodes[i].kept);
+                self.nodes[i].base = match base {
+                    None => None,
+                    Some(base) => {
+                        self.warm += 1;
+                        let guest = kept.get(&base).cloned();
+                        Some((Epoch(0), guest.ok_or(format!("{base:?} was not kept"))?))
+                    }
+                };
+            }
+            Output::Track { since } => {
                 let node = &mut self.nodes[i];
-                let digest = Digest(node.guest.digest());
-                node.free &= !shut;
-                node.epoch = epoch.next();
-                node.staged.insert(epoch, node.guest.clone());
-                node.staged.retain(|staged, _| staged.0 + 4 > epoch.0);
-                if let Some(term) = before {
-                    self.truth.insert((term, epoch), digest.0);
+                node.kept = std::mem::take(&mut node.staged);
+                node.kept.retain(|epoch, _| *epoch >= since);
+            }
+            Output::Untrack => self.nodes[i].kept.clear(),
+            Output::Fill { base } => {
+                if base.is_none() {
+                    self.nodes[i].guest = Guest::new();
+                    self.full += 1;
                 }
-                self.done(i, 300, 2000, Input::Captured { epoch, digest });
+            }
+            Output::Capture { epoch, shut } => {
+                self.capture(i, before, epoch, shut);
+                self.measure(i, true)?;
             }
             Output::ReleaseThrough(epoch) => {
-                while let Some((_, reply)) = self.nodes[i].held.pop_front_if(|(of, _)| *of <= epoch)
+                self.check_release(i, before, epoch)?;
+                while let Some((_, seen)) = self.nodes[i].held.pop_front_if(|(of, _)| *of <= epoch)
                 {
-                    self.client.told(reply)?;
+                    self.show(i, seen)?;
                 }
+                self.measure(i, false)?;
             }
             Output::OpenGates => {
                 self.nodes[i].free = true;
-                for (_, reply) in std::mem::take(&mut self.nodes[i].held) {
-                    self.client.told(reply)?;
+                for (_, seen) in std::mem::take(&mut self.nodes[i].held) {
+                    self.show(i, seen)?;
                 }
+                self.nodes[i].room = Room::Ample;
                 let now = self.nodes[i].primary().map(Primary::term);
                 if let Some(closed) = before.filter(|before| now > Some(*before)) {
                     self.solos += 1;
                     self.close(closed, "solo")?;
                 }
             }
+            Output::Throttle(percent) => self.nodes[i].throttle = percent,
             Output::CloseTaps => {
                 self.nodes[i].free = false;
             }
             Output::Park => self.nodes[i].parked = true,
             Output::Unpark => self.nodes[i].parked = false,
-            Output::Hold(epoch) => self.done(i, 300, 300, Input::Held(epoch)),
+            Output::Hold(epoch) => match self.nodes[i].journal {
+                Journal::Works => self.done(i, 300, 300, Input::Held(epoch)),
+                Journal::Hangs => {}
+                Journal::Full => {
+                    self.done(i, 300, 300, Input::NotHeld(epoch, replication::Fault::Disk));
+                }
+            },
             Output::Prepare(_) => self.done(i, 5000, 20_000, Input::Prepared),
-            Output::DropAfter(_) => self.nodes[i].staged.clear(),
+            Output::DropAfter(_) => self.nodes[i].received.clear(),
             Output::Run { term, from, promoted } => return self.run_here(i, term, from, promoted),
             Output::Exit(_) => self.end(i, true),
-            Output::Unprepare | Output::Tell(_) => {}
+            Output::Tell(_) => self.told.push(output),
+            Output::Unprepare => {}
         }
         Ok(())
     }
@@ -137,7 +245,10 @@ impl Sim {
         node.role = Role::Primary(owner);
         node.tick = None;
         (node.free, node.parked, node.runs) = (true, false, true);
-        self.carry_out(i, None, outputs)
+        node.staged.clear();
+        self.carry_out(i, None, outputs)?;
+        // Its last act is done again: others may not have seen it.
+        if self.nodes[i].guest.off { self.show(i, Seen::Off) } else { Ok(()) }
     }
 
     fn close(&mut self, term: Term, how: &'static str) -> Result<(), String> {
@@ -150,7 +261,7 @@ impl Sim {
     fn hang_up(&mut self, i: usize, over: Connection) {
         if let Some(ends) = self.ends.get(&over).copied() {
             let to = if ends[0] == i { ends[1] } else { ends[0] };
-            self.along(i, to, Event::Closed { from: i, to, over });
+            self.along(i, to, 0, Event::Closed { from: i, to, over });
         }
     }
 

@@ -2,16 +2,25 @@
 use std::collections::{HashMap, VecDeque};
 
 use replication::{
-    Backup, Epoch, Incarnation, Input, Mark, Output, Primary, Start, Time, backup, primary,
+    Backup, Epoch, Incarnation, Input, Mark, Output, Primary, Room, Start, Status, Time, backup,
+    primary,
 };
 
-use crate::guest::Guest;
+use crate::guest::{Guest, Pages, Seen};
 
 pub enum Role {
     Dead,
     Primary(Primary),
     Backup(Backup),
     Start(Start),
+}
+
+/// What the disk under a backup's journal does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Journal {
+    Works,
+    Hangs,
+    Full,
 }
 
 pub struct Node {
@@ -27,16 +36,33 @@ pub struct Node {
     pub guest: Guest,
     /// What a start from its disk would begin with.
     pub disk: u64,
-    /// Replies behind the gates, with the epoch that they belong to.
-    pub held: VecDeque<(Epoch, u64)>,
+    /// What is behind the gates, with the epoch that it belongs to.
+    pub held: VecDeque<(Epoch, Seen)>,
+    /// How full that was when the process was last told.
+    pub room: Room,
+    /// For how many percent of the time the guest is parked.
+    pub throttle: u8,
+    /// How far its clock is ahead.
+    pub ahead: Time,
+    /// How much is begun and not done.
+    pub pending: u32,
     /// The epoch that is running.
     pub epoch: Epoch,
     /// The guest's output is not held.
     pub free: bool,
     pub parked: bool,
+    pub journal: Journal,
+    /// Paused by a command.
+    pub paused: bool,
     pub runs: bool,
-    /// Epochs in staging, or received.
+    /// Epochs in staging.
     pub staged: HashMap<Epoch, Guest>,
+    /// Those of the term before, while what was written since is kept.
+    pub kept: HashMap<Epoch, Guest>,
+    /// What the first epoch of this term is sent as a change of.
+    pub base: Option<(Epoch, Guest)>,
+    /// Epochs that were received.
+    pub received: HashMap<Epoch, Pages>,
     /// The time for which a tick is in the heap.
     pub tick: Option<Time>,
 }
@@ -53,16 +79,26 @@ impl Node {
             guest: Guest::new(),
             disk: 0,
             held: VecDeque::new(),
+            room: Room::Ample,
+            throttle: 0,
+            ahead: Time::ZERO,
+            pending: 0,
             epoch: Epoch(1),
             free: runs,
             parked: false,
+            journal: Journal::Works,
+            paused: false,
             runs,
             staged: HashMap::new(),
+            kept: HashMap::new(),
+            base: None,
+            received: HashMap::new(),
             tick: None,
         }
     }
 
     pub fn step(&mut self, now: Time, input: Input) -> Vec<Output> {
+        let now = now + self.ahead;
         match &mut self.role {
             Role::Dead => Vec::new(),
             Role::Primary(primary) => primary.step(now, input),
@@ -72,11 +108,20 @@ impl Node {
     }
 
     pub fn deadline(&self) -> Option<Time> {
-        match &self.role {
+        let at = match &self.role {
             Role::Dead => None,
             Role::Primary(primary) => primary.deadline(),
             Role::Backup(backup) => backup.deadline(),
             Role::Start(start) => start.deadline(),
+        };
+        at.map(|at| at.saturating_sub(self.ahead))
+    }
+
+    pub fn status(&self) -> Option<Status> {
+        match &self.role {
+            Role::Primary(primary) => Some(primary.status()),
+            Role::Backup(backup) => Some(backup.status()),
+            _ => None,
         }
     }
 
@@ -107,11 +152,22 @@ impl Node {
         self.is_alive() && self.runs && self.free && !self.parked
     }
 
+    /// Its guest reboots itself.
+    pub fn reboot(&mut self) {
+        if self.is_alive() && self.runs && !self.parked {
+            self.guest.reset();
+        }
+    }
+
     pub fn die(&mut self) {
         self.role = Role::Dead;
         self.incarnation.0 += 1;
         self.held.clear();
         self.staged.clear();
+        self.kept.clear();
+        self.received.clear();
+        self.base = None;
+        (self.room, self.throttle, self.pending) = (Room::Ample, 0, 0);
         (self.free, self.parked, self.runs) = (false, false, false);
         (self.doom, self.tick) = (None, None);
         self.frozen = Time::ZERO;

@@ -6,19 +6,23 @@ use std::{
 
 use replication::{
     Agreement, Answer, Arbiter, Backup, Connection, Digest, Epoch, Frame, Identity, Incarnation,
-    Input, Lineage, Mark, OnLoss, Primary, Question, Rules, Searched, Settings, Side, Term, Time,
-    Witness, backup, primary,
+    Input, Lineage, Mark, OnLoss, Output, Pair, Primary, Question, Rules, Searched, Settings, Side,
+    Term, Time, Witness, backup,
 };
 
+#[path = "checks.rs"]
+mod checks;
 #[path = "host.rs"]
 mod host;
 
+use checks::Before;
+
 use crate::{
-    guest::{Client, Guest},
+    guest::{Client, Pages, Seen},
     node::{Node, Role},
 };
 
-const GUEST: Lineage = Lineage(1);
+pub const GUEST: Lineage = Lineage(1);
 
 /// A moment, in milliseconds.
 pub const fn ms(ms: u64) -> Time {
@@ -28,10 +32,37 @@ pub const fn ms(ms: u64) -> Time {
 enum Event {
     Tick(usize),
     Input(usize, Incarnation, Input),
-    Frame { from: usize, to: usize, over: Connection, frame: Frame, guest: Option<Box<Guest>> },
-    Closed { from: usize, to: usize, over: Connection },
+    Frame {
+        from: usize,
+        to: usize,
+        over: Connection,
+        frame: Frame,
+        pages: Option<Pages>,
+    },
+    /// A piece of a frame.
+    Piece {
+        from: usize,
+        to: usize,
+        over: Connection,
+    },
+    /// A beat on the second path.
+    Beside {
+        from: usize,
+        to: usize,
+        incarnation: Incarnation,
+    },
+    Closed {
+        from: usize,
+        to: usize,
+        over: Connection,
+    },
     Dialled(usize, Incarnation),
-    Asked { by: usize, incarnation: Incarnation, nonce: u64, question: Question },
+    Asked {
+        by: usize,
+        incarnation: Incarnation,
+        nonce: u64,
+        question: Question,
+    },
     Request,
 }
 
@@ -60,12 +91,33 @@ pub struct Sim {
     /// What the primary was at the end of each epoch.
     truth: HashMap<(Term, Epoch), u64>,
     closed: HashMap<Term, &'static str>,
+    /// For whom each term was armed, and what its backups have held whole.
+    pairs: HashMap<Term, Pair>,
+    whole: HashMap<Term, Epoch>,
     pub promotions: u64,
     pub solos: u64,
     /// Which processes were killed, by a fault or a fence.
     pub victims: [bool; 3],
     /// How much later than usual the witness answers, in milliseconds at most.
     pub late: u64,
+    /// How long every frame takes in addition, one way, and how many percent have to be sent again;
+    /// how long the pages of an epoch take. In milliseconds.
+    pub delay: u64,
+    pub loss: u8,
+    pub slow: u64,
+    /// Whether there is a second path for beats.
+    pub beside: bool,
+    /// First copies of everything, and of changes alone.
+    pub full: u64,
+    pub warm: u64,
+    /// Releases of a primary whose backup was running the guest already.
+    pub late_releases: u64,
+    pub dials: u64,
+    /// No connection can be made.
+    pub unreachable: bool,
+    /// Everything that clients were told, and all questions.
+    pub told: Vec<Output>,
+    pub asked: Vec<(u64, Question)>,
     /// Print everything that happens.
     pub tell: bool,
 }
@@ -108,6 +160,19 @@ impl Sim {
             connections: 0,
             truth: HashMap::new(),
             closed: HashMap::new(),
+            pairs: HashMap::new(),
+            whole: HashMap::new(),
+            delay: 0,
+            loss: 0,
+            slow: 0,
+            beside: false,
+            full: 0,
+            warm: 0,
+            late_releases: 0,
+            dials: 0,
+            unreachable: false,
+            told: Vec::new(),
+            asked: Vec::new(),
             promotions: 0,
             solos: 0,
             victims: [false; 3],
@@ -146,8 +211,10 @@ impl Sim {
     }
 
     /// Send along one direction, in order.
-    fn along(&mut self, from: usize, to: usize, event: Event) {
-        let at = self.now + self.jitter(100, 2000);
+    fn along(&mut self, from: usize, to: usize, slow: u64, event: Event) {
+        let again = self.loss > 0 && self.random.u8(0..100) < self.loss;
+        let resent = if again { 2 * self.delay + 200 } else { 0 };
+        let at = self.now + self.jitter(100, 2000) + ms(self.delay + slow + resent);
         let last = self.last.entry((from, to)).or_default();
         *last = at.max(*last);
         let delay = *last - self.now;
@@ -188,7 +255,10 @@ impl Sim {
         // A stopped process takes no input before it continues; then it reads its sockets first.
         let process = match &event {
             Event::Tick(i) | Event::Input(i, ..) | Event::Dialled(i, _) => Some(*i),
-            Event::Frame { to, .. } | Event::Closed { to, .. } => Some(*to),
+            Event::Frame { to, .. }
+            | Event::Closed { to, .. }
+            | Event::Piece { to, .. }
+            | Event::Beside { to, .. } => Some(*to),
             _ => None,
         };
         if let Some(frozen) = process.map(|i| self.nodes[i].frozen).filter(|at| *at > self.now) {
@@ -202,7 +272,7 @@ impl Sim {
                 self.input(i, Input::Tick)
             }
             Event::Input(i, incarnation, input) if self.nodes[i].incarnation == incarnation => {
-                self.completed(i, input);
+                self.completed(i, input)?;
                 self.input(i, input)
             }
             Event::Input(..) => Ok(()),
@@ -212,56 +282,110 @@ impl Sim {
                 self.stuck.push(event);
                 Ok(())
             }
-            Event::Frame { to, over, frame, guest, .. } => {
-                if let Some(guest) = guest {
-                    self.nodes[to].staged.insert(frame.epoch, *guest);
+            Event::Piece { from, to, .. } if self.cut.contains(&(from, to)) => Ok(()),
+            Event::Piece { to, over, .. } => self.input(to, Input::Heard(over)),
+            Event::Beside { from, to, incarnation } => {
+                let known = self.nodes[to].status().is_some_and(|s| s.peer == Some(incarnation));
+                if known && !self.cut.contains(&(from, to)) {
+                    self.input(to, Input::HeardBeside)?;
+                }
+                Ok(())
+            }
+            Event::Frame { to, over, frame, pages, .. } => {
+                if let Some(pages) = pages {
+                    self.nodes[to].received.insert(frame.epoch, pages);
                 }
                 self.input(to, Input::Received(over, frame))
             }
             Event::Closed { to, over, .. } => self.input(to, Input::Closed(over)),
             Event::Dialled(i, incarnation) => self.dialled(i, incarnation),
             Event::Asked { by, incarnation, nonce, question } => {
-                self.asked(by, incarnation, nonce, question)
+                self.answer(by, incarnation, nonce, question)
             }
             Event::Request => self.request(),
         }
     }
 
     /// What was begun is done, on the host.
-    fn completed(&mut self, i: usize, input: Input) {
+    fn completed(&mut self, i: usize, input: Input) -> Result<(), String> {
         let node = &mut self.nodes[i];
         match input {
             Input::Marked(mark) => node.sidecar = mark,
             Input::Held(epoch) => {
-                if let Some(guest) = node.staged.remove(&epoch) {
-                    node.disk = guest.counter;
-                    node.guest = guest;
+                if let Some(pages) = node.received.remove(&epoch) {
+                    node.guest.apply(pages);
+                    node.disk = node.guest.counter;
+                    let term = node.status().map_or(Term(0), |status| status.term);
+                    if self.truth.get(&(term, epoch)) != Some(&node.guest.digest()) {
+                        return Err(format!("process {i} holds no {epoch:?} of {term} (I6)"));
+                    }
+                    let whole = self.whole.entry(term).or_default();
+                    *whole = epoch.max(*whole);
                 }
             }
-            _ => {}
+            Input::Captured { .. } | Input::Prepared | Input::NotHeld(..) => {}
+            _ => return Ok(()),
         }
+        let node = &mut self.nodes[i];
+        node.pending = node.pending.saturating_sub(1);
+        Ok(())
     }
 
     fn request(&mut self) -> Result<(), String> {
         let next = self.jitter(5_000, 15_000);
         self.after(next, Event::Request);
-        for node in &mut self.nodes {
-            if node.is_alive() && node.runs && !node.parked && node.frozen <= self.now {
+        for i in 0..self.nodes.len() {
+            let node = &mut self.nodes[i];
+            let stopped = node.parked || node.paused || node.frozen > self.now || node.guest.off;
+            if node.is_alive() && node.runs && !stopped && self.random.u8(0..100) >= node.throttle {
                 let reply = node.guest.serve();
                 node.disk = reply;
-                if node.free {
-                    self.client.told(reply)?;
-                } else {
-                    node.held.push_back((node.epoch, reply));
-                }
+                self.let_out(i, Seen::Reply(reply))?;
             }
         }
         Ok(())
     }
 
+    /// The guest replies as fast as it can, until it is parked.
+    pub fn flood(&mut self, i: usize, most: usize) -> Result<(), String> {
+        for _ in 0..most {
+            let node = &mut self.nodes[i];
+            if !node.runs || node.parked || node.paused || node.guest.off {
+                break;
+            }
+            let reply = node.guest.serve();
+            node.disk = reply;
+            self.let_out(i, Seen::Reply(reply))?;
+        }
+        Ok(())
+    }
+
+    /// The guest powers itself off.
+    pub fn power_off(&mut self) -> Result<(), String> {
+        for i in 0..self.nodes.len() {
+            let node = &mut self.nodes[i];
+            if node.is_alive() && node.runs && !node.parked && !node.guest.off {
+                node.guest.off = true;
+                self.let_out(i, Seen::Off)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn beat_beside(&mut self, from: usize) {
+        let to = self.port[1 - Self::host(from)];
+        if self.beside && to != from && self.random.u8(0..100) >= self.loss {
+            let delay = self.jitter(100, 20_000) + ms(self.delay);
+            let incarnation = self.nodes[from].incarnation;
+            self.after(delay, Event::Beside { from, to, incarnation });
+        }
+    }
+
     fn dialled(&mut self, i: usize, incarnation: Incarnation) -> Result<(), String> {
+        self.dials += 1;
         let to = self.port[1 - Self::host(i)];
-        let open = !self.cut.contains(&(i, to)) && !self.cut.contains(&(to, i));
+        let open =
+            !self.unreachable && !self.cut.contains(&(i, to)) && !self.cut.contains(&(to, i));
         let listens = matches!(self.nodes[to].role, Role::Backup(_));
         if self.nodes[i].incarnation != incarnation || !open || !listens {
             return Ok(());
@@ -272,13 +396,14 @@ impl Sim {
         self.input(i, Input::Connected(over))
     }
 
-    fn asked(
+    fn answer(
         &mut self,
         by: usize,
         incarnation: Incarnation,
         nonce: u64,
         question: Question,
     ) -> Result<(), String> {
+        self.check_claim(question)?;
         let answer = match question {
             Question::Fence { term } => self.fence(by, term),
             _ if !self.serving => None,
@@ -314,11 +439,22 @@ impl Sim {
     /// Give one input to a process and carry out what it says.
     pub fn input(&mut self, i: usize, input: Input) -> Result<(), String> {
         let before = self.nodes[i].primary().map(Primary::term);
+        let was = Before::of(&self.nodes[i]);
         let outputs = self.nodes[i].step(self.now, input);
+        self.check_step(i, &was, &input, &outputs)?;
         if self.tell && (!outputs.is_empty() || input != Input::Tick) {
             println!("{:?} process {i}: {input:?}\n    {outputs:?}", self.now);
         }
-        self.carry_out(i, before, outputs)
+        self.carry_out(i, before, outputs)?;
+        self.check_wait(i)
+    }
+
+    /// Every connection breaks, and both ends learn of it.
+    pub fn reset_connections(&mut self) {
+        for (over, [a, b]) in std::mem::take(&mut self.ends) {
+            self.along(a, b, 0, Event::Closed { from: a, to: b, over });
+            self.along(b, a, 0, Event::Closed { from: b, to: a, over });
+        }
     }
 
     pub fn cut(&mut self, directions: &[(usize, usize)]) {
@@ -329,7 +465,7 @@ impl Sim {
         self.cut.clear();
         for event in std::mem::take(&mut self.stuck) {
             if let Event::Frame { from, to, .. } | Event::Closed { from, to, .. } = event {
-                self.along(from, to, event);
+                self.along(from, to, 0, event);
             }
         }
     }
@@ -340,26 +476,13 @@ impl Sim {
         primary && self.nodes.iter().any(|n| n.backup_state() == Some(backup::State::Standby))
     }
 
-    /// No term that is closed is called protected by both its sides (I11).
-    pub fn check_given_away(&self) -> Result<(), String> {
-        for primary in self.nodes.iter().filter_map(Node::primary) {
-            let (term, bound) = (primary.term(), primary.bound());
-            let stands_by = self.nodes.iter().any(|node| {
-                let state = node.backup_state();
-                Some(node.incarnation) == bound && state == Some(backup::State::Standby)
-            });
-            if primary.state() == primary::State::Protected
-                && stands_by
-                && primary.nonce().is_none()
-                && let Some(record) = self.witness.record(GUEST, term)
-            {
-                return Err(format!(
-                    "{term} is given away ({:?}), called protected (I11)",
-                    record.word
-                ));
-            }
+    /// The connection that a process uses.
+    pub fn connection(&self, i: usize) -> Option<Connection> {
+        match &self.nodes[i].role {
+            Role::Primary(primary) => primary.connection(),
+            Role::Backup(backup) => backup.connection(),
+            _ => None,
         }
-        Ok(())
     }
 
     pub fn owner(&self) -> Option<usize> {
@@ -367,13 +490,30 @@ impl Sim {
     }
 
     pub fn describe(&self) -> String {
-        let state = |node: &Node| match &node.role {
-            Role::Dead => format!("dead, {:?}", node.sidecar),
-            Role::Primary(primary) => format!("{:?} in {}", primary.state(), primary.term()),
-            Role::Backup(backup) => format!("{:?} in {}", backup.state(), backup.term()),
-            Role::Start(_) => "starting".into(),
+        let state = |node: &Node| match (&node.role, node.status()) {
+            (Role::Dead, _) => format!("dead, {:?}", node.sidecar),
+            (_, Some(status)) => format!("{} in {}", status.state, status.term),
+            _ => "starting".into(),
         };
         let states: Vec<String> = self.nodes.iter().map(state).collect();
         format!("{states:?}, {:?}", self.now)
+    }
+
+    /// The states of all processes, without numbers.
+    pub fn class(&self, fence: bool) -> String {
+        let state = |node: &Node| match (&node.role, node.status()) {
+            (Role::Dead, _) => {
+                let word = format!("{:?}", node.sidecar);
+                format!("dead {}", word.split(['(', ' ']).next().unwrap())
+            }
+            (_, Some(status)) => {
+                let parked = if node.parked { " parked" } else { "" };
+                let waiting = status.waiting.map_or("", replication::Waiting::name);
+                format!("{}{parked} {waiting}", status.state)
+            }
+            _ => "starting".into(),
+        };
+        let states: Vec<String> = self.nodes.iter().map(state).collect();
+        format!("{} {states:?}", if fence { "fence" } else { "witness" })
     }
 }
