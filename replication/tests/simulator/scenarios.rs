@@ -12,9 +12,7 @@
 //! in 22 that the agent starts again; in 23 the memory that is used; in 25 how a command is refused
 //! by name; in 26 TSC and kvm-clock; in 27 the bytes of journal and image (their order is in
 //! `tests/journal.rs`); in 28 descriptors, taps and ARP.
-use replication::{
-    Arbiter, Command, Event, Input, OnLoss, Output, Rules, Why, backup, primary,
-};
+use replication::{Arbiter, Command, Event, Input, OnLoss, Output, Rules, Why, backup, primary};
 
 use crate::{
     node::Journal,
