@@ -75,6 +75,7 @@ mod identity;
 mod interface;
 mod journal;
 mod message;
+pub mod pace;
 pub mod primary;
 mod record;
 mod rules;

@@ -1,0 +1,142 @@
+//! When the next epoch begins, with `-i auto`: at once when output waits for it, as far as what
+//! epochs cost the guest allows that; else more and more rarely.
+use std::time::Duration;
+
+use crate::timers::Time;
+
+/// Shortest time from the beginning of one epoch to the next.
+pub const SHORTEST: Duration = Duration::from_millis(2);
+/// Longest time, if nothing else is configured (`max-period`).
+pub const LONGEST: Duration = Duration::from_millis(200);
+/// What epochs may cost is the guest's time divided by this: 10 %.
+const SHARE: u32 = 10;
+
+/// What one epoch costs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Cost {
+    /// How long it stood still.
+    pub pause: Duration,
+    /// The pages that were copied: those that it wrote to since the epoch before, and for each of
+    /// which it pays once more after this one.
+    pub pages: u64,
+    /// What the first write to a page costs it after an epoch, as measured.
+    pub fault: Duration,
+}
+
+impl Cost {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        let faults = u64::try_from(self.fault.as_nanos()).unwrap_or(u64::MAX);
+        self.pause.saturating_add(Duration::from_nanos(faults.saturating_mul(self.pages)))
+    }
+}
+
+/// The times of epochs. Each epoch delays the next one by at least ten times what it cost, so that
+/// epochs take no more than a tenth of the guest's time, except where the longest period is shorter
+/// than that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pace {
+    longest: Duration,
+    /// When the last epoch began.
+    began: Time,
+    /// The shortest time after it.
+    floor: Duration,
+    /// The time after it if no output waits.
+    period: Duration,
+}
+
+impl Pace {
+    /// A pace with this longest period, or [`SHORTEST`] if that is longer. The first epoch may begin
+    /// at once.
+    #[must_use]
+    pub fn new(longest: Duration) -> Self {
+        let longest = longest.max(SHORTEST);
+        Self { longest, began: Time::ZERO, floor: Duration::ZERO, period: Duration::ZERO }
+    }
+
+    /// An epoch began at `began`, which has cost this; output had waited for it, or not.
+    pub fn captured(&mut self, began: Time, cost: &Cost, output_waited: bool) {
+        let budget = cost.total().saturating_mul(SHARE);
+        self.began = began;
+        self.floor = budget.clamp(SHORTEST, self.longest);
+        let grown = if output_waited { SHORTEST } else { self.period.saturating_mul(2) };
+        self.period = grown.clamp(self.floor, self.longest);
+    }
+
+    /// When the next epoch begins, as long as nothing changes; it may be in the past.
+    #[must_use]
+    pub fn next(&self, output_waits: bool) -> Time {
+        self.began.saturating_add(if output_waits { self.floor } else { self.period })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn cost(pause_us: u64, pages: u64, fault_ns: u64) -> Cost {
+        let (pause, fault) = (Duration::from_micros(pause_us), Duration::from_nanos(fault_ns));
+        Cost { pause, pages, fault }
+    }
+
+    #[test]
+    fn without_output_epochs_become_rare_and_with_output_they_come_at_once() {
+        let mut pace = Pace::new(LONGEST);
+        let mut now = ms(1000);
+        assert!(pace.next(true) <= now && pace.next(false) <= now, "the first one");
+        pace.captured(now, &cost(100, 10, 1000), true);
+        let mut periods = Vec::new();
+        for _ in 0..10 {
+            let next = pace.next(false);
+            periods.push((next - now).as_millis());
+            now = next;
+            pace.captured(now, &cost(100, 10, 1000), false);
+        }
+        assert_eq!(periods, [2, 4, 8, 16, 32, 64, 128, 200, 200, 200]);
+        // Output in the middle of a long period: at once.
+        assert!(pace.next(true) < now + ms(50));
+        pace.captured(now + ms(50), &cost(100, 10, 1000), true);
+        assert_eq!(pace.next(true), now + ms(52));
+        assert_eq!(pace.next(false), now + ms(52));
+    }
+
+    #[test]
+    fn epochs_cost_no_more_than_a_tenth_whatever_the_guest_does() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut pace = Pace::new(LONGEST);
+        let mut spent = Duration::ZERO;
+        for _ in 0..100_000 {
+            let waits = random.bool();
+            let began = pace.next(waits) + Duration::from_micros(random.u64(..3000));
+            // At most 18 ms, so that ten times this fits into the longest period.
+            let cost = cost(random.u64(..2000), random.u64(..800), random.u64(..20_000));
+            pace.captured(began, &cost, waits);
+            spent += cost.total();
+        }
+        let now = pace.next(true);
+        assert!(spent * 10 <= now, "{spent:?} of {now:?}");
+        assert!(spent * 20 > now, "and they are not much rarer than that: {spent:?} of {now:?}");
+    }
+
+    #[test]
+    fn a_period_has_limits_whatever_is_measured() {
+        let most = Cost { pause: Duration::MAX, pages: u64::MAX, fault: Duration::MAX };
+        let mut pace = Pace::new(ms(50));
+        for waits in [true, false] {
+            pace.captured(ms(7), &most, waits);
+            assert_eq!((pace.next(true), pace.next(false)), (ms(57), ms(57)));
+            pace.captured(ms(7), &Cost::default(), true);
+            assert_eq!((pace.next(true), pace.next(false)), (ms(9), ms(9)));
+        }
+        pace.captured(Duration::MAX, &most, false);
+        assert_eq!(pace.next(false), Duration::MAX);
+        let mut pace = Pace::new(Duration::ZERO);
+        pace.captured(ms(1), &most, false);
+        assert_eq!(pace.next(false), ms(1) + SHORTEST);
+    }
+}
