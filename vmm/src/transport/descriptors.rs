@@ -1,0 +1,134 @@
+//! The descriptors of a connection.
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    buffer::spare_capacity,
+    event::{PollFd, PollFlags},
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    io::Errno,
+    net::{getpeername, sockopt::set_tcp_nodelay},
+};
+
+/// A descriptor, which does not block while this exists. Others may share its file status flags:
+/// they are then as they were.
+struct NonBlocking {
+    fd: OwnedFd,
+    flags: OFlags,
+}
+
+impl NonBlocking {
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        let flags = fcntl_getfl(&fd)?;
+        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        Ok(Self { fd, flags })
+    }
+}
+
+impl Drop for NonBlocking {
+    fn drop(&mut self) {
+        let _ = fcntl_setfl(&self.fd, self.flags);
+    }
+}
+
+/// One descriptor for both directions, or one for each.
+pub struct Descriptors {
+    read: NonBlocking,
+    /// If it is another one.
+    write: Option<NonBlocking>,
+}
+
+impl Descriptors {
+    /// A connected stream socket. Small messages on it are sent at once.
+    ///
+    /// # Errors
+    /// When the host cannot set it up.
+    pub fn socket(fd: OwnedFd) -> io::Result<Self> {
+        match set_tcp_nodelay(&fd, true) {
+            // Not TCP.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOPROTOOPT | Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Self { read: NonBlocking::new(fd)?, write: None })
+    }
+
+    /// Two pipes.
+    ///
+    /// # Errors
+    /// When the host cannot set them up.
+    pub fn pipes(read: OwnedFd, write: OwnedFd) -> io::Result<Self> {
+        let write = Some(NonBlocking::new(write)?);
+        Ok(Self { read: NonBlocking::new(read)?, write })
+    }
+
+    /// The peer's address, if it is connected by TCP.
+    pub(super) fn host(&self) -> io::Result<Option<IpAddr>> {
+        match getpeername(&self.read.fd) {
+            Ok(name) => {
+                let address = name.and_then(|name| SocketAddr::try_from(name).ok());
+                Ok(address.map(|address| address.ip()))
+            }
+            // A pipe.
+            Err(Errno::NOTSOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    pub(super) fn interest(&self, wants_write: bool) -> impl Iterator<Item = PollFd<'_>> {
+        let out = if wants_write { PollFlags::OUT } else { PollFlags::empty() };
+        let (read, write) = match &self.write {
+            None => (PollFlags::IN | out, None),
+            // Without interest, one that nobody reads any more would be reported again and again.
+            Some(write) => (PollFlags::IN, wants_write.then_some(write)),
+        };
+        let write = write.map(|write| PollFd::from_borrowed_fd(write.fd.as_fd(), out));
+        [PollFd::from_borrowed_fd(self.read.fd.as_fd(), read)].into_iter().chain(write)
+    }
+
+    /// Write what fits; `None` when nothing does.
+    pub(super) fn try_write(&mut self, bytes: &[u8]) -> io::Result<Option<usize>> {
+        let to = self.write.as_ref().unwrap_or(&self.read);
+        loop {
+            match rustix::io::write(&to.fd, bytes) {
+                Ok(written) => return Ok(Some(written)),
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Read into the spare room of `into`, which must have some; `None` when there is nothing, 0 at
+    /// the end.
+    pub(super) fn try_read(&mut self, into: &mut Vec<u8>) -> io::Result<Option<usize>> {
+        loop {
+            match rustix::io::read(&self.read.fd, spare_capacity(into)) {
+                Ok(read) => return Ok(Some(read)),
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// As TLS needs them.
+impl io::Read for Descriptors {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        rustix::io::retry_on_intr(|| rustix::io::read(&self.read.fd, &mut *into))
+            .map_err(io::Error::from)
+    }
+}
+
+impl io::Write for Descriptors {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.try_write(bytes)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
