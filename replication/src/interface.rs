@@ -353,10 +353,10 @@ pub enum Denial {
     #[error("the other side owns the guest: start it there, or resync this image")]
     Outdated,
     /// An earlier process of this side has it, and its memory may still be somewhere.
-    #[error("an earlier process of this side has won the term; --force starts from the disk")]
+    #[error("an earlier process of this side has won the term, and has its memory")]
     Earlier,
     /// The image was part of a protected term, and there is no arbiter to ask.
-    #[error("it was protected, and there is neither witness nor fence: --force starts it")]
+    #[error("it was protected, and there is neither a witness nor a fence to ask")]
     NoArbiter,
     /// It was being filled.
     #[error("the image was being filled and cannot be used")]

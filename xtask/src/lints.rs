@@ -13,14 +13,15 @@ use serde_json::Value;
 
 /// Each crate and the siblings that it may depend on; a crate that is not listed may depend on
 /// none.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("json", &[]),
     ("replication", &[]),
+    ("lineage", &["replication"]),
     ("state", &[]),
     ("config", &["json", "state"]),
     ("devices", &["state"]),
     ("qmp", &["json"]),
-    ("machine", &["config", "devices", "state"]),
+    ("machine", &["config", "devices", "lineage", "state"]),
     ("vmm", &["machine", "qmp", "config", "state", "replication"]),
     ("stratoctl", &["qmp", "state", "config"]),
     ("stories", &["qmp", "state"]),
