@@ -17,6 +17,16 @@
 //! still be saved, and its resources can be reused.
 use std::{any::Any, fmt, io, marker::PhantomData, os::fd::RawFd, sync::Arc, time::Duration};
 
+/// What a worker does with its requests in flight before it leaves its thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Park {
+    /// It waits for them.
+    Drain,
+    /// They go on while it is away, and are part of its device's saved state. Its device must be
+    /// neither changed nor reset before the worker has run again.
+    Keep,
+}
+
 /// Work driven by file descriptors.
 pub trait Worker: Any + Send {
     /// The descriptors to wait on for reading; [`Worker::ready`] receives the index of the one that
@@ -30,6 +40,11 @@ pub trait Worker: Any + Send {
     /// Last call before the worker leaves its thread: finish what is in flight. False when that has
     /// not ended within `limit`: the worker then stays on its thread and continues.
     fn quiesce(&mut self, limit: Option<Duration>) -> bool;
+    /// As [`Worker::quiesce`], but with [`Park::Keep`] a worker whose requests may take long leaves
+    /// at once, between two of them. For all others there is no difference.
+    fn park(&mut self, _: Park, limit: Option<Duration>) -> bool {
+        self.quiesce(limit)
+    }
 }
 
 /// An I/O thread, as devices see it.

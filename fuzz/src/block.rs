@@ -7,6 +7,7 @@ use devices::{
     backend::disk::{Aio, Disk, OpenOptions},
     testing::{Guest, HIGH},
     virtio::blk::{Backend, Block, Settings},
+    worker::Park,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
@@ -117,11 +118,15 @@ pub fn entry(input: &[u8]) {
                 work(&guest);
             }
             6 => {
+                let how = input.u8();
+                // Waiting for those in flight, or not: then they are carried out again.
+                guest.thread.parks(if how & 2 == 0 { Park::Drain } else { Park::Keep });
                 guest.transport.pause();
+                guest.thread.parks(Park::Drain);
                 let section = guest.transport.save().unwrap();
                 // Unmodified, or with small changes. A disk that has been written to since is
                 // refused.
-                let section = match input.u8() & 1 {
+                let section = match how & 1 {
                     0 => Some(section),
                     _ => input.change(&section),
                 };

@@ -1,5 +1,5 @@
-//! The saved form of each kind of device, without its configuration. Nothing is in flight in a
-//! saved device.
+//! The saved form of each kind of device, without its configuration. Only a disk may have requests
+//! in flight, and only in the state of a machine that was captured without waiting for them.
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -161,8 +161,13 @@ pub struct Disk {
     #[serde(deserialize_with = "required")]
     pub queues: Option<Vec<QueuePosition>>,
     /// Requests that were taken from a queue and not answered, by the index of the queue and of the
-    /// first descriptor: they have to be done again. A save leaves none.
+    /// first descriptor, in the order in which they were taken: they have to be carried out again, in
+    /// this order. An ordinary save leaves none.
     pub in_flight: Vec<(u16, u16)>,
+    /// The queues that the driver has broken: it has to reset the device. Absent if there are none,
+    /// so that a program that does not know this field can read the states of all other machines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs_reset: Vec<u16>,
     /// The mark by which the image is recognised; `null` for an image that cannot be marked.
     #[serde(deserialize_with = "required")]
     pub mark: Option<Mark>,

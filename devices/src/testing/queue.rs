@@ -37,6 +37,11 @@ impl DriverQueue {
         Self { size, descriptors, available, used, next_descriptor: 0, next_used: 0, memory }
     }
 
+    /// `queue` in a copy of its memory.
+    pub fn over(queue: &Self, memory: &Memory) -> Self {
+        Self { memory: memory.clone(), ..queue.clone() }
+    }
+
     /// Write descriptor `index`.
     pub fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         self.descriptor_at(self.descriptors, index, addr, len, flags, next);

@@ -9,7 +9,7 @@ use std::{
 use parking_lot::Mutex;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::worker::{IoThread, Refused, Worker};
+use crate::worker::{IoThread, Park, Refused, Worker};
 
 /// An I/O thread without the thread: workers run when the test calls [`InlineThread::turn`].
 /// Readiness is edge-triggered, as on the real one.
@@ -17,6 +17,7 @@ pub struct InlineThread {
     epoll: Epoll,
     workers: Mutex<Vec<Option<Adopted>>>,
     fault: Mutex<Option<ThreadFault>>,
+    park: Mutex<Park>,
 }
 
 /// How an I/O thread fails.
@@ -38,6 +39,7 @@ impl InlineThread {
             epoll: Epoll::new().unwrap(),
             workers: Mutex::default(),
             fault: Mutex::default(),
+            park: Mutex::new(Park::Drain),
         })
     }
 
@@ -76,6 +78,11 @@ impl InlineThread {
         *self.fault.lock() = fault.into();
     }
 
+    /// How workers are parked from now on.
+    pub fn parks(&self, park: Park) {
+        *self.park.lock() = park;
+    }
+
     fn fails(&self, fault: ThreadFault) -> bool {
         *self.fault.lock() == Some(fault)
     }
@@ -111,7 +118,7 @@ impl IoThread for InlineThread {
             return self.release(key);
         }
         let mut worker = self.workers.lock().get_mut(key)?.as_mut()?.0.take()?;
-        worker.quiesce(None);
+        worker.park(*self.park.lock(), None);
         Some(worker)
     }
 

@@ -101,12 +101,28 @@ impl Chain {
             return Err(ChainError::Ring);
         }
         queue.set_next_avail(next.wrapping_add(1));
+        self.load(self.head, queue, memory, indirect).map(|()| true)
+    }
+
+    /// Read the chain at `head` again, which was popped from `queue` before.
+    ///
+    /// # Errors
+    /// As [`Chain::pop`], but for [`ChainError::Ring`].
+    pub fn load(
+        &mut self,
+        head: u16,
+        queue: &Queue,
+        memory: &Memory,
+        indirect: bool,
+    ) -> Result<(), ChainError> {
+        self.clear();
+        self.head = head;
         let table = GuestAddress(queue.desc_table());
-        let result = self.walk(table, queue.size(), self.head, indirect, memory);
+        let result = self.walk(table, queue.size(), head, indirect, memory);
         if result.is_err() {
             self.clear();
         }
-        result.map(|()| true)
+        result
     }
 
     /// The chain's head, for the used ring.

@@ -28,7 +28,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
 
 use self::transfer::{RETRY_LIMIT, Transfer, cut_short};
-use super::{Disk, sys};
+use super::{Copied, Disk, sys};
 use crate::{
     Memory,
     log_limit::log_seldom,
@@ -131,6 +131,11 @@ impl<T> Engine<T> {
         &self.disk
     }
 
+    /// Guest memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// Readable when [`Engine::finished`] has something to return; `None` when nothing is ever
     /// pending.
     pub fn source(&self) -> Option<RawFd> {
@@ -147,6 +152,11 @@ impl<T> Engine<T> {
         self.in_flight
     }
 
+    /// The tags of the requests that are pending, in no particular order.
+    pub fn pending(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|slot| slot.tag.as_ref())
+    }
+
     /// Carry out a request at `offset` bytes. Call only if [`Engine::has_room`]; the caller has
     /// checked the range against the disk's size. `None`: the request is pending, is passed to the
     /// kernel by [`Engine::submit`], and will be returned by [`Engine::finished`].
@@ -158,13 +168,36 @@ impl<T> Engine<T> {
         tag: T,
     ) -> Option<(T, io::Result<()>)> {
         let mut transfer = mem::take(&mut self.scratch);
-        let now = match transfer.prepare(op, offset, segments, &self.memory) {
+        let prepared = transfer.prepare(op, offset, segments, &self.memory);
+        self.begin(transfer, prepared, tag)
+    }
+
+    /// As [`Engine::start`] for a write of `copied`.
+    pub fn start_copied(
+        &mut self,
+        op: Op,
+        offset: u64,
+        copied: Arc<Copied>,
+        tag: T,
+    ) -> Option<(T, io::Result<()>)> {
+        let mut transfer = mem::take(&mut self.scratch);
+        transfer.prepare_copied(op, offset, copied);
+        self.begin(transfer, Ok(()), tag)
+    }
+
+    fn begin(
+        &mut self,
+        mut transfer: Transfer,
+        prepared: io::Result<()>,
+        tag: T,
+    ) -> Option<(T, io::Result<()>)> {
+        let now = match prepared {
             Ok(()) => self.try_now(&mut transfer),
             Err(e) => Some(Err(e)),
         };
         match now {
             Some(result) => {
-                self.landed(&transfer);
+                self.landed(&mut transfer);
                 self.scratch = transfer;
                 Some((tag, result))
             }
@@ -196,7 +229,7 @@ impl<T> Engine<T> {
                 self.push(index, transfer);
                 continue;
             };
-            self.landed(&transfer);
+            self.landed(&mut transfer);
             let slot = self.slots.get_mut(index);
             let tag = slot.and_then(|slot| {
                 slot.transfer = transfer;
@@ -261,7 +294,8 @@ impl<T> Engine<T> {
                 Op::Write { durable } => {
                     let nowait = ring && self.write_nowait;
                     let flags = if nowait { libc::RWF_NOWAIT } else { write_flags(durable) };
-                    // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped.
+                    // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped, or
+                    // in the copy that `t` owns.
                     (unsafe { sys::write(file, t.buffers(), t.offset, flags) }, nowait)
                 }
                 _ if ring && !self.read_nowait => return None,
@@ -315,8 +349,8 @@ impl<T> Engine<T> {
         }
         while let Some(ring) = &mut self.ring {
             // SAFETY: the buffer list is in the slot (moving the slot does not move the list's
-            // elements), the buffers in guest memory and the descriptor in the disk. All three
-            // live until the request has ended: `Drop` waits for it.
+            // elements), the buffers in guest memory or in the slot's copy, and the descriptor in
+            // the disk. All of them live until the request has ended: `Drop` waits for it.
             if unsafe { ring.submission().push(&entry) }.is_ok() {
                 self.queued = true;
                 return;
@@ -353,7 +387,8 @@ impl<T> Engine<T> {
 
     /// Mark the guest memory that the kernel wrote without vm-memory's knowledge as dirty. Also
     /// after an error, as a part of the data may have arrived.
-    fn landed(&self, t: &Transfer) {
+    fn landed(&self, t: &mut Transfer) {
+        t.copied = None;
         if t.op == Op::Read {
             for s in &t.segments {
                 if let Ok(slice) = self.memory.get_slice(s.addr, s.len as usize) {

@@ -65,6 +65,9 @@ pub enum DiskError {
         path = path.display()
     )]
     SpotCheck { path: PathBuf },
+    /// It belongs to a guest that is protected on two hosts.
+    #[error("{0}")]
+    Replicated(String),
     #[error("out of file descriptors for {path}", path = path.display())]
     NoDescriptor { path: PathBuf, source: io::Error },
 }

@@ -16,6 +16,7 @@ mod storage;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod write_log;
 
 use std::{
     fs::File,
@@ -43,6 +44,7 @@ pub use self::{
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
     spot_check::{SpotCheck, SpotHash},
     storage::{Outcome, Storage},
+    write_log::{Contents, Copied, Logged, WriteLog},
 };
 use time::OffsetDateTime;
 
@@ -51,6 +53,7 @@ use self::{
     observer::{Observers, Permit},
     opening::{check_kind, lock, open, open_direct, open_error},
     sys::{FileSystem, Lock},
+    write_log::Logging,
 };
 
 /// Bytes of a sector, the unit of every address on a virtio disk.
@@ -117,6 +120,7 @@ pub struct Disk {
     observers: Observers,
     /// For an image that can be written, if its file system stores it.
     generation: Option<Arc<Generation>>,
+    logging: Logging,
 }
 
 impl Disk {
@@ -198,6 +202,7 @@ impl Disk {
             bytes: AtomicU64::new(0),
             observers,
             generation,
+            logging: Logging::default(),
         };
         disk.observe_generation(|_| ());
         disk.measure()?;
@@ -231,6 +236,7 @@ impl Disk {
             bytes: AtomicU64::new(bytes),
             observers: Observers::new().map_err(failed)?,
             generation: None,
+            logging: Logging::default(),
         })
     }
 

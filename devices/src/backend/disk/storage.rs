@@ -1,11 +1,16 @@
 //! The requests on a disk. All of them pass through here, so this is where its observers are asked
-//! and notified, however the engine carries a request out.
+//! and notified, and its changes logged, however the engine carries a request out.
 #[cfg(test)]
 mod tests;
 
 use std::{io, os::fd::RawFd, sync::Arc, time::Duration};
 
-use super::{Change, ChangeKind, Disk, Op, engine::Engine, observer::Permit};
+use super::{
+    Change, ChangeKind, Disk, Op,
+    engine::Engine,
+    observer::Permit,
+    write_log::{Entry, Pending},
+};
 use crate::{Memory, virtio::chain::Segment};
 
 /// The outcome of starting a request.
@@ -15,14 +20,14 @@ pub enum Outcome {
     Done(io::Result<()>),
     /// [`Storage::finished`] will return it.
     Pending,
-    /// An observer of the disk delays it: nothing has been started. Start it again when
+    /// An observer of the disk, or its log, delays it: nothing has been started. Start it again when
     /// [`Storage::wake_source`] is readable.
     Delayed,
 }
 
 /// The requests of one guest on a disk. `T` is the caller's tag for a request.
 pub struct Storage<T> {
-    engine: Engine<(T, Permit)>,
+    engine: Engine<(T, Permit, Option<Pending>)>,
 }
 
 impl<T> Storage<T> {
@@ -62,6 +67,11 @@ impl<T> Storage<T> {
         self.engine.in_flight()
     }
 
+    /// The tags of the requests that are pending, in no particular order.
+    pub fn pending(&self) -> impl Iterator<Item = &T> {
+        self.engine.pending().map(|(tag, ..)| tag)
+    }
+
     /// Carry out a request at `offset` bytes. Call only if [`Storage::has_room`]; the caller has
     /// checked the range against the disk's size. Pending requests are passed to the kernel by
     /// [`Storage::submit`].
@@ -78,9 +88,20 @@ impl<T> Storage<T> {
             Ok(None) => return Outcome::Delayed,
             Err(refused) => return Outcome::Done(Err(refused)),
         };
-        match self.engine.start(op, offset, segments, (tag, permit)) {
-            Some(((_, permit), result)) => {
-                permit.after(&result);
+        let entry = match self.disk().logging.begin(op, offset, segments, self.engine.memory()) {
+            Entry::None => None,
+            Entry::Room(entry) => Some(entry),
+            Entry::Full => return Outcome::Delayed,
+        };
+        let copied = entry.as_ref().and_then(Pending::copied);
+        let tag = (tag, permit, entry);
+        let started = match copied {
+            Some(copied) => self.engine.start_copied(op, offset, copied, tag),
+            None => self.engine.start(op, offset, segments, tag),
+        };
+        match started {
+            Some(((_, permit, entry), result)) => {
+                ended(permit, entry, &result);
                 Outcome::Done(result)
             }
             None => Outcome::Pending,
@@ -99,8 +120,8 @@ impl<T> Storage<T> {
 
     /// The next pending request that is complete.
     pub fn finished(&mut self) -> Option<(T, io::Result<()>)> {
-        let ((tag, permit), result) = self.engine.finished()?;
-        permit.after(&result);
+        let ((tag, permit, entry), result) = self.engine.finished()?;
+        ended(permit, entry, &result);
         Some((tag, result))
     }
 
@@ -120,6 +141,14 @@ impl<T> Drop for Storage<T> {
                 return;
             }
         }
+    }
+}
+
+/// A request has ended, and the guest has not been notified yet.
+fn ended(permit: Permit, entry: Option<Pending>, result: &io::Result<()>) {
+    permit.after(result);
+    if let (Some(entry), Ok(())) = (entry, result) {
+        entry.complete();
     }
 }
 

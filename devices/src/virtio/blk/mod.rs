@@ -4,6 +4,7 @@
 //! inserted and removed later. The driver negotiates features only once, so an empty slot offers
 //! what most disks support. A disk without discard support ignores discards, which violates nothing
 //! that a driver may rely on; a read-only disk fails writes with an error.
+mod redo;
 mod report;
 mod request;
 mod saved;

@@ -5,7 +5,11 @@ use std::sync::atomic::Ordering;
 use ::state::{device as saved, hex::HexArray};
 use virtio_queue::QueueT;
 
-use super::{Block, Expect};
+use super::{
+    Block, Expect,
+    redo::Redo,
+    worker::{BlockWorker, Queue},
+};
 use crate::{
     backend::disk::{Disk, DiskMark},
     state::{Snapshot, StateError},
@@ -15,7 +19,12 @@ impl Snapshot for Block {
     type State = saved::Disk;
 
     fn save(&self) -> Result<saved::Disk, StateError> {
-        let queues = self.worker.parked()?.map(|worker| {
+        let worker = self.worker.parked()?;
+        let in_flight = worker.map(BlockWorker::in_flight).unwrap_or_default();
+        let kept = worker.is_some_and(|worker| worker.kept);
+        let broken = worker.iter().flat_map(|worker| &worker.queues).filter(|queue| queue.broken);
+        let needs_reset = broken.map(|queue| queue.index).collect();
+        let queues = worker.map(|worker| {
             let queues = worker.queues.iter();
             let position = queues.map(|queue| saved::QueuePosition {
                 index: queue.index,
@@ -28,8 +37,10 @@ impl Snapshot for Block {
             size: self.disk().map_or(0, Disk::size),
             writeback: self.writeback.load(Ordering::Relaxed),
             queues,
-            in_flight: Vec::new(),
-            mark: self.disk().and_then(Disk::mark).map(saved::Mark::from),
+            in_flight,
+            needs_reset,
+            // With requests in flight the image has no contents that a mark could stand for.
+            mark: self.disk().filter(|_| !kept).and_then(Disk::mark).map(saved::Mark::from),
             // Added later: see `Disk::spot_check`.
             spot_check: None,
         })
@@ -39,9 +50,6 @@ impl Snapshot for Block {
         if self.disk().map_or(0, Disk::size) < state.size {
             return Err(StateError::Invalid("the disk is smaller than the one that was saved"));
         }
-        if !state.in_flight.is_empty() {
-            return Err(StateError::Invalid("requests in flight, where a save leaves none"));
-        }
         if let (Some(backend), Some(mark)) = (&self.backend, state.mark.map(DiskMark::from)) {
             match backend.expect {
                 Expect::Saved => backend.disk.check_mark(&mark, false)?,
@@ -49,17 +57,27 @@ impl Snapshot for Block {
                 Expect::Any => {}
             }
         }
-        let queues = self.worker.parked_mut().map(|worker| &mut worker.queues);
-        match (queues, state.queues) {
-            (None, None) => {}
-            (Some(queues), Some(positions)) => {
-                let same = queues.iter().map(|q| q.index).eq(positions.iter().map(|p| p.index));
-                // A quiesced device has nothing in flight.
-                let quiet = positions.iter().all(|p| p.next_avail == p.next_used);
-                if !same || !quiet {
-                    return Err(StateError::Invalid("disk queues with requests in flight"));
+        match (self.worker.parked_mut(), state.queues) {
+            (None, None) if state.in_flight.is_empty() && state.needs_reset.is_empty() => {}
+            (Some(worker), Some(positions)) => {
+                let queues = &mut worker.queues;
+                if !queues.iter().map(|q| q.index).eq(positions.iter().map(|p| p.index)) {
+                    return Err(StateError::Invalid("disk queues of another device"));
+                }
+                worker.redo = redo(queues, &state.in_flight)?;
+                if !state.needs_reset.iter().all(|index| queues.iter().any(|q| q.index == *index)) {
+                    return Err(StateError::Invalid("a broken queue that the disk does not have"));
                 }
                 for (queue, position) in queues.iter_mut().zip(&positions) {
+                    let taken = position.next_avail.wrapping_sub(position.next_used);
+                    let heads = state.in_flight.iter().filter(|(index, _)| *index == queue.index);
+                    queue.broken = state.needs_reset.contains(&queue.index);
+                    // A request whose answer has found the ring broken is lost.
+                    if !queue.broken && heads.count() != usize::from(taken) {
+                        return Err(StateError::Invalid(
+                            "a disk queue with other requests in flight",
+                        ));
+                    }
                     queue.ring.set_next_avail(position.next_avail);
                     queue.ring.set_next_used(position.next_used);
                 }
@@ -74,6 +92,17 @@ impl Snapshot for Block {
         self.writeback.store(state.writeback, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// What has to be carried out again on `queues`.
+fn redo(queues: &[Queue], in_flight: &[(u16, u16)]) -> Result<Redo, StateError> {
+    let each = in_flight.iter().map(|&(index, head)| {
+        let position = queues.iter().position(|q| q.index == index && head < q.ring.size());
+        position.map(|position| (position, head))
+    });
+    let waiting = each.collect::<Option<_>>();
+    let waiting = waiting.ok_or(StateError::Invalid("a request in flight that cannot exist"))?;
+    Ok(Redo { waiting, started: 0 })
 }
 
 impl From<DiskMark> for saved::Mark {

@@ -1,4 +1,5 @@
 mod hostile;
+mod kept;
 mod observed;
 
 use std::{

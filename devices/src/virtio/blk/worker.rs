@@ -19,6 +19,7 @@ use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
+    redo::Redo,
     report::Reporter,
     request::{self, Request},
     stats::{BlockStats, count},
@@ -33,7 +34,7 @@ use crate::{
         chain::{self, Chain, ChainError, Segment},
         spin::Spin,
     },
-    worker::Worker,
+    worker::{Park, Worker},
 };
 
 /// After this thread itself has moved this much data, the driver gets its interrupt, so that it can
@@ -55,9 +56,9 @@ pub(super) struct Queue {
     pub ring: virtio_queue::Queue,
     notify: vmm_sys_util::eventfd::EventFd,
     /// The ring is invalid. It is ignored until the driver resets the device.
-    broken: bool,
+    pub broken: bool,
     /// Its next request has to wait until the disk's observers allow it.
-    held: bool,
+    pub held: bool,
     /// Buffers were used since the last decision on an interrupt.
     unsignalled: bool,
 }
@@ -80,9 +81,13 @@ enum Kind {
 
 /// What has to be remembered of a request in flight.
 #[derive(Debug, Clone, Copy)]
-struct Ticket {
-    queue: usize,
-    head: u16,
+pub(super) struct Ticket {
+    pub queue: usize,
+    pub head: u16,
+    /// Ascending in the order in which requests were taken from the queues.
+    pub number: u64,
+    /// It was in flight when the device was saved, and is carried out again.
+    redone: bool,
     status: GuestAddress,
     kind: Kind,
     bytes: u64,
@@ -90,7 +95,7 @@ struct Ticket {
 
 /// The cost of a request to this thread.
 #[derive(Default)]
-struct Cost {
+pub(super) struct Cost {
     /// Bytes moved by the thread itself.
     moved: u64,
     /// It may have waited for the medium, for any length of time.
@@ -136,12 +141,17 @@ pub(super) struct BlockWorker {
     pub writeback: Arc<AtomicBool>,
     pub stats: Arc<BlockStats>,
     pub reporter: Reporter,
-    storage: Option<Storage<Ticket>>,
+    /// It was parked with its requests in flight.
+    pub kept: bool,
+    pub redo: Redo,
+    /// Number of the next request.
+    next: u64,
+    pub storage: Option<Storage<Ticket>>,
     serial: [u8; SERIAL],
     limiter: Option<RateLimiter>,
     throttled: bool,
-    full: bool,
-    chain: Chain,
+    pub full: bool,
+    pub chain: Chain,
     data: Vec<Segment>,
     spin: Spin,
 }
@@ -171,6 +181,9 @@ impl BlockWorker {
             writeback,
             stats,
             reporter,
+            kept: false,
+            redo: Redo::default(),
+            next: 0,
             storage: None,
             serial: [0; SERIAL],
             limiter: None,
@@ -232,7 +245,7 @@ impl BlockWorker {
     /// Process one batch of chains of queue `index`.
     fn round(&mut self, begin: Instant, index: usize) -> Round {
         let Some(queue) = self.queues.get_mut(index) else { return Round::Blocked };
-        if queue.broken || queue.held || self.throttled {
+        if queue.broken || queue.held || self.throttled || !self.redo.is_over() {
             return Round::Blocked;
         }
         let _ = queue.ring.disable_notification(&self.memory);
@@ -246,7 +259,7 @@ impl BlockWorker {
             match self.chain.pop(&mut queue.ring, &self.memory, self.indirect) {
                 Ok(false) => return Round::Drained,
                 Ok(true) => {
-                    let Some(cost) = self.handle(index) else {
+                    let Some(cost) = self.handle(index, false) else {
                         if let Some(queue) = self.queues.get_mut(index) {
                             queue.ring.go_to_previous_position();
                         }
@@ -273,9 +286,9 @@ impl BlockWorker {
         Round::More
     }
 
-    /// Start the request in `self.chain`. `None` when it has to stay in the ring for now: another
-    /// event will continue with it.
-    fn handle(&mut self, queue: usize) -> Option<Cost> {
+    /// Start the request in `self.chain`, which may be one that is `redone`. `None` when it cannot be
+    /// started for now and has to stay where it is: another event will continue with it.
+    pub fn handle(&mut self, queue: usize, redone: bool) -> Option<Cost> {
         let head = self.chain.head();
         let Some(status) = request::status(&self.chain) else {
             self.reporter.invalid(&self.stats, &"request without room for a status");
@@ -290,13 +303,19 @@ impl BlockWorker {
             Request::Discard(r) | Request::WriteZeroes(r, _) => r.bytes(),
             _ => len,
         };
+        if redone && request == Request::Flush && self.redo.started > 0 {
+            return None;
+        }
+        // One that is redone was charged when it was first started.
         if let Some(limiter) = &mut self.limiter
+            && !redone
             && !limiter.take(1, charge)
         {
             self.throttled = true;
             return None;
         }
-        let answer = |kind, bytes| Ticket { queue, head, status, kind, bytes };
+        let number = self.next;
+        let answer = |kind, bytes| Ticket { queue, head, number, redone, status, kind, bytes };
         let durable = !self.flush || !self.writeback.load(Ordering::Relaxed);
         let cost = match request {
             Request::Read { sector } => self.carry_out(Op::Read, sector, answer(Kind::Read, len)),
@@ -322,8 +341,10 @@ impl BlockWorker {
                 self.answered(&answer(Kind::Read, 0), IOERR)
             }
         };
-        if let (None, Some(limiter)) = (&cost, &mut self.limiter) {
-            limiter.give_back(1, charge);
+        match (&cost, &mut self.limiter) {
+            (Some(_), _) => self.next += 1,
+            (None, Some(limiter)) if !redone => limiter.give_back(1, charge),
+            (None, _) => {}
         }
         cost
     }
@@ -365,7 +386,10 @@ impl BlockWorker {
                 };
                 Some(Cost { moved, waited })
             }
-            Outcome::Pending => Some(Cost::default()),
+            Outcome::Pending => {
+                self.redo.started += usize::from(ticket.redone);
+                Some(Cost::default())
+            }
             Outcome::Delayed => {
                 count(&self.stats.in_flight, u64::MAX);
                 if let Some(queue) = self.queues.get_mut(ticket.queue) {
@@ -426,7 +450,7 @@ impl BlockWorker {
         );
     }
 
-    fn used(&mut self, index: usize, head: u16, len: u32) {
+    pub fn used(&mut self, index: usize, head: u16, len: u32) {
         let Some(queue) = self.queues.get_mut(index) else { return };
         queue.unsignalled = true;
         if queue.ring.add_used(&self.memory, head, len).is_err() {
@@ -444,7 +468,7 @@ impl BlockWorker {
     }
 
     /// Decide on one interrupt for all buffers used since the last decision.
-    fn signal(&mut self) {
+    pub fn signal(&mut self) {
         let wants = self.queues.iter_mut().filter_map(|queue| {
             let wants = std::mem::take(&mut queue.unsignalled)
                 && chain::needs_interrupt(&mut queue.ring, &self.memory);
@@ -456,6 +480,7 @@ impl BlockWorker {
     /// Return the requests that the disk has finished.
     fn complete(&mut self) {
         while let Some((ticket, result)) = self.storage.as_mut().and_then(Storage::finished) {
+            self.redo.started -= usize::from(ticket.redone);
             self.finish(&ticket, result);
         }
         self.signal();
@@ -490,6 +515,32 @@ impl Worker for BlockWorker {
     }
 
     fn ready(&mut self, index: usize) {
+        let redoing = !self.redo.is_over();
+        self.serve(index);
+        if redoing && self.redo() {
+            self.work_on_all();
+        }
+    }
+
+    fn quiesce(&mut self, limit: Option<Duration>) -> bool {
+        self.kept = false;
+        self.drain(limit)
+    }
+
+    fn park(&mut self, park: Park, limit: Option<Duration>) -> bool {
+        match park {
+            Park::Drain => self.quiesce(limit),
+            Park::Keep => {
+                self.kept = true;
+                true
+            }
+        }
+    }
+}
+
+impl BlockWorker {
+    /// Source `index` has fired.
+    fn serve(&mut self, index: usize) {
         if let Some(queue) = self.queues.get(index) {
             if queue.notify.read().is_ok() {
                 self.spin.woken(Instant::now());
@@ -523,10 +574,13 @@ impl Worker for BlockWorker {
         }
     }
 
-    fn quiesce(&mut self, limit: Option<Duration>) -> bool {
+    /// Wait for what is in flight; false when it has not ended within `limit`.
+    fn drain(&mut self, limit: Option<Duration>) -> bool {
         let begin = Instant::now();
         loop {
             self.complete();
+            // What an observer delays stays to be redone.
+            self.redo();
             let Some(storage) = self.storage.as_mut().filter(|s| s.in_flight() > 0) else {
                 return true;
             };

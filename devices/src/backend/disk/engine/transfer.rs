@@ -1,9 +1,9 @@
 //! One request on its way: what the kernel has done of it, and what is left.
-use std::io;
+use std::{io, sync::Arc};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::Op;
+use super::{Copied, Op};
 use crate::{Memory, virtio::chain::Segment};
 
 /// How often a call is retried at once when the kernel lacks memory or is busy.
@@ -27,9 +27,11 @@ pub(super) struct Transfer {
     pub(super) left: u64,
     /// How often the kernel has asked to try again.
     pub(super) tries: usize,
+    /// What the buffers of a write are in, if not in guest memory.
+    pub(super) copied: Option<Arc<Copied>>,
 }
 
-// SAFETY: the pointers are addresses of guest memory. Only the kernel dereferences them, and for it
+// SAFETY: the pointers are addresses of guest memory, or of the copy that the transfer owns. Only the kernel dereferences them, and for it
 // the submitting thread does not matter.
 unsafe impl Send for Transfer {}
 
@@ -41,9 +43,7 @@ impl Transfer {
         segments: &[Segment],
         memory: &Memory,
     ) -> io::Result<()> {
-        (self.op, self.offset, self.first, self.left, self.tries) = (op, offset, 0, 0, 0);
-        self.segments.clear();
-        self.buffers.clear();
+        self.clear(op, offset);
         for s in segments {
             let slice = memory
                 .get_slice(s.addr, s.len as usize)
@@ -56,6 +56,24 @@ impl Transfer {
             self.segments.extend_from_slice(segments);
         }
         Ok(())
+    }
+
+    /// Write from a copy, which is kept until the request has ended.
+    pub(super) fn prepare_copied(&mut self, op: Op, offset: u64, copied: Arc<Copied>) {
+        self.clear(op, offset);
+        let bytes = copied.bytes();
+        // Only read, like all buffers of a write.
+        let iov_base = bytes.as_ptr().cast_mut().cast();
+        self.buffers.push(libc::iovec { iov_base, iov_len: bytes.len() });
+        self.left = bytes.len() as u64;
+        self.copied = Some(copied);
+    }
+
+    fn clear(&mut self, op: Op, offset: u64) {
+        (self.op, self.offset, self.first, self.left, self.tries) = (op, offset, 0, 0, 0);
+        self.segments.clear();
+        self.buffers.clear();
+        self.copied = None;
     }
 
     pub(super) fn buffers(&self) -> &[libc::iovec] {
