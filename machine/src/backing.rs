@@ -53,7 +53,7 @@ impl Backing<'_> {
         };
         let id = disk.or(shape).map_or_else(|| format!("disk{slot}"), |d| d.id.to_string());
         let open = |config: &DiskConfig| match self {
-            Self::Host { held: true, .. } => Disk::open(&config.path, &backends::options(config)),
+            Self::Host { held: true, .. } => backends::open(config),
             Self::Host { held: false, .. } => {
                 Disk::open_unheld(&config.path, &backends::options(config))
             }

@@ -27,7 +27,7 @@ use std::{
 
 use devices::{
     threads::{ThreadKind, ThreadStart},
-    worker::{IoThread, Refused, Worker},
+    worker::{IoThread, Park, Refused, Worker},
 };
 use mio::{Events, Interest, Poll, Registry, Token, Waker, unix::SourceFd};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -43,7 +43,7 @@ enum Order {
     Adopt(Residents),
     Release(usize, Sender<Option<Resident>>),
     /// The number of the hold, and the time limit for all workers together to become quiet.
-    Hold(u64, Duration),
+    Hold(u64, Park, Duration),
     Exit,
 }
 
@@ -124,17 +124,17 @@ impl Handle {
     }
 
     /// Request all workers; once they are held, nothing runs on the thread until [`Handle::go`].
-    /// Send the request to all threads first, then wait for each. The thread gives up when requests
-    /// in flight have not ended within `limit`; a request while one is pending or held changes
+    /// Send the request to all threads first, then wait for each. The thread gives up when its
+    /// workers have not parked within `limit`; a request while one is pending or held changes
     /// nothing.
-    pub fn hold(&self, limit: Duration) {
+    pub fn hold(&self, park: Park, limit: Duration) {
         let mut desk = self.counter.desk.lock();
         if let Hold::No = desk.hold
             && !desk.ended
         {
             desk.last += 1;
             desk.hold = Hold::Requested(desk.last);
-            self.send(Order::Hold(desk.last, limit));
+            self.send(Order::Hold(desk.last, park, limit));
         }
     }
 
@@ -349,7 +349,7 @@ impl Loop {
                 while let Ok(order) = self.inbox.try_recv() {
                     match order {
                         Order::Adopt(residents) => self.adopt(residents),
-                        Order::Hold(number, limit) => self.hold(number, limit),
+                        Order::Hold(number, park, limit) => self.hold(number, park, limit),
                         Order::Release(key, reply) => drop(reply.send(self.release(key))),
                         Order::Exit => return,
                     }
@@ -364,7 +364,7 @@ impl Loop {
         self.workers.append(&mut residents);
     }
 
-    fn hold(&mut self, number: u64, limit: Duration) {
+    fn hold(&mut self, number: u64, park: Park, limit: Duration) {
         let is_requested =
             |desk: &Desk| matches!(desk.hold, Hold::Requested(requested) if requested == number);
         // The hold may have been withdrawn while the thread waited for storage.
@@ -373,7 +373,7 @@ impl Loop {
         }
         let deadline = Instant::now() + limit;
         let left = || deadline.saturating_duration_since(Instant::now());
-        let quiet = self.workers.values_mut().all(|r| r.worker.quiesce(Some(left())));
+        let quiet = self.workers.values_mut().all(|r| r.worker.park(park, Some(left())));
         let mut desk = self.counter.desk.lock();
         if is_requested(&desk) {
             desk.hold = match quiet {

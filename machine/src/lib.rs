@@ -5,6 +5,7 @@ mod backing;
 mod balloon;
 pub mod boot;
 mod builder;
+mod captured;
 mod description;
 mod dirty;
 mod dry_restore;
@@ -29,6 +30,7 @@ pub use arch::{Clock, CpuModel, layout};
 pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use balloon::Balloon;
 pub use builder::{BuildError, Saved};
+pub use captured::Captured;
 pub use devices::{
     Memory, PowerEvent,
     backend::{disk, inherited, release, sparse, writer},

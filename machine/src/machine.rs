@@ -209,7 +209,7 @@ impl Machine {
         Ok(())
     }
 
-    fn run(&mut self, ticks: u64) {
+    pub(crate) fn run(&mut self, ticks: u64) {
         self.rest.ends();
         self.each_device(|d| d.resume());
         self.io_threads.iter().for_each(|(_, thread)| thread.go());

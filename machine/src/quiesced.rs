@@ -197,20 +197,18 @@ impl Quiesced<'_> {
     pub(crate) fn machine(&mut self) -> &mut Machine {
         self.0
     }
+}
 
-    /// Read the whole state but memory.
-    ///
-    /// # Errors
-    /// When a device or KVM cannot report its state.
-    pub fn save(&self) -> Result<MachineState, SaveError> {
-        let machine = &*self.0;
+impl Machine {
+    /// Read the whole state but memory, while all vCPUs and devices are parked.
+    pub(crate) fn read_state(&self) -> Result<MachineState, SaveError> {
         // Devices before chips and vCPUs: interrupts that they raised while becoming quiet are in
         // those.
-        let devices = machine
+        let devices = self
             .legacy
             .devices()
             .map(|device| (None, device))
-            .chain(machine.slots.devices().map(|(id, device)| (Some(id), device)))
+            .chain(self.slots.devices().map(|(id, device)| (Some(id), device)))
             .map(|(slot, device)| {
                 let device = device.lock();
                 let failed = |source| SaveError::Device { id: device.id().into(), source };
@@ -220,25 +218,35 @@ impl Quiesced<'_> {
                 Ok(Section { id, ..section })
             })
             .collect::<Result<_, SaveError>>()?;
-        let chips = ChipState::save(&machine.vm)?;
+        let chips = ChipState::save(&self.vm)?;
         // The guest's counter of ticks has run on since it was stopped.
-        let ticks = machine.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
-        let answers: Vec<_> = machine.vcpus.iter().map(|vcpu| vcpu.save()).collect();
+        let ticks = self.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
+        let answers: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.save()).collect();
         let mut vcpus = Vec::with_capacity(answers.len());
         for answer in answers {
             let mut state = answer.wait()??;
             state.hold_back(ticks);
             vcpus.push(state);
         }
-        let clock = match &machine.parked {
+        let clock = match &self.parked {
             Some(parked) => parked.clock,
-            None => machine.vm.clock()?,
+            None => self.vm.clock()?,
         };
-        let cpu = match &machine.cpu_model {
+        let cpu = match &self.cpu_model {
             Some(model) => model.clone(),
-            None => machine.find_cpu_model()?,
+            None => self.find_cpu_model()?,
         };
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
+    }
+}
+
+impl Quiesced<'_> {
+    /// Read the whole state but memory.
+    ///
+    /// # Errors
+    /// When a device or KVM cannot report its state.
+    pub fn save(&self) -> Result<MachineState, SaveError> {
+        self.0.read_state()
     }
 
     /// Capture the machine's current state for the save `id`, and `dirty`, ascending ranges of its

@@ -1,4 +1,5 @@
-//! Coming to rest: all vCPUs parked, all devices quiet, no request in flight.
+//! Coming to rest: all vCPUs parked, all devices quiet, and no request in flight, except in a
+//! [`Captured`](crate::Captured) machine.
 //!
 //! ```text
 //!   running -------> vCPUs asked -------> I/O threads asked -------> at rest
@@ -13,7 +14,7 @@
 //! attempt: every other operation on the machine waits for it.
 use std::time::{Duration, Instant};
 
-use devices::{backend::disk::DISK_STALL_LIMIT, virtio::VirtioDevice};
+use devices::{backend::disk::DISK_STALL_LIMIT, virtio::VirtioDevice, worker::Park};
 
 use crate::{
     Machine, RunError,
@@ -36,8 +37,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(1);
 pub(crate) struct Rest {
     /// All of it is at rest.
     at_rest: bool,
-    /// It is coming to rest: the vCPUs that were asked to park and have not yet.
-    attempt: Option<Vec<(usize, Answer<()>)>>,
+    /// It is coming to rest.
+    attempt: Option<Attempt>,
     /// An operation has timed out, and is to be tried again or given up.
     pending: bool,
     /// How many tries have timed out.
@@ -54,6 +55,14 @@ impl Rest {
     fn deadline(&self) -> Instant {
         Instant::now() + if self.pending { Duration::ZERO } else { AT_ONCE }
     }
+}
+
+/// A pause that has begun.
+struct Attempt {
+    /// The vCPUs that were asked to park and have not yet.
+    vcpus: Vec<(usize, Answer<()>)>,
+    /// What becomes of requests in flight.
+    park: Park,
 }
 
 /// The result of one step of an attempt.
@@ -82,21 +91,38 @@ impl Machine {
     /// When it is not at rest yet: see [`Machine::rest_timeouts`]. When a thread has ended or KVM does
     /// not report the clock; a machine that was running runs on.
     pub fn pause(&mut self) -> Result<(), RunError> {
+        if self.rest.attempt.as_ref().is_some_and(|attempt| attempt.park == Park::Keep) {
+            self.give_up();
+        }
+        self.park(Park::Drain)
+    }
+
+    /// Park every vCPU and every device worker. With [`Park::Keep`], requests of disks stay in
+    /// flight: only [`Captured`](crate::Captured) asks for that, and lets a machine that was running
+    /// run on.
+    ///
+    /// # Errors
+    /// As [`Machine::pause`]; also while a pause is pending that waits for such requests.
+    pub(crate) fn park(&mut self, park: Park) -> Result<(), RunError> {
         if self.rest.at_rest {
             return Ok(());
         }
         let deadline = self.rest.deadline();
         // All are asked before the first is waited for.
         let ask = || self.vcpus.iter().map(vcpu::Handle::park).enumerate().collect();
-        let mut vcpus = self.rest.attempt.take().unwrap_or_else(ask);
-        let step = self.come_to_rest(&mut vcpus, deadline);
-        self.rest.attempt = Some(vcpus);
+        let begin = || Attempt { vcpus: ask(), park };
+        let mut attempt = self.rest.attempt.take().unwrap_or_else(begin);
+        let step = match attempt.park == park {
+            true => self.come_to_rest(&mut attempt, deadline),
+            false => Ok(Step::Waits("a pause that has begun".into())),
+        };
+        self.rest.attempt = Some(attempt);
         match step {
             Ok(Step::Done) => {
                 self.each_device(|d| d.pause());
                 self.running = false;
                 self.rest.ends();
-                self.rest.at_rest = true;
+                self.rest.at_rest = park == Park::Drain;
                 Ok(())
             }
             Ok(Step::Waits(thread)) => Err(self.not_at_rest(thread)),
@@ -109,7 +135,7 @@ impl Machine {
 
     fn come_to_rest(
         &mut self,
-        vcpus: &mut Vec<(usize, Answer<()>)>,
+        Attempt { vcpus, park }: &mut Attempt,
         deadline: Instant,
     ) -> Result<Step, RunError> {
         use std::sync::mpsc::RecvTimeoutError as E;
@@ -126,7 +152,7 @@ impl Machine {
             self.parked = Some(Parked { ticks: host_ticks(), clock, advance: false });
         }
         // Ask again, in case a thread has given up meanwhile.
-        self.io_threads.iter().for_each(|(_, thread)| thread.hold(DISK_STALL_LIMIT));
+        self.io_threads.iter().for_each(|(_, thread)| thread.hold(*park, DISK_STALL_LIMIT));
         for (id, thread) in &self.io_threads {
             if !thread.is_held(deadline)? {
                 return Ok(Step::Waits(format!("I/O thread {id}")));
@@ -143,7 +169,12 @@ impl Machine {
         let attempt = self.rest.attempt.take();
         self.rest.pending = false;
         self.io_threads.iter().for_each(|(_, thread)| thread.go());
-        if attempt.is_some() && self.running {
+        if let Some(attempt) = attempt
+            && self.running
+        {
+            if attempt.park == Park::Keep {
+                self.parked = None;
+            }
             let ticks = self.restart_clocks().unwrap_or_else(|e| {
                 log::error!("the guest's clocks have lost time: {e}");
                 0
@@ -188,7 +219,7 @@ impl Machine {
             && let Some(mut transport) = device.try_lock_until(deadline)
         {
             if self.running {
-                thread.hold(DISK_STALL_LIMIT);
+                thread.hold(Park::Drain, DISK_STALL_LIMIT);
             }
             if !self.running || thread.is_held(deadline)? {
                 changed = Some(transport.update(change));
@@ -226,7 +257,7 @@ impl Machine {
         // A vCPU that does not answer waits for a device and is not in the guest.
         let left = || deadline.saturating_duration_since(Instant::now());
         let parked = answers.iter().filter(|answer| answer.wait_for(left()).is_ok()).count();
-        self.io_threads.iter().for_each(|(_, thread)| thread.hold(limit));
+        self.io_threads.iter().for_each(|(_, thread)| thread.hold(Park::Drain, limit));
         let held = self.io_threads.iter().filter(|(_, t)| t.is_held(deadline) == Ok(true)).count();
         let quiet = parked == answers.len() && held == self.io_threads.len();
         if quiet {

@@ -1,6 +1,7 @@
 //! Disks in their bay.
 use std::{
-    fs, mem,
+    error::Error,
+    fs, iter, mem,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Weak, atomic::Ordering},
@@ -17,6 +18,8 @@ use devices::{
     },
     virtio::blk::{self, Block, BlockStats},
 };
+
+use lineage::Images;
 
 use super::{
     Backends, PlugError, Shape,
@@ -130,6 +133,27 @@ pub struct OpenDisk {
     backend: blk::Backend,
 }
 
+/// Open the image that `config` names, for a guest that is to use it at once. One that belongs to a
+/// guest protected on two hosts may have its sidecar's word against it.
+///
+/// # Errors
+/// As [`Disk::open`]; when that word does not allow it, or cannot be read.
+pub(crate) fn open(config: &DiskConfig) -> Result<Disk, DiskError> {
+    // First, as whoever changes the word holds the image's lock.
+    let disk = Disk::open(&config.path, &options(config))?;
+    if !config.readonly {
+        let images = Images::read([&*config.path]);
+        let allowed = images.and_then(|images| images.check());
+        allowed.map_err(|e| DiskError::Replicated(with_causes(&e)))?;
+    }
+    Ok(disk)
+}
+
+fn with_causes(error: &dyn Error) -> String {
+    let causes = iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 impl OpenDisk {
     /// Open the image that `config` names; `own` lists those that the machine has open, see
     /// [`Machine::own_images`]. Waits for its storage.
@@ -137,7 +161,7 @@ impl OpenDisk {
     /// # Errors
     /// When it cannot be opened, or is in use by another machine or this one.
     pub fn open(config: DiskConfig, own: &[(PathBuf, String)]) -> Result<Self, PlugError> {
-        match Disk::open(&config.path, &options(&config)) {
+        match self::open(&config) {
             Ok(disk) => Ok(Self { backend: limited(Arc::new(disk), &config), config }),
             Err(error @ DiskError::InUse { .. }) => {
                 let own = own.iter().find(|(path, _)| same_file(path, &config.path));

@@ -26,7 +26,7 @@ use self::{
     nics::Nics,
 };
 pub(crate) use self::{
-    disks::{limited, options, same_file},
+    disks::{limited, open, options, same_file},
     nics::tap,
 };
 use crate::{Machine, RunError, slots::Handle};

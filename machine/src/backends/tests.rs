@@ -1,18 +1,19 @@
-use std::sync::Arc;
+use std::{fs, path::PathBuf, sync::Arc};
 
 use config::{
-    NicConfig, Tap,
+    Aio, DiskConfig, Expect, NicConfig, Tap,
     places::{Place, VirtioSlot},
-    types::{MemorySize, NicQueuePairs, NicQueueSize},
+    types::{DiskQueueSize, DiskQueues, MemorySize, NicQueuePairs, NicQueueSize},
 };
 use devices::{
     backend::net::{NetBackend, NoNetwork},
     bus::BusBuilder,
     virtio::net::{Net, NetSettings},
 };
+use lineage::{Entry, Lineage, Mark, Sidecar, Term};
 
 use super::{
-    PlugError,
+    OpenDisk, PlugError,
     bay::{Bay, Kind, MAX_WAITING, Open},
     nics::Nics,
 };
@@ -32,6 +33,26 @@ fn config(id: &str, backend: Option<&str>) -> NicConfig {
         bps: None,
         iothread: None,
         backend: backend.map(|name| name.parse().unwrap()),
+    }
+}
+
+fn disk_config(path: PathBuf, readonly: bool) -> DiskConfig {
+    DiskConfig {
+        id: "vda".parse().unwrap(),
+        path,
+        readonly,
+        direct: false,
+        serial: None,
+        aio: Aio::Off,
+        discard: false,
+        iops: None,
+        bps: None,
+        queues: DiskQueues::default(),
+        queue_size: DiskQueueSize::default(),
+        iothread: None,
+        backend: None,
+        probe: false,
+        expect: Expect::default(),
     }
 }
 
@@ -101,4 +122,35 @@ fn not_all_back_ends_there_are_may_wait() {
     assert!(matches!(bay.has_room(), Err(PlugError::TooManyWait)));
     assert_eq!(bay.take_waiting().len(), MAX_WAITING);
     bay.has_room().unwrap();
+}
+
+#[test]
+fn an_image_is_opened_for_writing_only_if_its_sidecar_allows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    fs::write(&path, vec![0; 4096]).unwrap();
+    let config = |readonly| disk_config(path.clone(), readonly);
+    assert!(OpenDisk::open(config(false), &[]).is_ok(), "never replicated");
+    let sidecar = Sidecar::beside(&path).unwrap();
+    let term = Term(4);
+    for (mark, allowed) in [
+        (Mark::Free { term }, true),
+        (Mark::Running { term, promoted: None }, true),
+        (Mark::Outdated { term }, false),
+        (Mark::Inconsistent { term }, false),
+    ] {
+        let entry = Entry { lineage: Lineage(1), mark, arbiter: String::new() };
+        sidecar.update(|_| Some(entry)).unwrap();
+        let opened = OpenDisk::open(config(false), &[]);
+        assert_eq!(opened.is_ok(), allowed, "{mark:?}");
+        if let Err(error) = opened {
+            let text = error.to_string();
+            assert!(text.contains("disk.img") && text.contains("term 4"), "{text}");
+            // Nothing is left locked.
+            assert!(OpenDisk::open(config(true), &[]).is_ok(), "to be read");
+        }
+    }
+    fs::write(sidecar.path(), "?").unwrap();
+    let text = OpenDisk::open(config(false), &[]).unwrap_err().to_string();
+    assert!(text.contains("disk.img.sidecar: the sidecar is damaged"), "{text}");
 }

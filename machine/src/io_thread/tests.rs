@@ -59,7 +59,7 @@ fn thread() -> Arc<Handle> {
 
 /// Whether the thread is held soon.
 fn holds(thread: &Handle) -> bool {
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     thread.is_held(Instant::now() + SOON).unwrap()
 }
 
@@ -150,7 +150,7 @@ fn a_hold_that_was_taken_back_is_as_if_it_had_never_been() {
     let (asks, asked) = channel();
     let (_slow, ..) = device(&thread, move || asks.send(()).is_ok() && may_rest.recv().is_ok());
     let (_home, mut to, answer) = device(&thread, || true);
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     assert_eq!(thread.is_held(Instant::now() + Duration::from_millis(10)), Ok(false));
     asked.recv_timeout(SOON).unwrap();
     thread.go();
@@ -158,10 +158,10 @@ fn a_hold_that_was_taken_back_is_as_if_it_had_never_been() {
     to.write_all(b"abc").unwrap();
     assert_eq!(answer.recv_timeout(SOON), Ok(3));
     // A new hold, requested while the thread has not noticed that the first was withdrawn.
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     asked.recv_timeout(SOON).unwrap();
     thread.go();
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     rest.send(()).unwrap();
     rest.send(()).unwrap();
     assert_eq!(thread.is_held(Instant::now() + SOON), Ok(true));
@@ -174,17 +174,62 @@ fn a_thread_that_has_ended_holds_up_nothing() {
     let (asks, asked) = channel();
     let (_slow, ..) = device(&thread, move || asks.send(()).is_ok() && may_rest.recv().is_ok());
     let (mut slot, ..) = device(&thread, || true);
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     asked.recv_timeout(SOON).unwrap();
     thread.go();
     thread.send(Order::Exit);
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     rest.send(()).unwrap();
     assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended));
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     assert_eq!(thread.is_held(Instant::now() + SOON), Err(Ended), "it is not asked any more");
     assert_eq!(slot.park(), Err(Lost), "its workers went with it");
     assert!(matches!(slot.parked(), Err(Lost)));
+}
+
+#[test]
+fn a_hold_that_keeps_requests_in_flight_waits_for_none() {
+    /// Its requests never end.
+    struct Hangs(UnixStream, Arc<AtomicUsize>);
+    impl Worker for Hangs {
+        fn sources(&self) -> Vec<RawFd> {
+            vec![self.0.as_raw_fd()]
+        }
+        fn ready(&mut self, _: usize) {
+            self.1.fetch_add(1, Ordering::SeqCst);
+        }
+        fn quiesce(&mut self, limit: Option<Duration>) -> bool {
+            limit.is_none()
+        }
+        fn park(&mut self, park: Park, limit: Option<Duration>) -> bool {
+            park == Park::Keep || self.quiesce(limit)
+        }
+    }
+    let thread = thread();
+    let turns = Arc::new(AtomicUsize::new(0));
+    let (_to, from) = UnixStream::pair().unwrap();
+    let mut slot = WorkerSlot::Empty;
+    slot.start(Hangs(from, turns.clone()), thread.clone()).unwrap();
+    let (mut other, mut to, answer) = device(&thread, || true);
+    for round in 1..=3 {
+        thread.hold(Park::Keep, SOON);
+        assert_eq!(thread.is_held(Instant::now() + SOON), Ok(true));
+        slot.park().unwrap();
+        assert!(slot.parked().unwrap().is_some());
+        other.park().unwrap();
+        to.write_all(b"x").unwrap();
+        let before = turns.load(Ordering::SeqCst);
+        slot.unpark().unwrap();
+        other.unpark().unwrap();
+        thread.go();
+        assert_eq!(answer.recv_timeout(SOON), Ok(round), "it runs on");
+        while turns.load(Ordering::SeqCst) == before {
+            thread::yield_now();
+        }
+        // The other kind of hold is refused, and nothing is lost by it.
+        thread.hold(Park::Drain, SOON);
+        assert_eq!(thread.is_held(Instant::now() + SOON), Ok(false));
+    }
 }
 
 #[test]
@@ -192,10 +237,10 @@ fn a_hold_stays_asked_for_between_two_looks_at_it() {
     let thread = thread();
     let (rest, may_rest) = channel();
     let (mut slow, ..) = device(&thread, move || may_rest.recv().is_ok());
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     for _ in 0..3 {
         assert_eq!(thread.is_held(Instant::now()), Ok(false));
-        thread.hold(SOON);
+        thread.hold(Park::Drain, SOON);
     }
     rest.send(()).unwrap();
     assert_eq!(thread.is_held(Instant::now() + SOON), Ok(true), "it was asked once");
@@ -210,7 +255,7 @@ fn a_worker_that_is_called_home_during_a_hold_is_found_wherever_it_is_then() {
         let (rest, may_rest) = channel();
         let (_slow, ..) = device(&thread, move || may_rest.recv().is_ok());
         let (mut slot, ..) = device(&thread, || true);
-        thread.hold(SOON);
+        thread.hold(Park::Drain, SOON);
         // A vCPU that resets a device.
         let resets = thread::spawn(move || slot.stop().unwrap().is_some());
         if taken_back {
@@ -270,7 +315,7 @@ fn an_order_waits_for_one_turn_and_not_for_those_of_all_workers() {
     thread.go();
     has_begun.recv().unwrap();
     let before = turns.load(Ordering::SeqCst);
-    thread.hold(SOON);
+    thread.hold(Park::Drain, SOON);
     leave.send(()).unwrap();
     assert!(holds(&thread));
     assert_eq!(turns.load(Ordering::SeqCst), before, "the order came during that turn");

@@ -94,6 +94,8 @@ const CALLS: &[Group] = &[
     Group { kinds: &[Io, Checkpoint, Files], calls: &[SYS_fgetxattr, SYS_fsetxattr, SYS_fsync] },
     Group { kinds: &[Checkpoint, Files], calls: &[SYS_ftruncate] },
     Group { kinds: &[Checkpoint], calls: &[SYS_pwrite64] },
+    // The sidecar of a disk that is to be plugged.
+    Group { kinds: &[Files], calls: &[SYS_flock, SYS_getcwd] },
     // Disks and taps.
     Group {
         kinds: &[Io],
