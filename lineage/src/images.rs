@@ -65,18 +65,32 @@ impl Images {
     /// # Errors
     /// When one cannot be read, or two belong to different guests.
     pub fn read<'a>(images: impl IntoIterator<Item = &'a Path>) -> Result<Self, ImagesError> {
-        let mut all: Vec<Known> = Vec::new();
+        let mut named = Vec::new();
         for image in images {
-            let sidecar = match Sidecar::beside(image) {
-                Ok(sidecar) => sidecar,
+            match Sidecar::beside(image) {
+                Ok(sidecar) => named.push((image.into(), sidecar)),
                 // It has none unless one was named for it.
-                Err(SidecarError::Device { .. }) => continue,
+                Err(SidecarError::Device { .. }) => {}
                 Err(e) => return Err(e.into()),
-            };
-            let entry = sidecar.read()?;
-            all.push(Known { path: image.into(), sidecar, entry });
+            }
         }
-        let mut bound = all.iter().filter_map(|image| Some((image, image.entry.as_ref()?.lineage)));
+        Self::with_sidecars(named)
+    }
+
+    /// As [`Images::read`], with sidecars that were named for the images, as block devices need.
+    ///
+    /// # Errors
+    /// As [`Images::read`].
+    pub fn with_sidecars(
+        images: impl IntoIterator<Item = (PathBuf, Sidecar)>,
+    ) -> Result<Self, ImagesError> {
+        let mut all = Vec::new();
+        for (path, sidecar) in images {
+            let entry = sidecar.read()?;
+            all.push(Known { path, sidecar, entry });
+        }
+        let mut bound =
+            all.iter().filter_map(|image: &Known| Some((image, image.entry.as_ref()?.lineage)));
         if let Some((first, lineage)) = bound.next()
             && let Some((other, second)) = bound.find(|(_, other)| *other != lineage)
         {

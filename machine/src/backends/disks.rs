@@ -1,7 +1,7 @@
 //! Disks in their bay.
 use std::{
     error::Error,
-    fs, iter, mem,
+    fs, mem,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Weak, atomic::Ordering},
@@ -150,8 +150,12 @@ pub(crate) fn open(config: &DiskConfig) -> Result<Disk, DiskError> {
 }
 
 fn with_causes(error: &dyn Error) -> String {
-    let causes = iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let (mut text, mut cause) = (error.to_string(), error.source());
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 impl OpenDisk {
