@@ -12,6 +12,7 @@ pub mod guest;
 pub mod held;
 pub mod host;
 pub mod kernel;
+pub mod lab;
 pub mod loop_device;
 pub mod monitor;
 pub mod net;
