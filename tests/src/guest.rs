@@ -30,6 +30,13 @@ const INIT: &str = include_str!("init/guest.sh");
 const LOAD: &str = "tests/src/init/load.rs";
 const LOAD_SOURCE: [&str; 2] = [include_str!("init/load.rs"), include_str!("stream.rs")];
 
+/// Source of the replicated guest's only program, and of its module.
+const REPLICATED: &str = "tests/src/init/replicated.rs";
+const REPLICATED_SOURCE: [&str; 2] =
+    [include_str!("init/replicated.rs"), include_str!("counted.rs")];
+/// The modules that this guest needs.
+const REPLICATED_MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "virtio_net"];
+
 /// The format of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
@@ -62,14 +69,22 @@ pub fn initramfs(paths: &Paths) -> PathBuf {
     paths.guest("initrd.cpio")
 }
 
-/// Makes kernels and initramfs from Debian's packages, unless they exist and are up to date.
+/// The initramfs of the replicated guest; `init/replicated.rs` says what it does.
+#[must_use]
+pub fn replicated_initramfs(paths: &Paths) -> PathBuf {
+    paths.guest("replicated.cpio")
+}
+
+/// Makes kernels and both initramfs from Debian's packages, unless they exist and are up to date.
 ///
 /// # Errors
 /// A package is not as expected, or the cache cannot be written.
 pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
     let dir = paths.cache.join("guest");
     let bzimage = debian.bzimage()?;
-    let mark = format!("{}\n{INIT}\n{MODULES:?}\n{}", bzimage.display(), LOAD_SOURCE.concat());
+    let sources = [LOAD_SOURCE.concat(), REPLICATED_SOURCE.concat()].concat();
+    let mark =
+        format!("{}\n{INIT}\n{MODULES:?}\n{REPLICATED_MODULES:?}\n{sources}", bzimage.display());
     if fs::read_to_string(dir.join("mark")).is_ok_and(|have| have == mark) {
         return Ok(());
     }
@@ -87,6 +102,13 @@ pub fn make(paths: &Paths, debian: &Debian) -> Result<()> {
         static_program(LOAD, &load)?;
         let programs = [("bin/load", load.as_path())];
         fs::write(dir.join("initrd.cpio"), system(debian, INIT, MODULES, &[], &programs)?)?;
+        let init = dir.join("replicated");
+        static_program(REPLICATED, &init)?;
+        let mut cpio = Cpio::new(Vec::new());
+        cpio.program("init", &fs::read(&init)?)?;
+        cpio.directory("modules")?;
+        add_modules(&mut cpio, debian, REPLICATED_MODULES)?;
+        fs::write(dir.join("replicated.cpio"), cpio.finish()?)?;
         fs::write(dir.join("mark"), mark)?;
         Ok(())
     })?;
@@ -134,15 +156,20 @@ pub fn system(
     for (name, program) in programs {
         cpio.program(name, &fs::read(program)?)?;
     }
+    add_modules(&mut cpio, debian, modules)?;
+    cpio.program("init", init.as_bytes())?;
+    Ok(cpio.finish()?)
+}
+
+/// Adds modules with what they need, and a list of them in the order in which they load.
+fn add_modules(cpio: &mut Cpio<Vec<u8>>, debian: &Debian, modules: &[&str]) -> Result<()> {
     let mut order = String::new();
     for module in kernel::modules(&debian.modules()?, modules)? {
         cpio.file(&format!("modules/{}", module.file), &module.content)?;
         order.push_str(&module.file);
         order.push('\n');
     }
-    cpio.file("modules/order", order.as_bytes())?;
-    cpio.program("init", init.as_bytes())?;
-    Ok(cpio.finish()?)
+    Ok(cpio.file("modules/order", order.as_bytes())?)
 }
 
 /// An ext4 image with a small system, for a root disk.

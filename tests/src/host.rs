@@ -29,9 +29,17 @@ use crate::paths::{BINARY, CACHE, GUEST_KERNEL, Paths, SCRATCH, SEED, atomically
 const OVERRIDE: &str = "STRATOVIRT_HOST";
 /// Begins a line that is meant for this program rather than for people.
 pub const CONTROL: u8 = 0x1e;
-/// What the emulated host needs to have a KVM, disks, taps and a console.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_blk", "virtio_console", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
+/// What the emulated host needs to have a KVM, disks, taps, bridges and a console.
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "kvm_amd",
+    "tun",
+    "bridge",
+    "vhost_net",
+    "vhost_vsock",
+];
 /// Init of the emulated host.
 const INIT: &str = include_str!("init/host.sh");
 /// Programs of Debian's packages that tests use.
@@ -446,7 +454,7 @@ fn make_payload(paths: &Paths, debian: &Debian, job: &Job, image: &Path) -> Resu
         }
     }
     place(&busybox, &in_cache(&busybox)?)?;
-    for name in ["vmlinux", "vmlinux.bin", "bzImage", "initrd.cpio"] {
+    for name in ["vmlinux", "vmlinux.bin", "bzImage", "initrd.cpio", "replicated.cpio"] {
         let file = paths.guest(name);
         place(&file, &in_cache(&file)?)?;
     }

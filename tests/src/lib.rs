@@ -5,6 +5,7 @@ pub mod archive;
 /// The monitor's own time limits, so that the numbers are defined once.
 #[path = "../../vmm/src/bounds.rs"]
 pub mod bounds;
+mod counted;
 pub mod debian;
 pub mod emulated;
 pub mod frozen;
@@ -21,6 +22,7 @@ pub mod packages;
 pub mod paths;
 pub mod payloads;
 pub mod progress;
+pub mod replicated;
 pub mod resident;
 pub mod seed;
 pub mod stream;

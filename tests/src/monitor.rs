@@ -82,6 +82,14 @@ impl Vm {
         self
     }
 
+    /// Boots with another initramfs.
+    #[must_use]
+    pub fn initramfs(mut self, file: &Path) -> Self {
+        let file = Value::from(file.display().to_string());
+        set(&mut self.config, "boot-source", "initrd_fs_path", file);
+        self
+    }
+
     /// Adds to the kernel's command line.
     #[must_use]
     pub fn append(mut self, words: &str) -> Self {

@@ -1,0 +1,294 @@
+//! Init of the replicated guest: one static program, no crates. Everything that it knows is in its
+//! memory, so that a lost or doubled piece of it shows. It serves requests on TCP port 7000 of
+//! 10.9.0.2, one a line and each answered by one line:
+//!
+//! ```text
+//! next WORD                 NUMBER HASH                the next number, and the hash over all that were given
+//! write PAGES BYTES MS      ok                         from now on writes BYTES of each of PAGES pages every MS
+//!                                                      milliseconds, round after round; with 0 pages, nothing
+//! memory                    ROUND PAGES BYTES SUM      the checksum of these pages, between two rounds
+//! record                    NUMBER                     after the next record is on the disk and flushed
+//! records                   NUMBER                     after all records were read back from the disk
+//! uptime                    MILLISECONDS               of its monotonic clock
+//! anything else             error: ...
+//! ```
+//!
+//! On UDP port 7000 it sends every datagram back.
+#![no_main]
+#[path = "../counted.rs"]
+mod counted;
+
+use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use counted::{FIRST_HASH, PAGE, checksum, fill, hash, record};
+
+unsafe extern "C" {
+    fn mount(
+        source: *const c_char,
+        target: *const c_char,
+        kind: *const c_char,
+        flags: c_ulong,
+        data: *const c_void,
+    ) -> c_int;
+    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
+}
+
+const DISK: &str = "/dev/vda";
+const ADDRESS: [u8; 4] = [10, 9, 0, 2];
+const NETMASK: [u8; 4] = [255, 255, 255, 0];
+const PORT: u16 = 7000;
+
+const O_DIRECT: c_int = 0o40_000;
+const SYS_FINIT_MODULE: c_long = 313;
+const SIOCSIFADDR: c_ulong = 0x8916;
+const SIOCSIFNETMASK: c_ulong = 0x891c;
+const SIOCSIFFLAGS: c_ulong = 0x8914;
+const IFF_UP: u8 = 1;
+
+/// Everything that the guest knows.
+static COUNTER: Mutex<(u64, u64)> = Mutex::new((0, FIRST_HASH));
+static AREA: Mutex<Area> = Mutex::new(Area::NONE);
+static AREA_CHANGED: Condvar = Condvar::new();
+/// How many records there are.
+static RECORDS: Mutex<u64> = Mutex::new(0);
+
+/// A page, and memory for O_DIRECT.
+#[repr(align(4096))]
+#[derive(Clone)]
+struct Page([u8; PAGE]);
+
+/// The memory that is written again and again.
+struct Area {
+    pages: Vec<Page>,
+    bytes: usize,
+    period: Duration,
+    round: u64,
+    /// Tells a thread that waits for the next round that it is another area.
+    number: u64,
+}
+
+impl Area {
+    const NONE: Self =
+        Self { pages: Vec::new(), bytes: 0, period: Duration::ZERO, round: 0, number: 0 };
+}
+
+/// `main` rather than Rust's own start, which expects standard input and output to be open.
+#[unsafe(no_mangle)]
+extern "C" fn main() -> c_int {
+    // An error here can only be reported; the kernel panics when init ends.
+    let _ = fs::create_dir("/dev");
+    let _ = fs::create_dir("/proc");
+    attach(c"devtmpfs", c"/dev");
+    attach(c"proc", c"/proc");
+    let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") else { return 1 };
+    if let Err(error) = serve(&mut log) {
+        // One write is one record; <0> is shown whatever the log level is.
+        let _ = log.write_all(format!("<0>guest: failed: {error}\n").as_bytes());
+    }
+    loop {
+        thread::park();
+    }
+}
+
+fn serve(log: &mut File) -> io::Result<()> {
+    load_modules();
+    // What is lost at a failover is sent again soon, so that a client sees how long the failover
+    // takes and not TCP's timer. Kernels before 6.11 do not have it.
+    let _ = fs::write("/proc/sys/net/ipv4/tcp_rto_min_us", "10000");
+    until(|| configure(SIOCSIFADDR, &internet(ADDRESS)))?;
+    configure(SIOCSIFNETMASK, &internet(NETMASK))?;
+    configure(SIOCSIFFLAGS, &[IFF_UP, 0])?;
+    let listener = TcpListener::bind(("0.0.0.0", PORT))?;
+    let datagrams = UdpSocket::bind(("0.0.0.0", PORT))?;
+    thread::spawn(move || drop(send_back(&datagrams)));
+    thread::spawn(write_rounds);
+    log.write_all(b"<0>guest: ready\n")?;
+    for stream in listener.incoming() {
+        let stream = stream?;
+        thread::spawn(move || drop(answer(&stream)));
+    }
+    Ok(())
+}
+
+/// Sends every datagram back.
+fn send_back(socket: &UdpSocket) -> io::Result<()> {
+    let mut datagram = [0; 64];
+    loop {
+        let (length, from) = socket.recv_from(&mut datagram)?;
+        // Whoever has gone meanwhile does not hear it.
+        let _ = socket.send_to(&datagram[..length], from);
+    }
+}
+
+/// Answers one client, until it hangs up.
+fn answer(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        let words: Vec<_> = line.split(' ').collect();
+        let answer = carry_out(&words).unwrap_or_else(|error| format!("error: {error}"));
+        let mut to = stream;
+        to.write_all(format!("{answer}\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+fn carry_out(words: &[&str]) -> io::Result<String> {
+    match *words {
+        ["next", word] => {
+            let mut counter = lock(&COUNTER);
+            counter.0 += 1;
+            counter.1 = hash(counter.1, counter.0, word);
+            Ok(format!("{} {:016x}", counter.0, counter.1))
+        }
+        ["write", pages, bytes, ms] => {
+            let (pages, bytes, ms) = (number(pages)?, number(bytes)?, number(ms)?);
+            let mut area = lock(&AREA);
+            let next = area.number + 1;
+            // First, since both might not fit.
+            *area = Area::NONE;
+            area.number = next;
+            area.pages = vec![Page([0; PAGE]); pages as usize];
+            area.bytes = (bytes as usize).min(PAGE);
+            area.period = Duration::from_millis(ms);
+            AREA_CHANGED.notify_all();
+            Ok("ok".to_owned())
+        }
+        ["memory"] => {
+            let area = lock(&AREA);
+            let sum = area.pages.iter().fold(FIRST_HASH, |sum, page| checksum(sum, &page.0));
+            Ok(format!("{} {} {} {sum:016x}", area.round, area.pages.len(), area.bytes))
+        }
+        ["record"] => {
+            let mut records = lock(&RECORDS);
+            let mut block = Page([0; PAGE]);
+            record(*records + 1, &mut block.0);
+            let disk = disk()?;
+            disk.write_all_at(&block.0, *records * PAGE as u64)?;
+            disk.sync_all()?;
+            *records += 1;
+            Ok(records.to_string())
+        }
+        ["records"] => {
+            let records = lock(&RECORDS);
+            let disk = disk()?;
+            let (mut found, mut wanted) = (Page([0; PAGE]), Page([0; PAGE]));
+            for number in 1..=*records {
+                disk.read_exact_at(&mut found.0, (number - 1) * PAGE as u64)?;
+                record(number, &mut wanted.0);
+                if found.0 != wanted.0 {
+                    return Err(io::Error::other(format!("record {number} is not on the disk")));
+                }
+            }
+            Ok(records.to_string())
+        }
+        ["uptime"] => {
+            let uptime = fs::read_to_string("/proc/uptime")?;
+            // Seconds with two decimals.
+            let first = uptime.split(' ').next().unwrap_or_default();
+            Ok(format!("{}0", first.replace('.', "").trim_start_matches('0')))
+        }
+        _ => Err(io::Error::other("no such request")),
+    }
+}
+
+/// Writes the area, round after round, never two rounds at the same time as a request reads it.
+fn write_rounds() {
+    let mut area = lock(&AREA);
+    loop {
+        if area.pages.is_empty() {
+            area = AREA_CHANGED.wait(area).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        }
+        let began = Instant::now();
+        area.round += 1;
+        let Area { round, bytes, period, number, .. } = *area;
+        for (page, place) in (0..).zip(&mut area.pages) {
+            fill(&mut place.0, round, page, bytes);
+        }
+        // Without the lock meanwhile; a new area ends the wait.
+        loop {
+            let left = period.saturating_sub(began.elapsed());
+            area = AREA_CHANGED
+                .wait_timeout(area, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(area, _)| area);
+            if area.number != number || began.elapsed() >= period {
+                break;
+            }
+        }
+    }
+}
+
+fn disk() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open(DISK)
+}
+
+fn number(text: &str) -> io::Result<u64> {
+    text.parse().map_err(|_| io::Error::other(format!("{text} is not a number")))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn attach(kind: &CStr, target: &CStr) {
+    // SAFETY: all are C strings; neither file system takes data.
+    unsafe { mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+}
+
+/// Loads the drivers that Debian's kernel has in modules. Another kernel refuses them, and has its
+/// own: what is missing shows when it is used.
+fn load_modules() {
+    let order = fs::read_to_string("/modules/order").unwrap_or_default();
+    for module in order.lines().flat_map(|name| File::open(format!("/modules/{name}"))) {
+        // SAFETY: an open file, an empty string of parameters and no flags.
+        unsafe { syscall(SYS_FINIT_MODULE, module.as_raw_fd(), c"".as_ptr(), 0) };
+    }
+}
+
+fn until<T>(mut ready: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let started = Instant::now();
+    loop {
+        match ready() {
+            Err(_) if started.elapsed() < Duration::from_secs(10) => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// `struct sockaddr_in`, without the port.
+fn internet([a, b, c, d]: [u8; 4]) -> [u8; 8] {
+    [2, 0, 0, 0, a, b, c, d]
+}
+
+/// `struct ifreq` of linux/if.h.
+#[repr(C)]
+struct Interface {
+    name: [u8; 16],
+    value: [u8; 24],
+}
+
+fn configure(request: c_ulong, value: &[u8]) -> io::Result<()> {
+    let mut interface = Interface { name: [0; 16], value: [0; 24] };
+    interface.name[..4].copy_from_slice(b"eth0");
+    interface.value[..value.len()].copy_from_slice(value);
+    // SAFETY: AF_INET, SOCK_DGRAM; then `interface` is a whole `struct ifreq`. The socket stays
+    // open for good: there are three of them.
+    let result = unsafe {
+        let fd = socket(2, 2, 0);
+        if fd < 0 { fd } else { ioctl(fd, request, (&raw mut interface).cast()) }
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

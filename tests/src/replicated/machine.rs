@@ -1,0 +1,54 @@
+//! The machine of the replicated guest, in one host or the other.
+use std::env;
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::guest::{Kernel, replicated_initramfs};
+use crate::lab::hosts::{GUEST_MAC, Hosts, Side, TAP};
+use crate::monitor::{Monitor, Vm};
+use crate::paths::{GUEST_KERNEL, Paths};
+
+/// MiB of RAM: as little as the kernel starts in.
+const MIB: u64 = 64;
+/// MiB that Debian's kernel needs.
+const DEBIAN_MIB: u64 = 128;
+
+/// The machine: one vCPU and a NIC. With 64 MiB and the kernel that `STRATOVIRT_GUEST_KERNEL`
+/// names, or with 128 MiB and Debian's.
+///
+/// # Errors
+/// No KVM.
+pub fn vm(paths: &Paths) -> Result<Vm> {
+    let (vm, mib) = match env::var_os(GUEST_KERNEL) {
+        Some(_) => (Vm::native(paths)?, MIB),
+        None => (Vm::linux(paths, Kernel::Elf), DEBIAN_MIB),
+    };
+    let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+    let vm = vm.initramfs(&replicated_initramfs(paths)).machine("mem_size", mib << 20);
+    Ok(vm.nic("net0", TAP, &mac))
+}
+
+/// Starts `vm` in a host; its files are in `dir`.
+///
+/// # Errors
+/// The monitor cannot be started.
+pub fn start(vm: Vm, hosts: &Hosts, side: Side, paths: &Paths, dir: &Path) -> Result<Monitor> {
+    hosts.host(side).enter(|| vm.start(paths, dir))?
+}
+
+/// Starts a monitor in a host that waits there for the machine; `from` is as its `-incoming` has
+/// it.
+///
+/// # Errors
+/// The monitor cannot be started.
+pub fn await_incoming(
+    from: &str,
+    hosts: &Hosts,
+    side: Side,
+    paths: &Paths,
+    dir: &Path,
+) -> Result<Monitor> {
+    start(Vm::described(json!({})).args(&["-incoming", from]), hosts, side, paths, dir)
+}

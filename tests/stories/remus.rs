@@ -1,0 +1,42 @@
+//! Tests of a guest that outlives its host. It counts, writes memory and writes to its disk, on one
+//! of two hosts of a network of the test's own; a client outside notices whatever is lost or done
+//! twice.
+#[path = "remus/guest.rs"]
+mod guest;
+
+use std::env;
+use std::sync::Arc;
+
+use anyhow::Result;
+use libtest_mimic::{Arguments, Failed, Trial};
+use stories::agent::{Agents, NamedTest, SERVE, Test, serve};
+use stories::paths::GUEST_KERNEL;
+
+const STORIES: &[(&str, Test)] = &[
+    ("the_guest_counts_writes_and_records", guest::works),
+    ("a_guest_that_is_migrated_counts_on_at_the_other_host", guest::migrates),
+];
+
+fn main() -> Result<()> {
+    let all: Vec<NamedTest> =
+        STORIES.iter().map(|(name, body)| ((*name).to_owned(), *body)).collect();
+    if env::args().nth(1).as_deref() == Some(SERVE) {
+        return serve(&all);
+    }
+    let mut args = Arguments::from_args();
+    // They are about time.
+    args.test_threads = Some(1);
+    let agents = Arc::new(match env::var_os(GUEST_KERNEL) {
+        Some(_) => Agents::native(args.nocapture),
+        None => Agents::new(args.nocapture),
+    });
+    let trial = |(name, _): NamedTest| {
+        let agents = Arc::clone(&agents);
+        Trial::test(name.clone(), move || {
+            agents.run(&name).map_err(|error| Failed::from(format!("{error:#}")))
+        })
+    };
+    let conclusion = libtest_mimic::run(&args, all.into_iter().map(trial).collect());
+    agents.finish()?;
+    conclusion.exit()
+}
