@@ -163,7 +163,8 @@ fn idle(place: &Place) -> State {
     }
 }
 
-fn found(place: &Place) -> Found {
+/// The monitor's process, also if it is only starting.
+pub fn found(place: &Place) -> Found {
     match find(&place.run) {
         Found::Nobody if place.has_begun() => {
             search(&place.run).map_or(Found::Nobody, Found::Alive)

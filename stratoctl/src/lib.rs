@@ -22,6 +22,7 @@ mod policy;
 mod process;
 mod progress;
 mod registry;
+mod remus;
 mod show;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -93,6 +93,9 @@ pub enum Verb {
     Dmesg,
     Events,
     Qmp,
+    Remus,
+    Failover,
+    Unprotect,
 }
 
 /// What a verb does in a state.
@@ -169,7 +172,7 @@ type Row = (Verb, [Cell; 12]);
 
 /// The table. Columns as in [`State::ALL`].
 #[rustfmt::skip]
-pub const TABLE: [Row; 20] = [
+pub const TABLE: [Row; 23] = [
     //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung  ending
     (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
     (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
@@ -191,6 +194,9 @@ pub const TABLE: [Row; 20] = [
     (Verb::Dmesg,     [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
     (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
     (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
+    (Verb::Remus,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Failover,  [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
+    (Verb::Unprotect, [ABSENT, Yes,           STARTING, Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    HUNG, ENDING]),
 ];
 
 /// What `verb` does in `state`.

@@ -1,9 +1,13 @@
 //! The verbs: the one table from which the command line, completions and manual pages are made.
+mod remus;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{policy::Then, registry::Name};
+pub use remus::*;
+
+use crate::{policy::Then, registry::Name, remus::witness::Uri};
 
 /// Create, watch, save and end stratovirt virtual machines. There is no daemon: a domain is a
 /// directory and a running monitor.
@@ -77,6 +81,17 @@ pub enum Command {
     Events(Events),
     /// Send QMP commands to a domain's monitor
     Qmp(Qmp),
+    /// Protect a running domain: another host continues it when this one fails
+    Remus(Box<Remus>),
+    /// Receive a protected domain: be its backup; started by remus on the other host
+    RemusReceive(RemusReceive),
+    /// Continue a protected domain at its backup
+    Failover(Failover),
+    /// Stop protecting a domain
+    Unprotect(Unprotect),
+    /// End this host's side of a protected domain, so that the other one can continue; status 0 if it
+    /// certainly does not run
+    Fence(Fence),
     /// Print shell completions
     Completions(Completions),
     /// Print the manual page, or write the pages of all verbs to a directory
@@ -84,6 +99,12 @@ pub enum Command {
     /// Restart a domain under its name when its guest ends; started by the verbs that need it
     #[command(hide = true)]
     Watch(Domain),
+    /// Answer the monitor of a protected domain; started by the verbs that need it
+    #[command(hide = true)]
+    RemusAgent(Domain),
+    /// Ask a witness what is read from standard input, line by line; started by the verbs that need it
+    #[command(hide = true)]
+    AskWitness(AskWitness),
 }
 
 /// A verb that takes only a name.
@@ -329,6 +350,14 @@ pub struct Completions {
     /// Shell to complete for
     #[arg(value_enum)]
     pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct AskWitness {
+    /// Witness to ask
+    pub uri: Uri,
+    /// Identity that it must have
+    pub identity: Option<String>,
 }
 
 #[derive(Debug, Args)]

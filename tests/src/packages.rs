@@ -34,7 +34,15 @@ const DISTRIBUTIONS: [Distribution; 2] = [
 ];
 const IMAGE: &str = "linux-image-";
 /// Fetched with all their dependencies; both distributions use the same names.
-const TOOLS: [&str; 5] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "xfsprogs", "iproute2"];
+const TOOLS: [&str; 7] = [
+    "qemu-system-x86",
+    "busybox-static",
+    "e2fsprogs",
+    "xfsprogs",
+    "iproute2",
+    "etcd-server",
+    "openssl",
+];
 /// apt's message when it reaches no archive.
 const UNREACHABLE: [&str; 9] = [
     "Could not resolve",
@@ -70,7 +78,7 @@ pub fn fetch(home: &Path, sources: Option<&Path>) -> Result<()> {
     let packages = apt.resolve(distribution, &kernel, &complaints)?;
     step.done();
 
-    let what = format!("Fetching {}'s kernel, busybox and QEMU", distribution.name);
+    let what = format!("Fetching {}'s kernel, busybox, QEMU and etcd", distribution.name);
     apt.download(&packages, &what)?;
 
     let packages: Vec<_> = fs::read_dir(&apt.archives)?

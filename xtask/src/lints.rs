@@ -23,8 +23,8 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("qmp", &["json"]),
     ("machine", &["config", "devices", "lineage", "state"]),
     ("vmm", &["machine", "qmp", "config", "state", "replication"]),
-    ("stratoctl", &["qmp", "state", "config"]),
-    ("stories", &["qmp", "state"]),
+    ("stratoctl", &["qmp", "state", "config", "replication"]),
+    ("stories", &["qmp", "state", "replication"]),
     ("xtask", &["qmp", "stories"]),
 ];
 /// Longest file, in lines without tests.

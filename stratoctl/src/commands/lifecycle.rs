@@ -3,7 +3,7 @@ use anyhow::Context as _;
 use qmp::schema::{Cont, Stop};
 use serde_json::json;
 
-use super::{Answer, Context, LockedDomain, attach, end, ended, restart_policy, shutdown};
+use super::{Answer, Context, LockedDomain, attach, end, ended, remus, restart_policy, shutdown};
 use crate::{
     configuration, domain,
     failure::Failure,
@@ -34,6 +34,7 @@ pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
 
 pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
+    remus::refuse_fenced(ctx, &held.place)?;
     let description = described(&held.place)?;
     let mut held = held;
     if held.status.client.is_none() {
@@ -97,6 +98,8 @@ pub fn begin(
             return Err(e);
         }
     };
+    // Its disks may say that it was protected: then its monitor asks before the guest runs.
+    let _ = remus::revive(ctx, place);
     if watched {
         let let_run = || {
             let mut status = domain::query(&ctx.registry, place);

@@ -10,7 +10,7 @@ use qmp::client::ClientError;
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
 
-use super::{Answer, Context, ended};
+use super::{Answer, Context, ended, remus};
 use crate::{
     domain::{Query, Status},
     failure::Failure,
@@ -43,11 +43,14 @@ struct Row {
     uptime: Option<f64>,
     rss: Option<u64>,
     description: Result<Description, String>,
+    /// Of a protected domain.
+    replication: Option<Value>,
     place: Place,
 }
 
 impl Row {
-    fn new(place: Place, status: &Status) -> Self {
+    fn new(place: Place, mut status: Status) -> Self {
+        let replication = remus::report(&place, status.client.as_mut());
         let process = status.process.as_ref();
         Self {
             name: place.name.clone(),
@@ -58,6 +61,7 @@ impl Row {
             uptime: process.and_then(Process::uptime),
             rss: process.and_then(Process::rss),
             description: place.description().map_err(|e| format!("{:#}", anyhow::Error::from(e))),
+            replication,
             place,
         }
     }
@@ -74,11 +78,12 @@ impl Row {
             "uptime": self.uptime,
             "rss": self.rss,
             "pid": self.pid,
+            "replication": self.replication,
             "damaged": self.description.as_ref().err(),
         })
     }
 
-    fn cells(&self) -> [String; 7] {
+    fn cells(&self) -> [String; 8] {
         let none = || "-".to_owned();
         let of = |get: fn(&Description) -> String| {
             self.description.as_ref().map_or_else(|_| "damaged".to_owned(), get)
@@ -91,6 +96,7 @@ impl Row {
             of(|d| show::bytes(d.memory)),
             self.uptime.map_or_else(none, show::duration),
             self.rss.map_or_else(none, show::bytes),
+            self.replication.as_ref().map_or_else(String::new, remus::summary),
         ]
     }
 }
@@ -132,7 +138,7 @@ fn row(ctx: &Context, query: Query, place: Place) -> Option<Row> {
     if ended || status.state == State::Registered && place.has_begun() {
         tidy(ctx, &place.name);
     }
-    (!ended).then(|| Row::new(place, &status))
+    (!ended).then(|| Row::new(place, status))
 }
 
 /// Remove what a domain that has ended by itself left behind, unless another process acts on it.
@@ -159,7 +165,9 @@ pub fn settle(ctx: &Context, name: &Name) -> State {
 
 pub fn list(ctx: &Context, args: &List) -> anyhow::Result<Answer> {
     let rows = rows(ctx, &args.domains)?;
-    let mut table = Table::new(["NAME", "ID", "STATE", "VCPUS", "MEMORY", "UPTIME", "RSS"]);
+    let protected = rows.iter().any(|row| row.replication.is_some());
+    let last = if protected { "REMUS" } else { "" };
+    let mut table = Table::new(["NAME", "ID", "STATE", "VCPUS", "MEMORY", "UPTIME", "RSS", last]);
     rows.iter().for_each(|row| table.row(row.cells()));
     Ok(Answer::new(table.to_string(), rows.iter().map(Row::json).collect()))
 }

@@ -3,6 +3,7 @@ mod attach;
 mod lifecycle;
 mod list;
 mod qmp;
+mod remus;
 mod restart_policy;
 mod restore;
 mod save;
@@ -22,6 +23,7 @@ use crate::{
     matrix::{self, State, Verb},
     monitor, pages,
     registry::{Lock, Name, Place, Registry},
+    remus::witness,
     verbs::{Command, Line},
 };
 
@@ -99,6 +101,16 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Completions(args) => Ok(pages::completions(args.shell)),
         Command::Man(args) => pages::man(args.directory.as_deref()),
         Command::Watch(args) => restart_policy::watch(&ctx, &args.domain),
+        Command::Remus(args) => remus::remus(&ctx, &args),
+        Command::RemusReceive(args) => remus::receive(&ctx, &args),
+        Command::Failover(args) => remus::failover(&ctx, &args),
+        Command::Unprotect(args) => remus::unprotect(&ctx, &args),
+        Command::Fence(args) => remus::fence(&ctx, &args),
+        Command::RemusAgent(args) => remus::agent(&ctx, &args.domain),
+        Command::AskWitness(args) => {
+            witness::answer_lines(&args.uri, args.identity)?;
+            Ok(Answer::silent())
+        }
     }
 }
 
@@ -145,6 +157,10 @@ impl Context {
             return Err(unmanaged(verb, name));
         }
         matrix::admit(verb, status.state, name, renames)?;
+        if status.client.is_some() {
+            // A verb may be the one that ends a domain whose record is damaged.
+            let _ = remus::revive(self, &place);
+        }
         Ok(LockedDomain { place, status, lock })
     }
 

@@ -51,8 +51,18 @@ pub fn needed(policy: &Policy) -> bool {
 /// When it does not start.
 pub fn spawn(ctx: &Context, place: &Place) -> anyhow::Result<()> {
     let cannot = || format!("cannot start what restarts '{}'", place.name);
+    start_verb(ctx, "watch", place).with_context(cannot)
+}
+
+/// Start this program in the background, with a verb that writes a byte to its standard output when
+/// it is ready.
+///
+/// # Errors
+/// When it ends before.
+pub fn start_verb(ctx: &Context, verb: &str, place: &Place) -> anyhow::Result<()> {
+    let cannot = || format!("stratoctl {verb}");
     let mut command = Command::new(std::env::current_exe().with_context(cannot)?);
-    command.arg("watch").arg(place.name.as_str()).arg("--monitor").arg(&ctx.program);
+    command.arg(verb).arg(place.name.as_str()).arg("--monitor").arg(&ctx.program);
     if let Some(root) = &ctx.root {
         command.arg("--root").arg(std::path::absolute(root).with_context(cannot)?);
     }
@@ -182,7 +192,7 @@ impl Kept {
 
 impl Context {
     /// The place of the domain with that number: it may have been renamed.
-    fn place_of(&self, id: u32) -> anyhow::Result<Option<Place>> {
+    pub fn place_of(&self, id: u32) -> anyhow::Result<Option<Place>> {
         let names = self.registry.names()?;
         let mut places = names.iter().filter_map(|name| self.registry.find(name));
         Ok(places.find(|place| place.id() == Some(id)))
@@ -300,7 +310,7 @@ fn release(client: &mut Client, config: &Value) {
 }
 
 /// Write a line to the domain's log, where `dmesg` shows it.
-fn log(place: &Place, text: &str) {
+pub fn log(place: &Place, text: &str) {
     let line = format!("stratoctl: {}\n", text.replace('\n', " "));
     let log = open_regular(&place.run.join("log"), OpenOptions::new().append(true));
     // A failure to write the log cannot be logged.

@@ -5,6 +5,8 @@
 //!   domain.json            its description; while this exists, the domain is registered
 //!   saved/                 its suspended state; `saved/state` is complete, or absent
 //!   run -> run/.managed/UUID
+//!   remus.json, fence.json of a protected domain: its witness and peer; the mark of a fence
+//! state/.witness/        the witness of domains whose two sides are on this host
 //! state/.disks/UUID/     disks that were made for an unmanaged domain when it was restored
 //! run/NAME/              all other files of an unmanaged domain
 //!   domain.json            its description
@@ -12,7 +14,9 @@
 //!   start.json             its number
 //!   up                     its monitor has answered
 //!   config.json            what the monitor was started with
-//!   pid, log, qmp.sock, console.sock   made by the monitor, whose working directory this is
+//!   pid, log, qmp.sock, console.sock, replica.sock
+//!                          made by the monitor, whose working directory this is
+//!   agent                  held by the process that answers a protected domain's monitor
 //! run/.lock/NAME.lock    held while a process acts on the name
 //! run/.lock/NAME.save    held while the domain is saved
 //! ```
@@ -101,6 +105,8 @@ impl Place {
 const RECORD: &str = "domain.json";
 /// Directory beside the domains' own; it is not a valid name of a domain.
 const DISKS: &str = ".disks";
+/// Likewise.
+const WITNESS: &str = ".witness";
 const START: &str = "start.json";
 const UP: &str = "up";
 /// More time than it takes to check whether a lock is held.
@@ -257,6 +263,16 @@ impl Registry {
         Ok(all.join(uuid))
     }
 
+    /// Directory of the witness of domains whose two sides are on this host; it is created.
+    ///
+    /// # Errors
+    /// When it cannot be created.
+    pub fn place_for_witness(&self) -> anyhow::Result<PathBuf> {
+        let path = self.state.join(WITNESS);
+        self.disk.mkdir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(path)
+    }
+
     /// The disks that were made for the domain `uuid`, sorted.
     pub fn own_disks(&self, uuid: &str) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.state.join(DISKS).join(uuid)).into_iter().flatten();
@@ -362,7 +378,7 @@ impl Registry {
     /// # Errors
     /// When the disk cannot be written.
     pub fn clear(&self, place: &Place) -> anyhow::Result<()> {
-        for name in [START, UP, "qmp.sock", "console.sock", "pid"] {
+        for name in [START, UP, "qmp.sock", "console.sock", "replica.sock", "agent", "pid"] {
             let path = place.run.join(name);
             self.disk.remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }

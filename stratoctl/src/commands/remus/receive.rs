@@ -1,0 +1,253 @@
+//! `remus-receive`: the backup's side. It makes a domain whose monitor waits for a primary, and
+//! passes on what its connection carries. A primary that connects again finds the same domain.
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde_json::json;
+
+use super::{
+    super::{Answer, Context, end},
+    agent::revive,
+    backup_name, described, identify, unlocked,
+};
+use crate::{
+    configuration, domain,
+    failure::Failure,
+    matrix::Verb,
+    monitor::{self, More},
+    registry::{Description, Name, Place},
+    remus::{
+        bounded::wait,
+        dial::{Greeting, Welcome, read_line, write_line},
+        protection::Protection,
+        uuid::Uuid,
+        wire::SideText,
+    },
+    verbs::RemusReceive,
+};
+
+/// The monitor's socket for its primary, in its directory.
+const SOCKET: &str = "replica.sock";
+/// How long the sender may take to introduce itself.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is checked whether a domain that waits for connections has ended.
+const CHECK: Duration = Duration::from_secs(1);
+
+pub fn receive(ctx: &Context, args: &RemusReceive) -> anyhow::Result<Answer> {
+    match args.port {
+        Some(port) => listen(ctx, args, port),
+        None => {
+            // Not through the buffers of this process: what follows the first line is the monitors'.
+            let own =
+                |fd: io::Result<OwnedFd>| fd.map(File::from).context("standard input and output");
+            let input = own(io::stdin().as_fd().try_clone_to_owned())?;
+            let output = own(io::stdout().as_fd().try_clone_to_owned())?;
+            let (_, socket) = welcome(ctx, args, &input, &output)?;
+            // The other thread may wait for input for ever; it ends with this process.
+            relay(input, output, &socket)?;
+            Ok(Answer::silent())
+        }
+    }
+}
+
+/// Wait for a primary at a port of this host, and for the same one again while its backup exists.
+fn listen(ctx: &Context, args: &RemusReceive, port: u16) -> anyhow::Result<Answer> {
+    // The first line is not encrypted, so it must not come from other hosts: ssh forwards ports.
+    let cannot = || format!("cannot listen on port {port}");
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(cannot)?;
+    let port = listener.local_addr().with_context(cannot)?.port();
+    listener.set_nonblocking(true).with_context(cannot)?;
+    eprintln!("Waiting on port {port} of 127.0.0.1");
+    let mut domain: Option<(Name, u32)> = None;
+    loop {
+        if let Some((name, id)) = &domain
+            && ctx.place_of(*id)?.is_none()
+        {
+            let text = format!("'{name}' has ended");
+            return Ok(Answer::new(text, json!({ "name": name, "ended": true })));
+        }
+        if !wait(&[listener.as_fd()], CHECK).with_context(cannot)? {
+            continue;
+        }
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(_) => continue,
+        };
+        stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true))?;
+        match welcome(ctx, args, &stream, &stream) {
+            Ok((place, socket)) => {
+                domain = place.id().map(|id| (place.name, id));
+                let carry = move || relay_tcp(&stream, &socket);
+                if args.no_wait {
+                    carry()?;
+                    return Ok(Answer::silent());
+                }
+                thread::Builder::new().name("relay".into()).spawn(carry)?;
+            }
+            Err(e) => eprintln!("stratoctl: {e:#}"),
+        }
+    }
+}
+
+/// Exchange the first lines; the domain, and a connection to its monitor.
+fn welcome<T>(
+    ctx: &Context,
+    args: &RemusReceive,
+    mut input: &T,
+    mut output: &T,
+) -> anyhow::Result<(Place, UnixStream)>
+where
+    T: AsFd,
+    for<'a> &'a T: Read + Write,
+{
+    let greeting: Greeting =
+        read_line(&mut input, GREETING_LIMIT).context("the sender's first line")?;
+    let made = greeting.check().map_err(anyhow::Error::from).and_then(|greeting| {
+        let name = args.name.clone().unwrap_or_else(|| greeting.name.clone());
+        receiver(ctx, args, &name, greeting)
+    });
+    let error = made.as_ref().err().map(|e| format!("{e:#}"));
+    let said = write_line(&mut output, &Welcome { error });
+    let made = made?;
+    said.context("the sender does not listen")?;
+    Ok(made)
+}
+
+/// The domain that receives, which may exist, and a connection to its monitor.
+fn receiver(
+    ctx: &Context,
+    args: &RemusReceive,
+    name: &Name,
+    greeting: Greeting,
+) -> anyhow::Result<(Place, UnixStream)> {
+    let lineage: Uuid = greeting.domain.uuid.parse().context("the domain's UUID")?;
+    if let Some(place) = ctx.registry.find(name)
+        && let Some(known) = Protection::of(&place)?
+        && known.side == SideText::Backup
+        && known.lineage == lineage
+    {
+        revive(ctx, &place)?;
+        let socket = connect(&place.run)?;
+        return Ok((place, socket));
+    }
+    let identity = args.witness.as_ref().map(identify).transpose()?;
+    if identity != greeting.witness {
+        let show =
+            |identity: &Option<String>| identity.clone().unwrap_or_else(|| "none".to_owned());
+        let what = format!(
+            "the two sides have different witnesses: {} there, {} here",
+            show(&greeting.witness),
+            show(&identity)
+        );
+        return Err(Failure::hint(what, "give both the same --witness").into());
+    }
+    let protection = Protection {
+        side: SideText::Backup,
+        lineage,
+        witness: args.witness.as_ref().map(ToString::to_string),
+        identity,
+        fence: args.fence.as_ref().map(ToString::to_string),
+        dial: None,
+    };
+    let place = make(ctx, name, &greeting.domain, &protection)?;
+    let socket = connect(&place.run)?;
+    Ok((place, socket))
+}
+
+fn connect(run: &Path) -> anyhow::Result<UnixStream> {
+    crate::dial::dial(run, Path::new(SOCKET)).context("the backup's monitor does not listen")
+}
+
+/// Make the backup of the domain at `place` on this host; the socket that its monitor listens at.
+///
+/// # Errors
+/// It does not start, or there is a domain of that name.
+pub fn beside(ctx: &Context, place: &Place, primary: &Protection) -> anyhow::Result<PathBuf> {
+    let name = backup_name(&place.name)?;
+    let mut description = described(place)?;
+    // Of its own: what belongs to a domain is found by its UUID, and removed with it.
+    description.uuid = configuration::uuid()?;
+    let protection = Protection { side: SideText::Backup, dial: None, ..primary.clone() };
+    let backup = make(ctx, &name, &description, &protection)?;
+    Ok(backup.run.join(SOCKET))
+}
+
+/// End what [`beside`] has made.
+///
+/// # Errors
+/// It cannot be ended.
+pub fn undo(ctx: &Context, place: &Place) -> anyhow::Result<()> {
+    let name = backup_name(&place.name)?;
+    let _lock = ctx.registry.lock(&name)?;
+    match ctx.query(&name) {
+        (Some(backup), status) => end(ctx, &mut unlocked(backup, status)),
+        (None, _) => Ok(()),
+    }
+}
+
+/// Make a domain whose monitor waits for its primary.
+fn make(
+    ctx: &Context,
+    name: &Name,
+    description: &Description,
+    protection: &Protection,
+) -> anyhow::Result<Place> {
+    let _lock = ctx.take(Verb::Restore, name)?;
+    let place = ctx.registry.add(name, false, description)?;
+    let mut source = format!("replicate:unix:{SOCKET}");
+    if let Some(identity) = &protection.identity {
+        source.push_str(&format!(",witness={identity}"));
+    }
+    if let Some(fence) = protection.arbitrating_fence()? {
+        source.push_str(&format!(",fence={fence}"));
+    }
+    let more = More { words: vec!["-incoming".into(), source], reads: None };
+    let (registry, program) = (&ctx.registry, &ctx.program);
+    let made = protection
+        .record(registry, &place)
+        .context("cannot record the protection")
+        .and_then(|()| monitor::start(registry, program, &place, description, false, &more))
+        .and_then(|_| revive(ctx, &place));
+    if let Err(e) = made {
+        let status = domain::query(registry, &place);
+        end(ctx, &mut unlocked(place, status)).context("after a failed start")?;
+        return Err(e);
+    }
+    Ok(place)
+}
+
+/// Carry bytes both ways until the monitor hangs up.
+fn relay(mut input: File, mut output: File, socket: &UnixStream) -> anyhow::Result<()> {
+    let mut to = socket.try_clone()?;
+    thread::Builder::new().name("input".into()).spawn(move || {
+        // An error is an end, too: the monitor sees that.
+        let _ = io::copy(&mut input, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    })?;
+    io::copy(&mut &*socket, &mut output).map(|_| ()).context("the connection to the sender")
+}
+
+/// The same for a socket, which is closed at the end.
+fn relay_tcp(stream: &TcpStream, socket: &UnixStream) -> io::Result<()> {
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let _ = io::copy(&mut &*stream, &mut &*socket);
+            let _ = socket.shutdown(Shutdown::Write);
+        });
+        let copied = io::copy(&mut &*socket, &mut &*stream);
+        // So that the thread does not wait for a sender to whom nobody listens.
+        let _ = stream.shutdown(Shutdown::Both);
+        copied.map(|_| ())
+    })
+}

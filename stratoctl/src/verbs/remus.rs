@@ -1,0 +1,206 @@
+//! The verbs of replication. Options have xl's letters where xl has them.
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::{
+    registry::Name,
+    remus::{fence, uuid::Uuid, wire::SideText, witness},
+};
+
+#[derive(Debug, Args)]
+pub struct Remus {
+    /// Name of the domain
+    pub domain: Name,
+    /// Host of the backup; with -s '' a command that receives the domain
+    #[arg(required_unless_present_any = ["local", "blackhole"])]
+    pub host: Option<String>,
+    /// Keep the backup on this host: it survives the monitor's death, not the host's
+    #[arg(long, conflicts_with_all = ["host", "shell", "port"])]
+    pub local: bool,
+    /// Time between checkpoints in milliseconds, or 'auto': as short as the guest's changes allow
+    #[arg(short, long, value_name = "MS|auto", default_value = "200", value_parser = interval)]
+    pub interval: Interval,
+    /// Take a checkpoint at the interval even if the guest waits for none
+    #[arg(long)]
+    pub timer: bool,
+    /// Send pages uncompressed
+    #[arg(short, long)]
+    pub uncompressed: bool,
+    /// Command that reaches the host instead of ssh; '' runs HOST itself as a command
+    #[arg(short, long = "shell", value_name = "COMMAND", conflicts_with = "port")]
+    pub shell: Option<String>,
+    /// Connect to `stratoctl remus-receive -p PORT` on the host
+    #[arg(short, long)]
+    pub port: Option<u16>,
+    /// Receiver: return once the connection has ended, do not wait for the domain's end
+    #[arg(short = 'e', long)]
+    pub no_wait: bool,
+    /// Refused: output is held by the monitor itself, not by a script
+    #[arg(short = 'N', hide = true)]
+    pub no_script: bool,
+    /// Accept what loses safety: -b, -n, -d, or neither witness nor fence
+    #[arg(short = 'F', long)]
+    pub force: bool,
+    /// Replicate into nothing, to measure the cost
+    #[arg(short, long)]
+    pub blackhole: bool,
+    /// Do not hold the guest's output
+    #[arg(short = 'n', long)]
+    pub no_hold: bool,
+    /// Do not replicate disks
+    #[arg(short = 'd', long)]
+    pub no_disks: bool,
+    /// What decides who continues: dir:PATH, exec:COMMAND or
+    /// etcd:URL[,URL..][,prefix=KEY][,tls=DIR]; the same on both hosts
+    #[arg(long, value_name = "URI")]
+    pub witness: Option<witness::Uri>,
+    /// What ends the other side: local, ssh:HOST or exec:COMMAND
+    #[arg(long, value_name = "URI")]
+    pub fence: Option<fence::Uri>,
+    /// What happens when the backup is lost
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub on_backup_loss: Option<OnLoss>,
+    /// What happens when the backup is too slow
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub on_backup_slow: Option<OnSlow>,
+    /// Milliseconds between signs of life (a tenth of the time-out)
+    #[arg(long, value_name = "MS")]
+    pub heartbeat: Option<u64>,
+    /// Milliseconds without a sign of life after which the other side is suspected (1000)
+    #[arg(long, value_name = "MS")]
+    pub timeout: Option<u64>,
+    /// Directory of the certificates for TLS
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
+}
+
+/// Time between checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interval {
+    Auto,
+    Milliseconds(u64),
+}
+
+fn interval(word: &str) -> Result<Interval, String> {
+    let wrong = || "must be 'auto' or milliseconds, from 1 to 60000".to_owned();
+    match word {
+        "auto" => Ok(Interval::Auto),
+        number => {
+            let number = number.parse().map_err(|_| wrong())?;
+            (1..=60_000)
+                .contains(&number)
+                .then_some(Interval::Milliseconds(number))
+                .ok_or_else(wrong)
+        }
+    }
+}
+
+/// What a primary does when it has lost its backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnLoss {
+    /// Ask the witness, or fence, and continue alone
+    Witness,
+    /// Hold the guest's output until somebody decides
+    Stall,
+    /// Park the guest and end
+    Stop,
+    /// Continue alone without asking
+    Continue,
+}
+
+impl OnLoss {
+    /// As in QMP.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Witness => "witness",
+            Self::Stall => "stall",
+            Self::Stop => "stop",
+            Self::Continue => "continue",
+        }
+    }
+}
+
+/// What a primary does when its backup is too slow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnSlow {
+    /// Continue alone, if the witness or the fence allows
+    Solo,
+    /// Hold the guest's output
+    Stall,
+}
+
+impl OnSlow {
+    /// As in QMP.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Solo => "solo",
+            Self::Stall => "stall",
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct RemusReceive {
+    /// Wait for one sender on this port of the loopback device, not on standard input and output
+    #[arg(short, long)]
+    pub port: Option<u16>,
+    /// Return once the connection has ended, do not wait for the domain's end
+    #[arg(short = 'e', long)]
+    pub no_wait: bool,
+    /// Name of the domain here (default: that of the sender)
+    #[arg(long)]
+    pub name: Option<Name>,
+    /// The sender's witness
+    #[arg(long, value_name = "URI")]
+    pub witness: Option<witness::Uri>,
+    /// What ends the sender's side
+    #[arg(long, value_name = "URI")]
+    pub fence: Option<fence::Uri>,
+}
+
+#[derive(Debug, Args)]
+pub struct Failover {
+    /// Name of the domain
+    pub domain: Name,
+    /// Move the guest to the backup, without loss (primary)
+    #[arg(long, conflicts_with = "force")]
+    pub planned: bool,
+    /// Continue here although neither witness nor fence has said so: there may be two copies then
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Unprotect {
+    /// Name of the domain
+    pub domain: Name,
+    /// Even if the term cannot be closed: the backup may continue the guest, too
+    #[arg(short = 'F', long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Fence {
+    /// UUID of the protected domain
+    pub lineage: Uuid,
+    /// Term in which the other side is to continue
+    pub term: u64,
+    /// Which side is to end, where both are on this host
+    #[arg(long, value_enum)]
+    pub side: Option<SideText>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interval_is_a_time_or_auto() {
+        assert_eq!(interval("auto"), Ok(Interval::Auto));
+        assert_eq!(interval("25"), Ok(Interval::Milliseconds(25)));
+        for wrong in ["", "0", "-1", "60001", "1s", "Auto"] {
+            assert!(interval(wrong).is_err(), "{wrong}");
+        }
+    }
+}
