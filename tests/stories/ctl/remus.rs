@@ -84,7 +84,7 @@ fn answered(rig: &Rig, name: &str, wanted: bool) -> Result<()> {
     let deadline = Instant::now() + SOON;
     loop {
         let row = rig.listed(name)?.context("not listed")?;
-        if row["replication"]["agent"] == wanted {
+        if row.pointer("/replication/agent") == Some(&json!(wanted)) {
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "{row}");

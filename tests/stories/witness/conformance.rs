@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use replication::{
     Answer, Incarnation, Lineage, Party, Question, Settled, Side, Term, Witness, Word,
@@ -87,7 +87,7 @@ fn conforms(uri: &str, questions: usize) -> Result<()> {
         let term = Term(top.saturating_sub(rng.u64(0..4)).max(1));
         let question = question(&mut rng, term);
         let wanted = oracle.step(lineage, question).answer;
-        let asker = &mut askers[rng.usize(0..2)];
+        let asker = rng.choice(&mut askers).context("no asker")?;
         let answer = asker.ask(lineage, question)?;
         ensure!(
             answer == wanted,
@@ -115,7 +115,7 @@ fn question(rng: &mut Rng, term: Term) -> Question {
             let words = [Word::Solo, Word::Promote, Word::Promote, Word::Cold, Word::End];
             let side = if rng.bool() { Side::Primary } else { Side::Backup };
             let party = Party { side, incarnation: incarnation(rng) };
-            Question::Claim { term, word: words[rng.usize(0..words.len())], party }
+            Question::Claim { term, word: rng.choice(words).unwrap_or(Word::Solo), party }
         }
     }
 }

@@ -91,7 +91,7 @@ fn each_promotion_has_one_outcome() -> Result<()> {
     let dir = in_memory("settle")?;
     let uri = format!("dir:{}", dir.display());
     let winner = Party { side: Side::Backup, incarnation: Incarnation(1) };
-    let mut askers = vec![Asker::new(&uri, None)?, Asker::new(&uri, None)?];
+    let mut askers = [Asker::new(&uri, None)?, Asker::new(&uri, None)?];
     for term in 1..=100 {
         let term = Term(term);
         askers[0].ask(GUEST, Question::Claim { term, word: Word::Promote, party: winner })?;

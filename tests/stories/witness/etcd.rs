@@ -82,14 +82,14 @@ impl Cluster {
     fn run(&mut self, at: usize) -> Result<()> {
         let log =
             File::options().create(true).append(true).open(self.dir.join(format!("{at}.log")))?;
-        let member = &mut self.members[at];
+        let member = self.members.get_mut(at).context("no such member")?;
         let command = member.command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         member.child = Some(command.spawn().context("cannot run etcd")?);
         Ok(())
     }
 
     fn kill(&mut self, at: usize) -> Result<()> {
-        if let Some(mut child) = self.members[at].child.take() {
+        if let Some(mut child) = self.members.get_mut(at).and_then(|member| member.child.take()) {
             child.kill()?;
             child.wait()?;
         }
@@ -98,8 +98,10 @@ impl Cluster {
 
     /// As a witness, the members in this order.
     fn uri_of(&self, members: &[usize]) -> String {
-        let url = |at: &usize| format!("http://127.0.0.1:{}", self.members[*at].port);
-        format!("etcd:{}", members.iter().map(url).collect::<Vec<_>>().join(","))
+        let members = members.iter().filter_map(|at| self.members.get(*at));
+        let urls: Vec<_> =
+            members.map(|member| format!("http://127.0.0.1:{}", member.port)).collect();
+        format!("etcd:{}", urls.join(","))
     }
 
     pub fn uri(&self) -> String {
@@ -112,10 +114,11 @@ impl Cluster {
         loop {
             for (at, member) in self.members.iter().enumerate() {
                 let status = post(member.port, "/v3/maintenance/status", &json!({}));
-                if let Ok(status) = status
-                    && status["leader"].is_string()
-                    && status["leader"] == status["header"]["member_id"]
-                {
+                let own = |status: &Value| {
+                    let leader = status.get("leader").filter(|leader| leader.is_string());
+                    leader.is_some() && leader == status.pointer("/header/member_id")
+                };
+                if status.is_ok_and(|status| own(&status)) {
                     return Ok(at);
                 }
             }
@@ -240,7 +243,7 @@ fn late(to: u16) -> Result<u16> {
                 let mut chunk = [0; 4096];
                 while let Ok(length @ 1..) = member.read(&mut chunk) {
                     thread::sleep(Duration::from_millis(1500));
-                    if client.write_all(&chunk[..length]).is_err() {
+                    if client.write_all(chunk.get(..length).unwrap_or_default()).is_err() {
                         return;
                     }
                 }

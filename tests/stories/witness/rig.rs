@@ -120,45 +120,50 @@ pub fn line(lineage: Lineage, question: Question) -> Value {
 
 /// An answer as it was received.
 fn answer(said: &Value) -> Result<Answer> {
-    match said["result"].as_str() {
+    match text(said, "result") {
         Some("superseded") => Ok(Answer::Superseded),
-        Some("record") => match &said["record"] {
-            Value::Null => Ok(Answer::Record(None)),
-            record => Ok(Answer::Record(Some(self::record(record)?))),
+        Some("record") => match said.get("record") {
+            None | Some(Value::Null) => Ok(Answer::Record(None)),
+            Some(record) => Ok(Answer::Record(Some(self::record(record)?))),
         },
         _ => bail!("{said}"),
     }
 }
 
-fn record(text: &Value) -> Result<Record> {
-    let word = match text["word"].as_str() {
+fn text<'a>(object: &'a Value, name: &str) -> Option<&'a str> {
+    object.get(name).and_then(Value::as_str)
+}
+
+fn record(said: &Value) -> Result<Record> {
+    let word = match text(said, "word") {
         Some("solo") => Word::Solo,
         Some("promote") => Word::Promote,
         Some("cold") => Word::Cold,
         Some("end") => Word::End,
-        _ => bail!("{text}"),
+        _ => bail!("{said}"),
     };
-    let side = match text["side"].as_str() {
+    let side = match text(said, "side") {
         Some("primary") => Side::Primary,
         Some("backup") => Side::Backup,
-        _ => bail!("{text}"),
+        _ => bail!("{said}"),
     };
-    let settled = match text["settled"].as_str() {
+    let settled = match text(said, "settled") {
         None => None,
         Some("running") => Some(Settled::Running),
-        Some("yielded") => Some(Settled::Yielded { to: incarnation(&text["yielded-to"])? }),
-        Some(_) => bail!("{text}"),
+        Some("yielded") => Some(Settled::Yielded { to: incarnation(said, "yielded-to")? }),
+        Some(_) => bail!("{said}"),
     };
-    let winner = Party { side, incarnation: incarnation(&text["incarnation"])? };
+    let winner = Party { side, incarnation: incarnation(said, "incarnation")? };
     Ok(Record { word, winner, settled })
 }
 
-fn incarnation(text: &Value) -> Result<Incarnation> {
-    let digits = text.as_str().context("no UUID")?.replace('-', "");
+fn incarnation(said: &Value, name: &str) -> Result<Incarnation> {
+    let digits = text(said, name).context("no UUID")?.replace('-', "");
     Ok(Incarnation(u128::from_str_radix(&digits, 16)?))
 }
 
 fn uuid(number: u128) -> String {
-    let hex = format!("{number:032x}");
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+    let part = |shift: u32, bits: u32| (number >> shift) & ((1 << bits) - 1);
+    let (a, b, c) = (part(96, 32), part(80, 16), part(64, 16));
+    format!("{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", part(48, 16), part(0, 48))
 }
