@@ -9,7 +9,21 @@ use std::ops::Range;
 
 use devices::{Memory, worker::Park};
 
-use crate::{DirtyError, Machine, MachineState, RunError, SaveError};
+use crate::{
+    DirtyError, Machine, MachineState, RunError, SaveError,
+    memory::{image, staging::Staging},
+};
+
+/// Why an epoch was not captured.
+#[derive(Debug, thiserror::Error)]
+pub enum EpochError {
+    /// It is not known what was written.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+    /// The state could not be read.
+    #[error(transparent)]
+    State(#[from] SaveError),
+}
 
 /// Proof that all vCPUs and all device workers are parked, with requests of disks possibly in
 /// flight. When it is dropped, a machine that was running runs on; the guest's clocks have advanced
@@ -40,6 +54,26 @@ impl Captured<'_> {
     /// When a device or KVM cannot report its state.
     pub fn save(&self) -> Result<MachineState, SaveError> {
         self.machine.read_state()
+    }
+
+    /// An epoch: what was written to memory since the last one, and `left`, are copied into
+    /// `staging`; the rest is the state.
+    ///
+    /// # Errors
+    /// When a part of it cannot be read, or memory does not fit into the copy.
+    pub fn epoch(
+        &mut self,
+        left: &[Range<u64>],
+        mut staging: Staging,
+    ) -> Result<(MachineState, Staging), EpochError> {
+        let dirty = image::union(left, &self.dirty_memory()?);
+        staging.fill(&self.machine.memory, &dirty).map_err(SaveError::Staging)?;
+        Ok((self.save()?, staging))
+    }
+
+    /// The machine that stands still.
+    pub(crate) fn machine(&mut self) -> &mut Machine {
+        self.machine
     }
 
     /// As [`Machine::dirty_memory`]. A page that a disk is still being read into is dirty when the

@@ -7,7 +7,7 @@ use devices::backend::{
     net::gated::NetKeeper,
 };
 
-use crate::{Quiesced, RunError};
+use crate::{Captured, RunError};
 
 /// The outer sides of all gates, which release output.
 pub struct Gates {
@@ -18,7 +18,7 @@ pub struct Gates {
 /// Shuts all gates and marks their epochs, while the machine is paused.
 pub struct Markers(Vec<Marker>);
 
-impl Quiesced<'_> {
+impl Captured<'_> {
     /// Put new, open gates in front of all back-ends that output leaves by.
     ///
     /// # Errors

@@ -30,7 +30,7 @@ pub use arch::{Clock, CpuModel, layout};
 pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use balloon::Balloon;
 pub use builder::{BuildError, Saved};
-pub use captured::Captured;
+pub use captured::{Captured, EpochError};
 pub use devices::{
     Memory, PowerEvent,
     backend::{disk, inherited, release, sparse, writer},

@@ -192,13 +192,6 @@ impl Machine {
     }
 }
 
-impl Quiesced<'_> {
-    /// The paused machine.
-    pub(crate) fn machine(&mut self) -> &mut Machine {
-        self.0
-    }
-}
-
 impl Machine {
     /// Read the whole state but memory, while all vCPUs and devices are parked.
     pub(crate) fn read_state(&self) -> Result<MachineState, SaveError> {

@@ -9,12 +9,13 @@ use qmp::{
     Error, Request,
     schema::{
         Cont, Empty, Event, MigrateCancel, MigrationInfo, MigrationStats, MigrationStatus,
-        QueryMigrate, QueryReplication, QueryStatus, Quit, ReplicationAnswer, ReplicationInfo,
-        RunState, ShutdownCause, StatusInfo, Stop,
+        QueryMigrate, QueryReplication, QueryStatus, Quit, ReplicationAnswer, ReplicationFailover,
+        ReplicationInfo, RunState, ShutdownCause, StatusInfo, Stop,
     },
     server::{Servers, Ticket},
     table::{Host, Table},
 };
+use replication::{Command, Input};
 
 use crate::{
     checkpoint::{Arrival, ArrivalStep, Arrived, RestoreError},
@@ -86,6 +87,7 @@ impl Arriving {
             .on(true, query_status)
             .on(true, query_replication)
             .on(true, replication_answer)
+            .on(true, replication_failover)
             .listing(&commands::table(), false)
     }
 
@@ -203,6 +205,20 @@ fn replication_answer(arriving: &mut Arriving, answer: ReplicationAnswer) -> Res
     if let Some(replica) = arriving.arrival.replica() {
         replica.give(ToStandby::Answer(answer));
     }
+    Ok(Empty {})
+}
+
+fn replication_failover(
+    arriving: &mut Arriving,
+    failover: ReplicationFailover,
+) -> Result<Empty, Error> {
+    let Some(replica) = arriving.arrival.replica() else {
+        return Err(Error::text("this monitor is no backup: start it with -incoming replicate:"));
+    };
+    replica.give(ToStandby::Command(match failover.force {
+        Some(true) => Input::Forced(Command::Failover),
+        _ => Input::Command(Command::Failover),
+    }));
     Ok(Empty {})
 }
 

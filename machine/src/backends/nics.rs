@@ -18,7 +18,7 @@ use super::{
     Backends, PlugError, Shape,
     bay::{Bay, Kind, Occupied, Open},
 };
-use crate::{Machine, Quiesced, RunError, slots::DEVICE_LOCK_LIMIT};
+use crate::{Captured, Machine, RunError, slots::DEVICE_LOCK_LIMIT};
 
 /// The kind.
 pub(super) struct Nics;
@@ -94,7 +94,7 @@ pub(crate) fn tap(config: &NicConfig) -> Result<Tap, TapError> {
     }
 }
 
-impl Quiesced<'_> {
+impl Captured<'_> {
     /// Put a new, open gate in front of each NIC's back-end.
     ///
     /// # Errors

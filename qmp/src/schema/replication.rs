@@ -60,12 +60,19 @@ pub enum OnBackupSlow {
 /// End the protection: the guest continues here, and its backup ends.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct ReplicationStop {}
+pub struct ReplicationStop {
+    /// Also where nobody can tell which side has the guest. Unsafe: it may run twice.
+    pub force: Option<bool>,
+}
 
-/// Move the guest to the backup.
+/// To a primary: move the guest to the backup. To a backup: take it over without the primary's
+/// help.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct ReplicationFailover {}
+pub struct ReplicationFailover {
+    /// Also where nobody can tell which side has the guest. Unsafe: it may run twice.
+    pub force: Option<bool>,
+}
 
 /// Answer an event REPLICATION_NEEDS.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -231,8 +238,22 @@ pub struct ReplicationInfo {
     pub epoch: u64,
     /// Primary: the last checkpoint that the backup has acknowledged.
     pub acked: u64,
-    /// Milliseconds from one checkpoint to the next.
-    pub period: u64,
+    /// UUID of the process that the term binds this one to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+    /// Whether the backup may continue the guest: only a claim ends the term.
+    pub armed: bool,
+    /// Whether this side has claimed the term, or begun to fence the other one.
+    pub claimed: bool,
+    /// What it waits for, if its work depends on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<String>,
+    /// How often the peer was suspected.
+    pub stalls: u64,
+    /// Signs of life that did not arrive in time.
+    pub missed_beats: u64,
+    /// The longest silence of the peer in the last minute or two, in milliseconds.
+    pub largest_gap: u64,
     /// Microseconds for which the last checkpoint stopped the guest.
     pub pause_us: u64,
     /// Pages in the last checkpoint.

@@ -31,7 +31,7 @@ use window::Window;
 
 use crate::{
     base::{Base, Identity},
-    identity::{Connection, Epoch, Incarnation, Pair, Side, Term},
+    identity::{Epoch, Incarnation, Pair, Side, Term},
     interface::{Bond, Command, Event, Exit, Input, Mark, Output, Why},
     record::{Question, Settled},
     rules::Rules,

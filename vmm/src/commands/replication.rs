@@ -9,13 +9,13 @@ pub fn replication_start(vmm: &mut Vmm, command: ReplicationStart) -> Result<Emp
     Ok(Empty {})
 }
 
-pub fn replication_stop(vmm: &mut Vmm, _: ReplicationStop) -> Result<Empty, Error> {
-    vmm.replication_command(Command::Unprotect)?;
+pub fn replication_stop(vmm: &mut Vmm, stop: ReplicationStop) -> Result<Empty, Error> {
+    vmm.replication_command(Command::Unprotect, stop.force == Some(true))?;
     Ok(Empty {})
 }
 
-pub fn replication_failover(vmm: &mut Vmm, _: ReplicationFailover) -> Result<Empty, Error> {
-    vmm.replication_command(Command::Failover)?;
+pub fn replication_failover(vmm: &mut Vmm, failover: ReplicationFailover) -> Result<Empty, Error> {
+    vmm.replication_command(Command::Failover, failover.force == Some(true))?;
     Ok(Empty {})
 }
 

@@ -10,8 +10,8 @@ use std::{
 };
 
 use machine::{
-    Gates, Markers, RunError,
-    memory::{image::union, staging::Staging},
+    Captured, Markers,
+    memory::{image::PAGE_SIZE, staging::Staging},
 };
 use parking_lot::Mutex;
 use qmp::{
@@ -23,7 +23,8 @@ use qmp::{
     server::Ticket,
 };
 use replication::{
-    Command, Epoch, Event as Told, Exit, Identity, Incarnation, Lineage, Primary, Rules, Term,
+    Command, Epoch, Event as Told, Exit, Identity, Incarnation, Input, Lineage, Primary, Rules,
+    Term,
 };
 
 use super::{
@@ -228,10 +229,19 @@ impl Vmm {
     ///
     /// # Errors
     /// When the machine is not protected.
-    pub(crate) fn replication_command(&mut self, command: Command) -> Result<(), Error> {
-        let none =
-            || Error::text("the machine is not protected: start that with replication-start");
-        self.replication.protection.as_ref().ok_or_else(none)?.orders.give(Order::Command(command));
+    pub(crate) fn replication_command(
+        &mut self,
+        command: Command,
+        force: bool,
+    ) -> Result<(), Error> {
+        let Some(protection) = &self.replication.protection else {
+            let desc = "the machine is not protected: start that with replication-start";
+            return Err(Error::text(desc));
+        };
+        protection.orders.give(Order::Command(match force {
+            true => Input::Forced(command),
+            false => Input::Command(command),
+        }));
         Ok(())
     }
 
@@ -351,67 +361,40 @@ impl Vmm {
         waits.then_some(bounds::RETRY)
     }
 
-    /// Capture an epoch, if one waits and the machine can be brought to rest.
+    /// Capture an epoch, if one waits and the machine can be stopped.
     fn try_epoch(&mut self) {
         if self.is_deferring() {
             return;
         }
+        let (before, began) = (self.rest_timeouts(), Instant::now());
         let Some(protection) = &mut self.replication.protection else { return };
         let Some(capture) = protection.capture.take() else { return };
-        let (asked, before) = (capture.asked, self.rest_timeouts());
-        let began = Instant::now();
-        if let Err(e) = self.machine.pause() {
-            let waits = self.rest_timeouts() > before;
-            self.give_up();
-            if let Some(protection) = &mut self.replication.protection {
-                match waits && asked.elapsed() < bounds::REST {
-                    true => protection.capture = Some(capture),
-                    false => protection.orders.give(Order::Failed(Error::generic(&e).to_string())),
+        let asked = capture.asked;
+        let tried = match self.machine.captured() {
+            Ok(still) => Ok(epoch(still, capture, &mut protection.markers)),
+            Err(e) => Err((e, capture)),
+        };
+        let order = match tried {
+            Ok(order) => order,
+            Err((e, capture)) => {
+                let waits = self.rest_timeouts() > before && asked.elapsed() < bounds::REST;
+                self.give_up();
+                if let (true, Some(protection)) = (waits, &mut self.replication.protection) {
+                    protection.capture = Some(capture);
+                    return;
                 }
+                Err(Error::generic(&e).to_string())
             }
-            return;
-        }
-        let captured = self.epoch_at_rest(capture);
-        if self.state() == State::Running
-            && !self.is_fenced()
-            && let Err(e) = self.machine.resume_after_own_pause()
-        {
-            log::error!("{}", Error::generic(&e));
-            return self.end(Ending { guest: false, reason: ShutdownCause::HostError, status: 1 });
-        }
+        };
         let pause = began.elapsed();
         self.replication.last.pause_us = u64::try_from(pause.as_micros()).unwrap_or(u64::MAX);
-        let order = captured.unwrap_or_else(|e| Order::Failed(Error::generic(&e).to_string()));
+        if let Ok(Order::Captured { epoch, captured, .. }) = &order {
+            self.replication.last.dirty_pages = captured.1.bytes() / PAGE_SIZE;
+            self.replication.last.epoch = epoch.0;
+        }
         if let Some(protection) = &self.replication.protection {
-            protection.orders.give(order);
+            protection.orders.give(order.unwrap_or_else(Order::Failed));
         }
-    }
-
-    /// Steps 2 and 3 of an epoch: the machine is at rest.
-    fn epoch_at_rest(&mut self, capture: Capture) -> Result<Order, EpochError> {
-        let Capture { epoch, shut, left, staging, .. } = capture;
-        let dirty = union(&left, &self.machine.dirty_memory()?);
-        let config = Box::new(self.machine.description(0, None));
-        let mut still = self.machine.quiesced()?;
-        let captured = Box::new(still.capture(0, dirty, Some(staging))?);
-        let protection = self.replication.protection.as_mut().ok_or(EpochError::Over)?;
-        let mut made: Option<Gates> = None;
-        if shut && protection.markers.is_none() {
-            let (gates, markers) = still.gates()?;
-            (made, protection.markers) = (Some(gates), Some(markers));
-        }
-        if let Some(markers) = &protection.markers {
-            markers.mark(epoch.0);
-            if shut {
-                markers.shut();
-            }
-        }
-        let pages = match &captured.pages {
-            machine::Pages::Staged(staging) => staging.bytes() / 4096,
-            machine::Pages::InPlace(_) => 0,
-        };
-        (self.replication.last.dirty_pages, self.replication.last.epoch) = (pages, epoch.0);
-        Ok(Order::Captured { epoch, config, captured, gates: made })
     }
 
     fn park(&mut self, park: bool) {
@@ -482,17 +465,26 @@ impl Vmm {
     }
 }
 
-/// Why an epoch was not captured.
-#[derive(Debug, thiserror::Error)]
-enum EpochError {
-    #[error(transparent)]
-    Dirty(#[from] machine::DirtyError),
-    #[error(transparent)]
-    State(#[from] machine::SaveError),
-    #[error(transparent)]
-    Run(#[from] RunError),
-    #[error("the protection has ended")]
-    Over,
+/// Steps 2 to 4 of an epoch: copy, mark, and let the machine run.
+fn epoch(
+    mut still: Captured<'_>,
+    capture: Capture,
+    markers: &mut Option<Markers>,
+) -> Result<Order, String> {
+    let Capture { epoch, shut, left, staging, .. } = capture;
+    let captured = still.epoch(&left, staging).map_err(|e| Error::generic(&e).to_string())?;
+    let mut made = None;
+    if shut && markers.is_none() {
+        let (gates, new) = still.gates().map_err(|e| Error::generic(&e).to_string())?;
+        (made, *markers) = (Some(gates), Some(new));
+    }
+    if let Some(markers) = markers {
+        markers.mark(epoch.0);
+        if shut {
+            markers.shut();
+        }
+    }
+    Ok(Order::Captured { epoch, captured: Box::new(captured), gates: made })
 }
 
 fn random() -> Result<u128, Error> {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use machine::{
-    Epoch as Captured, Gates, Memory, Pages,
+    Gates, MachineState, Memory,
     memory::{
         image,
         staging::{self, Staging},
@@ -23,13 +23,12 @@ use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use replication::{
     Answer, Command, Connection as Number, Epoch, Event, Exit, Frame, Input, Lineage, Message,
-    Output, Primary, Question, Term, contents, primary::State, wire,
+    Output, Primary, Question, Room, contents, primary::State, wire,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use state::Config;
 
 use super::{
     connection::Connection,
@@ -43,6 +42,10 @@ use crate::checkpoint::last_frames;
 
 /// Bytes that may wait in a connection before more are encoded.
 const HIGH_WATER: usize = 1 << 20;
+/// Most bytes of memory that are copied aside.
+const MOST_STAGED: u64 = staging::MAX_BYTES;
+/// Most bytes of output that are held, before the guest is stopped: what a gate has room for.
+const MOST_HELD: u64 = 64 << 20;
 
 /// What the thread needs of the main thread.
 pub enum Report {
@@ -88,10 +91,8 @@ pub enum Order {
     Captured {
         /// Its number.
         epoch: Epoch,
-        /// The configuration.
-        config: Box<Config>,
-        /// The state.
-        captured: Box<Captured>,
+        /// The state, and copies of what has changed in memory.
+        captured: Box<(MachineState, Staging)>,
         /// The gates, if they have just been made.
         gates: Option<Gates>,
     },
@@ -109,7 +110,7 @@ pub enum Order {
     /// To [`Report::Connect`].
     Connected(Connection),
     /// Of a client.
-    Command(Command),
+    Command(Input),
     /// Protect the guest again, by another backup.
     Again(Box<Primary>, Option<PathBuf>),
 }
@@ -159,6 +160,7 @@ pub struct Protector<R> {
     gates: Option<Gates>,
     inputs: VecDeque<Input>,
     told: ReplicationStatus,
+    room: Room,
     over: Option<Option<Exit>>,
 }
 
@@ -196,6 +198,7 @@ impl<R: Fn(Report)> Protector<R> {
             gates: None,
             inputs,
             told: ReplicationStatus::Off,
+            room: Room::Ample,
             over: None,
         }
     }
@@ -273,6 +276,15 @@ impl<R: Fn(Report)> Protector<R> {
             }
             // No disk is replicated, so there is nothing to be marked.
             Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
+            // Everything is sent, whatever the backup holds.
+            Output::Sync { .. } | Output::Untrack => {}
+            Output::Track { .. } => self.inputs.push_back(Input::Untracked),
+            Output::Throttle(percent) => {
+                log::warn!(
+                    "replication: the guest changes memory faster than it is sent ({percent} %)"
+                );
+            }
+            Output::BeatBeside => {}
             Output::Capture { epoch, shut } => self.capture(epoch, shut),
             Output::ReleaseThrough(epoch) => self.release(epoch),
             Output::OpenGates => self.gates.iter_mut().for_each(Gates::open),
@@ -291,6 +303,7 @@ impl<R: Fn(Report)> Protector<R> {
             | Output::DropAfter(_)
             | Output::Prepare(_)
             | Output::Unprepare
+            | Output::Fill { .. }
             | Output::Run { .. } => {}
         }
     }
@@ -363,6 +376,11 @@ impl<R: Fn(Report)> Protector<R> {
     }
 
     fn release(&mut self, epoch: Epoch) {
+        self.release_through(epoch);
+        self.look_for_room();
+    }
+
+    fn release_through(&mut self, epoch: Epoch) {
         if let Some(gates) = &mut self.gates {
             gates.release(epoch.0);
         }
@@ -371,6 +389,21 @@ impl<R: Fn(Report)> Protector<R> {
             if let Ok(Staged { pages, .. }) = Arc::try_unwrap(staged) {
                 self.spare.push(pages);
             }
+        }
+    }
+
+    /// How full staging is, or the gates.
+    fn look_for_room(&mut self) {
+        let staged: u64 = self.staged.iter().map(|staged| staged.pages.bytes()).sum();
+        let held = self.gates.as_ref().map_or(0, |gates| gates.backlog().bytes as u64);
+        let room = match (staged * 100 / MOST_STAGED).max(held * 100 / MOST_HELD) {
+            0..75 => Room::Ample,
+            75..100 => Room::Scarce,
+            _ => Room::None,
+        };
+        if room != self.room {
+            self.room = room;
+            self.inputs.push_back(Input::Room(room));
         }
     }
 
@@ -404,10 +437,13 @@ impl<R: Fn(Report)> Protector<R> {
                     Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
                 }
             }
-            Order::Captured { epoch, config, captured, gates } => {
+            Order::Captured { epoch, captured, gates } => {
                 self.gates = gates.or(self.gates.take());
-                match self.stage(epoch, *config, *captured) {
-                    Ok(input) => self.inputs.push_back(input),
+                match self.stage(epoch, *captured) {
+                    Ok(input) => {
+                        self.inputs.push_back(input);
+                        self.look_for_room();
+                    }
                     Err(e) => self.lost(&format_args!("cannot encode {epoch:?}: {e}")),
                 }
             }
@@ -416,7 +452,7 @@ impl<R: Fn(Report)> Protector<R> {
                 self.inputs.push_back(Input::Answered { nonce, question, answer });
             }
             Order::Connected(connection) => self.connected(connection),
-            Order::Command(command) => self.inputs.push_back(Input::Command(command)),
+            Order::Command(input) => self.inputs.push_back(input),
             Order::Again(primary, peer) => {
                 (self.task.primary, self.task.peer) = (*primary, peer);
                 self.inputs.push_back(Input::Command(Command::Start));
@@ -424,12 +460,9 @@ impl<R: Fn(Report)> Protector<R> {
         }
     }
 
-    fn stage(&mut self, epoch: Epoch, config: Config, captured: Captured) -> io::Result<Input> {
-        let Captured { state, pages, .. } = captured;
-        let Pages::Staged(pages) = pages else {
-            return Err(io::Error::other("the guest has changed too much memory"));
-        };
-        let state = last_frames(&config, state)?;
+    fn stage(&mut self, epoch: Epoch, captured: (MachineState, Staging)) -> io::Result<Input> {
+        let (state, pages) = captured;
+        let state = last_frames(&self.task.offer.config, state)?;
         let digest = contents::chain(self.last_digest, [crc32fast::hash(&state)]);
         self.last_digest = digest;
         self.staged.push_back(Arc::new(Staged { epoch, pages, state }));
@@ -507,12 +540,21 @@ impl<R: Fn(Report)> Protector<R> {
         shown.role = Some(ReplicationSide::Primary);
         shown.lineage = Some(uuid(self.task.lineage.0));
         shown.incarnation = Some(uuid(self.task.incarnation));
-        let Term(term) = self.task.primary.term();
-        shown.term = term;
+        let status = self.task.primary.status();
+        (shown.term, shown.acked) = (status.term.0, status.acked.0);
+        shown.peer = status.peer.map(|peer| uuid(peer.0));
+        (shown.armed, shown.claimed) = (status.armed, status.claimed);
+        shown.waiting_for = status.waiting.map(|waiting| waiting.name().to_owned());
+        (shown.stalls, shown.missed_beats) = (status.stalls, status.missed_beats);
+        shown.largest_gap = millis(status.largest_gap);
         shown.held_bytes = held.bytes as u64;
         shown.oldest_us = u64::try_from(held.oldest.as_micros()).unwrap_or(u64::MAX);
         shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, c)| c.total());
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Sends orders to the thread.

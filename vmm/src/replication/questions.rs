@@ -29,6 +29,10 @@ pub fn changed(info: &ReplicationInfo, previous: ReplicationStatus, told: Told) 
         Told::Failed(_, why) => format!("the command failed: {why}"),
         Told::RecordChanged(_) => "the witness's record has changed".to_owned(),
         Told::NoAnswer => "a question has had no answer for a while".to_owned(),
+        Told::Gap(gap) => format!("the other side was silent for {} ms", gap.as_millis()),
+        Told::EpochsStandStill(time) => {
+            format!("the primary has captured no epoch for {} ms", time.as_millis())
+        }
     };
     let ReplicationInfo { state, term, epoch, .. } = *info;
     log::info!("replication: {state:?} in term {term}: {reason}");

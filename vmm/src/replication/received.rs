@@ -1,5 +1,5 @@
 //! An epoch as it arrives at a backup: kept aside until it is whole, then applied to memory.
-use std::io;
+use std::{io, ops::Range};
 
 use machine::{Memory, memory::image};
 use replication::contents::{Event, PAGE};
@@ -87,6 +87,16 @@ impl Received {
         self.contents.clear();
         Ok(std::mem::take(&mut self.state))
     }
+}
+
+/// Make all of memory zero.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn clear(memory: &Memory) -> io::Result<()> {
+    image::used(memory, &[])?.into_iter().try_for_each(|Range { start, end }| {
+        apply(memory, Change::Zeros { address: start, pages: (end - start) / PAGE as u64 }, &[])
+    })
 }
 
 fn apply(memory: &Memory, change: Change, bytes: &[u8]) -> io::Result<()> {

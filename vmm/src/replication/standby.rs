@@ -32,7 +32,7 @@ use super::{
     offer::Offer,
     outgoing::MACHINE,
     questions::{Query, uuid},
-    received::Received as Arriving,
+    received::{self, Received as Arriving},
     settings,
     wake::Wake,
 };
@@ -49,6 +49,8 @@ const READS: usize = 16;
 pub enum ToStandby {
     /// An agent's answer.
     Answer(ReplicationAnswer),
+    /// A client's command.
+    Command(Input),
     /// The monitor ends.
     End,
 }
@@ -141,6 +143,8 @@ pub struct Standby<B, T> {
     connections: u64,
     accepted: Option<Accepted>,
     memory: Option<Memory>,
+    /// Memory may not be zero.
+    filled: bool,
     /// What arrives.
     coming: Arriving,
     /// The state of the machine in the last whole epoch, and when that was whole.
@@ -188,6 +192,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             connections: 0,
             accepted: None,
             memory: None,
+            filled: false,
             coming: Arriving::default(),
             machine: None,
             building: Building::Nothing,
@@ -304,6 +309,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             }
             // No disk is replicated, so there is nothing to be marked.
             Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
+            Output::Fill { .. } => self.fill(),
             Output::Hold(epoch) => self.hold(epoch),
             Output::DropAfter(_) => self.coming.clear(),
             Output::Prepare(_) => self.prepare(),
@@ -326,7 +332,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                 self.over = Some(Err(why));
             }
             // A primary's.
-            Output::Dial
+            Output::BeatBeside
+            | Output::Dial
+            | Output::Sync { .. }
+            | Output::Track { .. }
+            | Output::Untrack
+            | Output::Throttle(_)
             | Output::Capture { .. }
             | Output::ReleaseThrough(_)
             | Output::OpenGates
@@ -341,8 +352,19 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
         self.accepted = Some(Accepted { number, term, last, filling });
         self.coming.clear();
-        if filling {
-            self.machine = None;
+    }
+
+    /// Memory is filled from here on: what it held is forgotten.
+    fn fill(&mut self) {
+        self.coming.clear();
+        self.machine = None;
+        let Some(memory) = self.memory.as_ref().filter(|_| self.filled) else {
+            self.filled = true;
+            return;
+        };
+        if let Err(e) = received::clear(memory) {
+            log::error!("replication: cannot clear guest memory: {e}");
+            self.inputs.push_back(Input::NotApplied);
         }
     }
 
@@ -446,17 +468,21 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
 
     fn take_orders(&mut self) {
         while let Ok(order) = self.task.orders.try_recv() {
-            let ToStandby::Answer(given) = order else {
-                self.over = Some(Err("as it was told to".into()));
-                return;
-            };
-            if let Some(query) = self.query
-                && let Ok(Some(answer)) = query.answer(&given)
-            {
-                self.query = None;
-                let Query { nonce, question } = query;
-                self.inputs.push_back(Input::Answered { nonce, question, answer });
+            match order {
+                ToStandby::Answer(given) => self.answered(&given),
+                ToStandby::Command(input) => self.inputs.push_back(input),
+                ToStandby::End => self.over = Some(Err("as it was told to".into())),
             }
+        }
+    }
+
+    fn answered(&mut self, given: &ReplicationAnswer) {
+        if let Some(query) = self.query
+            && let Ok(Some(answer)) = query.answer(given)
+        {
+            self.query = None;
+            let Query { nonce, question } = query;
+            self.inputs.push_back(Input::Answered { nonce, question, answer });
         }
     }
 
