@@ -140,9 +140,18 @@ impl Start {
             self.state = State::Settling(bond);
             return self.base.ask(settle);
         }
-        let side = record.winner.side;
-        if side == bond.side && !matches!(record.settled, Some(Settled::Yielded { .. })) {
+        // What was given back is an earlier process of the primary's side, dead or not: its image is
+        // the newest that there is.
+        let owner = match record.settled {
+            Some(Settled::Yielded { .. }) => Side::Primary,
+            _ => record.winner.side,
+        };
+        let reading = record.reading(self.base.party(), self.base.rules);
+        if owner == bond.side {
             self.refuse(Denial::Earlier);
+        } else if reading == Reading::Undecided {
+            // The other side may give it back yet.
+            self.refuse(Denial::Outdated);
         } else {
             self.outdated(Denial::Outdated);
         }

@@ -465,7 +465,7 @@ fn other_frames_are_messages_or_refused() {
     let beat = Frame {
         term: Term(3),
         epoch: Epoch(9),
-        message: Message::Beat { claimed: false, unfit: true },
+        message: Message::Beat { claimed: false, unfit: true, probe: 0 },
     };
     let bytes = [wire::encode(&beat), begin(1, 1), wire::encode(&beat)].concat();
     let (mut reader, mut bytes) = (accepted(), &bytes[..]);

@@ -23,7 +23,7 @@ use std::collections::VecDeque;
 
 use crate::{
     base::{Base, Identity},
-    identity::{Digest, Epoch, Incarnation, Pair, Side, Term},
+    identity::{Connection, Digest, Epoch, Incarnation, Pair, Side, Term},
     interface::{Bond, Event, Exit, Input, Mark, Output, Why},
     message::Memory,
     rules::{Rule, Rules},
@@ -236,7 +236,8 @@ impl Backup {
             (State::Ready, Mark::Protected(_)) => self.stand_by(),
             (State::Suspecting, Mark::Fencing(_)) => self.fence(),
             (State::Promoting, Mark::Running { .. }) => self.run(),
-            (State::Promoting, Mark::Protected(_)) => self.give_back(),
+            (State::Promoting, Mark::Protected(_)) if self.has_witness() => self.give_back(),
+            (State::Promoting, Mark::Protected(_)) => self.say_unfit(),
             (State::Standby | State::Suspecting, Mark::Outdated { .. }) => self.ended(),
             _ => {}
         }
@@ -277,5 +278,14 @@ impl crate::Searched for Backup {
 
     fn base_mut(&mut self) -> &mut Base {
         &mut self.base
+    }
+
+    /// As if nothing were left of an earlier term: what memory holds decides how much is sent, and
+    /// that an attempt which has changed nothing can be repeated by the same process.
+    fn normalise(&mut self, connection: impl Fn(Connection) -> Connection) {
+        self.base.normalise(connection);
+        if self.memory.take().is_some() && self.state == State::Syncing {
+            self.base.timers.clear(Timer::GiveUp);
+        }
     }
 }

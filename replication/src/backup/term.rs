@@ -174,9 +174,7 @@ impl Backup {
     /// term is given back.
     pub(super) fn cannot_run(&mut self) {
         match (self.state, self.bond()) {
-            (State::Promoting, Some(bond))
-                if self.has_witness() && self.base.rules.hold(Rule::Yield) =>
-            {
+            (State::Promoting, Some(bond)) if self.base.rules.hold(Rule::Yield) => {
                 // If this process dies here, its successor has to give the term back, so the
                 // sidecar must not say `running` any more.
                 self.base.mark(Mark::Protected(bond));
@@ -196,11 +194,17 @@ impl Backup {
 
     pub(super) fn become_unfit(&mut self) {
         if matches!(self.state, State::Standby | State::Suspecting) && !self.base.claimed {
-            self.unfit = true;
-            self.enter(State::Unfit, Why::Unfit);
-            self.beat();
-            self.look();
+            self.say_unfit();
         }
+    }
+
+    /// The primary hears of it. Where it has given the guest away without a witness, that gives it
+    /// back.
+    pub(super) fn say_unfit(&mut self) {
+        self.unfit = true;
+        self.enter(State::Unfit, Why::Unfit);
+        self.beat();
+        self.look();
     }
 
     /// An unfit backup waits for others to close the term; a listening one checks whether an

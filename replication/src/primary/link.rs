@@ -204,6 +204,10 @@ impl Primary {
                 self.stall(why);
             }
             State::Stalled => {}
+            // The guest never ran there, and never will in this term.
+            State::HandingOver(Handing::Released) if why == Why::Unfit && !self.has_witness() => {
+                return self.won();
+            }
             _ => return,
         }
         self.backup_lost();

@@ -341,6 +341,21 @@ fn row_27_of_two_hosts_without_power_one_starts_the_guest() -> Outcome {
 }
 
 #[test]
+fn row_27_a_guest_that_was_given_back_to_a_dead_primary_is_kept_for_a_person() -> Outcome {
+    let mut sim = protected(27)?;
+    sim.kill(0, false);
+    sim.until(ms(600), |sim| sim.nodes[1].backup_state() == Some(backup::State::Promoting))?;
+    sim.kill(1, true);
+    sim.restart(1, false)?;
+    sim.run(ms(3000))?;
+    sim.restart(0, true)?;
+    sim.run(ms(1000))?;
+    assert!(!sim.nodes[0].is_alive() && sim.owner().is_none(), "{}", sim.describe());
+    assert!(matches!(sim.nodes[0].sidecar, Mark::Protected(_)), "{}", sim.describe());
+    Ok(())
+}
+
+#[test]
 fn row_27_a_backup_whose_disk_fails_after_the_ack_promotes_nothing() -> Outcome {
     let mut sim = protected(27)?;
     sim.input(1, Input::NotApplied)?;

@@ -141,6 +141,21 @@ fn a_guest_that_is_given_away_by_hand_comes_back_by_force() -> Outcome {
 }
 
 #[test]
+fn a_guest_that_is_given_away_by_hand_comes_back_from_a_backup_that_cannot_run_it() -> Outcome {
+    for promoting in [false, true] {
+        let mut sim = by_hand(OnLoss::Stall)?;
+        sim.input(0, Input::Command(Command::Failover))?;
+        let wanted = if promoting { backup::State::Promoting } else { backup::State::Suspecting };
+        sim.until(ms(500), |sim| sim.nodes[1].backup_state() == Some(wanted))?;
+        sim.input(1, Input::CannotRun)?;
+        sim.until(ms(100), owned_by(0))?;
+        sim.run(ms(2000))?;
+        assert_eq!((sim.owner(), sim.promotions), (Some(0), 0), "{}", sim.describe());
+    }
+    Ok(())
+}
+
+#[test]
 fn a_command_that_the_witness_does_not_answer_asks_the_backup() -> Outcome {
     let mut sim = protected(32)?;
     sim.serving = false;
