@@ -1,6 +1,7 @@
 //! The machine of the replicated guest, in one host or the other.
 use std::env;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::json;
@@ -28,6 +29,13 @@ pub fn vm(paths: &Paths) -> Result<Vm> {
     let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let vm = vm.initramfs(&replicated_initramfs(paths)).machine("mem_size", mib << 20);
     Ok(vm.nic("net0", TAP, &mac))
+}
+
+/// How often a guest or a probe does something that it does every millisecond at best: an emulated
+/// host is a hundred times slower, and does nothing else when too many datagrams come.
+#[must_use]
+pub fn pace() -> Duration {
+    Duration::from_millis(if env::var_os(GUEST_KERNEL).is_some() { 1 } else { 50 })
 }
 
 /// Starts `vm` in a host; its files are in `dir`.

@@ -12,15 +12,13 @@ use stories::lab::line::Impairment;
 use stories::monitor::{BOOT, SOON};
 use stories::replicated::client::{Client, records_in};
 use stories::replicated::counter::{Counter, Manner};
-use stories::replicated::machine::{await_incoming, start, vm};
+use stories::replicated::machine::{await_incoming, pace, start, vm};
 use stories::replicated::probe::Probe;
 
 /// Bytes of the disk.
 const DISK: u64 = 1 << 20;
 /// How long the network is away.
 const AWAY: Duration = Duration::from_millis(300);
-/// From one datagram to the next.
-const PERIOD: Duration = Duration::from_millis(2);
 
 pub fn works(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
@@ -33,7 +31,7 @@ pub fn works(story: &Story) -> Result<()> {
     ensure!(client.get("nonsense", SOON).is_err());
 
     let uptime = client.uptime(SOON)?;
-    client.write(500, 4096, Duration::from_millis(5), SOON)?;
+    client.write(500, 4096, 5 * pace(), SOON)?;
     let first = client.check_memory(SOON)?;
     let deadline = Instant::now() + SOON;
     while client.check_memory(SOON)? < first + 3 {
@@ -58,7 +56,7 @@ pub fn works(story: &Story) -> Result<()> {
 
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     counter.wait(100, SOON)?;
-    let probe = Probe::start(&hosts.outside, PERIOD)?;
+    let probe = Probe::start(&hosts.outside, 2 * pace())?;
     // A network that is away for a time: no connection is lost.
     let cut = Instant::now();
     hosts.front.set_both(Side::Left.port(), Impairment::cut())?;
@@ -91,7 +89,7 @@ pub fn migrates(story: &Story) -> Result<()> {
     let mut source = start(machine, &hosts, Side::Left, &story.paths, &here)?;
     source.wait_ready()?;
     let mut client = Client::connect(&hosts, BOOT)?;
-    client.write(200, 256, Duration::from_millis(10), SOON)?;
+    client.write(200, 256, 10 * pace(), SOON)?;
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     counter.wait(100, SOON)?;
     ensure!(hosts.front.port_of(GUEST_MAC) == Some(Side::Left.port()));
@@ -103,7 +101,7 @@ pub fn migrates(story: &Story) -> Result<()> {
         ensure!(Instant::now() < deadline, "the receiver does not listen: {}", target.said());
         std::thread::sleep(Duration::from_millis(2));
     }
-    let probe = Probe::start(&hosts.outside, PERIOD)?;
+    let probe = Probe::start(&hosts.outside, 2 * pace())?;
     let began = Instant::now();
     source.qmp()?.execute_raw("migrate", json!({ "uri": uri }))?;
     let mut qmp = target.qmp()?;
