@@ -1,6 +1,9 @@
-//! A guest that is to outlive its host, seen from outside: its machine, and clients that notice
+//! A replicated guest seen from outside: the two machines that run it, and clients that notice
 //! whatever a failover loses or does twice.
+pub mod agent;
 pub mod client;
 pub mod counter;
 pub mod machine;
+pub mod pair;
 pub mod probe;
+pub mod witness;

@@ -1,0 +1,159 @@
+//! Two machines of which one runs the guest and the other could: they change places at every
+//! failover, each time with a new process as the backup.
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use qmp::client::{Client, ReceivedEvent};
+use serde_json::{Value, json};
+
+use super::agent::Agent;
+use super::machine::{await_incoming, start, vm};
+use super::witness::Witness;
+use crate::lab::hosts::{Hosts, Side};
+use crate::monitor::{BOOT, Monitor, SOON};
+use crate::paths::Paths;
+
+/// Identity of the witness.
+const WITNESS: &str = "test";
+
+/// How a guest is protected.
+#[derive(Debug, Clone, Copy)]
+pub struct Protection {
+    /// From one checkpoint to the next.
+    pub interval: Duration,
+    /// Without a byte from the peer, until it is suspected.
+    pub timeout: Duration,
+}
+
+/// Where the machines are.
+pub struct Pair<'a> {
+    /// The network.
+    pub hosts: &'a Hosts,
+    /// Decides who runs the guest.
+    pub witness: Arc<Witness>,
+    paths: &'a Paths,
+    dir: PathBuf,
+    /// Processes started so far.
+    count: u32,
+}
+
+/// A process that runs the guest, or waits to.
+pub struct Machine {
+    /// Its host.
+    pub side: Side,
+    /// Asked by the test.
+    pub qmp: Client,
+    /// Answers what the monitor asks, and keeps what it reports.
+    pub agent: Agent,
+    /// The process; killed when dropped.
+    pub monitor: Monitor,
+}
+
+/// How long the parts of a failover took.
+#[derive(Debug, Clone, Copy)]
+pub struct Failover {
+    /// From the last sign of life to the suspicion, as the monitor says.
+    pub detect: Duration,
+    /// From there to the decision.
+    pub decide: Duration,
+    /// Of that, loading the state.
+    pub apply: Duration,
+    /// From the decision to the guest's first step.
+    pub run: Duration,
+    /// From the death of the old primary to the event, as seen from outside.
+    pub all: Duration,
+}
+
+impl<'a> Pair<'a> {
+    /// No machine yet; their files will be in `dir`.
+    #[must_use]
+    pub fn new(hosts: &'a Hosts, paths: &'a Paths, dir: &Path) -> Self {
+        Self { hosts, witness: Arc::default(), paths, dir: dir.to_owned(), count: 0 }
+    }
+
+    /// Boots the guest at a host.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn boot(&mut self, side: Side) -> Result<Machine> {
+        let dir = self.fresh()?;
+        let mut monitor = start(vm(self.paths)?, self.hosts, side, self.paths, &dir)?;
+        monitor.wait_for("guest: ready", BOOT)?;
+        self.machine(side, monitor, &dir)
+    }
+
+    /// Starts a backup at the other host and protects the guest by it. Returns the backup, once the
+    /// guest is protected.
+    ///
+    /// # Errors
+    /// It is not protected in time.
+    pub fn protect(&mut self, primary: &mut Machine, protection: Protection) -> Result<Machine> {
+        let side = primary.side.other();
+        let dir = self.fresh()?;
+        let socket = dir.join("replicate.sock");
+        let from = format!("replicate:unix:{},witness={WITNESS}", socket.display());
+        let monitor = await_incoming(&from, self.hosts, side, self.paths, &dir)?;
+        let backup = self.machine(side, monitor, &dir)?;
+        let Protection { interval, timeout } = protection;
+        let arguments = json!({
+            "uri": format!("unix:{}", socket.display()),
+            "interval": interval.as_millis() as u64,
+            "heartbeat-timeout": timeout.as_millis() as u64,
+            "witness": WITNESS,
+        });
+        primary.qmp.execute_raw("replication-start", arguments)?;
+        primary.agent.wait_state("protected", SOON).with_context(|| {
+            format!("primary: {}\nbackup: {}", primary.monitor.said(), backup.monitor.said())
+        })?;
+        Ok(backup)
+    }
+
+    /// Kills the primary, which cannot do anything about it, and waits until the guest runs at the
+    /// backup.
+    ///
+    /// # Errors
+    /// It does not run there in time.
+    pub fn kill(primary: Machine, backup: &Machine, limit: Duration) -> Result<Failover> {
+        let Machine { monitor, agent, .. } = primary;
+        let killed = Instant::now();
+        drop(monitor);
+        drop(agent);
+        let times = |event: &ReceivedEvent| {
+            event.data.get("times").filter(|_| event.event == "REPLICATION_FAILOVER").cloned()
+        };
+        let (at, times) = backup
+            .agent
+            .wait("the failover", limit, times)
+            .with_context(|| format!("backup: {}", backup.monitor.said()))?;
+        let part = |name: &str| -> Result<Duration> {
+            let value = times.get(name).and_then(Value::as_u64);
+            Ok(Duration::from_micros(value.with_context(|| format!("no {name} in {times}"))?))
+        };
+        Ok(Failover {
+            detect: part("detect-us")?,
+            decide: part("decide-us")?,
+            apply: part("apply-us")?,
+            run: part("run-us")?,
+            all: at - killed,
+        })
+    }
+
+    fn machine(&self, side: Side, monitor: Monitor, dir: &Path) -> Result<Machine> {
+        let socket = dir.join("qmp.sock");
+        let mut qmp = Client::connect(&socket, SOON)?;
+        qmp.set_timeout(SOON);
+        let agent = Agent::start(&socket, side, &self.witness)?;
+        Ok(Machine { side, qmp, agent, monitor })
+    }
+
+    /// A directory for one more process.
+    fn fresh(&mut self) -> Result<PathBuf> {
+        self.count += 1;
+        let dir = self.dir.join(self.count.to_string());
+        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(dir)
+    }
+}
