@@ -23,7 +23,7 @@ use std::collections::VecDeque;
 
 use crate::{
     base::{Base, Identity},
-    identity::{Connection, Digest, Epoch, Incarnation, Pair, Side, Term},
+    identity::{Digest, Epoch, Incarnation, Pair, Side, Term},
     interface::{Bond, Event, Exit, Input, Mark, Output, Why},
     message::Memory,
     rules::{Rule, Rules},
