@@ -26,3 +26,5 @@ mod remus;
 mod rig;
 #[path = "ctl/saved.rs"]
 mod saved;
+#[path = "ctl/stand_in.rs"]
+mod stand_in;

@@ -1,6 +1,9 @@
-//! What surrounds a protected domain: the process that answers its monitor, and fences.
+//! What surrounds a protected domain: the process that answers its monitor, the way to its backup,
+//! and fences.
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +12,7 @@ use serde_json::{Value, json};
 use stories::monitor::SOON;
 
 use crate::rig::Rig;
+use crate::stand_in::{StandIn, incoming};
 
 const LINEAGE: &str = "00000000-0000-0000-0000-000000000007";
 
@@ -139,4 +143,134 @@ fn a_protected_domain_has_one_process_that_answers_for_it() -> Result<()> {
     let third = agents(&rig, "web")?;
     rig.ok(&["destroy", "web"])?;
     rig.gone(third[0])
+}
+
+/// What the stand-in has got as the answer to its question `nonce`.
+fn answer(monitor: &StandIn, nonce: u64) -> Result<Value> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let all = monitor.told("replication-answer");
+        if let Some(answer) = all.iter().find(|answer| answer.get("nonce") == Some(&json!(nonce))) {
+            return Ok(answer.clone());
+        }
+        ensure!(Instant::now() < deadline, "no answer to {nonce}: {all:?}");
+    }
+}
+
+#[test]
+fn both_sides_may_be_on_one_host() -> Result<()> {
+    let mut rig = Rig::new("local")?;
+    rig.config("web.json", "count", "plain 1")?;
+    StandIn::install(&mut rig)?;
+    let (monitor, _) = StandIn::new(&rig.dir, "web")?;
+    let (_backup, replica) = StandIn::new(&rig.dir, "web-backup")?;
+    rig.ok(&["create", "web.json"])?;
+    rig.ok(&["remus", "--local", "web"])?;
+    let uuid = rig.ok(&["info", "web"])?;
+    let uuid = uuid.pointer("/0/uuid").and_then(Value::as_str).context("no UUID")?.to_owned();
+    let start = monitor.told("replication-start");
+    let witness = start[0]["witness"].as_str().context("no witness")?;
+    ensure!(start[0]["lineage"] == json!(uuid) && witness.starts_with("dir:"), "{start:?}");
+    let source = incoming(&rig, "web-backup")?;
+    ensure!(source == format!("replicate:unix:replica.sock,witness={witness}"), "{source}");
+
+    monitor.needs(&json!({ "nonce": 1, "need": "connect", "lineage": uuid }));
+    let connected = answer(&monitor, 1)?;
+    ensure!(connected["result"] == "connected", "{connected}");
+    replica.accept()?;
+    // The witness keeps what it is told, for both sides.
+    let claim = json!({ "nonce": 2, "need": "claim", "lineage": uuid, "term": 1, "word": "solo",
+        "side": "primary", "incarnation": LINEAGE });
+    monitor.needs(&claim);
+    let record = json!({ "word": "solo", "side": "primary", "incarnation": LINEAGE });
+    ensure!(answer(&monitor, 2)?["record"] == record);
+    monitor.needs(&json!({ "nonce": 3, "need": "fence", "lineage": uuid, "term": 1 }));
+    ensure!(answer(&monitor, 3)?["reason"] == "there is no fence");
+
+    let table = String::from_utf8(rig.run(&["list"])?.stdout)?;
+    ensure!(table.contains("REMUS") && table.contains(" P\n"), "{table}");
+    let (what, hint) = rig.refused(&["remus", "--local", "web"])?;
+    ensure!(what.contains("protected already") && hint.contains("unprotect web"), "{what}");
+    ensure!(rig.state("web-backup")? == "running");
+    rig.ok(&["unprotect", "web"])?;
+    ensure!(rig.listed("web")?.context("not listed")?.get("replication") == Some(&Value::Null));
+    Ok(())
+}
+
+#[test]
+fn a_backup_is_reached_through_a_command_and_again() -> Result<()> {
+    let mut rig = Rig::new("received")?;
+    rig.config("web.json", "count", "plain 1")?;
+    StandIn::install(&mut rig)?;
+    let (monitor, _) = StandIn::new(&rig.dir, "web")?;
+    let (_backup, replica) = StandIn::new(&rig.dir, "other")?;
+    rig.ok(&["create", "web.json"])?;
+    // The command as ssh would run it on the other host, with a registry of its own.
+    let stratoctl = rig.command(&[]).get_program().to_string_lossy().into_owned();
+    let elsewhere = rig.file("elsewhere").display().to_string();
+    let line = format!("{stratoctl} --root {elsewhere} remus-receive --name other");
+    rig.ok(&["remus", "-F", "-s", "", "web", &line])?;
+    for nonce in 1..=2 {
+        monitor.needs(&json!({ "nonce": nonce, "need": "connect", "lineage": LINEAGE }));
+        let connected = answer(&monitor, nonce)?;
+        ensure!(connected["result"] == "connected", "{connected}");
+        replica.accept()?;
+    }
+    ensure!(incoming(&rig, "other")? == "replicate:unix:replica.sock");
+    rig.ok(&["--root", &elsewhere, "destroy", "other"])?;
+    Ok(())
+}
+
+#[test]
+fn a_receiver_passes_on_every_byte_or_says_why_not() -> Result<()> {
+    let mut rig = Rig::new("relayed")?;
+    rig.config("web.json", "count", "plain 1")?;
+    rig.ok(&["new", "web.json"])?;
+    let domain = fs::read(rig.file("r/state/web/domain.json"))?;
+    let mut domain: Value = serde_json::from_slice(&domain)?;
+    domain.as_object_mut().context("no object")?.remove("version");
+    let greeting = |witness: Value| json!({ "version": 1, "name": "copy", "domain": domain, "witness": witness });
+    StandIn::install(&mut rig)?;
+    let (_monitor, replica) = StandIn::new(&rig.dir, "copy")?;
+    for (line, says) in [
+        (greeting(json!("dir:7")).to_string(), "different witnesses"),
+        (greeting(json!(null)).to_string().replace("\"version\":1", "\"version\":9"), "version 9"),
+        ("{}".to_owned(), "first line"),
+    ] {
+        let mut receiver = rig.command(&["remus-receive"]);
+        receiver.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut receiver = receiver.spawn()?;
+        writeln!(receiver.stdin.take().context("no pipe")?, "{line}")?;
+        let done = receiver.wait_with_output()?;
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        ensure!(!done.status.success() && said.contains(says), "{line}: {said}");
+        ensure!(rig.listed("copy")?.is_none());
+    }
+    let mut receiver = rig.command(&["remus-receive"]);
+    let mut receiver = receiver.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let (mut to, from) =
+        (receiver.stdin.take().context("a pipe")?, receiver.stdout.take().context("a pipe")?);
+    // With the first frames right behind the line.
+    write!(to, "{}\nframes", greeting(json!(null)))?;
+    let mut from = BufReader::new(from);
+    let mut welcome = String::new();
+    from.read_line(&mut welcome)?;
+    ensure!(welcome == "{}\n", "{welcome}");
+    let (mut monitor, _) = replica.accept()?;
+    let mut frames = [0; 6];
+    monitor.read_exact(&mut frames)?;
+    ensure!(&frames == b"frames");
+    let much: Vec<u8> = (0..1 << 20).map(|byte: u32| (byte % 251) as u8).collect();
+    let sent = much.clone();
+    let writer = std::thread::spawn(move || to.write_all(&sent));
+    let mut got = vec![0; much.len()];
+    monitor.read_exact(&mut got)?;
+    ensure!(got == much);
+    monitor.write_all(b"Accept")?;
+    drop(monitor);
+    let mut rest = Vec::new();
+    from.read_to_end(&mut rest)?;
+    ensure!(rest == b"Accept" && receiver.wait()?.success(), "{rest:?}");
+    let _ = writer.join();
+    Ok(())
 }
