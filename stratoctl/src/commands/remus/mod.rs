@@ -327,7 +327,8 @@ pub fn summary(report: &Value) -> String {
         "protected" | "standby" => "",
         other => &format!(" {other}"),
     };
-    let lag = report.pointer("/commit-lag-us/p50").and_then(Value::as_u64);
+    // How long the oldest output that is held has waited.
+    let lag = report.get("oldest-us").and_then(Value::as_u64).filter(|us| *us > 0);
     let lag = lag.map(|us| format!(" {} ms", us.div_ceil(1000))).unwrap_or_default();
     format!("{side}{state}{lag}")
 }
@@ -482,10 +483,7 @@ mod tests {
             (json!({ "side": "primary" }), "P ?"),
             (json!({ "side": "backup", "state": "standby" }), "B"),
             (json!({ "side": "backup", "role": "primary", "state": "off" }), "P off"),
-            (
-                json!({ "role": "primary", "state": "protected", "commit-lag-us": { "p50": 2500 } }),
-                "P 3 ms",
-            ),
+            (json!({ "role": "primary", "state": "protected", "oldest-us": 2500 }), "P 3 ms"),
         ] {
             assert_eq!(summary(&report), shown, "{report}");
         }
