@@ -68,7 +68,7 @@ impl Image for File {
     }
 
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
         if length == 0 {
             return Ok(());
         }
