@@ -1,11 +1,13 @@
 //! A disk that is parked with requests in flight, and another one that carries them out again.
 use std::{collections::BTreeMap, time::Duration};
 
+use virtio_queue::QueueT;
+
 use super::*;
 use crate::{
     backend::disk::{Change, Contents, Logged, Observer, Verdict, WriteLog},
     testing::{self, DriverQueue},
-    worker::Park,
+    worker::{Park, Worker},
 };
 
 /// Every read and write goes through the kernel's ring and stays in flight until the next turn.
@@ -230,6 +232,34 @@ fn nothing_overtakes_the_requests_that_are_carried_out_again() {
         assert_eq!(sorted(wait_for(&mut other, 0, 2)), both);
         assert_eq!(wait_for(&mut other, 1, 2), [first.head, late.head]);
         assert_eq!(other.peek(late.data, 4096), [2; 4096], "after all of them");
+        r.guest.transport.resume();
+    }
+}
+
+#[test]
+fn flushes_and_later_requests_wait_until_those_before_them_are_complete() {
+    for kinds in [&[VIRTIO_BLK_T_OUT][..], &[VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_FLUSH]] {
+        let mut r = rig(Settings::default());
+        for kind in kinds {
+            send(&mut r.guest, 0, *kind, 1, 1);
+        }
+        start(&mut r.guest, 0);
+        let section = capture(&mut r.guest);
+        send(&mut r.guest, 0, VIRTIO_BLK_T_IN, 1, 0);
+        let path = r.dir.as_path().join("other.img");
+        fs::write(&path, vec![0; 4 * MIB as usize]).unwrap();
+        let disk = Disk::open(&path, &slow()).unwrap();
+        disk.resize(disk.size()).unwrap();
+        let mut other = backup(&mut r.guest, &section, Settings::default(), disk.into());
+        let block: &mut Block = other.device().unwrap();
+        let worker = block.worker.parked_mut().unwrap();
+        // The write is in flight until the worker looks for completions, which this does not.
+        assert!(!worker.redo());
+        worker.ready(0);
+        assert_eq!((worker.redo.started, worker.redo.waiting.len()), (1, kinds.len() - 1));
+        assert_eq!(usize::from(worker.queues[0].ring.next_avail()), kinds.len());
+        other.transport.resume();
+        assert_eq!(wait_for(&mut other, 0, kinds.len() + 1).len(), kinds.len() + 1);
         r.guest.transport.resume();
     }
 }
