@@ -282,7 +282,7 @@ impl crate::Searched for Backup {
 
     /// As if nothing were left of an earlier term: what memory holds decides how much is sent, and
     /// that an attempt which has changed nothing can be repeated by the same process.
-    fn normalise(&mut self, connection: impl Fn(Connection) -> Connection) {
+    fn normalise(&mut self, connection: impl Fn(crate::Connection) -> crate::Connection) {
         self.base.normalise(connection);
         if self.memory.take().is_some() && self.state == State::Syncing {
             self.base.timers.clear(Timer::GiveUp);

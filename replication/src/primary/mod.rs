@@ -297,7 +297,7 @@ impl crate::Searched for Primary {
     }
 
     /// What memory holds decides only how much is sent.
-    fn normalise(&mut self, connection: impl Fn(Connection) -> Connection) {
+    fn normalise(&mut self, connection: impl Fn(crate::Connection) -> crate::Connection) {
         self.base.normalise(connection);
         if self.past.take().is_some() {
             self.base.timers.clear(Timer::GiveUp);
