@@ -76,12 +76,13 @@ fn fails(why: impl Display) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode> {
+fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<ExitCode> {
     let file = match &invocation.log {
         Log::File(path) => Some(path.as_path()),
         Log::Off | Log::Stderr => None,
     };
     let log = || format!("-D: cannot log to {}", file.unwrap_or(Path::new("stderr")).display());
+    let in_background = ready.is_some();
     // No other thread has started yet. Every thread that starts from here on is registered with
     // this.
     let confinement = match invocation.disable_seccomp || invocation.no_machine {
@@ -128,6 +129,11 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
                 .map_err(RestoreError::from)?;
             let patient = matches!(incoming.source, Source::Directory { .. });
             let arriving = Arriving::new(bind(&events)?, arrival, invocation.paused, patient);
+            // A backup is there when its primary can connect; its machine may never arrive.
+            let is_backup = matches!(incoming.source, Source::Replica(_));
+            if let Some(ready) = ready.take_if(|_| is_backup) {
+                ready.tell().context("cannot detach from the terminal")?;
+            }
             let waited = events.wait_for_machine(arriving);
             let (handed, over) = waited.context("the main loop cannot wait for events")?;
             let Handed { servers, paused, waiting } = handed;
@@ -160,7 +166,7 @@ fn run(invocation: &Invocation, ready: Option<Ready>) -> anyhow::Result<ExitCode
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
-            Spawner::start(ready.is_some()).context("cannot start the process for exec:")?
+            Spawner::start(in_background).context("cannot start the process for exec:")?
         }
         (false, false) => Spawner::Forbidden,
     };

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use replication::{
     Answer, Command, Connection as Number, Epoch, Event, Exit, Frame, Input, Lineage, Message,
-    Output, Primary, Question, Room, contents, primary::State, wire,
+    Output, Primary, Question, Room, Why, contents, primary::State, wire,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -257,6 +257,9 @@ impl<R: Fn(Report)> Protector<R> {
                 self.carry_out(output);
             }
         }
+        if (self.told, self.status()) == (ReplicationStatus::Arming, ReplicationStatus::Protected) {
+            self.tell(Event::State(Why::Paired));
+        }
         if self.task.primary.state() == State::Off && self.over.is_none() {
             self.over = Some(None);
         }
@@ -291,12 +294,7 @@ impl<R: Fn(Report)> Protector<R> {
             Output::CloseTaps => self.gates.iter_mut().for_each(Gates::discard_frames),
             Output::Park => (self.report)(Report::Park(true)),
             Output::Unpark => (self.report)(Report::Park(false)),
-            Output::Tell(event) => {
-                let state = self.status();
-                let previous = std::mem::replace(&mut self.told, state);
-                self.show();
-                (self.report)(Report::Tell { event, previous });
-            }
+            Output::Tell(event) => self.tell(event),
             Output::Exit(exit) => self.over = Some(Some(exit)),
             // A backup's.
             Output::Hold(_)
@@ -306,6 +304,13 @@ impl<R: Fn(Report)> Protector<R> {
             | Output::Fill { .. }
             | Output::Run { .. } => {}
         }
+    }
+
+    fn tell(&mut self, event: Event) {
+        let state = self.status();
+        let previous = std::mem::replace(&mut self.told, state);
+        self.show();
+        (self.report)(Report::Tell { event, previous });
     }
 
     fn send(&mut self, number: Number, frame: &Frame) {
