@@ -120,8 +120,11 @@ impl Vmm {
             (Some(text), None) => Lineage(parse_uuid("lineage", text)?),
             (None, None) => Lineage(random()?),
         };
-        if !self.machine.config().disks.is_empty() {
-            return Err(Error::text("a machine with disks cannot be protected"));
+        if let Some(disk) = self.machine.disks().next() {
+            return Err(Error::text(format!(
+                "a machine with disks cannot be protected: it has '{}'; device_del removes it",
+                disk.config.id
+            )));
         }
         if self.saving().is_busy() {
             return Err(Error::text(
