@@ -23,7 +23,8 @@ pub struct Gated {
     gate: Arc<Gate>,
 }
 
-/// The outer side of the gate, which writes to the back-end behind it.
+/// The outer side of the gate, which writes to the back-end behind it. Dropping it opens the gate,
+/// which nobody else could do.
 pub struct NetKeeper {
     keeper: Keeper,
     out: Outside,
@@ -104,6 +105,12 @@ impl NetKeeper {
     /// Frames dropped because the interface did not accept them when they were released.
     pub fn dropped(&self) -> u64 {
         self.out.dropped
+    }
+}
+
+impl Drop for NetKeeper {
+    fn drop(&mut self) {
+        self.open();
     }
 }
 
