@@ -19,6 +19,9 @@ pub const GUEST_REST: Duration = Duration::from_secs(5);
 /// How long the shutdown still waits for what hangs, after it has waited for as long as a command
 /// may.
 pub const LAST_LOOK: Duration = Duration::from_millis(100);
+/// How long the end of a replicated machine waits until its backup is known not to continue the
+/// guest. With the rest of the shutdown, shorter than [`SIGNAL`].
+pub const PARTING: Duration = Duration::from_millis(2500);
 /// How often an operation is retried meanwhile, after a first try that waits for what is about to
 /// happen.
 pub const RETRY: Duration = Duration::from_millis(2);

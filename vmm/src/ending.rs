@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   main thread                                           thread `end`
-//!   give up a save, stop the guest; queries are
-//!   answered until both are done, or hang
+//!   give up a save, stop the guest, leave its backup;
+//!   queries are answered until all are done, or hang
 //!   deliver SHUTDOWN, close the clients' sockets
 //!   ------------------------------------------------------> output, names, the memory file
 //!   log, then all descriptors that wait for nothing
@@ -67,7 +67,8 @@ impl End {
 
 impl Vmm {
     /// Whether SHUTDOWN can be sent: a save has been given up and the guest has stopped, or each
-    /// has had as much time as a command has.
+    /// has had as much time as a command has; and a backup knows that it is not to continue the
+    /// guest.
     pub(crate) fn is_ready_to_end(&mut self) -> bool {
         self.winds_up = true;
         if self.is_stuck() {
@@ -76,7 +77,8 @@ impl Vmm {
         let abandoned = self.abandons_save();
         let before = self.rest_timeouts();
         let rests = self.machine.pause().is_ok() || self.rest_timeouts() == before;
-        abandoned && rests || self.ends_since().elapsed() >= bounds::REST
+        let quiet = abandoned && rests || self.ends_since().elapsed() >= bounds::REST;
+        quiet && self.has_left_protection()
     }
 
     /// Stop the guest, send SHUTDOWN to every client, release everything that others could wait

@@ -163,10 +163,10 @@ impl EventLoop {
             if vmm.ending().is_none() {
                 vmm.follow_deferred(&table);
                 vmm.in_one_piece(Vmm::follow_save);
-                vmm.follow_replication();
                 vmm.follow_announcements();
                 vmm.follow_balloon();
             }
+            vmm.follow_replication();
             vmm.in_one_piece(Vmm::follow_files);
             while (vmm.ending().is_none() || vmm.winds_up)
                 && let Some((request, ticket)) = vmm.servers.next_request()

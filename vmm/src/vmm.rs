@@ -195,7 +195,10 @@ impl Vmm {
 
     /// End after the current request has been answered. The first reason counts.
     pub fn end(&mut self, ending: Ending) {
-        self.ending.get_or_insert_with(|| (ending, Instant::now()));
+        if self.ending.is_none() {
+            self.ending = Some((ending, Instant::now()));
+            self.leave_protection(ending.reason);
+        }
     }
 
     /// How to end, if the VM is to end.

@@ -13,6 +13,7 @@ pub fn cont(vmm: &mut Vmm, _: Cont) -> Result<Empty, Error> {
 
 pub fn stop(vmm: &mut Vmm, _: Stop) -> Result<Empty, Error> {
     vmm.apply(lifecycle::Event::Pause)?;
+    vmm.stays_stopped();
     Ok(Empty {})
 }
 

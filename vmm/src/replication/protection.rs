@@ -4,13 +4,13 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        mpsc::{Receiver, channel},
+        mpsc::{Receiver, TryRecvError, channel},
     },
     time::{Duration, Instant},
 };
 
 use machine::{
-    Captured, Markers,
+    Captured, Gates, Markers,
     memory::{image::PAGE_SIZE, staging::Staging},
 };
 use parking_lot::Mutex;
@@ -23,8 +23,7 @@ use qmp::{
     server::Ticket,
 };
 use replication::{
-    Command, Epoch, Event as Told, Exit, Identity, Incarnation, Input, Lineage, Primary, Rules,
-    Term,
+    Command, Epoch, Exit, Identity, Incarnation, Input, Lineage, Primary, Rules, Term,
 };
 
 use super::{
@@ -83,9 +82,15 @@ struct Protection {
     query: Option<Query>,
     /// The agent was asked for a connection.
     connecting: bool,
-    /// The guest was stopped, and is not to run.
+    /// The guest is not to run.
     parked: bool,
+    /// It was stopped for that, and not by a client.
+    stopped: bool,
+    /// It has not stopped yet, or does not run again yet.
+    restless: bool,
     capture: Option<Capture>,
+    /// The backup was asked to leave the guest alone, as the monitor ends.
+    parting: bool,
 }
 
 /// An epoch that is to be captured once the machine is at rest.
@@ -137,9 +142,16 @@ impl Vmm {
                 let shown = protection.status.lock();
                 (shown.state, shown.term)
             };
-            if state != ReplicationStatus::Degraded || protection.query.is_some() {
+            if state != ReplicationStatus::Degraded {
                 return Err(Error::text(
                     "the machine is protected already: replication-stop ends that",
+                ));
+            }
+            let settles = protection.query.is_some_and(|query| query.settles());
+            if settles || protection.parked {
+                return Err(Error::text(
+                    "the witness has not confirmed yet that the guest runs here: query-replication \
+                     shows what is waited for",
                 ));
             }
             let me = Identity { lineage, incarnation: protection.incarnation };
@@ -223,7 +235,10 @@ impl Vmm {
             query: None,
             connecting: false,
             parked: false,
+            stopped: false,
+            restless: false,
             capture: None,
+            parting: false,
         });
         Ok(())
     }
@@ -246,6 +261,33 @@ impl Vmm {
             false => Input::Command(command),
         }));
         Ok(())
+    }
+
+    /// The monitor ends for `reason`: the guest is to run nowhere afterwards, unless this host is to
+    /// blame.
+    pub(crate) fn leave_protection(&mut self, reason: ShutdownCause) {
+        if let Some(protection) = &mut self.replication.protection
+            && reason != ShutdownCause::HostError
+        {
+            protection.capture = None;
+            protection.parting = true;
+            protection.orders.give(Order::Command(Input::Command(Command::Quit)));
+        }
+    }
+
+    /// Whether no backup will continue the guest, or that cannot be known in time.
+    pub(crate) fn has_left_protection(&self) -> bool {
+        let Some(protection) = self.replication.protection.as_ref().filter(|p| p.parting) else {
+            return true;
+        };
+        let state = protection.status.lock().state;
+        // This side cannot say any more where the guest runs.
+        let over = state == ReplicationStatus::Fenced;
+        let late = self.ends_since().elapsed() >= bounds::PARTING;
+        if late || over {
+            log::warn!("ended without an answer ({state:?}): the backup may continue the guest");
+        }
+        late || over
     }
 
     /// Take an agent's answer.
@@ -319,7 +361,8 @@ impl Vmm {
 
     /// Handle what the thread has reported.
     pub(crate) fn follow_replication(&mut self) {
-        while !self.is_deferring()
+        let ends = self.ending().is_some();
+        while (ends || !self.is_deferring())
             && let Some(report) = self.next_report()
         {
             match report {
@@ -332,23 +375,42 @@ impl Vmm {
                     self.give(changed.map(Order::Changed));
                 }
                 Report::Capture { epoch, shut, left, staging } => {
-                    let asked = Instant::now();
-                    if let Some(protection) = &mut self.replication.protection {
-                        protection.capture = Some(Capture { epoch, shut, left, staging, asked });
-                    }
+                    let capture = Capture { epoch, shut, left, staging, asked: Instant::now() };
+                    self.wait_to_capture(capture);
                 }
                 Report::Park(park) => self.park(park),
                 Report::Ask(query) => self.replication_asks(query),
                 Report::Connect => self.ask_for_connection(),
-                Report::Tell { event, previous } => self.tell(event, previous),
-                Report::Over(exit) => self.protection_over(exit),
+                Report::Tell { event, previous, state, term } => {
+                    let info = ReplicationInfo { state, term, ..self.replication_info() };
+                    self.broadcast(&changed(&info, previous, event));
+                }
+                Report::Over(exit, gates) => self.protection_over(exit, gates),
             }
         }
+        self.follow_parking();
         self.try_epoch();
     }
 
+    /// Each report of this kind gets one answer, also one that has come too late.
+    fn wait_to_capture(&mut self, capture: Capture) {
+        if let Some(protection) = &mut self.replication.protection
+            && !protection.parting
+            && protection.capture.replace(capture).is_some()
+        {
+            protection.orders.give(Order::Failed("an older checkpoint is not captured".into()));
+        }
+    }
+
     fn next_report(&mut self) -> Option<Report> {
-        self.replication.protection.as_ref()?.reports.try_recv().ok()
+        match self.replication.protection.as_ref()?.reports.try_recv() {
+            Ok(report) => Some(report),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => {
+                log::error!("replication: its thread has ended");
+                Some(Report::Over(Some(Exit::Nothing), None))
+            }
+        }
     }
 
     fn give(&self, order: Result<Order, machine::DirtyError>) {
@@ -360,8 +422,8 @@ impl Vmm {
 
     /// How long until an epoch is tried again.
     pub(crate) fn until_epoch(&self) -> Option<Duration> {
-        let waits = self.replication.protection.as_ref()?.capture.is_some();
-        waits.then_some(bounds::RETRY)
+        let protection = self.replication.protection.as_ref()?;
+        (protection.capture.is_some() || protection.restless).then_some(bounds::RETRY)
     }
 
     /// Capture an epoch, if one waits and the machine can be stopped.
@@ -371,6 +433,10 @@ impl Vmm {
         }
         let (before, began) = (self.rest_timeouts(), Instant::now());
         let Some(protection) = &mut self.replication.protection else { return };
+        // Stopping the guest for longer comes first.
+        if protection.restless {
+            return;
+        }
         let Some(capture) = protection.capture.take() else { return };
         let asked = capture.asked;
         let tried = match self.machine.captured() {
@@ -401,15 +467,39 @@ impl Vmm {
     }
 
     fn park(&mut self, park: bool) {
-        let Some(protection) = &mut self.replication.protection else { return };
-        protection.parked = park;
-        let event = match (park, self.state()) {
+        if let Some(protection) = &mut self.replication.protection {
+            protection.parked = park;
+            if !park && std::mem::take(&mut protection.restless) {
+                self.give_up();
+            }
+        }
+        self.follow_parking();
+    }
+
+    /// Stop the guest, or let it run again, as the thread wants it.
+    fn follow_parking(&mut self) {
+        let Some(protection) = &self.replication.protection else { return };
+        let parked = protection.parked;
+        let event = match (parked, self.state()) {
+            _ if self.ending().is_some() || self.is_deferring() => return,
             (true, State::Running) => lifecycle::Event::Pause,
-            (false, State::Paused) => lifecycle::Event::Resume,
+            (false, State::Paused) if protection.stopped => lifecycle::Event::Resume,
             _ => return,
         };
-        if let Err(e) = self.apply(event) {
-            log::error!("{}", Error::generic(&e));
+        let done = self.apply(event);
+        let Some(protection) = &mut self.replication.protection else { return };
+        let was_restless = std::mem::replace(&mut protection.restless, done.is_err());
+        match done {
+            Ok(()) => protection.stopped = parked,
+            Err(e) if !was_restless => log::error!("{}; trying again", Error::generic(&e)),
+            Err(_) => {}
+        }
+    }
+
+    /// A client has stopped the guest: only a client lets it run again.
+    pub(crate) fn stays_stopped(&mut self) {
+        if let Some(protection) = &mut self.replication.protection {
+            protection.stopped = false;
         }
     }
 
@@ -440,18 +530,19 @@ impl Vmm {
         });
     }
 
-    fn tell(&mut self, event: Told, previous: ReplicationStatus) {
-        let info = self.replication_info();
-        self.broadcast(&changed(&info, previous, event));
-    }
-
-    fn protection_over(&mut self, exit: Option<Exit>) {
+    fn protection_over(&mut self, exit: Option<Exit>, gates: Option<Gates>) {
         let info = self.replication_info();
         self.replication.term = Term(info.term);
         self.replication.last = ReplicationInfo { held_bytes: 0, oldest_us: 0, ..info };
         let was = self.replication.protection.take();
         if let Err(e) = self.machine.log_dirty(false) {
             log::warn!("{}", Error::generic(&e));
+        }
+        match exit {
+            // No more epochs are captured, so that they stay open.
+            None | Some(Exit::Done) => drop(gates),
+            // The guest may run elsewhere, and what this one does is never seen.
+            Some(Exit::Fenced | Exit::Nothing | Exit::Refused(_)) => std::mem::forget(gates),
         }
         let status = match exit {
             None => {

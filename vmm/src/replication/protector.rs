@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use replication::{
     Answer, Command, Connection as Number, Epoch, Event, Exit, Frame, Input, Lineage, Message,
-    Output, Primary, Question, Room, Why, contents, primary::State, wire,
+    Output, Primary, Question, Room, Term, Why, contents, primary::State, wire,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -42,6 +42,10 @@ use crate::checkpoint::last_frames;
 
 /// Bytes that may wait in a connection before more are encoded.
 const HIGH_WATER: usize = 1 << 20;
+/// As many may wait beyond that of signs of life, for a peer that does not read.
+const MOST_QUEUED: usize = HIGH_WATER + (64 << 10);
+/// Most pieces that are read at a time: timers must not wait for a peer that never stops sending.
+const READS: usize = 16;
 /// Most bytes of memory that are copied aside.
 const MOST_STAGED: u64 = staging::MAX_BYTES;
 /// Most bytes of output that are held, before the guest is stopped: what a gate has room for.
@@ -76,9 +80,13 @@ pub enum Report {
         event: Event,
         /// The state before.
         previous: ReplicationStatus,
+        /// The state now, and its term.
+        state: ReplicationStatus,
+        /// See there.
+        term: u64,
     },
-    /// It is over.
-    Over(Option<Exit>),
+    /// It is over. The gates have to outlive the last epoch that is being captured.
+    Over(Option<Exit>, Option<Gates>),
 }
 
 /// What the main thread answers, or wants.
@@ -147,6 +155,8 @@ pub struct Protector<R> {
     report: R,
     began: Instant,
     connection: Option<(Number, Connection)>,
+    /// A new one, which takes its place if it is wanted.
+    offered: Option<(Number, Connection)>,
     /// Connections so far.
     connections: u64,
     reader: Incoming,
@@ -157,10 +167,16 @@ pub struct Protector<R> {
     /// Buffers of epochs that were.
     spare: Vec<Staging>,
     first_copy: Option<FirstCopy>,
+    /// Reports that the main thread has not answered yet, and how many of them, the first ones,
+    /// belong to a protection that has ended.
+    asked: u32,
+    late: u32,
+    /// The term in which changes of memory were lost, or could not be read: the backup can follow
+    /// only from the next one on.
+    broken: Option<Term>,
     gates: Option<Gates>,
     inputs: VecDeque<Input>,
     told: ReplicationStatus,
-    room: Room,
     over: Option<Option<Exit>>,
 }
 
@@ -188,6 +204,7 @@ impl<R: Fn(Report)> Protector<R> {
             report,
             began: Instant::now(),
             connection: None,
+            offered: None,
             connections: 0,
             reader: Incoming::default(),
             outgoing,
@@ -195,10 +212,12 @@ impl<R: Fn(Report)> Protector<R> {
             last_digest: replication::Digest::default(),
             spare: Vec::new(),
             first_copy: None,
+            asked: 0,
+            late: 0,
+            broken: None,
             gates: None,
             inputs,
             told: ReplicationStatus::Off,
-            room: Room::Ample,
             over: None,
         }
     }
@@ -214,7 +233,7 @@ impl<R: Fn(Report)> Protector<R> {
             }
             if let Err(e) = self.wait() {
                 log::error!("replication: cannot wait for events: {e}");
-                break None;
+                break Some(Exit::Nothing);
             }
             self.take_orders();
             self.read();
@@ -222,13 +241,13 @@ impl<R: Fn(Report)> Protector<R> {
         };
         if let Some(gates) = &mut self.gates {
             match exit {
+                None | Some(Exit::Done) => gates.open(),
                 // What it has held was never seen, and must not be.
-                Some(Exit::Fenced) => gates.discard(),
-                _ => gates.open(),
+                Some(Exit::Fenced | Exit::Nothing | Exit::Refused(_)) => gates.discard(),
             }
         }
         drop(self.connection.take());
-        (self.report)(Report::Over(exit));
+        (self.report)(Report::Over(exit, self.gates.take()));
     }
 
     fn now(&self) -> Duration {
@@ -270,6 +289,7 @@ impl<R: Fn(Report)> Protector<R> {
             Output::Send(number, frame) => self.send(number, &frame),
             Output::Dial => self.dial(),
             Output::Close(number) => {
+                self.offered.take_if(|(new, _)| *new == number);
                 if self.connection.as_ref().is_some_and(|(current, _)| *current == number) {
                     self.disconnect();
                 }
@@ -290,7 +310,7 @@ impl<R: Fn(Report)> Protector<R> {
             Output::BeatBeside => {}
             Output::Capture { epoch, shut } => self.capture(epoch, shut),
             Output::ReleaseThrough(epoch) => self.release(epoch),
-            Output::OpenGates => self.gates.iter_mut().for_each(Gates::open),
+            Output::OpenGates => self.open_gates(),
             Output::CloseTaps => self.gates.iter_mut().for_each(Gates::discard_frames),
             Output::Park => (self.report)(Report::Park(true)),
             Output::Unpark => (self.report)(Report::Park(false)),
@@ -310,18 +330,31 @@ impl<R: Fn(Report)> Protector<R> {
         let state = self.status();
         let previous = std::mem::replace(&mut self.told, state);
         self.show();
-        (self.report)(Report::Tell { event, previous });
+        let term = self.task.primary.term().0;
+        (self.report)(Report::Tell { event, previous, state, term });
     }
 
     fn send(&mut self, number: Number, frame: &Frame) {
+        if let Message::Hello(_) = frame.message
+            && let Some(new) = self.offered.take_if(|(new, _)| *new == number)
+        {
+            self.disconnect();
+            self.connection = Some(new);
+            self.outgoing.restart(self.task.primary.term());
+        }
         let Some((current, connection)) = &mut self.connection else { return };
         if *current != number {
             return;
         }
         let bytes = wire::encode(frame);
         match frame.message {
-            // A sign of life does not wait behind pages.
-            Message::Beat { .. } => connection.send(bytes),
+            // A sign of life does not wait behind pages, and nothing comes before the greeting.
+            Message::Hello(_) => connection.send(bytes),
+            Message::Beat { .. } => {
+                if connection.queued() < MOST_QUEUED {
+                    connection.send(bytes);
+                }
+            }
             Message::End { .. } => {
                 if let Some(staged) = self.staged.iter().find(|one| one.epoch == frame.epoch) {
                     self.outgoing.epoch(staged.clone());
@@ -333,6 +366,9 @@ impl<R: Fn(Report)> Protector<R> {
     }
 
     fn dial(&mut self) {
+        if self.broken == Some(self.task.primary.term()) {
+            return;
+        }
         match &self.task.peer {
             Some(path) => match Connection::to(path) {
                 Ok(connection) => self.connected(connection),
@@ -342,16 +378,18 @@ impl<R: Fn(Report)> Protector<R> {
         }
     }
 
+    /// There is a connection, which the state machine may want by now, or not any more.
     fn connected(&mut self, mut connection: Connection) {
+        if self.broken == Some(self.task.primary.term()) {
+            return;
+        }
         match self.task.offer.encode() {
             Ok(offer) => connection.send(offer),
             Err(e) => return log::error!("replication: {e}"),
         }
-        self.disconnect();
         self.connections += 1;
         let number = Number(self.connections);
-        self.connection = Some((number, connection));
-        self.outgoing.restart(self.task.primary.term());
+        self.offered = Some((number, connection));
         self.inputs.push_back(Input::Connected(number));
     }
 
@@ -374,10 +412,39 @@ impl<R: Fn(Report)> Protector<R> {
         if self.task.primary.state() == State::Syncing {
             self.staged.clear();
             self.first_copy = Some(FirstCopy { epoch, shut, rounds: Rounds::default() });
-            return (self.report)(Report::Log);
+            return self.ask(Report::Log);
         }
         let staging = self.spare.pop().unwrap_or_default();
-        (self.report)(Report::Capture { epoch, shut, left: Vec::new(), staging });
+        self.ask(Report::Capture { epoch, shut, left: Vec::new(), staging });
+    }
+
+    /// Report what the main thread answers, in the order of these reports.
+    fn ask(&mut self, report: Report) {
+        self.asked += 1;
+        (self.report)(report);
+    }
+
+    /// An answer has come; whether it is still of use.
+    fn is_answer(&mut self) -> bool {
+        self.asked = self.asked.saturating_sub(1);
+        let late = self.late > 0;
+        self.late = self.late.saturating_sub(1);
+        !late
+    }
+
+    /// Nothing is held any more. What is being captured belongs to what has ended here.
+    fn open_gates(&mut self) {
+        self.gates.iter_mut().for_each(Gates::open);
+        self.late = self.asked;
+        self.first_copy = None;
+        self.staged.clear();
+    }
+
+    /// The backup cannot follow in this term: it is left there.
+    fn breaks(&mut self, why: &dyn std::fmt::Display) {
+        log::error!("replication: {why}: the backup cannot follow any more");
+        self.broken = Some(self.task.primary.term());
+        self.lost(why);
     }
 
     fn release(&mut self, epoch: Epoch) {
@@ -406,10 +473,7 @@ impl<R: Fn(Report)> Protector<R> {
             75..100 => Room::Scarce,
             _ => Room::None,
         };
-        if room != self.room {
-            self.room = room;
-            self.inputs.push_back(Input::Room(room));
-        }
+        self.inputs.push_back(Input::Room(room));
     }
 
     fn take_orders(&mut self) {
@@ -421,6 +485,7 @@ impl<R: Fn(Report)> Protector<R> {
     fn take(&mut self, order: Order) {
         match order {
             Order::Logging(filled) => {
+                let true = self.is_answer() else { return };
                 let Some(copy) = &self.first_copy else { return };
                 match image::used(&self.task.memory, &filled) {
                     Ok(ranges) => self.outgoing.round(copy.epoch, ranges),
@@ -428,6 +493,7 @@ impl<R: Fn(Report)> Protector<R> {
                 }
             }
             Order::Changed(changed) => {
+                let true = self.is_answer() else { return };
                 let Some(copy) = &mut self.first_copy else { return };
                 if copy.rounds.again(&changed) {
                     return self.outgoing.round(copy.epoch, changed);
@@ -437,28 +503,39 @@ impl<R: Fn(Report)> Protector<R> {
                 let room = staging::room_for(staging::bytes(&changed));
                 match Staging::touched(room) {
                     Ok(staging) => {
-                        (self.report)(Report::Capture { epoch, shut, left: changed, staging });
+                        self.ask(Report::Capture { epoch, shut, left: changed, staging });
                     }
                     Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
                 }
             }
             Order::Captured { epoch, captured, gates } => {
                 self.gates = gates.or(self.gates.take());
+                if !self.is_answer() {
+                    // It has shut them after they had been opened.
+                    return self.gates.iter_mut().for_each(Gates::open);
+                }
                 match self.stage(epoch, *captured) {
                     Ok(input) => {
                         self.inputs.push_back(input);
                         self.look_for_room();
                     }
-                    Err(e) => self.lost(&format_args!("cannot encode {epoch:?}: {e}")),
+                    Err(e) => self.breaks(&format_args!("cannot encode {epoch:?}: {e}")),
                 }
             }
-            Order::Failed(why) => self.lost(&why),
+            Order::Failed(why) => {
+                if self.is_answer() {
+                    self.breaks(&why);
+                }
+            }
             Order::Answered { nonce, question, answer } => {
                 self.inputs.push_back(Input::Answered { nonce, question, answer });
             }
             Order::Connected(connection) => self.connected(connection),
             Order::Command(input) => self.inputs.push_back(input),
+            // It is protected again already.
+            Order::Again(..) if self.task.primary.state() != State::Degraded => {}
             Order::Again(primary, peer) => {
+                self.broken = None;
                 (self.task.primary, self.task.peer) = (*primary, peer);
                 self.inputs.push_back(Input::Command(Command::Start));
             }
@@ -477,9 +554,9 @@ impl<R: Fn(Report)> Protector<R> {
     fn read(&mut self) {
         let Some((number, connection)) = &mut self.connection else { return };
         let number = *number;
-        loop {
+        for _ in 0..READS {
             match connection.receive() {
-                Ok([]) => break,
+                Ok([]) => return,
                 Ok(bytes) => {
                     self.reader.0.extend_from_slice(bytes);
                     self.inputs.push_back(Input::Heard(number));
@@ -510,14 +587,16 @@ impl<R: Fn(Report)> Protector<R> {
             }
             match self.outgoing.next() {
                 Ok(Some(Next::Bytes(bytes))) => connection.send(bytes),
-                Ok(Some(Next::RoundOver)) => (self.report)(Report::Harvest),
+                Ok(Some(Next::RoundOver)) => self.ask(Report::Harvest),
                 Ok(None) => break,
-                Err(e) => return self.lost(&format_args!("cannot send memory: {e}")),
+                Err(e) => return self.breaks(&format_args!("cannot send memory: {e}")),
             }
         }
         if let Some((_, connection)) = &mut self.connection
             && let Err(e) = connection.flush()
         {
+            // What the backup has said last counts.
+            self.read();
             self.lost(&format_args!("the connection has ended: {e}"));
         }
     }

@@ -61,6 +61,11 @@ pub fn parse_uuid(key: &str, text: &str) -> Result<u128, Error> {
 }
 
 impl Query {
+    /// Whether it is to become known by it that the guest runs here.
+    pub fn settles(&self) -> bool {
+        matches!(self.question, Question::Settle { .. } | Question::Claim { .. })
+    }
+
     /// The event that asks it.
     pub fn event(&self, lineage: Lineage) -> Event {
         let (mut word, mut side, mut incarnation) = (None, None, None);
