@@ -144,9 +144,7 @@ impl Arriving {
     fn tell(&mut self, told: Tell) {
         match told {
             Tell::Ask(query, lineage) => self.servers.broadcast(&query.event(lineage)),
-            Tell::State { previous, told } => {
-                let Some(replica) = self.arrival.replica() else { return };
-                let info = replica.status.lock().clone();
+            Tell::State { previous, told, info } => {
                 self.servers.broadcast(&changed(&info, previous, told));
             }
         }

@@ -1,8 +1,11 @@
 //! An epoch as it arrives at a backup: kept aside until it is whole, then applied to memory.
-use std::{io, ops::Range};
+use std::io;
 
 use machine::{Memory, memory::image};
 use replication::contents::{Event, PAGE};
+
+/// Most bytes of room that are kept for the next epoch.
+const SPARE: usize = 64 << 20;
 
 /// What becomes of memory.
 #[derive(Debug, Clone, Copy)]
@@ -59,10 +62,16 @@ impl Received {
         }
     }
 
+    /// The state of the machine, as far as it has come.
+    pub fn state(&self) -> &[u8] {
+        &self.state
+    }
+
     /// Drop what has come.
     pub fn clear(&mut self) {
         self.changes.clear();
         self.contents.clear();
+        self.contents.shrink_to(SPARE);
         self.state.clear();
     }
 
@@ -85,18 +94,9 @@ impl Received {
             apply(memory, change, bytes)?;
         }
         self.contents.clear();
+        self.contents.shrink_to(SPARE);
         Ok(std::mem::take(&mut self.state))
     }
-}
-
-/// Make all of memory zero.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn clear(memory: &Memory) -> io::Result<()> {
-    image::used(memory, &[])?.into_iter().try_for_each(|Range { start, end }| {
-        apply(memory, Change::Zeros { address: start, pages: (end - start) / PAGE as u64 }, &[])
-    })
 }
 
 fn apply(memory: &Memory, change: Change, bytes: &[u8]) -> io::Result<()> {

@@ -14,8 +14,8 @@ use qmp::schema::{
     FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationSide, ReplicationStatus,
 };
 use replication::{
-    Backup, Connection as Number, Epoch, Event as Told, Exit, Frame, From, Identity, Incarnation,
-    Input, Lineage, Mark, Message, Output, Rules, Settings, Term,
+    Backup, Connection as Number, Epoch, Event as Told, Exit, Fault, Frame, From, Identity,
+    Incarnation, Input, Lineage, Mark, Message, Output, Rules, Settings, Term, Why,
     backup::State,
     contents::{Bounds, Event, Reader},
     wire,
@@ -25,14 +25,14 @@ use rustix::{
     io::Errno,
     net::{SocketFlags, accept_with},
 };
-use state::Frames;
+use state::{Config, Frames, Sections};
 
 use super::{
     connection::Connection,
     offer::Offer,
     outgoing::MACHINE,
     questions::{Query, uuid},
-    received::{self, Received as Arriving},
+    received::Received as Arriving,
     settings,
     wake::Wake,
 };
@@ -42,6 +42,8 @@ use crate::checkpoint::{ReceiveError, Received};
 const LONGEST_EPOCH: u64 = 512 << 20;
 /// Connections at a time: the one in use, and one that may take its place.
 const PEERS: usize = 2;
+/// Most bytes that wait to be sent to a peer, which does not read then: all messages are short.
+const MOST_QUEUED: usize = 1 << 20;
 /// Most pieces that are read from one of them at a time.
 const READS: usize = 16;
 
@@ -65,6 +67,8 @@ pub enum Tell {
         previous: ReplicationStatus,
         /// Why, or what else is to be told.
         told: Told,
+        /// As it is then.
+        info: Box<ReplicationInfo>,
     },
 }
 
@@ -142,6 +146,10 @@ pub struct Standby<B, T> {
     peers: Vec<Peer>,
     connections: u64,
     accepted: Option<Accepted>,
+    /// The connection that was accepted last.
+    current: Option<Number>,
+    /// The machine that memory is for.
+    offered: Option<Config>,
     memory: Option<Memory>,
     /// Memory may not be zero.
     filled: bool,
@@ -150,6 +158,10 @@ pub struct Standby<B, T> {
     /// The state of the machine in the last whole epoch, and when that was whole.
     machine: Option<(Vec<u8>, Instant)>,
     building: Building,
+    /// Why the state is what it is.
+    why: Why,
+    /// When the machine is built, if its primary has not connected again by then.
+    builds_at: Option<Instant>,
     query: Option<Query>,
     inputs: VecDeque<Input>,
     told: ReplicationStatus,
@@ -174,6 +186,8 @@ struct Peer {
     /// What has come before the offer was complete.
     bytes: Vec<u8>,
     reader: Option<Reader>,
+    /// As its offer has them.
+    settings: Option<Settings>,
 }
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
@@ -191,11 +205,15 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             peers: Vec::new(),
             connections: 0,
             accepted: None,
+            current: None,
+            offered: None,
             memory: None,
             filled: false,
             coming: Arriving::default(),
             machine: None,
             building: Building::Nothing,
+            why: Why::Paired,
+            builds_at: None,
             query: None,
             inputs: VecDeque::new(),
             told: ReplicationStatus::Listening,
@@ -226,6 +244,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             self.take_orders();
             self.take_built();
             self.read();
+            if self.builds_at.take_if(|at| *at <= Instant::now()).is_some() {
+                self.build();
+            }
             self.inputs.push_back(Input::Tick);
         }
     }
@@ -238,13 +259,15 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     fn wait(&mut self) -> io::Result<bool> {
         let deadline = self.backup.as_ref().and_then(Backup::deadline);
         let left = deadline.map(|at| at.saturating_sub(self.now()));
+        let builds = self.builds_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = left.into_iter().chain(builds).min();
         let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
         let mut fds = vec![
             PollFd::new(&self.task.wake, PollFlags::IN),
             PollFd::new(&self.task.listener, PollFlags::IN),
         ];
-        for Peer { connection, .. } in &self.peers {
-            fds.push(PollFd::new(connection, connection.interest()));
+        for peer in self.peers.iter().filter(|peer| self.reads(peer.number)) {
+            fds.push(PollFd::new(&peer.connection, peer.connection.interest()));
         }
         match poll(&mut fds, left.as_ref()) {
             Ok(_) => {}
@@ -261,16 +284,24 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let Ok(fd) = accept_with(&self.task.listener, flags) else { return };
         self.connections += 1;
         let number = Number(self.connections);
-        // One that has waited in vain makes room.
+        // The one that has waited longest in vain makes room.
         if self.peers.len() >= PEERS {
-            self.close(self.peers.last().map(|peer| peer.number));
+            let waits = self.peers.iter().find(|peer| Some(peer.number) != self.current);
+            self.close(waits.map(|peer| peer.number));
         }
-        let connection = Connection::accepted(fd);
-        self.peers.push(Peer { number, connection, bytes: Vec::new(), reader: None });
+        let (connection, bytes) = (Connection::accepted(fd), Vec::new());
+        self.peers.push(Peer { number, connection, bytes, reader: None, settings: None });
     }
 
     fn close(&mut self, number: Option<Number>) {
         self.peers.retain(|peer| Some(peer.number) != number);
+        self.current = self.current.filter(|current| Some(*current) != number);
+    }
+
+    /// Whether this connection is read. While the machine is being built in memory, nobody else may
+    /// begin to fill that.
+    fn reads(&self, number: Number) -> bool {
+        self.building == Building::Nothing || self.current == Some(number)
     }
 
     fn take_inputs(&mut self) {
@@ -289,8 +320,11 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                 if let Message::Accept(_) = frame.message {
                     self.accepted(number, frame.term, frame.epoch);
                 }
-                if let Some(peer) = self.peers.iter_mut().find(|peer| peer.number == number) {
-                    peer.connection.send(wire::encode(&frame));
+                let Some(peer) = self.peer(number) else { return };
+                peer.connection.send(wire::encode(&frame));
+                if peer.connection.queued() > MOST_QUEUED {
+                    self.close(Some(number));
+                    self.inputs.push_back(Input::Closed(number));
                 }
             }
             Output::Close(number) => {
@@ -316,20 +350,24 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             Output::Unprepare => self.unprepare(),
             Output::Run { term, from, promoted } => self.runs(term, from, promoted),
             Output::Tell(told) => {
+                if let Told::State(why) = told {
+                    self.why = why;
+                }
                 let state = self.status();
                 let previous = std::mem::replace(&mut self.told, state);
                 if self.told == ReplicationStatus::Suspecting {
                     self.suspected = Instant::now();
                 }
                 self.show();
-                (self.tell)(Tell::State { previous, told });
+                let info = Box::new(self.task.status.lock().clone());
+                (self.tell)(Tell::State { previous, told, info });
             }
             Output::Exit(exit) => {
                 let why = match exit {
                     Exit::Refused(denial) => denial.to_string(),
                     _ => "the machine is still at its primary, which has left this backup".into(),
                 };
-                self.over = Some(Err(why));
+                self.over.get_or_insert(Err(why));
             }
             // A primary's.
             Output::BeatBeside
@@ -351,6 +389,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     fn accepted(&mut self, number: Number, term: Term, last: Epoch) {
         let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
         self.accepted = Some(Accepted { number, term, last, filling });
+        self.current = Some(number);
         self.coming.clear();
     }
 
@@ -358,19 +397,32 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     fn fill(&mut self) {
         self.coming.clear();
         self.machine = None;
-        let Some(memory) = self.memory.as_ref().filter(|_| self.filled) else {
-            self.filled = true;
+        if !std::mem::replace(&mut self.filled, true) {
             return;
-        };
-        if let Err(e) = received::clear(memory) {
-            log::error!("replication: cannot clear guest memory: {e}");
-            self.inputs.push_back(Input::NotApplied);
+        }
+        // This thread may not find out which pages are not zero.
+        self.memory = None;
+        let description = self.offered.as_ref().map(Description::try_from);
+        match description.and_then(Result::ok).map(|machine| self.builder.room(machine)) {
+            Some(Ok(memory)) => self.memory = Some(memory),
+            other => {
+                let why = other.and_then(Result::err).unwrap_or_default();
+                log::error!("replication: there is no room for the machine any more: {why}");
+                let current = self.current;
+                self.close(current);
+                self.inputs.extend(current.map(Input::Closed));
+            }
         }
     }
 
     /// The epoch is whole: it counts from here on.
     fn hold(&mut self, epoch: Epoch) {
         let Some(memory) = &self.memory else { return };
+        if let Err(why) = self.read_state(self.coming.state()) {
+            log::error!("replication: the state of the machine: {why}");
+            self.coming.clear();
+            return self.inputs.push_back(Input::NotHeld(epoch, Fault::Frame));
+        }
         match self.coming.apply(memory) {
             Ok(machine) => {
                 self.machine = Some((machine, Instant::now()));
@@ -383,7 +435,18 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         }
     }
 
+    /// Building the machine writes to its memory, and then its primary cannot come back. One whose
+    /// connection has ended usually connects again at once.
     fn prepare(&mut self) {
+        match (self.why, self.settings) {
+            (Why::Closed | Why::BadFrame | Why::Nack, Some(settings)) => {
+                self.builds_at = Some(Instant::now() + settings.timeout / 4);
+            }
+            _ => self.build(),
+        }
+    }
+
+    fn build(&mut self) {
         match self.building {
             Building::Nothing => match self.received() {
                 Ok(received) => {
@@ -406,23 +469,39 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let (Some((bytes, whole)), Some(memory)) = (&self.machine, &self.memory) else {
             return Err("there is no whole epoch".into());
         };
+        let (config, mut sections) = self.read_state(bytes)?;
+        // The guest's clock has advanced by this host's clock since.
+        let passed = u64::try_from(whole.elapsed().as_nanos()).unwrap_or(0);
+        let now = sections.clock.nanoseconds.saturating_add(passed);
+        sections.clock.nanoseconds = now;
+        Ok(Received { config, sections, memory: memory.clone() })
+    }
+
+    /// The configuration and the state of the machine that memory is for.
+    fn read_state(&self, bytes: &[u8]) -> Result<(Config, Sections), String> {
         let read = || {
-            let mut frames = Frames::begin(&bytes[..]).map_err(state::FileError::from)?;
-            let config = frames.config()?;
-            let mut sections = frames.sections()?;
+            let mut frames = Frames::begin(bytes).map_err(state::FileError::from)?;
+            let (config, sections) = (frames.config()?, frames.sections()?);
             frames.end()?;
-            // The guest's clock has advanced by this host's clock since.
-            let passed = u64::try_from(whole.elapsed().as_nanos()).unwrap_or(0);
-            let now = sections.clock.nanoseconds.saturating_add(passed);
-            sections.clock.nanoseconds = now;
-            Ok(Received { config, sections, memory: memory.clone() })
+            Ok((config, sections))
         };
-        read().map_err(|e: state::FileError| qmp::Error::generic(&e).to_string())
+        let read = read().map_err(|e: state::FileError| qmp::Error::generic(&e).to_string());
+        read.and_then(|(config, sections)| match self.is_offered(&config) {
+            true => Ok((config, sections)),
+            false => Err("it is of another machine than the one that was offered".into()),
+        })
+    }
+
+    fn is_offered(&self, config: &Config) -> bool {
+        self.offered.as_ref().is_some_and(|offered| offered.machine == config.machine)
     }
 
     /// The primary is back: this machine must not run. Building it has written to its memory, which
     /// is not that of the primary any more.
     fn unprepare(&mut self) {
+        if self.builds_at.take().is_some() {
+            return;
+        }
         match &mut self.building {
             Building::Machine(unwanted) => *unwanted = true,
             Building::Nothing | Building::Taking(_) => self.builder.forget(),
@@ -463,7 +542,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         };
         let decided = self.decided;
         let promotion = Promotion { me, term, promoted, settings, epoch, times, decided };
-        self.over = Some(Ok(promotion));
+        // Unless the monitor ends.
+        self.over.get_or_insert(Ok(promotion));
     }
 
     fn take_orders(&mut self) {
@@ -471,7 +551,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             match order {
                 ToStandby::Answer(given) => self.answered(&given),
                 ToStandby::Command(input) => self.inputs.push_back(input),
-                ToStandby::End => self.over = Some(Err("as it was told to".into())),
+                ToStandby::End => drop(self.over.get_or_insert(Err("as it was told to".into()))),
             }
         }
     }
@@ -489,7 +569,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     fn read(&mut self) {
         for number in self.peers.iter().map(|peer| peer.number).collect::<Vec<_>>() {
             // Timers must not wait for a peer that never stops sending.
-            (0..READS).all(|_| self.read_some(number));
+            (0..READS).all(|_| self.reads(number) && self.read_some(number));
         }
     }
 
@@ -532,7 +612,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                     None => return Ok(()),
                     Some((offer, length)) => {
                         let rest = peer.bytes.split_off(length);
-                        (self.offered(&offer)?, rest)
+                        peer.bytes = Vec::new();
+                        let (reader, settings) = self.offered(offer)?;
+                        if let Some(peer) = self.peer(number) {
+                            peer.settings = Some(settings);
+                        }
+                        (reader, rest)
                     }
                 }
             }
@@ -545,26 +630,35 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     }
 
     /// A primary offers a machine.
-    fn offered(&mut self, offer: &Offer) -> Result<Reader, String> {
-        let description = Description::try_from(&offer.config)
-            .map_err(|e| qmp::Error::generic(&e).to_string())?;
+    fn offered(&mut self, offer: Offer) -> Result<(Reader, Settings), String> {
+        let Offer { timeout, config } = offer;
+        let description =
+            Description::try_from(&config).map_err(|e| qmp::Error::generic(&e).to_string())?;
         let size = description.config.memory.size.bytes();
-        if self.memory.is_none() {
+        if !self.is_offered(&config) {
+            if !self.listens() {
+                return Err("another machine is offered than the one that is here".into());
+            }
+            (self.offered, self.memory, self.filled) = (None, None, false);
             match self.builder.room(description) {
-                Ok(memory) => self.memory = Some(memory),
+                Ok(memory) => (self.offered, self.memory) = (Some(config), Some(memory)),
                 Err(why) => log::error!("replication: the machine cannot run here: {why}"),
             }
         }
         let runs_here = self.memory.is_some();
-        let settings = settings::of_backup(&self.task.arbiter, offer.timeout, runs_here);
-        self.settings.get_or_insert(settings);
+        let settings = settings::of_backup(&self.task.arbiter, timeout, runs_here);
         let bounds = Bounds {
-            ram: std::iter::once(0..size).collect(),
+            ram: self.memory.iter().map(|_| 0..size).collect(),
             disks: Vec::new(),
             sections: vec![MACHINE.to_owned()],
             max_epoch: LONGEST_EPOCH,
         };
-        Ok(Reader::new(bounds))
+        Ok((Reader::new(bounds), settings))
+    }
+
+    /// Whether no primary was accepted yet.
+    fn listens(&self) -> bool {
+        self.backup.as_ref().is_none_or(|backup| backup.state() == State::Listening)
     }
 
     fn read_frames(
@@ -576,7 +670,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         self.inputs.push_back(Input::Heard(number));
         while let Some(event) = reader.next(&mut bytes).map_err(|e| e.to_string())? {
             if let Event::Message(frame) = event {
-                self.greet(frame);
+                self.greet(number, frame);
                 self.inputs.push_back(Input::Received(number, frame));
                 // What follows may depend on it.
                 self.take_inputs();
@@ -584,6 +678,13 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                     self.accepted.take_if(|accepted| accepted.number == number)
                 {
                     reader.accept(term, last, filling);
+                }
+                if let Message::End { .. } = frame.message {
+                    // What was not to be held.
+                    self.coming.clear();
+                }
+                if self.peer(number).is_none() {
+                    return Ok(());
                 }
                 continue;
             }
@@ -594,14 +695,14 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         Ok(())
     }
 
-    /// The first greeting says which domain this is the backup of.
-    fn greet(&mut self, frame: Frame) {
-        let (Message::Hello(hello), Some(settings)) = (frame.message, self.settings) else {
-            return;
-        };
-        if self.backup.is_some() {
+    /// The first greeting that is accepted says which domain this is the backup of.
+    fn greet(&mut self, number: Number, frame: Frame) {
+        let settings = self.peer(number).and_then(|peer| peer.settings);
+        let (Message::Hello(hello), Some(settings)) = (frame.message, settings) else { return };
+        if !self.listens() {
             return;
         }
+        self.settings = Some(settings);
         self.lineage = hello.lineage;
         let me = Identity { lineage: hello.lineage, incarnation: self.task.incarnation };
         let word = Mark::Free { term: Term(0) };
@@ -645,7 +746,14 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         shown.incarnation = Some(uuid(self.task.incarnation.0));
         if let Some(backup) = &self.backup {
             shown.lineage = Some(uuid(self.lineage.0));
-            (shown.term, shown.epoch) = (backup.term().0, backup.whole().0);
+            let status = backup.status();
+            (shown.term, shown.epoch, shown.acked) =
+                (status.term.0, status.epoch.0, status.acked.0);
+            shown.peer = status.peer.map(|peer| uuid(peer.0));
+            (shown.armed, shown.claimed) = (status.armed, status.claimed);
+            shown.waiting_for = status.waiting.map(|waiting| waiting.name().to_owned());
+            (shown.stalls, shown.missed_beats) = (status.stalls, status.missed_beats);
+            shown.largest_gap = micros(status.largest_gap) / 1000;
         }
     }
 }
