@@ -26,6 +26,8 @@ mod received;
 mod rounds;
 mod settings;
 pub mod standby;
+#[cfg(test)]
+mod tests;
 mod wake;
 
 pub(crate) use protection::Replication;

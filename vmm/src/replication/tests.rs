@@ -1,0 +1,469 @@
+//! Both threads of a replication, joined by a socket, without machines: what arrives, and what a
+//! broken link, a failed checkpoint or a hostile peer does.
+use std::{
+    fs,
+    io::{Read, Write},
+    net::Shutdown,
+    ops::Range,
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use config::{Description, MemoryConfig, incoming::Arbiter as Given};
+use machine::{
+    Memory,
+    memory::{allocate, image},
+};
+use parking_lot::Mutex;
+use qmp::schema::{ReplicationInfo, ReplicationStatus};
+use replication::{
+    Answer, Command, Digest, Epoch, Exit, Frame, Hello, Identity, Incarnation, Input, Lineage,
+    Message, OnLoss, Primary, Question, Record, Rules, Settings, Term, Word, wire,
+};
+use state::testing::{MEMORY, config, sections};
+
+use super::{
+    Wake,
+    connection::Connection,
+    offer::Offer,
+    protector::{Order, Orders, Protector, Report, Task},
+    settings::agreement,
+    standby::{self, Builder, Promotion, Standby, ToStandby},
+};
+use crate::checkpoint::{ReceiveError, Received};
+
+const TIMEOUT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(20);
+
+fn room() -> Memory {
+    allocate(&MemoryConfig::new(MEMORY.try_into().unwrap())).unwrap()
+}
+
+/// The whole memory.
+fn bytes(memory: &Memory) -> Vec<u8> {
+    let mut bytes = vec![0; MEMORY as usize];
+    image::read(memory, 0, &mut bytes).unwrap();
+    bytes
+}
+
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + LONG;
+    while !is_so() {
+        assert!(Instant::now() < end, "in vain for: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Builds nothing, and is done at once.
+struct Nobody {
+    rooms: Arc<Mutex<Vec<Memory>>>,
+    answers: u32,
+    wake: Wake,
+}
+
+impl Builder for Nobody {
+    fn room(&mut self, _: Description) -> Result<Memory, String> {
+        let memory = room();
+        self.rooms.lock().push(memory.clone());
+        Ok(memory)
+    }
+
+    fn build(&mut self, _: Received) {
+        self.answers += 1;
+        self.wake.wake();
+    }
+
+    fn forget(&mut self) {}
+
+    fn take(&mut self) {
+        self.answers += 1;
+        self.wake.wake();
+    }
+
+    fn answer(&mut self) -> Option<Result<(), String>> {
+        self.answers = self.answers.checked_sub(1)?;
+        Some(Ok(()))
+    }
+}
+
+struct Backup {
+    orders: Sender<ToStandby>,
+    wake: Wake,
+    status: Arc<Mutex<ReplicationInfo>>,
+    /// What memory was given, the last last.
+    rooms: Arc<Mutex<Vec<Memory>>>,
+    thread: JoinHandle<Result<Promotion, ReceiveError>>,
+}
+
+impl Backup {
+    fn at(path: &Path, arbiter: Given) -> Self {
+        let listener = UnixListener::bind(path).unwrap();
+        let (orders, inbox) = channel();
+        let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
+        let rooms = Arc::<Mutex<Vec<Memory>>>::default();
+        let builder = Nobody { rooms: rooms.clone(), answers: 0, wake: wake.clone() };
+        let task = standby::Task {
+            listener: listener.into(),
+            arbiter,
+            incarnation: Incarnation(2),
+            orders: inbox,
+            wake: wake.clone(),
+            status: status.clone(),
+        };
+        let thread = thread::spawn(move || Standby::new(task, builder, |_| {}).run());
+        Self { orders, wake, status, rooms, thread }
+    }
+
+    fn memory(&self) -> Vec<u8> {
+        bytes(self.rooms.lock().last().unwrap())
+    }
+
+    fn end(self) -> Result<Promotion, ReceiveError> {
+        self.orders.send(ToStandby::End).unwrap();
+        self.wake.wake();
+        self.thread.join().unwrap()
+    }
+}
+
+/// What the main thread of a primary knows.
+struct Host {
+    memory: Memory,
+    dirty: Mutex<Vec<Range<u64>>>,
+    /// Checkpoints fail.
+    fails: Mutex<bool>,
+    /// All states that were told.
+    told: Mutex<Vec<ReplicationStatus>>,
+    record: Mutex<Option<Record>>,
+}
+
+struct Protected {
+    host: Arc<Host>,
+    orders: Arc<Orders>,
+    status: Arc<Mutex<ReplicationInfo>>,
+    main: JoinHandle<Option<Exit>>,
+}
+
+impl Protected {
+    fn by(peer: &Path, arbiter: &Given, on_loss: OnLoss) -> Self {
+        let settings = Settings {
+            agreement: agreement(arbiter, true),
+            timeout: TIMEOUT,
+            period: Duration::from_millis(5),
+            ack_limit: LONG,
+            on_loss,
+            leave_slow: false,
+        };
+        let me = Identity { lineage: Lineage(1), incarnation: Incarnation(1) };
+        let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
+        let (to, inbox) = channel();
+        let memory = room();
+        let task = Task {
+            primary: Primary::new(me, Term(1), settings, Rules::ALL),
+            lineage: me.lineage,
+            incarnation: 1,
+            offer: Offer { timeout: TIMEOUT, config: config(1) },
+            peer: Some(peer.to_owned()),
+            memory: memory.clone(),
+            compress: true,
+            start: true,
+            orders: inbox,
+            wake: wake.clone(),
+            status: status.clone(),
+        };
+        let host = Arc::new(Host {
+            memory,
+            dirty: Mutex::default(),
+            fails: Mutex::default(),
+            told: Mutex::default(),
+            record: Mutex::default(),
+        });
+        let (report, reports) = channel();
+        thread::spawn(move || Protector::new(task, move |r| report.send(r).unwrap()).run());
+        let orders = Arc::new(Orders { to, wake });
+        let (of_main, given) = (host.clone(), orders.clone());
+        let main = thread::spawn(move || of_main.serve(&reports, &given));
+        Self { host, orders, status, main }
+    }
+
+    fn state(&self) -> ReplicationStatus {
+        self.status.lock().state
+    }
+
+    fn is_protected(&self) {
+        wait_for("protection", || self.state() == ReplicationStatus::Protected);
+    }
+
+    /// The guest changes memory, and this is at the backup.
+    fn writes(&self, random: &mut fastrand::Rng) {
+        for _ in 0..random.usize(1..40) {
+            let at = random.u64(..MEMORY / 4096) * 4096;
+            let mut page = [0; 4096];
+            match random.u8(..3) {
+                0 => {}
+                1 => random.fill(&mut page),
+                _ => page[random.usize(..4096)] = random.u8(..),
+            }
+            // As one step, so that no checkpoint is in between.
+            let mut dirty = self.host.dirty.lock();
+            image::write(&self.host.memory, at, &page).unwrap();
+            dirty.push(at..at + 4096);
+        }
+    }
+
+    fn is_equal(&self, backup: &Backup) {
+        let seen = self.status.lock().acked;
+        // Two more: the first of them may have begun before the last write.
+        wait_for("checkpoints", || self.status.lock().acked >= seen + 3);
+        assert!(bytes(&self.host.memory) == backup.memory(), "the memories differ");
+    }
+
+    fn command(&self, command: Command) {
+        self.orders.give(Order::Command(Input::Command(command)));
+    }
+}
+
+impl Host {
+    fn serve(&self, reports: &Receiver<Report>, orders: &Orders) -> Option<Exit> {
+        for report in reports {
+            match report {
+                Report::Log => orders.give(Order::Logging(Arc::new([]))),
+                Report::Harvest => {
+                    let dirty = std::mem::take(&mut *self.dirty.lock());
+                    orders.give(Order::Changed(image::union(&dirty, &[])));
+                }
+                Report::Capture { .. } if *self.fails.lock() => {
+                    orders.give(Order::Failed("as the test wants it".into()));
+                }
+                Report::Capture { epoch, left, mut staging, .. } => {
+                    let mut dirty = self.dirty.lock();
+                    let ranges = image::union(&left, &std::mem::take(&mut *dirty));
+                    staging.fill(&self.memory, &ranges).unwrap();
+                    let captured = Box::new((sections().try_into().unwrap(), staging));
+                    orders.give(Order::Captured { epoch, captured, gates: None });
+                }
+                Report::Ask(query) => self.answer(query.nonce, query.question, orders),
+                Report::Tell { state, .. } => self.told.lock().push(state),
+                Report::Park(_) | Report::Connect => {}
+                Report::Over(exit, _) => return exit,
+            }
+        }
+        None
+    }
+
+    /// A witness that grants what is claimed first.
+    fn answer(&self, nonce: u64, question: Question, orders: &Orders) {
+        let mut record = self.record.lock();
+        if let Question::Claim { word, party, .. } = question {
+            record.get_or_insert(Record { word, winner: party, settled: None });
+        }
+        orders.give(Order::Answered { nonce, question, answer: Answer::Record(*record) });
+    }
+}
+
+/// Forwards connections between two sockets, until they are cut.
+struct Link {
+    ends: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Link {
+    fn between(from: &Path, to: &Path) -> Self {
+        let (listener, to) = (UnixListener::bind(from).unwrap(), to.to_owned());
+        let ends = Arc::<Mutex<Vec<UnixStream>>>::default();
+        let kept = ends.clone();
+        thread::spawn(move || {
+            for near in listener.incoming() {
+                let (near, far) = (near.unwrap(), UnixStream::connect(&to).unwrap());
+                for (mut from, mut to) in [(&near, &far), (&far, &near)]
+                    .map(|(a, b)| (a.try_clone().unwrap(), b.try_clone().unwrap()))
+                {
+                    thread::spawn(move || {
+                        // A cut ends it.
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+                kept.lock().extend([near, far]);
+            }
+        });
+        Self { ends }
+    }
+
+    fn cut(&self) {
+        for end in self.ends.lock().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn places() -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let (near, far) = (directory.path().join("near"), directory.path().join("far"));
+    (directory, near, far)
+}
+
+fn witness() -> Given {
+    Given::Witness("dir:1".into())
+}
+
+#[test]
+fn memory_is_equal_whatever_the_guest_writes_and_how_often_the_link_breaks() {
+    let (_directory, near, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let link = Link::between(&near, &far);
+    let protected = Protected::by(&near, &Given::None, OnLoss::Stall);
+    let mut random = fastrand::Rng::with_seed(1);
+    protected.writes(&mut random);
+    protected.is_protected();
+    for _ in 0..5 {
+        for _ in 0..10 {
+            protected.writes(&mut random);
+            thread::sleep(Duration::from_millis(3));
+        }
+        protected.is_equal(&backup);
+        let stalls = protected.status.lock().stalls;
+        link.cut();
+        protected.writes(&mut random);
+        wait_for("a stall", || protected.status.lock().stalls > stalls);
+        protected.is_protected();
+    }
+    protected.is_equal(&backup);
+    assert_eq!(backup.rooms.lock().len(), 1, "nothing was sent again from the beginning");
+    assert_eq!(backup.status.lock().state, ReplicationStatus::Standby);
+}
+
+#[test]
+fn a_monitor_that_ends_leaves_no_backup_that_would_continue() {
+    for arbiter in [Given::None, witness()] {
+        let (_directory, _, far) = places();
+        let backup = Backup::at(&far, arbiter.clone());
+        let on_loss = if arbiter == Given::None { OnLoss::Stall } else { OnLoss::Claim };
+        let protected = Protected::by(&far, &arbiter, on_loss);
+        protected.is_protected();
+        protected.command(Command::Quit);
+        let record = protected.host.clone();
+        assert_eq!(protected.main.join().unwrap(), Some(Exit::Done));
+        match arbiter {
+            // It has said that it never will.
+            Given::None => assert!(backup.thread.join().unwrap().is_err()),
+            _ => {
+                assert_eq!(record.record.lock().unwrap().word, Word::End);
+                assert!(backup.end().is_err());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_that_fails_ends_the_term_instead_of_holding_output_for_ever() {
+    let (_directory, _, far) = places();
+    let backup = Backup::at(&far, witness());
+    let protected = Protected::by(&far, &witness(), OnLoss::Claim);
+    protected.is_protected();
+    *protected.host.fails.lock() = true;
+    wait_for("the term's end", || protected.state() == ReplicationStatus::Degraded);
+    assert_eq!(protected.host.record.lock().unwrap().word, Word::Solo);
+    assert_eq!(protected.status.lock().term, 2);
+    let told = protected.host.told.lock().clone();
+    let at = |state| told.iter().position(|told| *told == state);
+    assert!(at(ReplicationStatus::Stalled) < at(ReplicationStatus::Degraded), "{told:?}");
+    assert!(at(ReplicationStatus::Protected) < at(ReplicationStatus::Stalled), "{told:?}");
+    assert!(backup.end().is_err());
+}
+
+#[test]
+fn a_late_connection_does_not_replace_the_one_that_works() {
+    let (directory, _, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let protected = Protected::by(&far, &Given::None, OnLoss::Stall);
+    protected.is_protected();
+    let other = directory.path().join("other");
+    let listener = UnixListener::bind(&other).unwrap();
+    protected.orders.give(Order::Connected(Connection::to(&other).unwrap()));
+    let (mut late, _) = listener.accept().unwrap();
+    late.set_read_timeout(Some(LONG)).unwrap();
+    // It is closed again; at most the offer has come.
+    late.read_to_end(&mut Vec::new()).unwrap();
+    protected.is_equal(&backup);
+    let info = protected.status.lock().clone();
+    assert_eq!((info.state, info.stalls), (ReplicationStatus::Protected, 0));
+}
+
+/// The first frames of a primary, of which `change` makes something else.
+fn greeting(lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
+    let mut config = config(1);
+    change(&mut config);
+    let mut bytes = Offer { timeout: TIMEOUT, config }.encode().unwrap();
+    let message = Message::Hello(Hello {
+        lineage: Lineage(lineage),
+        incarnation: Incarnation(77),
+        bound: None,
+        claimed: false,
+        agreement: agreement(&Given::None, true),
+    });
+    bytes.extend(wire::encode(&Frame { term: Term(1), epoch: Epoch(0), message }));
+    bytes
+}
+
+#[test]
+fn no_peer_disturbs_a_backup_or_the_primary_that_it_has() {
+    let (_directory, _, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let end = Message::End { digest: Digest(1) };
+    let end = wire::encode(&Frame { term: Term(1), epoch: Epoch(1), message: end });
+    let offer = greeting(1, |_| {}).len()
+        - wire::encode(&Frame {
+            term: Term(1),
+            epoch: Epoch(0),
+            message: Message::Hello(Hello {
+                lineage: Lineage(1),
+                incarnation: Incarnation(77),
+                bound: None,
+                claimed: false,
+                agreement: agreement(&Given::None, true),
+            }),
+        })
+        .len();
+    let hostile = [
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        [31u32.to_le_bytes(), u32::MAX.to_le_bytes()].concat(),
+        // Another machine, larger than any host; one without a greeting; contents before it.
+        greeting(9, |config| config.machine.memory.size = 1 << 62),
+        greeting(9, |config| config.machine.vcpus = 0),
+        greeting(1, |_| {})[..offer].to_vec(),
+        [&greeting(1, |_| {})[..offer], &end].concat(),
+        greeting(1, |_| {}).iter().map(|byte| byte ^ 0x10).collect(),
+    ];
+    let sends = || -> Vec<UnixStream> {
+        let send = |bytes: &Vec<u8>| {
+            let mut peer = UnixStream::connect(&far).unwrap();
+            // It may be closed meanwhile.
+            let _ = peer.write_all(bytes);
+            thread::sleep(Duration::from_millis(10));
+            peer
+        };
+        hostile.iter().map(send).collect()
+    };
+    let before = sends();
+    let protected = Protected::by(&far, &Given::None, OnLoss::Stall);
+    protected.is_protected();
+    let meanwhile = sends();
+    // A second primary is refused, with the reason.
+    let mut second = UnixStream::connect(&far).unwrap();
+    second.write_all(&greeting(1, |_| {})).unwrap();
+    second.set_read_timeout(Some(LONG)).unwrap();
+    let mut answer = [0; 4];
+    second.read_exact(&mut answer).unwrap();
+    assert_eq!(u32::from_le_bytes(answer), 10, "Refuse");
+    protected.writes(&mut fastrand::Rng::with_seed(3));
+    protected.is_equal(&backup);
+    let info = protected.status.lock().clone();
+    assert_eq!((info.state, info.stalls), (ReplicationStatus::Protected, 0));
+    drop((before, meanwhile, fs::metadata(&far)));
+    assert!(backup.end().is_err());
+}
