@@ -1,4 +1,6 @@
 //! Starting, stopping and ending domains.
+use std::time::Duration;
+
 use anyhow::Context as _;
 use qmp::schema::{Cont, Stop};
 use serde_json::json;
@@ -12,6 +14,9 @@ use crate::{
     registry::{Description, Lock, Name, Place},
     verbs::{Begin, Create, Delete, New, Rename, Start},
 };
+
+/// How long the protection of a domain that is destroyed may take to end.
+const UNPROTECT_LIMIT: Duration = Duration::from_secs(5);
 
 pub fn create(ctx: &Context, args: &Create) -> anyhow::Result<Answer> {
     let (name, description) = configuration::read(&args.described)?;
@@ -195,6 +200,10 @@ pub fn let_run(ctx: &Context, held: &mut LockedDomain) -> anyhow::Result<()> {
 
 pub fn destroy(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     let mut held = ctx.hold(Verb::Destroy, name)?;
+    if let Some(client) = held.status.client.as_mut() {
+        client.set_timeout(domain::limit());
+        remus::before_the_end(ctx, &held.place, client, UNPROTECT_LIMIT);
+    }
     end(ctx, &mut held)?;
     if held.place.managed && held.place.is_saved() {
         ctx.registry.invalidate(&held.place)?;

@@ -2,6 +2,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use qmp::schema::{OnBackupLoss, OnBackupSlow};
 
 use crate::{
     registry::Name,
@@ -18,14 +19,14 @@ pub struct Remus {
     /// Keep the backup on this host: it survives the monitor's death, not the host's
     #[arg(long, conflicts_with_all = ["host", "shell", "port"])]
     pub local: bool,
-    /// Time between checkpoints in milliseconds, or 'auto': as short as the guest's changes allow
-    #[arg(short, long, value_name = "MS|auto", default_value = "200", value_parser = interval)]
+    /// Time between checkpoints in milliseconds
+    #[arg(short, long, value_name = "MS", default_value = "200", value_parser = interval)]
     pub interval: Interval,
-    /// Take a checkpoint at the interval even if the guest waits for none
-    #[arg(long)]
+    /// Refused: there is a checkpoint at each interval
+    #[arg(long, hide = true)]
     pub timer: bool,
-    /// Send pages uncompressed
-    #[arg(short, long)]
+    /// Refused: pages are always compressed
+    #[arg(short, long, hide = true)]
     pub uncompressed: bool,
     /// Command that reaches the host instead of ssh; '' runs HOST itself as a command
     #[arg(short, long = "shell", value_name = "COMMAND", conflicts_with = "port")]
@@ -39,17 +40,17 @@ pub struct Remus {
     /// Refused: output is held by the monitor itself, not by a script
     #[arg(short = 'N', hide = true)]
     pub no_script: bool,
-    /// Accept what loses safety: -b, -n, -d, or neither witness nor fence
+    /// Accept that there is neither witness nor fence: then a failover is by hand only
     #[arg(short = 'F', long)]
     pub force: bool,
-    /// Replicate into nothing, to measure the cost
-    #[arg(short, long)]
+    /// Refused: there is always a backup
+    #[arg(short, long, hide = true)]
     pub blackhole: bool,
-    /// Do not hold the guest's output
-    #[arg(short = 'n', long)]
+    /// Refused: output is always held
+    #[arg(short = 'n', long, hide = true)]
     pub no_hold: bool,
-    /// Do not replicate disks
-    #[arg(short = 'd', long)]
+    /// Refused: a domain with disks cannot be protected
+    #[arg(short = 'd', long, hide = true)]
     pub no_disks: bool,
     /// What decides who continues: dir:PATH, exec:COMMAND or
     /// etcd:URL[,URL..][,prefix=KEY][,tls=DIR]; the same on both hosts
@@ -64,14 +65,14 @@ pub struct Remus {
     /// What happens when the backup is too slow
     #[arg(long, value_enum, value_name = "ACTION")]
     pub on_backup_slow: Option<OnSlow>,
-    /// Milliseconds between signs of life (a tenth of the time-out)
-    #[arg(long, value_name = "MS")]
+    /// Refused: the time-out determines it
+    #[arg(long, value_name = "MS", hide = true)]
     pub heartbeat: Option<u64>,
     /// Milliseconds without a sign of life after which the other side is suspected (1000)
     #[arg(long, value_name = "MS")]
     pub timeout: Option<u64>,
-    /// Directory of the certificates for TLS
-    #[arg(long, value_name = "DIR")]
+    /// Refused: ssh or a tunnel encrypts
+    #[arg(long, value_name = "DIR", hide = true)]
     pub tls: Option<PathBuf>,
 }
 
@@ -109,14 +110,13 @@ pub enum OnLoss {
     Continue,
 }
 
-impl OnLoss {
-    /// As in QMP.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Witness => "witness",
-            Self::Stall => "stall",
-            Self::Stop => "stop",
-            Self::Continue => "continue",
+impl From<OnLoss> for OnBackupLoss {
+    fn from(action: OnLoss) -> Self {
+        match action {
+            OnLoss::Witness => Self::Witness,
+            OnLoss::Stall => Self::Stall,
+            OnLoss::Stop => Self::Stop,
+            OnLoss::Continue => Self::Continue,
         }
     }
 }
@@ -130,12 +130,11 @@ pub enum OnSlow {
     Stall,
 }
 
-impl OnSlow {
-    /// As in QMP.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Solo => "solo",
-            Self::Stall => "stall",
+impl From<OnSlow> for OnBackupSlow {
+    fn from(action: OnSlow) -> Self {
+        match action {
+            OnSlow::Solo => Self::Solo,
+            OnSlow::Stall => Self::Stall,
         }
     }
 }

@@ -200,7 +200,13 @@ impl Vmm {
         let wake = Wake::new().map_err(failed)?;
         let (to, orders) = channel();
         let (reports, inbox) = channel();
+        // What the thread has not shown yet must not look as if there were no protection.
+        let state = match start {
+            true => ReplicationStatus::Connecting,
+            false => ReplicationStatus::Degraded,
+        };
         let status = Arc::new(Mutex::new(ReplicationInfo {
+            state,
             last_failover: self.replication.last.last_failover,
             ..Default::default()
         }));

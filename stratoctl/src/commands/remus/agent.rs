@@ -61,23 +61,35 @@ pub fn agent(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     };
     let mut client = domain::qmp(&place)?;
     ready()?;
-    let mut server = Server::new(means(ctx, &place, &protection)?)?;
-    let mut now = place.clone();
+    let started = place.clone();
+    let mut now = place;
+    let mut known = protection;
     loop {
+        let mut server = Server::new(means(ctx, &now, &known)?)?;
+        let mut found = Some(known.clone());
         let needed = || {
             // It may have been renamed.
             if now.id() != Some(id) {
                 match ctx.place_of(id) {
-                    Ok(Some(found)) => now = found,
-                    _ => return false,
+                    Ok(Some(place)) => now = place,
+                    _ => {
+                        found = None;
+                        return false;
+                    }
                 }
             }
-            !matches!(Protection::of(&now), Ok(None))
+            if let Ok(record) = Protection::of(&now) {
+                found = record;
+            }
+            found.as_ref() == Some(&known)
         };
-        let log = |line: &str| restart_policy::log(&place, line);
-        match server.run(&mut client, needed, log)? {
-            End::HungUp | End::Unneeded => return Ok(Answer::silent()),
-            End::Late => client = domain::qmp(&place)?,
+        let log = |line: &str| restart_policy::log(&started, line);
+        let end = server.run(&mut client, needed, log)?;
+        // A promoted domain that is protected again has another backup.
+        match (end, found) {
+            (End::HungUp, _) | (_, None) => return Ok(Answer::silent()),
+            (End::Late, Some(record)) => (client, known) = (domain::qmp(&now)?, record),
+            (End::Unneeded, Some(record)) => known = record,
         }
     }
 }

@@ -17,9 +17,12 @@ use anyhow::Context as _;
 use serde_json::json;
 
 use super::{
-    super::{Answer, Context, end},
+    super::{Answer, Context, end, lifecycle},
     agent::revive,
-    backup_name, described, identify, unlocked,
+    backup_name,
+    leave::is_backup,
+    protect::identify,
+    unlocked,
 };
 use crate::{
     configuration, domain,
@@ -175,7 +178,7 @@ fn connect(run: &Path) -> anyhow::Result<UnixStream> {
 /// It does not start, or there is a domain of that name.
 pub fn beside(ctx: &Context, place: &Place, primary: &Protection) -> anyhow::Result<PathBuf> {
     let name = backup_name(&place.name)?;
-    let mut description = described(place)?;
+    let mut description = lifecycle::described(place)?;
     // Of its own: what belongs to a domain is found by its UUID, and removed with it.
     description.uuid = configuration::uuid()?;
     let protection = Protection { side: SideText::Backup, dial: None, ..primary.clone() };
@@ -183,16 +186,23 @@ pub fn beside(ctx: &Context, place: &Place, primary: &Protection) -> anyhow::Res
     Ok(backup.run.join(SOCKET))
 }
 
-/// End what [`beside`] has made.
+/// End what [`beside`] has made, unless it has become the domain itself meanwhile.
 ///
 /// # Errors
 /// It cannot be ended.
-pub fn undo(ctx: &Context, place: &Place) -> anyhow::Result<()> {
+pub fn undo(ctx: &Context, place: &Place, lineage: Uuid) -> anyhow::Result<()> {
     let name = backup_name(&place.name)?;
     let _lock = ctx.registry.lock(&name)?;
-    match ctx.query(&name) {
-        (Some(backup), status) => end(ctx, &mut unlocked(backup, status)),
-        (None, _) => Ok(()),
+    let (Some(backup), mut status) = ctx.query(&name) else { return Ok(()) };
+    let ours = Protection::of(&backup)?
+        .is_some_and(|known| known.side == SideText::Backup && known.lineage == lineage);
+    let waits = match &mut status.client {
+        Some(client) => is_backup(client)?,
+        None => true,
+    };
+    match ours && waits {
+        true => end(ctx, &mut unlocked(backup, status)),
+        false => Ok(()),
     }
 }
 

@@ -1,0 +1,414 @@
+//! `remus`: protects a domain.
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use qmp::{
+    client::Client,
+    schema::{
+        QueryReplication, ReplicationInfo, ReplicationStart, ReplicationStatus, ReplicationStop,
+    },
+};
+use serde_json::json;
+
+use super::{
+    super::{Answer, Context, lifecycle},
+    agent::revive,
+    follow, receive,
+};
+use crate::{
+    failure::Failure,
+    matrix::Verb,
+    progress,
+    remus::{
+        dial::Dial,
+        protection::Protection,
+        wire::SideText,
+        witness::{self, Asked},
+    },
+    verbs::{Interval, OnLoss, Remus},
+};
+
+/// How long a witness is asked for its identity.
+const IDENTIFY_LIMIT: Duration = Duration::from_secs(10);
+/// How long a backup may take to answer. To be filled, it may take any time.
+const CONNECT_LIMIT: Duration = Duration::from_secs(40);
+/// Poll interval while a domain becomes protected.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+pub fn remus(ctx: &Context, args: &Remus) -> anyhow::Result<Answer> {
+    let refusals = refusals(args);
+    if !refusals.is_empty() {
+        return Err(Failure::new(refusals.join("\n")).into());
+    }
+    let mut held = ctx.hold(Verb::Remus, &args.domain)?;
+    // A monitor without replication says so here, before anything has changed.
+    let before = held.status.client()?.execute(&QueryReplication {})?;
+    if !matches!(before.state, ReplicationStatus::Off | ReplicationStatus::Degraded) {
+        let state = word(before.state);
+        let what = format!("'{}' is protected already: it is {state}", args.domain);
+        let hint = format!("`stratoctl unprotect {}` ends that", args.domain);
+        return Err(Failure::hint(what, hint).into());
+    }
+    let witness = match (&args.witness, args.local) {
+        (None, true) => Some(ctx.own_witness()?),
+        (named, _) => named.clone(),
+    };
+    let identity = witness.as_ref().map(identify).transpose()?;
+    // A backup that has taken over keeps the lineage of its primary.
+    let earlier = Protection::of(&held.place)?;
+    let lineage = match &earlier {
+        Some(earlier) => earlier.lineage,
+        None => lifecycle::described(&held.place)?.uuid.parse().context("the domain's UUID")?,
+    };
+    let mut protection = Protection {
+        side: SideText::Primary,
+        lineage,
+        witness: witness.as_ref().map(ToString::to_string),
+        identity: identity.clone(),
+        fence: args.fence.as_ref().map(ToString::to_string),
+        dial: None,
+    };
+    if args.local {
+        let backup = receive::beside(ctx, &held.place, &protection)?;
+        protection.dial = Some(Dial::Unix(backup));
+    } else if let Some(host) = &args.host {
+        protection.dial = Some(dial(ctx, args, host, &protection));
+    }
+    protection.record(&ctx.registry, &held.place).context("cannot record the protection")?;
+    let started = revive(ctx, &held.place).and_then(|()| {
+        let client = held.status.client()?;
+        client.execute(&start(args, &protection)?)?;
+        until_protected(client, args)
+    });
+    match started {
+        Ok(info) => Ok(Answer::new("", json!({ "name": args.domain, "replication": info }))),
+        Err(e) => {
+            // Unless it runs in spite of the error: then it is needed.
+            let now = held.status.client()?.execute(&QueryReplication {});
+            if now.is_ok_and(|now| now.state == before.state) {
+                match earlier {
+                    Some(earlier) => earlier.record(&ctx.registry, &held.place)?,
+                    None => Protection::forget(&ctx.registry, &held.place)?,
+                }
+                if args.local {
+                    receive::undo(ctx, &held.place, lineage)?;
+                }
+            }
+            Err(e)
+        }
+    }
+}
+
+/// A state, as in QMP.
+fn word(state: ReplicationStatus) -> String {
+    json!(state).as_str().unwrap_or_default().to_owned()
+}
+
+/// Every reason to refuse the options, at once.
+fn refusals(args: &Remus) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut refuse = |when: bool, what: &str| {
+        if when {
+            all.push(what.to_owned());
+        }
+    };
+    refuse(args.no_script, "-N: there is no script to leave out: the monitor itself holds output");
+    refuse(
+        args.interval == Interval::Auto,
+        "-i auto: the monitor does not adapt the interval: give milliseconds; 200 are usual",
+    );
+    refuse(
+        args.timer,
+        "--timer: leave it out: there is a checkpoint at each interval, also if no output waits",
+    );
+    refuse(args.uncompressed, "-u: pages are always sent compressed");
+    refuse(
+        args.blackhole,
+        "-b: the monitor does not replicate into nothing: --local shows the cost, with a backup on \
+         this host",
+    );
+    refuse(args.no_hold, "-n: output is always held until the backup could continue from there");
+    refuse(args.no_disks, "-d: a domain with disks cannot be protected, with or without them");
+    refuse(
+        args.heartbeat.is_some(),
+        "--heartbeat: signs of life are sent as often as --timeout needs them: choose that",
+    );
+    refuse(
+        args.tls.is_some(),
+        "--tls: the monitors do not encrypt: ssh, the default, does, or lead a tunnel of yours to \
+         -p",
+    );
+    let arbiter = args.local || args.witness.is_some() || args.fence.is_some();
+    refuse(
+        args.on_backup_loss == Some(OnLoss::Continue) && arbiter,
+        "--on-backup-loss continue: the primary would not ask, but with a witness or a fence the \
+         backup may continue by itself: leave these out, or choose another action",
+    );
+    for (action, name) in [(OnLoss::Witness, "witness"), (OnLoss::Stop, "stop")] {
+        refuse(
+            args.on_backup_loss == Some(action) && !arbiter,
+            &format!("--on-backup-loss {name}: needs --witness or --fence"),
+        );
+    }
+    refuse(args.timeout.is_some_and(|ms| ms < 10), "--timeout: 10 ms is the least");
+    let loopback = ["localhost", "127.0.0.1", "::1"];
+    let elsewhere = args.host.as_deref().is_some_and(|host| !loopback.contains(&host));
+    refuse(
+        args.port.is_some() && elsewhere,
+        "-p: memory would cross the network in the clear: ssh, the default, encrypts; or lead a \
+         tunnel of yours to a port of localhost",
+    );
+    refuse(
+        !arbiter && !args.blackhole && !args.force,
+        "neither --witness nor --fence: a failover would be by hand only, since nothing else tells \
+         whether the other side still runs; -F accepts that",
+    );
+    all
+}
+
+/// The identity of a witness.
+///
+/// # Errors
+/// It does not answer.
+pub fn identify(uri: &witness::Uri) -> anyhow::Result<String> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let mut asked = Asked::new(uri.clone(), None, program);
+    let deadline = Instant::now() + IDENTIFY_LIMIT;
+    loop {
+        match asked.identify() {
+            Ok(identity) => return Ok(identity),
+            Err(e) if Instant::now() >= deadline => return Err(e.into()),
+            Err(_) => std::thread::sleep(POLL_INTERVAL),
+        }
+    }
+}
+
+/// How the backup is reached.
+fn dial(ctx: &Context, args: &Remus, host: &str, protection: &Protection) -> Dial {
+    if let Some(port) = args.port {
+        return Dial::Tcp(host.to_owned(), port);
+    }
+    let shell = match args.shell.as_deref() {
+        Some("") => return Dial::Command(host.to_owned()),
+        other => other.unwrap_or("ssh"),
+    };
+    let mut words = vec!["stratoctl".to_owned(), "remus-receive".to_owned()];
+    if let Some(root) = &ctx.root {
+        // The same directory on the other host, as for the witness and the disks.
+        words.extend(["--root".to_owned(), root.display().to_string()]);
+    }
+    if args.no_wait {
+        words.push("-e".to_owned());
+    }
+    for (option, value) in [("--witness", &protection.witness), ("--fence", &protection.fence)] {
+        if let Some(value) = value {
+            words.extend([option.to_owned(), value.clone()]);
+        }
+    }
+    // Once for the shell there, once for the shell here.
+    let there: Vec<_> = words.iter().map(|word| quoted(word)).collect();
+    let line = format!("{shell} {} {}", quoted(host), quoted(&there.join(" ")));
+    Dial::Command(line)
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:@,=".contains(&byte);
+    match !word.is_empty() && word.bytes().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+/// The arguments of `replication-start`.
+fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationStart> {
+    let interval = match args.interval {
+        Interval::Auto => None,
+        Interval::Milliseconds(ms) => Some(ms),
+    };
+    Ok(ReplicationStart {
+        uri: None,
+        interval,
+        lineage: Some(protection.lineage.to_string()),
+        witness: protection.identity.clone(),
+        fence: protection.arbitrating_fence()?.map(str::to_owned),
+        on_backup_loss: args.on_backup_loss.map(Into::into),
+        on_backup_slow: args.on_backup_slow.map(Into::into),
+        heartbeat_timeout: args.timeout,
+        ack_limit: None,
+    })
+}
+
+/// Wait until the domain is protected; its state then.
+fn until_protected(client: &mut Client, args: &Remus) -> anyhow::Result<ReplicationInfo> {
+    let shown = progress::spinner(&format!("Protecting {}", args.domain));
+    let connected_by = Instant::now() + CONNECT_LIMIT;
+    let mut given_up = false;
+    let mut reason = "its backup has not answered".to_owned();
+    let info = loop {
+        let info = client.execute(&QueryReplication {})?;
+        match info.state {
+            ReplicationStatus::Protected => break Some(info),
+            ReplicationStatus::Off => break None,
+            ReplicationStatus::Connecting if !given_up && Instant::now() >= connected_by => {
+                given_up = true;
+                client.execute(&ReplicationStop::default())?;
+            }
+            _ => {}
+        }
+        progress::turn(&shown);
+        if let Some(change) = follow::next(client)? {
+            if !given_up {
+                reason = change.reason;
+            }
+            // Where the guest has come by a failover, there is no other way back.
+            if change.state == ReplicationStatus::Degraded {
+                break None;
+            }
+        }
+    };
+    shown.finish_and_clear();
+    info.ok_or_else(|| {
+        let what = format!("'{}' is not protected: {reason}", args.domain);
+        let hint = format!("`stratoctl dmesg {}` shows more", args.domain);
+        Failure::hint(what, hint).into()
+    })
+}
+
+impl Context {
+    /// A witness for two sides on this host: the registry's own directory. It outlives a reboot, as
+    /// the disks do.
+    fn own_witness(&self) -> anyhow::Result<witness::Uri> {
+        let path: PathBuf = self.registry.place_for_witness()?;
+        Ok(witness::Uri::Dir(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use qmp::schema::{OnBackupLoss, OnBackupSlow};
+
+    use super::*;
+    use crate::{
+        remus::uuid::Uuid,
+        verbs::{Command, Line},
+    };
+
+    const LINEAGE: &str = "00000000-0000-0000-0000-000000000007";
+
+    fn parse(words: &str) -> Remus {
+        let words = ["stratoctl", "remus"].into_iter().chain(words.split_whitespace());
+        let words = words.map(|word| if word == "''" { "" } else { word });
+        match Line::try_parse_from(words).unwrap().verb {
+            Command::Remus(args) => *args,
+            _ => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn all_that_is_unsafe_is_refused_at_once() {
+        for (words, reasons) in [
+            ("web b --witness dir:/w", &[][..]),
+            ("web b --fence ssh:b", &[]),
+            ("web --local", &[]),
+            ("web b", &["neither"]),
+            ("web b -F", &[]),
+            ("web b -N -n", &["-N:", "-n:", "neither"]),
+            (
+                "web b -F -i auto --timer -u -b -n -d --heartbeat 20 --tls /t",
+                &["-i auto:", "--timer:", "-u:", "-b:", "-n:", "-d:", "--heartbeat:", "--tls:"],
+            ),
+            ("web b --witness dir:/w --on-backup-loss continue -F", &["continue"]),
+            ("web b -F --on-backup-loss continue", &[]),
+            ("web b -F --on-backup-loss witness", &["witness: needs"]),
+            ("web b -F --on-backup-loss stop", &["stop: needs"]),
+            ("web b --witness dir:/w --timeout 9", &["--timeout"]),
+            ("web b --witness dir:/w --timeout 200", &[]),
+            ("web b -p 9 --witness dir:/w", &["in the clear"]),
+            ("web localhost -p 9 --witness dir:/w", &[]),
+        ] {
+            let said = refusals(&parse(words));
+            assert_eq!(said.len(), reasons.len(), "{words}: {said:?}");
+            for reason in reasons {
+                assert!(said.iter().any(|said| said.contains(reason)), "{words}: {said:?}");
+            }
+        }
+        for wrong in ["web", "web b --local", "web b -p 1 -s x", "web b -i 0", "web b --fence x"] {
+            let words = ["stratoctl", "remus"].into_iter().chain(wrong.split_whitespace());
+            assert!(Line::try_parse_from(words).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_other_host_is_reached_as_xl_does() {
+        let ctx = |root: Option<&str>| Context {
+            registry: crate::registry::Registry::open(Some("/nowhere".as_ref())).unwrap(),
+            program: "stratovirt".into(),
+            root: root.map(Into::into),
+        };
+        let line = |words: &str, root| {
+            let args = parse(words);
+            let protection = Protection {
+                side: SideText::Primary,
+                lineage: Uuid(7),
+                witness: args.witness.as_ref().map(ToString::to_string),
+                identity: None,
+                fence: None,
+                dial: None,
+            };
+            dial(&ctx(root), &args, args.host.as_deref().unwrap(), &protection)
+        };
+        let command = |text: &str| Dial::Command(text.into());
+        assert_eq!(line("web b -F", None), command("ssh b 'stratoctl remus-receive'"));
+        assert_eq!(
+            line("web b -F -e -s rsh", Some("/a b")),
+            command(r"rsh b 'stratoctl remus-receive --root '\''/a b'\'' -e'")
+        );
+        assert_eq!(
+            line("web b --witness dir:/w", None),
+            command("ssh b 'stratoctl remus-receive --witness dir:/w'")
+        );
+        assert_eq!(line("web receive-it -F -s ''", None), command("receive-it"));
+        assert_eq!(line("web b -F -p 9", None), Dial::Tcp("b".into(), 9));
+    }
+
+    #[test]
+    fn options_become_arguments_and_defaults_are_left_to_the_monitor() {
+        let protection = |identity: Option<&str>, fence: Option<&str>| Protection {
+            side: SideText::Primary,
+            lineage: Uuid(7),
+            witness: None,
+            identity: identity.map(str::to_owned),
+            fence: fence.map(str::to_owned),
+            dial: None,
+        };
+        let said = |words: &str, protection| start(&parse(words), &protection).unwrap();
+        let usual = ReplicationStart {
+            interval: Some(200),
+            lineage: Some(LINEAGE.into()),
+            ..Default::default()
+        };
+        assert_eq!(said("web b -F", protection(None, None)), usual);
+        let options = "web b -i 25 --timeout 200 --on-backup-loss stall --on-backup-slow solo";
+        assert_eq!(
+            said(options, protection(None, Some("ssh:b"))),
+            ReplicationStart {
+                interval: Some(25),
+                fence: Some("ssh".into()),
+                on_backup_loss: Some(OnBackupLoss::Stall),
+                on_backup_slow: Some(OnBackupSlow::Solo),
+                heartbeat_timeout: Some(200),
+                ..usual.clone()
+            }
+        );
+        // With a witness the fence decides nothing.
+        assert_eq!(
+            said("web b", protection(Some("dir:7"), Some("ssh:b"))),
+            ReplicationStart { witness: Some("dir:7".into()), ..usual }
+        );
+    }
+}
