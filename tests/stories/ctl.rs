@@ -20,6 +20,8 @@ mod matrix;
 mod mistakes;
 #[path = "ctl/policy.rs"]
 mod policy;
+#[path = "ctl/protected.rs"]
+mod protected;
 #[path = "ctl/remus.rs"]
 mod remus;
 #[path = "ctl/rig.rs"]

@@ -4,4 +4,6 @@
 pub mod bench;
 pub mod lints;
 #[cfg(feature = "harness")]
+pub mod protected;
+#[cfg(feature = "harness")]
 pub mod soak;

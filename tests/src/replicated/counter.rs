@@ -179,6 +179,12 @@ impl Counter {
         }
     }
 
+    /// The last number that was acknowledged; 0 before the first one.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        self.shared.lock().steps.last().map_or(0, |step| step.number)
+    }
+
     /// As [`Report::longest_gap`], so far.
     #[must_use]
     pub fn longest_gap(&self, since: Instant) -> Duration {

@@ -188,7 +188,7 @@ fn both_sides_may_be_on_one_host() -> Result<()> {
     ensure!(answer(&monitor, 3)?["reason"] == "there is no fence");
 
     let table = String::from_utf8(rig.run(&["list"])?.stdout)?;
-    ensure!(table.contains("REMUS") && table.contains(" P\n"), "{table}");
+    ensure!(table.contains("REMUS") && table.contains(" P epoch 9\n"), "{table}");
     let (what, hint) = rig.refused(&["remus", "--local", "web"])?;
     ensure!(what.contains("protected already") && hint.contains("unprotect web"), "{what}");
     ensure!(rig.state("web-backup")? == "running");

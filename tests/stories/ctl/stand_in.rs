@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::Result;
+use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use serde_json::{Value, json};
 
 use crate::rig::Rig;
@@ -91,10 +92,13 @@ impl StandIn {
                     json!({ "status": "running", "running": true, "singlestep": false })
                 }
                 "query-migrate" => json!({ "status": "setup" }),
-                "query-replication" if state.protected => {
-                    json!({ "state": "protected", "role": "primary", "term": 1, "epoch": 9 })
-                }
-                "query-replication" => json!({ "state": "off", "term": 1 }),
+                "query-replication" if state.protected => json!(ReplicationInfo {
+                    state: ReplicationStatus::Protected,
+                    role: Some(ReplicationSide::Primary),
+                    epoch: 9,
+                    ..ReplicationInfo::default()
+                }),
+                "query-replication" => json!(ReplicationInfo::default()),
                 _ => json!({}),
             };
             match command {

@@ -16,21 +16,25 @@ use stories::guest::Kernel;
 use stories::host::{Host, Job, Said};
 use stories::monitor::{BOOT, Monitor, SOON, Vm};
 use stories::net::Tap;
-use stories::paths::Paths;
+use stories::paths::{GUEST_KERNEL, Paths};
 use stories::progress::Step;
 use xtask::bench::smaps::shares;
+use xtask::protected;
 
 const USAGE: &str = "\
 Boots an unmodified Linux with a disk and a network, and controls it over QMP.
 
 Usage: cargo demo [-- OPTION]
   --shell   stay in the guest's shell instead
+  --remus   protect a guest by a second monitor instead, and kill its own
   -h        this text
 ";
 /// The argument of the part of this program that runs on the host.
 const INSIDE: &str = "--inside";
 /// The argument after it that requests a shell.
 const SHELL: &str = "shell";
+/// The argument after it for a protected guest.
+const REMUS: &str = "remus";
 /// The guest's RAM, MiB.
 const RAM_MIB: u64 = 256;
 /// How long the machine is paused.
@@ -43,8 +47,9 @@ fn main() -> Result<ExitCode> {
     // The alias ends with -- already; cargo's users are used to giving one themselves.
     let args: Vec<&str> = args.iter().map(String::as_str).filter(|arg| *arg != "--").collect();
     match args.as_slice() {
-        [] => outside(false),
-        ["--shell"] => outside(true),
+        [] => outside(What::Tour),
+        ["--shell"] => outside(What::Shell),
+        ["--remus"] => outside(What::Remus),
         ["-h" | "--help"] => {
             print!("{USAGE}");
             Ok(ExitCode::SUCCESS)
@@ -58,13 +63,27 @@ fn main() -> Result<ExitCode> {
     }
 }
 
+/// What is shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Tour,
+    Shell,
+    Remus,
+}
+
 /// Prepares everything and passes on the output of the program on the host.
-fn outside(shell: bool) -> Result<ExitCode> {
-    let (host, paths, debian) = prepare()?;
+fn outside(what: What) -> Result<ExitCode> {
+    let shell = what == What::Shell;
+    let (mut host, paths, debian) = prepare()?;
+    // With a kernel for this machine's own KVM, whatever that can do.
+    if what == What::Remus && env::var_os(GUEST_KERNEL).is_some() {
+        host = Host::Native;
+    }
     let size = window_size().map(|size| format!("rows={} cols={}", size.ws_row, size.ws_col));
-    let job = match shell {
-        true => Job::this_program(&[INSIDE, SHELL, &size.unwrap_or_default()])?,
-        false => Job::this_program(&[INSIDE])?,
+    let job = match what {
+        What::Shell => Job::this_program(&[INSIDE, SHELL, &size.unwrap_or_default()])?,
+        What::Remus => Job::this_program(&[INSIDE, REMUS])?,
+        What::Tour => Job::this_program(&[INSIDE])?,
     };
     if shell {
         // Before the terminal is switched to raw mode, where a newline no longer returns the
@@ -158,6 +177,9 @@ impl Drop for Raw {
 fn inside(what: &[&str]) -> Result<()> {
     let paths = Paths::from_env()?;
     let debian = Debian::unpacked(&paths);
+    if what == [REMUS] {
+        return protected::show(&paths, &debian);
+    }
     let dir = paths.fresh_scratch("demo")?;
     let disk = dir.join("disk.ext4");
     let content = dir.join("content");

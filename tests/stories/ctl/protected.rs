@@ -1,0 +1,148 @@
+//! Domains that are protected by a second one on the same host, with real monitors.
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stories::monitor::SOON;
+
+use crate::rig::Rig;
+
+/// Lines that the guest prints in half a second, at least.
+const LINES: usize = 10;
+
+/// What a guest prints, from the beginning, as long as its monitor lives.
+struct Console(JoinHandle<String>);
+
+impl Console {
+    fn open(rig: &Rig, name: &str) -> Result<(Self, UnixStream)> {
+        let info = rig.ok(&["info", name])?;
+        let run = info.pointer("/0/run").and_then(Value::as_str).context("no directory")?;
+        let mut stream = UnixStream::connect(Path::new(run).join("console.sock"))?;
+        let own = stream.try_clone()?;
+        let read = move || {
+            let mut said = Vec::new();
+            // Killed, its monitor may not close the connection in an orderly way.
+            let _ = stream.read_to_end(&mut said);
+            String::from_utf8_lossy(&said).into_owned()
+        };
+        Ok((Self(thread::spawn(read)), own))
+    }
+
+    fn said(self) -> Result<String> {
+        self.0.join().map_err(|_| anyhow::anyhow!("the reader has panicked"))
+    }
+}
+
+/// The numbers in whole lines of what the guest `hello tally` has printed.
+fn numbers(said: &str) -> Result<Vec<u64>> {
+    let whole = said.rfind('\n').map_or("", |end| &said[..end]);
+    let words = whole.lines().filter_map(|line| line.trim().strip_prefix("tally "));
+    words
+        .map(|word| u64::from_str_radix(word, 16).with_context(|| format!("'{word}' is no number")))
+        .collect()
+}
+
+/// Starts the domain `web`, whose guest counts aloud.
+fn count_aloud(rig: &Rig) -> Result<()> {
+    rig.config("web.json", "hello", "tally")?;
+    rig.ok(&["create", "web.json"])?;
+    rig.says("web", "tally")
+}
+
+fn protect(rig: &Rig, name: &str) -> Result<()> {
+    let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", "200", name])?;
+    ensure!(said.pointer("/replication/state") == Some(&json!("protected")), "{said}");
+    Ok(())
+}
+
+/// Waits until `list` reports this of a domain's replication.
+fn wait_reported(rig: &Rig, name: &str, key: &str, wanted: &str) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let row = rig.listed(name)?.with_context(|| format!("'{name}' is not listed"))?;
+        if row.pointer(&format!("/replication/{key}")) == Some(&json!(wanted)) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "'{name}': {row}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Lets the guest of a domain print some lines, and returns them.
+fn some_numbers(rig: &Rig, name: &str) -> Result<Vec<u64>> {
+    let (console, own) = Console::open(rig, name)?;
+    thread::sleep(Duration::from_millis(500));
+    own.shutdown(std::net::Shutdown::Both)?;
+    numbers(&console.said()?)
+}
+
+#[test]
+fn a_domain_whose_monitor_is_killed_runs_on_and_forgets_nothing_that_it_has_said() -> Result<()> {
+    let rig = Rig::new("killed")?;
+    count_aloud(&rig)?;
+    protect(&rig, "web")?;
+    wait_reported(&rig, "web-backup", "state", "standby")?;
+    let table = String::from_utf8(rig.run(&["list"])?.stdout)?;
+    ensure!(table.contains(" P epoch ") && table.contains(" B epoch "), "{table}");
+    let (what, hint) = rig.refused(&["unprotect", "web-backup"])?;
+    ensure!(what.contains("is the backup") && hint.contains("failover web-backup"), "{what}");
+
+    let (console, _own) = Console::open(&rig, "web")?;
+    thread::sleep(Duration::from_millis(500));
+    rig.kill("web")?;
+    let shown = numbers(&console.said()?)?;
+    wait_reported(&rig, "web-backup", "role", "primary")?;
+    rig.wait_state("web-backup", "running")?;
+    ensure!(rig.state("web")? == "killed");
+    rig.says("web-backup", "tally")?;
+    let later = some_numbers(&rig, "web-backup")?;
+    let (last, first) = (shown.last().context("nothing")?, later.first().context("nothing")?);
+    ensure!(first > last, "it has shown {last}, and goes on with {first}");
+    ensure!(shown.len() >= LINES && later.len() >= LINES, "{shown:?}, {later:?}");
+    ensure!(later.windows(2).all(|pair| pair[1] == pair[0] + 1), "{later:?}");
+
+    // It is a domain like any other: it can be protected again, and ended.
+    protect(&rig, "web-backup")?;
+    rig.ok(&["unprotect", "web-backup"])?;
+    ensure!(rig.state("web-backup-backup")? == "absent");
+    rig.ok(&["pause", "web-backup"])?;
+    rig.ok(&["destroy", "web-backup"])?;
+    ensure!(rig.state("web-backup")? == "absent");
+    Ok(())
+}
+
+#[test]
+fn a_domain_that_is_unprotected_or_destroyed_leaves_no_backup() -> Result<()> {
+    let rig = Rig::new("unprotected")?;
+    count_aloud(&rig)?;
+    protect(&rig, "web")?;
+    rig.ok(&["unprotect", "web"])?;
+    ensure!(rig.state("web-backup")? == "absent");
+    let row = rig.listed("web")?.context("not listed")?;
+    ensure!(row["state"] == "running" && row["replication"] == Value::Null, "{row}");
+    protect(&rig, "web")?;
+    rig.ok(&["destroy", "web"])?;
+    ensure!(rig.state("web")? == "absent" && rig.state("web-backup")? == "absent");
+    Ok(())
+}
+
+#[test]
+fn a_guest_moves_to_its_backup_on_the_order_of_either_side() -> Result<()> {
+    let rig = Rig::new("moved")?;
+    count_aloud(&rig)?;
+    protect(&rig, "web")?;
+    let moved = rig.ok(&["failover", "--planned", "web"])?;
+    ensure!(moved["runs"] == "at the backup", "{moved}");
+    rig.wait_state("web-backup", "running")?;
+    ensure!(rig.state("web")? == "absent");
+    protect(&rig, "web-backup")?;
+    let (what, _) = rig.refused(&["failover", "--planned", "web-backup-backup"])?;
+    ensure!(what.contains("--planned"), "{what}");
+    let moved = rig.ok(&["failover", "web-backup-backup"])?;
+    ensure!(moved["runs"] == "here", "{moved}");
+    rig.says("web-backup-backup", "tally")
+}
