@@ -21,10 +21,13 @@ use machine::{
     memory::{allocate, image},
 };
 use parking_lot::Mutex;
-use qmp::schema::{ReplicationInfo, ReplicationStatus};
+use qmp::schema::{
+    Event, ReplicationAnswer, ReplicationInfo, ReplicationRecord, ReplicationResult,
+    ReplicationSide, ReplicationStatus, ReplicationWord,
+};
 use replication::{
     Answer, Command, Digest, Epoch, Exit, Frame, Hello, Identity, Incarnation, Input, Lineage,
-    Message, OnLoss, Primary, Question, Record, Rules, Settings, Term, Word, wire,
+    Message, OnLoss, Primary, Question, Record, Rules, Settings, Settled, Side, Term, Word, wire,
 };
 use state::testing::{MEMORY, config, sections};
 
@@ -33,8 +36,9 @@ use super::{
     connection::Connection,
     offer::Offer,
     protector::{Order, Orders, Protector, Report, Task},
+    questions::uuid,
     settings::agreement,
-    standby::{self, Builder, Promotion, Standby, ToStandby},
+    standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
 };
 use crate::checkpoint::{ReceiveError, Received};
 
@@ -103,6 +107,10 @@ struct Backup {
 
 impl Backup {
     fn at(path: &Path, arbiter: Given) -> Self {
+        Self::asking(path, arbiter, Witness::default())
+    }
+
+    fn asking(path: &Path, arbiter: Given, witness: Witness) -> Self {
         let listener = UnixListener::bind(path).unwrap();
         let (orders, inbox) = channel();
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
@@ -116,7 +124,15 @@ impl Backup {
             wake: wake.clone(),
             status: status.clone(),
         };
-        let thread = thread::spawn(move || Standby::new(task, builder, |_| {}).run());
+        let (answers, woken) = (orders.clone(), wake.clone());
+        let tell = move |told| {
+            if let Tell::Ask(query, lineage) = told {
+                let record = decided(&witness, query.question);
+                answers.send(ToStandby::Answer(answer(&query.event(lineage), record))).unwrap();
+                woken.wake();
+            }
+        };
+        let thread = thread::spawn(move || Standby::new(task, builder, tell).run());
         Self { orders, wake, status, rooms, thread }
     }
 
@@ -139,7 +155,9 @@ struct Host {
     fails: Mutex<bool>,
     /// All states that were told.
     told: Mutex<Vec<ReplicationStatus>>,
-    record: Mutex<Option<Record>>,
+    record: Witness,
+    /// The witness does not answer.
+    alone: Mutex<bool>,
 }
 
 struct Protected {
@@ -151,6 +169,10 @@ struct Protected {
 
 impl Protected {
     fn by(peer: &Path, arbiter: &Given, on_loss: OnLoss) -> Self {
+        Self::asking(peer, arbiter, on_loss, Witness::default())
+    }
+
+    fn asking(peer: &Path, arbiter: &Given, on_loss: OnLoss, record: Witness) -> Self {
         let settings = Settings {
             agreement: agreement(arbiter, true),
             timeout: TIMEOUT,
@@ -181,7 +203,8 @@ impl Protected {
             dirty: Mutex::default(),
             fails: Mutex::default(),
             told: Mutex::default(),
-            record: Mutex::default(),
+            record,
+            alone: Mutex::default(),
         });
         let (report, reports) = channel();
         thread::spawn(move || Protector::new(task, move |r| report.send(r).unwrap()).run());
@@ -247,37 +270,69 @@ impl Host {
                     let captured = Box::new((sections().try_into().unwrap(), staging));
                     orders.give(Order::Captured { epoch, captured, gates: None });
                 }
-                Report::Ask(query) => self.answer(query.nonce, query.question, orders),
+                Report::Ask(query) if !*self.alone.lock() => {
+                    let answer = Answer::Record(decided(&self.record, query.question));
+                    let (nonce, question) = (query.nonce, query.question);
+                    orders.give(Order::Answered { nonce, question, answer });
+                }
                 Report::Tell { state, .. } => self.told.lock().push(state),
-                Report::Park(_) | Report::Connect => {}
+                Report::Ask(_) | Report::Park(_) | Report::Connect => {}
                 Report::Over(exit, _) => return exit,
             }
         }
         None
     }
+}
 
-    /// A witness that grants what is claimed first.
-    fn answer(&self, nonce: u64, question: Question, orders: &Orders) {
-        let mut record = self.record.lock();
-        if let Question::Claim { word, party, .. } = question {
-            record.get_or_insert(Record { word, winner: party, settled: None });
-        }
-        orders.give(Order::Answered { nonce, question, answer: Answer::Record(*record) });
+/// Grants what is claimed first.
+type Witness = Arc<Mutex<Option<Record>>>;
+
+fn decided(witness: &Witness, question: Question) -> Option<Record> {
+    let mut record = witness.lock();
+    if let Question::Claim { word, party, .. } = question {
+        record.get_or_insert(Record { word, winner: party, settled: None });
     }
+    *record
+}
+
+/// What an agent answers to a backup.
+fn answer(asked: &Event, record: Option<Record>) -> ReplicationAnswer {
+    let Event::ReplicationNeeds { nonce, need, .. } = *asked else { panic!("{asked:?}") };
+    let record = record.map(|record| ReplicationRecord {
+        word: match record.word {
+            Word::Promote => ReplicationWord::Promote,
+            _ => ReplicationWord::Solo,
+        },
+        side: match record.winner.side {
+            Side::Primary => ReplicationSide::Primary,
+            Side::Backup => ReplicationSide::Backup,
+        },
+        incarnation: uuid(record.winner.incarnation.0),
+        settled: None,
+        yielded_to: None,
+    });
+    let result = ReplicationResult::Record;
+    ReplicationAnswer { nonce, need, result, fd: None, record, reason: None }
 }
 
 /// Forwards connections between two sockets, until they are cut.
 struct Link {
     ends: Arc<Mutex<Vec<UnixStream>>>,
+    /// No other connection is forwarded.
+    gone: Arc<Mutex<bool>>,
 }
 
 impl Link {
     fn between(from: &Path, to: &Path) -> Self {
         let (listener, to) = (UnixListener::bind(from).unwrap(), to.to_owned());
         let ends = Arc::<Mutex<Vec<UnixStream>>>::default();
-        let kept = ends.clone();
+        let gone = Arc::<Mutex<bool>>::default();
+        let (kept, over) = (ends.clone(), gone.clone());
         thread::spawn(move || {
             for near in listener.incoming() {
+                if *over.lock() {
+                    continue;
+                }
                 let (near, far) = (near.unwrap(), UnixStream::connect(&to).unwrap());
                 for (mut from, mut to) in [(&near, &far), (&far, &near)]
                     .map(|(a, b)| (a.try_clone().unwrap(), b.try_clone().unwrap()))
@@ -291,7 +346,7 @@ impl Link {
                 kept.lock().extend([near, far]);
             }
         });
-        Self { ends }
+        Self { ends, gone }
     }
 
     fn cut(&self) {
@@ -366,7 +421,9 @@ fn a_checkpoint_that_fails_ends_the_term_instead_of_holding_output_for_ever() {
     let protected = Protected::by(&far, &witness(), OnLoss::Claim);
     protected.is_protected();
     *protected.host.fails.lock() = true;
-    wait_for("the term's end", || protected.state() == ReplicationStatus::Degraded);
+    wait_for("the term's end", || {
+        protected.host.told.lock().contains(&ReplicationStatus::Degraded)
+    });
     assert_eq!(protected.host.record.lock().unwrap().word, Word::Solo);
     assert_eq!(protected.status.lock().term, 2);
     let told = protected.host.told.lock().clone();
@@ -374,6 +431,34 @@ fn a_checkpoint_that_fails_ends_the_term_instead_of_holding_output_for_ever() {
     assert!(at(ReplicationStatus::Stalled) < at(ReplicationStatus::Degraded), "{told:?}");
     assert!(at(ReplicationStatus::Protected) < at(ReplicationStatus::Stalled), "{told:?}");
     assert!(backup.end().is_err());
+}
+
+#[test]
+fn the_backup_continues_the_guest_and_its_primary_ends() {
+    let (_directory, near, far) = places();
+    let record = Witness::default();
+    let backup = Backup::asking(&far, witness(), record.clone());
+    let link = Link::between(&near, &far);
+    let protected = Protected::asking(&near, &witness(), OnLoss::Claim, record.clone());
+    protected.is_protected();
+    let mut random = fastrand::Rng::with_seed(4);
+    (0..20).for_each(|_| protected.writes(&mut random));
+    protected.is_equal(&backup);
+    // It has neither its backup nor the witness any more.
+    (*protected.host.alone.lock(), *link.gone.lock()) = (true, true);
+    link.cut();
+    let rooms = backup.rooms.clone();
+    let promotion = backup.thread.join().unwrap().unwrap();
+    assert_eq!((promotion.term, promotion.promoted), (Term(2), Some(Incarnation(2))));
+    assert!(promotion.epoch.0 >= protected.status.lock().acked);
+    assert!(bytes(&protected.host.memory) == bytes(rooms.lock().last().unwrap()));
+    assert_eq!(protected.state(), ReplicationStatus::Stalled);
+    *protected.host.alone.lock() = false;
+    wait_for("the fence", || protected.state() == ReplicationStatus::Fenced);
+    if let Some(record) = &mut *record.lock() {
+        record.settled = Some(Settled::Running);
+    }
+    assert_eq!(protected.main.join().unwrap(), Some(Exit::Fenced));
 }
 
 #[test]
