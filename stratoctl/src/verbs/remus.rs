@@ -53,7 +53,7 @@ pub struct Remus {
     #[arg(short = 'd', long, hide = true)]
     pub no_disks: bool,
     /// What decides who continues: dir:PATH, exec:COMMAND or
-    /// etcd:URL[,URL..][,prefix=KEY][,tls=DIR]; the same on both hosts
+    /// etcd:URL,.. (with prefix=KEY and tls=DIR, if wanted, behind commas); the same on both hosts
     #[arg(long, value_name = "URI")]
     pub witness: Option<witness::Uri>,
     /// What ends the other side: local, ssh:HOST or exec:COMMAND

@@ -1,5 +1,8 @@
 //! The thread of a primary: it has the connection, moves pages, releases output, and drives
 //! [`Primary`].
+mod epochs;
+mod link;
+
 use std::{
     collections::VecDeque,
     io,
@@ -14,16 +17,13 @@ use std::{
 
 use machine::{
     Gates, MachineState, Memory,
-    memory::{
-        image,
-        staging::{self, Staging},
-    },
+    memory::staging::{self, Staging},
 };
 use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use replication::{
-    Answer, Command, Connection as Number, Epoch, Event, Exit, Frame, Input, Lineage, Message,
-    Output, Primary, Question, Room, Term, Why, contents, primary::State, wire,
+    Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Lineage, Output, Primary,
+    Question, Term, Why, primary::State,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -33,12 +33,11 @@ use rustix::{
 use super::{
     connection::Connection,
     offer::Offer,
-    outgoing::{Next, Outgoing, Staged},
+    outgoing::{Outgoing, Staged},
     questions::uuid,
     rounds::Rounds,
     wake::Wake,
 };
-use crate::checkpoint::last_frames;
 
 /// Bytes that may wait in a connection before more are encoded.
 const HIGH_WATER: usize = 1 << 20;
@@ -332,273 +331,6 @@ impl<R: Fn(Report)> Protector<R> {
         self.show();
         let term = self.task.primary.term().0;
         (self.report)(Report::Tell { event, previous, state, term });
-    }
-
-    fn send(&mut self, number: Number, frame: &Frame) {
-        if let Message::Hello(_) = frame.message
-            && let Some(new) = self.offered.take_if(|(new, _)| *new == number)
-        {
-            self.disconnect();
-            self.connection = Some(new);
-            self.outgoing.restart(self.task.primary.term());
-        }
-        let Some((current, connection)) = &mut self.connection else { return };
-        if *current != number {
-            return;
-        }
-        let bytes = wire::encode(frame);
-        match frame.message {
-            // A sign of life does not wait behind pages, and nothing comes before the greeting.
-            Message::Hello(_) => connection.send(bytes),
-            Message::Beat { .. } => {
-                if connection.queued() < MOST_QUEUED {
-                    connection.send(bytes);
-                }
-            }
-            Message::End { .. } => {
-                if let Some(staged) = self.staged.iter().find(|one| one.epoch == frame.epoch) {
-                    self.outgoing.epoch(staged.clone());
-                }
-                self.outgoing.frame(bytes);
-            }
-            _ => self.outgoing.frame(bytes),
-        }
-    }
-
-    fn dial(&mut self) {
-        if self.broken == Some(self.task.primary.term()) {
-            return;
-        }
-        match &self.task.peer {
-            Some(path) => match Connection::to(path) {
-                Ok(connection) => self.connected(connection),
-                Err(e) => log::info!("replication: cannot connect to {}: {e}", path.display()),
-            },
-            None => (self.report)(Report::Connect),
-        }
-    }
-
-    /// There is a connection, which the state machine may want by now, or not any more.
-    fn connected(&mut self, mut connection: Connection) {
-        if self.broken == Some(self.task.primary.term()) {
-            return;
-        }
-        match self.task.offer.encode() {
-            Ok(offer) => connection.send(offer),
-            Err(e) => return log::error!("replication: {e}"),
-        }
-        self.connections += 1;
-        let number = Number(self.connections);
-        self.offered = Some((number, connection));
-        self.inputs.push_back(Input::Connected(number));
-    }
-
-    fn disconnect(&mut self) {
-        self.connection = None;
-        self.reader = Incoming::default();
-        self.first_copy = None;
-    }
-
-    /// The connection has ended by itself, or carries nonsense.
-    fn lost(&mut self, why: &dyn std::fmt::Display) {
-        if let Some((number, _)) = &self.connection {
-            log::info!("replication: {why}");
-            self.inputs.push_back(Input::Closed(*number));
-            self.disconnect();
-        }
-    }
-
-    fn capture(&mut self, epoch: Epoch, shut: bool) {
-        if self.task.primary.state() == State::Syncing {
-            self.staged.clear();
-            self.first_copy = Some(FirstCopy { epoch, shut, rounds: Rounds::default() });
-            return self.ask(Report::Log);
-        }
-        let staging = self.spare.pop().unwrap_or_default();
-        self.ask(Report::Capture { epoch, shut, left: Vec::new(), staging });
-    }
-
-    /// Report what the main thread answers, in the order of these reports.
-    fn ask(&mut self, report: Report) {
-        self.asked += 1;
-        (self.report)(report);
-    }
-
-    /// An answer has come; whether it is still of use.
-    fn is_answer(&mut self) -> bool {
-        self.asked = self.asked.saturating_sub(1);
-        let late = self.late > 0;
-        self.late = self.late.saturating_sub(1);
-        !late
-    }
-
-    /// Nothing is held any more. What is being captured belongs to what has ended here.
-    fn open_gates(&mut self) {
-        self.gates.iter_mut().for_each(Gates::open);
-        self.late = self.asked;
-        self.first_copy = None;
-        self.staged.clear();
-    }
-
-    /// The backup cannot follow in this term: it is left there.
-    fn breaks(&mut self, why: &dyn std::fmt::Display) {
-        log::error!("replication: {why}: the backup cannot follow any more");
-        self.broken = Some(self.task.primary.term());
-        self.lost(why);
-    }
-
-    fn release(&mut self, epoch: Epoch) {
-        self.release_through(epoch);
-        self.look_for_room();
-    }
-
-    fn release_through(&mut self, epoch: Epoch) {
-        if let Some(gates) = &mut self.gates {
-            gates.release(epoch.0);
-        }
-        while let Some(staged) = self.staged.pop_front_if(|staged| staged.epoch <= epoch) {
-            // Unless it is still being sent, which an acknowledgement makes impossible.
-            if let Ok(Staged { pages, .. }) = Arc::try_unwrap(staged) {
-                self.spare.push(pages);
-            }
-        }
-    }
-
-    /// How full staging is, or the gates.
-    fn look_for_room(&mut self) {
-        let staged: u64 = self.staged.iter().map(|staged| staged.pages.bytes()).sum();
-        let held = self.gates.as_ref().map_or(0, |gates| gates.backlog().bytes as u64);
-        let room = match (staged * 100 / MOST_STAGED).max(held * 100 / MOST_HELD) {
-            0..75 => Room::Ample,
-            75..100 => Room::Scarce,
-            _ => Room::None,
-        };
-        self.inputs.push_back(Input::Room(room));
-    }
-
-    fn take_orders(&mut self) {
-        while let Ok(order) = self.task.orders.try_recv() {
-            self.take(order);
-        }
-    }
-
-    fn take(&mut self, order: Order) {
-        match order {
-            Order::Logging(filled) => {
-                let true = self.is_answer() else { return };
-                let Some(copy) = &self.first_copy else { return };
-                match image::used(&self.task.memory, &filled) {
-                    Ok(ranges) => self.outgoing.round(copy.epoch, ranges),
-                    Err(e) => self.lost(&format_args!("cannot find out what memory is used: {e}")),
-                }
-            }
-            Order::Changed(changed) => {
-                let true = self.is_answer() else { return };
-                let Some(copy) = &mut self.first_copy else { return };
-                if copy.rounds.again(&changed) {
-                    return self.outgoing.round(copy.epoch, changed);
-                }
-                let (epoch, shut) = (copy.epoch, copy.shut);
-                self.first_copy = None;
-                let room = staging::room_for(staging::bytes(&changed));
-                match Staging::touched(room) {
-                    Ok(staging) => {
-                        self.ask(Report::Capture { epoch, shut, left: changed, staging });
-                    }
-                    Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
-                }
-            }
-            Order::Captured { epoch, captured, gates } => {
-                self.gates = gates.or(self.gates.take());
-                if !self.is_answer() {
-                    // It has shut them after they had been opened.
-                    return self.gates.iter_mut().for_each(Gates::open);
-                }
-                match self.stage(epoch, *captured) {
-                    Ok(input) => {
-                        self.inputs.push_back(input);
-                        self.look_for_room();
-                    }
-                    Err(e) => self.breaks(&format_args!("cannot encode {epoch:?}: {e}")),
-                }
-            }
-            Order::Failed(why) => {
-                if self.is_answer() {
-                    self.breaks(&why);
-                }
-            }
-            Order::Answered { nonce, question, answer } => {
-                self.inputs.push_back(Input::Answered { nonce, question, answer });
-            }
-            Order::Connected(connection) => self.connected(connection),
-            Order::Command(input) => self.inputs.push_back(input),
-            // It is protected again already.
-            Order::Again(..) if self.task.primary.state() != State::Degraded => {}
-            Order::Again(primary, peer) => {
-                self.broken = None;
-                (self.task.primary, self.task.peer) = (*primary, peer);
-                self.inputs.push_back(Input::Command(Command::Start));
-            }
-        }
-    }
-
-    fn stage(&mut self, epoch: Epoch, captured: (MachineState, Staging)) -> io::Result<Input> {
-        let (state, pages) = captured;
-        let state = last_frames(&self.task.offer.config, state)?;
-        let digest = contents::chain(self.last_digest, [crc32fast::hash(&state)]);
-        self.last_digest = digest;
-        self.staged.push_back(Arc::new(Staged { epoch, pages, state }));
-        Ok(Input::Captured { epoch, digest })
-    }
-
-    fn read(&mut self) {
-        let Some((number, connection)) = &mut self.connection else { return };
-        let number = *number;
-        for _ in 0..READS {
-            match connection.receive() {
-                Ok([]) => return,
-                Ok(bytes) => {
-                    self.reader.0.extend_from_slice(bytes);
-                    self.inputs.push_back(Input::Heard(number));
-                }
-                Err(e) => return self.lost(&format_args!("the connection has ended: {e}")),
-            }
-            let mut at = 0;
-            loop {
-                match wire::decode(self.reader.0.get(at..).unwrap_or_default()) {
-                    Ok((frame, length)) => {
-                        at += length;
-                        self.inputs.push_back(Input::Received(number, frame));
-                    }
-                    Err(wire::WireError::Truncated) => break,
-                    Err(e) => return self.lost(&e),
-                }
-            }
-            self.reader.0.drain(..at);
-        }
-    }
-
-    /// Encode and send as much as the connection takes.
-    fn pump(&mut self) {
-        loop {
-            let Some((_, connection)) = &mut self.connection else { return };
-            if connection.queued() >= HIGH_WATER {
-                break;
-            }
-            match self.outgoing.next() {
-                Ok(Some(Next::Bytes(bytes))) => connection.send(bytes),
-                Ok(Some(Next::RoundOver)) => self.ask(Report::Harvest),
-                Ok(None) => break,
-                Err(e) => return self.breaks(&format_args!("cannot send memory: {e}")),
-            }
-        }
-        if let Some((_, connection)) = &mut self.connection
-            && let Err(e) = connection.flush()
-        {
-            // What the backup has said last counts.
-            self.read();
-            self.lost(&format_args!("the connection has ended: {e}"));
-        }
     }
 
     fn status(&self) -> ReplicationStatus {

@@ -9,7 +9,7 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr};
-use stories::agent::{outcome, prepare, tell_outcome};
+use stories::agent::{monitor, outcome, prepare, prepare_with, tell_outcome};
 use stories::archive::make_ext4;
 use stories::debian::Debian;
 use stories::guest::Kernel;
@@ -74,11 +74,14 @@ enum What {
 /// Prepares everything and passes on the output of the program on the host.
 fn outside(what: What) -> Result<ExitCode> {
     let shell = what == What::Shell;
-    let (mut host, paths, debian) = prepare()?;
     // With a kernel for this machine's own KVM, whatever that can do.
-    if what == What::Remus && env::var_os(GUEST_KERNEL).is_some() {
-        host = Host::Native;
-    }
+    let native = what == What::Remus && env::var_os(GUEST_KERNEL).is_some();
+    let (host, paths, debian) = match native {
+        true => {
+            prepare_with(&monitor()?).map(|(_, paths, debian)| (Host::Native, paths, debian))?
+        }
+        false => prepare()?,
+    };
     let size = window_size().map(|size| format!("rows={} cols={}", size.ws_row, size.ws_col));
     let job = match what {
         What::Shell => Job::this_program(&[INSIDE, SHELL, &size.unwrap_or_default()])?,

@@ -1,0 +1,164 @@
+//! The epochs of a primary: captured by the main thread, sent, and released.
+use std::{io, sync::Arc};
+
+use machine::{
+    Gates, MachineState,
+    memory::{
+        image,
+        staging::{self, Staging},
+    },
+};
+use replication::{Command, Epoch, Input, Room, contents, primary::State};
+
+use super::super::{outgoing::Staged, rounds::Rounds};
+use super::{FirstCopy, MOST_HELD, MOST_STAGED, Order, Protector, Report};
+use crate::checkpoint::last_frames;
+
+impl<R: Fn(Report)> Protector<R> {
+    pub(super) fn capture(&mut self, epoch: Epoch, shut: bool) {
+        if self.task.primary.state() == State::Syncing {
+            self.staged.clear();
+            self.first_copy = Some(FirstCopy { epoch, shut, rounds: Rounds::default() });
+            return self.ask(Report::Log);
+        }
+        let staging = self.spare.pop().unwrap_or_default();
+        self.ask(Report::Capture { epoch, shut, left: Vec::new(), staging });
+    }
+
+    /// Report what the main thread answers, in the order of these reports.
+    pub(super) fn ask(&mut self, report: Report) {
+        self.asked += 1;
+        (self.report)(report);
+    }
+
+    /// An answer has come; whether it is still of use.
+    pub(super) fn is_answer(&mut self) -> bool {
+        self.asked = self.asked.saturating_sub(1);
+        let late = self.late > 0;
+        self.late = self.late.saturating_sub(1);
+        !late
+    }
+
+    /// Nothing is held any more. What is being captured belongs to what has ended here.
+    pub(super) fn open_gates(&mut self) {
+        self.gates.iter_mut().for_each(Gates::open);
+        self.late = self.asked;
+        self.first_copy = None;
+        self.staged.clear();
+    }
+
+    /// The backup cannot follow in this term: it is left there.
+    pub(super) fn breaks(&mut self, why: &dyn std::fmt::Display) {
+        log::error!("replication: {why}: the backup cannot follow any more");
+        self.broken = Some(self.task.primary.term());
+        self.lost(why);
+    }
+
+    pub(super) fn release(&mut self, epoch: Epoch) {
+        self.release_through(epoch);
+        self.look_for_room();
+    }
+
+    pub(super) fn release_through(&mut self, epoch: Epoch) {
+        if let Some(gates) = &mut self.gates {
+            gates.release(epoch.0);
+        }
+        while let Some(staged) = self.staged.pop_front_if(|staged| staged.epoch <= epoch) {
+            // Unless it is still being sent, which an acknowledgement makes impossible.
+            if let Ok(Staged { pages, .. }) = Arc::try_unwrap(staged) {
+                self.spare.push(pages);
+            }
+        }
+    }
+
+    /// How full staging is, or the gates.
+    pub(super) fn look_for_room(&mut self) {
+        let staged: u64 = self.staged.iter().map(|staged| staged.pages.bytes()).sum();
+        let held = self.gates.as_ref().map_or(0, |gates| gates.backlog().bytes as u64);
+        let room = match (staged * 100 / MOST_STAGED).max(held * 100 / MOST_HELD) {
+            0..75 => Room::Ample,
+            75..100 => Room::Scarce,
+            _ => Room::None,
+        };
+        self.inputs.push_back(Input::Room(room));
+    }
+
+    pub(super) fn take_orders(&mut self) {
+        while let Ok(order) = self.task.orders.try_recv() {
+            self.take(order);
+        }
+    }
+
+    pub(super) fn take(&mut self, order: Order) {
+        match order {
+            Order::Logging(filled) => {
+                let true = self.is_answer() else { return };
+                let Some(copy) = &self.first_copy else { return };
+                match image::used(&self.task.memory, &filled) {
+                    Ok(ranges) => self.outgoing.round(copy.epoch, ranges),
+                    Err(e) => self.lost(&format_args!("cannot find out what memory is used: {e}")),
+                }
+            }
+            Order::Changed(changed) => {
+                let true = self.is_answer() else { return };
+                let Some(copy) = &mut self.first_copy else { return };
+                if copy.rounds.again(&changed) {
+                    return self.outgoing.round(copy.epoch, changed);
+                }
+                let (epoch, shut) = (copy.epoch, copy.shut);
+                self.first_copy = None;
+                let room = staging::room_for(staging::bytes(&changed));
+                match Staging::touched(room) {
+                    Ok(staging) => {
+                        self.ask(Report::Capture { epoch, shut, left: changed, staging });
+                    }
+                    Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
+                }
+            }
+            Order::Captured { epoch, captured, gates } => {
+                self.gates = gates.or(self.gates.take());
+                if !self.is_answer() {
+                    // It has shut them after they had been opened.
+                    return self.gates.iter_mut().for_each(Gates::open);
+                }
+                match self.stage(epoch, *captured) {
+                    Ok(input) => {
+                        self.inputs.push_back(input);
+                        self.look_for_room();
+                    }
+                    Err(e) => self.breaks(&format_args!("cannot encode {epoch:?}: {e}")),
+                }
+            }
+            Order::Failed(why) => {
+                if self.is_answer() {
+                    self.breaks(&why);
+                }
+            }
+            Order::Answered { nonce, question, answer } => {
+                self.inputs.push_back(Input::Answered { nonce, question, answer });
+            }
+            Order::Connected(connection) => self.connected(connection),
+            Order::Command(input) => self.inputs.push_back(input),
+            // It is protected again already.
+            Order::Again(..) if self.task.primary.state() != State::Degraded => {}
+            Order::Again(primary, peer) => {
+                self.broken = None;
+                (self.task.primary, self.task.peer) = (*primary, peer);
+                self.inputs.push_back(Input::Command(Command::Start));
+            }
+        }
+    }
+
+    pub(super) fn stage(
+        &mut self,
+        epoch: Epoch,
+        captured: (MachineState, Staging),
+    ) -> io::Result<Input> {
+        let (state, pages) = captured;
+        let state = last_frames(&self.task.offer.config, state)?;
+        let digest = contents::chain(self.last_digest, [crc32fast::hash(&state)]);
+        self.last_digest = digest;
+        self.staged.push_back(Arc::new(Staged { epoch, pages, state }));
+        Ok(Input::Captured { epoch, digest })
+    }
+}

@@ -1,0 +1,131 @@
+//! The connection of a primary.
+use replication::{Connection as Number, Frame, Input, Message, wire};
+
+use super::super::{connection::Connection, outgoing::Next};
+use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report};
+
+impl<R: Fn(Report)> Protector<R> {
+    pub(super) fn send(&mut self, number: Number, frame: &Frame) {
+        if let Message::Hello(_) = frame.message
+            && let Some(new) = self.offered.take_if(|(new, _)| *new == number)
+        {
+            self.disconnect();
+            self.connection = Some(new);
+            self.outgoing.restart(self.task.primary.term());
+        }
+        let Some((current, connection)) = &mut self.connection else { return };
+        if *current != number {
+            return;
+        }
+        let bytes = wire::encode(frame);
+        match frame.message {
+            // A sign of life does not wait behind pages, and nothing comes before the greeting.
+            Message::Hello(_) => connection.send(bytes),
+            Message::Beat { .. } => {
+                if connection.queued() < MOST_QUEUED {
+                    connection.send(bytes);
+                }
+            }
+            Message::End { .. } => {
+                if let Some(staged) = self.staged.iter().find(|one| one.epoch == frame.epoch) {
+                    self.outgoing.epoch(staged.clone());
+                }
+                self.outgoing.frame(bytes);
+            }
+            _ => self.outgoing.frame(bytes),
+        }
+    }
+
+    pub(super) fn dial(&mut self) {
+        if self.broken == Some(self.task.primary.term()) {
+            return;
+        }
+        match &self.task.peer {
+            Some(path) => match Connection::to(path) {
+                Ok(connection) => self.connected(connection),
+                Err(e) => log::info!("replication: cannot connect to {}: {e}", path.display()),
+            },
+            None => (self.report)(Report::Connect),
+        }
+    }
+
+    /// There is a connection, which the state machine may want by now, or not any more.
+    pub(super) fn connected(&mut self, mut connection: Connection) {
+        if self.broken == Some(self.task.primary.term()) {
+            return;
+        }
+        match self.task.offer.encode() {
+            Ok(offer) => connection.send(offer),
+            Err(e) => return log::error!("replication: {e}"),
+        }
+        self.connections += 1;
+        let number = Number(self.connections);
+        self.offered = Some((number, connection));
+        self.inputs.push_back(Input::Connected(number));
+    }
+
+    pub(super) fn disconnect(&mut self) {
+        self.connection = None;
+        self.reader = Incoming::default();
+        self.first_copy = None;
+    }
+
+    /// The connection has ended by itself, or carries nonsense.
+    pub(super) fn lost(&mut self, why: &dyn std::fmt::Display) {
+        if let Some((number, _)) = &self.connection {
+            log::info!("replication: {why}");
+            self.inputs.push_back(Input::Closed(*number));
+            self.disconnect();
+        }
+    }
+
+    pub(super) fn read(&mut self) {
+        let Some((number, connection)) = &mut self.connection else { return };
+        let number = *number;
+        for _ in 0..READS {
+            match connection.receive() {
+                Ok([]) => return,
+                Ok(bytes) => {
+                    self.reader.0.extend_from_slice(bytes);
+                    self.inputs.push_back(Input::Heard(number));
+                }
+                Err(e) => return self.lost(&format_args!("the connection has ended: {e}")),
+            }
+            let mut at = 0;
+            loop {
+                match wire::decode(self.reader.0.get(at..).unwrap_or_default()) {
+                    Ok((frame, length)) => {
+                        at += length;
+                        self.inputs.push_back(Input::Received(number, frame));
+                    }
+                    Err(wire::WireError::Truncated) => break,
+                    Err(e) => return self.lost(&e),
+                }
+            }
+            self.reader.0.drain(..at);
+        }
+    }
+
+    /// Encode and send as much as the connection takes.
+    pub(super) fn pump(&mut self) {
+        loop {
+            let Some((_, connection)) = &mut self.connection else { return };
+            if connection.queued() >= HIGH_WATER {
+                break;
+            }
+            match self.outgoing.next() {
+                Ok(Some(Next::Bytes(bytes))) => connection.send(bytes),
+                Ok(Some(Next::RoundOver)) => self.ask(Report::Harvest),
+                Ok(None) => break,
+                Err(e) => return self.breaks(&format_args!("cannot send memory: {e}")),
+            }
+        }
+        if let Some((_, connection)) = &mut self.connection
+            && let Err(e) = connection.flush()
+        {
+            // What the backup has said last counts.
+            self.read();
+            self.lost(&format_args!("the connection has ended: {e}"));
+        }
+    }
+}

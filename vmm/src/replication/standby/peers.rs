@@ -1,0 +1,207 @@
+//! The connections of a backup, and what arrives over them.
+use std::time::Instant;
+
+use config::Description;
+use replication::{
+    Backup, Connection as Number, Epoch, Frame, Identity, Input, Mark, Message, Rules, Settings,
+    Term,
+    backup::State,
+    contents::{Bounds, Event, Reader},
+};
+use rustix::net::{SocketFlags, accept_with};
+
+use super::super::{connection::Connection, offer::Offer, outgoing::MACHINE, settings};
+use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, Standby, Tell};
+
+impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
+    pub(super) fn accept(&mut self) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let Ok(fd) = accept_with(&self.task.listener, flags) else { return };
+        self.connections += 1;
+        let number = Number(self.connections);
+        // The one that has waited longest in vain makes room.
+        if self.peers.len() >= PEERS {
+            let waits = self.peers.iter().find(|peer| Some(peer.number) != self.current);
+            self.close(waits.map(|peer| peer.number));
+        }
+        let (connection, bytes) = (Connection::accepted(fd), Vec::new());
+        self.peers.push(Peer { number, connection, bytes, reader: None, settings: None });
+    }
+
+    pub(super) fn close(&mut self, number: Option<Number>) {
+        self.peers.retain(|peer| Some(peer.number) != number);
+        self.current = self.current.filter(|current| Some(*current) != number);
+    }
+
+    /// Whether this connection is read. While the machine is being built in memory, nobody else may
+    /// begin to fill that.
+    pub(super) fn reads(&self, number: Number) -> bool {
+        self.building == Building::Nothing || self.current == Some(number)
+    }
+
+    /// The primary of this connection may send epochs.
+    pub(super) fn accepted(&mut self, number: Number, term: Term, last: Epoch) {
+        let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
+        self.accepted = Some(Accepted { number, term, last, filling });
+        self.current = Some(number);
+        self.coming.clear();
+    }
+
+    pub(super) fn read(&mut self) {
+        for number in self.peers.iter().map(|peer| peer.number).collect::<Vec<_>>() {
+            // Timers must not wait for a peer that never stops sending.
+            (0..READS).all(|_| self.reads(number) && self.read_some(number));
+        }
+    }
+
+    pub(super) fn peer(&mut self, number: Number) -> Option<&mut Peer> {
+        self.peers.iter_mut().find(|peer| peer.number == number)
+    }
+
+    /// Read some of what a peer has sent; whether there may be more.
+    pub(super) fn read_some(&mut self, number: Number) -> bool {
+        let Some(peer) = self.peer(number) else { return false };
+        let bytes = match peer.connection.receive() {
+            Ok([]) => return false,
+            Ok(bytes) => bytes.to_vec(),
+            Err(e) => {
+                self.lost(number, &format!("the connection has ended: {e}"));
+                return false;
+            }
+        };
+        self.heard = Instant::now();
+        let read = self.take_bytes(number, bytes);
+        read.map_err(|why| self.lost(number, &why)).is_ok()
+    }
+
+    /// A connection has ended, or carries nonsense.
+    pub(super) fn lost(&mut self, number: Number, why: &str) {
+        log::info!("replication: {why}");
+        self.close(Some(number));
+        self.inputs.push_back(Input::Closed(number));
+        self.take_inputs();
+    }
+
+    pub(super) fn take_bytes(&mut self, number: Number, bytes: Vec<u8>) -> Result<(), String> {
+        let Some(peer) = self.peer(number) else { return Ok(()) };
+        let (mut reader, bytes) = match peer.reader.take() {
+            Some(reader) => (reader, bytes),
+            None => {
+                peer.bytes.extend_from_slice(&bytes);
+                let offer = Offer::decode(&peer.bytes);
+                match offer.map_err(|e| qmp::Error::generic(&e).to_string())? {
+                    None => return Ok(()),
+                    Some((offer, length)) => {
+                        let rest = peer.bytes.split_off(length);
+                        peer.bytes = Vec::new();
+                        let (reader, settings) = self.offered(offer)?;
+                        if let Some(peer) = self.peer(number) {
+                            peer.settings = Some(settings);
+                        }
+                        (reader, rest)
+                    }
+                }
+            }
+        };
+        let read = self.read_frames(number, &mut reader, &bytes);
+        if let Some(peer) = self.peer(number) {
+            peer.reader = Some(reader);
+        }
+        read
+    }
+
+    /// A primary offers a machine.
+    pub(super) fn offered(&mut self, offer: Offer) -> Result<(Reader, Settings), String> {
+        let Offer { timeout, config } = offer;
+        let description =
+            Description::try_from(&config).map_err(|e| qmp::Error::generic(&e).to_string())?;
+        let size = description.config.memory.size.bytes();
+        if !self.is_offered(&config) {
+            if !self.listens() {
+                return Err("another machine is offered than the one that is here".into());
+            }
+            (self.offered, self.memory, self.filled) = (None, None, false);
+            match self.builder.room(description) {
+                Ok(memory) => (self.offered, self.memory) = (Some(config), Some(memory)),
+                Err(why) => log::error!("replication: the machine cannot run here: {why}"),
+            }
+        }
+        let runs_here = self.memory.is_some();
+        let settings = settings::of_backup(&self.task.arbiter, timeout, runs_here);
+        let bounds = Bounds {
+            ram: self.memory.iter().map(|_| 0..size).collect(),
+            disks: Vec::new(),
+            sections: vec![MACHINE.to_owned()],
+            max_epoch: LONGEST_EPOCH,
+        };
+        Ok((Reader::new(bounds), settings))
+    }
+
+    /// Whether no primary was accepted yet.
+    pub(super) fn listens(&self) -> bool {
+        self.backup.as_ref().is_none_or(|backup| backup.state() == State::Listening)
+    }
+
+    pub(super) fn read_frames(
+        &mut self,
+        number: Number,
+        reader: &mut Reader,
+        mut bytes: &[u8],
+    ) -> Result<(), String> {
+        self.inputs.push_back(Input::Heard(number));
+        while let Some(event) = reader.next(&mut bytes).map_err(|e| e.to_string())? {
+            if let Event::Message(frame) = event {
+                self.greet(number, frame);
+                self.inputs.push_back(Input::Received(number, frame));
+                // What follows may depend on it.
+                self.take_inputs();
+                if let Some(Accepted { term, last, filling, .. }) =
+                    self.accepted.take_if(|accepted| accepted.number == number)
+                {
+                    reader.accept(term, last, filling);
+                }
+                if let Message::End { .. } = frame.message {
+                    // What was not to be held.
+                    self.coming.clear();
+                }
+                if self.peer(number).is_none() {
+                    return Ok(());
+                }
+                continue;
+            }
+            let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
+            let memory = self.memory.as_ref().filter(|_| filling);
+            self.coming.take(&event, memory).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// The first greeting that is accepted says which domain this is the backup of.
+    pub(super) fn greet(&mut self, number: Number, frame: Frame) {
+        let settings = self.peer(number).and_then(|peer| peer.settings);
+        let (Message::Hello(hello), Some(settings)) = (frame.message, settings) else { return };
+        if !self.listens() {
+            return;
+        }
+        self.settings = Some(settings);
+        self.lineage = hello.lineage;
+        let me = Identity { lineage: hello.lineage, incarnation: self.task.incarnation };
+        let word = Mark::Free { term: Term(0) };
+        let (backup, outputs) = Backup::new(me, word, settings, Rules::ALL);
+        self.backup = Some(backup);
+        outputs.into_iter().for_each(|output| self.carry_out(output));
+    }
+
+    pub(super) fn flush(&mut self) {
+        let mut ended = Vec::new();
+        for Peer { number, connection, .. } in &mut self.peers {
+            if connection.flush().is_err() {
+                ended.push(*number);
+            }
+        }
+        for number in ended {
+            self.close(Some(number));
+            self.inputs.push_back(Input::Closed(number));
+        }
+    }
+}
