@@ -145,7 +145,7 @@ impl Stage {
                 };
                 (vec![verb, NAME, to, "-t", "0"], state)
             }
-            "remus" => (vec![verb, NAME, "-b", "-F"], state),
+            "remus" => (vec![verb, NAME, "host", "-F"], state),
             "failover" | "unprotect" => (vec![verb, NAME], state),
             other => bail!("how to try {other} is not known"),
         })

@@ -242,10 +242,21 @@ fn relay(mut input: File, mut output: File, socket: &UnixStream) -> anyhow::Resu
     let mut to = socket.try_clone()?;
     thread::Builder::new().name("input".into()).spawn(move || {
         // An error is an end, too: the monitor sees that.
-        let _ = io::copy(&mut input, &mut to);
+        let _ = io::copy(&mut Plain(&mut input), &mut to);
         let _ = to.shutdown(Shutdown::Write);
     })?;
-    io::copy(&mut &*socket, &mut output).map(|_| ()).context("the connection to the sender")
+    let copied = io::copy(&mut Plain(&mut &*socket), &mut output);
+    copied.map(|_| ()).context("the connection to the sender")
+}
+
+/// Something to be read by read(2) only. Left to itself, [`io::copy`] calls splice(2), and that keeps
+/// a pipe locked while it waits for a socket: what is in the pipe already cannot be read then.
+struct Plain<R>(R);
+
+impl<R: Read> Read for Plain<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
 }
 
 /// The same for a socket, which is closed at the end.
