@@ -208,7 +208,9 @@ mod tests {
         assert!(wrong_arrows("vmm", &["machine", "qmp"]).is_empty());
         assert_eq!(
             wrong_arrows("machine", &["qmp"]),
-            ["machine depends on qmp; it may depend only on config and devices and state"]
+            [
+                "machine depends on qmp; it may depend only on config and devices and lineage and state"
+            ]
         );
         assert_eq!(
             wrong_arrows("devices", &["machine"]),
