@@ -275,15 +275,15 @@ fn unused() -> Settings {
 fn help(denial: Denial, image: &Known, entry: &Entry) -> String {
     let guest = format!("(lineage {:032x}, {})", entry.lineage.0, term(&entry.mark));
     let sidecar = image.sidecar.path().display();
-    let all_the_same = format!("to start from it all the same: rm {sidecar}");
+    let anyway = format!("to start from it anyway: rm {sidecar}");
     match denial {
         Denial::Outdated | Denial::Yielded => format!(
             "Start the guest {guest} on its other host, and protect it from there, which brings this \
-             image up to date; or, {all_the_same}"
+             image up to date; or, {anyway}"
         ),
         Denial::NoArbiter | Denial::Earlier => format!(
             "Once it is certain that the guest {guest} does not run on the other host, and will not, \
-             {all_the_same}"
+             {anyway}"
         ),
         Denial::Inconsistent => format!(
             "Protect the guest {guest} from its other host again, which fills the image; or use a \

@@ -1,9 +1,9 @@
-//! A machine that stands still for a moment, so that its state can be copied: an epoch of
+//! A machine that is stopped for a moment, so that its state can be copied: an epoch of
 //! replication.
 //!
 //! Unlike for a [`Quiesced`](crate::Quiesced) machine, no request of a disk is waited for, so the
 //! pause takes no longer when a disk is slow or hangs. The requests go on while the machine stands
-//! still and are answered after it; the saved state lists them, and whoever restores it carries them
+//! still and are answered after it; the saved state lists them, and the monitor that restores it carries them
 //! out again. So this machine can only be read, and runs on as soon as that is done.
 use std::ops::Range;
 
@@ -71,7 +71,7 @@ impl Captured<'_> {
         Ok((self.save()?, staging))
     }
 
-    /// The machine that stands still.
+    /// The machine that is stopped.
     pub(crate) fn machine(&mut self) -> &mut Machine {
         self.machine
     }

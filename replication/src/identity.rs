@@ -9,6 +9,22 @@ pub struct Lineage(pub u128);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Incarnation(pub u128);
 
+/// As a UUID: 36 characters, in lower case.
+impl fmt::Display for Lineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let part = |shift: u32, bits: u32| (self.0 >> shift) & ((1 << bits) - 1);
+        let (a, b, c) = (part(96, 32), part(80, 16), part(64, 16));
+        write!(f, "{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", part(48, 16), part(0, 48))
+    }
+}
+
+/// As a UUID.
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Lineage(self.0).fmt(f)
+    }
+}
+
 /// One ownership of the guest. It is closed exactly once, and the winner is the primary of the
 /// next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

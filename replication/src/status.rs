@@ -34,7 +34,7 @@ pub struct Status {
     pub largest_gap: Duration,
 }
 
-/// What a machine waits for. Each wait ends at a time-out, or is repeated for ever, or is a
+/// What a machine waits for. Each wait ends at a time-out, or is repeated without end, or is a
 /// person's to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Waiting {

@@ -216,7 +216,7 @@ fn live(life: &Life, rules: Rules) -> Result<Shown, String> {
 }
 
 /// Start what is dead again, and protect what is owned. Sides wait before they start from disk, so
-/// that a living one asks first; then processes that only listen make way for such a start.
+/// that a living one asks first; then processes that only listen end, so that such a start is possible.
 fn heal_processes(sim: &mut Sim, begun: Time) -> Result<(), String> {
     let from_disk = sim.owner().is_none() && sim.now > begun + ms(15_000);
     for i in 0..3 {

@@ -104,9 +104,26 @@ pub fn tell_outcome(result: &Result<()>) -> Result<()> {
     answer(&Answer::Done(result.as_ref().err().map(|error| format!("{error:#}"))))
 }
 
+/// Passes on to standard output what a job says to the user. Returns its outcome, once `said`, which
+/// the job has said last, is that; also when it has ended without one, or has said nothing in time.
+///
+/// # Errors
+/// Standard output is closed.
+pub fn pass_on(said: Option<Said>, job: &Running) -> Result<Option<Result<(), String>>> {
+    match said {
+        Some(Said::Text(text)) => {
+            io::stdout().write_all(&text)?;
+            io::stdout().flush()?;
+            Ok(None)
+        }
+        Some(Said::Control(message)) => Ok(outcome(&message)),
+        Some(Said::End) => Ok(Some(Err(format!("the host ended early\n{}", job.console())))),
+        None => Ok(Some(Err(format!("no more output came in time\n{}", job.console())))),
+    }
+}
+
 /// The end of the job inside as a control message reports it; `None` for other messages.
-#[must_use]
-pub fn outcome(message: &Value) -> Option<Result<(), String>> {
+fn outcome(message: &Value) -> Option<Result<(), String>> {
     match serde_json::from_value(message.clone()) {
         Ok(Answer::Done(error)) => Some(error.map_or(Ok(()), Err)),
         Ok(Answer::Exit(code)) => {

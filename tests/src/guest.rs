@@ -30,10 +30,13 @@ const INIT: &str = include_str!("init/guest.sh");
 const LOAD: &str = "tests/src/init/load.rs";
 const LOAD_SOURCE: [&str; 2] = [include_str!("init/load.rs"), include_str!("stream.rs")];
 
-/// Source of the replicated guest's only program, and of its module.
+/// Source of the replicated guest's only program, and of its modules.
 const REPLICATED: &str = "tests/src/init/replicated.rs";
-const REPLICATED_SOURCE: [&str; 2] =
-    [include_str!("init/replicated.rs"), include_str!("counted.rs")];
+const REPLICATED_SOURCE: [&str; 3] = [
+    include_str!("init/replicated.rs"),
+    include_str!("init/basics.rs"),
+    include_str!("counted.rs"),
+];
 /// The modules that this guest needs.
 const REPLICATED_MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "virtio_net"];
 

@@ -8,7 +8,10 @@
 //! (touches memory, then endlessly writes to pages all over it); `seconds=` is how long each figure
 //! is measured.
 #![no_main]
-use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
+#[path = "../../tests/src/init/basics.rs"]
+mod basics;
+
+use std::ffi::{c_int, c_long, c_ulong, c_void};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -17,16 +20,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
+use basics::{attach, bring_up, until};
+
 unsafe extern "C" {
-    fn mount(
-        source: *const c_char,
-        target: *const c_char,
-        kind: *const c_char,
-        flags: c_ulong,
-        data: *const c_void,
-    ) -> c_int;
-    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-    fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int;
     fn mmap(
         address: *mut c_void,
         length: usize,
@@ -43,7 +39,6 @@ const DISK: &str = "/dev/vda";
 /// The address of the server on the host's side of the tap, and this side's address.
 const PEER: &str = "10.0.0.1:5001";
 const ADDRESS: [u8; 4] = [10, 0, 0, 2];
-const NETMASK: [u8; 4] = [255, 255, 255, 0];
 
 const O_DIRECT: c_int = 0o40_000;
 const SYS_IO_SETUP: c_long = 206;
@@ -51,10 +46,6 @@ const SYS_IO_GETEVENTS: c_long = 208;
 const SYS_IO_SUBMIT: c_long = 209;
 const SYS_FINIT_MODULE: c_long = 313;
 const IOCB_CMD_PREAD: u16 = 0;
-const SIOCSIFADDR: c_ulong = 0x8916;
-const SIOCSIFNETMASK: c_ulong = 0x891c;
-const SIOCSIFFLAGS: c_ulong = 0x8914;
-const IFF_UP: u8 = 1;
 
 const PROT_READ_WRITE: c_int = 3;
 /// MAP_NORESERVE: the kernel would refuse to reserve nearly all of its memory.
@@ -164,11 +155,6 @@ fn in_step(step: &str, error: &io::Error) -> io::Error {
     io::Error::other(format!("{step}: {error}"))
 }
 
-fn attach(kind: &CStr, target: &CStr) {
-    // SAFETY: all are C strings; devtmpfs takes no data.
-    unsafe { mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
-}
-
 /// A distribution's kernel has its drivers in modules, which are then beside this program.
 fn load_modules() -> io::Result<()> {
     let Ok(order) = fs::read_to_string("/modules/order") else { return Ok(()) };
@@ -180,18 +166,6 @@ fn load_modules() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn until<T>(mut ready: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let started = Instant::now();
-    loop {
-        match ready() {
-            Err(_) if started.elapsed() < Duration::from_secs(10) => {
-                thread::sleep(Duration::from_millis(5));
-            }
-            result => return result,
-        }
-    }
 }
 
 fn disk(log: &mut File, time: Duration, buffer: &mut [u8; LARGE], all: bool) -> io::Result<()> {
@@ -358,19 +332,8 @@ fn wait(context: c_ulong, events: &mut [Event; DEPTH]) -> io::Result<usize> {
     if got < 0 { Err(io::Error::last_os_error()) } else { Ok(got as usize) }
 }
 
-/// `struct ifreq` of linux/if.h.
-#[repr(C)]
-struct Interface {
-    name: [u8; 16],
-    value: [u8; 24],
-}
-
 fn network(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Result<()> {
-    until(|| {
-        configure(SIOCSIFADDR, &[2, 0, 0, 0, ADDRESS[0], ADDRESS[1], ADDRESS[2], ADDRESS[3]])
-    })?;
-    configure(SIOCSIFNETMASK, &[2, 0, 0, 0, NETMASK[0], NETMASK[1], NETMASK[2], NETMASK[3]])?;
-    configure(SIOCSIFFLAGS, &[IFF_UP, 0])?;
+    bring_up(ADDRESS)?;
 
     // Until the peer has read everything.
     let mut peer = connect(b'S')?;
@@ -402,19 +365,6 @@ fn network(log: &mut File, time: Duration, buffer: &mut [u8; LARGE]) -> io::Resu
     })?;
     say(log, "tcp_round_trips", rate);
     Ok(())
-}
-
-fn configure(request: c_ulong, value: &[u8]) -> io::Result<()> {
-    let mut interface = Interface { name: [0; 16], value: [0; 24] };
-    interface.name[..4].copy_from_slice(b"eth0");
-    interface.value[..value.len()].copy_from_slice(value);
-    // SAFETY: AF_INET, SOCK_DGRAM; then `interface` is a whole `struct ifreq`. The socket stays
-    // open for good: there are three of them.
-    let result = unsafe {
-        let fd = socket(2, 2, 0);
-        if fd < 0 { fd } else { ioctl(fd, request, (&raw mut interface).cast()) }
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn connect(task: u8) -> io::Result<TcpStream> {

@@ -139,7 +139,7 @@ pub struct OpenDisk {
 /// # Errors
 /// As [`Disk::open`]; when that word does not allow it, or cannot be read.
 pub(crate) fn open(config: &DiskConfig) -> Result<Disk, DiskError> {
-    // First, as whoever changes the word holds the image's lock.
+    // First, as the word is changed only under the image's lock.
     let disk = Disk::open(&config.path, &options(config))?;
     if !config.readonly {
         let images = Images::read([&*config.path]);

@@ -8,7 +8,7 @@ super::plain! {
 }
 
 /// Protect the machine: copy it to a backup, and hold its output until the backup could continue
-/// from there. The reply comes at once; REPLICATION_STATE says how it goes on.
+/// from there. The reply comes at once; REPLICATION_STATE reports the progress.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ReplicationStart {

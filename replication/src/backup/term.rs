@@ -258,7 +258,7 @@ impl Backup {
         self.base.mark(Mark::Outdated { term: self.base.term });
     }
 
-    /// Not for ever: it is as much as a guest.
+    /// Keep memory for a limited time, as it takes as much as a guest.
     pub(super) fn keep_memory(&mut self) {
         if self.base.timers.get(Timer::GiveUp).is_none() {
             self.base.timers.set(Timer::GiveUp, self.base.now + KEPT);

@@ -25,8 +25,8 @@
 //! is the serial number under which it did. So the receiver applies it to the page as it is after
 //! all earlier rounds, and need not have that page when the difference arrives: an epoch may be
 //! received, and acknowledged, while the one before is still being applied. It must apply epochs in
-//! order, each exactly once. What is in guest memory at that time must be what was received: whoever
-//! writes there (loading a vCPU's state does) has to put it back.
+//! order, each exactly once. What is in guest memory at that time must be what was received: code
+//! that writes there (loading a vCPU's state does) has to put it back.
 //!
 //! A page whose contents are those that were sent last is not sent at all.
 //!

@@ -46,7 +46,7 @@ impl Primary {
         self.hand_on();
     }
 
-    /// Output is held from here on, if it was not before: not for ever.
+    /// Output may be held for `ack_limit` from here on, if none was held before.
     pub(super) fn limit_acks(&mut self) {
         if self.base.timers.get(Timer::AckLimit).is_none() {
             self.base.timers.set(Timer::AckLimit, self.base.now + self.base.settings.ack_limit);

@@ -84,7 +84,7 @@ impl Sim {
             Some(Waiting::Operator) => Ok(()),
             Some(_) if serves || node.deadline().is_some() || node.pending > 0 => Ok(()),
             Some(waiting) => Err(format!(
-                "process {i} waits for {} for ever: {} (I8)",
+                "process {i} waits for {} without end: {} (I8)",
                 waiting.name(),
                 self.describe()
             )),

@@ -164,7 +164,7 @@ fn row_8_a_backup_whose_journal_hangs_or_is_full_is_left_after_the_ack_limit() -
         sim.run(ms(9000))?;
         assert_eq!((sim.owner(), sim.promotions), (None, 0), "{}", sim.describe());
         sim.until(ms(1500), owned_by(0))?;
-        // Not for so long: protection goes on in the same term.
+        // Not for so long: the term and its protection continue.
         let mut sim = protected(8)?;
         sim.nodes[1].journal = journal;
         sim.run(ms(5000))?;

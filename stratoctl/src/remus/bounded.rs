@@ -63,7 +63,7 @@ fn watch(child: &mut Child, deadline: Instant) -> io::Result<Option<Done>> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // Also when it has ended: then for what is there already. A descendant that has inherited
-        // its output may keep that open for ever.
+        // its output may never close it.
         let ended = wait(&[end.as_fd()], Duration::ZERO)?;
         out.read()?;
         err.read()?;

@@ -113,7 +113,7 @@ pub fn marks<'a>(registry: &'a Registry, place: &Place) -> InRegistry<'a> {
     InRegistry::new(registry.disk(), &place.home)
 }
 
-/// Held by whoever reads and then writes the mark of the domain at `place`.
+/// Held while a process reads and then writes the mark of the domain at `place`.
 ///
 /// # Errors
 /// It cannot be locked.

@@ -1,6 +1,7 @@
 //! UUIDs: of lineages and incarnations.
 use std::{fmt, fs, io, str::FromStr};
 
+use replication::Lineage;
 use serde::{Deserialize, Serialize};
 
 /// A UUID: 36 characters in lower case as text, 128 bits otherwise.
@@ -42,9 +43,7 @@ impl FromStr for Uuid {
 
 impl fmt::Display for Uuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let part = |shift: u32, bits: u32| (self.0 >> shift) & ((1 << bits) - 1);
-        let (a, b, c) = (part(96, 32), part(80, 16), part(64, 16));
-        write!(f, "{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", part(48, 16), part(0, 48))
+        Lineage(self.0).fmt(f)
     }
 }
 

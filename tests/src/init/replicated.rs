@@ -15,10 +15,11 @@
 //!
 //! On UDP port 7000 it sends every datagram back.
 #![no_main]
+mod basics;
 #[path = "../counted.rs"]
 mod counted;
 
-use std::ffi::{CStr, c_char, c_int, c_long, c_ulong, c_void};
+use std::ffi::{c_int, c_long};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
@@ -28,32 +29,19 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use basics::{attach, bring_up};
 use counted::{FIRST_HASH, PAGE, checksum, fill, hash, record};
 
 unsafe extern "C" {
-    fn mount(
-        source: *const c_char,
-        target: *const c_char,
-        kind: *const c_char,
-        flags: c_ulong,
-        data: *const c_void,
-    ) -> c_int;
-    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-    fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
 }
 
 const DISK: &str = "/dev/vda";
 const ADDRESS: [u8; 4] = [10, 9, 0, 2];
-const NETMASK: [u8; 4] = [255, 255, 255, 0];
 const PORT: u16 = 7000;
 
 const O_DIRECT: c_int = 0o40_000;
 const SYS_FINIT_MODULE: c_long = 313;
-const SIOCSIFADDR: c_ulong = 0x8916;
-const SIOCSIFNETMASK: c_ulong = 0x891c;
-const SIOCSIFFLAGS: c_ulong = 0x8914;
-const IFF_UP: u8 = 1;
 
 /// Everything that the guest knows.
 static COUNTER: Mutex<(u64, u64)> = Mutex::new((0, FIRST_HASH));
@@ -105,9 +93,7 @@ fn serve(log: &mut File) -> io::Result<()> {
     // What is lost at a failover is sent again soon, so that a client sees how long the failover
     // takes and not TCP's timer. Kernels before 6.11 do not have it.
     let _ = fs::write("/proc/sys/net/ipv4/tcp_rto_min_us", "10000");
-    until(|| configure(SIOCSIFADDR, &internet(ADDRESS)))?;
-    configure(SIOCSIFNETMASK, &internet(NETMASK))?;
-    configure(SIOCSIFFLAGS, &[IFF_UP, 0])?;
+    bring_up(ADDRESS)?;
     let listener = TcpListener::bind(("0.0.0.0", PORT))?;
     let datagrams = UdpSocket::bind(("0.0.0.0", PORT))?;
     thread::spawn(move || drop(send_back(&datagrams)));
@@ -125,7 +111,7 @@ fn send_back(socket: &UdpSocket) -> io::Result<()> {
     let mut datagram = [0; 64];
     loop {
         let (length, from) = socket.recv_from(&mut datagram)?;
-        // Whoever has gone meanwhile does not hear it.
+        // A client that has gone meanwhile misses it.
         let _ = socket.send_to(&datagram[..length], from);
     }
 }
@@ -241,11 +227,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn attach(kind: &CStr, target: &CStr) {
-    // SAFETY: all are C strings; neither file system takes data.
-    unsafe { mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
-}
-
 /// Loads the drivers that Debian's kernel has in modules. Another kernel refuses them, and has its
 /// own: what is missing shows when it is used.
 fn load_modules() {
@@ -254,41 +235,4 @@ fn load_modules() {
         // SAFETY: an open file, an empty string of parameters and no flags.
         unsafe { syscall(SYS_FINIT_MODULE, module.as_raw_fd(), c"".as_ptr(), 0) };
     }
-}
-
-fn until<T>(mut ready: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let started = Instant::now();
-    loop {
-        match ready() {
-            Err(_) if started.elapsed() < Duration::from_secs(10) => {
-                thread::sleep(Duration::from_millis(5));
-            }
-            result => return result,
-        }
-    }
-}
-
-/// `struct sockaddr_in`, without the port.
-fn internet([a, b, c, d]: [u8; 4]) -> [u8; 8] {
-    [2, 0, 0, 0, a, b, c, d]
-}
-
-/// `struct ifreq` of linux/if.h.
-#[repr(C)]
-struct Interface {
-    name: [u8; 16],
-    value: [u8; 24],
-}
-
-fn configure(request: c_ulong, value: &[u8]) -> io::Result<()> {
-    let mut interface = Interface { name: [0; 16], value: [0; 24] };
-    interface.name[..4].copy_from_slice(b"eth0");
-    interface.value[..value.len()].copy_from_slice(value);
-    // SAFETY: AF_INET, SOCK_DGRAM; then `interface` is a whole `struct ifreq`. The socket stays
-    // open for good: there are three of them.
-    let result = unsafe {
-        let fd = socket(2, 2, 0);
-        if fd < 0 { fd } else { ioctl(fd, request, (&raw mut interface).cast()) }
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -18,7 +18,7 @@ pub struct Impairment {
     pub loss: f64,
     /// The part of all frames that arrives without `delay`, before those sent earlier; 0 to 1.
     pub reorder: f64,
-    /// Bits per second, if limited; 0 is a line that takes for ever, which is a [cut](Self::cut).
+    /// Bits per second, if limited; 0 is a line that never delivers, which is a [cut](Self::cut).
     pub rate: Option<u64>,
     /// Nothing arrives any more: neither what is sent from now on nor what is under way.
     pub cut: bool,

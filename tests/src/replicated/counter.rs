@@ -94,7 +94,7 @@ impl Shared {
 pub struct Manner {
     /// The pause after each answer.
     pub pause: Duration,
-    /// How long it waits for an answer before it connects anew.
+    /// How long it waits for an answer before it connects again.
     pub patience: Duration,
     /// How long it tries to connect.
     pub limit: Duration,
@@ -119,7 +119,7 @@ pub struct Counter {
 pub struct Report {
     /// All acknowledged numbers.
     pub steps: Vec<Step>,
-    /// How often it had to connect anew.
+    /// How often it had to connect again.
     pub reconnections: u64,
 }
 
@@ -222,7 +222,7 @@ impl Counter {
 
 impl Drop for Counter {
     fn drop(&mut self) {
-        // Whoever wants to know calls `finish`.
+        // `finish` reports that.
         let _ = self.end();
     }
 }
@@ -253,7 +253,7 @@ fn count(shared: &Shared, manner: Manner) -> Result<()> {
             }
             Err(_) if shared.lock().stop => break,
             Err(error) => {
-                eprintln!("the counter connects anew after {:?}: {error}", asked.elapsed());
+                eprintln!("the counter connects again after {:?}: {error}", asked.elapsed());
                 expected.unknown.push_back(word);
                 ensure!(expected.unknown.len() <= UNKNOWN, "too many connections have broken");
                 shared.lock().reconnections += 1;

@@ -66,7 +66,7 @@ impl Probe {
 impl Drop for Probe {
     fn drop(&mut self) {
         lock(&self.seen).stop = true;
-        // Whoever wants to know about its failure has asked for a gap.
+        // Its failure was reported to those that asked for a gap.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }

@@ -15,7 +15,7 @@ use stories::replicated::probe::Probe;
 const PROTECTION: Protection =
     Protection { interval: Duration::from_millis(25), timeout: Duration::from_millis(200) };
 
-/// kill -9 of the primary: the counter goes on, in the connection that it had.
+/// kill -9 of the primary: the counter continues, in the connection that it had.
 pub fn counter_goes_on(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut pair = Pair::new(&hosts, &story.paths, &story.dir);

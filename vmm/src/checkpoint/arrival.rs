@@ -49,8 +49,10 @@ use super::{
 };
 use crate::{
     lifecycle::Halt,
-    replication::host::{Host as BackupHost, Shared, incarnation},
-    replication::standby::{Task, Tell, ToStandby},
+    replication::{
+        host::{Host as BackupHost, Shared, incarnation},
+        standby::{Task, Tell, ToStandby},
+    },
     seccomp::{Confinement, Kind as Thread},
 };
 

@@ -54,7 +54,7 @@ pub use memory_file::Progress;
 pub use overrides::OverrideError;
 pub use receive::{ReceiveError, Received, receive};
 pub use save::{Directory, SaveError, Saved, Sink};
-pub use send::{Cancel, Peer, Stream, To, last_frames};
+pub use send::{Cancel, Peer, Stream, To, connected, last_frames};
 
 use std::path::PathBuf;
 

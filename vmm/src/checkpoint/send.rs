@@ -11,7 +11,7 @@ use std::{
     ops::Range,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
     time::Duration,
 };
 
@@ -24,7 +24,7 @@ use super::{
 };
 use machine::{MachineState, Memory, memory::image as ram, sparse};
 use rustix::{
-    event::{EventfdFlags, PollFlags, eventfd},
+    event::PollFlags,
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
     net::{
@@ -37,6 +37,8 @@ use state::{
     file::{write_config, write_sections},
     frame::{Kind, Writer},
 };
+
+use crate::wake::Wake;
 
 /// Most bytes of memory in one frame.
 pub const PIECE: u64 = 1 << 20;
@@ -53,7 +55,7 @@ pub struct Peer {
 
 /// Makes a [`Peer`] stop waiting, permanently.
 #[derive(Debug, Clone)]
-pub struct Cancel(Arc<OwnedFd>);
+pub struct Cancel(Wake);
 
 impl Cancel {
     /// A handle that has not been used.
@@ -61,8 +63,7 @@ impl Cancel {
     /// # Errors
     /// When the host has no free descriptor.
     pub fn new() -> io::Result<Self> {
-        let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self(Arc::new(fd)))
+        Wake::new().map(Self)
     }
 
     /// Wait until `fd` is ready for `flags`.
@@ -94,8 +95,7 @@ impl Cancel {
 
     /// Cancel. Never blocks.
     pub fn cancel(&self) {
-        // The counter cannot be full: it is not written nearly so often.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        self.0.wake();
     }
 }
 
@@ -171,8 +171,12 @@ impl Drop for Peer {
     }
 }
 
-/// A connection to the socket at `path`. Does not wait for a listener whose queue is full.
-fn connected(path: &Path) -> io::Result<OwnedFd> {
+/// A connection to the socket at `path`, which does not block. Does not wait for a listener whose
+/// queue is full.
+///
+/// # Errors
+/// When nobody listens there.
+pub fn connected(path: &Path) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;

@@ -7,6 +7,7 @@ use qmp::{Error, schema::*, server::Ticket};
 use super::probe::return_path;
 use crate::{
     checkpoint,
+    durations::{microseconds, milliseconds},
     saving::{How, To},
     vmm::Vmm,
 };
@@ -155,12 +156,4 @@ pub fn query_migrate(vmm: &mut Vmm, _: QueryMigrate) -> Result<MigrationInfo, Er
         base,
         error_desc: saving.error().map(str::to_owned),
     })
-}
-
-fn milliseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn microseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

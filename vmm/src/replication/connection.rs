@@ -10,8 +10,9 @@ use rustix::{
     event::PollFlags,
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
 };
+
+use crate::checkpoint::connected;
 
 /// Bytes read in one call.
 const PIECE: usize = 256 << 10;
@@ -49,10 +50,7 @@ impl Connection {
     /// # Errors
     /// When nobody listens there.
     pub fn to(path: &Path) -> io::Result<Self> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &SocketAddrUnix::new(path)?)?;
-        Self::new(socket)
+        connected(path).map(Self::accepted)
     }
 
     /// Send `bytes`, after everything that waits already.

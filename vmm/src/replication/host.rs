@@ -15,16 +15,14 @@ use parking_lot::Mutex;
 use qmp::schema::ReplicationInfo;
 use replication::Incarnation;
 
-use super::{
-    Wake,
-    standby::{Builder, Promotion, Standby, Task, Tell, ToStandby},
-};
+use super::standby::{Builder, Standby, Task, Tell, ToStandby};
 use crate::{
     checkpoint::{
         Arrived, Assembly, IncomingError, ReceiveError, Received, RestoreError, Voice, take,
     },
     lifecycle::Halt,
     seccomp::{Confinement, Kind},
+    wake::Wake,
 };
 
 /// What the thread needs.
@@ -192,6 +190,3 @@ impl Shared {
 pub fn incarnation() -> io::Result<Incarnation> {
     crate::checkpoint::job::new_id().map(Incarnation)
 }
-
-/// The failover that a machine arrived by, if it did.
-pub type Arrival = Option<Box<Promotion>>;

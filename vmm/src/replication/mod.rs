@@ -28,9 +28,7 @@ mod settings;
 pub mod standby;
 #[cfg(test)]
 mod tests;
-mod wake;
 
 pub(crate) use protection::Replication;
-pub use questions::{Query, changed, uuid};
+pub use questions::{Query, changed, show};
 pub use standby::{Promotion, ToStandby};
-pub use wake::Wake;

@@ -18,7 +18,7 @@ use qmp::{
     Error,
     schema::{
         Event, FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationNeed,
-        ReplicationResult, ReplicationStart, ReplicationStatus, ShutdownCause,
+        ReplicationResult, ReplicationSide, ReplicationStart, ReplicationStatus, ShutdownCause,
     },
     server::Ticket,
 };
@@ -31,15 +31,16 @@ use super::{
     connection::Connection,
     offer::Offer,
     protector::{Order, Orders, Protector, Report, Task},
-    questions::{Query, changed, parse_uuid, uuid},
+    questions::{Query, changed, parse_uuid},
     settings,
-    wake::Wake,
 };
 use crate::{
     bounds,
     checkpoint::job::new_id,
+    durations::microseconds,
     lifecycle::{self, State},
     vmm::{Ending, Vmm},
+    wake::Wake,
 };
 
 /// Commands that would change the machine itself, or need the thread that replicates it.
@@ -115,10 +116,9 @@ impl Vmm {
         });
         let peer = peer.transpose()?;
         let lineage = match (&start.lineage, self.replication.lineage) {
-            (Some(text), Some(known)) if uuid(known.0) != *text => {
+            (Some(text), Some(known)) if known.to_string() != *text => {
                 return Err(Error::text(format!(
-                    "Invalid parameter 'lineage': '{text}': this machine's is {}",
-                    uuid(known.0)
+                    "Invalid parameter 'lineage': '{text}': this machine's is {known}"
                 )));
             }
             (_, Some(known)) => known,
@@ -171,7 +171,7 @@ impl Vmm {
     /// When the host has no descriptor to give.
     pub fn promoted(&mut self, promotion: Promotion) -> Result<(), Error> {
         let Promotion { me, term, promoted, settings, epoch, times, decided } = promotion;
-        let run_us = u64::try_from(decided.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let run_us = microseconds(decided.elapsed());
         let times = FailoverTimes { run_us, ..times };
         (self.replication.lineage, self.replication.term) = (Some(me.lineage), term);
         self.replication.last.last_failover = Some(times);
@@ -207,13 +207,14 @@ impl Vmm {
         };
         let status = Arc::new(Mutex::new(ReplicationInfo {
             state,
+            role: Some(ReplicationSide::Primary),
+            lineage: Some(me.lineage.to_string()),
+            incarnation: Some(me.incarnation.to_string()),
             last_failover: self.replication.last.last_failover,
             ..Default::default()
         }));
         let task = Task {
             primary,
-            lineage: me.lineage,
-            incarnation: me.incarnation.0,
             offer: Offer { timeout, config },
             peer,
             memory: self.machine.memory().clone(),
@@ -462,7 +463,7 @@ impl Vmm {
             }
         };
         let pause = began.elapsed();
-        self.replication.last.pause_us = u64::try_from(pause.as_micros()).unwrap_or(u64::MAX);
+        self.replication.last.pause_us = microseconds(pause);
         if let Ok(Order::Captured { epoch, captured, .. }) = &order {
             self.replication.last.dirty_pages = captured.1.bytes() / PAGE_SIZE;
             self.replication.last.epoch = epoch.0;
@@ -525,7 +526,7 @@ impl Vmm {
         self.broadcast(&Event::ReplicationNeeds {
             nonce: 0,
             need: ReplicationNeed::Connect,
-            lineage: uuid(lineage.0),
+            lineage: lineage.to_string(),
             term: None,
             word: None,
             side: None,

@@ -20,10 +20,10 @@ use machine::{
     memory::staging::{self, Staging},
 };
 use parking_lot::Mutex;
-use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
+use qmp::schema::{ReplicationInfo, ReplicationStatus};
 use replication::{
-    Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Lineage, Output, Primary,
-    Question, Term, Why, primary::State,
+    Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Output, Primary, Question,
+    Term, Why, primary::State,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -34,10 +34,11 @@ use super::{
     connection::Connection,
     offer::Offer,
     outgoing::{Outgoing, Staged},
-    questions::uuid,
+    questions::show,
     rounds::Rounds,
-    wake::Wake,
 };
+
+use crate::{durations::microseconds, wake::Wake};
 
 /// Bytes that may wait in a connection before more are encoded.
 const HIGH_WATER: usize = 1 << 20;
@@ -126,10 +127,6 @@ pub enum Order {
 pub struct Task {
     /// The state machine.
     pub primary: Primary,
-    /// The domain.
-    pub lineage: Lineage,
-    /// This process, as the status shows it.
-    pub incarnation: u128,
     /// The offer.
     pub offer: Offer,
     /// Where the backup listens; `None`: the agent connects.
@@ -353,24 +350,11 @@ impl<R: Fn(Report)> Protector<R> {
         let held = self.gates.as_ref().map(Gates::backlog).unwrap_or_default();
         let mut shown = self.task.status.lock();
         shown.state = self.status();
-        shown.role = Some(ReplicationSide::Primary);
-        shown.lineage = Some(uuid(self.task.lineage.0));
-        shown.incarnation = Some(uuid(self.task.incarnation));
-        let status = self.task.primary.status();
-        (shown.term, shown.acked) = (status.term.0, status.acked.0);
-        shown.peer = status.peer.map(|peer| uuid(peer.0));
-        (shown.armed, shown.claimed) = (status.armed, status.claimed);
-        shown.waiting_for = status.waiting.map(|waiting| waiting.name().to_owned());
-        (shown.stalls, shown.missed_beats) = (status.stalls, status.missed_beats);
-        shown.largest_gap = millis(status.largest_gap);
+        show(&mut shown, &self.task.primary.status());
         shown.held_bytes = held.bytes as u64;
-        shown.oldest_us = u64::try_from(held.oldest.as_micros()).unwrap_or(u64::MAX);
+        shown.oldest_us = microseconds(held.oldest);
         shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, c)| c.total());
     }
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Sends orders to the thread.

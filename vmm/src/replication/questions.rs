@@ -9,8 +9,10 @@ use qmp::{
 };
 use replication::{
     Answer, Event as Told, Incarnation, Lineage, OnLoss, Party, Question, Record, Settled, Side,
-    Word,
+    Status, Word,
 };
+
+use crate::durations::milliseconds;
 
 /// A question that waits for its answer.
 #[derive(Debug, Clone, Copy)]
@@ -39,11 +41,14 @@ pub fn changed(info: &ReplicationInfo, previous: ReplicationStatus, told: Told) 
     Event::ReplicationState { state, previous, term, epoch, reason }
 }
 
-/// The usual form of a UUID, of 36 characters.
-pub fn uuid(id: u128) -> String {
-    let hex = format!("{id:032x}");
-    let field = |range| hex.get(range).unwrap_or_default();
-    [field(0..8), field(8..12), field(12..16), field(16..20), field(20..32)].join("-")
+/// Show clients what a side says of itself.
+pub fn show(shown: &mut ReplicationInfo, status: &Status) {
+    (shown.term, shown.acked) = (status.term.0, status.acked.0);
+    shown.peer = status.peer.map(|peer| peer.to_string());
+    (shown.armed, shown.claimed) = (status.armed, status.claimed);
+    shown.waiting_for = status.waiting.map(|waiting| waiting.name().to_owned());
+    (shown.stalls, shown.missed_beats) = (status.stalls, status.missed_beats);
+    shown.largest_gap = milliseconds(status.largest_gap);
 }
 
 /// A UUID in its usual form.
@@ -52,7 +57,8 @@ pub fn uuid(id: u128) -> String {
 /// When `text`, the value of `key`, is none.
 pub fn parse_uuid(key: &str, text: &str) -> Result<u128, Error> {
     let digits: String = text.split('-').collect();
-    let parsed = u128::from_str_radix(&digits, 16).ok().filter(|id| uuid(*id) == text);
+    let parsed =
+        u128::from_str_radix(&digits, 16).ok().filter(|id| Lineage(*id).to_string() == text);
     parsed.ok_or_else(|| {
         Error::text(format!(
             "Invalid parameter '{key}': '{text}': must be a UUID of 36 characters, in lower case"
@@ -75,11 +81,11 @@ impl Query {
             Question::Claim { word: how, party, .. } => {
                 word = Some(word_of(how));
                 side = Some(side_of(party.side));
-                incarnation = Some(uuid(party.incarnation.0));
+                incarnation = Some(party.incarnation.to_string());
                 ReplicationNeed::Claim
             }
             Question::Settle { winner: who, to: outcome, .. } => {
-                winner = Some(uuid(who.0));
+                winner = Some(who.to_string());
                 let (outcome, whose) = outcome_of(outcome);
                 (to, yielded_to) = (Some(outcome), whose);
                 ReplicationNeed::Settle
@@ -89,7 +95,7 @@ impl Query {
         Event::ReplicationNeeds {
             nonce: self.nonce,
             need,
-            lineage: uuid(lineage.0),
+            lineage: lineage.to_string(),
             term: Some(self.question.term().0),
             word,
             side,
@@ -170,7 +176,7 @@ fn side_of(side: Side) -> ReplicationSide {
 fn outcome_of(settled: Settled) -> (ReplicationOutcome, Option<String>) {
     match settled {
         Settled::Running => (ReplicationOutcome::Running, None),
-        Settled::Yielded { to } => (ReplicationOutcome::Yielded, Some(uuid(to.0))),
+        Settled::Yielded { to } => (ReplicationOutcome::Yielded, Some(to.to_string())),
     }
 }
 

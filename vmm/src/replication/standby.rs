@@ -28,11 +28,13 @@ use state::Config;
 
 use super::{
     connection::Connection,
-    questions::{Query, uuid},
+    questions::{Query, show},
     received::Received as Arriving,
+};
+use crate::{
+    checkpoint::{ReceiveError, Received},
     wake::Wake,
 };
-use crate::checkpoint::{ReceiveError, Received};
 
 /// Most bytes of an epoch that is kept aside.
 const LONGEST_EPOCH: u64 = 512 << 20;
@@ -190,6 +192,11 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// A thread with this task.
     pub fn new(task: Task, builder: B, tell: T) -> Self {
         let now = Instant::now();
+        {
+            let mut shown = task.status.lock();
+            shown.role = Some(ReplicationSide::Backup);
+            shown.incarnation = Some(task.incarnation.to_string());
+        }
         Self {
             task,
             builder,
@@ -394,22 +401,10 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     fn show(&self) {
         let mut shown = self.task.status.lock();
         shown.state = self.status();
-        shown.role = Some(ReplicationSide::Backup);
-        shown.incarnation = Some(uuid(self.task.incarnation.0));
         if let Some(backup) = &self.backup {
-            shown.lineage = Some(uuid(self.lineage.0));
             let status = backup.status();
-            (shown.term, shown.epoch, shown.acked) =
-                (status.term.0, status.epoch.0, status.acked.0);
-            shown.peer = status.peer.map(|peer| uuid(peer.0));
-            (shown.armed, shown.claimed) = (status.armed, status.claimed);
-            shown.waiting_for = status.waiting.map(|waiting| waiting.name().to_owned());
-            (shown.stalls, shown.missed_beats) = (status.stalls, status.missed_beats);
-            shown.largest_gap = micros(status.largest_gap) / 1000;
+            show(&mut shown, &status);
+            shown.epoch = status.epoch.0;
         }
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

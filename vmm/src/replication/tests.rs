@@ -32,15 +32,16 @@ use replication::{
 use state::testing::{MEMORY, config, sections};
 
 use super::{
-    Wake,
     connection::Connection,
     offer::Offer,
     protector::{Order, Orders, Protector, Report, Task},
-    questions::uuid,
     settings::agreement,
     standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
 };
-use crate::checkpoint::{ReceiveError, Received};
+use crate::{
+    checkpoint::{ReceiveError, Received},
+    wake::Wake,
+};
 
 const TIMEOUT: Duration = Duration::from_millis(400);
 const LONG: Duration = Duration::from_secs(20);
@@ -187,8 +188,6 @@ impl Protected {
         let memory = room();
         let task = Task {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
-            lineage: me.lineage,
-            incarnation: 1,
             offer: Offer { timeout: TIMEOUT, config: config(1) },
             peer: Some(peer.to_owned()),
             memory: memory.clone(),
@@ -307,7 +306,7 @@ fn answer(asked: &Event, record: Option<Record>) -> ReplicationAnswer {
             Side::Primary => ReplicationSide::Primary,
             Side::Backup => ReplicationSide::Backup,
         },
-        incarnation: uuid(record.winner.incarnation.0),
+        incarnation: record.winner.incarnation.to_string(),
         settled: None,
         yielded_to: None,
     });

@@ -9,11 +9,11 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr};
-use stories::agent::{monitor, outcome, prepare, prepare_with, tell_outcome};
+use stories::agent::{monitor, pass_on, prepare, prepare_with, tell_outcome};
 use stories::archive::make_ext4;
 use stories::debian::Debian;
 use stories::guest::Kernel;
-use stories::host::{Host, Job, Said};
+use stories::host::{Host, Job};
 use stories::monitor::{BOOT, Monitor, SOON, Vm};
 use stories::net::Tap;
 use stories::paths::{GUEST_KERNEL, Paths};
@@ -110,18 +110,8 @@ fn outside(what: What) -> Result<ExitCode> {
         if let Some(input) = input.take() {
             raw = forward(input)?;
         }
-        match said {
-            Some(Said::Text(text)) => {
-                io::stdout().write_all(&text)?;
-                io::stdout().flush()?;
-            }
-            Some(Said::Control(message)) => {
-                if let Some(result) = outcome(&message) {
-                    break result;
-                }
-            }
-            Some(Said::End) => break Err(format!("the host ended early\n{}", running.console())),
-            None => break Err(format!("no more output came in time\n{}", running.console())),
+        if let Some(result) = pass_on(said, &running)? {
+            break result;
         }
     };
     drop(raw);

@@ -1,13 +1,12 @@
 //! `cargo remus-soak`: a guest that loses its host again and again.
 use std::env;
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use stories::agent::{monitor, outcome, prepare_with, tell_outcome};
+use stories::agent::{monitor, pass_on, prepare_with, tell_outcome};
 use stories::debian::Debian;
-use stories::host::{Host, Job, Said};
+use stories::host::{Host, Job};
 use stories::paths::{GUEST_KERNEL, Paths};
 use xtask::bench::interrupt::Interrupt;
 use xtask::soak::{Plan, USAGE, run};
@@ -37,18 +36,8 @@ fn outside(plan: &Plan) -> Result<()> {
     let job = Job::this_program(&[INSIDE, &serde_json::to_string(plan)?])?;
     let running = host.start(&paths, &debian, &job)?;
     let result = loop {
-        match running.next(Instant::now() + TIMEOUT) {
-            Some(Said::Text(text)) => {
-                io::stdout().write_all(&text)?;
-                io::stdout().flush()?;
-            }
-            Some(Said::Control(message)) => {
-                if let Some(result) = outcome(&message) {
-                    break result;
-                }
-            }
-            Some(Said::End) => break Err(format!("the host ended early\n{}", running.console())),
-            None => break Err(format!("no more output came in time\n{}", running.console())),
+        if let Some(result) = pass_on(running.next(Instant::now() + TIMEOUT), &running)? {
+            break result;
         }
     };
     running.finish(Instant::now() + Duration::from_secs(20))?;

@@ -1,6 +1,6 @@
 //! The process that does for a protected domain's monitor what that may not do itself: see
 //! [`crate::remus::serve`]. There is one for each protected domain, and it ends with the protection
-//! or with the monitor. If it is killed, the monitor goes on, and the next verb starts another one.
+//! or with the monitor. If it is killed, the monitor continues, and the next verb starts another one.
 use std::{
     env,
     io::{self, Write},

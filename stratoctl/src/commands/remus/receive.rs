@@ -57,7 +57,7 @@ pub fn receive(ctx: &Context, args: &RemusReceive) -> anyhow::Result<Answer> {
             let input = own(io::stdin().as_fd().try_clone_to_owned())?;
             let output = own(io::stdout().as_fd().try_clone_to_owned())?;
             let (_, socket) = welcome(ctx, args, &input, &output)?;
-            // The other thread may wait for input for ever; it ends with this process.
+            // The other thread may never get input; it ends with this process.
             relay(input, output, &socket)?;
             Ok(Answer::silent())
         }

@@ -189,6 +189,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let word = Mark::Free { term: Term(0) };
         let (backup, outputs) = Backup::new(me, word, settings, Rules::ALL);
         self.backup = Some(backup);
+        self.task.status.lock().lineage = Some(self.lineage.to_string());
         outputs.into_iter().for_each(|output| self.carry_out(output));
     }
 

@@ -6,8 +6,8 @@ use qmp::schema::FailoverTimes;
 use replication::{Epoch, Fault, From, Identity, Incarnation, Input, Term, Why};
 use state::{Config, Frames, Sections};
 
-use super::{Builder, Building, Promotion, Standby, Tell, micros};
-use crate::checkpoint::Received;
+use super::{Builder, Building, Promotion, Standby, Tell};
+use crate::{checkpoint::Received, durations::microseconds};
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// Memory is filled from here on: what it held is forgotten.
@@ -150,11 +150,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     pub(super) fn runs(&mut self, term: Term, from: From, promoted: Option<Incarnation>) {
         let (Some(settings), From::Epoch(epoch)) = (self.settings, from) else { return };
         let me = Identity { lineage: self.lineage, incarnation: self.task.incarnation };
-        let since = |later: Instant, earlier| micros(later.saturating_duration_since(earlier));
+        let since =
+            |later: Instant, earlier| microseconds(later.saturating_duration_since(earlier));
         let times = FailoverTimes {
             detect_us: since(self.suspected, self.heard),
             decide_us: since(self.decided, self.suspected),
-            apply_us: micros(self.applied),
+            apply_us: microseconds(self.applied),
             run_us: 0,
         };
         let decided = self.decided;
