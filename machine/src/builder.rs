@@ -29,7 +29,7 @@ use vm_memory::MmapRegion;
 pub use self::error::BuildError;
 use crate::{
     Machine,
-    arch::{Buses, BusesBuilder, CpuFeatures, VcpuFactory, entry},
+    arch::{Buses, BusesBuilder, CpuFeatures, VcpuFactory, VcpuState, entry},
     backends::{self, Backends},
     backing::Backing,
     balloon::Balloon,
@@ -50,6 +50,7 @@ use crate::{
     reload::BootPlan,
     rest::Rest,
     slots::{Handle, Slots},
+    undo::Undo,
     vcpu,
 };
 
@@ -66,6 +67,8 @@ pub struct Saved {
     /// Its disks and taps are free. Otherwise another machine still has them: everything else is
     /// built and checked, and [`Machine::hold_backends`] takes them later.
     pub held: bool,
+    /// [`Machine::unbuild`] is possible as long as it has not run.
+    pub undo: bool,
 }
 
 /// Whether the machine takes its disks and taps at once.
@@ -74,7 +77,8 @@ struct BackendsHeld(bool);
 /// How the guest starts.
 enum Start {
     Boot,
-    Resume(Opening, Contents, CpuFeatures, BackendsHeld),
+    /// With true, what is written to memory is logged from the beginning.
+    Resume(Opening, Contents, CpuFeatures, BackendsHeld, bool),
 }
 
 impl Machine {
@@ -98,10 +102,17 @@ impl Machine {
     pub fn restored(saved: Saved, callbacks: Callbacks) -> Result<Self, BuildError> {
         let Restorable { description, state } = &saved.restorable;
         let seen = CpuFeatures::try_from(&state.cpu)?;
-        let start = Start::Resume(saved.opening, saved.memory, seen, BackendsHeld(saved.held));
+        let undo = saved.undo.then(|| Undo::before(&saved.memory.memory, state)).transpose();
+        let undo = undo.map_err(BuildError::Undo)?;
+        let (opening, memory, held) = (saved.opening, saved.memory, BackendsHeld(saved.held));
+        let start = Start::Resume(opening, memory, seen, held, undo.is_some());
         let mut machine = Self::build(&MadeOf::from(description), start, callbacks)?;
         machine.pause_new()?;
         machine.quiesced()?.restore(state, saved.clock_realtime)?;
+        machine.tsc_khz = state.vcpus.first().map(VcpuState::tsc_khz);
+        if let Some(undo) = undo {
+            machine.built_with(undo)?;
+        }
         // Before the guest runs, and after the interrupt controllers have their state.
         machine.legacy.generation_changed();
         Ok(machine)
@@ -113,13 +124,13 @@ impl Machine {
         let cpu_ids = topology::cpu_ids(&config.topology, config.cpus)?;
 
         let small = matches!(start, Start::Boot) && is_small(config);
-        let (kvm, made, seen, BackendsHeld(held)) = match start {
-            Start::Boot => (kvm::open()?, None, None, BackendsHeld(true)),
-            Start::Resume(opening, memory, seen, held) => {
+        let (kvm, made, seen, BackendsHeld(held), logs) = match start {
+            Start::Boot => (kvm::open()?, None, None, BackendsHeld(true), false),
+            Start::Resume(opening, memory, seen, held, logs) => {
                 let opened = opening.finish().map_err(BuildError::Thread)??;
                 let Opened { kvm, vm, supported } = opened;
                 fits::check_model(&kvm, &supported, config, &seen.model())?;
-                (kvm, Some((vm, memory)), Some(seen), held)
+                (kvm, Some((vm, memory)), Some(seen), held, logs)
             }
         };
         check_count(&kvm, config.cpus.get())?;
@@ -137,6 +148,7 @@ impl Machine {
             kvm: &kvm,
             cpu_ids: &cpu_ids,
             memory: &memory,
+            logs,
             window: &window,
             reclaimer: &reclaimer,
             callbacks: &callbacks,
@@ -199,12 +211,14 @@ impl Machine {
             generation,
             seen,
             cpu_model: None,
+            tsc_khz: None,
             filled: filled.into(),
             reclaimer,
             dirty_logs: DirtyLogs::default(),
             logging: false,
             cleared: Vec::new(),
             disks_released: !held,
+            undo: None,
         })
     }
 }
@@ -215,6 +229,7 @@ struct Setting<'a> {
     kvm: &'a Kvm,
     cpu_ids: &'a [u8],
     memory: &'a Memory,
+    logs: bool,
     window: &'a Arc<MmapRegion>,
     reclaimer: &'a Arc<Reclaimer>,
     callbacks: &'a Callbacks,
@@ -239,7 +254,7 @@ impl Setting<'_> {
         to_devices: mpsc::Sender<Arc<Vm>>,
     ) -> Result<(Arc<Vm>, Vec<VcpuFd>), KvmError> {
         let fd = fd.map_or_else(|| kvm::create_vm(self.kvm), Ok)?;
-        let vm = Arc::new(Vm::new(self.kvm, fd, self.memory, self.window)?);
+        let vm = Arc::new(Vm::new(self.kvm, fd, self.memory, self.window, self.logs)?);
         // The thread waits for it, or has failed: its result shows that.
         let _ = to_devices.send(vm.clone());
         let topology = &self.made_of.config.topology;
@@ -261,7 +276,7 @@ impl Setting<'_> {
         to_vcpus: mpsc::Sender<CpuFeatures>,
         created: mpsc::Receiver<Arc<Vm>>,
     ) -> Result<Devices, BuildError> {
-        let Setting { made_of, kvm, cpu_ids, memory, window, reclaimer, callbacks } = *self;
+        let Setting { made_of, kvm, cpu_ids, memory, window, reclaimer, callbacks, .. } = *self;
         let MadeOf { config, .. } = *made_of;
         let features = match seen {
             Some(features) => features.clone(),

@@ -70,6 +70,12 @@ impl Gates {
         self.consoles.iter_mut().for_each(CharKeeper::discard);
     }
 
+    /// What the gates of the character devices hold of checkpoints up to and including `epoch`, in
+    /// the machine's order.
+    pub fn output(&self, epoch: u64) -> Vec<Vec<u8>> {
+        self.consoles.iter().map(|console| console.held(epoch)).collect()
+    }
+
     /// What all of them hold together, and how long the oldest piece has waited.
     pub fn backlog(&self) -> Backlog {
         let each = self.nics.iter().map(NetKeeper::backlog);

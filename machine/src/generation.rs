@@ -1,7 +1,7 @@
 //! The generation id (Microsoft, "Virtual Machine Generation ID", 2012): 16 bytes of guest memory
 //! that change each time a machine is restored, so that two guests restored from the same save do
 //! not produce the same random numbers. A reset keeps them.
-use std::{fmt, io};
+use std::{fmt, io, ops::Range};
 
 use devices::{Memory, random};
 use vm_memory::{Bytes, GuestAddress};
@@ -11,6 +11,11 @@ use crate::{boot::BootError, layout};
 /// A random UUID (RFC 9562, version 4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GenerationId([u8; 16]);
+
+/// Where in guest memory it is.
+pub(crate) fn places() -> impl Iterator<Item = Range<u64>> {
+    std::iter::once(layout::GENERATION_ID..layout::GENERATION_ID + 16)
+}
 
 impl GenerationId {
     /// A new, unique id.

@@ -24,9 +24,10 @@ mod reload;
 mod rest;
 mod slots;
 mod spot_check;
+mod undo;
 pub mod vcpu;
 
-pub use arch::{Clock, CpuModel, layout};
+pub use arch::{Clock, CpuModel, Moment, layout};
 pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use balloon::Balloon;
 pub use builder::{BuildError, Saved};
@@ -40,7 +41,7 @@ pub use devices::{
 pub use dirty::DirtyError;
 pub use dry_restore::{Restorable, dry_restore};
 pub use event::{Callbacks, Event, Report, ReportToken};
-pub use fits::{check_cpu, check_taps};
+pub use fits::{Tsc, TscMismatch, check_cpu, check_taps, check_tsc};
 pub use gates::{Gates, Markers};
 pub use generation::GenerationId;
 pub use machine::{Machine, RunError};
@@ -49,6 +50,7 @@ pub use quiesced::{Epoch, MachineState, Pages, Quiesced, RestoreError, SaveError
 pub use reload::{ReloadError, Reloaded};
 pub use rest::AT_ONCE;
 pub use spot_check::{SpotCheckError, SpotChecks, check_spots};
+pub use undo::UndoError;
 pub use vcpu::Stopped;
 
 pub(crate) use arch::legacy;

@@ -14,7 +14,10 @@ use kvm_ioctls::Kvm;
 use parking_lot::Mutex;
 
 use crate::{
-    arch::{Clock, CpuFeatures, CpuModel, KvmCpu, VcpuFactory, entry, host_ticks, legacy::Legacy},
+    arch::{
+        Clock, CpuFeatures, CpuModel, KvmCpu, Moment, VcpuFactory, entry, host_ticks,
+        legacy::Legacy,
+    },
     backends::Backends,
     balloon::Balloon,
     boot::BootError,
@@ -25,6 +28,7 @@ use crate::{
     reload::Reloaded,
     rest::Rest,
     slots::Slots,
+    undo::Undo,
     vcpu::{Gone, Handle},
 };
 
@@ -61,6 +65,8 @@ pub struct Machine {
     pub(crate) seen: Option<CpuFeatures>,
     /// The same in saved form, once it is known.
     pub(crate) cpu_model: Option<CpuModel>,
+    /// Ticks per millisecond of the TSC of a restored machine.
+    pub(crate) tsc_khz: Option<u32>,
     /// Ranges of guest memory that are not zero although they may not have been touched.
     pub(crate) filled: Arc<[Range<u64>]>,
     /// Gives memory back to the host, for devices.
@@ -73,6 +79,8 @@ pub struct Machine {
     pub(crate) cleared: Vec<Range<u64>>,
     /// Other machines may have the disks.
     pub(crate) disks_released: bool,
+    /// What its memory was before it was built, until it runs.
+    pub(crate) undo: Option<Undo>,
 }
 
 /// The moment at which the guest's clocks were stopped.
@@ -83,6 +91,8 @@ pub(crate) struct Parked {
     pub clock: Clock,
     /// The clock is to continue as if it had not been stopped.
     pub advance: bool,
+    /// All clocks are to continue as if the guest had run since then.
+    pub runs_since: Option<Moment>,
 }
 
 /// Why the machine could not be paused, resumed or reset.
@@ -164,6 +174,15 @@ impl Machine {
         }
     }
 
+    /// Send `output` of each character device to its back-end, as if its guest had sent it: what a
+    /// machine that ran before may not have sent any more.
+    pub fn send_again(&self, output: &[Vec<u8>]) {
+        for (sink, bytes) in self.outputs.iter().zip(output).filter(|(_, bytes)| !bytes.is_empty())
+        {
+            sink.send(bytes);
+        }
+    }
+
     /// Press the ACPI power button.
     pub fn press_power_button(&self) {
         self.legacy.press_power_button();
@@ -187,11 +206,26 @@ impl Machine {
     }
 
     /// Let the guest's clock resume from where it was stopped; returns for how many ticks of the
-    /// host's counter that was.
-    pub(crate) fn restart_clocks(&mut self) -> Result<u64, KvmError> {
+    /// host's counter that was, or would have been.
+    pub(crate) fn restart_clocks(&mut self) -> Result<i64, KvmError> {
         let Some(parked) = self.parked.take() else { return Ok(0) };
-        self.vm.set_clock(parked.clock, parked.advance)?;
-        Ok(host_ticks().saturating_sub(parked.ticks))
+        let mut clock = parked.clock;
+        if let Some(since) = parked.runs_since {
+            let ran = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            clock.nanoseconds = clock.nanoseconds.saturating_add(ran);
+        }
+        self.vm.set_clock(clock, parked.advance)?;
+        let until = parked.runs_since.map_or_else(host_ticks, |since| since.ticks);
+        Ok(until.wrapping_sub(parked.ticks).cast_signed())
+    }
+
+    /// Let the guest's clocks go on, when it first runs, as if it had run since `moment` with the
+    /// state that it was restored from: kvm-clock, and the TSC of each vCPU where that is the
+    /// guest's own. They never go back.
+    pub fn runs_since(&mut self, moment: Moment) {
+        if let Some(parked) = &mut self.parked {
+            parked.runs_since = Some(moment);
+        }
     }
 
     /// Let it run again after a pause of some milliseconds that the monitor itself needed. The
@@ -209,7 +243,8 @@ impl Machine {
         Ok(())
     }
 
-    pub(crate) fn run(&mut self, ticks: u64) {
+    pub(crate) fn run(&mut self, ticks: i64) {
+        self.undo = None;
         self.rest.ends();
         self.each_device(|d| d.resume());
         self.io_threads.iter().for_each(|(_, thread)| thread.go());
@@ -249,7 +284,7 @@ impl Machine {
         self.legacy.unbind(&self.vm)?;
         self.slots.unbind(&self.vm)?;
         let fd = kvm::create_vm(&self.kvm)?;
-        let vm = Vm::new(&self.kvm, fd, &self.memory, self.slots.register_window())?;
+        let vm = Vm::new(&self.kvm, fd, &self.memory, self.slots.register_window(), false)?;
         self.legacy.bind(&vm)?;
         self.slots.bind(&vm)?;
         let features = match &self.seen {

@@ -295,7 +295,7 @@ impl Quiesced<'_> {
         }
         // Its clocks are stopped from now on, at the values of the save.
         let (ticks, clock) = (host_ticks(), state.clock);
-        machine.parked = Some(Parked { ticks, clock, advance: clock_realtime });
+        machine.parked = Some(Parked { ticks, clock, advance: clock_realtime, runs_since: None });
         restore_devices(&machine.legacy, &machine.slots, &state.devices)
     }
 

@@ -149,7 +149,8 @@ impl Machine {
         }
         if self.parked.is_none() {
             let clock = self.vm.clock()?;
-            self.parked = Some(Parked { ticks: host_ticks(), clock, advance: false });
+            self.parked =
+                Some(Parked { ticks: host_ticks(), clock, advance: false, runs_since: None });
         }
         // Ask again, in case a thread has given up meanwhile.
         self.io_threads.iter().for_each(|(_, thread)| thread.hold(*park, DISK_STALL_LIMIT));

@@ -55,7 +55,8 @@ pub enum Input {
     Held(Epoch),
     /// Backup: memory and journal cannot hold it.
     NotHeld(Epoch, Fault),
-    /// Backup: an epoch that is acknowledged cannot be applied.
+    /// Backup: an epoch that is acknowledged cannot be applied, or is lost by what
+    /// [`Output::Unprepare`] could not put back.
     NotApplied,
     /// Backup: all that can fail has been done, as [`Output::Prepare`] asks.
     Prepared,

@@ -145,7 +145,7 @@ impl Arriving {
         match told {
             Tell::Ask(query, lineage) => self.servers.broadcast(&query.event(lineage)),
             Tell::State { previous, told, info } => {
-                self.servers.broadcast(&changed(&info, previous, told));
+                self.servers.broadcast(&changed(&info, previous, told, None));
             }
         }
     }

@@ -43,8 +43,8 @@ impl Vmm {
         }
         self.balloon = BalloonEvents { owed: false, last: Some(Instant::now()) };
         if let Some(actual) = self.machine.balloon().map(|balloon| balloon.actual()) {
-            self.broadcast(&Event::BalloonChange { actual });
-            self.broadcast(&Event::BalloonChanged { actual });
+            self.tell_of_guest(Event::BalloonChange { actual });
+            self.tell_of_guest(Event::BalloonChanged { actual });
         }
     }
 }

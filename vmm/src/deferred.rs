@@ -243,13 +243,13 @@ impl Vmm {
                 // QEMU's order with `-action shutdown=pause`. The other two have an event of their
                 // own, or none.
                 if why == Halt::Shutdown {
-                    self.broadcast(&Event::Shutdown { guest, reason });
+                    self.tell_of_guest(Event::Shutdown { guest, reason });
                 }
                 if let Err(e) = self.apply(lifecycle::Event::Halt(why)) {
                     self.cannot_be_kept(&e);
                 }
             }
-            (Ok(()), Action::Reset) => self.broadcast(&Event::Reset { guest, reason }),
+            (Ok(()), Action::Reset) => self.tell_of_guest(Event::Reset { guest, reason }),
             (Ok(()), Action::End) => {}
             (Err(e), _)
                 if self.rest_timeouts() > before && Instant::now() < self.tried_until(until) =>

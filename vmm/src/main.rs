@@ -177,9 +177,13 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
     }
     // Everything that can fail has been done, and the guest has not executed an instruction yet.
     answer.settle();
+    let stopped = match &promotion {
+        Some(promotion) => vmm.comes_by(promotion),
+        None => false,
+    };
     match halted {
         Some(why) => vmm.apply(lifecycle::Event::Halt(why))?,
-        None if paused => {}
+        None if paused || stopped => {}
         None => {
             vmm.apply(lifecycle::Event::Resume)?;
             vmm.log_vcpus();

@@ -166,9 +166,8 @@ impl Vmm {
             (State::Prelaunch | State::Paused | State::PostMigrate, State::Running) => {
                 self.broadcast(&Event::Resume {});
             }
-            (State::Running, State::Paused | State::Saving | State::Halted(_)) => {
-                self.broadcast(&Event::Stop {});
-            }
+            (State::Running, State::Paused | State::Saving) => self.broadcast(&Event::Stop {}),
+            (State::Running, State::Halted(_)) => self.tell_of_guest(Event::Stop {}),
             _ => {}
         }
         Ok(())
@@ -267,7 +266,7 @@ impl Vmm {
             }
             M::BalloonChanged(_) => self.balloon.changed(),
             M::DiskError { id, write, error, token: _ } => {
-                self.broadcast(&disk_error(id, write, &error))
+                self.tell_of_guest(disk_error(id, write, &error))
             }
         }
     }
@@ -286,7 +285,7 @@ impl Vmm {
             Action::Reset => GuestPanicAction::Run,
             Action::Stay => GuestPanicAction::Pause,
         };
-        self.broadcast(&Event::GuestPanicked { action: reaction });
+        self.tell_of_guest(Event::GuestPanicked { action: reaction });
         let status = self.actions.panic_status;
         self.halt(Halt::GuestPanicked, true, ShutdownCause::GuestPanic, action, status);
     }

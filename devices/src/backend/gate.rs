@@ -184,6 +184,13 @@ impl Gate {
         Backlog { bytes: kept.bytes, pieces: kept.pieces, oldest }
     }
 
+    /// A copy of the output covered by checkpoints up to and including `epoch`.
+    pub fn covered(&self, epoch: u64) -> Vec<u8> {
+        let kept = self.kept.lock();
+        let covered = kept.marked.iter().take_while(|(of, _)| *of <= epoch);
+        covered.flat_map(|(_, batch)| batch.bytes.iter().copied()).collect()
+    }
+
     /// Bytes of free capacity, if it is shut. 0 counts as a [`Held::Full`].
     pub fn room_left(&self) -> Option<usize> {
         let mut kept = self.kept.lock();

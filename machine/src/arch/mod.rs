@@ -8,7 +8,10 @@ pub use x86_64::{
     boot,
     kvm::{
         chips::ChipState,
-        clock::{Clock, ClockError, has_hardware_virtualization, host_ticks},
+        clock::{
+            Clock, ClockError, Moment, guest_tsc_is_its_own, has_hardware_virtualization,
+            host_ticks,
+        },
         cpu_model::{CpuFeatures, CpuModel},
         saved::VcpuError,
         state::VcpuState,

@@ -8,8 +8,8 @@ use devices::{
 };
 
 use crate::{
-    boot::BootError, kvm::KvmError, legacy::LegacyError, machine::RunError, memory::MemoryError,
-    quiesced::RestoreError, slots::SlotError,
+    DirtyError, boot::BootError, kvm::KvmError, legacy::LegacyError, machine::RunError,
+    memory::MemoryError, quiesced::RestoreError, slots::SlotError,
 };
 
 /// Why the machine could not be built.
@@ -55,6 +55,10 @@ pub enum BuildError {
     Thread(#[source] io::Error),
     #[error("{0}")]
     Cpu(String),
+    #[error("cannot keep what its memory holds")]
+    Undo(#[source] io::Error),
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
     #[error(transparent)]

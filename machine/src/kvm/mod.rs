@@ -123,7 +123,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// The virtual machine `fd`, with its memory and interrupt controllers.
+    /// The virtual machine `fd`, with its memory and interrupt controllers. If it `logs`, what
+    /// vCPUs and KVM write to memory is logged from the beginning.
     ///
     /// # Errors
     /// When KVM refuses a step.
@@ -132,14 +133,16 @@ impl Vm {
         fd: VmFd,
         memory: &Memory,
         window: &Arc<MmapRegion>,
+        logs: bool,
     ) -> Result<Self, KvmError> {
         let own = vm::before_memory(kvm, &fd)?;
         let coalesces = kvm.check_extension(Cap::CoalescedPio);
         let fd = Arc::new(fd);
         let vm = Self { fd, memory: memory.clone(), _window: window.clone(), coalesces, own };
         let mut slot = 0;
+        let flags = if logs { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         for region in memory.iter() {
-            vm.map(slot, region.start_addr().raw_value(), region.as_ptr(), region.len(), 0)?;
+            vm.map(slot, region.start_addr().raw_value(), region.as_ptr(), region.len(), flags)?;
             slot += 1;
         }
         let size = window.size() as u64;

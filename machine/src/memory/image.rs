@@ -114,6 +114,18 @@ pub fn write(memory: &Memory, offset: u64, buf: &[u8]) -> io::Result<()> {
     })
 }
 
+/// Where the guest-physical `address` is in the memory file, if it is memory.
+pub fn offset(memory: &Memory, address: u64) -> Option<u64> {
+    let mut base = 0;
+    for region in memory.iter() {
+        match address.checked_sub(region.start_addr().0) {
+            Some(inside) if inside < region.len() => return Some(base + inside),
+            _ => base += region.len(),
+        }
+    }
+    None
+}
+
 type Region = GuestRegionMmap<AtomicBitmap>;
 
 /// Split `offset..offset + len` by region.

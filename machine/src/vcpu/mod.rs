@@ -66,8 +66,9 @@ pub trait Cpu: Send + 'static {
     fn kicker(&mut self) -> io::Result<Self::Kicker>;
     /// Enter the guest once.
     fn run(&mut self) -> Exit;
-    /// Called before the first `run` after a pause, which took `ticks` of the host's counter.
-    fn resumed(&mut self, ticks: u64);
+    /// Called before the first `run` after a pause, which took `ticks` of the host's counter. If they
+    /// are negative, its own counter has to go on from as much ahead of where it was restored.
+    fn resumed(&mut self, ticks: i64);
     /// Registers of a parked CPU.
     ///
     /// # Errors
@@ -126,7 +127,7 @@ pub struct Gone;
 
 enum Request<C: Cpu> {
     Park(Sender<()>),
-    Resume(u64),
+    Resume(i64),
     Save(Sender<Result<C::State, C::Error>>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
     Replace(Box<C>, Sender<io::Result<C::Kicker>>),
@@ -209,7 +210,7 @@ impl<C: Cpu> Handle<C> {
         answer
     }
     /// Let a parked vCPU run, after a pause of `ticks` of the host's counter.
-    pub fn resume(&self, ticks: u64) {
+    pub fn resume(&self, ticks: i64) {
         let _ = self.requests.send(Request::Resume(ticks));
     }
     /// Request the registers of a parked vCPU.

@@ -122,7 +122,7 @@ impl Cpu for Counter {
             false => Exit::Handled,
         }
     }
-    fn resumed(&mut self, _: u64) {}
+    fn resumed(&mut self, _: i64) {}
     fn save(&self) -> Result<u64, ()> {
         Ok(self.entries.load(Ordering::SeqCst))
     }

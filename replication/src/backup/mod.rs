@@ -195,7 +195,10 @@ impl Backup {
             Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
             Input::Held(epoch) => self.held(epoch),
             Input::NotHeld(epoch, fault) => self.not_held(epoch, fault),
-            Input::NotApplied => self.become_unfit(),
+            Input::NotApplied => {
+                self.memory = None;
+                self.become_unfit();
+            }
             Input::Prepared if self.state == State::Suspecting && !self.prepared => {
                 self.prepared = true;
                 self.try_claim();

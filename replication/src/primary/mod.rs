@@ -146,6 +146,17 @@ impl Primary {
         (this, outputs)
     }
 
+    /// Follow other settings from now on, as the guest is to be protected again. A record of another
+    /// witness is not looked at any more.
+    pub fn set(&mut self, settings: Settings) {
+        if settings.agreement.arbiter != self.base.settings.agreement.arbiter {
+            self.alone = None;
+            self.base.forget_question();
+            self.base.timers.clear(Timer::Look);
+        }
+        self.base.settings = settings;
+    }
+
     /// Its state.
     #[must_use]
     pub fn state(&self) -> State {

@@ -40,7 +40,7 @@ use state::{
 
 use super::{
     OverrideError, RestoreError,
-    assembly::{Arrived, Assembly, take},
+    assembly::{Arrived, Assembly, Taking, take},
     dialogue::{GO_LIMIT, Voice, greeted},
     incoming::{Door, IncomingError, Peer},
     memory_file::Progress,
@@ -214,8 +214,8 @@ enum Ask {
     /// Memory for this machine, if it can run here; and the CPU that its guest was promised, if
     /// that is known yet.
     Room(Box<Description>, Option<Cpu>),
-    /// The machine. With true, its disks and taps are taken at once, because no dialogue follows.
-    Machine(Box<Received>, bool),
+    /// The machine, and when its disks and taps are taken: at once where no dialogue follows.
+    Machine(Box<Received>, Taking),
 }
 
 /// Sends requests, and receives the answers, each of which may be the reason for a refusal.
@@ -263,9 +263,9 @@ impl<T: Fn(Step) + Sync> Host<'_, T> {
                         let room = assembly.make_room(&description, cpu.as_ref());
                         let _ = give.send(for_source(room, &mut refused));
                     }
-                    Ask::Machine(received, held) => {
+                    Ask::Machine(received, taking) => {
                         let Some(opening) = opening.take() else { break };
-                        let new = assembly.received(*received, opening, held);
+                        let new = assembly.received(*received, opening, taking);
                         let new = for_source(new, &mut refused).map(|new| machine = Some(new));
                         let _ = verdict.send(new);
                     }
@@ -377,7 +377,8 @@ impl<O: Fn(&mut Description) -> Result<(), OverrideError>> Reader<'_, O> {
         };
         let received = receive_frames(&mut frames, overrides, &mut allocate, progress)?;
         let dialogue = answer.is_heard();
-        asking.ask.send(Ask::Machine(Box::new(received), !dialogue)).map_err(|_| gone())?;
+        let taking = if dialogue { Taking::Later } else { Taking::AtOnce };
+        asking.ask.send(Ask::Machine(Box::new(received), taking)).map_err(|_| gone())?;
         asking.built.recv().map_err(|_| gone())?.map_err(ReceiveError::NoRoom)?;
         if dialogue {
             answer.say(Kind::Ready, "").map_err(ReceiveError::Deaf)?;

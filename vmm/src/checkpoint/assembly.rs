@@ -45,6 +45,17 @@ pub struct Assembly {
     confinement: Confinement,
 }
 
+/// When a machine takes its disks and taps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taking {
+    /// When it is built.
+    AtOnce,
+    /// By a call of [`take`]: a peer still has them.
+    Later,
+    /// As `Later`, or the machine is dropped, and its memory put back as it was.
+    OrNot,
+}
+
 /// All parts of a saved machine.
 struct Parts {
     config: Config,
@@ -107,7 +118,7 @@ impl Assembly {
             &self.confinement,
         )?;
         let parts = Parts { config, description, sections, memory, children, opening };
-        let (machine, halted) = self.build(parts, true)?;
+        let (machine, halted) = self.build(parts, Taking::AtOnce)?;
         Ok(Arrived { machine, halted, answer: Voice::silent(), promotion: None })
     }
 
@@ -130,8 +141,7 @@ impl Assembly {
         Ok(memory::allocate(&description.config.memory)?)
     }
 
-    /// Build the machine that a peer has sent. Unless `held`, the peer still has its disks and
-    /// taps, and a call of [`take`] has to follow.
+    /// Build the machine that a peer has sent.
     ///
     /// # Errors
     /// The first error found.
@@ -139,7 +149,7 @@ impl Assembly {
         &self,
         received: Received,
         opening: Opening,
-        held: bool,
+        taking: Taking,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Received { config, sections, memory } = received;
         let mut description = Description::try_from(&config).map_err(DryRunError::from)?;
@@ -147,17 +157,18 @@ impl Assembly {
         overrides::check_disks(&description)?;
         let (memory, children) = (memory.into(), Children::default());
         let parts = Parts { config, description, sections, memory, children, opening };
-        self.build(parts, held)
+        self.build(parts, taking)
     }
 
-    fn build(&self, parts: Parts, held: bool) -> Result<(Machine, Option<Halt>), RestoreError> {
+    fn build(&self, parts: Parts, taking: Taking) -> Result<(Machine, Option<Halt>), RestoreError> {
         let Parts { config, description, sections, memory, children, opening } = parts;
         let restorable = dry_restore(description, sections).map_err(DryRunError::from)?;
         let checked =
             check_spots(&restorable.description, config.id.into(), &restorable.state.devices);
         checked.map_err(OverrideError::from)?;
         let clock_realtime = self.clock_realtime;
-        let saved = machine::Saved { restorable, opening, memory, clock_realtime, held };
+        let (held, undo) = (taking == Taking::AtOnce, taking == Taking::OrNot);
+        let saved = machine::Saved { restorable, opening, memory, clock_realtime, held, undo };
         let (report, start) = (self.report.clone(), self.confinement.thread_start());
         let machine = Machine::restored(saved, Callbacks { report, start })?;
         children.keep();

@@ -10,15 +10,16 @@ use std::{
 };
 
 use config::Description;
-use machine::{Machine, Memory, Refused, kvm::opening::Opening};
+use machine::{Machine, Memory, Refused, Tsc, check_tsc, kvm::opening::Opening};
 use parking_lot::Mutex;
 use qmp::schema::ReplicationInfo;
 use replication::Incarnation;
+use state::cpu::Cpu;
 
 use super::standby::{Builder, Standby, Task, Tell, ToStandby};
 use crate::{
     checkpoint::{
-        Arrived, Assembly, IncomingError, ReceiveError, Received, RestoreError, Voice, take,
+        Arrived, Assembly, IncomingError, ReceiveError, Received, RestoreError, Taking, Voice, take,
     },
     lifecycle::Halt,
     seccomp::{Confinement, Kind},
@@ -36,7 +37,7 @@ pub struct Host {
 }
 
 enum Ask {
-    Room(Box<Description>),
+    Room(Box<Description>, Option<Box<(Option<Cpu>, Tsc)>>),
     Build(Box<Received>),
     Forget,
     Take,
@@ -50,8 +51,12 @@ struct Asking {
 }
 
 impl Builder for Asking {
-    fn room(&mut self, description: Description) -> Result<Memory, String> {
-        self.send(Ask::Room(Box::new(description)));
+    fn room(
+        &mut self,
+        description: Description,
+        guest: Option<(Option<Cpu>, Tsc)>,
+    ) -> Result<Memory, String> {
+        self.send(Ask::Room(Box::new(description), guest.map(Box::new)));
         self.memory.recv().unwrap_or_else(|_| Err(gone()))
     }
 
@@ -113,20 +118,27 @@ impl Host {
             let mut machine: Option<(Machine, Option<Halt>)> = None;
             for ask in asked {
                 match ask {
-                    Ask::Room(description) => {
-                        let room = assembly.make_room(&description, None);
+                    Ask::Room(description, guest) => {
+                        let fits = guest.as_ref().map_or(Ok(()), |guest| check_tsc(guest.1));
+                        let cpu = guest.as_ref().and_then(|guest| guest.0.as_ref());
+                        let room = fits
+                            .map_err(RestoreError::from)
+                            .and_then(|()| assembly.make_room(&description, cpu));
                         let _ = give.send(room.map_err(|e| text(&e)));
                         continue;
                     }
                     Ask::Forget => {
-                        machine = None;
-                        continue;
+                        let forgotten = match machine.take() {
+                            Some((machine, _)) => machine.unbuild().map_err(|e| text(&e)),
+                            None => Err("it was not built".into()),
+                        };
+                        let _ = answer.send(forgotten);
                     }
                     Ask::Build(received) => {
                         let opening = Opening::begin().map_err(IncomingError::Wait);
-                        let built = opening
-                            .map_err(RestoreError::from)
-                            .and_then(|opening| assembly.received(*received, opening, false));
+                        let built = opening.map_err(RestoreError::from).and_then(|opening| {
+                            assembly.received(*received, opening, Taking::OrNot)
+                        });
                         let _ =
                             answer.send(built.map(|new| machine = Some(new)).map_err(|e| text(&e)));
                     }
@@ -152,7 +164,7 @@ impl Host {
     }
 }
 
-fn text(error: &RestoreError) -> String {
+fn text(error: &dyn std::error::Error) -> String {
     qmp::Error::generic(error).to_string()
 }
 

@@ -19,6 +19,7 @@ mod connection;
 pub mod host;
 mod offer;
 mod outgoing;
+mod outside;
 mod protection;
 mod protector;
 mod questions;

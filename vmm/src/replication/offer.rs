@@ -1,25 +1,125 @@
-//! The first frame of each connection: the machine that the primary offers. The backup looks
-//! whether that could run on its host before it answers the greeting that follows.
+//! The first frame of each connection: the machine that the primary offers, and all that it has to
+//! have in common with the backup's host. The backup looks whether that is so before it answers the
+//! greeting that follows. If it is not, it says why, before it refuses.
 //!
 //! ```text
-//! kind u32 = 31  length u32  timeout u32, in ms  a stream with only the configuration  crc u32
+//! kind u32 = 31  length u32  timeout u32, in ms  length u32  JSON
+//!                            a stream with only the configuration  crc u32
+//! kind u32 = 32  length u32  why not, as text  crc u32
 //! ```
 use std::{io, time::Duration};
 
-use state::{Config, Frames, file::write_config, frame::Writer};
+use config::incoming::Arbiter;
+use machine::Tsc;
+use serde::{Deserialize, Serialize};
+use state::{Config, Frames, Section, cpu::Cpu, file::write_config, frame::Writer};
 
+/// The version of what the two sides exchange.
+const VERSION: u64 = 2;
 const KIND: u32 = 31;
+const REASON: u32 = 32;
 /// Kind and length.
 const HEADER: usize = 8;
 /// Longest body, in bytes: a configuration of all devices is far smaller.
 const LONGEST: usize = 1 << 20;
+/// Longest reason, in bytes: a frame with one is little longer.
+pub const LONGEST_REASON: usize = 4096;
 
 /// What the primary offers.
 pub struct Offer {
     /// Silence after which the other side is suspected, at both sides.
     pub timeout: Duration,
+    /// What is compared.
+    pub host: Host,
     /// The machine.
     pub config: Config,
+}
+
+/// What a backup's host has to have in common with the primary's.
+pub struct Host {
+    /// Of what is exchanged.
+    pub version: u64,
+    /// Who decides.
+    pub arbiter: Arbiter,
+    /// How the guest's TSC ticks.
+    pub tsc: Tsc,
+    /// The CPU that the guest was promised.
+    pub cpu: Option<Cpu>,
+}
+
+impl Host {
+    /// That of a primary.
+    pub fn of(arbiter: Arbiter, tsc: Tsc, cpu: Option<Cpu>) -> Self {
+        Self { version: VERSION, arbiter, tsc, cpu }
+    }
+
+    /// How this, a primary's, differs from a backup that is decided by `arbiter`.
+    pub fn differs(&self, arbiter: &Arbiter) -> Option<String> {
+        let shown = |arbiter: &Arbiter| match arbiter {
+            Arbiter::Witness(identity) => format!("the witness {identity:?} decides"),
+            Arbiter::Fence(kind) => format!("a fence of the kind {kind:?} decides"),
+            Arbiter::None => "neither witness nor fence decides".to_owned(),
+        };
+        if self.version != VERSION {
+            return Some(format!(
+                "the primary speaks version {}, the backup version {VERSION}: use the same release",
+                self.version
+            ));
+        }
+        (self.arbiter != *arbiter).then(|| {
+            let (there, here) = (shown(&self.arbiter), shown(arbiter));
+            format!("for the primary, {there}; for the backup, {here}")
+        })
+    }
+}
+
+/// [`Host`] as JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shown {
+    version: u64,
+    witness: Option<String>,
+    fence: Option<String>,
+    tsc_khz: u32,
+    tsc: u64,
+    tsc_is_own: bool,
+    cpu: Option<Section>,
+}
+
+impl Shown {
+    fn of(host: &Host) -> io::Result<Self> {
+        let (witness, fence) = match &host.arbiter {
+            Arbiter::Witness(identity) => (Some(identity.clone()), None),
+            Arbiter::Fence(kind) => (None, Some(kind.clone())),
+            Arbiter::None => (None, None),
+        };
+        let cpu = host.cpu.as_ref().map(|cpu| Section::of("", cpu)).transpose();
+        let Tsc { khz, ticks, own } = host.tsc.as_of_now();
+        Ok(Self {
+            version: host.version,
+            witness,
+            fence,
+            tsc_khz: khz,
+            tsc: ticks,
+            tsc_is_own: own,
+            cpu: cpu.map_err(io::Error::other)?,
+        })
+    }
+
+    fn host(self) -> Option<Host> {
+        let arbiter = match (self.witness, self.fence) {
+            (Some(identity), None) => Arbiter::Witness(identity),
+            (None, Some(kind)) => Arbiter::Fence(kind),
+            (None, None) => Arbiter::None,
+            (Some(_), Some(_)) => return None,
+        };
+        Some(Host {
+            version: self.version,
+            arbiter,
+            tsc: Tsc { khz: self.tsc_khz, ticks: self.tsc, own: self.tsc_is_own },
+            cpu: self.cpu.map(|section| section.read()).transpose().ok()?,
+        })
+    }
 }
 
 /// Why bytes are no offer.
@@ -27,12 +127,14 @@ pub struct Offer {
 pub enum OfferError {
     #[error("the connection does not begin with an offer: the other side is no primary")]
     Kind,
-    #[error("the offer claims {0} bytes; at most {LONGEST} are possible")]
-    TooLong(u32),
+    #[error("the offer claims {length} bytes; at most {longest} are possible")]
+    TooLong { length: u32, longest: usize },
     #[error("the offer is damaged (checksum)")]
     Checksum,
     #[error("the offer is not valid")]
     Body(#[from] state::FileError),
+    #[error("the offer does not say what its host has")]
+    Host,
 }
 
 impl Offer {
@@ -45,11 +147,10 @@ impl Offer {
         write_config(&mut to, &self.config)?;
         to.end(0)?;
         let timeout = u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX);
-        let body = [&timeout.to_le_bytes()[..], &to.into_inner()].concat();
-        let length = u32::try_from(body.len()).map_err(io::Error::other)?;
-        let mut frame = [&KIND.to_le_bytes()[..], &length.to_le_bytes(), &body].concat();
-        frame.extend(crc32fast::hash(&frame).to_le_bytes());
-        Ok(frame)
+        let host = serde_json::to_vec(&Shown::of(&self.host)?).map_err(io::Error::other)?;
+        let length = u32::try_from(host.len()).map_err(io::Error::other)?;
+        let parts = [&timeout.to_le_bytes()[..], &length.to_le_bytes(), &host, &to.into_inner()];
+        frame(KIND, &parts.concat())
     }
 
     /// Read an offer from the beginning of `bytes`, and return its length, too; `None` when more
@@ -58,29 +159,103 @@ impl Offer {
     /// # Errors
     /// When these are not the beginning of an offer.
     pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, OfferError> {
-        let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
-        let [k0, k1, k2, k3, l0, l1, l2, l3] = *header;
-        if u32::from_le_bytes([k0, k1, k2, k3]) != KIND {
+        let Some((kind, body, all)) = unframe(bytes, LONGEST)? else { return Ok(None) };
+        if kind != KIND {
             return Err(OfferError::Kind);
         }
-        let length = u32::from_le_bytes([l0, l1, l2, l3]);
-        let size = usize::try_from(length).unwrap_or(usize::MAX);
-        if size > LONGEST {
-            return Err(OfferError::TooLong(length));
-        }
-        let (Some(covered), Some(body), Some(crc)) =
-            (bytes.get(..HEADER + size), rest.get(..size), rest.get(size..size + 4))
-        else {
-            return Ok(None);
-        };
-        if crc32fast::hash(covered).to_le_bytes() != crc {
-            return Err(OfferError::Checksum);
-        }
-        let (timeout, stream) = body.split_first_chunk::<4>().ok_or(OfferError::Kind)?;
+        let (timeout, rest) = body.split_first_chunk::<4>().ok_or(OfferError::Host)?;
+        let (length, rest) = rest.split_first_chunk::<4>().ok_or(OfferError::Host)?;
+        let length = usize::try_from(u32::from_le_bytes(*length)).map_err(|_| OfferError::Host)?;
+        let (host, stream) = rest.split_at_checked(length).ok_or(OfferError::Host)?;
+        let host: Shown = serde_json::from_slice(host).map_err(|_| OfferError::Host)?;
+        let host = host.host().ok_or(OfferError::Host)?;
         let mut frames = Frames::begin(stream).map_err(state::FileError::from)?;
         let config = frames.config()?;
         frames.end()?;
         let timeout = Duration::from_millis(u32::from_le_bytes(*timeout).into());
-        Ok(Some((Self { timeout, config }, HEADER + size + 4)))
+        Ok(Some((Self { timeout, host, config }, all)))
+    }
+}
+
+/// The frame that says why an offer is refused.
+pub fn reason(why: &str) -> Vec<u8> {
+    let end = (0..=LONGEST_REASON.min(why.len())).rev().find(|end| why.is_char_boundary(*end));
+    let why = end.and_then(|end| why.get(..end)).unwrap_or_default();
+    frame(REASON, why.as_bytes()).unwrap_or_default()
+}
+
+/// Read such a frame from the beginning of `bytes`, and return its length, too; `None` if there is
+/// none, or not all of it.
+pub fn read_reason(bytes: &[u8]) -> Option<(String, usize)> {
+    let (REASON, body, all) = unframe(bytes, LONGEST_REASON).ok()?? else { return None };
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    Some((String::from_utf8_lossy(body).chars().map(plain).collect(), all))
+}
+
+/// Whether `bytes` may be the beginning of one.
+pub fn may_be_reason(bytes: &[u8]) -> bool {
+    let kind = REASON.to_le_bytes();
+    bytes.iter().zip(kind).all(|(byte, known)| *byte == known) && !bytes.is_empty()
+}
+
+fn frame(kind: u32, body: &[u8]) -> io::Result<Vec<u8>> {
+    let length = u32::try_from(body.len()).map_err(io::Error::other)?;
+    let mut frame = [&kind.to_le_bytes()[..], &length.to_le_bytes(), body].concat();
+    frame.extend(crc32fast::hash(&frame).to_le_bytes());
+    Ok(frame)
+}
+
+/// The kind and the body of a frame at the beginning of `bytes`, and its length with both; `None`
+/// when more bytes are needed.
+fn unframe(bytes: &[u8], longest: usize) -> Result<Option<(u32, &[u8], usize)>, OfferError> {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
+    let [k0, k1, k2, k3, l0, l1, l2, l3] = *header;
+    let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+    if !matches!(kind, KIND | REASON) {
+        return Err(OfferError::Kind);
+    }
+    let length = u32::from_le_bytes([l0, l1, l2, l3]);
+    let size = usize::try_from(length).unwrap_or(usize::MAX);
+    if size > longest {
+        return Err(OfferError::TooLong { length, longest });
+    }
+    let (Some(covered), Some(body), Some(crc)) =
+        (bytes.get(..HEADER + size), rest.get(..size), rest.get(size..size + 4))
+    else {
+        return Ok(None);
+    };
+    if crc32fast::hash(covered).to_le_bytes() != crc {
+        return Err(OfferError::Checksum);
+    }
+    Ok(Some((kind, body, HEADER + size + 4)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_said_in_words() {
+        let tsc = Tsc { khz: 1, ticks: 2, own: true };
+        let here = Host::of(Arbiter::Witness("dir:1".into()), tsc, None);
+        assert_eq!(here.differs(&Arbiter::Witness("dir:1".into())), None);
+        let differs = here.differs(&Arbiter::Fence("ssh".into())).unwrap();
+        assert_eq!(
+            differs,
+            "for the primary, the witness \"dir:1\" decides; for the backup, a fence of the kind \
+             \"ssh\" decides"
+        );
+        let old = Host { version: 1, ..here };
+        assert!(old.differs(&Arbiter::None).unwrap().contains("version 1"));
+    }
+
+    #[test]
+    fn a_reason_is_read_whole_and_harms_no_terminal() {
+        let bytes = reason("no tap \u{1b}[2J");
+        assert!(may_be_reason(&bytes) && !may_be_reason(&[31, 0]) && !may_be_reason(&[]));
+        assert_eq!(read_reason(&bytes), Some(("no tap  [2J".into(), bytes.len())));
+        assert_eq!(read_reason(&bytes[..bytes.len() - 1]), None);
+        let (long, _) = read_reason(&reason(&"\u{e4}".repeat(3000))).unwrap();
+        assert_eq!(long.len(), LONGEST_REASON);
     }
 }

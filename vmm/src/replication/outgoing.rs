@@ -20,7 +20,9 @@ use replication::{
     contents::{self, Encoder, PAGE},
 };
 
-/// The one section of a machine: its configuration and its state, as a stream.
+use super::outside::OUTSIDE;
+
+/// The section of a machine: its configuration and its state, as a stream.
 pub const MACHINE: &str = "machine";
 /// Most pages that are encoded at once.
 const AT_ONCE: usize = 256;
@@ -33,6 +35,8 @@ pub struct Staged {
     pub pages: Staging,
     /// The machine.
     pub state: Vec<u8>,
+    /// What is known of the outside.
+    pub outside: Vec<u8>,
 }
 
 enum Item {
@@ -143,8 +147,11 @@ impl Outgoing {
                         self.items.push_front(Item::Epoch { staged, piece, offset, begun: true });
                     }
                     None => {
-                        let section = self.encoder.section(MACHINE, &staged.state, &mut to);
-                        section.map_err(io::Error::other)?;
+                        for (name, bytes) in [(MACHINE, &staged.state), (OUTSIDE, &staged.outside)]
+                        {
+                            let section = self.encoder.section(name, bytes, &mut to);
+                            section.map_err(io::Error::other)?;
+                        }
                         self.encoder.close(&mut to);
                     }
                 }

@@ -1,5 +1,6 @@
 //! The main thread's part of a primary: it stops the guest for each epoch.
 use std::{
+    collections::VecDeque,
     ops::Range,
     path::PathBuf,
     sync::{
@@ -9,8 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use config::incoming::Arbiter;
 use machine::{
-    Captured, Gates, Markers,
+    Captured, Gates, MachineState, Markers,
     memory::{image::PAGE_SIZE, staging::Staging},
 };
 use parking_lot::Mutex;
@@ -25,11 +27,13 @@ use qmp::{
 use replication::{
     Command, Epoch, Exit, Identity, Incarnation, Input, Lineage, Primary, Rules, Term,
 };
+use state::config::Halted;
 
 use super::{
     Promotion,
     connection::Connection,
-    offer::Offer,
+    offer::{Host, Offer},
+    outside::{MOST_EVENTS, Outside},
     protector::{Order, Orders, Protector, Report, Task},
     questions::{Query, changed, parse_uuid},
     settings,
@@ -78,8 +82,11 @@ struct Protection {
     orders: Orders,
     reports: Receiver<Report>,
     status: Arc<Mutex<ReplicationInfo>>,
-    incarnation: Incarnation,
     markers: Option<Markers>,
+    /// Events that the guest has caused are held, each with the epoch that covers it, once there is
+    /// one.
+    holds: bool,
+    events: VecDeque<(Option<Epoch>, Event)>,
     query: Option<Query>,
     /// The agent was asked for a connection.
     connecting: bool,
@@ -109,7 +116,7 @@ impl Vmm {
     /// # Errors
     /// When that is not possible; nothing has changed then.
     pub(crate) fn protect(&mut self, start: &ReplicationStart) -> Result<(), Error> {
-        let settings = settings::of_primary(start)?;
+        let (settings, arbiter) = settings::of_primary(start)?;
         let peer = start.uri.as_deref().map(|uri| match uri.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(PathBuf::from(path)),
             _ => Err(Error::text(format!("Invalid parameter 'uri': '{uri}': must be unix:SOCKET"))),
@@ -138,11 +145,7 @@ impl Vmm {
             ));
         }
         if let Some(protection) = &self.replication.protection {
-            let (state, term) = {
-                let shown = protection.status.lock();
-                (shown.state, shown.term)
-            };
-            if state != ReplicationStatus::Degraded {
+            if protection.status.lock().state != ReplicationStatus::Degraded {
                 return Err(Error::text(
                     "the machine is protected already: replication-stop ends that",
                 ));
@@ -154,15 +157,25 @@ impl Vmm {
                      shows what is waited for",
                 ));
             }
-            let me = Identity { lineage, incarnation: protection.incarnation };
-            let (primary, _) = Primary::owner(me, Term(term), None, settings, Rules::ALL);
-            protection.orders.give(Order::Again(Box::new(primary), peer));
+            protection.orders.give(Order::Again { settings, arbiter, peer });
             return Ok(());
         }
         let incarnation = Incarnation(random()?);
         let me = Identity { lineage, incarnation };
         let primary = Primary::new(me, self.replication.term, settings, Rules::ALL);
-        self.begin_protection(primary, me, settings.timeout, peer, true)
+        self.begin_protection(primary, me, settings.timeout, peer, Some(arbiter))
+    }
+
+    /// The machine, which has not run here, has come by a failover: its clocks go on, and what may not
+    /// have been seen outside is sent again. Whether its guest was stopped by a client.
+    pub fn comes_by(&mut self, promotion: &Promotion) -> bool {
+        let Promotion { outside, ended, .. } = promotion;
+        if !outside.paused {
+            self.machine.runs_since(*ended);
+        }
+        self.machine.send_again(&outside.output);
+        outside.events.iter().for_each(|event| self.broadcast(event));
+        outside.paused
     }
 
     /// Continue as the owner of a term that was won by a failover.
@@ -170,13 +183,13 @@ impl Vmm {
     /// # Errors
     /// When the host has no descriptor to give.
     pub fn promoted(&mut self, promotion: Promotion) -> Result<(), Error> {
-        let Promotion { me, term, promoted, settings, epoch, times, decided } = promotion;
+        let Promotion { me, term, promoted, settings, epoch, times, decided, .. } = promotion;
         let run_us = microseconds(decided.elapsed());
         let times = FailoverTimes { run_us, ..times };
         (self.replication.lineage, self.replication.term) = (Some(me.lineage), term);
         self.replication.last.last_failover = Some(times);
         let (primary, outputs) = Primary::owner(me, term, promoted, settings, Rules::ALL);
-        self.begin_protection(primary, me, settings.timeout, None, false)?;
+        self.begin_protection(primary, me, settings.timeout, None, None)?;
         for output in outputs {
             if let replication::Output::Ask { nonce, question } = output {
                 self.replication_asks(Query { nonce, question });
@@ -192,7 +205,7 @@ impl Vmm {
         me: Identity,
         timeout: Duration,
         peer: Option<PathBuf>,
-        start: bool,
+        start: Option<Arbiter>,
     ) -> Result<(), Error> {
         let failed = |e: std::io::Error| Error::generic(&e);
         self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
@@ -202,9 +215,12 @@ impl Vmm {
         let (reports, inbox) = channel();
         // What the thread has not shown yet must not look as if there were no protection.
         let state = match start {
-            true => ReplicationStatus::Connecting,
-            false => ReplicationStatus::Degraded,
+            Some(_) => ReplicationStatus::Connecting,
+            None => ReplicationStatus::Degraded,
         };
+        let tsc = self.machine.tsc().map_err(|e| Error::generic(&e))?;
+        let (starts, cpu) = (start.is_some(), self.machine.cpu());
+        let host = Host::of(start.unwrap_or(Arbiter::None), tsc, cpu);
         let status = Arc::new(Mutex::new(ReplicationInfo {
             state,
             role: Some(ReplicationSide::Primary),
@@ -215,11 +231,11 @@ impl Vmm {
         }));
         let task = Task {
             primary,
-            offer: Offer { timeout, config },
+            offer: Offer { timeout, host, config },
             peer,
             memory: self.machine.memory().clone(),
             compress: true,
-            start,
+            start: starts,
             orders,
             wake: wake.clone(),
             status: status.clone(),
@@ -237,8 +253,9 @@ impl Vmm {
             orders: Orders { to, wake },
             reports: inbox,
             status,
-            incarnation: me.incarnation,
             markers: None,
+            holds: false,
+            events: VecDeque::new(),
             query: None,
             connecting: false,
             parked: false,
@@ -381,16 +398,22 @@ impl Vmm {
                     let changed = self.machine.dirty_memory();
                     self.give(changed.map(Order::Changed));
                 }
+                Report::Unlog => {
+                    if let Err(e) = self.machine.log_dirty(false) {
+                        log::warn!("{}", Error::generic(&e));
+                    }
+                }
                 Report::Capture { epoch, shut, left, staging } => {
                     let capture = Capture { epoch, shut, left, staging, asked: Instant::now() };
                     self.wait_to_capture(capture);
                 }
+                Report::Released(through) => self.released(through),
                 Report::Park(park) => self.park(park),
                 Report::Ask(query) => self.replication_asks(query),
                 Report::Connect => self.ask_for_connection(),
-                Report::Tell { event, previous, state, term } => {
+                Report::Tell { event, previous, state, term, reason } => {
                     let info = ReplicationInfo { state, term, ..self.replication_info() };
-                    self.broadcast(&changed(&info, previous, event));
+                    self.broadcast(&changed(&info, previous, event, reason.as_deref()));
                 }
                 Report::Over(exit, gates) => self.protection_over(exit, gates),
             }
@@ -406,6 +429,33 @@ impl Vmm {
             && protection.capture.replace(capture).is_some()
         {
             protection.orders.give(Order::Failed("an older checkpoint is not captured".into()));
+        }
+    }
+
+    /// Tell all clients of something that the guest has caused. As its other output, that waits until
+    /// the backup has the state that has caused it.
+    pub(crate) fn tell_of_guest(&mut self, event: Event) {
+        let Some(protection) = self.replication.protection.as_mut().filter(|p| p.holds) else {
+            return self.broadcast(&event);
+        };
+        if protection.events.len() < MOST_EVENTS {
+            protection.events.push_back((None, event));
+        } else {
+            log::warn!("an event of the guest is lost: {MOST_EVENTS} are held already");
+        }
+    }
+
+    /// The backup has this epoch, or none is needed any more.
+    fn released(&mut self, through: Option<Epoch>) {
+        loop {
+            let Some(protection) = &mut self.replication.protection else { return };
+            protection.holds &= through.is_some();
+            let next = protection.events.pop_front_if(|(epoch, _)| match through {
+                Some(through) => epoch.is_some_and(|epoch| epoch <= through),
+                None => true,
+            });
+            let Some((_, event)) = next else { return };
+            self.broadcast(&event);
         }
     }
 
@@ -446,10 +496,17 @@ impl Vmm {
         }
         let Some(capture) = protection.capture.take() else { return };
         let asked = capture.asked;
+        let (number, shut) = (capture.epoch, capture.shut);
         let tried = match self.machine.captured() {
             Ok(still) => Ok(epoch(still, capture, &mut protection.markers)),
             Err(e) => Err((e, capture)),
         };
+        if let Ok(Ok(_)) = &tried {
+            protection.holds |= shut;
+            for (covered, _) in &mut protection.events {
+                covered.get_or_insert(number);
+            }
+        }
         let order = match tried {
             Ok(order) => order,
             Err((e, capture)) => {
@@ -464,6 +521,10 @@ impl Vmm {
         };
         let pause = began.elapsed();
         self.replication.last.pause_us = microseconds(pause);
+        let order = order.map(|(captured, gates)| {
+            let outside = Box::new(self.seen_outside());
+            Order::Captured { epoch: number, captured, outside, gates }
+        });
         if let Ok(Order::Captured { epoch, captured, .. }) = &order {
             self.replication.last.dirty_pages = captured.1.bytes() / PAGE_SIZE;
             self.replication.last.epoch = epoch.0;
@@ -471,6 +532,22 @@ impl Vmm {
         if let Some(protection) = &self.replication.protection {
             protection.orders.give(order.unwrap_or_else(Order::Failed));
         }
+    }
+
+    /// What the next checkpoint says of the outside, and why the guest cannot run on, if it cannot.
+    fn seen_outside(&self) -> (Outside, Option<Halted>) {
+        let Some(protection) = &self.replication.protection else { return Default::default() };
+        let events = protection.events.iter().map(|(_, event)| event.clone()).collect();
+        let paused = match self.state() {
+            State::Paused => !protection.stopped,
+            State::Prelaunch => true,
+            _ => false,
+        };
+        let halted = match self.state() {
+            State::Halted(why) => Some(why.into()),
+            _ => None,
+        };
+        (Outside { paused, events, output: Vec::new() }, halted)
     }
 
     fn park(&mut self, park: bool) {
@@ -541,6 +618,9 @@ impl Vmm {
         let info = self.replication_info();
         self.replication.term = Term(info.term);
         self.replication.last = ReplicationInfo { held_bytes: 0, oldest_us: 0, ..info };
+        if matches!(exit, None | Some(Exit::Done)) {
+            self.released(None);
+        }
         let was = self.replication.protection.take();
         if let Err(e) = self.machine.log_dirty(false) {
             log::warn!("{}", Error::generic(&e));
@@ -571,7 +651,7 @@ fn epoch(
     mut still: Captured<'_>,
     capture: Capture,
     markers: &mut Option<Markers>,
-) -> Result<Order, String> {
+) -> Result<(Box<(MachineState, Staging)>, Option<Gates>), String> {
     let Capture { epoch, shut, left, staging, .. } = capture;
     let captured = still.epoch(&left, staging).map_err(|e| Error::generic(&e).to_string())?;
     let mut made = None;
@@ -585,7 +665,7 @@ fn epoch(
             markers.shut();
         }
     }
-    Ok(Order::Captured { epoch, captured: Box::new(captured), gates: made })
+    Ok((Box::new(captured), made))
 }
 
 fn random() -> Result<u128, Error> {

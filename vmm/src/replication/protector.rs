@@ -2,6 +2,7 @@
 //! [`Primary`].
 mod epochs;
 mod link;
+mod tracking;
 
 use std::{
     collections::VecDeque,
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use config::incoming::Arbiter;
 use machine::{
     Gates, MachineState, Memory,
     memory::staging::{self, Staging},
@@ -23,20 +25,23 @@ use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationStatus};
 use replication::{
     Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Output, Primary, Question,
-    Term, Why, primary::State,
+    Settings, Term, Why, primary::State,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
+use state::config::Halted;
 
 use super::{
     connection::Connection,
     offer::Offer,
     outgoing::{Outgoing, Staged},
+    outside::Outside,
     questions::show,
     rounds::Rounds,
 };
+use tracking::Tracked;
 
 use crate::{durations::microseconds, wake::Wake};
 
@@ -57,6 +62,8 @@ pub enum Report {
     Log,
     /// Answer with [`Order::Changed`].
     Harvest,
+    /// Log no longer.
+    Unlog,
     /// Steps 1 to 4 of an epoch; answer with [`Order::Captured`].
     Capture {
         /// Its number.
@@ -84,7 +91,12 @@ pub enum Report {
         state: ReplicationStatus,
         /// See there.
         term: u64,
+        /// What the backup has said of an offer that it refuses.
+        reason: Option<String>,
     },
+    /// What the guest has caused up to this epoch may be told outside; or everything, and nothing is
+    /// held any more.
+    Released(Option<Epoch>),
     /// It is over. The gates have to outlive the last epoch that is being captured.
     Over(Option<Exit>, Option<Gates>),
 }
@@ -101,6 +113,9 @@ pub enum Order {
         epoch: Epoch,
         /// The state, and copies of what has changed in memory.
         captured: Box<(MachineState, Staging)>,
+        /// What is known of the outside, but for output of devices; and why the guest cannot run
+        /// on, if it cannot.
+        outside: Box<(Outside, Option<Halted>)>,
         /// The gates, if they have just been made.
         gates: Option<Gates>,
     },
@@ -119,8 +134,15 @@ pub enum Order {
     Connected(Connection),
     /// Of a client.
     Command(Input),
-    /// Protect the guest again, by another backup.
-    Again(Box<Primary>, Option<PathBuf>),
+    /// Protect the guest again.
+    Again {
+        /// From now on.
+        settings: Settings,
+        /// Who decides.
+        arbiter: Arbiter,
+        /// Where the backup listens; `None`: the agent connects.
+        peer: Option<PathBuf>,
+    },
 }
 
 /// What a new thread is given.
@@ -156,6 +178,8 @@ pub struct Protector<R> {
     /// Connections so far.
     connections: u64,
     reader: Incoming,
+    /// Why the backup refuses the offer.
+    reason: Option<String>,
     outgoing: Outgoing,
     /// Epochs that are not acknowledged, oldest first.
     staged: VecDeque<Arc<Staged>>,
@@ -163,6 +187,9 @@ pub struct Protector<R> {
     /// Buffers of epochs that were.
     spare: Vec<Staging>,
     first_copy: Option<FirstCopy>,
+    tracked: Option<Tracked>,
+    /// What the backup lacks, if it has the rest: it is copied next.
+    warm: Option<Tracked>,
     /// Reports that the main thread has not answered yet, and how many of them, the first ones,
     /// belong to a protection that has ended.
     asked: u32,
@@ -181,6 +208,10 @@ struct FirstCopy {
     epoch: Epoch,
     shut: bool,
     rounds: Rounds,
+    /// What has to be sent besides what the log says next.
+    left: Vec<Range<u64>>,
+    /// The backup has everything else.
+    warm: bool,
 }
 
 /// Messages of the backup.
@@ -203,11 +234,14 @@ impl<R: Fn(Report)> Protector<R> {
             offered: None,
             connections: 0,
             reader: Incoming::default(),
+            reason: None,
             outgoing,
             staged: VecDeque::new(),
             last_digest: replication::Digest::default(),
             spare: Vec::new(),
             first_copy: None,
+            tracked: None,
+            warm: None,
             asked: 0,
             late: 0,
             broken: None,
@@ -233,6 +267,7 @@ impl<R: Fn(Report)> Protector<R> {
             }
             self.take_orders();
             self.read();
+            self.look_at_tracked();
             self.inputs.push_back(Input::Tick);
         };
         if let Some(gates) = &mut self.gates {
@@ -251,7 +286,8 @@ impl<R: Fn(Report)> Protector<R> {
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        let left = self.task.primary.deadline().map(|at| at.saturating_sub(self.now()));
+        let due = [self.task.primary.deadline(), self.looks_at()];
+        let left = due.into_iter().flatten().min().map(|at| at.saturating_sub(self.now()));
         let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
         let mut fds = vec![PollFd::new(&self.task.wake, PollFlags::IN)];
         if let Some((_, connection)) = &self.connection {
@@ -295,9 +331,9 @@ impl<R: Fn(Report)> Protector<R> {
             }
             // No disk is replicated, so there is nothing to be marked.
             Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
-            // Everything is sent, whatever the backup holds.
-            Output::Sync { .. } | Output::Untrack => {}
-            Output::Track { .. } => self.inputs.push_back(Input::Untracked),
+            Output::Sync { base } => self.begin_copy(base.is_some()),
+            Output::Track { since } => self.track(since),
+            Output::Untrack => self.untrack(),
             Output::Throttle(percent) => {
                 log::warn!(
                     "replication: the guest changes memory faster than it is sent ({percent} %)"
@@ -327,7 +363,11 @@ impl<R: Fn(Report)> Protector<R> {
         let previous = std::mem::replace(&mut self.told, state);
         self.show();
         let term = self.task.primary.term().0;
-        (self.report)(Report::Tell { event, previous, state, term });
+        let reason = match event {
+            Event::Refused(_) => self.reason.take(),
+            _ => None,
+        };
+        (self.report)(Report::Tell { event, previous, state, term, reason });
     }
 
     fn status(&self) -> ReplicationStatus {

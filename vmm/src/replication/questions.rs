@@ -23,9 +23,25 @@ pub struct Query {
     pub question: Question,
 }
 
-/// The event that reports a change of state, or something else that is to be told.
-pub fn changed(info: &ReplicationInfo, previous: ReplicationStatus, told: Told) -> Event {
-    let reason = match told {
+/// The event that reports a change of state, or something else that is to be told. A backup that
+/// refuses may have said `why`.
+pub fn changed(
+    info: &ReplicationInfo,
+    previous: ReplicationStatus,
+    told: Told,
+    why: Option<&str>,
+) -> Event {
+    let reason = match (told, why) {
+        (Told::Refused(refusal), Some(why)) => format!("the backup refuses: {refusal}: {why}"),
+        (told, _) => reason(told),
+    };
+    let ReplicationInfo { state, term, epoch, .. } = *info;
+    log::info!("replication: {state:?} in term {term}: {reason}");
+    Event::ReplicationState { state, previous, term, epoch, reason }
+}
+
+fn reason(told: Told) -> String {
+    match told {
         Told::State(why) => why.to_string(),
         Told::Refused(refusal) => format!("the backup refuses: {refusal}"),
         Told::Failed(_, why) => format!("the command failed: {why}"),
@@ -35,10 +51,7 @@ pub fn changed(info: &ReplicationInfo, previous: ReplicationStatus, told: Told) 
         Told::EpochsStandStill(time) => {
             format!("the primary has captured no epoch for {} ms", time.as_millis())
         }
-    };
-    let ReplicationInfo { state, term, epoch, .. } = *info;
-    log::info!("replication: {state:?} in term {term}: {reason}");
-    Event::ReplicationState { state, previous, term, epoch, reason }
+    }
 }
 
 /// Show clients what a side says of itself.

@@ -4,6 +4,11 @@ use std::io;
 use machine::{Memory, memory::image};
 use replication::contents::{Event, PAGE};
 
+use super::{
+    outgoing::MACHINE,
+    outside::{OUTSIDE, Outside},
+};
+
 /// Most bytes of room that are kept for the next epoch.
 const SPARE: usize = 64 << 20;
 
@@ -24,9 +29,12 @@ pub struct Received {
     changes: Vec<Change>,
     /// The contents of pages and differences, in order.
     contents: Vec<u8>,
-    /// The state of the machine.
-    state: Vec<u8>,
+    /// The state of the machine, and what is known of the outside: as [`SECTIONS`] has them.
+    sections: [Vec<u8>; 2],
 }
+
+/// The sections of an epoch.
+pub const SECTIONS: [&str; 2] = [MACHINE, OUTSIDE];
 
 impl Received {
     /// Take what has come, unless it is a message. With `at_once`, memory changes now: nobody
@@ -41,11 +49,12 @@ impl Received {
             Event::Zeros { address, pages } => {
                 (Change::Zeros { address: *address, pages: *pages }, &[])
             }
-            Event::Section { offset, bytes, .. } => {
+            Event::Section { name, offset, bytes, .. } => {
+                let section = self.sections.get_mut(*name).ok_or(io::ErrorKind::InvalidInput)?;
                 if *offset == 0 {
-                    self.state.clear();
+                    section.clear();
                 }
-                self.state.extend_from_slice(bytes);
+                section.extend_from_slice(bytes);
                 return Ok(());
             }
             Event::Message(_) | Event::Begin { .. } | Event::Disk(_) | Event::Close(_) => {
@@ -64,7 +73,14 @@ impl Received {
 
     /// The state of the machine, as far as it has come.
     pub fn state(&self) -> &[u8] {
-        &self.state
+        let [machine, _] = &self.sections;
+        machine
+    }
+
+    /// What is known of the outside, if that has come.
+    pub fn outside(&self) -> Option<Outside> {
+        let [_, outside] = &self.sections;
+        Outside::decode(outside)
     }
 
     /// Drop what has come.
@@ -72,7 +88,7 @@ impl Received {
         self.changes.clear();
         self.contents.clear();
         self.contents.shrink_to(SPARE);
-        self.state.clear();
+        self.sections.iter_mut().for_each(Vec::clear);
     }
 
     /// The epoch is whole: change memory, and give the state of the machine.
@@ -95,7 +111,9 @@ impl Received {
         }
         self.contents.clear();
         self.contents.shrink_to(SPARE);
-        Ok(std::mem::take(&mut self.state))
+        let [machine, outside] = &mut self.sections;
+        outside.clear();
+        Ok(std::mem::take(machine))
     }
 }
 

@@ -10,9 +10,8 @@ use replication::{Agreement, Arbiter, Digest, OnLoss, Settings, contents};
 
 use super::questions::{leaves, on_loss};
 
-/// The version of what the two sides exchange, in place of the machine: a backup compares that
-/// itself, with the offer.
-const VERSION: u64 = 1;
+/// In place of the machine: a backup compares that itself, with the offer.
+const RUNS_HERE: Digest = Digest(1);
 const PERIOD: Duration = Duration::from_millis(200);
 const TIMEOUT: Duration = Duration::from_secs(1);
 const ACK_LIMIT: Duration = Duration::from_secs(10);
@@ -29,15 +28,15 @@ pub fn agreement(arbiter: &Given, runs_here: bool) -> Agreement {
         Given::None => Arbiter::None,
     };
     // An offer that cannot run here is refused by the protocol as something not agreed on.
-    let machine = Digest(if runs_here { VERSION } else { 0 });
+    let machine = if runs_here { RUNS_HERE } else { Digest(0) };
     Agreement { arbiter, machine }
 }
 
-/// The settings of a primary.
+/// The settings of a primary, and who decides.
 ///
 /// # Errors
 /// Which of them are not possible.
-pub fn of_primary(start: &ReplicationStart) -> Result<Settings, Error> {
+pub fn of_primary(start: &ReplicationStart) -> Result<(Settings, Given), Error> {
     let arbiter = match (&start.witness, &start.fence) {
         (Some(_), Some(_)) => {
             return Err(Error::text(
@@ -64,7 +63,7 @@ pub fn of_primary(start: &ReplicationStart) -> Result<Settings, Error> {
         leave_slow,
     };
     settings.check().map_err(|e| Error::generic(&e))?;
-    Ok(settings)
+    Ok((settings, arbiter))
 }
 
 /// The settings of a backup, which waits for a peer as long as the offer says.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use config::{Description, incoming::Arbiter};
-use machine::Memory;
+use machine::{Memory, Moment, Tsc};
 use parking_lot::Mutex;
 use qmp::schema::{
     FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationSide, ReplicationStatus,
@@ -24,10 +24,11 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use state::Config;
+use state::{Config, cpu::Cpu};
 
 use super::{
     connection::Connection,
+    outside::Outside,
     questions::{Query, show},
     received::Received as Arriving,
 };
@@ -82,6 +83,10 @@ pub struct Promotion {
     pub settings: Settings,
     /// The epoch that it runs from.
     pub epoch: Epoch,
+    /// When that had arrived: the guest's clocks go on from there.
+    pub ended: Moment,
+    /// What the outside may not have seen of it.
+    pub outside: Outside,
     /// How long it took until the decision.
     pub times: FailoverTimes,
     /// When it was decided.
@@ -91,18 +96,23 @@ pub struct Promotion {
 /// How the thread has the incoming thread build the machine, which it must not do itself. Each call
 /// begins it; the answer is reported by waking the thread.
 pub trait Builder {
-    /// Memory for this machine, if it can run here. Waits for the answer.
+    /// Memory for this machine, if it can run here: with the CPU and the TSC that its guest has, if
+    /// they have not been looked at before. Waits for the answer.
     ///
     /// # Errors
     /// Why it cannot.
-    fn room(&mut self, description: Description) -> Result<Memory, String>;
+    fn room(
+        &mut self,
+        description: Description,
+        guest: Option<(Option<Cpu>, Tsc)>,
+    ) -> Result<Memory, String>;
     /// Build the machine.
     fn build(&mut self, received: Received);
-    /// Drop the machine.
+    /// Drop the machine, and put memory back as it was before that was built.
     fn forget(&mut self);
     /// Take its disks and taps.
     fn take(&mut self);
-    /// The answer to the last of these but the first, once there is one.
+    /// The answer to the first of these, but for `room`, that was not answered yet.
     fn answer(&mut self) -> Option<Result<(), String>>;
 }
 
@@ -126,10 +136,20 @@ pub struct Task {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Building {
     Nothing,
-    /// It builds the machine. With true, that is not wanted any more.
-    Machine(bool),
+    /// It builds the machine.
+    Machine,
     /// It takes disks and taps.
     Taking(Mark),
+    /// It puts memory back, which nobody may read or write before. With true, the machine is wanted
+    /// again afterwards.
+    Forgetting(bool),
+}
+
+/// What waits until memory is put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Postponed {
+    Fill(Option<Epoch>),
+    Hold(Epoch),
 }
 
 /// The thread.
@@ -153,9 +173,17 @@ pub struct Standby<B, T> {
     filled: bool,
     /// What arrives.
     coming: Arriving,
-    /// The state of the machine in the last whole epoch, and when that was whole.
-    machine: Option<(Vec<u8>, Instant)>,
+    /// The last whole epoch.
+    whole: Option<Whole>,
+    /// When the `End` came that came last.
+    ended: Moment,
     building: Building,
+    /// There is a machine.
+    built: bool,
+    /// The next answer is about something that is not wanted any more.
+    unwanted: bool,
+    /// Nothing more is read from the primary meanwhile.
+    postponed: Option<Postponed>,
     /// Why the state is what it is.
     why: Why,
     /// When the machine is built, if its primary has not connected again by then.
@@ -170,6 +198,15 @@ pub struct Standby<B, T> {
     over: Option<Result<Promotion, String>>,
 }
 
+/// A whole epoch, but for its memory.
+struct Whole {
+    /// The state of the machine.
+    machine: Vec<u8>,
+    outside: Outside,
+    /// When its `End` came.
+    ended: Moment,
+}
+
 /// A connection that was accepted, and whose reader has to be told.
 struct Accepted {
     number: Number,
@@ -181,7 +218,7 @@ struct Accepted {
 struct Peer {
     number: Number,
     connection: Connection,
-    /// What has come before the offer was complete.
+    /// What has come before the offer was complete, and what is not to be read yet.
     bytes: Vec<u8>,
     reader: Option<Reader>,
     /// As its offer has them.
@@ -213,8 +250,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             memory: None,
             filled: false,
             coming: Arriving::default(),
-            machine: None,
+            whole: None,
+            ended: Moment::now(),
             building: Building::Nothing,
+            built: false,
+            unwanted: false,
+            postponed: None,
             why: Why::Paired,
             builds_at: None,
             query: None,
@@ -321,9 +362,15 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             }
             // No disk is replicated, so there is nothing to be marked.
             Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
-            Output::Fill { .. } => self.fill(),
-            Output::Hold(epoch) => self.hold(epoch),
-            Output::DropAfter(_) => self.coming.clear(),
+            Output::Fill { base } => self.once_put_back(Postponed::Fill(base)),
+            Output::Hold(epoch) => {
+                self.ended = Moment::now();
+                self.once_put_back(Postponed::Hold(epoch));
+            }
+            Output::DropAfter(_) => {
+                self.coming.clear();
+                self.postponed = None;
+            }
             Output::Prepare(_) => self.prepare(),
             Output::Unprepare => self.unprepare(),
             Output::Run { term, from, promoted } => self.runs(term, from, promoted),

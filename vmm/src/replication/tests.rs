@@ -17,7 +17,7 @@ use std::{
 
 use config::{Description, MemoryConfig, incoming::Arbiter as Given};
 use machine::{
-    Memory,
+    Memory, Tsc,
     memory::{allocate, image},
 };
 use parking_lot::Mutex;
@@ -29,11 +29,12 @@ use replication::{
     Answer, Command, Digest, Epoch, Exit, Frame, Hello, Identity, Incarnation, Input, Lineage,
     Message, OnLoss, Primary, Question, Record, Rules, Settings, Settled, Side, Term, Word, wire,
 };
+use state::cpu::Cpu;
 use state::testing::{MEMORY, config, sections};
 
 use super::{
     connection::Connection,
-    offer::Offer,
+    offer::{Host as Offered, Offer},
     protector::{Order, Orders, Protector, Report, Task},
     settings::agreement,
     standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
@@ -44,6 +45,7 @@ use crate::{
 };
 
 const TIMEOUT: Duration = Duration::from_millis(400);
+const TSC: Tsc = Tsc { khz: 2_000_000, ticks: 0, own: true };
 const LONG: Duration = Duration::from_secs(20);
 
 fn room() -> Memory {
@@ -57,6 +59,17 @@ fn bytes(memory: &Memory) -> Vec<u8> {
     bytes
 }
 
+fn settings(arbiter: &Given, on_loss: OnLoss) -> Settings {
+    Settings {
+        agreement: agreement(arbiter, true),
+        timeout: TIMEOUT,
+        period: Duration::from_millis(5),
+        ack_limit: LONG,
+        on_loss,
+        leave_slow: false,
+    }
+}
+
 fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
     let end = Instant::now() + LONG;
     while !is_so() {
@@ -65,35 +78,63 @@ fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Builds nothing, and is done at once.
+/// Builds nothing but what building does to memory, and takes its time to put that back.
 struct Nobody {
     rooms: Arc<Mutex<Vec<Memory>>>,
-    answers: u32,
+    built: Arc<Mutex<u32>>,
+    before: Option<(Memory, Vec<u8>)>,
+    done: Sender<Result<(), String>>,
+    answers: Receiver<Result<(), String>>,
     wake: Wake,
 }
 
+impl Nobody {
+    fn answer_in(&self, delay: Duration, act: impl FnOnce() + Send + 'static) {
+        let (done, wake) = (self.done.clone(), self.wake.clone());
+        thread::spawn(move || {
+            thread::sleep(delay);
+            act();
+            // The backup may have ended meanwhile.
+            let _ = done.send(Ok(()));
+            wake.wake();
+        });
+    }
+}
+
 impl Builder for Nobody {
-    fn room(&mut self, _: Description) -> Result<Memory, String> {
+    fn room(
+        &mut self,
+        _: Description,
+        guest: Option<(Option<Cpu>, Tsc)>,
+    ) -> Result<Memory, String> {
+        if let Some((_, tsc)) = guest {
+            tsc.fits(TSC, false).map_err(|e| e.to_string())?;
+        }
         let memory = room();
         self.rooms.lock().push(memory.clone());
         Ok(memory)
     }
 
-    fn build(&mut self, _: Received) {
-        self.answers += 1;
-        self.wake.wake();
+    fn build(&mut self, received: Received) {
+        let memory = received.memory;
+        let before = bytes(&memory);
+        image::write(&memory, 0, &[0xaa; 3 * 4096]).unwrap();
+        self.before = Some((memory, before));
+        *self.built.lock() += 1;
+        self.answer_in(Duration::ZERO, || {});
     }
 
-    fn forget(&mut self) {}
+    fn forget(&mut self) {
+        let (memory, before) = self.before.take().unwrap();
+        self.answer_in(TIMEOUT / 8, move || image::write(&memory, 0, &before).unwrap());
+    }
 
     fn take(&mut self) {
-        self.answers += 1;
-        self.wake.wake();
+        self.answer_in(Duration::ZERO, || {});
     }
 
     fn answer(&mut self) -> Option<Result<(), String>> {
-        self.answers = self.answers.checked_sub(1)?;
-        Some(Ok(()))
+        self.answers.try_recv().ok()
     }
 }
 
@@ -103,6 +144,8 @@ struct Backup {
     status: Arc<Mutex<ReplicationInfo>>,
     /// What memory was given, the last last.
     rooms: Arc<Mutex<Vec<Memory>>>,
+    /// How often the machine was built.
+    built: Arc<Mutex<u32>>,
     thread: JoinHandle<Result<Promotion, ReceiveError>>,
 }
 
@@ -116,7 +159,15 @@ impl Backup {
         let (orders, inbox) = channel();
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
         let rooms = Arc::<Mutex<Vec<Memory>>>::default();
-        let builder = Nobody { rooms: rooms.clone(), answers: 0, wake: wake.clone() };
+        let (built, (done, answers)) = (Arc::<Mutex<u32>>::default(), channel());
+        let builder = Nobody {
+            rooms: rooms.clone(),
+            built: built.clone(),
+            before: None,
+            done,
+            answers,
+            wake: wake.clone(),
+        };
         let task = standby::Task {
             listener: listener.into(),
             arbiter,
@@ -134,7 +185,7 @@ impl Backup {
             }
         };
         let thread = thread::spawn(move || Standby::new(task, builder, tell).run());
-        Self { orders, wake, status, rooms, thread }
+        Self { orders, wake, status, rooms, built, thread }
     }
 
     fn memory(&self) -> Vec<u8> {
@@ -156,6 +207,8 @@ struct Host {
     fails: Mutex<bool>,
     /// All states that were told.
     told: Mutex<Vec<ReplicationStatus>>,
+    /// Why the backup has refused the offer.
+    reasons: Mutex<Vec<String>>,
     record: Witness,
     /// The witness does not answer.
     alone: Mutex<bool>,
@@ -174,21 +227,22 @@ impl Protected {
     }
 
     fn asking(peer: &Path, arbiter: &Given, on_loss: OnLoss, record: Witness) -> Self {
-        let settings = Settings {
-            agreement: agreement(arbiter, true),
-            timeout: TIMEOUT,
-            period: Duration::from_millis(5),
-            ack_limit: LONG,
-            on_loss,
-            leave_slow: false,
-        };
+        Self::with_tsc(peer, arbiter, on_loss, record, TSC)
+    }
+
+    fn with_tsc(peer: &Path, arbiter: &Given, on_loss: OnLoss, record: Witness, tsc: Tsc) -> Self {
+        let settings = settings(arbiter, on_loss);
         let me = Identity { lineage: Lineage(1), incarnation: Incarnation(1) };
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
         let (to, inbox) = channel();
         let memory = room();
         let task = Task {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
-            offer: Offer { timeout: TIMEOUT, config: config(1) },
+            offer: Offer {
+                timeout: TIMEOUT,
+                host: Offered::of(arbiter.clone(), tsc, None),
+                config: config(1),
+            },
             peer: Some(peer.to_owned()),
             memory: memory.clone(),
             compress: true,
@@ -202,6 +256,7 @@ impl Protected {
             dirty: Mutex::default(),
             fails: Mutex::default(),
             told: Mutex::default(),
+            reasons: Mutex::default(),
             record,
             alone: Mutex::default(),
         });
@@ -254,7 +309,10 @@ impl Host {
     fn serve(&self, reports: &Receiver<Report>, orders: &Orders) -> Option<Exit> {
         for report in reports {
             match report {
-                Report::Log => orders.give(Order::Logging(Arc::new([]))),
+                Report::Log => {
+                    self.dirty.lock().clear();
+                    orders.give(Order::Logging(Arc::new([])));
+                }
                 Report::Harvest => {
                     let dirty = std::mem::take(&mut *self.dirty.lock());
                     orders.give(Order::Changed(image::union(&dirty, &[])));
@@ -267,15 +325,20 @@ impl Host {
                     let ranges = image::union(&left, &std::mem::take(&mut *dirty));
                     staging.fill(&self.memory, &ranges).unwrap();
                     let captured = Box::new((sections().try_into().unwrap(), staging));
-                    orders.give(Order::Captured { epoch, captured, gates: None });
+                    let outside = Box::default();
+                    orders.give(Order::Captured { epoch, captured, outside, gates: None });
                 }
                 Report::Ask(query) if !*self.alone.lock() => {
                     let answer = Answer::Record(decided(&self.record, query.question));
                     let (nonce, question) = (query.nonce, query.question);
                     orders.give(Order::Answered { nonce, question, answer });
                 }
-                Report::Tell { state, .. } => self.told.lock().push(state),
-                Report::Ask(_) | Report::Park(_) | Report::Connect => {}
+                Report::Tell { state, reason, .. } => {
+                    self.told.lock().push(state);
+                    self.reasons.lock().extend(reason);
+                }
+                Report::Ask(_) | Report::Park(_) | Report::Connect | Report::Unlog => {}
+                Report::Released(_) => {}
                 Report::Over(exit, _) => return exit,
             }
         }
@@ -392,6 +455,65 @@ fn memory_is_equal_whatever_the_guest_writes_and_how_often_the_link_breaks() {
 }
 
 #[test]
+fn a_backup_that_has_built_the_machine_serves_its_primary_again() {
+    let (_directory, near, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let link = Link::between(&near, &far);
+    let protected = Protected::by(&near, &Given::None, OnLoss::Stall);
+    let mut random = fastrand::Rng::with_seed(5);
+    protected.is_protected();
+    for flap in 1..5 {
+        *link.gone.lock() = true;
+        link.cut();
+        protected.writes(&mut random);
+        wait_for("a machine", || *backup.built.lock() == flap);
+        *link.gone.lock() = false;
+        protected.is_protected();
+        protected.writes(&mut random);
+        protected.is_equal(&backup);
+    }
+    assert_eq!(backup.rooms.lock().len(), 1, "nothing was sent again from the beginning");
+    assert_eq!(backup.status.lock().state, ReplicationStatus::Standby);
+}
+
+#[test]
+fn after_a_false_suspicion_only_what_has_changed_is_sent_again() {
+    let (_directory, near, far) = places();
+    let record = Witness::default();
+    let backup = Backup::asking(&far, witness(), record.clone());
+    let link = Link::between(&near, &far);
+    let protected = Protected::asking(&near, &witness(), OnLoss::Claim, record.clone());
+    let mut random = fastrand::Rng::with_seed(6);
+    let mut contents = vec![0; MEMORY as usize];
+    random.fill(&mut contents);
+    image::write(&protected.host.memory, 0, &contents).unwrap();
+    protected.host.dirty.lock().push(0..MEMORY);
+    protected.is_protected();
+    protected.is_equal(&backup);
+    let full = protected.status.lock().wire_bytes;
+    for term in 2..5 {
+        *link.gone.lock() = true;
+        link.cut();
+        (0..10).for_each(|_| protected.writes(&mut random));
+        wait_for("the term's end", || protected.status.lock().term == term);
+        wait_for("the backup to know", || {
+            backup.status.lock().state == ReplicationStatus::Abandoned
+        });
+        (0..10).for_each(|_| protected.writes(&mut random));
+        // The next term is open.
+        *record.lock() = None;
+        *link.gone.lock() = false;
+        let (settings, arbiter) = (settings(&witness(), OnLoss::Claim), witness());
+        protected.orders.give(Order::Again { settings, arbiter, peer: Some(near.clone()) });
+        protected.is_protected();
+        let warm = protected.status.lock().wire_bytes;
+        assert!(full > MEMORY && warm < MEMORY / 4, "{full} bytes, then {warm}");
+        protected.is_equal(&backup);
+    }
+    assert_eq!(backup.rooms.lock().len(), 1);
+}
+
+#[test]
 fn a_monitor_that_ends_leaves_no_backup_that_would_continue() {
     for arbiter in [Given::None, witness()] {
         let (_directory, _, far) = places();
@@ -433,6 +555,28 @@ fn a_checkpoint_that_fails_ends_the_term_instead_of_holding_output_for_ever() {
 }
 
 #[test]
+fn a_backup_that_does_not_suit_says_why_before_anything_is_sent() {
+    let slow = Tsc { khz: 1_900_000, ..TSC };
+    let cases = [
+        (witness(), TSC, "for the primary, the witness \"dir:1\" decides; for the backup, neither"),
+        (Given::None, slow, "ticks at 1900000 kHz, this host's at 2000000 kHz"),
+        (Given::None, Tsc { own: false, ..TSC }, "a TSC of their own"),
+    ];
+    for (arbiter, tsc, why) in cases {
+        let (_directory, _, far) = places();
+        let backup = Backup::at(&far, Given::None);
+        let on_loss = if arbiter == Given::None { OnLoss::Stall } else { OnLoss::Claim };
+        let protected = Protected::with_tsc(&far, &arbiter, on_loss, Witness::default(), tsc);
+        assert_eq!(protected.main.join().unwrap(), None, "unprotected, and unharmed");
+        let reasons = protected.host.reasons.lock().clone();
+        assert!(reasons.iter().any(|said| said.contains(why)), "{reasons:?}");
+        assert!(backup.rooms.lock().is_empty(), "it has made room");
+        assert_eq!(backup.status.lock().state, ReplicationStatus::Listening);
+        assert!(backup.end().is_err());
+    }
+}
+
+#[test]
 fn the_backup_continues_the_guest_and_its_primary_ends() {
     let (_directory, near, far) = places();
     let record = Witness::default();
@@ -446,11 +590,14 @@ fn the_backup_continues_the_guest_and_its_primary_ends() {
     // It has neither its backup nor the witness any more.
     (*protected.host.alone.lock(), *link.gone.lock()) = (true, true);
     link.cut();
+    // Its machine has changed it a little.
+    let memory =
+        |rooms: &Mutex<Vec<Memory>>| bytes(rooms.lock().last().unwrap()).split_off(3 * 4096);
     let rooms = backup.rooms.clone();
     let promotion = backup.thread.join().unwrap().unwrap();
     assert_eq!((promotion.term, promotion.promoted), (Term(2), Some(Incarnation(2))));
     assert!(promotion.epoch.0 >= protected.status.lock().acked);
-    assert!(bytes(&protected.host.memory) == bytes(rooms.lock().last().unwrap()));
+    assert!(bytes(&protected.host.memory).split_off(3 * 4096) == memory(&rooms));
     assert_eq!(protected.state(), ReplicationStatus::Stalled);
     *protected.host.alone.lock() = false;
     wait_for("the fence", || protected.state() == ReplicationStatus::Fenced);
@@ -482,7 +629,9 @@ fn a_late_connection_does_not_replace_the_one_that_works() {
 fn greeting(lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
     let mut config = config(1);
     change(&mut config);
-    let mut bytes = Offer { timeout: TIMEOUT, config }.encode().unwrap();
+    let mut bytes = Offer { timeout: TIMEOUT, host: Offered::of(Given::None, TSC, None), config }
+        .encode()
+        .unwrap();
     let message = Message::Hello(Hello {
         lineage: Lineage(lineage),
         incarnation: Incarnation(77),

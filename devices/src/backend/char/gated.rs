@@ -45,6 +45,11 @@ impl CharKeeper {
         self.keeper.discard();
     }
 
+    /// A copy of the output that is held and covered by checkpoints up to and including `epoch`.
+    pub fn held(&self, epoch: u64) -> Vec<u8> {
+        self.keeper.gate().covered(epoch)
+    }
+
     /// What is held now.
     pub fn backlog(&self) -> Backlog {
         self.keeper.gate().backlog()

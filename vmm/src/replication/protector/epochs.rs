@@ -9,17 +9,25 @@ use machine::{
     },
 };
 use replication::{Command, Epoch, Input, Room, contents, primary::State};
+use state::config::Halted;
 
-use super::super::{outgoing::Staged, rounds::Rounds};
-use super::{FirstCopy, MOST_HELD, MOST_STAGED, Order, Protector, Report};
+use super::super::{outgoing::Staged, outside::Outside, rounds::Rounds};
+use super::{FirstCopy, MOST_HELD, MOST_STAGED, Order, Protector, Report, Tracked};
 use crate::checkpoint::last_frames;
 
 impl<R: Fn(Report)> Protector<R> {
     pub(super) fn capture(&mut self, epoch: Epoch, shut: bool) {
         if self.task.primary.state() == State::Syncing {
             self.staged.clear();
-            self.first_copy = Some(FirstCopy { epoch, shut, rounds: Rounds::default() });
-            return self.ask(Report::Log);
+            let warm = self.warm.is_some();
+            let (asks, left) = match self.warm.take() {
+                None => (Some(Report::Log), Vec::new()),
+                Some(Tracked { ranges, asked: false, .. }) => (Some(Report::Harvest), ranges),
+                Some(Tracked { ranges, .. }) => (None, ranges),
+            };
+            self.first_copy =
+                Some(FirstCopy { epoch, shut, rounds: Rounds::default(), left, warm });
+            return asks.into_iter().for_each(|report| self.ask(report));
         }
         let staging = self.spare.pop().unwrap_or_default();
         self.ask(Report::Capture { epoch, shut, left: Vec::new(), staging });
@@ -42,6 +50,7 @@ impl<R: Fn(Report)> Protector<R> {
     /// Nothing is held any more. What is being captured belongs to what has ended here.
     pub(super) fn open_gates(&mut self) {
         self.gates.iter_mut().for_each(Gates::open);
+        (self.report)(Report::Released(None));
         self.late = self.asked;
         self.first_copy = None;
         self.staged.clear();
@@ -51,11 +60,13 @@ impl<R: Fn(Report)> Protector<R> {
     pub(super) fn breaks(&mut self, why: &dyn std::fmt::Display) {
         log::error!("replication: {why}: the backup cannot follow any more");
         self.broken = Some(self.task.primary.term());
+        self.lose_track();
         self.lost(why);
     }
 
     pub(super) fn release(&mut self, epoch: Epoch) {
         self.release_through(epoch);
+        (self.report)(Report::Released(Some(epoch)));
         self.look_for_room();
     }
 
@@ -100,8 +111,11 @@ impl<R: Fn(Report)> Protector<R> {
                 }
             }
             Order::Changed(changed) => {
-                let true = self.is_answer() else { return };
-                let Some(copy) = &mut self.first_copy else { return };
+                let awaited = self.is_answer();
+                let Some(copy) = self.first_copy.as_mut().filter(|_| awaited) else {
+                    return self.add_tracked(&changed);
+                };
+                let changed = image::union(&std::mem::take(&mut copy.left), &changed);
                 if copy.rounds.again(&changed) {
                     return self.outgoing.round(copy.epoch, changed);
                 }
@@ -115,13 +129,15 @@ impl<R: Fn(Report)> Protector<R> {
                     Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
                 }
             }
-            Order::Captured { epoch, captured, gates } => {
+            Order::Captured { epoch, captured, outside, gates } => {
                 self.gates = gates.or(self.gates.take());
                 if !self.is_answer() {
+                    self.add_tracked(&captured.1.ranges());
                     // It has shut them after they had been opened.
-                    return self.gates.iter_mut().for_each(Gates::open);
+                    self.gates.iter_mut().for_each(Gates::open);
+                    return (self.report)(Report::Released(None));
                 }
-                match self.stage(epoch, *captured) {
+                match self.stage(epoch, *captured, *outside) {
                     Ok(input) => {
                         self.inputs.push_back(input);
                         self.look_for_room();
@@ -129,21 +145,22 @@ impl<R: Fn(Report)> Protector<R> {
                     Err(e) => self.breaks(&format_args!("cannot encode {epoch:?}: {e}")),
                 }
             }
-            Order::Failed(why) => {
-                if self.is_answer() {
-                    self.breaks(&why);
-                }
-            }
+            Order::Failed(why) => match self.is_answer() {
+                true => self.breaks(&why),
+                false => self.lose_track(),
+            },
             Order::Answered { nonce, question, answer } => {
                 self.inputs.push_back(Input::Answered { nonce, question, answer });
             }
             Order::Connected(connection) => self.connected(connection),
             Order::Command(input) => self.inputs.push_back(input),
             // It is protected again already.
-            Order::Again(..) if self.task.primary.state() != State::Degraded => {}
-            Order::Again(primary, peer) => {
+            Order::Again { .. } if self.task.primary.state() != State::Degraded => {}
+            Order::Again { settings, arbiter, peer } => {
                 self.broken = None;
-                (self.task.primary, self.task.peer) = (*primary, peer);
+                self.task.offer.host.arbiter = arbiter;
+                (self.task.offer.timeout, self.task.peer) = (settings.timeout, peer);
+                self.task.primary.set(settings);
                 self.inputs.push_back(Input::Command(Command::Start));
             }
         }
@@ -153,12 +170,15 @@ impl<R: Fn(Report)> Protector<R> {
         &mut self,
         epoch: Epoch,
         captured: (MachineState, Staging),
+        outside: (Outside, Option<Halted>),
     ) -> io::Result<Input> {
-        let (state, pages) = captured;
+        let ((state, pages), (mut outside, halted)) = (captured, outside);
+        self.task.offer.config.halted = halted;
         let state = last_frames(&self.task.offer.config, state)?;
+        outside.output = self.gates.as_ref().map_or_else(Vec::new, |gates| gates.output(epoch.0));
         let digest = contents::chain(self.last_digest, [crc32fast::hash(&state)]);
         self.last_digest = digest;
-        self.staged.push_back(Arc::new(Staged { epoch, pages, state }));
+        self.staged.push_back(Arc::new(Staged { epoch, pages, state, outside: outside.encode() }));
         Ok(Input::Captured { epoch, digest })
     }
 }

@@ -1,7 +1,7 @@
 //! The connection of a primary.
 use replication::{Connection as Number, Frame, Input, Message, wire};
 
-use super::super::{connection::Connection, outgoing::Next};
+use super::super::{connection::Connection, offer, outgoing::Next};
 use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report};
 
 impl<R: Fn(Report)> Protector<R> {
@@ -92,6 +92,14 @@ impl<R: Fn(Report)> Protector<R> {
                 Err(e) => return self.lost(&format_args!("the connection has ended: {e}")),
             }
             let mut at = 0;
+            if offer::may_be_reason(&self.reader.0) {
+                match offer::read_reason(&self.reader.0) {
+                    Some((why, length)) => (self.reason, at) = (Some(why), length),
+                    // Not all of it has come, or it is damaged.
+                    None if self.reader.0.len() < 2 * offer::LONGEST_REASON => continue,
+                    None => {}
+                }
+            }
             loop {
                 match wire::decode(self.reader.0.get(at..).unwrap_or_default()) {
                     Ok((frame, length)) => {

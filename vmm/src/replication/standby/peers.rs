@@ -10,7 +10,12 @@ use replication::{
 };
 use rustix::net::{SocketFlags, accept_with};
 
-use super::super::{connection::Connection, offer::Offer, outgoing::MACHINE, settings};
+use super::super::{
+    connection::Connection,
+    offer::{self, Offer},
+    received::SECTIONS,
+    settings,
+};
 use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, Standby, Tell};
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
@@ -34,9 +39,13 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     }
 
     /// Whether this connection is read. While the machine is being built in memory, nobody else may
-    /// begin to fill that.
+    /// begin to fill that; and while memory is put back, what would change it waits.
     pub(super) fn reads(&self, number: Number) -> bool {
-        self.building == Building::Nothing || self.current == Some(number)
+        let alone = matches!(self.building, Building::Machine | Building::Taking(_));
+        match self.current == Some(number) {
+            true => self.postponed.is_none(),
+            false => !alone,
+        }
     }
 
     /// The primary of this connection may send epochs.
@@ -61,6 +70,11 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// Read some of what a peer has sent; whether there may be more.
     pub(super) fn read_some(&mut self, number: Number) -> bool {
         let Some(peer) = self.peer(number) else { return false };
+        if peer.reader.is_some() && !peer.bytes.is_empty() {
+            let rest = std::mem::take(&mut peer.bytes);
+            let read = self.take_bytes(number, rest);
+            return read.map_err(|why| self.lost(number, &why)).is_ok();
+        }
         let bytes = match peer.connection.receive() {
             Ok([]) => return false,
             Ok(bytes) => bytes.to_vec(),
@@ -94,9 +108,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                     Some((offer, length)) => {
                         let rest = peer.bytes.split_off(length);
                         peer.bytes = Vec::new();
-                        let (reader, settings) = self.offered(offer)?;
+                        let (reader, settings, differs) = self.offered(offer)?;
                         if let Some(peer) = self.peer(number) {
                             peer.settings = Some(settings);
+                            if let Some(why) = &differs {
+                                peer.connection.send(offer::reason(why));
+                            }
                         }
                         (reader, rest)
                     }
@@ -111,30 +128,37 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     }
 
     /// A primary offers a machine.
-    pub(super) fn offered(&mut self, offer: Offer) -> Result<(Reader, Settings), String> {
-        let Offer { timeout, config } = offer;
+    fn offered(&mut self, offer: Offer) -> Result<(Reader, Settings, Option<String>), String> {
+        let Offer { timeout, host, config } = offer;
         let description =
             Description::try_from(&config).map_err(|e| qmp::Error::generic(&e).to_string())?;
         let size = description.config.memory.size.bytes();
+        let mut differs = None;
         if !self.is_offered(&config) {
             if !self.listens() {
                 return Err("another machine is offered than the one that is here".into());
             }
             (self.offered, self.memory, self.filled) = (None, None, false);
-            match self.builder.room(description) {
-                Ok(memory) => (self.offered, self.memory) = (Some(config), Some(memory)),
-                Err(why) => log::error!("replication: the machine cannot run here: {why}"),
+            differs = host.differs(&self.task.arbiter);
+            if differs.is_none() {
+                match self.builder.room(description, Some((host.cpu, host.tsc))) {
+                    Ok(memory) => (self.offered, self.memory) = (Some(config), Some(memory)),
+                    Err(why) => differs = Some(why),
+                }
             }
+        }
+        if let Some(why) = &differs {
+            log::warn!("replication: the machine is refused: {why}");
         }
         let runs_here = self.memory.is_some();
         let settings = settings::of_backup(&self.task.arbiter, timeout, runs_here);
         let bounds = Bounds {
             ram: self.memory.iter().map(|_| 0..size).collect(),
             disks: Vec::new(),
-            sections: vec![MACHINE.to_owned()],
+            sections: SECTIONS.map(str::to_owned).to_vec(),
             max_epoch: LONGEST_EPOCH,
         };
-        Ok((Reader::new(bounds), settings))
+        Ok((Reader::new(bounds), settings, differs))
     }
 
     /// Whether no primary was accepted yet.
@@ -159,6 +183,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                     self.accepted.take_if(|accepted| accepted.number == number)
                 {
                     reader.accept(term, last, filling);
+                }
+                if self.postponed.is_some() && self.current == Some(number) {
+                    if let Some(peer) = self.peer(number) {
+                        peer.bytes = bytes.to_vec();
+                    }
+                    return Ok(());
                 }
                 if let Message::End { .. } = frame.message {
                     // What was not to be held.

@@ -6,43 +6,55 @@ use qmp::schema::FailoverTimes;
 use replication::{Epoch, Fault, From, Identity, Incarnation, Input, Term, Why};
 use state::{Config, Frames, Sections};
 
-use super::{Builder, Building, Promotion, Standby, Tell};
+use super::{Builder, Building, Postponed, Promotion, Standby, Tell, Whole};
 use crate::{checkpoint::Received, durations::microseconds};
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
-    /// Memory is filled from here on: what it held is forgotten.
-    pub(super) fn fill(&mut self) {
+    /// What changes memory waits until it is that of the last epoch again.
+    pub(super) fn once_put_back(&mut self, next: Postponed) {
+        match (self.building, next) {
+            (Building::Forgetting(_), _) => self.postponed = Some(next),
+            (_, Postponed::Fill(base)) => self.fill(base),
+            (_, Postponed::Hold(epoch)) => self.hold(epoch),
+        }
+    }
+
+    /// Memory is filled from here on. Without a `base`, what it held is forgotten.
+    fn fill(&mut self, base: Option<Epoch>) {
         self.coming.clear();
-        self.machine = None;
-        if !std::mem::replace(&mut self.filled, true) {
+        self.whole = None;
+        if !std::mem::replace(&mut self.filled, true) || base.is_some() {
             return;
         }
         // This thread may not find out which pages are not zero.
         self.memory = None;
         let description = self.offered.as_ref().map(Description::try_from);
-        match description.and_then(Result::ok).map(|machine| self.builder.room(machine)) {
+        match description.and_then(Result::ok).map(|machine| self.builder.room(machine, None)) {
             Some(Ok(memory)) => self.memory = Some(memory),
             other => {
                 let why = other.and_then(Result::err).unwrap_or_default();
                 log::error!("replication: there is no room for the machine any more: {why}");
-                let current = self.current;
-                self.close(current);
-                self.inputs.extend(current.map(Input::Closed));
+                self.leave_current();
             }
         }
     }
 
     /// The epoch is whole: it counts from here on.
-    pub(super) fn hold(&mut self, epoch: Epoch) {
+    fn hold(&mut self, epoch: Epoch) {
         let Some(memory) = &self.memory else { return };
-        if let Err(why) = self.read_state(self.coming.state()) {
-            log::error!("replication: the state of the machine: {why}");
-            self.coming.clear();
-            return self.inputs.push_back(Input::NotHeld(epoch, Fault::Frame));
-        }
+        let read = self.read_state(self.coming.state());
+        let outside = self.coming.outside().ok_or("what was seen outside is not valid".into());
+        let outside = match read.and(outside) {
+            Ok(outside) => outside,
+            Err(why) => {
+                log::error!("replication: the state of the machine: {why}");
+                self.coming.clear();
+                return self.inputs.push_back(Input::NotHeld(epoch, Fault::Frame));
+            }
+        };
         match self.coming.apply(memory) {
             Ok(machine) => {
-                self.machine = Some((machine, Instant::now()));
+                self.whole = Some(Whole { machine, outside, ended: self.ended });
                 self.inputs.push_back(Input::Held(epoch));
             }
             Err(e) => {
@@ -52,8 +64,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         }
     }
 
-    /// Building the machine writes to its memory, and then its primary cannot come back. One whose
-    /// connection has ended usually connects again at once.
+    /// A primary whose connection has ended usually connects again at once, and would have to wait
+    /// until memory is put back.
     pub(super) fn prepare(&mut self) {
         match (self.why, self.settings) {
             (Why::Closed | Why::BadFrame | Why::Nack, Some(settings)) => {
@@ -64,33 +76,27 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     }
 
     pub(super) fn build(&mut self) {
-        match self.building {
-            Building::Nothing => match self.received() {
-                Ok(received) => {
-                    self.applied = self.now();
-                    self.building = Building::Machine(false);
-                    self.builder.build(received);
-                }
-                Err(why) => {
-                    log::error!("replication: {why}");
-                    self.inputs.push_back(Input::CannotRun);
-                }
-            },
-            // Another machine is being built, from an older epoch.
-            Building::Machine(_) | Building::Taking(_) => self.inputs.push_back(Input::CannotRun),
+        match (self.building, self.received()) {
+            (Building::Forgetting(_), _) => self.building = Building::Forgetting(true),
+            (Building::Nothing, Ok(received)) if !self.built => {
+                self.applied = self.now();
+                self.building = Building::Machine;
+                self.builder.build(received);
+            }
+            (_, other) => {
+                let why = other.err().unwrap_or_else(|| "there is a machine already".into());
+                log::error!("replication: {why}");
+                self.inputs.push_back(Input::CannotRun);
+            }
         }
     }
 
     /// The machine of the last whole epoch.
     pub(super) fn received(&self) -> Result<Received, String> {
-        let (Some((bytes, whole)), Some(memory)) = (&self.machine, &self.memory) else {
+        let (Some(whole), Some(memory)) = (&self.whole, &self.memory) else {
             return Err("there is no whole epoch".into());
         };
-        let (config, mut sections) = self.read_state(bytes)?;
-        // The guest's clock has advanced by this host's clock since.
-        let passed = u64::try_from(whole.elapsed().as_nanos()).unwrap_or(0);
-        let now = sections.clock.nanoseconds.saturating_add(passed);
-        sections.clock.nanoseconds = now;
+        let (config, sections) = self.read_state(&whole.machine)?;
         Ok(Received { config, sections, memory: memory.clone() })
     }
 
@@ -113,32 +119,45 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         self.offered.as_ref().is_some_and(|offered| offered.machine == config.machine)
     }
 
-    /// The primary is back: this machine must not run. Building it has written to its memory, which
-    /// is not that of the primary any more.
+    /// The primary is back: this machine must not run, and memory is put back as the primary knows
+    /// it.
     pub(super) fn unprepare(&mut self) {
-        if self.builds_at.take().is_some() {
-            return;
+        self.builds_at = None;
+        match self.building {
+            Building::Forgetting(_) => self.building = Building::Forgetting(false),
+            Building::Nothing if !self.built => {}
+            // What is being done is answered first.
+            Building::Nothing | Building::Machine | Building::Taking(_) => {
+                self.unwanted = self.building != Building::Nothing;
+                self.building = Building::Forgetting(false);
+                self.builder.forget();
+            }
         }
-        match &mut self.building {
-            Building::Machine(unwanted) => *unwanted = true,
-            Building::Nothing | Building::Taking(_) => self.builder.forget(),
-        }
-        self.inputs.push_back(Input::NotApplied);
     }
 
     pub(super) fn take_built(&mut self) {
-        let Some(answer) = self.builder.answer() else { return };
-        let input = match (std::mem::replace(&mut self.building, Building::Nothing), &answer) {
-            (Building::Machine(true), _) => {
-                self.builder.forget();
-                return;
+        while self.building != Building::Nothing
+            && let Some(answer) = self.builder.answer()
+        {
+            if !std::mem::take(&mut self.unwanted) {
+                self.is_built(answer);
             }
-            (Building::Machine(false), Ok(())) => {
+        }
+    }
+
+    fn is_built(&mut self, answer: Result<(), String>) {
+        let building = std::mem::replace(&mut self.building, Building::Nothing);
+        self.built = matches!(building, Building::Machine | Building::Taking(_)) && answer.is_ok();
+        let input = match (building, &answer) {
+            (Building::Forgetting(again), _) => {
+                return self.put_back(again, answer);
+            }
+            (Building::Machine, Ok(())) => {
                 self.applied = self.now().saturating_sub(self.applied);
                 Input::Prepared
             }
             (Building::Taking(mark), Ok(())) => Input::Marked(mark),
-            (Building::Nothing, _) => return,
+            (Building::Nothing, Ok(())) => return,
             (_, Err(why)) => {
                 log::error!("replication: the machine cannot run here: {why}");
                 Input::CannotRun
@@ -147,8 +166,37 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         self.inputs.push_back(input);
     }
 
+    /// Memory is that of the last epoch again, or lost.
+    fn put_back(&mut self, again: bool, answer: Result<(), String>) {
+        let next = self.postponed.take();
+        if let Err(why) = answer {
+            log::error!("replication: memory is lost: {why}");
+            self.inputs.push_back(Input::NotApplied);
+            match next {
+                Some(Postponed::Fill(None)) => self.fill(None),
+                Some(Postponed::Fill(Some(_))) => self.leave_current(),
+                Some(Postponed::Hold(_)) | None => {}
+            }
+            return;
+        }
+        if let Some(next) = next {
+            self.once_put_back(next);
+        }
+        if again {
+            self.build();
+        }
+    }
+
+    /// Close the connection in use.
+    fn leave_current(&mut self) {
+        let current = self.current;
+        self.close(current);
+        self.inputs.extend(current.map(Input::Closed));
+    }
+
     pub(super) fn runs(&mut self, term: Term, from: From, promoted: Option<Incarnation>) {
         let (Some(settings), From::Epoch(epoch)) = (self.settings, from) else { return };
+        let Some(Whole { outside, ended, .. }) = self.whole.take() else { return };
         let me = Identity { lineage: self.lineage, incarnation: self.task.incarnation };
         let since =
             |later: Instant, earlier| microseconds(later.saturating_duration_since(earlier));
@@ -159,7 +207,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             run_us: 0,
         };
         let decided = self.decided;
-        let promotion = Promotion { me, term, promoted, settings, epoch, times, decided };
+        let promotion =
+            Promotion { me, term, promoted, settings, epoch, ended, outside, times, decided };
         // Unless the monitor ends.
         self.over.get_or_insert(Ok(promotion));
     }

@@ -1,5 +1,5 @@
 //! Clocks: the time stamp counter (TSC), and kvm-clock, which gives a guest the time.
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// The guest's time stamp counter cannot run at its frequency on this host.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,30 @@ pub(super) fn date() -> u64 {
 pub fn host_ticks() -> u64 {
     // SAFETY: every CPU that has KVM has the instruction, and it accesses no memory.
     unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// A moment, by this host's clocks that never go back.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    /// Time since the host booted, suspended or not.
+    booted: Duration,
+    /// [`host_ticks`].
+    pub(crate) ticks: u64,
+}
+
+impl Moment {
+    /// This one.
+    #[must_use]
+    pub fn now() -> Self {
+        let booted = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Self { booted: booted.try_into().unwrap_or_default(), ticks: host_ticks() }
+    }
+
+    /// How long it is ago.
+    #[must_use]
+    pub fn elapsed(self) -> Duration {
+        Self::now().booted.saturating_sub(self.booted)
+    }
 }
 
 /// Whether a guest has a TSC of its own. On a host CPU without hardware virtualization (where KVM

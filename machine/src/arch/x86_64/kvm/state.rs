@@ -1,4 +1,6 @@
 //! The whole state of one vCPU, as KVM reads and writes it.
+use std::ops::Range;
+
 use kvm_bindings::{
     KVM_MAX_MSR_ENTRIES, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -78,7 +80,30 @@ pub fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
     Ok(listed.iter().copied().chain(others).collect())
 }
 
+/// MSRs of kvm-clock by its old numbers.
+const OLD_KVM_MSRS: std::ops::RangeInclusive<u32> = 0x11..=0x12;
+/// KVM's own MSRs: most of them name a structure in guest memory that KVM writes.
+const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
+/// Bytes of the largest of these structures (asynchronous page faults; the others have fewer).
+const LARGEST_STRUCTURE: u64 = 64;
+
 impl VcpuState {
+    /// Guest-physical addresses that KVM may write before the guest's first instruction, as the
+    /// MSRs name them. An MSR that names none names low memory here, which does no harm.
+    pub fn shared_with_kvm(&self) -> impl Iterator<Item = Range<u64>> {
+        let named = |index: &u32| KVM_MSRS.contains(index) || OLD_KVM_MSRS.contains(index);
+        self.msrs.iter().filter(move |(index, _)| named(index)).map(|(_, value)| {
+            // The lowest bits are flags.
+            let at = value & !3;
+            at..at.saturating_add(LARGEST_STRUCTURE)
+        })
+    }
+
+    /// Frequency of its TSC in ticks per millisecond.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
     /// Subtract `ticks` of the host from the time stamp counter.
     pub fn hold_back(&mut self, ticks: u64) {
         let ticks = guest_ticks(ticks, self.tsc_khz, self.host_khz);

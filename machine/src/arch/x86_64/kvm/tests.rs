@@ -66,7 +66,7 @@ fn machine(code: &[u8]) -> (Kvm, Memory, Vm) {
     let memory = memory::allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
     memory.write_slice(code, GuestAddress(0x1000)).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
-    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window, false).unwrap();
     (kvm, memory, vm)
 }
 
@@ -106,7 +106,7 @@ fn register_reads_never_exit_and_a_bound_write_does_not_either() {
     memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
     window.as_volatile_slice().write_obj(0x1234_5678u32, 0x60).unwrap();
-    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window, false).unwrap();
     let bound = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.bind_write(layout::VIRTIO_MMIO + 0x64, 1, &bound).unwrap();
 
@@ -275,7 +275,8 @@ fn a_guest_that_runs_sees_zeros_where_memory_was_given_back_and_only_we_know_tha
         memory.write_slice(&code, GuestAddress(0x1000)).unwrap();
         let reclaimer = Reclaimer::new(&memory, &config, origin);
         let window = Arc::new(MmapRegion::new(4096).unwrap());
-        let vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+        let vm =
+            Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window, false).unwrap();
         vm.log_dirty(true).unwrap();
         let (said, hear) = channel();
         let mut pio = BusBuilder::default();
@@ -318,7 +319,8 @@ fn kvm_takes_a_clock_as_it_stood_or_ahead_by_the_gap() {
     let config = MemoryConfig::new(MemorySize::MIN);
     let memory = memory::allocate(&config).unwrap();
     let window = Arc::new(MmapRegion::new(4096).unwrap());
-    let mut vm = Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window).unwrap();
+    let mut vm =
+        Vm::new(&kvm, crate::kvm::create_vm(&kvm).unwrap(), &memory, &window, false).unwrap();
     // Advanced by KVM, if it can do that, and by this program.
     for takes_date in [vm.own.takes_date, false] {
         vm.own.takes_date = takes_date;

@@ -262,10 +262,12 @@ impl Cpu for KvmCpu {
         exit
     }
 
-    fn resumed(&mut self, ticks: u64) {
-        if ticks > 0
+    fn resumed(&mut self, ticks: i64) {
+        let by = guest_ticks(ticks.unsigned_abs(), self.khz.0, self.khz.1);
+        let by = if ticks < 0 { by.wrapping_neg() } else { by };
+        if by != 0
             && guest_tsc_is_its_own()
-            && let Err(e) = tsc::hold_back(&self.fd, guest_ticks(ticks, self.khz.0, self.khz.1))
+            && let Err(e) = tsc::hold_back(&self.fd, by)
         {
             log::debug!("the guest's TSC ran during the pause: {e}");
         }
@@ -296,7 +298,8 @@ mod tsc {
     vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, 0xae, 0xe1, kvm_device_attr);
     vmm_sys_util::ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, 0xae, 0xe2, kvm_device_attr);
 
-    /// Reduce the vCPU's TSC by `ticks`. All vCPUs get the same, so they stay in step.
+    /// Reduce the vCPU's TSC by `ticks`, or increase it by as many if they wrap around. All vCPUs get
+    /// the same, so they stay in step.
     pub fn hold_back(fd: &VcpuFd, ticks: u64) -> io::Result<()> {
         let mut offset = 0u64;
         let attr = |addr: *mut u64| kvm_device_attr {
