@@ -147,6 +147,10 @@ fn clients_are_notified_of_the_balloons_size() -> Result<()> {
         let reported = here.qmp.wait_event(name, SOON)?;
         ensure!(reported.data.get("actual") == Some(&json!(HALF)), "{reported:?}");
     }
+    // Bytes that are not whole pages are the guest's to keep or to give: it counts in pages.
+    here.qmp.execute_raw("balloon", json!({ "value": HALF + 5 }))?;
+    here.monitor.wait_for("balloon fff\n", SOON)?;
+    ensure!(here.actual()? == HALF + 4096);
     // More than all memory means all of it; zero is invalid.
     here.qmp.execute_raw("balloon", json!({ "value": 1u64 << 60 }))?;
     here.monitor.wait_for("balloon 0\n", SOON)?;
