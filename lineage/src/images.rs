@@ -108,6 +108,12 @@ impl Images {
         bound.max_by_key(|(_, entry)| strictness(&entry.mark))
     }
 
+    /// What they say together; `None` for images that were never part of a replicated guest.
+    #[must_use]
+    pub fn entry(&self) -> Option<&Entry> {
+        self.strictest().map(|(_, entry)| entry)
+    }
+
     /// What a start may do.
     ///
     /// # Errors

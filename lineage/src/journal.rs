@@ -40,6 +40,8 @@ const BATCH: usize = 1 << 20;
 pub const TRIM_BYTES: u64 = 32 << 20;
 /// As [`TRIM_BYTES`], in time since the first of it was applied.
 pub const TRIM_AFTER: Duration = Duration::from_millis(250);
+/// Most epochs without changes between two with: far more than pass until the next trim.
+const MOST_MISSING: u64 = 1 << 20;
 
 /// An epoch of a term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +105,7 @@ pub struct JournalFile<M> {
     rules: Rules,
     /// Where the next epoch goes.
     head: u64,
-    /// The epochs that have not been trimmed, ascending.
+    /// The epochs that have not been trimmed, ascending, but for those without changes.
     whole: VecDeque<Whole>,
     /// Bytes applied and not synced yet, and since when.
     applied: u64,
@@ -113,6 +115,23 @@ pub struct JournalFile<M> {
 }
 
 impl JournalFile<File> {
+    /// A file at `path` with room for `capacity` bytes of epochs, to be given to
+    /// [`JournalFile::format`]. What is in one that is there already stays until then.
+    ///
+    /// # Errors
+    /// When the host refuses it, or has no room.
+    pub fn reserve(path: &Path, capacity: u64) -> Result<File, JournalError> {
+        let failed = |source| JournalError::Io { what: "create", source };
+        let options = File::options().read(true).write(true).create(true).truncate(false).clone();
+        let file = options.open(path).map_err(failed)?;
+        fallocate(&file, FallocateFlags::empty(), 0, HEADER + capacity)
+            .map_err(|e| failed(e.into()))?;
+        file.sync_all().map_err(failed)?;
+        let parent = path.parent().filter(|path| !path.as_os_str().is_empty());
+        File::open(parent.unwrap_or(Path::new("."))).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        Ok(file)
+    }
+
     /// Create the journal of `lineage` at `path`, whose images hold `place` durably, for `capacity`
     /// bytes of epochs. Replaces one that is there.
     ///
@@ -300,6 +319,36 @@ impl<M: Medium> JournalFile<M> {
         Ok(())
     }
 
+    /// As [`JournalFile::append`], for an epoch in which the disks have not changed. Nothing is
+    /// written: it is as durable as the one before.
+    ///
+    /// # Errors
+    /// As [`JournalFile::append`].
+    pub fn append_nothing(&mut self, epoch: Epoch) -> Result<(), JournalError> {
+        self.check()?;
+        let last = self.order.last();
+        if epoch != last.next() {
+            return Err(JournalError::Order { expected: last.next().0, found: epoch.0 });
+        }
+        let durable = self.order.durable() == last;
+        self.order.appended();
+        if durable {
+            self.order.journal_synced(epoch);
+        }
+        Ok(())
+    }
+
+    /// Forget the epochs after `epoch`, none of which was applied: whoever has sent them sends them
+    /// again, with the same contents, or they were never acknowledged.
+    pub fn drop_after(&mut self, epoch: Epoch) {
+        let epoch = epoch.max(self.order.last_applied());
+        self.order.dropped_after(epoch);
+        if let Some(first) = self.whole.iter().find(|whole| whole.epoch > epoch) {
+            self.head = first.start;
+        }
+        self.whole.retain(|whole| whole.epoch <= epoch);
+    }
+
     fn put(
         &mut self,
         writer: &mut Writer,
@@ -356,7 +405,9 @@ impl<M: Medium> JournalFile<M> {
         self.check()?;
         let Some(epoch) = self.order.to_apply() else { return Ok(None) };
         let Some(whole) = self.whole.iter().find(|whole| whole.epoch == epoch).copied() else {
-            return Err(JournalError::Damaged);
+            // The disks have not changed in it.
+            self.order.applied();
+            return Ok(Some(epoch));
         };
         let mut at = whole.start;
         while at < whole.end {
@@ -448,11 +499,16 @@ impl<M: Medium> JournalFile<M> {
 
     /// Find the whole epochs from the header's start on.
     fn scan(&mut self) -> Result<(), JournalError> {
-        let mut epoch = self.order.last().next();
+        let mut epoch = self.order.last();
         let (mut start, mut at) = (self.head, self.head);
         let mut chain = Chain::default();
         while let Some((frame, crc)) = self.frame(at)? {
-            if frame.term != self.term() || frame.epoch != epoch {
+            let last = self.order.last().0;
+            if at == start && (last + 1..last.saturating_add(MOST_MISSING)).contains(&frame.epoch.0)
+            {
+                epoch = frame.epoch;
+            }
+            if frame.term != self.term() || frame.epoch != epoch || epoch.0 <= last {
                 break;
             }
             at += frame.size();
@@ -463,9 +519,15 @@ impl<M: Medium> JournalFile<M> {
             if std::mem::take(&mut chain).end(frame.position, frame.term, epoch) != frame {
                 break;
             }
+            // In those that are missing, the disks have not changed.
+            if self.whole.is_empty() {
+                self.order = Journal::new(Epoch(epoch.0 - 1), self.rules);
+            }
+            while self.order.last() < epoch {
+                self.order.appended();
+            }
             self.whole.push_back(Whole { epoch, start, end: at });
-            self.order.appended();
-            (start, epoch) = (at, epoch.next());
+            start = at;
         }
         self.head = start;
         Ok(())

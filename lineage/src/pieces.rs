@@ -64,12 +64,22 @@ impl Hasher {
         let length = usize::try_from(bytes.end - bytes.start).map_err(io::Error::other)?;
         let buffer = self.buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidInput)?;
         image.read_at(bytes.start, buffer)?;
-        // Much of a young image is empty, and zeroes are found faster than they are hashed.
-        if length == PIECE as usize && is_zero(buffer) {
-            return Ok(self.zero);
-        }
-        Ok(*blake3::hash(buffer).as_bytes())
+        Ok(hash(buffer, &self.zero))
     }
+
+    /// The hash of a piece with these contents.
+    #[must_use]
+    pub fn of(&self, piece: &[u8]) -> Hash {
+        hash(piece, &self.zero)
+    }
+}
+
+fn hash(piece: &[u8], zero: &Hash) -> Hash {
+    // Much of a young image is empty, and zeroes are found faster than they are hashed.
+    if piece.len() == PIECE as usize && is_zero(piece) {
+        return *zero;
+    }
+    *blake3::hash(piece).as_bytes()
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
@@ -127,18 +137,43 @@ impl Set {
     /// Take out the next piece from `from` on, to be read and sent; a write that happens from now on
     /// puts it in again.
     pub fn take(&self, from: u64) -> Option<u64> {
+        // Only this side takes bits out, so this one stays set until it does.
+        let (word, piece) = self.find(from)?;
+        word.fetch_and(!(1 << (piece % 64)), Ordering::Acquire);
+        Some(piece)
+    }
+
+    fn find(&self, from: u64) -> Option<(&AtomicU64, u64)> {
         let first = usize::try_from(from / 64).ok()?;
-        for (n, word) in self.words.iter().enumerate().skip(first) {
+        self.words.iter().enumerate().skip(first).find_map(|(n, word)| {
             let mask = if n == first { u64::MAX << (from % 64) } else { u64::MAX };
-            // Only this side takes bits out, so this one stays set until it does.
             let found = word.load(Ordering::Relaxed) & mask;
-            if found != 0 {
-                let bit = found.trailing_zeros();
-                word.fetch_and(!(1 << bit), Ordering::Acquire);
-                return Some(n as u64 * 64 + u64::from(bit));
-            }
+            (found != 0).then(|| (word, n as u64 * 64 + u64::from(found.trailing_zeros())))
+        })
+    }
+
+    /// The next piece from `from` on, which stays in it.
+    #[must_use]
+    pub fn next(&self, from: u64) -> Option<u64> {
+        self.find(from).map(|(_, piece)| piece)
+    }
+
+    /// Take out this piece, which was sent.
+    pub fn remove(&self, piece: u64) {
+        if let Some((word, bit)) = self.place(piece) {
+            word.fetch_and(!bit, Ordering::AcqRel);
         }
-        None
+    }
+
+    /// Whether one of the pieces that these bytes touch is in it.
+    #[must_use]
+    pub fn touches(&self, bytes: Range<u64>) -> bool {
+        let last = bytes.end.saturating_sub(1) / PIECE;
+        bytes.start < bytes.end
+            && (bytes.start / PIECE..=last.min(self.pieces.saturating_sub(1))).any(|piece| {
+                self.place(piece)
+                    .is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
+            })
     }
 
     /// How many are in it.

@@ -62,6 +62,12 @@ impl Journal {
         self.durable = self.durable.max(epoch.min(self.appended));
     }
 
+    /// Epochs after `epoch` were dropped, of which none was applied: they will come again, or never.
+    pub fn dropped_after(&mut self, epoch: Epoch) {
+        self.appended = self.appended.min(epoch.max(self.applied));
+        self.durable = self.durable.min(self.appended);
+    }
+
     /// The last epoch that may be acknowledged.
     #[must_use]
     pub fn durable(&self) -> Epoch {

@@ -63,6 +63,23 @@ pub enum Message {
     },
     /// Backup: its images are durably outdated, and it will never claim this term.
     Ended,
+    /// Primary, while disks are copied: what does the backup have in this piece of a disk? Like
+    /// [`Message::Piece`] this says only what is to be sent, and does not concern the state machines.
+    Compare {
+        /// The disk's number.
+        disk: u16,
+        /// The piece's number.
+        piece: u64,
+    },
+    /// Backup: it has this.
+    Piece {
+        /// As in the question.
+        disk: u16,
+        /// As in the question.
+        piece: u64,
+        /// Of its contents.
+        hash: [u8; 32],
+    },
 }
 
 /// The primary's greeting.

@@ -90,7 +90,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, usize), WireError> {
 }
 
 /// The kinds of these messages.
-const KINDS: RangeInclusive<u32> = 8..=20;
+const KINDS: RangeInclusive<u32> = 8..=22;
 
 fn put(bytes: &mut Vec<u8>, number: u64) {
     bytes.extend(number.to_le_bytes());
@@ -156,6 +156,17 @@ fn message(body: &mut Vec<u8>, message: Message) -> u32 {
             put(body, base.map_or(0, |epoch| epoch.0));
             20
         }
+        Message::Compare { disk, piece } => {
+            body.extend(disk.to_le_bytes());
+            put(body, piece);
+            21
+        }
+        Message::Piece { disk, piece, hash } => {
+            body.extend(disk.to_le_bytes());
+            put(body, piece);
+            body.extend(hash);
+            22
+        }
     }
 }
 
@@ -189,6 +200,10 @@ impl Bytes<'_> {
         let (first, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(*first)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.take().map(u16::from_le_bytes)
     }
 
     fn u32(&mut self) -> Option<u32> {
@@ -279,6 +294,10 @@ impl Bytes<'_> {
                 (is_some || epoch == 0).then_some(())?;
                 Message::Sync { base: is_some.then_some(Epoch(epoch)) }
             }
+            21 => Message::Compare { disk: self.u16()?, piece: self.u64()? },
+            22 => {
+                Message::Piece { disk: self.u16()?, piece: self.u64()?, hash: self.take()? }
+            }
             _ => return None,
         };
         self.0.is_empty().then_some(Frame { term, epoch, message })
@@ -301,7 +320,7 @@ mod tests {
             epoch: Epoch(random.u64(..)),
             digest: Digest(random.u64(..)),
         });
-        let message = match random.u8(..13) {
+        let message = match random.u8(..15) {
             0 => Message::Hello(Hello {
                 lineage: Lineage(random.u128(..)),
                 incarnation,
@@ -324,6 +343,12 @@ mod tests {
             9 => Message::Running,
             10 => Message::Bye { end: random.bool() },
             11 => Message::Ended,
+            12 => Message::Compare { disk: random.u16(..), piece: random.u64(..) },
+            13 => Message::Piece {
+                disk: random.u16(..),
+                piece: random.u64(..),
+                hash: std::array::from_fn(|_| random.u8(..)),
+            },
             _ => Message::Sync { base: random.bool().then(|| Epoch(random.u64(..))) },
         };
         Frame { term: Term(random.u64(..)), epoch: Epoch(random.u64(..)), message }
@@ -352,7 +377,7 @@ mod tests {
         for _ in 0..100_000 {
             let body: Vec<u8> =
                 (0..random.usize(..LONGEST - AROUND)).map(|_| random.u8(..4)).collect();
-            let kind = random.u32(0..26);
+            let kind = random.u32(0..28);
             let mut bytes = [kind.to_le_bytes(), (body.len() as u32).to_le_bytes()].concat();
             bytes.extend(body);
             bytes.extend(crc32fast::hash(&bytes).to_le_bytes());

@@ -162,7 +162,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
         signals::memory_is(path);
     }
     let _raw = uses_stdio(machine.config()).then(Raw::enter).flatten();
-    let Threads { checkpointer, files, end } = threads.finish()?;
+    let Threads { checkpointer, files, disks, end } = threads.finish()?;
     let spawner = match (invocation.disable_seccomp, invocation.spawn) {
         (true, _) => Spawner::AtNeed,
         (false, true) => {
@@ -171,7 +171,7 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
         (false, false) => Spawner::Forbidden,
     };
     confinement.finish()?;
-    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, spawner);
+    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, disks, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }

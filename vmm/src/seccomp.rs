@@ -73,6 +73,8 @@ pub enum Kind {
     Checkpoint,
     /// `files`: opens and closes what commands name.
     Files,
+    /// `disks`: reads the disks of a replicated machine, or writes a backup's.
+    Disks,
     /// `kernel`: reads the kernel for a reset.
     Kernel,
     /// `end`: releases at the end what may wait for storage.
@@ -234,6 +236,7 @@ fn program(kind: Kind, spawn: bool) -> &'static [sock_filter] {
         Kind::Writer => compiled!(Kind::Writer, false),
         Kind::Checkpoint => compiled!(Kind::Checkpoint, false),
         Kind::Files => compiled!(Kind::Files, false),
+        Kind::Disks => compiled!(Kind::Disks, false),
         Kind::Kernel => compiled!(Kind::Kernel, false),
         Kind::End => compiled!(Kind::End, false),
         Kind::Memory => compiled!(Kind::Memory, false),
@@ -323,13 +326,14 @@ mod tests {
     use super::*;
 
     /// All kinds of threads.
-    const KINDS: [Kind; 10] = [
+    const KINDS: [Kind; 11] = [
         Kind::Main,
         Kind::Vcpu,
         Kind::Io,
         Kind::Writer,
         Kind::Checkpoint,
         Kind::Files,
+        Kind::Disks,
         Kind::Kernel,
         Kind::End,
         Kind::Memory,

@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc,
-        mpsc::{Receiver, channel},
+        mpsc::{Receiver, Sender, channel},
     },
     thread::Builder,
 };
@@ -12,11 +12,30 @@ use std::{
 use anyhow::Context;
 
 use crate::{
-    checkpoint::job::Checkpointer,
+    checkpoint::job::{Checkpointer, Task},
     ending::End,
     files::Files,
     seccomp::{Confinement, Kind},
 };
+
+/// Gives a thread something to do, one task after another.
+pub struct Tasks(Sender<Task>);
+
+impl Tasks {
+    /// The handle, and the body of the thread.
+    fn new() -> (Self, impl FnOnce() + Send + 'static) {
+        let (tasks, inbox) = channel::<Task>();
+        (Self(tasks), move || inbox.iter().for_each(|task| task()))
+    }
+
+    /// Have the thread do `task`.
+    ///
+    /// # Errors
+    /// When the thread has gone.
+    pub fn run(&self, task: Task) -> io::Result<()> {
+        self.0.send(task).map_err(|_| io::Error::other("its thread has ended"))
+    }
+}
 
 /// Handles of the threads.
 pub struct Threads {
@@ -24,6 +43,8 @@ pub struct Threads {
     pub checkpointer: Checkpointer,
     /// Opens files.
     pub files: Files,
+    /// Reads the disks of a replicated machine, and writes their sidecars.
+    pub disks: Tasks,
     /// Releases what may hang.
     pub end: End,
 }
@@ -32,6 +53,7 @@ pub struct Threads {
 pub struct Starting {
     checkpointer: Checkpointer,
     files: Files,
+    disks: Tasks,
     end: End,
     started: Receiver<io::Result<()>>,
 }
@@ -48,12 +70,14 @@ impl Starting {
     ) -> io::Result<Self> {
         let (checkpointer, save) = Checkpointer::new(notify.clone());
         let (files, serve, read) = Files::new(notify.clone());
+        let (disks, tasks) = Tasks::new();
         let (end, release) = End::new();
         let (report, started) = channel();
         let confined = confinement.clone();
         let start_others = move || -> io::Result<()> {
             start(&confined, Kind::Files, "files", 128 << 10, serve)?;
             start(&confined, Kind::Kernel, "kernel", 128 << 10, read)?;
+            start(&confined, Kind::Disks, "disks", 256 << 10, tasks)?;
             start(&confined, Kind::End, "end", 64 << 10, release)
         };
         let first_step = confinement.first_step(Kind::Checkpoint, "checkpoint");
@@ -65,7 +89,7 @@ impl Starting {
                 save();
             }
         })?;
-        Ok(Self { checkpointer, files, end, started })
+        Ok(Self { checkpointer, files, disks, end, started })
     }
 
     /// Wait until all have started.
@@ -73,10 +97,10 @@ impl Starting {
     /// # Errors
     /// When the host has no thread to give.
     pub fn finish(self) -> anyhow::Result<Threads> {
-        let Self { checkpointer, files, end, started } = self;
+        let Self { checkpointer, files, disks, end, started } = self;
         let started = started.recv().context("a thread ended before it was ready")?;
         started.context("cannot start a thread")?;
-        Ok(Threads { checkpointer, files, end })
+        Ok(Threads { checkpointer, files, disks, end })
     }
 }
 

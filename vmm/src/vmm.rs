@@ -24,6 +24,7 @@ use crate::{
     replication::Replication,
     saving::Saving,
     spawner::Spawner,
+    threads::Tasks,
 };
 
 /// The monitor's main object; it lives on the main thread, and no other thread has access to it.
@@ -42,6 +43,7 @@ pub struct Vmm {
     pub(crate) announcing: Option<Announcing>,
     pub(crate) balloon: BalloonEvents,
     pub(crate) files: Files,
+    pub(crate) disks: Tasks,
     pub(crate) spawner: Spawner,
     /// Events of the machine that came while its state was being saved, or an operation was
     /// deferred.
@@ -90,6 +92,7 @@ impl Vmm {
         actions: Actions,
         checkpointer: Checkpointer,
         files: Files,
+        disks: Tasks,
         spawner: Spawner,
     ) -> Self {
         Self {
@@ -104,6 +107,7 @@ impl Vmm {
             announcing: None,
             balloon: BalloonEvents::default(),
             files,
+            disks,
             spawner,
             late: Vec::new(),
             deferrals: Deferrals::default(),

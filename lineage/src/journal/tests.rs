@@ -144,6 +144,52 @@ fn epochs_reach_the_images_in_order_and_once_durable() {
 }
 
 #[test]
+fn epochs_without_changes_cost_nothing_and_are_found_again_between_others() {
+    let (medium, mut journal) = journal(10_000);
+    let images = [Volatile::new(4096)];
+    journal.append_nothing(Epoch(11)).unwrap();
+    assert_eq!(journal.order().durable(), Epoch(11), "as durable as the one before");
+    journal.append(Epoch(12), [write(0, &[1])]).unwrap();
+    journal.append_nothing(Epoch(13)).unwrap();
+    assert_eq!(journal.order().durable(), Epoch(11));
+    assert!(journal.append_nothing(Epoch(13)).is_err());
+    journal.append(Epoch(14), [write(1, &[2])]).unwrap();
+    journal.sync().unwrap();
+    let mut found = JournalFile::recover(medium, GUEST, START.term, Rules::ALL).unwrap();
+    assert_eq!(found.settle(&images).unwrap().epoch, Epoch(14));
+    assert_eq!(images[0].seen()[..3], [1, 2, 0]);
+    while journal.order().last_applied() < Epoch(14) {
+        journal.apply(&images).unwrap();
+    }
+    journal.settle(&images).unwrap();
+    journal.append_nothing(Epoch(15)).unwrap();
+    journal.apply(&images).unwrap();
+    assert!(!journal.trim_due(Instant::now() + TRIM_AFTER), "there is nothing to be trimmed");
+}
+
+#[test]
+fn epochs_that_were_not_taken_are_dropped_and_come_again() {
+    let (medium, mut journal) = journal(10_000);
+    let images = [Volatile::new(4096)];
+    for epoch in 11..=13 {
+        journal.append(Epoch(epoch), [write(epoch, &[epoch as u8])]).unwrap();
+    }
+    journal.sync().unwrap();
+    journal.apply(&images).unwrap();
+    journal.drop_after(Epoch(10));
+    assert_eq!(journal.order().last(), Epoch(11), "what was applied stays");
+    journal.append(Epoch(12), [write(12, &[12])]).unwrap();
+    assert_eq!(journal.order().durable(), Epoch(11));
+    journal.sync().unwrap();
+    journal.append_nothing(Epoch(13)).unwrap();
+    journal.drop_after(Epoch(12));
+    assert_eq!(journal.settle(&images).unwrap().epoch, Epoch(12));
+    assert_eq!(images[0].seen()[11..14], [11, 12, 0]);
+    let found = JournalFile::recover(medium, GUEST, START.term, Rules::ALL).unwrap();
+    assert_eq!((found.order().last(), found.used()), (Epoch(12), 0));
+}
+
+#[test]
 fn it_is_trimmed_by_bytes_and_by_time() {
     let (_, mut journal) = journal(40 << 20);
     let images = [Volatile::new(2 << 20)];

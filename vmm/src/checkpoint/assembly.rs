@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use config::{
-    Description, MachineConfig,
+    Description, Expect, MachineConfig,
     incoming::{Incoming, Mapping, Overrides},
 };
 use machine::{
@@ -151,9 +151,39 @@ impl Assembly {
         opening: Opening,
         taking: Taking,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let Received { config, sections, memory } = received;
-        let mut description = Description::try_from(&config).map_err(DryRunError::from)?;
+        let mut description =
+            Description::try_from(&received.config).map_err(DryRunError::from)?;
         self.apply_overrides(&mut description)?;
+        self.build_received(received, description, opening, taking)
+    }
+
+    /// As [`Assembly::received`], from an epoch of a primary that still runs. The images of its disks
+    /// here are at that epoch.
+    ///
+    /// # Errors
+    /// The first error found.
+    pub fn replica(
+        &self,
+        received: Received,
+        opening: Opening,
+    ) -> Result<(Machine, Option<Halt>), RestoreError> {
+        let mut description =
+            Description::try_from(&received.config).map_err(DryRunError::from)?;
+        self.apply_overrides(&mut description)?;
+        for disk in description.occupied.disks.iter_mut().flatten() {
+            (disk.expect, disk.probe) = (Expect::Any, false);
+        }
+        self.build_received(received, description, opening, Taking::OrNot)
+    }
+
+    fn build_received(
+        &self,
+        received: Received,
+        description: Description,
+        opening: Opening,
+        taking: Taking,
+    ) -> Result<(Machine, Option<Halt>), RestoreError> {
+        let Received { config, sections, memory } = received;
         overrides::check_disks(&description)?;
         let (memory, children) = (memory.into(), Children::default());
         let parts = Parts { config, description, sections, memory, children, opening };

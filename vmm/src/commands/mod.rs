@@ -28,6 +28,8 @@ use crate::{
 const ANY: States = States::ANY;
 const GUEST: States = States::GUEST;
 const ALIVE: States = States::ALIVE;
+/// States in which a machine can be protected.
+const PROTECTABLE: States = States::of(&[State::Running, State::Paused]);
 
 /// The command table.
 pub fn table() -> Table<Vmm> {
@@ -42,7 +44,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, migrate::query_migrate)
         .on(ANY, migrate::query_migrate_capabilities)
         .on(ANY, migrate::query_migrate_parameters)
-        .on(States::of(&[State::Running, State::Paused]), replication::replication_start)
+        .on_ticket(PROTECTABLE, replication::replication_start)
         .on(ANY, replication::replication_stop)
         .on(ANY, replication::replication_failover)
         .on_ticket(ANY, replication::replication_answer)

@@ -16,10 +16,13 @@ use qmp::schema::ReplicationInfo;
 use replication::Incarnation;
 use state::cpu::Cpu;
 
-use super::standby::{Builder, Standby, Task, Tell, ToStandby};
+use super::{
+    keeper::{Keeper, Wanted},
+    standby::{Builder, Standby, Task, Tell, ToStandby},
+};
 use crate::{
     checkpoint::{
-        Arrived, Assembly, IncomingError, ReceiveError, Received, RestoreError, Taking, Voice, take,
+        Arrived, Assembly, IncomingError, ReceiveError, Received, RestoreError, Voice, take,
     },
     lifecycle::Halt,
     seccomp::{Confinement, Kind},
@@ -44,18 +47,33 @@ enum Ask {
 }
 
 /// The reading thread's end.
-struct Asking {
+struct Asking<'a> {
+    assembly: &'a Assembly,
     ask: Sender<Ask>,
     memory: Receiver<Result<Memory, String>>,
     answers: Receiver<Result<(), String>>,
 }
 
-impl Builder for Asking {
+impl Builder for Asking<'_> {
+    fn disks(&self, description: &Description) -> Result<Vec<Wanted>, String> {
+        let mut here = description.clone();
+        let changed = self.assembly.apply_overrides(&mut here);
+        changed.map_err(|e| qmp::Error::generic(&e).to_string())?;
+        let disks = here.occupied.disks.iter().zip(&here.disk_sizes);
+        let wanted = disks.filter_map(|(disk, size)| {
+            let disk = disk.as_ref().filter(|disk| !disk.readonly)?;
+            Some(Wanted { id: disk.id.to_string(), path: disk.path.clone(), size: *size })
+        });
+        Ok(wanted.collect())
+    }
+
     fn room(
         &mut self,
-        description: Description,
+        mut description: Description,
         guest: Option<(Option<Cpu>, Tsc)>,
     ) -> Result<Memory, String> {
+        let changed = self.assembly.apply_overrides(&mut description);
+        changed.map_err(|e| qmp::Error::generic(&e).to_string())?;
         self.send(Ask::Room(Box::new(description), guest.map(Box::new)));
         self.memory.recv().unwrap_or_else(|_| Err(gone()))
     }
@@ -81,7 +99,7 @@ impl Builder for Asking {
     }
 }
 
-impl Asking {
+impl Asking<'_> {
     fn send(&self, ask: Ask) {
         // That thread ends after this one.
         let _ = self.ask.send(ask);
@@ -103,15 +121,24 @@ impl Host {
         let (ask, asked) = channel();
         let (give, memory) = channel();
         let (answer, answers) = channel();
-        let asking = Asking { ask, memory, answers };
         thread::scope(|scope| {
+            let asking = Asking { assembly: &assembly, ask, memory, answers };
+            let (keeper, keep) = Keeper::new(wake.clone());
+            let first_step_of_disks = confinement.first_step(Kind::Disks, "disks");
+            let keep = move || {
+                if first_step_of_disks().is_ok() {
+                    keep();
+                }
+            };
+            let thread = Thread::new().name("disks".into()).spawn_scoped(scope, keep);
+            thread.map_err(IncomingError::Wait)?;
             let first_step = confinement.first_step(Kind::Stream, "stream");
             let checked = &confinement;
             let confine =
                 move || first_step().or_else(|Refused| checked.check().map_err(io::Error::other));
             let read = move || {
                 confine().map_err(IncomingError::Wait)?;
-                Ok::<_, RestoreError>(Standby::new(task, asking, tell).run()?)
+                Ok::<_, RestoreError>(Standby::new(task, asking, keeper, tell).run()?)
             };
             let reader = Thread::new().name("stream".into()).spawn_scoped(scope, read);
             let reader = reader.map_err(IncomingError::Wait)?;
@@ -136,9 +163,9 @@ impl Host {
                     }
                     Ask::Build(received) => {
                         let opening = Opening::begin().map_err(IncomingError::Wait);
-                        let built = opening.map_err(RestoreError::from).and_then(|opening| {
-                            assembly.received(*received, opening, Taking::OrNot)
-                        });
+                        let built = opening
+                            .map_err(RestoreError::from)
+                            .and_then(|opening| assembly.replica(*received, opening));
                         let _ =
                             answer.send(built.map(|new| machine = Some(new)).map_err(|e| text(&e)));
                     }

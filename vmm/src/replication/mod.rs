@@ -16,7 +16,10 @@
 //! The state machines live on the threads that have the connection, so that no wait for the guest
 //! or for a file keeps back a sign of life.
 mod connection;
+mod copier;
+mod disks;
 pub mod host;
+mod keeper;
 mod offer;
 mod outgoing;
 mod outside;
@@ -30,6 +33,6 @@ pub mod standby;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use protection::Replication;
+pub(crate) use protection::{Bound, Replication};
 pub use questions::{Query, changed, show};
 pub use standby::{Promotion, ToStandby};

@@ -10,6 +10,7 @@ use std::{
 
 use machine::{
     Memory,
+    disk::{Contents, Logged, Taken},
     memory::{
         image::{self, PAGE_SIZE},
         staging::{self, Staging},
@@ -17,7 +18,7 @@ use machine::{
 };
 use replication::{
     Epoch, Term,
-    contents::{self, Encoder, PAGE},
+    contents::{self, Encoder, Operation, PAGE, Write},
 };
 
 use super::outside::OUTSIDE;
@@ -37,6 +38,8 @@ pub struct Staged {
     pub state: Vec<u8>,
     /// What is known of the outside.
     pub outside: Vec<u8>,
+    /// What was written to the disks.
+    pub writes: Option<Taken>,
 }
 
 enum Item {
@@ -48,12 +51,25 @@ enum Item {
         begun: bool,
     },
     RoundOver,
+    /// Of a disk.
+    Piece {
+        epoch: Epoch,
+        disk: u16,
+        offset: u64,
+        data: Vec<u8>,
+    },
     Epoch {
         staged: Arc<Staged>,
         /// The next piece, and how much of it was sent.
         piece: usize,
         offset: usize,
         begun: bool,
+    },
+    /// The rest of an epoch, from this write on, of which so much was sent.
+    Writes {
+        staged: Arc<Staged>,
+        write: usize,
+        offset: usize,
     },
 }
 
@@ -103,6 +119,11 @@ impl Outgoing {
         self.items.push_back(Item::Round { epoch, pieces: ranges.into(), begun: false });
     }
 
+    /// Send a piece of a disk, before the first epoch.
+    pub fn piece(&mut self, epoch: Epoch, disk: u16, offset: u64, data: Vec<u8>) {
+        self.items.push_back(Item::Piece { epoch, disk, offset, data });
+    }
+
     /// Send an epoch.
     pub fn epoch(&mut self, staged: Arc<Staged>) {
         self.items.push_back(Item::Epoch { staged, piece: 0, offset: 0, begun: false });
@@ -130,6 +151,13 @@ impl Outgoing {
                 Next::Bytes(to)
             }
             Item::RoundOver => Next::RoundOver,
+            Item::Piece { epoch, disk, offset, data } => {
+                self.encoder.begin((self.term, epoch), 0, now(), &mut to);
+                let (operation, length) = (Operation::Write, data.len() as u64);
+                let write = Write { disk, operation, offset, length, data: &data };
+                self.encoder.disk(&write, &mut to);
+                Next::Bytes(to)
+            }
             Item::Epoch { staged, mut piece, mut offset, begun } => {
                 if !begun {
                     let pages = staging::bytes(&staged.pages.ranges()) / PAGE_SIZE;
@@ -146,19 +174,54 @@ impl Outgoing {
                         }
                         self.items.push_front(Item::Epoch { staged, piece, offset, begun: true });
                     }
-                    None => {
-                        for (name, bytes) in [(MACHINE, &staged.state), (OUTSIDE, &staged.outside)]
-                        {
-                            let section = self.encoder.section(name, bytes, &mut to);
-                            section.map_err(io::Error::other)?;
-                        }
-                        self.encoder.close(&mut to);
+                    None => self.items.push_front(Item::Writes { staged, write: 0, offset: 0 }),
+                }
+                Next::Bytes(to)
+            }
+            Item::Writes { staged, mut write, mut offset } => {
+                let logged = staged.writes.as_ref().and_then(|writes| writes.get(write));
+                if let Some(logged) = logged {
+                    match self.write(logged, offset, &mut to) {
+                        Some(next) => offset = next,
+                        None => (write, offset) = (write + 1, 0),
                     }
+                    self.items.push_front(Item::Writes { staged, write, offset });
+                } else {
+                    for (name, bytes) in [(MACHINE, &staged.state), (OUTSIDE, &staged.outside)] {
+                        let section = self.encoder.section(name, bytes, &mut to);
+                        section.map_err(io::Error::other)?;
+                    }
+                    self.encoder.close(&mut to);
                 }
                 Next::Bytes(to)
             }
         };
         Ok(Some(next))
+    }
+
+    /// Encode a little of what was written, from `from` on; where to go on, unless that was all.
+    fn write(&mut self, logged: &Logged, from: usize, to: &mut Vec<u8>) -> Option<usize> {
+        let disk = logged.disk;
+        match &logged.contents {
+            Contents::Zeroes(length) => {
+                let (operation, offset, length) = (Operation::Zero, logged.offset, *length);
+                if length > 0 {
+                    let write = Write { disk, operation, offset, length, data: &[] };
+                    self.encoder.disk(&write, to);
+                }
+                None
+            }
+            Contents::Bytes(copied) => {
+                let rest = copied.bytes().get(from..).unwrap_or_default();
+                let data = rest.get(..rest.len().min(contents::PIECE)).unwrap_or_default();
+                let (offset, length) = (logged.offset + from as u64, data.len() as u64);
+                if length > 0 {
+                    let operation = Operation::Write;
+                    self.encoder.disk(&Write { disk, operation, offset, length, data }, to);
+                }
+                (data.len() < rest.len()).then_some(from + data.len())
+            }
+        }
     }
 
     /// Encode a little of the first of `pieces`, and take that away.

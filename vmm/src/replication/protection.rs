@@ -11,6 +11,7 @@ use std::{
 };
 
 use config::incoming::Arbiter;
+use lineage::{Images, Mark};
 use machine::{
     Captured, Gates, MachineState, Markers,
     memory::{image::PAGE_SIZE, staging::Staging},
@@ -32,6 +33,8 @@ use state::config::Halted;
 use super::{
     Promotion,
     connection::Connection,
+    copier,
+    disks::{Disks, named},
     offer::{Host, Offer},
     outside::{MOST_EVENTS, Outside},
     protector::{Order, Orders, Protector, Report, Task},
@@ -77,11 +80,42 @@ impl Default for Replication {
     }
 }
 
+/// What the sidecars of the disks say.
+pub(crate) struct Bound {
+    lineage: Lineage,
+    /// The first term that may be used.
+    term: Term,
+}
+
+impl Bound {
+    /// Read the sidecars of `images`. Waits for storage.
+    ///
+    /// # Errors
+    /// When one cannot be read, or they belong to different guests.
+    pub fn read(images: &[PathBuf]) -> Result<Option<Self>, Error> {
+        let images = Images::read(images.iter().map(PathBuf::as_path));
+        let images = images.map_err(|e| Error::generic(&e))?;
+        Ok(images.entry().map(|entry| {
+            let term = match entry.mark {
+                Mark::Free { term } | Mark::Running { term, .. } => term,
+                // The guest was started against the word.
+                Mark::Protected(bond) | Mark::Fencing(bond) => bond.term.next(),
+                Mark::Fenced { term } | Mark::Outdated { term } | Mark::Inconsistent { term } => {
+                    term.next()
+                }
+            };
+            Self { lineage: entry.lineage, term }
+        }))
+    }
+}
+
 /// A protection, or an ownership of a term.
 struct Protection {
     orders: Orders,
     reports: Receiver<Report>,
     status: Arc<Mutex<ReplicationInfo>>,
+    /// The disks, and the thread that reads them.
+    disks: Option<copier::Handle>,
     markers: Option<Markers>,
     /// Events that the guest has caused are held, each with the epoch that covers it, once there is
     /// one.
@@ -111,17 +145,39 @@ struct Capture {
 }
 
 impl Vmm {
-    /// Protect the machine.
+    /// The images whose sidecars say which guest this is, if that is not known yet.
+    pub(crate) fn unread_sidecars(&self) -> Option<Vec<PathBuf>> {
+        let disks = self.machine.writable_disks();
+        let unread = self.replication.lineage.is_none() && !disks.is_empty();
+        unread.then(|| disks.iter().map(|(_, disk)| disk.path().to_owned()).collect())
+    }
+
+    /// Protect the machine, of whose disks the sidecars were read ([`Vmm::unread_sidecars`]).
     ///
     /// # Errors
     /// When that is not possible; nothing has changed then.
-    pub(crate) fn protect(&mut self, start: &ReplicationStart) -> Result<(), Error> {
+    pub(crate) fn protect(
+        &mut self,
+        start: &ReplicationStart,
+        bound: Option<Bound>,
+    ) -> Result<(), Error> {
         let (settings, arbiter) = settings::of_primary(start)?;
         let peer = start.uri.as_deref().map(|uri| match uri.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(PathBuf::from(path)),
             _ => Err(Error::text(format!("Invalid parameter 'uri': '{uri}': must be unix:SOCKET"))),
         });
         let peer = peer.transpose()?;
+        if let (Some(bound), None) = (bound, self.replication.lineage) {
+            let named = start.lineage.as_deref().map(|text| parse_uuid("lineage", text));
+            if let Some(named) = named.transpose()?.filter(|named| *named != bound.lineage.0) {
+                return Err(Error::text(format!(
+                    "Invalid parameter 'lineage': '{}': the disks belong to lineage {}",
+                    Lineage(named),
+                    bound.lineage
+                )));
+            }
+            (self.replication.lineage, self.replication.term) = (Some(bound.lineage), bound.term);
+        }
         let lineage = match (&start.lineage, self.replication.lineage) {
             (Some(text), Some(known)) if known.to_string() != *text => {
                 return Err(Error::text(format!(
@@ -132,10 +188,12 @@ impl Vmm {
             (Some(text), None) => Lineage(parse_uuid("lineage", text)?),
             (None, None) => Lineage(random()?),
         };
-        if let Some(disk) = self.machine.disks().next() {
+        if let Some((id, _)) =
+            self.machine.writable_disks().iter().find(|(_, disk)| disk.is_device())
+        {
             return Err(Error::text(format!(
-                "a machine with disks cannot be protected: it has '{}'; device_del removes it",
-                disk.config.id
+                "a machine with a block device as its disk cannot be protected: it has '{id}', and \
+                 the mark that keeps both hosts from starting the guest needs a file system"
             )));
         }
         if self.saving().is_busy() {
@@ -156,6 +214,9 @@ impl Vmm {
                     "the witness has not confirmed yet that the guest runs here: query-replication \
                      shows what is waited for",
                 ));
+            }
+            if let Some(disks) = &protection.disks {
+                disks.ask(copier::Work::Arbiter(named(&arbiter)));
             }
             protection.orders.give(Order::Again { settings, arbiter, peer });
             return Ok(());
@@ -219,6 +280,7 @@ impl Vmm {
             None => ReplicationStatus::Degraded,
         };
         let tsc = self.machine.tsc().map_err(|e| Error::generic(&e))?;
+        let named = start.as_ref().map(named);
         let (starts, cpu) = (start.is_some(), self.machine.cpu());
         let host = Host::of(start.unwrap_or(Arbiter::None), tsc, cpu);
         let status = Arc::new(Mutex::new(ReplicationInfo {
@@ -229,15 +291,18 @@ impl Vmm {
             last_failover: self.replication.last.last_failover,
             ..Default::default()
         }));
+        let to_it = Orders { to, wake };
+        let (disks, of_thread) = self.disks_thread(me.lineage, named, &to_it)?.unzip();
         let task = Task {
             primary,
             offer: Offer { timeout, host, config },
             peer,
+            disks: of_thread,
             memory: self.machine.memory().clone(),
             compress: true,
             start: starts,
             orders,
-            wake: wake.clone(),
+            wake: to_it.wake.clone(),
             status: status.clone(),
         };
         let notify = self.saving().thread().notify();
@@ -250,9 +315,10 @@ impl Vmm {
         self.saving().thread().run(run).map_err(|e| Error::generic(&e))?;
         self.replication.lineage = Some(me.lineage);
         self.replication.protection = Some(Protection {
-            orders: Orders { to, wake },
+            orders: to_it,
             reports: inbox,
             status,
+            disks,
             markers: None,
             holds: false,
             events: VecDeque::new(),
@@ -265,6 +331,23 @@ impl Vmm {
             parting: false,
         });
         Ok(())
+    }
+
+    /// Have the thread `disks` read the disks, if there are any: two handles of it.
+    fn disks_thread(
+        &self,
+        lineage: Lineage,
+        arbiter: Option<String>,
+        orders: &Orders,
+    ) -> Result<Option<(copier::Handle, copier::Handle)>, Error> {
+        let disks = self.machine.writable_disks();
+        if disks.is_empty() {
+            return Ok(None);
+        }
+        let disks = Arc::new(Disks::new(disks));
+        let (handle, run) = copier::new(disks, lineage, arbiter, orders.clone());
+        self.disks.run(Box::new(run)).map_err(|e| Error::generic(&e))?;
+        Ok(Some((handle.clone(), handle)))
     }
 
     /// Give the thread a client's command.
@@ -498,7 +581,7 @@ impl Vmm {
         let asked = capture.asked;
         let (number, shut) = (capture.epoch, capture.shut);
         let tried = match self.machine.captured() {
-            Ok(still) => Ok(epoch(still, capture, &mut protection.markers)),
+            Ok(still) => Ok(epoch(still, capture, protection)),
             Err(e) => Err((e, capture)),
         };
         if let Ok(Ok(_)) = &tried {
@@ -650,14 +733,18 @@ impl Vmm {
 fn epoch(
     mut still: Captured<'_>,
     capture: Capture,
-    markers: &mut Option<Markers>,
+    protection: &mut Protection,
 ) -> Result<(Box<(MachineState, Staging)>, Option<Gates>), String> {
     let Capture { epoch, shut, left, staging, .. } = capture;
+    let markers = &mut protection.markers;
     let captured = still.epoch(&left, staging).map_err(|e| Error::generic(&e).to_string())?;
     let mut made = None;
     if shut && markers.is_none() {
         let (gates, new) = still.gates().map_err(|e| Error::generic(&e).to_string())?;
         (made, *markers) = (Some(gates), Some(new));
+    }
+    if let Some(disks) = &protection.disks {
+        disks.disks.capture(epoch.0);
     }
     if let Some(markers) = markers {
         markers.mark(epoch.0);

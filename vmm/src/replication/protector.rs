@@ -1,5 +1,6 @@
 //! The thread of a primary: it has the connection, moves pages, releases output, and drives
 //! [`Primary`].
+mod copy;
 mod epochs;
 mod link;
 mod tracking;
@@ -24,8 +25,8 @@ use machine::{
 use parking_lot::Mutex;
 use qmp::schema::{ReplicationInfo, ReplicationStatus};
 use replication::{
-    Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Output, Primary, Question,
-    Settings, Term, Why, primary::State,
+    Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Mark, Output, Primary,
+    Question, Settings, Term, Why, primary::State,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -33,8 +34,10 @@ use rustix::{
 };
 use state::config::Halted;
 
+use self::copy::DiskCopy;
 use super::{
     connection::Connection,
+    copier,
     offer::Offer,
     outgoing::{Outgoing, Staged},
     outside::Outside,
@@ -134,6 +137,10 @@ pub enum Order {
     Connected(Connection),
     /// Of a client.
     Command(Input),
+    /// Of the thread that reads the disks, for the copy with this number.
+    Copied(u64, copier::Told),
+    /// Of the same: this word is in the sidecars.
+    Marked(Mark),
     /// Protect the guest again.
     Again {
         /// From now on.
@@ -153,6 +160,8 @@ pub struct Task {
     pub offer: Offer,
     /// Where the backup listens; `None`: the agent connects.
     pub peer: Option<PathBuf>,
+    /// The thread that reads the disks, if there are any.
+    pub disks: Option<copier::Handle>,
     /// The machine's memory.
     pub memory: Memory,
     /// Whether contents are packed.
@@ -190,6 +199,7 @@ pub struct Protector<R> {
     tracked: Option<Tracked>,
     /// What the backup lacks, if it has the rest: it is copied next.
     warm: Option<Tracked>,
+    disk_copy: DiskCopy,
     /// Reports that the main thread has not answered yet, and how many of them, the first ones,
     /// belong to a protection that has ended.
     asked: u32,
@@ -203,7 +213,7 @@ pub struct Protector<R> {
     over: Option<Option<Exit>>,
 }
 
-/// The copy of memory before the first epoch of a term.
+/// The copy of memory and disks before the first epoch of a term.
 struct FirstCopy {
     epoch: Epoch,
     shut: bool,
@@ -242,6 +252,7 @@ impl<R: Fn(Report)> Protector<R> {
             first_copy: None,
             tracked: None,
             warm: None,
+            disk_copy: DiskCopy::default(),
             asked: 0,
             late: 0,
             broken: None,
@@ -329,8 +340,10 @@ impl<R: Fn(Report)> Protector<R> {
             Output::Ask { nonce, question } => {
                 (self.report)(Report::Ask(super::Query { nonce, question }));
             }
-            // No disk is replicated, so there is nothing to be marked.
-            Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
+            Output::Mark(mark) => match &self.task.disks {
+                Some(disks) => disks.ask(copier::Work::Mark(mark)),
+                None => self.inputs.push_back(Input::Marked(mark)),
+            },
             Output::Sync { base } => self.begin_copy(base.is_some()),
             Output::Track { since } => self.track(since),
             Output::Untrack => self.untrack(),
@@ -398,6 +411,7 @@ impl<R: Fn(Report)> Protector<R> {
 }
 
 /// Sends orders to the thread.
+#[derive(Clone)]
 pub struct Orders {
     /// To it.
     pub to: Sender<Order>,

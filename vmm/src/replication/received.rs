@@ -2,9 +2,10 @@
 use std::io;
 
 use machine::{Memory, memory::image};
-use replication::contents::{Event, PAGE};
+use replication::contents::{Event, Operation, PAGE, Write};
 
 use super::{
+    keeper::Written,
     outgoing::MACHINE,
     outside::{OUTSIDE, Outside},
 };
@@ -31,6 +32,8 @@ pub struct Received {
     contents: Vec<u8>,
     /// The state of the machine, and what is known of the outside: as [`SECTIONS`] has them.
     sections: [Vec<u8>; 2],
+    /// What was written to the disks, in order.
+    written: Vec<Written>,
 }
 
 /// The sections of an epoch.
@@ -57,7 +60,11 @@ impl Received {
                 section.extend_from_slice(bytes);
                 return Ok(());
             }
-            Event::Message(_) | Event::Begin { .. } | Event::Disk(_) | Event::Close(_) => {
+            Event::Disk(write) => {
+                self.written.push(written(write));
+                return Ok(());
+            }
+            Event::Message(_) | Event::Begin { .. } | Event::Close(_) => {
                 return Ok(());
             }
         };
@@ -83,8 +90,14 @@ impl Received {
         Outside::decode(outside)
     }
 
+    /// What was written to the disks.
+    pub fn take_written(&mut self) -> Vec<Written> {
+        std::mem::take(&mut self.written)
+    }
+
     /// Drop what has come.
     pub fn clear(&mut self) {
+        self.written.clear();
         self.changes.clear();
         self.contents.clear();
         self.contents.shrink_to(SPARE);
@@ -115,6 +128,16 @@ impl Received {
         outside.clear();
         Ok(std::mem::take(machine))
     }
+}
+
+/// A change of a disk that has come.
+pub fn written(write: &Write<'_>) -> Written {
+    let Write { disk, operation, offset, length, data } = *write;
+    let contents = match operation {
+        Operation::Write => Ok(data.to_vec()),
+        Operation::Discard | Operation::Zero => Err(length),
+    };
+    Written { disk, offset, contents }
 }
 
 fn apply(memory: &Memory, change: Change, bytes: &[u8]) -> io::Result<()> {

@@ -1,4 +1,5 @@
 //! The thread of a backup: it has the connections, fills memory, and drives [`Backup`].
+mod images;
 mod peers;
 mod promotion;
 
@@ -26,8 +27,10 @@ use rustix::{
 };
 use state::{Config, cpu::Cpu};
 
+use self::images::Kept;
 use super::{
     connection::Connection,
+    keeper::{Keeper, Wanted, Work},
     outside::Outside,
     questions::{Query, show},
     received::Received as Arriving,
@@ -96,6 +99,11 @@ pub struct Promotion {
 /// How the thread has the incoming thread build the machine, which it must not do itself. Each call
 /// begins it; the answer is reported by waking the thread.
 pub trait Builder {
+    /// The disks of this machine that its guest can write to, with the images that they have here.
+    ///
+    /// # Errors
+    /// When the command line does not fit.
+    fn disks(&self, description: &Description) -> Result<Vec<Wanted>, String>;
     /// Memory for this machine, if it can run here: with the CPU and the TSC that its guest has, if
     /// they have not been looked at before. Waits for the answer.
     ///
@@ -157,6 +165,7 @@ pub struct Standby<B, T> {
     task: Task,
     builder: B,
     tell: T,
+    kept: Kept,
     began: Instant,
     backup: Option<Backup>,
     lineage: Lineage,
@@ -227,7 +236,7 @@ struct Peer {
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// A thread with this task.
-    pub fn new(task: Task, builder: B, tell: T) -> Self {
+    pub fn new(task: Task, builder: B, keeper: Keeper, tell: T) -> Self {
         let now = Instant::now();
         {
             let mut shown = task.status.lock();
@@ -238,6 +247,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             task,
             builder,
             tell,
+            kept: Kept::new(keeper),
             began: now,
             backup: None,
             lineage: Lineage(0),
@@ -287,6 +297,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             }
             self.take_orders();
             self.take_built();
+            self.take_done();
             self.read();
             if self.builds_at.take_if(|at| *at <= Instant::now()).is_some() {
                 self.build();
@@ -357,19 +368,22 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             }
             Output::Mark(mark @ Mark::Running { .. }) => {
                 self.decided = Instant::now();
-                self.building = Building::Taking(mark);
-                self.builder.take();
+                match self.kept.is_some() {
+                    true => self.kept.ask(Work::Release(mark)),
+                    false => self.take_backends(mark),
+                }
             }
-            // No disk is replicated, so there is nothing to be marked.
+            Output::Mark(mark) if self.kept.is_some() => self.kept.ask(Work::Mark(mark)),
             Output::Mark(mark) => self.inputs.push_back(Input::Marked(mark)),
             Output::Fill { base } => self.once_put_back(Postponed::Fill(base)),
             Output::Hold(epoch) => {
                 self.ended = Moment::now();
                 self.once_put_back(Postponed::Hold(epoch));
             }
-            Output::DropAfter(_) => {
+            Output::DropAfter(epoch) => {
                 self.coming.clear();
                 self.postponed = None;
+                self.kept.drop_after(epoch);
             }
             Output::Prepare(_) => self.prepare(),
             Output::Unprepare => self.unprepare(),

@@ -34,6 +34,9 @@ use state::testing::{MEMORY, config, sections};
 
 use super::{
     connection::Connection,
+    copier,
+    disks::Disks,
+    keeper::{Keeper, Wanted},
     offer::{Host as Offered, Offer},
     protector::{Order, Orders, Protector, Report, Task},
     settings::agreement,
@@ -43,6 +46,8 @@ use crate::{
     checkpoint::{ReceiveError, Received},
     wake::Wake,
 };
+
+mod disks;
 
 const TIMEOUT: Duration = Duration::from_millis(400);
 const TSC: Tsc = Tsc { khz: 2_000_000, ticks: 0, own: true };
@@ -80,6 +85,7 @@ fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
 
 /// Builds nothing but what building does to memory, and takes its time to put that back.
 struct Nobody {
+    disks: Vec<Wanted>,
     rooms: Arc<Mutex<Vec<Memory>>>,
     built: Arc<Mutex<u32>>,
     before: Option<(Memory, Vec<u8>)>,
@@ -102,6 +108,10 @@ impl Nobody {
 }
 
 impl Builder for Nobody {
+    fn disks(&self, _: &Description) -> Result<Vec<Wanted>, String> {
+        Ok(self.disks.clone())
+    }
+
     fn room(
         &mut self,
         _: Description,
@@ -155,12 +165,17 @@ impl Backup {
     }
 
     fn asking(path: &Path, arbiter: Given, witness: Witness) -> Self {
+        Self::keeping(path, arbiter, witness, Vec::new())
+    }
+
+    fn keeping(path: &Path, arbiter: Given, witness: Witness, disks: Vec<Wanted>) -> Self {
         let listener = UnixListener::bind(path).unwrap();
         let (orders, inbox) = channel();
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
         let rooms = Arc::<Mutex<Vec<Memory>>>::default();
         let (built, (done, answers)) = (Arc::<Mutex<u32>>::default(), channel());
         let builder = Nobody {
+            disks,
             rooms: rooms.clone(),
             built: built.clone(),
             before: None,
@@ -184,7 +199,13 @@ impl Backup {
                 woken.wake();
             }
         };
-        let thread = thread::spawn(move || Standby::new(task, builder, tell).run());
+        let (keeper, keep) = Keeper::new(wake.clone());
+        let thread = thread::spawn(move || {
+            thread::scope(|scope| {
+                scope.spawn(keep);
+                Standby::new(task, builder, keeper, tell).run()
+            })
+        });
         Self { orders, wake, status, rooms, built, thread }
     }
 
@@ -203,6 +224,7 @@ impl Backup {
 struct Host {
     memory: Memory,
     dirty: Mutex<Vec<Range<u64>>>,
+    disks: Option<Arc<Disks>>,
     /// Checkpoints fail.
     fails: Mutex<bool>,
     /// All states that were told.
@@ -231,11 +253,28 @@ impl Protected {
     }
 
     fn with_tsc(peer: &Path, arbiter: &Given, on_loss: OnLoss, record: Witness, tsc: Tsc) -> Self {
+        Self::with(peer, arbiter, on_loss, record, (tsc, None))
+    }
+
+    fn with(
+        peer: &Path,
+        arbiter: &Given,
+        on_loss: OnLoss,
+        record: Witness,
+        (tsc, disks): (Tsc, Option<Arc<Disks>>),
+    ) -> Self {
         let settings = settings(arbiter, on_loss);
         let me = Identity { lineage: Lineage(1), incarnation: Incarnation(1) };
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
         let (to, inbox) = channel();
         let memory = room();
+        let orders = Arc::new(Orders { to, wake: wake.clone() });
+        let copier = disks.clone().map(|disks| {
+            let arbiter = Some("witness dir:1".to_owned());
+            let (handle, run) = copier::new(disks, me.lineage, arbiter, (*orders).clone());
+            thread::spawn(run);
+            handle
+        });
         let task = Task {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
             offer: Offer {
@@ -244,16 +283,18 @@ impl Protected {
                 config: config(1),
             },
             peer: Some(peer.to_owned()),
+            disks: copier,
             memory: memory.clone(),
             compress: true,
             start: true,
             orders: inbox,
-            wake: wake.clone(),
+            wake,
             status: status.clone(),
         };
         let host = Arc::new(Host {
             memory,
             dirty: Mutex::default(),
+            disks,
             fails: Mutex::default(),
             told: Mutex::default(),
             reasons: Mutex::default(),
@@ -262,7 +303,6 @@ impl Protected {
         });
         let (report, reports) = channel();
         thread::spawn(move || Protector::new(task, move |r| report.send(r).unwrap()).run());
-        let orders = Arc::new(Orders { to, wake });
         let (of_main, given) = (host.clone(), orders.clone());
         let main = thread::spawn(move || of_main.serve(&reports, &given));
         Self { host, orders, status, main }
@@ -324,6 +364,7 @@ impl Host {
                     let mut dirty = self.dirty.lock();
                     let ranges = image::union(&left, &std::mem::take(&mut *dirty));
                     staging.fill(&self.memory, &ranges).unwrap();
+                    self.disks.iter().for_each(|disks| disks.capture(epoch.0));
                     let captured = Box::new((sections().try_into().unwrap(), staging));
                     let outside = Box::default();
                     orders.give(Order::Captured { epoch, captured, outside, gates: None });

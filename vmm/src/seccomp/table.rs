@@ -47,12 +47,12 @@ enum Allowed {
 }
 
 /// Every thread.
-const ALL: &[Kind] = &[Main, Vcpu, Io, Writer, Checkpoint, Files, Kernel, End, Memory, Stream];
+const ALL: &[Kind] = &[Main, Vcpu, Io, Writer, Checkpoint, Files, Disks, Kernel, End, Memory, Stream];
 /// Threads that open files of the host by their names.
-const OPENS: &[Kind] = &[Main, Checkpoint, Files, Kernel, End];
+const OPENS: &[Kind] = &[Main, Checkpoint, Files, Disks, Kernel, End];
 /// Threads that create devices or parts of them: to plug them, to set them up for a driver, or to
 /// check whether a state can be restored.
-const MAKES: &[Kind] = &[Main, Vcpu, Checkpoint, Files];
+const MAKES: &[Kind] = &[Main, Vcpu, Checkpoint, Files, Disks];
 
 const CALLS: &[Group] = &[
     Group {
@@ -84,18 +84,26 @@ const CALLS: &[Group] = &[
             SYS_exit_group,
         ],
     },
-    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Stream], calls: &[SYS_getrandom] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Disks, Stream], calls: &[SYS_getrandom] },
     // Files: disks, the kernel on reset, saves. `open`, `stat`, `lstat` are musl's.
     Group { kinds: OPENS, calls: &[SYS_openat, SYS_open, SYS_fstat, SYS_fstatfs, SYS_lseek] },
     // Which process holds a file; which descriptors to close at the end; where a save is.
-    Group { kinds: &[Main, Checkpoint, Files, End], calls: &[SYS_readlink, SYS_getdents64] },
+    Group {
+        kinds: &[Main, Checkpoint, Files, Disks, End],
+        calls: &[SYS_readlink, SYS_getdents64],
+    },
     Group { kinds: &[Main, Memory], calls: &[SYS_nanosleep, SYS_clock_nanosleep] },
     // The generation of a disk's image.
-    Group { kinds: &[Io, Checkpoint, Files], calls: &[SYS_fgetxattr, SYS_fsetxattr, SYS_fsync] },
-    Group { kinds: &[Checkpoint, Files], calls: &[SYS_ftruncate] },
-    Group { kinds: &[Checkpoint], calls: &[SYS_pwrite64] },
-    // The sidecar of a disk that is to be plugged.
-    Group { kinds: &[Files], calls: &[SYS_flock, SYS_getcwd] },
+    Group {
+        kinds: &[Io, Checkpoint, Files, Disks],
+        calls: &[SYS_fgetxattr, SYS_fsetxattr, SYS_fsync],
+    },
+    Group { kinds: &[Checkpoint, Files, Disks], calls: &[SYS_ftruncate] },
+    Group { kinds: &[Checkpoint, Disks], calls: &[SYS_pwrite64] },
+    // The sidecar of a disk that is to be plugged, or is replicated.
+    Group { kinds: &[Files, Disks], calls: &[SYS_flock, SYS_getcwd] },
+    // Sidecars, images and journal of a backup.
+    Group { kinds: &[Disks], calls: &[SYS_fdatasync, SYS_fallocate, SYS_linkat, SYS_unlink] },
     // Disks and taps.
     Group {
         kinds: &[Io],
@@ -122,7 +130,7 @@ const CALLS: &[Group] = &[
     },
     // An I/O thread may be the last owner of a console's socket, and removes its name.
     Group {
-        kinds: &[Main, Io, Checkpoint, Files, Kernel, End],
+        kinds: &[Main, Io, Checkpoint, Files, Disks, Kernel, End],
         calls: &[SYS_statx, SYS_newfstatat, SYS_stat, SYS_lstat],
     },
     Group { kinds: &[Main, Io, Checkpoint, End], calls: &[SYS_unlink] },
@@ -163,9 +171,9 @@ const LIMITED: &[Limited] = &[
     },
     // The standard library's check of a descriptor before it closes it, in debug builds.
     limited(if cfg!(debug_assertions) { ALL } else { &[] }, SYS_fcntl, &[F_GETFD as u32]),
-    limited(&[Main, Vcpu, Io, Checkpoint, Files], SYS_fcntl, &[F_DUPFD_CLOEXEC as u32]),
+    limited(&[Main, Vcpu, Io, Checkpoint, Files, Disks], SYS_fcntl, &[F_DUPFD_CLOEXEC as u32]),
     limited(
-        &[Main, Io, Checkpoint, Files, End],
+        &[Main, Io, Checkpoint, Files, Disks, End],
         SYS_fcntl,
         &[
             F_GETFD as u32,
@@ -181,7 +189,7 @@ const LIMITED: &[Limited] = &[
     // Descriptors, as the standard library sets them up.
     limited(&[Main, Io, Checkpoint, Files], SYS_ioctl, &[FIONBIO as u32, FIOCLEX as u32]),
     // Disks that are block devices.
-    limited(&[Main, Files], SYS_ioctl, &[BLKSSZGET as u32, BLKPBSZGET as u32]),
+    limited(&[Main, Files, Disks], SYS_ioctl, &[BLKSSZGET as u32, BLKPBSZGET as u32]),
     limited(&[Io], SYS_ioctl, &[BLKDISCARD]),
     // Saves that keep disks.
     limited(&[Checkpoint], SYS_ioctl, &[FICLONE as u32]),

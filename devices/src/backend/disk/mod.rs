@@ -23,7 +23,7 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, RawFd},
-        unix::fs::FileTypeExt,
+        unix::fs::{FileExt, FileTypeExt},
     },
     path::{Path, PathBuf},
     sync::{
@@ -36,6 +36,8 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 use state::mark;
 
+pub use crate::virtio::chain::Segment;
+
 pub use self::{
     copy::{CopyMethod, DiskCopy, Step, data_after},
     engine::Op,
@@ -44,7 +46,7 @@ pub use self::{
     observer::{Change, ChangeKind, Observer, Verdict, Waker},
     spot_check::{SpotCheck, SpotHash},
     storage::{Outcome, Storage},
-    write_log::{Contents, Copied, Logged, WriteLog},
+    write_log::{Contents, Copied, Logged, Taken, WriteLog},
 };
 use time::OffsetDateTime;
 
@@ -278,6 +280,20 @@ impl Disk {
     /// The waker, for an observer that delays changes.
     pub fn waker(&self) -> Waker {
         self.observers.waker()
+    }
+
+    /// Fill `bytes` with the disk's contents from `offset` on, through the page cache. Waits for the
+    /// storage.
+    ///
+    /// # Errors
+    /// When they cannot all be read.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, offset)
+    }
+
+    /// Whether it is a block device of the host.
+    pub fn is_device(&self) -> bool {
+        self.device
     }
 
     /// The mark by which the image is recognised later, now that its machine is saved: the next

@@ -25,9 +25,17 @@ pub enum Outcome {
     Delayed,
 }
 
+/// What the log has to hear of a request when it ends.
+enum Logged {
+    Nothing,
+    /// It was started without a log.
+    Without,
+    In(Pending),
+}
+
 /// The requests of one guest on a disk. `T` is the caller's tag for a request.
 pub struct Storage<T> {
-    engine: Engine<(T, Permit, Option<Pending>)>,
+    engine: Engine<(T, Permit, Logged)>,
 }
 
 impl<T> Storage<T> {
@@ -88,20 +96,24 @@ impl<T> Storage<T> {
             Ok(None) => return Outcome::Delayed,
             Err(refused) => return Outcome::Done(Err(refused)),
         };
-        let entry = match self.disk().logging.begin(op, offset, segments, self.engine.memory()) {
-            Entry::None => None,
-            Entry::Room(entry) => Some(entry),
-            Entry::Full => return Outcome::Delayed,
-        };
-        let copied = entry.as_ref().and_then(Pending::copied);
-        let tag = (tag, permit, entry);
+        let (logged, copied) =
+            match self.disk().logging.begin(op, offset, segments, self.engine.memory()) {
+                Entry::None => (Logged::Nothing, None),
+                Entry::Unlogged => (Logged::Without, None),
+                Entry::Room(entry) => {
+                    let copied = entry.copied();
+                    (Logged::In(entry), copied)
+                }
+                Entry::Full => return Outcome::Delayed,
+            };
+        let tag = (tag, permit, logged);
         let started = match copied {
             Some(copied) => self.engine.start_copied(op, offset, copied, tag),
             None => self.engine.start(op, offset, segments, tag),
         };
         match started {
-            Some(((_, permit, entry), result)) => {
-                ended(permit, entry, &result);
+            Some(((_, permit, logged), result)) => {
+                self.ended(permit, logged, &result);
                 Outcome::Done(result)
             }
             None => Outcome::Pending,
@@ -120,9 +132,19 @@ impl<T> Storage<T> {
 
     /// The next pending request that is complete.
     pub fn finished(&mut self) -> Option<(T, io::Result<()>)> {
-        let ((tag, permit, entry), result) = self.engine.finished()?;
-        ended(permit, entry, &result);
+        let ((tag, permit, logged), result) = self.engine.finished()?;
+        self.ended(permit, logged, &result);
         Some((tag, result))
+    }
+
+    /// A request has ended, and the guest has not been notified yet.
+    fn ended(&self, permit: Permit, logged: Logged, result: &io::Result<()>) {
+        permit.after(result);
+        match (logged, result) {
+            (Logged::In(entry), Ok(())) => entry.complete(),
+            (Logged::Without, _) => self.disk().logging.ended(),
+            (Logged::Nothing | Logged::In(_), _) => {}
+        }
     }
 
     /// Wait until [`Storage::finished`] has something to return, for `patience` at most; false when
@@ -141,14 +163,6 @@ impl<T> Drop for Storage<T> {
                 return;
             }
         }
-    }
-}
-
-/// A request has ended, and the guest has not been notified yet.
-fn ended(permit: Permit, entry: Option<Pending>, result: &io::Result<()>) {
-    permit.after(result);
-    if let (Some(entry), Ok(())) = (entry, result) {
-        entry.complete();
     }
 }
 

@@ -10,14 +10,18 @@
 //! meanwhile: so the backup's image gets the same bytes. A request is in the log in the same step of
 //! the device's worker that answers it, so an epoch has either both or neither.
 //!
+//! The log is attached while the guest runs, and keeps nothing before [`WriteLog::record`]: what is
+//! under way then was copied already, and so can be kept when it is complete.
+//!
 //! The log is bounded. While it is full, changes stay in the guest's queues, as if an
-//! [`Observer`](super::Observer) delayed them, until [`WriteLog::take`] has made room.
+//! [`Observer`](super::Observer) delayed them, until what was taken from it is dropped.
 use std::{
     collections::VecDeque,
     fmt, mem,
+    ops::Deref,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -103,6 +107,8 @@ struct State {
     /// How many of `entries` belong to which epoch, ascending; the rest is not marked yet.
     marks: VecDeque<(u64, usize)>,
     marked: usize,
+    /// Changes that are complete are kept.
+    recording: bool,
     /// A change had to wait.
     refused: bool,
     wakers: Vec<(u16, Waker)>,
@@ -115,6 +121,11 @@ impl WriteLog {
         Arc::new(Self { limit, state: Mutex::default() })
     }
 
+    /// Keep what is completed from now on. Call it while the workers of all disks are parked.
+    pub fn record(&self) {
+        self.state.lock().recording = true;
+    }
+
     /// What is complete by now, and is in no earlier epoch, belongs to `epoch`. Call it while the
     /// workers of all disks are parked.
     pub fn mark(&self, epoch: u64) {
@@ -125,7 +136,7 @@ impl WriteLog {
     }
 
     /// Take the changes of all epochs up to `epoch`, in order.
-    pub fn take(&self, epoch: u64) -> Vec<Logged> {
+    pub fn take(self: &Arc<Self>, epoch: u64) -> Taken {
         let mut state = self.state.lock();
         let mut count = 0;
         while let Some(&(marked, n)) = state.marks.front()
@@ -135,15 +146,35 @@ impl WriteLog {
             state.marks.pop_front();
         }
         state.marked -= count;
-        let taken: Vec<Logged> = state.entries.drain(..count).collect();
-        let bytes: u64 = taken.iter().map(|logged| cost(logged.contents.len())).sum();
-        state.release(bytes);
-        taken
+        let entries = state.entries.drain(..count).collect();
+        Taken { log: self.clone(), entries }
     }
 
     /// Bytes in it, and of requests under way.
     pub fn used(&self) -> u64 {
         self.state.lock().used
+    }
+}
+
+/// Changes that were taken from a log; they still count for its limit until they are dropped.
+#[derive(Debug)]
+pub struct Taken {
+    log: Arc<WriteLog>,
+    entries: Vec<Logged>,
+}
+
+impl Deref for Taken {
+    type Target = [Logged];
+
+    fn deref(&self) -> &[Logged] {
+        &self.entries
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let bytes = self.entries.iter().map(|logged| cost(logged.contents.len())).sum();
+        self.log.state.lock().release(bytes);
     }
 }
 
@@ -197,8 +228,9 @@ impl Pending {
 
     /// The change is made.
     pub fn complete(mut self) {
-        if let Some(logged) = self.logged.take() {
-            self.log.log.state.lock().entries.push_back(logged);
+        let mut state = self.log.log.state.lock();
+        if let Some(logged) = self.logged.take_if(|_| state.recording) {
+            state.entries.push_back(logged);
             self.cost = 0;
         }
     }
@@ -215,14 +247,18 @@ impl Drop for Pending {
 pub(super) struct Logging {
     /// Whether there is one. If not, this check is all that a request costs.
     any: AtomicBool,
+    /// Changes under way that were started without one.
+    unlogged: AtomicUsize,
     /// A lock, as it is attached on another thread than the one that changes the disk.
     log: Mutex<Option<Arc<DiskLog>>>,
 }
 
 /// What the log says about a request.
 pub(super) enum Entry {
-    /// It changes nothing, or there is no log.
+    /// It changes nothing.
     None,
+    /// There is no log. To be reported by [`Logging::ended`].
+    Unlogged,
     /// It may start.
     Room(Pending),
     /// It has to wait.
@@ -232,10 +268,15 @@ pub(super) enum Entry {
 impl Logging {
     /// Make room for a request.
     pub fn begin(&self, op: Op, offset: u64, segments: &[Segment], memory: &Memory) -> Entry {
-        if !self.any.load(Ordering::Acquire) || matches!(op, Op::Read | Op::Flush) {
+        if matches!(op, Op::Read | Op::Flush) {
             return Entry::None;
         }
-        let Some(log) = self.log.lock().clone() else { return Entry::None };
+        // Before the log is looked for: who has attached it then either sees this change, or this
+        // change sees the log. Both orders hold in all threads, hence SeqCst.
+        self.unlogged.fetch_add(1, Ordering::SeqCst);
+        let log = if self.any.load(Ordering::SeqCst) { self.log.lock().clone() } else { None };
+        let Some(log) = log else { return Entry::Unlogged };
+        self.ended();
         let write = matches!(op, Op::Write { .. });
         let cost = cost(if write { op.bytes(segments) } else { 0 });
         {
@@ -253,21 +294,31 @@ impl Logging {
         let logged = Some(Logged { disk: log.disk, offset, contents });
         Entry::Room(Pending { log, cost, logged })
     }
+
+    /// A change without a log has ended.
+    pub fn ended(&self) {
+        self.unlogged.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Disk {
-    /// From now on, the disk's changes go into `log` under this number. No request may be under way:
-    /// it would not be in the log.
+    /// From now on, the disk's changes go into `log` under this number, but for those of
+    /// [`Disk::has_unlogged`].
     pub fn log_writes(&self, log: &Arc<WriteLog>, number: u16) {
         self.stop_logging();
         log.state.lock().wakers.push((number, self.waker()));
         *self.logging.log.lock() = Some(Arc::new(DiskLog { log: log.clone(), disk: number }));
-        self.logging.any.store(true, Ordering::Release);
+        self.logging.any.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether changes are under way that were started before the log was attached.
+    pub fn has_unlogged(&self) -> bool {
+        self.logging.unlogged.load(Ordering::SeqCst) > 0
     }
 
     /// Log no further change. Those under way still go into the log.
     pub fn stop_logging(&self) {
-        self.logging.any.store(false, Ordering::Release);
+        self.logging.any.store(false, Ordering::SeqCst);
         if let Some(old) = self.logging.log.lock().take() {
             old.log.state.lock().wakers.retain(|(number, _)| *number != old.disk);
             // Changes that waited for room need none.

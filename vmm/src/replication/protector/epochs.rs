@@ -27,7 +27,11 @@ impl<R: Fn(Report)> Protector<R> {
             };
             self.first_copy =
                 Some(FirstCopy { epoch, shut, rounds: Rounds::default(), left, warm });
-            return asks.into_iter().for_each(|report| self.ask(report));
+            return match self.task.disks {
+                // Memory comes after them.
+                Some(_) => self.copy_disks(epoch, asks),
+                None => asks.into_iter().for_each(|report| self.ask(report)),
+            };
         }
         let staging = self.spare.pop().unwrap_or_default();
         self.ask(Report::Capture { epoch, shut, left: Vec::new(), staging });
@@ -53,6 +57,7 @@ impl<R: Fn(Report)> Protector<R> {
         (self.report)(Report::Released(None));
         self.late = self.asked;
         self.first_copy = None;
+        self.leave_disks();
         self.staged.clear();
     }
 
@@ -112,23 +117,26 @@ impl<R: Fn(Report)> Protector<R> {
             }
             Order::Changed(changed) => {
                 let awaited = self.is_answer();
+                let waits = awaited && self.memory_waits();
                 let Some(copy) = self.first_copy.as_mut().filter(|_| awaited) else {
                     return self.add_tracked(&changed);
                 };
                 let changed = image::union(&std::mem::take(&mut copy.left), &changed);
+                if waits {
+                    copy.left = changed;
+                    return;
+                }
                 if copy.rounds.again(&changed) {
                     return self.outgoing.round(copy.epoch, changed);
                 }
-                let (epoch, shut) = (copy.epoch, copy.shut);
-                self.first_copy = None;
-                let room = staging::room_for(staging::bytes(&changed));
-                match Staging::touched(room) {
-                    Ok(staging) => {
-                        self.ask(Report::Capture { epoch, shut, left: changed, staging });
-                    }
-                    Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
+                copy.left = changed;
+                match self.task.disks {
+                    Some(_) => self.copy_disks_again(),
+                    None => self.end_first_copy(),
                 }
             }
+            Order::Copied(number, told) => self.disks_told(number, told),
+            Order::Marked(mark) => self.inputs.push_back(Input::Marked(mark)),
             Order::Captured { epoch, captured, outside, gates } => {
                 self.gates = gates.or(self.gates.take());
                 if !self.is_answer() {
@@ -139,7 +147,10 @@ impl<R: Fn(Report)> Protector<R> {
                 }
                 match self.stage(epoch, *captured, *outside) {
                     Ok(input) => {
-                        self.inputs.push_back(input);
+                        match self.task.disks {
+                            Some(_) => self.copy_rest_before(input),
+                            None => self.inputs.push_back(input),
+                        }
                         self.look_for_room();
                     }
                     Err(e) => self.breaks(&format_args!("cannot encode {epoch:?}: {e}")),
@@ -166,6 +177,15 @@ impl<R: Fn(Report)> Protector<R> {
         }
     }
 
+    /// Capture the first epoch: little is left to be sent.
+    pub(super) fn end_first_copy(&mut self) {
+        let Some(FirstCopy { epoch, shut, left, .. }) = self.first_copy.take() else { return };
+        match Staging::touched(staging::room_for(staging::bytes(&left))) {
+            Ok(staging) => self.ask(Report::Capture { epoch, shut, left, staging }),
+            Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
+        }
+    }
+
     pub(super) fn stage(
         &mut self,
         epoch: Epoch,
@@ -178,7 +198,9 @@ impl<R: Fn(Report)> Protector<R> {
         outside.output = self.gates.as_ref().map_or_else(Vec::new, |gates| gates.output(epoch.0));
         let digest = contents::chain(self.last_digest, [crc32fast::hash(&state)]);
         self.last_digest = digest;
-        self.staged.push_back(Arc::new(Staged { epoch, pages, state, outside: outside.encode() }));
+        let writes = self.task.disks.as_ref().and_then(|disks| disks.disks.take(epoch.0));
+        let outside = outside.encode();
+        self.staged.push_back(Arc::new(Staged { epoch, pages, state, outside, writes }));
         Ok(Input::Captured { epoch, digest })
     }
 }

@@ -1,7 +1,7 @@
 //! The connection of a primary.
 use replication::{Connection as Number, Frame, Input, Message, wire};
 
-use super::super::{connection::Connection, offer, outgoing::Next};
+use super::super::{connection::Connection, copier::Work, offer, outgoing::Next};
 use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report};
 
 impl<R: Fn(Report)> Protector<R> {
@@ -67,7 +67,9 @@ impl<R: Fn(Report)> Protector<R> {
     pub(super) fn disconnect(&mut self) {
         self.connection = None;
         self.reader = Incoming::default();
-        self.first_copy = None;
+        if self.first_copy.take().is_some() {
+            self.leave_disks();
+        }
     }
 
     /// The connection has ended by itself, or carries nonsense.
@@ -102,6 +104,12 @@ impl<R: Fn(Report)> Protector<R> {
             }
             loop {
                 match wire::decode(self.reader.0.get(at..).unwrap_or_default()) {
+                    Ok((Frame { message: Message::Piece { disk, piece, hash }, .. }, length)) => {
+                        at += length;
+                        if let Some(disks) = &self.task.disks {
+                            disks.ask(Work::Answer { disk, piece, hash });
+                        }
+                    }
                     Ok((frame, length)) => {
                         at += length;
                         self.inputs.push_back(Input::Received(number, frame));

@@ -12,8 +12,9 @@ use rustix::net::{SocketFlags, accept_with};
 
 use super::super::{
     connection::Connection,
+    keeper::Work,
     offer::{self, Offer},
-    received::SECTIONS,
+    received::{SECTIONS, written},
     settings,
 };
 use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, Standby, Tell};
@@ -43,7 +44,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     pub(super) fn reads(&self, number: Number) -> bool {
         let alone = matches!(self.building, Building::Machine | Building::Taking(_));
         match self.current == Some(number) {
-            true => self.postponed.is_none(),
+            true => self.postponed.is_none() && self.kept.has_room(),
             false => !alone,
         }
     }
@@ -141,7 +142,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             (self.offered, self.memory, self.filled) = (None, None, false);
             differs = host.differs(&self.task.arbiter);
             if differs.is_none() {
-                match self.builder.room(description, Some((host.cpu, host.tsc))) {
+                let opened = self.open_images(&description);
+                let guest = Some((host.cpu, host.tsc));
+                match opened.and_then(|()| self.builder.room(description, guest)) {
                     Ok(memory) => (self.offered, self.memory) = (Some(config), Some(memory)),
                     Err(why) => differs = Some(why),
                 }
@@ -154,7 +157,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let settings = settings::of_backup(&self.task.arbiter, timeout, runs_here);
         let bounds = Bounds {
             ram: self.memory.iter().map(|_| 0..size).collect(),
-            disks: Vec::new(),
+            disks: self.kept.sizes(),
             sections: SECTIONS.map(str::to_owned).to_vec(),
             max_epoch: LONGEST_EPOCH,
         };
@@ -175,6 +178,10 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         self.inputs.push_back(Input::Heard(number));
         while let Some(event) = reader.next(&mut bytes).map_err(|e| e.to_string())? {
             if let Event::Message(frame) = event {
+                if let Message::Compare { disk, piece } = frame.message {
+                    self.compare(number, disk, piece)?;
+                    continue;
+                }
                 self.greet(number, frame);
                 self.inputs.push_back(Input::Received(number, frame));
                 // What follows may depend on it.
@@ -200,6 +207,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                 continue;
             }
             let filling = self.backup.as_ref().is_some_and(|b| b.state() == State::Syncing);
+            if let Event::Disk(write) = &event
+                && filling
+            {
+                self.kept.ask(Work::Change(written(write)));
+                continue;
+            }
             let memory = self.memory.as_ref().filter(|_| filling);
             self.coming.take(&event, memory).map_err(|e| e.to_string())?;
         }
@@ -214,9 +227,13 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             return;
         }
         self.settings = Some(settings);
-        self.lineage = hello.lineage;
-        let me = Identity { lineage: hello.lineage, incarnation: self.task.incarnation };
-        let word = Mark::Free { term: Term(0) };
+        // Images of another guest are refused.
+        let (lineage, word) = self.kept.bound().unwrap_or_else(|| {
+            (hello.lineage, Mark::Free { term: Term(0) })
+        });
+        self.lineage = lineage;
+        self.bind_images();
+        let me = Identity { lineage, incarnation: self.task.incarnation };
         let (backup, outputs) = Backup::new(me, word, settings, Rules::ALL);
         self.backup = Some(backup);
         self.task.status.lock().lineage = Some(self.lineage.to_string());

@@ -22,6 +22,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// Memory is filled from here on. Without a `base`, what it held is forgotten.
     fn fill(&mut self, base: Option<Epoch>) {
         self.coming.clear();
+        self.kept.forget();
         self.whole = None;
         if !std::mem::replace(&mut self.filled, true) || base.is_some() {
             return;
@@ -52,6 +53,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                 return self.inputs.push_back(Input::NotHeld(epoch, Fault::Frame));
             }
         };
+        if self.kept.is_some() {
+            return self.keep(epoch, outside);
+        }
         match self.coming.apply(memory) {
             Ok(machine) => {
                 self.whole = Some(Whole { machine, outside, ended: self.ended });
@@ -67,6 +71,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// A primary whose connection has ended usually connects again at once, and would have to wait
     /// until memory is put back.
     pub(super) fn prepare(&mut self) {
+        self.kept.settle();
         match (self.why, self.settings) {
             (Why::Closed | Why::BadFrame | Why::Nack, Some(settings)) => {
                 self.builds_at = Some(Instant::now() + settings.timeout / 4);
@@ -122,6 +127,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// The primary is back: this machine must not run, and memory is put back as the primary knows
     /// it.
     pub(super) fn unprepare(&mut self) {
+        self.kept.forget_settling();
         self.builds_at = None;
         match self.building {
             Building::Forgetting(_) => self.building = Building::Forgetting(false),
@@ -154,6 +160,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             }
             (Building::Machine, Ok(())) => {
                 self.applied = self.now().saturating_sub(self.applied);
+                if self.kept.settles() {
+                    return;
+                }
                 Input::Prepared
             }
             (Building::Taking(mark), Ok(())) => Input::Marked(mark),

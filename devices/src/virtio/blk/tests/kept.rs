@@ -425,6 +425,7 @@ fn whatever_is_in_flight_when_it_is_captured_both_machines_end_alike() {
         // What the backup's image is made of.
         let log = WriteLog::new(1 << 20);
         disk.log_writes(&log, 0);
+        log.record();
         let mut image = vec![0; BLOCKS * 4096];
         let mut epoch = 0;
         let block = Block::new("disk", settings.clone(), Some(disk.into()));
@@ -467,7 +468,7 @@ fn whatever_is_in_flight_when_it_is_captured_both_machines_end_alike() {
                     redone += in_flight(&section).len();
                     epoch += 1;
                     log.mark(epoch);
-                    for Logged { offset, contents, .. } in log.take(epoch) {
+                    for Logged { offset, contents, .. } in log.take(epoch).iter().cloned() {
                         let at = &mut image[offset as usize..];
                         match contents {
                             Contents::Bytes(copied) => {
