@@ -6,4 +6,5 @@ pub mod counter;
 pub mod machine;
 pub mod pair;
 pub mod probe;
+pub mod recorder;
 pub mod witness;

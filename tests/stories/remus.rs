@@ -1,6 +1,8 @@
 //! Tests of a guest that outlives its host. It counts, writes memory and writes to its disk, on one
 //! of two hosts of a network of the test's own; a client outside notices whatever is lost or done
 //! twice.
+#[path = "remus/disks.rs"]
+mod disks;
 #[path = "remus/failover.rs"]
 mod failover;
 #[path = "remus/guest.rs"]
@@ -17,6 +19,7 @@ use stories::paths::GUEST_KERNEL;
 const STORIES: &[(&str, Test)] = &[
     ("the_guest_counts_writes_and_records", guest::works),
     ("a_guest_that_is_migrated_counts_on_at_the_other_host", guest::migrates),
+    ("nothing_on_the_disk_is_lost_when_the_primary_is_killed", disks::nothing_is_lost),
     ("the_counter_goes_on_when_the_primary_is_killed", failover::counter_goes_on),
 ];
 

@@ -22,8 +22,8 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("devices", &["state"]),
     ("qmp", &["json"]),
     ("machine", &["config", "devices", "lineage", "state"]),
-    ("vmm", &["machine", "qmp", "config", "state", "replication"]),
-    ("stratoctl", &["qmp", "state", "config", "replication"]),
+    ("vmm", &["machine", "qmp", "config", "state", "replication", "lineage"]),
+    ("stratoctl", &["qmp", "state", "config", "replication", "lineage"]),
     ("stories", &["qmp", "state", "replication"]),
     ("xtask", &["qmp", "stories"]),
 ];

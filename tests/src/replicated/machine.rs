@@ -58,5 +58,11 @@ pub fn await_incoming(
     paths: &Paths,
     dir: &Path,
 ) -> Result<Monitor> {
-    start(Vm::described(json!({})).args(&["-incoming", from]), hosts, side, paths, dir)
+    start(waiting(from), hosts, side, paths, dir)
+}
+
+/// A monitor that waits for the machine; `from` is as its `-incoming` has it.
+#[must_use]
+pub fn waiting(from: &str) -> Vm {
+    Vm::described(json!({})).args(&["-incoming", from])
 }

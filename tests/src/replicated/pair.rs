@@ -10,7 +10,7 @@ use qmp::client::{Client, ReceivedEvent};
 use serde_json::{Value, json};
 
 use super::agent::Agent;
-use super::machine::{await_incoming, start, vm};
+use super::machine::{start, vm, waiting};
 use super::witness::Witness;
 use crate::lab::hosts::{Hosts, Side};
 use crate::monitor::{BOOT, Monitor, SOON};
@@ -38,6 +38,8 @@ pub struct Pair<'a> {
     dir: PathBuf,
     /// Processes started so far.
     count: u32,
+    /// The machine has a disk, with an image at each host.
+    disk: bool,
 }
 
 /// A process that runs the guest, or waits to.
@@ -71,7 +73,22 @@ impl<'a> Pair<'a> {
     /// No machine yet; their files will be in `dir`.
     #[must_use]
     pub fn new(hosts: &'a Hosts, paths: &'a Paths, dir: &Path) -> Self {
-        Self { hosts, witness: Arc::default(), paths, dir: dir.to_owned(), count: 0 }
+        Self { hosts, witness: Arc::default(), paths, dir: dir.to_owned(), count: 0, disk: false }
+    }
+
+    /// With a disk of these contents; only the host that boots the guest has its image.
+    ///
+    /// # Errors
+    /// The image cannot be written.
+    pub fn with_disk(self, side: Side, contents: &[u8]) -> Result<Self> {
+        fs::write(self.image(side), contents)?;
+        Ok(Self { disk: true, ..self })
+    }
+
+    /// The image of the disk at a host.
+    #[must_use]
+    pub fn image(&self, side: Side) -> PathBuf {
+        self.dir.join(format!("{side:?}.img"))
     }
 
     /// Boots the guest at a host.
@@ -80,7 +97,11 @@ impl<'a> Pair<'a> {
     /// It does not come up.
     pub fn boot(&mut self, side: Side) -> Result<Machine> {
         let dir = self.fresh()?;
-        let mut monitor = start(vm(self.paths)?, self.hosts, side, self.paths, &dir)?;
+        let vm = match self.disk {
+            true => vm(self.paths)?.disk("disk", &self.image(side), false),
+            false => vm(self.paths)?,
+        };
+        let mut monitor = start(vm, self.hosts, side, self.paths, &dir)?;
         monitor.wait_for("guest: ready", BOOT)?;
         self.machine(side, monitor, &dir)
     }
@@ -95,7 +116,12 @@ impl<'a> Pair<'a> {
         let dir = self.fresh()?;
         let socket = dir.join("replicate.sock");
         let from = format!("replicate:unix:{},witness={WITNESS}", socket.display());
-        let monitor = await_incoming(&from, self.hosts, side, self.paths, &dir)?;
+        let drive = format!("id=disk,file={}", self.image(side).display());
+        let vm = match self.disk {
+            true => waiting(&from).args(&["-drive", &drive]),
+            false => waiting(&from),
+        };
+        let monitor = start(vm, self.hosts, side, self.paths, &dir)?;
         let backup = self.machine(side, monitor, &dir)?;
         let Protection { interval, timeout } = protection;
         let arguments = json!({

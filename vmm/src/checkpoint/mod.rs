@@ -44,7 +44,7 @@ mod tests;
 
 pub use arrival::{Arrival, Step as ArrivalStep};
 pub use assembly::Arrived;
-pub(crate) use assembly::{Assembly, Taking, take};
+pub(crate) use assembly::{Assembly, take};
 pub use children::{ChildError, Children};
 pub use dialogue::{Hello, Voice};
 pub use dry_run::DryRunError;
