@@ -1,6 +1,8 @@
 //! Tests of a guest that outlives its host. It counts, writes memory and writes to its disk, on one
 //! of two hosts of a network of the test's own; a client outside notices whatever is lost or done
 //! twice.
+#[path = "remus/backup.rs"]
+mod backup;
 #[path = "remus/disks.rs"]
 mod disks;
 #[path = "remus/failover.rs"]
@@ -21,6 +23,13 @@ const STORIES: &[(&str, Test)] = &[
     ("a_guest_that_is_migrated_counts_on_at_the_other_host", guest::migrates),
     ("nothing_on_the_disk_is_lost_when_the_primary_is_killed", disks::nothing_is_lost),
     ("the_counter_goes_on_when_the_primary_is_killed", failover::counter_goes_on),
+    ("a_primary_that_stands_still_comes_back_to_its_backup", backup::flaps),
+    ("a_backup_that_stands_still_is_left_and_taken_again", backup::is_taken_again),
+    ("a_backup_that_is_killed_is_not_missed", backup::is_killed),
+    ("a_paused_guest_stays_paused_at_its_backup", backup::stays_paused),
+    ("a_guest_that_reboots_stays_protected", backup::reboots),
+    ("a_guest_that_has_ended_does_not_go_on_at_its_backup", backup::ends),
+    ("twenty_failovers_leave_nothing_behind", backup::leaves_nothing),
 ];
 
 fn main() -> Result<()> {

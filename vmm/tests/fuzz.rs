@@ -11,6 +11,8 @@ use vmm::checkpoint::{Progress, ReceiveError, receive};
 
 #[path = "../../fuzz/src/mutate.rs"]
 mod mutate;
+#[path = "../../fuzz/src/replication_roles.rs"]
+mod replication_roles;
 #[path = "../../fuzz/src/saved.rs"]
 mod saved;
 
@@ -54,4 +56,11 @@ fn states_that_say_anything() {
     mutate::hammer("state", &seeds, 2000, |input| {
         let _ = received(&saved::bytes(input)).map_err(|e| e.to_string());
     });
+}
+
+#[test]
+fn a_peer_that_says_anything_to_either_role() {
+    let (to_backup, to_primary) = replication_roles::session();
+    mutate::hammer("replication_backup", &[to_backup], 300, replication_roles::backup);
+    mutate::hammer("replication_primary", &[to_primary], 100, replication_roles::primary);
 }

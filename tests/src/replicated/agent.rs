@@ -88,6 +88,17 @@ impl Agent {
         }
     }
 
+    /// When and which events it has heard so far.
+    #[must_use]
+    pub fn heard(&self) -> Vec<(Instant, ReceivedEvent)> {
+        self.heard.lock().events.clone()
+    }
+
+    /// Forgets what it has heard.
+    pub fn forget(&self) {
+        self.heard.lock().events.clear();
+    }
+
     /// Waits until replication is in that state.
     ///
     /// # Errors

@@ -28,6 +28,16 @@ pub struct Protection {
     pub timeout: Duration,
 }
 
+impl Protection {
+    fn arguments(self, socket: &Path) -> Value {
+        json!({
+            "uri": format!("unix:{}", socket.display()),
+            "interval": self.interval.as_millis() as u64,
+            "heartbeat-timeout": self.timeout.as_millis() as u64,
+        })
+    }
+}
+
 /// Where the machines are.
 pub struct Pair<'a> {
     /// The network.
@@ -112,10 +122,32 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// It is not protected in time.
     pub fn protect(&mut self, primary: &mut Machine, protection: Protection) -> Result<Machine> {
+        self.protect_by(primary, protection, Some(WITNESS))
+    }
+
+    /// The same, where nobody but a person lets the backup run the guest.
+    ///
+    /// # Errors
+    /// As [`Self::protect`].
+    pub fn protect_by_hand(
+        &mut self,
+        primary: &mut Machine,
+        protection: Protection,
+    ) -> Result<Machine> {
+        self.protect_by(primary, protection, None)
+    }
+
+    fn protect_by(
+        &mut self,
+        primary: &mut Machine,
+        protection: Protection,
+        witness: Option<&str>,
+    ) -> Result<Machine> {
         let side = primary.side.other();
         let dir = self.fresh()?;
         let socket = dir.join("replicate.sock");
-        let from = format!("replicate:unix:{},witness={WITNESS}", socket.display());
+        let decided = witness.map(|identity| format!(",witness={identity}")).unwrap_or_default();
+        let from = format!("replicate:unix:{}{decided}", socket.display());
         let drive = format!("id=disk,file={}", self.image(side).display());
         let vm = match self.disk {
             true => waiting(&from).args(&["-drive", &drive]),
@@ -123,18 +155,43 @@ impl<'a> Pair<'a> {
         };
         let monitor = start(vm, self.hosts, side, self.paths, &dir)?;
         let backup = self.machine(side, monitor, &dir)?;
-        let Protection { interval, timeout } = protection;
-        let arguments = json!({
-            "uri": format!("unix:{}", socket.display()),
-            "interval": interval.as_millis() as u64,
-            "heartbeat-timeout": timeout.as_millis() as u64,
-            "witness": WITNESS,
-        });
+        let mut arguments = protection.arguments(&socket);
+        if let (Some(identity), Some(arguments)) = (witness, arguments.as_object_mut()) {
+            arguments.insert("witness".to_owned(), json!(identity));
+        }
+        Self::begin(primary, &backup, arguments)?;
+        Ok(backup)
+    }
+
+    /// Protects the guest again by a backup that it has had before.
+    ///
+    /// # Errors
+    /// It is not protected in time.
+    pub fn protect_again(
+        &self,
+        primary: &mut Machine,
+        backup: &Machine,
+        protection: Protection,
+    ) -> Result<()> {
+        let mut arguments = protection.arguments(&self.latest().join("replicate.sock"));
+        if let Some(arguments) = arguments.as_object_mut() {
+            arguments.insert("witness".to_owned(), json!(WITNESS));
+        }
+        Self::begin(primary, backup, arguments)
+    }
+
+    fn begin(primary: &mut Machine, backup: &Machine, arguments: Value) -> Result<()> {
+        primary.agent.forget();
         primary.qmp.execute_raw("replication-start", arguments)?;
         primary.agent.wait_state("protected", SOON).with_context(|| {
             format!("primary: {}\nbackup: {}", primary.monitor.said(), backup.monitor.said())
         })?;
-        Ok(backup)
+        Ok(())
+    }
+
+    /// The directory of the process that was started last.
+    fn latest(&self) -> PathBuf {
+        self.dir.join(self.count.to_string())
     }
 
     /// Kills the primary, which cannot do anything about it, and waits until the guest runs at the
@@ -178,7 +235,7 @@ impl<'a> Pair<'a> {
     /// A directory for one more process.
     fn fresh(&mut self) -> Result<PathBuf> {
         self.count += 1;
-        let dir = self.dir.join(self.count.to_string());
+        let dir = self.latest();
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         Ok(dir)
     }

@@ -15,20 +15,20 @@
 //! ```
 //! The state machines live on the threads that have the connection, so that no wait for the guest
 //! or for a file keeps back a sign of life.
-mod connection;
+pub mod connection;
 mod copier;
 mod disks;
 pub mod host;
 mod keeper;
-mod offer;
+pub mod offer;
 mod outgoing;
-mod outside;
+pub mod outside;
 mod protection;
-mod protector;
+pub mod protector;
 mod questions;
 mod received;
 mod rounds;
-mod settings;
+pub mod settings;
 pub mod standby;
 #[cfg(test)]
 mod tests;

@@ -1,11 +1,12 @@
 //! The first frame of each connection: the machine that the primary offers, and all that it has to
 //! have in common with the backup's host. The backup looks whether that is so before it answers the
-//! greeting that follows. If it is not, it says why, before it refuses.
+//! greeting that follows. If it is not, it says why, before it refuses; likewise if a frame is not
+//! valid, before it closes the connection.
 //!
 //! ```text
 //! kind u32 = 31  length u32  timeout u32, in ms  length u32  JSON
 //!                            a stream with only the configuration  crc u32
-//! kind u32 = 32  length u32  why not, as text  crc u32
+//! kind u32 = 30  length u32  why not, as text  crc u32
 //! ```
 use std::{io, time::Duration};
 
@@ -17,13 +18,13 @@ use state::{Config, Frames, Section, cpu::Cpu, file::write_config, frame::Writer
 /// The version of what the two sides exchange.
 const VERSION: u64 = 2;
 const KIND: u32 = 31;
-const REASON: u32 = 32;
+const REASON: u32 = 30;
 /// Kind and length.
 const HEADER: usize = 8;
 /// Longest body, in bytes: a configuration of all devices is far smaller.
 const LONGEST: usize = 1 << 20;
-/// Longest reason, in bytes: a frame with one is little longer.
-pub const LONGEST_REASON: usize = 4096;
+/// Longest reason, in bytes.
+const LONGEST_REASON: usize = 4096;
 
 /// What the primary offers.
 pub struct Offer {
@@ -124,6 +125,7 @@ impl Shown {
 
 /// Why bytes are no offer.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the error messages describe them")]
 pub enum OfferError {
     #[error("the connection does not begin with an offer: the other side is no primary")]
     Kind,
@@ -192,10 +194,10 @@ pub fn read_reason(bytes: &[u8]) -> Option<(String, usize)> {
     Some((String::from_utf8_lossy(body).chars().map(plain).collect(), all))
 }
 
-/// Whether `bytes` may be the beginning of one.
+/// Whether `bytes` are the beginning of one.
 pub fn may_be_reason(bytes: &[u8]) -> bool {
-    let kind = REASON.to_le_bytes();
-    bytes.iter().zip(kind).all(|(byte, known)| *byte == known) && !bytes.is_empty()
+    bytes.starts_with(&REASON.to_le_bytes())
+        && unframe(bytes, LONGEST_REASON).is_ok_and(|it| it.is_none())
 }
 
 fn frame(kind: u32, body: &[u8]) -> io::Result<Vec<u8>> {
@@ -252,7 +254,7 @@ mod tests {
     #[test]
     fn a_reason_is_read_whole_and_harms_no_terminal() {
         let bytes = reason("no tap \u{1b}[2J");
-        assert!(may_be_reason(&bytes) && !may_be_reason(&[31, 0]) && !may_be_reason(&[]));
+        assert!(may_be_reason(&bytes[..5]) && !may_be_reason(&bytes) && !may_be_reason(&[]));
         assert_eq!(read_reason(&bytes), Some(("no tap  [2J".into(), bytes.len())));
         assert_eq!(read_reason(&bytes[..bytes.len() - 1]), None);
         let (long, _) = read_reason(&reason(&"\u{e4}".repeat(3000))).unwrap();

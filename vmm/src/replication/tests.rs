@@ -1,5 +1,7 @@
 //! Both threads of a replication, joined by a socket, without machines: what arrives, and what a
 //! broken link, a failed checkpoint or a hostile peer does.
+mod bad_frames;
+
 use std::{
     fs,
     io::{Read, Write},
@@ -668,6 +670,11 @@ fn a_late_connection_does_not_replace_the_one_that_works() {
 
 /// The first frames of a primary, of which `change` makes something else.
 fn greeting(lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
+    greeting_after(Epoch(0), lineage, change)
+}
+
+/// The same, where `epoch` is the last one that was captured.
+fn greeting_after(epoch: Epoch, lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
     let mut config = config(1);
     change(&mut config);
     let mut bytes = Offer { timeout: TIMEOUT, host: Offered::of(Given::None, TSC, None), config }
@@ -680,7 +687,7 @@ fn greeting(lineage: u128, change: impl FnOnce(&mut state::Config)) -> Vec<u8> {
         claimed: false,
         agreement: agreement(&Given::None, true),
     });
-    bytes.extend(wire::encode(&Frame { term: Term(1), epoch: Epoch(0), message }));
+    bytes.extend(wire::encode(&Frame { term: Term(1), epoch, message }));
     bytes
 }
 

@@ -10,6 +10,7 @@ impl<R: Fn(Report)> Protector<R> {
             && let Some(new) = self.offered.take_if(|(new, _)| *new == number)
         {
             self.disconnect();
+            self.reason = None;
             self.connection = Some(new);
             self.outgoing.restart(self.task.primary.term());
         }
@@ -94,16 +95,14 @@ impl<R: Fn(Report)> Protector<R> {
                 Err(e) => return self.lost(&format_args!("the connection has ended: {e}")),
             }
             let mut at = 0;
-            if offer::may_be_reason(&self.reader.0) {
-                match offer::read_reason(&self.reader.0) {
-                    Some((why, length)) => (self.reason, at) = (Some(why), length),
-                    // Not all of it has come, or it is damaged.
-                    None if self.reader.0.len() < 2 * offer::LONGEST_REASON => continue,
-                    None => {}
-                }
-            }
             loop {
-                match wire::decode(self.reader.0.get(at..).unwrap_or_default()) {
+                let rest = self.reader.0.get(at..).unwrap_or_default();
+                if let Some((why, length)) = offer::read_reason(rest) {
+                    log::warn!("replication: the backup says: {why}");
+                    (self.reason, at) = (Some(why), at + length);
+                    continue;
+                }
+                match wire::decode(rest) {
                     Ok((Frame { message: Message::Piece { disk, piece, hash }, .. }, length)) => {
                         at += length;
                         if let Some(disks) = &self.task.disks {
@@ -115,6 +114,8 @@ impl<R: Fn(Report)> Protector<R> {
                         self.inputs.push_back(Input::Received(number, frame));
                     }
                     Err(wire::WireError::Truncated) => break,
+                    // Not all of it has come.
+                    Err(_) if offer::may_be_reason(rest) => break,
                     Err(e) => return self.lost(&e),
                 }
             }

@@ -74,7 +74,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         if peer.reader.is_some() && !peer.bytes.is_empty() {
             let rest = std::mem::take(&mut peer.bytes);
             let read = self.take_bytes(number, rest);
-            return read.map_err(|why| self.lost(number, &why)).is_ok();
+            return read.map_err(|why| self.refuse(number, &why)).is_ok();
         }
         let bytes = match peer.connection.receive() {
             Ok([]) => return false,
@@ -86,7 +86,17 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         };
         self.heard = Instant::now();
         let read = self.take_bytes(number, bytes);
-        read.map_err(|why| self.lost(number, &why)).is_ok()
+        read.map_err(|why| self.refuse(number, &why)).is_ok()
+    }
+
+    /// A connection carries what is not valid.
+    fn refuse(&mut self, number: Number, why: &str) {
+        if let Some(peer) = self.peer(number) {
+            peer.connection.send(offer::reason(why));
+            // It may have ended.
+            let _ = peer.connection.flush();
+        }
+        self.lost(number, why);
     }
 
     /// A connection has ended, or carries nonsense.
