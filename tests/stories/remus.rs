@@ -23,12 +23,13 @@ const STORIES: &[(&str, Test)] = &[
     ("a_guest_that_is_migrated_counts_on_at_the_other_host", guest::migrates),
     ("nothing_on_the_disk_is_lost_when_the_primary_is_killed", disks::nothing_is_lost),
     ("the_counter_goes_on_when_the_primary_is_killed", failover::counter_goes_on),
-    ("a_primary_that_stands_still_comes_back_to_its_backup", backup::flaps),
-    ("a_backup_that_stands_still_is_left_and_taken_again", backup::is_taken_again),
+    ("a_primary_that_stands_still_comes_back", backup::flaps),
+    ("a_primary_that_stands_still_for_long_is_fenced", backup::is_fenced),
+    ("a_backup_that_stands_still_is_taken_again", backup::is_taken_again),
     ("a_backup_that_is_killed_is_not_missed", backup::is_killed),
     ("a_paused_guest_stays_paused_at_its_backup", backup::stays_paused),
     ("a_guest_that_reboots_stays_protected", backup::reboots),
-    ("a_guest_that_has_ended_does_not_go_on_at_its_backup", backup::ends),
+    ("a_guest_that_has_ended_stays_so", backup::ends),
     ("twenty_failovers_leave_nothing_behind", backup::leaves_nothing),
 ];
 

@@ -207,9 +207,11 @@ fn frame(kind: u32, body: &[u8]) -> io::Result<Vec<u8>> {
     Ok(frame)
 }
 
-/// The kind and the body of a frame at the beginning of `bytes`, and its length with both; `None`
-/// when more bytes are needed.
-fn unframe(bytes: &[u8], longest: usize) -> Result<Option<(u32, &[u8], usize)>, OfferError> {
+/// The kind and the body of a frame, and its length with both.
+type Framed<'a> = (u32, &'a [u8], usize);
+
+/// The frame at the beginning of `bytes`; `None` when more bytes are needed.
+fn unframe(bytes: &[u8], longest: usize) -> Result<Option<Framed<'_>>, OfferError> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
     let [k0, k1, k2, k3, l0, l1, l2, l3] = *header;
     let kind = u32::from_le_bytes([k0, k1, k2, k3]);

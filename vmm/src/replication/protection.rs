@@ -1,4 +1,6 @@
 //! The main thread's part of a primary: it stops the guest for each epoch.
+mod of_guest;
+
 use std::{
     collections::VecDeque,
     ops::Range,
@@ -28,7 +30,6 @@ use qmp::{
 use replication::{
     Command, Epoch, Exit, Identity, Incarnation, Input, Lineage, Primary, Rules, Term,
 };
-use state::config::Halted;
 
 use super::{
     Promotion,
@@ -36,7 +37,6 @@ use super::{
     copier,
     disks::{Disks, named},
     offer::{Host, Offer},
-    outside::{MOST_EVENTS, Outside},
     protector::{Order, Orders, Protector, Report, Task},
     questions::{Query, changed, parse_uuid},
     settings,
@@ -225,18 +225,6 @@ impl Vmm {
         let me = Identity { lineage, incarnation };
         let primary = Primary::new(me, self.replication.term, settings, Rules::ALL);
         self.begin_protection(primary, me, settings.timeout, peer, Some(arbiter))
-    }
-
-    /// The machine, which has not run here, has come by a failover: its clocks go on, and what may not
-    /// have been seen outside is sent again. Whether its guest was stopped by a client.
-    pub fn comes_by(&mut self, promotion: &Promotion) -> bool {
-        let Promotion { outside, ended, .. } = promotion;
-        if !outside.paused {
-            self.machine.runs_since(*ended);
-        }
-        self.machine.send_again(&outside.output);
-        outside.events.iter().for_each(|event| self.broadcast(event));
-        outside.paused
     }
 
     /// Continue as the owner of a term that was won by a failover.
@@ -515,33 +503,6 @@ impl Vmm {
         }
     }
 
-    /// Tell all clients of something that the guest has caused. As its other output, that waits until
-    /// the backup has the state that has caused it.
-    pub(crate) fn tell_of_guest(&mut self, event: Event) {
-        let Some(protection) = self.replication.protection.as_mut().filter(|p| p.holds) else {
-            return self.broadcast(&event);
-        };
-        if protection.events.len() < MOST_EVENTS {
-            protection.events.push_back((None, event));
-        } else {
-            log::warn!("an event of the guest is lost: {MOST_EVENTS} are held already");
-        }
-    }
-
-    /// The backup has this epoch, or none is needed any more.
-    fn released(&mut self, through: Option<Epoch>) {
-        loop {
-            let Some(protection) = &mut self.replication.protection else { return };
-            protection.holds &= through.is_some();
-            let next = protection.events.pop_front_if(|(epoch, _)| match through {
-                Some(through) => epoch.is_some_and(|epoch| epoch <= through),
-                None => true,
-            });
-            let Some((_, event)) = next else { return };
-            self.broadcast(&event);
-        }
-    }
-
     fn next_report(&mut self) -> Option<Report> {
         match self.replication.protection.as_ref()?.reports.try_recv() {
             Ok(report) => Some(report),
@@ -615,22 +576,6 @@ impl Vmm {
         if let Some(protection) = &self.replication.protection {
             protection.orders.give(order.unwrap_or_else(Order::Failed));
         }
-    }
-
-    /// What the next checkpoint says of the outside, and why the guest cannot run on, if it cannot.
-    fn seen_outside(&self) -> (Outside, Option<Halted>) {
-        let Some(protection) = &self.replication.protection else { return Default::default() };
-        let events = protection.events.iter().map(|(_, event)| event.clone()).collect();
-        let paused = match self.state() {
-            State::Paused => !protection.stopped,
-            State::Prelaunch => true,
-            _ => false,
-        };
-        let halted = match self.state() {
-            State::Halted(why) => Some(why.into()),
-            _ => None,
-        };
-        (Outside { paused, events, output: Vec::new() }, halted)
     }
 
     fn park(&mut self, park: bool) {
@@ -729,12 +674,15 @@ impl Vmm {
     }
 }
 
+/// An epoch: the state, copies of memory, and the gates if they have just been made.
+type Taken = (Box<(MachineState, Staging)>, Option<Gates>);
+
 /// Steps 2 to 4 of an epoch: copy, mark, and let the machine run.
 fn epoch(
     mut still: Captured<'_>,
     capture: Capture,
     protection: &mut Protection,
-) -> Result<(Box<(MachineState, Staging)>, Option<Gates>), String> {
+) -> Result<Taken, String> {
     let Capture { epoch, shut, left, staging, .. } = capture;
     let markers = &mut protection.markers;
     let captured = still.epoch(&left, staging).map_err(|e| Error::generic(&e).to_string())?;

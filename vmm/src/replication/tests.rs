@@ -25,7 +25,7 @@ use machine::{
 use parking_lot::Mutex;
 use qmp::schema::{
     Event, ReplicationAnswer, ReplicationInfo, ReplicationRecord, ReplicationResult,
-    ReplicationSide, ReplicationStatus, ReplicationWord,
+    ReplicationSide, ReplicationStatus, ReplicationWord, ShutdownCause,
 };
 use replication::{
     Answer, Command, Digest, Epoch, Exit, Frame, Hello, Identity, Incarnation, Input, Lineage,
@@ -40,6 +40,7 @@ use super::{
     disks::Disks,
     keeper::{Keeper, Wanted},
     offer::{Host as Offered, Offer},
+    outside::Outside,
     protector::{Order, Orders, Protector, Report, Task},
     settings::agreement,
     standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
@@ -231,6 +232,8 @@ struct Host {
     fails: Mutex<bool>,
     /// All states that were told.
     told: Mutex<Vec<ReplicationStatus>>,
+    /// What is known of the outside.
+    outside: Mutex<Outside>,
     /// Why the backup has refused the offer.
     reasons: Mutex<Vec<String>>,
     record: Witness,
@@ -299,6 +302,7 @@ impl Protected {
             disks,
             fails: Mutex::default(),
             told: Mutex::default(),
+            outside: Mutex::default(),
             reasons: Mutex::default(),
             record,
             alone: Mutex::default(),
@@ -368,7 +372,7 @@ impl Host {
                     staging.fill(&self.memory, &ranges).unwrap();
                     self.disks.iter().for_each(|disks| disks.capture(epoch.0));
                     let captured = Box::new((sections().try_into().unwrap(), staging));
-                    let outside = Box::default();
+                    let outside = Box::new((self.outside.lock().clone(), None));
                     orders.give(Order::Captured { epoch, captured, outside, gates: None });
                 }
                 Report::Ask(query) if !*self.alone.lock() => {
@@ -627,6 +631,10 @@ fn the_backup_continues_the_guest_and_its_primary_ends() {
     let link = Link::between(&near, &far);
     let protected = Protected::asking(&near, &witness(), OnLoss::Claim, record.clone());
     protected.is_protected();
+    // The guest was stopped, and clients do not know yet that it had reset itself before.
+    let reset = Event::Reset { guest: true, reason: ShutdownCause::GuestReset };
+    let outside = Outside { paused: true, events: vec![reset], output: Vec::new() };
+    *protected.host.outside.lock() = outside.clone();
     let mut random = fastrand::Rng::with_seed(4);
     (0..20).for_each(|_| protected.writes(&mut random));
     protected.is_equal(&backup);
@@ -639,6 +647,7 @@ fn the_backup_continues_the_guest_and_its_primary_ends() {
     let rooms = backup.rooms.clone();
     let promotion = backup.thread.join().unwrap().unwrap();
     assert_eq!((promotion.term, promotion.promoted), (Term(2), Some(Incarnation(2))));
+    assert_eq!(promotion.outside, outside);
     assert!(promotion.epoch.0 >= protected.status.lock().acked);
     assert!(bytes(&protected.host.memory).split_off(3 * 4096) == memory(&rooms));
     assert_eq!(protected.state(), ReplicationStatus::Stalled);

@@ -57,8 +57,13 @@ impl Moment {
     /// This one.
     #[must_use]
     pub fn now() -> Self {
-        let booted = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Self { booted: booted.try_into().unwrap_or_default(), ticks: host_ticks() }
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: it writes the time. By the C library, as threads behind a filter may: it needs no
+        // other system call, not even the first time.
+        unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+        let nanoseconds = u32::try_from(time.tv_nsec).unwrap_or(0);
+        Self { booted: Duration::new(seconds, nanoseconds), ticks: host_ticks() }
     }
 
     /// How long it is ago.

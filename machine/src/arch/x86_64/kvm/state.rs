@@ -205,6 +205,14 @@ fn set_nested(fd: &VcpuFd, bytes: &[u8]) -> Result<(), KvmError> {
     fd.set_nested_state(&state).map_err(refused("set a vCPU's nested state"))
 }
 
+/// Let KVM compute again when the timer is due that the guest has set by its TSC, which was changed.
+pub(super) fn rearm(fd: &VcpuFd) -> Result<(), KvmError> {
+    let mut deadline = get_msrs(fd, &[MSR_IA32_TSC_DEADLINE])?;
+    // Not armed.
+    deadline.retain(|(_, ticks)| *ticks != 0);
+    set_msrs(fd, &deadline)
+}
+
 /// Read any number of MSRs; those that KVM cannot read here are left out.
 pub(crate) fn get_msrs(fd: &VcpuFd, list: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut values = Vec::with_capacity(list.len());

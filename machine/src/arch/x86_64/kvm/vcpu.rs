@@ -265,11 +265,12 @@ impl Cpu for KvmCpu {
     fn resumed(&mut self, ticks: i64) {
         let by = guest_ticks(ticks.unsigned_abs(), self.khz.0, self.khz.1);
         let by = if ticks < 0 { by.wrapping_neg() } else { by };
-        if by != 0
-            && guest_tsc_is_its_own()
-            && let Err(e) = tsc::hold_back(&self.fd, by)
-        {
-            log::debug!("the guest's TSC ran during the pause: {e}");
+        if by != 0 && guest_tsc_is_its_own() {
+            let held = tsc::hold_back(&self.fd, by).map_err(|e| e.to_string());
+            let timer = held.and_then(|()| state::rearm(&self.fd).map_err(|e| e.to_string()));
+            if let Err(e) = timer {
+                log::debug!("the guest's TSC ran during the pause: {e}");
+            }
         }
         // Informs a guest that uses kvm-clock that it was paused, so that its watchdog does not
         // report a soft lock-up. For a guest without kvm-clock: EINVAL, nothing to do.
