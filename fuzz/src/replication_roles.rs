@@ -37,6 +37,7 @@ use vmm::{
     checkpoint::Received,
     replication::{
         connection::Connection,
+        keeper::{Keeper, Wanted},
         offer::{Host, Offer},
         protector::{self, Order, Orders, Protector, Report},
         settings::agreement,
@@ -97,6 +98,10 @@ fn input(mut bytes: &[u8]) -> Vec<u8> {
 struct Nothing(u32, Wake);
 
 impl Builder for Nothing {
+    fn disks(&self, _: &Description) -> Result<Vec<Wanted>, String> {
+        Ok(Vec::new())
+    }
+
     fn room(
         &mut self,
         description: Description,
@@ -156,7 +161,13 @@ impl Backup {
             status: Arc::default(),
         };
         let builder = Nothing(0, wake.clone());
-        let thread = thread::spawn(move || drop(Standby::new(task, builder, |_| {}).run()));
+        let (keeper, keep) = Keeper::new(wake.clone());
+        let thread = thread::spawn(move || {
+            thread::scope(|scope| {
+                scope.spawn(keep);
+                drop(Standby::new(task, builder, keeper, |_| {}).run());
+            });
+        });
         let end = Box::new(move || {
             // It may have ended.
             let _ = orders.send(ToStandby::End);
@@ -210,6 +221,7 @@ impl Protected {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
             offer: Offer { timeout: TIMEOUT, host, config: config(1) },
             peer: None,
+            disks: None,
             memory: memory.clone(),
             compress: true,
             start: true,

@@ -102,7 +102,7 @@ mod tests {
         let mut before = Staging::default();
         image::write(&memory, 0x3000, b"before").unwrap();
         before.fill(&memory, &[0x3000..0x5000, 0x8000..0x9000]).unwrap();
-        let mut undo = Undo { before, written: vec![0x3000..0x5000] };
+        let mut undo = Undo { before, written: vec![0x3000..0x4000, 0x4000..0x5000] };
         image::write(&memory, 0x3000, b"after!").unwrap();
         undo.put_back(&memory).unwrap();
         let mut now = [0; 6];

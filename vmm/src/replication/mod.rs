@@ -19,7 +19,7 @@ pub mod connection;
 mod copier;
 mod disks;
 pub mod host;
-mod keeper;
+pub mod keeper;
 pub mod offer;
 mod outgoing;
 pub mod outside;
