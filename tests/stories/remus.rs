@@ -21,7 +21,7 @@ use stories::paths::GUEST_KERNEL;
 const STORIES: &[(&str, Test)] = &[
     ("the_guest_counts_writes_and_records", guest::works),
     ("a_guest_that_is_migrated_counts_on_at_the_other_host", guest::migrates),
-    ("nothing_on_the_disk_is_lost_when_the_primary_is_killed", disks::nothing_is_lost),
+    ("a_killed_primary_loses_no_record", disks::nothing_is_lost),
     ("the_counter_goes_on_when_the_primary_is_killed", failover::counter_goes_on),
     ("a_primary_that_stands_still_comes_back", backup::flaps),
     ("a_primary_that_stands_still_for_long_is_fenced", backup::is_fenced),
