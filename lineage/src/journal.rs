@@ -128,7 +128,9 @@ impl JournalFile<File> {
             .map_err(|e| failed(e.into()))?;
         file.sync_all().map_err(failed)?;
         let parent = path.parent().filter(|path| !path.as_os_str().is_empty());
-        File::open(parent.unwrap_or(Path::new("."))).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        File::open(parent.unwrap_or(Path::new(".")))
+            .and_then(|dir| dir.sync_all())
+            .map_err(failed)?;
         Ok(file)
     }
 

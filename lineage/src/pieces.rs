@@ -171,8 +171,7 @@ impl Set {
         let last = bytes.end.saturating_sub(1) / PIECE;
         bytes.start < bytes.end
             && (bytes.start / PIECE..=last.min(self.pieces.saturating_sub(1))).any(|piece| {
-                self.place(piece)
-                    .is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
+                self.place(piece).is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
             })
     }
 

@@ -295,9 +295,7 @@ impl Bytes<'_> {
                 Message::Sync { base: is_some.then_some(Epoch(epoch)) }
             }
             21 => Message::Compare { disk: self.u16()?, piece: self.u64()? },
-            22 => {
-                Message::Piece { disk: self.u16()?, piece: self.u64()?, hash: self.take()? }
-            }
+            22 => Message::Piece { disk: self.u16()?, piece: self.u64()?, hash: self.take()? },
             _ => return None,
         };
         self.0.is_empty().then_some(Frame { term, epoch, message })

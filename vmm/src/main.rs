@@ -171,7 +171,8 @@ fn run(invocation: &Invocation, mut ready: Option<Ready>) -> anyhow::Result<Exit
         (false, false) => Spawner::Forbidden,
     };
     confinement.finish()?;
-    let mut vmm = Vmm::new(machine, servers, invocation.actions, checkpointer, files, disks, spawner);
+    let mut vmm =
+        Vmm::new(machine, servers, invocation.actions, checkpointer, files, disks, spawner);
     if invocation.incoming.is_some() {
         vmm.announce(Schedule::default(), None)?;
     }

@@ -151,8 +151,7 @@ impl Assembly {
         opening: Opening,
         taking: Taking,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let mut description =
-            Description::try_from(&received.config).map_err(DryRunError::from)?;
+        let mut description = Description::try_from(&received.config).map_err(DryRunError::from)?;
         self.apply_overrides(&mut description)?;
         self.build_received(received, description, opening, taking)
     }
@@ -167,8 +166,7 @@ impl Assembly {
         received: Received,
         opening: Opening,
     ) -> Result<(Machine, Option<Halt>), RestoreError> {
-        let mut description =
-            Description::try_from(&received.config).map_err(DryRunError::from)?;
+        let mut description = Description::try_from(&received.config).map_err(DryRunError::from)?;
         self.apply_overrides(&mut description)?;
         for disk in description.occupied.disks.iter_mut().flatten() {
             (disk.expect, disk.probe) = (Expect::Any, false);

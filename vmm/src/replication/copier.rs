@@ -298,12 +298,7 @@ impl Copier {
     }
 }
 
-fn write(
-    disks: &Disks,
-    lineage: Lineage,
-    arbiter: Option<&str>,
-    mark: Mark,
-) -> Result<(), String> {
+fn write(disks: &Disks, lineage: Lineage, arbiter: Option<&str>, mark: Mark) -> Result<(), String> {
     let text = |e| qmp::Error::generic(&e).to_string();
     let paths: Vec<_> = disks.paths().collect();
     let images = Images::read(paths.iter().map(std::path::PathBuf::as_path)).map_err(text)?;

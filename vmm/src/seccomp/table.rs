@@ -47,7 +47,8 @@ enum Allowed {
 }
 
 /// Every thread.
-const ALL: &[Kind] = &[Main, Vcpu, Io, Writer, Checkpoint, Files, Disks, Kernel, End, Memory, Stream];
+const ALL: &[Kind] =
+    &[Main, Vcpu, Io, Writer, Checkpoint, Files, Disks, Kernel, End, Memory, Stream];
 /// Threads that open files of the host by their names.
 const OPENS: &[Kind] = &[Main, Checkpoint, Files, Disks, Kernel, End];
 /// Threads that create devices or parts of them: to plug them, to set them up for a driver, or to
@@ -88,10 +89,7 @@ const CALLS: &[Group] = &[
     // Files: disks, the kernel on reset, saves. `open`, `stat`, `lstat` are musl's.
     Group { kinds: OPENS, calls: &[SYS_openat, SYS_open, SYS_fstat, SYS_fstatfs, SYS_lseek] },
     // Which process holds a file; which descriptors to close at the end; where a save is.
-    Group {
-        kinds: &[Main, Checkpoint, Files, Disks, End],
-        calls: &[SYS_readlink, SYS_getdents64],
-    },
+    Group { kinds: &[Main, Checkpoint, Files, Disks, End], calls: &[SYS_readlink, SYS_getdents64] },
     Group { kinds: &[Main, Memory], calls: &[SYS_nanosleep, SYS_clock_nanosleep] },
     // The generation of a disk's image.
     Group {

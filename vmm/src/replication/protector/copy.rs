@@ -50,7 +50,8 @@ impl<R: Fn(Report)> Protector<R> {
     /// Copy the disks, and then memory, which `asks` begins; without it, that is asked for already.
     pub(super) fn copy_disks(&mut self, epoch: Epoch, asks: Option<Report>) {
         let number = self.disk_copy.number + 1;
-        self.disk_copy = DiskCopy { number, epoch, passes: 0, left: u64::MAX, asks, stage: Stage::All };
+        self.disk_copy =
+            DiskCopy { number, epoch, passes: 0, left: u64::MAX, asks, stage: Stage::All };
         self.ask_disks(Work::Copy(number));
     }
 

@@ -238,7 +238,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         }
         self.kept.settled = true;
         match result {
-            Ok(()) if std::mem::take(&mut self.kept.built) => self.inputs.push_back(Input::Prepared),
+            Ok(()) if std::mem::take(&mut self.kept.built) => {
+                self.inputs.push_back(Input::Prepared)
+            }
             Ok(()) => {}
             Err(why) => {
                 log::error!("replication: the images of the disks: {why}");

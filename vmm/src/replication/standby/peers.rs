@@ -238,9 +238,8 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         }
         self.settings = Some(settings);
         // Images of another guest are refused.
-        let (lineage, word) = self.kept.bound().unwrap_or_else(|| {
-            (hello.lineage, Mark::Free { term: Term(0) })
-        });
+        let (lineage, word) =
+            self.kept.bound().unwrap_or((hello.lineage, Mark::Free { term: Term(0) }));
         self.lineage = lineage;
         self.bind_images();
         let me = Identity { lineage, incarnation: self.task.incarnation };

@@ -131,7 +131,8 @@ fn settles(protected: &Protected) {
 
 #[test]
 fn images_are_equal_whatever_the_guest_writes_and_when() {
-    for (direct, aio) in [(false, Aio::Off), (true, Aio::Off), (false, Aio::Auto), (true, Aio::Auto)]
+    for (direct, aio) in
+        [(false, Aio::Off), (true, Aio::Off), (false, Aio::Auto), (true, Aio::Auto)]
     {
         let (sides, record) = (Sides::new(), Witness::default());
         let backup = Backup::keeping(&sides.socket(), witness(), record.clone(), sides.wanted());
