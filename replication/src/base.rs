@@ -121,9 +121,10 @@ impl Base {
         }
     }
 
-    /// Send a beat, also on the second path while `beside`, and again after a heart-beat's time.
-    pub fn beat(&mut self, epoch: Epoch, unfit: bool, probe: u64, beside: bool) {
-        self.send(epoch, Message::Beat { claimed: self.claimed, unfit, probe });
+    /// Send a beat that says whether a claim was sent, and whether this side is unfit; also on the
+    /// second path while `beside`, and again after a heart-beat's time.
+    pub fn beat(&mut self, epoch: Epoch, (claimed, unfit): (bool, bool), probe: u64, beside: bool) {
+        self.send(epoch, Message::Beat { claimed, unfit, probe });
         if beside {
             self.output(Output::BeatBeside);
         }

@@ -5,13 +5,16 @@ use crate::{
     interface::{Event, Exit, Mark, Output, Why},
     message::{Fault, Frame, Message},
     primary::UNACKNOWLEDGED,
+    settings::Arbiter,
     timers::Timer,
 };
 
 impl Backup {
     pub(super) fn beat(&mut self) {
         let paired = matches!(self.state, State::Ready | State::Standby | State::Suspecting);
-        self.base.beat(self.whole, self.unfit, self.echo, paired && !self.base.claimed);
+        let claimed = self.base.claimed && !self.waits_by_order();
+        let beside = paired && !self.base.claimed;
+        self.base.beat(self.whole, (claimed, self.unfit), self.echo, beside);
     }
 
     /// A beat of the primary. A new probe is answered at once: the primary holds output until then.
@@ -144,9 +147,11 @@ impl Backup {
 
     /// A byte has arrived from a suspected primary: it is alive, but what it sends over this
     /// connection is already being dropped. It has to connect again, and has a whole time-out to do
-    /// so.
+    /// so; as long as it likes where this side never claims by itself.
     pub(super) fn back_again(&mut self) {
-        let waits = self.state == State::Suspecting && !self.turn && !self.base.claimed;
+        let nobody = self.base.settings.agreement.arbiter == Arbiter::None;
+        let decided = self.turn && !nobody || self.ordered || self.released || self.base.claimed;
+        let waits = self.state == State::Suspecting && !decided;
         if waits && self.base.connection.is_some() && self.base.marking.is_none() {
             self.base.hang_up();
             self.base.timers.clear(Timer::Silence);

@@ -18,6 +18,8 @@ mod greeting;
 mod link;
 mod status;
 mod term;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 

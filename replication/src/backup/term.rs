@@ -56,13 +56,18 @@ impl Backup {
         }
     }
 
-    /// The term is burnt. A primary that is alive hears of it at once and claims, too; where a person
-    /// has ordered the claim, it hears of it with the next beat.
+    /// The term is burnt. A primary that is alive hears of it at once and claims, too; but not where a
+    /// person has ordered the claim, as it would be chance then who wins.
     fn announce_claim(&mut self) {
         self.base.claimed = true;
         if !self.ordered {
             self.beat();
         }
+    }
+
+    /// Whether a claim that a person has ordered waits for its answer.
+    pub(super) fn waits_by_order(&self) -> bool {
+        self.ordered && self.state == State::Suspecting
     }
 
     /// Take the guest over, as soon as everything that can fail has been done. The arbiter is asked

@@ -77,7 +77,8 @@ impl Primary {
             State::Syncing | State::Protected | State::Stalled | State::HandingOver(_)
         );
         let beside = paired && !self.base.claimed;
-        self.base.beat(self.window.last(), false, self.base.hearing.probe(), beside);
+        let (claimed, probe) = (self.base.claimed, self.base.hearing.probe());
+        self.base.beat(self.window.last(), (claimed, false), probe, beside);
     }
 
     /// A frame of the connection in use.
