@@ -39,10 +39,32 @@ pub enum Source {
 /// A backup of a replicated machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Replica {
-    /// Path of the socket, created for it, at which the primary connects.
-    pub socket: PathBuf,
+    /// Where the primary connects.
+    pub place: Place,
     /// Who decides which side may run the guest.
     pub arbiter: Arbiter,
+    /// How its connections are protected.
+    pub tls: Tls,
+}
+
+/// Where a backup listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A socket at this path, which is created for it.
+    Unix(PathBuf),
+    /// TCP, at `HOST:PORT`.
+    Tcp(String),
+}
+
+/// How connections are protected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tls {
+    /// By being within this host, and refused otherwise.
+    Local,
+    /// Not at all.
+    Off,
+    /// By TLS, with the certificates in this directory.
+    Directory(PathBuf),
 }
 
 /// Who decides which side of a replicated machine may run the guest.

@@ -33,13 +33,13 @@ use state::{
     cpu::Cpu,
     testing::{MEMORY, config, sections},
 };
+use transport::{Descriptors, Security};
 use vmm::{
     checkpoint::Received,
     replication::{
-        connection::Connection,
         keeper::{Keeper, Wanted},
         offer::{Host, Offer},
-        protector::{self, Order, Orders, Protector, Report},
+        protector::{self, Order, Orders, Protector, Report, Way},
         settings::agreement,
         standby::{self, Builder, Standby, ToStandby},
     },
@@ -154,6 +154,7 @@ impl Backup {
         let wake = Wake::new().unwrap();
         let task = standby::Task {
             listener: listener.into(),
+            security: Security::Plain(false),
             arbiter: Arbiter::None,
             incarnation: Incarnation(2),
             orders: inbox,
@@ -220,7 +221,7 @@ impl Protected {
         let task = protector::Task {
             primary: Primary::new(me, Term(1), settings, Rules::ALL),
             offer: Offer { timeout: TIMEOUT, host, config: config(1) },
-            peer: None,
+            way: Way { peer: None, security: Security::Plain(false) },
             disks: None,
             memory: memory.clone(),
             compress: true,
@@ -273,7 +274,7 @@ fn answer(reports: &Receiver<Report>, orders: &Orders, memory: &Memory, stream: 
             }
             Report::Connect => {
                 if let Some(stream) = stream.take() {
-                    orders.give(Order::Connected(Connection::new(stream.into()).unwrap()));
+                    orders.give(Order::Connected(Descriptors::socket(stream.into()).unwrap()));
                 }
             }
             Report::Over(..) => return,

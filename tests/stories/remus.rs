@@ -9,6 +9,8 @@ mod disks;
 mod failover;
 #[path = "remus/guest.rs"]
 mod guest;
+#[path = "remus/link.rs"]
+mod link;
 
 use std::env;
 use std::sync::Arc;
@@ -31,6 +33,11 @@ const STORIES: &[(&str, Test)] = &[
     ("a_guest_that_reboots_stays_protected", backup::reboots),
     ("a_guest_that_has_ended_stays_so", backup::ends),
     ("twenty_failovers_leave_nothing_behind", backup::leaves_nothing),
+    ("a_host_that_loses_power_is_replaced", link::host_vanishes),
+    ("a_link_that_is_cut_leaves_one_owner", link::is_cut),
+    ("a_stopped_primary_says_nothing_later", link::primary_is_stopped),
+    ("loss_and_delay_are_no_failure", link::is_bad),
+    ("flipped_bits_end_a_connection_and_nothing_else", link::flips_bits),
 ];
 
 fn main() -> Result<()> {

@@ -10,7 +10,8 @@ use qmp::{
     schema::{
         Cont, Empty, Event, MigrateCancel, MigrationInfo, MigrationStats, MigrationStatus,
         QueryMigrate, QueryReplication, QueryStatus, Quit, ReplicationAnswer, ReplicationFailover,
-        ReplicationInfo, RunState, ShutdownCause, StatusInfo, Stop,
+        ReplicationInfo, ReplicationNeed, ReplicationResult, RunState, ShutdownCause, StatusInfo,
+        Stop,
     },
     server::{Servers, Ticket},
     table::{Host, Table},
@@ -21,7 +22,7 @@ use crate::{
     checkpoint::{Arrival, ArrivalStep, Arrived, RestoreError},
     commands,
     replication::{
-        changed,
+        changed, handed,
         standby::{Tell, ToStandby},
     },
     vmm::Ending,
@@ -86,7 +87,13 @@ impl Arriving {
             .on(true, query_migrate)
             .on(true, query_status)
             .on(true, query_replication)
-            .on(true, replication_answer)
+            .on_ticket(true, replication_answer)
+            .on_ticket(true, |this, command, ticket| {
+                commands::net::getfd(&mut this.servers, command, ticket)
+            })
+            .on_ticket(true, |this, command, ticket| {
+                commands::net::closefd(&mut this.servers, command, ticket)
+            })
             .on(true, replication_failover)
             .listing(&commands::table(), false)
     }
@@ -199,11 +206,22 @@ fn query_replication(
     Ok(arriving.arrival.replica().map_or_else(Default::default, |r| r.status.lock().clone()))
 }
 
-fn replication_answer(arriving: &mut Arriving, answer: ReplicationAnswer) -> Result<Empty, Error> {
+fn replication_answer(
+    arriving: &mut Arriving,
+    answer: ReplicationAnswer,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let connects =
+        answer.need == ReplicationNeed::Connect && answer.result == ReplicationResult::Connected;
+    let passed = connects.then(|| handed::take(&answer, &mut arriving.servers, ticket));
     if let Some(replica) = arriving.arrival.replica() {
-        replica.give(ToStandby::Answer(answer));
+        replica.give(match passed.transpose()? {
+            // A primary's, which nobody has asked for.
+            Some(descriptors) => ToStandby::Connected(descriptors),
+            None => ToStandby::Answer(answer),
+        });
     }
-    Ok(Empty {})
+    Ok(Some(Empty {}))
 }
 
 fn replication_failover(

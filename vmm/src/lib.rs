@@ -27,6 +27,5 @@ pub mod signals;
 pub mod spawner;
 pub mod terminal;
 pub mod threads;
-pub mod transport;
 pub mod vmm;
 pub mod wake;

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 /// Each crate and the siblings that it may depend on; a crate that is not listed may depend on
 /// none.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("json", &[]),
     ("replication", &[]),
     ("lineage", &["replication"]),
@@ -22,8 +22,9 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("devices", &["state"]),
     ("qmp", &["json"]),
     ("machine", &["config", "devices", "lineage", "state"]),
-    ("vmm", &["machine", "qmp", "config", "state", "replication", "lineage"]),
-    ("stratoctl", &["qmp", "state", "config", "replication", "lineage"]),
+    ("transport", &[]),
+    ("vmm", &["machine", "qmp", "config", "state", "replication", "lineage", "transport"]),
+    ("stratoctl", &["qmp", "state", "config", "replication", "lineage", "transport"]),
     ("stories", &["qmp", "state", "replication"]),
     ("xtask", &["qmp", "stories"]),
 ];

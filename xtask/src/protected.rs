@@ -26,7 +26,7 @@ pub fn show(paths: &Paths, debian: &Debian) -> Result<()> {
     let dir = paths.fresh_scratch("demo-remus")?;
     // What is random on its lines is not used here.
     let hosts = Hosts::new(debian, 0)?;
-    let mut pair = Pair::new(&hosts, paths, &dir);
+    let mut pair = Pair::new(&hosts, paths, &dir)?;
 
     heading("A guest at the left host, and a client that counts with it over TCP");
     let mut primary = pair.boot(Side::Left)?;
@@ -36,7 +36,7 @@ pub fn show(paths: &Paths, debian: &Debian) -> Result<()> {
     println!("  the client has counted to {}", counter.last());
 
     heading("A backup at the right host");
-    println!("  stratovirt -incoming replicate:unix:SOCKET,witness=ID");
+    println!("  stratovirt -incoming replicate:tcp:HOST:PORT,witness=ID,tls=DIR");
     println!("  {{\"execute\":\"replication-start\", ...}} to the first monitor:");
     println!(
         "    a checkpoint every {:?}; without a sign of life, suspected after {:?}",

@@ -117,7 +117,7 @@ pub fn run(plan: &Plan, paths: &Paths, debian: &Debian, interrupt: &Interrupt) -
     println!("Seed {}.", plan.seed);
     let dir = paths.fresh_scratch("remus-soak")?;
     let hosts = Hosts::new(debian, plan.seed)?;
-    let mut pair = Pair::new(&hosts, paths, &dir);
+    let mut pair = Pair::new(&hosts, paths, &dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     let mut client = Client::connect(&hosts, SOON)?;

@@ -2,7 +2,7 @@
 use super::Log;
 use super::draft::Draft;
 use super::fields::Fields;
-use crate::incoming::{Arbiter, Mapping, Replica, Source, StreamSource};
+use crate::incoming::{Arbiter, Mapping, Place, Replica, Source, StreamSource, Tls};
 use crate::value::{self, Rule};
 
 pub(crate) fn pidfile(draft: &mut Draft, f: &mut Fields) {
@@ -54,7 +54,7 @@ pub(crate) fn incoming(draft: &mut Draft, f: &mut Fields) {
             Err("streams over TCP are not supported; use unix:, fd: or exec:".into())
         }
         _ => Err("must be file:DIRECTORY, unix:SOCKET, fd:NUMBER, exec:COMMAND or \
-                  replicate:unix:SOCKET"
+                  replicate:unix:SOCKET or replicate:tcp:HOST:PORT"
             .into()),
     });
     // Kept even when it is wrong, so that no missing kernel is reported.
@@ -123,24 +123,46 @@ fn stream(
     Ok((Source::Stream(from(text)?), how))
 }
 
-/// `unix:SOCKET[,witness=ID|,fence=KIND]`.
+/// `unix:SOCKET` or `tcp:HOST:PORT`, with `[,witness=ID|,fence=KIND][,tls=DIR|off]`.
 fn replica(text: &str) -> Result<Source, Rule> {
-    const FORM: &str = "must be replicate:unix:SOCKET, with ,witness=ID or ,fence=KIND if the backup may promote \
-         itself";
-    let mut rest = text.strip_prefix("unix:").ok_or(FORM)?;
-    let mut arbiter = Arbiter::None;
+    const FORM: &str = "must be replicate:unix:SOCKET or replicate:tcp:HOST:PORT, with ,witness=ID or ,fence=KIND if \
+         the backup may promote itself, and ,tls=DIR or ,tls=off";
+    let (mut rest, mut arbiter, mut tls) = (text, None, None);
     // A socket's path may contain commas.
-    if let Some((path, (key, word))) =
-        rest.rsplit_once(',').and_then(|(path, last)| Some((path, last.split_once('=')?)))
+    while let Some((before, (key, word))) =
+        rest.rsplit_once(',').and_then(|(before, last)| Some((before, last.split_once('=')?)))
     {
-        match key {
-            "witness" => arbiter = Arbiter::Witness(value::text(word)?),
-            "fence" => arbiter = Arbiter::Fence(value::text(word)?),
+        let is_given = match key {
+            "witness" => arbiter.replace(Arbiter::Witness(value::text(word)?)).is_some(),
+            "fence" => arbiter.replace(Arbiter::Fence(value::text(word)?)).is_some(),
+            "tls" if word == "off" => tls.replace(Tls::Off).is_some(),
+            "tls" => tls.replace(Tls::Directory(value::path(word)?)).is_some(),
             _ => return Err(FORM.into()),
+        };
+        if is_given {
+            return Err("only one of witness and fence is allowed, and each option once".into());
         }
-        rest = path;
+        rest = before;
     }
-    Ok(Source::Replica(Replica { socket: value::socket_path(rest)?, arbiter }))
+    let place = match rest.split_once(':') {
+        Some(("unix", path)) => Place::Unix(value::socket_path(path)?),
+        Some(("tcp", address)) => Place::Tcp(tcp_address(address)?),
+        _ => return Err(FORM.into()),
+    };
+    let (arbiter, tls) = (arbiter.unwrap_or(Arbiter::None), tls.unwrap_or(Tls::Local));
+    Ok(Source::Replica(Replica { place, arbiter, tls }))
+}
+
+/// `HOST:PORT`; an IPv6 address is in brackets.
+fn tcp_address(word: &str) -> Result<String, Rule> {
+    let port = word.rsplit_once(':').filter(|(host, port)| {
+        let plain = !host.contains(':') || (host.starts_with('[') && host.ends_with(']'));
+        !host.is_empty() && plain && port.parse::<u16>().is_ok()
+    });
+    port.map(|_| word.to_owned()).ok_or_else(|| {
+        "must be tcp:HOST:PORT, such as tcp:192.0.2.1:7000, tcp:[::]:7000 or tcp:0.0.0.0:7000"
+            .into()
+    })
 }
 
 fn is_realtime(word: &str) -> Result<bool, Rule> {
@@ -188,5 +210,37 @@ mod tests {
         assert_eq!(directory("/a,force=on,clock=realtime").ok(), Some((on(Mapping::On), both)));
         assert_eq!(unix("/a,clock=host"), None);
         assert_eq!(unix("/a,force=maybe"), None);
+    }
+
+    #[test]
+    fn a_backup_listens_at_a_socket_or_a_port() {
+        let unix = |path: &str| Place::Unix(path.into());
+        let tcp = |address: &str| Place::Tcp(address.into());
+        let witness = Arbiter::Witness("dir:7".into());
+        for (text, place, arbiter, tls) in [
+            ("unix:/a,b", unix("/a,b"), Arbiter::None, Tls::Local),
+            ("unix:/a,b,witness=dir:7,tls=/c", unix("/a,b"), witness, Tls::Directory("/c".into())),
+            ("tcp:h:7,tls=off,fence=x", tcp("h:7"), Arbiter::Fence("x".into()), Tls::Off),
+            ("tcp:[::]:7", tcp("[::]:7"), Arbiter::None, Tls::Local),
+        ] {
+            let source = Source::Replica(Replica { place, arbiter, tls });
+            assert_eq!(replica(text), Ok(source), "{text}");
+        }
+        for wrong in [
+            "/a",
+            "unix:",
+            "tcp:",
+            "tcp:h",
+            "tcp:h:",
+            "tcp::7",
+            "tcp:h:65536",
+            "tcp:::1:7",
+            "tcp:h:7,x=y",
+            "unix:/a,witness=1,fence=2",
+            "unix:/a,tls=off,tls=/b",
+            "unix:/a,tls=",
+        ] {
+            assert!(replica(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -14,6 +14,12 @@ super::plain! {
 pub struct ReplicationStart {
     /// The backup: `unix:SOCKET`. If it is left out, REPLICATION_NEEDS asks for each connection.
     pub uri: Option<String>,
+    /// Directory with `ca-cert.pem`, `client-cert.pem` and `client-key.pem`: TLS 1.3 is spoken on
+    /// each connection. Or `off`: TCP connections to other hosts may be unencrypted.
+    pub tls: Option<String>,
+    /// With a directory: the name or address that the backup's certificate has to be for. Initially
+    /// the address of the connection.
+    pub tls_hostname: Option<String>,
     /// Milliseconds from one checkpoint to the next. Initially 200.
     pub interval: Option<u64>,
     /// UUID of the domain, the same at both sides and for all processes; otherwise made up.
@@ -84,8 +90,11 @@ pub struct ReplicationAnswer {
     pub need: ReplicationNeed,
     /// What was found.
     pub result: ReplicationResult,
-    /// With `connected`: name of the descriptor, which came with getfd on the same connection.
+    /// With `connected`: name of the descriptor, which came with getfd on the same connection: a
+    /// connected stream socket, or what is to be read from if there is also `write-fd`.
     pub fd: Option<String>,
+    /// With `connected`: name of the descriptor to write to, where it is another one.
+    pub write_fd: Option<String>,
     /// With `record`: the record as it is now; absent or null while it is open.
     pub record: Option<ReplicationRecord>,
     /// With `unknown`: why.

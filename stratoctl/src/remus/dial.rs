@@ -4,6 +4,7 @@
 //! remus-receive`, which first has to make a domain: both sides exchange a line of JSON each, a
 //! [`Greeting`] and a [`Welcome`]. What follows is between the two monitors.
 use std::{
+    fmt,
     fs::File,
     io::{self, Read, Write},
     net::{TcpStream, ToSocketAddrs},
@@ -19,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use state::regular_file::open_regular;
 
-use super::{Unknown, bounded::wait};
+use super::{Unknown, bounded::wait, tls::Encrypted};
 use crate::registry::{Description, Name};
 
 /// How long it may take to connect.
@@ -39,6 +40,8 @@ pub enum Dial {
     Unix(PathBuf),
     /// A host and port where `remus-receive -p` listens.
     Tcp(String, u16),
+    /// The same with TLS, and the directory with the certificates.
+    Tls(String, u16, PathBuf),
     /// A line for the shell that leads to `remus-receive`, on its standard input and output.
     Command(String),
 }
@@ -85,6 +88,16 @@ pub struct Welcome {
     pub error: Option<String>,
 }
 
+impl Welcome {
+    /// Check what was received.
+    fn check(self) -> Result<(), Unknown> {
+        let Some(error) = self.error else { return Ok(()) };
+        // It comes from another host, and may be shown on a terminal.
+        let error: String = error.chars().filter(|c| !c.is_control()).take(500).collect();
+        Err(Unknown::new(format!("the backup's stratoctl: {error}")))
+    }
+}
+
 /// Connects to one backup, again and again.
 pub struct Dialer {
     dial: Dial,
@@ -118,6 +131,18 @@ impl Dialer {
                 stream.set_write_timeout(Some(CONNECT_LIMIT)).map_err(failed)?;
                 greet(&mut stream, &self.greeting)?;
                 stream.set_write_timeout(None).map_err(failed)?;
+                Ok(stream.into())
+            }
+            Dial::Tls(host, port, directory) => {
+                let failed = |e: &dyn fmt::Display| {
+                    Unknown::new(format!("cannot connect to {host}:{port}: {e}"))
+                };
+                let stream = tcp(host, *port).map_err(|e| failed(&e))?;
+                let mut session = Encrypted::client(&stream, directory, host)
+                    .map_err(|e| failed(&format_args!("{e:#}")))?;
+                session.send(&self.greeting).map_err(|e| failed(&e))?;
+                session.receive(WELCOME_LIMIT).map_err(|e| failed(&e)).and_then(Welcome::check)?;
+                session.end().map_err(|e| failed(&e))?;
                 Ok(stream.into())
             }
             Dial::Command(line) => {
@@ -167,14 +192,7 @@ fn greet(stream: &mut (impl Read + Write + AsFd), greeting: &Greeting) -> Result
     let failed = |e: io::Error| Unknown::new(format!("the backup's stratoctl: {e}"));
     write_line(stream, greeting).map_err(failed)?;
     let welcome: Welcome = read_line(stream, WELCOME_LIMIT).map_err(failed)?;
-    match welcome.error {
-        None => Ok(()),
-        Some(error) => {
-            // It comes from another host, and may be shown on a terminal.
-            let error: String = error.chars().filter(|c| !c.is_control()).take(500).collect();
-            Err(Unknown::new(format!("the backup's stratoctl: {error}")))
-        }
-    }
+    welcome.check()
 }
 
 /// Write `value` as one line.
@@ -227,6 +245,7 @@ mod tests {
     use std::{net::TcpListener, thread};
 
     use serde_json::{Value, json};
+    use transport::testing::Authority;
 
     use super::*;
     use crate::policy::Policy;
@@ -296,6 +315,40 @@ mod tests {
             stream.write_all(&frames).unwrap();
         });
         assert_eq!(exchanged(Dial::Unix(path)).as_deref(), Ok("frames\n"));
+        peer.join().unwrap();
+    }
+
+    #[test]
+    fn over_tls_the_greeting_is_encrypted_and_the_connection_is_free_afterwards() {
+        let (ours, theirs) = (Authority::new(), Authority::new());
+        let (own, stranger) = (ours.directory(&ours), theirs.directory(&ours));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let config = transport::server(own.path()).unwrap();
+        let peer = thread::spawn(move || {
+            for error in [None, Some("no room".to_owned())] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut session = Encrypted::server(&stream, config.clone()).unwrap();
+                let heard: Greeting = session.receive(Duration::from_secs(60)).unwrap();
+                assert_eq!(heard, greeting());
+                let refused = error.is_some();
+                session.send(&Welcome { error }).unwrap();
+                if !refused {
+                    session.end().unwrap();
+                    let mut frames = [0; 7];
+                    stream.read_exact(&mut frames).unwrap();
+                    stream.write_all(&frames).unwrap();
+                }
+            }
+            let (stream, _) = listener.accept().unwrap();
+            assert!(Encrypted::server(&stream, config).is_err(), "its certificate is not ours");
+        });
+        let dial = |directory: &Path| Dial::Tls("localhost".into(), port, directory.into());
+        assert_eq!(exchanged(dial(own.path())).as_deref(), Ok("frames\n"));
+        let said = exchanged(dial(own.path())).unwrap_err().to_string();
+        assert!(said.contains("no room"), "{said}");
+        let said = exchanged(dial(stranger.path())).unwrap_err().to_string();
+        assert!(said.contains(&format!("localhost:{port}")), "{said}");
         peer.join().unwrap();
     }
 

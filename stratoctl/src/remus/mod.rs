@@ -11,6 +11,7 @@ pub mod dial;
 pub mod fence;
 pub mod protection;
 pub mod serve;
+pub mod tls;
 pub mod uuid;
 pub mod wire;
 pub mod witness;

@@ -34,7 +34,7 @@ pub struct Remus {
     /// Connect to `stratoctl remus-receive -p PORT` on the host
     #[arg(short, long)]
     pub port: Option<u16>,
-    /// Receiver: return once the connection has ended, do not wait for the domain's end
+    /// Receiver: return once the domain runs there, do not wait for its end
     #[arg(short = 'e', long)]
     pub no_wait: bool,
     /// Refused: output is held by the monitor itself, not by a script
@@ -71,8 +71,8 @@ pub struct Remus {
     /// Milliseconds without a sign of life after which the other side is suspected (1000)
     #[arg(long, value_name = "MS")]
     pub timeout: Option<u64>,
-    /// Refused: ssh or a tunnel encrypts
-    #[arg(long, value_name = "DIR", hide = true)]
+    /// With -p: encrypt, with ca-cert.pem, client-cert.pem and client-key.pem in this directory
+    #[arg(long, value_name = "DIR")]
     pub tls: Option<PathBuf>,
 }
 
@@ -141,10 +141,14 @@ impl From<OnSlow> for OnBackupSlow {
 
 #[derive(Debug, Args)]
 pub struct RemusReceive {
-    /// Wait for one sender on this port of the loopback device, not on standard input and output
+    /// Wait for a sender on this port, not on standard input and output; without --tls only on the
+    /// loopback device
     #[arg(short, long)]
     pub port: Option<u16>,
-    /// Return once the connection has ended, do not wait for the domain's end
+    /// With -p: encrypt, with ca-cert.pem, server-cert.pem and server-key.pem in this directory
+    #[arg(long, value_name = "DIR", requires = "port")]
+    pub tls: Option<PathBuf>,
+    /// Return once the domain runs here, do not wait for its end
     #[arg(short = 'e', long)]
     pub no_wait: bool,
     /// Name of the domain here (default: that of the sender)

@@ -104,12 +104,26 @@ impl Agent {
     /// # Errors
     /// As [`Self::wait`].
     pub fn wait_state(&self, state: &str, limit: Duration) -> Result<Instant> {
-        let is_it = |event: &ReceivedEvent| {
-            (event.event == "REPLICATION_STATE" && event.data.get("state") == Some(&json!(state)))
-                .then_some(())
-        };
-        Ok(self.wait(state, limit, is_it)?.0)
+        self.wait(state, limit, |event| states(event).filter(|now| *now == state).map(|_| ()))
+            .map(|(at, ())| at)
     }
+
+    /// Waits until replication is in one of these states, and returns that.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_one_of(&self, wanted: &[&str], limit: Duration) -> Result<String> {
+        let is_one = |event: &ReceivedEvent| {
+            states(event).filter(|now| wanted.contains(now)).map(str::to_owned)
+        };
+        Ok(self.wait(&wanted.join(" or "), limit, is_one)?.1)
+    }
+}
+
+/// The state that an event reports.
+fn states(event: &ReceivedEvent) -> Option<&str> {
+    let state = event.data.get("state").and_then(|state| state.as_str());
+    state.filter(|_| event.event == "REPLICATION_STATE")
 }
 
 impl Drop for Agent {
@@ -128,7 +142,9 @@ fn serve(client: &mut Client, side: Side, witness: &Witness, heard: &Heard) -> R
             Err(error) => return Err(error).context("the monitor is gone"),
         };
         let at = Instant::now();
-        if event.event == "REPLICATION_NEEDS" {
+        // The dialer connects.
+        let connects = event.data.get("need") == Some(&json!("connect"));
+        if event.event == "REPLICATION_NEEDS" && !connects {
             let answer = witness.answer(side, &event.data);
             match client.execute_raw("replication-answer", answer) {
                 // The question may have been answered by somebody else.

@@ -1,15 +1,19 @@
 //! Two machines of which one runs the guest and the other could: they change places at every
 //! failover, each time with a new process as the backup.
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use qmp::client::{Client, ReceivedEvent};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::agent::Agent;
+use super::certificates;
+use super::dialer::Dialer;
 use super::machine::{start, vm, waiting};
 use super::witness::Witness;
 use crate::lab::hosts::{Hosts, Side};
@@ -18,6 +22,8 @@ use crate::paths::Paths;
 
 /// Identity of the witness.
 const WITNESS: &str = "test";
+/// The port of the first backup. Each has one of its own.
+const PORT: u16 = 7000;
 
 /// How a guest is protected.
 #[derive(Debug, Clone, Copy)]
@@ -28,26 +34,19 @@ pub struct Protection {
     pub timeout: Duration,
 }
 
-impl Protection {
-    fn arguments(self, socket: &Path) -> Value {
-        json!({
-            "uri": format!("unix:{}", socket.display()),
-            "interval": self.interval.as_millis() as u64,
-            "heartbeat-timeout": self.timeout.as_millis() as u64,
-        })
-    }
-}
-
 /// Where the machines are.
 pub struct Pair<'a> {
     /// The network.
     pub hosts: &'a Hosts,
     /// Decides who runs the guest.
     pub witness: Arc<Witness>,
+    /// Whether the link is encrypted.
+    pub tls: bool,
     paths: &'a Paths,
     dir: PathBuf,
+    certificates: PathBuf,
     /// Processes started so far.
-    count: u32,
+    count: u16,
     /// The machine has a disk, with an image at each host.
     disk: bool,
 }
@@ -60,6 +59,10 @@ pub struct Machine {
     pub qmp: Client,
     /// Answers what the monitor asks, and keeps what it reports.
     pub agent: Agent,
+    /// Connects it to its backup, once it has one.
+    dialer: Option<Dialer>,
+    /// Where its control socket is.
+    socket: PathBuf,
     /// The process; killed when dropped.
     pub monitor: Monitor,
 }
@@ -79,11 +82,51 @@ pub struct Failover {
     pub all: Duration,
 }
 
+impl Machine {
+    /// What its monitor says of replication.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn replication(&mut self) -> Result<Value> {
+        Ok(self.qmp.execute_raw("query-replication", json!({}))?)
+    }
+
+    /// Waits until that is so.
+    ///
+    /// # Errors
+    /// It does not become so in time.
+    pub fn wait_until(&mut self, what: &str, is_so: impl Fn(&Value) -> bool) -> Result<Value> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let info = self.replication()?;
+            if is_so(&info) {
+                return Ok(info);
+            }
+            ensure!(Instant::now() < deadline, "{what}: {info}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Sends its process a signal.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.monitor.pid())?).context("no process")?;
+        Ok(kill_process(pid, signal)?)
+    }
+}
+
 impl<'a> Pair<'a> {
-    /// No machine yet; their files will be in `dir`.
-    #[must_use]
-    pub fn new(hosts: &'a Hosts, paths: &'a Paths, dir: &Path) -> Self {
-        Self { hosts, witness: Arc::default(), paths, dir: dir.to_owned(), count: 0, disk: false }
+    /// No machine yet; their files will be in `dir`. They speak TLS.
+    ///
+    /// # Errors
+    /// The certificates cannot be written there.
+    pub fn new(hosts: &'a Hosts, paths: &'a Paths, dir: &Path) -> Result<Self> {
+        let certificates = dir.join("tls");
+        certificates::write(&certificates)?;
+        let (witness, dir) = (Arc::default(), dir.to_owned());
+        Ok(Self { hosts, witness, tls: true, paths, dir, certificates, count: 0, disk: false })
     }
 
     /// With a disk of these contents; only the host that boots the guest has its image.
@@ -122,7 +165,7 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// It is not protected in time.
     pub fn protect(&mut self, primary: &mut Machine, protection: Protection) -> Result<Machine> {
-        self.protect_by(primary, protection, Some(WITNESS))
+        self.protect_by(primary, protection, Some(WITNESS), Ok)
     }
 
     /// The same, where nobody but a person lets the backup run the guest.
@@ -134,7 +177,20 @@ impl<'a> Pair<'a> {
         primary: &mut Machine,
         protection: Protection,
     ) -> Result<Machine> {
-        self.protect_by(primary, protection, None)
+        self.protect_by(primary, protection, None, Ok)
+    }
+
+    /// The same by a connection to the address that `way` returns for the backup's.
+    ///
+    /// # Errors
+    /// As [`Self::protect`].
+    pub fn protect_through(
+        &mut self,
+        primary: &mut Machine,
+        protection: Protection,
+        way: impl FnOnce(SocketAddr) -> Result<SocketAddr>,
+    ) -> Result<Machine> {
+        self.protect_by(primary, protection, Some(WITNESS), way)
     }
 
     fn protect_by(
@@ -142,12 +198,13 @@ impl<'a> Pair<'a> {
         primary: &mut Machine,
         protection: Protection,
         witness: Option<&str>,
+        way: impl FnOnce(SocketAddr) -> Result<SocketAddr>,
     ) -> Result<Machine> {
         let side = primary.side.other();
         let dir = self.fresh()?;
-        let socket = dir.join("replicate.sock");
+        let address = SocketAddr::from((side.address(), PORT + self.count));
         let decided = witness.map(|identity| format!(",witness={identity}")).unwrap_or_default();
-        let from = format!("replicate:unix:{}{decided}", socket.display());
+        let from = format!("replicate:tcp:{address},tls={}{decided}", self.tls());
         let drive = format!("id=disk,file={}", self.image(side).display());
         let vm = match self.disk {
             true => waiting(&from).args(&["-drive", &drive]),
@@ -155,11 +212,9 @@ impl<'a> Pair<'a> {
         };
         let monitor = start(vm, self.hosts, side, self.paths, &dir)?;
         let backup = self.machine(side, monitor, &dir)?;
-        let mut arguments = protection.arguments(&socket);
-        if let (Some(identity), Some(arguments)) = (witness, arguments.as_object_mut()) {
-            arguments.insert("witness".to_owned(), json!(identity));
-        }
-        Self::begin(primary, &backup, arguments)?;
+        let host = self.hosts.host(primary.side);
+        primary.dialer = Some(Dialer::start(&primary.socket, host, way(address)?)?);
+        self.begin(primary, &backup, protection, witness)?;
         Ok(backup)
     }
 
@@ -173,14 +228,29 @@ impl<'a> Pair<'a> {
         backup: &Machine,
         protection: Protection,
     ) -> Result<()> {
-        let mut arguments = protection.arguments(&self.latest().join("replicate.sock"));
-        if let Some(arguments) = arguments.as_object_mut() {
-            arguments.insert("witness".to_owned(), json!(WITNESS));
-        }
-        Self::begin(primary, backup, arguments)
+        self.begin(primary, backup, protection, Some(WITNESS))
     }
 
-    fn begin(primary: &mut Machine, backup: &Machine, arguments: Value) -> Result<()> {
+    /// The certificates, or that there are none, as the monitor has it.
+    fn tls(&self) -> String {
+        if self.tls { self.certificates.display().to_string() } else { "off".to_owned() }
+    }
+
+    fn begin(
+        &self,
+        primary: &mut Machine,
+        backup: &Machine,
+        protection: Protection,
+        witness: Option<&str>,
+    ) -> Result<()> {
+        let mut arguments = json!({
+            "tls": self.tls(),
+            "interval": protection.interval.as_millis() as u64,
+            "heartbeat-timeout": protection.timeout.as_millis() as u64,
+        });
+        if let (Some(identity), Some(arguments)) = (witness, arguments.as_object_mut()) {
+            arguments.insert("witness".to_owned(), json!(identity));
+        }
         primary.agent.forget();
         primary.qmp.execute_raw("replication-start", arguments)?;
         primary.agent.wait_state("protected", SOON).with_context(|| {
@@ -229,7 +299,7 @@ impl<'a> Pair<'a> {
         let mut qmp = Client::connect(&socket, SOON)?;
         qmp.set_timeout(SOON);
         let agent = Agent::start(&socket, side, &self.witness)?;
-        Ok(Machine { side, qmp, agent, monitor })
+        Ok(Machine { side, qmp, agent, dialer: None, socket, monitor })
     }
 
     /// A directory for one more process.

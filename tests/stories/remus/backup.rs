@@ -80,7 +80,7 @@ fn status(machine: &mut Machine) -> Result<Value> {
 /// has to put memory back when that goes on. In the end it runs the guest all the same.
 pub fn flaps(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
     client.write(PAGES, 512, 10 * pace(), SOON)?;
@@ -118,7 +118,7 @@ pub fn flaps(story: &Story) -> Result<()> {
 /// had not shown before.
 pub fn is_fenced(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
     client.write(PAGES, 512, 10 * pace(), SOON)?;
@@ -144,7 +144,7 @@ pub fn is_fenced(story: &Story) -> Result<()> {
 /// than what has changed to be the backup again.
 pub fn is_taken_again(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
     client.write(PAGES, 512, 10 * pace(), SOON)?;
@@ -179,7 +179,7 @@ pub fn is_taken_again(story: &Story) -> Result<()> {
 /// In each state that a backup may be killed in, the guest goes on at its primary.
 pub fn is_killed(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     counter.wait(20, BOOT)?;
@@ -217,7 +217,7 @@ pub fn is_killed(story: &Story) -> Result<()> {
 /// A client has stopped the guest, and only a client lets it run again: wherever it is.
 pub fn stays_paused(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
     client.write(PAGES, 512, 10 * pace(), SOON)?;
@@ -244,7 +244,7 @@ pub fn stays_paused(story: &Story) -> Result<()> {
 /// A reboot is the guest's own business: its event waits for the backup, and the protection goes on.
 pub fn reboots(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
     let backup = pair.protect(&mut primary, PROTECTION)?;
@@ -271,7 +271,7 @@ pub fn ends(story: &Story) -> Result<()> {
         let hosts = Hosts::new(&story.debian, 1)?;
         let dir = story.dir.join(way);
         fs::create_dir(&dir)?;
-        let mut pair = Pair::new(&hosts, &story.paths, &dir);
+        let mut pair = Pair::new(&hosts, &story.paths, &dir)?;
         let mut primary = pair.boot(Side::Left)?;
         let mut client = Client::connect(&hosts, BOOT)?;
         let mut backup = pair.protect(&mut primary, PROTECTION)?;
@@ -307,7 +307,7 @@ fn usage(machine: &Machine) -> Result<(usize, u64)> {
 /// There and back again: what is left at the end is what was there at the beginning.
 pub fn leaves_nothing(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     counter.wait(20, BOOT)?;

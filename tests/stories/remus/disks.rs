@@ -23,7 +23,7 @@ pub fn nothing_is_lost(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     // Something in all of its pieces, so that the images differ where nothing is copied.
     let contents: Vec<u8> = (0..DISK).map(|at| (at >> 9) as u8 | 1).collect();
-    let pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut pair = pair.with_disk(Side::Left, &contents)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;

@@ -18,7 +18,7 @@ const PROTECTION: Protection =
 /// kill -9 of the primary: the counter continues, in the connection that it had.
 pub fn counter_goes_on(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
-    let mut pair = Pair::new(&hosts, &story.paths, &story.dir);
+    let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
     client.write(100, 512, 10 * pace(), SOON)?;

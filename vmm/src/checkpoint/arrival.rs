@@ -31,7 +31,6 @@ use config::{
     incoming::{Incoming, Replica, Source},
 };
 use machine::{Machine, Memory, Refused, Report, kvm::opening::Opening};
-use qmp::server::claim;
 use state::{
     Frames,
     cpu::Cpu,
@@ -50,6 +49,7 @@ use super::{
 use crate::{
     lifecycle::Halt,
     replication::{
+        entrance,
         host::{Host as BackupHost, Shared, incarnation},
         standby::{Task, Tell, ToStandby},
     },
@@ -121,11 +121,13 @@ impl Arrival {
                     end(machine, &tell);
                 })
             }
-            Source::Replica(Replica { socket, arbiter }) => {
-                let (listener, file) = claim(socket)?;
+            Source::Replica(Replica { place, arbiter, tls }) => {
+                let security = entrance::security(tls)?;
+                let (listener, file) = entrance::listen(place, tls)?;
                 let (shared, orders) = Shared::new()?;
                 let task = Task {
                     listener,
+                    security,
                     arbiter: arbiter.clone(),
                     incarnation: incarnation()?,
                     orders,

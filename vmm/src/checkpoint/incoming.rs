@@ -1,6 +1,7 @@
 //! Sources of streams: `-incoming unix:`, `fd:` and `exec:`.
 use std::{
     io::{self, Read},
+    net::SocketAddr,
     os::fd::OwnedFd,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -18,6 +19,7 @@ use rustix::{
 };
 
 use super::send::Cancel;
+use transport::CertificateError;
 
 /// Why there is no stream to read.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,15 @@ use super::send::Cancel;
 pub enum IncomingError {
     #[error("cannot listen for the stream")]
     Bind(#[from] BindError),
+    #[error("cannot listen at {address} for the primary")]
+    Listen { address: String, source: io::Error },
+    #[error(
+        "{0} can be reached from other hosts, and connections would not be encrypted: give a \
+         directory with certificates (tls=DIR), or allow that with tls=off"
+    )]
+    Unencrypted(SocketAddr),
+    #[error("the certificates of the backup cannot be used")]
+    Certificates(#[from] CertificateError),
     #[error("cannot accept the stream")]
     Fd(#[source] io::Error),
     #[error("cannot start /bin/sh -c {command:?}")]

@@ -5,7 +5,7 @@ mod device;
 mod human;
 mod introspect;
 mod migrate;
-mod net;
+pub mod net;
 mod probe;
 mod replication;
 mod run_state;
@@ -58,8 +58,8 @@ pub fn table() -> Table<Vmm> {
         .on_ticket(ANY, block::query_block)
         .on(ANY, block::query_blockstats)
         .on_ticket(ANY, block::query_named_block_nodes)
-        .on_ticket(ALIVE, net::getfd)
-        .on_ticket(ALIVE, net::closefd)
+        .on_ticket(ALIVE, |vmm, command, ticket| net::getfd(&mut vmm.servers, command, ticket))
+        .on_ticket(ALIVE, |vmm, command, ticket| net::closefd(&mut vmm.servers, command, ticket))
         .on_ticket(ALIVE, net::netdev_add)
         .on(ALIVE, net::netdev_del)
         .on(ALIVE, net::set_link)

@@ -5,7 +5,11 @@ use config::{
     NicConfig, Tap,
     types::{NicQueuePairs, NicQueueSize, TapName},
 };
-use qmp::{Error, schema::*, server::Ticket};
+use qmp::{
+    Error,
+    schema::*,
+    server::{Servers, Ticket},
+};
 
 use super::{invalid, plug_error};
 use crate::{announce::Schedule, vmm::Vmm};
@@ -13,8 +17,12 @@ use crate::{announce::Schedule, vmm::Vmm};
 /// Most named descriptors that are kept for one client.
 const MAX_NAMED: usize = 32;
 
-pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
-    let Some(fd) = vmm.servers.take_fd(ticket) else {
+pub fn getfd(
+    servers: &mut Servers,
+    command: Getfd,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let Some(fd) = servers.take_fd(ticket) else {
         return Err(Error::text("Invalid SCM message: no descriptor came with this command"));
     };
     let name = command.fdname;
@@ -22,7 +30,7 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
     if name.starts_with(|first: char| first.is_ascii_digit()) || name.contains(':') {
         return Err(invalid("fdname", &name, "must not begin with a digit or contain ':'"));
     }
-    let Some(named) = vmm.servers.named_fds(ticket) else { return Ok(None) };
+    let Some(named) = servers.named_fds(ticket) else { return Ok(None) };
     if named.len() >= MAX_NAMED && !named.contains_key(&name) {
         return Err(Error::text(format!(
             "{MAX_NAMED} descriptors are named already; close some with closefd"
@@ -32,8 +40,12 @@ pub fn getfd(vmm: &mut Vmm, command: Getfd, ticket: &Ticket) -> Result<Option<Em
     Ok(Some(Empty {}))
 }
 
-pub fn closefd(vmm: &mut Vmm, command: Closefd, ticket: &Ticket) -> Result<Option<Empty>, Error> {
-    let closed = vmm.servers.named_fds(ticket).and_then(|named| named.remove(&command.fdname));
+pub fn closefd(
+    servers: &mut Servers,
+    command: Closefd,
+    ticket: &Ticket,
+) -> Result<Option<Empty>, Error> {
+    let closed = servers.named_fds(ticket).and_then(|named| named.remove(&command.fdname));
     closed
         .map(|_| Some(Empty {}))
         .ok_or_else(|| Error::text(format!("File descriptor named '{}' not found", command.fdname)))

@@ -15,9 +15,10 @@
 //! ```
 //! The state machines live on the threads that have the connection, so that no wait for the guest
 //! or for a file keeps back a sign of life.
-pub mod connection;
 mod copier;
 mod disks;
+pub mod entrance;
+pub mod handed;
 pub mod host;
 pub mod keeper;
 pub mod offer;

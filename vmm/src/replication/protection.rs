@@ -30,14 +30,14 @@ use qmp::{
 use replication::{
     Command, Epoch, Exit, Identity, Incarnation, Input, Lineage, Primary, Rules, Term,
 };
+use transport::Security;
 
 use super::{
-    Promotion,
-    connection::Connection,
-    copier,
+    Promotion, copier,
     disks::{Disks, named},
+    handed,
     offer::{Host, Offer},
-    protector::{Order, Orders, Protector, Report, Task},
+    protector::{Order, Orders, Protector, Report, Task, Way},
     questions::{Query, changed, parse_uuid},
     settings,
 };
@@ -153,6 +153,7 @@ impl Vmm {
     }
 
     /// Protect the machine, of whose disks the sidecars were read ([`Vmm::unread_sidecars`]).
+    /// Connections to its backup are protected by `security`.
     ///
     /// # Errors
     /// When that is not possible; nothing has changed then.
@@ -160,13 +161,18 @@ impl Vmm {
         &mut self,
         start: &ReplicationStart,
         bound: Option<Bound>,
+        security: Security,
     ) -> Result<(), Error> {
         let (settings, arbiter) = settings::of_primary(start)?;
         let peer = start.uri.as_deref().map(|uri| match uri.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(PathBuf::from(path)),
+            Some(("tcp", _)) => Err(Error::text(format!(
+                "Invalid parameter 'uri': '{uri}': the monitor opens no TCP connections: leave it \
+                 out, and answer REPLICATION_NEEDS with a connected socket"
+            ))),
             _ => Err(Error::text(format!("Invalid parameter 'uri': '{uri}': must be unix:SOCKET"))),
         });
-        let peer = peer.transpose()?;
+        let way = Way { peer: peer.transpose()?, security };
         if let (Some(bound), None) = (bound, self.replication.lineage) {
             let named = start.lineage.as_deref().map(|text| parse_uuid("lineage", text));
             if let Some(named) = named.transpose()?.filter(|named| *named != bound.lineage.0) {
@@ -218,13 +224,13 @@ impl Vmm {
             if let Some(disks) = &protection.disks {
                 disks.ask(copier::Work::Arbiter(named(&arbiter)));
             }
-            protection.orders.give(Order::Again { settings, arbiter, peer });
+            protection.orders.give(Order::Again { settings, arbiter, way });
             return Ok(());
         }
         let incarnation = Incarnation(random()?);
         let me = Identity { lineage, incarnation };
         let primary = Primary::new(me, self.replication.term, settings, Rules::ALL);
-        self.begin_protection(primary, me, settings.timeout, peer, Some(arbiter))
+        self.begin_protection(primary, me, settings.timeout, way, Some(arbiter))
     }
 
     /// Continue as the owner of a term that was won by a failover.
@@ -238,7 +244,8 @@ impl Vmm {
         (self.replication.lineage, self.replication.term) = (Some(me.lineage), term);
         self.replication.last.last_failover = Some(times);
         let (primary, outputs) = Primary::owner(me, term, promoted, settings, Rules::ALL);
-        self.begin_protection(primary, me, settings.timeout, None, None)?;
+        let way = Way { peer: None, security: Security::Plain(false) };
+        self.begin_protection(primary, me, settings.timeout, way, None)?;
         for output in outputs {
             if let replication::Output::Ask { nonce, question } = output {
                 self.replication_asks(Query { nonce, question });
@@ -253,7 +260,7 @@ impl Vmm {
         primary: Primary,
         me: Identity,
         timeout: Duration,
-        peer: Option<PathBuf>,
+        way: Way,
         start: Option<Arbiter>,
     ) -> Result<(), Error> {
         let failed = |e: std::io::Error| Error::generic(&e);
@@ -284,7 +291,7 @@ impl Vmm {
         let task = Task {
             primary,
             offer: Offer { timeout, host, config },
-            peer,
+            way,
             disks: of_thread,
             memory: self.machine.memory().clone(),
             compress: true,
@@ -394,10 +401,7 @@ impl Vmm {
         answer: &ReplicationAnswer,
         ticket: &Ticket,
     ) -> Result<(), Error> {
-        let named = answer
-            .fd
-            .as_deref()
-            .and_then(|name| self.servers.named_fds(ticket).and_then(|fds| fds.remove(name)));
+        let passed = handed::take(answer, &mut self.servers, ticket);
         let Some(protection) = &mut self.replication.protection else { return Ok(()) };
         if answer.need == ReplicationNeed::Connect {
             if !std::mem::take(&mut protection.connecting)
@@ -405,11 +409,8 @@ impl Vmm {
             {
                 return Ok(());
             }
-            let fd = named.ok_or_else(|| {
-                Error::text("Parameter 'fd': no descriptor of that name: pass it with getfd first")
-            })?;
-            let connection = Connection::new(fd).map_err(|e| Error::generic(&e))?;
-            protection.orders.give(Order::Connected(connection));
+            let descriptors = passed?;
+            protection.orders.give(Order::Connected(descriptors));
             return Ok(());
         }
         if let Some(query) = protection.query

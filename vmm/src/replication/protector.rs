@@ -33,10 +33,10 @@ use rustix::{
     io::Errno,
 };
 use state::config::Halted;
+use transport::{Descriptors, Link, Security};
 
 use self::copy::DiskCopy;
 use super::{
-    connection::Connection,
     copier,
     offer::Offer,
     outgoing::{Outgoing, Staged},
@@ -134,7 +134,7 @@ pub enum Order {
         answer: Answer,
     },
     /// To [`Report::Connect`].
-    Connected(Connection),
+    Connected(Descriptors),
     /// Of a client.
     Command(Input),
     /// Of the thread that reads the disks, for the copy with this number.
@@ -147,9 +147,17 @@ pub enum Order {
         settings: Settings,
         /// Who decides.
         arbiter: Arbiter,
-        /// Where the backup listens; `None`: the agent connects.
-        peer: Option<PathBuf>,
+        /// Of the other backup.
+        way: Way,
     },
+}
+
+/// The way to the backup.
+pub struct Way {
+    /// Where it listens; `None`: the agent connects.
+    pub peer: Option<PathBuf>,
+    /// How connections to it are protected.
+    pub security: Security,
 }
 
 /// What a new thread is given.
@@ -158,8 +166,8 @@ pub struct Task {
     pub primary: Primary,
     /// The offer.
     pub offer: Offer,
-    /// Where the backup listens; `None`: the agent connects.
-    pub peer: Option<PathBuf>,
+    /// The way to the backup.
+    pub way: Way,
     /// The thread that reads the disks, if there are any.
     pub disks: Option<copier::Handle>,
     /// The machine's memory.
@@ -181,9 +189,9 @@ pub struct Protector<R> {
     task: Task,
     report: R,
     began: Instant,
-    connection: Option<(Number, Connection)>,
+    connection: Option<(Number, Link)>,
     /// A new one, which takes its place if it is wanted.
-    offered: Option<(Number, Connection)>,
+    offered: Option<(Number, Link)>,
     /// Connections so far.
     connections: u64,
     reader: Incoming,
@@ -298,11 +306,14 @@ impl<R: Fn(Report)> Protector<R> {
 
     fn wait(&mut self) -> io::Result<()> {
         let due = [self.task.primary.deadline(), self.looks_at()];
-        let left = due.into_iter().flatten().min().map(|at| at.saturating_sub(self.now()));
+        let due = due.into_iter().flatten().map(|at| at.saturating_sub(self.now()));
+        let handshake = self.connection.as_ref().and_then(|(_, connection)| connection.deadline());
+        let handshake = handshake.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = due.chain(handshake).min();
         let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
         let mut fds = vec![PollFd::new(&self.task.wake, PollFlags::IN)];
         if let Some((_, connection)) = &self.connection {
-            fds.push(PollFd::new(connection, connection.interest()));
+            fds.extend(connection.interest());
         }
         match poll(&mut fds, left.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {
@@ -406,7 +417,7 @@ impl<R: Fn(Report)> Protector<R> {
         show(&mut shown, &self.task.primary.status());
         shown.held_bytes = held.bytes as u64;
         shown.oldest_us = microseconds(held.oldest);
-        shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, c)| c.total());
+        shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, link)| link.written());
     }
 }
 

@@ -26,10 +26,10 @@ use rustix::{
     io::Errno,
 };
 use state::{Config, cpu::Cpu};
+use transport::{Descriptors, Link, MOST_AT_ONCE, Security};
 
 use self::images::Kept;
 use super::{
-    connection::Connection,
     keeper::{Keeper, Wanted, Work},
     outside::Outside,
     questions::{Query, show},
@@ -53,6 +53,8 @@ const READS: usize = 16;
 pub enum ToStandby {
     /// An agent's answer.
     Answer(ReplicationAnswer),
+    /// A primary's connection.
+    Connected(Descriptors),
     /// A client's command.
     Command(Input),
     /// The monitor ends.
@@ -128,6 +130,8 @@ pub trait Builder {
 pub struct Task {
     /// Where primaries connect.
     pub listener: OwnedFd,
+    /// How their connections are protected.
+    pub security: Security,
     /// Who decides.
     pub arbiter: Arbiter,
     /// This process.
@@ -172,6 +176,8 @@ pub struct Standby<B, T> {
     settings: Option<Settings>,
     peers: Vec<Peer>,
     connections: u64,
+    /// For what is read.
+    buffer: Vec<u8>,
     accepted: Option<Accepted>,
     /// The connection that was accepted last.
     current: Option<Number>,
@@ -226,7 +232,7 @@ struct Accepted {
 
 struct Peer {
     number: Number,
-    connection: Connection,
+    connection: Link,
     /// What has come before the offer was complete, and what is not to be read yet.
     bytes: Vec<u8>,
     reader: Option<Reader>,
@@ -254,6 +260,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             settings: None,
             peers: Vec::new(),
             connections: 0,
+            buffer: Vec::with_capacity(MOST_AT_ONCE),
             accepted: None,
             current: None,
             offered: None,
@@ -315,15 +322,16 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         let deadline = self.backup.as_ref().and_then(Backup::deadline);
         let left = deadline.map(|at| at.saturating_sub(self.now()));
         let builds = self.builds_at.map(|at| at.saturating_duration_since(Instant::now()));
-        let left = left.into_iter().chain(builds).min();
+        let reading = || self.peers.iter().filter(|peer| self.reads(peer.number));
+        let handshakes = reading().filter_map(|peer| peer.connection.deadline());
+        let handshakes = handshakes.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = left.into_iter().chain(builds).chain(handshakes).min();
         let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
         let mut fds = vec![
             PollFd::new(&self.task.wake, PollFlags::IN),
             PollFd::new(&self.task.listener, PollFlags::IN),
         ];
-        for peer in self.peers.iter().filter(|peer| self.reads(peer.number)) {
-            fds.push(PollFd::new(&peer.connection, peer.connection.interest()));
-        }
+        reading().for_each(|peer| fds.extend(peer.connection.interest()));
         match poll(&mut fds, left.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(false),
@@ -428,6 +436,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         while let Ok(order) = self.task.orders.try_recv() {
             match order {
                 ToStandby::Answer(given) => self.answered(&given),
+                ToStandby::Connected(descriptors) => self.add(descriptors),
                 ToStandby::Command(input) => self.inputs.push_back(input),
                 ToStandby::End => drop(self.over.get_or_insert(Err("as it was told to".into()))),
             }

@@ -4,10 +4,13 @@ mod bad_frames;
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::Shutdown,
+    io::{Read, Write, pipe},
+    net::{Shutdown, SocketAddr, TcpStream},
     ops::Range,
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -17,7 +20,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use config::{Description, MemoryConfig, incoming::Arbiter as Given};
+use config::{
+    Description, MemoryConfig,
+    incoming::{Arbiter as Given, Place, Tls},
+};
 use machine::{
     Memory, Tsc,
     memory::{allocate, image},
@@ -33,20 +39,21 @@ use replication::{
 };
 use state::cpu::Cpu;
 use state::testing::{MEMORY, config, sections};
+use transport::{Descriptors, Names, Security, testing::Authority};
 
 use super::{
-    connection::Connection,
     copier,
     disks::Disks,
+    entrance,
     keeper::{Keeper, Wanted},
     offer::{Host as Offered, Offer},
     outside::Outside,
-    protector::{Order, Orders, Protector, Report, Task},
+    protector::{Order, Orders, Protector, Report, Task, Way},
     settings::agreement,
     standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
 };
 use crate::{
-    checkpoint::{ReceiveError, Received},
+    checkpoint::{IncomingError, ReceiveError, Received},
     wake::Wake,
 };
 
@@ -172,7 +179,17 @@ impl Backup {
     }
 
     fn keeping(path: &Path, arbiter: Given, witness: Witness, disks: Vec<Wanted>) -> Self {
-        let listener = UnixListener::bind(path).unwrap();
+        let listener = UnixListener::bind(path).unwrap().into();
+        Self::listening(listener, Security::Plain(false), arbiter, witness, disks)
+    }
+
+    fn listening(
+        listener: OwnedFd,
+        security: Security,
+        arbiter: Given,
+        witness: Witness,
+        disks: Vec<Wanted>,
+    ) -> Self {
         let (orders, inbox) = channel();
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
         let rooms = Arc::<Mutex<Vec<Memory>>>::default();
@@ -187,7 +204,8 @@ impl Backup {
             wake: wake.clone(),
         };
         let task = standby::Task {
-            listener: listener.into(),
+            listener,
+            security,
             arbiter,
             incarnation: Incarnation(2),
             orders: inbox,
@@ -223,8 +241,12 @@ impl Backup {
     }
 }
 
+/// How an agent connects.
+type Connect = Box<dyn Fn() -> Option<Descriptors> + Send + Sync>;
+
 /// What the main thread of a primary knows.
 struct Host {
+    connect: Connect,
     memory: Memory,
     dirty: Mutex<Vec<Range<u64>>>,
     disks: Option<Arc<Disks>>,
@@ -266,6 +288,17 @@ impl Protected {
         arbiter: &Given,
         on_loss: OnLoss,
         record: Witness,
+        machine: (Tsc, Option<Arc<Disks>>),
+    ) -> Self {
+        let way = Way { peer: Some(peer.to_owned()), security: Security::Plain(false) };
+        Self::through((way, Box::new(|| None)), arbiter, on_loss, record, machine)
+    }
+
+    fn through(
+        (way, connect): (Way, Connect),
+        arbiter: &Given,
+        on_loss: OnLoss,
+        record: Witness,
         (tsc, disks): (Tsc, Option<Arc<Disks>>),
     ) -> Self {
         let settings = settings(arbiter, on_loss);
@@ -287,7 +320,7 @@ impl Protected {
                 host: Offered::of(arbiter.clone(), tsc, None),
                 config: config(1),
             },
-            peer: Some(peer.to_owned()),
+            way,
             disks: copier,
             memory: memory.clone(),
             compress: true,
@@ -306,6 +339,7 @@ impl Protected {
             reasons: Mutex::default(),
             record,
             alone: Mutex::default(),
+            connect,
         });
         let (report, reports) = channel();
         thread::spawn(move || Protector::new(task, move |r| report.send(r).unwrap()).run());
@@ -384,7 +418,12 @@ impl Host {
                     self.told.lock().push(state);
                     self.reasons.lock().extend(reason);
                 }
-                Report::Ask(_) | Report::Park(_) | Report::Connect | Report::Unlog => {}
+                Report::Connect => {
+                    (self.connect)().into_iter().for_each(|ends| {
+                        orders.give(Order::Connected(ends));
+                    });
+                }
+                Report::Ask(_) | Report::Park(_) | Report::Unlog => {}
                 Report::Released(_) => {}
                 Report::Over(exit, _) => return exit,
             }
@@ -421,7 +460,7 @@ fn answer(asked: &Event, record: Option<Record>) -> ReplicationAnswer {
         yielded_to: None,
     });
     let result = ReplicationResult::Record;
-    ReplicationAnswer { nonce, need, result, fd: None, record, reason: None }
+    ReplicationAnswer { nonce, need, result, fd: None, write_fd: None, record, reason: None }
 }
 
 /// Forwards connections between two sockets, until they are cut.
@@ -551,7 +590,8 @@ fn after_a_false_suspicion_only_what_has_changed_is_sent_again() {
         *record.lock() = None;
         *link.gone.lock() = false;
         let (settings, arbiter) = (settings(&witness(), OnLoss::Claim), witness());
-        protected.orders.give(Order::Again { settings, arbiter, peer: Some(near.clone()) });
+        let way = Way { peer: Some(near.clone()), security: Security::Plain(false) };
+        protected.orders.give(Order::Again { settings, arbiter, way });
         protected.is_protected();
         let warm = protected.status.lock().wire_bytes;
         assert!(full > MEMORY && warm < MEMORY / 4, "{full} bytes, then {warm}");
@@ -667,7 +707,8 @@ fn a_late_connection_does_not_replace_the_one_that_works() {
     protected.is_protected();
     let other = directory.path().join("other");
     let listener = UnixListener::bind(&other).unwrap();
-    protected.orders.give(Order::Connected(Connection::to(&other).unwrap()));
+    let late = UnixStream::connect(&other).unwrap();
+    protected.orders.give(Order::Connected(Descriptors::socket(late.into()).unwrap()));
     let (mut late, _) = listener.accept().unwrap();
     late.set_read_timeout(Some(LONG)).unwrap();
     // It is closed again; at most the offer has come.
@@ -675,6 +716,72 @@ fn a_late_connection_does_not_replace_the_one_that_works() {
     protected.is_equal(&backup);
     let info = protected.status.lock().clone();
     assert_eq!((info.state, info.stalls), (ReplicationStatus::Protected, 0));
+}
+
+/// Writes and checkpoints, through what joins these two.
+fn replicates(protected: &Protected, backup: &Backup) {
+    protected.is_protected();
+    let mut random = fastrand::Rng::with_seed(6);
+    for _ in 0..5 {
+        (0..20).for_each(|_| protected.writes(&mut random));
+        protected.is_equal(backup);
+    }
+}
+
+#[test]
+fn over_tcp_both_sides_speak_tls_and_a_stranger_gets_nowhere() {
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let (own, stranger) = (ours.directory(&ours), theirs.directory(&ours));
+    let tls = Tls::Directory(own.path().to_owned());
+    let place = Place::Tcp("127.0.0.1:0".into());
+    let (listener, file) = entrance::listen(&place, &tls).unwrap();
+    assert!(file.is_none());
+    let address = SocketAddr::try_from(rustix::net::getsockname(&listener).unwrap()).unwrap();
+    let security = entrance::security(&tls).unwrap();
+    let backup = Backup::listening(listener, security, Given::None, Witness::default(), Vec::new());
+    let protected = |directory: &Path| {
+        let connect = move || {
+            let stream = TcpStream::connect(address).unwrap();
+            Some(Descriptors::socket(stream.into()).unwrap())
+        };
+        // The address is in the certificates.
+        let security = Security::Client(transport::client(directory).unwrap(), Names::OfAddress);
+        let way = Way { peer: None, security };
+        let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
+        let way = (way, Box::new(connect) as Connect);
+        Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None))
+    };
+    let refused = protected(stranger.path());
+    wait_for("the end", || refused.main.is_finished());
+    assert!(!refused.host.told.lock().contains(&ReplicationStatus::Syncing));
+    assert_eq!(backup.status.lock().state, ReplicationStatus::Listening);
+    replicates(&protected(own.path()), &backup);
+    drop(backup.end());
+    // Without certificates, only this host may connect.
+    let everywhere = Place::Tcp("0.0.0.0:0".into());
+    let refused = entrance::listen(&everywhere, &Tls::Local);
+    assert!(matches!(refused, Err(IncomingError::Unencrypted(_))));
+    entrance::listen(&everywhere, &Tls::Off).unwrap();
+}
+
+#[test]
+fn a_connection_may_be_two_pipes_that_are_handed_over_at_both_sides() {
+    let (_directory, _, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let (orders, wake) = (backup.orders.clone(), backup.wake.clone());
+    let connect = move || {
+        let ((read, written), (back, answered)) = (pipe().unwrap(), pipe().unwrap());
+        let theirs = Descriptors::pipes(read.into(), answered.into()).unwrap();
+        orders.send(ToStandby::Connected(theirs)).unwrap();
+        wake.wake();
+        Some(Descriptors::pipes(back.into(), written.into()).unwrap())
+    };
+    let way = Way { peer: None, security: Security::Plain(false) };
+    let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
+    let way = (way, Box::new(connect) as Connect);
+    let protected = Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None));
+    replicates(&protected, &backup);
+    drop(backup.end());
 }
 
 /// The first frames of a primary, of which `change` makes something else.

@@ -145,8 +145,8 @@ const CALLS: &[Group] = &[
     Group { kinds: &[Main, Io, Stream], calls: &[SYS_recvfrom] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint], calls: &[SYS_sendto] },
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_shutdown] },
-    // Receives a descriptor for `getfd`.
-    Group { kinds: &[Main], calls: &[SYS_recvmsg] },
+    // Receives a descriptor for `getfd`, and looks where it leads.
+    Group { kinds: &[Main], calls: &[SYS_recvmsg, SYS_getpeername] },
     // Saving into a socket; only Unix sockets can be made, see below.
     Group { kinds: &[Checkpoint], calls: &[SYS_connect] },
 ];
@@ -182,6 +182,15 @@ const LIMITED: &[Limited] = &[
             F_OFD_SETLK as u32,
         ],
     ),
+    // A connection of a replicated machine that was handed over: small messages are sent at once.
+    // Its file status flags are restored at the end.
+    Limited {
+        kinds: &[Main],
+        call: SYS_setsockopt,
+        argument: 1,
+        allowed: Allowed::Values(&[IPPROTO_TCP as u32]),
+    },
+    limited(&[Stream], SYS_fcntl, &[F_SETFL as u32]),
     // The terminal, restored at the end, whatever ends the process.
     limited(ALL, SYS_ioctl, &[TCSETS as u32, TCSETS2 as u32]),
     // Descriptors, as the standard library sets them up.

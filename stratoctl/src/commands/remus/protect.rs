@@ -1,6 +1,6 @@
 //! `remus`: protects a domain.
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -137,9 +137,8 @@ fn refusals(args: &Remus) -> Vec<String> {
         "--heartbeat: signs of life are sent as often as --timeout needs them: choose that",
     );
     refuse(
-        args.tls.is_some(),
-        "--tls: the monitors do not encrypt: ssh, the default, does, or lead a tunnel of yours to \
-         -p",
+        args.tls.is_some() && args.port.is_none(),
+        "--tls: belongs to -p: ssh, the default, encrypts by itself",
     );
     let arbiter = args.local || args.witness.is_some() || args.fence.is_some();
     refuse(
@@ -157,9 +156,9 @@ fn refusals(args: &Remus) -> Vec<String> {
     let loopback = ["localhost", "127.0.0.1", "::1"];
     let elsewhere = args.host.as_deref().is_some_and(|host| !loopback.contains(&host));
     refuse(
-        args.port.is_some() && elsewhere,
-        "-p: memory would cross the network in the clear: ssh, the default, encrypts; or lead a \
-         tunnel of yours to a port of localhost",
+        args.port.is_some() && elsewhere && args.tls.is_none(),
+        "-p: memory would cross the network in the clear: give certificates with --tls; or leave -p \
+         out, as ssh encrypts",
     );
     refuse(
         !arbiter && !args.blackhole && !args.force,
@@ -189,7 +188,10 @@ pub fn identify(uri: &witness::Uri) -> anyhow::Result<String> {
 /// How the backup is reached.
 fn dial(ctx: &Context, args: &Remus, host: &str, protection: &Protection) -> Dial {
     if let Some(port) = args.port {
-        return Dial::Tcp(host.to_owned(), port);
+        return match &args.tls {
+            Some(directory) => Dial::Tls(host.to_owned(), port, absolute(directory)),
+            None => Dial::Tcp(host.to_owned(), port),
+        };
     }
     let shell = match args.shell.as_deref() {
         Some("") => return Dial::Command(host.to_owned()),
@@ -214,6 +216,11 @@ fn dial(ctx: &Context, args: &Remus, host: &str, protection: &Protection) -> Dia
     Dial::Command(line)
 }
 
+/// A path that means the same to a monitor, which has another current directory.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// A word for a shell.
 fn quoted(word: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./:@,=".contains(&byte);
@@ -229,8 +236,17 @@ fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationSta
         Interval::Auto => None,
         Interval::Milliseconds(ms) => Some(ms),
     };
+    let (tls, tls_hostname) = match &protection.dial {
+        Some(Dial::Tls(host, _, directory)) => {
+            let directory = directory.to_str().context("the directory's path is not UTF-8")?;
+            (Some(directory.to_owned()), Some(host.clone()))
+        }
+        _ => (None, None),
+    };
     Ok(ReplicationStart {
         uri: None,
+        tls,
+        tls_hostname,
         interval,
         lineage: Some(protection.lineage.to_string()),
         witness: protection.identity.clone(),
@@ -330,6 +346,7 @@ mod tests {
             ("web b --witness dir:/w --timeout 200", &[]),
             ("web b -p 9 --witness dir:/w", &["in the clear"]),
             ("web localhost -p 9 --witness dir:/w", &[]),
+            ("web b -p 9 --tls /t --witness dir:/w", &[]),
         ] {
             let said = refusals(&parse(words));
             assert_eq!(said.len(), reasons.len(), "{words}: {said:?}");
@@ -374,6 +391,7 @@ mod tests {
         );
         assert_eq!(line("web receive-it -F -s ''", None), command("receive-it"));
         assert_eq!(line("web b -F -p 9", None), Dial::Tcp("b".into(), 9));
+        assert_eq!(line("web b -F -p 9 --tls /t", None), Dial::Tls("b".into(), 9, "/t".into()));
     }
 
     #[test]
@@ -402,6 +420,18 @@ mod tests {
                 on_backup_loss: Some(OnBackupLoss::Stall),
                 on_backup_slow: Some(OnBackupSlow::Solo),
                 heartbeat_timeout: Some(200),
+                ..usual.clone()
+            }
+        );
+        let encrypted = Protection {
+            dial: Some(Dial::Tls("b".into(), 9, "/t".into())),
+            ..protection(None, None)
+        };
+        assert_eq!(
+            said("web b -F -p 9 --tls /t", encrypted),
+            ReplicationStart {
+                tls: Some("/t".into()),
+                tls_hostname: Some("b".into()),
                 ..usual.clone()
             }
         );

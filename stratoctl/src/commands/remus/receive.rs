@@ -3,17 +3,19 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::Duration,
 };
 
 use anyhow::Context as _;
+use rustls::ServerConfig;
 use serde_json::json;
 
 use super::{
@@ -21,7 +23,7 @@ use super::{
     agent::revive,
     backup_name,
     leave::is_backup,
-    protect::identify,
+    protect::{absolute, identify},
     unlocked,
 };
 use crate::{
@@ -34,6 +36,7 @@ use crate::{
         bounded::wait,
         dial::{Greeting, Welcome, read_line, write_line},
         protection::Protection,
+        tls::Encrypted,
         uuid::Uuid,
         wire::SideText,
     },
@@ -56,7 +59,8 @@ pub fn receive(ctx: &Context, args: &RemusReceive) -> anyhow::Result<Answer> {
                 |fd: io::Result<OwnedFd>| fd.map(File::from).context("standard input and output");
             let input = own(io::stdin().as_fd().try_clone_to_owned())?;
             let output = own(io::stdout().as_fd().try_clone_to_owned())?;
-            let (_, socket) = welcome(ctx, args, &input, &output)?;
+            let place = welcome(ctx, args, &input, &output)?;
+            let socket = connect(&place.run)?;
             // The other thread may never get input; it ends with this process.
             relay(input, output, &socket)?;
             Ok(Answer::silent())
@@ -66,74 +70,116 @@ pub fn receive(ctx: &Context, args: &RemusReceive) -> anyhow::Result<Answer> {
 
 /// Wait for a primary at a port of this host, and for the same one again while its backup exists.
 fn listen(ctx: &Context, args: &RemusReceive, port: u16) -> anyhow::Result<Answer> {
-    // The first line is not encrypted, so it must not come from other hosts: ssh forwards ports.
     let cannot = || format!("cannot listen on port {port}");
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(cannot)?;
-    let port = listener.local_addr().with_context(cannot)?.port();
+    let tls = args.tls.as_deref().map(transport::server).transpose()?;
+    let listener = match &tls {
+        Some(_) => TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))),
+        // What is not encrypted must not come from other hosts: ssh forwards ports.
+        None => TcpListener::bind((Ipv4Addr::LOCALHOST, port)),
+    };
+    let listener = listener.with_context(cannot)?;
+    let address = listener.local_addr().with_context(cannot)?;
     listener.set_nonblocking(true).with_context(cannot)?;
-    eprintln!("Waiting on port {port} of 127.0.0.1");
+    eprintln!("Waiting on port {} of {}", address.port(), address.ip());
     let mut domain: Option<(Name, u32)> = None;
     loop {
-        if let Some((name, id)) = &domain
-            && ctx.place_of(*id)?.is_none()
-        {
-            let text = format!("'{name}' has ended");
-            return Ok(Answer::new(text, json!({ "name": name, "ended": true })));
+        if let Some((name, id)) = &domain {
+            let place = ctx.place_of(*id)?;
+            let ended = place.is_none();
+            let runs = args.no_wait && place.is_some_and(|place| !waits(&place));
+            if ended || runs {
+                let what = if ended { "has ended" } else { "runs" };
+                let json = json!({ "name": name, "ended": ended });
+                return Ok(Answer::new(format!("'{name}' {what}"), json));
+            }
         }
         if !wait(&[listener.as_fd()], CHECK).with_context(cannot)? {
             continue;
         }
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(_) => continue,
-        };
-        stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true))?;
-        match welcome(ctx, args, &stream, &stream) {
-            Ok((place, socket)) => {
-                domain = place.id().map(|id| (place.name, id));
-                let carry = move || relay_tcp(&stream, &socket);
-                if args.no_wait {
-                    carry()?;
-                    return Ok(Answer::silent());
-                }
-                thread::Builder::new().name("relay".into()).spawn(carry)?;
-            }
+        let Ok((stream, from)) = listener.accept() else { continue };
+        let passed = take_in(ctx, args, stream, tls.as_ref());
+        match passed.with_context(|| format!("a connection from {from}")) {
+            Ok(place) => domain = place.id().map(|id| (place.name, id)),
             Err(e) => eprintln!("stratoctl: {e:#}"),
         }
     }
 }
 
-/// Exchange the first lines; the domain, and a connection to its monitor.
+/// Whether a domain's monitor still waits for its primary, as far as can be found out.
+fn waits(place: &Place) -> bool {
+    domain::qmp(place).is_ok_and(|mut client| is_backup(&mut client).unwrap_or(true))
+}
+
+/// Exchange the first lines, and hand the connection to the monitor of the domain, which is
+/// returned.
+fn take_in(
+    ctx: &Context,
+    args: &RemusReceive,
+    stream: TcpStream,
+    tls: Option<&Arc<ServerConfig>>,
+) -> anyhow::Result<Place> {
+    stream.set_nonblocking(false)?;
+    let place = match tls {
+        None => welcome(ctx, args, &stream, &stream)?,
+        Some(config) => {
+            let mut session = Encrypted::server(&stream, config.clone())?;
+            let greeting = session.receive(GREETING_LIMIT).context("the sender's first line")?;
+            let (made, welcome) = answered(ctx, args, greeting);
+            session.send(&welcome).context("the sender does not listen")?;
+            session.end().context("the sender does not end its greeting")?;
+            made?
+        }
+    };
+    let mut client = domain::qmp(&place)?;
+    let name = "primary";
+    client.execute_with_fds("getfd", json!({ "fdname": name }), &[stream.as_fd()])?;
+    let connected = json!({ "nonce": 0, "need": "connect", "result": "connected", "fd": name });
+    client.execute_raw("replication-answer", connected)?;
+    Ok(place)
+}
+
+/// Exchange the first lines; the domain.
 fn welcome<T>(
     ctx: &Context,
     args: &RemusReceive,
     mut input: &T,
     mut output: &T,
-) -> anyhow::Result<(Place, UnixStream)>
+) -> anyhow::Result<Place>
 where
     T: AsFd,
     for<'a> &'a T: Read + Write,
 {
     let greeting: Greeting =
         read_line(&mut input, GREETING_LIMIT).context("the sender's first line")?;
-    let made = greeting.check().map_err(anyhow::Error::from).and_then(|greeting| {
-        let name = args.name.clone().unwrap_or_else(|| greeting.name.clone());
-        receiver(ctx, args, &name, greeting)
-    });
-    let error = made.as_ref().err().map(|e| format!("{e:#}"));
-    let said = write_line(&mut output, &Welcome { error });
+    let (made, welcome) = answered(ctx, args, greeting);
+    let said = write_line(&mut output, &welcome);
     let made = made?;
     said.context("the sender does not listen")?;
     Ok(made)
 }
 
-/// The domain that receives, which may exist, and a connection to its monitor.
+/// The domain for which a greeting has come, and the answer to that.
+fn answered(
+    ctx: &Context,
+    args: &RemusReceive,
+    greeting: Greeting,
+) -> (anyhow::Result<Place>, Welcome) {
+    let made = greeting.check().map_err(anyhow::Error::from).and_then(|greeting| {
+        let name = args.name.clone().unwrap_or_else(|| greeting.name.clone());
+        receiver(ctx, args, &name, greeting)
+    });
+    let error = made.as_ref().err().map(|e| format!("{e:#}"));
+    (made, Welcome { error })
+}
+
+/// The domain that receives, which may exist.
 fn receiver(
     ctx: &Context,
     args: &RemusReceive,
     name: &Name,
     greeting: Greeting,
-) -> anyhow::Result<(Place, UnixStream)> {
+) -> anyhow::Result<Place> {
     let lineage: Uuid = greeting.domain.uuid.parse().context("the domain's UUID")?;
     if let Some(place) = ctx.registry.find(name)
         && let Some(known) = Protection::of(&place)?
@@ -141,8 +187,7 @@ fn receiver(
         && known.lineage == lineage
     {
         revive(ctx, &place)?;
-        let socket = connect(&place.run)?;
-        return Ok((place, socket));
+        return Ok(place);
     }
     let identity = args.witness.as_ref().map(identify).transpose()?;
     if identity != greeting.witness {
@@ -163,9 +208,7 @@ fn receiver(
         fence: args.fence.as_ref().map(ToString::to_string),
         dial: None,
     };
-    let place = make(ctx, name, &greeting.domain, &protection)?;
-    let socket = connect(&place.run)?;
-    Ok((place, socket))
+    make(ctx, name, &greeting.domain, &protection, args.tls.as_deref())
 }
 
 fn connect(run: &Path) -> anyhow::Result<UnixStream> {
@@ -182,7 +225,7 @@ pub fn beside(ctx: &Context, place: &Place, primary: &Protection) -> anyhow::Res
     // Of its own: what belongs to a domain is found by its UUID, and removed with it.
     description.uuid = configuration::uuid()?;
     let protection = Protection { side: SideText::Backup, dial: None, ..primary.clone() };
-    let backup = make(ctx, &name, &description, &protection)?;
+    let backup = make(ctx, &name, &description, &protection, None)?;
     Ok(backup.run.join(SOCKET))
 }
 
@@ -212,6 +255,7 @@ fn make(
     name: &Name,
     description: &Description,
     protection: &Protection,
+    tls: Option<&Path>,
 ) -> anyhow::Result<Place> {
     let _lock = ctx.take(Verb::Restore, name)?;
     let place = ctx.registry.add(name, false, description)?;
@@ -221,6 +265,9 @@ fn make(
     }
     if let Some(fence) = protection.arbitrating_fence()? {
         source.push_str(&format!(",fence={fence}"));
+    }
+    if let Some(directory) = tls {
+        source.push_str(&format!(",tls={}", absolute(directory).display()));
     }
     let more = More { words: vec!["-incoming".into(), source], reads: None };
     let (registry, program) = (&ctx.registry, &ctx.program);
@@ -257,18 +304,4 @@ impl<R: Read> Read for Plain<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.0.read(buf)
     }
-}
-
-/// The same for a socket, which is closed at the end.
-fn relay_tcp(stream: &TcpStream, socket: &UnixStream) -> io::Result<()> {
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let _ = io::copy(&mut &*stream, &mut &*socket);
-            let _ = socket.shutdown(Shutdown::Write);
-        });
-        let copied = io::copy(&mut &*socket, &mut &*stream);
-        // So that the thread does not wait for a sender to whom nobody listens.
-        let _ = stream.shutdown(Shutdown::Both);
-        copied.map(|_| ())
-    })
 }

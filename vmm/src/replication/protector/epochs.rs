@@ -167,10 +167,10 @@ impl<R: Fn(Report)> Protector<R> {
             Order::Command(input) => self.inputs.push_back(input),
             // It is protected again already.
             Order::Again { .. } if self.task.primary.state() != State::Degraded => {}
-            Order::Again { settings, arbiter, peer } => {
+            Order::Again { settings, arbiter, way } => {
                 self.broken = None;
                 self.task.offer.host.arbiter = arbiter;
-                (self.task.offer.timeout, self.task.peer) = (settings.timeout, peer);
+                (self.task.offer.timeout, self.task.way) = (settings.timeout, way);
                 self.task.primary.set(settings);
                 self.inputs.push_back(Input::Command(Command::Start));
             }

@@ -1,8 +1,14 @@
 //! The connection of a primary.
+use std::time::Instant;
+
+use qmp::Error;
 use replication::{Connection as Number, Frame, Input, Message, wire};
 
-use super::super::{connection::Connection, copier::Work, offer, outgoing::Next};
+use super::super::{copier::Work, offer, outgoing::Next};
 use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report};
+use transport::Descriptors;
+
+use crate::checkpoint::connected;
 
 impl<R: Fn(Report)> Protector<R> {
     pub(super) fn send(&mut self, number: Number, frame: &Frame) {
@@ -41,9 +47,9 @@ impl<R: Fn(Report)> Protector<R> {
         if self.broken == Some(self.task.primary.term()) {
             return;
         }
-        match &self.task.peer {
-            Some(path) => match Connection::to(path) {
-                Ok(connection) => self.connected(connection),
+        match &self.task.way.peer {
+            Some(path) => match connected(path) {
+                Ok(fd) => self.connected(Descriptors::accepted(fd, None)),
                 Err(e) => log::info!("replication: cannot connect to {}: {e}", path.display()),
             },
             None => (self.report)(Report::Connect),
@@ -51,10 +57,14 @@ impl<R: Fn(Report)> Protector<R> {
     }
 
     /// There is a connection, which the state machine may want by now, or not any more.
-    pub(super) fn connected(&mut self, mut connection: Connection) {
+    pub(super) fn connected(&mut self, descriptors: Descriptors) {
         if self.broken == Some(self.task.primary.term()) {
             return;
         }
+        let mut connection = match self.task.way.security.link(descriptors, Instant::now()) {
+            Ok(connection) => connection,
+            Err(e) => return log::error!("replication: {}", Error::generic(&e)),
+        };
         match self.task.offer.encode() {
             Ok(offer) => connection.send(offer),
             Err(e) => return log::error!("replication: {e}"),
@@ -75,8 +85,8 @@ impl<R: Fn(Report)> Protector<R> {
 
     /// The connection has ended by itself, or carries nonsense.
     pub(super) fn lost(&mut self, why: &dyn std::fmt::Display) {
-        if let Some((number, _)) = &self.connection {
-            log::info!("replication: {why}");
+        if let Some((number, connection)) = &self.connection {
+            log::info!("replication: {}: {why}", connection.peer());
             self.inputs.push_back(Input::Closed(*number));
             self.disconnect();
         }
@@ -86,13 +96,10 @@ impl<R: Fn(Report)> Protector<R> {
         let Some((number, connection)) = &mut self.connection else { return };
         let number = *number;
         for _ in 0..READS {
-            match connection.receive() {
-                Ok([]) => return,
-                Ok(bytes) => {
-                    self.reader.0.extend_from_slice(bytes);
-                    self.inputs.push_back(Input::Heard(number));
-                }
-                Err(e) => return self.lost(&format_args!("the connection has ended: {e}")),
+            match connection.receive(Instant::now(), &mut self.reader.0) {
+                Ok(0) => return,
+                Ok(_) => self.inputs.push_back(Input::Heard(number)),
+                Err(e) => return self.lost(&Error::generic(&e)),
             }
             let mut at = 0;
             loop {
@@ -142,7 +149,7 @@ impl<R: Fn(Report)> Protector<R> {
         {
             // What the backup has said last counts.
             self.read();
-            self.lost(&format_args!("the connection has ended: {e}"));
+            self.lost(&Error::generic(&e));
         }
     }
 }

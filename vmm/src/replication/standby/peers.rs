@@ -8,21 +8,30 @@ use replication::{
     backup::State,
     contents::{Bounds, Event, Reader},
 };
-use rustix::net::{SocketFlags, accept_with};
+use rustix::net::{SocketFlags, acceptfrom_with};
 
 use super::super::{
-    connection::Connection,
     keeper::Work,
     offer::{self, Offer},
     received::{SECTIONS, written},
     settings,
 };
 use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, Standby, Tell};
+use transport::Descriptors;
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     pub(super) fn accept(&mut self) {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let Ok(fd) = accept_with(&self.task.listener, flags) else { return };
+        let Ok((fd, from)) = acceptfrom_with(&self.task.listener, flags) else { return };
+        self.add(Descriptors::accepted(fd, from));
+    }
+
+    /// Somebody has connected.
+    pub(super) fn add(&mut self, descriptors: Descriptors) {
+        let connection = match self.task.security.link(descriptors, Instant::now()) {
+            Ok(connection) => connection,
+            Err(e) => return log::warn!("replication: {}", qmp::Error::generic(&e)),
+        };
         self.connections += 1;
         let number = Number(self.connections);
         // The one that has waited longest in vain makes room.
@@ -30,7 +39,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             let waits = self.peers.iter().find(|peer| Some(peer.number) != self.current);
             self.close(waits.map(|peer| peer.number));
         }
-        let (connection, bytes) = (Connection::accepted(fd), Vec::new());
+        let bytes = Vec::new();
         self.peers.push(Peer { number, connection, bytes, reader: None, settings: None });
     }
 
@@ -70,23 +79,30 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
 
     /// Read some of what a peer has sent; whether there may be more.
     pub(super) fn read_some(&mut self, number: Number) -> bool {
-        let Some(peer) = self.peer(number) else { return false };
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.clear();
+        let read = self.read_into(number, &mut buffer);
+        self.buffer = buffer;
+        read.map_err(|why| self.refuse(number, &why)).unwrap_or(false)
+    }
+
+    fn read_into(&mut self, number: Number, buffer: &mut Vec<u8>) -> Result<bool, String> {
+        let Some(peer) = self.peer(number) else { return Ok(false) };
         if peer.reader.is_some() && !peer.bytes.is_empty() {
             let rest = std::mem::take(&mut peer.bytes);
-            let read = self.take_bytes(number, rest);
-            return read.map_err(|why| self.refuse(number, &why)).is_ok();
+            return self.take_bytes(number, &rest).map(|()| true);
         }
-        let bytes = match peer.connection.receive() {
-            Ok([]) => return false,
-            Ok(bytes) => bytes.to_vec(),
-            Err(e) => {
-                self.lost(number, &format!("the connection has ended: {e}"));
-                return false;
+        match peer.connection.receive(Instant::now(), buffer) {
+            Ok(0) => Ok(false),
+            Ok(_) => {
+                self.heard = Instant::now();
+                self.take_bytes(number, buffer).map(|()| true)
             }
-        };
-        self.heard = Instant::now();
-        let read = self.take_bytes(number, bytes);
-        read.map_err(|why| self.refuse(number, &why)).is_ok()
+            Err(e) => {
+                self.lost(number, &qmp::Error::generic(&e).to_string());
+                Ok(false)
+            }
+        }
     }
 
     /// A connection carries what is not valid.
@@ -101,23 +117,25 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
 
     /// A connection has ended, or carries nonsense.
     pub(super) fn lost(&mut self, number: Number, why: &str) {
-        log::info!("replication: {why}");
+        let name = self.peer(number).map(|peer| peer.connection.peer()).unwrap_or_default();
+        log::info!("replication: {name}: {why}");
         self.close(Some(number));
         self.inputs.push_back(Input::Closed(number));
         self.take_inputs();
     }
 
-    pub(super) fn take_bytes(&mut self, number: Number, bytes: Vec<u8>) -> Result<(), String> {
+    pub(super) fn take_bytes(&mut self, number: Number, bytes: &[u8]) -> Result<(), String> {
         let Some(peer) = self.peer(number) else { return Ok(()) };
+        let rest;
         let (mut reader, bytes) = match peer.reader.take() {
             Some(reader) => (reader, bytes),
             None => {
-                peer.bytes.extend_from_slice(&bytes);
+                peer.bytes.extend_from_slice(bytes);
                 let offer = Offer::decode(&peer.bytes);
                 match offer.map_err(|e| qmp::Error::generic(&e).to_string())? {
                     None => return Ok(()),
                     Some((offer, length)) => {
-                        let rest = peer.bytes.split_off(length);
+                        rest = peer.bytes.split_off(length);
                         peer.bytes = Vec::new();
                         let (reader, settings, differs) = self.offered(offer)?;
                         if let Some(peer) = self.peer(number) {
@@ -126,12 +144,12 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
                                 peer.connection.send(offer::reason(why));
                             }
                         }
-                        (reader, rest)
+                        (reader, &rest[..])
                     }
                 }
             }
         };
-        let read = self.read_frames(number, &mut reader, &bytes);
+        let read = self.read_frames(number, &mut reader, bytes);
         if let Some(peer) = self.peer(number) {
             peer.reader = Some(reader);
         }

@@ -10,27 +10,33 @@ use rustix::{
     event::{PollFd, PollFlags},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
-    net::{getpeername, sockopt::set_tcp_nodelay},
+    net::{SocketAddrAny, getpeername, sockopt::set_tcp_nodelay},
 };
 
 /// A descriptor, which does not block while this exists. Others may share its file status flags:
 /// they are then as they were.
 struct NonBlocking {
     fd: OwnedFd,
-    flags: OFlags,
+    /// If they were changed.
+    flags: Option<OFlags>,
 }
 
 impl NonBlocking {
     fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = fcntl_getfl(&fd)?;
-        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
-        Ok(Self { fd, flags })
+        let blocks = !flags.contains(OFlags::NONBLOCK);
+        if blocks {
+            fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        }
+        Ok(Self { fd, flags: blocks.then_some(flags) })
     }
 }
 
 impl Drop for NonBlocking {
     fn drop(&mut self) {
-        let _ = fcntl_setfl(&self.fd, self.flags);
+        if let Some(flags) = self.flags {
+            let _ = fcntl_setfl(&self.fd, flags);
+        }
     }
 }
 
@@ -39,42 +45,63 @@ pub struct Descriptors {
     read: NonBlocking,
     /// If it is another one.
     write: Option<NonBlocking>,
+    /// The peer's, if it is connected by TCP.
+    address: Option<SocketAddr>,
+    /// Bytes written.
+    written: u64,
 }
 
 impl Descriptors {
     /// A connected stream socket. Small messages on it are sent at once.
     ///
     /// # Errors
-    /// When the host cannot set it up.
+    /// When the host cannot set it up, or it has no peer any more.
     pub fn socket(fd: OwnedFd) -> io::Result<Self> {
-        match set_tcp_nodelay(&fd, true) {
-            // Not TCP.
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOPROTOOPT | Errno::INVAL) => {}
-            Err(error) => return Err(error.into()),
+        let address = address(getpeername(&fd)?);
+        if address.is_some() {
+            set_tcp_nodelay(&fd, true)?;
         }
-        Ok(Self { read: NonBlocking::new(fd)?, write: None })
+        Ok(Self { read: NonBlocking::new(fd)?, write: None, address, written: 0 })
     }
 
-    /// Two pipes.
+    /// A connected stream socket that does not block already, as one that was accepted, and whose
+    /// peer has that address. This needs no call to the host; see [`Descriptors::listens`].
+    #[must_use]
+    pub fn accepted(fd: OwnedFd, peer: Option<SocketAddrAny>) -> Self {
+        let read = NonBlocking { fd, flags: None };
+        Self { read, write: None, address: address(peer), written: 0 }
+    }
+
+    /// Prepare a listening socket: on those that it accepts, small messages are sent at once.
+    ///
+    /// # Errors
+    /// When the host cannot set it up.
+    pub fn listens(socket: impl AsFd) -> io::Result<()> {
+        Ok(set_tcp_nodelay(socket, true)?)
+    }
+
+    /// Two pipes, or other descriptors that can be read and written.
     ///
     /// # Errors
     /// When the host cannot set them up.
     pub fn pipes(read: OwnedFd, write: OwnedFd) -> io::Result<Self> {
         let write = Some(NonBlocking::new(write)?);
-        Ok(Self { read: NonBlocking::new(read)?, write })
+        Ok(Self { read: NonBlocking::new(read)?, write, address: None, written: 0 })
     }
 
     /// The peer's address, if it is connected by TCP.
-    pub(super) fn host(&self) -> io::Result<Option<IpAddr>> {
-        match getpeername(&self.read.fd) {
-            Ok(name) => {
-                let address = name.and_then(|name| SocketAddr::try_from(name).ok());
-                Ok(address.map(|address| address.ip()))
-            }
-            // A pipe.
-            Err(Errno::NOTSOCK) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+    pub(super) const fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Its host.
+    pub(super) fn host(&self) -> Option<IpAddr> {
+        self.address.map(|address| address.ip())
+    }
+
+    /// Bytes written since the beginning.
+    pub(super) const fn written(&self) -> u64 {
+        self.written
     }
 
     pub(super) fn interest(&self, wants_write: bool) -> impl Iterator<Item = PollFd<'_>> {
@@ -93,7 +120,10 @@ impl Descriptors {
         let to = self.write.as_ref().unwrap_or(&self.read);
         loop {
             match rustix::io::write(&to.fd, bytes) {
-                Ok(written) => return Ok(Some(written)),
+                Ok(written) => {
+                    self.written += written as u64;
+                    return Ok(Some(written));
+                }
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -113,6 +143,11 @@ impl Descriptors {
             }
         }
     }
+}
+
+/// A TCP address.
+fn address(peer: Option<SocketAddrAny>) -> Option<SocketAddr> {
+    peer.and_then(|peer| SocketAddr::try_from(peer).ok())
 }
 
 /// As TLS needs them.

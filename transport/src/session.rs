@@ -1,6 +1,5 @@
 //! TLS on a connection, without waiting.
 use std::{
-    collections::VecDeque,
     io::{self, BufRead, Write},
     sync::Arc,
     time::Instant,
@@ -8,7 +7,7 @@ use std::{
 
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
-use super::{Descriptors, LinkError, MOST_AT_ONCE, subject};
+use super::{Descriptors, LinkError, MOST_AT_ONCE, queue::Queue, subject};
 
 /// Most bytes that TLS keeps of what is to be sent.
 const KEPT: usize = 64 << 10;
@@ -53,11 +52,7 @@ impl Session {
     }
 
     /// Write what fits, of TLS's own and of `queue`.
-    pub fn write(
-        &mut self,
-        queue: &mut VecDeque<u8>,
-        to: &mut Descriptors,
-    ) -> Result<(), LinkError> {
+    pub fn write(&mut self, queue: &mut Queue, to: &mut Descriptors) -> Result<(), LinkError> {
         loop {
             while self.tls.wants_write() {
                 match self.tls.write_tls(to) {
@@ -69,9 +64,9 @@ impl Session {
             if self.tls.is_handshaking() || queue.is_empty() {
                 return Ok(());
             }
-            match self.tls.writer().write(queue.as_slices().0)? {
+            match self.tls.writer().write(queue.front())? {
                 0 => return Ok(()),
-                taken => drop(queue.drain(..taken)),
+                taken => queue.take(taken),
             }
         }
     }

@@ -6,18 +6,23 @@
 //! send() --> queue --> TLS --> descriptor      each step moves what fits, in flush()
 //! receive() <--------- TLS <-- descriptor      at most 256 KiB for each call
 //! ```
-//! A peer is not trusted, and neither is the network: memory is limited, the handshake has a
-//! deadline, and whatever arrives ends in bytes for the caller or in an error.
+//! A peer is not trusted, and neither is the network: the handshake has a deadline, and whatever
+//! arrives ends in bytes for the caller or in an error. What waits to be sent is for the caller to
+//! limit, by [`Link::queued`].
+#![forbid(unsafe_code)]
 mod certificates;
 mod descriptors;
 pub mod peer;
+mod queue;
+mod security;
 mod session;
 mod subject;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::VecDeque,
     io,
     net::IpAddr,
     time::{Duration, Instant},
@@ -27,6 +32,8 @@ use rustix::event::PollFd;
 
 pub use certificates::{CertificateError, client, server};
 pub use descriptors::Descriptors;
+use queue::Queue;
+pub use security::{Names, Security};
 pub use session::Role;
 use session::Session;
 
@@ -57,6 +64,12 @@ pub enum LinkError {
          unencrypted connection with tls=off"
     )]
     NotLocal(IpAddr),
+    /// It is not known which host's certificate the peer has to have.
+    #[error(
+        "the peer has no address, so it is not known which name its certificate has to be for: \
+         give tls-hostname"
+    )]
+    NoName,
 }
 
 impl From<io::Error> for LinkError {
@@ -75,45 +88,35 @@ impl From<io::Error> for LinkError {
 pub struct Link {
     descriptors: Descriptors,
     session: Option<Session>,
-    /// Accepted by `send`, and given neither to TLS nor to the host.
-    queue: VecDeque<u8>,
-    limit: usize,
+    /// Given neither to TLS nor to the host.
+    queue: Queue,
     /// What is wrong with it is reported once, then it is closed.
     is_closed: bool,
 }
 
 impl Link {
-    /// A connection without TLS, which queues at most `limit` bytes. With `allow_network`, the peer
-    /// of a TCP connection may be on another host.
+    /// A connection without TLS. With `allow_network`, the peer of a TCP connection may be on another
+    /// host.
     ///
     /// # Errors
-    /// [`LinkError::NotLocal`], or when the socket has no peer any more.
-    pub fn plain(
-        descriptors: Descriptors,
-        limit: usize,
-        allow_network: bool,
-    ) -> Result<Self, LinkError> {
-        check_host(descriptors.host()?, allow_network)?;
-        Ok(Self::new(descriptors, None, limit))
+    /// [`LinkError::NotLocal`].
+    pub fn plain(descriptors: Descriptors, allow_network: bool) -> Result<Self, LinkError> {
+        check_host(descriptors.host(), allow_network)?;
+        Ok(Self::new(descriptors, None))
     }
 
-    /// A connection with TLS, whose handshake has to be complete [`HANDSHAKE`] after `now`. It
-    /// queues at most `limit` bytes, besides 64 KiB in TLS.
+    /// A connection with TLS, whose handshake has to be complete [`HANDSHAKE`] after `now`. TLS
+    /// keeps up to 64 KiB besides what is [`queued`](Self::queued).
     ///
     /// # Errors
     /// [`LinkError::Tls`] when TLS cannot be set up.
-    pub fn tls(
-        descriptors: Descriptors,
-        role: Role,
-        limit: usize,
-        now: Instant,
-    ) -> Result<Self, LinkError> {
+    pub fn tls(descriptors: Descriptors, role: Role, now: Instant) -> Result<Self, LinkError> {
         let session = Session::new(role, now + HANDSHAKE).map_err(LinkError::Tls)?;
-        Ok(Self::new(descriptors, Some(session), limit))
+        Ok(Self::new(descriptors, Some(session)))
     }
 
-    fn new(descriptors: Descriptors, session: Option<Session>, limit: usize) -> Self {
-        Self { descriptors, session, queue: VecDeque::new(), limit, is_closed: false }
+    fn new(descriptors: Descriptors, session: Option<Session>) -> Self {
+        Self { descriptors, session, queue: Queue::default(), is_closed: false }
     }
 
     /// What to wait for, on one or two descriptors: call [`Link::flush`] and [`Link::receive`] when
@@ -142,25 +145,33 @@ impl Link {
         self.session.as_ref().and_then(Session::subject)
     }
 
-    /// Queue all of `bytes`, or nothing if there is no room. Returns whether they were queued.
-    pub fn send(&mut self, bytes: &[u8]) -> bool {
-        let fits = bytes.len() <= self.room();
-        if fits {
-            self.queue.extend(bytes);
+    /// Who is at the other end, for messages: the address, as far as there is one, and the subject
+    /// of the certificate.
+    #[must_use]
+    pub fn peer(&self) -> String {
+        let address = self.descriptors.address();
+        let address = address.map_or_else(|| "the peer".to_owned(), |address| address.to_string());
+        match self.subject() {
+            Some(subject) => format!("{address} ({subject})"),
+            None => address,
         }
-        fits
     }
 
-    /// How many bytes can be queued.
-    #[must_use]
-    pub fn room(&self) -> usize {
-        self.limit.saturating_sub(self.queue.len())
+    /// Send `bytes`, after everything that is queued already.
+    pub fn send(&mut self, bytes: Vec<u8>) {
+        self.queue.push(bytes);
     }
 
     /// How many bytes are queued.
     #[must_use]
     pub fn queued(&self) -> usize {
         self.queue.len()
+    }
+
+    /// How many bytes were given to the host since the beginning, with those of TLS.
+    #[must_use]
+    pub const fn written(&self) -> u64 {
+        self.descriptors.written()
     }
 
     /// Whether everything has been given to the host.
@@ -178,8 +189,8 @@ impl Link {
             Some(session) => session.write(&mut link.queue, &mut link.descriptors),
             None => {
                 while !link.queue.is_empty() {
-                    match link.descriptors.try_write(link.queue.as_slices().0)? {
-                        Some(written) => drop(link.queue.drain(..written)),
+                    match link.descriptors.try_write(link.queue.front())? {
+                        Some(written) => link.queue.take(written),
                         None => break,
                     }
                 }
