@@ -22,6 +22,8 @@ mod mistakes;
 mod policy;
 #[path = "ctl/protected.rs"]
 mod protected;
+#[path = "ctl/received.rs"]
+mod received;
 #[path = "ctl/remus.rs"]
 mod remus;
 #[path = "ctl/rig.rs"]

@@ -47,7 +47,7 @@ fn numbers(said: &str) -> Result<Vec<u64>> {
 }
 
 /// Starts the domain `web`, whose guest counts aloud.
-fn count_aloud(rig: &Rig) -> Result<()> {
+pub fn count_aloud(rig: &Rig) -> Result<()> {
     rig.config("web.json", "hello", "tally")?;
     rig.ok(&["create", "web.json"])?;
     rig.says("web", "tally")

@@ -97,13 +97,18 @@ fn answered(rig: &Rig, name: &str, wanted: bool) -> Result<()> {
 
 /// The processes that answer for the domain.
 fn agents(rig: &Rig, name: &str) -> Result<Vec<i32>> {
+    running(&rig.file("r"), &format!("\0remus-agent\0{name}\0"))
+}
+
+/// The processes of the registry at `root` that have these words, each of which ends with a NUL
+/// character, on their command line.
+pub fn running(root: &Path, words: &str) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let words = String::from_utf8_lossy(&words).into_owned();
-        let root = rig.file("r").display().to_string();
-        if words.contains(&format!("\0remus-agent\0{name}\0")) && words.contains(&root) {
+        let all = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let all = String::from_utf8_lossy(&all).into_owned();
+        if all.contains(words) && all.contains(&format!("\0{}\0", root.display())) {
             found.push(pid);
         }
     }
