@@ -85,6 +85,8 @@ pub enum Command {
     Remus(Box<Remus>),
     /// Receive a protected domain: be its backup; started by remus on the other host
     RemusReceive(RemusReceive),
+    /// Move a running domain to another host, with a pause of milliseconds
+    Migrate(Migrate),
     /// Continue a protected domain at its backup
     Failover(Failover),
     /// Stop protecting a domain

@@ -102,6 +102,7 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Man(args) => pages::man(args.directory.as_deref()),
         Command::Watch(args) => restart_policy::watch(&ctx, &args.domain),
         Command::Remus(args) => remus::remus(&ctx, &args),
+        Command::Migrate(args) => remus::migrate(&ctx, &args),
         Command::RemusReceive(args) => remus::receive(&ctx, &args),
         Command::Failover(args) => remus::failover(&ctx, &args),
         Command::Unprotect(args) => remus::unprotect(&ctx, &args),

@@ -58,12 +58,15 @@ pub struct Greeting {
     /// The identity of its witness.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<String>,
+    /// The domain is to be handed over, and not to be protected then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moves: bool,
 }
 
 impl Greeting {
     /// For a domain.
-    pub fn new(name: Name, domain: Description, witness: Option<String>) -> Self {
-        Self { version: VERSION, name, domain, witness }
+    pub fn new(name: Name, domain: Description, witness: Option<String>, moves: bool) -> Self {
+        Self { version: VERSION, name, domain, witness, moves }
     }
 
     /// Check what was received.
@@ -258,7 +261,7 @@ mod tests {
             policy: Policy::default(),
             config: json!({}),
         };
-        Greeting::new("web".parse().unwrap(), domain, None)
+        Greeting::new("web".parse().unwrap(), domain, None, false)
     }
 
     fn exchanged(dial: Dial) -> Result<String, Unknown> {

@@ -36,6 +36,9 @@ pub struct Protection {
     /// How the primary reaches its backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dial: Option<Dial>,
+    /// The domain is to be handed over to its backup, and not to be protected then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moves: bool,
 }
 
 impl Protection {

@@ -9,6 +9,9 @@ use crate::{
     remus::{fence, uuid::Uuid, wire::SideText, witness},
 };
 
+/// Milliseconds between the checkpoints of a domain that moves: the last one should be short.
+const MOVING: u64 = 25;
+
 #[derive(Debug, Args)]
 pub struct Remus {
     /// Name of the domain
@@ -135,6 +138,55 @@ impl From<OnSlow> for OnBackupSlow {
         match action {
             OnSlow::Solo => Self::Solo,
             OnSlow::Stall => Self::Stall,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Name of the domain
+    pub domain: Name,
+    /// The other host; with -s '' a command that receives the domain
+    pub host: String,
+    /// Command that reaches the host instead of ssh; '' runs HOST itself as a command
+    #[arg(short, long = "shell", value_name = "COMMAND", conflicts_with = "port")]
+    pub shell: Option<String>,
+    /// Connect to `stratoctl remus-receive -p PORT` on the host
+    #[arg(short, long)]
+    pub port: Option<u16>,
+    /// With -p: encrypt, with ca-cert.pem, client-cert.pem and client-key.pem in this directory
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
+    /// What decides who has the guest if a host fails meanwhile: as for remus
+    #[arg(long, value_name = "URI")]
+    pub witness: Option<witness::Uri>,
+}
+
+impl Migrate {
+    /// The protection by which the domain moves.
+    pub fn protection(&self) -> Remus {
+        Remus {
+            domain: self.domain.clone(),
+            host: Some(self.host.clone()),
+            local: false,
+            interval: Interval::Milliseconds(MOVING),
+            timer: false,
+            uncompressed: false,
+            shell: self.shell.clone(),
+            port: self.port,
+            no_wait: true,
+            no_script: false,
+            force: true,
+            blackhole: false,
+            no_hold: false,
+            no_disks: false,
+            witness: self.witness.clone(),
+            fence: None,
+            on_backup_loss: None,
+            on_backup_slow: None,
+            heartbeat: None,
+            timeout: None,
+            tls: self.tls.clone(),
         }
     }
 }

@@ -102,7 +102,8 @@ fn means(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Resul
         witness.map(|uri| Asked::new(uri, protection.identity.clone(), program.clone()));
     let fence = protection.fence().map_err(|e| named("the fence", e))?;
     let description = place.description()?;
-    let greeting = Greeting::new(place.name.clone(), description, protection.identity.clone());
+    let (name, identity) = (place.name.clone(), protection.identity.clone());
+    let greeting = Greeting::new(name, description, identity, protection.moves);
     let log = place.run.join("log");
     let mut dialer = protection.dial.clone().map(|dial| Dialer::new(dial, greeting, log));
 

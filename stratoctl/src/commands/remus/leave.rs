@@ -58,7 +58,10 @@ pub fn before_the_end(ctx: &Context, place: &Place, client: &mut Client, limit: 
 }
 
 /// Stop the replication of a primary, and wait for that: it needs its process to ask the witness.
-fn stop(client: &mut Client, name: &Name, force: bool, limit: Duration) -> anyhow::Result<()> {
+///
+/// # Errors
+/// The term could not be closed.
+pub fn stop(client: &mut Client, name: &Name, force: bool, limit: Duration) -> anyhow::Result<()> {
     let off = |client: &mut Client| {
         client.execute(&QueryReplication {}).map(|info| info.state == ReplicationStatus::Off)
     };

@@ -4,6 +4,7 @@ mod agent;
 mod fence;
 mod follow;
 mod leave;
+mod migrate;
 mod protect;
 mod receive;
 
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 pub use agent::{agent, revive};
 pub use fence::{fence, refuse_fenced};
 pub use leave::{before_the_end, failover, unprotect};
+pub use migrate::migrate;
 pub use protect::remus;
 pub use receive::receive;
 

@@ -39,6 +39,14 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(40);
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 pub fn remus(ctx: &Context, args: &Remus) -> anyhow::Result<Answer> {
+    protect(ctx, args, false)
+}
+
+/// Protect a domain; with `moves`, until it has been handed over.
+///
+/// # Errors
+/// It is not protected.
+pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answer> {
     let refusals = refusals(args);
     if !refusals.is_empty() {
         return Err(Failure::new(refusals.join("\n")).into());
@@ -70,6 +78,7 @@ pub fn remus(ctx: &Context, args: &Remus) -> anyhow::Result<Answer> {
         identity: identity.clone(),
         fence: args.fence.as_ref().map(ToString::to_string),
         dial: None,
+        moves,
     };
     if args.local {
         let backup = receive::beside(ctx, &held.place, &protection)?;
@@ -376,6 +385,7 @@ mod tests {
                 identity: None,
                 fence: None,
                 dial: None,
+                moves: false,
             };
             dial(&ctx(root), &args, args.host.as_deref().unwrap(), &protection)
         };
@@ -403,6 +413,7 @@ mod tests {
             identity: identity.map(str::to_owned),
             fence: fence.map(str::to_owned),
             dial: None,
+            moves: false,
         };
         let said = |words: &str, protection| start(&parse(words), &protection).unwrap();
         let usual = ReplicationStart {

@@ -23,6 +23,7 @@ use super::{
     agent::revive,
     backup_name,
     leave::is_backup,
+    migrate::arrived,
     protect::{absolute, identify},
     unlocked,
 };
@@ -62,8 +63,12 @@ pub fn receive(ctx: &Context, args: &RemusReceive) -> anyhow::Result<Answer> {
             let place = welcome(ctx, args, &input, &output)?;
             let socket = connect(&place.run)?;
             // The other thread may never get input; it ends with this process.
-            relay(input, output, &socket)?;
-            Ok(Answer::silent())
+            let carried = relay(input, output, &socket);
+            // The sender has ended, perhaps because the guest is here now.
+            if arrived(ctx, &place)? {
+                return Ok(Answer::silent());
+            }
+            carried.map(|()| Answer::silent())
         }
     }
 }
@@ -87,7 +92,10 @@ fn listen(ctx: &Context, args: &RemusReceive, port: u16) -> anyhow::Result<Answe
         if let Some((name, id)) = &domain {
             let place = ctx.place_of(*id)?;
             let ended = place.is_none();
-            let runs = args.no_wait && place.is_some_and(|place| !waits(&place));
+            let runs = match &place {
+                Some(place) if !waits(place) => arrived(ctx, place)? || args.no_wait,
+                _ => false,
+            };
             if ended || runs {
                 let what = if ended { "has ended" } else { "runs" };
                 let json = json!({ "name": name, "ended": ended });
@@ -207,6 +215,7 @@ fn receiver(
         identity,
         fence: args.fence.as_ref().map(ToString::to_string),
         dial: None,
+        moves: greeting.moves,
     };
     make(ctx, name, &greeting.domain, &protection, args.tls.as_deref())
 }
