@@ -11,7 +11,7 @@ pub struct Authority {
 
 impl Authority {
     /// One that nobody knows.
-    pub fn new() -> Self {
+    pub fn generate() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);

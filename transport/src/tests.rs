@@ -85,7 +85,7 @@ fn data(bytes: usize) -> [Vec<u8>; 2] {
 
 #[test]
 fn what_is_sent_arrives_over_all_kinds_of_descriptors_with_and_without_tls() {
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let directory = authority.directory(&authority);
     for kind in [sockets, tcp, pipes] {
         let mut links = kind().map(|ends| Link::plain(ends, false).unwrap());
@@ -132,7 +132,7 @@ fn until_failure(links: &mut [Link; 2]) -> ([Option<LinkError>; 2], [Vec<u8>; 2]
 
 #[test]
 fn a_certificate_of_another_authority_is_refused_at_either_side() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
+    let (ours, theirs) = (Authority::generate(), Authority::generate());
     let right = ours.directory(&ours);
     // Signed by another authority, and trusting ours: only we can find out.
     let stranger = theirs.directory(&ours);
@@ -164,7 +164,7 @@ fn a_certificate_of_another_authority_is_refused_at_either_side() {
 
 #[test]
 fn garbage_ends_in_an_error_and_a_silent_peer_in_time() {
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let directory = authority.directory(&authority);
     let mut random = fastrand::Rng::with_seed(5);
     for round in 0..60 {
@@ -210,7 +210,7 @@ fn garbage_ends_in_an_error_and_a_silent_peer_in_time() {
 
 #[test]
 fn a_connection_that_is_cut_anywhere_ends_and_gives_no_more_than_was_sent() {
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let directory = authority.directory(&authority);
     let message = data(5000)[0].clone();
     let mut complete = 0;
@@ -250,7 +250,7 @@ fn a_connection_that_is_cut_anywhere_ends_and_gives_no_more_than_was_sent() {
 
 #[test]
 fn what_a_peer_does_not_read_waits_and_is_counted() {
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let directory = authority.directory(&authority);
     let [near, far] = sockets();
     let mut ready = [tls(near, as_client(directory.path())), tls(far, as_server(directory.path()))];
@@ -291,7 +291,7 @@ fn without_tls_the_peer_is_on_this_host() {
 
 #[test]
 fn files_that_are_no_certificates_are_named() {
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let spoil = |name: &str, contents: Option<&[u8]>| {
         let directory = authority.directory(&authority);
         let path = directory.path().join(name);

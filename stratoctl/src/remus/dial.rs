@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn over_tls_the_greeting_is_encrypted_and_the_connection_is_free_afterwards() {
-        let (ours, theirs) = (Authority::new(), Authority::new());
+        let (ours, theirs) = (Authority::generate(), Authority::generate());
         let (own, stranger) = (ours.directory(&ours), theirs.directory(&ours));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();

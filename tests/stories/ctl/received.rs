@@ -54,7 +54,7 @@ impl Pair {
         let options = ["remus", "-i", "25", "--timeout", "1000", "--witness", &witness];
         let said = self.rig.ok(&[&options[..], way].concat())?;
         ensure!(said.pointer("/replication/state") == Some(&json!("protected")), "{said}");
-        self.wait("standby", || Ok(self.state_there()?["state"] == "standby"))
+        self.wait("standby", || Ok(self.state_there()?.get("state") == Some(&json!("standby"))))
     }
 
     fn epoch(&self) -> Result<u64> {
@@ -75,7 +75,7 @@ impl Pair {
     /// The guest runs on the other host when its monitor here is killed.
     fn moves_when_killed(&self) -> Result<()> {
         self.rig.kill("web")?;
-        self.wait("a failover", || Ok(self.state_there()?["role"] == "primary"))
+        self.wait("a failover", || Ok(self.state_there()?.get("role") == Some(&json!("primary"))))
     }
 }
 

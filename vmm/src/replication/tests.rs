@@ -730,7 +730,7 @@ fn replicates(protected: &Protected, backup: &Backup) {
 
 #[test]
 fn over_tcp_both_sides_speak_tls_and_a_stranger_gets_nowhere() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
+    let (ours, theirs) = (Authority::generate(), Authority::generate());
     let (own, stranger) = (ours.directory(&ours), theirs.directory(&ours));
     let tls = Tls::Directory(own.path().to_owned());
     let place = Place::Tcp("127.0.0.1:0".into());
