@@ -79,8 +79,7 @@ pub(crate) static TABLE: &[Flag] = &[
     flag(&["S", "freeze"], Switch, Process, process::freeze,
          "do not start the vCPUs until QMP's cont"),
     flag(&["incoming"], Plain("file:DIR[,mapped=on|off|uffd][,disks=DIR][,HOW] | unix:SOCKET[,HOW] \
-                               | fd:NUMBER[,HOW] | exec:COMMAND | replicate:unix:SOCKET[,JUDGE][,TLS] \
-                               | replicate:tcp:HOST:PORT[,JUDGE][,TLS]"),
+                               | fd:NUMBER[,HOW] | exec:COMMAND | replicate:PLACE[,JUDGE][,TLS]"),
          Process, process::incoming,
          "restore the snapshot in this directory, or receive a live migration from this stream; \
           mapped (on): map its memory, unchecked; off: copy and verify it; uffd: the same while \
@@ -88,8 +87,8 @@ pub(crate) static TABLE: &[Flag] = &[
           snapshot; HOW: clock=realtime: kvm-clock advances by the time since the save (by default \
           it resumes at the time of the save); force=on: use the disks even if they have changed \
           since; other flags may give new paths and taps; replicate: be the backup of the machine \
-          that a primary (QMP: replication-start) replicates to this place; JUDGE: witness=ID or \
-          fence=KIND, which decides whether it may run the guest; TLS: tls=DIR (certificates) or \
+          that a primary (QMP: replication-start) replicates to this place; PLACE: unix:SOCKET or tcp:HOST:PORT; \
+          JUDGE: witness=ID or fence=KIND, which decides whether it may run the guest; TLS: tls=DIR (certificates) or \
           tls=off, needed where the primary is on another host").only(Era::New),
     flag(&["action"],
          Properties("[shutdown=poweroff|pause|reset][,reboot=shutdown|exit-failure|pause|reset]\
