@@ -342,13 +342,20 @@ impl<M: Medium> JournalFile<M> {
 
     /// Forget the epochs after `epoch`, none of which was applied: whoever has sent them sends them
     /// again, with the same contents, or they were never acknowledged.
-    pub fn drop_after(&mut self, epoch: Epoch) {
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub fn drop_after(&mut self, epoch: Epoch) -> Result<(), JournalError> {
         let epoch = epoch.max(self.order.last_applied());
         self.order.dropped_after(epoch);
-        if let Some(first) = self.whole.iter().find(|whole| whole.epoch > epoch) {
-            self.head = first.start;
+        let mut voided = Ok(());
+        while let Some(whole) = self.whole.pop_back_if(|whole| whole.epoch > epoch) {
+            self.head = whole.start;
+            // If nothing else is written here, a recovery would still find it.
+            let zeros = self.ring.write(whole.start, &[0; size_of::<u64>()]);
+            voided = voided.and(zeros);
         }
-        self.whole.retain(|whole| whole.epoch <= epoch);
+        self.done("write", voided)
     }
 
     fn put(

@@ -176,13 +176,13 @@ fn epochs_that_were_not_taken_are_dropped_and_come_again() {
     }
     journal.sync().unwrap();
     journal.apply(&images).unwrap();
-    journal.drop_after(Epoch(10));
+    journal.drop_after(Epoch(10)).unwrap();
     assert_eq!(journal.order().last(), Epoch(11), "what was applied stays");
     journal.append(Epoch(12), [write(12, &[12])]).unwrap();
     assert_eq!(journal.order().durable(), Epoch(11));
     journal.sync().unwrap();
     journal.append_nothing(Epoch(13)).unwrap();
-    journal.drop_after(Epoch(12));
+    journal.drop_after(Epoch(12)).unwrap();
     assert_eq!(journal.settle(&images).unwrap().epoch, Epoch(12));
     assert_eq!(images[0].seen()[11..14], [11, 12, 0]);
     let found = JournalFile::recover(medium, GUEST, START.term, Rules::ALL).unwrap();

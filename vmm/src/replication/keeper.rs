@@ -298,10 +298,11 @@ impl Thread {
                 Err(e) => Done::NotApplied(text(&e)),
             },
             Work::DropAfter(epoch) => {
-                if let Some(journal) = &mut taken.journal {
-                    journal.drop_after(epoch);
+                let dropped = taken.journal.as_mut().map(|journal| journal.drop_after(epoch));
+                match dropped {
+                    Some(Err(e)) => Done::NotApplied(text(&e)),
+                    Some(Ok(())) | None => return,
                 }
-                return;
             }
             Work::Settle(number) => Done::Settled(number, taken.settle().map_err(|e| text(&e))),
             Work::Mark(mark) => return self.mark(mark, false),
