@@ -149,12 +149,20 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// It does not come up.
     pub fn boot(&mut self, side: Side) -> Result<Machine> {
+        self.boot_with(side, &[])
+    }
+
+    /// The same, with more arguments for the monitor.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub fn boot_with(&mut self, side: Side, args: &[&str]) -> Result<Machine> {
         let dir = self.fresh()?;
         let vm = match self.disk {
             true => vm(self.paths)?.disk("disk", &self.image(side), false),
             false => vm(self.paths)?,
         };
-        let mut monitor = start(vm, self.hosts, side, self.paths, &dir)?;
+        let mut monitor = start(vm.args(args), self.hosts, side, self.paths, &dir)?;
         monitor.wait_for("guest: ready", BOOT)?;
         self.machine(side, monitor, &dir)
     }

@@ -245,7 +245,7 @@ pub fn stays_paused(story: &Story) -> Result<()> {
 pub fn reboots(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
-    let mut primary = pair.boot(Side::Left)?;
+    let mut primary = pair.boot_with(Side::Left, &["-action", "reboot=reset"])?;
     let mut client = Client::connect(&hosts, BOOT)?;
     let backup = pair.protect(&mut primary, PROTECTION)?;
     primary.agent.forget();
