@@ -119,8 +119,8 @@ const CALLS: &[Group] = &[
     },
     // A disk's ring is created when it is plugged and when its driver sets it up, and tried when
     // the disk is opened.
-    Group { kinds: &[Main, Vcpu, Io, Files], calls: &[SYS_io_uring_setup] },
-    Group { kinds: &[Main, Io, Files], calls: &[SYS_io_uring_enter] },
+    Group { kinds: &[Main, Vcpu, Io, Files, Disks], calls: &[SYS_io_uring_setup] },
+    Group { kinds: &[Main, Io, Files, Disks], calls: &[SYS_io_uring_enter] },
     // Saving: the directory, its lock, and moving the files into place.
     Group {
         kinds: &[Checkpoint],
@@ -135,9 +135,9 @@ const CALLS: &[Group] = &[
     // Descriptors released at the end; standard output when in the background.
     Group { kinds: &[Main, End], calls: &[SYS_dup2] },
     Group { kinds: &[Main, Io, Checkpoint], calls: &[SYS_epoll_wait, SYS_epoll_pwait] },
-    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_epoll_ctl] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Disks], calls: &[SYS_epoll_ctl] },
     Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
-    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files], calls: &[SYS_timerfd_settime] },
+    Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Disks], calls: &[SYS_timerfd_settime] },
     // Bursts of console output.
     Group { kinds: &[Vcpu], calls: &[SYS_timer_create, SYS_timer_settime, SYS_timer_delete] },
     // QMP and console clients, primaries of a backup. Listening sockets were created before.
@@ -194,7 +194,7 @@ const LIMITED: &[Limited] = &[
     // The terminal, restored at the end, whatever ends the process.
     limited(ALL, SYS_ioctl, &[TCSETS as u32, TCSETS2 as u32]),
     // Descriptors, as the standard library sets them up.
-    limited(&[Main, Io, Checkpoint, Files], SYS_ioctl, &[FIONBIO as u32, FIOCLEX as u32]),
+    limited(&[Main, Io, Checkpoint, Files, Disks], SYS_ioctl, &[FIONBIO as u32, FIOCLEX as u32]),
     // Disks that are block devices.
     limited(&[Main, Files, Disks], SYS_ioctl, &[BLKSSZGET as u32, BLKPBSZGET as u32]),
     limited(&[Io], SYS_ioctl, &[BLKDISCARD]),
