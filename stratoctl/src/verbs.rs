@@ -167,6 +167,9 @@ pub struct New {
 pub struct Start {
     /// Name of the domain
     pub domain: Name,
+    /// Start although its guest may run on another host, where it was protected: it runs twice then
+    #[arg(long)]
+    pub force: bool,
     #[command(flatten)]
     pub begin: Begin,
 }
@@ -369,7 +372,7 @@ pub struct Man {
     pub directory: Option<PathBuf>,
 }
 
-fn moved_disk(word: &str) -> Result<MovedDisk, String> {
+pub fn moved_disk(word: &str) -> Result<MovedDisk, String> {
     let (id, place) = pair(word)?;
     // As in the monitor's -drive: every disk is raw, so no other format can be named.
     let (path, raw) = match place.split_once(',') {

@@ -27,6 +27,10 @@ pub fn create(ctx: &Context, args: &Create) -> anyhow::Result<Answer> {
     }
     let lock = ctx.take(Verb::Create, &name)?;
     let place = ctx.registry.add(&name, false, &description)?;
+    if let Err(e) = remus::permit(ctx, &place, &description, false) {
+        ctx.registry.forget(&place).context("after a failed start")?;
+        return Err(e);
+    }
     begin(ctx, &place, &description, &args.begin, &More::default(), Some(lock))
 }
 
@@ -41,6 +45,7 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
     remus::refuse_fenced(ctx, &held.place)?;
     let description = described(&held.place)?;
+    remus::permit(ctx, &held.place, &description, args.force)?;
     let mut held = held;
     if held.status.client.is_none() {
         return begin(ctx, &held.place, &description, &args.begin, &More::default(), held.lock);

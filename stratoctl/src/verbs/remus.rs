@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use qmp::schema::{OnBackupLoss, OnBackupSlow};
 
+use super::{MovedDisk, moved_disk};
 use crate::{
     registry::Name,
     remus::{fence, uuid::Uuid, wire::SideText, witness},
@@ -52,9 +53,12 @@ pub struct Remus {
     /// Refused: output is always held
     #[arg(short = 'n', long, hide = true)]
     pub no_hold: bool,
-    /// Refused: a domain with disks cannot be protected
+    /// Refused: the disks are always replicated
     #[arg(short = 'd', long, hide = true)]
     pub no_disks: bool,
+    /// With --local: the image of a disk at the backup (that of the domain, with .backup appended)
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = moved_disk, requires = "local")]
+    pub disk: Vec<MovedDisk>,
     /// What decides who continues: dir:PATH, exec:COMMAND or
     /// etcd:URL,.. (with prefix=KEY and tls=DIR, if wanted, behind commas); the same on both hosts
     #[arg(long, value_name = "URI")]
@@ -203,6 +207,9 @@ pub struct RemusReceive {
     /// Return once the domain runs here, do not wait for its end
     #[arg(short = 'e', long)]
     pub no_wait: bool,
+    /// The image of a disk here (default: the sender's path)
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = moved_disk)]
+    pub disk: Vec<MovedDisk>,
     /// Name of the domain here (default: that of the sender)
     #[arg(long)]
     pub name: Option<Name>,

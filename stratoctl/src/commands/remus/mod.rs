@@ -1,6 +1,7 @@
 //! Protecting domains by replication: the monitors at both ends do it; these verbs start it, steer
 //! it, and keep a process that does for a monitor what that may not do itself.
 mod agent;
+mod cold;
 mod fence;
 mod follow;
 mod leave;
@@ -12,6 +13,7 @@ use qmp::{client::Client, schema::QueryReplication};
 use serde_json::{Value, json};
 
 pub use agent::{agent, revive};
+pub use cold::permit;
 pub use fence::{fence, refuse_fenced};
 pub use leave::{before_the_end, failover, unprotect};
 pub use migrate::migrate;

@@ -81,7 +81,7 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answe
         moves,
     };
     if args.local {
-        let backup = receive::beside(ctx, &held.place, &protection)?;
+        let backup = receive::beside(ctx, &held.place, &protection, &args.disk)?;
         protection.dial = Some(Dial::Unix(backup));
     } else if let Some(host) = &args.host {
         protection.dial = Some(dial(ctx, args, host, &protection));
@@ -140,7 +140,7 @@ fn refusals(args: &Remus) -> Vec<String> {
          this host",
     );
     refuse(args.no_hold, "-n: output is always held until the backup could continue from there");
-    refuse(args.no_disks, "-d: a domain with disks cannot be protected, with or without them");
+    refuse(args.no_disks, "-d: the disks are always replicated: without them the backup could not run");
     refuse(
         args.heartbeat.is_some(),
         "--heartbeat: signs of life are sent as often as --timeout needs them: choose that",

@@ -19,7 +19,7 @@ use rustls::ServerConfig;
 use serde_json::json;
 
 use super::{
-    super::{Answer, Context, end, lifecycle},
+    super::{Answer, Context, end, lifecycle, restore::text},
     agent::revive,
     backup_name,
     leave::is_backup,
@@ -41,7 +41,7 @@ use crate::{
         uuid::Uuid,
         wire::SideText,
     },
-    verbs::RemusReceive,
+    verbs::{MovedDisk, RemusReceive},
 };
 
 /// The monitor's socket for its primary, in its directory.
@@ -217,7 +217,7 @@ fn receiver(
         dial: None,
         moves: greeting.moves,
     };
-    make(ctx, name, &greeting.domain, &protection, args.tls.as_deref())
+    make(ctx, name, &greeting.domain, &protection, (args.tls.as_deref(), &args.disk))
 }
 
 fn connect(run: &Path) -> anyhow::Result<UnixStream> {
@@ -228,14 +228,36 @@ fn connect(run: &Path) -> anyhow::Result<UnixStream> {
 ///
 /// # Errors
 /// It does not start, or there is a domain of that name.
-pub fn beside(ctx: &Context, place: &Place, primary: &Protection) -> anyhow::Result<PathBuf> {
+pub fn beside(
+    ctx: &Context,
+    place: &Place,
+    primary: &Protection,
+    disks: &[MovedDisk],
+) -> anyhow::Result<PathBuf> {
     let name = backup_name(&place.name)?;
     let mut description = lifecycle::described(place)?;
     // Of its own: what belongs to a domain is found by its UUID, and removed with it.
     description.uuid = configuration::uuid()?;
     let protection = Protection { side: SideText::Backup, dial: None, ..primary.clone() };
-    let backup = make(ctx, &name, &description, &protection, None)?;
+    let disks = beside_those(&description, disks);
+    let backup = make(ctx, &name, &description, &protection, (None, &disks))?;
     Ok(backup.run.join(SOCKET))
+}
+
+/// The images of a backup on the same host: those that are named, else `IMAGE.backup` beside each.
+fn beside_those(description: &Description, named: &[MovedDisk]) -> Vec<MovedDisk> {
+    let drives = description.config.get("drive").and_then(serde_json::Value::as_array);
+    let text = |drive: &serde_json::Value, key| Some(drive.get(key)?.as_str()?.to_owned());
+    let mut disks = named.to_vec();
+    for drive in drives.into_iter().flatten() {
+        if let (Some(id), Some(path)) = (text(drive, "drive_id"), text(drive, "path_on_host"))
+            && drive.get("read_only").and_then(serde_json::Value::as_bool) != Some(true)
+            && !named.iter().any(|disk| disk.id == id)
+        {
+            disks.push(MovedDisk { id, path: format!("{path}.backup").into(), raw: true });
+        }
+    }
+    disks
 }
 
 /// End what [`beside`] has made, unless it has become the domain itself meanwhile.
@@ -264,7 +286,7 @@ fn make(
     name: &Name,
     description: &Description,
     protection: &Protection,
-    tls: Option<&Path>,
+    (tls, disks): (Option<&Path>, &[MovedDisk]),
 ) -> anyhow::Result<Place> {
     let _lock = ctx.take(Verb::Restore, name)?;
     let place = ctx.registry.add(name, false, description)?;
@@ -278,7 +300,11 @@ fn make(
     if let Some(directory) = tls {
         source.push_str(&format!(",tls={}", absolute(directory).display()));
     }
-    let more = More { words: vec!["-incoming".into(), source], reads: None };
+    let mut more = More { words: vec!["-incoming".into(), source], reads: None };
+    for MovedDisk { id, path, .. } in disks {
+        let path = std::path::absolute(path).context("--disk")?;
+        more.words.extend(["-drive".into(), format!("id={id},file={}", text(&path)?)]);
+    }
     let (registry, program) = (&ctx.registry, &ctx.program);
     let made = protection
         .record(registry, &place)
