@@ -1,6 +1,6 @@
 //! `cargo remus-soak`: a chain of failovers of one guest. In each turn the guest is protected by a
 //! new process at the other host, works, and loses its own host; then it runs at the other one. A
-//! client outside counts all the time, and everything that a seed determines can be repeated.
+//! client outside counts all the time, another has records written to the guest's disk, and everything that a seed determines can be repeated.
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +14,7 @@ use stories::replicated::client::Client;
 use stories::replicated::counter::{Counter, Manner};
 use stories::replicated::pair::{Failover, Machine, Pair, Protection};
 use stories::replicated::probe::Probe;
+use stories::replicated::recorder::Recorder;
 
 use crate::bench::interrupt::Interrupt;
 use crate::bench::statistics::quantile;
@@ -36,6 +37,10 @@ const LIMIT: Duration = Duration::from_secs(20);
 const PERIOD: Duration = Duration::from_millis(2);
 /// Numbers that the guest gives before and after each failover.
 const NUMBERS: usize = 20;
+
+/// Bytes of the guest's disk, and the pause after each record on it: it is full after an hour.
+const DISK: usize = 128 << 20;
+const RECORDS: Duration = Duration::from_millis(100);
 
 /// What is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,10 +122,12 @@ pub fn run(plan: &Plan, paths: &Paths, debian: &Debian, interrupt: &Interrupt) -
     println!("Seed {}.", plan.seed);
     let dir = paths.fresh_scratch("remus-soak")?;
     let hosts = Hosts::new(debian, plan.seed)?;
-    let mut pair = Pair::new(&hosts, paths, &dir)?;
+    let pair = Pair::new(&hosts, paths, &dir)?;
+    let mut pair = pair.with_disk(Side::Left, &vec![0; DISK])?;
     let mut primary = pair.boot(Side::Left)?;
     let counter = Counter::start(&hosts.outside, Manner::default())?;
     let mut client = Client::connect(&hosts, SOON)?;
+    let recorder = Recorder::start(&hosts.outside, RECORDS)?;
     let probe = Probe::start(&hosts.outside, PERIOD)?;
     let mut done = Vec::new();
     for number in plan.from..=plan.turns {
@@ -134,16 +141,23 @@ pub fn run(plan: &Plan, paths: &Paths, debian: &Debian, interrupt: &Interrupt) -
             )
         })?;
         primary = next;
+        // Each of them was flushed before it was acknowledged.
+        let acknowledged = recorder.acknowledged();
+        recorder.wait(1, SOON)?;
+        let found = client.check_records(SOON)?;
+        ensure!(found > acknowledged, "turn {number}: {found} records of {acknowledged}");
         let (away, gap) = (probe.longest_gap(killed)?, counter.longest_gap(killed));
         println!(
             "{number:>6}: {turn:?}: away for {away:.1?}, to TCP for {gap:.1?}; {failover:.1?}"
         );
         done.push(Done { failover, away, gap });
     }
+    let records = recorder.finish();
     let report = counter.finish()?;
     print!("{}", table(&done));
     println!(
-        "{} numbers were acknowledged, in order; connections broken: {}.",
+        "{} numbers were acknowledged, in order, and {records} records on the disk; connections \
+         broken: {}.",
         report.steps.len(),
         report.reconnections
     );

@@ -11,9 +11,6 @@ use super::client::Client;
 use crate::lab::namespace::Namespace;
 use crate::monitor::SOON;
 
-/// From an answer to the next request.
-const PAUSE: Duration = Duration::from_millis(3);
-
 /// A client that records, in a thread of its own; ended when dropped.
 pub struct Recorder {
     shared: Arc<Shared>,
@@ -28,15 +25,15 @@ struct Shared {
 }
 
 impl Recorder {
-    /// Connects from `namespace`, once, and begins.
+    /// Connects from `namespace`, once, and begins. After each answer it waits for `pause`.
     ///
     /// # Errors
     /// No more threads.
-    pub fn start(namespace: &Namespace) -> Result<Self> {
+    pub fn start(namespace: &Namespace, pause: Duration) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let thread = namespace.spawn("recorder", move || {
-            if let Err(error) = record(&theirs) {
+            if let Err(error) = record(&theirs, pause) {
                 let mut failed = theirs.failed.lock().unwrap_or_else(PoisonError::into_inner);
                 *failed = Some(format!("{error:#}"));
             }
@@ -88,14 +85,13 @@ impl Drop for Recorder {
     }
 }
 
-fn record(shared: &Shared) -> Result<()> {
+fn record(shared: &Shared, pause: Duration) -> Result<()> {
     let mut client = Client::here(SOON)?;
     while !shared.stop.load(Ordering::SeqCst) {
         let number = client.record(SOON)?;
         let last = shared.acknowledged.swap(number, Ordering::SeqCst);
         ensure!(number > last, "record {number} was written again: {last} was acknowledged");
-        // So that the disk is not full before the guest is protected.
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(pause);
     }
     Ok(())
 }

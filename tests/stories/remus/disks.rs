@@ -27,7 +27,8 @@ pub fn nothing_is_lost(story: &Story) -> Result<()> {
     let mut pair = pair.with_disk(Side::Left, &contents)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, BOOT)?;
-    let recorder = Recorder::start(&hosts.outside)?;
+    // Not so fast that the disk is full before the guest is protected.
+    let recorder = Recorder::start(&hosts.outside, Duration::from_millis(3))?;
     recorder.wait(20, SOON)?;
 
     for _ in 0..2 {
