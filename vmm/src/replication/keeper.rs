@@ -111,6 +111,9 @@ pub enum Work {
     Mark(Mark),
     /// As `Mark`; then leave the images to the machine.
     Release(Mark),
+    /// Be as slow as storage can be.
+    #[cfg(test)]
+    Hang(Duration),
 }
 
 /// What it answers.
@@ -153,6 +156,11 @@ pub struct Keeper {
 impl Keeper {
     /// The handle, and the body of the thread. `wake` is woken after each answer.
     pub fn new(wake: Wake) -> (Self, impl FnOnce() + Send) {
+        Self::with_room(wake, JOURNAL)
+    }
+
+    /// As [`Keeper::new`], with a journal for so many bytes of epochs.
+    pub fn with_room(wake: Wake, capacity: u64) -> (Self, impl FnOnce() + Send) {
         let (work, inbox) = channel();
         let (answers, done) = channel();
         let queued = Arc::<AtomicUsize>::default();
@@ -160,6 +168,7 @@ impl Keeper {
             answers,
             wake,
             queued: queued.clone(),
+            capacity,
             taken: None,
             bound: (Lineage(0), String::new()),
             hasher: Hasher::default(),
@@ -179,6 +188,12 @@ impl Keeper {
     /// Bytes that wait to be written to images that are being filled.
     pub fn queued(&self) -> usize {
         self.queued.load(Ordering::Relaxed)
+    }
+
+    /// Another way to ask the thread.
+    #[cfg(test)]
+    pub fn other(&self) -> Sender<Work> {
+        self.work.clone()
     }
 
     /// The next answer, once there is one.
@@ -206,6 +221,8 @@ struct Thread {
     answers: Sender<Done>,
     wake: Wake,
     queued: Arc<AtomicUsize>,
+    /// Of the journal.
+    capacity: u64,
     taken: Option<Taken>,
     bound: (Lineage, String),
     hasher: Hasher,
@@ -219,8 +236,9 @@ struct Taken {
     images: Vec<File>,
     locks: Vec<Disk>,
     sidecars: Images,
-    /// Room for the journal.
+    /// Room for the journal, and its size.
     room: File,
+    capacity: u64,
     journal: Option<JournalFile<File>>,
 }
 
@@ -305,6 +323,8 @@ impl Thread {
                 }
             }
             Work::Settle(number) => Done::Settled(number, taken.settle().map_err(|e| text(&e))),
+            #[cfg(test)]
+            Work::Hang(time) => return std::thread::sleep(time),
             Work::Mark(mark) => return self.mark(mark, false),
             Work::Release(mark) => return self.mark(mark, true),
         };
@@ -318,7 +338,7 @@ impl Thread {
     }
 
     fn open(&mut self, wanted: &[Wanted]) {
-        let opened = Taken::open(wanted).map(|taken| {
+        let opened = Taken::open(wanted, self.capacity).map(|taken| {
             let entry = taken.sidecars.entry().cloned();
             self.taken = Some(taken);
             entry
@@ -351,7 +371,7 @@ fn text(error: &(dyn std::error::Error + 'static)) -> String {
 
 impl Taken {
     /// Make or check, and lock, the images, and reserve room.
-    fn open(wanted: &[Wanted]) -> Result<Self, String> {
+    fn open(wanted: &[Wanted], capacity: u64) -> Result<Self, String> {
         let (mut images, mut locks) = (Vec::new(), Vec::new());
         for Wanted { id, path, size } in wanted {
             let failed = |e: io::Error| {
@@ -406,9 +426,9 @@ impl Taken {
         let sidecars = sidecars.map_err(|e| text(&e))?;
         let first = wanted.first().ok_or("there are no disks")?;
         let path = journal_of(&first.path).map_err(|e| format!("{}: {e}", first.path.display()))?;
-        let room = JournalFile::reserve(&path, JOURNAL)
+        let room = JournalFile::reserve(&path, capacity)
             .map_err(|e| format!("{}: {}", path.display(), text(&e)))?;
-        Ok(Self { images, locks, sidecars, room, journal: None })
+        Ok(Self { images, locks, sidecars, capacity, room, journal: None })
     }
 
     fn hash(&self, hasher: &mut Hasher, disk: usize, piece: u64) -> io::Result<Hash> {
@@ -431,7 +451,7 @@ impl Taken {
         }
         let failed = |source| JournalError::Io { what: "open", source };
         let room = self.room.try_clone().map_err(failed)?;
-        self.journal = Some(JournalFile::format(room, lineage, place, JOURNAL, Rules::ALL)?);
+        self.journal = Some(JournalFile::format(room, lineage, place, self.capacity, Rules::ALL)?);
         Ok(())
     }
 

@@ -45,7 +45,7 @@ use super::{
     copier,
     disks::Disks,
     entrance,
-    keeper::{Keeper, Wanted},
+    keeper::{Keeper, Wanted, Work},
     offer::{Host as Offered, Offer},
     outside::Outside,
     protector::{Order, Orders, Protector, Report, Task, Way},
@@ -166,6 +166,8 @@ struct Backup {
     rooms: Arc<Mutex<Vec<Memory>>>,
     /// How often the machine was built.
     built: Arc<Mutex<u32>>,
+    /// Asks the thread that has the disks.
+    storage: Sender<Work>,
     thread: JoinHandle<Result<Promotion, ReceiveError>>,
 }
 
@@ -175,10 +177,16 @@ impl Backup {
     }
 
     fn asking(path: &Path, arbiter: Given, witness: Witness) -> Self {
-        Self::keeping(path, arbiter, witness, Vec::new())
+        Self::keeping(path, arbiter, witness, (Vec::new(), 0))
     }
 
-    fn keeping(path: &Path, arbiter: Given, witness: Witness, disks: Vec<Wanted>) -> Self {
+    /// With these disks, and a journal for so many bytes.
+    fn keeping(
+        path: &Path,
+        arbiter: Given,
+        witness: Witness,
+        disks: (Vec<Wanted>, u64),
+    ) -> Self {
         let listener = UnixListener::bind(path).unwrap().into();
         Self::listening(listener, Security::Plain(false), arbiter, witness, disks)
     }
@@ -188,7 +196,7 @@ impl Backup {
         security: Security,
         arbiter: Given,
         witness: Witness,
-        disks: Vec<Wanted>,
+        (disks, journal): (Vec<Wanted>, u64),
     ) -> Self {
         let (orders, inbox) = channel();
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
@@ -220,14 +228,15 @@ impl Backup {
                 woken.wake();
             }
         };
-        let (keeper, keep) = Keeper::new(wake.clone());
+        let (keeper, keep) = Keeper::with_room(wake.clone(), journal);
+        let storage = keeper.other();
         let thread = thread::spawn(move || {
             thread::scope(|scope| {
                 scope.spawn(keep);
                 Standby::new(task, builder, keeper, tell).run()
             })
         });
-        Self { orders, wake, status, rooms, built, thread }
+        Self { orders, wake, status, rooms, built, storage, thread }
     }
 
     fn memory(&self) -> Vec<u8> {
@@ -280,7 +289,7 @@ impl Protected {
     }
 
     fn with_tsc(peer: &Path, arbiter: &Given, on_loss: OnLoss, record: Witness, tsc: Tsc) -> Self {
-        Self::with(peer, arbiter, on_loss, record, (tsc, None))
+        Self::with(peer, arbiter, on_loss, record, (tsc, None, LONG))
     }
 
     fn with(
@@ -288,7 +297,7 @@ impl Protected {
         arbiter: &Given,
         on_loss: OnLoss,
         record: Witness,
-        machine: (Tsc, Option<Arc<Disks>>),
+        machine: (Tsc, Option<Arc<Disks>>, Duration),
     ) -> Self {
         let way = Way { peer: Some(peer.to_owned()), security: Security::Plain(false) };
         Self::through((way, Box::new(|| None)), arbiter, on_loss, record, machine)
@@ -299,9 +308,10 @@ impl Protected {
         arbiter: &Given,
         on_loss: OnLoss,
         record: Witness,
-        (tsc, disks): (Tsc, Option<Arc<Disks>>),
+        (tsc, disks, ack_limit): (Tsc, Option<Arc<Disks>>, Duration),
     ) -> Self {
-        let settings = settings(arbiter, on_loss);
+        let leave_slow = ack_limit < LONG;
+        let settings = Settings { ack_limit, leave_slow, ..settings(arbiter, on_loss) };
         let me = Identity { lineage: Lineage(1), incarnation: Incarnation(1) };
         let (wake, status) = (Wake::new().unwrap(), Arc::<Mutex<ReplicationInfo>>::default());
         let (to, inbox) = channel();

@@ -6,7 +6,9 @@ use machine::disk::{Aio, Disk, Op, OpenOptions, Outcome, Segment, Storage};
 
 use super::*;
 
-const SIZE: u64 = 24 << 20;
+const SIZE: u64 = 8 << 20;
+/// Bytes of the journal, unless it is to be full.
+const JOURNAL: u64 = 64 << 20;
 /// Where the guest has what it writes.
 const DATA: u64 = 1 << 20;
 
@@ -135,10 +137,10 @@ fn images_are_equal_whatever_the_guest_writes_and_when() {
         [(false, Aio::Off), (true, Aio::Off), (false, Aio::Auto), (true, Aio::Auto)]
     {
         let (sides, record) = (Sides::new(), Witness::default());
-        let backup = Backup::keeping(&sides.socket(), witness(), record.clone(), sides.wanted());
+        let backup = Backup::keeping(&sides.socket(), witness(), record.clone(), (sides.wanted(), JOURNAL));
         let disks = Some(sides.open(direct, aio));
         let protected =
-            Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, (TSC, disks));
+            Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, (TSC, disks, LONG));
         let mut guest = Guest::of(&protected, 7);
         // During the first copy, between its end and the first checkpoint, and later.
         let end = Instant::now() + LONG;
@@ -161,4 +163,68 @@ fn images_are_equal_whatever_the_guest_writes_and_when() {
         sides.are_equal();
         assert!(matches!(Sides::words(&sides.far), Mark::Running { term: Term(2), .. }));
     }
+}
+
+/// A protected guest with disks, and its backup with a journal of so many bytes.
+fn protected(sides: &Sides, journal: u64, ack_limit: Duration) -> (Protected, Backup) {
+    let record = Witness::default();
+    let disks = (sides.wanted(), journal);
+    let backup = Backup::keeping(&sides.socket(), witness(), record.clone(), disks);
+    let disks = Some(sides.open(false, Aio::Auto));
+    let protected =
+        Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, (TSC, disks, ack_limit));
+    protected.is_protected();
+    (protected, backup)
+}
+
+#[test]
+fn storage_that_stands_still_at_the_backup_is_no_reason_for_a_suspicion() {
+    let sides = Sides::new();
+    let (protected, backup) = protected(&sides, JOURNAL, LONG);
+    let mut guest = Guest::of(&protected, 3);
+    // Longer than the time-out, and less than what output may be held for.
+    backup.storage.send(Work::Hang(3 * TIMEOUT)).unwrap();
+    (0..100).for_each(|_| guest.changes());
+    settles(&protected);
+    let info = protected.status.lock().clone();
+    assert_eq!((info.state, info.stalls), (ReplicationStatus::Protected, 0));
+    drop(guest);
+    assert!(backup.end().is_err());
+}
+
+#[test]
+fn a_backup_whose_journal_is_too_small_is_left_and_the_guest_writes_on() {
+    let sides = Sides::new();
+    let (protected, backup) = protected(&sides, 64 << 10, TIMEOUT);
+    let mut guest = Guest::of(&protected, 4);
+    wait_for("the term's end", || {
+        guest.changes();
+        protected.host.told.lock().contains(&ReplicationStatus::Degraded)
+    });
+    assert_eq!(protected.host.record.lock().unwrap().word, Word::Solo);
+    (0..50).for_each(|_| guest.changes());
+    let word = || Sides::words(&sides.near);
+    wait_for("the word", || matches!(word(), Mark::Running { term: Term(2), promoted: None }));
+    drop(guest);
+    let _ = backup.end();
+}
+
+#[test]
+fn images_of_another_guest_or_size_are_not_taken() {
+    let sides = Sides::new();
+    let (keeper, keep) = Keeper::with_room(Wake::new().unwrap(), JOURNAL);
+    let thread = thread::spawn(keep);
+    assert_eq!(keeper.open(sides.wanted()).unwrap(), None);
+    assert_eq!(fs::metadata(&sides.far[0]).unwrap().len(), SIZE, "it is made");
+    // Another machine has it.
+    let (other, keep) = Keeper::with_room(Wake::new().unwrap(), JOURNAL);
+    let second = thread::spawn(keep);
+    let refused = other.open(sides.wanted()).unwrap_err();
+    assert!(refused.contains("-drive id=disk0,file=PATH"), "{refused}");
+    fs::File::options().write(true).open(&sides.far[1]).unwrap().set_len(512).unwrap();
+    let refused = keeper.open(sides.wanted()).unwrap_err();
+    assert!(refused.contains("512 bytes"), "{refused}");
+    drop((keeper, other));
+    thread.join().unwrap();
+    second.join().unwrap();
 }
