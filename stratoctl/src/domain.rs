@@ -10,7 +10,10 @@ use std::{
 use anyhow::Context;
 use qmp::{
     client::{Client, ClientError},
-    schema::{Command, MigrationStatus, QueryMigrate, QueryStatus, RunState},
+    schema::{
+        Command, MigrationStatus, QueryMigrate, QueryReplication, QueryStatus, ReplicationInfo,
+        ReplicationSide, ReplicationStatus, RunState,
+    },
 };
 
 use crate::{
@@ -18,6 +21,7 @@ use crate::{
     matrix::State,
     process::{Found, Process, find, search},
     registry::{Place, Registry},
+    remus::protection::Protection,
 };
 
 /// How long a monitor may take to report its state. Tests that are not about hanging monitors set a
@@ -49,16 +53,29 @@ pub struct Status {
     pub process: Option<Process>,
     /// The connection to its monitor, if that answers.
     pub client: Option<Client>,
+    /// What its monitor says of replication.
+    pub replication: Option<ReplicationInfo>,
 }
 
 impl Status {
     fn without_monitor(state: State) -> Self {
-        Self { state, process: None, client: None }
+        Self { state, process: None, client: None, replication: None }
     }
 
     /// There is no domain.
     pub fn absent() -> Self {
         Self::without_monitor(State::Absent)
+    }
+
+    /// What it is beside its state: protected, or without its backup.
+    pub fn beside(&self) -> Option<State> {
+        let info = self.replication.as_ref()?;
+        match (info.role, info.state) {
+            (Some(ReplicationSide::Backup) | None, _) => None,
+            (_, ReplicationStatus::Off | ReplicationStatus::Over) => None,
+            (_, ReplicationStatus::Degraded) => Some(State::Degraded),
+            _ => Some(State::Protected),
+        }
     }
 
     /// The connection to the monitor.
@@ -114,6 +131,9 @@ impl Query {
                 Found::Gone if idle(place) == State::Suspended => {
                     return Status::without_monitor(State::Suspended);
                 }
+                Found::Gone if idle(place) == State::Moved => {
+                    return Status::without_monitor(State::Moved);
+                }
                 Found::Gone => return Status::without_monitor(State::Killed),
             };
             // A monitor that does not listen, or that hangs up, may be starting or ending.
@@ -126,7 +146,8 @@ impl Query {
                     () if starting => State::Starting,
                     () => State::Hung,
                 };
-                return Status { state, process: Some(process), client: None };
+                let process = Some(process);
+                return Status { process, ..Status::without_monitor(state) };
             }
             process.ends_within(POLL_INTERVAL);
             self.connect = connect(place);
@@ -135,10 +156,12 @@ impl Query {
 }
 
 fn answered(registry: &Registry, place: &Place, answer: Answer) -> Status {
-    let (mut client, status, migration) = answer;
+    let (mut client, status, migration, replication) = answer;
     let saving = migration == MigrationStatus::Active || registry.is_being_saved(&place.name);
+    let role = replication.as_ref().and_then(|info| info.role);
     let state = match status {
         _ if saving => State::Saving,
+        RunState::Inmigrate if role == Some(ReplicationSide::Backup) => State::Standby,
         RunState::Running => State::Running,
         RunState::Shutdown => State::Off,
         RunState::GuestPanicked | RunState::InternalError | RunState::IoError => State::Crashed,
@@ -151,12 +174,14 @@ fn answered(registry: &Registry, place: &Place, answer: Answer) -> Status {
         Found::Alive(process) => Some(process),
         Found::Nobody | Found::Gone => search(&place.run),
     };
-    Status { state, process, client: Some(client) }
+    Status { state, process, client: Some(client), replication }
 }
 
 /// The state of a domain without a monitor.
 fn idle(place: &Place) -> State {
+    let moved = || Protection::of(place).ok().flatten().is_some_and(|known| known.moved);
     match (place.managed, place.is_saved()) {
+        (true, false) if moved() => State::Moved,
         (true, true) => State::Suspended,
         (true, false) => State::Registered,
         (false, _) => State::Absent,
@@ -173,12 +198,12 @@ pub fn found(place: &Place) -> Found {
     }
 }
 
-type Answer = (Client, RunState, MigrationStatus);
+type Answer = (Client, RunState, MigrationStatus, Option<ReplicationInfo>);
 
 /// Connect to the monitor and send all queries at once.
 fn connect(place: &Place) -> io::Result<UnixStream> {
     let mut stream = dial(&place.run, Path::new(SOCKET))?;
-    let commands = [QueryStatus::NAME, QueryMigrate::NAME];
+    let commands = [QueryStatus::NAME, QueryMigrate::NAME, QueryReplication::NAME];
     stream.write_all(
         commands.map(|name| format!("{{\"execute\":\"{name}\"}}\n")).concat().as_bytes(),
     )?;
@@ -193,5 +218,10 @@ fn listen(stream: UnixStream, deadline: Instant) -> Result<Answer, ClientError> 
     client.set_timeout(left());
     let status = client.receive::<QueryStatus>()?.status;
     let migration = client.receive::<QueryMigrate>()?.status;
-    Ok((client, status, migration))
+    // A monitor from before replication does not know the command.
+    let replication = match client.receive::<QueryReplication>() {
+        Err(ClientError::Refused { .. }) => None,
+        other => Some(other?),
+    };
+    Ok((client, status, migration, replication))
 }

@@ -32,11 +32,20 @@ pub enum State {
     Hung,
     /// Its monitor has released everything it could; the kernel cannot end its process yet.
     Ending,
+    /// A backup has, or gets, a copy of it. This is shown beside its state, and restricts what its
+    /// state allows.
+    Protected,
+    /// Its term was won: it has no backup. Beside its state, like the one before.
+    Degraded,
+    /// It is the backup of a domain that runs elsewhere.
+    Standby,
+    /// Its guest continues at its backup.
+    Moved,
 }
 
 impl State {
     /// All states: the columns.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::Absent,
         Self::Registered,
         Self::Starting,
@@ -49,6 +58,10 @@ impl State {
         Self::Killed,
         Self::Hung,
         Self::Ending,
+        Self::Protected,
+        Self::Degraded,
+        Self::Standby,
+        Self::Moved,
     ];
 
     /// The word that is shown to the user.
@@ -66,6 +79,10 @@ impl State {
             Self::Killed => "killed",
             Self::Hung => "hung",
             Self::Ending => "ending",
+            Self::Protected => "protected",
+            Self::Degraded => "degraded",
+            Self::Standby => "standby",
+            Self::Moved => "moved",
         }
     }
 }
@@ -107,9 +124,11 @@ pub enum Cell {
     No(&'static str, &'static str),
     /// It is refused like this, unless the domain's policy is `rename-restart`.
     Kept(&'static str, &'static str),
+    /// It is refused like this without `-F`.
+    Unforced(&'static str, &'static str),
 }
 
-use Cell::{Kept, No, Yes};
+use Cell::{Kept, No, Unforced, Yes};
 
 const ABSENT: Cell = No("there is no domain '{}'", "`stratoctl list` shows all domains");
 const TAKEN: Cell =
@@ -168,35 +187,84 @@ const NOT_SUSPENDED: Cell = No("'{}' is not suspended", "`stratoctl start {}` bo
 const ENDED_ALREADY: Cell =
     No("'{}' is not running", "`stratoctl delete {}` removes a registered domain");
 
-type Row = (Verb, [Cell; 12]);
+const PROTECTED: Cell = No(
+    "'{}' is protected by a backup, which would not follow",
+    "`stratoctl unprotect {}` ends that; `stratoctl failover --planned {}` moves the guest to the \
+     backup",
+);
+const PROTECTED_ALREADY: Cell = No(
+    "'{}' is protected already",
+    "`stratoctl unprotect {}` ends that; `stratoctl info {}` shows more",
+);
+const PROTECTED_DESTROY: Cell = Unforced(
+    "'{}' is protected: this ends its guest for good, and its backup with it",
+    "`stratoctl destroy -F {}` does that; `stratoctl failover --planned {}` moves the guest to the \
+     backup; `stratoctl unprotect {}` ends only the protection",
+);
+const UNPROTECTED: Cell =
+    No("'{}' is not protected", "`stratoctl remus {} HOST` protects it by a backup on HOST");
+const DEGRADED: Cell = No(
+    "'{}' has no backup now, but its protection has not been ended",
+    "`stratoctl unprotect {}` ends it; `stratoctl remus {} HOST` gives it another backup",
+);
+const ALONE: Cell = No("'{}' has no backup now", "`stratoctl remus {} HOST` gives it one");
+const STANDBY: Cell = No(
+    "'{}' is a backup: the guest runs at its primary",
+    "do it there; `stratoctl failover {}` continues the guest here",
+);
+const STANDBY_NAME: Cell = No(
+    "'{}' is a backup, which keeps its name until it runs here",
+    "`stratoctl failover {}` continues it here",
+);
+const STANDBY_END: Cell = No(
+    "'{}' is the backup of a protected domain, not the domain",
+    "unprotect the domain itself; `stratoctl failover {}` continues it here, and `stratoctl destroy \
+     -F {}` ends the backup",
+);
+const STANDBY_DESTROY: Cell = Unforced(
+    "'{}' is a backup: without it the guest at its primary is not protected any more",
+    "`stratoctl destroy -F {}` does that; `stratoctl failover {}` continues the guest here; \
+     `stratoctl unprotect` at the primary ends both in order",
+);
+const MOVED: Cell = No(
+    "the guest of '{}' has moved to its backup",
+    "`stratoctl remus {} HOST` there, with this host, makes it the backup; if the guest certainly \
+     runs nowhere, `stratoctl unprotect -F {}` forgets the move, and it can be started",
+);
+const MOVED_UNPROTECT: Cell = Unforced(
+    "the guest of '{}' has moved to its backup, and may run there",
+    "if it certainly does not, `stratoctl unprotect -F {}` forgets the move",
+);
+
+type Row = (Verb, [Cell; 16]);
 
 /// The table. Columns as in [`State::ALL`].
 #[rustfmt::skip]
 pub const TABLE: [Row; 23] = [
-    //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung  ending
-    (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
-    (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
-    (Verb::Restore,   [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN]),
-    (Verb::Start,     [ABSENT, Yes,           STARTING, RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF_START, CRASHED_START, Yes,    HUNG, ENDING]),
-    (Verb::Info,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
-    (Verb::Pause,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Unpause,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Save,      [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
-    (Verb::Suspend,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Resume,    [ABSENT, NOT_SUSPENDED, STARTING, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Reboot,    [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Shutdown,  [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Destroy,   [ABSENT, ENDED_ALREADY, Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
-    (Verb::Delete,    [ABSENT, Yes,           STARTING, RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,       CRASHED,       Yes,    HUNG, ENDING]),
-    (Verb::Rename,    [ABSENT, Yes,           Yes,      Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
-    (Verb::Wait,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
-    (Verb::Console,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
-    (Verb::Dmesg,     [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes]),
-    (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
-    (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING]),
-    (Verb::Remus,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Failover,  [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING]),
-    (Verb::Unprotect, [ABSENT, Yes,           STARTING, Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    HUNG, ENDING]),
+    //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung  ending  protected, degraded, standby, moved
+    (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN, TAKEN, TAKEN, TAKEN, TAKEN]),
+    (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN, TAKEN, TAKEN, TAKEN, TAKEN]),
+    (Verb::Restore,   [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN, TAKEN, TAKEN, TAKEN, TAKEN]),
+    (Verb::Start,     [ABSENT, Yes,           STARTING, RUNS_ALREADY, PAUSED,        SAVING, SUSPENDED,        OFF_START, CRASHED_START, Yes,    HUNG, ENDING, RUNS_ALREADY, RUNS_ALREADY, STANDBY, MOVED]),
+    (Verb::Info,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes, Yes, Yes, Yes, Yes]),
+    (Verb::Pause,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, Yes, Yes, STANDBY, MOVED]),
+    (Verb::Unpause,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, Yes, Yes, STANDBY, MOVED]),
+    (Verb::Save,      [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, PROTECTED, DEGRADED, STANDBY, MOVED]),
+    (Verb::Suspend,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, PROTECTED, DEGRADED, STANDBY, MOVED]),
+    (Verb::Resume,    [ABSENT, NOT_SUSPENDED, STARTING, RUNS_ALREADY, PAUSED,        SAVING, Yes,              OFF,       CRASHED,       KILLED, HUNG, ENDING, RUNS_ALREADY, RUNS_ALREADY, STANDBY, MOVED]),
+    (Verb::Reboot,    [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, Yes, Yes, STANDBY, MOVED]),
+    (Verb::Shutdown,  [ABSENT, IDLE,          STARTING, Yes,          PAUSED,        SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, Yes, Yes, STANDBY, MOVED]),
+    (Verb::Destroy,   [ABSENT, ENDED_ALREADY, Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes, PROTECTED_DESTROY, Yes, STANDBY_DESTROY, ENDED_ALREADY]),
+    (Verb::Delete,    [ABSENT, Yes,           STARTING, RUNS,         PAUSED_DELETE, SAVING, SUSPENDED_DELETE, OFF,       CRASHED,       Yes,    HUNG, ENDING, RUNS, RUNS, STANDBY_END, Yes]),
+    (Verb::Rename,    [ABSENT, Yes,           Yes,      Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    Yes, Yes, Yes, Yes, STANDBY_NAME, Yes]),
+    (Verb::Wait,      [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes, Yes, Yes, Yes, Yes]),
+    (Verb::Console,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, Yes, Yes, STANDBY, MOVED]),
+    (Verb::Dmesg,     [ABSENT, Yes,           Yes,      Yes,          Yes,           Yes,    Yes,              Yes,       Yes,           Yes,    Yes, Yes, Yes, Yes, Yes, Yes]),
+    (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, Yes, Yes, Yes, MOVED]),
+    (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, Yes, Yes, Yes, MOVED]),
+    (Verb::Remus,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, PROTECTED_ALREADY, Yes, STANDBY, MOVED]),
+    (Verb::Failover,  [ABSENT, IDLE,          STARTING, UNPROTECTED,  UNPROTECTED,          SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, Yes, ALONE, Yes, MOVED]),
+    (Verb::Unprotect, [ABSENT, Yes,           STARTING, Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    HUNG, ENDING, Yes, Yes, STANDBY_END, MOVED_UNPROTECT]),
 ];
 
 /// What `verb` does in `state`.
@@ -206,18 +274,45 @@ pub fn cell(verb: Verb, state: State) -> Cell {
     row.zip(column).and_then(|((_, cells), column)| cells.get(column)).copied().unwrap_or(ABSENT)
 }
 
-/// Check that `verb` may act on the domain called `name`, which is in `state`. `renames` says
-/// whether its policy is `rename-restart`.
+/// What may be done that is refused otherwise.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Leave {
+    /// The domain's policy is `rename-restart`.
+    pub renames: bool,
+    /// `-F` was given.
+    pub force: bool,
+}
+
+/// Check that `verb` may act on the domain called `name`, which is in `state`.
 ///
 /// # Errors
 /// The cause, and what to do.
-pub fn admit(verb: Verb, state: State, name: &Name, renames: bool) -> Result<(), Failure> {
+pub fn admit(verb: Verb, state: State, name: &Name, leave: Leave) -> Result<(), Failure> {
     match cell(verb, state) {
         Yes => Ok(()),
-        Kept(..) if renames => Ok(()),
-        No(what, hint) | Kept(what, hint) => {
+        Kept(..) if leave.renames => Ok(()),
+        Unforced(..) if leave.force => Ok(()),
+        No(what, hint) | Kept(what, hint) | Unforced(what, hint) => {
             let fill = |text: &str| text.replace("{}", name.as_str());
             Err(Failure::hint(fill(what), fill(hint)))
         }
     }
+}
+
+/// The same for a domain that is `beside` its state protected, or was: both have to admit it.
+///
+/// # Errors
+/// The cause, and what to do.
+pub fn admit_both(
+    verb: Verb,
+    (state, beside): (State, Option<State>),
+    name: &Name,
+    leave: Leave,
+) -> Result<(), Failure> {
+    let goes_on = matches!(state, State::Running | State::Paused);
+    // Without a protection there is nowhere to go.
+    if !(verb == Verb::Failover && goes_on && beside.is_some()) {
+        admit(verb, state, name, leave)?;
+    }
+    beside.map_or(Ok(()), |beside| admit(verb, beside, name, leave))
 }

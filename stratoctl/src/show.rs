@@ -68,8 +68,8 @@ pub fn members(object: &Value) -> String {
     for (name, value) in object.as_object().into_iter().flatten() {
         let shown = match (name.as_str(), value) {
             (_, Value::Null) => continue,
-            ("memory" | "rss", Value::Number(n)) => bytes(n.as_u64().unwrap_or(0)),
             ("uptime", Value::Number(n)) => duration(n.as_f64().unwrap_or(0.0)),
+            ("replication", Value::Object(_)) => inner(value),
             (_, Value::String(word)) => word.clone(),
             (_, Value::Array(lines)) if lines.is_empty() => continue,
             (_, Value::Array(lines)) => {
@@ -79,7 +79,7 @@ pub fn members(object: &Value) -> String {
             (_, Value::Object(_)) => {
                 format!("{value:#}").lines().map(|line| format!("\n    {line}")).collect()
             }
-            (_, other) => other.to_string(),
+            (name, other) => scalar(name, other),
         };
         let line = match shown.starts_with('\n') {
             true => format!("{name}:{shown}\n"),
@@ -88,6 +88,33 @@ pub fn members(object: &Value) -> String {
         text.push_str(&line);
     }
     text
+}
+
+/// The members of an object in an object, one per line, except those that are null.
+fn inner(object: &Value) -> String {
+    let members = object.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let line = |(name, value): (&String, &Value)| {
+        let shown = match value {
+            Value::Object(parts) => {
+                let part =
+                    |(name, value): (&String, &Value)| format!("{name} {}", scalar(name, value));
+                parts.iter().map(part).collect::<Vec<_>>().join(", ")
+            }
+            other => scalar(name, other),
+        };
+        format!("\n    {:<14} {shown}", format!("{name}:"))
+    };
+    members.map(line).collect()
+}
+
+/// A value, by the unit that its name ends with.
+fn scalar(name: &str, value: &Value) -> String {
+    match (value, value.as_u64()) {
+        (Value::String(word), _) => word.clone(),
+        (_, Some(n)) if matches!(name, "memory" | "rss") || name.ends_with("bytes") => bytes(n),
+        (_, Some(n)) if name.ends_with("-us") => format!("{}.{:03} ms", n / 1000, n % 1000),
+        (other, _) => other.to_string(),
+    }
 }
 
 /// The last lines of a log, which may be long and may contain anything.
@@ -107,4 +134,29 @@ pub fn last_lines(path: &Path, most: usize) -> Vec<String> {
     let from = lines.len().saturating_sub(most);
     let plain = |line: &&str| line.chars().filter(|c| !c.is_control()).collect();
     lines.iter().skip(from).map(plain).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn members_are_lines_and_numbers_have_their_units() {
+        let shown = members(&json!({ "name": "web", "rss": 2048, "disks": [], "policy": null,
+            "replication": { "state": "protected", "oldest-us": 2500, "held-bytes": 1536,
+                "peer": null, "last-failover": { "detect-us": 90, "run-us": 7001 } } }));
+        let lines = [
+            "name:    web",
+            "rss:     2 KiB",
+            "replication:",
+            "    state:         protected",
+            "    oldest-us:     2.500 ms",
+            "    held-bytes:    1.5 KiB",
+            "    last-failover: detect-us 0.090 ms, run-us 7.001 ms",
+            "",
+        ];
+        assert_eq!(shown, lines.join("\n"));
+    }
 }

@@ -60,7 +60,7 @@ pub enum Command {
     /// Continue a suspended domain
     Resume(Resume),
     /// End a domain at once, as a power failure would
-    Destroy(Domain),
+    Destroy(Destroy),
     /// Remove a registered domain
     Delete(Delete),
     /// Rename a domain
@@ -256,6 +256,16 @@ pub struct Resume {
     pub clock: Clock,
     #[command(flatten)]
     pub begin: Begin,
+}
+
+#[derive(Debug, Args)]
+pub struct Destroy {
+    /// Name of the domain
+    pub domain: Name,
+    /// Even if it is protected, which ends its backup, or is a backup, which leaves its primary
+    /// without one
+    #[arg(short = 'F', long)]
+    pub force: bool,
 }
 
 #[derive(Debug, Args)]

@@ -18,6 +18,8 @@ mod listen;
 mod matrix;
 #[path = "ctl/mistakes.rs"]
 mod mistakes;
+#[path = "ctl/moved.rs"]
+mod moved;
 #[path = "ctl/policy.rs"]
 mod policy;
 #[path = "ctl/protected.rs"]

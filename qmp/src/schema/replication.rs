@@ -273,9 +273,21 @@ pub struct ReplicationInfo {
     pub oldest_us: u64,
     /// Bytes sent to the backup.
     pub wire_bytes: u64,
+    /// Primary: how far the first copy is, while it is being made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync: Option<SyncProgress>,
     /// The last failover, if the guest came here by one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_failover: Option<FailoverTimes>,
+}
+
+/// How far a copy is. What changes meanwhile is copied once more, so the total may grow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SyncProgress {
+    /// Bytes that were copied.
+    pub done: u64,
+    /// Bytes that are to be copied, those included.
+    pub total: u64,
 }
 
 /// How long the parts of a failover took, in microseconds.

@@ -20,7 +20,7 @@ use crate::{
     domain::{self, Status},
     failure::Failure,
     log::Log,
-    matrix::{State, Verb, admit},
+    matrix::{Leave, State, Verb, admit_both},
     registry::{Name, Place},
     verbs::{Dmesg, Events},
 };
@@ -40,7 +40,7 @@ impl Context {
         let Some(place) = place.filter(|_| status.state != State::Absent) else {
             return Err(self.absent(verb, name));
         };
-        admit(verb, status.state, name, false)?;
+        admit_both(verb, (status.state, status.beside()), name, Leave::default())?;
         Ok((place, status))
     }
 }

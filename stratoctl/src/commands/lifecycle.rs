@@ -9,10 +9,10 @@ use super::{Answer, Context, LockedDomain, attach, end, ended, remus, restart_po
 use crate::{
     configuration, domain,
     failure::Failure,
-    matrix::{State, Verb},
+    matrix::{Leave, State, Verb},
     monitor::{self, More},
     registry::{Description, Lock, Name, Place},
-    verbs::{Begin, Create, Delete, New, Rename, Start},
+    verbs::{Begin, Create, Delete, Destroy, New, Rename, Start},
 };
 
 /// How long the protection of a domain that is destroyed may take to end.
@@ -48,6 +48,7 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     remus::permit(ctx, &held.place, &description, args.force)?;
     let mut held = held;
     if held.status.client.is_none() {
+        remus::leave_behind(ctx, Verb::Start, &held.place)?;
         return begin(ctx, &held.place, &description, &args.begin, &More::default(), held.lock);
     }
     // `rename-restart`: its monitor is kept, under another name.
@@ -203,19 +204,37 @@ pub fn let_run(ctx: &Context, held: &mut LockedDomain) -> anyhow::Result<()> {
     if saved { ctx.registry.discard_invalid(&held.place) } else { Ok(()) }
 }
 
-pub fn destroy(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
-    let mut held = ctx.hold(Verb::Destroy, name)?;
-    if let Some(client) = held.status.client.as_mut() {
-        client.set_timeout(domain::limit());
-        remus::before_the_end(ctx, &held.place, client, UNPROTECT_LIMIT);
-    }
+pub fn destroy(ctx: &Context, args: &Destroy) -> anyhow::Result<Answer> {
+    let name = &args.domain;
+    let mut held = ctx.hold_forced(Verb::Destroy, name, args.force)?;
+    let (was, beside) = (held.status.state, held.status.beside());
+    let left = match held.status.client.as_mut() {
+        Some(client) => {
+            client.set_timeout(domain::limit());
+            remus::before_the_end(ctx, &held.place, client, UNPROTECT_LIMIT)
+        }
+        None => Ok(()),
+    };
     end(ctx, &mut held)?;
     if held.place.managed && held.place.is_saved() {
         ctx.registry.invalidate(&held.place)?;
         ctx.registry.clear_store(&held.place)?;
     }
     let state = if held.place.managed { State::Registered } else { State::Absent };
-    Ok(Answer::state(name, state))
+    let mut answer = Answer::state(name, state);
+    answer.text = match (was, beside, left) {
+        (_, Some(_), Err(why)) => {
+            format!("'{name}' has ended, but its backup may continue the guest: {why:#}")
+        }
+        (_, Some(State::Protected), Ok(())) => {
+            format!("the protection of '{name}' has ended with it, and so has its backup")
+        }
+        (State::Standby, ..) => {
+            format!("the backup '{name}' has ended: its primary is not protected any more")
+        }
+        _ => String::new(),
+    };
+    Ok(answer)
 }
 
 pub fn delete(ctx: &Context, args: &Delete) -> anyhow::Result<Answer> {
@@ -249,9 +268,10 @@ pub fn rename(ctx: &Context, args: &Rename) -> anyhow::Result<Answer> {
     }
     let _locks = ctx.registry.lock_both(old, new)?;
     let (place, status) = ctx.query(old);
-    crate::matrix::admit(Verb::Rename, status.state, old, false)?;
+    let states = (status.state, status.beside());
+    crate::matrix::admit_both(Verb::Rename, states, old, Leave::default())?;
     if old != new {
-        crate::matrix::admit(Verb::New, ctx.query(new).1.state, new, false)?;
+        crate::matrix::admit(Verb::New, ctx.query(new).1.state, new, Leave::default())?;
         ctx.registry.rename(&place.context("there is no such domain")?, new)?;
     }
     Ok(Answer::new("", json!({ "name": new, "was": old, "state": status.state.word() })))

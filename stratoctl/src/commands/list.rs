@@ -14,7 +14,7 @@ use super::{Answer, Context, ended, remus};
 use crate::{
     domain::{Query, Status},
     failure::Failure,
-    matrix::{State, Verb, admit},
+    matrix::{Leave, State, Verb, admit},
     process::Process,
     registry::{Description, Name, Place},
     show::{self, Table},
@@ -49,8 +49,8 @@ struct Row {
 }
 
 impl Row {
-    fn new(place: Place, mut status: Status) -> Self {
-        let replication = remus::report(&place, status.client.as_mut());
+    fn new(place: Place, status: &Status) -> Self {
+        let replication = remus::report(&place, status);
         let process = status.process.as_ref();
         Self {
             name: place.name.clone(),
@@ -138,7 +138,7 @@ fn row(ctx: &Context, query: Query, place: Place) -> Option<Row> {
     if ended || status.state == State::Registered && place.has_begun() {
         tidy(ctx, &place.name);
     }
-    (!ended).then(|| Row::new(place, status))
+    (!ended).then(|| Row::new(place, &status))
 }
 
 /// Remove what a domain that has ended by itself left behind, unless another process acts on it.
@@ -224,8 +224,8 @@ impl WaitFor {
     const fn is_there(self, state: State) -> bool {
         match self {
             Self::Ended => {
-                use State::{Ending, Hung, Paused, Running, Saving, Starting};
-                !matches!(state, Starting | Running | Paused | Saving | Hung | Ending)
+                use State::{Ending, Hung, Paused, Running, Saving, Standby, Starting};
+                !matches!(state, Starting | Running | Paused | Saving | Hung | Ending | Standby)
             }
             Self::Running => matches!(state, State::Running),
             Self::Paused => matches!(state, State::Paused),
@@ -242,7 +242,7 @@ pub fn wait(ctx: &Context, args: &Wait) -> anyhow::Result<Answer> {
     let mut first = true;
     loop {
         let (_, status) = ctx.query(name);
-        if first && admit(Verb::Wait, status.state, name, false).is_err() {
+        if first && admit(Verb::Wait, status.state, name, Leave::default()).is_err() {
             return Err(ctx.absent(Verb::Wait, name));
         }
         first = false;

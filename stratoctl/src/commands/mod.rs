@@ -20,7 +20,7 @@ pub use list::WaitFor;
 use crate::{
     domain::{self, Status},
     failure::Failure,
-    matrix::{self, State, Verb},
+    matrix::{self, Leave, State, Verb},
     monitor, pages,
     registry::{Lock, Name, Place, Registry},
     remus::witness,
@@ -87,7 +87,7 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Restore(args) => restore::restore(&ctx, &args),
         Command::Suspend(args) => save::suspend(&ctx, &args.domain),
         Command::Resume(args) => restore::resume(&ctx, &args),
-        Command::Destroy(args) => lifecycle::destroy(&ctx, &args.domain),
+        Command::Destroy(args) => lifecycle::destroy(&ctx, &args),
         Command::Delete(args) => lifecycle::delete(&ctx, &args),
         Command::Rename(args) => lifecycle::rename(&ctx, &args),
         Command::Wait(args) => list::wait(&ctx, &args),
@@ -101,8 +101,8 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Completions(args) => Ok(pages::completions(args.shell)),
         Command::Man(args) => pages::man(args.directory.as_deref()),
         Command::Watch(args) => restart_policy::watch(&ctx, &args.domain),
-        Command::Remus(args) => remus::remus(&ctx, &args),
-        Command::Migrate(args) => remus::migrate(&ctx, &args),
+        Command::Migrate(args) => remus::migrate(&ctx, &args, as_json),
+        Command::Remus(args) => remus::remus(&ctx, &args, as_json),
         Command::RemusReceive(args) => remus::receive(&ctx, &args),
         Command::Failover(args) => remus::failover(&ctx, &args),
         Command::Unprotect(args) => remus::unprotect(&ctx, &args),
@@ -140,6 +140,19 @@ impl Context {
     /// # Errors
     /// When `verb` may not act on it in its state.
     pub fn hold(&self, verb: Verb, name: &Name) -> anyhow::Result<LockedDomain> {
+        self.hold_forced(verb, name, false)
+    }
+
+    /// The same, with `-F` if `force`.
+    ///
+    /// # Errors
+    /// When `verb` may not act on it in its state.
+    pub fn hold_forced(
+        &self,
+        verb: Verb,
+        name: &Name,
+        force: bool,
+    ) -> anyhow::Result<LockedDomain> {
         // Without this, the directories of an empty registry would be created.
         if self.registry.find(name).is_none() {
             return Err(self.absent(verb, name));
@@ -154,10 +167,12 @@ impl Context {
             matches!(verb, Verb::Start | Verb::Suspend | Verb::Resume | Verb::Delete);
         let renames = || place.description().is_ok_and(|d| d.policy.renames(status.state));
         let renames = verb == Verb::Start && renames();
-        if registered_only && !place.managed && !renames {
+        // A backup is never registered, and has better reasons.
+        if registered_only && !place.managed && !renames && status.state != State::Standby {
             return Err(unmanaged(verb, name));
         }
-        matrix::admit(verb, status.state, name, renames)?;
+        let states = (status.state, status.beside());
+        matrix::admit_both(verb, states, name, Leave { renames, force })?;
         if status.client.is_some() {
             // A verb may be the one that ends a domain whose record is damaged.
             let _ = remus::revive(self, &place);
@@ -171,12 +186,12 @@ impl Context {
     /// When it is in use.
     pub fn take(&self, verb: Verb, name: &Name) -> anyhow::Result<Lock> {
         let lock = self.registry.lock(name)?;
-        matrix::admit(verb, self.query(name).1.state, name, false)?;
+        matrix::admit(verb, self.query(name).1.state, name, Leave::default())?;
         Ok(lock)
     }
 
     fn absent(&self, verb: Verb, name: &Name) -> anyhow::Error {
-        let Err(failure) = matrix::admit(verb, State::Absent, name, false) else {
+        let Err(failure) = matrix::admit(verb, State::Absent, name, Leave::default()) else {
             return Failure::new(format!("there is no domain '{name}'")).into();
         };
         let names = self.registry.names().unwrap_or_default();

@@ -17,7 +17,7 @@ use super::{Answer, Context, LockedDomain, end, lifecycle, restore};
 use crate::{
     domain::{self, Status},
     failure::Failure,
-    matrix::{State, Verb},
+    matrix::{self, Leave, State, Verb},
     process::Process,
     progress,
     registry::{self, Lock, Name, Saved},
@@ -100,7 +100,7 @@ fn write_out(
     let uuid = lifecycle::described(&held.place)?.uuid;
     let ran = held.status.state == State::Running;
     let Some(saving) = ctx.registry.lock_save(&name)? else {
-        crate::matrix::admit(Verb::Save, State::Saving, &name, false)?;
+        matrix::admit(Verb::Save, State::Saving, &name, Leave::default())?;
         anyhow::bail!("'{name}' is being saved");
     };
     // This takes long. Other verbs see meanwhile that the domain is being saved.

@@ -51,7 +51,7 @@ pub fn shutdown(ctx: &Context, args: &Shutdown) -> anyhow::Result<Answer> {
     match wait(&mut held, limit)? {
         Some(outcome) => finished(ctx, name, &held, &asked, outcome),
         None if args.force => {
-            let mut held = ctx.hold(Verb::Destroy, name)?;
+            let mut held = ctx.hold_forced(Verb::Destroy, name, true)?;
             end(ctx, &mut held)?;
             let state = if held.place.managed { State::Registered } else { State::Absent };
             let text = format!(

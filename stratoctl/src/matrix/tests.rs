@@ -17,14 +17,18 @@ fn markdown() -> String {
         for cell in cells {
             let mark = match cell {
                 Yes => "yes".to_owned(),
-                No(..) | Kept(..) => {
+                No(..) | Kept(..) | Unforced(..) => {
                     let known = reasons.iter().position(|known| *known == cell);
                     let at = known.unwrap_or_else(|| {
                         reasons.push(cell);
                         reasons.len() - 1
                     });
-                    let star = if matches!(cell, Kept(..)) { "*" } else { "" };
-                    format!("{}{star}", at + 1)
+                    let sign = match cell {
+                        Kept(..) => "*",
+                        Unforced(..) => "-F",
+                        _ => "",
+                    };
+                    format!("{}{sign}", at + 1)
                 }
             };
             text += &format!(" {mark} |");
@@ -33,7 +37,7 @@ fn markdown() -> String {
     }
     text.push('\n');
     for (at, reason) in reasons.iter().enumerate() {
-        if let No(what, hint) | Kept(what, hint) = reason {
+        if let No(what, hint) | Kept(what, hint) | Unforced(what, hint) = reason {
             let fill = |text: &str| text.replace("{}", "NAME");
             text += &format!("{}. {}: {}\n", at + 1, fill(what), fill(hint));
         }
@@ -55,7 +59,7 @@ fn every_verb_has_one_row_and_every_refusal_names_a_way_out() {
         assert_eq!(TABLE.iter().filter(|(known, _)| *known == verb).count(), 1, "{verb:?}");
         for (state, cell) in State::ALL.into_iter().zip(cells) {
             let name: Name = "web".parse().expect("a name");
-            match admit(verb, state, &name, false) {
+            match admit(verb, state, &name, Leave::default()) {
                 Ok(()) => assert_eq!(cell, Yes),
                 Err(failure) => {
                     let error = anyhow::Error::from(failure);
@@ -80,7 +84,42 @@ fn nothing_but_a_new_domain_begins_where_there_is_none() {
 #[test]
 fn a_hung_or_killed_monitor_can_always_be_cleared_away() {
     for state in State::ALL {
-        let nothing_runs = matches!(state, State::Absent | State::Registered);
-        assert_eq!(cell(Verb::Destroy, state) == Yes, !nothing_runs, "{state:?}");
+        let nothing_runs = matches!(state, State::Absent | State::Registered | State::Moved);
+        let name: Name = "web".parse().expect("a name");
+        let forced = Leave { force: true, renames: false };
+        let admitted = admit(Verb::Destroy, state, &name, forced).is_ok();
+        assert_eq!(admitted, !nothing_runs, "{state:?}");
+    }
+}
+
+#[test]
+fn what_protects_a_guest_is_not_ended_by_accident() {
+    let unforced = |state| matches!(cell(Verb::Destroy, state), Unforced(..));
+    let asking: Vec<_> = State::ALL.into_iter().filter(|state| unforced(*state)).collect();
+    assert_eq!(asking, [State::Protected, State::Standby]);
+}
+
+#[test]
+fn a_protection_restricts_what_a_state_allows() {
+    let name: Name = "web".parse().expect("a name");
+    let leave = Leave::default();
+    let admitted = |verb, state, beside| admit_both(verb, (state, beside), &name, leave).is_ok();
+    let (protected, degraded) = (Some(State::Protected), Some(State::Degraded));
+    for (verb, state, beside, wanted) in [
+        (Verb::Pause, State::Running, protected, true),
+        (Verb::Save, State::Running, protected, false),
+        (Verb::Save, State::Running, None, true),
+        (Verb::Reboot, State::Paused, protected, false),
+        (Verb::Reboot, State::Running, protected, true),
+        (Verb::Failover, State::Running, protected, true),
+        (Verb::Failover, State::Paused, protected, true),
+        (Verb::Failover, State::Running, degraded, false),
+        (Verb::Failover, State::Running, None, false),
+        (Verb::Failover, State::Crashed, protected, false),
+        (Verb::Remus, State::Running, degraded, true),
+        (Verb::Destroy, State::Crashed, protected, false),
+        (Verb::Destroy, State::Crashed, degraded, true),
+    ] {
+        assert_eq!(admitted(verb, state, beside), wanted, "{verb:?} {state:?} {beside:?}");
     }
 }

@@ -20,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use state::regular_file::open_regular;
 
-use super::{Unknown, bounded::wait, tls::Encrypted};
+use super::{Unknown, bounded::wait, tls::Encrypted, uuid::Uuid};
 use crate::registry::{Description, Name};
 
 /// How long it may take to connect.
@@ -61,12 +61,21 @@ pub struct Greeting {
     /// The domain is to be handed over, and not to be protected then.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moves: bool,
+    /// What the witness knows it by, if that is not its UUID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<Uuid>,
 }
 
 impl Greeting {
-    /// For a domain.
-    pub fn new(name: Name, domain: Description, witness: Option<String>, moves: bool) -> Self {
-        Self { version: VERSION, name, domain, witness, moves }
+    /// For a domain, and what its protection is known by.
+    pub fn new(
+        name: Name,
+        domain: Description,
+        witness: Option<String>,
+        moves: bool,
+        lineage: Uuid,
+    ) -> Self {
+        Self { version: VERSION, name, domain, witness, moves, lineage: Some(lineage) }
     }
 
     /// Check what was received.
@@ -261,7 +270,7 @@ mod tests {
             policy: Policy::default(),
             config: json!({}),
         };
-        Greeting::new("web".parse().unwrap(), domain, None, false)
+        Greeting::new("web".parse().unwrap(), domain, None, false, Uuid(7))
     }
 
     fn exchanged(dial: Dial) -> Result<String, Unknown> {

@@ -39,6 +39,12 @@ pub struct Protection {
     /// The domain is to be handed over to its backup, and not to be protected then.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moves: bool,
+    /// The monitor's own number among those that the witness knows, once that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<Uuid>,
+    /// The guest continues at the other side.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moved: bool,
 }
 
 impl Protection {

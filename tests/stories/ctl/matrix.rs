@@ -12,8 +12,18 @@ use crate::rig::Rig;
 const DOCUMENT: &str = include_str!("../../../docs/stratoctl.md");
 const NAME: &str = "dom";
 
-/// A verb, and for each state `None` if it is allowed, or the reason why not.
-type Row = (String, Vec<Option<String>>);
+/// What a verb does in a state.
+#[derive(Clone, PartialEq, Eq)]
+enum Cell {
+    Yes,
+    /// It is refused for this reason.
+    No(String),
+    /// It is refused for this reason without `-F`.
+    Unforced(String),
+}
+
+/// A verb, and what it does in each state.
+type Row = (String, Vec<Cell>);
 
 fn table() -> Result<(Vec<String>, Vec<Row>)> {
     let (_, rest) = DOCUMENT.split_once("<!-- the matrix").context("no matrix")?;
@@ -33,11 +43,12 @@ fn table() -> Result<(Vec<String>, Vec<Row>)> {
     for mut cells in lines.skip(1) {
         let verb = cells.remove(0);
         let cells = cells.iter().map(|cell| match cell.as_str() {
-            "yes" => Ok(None),
+            "yes" => Ok(Cell::Yes),
             number => {
-                let at = number.trim_end_matches('*').parse::<usize>()? - 1;
-                let reason = reasons.get(at).context("no such reason")?;
-                Ok(Some(reason.replace("NAME", NAME)))
+                let plain = number.trim_end_matches('*').trim_end_matches("-F");
+                let reason = reasons.get(plain.parse::<usize>()? - 1).context("no such reason")?;
+                let reason = reason.replace("NAME", NAME);
+                Ok(if number.ends_with("-F") { Cell::Unforced(reason) } else { Cell::No(reason) })
             }
         });
         rows.push((verb, cells.collect::<Result<Vec<_>>>()?));
@@ -48,6 +59,8 @@ fn table() -> Result<(Vec<String>, Vec<Row>)> {
 /// What a test needs to bring a domain into any state.
 struct Stage {
     rig: Rig,
+    /// Another host, as far as the registry goes.
+    far: Rig,
     config: String,
     saved: PathBuf,
     /// The lock that another `stratoctl` holds while it saves.
@@ -61,18 +74,29 @@ impl Stage {
         rig.ok(&["create", &config, "--name", "first"])?;
         let saved = rig.file("first.saved");
         rig.ok(&["save", "first", &saved.to_string_lossy()])?;
-        Ok(Self { rig, config, saved, saving: None })
+        let far = Rig::new(&format!("{story}-far"))?;
+        fs::create_dir(rig.file("witness"))?;
+        Ok(Self { rig, far, config, saved, saving: None })
+    }
+
+    /// Protects the domain at `from`; its backup is at `to`.
+    fn protect(&self, from: &Rig, to: &Rig) -> Result<()> {
+        let witness = format!("dir:{}", self.rig.file("witness").display());
+        let receive = to.receiver(&witness);
+        let words = ["remus", "-i", "25", "--witness", &witness, "-s", "", NAME, &receive];
+        from.ok(&words).map(drop)
     }
 
     fn enter(&mut self, state: &str) -> Result<()> {
         self.saving = None;
-        let rig = &self.rig;
+        let (rig, far) = (&self.rig, &self.far);
         rig.clean(NAME)?;
+        far.clean(NAME)?;
         let new = |config: &str, more: &[&str]| {
             rig.ok(&[&["new", config, "--name", NAME], more].concat()).map(drop)
         };
         let start = || rig.ok(&["start", NAME]).map(drop);
-        if !["absent", "off", "crashed"].contains(&state) {
+        if !["absent", "off", "crashed", "standby"].contains(&state) {
             new(&self.config, &[])?;
             if !["registered", "starting"].contains(&state) {
                 start()?;
@@ -83,6 +107,21 @@ impl Stage {
             "paused" => drop(rig.ok(&["pause", NAME])?),
             "suspended" => drop(rig.ok(&["suspend", NAME])?),
             "killed" => rig.kill(NAME)?,
+            "protected" => self.protect(rig, far)?,
+            "degraded" => {
+                self.protect(rig, far)?;
+                far.kill(NAME)?;
+                rig.wait_replication(NAME, "state", state)?;
+            }
+            "standby" => {
+                far.ok(&["create", &self.config, "--name", NAME])?;
+                self.protect(far, rig)?;
+                rig.wait_replication(NAME, "state", state)?;
+            }
+            "moved" => {
+                self.protect(rig, far)?;
+                rig.ok(&["failover", "--planned", NAME])?;
+            }
             "hung" => rig.signal(rig.pid(NAME)?, Signal::STOP)?,
             "ending" => {
                 rig.signal(rig.pid(NAME)?, Signal::STOP)?;
@@ -118,7 +157,7 @@ impl Stage {
             other => bail!("no such state: {other}"),
         }
         let now = self.rig.state(NAME)?;
-        ensure!(now == state, "it is {now}, not {state}");
+        ensure!(now == shown(state), "it is {now}, not {state}");
         Ok(())
     }
 
@@ -133,6 +172,8 @@ impl Stage {
             "pause" => (vec![verb, NAME], "paused"),
             "save" => (vec![verb, NAME, "dom.saved"], "registered"),
             "suspend" => (vec![verb, NAME], "suspended"),
+            // A backup is not registered.
+            "destroy" if state == "standby" => (vec![verb, NAME], "absent"),
             "destroy" => (vec![verb, NAME], "registered"),
             "delete" => (vec![verb, NAME], "absent"),
             "rename" => (vec![verb, NAME, NAME], state),
@@ -140,15 +181,25 @@ impl Stage {
             "wait" => {
                 let to = match state {
                     "running" | "paused" => state,
-                    "starting" | "hung" | "ending" => "saved",
+                    "protected" | "degraded" => "running",
+                    "starting" | "hung" | "ending" | "standby" => "saved",
                     _ => "ended",
                 };
                 (vec![verb, NAME, to, "-t", "0"], state)
             }
             "remus" => (vec![verb, NAME, "host", "-F"], state),
+            "unprotect" if state == "moved" => (vec![verb, NAME], "registered"),
             "failover" | "unprotect" => (vec![verb, NAME], state),
             other => bail!("how to try {other} is not known"),
         })
+    }
+}
+
+/// The state that is shown: protection is shown beside it.
+fn shown(state: &str) -> &str {
+    match state {
+        "protected" | "degraded" => "running",
+        other => other,
     }
 }
 
@@ -161,7 +212,7 @@ const REFUSED_HERE: [&str; 3] = ["remus", "failover", "unprotect"];
 fn column(state: &str) -> Result<()> {
     let (states, rows) = table()?;
     let at = states.iter().position(|known| known == state).context("no such column")?;
-    ensure!(states.len() == 12 && rows.len() == 23);
+    ensure!(states.len() == 16 && rows.len() == 23);
     let mut stage = Stage::new(&format!("m-{state}"))?;
     if state == "hung" {
         stage.rig.patience = "2";
@@ -172,28 +223,32 @@ fn column(state: &str) -> Result<()> {
             continue;
         }
         let (args, leads_to) = stage.invocation(verb, state)?;
-        match cells.get(at).context("a short row")? {
-            None if verb == "wait" && state == "saving" => {
+        let cell = cells.get(at).context("a short row")?;
+        if let Cell::No(reason) | Cell::Unforced(reason) = cell {
+            let (what, hint) = stage.rig.refused(&args)?;
+            ensure!(format!("{what}: {hint}") == *reason, "{verb}: {what}: {hint}");
+        }
+        let carried_out = match cell {
+            Cell::Yes if verb == "wait" && state == "saving" => {
                 let (what, _) = stage.rig.refused(&args)?;
                 ensure!(what.contains("is still saving"), "{what}");
+                continue;
             }
-            None if REFUSED_HERE.contains(&verb.as_str()) => {}
-            None => {
-                stage.rig.ok(&args)?;
-                let now = stage.rig.state(NAME)?;
-                ensure!(now == leads_to, "{verb} of a domain that is {state} makes it {now}");
-                if now != state {
-                    stage.enter(state)?;
-                }
-            }
-            Some(reason) => {
-                let (what, hint) = stage.rig.refused(&args)?;
-                ensure!(format!("{what}: {hint}") == *reason, "{verb}: {what}: {hint}");
-            }
+            Cell::Yes if REFUSED_HERE.contains(&verb.as_str()) => continue,
+            Cell::No(_) => continue,
+            Cell::Yes => args,
+            Cell::Unforced(_) => [&args[..], &["-F"]].concat(),
+        };
+        stage.rig.ok(&carried_out)?;
+        let now = stage.rig.state(NAME)?;
+        ensure!(now == shown(leads_to), "{verb} of a domain that is {state} makes it {now}");
+        // What ends it has ended its backup, too.
+        if now != shown(state) || matches!(cell, Cell::Unforced(_)) {
+            stage.enter(state)?;
         }
     }
     // Nothing that was refused has changed anything.
-    ensure!(stage.rig.state(NAME)? == state);
+    ensure!(stage.rig.state(NAME)? == shown(state));
     Ok(())
 }
 
@@ -255,4 +310,24 @@ fn ending() -> Result<()> {
 #[test]
 fn hung() -> Result<()> {
     column("hung")
+}
+
+#[test]
+fn protected() -> Result<()> {
+    column("protected")
+}
+
+#[test]
+fn degraded() -> Result<()> {
+    column("degraded")
+}
+
+#[test]
+fn standby() -> Result<()> {
+    column("standby")
+}
+
+#[test]
+fn moved() -> Result<()> {
+    column("moved")
 }

@@ -3,11 +3,10 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use stories::monitor::SOON;
 
 use crate::rig::Rig;
 
@@ -59,19 +58,6 @@ fn protect(rig: &Rig, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Waits until `list` reports this of a domain's replication.
-fn wait_reported(rig: &Rig, name: &str, key: &str, wanted: &str) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let row = rig.listed(name)?.with_context(|| format!("'{name}' is not listed"))?;
-        if row.pointer(&format!("/replication/{key}")) == Some(&json!(wanted)) {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "'{name}': {row}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Lets the guest of a domain print some lines, and returns them.
 fn some_numbers(rig: &Rig, name: &str) -> Result<Vec<u64>> {
     let (console, own) = Console::open(rig, name)?;
@@ -85,9 +71,12 @@ fn a_domain_whose_monitor_is_killed_runs_on_and_forgets_nothing_that_it_has_said
     let rig = Rig::new("killed")?;
     count_aloud(&rig)?;
     protect(&rig, "web")?;
-    wait_reported(&rig, "web-backup", "state", "standby")?;
+    rig.wait_replication("web-backup", "state", "standby")?;
     let table = String::from_utf8(rig.run(&["list"])?.stdout)?;
-    ensure!(table.contains(" P epoch ") && table.contains(" B epoch "), "{table}");
+    ensure!(
+        table.contains(" P protected term 1 epoch ") && table.contains(" B standby term 1 "),
+        "{table}"
+    );
     let (what, hint) = rig.refused(&["unprotect", "web-backup"])?;
     ensure!(what.contains("is the backup") && hint.contains("failover web-backup"), "{what}");
 
@@ -95,7 +84,7 @@ fn a_domain_whose_monitor_is_killed_runs_on_and_forgets_nothing_that_it_has_said
     thread::sleep(Duration::from_millis(500));
     rig.kill("web")?;
     let shown = numbers(&console.said()?)?;
-    wait_reported(&rig, "web-backup", "role", "primary")?;
+    rig.wait_replication("web-backup", "role", "primary")?;
     rig.wait_state("web-backup", "running")?;
     ensure!(rig.state("web")? == "killed");
     rig.says("web-backup", "tally")?;
@@ -125,7 +114,12 @@ fn a_domain_that_is_unprotected_or_destroyed_leaves_no_backup() -> Result<()> {
     let row = rig.listed("web")?.context("not listed")?;
     ensure!(row["state"] == "running" && row["replication"] == Value::Null, "{row}");
     protect(&rig, "web")?;
-    rig.ok(&["destroy", "web"])?;
+    // Not by accident.
+    let (what, hint) = rig.refused(&["destroy", "web"])?;
+    ensure!(what.contains("and its backup with it") && hint.contains("destroy -F web"), "{what}");
+    let (what, _) = rig.refused(&["destroy", "web-backup"])?;
+    ensure!(what.contains("is a backup") && rig.state("web-backup")? == "standby", "{what}");
+    rig.ok(&["destroy", "-F", "web"])?;
     ensure!(rig.state("web")? == "absent" && rig.state("web-backup")? == "absent");
     Ok(())
 }

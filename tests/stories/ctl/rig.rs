@@ -167,6 +167,29 @@ impl Rig {
         }
     }
 
+    /// Waits until `list` reports this of a domain's replication.
+    pub fn wait_replication(&self, name: &str, key: &str, wanted: &str) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let row = self.listed(name)?.with_context(|| format!("'{name}' is not listed"))?;
+            if row.pointer(&format!("/replication/{key}")) == Some(&json!(wanted)) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "'{name}': {row}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The command that receives a protected domain in this registry, as `remus -s ''` runs it.
+    pub fn receiver(&self, witness: &str) -> String {
+        let (stratoctl, monitor) = (self.stratoctl.display(), self.monitor.display());
+        let root = self.file("r");
+        format!(
+            "STRATOVIRT_BIN='{monitor}' '{stratoctl}' --root '{}' remus-receive --witness '{witness}'",
+            root.display()
+        )
+    }
+
     pub fn pid(&self, name: &str) -> Result<i32> {
         let row = self.listed(name)?.context("not listed")?;
         let pid = row.get("pid").and_then(Value::as_i64).context("no process")?;
@@ -214,7 +237,7 @@ impl Rig {
         if let Ok(pid) = self.pid(name) {
             self.signal(pid, Signal::CONT)?;
         }
-        self.run(&["destroy", name])?;
+        self.run(&["destroy", "-F", name])?;
         self.run(&["delete", "-f", name])?;
         let state = self.state(name)?;
         ensure!(state == "absent", "'{name}' is {state} after all");

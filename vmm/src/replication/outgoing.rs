@@ -16,6 +16,7 @@ use machine::{
         staging::{self, Staging},
     },
 };
+use qmp::schema::SyncProgress;
 use replication::{
     Epoch, Term,
     contents::{self, Encoder, Operation, PAGE, Write},
@@ -80,6 +81,7 @@ pub struct Outgoing {
     encoder: Encoder,
     items: VecDeque<Item>,
     buffer: Vec<u8>,
+    rounds: SyncProgress,
 }
 
 /// What [`Outgoing::next`] gives.
@@ -99,6 +101,7 @@ impl Outgoing {
             encoder: Encoder::new(compress, contents::CACHE),
             items: VecDeque::new(),
             buffer: vec![0; AT_ONCE * PAGE],
+            rounds: SyncProgress::default(),
         }
     }
 
@@ -107,6 +110,12 @@ impl Outgoing {
         self.term = term;
         self.encoder.forget();
         self.items.clear();
+        self.rounds = SyncProgress::default();
+    }
+
+    /// How much of the rounds was encoded, in this connection.
+    pub const fn rounds(&self) -> SyncProgress {
+        self.rounds
     }
 
     /// Send a message.
@@ -116,6 +125,7 @@ impl Outgoing {
 
     /// Send these ranges of guest memory.
     pub fn round(&mut self, epoch: Epoch, ranges: Vec<Range<u64>>) {
+        self.rounds.total += staging::bytes(&ranges);
         self.items.push_back(Item::Round { epoch, pieces: ranges.into(), begun: false });
     }
 
@@ -237,6 +247,7 @@ impl Outgoing {
         image::read(&self.memory, range.start, buffer)?;
         encode(&mut self.encoder, range.start, buffer, to);
         range.start += length as u64;
+        self.rounds.done += length as u64;
         if range.is_empty() {
             pieces.pop_front();
         }

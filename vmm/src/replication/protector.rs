@@ -417,6 +417,8 @@ impl<R: Fn(Report)> Protector<R> {
         show(&mut shown, &self.task.primary.status());
         shown.held_bytes = held.bytes as u64;
         shown.oldest_us = microseconds(held.oldest);
+        let syncs = self.task.primary.state() == State::Syncing;
+        shown.sync = syncs.then(|| self.outgoing.rounds());
         shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, link)| link.written());
     }
 }

@@ -103,7 +103,8 @@ fn means(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Resul
     let fence = protection.fence().map_err(|e| named("the fence", e))?;
     let description = place.description()?;
     let (name, identity) = (place.name.clone(), protection.identity.clone());
-    let greeting = Greeting::new(name, description, identity, protection.moves);
+    let (moves, lineage) = (protection.moves, protection.lineage);
+    let greeting = Greeting::new(name, description, identity, moves, lineage);
     let log = place.run.join("log");
     let mut dialer = protection.dial.clone().map(|dial| Dialer::new(dial, greeting, log));
 

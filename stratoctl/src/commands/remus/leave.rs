@@ -13,6 +13,7 @@ use serde_json::json;
 use super::{
     super::{Answer, Context, KILL_LIMIT, ended},
     agent::revive,
+    alone::leave_behind,
     fence, follow, receive,
 };
 use crate::{
@@ -28,17 +29,11 @@ const LIMIT: Duration = Duration::from_secs(40);
 
 pub fn unprotect(ctx: &Context, args: &Unprotect) -> anyhow::Result<Answer> {
     let name = &args.domain;
-    let mut held = ctx.hold(Verb::Unprotect, name)?;
-    if let Some(client) = held.status.client.as_mut() {
-        if is_backup(client)? {
-            let what = format!("'{name}' is the backup of a protected domain, not the domain");
-            let hint = format!(
-                "unprotect the domain itself; `stratoctl failover {name}` continues it here, and \
-                 `stratoctl destroy {name}` ends the backup"
-            );
-            return Err(Failure::hint(what, hint).into());
-        }
-        stop(client, name, args.force, LIMIT)?;
+    let mut held = ctx.hold_forced(Verb::Unprotect, name, args.force)?;
+    match held.status.client.as_mut() {
+        Some(client) => stop(client, name, args.force, LIMIT)?,
+        None if args.force => {}
+        None => leave_behind(ctx, Verb::Unprotect, &held.place)?,
     }
     forget(ctx, &held.place)?;
     if args.force {
@@ -49,12 +44,20 @@ pub fn unprotect(ctx: &Context, args: &Unprotect) -> anyhow::Result<Answer> {
 
 /// End the protection of a domain that is to be ended: otherwise its backup would continue it. If
 /// that takes longer than `limit`, it may.
-pub fn before_the_end(ctx: &Context, place: &Place, client: &mut Client, limit: Duration) {
-    let protected = Protection::of(place).is_ok_and(|protection| protection.is_some());
-    if protected && matches!(is_backup(client), Ok(false)) {
-        let stopped = stop(client, &place.name, false, limit);
-        let _ = stopped.and_then(|()| forget(ctx, place));
+///
+/// # Errors
+/// Why it may continue it.
+pub fn before_the_end(
+    ctx: &Context,
+    place: &Place,
+    client: &mut Client,
+    limit: Duration,
+) -> anyhow::Result<()> {
+    if is_backup(client)? {
+        return Ok(());
     }
+    stop(client, &place.name, false, limit)?;
+    forget(ctx, place)
 }
 
 /// Stop the replication of a primary, and wait for that: it needs its process to ask the witness.
@@ -127,6 +130,12 @@ pub fn failover(ctx: &Context, args: &Failover) -> anyhow::Result<Answer> {
         // Its monitor has ended, as the guest runs elsewhere.
         if held.status.process.as_ref().is_none_or(|process| process.ends_within(KILL_LIMIT)) {
             ended(ctx, &held.place)?;
+        }
+        if held.place.managed
+            && let Some(protection) = Protection::of(&held.place)?
+        {
+            let moved = Protection { moved: true, ..protection };
+            moved.record(&ctx.registry, &held.place).context("cannot record that it has moved")?;
         }
     }
     let runs = if backup { "here" } else { "at the backup" };

@@ -22,8 +22,8 @@ const LIMIT: Duration = Duration::from_secs(40);
 /// Poll interval meanwhile.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-pub fn migrate(ctx: &Context, args: &Migrate) -> anyhow::Result<Answer> {
-    protect::protect(ctx, &args.protection(), true)?;
+pub fn migrate(ctx: &Context, args: &Migrate, quiet: bool) -> anyhow::Result<Answer> {
+    protect::protect(ctx, &args.protection(), true, quiet)?;
     let domain = args.domain.clone();
     let moved = failover(ctx, &Failover { domain: domain.clone(), planned: true, force: false });
     if let Err(e) = moved {

@@ -5,26 +5,22 @@ use std::{
 };
 
 use anyhow::Context as _;
-use qmp::{
-    client::Client,
-    schema::{
-        QueryReplication, ReplicationInfo, ReplicationStart, ReplicationStatus, ReplicationStop,
-    },
-};
+use qmp::schema::{QueryReplication, ReplicationStart};
 use serde_json::json;
 
 use super::{
-    super::{Answer, Context, lifecycle},
+    super::{Answer, Context},
     agent::revive,
-    follow, receive,
+    receive,
+    syncing::until_protected,
 };
 use crate::{
     failure::Failure,
     matrix::Verb,
-    progress,
     remus::{
         dial::Dial,
         protection::Protection,
+        uuid::Uuid,
         wire::SideText,
         witness::{self, Asked},
     },
@@ -33,20 +29,18 @@ use crate::{
 
 /// How long a witness is asked for its identity.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(10);
-/// How long a backup may take to answer. To be filled, it may take any time.
-const CONNECT_LIMIT: Duration = Duration::from_secs(40);
-/// Poll interval while a domain becomes protected.
+/// How soon a witness is asked again.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-pub fn remus(ctx: &Context, args: &Remus) -> anyhow::Result<Answer> {
-    protect(ctx, args, false)
+pub fn remus(ctx: &Context, args: &Remus, quiet: bool) -> anyhow::Result<Answer> {
+    protect(ctx, args, false, quiet)
 }
 
-/// Protect a domain; with `moves`, until it has been handed over.
+/// Protect a domain; with `moves`, until it has been handed over. `quiet` shows no progress.
 ///
 /// # Errors
 /// It is not protected.
-pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answer> {
+pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow::Result<Answer> {
     let refusals = refusals(args);
     if !refusals.is_empty() {
         return Err(Failure::new(refusals.join("\n")).into());
@@ -54,22 +48,18 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answe
     let mut held = ctx.hold(Verb::Remus, &args.domain)?;
     // A monitor without replication says so here, before anything has changed.
     let before = held.status.client()?.execute(&QueryReplication {})?;
-    if !matches!(before.state, ReplicationStatus::Off | ReplicationStatus::Degraded) {
-        let state = word(before.state);
-        let what = format!("'{}' is protected already: it is {state}", args.domain);
-        let hint = format!("`stratoctl unprotect {}` ends that", args.domain);
-        return Err(Failure::hint(what, hint).into());
-    }
     let witness = match (&args.witness, args.local) {
         (None, true) => Some(ctx.own_witness()?),
         (named, _) => named.clone(),
     };
     let identity = witness.as_ref().map(identify).transpose()?;
-    // A backup that has taken over keeps the lineage of its primary.
     let earlier = Protection::of(&held.place)?;
-    let lineage = match &earlier {
-        Some(earlier) => earlier.lineage,
-        None => lifecycle::described(&held.place)?.uuid.parse().context("the domain's UUID")?,
+    // A monitor that has one keeps it, so a backup that has taken over has that of its primary. A
+    // later monitor of the same domain gets another one: it would begin with term 1 again, which
+    // the witness knows as closed.
+    let lineage = match &before.lineage {
+        Some(known) => known.parse().context("the monitor's lineage")?,
+        None => Uuid::random().context("no random numbers")?,
     };
     let mut protection = Protection {
         side: SideText::Primary,
@@ -79,6 +69,8 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answe
         fence: args.fence.as_ref().map(ToString::to_string),
         dial: None,
         moves,
+        incarnation: None,
+        moved: false,
     };
     if args.local {
         let backup = receive::beside(ctx, &held.place, &protection, &args.disk)?;
@@ -90,10 +82,15 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answe
     let started = revive(ctx, &held.place).and_then(|()| {
         let client = held.status.client()?;
         client.execute(&start(args, &protection)?)?;
-        until_protected(client, args)
+        until_protected(client, &args.domain, quiet)
     });
     match started {
-        Ok(info) => Ok(Answer::new("", json!({ "name": args.domain, "replication": info }))),
+        Ok(info) => {
+            protection.incarnation = info.incarnation.as_deref().and_then(|own| own.parse().ok());
+            let recorded = protection.record(&ctx.registry, &held.place);
+            recorded.context("cannot record the protection")?;
+            Ok(Answer::new("", json!({ "name": args.domain, "replication": info })))
+        }
         Err(e) => {
             // Unless it runs in spite of the error: then it is needed.
             let now = held.status.client()?.execute(&QueryReplication {});
@@ -109,11 +106,6 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool) -> anyhow::Result<Answe
             Err(e)
         }
     }
-}
-
-/// A state, as in QMP.
-fn word(state: ReplicationStatus) -> String {
-    json!(state).as_str().unwrap_or_default().to_owned()
 }
 
 /// Every reason to refuse the options, at once.
@@ -267,42 +259,6 @@ fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationSta
     })
 }
 
-/// Wait until the domain is protected; its state then.
-fn until_protected(client: &mut Client, args: &Remus) -> anyhow::Result<ReplicationInfo> {
-    let shown = progress::spinner(&format!("Protecting {}", args.domain));
-    let connected_by = Instant::now() + CONNECT_LIMIT;
-    let mut given_up = false;
-    let mut reason = "its backup has not answered".to_owned();
-    let info = loop {
-        let info = client.execute(&QueryReplication {})?;
-        match info.state {
-            ReplicationStatus::Protected => break Some(info),
-            ReplicationStatus::Off => break None,
-            ReplicationStatus::Connecting if !given_up && Instant::now() >= connected_by => {
-                given_up = true;
-                client.execute(&ReplicationStop::default())?;
-            }
-            _ => {}
-        }
-        progress::turn(&shown);
-        if let Some(change) = follow::next(client)? {
-            if !given_up {
-                reason = change.reason;
-            }
-            // Where the guest has come by a failover, there is no other way back.
-            if change.state == ReplicationStatus::Degraded {
-                break None;
-            }
-        }
-    };
-    shown.finish_and_clear();
-    info.ok_or_else(|| {
-        let what = format!("'{}' is not protected: {reason}", args.domain);
-        let hint = format!("`stratoctl dmesg {}` shows more", args.domain);
-        Failure::hint(what, hint).into()
-    })
-}
-
 impl Context {
     /// A witness for two sides on this host: the registry's own directory. It outlives a reboot, as
     /// the disks do.
@@ -318,10 +274,7 @@ mod tests {
     use qmp::schema::{OnBackupLoss, OnBackupSlow};
 
     use super::*;
-    use crate::{
-        remus::uuid::Uuid,
-        verbs::{Command, Line},
-    };
+    use crate::verbs::{Command, Line};
 
     const LINEAGE: &str = "00000000-0000-0000-0000-000000000007";
 
@@ -386,6 +339,8 @@ mod tests {
                 fence: None,
                 dial: None,
                 moves: false,
+                incarnation: None,
+                moved: false,
             };
             dial(&ctx(root), &args, args.host.as_deref().unwrap(), &protection)
         };
@@ -414,6 +369,8 @@ mod tests {
             fence: fence.map(str::to_owned),
             dial: None,
             moves: false,
+            incarnation: None,
+            moved: false,
         };
         let said = |words: &str, protection| start(&parse(words), &protection).unwrap();
         let usual = ReplicationStart {

@@ -30,9 +30,9 @@ use super::{
 use crate::{
     configuration, domain,
     failure::Failure,
-    matrix::Verb,
+    matrix::{State, Verb},
     monitor::{self, More},
-    registry::{Description, Name, Place},
+    registry::{Description, Lock, Name, Place},
     remus::{
         bounded::wait,
         dial::{Greeting, Welcome, read_line, write_line},
@@ -188,12 +188,12 @@ fn receiver(
     name: &Name,
     greeting: Greeting,
 ) -> anyhow::Result<Place> {
-    let lineage: Uuid = greeting.domain.uuid.parse().context("the domain's UUID")?;
-    if let Some(place) = ctx.registry.find(name)
-        && let Some(known) = Protection::of(&place)?
-        && known.side == SideText::Backup
-        && known.lineage == lineage
-    {
+    let lineage: Uuid = match greeting.lineage {
+        Some(lineage) => lineage,
+        None => greeting.domain.uuid.parse().context("the domain's UUID")?,
+    };
+    // The primary may have been renamed since it was here last.
+    if let Some(place) = ctx.backup_of(lineage)? {
         revive(ctx, &place)?;
         return Ok(place);
     }
@@ -216,6 +216,8 @@ fn receiver(
         fence: args.fence.as_ref().map(ToString::to_string),
         dial: None,
         moves: greeting.moves,
+        incarnation: None,
+        moved: false,
     };
     make(ctx, name, &greeting.domain, &protection, (args.tls.as_deref(), &args.disk))
 }
@@ -238,7 +240,8 @@ pub fn beside(
     let mut description = lifecycle::described(place)?;
     // Of its own: what belongs to a domain is found by its UUID, and removed with it.
     description.uuid = configuration::uuid()?;
-    let protection = Protection { side: SideText::Backup, dial: None, ..primary.clone() };
+    let (side, dial) = (SideText::Backup, None);
+    let protection = Protection { side, dial, incarnation: None, ..primary.clone() };
     let disks = beside_those(&description, disks);
     let backup = make(ctx, &name, &description, &protection, (None, &disks))?;
     Ok(backup.run.join(SOCKET))
@@ -288,8 +291,10 @@ fn make(
     protection: &Protection,
     (tls, disks): (Option<&Path>, &[MovedDisk]),
 ) -> anyhow::Result<Place> {
-    let _lock = ctx.take(Verb::Restore, name)?;
-    let place = ctx.registry.add(name, false, description)?;
+    let (_lock, place) = match ctx.take_back(name, protection.lineage)? {
+        Some(back) => back,
+        None => (ctx.take(Verb::Restore, name)?, ctx.registry.add(name, false, description)?),
+    };
     let mut source = format!("replicate:unix:{SOCKET}");
     if let Some(identity) = &protection.identity {
         source.push_str(&format!(",witness={identity}"));
@@ -310,13 +315,56 @@ fn make(
         .record(registry, &place)
         .context("cannot record the protection")
         .and_then(|()| monitor::start(registry, program, &place, description, false, &more))
-        .and_then(|_| revive(ctx, &place));
+        .and_then(|_| identified(ctx, &place, protection))
+        .and_then(|()| revive(ctx, &place));
     if let Err(e) = made {
         let status = domain::query(registry, &place);
         end(ctx, &mut unlocked(place, status)).context("after a failed start")?;
         return Err(e);
     }
     Ok(place)
+}
+
+/// Record what the witness will know the backup by, if its monitor says so.
+fn identified(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Result<()> {
+    let said = domain::query(&ctx.registry, place).replication;
+    let own = said.and_then(|said| said.incarnation?.parse().ok());
+    let known = Protection { incarnation: own, ..protection.clone() };
+    known.record(&ctx.registry, place).context("cannot record the protection")
+}
+
+/// Whether a domain has no monitor.
+fn is_gone(state: State) -> bool {
+    matches!(state, State::Absent | State::Registered | State::Killed | State::Moved)
+}
+
+impl Context {
+    /// The registered domain called `name`, if its guest has moved away and is to come back: what is
+    /// protected now has the same lineage.
+    fn take_back(&self, name: &Name, lineage: Uuid) -> anyhow::Result<Option<(Lock, Place)>> {
+        if self.registry.find(name).is_none() {
+            return Ok(None);
+        }
+        let lock = self.registry.lock(name)?;
+        let (Some(place), status) = self.query(name) else { return Ok(None) };
+        let known = Protection::of(&place)?.is_some_and(|known| known.lineage == lineage);
+        if !(place.managed && known && is_gone(status.state)) {
+            return Ok(None);
+        }
+        self.registry.clear(&place)?;
+        Ok(Some((lock, place)))
+    }
+
+    /// The backup in this registry that belongs to `lineage`.
+    fn backup_of(&self, lineage: Uuid) -> anyhow::Result<Option<Place>> {
+        let places = self.registry.names()?;
+        let mut places = places.iter().filter_map(|name| self.registry.find(name));
+        Ok(places.find(|place| {
+            let known = Protection::of(place).ok().flatten();
+            known.is_some_and(|known| known.side == SideText::Backup && known.lineage == lineage)
+                && !is_gone(domain::query(&self.registry, place).state)
+        }))
+    }
 }
 
 /// Carry bytes both ways until the monitor hangs up.

@@ -1,0 +1,117 @@
+//! What becomes of a registered domain whose guest may run, or runs, at its backup.
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::rig::Rig;
+
+/// Two registries, as on two hosts, with a witness that both reach.
+struct Two {
+    here: Rig,
+    there: Rig,
+    witness: String,
+}
+
+impl Two {
+    /// The registered domain `web` runs here, and is protected by the other host.
+    fn new(story: &str) -> Result<Self> {
+        let here = Rig::new(story)?;
+        let there = Rig::new(&format!("{story}-there"))?;
+        let witness = here.file("witness");
+        fs::create_dir(&witness)?;
+        let witness = format!("dir:{}", witness.display());
+        here.config("web.json", "hello", "tally")?;
+        here.ok(&["new", "web.json"])?;
+        here.ok(&["start", "web"])?;
+        let this = Self { here, there, witness };
+        this.protect(&this.here, &this.there)?;
+        Ok(this)
+    }
+
+    fn protect(&self, from: &Rig, to: &Rig) -> Result<Value> {
+        let receive = to.receiver(&self.witness);
+        let words = ["remus", "-i", "25", "--timeout", "200", "--witness", &self.witness, "-s", ""];
+        let said = from.ok(&[&words[..], &["web", &receive]].concat())?;
+        to.wait_replication("web", "state", "standby")?;
+        Ok(said)
+    }
+}
+
+#[test]
+fn a_guest_that_continues_elsewhere_is_not_started_again_and_can_come_back() -> Result<()> {
+    let two = Two::new("moved")?;
+    let Two { here, there, .. } = &two;
+    here.kill("web")?;
+    there.wait_state("web", "running")?;
+    ensure!(here.state("web")? == "killed");
+    let (what, hint) = here.refused(&["start", "web"])?;
+    ensure!(what == "the guest of 'web' has moved to its backup", "{what}");
+    ensure!(hint.contains("stratoctl remus web HOST") && hint.contains("unprotect -F"), "{hint}");
+    ensure!(here.state("web")? == "moved");
+    here.refused(&["unprotect", "web"])?;
+    ensure!(here.state("web")? == "moved");
+
+    // The same domain is the backup now, and then has the guest again.
+    two.protect(there, here)?;
+    there.ok(&["failover", "--planned", "web"])?;
+    here.wait_state("web", "running")?;
+    here.says("web", "tally")?;
+    ensure!(there.state("web")? == "absent");
+    // It ended here then, so nothing keeps it from a new start.
+    here.kill("web")?;
+    here.ok(&["start", "web"])?;
+    ensure!(here.listed("web")?.context("not listed")?["replication"] == Value::Null);
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_both_hosts_have_lost_can_be_started() -> Result<()> {
+    let two = Two::new("lost")?;
+    let Two { here, there, .. } = &two;
+    // The backup goes first, so that it continues nothing.
+    there.kill("web")?;
+    here.kill("web")?;
+    here.ok(&["start", "web"])?;
+    ensure!(here.state("web")? == "running");
+    // The new guest is protected as well as the first one was.
+    there.ok(&["destroy", "web"])?;
+    two.protect(here, there)?;
+    here.kill("web")?;
+    there.wait_state("web", "running")?;
+    here.refused(&["start", "web"])?;
+    Ok(())
+}
+
+#[test]
+fn a_backup_continues_a_guest_whose_domain_was_protected_in_an_earlier_life() -> Result<()> {
+    let two = Two::new("earlier-life")?;
+    let Two { here, there, .. } = &two;
+    here.ok(&["unprotect", "web"])?;
+    there.wait_state("web", "absent")?;
+    here.ok(&["destroy", "web"])?;
+    here.ok(&["start", "web"])?;
+    two.protect(here, there)?;
+    here.kill("web")?;
+    there.wait_state("web", "running")?;
+    there.says("web", "tally")
+}
+
+#[test]
+fn without_a_witness_nobody_knows_where_the_guest_runs() -> Result<()> {
+    let here = Rig::new("unwitnessed")?;
+    here.config("web.json", "hello", "tally")?;
+    here.ok(&["new", "web.json"])?;
+    here.ok(&["start", "web"])?;
+    let there = Rig::new("unwitnessed-there")?;
+    let receive = there.receiver("");
+    let receive = receive.trim_end_matches(" --witness ''");
+    here.ok(&["remus", "-F", "-i", "25", "-s", "", "web", receive])?;
+    here.kill("web")?;
+    let (what, hint) = here.refused(&["start", "web"])?;
+    ensure!(what.contains("may run at its backup") && what.contains("no witness"), "{what}");
+    ensure!(hint.contains("unprotect -F web"), "{hint}");
+    here.ok(&["unprotect", "-F", "web"])?;
+    here.ok(&["start", "web"])?;
+    Ok(())
+}
