@@ -184,6 +184,7 @@ impl Migrate {
             blackhole: false,
             no_hold: false,
             no_disks: false,
+            disk: Vec::new(),
             witness: self.witness.clone(),
             fence: None,
             on_backup_loss: None,

@@ -181,12 +181,7 @@ impl Backup {
     }
 
     /// With these disks, and a journal for so many bytes.
-    fn keeping(
-        path: &Path,
-        arbiter: Given,
-        witness: Witness,
-        disks: (Vec<Wanted>, u64),
-    ) -> Self {
+    fn keeping(path: &Path, arbiter: Given, witness: Witness, disks: (Vec<Wanted>, u64)) -> Self {
         let listener = UnixListener::bind(path).unwrap().into();
         Self::listening(listener, Security::Plain(false), arbiter, witness, disks)
     }
@@ -748,7 +743,8 @@ fn over_tcp_both_sides_speak_tls_and_a_stranger_gets_nowhere() {
     assert!(file.is_none());
     let address = SocketAddr::try_from(rustix::net::getsockname(&listener).unwrap()).unwrap();
     let security = entrance::security(&tls).unwrap();
-    let backup = Backup::listening(listener, security, Given::None, Witness::default(), Vec::new());
+    let backup =
+        Backup::listening(listener, security, Given::None, Witness::default(), (Vec::new(), 0));
     let protected = |directory: &Path| {
         let connect = move || {
             let stream = TcpStream::connect(address).unwrap();
@@ -759,7 +755,7 @@ fn over_tcp_both_sides_speak_tls_and_a_stranger_gets_nowhere() {
         let way = Way { peer: None, security };
         let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
         let way = (way, Box::new(connect) as Connect);
-        Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None))
+        Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None, LONG))
     };
     let refused = protected(stranger.path());
     wait_for("the end", || refused.main.is_finished());
@@ -789,7 +785,8 @@ fn a_connection_may_be_two_pipes_that_are_handed_over_at_both_sides() {
     let way = Way { peer: None, security: Security::Plain(false) };
     let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
     let way = (way, Box::new(connect) as Connect);
-    let protected = Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None));
+    let protected =
+        Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None, LONG));
     replicates(&protected, &backup);
     drop(backup.end());
 }

@@ -103,9 +103,10 @@ pub fn permit(
 /// The images that the guest can write to.
 fn writable(description: &Description) -> Vec<PathBuf> {
     let drives = description.config.get("drive").and_then(serde_json::Value::as_array);
-    let writable = drives.into_iter().flatten().filter(|drive| {
-        drive.get("read_only").and_then(serde_json::Value::as_bool) != Some(true)
-    });
+    let writable = drives
+        .into_iter()
+        .flatten()
+        .filter(|drive| drive.get("read_only").and_then(serde_json::Value::as_bool) != Some(true));
     writable.filter_map(|drive| Some(drive.get("path_on_host")?.as_str()?.into())).collect()
 }
 

@@ -132,7 +132,10 @@ fn refusals(args: &Remus) -> Vec<String> {
          this host",
     );
     refuse(args.no_hold, "-n: output is always held until the backup could continue from there");
-    refuse(args.no_disks, "-d: the disks are always replicated: without them the backup could not run");
+    refuse(
+        args.no_disks,
+        "-d: the disks are always replicated: without them the backup could not run",
+    );
     refuse(
         args.heartbeat.is_some(),
         "--heartbeat: signs of life are sent as often as --timeout needs them: choose that",

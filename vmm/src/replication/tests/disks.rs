@@ -137,7 +137,8 @@ fn images_are_equal_whatever_the_guest_writes_and_when() {
         [(false, Aio::Off), (true, Aio::Off), (false, Aio::Auto), (true, Aio::Auto)]
     {
         let (sides, record) = (Sides::new(), Witness::default());
-        let backup = Backup::keeping(&sides.socket(), witness(), record.clone(), (sides.wanted(), JOURNAL));
+        let backup =
+            Backup::keeping(&sides.socket(), witness(), record.clone(), (sides.wanted(), JOURNAL));
         let disks = Some(sides.open(direct, aio));
         let protected =
             Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, (TSC, disks, LONG));
@@ -171,8 +172,13 @@ fn protected(sides: &Sides, journal: u64, ack_limit: Duration) -> (Protected, Ba
     let disks = (sides.wanted(), journal);
     let backup = Backup::keeping(&sides.socket(), witness(), record.clone(), disks);
     let disks = Some(sides.open(false, Aio::Auto));
-    let protected =
-        Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, (TSC, disks, ack_limit));
+    let protected = Protected::with(
+        &sides.socket(),
+        &witness(),
+        OnLoss::Claim,
+        record,
+        (TSC, disks, ack_limit),
+    );
     protected.is_protected();
     (protected, backup)
 }
