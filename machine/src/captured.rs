@@ -5,13 +5,21 @@
 //! pause takes no longer when a disk is slow or hangs. The requests go on while the machine stands
 //! still and are answered after it; the saved state lists them, and the monitor that restores it carries them
 //! out again. So this machine can only be read, and runs on as soon as that is done.
-use std::ops::Range;
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use devices::{Memory, worker::Park};
 
 use crate::{
     DirtyError, Machine, MachineState, RunError, SaveError,
-    memory::{image, staging::Staging},
+    memory::{
+        image,
+        staging::{self, Staging},
+    },
+    quiesced::Pages,
+    vcpu,
 };
 
 /// Why an epoch was not captured.
@@ -20,9 +28,28 @@ pub enum EpochError {
     /// It is not known what was written.
     #[error(transparent)]
     Dirty(#[from] DirtyError),
+    /// So much was written, in these ranges, that the machine has to be paused until it is sent.
+    #[error("more memory has changed than can be copied aside")]
+    TooLarge(Vec<Range<u64>>),
     /// The state could not be read.
     #[error(transparent)]
     State(#[from] SaveError),
+}
+
+/// An epoch, and how long its parts took.
+pub struct Taken {
+    /// The whole state but memory.
+    pub state: MachineState,
+    /// What was written to memory.
+    pub pages: Pages,
+    /// Finding out what that is.
+    pub harvest: Duration,
+    /// Copying it.
+    pub copy: Duration,
+    /// Reading the state, as far as that took longer.
+    pub state_time: Duration,
+    /// How long the kernel has worked for the vCPUs so far.
+    pub system: Duration,
 }
 
 /// Proof that all vCPUs and all device workers are parked, with requests of disks possibly in
@@ -57,18 +84,47 @@ impl Captured<'_> {
     }
 
     /// An epoch: what was written to memory since the last one, and `left`, are copied into
-    /// `staging`; the rest is the state.
+    /// `staging`; the rest is the state. Each vCPU's thread reads its registers while memory is
+    /// copied.
+    ///
+    /// More than `most` bytes are not copied: they stay where they are if the machine was paused
+    /// before, and has to stay so until they are no longer needed.
     ///
     /// # Errors
-    /// When a part of it cannot be read, or memory does not fit into the copy.
+    /// When a part of it cannot be read. [`EpochError::TooLarge`] when more than `most` bytes have
+    /// changed in a machine that is to run on.
     pub fn epoch(
         &mut self,
         left: &[Range<u64>],
         mut staging: Staging,
-    ) -> Result<(MachineState, Staging), EpochError> {
-        let dirty = image::union(left, &self.dirty_memory()?);
-        staging.fill(&self.machine.memory, &dirty).map_err(SaveError::Staging)?;
-        Ok((self.save()?, staging))
+        most: u64,
+    ) -> Result<Taken, EpochError> {
+        let began = Instant::now();
+        let asked = self.machine.ask_state()?;
+        let asking = began.elapsed();
+        let mut dirty = self.dirty_memory()?;
+        if !left.is_empty() {
+            dirty = image::union(left, &dirty);
+        }
+        let harvested = began.elapsed();
+        let pages = if staging::bytes(&dirty) <= most {
+            staging.fill(&self.machine.memory, &dirty).map_err(SaveError::Staging)?;
+            Pages::Staged(staging)
+        } else if self.was_running {
+            return Err(EpochError::TooLarge(dirty));
+        } else {
+            Pages::InPlace(dirty)
+        };
+        let copied = began.elapsed();
+        let state = self.machine.answered_state(asked)?;
+        Ok(Taken {
+            state,
+            pages,
+            harvest: harvested.saturating_sub(asking),
+            copy: copied.saturating_sub(harvested),
+            state_time: asking + began.elapsed().saturating_sub(copied),
+            system: self.machine.vcpus.iter().map(vcpu::Handle::system_time).sum(),
+        })
     }
 
     /// The machine that is stopped.

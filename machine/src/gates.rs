@@ -1,5 +1,5 @@
 //! The gates of a machine's output, all together: of its NICs and its character devices.
-use std::{io, time::Duration};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use devices::backend::{
     char::gated::CharKeeper,
@@ -74,6 +74,17 @@ impl Gates {
     /// the machine's order.
     pub fn output(&self, epoch: u64) -> Vec<Vec<u8>> {
         self.consoles.iter().map(|console| console.held(epoch)).collect()
+    }
+
+    /// Signal this eventfd whenever one of them holds a first piece that no checkpoint covers.
+    pub fn signal(&self, waits: &Arc<OwnedFd>) {
+        self.nics.iter().for_each(|nic| nic.signal(waits.clone()));
+        self.consoles.iter().for_each(|console| console.signal(waits.clone()));
+    }
+
+    /// Whether one of them holds output that no checkpoint covers.
+    pub fn wait(&self) -> bool {
+        self.nics.iter().any(NetKeeper::waits) || self.consoles.iter().any(CharKeeper::waits)
     }
 
     /// What all of them hold together, and how long the oldest piece has waited.

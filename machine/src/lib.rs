@@ -31,7 +31,7 @@ pub use arch::{Clock, CpuModel, Moment, layout};
 pub use backends::{OpenDisk, PlugError, PluggedDisk, Shape};
 pub use balloon::Balloon;
 pub use builder::{BuildError, Saved};
-pub use captured::{Captured, EpochError};
+pub use captured::{Captured, EpochError, Taken};
 pub use devices::{
     Memory, PowerEvent,
     backend::{disk, inherited, release, sparse, writer},

@@ -252,6 +252,14 @@ impl Machine {
         self.running = true;
     }
 
+    /// Keep the vCPUs of a running machine out of the guest for `time`, without waiting for that. Its
+    /// clocks and devices go on. Whatever is requested meanwhile ends it.
+    pub fn rest_vcpus(&self, time: Duration) {
+        if self.running {
+            self.vcpus.iter().for_each(|vcpu| vcpu.rest(time));
+        }
+    }
+
     /// Serve the serial port's back-end although the machine is paused: a client that connects
     /// there gets the guest's past output. Its input gets no further than the port's FIFO.
     pub fn serve_serial(&mut self) {

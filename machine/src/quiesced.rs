@@ -13,7 +13,7 @@ use crate::{
     machine::Parked,
     memory::{image, staging::Staging},
     spot_check::SpotChecks,
-    vcpu::Gone,
+    vcpu::{Answer, Gone},
 };
 
 /// The whole state of a machine but its configuration and its memory. Plain data.
@@ -67,6 +67,24 @@ impl TryFrom<Sections> for MachineState {
     }
 }
 
+impl Pages {
+    /// The ranges, ascending.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        match self {
+            Self::Staged(staging) => staging.ranges(),
+            Self::InPlace(ranges) => ranges.clone(),
+        }
+    }
+
+    /// Bytes that are copied aside.
+    pub fn copied(&self) -> u64 {
+        match self {
+            Self::Staged(staging) => staging.bytes(),
+            Self::InPlace(_) => 0,
+        }
+    }
+}
+
 /// A machine at one moment: its state, and the memory that belongs to it.
 pub struct Epoch {
     /// The whole state but memory.
@@ -78,6 +96,7 @@ pub struct Epoch {
 }
 
 /// Memory of an [`Epoch`].
+#[derive(Debug)]
 pub enum Pages {
     /// Copied aside: the machine may run again.
     Staged(Staging),
@@ -195,6 +214,11 @@ impl Machine {
 impl Machine {
     /// Read the whole state but memory, while all vCPUs and devices are parked.
     pub(crate) fn read_state(&self) -> Result<MachineState, SaveError> {
+        self.answered_state(self.ask_state()?)
+    }
+
+    /// Read the state of devices and chips, and ask the vCPUs' threads for theirs.
+    pub(crate) fn ask_state(&self) -> Result<AskedState, SaveError> {
         // Devices before chips and vCPUs: interrupts that they raised while becoming quiet are in
         // those.
         let devices = self
@@ -214,7 +238,13 @@ impl Machine {
         let chips = ChipState::save(&self.vm)?;
         // The guest's counter of ticks has run on since it was stopped.
         let ticks = self.parked.as_ref().map_or(0, |p| host_ticks().saturating_sub(p.ticks));
-        let answers: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.save()).collect();
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.save()).collect();
+        Ok(AskedState { devices, chips, ticks, vcpus })
+    }
+
+    /// The whole state, once the vCPUs' threads have answered.
+    pub(crate) fn answered_state(&self, asked: AskedState) -> Result<MachineState, SaveError> {
+        let AskedState { devices, chips, ticks, vcpus: answers } = asked;
         let mut vcpus = Vec::with_capacity(answers.len());
         for answer in answers {
             let mut state = answer.wait()??;
@@ -231,6 +261,15 @@ impl Machine {
         };
         Ok(MachineState { cpu, vcpus, chips, clock, devices })
     }
+}
+
+/// A state that is being read.
+pub(crate) struct AskedState {
+    devices: Vec<Section>,
+    chips: ChipState,
+    /// For how long the guest had been stopped when the vCPUs were asked.
+    ticks: u64,
+    vcpus: Vec<Answer<Result<VcpuState, KvmError>>>,
 }
 
 impl Quiesced<'_> {

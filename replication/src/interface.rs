@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::{
     identity::{Connection, Digest, Epoch, Incarnation, Pair, Party, Side, Term},
     message::{Fault, Frame, Refusal},
+    pace::Cost,
     record::{Answer, Question, Record, Settled, Word},
 };
 
@@ -46,6 +47,12 @@ pub enum Input {
         /// Of its contents, chained to the one before.
         digest: Digest,
     },
+    /// Primary with a [`Pace`](crate::pace::Pace): what the epoch that was just captured has cost
+    /// the guest.
+    Cost(Cost),
+    /// Primary with a pace: whether output is held that no epoch covers yet. Given after each
+    /// capture, and whenever such output comes.
+    OutputWaits(bool),
     /// Primary: how full the fullest is of staging, held output and memory that is dirty. Given
     /// after each capture and each release, and whenever a cap is reached.
     Room(Room),
@@ -137,6 +144,9 @@ pub enum Output {
         /// Whether the gates shut at its end: output of later epochs is held.
         shut: bool,
     },
+    /// Primary: no epoch can begin, as two are not acknowledged yet. Find out how much has changed in
+    /// memory; then [`Input::Room`].
+    Harvest,
     /// Primary: release what the gates hold of epochs up to this one, in order.
     ReleaseThrough(Epoch),
     /// Primary: release everything, in order, and leave the gates open.

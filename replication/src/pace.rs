@@ -1,6 +1,6 @@
 //! When the next epoch begins, with `-i auto`: at once when output waits for it, as far as what
 //! epochs cost the guest allows that; else more and more rarely.
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::timers::Time;
 
@@ -12,7 +12,7 @@ pub const LONGEST: Duration = Duration::from_millis(200);
 const SHARE: u32 = 10;
 
 /// What one epoch costs the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Cost {
     /// How long it stood still.
     pub pause: Duration,
@@ -35,9 +35,13 @@ impl Cost {
 /// The times of epochs. Each epoch delays the next one by at least ten times what it cost, so that
 /// epochs take no more than a tenth of the guest's time, except where the longest period is shorter
 /// than that.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Pace {
     longest: Duration,
+    /// Output is held that no epoch covers.
+    output_waits: bool,
+    /// The epoch that is being captured: when it began, and whether output had waited for it.
+    begun: Option<(Time, bool)>,
     /// When the last epoch began.
     began: Time,
     /// The shortest time after it.
@@ -52,7 +56,41 @@ impl Pace {
     #[must_use]
     pub fn new(longest: Duration) -> Self {
         let longest = longest.max(SHORTEST);
-        Self { longest, began: Time::ZERO, floor: Duration::ZERO, period: Duration::ZERO }
+        Self {
+            longest,
+            output_waits: false,
+            begun: None,
+            began: Time::ZERO,
+            floor: Duration::ZERO,
+            period: Duration::ZERO,
+        }
+    }
+
+    /// An epoch begins.
+    pub fn begins(&mut self, now: Time) {
+        self.begun = Some((now, self.output_waits));
+    }
+
+    /// It has cost this.
+    pub fn paid(&mut self, cost: &Cost) {
+        if let Some((began, output_waited)) = self.begun.take() {
+            self.captured(began, cost, output_waited);
+        }
+    }
+
+    /// Output is held that no epoch covers, or none.
+    pub fn set_output_waits(&mut self, waits: bool) {
+        self.output_waits = waits;
+    }
+
+    /// When the next epoch begins, as far as is known now. While one is being captured, no later
+    /// than after the longest period.
+    #[must_use]
+    pub fn due(&self) -> Time {
+        match self.begun {
+            Some((began, _)) => began.saturating_add(self.longest),
+            None => self.next(self.output_waits),
+        }
     }
 
     /// An epoch began at `began`, which has cost this; output had waited for it, or not.
@@ -68,6 +106,56 @@ impl Pace {
     #[must_use]
     pub fn next(&self, output_waits: bool) -> Time {
         self.began.saturating_add(if output_waits { self.floor } else { self.period })
+    }
+}
+
+/// How long processor time and pages are added up before they are compared: the kernel counts in
+/// ticks of milliseconds.
+const WINDOW: Duration = Duration::from_secs(2);
+/// Fewer pages in that time say nothing.
+const PAGES: u64 = 500;
+/// What is assumed before anything is known, and at most.
+const USUAL: Duration = Duration::from_micros(10);
+const MOST: Duration = Duration::from_micros(50);
+
+/// Measures what the first write to a page costs the guest after an epoch: the time that the kernel
+/// spends in the threads of its vCPUs, divided by the pages. That time has other causes, too, which
+/// come and go; so the least of some measurements counts.
+#[derive(Debug, Clone, Default)]
+pub struct Faults {
+    /// When this measurement began, and the kernel's time by then.
+    since: Option<(Time, Duration)>,
+    pages: u64,
+    recent: VecDeque<Duration>,
+}
+
+impl Faults {
+    /// An epoch with this many pages was captured at `now`; by then the kernel has spent `system` in
+    /// the threads of the vCPUs.
+    pub fn captured(&mut self, now: Time, system: Duration, pages: u64) {
+        let Some((began, before)) = self.since else {
+            self.since = Some((now, system));
+            return;
+        };
+        self.pages += pages;
+        if now.saturating_sub(began) < WINDOW {
+            return;
+        }
+        if self.pages >= PAGES {
+            let spent = u64::try_from(system.saturating_sub(before).as_nanos()).unwrap_or(u64::MAX);
+            let each = Duration::from_nanos(spent / self.pages);
+            if self.recent.len() == 4 {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(each.min(MOST));
+        }
+        (self.since, self.pages) = (Some((now, system)), 0);
+    }
+
+    /// What is known.
+    #[must_use]
+    pub fn each(&self) -> Duration {
+        self.recent.iter().min().copied().unwrap_or(USUAL)
     }
 }
 
@@ -121,6 +209,47 @@ mod tests {
         let now = pace.next(true);
         assert!(spent * 10 <= now, "{spent:?} of {now:?}");
         assert!(spent * 20 > now, "and they are not much rarer than that: {spent:?} of {now:?}");
+    }
+
+    #[test]
+    fn output_that_comes_while_an_epoch_is_captured_waits_for_the_next_one() {
+        let mut pace = Pace::new(LONGEST);
+        pace.set_output_waits(true);
+        assert!(pace.due() <= ms(10));
+        pace.begins(ms(10));
+        assert_eq!(pace.due(), ms(210), "it is not known yet what this one costs");
+        pace.paid(&cost(500, 0, 0));
+        assert_eq!(pace.due(), ms(15), "still held");
+        pace.set_output_waits(false);
+        assert_eq!(pace.due(), ms(15));
+        pace.begins(ms(15));
+        pace.paid(&cost(500, 0, 0));
+        assert_eq!(pace.due(), ms(25));
+        pace.set_output_waits(true);
+        assert_eq!(pace.due(), ms(20));
+    }
+
+    #[test]
+    fn the_cost_of_a_write_is_measured_and_what_else_the_kernel_does_is_not_part_of_it() {
+        let us = Duration::from_micros;
+        let mut faults = Faults::default();
+        let (mut now, mut system) = (ms(1000), ms(77));
+        assert_eq!(faults.each(), USUAL);
+        let mut second = |faults: &mut Faults, pages: u64, other: Duration| {
+            for _ in 0..40 {
+                now += ms(25);
+                system += us(7 * pages) + other / 40;
+                faults.captured(now, system, pages);
+            }
+        };
+        (0..3).for_each(|_| second(&mut faults, 200, Duration::ZERO));
+        assert_eq!(faults.each(), us(7));
+        (0..3).for_each(|_| second(&mut faults, 200, ms(800)));
+        assert_eq!(faults.each(), us(7), "a guest that also does I/O");
+        (0..30).for_each(|_| second(&mut faults, 0, ms(800)));
+        assert_eq!(faults.each(), us(7), "a guest that writes nothing");
+        (0..30).for_each(|_| second(&mut faults, 100, ms(800)));
+        assert_eq!(faults.each(), us(207).min(MOST));
     }
 
     #[test]

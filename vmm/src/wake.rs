@@ -27,6 +27,11 @@ impl Wake {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
+    /// The descriptor, an eventfd, for those who wake the thread by it.
+    pub fn eventfd(&self) -> &Arc<OwnedFd> {
+        &self.0
+    }
+
     /// Clear the descriptor.
     pub fn clear(&self) {
         // Fails only when it is clear already.

@@ -4,9 +4,11 @@
 //! whatever the console is.
 //!
 //! `bench=` is `init` (nothing more), `busy` (every processor spins), `all` (disk, network, then
-//! `busy`), `small` (the same, but of the disk only requests of 4 KiB, one at a time) or `scatter`
-//! (touches memory, then endlessly writes to pages all over it); `seconds=` is how long each figure
-//! is measured.
+//! `busy`), `small` (the same, but of the disk only requests of 4 KiB, one at a time), `scatter`
+//! (touches memory, then endlessly writes to pages all over it) or `work` (computes, and says every
+//! second how much; once per `period=`, in microseconds, it also writes `pages=` pages all over
+//! memory. With `paced=work` the period is the time that so much work takes while nothing disturbs
+//! it). `seconds=` is how long each figure is measured.
 #![no_main]
 #[path = "../../tests/src/init/basics.rs"]
 mod basics;
@@ -59,6 +61,10 @@ const DISTANCE: usize = 512 << 10;
 const TOUCHED: usize = (700 << 20) / SCATTERED;
 const PERIOD: Duration = Duration::from_millis(100);
 
+/// The distance between two pages that `work` writes, and the steps of a unit of work: some 10 us.
+const APART: usize = 64 << 10;
+const UNIT: usize = 5_000;
+
 const SMALL: usize = 4096;
 const LARGE: usize = 1 << 20;
 const DEPTH: usize = 32;
@@ -93,6 +99,9 @@ fn measure(log: &mut File) -> io::Result<()> {
     if wanted == "scatter" {
         return scatter(log);
     }
+    if wanted == "work" {
+        return work(log);
+    }
     if wanted == "all" || wanted == "small" {
         load_modules()?;
         let mut buffer = Box::new(Aligned([0x5a; LARGE]));
@@ -113,11 +122,10 @@ fn spin() -> ! {
     }
 }
 
-/// Prints `scattered` when all memory is touched and every page has been written once more.
-fn scatter(log: &mut File) -> io::Result<()> {
-    let length = SCATTERED * DISTANCE;
+/// New memory that is not touched yet.
+fn area(length: usize) -> io::Result<&'static mut [u8]> {
     // SAFETY: new, private memory; huge pages would touch what lies between the pages, too.
-    let area = unsafe {
+    unsafe {
         let none = std::ptr::null_mut();
         let area = mmap(none, length, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0);
         if area.addr() == usize::MAX {
@@ -125,8 +133,60 @@ fn scatter(log: &mut File) -> io::Result<()> {
         }
         // A kernel without huge pages refuses, and has none.
         madvise(area, length, MADV_NOHUGEPAGE);
-        std::slice::from_raw_parts_mut(area.cast::<u8>(), length)
-    };
+        Ok(std::slice::from_raw_parts_mut(area.cast::<u8>(), length))
+    }
+}
+
+/// A number from the environment.
+fn number(name: &str) -> Option<u64> {
+    env::var(name).ok()?.parse().ok()
+}
+
+/// Computes, and dirties pages. Prints `work` every second: units of work per second.
+fn work(log: &mut File) -> io::Result<()> {
+    let pages = number("pages").unwrap_or(0) as usize;
+    let period = Duration::from_micros(number("period").unwrap_or(25_000));
+    let by_work = env::var("paced").is_ok_and(|paced| paced == "work");
+    let area = area(pages.max(1) * APART)?;
+    area.chunks_exact_mut(APART).for_each(|part| part[0] = 1);
+    let mut random = Random(88_172_645_463_325_252);
+    let mut unit = || (0..UNIT).fold(0, |sum, _| sum ^ random.below(u64::MAX));
+    // How much the period is worth: the best of some tries, as something may disturb them.
+    let tries = (0..20).map(|_| {
+        let (began, mut units) = (Instant::now(), 0_u64);
+        while began.elapsed() < period {
+            std::hint::black_box(unit());
+            units += 1;
+        }
+        units
+    });
+    let worth = tries.max().unwrap_or(1);
+    let (mut began, mut units, mut said) = (Instant::now(), 0_u64, Instant::now());
+    let (mut all, mut round) = (0_u64, 0_u64);
+    loop {
+        round += 1;
+        for page in area.chunks_exact_mut(APART).take(pages) {
+            page[..8].copy_from_slice(&round.to_le_bytes());
+        }
+        std::hint::black_box(&mut *area);
+        while if by_work { units < worth } else { began.elapsed() < period } {
+            std::hint::black_box(unit());
+            units += 1;
+        }
+        all += std::mem::take(&mut units);
+        // The next period begins on time, unless this one was too long by far.
+        began = if began.elapsed() < 2 * period { began + period } else { Instant::now() };
+        let elapsed = said.elapsed();
+        if elapsed >= Duration::from_secs(1) {
+            say(log, "work", all as f64 / elapsed.as_secs_f64());
+            (all, said) = (0, Instant::now());
+        }
+    }
+}
+
+/// Prints `scattered` when all memory is touched and every page has been written once more.
+fn scatter(log: &mut File) -> io::Result<()> {
+    let area = area(SCATTERED * DISTANCE)?;
     for part in area.chunks_exact_mut(DISTANCE) {
         for page in part[..TOUCHED].chunks_mut(SMALL) {
             page[0] = 1;

@@ -19,6 +19,7 @@ pub mod measure;
 pub mod monitors;
 pub mod options;
 pub mod part;
+pub mod remus;
 pub mod rig;
 pub mod run;
 pub mod scattered;
@@ -86,6 +87,26 @@ pub enum Metric {
     ClonesPss,
     /// See [`Self::ManyGuest`].
     ClonesGuest,
+    /// How long a checkpoint of a protected guest stops it ([`remus`]).
+    Pause,
+    /// Of that: until vCPUs and devices have stopped.
+    PausePark,
+    /// Finding out which pages were written.
+    PauseHarvest,
+    /// Copying them.
+    PauseCopy,
+    /// Reading the state of devices and vCPUs.
+    PauseState,
+    /// From the beginning of a checkpoint to that of the next one.
+    Period,
+    /// Pages in a checkpoint.
+    DirtyPages,
+    /// Encoding a checkpoint.
+    Encode,
+    /// Bytes of a checkpoint on the wire, of those of its pages.
+    WireShare,
+    /// From the beginning of a checkpoint to the release of the output that it covers.
+    CommitLag,
     /// CPU time of the monitor, its guest's included, for each byte of [`Self::TcpOut`].
     TcpOutCpu,
     /// The same for [`Self::TcpIn`].
@@ -111,6 +132,8 @@ pub enum Metric {
     TcpIn,
     /// 64 bytes there and back over TCP.
     TcpRoundTrips,
+    /// What a protected guest computes.
+    Work,
 }
 
 impl Metric {
@@ -144,6 +167,16 @@ impl Metric {
             Self::ClonesPrivate => ("clones, private memory", "KiB"),
             Self::ClonesPss => ("clones, PSS beyond guest's", "KiB"),
             Self::ClonesGuest => ("clones, guest's untouched", "KiB"),
+            Self::Pause => ("pause", "ms"),
+            Self::PausePark => ("pause: stopping vCPUs and devices", "ms"),
+            Self::PauseHarvest => ("pause: finding changed pages", "ms"),
+            Self::PauseCopy => ("pause: copying pages", "ms"),
+            Self::PauseState => ("pause: reading the state", "ms"),
+            Self::Period => ("period", "ms"),
+            Self::DirtyPages => ("pages in a checkpoint", "pages"),
+            Self::Encode => ("encoding", "ms"),
+            Self::WireShare => ("bytes on the wire, of its pages'", "%"),
+            Self::CommitLag => ("commit lag", "ms"),
             Self::TcpOutCpu => ("TCP guest to host, CPU", "ns/B"),
             Self::TcpInCpu => ("TCP host to guest, CPU", "ns/B"),
             Self::TcpRoundTripCpu => ("TCP round trip, CPU", "us"),
@@ -155,6 +188,7 @@ impl Metric {
             Self::TcpOut => ("TCP guest to host", "Gbit/s"),
             Self::TcpIn => ("TCP host to guest", "Gbit/s"),
             Self::TcpRoundTrips => ("TCP round trips of 64 bytes", "1/s"),
+            Self::Work => ("work of the guest", "1/s"),
         }
     }
 
@@ -203,6 +237,10 @@ pub enum Scenario {
     Boot,
     /// Small reads and writes of Linux, and TCP.
     Io,
+    /// Linux that is protected, and writes few pages between two checkpoints.
+    RemusFew,
+    /// The same with many pages.
+    RemusMany,
 }
 
 impl Scenario {
@@ -220,6 +258,8 @@ impl Scenario {
             Self::Start => "A payload, without devices",
             Self::Boot => "Linux, without devices",
             Self::Io => "Linux, 4 KiB and TCP",
+            Self::RemusFew => "200 pages every 25 ms",
+            Self::RemusMany => "2,000 pages every 100 ms",
         }
     }
 }

@@ -87,6 +87,8 @@ struct Kept {
     pieces: usize,
     /// [`Gate::hold`] has returned [`Held::Full`] since room was last announced.
     refused: bool,
+    /// An eventfd that is signalled when a first piece is held that no mark covers.
+    waits: Option<Arc<OwnedFd>>,
 }
 
 /// Pieces of output, one after the other.
@@ -172,6 +174,10 @@ impl Gate {
         kept.filling.push(length, copy)?;
         kept.bytes += length;
         kept.pieces += 1;
+        if let ([_], Some(waits)) = (&kept.filling.ends[..], &kept.waits) {
+            // Fails only when it is signalled already.
+            let _ = rustix::io::write(waits, &1u64.to_ne_bytes());
+        }
         Ok(Held::Kept)
     }
 
@@ -251,6 +257,16 @@ impl Keeper {
     /// The handle that marks its epochs.
     pub fn marker(&self) -> Marker {
         Marker(self.0.clone())
+    }
+
+    /// Signal this eventfd whenever the first piece is held that no checkpoint covers.
+    pub fn signal(&self, waits: Arc<OwnedFd>) {
+        self.0.kept.lock().waits = Some(waits);
+    }
+
+    /// Whether output is held that no checkpoint covers.
+    pub fn waits(&self) -> bool {
+        !self.0.kept.lock().filling.ends.is_empty()
     }
 
     /// Pass the output covered by checkpoints up to and including `epoch` to `write`, piece by

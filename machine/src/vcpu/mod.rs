@@ -14,11 +14,16 @@
 pub mod kick;
 #[cfg(test)]
 mod tests;
+mod usage;
 
 use std::{
     cell::OnceCell,
     io,
-    sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
+    },
     thread::{Builder, JoinHandle},
     time::Duration,
 };
@@ -127,6 +132,8 @@ pub struct Gone;
 
 enum Request<C: Cpu> {
     Park(Sender<()>),
+    /// Stay out of the guest for this long, unless something else is requested.
+    Rest(Duration),
     Resume(i64),
     Save(Sender<Result<C::State, C::Error>>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
@@ -140,6 +147,8 @@ pub struct Handle<C: Cpu> {
     /// Sent by the thread once it runs; only a caller that wants to kick it has to wait for that.
     kicker: Receiver<io::Result<C::Kicker>>,
     known_kicker: OnceCell<Option<C::Kicker>>,
+    /// Microseconds that the kernel had worked for the thread when it parked last.
+    system: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -159,6 +168,8 @@ impl<C: Cpu> Handle<C> {
         let (send_kicker, kicker) = channel();
         let name = format!("vcpu{index}");
         let first_step = start.first_step(ThreadKind::Vcpu, &name);
+        let system = Arc::<AtomicU64>::default();
+        let told = system.clone();
         let thread = Builder::new().name(name).spawn(move || {
             let kicker = cpu.kicker();
             let failed = kicker.is_err();
@@ -173,14 +184,18 @@ impl<C: Cpu> Handle<C> {
             }
             while parked(&mut cpu, &inbox) {
                 match running(&mut cpu, &inbox) {
-                    Left::Parked(reply) => drop(reply.send(())),
+                    Left::Parked(reply) => {
+                        told.store(usage::system_us(), Ordering::Relaxed);
+                        let _ = reply.send(());
+                    }
                     // Parked until the VM has decided how to react.
                     Left::Stopped(why) => report(index, why),
                     Left::Exit => break,
                 }
             }
         })?;
-        Ok(Self { requests, kicker, known_kicker: OnceCell::new(), thread: Some(thread) })
+        let known_kicker = OnceCell::new();
+        Ok(Self { requests, kicker, known_kicker, system, thread: Some(thread) })
     }
 
     /// `None` if the thread could not set up kicking; it has ended then.
@@ -209,6 +224,11 @@ impl<C: Cpu> Handle<C> {
         self.kick();
         answer
     }
+    /// Keep a running vCPU out of the guest for `time`. Any other request ends that.
+    pub fn rest(&self, time: Duration) {
+        let _ = self.requests.send(Request::Rest(time));
+        self.kick();
+    }
     /// Let a parked vCPU run, after a pause of `ticks` of the host's counter.
     pub fn resume(&self, ticks: i64) {
         let _ = self.requests.send(Request::Resume(ticks));
@@ -230,6 +250,11 @@ impl<C: Cpu> Handle<C> {
         let kicker = answer.wait().map_err(io::Error::other)??;
         self.known_kicker = OnceCell::from(Some(kicker));
         Ok(())
+    }
+    /// How long the kernel had worked for the thread when it parked last: for a vCPU, mostly
+    /// handling page faults and exits.
+    pub fn system_time(&self) -> Duration {
+        Duration::from_micros(self.system.load(Ordering::Relaxed))
     }
     /// The kernel's thread id of the thread; 0 if it has ended.
     pub fn thread(&self) -> u32 {
@@ -259,6 +284,7 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
     while let Ok(request) = inbox.recv() {
         match request {
             Request::Park(reply) => drop(reply.send(())),
+            Request::Rest(_) => {}
             Request::Save(reply) => save(cpu, &reply),
             Request::Restore(state, reply) => restore(cpu, state, &reply),
             Request::Replace(new, reply) => {
@@ -317,10 +343,19 @@ fn running<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> Left {
 
 /// The pending request that stops a vCPU, if any.
 fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
+    let mut rest = None;
     loop {
-        match inbox.try_recv() {
+        let request = match rest.take() {
+            None => inbox.try_recv(),
+            Some(time) => inbox.recv_timeout(time).map_err(|e| match e {
+                RecvTimeoutError::Timeout => TryRecvError::Empty,
+                RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+            }),
+        };
+        match request {
             Ok(Request::Park(reply)) => return Some(Left::Parked(reply)),
             Ok(Request::Exit) | Err(TryRecvError::Disconnected) => return Some(Left::Exit),
+            Ok(Request::Rest(time)) => rest = Some(time),
             // State requests need a parked vCPU: the caller sees the dropped reply as `Gone`.
             Ok(
                 Request::Resume(_) | Request::Save(_) | Request::Restore(..) | Request::Replace(..),

@@ -26,6 +26,34 @@ fn a_late_kick_does_not_stop_a_running_vcpu() {
 }
 
 #[test]
+fn a_vcpu_that_rests_stays_out_of_the_guest_and_still_parks_at_once() {
+    let cpu = Counter::from(0);
+    let entries = cpu.entries.clone();
+    let vcpu = Handle::spawn(0, cpu, &ThreadStart::default(), |_, _| {}).unwrap();
+    vcpu.resume(0);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while entries.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
+    vcpu.rest(Duration::from_secs(60));
+    loop {
+        let before = entries.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(20));
+        if entries.load(Ordering::SeqCst) == before {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it does not rest");
+    }
+    vcpu.park().wait_for(Duration::from_secs(20)).unwrap();
+    let before = entries.load(Ordering::SeqCst);
+    vcpu.rest(Duration::from_secs(60));
+    vcpu.resume(0);
+    while entries.load(Ordering::SeqCst) == before {
+        assert!(Instant::now() < deadline, "a rest does not outlast a pause");
+    }
+}
+
+#[test]
 fn parks_saves_and_runs_on() {
     let vcpu = Handle::spawn(0, Counter::from(0), &ThreadStart::default(), |_, _| {}).unwrap();
     vcpu.resume(0);

@@ -22,6 +22,13 @@ pub struct ReplicationStart {
     pub tls_hostname: Option<String>,
     /// Milliseconds from one checkpoint to the next. Initially 200.
     pub interval: Option<u64>,
+    /// Instead of `interval`: adapt it to the guest, from 2 to so many milliseconds. A checkpoint
+    /// begins as soon as output waits for it, unless checkpoints take more than a tenth of the
+    /// guest's time.
+    pub max_period: Option<u64>,
+    /// Stop the guest when a checkpoint is due and the backup has not acknowledged the two before;
+    /// otherwise the guest runs on, and the next checkpoint gets larger. Initially false.
+    pub timer: Option<bool>,
     /// UUID of the domain, the same at both sides and for all processes; otherwise made up.
     pub lineage: Option<String>,
     /// Identity of the witness that decides which side may run the guest, as the backup knows it.
@@ -37,6 +44,31 @@ pub struct ReplicationStart {
     pub heartbeat_timeout: Option<u64>,
     /// Milliseconds for which output may be held although the backup is heard. Initially 10,000.
     pub ack_limit: Option<u64>,
+    /// Bytes of memory that may be copied aside until the backup has acknowledged them. From three
+    /// quarters on the guest is slowed down; beyond it, it is stopped until there is room. Initially
+    /// 268,435,456.
+    pub max_staging: Option<u64>,
+    /// Bytes of output that may be held; likewise. Initially 67,108,864.
+    pub max_held: Option<u64>,
+    /// Whether memory is sent compressed. Initially true.
+    pub compression: Option<bool>,
+    /// Whether output, of the network and of consoles, is held until the backup could continue from
+    /// it. Initially true; false needs `unsafe`.
+    pub network: Option<bool>,
+    /// Send nothing and protect nothing, to measure what protection costs. Needs `unsafe`.
+    pub blackhole: Option<ReplicationBlackhole>,
+    /// Accept what does not protect the machine.
+    pub r#unsafe: Option<bool>,
+}
+
+/// What is done for a backup that does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReplicationBlackhole {
+    /// Everything but sending: checkpoints are taken and encoded, and output is held until then.
+    Checkpoint,
+    /// Only finding out which pages have changed: the least that any checkpoint costs.
+    Harvest,
 }
 
 /// What a primary does when it has lost its backup.
@@ -200,6 +232,8 @@ pub enum ReplicationStatus {
     Arming,
     /// Primary: output is held until the backup could continue from it.
     Protected,
+    /// Primary: checkpoints are taken, and sent nowhere. Nothing is protected.
+    Blackhole,
     /// Primary: the backup is suspected.
     Stalled,
     /// The term was won: the guest continues here without a backup.
@@ -271,6 +305,13 @@ pub struct ReplicationInfo {
     pub held_bytes: u64,
     /// Microseconds for which the oldest of them has waited.
     pub oldest_us: u64,
+    /// What the first write to a page after a checkpoint costs the guest, in nanoseconds, as
+    /// measured.
+    pub fault_ns: u64,
+    /// For how many percent of the time the guest is stopped, because a limit is near.
+    pub throttle_percent: u64,
+    /// Bytes of memory in checkpoints that are not acknowledged.
+    pub staged_bytes: u64,
     /// Bytes sent to the backup.
     pub wire_bytes: u64,
     /// Primary: how far the first copy is, while it is being made.

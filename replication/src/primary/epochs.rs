@@ -4,9 +4,10 @@ use crate::{
     identity::{Digest, Epoch, Party, Side},
     interface::{Command, Output, Why},
     message::Message,
+    pace::{LONGEST, Pace},
     record::{Question, Word},
     rules::Rule,
-    timers::Timer,
+    timers::{Time, Timer},
 };
 
 impl Primary {
@@ -17,13 +18,42 @@ impl Primary {
         if !first && self.state != State::Protected {
             return;
         }
-        if !first {
-            self.base.timers.set(Timer::Period, self.base.now + self.base.settings.period);
-        }
         if let Some(epoch) = self.window.begin() {
+            if let Some(pace) = &mut self.pace {
+                pace.begins(self.base.now);
+            }
             let shut = !first || self.base.rules.hold(Rule::Arm);
             self.shut |= shut;
             self.base.output(Output::Capture { epoch, shut });
+        } else {
+            let late = self.strict && !self.window.is_capturing();
+            self.due = self.pace.is_some() || late;
+            self.is_late(late);
+            if !self.window.is_capturing() {
+                self.base.output(Output::Harvest);
+            }
+        }
+        if !first {
+            self.base.timers.set(Timer::Period, self.next_epoch());
+        }
+    }
+
+    /// When the next epoch begins, as far as is known now.
+    fn next_epoch(&self) -> Time {
+        match &self.pace {
+            // It is due, and begins with the next acknowledgement.
+            Some(_) if self.due => self.base.now + LONGEST,
+            Some(pace) => pace.due(),
+            None => self.base.now + self.base.settings.period,
+        }
+    }
+
+    /// Something has changed that the pace depends on.
+    pub(super) fn pace_on(&mut self, change: impl FnOnce(&mut Pace)) {
+        let Some(pace) = &mut self.pace else { return };
+        change(pace);
+        if self.state == State::Protected && !self.due {
+            self.base.timers.set(Timer::Period, self.next_epoch());
         }
     }
 
@@ -73,7 +103,13 @@ impl Primary {
                     self.protect();
                 }
             }
-            State::Protected | State::HandingOver(_) => self.release(),
+            State::Protected | State::HandingOver(_) => {
+                self.release();
+                if std::mem::take(&mut self.due) {
+                    self.begin_epoch();
+                    self.is_late(false);
+                }
+            }
             // A suspected backup may have said that long ago: see `resume`.
             _ => {}
         }
@@ -122,7 +158,9 @@ impl Primary {
         self.shut = true;
         self.release();
         self.base.timers.clear(Timer::Look);
-        self.base.timers.set(Timer::Period, self.base.now + self.base.settings.period);
+        self.due = false;
+        self.is_late(false);
+        self.base.timers.set(Timer::Period, self.next_epoch());
     }
 
     /// The backup is back with its last whole epoch, and neither side has claimed.

@@ -33,6 +33,7 @@ use crate::{
     base::{Base, Identity},
     identity::{Epoch, Incarnation, Pair, Side, Term},
     interface::{Bond, Command, Event, Exit, Input, Mark, Output, Why},
+    pace::Pace,
     record::{Question, Settled},
     rules::Rules,
     settings::Settings,
@@ -97,6 +98,13 @@ pub struct Primary {
     full: bool,
     /// For how many percent of the time each vCPU is parked.
     throttle: u8,
+    /// When epochs begin, where the period is not fixed.
+    pace: Option<Pace>,
+    /// The guest does not run longer than a period beyond its last epoch.
+    strict: bool,
+    /// An epoch was to begin while the window was full, and the guest is parked for that.
+    due: bool,
+    late: bool,
     /// The command that is being carried out, and whether it was given with `--force`.
     intent: Option<Command>,
     forced: bool,
@@ -118,9 +126,20 @@ impl Primary {
             parked: false,
             full: false,
             throttle: 0,
+            pace: None,
+            strict: false,
+            due: false,
+            late: false,
             intent: None,
             forced: false,
         }
+    }
+
+    /// Begin epochs at this pace from now on, instead of in a fixed period. If it is `strict`, the
+    /// guest is parked when an epoch is to begin, but the two before are not acknowledged: it never
+    /// runs longer than a period beyond its last epoch.
+    pub fn pace(&mut self, pace: Option<Pace>, strict: bool) {
+        (self.pace, self.strict) = (pace, strict);
     }
 
     /// The primary of `term`, whose guest was promoted or started from its disk.
@@ -221,6 +240,8 @@ impl Primary {
             Input::Marked(mark) if self.base.marked(mark) => self.marked(mark),
             Input::Captured { epoch, digest } => self.captured(epoch, digest),
             Input::Room(room) => self.room(room),
+            Input::Cost(cost) => self.pace_on(|pace| pace.paid(&cost)),
+            Input::OutputWaits(waits) => self.pace_on(|pace| pace.set_output_waits(waits)),
             Input::Untracked => self.past = None,
             Input::Command(command) => self.command(command),
             Input::Forced(command) => self.force(command),

@@ -18,13 +18,18 @@ impl Primary {
             Room::Scarce => (self.throttle + STEP).min(MOST),
             Room::None => self.throttle,
         });
-        self.stop(self.parked, room == Room::None);
+        self.stop(|this| this.full = room == Room::None);
+    }
+
+    /// An epoch is to begin, and the window is full.
+    pub(super) fn is_late(&mut self, late: bool) {
+        self.stop(|this| this.late = late);
     }
 
     /// Nothing is held any more, or the guest does not run.
     pub(super) fn relieve(&mut self) {
         self.throttle(0);
-        self.stop(self.parked, false);
+        self.stop(|this| (this.full, this.late) = (false, false));
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -34,18 +39,19 @@ impl Primary {
     }
 
     pub(super) fn park(&mut self) {
-        self.stop(true, self.full);
+        self.stop(|this| this.parked = true);
     }
 
     pub(super) fn unpark(&mut self) {
-        self.stop(false, self.full);
+        self.stop(|this| (this.parked, this.late) = (false, false));
     }
 
-    /// The guest is parked by the protocol, for lack of room, or both.
-    fn stop(&mut self, parked: bool, full: bool) {
-        let before = self.parked || self.full;
-        (self.parked, self.full) = (parked, full);
-        match (before, parked || full) {
+    /// The guest is parked by the protocol, for lack of room, or because an epoch is late.
+    fn stop(&mut self, change: impl FnOnce(&mut Self)) {
+        let is_stopped = |this: &Self| this.parked || this.full || this.late;
+        let before = is_stopped(self);
+        change(self);
+        match (before, is_stopped(self)) {
             (false, true) => self.base.output(Output::Park),
             (true, false) => self.base.output(Output::Unpark),
             _ => {}

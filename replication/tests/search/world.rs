@@ -318,6 +318,7 @@ impl World {
             | Output::Track { .. }
             | Output::Untrack
             | Output::Throttle(_)
+            | Output::Harvest
             | Output::Fill { .. } => {}
         }
     }

@@ -199,6 +199,7 @@ impl Sim {
                 }
             }
             Output::Throttle(percent) => self.nodes[i].throttle = percent,
+            Output::Harvest => {}
             Output::CloseTaps => {
                 self.nodes[i].free = false;
             }

@@ -23,14 +23,17 @@ pub struct Remus {
     /// Keep the backup on this host: it survives the monitor's death, not the host's
     #[arg(long, conflicts_with_all = ["host", "shell", "port"])]
     pub local: bool,
-    /// Time between checkpoints in milliseconds
+    /// Time between checkpoints in milliseconds; auto: as soon as output waits, if the cost allows it
     #[arg(short, long, value_name = "MS", default_value = "200", value_parser = interval)]
     pub interval: Interval,
-    /// Refused: there is a checkpoint at each interval
-    #[arg(long, hide = true)]
+    /// With -i auto: the longest time between checkpoints in milliseconds (200)
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub max_period: Option<u64>,
+    /// Stop the domain when a checkpoint is due and the backup is two behind
+    #[arg(long)]
     pub timer: bool,
-    /// Refused: pages are always compressed
-    #[arg(short, long, hide = true)]
+    /// Send pages as they are, neither packed nor as differences
+    #[arg(short = 'u', long = "no-compression")]
     pub uncompressed: bool,
     /// Command that reaches the host instead of ssh; '' runs HOST itself as a command
     #[arg(short, long = "shell", value_name = "COMMAND", conflicts_with = "port")]
@@ -44,14 +47,14 @@ pub struct Remus {
     /// Refused: output is held by the monitor itself, not by a script
     #[arg(short = 'N', hide = true)]
     pub no_script: bool,
-    /// Accept that there is neither witness nor fence: then a failover is by hand only
+    /// Accept -b and -n, and that there is neither witness nor fence (then a failover is by hand only)
     #[arg(short = 'F', long)]
     pub force: bool,
-    /// Refused: there is always a backup
-    #[arg(short, long, hide = true)]
+    /// Send checkpoints nowhere: shows what protection costs, and protects nothing (needs -F)
+    #[arg(short, long)]
     pub blackhole: bool,
-    /// Refused: output is always held
-    #[arg(short = 'n', long, hide = true)]
+    /// Do not hold output: others may see what the backup does not know (needs -F)
+    #[arg(short = 'n', long = "no-net")]
     pub no_hold: bool,
     /// Refused: the disks are always replicated
     #[arg(short = 'd', long, hide = true)]
@@ -174,6 +177,7 @@ impl Migrate {
             host: Some(self.host.clone()),
             local: false,
             interval: Interval::Milliseconds(MOVING),
+            max_period: None,
             timer: false,
             uncompressed: false,
             shell: self.shell.clone(),

@@ -49,6 +49,7 @@ pub fn table() -> Table<Vmm> {
         .on(ANY, replication::replication_failover)
         .on_ticket(ANY, replication::replication_answer)
         .on(ANY, replication::query_replication)
+        .on(ANY, replication::query_replication_epochs)
         .on(ALIVE, run_state::system_reset)
         .on(GUEST, run_state::system_powerdown)
         .on(ANY, run_state::query_status)

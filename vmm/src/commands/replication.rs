@@ -84,6 +84,13 @@ pub fn replication_answer(
     Ok(Some(Empty {}))
 }
 
+pub fn query_replication_epochs(
+    vmm: &mut Vmm,
+    query: QueryReplicationEpochs,
+) -> Result<ReplicationEpochs, Error> {
+    Ok(vmm.replication_epochs(query.after.unwrap_or(0)))
+}
+
 pub fn query_replication(vmm: &mut Vmm, _: QueryReplication) -> Result<ReplicationInfo, Error> {
     Ok(vmm.replication_info())
 }

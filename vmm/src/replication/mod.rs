@@ -15,10 +15,12 @@
 //! ```
 //! The state machines live on the threads that have the connection, so that no wait for the guest
 //! or for a file keeps back a sign of life.
+mod blackhole;
 mod copier;
 mod disks;
 pub mod entrance;
 pub mod handed;
+mod history;
 pub mod host;
 pub mod keeper;
 pub mod offer;
@@ -33,6 +35,7 @@ pub mod settings;
 pub mod standby;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub(crate) use protection::{Bound, Replication};
 pub use questions::{Query, changed, show};

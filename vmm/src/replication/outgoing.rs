@@ -5,15 +5,15 @@ use std::{
     io,
     ops::Range,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use machine::{
-    Memory,
+    Memory, Pages,
     disk::{Contents, Logged, Taken},
     memory::{
         image::{self, PAGE_SIZE},
-        staging::{self, Staging},
+        staging,
     },
 };
 use qmp::schema::SyncProgress;
@@ -22,7 +22,7 @@ use replication::{
     contents::{self, Encoder, Operation, PAGE, Write},
 };
 
-use super::outside::OUTSIDE;
+use super::{history::Encoded, outside::OUTSIDE};
 
 /// The section of a machine: its configuration and its state, as a stream.
 pub const MACHINE: &str = "machine";
@@ -34,7 +34,7 @@ pub struct Staged {
     /// Its number.
     pub epoch: Epoch,
     /// What has changed in memory.
-    pub pages: Staging,
+    pub pages: Pages,
     /// The machine.
     pub state: Vec<u8>,
     /// What is known of the outside.
@@ -82,6 +82,10 @@ pub struct Outgoing {
     items: VecDeque<Item>,
     buffer: Vec<u8>,
     rounds: SyncProgress,
+    /// How long the epoch that is being encoded has taken so far, and its bytes.
+    spent: (Duration, u64),
+    /// The last one that was.
+    encoded: Option<Encoded>,
 }
 
 /// What [`Outgoing::next`] gives.
@@ -102,6 +106,8 @@ impl Outgoing {
             items: VecDeque::new(),
             buffer: vec![0; AT_ONCE * PAGE],
             rounds: SyncProgress::default(),
+            spent: Default::default(),
+            encoded: None,
         }
     }
 
@@ -111,11 +117,22 @@ impl Outgoing {
         self.encoder.forget();
         self.items.clear();
         self.rounds = SyncProgress::default();
+        self.encoded = None;
     }
 
     /// How much of the rounds was encoded, in this connection.
     pub const fn rounds(&self) -> SyncProgress {
         self.rounds
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// The epoch that was encoded since the last call, if one was.
+    pub fn take_encoded(&mut self) -> Option<Encoded> {
+        self.encoded.take()
     }
 
     /// Send a message.
@@ -169,26 +186,47 @@ impl Outgoing {
                 Next::Bytes(to)
             }
             Item::Epoch { staged, mut piece, mut offset, begun } => {
+                let began = Instant::now();
                 if !begun {
+                    self.spent = Default::default();
                     let pages = staging::bytes(&staged.pages.ranges()) / PAGE_SIZE;
                     self.encoder.begin((self.term, staged.epoch), pages, now(), &mut to);
                 }
-                match staged.pages.piece(piece)? {
-                    Some((at, bytes)) => {
+                let part = match &staged.pages {
+                    Pages::Staged(staging) => staging.piece(piece)?.map(|(at, bytes)| {
                         let rest = bytes.get(offset..).unwrap_or_default();
                         let part = rest.get(..rest.len().min(AT_ONCE * PAGE)).unwrap_or_default();
+                        (at, part, part.len() == rest.len())
+                    }),
+                    Pages::InPlace(ranges) => match ranges.get(piece) {
+                        Some(range) => {
+                            let at = range.start + offset as u64;
+                            let rest = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+                            let length = rest.min(self.buffer.len());
+                            let part =
+                                self.buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidInput)?;
+                            image::read(&self.memory, at, part)?;
+                            Some((range.start, &*part, length == rest))
+                        }
+                        None => None,
+                    },
+                };
+                match part {
+                    Some((at, part, is_last)) => {
                         encode(&mut self.encoder, at + offset as u64, part, &mut to);
                         offset += part.len();
-                        if part.len() == rest.len() {
+                        if is_last {
                             (piece, offset) = (piece + 1, 0);
                         }
                         self.items.push_front(Item::Epoch { staged, piece, offset, begun: true });
                     }
                     None => self.items.push_front(Item::Writes { staged, write: 0, offset: 0 }),
                 }
+                self.spend(began, to.len());
                 Next::Bytes(to)
             }
             Item::Writes { staged, mut write, mut offset } => {
+                let (began, epoch) = (Instant::now(), staged.epoch);
                 let logged = staged.writes.as_ref().and_then(|writes| writes.get(write));
                 if let Some(logged) = logged {
                     match self.write(logged, offset, &mut to) {
@@ -196,17 +234,27 @@ impl Outgoing {
                         None => (write, offset) = (write + 1, 0),
                     }
                     self.items.push_front(Item::Writes { staged, write, offset });
+                    self.spend(began, to.len());
                 } else {
                     for (name, bytes) in [(MACHINE, &staged.state), (OUTSIDE, &staged.outside)] {
                         let section = self.encoder.section(name, bytes, &mut to);
                         section.map_err(io::Error::other)?;
                     }
                     self.encoder.close(&mut to);
+                    self.spend(began, to.len());
+                    let ((time, bytes), sent) = (self.spent, self.encoder.counters());
+                    self.encoded = Some(Encoded { epoch, time, bytes, sent });
                 }
                 Next::Bytes(to)
             }
         };
         Ok(Some(next))
+    }
+
+    /// A part of an epoch was encoded since `began`, which is so many bytes.
+    fn spend(&mut self, began: Instant, bytes: usize) {
+        self.spent.0 += began.elapsed();
+        self.spent.1 += bytes as u64;
     }
 
     /// Encode a little of what was written, from `from` on; where to go on, unless that was all.

@@ -15,15 +15,19 @@ use std::{
 use config::incoming::Arbiter;
 use lineage::{Images, Mark};
 use machine::{
-    Captured, Gates, MachineState, Markers,
-    memory::{image::PAGE_SIZE, staging::Staging},
+    Captured, EpochError, Gates, Markers, Pages, Taken,
+    memory::{
+        image::PAGE_SIZE,
+        staging::{self, Staging},
+    },
 };
 use parking_lot::Mutex;
 use qmp::{
     Error,
     schema::{
-        Event, FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationNeed,
-        ReplicationResult, ReplicationSide, ReplicationStart, ReplicationStatus, ShutdownCause,
+        Event, FailoverTimes, ReplicationAnswer, ReplicationBlackhole, ReplicationEpochs,
+        ReplicationInfo, ReplicationNeed, ReplicationResult, ReplicationSide, ReplicationStart,
+        ReplicationStatus, ShutdownCause,
     },
     server::Ticket,
 };
@@ -36,10 +40,12 @@ use super::{
     Promotion, copier,
     disks::{Disks, named},
     handed,
+    history::{History, Pause},
     offer::{Host, Offer},
-    protector::{Order, Orders, Protector, Report, Task, Way},
+    protector::{Manner, Order, Orders, Protector, Report, Task, Way},
     questions::{Query, changed, parse_uuid},
     settings,
+    throttle::Throttle,
 };
 use crate::{
     bounds,
@@ -72,11 +78,19 @@ pub(crate) struct Replication {
     term: Term,
     protection: Option<Protection>,
     last: ReplicationInfo,
+    /// What the epochs of all protections here have cost.
+    history: Arc<Mutex<History>>,
 }
 
 impl Default for Replication {
     fn default() -> Self {
-        Self { lineage: None, term: Term(1), protection: None, last: ReplicationInfo::default() }
+        Self {
+            lineage: None,
+            term: Term(1),
+            protection: None,
+            last: ReplicationInfo::default(),
+            history: Arc::default(),
+        }
     }
 }
 
@@ -116,6 +130,7 @@ struct Protection {
     status: Arc<Mutex<ReplicationInfo>>,
     /// The disks, and the thread that reads them.
     disks: Option<copier::Handle>,
+    manner: Manner,
     markers: Option<Markers>,
     /// Events that the guest has caused are held, each with the epoch that covers it, once there is
     /// one.
@@ -126,11 +141,14 @@ struct Protection {
     connecting: bool,
     /// The guest is not to run.
     parked: bool,
+    /// An epoch is sent out of its memory, so that it must not run.
+    copying: bool,
     /// It was stopped for that, and not by a client.
     stopped: bool,
     /// It has not stopped yet, or does not run again yet.
     restless: bool,
     capture: Option<Capture>,
+    throttle: Throttle,
     /// The backup was asked to leave the guest alone, as the monitor ends.
     parting: bool,
 }
@@ -141,7 +159,16 @@ struct Capture {
     shut: bool,
     left: Vec<Range<u64>>,
     staging: Staging,
+    /// Most bytes that are copied.
+    most: u64,
     asked: Instant,
+}
+
+/// Why an epoch was not captured.
+enum NotTaken {
+    /// The machine has to be paused for it.
+    TooLarge(Capture),
+    Failed(String),
 }
 
 impl Vmm {
@@ -164,6 +191,7 @@ impl Vmm {
         security: Security,
     ) -> Result<(), Error> {
         let (settings, arbiter) = settings::of_primary(start)?;
+        let manner = settings::manner(start)?;
         let peer = start.uri.as_deref().map(|uri| match uri.split_once(':') {
             Some(("unix", path)) if !path.is_empty() => Ok(PathBuf::from(path)),
             Some(("tcp", _)) => Err(Error::text(format!(
@@ -221,16 +249,24 @@ impl Vmm {
                      shows what is waited for",
                 ));
             }
+            if manner.blackhole.is_some() {
+                return Err(Error::text(
+                    "'blackhole' is not possible while the machine has no backup after a failure: \
+                     use replication-stop first",
+                ));
+            }
             if let Some(disks) = &protection.disks {
                 disks.ask(copier::Work::Arbiter(named(&arbiter)));
             }
-            protection.orders.give(Order::Again { settings, arbiter, way });
+            protection.orders.give(Order::Again { settings, arbiter, way, manner });
             return Ok(());
         }
         let incarnation = Incarnation(random()?);
         let me = Identity { lineage, incarnation };
         let primary = Primary::new(me, self.replication.term, settings, Rules::ALL);
-        self.begin_protection(primary, me, settings.timeout, way, Some(arbiter))
+        let primary = manner.paced(primary);
+        let start = Some((arbiter, manner));
+        self.begin_protection(primary, me, settings.timeout, way, start)
     }
 
     /// Continue as the owner of a term that was won by a failover.
@@ -261,7 +297,7 @@ impl Vmm {
         me: Identity,
         timeout: Duration,
         way: Way,
-        start: Option<Arbiter>,
+        start: Option<(Arbiter, Manner)>,
     ) -> Result<(), Error> {
         let failed = |e: std::io::Error| Error::generic(&e);
         self.machine.prepare_to_save().map_err(|e| Error::generic(&e))?;
@@ -275,9 +311,11 @@ impl Vmm {
             None => ReplicationStatus::Degraded,
         };
         let tsc = self.machine.tsc().map_err(|e| Error::generic(&e))?;
-        let named = start.as_ref().map(named);
-        let (starts, cpu) = (start.is_some(), self.machine.cpu());
-        let host = Host::of(start.unwrap_or(Arbiter::None), tsc, cpu);
+        let (arbiter, manner) = start.unzip();
+        let named = arbiter.as_ref().map(named);
+        let (starts, cpu) = (arbiter.is_some(), self.machine.cpu());
+        let host = Host::of(arbiter.unwrap_or(Arbiter::None), tsc, cpu);
+        let manner = manner.unwrap_or_default();
         let status = Arc::new(Mutex::new(ReplicationInfo {
             state,
             role: Some(ReplicationSide::Primary),
@@ -287,18 +325,23 @@ impl Vmm {
             ..Default::default()
         }));
         let to_it = Orders { to, wake };
-        let (disks, of_thread) = self.disks_thread(me.lineage, named, &to_it)?.unzip();
+        let (disks, of_thread) = match manner.blackhole {
+            // No checkpoint takes what is logged.
+            Some(ReplicationBlackhole::Harvest) => (None, None),
+            _ => self.disks_thread(me.lineage, named, &to_it)?.unzip(),
+        };
         let task = Task {
             primary,
             offer: Offer { timeout, host, config },
             way,
             disks: of_thread,
             memory: self.machine.memory().clone(),
-            compress: true,
+            manner,
             start: starts,
             orders,
             wake: to_it.wake.clone(),
             status: status.clone(),
+            history: self.replication.history.clone(),
         };
         let notify = self.saving().thread().notify();
         let report = move |report| {
@@ -314,15 +357,18 @@ impl Vmm {
             reports: inbox,
             status,
             disks,
+            manner,
             markers: None,
             holds: false,
             events: VecDeque::new(),
             query: None,
             connecting: false,
             parked: false,
+            copying: false,
             stopped: false,
             restless: false,
             capture: None,
+            throttle: Throttle::default(),
             parting: false,
         });
         Ok(())
@@ -358,6 +404,9 @@ impl Vmm {
             let desc = "the machine is not protected: start that with replication-start";
             return Err(Error::text(desc));
         };
+        if command == Command::Failover && protection.manner.blackhole.is_some() {
+            return Err(Error::text("there is no backup: the machine is replicated into nothing"));
+        }
         protection.orders.give(Order::Command(match force {
             true => Input::Forced(command),
             false => Input::Command(command),
@@ -436,10 +485,18 @@ impl Vmm {
         }
     }
 
+    /// The checkpoints after number `after`.
+    pub(crate) fn replication_epochs(&self, after: u64) -> ReplicationEpochs {
+        self.replication.history.lock().show(after)
+    }
+
     /// Why the command `name` is not possible now, if replication forbids it.
     pub(crate) fn replication_forbids(&self, name: &str) -> Option<&'static str> {
         self.replication.protection.as_ref()?;
         match name {
+            "cont" if self.replication.protection.as_ref().is_some_and(|p| p.copying) => Some(
+                "more memory has changed than can be copied aside; it runs again when that is sent",
+            ),
             "cont" if self.is_fenced() => {
                 Some("the guest may run at its backup; query-replication shows what is waited for")
             }
@@ -475,12 +532,18 @@ impl Vmm {
                         log::warn!("{}", Error::generic(&e));
                     }
                 }
-                Report::Capture { epoch, shut, left, staging } => {
-                    let capture = Capture { epoch, shut, left, staging, asked: Instant::now() };
-                    self.wait_to_capture(capture);
+                Report::Capture { epoch, shut, left, staging, most } => {
+                    let asked = Instant::now();
+                    self.wait_to_capture(Capture { epoch, shut, left, staging, most, asked });
+                }
+                Report::Copied => {
+                    if let Some(protection) = &mut self.replication.protection {
+                        protection.copying = false;
+                    }
                 }
                 Report::Released(through) => self.released(through),
                 Report::Park(park) => self.park(park),
+                Report::Throttle(percent) => self.throttle(percent),
                 Report::Ask(query) => self.replication_asks(query),
                 Report::Connect => self.ask_for_connection(),
                 Report::Tell { event, previous, state, term, reason } => {
@@ -491,6 +554,7 @@ impl Vmm {
             }
         }
         self.follow_parking();
+        self.follow_throttle();
         self.try_epoch();
     }
 
@@ -525,7 +589,8 @@ impl Vmm {
     /// How long until an epoch is tried again.
     pub(crate) fn until_epoch(&self) -> Option<Duration> {
         let protection = self.replication.protection.as_ref()?;
-        (protection.capture.is_some() || protection.restless).then_some(bounds::RETRY)
+        let retry = protection.capture.is_some() || protection.restless;
+        retry.then_some(bounds::RETRY).into_iter().chain(protection.throttle.left()).min()
     }
 
     /// Capture an epoch, if one waits and the machine can be stopped.
@@ -534,16 +599,35 @@ impl Vmm {
             return;
         }
         let (before, began) = (self.rest_timeouts(), Instant::now());
+        let runs = self.state() == State::Running;
         let Some(protection) = &mut self.replication.protection else { return };
         // Stopping the guest for longer comes first.
-        if protection.restless {
+        if protection.restless || (protection.copying && runs) {
             return;
         }
         let Some(capture) = protection.capture.take() else { return };
         let asked = capture.asked;
         let (number, shut) = (capture.epoch, capture.shut);
         let tried = match self.machine.captured() {
-            Ok(still) => Ok(epoch(still, capture, protection)),
+            Ok(still) => {
+                let park = began.elapsed();
+                let taken = epoch(still, capture, protection);
+                let all = began.elapsed();
+                match taken {
+                    Ok((taken, gates)) => {
+                        protection.copying |= matches!(taken.pages, Pages::InPlace(_));
+                        let Taken { harvest, copy, state_time: state, .. } = taken;
+                        let pause = Pause { began, park, harvest, copy, state, all };
+                        Ok(Ok((Box::new(taken), pause, gates)))
+                    }
+                    Err(NotTaken::TooLarge(capture)) => {
+                        protection.copying = true;
+                        protection.capture = Some(capture);
+                        return;
+                    }
+                    Err(NotTaken::Failed(why)) => Ok(Err(why)),
+                }
+            }
             Err(e) => Err((e, capture)),
         };
         if let Ok(Ok(_)) = &tried {
@@ -564,18 +648,40 @@ impl Vmm {
                 Err(Error::generic(&e).to_string())
             }
         };
-        let pause = began.elapsed();
-        self.replication.last.pause_us = microseconds(pause);
-        let order = order.map(|(captured, gates)| {
+        let order = order.map(|(taken, pause, gates)| {
             let outside = Box::new(self.seen_outside());
-            Order::Captured { epoch: number, captured, outside, gates }
+            Order::Captured { epoch: number, taken, pause, outside, gates }
         });
-        if let Ok(Order::Captured { epoch, captured, .. }) = &order {
-            self.replication.last.dirty_pages = captured.1.bytes() / PAGE_SIZE;
+        if let Ok(Order::Captured { epoch, taken, pause, .. }) = &order {
+            self.replication.last.pause_us = microseconds(pause.all);
+            self.replication.last.dirty_pages = staging::bytes(&taken.pages.ranges()) / PAGE_SIZE;
             self.replication.last.epoch = epoch.0;
         }
         if let Some(protection) = &self.replication.protection {
             protection.orders.give(order.unwrap_or_else(Order::Failed));
+        }
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        let Some(protection) = &mut self.replication.protection else { return };
+        let before = protection.throttle.set(percent);
+        if (before == 0) != (percent == 0) {
+            log::warn!(
+                "replication: {}",
+                match percent {
+                    0 => "the guest runs at full speed again",
+                    _ => "the guest is slowed down, as it changes more than the backup takes",
+                }
+            );
+        }
+    }
+
+    /// Keep the vCPUs out of the guest for a while, if it is time for that.
+    fn follow_throttle(&mut self) {
+        if let Some(protection) = &mut self.replication.protection
+            && let Some(rest) = protection.throttle.due()
+        {
+            self.machine.rest_vcpus(rest);
         }
     }
 
@@ -592,7 +698,7 @@ impl Vmm {
     /// Stop the guest, or let it run again, as the thread wants it.
     fn follow_parking(&mut self) {
         let Some(protection) = &self.replication.protection else { return };
-        let parked = protection.parked;
+        let parked = protection.parked || protection.copying;
         let event = match (parked, self.state()) {
             _ if self.ending().is_some() || self.is_deferring() => return,
             (true, State::Running) => lifecycle::Event::Pause,
@@ -675,21 +781,25 @@ impl Vmm {
     }
 }
 
-/// An epoch: the state, copies of memory, and the gates if they have just been made.
-type Taken = (Box<(MachineState, Staging)>, Option<Gates>);
-
 /// Steps 2 to 4 of an epoch: copy, mark, and let the machine run.
 fn epoch(
     mut still: Captured<'_>,
     capture: Capture,
     protection: &mut Protection,
-) -> Result<Taken, String> {
-    let Capture { epoch, shut, left, staging, .. } = capture;
+) -> Result<(Taken, Option<Gates>), NotTaken> {
+    let Capture { epoch, shut, left, staging, most, asked } = capture;
     let markers = &mut protection.markers;
-    let captured = still.epoch(&left, staging).map_err(|e| Error::generic(&e).to_string())?;
+    let taken = still.epoch(&left, staging, most).map_err(|e| match e {
+        EpochError::TooLarge(left) => {
+            let staging = Staging::default();
+            NotTaken::TooLarge(Capture { epoch, shut, left, staging, most, asked })
+        }
+        e => NotTaken::Failed(Error::generic(&e).to_string()),
+    })?;
     let mut made = None;
     if shut && markers.is_none() {
-        let (gates, new) = still.gates().map_err(|e| Error::generic(&e).to_string())?;
+        let failed = |e| NotTaken::Failed(Error::generic(&e).to_string());
+        let (gates, new) = still.gates().map_err(failed)?;
         (made, *markers) = (Some(gates), Some(new));
     }
     if let Some(disks) = &protection.disks {
@@ -701,7 +811,7 @@ fn epoch(
             markers.shut();
         }
     }
-    Ok((Box::new(captured), made))
+    Ok((taken, made))
 }
 
 fn random() -> Result<u128, Error> {

@@ -19,14 +19,16 @@ use std::{
 
 use config::incoming::Arbiter;
 use machine::{
-    Gates, MachineState, Memory,
+    Gates, Memory, Taken,
     memory::staging::{self, Staging},
 };
 use parking_lot::Mutex;
-use qmp::schema::{ReplicationInfo, ReplicationStatus};
+use qmp::schema::{ReplicationBlackhole, ReplicationInfo, ReplicationStatus};
 use replication::{
-    Answer, Command, Connection as Number, Epoch, Event, Exit, Input, Mark, Output, Primary,
-    Question, Settings, Term, Why, primary::State,
+    Answer, Command, Connection as Number, Digest, Epoch, Event, Exit, Frame, Input, Mark, Output,
+    Primary, Question, Settings, Term, Why,
+    pace::{Faults, Pace},
+    primary::State,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -38,15 +40,20 @@ use transport::{Descriptors, Link, Security};
 use self::copy::DiskCopy;
 use super::{
     copier,
+    history::{History, Pause},
     offer::Offer,
     outgoing::{Outgoing, Staged},
     outside::Outside,
     questions::show,
     rounds::Rounds,
+    settings::MOST_HELD,
 };
 use tracking::Tracked;
 
-use crate::{durations::microseconds, wake::Wake};
+use crate::{
+    durations::{microseconds, nanoseconds},
+    wake::Wake,
+};
 
 /// Bytes that may wait in a connection before more are encoded.
 const HIGH_WATER: usize = 1 << 20;
@@ -54,10 +61,6 @@ const HIGH_WATER: usize = 1 << 20;
 const MOST_QUEUED: usize = HIGH_WATER + (64 << 10);
 /// Most pieces that are read at a time: timers must not wait for a peer that never stops sending.
 const READS: usize = 16;
-/// Most bytes of memory that are copied aside.
-const MOST_STAGED: u64 = staging::MAX_BYTES;
-/// Most bytes of output that are held, before the guest is stopped: what a gate has room for.
-const MOST_HELD: u64 = 64 << 20;
 
 /// What the thread needs of the main thread.
 pub enum Report {
@@ -77,9 +80,16 @@ pub enum Report {
         left: Vec<Range<u64>>,
         /// Room for copies of memory.
         staging: Staging,
+        /// Most bytes that are copied. With more, the guest stays stopped until
+        /// [`Report::Copied`].
+        most: u64,
     },
+    /// An epoch that was too large to be copied is no longer needed.
+    Copied,
     /// Stop the guest, or let it run again.
     Park(bool),
+    /// Keep its vCPUs out of it for so many percent of the time.
+    Throttle(u8),
     /// Ask the agent.
     Ask(super::Query),
     /// Ask the agent for a connection.
@@ -115,7 +125,9 @@ pub enum Order {
         /// Its number.
         epoch: Epoch,
         /// The state, and copies of what has changed in memory.
-        captured: Box<(MachineState, Staging)>,
+        taken: Box<Taken>,
+        /// How long that has stopped the guest.
+        pause: Pause,
         /// What is known of the outside, but for output of devices; and why the guest cannot run
         /// on, if it cannot.
         outside: Box<(Outside, Option<Halted>)>,
@@ -147,8 +159,10 @@ pub enum Order {
         settings: Settings,
         /// Who decides.
         arbiter: Arbiter,
-        /// Of the other backup.
+        /// Where the backup is.
         way: Way,
+        /// How.
+        manner: Manner,
     },
 }
 
@@ -172,8 +186,8 @@ pub struct Task {
     pub disks: Option<copier::Handle>,
     /// The machine's memory.
     pub memory: Memory,
-    /// Whether contents are packed.
-    pub compress: bool,
+    /// How it is protected.
+    pub manner: Manner,
     /// Protect at once.
     pub start: bool,
     /// From the main thread.
@@ -182,6 +196,49 @@ pub struct Task {
     pub wake: Wake,
     /// What it shows to clients.
     pub status: Arc<Mutex<ReplicationInfo>>,
+    /// What its epochs cost.
+    pub history: Arc<Mutex<History>>,
+}
+
+/// How a machine is protected.
+#[derive(Debug, Clone, Copy)]
+pub struct Manner {
+    /// Contents are packed.
+    pub compress: bool,
+    /// Output is held.
+    pub hold: bool,
+    /// There is no backup: what would be sent is dropped.
+    pub blackhole: Option<ReplicationBlackhole>,
+    /// The period is adapted to the guest, and no longer than this.
+    pub longest: Option<Duration>,
+    /// The guest never runs longer than a period beyond its last epoch.
+    pub strict: bool,
+    /// Most bytes of memory that are copied aside.
+    pub max_staging: u64,
+    /// Most bytes of output that are held, before the guest is stopped.
+    pub max_held: u64,
+}
+
+impl Manner {
+    /// The primary, with the rhythm of epochs that is wanted.
+    pub fn paced(&self, mut primary: Primary) -> Primary {
+        primary.pace(self.longest.map(Pace::new), self.strict);
+        primary
+    }
+}
+
+impl Default for Manner {
+    fn default() -> Self {
+        Self {
+            compress: true,
+            hold: true,
+            blackhole: None,
+            longest: None,
+            strict: false,
+            max_staging: staging::MAX_BYTES,
+            max_held: MOST_HELD,
+        }
+    }
 }
 
 /// The thread.
@@ -192,6 +249,18 @@ pub struct Protector<R> {
     connection: Option<(Number, Link)>,
     /// A new one, which takes its place if it is wanted.
     offered: Option<(Number, Link)>,
+    /// What takes its place where nothing is sent: bytes dropped so far.
+    blackhole: Option<(Number, u64)>,
+    /// The `End` of epochs that go there and are still being encoded.
+    ends: VecDeque<Frame>,
+    /// What has changed in memory since the last epoch, as far as that was asked while none could
+    /// begin; and whether it is being asked.
+    grown: Vec<Range<u64>>,
+    growing: bool,
+    /// An epoch that is to be captured after that.
+    postponed: Option<(Epoch, bool)>,
+    /// The epoch for which memory is only asked what has changed.
+    harvesting: Option<Epoch>,
     /// Connections so far.
     connections: u64,
     reader: Incoming,
@@ -200,7 +269,7 @@ pub struct Protector<R> {
     outgoing: Outgoing,
     /// Epochs that are not acknowledged, oldest first.
     staged: VecDeque<Arc<Staged>>,
-    last_digest: replication::Digest,
+    last_digest: Digest,
     /// Buffers of epochs that were.
     spare: Vec<Staging>,
     first_copy: Option<FirstCopy>,
@@ -216,6 +285,7 @@ pub struct Protector<R> {
     /// only from the next one on.
     broken: Option<Term>,
     gates: Option<Gates>,
+    faults: Faults,
     inputs: VecDeque<Input>,
     told: ReplicationStatus,
     over: Option<Option<Exit>>,
@@ -239,7 +309,7 @@ struct Incoming(Vec<u8>);
 impl<R: Fn(Report)> Protector<R> {
     /// A thread that reports by `report`.
     pub fn new(task: Task, report: R) -> Self {
-        let outgoing = Outgoing::new(task.memory.clone(), task.compress);
+        let outgoing = Outgoing::new(task.memory.clone(), task.manner.compress);
         let mut inputs = VecDeque::new();
         if task.start {
             inputs.push_back(Input::Command(Command::Start));
@@ -250,12 +320,18 @@ impl<R: Fn(Report)> Protector<R> {
             began: Instant::now(),
             connection: None,
             offered: None,
+            blackhole: None,
+            ends: VecDeque::new(),
+            grown: Vec::new(),
+            growing: false,
+            postponed: None,
+            harvesting: None,
             connections: 0,
             reader: Incoming::default(),
             reason: None,
             outgoing,
             staged: VecDeque::new(),
-            last_digest: replication::Digest::default(),
+            last_digest: Digest::default(),
             spare: Vec::new(),
             first_copy: None,
             tracked: None,
@@ -265,6 +341,7 @@ impl<R: Fn(Report)> Protector<R> {
             late: 0,
             broken: None,
             gates: None,
+            faults: Faults::default(),
             inputs,
             told: ReplicationStatus::Off,
             over: None,
@@ -285,6 +362,7 @@ impl<R: Fn(Report)> Protector<R> {
                 break Some(Exit::Nothing);
             }
             self.take_orders();
+            self.look_for_output();
             self.read();
             self.look_at_tracked();
             self.inputs.push_back(Input::Tick);
@@ -309,7 +387,12 @@ impl<R: Fn(Report)> Protector<R> {
         let due = due.into_iter().flatten().map(|at| at.saturating_sub(self.now()));
         let handshake = self.connection.as_ref().and_then(|(_, connection)| connection.deadline());
         let handshake = handshake.map(|at| at.saturating_duration_since(Instant::now()));
-        let left = due.chain(handshake).min();
+        // A connection says when it takes more; where nothing is sent, more is dropped at once.
+        let drops = self.blackhole.is_some() && !self.outgoing.is_empty();
+        let left = match drops || !self.inputs.is_empty() {
+            true => Some(Duration::ZERO),
+            false => due.chain(handshake).min(),
+        };
         let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
         let mut fds = vec![PollFd::new(&self.task.wake, PollFlags::IN)];
         if let Some((_, connection)) = &self.connection {
@@ -344,7 +427,7 @@ impl<R: Fn(Report)> Protector<R> {
             Output::Dial => self.dial(),
             Output::Close(number) => {
                 self.offered.take_if(|(new, _)| *new == number);
-                if self.connection.as_ref().is_some_and(|(current, _)| *current == number) {
+                if self.current() == Some(number) {
                     self.disconnect();
                 }
             }
@@ -352,19 +435,23 @@ impl<R: Fn(Report)> Protector<R> {
                 (self.report)(Report::Ask(super::Query { nonce, question }));
             }
             Output::Mark(mark) => match &self.task.disks {
-                Some(disks) => disks.ask(copier::Work::Mark(mark)),
-                None => self.inputs.push_back(Input::Marked(mark)),
+                Some(disks) if self.task.manner.blackhole.is_none() => {
+                    disks.ask(copier::Work::Mark(mark));
+                }
+                // The disks belong to nobody else.
+                _ => self.inputs.push_back(Input::Marked(mark)),
             },
             Output::Sync { base } => self.begin_copy(base.is_some()),
             Output::Track { since } => self.track(since),
             Output::Untrack => self.untrack(),
-            Output::Throttle(percent) => {
-                log::warn!(
-                    "replication: the guest changes memory faster than it is sent ({percent} %)"
-                );
-            }
+            Output::Throttle(percent) => (self.report)(Report::Throttle(percent)),
             Output::BeatBeside => {}
-            Output::Capture { epoch, shut } => self.capture(epoch, shut),
+            Output::Harvest => {
+                if !std::mem::replace(&mut self.growing, true) {
+                    self.ask(Report::Harvest);
+                }
+            }
+            Output::Capture { epoch, shut } => self.capture(epoch, shut && self.task.manner.hold),
             Output::ReleaseThrough(epoch) => self.release(epoch),
             Output::OpenGates => self.open_gates(),
             Output::CloseTaps => self.gates.iter_mut().for_each(Gates::discard_frames),
@@ -399,6 +486,7 @@ impl<R: Fn(Report)> Protector<R> {
             State::Off => ReplicationStatus::Off,
             State::Connecting => ReplicationStatus::Connecting,
             State::Syncing => ReplicationStatus::Syncing,
+            State::Protected if self.blackhole.is_some() => ReplicationStatus::Blackhole,
             State::Protected if self.task.primary.is_protected() => ReplicationStatus::Protected,
             State::Protected => ReplicationStatus::Arming,
             State::Stalled => ReplicationStatus::Stalled,
@@ -415,11 +503,17 @@ impl<R: Fn(Report)> Protector<R> {
         let mut shown = self.task.status.lock();
         shown.state = self.status();
         show(&mut shown, &self.task.primary.status());
+        shown.fault_ns = nanoseconds(self.faults.each());
         shown.held_bytes = held.bytes as u64;
         shown.oldest_us = microseconds(held.oldest);
         let syncs = self.task.primary.state() == State::Syncing;
         shown.sync = syncs.then(|| self.outgoing.rounds());
-        shown.wire_bytes = self.connection.as_ref().map_or(0, |(_, link)| link.written());
+        shown.staged_bytes = self.staged.iter().map(|staged| staged.pages.copied()).sum();
+        shown.wire_bytes = match (&self.connection, &self.blackhole) {
+            (Some((_, link)), _) => link.written(),
+            (None, Some((_, dropped))) => *dropped,
+            (None, None) => 0,
+        };
     }
 }
 

@@ -61,6 +61,7 @@ pub fn show(shown: &mut ReplicationInfo, status: &Status) {
     (shown.armed, shown.claimed) = (status.armed, status.claimed);
     shown.waiting_for = status.waiting.map(|waiting| waiting.name().to_owned());
     (shown.stalls, shown.missed_beats) = (status.stalls, status.missed_beats);
+    shown.throttle_percent = status.throttle.into();
     shown.largest_gap = milliseconds(status.largest_gap);
 }
 

@@ -1,18 +1,30 @@
 //! What `replication-start` and `-incoming replicate:` set.
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use config::incoming::Arbiter as Given;
+use machine::memory::staging;
 use qmp::{
     Error,
-    schema::{OnBackupLoss, OnBackupSlow, ReplicationStart},
+    schema::{OnBackupLoss, OnBackupSlow, ReplicationBlackhole, ReplicationStart},
 };
 use replication::{Agreement, Arbiter, Digest, OnLoss, Settings, contents};
 
-use super::questions::{leaves, on_loss};
+use super::{
+    protector::Manner,
+    questions::{leaves, on_loss},
+};
 
 /// In place of the machine: a backup compares that itself, with the offer.
 const RUNS_HERE: Digest = Digest(1);
 const PERIOD: Duration = Duration::from_millis(200);
+/// Most bytes of output that are held: what a gate has room for.
+pub const MOST_HELD: u64 = 64 << 20;
+/// Most bytes of memory that are copied aside.
+const MOST_STAGED: u64 = 1 << 40;
+/// As little as both may be.
+const LEAST_ROOM: u64 = 1 << 20;
+/// Milliseconds from one epoch to the next.
+const PERIODS: RangeInclusive<u64> = 1..=60_000;
 const TIMEOUT: Duration = Duration::from_secs(1);
 const ACK_LIMIT: Duration = Duration::from_secs(10);
 
@@ -64,6 +76,65 @@ pub fn of_primary(start: &ReplicationStart) -> Result<(Settings, Given), Error> 
     };
     settings.check().map_err(|e| Error::generic(&e))?;
     Ok((settings, arbiter))
+}
+
+/// How a machine is protected.
+///
+/// # Errors
+/// All that is unsafe and was not declared to be.
+pub fn manner(start: &ReplicationStart) -> Result<Manner, Error> {
+    let manner = Manner {
+        compress: start.compression != Some(false),
+        // Where nothing is captured, nothing would be released.
+        hold: start.network != Some(false)
+            && start.blackhole != Some(ReplicationBlackhole::Harvest),
+        blackhole: start.blackhole,
+        longest: start.max_period.map(Duration::from_millis),
+        strict: start.timer == Some(true),
+        max_staging: start.max_staging.unwrap_or(staging::MAX_BYTES),
+        max_held: start.max_held.unwrap_or(MOST_HELD),
+    };
+    for (name, value, most) in
+        [("max-staging", manner.max_staging, MOST_STAGED), ("max-held", manner.max_held, MOST_HELD)]
+    {
+        if !(LEAST_ROOM..=most).contains(&value) {
+            return Err(Error::text(format!(
+                "Invalid parameter '{name}': {value}: must be {LEAST_ROOM} to {most} bytes"
+            )));
+        }
+    }
+    if let (Some(_), Some(_)) = (start.interval, start.max_period) {
+        return Err(Error::text(
+            "Parameter 'max-period' is not allowed beside 'interval': the one adapts what the other \
+             fixes",
+        ));
+    }
+    for (name, value) in [("interval", start.interval), ("max-period", start.max_period)] {
+        if value.is_some_and(|ms| !PERIODS.contains(&ms)) {
+            return Err(Error::text(format!(
+                "Invalid parameter '{name}': must be {} to {} milliseconds",
+                PERIODS.start(),
+                PERIODS.end()
+            )));
+        }
+    }
+    let reasons: Vec<_> = [
+        (manner.blackhole.is_some(), "'blackhole': there is no backup that could continue"),
+        (
+            !manner.hold && manner.blackhole.is_none(),
+            "'network': output that is not held is seen before the backup could continue from it",
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(is_so, reason)| is_so.then_some(reason))
+    .collect();
+    if reasons.is_empty() || start.r#unsafe == Some(true) {
+        return Ok(manner);
+    }
+    Err(Error::text(format!(
+        "this does not protect the machine; 'unsafe' accepts that: {}",
+        reasons.join("; ")
+    )))
 }
 
 /// The settings of a backup, which waits for a peer as long as the offer says.

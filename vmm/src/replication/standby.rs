@@ -423,6 +423,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             | Output::Track { .. }
             | Output::Untrack
             | Output::Throttle(_)
+            | Output::Harvest
             | Output::Capture { .. }
             | Output::ReleaseThrough(_)
             | Output::OpenGates

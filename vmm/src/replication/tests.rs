@@ -25,13 +25,13 @@ use config::{
     incoming::{Arbiter as Given, Place, Tls},
 };
 use machine::{
-    Memory, Tsc,
-    memory::{allocate, image},
+    Memory, Pages, Taken, Tsc,
+    memory::{allocate, image, staging},
 };
 use parking_lot::Mutex;
 use qmp::schema::{
-    Event, ReplicationAnswer, ReplicationInfo, ReplicationRecord, ReplicationResult,
-    ReplicationSide, ReplicationStatus, ReplicationWord, ShutdownCause,
+    Event, ReplicationAnswer, ReplicationBlackhole, ReplicationInfo, ReplicationRecord,
+    ReplicationResult, ReplicationSide, ReplicationStatus, ReplicationWord, ShutdownCause,
 };
 use replication::{
     Answer, Command, Digest, Epoch, Exit, Frame, Hello, Identity, Incarnation, Input, Lineage,
@@ -45,10 +45,11 @@ use super::{
     copier,
     disks::Disks,
     entrance,
+    history::Pause,
     keeper::{Keeper, Wanted, Work},
     offer::{Host as Offered, Offer},
     outside::Outside,
-    protector::{Order, Orders, Protector, Report, Task, Way},
+    protector::{Manner, Order, Orders, Protector, Report, Task, Way},
     settings::agreement,
     standby::{self, Builder, Promotion, Standby, Tell, ToStandby},
 };
@@ -256,6 +257,9 @@ struct Host {
     disks: Option<Arc<Disks>>,
     /// Checkpoints fail.
     fails: Mutex<bool>,
+    /// The guest does not run, as an epoch is sent out of its memory; and how often that was so.
+    stopped: Mutex<bool>,
+    stops: Mutex<u32>,
     /// All states that were told.
     told: Mutex<Vec<ReplicationStatus>>,
     /// What is known of the outside.
@@ -274,6 +278,20 @@ struct Protected {
     main: JoinHandle<Option<Exit>>,
 }
 
+/// What is special about a machine that is protected.
+struct Special {
+    tsc: Tsc,
+    disks: Option<Arc<Disks>>,
+    ack_limit: Duration,
+    manner: Manner,
+}
+
+impl Default for Special {
+    fn default() -> Self {
+        Self { tsc: TSC, disks: None, ack_limit: LONG, manner: Manner::default() }
+    }
+}
+
 impl Protected {
     fn by(peer: &Path, arbiter: &Given, on_loss: OnLoss) -> Self {
         Self::asking(peer, arbiter, on_loss, Witness::default())
@@ -284,7 +302,7 @@ impl Protected {
     }
 
     fn with_tsc(peer: &Path, arbiter: &Given, on_loss: OnLoss, record: Witness, tsc: Tsc) -> Self {
-        Self::with(peer, arbiter, on_loss, record, (tsc, None, LONG))
+        Self::with(peer, arbiter, on_loss, record, Special { tsc, ..Special::default() })
     }
 
     fn with(
@@ -292,10 +310,10 @@ impl Protected {
         arbiter: &Given,
         on_loss: OnLoss,
         record: Witness,
-        machine: (Tsc, Option<Arc<Disks>>, Duration),
+        special: Special,
     ) -> Self {
         let way = Way { peer: Some(peer.to_owned()), security: Security::Plain(false) };
-        Self::through((way, Box::new(|| None)), arbiter, on_loss, record, machine)
+        Self::through((way, Box::new(|| None)), arbiter, on_loss, record, special)
     }
 
     fn through(
@@ -303,7 +321,7 @@ impl Protected {
         arbiter: &Given,
         on_loss: OnLoss,
         record: Witness,
-        (tsc, disks, ack_limit): (Tsc, Option<Arc<Disks>>, Duration),
+        Special { tsc, disks, ack_limit, manner }: Special,
     ) -> Self {
         let leave_slow = ack_limit < LONG;
         let settings = Settings { ack_limit, leave_slow, ..settings(arbiter, on_loss) };
@@ -328,17 +346,20 @@ impl Protected {
             way,
             disks: copier,
             memory: memory.clone(),
-            compress: true,
+            manner,
             start: true,
             orders: inbox,
             wake,
             status: status.clone(),
+            history: Arc::default(),
         };
         let host = Arc::new(Host {
             memory,
             dirty: Mutex::default(),
             disks,
             fails: Mutex::default(),
+            stopped: Mutex::default(),
+            stops: Mutex::default(),
             told: Mutex::default(),
             outside: Mutex::default(),
             reasons: Mutex::default(),
@@ -372,7 +393,14 @@ impl Protected {
                 _ => page[random.usize(..4096)] = random.u8(..),
             }
             // As one step, so that no checkpoint is in between.
-            let mut dirty = self.host.dirty.lock();
+            let mut dirty = loop {
+                let dirty = self.host.dirty.lock();
+                if !*self.host.stopped.lock() {
+                    break dirty;
+                }
+                drop(dirty);
+                thread::sleep(Duration::from_millis(1));
+            };
             image::write(&self.host.memory, at, &page).unwrap();
             dirty.push(at..at + 4096);
         }
@@ -405,20 +433,44 @@ impl Host {
                 Report::Capture { .. } if *self.fails.lock() => {
                     orders.give(Order::Failed("as the test wants it".into()));
                 }
-                Report::Capture { epoch, left, mut staging, .. } => {
+                Report::Capture { epoch, left, mut staging, most, .. } => {
                     let mut dirty = self.dirty.lock();
                     let ranges = image::union(&left, &std::mem::take(&mut *dirty));
-                    staging.fill(&self.memory, &ranges).unwrap();
+                    let pages = if staging::bytes(&ranges) > most {
+                        *self.stopped.lock() = true;
+                        *self.stops.lock() += 1;
+                        Pages::InPlace(ranges)
+                    } else {
+                        staging.fill(&self.memory, &ranges).unwrap();
+                        Pages::Staged(staging)
+                    };
                     self.disks.iter().for_each(|disks| disks.capture(epoch.0));
-                    let captured = Box::new((sections().try_into().unwrap(), staging));
+                    let none = Duration::ZERO;
+                    let taken = Box::new(Taken {
+                        state: sections().try_into().unwrap(),
+                        pages,
+                        harvest: none,
+                        copy: none,
+                        state_time: none,
+                        system: none,
+                    });
+                    let pause = Pause {
+                        began: Instant::now(),
+                        park: none,
+                        harvest: none,
+                        copy: none,
+                        state: none,
+                        all: none,
+                    };
                     let outside = Box::new((self.outside.lock().clone(), None));
-                    orders.give(Order::Captured { epoch, captured, outside, gates: None });
+                    orders.give(Order::Captured { epoch, taken, pause, outside, gates: None });
                 }
                 Report::Ask(query) if !*self.alone.lock() => {
                     let answer = Answer::Record(decided(&self.record, query.question));
                     let (nonce, question) = (query.nonce, query.question);
                     orders.give(Order::Answered { nonce, question, answer });
                 }
+                Report::Copied => *self.stopped.lock() = false,
                 Report::Tell { state, reason, .. } => {
                     self.told.lock().push(state);
                     self.reasons.lock().extend(reason);
@@ -428,8 +480,11 @@ impl Host {
                         orders.give(Order::Connected(ends));
                     });
                 }
-                Report::Ask(_) | Report::Park(_) | Report::Unlog => {}
-                Report::Released(_) => {}
+                Report::Ask(_)
+                | Report::Park(_)
+                | Report::Throttle(_)
+                | Report::Unlog
+                | Report::Released(_) => {}
                 Report::Over(exit, _) => return exit,
             }
         }
@@ -521,10 +576,31 @@ fn witness() -> Given {
 
 #[test]
 fn memory_is_equal_whatever_the_guest_writes_and_how_often_the_link_breaks() {
+    memory_is_equal(Manner::default());
+    let uncompressed = Manner { compress: false, ..Manner::default() };
+    memory_is_equal(uncompressed);
+}
+
+/// The guest stands still while such an epoch is sent.
+#[test]
+fn memory_is_equal_although_an_epoch_is_too_large_to_be_copied_aside() {
+    let stops = memory_is_equal(Manner { max_staging: 64 << 10, ..Manner::default() });
+    assert!(stops > 0, "none was too large");
+}
+
+/// How often the guest stood still.
+fn memory_is_equal(manner: Manner) -> u32 {
     let (_directory, near, far) = places();
     let backup = Backup::at(&far, Given::None);
     let link = Link::between(&near, &far);
-    let protected = Protected::by(&near, &Given::None, OnLoss::Stall);
+    let witness = Witness::default();
+    let protected = Protected::with(
+        &near,
+        &Given::None,
+        OnLoss::Stall,
+        witness,
+        Special { manner, ..Special::default() },
+    );
     let mut random = fastrand::Rng::with_seed(1);
     protected.writes(&mut random);
     protected.is_protected();
@@ -543,6 +619,32 @@ fn memory_is_equal_whatever_the_guest_writes_and_how_often_the_link_breaks() {
     protected.is_equal(&backup);
     assert_eq!(backup.rooms.lock().len(), 1, "nothing was sent again from the beginning");
     assert_eq!(backup.status.lock().state, ReplicationStatus::Standby);
+    *protected.host.stops.lock()
+}
+
+#[test]
+fn replication_into_nothing_takes_checkpoints_and_never_calls_the_guest_protected() {
+    for blackhole in [ReplicationBlackhole::Checkpoint, ReplicationBlackhole::Harvest] {
+        let (_directory, nobody, _) = places();
+        let manner = Manner { blackhole: Some(blackhole), ..Manner::default() };
+        let (none, witness) = (Given::None, Witness::default());
+        let protected = Protected::with(
+            &nobody,
+            &none,
+            OnLoss::Stall,
+            witness,
+            Special { manner, ..Special::default() },
+        );
+        wait_for("checkpoints", || protected.state() == ReplicationStatus::Blackhole);
+        protected.writes(&mut fastrand::Rng::with_seed(1));
+        let seen = protected.status.lock().acked;
+        wait_for("more of them", || protected.status.lock().acked > seen + 5);
+        assert_eq!(protected.status.lock().stalls, 0);
+        let told = protected.host.told.lock().clone();
+        assert!(!told.contains(&ReplicationStatus::Protected), "{told:?}");
+        protected.command(Command::Unprotect);
+        assert_eq!(protected.main.join().unwrap(), None);
+    }
 }
 
 #[test]
@@ -596,7 +698,8 @@ fn after_a_false_suspicion_only_what_has_changed_is_sent_again() {
         *link.gone.lock() = false;
         let (settings, arbiter) = (settings(&witness(), OnLoss::Claim), witness());
         let way = Way { peer: Some(near.clone()), security: Security::Plain(false) };
-        protected.orders.give(Order::Again { settings, arbiter, way });
+        let manner = Manner::default();
+        protected.orders.give(Order::Again { settings, arbiter, way, manner });
         protected.is_protected();
         let warm = protected.status.lock().wire_bytes;
         assert!(full > MEMORY && warm < MEMORY / 4, "{full} bytes, then {warm}");
@@ -755,7 +858,7 @@ fn over_tcp_both_sides_speak_tls_and_a_stranger_gets_nowhere() {
         let way = Way { peer: None, security };
         let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
         let way = (way, Box::new(connect) as Connect);
-        Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None, LONG))
+        Protected::through(way, &arbiter, on_loss, Witness::default(), Special::default())
     };
     let refused = protected(stranger.path());
     wait_for("the end", || refused.main.is_finished());
@@ -785,8 +888,8 @@ fn a_connection_may_be_two_pipes_that_are_handed_over_at_both_sides() {
     let way = Way { peer: None, security: Security::Plain(false) };
     let (arbiter, on_loss) = (Given::None, OnLoss::Stall);
     let way = (way, Box::new(connect) as Connect);
-    let protected =
-        Protected::through(way, &arbiter, on_loss, Witness::default(), (TSC, None, LONG));
+    let special = Special::default();
+    let protected = Protected::through(way, &arbiter, on_loss, Witness::default(), special);
     replicates(&protected, &backup);
     drop(backup.end());
 }

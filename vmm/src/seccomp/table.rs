@@ -138,6 +138,8 @@ const CALLS: &[Group] = &[
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Disks], calls: &[SYS_epoll_ctl] },
     Group { kinds: MAKES, calls: &[SYS_epoll_create1, SYS_eventfd2, SYS_timerfd_create] },
     Group { kinds: &[Main, Vcpu, Io, Checkpoint, Files, Disks], calls: &[SYS_timerfd_settime] },
+    // What page faults cost.
+    Group { kinds: &[Vcpu], calls: &[SYS_getrusage] },
     // Bursts of console output.
     Group { kinds: &[Vcpu], calls: &[SYS_timer_create, SYS_timer_settime, SYS_timer_delete] },
     // QMP and console clients, primaries of a backup. Listening sockets were created before.

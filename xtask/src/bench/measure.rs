@@ -16,7 +16,8 @@ use super::rig::{MIB, Rig};
 use super::run::{Run, last_words};
 use super::snapshots::Target;
 use super::{
-    Message, Metric, Scenario, builds, cpu, density, domains, goals, held, scattered, snapshots,
+    Message, Metric, Scenario, builds, cpu, density, domains, goals, held, remus, scattered,
+    snapshots,
 };
 use stories::debian::Debian;
 use stories::host::CONTROL;
@@ -72,6 +73,8 @@ pub enum Subject {
     Goals(goals::Plan),
     /// This monitor while something is blocked, and how often it is asked.
     Held(usize),
+    /// This monitor while it protects a guest, and how many turns.
+    Remus(usize),
 }
 
 /// Runs `task` and reports the results.
@@ -90,7 +93,7 @@ fn all(task: &Task) -> Result<()> {
         Subject::Monitors(scenarios, _) if scenarios.contains(&Scenario::Density) => {
             Interrupt::watch()?
         }
-        Subject::Goals(_) => Interrupt::watch()?,
+        Subject::Goals(_) | Subject::Remus(_) => Interrupt::watch()?,
         _ => Interrupt::default(),
     };
     let rig = Rig::new(&paths, &debian, task, interrupt)?;
@@ -108,6 +111,10 @@ fn all(task: &Task) -> Result<()> {
         Subject::Builds(plan) => builds::measure(&rig, plan)
             .map_err(|error| anyhow::anyhow!(with_last_words(&rig, &error))),
         Subject::Held(times) => held::measure(&rig, &debian, *times),
+        Subject::Remus(turns) => {
+            let ours = find(&paths, &debian).0.into_iter().find(Found::is_ours);
+            remus::measure(&rig, &ours.context("this monitor is missing")?, *turns)
+        }
     };
     rig.clean_up()?;
     done
@@ -215,6 +222,8 @@ impl<'a> Turn<'a> {
             Part::Scattered => scattered::pauses(self),
             Part::Machines => density::machines(self),
             Part::Clones => density::clones(self),
+            // Measured by `remus`, for all of its manners at once.
+            Part::Protection => Ok(()),
         }
     }
 

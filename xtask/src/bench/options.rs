@@ -23,6 +23,8 @@ Usage: cargo compare [-- OPTIONS]
   --builds A B only two builds of this monitor: programs, or directories with a `stratovirt`; 200
                runs of each for what takes milliseconds, 20 for block and network, or RUNS.
                Fails if B is certainly slower or larger than A by more than 3 %.
+  --remus      only what protecting Linux costs it: pauses, and work that it does not get done
+               (5 turns, or RUNS; 4 minutes)
   --density    only many machines at once: 100 that start, 50 that are restored from one save
                (15 runs). Needs 64 MiB of free memory for each
   --machines N, --clones N
@@ -35,7 +37,8 @@ Usage: cargo compare [-- OPTIONS]
 
 STRATOVIRT_GUEST_KERNEL names a kernel that runs natively where an unmodified one does not.
 The figures go to target/compare: figures.json and chart.svg, density.json and
-density.svg, goals.json, goals.svg and goals.md, builds.json, held.json.
+density.svg, goals.json, goals.svg and goals.md, remus.json and remus.svg, builds.json,
+held.json.
 ";
 
 /// What is compared.
@@ -45,6 +48,8 @@ pub enum What {
     Monitors,
     /// Saves of Linux that writes all over its memory.
     Scattered,
+    /// What protecting Linux costs.
+    Remus,
     /// Many machines at once.
     Density,
     /// The figures that have goals.
@@ -104,6 +109,7 @@ impl Options {
                 "--emulated" => options.native = false,
                 "--payload" => (options.payload, options.emulated) = (true, false),
                 "--scattered" => options.only(What::Scattered)?,
+                "--remus" => options.only(What::Remus)?,
                 "--peer" => {
                     let known = monitors::PEERS_KNOWN.map(|monitor| monitor.program);
                     let peer = words.pop_front().filter(|peer| known.contains(&peer.as_str()));
@@ -139,7 +145,7 @@ impl Options {
     fn only(&mut self, what: What) -> Result<()> {
         ensure!(
             self.what == What::Monitors,
-            "--scattered, --density, --goals, --builds and --held are mutually exclusive"
+            "--scattered, --remus, --density, --goals, --builds and --held are mutually exclusive"
         );
         self.what = what;
         Ok(())

@@ -33,6 +33,8 @@ pub enum Part {
     Machines,
     /// Many machines are restored at once.
     Clones,
+    /// Linux is protected.
+    Protection,
 }
 
 impl Part {
@@ -54,6 +56,7 @@ impl Part {
             Self::Io => "4 KiB and TCP",
             Self::Machines => "machines at once",
             Self::Clones => "clones at once",
+            Self::Protection => "protection",
         }
     }
 
@@ -70,6 +73,7 @@ impl Part {
             Scenario::Boot => &[Self::Init],
             Scenario::Io => &[Self::Io],
             Scenario::Density => &[Self::Machines, Self::Clones],
+            Scenario::RemusFew | Scenario::RemusMany => &[Self::Protection],
         }
     }
 
@@ -83,6 +87,7 @@ impl Part {
             M::Restore => Self::Restore,
             M::RestoreLarge => Self::RestoreLarge,
             M::List => Self::List,
+            _ if matches!(scenario, Scenario::RemusFew | Scenario::RemusMany) => Self::Protection,
             M::Init => Self::Init,
             M::ScatteredDirectory | M::ScatteredStream => Self::Scattered,
             M::ManyWall | M::ManyCpu | M::ManyPrivate | M::ManyPss | M::ManyGuest => Self::Machines,
@@ -102,6 +107,17 @@ impl Part {
             }
             M::TcpOut | M::TcpIn | M::TcpRoundTrips => Self::Devices,
             M::TcpOutCpu | M::TcpInCpu | M::TcpRoundTripCpu => Self::Devices,
+            M::Pause
+            | M::PausePark
+            | M::PauseHarvest
+            | M::PauseCopy
+            | M::PauseState
+            | M::Period
+            | M::DirtyPages
+            | M::Encode
+            | M::WireShare
+            | M::CommitLag
+            | M::Work => Self::Protection,
         };
         Self::of(scenario).contains(&part).then_some(part)
     }

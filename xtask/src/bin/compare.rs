@@ -19,7 +19,9 @@ use xtask::bench::figures::{Failure, Figures};
 use xtask::bench::held::answers::Answers;
 use xtask::bench::measure::{INITRAMFS, MEASURE, STRATOCTL, Subject, Task, measure};
 use xtask::bench::options::{Options, USAGE, What};
-use xtask::bench::{Message, Scenario, builds, chart, goals, guests, held, monitors, scattered};
+use xtask::bench::{
+    Message, Scenario, builds, chart, goals, guests, held, monitors, remus, scattered,
+};
 
 /// The names of the files with figures and chart for the default comparison.
 const FILES: [&str; 2] = ["figures.json", "chart.svg"];
@@ -39,7 +41,7 @@ fn main() -> Result<()> {
     let (host, paths, debian) = match &options.what {
         What::Monitors => agent::prepare()?,
         What::Builds([a, _]) => agent::prepare_with(a)?,
-        What::Scattered | What::Density | What::Goals | What::Held => {
+        What::Scattered | What::Remus | What::Density | What::Goals | What::Held => {
             agent::prepare_with(&agent::monitor()?)?
         }
     };
@@ -75,6 +77,14 @@ fn main() -> Result<()> {
             let subject = Subject::Monitors(vec![Scenario::Scattered], runs);
             run.run(&Host::Native, &task(subject), &mut results)?;
             return report(&results.figures, &out, FILES);
+        }
+        What::Remus => {
+            ensure!(with_linux, "--remus needs a Linux that runs natively: see {GUEST_KERNEL}");
+            let turns = options.runs(remus::TURNS);
+            results.figures.runs = turns;
+            results.figures.title = "what protecting a machine costs".to_owned();
+            run.run(&Host::Native, &task(Subject::Remus(turns)), &mut results)?;
+            return report(&results.figures, &out, ["remus.json", "remus.svg"]);
         }
         What::Density => {
             counts.check()?;
@@ -151,7 +161,7 @@ fn report(figures: &Figures, out: &Path, [json, svg]: [&str; 2]) -> Result<()> {
     println!(
         "\nMedians (min-max); xN: the median divided by this monitor's; + more is better, - less is better."
     );
-    for line in scattered::verdict(figures) {
+    for line in scattered::verdict(figures).into_iter().chain(remus::verdict(figures)) {
         println!("{line}");
     }
     for failure in &figures.failed {

@@ -1,5 +1,5 @@
 //! A character back-end whose output passes a [gate](crate::backend::gate).
-use std::io;
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use super::{CharSink, output::BACKLOG};
 use crate::backend::gate::{Backlog, Gate, Keeper, Marker, Room};
@@ -48,6 +48,16 @@ impl CharKeeper {
     /// A copy of the output that is held and covered by checkpoints up to and including `epoch`.
     pub fn held(&self, epoch: u64) -> Vec<u8> {
         self.keeper.gate().covered(epoch)
+    }
+
+    /// As [`Keeper::signal`].
+    pub fn signal(&self, waits: Arc<OwnedFd>) {
+        self.keeper.signal(waits);
+    }
+
+    /// As [`Keeper::waits`].
+    pub fn waits(&self) -> bool {
+        self.keeper.waits()
     }
 
     /// What is held now.

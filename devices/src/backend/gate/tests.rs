@@ -62,6 +62,28 @@ fn output_leaves_with_the_checkpoint_that_covers_it_and_in_order() {
 }
 
 #[test]
+fn the_first_piece_that_waits_for_a_checkpoint_is_announced() {
+    let (gate, mut keeper) = gate();
+    let waits = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    let announced = || {
+        let mut count = [0; 8];
+        rustix::io::read(&waits, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+    };
+    say(&gate, "before anybody wants to know");
+    keeper.signal(waits.clone());
+    assert_eq!((announced(), keeper.waits()), (0, true));
+    keeper.marker().mark(1);
+    assert!(!keeper.waits(), "covered, though not released");
+    say(&gate, "a");
+    say(&gate, "b");
+    assert_eq!((announced(), keeper.waits()), (1, true));
+    keeper.marker().mark(2);
+    keeper.release(2, |_| {});
+    say(&gate, "c");
+    assert_eq!(announced(), 1);
+}
+
+#[test]
 fn a_full_gate_says_when_it_has_room_again() {
     let (gate, mut keeper) = gate();
     for _ in 0..ROOM.pieces {

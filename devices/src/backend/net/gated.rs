@@ -1,7 +1,7 @@
 //! A network back-end whose output passes a [gate](crate::backend::gate).
 use std::{
     io,
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -95,6 +95,16 @@ impl NetKeeper {
     /// As [`Keeper::discard`].
     pub fn discard(&mut self) {
         self.keeper.discard();
+    }
+
+    /// As [`Keeper::signal`].
+    pub fn signal(&self, waits: Arc<OwnedFd>) {
+        self.keeper.signal(waits);
+    }
+
+    /// As [`Keeper::waits`].
+    pub fn waits(&self) -> bool {
+        self.keeper.waits()
     }
 
     /// What is held now.

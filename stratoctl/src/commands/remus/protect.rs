@@ -5,7 +5,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use qmp::schema::{QueryReplication, ReplicationStart};
+use qmp::schema::{QueryReplication, ReplicationBlackhole, ReplicationStart};
 use serde_json::json;
 
 use super::{
@@ -29,6 +29,8 @@ use crate::{
 
 /// How long a witness is asked for its identity.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(10);
+/// Milliseconds between two checkpoints at most, with `-i auto`.
+const LONGEST_PERIOD: u64 = 200;
 /// How soon a witness is asked again.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -118,20 +120,21 @@ fn refusals(args: &Remus) -> Vec<String> {
     };
     refuse(args.no_script, "-N: there is no script to leave out: the monitor itself holds output");
     refuse(
-        args.interval == Interval::Auto,
-        "-i auto: the monitor does not adapt the interval: give milliseconds; 200 are usual",
+        args.max_period.is_some() && args.interval != Interval::Auto,
+        "--max-period: only with -i auto, whose longest interval it is",
     );
     refuse(
-        args.timer,
-        "--timer: leave it out: there is a checkpoint at each interval, also if no output waits",
+        args.blackhole && args.local,
+        "-b: replication into nothing has no backup: leave out --local",
     );
-    refuse(args.uncompressed, "-u: pages are always sent compressed");
     refuse(
-        args.blackhole,
-        "-b: the monitor does not replicate into nothing: --local shows the cost, with a backup on \
-         this host",
+        args.blackhole && !args.force,
+        "-b: nothing is protected, it only shows what protection costs; -F accepts that",
     );
-    refuse(args.no_hold, "-n: output is always held until the backup could continue from there");
+    refuse(
+        args.no_hold && !args.force,
+        "-n: output would be seen before the backup could continue from it; -F accepts that",
+    );
     refuse(
         args.no_disks,
         "-d: the disks are always replicated: without them the backup could not run",
@@ -236,9 +239,9 @@ fn quoted(word: &str) -> String {
 
 /// The arguments of `replication-start`.
 fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationStart> {
-    let interval = match args.interval {
-        Interval::Auto => None,
-        Interval::Milliseconds(ms) => Some(ms),
+    let (interval, max_period) = match args.interval {
+        Interval::Auto => (None, Some(args.max_period.unwrap_or(LONGEST_PERIOD))),
+        Interval::Milliseconds(ms) => (Some(ms), None),
     };
     let (tls, tls_hostname) = match &protection.dial {
         Some(Dial::Tls(host, _, directory)) => {
@@ -252,6 +255,8 @@ fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationSta
         tls,
         tls_hostname,
         interval,
+        max_period,
+        timer: args.timer.then_some(true),
         lineage: Some(protection.lineage.to_string()),
         witness: protection.identity.clone(),
         fence: protection.arbitrating_fence()?.map(str::to_owned),
@@ -259,6 +264,13 @@ fn start(args: &Remus, protection: &Protection) -> anyhow::Result<ReplicationSta
         on_backup_slow: args.on_backup_slow.map(Into::into),
         heartbeat_timeout: args.timeout,
         ack_limit: None,
+        max_staging: None,
+        max_held: None,
+        compression: args.uncompressed.then_some(false),
+        network: args.no_hold.then_some(false),
+        blackhole: args.blackhole.then_some(ReplicationBlackhole::Checkpoint),
+        // Refused before, unless it was accepted.
+        r#unsafe: (args.blackhole || args.no_hold).then_some(true),
     })
 }
 
@@ -299,10 +311,14 @@ mod tests {
             ("web b", &["neither"]),
             ("web b -F", &[]),
             ("web b -N -n", &["-N:", "-n:", "neither"]),
+            ("web b -n -b", &["-b:", "-n:"]),
+            ("web b -u -n -b -F", &[]),
+            ("web --local -b -F", &["leave out --local"]),
             (
-                "web b -F -i auto --timer -u -b -n -d --heartbeat 20 --tls /t",
-                &["-i auto:", "--timer:", "-u:", "-b:", "-n:", "-d:", "--heartbeat:", "--tls:"],
+                "web b -F --max-period 50 -d --heartbeat 20 --tls /t",
+                &["--max-period:", "-d:", "--heartbeat:", "--tls:"],
             ),
+            ("web b -F -i auto --max-period 50 --timer", &[]),
             ("web b --witness dir:/w --on-backup-loss continue -F", &["continue"]),
             ("web b -F --on-backup-loss continue", &[]),
             ("web b -F --on-backup-loss witness", &["witness: needs"]),
@@ -403,6 +419,27 @@ mod tests {
             ReplicationStart {
                 tls: Some("/t".into()),
                 tls_hostname: Some("b".into()),
+                ..usual.clone()
+            }
+        );
+        assert_eq!(
+            said("web b -F -i auto --timer -u", protection(None, None)),
+            ReplicationStart {
+                interval: None,
+                max_period: Some(200),
+                timer: Some(true),
+                compression: Some(false),
+                ..usual.clone()
+            }
+        );
+        assert_eq!(
+            said("web b -F -i auto --max-period 50 -b -n", protection(None, None)),
+            ReplicationStart {
+                interval: None,
+                max_period: Some(50),
+                network: Some(false),
+                blackhole: Some(ReplicationBlackhole::Checkpoint),
+                r#unsafe: Some(true),
                 ..usual.clone()
             }
         );

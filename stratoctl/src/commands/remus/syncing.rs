@@ -36,7 +36,7 @@ pub fn until_protected(
         let info = client.execute(&QueryReplication {})?;
         shown.show(&info);
         match info.state {
-            ReplicationStatus::Protected => break Some(info),
+            ReplicationStatus::Protected | ReplicationStatus::Blackhole => break Some(info),
             ReplicationStatus::Off => break None,
             ReplicationStatus::Connecting if !given_up && Instant::now() >= connected_by => {
                 given_up = true;

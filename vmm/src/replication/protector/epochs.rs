@@ -1,24 +1,38 @@
 //! The epochs of a primary: captured by the main thread, sent, and released.
-use std::{io, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use machine::{
-    Gates, MachineState,
+    Gates, Pages, Taken,
     memory::{
-        image,
+        image::{self, PAGE_SIZE},
         staging::{self, Staging},
     },
 };
-use replication::{Command, Epoch, Input, Room, contents, primary::State};
+use qmp::schema::ReplicationBlackhole;
+use replication::{
+    Command, Epoch, Input, Room, contents,
+    pace::{Cost, Pace},
+    primary::State,
+};
 use state::config::Halted;
 
-use super::super::{outgoing::Staged, outside::Outside, rounds::Rounds};
-use super::{FirstCopy, MOST_HELD, MOST_STAGED, Order, Protector, Report, Tracked};
+use super::super::{
+    outgoing::{Outgoing, Staged},
+    outside::Outside,
+    rounds::Rounds,
+};
+use super::{FirstCopy, Order, Protector, Report, Tracked};
 use crate::checkpoint::last_frames;
 
 impl<R: Fn(Report)> Protector<R> {
     pub(super) fn capture(&mut self, epoch: Epoch, shut: bool) {
+        if self.growing {
+            // What has changed so far is part of it.
+            self.postponed = Some((epoch, shut));
+            return;
+        }
         if self.task.primary.state() == State::Syncing {
-            self.staged.clear();
+            self.forget_all();
             let warm = self.warm.is_some();
             let (asks, left) = match self.warm.take() {
                 None => (Some(Report::Log), Vec::new()),
@@ -33,8 +47,20 @@ impl<R: Fn(Report)> Protector<R> {
                 None => asks.into_iter().for_each(|report| self.ask(report)),
             };
         }
+        if self.task.manner.blackhole == Some(ReplicationBlackhole::Harvest) {
+            self.harvesting = Some(epoch);
+            return self.ask(Report::Harvest);
+        }
         let staging = self.spare.pop().unwrap_or_default();
-        self.ask(Report::Capture { epoch, shut, left: Vec::new(), staging });
+        let left = std::mem::take(&mut self.grown);
+        self.ask_capture(epoch, shut, left, staging);
+    }
+
+    fn ask_capture(&mut self, epoch: Epoch, shut: bool, left: Vec<Range<u64>>, staging: Staging) {
+        // What is copied already counts, too.
+        let staged: u64 = self.staged.iter().map(|staged| staged.pages.copied()).sum();
+        let most = self.task.manner.max_staging.saturating_sub(staged);
+        self.ask(Report::Capture { epoch, shut, left, staging, most });
     }
 
     /// Report what the main thread answers, in the order of these reports.
@@ -56,9 +82,14 @@ impl<R: Fn(Report)> Protector<R> {
         self.gates.iter_mut().for_each(Gates::open);
         (self.report)(Report::Released(None));
         self.late = self.asked;
-        self.first_copy = None;
+        (self.first_copy, self.harvesting) = (None, None);
+        let grown = std::mem::take(&mut self.grown);
+        if !grown.is_empty() {
+            self.add_tracked(&grown);
+        }
+        (self.growing, self.postponed) = (false, None);
         self.leave_disks();
-        self.staged.clear();
+        self.forget_all();
     }
 
     /// The backup cannot follow in this term: it is left there.
@@ -79,19 +110,53 @@ impl<R: Fn(Report)> Protector<R> {
         if let Some(gates) = &mut self.gates {
             gates.release(epoch.0);
         }
+        let (term, acked) =
+            (self.task.primary.term(), |staged: &&Arc<Staged>| staged.epoch <= epoch);
+        let mut history = self.task.history.lock();
+        for staged in self.staged.iter().take_while(acked) {
+            history.released(term, staged.epoch);
+        }
+        drop(history);
         while let Some(staged) = self.staged.pop_front_if(|staged| staged.epoch <= epoch) {
-            // Unless it is still being sent, which an acknowledgement makes impossible.
-            if let Ok(Staged { pages, .. }) = Arc::try_unwrap(staged) {
-                self.spare.push(pages);
-            }
+            self.forget(staged);
+        }
+    }
+
+    fn forget_all(&mut self) {
+        while let Some(staged) = self.staged.pop_front() {
+            self.forget(staged);
+        }
+    }
+
+    fn forget(&mut self, staged: Arc<Staged>) {
+        if let Pages::InPlace(_) = staged.pages {
+            (self.report)(Report::Copied);
+        }
+        // Unless it is still being sent, which an acknowledgement makes impossible.
+        if let Ok(Staged { pages: Pages::Staged(staging), .. }) = Arc::try_unwrap(staged) {
+            self.spare.push(staging);
+        }
+    }
+
+    fn output_waits(&self) -> bool {
+        self.gates.as_ref().is_some_and(Gates::wait)
+    }
+
+    /// Begin an epoch soon if output waits for one.
+    pub(super) fn look_for_output(&mut self) {
+        if self.task.manner.longest.is_some() && self.output_waits() {
+            self.inputs.push_back(Input::OutputWaits(true));
         }
     }
 
     /// How full staging is, or the gates.
     pub(super) fn look_for_room(&mut self) {
-        let staged: u64 = self.staged.iter().map(|staged| staged.pages.bytes()).sum();
+        let staged: u64 = self.staged.iter().map(|staged| staged.pages.copied()).sum();
+        let grown = staging::bytes(&self.grown);
         let held = self.gates.as_ref().map_or(0, |gates| gates.backlog().bytes as u64);
-        let room = match (staged * 100 / MOST_STAGED).max(held * 100 / MOST_HELD) {
+        let part = |of: u64, most: u64| of.saturating_mul(100).checked_div(most).unwrap_or(100);
+        let manner = &self.task.manner;
+        let room = match part(staged + grown, manner.max_staging).max(part(held, manner.max_held)) {
             0..75 => Room::Ample,
             75..100 => Room::Scarce,
             _ => Room::None,
@@ -117,6 +182,12 @@ impl<R: Fn(Report)> Protector<R> {
             }
             Order::Changed(changed) => {
                 let awaited = self.is_answer();
+                if awaited && let Some(epoch) = self.harvesting.take() {
+                    return self.stage_nothing(epoch);
+                }
+                if awaited && std::mem::take(&mut self.growing) {
+                    return self.grows(&changed);
+                }
                 let waits = awaited && self.memory_waits();
                 let Some(copy) = self.first_copy.as_mut().filter(|_| awaited) else {
                     return self.add_tracked(&changed);
@@ -137,20 +208,36 @@ impl<R: Fn(Report)> Protector<R> {
             }
             Order::Copied(number, told) => self.disks_told(number, told),
             Order::Marked(mark) => self.inputs.push_back(Input::Marked(mark)),
-            Order::Captured { epoch, captured, outside, gates } => {
-                self.gates = gates.or(self.gates.take());
+            Order::Captured { epoch, taken, pause, outside, gates } => {
+                if let Some(gates) = gates {
+                    if self.task.manner.longest.is_some() {
+                        gates.signal(self.task.wake.eventfd());
+                    }
+                    self.gates = Some(gates);
+                }
                 if !self.is_answer() {
-                    self.add_tracked(&captured.1.ranges());
+                    self.add_tracked(&taken.pages.ranges());
+                    if let Pages::InPlace(_) = taken.pages {
+                        (self.report)(Report::Copied);
+                    }
                     // It has shut them after they had been opened.
                     self.gates.iter_mut().for_each(Gates::open);
                     return (self.report)(Report::Released(None));
                 }
-                match self.stage(epoch, *captured, *outside) {
+                let held = self.gates.as_ref().map_or(0, |gates| gates.backlog().bytes);
+                let name = (self.task.primary.term(), epoch);
+                let pages = staging::bytes(&taken.pages.ranges()) / PAGE_SIZE;
+                self.task.history.lock().captured(name, &pause, pages, held);
+                self.faults.captured(self.now(), taken.system, pages);
+                let cost = Cost { pause: pause.all, pages, fault: self.faults.each() };
+                match self.stage(epoch, *taken, *outside) {
                     Ok(input) => {
                         match self.task.disks {
                             Some(_) => self.copy_rest_before(input),
                             None => self.inputs.push_back(input),
                         }
+                        self.inputs.push_back(Input::Cost(cost));
+                        self.inputs.push_back(Input::OutputWaits(self.output_waits()));
                         self.look_for_room();
                     }
                     Err(e) => self.breaks(&format_args!("cannot encode {epoch:?}: {e}")),
@@ -167,13 +254,33 @@ impl<R: Fn(Report)> Protector<R> {
             Order::Command(input) => self.inputs.push_back(input),
             // It is protected again already.
             Order::Again { .. } if self.task.primary.state() != State::Degraded => {}
-            Order::Again { settings, arbiter, way } => {
+            Order::Again { settings, arbiter, way, manner } => {
                 self.broken = None;
                 self.task.offer.host.arbiter = arbiter;
                 (self.task.offer.timeout, self.task.way) = (settings.timeout, way);
                 self.task.primary.set(settings);
+                self.task.primary.pace(manner.longest.map(Pace::new), manner.strict);
+                self.outgoing = Outgoing::new(self.task.memory.clone(), manner.compress);
+                self.task.manner = manner;
                 self.inputs.push_back(Input::Command(Command::Start));
             }
+        }
+    }
+
+    /// An epoch for which nothing is captured.
+    fn stage_nothing(&mut self, epoch: Epoch) {
+        let (pages, state, outside) = (Pages::Staged(Staging::default()), Vec::new(), Vec::new());
+        let staged = Staged { epoch, pages, state, outside, writes: None };
+        self.staged.push_back(Arc::new(staged));
+        self.inputs.push_back(Input::Captured { epoch, digest: self.last_digest });
+    }
+
+    /// So much has changed while no epoch could begin.
+    fn grows(&mut self, changed: &[Range<u64>]) {
+        self.grown = image::union(&self.grown, changed);
+        match self.postponed.take() {
+            Some((epoch, shut)) => self.capture(epoch, shut),
+            None => self.look_for_room(),
         }
     }
 
@@ -181,7 +288,7 @@ impl<R: Fn(Report)> Protector<R> {
     pub(super) fn end_first_copy(&mut self) {
         let Some(FirstCopy { epoch, shut, left, .. }) = self.first_copy.take() else { return };
         match Staging::touched(staging::room_for(staging::bytes(&left))) {
-            Ok(staging) => self.ask(Report::Capture { epoch, shut, left, staging }),
+            Ok(staging) => self.ask_capture(epoch, shut, left, staging),
             Err(e) => self.lost(&format_args!("no memory for copies: {e}")),
         }
     }
@@ -189,10 +296,10 @@ impl<R: Fn(Report)> Protector<R> {
     pub(super) fn stage(
         &mut self,
         epoch: Epoch,
-        captured: (MachineState, Staging),
+        Taken { state, pages, .. }: Taken,
         outside: (Outside, Option<Halted>),
     ) -> io::Result<Input> {
-        let ((state, pages), (mut outside, halted)) = (captured, outside);
+        let (mut outside, halted) = outside;
         self.task.offer.config.halted = halted;
         let state = last_frames(&self.task.offer.config, state)?;
         outside.output = self.gates.as_ref().map_or_else(Vec::new, |gates| gates.output(epoch.0));

@@ -4,7 +4,7 @@ use std::time::Instant;
 use qmp::Error;
 use replication::{Connection as Number, Frame, Input, Message, wire};
 
-use super::super::{copier::Work, offer, outgoing::Next};
+use super::super::{blackhole, copier::Work, offer, outgoing::Next};
 use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report};
 use transport::Descriptors;
 
@@ -12,6 +12,9 @@ use crate::checkpoint::connected;
 
 impl<R: Fn(Report)> Protector<R> {
     pub(super) fn send(&mut self, number: Number, frame: &Frame) {
+        if self.task.manner.blackhole.is_some() {
+            return self.swallow(number, frame);
+        }
         if let Message::Hello(_) = frame.message
             && let Some(new) = self.offered.take_if(|(new, _)| *new == number)
         {
@@ -43,9 +46,63 @@ impl<R: Fn(Report)> Protector<R> {
         }
     }
 
+    /// Send it nowhere.
+    fn swallow(&mut self, number: Number, frame: &Frame) {
+        match frame.message {
+            Message::Hello(_) => {
+                self.blackhole = Some((number, 0));
+                self.outgoing.restart(self.task.primary.term());
+            }
+            Message::End { .. } => {
+                if let Some(staged) = self.staged.iter().find(|one| one.epoch == frame.epoch) {
+                    self.outgoing.epoch(staged.clone());
+                    self.ends.push_back(*frame);
+                }
+            }
+            _ => {}
+        }
+        if let Some(answer) = blackhole::answer(frame) {
+            self.inputs.push_back(Input::Received(number, answer));
+        }
+    }
+
+    /// Encode a little, and drop it.
+    fn drop_some(&mut self) {
+        for _ in 0..READS {
+            match self.outgoing.next() {
+                Ok(Some(Next::Bytes(bytes))) => {
+                    if let Some((_, dropped)) = &mut self.blackhole {
+                        *dropped += bytes.len() as u64;
+                    }
+                }
+                Ok(Some(Next::RoundOver)) => self.ask(Report::Harvest),
+                Ok(None) => return,
+                Err(e) => return self.breaks(&format_args!("cannot encode memory: {e}")),
+            }
+            self.note_encoded();
+        }
+    }
+
+    /// Remember what an epoch cost that has just been encoded.
+    fn note_encoded(&mut self) {
+        let Some(encoded) = self.outgoing.take_encoded() else { return };
+        self.task.history.lock().encoded(self.task.primary.term(), &encoded);
+        if let Some((number, _)) = self.blackhole
+            && let Some(end) = self.ends.pop_front_if(|end| end.epoch == encoded.epoch)
+        {
+            let ack = blackhole::ack(end, encoded.epoch);
+            self.task.history.lock().acknowledged(ack.term, ack.epoch);
+            self.inputs.push_back(Input::Received(number, ack));
+        }
+    }
+
     pub(super) fn dial(&mut self) {
         if self.broken == Some(self.task.primary.term()) {
             return;
+        }
+        if self.task.manner.blackhole.is_some() {
+            self.connections += 1;
+            return self.inputs.push_back(Input::Connected(Number(self.connections)));
         }
         match &self.task.way.peer {
             Some(path) => match connected(path) {
@@ -76,7 +133,8 @@ impl<R: Fn(Report)> Protector<R> {
     }
 
     pub(super) fn disconnect(&mut self) {
-        self.connection = None;
+        (self.connection, self.blackhole) = (None, None);
+        self.ends.clear();
         self.reader = Incoming::default();
         if self.first_copy.take().is_some() {
             self.leave_disks();
@@ -85,11 +143,20 @@ impl<R: Fn(Report)> Protector<R> {
 
     /// The connection has ended by itself, or carries nonsense.
     pub(super) fn lost(&mut self, why: &dyn std::fmt::Display) {
-        if let Some((number, connection)) = &self.connection {
-            log::info!("replication: {}: {why}", connection.peer());
-            self.inputs.push_back(Input::Closed(*number));
+        if let Some(number) = self.current() {
+            match &self.connection {
+                Some((_, connection)) => log::info!("replication: {}: {why}", connection.peer()),
+                None => log::info!("replication: {why}"),
+            }
+            self.inputs.push_back(Input::Closed(number));
             self.disconnect();
         }
+    }
+
+    /// The connection in use.
+    pub(super) fn current(&self) -> Option<Number> {
+        let nowhere = self.blackhole.map(|(number, _)| number);
+        self.connection.as_ref().map(|(number, _)| *number).or(nowhere)
     }
 
     pub(super) fn read(&mut self) {
@@ -118,6 +185,9 @@ impl<R: Fn(Report)> Protector<R> {
                     }
                     Ok((frame, length)) => {
                         at += length;
+                        if frame.message == Message::Ack {
+                            self.task.history.lock().acknowledged(frame.term, frame.epoch);
+                        }
                         self.inputs.push_back(Input::Received(number, frame));
                     }
                     Err(wire::WireError::Truncated) => break,
@@ -132,6 +202,10 @@ impl<R: Fn(Report)> Protector<R> {
 
     /// Encode and send as much as the connection takes.
     pub(super) fn pump(&mut self) {
+        if self.blackhole.is_some() {
+            self.drop_some();
+            return;
+        }
         loop {
             let Some((_, connection)) = &mut self.connection else { return };
             if connection.queued() >= HIGH_WATER {
@@ -143,6 +217,7 @@ impl<R: Fn(Report)> Protector<R> {
                 Ok(None) => break,
                 Err(e) => return self.breaks(&format_args!("cannot send memory: {e}")),
             }
+            self.note_encoded();
         }
         if let Some((_, connection)) = &mut self.connection
             && let Err(e) = connection.flush()

@@ -140,8 +140,9 @@ fn images_are_equal_whatever_the_guest_writes_and_when() {
         let backup =
             Backup::keeping(&sides.socket(), witness(), record.clone(), (sides.wanted(), JOURNAL));
         let disks = Some(sides.open(direct, aio));
+        let special = Special { disks, ..Special::default() };
         let protected =
-            Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, (TSC, disks, LONG));
+            Protected::with(&sides.socket(), &witness(), OnLoss::Claim, record, special);
         let mut guest = Guest::of(&protected, 7);
         // During the first copy, between its end and the first checkpoint, and later.
         let end = Instant::now() + LONG;
@@ -177,7 +178,7 @@ fn protected(sides: &Sides, journal: u64, ack_limit: Duration) -> (Protected, Ba
         &witness(),
         OnLoss::Claim,
         record,
-        (TSC, disks, ack_limit),
+        Special { disks, ack_limit, ..Special::default() },
     );
     protected.is_protected();
     (protected, backup)
