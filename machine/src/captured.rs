@@ -108,7 +108,15 @@ impl Captured<'_> {
         }
         let harvested = began.elapsed();
         let pages = if staging::bytes(&dirty) <= most {
-            staging.fill(&self.machine.memory, &dirty).map_err(SaveError::Staging)?;
+            // The first vCPU's thread, which has nothing else to do, copies a half.
+            let filled = match self.machine.vcpus.first() {
+                Some(vcpu) => {
+                    let help = |job| vcpu.work(job);
+                    staging.fill_with(&self.machine.memory, &dirty, help)
+                }
+                None => staging.fill(&self.machine.memory, &dirty),
+            };
+            filled.map_err(SaveError::Staging)?;
             Pages::Staged(staging)
         } else if self.was_running {
             return Err(EpochError::TooLarge(dirty));

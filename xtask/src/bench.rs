@@ -107,6 +107,16 @@ pub enum Metric {
     WireShare,
     /// From the beginning of a checkpoint to the release of the output that it covers.
     CommitLag,
+    /// From a lone request of a client outside to its answer.
+    LoneRequest,
+    /// From the death of a primary to the event that says that its guest runs at the backup.
+    Failover,
+    /// Of that, from the last sign of life to the suspicion.
+    FailoverDetect,
+    /// Building the machine.
+    FailoverApply,
+    /// From the decision to the guest's first step.
+    FailoverRun,
     /// CPU time of the monitor, its guest's included, for each byte of [`Self::TcpOut`].
     TcpOutCpu,
     /// The same for [`Self::TcpIn`].
@@ -177,6 +187,11 @@ impl Metric {
             Self::Encode => ("encoding", "ms"),
             Self::WireShare => ("bytes on the wire, of its pages'", "%"),
             Self::CommitLag => ("commit lag", "ms"),
+            Self::LoneRequest => ("lone request", "ms"),
+            Self::Failover => ("kill -9 to running", "ms"),
+            Self::FailoverDetect => ("failover: until the suspicion", "ms"),
+            Self::FailoverApply => ("failover: building the machine", "ms"),
+            Self::FailoverRun => ("failover: decision to first step", "ms"),
             Self::TcpOutCpu => ("TCP guest to host, CPU", "ns/B"),
             Self::TcpInCpu => ("TCP host to guest, CPU", "ns/B"),
             Self::TcpRoundTripCpu => ("TCP round trip, CPU", "us"),
@@ -241,6 +256,10 @@ pub enum Scenario {
     RemusFew,
     /// The same with many pages.
     RemusMany,
+    /// The same with more than is worth a checkpoint each time: the period adapts.
+    RemusAuto,
+    /// A protected guest on one of two hosts, and a client outside.
+    RemusHosts,
 }
 
 impl Scenario {
@@ -260,6 +279,8 @@ impl Scenario {
             Self::Io => "Linux, 4 KiB and TCP",
             Self::RemusFew => "200 pages every 25 ms",
             Self::RemusMany => "2,000 pages every 100 ms",
+            Self::RemusAuto => "2,000 pages per 25 ms of work",
+            Self::RemusHosts => "Two hosts",
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Staged pages: copies of guest memory, so that the guest can run again before they are written
 //! out.
-use std::{io, ops::Range};
+use std::{io, ops::Range, sync::mpsc::channel};
 
 use devices::Memory;
 
@@ -11,25 +11,49 @@ pub const MAX_BYTES: u64 = 256 << 20;
 /// Most ranges that are staged for a save.
 pub const MAX_RANGES: usize = 32 << 10;
 
-/// Copies of ranges of guest memory. Their buffer is touched before the guest is stopped: its first
-/// page faults would prolong the pause.
+/// Fewer bytes are not worth a second thread.
+const ALONE: u64 = 64 * PAGE_SIZE;
+
+/// Copies of ranges of guest memory. Their buffers are touched before the guest is stopped: their
+/// first page faults would prolong the pause.
 #[derive(Debug, Default)]
 pub struct Staging {
+    first: Part,
+    /// What a second thread has copied: follows the first part.
+    second: Part,
+}
+
+/// What one thread copies.
+#[derive(Debug, Default)]
+struct Part {
     room: Vec<u8>,
     /// Ascending, each with its offset in `room`.
     ranges: Vec<(Range<u64>, usize)>,
 }
 
+/// Work for another thread.
+pub type Job = Box<dyn FnOnce() + Send>;
+
 impl Staging {
     /// A buffer for `bytes` of memory, at most [`MAX_BYTES`], that causes no page faults when it is
-    /// filled.
+    /// filled by one thread.
     ///
     /// # Errors
     /// When the host does not have it.
     pub fn touched(bytes: u64) -> io::Result<Self> {
         let mut staging = Self::default();
-        staging.grow(usize::try_from(bytes.min(MAX_BYTES)).map_err(io::Error::other)?)?;
+        staging.first.grow(bytes.min(MAX_BYTES))?;
         Ok(staging)
+    }
+
+    /// Make room for `bytes` of memory that two threads copy, so that it causes no page faults when
+    /// it is filled.
+    ///
+    /// # Errors
+    /// When the host does not have it.
+    pub fn touch(&mut self, bytes: u64) -> io::Result<()> {
+        self.first.grow(bytes.div_ceil(2))?;
+        self.second.grow(bytes.div_ceil(2))
     }
 
     /// Whether `ranges` are small enough to be staged for a save.
@@ -43,8 +67,75 @@ impl Staging {
     /// # Errors
     /// When the host has no memory, or a range is not inside of `memory`.
     pub fn fill(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
+        self.second.ranges.clear();
+        self.first.fill(memory, ranges)
+    }
+
+    /// As [`Staging::fill`], with the help of another thread, which `help` gives a job to.
+    ///
+    /// # Errors
+    /// As there; when the other thread does not do the job.
+    pub fn fill_with(
+        &mut self,
+        memory: &Memory,
+        ranges: &[Range<u64>],
+        help: impl FnOnce(Job),
+    ) -> io::Result<()> {
+        let all = bytes(ranges);
+        if all < ALONE {
+            return self.fill(memory, ranges);
+        }
+        let (ours, theirs) = split(ranges, (all / 2).next_multiple_of(PAGE_SIZE));
+        let (mut second, its_memory) = (std::mem::take(&mut self.second), memory.clone());
+        let (done, answer) = channel();
+        help(Box::new(move || {
+            let filled = second.fill(&its_memory, &theirs);
+            // Nobody waits for it any more if the first half has failed.
+            let _ = done.send(filled.map(|()| second));
+        }));
+        self.first.fill(memory, &ours)?;
+        self.second = answer.recv().map_err(io::Error::other)??;
+        Ok(())
+    }
+
+    /// The copied ranges, with their contents.
+    ///
+    /// # Errors
+    /// When the copies do not have the size of their ranges, which would be a bug.
+    pub fn pieces(&self) -> impl Iterator<Item = io::Result<(u64, &[u8])>> {
+        let parts = [&self.first, &self.second].into_iter();
+        parts.flat_map(|part| part.ranges.iter().map(|range| part.contents(range)))
+    }
+
+    /// The copied range at place `index`, with its contents; `None` after the last.
+    ///
+    /// # Errors
+    /// As [`Staging::pieces`].
+    pub fn piece(&self, index: usize) -> io::Result<Option<(u64, &[u8])>> {
+        let (part, index) = match index.checked_sub(self.first.ranges.len()) {
+            None => (&self.first, index),
+            Some(index) => (&self.second, index),
+        };
+        part.ranges.get(index).map(|range| part.contents(range)).transpose()
+    }
+
+    /// The copied ranges, ascending.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let all = self.first.ranges.iter().chain(&self.second.ranges);
+        all.map(|(range, _)| range.clone()).collect()
+    }
+
+    /// Bytes copied.
+    pub fn bytes(&self) -> u64 {
+        let all = self.first.ranges.iter().chain(&self.second.ranges);
+        all.map(|(range, _)| range.end - range.start).sum()
+    }
+}
+
+impl Part {
+    fn fill(&mut self, memory: &Memory, ranges: &[Range<u64>]) -> io::Result<()> {
         self.ranges.clear();
-        self.grow(usize::try_from(bytes(ranges)).map_err(io::Error::other)?)?;
+        self.grow(bytes(ranges))?;
         let mut rest = self.room.as_mut_slice();
         let mut at = 0;
         for range in ranges {
@@ -57,44 +148,34 @@ impl Staging {
         Ok(())
     }
 
-    /// The copied ranges, with their contents.
-    ///
-    /// # Errors
-    /// When the copies do not have the size of their ranges, which would be a bug.
-    pub fn pieces(&self) -> impl Iterator<Item = io::Result<(u64, &[u8])>> {
-        self.ranges.iter().map(|range| self.contents(range))
-    }
-
     fn contents(&self, (range, at): &(Range<u64>, usize)) -> io::Result<(u64, &[u8])> {
         let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
         let end = at.checked_add(len).ok_or_else(short)?;
         Ok((range.start, self.room.get(*at..end).ok_or_else(short)?))
     }
 
-    /// The copied range at place `index`, with its contents; `None` after the last.
-    ///
-    /// # Errors
-    /// As [`Staging::pieces`].
-    pub fn piece(&self, index: usize) -> io::Result<Option<(u64, &[u8])>> {
-        self.ranges.get(index).map(|range| self.contents(range)).transpose()
-    }
-
-    /// The copied ranges, ascending.
-    pub fn ranges(&self) -> Vec<Range<u64>> {
-        self.ranges.iter().map(|(range, _)| range.clone()).collect()
-    }
-
-    /// Bytes copied.
-    pub fn bytes(&self) -> u64 {
-        self.ranges.iter().map(|(range, _)| range.end - range.start).sum()
-    }
-
-    fn grow(&mut self, len: usize) -> io::Result<()> {
+    fn grow(&mut self, bytes: u64) -> io::Result<()> {
+        let len = usize::try_from(bytes).map_err(io::Error::other)?;
         let more = len.saturating_sub(self.room.len());
         self.room.try_reserve_exact(more).map_err(|_| io::ErrorKind::OutOfMemory)?;
         self.room.resize(self.room.len() + more, 0);
         Ok(())
     }
+}
+
+/// `ranges` up to `most` bytes, and the rest.
+fn split(ranges: &[Range<u64>], most: u64) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+    let (mut left, mut before, mut after) = (most, Vec::with_capacity(ranges.len()), Vec::new());
+    for range in ranges {
+        let cut = range.start + left.min(range.end - range.start);
+        left -= cut - range.start;
+        for (part, to) in [(range.start..cut, &mut before), (cut..range.end, &mut after)] {
+            if !part.is_empty() {
+                to.push(part);
+            }
+        }
+    }
+    (before, after)
 }
 
 /// Bytes in `ranges`.
@@ -146,6 +227,56 @@ mod tests {
             staging.fill(&memory, &ranges[..1]).unwrap();
             assert_eq!(staging.pieces().count(), 1, "what it held before is gone");
         }
+    }
+
+    #[test]
+    fn two_threads_copy_as_one_does() {
+        let memory = allocate(&MemoryConfig::new(MemorySize::MIN)).unwrap();
+        let page = |n: u64| n * PAGE_SIZE..(n + 1) * PAGE_SIZE;
+        let mut state = 1u64;
+        let mut random = move |below: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % below
+        };
+        for _ in 0..50 {
+            let mut ranges = Vec::new();
+            let mut at = 0;
+            while at < 4000 {
+                let (gap, pages) = (1 + random(200), 1 + random(90));
+                ranges.push(page(at + gap).start..page((at + gap + pages).min(4095)).end);
+                at += gap + pages + 1;
+            }
+            ranges.retain(|range| !range.is_empty() && range.end <= 16 << 20);
+            for range in &ranges {
+                image::write(&memory, range.start, &[u8::try_from(random(256)).unwrap(); 4096])
+                    .unwrap();
+            }
+            let (mut alone, mut both) = (Staging::default(), Staging::default());
+            both.touch(1 << 20).unwrap();
+            alone.fill(&memory, &ranges).unwrap();
+            both.fill_with(&memory, &ranges, |job| drop(std::thread::spawn(job))).unwrap();
+            let flat = |staging: &Staging| {
+                let mut pages = Vec::new();
+                for piece in staging.pieces() {
+                    let (at, bytes) = piece.unwrap();
+                    let each = (at..).step_by(4096).zip(bytes.chunks(4096));
+                    pages.extend(each.map(|(at, page)| (at, page.to_vec())));
+                }
+                pages
+            };
+            assert!(flat(&alone) == flat(&both));
+            assert_eq!((alone.bytes(), bytes(&both.ranges())), (both.bytes(), both.bytes()));
+            let count = both.pieces().count();
+            assert!(both.piece(count - 1).unwrap().is_some());
+            assert!(both.piece(count).unwrap().is_none());
+        }
+        let outside = std::slice::from_ref(&(15 << 20..17 << 20));
+        let spawn = |job: Job| drop(std::thread::spawn(job));
+        assert!(Staging::default().fill_with(&memory, outside, spawn).is_err());
+        let all = std::slice::from_ref(&(0..16 << 20));
+        assert!(Staging::default().fill_with(&memory, all, drop).is_err(), "nobody helps");
     }
 
     #[test]

@@ -136,6 +136,7 @@ enum Request<C: Cpu> {
     Rest(Duration),
     Resume(i64),
     Save(Sender<Result<C::State, C::Error>>),
+    Work(Box<dyn FnOnce() + Send>),
     Restore(Box<C::State>, Sender<Result<(), C::Error>>),
     Replace(Box<C>, Sender<io::Result<C::Kicker>>),
     Exit,
@@ -237,6 +238,10 @@ impl<C: Cpu> Handle<C> {
     pub fn save(&self) -> Answer<Result<C::State, C::Error>> {
         self.ask(Request::Save)
     }
+    /// Have the thread of a parked vCPU do `job`.
+    pub fn work(&self, job: Box<dyn FnOnce() + Send>) {
+        let _ = self.requests.send(Request::Work(job));
+    }
     /// Give a parked vCPU new registers.
     pub fn restore(&self, state: C::State) -> Answer<Result<(), C::Error>> {
         self.ask(|reply| Request::Restore(Box::new(state), reply))
@@ -286,6 +291,7 @@ fn parked<C: Cpu>(cpu: &mut C, inbox: &Receiver<Request<C>>) -> bool {
             Request::Park(reply) => drop(reply.send(())),
             Request::Rest(_) => {}
             Request::Save(reply) => save(cpu, &reply),
+            Request::Work(job) => job(),
             Request::Restore(state, reply) => restore(cpu, state, &reply),
             Request::Replace(new, reply) => {
                 *cpu = *new;
@@ -358,7 +364,11 @@ fn asked<C: Cpu>(inbox: &Receiver<Request<C>>) -> Option<Left> {
             Ok(Request::Rest(time)) => rest = Some(time),
             // State requests need a parked vCPU: the caller sees the dropped reply as `Gone`.
             Ok(
-                Request::Resume(_) | Request::Save(_) | Request::Restore(..) | Request::Replace(..),
+                Request::Resume(_)
+                | Request::Save(_)
+                | Request::Work(_)
+                | Request::Restore(..)
+                | Request::Replace(..),
             ) => {}
             Err(TryRecvError::Empty) => return None,
         }

@@ -25,10 +25,14 @@ const WITNESS: &str = "test";
 /// The port of the first backup. Each has one of its own.
 const PORT: u16 = 7000;
 
+/// Checkpoints begin as soon as output waits, else after this many milliseconds at most.
+pub const ADAPTS: Duration = Duration::ZERO;
+const LONGEST: u64 = 200;
+
 /// How a guest is protected.
 #[derive(Debug, Clone, Copy)]
 pub struct Protection {
-    /// From one checkpoint to the next.
+    /// From one checkpoint to the next; [`ADAPTS`]: as soon as output waits.
     pub interval: Duration,
     /// Without a byte from the peer, until it is suspected.
     pub timeout: Duration,
@@ -253,9 +257,15 @@ impl<'a> Pair<'a> {
     ) -> Result<()> {
         let mut arguments = json!({
             "tls": self.tls(),
-            "interval": protection.interval.as_millis() as u64,
             "heartbeat-timeout": protection.timeout.as_millis() as u64,
         });
+        let rhythm = match protection.interval {
+            ADAPTS => ("max-period", LONGEST),
+            interval => ("interval", interval.as_millis() as u64),
+        };
+        if let Some(arguments) = arguments.as_object_mut() {
+            arguments.insert(rhythm.0.to_owned(), json!(rhythm.1));
+        }
         if let (Some(identity), Some(arguments)) = (witness, arguments.as_object_mut()) {
             arguments.insert("witness".to_owned(), json!(identity));
         }

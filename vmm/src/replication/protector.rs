@@ -253,6 +253,8 @@ pub struct Protector<R> {
     blackhole: Option<(Number, u64)>,
     /// The `End` of epochs that go there and are still being encoded.
     ends: VecDeque<Frame>,
+    /// Bytes that the last epoch has copied.
+    copied: u64,
     /// What has changed in memory since the last epoch, as far as that was asked while none could
     /// begin; and whether it is being asked.
     grown: Vec<Range<u64>>,
@@ -322,6 +324,7 @@ impl<R: Fn(Report)> Protector<R> {
             offered: None,
             blackhole: None,
             ends: VecDeque::new(),
+            copied: 0,
             grown: Vec::new(),
             growing: false,
             postponed: None,

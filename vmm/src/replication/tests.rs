@@ -257,6 +257,10 @@ struct Host {
     disks: Option<Arc<Disks>>,
     /// Checkpoints fail.
     fails: Mutex<bool>,
+    /// The guest does not run for want of room, and for how many percent of the time it rests; and
+    /// the most that was.
+    parked: Mutex<bool>,
+    throttle: Mutex<(u8, u8)>,
     /// The guest does not run, as an epoch is sent out of its memory; and how often that was so.
     stopped: Mutex<bool>,
     stops: Mutex<u32>,
@@ -358,6 +362,8 @@ impl Protected {
             dirty: Mutex::default(),
             disks,
             fails: Mutex::default(),
+            parked: Mutex::default(),
+            throttle: Mutex::default(),
             stopped: Mutex::default(),
             stops: Mutex::default(),
             told: Mutex::default(),
@@ -392,18 +398,23 @@ impl Protected {
                 1 => random.fill(&mut page),
                 _ => page[random.usize(..4096)] = random.u8(..),
             }
-            // As one step, so that no checkpoint is in between.
-            let mut dirty = loop {
-                let dirty = self.host.dirty.lock();
-                if !*self.host.stopped.lock() {
-                    break dirty;
-                }
-                drop(dirty);
-                thread::sleep(Duration::from_millis(1));
-            };
-            image::write(&self.host.memory, at, &page).unwrap();
-            dirty.push(at..at + 4096);
+            self.puts(at, &page);
         }
+    }
+
+    /// The guest changes a page, once it runs.
+    fn puts(&self, at: u64, page: &[u8; 4096]) {
+        // As one step, so that no checkpoint is in between.
+        let mut dirty = loop {
+            let dirty = self.host.dirty.lock();
+            if !*self.host.stopped.lock() && !*self.host.parked.lock() {
+                break dirty;
+            }
+            drop(dirty);
+            thread::sleep(Duration::from_millis(1));
+        };
+        image::write(&self.host.memory, at, page).unwrap();
+        dirty.push(at..at + 4096);
     }
 
     fn is_equal(&self, backup: &Backup) {
@@ -475,16 +486,17 @@ impl Host {
                     self.told.lock().push(state);
                     self.reasons.lock().extend(reason);
                 }
+                Report::Park(park) => *self.parked.lock() = park,
+                Report::Throttle(percent) => {
+                    let mut throttle = self.throttle.lock();
+                    *throttle = (percent, throttle.1.max(percent));
+                }
                 Report::Connect => {
                     (self.connect)().into_iter().for_each(|ends| {
                         orders.give(Order::Connected(ends));
                     });
                 }
-                Report::Ask(_)
-                | Report::Park(_)
-                | Report::Throttle(_)
-                | Report::Unlog
-                | Report::Released(_) => {}
+                Report::Ask(_) | Report::Unlog | Report::Released(_) => {}
                 Report::Over(exit, _) => return exit,
             }
         }
@@ -528,6 +540,8 @@ struct Link {
     ends: Arc<Mutex<Vec<UnixStream>>>,
     /// No other connection is forwarded.
     gone: Arc<Mutex<bool>>,
+    /// How long each 64 KiB take.
+    slow: Arc<Mutex<Duration>>,
 }
 
 impl Link {
@@ -535,7 +549,8 @@ impl Link {
         let (listener, to) = (UnixListener::bind(from).unwrap(), to.to_owned());
         let ends = Arc::<Mutex<Vec<UnixStream>>>::default();
         let gone = Arc::<Mutex<bool>>::default();
-        let (kept, over) = (ends.clone(), gone.clone());
+        let slow = Arc::<Mutex<Duration>>::default();
+        let (kept, over, slows) = (ends.clone(), gone.clone(), slow.clone());
         thread::spawn(move || {
             for near in listener.incoming() {
                 if *over.lock() {
@@ -545,16 +560,23 @@ impl Link {
                 for (mut from, mut to) in [(&near, &far), (&far, &near)]
                     .map(|(a, b)| (a.try_clone().unwrap(), b.try_clone().unwrap()))
                 {
+                    let slow = slows.clone();
                     thread::spawn(move || {
+                        let mut piece = vec![0; 64 << 10];
                         // A cut ends it.
-                        let _ = std::io::copy(&mut from, &mut to);
+                        while let Ok(length @ 1..) = from.read(&mut piece)
+                            && to.write_all(&piece[..length]).is_ok()
+                        {
+                            let share = u32::try_from(length).unwrap();
+                            thread::sleep(*slow.lock() * share / (64 << 10));
+                        }
                         let _ = to.shutdown(Shutdown::Both);
                     });
                 }
                 kept.lock().extend([near, far]);
             }
         });
-        Self { ends, gone }
+        Self { ends, gone, slow }
     }
 
     fn cut(&self) {
@@ -620,6 +642,45 @@ fn memory_is_equal(manner: Manner) -> u32 {
     assert_eq!(backup.rooms.lock().len(), 1, "nothing was sent again from the beginning");
     assert_eq!(backup.status.lock().state, ReplicationStatus::Standby);
     *protected.host.stops.lock()
+}
+
+/// For as long as it lasts, memory is bounded, and the guest stays protected and runs.
+#[test]
+fn a_guest_that_changes_more_than_the_link_takes_is_slowed_down() {
+    const MOST: u64 = 2 << 20;
+    let (_directory, near, far) = places();
+    let backup = Backup::at(&far, Given::None);
+    let link = Link::between(&near, &far);
+    let manner = Manner { max_staging: MOST, ..Manner::default() };
+    let witness = Witness::default();
+    let protected =
+        Protected::with(&near, &Given::None, OnLoss::Stall, witness, (TSC, None, manner));
+    protected.is_protected();
+    // 3 MB/s.
+    *link.slow.lock() = Duration::from_millis(20);
+    let mut random = fastrand::Rng::with_seed(1);
+    let (mut rounds, mut held) = (0, 0);
+    let end = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < end {
+        // Some 20 MB/s, if nothing stops it.
+        for _ in 0..40 {
+            let mut page = [0; 4096];
+            random.fill(&mut page);
+            protected.puts(random.u64(..MEMORY / 4096) * 4096, &page);
+        }
+        rounds += 1;
+        let rests = u32::from(protected.host.throttle.lock().0);
+        thread::sleep(Duration::from_millis(8) + Duration::from_millis(8) * rests / 100);
+        let shown = protected.status.lock().clone();
+        assert_eq!(shown.stalls, 0);
+        assert!(shown.staged_bytes <= MOST, "{} bytes", shown.staged_bytes);
+        held = held.max(shown.staged_bytes);
+    }
+    assert!(rounds > 20 && held > MOST / 2, "{rounds} rounds, {held} bytes");
+    assert!(protected.host.throttle.lock().1 > 0, "it was never slowed down");
+    *link.slow.lock() = Duration::ZERO;
+    protected.is_equal(&backup);
+    wait_for("full speed", || protected.host.throttle.lock().0 == 0);
 }
 
 #[test]

@@ -113,7 +113,7 @@ fn all(task: &Task) -> Result<()> {
         Subject::Held(times) => held::measure(&rig, &debian, *times),
         Subject::Remus(turns) => {
             let ours = find(&paths, &debian).0.into_iter().find(Found::is_ours);
-            remus::measure(&rig, &ours.context("this monitor is missing")?, *turns)
+            remus::measure(&rig, &debian, &ours.context("this monitor is missing")?, *turns)
         }
     };
     rig.clean_up()?;

@@ -73,7 +73,10 @@ impl Part {
             Scenario::Boot => &[Self::Init],
             Scenario::Io => &[Self::Io],
             Scenario::Density => &[Self::Machines, Self::Clones],
-            Scenario::RemusFew | Scenario::RemusMany => &[Self::Protection],
+            Scenario::RemusFew
+            | Scenario::RemusMany
+            | Scenario::RemusAuto
+            | Scenario::RemusHosts => &[Self::Protection],
         }
     }
 
@@ -87,7 +90,16 @@ impl Part {
             M::Restore => Self::Restore,
             M::RestoreLarge => Self::RestoreLarge,
             M::List => Self::List,
-            _ if matches!(scenario, Scenario::RemusFew | Scenario::RemusMany) => Self::Protection,
+            _ if matches!(
+                scenario,
+                Scenario::RemusFew
+                    | Scenario::RemusMany
+                    | Scenario::RemusAuto
+                    | Scenario::RemusHosts
+            ) =>
+            {
+                Self::Protection
+            }
             M::Init => Self::Init,
             M::ScatteredDirectory | M::ScatteredStream => Self::Scattered,
             M::ManyWall | M::ManyCpu | M::ManyPrivate | M::ManyPss | M::ManyGuest => Self::Machines,
@@ -117,6 +129,11 @@ impl Part {
             | M::Encode
             | M::WireShare
             | M::CommitLag
+            | M::LoneRequest
+            | M::Failover
+            | M::FailoverDetect
+            | M::FailoverApply
+            | M::FailoverRun
             | M::Work => Self::Protection,
         };
         Self::of(scenario).contains(&part).then_some(part)

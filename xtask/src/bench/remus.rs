@@ -10,6 +10,8 @@
 //!   checkpoint costs at least;
 //! - nowhere: its checkpoints are taken and encoded, and sent nowhere;
 //! - backup: they are sent to a backup on the same host, which shares its processors.
+mod network;
+
 use std::fs;
 use std::path::Path;
 use std::process::Stdio;
@@ -22,11 +24,13 @@ use qmp::schema::{
     ReplicationStart, ReplicationStatus, ReplicationStop,
 };
 use serde::{Deserialize, Serialize};
+use stories::debian::Debian;
 
 use super::control::Connection;
 use super::figures::Figures;
 use super::measure::{LIMIT, Turn, send};
 use super::monitors::{Found, Guest};
+use super::part::Part;
 use super::rig::Rig;
 use super::run::last_words;
 use super::statistics::{median, quantile};
@@ -85,44 +89,75 @@ impl Manner {
 struct Load {
     scenario: Scenario,
     pages: u64,
-    /// From one checkpoint to the next, and from the guest's writes to the next ones.
+    /// From the guest's writes to the next ones, and from one checkpoint to the next.
     period: Duration,
+    /// The guest's time is what its work takes while nothing disturbs it, and checkpoints adapt.
+    adapts: bool,
 }
 
-const LOADS: [Load; 2] = [
-    Load { scenario: Scenario::RemusFew, pages: 200, period: Duration::from_millis(25) },
-    Load { scenario: Scenario::RemusMany, pages: 2000, period: Duration::from_millis(100) },
+const LOADS: [Load; 3] = [
+    Load {
+        scenario: Scenario::RemusFew,
+        pages: 200,
+        period: Duration::from_millis(25),
+        adapts: false,
+    },
+    Load {
+        scenario: Scenario::RemusMany,
+        pages: 2000,
+        period: Duration::from_millis(100),
+        adapts: false,
+    },
+    Load {
+        scenario: Scenario::RemusAuto,
+        pages: 2000,
+        period: Duration::from_millis(25),
+        adapts: true,
+    },
 ];
+/// Milliseconds between two checkpoints that adapt, at most.
+const LONGEST: u64 = 200;
 
 /// Measures everything, in `turns` turns.
 ///
 /// # Errors
 /// The requesting process has ended, or the measurement is interrupted.
-pub fn measure(rig: &Rig, found: &Found, turns: usize) -> Result<()> {
+pub fn measure(rig: &Rig, debian: &Debian, found: &Found, turns: usize) -> Result<()> {
     for manner in Manner::ALL {
         let version = format!("{}; {}", manner.about(), found.version()?);
         send(&Message::Monitor { name: manner.name().to_owned(), version })?;
     }
-    send(&Message::Plan(LOADS.len() * turns * Manner::ALL.len()))?;
+    send(&Message::Plan(LOADS.len() * turns * Manner::ALL.len() + 2 * turns))?;
     for load in &LOADS {
-        if let Err(error) = under(rig, found, load, turns) {
-            rig.interrupt.check()?;
-            let words = last_words(&rig.dir);
-            send(&Message::Failed {
-                scenario: load.scenario,
-                part: "protection".to_owned(),
-                monitor: "this monitor".to_owned(),
-                error: format!("{error:#}; it said: {words}"),
-            })?;
-        }
+        let result = under(rig, found, load, turns);
+        note(rig, load.scenario, result, || last_words(&rig.dir))?;
     }
-    Ok(())
+    let result = network::measure(rig, debian, turns);
+    note(rig, Scenario::RemusHosts, result, String::new)
+}
+
+/// Reports why a scenario has failed, if it has.
+fn note(
+    rig: &Rig,
+    scenario: Scenario,
+    result: Result<()>,
+    words: impl FnOnce() -> String,
+) -> Result<()> {
+    let Err(error) = result else { return Ok(()) };
+    rig.interrupt.check()?;
+    send(&Message::Failed {
+        scenario,
+        part: Part::Protection.label().to_owned(),
+        monitor: "this monitor".to_owned(),
+        error: format!("{error:#}; it said: {}", words()),
+    })
 }
 
 /// Measures one load: one guest, in all manners in turns.
 fn under(rig: &Rig, found: &Found, load: &Load, turns: usize) -> Result<()> {
     let (turn, period) = (Turn::new(rig, found, load.scenario), load.period.as_micros());
-    let what = format!("work pages={} period={period}", load.pages);
+    let paced = if load.adapts { " paced=work" } else { "" };
+    let what = format!("work pages={} period={period}{paced}", load.pages);
     let mut run = turn.start(&Guest { mib: MIB, ..turn.linux(&what)? })?;
     let (connection, _) = run.connect()?;
     let Connection::Qmp(mut client) = connection else { bail!("not QMP") };
@@ -136,7 +171,7 @@ fn under(rig: &Rig, found: &Found, load: &Load, turns: usize) -> Result<()> {
             rig.interrupt.check()?;
             let step = format!("{}: {}", load.scenario.title(), manner.name());
             send(&Message::Step(step))?;
-            let protected = protect(rig, found, &mut client, manner, load.period)?;
+            let protected = protect(rig, found, &mut client, manner, load)?;
             let sample = |metric, value| {
                 let (scenario, monitor) = (load.scenario, manner.name().to_owned());
                 send(&Message::Sample { scenario, metric, monitor, value })
@@ -152,7 +187,7 @@ fn under(rig: &Rig, found: &Found, load: &Load, turns: usize) -> Result<()> {
                 sample(Metric::Work, value)?;
             }
             for epoch in epochs(&mut client, after)? {
-                report(&epoch, load.pages, sample)?;
+                report(&epoch, load, sample)?;
             }
             if let Some(protected) = protected {
                 unprotect(&mut client, protected)?;
@@ -166,12 +201,13 @@ fn under(rig: &Rig, found: &Found, load: &Load, turns: usize) -> Result<()> {
 /// period are not of that size: guest and checkpoints keep time independently.
 fn report(
     epoch: &ReplicationEpoch,
-    pages: u64,
+    load: &Load,
     sample: impl Fn(Metric, f64) -> Result<()>,
 ) -> Result<()> {
     let ms = |us: u64| us as f64 / 1e3;
     sample(Metric::Period, ms(epoch.period_us.unwrap_or_default()))?;
-    if !(pages * 9 / 10..pages * 3 / 2 + 100).contains(&epoch.dirty_pages) {
+    let size = load.pages * 9 / 10..load.pages * 3 / 2 + 100;
+    if !load.adapts && !size.contains(&epoch.dirty_pages) {
         return Ok(());
     }
     sample(Metric::DirtyPages, epoch.dirty_pages as f64)?;
@@ -209,10 +245,11 @@ fn protect(
     found: &Found,
     client: &mut qmp::client::Client,
     manner: Manner,
-    period: Duration,
+    load: &Load,
 ) -> Result<Option<Protected>> {
     let mut start = ReplicationStart {
-        interval: Some(period.as_millis() as u64),
+        interval: (!load.adapts).then_some(load.period.as_millis() as u64),
+        max_period: load.adapts.then_some(LONGEST),
         r#unsafe: Some(true),
         ..Default::default()
     };
@@ -323,6 +360,39 @@ pub fn verdict(figures: &Figures) -> Vec<String> {
         );
         Some(judged(said, cost <= 5.0))
     };
+    let adapted = |manner: Manner| {
+        let of = |metric, manner| of(Scenario::RemusAuto, metric, manner);
+        let protected = of(Metric::Work, manner);
+        let lost = 100.0 - median(protected)? / median(of(Metric::Work, Manner::Nothing))? * 100.0;
+        let (period, n) = (median(of(Metric::Period, manner))?, protected.len());
+        let said = format!(
+            "2,000 pages per 25 ms of work, period adapted, {}: {lost:.1} % of all work (at most 15), period {period:.0} ms, n = {n}",
+            manner.name()
+        );
+        Some(judged(said, lost <= 15.0))
+    };
+    let hosts = |metric, manner| of(Scenario::RemusHosts, metric, manner);
+    let lone = || {
+        let (alone, held) = (
+            hosts(Metric::LoneRequest, Manner::Nothing),
+            hosts(Metric::LoneRequest, Manner::Backup),
+        );
+        let (before, after) = (median(alone)?, median(held)?);
+        let (added, n) = (after - before, held.len());
+        let said = format!(
+            "lone request, period adapted: {after:.2} ms instead of {before:.2}, {added:.2} later (at most 5), n = {n}"
+        );
+        Some(judged(said, added <= 5.0))
+    };
+    let failover = || {
+        let samples = hosts(Metric::Failover, Manner::Backup);
+        let (middle, n) = (median(samples)?, samples.len());
+        let most = quantile(samples, 1.0)?;
+        let said = format!(
+            "kill -9 to the guest running at the backup, time-out 200 ms: median {middle:.0} ms, all at most {most:.0} (at most 500), n = {n}"
+        );
+        Some(judged(said, most <= 500.0))
+    };
     [
         pause(Scenario::RemusMany, Manner::Backup, (1.5, 4.0)),
         pause(Scenario::RemusMany, Manner::Nowhere, (1.5, 4.0)),
@@ -332,6 +402,10 @@ pub fn verdict(figures: &Figures) -> Vec<String> {
         floor(Scenario::RemusFew),
         cost(Manner::Nowhere),
         cost(Manner::Backup),
+        adapted(Manner::Nowhere),
+        adapted(Manner::Backup),
+        lone(),
+        failover(),
     ]
     .into_iter()
     .flatten()

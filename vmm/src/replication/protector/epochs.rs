@@ -51,8 +51,12 @@ impl<R: Fn(Report)> Protector<R> {
             self.harvesting = Some(epoch);
             return self.ask(Report::Harvest);
         }
-        let staging = self.spare.pop().unwrap_or_default();
+        let mut staging = self.spare.pop().unwrap_or_default();
         let left = std::mem::take(&mut self.grown);
+        let room = staging::room_for(self.copied.max(staging::bytes(&left)));
+        if let Err(e) = staging.touch(room.min(self.task.manner.max_staging)) {
+            log::warn!("replication: no memory for copies yet: {e}");
+        }
         self.ask_capture(epoch, shut, left, staging);
     }
 
@@ -230,6 +234,7 @@ impl<R: Fn(Report)> Protector<R> {
                 self.task.history.lock().captured(name, &pause, pages, held);
                 self.faults.captured(self.now(), taken.system, pages);
                 let cost = Cost { pause: pause.all, pages, fault: self.faults.each() };
+                self.copied = taken.pages.copied();
                 match self.stage(epoch, *taken, *outside) {
                     Ok(input) => {
                         match self.task.disks {
