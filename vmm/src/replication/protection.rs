@@ -167,7 +167,7 @@ struct Capture {
 /// Why an epoch was not captured.
 enum NotTaken {
     /// The machine has to be paused for it.
-    TooLarge(Capture),
+    TooLarge(Box<Capture>),
     Failed(String),
 }
 
@@ -622,7 +622,7 @@ impl Vmm {
                     }
                     Err(NotTaken::TooLarge(capture)) => {
                         protection.copying = true;
-                        protection.capture = Some(capture);
+                        protection.capture = Some(*capture);
                         return;
                     }
                     Err(NotTaken::Failed(why)) => Ok(Err(why)),
@@ -792,7 +792,7 @@ fn epoch(
     let taken = still.epoch(&left, staging, most).map_err(|e| match e {
         EpochError::TooLarge(left) => {
             let staging = Staging::default();
-            NotTaken::TooLarge(Capture { epoch, shut, left, staging, most, asked })
+            NotTaken::TooLarge(Box::new(Capture { epoch, shut, left, staging, most, asked }))
         }
         e => NotTaken::Failed(Error::generic(&e).to_string()),
     })?;

@@ -29,7 +29,7 @@ pub fn measure(rig: &Rig, debian: &Debian, turns: usize) -> Result<()> {
     let dir = rig.dir.join("hosts");
     std::fs::create_dir_all(&dir)?;
     let hosts = Hosts::new(debian, 1)?;
-    let mut pair = Pair::new(&hosts, &rig.paths, &dir);
+    let mut pair = Pair::new(&hosts, &rig.paths, &dir)?;
     let mut primary = pair.boot(Side::Left)?;
     let mut client = Client::connect(&hosts, SOON)?;
     let mut random = fastrand::Rng::with_seed(1);
