@@ -22,7 +22,7 @@ use std::{
 
 use config::{Description, MemoryConfig, incoming::Arbiter};
 use machine::{
-    Memory, Tsc,
+    Memory, Pages, Taken, Tsc,
     memory::{allocate, image},
 };
 use replication::{
@@ -37,9 +37,10 @@ use transport::{Descriptors, Security};
 use vmm::{
     checkpoint::Received,
     replication::{
+        history::Pause,
         keeper::{Keeper, Wanted},
         offer::{Host, Offer},
-        protector::{self, Order, Orders, Protector, Report, Way},
+        protector::{self, Manner, Order, Orders, Protector, Report, Way},
         settings::agreement,
         standby::{self, Builder, Standby, ToStandby},
     },
@@ -224,7 +225,8 @@ impl Protected {
             way: Way { peer: None, security: Security::Plain(false) },
             disks: None,
             memory: memory.clone(),
-            compress: true,
+            manner: Manner::default(),
+            history: Arc::default(),
             start: true,
             orders: inbox,
             wake: wake.clone(),
@@ -268,9 +270,20 @@ fn answer(reports: &Receiver<Report>, orders: &Orders, memory: &Memory, stream: 
                 let text = epoch.0.to_le_bytes();
                 image::write(memory, CHANGED.start, &text).unwrap();
                 staging.fill(memory, &[CHANGED]).unwrap();
-                let captured = Box::new((sections().try_into().unwrap(), staging));
+                let none = Duration::ZERO;
+                let taken = Box::new(Taken {
+                    state: sections().try_into().unwrap(),
+                    pages: Pages::Staged(staging),
+                    harvest: none,
+                    copy: none,
+                    state_time: none,
+                    system: none,
+                });
+                let began = Instant::now();
+                let (park, harvest, copy, state, all) = (none, none, none, none, none);
+                let pause = Pause { began, park, harvest, copy, state, all };
                 let outside = Box::default();
-                orders.give(Order::Captured { epoch, captured, outside, gates: None });
+                orders.give(Order::Captured { epoch, taken, pause, outside, gates: None });
             }
             Report::Connect => {
                 if let Some(stream) = stream.take() {

@@ -31,10 +31,11 @@ const ARROWS: [(&str, &[&str]); 13] = [
 /// Longest file, in lines without tests.
 const MAX_LINES: usize = 800;
 /// Where unsafe code may be: files, and directories with everything in them.
-const UNSAFE_ALLOWED: [&str; 7] = [
+const UNSAFE_ALLOWED: [&str; 8] = [
     "machine/src/arch/x86_64/kvm/",
     "machine/src/kvm/",
     "machine/src/vcpu/kick.rs",
+    "machine/src/vcpu/usage.rs",
     "devices/src/testing/descriptors.rs",
     "machine/src/memory.rs",
     "machine/src/memory/",

@@ -20,7 +20,7 @@ mod copier;
 mod disks;
 pub mod entrance;
 pub mod handed;
-mod history;
+pub mod history;
 pub mod host;
 pub mod keeper;
 pub mod offer;

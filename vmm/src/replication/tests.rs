@@ -653,8 +653,13 @@ fn a_guest_that_changes_more_than_the_link_takes_is_slowed_down() {
     let link = Link::between(&near, &far);
     let manner = Manner { max_staging: MOST, ..Manner::default() };
     let witness = Witness::default();
-    let protected =
-        Protected::with(&near, &Given::None, OnLoss::Stall, witness, (TSC, None, manner));
+    let protected = Protected::with(
+        &near,
+        &Given::None,
+        OnLoss::Stall,
+        witness,
+        Special { manner, ..Special::default() },
+    );
     protected.is_protected();
     // 3 MB/s.
     *link.slow.lock() = Duration::from_millis(20);
