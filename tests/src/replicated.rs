@@ -2,6 +2,7 @@
 //! whatever a failover loses or does twice.
 pub mod agent;
 pub mod certificates;
+pub mod chain;
 pub mod client;
 pub mod counter;
 pub mod dialer;
@@ -9,4 +10,5 @@ pub mod machine;
 pub mod pair;
 pub mod probe;
 pub mod recorder;
+pub mod relay;
 pub mod witness;

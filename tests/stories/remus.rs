@@ -25,6 +25,7 @@ const STORIES: &[(&str, Test)] = &[
     ("a_guest_that_is_migrated_counts_on_at_the_other_host", guest::migrates),
     ("a_killed_primary_loses_no_record", disks::nothing_is_lost),
     ("the_counter_goes_on_when_the_primary_is_killed", failover::counter_goes_on),
+    ("the_counter_goes_on_through_many_failovers", failover::again_and_again),
     ("a_primary_that_stands_still_comes_back", backup::flaps),
     ("a_primary_that_stands_still_for_long_is_fenced", backup::is_fenced),
     ("a_backup_that_stands_still_is_taken_again", backup::is_taken_again),

@@ -1,46 +1,35 @@
-//! `cargo remus-soak`: a chain of failovers of one guest. In each turn the guest is protected by a
-//! new process at the other host, works, and loses its own host; then it runs at the other one. A
-//! client outside counts all the time, another has records written to the guest's disk, and everything that a seed determines can be repeated.
-use std::time::{Duration, Instant};
+//! `cargo remus-soak`: a chain of failovers of one guest, see [`stories::replicated::chain`].
+//! Everything that a seed determines can be repeated. A turn that fails ends the chain; another one
+//! begins with the next turn, so that a long run says how often something happens.
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use fastrand::Rng;
 use serde::{Deserialize, Serialize};
 use stories::debian::Debian;
-use stories::lab::hosts::{Hosts, Side};
-use stories::monitor::SOON;
+use stories::lab::hosts::Hosts;
 use stories::paths::Paths;
-use stories::replicated::client::Client;
-use stories::replicated::counter::{Counter, Manner};
-use stories::replicated::pair::{Failover, Machine, Pair, Protection};
-use stories::replicated::probe::Probe;
-use stories::replicated::recorder::Recorder;
+use stories::replicated::chain::{Chain, Done, Turn};
+use stories::replicated::pair::Pair;
+use stories::replicated::relay::Step;
 
 use crate::bench::interrupt::Interrupt;
 use crate::bench::statistics::quantile;
 
 /// How it is called.
 pub const USAGE: &str = "\
-Kills a protected guest's host again and again, and checks that nothing is lost.
+Kills a protected guest's host again and again, at any moment and at each step of an epoch, and
+checks that nothing is lost. Says at the end what it has found.
 
 Usage: cargo remus-soak -- TURNS [OPTION]...
   --seed NUMBER   the same turns as in the run that printed this number
   --from TURN     begin with this turn instead of turn 1
   -h              this text
 ";
-/// Milliseconds between two checkpoints, and without a byte from the peer until it is suspected.
-const PROTECTION: Protection =
-    Protection { interval: Duration::from_millis(25), timeout: Duration::from_millis(200) };
-/// How long a failover may take at most. Whether it is fast enough, the figures say.
-const LIMIT: Duration = Duration::from_secs(20);
-/// From one datagram to the next.
-const PERIOD: Duration = Duration::from_millis(2);
-/// Numbers that the guest gives before and after each failover.
-const NUMBERS: usize = 20;
+/// Turns that may fail before it gives up.
+const MOST_FAILURES: usize = 10;
 
-/// Bytes of the guest's disk, and the pause after each record on it: it is full after an hour.
+/// Bytes of the guest's disk: it is full of records after an hour.
 const DISK: usize = 128 << 20;
-const RECORDS: Duration = Duration::from_millis(100);
 
 /// What is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,39 +68,12 @@ impl Plan {
         );
         Ok(plan)
     }
-
-    /// What happens in a turn.
-    fn turn(&self, number: u64) -> Turn {
-        let mut rng = Rng::with_seed(self.seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)));
-        let (pages, bytes) =
-            if rng.bool() { (rng.u64(1..2000), 8 << rng.u32(0..10)) } else { (0, 0) };
-        let (period, work) = (rng.u64(1..50), rng.u64(0..500));
-        Turn {
-            pages,
-            bytes,
-            period: Duration::from_millis(period),
-            work: Duration::from_millis(work),
-        }
-    }
 }
 
-/// What happens in a turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Turn {
-    /// Pages that the guest writes, bytes of each, and how often.
-    pages: u64,
-    bytes: usize,
-    period: Duration,
-    /// From its protection to its death.
-    work: Duration,
-}
-
-/// The figures of a turn.
-struct Done {
-    failover: Failover,
-    /// How long no datagram came back, and no number.
-    away: Duration,
-    gap: Duration,
+/// A turn that has failed.
+struct Failed {
+    number: u64,
+    what: String,
 }
 
 /// Runs the turns, and prints what becomes of them.
@@ -120,73 +82,82 @@ struct Done {
 /// In some turn the guest did not go on, or not as it has to; says which, and how to repeat it.
 pub fn run(plan: &Plan, paths: &Paths, debian: &Debian, interrupt: &Interrupt) -> Result<()> {
     println!("Seed {}.", plan.seed);
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
+    let mut next = plan.from;
+    while next <= plan.turns && failed.len() < MOST_FAILURES {
+        let (number, ended) = chain(plan, next, (paths, debian), interrupt, &mut done)?;
+        if let Some(what) = ended {
+            println!("{number:>6}: failed: {what}");
+            failed.push(Failed { number, what });
+        }
+        next = number + 1;
+    }
+    print!("{}", table(&done));
+    print!("{}", found(&done, &failed, plan));
+    ensure!(failed.is_empty(), "{} of the turns failed", failed.len());
+    Ok(())
+}
+
+/// Runs one chain from the turn `from` on. Returns its last turn, and how that has failed.
+fn chain(
+    plan: &Plan,
+    from: u64,
+    (paths, debian): (&Paths, &Debian),
+    interrupt: &Interrupt,
+    done: &mut Vec<Done>,
+) -> Result<(u64, Option<String>)> {
     let dir = paths.fresh_scratch("remus-soak")?;
     let hosts = Hosts::new(debian, plan.seed)?;
-    let pair = Pair::new(&hosts, paths, &dir)?;
-    let mut pair = pair.with_disk(Side::Left, &vec![0; DISK])?;
-    let mut primary = pair.boot(Side::Left)?;
-    let counter = Counter::start(&hosts.outside, Manner::default())?;
-    let mut client = Client::connect(&hosts, SOON)?;
-    let recorder = Recorder::start(&hosts.outside, RECORDS)?;
-    let probe = Probe::start(&hosts.outside, PERIOD)?;
-    let mut done = Vec::new();
-    for number in plan.from..=plan.turns {
+    let mut chain = Chain::start(&hosts, Pair::new(&hosts, paths, &dir)?, DISK)?;
+    for number in from..=plan.turns {
         interrupt.check()?;
-        let turn = plan.turn(number);
-        let result = take_turn(turn, &mut pair, primary, &counter, &mut client);
-        let (next, failover, killed) = result.with_context(|| {
-            format!(
-                "turn {number}, {turn:?}; to begin with it: cargo remus-soak -- {} --seed {} --from {number}",
-                plan.turns, plan.seed
-            )
-        })?;
-        primary = next;
-        // Each of them was flushed before it was acknowledged.
-        let acknowledged = recorder.acknowledged();
-        recorder.wait(1, SOON)?;
-        let found = client.check_records(SOON)?;
-        ensure!(found > acknowledged, "turn {number}: {found} records of {acknowledged}");
-        let (away, gap) = (probe.longest_gap(killed)?, counter.longest_gap(killed));
-        println!(
-            "{number:>6}: {turn:?}: away for {away:.1?}, to TCP for {gap:.1?}; {failover:.1?}"
-        );
-        done.push(Done { failover, away, gap });
+        let turn = Turn::new(plan.seed, number);
+        match chain.turn(turn) {
+            Ok(one) => {
+                println!("{number:>6}: {one}");
+                done.push(one);
+            }
+            Err(error) => return Ok((number, Some(format!("{turn:?}: {error:#}")))),
+        }
     }
-    let records = recorder.finish();
-    let report = counter.finish()?;
-    print!("{}", table(&done));
+    let (report, records) = match chain.finish() {
+        Ok(seen) => seen,
+        Err(error) => return Ok((plan.turns, Some(format!("the counter: {error:#}")))),
+    };
     println!(
         "{} numbers were acknowledged, in order, and {records} records on the disk; connections \
          broken: {}.",
         report.steps.len(),
         report.reconnections
     );
-    std::fs::remove_dir_all(&dir).context("cannot clean up")
+    std::fs::remove_dir_all(&dir).context("cannot clean up")?;
+    Ok((plan.turns, None))
 }
 
-/// One turn; returns who runs the guest then, and when the old one died.
-fn take_turn(
-    turn: Turn,
-    pair: &mut Pair<'_>,
-    mut primary: Machine,
-    counter: &Counter,
-    client: &mut Client,
-) -> Result<(Machine, Failover, Instant)> {
-    client.write(turn.pages, turn.bytes, turn.period, SOON)?;
-    let backup = pair.protect(&mut primary, PROTECTION)?;
-    counter.wait(NUMBERS, SOON).context("protected")?;
-    std::thread::sleep(turn.work);
-    let killed = Instant::now();
-    let failover = Pair::kill(primary, &backup, LIMIT)?;
-    counter.wait(NUMBERS, LIMIT).context("after the failover")?;
-    client.check_memory(SOON)?;
-    Ok((backup, failover, killed))
+/// How many turns were killed where, and what failed.
+fn found(done: &[Done], failed: &[Failed], plan: &Plan) -> String {
+    let at = |step| done.iter().filter(|done| done.turn.step == step).count();
+    let steps = Step::ALL.map(|step| format!("{} {step:?}", at(Some(step))));
+    let mut text = format!(
+        "\n{} failovers: {} at any moment, {}. Failed: {}.\n",
+        done.len(),
+        at(None),
+        steps.join(", "),
+        failed.len()
+    );
+    for Failed { number, what } in failed {
+        text.push_str(&format!(
+            "\nturn {number}: {what}\n  to begin with it: cargo remus-soak -- {} --seed {} --from {number}\n",
+            plan.turns, plan.seed
+        ));
+    }
+    text
 }
 
 /// A row for each figure, in milliseconds.
 fn table(done: &[Done]) -> String {
     type Figure = fn(&Done) -> Duration;
-    let figures: [(&str, Figure); 7] = [
+    let figures: [(&str, Figure); 8] = [
         ("detect", |done| done.failover.detect),
         ("decide", |done| done.failover.decide),
         ("apply", |done| done.failover.apply),
@@ -194,6 +165,7 @@ fn table(done: &[Done]) -> String {
         ("all, from outside", |done| done.failover.all),
         ("away, by datagrams", |done| done.away),
         ("the counter's gap", |done| done.gap),
+        ("the whole turn", |done| done.took),
     ];
     let mut table =
         format!("\n{:<18} {:>5} {:>9} {:>9} {:>9}  ms\n", "", "n", "median", "p99", "max");
@@ -228,24 +200,14 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_depends_on_the_seed_and_its_number_only() {
-        let plan = |seed, from| Plan { turns: 50, seed, from };
-        let turns = |plan: Plan| (1..=50).map(|number| plan.turn(number)).collect::<Vec<_>>();
-        assert_eq!(turns(plan(1, 1)), turns(plan(1, 20)));
-        assert_ne!(turns(plan(1, 1)), turns(plan(2, 1)));
-        let idle = turns(plan(1, 1)).iter().filter(|turn| turn.pages == 0).count();
-        assert!((10..40).contains(&idle), "{idle} of 50 are idle");
-    }
-
-    #[test]
     fn the_table_has_a_row_for_each_figure() {
         let ms = Duration::from_millis;
         let failover =
             Failover { detect: ms(1), decide: ms(2), apply: ms(3), run: ms(4), all: ms(5) };
-        let table = table(&[
-            Done { failover, away: ms(6), gap: ms(6) },
-            Done { failover, away: ms(6), gap: ms(8) },
-        ]);
+        let turn = Turn::new(1, 1);
+        let done = |gap| Done { turn, failover, away: ms(6), gap: ms(gap), took: ms(900) };
+        let done = [done(6), done(8)];
+        let table = table(&done);
         assert!(
             table.lines().any(|line| line.split_whitespace().eq([
                 "the",
@@ -258,5 +220,14 @@ mod tests {
             ])),
             "{table}"
         );
+    }
+
+    #[test]
+    fn a_failure_is_found_with_the_command_that_repeats_it() {
+        let plan = Plan { turns: 9, seed: 7, from: 1 };
+        let failed = Failed { number: 4, what: "it is silent".to_owned() };
+        let text = found(&[], &[failed], &plan);
+        assert!(text.contains("turn 4: it is silent"), "{text}");
+        assert!(text.contains("cargo remus-soak -- 9 --seed 7 --from 4"), "{text}");
     }
 }
