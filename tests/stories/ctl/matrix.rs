@@ -90,8 +90,10 @@ impl Stage {
     fn enter(&mut self, state: &str) -> Result<()> {
         self.saving = None;
         let (rig, far) = (&self.rig, &self.far);
-        rig.clean(NAME)?;
-        far.clean(NAME)?;
+        // A primary would look for its backup again, and make another one.
+        for of in [far, rig, far] {
+            of.clean(NAME)?;
+        }
         let new = |config: &str, more: &[&str]| {
             rig.ok(&[&["new", config, "--name", NAME], more].concat()).map(drop)
         };

@@ -96,21 +96,25 @@ fn verdict(
     let moved = |record: &RecordText| {
         record.word != WordText::End && record.yielded_to.unwrap_or(record.incarnation) != own
     };
-    // The last term that is decided; all before it are superseded.
-    let mut term = 1;
-    let last = loop {
-        match record(Need::Look { lineage, term })? {
-            Some(last) => break last,
-            None if term < MAX_TERMS => term += 1,
-            None => return Err(format!("it has more than {MAX_TERMS} terms")),
+    // The first open term, and the last one that is decided. Of those before, a witness may only
+    // say that they are superseded.
+    let (mut open, mut last) = (1, None);
+    loop {
+        match record(Need::Look { lineage, term: open })? {
+            Some(None) => break,
+            Some(decided) => last = decided,
+            None => {}
         }
-    };
-    let open = match last {
+        if open == MAX_TERMS {
+            return Err(format!("it has more than {MAX_TERMS} terms"));
+        }
+        open += 1;
+    }
+    match last {
         Some(last) if moved(&last) => return Ok(Verdict::Moved),
         Some(RecordText { word: WordText::End, .. }) => return Ok(Verdict::Free),
-        Some(_) => term + 1,
-        None => term,
-    };
+        _ => {}
+    }
     if !close {
         return Ok(Verdict::Free);
     }
@@ -146,14 +150,21 @@ mod tests {
     }
 
     /// What comes of these records, of the terms from 1 on, and what they are afterwards.
-    fn judge(
+    fn judge(records: Vec<RecordText>, close: bool) -> (Result<Verdict, String>, Vec<RecordText>) {
+        let forgets = judge_by(records.clone(), close, true);
+        assert_eq!(forgets, judge_by(records, close, false), "each witness says the same");
+        forgets
+    }
+
+    /// By a witness that still `knows` the records of terms before the last one, or does not.
+    fn judge_by(
         mut records: Vec<RecordText>,
         close: bool,
+        knows: bool,
     ) -> (Result<Verdict, String>, Vec<RecordText>) {
         let ask = |need: Need| match need {
-            Need::Look { term, .. } | Need::Claim { term, .. } if term < records.len() as u64 => {
-                Said::Superseded
-            }
+            Need::Look { term, .. } if !knows && term < records.len() as u64 => Said::Superseded,
+            Need::Claim { term, .. } if term < records.len() as u64 => Said::Superseded,
             Need::Look { term, .. } => {
                 Said::Record { record: records.get(term as usize - 1).copied() }
             }
