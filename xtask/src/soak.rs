@@ -180,6 +180,8 @@ fn table(done: &[Done]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use stories::replicated::pair::Failover;
+
     use super::*;
 
     #[test]
