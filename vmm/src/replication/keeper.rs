@@ -155,12 +155,12 @@ pub struct Keeper {
 
 impl Keeper {
     /// The handle, and the body of the thread. `wake` is woken after each answer.
-    pub fn new(wake: Wake) -> (Self, impl FnOnce() + Send) {
+    pub fn new(wake: Wake) -> (Self, impl FnOnce() + Send + 'static) {
         Self::with_room(wake, JOURNAL)
     }
 
     /// As [`Keeper::new`], with a journal for so many bytes of epochs.
-    pub fn with_room(wake: Wake, capacity: u64) -> (Self, impl FnOnce() + Send) {
+    pub fn with_room(wake: Wake, capacity: u64) -> (Self, impl FnOnce() + Send + 'static) {
         let (work, inbox) = channel();
         let (answers, done) = channel();
         let queued = Arc::<AtomicUsize>::default();

@@ -226,12 +226,9 @@ impl Backup {
         };
         let (keeper, keep) = Keeper::with_room(wake.clone(), journal);
         let storage = keeper.other();
-        let thread = thread::spawn(move || {
-            thread::scope(|scope| {
-                scope.spawn(keep);
-                Standby::new(task, builder, keeper, tell).run()
-            })
-        });
+        // It ends once nobody can ask it any more.
+        thread::spawn(keep);
+        let thread = thread::spawn(move || Standby::new(task, builder, keeper, tell).run());
         Self { orders, wake, status, rooms, built, storage, thread }
     }
 

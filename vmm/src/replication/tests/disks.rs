@@ -6,7 +6,7 @@ use machine::disk::{Aio, Disk, Op, OpenOptions, Outcome, Segment, Storage};
 
 use super::*;
 
-const SIZE: u64 = 8 << 20;
+const SIZE: u64 = 4 << 20;
 /// Bytes of the journal, unless it is to be full.
 const JOURNAL: u64 = 64 << 20;
 /// Where the guest has what it writes.
@@ -150,7 +150,7 @@ fn images_are_equal_whatever_the_guest_writes_and_when() {
             assert!(Instant::now() < end, "in vain for protection");
             guest.changes();
         }
-        (0..200).for_each(|_| guest.changes());
+        (0..100).for_each(|_| guest.changes());
         settles(&protected);
         let bonds = [Sides::words(&sides.near), Sides::words(&sides.far)];
         assert!(bonds.iter().all(|word| matches!(word, Mark::Protected(_))), "{bonds:?}");
