@@ -124,7 +124,7 @@ fn a_receiver_at_a_port_has_certificates_and_agents_that_are_stopped_change_noth
         "web",
         "localhost",
     ])?;
-    ensure!(what.contains("not protected"), "{what}");
+    ensure!(what.contains("not protected: cannot connect to localhost"), "{what}");
     ensure!(pair.state_there()? == Value::Null, "a stranger has made a domain");
 
     pair.protect(&["-p", &port, "--tls", &tls, "web", "localhost"])?;
@@ -170,4 +170,29 @@ fn a_command_that_ends_is_run_again_and_its_receiver_finds_the_same_backup() -> 
         })?;
     }
     pair.moves_when_killed()
+}
+
+#[test]
+fn a_domain_that_moves_is_protected_on_the_way_only() -> Result<()> {
+    let pair = Pair::new("moving")?;
+    let stratoctl = pair.rig.command(&[]).get_program().to_string_lossy().into_owned();
+    let line = format!("{stratoctl} --root {} remus-receive", pair.elsewhere.display());
+    // With and without somebody who decides when a host fails meanwhile.
+    let decided = format!("{line} --witness {}", pair.witness());
+    let witness = pair.witness();
+    for (options, line) in [(&[][..], &line), (&["--witness", &witness][..], &decided)] {
+        pair.rig.ok(&[&["migrate", "-s", "", "web", line], options].concat())?;
+        ensure!(pair.rig.state("web")? == "absent", "it is here still");
+        pair.wait("the end of the protection", || {
+            let rows = pair.there(&["list"])?;
+            let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["name"] == "web"));
+            let row = row.context("it is not there")?;
+            Ok(row["state"] == "running" && row["replication"] == Value::Null)
+        })?;
+        pair.there(&["destroy", "web"])?;
+        pair.there(&["delete", "web"])?;
+        pair.rig.ok(&["create", "web.json"])?;
+        pair.rig.says("web", "tally")?;
+    }
+    Ok(())
 }

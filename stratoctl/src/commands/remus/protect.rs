@@ -17,8 +17,9 @@ use super::{
 use crate::{
     failure::Failure,
     matrix::Verb,
+    registry::Place,
     remus::{
-        dial::Dial,
+        dial::{Dial, Dialer, Greeting},
         protection::Protection,
         uuid::Uuid,
         wire::SideText,
@@ -81,7 +82,8 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
         protection.dial = Some(dial(ctx, args, host, &protection));
     }
     protection.record(&ctx.registry, &held.place).context("cannot record the protection")?;
-    let started = revive(ctx, &held.place).and_then(|()| {
+    let started = reach(&held.place, &protection).and_then(|()| {
+        revive(ctx, &held.place)?;
         let client = held.status.client()?;
         client.execute(&start(args, &protection)?)?;
         until_protected(client, &args.domain, quiet)
@@ -108,6 +110,28 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
             Err(e)
         }
     }
+}
+
+/// Connect to the backup's host once, and hang up. That makes the backup, which may take longer than
+/// the monitor waits for an answer, and says why it cannot be made.
+///
+/// # Errors
+/// There is no connection, or no backup.
+fn reach(place: &Place, protection: &Protection) -> anyhow::Result<()> {
+    let Some(dial) = protection.dial.clone().filter(|dial| !matches!(dial, Dial::Unix(_))) else {
+        return Ok(());
+    };
+    let (name, identity) = (place.name.clone(), protection.identity.clone());
+    let Protection { moves, lineage, .. } = *protection;
+    let greeting = Greeting::new(name, place.description()?, identity, moves, lineage);
+    let connected = Dialer::new(dial, greeting, place.run.join("log")).connect();
+    let cannot = |e| Failure::new(format!("'{}' is not protected: {e}", place.name));
+    connected.map(drop).map_err(|e| cannot(e).into())
+}
+
+/// A state, as in QMP.
+fn word(state: ReplicationStatus) -> String {
+    json!(state).as_str().unwrap_or_default().to_owned()
 }
 
 /// Every reason to refuse the options, at once.
