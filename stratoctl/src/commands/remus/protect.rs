@@ -129,11 +129,6 @@ fn reach(place: &Place, protection: &Protection) -> anyhow::Result<()> {
     connected.map(drop).map_err(|e| cannot(e).into())
 }
 
-/// A state, as in QMP.
-fn word(state: ReplicationStatus) -> String {
-    json!(state).as_str().unwrap_or_default().to_owned()
-}
-
 /// Every reason to refuse the options, at once.
 fn refusals(args: &Remus) -> Vec<String> {
     let mut all = Vec::new();
