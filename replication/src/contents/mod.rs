@@ -86,6 +86,11 @@ impl Operation {
     const ALL: [Self; 3] = [Self::Write, Self::Discard, Self::Zero];
 }
 
+/// Apply a difference to a page.
+pub fn change(page: &mut [u8; PAGE], difference: &[u8]) {
+    page.iter_mut().zip(difference).for_each(|(byte, difference)| *byte ^= difference);
+}
+
 /// How much came between two frames of `Close`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {

@@ -59,6 +59,8 @@ use crate::{
 const HIGH_WATER: usize = 1 << 20;
 /// As many may wait beyond that of signs of life, for a peer that does not read.
 const MOST_QUEUED: usize = HIGH_WATER + (64 << 10);
+/// How long it is encoded at a time: signs of life must not wait for it.
+const SLICE: Duration = Duration::from_millis(5);
 /// Most pieces that are read at a time: timers must not wait for a peer that never stops sending.
 const READS: usize = 16;
 
@@ -390,9 +392,12 @@ impl<R: Fn(Report)> Protector<R> {
         let due = due.into_iter().flatten().map(|at| at.saturating_sub(self.now()));
         let handshake = self.connection.as_ref().and_then(|(_, connection)| connection.deadline());
         let handshake = handshake.map(|at| at.saturating_duration_since(Instant::now()));
-        // A connection says when it takes more; where nothing is sent, more is dropped at once.
-        let drops = self.blackhole.is_some() && !self.outgoing.is_empty();
-        let left = match drops || !self.inputs.is_empty() {
+        // A connection that has enough says when it takes more.
+        let takes = match &self.connection {
+            Some((_, connection)) => connection.queued() < HIGH_WATER,
+            None => self.blackhole.is_some(),
+        };
+        let left = match (takes && !self.outgoing.is_empty()) || !self.inputs.is_empty() {
             true => Some(Duration::ZERO),
             false => due.chain(handshake).min(),
         };

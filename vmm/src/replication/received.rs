@@ -2,7 +2,7 @@
 use std::io;
 
 use machine::{Memory, memory::image};
-use replication::contents::{Event, Operation, PAGE, Write};
+use replication::contents::{self, Event, Operation, PAGE, Write};
 
 use super::{
     keeper::Written,
@@ -146,7 +146,7 @@ fn apply(memory: &Memory, change: Change, bytes: &[u8]) -> io::Result<()> {
         Change::Difference(address) => {
             let mut page = [0; PAGE];
             image::read(memory, address, &mut page)?;
-            page.iter_mut().zip(bytes).for_each(|(byte, difference)| *byte ^= difference);
+            contents::change(&mut page, bytes);
             image::write(memory, address, &page)
         }
         Change::Zeros { address, pages } => {

@@ -48,6 +48,8 @@ const PEERS: usize = 2;
 const MOST_QUEUED: usize = 1 << 20;
 /// Most pieces that are read from one of them at a time.
 const READS: usize = 16;
+/// How long that may take: signs of life must not wait for it.
+const SLICE: Duration = Duration::from_millis(5);
 
 /// What main thread gives the thread.
 pub enum ToStandby {

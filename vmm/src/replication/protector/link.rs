@@ -5,7 +5,7 @@ use qmp::Error;
 use replication::{Connection as Number, Frame, Input, Message, wire};
 
 use super::super::{blackhole, copier::Work, offer, outgoing::Next};
-use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report};
+use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report, SLICE};
 use transport::Descriptors;
 
 use crate::checkpoint::connected;
@@ -206,9 +206,10 @@ impl<R: Fn(Report)> Protector<R> {
             self.drop_some();
             return;
         }
+        let until = Instant::now() + SLICE;
         loop {
             let Some((_, connection)) = &mut self.connection else { return };
-            if connection.queued() >= HIGH_WATER {
+            if connection.queued() >= HIGH_WATER || Instant::now() >= until {
                 break;
             }
             match self.outgoing.next() {

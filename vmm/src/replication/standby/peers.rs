@@ -16,7 +16,7 @@ use super::super::{
     received::{SECTIONS, written},
     settings,
 };
-use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, Standby, Tell};
+use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, SLICE, Standby, Tell};
 use transport::Descriptors;
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
@@ -69,7 +69,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     pub(super) fn read(&mut self) {
         for number in self.peers.iter().map(|peer| peer.number).collect::<Vec<_>>() {
             // Timers must not wait for a peer that never stops sending.
-            (0..READS).all(|_| self.reads(number) && self.read_some(number));
+            let until = Instant::now() + SLICE;
+            (0..READS)
+                .all(|_| self.reads(number) && self.read_some(number) && Instant::now() < until);
         }
     }
 
