@@ -124,12 +124,13 @@ impl Arrival {
             Source::Replica(Replica { place, arbiter, tls }) => {
                 let security = entrance::security(tls)?;
                 let (listener, file) = entrance::listen(place, tls)?;
-                let (shared, orders) = Shared::new()?;
+                let incarnation = incarnation()?;
+                let (shared, orders) = Shared::new(incarnation)?;
                 let task = Task {
                     listener,
                     security,
                     arbiter: arbiter.clone(),
-                    incarnation: incarnation()?,
+                    incarnation,
                     orders,
                     wake: shared.wake.clone(),
                     status: shared.status.clone(),

@@ -12,7 +12,7 @@ use std::{
 use config::Description;
 use machine::{Machine, Memory, Refused, Tsc, check_tsc, kvm::opening::Opening};
 use parking_lot::Mutex;
-use qmp::schema::ReplicationInfo;
+use qmp::schema::{ReplicationInfo, ReplicationSide, ReplicationStatus};
 use replication::Incarnation;
 use state::cpu::Cpu;
 
@@ -206,13 +206,20 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// The ends of a new backup, and what is left for its task.
+    /// The ends of a new backup, which is this process, and what is left for its task. Clients see
+    /// which one it is at once, not only when its thread has begun.
     ///
     /// # Errors
     /// When the process has no descriptor left.
-    pub fn new() -> io::Result<(Self, Receiver<ToStandby>)> {
+    pub fn new(own: Incarnation) -> io::Result<(Self, Receiver<ToStandby>)> {
         let (orders, inbox) = channel();
-        Ok((Self { orders, wake: Wake::new()?, status: Arc::default() }, inbox))
+        let status = Arc::new(Mutex::new(ReplicationInfo {
+            state: ReplicationStatus::Listening,
+            role: Some(ReplicationSide::Backup),
+            incarnation: Some(own.to_string()),
+            ..Default::default()
+        }));
+        Ok((Self { orders, wake: Wake::new()?, status }, inbox))
     }
 
     /// Give the thread an order. One that has ended has said so.
@@ -228,4 +235,18 @@ impl Shared {
 /// When the host cannot provide random numbers.
 pub fn incarnation() -> io::Result<Incarnation> {
     crate::checkpoint::job::new_id().map(Incarnation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backup_is_shown_before_its_thread_has_begun() {
+        let (shared, _orders) = Shared::new(Incarnation(7)).unwrap();
+        let shown = shared.status.lock();
+        assert_eq!(shown.state, ReplicationStatus::Listening);
+        assert_eq!(shown.role, Some(ReplicationSide::Backup));
+        assert_eq!(shown.incarnation, Some(Incarnation(7).to_string()));
+    }
 }

@@ -14,9 +14,7 @@ use std::{
 use config::{Description, incoming::Arbiter};
 use machine::{Memory, Moment, Tsc};
 use parking_lot::Mutex;
-use qmp::schema::{
-    FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationSide, ReplicationStatus,
-};
+use qmp::schema::{FailoverTimes, ReplicationAnswer, ReplicationInfo, ReplicationStatus};
 use replication::{
     Backup, Connection as Number, Epoch, Event as Told, Exit, Identity, Incarnation, Input,
     Lineage, Mark, Message, Output, Settings, Term, Why, backup::State, contents::Reader, wire,
@@ -246,11 +244,6 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
     /// A thread with this task.
     pub fn new(task: Task, builder: B, keeper: Keeper, tell: T) -> Self {
         let now = Instant::now();
-        {
-            let mut shown = task.status.lock();
-            shown.role = Some(ReplicationSide::Backup);
-            shown.incarnation = Some(task.incarnation.to_string());
-        }
         Self {
             task,
             builder,
