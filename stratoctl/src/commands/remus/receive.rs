@@ -15,7 +15,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use qmp::schema::QueryReplication;
 use rustls::ServerConfig;
 use serde_json::json;
 
@@ -326,12 +325,11 @@ fn make(
     Ok(place)
 }
 
-/// Record what the witness will know the backup by.
+/// Record what the witness will know the backup by, if its monitor says so.
 fn identified(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Result<()> {
-    let said = domain::qmp(place)?.execute(&QueryReplication {})?;
-    let own = said.incarnation.context("the monitor does not say which process it is")?;
-    let incarnation = Some(own.parse().context("the monitor's incarnation")?);
-    let known = Protection { incarnation, ..protection.clone() };
+    let said = domain::query(&ctx.registry, place).replication;
+    let own = said.and_then(|said| said.incarnation?.parse().ok());
+    let known = Protection { incarnation: own, ..protection.clone() };
     known.record(&ctx.registry, place).context("cannot record the protection")
 }
 
