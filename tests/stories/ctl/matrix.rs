@@ -90,8 +90,11 @@ impl Stage {
     fn enter(&mut self, state: &str) -> Result<()> {
         self.saving = None;
         let (rig, far) = (&self.rig, &self.far);
-        // A primary would look for its backup again, and make another one.
-        for of in [far, rig, far] {
+        // Either may have the primary, which looks for its backup again, and makes another one.
+        for of in [far, rig] {
+            let _ = of.clean(NAME);
+        }
+        for of in [far, rig] {
             of.clean(NAME)?;
         }
         let new = |config: &str, more: &[&str]| {

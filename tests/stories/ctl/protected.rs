@@ -90,7 +90,9 @@ fn a_domain_whose_monitor_is_killed_runs_on_and_forgets_nothing_that_it_has_said
     rig.says("web-backup", "tally")?;
     let later = some_numbers(&rig, "web-backup")?;
     let (last, first) = (shown.last().context("nothing")?, later.first().context("nothing")?);
-    ensure!(first > last, "it has shown {last}, and continues with {first}");
+    // The lines of the last checkpoint come again: nobody knows whether they have been shown.
+    let goes_on = *first <= last + 1 && later.last() > Some(last);
+    ensure!(goes_on, "it has shown {last}, and continues with {later:?}");
     ensure!(shown.len() >= LINES && later.len() >= LINES, "{shown:?}, {later:?}");
     ensure!(later.windows(2).all(|pair| pair[1] == pair[0] + 1), "{later:?}");
 

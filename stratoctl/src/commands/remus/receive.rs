@@ -86,7 +86,7 @@ fn listen(ctx: &Context, args: &RemusReceive, port: u16) -> anyhow::Result<Answe
     let listener = listener.with_context(cannot)?;
     let address = listener.local_addr().with_context(cannot)?;
     listener.set_nonblocking(true).with_context(cannot)?;
-    eprintln!("Waiting on port {} of {}", address.port(), address.ip());
+    say(format_args!("Waiting on port {} of {}", address.port(), address.ip()));
     let mut domain: Option<(Name, u32)> = None;
     loop {
         if let Some((name, id)) = &domain {
@@ -109,9 +109,14 @@ fn listen(ctx: &Context, args: &RemusReceive, port: u16) -> anyhow::Result<Answe
         let passed = take_in(ctx, args, stream, tls.as_ref());
         match passed.with_context(|| format!("a connection from {from}")) {
             Ok(place) => domain = place.id().map(|id| (place.name, id)),
-            Err(e) => eprintln!("stratoctl: {e:#}"),
+            Err(e) => say(format_args!("stratoctl: {e:#}")),
         }
     }
+}
+
+/// Print a line to standard error. Whoever has read there may have ended.
+fn say(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Whether a domain's monitor still waits for its primary, as far as can be found out.
