@@ -38,7 +38,7 @@ use crate::{
     wake::Wake,
 };
 
-/// Most bytes of an epoch that is kept aside.
+/// Most bytes of an epoch that is kept aside, unless the guest has more memory.
 const LONGEST_EPOCH: u64 = 512 << 20;
 /// Connections at a time: the one in use, and one that may take its place.
 const PEERS: usize = 2;

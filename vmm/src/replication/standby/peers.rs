@@ -189,7 +189,7 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             ram: self.memory.iter().map(|_| 0..size).collect(),
             disks: self.kept.sizes(),
             sections: SECTIONS.map(str::to_owned).to_vec(),
-            max_epoch: LONGEST_EPOCH,
+            max_epoch: if runs_here { size.max(LONGEST_EPOCH) } else { LONGEST_EPOCH },
         };
         Ok((Reader::new(bounds), settings, differs))
     }
