@@ -6,6 +6,8 @@ mod ask;
 mod at_once;
 #[path = "ctl/attach.rs"]
 mod attach;
+#[path = "ctl/cold.rs"]
+mod cold;
 #[path = "ctl/damage.rs"]
 mod damage;
 #[path = "ctl/disks.rs"]

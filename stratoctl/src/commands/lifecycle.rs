@@ -45,10 +45,13 @@ pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
     let held = ctx.hold(Verb::Start, &args.domain)?;
     remus::refuse_fenced(ctx, &held.place)?;
     let description = described(&held.place)?;
-    remus::permit(ctx, &held.place, &description, args.force)?;
     let mut held = held;
-    if held.status.client.is_none() {
+    let is_first = held.status.client.is_none();
+    if is_first {
         remus::leave_behind(ctx, Verb::Start, &held.place)?;
+    }
+    remus::permit(ctx, &held.place, &description, args.force)?;
+    if is_first {
         return begin(ctx, &held.place, &description, &args.begin, &More::default(), held.lock);
     }
     // `rename-restart`: its monitor is kept, under another name.

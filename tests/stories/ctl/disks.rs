@@ -11,19 +11,25 @@ use stories::loop_device::LoopDevice;
 use crate::rig::Rig;
 
 /// A registry, and `vm.json` with this disk in its directory.
-fn with_disk(story: &str, disk: impl FnOnce(&Rig) -> Result<Value>) -> Result<Rig> {
+pub fn with_disk(story: &str, disk: impl FnOnce(&Rig) -> Result<Value>) -> Result<Rig> {
     let rig = Rig::new(story)?;
     let path = rig.config("vm.json", "count", "registers 1")?;
     let drive = json!([{
         "drive_id": "root", "path_on_host": disk(&rig)?, "read_only": false, "direct": false,
     }]);
-    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
-    config.as_object_mut().context("no object")?.insert("drive".into(), drive);
-    fs::write(&path, config.to_string())?;
+    describe(&path, &drive)?;
     Ok(rig)
 }
 
-fn image(rig: &Rig) -> Result<std::path::PathBuf> {
+/// Give the machine that a file describes these disks.
+pub fn describe(file: &Path, drives: &Value) -> Result<()> {
+    let mut config: Value = serde_json::from_slice(&fs::read(file)?)?;
+    config.as_object_mut().context("no object")?.insert("drive".into(), drives.clone());
+    Ok(fs::write(file, config.to_string())?)
+}
+
+/// An image in the registry's directory.
+pub fn image(rig: &Rig) -> Result<std::path::PathBuf> {
     let path = rig.file("image");
     File::create(&path)?.set_len(8 << 20)?;
     Ok(path)

@@ -161,7 +161,12 @@ fn claim(ctx: &Context, place: &Place, images: &Images, entry: &Entry) -> anyhow
         )
     })?;
     let mut asked = Asker::new(ctx, place, &protection, entry, bond.side)?;
-    let me = Identity { lineage: entry.lineage, incarnation: incarnation(ctx, place, bond.term)? };
+    // Its monitor has ended, so its number can be used once more.
+    let incarnation = match protection.incarnation {
+        Some(own) => Incarnation(own.0),
+        None => incarnation(ctx, place, bond.term)?,
+    };
+    let me = Identity { lineage: entry.lineage, incarnation };
     let settings = settings(asked.arbiter);
     let (mut start, outputs) = replication::Start::new(me, entry.mark, settings, Rules::ALL);
     let (began, mut outputs) = (Instant::now(), VecDeque::from(outputs));

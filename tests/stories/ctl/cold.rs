@@ -1,0 +1,53 @@
+//! Domains with a disk that were protected, and whose monitors have all ended: a start asks first who
+//! has the guest.
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use crate::disks::{image, with_disk};
+use crate::rig::Rig;
+
+/// A registered domain with a disk, protected on this host.
+fn protected(story: &str) -> Result<Rig> {
+    let rig = with_disk(story, |rig| Ok(json!(image(rig)?)))?;
+    rig.ok(&["new", "vm.json"])?;
+    rig.ok(&["start", "vm"])?;
+    let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", "200", "vm"])?;
+    ensure!(said.pointer("/replication/state") == Some(&json!("protected")), "{said}");
+    rig.wait_replication("vm-backup", "state", "standby")?;
+    Ok(rig)
+}
+
+#[test]
+fn a_guest_that_both_sides_have_lost_starts_from_its_disk() -> Result<()> {
+    let rig = protected("cold")?;
+    // The backup goes first, so that it continues nothing.
+    rig.kill("vm-backup")?;
+    rig.kill("vm")?;
+    rig.ok(&["start", "vm"])?;
+    ensure!(rig.state("vm")? == "running");
+    // The other image is not the guest's any more.
+    rig.config("other.json", "count", "registers 1")?;
+    let drive = json!([{
+        "drive_id": "root", "path_on_host": rig.file("image.backup"),
+        "read_only": false, "direct": false,
+    }]);
+    crate::disks::describe(&rig.file("other.json"), &drive)?;
+    let (what, hint) = rig.refused(&["create", "other.json"])?;
+    ensure!(what.contains("image.backup") || what.contains("was protected"), "{what}; {hint}");
+    ensure!(rig.state("other")? == "absent");
+    Ok(())
+}
+
+#[test]
+fn a_disk_whose_guest_has_moved_is_not_started_from() -> Result<()> {
+    let rig = protected("cold-moved")?;
+    rig.kill("vm")?;
+    rig.wait_state("vm-backup", "running")?;
+    rig.refused(&["start", "vm"])?;
+    ensure!(rig.state("vm-backup")? == "running");
+    // Not under another name, either.
+    rig.ok(&["delete", "-f", "vm"])?;
+    rig.refused(&["create", "vm.json"])?;
+    ensure!(rig.state("vm")? == "absent");
+    Ok(())
+}
