@@ -51,14 +51,17 @@ pub fn arrived(ctx: &Context, place: &Place) -> anyhow::Result<bool> {
     loop {
         let info = client.execute(&QueryReplication {})?;
         let owner = info.role == Some(ReplicationSide::Primary);
-        if owner && info.waiting_for.is_none() {
-            break;
+        let left = match owner && info.waiting_for.is_none() {
+            // It may have to be confirmed yet that the guest runs here.
+            true => leave::stop(&mut client, &place.name, false, LIMIT),
+            false => Err(anyhow::anyhow!("the guest of '{}' has not come here", place.name)),
+        };
+        match left {
+            Ok(()) => break,
+            Err(e) if Instant::now() >= deadline => return Err(e),
+            Err(_) => std::thread::sleep(POLL_INTERVAL),
         }
-        let name = &place.name;
-        anyhow::ensure!(Instant::now() < deadline, "the guest of '{name}' has not come here");
-        std::thread::sleep(POLL_INTERVAL);
     }
-    leave::stop(&mut client, &place.name, false, LIMIT)?;
     Protection::forget(&ctx.registry, place).context("cannot remove the record")?;
     Ok(true)
 }
