@@ -17,7 +17,7 @@ use std::{
     collections::VecDeque,
     fs::{self, File},
     io,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -115,6 +115,16 @@ pub struct JournalFile<M> {
 }
 
 impl JournalFile<File> {
+    /// Where the journal of a guest is whose first disk has its image at `image`.
+    ///
+    /// # Errors
+    /// When there is no such image.
+    pub fn beside(image: &Path) -> io::Result<PathBuf> {
+        let mut path = image.canonicalize()?.into_os_string();
+        path.push(".journal");
+        Ok(path.into())
+    }
+
     /// A file at `path` with room for `capacity` bytes of epochs, to be given to
     /// [`JournalFile::format`]. What is in one that is there already stays until then.
     ///
@@ -340,8 +350,8 @@ impl<M: Medium> JournalFile<M> {
         Ok(())
     }
 
-    /// Forget the epochs after `epoch`, none of which was applied: whoever has sent them sends them
-    /// again, with the same contents, or they were never acknowledged.
+    /// Forget the epochs after `epoch`, none of which was applied: the primary sends them again,
+    /// with the same contents, or they were never acknowledged.
     ///
     /// # Errors
     /// When the journal cannot be written.

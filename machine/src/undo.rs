@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// Memory as it was before.
+/// Contents of memory from before the build.
 pub(crate) struct Undo {
     before: Staging,
     /// What was written; known once the machine is built.
@@ -78,7 +78,7 @@ impl Machine {
     }
 
     /// Drop a machine that was built with [`Saved::undo`](crate::Saved) and has not run, and put its
-    /// memory back as it was before.
+    /// memory back into its earlier state.
     ///
     /// # Errors
     /// When that is not possible: the memory is of no use then.

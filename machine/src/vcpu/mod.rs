@@ -72,7 +72,7 @@ pub trait Cpu: Send + 'static {
     /// Enter the guest once.
     fn run(&mut self) -> Exit;
     /// Called before the first `run` after a pause, which took `ticks` of the host's counter. If they
-    /// are negative, its own counter has to go on from as much ahead of where it was restored.
+    /// are negative, its own counter has to continue from that far ahead of where it was restored.
     fn resumed(&mut self, ticks: i64);
     /// Registers of a parked CPU.
     ///

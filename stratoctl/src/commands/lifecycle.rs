@@ -42,10 +42,9 @@ pub fn new(ctx: &Context, args: &New) -> anyhow::Result<Answer> {
 }
 
 pub fn start(ctx: &Context, args: &Start) -> anyhow::Result<Answer> {
-    let held = ctx.hold(Verb::Start, &args.domain)?;
+    let mut held = ctx.hold(Verb::Start, &args.domain)?;
     remus::refuse_fenced(ctx, &held.place)?;
     let description = described(&held.place)?;
-    let mut held = held;
     let is_first = held.status.client.is_none();
     if is_first {
         remus::leave_behind(ctx, Verb::Start, &held.place)?;

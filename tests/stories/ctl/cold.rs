@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 
 use crate::disks::{image, with_disk};
+use crate::protected::protect;
 use crate::rig::Rig;
 
 /// A registered domain with a disk, protected on this host.
@@ -11,8 +12,7 @@ fn protected(story: &str) -> Result<Rig> {
     let rig = with_disk(story, |rig| Ok(json!(image(rig)?)))?;
     rig.ok(&["new", "vm.json"])?;
     rig.ok(&["start", "vm"])?;
-    let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", "200", "vm"])?;
-    ensure!(said.pointer("/replication/state") == Some(&json!("protected")), "{said}");
+    protect(&rig, "vm")?;
     rig.wait_replication("vm-backup", "state", "standby")?;
     Ok(rig)
 }

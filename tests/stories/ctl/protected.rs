@@ -52,7 +52,7 @@ pub fn count_aloud(rig: &Rig) -> Result<()> {
     rig.says("web", "tally")
 }
 
-fn protect(rig: &Rig, name: &str) -> Result<()> {
+pub fn protect(rig: &Rig, name: &str) -> Result<()> {
     let said = rig.ok(&["remus", "--local", "-i", "25", "--timeout", "200", name])?;
     ensure!(said.pointer("/replication/state") == Some(&json!("protected")), "{said}");
     Ok(())

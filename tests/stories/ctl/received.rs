@@ -128,7 +128,7 @@ fn a_receiver_at_a_port_has_certificates_and_agents_that_are_stopped_change_noth
     ensure!(pair.state_there()? == Value::Null, "a stranger has made a domain");
 
     pair.protect(&["-p", &port, "--tls", &tls, "web", "localhost"])?;
-    // Whoever answers for either side is stopped: nothing is asked, and nothing changes.
+    // The agents of both sides are stopped: nothing is asked, and nothing changes.
     let own = running(&pair.rig.file("r"), "\0remus-agent\0web\0")?;
     let theirs = running(&pair.elsewhere, "\0remus-agent\0web\0")?;
     ensure!((own.len(), theirs.len()) == (1, 1), "{own:?}, {theirs:?}");

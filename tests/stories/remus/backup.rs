@@ -1,4 +1,4 @@
-//! What becomes of the backup when a side stands still, is killed, or when the guest does something
+//! What becomes of the backup when a side is stopped, is killed, or when the guest does something
 //! unusual.
 use std::fs;
 use std::process::Command;
@@ -76,8 +76,8 @@ fn status(machine: &mut Machine) -> Result<Value> {
     Ok(machine.qmp.execute_raw("query-status", json!({}))?)
 }
 
-/// Nobody decides by himself: the backup builds the machine whenever its primary stands still, and
-/// has to put memory back when that goes on. In the end it runs the guest all the same.
+/// Nobody decides by himself: the backup builds the machine whenever its primary is stopped, and
+/// has to put memory back when that continues. In the end it still runs the guest.
 pub fn flaps(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
@@ -176,7 +176,7 @@ pub fn is_taken_again(story: &Story) -> Result<()> {
     Ok(())
 }
 
-/// In each state that a backup may be killed in, the guest goes on at its primary.
+/// In each state that a backup may be killed in, the guest keeps running at its primary.
 pub fn is_killed(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;
@@ -241,7 +241,7 @@ pub fn stays_paused(story: &Story) -> Result<()> {
     Ok(())
 }
 
-/// A reboot is the guest's own business: its event waits for the backup, and the protection goes on.
+/// A reboot is the guest's own business: its event waits for the backup, and the protection continues.
 pub fn reboots(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut pair = Pair::new(&hosts, &story.paths, &story.dir)?;

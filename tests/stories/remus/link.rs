@@ -18,7 +18,7 @@ use stories::replicated::pair::{Machine, Pair, Protection};
 
 const PROTECTION: Protection =
     Protection { interval: Duration::from_millis(25), timeout: Duration::from_millis(200) };
-/// Numbers that show that the guest goes on.
+/// Numbers that show that the guest is running.
 const SOME: usize = 50;
 /// Exit status of a primary whose guest runs elsewhere.
 const FENCED: i32 = 3;
@@ -42,7 +42,7 @@ impl<'a> Scene<'a> {
         Ok(Self { pair, primary, client, counter })
     }
 
-    /// The guest goes on in the connections that there were, at this side.
+    /// The guest continues in the connections that there were, at this side.
     fn goes_on_at(&mut self, side: Side) -> Result<()> {
         self.counter.wait(SOME, SOON)?;
         self.client.check_memory(SOON)?;
@@ -103,7 +103,7 @@ pub fn host_vanishes(story: &Story) -> Result<()> {
 }
 
 /// The link is cut both ways, and each way alone, while both sides reach the witness: exactly one
-/// side goes on, and the other one knows.
+/// side continues, and the other one knows.
 pub fn is_cut(story: &Story) -> Result<()> {
     let hosts = Hosts::new(&story.debian, 1)?;
     let mut scene = Scene::new(story, &hosts)?;
@@ -122,7 +122,7 @@ pub fn is_cut(story: &Story) -> Result<()> {
         let record = scene.pair.witness.record(lineage, term).context("nobody has asked")?;
         let winner = if end == "degraded" { &scene.primary } else { &backup };
         ensure!(record.get("side") == Some(&json!(side_of(&end))), "{end}, but {record:?}");
-        println!("cut {cuts:?}: {} goes on", side_of(&end));
+        println!("cut {cuts:?}: {} continues", side_of(&end));
         owner = winner.side;
         hosts.link.set_both(Side::Left.port(), Impairment::default())?;
         hosts.link.set_both(Side::Right.port(), Impairment::default())?;

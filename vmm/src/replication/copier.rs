@@ -156,26 +156,20 @@ impl Copier {
     fn run(mut self, inbox: &Receiver<Work>) {
         loop {
             let waits = self.pass.as_ref().is_some_and(|pass| pass.waits);
-            let limit = waits.then_some(LOOK).or(self.unwritten.is_some().then_some(AGAIN));
-            let work = match limit {
-                Some(limit) => match inbox.recv_timeout(limit) {
-                    Ok(work) => Some(work),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => break,
-                },
-                None => match inbox.recv() {
-                    Ok(work) => Some(work),
-                    Err(_) => break,
-                },
+            let limit = match (waits, self.unwritten) {
+                (true, _) => LOOK,
+                (false, Some(_)) => AGAIN,
+                (false, None) => Duration::MAX,
             };
-            match work {
-                Some(work) => self.take(work),
-                None if waits => self.go_on(),
-                None => {
+            match inbox.recv_timeout(limit) {
+                Ok(work) => self.take(work),
+                Err(RecvTimeoutError::Timeout) if waits => self.go_on(),
+                Err(RecvTimeoutError::Timeout) => {
                     if let Some(mark) = self.unwritten.take() {
                         self.mark(mark);
                     }
                 }
+                Err(RecvTimeoutError::Disconnected) => break,
             }
         }
         self.disks.detach();

@@ -425,7 +425,8 @@ impl Taken {
         let sidecars = Images::read(wanted.iter().map(|one| one.path.as_path()));
         let sidecars = sidecars.map_err(|e| text(&e))?;
         let first = wanted.first().ok_or("there are no disks")?;
-        let path = journal_of(&first.path).map_err(|e| format!("{}: {e}", first.path.display()))?;
+        let path = JournalFile::beside(&first.path)
+            .map_err(|e| format!("{}: {e}", first.path.display()))?;
         let room = JournalFile::reserve(&path, capacity)
             .map_err(|e| format!("{}: {}", path.display(), text(&e)))?;
         Ok(Self { images, locks, sidecars, capacity, room, journal: None })
@@ -518,11 +519,4 @@ fn make(path: &Path, size: u64) -> io::Result<bool> {
     let parent = path.parent().filter(|path| !path.as_os_str().is_empty());
     File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
     Ok(true)
-}
-
-/// Where the journal of a guest is whose first disk has its image at `image`.
-fn journal_of(image: &Path) -> io::Result<PathBuf> {
-    let mut path = image.canonicalize()?.into_os_string();
-    path.push(".journal");
-    Ok(path.into())
 }

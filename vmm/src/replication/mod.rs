@@ -37,6 +37,13 @@ pub mod standby;
 mod tests;
 mod throttle;
 
+use std::time::Duration;
+
 pub(crate) use protection::{Bound, Replication};
 pub use questions::{Query, changed, show};
 pub use standby::{Promotion, ToStandby};
+
+/// Most pieces that are read from a connection at a time, and how long pages are encoded or read:
+/// timers and signs of life must not wait for a peer that never stops sending.
+const READS: usize = 16;
+const SLICE: Duration = Duration::from_millis(5);

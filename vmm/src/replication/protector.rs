@@ -59,10 +59,6 @@ use crate::{
 const HIGH_WATER: usize = 1 << 20;
 /// As many may wait beyond that of signs of life, for a peer that does not read.
 const MOST_QUEUED: usize = HIGH_WATER + (64 << 10);
-/// How long it is encoded at a time: signs of life must not wait for it.
-const SLICE: Duration = Duration::from_millis(5);
-/// Most pieces that are read at a time: timers must not wait for a peer that never stops sending.
-const READS: usize = 16;
 
 /// What the thread needs of the main thread.
 pub enum Report {
@@ -516,7 +512,7 @@ impl<R: Fn(Report)> Protector<R> {
         shown.oldest_us = microseconds(held.oldest);
         let syncs = self.task.primary.state() == State::Syncing;
         shown.sync = syncs.then(|| self.outgoing.rounds());
-        shown.staged_bytes = self.staged.iter().map(|staged| staged.pages.copied()).sum();
+        shown.staged_bytes = self.staged_bytes();
         shown.wire_bytes = match (&self.connection, &self.blackhole) {
             (Some((_, link)), _) => link.written(),
             (None, Some((_, dropped))) => *dropped,

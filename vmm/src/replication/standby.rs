@@ -44,10 +44,6 @@ const LONGEST_EPOCH: u64 = 512 << 20;
 const PEERS: usize = 2;
 /// Most bytes that wait to be sent to a peer, which does not read then: all messages are short.
 const MOST_QUEUED: usize = 1 << 20;
-/// Most pieces that are read from one of them at a time.
-const READS: usize = 16;
-/// How long that may take: signs of life must not wait for it.
-const SLICE: Duration = Duration::from_millis(5);
 
 /// What main thread gives the thread.
 pub enum ToStandby {
@@ -88,7 +84,7 @@ pub struct Promotion {
     pub settings: Settings,
     /// The epoch that it runs from.
     pub epoch: Epoch,
-    /// When that had arrived: the guest's clocks go on from there.
+    /// When that had arrived: the guest's clocks continue from there.
     pub ended: Moment,
     /// What the outside may not have seen of it.
     pub outside: Outside,
@@ -118,7 +114,7 @@ pub trait Builder {
     ) -> Result<Memory, String>;
     /// Build the machine.
     fn build(&mut self, received: Received);
-    /// Drop the machine, and put memory back as it was before that was built.
+    /// Drop the machine, and restore the memory that building it has changed.
     fn forget(&mut self);
     /// Take its disks and taps.
     fn take(&mut self);

@@ -600,7 +600,7 @@ fn memory_is_equal_whatever_the_guest_writes_and_how_often_the_link_breaks() {
     memory_is_equal(uncompressed);
 }
 
-/// The guest stands still while such an epoch is sent.
+/// The guest is stopped while such an epoch is sent.
 #[test]
 fn memory_is_equal_although_an_epoch_is_too_large_to_be_copied_aside() {
     let stops = memory_is_equal(Manner { max_staging: 64 << 10, ..Manner::default() });

@@ -16,7 +16,7 @@ use crate::{
     registry::{Lock, Name, Place},
     remus::{
         Unknown,
-        dial::{Dialer, Greeting},
+        dial::{Dial, Dialer, Greeting},
         fence::{self, begin},
         protection::{Protection, agent_lock, has_agent, lock_marks, marks},
         serve::{End, Means, Server},
@@ -94,6 +94,17 @@ pub fn agent(ctx: &Context, name: &Name) -> anyhow::Result<Answer> {
     }
 }
 
+/// Connects to the backup of the domain at `place`, by `dial`.
+///
+/// # Errors
+/// The domain's record cannot be read.
+pub fn dialer(place: &Place, protection: &Protection, dial: Dial) -> anyhow::Result<Dialer> {
+    let (name, identity) = (place.name.clone(), protection.identity.clone());
+    let Protection { moves, lineage, .. } = *protection;
+    let greeting = Greeting::new(name, place.description()?, identity, moves, lineage);
+    Ok(Dialer::new(dial, greeting, place.run.join("log")))
+}
+
 fn means(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Result<Means> {
     let program = env::current_exe().context("the path of this program")?;
     let named = |what: &str, error: String| anyhow::anyhow!("{what} of '{}': {error}", place.name);
@@ -101,12 +112,8 @@ fn means(ctx: &Context, place: &Place, protection: &Protection) -> anyhow::Resul
     let mut witness =
         witness.map(|uri| Asked::new(uri, protection.identity.clone(), program.clone()));
     let fence = protection.fence().map_err(|e| named("the fence", e))?;
-    let description = place.description()?;
-    let (name, identity) = (place.name.clone(), protection.identity.clone());
-    let (moves, lineage) = (protection.moves, protection.lineage);
-    let greeting = Greeting::new(name, description, identity, moves, lineage);
-    let log = place.run.join("log");
-    let mut dialer = protection.dial.clone().map(|dial| Dialer::new(dial, greeting, log));
+    let dial = protection.dial.clone();
+    let mut dialer = dial.map(|dial| dialer(place, protection, dial)).transpose()?;
 
     let mut own: Vec<PathBuf> = vec![program];
     if let Some(root) = &ctx.root {

@@ -6,7 +6,7 @@ use std::{
     env,
     fs::File,
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -141,10 +141,9 @@ fn replayed(paths: &[PathBuf], entry: &Entry) -> anyhow::Result<Vec<File>> {
 /// The journal of these images, beside the first of them.
 fn journal(paths: &[PathBuf]) -> io::Result<Option<PathBuf>> {
     for path in paths {
-        let mut journal = path.canonicalize()?.into_os_string();
-        journal.push(".journal");
-        if Path::new(&journal).exists() {
-            return Ok(Some(journal.into()));
+        let journal = JournalFile::beside(path)?;
+        if journal.exists() {
+            return Ok(Some(journal));
         }
     }
     Ok(None)

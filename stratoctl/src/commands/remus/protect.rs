@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{
     super::{Answer, Context},
-    agent::revive,
+    agent::{dialer, revive},
     receive,
     syncing::until_protected,
 };
@@ -19,7 +19,7 @@ use crate::{
     matrix::Verb,
     registry::Place,
     remus::{
-        dial::{Dial, Dialer, Greeting},
+        dial::Dial,
         protection::Protection,
         uuid::Uuid,
         wire::SideText,
@@ -121,10 +121,7 @@ fn reach(place: &Place, protection: &Protection) -> anyhow::Result<()> {
     let Some(dial) = protection.dial.clone().filter(|dial| !matches!(dial, Dial::Unix(_))) else {
         return Ok(());
     };
-    let (name, identity) = (place.name.clone(), protection.identity.clone());
-    let Protection { moves, lineage, .. } = *protection;
-    let greeting = Greeting::new(name, place.description()?, identity, moves, lineage);
-    let connected = Dialer::new(dial, greeting, place.run.join("log")).connect();
+    let connected = dialer(place, protection, dial)?.connect();
     let cannot = |e| Failure::new(format!("'{}' is not protected: {e}", place.name));
     connected.map(drop).map_err(|e| cannot(e).into())
 }

@@ -114,7 +114,7 @@ fn listen(ctx: &Context, args: &RemusReceive, port: u16) -> anyhow::Result<Answe
     }
 }
 
-/// Print a line to standard error. Whoever has read there may have ended.
+/// Print a line to standard error. Its reader may have ended.
 fn say(line: std::fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "{line}");
 }

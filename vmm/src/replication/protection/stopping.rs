@@ -1,4 +1,4 @@
-//! When the guest of a primary stands still: for each epoch, while it is slowed down, and while it
+//! When the guest of a primary is stopped: for each epoch, while it is slowed down, and while it
 //! may run elsewhere.
 use std::{
     ops::Range,

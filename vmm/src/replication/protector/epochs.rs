@@ -62,8 +62,7 @@ impl<R: Fn(Report)> Protector<R> {
 
     fn ask_capture(&mut self, epoch: Epoch, shut: bool, left: Vec<Range<u64>>, staging: Staging) {
         // What is copied already counts, too.
-        let staged: u64 = self.staged.iter().map(|staged| staged.pages.copied()).sum();
-        let most = self.task.manner.max_staging.saturating_sub(staged);
+        let most = self.task.manner.max_staging.saturating_sub(self.staged_bytes());
         self.ask(Report::Capture { epoch, shut, left, staging, most });
     }
 
@@ -142,6 +141,11 @@ impl<R: Fn(Report)> Protector<R> {
         }
     }
 
+    /// Bytes of memory that are copied aside.
+    pub(super) fn staged_bytes(&self) -> u64 {
+        self.staged.iter().map(|staged| staged.pages.copied()).sum()
+    }
+
     fn output_waits(&self) -> bool {
         self.gates.as_ref().is_some_and(Gates::wait)
     }
@@ -155,7 +159,7 @@ impl<R: Fn(Report)> Protector<R> {
 
     /// How full staging is, or the gates.
     pub(super) fn look_for_room(&mut self) {
-        let staged: u64 = self.staged.iter().map(|staged| staged.pages.copied()).sum();
+        let staged = self.staged_bytes();
         let grown = staging::bytes(&self.grown);
         let held = self.gates.as_ref().map_or(0, |gates| gates.backlog().bytes as u64);
         let part = |of: u64, most: u64| of.saturating_mul(100).checked_div(most).unwrap_or(100);

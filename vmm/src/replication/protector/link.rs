@@ -4,8 +4,8 @@ use std::time::Instant;
 use qmp::Error;
 use replication::{Connection as Number, Frame, Input, Message, wire};
 
-use super::super::{blackhole, copier::Work, offer, outgoing::Next};
-use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, READS, Report, SLICE};
+use super::super::{READS, SLICE, blackhole, copier::Work, offer, outgoing::Next};
+use super::{HIGH_WATER, Incoming, MOST_QUEUED, Protector, Report};
 use transport::Descriptors;
 
 use crate::checkpoint::connected;

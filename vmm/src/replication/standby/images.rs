@@ -14,7 +14,7 @@ use super::super::{
     outside::Outside,
     received::Received as Arriving,
 };
-use super::{Builder, Building, Moment, Standby, Tell, Whole};
+use super::{Builder, Building, Moment, Standby, Tell};
 
 /// Most bytes that wait to be written to images that are being filled, before nothing more is read.
 /// A primary sends a quarter of it before it waits for an answer.
@@ -83,7 +83,7 @@ impl Kept {
         self.keeper.queued() < MOST_QUEUED
     }
 
-    /// They are filled anew.
+    /// They are filled again from the start.
     pub fn forget(&mut self) {
         self.waiting.clear();
         self.forget_settling();
@@ -219,16 +219,9 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
             log::error!("replication: the journal of the disks: {why}");
             return self.inputs.push_back(Input::NotHeld(epoch, Fault::Disk));
         }
-        match coming.apply(memory) {
-            Ok(machine) => {
-                self.whole = Some(Whole { machine, outside, ended });
-                self.inputs.push_back(Input::Held(epoch));
-                self.kept.ask(Work::Apply(epoch));
-            }
-            Err(e) => {
-                log::error!("replication: cannot write guest memory: {e}");
-                self.inputs.push_back(Input::NotApplied);
-            }
+        let applied = coming.apply(memory);
+        if self.holds(epoch, applied, outside, ended) {
+            self.kept.ask(Work::Apply(epoch));
         }
     }
 

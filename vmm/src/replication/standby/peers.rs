@@ -11,12 +11,13 @@ use replication::{
 use rustix::net::{SocketFlags, acceptfrom_with};
 
 use super::super::{
+    READS, SLICE,
     keeper::Work,
     offer::{self, Offer},
     received::{SECTIONS, written},
     settings,
 };
-use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, READS, SLICE, Standby, Tell};
+use super::{Accepted, Builder, Building, LONGEST_EPOCH, PEERS, Peer, Standby, Tell};
 use transport::Descriptors;
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {

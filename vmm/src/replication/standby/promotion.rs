@@ -1,12 +1,13 @@
 //! The memory of a backup, and the machine that is built from it when the primary is suspected.
-use std::time::Instant;
+use std::{io, time::Instant};
 
 use config::Description;
 use qmp::schema::FailoverTimes;
 use replication::{Epoch, Fault, From, Identity, Incarnation, Input, Term, Why};
 use state::{Config, Frames, Sections};
 
-use super::{Builder, Building, Postponed, Promotion, Standby, Tell, Whole};
+use super::super::outside::Outside;
+use super::{Builder, Building, Moment, Postponed, Promotion, Standby, Tell, Whole};
 use crate::{checkpoint::Received, durations::microseconds};
 
 impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
@@ -56,16 +57,31 @@ impl<B: Builder, T: Fn(Tell)> Standby<B, T> {
         if self.kept.is_some() {
             return self.keep(epoch, outside);
         }
-        match self.coming.apply(memory) {
+        let applied = self.coming.apply(memory);
+        self.holds(epoch, applied, outside, self.ended);
+    }
+
+    /// Memory is that of `epoch`, with this state of the machine, unless it could not be written.
+    /// Returns whether it is.
+    pub(super) fn holds(
+        &mut self,
+        epoch: Epoch,
+        applied: io::Result<Vec<u8>>,
+        outside: Outside,
+        ended: Moment,
+    ) -> bool {
+        let holds = applied.is_ok();
+        self.inputs.push_back(match applied {
             Ok(machine) => {
-                self.whole = Some(Whole { machine, outside, ended: self.ended });
-                self.inputs.push_back(Input::Held(epoch));
+                self.whole = Some(Whole { machine, outside, ended });
+                Input::Held(epoch)
             }
             Err(e) => {
                 log::error!("replication: cannot write guest memory: {e}");
-                self.inputs.push_back(Input::NotApplied);
+                Input::NotApplied
             }
-        }
+        });
+        holds
     }
 
     /// A primary whose connection has ended usually connects again at once, and would have to wait

@@ -103,7 +103,7 @@ impl Guest {
         let data: Vec<u8> = (0..len).map(|_| self.random.u8(..)).collect();
         let end = Instant::now() + LONG;
         loop {
-            assert!(Instant::now() < end, "a change is delayed for ever");
+            assert!(Instant::now() < end, "a change is delayed without end");
             // As one step, so that no checkpoint is in between.
             let _still = self.host.dirty.lock();
             image::write(&self.host.memory, DATA, &data).unwrap();
