@@ -223,6 +223,16 @@ fn the_switch_follows_who_moves_from_one_host_to_the_other() {
 }
 
 #[test]
+fn a_host_that_nobody_uses_is_silent() {
+    let hosts = Hosts::new(&debian(), 1).unwrap();
+    // The kernel spreads what it announces of an interface over its first second.
+    thread::sleep(1500 * MS);
+    for side in [Side::Left, Side::Right] {
+        assert_eq!(hosts.front.counts(side.port(), Direction::Up).unwrap().arrived, 0);
+    }
+}
+
+#[test]
 fn hosts_reach_each_other_by_their_link_only() {
     let debian = debian();
     let hosts = Hosts::new(&debian, 1).unwrap();

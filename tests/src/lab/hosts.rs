@@ -106,7 +106,8 @@ fn host(debian: &Debian, side: Side) -> Result<(Namespace, std::fs::File, std::f
     let host = Namespace::new(debian)?;
     let (up, link) = (host.tap("up0")?, host.tap("link0")?);
     host.ip(debian, &format!("tuntap add mode tap name {TAP}"))?;
-    host.ip(debian, "link add br0 type bridge")?;
+    // One that snoops on multicast announces itself, a second after it is up, to those that do too.
+    host.ip(debian, "link add br0 type bridge mcast_snooping 0")?;
     for port in ["up0", TAP] {
         host.ip(debian, &format!("link set {port} master br0 up"))?;
     }
