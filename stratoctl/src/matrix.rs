@@ -111,6 +111,8 @@ pub enum Verb {
     Events,
     Qmp,
     Remus,
+    RemusReport,
+    Migrate,
     Failover,
     Unprotect,
 }
@@ -196,6 +198,11 @@ const PROTECTED_ALREADY: Cell = No(
     "'{}' is protected already",
     "`stratoctl unprotect {}` ends that; `stratoctl info {}` shows more",
 );
+const PROTECTED_MIGRATE: Cell = No(
+    "'{}' is protected already, and moves to its backup",
+    "`stratoctl failover --planned {}` moves it there; `stratoctl unprotect {}` ends the \
+     protection, and then it can move elsewhere",
+);
 const PROTECTED_DESTROY: Cell = Unforced(
     "'{}' is protected: this ends its guest for good, and its backup with it",
     "`stratoctl destroy -F {}` does that; `stratoctl failover --planned {}` moves the guest to the \
@@ -240,7 +247,7 @@ type Row = (Verb, [Cell; 16]);
 
 /// The table. Columns as in [`State::ALL`].
 #[rustfmt::skip]
-pub const TABLE: [Row; 23] = [
+pub const TABLE: [Row; 25] = [
     //               absent  registered     starting  running       paused         saving suspended          off       crashed        killed hung  ending  protected, degraded, standby, moved
     (Verb::Create,    [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN, TAKEN, TAKEN, TAKEN, TAKEN]),
     (Verb::New,       [Yes,    TAKEN,         TAKEN,    TAKEN,        TAKEN,         TAKEN,  TAKEN,            TAKEN,     TAKEN,         TAKEN,  TAKEN, TAKEN, TAKEN, TAKEN, TAKEN, TAKEN]),
@@ -263,6 +270,8 @@ pub const TABLE: [Row; 23] = [
     (Verb::Events,    [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, Yes, Yes, Yes, MOVED]),
     (Verb::Qmp,       [ABSENT, IDLE,          STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, Yes, Yes, Yes, MOVED]),
     (Verb::Remus,     [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, PROTECTED_ALREADY, Yes, STANDBY, MOVED]),
+    (Verb::RemusReport, [ABSENT, IDLE,        STARTING, Yes,          Yes,           Yes,    SUSPENDED,        Yes,       Yes,           KILLED, HUNG, ENDING, Yes, Yes, STANDBY, MOVED]),
+    (Verb::Migrate,   [ABSENT, IDLE,          STARTING, Yes,          Yes,           SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, PROTECTED_MIGRATE, Yes, STANDBY, MOVED]),
     (Verb::Failover,  [ABSENT, IDLE,          STARTING, UNPROTECTED,  UNPROTECTED,          SAVING, SUSPENDED,        OFF,       CRASHED,       KILLED, HUNG, ENDING, Yes, ALONE, Yes, MOVED]),
     (Verb::Unprotect, [ABSENT, Yes,           STARTING, Yes,          Yes,           SAVING, Yes,              Yes,       Yes,           Yes,    HUNG, ENDING, Yes, Yes, STANDBY_END, MOVED_UNPROTECT]),
 ];

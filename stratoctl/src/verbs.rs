@@ -85,6 +85,8 @@ pub enum Command {
     Remus(Box<Remus>),
     /// Receive a protected domain: be its backup; started by remus on the other host
     RemusReceive(RemusReceive),
+    /// Show what the last checkpoints of a protected domain cost, and write a CSV file and a picture
+    RemusReport(RemusReport),
     /// Move a running domain to another host, with a pause of milliseconds
     Migrate(Migrate),
     /// Continue a protected domain at its backup

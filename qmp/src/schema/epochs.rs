@@ -21,6 +21,8 @@ pub struct ReplicationEpochs {
     pub pause_us: Distribution,
     /// Pages that a checkpoint copied.
     pub dirty_pages: Distribution,
+    /// Bytes of output that were held when a checkpoint began.
+    pub held_bytes: Distribution,
     /// Microseconds of encoding.
     pub encode_us: Distribution,
     /// Microseconds from the end of encoding to the acknowledgement.

@@ -50,7 +50,7 @@ struct Row {
 
 impl Row {
     fn new(place: Place, status: &Status) -> Self {
-        let replication = remus::report(&place, status);
+        let replication = remus::describe(&place, status);
         let process = status.process.as_ref();
         Self {
             name: place.name.clone(),

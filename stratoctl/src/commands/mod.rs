@@ -103,6 +103,7 @@ pub fn run(line: Line) -> anyhow::Result<Answer> {
         Command::Watch(args) => restart_policy::watch(&ctx, &args.domain),
         Command::Migrate(args) => remus::migrate(&ctx, &args, as_json),
         Command::Remus(args) => remus::remus(&ctx, &args, as_json),
+        Command::RemusReport(args) => remus::report(&ctx, &args),
         Command::RemusReceive(args) => remus::receive(&ctx, &args),
         Command::Failover(args) => remus::failover(&ctx, &args),
         Command::Unprotect(args) => remus::unprotect(&ctx, &args),

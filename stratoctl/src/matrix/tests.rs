@@ -4,6 +4,18 @@ const DOCUMENT: &str = include_str!("../../../docs/stratoctl.md");
 const BEGIN: &str = "<!-- the matrix: made from stratoctl/src/matrix.rs -->\n";
 const END: &str = "<!-- end of the matrix -->";
 
+/// A verb as it is typed.
+fn word(verb: Verb) -> String {
+    let mut word = String::new();
+    for c in format!("{verb:?}").chars() {
+        if c.is_uppercase() && !word.is_empty() {
+            word.push('-');
+        }
+        word.extend(c.to_lowercase());
+    }
+    word
+}
+
 /// The table as the documentation shows it.
 fn markdown() -> String {
     let mut text = String::from("| |");
@@ -13,7 +25,7 @@ fn markdown() -> String {
     text.push('\n');
     let mut reasons = Vec::new();
     for (verb, cells) in TABLE {
-        text += &format!("| {} |", format!("{verb:?}").to_lowercase());
+        text += &format!("| {} |", word(verb));
         for cell in cells {
             let mark = match cell {
                 Yes => "yes".to_owned(),

@@ -227,6 +227,15 @@ pub struct RemusReceive {
 }
 
 #[derive(Debug, Args)]
+pub struct RemusReport {
+    /// Name of the domain
+    pub domain: Name,
+    /// Directory for DOMAIN-remus.csv and DOMAIN-remus.svg, which are replaced (default: this one)
+    #[arg(value_name = "DIR", default_value = ".", hide_default_value = true)]
+    pub directory: PathBuf,
+}
+
+#[derive(Debug, Args)]
 pub struct Failover {
     /// Name of the domain
     pub domain: Name,

@@ -193,6 +193,8 @@ impl Stage {
                 (vec![verb, NAME, to, "-t", "0"], state)
             }
             "remus" => (vec![verb, NAME, "host", "-F"], state),
+            "migrate" => (vec![verb, NAME, "host"], state),
+            "remus-report" => (vec![verb, NAME], state),
             "unprotect" if state == "moved" => (vec![verb, NAME], "registered"),
             "failover" | "unprotect" => (vec![verb, NAME], state),
             other => bail!("how to try {other} is not known"),
@@ -211,13 +213,13 @@ fn shown(state: &str) -> &str {
 /// Verbs that have tests of their own: they need a guest that answers, or a terminal.
 const ELSEWHERE: [&str; 6] = ["reboot", "shutdown", "console", "dmesg", "events", "qmp"];
 
-/// Verbs that need a backup where they are allowed.
-const REFUSED_HERE: [&str; 3] = ["remus", "failover", "unprotect"];
+/// Verbs that need a backup, or checkpoints, where they are allowed.
+const REFUSED_HERE: [&str; 5] = ["remus", "remus-report", "migrate", "failover", "unprotect"];
 
 fn column(state: &str) -> Result<()> {
     let (states, rows) = table()?;
     let at = states.iter().position(|known| known == state).context("no such column")?;
-    ensure!(states.len() == 16 && rows.len() == 23);
+    ensure!(states.len() == 16 && rows.len() == 25);
     let mut stage = Stage::new(&format!("m-{state}"))?;
     if state == "hung" {
         stage.rig.patience = "2";

@@ -141,6 +141,7 @@ impl History {
             period_us: of(|one| one.period_us),
             pause_us: of(|one| Some(one.pause_us)),
             dirty_pages: of(|one| Some(one.dirty_pages)),
+            held_bytes: of(|one| Some(one.held_bytes)),
             encode_us: of(|one| one.encode_us),
             ack_us: of(|one| one.ack_us),
             commit_lag_us: of(|one| one.commit_lag_us),

@@ -9,6 +9,7 @@ mod leave;
 mod migrate;
 mod protect;
 mod receive;
+mod report;
 mod syncing;
 
 use qmp::schema::ReplicationSide;
@@ -22,6 +23,7 @@ pub use leave::{before_the_end, failover, unprotect};
 pub use migrate::migrate;
 pub use protect::remus;
 pub use receive::receive;
+pub use report::report;
 
 use super::LockedDomain;
 use crate::{
@@ -32,7 +34,7 @@ use crate::{
 
 /// What a monitor reports about replication, for `list` and `info`; `None` if the domain is not
 /// protected.
-pub fn report(place: &Place, status: &Status) -> Option<Value> {
+pub fn describe(place: &Place, status: &Status) -> Option<Value> {
     let protection = Protection::of(place).ok().flatten()?;
     let mut object = json!({
         "side": protection.side.word(),

@@ -48,7 +48,8 @@ pub fn protect(ctx: &Context, args: &Remus, moves: bool, quiet: bool) -> anyhow:
     if !refusals.is_empty() {
         return Err(Failure::new(refusals.join("\n")).into());
     }
-    let mut held = ctx.hold(Verb::Remus, &args.domain)?;
+    let verb = if moves { Verb::Migrate } else { Verb::Remus };
+    let mut held = ctx.hold(verb, &args.domain)?;
     // A monitor without replication says so here, before anything has changed.
     let before = held.status.client()?.execute(&QueryReplication {})?;
     let witness = match (&args.witness, args.local) {
